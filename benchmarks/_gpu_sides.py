@@ -388,10 +388,10 @@ def _train(task: Task, base: Any, load: Any, steps: int, others: Sequence[tuple[
     import veneer
     from veneer.models.text.fast import fast
     from veneer.models.text.loss import text_loss
-    from veneer.plan.memory import text_memory
+    from veneer.plan.memory import text_counts, text_memory
     from veneer.plan.plan import TrainingJob, text_plan
     from veneer.plan.shape import text_shape
-    from veneer.plan.time import text_work
+    from veneer.plan.time import run_work
 
     where, (device, rates, probed) = task.sizes.device, _planned_for(task)
     shape = text_shape(_config(base))
@@ -439,7 +439,8 @@ def _train(task: Task, base: Any, load: Any, steps: int, others: Sequence[tuple[
         torch.cuda.reset_peak_memory_stats()
     with fast(model, keep=8 * plan.keeps // 10) as how:  # as a run keeps them
         one = took(load.lengths)
-        work, memory = text_work(shape, load, device), text_memory(shape, load, device)
+        work = run_work(text_counts(shape, load, device), load, device)
+        memory = text_memory(shape, load, device)
         figures = [
             Figure(
                 "training",
@@ -858,7 +859,7 @@ def flux(task: Task) -> dict[str, Any]:
     from veneer.plan.plan import TrainingJob, image_plan
 
     s, (device, rates, _) = task.sizes, _planned_for(task)
-    config = _config(s.denoiser)
+    config = {**_config(s.denoiser), **s.more}
     load = ImageLoad(pictures=1, height=s.picture, width=s.picture, rank=RANK)
     plan = image_plan("", config, load, device, rates, TrainingJob(1))
     load, why = settled(plan)
@@ -876,7 +877,7 @@ def flux(task: Task) -> dict[str, Any]:
 
     places = (s.picture // 16) ** 2
     clean, noise = (torch.randn(1, places, config["in_channels"], device=s.device).bfloat16() for _ in range(2))
-    counts = image_counts(config, height=s.picture, width=s.picture, rank=load.rank)
+    counts = image_counts(config, load)
     trained, how = _train_flux(task, model, call, clean, noise, load, counts)
     tell(_result(trained, how))
     figures = [*trained, *_draw_flux(task, model, call, clean, counts)]
@@ -893,7 +894,8 @@ def _train_flux(
 
     import veneer
     from veneer.models.image.fast import fast_denoiser
-    from veneer.plan.image import image_memory, image_work
+    from veneer.plan.memory import run_memory
+    from veneer.plan.time import run_work
 
     s, (device, rates, probed) = task.sizes, _planned_for(task)
     last = torch.zeros((), device=s.device)
@@ -921,9 +923,9 @@ def _train_flux(
             one = statistics.median(_seconds(step, s.device, s.steps, warm=min(2, s.steps)))
     if not torch.isfinite(last):
         raise RuntimeError(f"the loss is {float(last)}")
-    work = image_work(counts, load, device)
+    work = run_work(counts, load, device)
     figure = Figure("training", 1 / one, "steps/s", _at_most(work, probed), 1 / rates.seconds(work))
-    return [figure, _peak(s.device, image_memory(counts, load, device))], how.summary()
+    return [figure, _peak(s.device, run_memory(counts, load, device))], how.summary()
 
 
 def _draw_flux(task: Task, model: Any, call: Callable[[Any], Any], x: Any, counts: Any) -> list[Figure]:

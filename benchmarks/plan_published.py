@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from _report import bar, lines_of, report, row
 
 from veneer.core.adapter import LoraSpec
-from veneer.plan.image import ImageLoad, image_counts, image_memory
-from veneer.plan.memory import Load, text_memory, weight_bytes
+from veneer.plan.image import ImageLoad, image_counts
+from veneer.plan.memory import Load, run_memory, text_memory, weight_bytes
 from veneer.plan.shape import text_shape
 from veneer.plan.tables import base_config, device_named
 
@@ -59,8 +59,8 @@ def weights(base: str) -> float:
 
 
 def image(base: str, height: int, width: int, rank: int, **more: Any) -> float:
-    counts = image_counts(base_config(base), height=height, width=width, rank=rank)
-    return image_memory(counts, ImageLoad(1, height, width, rank=rank, **more), CARD).peak / 1e9
+    load = ImageLoad(1, height, width, rank=rank, **more)
+    return run_memory(image_counts(base_config(base), load), load, CARD).peak / 1e9
 
 
 def figures() -> list[Figure]:

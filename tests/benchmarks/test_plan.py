@@ -42,28 +42,22 @@ def test_the_grid_covers_what_a_run_can_vary(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_every_run_of_the_grid_has_a_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
-    from veneer.plan.calibration import Calibration
-
     module = benchmark(monkeypatch)
-    record = Calibration("cpu/1/bfloat16", 1e11, 1e10, "smollm2-135m", "bfloat16")
     for one in module.GRID:
-        peak, seconds = module.predicted(one, record)
+        peak, seconds = module.predicted(one)
         assert 480_000_000 < peak < 16e9
         assert seconds > 0
 
 
 def test_the_measured_peaks_on_the_page_are_within_a_tenth_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    from veneer.plan.calibration import Calibration
-
     module = benchmark(monkeypatch)
-    record = Calibration("cpu/1/bfloat16", 1e11, 1e10, "smollm2-135m", "bfloat16")
     page = (ROOT / "docs" / "how-to" / "plan.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (.+) \| [\d.]+ GB \| ([\d.]+) GB \| [+-][\d.]+% \|$", page, re.MULTILINE)
     measured = {name: float(peak) for name, peak in rows}
     grid = [one for one in module.GRID if module.name_of(one) in measured]
     assert len(grid) == len(measured) >= 6
     for one in grid:
-        peak, _ = module.predicted(one, record)
+        peak, _ = module.predicted(one)
         assert peak / 1e9 == pytest.approx(measured[module.name_of(one)], rel=0.1), module.name_of(one)
 
 

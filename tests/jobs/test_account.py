@@ -15,7 +15,7 @@ from veneer.jobs.account import TrainingAccount, trained_name
 from veneer.jobs.store import JobStore, OverBudget
 from veneer.jobs.validate import validated
 from veneer.library.database import write_transaction
-from veneer.plan.calibration import cpu_device
+from veneer.plan.tables import cpu_device
 from veneer.serve.request import Refused, Usage
 from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.entry import LedgerEntry, LedgerLine, OwedEntry

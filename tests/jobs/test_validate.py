@@ -18,7 +18,7 @@ from tests.jobs.small import small_config
 from veneer.jobs.store import Job, JobStore
 from veneer.jobs.validate import device_of, validated
 from veneer.models.text.base import text_without_weights
-from veneer.plan.calibration import cpu_device
+from veneer.plan.tables import cpu_device
 from veneer.serve.engine.offline import answering_bytes
 
 in_sqlite = pytest.mark.parametrize("library", ["sqlite"], indirect=True)

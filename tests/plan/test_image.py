@@ -11,14 +11,14 @@ import torch
 from veneer.core.adapter import LoraSpec
 from veneer.core.attach import attach
 from veneer.core.init import create
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, TargetError
 from veneer.models.builtin import packaged_place
+from veneer.models.image.families import TARGET_WORDS
 from veneer.models.image.fast import fast_denoiser
 from veneer.models.image.memory import measured_activations
 from veneer.ops.cpu import compiled
-from veneer.plan.image import image_counts, is_denoiser
+from veneer.plan.image import ImageLoad, image_counts, is_denoiser
 from veneer.plan.tables import base_config
-from veneer.train.config.image import TARGET_WORDS
 
 TEXT = 32
 PICTURES = 2
@@ -71,9 +71,9 @@ def test_what_is_kept_is_what_was_counted(word: str, name: str, size: int) -> No
         with fast_denoiser(model):
             kept = measured_activations(lambda: model(**inputs, return_dict=False)[0].float().sum(), known)
         trainable = sum(p.numel() for p in attachment.parameters("a").values())
-    counts = image_counts(config, height=size, width=size, text_tokens=TEXT, targets=word)
+    counts = image_counts(config, ImageLoad(PICTURES, size, size, text_tokens=TEXT, targets=word))
     assert counts.trainable == trainable
-    assert kept == pytest.approx(PICTURES * 2 * counts.kept, rel=0.2)
+    assert kept == pytest.approx(2 * counts.kept, rel=0.2)
 
 
 LARGER: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
@@ -128,15 +128,29 @@ def test_what_diffusers_own_attention_keeps_is_what_was_counted(kind: str, word:
         with fast_denoiser(model):
             kept = measured_activations(forward, known)
         trainable = sum(p.numel() for p in attachment.parameters("a").values())
-    fields = {**config, "_class_name": kind}
-    counts = image_counts(fields, height=8 * side, width=8 * side, text_tokens=words, targets=word)
+    load = ImageLoad(PICTURES, 8 * side, 8 * side, text_tokens=words, targets=word)
+    counts = image_counts({**config, "_class_name": kind}, load)
     assert counts.trainable == trainable
-    assert kept == pytest.approx(PICTURES * 2 * counts.kept, rel=0.2)
+    assert kept == pytest.approx(2 * counts.kept, rel=0.2)
 
 
 def test_other_denoisers_and_targets_are_refused() -> None:
     assert not is_denoiser({"_class_name": "SanaTransformer2DModel"})
     with pytest.raises(ConfigError, match="does not know the denoiser 'SanaTransformer2DModel'"):
-        image_counts({"_class_name": "SanaTransformer2DModel"})
-    with pytest.raises(ConfigError, match="does not know the targets 'atention'"):
-        image_counts(base_config("sdxl"), targets="atention")
+        image_counts({"_class_name": "SanaTransformer2DModel"}, ImageLoad())
+    with pytest.raises(TargetError, match="atention"):
+        image_counts(base_config("sdxl"), ImageLoad(targets="atention"))
+
+
+@pytest.mark.parametrize(
+    ("base", "before", "error"),
+    [
+        ("flux.1-dev", 3, "takes at most 1 picture before each, and the plan is of 3"),
+        ("flux.1-schnell", 1, "this base edits no pictures"),
+        ("black-forest-labs/FLUX.2-klein-4B", 5, "at most 4 pictures before each"),
+        ("sdxl", 1, "this base edits no pictures"),
+    ],
+)
+def test_edits_beyond_a_base_are_refused(base: str, before: int, error: str) -> None:
+    with pytest.raises(ConfigError, match=error):
+        image_counts(base_config(base), ImageLoad(before=before))

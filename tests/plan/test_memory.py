@@ -21,12 +21,14 @@ from veneer.models.text.fast import fast
 from veneer.models.text.loss import compared_logits, head_logits, text_loss
 from veneer.ops.dispatch import override_ops
 from veneer.ops.linear import keeps_copy
-from veneer.plan.image import ImageLoad, image_counts, image_memory
+from veneer.plan.image import ImageLoad, image_counts
 from veneer.plan.memory import (
     Load,
+    Memory,
     kept_dequantized,
     memory_together,
     packed_weights,
+    run_memory,
     text_memory,
     weight_bytes,
 )
@@ -244,11 +246,11 @@ def test_runs_in_one_pass_have_one_base_and_a_state_each() -> None:
 
 def test_offloading_moves_blocks_and_leaves_room_for_one() -> None:
     """Each of FLUX.1's single blocks has 141,607,936 parameters: 3,072² · 15 in products, plus biases and two norms."""
-    card, counts = device_named("h100-80gb"), image_counts(base_config("flux.1-dev"), height=512, width=512)
+    load = ImageLoad(1, 512, 512, checkpointing=True)
+    card, counts = device_named("h100-80gb"), image_counts(base_config("flux.1-dev"), load)
     assert len(counts.blocks) == 19 + 38
     single = 3072 * (3 * 3072 + 3 * 3072 + 4 * 3072 + 5 * 3072) + 3072 * (3 + 3 + 4 + 1) + 2 * 128
-    load = ImageLoad(1, 512, 512, checkpointing=True)
-    plain, moved = (image_memory(counts, replace(load, offload=n), card) for n in (0, 10))
+    plain, moved = (run_memory(counts, replace(load, offload=n), card) for n in (0, 10))
     assert moved.host == 2 * 10 * single
     assert moved.weights == plain.weights - moved.host + 2 * single
     assert moved.activations == plain.activations
@@ -257,10 +259,13 @@ def test_offloading_moves_blocks_and_leaves_room_for_one() -> None:
 @pytest.mark.parametrize("name", ["sdxl", "flux.1-dev", "black-forest-labs/FLUX.2-klein-4B", "qwen-image"])
 def test_pictures_take_memory_by_their_number_and_area(name: str) -> None:
     card, config = device_named("h100-80gb"), base_config(name)
-    counts = image_counts(config)
-    one, two = (image_memory(counts, ImageLoad(n), card) for n in (1, 2))
+
+    def memory(load: ImageLoad) -> Memory:
+        return run_memory(image_counts(config, load), load, card)
+
+    one, two = memory(ImageLoad(1)), memory(ImageLoad(2))
     assert two.activations == pytest.approx(2 * one.activations)
     assert two.weights == one.weights
-    assert image_memory(counts, ImageLoad(1, checkpointing=True), card).peak < one.peak
-    assert image_memory(counts, ImageLoad(1, quantize="nf4"), card).weights < 0.6 * one.weights
-    assert image_counts(config, height=512, width=512).kept < counts.kept / 2
+    assert memory(ImageLoad(1, checkpointing=True)).peak < one.peak
+    assert memory(ImageLoad(1, quantize="nf4")).weights < 0.6 * one.weights
+    assert memory(ImageLoad(1, 512, 512)).activations < one.activations / 2

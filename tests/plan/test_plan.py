@@ -1,4 +1,4 @@
-"""Whether it fits, what makes it fit, for how much; GPUs, calibration, serving."""
+"""Whether it fits, what makes it fit, for how much; GPUs, serving."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from veneer.core.adapter import LoraSpec
 from veneer.errors import ConfigError
-from veneer.plan.calibration import Calibration, cpu_device, read_calibration, solved, write_calibration
+from veneer.ops.profile import profile
 from veneer.plan.fit import usable_memory
 from veneer.plan.image import ImageLoad
 from veneer.plan.memory import Load, dtype_bytes, text_counts
@@ -17,8 +17,8 @@ from veneer.plan.plan import Plan, TrainingJob, image_plan, text_plan
 from veneer.plan.render import plan_text, rough_duration
 from veneer.plan.serving import Traffic, serving
 from veneer.plan.shape import pair_parameters, text_shape
-from veneer.plan.tables import base_config, device_named, device_of_card, gpu_names
-from veneer.plan.time import Rates, Work, rates_of, run_seconds
+from veneer.plan.tables import base_config, cpu_device, device_named, device_of_card, gpu_names
+from veneer.plan.time import rates_of
 
 
 def plan(base: str, gpu: str, load: Load, *, count: int = 1, **more: object) -> Plan:
@@ -112,40 +112,14 @@ def test_experts_work_for_the_tokens_that_pick_them() -> None:
 
 def test_time_grows_with_rows_and_with_recomputing() -> None:
     shape, device = text_shape(base_config("smollm2-135m")), device_named("rtx-4090")
-    rates = rates_of(device)
 
     def seconds(load: Load, rows: int = 100) -> float:
-        return run_seconds(shape, load, device, rates, rows=rows, tokens_per_row=512, epochs=1)
+        found = text_plan("b", shape, load, device, rates_of(device), TrainingJob(rows, 512, 1)).seconds
+        assert found is not None
+        return found
 
     assert seconds(Load((512,)), 200) == pytest.approx(2 * seconds(Load((512,))))
     assert seconds(Load((512,), checkpointing=True)) > 1.2 * seconds(Load((512,)))
-
-
-def test_two_measurements_give_both_rates() -> None:
-    true = Rates(3e11, 1e10, "")
-    works = [Work(4e12, 3e9), Work(2e11, 1e9)]
-    rate, bandwidth = solved(*((w, true.seconds(w)) for w in works))
-    assert (rate, bandwidth) == (pytest.approx(3e11), pytest.approx(1e10))
-
-
-def test_rates_stay_positive_where_measurements_disagree() -> None:
-    works = [Work(4e12, 3e9), Work(2e11, 1e9)]
-    rate, bandwidth = solved((works[0], 1.0), (works[1], 5.0))
-    assert rate > 0
-    assert bandwidth > 0
-    assert Rates(rate, bandwidth, "").seconds(works[0]) == pytest.approx(1.0)
-
-
-def test_a_calibration_is_kept_by_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
-    assert read_calibration("cpu/2/bfloat16") is None
-    records = [Calibration(f"cpu/{n}/bfloat16", 1e11, 1e10, "smollm2-135m", "bfloat16") for n in (1, 2)]
-    for record in records:
-        file = write_calibration(record)
-    assert [read_calibration(record.device) for record in records] == records
-    file.write_text("[", encoding="utf-8")
-    with pytest.raises(ConfigError, match="the calibration cannot be read"):
-        read_calibration("cpu/2/bfloat16")
 
 
 def test_gpus_are_found_by_near_names_and_edited_in_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +172,7 @@ def test_a_plan_for_a_card_says_what_is_assumed() -> None:
     )
     assert any("memory.offload_blocks=" in change.text for change in pictures.changes)
     assert "from the CPU's memory, assumed" in plan_text(pictures)
-    own = Rates(1e12, 1e12, "measured here", measured=True)
+    own = rates_of(device)
     small = text_plan("b", shape, Load((600,), quantize="nf4"), device, own, TrainingJob(5000, 600.0))
     assert "from the CPU's memory, assumed" not in plan_text(small)
     away = Load((600,), quantize="nf4", checkpointing=True, inputs_on_host=True)
@@ -207,9 +181,14 @@ def test_a_plan_for_a_card_says_what_is_assumed() -> None:
     )
 
 
-def test_float32_is_slower_than_bfloat16() -> None:
-    for device in (device_named("h100-80gb"), cpu_device()):
-        assert 3 * rates_of(device, "float32").operations < rates_of(device).operations
+def test_a_cpu_is_as_fast_as_its_profile() -> None:
+    found = {dtype: rates_of(cpu_device(), dtype) for dtype in ("float32", "bfloat16")}
+    measured = profile()
+    for dtype, rates in found.items():
+        assert rates.operations < 1e9 * measured.rate(dtype) < 4 * rates.operations
+        assert rates.bandwidth < 1e9 * measured.bandwidth < 4 * rates.bandwidth
+    card = device_named("h100-80gb")
+    assert 3 * rates_of(card, "float32").operations < rates_of(card).operations
 
 
 def test_adapters_fill_what_the_base_leaves() -> None:

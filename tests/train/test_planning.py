@@ -9,13 +9,10 @@ from typing import Any
 import pytest
 
 from veneer.errors import ConfigError, DataError
-from veneer.plan.calibration import cpu_device
-from veneer.plan.cards import image_settings
-from veneer.plan.image import ImageLoad
 from veneer.plan.memory import Load
 from veneer.plan.plan import Plan, TrainingJob, text_plan
 from veneer.plan.shape import text_shape
-from veneer.plan.tables import Device, base_config, device_named
+from veneer.plan.tables import Device, base_config, cpu_device, device_named
 from veneer.plan.time import rates_of
 from veneer.train.config.load import TrainConfig, config_from, load_config
 from veneer.train.planning import drawn_at_once, load_of, plan_of_config, to_be_set
@@ -89,11 +86,6 @@ def test_the_config_takes_every_advice_of_the_plan(values: Any, base: str, own: 
     assert len(advice) > 1
     for settings in advice:
         config_from(values, (*asked, *settings))
-
-
-def test_the_config_takes_every_advice_for_a_smaller_card() -> None:
-    for _, settings in image_settings(ImageLoad(1, 1024, 1024, blocks=57)):
-        config_from(PICTURES, settings)
 
 
 def test_a_configuration_without_its_data_is_planned_by_numbers(tmp_path: Path) -> None:

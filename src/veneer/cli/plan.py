@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from veneer.cli.options import AsJson, is_config
-from veneer.cli.output import say
-from veneer.errors import ConfigError, gigabytes, one_of
-
-if TYPE_CHECKING:
-    from veneer.plan.plan import Plan
+from veneer.errors import ConfigError, gigabytes
 
 app = typer.Typer(add_completion=False)
 
 _EXAMPLE = (
     "Example: veneer plan --base meta-llama/Llama-3.1-70B --gpu h100-80gb --rows 5000 --tokens-per-row 600 --epochs 3"
 )
-_OF_DATA = {"tokens_per_row", "longest", "trained"}
-_OF_TEXT = _OF_DATA | {"micro_tokens"}
-_OF_PICTURES = {"size", "micro_pictures", "before", "targets"}
-_OF_BOTH = {"epochs", "batch", "rank", "dtype", "quantize", "checkpointing"}
-_OF_SMALLEST = {"smallest", "base", "size", "rank", "targets", "before", "as_json"}
-_SERVED = {"tenants", "prompt", "answer", "together"}
-_OF_CARDS = {"gpus", "price"}
+_KEYS = {
+    "base": "base.name",
+    "dtype": "base.dtype",
+    "quantize": "base.quantize",
+    "rank": "adapter.rank",
+    "targets": "adapter.targets",
+    "epochs": "schedule.epochs",
+    "batch": "batching.rows",
+    "micro_tokens": "batching.micro_tokens",
+    "micro_pictures": "batching.micro_rows",
+    "size": "data.resolution",
+}
+"""Option -> the setting of a configuration that it stands for."""
+_OF_CARDS, _SERVED = {"gpus", "price"}, {"tenants", "prompt", "answer", "together"}
 _ROWS, _TOKENS, _MANY = 10**12, 1 << 20, 1 << 16
 """Upper bounds of options: larger values are typing errors and take hours to plan."""
 
@@ -58,7 +60,7 @@ def plan(
     trained: Annotated[
         float, typer.Option("--trained", min=0.001, max=1, help="Fraction of tokens that count in the loss.")
     ] = 1.0,
-    epochs: Annotated[float, typer.Option("--epochs", min=0.001, help="Passes over the data.")] = 3,
+    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Passes over the data.")] = 3,
     batch: Annotated[int, typer.Option("--batch", min=1, max=_MANY, help="Rows per optimizer step.")] = 16,
     micro_tokens: Annotated[
         int | None,
@@ -94,48 +96,22 @@ def plan(
     prompt: Annotated[int | None, typer.Option("--prompt", min=1, help="Serving: prompt tokens per request.")] = None,
     answer: Annotated[int, typer.Option("--answer", min=1, help="Serving: completion tokens per request.")] = 100,
     together: Annotated[int, typer.Option("--together", min=1, help="Serving: concurrent requests.")] = 32,
-    calibrate: Annotated[
-        bool,
-        typer.Option("--calibrate", help="First measure this machine with short training steps, and store the rates."),
-    ] = False,
-    smallest: Annotated[
-        bool,
-        typer.Option(
-            "--smallest-card",
-            help="Show the smallest GPU that trains an image base (default: all), and with which settings.",
-        ),
-    ] = False,
     list_: Annotated[bool, typer.Option("--list", help="List known GPUs and bases, and exit.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Estimate a run's memory, time and cost, and whether the run fits.
 
-    Suggests settings that make the run fit. Reads only the base's configuration, never its weights."""
-    from veneer.plan.calibration import cpu_device, rates_here
-    from veneer.plan.fit import fitting_micro_tokens, left_beside_base
-    from veneer.plan.image import ImageLoad, is_denoiser
-    from veneer.plan.memory import Load
-    from veneer.plan.plan import TrainingJob, image_plan, text_plan
-    from veneer.plan.render import plan_text
-    from veneer.plan.serving import Traffic
-    from veneer.plan.shape import text_shape
-    from veneer.plan.tables import base_config, device_named
-
+    Suggests settings that make the run fit. Reads only the base's configuration, never its weights. Options
+    about the run stand for settings of a configuration and override them."""
     if list_:
         _list(as_json)
         return
-    if smallest:
-        others = {name for name in context.params if name not in _OF_SMALLEST}
-        _refuse(context, others, "--smallest-card looks for the card and its settings", "leave it out")
-        _smallest(base, size, rank, targets, before, as_json)
-        return
-    if calibrate:
-        _calibrate(base or "smollm2-135m", dtype)
-        if config is None and base is None:
-            return
-    if quantize is not None:
-        one_of(quantize, ("nf4", "fp4", "int8"), "a quantization that can be planned", "--quantize")
-    one_of(dtype, ("bfloat16", "float32", "float16"), "a precision that can be planned", "--dtype")
+    from veneer.plan.render import group_text, plan_text
+    from veneer.plan.serving import Traffic
+    from veneer.plan.tables import cpu_device, device_named
+    from veneer.train.config.load import load_config
+    from veneer.train.planning import plan_of_config, plan_of_texts
+
     if gpu is None or gpu == "cpu":
         _refuse(context, _OF_CARDS, "the plan is for this machine's processor", "name a card with --gpu")
         device = cpu_device()
@@ -144,85 +120,27 @@ def plan(
     if longest is not None and tokens_per_row is not None and longest < tokens_per_row:
         what = f"the longest row has {longest} tokens, and rows have {tokens_per_row:g} on average"
         raise ConfigError(what, where="--longest, --tokens-per-row", fix="leave --longest out, or give the greatest")
-    made: Plan
-    if config is not None and base is not None and "=" in config.name and not config.exists():
-        what = f"{config} changes a configuration, and there is none"
-        raise ConfigError(what, fix="with --base say it by an option, as --dtype or --rank; see --help")
-    more = [word for word in overrides or [] if is_config(word)]
-    if config is not None and more:
-        _refuse(context, {"base", *_SERVED, *_OF_TEXT - _OF_DATA, *_OF_PICTURES, *_OF_BOTH}, "of several runs")
-        from veneer.plan.render import group_text
-        from veneer.train.config.load import load_config
-        from veneer.train.planning import plan_of_texts
-
-        files, changes = [str(config), *more], [word for word in overrides or [] if word not in more]
-        given = {"rows": rows, "tokens_per_row": tokens_per_row, "longest": longest, "trained": trained}
-        group = plan_of_texts([load_config(file, changes)[0] for file in files], files, device, [given] * len(files))
+    words = [*([] if config is None else [str(config)]), *(overrides or [])]
+    files = [word for word in words if is_config(word)]
+    settings = [word for word in words if word not in files]
+    settings += [f"{key}={context.params[name]}" for name, key in _KEYS.items() if _is_given(context, name)]
+    settings += ["memory.activation_checkpointing=on"] * checkpointing
+    if not files:
+        settings = [*_assumed_settings(base, rows, longest or tokens_per_row), *settings]
+    given = {"rows": rows, "tokens_per_row": tokens_per_row, "longest": longest, "trained": trained}
+    configs = [load_config(file, settings)[0] for file in files or [None]]
+    if len(configs) > 1:
+        _refuse(context, _SERVED, "of several runs")
+        group = plan_of_texts(configs, files, device, [given] * len(files))
         print(json.dumps(group.to_dict()) if as_json else group_text(group, files))
         return
-    if config is not None:
-        _refuse(context, {"base", *_OF_TEXT - _OF_DATA, *_OF_PICTURES, *_OF_BOTH}, "the configuration says it")
-        from veneer.train.config.load import load_config
-        from veneer.train.planning import plan_of_config
-
-        run, _ = load_config(config, overrides or [])
-        made = plan_of_config(
-            run,
-            device,
-            rows=rows,
-            tokens_per_row=tokens_per_row,
-            longest=longest,
-            trained=trained,
-            traffic=None if prompt is None else Traffic(prompt, answer, together, tenants),
-        )
-    elif base is not None:
-        if rows is None:
-            raise ConfigError("a plan needs --rows", fix=_EXAMPLE.removeprefix("Example: "))
-        found = base_config(base)
-        rates = rates_here(device, dtype)
-        if is_denoiser(found):
-            _refuse(context, _OF_TEXT | _SERVED, "the base is for pictures", "leave it out")
-            side = size or int(found.get("picture", 1024))
-            load: Any = ImageLoad(
-                micro_pictures,
-                side,
-                side,
-                micros=-(-batch // micro_pictures),
-                rank=rank,
-                dtype=dtype,
-                quantize=quantize,
-                checkpointing=checkpointing,
-                targets=targets,
-                before=before,
-            )
-            job = TrainingJob(rows, 1.0, epochs, batch)
-            made = image_plan(base, found, load, device, rates, job)
-        else:
-            shape = text_shape(found, base)
-            if tokens_per_row is None:
-                raise ConfigError("a plan of text needs --tokens-per-row", fix=_EXAMPLE.removeprefix("Example: "))
-            _refuse(context, _OF_PICTURES, "the base is for text", "leave it out")
-            of = functools.partial(
-                Load.of,
-                longest or round(tokens_per_row),
-                batch=batch,
-                rank=rank,
-                dtype=dtype,
-                quantize=quantize,
-                checkpointing=checkpointing,
-                trained=trained,
-            )
-            room = left_beside_base(shape, device, dtype, quantize)
-            load = of(micro_tokens or fitting_micro_tokens(shape, device, quantize, room, of))
-            traffic = Traffic(prompt or round(tokens_per_row), answer, together, tenants)
-            job = TrainingJob(rows, tokens_per_row, epochs, batch)
-            made = text_plan(base, shape, load, device, rates, job, traffic=traffic)
-    else:
-        raise ConfigError("nothing to plan", fix=f"give a CONFIG.yaml, or {_EXAMPLE.removeprefix('Example: ')}")
+    length = prompt if files or tokens_per_row is None else prompt or round(tokens_per_row)
+    traffic = None if length is None else Traffic(length, answer, together, tenants)
+    found = plan_of_config(configs[0], device, **given, before=before, traffic=traffic)
     if as_json:
-        print(json.dumps(made.to_dict()))
+        print(json.dumps(found.to_dict()))
         return
-    print(plan_text(made))
+    print(plan_text(found))
     if device.kind == "cpu":
         import torch
 
@@ -231,65 +149,38 @@ def plan(
         print(f"free now  {gigabytes(free_memory(torch.device('cpu')))} of memory on this machine")
 
 
-_SAID_THERE = "leave it out, or say it as section.key=value of a configuration"
+def _is_given(context: typer.Context, name: str) -> bool:
+    return str(context.get_parameter_source(name)).endswith("COMMANDLINE")
 
 
-def _refuse(context: typer.Context, names: set[str], why: str, fix: str = _SAID_THERE) -> None:
+def _refuse(context: typer.Context, names: set[str], why: str, fix: str = "leave it out") -> None:
     """Raise ConfigError if the command line has an option in `names`."""
-    given = [n for n in sorted(names) if str(context.get_parameter_source(n)).endswith("COMMANDLINE")]
-    if given:
-        said = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise ConfigError(f"{said}: {why}", fix=fix)
+    if given := [f"--{name.replace('_', '-')}" for name in sorted(names) if _is_given(context, name)]:
+        raise ConfigError(f"{', '.join(given)}: {why}", fix=fix)
 
 
-def _calibrate(base: str, dtype: str) -> None:
-    from veneer.models.loading import errors_only
-    from veneer.plan.calibration import calibrate, write_calibration
+def _assumed_settings(base: str | None, rows: int | None, tokens: float | None) -> list[str]:
+    """Return the settings of a plan without a configuration."""
+    from veneer.plan.image import is_denoiser
+    from veneer.train.planning import base_fields
 
-    with errors_only():
-        record = calibrate(base, dtype=dtype, say=say)
-    file = write_calibration(record)
-    say(f"{record.rates().source}: kept in {file}")
-
-
-def _smallest(base: str | None, size: int | None, rank: int, targets: str, before: int, as_json: bool) -> None:
-    """Print the table of `--smallest-card`: a row for each base and size.
-
-    With `before` > 0, lists only bases that take `before` source images."""
-    from veneer.plan.cards import CardFit, smallest_card
-    from veneer.plan.image import is_denoiser, most_before
-    from veneer.plan.tables import base_config, base_names
-
-    configs = {name: base_config(name) for name in ([base] if base else base_names())}
-    if base is not None and not is_denoiser(configs[base]):
-        raise ConfigError(f"{base} is no image base that can be planned", fix="veneer plan --base … --gpu … for text")
-    configs = {
-        name: found
-        for name, found in configs.items()
-        if is_denoiser(found) and (base is not None or before <= most_before(found))
-    }
-    if not configs:
-        most = max(map(most_before, map(base_config, base_names())))
-        raise ConfigError(f"no base takes {before} pictures before each", where="--before", fix=f"at most {most}")
-    rows: list[tuple[str, int, CardFit | None]] = []
-    for name, config in configs.items():
-        own = int(config.get("picture", 1024))
-        for side in [size] if size else sorted({own // 2, own}) if own >= 512 else [own]:
-            rows.append((name, side, smallest_card(config, side=side, rank=rank, targets=targets, before=before)))
-    if as_json:
-        print(json.dumps({"cards": [{"base": n, "size": s, **({} if f is None else f.to_dict())} for n, s, f in rows]}))
-        return
-    each = f" with {before} before it" if before else ""
-    print(
-        f"one picture{each} at a time, rank {rank} on {targets}; GB while it trains, and while it is loaded and encodes"
-    )
-    for name, side, fit in rows:
-        head = f"{name.rpartition('/')[2]:<30} {side:>5}"
-        if fit is None:
-            print(f"{head}   no card of the table")
-            continue
-        used = f"{fit.training / 1e9:>6.1f} {fit.loading / 1e9:>6.1f} of {fit.room / 1e9:<5.1f}"
-        print(f"{head} {fit.card:>4} GB  {used}  {' '.join(fit.settings) or 'as it is'}")
+    example = _EXAMPLE.removeprefix("Example: ")
+    if base is None:
+        raise ConfigError("nothing to plan", fix=f"give a CONFIG.yaml, or {example}")
+    fields = base_fields(base)
+    if rows is None:
+        raise ConfigError("a plan needs --rows", fix=example)
+    if is_denoiser(fields):
+        return [
+            "data.pictures=pictures",
+            "adapter.targets=attention",
+            "batching.rows=16",
+            "batching.micro_rows=1",
+            "schedule.epochs=3",
+        ]
+    if tokens is None:
+        raise ConfigError("a plan of text needs --tokens-per-row", fix=example)
+    return ["data.train=rows.jsonl", f"data.max_length={round(tokens)}"]
 
 
 def _list(as_json: bool) -> None:

@@ -64,8 +64,7 @@ def device_of(gpu: str | None = None, count: int = 1) -> Device:
     """Return the device to plan jobs for: a GPU by name, or this machine's."""
     import torch
 
-    from veneer.plan.calibration import cpu_device
-    from veneer.plan.tables import device_named, device_of_card
+    from veneer.plan.tables import cpu_device, device_named, device_of_card
 
     if gpu is not None:
         return device_named(gpu, count=count)

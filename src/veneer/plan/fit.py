@@ -12,7 +12,7 @@ the search before two or three settings of this machine were tried.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from veneer.ops.step_sizes import MICRO_TOKENS, micro_tokens
@@ -22,10 +22,6 @@ from veneer.plan.shape import TextShape
 from veneer.plan.tables import Device
 
 AnyLoad = Load | ImageLoad
-_PeakOf = Callable[[AnyLoad, Device], int]
-"""(load, device) -> peak bytes of each device."""
-_SecondsOf = Callable[[AnyLoad, Device], float]
-"""(load, device) -> seconds per token or image."""
 
 _MARGIN = 0.03
 """Share of a device's memory that a plan leaves free, for other processes and for what a plan cannot see."""
@@ -93,13 +89,13 @@ def _checkpointing(load: AnyLoad, device: Device) -> Iterator[Step]:
 
 
 def _batch(load: AnyLoad, device: Device) -> Iterator[Step]:
+    one: AnyLoad
     if isinstance(load, ImageLoad):
-        if load.pictures > 1:
-            fewer: AnyLoad = replace(load, pictures=1, micros=load.micros * load.pictures)
-            yield "one picture at a time", "batching.micro_rows=1", fewer, device
-    elif len(load.lengths) > 1:
-        fewer = replace(load, lengths=(load.longest,), micros=load.micros * len(load.lengths))
-        yield "one row at a time", "batching.micro_rows=1", fewer, device
+        what, count, one = "picture", load.pictures, replace(load, pictures=1)
+    else:
+        what, count, one = "row", len(load.lengths), replace(load, lengths=(load.longest,))
+    if count > 1:
+        yield f"one {what} at a time", "batching.micro_rows=1", replace(one, micros=load.micros * count), device
 
 
 def _length(load: AnyLoad, device: Device) -> Iterator[Step]:
@@ -115,14 +111,12 @@ def _length(load: AnyLoad, device: Device) -> Iterator[Step]:
 
 
 def _rank(load: AnyLoad, device: Device) -> Iterator[Step]:
-    spec = load.spec if isinstance(load, Load) else None
-    rank = load.rank if spec is None else spec.rank
-    for lower in (rank // 2, rank // 4, rank // 8):
-        if lower >= 4 and isinstance(load, Load):
-            own = None if spec is None else replace(spec, rank=lower)
-            yield "a lower rank", f"adapter.rank={lower}", replace(load, rank=lower, spec=own), device
-        elif lower >= 4:
-            yield "a lower rank", f"adapter.rank={lower}", replace(load, rank=lower), device
+    for lower in (load.rank // 2, load.rank // 4, load.rank // 8):
+        if lower >= 4:
+            smaller: AnyLoad = replace(load, rank=lower)
+            if isinstance(smaller, Load) and smaller.spec is not None:
+                smaller = replace(smaller, spec=replace(smaller.spec, rank=lower))
+            yield "a lower rank", f"adapter.rank={lower}", smaller, device
 
 
 def _four_bits(load: AnyLoad, device: Device) -> Iterator[Step]:
@@ -131,18 +125,13 @@ def _four_bits(load: AnyLoad, device: Device) -> Iterator[Step]:
 
 
 def _offload(load: AnyLoad, device: Device) -> Iterator[Step]:
-    """Yield steps with memory.offload_blocks.
+    """Yield a quarter, a half, three quarters and all of the blocks for memory.offload_blocks.
 
     For image loads with recomputed, unquantized blocks on a GPU."""
     if device.kind == "cuda" and isinstance(load, ImageLoad) and load.checkpointing and load.quantize is None:
-        for count in shares_of_blocks(load.blocks):
+        for count in sorted({-(-load.blocks * quarters // 4) for quarters in (1, 2, 3, 4)}):
             if count > load.offload:
                 yield "weights on the CPU", f"memory.offload_blocks={count}", replace(load, offload=count), device
-
-
-def shares_of_blocks(blocks: int) -> list[int]:
-    """Return a quarter, a half, three quarters and all of this number of blocks."""
-    return sorted({-(-blocks * quarters // 4) for quarters in (1, 2, 3, 4)} - {0})
 
 
 def _devices(load: AnyLoad, device: Device) -> Iterator[Step]:
@@ -152,19 +141,20 @@ def _devices(load: AnyLoad, device: Device) -> Iterator[Step]:
                 yield "more devices", f"{count} × {device.name}", load, replace(device, count=count)
 
 
-_KINDS: Mapping[str, Callable[[AnyLoad, Device], Iterator[Step]]] = {
-    "checkpointing": _checkpointing,
-    "batch": _batch,
-    "length": _length,
-    "rank": _rank,
-    "4 bits": _four_bits,
-    "offload": _offload,
-    "devices": _devices,
-}
+_Kind = Callable[[AnyLoad, Device], Iterator[Step]]
+_KINDS: tuple[_Kind, ...] = (_checkpointing, _batch, _length, _rank, _four_bits, _offload, _devices)
 
 
-def cheapest(load: AnyLoad, device: Device, peak: _PeakOf, seconds: _SecondsOf, limit: int) -> list[Change]:
+def cheapest(
+    load: AnyLoad,
+    device: Device,
+    peak: Callable[[AnyLoad, Device], int],
+    seconds: Callable[[AnyLoad, Device], float],
+    limit: int,
+) -> list[Change]:
     """Return changes that bring the peak of each device to `limit` bytes, by kind.
+
+    peak: returns the bytes of each device. seconds: returns the time of one token or image.
 
     Each is the smallest of its kind that suffices. If settings suffice, changes to more devices come last.
     Empty if not even three changes together suffice."""
@@ -178,23 +168,23 @@ def cheapest(load: AnyLoad, device: Device, peak: _PeakOf, seconds: _SecondsOf, 
         names, settings = tuple(s[0] for s in steps), tuple(s[1] for s in steps)
         return Change(names, settings, own_load, own_device, needed, slower)
 
-    def may(kinds: tuple[str, ...]) -> bool:
+    def may(kinds: tuple[_Kind, ...]) -> bool:
         """Return whether these kinds suffice at their largest values.
 
         A larger value never takes more memory. This check avoids most of the search, which took seconds,
         when little helps."""
         now = load, device
         for kind in kinds:
-            *_, last = itertools.chain([None], _KINDS[kind](*now))
+            *_, last = itertools.chain([None], kind(*now))
             if last is None:
                 return False
             now = last[2:]
         return peak(*now) <= limit
 
-    def search(kinds: tuple[str, ...], done: list[Step]) -> Change | None:
+    def search(kinds: tuple[_Kind, ...], done: list[Step]) -> Change | None:
         """Return the smallest values that suffice together, varying the last kind first."""
         now = done[-1][2:] if done else (load, device)
-        for step in _KINDS[kinds[0]](*now):
+        for step in kinds[0](*now):
             found = search(kinds[1:], [*done, step]) if len(kinds) > 1 else tried([*done, step])
             if found is not None:
                 return found

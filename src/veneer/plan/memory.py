@@ -1,7 +1,7 @@
 """Peak memory of a training run, counted from the shapes of the base's matrices.
 
     text_memory(shape, load, device)      bytes by part, of a run on text
-    run_memory(counts, load, device, …)   the same from the counts of any base
+    run_memory(counts, load, device)      the same from the counts of any base
 
 For the backward pass a block keeps the inputs and outputs of its matrices: with N tokens, hidden size d,
 heads H and K of size h, MLP width f, e bytes a value
@@ -67,7 +67,7 @@ _ON_THEIR_WAY = 4
 
 @dataclass(frozen=True, kw_only=True)
 class RunLoad:
-    """How a run trains.
+    """How a run trains; its `size` is the number of tokens or images in a micro-batch.
 
     micros: micro-batches per step.
     dtype: of the base.
@@ -88,6 +88,10 @@ class RunLoad:
     kept: int = 0
     offload: int = 0
     bare: float = 0
+
+    @property
+    def size(self) -> int:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,10 @@ class Load(RunLoad):
         return max(1, round(self.trained * self.tokens))
 
     @property
+    def size(self) -> int:
+        return self.tokens
+
+    @property
     def longest(self) -> int:
         return max(self.lengths, default=0)
 
@@ -129,8 +137,9 @@ class Load(RunLoad):
 
 @dataclass
 class Counts:
-    """A base, and one micro-batch on it (for image bases: one image).
+    """A base, and one micro-batch on it.
 
+    kind: a kind of FITS. buffers: values that are no parameters but take memory.
     matrices: parameters that `quantize` quantizes, with `rows` rows; `largest`: the largest weight that is
         dequantized at once. In values of the base's dtype: `kept` for the backward pass, `inputs` of all
         blocks, `block` kept by the widest block, `ends` kept after the last block.
@@ -139,7 +148,9 @@ class Counts:
     head: the head's operations in both.
     logits: bytes. blocks: parameters of each block."""
 
+    kind: str = "text"
     parameters: int = 0
+    buffers: int = 0
     matrices: int = 0
     rows: int = 0
     largest: int = 0
@@ -227,17 +238,15 @@ def weight_bytes(base: _Weights, dtype: str, quantize: str | None, double: bool 
     return plain + base.matrices // 2, round(base.matrices * bits / 8)
 
 
-def run_memory(
-    counts: Counts, load: RunLoad, device: Device, kind: str, *, units: int = 1, process: int | None = None
-) -> Memory:
+def run_memory(counts: Counts, load: RunLoad, device: Device, *, process: int | None = None) -> Memory:
     """Return bytes by part.
 
-    units: how many units the counts are multiplied by.
     process: bytes of the process before the base is loaded, if known (CPU)."""
-    fit, e, trainable = FITS[device.kind, kind], dtype_bytes(load.dtype), counts.trainable
+    fit, e, trainable = FITS[device.kind, counts.kind], dtype_bytes(load.dtype), counts.trainable
     weights, constants = weight_bytes(counts, load.dtype, load.quantize, load.double)
-    inputs, ends = e * units * counts.inputs, e * units * counts.ends
-    kept, block, host = e * units * counts.kept + ends + 4 * counts.made, e * units * counts.block, 0
+    weights += e * counts.buffers
+    inputs, ends = e * counts.inputs, e * counts.ends
+    kept, block, host = e * counts.kept + ends + 4 * counts.made, e * counts.block, 0
     working = fit.working * block
     if load.checkpointing:
         kept, working = inputs + ends, working + block
@@ -276,7 +285,7 @@ def offloaded(counts: Counts, load: RunLoad) -> list[int]:
 
 def text_memory(shape: TextShape, load: Load, device: Device, *, process: int | None = None) -> Memory:
     """Return bytes by part of a run on text. `process`: as in `run_memory`."""
-    return run_memory(text_counts(shape, load, device), load, device, "text", process=process)
+    return run_memory(text_counts(shape, load, device), load, device, process=process)
 
 
 def text_counts(shape: TextShape, load: Load, device: Device) -> Counts:

@@ -9,7 +9,6 @@ If the run does not fit, its time and cost are those of the first change that ma
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +16,7 @@ from typing import Any
 
 from veneer.errors import ConfigError, counted, gigabytes
 from veneer.plan.fit import AnyLoad, Change, cheapest, each_holds, usable_memory
-from veneer.plan.image import ImageCounts, ImageLoad, image_counts, image_memory, image_work
+from veneer.plan.image import ImageLoad, image_counts
 from veneer.plan.memory import (
     Counts,
     Load,
@@ -26,14 +25,13 @@ from veneer.plan.memory import (
     kept_dequantized,
     memory_together,
     packed_weights,
+    run_memory,
     text_counts,
-    text_memory,
 )
-from veneer.plan.pairs import PairForm
 from veneer.plan.serving import Serving, Traffic, cache_bytes, serving
-from veneer.plan.shape import TextShape
+from veneer.plan.shape import PairForm, TextShape
 from veneer.plan.tables import Device
-from veneer.plan.time import Rates, Work, reading_work, run_seconds, text_work
+from veneer.plan.time import Rates, reading_work, run_work
 
 
 @dataclass(frozen=True)
@@ -175,29 +173,43 @@ class Plan:
 
 def _plan(
     base: str,
-    counts: Counts,
-    load: Any,
+    counts_of: Callable[[Any, Device], Counts],
+    load: AnyLoad,
     device: Device,
     rates: Rates,
     job: TrainingJob,
     room: int | None,
-    memory_of: Callable[[Any, Device], Memory],
-    work_of: Callable[[Any, Device], Work],
-    units: Callable[[Any], int],
+    process: int | None = None,
 ) -> Plan:
-    """Return a plan without its time and facts.
+    """Return a plan without its facts.
 
-    counts: of the load as given.
-    units: returns the tokens or images of a load."""
+    room: usable bytes of each device, by default `usable_memory`."""
+
+    def memory_of(load: AnyLoad, device: Device) -> Memory:
+        return run_memory(counts_of(load, device), load, device, process=process)
+
+    def step_seconds(load: AnyLoad, device: Device) -> float:
+        return rates.seconds(run_work(counts_of(load, device), load, device), device.count)
+
+    counts = counts_of(load, device)
     memory, limit = memory_of(load, device), usable_memory(device) if room is None else room
     peak, changes = each_holds(memory, device), []
     if peak > limit:
-
-        def seconds_of(load: AnyLoad, device: Device) -> float:
-            return rates.seconds(work_of(load, device), device.count) / max(1, units(load))
-
-        changes = cheapest(load, device, lambda own, where: each_holds(memory_of(own, where), where), seconds_of, limit)
+        changes = cheapest(
+            load,
+            device,
+            lambda own, where: each_holds(memory_of(own, where), where),
+            lambda own, where: step_seconds(own, where) / max(1, own.size),
+            limit,
+        )
     planned = (load, device) if peak <= limit else (changes[0].load, changes[0].device) if changes else None
+    seconds = None
+    if planned is not None:
+        own, size = planned[0], max(1, planned[0].size)
+        each = min(job.tokens_per_row, own.longest) if isinstance(own, Load) else 1.0
+        # a step without the backward pass
+        scored = job.held_out * each / size * job.evaluations * (2 / 6 if own.checkpointing else 1 / 2)
+        seconds = step_seconds(*planned) * (math.ceil(job.rows * each / size) * job.passes + scored)
     return Plan(
         base=base,
         parameters=counts.parameters,
@@ -210,7 +222,7 @@ def _plan(
         changes=tuple(changes),
         planned=planned,
         planned_memory=None if planned is None else memory_of(*planned),
-        seconds=None,
+        seconds=seconds,
         rates=rates,
     )
 
@@ -272,35 +284,12 @@ def text_plan(
 
     room: usable bytes of each device, by default `usable_memory`.
     process: bytes of the process before the base is loaded, if known (CPU)."""
-    plan = _plan(
-        base,
-        text_counts(shape, load, device),
-        load,
-        device,
-        rates,
-        job,
-        room,
-        lambda load, device: text_memory(shape, load, device, process=process),
-        lambda load, device: text_work(shape, load, device),
-        lambda load: load.tokens,
-    )
+    plan = _plan(base, lambda load, device: text_counts(shape, load, device), load, device, rates, job, room, process)
     rank, quantize = load.spec.rank if load.spec is not None else load.rank, load.quantize
-    seconds, keeps, packs = None, 0, 0
+    keeps = packs = 0
     if plan.planned is not None and plan.planned_memory is not None:
         own, where = plan.planned
-        assert isinstance(own, Load)
         quantize, spare = own.quantize, max(0, plan.room - plan.planned_memory.peak)
-        seconds = run_seconds(
-            shape,
-            own,
-            where,
-            rates,
-            rows=job.rows,
-            epochs=job.passes,
-            held_out=job.held_out,
-            tokens_per_row=min(job.tokens_per_row, own.longest),
-            evaluations=job.evaluations,
-        )
         if quantize:
             keeps = kept_dequantized(shape, plan.planned_memory, plan.room)
         elif where.kind == "cpu":
@@ -322,7 +311,7 @@ def text_plan(
         *((("host", f"{gigabytes(plan.memory.host)} in the CPU's memory"),) if plan.memory.host else ()),
         *(("note", note) for note in notes),
     )
-    return replace(plan, seconds=seconds, keeps=keeps, packs=packs, serving=served, traffic=traffic, facts=facts)
+    return replace(plan, keeps=keeps, packs=packs, serving=served, traffic=traffic, facts=facts)
 
 
 @dataclass(frozen=True)
@@ -386,64 +375,30 @@ def image_plan(
     job: TrainingJob,
     *,
     room: int | None = None,
-    text_tokens: int | None = None,
     notes: tuple[str, ...] = (),
 ) -> Plan:
     """Return the plan of a run on `job.rows` images.
 
     config: of the denoiser, see `image_counts`."""
-
-    @functools.cache
-    def counts(height: int, width: int, rank: int) -> ImageCounts:
-        return image_counts(
-            config,
-            height=height,
-            width=width,
-            rank=rank,
-            targets=load.targets,
-            text_tokens=text_tokens,
-            before=load.before,
-            form=load.form,
-        )
-
-    def of(load: ImageLoad) -> ImageCounts:
-        return counts(load.height, load.width, load.rank)
-
-    c = of(load)
-    load = replace(load, blocks=len(c.blocks))
-    plan = _plan(
-        base,
-        c,
-        load,
-        device,
-        rates,
-        job,
-        room,
-        lambda load, device: image_memory(of(load), load, device),
-        lambda load, device: image_work(of(load), load, device),
-        lambda load: load.pictures,
-    )
-    seconds = None
-    if plan.planned is not None:
-        own, where = plan.planned
-        assert isinstance(own, ImageLoad)
-        seconds = rates.seconds(image_work(of(own), own, where), where.count) / own.pictures * job.rows * job.passes
+    load = replace(load, blocks=len(image_counts(config, load).blocks))
+    plan = _plan(base, lambda load, device: image_counts(config, load), load, device, rates, job, room)
+    words = load.targets if isinstance(load.targets, str) else ", ".join(load.targets)
     pairs = f", each with {load.before} before it" if load.before else ""
     facts = [
-        ("base", f"{base}: a denoiser of {c.parameters:,} parameters, {load.quantize or load.dtype}"),
-        ("adapter", f"{_form(load.form)}rank {load.rank} on {load.targets}: {c.trainable:,} parameters"),
+        ("base", f"{base}: a denoiser of {plan.parameters:,} parameters, {load.quantize or load.dtype}"),
+        ("adapter", f"{_form(load.form)}rank {load.rank} on {words}: {plan.trainable:,} parameters"),
         (
             "data",
             f"{counted(job.rows, 'picture')}, {_times(job.passes)}: {counted(job.total_steps, 'step')} of {job.batch}",
         ),
         ("at once", f"{load.pictures} of {load.width} × {load.height}{pairs}; activations {_kept(load)}"),
     ]
-    if c.encoders:
+    if encoders := sum((config.get("encoders") or {}).values()) + int(config.get("vae") or 0):
         e = dtype_bytes(load.dtype)
-        text = f"text encoders and VAE take {c.encoders * e / 1e9:.1f} GB while pictures and captions are encoded, "
-        text += f"before step one; with the whole denoiser beside them {(c.parameters + c.encoders) * e / 1e9:.1f} GB"
+        text = f"text encoders and VAE take {encoders * e / 1e9:.1f} GB while pictures and captions are encoded, "
+        text += f"before step one; with the whole denoiser beside them {(plan.parameters + encoders) * e / 1e9:.1f} GB"
         facts.append(("note", text))
-    return replace(plan, seconds=seconds, facts=(*facts, *(("note", note) for note in notes)))
+    return replace(plan, facts=(*facts, *(("note", note) for note in notes)))
 
 
 def _times(passes: float) -> str:

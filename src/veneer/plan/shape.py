@@ -1,26 +1,82 @@
-"""The shape of a base, from its config: layers' matrices, heads and vocabulary.
+"""The shape of a language model, from its config: layers' matrices, heads and vocabulary.
 
-    text_shape(config)            a language model's config.json, as a dict
-    module_shape(model)           the same from a built model, on any device: for families not in the table here
+    text_shape(config)            a config.json, as a dict: transformers builds the model without weights
+    module_shape(model)           the same from a built model, on any device
+    PairForm("loha").costs((out, in), rank)    the cost of an adapter's form on one frozen matrix
 
-A layer's matrices have transformers' names, so that targets mean the same as in training. Loads neither
-torch nor transformers.
+A layer's matrices have transformers' names, so that targets mean the same as in training.
 """
 
 from __future__ import annotations
 
+import functools
+import json
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from veneer.errors import ConfigError, nearest, quoted
+from veneer.core.forms import trained_shapes
+from veneer.errors import ConfigError, lacks_memory, nearest, quoted
 from veneer.models.compat_transformers import PRE_NORM_LAYERS
 from veneer.models.config import layer_heads
-from veneer.plan.pairs import PairCosts, PairForm
 
 if TYPE_CHECKING:
     from veneer.core.adapter import LoraSpec
+
+
+@dataclass(frozen=True)
+class PairCosts:
+    """The cost of one pair.
+
+    forward, operations: operations per token, forward and in both passes.
+    rank: kept values per token.
+    made: float32 values computed from the parts and kept, for any number of tokens."""
+
+    parameters: int
+    forward: float
+    rank: int
+    made: int = 0
+
+    @property
+    def operations(self) -> float:
+        return (3 if self.rank else 4) * self.forward  # once more if nothing is kept
+
+
+@dataclass(frozen=True)
+class PairForm:
+    """The `adapter.kind`, `factor` and `decompose_both` of a configuration.
+
+    A LoHa of rank r is multiplied as a pair of rank r², a LoKr factor by factor (core.layers); values that
+    are not kept are recomputed in the backward pass."""
+
+    kind: Literal["lora", "loha", "lokr"] = "lora"
+    factor: int | None = None
+    both: bool = False
+
+    @classmethod
+    def of(cls, spec: LoraSpec | None) -> PairForm:
+        return cls() if spec is None else cls(spec.kind, spec.factor, spec.decompose_both)
+
+    def costs(self, shape: tuple[int, ...], rank: int) -> PairCosts:
+        """Return the cost on a frozen weight of shape (out, in, k…)."""
+        rows, columns = shape[0], math.prod(shape[1:])
+        if self.kind == "lora":
+            return PairCosts(rank * (rows + columns), 2.0 * rank * (rows + columns), rank)
+        parts = trained_shapes(self.kind, shape, rank, self.factor, self.both)
+        count = sum(map(math.prod, parts.values()))
+        if self.kind == "loha":
+            made = rank * rank * (rows + columns)
+            if made <= rows * columns:
+                return PairCosts(count, 2.0 * made, rank**2, made)
+            return PairCosts(count, 2.0 * rows * columns, 0)
+        l, m = parts["w1"] if "w1" in parts else (parts["a1"][0], parts["b1"][1])
+        return PairCosts(count, 2.0 * (rows // l * columns + m * rows), 0)
+
+
+PAIRS = PairForm()
+"""Plain pairs."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +197,7 @@ def _pairs(shape: TextShape, spec: LoraSpec | None, rank: int) -> Iterator[tuple
             own = rank if spec is None else _rank(spec, name, linear)
             if own and (linear.pair or (spec is not None and spec.targets != "all-linear")):
                 magnitude = linear.outputs if spec is not None and spec.dora else 0
-                costs = form.beside((linear.outputs, linear.inputs), own)
+                costs = form.costs((linear.outputs, linear.inputs), own)
                 yield name, costs, linear.times * (costs.parameters + magnitude)
 
 
@@ -171,165 +227,64 @@ def layer_pairs(shape: TextShape, spec: LoraSpec | None, rank: int) -> list[dict
     return out
 
 
-# -- families ----------------------------------------------------------------------------------------------------------
-
-Config = Mapping[str, Any]
+# -- from transformers -------------------------------------------------------------------------------------------------
 
 
-def text_shape(config: Config, where: str = "config.json") -> TextShape:
+def text_shape(config: Mapping[str, Any], where: str = "config.json") -> TextShape:
     """Return the shape of a language model (the language part of a multimodal one).
 
-    config: as in config.json.
+    config: as in config.json; missing fields have transformers' defaults.
     where: the base, for errors.
 
-    Raises ConfigError for a family that is not in the table, and for a config without the required fields."""
-    inner = config.get("text_config")
-    if isinstance(inner, Mapping):
-        own = {
-            **inner,
-            "text_config": None,
-            "tie_word_embeddings": inner.get("tie_word_embeddings", config.get("tie_word_embeddings")),
-        }
-        kind = str(own.get("model_type") or f"{config.get('model_type')}_text")
-        return text_shape({**own, "model_type": kind}, f"{where}: text_config")
-    if config.get("model_type") is None:
-        named = config.get("_class_name")  # diffusers' class
+    Raises ConfigError for a family that transformers does not have, and for values that it refuses."""
+    fields = {key: value for key, value in config.items() if key not in ("auto_map", "text_config")}
+    if isinstance(inner := config.get("text_config"), Mapping):
+        kind = inner.get("model_type") or f"{config.get('model_type')}_text"
+        tied = inner.get("tie_word_embeddings", config.get("tie_word_embeddings"))
+        fields = {**inner, "model_type": kind} | ({} if tied is None else {"tie_word_embeddings": tied})
+        where = f"{where}: text_config"
+    if fields.get("model_type") is None:
+        named = fields.get("_class_name")  # diffusers' class
         other = f"veneer plan does not know the model {quoted(str(named))}"
         what = other if named else "this config.json names no model family"
         raise ConfigError(what, where=f"{where}: model_type", fix="give the config.json of the base's language model")
-    family = str(config["model_type"])
-    if family not in TEXT_FAMILIES:
-        near = nearest(family, TEXT_FAMILIES, 1)
-        meant = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(
-            f"veneer plan does not know the model family {quoted(family)}",
-            where=f"{where}: model_type",
-            fix=f"{meant}It knows {', '.join(sorted(TEXT_FAMILIES))}; for others `veneer train CONFIG.yaml --dry-run` "
-            "plans from the base itself",
-        )
-    values = {k: v for k, v in config.items() if v is not None}
-    try:
-        if family == "gemma3_text":
-            values = {**_GEMMA, **values}
-        layers = _layers(values)
-        tied = bool(values.get("tie_word_embeddings", family.startswith("gemma")))
-        return TextShape(
-            family,
-            values["hidden_size"],
-            values["vocab_size"],
-            layers,
-            tied,
-            values.get("max_position_embeddings"),
-            keeps=family in PRE_NORM_LAYERS,
-        )
-    except KeyError as error:
-        raise ConfigError(
-            f"the config of this {family} has no {error.args[0]!r}", where=where, fix="give the whole config.json"
-        ) from None
-
-
-_GEMMA = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208}
-"""Transformers' defaults, which Gemma 3's files omit."""
-
-
-def _layers(c: Config) -> tuple[LayerShape, ...]:
-    """Return the layers of a config without None values."""
-    family, hidden, count = c["model_type"], c["hidden_size"], int(c["num_hidden_layers"])
-    plain, width = _attention(c), c["intermediate_size"]
-    dense = _with_mlp(plain, hidden, width)
-    if family == "gemma3_text":
-        every = c.get("sliding_window_pattern", 6)
-        kinds = c.get("layer_types") or ["full_attention" if not (i + 1) % every else "" for i in range(count)]
-        window = c.get("sliding_window", 4096)
-        return tuple(replace(dense, window=None if kind == "full_attention" else window) for kind in kinds)
-    if family == "mixtral":
-        return (_with_experts(c, plain, width),) * count
-    if family == "qwen3_moe":
-        mixed = _with_experts(c, plain, c["moe_intermediate_size"])
-        step, dense_at = c.get("decoder_sparse_step", 1), set(c.get("mlp_only_layers", ()))
-        return tuple(dense if i in dense_at or (i + 1) % step else mixed for i in range(count))
-    if family == "llama4_text":
-        step = c.get("interleave_moe_layer_step", 1)
-        mixed_at = set(c.get("moe_layers") or range(step - 1, count, step))
-        router = LinearShape("feed_forward.router", hidden, c["num_local_experts"], "router", pair=False)
-        mixed = _with_experts(c, plain, width, "feed_forward", router)
-        mixed = _with_mlp(mixed, hidden, width, "feed_forward.shared_expert")
-        dense = _with_mlp(plain, hidden, c["intermediate_size_mlp"], "feed_forward")
-        return tuple(mixed if i in mixed_at else dense for i in range(count))
-    if family == "phi3":
-        joined = sum(linear.outputs for linear in plain.product("qkv"))
-        linears = (
-            LinearShape("self_attn.qkv_proj", hidden, joined, "qkv"),
-            *plain.product("o"),
-            LinearShape("mlp.gate_up_proj", hidden, 2 * width, "gate_up"),
-            LinearShape("mlp.down_proj", width, hidden, "down"),
-        )
-        return (replace(plain, linears=linears),) * count
-    return (dense,) * count
-
-
-def _attention(c: Config) -> LayerShape:
-    """Return a layer with its attention and norms."""
-    family, hidden, heads = c["model_type"], c["hidden_size"], c["num_attention_heads"]
-    kv = c.get("num_key_value_heads", heads)
-    dim = c.get("head_dim") or (128 if family.startswith("qwen3") else hidden // heads)
-    q, k, small, normed = heads * dim, kv * dim, 2 * hidden, 0
-    if family == "qwen2" or (family == "llama" and c.get("attention_bias")):
-        small += q + 2 * k + (hidden if c.get("attention_bias") else 0)
-    if family.startswith(("qwen3", "gemma3")):  # heads are normalized too
-        small, normed = small + 2 * dim, q + k
-    if family == "gemma3_text":
-        small, normed = small + 2 * hidden, normed + 2 * hidden
-    linears = (
-        LinearShape("self_attn.q_proj", hidden, q, "qkv"),
-        LinearShape("self_attn.k_proj", hidden, k, "qkv"),
-        LinearShape("self_attn.v_proj", hidden, k, "qkv"),
-        LinearShape("self_attn.o_proj", q, hidden, "o"),
-    )
-    window = c.get("sliding_window") if family in ("mistral", "mixtral") else None
-    return LayerShape(linears, small, heads, kv, dim, normed, window)
-
-
-def _with_mlp(layer: LayerShape, hidden: int, width: int, at: str = "mlp") -> LayerShape:
-    mlp = (
-        LinearShape(f"{at}.gate_proj", hidden, width, "gate_up"),
-        LinearShape(f"{at}.up_proj", hidden, width, "gate_up"),
-        LinearShape(f"{at}.down_proj", width, hidden, "down"),
-    )
-    return replace(layer, linears=(*layer.linears, *mlp))
-
-
-def _with_experts(
-    c: Config, layer: LayerShape, width: int, at: str = "mlp", router: LinearShape | None = None
-) -> LayerShape:
-    """Add experts as in transformers: two 3-d parameters, gate and up joined.
-
-    router: None if it is a plain parameter."""
-    hidden, active = c["hidden_size"], c["num_experts_per_tok"]
-    experts = int(c["num_local_experts"] if "num_local_experts" in c else c["num_experts"])
-    mlp = (
-        LinearShape(f"{at}.experts.gate_up_proj", hidden, 2 * width, "experts.gate_up", experts, active),
-        LinearShape(f"{at}.experts.down_proj", width, hidden, "experts.down", experts, active),
-    )
-    small = layer.small + (0 if router else experts * hidden)
-    return replace(layer, linears=(*layer.linears, *mlp, *([router] if router else [])), small=small)
-
-
-TEXT_FAMILIES = frozenset(
-    ("gemma3_text", "llama", "llama4_text", "mistral", "mixtral", "phi3", "qwen2", "qwen3", "qwen3_moe")
-)
-"""transformers' model_type of the families whose configs define their shape."""
+    return _built_shape(json.dumps(fields, sort_keys=True, default=str), where)
 
 
 def model_shape(model: Any) -> TextShape:
-    """Return the shape of a loaded model.
+    """Return the shape of a loaded model: as its config has it, because loading can rebuild layers."""
+    from veneer.models.text.meta_model import text_families
 
-    From its config if the family is in the table, which has more detail; else from its modules."""
-    config = model.config.get_text_config().to_dict()
-    return text_shape(config) if config.get("model_type") in TEXT_FAMILIES else module_shape(model)
+    fields = model.config.get_text_config().to_dict()
+    return text_shape(fields) if fields.get("model_type") in text_families() else module_shape(model)
 
 
-# -- any model ---------------------------------------------------------------------------------------------------------
+@functools.lru_cache(maxsize=64)
+def _built_shape(fields: str, where: str) -> TextShape:
+    from veneer.models.text.meta_model import meta_text, text_families
+
+    own = json.loads(fields)
+    family = own["model_type"]
+    if family not in text_families():
+        near = nearest(str(family), text_families(), 1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(
+            f"veneer plan does not know the model family {quoted(str(family))}",
+            where=f"{where}: model_type",
+            fix=f"{meant}It knows the language models of transformers",
+        )
+    try:
+        return module_shape(meta_text(own))
+    except Exception as error:  # any type of error: each class parses its own fields
+        if lacks_memory(error):
+            raise
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(
+            f"transformers cannot build a model from this configuration: {why:.300}",
+            where=where,
+            fix="take the base's own config.json again",
+        ) from error
+
 
 _PRODUCTS = {
     "q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "qkv_proj": "qkv", "o_proj": "o", "gate_proj": "gate_up",
@@ -341,9 +296,7 @@ _ACTIVE_EXPERTS = ("num_experts_per_tok", "top_k_experts")
 
 
 def module_shape(model: Any) -> TextShape:
-    """Return the shape of a built language model.
-
-    Its parameters are exact for any family.
+    """Return the shape of a built language model, whose parameters are exact for any family.
 
     The model can be attached. The config defines the attention; in a layer whose matrices do not have
     Llama's names, each matrix is a separate product. Weights outside the layers (Gemma 4's per-layer
@@ -357,12 +310,17 @@ def module_shape(model: Any) -> TextShape:
     own = {id(embedding.weight), *([id(head.weight)] if head is not None else [])}
     attention = layer_heads(config)
     layers: dict[int, tuple[list[LinearShape], int]] = {i: ([], 0) for i in range(len(attention))}
+    normed = [-2 * hidden] * len(attention)  # without the norms before attention and MLP
     active = next((int(n) for key in _ACTIVE_EXPERTS if (n := getattr(config, key, None))), 1)
     for name, module in base_modules(model):
         index = next((int(part) for part in name.split(".") if part.isdigit()), 0)
         index = index if index in layers else 0
         linears, small = layers[index]
         leaf = name.split(f".{index}.", 1)[-1]
+        if "Norm" in type(module).__name__ and leaf != name:
+            heads, kv, dim = attention[index]
+            of_heads = {"self_attn.q_norm": heads * dim, "self_attn.k_norm": kv * dim}
+            normed[index] += of_heads.get(leaf, sum(p.numel() for p in module.parameters(recurse=False)))
         fused = set(expert_parameters(module))
         sizes: Any = module
         for key, parameter in module.named_parameters(recurse=False):
@@ -370,6 +328,9 @@ def module_shape(model: Any) -> TextShape:
                 continue
             if key in fused:
                 times, a, b = (int(n) for n in parameter.shape)
+                # the hidden size is the input, of down the output; families store either first
+                if ("down" in key) == (a == hidden):
+                    a, b = b, a
                 linears.append(LinearShape(f"{leaf}.{key}", a, b, f"experts.{key}", times, min(active, times)))
             elif key == "weight" and hasattr(module, "in_features"):
                 product = _PRODUCTS.get(leaf.rpartition(".")[2], leaf)
@@ -383,7 +344,9 @@ def module_shape(model: Any) -> TextShape:
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or [""] * len(attention)
     built = tuple(
-        LayerShape(tuple(linears), small, *attention[i], window=None if kinds[i] == "full_attention" else window)
+        LayerShape(
+            tuple(linears), small, *attention[i], max(0, normed[i]), None if kinds[i] == "full_attention" else window
+        )
         for i, (linears, small) in layers.items()
     )
     tied = head is None or head.weight is embedding.weight

@@ -17,11 +17,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from veneer.errors import ConfigError, nearest, quoted
+from veneer.errors import ConfigError, counted, nearest, quoted
 from veneer.models.config import read_config_json
+from veneer.models.device import thread_count
 from veneer.models.home import veneer_home
+
+if TYPE_CHECKING:
+    import torch
 
 _MIB = 1 << 20
 
@@ -182,6 +186,27 @@ def device_of_card(name: str, memory: int) -> Device:
     near = [device_named(n) for n in gpu_names() if n.split("-")[0] in name.lower()]
     same = [row for row in near if abs(row.memory - memory) < 0.1 * memory]
     return same[0] if same else Device(name, "cuda", memory, 100e12, 800e9, name)
+
+
+def cpu_device() -> Device:
+    """Return this machine's CPU; its rates are those of the machine's profile (plan/time.py)."""
+    import psutil
+
+    cores = thread_count()
+    total = int(psutil.virtual_memory().total)
+    group = Path("/sys/fs/cgroup/memory.max")
+    limit = group.read_text(encoding="utf-8").strip() if group.is_file() else ""
+    total = min(total, int(limit)) if limit.isdigit() else total
+    return Device("cpu", "cpu", total, cores * 1e12, 20e9, f"this CPU, {counted(cores, 'thread')}")
+
+
+def device_here(where: torch.device) -> Device:
+    """Return the device that torch computes on: a GPU, or this machine's CPU."""
+    import torch
+
+    if where.type == "cuda":
+        return device_of_card(torch.cuda.get_device_name(where), int(torch.cuda.mem_get_info(where)[1]))
+    return cpu_device()
 
 
 def _key(name: str) -> str:

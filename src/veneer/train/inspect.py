@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from veneer.errors import DataError, counted
-from veneer.plan.plan import Plan
-from veneer.plan.tables import Device
+from veneer.plan.tables import Device, cpu_device
 from veneer.train.config.image import ImageTrainConfig
 from veneer.train.config.load import RunConfig
 from veneer.train.config.reinforcement import PROMPT_FORMATS
@@ -115,8 +114,6 @@ def inspect_run(
     `RunSubject`'s. Raises no errors of its own: see `Report.raise_if_stopped`."""
     if base is None:
         if device is None:
-            from veneer.plan.calibration import cpu_device
-
             device = cpu_device()
         inspect = _inspect_images if isinstance(config, ImageTrainConfig) else _inspect_text
         try:
@@ -150,7 +147,7 @@ def _inspect_text(config: TrainConfig, device: Device, rows: int) -> Report:
     steps = math.ceil(plan.job.rows / plan.job.batch)
     subject = RunSubject(base=None, config=config, steps_per_epoch=steps)
     report.add(*(finding for finding in learning_rate(subject) if finding.level != "ok"))
-    report.guesses += _guesses(config, plan, whole, total, looked)
+    report.guesses += _guesses(config, whole, total, looked)
     return report
 
 
@@ -159,20 +156,14 @@ def _of_the_first(finding: Finding, looked: int) -> Finding:
     return replace(finding, text=f"of the first {counted(looked, 'row')}: {finding.text}")
 
 
-def _guesses(config: TrainConfig, plan: Plan, whole: bool, total: int | None, looked: int) -> Iterator[str]:
+def _guesses(config: TrainConfig, whole: bool, total: int | None, looked: int) -> Iterator[str]:
     if not whole:
         of = "all of them" if total is None else f"{total:,}"
         yield f"looked at the first {counted(looked, 'row')} of {of}, and the rest is taken to be like them"
-    yield from _guessed_rates(plan)
     if config.adapter.start is not None:
         yield f"the adapter's size, which is that of {config.adapter.start}"
     if config.drawn is not None:
         yield "answers are taken to be as long as they may become"
-
-
-def _guessed_rates(plan: Plan) -> Iterator[str]:
-    if not plan.rates.measured:
-        yield "the time, since this machine is not calibrated (`veneer plan --calibrate`)"
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------
@@ -351,7 +342,7 @@ def _table(own: str, stamp: tuple[tuple[str, int, int], ...], most: int) -> _Tab
 
 def _inspect_images(config: ImageTrainConfig, device: Device, rows: int) -> Report:
     plan = plan_of_config(config, device)
-    report = Report(plan=plan, looked=0, guesses=list(_guessed_rates(plan)))
+    report = Report(plan=plan, looked=0)
     if config.slider.wanted:
         return report
     report.rows = plan.job.rows

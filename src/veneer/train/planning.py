@@ -21,7 +21,6 @@ from veneer.ops.step_sizes import MICRO_TOKENS
 from veneer.plan.fit import fitting_micro_tokens, left_beside_base, usable_memory
 from veneer.plan.image import ImageLoad
 from veneer.plan.memory import CPU_LATER, FITS, Load, weight_bytes
-from veneer.plan.pairs import PairForm
 from veneer.plan.plan import (
     Draws,
     GroupPlan,
@@ -34,8 +33,9 @@ from veneer.plan.plan import (
     with_teacher,
 )
 from veneer.plan.serving import Traffic
-from veneer.plan.shape import TextShape, model_shape, pair_parameters, text_shape
-from veneer.plan.tables import Device, base_config
+from veneer.plan.shape import PairForm, TextShape, model_shape, pair_parameters, text_shape
+from veneer.plan.tables import Device, base_config, device_here
+from veneer.plan.time import rates_of
 from veneer.train.config.checks import check_group
 from veneer.train.config.reinforcement import PROMPT_FORMATS
 from veneer.train.config.text import TrainConfig
@@ -99,8 +99,6 @@ def micro_tokens_of_run(config: TrainConfig, base: Any, free: int | None) -> int
     where = computes_on(base)
     if where.type != "cuda":
         return MICRO_TOKENS
-    from veneer.plan.calibration import device_here
-
     shape = model_shape(base.model)
     device = device_here(where)
     dtype = str(base.dtype).removeprefix("torch.")
@@ -135,7 +133,6 @@ def plan_of_run(
 
     `items`: the contents of a step. `trainable`: parameters. `held_out`: rows. `room`: free bytes, besides
     the memory in use."""
-    from veneer.plan.calibration import device_here, rates_here
 
     drawing, config, items = config, _of_answers(config), [*items] * _answers_each(config)
     lengths = [item.tokens for item in items]
@@ -155,7 +152,7 @@ def plan_of_run(
         whole=max(0, trainable - pairs),
     )
     job = _job(config, len(items), tokens / max(1, len(items)), held_out)
-    rates, process = rates_here(device, dtype), None
+    rates, process = rates_of(device, dtype), None
     if device.kind == "cpu":  # libraries and rows are in memory already: their size is known
         weights = sum(weight_bytes(shape, dtype, load.quantize))
         weights -= sum(unread_bytes(weight) for weight in base.model.parameters() if not isinstance(weight, Quantized))
@@ -282,14 +279,16 @@ def plan_of_config(
     tokens_per_row: float | None = None,
     longest: int | None = None,
     trained: float = 1.0,
+    before: int | None = None,
     traffic: Traffic | None = None,
 ) -> Plan:
     """Return the plan of a configuration whose base need not be downloaded.
 
-    Missing arguments are counted in the data's files, with four characters per token. Raises ConfigError for
+    Missing arguments are counted in the data's files, with four characters per token. before: source images
+    per image, for `rows` images. Raises ConfigError for
     a base whose config cannot be found, DataError for missing data that must be counted."""
     if not isinstance(config, TrainConfig):
-        return _plan_of_pictures(config, base_fields(config.base.name), device, rows)
+        return _plan_of_pictures(config, base_fields(config.base.name), device, rows, before or 0)
     return _plan_of_text(config, device, rows, tokens_per_row, longest, trained, traffic)
 
 
@@ -302,8 +301,6 @@ def _plan_of_text(
     trained: float = 1.0,
     traffic: Traffic | None = None,
 ) -> Plan:
-    from veneer.plan.calibration import rates_here
-
     shape = text_shape(base_fields(config.base.name), config.base.name)
     dtype = _planned_dtype(config)
     config = _with_planned_tokens(config, shape, device)
@@ -323,7 +320,7 @@ def _plan_of_text(
         most, each = drawing.drawn.max_tokens, drawing.drawn.group
         lengths, rows, mean = [n + most for n in lengths] * each, rows * each, mean + most
     lengths = [min(n, config.data.max_length) for n in lengths]
-    rates = rates_here(device, dtype)
+    rates = rates_of(device, dtype)
     load = load_of(config, lengths, trained=trained, dtype=dtype, checkpointing=config.memory.recomputing == "on")
     job, teacher = _job(config, rows, mean, 0), _teacher(config, shape, dtype)
     draws = _draws(drawing, job, max(lengths, default=1))
@@ -375,11 +372,12 @@ def _with_planned_tokens(config: TrainConfig, shape: TextShape, device: Device) 
     return with_micro_tokens(config, _micro_tokens_of(config, shape, device, room, dtype, quantize))
 
 
-def _plan_of_pictures(config: ImageTrainConfig, found: Mapping[str, Any], device: Device, rows: int | None) -> Plan:
-    from veneer.plan.calibration import rates_here
+def _plan_of_pictures(
+    config: ImageTrainConfig, found: Mapping[str, Any], device: Device, rows: int | None, before: int
+) -> Plan:
     from veneer.train.image.pictures import count_pictures
 
-    before, signs = len(config.data.before_folders), 1
+    before, signs = before or len(config.data.before_folders), 1
     bare: float = 0 if config.loss.keep_guidance is None else 2
     notes: tuple[str, ...] = ()
     if config.slider.wanted:
@@ -396,8 +394,7 @@ def _plan_of_pictures(config: ImageTrainConfig, found: Mapping[str, Any], device
     asked = config.data.resolution or int(found.get("picture", 1024))
     side = asked if isinstance(asked, int) else max(asked)
     dtype = config.base.dtype if config.base.dtype != "auto" else "bfloat16"
-    rates = rates_here(device, dtype)
-    words = config.adapter.targets if isinstance(config.adapter.targets, str) else "attention"
+    rates = rates_of(device, dtype)
     load = ImageLoad(
         at_once,
         side,
@@ -407,7 +404,7 @@ def _plan_of_pictures(config: ImageTrainConfig, found: Mapping[str, Any], device
         dtype=dtype,
         quantize=config.base.quantize,
         checkpointing=config.memory.activation_checkpointing == "on" or config.memory.offload_blocks > 0,
-        targets=words,
+        targets=config.adapter.targets,
         bare=bare,
         before=before,
         form=PairForm.of(config.adapter.spec()),
@@ -425,7 +422,7 @@ def base_fields(name: str) -> dict[str, Any]:
     from veneer.models.home import bases_home
 
     for place in (packaged_place(), bases_home()):
-        if name and (place / name).is_dir():
+        if name.strip("./") and (place / name).is_dir():
             return base_config(str(place / name))
     return base_config(name)
 

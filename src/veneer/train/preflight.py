@@ -25,8 +25,8 @@ from veneer.core.adapter import LoraSpec
 from veneer.core.targets import Target, base_modules, full_modules, target_matches, token_embeddings
 from veneer.errors import PreflightError, counted, gigabytes
 from veneer.models.device import free_on_gpu
-from veneer.plan.pairs import PairForm
 from veneer.plan.plan import Plan
+from veneer.plan.shape import PairForm
 from veneer.train.config.load import RunConfig
 from veneer.train.config.section import HOW_ASKED
 from veneer.train.config.text import TrainConfig
@@ -454,6 +454,6 @@ def _pair_parameters(module: nn.Module, target: Target, spec: LoraSpec) -> int:
     form = PairForm.of(spec)
     if target.kind == "experts":
         experts, *matrix = getattr(module, target.parameter or "").shape
-        return int(experts) * form.beside(tuple(matrix), rank).parameters
+        return int(experts) * form.costs(tuple(matrix), rank).parameters
     shape = _shape_of(module)
-    return form.beside(shape, rank).parameters + spec.dora * int(shape[0])
+    return form.costs(shape, rank).parameters + spec.dora * int(shape[0])

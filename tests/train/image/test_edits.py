@@ -23,7 +23,7 @@ from veneer.formats.read import read
 from veneer.models.image.base import ImageBase, load_image
 from veneer.models.image.generate import ImageRow, MixPlan, PictureSettings, generate_images
 from veneer.models.image.predict import encode_pictures
-from veneer.plan.image import image_counts
+from veneer.plan.image import ImageLoad, image_counts
 from veneer.plan.tables import base_config
 from veneer.train.config.load import ImageTrainConfig, config_from
 from veneer.train.events import Event, Note
@@ -269,8 +269,8 @@ def test_bad_pairs_and_bases_stop_the_run(shared: Path, pairs: Path, kontext: Im
 
 def test_the_plan_counts_the_tokens_of_what_is_before() -> None:
     config = base_config("flux.1-dev")
-    alone, pair = (image_counts(config, height=512, width=512, targets="attention+ff", before=n) for n in (0, 1))
-    wide = image_counts(config, height=512, width=1024, targets="attention+ff")
+    alone, pair = (image_counts(config, ImageLoad(1, 512, 512, targets="attention+ff", before=n)) for n in (0, 1))
+    wide = image_counts(config, ImageLoad(1, 512, 1024, targets="attention+ff"))
     assert (pair.parameters, pair.trainable) == (alone.parameters, alone.trainable)
     assert pair.kept == wide.kept > 1.5 * alone.kept  # as of one picture twice as wide
     assert pair.forward == wide.forward > 1.5 * alone.forward

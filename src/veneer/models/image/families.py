@@ -232,3 +232,19 @@ def family_label(name: str) -> str:
 def same_family(adapter: str, base: str) -> bool:
     """Return whether an adapter's family matches a base's; SD3's two sizes match."""
     return adapter.removesuffix("-large") == base.removesuffix("-large")
+
+
+_BLOCK = r"re:.*(transformer_blocks|layers|\w+_refiner)\.\d+\."
+_ATTENTION = r"attn\w*|attention"
+_FEED_FORWARD = rf"({_ATTENTION}|ff\w*|feed_forward|img_mlp|txt_mlp|proj_mlp|proj_out)(\..*)?"
+_CONV = r".*(resnets\.\d+\.conv\d|samplers\.0\.conv|\bconv_in|\bconv_out)"
+TARGET_WORDS: dict[str, str] = {
+    "attention": rf"{_BLOCK}({_ATTENTION})\..*",
+    "attention+ff": _BLOCK + _FEED_FORWARD,
+    "attention+ff+conv": f"{_BLOCK}{_FEED_FORWARD}|{_CONV}",
+}
+"""Words for `adapter.targets` -> the modules that they select in a denoiser.
+
+They are inside the transformer blocks of a UNet, of FLUX, SD3, Qwen-Image and Z-Image (including its
+refiners): the attention's projections; also the feed-forward's; also the 3 × 3 convolutions of a UNet (LoCon,
+arXiv 2309.14859)."""

@@ -78,6 +78,17 @@ def require_diffusers() -> None:
         raise MissingExtraError("image bases need diffusers", fix="pip install 'veneer[image]'") from error
 
 
+def meta_denoiser(classname: str, config: Mapping[str, Any]) -> Any:
+    """Build a denoiser of diffusers from its config's fields on the meta device.
+
+    Raises MissingExtraError without diffusers, and what diffusers raises."""
+    require_diffusers()
+    import diffusers
+
+    with loading(), torch.device("meta"):
+        return getattr(diffusers, classname).from_config(config)
+
+
 # -- a directory -----------------------------------------------------------------------------------------------------
 
 

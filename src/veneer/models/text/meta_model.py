@@ -6,6 +6,7 @@ groups = tied_weights(folder)                                        parameters 
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,3 +95,21 @@ def tied_weights(folder: Path) -> list[list[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
     return [names for names in groups.values() if len(names) > 1]
+
+
+def text_families() -> Collection[str]:
+    """Return transformers' model_type of every causal language model."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
+
+
+def meta_text(fields: Mapping[str, Any]) -> Any:
+    """Build the causal language model of a config.json's fields on the meta device.
+
+    Raises what transformers raises."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    own = dict(fields)
+    with loading(), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(CONFIG_MAPPING[own.pop("model_type")](**own))

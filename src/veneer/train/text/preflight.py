@@ -49,11 +49,6 @@ from veneer.train.text.rows import leakage
 _SAMPLED = 200  # rows whose prompts are tokenized again; templates fail for all rows or for none
 _FEW_PROMPTS = 8
 """Fewer prompts than this cause a warning, even if a step takes fewer."""
-_GUESSED = (
-    "elsewhere such guesses were right within a tenth of the peak, and runs took 1.2 to 3.3 times as long "
-    "(docs/how-to/plan.md)"
-)
-"""Error of the plans of benchmarks/plan.py without calibration of the machine."""
 
 
 @dataclass(kw_only=True)
@@ -601,10 +596,6 @@ def _predicted(plan: Plan, packs: int) -> Iterator[Finding]:
         return
     takes = f"{rough_duration(plan.seconds)} of training ({plan.rates.source})"
     text = f"plan: a peak of {gigabytes(plan.memory.peak + packs)}, {takes}"
-    if not plan.rates.measured:
-        text += "; not calibrated here"
-        if plan.device.kind == "cpu":
-            text += f": {_GUESSED}"
     yield Finding("ok", "plan", text)
 
 
