@@ -9,9 +9,8 @@ used. Components that generation does not need (safety checker, feature extracto
 access.
 
 A file of original weights has no configs: they come from `config`, or from the hub cache of the repository
-that diffusers uses for this kind of file. Names go through diffusers' converters, except FLUX.1's denoiser,
-because diffusers' converter only knows the width 3072. For FLUX.2 and Qwen-Image, the file provides only the
-denoiser.
+that diffusers uses for this kind of file. Names go through diffusers' converters. For FLUX.2 and Qwen-Image,
+the file provides only the denoiser.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from veneer.errors import BaseError, MissingExtraError, bullets, first_few, lacks_memory
+from veneer.errors import BaseError, MissingExtraError, first_few, lacks_memory
 from veneer.files.weights import COMPONENT_STEMS, StoredTensor, component_files, file_table, stored_dtype
 from veneer.models.architecture import usual_fields
 from veneer.models.compat_diffusers import DIFFUSERS
@@ -405,31 +404,29 @@ def read_single_file(
     table = file_table([path])
     if any(t.name.endswith(_OF_ADAPTERS) for t in table):
         raise BaseError("this is an adapter, not a base", where=str(path), fix=f"name its base, and --adapter {path}")
-    folder = _configs_for(path, config, table)
-    index = read_index(folder)
-    classes = component_classes(index, folder)
-    family = family_of_directory(folder, classes)
     if quantize:
         raise BaseError(
             "a single-file base cannot be quantized while it is read", where=str(path), fix="save it as a directory"
         )
-    held = components_in(table)
-    if held and family.denoiser not in held:
-        raise BaseError(f"this file holds no {family.denoiser}: {', '.join(sorted(held))}", where=str(path))
+    folder = _configs_for(path, config, table)
+    index = read_index(folder)
+    classes = component_classes(index, folder)
+    family = family_of_directory(folder, classes)
+    stored = components_in(table)
+    if stored and family.denoiser not in stored:
+        raise BaseError(f"this file holds no {family.denoiser}: {', '.join(sorted(stored))}", where=str(path))
     pipelines = {**family.pipelines, **_own_pipelines(index)}
     whole = hasattr(getattr(diffusers, pipelines["text"]), "from_single_file")
-    held = (
-        held & set(classes) | {family.denoiser} if whole else {family.denoiser}
-    )  # only the denoiser of the other families
+    # of the other families, diffusers reads only the denoiser from one file
+    stored = stored & set(classes) | {family.denoiser} if whole else {family.denoiser}
     where = choose_device(device)
     kind, reason = choose_dtype(dtype, where, stored_dtype(table))
     check_memory(path, sum(t.elements for t in table) * kind.itemsize, kind, where)
-    given: dict[str, Any] = {}
+    parts: dict[str, Any] = {}
     tables = {"file": table}
     notes = [f"configs come from {folder}"]
-    for name, (library, classname) in classes.items():
-        if name in held:
-            continue
+    for name in [name for name in classes if name not in stored]:
+        library, classname = classes[name]
         if _has_weights(classname):
             try:
                 tables[name], _ = table_of(folder / name)
@@ -439,61 +436,64 @@ def read_single_file(
                     where=str(path),
                     fix=f"config= a directory with the weights of {name}",
                 ) from error
-        given[name], more = _load_component(folder / name, library, classname, kind, where, None, name in tables)
+        parts[name], more = _load_component(folder / name, library, classname, kind, where, None, name in tables)
         notes += [f"{name}: {note}" for note in more]
-    options: dict[str, Any] = {"local_files_only": True, "torch_dtype": kind}
     with loading():
         state = _state_of(path, table, kind)
-        if family.name == "flux1" and _is_flux_original([t.name for t in table]):
-            given[family.denoiser], note = _flux(path, state, _config_of(folder / family.denoiser), kind)
-            notes += note
         try:
-            if not held - given.keys():
-                pass
-            elif whole:
-                read = DIFFUSERS("diffusers.loaders.single_file.load_single_file_sub_model")
-                for name in sorted(held - given.keys()):
-                    library, classname = classes[name]
-                    given[name] = read(
-                        library_name=library,
-                        class_name=classname,
-                        name=name,
-                        checkpoint=state,
-                        pipelines=None,
-                        is_pipeline_module=False,
-                        cached_model_config_path=str(folder),
-                        **options,
-                    )
-            else:
-                cls = getattr(diffusers, classes[family.denoiser][1])
-                given[family.denoiser] = _denoiser_of(state, cls, family.denoiser, {"config": str(folder), **options})
+            for name in sorted(stored):
+                parts[name] = _read_part(name, *classes[name], state, folder, kind, whole)
         except Exception as error:
-            said = " ".join(str(error).split())[:300]
-            if "meta tensor" in said:  # no tensor of the file fills this parameter
-                said = "some of its weights are not in the file"
+            message = " ".join(str(error).split())[:300]
+            if "meta tensor" in message:  # no tensor of the file fills this parameter
+                message = "some of its weights are not in the file"
             raise BaseError(
-                f"diffusers cannot read this file as {family.label}: {said}",
+                f"diffusers cannot read this file as {family.label}: {message}",
                 where=str(path),
                 fix="config= a diffusers directory of the same kind of model",
             ) from error
     del state
-    parts = {name: given[name] for name in classes}
+    parts = {name: parts[name] for name in classes}
     for part in parts.values():
         if isinstance(part, nn.Module):
             part.to(where)
-    if family.name == "flux1":
-        _check_widths(path, parts)
     with errors_only():
-        unused = _unused(table, {name: parts[name] for name in held})
-    others = _of_others(unused, held)
+        unused = _unused(table, {name: parts[name] for name in stored})
+    others = _of_others(unused, stored)
     check_left_out(path, [name for name in unused if name not in others], _HARMLESS)
     if unused:
-        shown = first_few(unused, 6)
-        notes.append(f"{len(unused)} of the file's {len(table)} tensors have no place and are left out: {shown}")
+        names = first_few(unused, 6)
+        notes.append(f"{len(unused)} of the file's {len(table)} tensors have no place and are left out: {names}")
     _check_prediction(path, unused, parts["scheduler"])
     fields = {n: _fields_of(p) for n, p in parts.items() if isinstance(p, nn.Module)}
     digest = fingerprint_parts({"file": (fields, table), **{n: ({}, t) for n, t in tables.items() if n != "file"}})
     return LoadedParts(family, parts, digest, kind, reason, where, notes, _own_pipelines(index), _flags_of(index))
+
+
+def _read_part(
+    name: str, library: str, classname: str, state: dict[str, Tensor], folder: Path, dtype: torch.dtype, whole: bool
+) -> Any:
+    """Build a component from a file's tensors, with diffusers' converters and the configs in `folder`.
+
+    `whole`: whether diffusers has a single-file pipeline for the family."""
+    if whole:
+        read = DIFFUSERS("diffusers.loaders.single_file.load_single_file_sub_model")
+        return read(
+            library_name=library,
+            class_name=classname,
+            name=name,
+            checkpoint=state,
+            pipelines=None,
+            is_pipeline_module=False,
+            cached_model_config_path=str(folder),
+            local_files_only=True,
+            torch_dtype=dtype,
+        )
+    import diffusers
+
+    plain = {n.removeprefix("model.diffusion_model."): tensor for n, tensor in state.items()}
+    options = {"config": str(folder), "subfolder": name, "local_files_only": True, "torch_dtype": dtype}
+    return getattr(diffusers, classname).from_single_file(plain, **options)
 
 
 def _state_of(path: Path, table: list[StoredTensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -507,45 +507,6 @@ def _state_of(path: Path, table: list[StoredTensor], dtype: torch.dtype) -> dict
         return plain
     state = {name: lazy[...] for name, lazy in lazy_state(table).items()}
     return {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
-
-
-def _denoiser_of(state: Mapping[str, Tensor], cls: Any, name: str, options: Mapping[str, Any]) -> Any:
-    """Load the denoiser from one file for a family without a single-file pipeline.
-
-    diffusers reads only the denoiser of these families from one file."""
-    plain = {n.removeprefix("model.diffusion_model."): tensor for n, tensor in state.items()}
-    return cls.from_single_file(plain, subfolder=name, **options)
-
-
-def _flux(
-    path: Path, state: Mapping[str, Tensor], config: Mapping[str, Any], dtype: torch.dtype
-) -> tuple[Any, list[str]]:
-    """Return FLUX.1's denoiser, sized by the file, and notes on config differences."""
-    made = _flux_model(state, config, dtype, str(path))
-    other = [
-        f"{key} is {made.config[key]} ({config[key]} there)"
-        for key in sorted(config.keys() & made.config.keys())
-        if not key.startswith("_") and _plain(made.config[key]) != _plain(config[key])
-    ]
-    return made, [f"transformer: its shapes are not those of its configs: {', '.join(other)}"] if other else []
-
-
-def _check_widths(path: Path, parts: Mapping[str, Any]) -> None:
-    """Raise BaseError if FLUX.1's denoiser does not fit the text encoders or the VAE."""
-    denoiser = parts["transformer"].config
-    wanted = {
-        "text_encoder": ("hidden_size", denoiser.pooled_projection_dim),
-        "text_encoder_2": ("d_model", denoiser.joint_attention_dim),
-        "vae": ("latent_channels", (denoiser.out_channels or denoiser.in_channels) // 4),
-    }
-    bad = [
-        f"{name} has {what} {getattr(parts[name].config, what)}, the denoiser wants {wants}"
-        for name, (what, wants) in wanted.items()
-        if parts.get(name) is not None and getattr(parts[name].config, what) != wants
-    ]
-    if bad:
-        fix = "config= a diffusers directory of the same kind of model"
-        raise BaseError(f"this file does not go with its directory: {'; '.join(bad)}", where=str(path), fix=fix)
 
 
 _HELD = {
@@ -604,7 +565,7 @@ def _configs_for(path: Path, config: str | Path | None, table: list[StoredTensor
 
 _CLIP = ("text_encoders.clip_l.transformer.", "text_encoders.clip_g.transformer.")
 _BARE = ("Flux2Transformer2DModel", "QwenImageTransformer2DModel")
-"""Classes whose prefix `_denoiser_of` removes."""
+"""Classes whose prefix `_read_part` removes."""
 _OPEN_CLIP = ("cond_stage_model.model.", "conditioner.embedders.0.model.", "conditioner.embedders.1.model.")
 
 
@@ -685,8 +646,6 @@ def _converters(part: nn.Module) -> list[_Converter]:
     For text encoders this is all of them; their prefixes separate them."""
     known = DIFFUSERS("diffusers.loaders.single_file_model.SINGLE_FILE_LOADABLE_CLASSES")
     kind = type(part).__name__
-    if kind == "FluxTransformer2DModel":
-        return [_flux_state]
     if kind in known:
         convert = known[kind]["checkpoint_mapping_fn"]
         prefix = "model.diffusion_model." if kind in _BARE else ""
@@ -705,142 +664,3 @@ def _converters(part: nn.Module) -> list[_Converter]:
         *(lambda state, p=p: ldm(state, p) for p in _CLIP),
         *(lambda state, p=p: open_clip(part, state, p) for p in _OPEN_CLIP),
     ]
-
-
-# -- FLUX.1's denoiser of original names -------------------------------------------------------------------------------
-
-#     double_blocks.0.img_attn.qkv.weight (3w, w)   ->  transformer_blocks.0.attn.to_q.weight, to_k, to_v (w, w)
-#     single_blocks.0.linear1.weight (7w, w)        ->  single_transformer_blocks.0.attn.to_q …, proj_mlp (4w, w)
-#
-# Shapes determine everything except how rotary positions split a head: the split is taken from the given
-# config if its heads have the same width, else from FLUX.1's proportions.
-
-_FLUX_PREFIX = "model.diffusion_model."
-_FLUX_WHOLE = {
-    "img_in": "x_embedder",
-    "txt_in": "context_embedder",
-    **{
-        f"{theirs}_in.{end}_layer": f"time_text_embed.{ours}_embedder.linear_{i}"
-        for theirs, ours in (("time", "timestep"), ("vector", "text"), ("guidance", "guidance"))
-        for i, end in ((1, "in"), (2, "out"))
-    },
-    "final_layer.linear": "proj_out",
-    "final_layer.adaLN_modulation.1": "norm_out.linear",
-}
-_FLUX_DOUBLE = {
-    "img_mod.lin": ("norm1.linear",), "txt_mod.lin": ("norm1_context.linear",),
-    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "img_attn.norm.query_norm": ("attn.norm_q",), "img_attn.norm.key_norm": ("attn.norm_k",),
-    "txt_attn.norm.query_norm": ("attn.norm_added_q",), "txt_attn.norm.key_norm": ("attn.norm_added_k",),
-    "img_attn.proj": ("attn.to_out.0",), "txt_attn.proj": ("attn.to_add_out",), "img_mlp.0": ("ff.net.0.proj",),
-    "img_mlp.2": ("ff.net.2",), "txt_mlp.0": ("ff_context.net.0.proj",), "txt_mlp.2": ("ff_context.net.2",),
-}  # fmt: skip
-_FLUX_SINGLE = {
-    "modulation.lin": ("norm.linear",),
-    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
-    "linear2": ("proj_out",),
-    "norm.query_norm": ("attn.norm_q",),
-    "norm.key_norm": ("attn.norm_k",),
-}
-_FLUX_BLOCKS = {"double": ("transformer_blocks", _FLUX_DOUBLE), "single": ("single_transformer_blocks", _FLUX_SINGLE)}
-_FLUX_NAME = re.compile(
-    r"(?:(?P<kind>double|single)_blocks\.(?P<block>\d+)\.)?(?P<module>.+)\.(?P<end>weight|bias|scale)"
-)
-
-
-def _is_flux_original(names: list[str]) -> bool:
-    """Return whether a FLUX.1 file has the original names, not diffusers'."""
-    return any(name.removeprefix(_FLUX_PREFIX).startswith("double_blocks.") for name in names)
-
-
-def flux_config(shapes: Mapping[str, tuple[int, ...]], own: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """Return a FluxTransformer2DModel config for these shapes.
-
-    `own`: a config as diffusers saves it, for fields that no shape determines. Raises BaseError if a tensor
-    that determines a field is missing, or if the shapes are not FLUX.1's."""
-    shapes = {name.removeprefix(_FLUX_PREFIX): tuple(shape) for name, shape in shapes.items()}
-    head_name = "double_blocks.0.img_attn.norm.query_norm.scale"
-    wanted = ("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight", "final_layer.linear.weight")
-    if missing := [n for n in (*wanted, head_name) if len(shapes.get(n, ())) != (1 if n == head_name else 2)]:
-        raise BaseError(f"some of its weights are not in the file: {', '.join(missing)}", where=where)
-    (width, channels), (head,) = shapes["img_in.weight"], shapes[head_name]
-    if width % head:
-        raise BaseError(f"its width {width} is not a multiple of its heads' {head}: this is not FLUX.1", where=where)
-    axes = tuple(own.get("axes_dims_rope") or ())
-    if sum(axes) != head:
-        if head % 32:
-            raise BaseError(
-                f"its heads are {head} wide, and the config divides positions over {sum(axes)}: {axes}",
-                where=where,
-                fix="config= a diffusers directory whose transformer has axes_dims_rope of that sum",
-            )
-        axes = (head // 8, head * 7 // 16, head * 7 // 16)  # FLUX.1's 16, 56, 56 of 128
-    out = shapes["final_layer.linear.weight"][0]
-    return {
-        "patch_size": 1,
-        "in_channels": channels,
-        "out_channels": None if out == channels else out,
-        "num_layers": _blocks_of_kind(shapes, "double"),
-        "num_single_layers": _blocks_of_kind(shapes, "single"),
-        "attention_head_dim": head,
-        "num_attention_heads": width // head,
-        "joint_attention_dim": shapes["txt_in.weight"][1],
-        "pooled_projection_dim": shapes["vector_in.in_layer.weight"][1],
-        "guidance_embeds": "guidance_in.in_layer.weight" in shapes,
-        "axes_dims_rope": axes,
-    }
-
-
-def _blocks_of_kind(shapes: Mapping[str, Any], kind: str) -> int:
-    found = {int(m["block"]) for name in shapes if (m := _FLUX_NAME.fullmatch(name)) and m["kind"] == kind}
-    return max(found, default=-1) + 1  # a missing block is then reported by name
-
-
-def _flux_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of a FLUX.1 denoiser under diffusers' names.
-
-    Fused projections are split, and the halves of the last modulation change from (shift, scale) to (scale,
-    shift)."""
-    out: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        found = _FLUX_NAME.fullmatch(name.removeprefix(_FLUX_PREFIX))
-        if found is None or (found["end"] == "scale") != ("_norm" in found["module"]):
-            continue  # a norm has only a scale; other modules have weight and bias
-        end = found["end"].replace("scale", "weight")
-        if found["kind"] is None:
-            if found["module"] in _FLUX_WHOLE:
-                halves = tensor.chunk(2) if "adaLN" in found["module"] else (tensor,)
-                out[f"{_FLUX_WHOLE[found['module']]}.{end}"] = torch.cat(halves[::-1])
-            continue
-        blocks, modules = _FLUX_BLOCKS[found["kind"]]
-        if parts := modules.get(found["module"]):
-            # q, k and v have one size; in a single block the MLP follows, four times as wide
-            rows = [len(tensor) // (7 if len(parts) == 4 else len(parts))] * (len(parts) - 1)
-            for part, piece in zip(parts, tensor.split([*rows, len(tensor) - sum(rows)]), strict=True):
-                out[f"{blocks}.{found['block']}.{part}.{end}"] = piece
-    return out
-
-
-def _flux_model(tensors: Mapping[str, Tensor], own: Mapping[str, Any], dtype: torch.dtype, where: str = "") -> Any:
-    """Build the denoiser of a file.
-
-    Raises BaseError with every missing name and wrong shape."""
-    import diffusers
-
-    config = flux_config({name: tuple(tensor.shape) for name, tensor in tensors.items()}, own, where)
-    with torch.device("meta"):
-        model = diffusers.FluxTransformer2DModel(**config)
-    state, want = _flux_state(tensors), model.state_dict()
-    bad = [f"missing: {name}" for name in want if name not in state]
-    bad += [
-        f"misshapen: {name} {tuple(state[name].shape)}, by the others {tuple(t.shape)}"
-        for name, t in want.items()
-        if name in state and state[name].shape != t.shape
-    ]
-    if bad:
-        shown = bullets(bad)
-        raise BaseError(f"some of its weights are not in the file ({len(bad)} faults):\n{shown}", where=where)
-    # Copy: parts of a fused projection share its memory, and all tensors share the file's.
-    model.load_state_dict({name: state[name].to(dtype, copy=True) for name in want}, assign=True)
-    return model.eval()
