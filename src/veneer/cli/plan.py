@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -127,8 +127,8 @@ def plan(
     settings += ["memory.activation_checkpointing=on"] * checkpointing
     if not files:
         settings = [*_assumed_settings(base, rows, longest or tokens_per_row), *settings]
-    given = {"rows": rows, "tokens_per_row": tokens_per_row, "longest": longest, "trained": trained}
-    configs = [load_config(file, settings)[0] for file in files or [None]]
+    given: dict[str, Any] = {"rows": rows, "tokens_per_row": tokens_per_row, "longest": longest, "trained": trained}
+    configs = [load_config(file or None, settings)[0] for file in files or [""]]
     if len(configs) > 1:
         _refuse(context, _SERVED, "of several runs")
         group = plan_of_texts(configs, files, device, [given] * len(files))

@@ -15,9 +15,10 @@ from veneer.core.adapter import Adapter
 from veneer.core.attach import Attachment
 from veneer.errors import AdapterError, counted
 from veneer.plan.render import rough_duration
+from veneer.train.checkpoint import write_atomically
 from veneer.train.events import loss_text, mean_rewards
 from veneer.train.report.log import read_log, size
-from veneer.train.report.page import Page, write_page
+from veneer.train.report.page import Page, render_page
 
 if TYPE_CHECKING:
     from veneer.models.image.base import ImageBase
@@ -143,7 +144,7 @@ def write_report(folder: Path, result: Outcome, parts: ReportParts) -> Path:
         sheets=list(parts.sheets),
     )
     path = folder / "report.html"
-    write_page(path, page)
+    write_atomically(path, render_page(page).encode())
     return path
 
 

@@ -200,9 +200,9 @@ def test_a_teachers_answers_are_rows(
 
 def test_what_cannot_be_meant_is_said(shared: Path, tmp_path: Path) -> None:
     for own, said in (
-        ({}, "without `distillation.teacher`"),
+        ({}, "needs `distillation.teacher`"),
         ({"teacher": "base"}, "what a fresh adapter is already"),
-        ({"teacher": "critic", "base": "other"}, "a teacher as it is"),
+        ({"teacher": "critic", "base": "other"}, "a teacher without adapters"),
     ):
         with pytest.raises(ConfigError, match=said):
             config(shared, tmp_path, distillation=own)

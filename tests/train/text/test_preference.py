@@ -349,7 +349,7 @@ def test_what_is_left_out_and_what_does_not_match_is_said(shared: Path, base: Te
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"preference": {"loss": None, "beta": 0.2}}, "nothing uses `preference.beta`"),
+        ({"preference": {"loss": None, "beta": 0.2}}, "`preference.beta` needs `preference.loss`"),
         ({"preference": {"loss": "dpo", "gamma": 1.0}}, "`preference.gamma` is not used by dpo"),
         ({"preference": {"loss": "kto", "nll": 1.0}}, "`preference.nll` is not used by kto"),
         ({"preference": {"loss": "orpo", "label_smoothing": 0.1}}, "not used by orpo"),

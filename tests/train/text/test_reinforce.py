@@ -133,7 +133,7 @@ def test_what_cannot_be_meant_is_said(shared: Path, base: TextBase, tmp_path: Pa
     for own, said in (
         ({"reinforcement": {"rewards": []}}, "is empty"),
         ({"reinforcement": {"group": 1}}, "nothing to compare"),
-        ({"reinforcement": {"loss": None}}, "without `reinforcement.loss`"),
+        ({"reinforcement": {"loss": None}}, "needs `reinforcement.loss`"),
         ({"adapter": {"rank": 4, "dropout": 0.1}}, "dropout"),
         ({"preference": {"loss": "dpo"}}, "keep one"),
     ):

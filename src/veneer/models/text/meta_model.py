@@ -6,7 +6,7 @@ groups = tied_weights(folder)                                        parameters 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,11 +97,11 @@ def tied_weights(folder: Path) -> list[list[str]]:
     return [names for names in groups.values() if len(names) > 1]
 
 
-def text_families() -> Collection[str]:
+def text_families() -> frozenset[str]:
     """Return transformers' model_type of every causal language model."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
+    return frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def meta_text(fields: Mapping[str, Any]) -> Any:

@@ -20,8 +20,8 @@ def text_problems(config: TrainConfig, given: Collection[str]) -> Iterator[str]:
     if not config.data.files("train"):
         yield "`data.train` is an empty list: name at least one file"
     yield from _held_out(config, "rows")
-    if config.data.split_seed is not None and (config.data.validation is not None or config.data.split == 0):
-        yield "`data.split_seed` chooses the rows that `data.split` holds out, but `data.split` holds out none"
+    if config.data.validation is not None or config.data.split == 0:
+        yield from _unused(config, "data", "`data.split`", "split_seed")
     yield from _batching(config, given)
     yield from _preference(config)
     yield from _reinforcement(config)
@@ -30,8 +30,8 @@ def text_problems(config: TrainConfig, given: Collection[str]) -> Iterator[str]:
     named = [f"`adapter.{key}`" for key in changed_keys(config.adapter) if key not in ("start", "dropout")]
     if config.adapter.start is not None and named:
         yield f"{', '.join(named)} cannot be set beside `adapter.start`, which brings its own"
-    if config.memory.offload_activations and config.memory.activation_checkpointing == "off":
-        yield "`memory.offload_activations` needs recomputing, and `memory.activation_checkpointing` is off"
+    if config.memory.activation_checkpointing == "off":
+        yield from _unused(config, "memory", "`memory.activation_checkpointing`", "offload_activations")
     yield from _run(config)
 
 
@@ -40,51 +40,55 @@ def image_problems(config: ImageTrainConfig, given: Collection[str]) -> Iterator
 
     `given`: the user's keys, without those of a preset."""
     yield from (_slider if config.slider.wanted else _pictures)(config, given)
-    yield from _loss_and_samples(config, given)
-    yield from _memory_and_output(config)
+    yield from _samples_and_output(config)
     yield from _kind(config)
-    if not config.adapter.text_encoders:
-        for key in ("optimizer.text_learning_rate", "adapter.text_targets"):
-            if key in given:
-                yield f"`{key}` needs `adapter.text_encoders`: which of them get pairs"
-    yield from _idle(config, given)
+    data = config.data
+    classes = data.class_folder is not None or data.class_count > 0
+    needs = {
+        "optimizer.text_learning_rate": (bool(config.adapter.text_encoders), "`adapter.text_encoders`"),
+        "adapter.text_targets": (bool(config.adapter.text_encoders), "`adapter.text_encoders`"),
+        "data.class_weight": (classes, "class pictures (`data.class_folder` or `data.class_count`)"),
+        "data.keep_tags": (data.shuffle_tags, "`data.shuffle_tags`"),
+        "data.mask_floor": (data.masks != "off", "`data.masks` other than off"),
+        "data.bucket_ratio": (data.buckets, "`data.buckets`"),
+    }
+    yield from (_does_nothing(key, what) for key, (used, what) in needs.items() if key in given and not used)
     yield from _run(config)
 
 
-_ONE = ("base", "memory")
-"""Sections that must be equal for all adapters trained in one pass."""
-_ONE_RUN = ("wandb", "trackio")
-"""Trackers that support one run per process."""
+def _unused(config: TrainConfig | ImageTrainConfig, section: str, needs: str, *keys: str) -> Iterator[str]:
+    """Yield the changed keys of a section, or those of `keys`, which have no effect without `needs`."""
+    for key in changed_keys(getattr(config, section)):
+        if not keys or key in keys:
+            yield _does_nothing(f"{section}.{key}", needs)
+
+
+def _does_nothing(key: str, needs: str) -> str:
+    return f"`{key}` needs {needs}; without it, it does nothing"
 
 
 def check_group(configs: Sequence[TrainConfig | ImageTrainConfig], names: Sequence[str]) -> None:
-    """Check that configurations can be trained in one pass.
+    """Check that configurations can be trained in one pass: one base and memory, an output each.
 
     Raises ConfigError with the files (`names`) and keys that prevent it."""
-    problems = [f"{n} is for pictures" for c, n in zip(configs, names, strict=True) if isinstance(c, ImageTrainConfig)]
-    if len(configs) > 1:
-        problems += [
-            f"report.trackers: {tracker} in {name} keeps one run a process"
-            for c, name in zip(configs, names, strict=True)
-            for tracker in c.report.trackers
-            if tracker in _ONE_RUN
-        ]
+    problems: list[str] = []
+    folders: dict[str, str] = {}
     first = configs[0].model_dump(mode="json")
-    for config, name in zip(configs[1:], names[1:], strict=True):
+    for config, name in zip(configs, names, strict=True):
+        if isinstance(config, ImageTrainConfig):
+            problems.append(f"{name} is for pictures")
+        elif len(configs) > 1 and config.drawn is not None:
+            problems.append(f"{config.drawn.named}: {name} draws answers, which the others would wait for")
+        if len(configs) > 1:
+            single = [tracker for tracker in config.report.trackers if tracker in ("wandb", "trackio")]
+            problems += [f"report.trackers: {tracker} in {name} keeps one run a process" for tracker in single]
         own = config.model_dump(mode="json")
         problems += [
             f"{section}.{key}: {value!r} in {names[0]}, {own[section].get(key)!r} in {name}"
-            for section in _ONE
+            for section in ("base", "memory")
             for key, value in first[section].items()
             if own[section].get(key) != value
         ]
-    problems += [
-        f"{config.drawn.named}: {name} draws answers, which the others would wait for"
-        for config, name in zip(configs, names, strict=True)
-        if len(configs) > 1 and isinstance(config, TrainConfig) and config.drawn is not None
-    ]
-    folders: dict[str, str] = {}
-    for config, name in zip(configs, names, strict=True):
         folder = config.output.directory
         if folder in folders:
             problems.append(f"output.directory: {folder} in {folders[folder]} and in {name}")
@@ -110,28 +114,24 @@ def _held_out(config: TrainConfig | ImageTrainConfig, what: str) -> Iterator[str
 def _batching(config: TrainConfig, given: Collection[str]) -> Iterator[str]:
     batching, length = config.batching, config.data.max_length
     if batching.mode == "bucket":
-        if batching.tokens is not None:
-            yield "`batching.tokens` is only used with `mode: pack`; with `mode: bucket` a step is `batching.rows` rows"
+        yield from _unused(config, "batching", "`batching.mode: pack`", "tokens")
         return
     if batching.tokens is None:
         yield "`batching.mode: pack` needs `batching.tokens`, the tokens of one step (as 8192)"
     elif batching.tokens < length:
         yield f"`batching.tokens: {batching.tokens}` is less than `data.max_length: {length}`: a row may not fit"
     if "batching.rows" in given:
-        yield "`batching.rows` is only used with `mode: bucket`; with `mode: pack` a step is `batching.tokens` tokens"
+        yield _does_nothing("batching.rows", "`batching.mode: bucket`")
 
 
 def _preference(config: TrainConfig) -> Iterator[str]:
     loss, data = config.preference.loss, config.data
-    changed = changed_keys(config.preference)
     if loss is None:
-        if changed:
-            named = ", ".join(f"`preference.{key}`" for key in changed)
-            yield f"without `preference.loss` (dpo, ipo, orpo, kto or simpo) nothing uses {named}"
+        yield from _unused(config, "preference", "`preference.loss` (dpo, ipo, orpo, kto or simpo)")
         if data.format in preference_formats("kto"):
             yield f"`data.format: {data.format}` needs `preference.loss`, as dpo"
         return
-    for key in changed:
+    for key in changed_keys(config.preference):
         if key != "loss" and loss not in PREFERENCE_KEYS[key]:
             yield f"`preference.{key}` is not used by {loss}; it belongs to {', '.join(PREFERENCE_KEYS[key])}"
     formats = preference_formats(loss)
@@ -147,9 +147,7 @@ def _preference(config: TrainConfig) -> Iterator[str]:
 def _reinforcement(config: TrainConfig) -> Iterator[str]:
     r, data = config.reinforcement, config.data
     if r.loss is None:
-        if changed := changed_keys(r):
-            named = ", ".join(f"`reinforcement.{key}`" for key in changed)
-            yield f"without `reinforcement.loss` (as grpo) nothing uses {named}"
+        yield from _unused(config, "reinforcement", "`reinforcement.loss` (as grpo)")
         if data.format == "prompt" and config.drawn is None:
             yield "`data.format: prompt` has no answers to learn; `reinforcement.loss` draws them"
         return
@@ -157,8 +155,7 @@ def _reinforcement(config: TrainConfig) -> Iterator[str]:
         yield "`reinforcement.loss` and `preference.loss` are two ways to learn: keep one"
     if not r.rewards:
         yield "`reinforcement.rewards` is empty: name at least one, as - {kind: exact_match}"
-    settled = r.settled()
-    if r.group == 1 and settled.baseline in ("group", "others"):
+    if r.group == 1 and r.settled().baseline in ("group", "others"):
         yield (
             f"`reinforcement.group: 1` leaves {r.loss} nothing to compare an answer with: give 2 or more, or "
             "`reinforcement.baseline: batch`"
@@ -168,41 +165,32 @@ def _reinforcement(config: TrainConfig) -> Iterator[str]:
     yield from _drawn(config)
 
 
-_OF_SERVER = (*HOW_ASKED, "most_failed")
-"""Keys of `distillation` for a teacher on a server."""
-
-
 def _distillation(config: TrainConfig) -> Iterator[str]:
     d = config.distillation
     if d.teacher is None:
-        if changed := changed_keys(d):
-            named = ", ".join(f"`distillation.{key}`" for key in changed)
-            yield f"without `distillation.teacher` (an adapter, or base) nothing uses {named}"
+        yield from _unused(config, "distillation", "`distillation.teacher` (an adapter, or base)")
         return
     others = {"reinforcement.loss": config.reinforcement.loss, "preference.loss": config.preference.loss}
     for key in (key for key, loss in others.items() if loss is not None):
         yield f"`distillation.teacher` and `{key}` are two ways to learn: keep one"
     if d.url is None:
-        if asked := ", ".join(f"`distillation.{key}`" for key in changed_keys(d) if key in _OF_SERVER):
-            yield f"{asked} belong to a server: give `distillation.url`"
+        yield from _unused(
+            config, "distillation", "`distillation.url`, a teacher on a server", *HOW_ASKED, "most_failed"
+        )
+        if d.base is not None and d.teacher != BASE_MODEL:
+            yield "`distillation.base` is a teacher without adapters: give `distillation.teacher: base`"
+        if d.teacher == BASE_MODEL and d.base is None and not d.system and config.adapter.start is None:
+            yield (
+                "`distillation.teacher: base` is what a fresh adapter is already: give `distillation.system`, "
+                "`distillation.base`, or `adapter.start`"
+            )
     else:
         if d.base is not None:
             yield "`distillation.base` is in this process, and with `distillation.url` the teacher is on a server"
         if d.divergence == "forward":
             yield "`distillation.divergence: forward` needs the teacher in this process; a server takes `reverse`"
-        if d.temperature != 1:
-            yield (
-                "`distillation.temperature`: with a server reverse KL is measured by the tokens that the student draws "
-                "of its own distribution; leave it at 1"
-            )
-    if d.base is not None and d.url is None and d.teacher != BASE_MODEL:
-        yield "`distillation.base` is a teacher as it is: `distillation.teacher: base`; merge an adapter into it first"
-    alone = d.teacher == BASE_MODEL and d.url is None and d.base is None
-    if alone and not d.system and config.adapter.start is None:
-        yield (
-            "`distillation.teacher: base` is what a fresh adapter is already: give `distillation.system`, "
-            "`distillation.base`, or `adapter.start`"
-        )
+        # reverse KL asks a server about the sampled tokens, which the student samples at temperature 1
+        yield from _unused(config, "distillation", "a teacher without `distillation.url`", "temperature")
     yield from _drawn(config)
 
 
@@ -221,18 +209,14 @@ def _drawn(config: TrainConfig) -> Iterator[str]:
 
 def _kind(config: TrainConfig | ImageTrainConfig) -> Iterator[str]:
     """Check keys that do not apply to LoHa, LoKr or LoRA."""
-    adapter, kind = config.adapter, config.adapter.kind
-    changed = changed_keys(adapter)
+    kind = config.adapter.kind
     if kind != "lokr":
-        of_lokr = [key for key in ("factor", "decompose_both") if key in changed]
-        yield from (f"`adapter.{key}` belongs to `adapter.kind: lokr`" for key in of_lokr)
+        yield from _unused(config, "adapter", "`adapter.kind: lokr`", "factor", "decompose_both")
     if kind == "lora":
         return
-    for key in ("dora", "init", "dropout", "modules_to_save", "token_rows"):
-        if key in changed:
-            yield f"`adapter.{key}` is not for `adapter.kind: {kind}`; leave it out, or train with `kind: lora`"
-    if config.optimizer.loraplus_ratio != 1:
-        yield f"`optimizer.loraplus_ratio` is the rate of B over that of A, which `adapter.kind: {kind}` does not have"
+    of_lora = ("dora", "init", "dropout", "modules_to_save", "token_rows")
+    yield from _unused(config, "adapter", "`adapter.kind: lora`", *of_lora)
+    yield from _unused(config, "optimizer", "A and B, which only `adapter.kind: lora` has", "loraplus_ratio")
     if isinstance(config, ImageTrainConfig) and config.output.layout == "diffusers":
         yield f"`adapter.kind: {kind}` has no place in diffusers' files: set `output.layout` to kohya, or to peft"
 
@@ -247,17 +231,11 @@ def _pictures(config: ImageTrainConfig, given: Collection[str]) -> Iterator[str]
             f"`data.class_count: {data.class_count}` needs `data.class_prompt`, what the class pictures show "
             "(as: a photo of a dog)"
         )
-    if data.class_prompt is not None and data.class_folder is None and not data.class_count:
-        yield (
-            "`data.class_prompt` needs class pictures: `data.class_folder`, or `data.class_count` for the base to draw"
-        )
+    if data.class_folder is None and not data.class_count:
+        yield from _unused(config, "data", "class pictures (`data.class_folder` or `data.class_count`)", "class_prompt")
     for key in type(config.slider).model_fields:
         if f"slider.{key}" in given and key not in ("positive", "negative"):
             yield _does_nothing(f"slider.{key}", "`slider.positive` and `slider.negative`")
-
-
-_OF_SLIDERS = ("resolution", "cache")
-"""Keys of `data` that a slider uses."""
 
 
 def _slider(config: ImageTrainConfig, given: Collection[str]) -> Iterator[str]:
@@ -281,24 +259,20 @@ def _slider(config: ImageTrainConfig, given: Collection[str]) -> Iterator[str]:
             yield f"`slider.strengths`: {error.what}; give {error.fix}"
     if not isinstance(config.data.resolution, int | None):
         yield "`data.resolution` is one number for a slider: the base draws its scenes in that size"
-    own = {f"data.{key}" for key in _OF_SLIDERS}
-    idle = sorted(key for key in given if key.startswith("data.") and key not in own)
-    if idle:
+    of_pictures = {"loss.guidance", "loss.keep_guidance", "evaluation.patience", "preset"}
+    of_pictures |= {key for key in given if key.startswith("data.")} - {"data.resolution", "data.cache"}
+    if idle := sorted(of_pictures & set(given)):
         yield f"{', '.join(f'`{key}`' for key in idle)}: a slider learns from no pictures; leave it out"
-    for key in ("loss.guidance", "loss.keep_guidance", "evaluation.patience", "preset"):
-        if key in given:
-            yield f"`{key}` is for pictures that are learned, and a slider learns from none; leave it out"
     if config.adapter.text_encoders:
         yield "`adapter.text_encoders` beside a slider: its direction is of the denoiser alone; leave it out"
 
 
-def _loss_and_samples(config: ImageTrainConfig, given: Collection[str]) -> Iterator[str]:
-    loss, samples = config.loss, config.samples
-    if isinstance(loss.shift, float) and loss.shift <= 0:
-        yield f"`loss.shift: {loss.shift}` should be above 0, auto or resolution"
-    named = samples.prompts or config.slider.target  # without a prompt, a slider's target is sampled
-    if samples.every is not None and not named:
-        yield "`samples.every` needs `samples.prompts`: what to draw"
+def _samples_and_output(config: ImageTrainConfig) -> Iterator[str]:
+    output, memory, samples = config.output, config.memory, config.samples
+    if isinstance(config.loss.shift, float) and config.loss.shift <= 0:
+        yield f"`loss.shift: {config.loss.shift}` should be above 0, auto or resolution"
+    if not (samples.prompts or config.slider.target):  # without a prompt, a slider's target is sampled
+        yield from _unused(config, "samples", "`samples.prompts`: what to draw", "every")
     if samples.before and len(samples.before) not in (1, len(samples.prompts)):
         many = counted(len(samples.prompts), "prompt")
         yield f"`samples.before`: {len(samples.before)} for {many}; give 1, or as many"
@@ -307,40 +281,14 @@ def _loss_and_samples(config: ImageTrainConfig, given: Collection[str]) -> Itera
         yield "`samples.before`: every prompt is shown as many pictures as the others, one or more"
     if samples.prompts and not samples.seeds:
         yield "`samples.seeds` is empty: give at least one"
-
-
-def _memory_and_output(config: ImageTrainConfig) -> Iterator[str]:
-    output, memory = config.output, config.memory
     if output.layout == "peft" and config.adapter.text_encoders:
         yield "`output.layout: peft` holds the denoiser alone; with `adapter.text_encoders` use diffusers or kohya"
-    if memory.offload_blocks > 0 and memory.activation_checkpointing == "off":
-        yield (
-            "`memory.offload_blocks` needs `memory.activation_checkpointing`: a block's weights leave after its "
-            "forward pass and come again for its backward pass"
-        )
+    if memory.activation_checkpointing == "off":
+        yield from _unused(config, "memory", "`memory.activation_checkpointing`", "offload_blocks")
     if config.base.quantize is not None and memory.offload_blocks > 0:
         yield "`base.quantize` and `memory.offload_blocks` exclude each other: quantized weights stay where they are"
     if output.name is not None and ("/" in output.name or "\\" in output.name):
         yield f"`output.name: {output.name}` is a file's name, without folders"
-
-
-def _idle(config: ImageTrainConfig, given: Collection[str]) -> Iterator[str]:
-    """Report the user's keys that have no effect, with what each requires."""
-    data = config.data
-    classes = data.class_folder is not None or data.class_count > 0
-    needs = {
-        "data.class_weight": (classes, "class pictures (`data.class_folder` or `data.class_count`)"),
-        "data.keep_tags": (data.shuffle_tags, "`data.shuffle_tags`"),
-        "data.mask_floor": (data.masks != "off", "`data.masks` other than off"),
-        "data.bucket_ratio": (data.buckets, "`data.buckets`"),
-    }
-    for key, (used, what) in needs.items():
-        if key in given and not used:
-            yield _does_nothing(key, what)
-
-
-def _does_nothing(key: str, needs: str) -> str:
-    return f"`{key}` needs {needs}; without it, it does nothing"
 
 
 def _run(config: TrainConfig | ImageTrainConfig) -> Iterator[str]:
@@ -355,8 +303,8 @@ def _run(config: TrainConfig | ImageTrainConfig) -> Iterator[str]:
     for name, every in (("evaluation", config.evaluation.every), ("checkpoint", config.checkpoint.every)):
         if isinstance(every, int) and every < 1:
             yield f"`{name}.every: {every}` should be at least 1 step, or `epoch`"
-    if optimizer.momentum > 0 and optimizer.name != "sgd":
-        yield f"`optimizer.momentum` is not used by {optimizer.name}; it takes `optimizer.betas`"
+    if optimizer.name != "sgd":
+        yield from _unused(config, "optimizer", "`optimizer.name: sgd`", "momentum")
     if any(not 0 <= beta < 1 for beta in optimizer.betas):
         yield f"`optimizer.betas: {list(optimizer.betas)}` must each be at least 0 and below 1"
     if not _are_blocks(adapter.layers):

@@ -3,7 +3,7 @@
 It has light and dark colors.
 
     page = Page(title=…, records=read_log(…), …)
-    write_page(folder / "report.html", page)
+    write_atomically(folder / "report.html", render_page(page).encode())
 
 Curves are inline SVG; the layout is `report.html.j2`, rendered with escaping on. Uses only records and
 numbers.
@@ -64,11 +64,6 @@ class Page:
     unit: str = "tokens"
     loss: str = "Loss, nats per trained token"
     sheets: list[tuple[str, str]] = field(default_factory=list)
-
-
-def write_page(path: Path, page: Page) -> None:
-    """Render and write a page atomically. Raises ResourceError on a full disk."""
-    write_atomically(path, render_page(page).encode())
 
 
 def write_sweep_page(

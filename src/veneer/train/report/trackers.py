@@ -15,15 +15,17 @@ the run stops before step one; a tracker that fails later is reported once, and 
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from veneer.errors import ConfigError, MissingExtraError
 from veneer.train.checkpoint import write_atomically
@@ -31,16 +33,16 @@ from veneer.train.config.text import ReportSection
 from veneer.train.events import Evaluated, Event, Listener, Note, Resolved, Sampled, Stepped
 
 
-class Tracker(Protocol):
-    """A run in one tracker."""
+@dataclass(frozen=True)
+class Tracker:
+    """A run in one tracker.
+
+    log(step, values), picture(step, path), finish(failed)."""
 
     id: str
-
-    def log(self, step: int, values: Mapping[str, float]) -> None: ...
-
-    def picture(self, step: int, path: str) -> None: ...
-
-    def finish(self, failed: bool) -> None: ...
+    log: Callable[[int, dict[str, float]], Any]
+    picture: Callable[[int, str], Any]
+    finish: Callable[[bool], Any]
 
 
 def check_trackers(report: ReportSection) -> None:
@@ -124,141 +126,114 @@ def scalars(event: Stepped | Evaluated) -> dict[str, float]:
     return values | {f"validation/{name}": value for name, value in event.extra.items()}
 
 
-class _TensorBoard:
-    def __init__(
-        self, report: ReportSection, name: str, folder: Path, settings: Mapping[str, Any], id: str | None
-    ) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+def _tensorboard(
+    report: ReportSection, name: str, folder: Path, settings: Mapping[str, Any], id: str | None
+) -> Tracker:
+    from torch.utils.tensorboard import SummaryWriter
 
-        self.id = "tensorboard"
-        self._make: Any = SummaryWriter
-        self._folder, self._writer = folder / "tensorboard", None
+    opened: list[Any] = []
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._at(step).add_scalar(name, value, step)
+    def at(step: int) -> Any:
+        if not opened:  # purge_step hides values written after the resumed step
+            opened.append(SummaryWriter(str(folder / "tensorboard"), purge_step=step))
+        return opened[0]
 
-    def picture(self, step: int, path: str) -> None:
+    def log(step: int, values: dict[str, float]) -> None:
+        for key, value in values.items():
+            at(step).add_scalar(key, value, step)
+
+    def picture(step: int, path: str) -> None:
         import numpy as np
         from PIL import Image
 
         with Image.open(path) as image:
-            self._at(step).add_image("samples", np.asarray(image.convert("RGB")), step, dataformats="HWC")
+            at(step).add_image("samples", np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
-    def finish(self, failed: bool) -> None:
-        if self._writer is not None:
-            self._writer.close()
+    def finish(failed: bool) -> None:
+        for each in opened:
+            each.close()
 
-    def _at(self, step: int) -> Any:
-        if self._writer is None:  # purge_step hides values written after the resumed step
-            self._writer = self._make(str(self._folder), purge_step=step)
-        return self._writer
+    return Tracker("tensorboard", log, picture, finish)
 
 
-class _WandB:
-    def __init__(
-        self, report: ReportSection, name: str, folder: Path, settings: Mapping[str, Any], id: str | None
-    ) -> None:
-        import wandb
+def _wandb(report: ReportSection, name: str, folder: Path, settings: Mapping[str, Any], id: str | None) -> Tracker:
+    import wandb
 
-        entity, _, project = report.project.rpartition("/")
-        self.id = id or uuid.uuid4().hex[:8]
-        folder.mkdir(parents=True, exist_ok=True)
-        self._wandb = wandb
-        self._run = wandb.init(
-            entity=entity or None,
-            project=project,
-            name=name,
-            id=self.id,
-            resume="allow",
-            dir=str(folder),
-            config=dict(settings),
-            tags=list(report.tags) or None,
-            settings=wandb.Settings(silent=True, console="off"),
-        )
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)  # W&B drops older steps, whose values are the same
-
-    def picture(self, step: int, path: str) -> None:
-        self._run.log({"samples": self._wandb.Image(path)}, step=step)
-
-    def finish(self, failed: bool) -> None:
-        self._run.finish(exit_code=int(failed))
+    entity, _, project = report.project.rpartition("/")
+    id = id or uuid.uuid4().hex[:8]
+    folder.mkdir(parents=True, exist_ok=True)
+    run = wandb.init(
+        entity=entity or None,
+        project=project,
+        name=name,
+        id=id,
+        resume="allow",
+        dir=str(folder),
+        config=dict(settings),
+        tags=list(report.tags) or None,
+        settings=wandb.Settings(silent=True, console="off"),
+    )
+    return Tracker(
+        id,
+        lambda step, values: run.log(values, step=step),  # W&B drops older steps, whose values are the same
+        lambda step, path: run.log({"samples": wandb.Image(path)}, step=step),
+        lambda failed: run.finish(exit_code=int(failed)),
+    )
 
 
-class _MLflow:
-    def __init__(
-        self, report: ReportSection, name: str, folder: Path, settings: Mapping[str, Any], id: str | None
-    ) -> None:
-        from mlflow import MlflowClient
-        from mlflow.entities import Metric, Param
+def _mlflow(report: ReportSection, name: str, folder: Path, settings: Mapping[str, Any], id: str | None) -> Tracker:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Param
 
-        self._metric, self._tracking = Metric, MlflowClient()
-        self._last: dict[str, int] = {}  # metric -> last step that an earlier part of the run wrote
-        self._again = id is not None
-        if id is None:
-            found = self._tracking.get_experiment_by_name(report.project)
-            experiment = found.experiment_id if found else self._tracking.create_experiment(report.project)
-            tags = dict.fromkeys(report.tags, "true")
-            id = self._tracking.create_run(experiment, run_name=name, tags=tags).info.run_id
-            params = [Param(k, str(v)[:6000]) for k, v in settings.items()]
-            for i in range(0, len(params), 100):  # the maximum per request
-                self._tracking.log_batch(id, params=params[i : i + 100])
-        else:
-            self._tracking.set_terminated(id, "RUNNING")
-        self.id: str = id
+    client, resumed = MlflowClient(), id is not None
+    if id is None:
+        found = client.get_experiment_by_name(report.project)
+        experiment = found.experiment_id if found else client.create_experiment(report.project)
+        run = client.create_run(experiment, run_name=name, tags=dict.fromkeys(report.tags, "true"))
+        id = str(run.info.run_id)
+        params = [Param(k, str(v)[:6000]) for k, v in settings.items()]
+        for i in range(0, len(params), 100):  # the maximum per request
+            client.log_batch(id, params=params[i : i + 100])
+    else:
+        client.set_terminated(id, "RUNNING")
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    @functools.cache
+    def last_step(key: str) -> int:
+        """Return the last step of a metric that an earlier part of the run wrote."""
+        history = client.get_metric_history(id, key) if resumed else []
+        return max((m.step for m in history), default=-1)
+
+    def log(step: int, values: dict[str, float]) -> None:
         now = int(time.time() * 1000)
-        new = [self._metric(k, v, now, step) for k, v in values.items() if step > self._seen(k)]
-        if new:
-            self._tracking.log_batch(self.id, metrics=new)
+        if new := [Metric(k, v, now, step) for k, v in values.items() if step > last_step(k)]:
+            client.log_batch(id, metrics=new)
 
-    def picture(self, step: int, path: str) -> None:
-        self._tracking.log_artifact(self.id, path, "samples")
-
-    def finish(self, failed: bool) -> None:
-        self._tracking.set_terminated(self.id, "FAILED" if failed else "FINISHED")
-
-    def _seen(self, name: str) -> int:
-        if not self._again:
-            return -1
-        if name not in self._last:
-            history = self._tracking.get_metric_history(self.id, name)
-            self._last[name] = max((m.step for m in history), default=-1)
-        return self._last[name]
+    return Tracker(
+        id,
+        log,
+        lambda step, path: client.log_artifact(id, path, "samples"),
+        lambda failed: client.set_terminated(id, "FAILED" if failed else "FINISHED"),
+    )
 
 
-class _Trackio:
-    def __init__(
-        self, report: ReportSection, name: str, folder: Path, settings: Mapping[str, Any], id: str | None
-    ) -> None:
-        import trackio
+def _trackio(report: ReportSection, name: str, folder: Path, settings: Mapping[str, Any], id: str | None) -> Tracker:
+    import trackio
 
-        self._trackio = trackio
-        self.id = id or f"{name}-{uuid.uuid4().hex[:8]}"
-        self._run = trackio.init(
-            project=report.project.rpartition("/")[2],
-            name=self.id,
-            config=dict(settings),
-            resume="allow" if id else "never",
-            embed=False,
-        )
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
-
-    def picture(self, step: int, path: str) -> None:
-        self._run.log({"samples": self._trackio.Image(path)}, step=step)
-
-    def finish(self, failed: bool) -> None:
-        self._run.finish()
+    resume = "allow" if id else "never"
+    id = id or f"{name}-{uuid.uuid4().hex[:8]}"
+    project = report.project.rpartition("/")[2]
+    run = trackio.init(project=project, name=id, config=dict(settings), resume=resume, embed=False)
+    return Tracker(
+        id,
+        lambda step, values: run.log(values, step=step),
+        lambda step, path: run.log({"samples": trackio.Image(path)}, step=step),
+        lambda failed: run.finish(),
+    )
 
 
 _TRACKERS: dict[str, Callable[..., Tracker]] = {
-    "tensorboard": _TensorBoard,
-    "wandb": _WandB,
-    "mlflow": _MLflow,
-    "trackio": _Trackio,
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
+    "mlflow": _mlflow,
+    "trackio": _trackio,
 }
