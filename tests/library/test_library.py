@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.library.made import adapter_bytes, made, read_made
-from veneer.errors import AdapterError, ConfigError, UnavailableError
+from veneer.errors import AdapterError, ConfigError
 from veneer.library.library import Library, open_library
 from veneer.library.store import LocalStore, RemoteStore
 
@@ -289,7 +289,7 @@ def test_a_place_that_is_a_file_or_below_one_is_said_in_words(tmp_path: Path) ->
 
 
 def test_places_that_no_library_can_be_in_are_said_in_words(tmp_path: Path) -> None:
-    with pytest.raises(UnavailableError, match="the store cannot be used now"):
+    with pytest.raises(ConfigError, match="cannot be kept on ftp://"):
         open_library("ftp://nowhere.invalid/x")
     with pytest.raises(ConfigError, match="this is not an address of an index"):
         open_library(tmp_path, "mysql://nowhere.invalid/x")

@@ -375,12 +375,12 @@ def push(
 @library_command("export", "veneer library export adapters.tar support billing@prod")
 def export(
     library: Library,
-    target: Annotated[Path, typer.Argument(help="A new .tar file, or a new folder.", show_default=False)],
+    target: Annotated[Path, typer.Argument(help="A new .tar file.", show_default=False)],
     references: Annotated[
         list[str] | None, typer.Argument(help="Names or versions; default: everything.", show_default=False)
     ] = None,
 ) -> Result:
-    """Write adapters with names, tags and aliases to one file or folder.
+    """Write adapters with names, tags and aliases to one file.
 
     Equal content gives equal bytes."""
     from veneer.library import transfer
@@ -393,7 +393,7 @@ def export(
 @library_command("import", "veneer library import adapters.tar")
 def import_(
     library: Library,
-    source: Annotated[Path, typer.Argument(help="A file or folder from `veneer library export`.", show_default=False)],
+    source: Annotated[Path, typer.Argument(help="A file from `veneer library export`.", show_default=False)],
 ) -> Result:
     """Add the adapters of an export, and verify each file."""
     from veneer.library import transfer

@@ -45,7 +45,6 @@ FILES_CHECK = "files"
 """The check that an entry's files have the bytes that were added."""
 
 _BATCH = 100
-_STRAY_TEMPORARY = 86400.0
 _OBJECT = re.compile(r"(blobs|manifests)/([0-9a-f]{2})/\2[0-9a-f]{62}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -100,12 +99,12 @@ def gc(library: Library, *, grace: float = _GRACE, dry_run: bool = False) -> GcR
     nameless = ~exists().where(ix.versions.c.entry == e.id)
     quiet = exists().where(o.path == e.manifest, o.touched < cutoff)
     with ix.index_transaction(library.engine) as connection:
-        dead = list(connection.scalars(select(e.id).where(nameless, quiet)).all())
-        out.entries = len(dead)
+        out.entries = connection.execute(delete(ix.entries).where(nameless, quiet)).rowcount
         if dry_run:
-            _count_unused(connection, cutoff, set(dead), out)
+            sizes = list(connection.scalars(select(o.size).where(_unused(), o.touched < cutoff)))
+            out.files, out.bytes = len(sizes), sum(sizes)
+            connection.rollback()
             return out
-        connection.execute(delete(ix.entries).where(nameless, quiet))
         connection.execute(update(ix.objects).where(_unused(), o.touched < cutoff).values(generation=ix.CONDEMNED))
     while _delete_condemned(library, out):
         pass
@@ -116,7 +115,6 @@ def gc(library: Library, *, grace: float = _GRACE, dry_run: bool = False) -> GcR
     if isinstance(library.store, LocalStore):
         out.debris += library.store.sweep(entries)
     else:
-        out.debris += _sweep_remote(library.store, grace)
         out.debris += library.cache.sweep(entries)
         for path, _, _ in list(library.cache.walk("blobs")):
             if path not in blobs:
@@ -127,17 +125,6 @@ def gc(library: Library, *, grace: float = _GRACE, dry_run: bool = False) -> GcR
 def _unused() -> ColumnElement[bool]:
     o = ix.objects.c
     return ~exists().where(ix.files.c.object == o.path) & ~exists().where(ix.entries.c.manifest == o.path)
-
-
-def _count_unused(connection: Connection, cutoff: float, dead: set[str], out: GcReport) -> None:
-    """Count what would be removed once the entries in `dead` are gone."""
-    f, o, e = ix.files.c, ix.objects.c, ix.entries.c
-    used = {row.object for row in connection.execute(select(f.object, f.entry)) if row.entry not in dead}
-    used |= {row.manifest for row in connection.execute(select(e.manifest, e.id)) if row.id not in dead}
-    for row in connection.execute(select(o.path, o.size).where(o.touched < cutoff)):
-        if row.path not in used:
-            out.files += 1
-            out.bytes += row.size
 
 
 def _delete_condemned(library: Library, out: GcReport) -> bool:
@@ -179,16 +166,6 @@ def _delete_strays(library: Library, cutoff: float, out: GcReport) -> None:
 def _stored(library: Library) -> Iterator[tuple[str, int, float]]:
     for prefix in ("blobs", "manifests"):
         yield from (f for f in library.store.walk(prefix) if _OBJECT.fullmatch(f[0]))
-
-
-def _sweep_remote(store: RemoteStore, grace: float) -> int:
-    """Delete old remote temporary files, by age.
-
-    Whether the writer is alive is unknown."""
-    old = [path for path, _, when in store.walk("tmp") if when < time.time() - max(grace, _STRAY_TEMPORARY)]
-    for path in old:
-        store.delete(path)
-    return len(old)
 
 
 # -- checking ----------------------------------------------------------------------------------------------------------

@@ -41,8 +41,6 @@ _log = logging.getLogger("veneer.library")
 PATIENCE = 0.5
 """Maximum seconds that `fresh` waits."""
 _EVERY = 1.0
-_AGAIN = 60.0
-"""Seconds after which names are reloaded without a notice: older versions of veneer send none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +139,6 @@ class NameIndex:
         self._waiting: list[Future[None]] = []
         with reading(self.engine) as connection:
             self._names = read(connection)
-        self._read_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="veneer-names", daemon=True)
         self._thread.start()
 
@@ -249,13 +246,13 @@ class NameIndex:
             asked, self._waiting = self._waiting, []
         try:
             mark = self._version(driver)
-            if mark != self._mark or time.monotonic() > self._read_at + _AGAIN:
+            if mark != self._mark:
                 began = time.monotonic()
                 with reading(self.engine) as connection:
                     self._names = read(connection)
-                self._mark, self._read_at = mark, time.monotonic()
+                self._mark = mark
                 self._told(asked)
-                self._stop.wait(min(self._read_at - began, 5.0))
+                self._stop.wait(min(time.monotonic() - began, 5.0))
         finally:
             self._told(asked)
 

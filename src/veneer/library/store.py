@@ -22,7 +22,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,9 +31,8 @@ from veneer.files.atomic import flush_folder, write_all
 from veneer.files.locks import take_lock
 
 CHUNK = 1 << 20
-_WHOLE = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "memory"}
-"""fsspec protocols with atomic writes. With other protocols, a file is written under a temporary name and
-moved."""
+_ATOMIC = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "memory"}
+"""fsspec protocols in which a file appears complete when it is closed."""
 
 S3_SECONDS = 10.0
 """Seconds without a reply from S3 after which an attempt fails."""
@@ -69,6 +68,10 @@ def open_store(location: str) -> LocalStore | RemoteStore:
     protocol = location.partition("://")[0]
     if protocol in ("file", "local"):
         return LocalStore(Path(location.partition("://")[2]).absolute())
+    if protocol not in _ATOMIC:
+        raise ConfigError(
+            f"a library cannot be kept on {protocol}://", where=location, fix="a folder, s3://, gs://, az://"
+        )
     try:
         fs, root = open_remote(location)
     except ImportError as error:
@@ -79,7 +82,7 @@ def open_store(location: str) -> LocalStore | RemoteStore:
     except OSError as error:
         why = error.strerror or str(error)
         raise UnavailableError(f"the store cannot be used now: {why}", where=location, fix="try again later") from error
-    return RemoteStore(fs, root, protocol in _WHOLE)
+    return RemoteStore(fs, root)
 
 
 def open_remote(location: str) -> tuple[Any, str]:
@@ -250,12 +253,10 @@ class LocalStore:
 
 @dataclass
 class RemoteStore:
-    """A store behind fsspec. `whole`: files appear complete when they are closed."""
+    """A store behind fsspec."""
 
     fs: Any
     root: str
-    whole: bool
-    _made: set[str] = field(default_factory=set)
 
     def _at(self, path: str) -> str:
         return f"{self.root}/{path}"
@@ -296,19 +297,11 @@ class RemoteStore:
         self._send(path, data)
 
     def _send(self, path: str, source: Path | bytes) -> None:
-        target = self._at(path)
-        first = target if self.whole else f"{self.root}/tmp/{secrets.token_hex(12)}"
         with store_errors(self.root):
-            for folder in {first.rpartition("/")[0], target.rpartition("/")[0]} - self._made:
-                if not self.whole:
-                    self.fs.makedirs(folder, exist_ok=True)
-                    self._made.add(folder)
             if isinstance(source, bytes):
-                self.fs.pipe_file(first, source)
+                self.fs.pipe_file(self._at(path), source)
             else:
-                self.fs.put_file(str(source), first)
-            if first != target:
-                self.fs.mv(first, target)
+                self.fs.put_file(str(source), self._at(path))
 
     def delete(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError), store_errors(self.root):

@@ -3,8 +3,8 @@
     hf:owner/name[/file.safetensors][@revision]     a repository of the hub, or one file of it
     s3://bucket/folder, file:///…, a path           a folder with an adapter's files, or one file
 
-    export = library.json {"veneer-export": 1}, names/NAME.json, manifests/…, blobs/… as in a store, in a tar or a
-    folder; the same library gives the same bytes
+    export = library.json {"veneer-export": 1}, names/NAME.json, manifests/…, blobs/… as in a store, in a tar file;
+    the same library gives the same bytes
 
 Received files are checked (sha256 if there is a manifest, then `describe`) before the library stores them.
 This module knows hubs and archives; the library does the rest.
@@ -210,15 +210,17 @@ class ImportReport:
 
 
 def export_to(library: Library, target: str | Path, references: Iterable[str] = ()) -> ExportReport:
-    """Write versions with files, tags and aliases to a tar (*.tar) or a new folder.
+    """Write versions with files, tags and aliases to a tar file; the same content gives the same bytes.
 
     references: `support` for all its versions, `support@2`, `support@prod`; none: everything. The target
         appears complete or not at all.
 
     Raises AdapterError if it exists, or if the store misses a file or has a damaged one."""
     target = Path(target).expanduser()
+    if target.suffix != ".tar":
+        raise ConfigError(f"{target} is not the name of a tar file", fix=f"{target}.tar")
     if target.exists():
-        raise AdapterError("something is there already", where=str(target), fix="name a new file or folder")
+        raise AdapterError("something is there already", where=str(target), fix="name a new file")
     records = _records(library, list(references))
     manifests = {v["entry"] for r in records for v in r["versions"].values()}
     wanted: dict[str, str] = {}
@@ -227,18 +229,21 @@ def export_to(library: Library, target: str | Path, references: Iterable[str] = 
         wanted |= {blob_path(sha256): sha256 for sha256, _ in library.files(entry).values()}
     small = {"library.json": canonical({"veneer-export": 1})}
     small |= {f"names/{r['name']}.json": canonical(r) for r in records}
-    beside = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
-    beside.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
     total = 0
     try:
-        with _Tar(beside) if target.suffix == ".tar" else _Folder(beside) as out:
-            for path, data in sorted(small.items()):
-                out.put(path, io.BytesIO(data), len(data))
-            for path, sha256 in sorted(wanted.items(), key=lambda item: (item[0].startswith("blobs"), item[0])):
-                total += _copy(library, path, sha256, out)
-        os.rename(beside, target)
+        with temporary.open("xb") as raw:
+            with tarfile.open(fileobj=raw, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+                for path, data in sorted(small.items()):
+                    _put(tar, path, io.BytesIO(data), len(data))
+                for path, sha256 in sorted(wanted.items(), key=lambda item: (item[0].startswith("blobs"), item[0])):
+                    total += _copy(library, path, sha256, tar)
+            raw.flush()
+            os.fsync(raw.fileno())
+        os.rename(temporary, target)
     finally:
-        shutil.rmtree(beside) if beside.is_dir() else beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     versions = [f"{r['name']}@{number}" for r in records for number in sorted(r["versions"], key=int)]
     return ExportReport(target, versions, len(wanted), total)
 
@@ -266,16 +271,22 @@ def _records(library: Library, references: list[str]) -> list[dict[str, Any]]:
     return out
 
 
-def _copy(library: Library, path: str, sha256: str, out: _Tar | _Folder) -> int:
+def _copy(library: Library, path: str, sha256: str, tar: tarfile.TarFile) -> int:
     size = library.store.size(path)
     if size is None:
         raise AdapterError("a file is missing in the store", where=path, fix="see `veneer library verify`")
     with library.store.open(path) as file:
         checked = _Hashing(file)
-        out.put(path, checked, size)  # type: ignore[arg-type]
+        _put(tar, path, checked, size)  # type: ignore[arg-type]
     if checked.digest.hexdigest() != sha256:
         raise AdapterError("a file is damaged in the store", where=path, fix="see `veneer library verify`")
     return size
+
+
+def _put(tar: tarfile.TarFile, path: str, file: IO[bytes], size: int) -> None:
+    member = tarfile.TarInfo(path)
+    member.size, member.mode = size, 0o644
+    tar.addfile(member, file)
 
 
 class _Hashing:
@@ -288,47 +299,6 @@ class _Hashing:
         data = self.file.read(n)
         self.digest.update(data)
         return data
-
-
-class _Tar:
-    """A reproducible archive: the same content gives the same bytes."""
-
-    def __init__(self, path: Path) -> None:
-        self.raw = path.open("xb")
-        self.tar = tarfile.open(fileobj=self.raw, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 (see __exit__)
-
-    def __enter__(self) -> _Tar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.tar.close()
-        self.raw.flush()
-        os.fsync(self.raw.fileno())
-        self.raw.close()
-
-    def put(self, path: str, file: IO[bytes], size: int) -> None:
-        member = tarfile.TarInfo(path)
-        member.size, member.mode = size, 0o644
-        self.tar.addfile(member, file)
-
-
-class _Folder:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.mkdir()
-
-    def __enter__(self) -> _Folder:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def put(self, path: str, file: IO[bytes], size: int) -> None:
-        target = self.path / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("xb") as out:
-            shutil.copyfileobj(file, out, CHUNK)
-            out.flush()
-            os.fsync(out.fileno())
 
 
 def import_from(
@@ -409,10 +379,6 @@ def _opened(source: Path) -> Iterator[dict[str, Callable[[], IO[bytes]]]]:
     """Yield path -> function that opens it, for every file of an export.
 
     Nothing is extracted by its name."""
-    if source.is_dir():
-        found = [p for p in source.rglob("*") if p.is_file()]
-        yield {p.relative_to(source).as_posix(): lambda p=p: p.open("rb") for p in found}  # type: ignore[misc]
-        return
     try:
         tar = tarfile.open(source, "r:")  # noqa: SIM115 (closed below)
     except (tarfile.TarError, EOFError, OSError) as error:
