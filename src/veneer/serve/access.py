@@ -108,8 +108,7 @@ def shadow_id(request: str) -> str:
 class ShadowAnswer:
     """Compares a shadow's answer with the sent answer of `target`, for the log.
 
-    `name`: the route. For images, `sent` and `answer` are digests of the pixels, and `distance` is their mean
-    difference, 0 … 1.
+    `name`: the route.
     """
 
     request: str
@@ -122,7 +121,6 @@ class ShadowAnswer:
     sent_usage: Usage
     usage: Usage
     error: str = ""
-    distance: float | None = None
 
     @property
     def outcome(self) -> Literal["same", "different", "failed"]:

@@ -197,14 +197,3 @@ def test_a_shadow_gets_its_fraction_and_the_log_keeps_the_newest_without_texts(t
     assert found == [(False, 0), (False, 3), (False, 3), (True, None)]
     assert (log[3]["target_sha256"] == log[3]["shadow_sha256"], log[0]["shadow_tokens"]) == (True, 4)
     assert "Paris" not in str(log)
-
-
-def test_pictures_are_logged_by_how_far_their_pixels_are_apart(tenants: Tenants) -> None:
-    asked = TenantRoutes(tenants.store, tenants.ledger.writer.put)
-    for other, apart in (("ab", 0.125), ("aa", 0.0)):
-        took = Usage(9, 0, 16)
-        asked.note_shadow(ShadowAnswer("r", "", "look", "v2", "v1", "aa", other, took, took, distance=apart)).result(10)
-    with reading(tenants.store.engine) as c:
-        same, other_one = routes.shadow_log(c, route="look")
-    assert (other_one["distance"], other_one["same"], other_one["first_difference"]) == (0.125, False, None)
-    assert (same["distance"], same["same"], same["target_sha256"]) == (0.0, True, "aa")

@@ -20,8 +20,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
-
 from veneer.errors import VeneerError, quoted
 from veneer.formats.strengths import Strength, check_roles
 from veneer.imaging.adapters import campaign_note
@@ -36,8 +34,6 @@ from veneer.models.image.generate import (
     fitted_picture,
     whole_denoise,
 )
-from veneer.serve.access import BEHIND, SHADOWS, ResolvedModel, ShadowAnswer
-from veneer.serve.http.errors import problem_of
 from veneer.serve.http.metrics import Meter
 from veneer.serve.http.service import ChosenMix, Service
 from veneer.serve.http.surfaces.image_bodies import (
@@ -111,8 +107,7 @@ async def _run(
 ) -> AsyncGenerator[IndexedPicture, None]:
     """The engine's events, under the caller's limits.
 
-    Completed work is billed however it ends. Once the first image is finished, a route's shadow generates it
-    as well.
+    Completed work is billed however it ends. Routes have no shadows of images.
     """
     served = chosen.served
     places = engine.places(plan.requests[0].settings)
@@ -132,8 +127,6 @@ async def _run(
                         meters[i].started()
                     elif isinstance(event, FinishedPicture):
                         usages[i], reasons[i] = event.usage, "stop"
-                        if i == 0 and served.shadow is not None:
-                            _shadow(service, engine, plan.requests[0], caller, served, number, event)
                         if reasons.count("stop") == len(reasons):  # before the last image is sent
                             billed = True
                             await bill.used(_total(plan, usages))
@@ -146,46 +139,6 @@ async def _run(
                 meter.end(reason, usage)
             if not billed:
                 bill.used(_total(plan, usages))
-
-
-def _shadow(
-    service: Service,
-    engine: PictureEngine,
-    request: PictureRequest,
-    caller: Principal,
-    served: ResolvedModel,
-    number: str,
-    sent: FinishedPicture,
-) -> None:
-    """Start the shadow's image in the background."""
-    assert served.shadow is not None
-    name, mix = served.shadow[0], () if isinstance(served.shadow[1], Refused) else served.shadow[1]
-    labels = {digest: name for digest, _ in mix} if len(mix) == 1 else {}
-    own: dict[str, Any] = {"tenant": BEHIND, "weight": SHADOWS.weight}
-    behind = replace(request, mix=mix, labels=labels, id=f"{request.id}-shadow", **own)
-    most = engine.places(request.settings)
-
-    async def follow() -> None:
-        drawn, error = None, ""
-        try:
-            async with service.shadows.admitted(served, request=behind.id, prompt=sent.usage.prompt, most=most) as bill:
-                try:
-                    async with aclosing(engine.events([behind])) as events:
-                        async for _, event in events:
-                            drawn = event if isinstance(event, FinishedPicture) else drawn
-                finally:
-                    await bill.used(Usage(0, 0, 0) if drawn is None else drawn.usage)
-        except Exception as problem:  # a shadow never disturbs its request
-            drawn, error = None, problem_of(problem)
-        one, other, apart = await asyncio.to_thread(_compared, sent, drawn)
-        own = Usage(0, 0, 0) if drawn is None else drawn.usage
-        service.shadows.answered(
-            ShadowAnswer(
-                number, caller.tenant, served.name, name, served.target, one, other, sent.usage, own, error, apart
-            )
-        )
-
-    service.shadows.follow(follow)
 
 
 def _total(plan: DrawingPlan, usages: list[Usage]) -> Usage:
@@ -439,14 +392,3 @@ def _bytes(data: Data, param: str) -> bytes:
         return base64.b64decode(rest if comma and head.startswith("data:") else data, validate=True)
     except (binascii.Error, ValueError) as error:
         raise invalid(f"{param} is not base64: {error}", param) from error
-
-
-def _compared(sent: FinishedPicture, other: FinishedPicture | None) -> tuple[str, str, float]:
-    """The pixel digests of both images, and their mean difference, 0 … 1.
-
-    The digest of a missing image is "".
-    """
-    one, two = (None if drawn is None else np.asarray(drawn.made.image.convert("RGB")) for drawn in (sent, other))
-    digests = ["" if pixels is None else hashlib.sha256(pixels.tobytes()).hexdigest() for pixels in (one, two)]
-    apart = 1.0 if one is None or two is None else float(np.abs(one.astype(float) - two).mean() / 255)
-    return digests[0], digests[1], apart

@@ -108,20 +108,19 @@ class TenantRoutes:
 
     def note_shadow(self, answer: ShadowAnswer) -> Future[None]:
         """Record how two answers differ, without the texts."""
-        texts, failed = answer.distance is None, answer.outcome == "failed"
+        failed = answer.outcome == "failed"
         row: dict[str, Any] = {
             "at": time.time(),
             "tenant": answer.tenant,
             "route": answer.name,
             "request": answer.request,
             "same": answer.outcome == "same",
-            "distance": answer.distance,
-            "first_difference": _first_difference(answer.sent, answer.answer) if texts and not failed else None,
+            "first_difference": None if failed else _first_difference(answer.sent, answer.answer),
         }
         sides = [("target", answer.target, answer.sent, answer.sent_usage)]
         sides.append(("shadow", answer.shadow, answer.answer, answer.usage))
         for side, adapter, text, usage in sides:
-            digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() if texts else text
+            digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
             row |= {side: adapter, f"{side}_sha256": digest, f"{side}_tokens": usage.completion}
             row[f"{side}_seconds"] = usage.prefill + usage.decode
         row |= {"shadow_sha256": ""} if failed else {}
@@ -416,8 +415,8 @@ def shadow_log(c: Connection, *, route: str = "", limit: int = 100) -> list[dict
 def shadow_summary(c: Connection, *, route: str = "") -> list[dict[str, Any]]:
     """Totals of the stored comparisons, one row for each (route, target, shadow).
 
-    Counts of all, same, different and failed comparisons, and means of tokens, seconds and, for images,
-    distance. Means exclude failures; None if there is no other.
+    Counts of all, same, different and failed comparisons, and means of tokens and seconds. Means exclude
+    failures; None if there is no other.
     """
     s = shadow_table.c
     fell = s.shadow_sha256 == ""
@@ -425,7 +424,7 @@ def shadow_summary(c: Connection, *, route: str = "") -> list[dict[str, Any]]:
     def count(which: Any) -> Any:
         return func.sum(case((which, 1), else_=0))
 
-    figures = ("target_tokens", "shadow_tokens", "target_seconds", "shadow_seconds", "distance")
+    figures = ("target_tokens", "shadow_tokens", "target_seconds", "shadow_seconds")
     query = select(
         s.route,
         s.target,

@@ -154,8 +154,8 @@ shadow_table = _table(
     Column("route", Key(), nullable=False, index=True),
     *columns(Key(), "request", "target", "shadow"),
     *columns(Boolean, "same"),
-    Column("first_difference", Integer),  # in characters; NULL for equal texts and images
-    Column("distance", Float),  # mean pixel difference, 0 to 1; NULL for texts
+    Column("first_difference", Integer),  # in characters; NULL for equal texts
+    Column("distance", Float),  # NULL; earlier versions compared images
     *columns(Text, "target_sha256", "shadow_sha256"),
     *columns(Integer, "target_tokens", "shadow_tokens"),
     *columns(Float, "target_seconds", "shadow_seconds"),
