@@ -231,8 +231,10 @@ def run(shop: Shop, work: Callable[[Upstream], Awaitable[None]]) -> None:
 
     async def live() -> None:
         mixes = Mixes(shop.path, shop.place / "converted")
-        async with Upstream(shop.urls[0], mixes=mixes, decode=shop.base.tokenizer.decode) as door:
-            await work(door)
+        door = Upstream(shop.urls[0], mixes=mixes, decode=shop.base.tokenizer.decode)
+        await door.begin()
+        await work(door)
+        await door.end()
 
     asyncio.run(live())
 

@@ -108,30 +108,7 @@ def _added(added: Added) -> Result:
     return Result(value, "\n".join(lines))
 
 
-AllVersions = Annotated[
-    bool, typer.Option("--all-versions", help="List every version, not only the latest of each name.")
-]
-Limit = Annotated[int, typer.Option("--limit", min=1, help="Maximum number of results.")]
-Skip = Annotated[int, typer.Option("--skip", min=0, help="Number of results to skip.")]
-Without = Annotated[str, typer.Option("--without", help="Exclude adapters with a tag of this prefix: `steps-of:`.")]
-Sort = Annotated[str, typer.Option(help="name, added (newest first), gain (most first), size or rank (largest first).")]
-
-
 @library_command("list", "veneer library list --sort added --limit 20")
-def list_(
-    library: Library,
-    all_versions: AllVersions = False,
-    without: Without = "",
-    sort: Sort = "name",
-    limit: Limit = 50,
-    after: Skip = 0,
-) -> Result:
-    """List adapters in the library.
-
-    JSON also has the counts by base, kind, rank, tag and health."""
-    return _listing(library, limit, after, "", order=sort, all_versions=all_versions, without=without)
-
-
 @library_command("search", 'veneer library search "invoice german" --base smollm2-135m --tag routing')
 def search(
     library: Library,
@@ -144,29 +121,32 @@ def search(
     health: Annotated[str, typer.Option("--health", help="Result of verify: sound, faulty or unknown.")] = "",
     trigger: Annotated[str, typer.Option("--trigger", help="A trigger word.")] = "",
     parent: Annotated[str, typer.Option("--parent", help="Digest of a parent adapter.")] = "",
-    all_versions: AllVersions = False,
-    without: Without = "",
-    sort: Sort = "name",
-    limit: Limit = 50,
-    after: Skip = 0,
+    without: Annotated[
+        str, typer.Option("--without", help="Exclude adapters with a tag of this prefix: `steps-of:`.")
+    ] = "",
+    all_versions: Annotated[
+        bool, typer.Option("--all-versions", help="List every version, not only the latest of each name.")
+    ] = False,
+    sort: Annotated[
+        str, typer.Option(help="name, added (newest first), gain (most first), size or rank (largest first).")
+    ] = "name",
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Maximum number of results.")] = 50,
+    skip: Annotated[int, typer.Option("--skip", min=0, help="Number of results to skip.")] = 0,
 ) -> Result:
-    """Find adapters that match every given filter."""
-    asked = {"name": name, "tags": tag or (), "base": base, "kind": kind, "rank": rank, "health": health}
-    asked |= {"trigger": trigger, "parent": parent, "without": without}
-    return _listing(library, limit, after, text, order=sort, all_versions=all_versions, **asked)
+    """List the adapters that match every given filter.
 
-
-def _listing(library: Library, limit: int, after: int, text: str, **asked: Any) -> Result:
-    found = library.browse(text, limit=limit, offset=after, **asked)
-    more = found.total - after - len(found.versions)
+    JSON also has the counts by base, kind, rank, tag and health."""
+    filters: dict[str, Any] = {"name": name, "tags": tag or (), "base": base, "kind": kind, "rank": rank}
+    filters |= {"health": health, "trigger": trigger, "parent": parent, "without": without}
+    found = library.browse(text, order=sort, all_versions=all_versions, limit=limit, offset=skip, **filters)
+    more = found.total - skip - len(found.versions)
     versions = [v.to_dict() for v in found.versions]
     value = {"versions": versions, "more": more > 0, "total": found.total, "facets": found.facets}
     if not found.versions:
-        older = 0 if asked["all_versions"] else library.browse(text, limit=0, **{**asked, "all_versions": True}).total
+        older = 0 if all_versions else library.browse(text, all_versions=True, limit=0, **filters).total
         if older:
             return Result(value, f"no latest version fits; of older ones {older}: --all-versions")
-        filters = [text, after or None, *(v for k, v in asked.items() if k not in ("all_versions", "order"))]
-        empty = all(v in ("", (), None) for v in filters)
+        empty = not skip and all(v in ("", (), None) for v in (text, *filters.values()))
         return Result(value, "the library is empty: veneer library add PATH NAME" if empty else "nothing fits")
     rows = [
         (
@@ -177,7 +157,7 @@ def _listing(library: Library, limit: int, after: int, text: str, **asked: Any) 
         for v in found.versions
     ]
     lines = table(("adapter", "aliases", "base", "rank", "gain", "format", "size", "health", "tags"), rows)
-    return Result(value, f"{lines}\n… and {more:,} more: --skip {after + limit}" if more > 0 else lines)
+    return Result(value, f"{lines}\n… and {more:,} more: --skip {skip + limit}" if more > 0 else lines)
 
 
 @library_command("show", "veneer library show support@prod")

@@ -391,16 +391,9 @@ def economics(
         found = measure(store, jobs, serving, since=since, until=until, **more)
     rows = [
         (
-            r.tenant,
-            r.adapter,
-            _cents(r.training),
-            _cents(r.training_billed),
-            f"{r.requests:,}",
-            _cents(r.serving_thousand),
-            _cents(round(1000 * r.billed / r.requests) if r.requests else None),
-            _cents(r.dedicated_thousand),
-            _count(r.dedicated_from),
-            _count(r.paid_back_after),
+            *(r.tenant, r.adapter, _cents(r.training), _cents(r.training_billed), f"{r.requests:,}"),
+            *(_cents(r.serving_thousand), _cents(round(1000 * r.billed / r.requests) if r.requests else None)),
+            *(_cents(r.dedicated_thousand), _count(r.dedicated_from), _count(r.paid_back_after)),
         )
         for r in found.rows
     ]

@@ -51,8 +51,10 @@ class Setup:
         fake.resolve = self.resolve
 
         async def live(url: str) -> None:
-            async with self.upstream(url, self.mixes(**limits)) as engine:
-                await work(engine)
+            engine = self.upstream(url, self.mixes(**limits))
+            await engine.begin()
+            await work(engine)
+            await engine.end()
 
         with running(fake) as url:
             asyncio.run(live(url))
@@ -200,12 +202,14 @@ def test_an_absent_upstream_is_trouble_and_503(setup):
         pass
 
     async def work() -> None:
-        async with setup.upstream(url) as engine:
-            assert engine.trouble()
-            with pytest.raises(Refused, match="cannot be used") as refusal:
-                await answer(engine)
-            assert refusal.value.status == 503
-            assert "127.0.0.1" not in str(refusal.value)
+        engine = setup.upstream(url)
+        await engine.begin()
+        assert engine.trouble()
+        with pytest.raises(Refused, match="cannot be used") as refusal:
+            await answer(engine)
+        assert refusal.value.status == 503
+        assert "127.0.0.1" not in str(refusal.value)
+        await engine.end()
 
     asyncio.run(work())
 

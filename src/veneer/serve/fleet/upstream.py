@@ -1,8 +1,8 @@
 """A vLLM, or a router before several, that computes for this server, as an `Engine`.
 
     upstream = Upstream("http://router:8000", mixes=Mixes(…), decode=…)
-    async with upstream:
-        async for event in upstream.events(request): …
+    await upstream.begin()
+    async for event in upstream.events(request): …
 
 Prompts and answers are token ids, on /v1/completions. An adapter is requested by its name (`mixes`), which
 veneer's plug-in resolves in each vLLM from the shared library; a weighted mix is written to the shared folder
@@ -120,13 +120,6 @@ class Upstream(Engine[Request, EngineEvent]):
             await asyncio.gather(self._watch, return_exceptions=True)
         await self.client.aclose()
 
-    async def __aenter__(self) -> Upstream:
-        await self.begin()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.end()
-
     def trouble(self) -> str:
         """Why no request can be answered now; "" if the upstream answered the last check."""
         return self._trouble
@@ -200,7 +193,8 @@ class Upstream(Engine[Request, EngineEvent]):
         if is_weighted(request.mix):
             await self._write(request.mix)
         model = served_name(request.mix) if request.mix else self.base
-        clock, reason, stop, last = _Clock(), None, None, None
+        began, first, count = time.monotonic(), 0.0, 0
+        reason = stop = last = None
         usage: dict[str, Any] = {}
         async with aclosing(self._chunks(_body(self._fitted(request), model), model)) as chunks:
             async for chunk in chunks:
@@ -209,8 +203,7 @@ class Upstream(Engine[Request, EngineEvent]):
                 usage = chunk.get("usage") or usage
                 for choice in chunk.get("choices") or []:
                     for token in self._tokens(choice, request.sampling):
-                        clock.token()
-                        last = token.id
+                        first, count, last = first or time.monotonic(), count + 1, token.id
                         yield token
                     reason = choice.get("finish_reason") or reason
                     stop = choice.get("stop_reason") if choice.get("stop_reason") is not None else stop
@@ -219,7 +212,9 @@ class Upstream(Engine[Request, EngineEvent]):
         if reason == "stop" and stop is None:
             stop = last
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-        took = clock.usage(len(request.prompt), usage.get("completion_tokens"), cached)
+        completion, now = usage.get("completion_tokens") or count, time.monotonic()
+        prefill, decode = (first or now) - began, now - (first or now)
+        took = Usage(len(request.prompt), cached, completion, prefill=prefill, decode=decode)
         self.prompt_tokens += took.prompt
         self.generated_tokens += took.completion
         if reason in ("length", "stop"):
@@ -330,22 +325,6 @@ def _body(request: Request, model: str) -> dict[str, Any]:
         key, value = grammars[kind]
         body["structured_outputs"] = {key: value}
     return body
-
-
-class _Clock:
-    """Counts tokens and measures the times of `Usage`."""
-
-    def __init__(self) -> None:
-        self.start, self.first, self.tokens = time.monotonic(), 0.0, 0
-
-    def token(self) -> None:
-        self.first = self.first or time.monotonic()
-        self.tokens += 1
-
-    def usage(self, prompt: int, completion: int | None, cached: int) -> Usage:
-        now = time.monotonic()
-        first = self.first or now
-        return Usage(prompt, cached, completion or self.tokens, 0.0, first - self.start, now - first)
 
 
 def _error(answer: httpx.Response, model: str) -> _Failed | Refused:
