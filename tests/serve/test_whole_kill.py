@@ -23,7 +23,7 @@ from sqlalchemy import select
 from tests.forks import Forked
 from tests.homes import home_with_kernels
 from tests.serve.http.toy import free_port, wait_for
-from tests.serve.tenancy.conftest import prices
+from tests.serve.tenancy.conftest import set_price
 from tests.serve.whole import Shop, asking, make_shop, prompt, said
 from veneer.library.database import reading
 from veneer.serve.tenancy import manage
@@ -56,7 +56,7 @@ def tenants_of(folder: Path) -> tuple[str, str]:
     url = str(folder / "tenants.sqlite")
     tenants = Tenants(url, watch=False)
     manage.add_tenant(tenants.store, "acme", adapters=["*"], who="test")
-    manage.change_settings(tenants.store, "", prices(*astuple(PRICE)), who="test")
+    set_price(tenants.store, *astuple(PRICE))
     _, key = manage.make_tenant_key(tenants.store, "acme", who="test")
     tenants.close()
     return url, key

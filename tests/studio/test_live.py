@@ -16,13 +16,13 @@ import httpx
 import pytest
 
 from tests.serve.http.toy import wait_for
-from tests.serve.tenancy.conftest import prices
+from tests.serve.tenancy.conftest import set_price
 from tests.studio.conftest import Served
 from tests.studio.windows import opened, page_html
 from veneer.jobs.store import money
 from veneer.serve.tenancy import manage, routes
 from veneer.serve.tenancy.ledger import usage
-from veneer.serve.tenancy.store import ALL, EACH, Store
+from veneer.serve.tenancy.store import EACH, Store
 from veneer.studio.route import request_texts
 
 
@@ -74,7 +74,7 @@ def test_an_older_version_can_be_let_go_live_too(studio: Served, store: Store) -
 
 
 def test_who_used_what_for_how_much_and_what_is_in_memory(studio: Served, store: Store) -> None:
-    manage.change_settings(store, ALL, prices(3 * 10**11, 0, 7 * 10**11), who="test")
+    set_price(store, 3 * 10**11, 0, 7 * 10**11)
     manage.change_settings(store, EACH, {"requests_per_minute": 5000}, who="test")
     wait_for(lambda: "<b>each tenant</b>, all adapters: 5,000 requests a minute" in live(studio))
     asked = {"model": "support@2", "prompt": "Where is my parcel?", "max_tokens": 2}
@@ -93,7 +93,7 @@ def test_who_used_what_for_how_much_and_what_is_in_memory(studio: Served, store:
     assert "veneer tenant usage" in live(studio)
     cards = page_html(httpx.get(f"{studio.address}/studio/?q=support"))
     assert "live: parcels 10 %" in cards, "of the newest version, which a card is of"
-    manage.change_settings(store, ALL, prices(None, None, None), who="test")
+    set_price(store, None, None, None)
     manage.change_settings(store, EACH, {"requests_per_minute": None}, who="test")
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from tests.library.conftest import postgres, quick  # noqa: F401
 from veneer.serve.settings import LedgerSettings
+from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.store import Store
 from veneer.serve.tenancy.tenants import Tenants
 
@@ -22,9 +23,10 @@ class Clock:
         return self.now
 
 
-def prices(prompt: int | None, cached: int | None, completion: int | None) -> dict[str, int | None]:
-    """The settings of a price."""
-    return {"prompt_price": prompt, "cached_price": cached, "completion_price": completion}
+def set_price(store: Store, prompt: int, cached: int, completion: int, tenant: str = "", adapter: str = "") -> None:
+    """Set the price of a million tokens."""
+    values = {"prompt_price": prompt, "cached_price": cached, "completion_price": completion}
+    manage.change_settings(store, tenant, values, adapter=adapter, who="test")
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
     python -m tests.serve.tenancy.driver load URL FOLDER KILLS SEED  a server under load, killed at random
     python -m tests.serve.tenancy.driver points URL FOLDER STRIDE    one scenario, killed at each STRIDEth step
-    python -m tests.serve.tenancy.driver feedback URL FOLDER STRIDE  the same of answers that are kept, and feedback
 
 The server speaks over a socket, so a client has what the system delivered before the kill, no more. Exit code 0 if the
 ledger and what the clients saw agree; prints what was done.
@@ -33,9 +32,8 @@ from veneer.serve.request import Usage
 from veneer.serve.settings import LedgerSettings
 from veneer.serve.tenancy import ledger as ledger_module
 from veneer.serve.tenancy import manage
-from veneer.serve.tenancy.feedback import AnswerFeedback, feedback_rows
 from veneer.serve.tenancy.ledger import usage
-from veneer.serve.tenancy.store import Price, answer_table
+from veneer.serve.tenancy.store import Price
 from veneer.serve.tenancy.store import line_table as ledger
 from veneer.serve.tenancy.tenants import Tenants
 
@@ -254,61 +252,6 @@ def run_points(url: str, folder: Path, stride: int) -> dict[str, int]:
     return {"steps": steps, **balance(url, folder, saw)}
 
 
-# -- answers that are kept ---------------------------------------------------------------------------------------------
-
-
-def said_of(answer: str) -> AnswerFeedback:
-    better = {"role": "assistant", "content": f"better than {answer}"}
-    return AnswerFeedback(answer, up=True, corrected=better, said=frozenset({"up", "corrected"}))
-
-
-def feedback(url: str, folder: Path, told: int, step: int) -> None:
-    """Three answers, in a process that dies before its `step`th statement to the outbox or the database, or commit:
-    feedback on one, another that is only kept, one of a user who is forgotten. `told` gets what was acknowledged."""
-    tenants, stepping = opened(url, folder), dying(step)
-
-    step_through(tenants, stepping)
-
-    def say(what: str, answer: str) -> None:
-        os.write(told, (json.dumps([what, answer]) + "\n").encode())
-
-    def keep(answer: str, user: str) -> None:
-        took = tenants.keeping(Principal("tenant", "t0", user=user), ResolvedModel((), "support", "support"), answer)
-        assert took is not None
-        took({"messages": [{"role": "user", "content": "Hi"}]}, [{"role": "assistant", "content": f"to {answer}"}])
-
-    keep(f"f{step}-given", "ann")
-    tenants.answers.give("t0", said_of(f"f{step}-given"))
-    say("given", f"f{step}-given")
-    keep(f"f{step}-kept", "ann")
-    tenants.answers.flush()
-    say("kept", f"f{step}-kept")
-    keep(f"f{step}-gone", f"bob {step}")
-    tenants.answers.forget("t0", user=f"bob {step}")
-    say("gone", f"f{step}-gone")
-    tenants.close()
-
-
-def run_feedback(url: str, folder: Path, stride: int) -> dict[str, int]:
-    prepare(url, folder)
-    seen = [*each_step(lambda pipe, step: feedback(url, folder, pipe, step), stride)]
-    told = {what: [id for _, lines in seen for kind, id in lines if kind == what] for what in ("given", "kept", "gone")}
-    tenants = opened(url, folder)
-    tenants.answers.flush()
-    with reading(tenants.store.engine) as c:
-        kept = {row.id: row for row in c.execute(select(answer_table))}
-    exported = [row["messages"][-1]["content"] for row in feedback_rows(tenants.store.engine, "t0", "supervised")]
-    tenants.close()
-    assert len(exported) == len(set(exported)), "feedback is there twice"
-    given = {f"better than {answer}" for answer in told["given"]}
-    assert given <= set(exported), "feedback was acknowledged and is lost"
-    assert {*told["given"], *told["kept"]} <= set(kept), "an answer was in the database and is lost"
-    assert not {*told["gone"]} & set(kept), "an answer was forgotten and is there"
-    for answer, row in kept.items():
-        assert json.loads(row.choices) == [{"role": "assistant", "content": f"to {answer}"}], "half an answer"
-    return {"steps": seen[-1][0], **{what: len(answers) for what, answers in told.items()}}
-
-
 # -- what has to hold --------------------------------------------------------------------------------------------------
 
 
@@ -318,7 +261,6 @@ def prepare(url: str, folder: Path) -> None:
         for n in range(3):
             manage.add_tenant(tenants.store, f"t{n}", who="driver")
         manage.change_settings(tenants.store, "", PRICES, who="driver")
-        manage.change_settings(tenants.store, "t0", {"feedback_days": 30.0}, who="driver")
         tenants.close()
 
     expect(fork(make), killed=False)
@@ -370,5 +312,5 @@ def balance(url: str, folder: Path, saw: dict[str, list[Any]]) -> dict[str, int]
 
 if __name__ == "__main__":
     what, url, folder, *numbers = sys.argv[1:]
-    do = {"load": run_load, "points": run_points, "feedback": run_feedback}[what]
+    do = {"load": run_load, "points": run_points}[what]
     print(json.dumps(do(url, Path(folder), *map(int, numbers))))  # type: ignore[operator]

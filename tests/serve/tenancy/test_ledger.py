@@ -25,7 +25,7 @@ from sqlalchemy import Connection, delete, func, select, update
 
 from tests.library.conftest import postgres_server
 from tests.serve.http.toy import ToyCatalog, ToyEngine, ToyText, toy_app
-from tests.serve.tenancy.conftest import Clock, prices
+from tests.serve.tenancy.conftest import Clock, set_price
 from tests.serve.tenancy.test_tenants import ask, refused, rows, run
 from veneer.errors import ResourceError
 from veneer.library.database import reading, write_transaction
@@ -55,14 +55,8 @@ async def mixed(tenants: Tenants, request: str, took: Usage, *parts: tuple[str, 
 
 
 def test_a_part_of_a_mix_costs_its_own_price_whatever_stands_beside_it(tenants: Tenants) -> None:
-    manage.change_settings(tenants.store, "", prices(1_000_000, 0, 1_000_000), who="me")
-    manage.change_settings(
-        tenants.store,
-        "",
-        prices(1_000_000_000, 0, 1_000_000_000),
-        adapter="big",
-        who="me",
-    )
+    set_price(tenants.store, 1_000_000, 0, 1_000_000)
+    set_price(tenants.store, 1_000_000_000, 0, 1_000_000_000, adapter="big")
     tenants.store.look()
     took = Usage(5, 0, 3)
     run(mixed(tenants, "alone", took, ("big@1", 1.0)))
@@ -103,14 +97,8 @@ def test_limits_of_an_adapter_count_it_in_a_mix_by_the_operators_name(tenants: T
 def test_sums_are_exact_in_whole_millionths_however_requests_end(tenants: Tenants, clock: Clock) -> None:
     """Against the lines themselves, added up in Python."""
     pick = random.Random(3)
-    manage.change_settings(tenants.store, "", prices(333_333, 33_333, 777_777), who="me")
-    manage.change_settings(
-        tenants.store,
-        "",
-        prices(1, 999_999, 123_457),
-        adapter="a",
-        who="me",
-    )
+    set_price(tenants.store, 333_333, 33_333, 777_777)
+    set_price(tenants.store, 1, 999_999, 123_457, adapter="a")
     tenants.store.look()
 
     async def work() -> None:
@@ -160,7 +148,7 @@ def test_sums_are_exact_in_whole_millionths_however_requests_end(tenants: Tenant
 
 
 def test_lines_go_after_their_time_and_their_sums_and_windows_stay(tenants: Tenants, clock: Clock) -> None:
-    manage.change_settings(tenants.store, "", prices(1_000_000, 0, 1_000_000), who="me")
+    set_price(tenants.store, 1_000_000, 0, 1_000_000)
     tenants.store.look()
     for n in range(25):
         run(ask(tenants, Principal("tenant", "acme"), f"old{n}", Usage(1, 0, 1)))

@@ -10,7 +10,7 @@ from hypothesis import strategies as some
 
 from veneer.serve.request import Refused
 from veneer.serve.tenancy.limits import DAY, MINUTE, LimitHold, Limits, Window
-from veneer.serve.tenancy.store import ALL, EACH, LIMITS, Limit
+from veneer.serve.tenancy.store import ALL, EACH, Limit
 
 
 class Clock:
@@ -173,7 +173,3 @@ def test_what_other_servers_admitted_counts_here() -> None:
         limits.take(rules, "acme", ["x"], 5, 5)
     with pytest.raises(Refused, match="10 requests a day"):
         limits.take(rules, "acme", ["x"], 5, 5)
-
-
-def test_limits_are_named_as_in_the_table() -> None:
-    assert tuple(Limit.__dataclass_fields__) == LIMITS

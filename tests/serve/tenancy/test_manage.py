@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import delete, select, update
 from sqlalchemy.exc import DBAPIError
 
-from tests.serve.tenancy.conftest import prices
+from tests.serve.tenancy.conftest import set_price
 from veneer.library.database import reading, write_transaction
 from veneer.serve.tenancy import manage, routes
 from veneer.serve.tenancy.store import Store
@@ -23,8 +23,8 @@ def change_everything(store: Store) -> None:
     manage.change_settings(store, "acme", {"adapters": ["x"]}, who="ana")
     manage.change_settings(store, "acme", {"concurrency": 2}, who="ana")
     manage.change_settings(store, "acme", {"concurrency": 5}, who="ana")
-    manage.change_settings(store, "acme", prices(1, 2, 3), who="ana")
-    manage.change_settings(store, "acme", prices(None, None, None), who="ana")
+    set_price(store, 1, 2, 3, tenant="acme")
+    set_price(store, None, None, None, tenant="acme")
     routes.set_route(store, "support", [("v1", 1)], who="ana")
     manage.change_settings(store, "acme", {"weight": 2.0}, who="ana")
     manage.note(store, "admin", "adapter.load", "v1", None, {"digest": "sha256:3f"})
@@ -60,7 +60,7 @@ def test_every_change_has_its_line_with_before_and_after_and_no_secret(store: St
     by_number = {x["number"]: x for x in lines}
     assert by_number[7]["before"]["concurrency"] == 2
     assert by_number[7]["after"]["concurrency"] == 5
-    assert by_number[9]["before"] == prices(1, 2, 3)
+    assert by_number[9]["before"] == {"prompt_price": 1, "cached_price": 2, "completion_price": 3}
     assert by_number[11]["before"] == {"weight": 1.0}
     assert by_number[4]["who"] == "bob"
     assert by_number[4]["after"]["revoked"] is not None

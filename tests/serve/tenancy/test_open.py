@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.serve.http.toy import wait_for
-from tests.serve.tenancy.conftest import prices
+from tests.serve.tenancy.conftest import set_price
 from tests.serve.whole import make_shop, served
 from veneer.library.database import reading
 from veneer.serve.tenancy import manage, routes
@@ -25,7 +25,7 @@ def test_an_open_server_has_routes_shadows_votes_and_costs_without_a_key(tmp_pat
             return server.http.post("/v1/chat/completions", json=body, headers=headers)
 
         assert ask("support").status_code == 404
-        manage.change_settings(store, "", prices(1_000_000, 1_000_000, 1_000_000), who="me")
+        set_price(store, 1_000_000, 1_000_000, 1_000_000)
         routes.set_route(store, "support", [("plain", 1)], shadow="rs", who="me")
         first, second = ask("support").json(), ask("support", "sk-what-a-client-has-to-be-given").json()
         tokens = [a["usage"]["prompt_tokens"] + a["usage"]["completion_tokens"] for a in (first, second)]

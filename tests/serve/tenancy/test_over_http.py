@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from tests.serve.tenancy.conftest import prices
+from tests.serve.tenancy.conftest import set_price
 from tests.serve.whole import make_shop, served
 from veneer.library.database import reading
 from veneer.serve.settings import LedgerSettings
@@ -28,14 +28,8 @@ def test_no_spelling_of_a_mix_evades_the_price_of_its_parts(tmp_path: Path) -> N
     store = Store(where)
     manage.add_tenant(store, "acme", adapters=["plain", "rs", "sha256:*"], who="test")
     _, key = manage.make_tenant_key(store, "acme", who="test")
-    manage.change_settings(store, "", prices(1_000_000, 1_000_000, 1_000_000), who="test")
-    manage.change_settings(
-        store,
-        "",
-        prices(1_000_000_000, 1_000_000_000, 1_000_000_000),
-        adapter="plain",
-        who="test",
-    )
+    set_price(store, 1_000_000, 1_000_000, 1_000_000)
+    set_price(store, 1_000_000_000, 1_000_000_000, 1_000_000_000, adapter="plain")
     both, dear, cheap = 8008, 8000, 8  # of 5 + 3 tokens
     asked: list[tuple[dict[str, Any], int]] = [
         ({"model": "plain"}, dear),

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from tests.serve.tenancy.conftest import Clock, prices
+from tests.serve.tenancy.conftest import Clock, set_price
 from veneer.errors import ConfigError
 from veneer.library.database import reading
 from veneer.serve.access import ResolvedModel
@@ -284,22 +284,10 @@ def test_two_servers_share_windows_and_a_restart_forgets_nothing(where: str, qui
 def test_bills_are_priced_by_the_closest_price_and_add_up(tenants: Tenants) -> None:
     store = tenants.store
     manage.add_tenant(store, "acme", who="me")
-    manage.change_settings(store, "", prices(150_000, 15_000, 600_000), who="me")
-    manage.change_settings(
-        store,
-        "",
-        prices(1_000_000, 0, 2_000_000),
-        adapter="big",
-        who="me",
-    )
-    manage.change_settings(store, "acme", prices(1, 1, 1), who="me")
-    manage.change_settings(
-        store,
-        "acme",
-        prices(3_000_000, 1_000_000, 5_000_000),
-        adapter="big",
-        who="me",
-    )
+    set_price(store, 150_000, 15_000, 600_000)
+    set_price(store, 1_000_000, 0, 2_000_000, adapter="big")
+    set_price(store, 1, 1, 1, tenant="acme")
+    set_price(store, 3_000_000, 1_000_000, 5_000_000, tenant="acme", adapter="big")
     store.look()
     took = Usage(1000, 200, 300, 0.5, 0.25, 2.0)
     for n, (tenant, target) in enumerate([("x", "v1"), ("x", "big@2"), ("acme", "v1"), ("acme", "big")]):
