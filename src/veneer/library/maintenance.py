@@ -106,9 +106,9 @@ def gc(library: Library, *, grace: float = _GRACE, dry_run: bool = False) -> GcR
             connection.rollback()
             return out
         connection.execute(update(ix.objects).where(_unused(), o.touched < cutoff).values(generation=ix.CONDEMNED))
+    _condemn_strays(library, cutoff)
     while _delete_condemned(library, out):
         pass
-    _delete_strays(library, cutoff, out)
     with reading(library.engine) as connection:
         entries = set(connection.scalars(select(e.id)).all())
         blobs = set(connection.scalars(select(ix.files.c.object)).all())
@@ -144,23 +144,16 @@ def _delete_condemned(library: Library, out: GcReport) -> bool:
     return bool(rows)
 
 
-def _delete_strays(library: Library, cutoff: float, out: GcReport) -> None:
-    """Delete files without a row in the index.
+def _condemn_strays(library: Library, cutoff: float) -> None:
+    """Condemn files without a row in the index.
 
     Such files are uploads that ended after their claim was collected, and were then killed."""
     o = ix.objects.c
-    with reading(library.engine) as connection:
+    stored = [f for f in _stored(library) if f[2] < cutoff]
+    with ix.index_transaction(library.engine) as connection:
         known = set(connection.scalars(select(o.path)).all())
-    strays = [f for f in _stored(library) if f[0] not in known and f[2] < cutoff]
-    for at in range(0, len(strays), _BATCH):
-        part = strays[at : at + _BATCH]
-        with ix.index_transaction(library.engine) as connection:
-            claimed = set(connection.scalars(select(o.path).where(o.path.in_([path for path, _, _ in part]))).all())
-            for path, size, _ in part:
-                if path not in claimed:
-                    library.store.delete(path)
-                    out.files += 1
-                    out.bytes += size
+        rows = [{"path": p, "size": size, "touched": at, "generation": ix.CONDEMNED} for p, size, at in stored]
+        ix.many(connection, ix.objects, [row for row in rows if row["path"] not in known])
 
 
 def _stored(library: Library) -> Iterator[tuple[str, int, float]]:

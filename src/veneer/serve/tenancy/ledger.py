@@ -360,14 +360,16 @@ class Ledger:
             with suppress(OSError):
                 self.reserve.claim()
         taken = self.outbox.take(_BATCH) if self.outbox else []
-        owed = [OwedEntry.from_json(body) for _, body, _ in taken] + list(self._unwritten.values())[:_BATCH]
+        late = list(self._unwritten.values())[:_BATCH]
+        owed = [OwedEntry.from_json(body) for _, body, _ in taken] + late
         if not owed:
             return False
         self._asked = time.monotonic()
         self._post(self.server, owed)
         self._asked = 0.0
         if self.outbox:
-            self.outbox.sent(taken)
+            ended = [key for key, _, final in taken if final] + [each.entry.request for each in late]
+            self.outbox.sent([key for key, _, _ in taken], ended)
         for each in owed:
             if each.state != "open":
                 self._ended.pop(each.entry.request, None)

@@ -229,7 +229,6 @@ class Outbox:
         """
         self.path, self.owed = path, 0
         self._mutex = threading.RLock()
-        self._unwritten: dict[str, str] = {}
         try:
             private_folder(path.parent)
             path.touch(0o600)
@@ -253,62 +252,40 @@ class Outbox:
         return added
 
     def end(self, key: str, body: str) -> Future[None]:
-        """Replace an item's body; the first end counts.
+        """Replace an item's body by its last; the first end counts.
 
-        The future completes when the body is written. The future never fails: a body that cannot be written
-        is logged, kept in memory and sent from there.
+        The future completes when the body is written.
         """
-        kept: Future[None] = Future()
-
-        def written(future: Future[None]) -> None:
-            if error := future.exception():
-                _log.error("the end of request %s is only in memory: %s", key, error)
-                with self._mutex:
-                    self._unwritten.setdefault(key, body)
-            kept.set_result(None)
-
-        self.writer.put(self._update, (body, key)).add_done_callback(written)
-        return kept
+        return self.writer.put(self._update, (body, key))
 
     def take(self, most: int) -> list[tuple[str, str, bool]]:
         """Up to `most` items to send, oldest first.
 
         (key, body, whether it is the last body).
         """
+        query = "SELECT key, body, final FROM owed WHERE sent = 0 OR final = 1 ORDER BY number LIMIT ?"
         with self._mutex:
-            late = dict(self._unwritten)
-            marks = ", ".join("?" * len(late))
-            query = f"SELECT key, body, final FROM owed WHERE sent = 0 OR final = 1 OR key IN ({marks})"
-            rows = self.connection.execute(f"{query} ORDER BY number LIMIT ?", (*late, most)).fetchall()
-        return [(key, late.get(key, body), bool(final) or key in late) for key, body, final in rows]
+            rows = self.connection.execute(query, (most,)).fetchall()
+        return [(key, body, bool(final)) for key, body, final in rows]
 
-    def sent(self, items: Sequence[tuple[str, str, bool]]) -> None:
-        """Record that the database has these items of `take`.
-
-        Delete those with their last body.
-        """
-        ended = [(key,) for key, _, final in items if final]
+    def sent(self, keys: Sequence[str], ended: Sequence[str]) -> None:
+        """Record that the database has these items; those in `ended` with their last body, so delete them."""
         with self._transaction() as c:
-            c.executemany("DELETE FROM owed WHERE key = ?", ended)
-            c.executemany("UPDATE owed SET sent = 1 WHERE key = ?", [(key,) for key, _, final in items if not final])
-        with self._mutex:
-            for (key,) in ended:
-                self._unwritten.pop(key, None)
+            c.executemany("UPDATE owed SET sent = 1 WHERE key = ?", [(key,) for key in keys])
+            c.executemany("DELETE FROM owed WHERE key = ?", [(key,) for key in ended])
         self._count(-len(ended))
 
     def close(self) -> None:
         """Stop; what is still owed stays in the file."""
         self.writer.close()
         with self._mutex:
-            empty = not self._unwritten and not self.connection.execute("SELECT 1 FROM owed LIMIT 1").fetchone()
+            empty = self.connection.execute("SELECT 1 FROM owed LIMIT 1").fetchone() is None
             self.connection.close()
         for path in _files(self.path) if empty else ():
             path.unlink(missing_ok=True)
 
     def _insert(self, c: sqlite3.Connection, rows: list[tuple[str, str]]) -> None:
         for row in rows:
-            if self._unwritten:
-                raise NoRoom("the ends of requests cannot be written")
             if c.execute("PRAGMA freelist_count").fetchone()[0] < _SPARE_PAGES:
                 raise NoRoom("there is no room for one more")
             c.execute("INSERT INTO owed (key, body, final, sent) VALUES (?, ?, 0, 0)", row)
