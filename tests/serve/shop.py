@@ -91,11 +91,9 @@ class Asked:
         return self.told[0] if self.told and isinstance(self.told[0], Refused) else None
 
     def names(self) -> list[str]:
-        assert self.lease is not None
         return [thing.name for thing, _ in self.lease.parts]
 
     def end(self) -> None:
-        assert self.lease is not None
         self.lease.release()
 
 

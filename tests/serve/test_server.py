@@ -80,8 +80,6 @@ def test_a_server_loads_serves_drains_and_ends() -> None:
                     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
                 assert [line for line in lines if line][-1] == "data: [DONE]"  # what ran goes on to its end
         assert process.wait(60) == 0
-        assert process.stdout is not None
-        assert process.stderr is not None
         assert process.stdout.read().strip().endswith("ended")
         assert "INFO veneer.serve: draining: 1 requests" in process.stderr.read()
     finally:

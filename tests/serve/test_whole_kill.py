@@ -116,7 +116,6 @@ def client(address: str, key: str, seed: int, seen: Seen) -> None:
             try:
                 if pick.random() < 0.4:
                     answer = api.completions.create(**asked)
-                    assert answer.usage is not None
                     seen.answered[answer.id] = (answer.usage.prompt_tokens, answer.usage.completion_tokens)
                     continue
                 ended: Any = None
@@ -191,7 +190,6 @@ def test_killed_under_load_it_serves_again_and_the_ledger_balances(shop: Shop, t
         with openai.OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0) as api:
             for name in ("plain", "dora"):
                 answer = api.completions.create(**asking(name, prompt(20)))
-                assert answer.usage is not None
                 seen.answered[answer.id] = (answer.usage.prompt_tokens, answer.usage.completion_tokens)
                 assert said(answer).same(shop.wanted([(name, 1.0)], prompt(20), 12))
         states = balance(url, seen)

@@ -285,7 +285,6 @@ def slowed(engine: TextEngine, seconds: float = 0.01) -> Iterator[None]:
 def held(engine: TextEngine, digest: str) -> list[weakref.ref[Any]]:
     """Everything that the server has of an adapter in memory, watched."""
     lease = engine.residents.acquire(((digest, 1.0),), lambda result: None)
-    assert lease is not None
     thing = lease.parts[0][0]
     lease.release()
     things: list[Any] = [thing, thing.adapter, *(tensor for _, tensor in thing.adapter.tensors())]

@@ -53,7 +53,6 @@ def asked(adapter: str = "run", how: SamplingParams = HOW, each: int = 2) -> lis
 
 def draw(sampler: Sampler, wanted: list[CompletionRequest]) -> list[Rollout]:
     drawn = sampler.draw(wanted)
-    assert drawn is not None
     return drawn
 
 

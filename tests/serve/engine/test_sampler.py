@@ -300,7 +300,6 @@ def test_a_grammar_masks_and_is_told() -> None:
         for t, g in zip((0, 1, 1), grammars, strict=True)
     ]
     first, second, third = sample(scores, rows)
-    assert isinstance(first, SampledToken)
     assert first.id == (3 if scores[0, 3] > scores[0, 4] else 4)
     assert second == SampledToken(9)
     assert isinstance(third, Refused)
@@ -321,11 +320,9 @@ def test_scores_that_are_not_finite_fail_their_own_row_alone(bad: float, heat: f
     first, second, third = sample(scores, rows)
     assert isinstance(first, SampledToken)
     assert isinstance(third, SampledToken)
-    assert isinstance(second, Refused)
     assert second.status == 500
     rows[1] = SampledRow(Sampling(temperature=heat, seed=1), vocabulary=V, under="loud:9000+soft:1")
     refused = sample(scores, rows)[1]
-    assert isinstance(refused, Refused)
     assert (refused.status, refused.code) == (400, "adapter_unusable"), "what was asked for made it so"
     assert "'loud:9000+soft:1'" in refused.what
 
@@ -341,7 +338,6 @@ def test_logprobs_are_the_models_whatever_was_asked_of_the_draw() -> None:
     rows = [SampledRow(replace(s, logprobs=n), vocabulary=V) for n in (0, 4, 20)]
     p = scores.log_softmax(-1)
     for r, (n, choice) in enumerate(zip((0, 4, 20), sample(scores, rows), strict=True)):
-        assert isinstance(choice, SampledToken)
         assert choice.logprob == pytest.approx(float(p[r, choice.id]), abs=1e-5)
         assert [i for i, _ in choice.top] == p[r].topk(n).indices.tolist()
         assert [x for _, x in choice.top] == pytest.approx(p[r].topk(n).values.tolist(), abs=1e-5)
@@ -357,7 +353,6 @@ def test_alternatives_that_are_equally_likely_do_not_depend_on_the_batch() -> No
     for i, kind in enumerate(kinds):
         (alone,) = sample(scores[i : i + 1], [SampledRow(kind, vocabulary=V)])
         assert alone == together[i]
-        assert isinstance(alone, SampledToken)
         order = sorted(range(V), key=lambda t: (-float(scores[i, t]), t))
         assert [t for t, _ in alone.top] == order[: kind.logprobs]
         assert not alone.top or alone.top[0] == (alone.id, alone.logprob)

@@ -27,7 +27,6 @@ def advance(scheduler: Scheduler) -> list[Sequence]:
     for chunk in chunks:
         s = chunk.sequence
         assert s in scheduler.running
-        assert s.table is not None
         assert chunk.start == s.computed < chunk.end <= len(s.table.blocks) * scheduler.cache.block
         scheduler.computed(chunk)
         if chunk.last:

@@ -41,7 +41,6 @@ def runner_of(name: str) -> tuple[Runner, LlamaForward, dict[str, Prepared]]:
     adapters["dora"] = trained(model, 7, dora=True)
     runner = Runner(base_of(model), cache_bytes=1 << 20)
     assert runner.how == "fused", runner.why
-    assert runner.llama is not None
     return runner, runner.llama, {n: runner.prepare(a, n) for n, a in adapters.items()}
 
 
@@ -49,7 +48,6 @@ def line_by_line(runner: Runner, patch: pytest.MonkeyPatch) -> None:
     """From now on its layers run one after another, as where decoder.c is not there."""
     usable = compiled.usable
     patch.setattr(compiled, "usable", lambda names, *tensors: None if names == "decode" else usable(names, *tensors))
-    assert runner.llama is not None
     runner.llama = replace(runner.llama)
     assert not runner.llama.in_one_call
 
@@ -115,7 +113,6 @@ def test_bases_whose_shapes_have_no_panels_go_layer_by_layer() -> None:
     model = FAMILIES["llama3"](**(SHAPE | {"intermediate_size": 90})).bfloat16()
     runner = Runner(base_of(model), cache_bytes=1 << 20)
     assert runner.how == "fused", runner.why
-    assert runner.llama is not None
     assert not runner.llama.in_one_call
     (got,) = serve(runner, [(prompts((20,))[0], [])], [20])
     with torch.no_grad():

@@ -77,7 +77,6 @@ def test_every_row_has_its_own_mix(dtype: torch.dtype, tolerance: float, dora: b
     x = torch.randn(19, INPUTS, generator=torch.Generator().manual_seed(9)).to(dtype)
     y = before = base_output(layout, x)
     segments = AdapterBatch.of(layout, spans)
-    assert segments is not None
     y = before.clone()
     (segments.add_reference if reference else segments.add)(0, x, y)
     for first, end, mix in spans:
@@ -101,7 +100,6 @@ def test_a_rows_result_does_not_depend_on_its_batch(threads: int) -> None:
     try:
         together = before.clone()
         segments = AdapterBatch.of(layout, [(i, i + 1, mix) for i, mix in enumerate(mixes)])
-        assert segments is not None
         segments.add(0, x, together)
         for i, mix in enumerate(mixes):
             alone = before[i : i + 1].clone()

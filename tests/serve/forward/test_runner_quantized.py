@@ -90,7 +90,6 @@ def test_no_projection_has_a_dense_copy() -> None:
     """Nor a second one of its codes."""
     model = model_in("nf4", dtype=torch.bfloat16)
     runner = Runner(base_of(model), cache_bytes=1 << 20)
-    assert runner.llama is not None
     for layer, block in zip(model.model.layers, runner.llama.blocks, strict=True):
         own = (layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp.up_proj, layer.mlp.down_proj)
         for module, held in zip(own, (block.qkv, block.out, block.gate_up, block.down), strict=True):
@@ -129,7 +128,6 @@ def test_from_codes_as_by_the_slow_path(kind: str) -> None:
         with override_ops(panel_linear="compiled" if laid else "torch"):
             runner = Runner(base_of(model), cache_bytes=1 << 20)
         assert runner.how == "fused", runner.why
-        assert runner.llama is not None
         assert runner.llama.in_one_call == laid
         ready = runner.prepare(adapter, "a")
         mixes = [[], [(ready, 1.0)], [], [(ready, -0.5)]]

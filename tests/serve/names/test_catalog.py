@@ -97,7 +97,6 @@ def test_names_are_resolved_without_a_database(
     library.add(folder / "a", "acme/support")
     library.alias("acme/support@1", "prod")
     catalog = make()
-    assert catalog.shelf.names is not None
     catalog.shelf.names.looked()
     monkeypatch.setattr(catalog.shelf.names, "looked", lambda: None)  # as surfaces leave it to a thread
 
@@ -232,10 +231,8 @@ def test_a_shadow_that_is_gone_hurts_nobody_and_is_told(make: Make, base: TextBa
     catalog.load("a", "a")
     served = catalog.resolve("live", Principal("tenant", tenant="t", user="ann"))
     assert served.target == "a"
-    assert served.shadow is not None
     name, why = served.shadow
     assert name == "gone"
-    assert isinstance(why, Refused)
     assert why.status == 404
     assert refused(lambda: catalog.resolve("live", Principal("tenant", tenant="t", user="bob"))).status == 404
 
@@ -416,7 +413,6 @@ def test_an_evicted_adapter_is_read_again_and_must_be_the_same(make: Make, base:
     catalog.load("x", "a")
     catalog.load("y", "b")
     residents = catalog.residents
-    assert residents is not None
 
     def get(name: str) -> Lease[Any] | Refused:
         done, got = threading.Event(), list[Any]()
@@ -432,11 +428,9 @@ def test_an_evicted_adapter_is_read_again_and_must_be_the_same(make: Make, base:
     assert isinstance(get("y"), Lease)
     shutil.rmtree(folder / "a")
     gone = get("x")
-    assert isinstance(gone, Refused)
     assert (reason(gone), gone.status) == ("not_found", 404)
     saved(base, folder / "a", 9)
     changed = get("x")
-    assert isinstance(changed, Refused)
     assert (reason(changed), changed.status) == ("changed", 409)
     assert isinstance(get("y"), Lease)
 

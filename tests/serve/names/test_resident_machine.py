@@ -204,8 +204,7 @@ def test_a_slow_disk_holds_up_only_who_waits_for_it() -> None:
     slow: SimpleQueue[Lease[Thing] | Refused] = SimpleQueue()
     assert residents.acquire((("a", 1.0),), slow.put) is None
     residents.load("b")  # another loader
-    lease = residents.acquire((("b", 1.0),), slow.put)
-    assert lease is not None
+    assert residents.acquire((("b", 1.0),), slow.put) is not None
     assert slow.empty()
     gate.set()
     assert isinstance(slow.get(timeout=30), Lease)
@@ -226,7 +225,6 @@ def test_memory_is_really_given_back() -> None:
     gc.collect()
     assert [ref() for ref in made] == [None, None], "on a CPU only what was prepared stays"
     lease = residents.acquire((("a", 1.0),), lambda result: None)
-    assert lease is not None
     thing = weakref.ref(lease.parts[0][0])
     residents.drop("a")
     assert thing() is not None

@@ -179,7 +179,7 @@ async def _asked(
 
 async def _ask(service: Service, caller: Principal, number: str, question: Question, place: AdmittedRequest) -> Reply:
     chosen = service.choose(caller, model=question.model)
-    prompt = await service.prompts.of_messages(question.messages, place=place)
+    prompt = await service.prompts.of_messages(question.messages, place)
     room = service.prompts.fits(prompt, "grader.input")
     sampling = Sampling(
         max_tokens=min(question.tokens, room, service.settings.max_tokens or room),

@@ -59,22 +59,15 @@ class TextJob:
     def requests(self, whose: str = "") -> list[Request]:
         """The engine requests. `whose`: the cache scope from the tenancy."""
         salt = json.dumps([whose, self.cache_salt]) if whose or self.cache_salt else ""
+        caller, served, seed = self.caller, self.chosen.served, self.sampling.seed
+        more = {"tenant": caller.tenant, "weight": caller.weight, "name": served.name, "salt": salt}
         made = []
-        for i in range(len(self.prompts) * self.choices):
-            prompt, k = self.prompts[i // self.choices], i % self.choices
-            sampling = replace(self.sampling, seed=seed_of(self.sampling.seed, k)) if k else self.sampling
-            made.append(
-                Request(
-                    prompt,
-                    sampling,
-                    self.chosen.served.mix,
-                    tenant=self.caller.tenant,
-                    weight=self.caller.weight,
-                    name=self.chosen.served.name,
-                    salt=salt,
-                    id=f"{self.id}-{i}",
-                )
-            )
+        for prompt in self.prompts:
+            for k in range(self.choices):  # the first answer has the client's seed
+                sampling = self.sampling
+                if k and seed is not None:
+                    sampling = replace(sampling, seed=(seed + k) % 2**63)
+                made.append(Request(prompt, sampling, served.mix, id=f"{self.id}-{len(made)}", **more))
         return made
 
 
@@ -104,11 +97,6 @@ class TextAnswer:
     def took(self, prompt: int) -> Usage:
         """The usage so far."""
         return self.end.usage if self.end is not None else Usage(prompt, self.cached, len(self.tokens))
-
-
-def seed_of(seed: int | None, k: int) -> int | None:
-    """The seed of the k-th answer to one prompt; the client's seed for the first."""
-    return seed if seed is None or k == 0 else (seed + k) % 2**63
 
 
 def finite_logprob(logprob: float | None) -> float:

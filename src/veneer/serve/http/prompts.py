@@ -12,13 +12,13 @@ from __future__ import annotations
 import inspect
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from veneer.errors import VeneerError
-from veneer.serve.engine.admission import Admission, AdmittedRequest
+from veneer.serve.engine.admission import AdmittedRequest
 from veneer.serve.request import Refused, invalid
 
 if TYPE_CHECKING:
@@ -59,12 +59,7 @@ class Prompts:
     # -- encoding ------------------------------------------------------------------------------------------------------
 
     async def of_parts(
-        self,
-        texts: Sequence[str],
-        *,
-        special: bool = True,
-        place: AdmittedRequest | None = None,
-        param: str = "prompt",
+        self, texts: Sequence[str], admitted: AdmittedRequest, *, special: bool = True, param: str = "prompt"
     ) -> list[tuple[int, ...]]:
         """Token ids of each text.
 
@@ -72,7 +67,7 @@ class Prompts:
         """
         for text in texts:
             self.measure(len(text), param)
-        return await self.work(sum(map(len, texts)), lambda: [self.encode(t, special=special) for t in texts], place)
+        return await admitted.work(sum(map(len, texts)), lambda: [self.encode(t, special=special) for t in texts])
 
     def measure(self, characters: int, param: str = "prompt") -> None:
         """Raises Refused (400, context_exceeded) for a text longer than `most`.
@@ -83,13 +78,6 @@ class Prompts:
             what = f"the prompt has {characters:,} characters; for a context of {self.context:,} tokens at most "
             what += f"{self.most:,} are read"
             raise Refused(what, status=400, code="context_exceeded", param=param, fix="shorten the prompt")
-
-    async def work(self, size: int, do: Callable[[], T], place: AdmittedRequest | None) -> T:
-        """Run `do`, work on `size` characters, in an admission thread.
-
-        Counts for the tenant of `place`.
-        """
-        return await (place or _anybody()).work(size, do)
 
     def encode(self, text: str, *, special: bool = True) -> tuple[int, ...]:
         """Token ids of a text. Blocks: run in an admission thread."""
@@ -112,8 +100,8 @@ class Prompts:
     async def of_messages(
         self,
         messages: Sequence[Mapping[str, Any]],
+        admitted: AdmittedRequest,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        place: AdmittedRequest | None = None,
         **variables: Any,
     ) -> tuple[int, ...]:
         """Token ids of a conversation, through the chat template.
@@ -140,7 +128,7 @@ class Prompts:
             return self.encode(text, special=False)
 
         try:
-            return await self.work(size, read, place)
+            return await admitted.work(size, read)
         except Refused:
             raise
         except VeneerError as error:
@@ -164,10 +152,10 @@ class Prompts:
 
     # -- decoding ------------------------------------------------------------------------------------------------------
 
-    async def decode(self, ids: Sequence[int], *, place: AdmittedRequest | None = None) -> str:
+    async def decode(self, ids: Sequence[int], admitted: AdmittedRequest) -> str:
         read = self.base.tokenizer.decode
         settings = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-        return str(await self.work(len(ids), lambda: read(list(ids), **settings), place))
+        return str(await admitted.work(len(ids), lambda: read(list(ids), **settings)))
 
     def special(self, token: int) -> bool:
         return token in self._special
@@ -184,12 +172,6 @@ class Prompts:
         if raw and all(c in table for c in raw):  # byte-level BPE's alphabet
             return text, tuple(table[c] for c in raw)
         return text, tuple(text.encode("utf-8", "replace"))
-
-
-@cache
-def _anybody() -> AdmittedRequest:
-    """For texts without a request: counted against no tenant."""
-    return Admission(bodies=0, answers=0, texts=1 << 40).enter()
 
 
 _PROBES = (

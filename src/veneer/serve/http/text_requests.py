@@ -47,7 +47,7 @@ async def chat_job(
     """
     use, variables, served = use or ToolUse(), variables or {}, chosen.served
     admitted.take("answers", n)
-    prompt = await service.prompts.of_messages(messages, use.tools, admitted, **variables)
+    prompt = await service.prompts.of_messages(messages, admitted, use.tools, **variables)
     settings = sampling(service.prompts.fits(prompt, "messages"))
     continued = bool(variables.get("continue_final_message"))
 

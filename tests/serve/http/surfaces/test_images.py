@@ -82,7 +82,6 @@ FEW: dict[str, Any] = {"num_inference_steps": 2, "seed": 7}
 
 
 def picture(b64: str | None) -> Image.Image:
-    assert b64 is not None
     return Image.open(io.BytesIO(base64.b64decode(b64)))
 
 

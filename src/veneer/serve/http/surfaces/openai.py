@@ -129,10 +129,10 @@ async def completions(request: HttpRequest, body: CompletionBody) -> Response:
     admitted.take("answers", len(texts) * n)
     echoes = [text for text in texts if isinstance(text, str)]
     if echoes:
-        prompts = await service.prompts.of_parts(echoes, special=body.add_special_tokens, place=admitted)
+        prompts = await service.prompts.of_parts(echoes, admitted, special=body.add_special_tokens)
     else:
         prompts = [service.prompts.of_ids(ids) for ids in texts if not isinstance(ids, str)]
-        echoes = [await service.prompts.decode(ids, place=admitted) for ids in prompts] if body.echo else []
+        echoes = [await service.prompts.decode(ids, admitted) for ids in prompts] if body.echo else []
     if body.prompt_logprobs is not None and body.stream:
         raise invalid("prompt_logprobs come with a whole answer", "prompt_logprobs", "leave stream out")
     counts = [each for each in (body.logprobs, body.prompt_logprobs) if each is not None]

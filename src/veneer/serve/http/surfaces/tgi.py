@@ -139,7 +139,7 @@ async def _ask(request: HttpRequest, service: Service, body: Generate) -> TextJo
     )
     admitted = admission_of(request)
     admitted.take("answers", 1)
-    (prompt,) = await service.prompts.of_parts([body.inputs], place=admitted)
+    (prompt,) = await service.prompts.of_parts([body.inputs], admitted)
     most = limited(given.max_new_tokens, service.prompts.fits(prompt, "inputs"), service)
     settings = sampling_of(
         max_tokens=min(100, most) if given.max_new_tokens is None else most,

@@ -153,9 +153,9 @@ async def tokenize(request: HttpRequest, body: Tokenize) -> Response:
             body.chat_template_kwargs, body.add_generation_prompt, body.continue_final_message
         )
         messages = [message.model_dump(exclude_none=True) for message in body.messages]
-        ids = await prompts.of_messages(messages, body.tools, admitted, **variables)
+        ids = await prompts.of_messages(messages, admitted, body.tools, **variables)
     else:
-        (ids,) = await prompts.of_parts([body.prompt or ""], special=body.add_special_tokens, place=admitted)
+        (ids,) = await prompts.of_parts([body.prompt or ""], admitted, special=body.add_special_tokens)
 
     def answer() -> Response:
         texts = [prompts.piece(i)[0] for i in ids] if body.return_token_strs else None
@@ -170,5 +170,5 @@ async def detokenize(request: HttpRequest, body: Detokenize) -> Response:
     service.choose(caller_of(request), model=body.model)
     admitted = admission_of(request)
     admitted.take("answers", 1)
-    text = await service.prompts.decode(service.prompts.of_ids(body.tokens, "tokens"), place=admitted)
+    text = await service.prompts.decode(service.prompts.of_ids(body.tokens, "tokens"), admitted)
     return Json({"prompt": text})
