@@ -26,7 +26,6 @@ from veneer.plan.memory import (
     Load,
     Memory,
     kept_dequantized,
-    memory_together,
     packed_weights,
     run_memory,
     text_memory,
@@ -226,22 +225,6 @@ def test_several_micro_batches_hold_gradients_beside_activations() -> None:
     one, four = (text_memory(LLAMA, Load((512,), micros=n), CPU) for n in (1, 4))
     assert one.gradients == 0
     assert four.gradients == 4 * pair_parameters(LLAMA)
-
-
-def test_runs_in_one_pass_have_one_base_and_a_state_each() -> None:
-    """A pass of as many as fit is that of one run with all their rows; ranks may differ."""
-    loads = [Load((128,), rank=8), Load((100, 28), rank=8, micros=3), Load((256,), rank=8)]
-    each = [text_memory(LLAMA, replace(load, micros=2), CPU) for load in loads]
-    for most, lengths in ((10**6, (256, 128, 100, 28)), (400, (256, 128)), (1, (256,))):
-        together, tokens = memory_together(LLAMA, loads, CPU, most)
-        one = text_memory(LLAMA, Load(lengths, rank=8), CPU)
-        assert tokens == sum(lengths)
-        for part in ("weights", "activations", "logits", "working", "context"):
-            assert together.parts[part] == one.parts[part], part
-        for part in ("adapter", "gradients", "optimizer"):
-            assert together.parts[part] == sum(own.parts[part] for own in each), part
-    wider, _ = memory_together(LLAMA, [*loads, Load((8,), rank=64)], CPU, 10**6)
-    assert wider.optimizer - memory_together(LLAMA, loads, CPU, 10**6)[0].optimizer == 8 * each[0].optimizer
 
 
 def test_offloading_moves_blocks_and_leaves_room_for_one() -> None:

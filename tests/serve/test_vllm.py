@@ -17,7 +17,6 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from veneer.serve.fleet.folders import served_name
 
 from tests.serve.http.toy import free_port
 from veneer.core.adapter import Adapter, LoraSpec

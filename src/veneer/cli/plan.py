@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -29,7 +29,6 @@ _KEYS = {
     "size": "data.resolution",
 }
 """Option -> the setting of a configuration that it stands for."""
-_OF_CARDS, _SERVED = {"gpus", "price"}, {"tenants", "prompt", "answer", "together"}
 _ROWS, _TOKENS, _MANY = 10**12, 1 << 20, 1 << 16
 """Upper bounds of options: larger values are typing errors and take hours to plan."""
 
@@ -37,9 +36,7 @@ _ROWS, _TOKENS, _MANY = 10**12, 1 << 20, 1 << 16
 @app.command(epilog=_EXAMPLE)
 def plan(
     context: typer.Context,
-    config: Annotated[
-        Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="One or more training configurations.")
-    ] = None,
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="A training configuration.")] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Settings that override the file's.")
     ] = None,
@@ -106,37 +103,41 @@ def plan(
     if list_:
         _list(as_json)
         return
-    from veneer.plan.render import group_text, plan_text
+    from veneer.plan.render import plan_text
     from veneer.plan.serving import Traffic
     from veneer.plan.tables import cpu_device, device_named
     from veneer.train.config.load import load_config
-    from veneer.train.planning import plan_of_config, plan_of_texts
+    from veneer.train.planning import plan_of_config
 
     if gpu is None or gpu == "cpu":
-        _refuse(context, _OF_CARDS, "the plan is for this machine's processor", "name a card with --gpu")
+        if given := [f"--{name}" for name in ("gpus", "price") if _is_given(context, name)]:
+            raise ConfigError(
+                f"{', '.join(given)}: the plan is for this machine's processor", fix="name a card with --gpu"
+            )
         device = cpu_device()
     else:
         device = device_named(gpu, count=gpus, price=price)
     if longest is not None and tokens_per_row is not None and longest < tokens_per_row:
         what = f"the longest row has {longest} tokens, and rows have {tokens_per_row:g} on average"
         raise ConfigError(what, where="--longest, --tokens-per-row", fix="leave --longest out, or give the greatest")
-    words = [*([] if config is None else [str(config)]), *(overrides or [])]
-    files = [word for word in words if is_config(word)]
-    settings = [word for word in words if word not in files]
+    settings = list(overrides or [])
+    if config is not None and not is_config(str(config)):
+        config, settings = None, [str(config), *settings]
     settings += [f"{key}={context.params[name]}" for name, key in _KEYS.items() if _is_given(context, name)]
     settings += ["memory.activation_checkpointing=on"] * checkpointing
-    if not files:
+    if config is None:
         settings = [*_assumed_settings(base, rows, longest or tokens_per_row), *settings]
-    given: dict[str, Any] = {"rows": rows, "tokens_per_row": tokens_per_row, "longest": longest, "trained": trained}
-    configs = [load_config(file or None, settings)[0] for file in files or [""]]
-    if len(configs) > 1:
-        _refuse(context, _SERVED, "of several runs")
-        group = plan_of_texts(configs, files, device, [given] * len(files))
-        print(json.dumps(group.to_dict()) if as_json else group_text(group, files))
-        return
-    length = prompt if files or tokens_per_row is None else prompt or round(tokens_per_row)
-    traffic = None if length is None else Traffic(length, answer, together, tenants)
-    found = plan_of_config(configs[0], device, **given, before=before, traffic=traffic)
+    length = prompt if config is not None or tokens_per_row is None else prompt or round(tokens_per_row)
+    found = plan_of_config(
+        load_config(config, settings)[0],
+        device,
+        rows=rows,
+        tokens_per_row=tokens_per_row,
+        longest=longest,
+        trained=trained,
+        before=before,
+        traffic=None if length is None else Traffic(length, answer, together, tenants),
+    )
     if as_json:
         print(json.dumps(found.to_dict()))
         return
@@ -151,12 +152,6 @@ def plan(
 
 def _is_given(context: typer.Context, name: str) -> bool:
     return str(context.get_parameter_source(name)).endswith("COMMANDLINE")
-
-
-def _refuse(context: typer.Context, names: set[str], why: str, fix: str = "leave it out") -> None:
-    """Raise ConfigError if the command line has an option in `names`."""
-    if given := [f"--{name.replace('_', '-')}" for name in sorted(names) if _is_given(context, name)]:
-        raise ConfigError(f"{', '.join(given)}: {why}", fix=fix)
 
 
 def _assumed_settings(base: str | None, rows: int | None, tokens: float | None) -> list[str]:

@@ -20,8 +20,8 @@ longest batch before the first step, and shows that number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from veneer.ops.step_sizes import HEAD_CHUNK, logits_chunk
@@ -356,27 +356,6 @@ def seen_keys(length: int, window: int | None = None) -> int:
     """Return Σ over a row's queries of the keys that each query sees."""
     seen = length if window is None else min(length, window)
     return seen * (seen + 1) // 2 + (length - seen) * seen
-
-
-def memory_together(shape: TextShape, loads: Sequence[Load], device: Device, most: int) -> tuple[Memory, int]:
-    """Return bytes by part of runs trained in one pass, and the most tokens.
-
-    The base once; the largest micro-batches of as many runs as fit in `most` tokens; the adapter,
-    gradients and optimizer of each run."""
-    lengths: tuple[int, ...] = ()
-    for load in sorted(loads, key=lambda load: -load.tokens):
-        if not lengths or sum(lengths) + load.tokens <= most:
-            lengths += load.lengths
-    widest = max(loads, key=lambda load: load.rank if load.spec is None else load.spec.rank)
-    shared = replace(widest, lengths=lengths, trained=max(load.trained for load in loads))
-    each = [text_memory(shape, replace(load, micros=2), device) for load in loads]
-    together = replace(
-        text_memory(shape, shared, device),
-        adapter=sum(own.adapter for own in each),
-        gradients=sum(own.gradients for own in each),
-        optimizer=sum(own.optimizer for own in each),
-    )
-    return together, sum(lengths)
 
 
 def kept_dequantized(shape: TextShape, memory: Memory, room: int) -> int:

@@ -10,11 +10,11 @@ If the run does not fit, its time and cost are those of the first change that ma
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from veneer.errors import ConfigError, counted, gigabytes
+from veneer.errors import counted, gigabytes
 from veneer.plan.fit import AnyLoad, Change, cheapest, each_holds, usable_memory
 from veneer.plan.image import ImageLoad, image_counts
 from veneer.plan.memory import (
@@ -23,7 +23,6 @@ from veneer.plan.memory import (
     Memory,
     dtype_bytes,
     kept_dequantized,
-    memory_together,
     packed_weights,
     run_memory,
     text_counts,
@@ -312,58 +311,6 @@ def text_plan(
         *(("note", note) for note in notes),
     )
     return replace(plan, keeps=keeps, packs=packs, serving=served, traffic=traffic, facts=facts)
-
-
-@dataclass(frozen=True)
-class GroupPlan:
-    """Runs trained in one pass.
-
-    plans: the plan of each run separately.
-    memory: of all together.
-    tokens: of their largest pass."""
-
-    plans: tuple[Plan, ...]
-    memory: Memory
-    tokens: int
-
-    @property
-    def room(self) -> int:
-        return self.plans[0].room
-
-    @property
-    def fits(self) -> bool:
-        return self.memory.peak <= self.room
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of the runs one after another, ignoring the gain of fuller passes."""
-        return sum(plan.seconds or 0.0 for plan in self.plans)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "fits": self.fits,
-            "peak_bytes": self.memory.peak,
-            "room_bytes": self.room,
-            "memory": self.memory.parts,
-            "tokens_of_a_pass": self.tokens,
-            "seconds_one_after_another": self.seconds,
-            "runs": [plan.to_dict() for plan in self.plans],
-        }
-
-
-def plan_together(shape: TextShape, plans: Sequence[Plan], most: int) -> GroupPlan:
-    """Return the plan of runs on one base in passes of at most `most` tokens.
-
-    Raises ConfigError if a run does not fit separately."""
-    loads = []
-    for plan in plans:
-        if plan.planned is None or plan.changes or not isinstance(plan.planned[0], Load):
-            raise ConfigError(
-                f"one of these runs does not fit by itself: {dict(plan.facts)['adapter']}",
-                fix="plan it alone (veneer plan CONFIG.yaml), which says what makes it fit",
-            )
-        loads.append(plan.planned[0])
-    return GroupPlan(tuple(plans), *memory_together(shape, loads, plans[0].device, most))
 
 
 def image_plan(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from veneer.errors import counted, gigabytes
 from veneer.plan.image import ImageLoad
 from veneer.plan.memory import FITS, Memory
-from veneer.plan.plan import GroupPlan, Plan
+from veneer.plan.plan import Plan
 from veneer.plan.time import HOST_LINK
 
 _WORDS = {
@@ -22,32 +22,6 @@ _WORDS = {
 def plan_text(plan: Plan) -> str:
     """Return the plan as `veneer plan` prints it."""
     return "\n".join(_lines(plan))
-
-
-def group_text(group: GroupPlan, names: Sequence[str]) -> str:
-    """Return the needs of runs in one pass, as `veneer plan` prints them.
-
-    names: of their configurations."""
-    first, verb = group.plans[0], "It fits" if group.fits else "It does not fit"
-    of = f"{gigabytes(group.memory.peak)} of the {gigabytes(group.room)} that may be taken on {first.device.name}"
-    lines = [f"{counted(len(names), 'run')} in one pass. {verb}: {of}."]
-    if not group.fits:
-        lines.append("Fewer at once fit, or a lower batching.micro_tokens in all of them.")
-    lines.append(
-        f"One after another they take {rough_duration(group.seconds)}; what fuller passes save is not counted."
-    )
-    lines += ["", "memory of one device".ljust(28) + f"{'together':>12}"]
-    for name, size in group.memory.parts.items():
-        if size:
-            word = "CUDA context" if name == "context" and first.device.kind == "cuda" else _WORDS[name]
-            lines.append(f"  {word:<26}{gigabytes(size):>12}")
-    lines += [f"  {'peak':<26}{gigabytes(group.memory.peak):>12}", ""]
-    lines.append(f"pass      at most {group.tokens:,} tokens")
-    for name, plan in zip(names, group.plans, strict=True):
-        facts = dict(plan.facts)
-        alone = f"alone {gigabytes(plan.peak)}, {rough_duration(plan.seconds or 0.0)}"
-        lines.append(f"run       {name}: {facts['adapter']}; {facts['data']}; {alone}")
-    return "\n".join(lines)
 
 
 def _lines(plan: Plan) -> Iterator[str]:

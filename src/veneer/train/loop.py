@@ -385,7 +385,6 @@ def train(
     compute: Compute | None = None,
     *,
     ended: Callable[[Loop, VeneerError | None], None] | None = None,
-    leave: Callable[[Sequence[Loop]], Mapping[Loop, VeneerError]] = lambda loops: {},
 ) -> None:
     """Run each loop, usually one, from its progress to its end, in lockstep.
 
@@ -399,8 +398,7 @@ def train(
     finite, before the optimizer moves and without overwriting the good checkpoint.
 
     `ended(loop, error)` is called when a loop ends, with None if it finished; the other loops continue.
-    Without `ended`, an error is raised. `leave(loops)`: called after each step; returns the loops that end
-    there, and their errors."""
+    Without `ended`, an error is raised."""
     active = list(loops)
     interrupted: list[Interrupted] = []
 
@@ -438,8 +436,6 @@ def train(
             stopped = any(result is None for result in results.values())
             for loop in list(active):
                 run(partial(_advance, result=None if stopped else results.get(loop)), loop)
-            for loop, error in leave(active).items():
-                run(partial(_advance, result=error), loop)
     if interrupted and len(loops) == 1:
         raise interrupted[0]
     if interrupted:

@@ -3,7 +3,6 @@
 plan_of_run(config, base, …) with the loaded base and encoded rows: exact lengths
 plan_of_config(config, …)    without them: rows are counted, tokens estimated from characters
 rows_as_planned(config, …)   the arguments of plan_of_config for rows already read
-plan_of_texts(configs, …)    for several runs trained in one pass
 """
 
 from __future__ import annotations
@@ -23,11 +22,9 @@ from veneer.plan.image import ImageLoad
 from veneer.plan.memory import CPU_LATER, FITS, Load, weight_bytes
 from veneer.plan.plan import (
     Draws,
-    GroupPlan,
     Plan,
     TrainingJob,
     image_plan,
-    plan_together,
     text_plan,
     with_draws,
     with_teacher,
@@ -36,7 +33,6 @@ from veneer.plan.serving import Traffic
 from veneer.plan.shape import PairForm, TextShape, model_shape, pair_parameters, text_shape
 from veneer.plan.tables import Device, base_config, device_here
 from veneer.plan.time import rates_of
-from veneer.train.config.checks import check_group
 from veneer.train.config.reinforcement import PROMPT_FORMATS
 from veneer.train.config.text import TrainConfig
 from veneer.train.preflight import available_memory, computes_on, held_memory
@@ -341,22 +337,6 @@ def rows_as_planned(config: TrainConfig, items: Sequence[Any]) -> dict[str, Any]
         "longest": max(lengths),
         "trained": max(0.001, sum(item.learned for item in items) / tokens),
     }
-
-
-def plan_of_texts(
-    configs: Sequence[RunConfig], names: Sequence[str], device: Device, given: Sequence[Mapping[str, Any]]
-) -> GroupPlan:
-    """Return the plan of configurations that are trained in one pass.
-
-    `names`: their names in errors. `given`: for each, the arguments of `plan_of_config`. Raises ConfigError
-    for configurations that cannot be trained together, with names and keys."""
-    check_group(configs, names)
-    texts = [config for config in configs if isinstance(config, TrainConfig)]  # all of them are
-    name = texts[0].base.name
-    shape = text_shape(base_fields(name), name)
-    most = max(_with_planned_tokens(config, shape, device).batching.at_once for config in texts)
-    plans = [_plan_of_text(config, device, **own) for config, own in zip(texts, given, strict=True)]
-    return plan_together(shape, plans, most)
 
 
 def _planned_dtype(config: TrainConfig) -> str:

@@ -1,7 +1,7 @@
 """Preflight: predict a run before step one, in stops, warnings and numbers.
 
     report = inspect_run(config, base, data)        train/inspect.py
-    print(report.text())           also report.markup() for rich, report.to_dict() for JSON
+    print(report.text())           also report.text(markup=True) for rich, report.to_dict() for JSON
     report.raise_if_stopped()      PreflightError with everything that must change
 
 A finding stops the run if the run would train nothing, train the wrong thing, or not fit. Settings that can
@@ -103,32 +103,26 @@ class Report:
             lines = "\n".join(f"  - {f.text}" + (f"\n    fix: {f.fix}" if f.fix else "") for f in stops)
             raise PreflightError(f"{len(stops)} things would make this run fail or teach nothing:\n{lines}")
 
-    def text(self) -> str:
-        """Return the sample and the findings as plain text.
+    def text(self, *, markup: bool = False) -> str:
+        """Return the sample and the findings as plain text, or with rich markup.
 
-        Learned tokens are between ⟦ and ⟧. The most severe finding comes last, where a terminal shows it."""
-        signs = {"stop": "STOP", "warn": "warn", "ok": "ok"}
-        lines = [
-            f"{signs[f.level]:>4}  {f.text}" + (f"\n      fix: {f.fix}" if f.fix else "")
-            for f in reversed(self.findings)
-        ]
-        shown = "".join(f"⟦{piece}⟧" if learned else piece for piece, learned in self.sample)
-        return "\n".join(["one row, learned tokens between ⟦ and ⟧:", shown, "", *lines] if shown else lines)
-
-    def markup(self) -> str:
-        """Return the text with rich markup.
-
-        Colors mark levels, and bold green learned tokens."""
+        Learned tokens are between ⟦ and ⟧, or bold and green. The most severe finding comes last, where a
+        terminal shows it."""
         from rich.markup import escape
 
         styles = {"stop": "bold red", "warn": "yellow", "ok": "green"}
+        words = {"stop": "STOP", "warn": "warn", "ok": "ok"}
+        opening, closing = ("[bold green]", "[/]") if markup else ("⟦", "⟧")
+        plain = escape if markup else str
         lines = []
         for f in reversed(self.findings):
-            lines.append(f"[{styles[f.level]}]{f.level:>4}[/]  {escape(f.text)}")
-            if f.fix:
-                lines.append(f"      fix: {escape(f.fix)}")
-        shown = "".join(f"[bold green]{escape(p)}[/]" if learned else escape(p) for p, learned in self.sample)
-        return "\n".join(["one row, [bold green]learned tokens[/] marked:", shown, "", *lines] if shown else lines)
+            level = f"[{styles[f.level]}]{f.level:>4}[/]" if markup else f"{words[f.level]:>4}"
+            lines.append(f"{level}  {plain(f.text)}" + (f"\n      fix: {plain(f.fix)}" if f.fix else ""))
+        if not self.sample:
+            return "\n".join(lines)
+        row = "".join(f"{opening}{plain(p)}{closing}" if learned else plain(p) for p, learned in self.sample)
+        head = "[bold green]learned tokens[/] marked" if markup else "learned tokens between ⟦ and ⟧"
+        return "\n".join([f"one row, {head}:", row, "", *lines])
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values.

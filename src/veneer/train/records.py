@@ -223,32 +223,19 @@ def _json_lines(text: str, path: Path) -> list[Record]:
 
 
 def _json_array(text: str, path: Path) -> list[Record]:
-    decoder = json.JSONDecoder()
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"{path}:{error.lineno}: not valid JSON: {error.msg}: {_near(text, error.pos)}"
+        values = _refuse([where], path, "the file must be one array of objects; it may be cut short")
+    except (RecursionError, ValueError) as error:
+        values = _refuse([f"{path}: {_beyond(error)}"], path, "the file must be one array of objects")
     records, bad = [], []
-    at, line, counted = text.index("[") + 1, 1, 0
-    while True:
-        while at < len(text) and (text[at].isspace() or text[at] == ","):
-            at += 1
-        line += text.count("\n", counted, at)
-        counted = at
-        if at >= len(text):
-            bad.append(f"{path}:{line}: the array is not closed; the file may be cut short")
-            break
-        if text[at] == "]":
-            break
-        begin = at
-        try:
-            value, at = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as error:
-            bad.append(f"{path}:{error.lineno}: not valid JSON: {error.msg}: {_near(text, error.pos)}")
-            break
-        except (RecursionError, ValueError) as error:
-            bad.append(f"{path}:{line}: {_beyond(error)}")
-            break
-        if why := _unusable(value, text[begin:at], "a JSON object"):
-            bad.append(f"{path}:{line}: {why}")
+    for n, value in enumerate(values, 1):
+        if why := _unusable(value, json.dumps(value), "a JSON object"):
+            bad.append(f"{path} row {n}: {why}")
         else:
-            records.append(Record(value, f"{path}:{line}"))
+            records.append(Record(value, f"{path} row {n}"))
     _refuse(bad, path, "the file must be one array of objects")
     return records
 

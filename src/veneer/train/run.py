@@ -76,7 +76,7 @@ class Run:
     def say(self, report: Report, settled: Iterable[tuple[str, Any, str]]) -> None:
         """Report the settings and the preflight's findings. `settled`: as in `resolved`."""
         self.tell(resolved(self.config, self.sources, settled))
-        self.tell(Checked(report.text(), report.to_dict(), report.markup()))
+        self.tell(Checked(report.text(), report.to_dict(), report.text(markup=True)))
 
 
 _R = TypeVar("_R", bound=Outcome)

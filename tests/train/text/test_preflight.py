@@ -467,14 +467,14 @@ def test_the_sample_is_the_first_row_with_its_answer_marked(run: Run) -> None:
     text = report.text()
     assert "<|im_start|>user\nQuestion 0?<|im_end|>\n<|im_start|>assistant\n⟦Answer 0.<|im_end|>⟧" in text
     assert "".join(piece for piece, _ in report.sample) in text.replace("⟦", "").replace("⟧", "")
-    shown = Text.from_markup(report.markup()).plain
+    shown = Text.from_markup(report.text(markup=True)).plain
     assert "Answer 0.<|im_end|>" in shown
-    Console(file=io.StringIO()).print(report.markup())
+    Console(file=io.StringIO()).print(report.text(markup=True))
 
 
 def test_markup_in_the_data_is_shown_as_it_is(run: Run) -> None:
     report = run(rows=[talk("[red]a[/red] [/]", "[bold]b", f"data.jsonl:{i}") for i in range(20)])
-    shown = Text.from_markup(report.markup()).plain
+    shown = Text.from_markup(report.text(markup=True)).plain
     assert "[red]a[/red] [/]" in shown
     assert "[bold]b<|im_end|>" in shown
 
