@@ -73,23 +73,10 @@ def test_every_side_of_ours_runs_and_no_peer_does(gpu: Any, dry: dict[str, Any])
         values = [f["value"] for key, o in dry.items() if key.startswith(f"{part}:") for f in o.figures]
         assert values, part
         assert all(isinstance(v, int | float) for v in values), values
-
-
-def test_each_speed_stands_beside_what_the_card_allows_and_what_the_plan_says(dry: dict[str, Any]) -> None:
-    for key, metric in {
-        "train": "training",
-        "qlora": "training",
-        "large": "training",
-        "serve": "8 adapters",
-        "flux": "training",
-    }.items():
-        figures = next(o.figures for k, o in dry.items() if k.startswith(f"{key}: veneer"))
+    for part, metric in {"train": "training", "qlora": "training", "serve": "8 adapters", "flux": "training"}.items():
+        figures = next(o.figures for key, o in dry.items() if key.startswith(f"{part}: veneer"))
         speed = next(f for f in figures if f["metric"] == metric)
-        assert speed["value"] > 0
-        assert speed["roofline"] > 0
-        assert speed["planned"] > 0
-        smaller = [f["metric"] for f in figures if f["metric"].startswith("training, micro-batches of ")]
-        assert len(smaller) == (3 if key in ("train", "qlora") else 0)
+        assert min(speed[name] for name in ("value", "roofline", "planned")) > 0
 
 
 def test_the_page_says_what_was_measured_with_what_and_by_which_command(gpu: Any, dry: dict[str, Any]) -> None:
@@ -266,15 +253,6 @@ def test_a_signal_ends_the_side_with_what_it_began_and_keeps_what_was_told(gpu: 
         time.sleep(0.01)
 
 
-def test_a_signal_while_no_side_runs_is_no_traceback(gpu: Any, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
-    def main() -> int:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(gpu, "main", main)
-    assert gpu.ended() == 130
-    assert capfd.readouterr().err == "stopped; what was written before is whole\n"
-
-
 def test_a_peer_that_is_not_there_is_told_as_that(gpu: Any, tmp_path: Path) -> None:
     peer = gpu.Side("qlora", "nobody", 60, lambda task: {}, "no_such_package")
     outcome = gpu.in_a_process({})(peer, gpu.Task(str(tmp_path)), 60)
@@ -319,17 +297,6 @@ def test_bars_are_of_what_ran(gpu: Any) -> None:
     assert bars == {"gpu tests that fail": True, "training over Unsloth's": False, "8 adapters over vLLM's": True}
 
 
-def test_a_part_that_was_not_run_again_keeps_what_it_had(gpu: Any, tmp_path: Path) -> None:
-    about = {"card": "NVIDIA X 80GB"}
-    gpu.written(gpu.result_of({"train: veneer": ran(gpu, 1), "flux: veneer": ran(gpu, 2)}, about), tmp_path)
-    where, result = gpu.written(gpu.result_of({"flux: veneer": ran(gpu, 3)}, about), tmp_path)
-    assert where.name == "nvidia-x-80gb.md"
-    values = {key: side["figures"][0]["value"] for key, side in result["sides"].items()}
-    assert values == {"train: veneer": 1, "flux: veneer": 3}
-    assert json.loads(where.with_suffix(".json").read_text(encoding="utf-8")) == json.loads(json.dumps(result))
-    assert where.read_text(encoding="utf-8") == gpu.page(result)
-
-
 # -- the plan's settings -----------------------------------------------------------------------------------------------
 
 
@@ -372,17 +339,11 @@ def test_the_makefile_and_the_page_know_every_part(gpu: Any) -> None:
     ("arguments", "said"),
     [
         (["--minutes", "nan"], "above 0, as 10, and is nan"),
-        (["--minutes", "-5"], "above 0, as 10, and is -5"),
-        (["--minutes", "0"], "above 0, as 10, and is 0"),
-        (["--minutes", "inf"], "above 0, as 10, and is inf"),
         (["--python", "vllm"], "PEER=PATH is wanted"),
-        (["--python", "vllm="], "PEER=PATH is wanted"),
         (["--python", "vlm=python3"], "a PEER of bitsandbytes, unsloth, vllm"),
         (["--python", "vllm=/no/such/python"], "there is no program /no/such/python"),
         (["--python", f"vllm={sys.executable}", "--python", f"vllm={sys.executable}"], "names vllm twice"),
         (["--only", "train,serv"], "--only has no serv;"),
-        (["--only", ""], "--only has no ''"),
-        (["--out", "{file}"], "is not a folder"),
         (["--out", "{file}/inside"], "is not a folder"),
     ],
 )
@@ -400,9 +361,3 @@ def test_what_is_asked_wrongly_is_said_before_any_work(
         gpu.main(["--dry", *(each.format(file=tmp_path / "file") for each in arguments)])
     assert end.value.code == 2
     assert said in capsys.readouterr().err
-
-
-def test_a_folder_for_the_page_is_tried_and_not_made(gpu: Any, tmp_path: Path) -> None:
-    assert gpu.not_writable(tmp_path / "new" / "folder") == ""
-    assert not list(tmp_path.iterdir())
-    assert gpu.pythons_of([f"vllm={sys.executable}"]) == {"vllm": sys.executable}
