@@ -57,32 +57,6 @@ def refused(whole: Whole, model: str) -> tuple[int, str]:
     return answer.status_code, answer.json()["error"]["code"]
 
 
-def test_a_renamed_adapter_answers_as_before_under_its_new_name_alone(whole: Whole, shop: Shop) -> None:
-    ids = prompt(20)
-    shop.library.add(shop.adapters / "plain", "old-name")
-    wanted = shop.wanted([("plain", 1.0)], ids, 12)
-    assert whole.ask("old-name", ids).same(wanted)
-    shop.library.add(shop.adapters / "plain", "new-name")
-    shop.library.remove("old-name")
-    assert refused(whole, "old-name") == (404, "model_not_found")
-    assert whole.ask("new-name", ids).same(wanted)
-    listed = [card.id for card in whole.client.models.list()]
-    assert "new-name" in listed
-    assert "old-name" not in listed
-    shop.library.add(shop.adapters / "rs", "old-name")  # other weights under the name that was free
-    assert whole.ask("old-name", ids).same(shop.wanted([("rs", 1.0)], ids, 12))
-
-
-def test_an_alias_that_moves_and_a_new_version_hold_at_once(whole: Whole, shop: Shop) -> None:
-    ids, kinds = prompt(20, 5), ("plain", "dora")
-    for kind in kinds:
-        shop.library.add(shop.adapters / kind, "support")
-        assert whole.ask("support", ids).same(shop.wanted([(kind, 1.0)], ids, 12))  # the latest
-    for turn in range(6):
-        shop.library.alias(f"support@{turn % 2 + 1}", "prod")
-        assert whole.ask("support@prod", ids).same(shop.wanted([(kinds[turn % 2], 1.0)], ids, 12)), turn
-
-
 def test_new_weights_under_a_loaded_name_while_the_old_ones_run(whole: Whole, shop: Shop) -> None:
     ids = prompt(20, 6)
     assert whole.load("live", "plain").status_code == 200

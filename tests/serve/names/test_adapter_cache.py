@@ -65,20 +65,6 @@ def test_what_is_in_use_is_not_evicted_and_the_room_comes_with_its_end() -> None
     assert set(residents.resident()) == {"a", "c"}
 
 
-def test_nothing_is_evicted_where_it_would_not_be_enough() -> None:
-    shop = Shop({**LETTERS, "large": 3})
-    residents = shop.residents(3)
-    running, idle = Asked(residents, "a"), Asked(residents, "b")
-    shop.run()
-    idle.end()
-    large = Asked(residents, "large")
-    shop.run()
-    assert set(residents.resident()) == {"a", "b"}
-    running.end()
-    shop.run()
-    assert large.lease
-
-
 def test_memory_is_given_in_the_order_of_asking() -> None:
     shop = Shop({**LETTERS, "large": 2})
     residents = shop.residents(2)
@@ -96,27 +82,6 @@ def test_memory_is_given_in_the_order_of_asking() -> None:
     large.end()
     shop.run()
     assert small.lease
-
-
-def test_a_mix_gets_room_for_all_of_it_or_for_none() -> None:
-    shop = Shop(LETTERS)
-    residents = shop.residents(3)
-    one, two = Asked(residents, "a", "b"), Asked(residents, "c", "d")
-    shop.run()
-    assert one.lease
-    assert two.told == []
-    assert set(residents.resident()) == {"a", "b"}
-    one.end()
-    shop.run()
-    assert two.names() == ["c", "d"]
-
-
-def test_a_mix_of_more_adapters_than_are_read_ahead() -> None:
-    shop = Shop(LETTERS)
-    residents = shop.residents(8)
-    many = Asked(residents, *LETTERS)
-    shop.run()
-    assert len(many.names()) == 8
 
 
 def test_whoever_keeps_memory_in_use_for_long_is_drained() -> None:
@@ -248,19 +213,6 @@ def test_a_request_that_leaves_while_it_waits() -> None:
     assert left.told == []
     assert stays.lease
     assert not residents.withdraw(stays.ready)
-
-
-def test_dropped_while_it_comes() -> None:
-    shop = Shop(LETTERS)
-    residents = shop.residents(4)
-    for steps in (0, 1):
-        one = Asked(residents, "a")
-        shop.run(steps)
-        residents.drop("a")
-        shop.run()
-        assert one.lease, "who asked before still gets it"
-        one.end()
-        assert residents.stats().bytes == 0
 
 
 def test_dropped_and_loaded_again() -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.adapters.test_use import adapter_for, other_base
 from tests.formats import hostile
@@ -143,15 +142,6 @@ def broken(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     path.write_text(json.dumps(config))
 
 
-def test_pickles(make: Make, folder: Path, base: TextBase) -> None:
-    saved(base, folder / "a")
-    (folder / "a" / "adapter_model.safetensors").unlink()
-    torch.save({"x": torch.ones(2)}, folder / "a" / "adapter_model.bin")
-    catalog = make()
-    assert 400 <= refused(lambda: catalog.load("x", "a")).status < 500
-    untouched(catalog)
-
-
 def test_another_base(make: Make, base: TextBase, folder: Path, tmp_path: Path) -> None:
     other = other_base(tmp_path, hidden_size=96)
     saved(other, folder / "a")
@@ -176,16 +166,6 @@ def test_a_file_without_its_scale_is_refused_with_the_fix(make: Make, base: Text
     error = refused(lambda: make().load("x", "alone.safetensors"))
     assert reason(error) == "unstated_scale"
     assert "veneer adapter convert FILE --alpha N" in str(error.fix)
-
-
-def test_not_finite(make: Make, base: TextBase, folder: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    saved(base, folder / "a")
-    tensors = load_file(folder / "a" / "adapter_model.safetensors")
-    next(iter(tensors.values()))[0, 0] = float("nan")
-    save_file(tensors, folder / "a" / "adapter_model.safetensors")
-    assert reason(refused(lambda: make().load("x", "a"))) == "not_finite"
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import threading
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -355,24 +354,6 @@ def test_names_that_cannot_be_given(make: Make, base: TextBase, folder: Path, na
     error = refused(lambda: catalog.load(name, "a"))
     assert (error.status, error.code, error.param) == (400, "invalid_request", "lora_name")
     assert len(catalog.models(OPERATOR)) == 1
-
-
-def test_ten_thousand_names(make: Make, base: TextBase, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    digest = saved(base, folder / "a")
-    catalog = make()
-    place = catalog.shelf.locate("a")
-    adapter = catalog.shelf.read_from(place, catalog.problems)
-    monkeypatch.setattr(catalog.shelf, "locate", lambda source: place)
-    monkeypatch.setattr(adapter, "digest", lambda: digest)
-    monkeypatch.setattr(catalog.shelf, "read_from", lambda place, problems: adapter)
-    monkeypatch.setattr(catalog.residents, "load", lambda digest, adapter: None)
-    for i in range(10_000):
-        catalog.load(f"customer-{i}", "a")
-    began = time.process_time()
-    for i in range(10_000):
-        assert catalog.resolve(f"customer-{i}", OPERATOR).mix == of(digest)
-    assert time.process_time() - began < 5, "well under a millisecond each"
-    assert len(catalog.models(OPERATOR)) == 10_001
 
 
 # -- loading ----------------------------------------------------------------------------------------------------------

@@ -135,22 +135,6 @@ def test_stream_and_whole_say_the_same(client: openai.OpenAI) -> None:
     assert joined.decode() == texts[0]  # bytes are exact even where a token is half a character
 
 
-def test_the_asynchronous_client(server: Live) -> None:
-    import asyncio
-
-    async def go() -> list[str]:
-        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="unused") as client:
-
-            async def one(model: str) -> str:
-                stream = await client.chat.completions.create(model=model, messages=HELLO, stream=True)
-                return "".join([c.choices[0].delta.content or "" async for c in stream])
-
-            return await asyncio.gather(*(one(m) for m in ("toy", "sql", "polite", "stable")))
-
-    said = asyncio.run(go())
-    assert said == [f"[{m}] Hello there" for m in ("base", "d-sql*1", "d-polite*1", "d-sql*1")]
-
-
 def test_a_client_that_leaves_cancels_its_request(client: openai.OpenAI, server: Live) -> None:
     stream = ask(client, "SLOW " + "word " * 20, stream=True)
     for n, _ in enumerate(stream):
