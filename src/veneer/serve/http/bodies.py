@@ -32,8 +32,8 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
 
-from veneer.errors import ConfigError, nearest, quoted
-from veneer.formats.strengths import split_factors, split_strength
+from veneer.errors import ConfigError, nearest
+from veneer.formats.strengths import split_strength
 from veneer.serve.http.guard import media_type, permissions_of, principal_of
 from veneer.serve.principal import Permission
 from veneer.serve.request import Refused, invalid
@@ -255,22 +255,10 @@ class MixPart(Strict):
 
 def _parts(value: Any) -> Any:
     """Parse the parts of a mix: objects, or texts such as "name:0.8"."""
-    if not isinstance(value, list):
-        return value
-    for key in ("blocks", "steps", "campaign"):
-        if any(isinstance(item, dict) and key in item for item in value):
-            raise _of_pictures(f"{key!r} of an adapter")
-    return [_part(item) if isinstance(item, str) else item for item in value]
-
-
-def _of_pictures(what: str) -> PydanticCustomError:
-    said = f"{what} is for pictures, and this base is a language model: an adapter has one strength here"
-    return PydanticCustomError("of_pictures", "{text}", {"text": said})
+    return [_part(item) if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
 
 
 def _part(text: str) -> dict[str, Any]:
-    if factors := split_factors(text)[1]:
-        raise _of_pictures(quoted(factors))
     try:
         name, strength = split_strength(text)
     except ConfigError as error:

@@ -5,7 +5,7 @@
 | none, or no tools | text | text |
 | auto | text with `<tool_call>{"name": …, "arguments": {…}}</tool_call>` (Hermes, Qwen, SmolLM3) | both |
 | required | by grammar, one object {"name", "arguments"} that fits one of the tools | one call |
-| a function | by grammar, an object that fits its parameters | the arguments of one call |
+| a function | by grammar, such an object for this function | one call |
 
 The tools are passed to the chat template; for a base whose template does not support tools, they are
 rejected.
@@ -27,32 +27,26 @@ _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call, or a part of one.
-
-    `name` in its first part, `arguments` the next piece of its JSON.
-    """
+    """A call; `arguments` is JSON."""
 
     index: int
+    name: str
     arguments: str
-    name: str | None = None
     id: str = field(default_factory=lambda: f"call_{uuid.uuid4().hex[:24]}")
 
     def whole(self) -> dict[str, Any]:
         return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
 
     def delta(self) -> dict[str, Any]:
-        if self.name is None:
-            return {"index": self.index, "function": {"arguments": self.arguments}}
         return {"index": self.index, **self.whole()}
 
 
 @dataclass(frozen=True)
 class ToolUse:
-    """How one request uses tools. `name`: the function that it must call."""
+    """How one request uses tools."""
 
     mode: Literal["none", "auto", "required", "named"] = "none"
     tools: tuple[Mapping[str, Any], ...] = ()
-    name: str = ""
     grammar: GrammarSpec | None = None
 
 
@@ -81,17 +75,17 @@ def tool_use(tools: Sequence[Mapping[str, Any]] | None, choice: Any, takes_tools
     tools = tuple(tools or [])
     if choice in (None, "auto"):
         return ToolUse("auto", tools)
-    if choice == "required":
-        forms = [_call_schema(name, parameters) for name, parameters in functions.items()]
-        schema = forms[0] if len(forms) == 1 else {"anyOf": forms}
-        return ToolUse("required", tools, grammar=("json_schema", schema_text(schema, "tools")))
-    wanted = choice.get("function") if isinstance(choice, Mapping) and choice.get("type") == "function" else None
-    name = wanted.get("name") if isinstance(wanted, Mapping) else None
-    if not isinstance(name, str) or name not in functions:
-        fix = 'none, auto, required or {"type": "function", "function": {"name": one of the tools}}'
-        raise invalid("tool_choice is not one of the tools", "tool_choice", fix)
-    schema = {"type": "object", **functions[name]}
-    return ToolUse("named", tools, name, ("json_schema", schema_text(schema, "tools")))
+    mode: Literal["required", "named"] = "required"
+    if choice != "required":
+        wanted = choice.get("function") if isinstance(choice, Mapping) and choice.get("type") == "function" else None
+        name = wanted.get("name") if isinstance(wanted, Mapping) else None
+        if not isinstance(name, str) or name not in functions:
+            fix = 'none, auto, required or {"type": "function", "function": {"name": one of the tools}}'
+            raise invalid("tool_choice is not one of the tools", "tool_choice", fix)
+        mode, functions = "named", {name: functions[name]}
+    forms = [_call_schema(name, parameters) for name, parameters in functions.items()]
+    schema = forms[0] if len(forms) == 1 else {"anyOf": forms}
+    return ToolUse(mode, tools, ("json_schema", schema_text(schema, "tools")))
 
 
 def _call_schema(name: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,11 +111,6 @@ class ToolReader:
         if self.use.mode == "none":
             if text:
                 yield text
-        elif self.use.mode == "named":
-            if text:
-                first = self.calls == 0
-                self.calls = 1
-                yield ToolCall(0, text, self.use.name if first else None)
         else:
             self.held += text
             if self.use.mode == "auto":
@@ -133,7 +122,7 @@ class ToolReader:
         if not rest:
             return
         body = rest.removeprefix(_OPEN) if self.inside else rest
-        wants_call = self.inside or self.use.mode == "required"
+        wants_call = self.inside or self.use.mode in ("required", "named")
         yield (self._call(body) if wants_call else None) or rest
 
     def _sorted(self) -> Iterator[str | ToolCall]:
@@ -165,7 +154,7 @@ class ToolReader:
             return None
         text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
         self.calls += 1
-        return ToolCall(self.calls - 1, text, name)
+        return ToolCall(self.calls - 1, name, text)
 
 
 def message_of_answer(use: ToolUse, text: str) -> dict[str, Any]:

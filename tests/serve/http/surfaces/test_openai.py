@@ -405,11 +405,7 @@ def test_completions_stream_with_several_prompts(client: openai.OpenAI) -> None:
         ({"mix": [{"adapter": "sql", "strength": 1e9}]}, "the strength of 'sql' is 1e+09"),
         ({"mix": ["sql:-10001"]}, "the strength of 'sql' is -10001"),
         ({"mix": ["sql:nan"]}, "mix: the strength of 'sql' is nan"),
-        (
-            {"mix": ["sql@campaign=product"]},
-            "mix: 'campaign=product' is for pictures, and this base is a language model",
-        ),
-        ({"mix": [{"adapter": "sql", "campaign": "lens"}]}, "mix: 'campaign' of an adapter is for pictures"),
+        ({"mix": [{"adapter": "sql", "campaign": "lens"}]}, "unknown key 'mix.0.campaign'"),
         ({"seed": 2**70}, "seed"),
         ({"user": "u" * 600}, "user"),
     ],
