@@ -222,7 +222,8 @@ def _application(
     routers.append(adapter_routes(library, staging, service.tenancy))
     if isinstance(service.tenancy, Tenants):
         routers.append(feedback_routes(service.tenancy.answers))
-    unguarded, large = [], adapter_bodies(staging)
+    unguarded: list[str] = []
+    large = adapter_bodies(staging)
     for each in extensions:
         routers += each.routers
         unguarded += each.unguarded

@@ -16,8 +16,7 @@ from veneer.errors import ConfigError
 from veneer.imaging.infotext import encoded
 from veneer.models.image.generate import default_settings
 from veneer.serve.http.errors import message_of
-from veneer.serve.http.image_requests import ask_pictures
-from veneer.serve.http.surfaces.image_bodies import ImageBody, checked_image_body
+from veneer.serve.http.image_requests import ImageBody, ask_pictures, checked_image_body
 from veneer.serve.pictures.engine import PictureEngine
 from veneer.serve.pictures.request import FinishedPicture, PictureStep
 from veneer.serve.request import Refused

@@ -18,7 +18,7 @@ from tests.tiny_image_base import tiny_image_base
 from veneer.models.image.base import load_image
 from veneer.serve.http.image_requests import ask_pictures
 from veneer.serve.http.service import Service
-from veneer.serve.http.surfaces.image_bodies import ImageBody, checked_image_body
+from veneer.serve.http.image_requests import ImageBody, checked_image_body
 from veneer.serve.pictures.engine import PictureEngine
 from veneer.serve.pictures.request import FinishedPicture, PictureStep
 from veneer.serve.principal import Principal

@@ -60,8 +60,8 @@ class TextJob:
         """The engine requests. `whose`: the cache scope from the tenancy."""
         salt = json.dumps([whose, self.cache_salt]) if whose or self.cache_salt else ""
         caller, served, seed = self.caller, self.chosen.served, self.sampling.seed
-        more = {"tenant": caller.tenant, "weight": caller.weight, "name": served.name, "salt": salt}
-        made = []
+        more: dict[str, Any] = {"tenant": caller.tenant, "weight": caller.weight, "name": served.name, "salt": salt}
+        made: list[Request] = []
         for prompt in self.prompts:
             for k in range(self.choices):  # the first answer has the client's seed
                 sampling = self.sampling

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter as Tally
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -200,6 +201,7 @@ class _Engine(Collector):
 
     def collect(self) -> Iterable[Metric]:
         stats, state = self.stats(), self.ledger()
+        tables: list[tuple[Any, Mapping[str, tuple[str, str]], Any]]
         tables = [(GaugeMetricFamily, _GAUGES, stats), (CounterMetricFamily, _COUNTERS, stats)]
         if state is not None:
             tables.append((GaugeMetricFamily, _LEDGER_GAUGES, state))

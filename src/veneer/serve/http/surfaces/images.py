@@ -31,16 +31,18 @@ from veneer.serve.http.answers import ClientLeft, OpenStream, open_stream, unles
 from veneer.serve.http.bodies import BodyRoute
 from veneer.serve.http.errors import Json, as_refused, error_body
 from veneer.serve.http.guard import needs
-from veneer.serve.http.image_requests import DrawingPlan, IndexedPicture, ask_pictures
-from veneer.serve.http.service import caller_of, service_of
-from veneer.serve.http.sse import EventStream
-from veneer.serve.http.surfaces.image_bodies import (
+from veneer.serve.http.image_requests import (
+    DrawingPlan,
     EditBody,
     ImageBody,
+    IndexedPicture,
+    ask_pictures,
     checked_image_body,
     described_body,
     image_fields,
 )
+from veneer.serve.http.service import caller_of, service_of
+from veneer.serve.http.sse import EventStream
 from veneer.serve.pictures.request import FinishedPicture, PictureStep
 from veneer.serve.request import Refused
 

@@ -95,7 +95,7 @@ async def chat(request: HttpRequest, body: ChatBody) -> Response:
     use = tool_use(body.tools, body.tool_choice, service.prompts.takes_tools)
 
     def sampling(room: int) -> Sampling:
-        settings = {"max_tokens": body.limit(), "logprobs": body.alternatives(), "grammar": use.grammar}
+        settings: dict[str, Any] = {"max_tokens": body.limit(), "logprobs": body.alternatives(), "grammar": use.grammar}
         return body.sampling(service, room=room, **settings)
 
     job = await chat_job(
