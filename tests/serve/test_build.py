@@ -49,20 +49,20 @@ def test_a_server_that_finds_tenants_in_its_home_asks_for_keys(tmp_path: Path, m
     assert kind() == "OpenAccess"
     assert not said
     assert kind(host="0.0.0.0") == "OpenAccess"
-    assert "whoever can reach 0.0.0.0:8000" in said.pop()
+    assert "any client that reaches 0.0.0.0:8000" in said.pop()
     where = str(tmp_path / "tenants.sqlite")
     (store := Store(where)).close()
     assert kind() == "OpenTenants", "a database in which there is nobody keeps nobody out of this machine's own server"
     assert said.pop() == f"open to this machine, without a key; routes and ledger: {where}"
     assert kind(host="0.0.0.0") == kind(tenants=where) == "Tenants"
-    assert "there are no tenants yet" in said.pop()
+    assert "no tenants yet" in said.pop()
     assert kind(admin_key="an-admin-key-of-some-length") == "Tenants+admin"
     assert kind(keys=("sk-0123456789abcdef",)) == "KeyAccess"
     manage.add_tenant(store, "acme", who="test")
     store.close()
     said.clear()
     assert kind() == "Tenants"
-    assert f"{where}, so requests need a key; --open" in said.pop()
+    assert f"{where}, so requests need a key, unless --open" in said.pop()
     assert kind(open=True) == kind(open=True, tenants=where) == "OpenTenants"
     assert kind(open=True, admin_key="an-admin-key-of-some-length") == "OpenTenants+admin"
     assert kind(open=True, host="0.0.0.0") == "OpenAccess"
@@ -80,7 +80,7 @@ def test_a_server_that_finds_tenants_in_its_home_asks_for_keys(tmp_path: Path, m
     ],
 )
 def test_what_is_said_of_computing_is_refused_where_others_compute(option: str, more: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=f"^{option} is for .* the server of --upstream computes") as caught:
+    with pytest.raises(ConfigError, match=f"^{option} applies to .* the server of --upstream computes") as caught:
         load(ServeSettings("anything", fleet=FLEET, **more))
     assert caught.value.where == option
 
@@ -98,14 +98,14 @@ def test_what_is_said_of_texts_is_refused_where_pictures_are_drawn(
     option: str, more: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     base = str(tiny_image_base(tmp_path_factory.getbasetemp(), "flux1"))
-    with pytest.raises(ConfigError, match=f"^{option} is for"):
+    with pytest.raises(ConfigError, match=f"^{option} applies to"):
         load(ServeSettings(base, **more))
 
 
 @pytest.mark.parametrize("more", [{"mixes": 3}, {"mix_bytes": 1 << 20}])
 def test_what_is_said_of_upstreams_is_refused_without_them(more: dict[str, Any], tmp_path: Path) -> None:
     base = str(tiny_base_dir(tmp_path))
-    with pytest.raises(ConfigError, match="is for mixes with --upstream, and this server computes by itself"):
+    with pytest.raises(ConfigError, match="applies to mixes with --upstream, but this server computes by itself"):
         load(ServeSettings(base, fleet=replace(FleetSettings(), **more)))
 
 
@@ -117,6 +117,6 @@ def test_what_is_said_of_a_ledger_is_refused_without_tenants(
     option: str, more: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VENEER_HOME", str(tmp_path))
-    with pytest.raises(ConfigError, match=f"ledger_{option} is for the ledger of tenants"):
+    with pytest.raises(ConfigError, match=f"ledger_{option} applies to the ledger of tenants"):
         tenancy_of(ServeSettings("toy", ledger=LedgerSettings(**more)), print, None)
     tenancy_of(ServeSettings("toy"), print, None)

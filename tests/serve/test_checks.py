@@ -78,8 +78,8 @@ def test_a_bad_value_is_said_before_it_listens(
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("mix_disk: 4M", "mix_disk is for mixes with --upstream"),
-        ("ledger_days: 3", "ledger_days is for the ledger of tenants"),
+        ("mix_disk: 4M", "mix_disk applies to mixes with --upstream"),
+        ("ledger_days: 3", "ledger_days applies to the ledger of tenants"),
         ("idle_seconds: .nan", "idle_seconds: Input should be a finite number"),
         ("drain_seconds: .inf", "drain_seconds: Input should be a finite number"),
         ("queue: 1", "queue: Input should be greater than or equal to 2"),
@@ -153,7 +153,7 @@ def test_what_a_base_on_the_hub_is_is_known_before_its_weights_are_fetched(
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     check_settings(ServeSettings("somebody/pictures")).close()
-    with pytest.raises(ConfigError, match=r"--quantize is for texts .* this base draws pictures"):
+    with pytest.raises(ConfigError, match=r"--quantize applies to text .* this server has an image base"):
         check_settings(ServeSettings("somebody/pictures", quantize="nf4"))
     assert not any("safetensors" in pattern for patterns in wanted for pattern in patterns)
 

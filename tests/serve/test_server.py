@@ -135,8 +135,8 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded(
     ("options", "words"),
     [
         (["--allow-folder", "nowhere"], "there is no folder nowhere"),
-        (["--open", "--tenants", "t.sqlite", "--host", "0.0.0.0"], "whoever reaches 0.0.0.0 would be the operator"),
-        (["--open", "--api-keys", "keys"], "--open serves whoever asks"),
+        (["--open", "--tenants", "t.sqlite", "--host", "0.0.0.0"], "every client of 0.0.0.0 would be the operator"),
+        (["--open", "--api-keys", "keys"], "--open and --api-keys"),
     ],
 )
 def test_options_that_cannot_be_are_said_without_a_traceback(

@@ -142,7 +142,7 @@ def test_a_tenant_cannot_change_what_it_only_sees(shared: tuple[Served, dict[str
     with opened(address, keys["acme"]) as window:
         for act, word in (("unalias", "prod"), ("untag", "shop"), ("use", "1"), ("go", "1")):
             window.act_unoffered(act, word=word, step=word)
-        assert "is not yours" in window.until("is not yours")
+        assert "outside your namespace" in window.until("outside your namespace")
     audit = {"authorization": f"Bearer {keys['operator']}"}
     with httpx.Client(base_url=served.address, headers=audit) as client:
         assert client.get("/v1/adapters/support@1").json()["aliases"] == ["prod"]

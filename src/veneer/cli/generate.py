@@ -73,7 +73,7 @@ def generate(
     names = [parse_spec(spec)[0] for spec in specs]
     name = chosen_base(base, names, "" if specs else _FALLBACK)
     if not name:
-        raise ConfigError(f"adapter {names[0]!r} does not say which base it belongs to", fix="add --base NAME")
+        raise ConfigError(f"adapter {names[0]!r} names no base", fix="add --base NAME")
     found = load_text(name, dtype=dtype, device=device, quantize=quantize, say=say)
     say_loaded(found)
     with attach_adapters(found, specs, allow_other_base=allow_other_base) as attachment:
@@ -157,7 +157,7 @@ def _framed(base: TextBase, prompt: Any, system: str | None, raw: bool) -> Promp
             raise ConfigError("--raw takes texts, and this prompt is a conversation", fix="leave --raw out")
         if system is not None:
             why = "with --raw" if raw else f"because {base.name} has no chat template"
-            raise ConfigError(f"--system has no place {why}", fix="write it into the prompt")
+            raise ConfigError(f"--system cannot be used {why}", fix="write it into the prompt")
         return prompt
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if system is not None and messages[0]["role"] != "system":

@@ -133,14 +133,16 @@ def serve(
 ) -> None:
     """Serve a base and its adapters over HTTP until Ctrl-C or SIGTERM."""
     if tenants is not None and api_keys is not None:
-        raise ConfigError("--tenants and --api-keys both say who may ask", fix="keep one")
+        raise ConfigError("--tenants and --api-keys cannot be combined", fix="keep one")
     if upstream and len(upstream) > 1:
         raise ConfigError("there can be one --upstream", fix="the URL of a router before these servers")
     if open_to_all and api_keys is not None:
-        raise ConfigError("--open serves whoever asks, and --api-keys say who may", fix="keep one")
+        raise ConfigError("--open and --api-keys cannot be combined", fix="keep one")
     for folder in allow_folder or []:
         if not folder.expanduser().is_dir():
-            raise ConfigError(f"there is no folder {folder}", where="--allow-folder", fix="make it, or leave it out")
+            raise ConfigError(
+                f"there is no folder {folder}", where="--allow-folder", fix="create the folder, or leave the option out"
+            )
     try:
         import uvicorn  # noqa: F401
     except ImportError as error:
@@ -196,11 +198,9 @@ def serve(
         ),
     )
     if python_graders and not train:
-        raise ConfigError("--python-graders is about training jobs", where="--python-graders", fix="add --train")
+        raise ConfigError("--python-graders applies to training jobs", where="--python-graders", fix="add --train")
     if train and settings.keys and admin_key is None:
-        raise ConfigError(
-            "nobody could train: keys from --api-keys are read-only", where="--train --api-keys", fix="add --admin-key"
-        )
+        raise ConfigError("keys from --api-keys cannot train", where="--train --api-keys", fix="add --admin-key")
     if python_graders:
         from veneer.train.rewards.limited import working_sandbox
 

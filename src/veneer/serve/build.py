@@ -250,7 +250,7 @@ def tenancy_of(
         if needs_no_key(settings, store):
             if not settings.here:
                 at = f"{settings.host}:{settings.port}"
-                say(f"note: whoever can reach {at} may ask and load adapters; --api-keys or --tenants closes that")
+                say(f"note: any client that reaches {at} can use this server; see --api-keys and --tenants")
             return OpenAccess()
         return KeyAccess(settings.keys, settings.admin_key)
     none_yet = not store.settings.tenants
@@ -258,7 +258,7 @@ def tenancy_of(
         say(f"open to this machine, without a key; routes and ledger: {store.where}")
         return OpenTenants(store, admin_key=settings.admin_key, ledger=settings.ledger, quotas=quotas)
     if settings.tenants is None:
-        say(f"tenants: {store.where}, so requests need a key; --open serves whoever asks")
+        say(f"tenants: {store.where}, so requests need a key, unless --open is set")
     if none_yet:
-        say("there are no tenants yet, so nobody has a key: veneer tenant add NAME, then veneer tenant key add NAME")
+        say("no tenants yet, so no keys: run veneer tenant add NAME, then veneer tenant key add NAME")
     return Tenants(store, admin_key=settings.admin_key, ledger=settings.ledger, quotas=quotas)

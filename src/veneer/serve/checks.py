@@ -101,7 +101,7 @@ def check_settings(settings: ServeSettings, *, page: bool = False) -> Opened:
     if settings.admin_key is not None:
         admin_hash(settings.admin_key)
     if settings.open and settings.tenants is not None and not settings.here:
-        what = f"whoever reaches {settings.host} would be the operator of these tenants"
+        what = f"with --open, every client of {settings.host} would be the operator of these tenants"
         raise ConfigError(what, where="--open --tenants", fix="--host 127.0.0.1, or leave --open out")
     _check_upstream(settings)
     kind = _kind_here(settings)
@@ -134,7 +134,7 @@ def _check_keyless(settings: ServeSettings, store: Store | None, page: bool) -> 
         what = "any web page could use this server, because the server needs no key"
         raise ConfigError(what, where="--allowed-origin *", fix=f"name the origins, or {fix}")
     if page and not settings.here:
-        what = "the Studio trains and removes adapters, so where others can reach it, it needs a key"
+        what = "the Studio can train and remove adapters, so it needs a key if other machines can reach it"
         raise ConfigError(what, where=f"--host {settings.host}", fix=f"{fix}; or leave --host out")
 
 
@@ -153,16 +153,16 @@ def _kind_here(settings: ServeSettings) -> ServerKind | None:
     return "pictures" if is_image_base(base) else "texts"
 
 
-_HERE = "texts that are computed here"
+_HERE = "text bases on this server"
 _OPTIONS: tuple[tuple[str, Callable[[ServeSettings], object], str, str], ...] = (
     ("--batch-invariant", lambda s: s.engine.batch_invariant, "texts", _HERE),
     ("--cache-memory", lambda s: s.engine.cache_bytes, "texts", _HERE),
     ("context", lambda s: s.engine.context, "texts", _HERE),
     ("max_tokens", lambda s: s.http.max_tokens, "texts upstream", "texts"),
-    ("--adapter-memory", lambda s: s.engine.adapter_bytes, "texts pictures", "what is computed here"),
+    ("--adapter-memory", lambda s: s.engine.adapter_bytes, "texts pictures", "bases on this server"),
     ("--quantize", lambda s: s.quantize, "texts", _HERE),
-    ("--dtype", lambda s: s.dtype, "texts pictures", "what is computed here"),
-    ("--device", lambda s: s.device, "texts pictures", "what is computed here"),
+    ("--dtype", lambda s: s.dtype, "texts pictures", "bases on this server"),
+    ("--device", lambda s: s.device, "texts pictures", "bases on this server"),
     ("tenant_mixes", lambda s: s.fleet.mixes, "upstream", "mixes with --upstream"),
     ("mix_disk", lambda s: s.fleet.mix_bytes, "upstream", "mixes with --upstream"),
 )
@@ -174,11 +174,11 @@ _LEDGER_OPTIONS["synced"] = "ledger_sync"
 def refuse_idle(settings: ServeSettings, kind: ServerKind) -> None:
     """Raises ConfigError for an option that has no effect on this kind of server."""
     usual = ServeSettings("")
-    why = {"upstream": "the server of --upstream computes", "pictures": "this base draws pictures"}
+    why = {"upstream": "the server of --upstream computes", "pictures": "this server has an image base"}
     for option, of, kinds, what in _OPTIONS:
         if kind not in kinds.split() and of(settings) != of(usual):
             reason = why.get(kind, "this server computes by itself")
-            raise ConfigError(f"{option} is for {what}, and {reason}", where=option, fix="leave it out")
+            raise ConfigError(f"{option} applies to {what}, but {reason}", where=option, fix="leave it out")
 
 
 def refuse_ledger(ledger: LedgerSettings) -> None:
@@ -186,7 +186,7 @@ def refuse_ledger(ledger: LedgerSettings) -> None:
     usual = LedgerSettings()
     for name, option in _LEDGER_OPTIONS.items():
         if getattr(ledger, name) != getattr(usual, name):
-            what = f"{option} is for the ledger of tenants, and this server has none"
+            what = f"{option} applies to the ledger of tenants, which this server does not have"
             raise ConfigError(what, where=option, fix="leave it out, or name a database with --tenants")
 
 

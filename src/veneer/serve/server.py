@@ -222,7 +222,7 @@ def _serve(
     sockets = listen(settings.host, settings.port)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     address = f"http://{host}:{sockets[0].getsockname()[1]}"
-    say(f"listening on {address}; /ready says when the base is loaded")
+    say(f"listening on {address}; /ready returns 200 once the base is loaded")
     if page is not None:
         say(f"the page: {address}{page.path}/")
         page.show(f"{address}{page.path}/")
@@ -253,6 +253,6 @@ def listen(host: str, port: int) -> list[socket.socket]:
         raise ResourceError(
             f"cannot listen at {host}:{port}: {why}",
             where="--host, --port",
-            fix="another port or address, or end what has it",
+            fix="use another port or address, or stop the process that uses this one",
         ) from error
     return made

@@ -451,7 +451,7 @@ def test_an_engine_says_when_it_serves_nobody() -> None:
 
         engine.runner.run = fails  # type: ignore[method-assign]
         assert [run(ask()) for _ in range(3)] == ["error"] * 3
-        assert "failed for everybody" in engine.problem()
+        assert "failed for all their requests" in engine.problem()
         engine.runner.run = own  # type: ignore[method-assign]
         assert run(ask()) == "length"
         assert engine.problem() == ""

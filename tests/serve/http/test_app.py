@@ -244,7 +244,7 @@ def test_a_shadow_that_is_broken_off_is_a_failure_and_nobodys_share(text: ToyTex
     with live(engine, ToyCatalog(), Kept()) as server:
         assert server.post("/v1/chat/completions", {**CHAT, "model": "stable", "max_tokens": 9}, "acme").is_success
         wait_for(lambda: answers)
-    assert answers[0].error == "its answer was broken off"
+    assert answers[0].error == "its answer was cancelled"
     by = {request.id.endswith("-shadow"): request for request in engine.seen}
     assert (by[False].tenant, by[False].weight) == ("acme", 1.0)
     assert by[True].tenant != "acme"

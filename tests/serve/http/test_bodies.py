@@ -174,7 +174,7 @@ def test_tokens_are_the_tokenizers_own(small: Live) -> None:
 @pytest.mark.parametrize(
     ("path", "body", "says"),
     [
-        ("/v1/completions", {"prompt": "Hi", "stop": ["a"] * 1000}, "stop: there are 1000 of them"),
+        ("/v1/completions", {"prompt": "Hi", "stop": ["a"] * 1000}, "stop: 1000 items"),
         ("/v1/completions", {"prompt": "Hi", "stop": [None]}, "stop.0 must be a valid string"),
         ("/v1/completions", {"prompt": [1, "a"]}, "prompt.1 must be a valid integer"),
         ("/v1/completions", {"prompt": "Hi", "logit_bias": {"1": "x"}}, "logit_bias.1 must be a valid number"),

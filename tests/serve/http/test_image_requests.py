@@ -16,9 +16,8 @@ from PIL import Image
 from tests.serve.pictures_here import Names, picture_app, served, shelf_of
 from tests.tiny_image_base import tiny_image_base
 from veneer.models.image.base import load_image
-from veneer.serve.http.image_requests import ask_pictures
+from veneer.serve.http.image_requests import ImageBody, ask_pictures, checked_image_body
 from veneer.serve.http.service import Service
-from veneer.serve.http.image_requests import ImageBody, checked_image_body
 from veneer.serve.pictures.engine import PictureEngine
 from veneer.serve.pictures.request import FinishedPicture, PictureStep
 from veneer.serve.principal import Principal

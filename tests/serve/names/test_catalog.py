@@ -125,7 +125,7 @@ def test_a_load_under_a_name_of_the_librarys_is_refused_unless_it_says_so(
     catalog.unload("support")
     assert catalog.load("support", "a").digest == one, "or by its files"
     catalog.load("support", "b", replace=True)
-    assert "no longer the library's support@1" in caplog.text
+    assert "instead of the library's support@1" in caplog.text
     assert catalog.resolve("support", OPERATOR).mix == of(two)
 
 

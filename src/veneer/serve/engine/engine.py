@@ -183,7 +183,7 @@ class TextEngine(Engine[Request, EngineEvent]):
             return "the engine's thread has ended"
         if (seconds := time.monotonic() - self._beat) > self.settings.stuck_seconds:
             return f"the engine's step has not ended for {seconds:.0f} s"
-        return f"the last {self._lost} steps failed for everybody in them" if self._lost >= _LOST else ""
+        return f"the last {self._lost} steps failed for all their requests" if self._lost >= _LOST else ""
 
     @property
     def here(self) -> int:

@@ -262,7 +262,7 @@ def llama_forward(
         raise NotImplementedError(f"its gate is {config.hidden_act}")
     static_positions(config)
     if "llama_4_scaling_beta" in (getattr(config, "rope_parameters", None) or {}):
-        raise NotImplementedError("its queries are scaled by their place")
+        raise NotImplementedError("its queries are scaled by their position")
 
     def weights(names: tuple[str, ...]) -> PrepackedWeight:
         return invariant(own_weights(names), layout.rows)

@@ -316,7 +316,7 @@ class Runner:
         try:
             own = OwnForward.of(self.model)
         except _UNFIT as error:
-            return "alone", f"its own forward takes no rows beside one another ({_first_line(error)})"
+            return "alone", f"its own forward does not accept batches ({_first_line(error)})"
         for name, make in ways:
             with ExitStack() as attempt:
                 self._undo, kept = attempt, self._undo

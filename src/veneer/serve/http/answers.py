@@ -311,7 +311,7 @@ async def _follow(service: Service, job: TextJob, request: Request, shadow: str,
                 await bill.used(answer.took(len(request.prompt)))
         if answer.end is None or answer.end.reason in ("error", "cancelled"):
             why = answer.end.error if answer.end is not None else None
-            error = message_of(why) if why is not None else "its answer was broken off"
+            error = message_of(why) if why is not None else "its answer was cancelled"
     except Exception as problem:  # a shadow never disturbs its request
         error = problem_of(problem)
     with suppress(asyncio.CancelledError):

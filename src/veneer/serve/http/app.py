@@ -251,7 +251,7 @@ def _tell_errors(app: FastAPI, surfaces: dict[str, str]) -> None:
 
     async def http(request: HttpRequest, error: Any) -> Response:
         path = request.scope["path"][:200]
-        what = f"there is no route {request.method} {path}" if error.status_code == 404 else error.detail
+        what = f"no route {request.method} {path}" if error.status_code == 404 else error.detail
         code = _HTTP_CODES.get(error.status_code, "invalid_request")
         answer = tell(request, Refused(str(what), status=error.status_code, code=code))
         answer.headers.update(error.headers or {})
@@ -281,19 +281,21 @@ def _health() -> APIRouter:
     @router.get(
         "/health",
         dependencies=public,
-        summary="Whether the engine works; 503 if the engine is stuck, has ended, or fails every request.",
+        summary="Check the engine; 503 if the engine is stuck, has ended, or fails every request.",
     )
     @router.get("/ping", dependencies=public, include_in_schema=False)
     async def health(request: HttpRequest) -> Response:
         wrong = service_of(request).engine.problem()
         return Json({"status": "failing", "reason": wrong} if wrong else {"status": "ok"}, 503 if wrong else 200)
 
-    @router.get("/version", dependencies=public, summary="veneer's version.", tags=["vLLM"])
+    @router.get("/version", dependencies=public, summary="Get veneer's version.", tags=["vLLM"])
     async def version() -> Response:
         return Json({"version": __version__})
 
     @router.get(
-        "/ready", dependencies=public, summary="Whether the server accepts requests; 503 while loading or draining."
+        "/ready",
+        dependencies=public,
+        summary="Check whether the server accepts requests; 503 while loading or draining.",
     )
     async def ready(request: HttpRequest) -> Response:
         service = service_of(request)
@@ -304,7 +306,7 @@ def _health() -> APIRouter:
     @router.get(
         "/metrics",
         dependencies=[needs("metrics")],
-        summary="Prometheus metrics; needs the admin key if there are tenants.",
+        summary="Get Prometheus metrics; needs the admin key on a server with tenants.",
     )
     async def metrics(request: HttpRequest) -> Response:
         return Response(service_of(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

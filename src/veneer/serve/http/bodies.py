@@ -189,7 +189,7 @@ def at_most(n: int) -> BeforeValidator:
     def counted(value: Any) -> Any:
         if isinstance(value, list | dict) and len(value) > n:
             raise PydanticCustomError(
-                "too_long", "there are {have} of them, and at most {most} are allowed", {"have": len(value), "most": n}
+                "too_long", "{have} items; at most {most} are allowed", {"have": len(value), "most": n}
             )
         return value
 
@@ -334,7 +334,7 @@ def body_error(errors: Iterable[Mapping[str, Any]], known: Iterable[str]) -> Ref
         elif problem["type"] == "missing" and not where:
             told.append("the request has no body: a JSON object is expected")
         elif not where and isinstance(problem.get("input"), bytes):
-            told.append("the body is not said to be JSON: send Content-Type: application/json")
+            told.append("the Content-Type is not JSON: send Content-Type: application/json")
         elif problem["type"] in ("model_attributes_type", "dict_type", "model_type"):
             told.append(f"{where or 'the body'}: a JSON object is expected")
         elif problem["type"] == "json_invalid":

@@ -23,7 +23,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 
-import numpy as np
 from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 from starlette.datastructures import UploadFile
@@ -44,9 +43,7 @@ from veneer.models.image.generate import (
     fitted_picture,
     whole_denoise,
 )
-from veneer.serve.access import BEHIND, SHADOWS, ResolvedModel, ShadowAnswer
 from veneer.serve.http.bodies import FAIL_FAST, MixPart, Strict, at_most, body_error, read_body, read_json
-from veneer.serve.http.errors import problem_of
 from veneer.serve.http.guard import media_type
 from veneer.serve.http.metrics import Meter
 from veneer.serve.http.service import ChosenMix, Service, service_of
@@ -302,7 +299,7 @@ async def ask_pictures(
     runs. `number`: the request's id. `trial`: see `ResolvedModel`. Raises Refused.
     """
     if service.engine.makes != "pictures":
-        raise invalid("this server answers in text", fix="ask /v1/chat/completions")
+        raise invalid("this server has a text base", fix="use /v1/chat/completions")
     chosen, labels, factors = _chosen(service, asked, caller)
     if trial:
         chosen = replace(chosen, served=chosen.served.as_trial())
@@ -329,7 +326,7 @@ def _chosen(
     factors: dict[str, Strength] = {}
     for part, digest in zip(parts, chosen.served.meant, strict=True):
         if digest and factors.setdefault(digest, part.factors) != part.factors:
-            what = f"{quoted(part.adapter)} is named twice, with unlike blocks, steps or roles"
+            what = f"{quoted(part.adapter)} is named twice with different blocks, steps or roles"
             raise invalid(what, "mix", "name it once")
     labels = {digest: part.adapter for part, digest in zip(parts, chosen.served.meant, strict=True)}
     return chosen, labels, {digest: own for digest, own in factors.items() if own != Strength()}
@@ -422,17 +419,19 @@ def _planned(
     meant = {digest: engine.in_campaign(own) for digest, own in factors.items()}
     notes += [campaign_note(labels[d], own, meant[d]) for d, own in factors.items() if own.campaign]
     if "<lora:" in asked.prompt:
-        notes.append("<lora:…> in a prompt is read as plain text here; adapters are named in mix")
+        notes.append("<lora:…> in a prompt is plain text; name adapters in mix")
     sent = _Sent(most, notes)
     image, mask, shown = sent.edited(base, asked) if isinstance(asked, EditBody) else (None, None, [])
     held = [(one, flattened(sent.opened(one.image, "control", f"the {one.type} picture"))) for one in asked.control]
     if base.edits_alone and not shown and image is None:
-        notes.append("this base is made to edit, and draws from the prompt alone here; /v1/images/edits takes pictures")
+        notes.append(
+            "this base edits images: without one it generates from the prompt; send images to /v1/images/edits"
+        )
     size = None if asked.size in (None, "auto") else tuple(map(int, asked.size.split("x")))
     guide = image or next((picture for _, picture in held), None) or next(iter(shown), None)
     width, height = size if size is not None else size_for(base, None, None, guide)
     if width * height > engine.max_pixels:
-        raise invalid(f"{width}×{height}: at most {engine.max_pixels} pixels are drawn here", "size")
+        raise invalid(f"{width}×{height}: at most {engine.max_pixels} pixels", "size")
     image, mask = (sent.fitted(picture, width, height, what) for picture, what in ((image, "image"), (mask, "mask")))
     controls, said = sent.controls(engine, held, width, height)
     references = tuple(sent.referred(base, picture, width, height) for picture in shown)
@@ -502,16 +501,16 @@ def _denoise(asked: ImageBody, image: Image | None, mask: Image | None) -> float
 def _check_edit(base: ImageBase, asked: EditBody) -> None:
     """Raises Refused for options that an editing base does not support."""
     if asked.mask is not None and (base.edits_alone or "inpaint" not in base.pipelines):
-        what = f"{base.row.label} edits all of a picture, as the prompt says, and takes no mask"
-        raise invalid(what, "mask", "leave it out, and say in the prompt what is to change and what stays")
+        what = f"{base.row.label} edits the whole image and accepts no mask"
+        raise invalid(what, "mask", "leave it out, and describe the change in the prompt")
     if asked.mask is None and asked.denoise is not None:
-        what = f"{base.row.label} edits from its own noise and takes all steps"
-        raise invalid(what, "denoise", "leave it out; strengths of adapters say how far an edit goes")
+        what = f"{base.row.label} edits from noise and always runs all steps"
+        raise invalid(what, "denoise", "leave it out; use adapter strengths")
     if asked.mask is None and asked.control:
-        raise invalid("pictures that are edited and controls do not go together", "control", "leave them out")
+        raise invalid("edits and controls cannot be combined", "control", "leave one out")
     if asked.mask is None and len(asked.pictures) > base.references:
-        what = f"{len(asked.pictures)} images, and {base.row.label} is shown at most {base.references}"
-        raise invalid(what, "image", "leave some out, or paste some beside each other into one")
+        what = f"{len(asked.pictures)} images: {base.row.label} accepts at most {base.references}"
+        raise invalid(what, "image", "send fewer, or combine images into one")
 
 
 def _public(name: str) -> str:
@@ -538,9 +537,9 @@ class _Sent:
         if base.references:
             _check_edit(base, asked)
         if asked.input_fidelity == "high" and not several:
-            near = "denoise says how near a picture stays to the one it is drawn from"
-            what = f"input_fidelity high is for what a base is shown to edit, and here {near}"
-            raise invalid(what, "input_fidelity", "leave it out; a smaller denoise stays nearer")
+            near = "denoise sets how close the result stays to the image"
+            what = f"input_fidelity high needs reference images of an editing base; here {near}"
+            raise invalid(what, "input_fidelity", "leave it out; use a smaller denoise")
         if len(given) > 1 and not several:
             further = "; further ones can be controls" if base.row.control else ", or leave the mask out"
             raise invalid(f"{len(given)} images", "image", f"send one{further}")
@@ -554,7 +553,7 @@ class _Sent:
             return opened[0], None, []
         opening = _opening(self.opened(mask, "mask", "the mask"))
         if not opening.getbbox():
-            raise invalid("the mask opens nothing: all would be kept", "mask", "make transparent what is to change")
+            raise invalid("the mask selects nothing", "mask", "make the area to change transparent")
         return opened[0], opening, []
 
     def referred(self, base: ImageBase, picture: Image, width: int, height: int) -> Image:
@@ -576,7 +575,7 @@ class _Sent:
         try:
             made, said = fitted_picture(picture, width, height, what)
         except VeneerError as error:
-            raise invalid(error.what, what, f"crop it, or ask for size {picture.width}x{picture.height}") from error
+            raise invalid(error.what, what, f"crop it, or use size {picture.width}x{picture.height}") from error
         self.notes += [said] if said else []
         return made
 
@@ -619,7 +618,7 @@ def _bytes(data: Data, param: str) -> bytes:
     if isinstance(data, bytes):
         return data
     if re.match(r"(?i)https?://", data):
-        raise invalid("addresses are not fetched", param, "send the picture itself, in base64 or as a data: URL")
+        raise invalid("URLs are not fetched", param, "send the image as base64 or a data: URL")
     head, comma, rest = data.partition(",")
     try:
         return base64.b64decode(rest if comma and head.startswith("data:") else data, validate=True)

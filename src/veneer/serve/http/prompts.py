@@ -235,7 +235,7 @@ def _part(i: int, part: Any) -> str:
     if kind in ("text", "refusal"):
         raise invalid(f"messages.{i}.content: a part of type {kind!r} has no text under {kind!r}", "messages")
     raise invalid(
-        f"messages.{i}.content: a part of type {str(kind)[:40]!r}, and this base reads text alone", "messages"
+        f"messages.{i}.content: a part of type {str(kind)[:40]!r}, and this base supports only text", "messages"
     )
 
 

@@ -158,7 +158,7 @@ class Service:
             return ChosenMix(served, served.target if served.mix else base)
         if named or lora_path:
             ways = [*(["model"] if named else []), "mix", *(["lora_path"] if lora_path else [])]
-            raise invalid(f"adapters are named in {len(ways)} ways: {', '.join(ways)}", "mix", "keep one")
+            raise invalid(f"adapters are named in {len(ways)} fields: {', '.join(ways)}", "mix", "keep one")
         if not mix:
             return ChosenMix(self.catalog.resolve("", caller), base)
         check_strengths(mix)
@@ -168,7 +168,7 @@ class Service:
     def texts(self, request: Request) -> AsyncIterator[EngineEvent]:
         """The events of a text answer. Raises Refused (400) on an image server."""
         if self.engine.makes != "texts":
-            raise invalid("this server draws pictures", fix="ask /v1/images/generations")
+            raise invalid("this server has an image base", fix="use /v1/images/generations")
         return self.engine.events(request)
 
     def trouble(self) -> str:

@@ -157,7 +157,7 @@ class TextBody(Body):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     user: str | None = Field(default=None, max_length=512)
-    store: bool | None = Field(default=None, description="false: not kept for feedback")
+    store: bool | None = Field(default=None, description="false: not stored for feedback")
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
 
@@ -334,7 +334,7 @@ def schema_text(schema: Any, param: str) -> str:
 def choices_regex(choices: Sequence[str]) -> str:
     """A regular expression that matches exactly one of some texts."""
     if not choices or any(not c for c in choices):
-        raise invalid("a choice is empty, or there is none", "structured_outputs")
+        raise invalid("choice needs at least one text, none of them empty", "structured_outputs")
     return "(" + "|".join(re.sub(r"[\\.+*?()|\[\]{}^$#&\-~/]", r"\\\g<0>", c) for c in choices) + ")"
 
 

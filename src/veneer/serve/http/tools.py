@@ -66,12 +66,12 @@ def tool_use(tools: Sequence[Mapping[str, Any]] | None, choice: Any, takes_tools
         functions[name] = parameters
     if not functions:
         if choice not in (None, "none", "auto"):
-            raise invalid("tool_choice asks for a call, and there are no tools", "tool_choice")
+            raise invalid("tool_choice requires a call, but the request has no tools", "tool_choice")
         return ToolUse()
     if choice == "none":
         return ToolUse()
     if not takes_tools:
-        raise invalid("the chat template of this base has no place for tools", "tools", "describe them in a message")
+        raise invalid("the chat template of this base does not support tools", "tools", "describe them in a message")
     tools = tuple(tools or [])
     if choice in (None, "auto"):
         return ToolUse("auto", tools)

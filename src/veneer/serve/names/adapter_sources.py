@@ -336,7 +336,9 @@ def _folder(folder: str | Path) -> Path:
     except (OSError, RuntimeError):
         found = None
     if found is None or not found.is_dir():
-        raise ConfigError(f"there is no folder {folder}", where="--allow-folder", fix="make it first, or leave it out")
+        raise ConfigError(
+            f"there is no folder {folder}", where="--allow-folder", fix="create the folder, or leave the option out"
+        )
     return found
 
 

@@ -323,9 +323,9 @@ class Catalog:
                 code="adapter_exists",
                 param="lora_name",
                 where="library",
-                fix="another name, or load it in place of the library's",
+                fix="use another name, or set load_inplace",
             )
-        _log.warning("%r now means what was loaded, and no longer the library's %s", name, known.reference)
+        _log.warning("%r now names the loaded adapter instead of the library's %s", name, known.reference)
 
     def _forget(self, digest: str) -> None:
         """Drop a name's reference to an adapter; frees the adapter if no other name uses it."""
@@ -342,7 +342,7 @@ def _alone(meaning: _Meaning) -> DigestMix:
 
 def _missing(model: str) -> Refused:
     what = f"The model {quoted(model)} does not exist."
-    fix = "GET /v1/fine_tuning/jobs says what became of its job" if parse_tuned(model) is not None else None
+    fix = "GET /v1/fine_tuning/jobs shows its job" if parse_tuned(model) is not None else None
     return Refused(what, status=404, code="model_not_found", param="model", fix=fix)
 
 

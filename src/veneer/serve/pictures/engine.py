@@ -179,8 +179,8 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
                 name = self._control_name(kind)
                 if name is None:
                     known = self.control_kinds()
-                    there = f"there are {', '.join(known)}" if known else "this base has none here"
-                    raise invalid(f"there is no control of type {kind!r}; {there}", "control")
+                    there = f"there are {', '.join(known)}" if known else "this base has none"
+                    raise invalid(f"no control of type {kind!r}: {there}", "control")
                 try:
                     same = next((model for known, model in self._controls.values() if known == name), None)
                     self._controls[kind] = name, same if same is not None else load_control(name, self.base)
@@ -288,9 +288,9 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         for request in requests:
             s = request.settings
             if (s.width or 0) * (s.height or 0) > self.max_pixels:
-                raise invalid(f"{s.width}×{s.height}: at most {self.max_pixels} pixels are drawn here", "size")
+                raise invalid(f"{s.width}×{s.height}: at most {self.max_pixels} pixels", "size")
             if (s.steps or 0) > self.max_steps:
-                raise invalid(f"{s.steps} steps: at most {self.max_steps} are taken here", "num_inference_steps")
+                raise invalid(f"{s.steps} steps: at most {self.max_steps}", "num_inference_steps")
             try:
                 with self._preparing:
                     check_rows(self.base, [request.row(MixPlan())], s)
@@ -318,10 +318,10 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         if self._closing:
             raise shutting_down()
         if number > self.max_waiting:
-            raise invalid(f"{number} pictures at once: at most {self.max_waiting} may wait here", "n")
+            raise invalid(f"{number} images at once: at most {self.max_waiting} can wait", "n")
         if len(self._waiting) + number > self.max_waiting:
             raise Refused(
-                f"{len(self._waiting)} pictures wait already, and {self.max_waiting} may",
+                f"{len(self._waiting)} images wait already; the limit is {self.max_waiting}",
                 status=429,
                 code="overloaded",
                 retry_after=5.0,

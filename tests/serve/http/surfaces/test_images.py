@@ -295,14 +295,14 @@ def test_a_base_that_edits_edits_as_veneer_image_does(family: str, tmp_path_fact
     assert found.usage.input_tokens_details.image_tokens >= 64 * len(given)
     for index in (0, 1):  # each is shown on its way, whether they are drawn together or one by one
         assert any(f'"index": {index}' in line and ".progress" in line for line in streamed.split("\n\n"))
-    assert "takes all steps" in refused[0]
-    assert f"11 images, and {base.row.label} is shown at most {base.references}" in refused[1]
-    assert family == "klein" or "takes no mask" in refused[2]
+    assert "runs all steps" in refused[0]
+    assert f"11 images: {base.row.label} accepts at most {base.references}" in refused[1]
+    assert family == "klein" or "accepts no mask" in refused[2]
     assert "the image has 90×2 pixels" in refused[3]
-    assert "controls do not go together" in refused[4]
-    assert "leave the mask out" in refused[5] if family == "klein" else "takes no mask" in refused[5]
-    assert "denoise says how near" in refused[6] if family == "klein" else "takes no mask" in refused[6]
-    assert (family == "klein") != ("made to edit" in str(drawn["data"][0].get("notes")))
+    assert "controls cannot be combined" in refused[4]
+    assert "leave the mask out" in refused[5] if family == "klein" else "accepts no mask" in refused[5]
+    assert "denoise sets how close" in refused[6] if family == "klein" else "accepts no mask" in refused[6]
+    assert (family == "klein") != ("edits images" in str(drawn["data"][0].get("notes")))
 
 
 # -- by block and by step ----------------------------------------------------------------------------------------------
@@ -469,7 +469,7 @@ GENERATE: list[tuple[dict[str, Any], int, str, str]] = [
     ({"mix": ["brand@double=x"]}, 400, "invalid_request", "'x' is not a strength"),
     ({"mix": ["brand@double=0.5,steps=0.6-0.2"]}, 400, "invalid_request", "0.6-0.2 is not a range of steps"),
     ({"mix": ["brand@/etc/passwd=1"]}, 400, "invalid_request", "mix.0.blocks"),
-    ({"mix": ["brand@double=0", "tiny:brand:0.5"]}, 400, "invalid_request", "named twice, with unlike blocks, steps"),
+    ({"mix": ["brand@double=0", "tiny:brand:0.5"]}, 400, "invalid_request", "named twice with different blocks, steps"),
     ({"mix": ["brand@campaign=lens", "look@campaign=lens"]}, 400, "invalid_request", "given twice: brand, look"),
     ({"mix": 7}, 400, "invalid_request", "mix must be a valid list"),
     ({"guidence_scale": 1}, 400, "invalid_request", "did you mean 'guidance_scale'"),
@@ -514,10 +514,10 @@ EDIT: list[tuple[dict[str, Any], str]] = [
     ({"image": b64(noise())[:200]}, "not a picture"),
     ({"image": bomb(3000, 3000)}, "at most 1048576 pixels"),
     ({"image": bomb(60000, 60000)}, "more pixels than veneer opens: 178,956,970: at most 1048576 pixels"),
-    ({"image": b64(noise()), "mask": b64(Image.new("RGBA", (SIZE, SIZE), "black"))}, "opens nothing"),
+    ({"image": b64(noise()), "mask": b64(Image.new("RGBA", (SIZE, SIZE), "black"))}, "selects nothing"),
     ({"image": b64(noise()), "mask": b64(left_open().resize((SIZE, 2 * SIZE)))}, "another proportion"),
     ({"image": b64(noise()), "denoise": 2}, "denoise"),
-    ({"image": b64(noise()), "input_fidelity": "high"}, "denoise says how near"),
+    ({"image": b64(noise()), "input_fidelity": "high"}, "denoise sets how close"),
     ({"image": b64(noise()), "input_fidelity": "hgih"}, "input_fidelity"),
     ({"image": b64(noise()), "size": "64x32"}, "another proportion"),
 ]

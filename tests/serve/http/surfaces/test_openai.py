@@ -284,7 +284,7 @@ def test_messages_in_parts_and_roles(client: openai.OpenAI, server: Live) -> Non
     said = server.engine.text.tokenizer.decode(server.engine.seen[0].prompt)
     assert said == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
     image: Any = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:…"}}]}]
-    with pytest.raises(openai.BadRequestError, match="reads text alone"):
+    with pytest.raises(openai.BadRequestError, match="supports only text"):
         client.chat.completions.create(model="toy", messages=image)
 
 

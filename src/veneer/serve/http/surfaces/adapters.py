@@ -380,7 +380,7 @@ def _need_own(caller: Principal, name: str) -> None:
     """Raises Refused (403) for a name outside the caller's namespace."""
     if not caller.can_change(name):
         own = f"{caller.tenant}/NAME" if caller.tenant else None
-        raise Refused(f"{quoted(name)} is not a name of yours", status=403, code="forbidden", param="name", fix=own)
+        raise Refused(f"{quoted(name)} is outside your namespace", status=403, code="forbidden", param="name", fix=own)
 
 
 def _found(library: Library, caller: Principal, reference: str) -> Version:
@@ -405,7 +405,7 @@ def _own(library: Library, caller: Principal, reference: str) -> Version:
     """The version, if the caller can change it. Raises Refused (404, 403)."""
     version = _found(library, caller, reference)
     if not caller.can_change(version.name):
-        raise Refused(f"{version.reference} is not yours", status=403, code="forbidden", param="reference")
+        raise Refused(f"{version.reference} is outside your namespace", status=403, code="forbidden", param="reference")
     return version
 
 

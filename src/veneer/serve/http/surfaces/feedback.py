@@ -38,7 +38,7 @@ class FeedbackBody(Body):
     id: str = Field(max_length=100, description="of a chat completion")
     choice: int = Field(default=0, ge=0, lt=1 << 31, description="the index of its choice")
     thumb: Literal["up", "down"] | None = None
-    corrected: str | dict[str, Any] | None = Field(default=None, description="what the answer should have been")
+    corrected: str | dict[str, Any] | None = Field(default=None, description="the correct answer")
     rejected: Annotated[list[ChosenOver], FAIL_FAST, at_most(64)] | None = Field(
         default=None, description="answers to the same messages that this one was chosen over"
     )
@@ -46,7 +46,7 @@ class FeedbackBody(Body):
     def feedback(self) -> AnswerFeedback:
         said = self.model_fields_set & {"thumb", "corrected", "rejected"}
         if not said:
-            raise invalid("nothing is said of the answer", None, "thumb, corrected or rejected")
+            raise invalid("the feedback is empty", None, "thumb, corrected or rejected")
         rejected = None if self.rejected is None else tuple((r.id or self.id, r.choice) for r in self.rejected)
         up = None if self.thumb is None else self.thumb == "up"
         names = frozenset("up" if name == "thumb" else name for name in said)
@@ -72,12 +72,14 @@ def feedback_routes(answers: KeptAnswers) -> APIRouter:
     router = APIRouter(tags=["feedback"], route_class=BodyRoute, dependencies=[needs("feedback")])
     store = answers.store
 
-    @router.post("/v1/feedback", summary="Say what an answer is worth: a thumb, a correction, what it was chosen over.")
+    @router.post(
+        "/v1/feedback", summary="Rate an answer: a thumb, a correction, or the answers that it is better than."
+    )
     async def give(request: HttpRequest, body: FeedbackBody) -> Response:
         tenant, feedback = _tenant(request, store), body.feedback()
         return Json(await in_thread(_DATABASE, lambda: answers.give(tenant, feedback)), headers=body.headers)
 
-    @router.get("/v1/feedback", summary="How many answers are kept, how long, and what was said of them.")
+    @router.get("/v1/feedback", summary="Get counts of stored and rated answers, and the retention period.")
     async def summary(request: HttpRequest) -> Response:
         tenant = _tenant(request, store)
 
@@ -89,7 +91,7 @@ def feedback_routes(answers: KeptAnswers) -> APIRouter:
         kept = {"days": None, "names": []} if terms is None else {"days": terms.days, "names": list(terms.names)}
         return Json({"object": "feedback.summary", **kept, **counts})
 
-    @router.get("/v1/feedback/rows", summary="Rows for training, as JSON lines.")
+    @router.get("/v1/feedback/rows", summary="Export training rows as JSON lines.")
     async def rows(
         request: HttpRequest,
         kind: FeedbackKind = "supervised",
@@ -106,7 +108,7 @@ def feedback_routes(answers: KeptAnswers) -> APIRouter:
 
         return StreamingResponse(lines(), media_type="application/jsonl")
 
-    @router.delete("/v1/feedback", summary="Remove what is kept of a user, or one answer, or everything.")
+    @router.delete("/v1/feedback", summary="Delete the stored answers of a user, one answer, or all answers.")
     async def forget(
         request: HttpRequest,
         user: Annotated[str | None, Query(min_length=1, max_length=512)] = None,
@@ -115,7 +117,7 @@ def feedback_routes(answers: KeptAnswers) -> APIRouter:
     ) -> Response:
         tenant = _tenant(request, store)
         if (user is not None) + (id is not None) + everything != 1:
-            raise invalid("what is to be removed?", None, "one of user=…, id=… and everything=true")
+            raise invalid("nothing selected to delete", None, "one of user=…, id=… and everything=true")
         gone = await in_thread(_DATABASE, lambda: answers.forget(tenant, user=user, id=id))
         return Json({"object": "feedback.deleted", "answers": gone})
 

@@ -54,7 +54,7 @@ _QUALITY = {"auto": "medium", "standard": "medium", "hd": "high"}
 
 
 @images_routes.post(
-    "/v1/images/generations", summary="Draw pictures of a prompt.", openapi_extra=described_body(ImageBody)
+    "/v1/images/generations", summary="Generate images from a prompt.", openapi_extra=described_body(ImageBody)
 )
 async def generations(request: HttpRequest) -> Response:
     return await _answered(request, ImageBody, "image_generation")
@@ -62,7 +62,7 @@ async def generations(request: HttpRequest) -> Response:
 
 @images_routes.post(
     "/v1/images/edits",
-    summary="Edit pictures as the prompt says, or draw from another one, where its mask is open or all over.",
+    summary="Edit images by a prompt, or generate from an image, in its mask or everywhere.",
     openapi_extra=described_body(EditBody),
 )
 async def edits(request: HttpRequest) -> Response:
