@@ -234,8 +234,8 @@ def test_an_alias_in_place_of_a_route(shop: Shop, before: int | None, rule: Any,
     assert len(shop.told(job, "alias")) == 1
     for _ in range(2):
         place = promote_job(shop.jobs, None, "acme", job.id)
-    assert (points(), str(place)) == (2, "acme/support@prod leads to acme/support@2")
-    assert place.shown == {"alias": "acme/support@prod", "version": "acme/support@2"}
+    assert (points(), place.text) == (2, "acme/support@prod leads to acme/support@2")
+    assert place.json == {"alias": "acme/support@prod", "version": "acme/support@2"}
     rollback_job(shop.jobs, None, "acme", job.id)
     assert points() == before
     with pytest.raises(ConfigError, match="is not where job"):

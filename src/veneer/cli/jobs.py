@@ -15,7 +15,7 @@ from veneer.cli.options import AsJson, JobsLibrary, LibraryIndex, Settings, Tena
 from veneer.cli.output import field, print_json, print_table, say
 
 if TYPE_CHECKING:
-    from veneer.jobs.canary import JobPlace
+    from veneer.jobs.canary import Placement
     from veneer.jobs.store import Job, JobStore
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Submit, watch and stop training jobs.")
@@ -199,12 +199,12 @@ def rollback(job: _Id, tenant: _Whose = None, tenants: TenantsDatabase = None, a
     _moved(job, tenant, tenants, as_json, rollback_job)
 
 
-def _moved(job: str, tenant: str | None, place: str | None, as_json: bool, move: Callable[..., JobPlace]) -> None:
+def _moved(job: str, tenant: str | None, place: str | None, as_json: bool, move: Callable[..., Placement]) -> None:
     from veneer.serve.tenancy.store import tenants_at
 
     with _opened() as store, tenants_at(place) as known:
         moved = move(store, known, tenant, job)
-    print_json(moved.shown) if as_json else print(field(str(moved)))
+    print_json(moved.json) if as_json else print(field(moved.text))
 
 
 @app.command(epilog="Example: veneer jobs logs ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w")

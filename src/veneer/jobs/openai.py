@@ -33,7 +33,7 @@ from pydantic_core import PydanticCustomError
 from veneer.errors import ConfigError
 from veneer.jobs.post_training import AfterJob
 from veneer.jobs.store import ENDS, Job, JobCheckpoint, JobEvent, jobs_home
-from veneer.serve.http.bodies import FAIL_FAST, Body, Strict, at_most
+from veneer.serve.http.bodies import Body, Strict, at_most
 from veneer.train.config.load import config_from
 from veneer.train.config.text import TrainConfig, config_keys
 from veneer.train.events import TOKEN_ACCURACY
@@ -154,18 +154,6 @@ def _clash(text: str) -> PydanticCustomError:
     return PydanticCustomError("clash", "{text}", {"text": text})
 
 
-class Wandb(Strict):
-    project: _Words
-    name: _Words | None = None
-    entity: _Words | None = None
-    tags: Annotated[list[_Words], FAIL_FAST, at_most(50)] | None = None
-
-
-class Integration(Strict):
-    type: Literal["wandb"]
-    wandb: Wandb
-
-
 _Key = Annotated[str, Field(max_length=64)]
 _Value = Annotated[str, Field(max_length=512)]
 
@@ -181,7 +169,7 @@ class TuningBody(Body):
     suffix: str | None = Field(default=None, min_length=1, max_length=64)
     seed: int | None = Field(default=None, ge=0, le=2_147_483_647)
     metadata: Annotated[dict[_Key, _Value], at_most(16)] | None = None
-    integrations: Annotated[list[Integration], FAIL_FAST, at_most(1)] | None = None
+    integrations: Annotated[list[Any], at_most(0)] | None = None
     after: AfterJob | None = Field(default=None, description="not OpenAI's: extra_body; paths are ids of files")
 
     @property
@@ -269,11 +257,6 @@ def tuning_config(
         config["data"] |= {"format": settings.format, "columns": settings.columns}
         if settings.rank is not None:
             config["adapter"] = {"rank": settings.rank}
-    for each in asked.integrations or []:
-        wandb = each.wandb
-        project = f"{wandb.entity}/{wandb.project}" if wandb.entity else wandb.project
-        config["report"] = {"trackers": ["wandb"], "project": project, "tags": list(wandb.tags or ())}
-        config["report"] |= {"name": wandb.name} if wandb.name else {}
     times = 1.0 if numbers.learning_rate_multiplier == "auto" else numbers.learning_rate_multiplier
     plain, _ = config_from({**config, "output": {"directory": str(train.parent)}})
     assert isinstance(plain, TrainConfig)
@@ -337,7 +320,7 @@ def shown_job(job: Job, organisation: str, results: Sequence[str] = ()) -> dict[
         "seed": config["seed"],
         "trained_tokens": job.tokens if job.state in ENDS else None,
         "estimated_finish": _finish(job),
-        "integrations": [{**each, "wandb": {**each["wandb"], "run_id": job.id}} for each in asked["integrations"]],
+        "integrations": [],
         "metadata": asked["metadata"],
         "user_provided_suffix": asked["suffix"],
     } | ({"after": asked["after"]} if asked.get("after") else {})

@@ -472,7 +472,7 @@ class JobStore:
         Raises UnknownJob, WrongState."""
         return self._ask(tenant, job, "cancelled")
 
-    def remark(self, tenant: str | None, job: str, event: JobEvent) -> None:
+    def add_event(self, tenant: str | None, job: str, event: JobEvent) -> None:
         """Record an event of a manual action, in any state of the job. Raises UnknownJob."""
         with self._writing() as (c, now):
             _tell(c, self._row(c, tenant, job), now, event)

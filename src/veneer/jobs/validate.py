@@ -101,9 +101,9 @@ def validated(
     except LeaseLost:
         raise
     except Exception as error:
-        if may_pass(error):
+        if is_transient(error):
             raise
-        return store.finish(lease, error=told(error))
+        return store.finish(lease, error=error_json(error))
 
 
 def submitted(
@@ -139,7 +139,7 @@ def submitted(
     return now
 
 
-def may_pass(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Return whether an error is transient or local: a database, a disk, memory.
 
     A retry later or on another machine can succeed."""
@@ -148,7 +148,7 @@ def may_pass(error: BaseException) -> bool:
     return is_outage(error)
 
 
-def told(error: BaseException) -> dict[str, Any]:
+def error_json(error: BaseException) -> dict[str, Any]:
     """Return an error as a job stores it: kind, message, where, fix.
 
     `kind`: data, config, preflight, base, training, overbudget …; `internal` for a bug in veneer, whose

@@ -25,10 +25,10 @@ def canary_routes(jobs: JobStore, tenants: Tenants) -> APIRouter:
         @router.post(f"/{{job}}/{what}", name=f"{what} a job")
         def moved(job: str) -> dict[str, Any]:
             try:
-                place = change(jobs, tenants.store, None, job)
+                placement = change(jobs, tenants.store, None, job)
             except UnknownJob as error:
                 raise UnknownName(error.what, where=error.where, fix=error.fix) from error
-            return {"job": job, **place.shown}
+            return {"job": job, **placement.json}
 
     changes("promote", promote_job)
     changes("rollback", rollback_job)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import importlib.util
 import io
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -179,8 +178,6 @@ class TuningQueue:
 
         `settings`: settings of the Studio's form."""
         start = _start(service, caller, body.model)
-        if body.integrations:
-            _check_wandb(caller)
 
         def do() -> Job:
             grader = None
@@ -232,17 +229,6 @@ def _graded_here(service: Service, caller: Principal, grader: Any) -> dict[str, 
     return found
 
 
-def _check_wandb(caller: Principal) -> None:
-    """Check that the job can report to W&B, with the operator's account.
-
-    Raises Refused for a tenant, and if wandb is not installed."""
-    if caller.tenant:
-        what = "jobs here report to W&B by the account of the server's operator"
-        raise invalid(what, "integrations", "leave it out: the events of a job have its metrics")
-    if importlib.util.find_spec("wandb") is None:
-        raise invalid("W&B is not installed here", "integrations", "pip install 'veneer[wandb]', or leave it out")
-
-
 def _create(
     service: Service,
     caller: Principal,
@@ -280,7 +266,6 @@ def _create(
             "suffix": body.suffix,
             "metadata": body.metadata,
             "tuned": str(tuned),
-            "integrations": [each.model_dump() for each in body.integrations or []],
             "after": None if body.after is None else body.after.model_dump(mode="json", exclude_unset=True),
         }
         if body.reinforced is not None and grader is not None:  # stored as requested; the run uses the resolved grader
