@@ -93,7 +93,7 @@ def test_what_cannot_be_queued_says_why(folder: Path, capsys: pytest.CaptureFixt
     ran = run(capsys, "jobs", *at, "submit", config, "--name", "No Name")
     assert (ran.code, "cannot name an adapter" in ran.err) == (2, True)
     ran = run(capsys, "worker", "--executor", "slurm", "--library", str(folder / "other"))
-    assert (ran.code, "is not a place where jobs run" in ran.err) == (2, True)
+    assert (ran.code, "is not an executor" in ran.err) == (2, True)
     ran = run(capsys, "worker", "--executor", "kubernetes", "--library", str(folder / "other"))
     assert (ran.code, "--image" in ran.err) == (2, True)
     ran = run(capsys, "worker", "--until-idle", "--library", str(folder / "other"))  # nothing to do

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -83,16 +83,28 @@ def worker(
     from veneer.serve.tenancy.store import tenants_at
 
     forbid_inspection()
-    one_of(executor, ("local", "ray", "kubernetes"), "a place where jobs run", "--executor")
-    places: Any = {
-        "local": lambda: _local(nice),
-        "ray": lambda: _ray(ray_address, gpus if gpu else 0),
-        "kubernetes": lambda: _kubernetes(image, namespace, claim, secret, gpus if gpu else 0),
-    }
+    one_of(executor, ("local", "ray", "kubernetes"), "an executor", "--executor")
+    chosen: Executor
+    if executor == "ray":
+        from veneer.jobs.ray import RayExecutor
+
+        chosen = RayExecutor(ray_address, gpus=gpus if gpu else 0)
+    elif executor == "kubernetes":
+        from veneer.jobs.kubernetes import KubernetesExecutor
+
+        if not image:
+            what, fix = "Jobs of Kubernetes need a container image", "an image with veneer installed"
+            raise ConfigError(what, where="--image", fix=fix)
+        own = {"image": image, "namespace": namespace, "claim": claim, "secret": secret}
+        chosen = KubernetesExecutor(**own, gpus=gpus if gpu else 0)
+    else:
+        from veneer.jobs.executors import LocalExecutor
+
+        chosen = LocalExecutor(nice=nice)
     with open_library(library, index) as opened, tenants_at(tenants) as known:
         made = Worker(
             opened,
-            places[executor](),
+            chosen,
             tenants=known,
             at_once=at_once,
             lease=lease,
@@ -106,25 +118,3 @@ def worker(
             tied(made.stop)
         say(f"worker {made.name}: jobs of {opened.location}")
         made.run(until_idle=until_idle)
-
-
-def _local(nice: int) -> Executor:
-    from veneer.jobs.executors import LocalExecutor
-
-    return LocalExecutor(nice=nice)
-
-
-def _ray(address: str, gpus: int) -> Executor:
-    from veneer.jobs.ray import RayExecutor
-
-    return RayExecutor(address, gpus=gpus)
-
-
-def _kubernetes(image: str, namespace: str, claim: str, secret: str, gpus: int) -> Executor:
-    if not image:
-        raise ConfigError(
-            "a Job of Kubernetes needs a container image", where="--image", fix="one with veneer installed in it"
-        )
-    from veneer.jobs.kubernetes import KubernetesExecutor
-
-    return KubernetesExecutor(image=image, namespace=namespace, claim=claim, secret=secret, gpus=gpus)

@@ -25,7 +25,7 @@ import pydantic
 from veneer.errors import ConfigError, bullets, first_few, nearest, one_of, quoted
 from veneer.library.names import check_alias
 from veneer.serve.tenancy.store import ALL, Route, Store, check_route_name
-from veneer.train.config.load import RunConfig, config_from, load_config, parse_yaml, read_sections
+from veneer.train.config.load import RunConfig, config_from, load_config, read_sections
 from veneer.train.config.section import SOURCES
 from veneer.train.config.text import TrainConfig, preference_formats
 from veneer.train.text.rows import Row, read_rows, split_rows
@@ -124,42 +124,15 @@ _MODELS: Mapping[str, type[_Section]] = {
 def load_job_config(
     path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()
 ) -> tuple[RunConfig, AfterJob | None]:
-    """Read a job's file: a `veneer train` configuration and `after`, with overrides.
+    """Read a job's file: a `veneer train` configuration, with overrides, and `after`.
 
     `path`: None for overrides only. Raises ConfigError, as `load_config`."""
-    own = [override for override in overrides if override.lstrip().startswith("after.")]
-    others = [override for override in overrides if override not in own]
     if path is None:
-        (config, _), after, folder = load_config(path, others), None, Path.cwd()
-    else:
-        values, lines = read_sections(path)
-        after = values.pop("after", None)
-        config, _ = config_from(values, others, file=Path(path), lines=lines)
-        folder = Path(path).parent
-    for override in own:
-        after = _overridden({} if after is None else after, override)
-    return config, None if after is None else after_from(after, folder, os.fspath(path or "after"))
-
-
-def _overridden(after: Any, override: str) -> Any:
-    """Return the section's values with an override such as `after.route.weight=0.2`.
-
-    Paths in the override are relative to the current folder. Raises ConfigError."""
-    name, equals, text = override.partition("=")
-    *sections, key = name.strip().split(".")
-    if not equals or not key:
-        raise ConfigError(f"`{override}` is not an override", fix="after.SECTION.KEY=VALUE, as after.route.weight=0.2")
-    value = parse_yaml(text, f"override `{override}`")[0]
-    if name.strip() == "after.evaluate.data":
-        value = _whole_paths(value, Path.cwd())
-    whole = values = {"after": after}
-    for section in sections:
-        inner = values.get(section)
-        if not isinstance(inner, dict | None):
-            raise ConfigError(f"`{section}` is no section to put `{key}` into", where=f"override `{override}`")
-        values[section] = values = dict(inner or {})
-    values[key] = value
-    return whole["after"]
+        return load_config(None, overrides)[0], None
+    values, lines = read_sections(path)
+    after = values.pop("after", None)
+    config, _ = config_from(values, overrides, file=Path(path), lines=lines)
+    return config, None if after is None else after_from(after, Path(path).parent, os.fspath(path))
 
 
 def after_from(values: Any, folder: Path, where: str = "after") -> AfterJob:
@@ -174,16 +147,9 @@ def after_from(values: Any, folder: Path, where: str = "after") -> AfterJob:
         raise ConfigError(f"it cannot be read:\n{bullets(map(_line, error.errors()), None)}", where=where) from None
     if after.evaluate is None or after.evaluate.data is None:
         return after
-    return after.on(_whole_paths(after.evaluate.data, folder))
-
-
-def _whole_paths(files: Any, folder: Path) -> Any:
-    """Return the files as absolute paths; other values stay unchanged."""
-    named = [files] if isinstance(files, str) else files
-    if not isinstance(named, list):
-        return files
-    here = folder.resolve()
-    return [str(here / Path(f).expanduser()) if isinstance(f, str) and not f.startswith(SOURCES) else f for f in named]
+    root = folder.resolve()
+    files = after.evaluate.files
+    return after.on([file if file.startswith(SOURCES) else str(root / Path(file).expanduser()) for file in files])
 
 
 def _line(error: Any) -> str:

@@ -16,7 +16,7 @@ import asyncio
 import hashlib
 import io
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
@@ -61,7 +61,7 @@ from veneer.train.records import count_lines
 from veneer.train.rewards.graders import MultiGrader, ScoreModelGrader
 
 _TABLE = "the table of jobs"
-_LOOK = 0.5
+_POLL = 0.5
 """Seconds between two polls of a job whose events are streamed."""
 _PAGE = 100
 _LINES = (".jsonl",)
@@ -77,20 +77,20 @@ def tuning_routes(queue: TuningQueue) -> APIRouter:
     jobs, files = queue.jobs, queue.files
     router = APIRouter(tags=["OpenAI fine-tuning"], route_class=thread_route(_TABLE), dependencies=[needs("train")])
 
-    @router.post("/v1/fine_tuning/jobs", summary="Fine-tune a base, or what was tuned before, on an uploaded file.")
+    @router.post("/v1/fine_tuning/jobs", summary="Fine-tune the base or a tuned model on an uploaded file")
     async def create(request: HttpRequest, body: TuningBody) -> Response:
         caller = caller_of(request)
         job = await queue.create(service_of(request), caller, body)
         return Json(shown_job(job, organisation_of(caller.tenant)), headers=body.headers)
 
-    @router.get("/v1/fine_tuning/jobs", summary="The caller's jobs, the newest first.")
+    @router.get("/v1/fine_tuning/jobs", summary="List the caller's jobs, newest first")
     def listed(request: HttpRequest, limit: _Limit = 20, after: _After = None) -> Any:
         tenant = caller_of(request).tenant
         found, more = _some(jobs, tenant, after, limit, _metadata(request))
         shown = [shown_job(job, organisation_of(tenant)) for job in found]
         return {"object": "list", "data": shown, "has_more": more}
 
-    @router.get("/v1/fine_tuning/jobs/{id}", summary="One of them.")
+    @router.get("/v1/fine_tuning/jobs/{id}", summary="Get a job")
     def retrieve(request: HttpRequest, id: str) -> Any:
         tenant = caller_of(request).tenant
         job = _job(jobs, tenant, id)
@@ -108,11 +108,11 @@ def tuning_routes(queue: TuningQueue) -> APIRouter:
                     error.what, status=400, code="wrong_state", param="fine_tune_id", fix=error.fix
                 ) from error
 
-    changes("cancel", "End it for good.", jobs.cancel)
-    changes("pause", "Let it rest; its place in the queue is free.", jobs.pause)
-    changes("resume", "Let a paused one go on from its last checkpoint.", jobs.resume)
+    changes("cancel", "Cancel a job", jobs.cancel)
+    changes("pause", "Pause a job", jobs.pause)
+    changes("resume", "Resume a paused job from its last checkpoint", jobs.resume)
 
-    @router.get("/v1/fine_tuning/jobs/{id}/events", summary="What happened to it, the newest first; or as a stream.")
+    @router.get("/v1/fine_tuning/jobs/{id}/events", summary="List or stream a job's events")
     async def events(
         request: HttpRequest, id: str, limit: _Limit = 20, after: _After = None, stream: bool = False
     ) -> Response:
@@ -129,7 +129,7 @@ def tuning_routes(queue: TuningQueue) -> APIRouter:
         job = await blocking(_TABLE, lambda: jobs.get(tenant, id))  # after the events: the job decides what they show
         return Json({"object": "list", "data": [shown_event(job, each) for each in found], "has_more": more})
 
-    @router.get("/v1/fine_tuning/jobs/{id}/checkpoints", summary="Those that can be asked, the newest first.")
+    @router.get("/v1/fine_tuning/jobs/{id}/checkpoints", summary="List a job's published checkpoints, newest first")
     def checkpoints(request: HttpRequest, id: str, limit: _Limit = 10, after: _After = None) -> Any:
         tenant = caller_of(request).tenant
         job = _job(jobs, tenant, id)
@@ -141,7 +141,7 @@ def tuning_routes(queue: TuningQueue) -> APIRouter:
         shown = [shown_checkpoint(job, point) for point in found[first : first + limit]]
         return openai_page(shown, first + limit < len(found))
 
-    @router.delete("/v1/models/{model:path}", summary="Remove what was tuned, or a checkpoint of it.")
+    @router.delete("/v1/models/{model:path}", summary="Delete a tuned model or one of its checkpoints")
     def remove(request: HttpRequest, model: str) -> Any:
         caller, library = caller_of(request), jobs.library
         service_of(request).catalog.card(model, caller)  # 404 if missing or not visible
@@ -424,43 +424,31 @@ def _metadata(request: HttpRequest) -> dict[str, str] | None:
     return wanted or None
 
 
-# -- events as they come -----------------------------------------------------------------------------------------------
+# -- streams of events -------------------------------------------------------------------------------------------------
 
 
-class _Following:
-    """A job's events after a number, until the job has ended or the server stops."""
+async def _event_lines(service: Service, jobs: JobStore, job: Job, number: int) -> AsyncGenerator[bytes, None]:
+    """Yield a job's events after a number, until the job has ended or the server stops."""
 
-    def __init__(self, service: Service, jobs: JobStore, job: Job, after: int) -> None:
-        self.service, self.jobs, self.job, self.after = service, jobs, job, after
+    def read() -> tuple[Job, list[JobEvent], bool]:
+        ended = jobs.get(job.tenant, job.id).state in ENDS
+        events, more = jobs.events(job.tenant, job.id, after=number, diagnostics=False)
+        now = jobs.get(job.tenant, job.id)  # after the events: the job decides what they show
+        return now, events, ended and not more
 
-    def _next(self) -> tuple[bool, list[JobEvent]]:
-        """Return (whether these are the last events, the next events)."""
-        tenant, id = self.job.tenant, self.job.id
-        ended = self.jobs.get(tenant, id).state in ENDS
-        found, more = self.jobs.events(tenant, id, after=self.after, diagnostics=False)
-        if found:
-            self.job = self.jobs.get(tenant, id)  # after the events: the job decides what they show
-        return ended and not more, found
-
-    async def lines(self) -> AsyncIterator[bytes]:
-        last = False
-        while not last:
-            last, found = await blocking(_TABLE, self._next)
-            for event in found:
-                self.after = event.number
-                yield data(shown_event(self.job, event))
-            if not found and not last:
-                if self.service.phase != "ready":
-                    break
-                await asyncio.sleep(_LOOK)
-        yield data("[DONE]")
-
-    async def aclose(self) -> None:
-        """Do nothing: nothing stays open between polls."""
+    last = False
+    while not last:
+        now, events, last = await blocking(_TABLE, read)
+        for event in events:
+            number = event.number
+            yield data(shown_event(now, event))
+        if not events and not last:
+            if service.phase != "ready":
+                break
+            await asyncio.sleep(_POLL)
+    yield data("[DONE]")
 
 
-def _stream(service: Service, jobs: JobStore, job: Job, after: int) -> Response:
-    following = _Following(service, jobs, job, after)
-    return EventStream(
-        following.lines(), following, lambda error: data(error_body(error, "OpenAI")[1]), service.settings.stall
-    )
+def _stream(service: Service, jobs: JobStore, job: Job, number: int) -> Response:
+    lines = _event_lines(service, jobs, job, number)
+    return EventStream(lines, lines, lambda error: data(error_body(error, "OpenAI")[1]), service.settings.stall)
