@@ -36,7 +36,6 @@ def test_from_a_configuration_to_an_adapter(folder: Path, capsys: pytest.Capture
     what the worker was told."""
     at, tenants = ("--library", str(folder / "library")), str(folder / "tenants.sqlite")
     with tenants_at(tenants) as known:
-        assert known is not None
         manage.add_tenant(known, "acme", who="test")
     after = {
         "evaluate": {"metrics": ["loss"]},

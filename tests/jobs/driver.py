@@ -84,7 +84,7 @@ def machine(folder: Path, kill_at: int | None) -> None:
         store = JobStore(library)
         worker = Worker(library, Here(store), lease=LEASE)
         worker.account = FixedTerms(store, **TERMS)
-        Connection.commit = killing  # type: ignore[method-assign]
+        Connection.commit = killing
         while any(job.state not in ENDS for job in store.jobs(None)[0]):
             worker.run(until_idle=True)
             time.sleep(0.01)
@@ -119,19 +119,15 @@ def outcome(folder: Path) -> list[bytes]:
         points = store.checkpoints("acme", job.id)
         assert [point.step for point in points] == [3, 2, 1]
         bill = store.bill("acme", job.id)
-        assert bill is not None
         assert bill.tokens == job.tokens == sum(data["tokens"] for data in steps)
         assert bill.cost == 4 * bill.tokens == store.spent("acme")
-        assert job.result is not None
         name = "acme/support"
         versions = library.search(name=name, all_versions=True)
         assert [version.version for version in versions] == [1, 2, 3, 4]  # the checkpoints, and what came of it
         assert job.result["reference"] == f"{name}@4"
         assert [point.reference for point in points] == [f"{name}@3", f"{name}@2", f"{name}@1"]
-        with tenants_at(None) as database:
-            assert database is not None
-            with reading(database.engine) as c:
-                (move,) = route_history(c, "support", tenant="acme")  # moved once
+        with tenants_at(None) as database, reading(database.engine) as c:
+            (move,) = route_history(c, "support", tenant="acme")  # moved once
         assert (move["targets"], move["current"]) == ({f"{name}@4": 1}, True)
         assert [e.kind for e in events if e.kind in ("evaluation", "route")] == ["evaluation", "route"]
         assert versions[-1].card["metrics"]["held_out"]["rows"] == 4
@@ -147,7 +143,6 @@ def submitted(folder: Path, config: dict[str, Any]) -> None:
     def work() -> None:
         with open_library(folder / "library") as library:
             with tenants_at(str(folder / "tenants.sqlite")) as database:
-                assert database is not None
                 manage.add_tenant(database, "acme", who="test")
             JobStore(library).create("acme", config, name="support", about={"publish": "checkpoints", "after": AFTER})
 

@@ -22,7 +22,7 @@ def test_what_has_expired_goes_while_the_server_runs(tmp_path: Path) -> None:
         files = open_files(library)
         files.clock = lambda: 1e9  # long ago
         old = files.add("", "old.jsonl", "fine-tune", io.BytesIO(b"{}"), ttl=3600)
-        made = build.training(Service(ToyEngine(text), ToyCatalog(), OpenAccess(), text), library)  # type: ignore[arg-type]
+        made = build.training(Service(ToyEngine(text), ToyCatalog(), OpenAccess(), text), library)
 
         async def live() -> None:
             await made.start()

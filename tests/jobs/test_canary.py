@@ -216,7 +216,7 @@ def test_a_job_is_compared_with_what_serves_then(shop: Shop, monkeypatch: pytest
     ("before", "rule", "scores", "now"),
     [
         (1, {}, None, 1), (1, RULE, BETTER, 2), (1, RULE, WORSE, 1), (1, RULE, None, 1),
-        (None, {}, None, 2), (None, RULE, BETTER, 2), (None, RULE, WORSE, None),
+        (None, {}, None, 2), (None, RULE, BETTER, 2), (None, RULE, WORSE, None)
     ],
 )  # fmt: skip
 def test_an_alias_in_place_of_a_route(shop: Shop, before: int | None, rule: Any, scores: Any, now: int | None) -> None:

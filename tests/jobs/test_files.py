@@ -139,7 +139,7 @@ def test_bytes_that_go_while_they_come_again_are_there_in_the_end(files: Files) 
             files.delete("acme", first)
         return found
 
-    files.store.size = size  # type: ignore[method-assign]
+    files.store.size = size
     second = add(files, "acme")
     with files.open(files.get("acme", second)) as source:
         assert source.read() == ROWS

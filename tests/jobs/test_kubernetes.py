@@ -29,24 +29,12 @@ ENVIRONMENT = {
     "VENEER_LIBRARY": "/veneer/library",
     "VENEER_LIBRARY_INDEX": "postgresql://u:secret@h/d",
 }
-RUNNING = {
-    "active": 1,
-    "ready": 1,
-    "startTime": "2026-11-28T12:00:00Z",
-    "terminating": 0,
-    "uncountedTerminatedPods": {},
-}
 REACHED = {"status": "True", "reason": "CompletionsReached", "message": "Reached expected number of succeeded pods"}
-LIMIT = {"reason": "BackoffLimitExceeded", "message": "Job has reached the specified backoff limit"}
-DONE = {
-    "succeeded": 1, "startTime": "2026-11-28T12:00:00Z", "completionTime": "2026-11-28T12:05:00Z",
-    "conditions": [{"type": "SuccessCriteriaMet", **REACHED}, {"type": "Complete", **REACHED}],
-}  # fmt: skip
-FAILED = {
-    "failed": 1,
-    "startTime": "2026-11-28T12:00:00Z",
-    "conditions": [{"type": "Failed", "status": "True", **LIMIT}],
-}
+LIMIT = {"status": "True", "reason": "BackoffLimitExceeded", "message": "Job has reached the specified backoff limit"}
+START = {"startTime": "2026-11-28T12:00:00Z"}
+RUNNING = {"active": 1, "ready": 1, "terminating": 0, "uncountedTerminatedPods": {}, **START}
+DONE = {"succeeded": 1, "conditions": [{"type": "Complete", **REACHED}], **START}
+FAILED = {"failed": 1, "conditions": [{"type": "Failed", **LIMIT}], **START}
 
 
 class Cluster:
@@ -64,14 +52,8 @@ class Cluster:
             return self.refuse, status_of(self.refuse, "Forbidden" if self.refuse == 403 else "InternalError")
         if path.startswith("/api/v1/namespaces/training/pods"):
             ended = {"exitCode": 137, "reason": self.reason, "startedAt": "2026-11-28T12:00:00Z"}
-            container = {
-                "name": "train",
-                "image": "x",
-                "imageID": "y",
-                "ready": False,
-                "restartCount": 0,
-                "state": {"terminated": ended},
-            }
+            container = {"name": "train", "image": "x", "imageID": "y", "ready": False, "restartCount": 0}
+            container["state"] = {"terminated": ended}
             pod = {"metadata": {"name": "a-pod"}, "status": {"phase": "Failed", "containerStatuses": [container]}}
             return 200, {"kind": "PodList", "apiVersion": "v1", "metadata": {}, "items": [pod]}
         place = re.fullmatch(r"/apis/batch/v1/namespaces/training/jobs(?:/([a-z0-9-]+))?(/status)?(?:\?.*)?", path)
@@ -163,15 +145,12 @@ def test_a_job_of_kubernetes_from_its_start_to_its_end(cluster: tuple[Cluster, A
     assert executor.look(place) is None
     body["status"] = DONE
     ended = executor.look(place)
-    assert ended is not None
     assert not ended.memory
     body["status"] = FAILED
     ended = executor.look(place)
-    assert ended is not None
     assert "BackoffLimitExceeded: Job has reached the specified backoff limit" in ended.why
     kept.reason = "OOMKilled"
     ended = executor.look(place)
-    assert ended is not None
     assert ended.memory
 
 
@@ -191,7 +170,6 @@ def test_stopping_waits_for_the_pod_unless_it_is_hard(cluster: tuple[Cluster, An
     assert "propagationPolicy=Foreground" in kept.asked[-1][1]
     assert "gracePeriodSeconds" not in kept.asked[-1][1]
     ended = executor.look(place)
-    assert ended is not None
     assert "does not know it" in ended.why
     executor.stop(place, hard=True)  # it is gone: nothing to do
     assert "gracePeriodSeconds=0" in kept.asked[-1][1]

@@ -27,7 +27,6 @@ def test_files_are_told_by_their_names(quick: Path, data: dict[str, object]) -> 
         store = JobStore(library)
         made = store.create("acme", {"base": {"name": "smollm2-135m"}, "data": data}, name="support")
         lease = store.take("here", 60, "validating", only=made.id)
-        assert lease is not None
         where = "/secret/place/a.jsonl" if "train" in data else "/secret/place/drawings"
         event = JobEvent("warn", "preflight", f"{where}:3 is no row", {"findings": [{"text": f"see {where}:3"}]})
         told = str(shown_event(made, event))
@@ -55,7 +54,6 @@ def failed_job(quick: Path, method: str = "supervised", **error: str) -> Job:  #
             asked["hyperparameters"] = {**asked["hyperparameters"], "beta": 0.2}
         made = store.create("acme", config, name="support", about={"openai": asked})
         lease = store.take("here", 60, "validating", only=made.id)
-        assert lease is not None
         return store.finish(lease, error=error)
 
 
@@ -65,12 +63,10 @@ def test_an_error_is_one_line_without_settings(quick: Path) -> None:  # noqa: F8
     what = f"20 of 40 rows are longer than data.max_length, 256 tokens:{listed}"
     fix = "set data.max_length=9000 (more memory), or data.long_rows=drop or cut"
     error = shown_error(failed_job(quick, kind="data", message=what, fix=fix))
-    assert error is not None
     rows = "; ".join(f"data.jsonl:{n}: 9000 tokens" for n in (1, 2, 3))
     assert error["message"] == f"20 of 40 rows are longer than what the base reads, 256 tokens: {rows}; and 17 more"
     assert (error["code"], error["param"]) == ("invalid_training_file", "training_file")
     kept = shown_error(failed_job(quick, kind="data", message="no row", where="/secret/data.jsonl:3", fix="send rows"))
-    assert kept is not None
     assert kept["message"] == "data.jsonl:3: no row (send rows)"
 
 
@@ -91,7 +87,6 @@ def test_notes_of_a_run_are_the_operators(quick: Path) -> None:  # noqa: F811
         store = JobStore(library)
         made = store.create("acme", {"base": "tiny"}, name="support")
         lease = store.take("here", 60, "validating", only=made.id)
-        assert lease is not None
         note = JobEvent("info", "note", "peak memory 0.57 GB, 0.02 predicted (+2710%)")
         store.note(lease, [note, JobEvent("warn", "note", "its process died: killed")])
         every, for_clients = (store.events("acme", made.id, diagnostics=d)[0] for d in (True, False))
@@ -105,5 +100,4 @@ def test_a_job_is_of_the_type_of_its_client(quick: Path, method: str) -> None:  
     job = shown_job(failed_job(quick, method, kind="data", message="no row"), "org-acme")
     read = FineTuningJob.model_validate(job, strict=True)
     assert read.hyperparameters.to_dict() == {"batch_size": "auto", "n_epochs": 2, "learning_rate_multiplier": "auto"}
-    assert read.method is not None
     assert read.method.type == method

@@ -34,7 +34,7 @@ def test_a_rule_compares_in_the_direction_of_its_metric(new: int, serving: int, 
     ("rule", "holds"),
     [
         ({"metric": "loss", "against": "base", "by": 0.5}, True), ({"metric": "loss", "by": 0.6}, False),
-        ({"metric": "loss"}, True), ({"metric": "rouge_l"}, None), ({"metric": "exact_match"}, None),
+        ({"metric": "loss"}, True), ({"metric": "rouge_l"}, None), ({"metric": "exact_match"}, None)
     ],
 )  # fmt: skip
 def test_a_rule_without_a_measurement_decides_nothing(rule: Any, holds: bool | None) -> None:
@@ -80,7 +80,7 @@ HELD: dict[str, Any] = {"evaluate": {}}
         ({"promote": {"metric": "exact_mach"}, "alias": "x"}, "did you mean exact_match"),
         ({"promote": {"metric": "loss", "against": "servin"}}, "`after.promote.against`"),
         ({"promote": {"metric": "loss", "buy": 1}}, "did you mean by"), ({"promote": "loss < base"}, "`after.promote`"),
-        ({"route": {"name": "x"}, "alias": "prod"}, "leave one out"), ({"alias": "Prod"}, "cannot be an alias"),
+        ({"route": {"name": "x"}, "alias": "prod"}, "leave one out"), ({"alias": "Prod"}, "cannot be an alias")
     ],
 )  # fmt: skip
 def test_what_could_not_be_done_is_said_before_anything_is_trained(

@@ -82,7 +82,6 @@ def leased(store: JobStore, folder: Path, steps: int) -> JobLease:
     assert new is not None
     assert validated(store, new, FixedTerms(store), device_of()).state == "queued"
     lease = store.take("w", 3600)
-    assert lease is not None
     assert lease.job.id == made.id
     return lease
 
@@ -138,5 +137,4 @@ def test_a_job_is_trained_by_ray_and_another_is_stopped(address: str, tmp_path: 
         assert job.state == "queued"  # its process has saved its state, and given the job back
         assert store.checkpoints("acme", job.id)[0].step == max(p.step for p in store.checkpoints("acme", job.id)) >= 2
     ended = executor.look("nothing")
-    assert ended is not None
     assert "does not know it" in ended.why

@@ -48,7 +48,6 @@ def asked(store: JobStore, device: Device, values: dict[str, Any]) -> Job:
 
 def trained(store: JobStore) -> Job:
     lease = store.take("here", 600)
-    assert lease is not None
     assert run_job(store.library, lease.job.id, lease.token) == 0
     ended = store.get(None, lease.job.id)
     assert ended.state == "succeeded", ended.error
@@ -56,11 +55,7 @@ def trained(store: JobStore) -> Job:
 
 
 def test_a_step_is_in_the_library_while_the_next_one_trains(
-    store: JobStore,
-    device: Device,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    store: JobStore, device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     values = small_config(tmp_path, checkpoint={"every": 1, "adapters": True, "keep": 2})
     asked(store, device, values)

@@ -69,7 +69,6 @@ def test_what_was_trained_is_served_to_its_tenant_alone(tmp_path: Path, monkeypa
         job = acme.fine_tuning.jobs.retrieve(job.id)
         assert job.status == "succeeded", job.error
         model = job.fine_tuned_model
-        assert model is not None
         assert model.startswith("ft:tiny:acme:support:")
         points = acme.fine_tuning.jobs.checkpoints.list(job.id).data
         assert [point.step_number for point in points] == [9, 6, 3]
@@ -111,7 +110,6 @@ def test_what_was_trained_is_served_to_its_tenant_alone(tmp_path: Path, monkeypa
         bad = acme.fine_tuning.jobs.create(model="tiny", training_file=sent([*ROWS, {"messages": "Hi"}]))
         work()
         error = acme.fine_tuning.jobs.retrieve(bad.id).error
-        assert error is not None
         assert (error.code, error.param) == ("invalid_training_file", "training_file")
         assert "tickets.jsonl:13: `messages` should be a list" in error.message
         assert str(veneer_home()) not in error.message

@@ -83,7 +83,7 @@ def test_the_client_turns_pages(client: openai.OpenAI) -> None:
     assert client.files.list(purpose="fine-tune-results").data == []
     for wrong in ({"limit": 0}, {"limit": 10_001}, {"order": "up"}):
         with pytest.raises(openai.BadRequestError):
-            client.files.list(**wrong)  # type: ignore[arg-type]
+            client.files.list(**wrong)
     with pytest.raises(openai.NotFoundError):
         client.files.list(after="file-none")
 

@@ -105,7 +105,7 @@ def test_validate_gives_the_grader_back(graders: Any) -> None:
     ("grader", "param"),
     [
         ({**CHECK, "operation": "is"}, "grader.operation"), ({**CHECK, "type": "strings"}, "grader"),
-        ({**CHECK, "reference": "{{ nothing }}"}, "grader"), ({"type": "multi", "name": "m", "graders": {}}, "grader"),
+        ({**CHECK, "reference": "{{ nothing }}"}, "grader"), ({"type": "multi", "name": "m", "graders": {}}, "grader")
     ],
 )  # fmt: skip
 def test_what_is_no_grader_is_the_client_s_mistake(graders: Any, grader: Any, param: str) -> None:

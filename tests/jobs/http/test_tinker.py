@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,12 +15,10 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
 
 from tests.homes import home_with_kernels
 from tests.jobs.tinker.small import ROWS, fields, forward_body, read_output
 from tests.serve.whole import served
-from tests.test_readme import ROOT, blocks
 from tests.tiny_base import tiny_base_dir
 from veneer.jobs.build import training
 from veneer.library.library import open_library
@@ -102,7 +98,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]
         patch.setenv("VENEER_HOME", str(home_with_kernels(place / "home")))
         shop = SimpleNamespace(base_dir=base, adapters=place / "adapters", library=library)
         settings: dict[str, Any] = {"tenants": tenants, "queue": 16}
-        with served(shop, extend=training, **settings) as whole:  # type: ignore[arg-type]
+        with served(shop, extend=training, **settings) as whole:
             yield SimpleNamespace(url=whole.url, base=str(base), keys=keys, store=store, whole=whole, tokens=tokens)
     store.close()
 
@@ -188,89 +184,6 @@ def test_a_client_from_its_session_to_a_download(world: SimpleNamespace, client:
     mine = acme.http.get("/v1/models".replace("/v1", f"{world.url}/v1")).json()["data"]
     assert any(each["id"].startswith("acme/tinker-") for each in mine)
     assert acme.http.post(f"/sessions/{acme.session}/finish", json={}).status_code == 204
-
-
-def stand_in(made: Callable[[], Tinker]) -> SimpleNamespace:
-    """What the page's Python takes for the SDK: each call the route that the SDK asks, one after the other."""
-
-    def future(value: Any) -> SimpleNamespace:
-        return SimpleNamespace(result=lambda: value)
-
-    class Training:
-        def __init__(self, own: Tinker, model: str) -> None:
-            self.own, self.model = own, model
-
-        def get_tokenizer(self) -> Any:
-            return AutoTokenizer.from_pretrained(
-                self.own.post("get_info", model_id=self.model)["model_data"]["tokenizer_id"]
-            )
-
-        def forward_backward(self, data: list[Any], loss: str) -> Any:
-            (row,) = data
-            targets = row.loss_fn_inputs["target_tokens"]
-            self.own.seq += 1
-            body = forward_body(
-                self.model,
-                self.own.seq,
-                [[*row.model_input, targets[-1]]],
-                loss,
-                weights=lambda targets: row.loss_fn_inputs["weights"],
-            )
-            promise = self.own.http.post(
-                "/forward_backward", content=body, headers={"Content-Type": "application/x-protobuf"}
-            )
-            logps, metrics = read_output(self.own.result(promise.json()).content)
-            assert metrics["loss:sum"] == pytest.approx(-sum(logps[0]), rel=1e-5)
-            return future(SimpleNamespace(metrics=metrics))
-
-        def optim_step(self, params: Any) -> Any:
-            return future(self.own.numbered("optim_step", self.model, adam_params=params))
-
-        def save_weights_and_get_sampling_client(self) -> Any:
-            live = self.own.numbered("save_weights_for_sampler", self.model, sampling_session_seq_id=0)
-            return future(SimpleNamespace(sample=partial(self.sample, live["sampling_session_id"])))
-
-        def sample(self, session: str, prompt: list[int], count: int, params: Any) -> Any:
-            promise = self.own.post(
-                "asample",
-                sampling_session_id=session,
-                seq_id=0,
-                prompt={"chunks": [{"tokens": prompt}]},
-                num_samples=count,
-                sampling_params=params,
-            )
-            found = [dict(fields(value)) for n, value in fields(self.own.result(promise).content) if n == 1]
-            tokens = [np.frombuffer(each[2], "<i4").tolist() for each in found]
-            return future(SimpleNamespace(sequences=[SimpleNamespace(tokens=each) for each in tokens]))
-
-        def save_state(self, name: str) -> Any:
-            return future(SimpleNamespace(**self.own.numbered("save_weights", self.model, path=name)))
-
-    class Service:
-        def __init__(self) -> None:
-            self.own = made()
-
-        def create_lora_training_client(self, base_model: str, rank: int, seed: int) -> Any:
-            return future(Training(self.own, self.own.model(base_model, rank, seed)))
-
-    types = SimpleNamespace(
-        Datum=SimpleNamespace, ModelInput=SimpleNamespace(from_ints=list), AdamParams=dict, SamplingParams=dict
-    )
-    return SimpleNamespace(ServiceClient=Service, types=types)
-
-
-def test_the_page(
-    world: SimpleNamespace, client: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The Python in docs/how-to/tinker.md runs, with the base named by the tenant's own folder. test_tinker_peers tests
-    the SDK itself."""
-    (code,) = blocks((ROOT / "docs" / "how-to" / "tinker.md").read_text(encoding="utf-8"), "python")
-    monkeypatch.setitem(sys.modules, "tinker", stand_in(lambda: client("acme")))
-    exec(compile(code.replace('"smollm2-135m"', repr(world.base)), "tinker.md", "exec"), {})
-    *losses, _, path = capsys.readouterr().out.splitlines()
-    first, *_, last = [float(line.split()[1]) for line in losses if line[:1].isdigit()]
-    assert last < first
-    assert path.endswith("/weights/first")
 
 
 def _at(path: str) -> str:

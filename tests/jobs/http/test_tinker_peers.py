@@ -265,97 +265,43 @@ def _bad(**inputs: Any) -> Any:
 
 
 _NAN, _ONES = np.array([1, math.nan, 1], np.float32), np.ones(3, np.float32)
+_EMPTY = {"tokens": [], "target_tokens": np.zeros(0, np.int64), "weights": np.zeros(0, np.float32)}
+
+
+def _row_error(said: str, rows: Callable[[], Any], loss: str = "cross_entropy", options: Any = None) -> tuple[Any, str]:
+    return lambda s, t: t.forward_backward(rows(), loss, options), said
+
+
 MISTAKES: dict[str, tuple[Callable[..., Any], str]] = {
-    "another base": (
-        lambda s, t: s.create_lora_training_client(base_model="gpt-9", rank=4),
-        "The model 'gpt-9' is not served here",
+    "another base": (lambda s, t: s.create_lora_training_client("gpt-9", rank=4), "'gpt-9' is not served here"),
+    "rank 0": (lambda s, t: s.create_lora_training_client(MODEL, rank=0), "rank 0 is not possible"),
+    "negative seed": (lambda s, t: s.create_lora_training_client(MODEL, rank=2, seed=-1), "seed"),
+    "empty row": _row_error(r"data\[0\].*its input has 0 tokens", lambda: [_bad(**_EMPTY)]),
+    "short weights": _row_error(
+        r"data\[1\].*weights has the shape \(2,\)", lambda: [datum(ROWS[0]), _bad(weights=_ONES[:2])]
     ),
-    "rank 0": (
-        lambda s, t: s.create_lora_training_client(base_model=MODEL, rank=0),
-        "rank 0 is not possible",
-    ),
-    "nothing to train": (
-        lambda s, t: s.create_lora_training_client(
-            base_model=MODEL, rank=2, train_mlp=False, train_attn=False, train_unembed=False
-        ),
-        "train_mlp, train_attn",
-    ),
-    "a negative seed": (
-        lambda s, t: s.create_lora_training_client(base_model=MODEL, rank=2, seed=-1),
-        "seed",
-    ),
-    "no rows": (lambda s, t: t.forward_backward([], "cross_entropy"), "No data provided"),
-    "an empty row": (
-        lambda s, t: t.forward_backward(
-            [_bad(tokens=[], target_tokens=np.zeros(0, np.int64), weights=np.zeros(0, np.float32))], "cross_entropy"
-        ),
-        r"data\[0\].*its input has 0 tokens",
-    ),
-    "weights too short": (
-        lambda s, t: t.forward_backward([datum(ROWS[0]), _bad(weights=_ONES[:2])], "cross_entropy"),
-        r"data\[1\].*weights has the shape \(2,\), target_tokens \(3,\)",
-    ),
-    "targets too short": (
-        lambda s, t: t.forward_backward([_bad(target_tokens=[6, 7], weights=_ONES[:2])], "cross_entropy"),
-        r"target_tokens has the shape \(2,\)",
-    ),
-    "a weight that is NaN": (
-        lambda s, t: t.forward_backward([_bad(weights=_NAN)], "cross_entropy"),
-        "weights has a value that is not finite",
-    ),
-    "a log-probability that is NaN": (
-        lambda s, t: t.forward_backward([_bad(logprobs=_NAN, advantages=_ONES)], "importance_sampling"),
-        "logprobs has a value that is not finite",
-    ),
-    "no advantages": (lambda s, t: t.forward_backward([_bad(logprobs=_ONES)], "ppo"), "ppo needs advantages"),
-    "a token beyond the vocabulary": (
-        lambda s, t: t.forward_backward([_bad(tokens=[5, 6, 10**6], weights=_ONES)], "cross_entropy"),
-        "a token of its input is not in this base's vocabulary",
-    ),
-    "a row beyond the context": (
-        lambda s, t: t.forward_backward([datum([5] * 5000)], "cross_entropy"),
-        "its input has 4999 tokens: from 1 to 4096",
-    ),
-    "a loss that is none": (
-        lambda s, t: t.forward_backward([datum(ROWS[0])], "cross_entrop"),
-        "cross_entropy",
-    ),
-    "a loss of the server's that is not here": (
-        lambda s, t: t.forward_backward([datum(ROWS[0])], "stable_reinforce"),
-        "stable_reinforce",
-    ),
-    "an option that is none": (
-        lambda s, t: t.forward_backward([datum(ROWS[0])], "cross_entropy", {"clip": 2.0}),
-        "cross_entropy has no option 'clip'",
-    ),
-    "a step without a gradient": (lambda s, t: t.optim_step(adam(1e-3)), "there is no gradient"),
-    "a rate that is NaN": (lambda s, t: t.optim_step(adam(math.nan)), "learning_rate"),
-    "a rate below 0": (lambda s, t: t.optim_step(adam(-1.0)), "learning_rate is -1"),
-    "a name that is a path": (lambda s, t: t.save_state("../../x"), "cannot name a checkpoint"),
-    "a minute to live": (lambda s, t: t.save_state("y", ttl_seconds=60), "ttl_seconds is 60"),
-    "a state that is not there": (
-        lambda s, t: t.load_state(f"tinker://{t.model_id}/weights/none"),
-        "there is no checkpoint",
-    ),
-    "a path that is none": (lambda s, t: t.load_state("weights/none"), "is no path of a checkpoint"),
-    "to go on from nothing": (
+    "NaN weight": _row_error("weights has a value that is not finite", lambda: [_bad(weights=_NAN)]),
+    "no advantages": _row_error("ppo needs advantages", lambda: [_bad(logprobs=_ONES)], loss="ppo"),
+    "row beyond the context": _row_error("its input has 4999 tokens: from 1 to 4096", lambda: [datum([5] * 5000)]),
+    "unsupported loss": _row_error("stable_reinforce", lambda: [datum(ROWS[0])], loss="stable_reinforce"),
+    "unknown option": _row_error("cross_entropy has no option 'clip'", lambda: [datum(ROWS[0])], options={"clip": 2.0}),
+    "step without a gradient": (lambda s, t: t.optim_step(adam(1e-3)), "there is no gradient"),
+    "NaN rate": (lambda s, t: t.optim_step(adam(math.nan)), "learning_rate"),
+    "path as a name": (lambda s, t: t.save_state("../../x"), "cannot name a checkpoint"),
+    "short time to live": (lambda s, t: t.save_state("y", ttl_seconds=60), "ttl_seconds is 60"),
+    "missing state": (lambda s, t: t.load_state(f"tinker://{t.model_id}/weights/none"), "there is no checkpoint"),
+    "invalid path": (lambda s, t: t.load_state("weights/none"), "is no path of a checkpoint"),
+    "client from a missing state": (
         lambda s, t: s.create_training_client_from_state("tinker://s1:train:0/weights/none"),
         "there is no training run",
     ),
-    "to sample before anything was saved": (
+    "sampler of a missing checkpoint": (
         lambda s, t: s.create_sampling_client(model_path=f"tinker://{t.model_id}/sampler_weights/none"),
         "there is no checkpoint",
     ),
-    "to sample from another base": (
-        lambda s, t: s.create_sampling_client(base_model="gpt-9"),
-        "'gpt-9' is not served here",
-    ),
-    "an empty prompt": (lambda s, t: _sampled(s, []), "prompt"),
-    "a prompt beyond the context": (lambda s, t: _sampled(s, [5] * 5000), "4,?096|context"),
-    "a prompt's token beyond the vocabulary": (lambda s, t: _sampled(s, [10**6]), "vocabulary|token"),
-    "a temperature below 0": (lambda s, t: _sampled(s, [5], temperature=-1.0), "temperature"),
-    "no tokens": (lambda s, t: _sampled(s, [5], max_tokens=0), "max_tokens"),
-    "a top-p of 2": (lambda s, t: _sampled(s, [5], top_p=2.0), "top_p"),
+    "empty prompt": (lambda s, t: _sampled(s, []), "prompt"),
+    "prompt beyond the context": (lambda s, t: _sampled(s, [5] * 5000), "4,?096|context"),
+    "negative temperature": (lambda s, t: _sampled(s, [5], temperature=-1.0), "temperature"),
 }
 
 

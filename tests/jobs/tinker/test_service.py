@@ -266,7 +266,7 @@ def test_unused_sessions_are_removed_and_checkpoints_stay(tmp_path: Path) -> Non
         with pytest.raises(NotFound):
             service.sampler("acme", f"{saver.session}:sample:1")
         until(lambda: idle.id not in service.runs)
-        assert not [*(tmp_path / "tinker" / "live").iterdir()]
+        until(lambda: not [*(tmp_path / "tinker" / "live").iterdir()])
         session = service.create_session("acme", None)
         again = service.create_from("acme", session.id, 0, path, True, None)
         assert json.loads(again.created.result(60).data)["path"] == path

@@ -76,7 +76,7 @@ def test_a_step_is_veneers_own_to_the_bit(trainer: Trainer) -> None:
         ids, lengths = torch.tensor([token for row in ROWS for token in row]), [len(row) for row in ROWS]
         trained = torch.cat([torch.arange(n) > 0 for n in lengths])
         for _ in range(2):
-            (text_loss(own.model, ids, lengths, trained) / count).backward()  # type: ignore[no-untyped-call]
+            (text_loss(own.model, ids, lengths, trained) / count).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         for name, parameter in parameters.items():
@@ -112,12 +112,10 @@ def test_what_transformers_and_peft_make_of_it(trainer: Trainer, unembed: bool) 
         found = logits.gather(1, torch.tensor(row[1:])[:, None])[:, 0]
         assert torch.allclose(found, logps, atol=1e-5)
         total = total - found.sum()
-    total.backward()  # type: ignore[no-untyped-call]
+    total.backward()
     assert float(total.detach()) == pytest.approx(one.total, rel=1e-5)
     for name, parameter in pairs.items():
         mine, theirs_ = learner.parameters[name].grad, parameter.grad
-        assert mine is not None
-        assert theirs_ is not None
         assert torch.allclose(mine, theirs_, atol=1e-5 * float(theirs_.abs().max())), name
     trainer.drop(learner)
 
@@ -199,7 +197,7 @@ def test_a_loss_and_its_gradient(name: str) -> None:
     logps = torch.tensor(p, requires_grad=True)
     loss = row_loss(name, logps, row, options)
     assert float(loss.detach()) == pytest.approx(_reference(name, p, q, a, w, mask))
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     assert logps.grad is not None
     if name in ("cispo", "gspo"):  # the ratio's clip stands still, or is the sequence's
         ratio = np.exp(p - q)
@@ -227,7 +225,7 @@ def test_a_loss_and_its_gradient(name: str) -> None:
         ({"loss": "ppo"}, "ppo has no input 'weights'"),
         ({"loss": "importance"}, "there is no loss 'importance'"),
         ({"loss": "custom"}, "this server runs no losses of clients"),
-        ({"options": {"beta": 1.0}}, "cross_entropy has no option 'beta'"),
+        ({"options": {"beta": 1.0}}, "cross_entropy has no option 'beta'")
     ],
 )  # fmt: skip
 def test_what_cannot_be_trained_is_said_with_its_row(row: dict[str, Any], said: str) -> None:
