@@ -20,7 +20,7 @@ from veneer.library.library import open_library
 from veneer.serve.build import Extension
 from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.store import tenants_at
-from veneer.train.rewards.sandbox import no_sandbox
+from veneer.train.rewards.sandbox import sandbox_error
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_python_graders_need_a_sandbox_before_the_start(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def none() -> None:
-        raise no_sandbox("bubblewrap (bwrap) is not installed")
+        raise sandbox_error("bubblewrap (bwrap) is not installed")
 
     monkeypatch.setattr("veneer.train.rewards.limited.working_sandbox", none)
     monkeypatch.setattr("veneer.serve.server.serve", lambda *given, **more: pytest.fail("it started"))

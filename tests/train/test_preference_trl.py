@@ -15,7 +15,7 @@ from veneer.core.init import create
 from veneer.formats import peft as peft_folder
 from veneer.models.text.base import load_text
 from veneer.train.config.load import config_from
-from veneer.train.text.data import part_of, planned_steps
+from veneer.train.text.data import encode_split, planned_steps
 from veneer.train.text.preference import Preference
 from veneer.train.text.rows import read_rows
 
@@ -107,7 +107,7 @@ def test_loss_and_gradient_are_trl_s(case: str, tmp_path: Path, monkeypatch: pyt
     )
     base = load_text(str(tmp_path / "tiny-base"), dtype="float32")
     found, _ = read_rows(config.data.files("train"), formats={"preference", "unpaired-preference"})
-    part = part_of(found, config, base)
+    part = encode_split(found, config, base)
     adapter = create(base.model, config.adapter.spec(), seed=0)
     gen = torch.Generator().manual_seed(1)
     for p in adapter.pairs.values():

@@ -256,7 +256,7 @@ def draw(
     from veneer.train.config.reinforcement import PROMPT_FORMATS
     from veneer.train.config.section import BASE_MODEL
     from veneer.train.config.text import TrainConfig
-    from veneer.train.text.distill import taught_rows
+    from veneer.train.text.distill import teacher_rows
     from veneer.train.text.rollouts import SamplerSettings
     from veneer.train.text.rows import read_rows
 
@@ -290,7 +290,7 @@ def draw(
             attachment.add(name, load_adapter(base, name))
         settings = SamplerSettings(rows=given.rows, pack_bytes=PACK_BYTES, exact=False)
         with live_sampler(base, attachment, settings) as sampler:
-            made, left = taught_rows(prompts, loaded, base, sampler, name)
+            made, left = teacher_rows(prompts, loaded, base, sampler, name)
     atomic_write(rows, ["".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made).encode()])
     if left:
         say(f"left out: {counted(len(left), 'answer')}\n{bullets(left)}")

@@ -22,7 +22,7 @@ from veneer.files.rights import private_folder
 from veneer.jobs.files import Files, UploadedFile
 from veneer.jobs.store import UNFINISHED, Job, JobStore, jobs_home
 from veneer.train.records import read_data_files
-from veneer.train.text.rows import About, Row, UnusableRow, look_at_rows
+from veneer.train.text.rows import About, Row, UnusableRow, parse_rows
 
 _GRACE = 3600.0
 """Seconds to keep a folder without a job: the job may be about to be created."""
@@ -50,7 +50,7 @@ class FileBeginning:
 def look_at_file(files: Files, file: UploadedFile, format: str, columns: Mapping[str, str], most: int) -> FileBeginning:
     """Read up to `most` rows from the first 256 KiB of a file.
 
-    `format`, `columns`: as for `look_at_rows`. Blocks."""
+    `format`, `columns`: as for `parse_rows`. Blocks."""
     if not file.filename.lower().endswith(LINE_FILES):
         return FileBeginning(problem=f"Rows are read from {', '.join(LINE_FILES)} files. Paste rows of another kind.")
     with files.open(file) as source:
@@ -69,7 +69,7 @@ def look_at_file(files: Files, file: UploadedFile, format: str, columns: Mapping
         try:
             records, _ = read_data_files([str(path)], most)
             found = tuple(dict.fromkeys(str(name) for record in records for name in record.values))
-            rows, about = look_at_rows([str(path)], format=format, columns=columns, limit=most)
+            rows, about = parse_rows([str(path)], format=format, columns=columns, limit=most)
         except DataError as error:
             where = f"{error.where}: " if error.where else ""
             return FileBeginning(found, problem=f"{where}{error.what}".replace(f"{folder}/", ""))

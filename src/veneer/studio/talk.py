@@ -67,7 +67,7 @@ def own_prompts(job: Job) -> tuple[str, list[str]]:
             limit=200,
             format=data.format,
             columns=data.columns,
-            formats=PROMPT_FORMATS if config.drawn is not None else formats,
+            formats=PROMPT_FORMATS if config.sampling is not None else formats,
         )
         held = split_rows(rows, data.split, seed=config.split_seed)[1] or rows
     except VeneerError:

@@ -162,7 +162,7 @@ def _guesses(config: TrainConfig, whole: bool, total: int | None, looked: int) -
         yield f"looked at the first {counted(looked, 'row')} of {of}, and the rest is taken to be like them"
     if config.adapter.start is not None:
         yield f"the adapter's size, which is that of {config.adapter.start}"
-    if config.drawn is not None:
+    if config.sampling is not None:
         yield "answers are taken to be as long as they may become"
 
 
@@ -296,12 +296,12 @@ def _beginning(text: str) -> str:
 def _table(own: str, stamp: tuple[tuple[str, int, int], ...], most: int) -> _Table:
     from veneer.train.text.encode import encode_rows
     from veneer.train.text.preference import answer_rows
-    from veneer.train.text.rows import Row, look_at_rows, split_rows
+    from veneer.train.text.rows import Row, parse_rows, split_rows
 
     config = _config(TrainConfig, own)
-    data, loss, draws = config.data, config.preference.loss, config.drawn is not None
+    data, loss, draws = config.data, config.preference.loss, config.sampling is not None
     formats = PROMPT_FORMATS if draws else None if loss is None else preference_formats(loss)
-    found, about = look_at_rows(
+    found, about = parse_rows(
         data.files("train"),
         format=data.format,
         columns=data.columns,

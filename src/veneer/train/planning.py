@@ -165,17 +165,17 @@ def drawn_at_once(config: TrainConfig, held_out: int) -> int:
     """Return the maximum number of answers that a run samples at once.
 
     All answers of a step, or one to each of `held_out` prompts."""
-    r = config.drawn
+    r = config.sampling
     return 0 if r is None else min(r.rows, max(config.batching.rows * r.group, held_out))
 
 
 def _answers_each(config: TrainConfig) -> int:
-    return 1 if config.drawn is None else config.drawn.group
+    return 1 if config.sampling is None else config.sampling.group
 
 
 def _of_answers(config: TrainConfig) -> TrainConfig:
     """Return the configuration of a run whose rows are its sampled answers."""
-    r, schedule = config.drawn, config.schedule
+    r, schedule = config.sampling, config.schedule
     if r is None:
         return config
     batching = config.batching.model_copy(update={"rows": config.batching.rows * r.group})
@@ -188,7 +188,7 @@ def _draws(config: TrainConfig, job: TrainingJob, longest: int) -> Draws | None:
     """Return what a run samples, or None.
 
     `longest`: tokens of a prompt and its answer."""
-    r = config.drawn
+    r = config.sampling
     if r is None:
         return None
     total = math.ceil(job.total_steps / r.updates) * job.batch + job.held_out * job.evaluations
@@ -312,8 +312,8 @@ def _plan_of_text(
     if longest is not None:
         lengths = [longest, *lengths[1:]]
     drawing, config = config, _of_answers(config)
-    if drawing.drawn is not None:
-        most, each = drawing.drawn.max_tokens, drawing.drawn.group
+    if drawing.sampling is not None:
+        most, each = drawing.sampling.max_tokens, drawing.sampling.group
         lengths, rows, mean = [n + most for n in lengths] * each, rows * each, mean + most
     lengths = [min(n, config.data.max_length) for n in lengths]
     rates = rates_of(device, dtype)
@@ -329,7 +329,7 @@ def rows_as_planned(config: TrainConfig, items: Sequence[Any]) -> dict[str, Any]
     """Return `rows`, `tokens_per_row`, `longest` and `trained` for `plan_of_config`.
 
     items: the contents of a step. Lengths are those of prompts without answers, which the plan adds."""
-    answer = 0 if config.drawn is None else config.drawn.max_tokens
+    answer = 0 if config.sampling is None else config.sampling.max_tokens
     lengths, tokens = [item.tokens - answer for item in items], sum(item.tokens for item in items)
     return {
         "rows": len(lengths),
@@ -416,7 +416,7 @@ def _counted(config: TrainConfig) -> list[int]:
             format=config.data.format,
             columns=config.data.columns,
             limit=config.data.limit,
-            formats=None if config.drawn is None else PROMPT_FORMATS,
+            formats=None if config.sampling is None else PROMPT_FORMATS,
         )
     except DataError as error:
         raise DataError(error.what, where=error.where, fix="or give --rows and --tokens-per-row") from None

@@ -28,7 +28,7 @@ from veneer.models.device import free_on_gpu
 from veneer.plan.plan import Plan
 from veneer.plan.shape import PairForm
 from veneer.train.config.load import RunConfig
-from veneer.train.config.section import HOW_ASKED
+from veneer.train.config.section import SERVER_KEYS
 from veneer.train.config.text import TrainConfig
 
 CACHE = "cache"
@@ -40,7 +40,7 @@ _FREE_KEYS = {"batching.micro_rows", "batching.micro_tokens", "base.device", "da
 _FREE_KEYS |= {"data.pictures", "data.class_folder", "data.cache"}  # locations; their contents are compared
 _FREE_KEYS |= {f"{section}.{key}" for section in ("reinforcement", "distillation") for key in ("rows", "gap")}
 _FREE_KEYS |= {"reinforcement.most_failed", "distillation.most_failed"}
-_FREE_KEYS |= {f"distillation.{key}" for key in HOW_ASKED}
+_FREE_KEYS |= {f"distillation.{key}" for key in SERVER_KEYS}
 
 Level = Literal["stop", "warn", "ok"]
 
@@ -316,7 +316,7 @@ def _told_apart(key: str, value: Any) -> Any:
     if key != "reinforcement.rewards":
         return value
     return [
-        {k: v is not None if k == "url" else v for k, v in sorted(each.items()) if k not in (*HOW_ASKED, "memory_gb")}
+        {k: v is not None if k == "url" else v for k, v in sorted(each.items()) if k not in (*SERVER_KEYS, "memory_gb")}
         for each in value or ()
     ]
 

@@ -28,7 +28,7 @@ from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.store import Store
 from veneer.train.config.load import config_from
 from veneer.train.config.text import TrainConfig
-from veneer.train.rewards.build import judges_here, rewards_of
+from veneer.train.rewards.build import build_rewards, local_judge_models
 from veneer.train.rewards.judge import Reply
 from veneer.train.rewards.reward import Answer
 
@@ -239,9 +239,9 @@ def test_reinforcement(jobs: Jobs, client: openai.OpenAI) -> None:
     drawn = config.reinforcement
     assert (drawn.loss, drawn.group, drawn.grammar) == ("grpo", 4, {"json_schema": schema})
     (reward,) = drawn.rewards
-    assert judges_here([reward]) == {"base", "library/sql@1"}
-    assert reward.sandbox
-    with rewards_of([reward], ask=lambda questions: [Reply("1")] * len(questions)) as rewards:
+    assert local_judge_models([reward]) == {"base", "library/sql@1"}
+    assert reward.sandbox  # type: ignore[attr-defined]
+    with build_rewards([reward], ask=lambda questions: [Reply("1")] * len(questions)) as rewards:
         assert rewards.judge([Answer([], "3", {"wanted": "3"})]).values == [2]
     assert (config.schedule.epochs, config.batching.rows, config.evaluation.every) == (2, 4, 7)
     plain, _ = config_from({"base": "toy", "data": {"train": "x"}, "output": "o", "reinforcement": drawn.model_dump()})

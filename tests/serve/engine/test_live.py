@@ -24,7 +24,14 @@ from veneer.models.text.loss import token_logps
 from veneer.ops.quantized import quantize
 from veneer.serve.engine.live import live_sampler
 from veneer.train.text.prompts import collate_shared
-from veneer.train.text.rollouts import CompletionRequest, Rollout, Sampler, SamplerSettings, SamplingParams, draw_seed
+from veneer.train.text.rollouts import (
+    CompletionRequest,
+    Rollout,
+    Sampler,
+    SamplerSettings,
+    SamplingParams,
+    sampling_seed,
+)
 
 PROMPTS = [tuple(range(5, 45)), tuple(range(60, 67))]
 HOW = SamplingParams(max_tokens=12)
@@ -48,7 +55,7 @@ def drawing(
 
 
 def asked(adapter: str = "run", how: SamplingParams = HOW, each: int = 2) -> list[CompletionRequest]:
-    return [CompletionRequest(p, draw_seed(i, j), how, adapter) for i, p in enumerate(PROMPTS) for j in range(each)]
+    return [CompletionRequest(p, sampling_seed(i, j), how, adapter) for i, p in enumerate(PROMPTS) for j in range(each)]
 
 
 def draw(sampler: Sampler, wanted: list[CompletionRequest]) -> list[Rollout]:
@@ -158,8 +165,10 @@ def test_the_log_probability_of_what_was_drawn_from_is_told_beside_the_models_ow
                 beyond = (sorted_.cumsum(-1) - sorted_ >= how.top_p) & (how.top_p < 1)
                 scores = scores.masked_fill(beyond.scatter(1, order, beyond), -torch.inf)
                 wanted = scores.log_softmax(-1).gather(-1, torch.tensor(r.tokens)[:, None])[:, 0]
-                torch.testing.assert_close(torch.tensor(r.drawn, dtype=torch.float64), wanted, atol=1e-4, rtol=1e-4)
-            assert (how == HOW) == all(r.drawn == r.logps for r in drawn)
+                torch.testing.assert_close(
+                    torch.tensor(r.sampling_logps, dtype=torch.float64), wanted, atol=1e-4, rtol=1e-4
+                )
+            assert (how == HOW) == all(r.sampling_logps == r.logps for r in drawn)
 
 
 def test_grammars_and_limits_hold_and_an_interruption_is_heard() -> None:

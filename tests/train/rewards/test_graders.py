@@ -16,16 +16,16 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from veneer.errors import ConfigError, DataError, UnavailableError
 from veneer.train.config.rewards import GraderReward
-from veneer.train.rewards.build import rewards_of
+from veneer.train.rewards.build import build_rewards
 from veneer.train.rewards.graders import Grade, GraderRun, parse_grader
 from veneer.train.rewards.judge import Question, Reply
 from veneer.train.rewards.reward import Answer
-from veneer.train.rewards.template import sample_of
+from veneer.train.rewards.template import template_sample
 
 
 def grade(grader: dict[str, Any], text: str, item: dict[str, Any] | None = None, ask: Any = None) -> Grade:
     with GraderRun(parse_grader({"name": "it", **grader}), ask=ask) as run:
-        return run.grade([(sample_of(Answer([], text)), item or {})])[0]
+        return run.grade([(template_sample(Answer([], text)), item or {})])[0]
 
 
 def check(operation: str, **more: Any) -> dict[str, Any]:
@@ -212,18 +212,18 @@ def test_formulas_that_are_too_deep_or_too_large_end() -> None:
 
 def test_as_a_reward() -> None:
     section = GraderReward(kind="grader", grader={"name": "it", **check("eq")})
-    with rewards_of([section]) as rewards:
+    with build_rewards([section]) as rewards:
         answers = [Answer([], text, {"want": "x"}) for text in "xy"]
         assert rewards.judge(answers).values == [1, 0]
         with pytest.raises(DataError, match=r"item\.want has no value"):
             rewards.judge([Answer([], "x", {"wanted": "x"})])
     with pytest.raises(ConfigError, match=r"reinforcement\.rewards, grader\.operation"):
-        rewards_of([GraderReward(kind="grader", grader={"name": "it", **check("is")})])
+        build_rewards([GraderReward(kind="grader", grader={"name": "it", **check("is")})])
 
 
 def test_a_score_model_on_a_server_is_waited_for_as_long_as_its_reward_says() -> None:
     section = GraderReward(kind="grader", grader={"name": "it", **SCORE}, url="http://127.0.0.1:9/v1", patience=0)
-    with rewards_of([section]) as rewards, pytest.raises(UnavailableError, match="away for 0 s") as away:
+    with build_rewards([section]) as rewards, pytest.raises(UnavailableError, match="away for 0 s") as away:
         rewards.judge([Answer([], "x", {"want": "x"})])
     assert "the reward's `patience`" in str(away.value)
     with pytest.raises(ValueError, match="give its `url`"):

@@ -17,7 +17,7 @@ from jsonschema import Draft202012Validator
 
 from veneer.errors import ConfigError, UnavailableError
 from veneer.train.config.rewards import JudgeReward
-from veneer.train.rewards.build import rewards_of
+from veneer.train.rewards.build import build_rewards
 from veneer.train.rewards.judge import Question, Reply, ServerJudge
 from veneer.train.rewards.reward import Answer, RewardScore
 from veneer.train.rewards.template import FILLED
@@ -82,7 +82,7 @@ def judged(server: Server | None, *texts: str, ask: Any = None, **more: Any) -> 
     own: dict[str, Any] = {"kind": "judge", "prompt": "{{ item.about }}? {{ sample.output_text }}"}
     section = JudgeReward(**own, url=server.url if server else None, **more)
     answers = [Answer([], text, {"about": "Good"}) for text in texts]
-    with rewards_of([section], ask=ask, most_failed=1) as rewards:
+    with build_rewards([section], ask=ask, most_failed=1) as rewards:
         return rewards.judge(answers).scores["judge"]
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from veneer.errors import ConfigError, TrainingError
 from veneer.train.config.rewards import PythonReward
-from veneer.train.rewards.build import rewards_of
+from veneer.train.rewards.build import build_rewards
 from veneer.train.rewards.limited import LimitedFunction
 from veneer.train.rewards.reward import Answer
 
@@ -159,9 +159,9 @@ def test_as_a_reward_of_a_file(tmp_path: Path) -> None:
     )
     section = PythonReward(kind="python", file=str(file), function="grade")
     answers = [Answer([{"role": "user", "content": "?"}], '{"x": 5}', {"wanted": w}) for w in (True, False)]
-    with rewards_of([section]) as rewards:
+    with build_rewards([section]) as rewards:
         assert rewards.judge(answers).values == [7, 2]
         with pytest.raises(TrainingError, match=r"line 10 of mine\.py: KeyError: 'output_json'"):
             rewards.judge([Answer([], "no json", {"wanted": True})] * 3)
     with pytest.raises(ConfigError, match="the file of the function score does not exist"):
-        rewards_of([PythonReward(kind="python", file=str(tmp_path / "none.py"))])
+        build_rewards([PythonReward(kind="python", file=str(tmp_path / "none.py"))])

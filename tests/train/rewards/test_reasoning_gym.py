@@ -9,7 +9,7 @@ import pytest
 from veneer.errors import DataError
 from veneer.train.config.rewards import ReasoningGymReward
 from veneer.train.records import read_data_files
-from veneer.train.rewards.build import rewards_of
+from veneer.train.rewards.build import build_rewards
 from veneer.train.rewards.reward import Answer, RewardScore
 from veneer.train.text.rows import read_rows
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.peers
 
 def judged(section: Any, row: dict[str, Any], *texts: str) -> list[RewardScore]:
     prompt = [{"role": "user", "content": row["prompt"]}]
-    with rewards_of([section], most_failed=1) as rewards:
+    with build_rewards([section], most_failed=1) as rewards:
         return rewards.judge([Answer(prompt, text, row) for text in texts]).scores[section.called]
 
 

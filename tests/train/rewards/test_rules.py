@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from veneer.errors import ConfigError, DataError
 from veneer.train.config.rewards import REWARD_KINDS
-from veneer.train.rewards.build import rewards_of
+from veneer.train.rewards.build import build_rewards
 from veneer.train.rewards.reward import Answer, RewardScore
 
 
 def judged(entry: dict[str, Any], text: str, row: dict[str, Any] | None = None, tokens: int = 0) -> RewardScore:
     section = REWARD_KINDS[entry["kind"]](**entry)
-    with rewards_of([section]) as rewards:
+    with build_rewards([section]) as rewards:
         (score,) = rewards.judge([Answer([], text, row or {}, tokens)]).scores[section.called]
     return score
 

@@ -24,7 +24,7 @@ from veneer.serve import server
 from veneer.serve.settings import ServeSettings
 from veneer.train.config.rewards import GraderReward
 from veneer.train.rewards import sandbox as sandboxes
-from veneer.train.rewards.build import rewards_of
+from veneer.train.rewards.build import build_rewards
 from veneer.train.rewards.limited import LimitedFunction, working_sandbox
 from veneer.train.rewards.reward import Answer, RewardScore
 from veneer.train.rewards.sandbox import Sandbox
@@ -306,7 +306,7 @@ def test_memory_is_limited_over_all_processes_and_files(function: LimitedFunctio
 def test_a_reward_of_a_client_runs_in_the_sandbox(sandbox: Sandbox) -> None:
     source = "import os\ndef grade(sample, item):\n    return os.getuid()\n"
     grader = {"type": "python", "name": "mine", "source": source}
-    with rewards_of([GraderReward(kind="grader", grader=grader, sandbox=True)]) as rewards:
+    with build_rewards([GraderReward(kind="grader", grader=grader, sandbox=True)]) as rewards:
         (value,) = rewards.judge([Answer([], "x", {})]).values
     assert value not in (0, os.getuid())
 
@@ -410,11 +410,11 @@ def test_a_job_grader_runs_only_in_a_sandbox(untried: None, monkeypatch: pytest.
     source = "def grade(sample, item):\n    return 1\n"
     grader = {"type": "python", "name": "mine", "source": source}
     answer = Answer([], "x", {})
-    with rewards_of([GraderReward(kind="grader", grader=grader)]) as rewards:  # the operator's own
+    with build_rewards([GraderReward(kind="grader", grader=grader)]) as rewards:  # the operator's own
         assert rewards.judge([answer]).values == [1]
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ResourceError, match="is not installed"):
-        rewards_of([GraderReward(kind="grader", grader=grader, sandbox=True)])
+        build_rewards([GraderReward(kind="grader", grader=grader, sandbox=True)])
 
 
 @linux

@@ -7,9 +7,9 @@ import time
 import pytest
 
 from veneer.train.rewards.reward import Answer
-from veneer.train.rewards.template import FILLED, NoValue, TextTooLong, filled, sample_of, template_problem
+from veneer.train.rewards.template import FILLED, NoValue, TextTooLong, filled, template_problem, template_sample
 
-SAMPLE = sample_of(Answer([{"role": "user", "content": "how many?"}], '{"total": 3, "rows": [{"a": "x"}]}'))
+SAMPLE = template_sample(Answer([{"role": "user", "content": "how many?"}], '{"total": 3, "rows": [{"a": "x"}]}'))
 ITEM = {"city": "Bern", "tags": ["a", "b"], "n": 2.5, "dash-ed": True, "trap": "{{ sample.output_text }}"}
 
 
@@ -40,7 +40,7 @@ def test_a_path_that_leads_nowhere_says_whose_doing_it_is(template: str, of_samp
 
 def test_an_answer_that_is_no_json_has_none() -> None:
     with pytest.raises(NoValue, match="output_json"):
-        filled("{{ sample.output_json }}", sample_of(Answer([], "well")), {})
+        filled("{{ sample.output_json }}", template_sample(Answer([], "well")), {})
 
 
 @pytest.mark.parametrize(
@@ -76,4 +76,6 @@ def test_a_filled_template_has_a_limit() -> None:
 def test_calls_of_tools_are_there() -> None:
     call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": {"x": 1}}}
     turns = [{"role": "assistant", "content": "", "tool_calls": [call]}]
-    assert filled("{{ sample.output_tools[0].function.name }}", sample_of(Answer([], "", turns=turns)), {}) == "look"
+    assert (
+        filled("{{ sample.output_tools[0].function.name }}", template_sample(Answer([], "", turns=turns)), {}) == "look"
+    )

@@ -18,7 +18,7 @@ from veneer.models.text.base import TextBase
 from veneer.serve.engine.live import live_sampler
 from veneer.train.rewards.limited import LimitedFunction
 from veneer.train.rewards.reward import Answer
-from veneer.train.text.conversations import Conversation, Conversing, said_so_far
+from veneer.train.text.conversations import Conversation, ConversationSampler, answer_so_far
 from veneer.train.text.render import Renderer
 from veneer.train.text.rollouts import CompletionRequest, SamplerSettings, SamplingParams
 
@@ -61,7 +61,7 @@ def held(
         live_sampler(base, attachment, SamplerSettings(rows=4)) as sampler,
         LimitedFunction("reply", file=str(shared / "reply.py")) as environment,
     ):
-        conversing = Conversing(sampler, Renderer(base.tokenizer), environment, turns)
+        conversing = ConversationSampler(sampler, Renderer(base.tokenizer), environment, turns)
         found = conversing.draw(asked, [Answer(PROMPT, "", row) for row in rows], lambda: False)
     return found
 
@@ -88,7 +88,7 @@ def test_what_is_said_stands_as_the_template_writes_it(base: TextBase, shared: P
         assert torch.tensor(rollout.logps) == pytest.approx(
             torch.stack([logps[i - 1, ids[0, i]] for i in at]), abs=1e-4
         )
-        answer = said_so_far(Answer(PROMPT, "", {}), own)
+        answer = answer_so_far(Answer(PROMPT, "", {}), own)
         assert (answer.text, answer.tokens, answer.cut) == (own.turns[-1]["content"], len(mine), False)
         assert list(answer.turns) == own.turns
 

@@ -14,14 +14,14 @@ from veneer.train.text.policy_losses import (
     advantages,
     clipped,
     divergences,
-    drawn_divergence,
     importance_weights,
     kl_estimates,
     length_factors,
     per_token,
     policy_ratios,
+    sampled_divergence,
 )
-from veneer.train.text.rollouts import Gap
+from veneer.train.text.rollouts import SamplerMismatch
 
 LENGTHS = [3, 1, 4, 2]
 GROUPS = [0, 0, 1, 1]
@@ -129,14 +129,14 @@ def test_what_the_drawn_tokens_say_of_a_divergence_is_its_mean_and_so_is_the_gra
     whole = divergences(x[None], theirs[None], "reverse").sum()
     whole.backward()
     p, q = y.log_softmax(-1), theirs.log_softmax(-1)
-    drawn = (p.exp().detach() * drawn_divergence(p, q)).sum()
+    drawn = (p.exp().detach() * sampled_divergence(p, q)).sum()
     drawn.backward()
     assert float(drawn.detach()) == pytest.approx(float(whole.detach()), abs=1e-12)
     assert torch.allclose(x.grad, y.grad, atol=1e-12)
 
 
 def test_the_gap_needs_no_float64_of_the_device() -> None:
-    gap = Gap()
+    gap = SamplerMismatch()
     gap.add(torch.tensor([-1.0, -2.0]).as_subclass(OnMps), torch.tensor([-1.0, -2.5], dtype=torch.float64))
     assert (gap.worst, gap.seen.sums["gap_mean"], gap.seen.sums["gap_share"]) == (0.5, 0.5, 1.0)
 

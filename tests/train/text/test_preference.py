@@ -31,8 +31,8 @@ from veneer.train.config.load import config_from
 from veneer.train.events import Checked, Evaluated, Event, Note, Resolved, Stepped
 from veneer.train.report.log import read_log
 from veneer.train.text import preference
-from veneer.train.text.data import part_of, planned_steps
-from veneer.train.text.preference import Preference, mismatched
+from veneer.train.text.data import encode_split, planned_steps
+from veneer.train.text.preference import Preference, mismatched_examples
 from veneer.train.text.rows import read_rows
 from veneer.train.text.save import RunResult
 
@@ -161,7 +161,7 @@ def test_loss_and_gradient_are_the_formula_s_on_the_model_in_float64(loss: str, 
         }
     )
     rows, _ = read_rows(config.data.files("train"), limit=6)
-    part = part_of(rows, config, base)
+    part = encode_split(rows, config, base)
     adapter = create(base.model, config.adapter.spec(), seed=0)
     gen = torch.Generator().manual_seed(1)
     for p in adapter.pairs.values():
@@ -200,7 +200,7 @@ def test_loss_and_gradient_are_the_formula_s_on_the_model_in_float64(loss: str, 
     z = torch.tensor(0.0, dtype=torch.float64)
     if loss == "kto":
         ratios = []
-        for e in mismatched(sorted(items, key=lambda i: (i.row, not i.desirable)), 2048):
+        for e in mismatched_examples(sorted(items, key=lambda i: (i.row, not i.desirable)), 2048):
             ids, at = torch.tensor([e.input_ids]), [i for i, t in enumerate(e.trained) if t]
             both = [F.log_softmax(model(input_ids=ids).logits[0], -1) for model in (called, wide)]
             ratios.append(sum((a - b).detach()[i - 1, e.input_ids[i]] for i in at for a, b in [both]))

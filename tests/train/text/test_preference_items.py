@@ -10,7 +10,7 @@ from tests.tiny_base import tiny_tokenizer
 from tests.train.text.test_encode import learned
 from veneer.train.config.text import DataSection
 from veneer.train.text.encode import encode_rows
-from veneer.train.text.preference import Item, answer_rows, collate_items, items_of, mismatched
+from veneer.train.text.preference import Item, answer_rows, collate_items, mismatched_examples, preference_items
 from veneer.train.text.rows import Row
 
 TOKENIZER = tiny_tokenizer()
@@ -29,7 +29,7 @@ def row(chosen: str, rejected: str, *before: dict[str, Any], where: str = "d:1")
 def items(rows: list[Row], *, paired: bool = True, **data: Any) -> tuple[list[Item], Any]:
     texts, owners = answer_rows(rows)
     encoded = encode_rows(texts, TOKENIZER, DataSection(train="-", **data))
-    return items_of(encoded, rows, owners, paired=paired)
+    return preference_items(encoded, rows, owners, paired=paired)
 
 
 def test_what_is_learned_of_a_pair_is_its_two_answers_alone() -> None:
@@ -91,7 +91,7 @@ def test_prompts_that_are_not_the_same_tokens_are_counted() -> None:
     merged = next(a + b for a in "eirt" for b in "nrhe" if len(tokenizer(a + b)["input_ids"]) == 1)
     ends = [(said("user", "x" + merged[0]), said("assistant", text)) for text in (merged[1], "!")]
     texts, owners = answer_rows(rows := [Row("prompt-completion", ends[0], rejected=ends[1], where="d:1")])
-    _, encoded = items_of(encode_rows(texts, tokenizer, DataSection(train="-")), rows, owners, paired=True)
+    _, encoded = preference_items(encode_rows(texts, tokenizer, DataSection(train="-")), rows, owners, paired=True)
     assert encoded.counts.other_prompts == 1
     assert encoded.counts.places["other_prompts"] == ["d:1"]
 
@@ -108,11 +108,11 @@ def test_a_batch_holds_the_answers_of_a_pair_side_by_side() -> None:
 def test_mismatched_rows_have_the_answer_to_another_prompt() -> None:
     rows = [row("a", "b"), row("Yes, there.", "d", said("user", "Hm?")), row("e", "f")]
     found, _ = items(rows, paired=False)
-    rows_ = mismatched(found, 1000)
+    rows_ = mismatched_examples(found, 1000)
     assert len(rows_) == 6
     answers = [learned(e, TOKENIZER)[0] for e in rows_]
     assert [e.prompt for e in rows_] == [i.answers[0].prompt for i in found]
     # 0 and 1 are answers to the prompt of 4 and 5: their next other one is 2, the answer to "Hm?"
     assert answers == [f"{t}<|im_end|>" for t in ("Yes, there.", "Yes, there.", "e", "e", "Yes, there.", "Yes, there.")]
-    assert all(e.tokens == 20 for e in mismatched(found, 20))
-    assert mismatched(found[:2], 1000) == []
+    assert all(e.tokens == 20 for e in mismatched_examples(found, 20))
+    assert mismatched_examples(found[:2], 1000) == []

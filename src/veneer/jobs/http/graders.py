@@ -45,7 +45,7 @@ from veneer.train.rewards.graders import (
 from veneer.train.rewards.judge import Question, Reply
 from veneer.train.rewards.reward import Answer
 from veneer.train.rewards.sandbox import Sandbox
-from veneer.train.rewards.template import sample_of
+from veneer.train.rewards.template import template_sample
 
 _SECONDS = 60.0
 """Total seconds of all Python graders of one request."""
@@ -132,7 +132,7 @@ def grader_routes(limits: QuotaLimits | None = None, *, sandbox: Sandbox | None 
                     grader = grader_of(body.grader, sandbox=sandbox)
                     functions = sum(isinstance(each, PythonGrader) for each in single_graders(grader).values())
                     with GraderRun(grader, ask=ask, timeout=_SECONDS / max(1, functions), sandbox=sandbox) as ready:
-                        sample = sample_of(Answer((), body.model_sample))
+                        sample = template_sample(Answer((), body.model_sample))
                         found = ready.grade([(sample, body.item or {})])[0]
                 except MissingExtraError as error:
                     raise invalid(error.what, "grader", error.fix) from error

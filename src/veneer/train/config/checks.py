@@ -11,7 +11,7 @@ from veneer.core.adapter import check_strength
 from veneer.errors import ConfigError, bullets, counted
 from veneer.train.config.image import ImageTrainConfig
 from veneer.train.config.reinforcement import PROMPT_FORMATS
-from veneer.train.config.section import BASE_MODEL, HOW_ASKED, changed_keys
+from veneer.train.config.section import BASE_MODEL, SERVER_KEYS, changed_keys
 from veneer.train.config.text import PREFERENCE_KEYS, TrainConfig, layer_indices, preference_formats
 
 
@@ -77,8 +77,8 @@ def check_group(configs: Sequence[TrainConfig | ImageTrainConfig], names: Sequen
     for config, name in zip(configs, names, strict=True):
         if isinstance(config, ImageTrainConfig):
             problems.append(f"{name} is for pictures")
-        elif len(configs) > 1 and config.drawn is not None:
-            problems.append(f"{config.drawn.named}: {name} draws answers, which the others would wait for")
+        elif len(configs) > 1 and config.sampling is not None:
+            problems.append(f"{config.sampling.named}: {name} draws answers, which the others would wait for")
         if len(configs) > 1:
             single = [tracker for tracker in config.report.trackers if tracker in ("wandb", "trackio")]
             problems += [f"report.trackers: {tracker} in {name} keeps one run a process" for tracker in single]
@@ -148,7 +148,7 @@ def _reinforcement(config: TrainConfig) -> Iterator[str]:
     r, data = config.reinforcement, config.data
     if r.loss is None:
         yield from _unused(config, "reinforcement", "`reinforcement.loss` (as grpo)")
-        if data.format == "prompt" and config.drawn is None:
+        if data.format == "prompt" and config.sampling is None:
             yield "`data.format: prompt` has no answers to learn; `reinforcement.loss` draws them"
         return
     if config.preference.loss is not None:
@@ -175,7 +175,7 @@ def _distillation(config: TrainConfig) -> Iterator[str]:
         yield f"`distillation.teacher` and `{key}` are two ways to learn: keep one"
     if d.url is None:
         yield from _unused(
-            config, "distillation", "`distillation.url`, a teacher on a server", *HOW_ASKED, "most_failed"
+            config, "distillation", "`distillation.url`, a teacher on a server", *SERVER_KEYS, "most_failed"
         )
         if d.base is not None and d.teacher != BASE_MODEL:
             yield "`distillation.base` is a teacher without adapters: give `distillation.teacher: base`"

@@ -56,8 +56,8 @@ class ReinforcementSection(Section):
         """Return the settings with open keys set to the values of `loss`."""
         if self.loss is None:
             return self
-        known = dict(zip(_OPEN, _LOSSES[self.loss], strict=True))
-        return self.model_copy(update={key: value for key, value in known.items() if getattr(self, key) is None})
+        defaults = dict(zip(_OPEN, _LOSSES[self.loss], strict=True))
+        return self.model_copy(update={key: value for key, value in defaults.items() if getattr(self, key) is None})
 
     @property
     def grammar_text(self) -> tuple[str, str] | None:

@@ -19,7 +19,7 @@ import regex  # type: ignore[import-untyped]
 from pydantic import BeforeValidator, SerializeAsAny
 
 from veneer.errors import nearest, quoted
-from veneer.train.config.section import BASE_MODEL, HOW_ASKED, Section, changed_keys, setting
+from veneer.train.config.section import BASE_MODEL, SERVER_KEYS, Section, changed_keys, setting
 
 
 class RewardSection(Section):
@@ -90,10 +90,10 @@ class RegexReward(RewardSection):
 
     def problem(self) -> str:
         try:
-            found = regex.compile(self.pattern)
+            compiled = regex.compile(self.pattern)
         except regex.error as error:
             return f"`pattern` is no regular expression: {error}"
-        if self.column is not None and not found.groups:
+        if self.column is not None and not compiled.groups:
             return "`column` is compared with a group, and `pattern` has none: put what is compared in parentheses"
         return ""
 
@@ -136,10 +136,10 @@ class AskedModelReward(RewardSection):
     at_once: int = setting(8, "concurrent requests", gt=0, le=256)
 
     def problem(self) -> str:
-        given = [f"`{key}`" for key in changed_keys(self) if key in HOW_ASKED]
-        if self.url is not None or not given:
+        server_keys = [f"`{key}`" for key in changed_keys(self) if key in SERVER_KEYS]
+        if self.url is not None or not server_keys:
             return ""
-        return f"{', '.join(given)} belong{'s' * (len(given) == 1)} to a server: give its `url`"
+        return f"{', '.join(server_keys)} belong{'s' * (len(server_keys) == 1)} to a server: give its `url`"
 
 
 class JudgeReward(AskedModelReward):
@@ -209,12 +209,12 @@ REWARD_KINDS: dict[str, type[RewardSection]] = {
 def _read(value: Any) -> tuple[RewardSection, ...]:
     if not isinstance(value, list | tuple):
         raise ValueError("should be a list, each entry with a kind: - {kind: exact_match}")
-    found = tuple(_section(each, n) for n, each in enumerate(value, 1))
-    names = [section.called for section in found]
+    sections = tuple(_section(each, n) for n, each in enumerate(value, 1))
+    names = [section.called for section in sections]
     for name in dict.fromkeys(names):
         if names.count(name) > 1:
             raise ValueError(f"{names.count(name)} rewards are called {quoted(name)}; give them names of their own")
-    return found
+    return sections
 
 
 def _section(value: Any, n: int) -> RewardSection:
@@ -232,8 +232,8 @@ def _section(value: Any, n: int) -> RewardSection:
     try:  # tuples accept lists; a quoted number is not a number
         return model.model_validate_json(pydantic.TypeAdapter(Any).dump_json(value), strict=True)
     except pydantic.ValidationError as error:
-        said = "; ".join(_problem(model, e) for e in error.errors())
-        raise ValueError(f"entry {n} ({kind}): {said}") from None
+        problems = "; ".join(_problem(model, e) for e in error.errors())
+        raise ValueError(f"entry {n} ({kind}): {problems}") from None
 
 
 def _problem(model: type[RewardSection], error: Any) -> str:
@@ -244,8 +244,8 @@ def _problem(model: type[RewardSection], error: Any) -> str:
         return f"unknown key `{key}`; {hint}"
     if error["type"] == "missing":
         return f"`{key}` is required: {model.model_fields[key].description}"
-    said = str(error["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
-    return f"`{key}` should be {said}" if key else said
+    message = str(error["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
+    return f"`{key}` should be {message}" if key else message
 
 
 RewardList = Annotated[tuple[SerializeAsAny[RewardSection], ...], BeforeValidator(_read)]
@@ -259,7 +259,7 @@ def rooted_rewards(entries: Sequence[Any], folder: Path) -> list[Any]:
         kind = REWARD_KINDS.get(str(entry.get("kind"))) if isinstance(entry, dict) else None
         if kind is None:
             return entry
-        given = {key: entry[key] for key in kind.paths if isinstance(entry.get(key), str)}
-        return entry | {key: str(folder.resolve() / Path(value).expanduser()) for key, value in given.items()}
+        paths = {key: entry[key] for key in kind.paths if isinstance(entry.get(key), str)}
+        return entry | {key: str(folder.resolve() / Path(value).expanduser()) for key, value in paths.items()}
 
     return [rooted(entry) for entry in entries]

@@ -17,7 +17,7 @@ def setting(default: Any, doc: str, why: str = "", **limits: Any) -> Any:
 
 BASE_MODEL = "base"
 """The name of a teacher or a judge for the base without adapters."""
-HOW_ASKED = ("key", "timeout", "patience", "at_once")
+SERVER_KEYS = ("key", "timeout", "patience", "at_once")
 """Keys that set how a model on a server is asked."""
 SOURCES = ("hub:", "reasoning-gym:")
 """Prefixes of row sources that are not files."""
@@ -29,9 +29,9 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=False)
 
 
-def how_asked(section: Section) -> dict[str, Any]:
-    """Return the values of `HOW_ASKED` in the section of a model on a server."""
-    return {key: getattr(section, key) for key in HOW_ASKED}
+def server_settings(section: Section) -> dict[str, Any]:
+    """Return the values of `SERVER_KEYS` in the section of a model on a server."""
+    return {key: getattr(section, key) for key in SERVER_KEYS}
 
 
 def changed_keys(section: Section) -> list[str]:

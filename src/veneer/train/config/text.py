@@ -273,8 +273,8 @@ class EvaluationSection(Section):
 
     def sampled(self, steps: int) -> int:
         """Return the tokens of the card's sample answers for a run of `steps` steps."""
-        given = _SAMPLE_TOKENS if steps >= _SAMPLE_FROM else 0
-        return given if self.sample is None else self.sample
+        default = _SAMPLE_TOKENS if steps >= _SAMPLE_FROM else 0
+        return default if self.sample is None else self.sample
 
 
 class CheckpointSection(Section):
@@ -363,7 +363,7 @@ class TrainConfig(Section):
         return self.schedule.steps
 
     @property
-    def drawn(self) -> ReinforcementSection | DistillationSection | None:
+    def sampling(self) -> ReinforcementSection | DistillationSection | None:
         """Return the section that samples completions; None if the run does not."""
         if self.distillation.teacher is not None:
             return self.distillation

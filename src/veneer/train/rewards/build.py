@@ -21,14 +21,14 @@ from veneer.train.config.rewards import (
     ReasoningGymReward,
     RewardSection,
 )
-from veneer.train.config.section import how_asked
+from veneer.train.config.section import server_settings
 from veneer.train.rewards import rules
 from veneer.train.rewards.graders import Grade, GraderRun, grader_models, has_python, parse_grader
 from veneer.train.rewards.judge import AskModel, ServerJudge, judge_reward
 from veneer.train.rewards.limited import LimitedFunction, working_sandbox
 from veneer.train.rewards.reasoning_gym import reasoning_gym_reward
 from veneer.train.rewards.reward import Answer, NamedReward, Reward, Rewards, RewardScore
-from veneer.train.rewards.template import sample_of
+from veneer.train.rewards.template import template_sample
 
 _RULES: dict[str, Callable[[Any], Reward]] = {
     "exact_match": rules.exact_match,
@@ -41,7 +41,9 @@ _RULES: dict[str, Callable[[Any], Reward]] = {
 }
 
 
-def rewards_of(sections: Sequence[RewardSection], *, ask: AskModel | None = None, most_failed: float = 0.1) -> Rewards:
+def build_rewards(
+    sections: Sequence[RewardSection], *, ask: AskModel | None = None, most_failed: float = 0.1
+) -> Rewards:
     """Build the rewards of a configuration.
 
     Raises ConfigError for an invalid schema, grader or file, and for a judge without a model to ask;
@@ -52,7 +54,7 @@ def rewards_of(sections: Sequence[RewardSection], *, ask: AskModel | None = None
         return Rewards(made, most_failed=most_failed, close=opened.pop_all().close)
 
 
-def judges_here(sections: Sequence[RewardSection]) -> set[str]:
+def local_judge_models(sections: Sequence[RewardSection]) -> set[str]:
     """Return the models of this process that the rewards ask.
 
     They are `BASE_MODEL` and adapters. Raises ConfigError for an invalid grader."""
@@ -95,7 +97,7 @@ def _reward(section: RewardSection, ask: AskModel | None, opened: ExitStack) -> 
 def _asked(section: AskedModelReward, ask: AskModel | None, opened: ExitStack) -> AskModel:
     """Return the function that answers the reward's questions."""
     if section.url is not None:
-        return opened.enter_context(ServerJudge(section.url, **how_asked(section)))
+        return opened.enter_context(ServerJudge(section.url, **server_settings(section)))
     if ask is None:
         raise ConfigError(
             f"the reward {section.called} asks a model of this process, and nothing here answers for one",
@@ -107,21 +109,21 @@ def _asked(section: AskedModelReward, ask: AskModel | None, opened: ExitStack) -
 
 def _by_function(function: LimitedFunction) -> Reward:
     def reward(answers: Sequence[Answer], /) -> list[RewardScore]:
-        return function.score([(sample_of(a) | {"messages": list(a.prompt)}, a.row) for a in answers])
+        return function.score([(template_sample(a) | {"messages": list(a.prompt)}, a.row) for a in answers])
 
     return reward
 
 
 def _by_grader(run: GraderRun) -> Reward:
     def score(grade: Grade, answer: Answer) -> RewardScore:
-        if said := grade.errors.get("invalid_variable_error"):
+        if message := grade.errors.get("invalid_variable_error"):
             where = str(answer.row.get("where") or "") or None
-            raise DataError(f"a grader's template: {said}, and a row lacks it", where=where)
+            raise DataError(f"a grader's template: {message}, and a row lacks it", where=where)
         error = "; ".join(f"{word}: {text}" for word, text in grade.errors.items())
         return RewardScore(grade.value, error, grade.parts)
 
     def reward(answers: Sequence[Answer], /) -> list[RewardScore]:
-        grades = run.grade([(sample_of(answer), answer.row) for answer in answers])
+        grades = run.grade([(template_sample(answer), answer.row) for answer in answers])
         return [score(grade, answer) for grade, answer in zip(grades, answers, strict=True)]
 
     return reward

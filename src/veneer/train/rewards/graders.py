@@ -28,8 +28,8 @@ from pydantic import Field
 
 from veneer.errors import ConfigError, nearest, quoted
 from veneer.train.config.section import Section
-from veneer.train.rewards.judge import AskModel, Question, Reply, ask_once, reply_score, score_form
-from veneer.train.rewards.limited import Asked, LimitedFunction
+from veneer.train.rewards.judge import AskModel, Question, Reply, ask_unique, reply_score, score_form
+from veneer.train.rewards.limited import LimitedFunction, ScoreInput
 from veneer.train.rewards.sandbox import Sandbox
 from veneer.train.rewards.template import FILLED, NoValue, TextTooLong, filled, template_problem
 from veneer.train.rewards.text_scores import bleu, fuzzy, gleu, rouge
@@ -159,17 +159,17 @@ class MultiGrader(_Grader):
 
     @pydantic.field_validator("graders", mode="before")
     @classmethod
-    def _by_name(cls, given: Any) -> Any:
+    def _by_name(cls, value: Any) -> Any:
         """Return graders by name; a single grader gets its own name, as at OpenAI.
 
         Checks the total size of the sources before any of them is parsed."""
-        if isinstance(given, Mapping) and isinstance(given.get("type"), str) and isinstance(given.get("name"), str):
-            given = {given["name"]: dict(given)}
-        singles = given.values() if isinstance(given, Mapping) else ()
+        if isinstance(value, Mapping) and isinstance(value.get("type"), str) and isinstance(value.get("name"), str):
+            value = {value["name"]: dict(value)}
+        singles = value.values() if isinstance(value, Mapping) else ()
         sources = [each.get("source") for each in singles if isinstance(each, Mapping)]
         if sum(len(source) for source in sources if isinstance(source, str)) > _SOURCE:
             raise ValueError(f"the sources of its python graders have more than {_SOURCE:,} characters together")
-        return given
+        return value
 
     @pydantic.model_validator(mode="after")
     def _formula(self) -> MultiGrader:
@@ -183,9 +183,9 @@ _ADAPTER: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(
 )
 
 
-def parse_grader(given: Any, where: str = "grader") -> Any:
+def parse_grader(value: Any, where: str = "grader") -> Any:
     """Parse a JSON grader. Raises ConfigError naming the invalid key."""
-    kind = given.get("type") if isinstance(given, Mapping) else None
+    kind = value.get("type") if isinstance(value, Mapping) else None
     if kind not in _TYPES:
         near = nearest(str(kind), _TYPES, 1)
         hint = f"did you mean {near[0]}?" if near and kind else f"there are {', '.join(_TYPES)}"
@@ -193,19 +193,19 @@ def parse_grader(given: Any, where: str = "grader") -> Any:
             f"{quoted(str(kind))} is no type of grader" if kind else "a grader has a type", where=where, fix=hint
         )
     try:
-        return _ADAPTER.validate_python(given)
+        return _ADAPTER.validate_python(value)
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
         path = [str(part) for part in first["loc"] if part not in _TYPES]
-        said = str(first["msg"]).removeprefix("Value error, ")
-        raise ConfigError(said, where=".".join([where, *path])) from None
+        message = str(first["msg"]).removeprefix("Value error, ")
+        raise ConfigError(message, where=".".join([where, *path])) from None
 
 
-def has_python(given: Any) -> bool:
+def has_python(value: Any) -> bool:
     """Return whether an unparsed JSON grader is a python grader or contains one."""
-    inner = given.get("graders") if isinstance(given, Mapping) else None
-    found = [given, inner, *(inner.values() if isinstance(inner, Mapping) else ())]
-    return any(isinstance(each, Mapping) and each.get("type") == "python" for each in found)
+    inner = value.get("graders") if isinstance(value, Mapping) else None
+    graders = [value, inner, *(inner.values() if isinstance(inner, Mapping) else ())]
+    return any(isinstance(each, Mapping) and each.get("type") == "python" for each in graders)
 
 
 def single_graders(grader: Any) -> dict[str, Any]:
@@ -324,21 +324,21 @@ class GraderRun:
         for function in self._functions.values():
             function.close()
 
-    def grade(self, asked: Sequence[Asked]) -> list[Grade]:
+    def grade(self, inputs: Sequence[ScoreInput]) -> list[Grade]:
         """Return a grade for each (sample, item).
 
         Raises UnavailableError if the model server is unavailable."""
-        own = {name: self._grades(name, each, asked) for name, each in single_graders(self.grader).items()}
+        own = {name: self._grades(name, each, inputs) for name, each in single_graders(self.grader).items()}
         if not isinstance(self.grader, MultiGrader):
             return own[""]
         formula = _parse_formula(self.grader.calculate_output, self.grader.graders)
-        return [_together(formula, {name: grades[i] for name, grades in own.items()}) for i in range(len(asked))]
+        return [_together(formula, {name: grades[i] for name, grades in own.items()}) for i in range(len(inputs))]
 
-    def _grades(self, name: str, grader: Any, asked: Sequence[Asked]) -> list[Grade]:
+    def _grades(self, name: str, grader: Any, inputs: Sequence[ScoreInput]) -> list[Grade]:
         if isinstance(grader, PythonGrader):
-            return self._by_function(name, asked)
+            return self._by_function(name, inputs)
         scores: list[Any] = []
-        for sample, item in asked:
+        for sample, item in inputs:
             try:
                 if isinstance(grader, ScoreModelGrader):
                     scores.append(_question(grader, sample, item))
@@ -353,14 +353,14 @@ class GraderRun:
         if not questions:
             return scores
         assert self._ask is not None
-        replies = iter(ask_once(self._ask, questions))
+        replies = iter(ask_unique(self._ask, questions))
         return [_of_reply(next(replies), grader) if isinstance(each, Question) else each for each in scores]
 
-    def _by_function(self, name: str, asked: Sequence[Asked]) -> list[Grade]:
+    def _by_function(self, name: str, inputs: Sequence[ScoreInput]) -> list[Grade]:
         try:
-            scores = self._functions[name].score(asked)
+            scores = self._functions[name].score(inputs)
         except ConfigError as error:  # the source cannot be loaded, whatever the sample
-            return [Grade(None, {"python_grader_runtime_error": error.what})] * len(asked)
+            return [Grade(None, {"python_grader_runtime_error": error.what})] * len(inputs)
         return [
             Grade(score.value, {}, score.parts)
             if score.value is not None and math.isfinite(score.value)
@@ -379,11 +379,11 @@ def _question(grader: ScoreModelGrader, sample: Mapping[str, Any], item: Mapping
         content = filled(message.text, sample, item, left)
         left -= len(content)
         messages.append({"role": message.role, "content": content})
-    told, form = score_form(*grader.bounds)
+    instruction, form = score_form(*grader.bounds)
     if messages[0]["role"] in ("system", "developer"):
-        messages[0] |= {"content": f"{messages[0]['content']}\n\n{told}"}
+        messages[0] |= {"content": f"{messages[0]['content']}\n\n{instruction}"}
     else:
-        messages.insert(0, {"role": "system", "content": told})
+        messages.insert(0, {"role": "system", "content": instruction})
     own = grader.sampling_params or _SamplingParams()
     return Question(
         messages,
@@ -434,8 +434,8 @@ def _together(formula: Callable[[Mapping[str, float]], float], own: Mapping[str,
     errors: dict[str, str] = {}
     usage: dict[str, Counter[str]] = {}
     for name, grade in own.items():
-        for word, said in grade.errors.items():
-            errors.setdefault(word, f"{name}: {said}")
+        for word, text in grade.errors.items():
+            errors.setdefault(word, f"{name}: {text}")
         for model, took in grade.usage.items():
             usage.setdefault(model, Counter()).update(took)
     parts = {name: grade.value for name, grade in own.items() if grade.value is not None}

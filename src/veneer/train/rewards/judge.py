@@ -28,7 +28,7 @@ from veneer.errors import shown
 from veneer.train.config.rewards import JudgeReward
 from veneer.train.rewards.reward import Answer, Reward, RewardScore
 from veneer.train.rewards.server import AwaitedServer, Unanswered
-from veneer.train.rewards.template import NoValue, TextTooLong, filled, sample_of
+from veneer.train.rewards.template import NoValue, TextTooLong, filled, template_sample
 from veneer.train.rewards.text_scores import as_json
 
 _SETTINGS = ("max_tokens", "temperature", "top_p", "seed", "response_format")
@@ -146,23 +146,23 @@ class ServerJudge:
         if cut:
             return Reply(text if isinstance(text, str) else "", usage, cut=True)
         if not isinstance(text, str) or not text.strip():
-            said = f": {shown(refusal)[:200]}" if refusal else ""
-            return Reply("", usage, f"the judge said nothing{said}", bool(refusal))
+            reason = f": {shown(refusal)[:200]}" if refusal else ""
+            return Reply("", usage, f"the judge said nothing{reason}", bool(refusal))
         return Reply(text, usage)
 
 
-def ask_once(ask: AskModel, questions: Sequence[Question]) -> list[Reply]:
+def ask_unique(ask: AskModel, questions: Sequence[Question]) -> list[Reply]:
     """Return the replies, asking equal questions once."""
     keys = [json.dumps([vars(q)], sort_keys=True, default=str) for q in questions]
     first = {key: i for i, key in reversed(list(enumerate(keys)))}
     order = sorted(first.values())
-    found = dict(zip((keys[i] for i in order), ask([questions[i] for i in order]), strict=True)) if order else {}
-    return [found[key] for key in keys]
+    replies = dict(zip((keys[i] for i in order), ask([questions[i] for i in order]), strict=True)) if order else {}
+    return [replies[key] for key in keys]
 
 
 def score_form(low: float, high: float) -> tuple[str, dict[str, Any]]:
     """Return the instruction for the form of a judge's answer, and its JSON schema."""
-    told = (
+    instruction = (
         'Answer with a JSON object alone: {"steps": [what you considered, in short sentences], '
         f'"result": a number from {low:g} to {high:g}}}.'
     )
@@ -175,7 +175,7 @@ def score_form(low: float, high: float) -> tuple[str, dict[str, Any]]:
         "required": ["steps", "result"],
         "additionalProperties": False,
     }
-    return told, schema
+    return instruction, schema
 
 
 def reply_score(reply: Reply, low: float, high: float) -> float | str:
@@ -185,16 +185,16 @@ def reply_score(reply: Reply, low: float, high: float) -> float | str:
     only number in any other text."""
     if reply.error:
         return reply.error
-    said = f"{shown(reply.text)[-100:]!r}"
+    excerpt = f"{shown(reply.text)[-100:]!r}"
     if reply.cut:
-        return f"the judge's reply was truncated at its token limit: {said}"
-    found = as_json(reply.text[reply.text.find("{") : reply.text.rfind("}") + 1])
-    if isinstance(found, dict) and "result" in found:
-        numbers = [found["result"]] if type(found["result"]) in (int, float) else []
+        return f"the judge's reply was truncated at its token limit: {excerpt}"
+    value = as_json(reply.text[reply.text.find("{") : reply.text.rfind("}") + 1])
+    if isinstance(value, dict) and "result" in value:
+        numbers = [value["result"]] if type(value["result"]) in (int, float) else []
     else:
         numbers = list({float(n.replace("\u2212", "-")) for n in _NUMBER.findall(reply.text)})
     if len(numbers) != 1:
-        return f"the judge gave {'several numbers' if numbers else 'no number'}: {said}"
+        return f"the judge gave {'several numbers' if numbers else 'no number'}: {excerpt}"
     if not low <= numbers[0] <= high:  # also true for NaN
         return f"the judge gave {str(numbers[0])[:50]}, which is outside {low:g} to {high:g}"
     return float(numbers[0])
@@ -215,24 +215,26 @@ def judge_reward(section: JudgeReward, ask: AskModel) -> Reward:
 
     A row without a column of the prompt, or with a prompt that is too long, has no score."""
     low, high = section.range
-    told, form = score_form(low, high)
+    instruction, form = score_form(low, high)
 
     def question(answer: Answer) -> Question | str:
         try:
-            text = filled(section.prompt, sample_of(answer), answer.row)
+            text = filled(section.prompt, template_sample(answer), answer.row)
         except (NoValue, TextTooLong) as error:
             return str(error)
-        return Question([{"role": "user", "content": f"{text}\n\n{told}"}], section.model, section.tokens, form=form)
+        return Question(
+            [{"role": "user", "content": f"{text}\n\n{instruction}"}], section.model, section.tokens, form=form
+        )
 
     def reward(answers: Sequence[Answer], /) -> list[RewardScore]:
         made = [question(answer) for answer in answers]
-        replies = iter(ask_once(ask, [q for q in made if isinstance(q, Question)]))
+        replies = iter(ask_unique(ask, [q for q in made if isinstance(q, Question)]))
         return [RewardScore(None, q) if isinstance(q, str) else score(next(replies)) for q in made]
 
     def score(reply: Reply) -> RewardScore:
-        found = reply_score(reply, low, high)
-        if isinstance(found, str):
-            return RewardScore(None, found)
-        return RewardScore((found - low) / (high - low))
+        value = reply_score(reply, low, high)
+        if isinstance(value, str):
+            return RewardScore(None, value)
+        return RewardScore((value - low) / (high - low))
 
     return reward

@@ -52,7 +52,7 @@ from veneer.train.rewards.sandbox import (
     Sandbox,
     bubblewrap,
     descendants,
-    no_sandbox,
+    sandbox_error,
     sandbox_memory,
 )
 
@@ -68,7 +68,7 @@ _WATCH = 0.02
 _CREDENTIALS = struct.Struct("3i")
 """A message's sender as the kernel reports it: process, user, group."""
 
-Asked = tuple[Mapping[str, Any], Mapping[str, Any]]
+ScoreInput = tuple[Mapping[str, Any], Mapping[str, Any]]
 """(sample, item), as in OpenAI's graders."""
 
 
@@ -128,21 +128,21 @@ class LimitedFunction:
                 child.end()
             self._idle.put(None)
 
-    def score(self, asked: Sequence[Asked]) -> list[RewardScore]:
+    def score(self, inputs: Sequence[ScoreInput]) -> list[RewardScore]:
         """Return a score for each question, in order, or the reason for a missing score.
 
         The function returns a number, or a mapping with `score` and numeric parts. Raises ConfigError as
         above."""
-        given = self.call(asked)
-        return [RewardScore(None, each.why) if isinstance(each, NoAnswer) else _score_of(each) for each in given]
+        results = self.call(inputs)
+        return [RewardScore(None, each.why) if isinstance(each, NoAnswer) else _score_of(each) for each in results]
 
-    def call(self, asked: Sequence[Asked]) -> list[Any]:
+    def call(self, inputs: Sequence[ScoreInput]) -> list[Any]:
         """Return the function's JSON result for each question; NoAnswer if there is none.
 
         Raises the errors of `score`."""
         failed = 0
 
-        def one(pair: Asked) -> Any:
+        def one(pair: ScoreInput) -> Any:
             nonlocal failed
             if failed >= _GIVES_UP:
                 return NoAnswer(f"not asked: the {_GIVES_UP} before it failed one after the other")
@@ -150,10 +150,10 @@ class LimitedFunction:
             failed = failed + 1 if isinstance(value, NoAnswer) else 0
             return value
 
-        if self._at_once == 1 or len(asked) < 2:
-            return [one(pair) for pair in asked]
+        if self._at_once == 1 or len(inputs) < 2:
+            return [one(pair) for pair in inputs]
         with ThreadPoolExecutor(self._at_once, "reward") as pool:
-            return list(pool.map(one, asked))
+            return list(pool.map(one, inputs))
 
     def _value(self, sample: Mapping[str, Any], item: Mapping[str, Any]) -> Any:
         try:
@@ -241,8 +241,8 @@ class _Child:
                 self._code()
                 self.end()
                 errors.seek(0)
-                said = errors.read(1000).decode(errors="replace").strip()
-                raise _Ended(f"its process did not start{': ' if said else ''}{said}") from None
+                messages = errors.read(1000).decode(errors="replace").strip()
+                raise _Ended(f"its process did not start{': ' if messages else ''}{messages}") from None
 
     def ask(self, message: Mapping[str, Any], seconds: float, late: str) -> dict[str, Any]:
         """Send a message and return the process's answer. Raises _Ended, and ends the process, if there is none.
@@ -294,14 +294,14 @@ class _Child:
 
         Drops bytes from other processes that hold its descriptors. The kernel never combines bytes of two
         senders in one part. Raises _Ended for a sandbox over its memory limit."""
-        found = bytearray()
-        while len(found) < count:
+        received = bytearray()
+        while len(received) < count:
             left = ends - time.monotonic()
             if left <= 0:
                 raise TimeoutError
             self._channel.settimeout(min(left, _WATCH) if self._pidfds else left)
             try:
-                part, about, *_ = self._channel.recvmsg(count - len(found), socket.CMSG_SPACE(_CREDENTIALS.size))
+                part, about, *_ = self._channel.recvmsg(count - len(received), socket.CMSG_SPACE(_CREDENTIALS.size))
             except TimeoutError:
                 self._check_memory()
                 continue
@@ -310,8 +310,8 @@ class _Child:
             sender = _sender(about)
             self._sender = self._sender or sender
             if sender is None or sender == self._sender:
-                found += part
-        return bytes(found)
+                received += part
+        return bytes(received)
 
     def _check_memory(self) -> None:
         if not self._pidfds or self._sender is None:
@@ -336,9 +336,9 @@ class _Child:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(descriptor, signal.SIGKILL)
         if self._pidfds:
-            gone = select.poll()
-            gone.register(self._pidfds[0], select.POLLIN)
-            gone.poll(10_000)
+            poll = select.poll()
+            poll.register(self._pidfds[0], select.POLLIN)
+            poll.poll(10_000)
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         while self._pidfds:
@@ -348,8 +348,8 @@ class _Child:
 
 
 def _plain(channel: socket.socket, bare: bool) -> subprocess.Popen[bytes]:
-    kept = {"PATH", "LANG", "LC_ALL", "TMPDIR"} if bare else os.environ.keys()
-    environment = {key: value for key, value in os.environ.items() if key in kept} | {"PYTHONHASHSEED": "0"}
+    inherited = {"PATH", "LANG", "LC_ALL", "TMPDIR"} if bare else os.environ.keys()
+    environment = {key: value for key, value in os.environ.items() if key in inherited} | {"PYTHONHASHSEED": "0"}
     return subprocess.Popen(
         [sys.executable, "-s", "-P", str(_CHILD)],
         stdin=channel.fileno(),
@@ -406,21 +406,21 @@ def working_sandbox() -> Sandbox:
         # no memory limit: if the sandbox does not isolate /tmp, files in the machine's /tmp would count
         with LimitedFunction("look", source=_TRIAL, sandbox=sandbox, timeout=30, memory=1e15) as function:
             try:
-                (found,) = function.call([({"hidden": hidden}, {})])
+                (report,) = function.call([({"hidden": hidden}, {})])
             except ConfigError as error:
-                raise no_sandbox(error.what) from None
-    if isinstance(found, NoAnswer):
-        raise no_sandbox(found.why)
+                raise sandbox_error(error.what) from None
+    if isinstance(report, NoAnswer):
+        raise sandbox_error(report.why)
     leaks = {
-        "it runs as the server's user": found["user"] in (0, os.getuid()) and os.getuid() != NOBODY,
-        f"it sees {', '.join(found['seen'][:3])}": found["seen"],
-        f"it can write to {', '.join(found['written'])}": found["written"],
-        "it has network access": found["network"],
-        "it has the server's environment variables": set(found["variables"])
+        "it runs as the server's user": report["user"] in (0, os.getuid()) and os.getuid() != NOBODY,
+        f"it sees {', '.join(report['seen'][:3])}": report["seen"],
+        f"it can write to {', '.join(report['written'])}": report["written"],
+        "it has network access": report["network"],
+        "it has the server's environment variables": set(report["variables"])
         & (os.environ.keys() - SANDBOX_VARIABLES.keys()),
     }
-    if found_leaks := [what for what, leaks_here in leaks.items() if leaks_here]:
-        raise no_sandbox(f"the sandbox leaks: {'; '.join(found_leaks)}")
+    if leaked := [what for what, leaks_here in leaks.items() if leaks_here]:
+        raise sandbox_error(f"the sandbox leaks: {'; '.join(leaked)}")
     return sandbox
 
 

@@ -44,8 +44,8 @@ def _main(arguments: list[str]) -> None:
     confined = "--confined" in arguments
     source, sink, own = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(0), "wb"), os.getpid()
     nowhere = os.open(os.devnull, os.O_RDWR)
-    for place in (0, 1, 2):
-        os.dup2(nowhere, place)
+    for descriptor in (0, 1, 2):
+        os.dup2(nowhere, descriptor)
     os.close(nowhere)
     if confined:
         _limit(resource.RLIMIT_NPROC, _PROCESSES, final=True)
@@ -56,25 +56,25 @@ def _main(arguments: list[str]) -> None:
     _write(sink, "{}", own)
     first = _read(source)
     assert first is not None
-    function, found = None, dict[str, Any]()
+    function, result = None, dict[str, Any]()
     try:
         # limits private memory, which excludes address space that numpy only reserves
         _limit(resource.RLIMIT_DATA, first["memory"], final=confined)
         _limit(resource.RLIMIT_CORE, 0, final=confined)
         function = _loaded(first)
     except BaseException as error:
-        found = {"error": _told(error, first)}
-    _write(sink, json.dumps(found | {"token": first["token"]}), own)
+        result = {"error": _told(error, first)}
+    _write(sink, json.dumps(result | {"token": first["token"]}), own)
     cores = os.cpu_count() or 1
-    while function is not None and (asked := _read(source)) is not None:
+    while function is not None and (question := _read(source)) is not None:
         # The system ends a child that loses its parent during an endless loop.
         _limit(resource.RLIMIT_CPU, math.ceil(time.process_time() + (first["timeout"] + 1) * cores) + 1)
         try:
-            _seed(asked["seed"])
-            value = function(asked["sample"], asked["item"])
-            text = json.dumps({"value": value, "token": asked["token"]}, default=float)  # numpy's numbers
+            _seed(question["seed"])
+            value = function(question["sample"], question["item"])
+            text = json.dumps({"value": value, "token": question["token"]}, default=float)  # numpy's numbers
         except BaseException as error:
-            text = json.dumps({"error": _told(error, first), "token": asked["token"]})
+            text = json.dumps({"error": _told(error, first), "token": question["token"]})
         _write(sink, text, own)
 
 

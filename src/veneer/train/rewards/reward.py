@@ -84,7 +84,7 @@ class NamedReward:
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgedAnswers:
     """Scores of several answers, in order.
 
     `values`: the weighted sums; `scores`: each reward's scores, by its name."""
@@ -111,20 +111,20 @@ class Judged:
             own = [row for row in dict.fromkeys(rows) if row]
             return f"{counted(len(rows), 'answer')}{f' ({first_few(own, 3)})' if own else ''}: {reason}"
 
-        ranked = sorted(reasons.items(), key=lambda found: -len(found[1]))
+        ranked = sorted(reasons.items(), key=lambda reason_and_rows: -len(reason_and_rows[1]))
         return [told(reason, rows) for reason, rows in ranked]
 
     def logged(self) -> dict[str, float]:
         """Return means over the answers with a value, and the number of failures.
 
         The means are of the sum, of each reward and of its parts."""
-        found = {"reward": _mean(self.values)}
+        means = {"reward": _mean(self.values)}
         for name, scores in self.scores.items():
-            found[f"reward_{name}"] = _mean([s.value for s in scores])
+            means[f"reward_{name}"] = _mean([s.value for s in scores])
             parts = dict.fromkeys(part for s in scores for part in s.parts)
-            found |= {f"reward_{name}_{part}": _mean([s.parts.get(part) for s in scores]) for part in parts}
-        known = {name: value for name, value in found.items() if value is not None}
-        return known | {"reward_failed": float(self.failed)}
+            means |= {f"reward_{name}_{part}": _mean([s.parts.get(part) for s in scores]) for part in parts}
+        numbers = {name: value for name, value in means.items() if value is not None}
+        return numbers | {"reward_failed": float(self.failed)}
 
 
 class Rewards:
@@ -146,7 +146,7 @@ class Rewards:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def judge(self, answers: Sequence[Answer]) -> Judged:
+    def judge(self, answers: Sequence[Answer]) -> JudgedAnswers:
         """Score the answers.
 
         Raises TrainingError with the first reasons if too many fail; UnavailableError if a judge is
@@ -157,7 +157,7 @@ class Rewards:
             own = [(each.weight, scores[each.name][i].value) for each in self.rewards]
             total = math.fsum(weight * value for weight, value in own if value is not None)
             values.append(total if all(value is not None for _, value in own) else None)
-        judged = Judged(values, scores)
+        judged = JudgedAnswers(values, scores)
         if judged.failed > max(1, self.most_failed * len(answers)):
             raise _too_many(judged, answers)
         return judged
@@ -167,16 +167,16 @@ def _scored(name: str, reward: Reward, answers: Sequence[Answer]) -> list[Reward
     """Return the scores of one reward, with unusable scores replaced by a reason.
 
     A score is unusable if it or a part is infinite, NaN or above `_LARGEST`."""
-    sound = [answer for answer in answers if not answer.error]
-    given = list(reward(sound)) if sound else []
-    if len(given) != len(sound):
+    valid = [answer for answer in answers if not answer.error]
+    raw = list(reward(valid)) if valid else []
+    if len(raw) != len(valid):
         raise TrainingError(
-            f"the reward {name} gave {counted(len(given), 'score')} for {counted(len(sound), 'answer')}",
+            f"the reward {name} gave {counted(len(raw), 'score')} for {counted(len(valid), 'answer')}",
             fix="it has to give one for each, in their order",
         )
-    rest = iter(given)
-    found = [RewardScore(None, answer.error) if answer.error else next(rest) for answer in answers]
-    return [_usable(score) for score in found]
+    rest = iter(raw)
+    scores = [RewardScore(None, answer.error) if answer.error else next(rest) for answer in answers]
+    return [_usable(score) for score in scores]
 
 
 def _usable(score: RewardScore) -> RewardScore:
@@ -189,7 +189,7 @@ def _usable(score: RewardScore) -> RewardScore:
     return score
 
 
-def _too_many(judged: Judged, answers: Sequence[Answer]) -> TrainingError:
+def _too_many(judged: JudgedAnswers, answers: Sequence[Answer]) -> TrainingError:
     return TrainingError(
         f"{judged.failed} of {counted(len(answers), 'answer')} could not be judged:\n{bullets(judged.why(answers), 5)}",
         fix="mend the reward, or allow more of it with reinforcement.most_failed",
@@ -199,7 +199,7 @@ def _too_many(judged: Judged, answers: Sequence[Answer]) -> TrainingError:
 # -- groups without a training signal ----------------------------------------------------------------------------------
 
 
-def reward_findings(judged: Judged, groups: Sequence[int]) -> dict[str, float]:
+def reward_findings(judged: JudgedAnswers, groups: Sequence[int]) -> dict[str, float]:
     """Count the groups of answers without a training signal, for the log.
 
     `groups`: the group of each answer.
@@ -208,10 +208,10 @@ def reward_findings(judged: Judged, groups: Sequence[int]) -> dict[str, float]:
         constant_groups, constant_share   groups whose answers all have the same sum: no advantage
         constant_NAME                     1 if this reward is constant within each group; else 0"""
     count, constant = len(set(groups)), _constant(judged.values, groups)
-    found = {"groups": float(count), "constant_groups": float(constant), "constant_share": constant / max(1, count)}
+    metrics = {"groups": float(count), "constant_groups": float(constant), "constant_share": constant / max(1, count)}
     for name, scores in judged.scores.items():
-        found[f"constant_{name}"] = float(_constant([s.value for s in scores], groups) == count)
-    return found
+        metrics[f"constant_{name}"] = float(_constant([s.value for s in scores], groups) == count)
+    return metrics
 
 
 def _constant(values: Sequence[float | None], groups: Sequence[int]) -> int:
@@ -224,8 +224,8 @@ def _constant(values: Sequence[float | None], groups: Sequence[int]) -> int:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return math.fsum(known) / len(known) if known else None
+    numbers = [value for value in values if value is not None]
+    return math.fsum(numbers) / len(numbers) if numbers else None
 
 
 # -- helpers for rewards -----------------------------------------------------------------------------------------------
@@ -235,8 +235,8 @@ def each_answer(score: Callable[[Answer], RewardScore | float]) -> Reward:
     """Return a reward that scores one answer at a time."""
 
     def reward(answers: Sequence[Answer], /) -> list[RewardScore]:
-        found = [score(answer) for answer in answers]
-        return [each if isinstance(each, RewardScore) else RewardScore(float(each)) for each in found]
+        scores = [score(answer) for answer in answers]
+        return [each if isinstance(each, RewardScore) else RewardScore(float(each)) for each in scores]
 
     return reward
 

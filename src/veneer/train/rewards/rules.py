@@ -36,7 +36,7 @@ _PATIENCE = 1.0
 """Maximum seconds for a regular expression on one answer: some patterns never end."""
 
 
-def _wanted(answer: Answer, name: str) -> str:
+def _expected_text(answer: Answer, name: str) -> str:
     """Return a column as text; other values as JSON."""
     value = column(answer, name)
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -44,11 +44,13 @@ def _wanted(answer: Answer, name: str) -> str:
 
 def exact_match(section: ExactMatchReward) -> Reward:
     def score(answer: Answer) -> float:
-        text, wanted = answer.text, column(answer, section.column)
+        text, expected = answer.text, column(answer, section.column)
         if section.ignore_case:
             text = text.casefold()
-            wanted = wanted if isinstance(wanted, int | float) else _wanted(answer, section.column).casefold()
-        return float(same_text(text, wanted))
+            expected = (
+                expected if isinstance(expected, int | float) else _expected_text(answer, section.column).casefold()
+            )
+        return float(same_text(text, expected))
 
     return each_answer(score)
 
@@ -110,23 +112,23 @@ def json_schema(section: JsonSchemaReward) -> Reward:
 
 def json_fields(section: JsonFieldsReward) -> Reward:
     def score(answer: Answer) -> RewardScore:
-        given = column(answer, section.column)
-        wanted = as_json(given) if isinstance(given, str) else given
-        if not isinstance(wanted, dict):
+        row_value = column(answer, section.column)
+        expected = as_json(row_value) if isinstance(row_value, str) else row_value
+        if not isinstance(expected, dict):
             raise DataError(
                 f"the reward {section.called} compares with a JSON object, and the column {section.column} holds none",
                 where=str(answer.row.get("where") or "") or None,
                 fix="leave the row out, or name another column",
             )
-        keys = section.fields or tuple(wanted)
-        if missing := [key for key in keys if key not in wanted]:
+        keys = section.fields or tuple(expected)
+        if missing := [key for key in keys if key not in expected]:
             raise DataError(
                 f"the reward {section.called} wants the key {missing[0]}, and a row's {section.column} has none",
                 where=str(answer.row.get("where") or "") or None,
                 fix="name keys in `fields` that every row has",
             )
         value = as_json(answer.text)
-        parts = {key: float(same_field(value, wanted, key)) for key in keys}
+        parts = {key: float(same_field(value, expected, key)) for key in keys}
         return RewardScore(sum(parts.values()) / len(parts) if parts else float(isinstance(value, dict)), parts=parts)
 
     return each_answer(score)
@@ -138,20 +140,22 @@ def regular_expression(section: RegexReward) -> Reward:
 
     def score(answer: Answer) -> RewardScore:
         compared = section.column is not None
-        wanted = None if section.column is None else column(answer, section.column)
+        expected = None if section.column is None else column(answer, section.column)
         try:
             if section.whole:
-                found = pattern.fullmatch(answer.text.strip(), timeout=_PATIENCE)
+                match = pattern.fullmatch(answer.text.strip(), timeout=_PATIENCE)
             elif not compared:
-                found = pattern.search(answer.text, timeout=_PATIENCE)
+                match = pattern.search(answer.text, timeout=_PATIENCE)
             else:
                 matches = list(pattern.finditer(answer.text, timeout=_PATIENCE))
-                found = matches[-1] if matches else None
+                match = matches[-1] if matches else None
         except TimeoutError:
             return RewardScore(None, f"the pattern took longer than {_PATIENCE:g} s over an answer")
-        said = found.group(group) if found is not None and compared else None
-        right = found is not None and (not compared or (said is not None and same_text(said, wanted)))
-        return RewardScore(float(right), parts={"matched": float(found is not None)} if compared else {})
+        text_of_group = match.group(group) if match is not None and compared else None
+        right = match is not None and (
+            not compared or (text_of_group is not None and same_text(text_of_group, expected))
+        )
+        return RewardScore(float(right), parts={"matched": float(match is not None)} if compared else {})
 
     return each_answer(score)
 
@@ -172,8 +176,8 @@ def length(section: LengthReward) -> Reward:
 
 
 def sentence_bleu(section: BleuReward) -> Reward:
-    return each_answer(lambda answer: bleu(answer.text, _wanted(answer, section.column)))
+    return each_answer(lambda answer: bleu(answer.text, _expected_text(answer, section.column)))
 
 
 def rouge_f1(section: RougeReward) -> Reward:
-    return each_answer(lambda answer: rouge(answer.text, _wanted(answer, section.column), section.measure))
+    return each_answer(lambda answer: rouge(answer.text, _expected_text(answer, section.column), section.measure))

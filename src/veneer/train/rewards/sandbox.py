@@ -56,7 +56,7 @@ _FIX = (
 )
 
 
-def no_sandbox(reason: str) -> ResourceError:
+def sandbox_error(reason: str) -> ResourceError:
     """Return the error for a machine where no sandbox works."""
     return ResourceError(f"Python from clients cannot run here: {reason}", where="the sandbox", fix=_FIX)
 
@@ -137,21 +137,21 @@ def bubblewrap(script: Path) -> Sandbox:
 
     `script`: another visible file. Raises ResourceError with the reason if there is no sandbox."""
     if sys.platform != "linux" or platform.machine() not in _MACHINES:
-        raise no_sandbox(f"the sandbox needs Linux on {' or '.join(_MACHINES)}")
+        raise sandbox_error(f"the sandbox needs Linux on {' or '.join(_MACHINES)}")
     command = shutil.which("bwrap")
     if command is None:
-        raise no_sandbox("bubblewrap (bwrap) is not installed")
+        raise sandbox_error("bubblewrap (bwrap) is not installed")
     paths = ["/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/local/lib", "/lib", "/lib32", "/lib64"]
     paths += ["/etc/ld.so.cache", str(Path(sys.executable).resolve().parent), sys.prefix, sys.base_prefix, str(script)]
     paths += [each for each in sys.path if Path(each).name in ("site-packages", "dist-packages")]
-    found = {os.path.abspath(path) for path in paths if os.path.exists(path)} - {"/usr", "/usr/local"}
+    visible = {os.path.abspath(path) for path in paths if os.path.exists(path)} - {"/usr", "/usr/local"}
     private = {os.path.expanduser("~"), str(veneer_home()), str(veneer_home().resolve())} - {"/"}
     hidden = [
-        each for each in private if os.path.isdir(each) and any(Path(each).is_relative_to(path) for path in found)
+        each for each in private if os.path.isdir(each) and any(Path(each).is_relative_to(path) for path in visible)
     ]
-    if exposed := sorted(found & private | found & {"/"}):
-        raise no_sandbox(f"Python is installed in {exposed[0]}, which also holds files that are not Python's")
-    return Sandbox(command, tuple(sorted(found)), tuple(sorted(hidden)))
+    if exposed := sorted(visible & private | visible & {"/"}):
+        raise sandbox_error(f"Python is installed in {exposed[0]}, which also holds files that are not Python's")
+    return Sandbox(command, tuple(sorted(visible)), tuple(sorted(hidden)))
 
 
 def _mounts(paths: Sequence[str], hidden: Sequence[str]) -> list[str]:
@@ -187,7 +187,7 @@ def descendants(process: int) -> list[int]:
 
     In a sandbox no process can escape the list: if its parent ends, it becomes a child of the sandbox's
     init."""
-    found: list[int] = []
+    processes: list[int] = []
     waiting = [process]
     while waiting:
         parent = waiting.pop(0)
@@ -197,8 +197,8 @@ def descendants(process: int) -> list[int]:
         except OSError:  # the process has just ended
             continue
         waiting += [int(child) for child in children.split()]
-        found += [int(child) for child in children.split()]
-    return found
+        processes += [int(child) for child in children.split()]
+    return processes
 
 
 def sandbox_memory(processes: Sequence[int], inside: int) -> int:

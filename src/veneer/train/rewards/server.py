@@ -101,21 +101,21 @@ class AwaitedServer:
         self._http.close()
 
     def each(
-        self, ask: Callable[[A], B], asked: Sequence[A], interrupted: Callable[[], bool] = lambda: False
+        self, ask: Callable[[A], B], items: Sequence[A], interrupted: Callable[[], bool] = lambda: False
     ) -> list[B] | None:
         """Return `ask` of each item, in order; None as soon as `interrupted()`.
 
         Several items run at once. Raises the errors of `ask`."""
         self._away_since, self._over = None, threading.Event()
         pool = ThreadPoolExecutor(self._at_once, self.who)
-        found = [pool.submit(ask, one) for one in asked]
+        futures = [pool.submit(ask, one) for one in items]
         try:
-            left = set(found)
+            left = set(futures)
             while left and not interrupted():
                 done, left = wait(left, _LOOKED, "FIRST_EXCEPTION")
                 for one in done:
                     one.result()
-            return None if left else [one.result() for one in found]
+            return None if left else [one.result() for one in futures]
         finally:
             self._over.set()  # stop the retries of the other requests
             pool.shutdown(wait=False, cancel_futures=True)
@@ -132,19 +132,19 @@ class AwaitedServer:
                 if answer.status_code not in _AGAIN:
                     self._away_since = None
                     return answer
-                said = f"HTTP {answer.status_code}"
+                reason = f"HTTP {answer.status_code}"
             except (self._httpx.ReadTimeout, self._httpx.WriteTimeout, TimeoutError):
                 late += 1
                 if late == _TIMEOUTS:
                     raise Unanswered(f"the {self.who} gave no answer in time, {_TIMEOUTS} times") from None
                 continue
             except self._httpx.TransportError as error:
-                said = f"{type(error).__name__} {shown(str(error))[:200]}".strip()
+                reason = f"{type(error).__name__} {shown(str(error))[:200]}".strip()
             except self._httpx.DecodingError as error:
                 raise Unanswered(f"the {self.who}'s answer cannot be read: {shown(str(error))[:100]}") from None
             except self._httpx.InvalidURL as error:
                 raise ConfigError(f"the {self.who}'s url is none: {error}", where=self.url) from None
-            self._hold_out(said, wait)
+            self._hold_out(reason, wait)
             wait = min(30.0, 2 * wait)
 
     def _read_whole(self, url: str, body: Mapping[str, Any]) -> Any:
@@ -170,10 +170,12 @@ class AwaitedServer:
         `what`: the expected content, for messages. Raises Unanswered and ConfigError per the table above."""
         status = answer.status_code
         if status != 200:
-            said = f"HTTP {status}: {shown(answer.text)[:300]}"
+            reason = f"HTTP {status}: {shown(answer.text)[:300]}"
             if status in _OF_ONE:
-                raise Unanswered(f"the {self.who} refused the question, {said}")
-            raise ConfigError(f"the {self.who} cannot be asked: {said}", where=self.url, fix="check url, key and model")
+                raise Unanswered(f"the {self.who} refused the question, {reason}")
+            raise ConfigError(
+                f"the {self.who} cannot be asked: {reason}", where=self.url, fix="check url, key and model"
+            )
         try:
             return answer.json()
         except ValueError:
@@ -182,7 +184,7 @@ class AwaitedServer:
     def unread(self, answer: Any, what: str) -> Unanswered:
         return Unanswered(f"the {self.who}'s answer is no {what}: {shown(answer.text)[:100]}")
 
-    def _hold_out(self, said: str, wait: float) -> None:
+    def _hold_out(self, reason: str, wait: float) -> None:
         """Wait before a retry. Raises UnavailableError once `patience` is over."""
         now = time.monotonic()
         with self._lock:
@@ -190,7 +192,7 @@ class AwaitedServer:
         left = since + self._patience - now
         if left <= 0 or self._over.wait(min(wait, left)):
             raise UnavailableError(
-                f"the {self.who} has been away for {self._patience:g} s: {said}",
+                f"the {self.who} has been away for {self._patience:g} s: {reason}",
                 where=self.url,
                 fix=f"start it, and resume the run; or let it wait longer with {self._setting}",
             )

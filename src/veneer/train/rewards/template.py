@@ -44,20 +44,20 @@ class NoValue(Exception):
         self.path, self.of_sample = path, of_sample
 
 
-def sample_of(answer: Answer) -> dict[str, Any]:
+def template_sample(answer: Answer) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": answer.text}
     if answer.calls:
         message["tool_calls"] = answer.calls
     before = answer.prompt[-1].get("content") if answer.prompt else ""
-    found = {
+    sample = {
         "output_text": answer.text,
         "output_tools": list(answer.calls),
         "choices": [{"index": 0, "message": message}],
         "input_text": before if isinstance(before, str) else json.dumps(before, ensure_ascii=False),
     }
     with suppress(ValueError, RecursionError):
-        found["output_json"] = json.loads(answer.text)
-    return found
+        sample["output_json"] = json.loads(answer.text)
+    return sample
 
 
 def filled(template: str, sample: Mapping[str, Any], item: Mapping[str, Any], most: int = FILLED) -> str:
@@ -101,11 +101,11 @@ def _split(template: str) -> Iterator[tuple[str, str | None]]:
 
 def template_problem(template: str) -> str:
     """Return what is wrong with a template for any row; "" if nothing is."""
-    for text, given in _split(template):
-        if given is None:
+    for text, path_text in _split(template):
+        if path_text is None:
             return "a {{ has no matching }}" if "{{" in text else ""
-        inner = given.strip()
-        path = _PATH.fullmatch(given)
+        inner = path_text.strip()
+        path = _PATH.fullmatch(path_text)
         if path is None:
             first = inner.partition(".")[0]
             near = [] if first.split()[:1] in (["sample"], ["item"]) else nearest(first, ["sample", "item"], 1)

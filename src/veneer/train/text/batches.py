@@ -119,13 +119,13 @@ def _fill(order: Sequence[int], lengths: Sequence[int], budget: int) -> list[lis
 
     A row longer than the budget is a separate step."""
     steps: list[list[int]] = []
-    room = 0
+    free = 0
     for i in order:
-        if not steps or lengths[i] > room:
+        if not steps or lengths[i] > free:
             steps.append([])
-            room = budget
+            free = budget
         steps[-1].append(i)
-        room -= lengths[i]
+        free -= lengths[i]
     return steps
 
 
@@ -136,11 +136,11 @@ def _cut(rows: Sequence[int], lengths: Sequence[int], batching: BatchingSection,
     comes first, so that a step that does not fit in memory fails in its first micro-batch."""
     micro: list[list[int]] = []
     for piece in shares([lengths[i] for i in rows], pieces):
-        room = -1
+        free = -1
         for i in sorted((rows[at] for at in piece), key=lambda i: (-lengths[i], i)):
-            if lengths[i] > room or len(micro[-1]) == batching.micro_rows:
+            if lengths[i] > free or len(micro[-1]) == batching.micro_rows:
                 micro.append([])
-                room = batching.at_once
+                free = batching.at_once
             micro[-1].append(i)
-            room -= lengths[i]
+            free -= lengths[i]
     return sorted(micro, key=lambda own: (-lengths[own[0]], own[0]))

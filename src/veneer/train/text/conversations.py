@@ -28,10 +28,10 @@ from typing import Any
 from veneer.errors import DataError, shown
 from veneer.train.rewards.limited import LimitedFunction, NoAnswer
 from veneer.train.rewards.reward import Answer, Turn
-from veneer.train.rewards.template import sample_of
-from veneer.train.text.prompts import prompt_of
+from veneer.train.rewards.template import template_sample
+from veneer.train.text.prompts import with_final_turn
 from veneer.train.text.render import Renderer
-from veneer.train.text.rollouts import CompletionRequest, Rollout, Sampler, draw_seed
+from veneer.train.text.rollouts import CompletionRequest, Rollout, Sampler, sampling_seed
 from veneer.train.text.rows import Row
 
 _MARK = "\ue100veneer\ue101"  # private use: occurs in no text
@@ -51,7 +51,7 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class Conversing:
+class ConversationSampler:
     """Samples conversations. `turns`: maximum turns of the model."""
 
     sampler: Sampler
@@ -60,86 +60,93 @@ class Conversing:
     turns: int
 
     def draw(
-        self, asked: Sequence[CompletionRequest], prompts: Sequence[Answer], interrupted: Callable[[], bool]
+        self, requests: Sequence[CompletionRequest], prompts: Sequence[Answer], interrupted: Callable[[], bool]
     ) -> list[Conversation] | None:
         """Return the conversations; None once interrupted.
 
         `prompts`: answers without text. Raises the sampler's errors; DataError for a template that cannot add
         messages after an answer."""
-        held: list[Conversation] = []
-        going = list(range(len(asked)))
+        conversations: list[Conversation] = []
+        active = list(range(len(requests)))
         for turn in range(self.turns):
-            if not going:
+            if not active:
                 break
-            wanted = [asked[i] if not turn else self._next(asked[i], held[i].rollout, turn) for i in going]
-            drawn = self.sampler.draw(wanted, interrupted)
-            if drawn is None:
+            next_requests = [
+                requests[i] if not turn else self._next(requests[i], conversations[i].rollout, turn) for i in active
+            ]
+            rollouts = self.sampler.draw(next_requests, interrupted)
+            if rollouts is None:
                 return None
             if not turn:
-                held = [Conversation(rollout) for rollout in drawn]
-            for i, rollout in zip(going, drawn, strict=True):
-                held[i].rollout = rollout if not turn else _joined(held[i].rollout, rollout)
-                held[i].turns.append(_said(rollout.text))
-            going = [i for i in going if not held[i].rollout.cut]
+                conversations = [Conversation(rollout) for rollout in rollouts]
+            for i, rollout in zip(active, rollouts, strict=True):
+                conversations[i].rollout = rollout if not turn else _joined(conversations[i].rollout, rollout)
+                conversations[i].turns.append(_said(rollout.text))
+            active = [i for i in active if not conversations[i].rollout.cut]
             if turn + 1 < self.turns:
-                going = self._answered(going, held, asked, prompts)
-        return held
+                active = self._answered(active, conversations, requests, prompts)
+        return conversations
 
-    def _next(self, asked: CompletionRequest, so_far: Rollout, turn: int) -> CompletionRequest:
-        left = asked.how.max_tokens - len(so_far.tokens)
-        how = replace(asked.how, max_tokens=left)
-        return replace(asked, prompt=(*so_far.prompt, *so_far.tokens), seed=draw_seed(asked.seed, turn), how=how)
+    def _next(self, request: CompletionRequest, so_far: Rollout, turn: int) -> CompletionRequest:
+        left = request.how.max_tokens - len(so_far.tokens)
+        how = replace(request.how, max_tokens=left)
+        return replace(
+            request, prompt=(*so_far.prompt, *so_far.tokens), seed=sampling_seed(request.seed, turn), how=how
+        )
 
     def _answered(
         self,
-        going: Sequence[int],
-        held: list[Conversation],
-        asked: Sequence[CompletionRequest],
+        active: Sequence[int],
+        conversations: list[Conversation],
+        requests: Sequence[CompletionRequest],
         prompts: Sequence[Answer],
     ) -> list[int]:
         """Append the environment's messages; return the conversations that continue."""
         pairs = [
             (
-                sample_of(said_so_far(prompts[i], held[i])) | {"messages": [*prompts[i].prompt, *held[i].turns]},
+                template_sample(answer_so_far(prompts[i], conversations[i]))
+                | {"messages": [*prompts[i].prompt, *conversations[i].turns]},
                 prompts[i].row,
             )
-            for i in going
+            for i in active
         ]
-        still = []
-        for i, given in zip(going, self.environment.call(pairs), strict=True):
-            own = held[i]
-            messages = given if isinstance(given, NoAnswer) else _messages(given)
+        continuing = []
+        for i, result in zip(active, self.environment.call(pairs), strict=True):
+            conversation = conversations[i]
+            messages = result if isinstance(result, NoAnswer) else _messages(result)
             if isinstance(messages, NoAnswer):
-                own.error = messages.why
+                conversation.error = messages.why
             elif messages:
-                ids = self._between(prompts[i], own, messages)
-                if len(own.rollout.tokens) + len(ids) >= asked[i].how.max_tokens:
-                    own.rollout = replace(own.rollout, cut=True)
+                ids = self._between(prompts[i], conversation, messages)
+                if len(conversation.rollout.tokens) + len(ids) >= requests[i].how.max_tokens:
+                    conversation.rollout = replace(conversation.rollout, cut=True)
                     continue
-                own.turns += messages
-                first = len(own.rollout.tokens)
-                others = (*own.rollout.others, (first, first + len(ids)))
-                own.rollout = replace(own.rollout, tokens=(*own.rollout.tokens, *ids), others=others)
-                still.append(i)
-        return still
+                conversation.turns += messages
+                first = len(conversation.rollout.tokens)
+                others = (*conversation.rollout.others, (first, first + len(ids)))
+                conversation.rollout = replace(
+                    conversation.rollout, tokens=(*conversation.rollout.tokens, *ids), others=others
+                )
+                continuing.append(i)
+        return continuing
 
     def _between(self, prompt: Answer, own: Conversation, messages: Sequence[Turn]) -> tuple[int, ...]:
         """Return the tokens between the model's output and its next turn."""
         marked = [*prompt.prompt, *own.turns[:-1], {"role": "assistant", "content": _MARK}, *messages]
-        row = prompt_of(Row("messages", tuple(map(dict, marked)), tools=tuple(prompt.tools)))
+        row = with_final_turn(Row("messages", tuple(map(dict, marked)), tools=tuple(prompt.tools)))
         try:
             text = self.renderer.prompt(row)
         except ValueError as error:
             raise DataError(f"a conversation cannot go on: {error}") from error
-        _, found, behind = text.rpartition(_MARK)
-        if not found:
+        _, mark, behind = text.rpartition(_MARK)
+        if not mark:
             raise DataError("the chat template leaves out what the model said once messages follow it")
         tokenizer: Any = self.renderer.tokenizer
         ended = tokenizer.decode(own.rollout.tokens[-1:], skip_special_tokens=False)
         return tuple(tokenizer(behind.removeprefix(ended), add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def said_so_far(prompt: Answer, own: Conversation) -> Answer:
+def answer_so_far(prompt: Answer, own: Conversation) -> Answer:
     """Return the conversation in the form for rewards and the environment."""
     rollout = own.rollout
     turns = own.turns if len(own.turns) > 1 or (own.turns and own.turns[-1].get("tool_calls")) else ()
@@ -155,9 +162,9 @@ def said_so_far(prompt: Answer, own: Conversation) -> Answer:
 
 def _said(text: str) -> Turn:
     calls = []
-    for i, found in enumerate(_CALL.findall(text)):
+    for i, call_text in enumerate(_CALL.findall(text)):
         try:
-            call = json.loads(found)
+            call = json.loads(call_text)
             function = {"name": str(call["name"]), "arguments": call.get("arguments", {})}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
@@ -165,18 +172,18 @@ def _said(text: str) -> Turn:
     return {"role": "assistant", "content": text, **({"tool_calls": calls} if calls else {})}
 
 
-def _messages(given: Any) -> list[Turn] | NoAnswer:
+def _messages(result: Any) -> list[Turn] | NoAnswer:
     """Return the environment's result as messages."""
-    if given is None:
+    if result is None:
         return []
-    if isinstance(given, str):
-        return [{"role": "user", "content": given}]
-    listed = given if isinstance(given, list) else [given]
+    if isinstance(result, str):
+        return [{"role": "user", "content": result}]
+    listed = result if isinstance(result, list) else [result]
     for message in listed:
-        fine = isinstance(message, Mapping) and isinstance(message.get("content"), str)
-        if not fine or message.get("role") not in ("user", "tool", "system"):
+        is_text = isinstance(message, Mapping) and isinstance(message.get("content"), str)
+        if not is_text or message.get("role") not in ("user", "tool", "system"):
             return NoAnswer(
-                f"the environment gave {shown(given)[:100]}, and neither a text nor messages of user, tool or system"
+                f"the environment gave {shown(result)[:100]}, and neither a text nor messages of user, tool or system"
             )
     return listed
 
@@ -187,7 +194,7 @@ def _joined(first: Rollout, then: Rollout) -> Rollout:
         first,
         tokens=(*first.tokens, *then.tokens),
         logps=(*first.logps, *then.logps),
-        drawn=(*first.drawn, *then.drawn),
+        sampling_logps=(*first.sampling_logps, *then.sampling_logps),
         text=then.text,
         cut=then.cut,
         others=first.others,

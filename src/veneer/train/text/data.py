@@ -17,7 +17,7 @@ from veneer.train.config.text import TrainConfig, preference_formats
 from veneer.train.loop import LazySteps, Micro, Step
 from veneer.train.text.batches import Batch, collate, plan_steps
 from veneer.train.text.encode import EncodedRows, Example, encode_rows
-from veneer.train.text.preference import Item, answer_rows, collate_items, items_of
+from veneer.train.text.preference import Item, answer_rows, collate_items, preference_items
 from veneer.train.text.prompts import PromptItem, planned_rollouts, prompt_split
 from veneer.train.text.rows import About, Row, read_rows, split_rows
 
@@ -53,7 +53,7 @@ def read_data(config: TrainConfig, base: TextBase) -> TextData:
 
     Raises DataError for rows that do not fit the loss, and the errors of reading."""
     loss = config.preference.loss
-    draws = config.drawn is not None
+    draws = config.sampling is not None
     formats = PROMPT_FORMATS if draws else None if loss is None else preference_formats(loss)
     options: dict[str, Any] = {
         "format": config.data.format,
@@ -72,12 +72,12 @@ def read_data(config: TrainConfig, base: TextBase) -> TextData:
             where=pairs[0].where,
             fix="preference.loss=dpo learns from both; for the chosen ones alone give rows with prompt and completion",
         )
-    return TextData(part_of(rows, config, base), part_of(held_rows, config, base), about)
+    return TextData(encode_split(rows, config, base), encode_split(held_rows, config, base), about)
 
 
-def part_of(rows: list[Row], config: TrainConfig, base: TextBase) -> DataSplit:
+def encode_split(rows: list[Row], config: TrainConfig, base: TextBase) -> DataSplit:
     """Encode rows as items: an example, a pair of answers, or a prompt each."""
-    if config.drawn is not None:
+    if config.sampling is not None:
         prompts, encoded = prompt_split(rows, config, base)
         return DataSplit(rows, rows, encoded, prompts)
     if config.preference.loss is None:
@@ -85,7 +85,7 @@ def part_of(rows: list[Row], config: TrainConfig, base: TextBase) -> DataSplit:
         return DataSplit(rows, rows, encoded, encoded.examples)
     texts, owners = answer_rows(rows)
     encoded = encode_rows(texts, base.tokenizer, config.data)
-    items, encoded = items_of(encoded, rows, owners, paired=config.preference.loss != "kto")
+    items, encoded = preference_items(encoded, rows, owners, paired=config.preference.loss != "kto")
     return DataSplit(rows, texts, encoded, items)
 
 
@@ -93,7 +93,7 @@ def planned_steps(items: Sequence[Any], config: TrainConfig, rows: Sequence[Row]
     """Return all steps of the run in order, planned one epoch at a time.
 
     A step is cut into at least one micro-batch per device. `items`: those of a DataSplit."""
-    if config.drawn is not None:
+    if config.sampling is not None:
         return planned_rollouts(items, config, rows)
     lengths = [e.tokens for e in items]
     make: Callable[[Any], Batch] = collate if config.preference.loss is None else collate_items

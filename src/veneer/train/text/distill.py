@@ -38,25 +38,25 @@ from veneer.ops.device_transfer import in_float64, sent
 from veneer.train.config.section import BASE_MODEL
 from veneer.train.loop import EvalResult, MetricMeans, Step
 from veneer.train.text.batches import Batch, collate
-from veneer.train.text.policy_losses import divergences, drawn_divergence, length_factors, per_token
+from veneer.train.text.policy_losses import divergences, length_factors, per_token, sampled_divergence
 from veneer.train.text.prompts import (
     PolicyBatch,
     PromptItem,
     answer_groups,
     answers_micro,
-    prompt_of,
     prompt_split,
     rollout_example,
+    with_final_turn,
 )
 from veneer.train.text.rollouts import (
     CompletionRequest,
-    Gap,
     Rollout,
     Sampler,
+    SamplerMismatch,
     SamplingParams,
-    answers_left_out,
-    draw_seed,
-    drawn_figures,
+    left_out_notes,
+    sampling_metrics,
+    sampling_seed,
 )
 from veneer.train.text.rows import Row
 from veneer.train.text.served_teacher import ServedTeacher, served_teacher
@@ -89,7 +89,7 @@ AnyTeacher = Teacher | ServedTeacher
 
 
 @contextmanager
-def teacher_of(
+def open_teacher(
     section: DistillationSection, base: TextBase, attachment: Attachment, say: Callable[[str], None] = lambda line: None
 ) -> Iterator[AnyTeacher]:
     """Yield the configured teacher, loaded or contacted once.
@@ -126,19 +126,19 @@ def _check_tokenizers(base: TextBase, teacher: TextBase) -> None:
 
 
 @dataclass(frozen=True)
-class _TaughtRollout:
+class _TeacherRollout:
     """An answer with its teacher's prompt.
 
-    `asked`: the prompt's token ids. `row`: of the prompt. `logps`: log q of its tokens, from a server."""
+    `teacher_prompt`: the prompt's token ids. `row`: of the prompt. `logps`: log q of its tokens, from a server."""
 
     rollout: Rollout
-    asked: tuple[int, ...]
+    teacher_prompt: tuple[int, ...]
     row: int
     logps: tuple[float, ...] = ()
 
     @property
     def tokens(self) -> int:
-        prompts = [self.rollout.prompt] if self.logps else [self.rollout.prompt, self.asked]
+        prompts = [self.rollout.prompt] if self.logps else [self.rollout.prompt, self.teacher_prompt]
         return max(map(len, prompts)) + len(self.rollout.tokens)
 
 
@@ -156,13 +156,13 @@ class Distillation:
     failed: list[str] = field(default_factory=list)
     """Answers of the last sampling that are left out, and why."""
     seen: MetricMeans = field(default_factory=MetricMeans)
-    gap: Gap = field(default_factory=Gap)
+    gap: SamplerMismatch = field(default_factory=SamplerMismatch)
 
     def __post_init__(self) -> None:
         self.settings = self.config.distillation
-        self.drawing = SamplingParams(self.settings.max_tokens, self.settings.temperature)
+        self.params = SamplingParams(self.settings.max_tokens, self.settings.temperature)
 
-    def said_first(self, prompts: Sequence[PromptItem]) -> Iterator[str]:
+    def start_notes(self, prompts: Sequence[PromptItem]) -> Iterator[str]:
         """Yield notes on the teacher's prompts before sampling."""
         if self.settings.system and prompts:
             yield f"{_saved(prompts):.0f} tokens a request are saved once they are trained in"
@@ -173,10 +173,10 @@ class Distillation:
         `rows`: the rows of its prompts."""
         prompts = {item.row: item for micro in step.micros for item in micro.items}
         chosen = [prompts[row] for row in sorted(prompts)]
-        found = self._drawn(chosen, rows, self.drawing, number, self.settings.group, interrupted)
-        if found is None:
+        sampled = self._drawn(chosen, rows, self.params, number, self.settings.group, interrupted)
+        if sampled is None:
             return None
-        answers, self.measured, self.failed = found
+        answers, self.measured, self.failed = sampled
         factors = length_factors([len(a.rollout.logps) for a in answers], "batch", self.settings.max_tokens)
         micros = []
         for group in answer_groups([a.tokens for a in answers], self.config):
@@ -193,30 +193,34 @@ class Distillation:
         number: int,
         group: int,
         interrupted: Callable[[], bool],
-    ) -> tuple[list[_TaughtRollout], dict[str, float], list[str]] | None:
+    ) -> tuple[list[_TeacherRollout], dict[str, float], list[str]] | None:
         """Return (answers, measurements, reasons for omissions)."""
         owners = [item for item in prompts for _ in range(group)]
-        wanted = [
-            CompletionRequest(item.ids, draw_seed(self.config.seed, number, item.row, i % group), how, self.name)
+        requests = [
+            CompletionRequest(item.ids, sampling_seed(self.config.seed, number, item.row, i % group), how, self.name)
             for i, item in enumerate(owners)
         ]
         began = time.perf_counter()
-        drawn = self.sampler.draw(wanted, interrupted)
-        if drawn is None:
+        rollouts = self.sampler.draw(requests, interrupted)
+        if rollouts is None:
             return None
-        figures = drawn_figures(drawn, time.perf_counter() - began)
+        figures = sampling_metrics(rollouts, time.perf_counter() - began)
         if self.settings.system:
             figures["saved_tokens"] = _saved(prompts)
-        answers = [_TaughtRollout(r, item.taught or item.ids, item.row) for r, item in zip(drawn, owners, strict=True)]
+        answers = [
+            _TeacherRollout(r, item.teacher_ids or item.ids, item.row) for r, item in zip(rollouts, owners, strict=True)
+        ]
         if not isinstance(self.teacher, ServedTeacher):
             return answers, figures, []
         began = time.perf_counter()
-        found = self.teacher.read(
-            [((*a.asked, *a.rollout.tokens), len(a.rollout.tokens)) for a in answers], interrupted
+        results = self.teacher.read(
+            [((*a.teacher_prompt, *a.rollout.tokens), len(a.rollout.tokens)) for a in answers], interrupted
         )
-        if found is None:
+        if results is None:
             return None
-        failed = [f"{rows[a.row].where}: {why}" for a, why in zip(answers, found, strict=True) if isinstance(why, str)]
+        failed = [
+            f"{rows[a.row].where}: {why}" for a, why in zip(answers, results, strict=True) if isinstance(why, str)
+        ]
         if len(failed) > max(1, self.settings.most_failed * len(answers)) or len(failed) == len(answers) > 0:
             of = f"{len(failed):,} of {counted(len(answers), 'answer')}"
             raise TrainingError(
@@ -226,14 +230,14 @@ class Distillation:
             )
         figures |= {"teacher_seconds": time.perf_counter() - began, "teacher_failed": float(len(failed))}
         read_by_teacher = [
-            replace(a, logps=logps) for a, logps in zip(answers, found, strict=True) if not isinstance(logps, str)
+            replace(a, logps=logps) for a, logps in zip(answers, results, strict=True) if not isinstance(logps, str)
         ]
         return read_by_teacher, figures, failed
 
     # -- the loss ------------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        self.seen, self.gap = MetricMeans(), Gap()
+        self.seen, self.gap = MetricMeans(), SamplerMismatch()
 
     def loss(self, batch: PolicyBatch) -> Tensor:
         """Return Σ loss over the batch's answers; the loop divides by their number."""
@@ -250,13 +254,13 @@ class Distillation:
             logps = token_logps(model, sent(batch.input_ids, self.base.device), batch.lengths, batch.trained)
             # the longest batch is tried before there is any answer
             theirs = torch.zeros_like(logps) if batch.reference is None else batch.reference.to(logps)
-            return drawn_divergence(logps, theirs), logps.detach()
-        taught = batch.teacher or batch
+            return sampled_divergence(logps, theirs), logps.detach()
+        teacher_batch = batch.teacher or batch
         with torch.no_grad(), without_dropout(teacher.base.model), teacher.acting():
-            ids, places = sent(taught.input_ids, teacher.base.device), _places(taught, teacher.base)
-            theirs = hidden_at(teacher.base.model, ids, taught.lengths, places)
+            ids, places = sent(teacher_batch.input_ids, teacher.base.device), _places(teacher_batch, teacher.base)
+            theirs = hidden_at(teacher.base.model, ids, teacher_batch.lengths, places)
         ids, places = sent(batch.input_ids, self.base.device), _places(batch, self.base)
-        said = ids[places + 1]
+        targets = ids[places + 1]
 
         def other(part: slice) -> Tensor:
             with teacher.acting():
@@ -264,7 +268,7 @@ class Distillation:
 
         def compare(ours: Tensor, others: Tensor, part: slice) -> Tensor:
             kl = divergences(ours, others, self.settings.divergence)
-            logps = ours.detach().log_softmax(-1).gather(1, said[part, None])[:, 0]
+            logps = ours.detach().log_softmax(-1).gather(1, targets[part, None])[:, 0]
             return torch.stack([kl, logps], 1)
 
         kl, logps = compared_logits(model, hidden_at(model, ids, batch.lengths, places), other, compare).unbind(1)
@@ -277,9 +281,9 @@ class Distillation:
         gap = self.gap.checked(self.settings, "this is worth a report")
         return MetricMeans.total([self.seen, MetricMeans(dict(self.measured), dict.fromkeys(self.measured, 1)), gap])
 
-    def said_after(self, number: int) -> Iterator[str]:
+    def step_notes(self, number: int) -> Iterator[str]:
         """Yield notes on step `number`."""
-        return answers_left_out(number, self.failed)
+        return left_out_notes(number, self.failed)
 
     # -- held-out prompts ----------------------------------------------------------------------------------------------
 
@@ -290,13 +294,13 @@ class Distillation:
 
         If KL is measured by sampled tokens, answers are sampled with fixed seeds. None once `interrupted()`.
         """
-        drawing = self.drawing
+        sampling = self.params
         if not isinstance(self.teacher, ServedTeacher):
-            drawing = replace(drawing, temperature=0.0)
-        found = self._drawn(prompts, rows, drawing, 0, 1, interrupted)
-        if found is None:
+            sampling = replace(sampling, temperature=0.0)
+        sampled = self._drawn(prompts, rows, sampling, 0, 1, interrupted)
+        if sampled is None:
             return None
-        answers, figures, _ = found
+        answers, figures, _ = sampled
         total, tokens = 0.0, sum(len(a.rollout.logps) for a in answers)
         for group in answer_groups([a.tokens for a in answers], self.config):
             if interrupted():
@@ -304,8 +308,8 @@ class Distillation:
             batch = _batch([answers[i] for i in group], torch.ones(len(group)))
             with torch.no_grad(), without_dropout(self.base.model):
                 total += float(in_float64(self._compared(batch)[0]).sum())
-        told = ("cut_share", "answer_tokens", "teacher_failed")
-        extra = {key: figures[key] for key in told if key in figures}
+        reported = ("cut_share", "answer_tokens", "teacher_failed")
+        extra = {key: figures[key] for key in reported if key in figures}
         return EvalResult(
             total / tokens * len(answers), tokens, len(answers), extra, likelihood=False, units=len(answers)
         )
@@ -313,17 +317,17 @@ class Distillation:
 
 def _saved(prompts: Sequence[PromptItem]) -> float:
     """Return the mean tokens of the teacher's prompts beyond the student's."""
-    return sum(len(item.taught) - len(item.ids) for item in prompts) / max(1, len(prompts))
+    return sum(len(item.teacher_ids) - len(item.ids) for item in prompts) / max(1, len(prompts))
 
 
 def _places(batch: Batch, base: TextBase) -> Tensor:
     return sent(batch.trained.nonzero()[:, 0] - 1, base.device)
 
 
-def _batch(answers: Sequence[_TaughtRollout], factors: Tensor) -> PolicyBatch:
+def _batch(answers: Sequence[_TeacherRollout], factors: Tensor) -> PolicyBatch:
     batch = collate([rollout_example(a.rollout) for a in answers])
     logps = torch.tensor([x for a in answers for x in a.logps], dtype=torch.float64)
-    told = not len(logps) and any(a.asked != a.rollout.prompt for a in answers)
+    differs = not len(logps) and any(a.teacher_prompt != a.rollout.prompt for a in answers)
     return PolicyBatch(
         batch.input_ids,
         batch.lengths,
@@ -334,14 +338,16 @@ def _batch(answers: Sequence[_TaughtRollout], factors: Tensor) -> PolicyBatch:
         torch.tensor([x for a in answers for x in a.rollout.logps], dtype=torch.float64),
         fresh=True,
         reference=logps if len(logps) else None,
-        teacher=collate([rollout_example(replace(a.rollout, prompt=a.asked)) for a in answers]) if told else None,
+        teacher=collate([rollout_example(replace(a.rollout, prompt=a.teacher_prompt)) for a in answers])
+        if differs
+        else None,
     )
 
 
 # -- a teacher's answers as rows ---------------------------------------------------------------------------------------
 
 
-def taught_rows(
+def teacher_rows(
     rows: Sequence[Row], config: TrainConfig, base: TextBase, sampler: Sampler, name: str = ""
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Return a teacher's answers as training rows, and the places of omitted prompts.
@@ -351,22 +357,22 @@ def taught_rows(
     d = config.distillation
     dropping = config.model_copy(update={"data": config.data.model_copy(update={"long_rows": "drop"})})
     items, _ = prompt_split(rows, dropping, base)
-    read = {item.row for item in items}
-    left = [f"{row.where}: longer than the teacher's context" for i, row in enumerate(rows) if i not in read]
+    kept_rows = {item.row for item in items}
+    left = [f"{row.where}: longer than the teacher's context" for i, row in enumerate(rows) if i not in kept_rows]
     how = SamplingParams(d.max_tokens, d.temperature)
     owners = [item for item in items for _ in range(d.group)]
-    wanted = [
-        CompletionRequest(item.taught or item.ids, draw_seed(config.seed, 0, item.row, i % d.group), how, name)
+    requests = [
+        CompletionRequest(item.teacher_ids or item.ids, sampling_seed(config.seed, 0, item.row, i % d.group), how, name)
         for i, item in enumerate(owners)
     ]
     made = []
-    for item, drawn in zip(owners, sampler.draw(wanted) or [], strict=True):
+    for item, rollout in zip(owners, sampler.draw(requests) or [], strict=True):
         row = rows[item.row]
-        if drawn.cut:
+        if rollout.cut:
             left.append(f"{row.where}: its answer was cut at {d.max_tokens} tokens")
             continue
-        prompt = prompt_of(row)
-        asked = [dict(message) for message in prompt.messages[: prompt.last_assistant()]]
+        prompt = with_final_turn(row)
+        messages = [dict(message) for message in prompt.messages[: prompt.last_assistant()]]
         tools = {"tools": list(row.tools)} if row.tools else {}
-        made.append({"messages": [*asked, {"role": "assistant", "content": drawn.text}]} | tools)
+        made.append({"messages": [*messages, {"role": "assistant", "content": rollout.text}]} | tools)
     return made, left

@@ -43,7 +43,7 @@ from veneer.train.loop import EvalResult
 from veneer.train.rewards.text_scores import as_json, rouge, same_field, same_text
 from veneer.train.text.batches import collate, grouped
 from veneer.train.text.encode import Example, encode_rows
-from veneer.train.text.preference import Item, answer_logps, answer_rows, items_of
+from veneer.train.text.preference import Item, answer_logps, answer_rows, preference_items
 from veneer.train.text.render import Renderer
 from veneer.train.text.rows import Row
 
@@ -124,11 +124,11 @@ def score_mixes(
     encoded = encode_rows(texts, base.tokenizer, data)
     examples, pairs = encoded.examples, list[Item]()
     if owners:
-        pairs, _ = items_of(encoded, rows, owners, paired=True)
+        pairs, _ = preference_items(encoded, rows, owners, paired=True)
         examples = [item.answers[0] for item in pairs]
-    asked = [row for row in rows if row.last_assistant() < len(row.messages)] if generate else []
-    prompts = [_prompt(base, row, encoded.renderer) for row in asked]
-    wanted = [str(row.messages[row.last_assistant()]["content"]) for row in asked]
+    answered = [row for row in rows if row.last_assistant() < len(row.messages)] if generate else []
+    prompts = [_prompt(base, row, encoded.renderer) for row in answered]
+    expected = [str(row.messages[row.last_assistant()]["content"]) for row in answered]
     specs = {name: [parse_spec(s) for s in mix] for name, mix in mixes.items()}
     names = list(dict.fromkeys(name for mix in specs.values() for name, _ in mix))
     own = attach_adapters(base, names, attachment=attachment, allow_other_base=allow_other_base)
@@ -137,9 +137,9 @@ def score_mixes(
     try:
         with own.off():
             bare = _margins(base, pairs)
-            answerer = answering(base, own.adapters, rows=batch_size) if answering and asked else nullcontext()
+            answerer = answering(base, own.adapters, rows=batch_size) if answering and answered else nullcontext()
             with answerer as answer:  # opened before any scoring, because the engine can change the model
-                for mix, spec in specs.items() if asked else ():
+                for mix, spec in specs.items() if answered else ():
                     began = time.perf_counter()
                     own.use(*spec)
                     out[mix] = Scores(len(rows))
@@ -151,7 +151,7 @@ def score_mixes(
                         on_progress=functools.partial(on_progress, mix),
                         answer=None if answer is None else functools.partial(answer, mix=spec),
                     )
-                    score_answers(out[mix], wanted)
+                    score_answers(out[mix], expected)
                     out[mix].seconds = time.perf_counter() - began
         for mix, spec in specs.items():
             began = time.perf_counter()
@@ -254,14 +254,14 @@ def answers_of(
     return [answers[key] for key in keys]
 
 
-def score_answers(scores: Scores, wanted: Sequence[str]) -> None:
+def score_answers(scores: Scores, expected_answers: Sequence[str]) -> None:
     """Set the scores that compare `scores.answers` with the expected answers."""
-    pairs = list(zip(scores.answers, wanted, strict=True))
-    scores.exact_match = _mean(same_text(answer, want) for answer, want in pairs)
+    pairs = list(zip(scores.answers, expected_answers, strict=True))
+    scores.exact_match = _mean(same_text(answer, expected_answer) for answer, expected_answer in pairs)
     scores.valid_json = _mean(isinstance(as_json(answer), dict | list) for answer, _ in pairs)
     right: dict[str, list[bool]] = {}
-    for answer, want in pairs:
-        value, expected = as_json(answer), as_json(want)
+    for answer, expected_answer in pairs:
+        value, expected = as_json(answer), as_json(expected_answer)
         for key in expected if isinstance(expected, dict) else ():
             right.setdefault(key, []).append(same_field(value, expected, key))
     scores.json_fields = {key: _mean(values) for key, values in right.items()}
@@ -289,7 +289,7 @@ def _mean(values: Any) -> float:
 
 def _rouge_l(pairs: Sequence[tuple[str, str]]) -> float | None:
     try:
-        return _mean(rouge(answer, want) for answer, want in pairs)
+        return _mean(rouge(answer, expected) for answer, expected in pairs)
     except MissingExtraError:
         return None
 
@@ -299,4 +299,4 @@ def _bleu(pairs: Sequence[tuple[str, str]]) -> float | None:
         from sacrebleu import corpus_bleu
     except ImportError:
         return None
-    return float(corpus_bleu([answer for answer, _ in pairs], [[want for _, want in pairs]]).score)
+    return float(corpus_bleu([answer for answer, _ in pairs], [[expected for _, expected in pairs]]).score)

@@ -65,21 +65,21 @@ def add_row(file: str | Path, row: Mapping[str, Any]) -> int:
     unreadable rows."""
     path = Path(file).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
-    there = path.read_bytes() if path.exists() else b""
+    content = path.read_bytes() if path.exists() else b""
     line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
     if path.suffix != ".jsonl":
         raise DataError("rows are added to files of JSON lines", where=str(path), fix="a name that ends in .jsonl")
     count = 0
-    if there.strip():
+    if content.strip():
         rows, about = read_rows([str(path)])
         count = len(rows)
-        if (wanted := "preference" if "chosen" in row else "messages") != about.format:
+        if (format := "preference" if "chosen" in row else "messages") != about.format:
             raise DataError(
-                f"this file has rows of {about.format}, and this is one of {wanted}",
+                f"this file has rows of {about.format}, and this is one of {format}",
                 where=str(path),
                 fix="another file",
             )
-    lead = b"\n" if there and not there.endswith(b"\n") else b""
+    lead = b"\n" if content and not content.endswith(b"\n") else b""
     with path.open("ab") as out:  # one append per row, so concurrent writers do not interleave
         out.write(lead + line)
         out.flush()

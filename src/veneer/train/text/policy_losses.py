@@ -124,7 +124,7 @@ def divergences(logits: Tensor, teacher: Tensor, direction: Literal["reverse", "
     return (ours.exp() * (ours - theirs)).sum(-1)
 
 
-def drawn_divergence(logps: Tensor, teacher: Tensor) -> Tensor:
+def sampled_divergence(logps: Tensor, teacher: Tensor) -> Tensor:
     """KL(p ‖ q) by the tokens y sampled from p: (T,) log p(y) and log q(y) -> (T,).
 
         value      d = log p(y) − log q(y)        its mean over y ~ p is KL(p ‖ q); one can be below 0
@@ -149,11 +149,11 @@ def length_factors(lengths: Sequence[int], how: _Lengths, limit: int) -> Tensor:
     return torch.full_like(n, 1 / limit if how == "limit" else 1.0)
 
 
-def importance_weights(logps: Tensor, drawn: Tensor, cap: float) -> Tensor:
+def importance_weights(logps: Tensor, sampling_logps: Tensor, cap: float) -> Tensor:
     """min(p / q, cap) of each token, (T,).
 
     q is the sampling distribution, p the model's. Truncated importance sampling (Ionides 2008)."""
-    return (logps - drawn).exp().clamp(max=cap)
+    return (logps - sampling_logps).exp().clamp(max=cap)
 
 
 def per_token(values: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -101,7 +101,7 @@ def answer_rows(rows: Sequence[Row]) -> tuple[list[Row], list[int]]:
     return out, owners
 
 
-def items_of(
+def preference_items(
     encoded: EncodedRows, rows: Sequence[Row], owners: Sequence[int], *, paired: bool
 ) -> tuple[list[Item], EncodedRows]:
     """Return the items in the rows' order, and `encoded` with the remaining examples.
@@ -142,8 +142,8 @@ def _one_prompt(a: Example, b: Example) -> tuple[Example, Example]:
     def after(example: Example) -> Example:
         prompt = example.prompt
         kept_first = 1 if prompt[0] == short[0] else 0  # a begin-of-text token stays when a row is cut
-        gone = len(prompt) - len(short)
-        if not gone or prompt[kept_first + gone :] != short[kept_first:]:
+        dropped = len(prompt) - len(short)
+        if not dropped or prompt[kept_first + dropped :] != short[kept_first:]:
             return example
         ids = short + example.input_ids[len(prompt) :]
         return Example(ids, [False] * len(short) + example.trained[len(prompt) :], example.row)
@@ -156,7 +156,7 @@ def collate_items(items: Sequence[Item]) -> AnswerBatch:
     return AnswerBatch(batch.input_ids, batch.lengths, batch.trained, list(items))
 
 
-def mismatched(items: Sequence[Item], max_length: int) -> list[Example]:
+def mismatched_examples(items: Sequence[Item], max_length: int) -> list[Example]:
     """Pair each item's prompt with the answer of the next item with another prompt.
 
     The order is cyclic. At most `max_length` tokens; the answer's end is cut. Empty if all prompts are equal.
@@ -208,9 +208,9 @@ class Preference:
         examples = [e for item in items for e in item.answers]
         start = self.start.digest() if self.start is not None else "base"
         key = f"{self.base.fingerprint}|{self.base.quantized}|{self.base.dtype}|{start}"
-        found = iter(cached_logps(examples, path, key, self._reference_logps, say, self.devices))
+        logps = iter(cached_logps(examples, path, key, self._reference_logps, say, self.devices))
         for item in items:
-            item.reference = tuple(next(found) for _ in item.answers)
+            item.reference = tuple(next(logps) for _ in item.answers)
 
     def begin(self, step: Step) -> None:
         """Compute z₀ of all items of the step.
@@ -261,8 +261,8 @@ class Preference:
         """Return the losses (items,) from the log p of all answers, (Σ answers,)."""
         s, beta = self.settings, self.settings.beta or 0.0
         lengths = logps.new_tensor([e.learned for item in items for e in item.answers])
-        known = [value for item in items for value in item.reference]
-        ratios = logps - (logps.new_tensor(known) if known else logps.detach())
+        references = [value for item in items for value in item.reference]
+        ratios = logps - (logps.new_tensor(references) if references else logps.detach())
         if s.loss == "kto":
             desirable = torch.tensor([bool(item.desirable) for item in items], device=logps.device)
             losses = formulas.kto(ratios, desirable, point, beta=beta, weights=(s.desirable, s.undesirable))
@@ -323,7 +323,7 @@ class Preference:
         """Return z₀.
 
         Mismatched pairs change every step, so their reference is computed each time."""
-        examples = mismatched(items, self.config.data.max_length)
+        examples = mismatched_examples(items, self.config.data.max_length)
         policy = self._logps(examples)
         assert policy is not None
         ratios = torch.tensor(policy, dtype=torch.float64) - torch.tensor(
@@ -356,8 +356,8 @@ def answer_logps(
             logps = call(row_logps, model, batch.input_ids.to(base.device), batch.lengths, batch.trained)
             own.update(zip(groups[number], logps.tolist(), strict=True))
     parts = devices.gather(None if stopped else own)
-    found = {i: value for part in parts if part is not None for i, value in part.items()}
-    return None if None in parts else [found[i] for i in range(len(examples))]
+    logps_by_index = {i: value for part in parts if part is not None for i, value in part.items()}
+    return None if None in parts else [logps_by_index[i] for i in range(len(examples))]
 
 
 def cached_logps(
@@ -378,9 +378,9 @@ def cached_logps(
     examples between two writes.
 
     Equal examples are computed once. Raises ResourceError for a full disk and the errors of `compute`."""
-    known = devices.gather(_read_logps(path) if devices.first else {})[0]
+    cached = devices.gather(_read_logps(path) if devices.first else {})[0]
     names = [_digest(key, e) for e in examples]
-    missing = {name: e for name, e in zip(names, examples, strict=True) if name not in known}
+    missing = {name: e for name, e in zip(names, examples, strict=True) if name not in cached}
     # Long ones first, so that lack of memory shows at once; similar lengths together.
     order = sorted(missing.items(), key=lambda item: (-item[1].tokens, item[0]))
     total = len(set(names))
@@ -388,14 +388,14 @@ def cached_logps(
     for at in range(0, len(order), chunk):
         part = order[at : at + chunk]
         lines = list(zip((name for name, _ in part), compute([e for _, e in part]), strict=True))
-        known.update(lines)
+        cached.update(lines)
         if devices.first:
             with disk_errors(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with path.open("a", encoding="utf-8") as file:  # a line begins anew after an incomplete one
                     file.writelines("\n" + json.dumps(line) for line in lines)
         say(f"reference: {min(at + chunk, len(order)):,} of {len(order):,} computed")
-    return [known[name] for name in names]
+    return [cached[name] for name in names]
 
 
 def _digest(key: str, example: Example) -> str:
@@ -405,9 +405,9 @@ def _digest(key: str, example: Example) -> str:
 
 def _read_logps(path: Path) -> dict[str, float]:
     """Return the file's entries, without incomplete lines."""
-    known: dict[str, float] = {}
+    entries: dict[str, float] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         with suppress(ValueError, TypeError):
             name, value = json.loads(line)
-            known[str(name)] = float(value)
-    return known
+            entries[str(name)] = float(value)
+    return entries

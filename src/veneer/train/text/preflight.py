@@ -66,15 +66,15 @@ class TextSubject(RunSubject):
     @property
     def stop_ids(self) -> set[int]:
         """Return the tokens at which generation with this base stops."""
-        found: set[int] = set()
+        tokens: set[int] = set()
         settings = getattr(self.base.model, "generation_config", None)
         for ids in (
             getattr(self.base, "end_of_turn_id", None),
             getattr(settings, "eos_token_id", None),
             self.base.tokenizer.eos_token_id,
         ):
-            found.update(ids if isinstance(ids, list | tuple | set) else [] if ids is None else [ids])
-        return found
+            tokens.update(ids if isinstance(ids, list | tuple | set) else [] if ids is None else [ids])
+        return tokens
 
     def named(self, count: str) -> str:
         """Return the first rows of one of the encoding's counts."""
@@ -87,7 +87,7 @@ class TextSubject(RunSubject):
 def text_preflight(base: Any, config: TrainConfig, data: TextData, *, devices: int = 1, **options: Any) -> Report:
     """Inspect a run on a loaded base; see `inspect_run`."""
     encoded, lengths = data.train.encoded, [item.tokens for item in data.train.items]
-    if config.drawn is not None:
+    if config.sampling is not None:
         prompts = [item for item in data.train.items if isinstance(item, PromptItem)]
         steps = first_rollouts(prompts, config, data.train.rows)
         micros = [[micro.tokens for micro in step.micros] for step in steps]
@@ -115,7 +115,7 @@ def data_findings(subject: TextSubject) -> Iterator[Finding]:
     """Yield the findings about a run's rows or prompts.
 
     The base's weights are not needed."""
-    for check in _DATA_CHECKS if subject.config.drawn is None else _PROMPT_CHECKS:
+    for check in _DATA_CHECKS if subject.config.sampling is None else _PROMPT_CHECKS:
         yield from check(subject)
 
 
@@ -189,15 +189,17 @@ def _the_end_is_learned(s: TextSubject) -> Iterator[Finding]:
         yield Finding("stop", "end", text, fix)
         return
     names = s.tokens(ends)
-    taught = sum(any(on and token in ends for token, on in zip(e.input_ids, e.trained, strict=True)) for e in examples)
-    if taught == 0:
+    with_end = sum(
+        any(on and token in ends for token, on in zip(e.input_ids, e.trained, strict=True)) for e in examples
+    )
+    if with_end == 0:
         text = f"the {what} token {names} is learned in no row: the model would never stop"
         yield Finding("stop", "end", text, "check the chat template, data.train_on and data.long_rows")
-    elif taught < 0.9 * len(examples):
-        text = f"the {what} token {names} is learned only in {share(taught, len(examples))} rows"
+    elif with_end < 0.9 * len(examples):
+        text = f"the {what} token {names} is learned only in {share(with_end, len(examples))} rows"
         yield Finding("warn", "end", text, "see long rows: cut rows lose their end")
     else:
-        yield Finding("ok", "end", f"the {what} token {names} is learned in {share(taught, len(examples))} rows")
+        yield Finding("ok", "end", f"the {what} token {names} is learned in {share(with_end, len(examples))} rows")
     if not ends & s.stop_ids:
         stops = s.tokens(s.stop_ids) or "nothing"
         text = f"answers end with {names}, but generation stops at {stops}: answers would run on"
@@ -301,7 +303,7 @@ def _reference(s: TextSubject) -> str:
 
 def _answers_are_drawn(s: TextSubject) -> Iterator[Finding]:
     """Report what a run samples and learns from."""
-    r, c = s.config.drawn, s.encoded.counts
+    r, c = s.config.sampling, s.encoded.counts
     assert r is not None
     if not c.kept:
         text = f"no prompt is left to answer: {c.long_dropped:,} of {c.rows:,} rows leave an answer no room"
@@ -337,14 +339,14 @@ def _is_rewarded(s: TextSubject) -> Iterator[Finding]:
 
 def _long_prompts(s: TextSubject) -> Iterator[Finding]:
     """Report prompts that leave no room for a completion, with number and names."""
-    c, data, r = s.encoded.counts, s.config.data, s.config.drawn
+    c, data, r = s.encoded.counts, s.config.data, s.config.sampling
     assert r is not None
-    room = min(data.max_length, s.base.context)
+    limit = min(data.max_length, s.base.context)
     if not c.long_dropped:
-        text = f"longest prompt: {c.longest:,} tokens of {room:,}, answers have up to {r.max_tokens:,}; none dropped"
+        text = f"longest prompt: {c.longest:,} tokens of {limit:,}, answers have up to {r.max_tokens:,}; none dropped"
         yield Finding("ok", "long rows", text)
         return
-    text = f"{share(c.long_dropped, c.rows)} prompts leave an answer no room within {room:,} tokens and are dropped"
+    text = f"{share(c.long_dropped, c.rows)} prompts leave an answer no room within {limit:,} tokens and are dropped"
     fix = f"shorten them, or lower {r.named}.max_tokens"
     if data.max_length < s.base.context:
         fix += f"; the base reads {s.base.context:,} tokens: raise data.max_length"
@@ -380,7 +382,7 @@ def _rows_are_apart(s: TextSubject) -> Iterator[Finding]:
         fix = "remove them from one side; data.split never puts equal rows on both"
         yield Finding(_above_half(leak.identical, total), "held out", text, fix)
     if leak.same_prompt:
-        others = "are also trained on" if s.config.drawn else "also occur in training, with other answers"
+        others = "are also trained on" if s.config.sampling else "also occur in training, with other answers"
         yield Finding("warn", "held out", f"{share(leak.same_prompt, total)} held-out prompts {others}: {pairs}")
     if not leak.identical and not leak.same_prompt:
         yield Finding("ok", "held out", f"{counted(total, 'held-out row')}, none of them trained on")
@@ -398,7 +400,7 @@ def _what_is_trained(s: TextSubject) -> Iterator[Finding]:
         yield from _going_on(s, s.data.start)
         return
     try:
-        found = matches_per_pattern(model, spec)
+        matches = matches_per_pattern(model, spec)
         targets = resolve_targets(model, spec)
         pairs, whole = trainable_parameters(model, targets, spec)
     except TargetError as error:
@@ -407,7 +409,7 @@ def _what_is_trained(s: TextSubject) -> Iterator[Finding]:
         return
     total = sum(p.numel() for p in model.parameters())
     s.numbers.update(base_parameters=total, trainable=pairs + whole)
-    matched = ", ".join(f"`{p}` {counted(len(names), 'module')}" for p, names in found.items())
+    matched = ", ".join(f"`{p}` {counted(len(names), 'module')}" for p, names in matches.items())
     size = gigabytes(4 * (pairs + whole))
     yield Finding("ok", "targets", f"{matched}; trainable: {share(pairs + whole, total)} parameters, a file of {size}")
     yield from undivided([(model, targets, spec)])
@@ -529,26 +531,28 @@ def _it_fits(s: TextSubject) -> Iterator[Finding]:
     on, _ = recomputes(mode, need, free)
     s.plan = chosen = again if on else plain
     s.numbers.update(memory_needed=need, memory_checkpointed=less, memory_free=free)
-    drawer, kept = _packs(s, chosen, device.type, on)
-    keeps, packs = _keeps(s, chosen, device.type), drawer + kept
+    sampling_packed, training_packed = _packs(s, chosen, device.type, on)
+    keeps, packs = _keeps(s, chosen, device.type), sampling_packed + training_packed
     peak, parts = chosen.memory.peak + keeps + packs, {**chosen.memory.parts, "packed": packs}
     s.numbers.update(predicted_peak_bytes=peak, predicted_parts=parts)
-    s.numbers.update(kept_dequantized=keeps, kept_packed=kept, drawer_packed=drawer)
+    s.numbers.update(kept_dequantized=keeps, kept_packed=training_packed, drawer_packed=sampling_packed)
     if not chosen.changes and chosen.seconds is not None:
         s.numbers.update(predicted_seconds=round(chosen.seconds, 4))
-    wanted = (less if on else need) + packs
+    required = (less if on else need) + packs
     longest = f"the largest micro-batch has {s.largest_micro:,} tokens, the longest row {row:,}"
     limited = config.memory.limit_gb is not None and free == int(config.memory.limit_gb * 1e9)
     more = "a higher memory.limit_gb" if limited else "a machine with more memory"
     fix = to_be_set(chosen) or f"a smaller base, or {more} (veneer plan shows what it takes)"
-    if wanted - packs <= free < wanted:
+    if required - packs <= free < required:
         fix = "memory.keep_packed_gb=0"
-    found = memory_finding(wanted, free, longest, fix=fix, force=s.force)
-    if wanted <= free and wanted > 0.9 * free and mode == "off":
-        found = Finding("warn", "memory", f"this run may not fit: {found.text}", "memory.activation_checkpointing=auto")
-    elif wanted <= free and on and mode == "auto":
-        found = replace(found, text=f"activations will be recomputed to save memory: {found.text}")
-    yield found
+    finding = memory_finding(required, free, longest, fix=fix, force=s.force)
+    if required <= free and required > 0.9 * free and mode == "off":
+        finding = Finding(
+            "warn", "memory", f"this run may not fit: {finding.text}", "memory.activation_checkpointing=auto"
+        )
+    elif required <= free and on and mode == "auto":
+        finding = replace(finding, text=f"activations will be recomputed to save memory: {finding.text}")
+    yield finding
     if packs:
         text = f"{gigabytes(packs)} of it are frozen weights kept a second time, in the order of their products"
         yield Finding("ok", "memory", text)
@@ -573,21 +577,21 @@ def _packs(s: TextSubject, plan: Plan, device: str, recomputed: bool) -> tuple[i
     recomputed), else none. On a CPU only, and not for quantized or sharded weights.
 
     Sampling comes first: repacking all weights for each token takes several times as long as the products."""
-    asked = s.config.memory.keep_packed_gb
-    if asked == 0 or bool(getattr(s.base, "quantized", "")) or s.config.memory.shard or device != "cpu":
+    configured = s.config.memory.keep_packed_gb
+    if configured == 0 or bool(getattr(s.base, "quantized", "")) or s.config.memory.shard or device != "cpu":
         return 0, 0
     dtype = next(s.base.model.parameters()).dtype
     shape, name = model_shape(s.base.model), str(dtype).removeprefix("torch.")
-    drawer = kept = 0
-    if s.config.drawn is not None and panels_here(16, dtype):
-        drawer = packed_weights(shape, name, lambda _rows, _columns, turned: turned)
-    if asked is not None or (plan.packs and not recomputed):
-        kept = packed_weights(shape, name, functools.partial(keeps_copy, dtype))
-    if asked is not None:
-        return min(drawer, int(asked * 1e9)), min(kept, int(asked * 1e9))
-    room = 8 * (plan.room - plan.memory.peak) // 10
-    drawer *= drawer <= room
-    return drawer, kept * (drawer + kept <= room)
+    sampling = training = 0
+    if s.config.sampling is not None and panels_here(16, dtype):
+        sampling = packed_weights(shape, name, lambda _rows, _columns, turned: turned)
+    if configured is not None or (plan.packs and not recomputed):
+        training = packed_weights(shape, name, functools.partial(keeps_copy, dtype))
+    if configured is not None:
+        return min(sampling, int(configured * 1e9)), min(training, int(configured * 1e9))
+    free = 8 * (plan.room - plan.memory.peak) // 10
+    sampling *= sampling <= free
+    return sampling, training * (sampling + training <= free)
 
 
 def _predicted(plan: Plan, packs: int) -> Iterator[Finding]:

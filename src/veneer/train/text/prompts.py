@@ -34,18 +34,18 @@ if TYPE_CHECKING:
 class PromptItem:
     """A prompt.
 
-    `row`: its index in the rows. `most`: maximum tokens of a completion. `taught`: a teacher's prompt, with
+    `row`: its index in the rows. `most`: maximum tokens of a completion. `teacher_ids`: a teacher's prompt, with
     `distillation.system`."""
 
     ids: tuple[int, ...]
     row: int
     most: int
-    taught: tuple[int, ...] = ()
+    teacher_ids: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
         """Return the tokens of the longer prompt and its longest completion."""
-        return max(len(self.ids), len(self.taught)) + self.most
+        return max(len(self.ids), len(self.teacher_ids)) + self.most
 
     @property
     def learned(self) -> int:
@@ -56,25 +56,25 @@ class PromptItem:
 class PolicyBatch(Batch):
     """Prompts with their completions, T completion tokens in total.
 
-    `answers`: tokens of each completion. `worth`, `factors`: each completion's advantage, and the factor of
-    its tokens' losses. `old`, `drawn`, `reference`: (T,) log-probabilities at sampling time, of the sampling
+    `answers`: tokens of each completion. `advantage`, `factors`: each completion's advantage, and the factor of
+    its tokens' losses. `old`, `sampling_logps`, `reference`: (T,) log-probabilities at sampling time, of the sampling
     distribution, and of the reference; None if absent. `fresh`: whether the adapter is unchanged since
     sampling. `teacher`: the same completions after the teacher's prompt; None for these rows themselves.
     `shared`: set if the completions of a prompt share its tokens; `input_ids` and `trained` then have
     the prompt once."""
 
     answers: list[int]
-    worth: Tensor
+    advantage: Tensor
     factors: Tensor
     old: Tensor | None = None
-    drawn: Tensor | None = None
+    sampling_logps: Tensor | None = None
     reference: Tensor | None = None
     fresh: bool = False
     teacher: Batch | None = None
     shared: SharedRows | None = None
 
 
-def prompt_of(row: Row) -> Row:
+def with_final_turn(row: Row) -> Row:
     """Return the row with a final assistant turn, before which the prompt ends."""
     if row.messages and row.messages[-1]["role"] == "assistant":
         return row
@@ -86,41 +86,43 @@ def prompt_split(rows: Sequence[Row], config: TrainConfig, base: TextBase) -> tu
 
     A prompt that leaves no room for a completion is refused or dropped, per `data.long_rows`; in distillation
     also if the teacher's does. Raises DataError, listing rows."""
-    drawn, data = config.drawn, config.data
-    assert drawn is not None
+    section, data = config.sampling, config.data
+    assert section is not None
     renderer = Renderer(base.tokenizer, data.chat_template)
-    room = min(data.max_length, base.context)
+    limit = min(data.max_length, base.context)
     items: list[PromptItem] = []
     counts = Counts(rows=len(rows))
     bad: list[str] = []
     long: list[str] = []
     for i, row in enumerate(rows):
         try:
-            ids = _tokens(base, renderer, prompt_of(row))
-            taught = _tokens(base, renderer, _with_system(prompt_of(row), config.distillation.system, renderer))
+            ids = _tokens(base, renderer, with_final_turn(row))
+            teacher_ids = _tokens(
+                base, renderer, _with_system(with_final_turn(row), config.distillation.system, renderer)
+            )
         except ValueError as error:
             bad.append(f"{row.where}: {error}")
             continue
-        longest = max(len(ids), len(taught))
+        longest = max(len(ids), len(teacher_ids))
         counts.longest = max(counts.longest, longest)
         if not ids:
             bad.append(f"{row.where}: the prompt is empty")
-        elif longest + drawn.max_tokens > room:
-            long.append(f"{row.where}: {longest} tokens and {drawn.max_tokens} of an answer")
+        elif longest + section.max_tokens > limit:
+            long.append(f"{row.where}: {longest} tokens and {section.max_tokens} of an answer")
             counts.note("long_dropped", row.where)
         else:
-            items.append(PromptItem(ids, i, drawn.max_tokens, taught if config.distillation.system else ()))
+            items.append(PromptItem(ids, i, section.max_tokens, teacher_ids if config.distillation.system else ()))
     if bad:
         raise DataError(f"{len(bad)} of {len(rows)} rows are no prompts:\n{bullets(bad)}", fix="correct those rows")
     if long and data.long_rows == "refuse":
         raise DataError(
-            f"{len(long)} of {len(rows)} prompts leave an answer no room within {room} tokens:\n{bullets(long)}",
-            fix=f"shorten them, lower {drawn.named}.max_tokens, raise data.max_length as far as the base reads, or set "
-            "data.long_rows=drop to leave them out",
+            f"{len(long)} of {len(rows)} prompts leave an answer no room within {limit} tokens:\n{bullets(long)}",
+            fix=f"shorten the prompts, lower {section.named}.max_tokens, raise data.max_length, or drop them with "
+            "data.long_rows=drop",
         )
     examples = [Example(list(item.ids), [False] * len(item.ids), item.row) for item in items]
     counts.kept, counts.tokens = len(items), sum(len(item.ids) for item in items)
-    counts.trained_tokens = drawn.max_tokens * len(items)
+    counts.trained_tokens = section.max_tokens * len(items)
     return items, EncodedRows(examples, counts, renderer, set(base.stop_ids), renderer.template is not None, set())
 
 
@@ -144,8 +146,8 @@ def _with_system(row: Row, system: str, renderer: Renderer) -> Row:
 
 def rollout_example(rollout: Rollout) -> Example:
     """Return a prompt with its completion; the sampled tokens are the targets."""
-    prompt, said = list(rollout.prompt), list(rollout.tokens)
-    return Example([*prompt, *said], [False] * len(prompt) + rollout.trained, 0)
+    prompt, completion = list(rollout.prompt), list(rollout.tokens)
+    return Example([*prompt, *completion], [False] * len(prompt) + rollout.trained, 0)
 
 
 def answers_micro(answers: Sequence[Rollout], where: Sequence[str], make: Callable[[], PolicyBatch]) -> Micro:
@@ -175,46 +177,46 @@ def shared_groups(answers: Sequence[tuple[tuple[int, ...], int]], config: TrainC
     for i in sorted(range(len(answers)), key=lambda i: (-len(answers[i][0]) - answers[i][1], i)):
         by_prompt.setdefault(answers[i][0], []).append(i)
     most, groups = config.batching.micro_rows or len(answers), [list[int]()]
-    room = config.batching.at_once
-    there: tuple[int, ...] = ()
+    free = config.batching.at_once
+    previous: tuple[int, ...] = ()
     for prompt, own in by_prompt.items():
         for i in own:
-            takes = answers[i][1] + (0 if there == prompt else len(prompt))
-            if groups[-1] and (takes > room or len(groups[-1]) == most):
+            takes = answers[i][1] + (0 if previous == prompt else len(prompt))
+            if groups[-1] and (takes > free or len(groups[-1]) == most):
                 groups.append([])
-                room, takes = config.batching.at_once, answers[i][1] + len(prompt)
+                free, takes = config.batching.at_once, answers[i][1] + len(prompt)
             groups[-1].append(i)
-            room, there = room - takes, prompt
+            free, previous = free - takes, prompt
     return groups
 
 
-def collate_shared(drawn: Sequence[Rollout]) -> tuple[Batch, SharedRows]:
+def collate_shared(rollouts: Sequence[Rollout]) -> tuple[Batch, SharedRows]:
     """Return rows of prompts with completions, each prompt's tokens once.
 
     `lengths` are those of whole rows."""
     ids: list[int] = []
     trained: list[bool] = []
-    places: list[int] = []
+    positions: list[int] = []
     prompts: dict[tuple[int, ...], int] = {}
 
-    def put(tokens: Sequence[int], learned: Sequence[bool]) -> int:
+    def append(tokens: Sequence[int], mask: Sequence[bool]) -> int:
         ids.extend(tokens)
-        trained.extend(learned)
+        trained.extend(mask)
         return len(ids) - len(tokens)
 
-    for one in drawn:
+    for one in rollouts:
         n, m = len(one.prompt), len(one.tokens)
         if one.prompt not in prompts:
-            prompts[one.prompt] = put(one.prompt, [False] * n)
-        first, own = prompts[one.prompt], put(one.tokens, one.trained)
-        places += [*range(first, first + n), *range(own, own + m)]
-    lengths = [len(one.prompt) + len(one.tokens) for one in drawn]
-    return Batch(torch.tensor(ids), lengths, torch.tensor(trained)), SharedRows.of(torch.tensor(places))
+            prompts[one.prompt] = append(one.prompt, [False] * n)
+        first, own = prompts[one.prompt], append(one.tokens, one.trained)
+        positions += [*range(first, first + n), *range(own, own + m)]
+    lengths = [len(one.prompt) + len(one.tokens) for one in rollouts]
+    return Batch(torch.tensor(ids), lengths, torch.tensor(trained)), SharedRows.of(torch.tensor(positions))
 
 
 def planned_rollouts(items: Sequence[PromptItem], config: TrainConfig, rows: Sequence[Row]) -> LazySteps:
     """Return all steps of the run in order, at their largest possible size."""
-    r = config.drawn
+    r = config.sampling
     assert r is not None
     shares = config.reinforcement.loss is not None  # in distillation, the teacher can have another prompt
 
@@ -225,7 +227,7 @@ def planned_rollouts(items: Sequence[PromptItem], config: TrainConfig, rows: Seq
             tokens=sum(map(len, prompts)) + most,
             trained=most,
             rows=tuple(dict.fromkeys(rows[item.row].where for item in chosen)),
-            make=lambda: _made_up(chosen, shares),
+            make=lambda: _longest_possible(chosen, shares),
             units=len(chosen),
             items=tuple(chosen),
         )
@@ -253,13 +255,13 @@ def first_rollouts(items: Sequence[PromptItem], config: TrainConfig, rows: Seque
     return list(planned_rollouts(items, config.model_copy(update={"schedule": once}), rows))
 
 
-def _made_up(items: Sequence[PromptItem], shares: bool) -> PolicyBatch:
+def _longest_possible(items: Sequence[PromptItem], shares: bool) -> PolicyBatch:
     """Return the longest possible completions, filled with the prompts' own tokens."""
-    drawn = []
+    rollouts = []
     for item in items:
-        said = tuple(item.ids[i % len(item.ids)] for i in range(item.most))
-        drawn.append(Rollout(item.ids, said, (0.0,) * item.most, (0.0,) * item.most, "", cut=True))
-    batch, shared = collate_shared(drawn) if shares else (collate([rollout_example(r) for r in drawn]), None)
+        completion = tuple(item.ids[i % len(item.ids)] for i in range(item.most))
+        rollouts.append(Rollout(item.ids, completion, (0.0,) * item.most, (0.0,) * item.most, "", cut=True))
+    batch, shared = collate_shared(rollouts) if shares else (collate([rollout_example(r) for r in rollouts]), None)
     ones = torch.ones(len(items), dtype=torch.float64)
     return PolicyBatch(
         batch.input_ids,

@@ -48,7 +48,7 @@ from veneer.train.loop import EvalResult, MetricMeans, Step
 from veneer.train.rewards.judge import AskModel, Question, Reply
 from veneer.train.rewards.reward import Answer, Rewards, reward_findings
 from veneer.train.text.batches import Batch
-from veneer.train.text.conversations import Conversation, Conversing, said_so_far
+from veneer.train.text.conversations import Conversation, ConversationSampler, answer_so_far
 from veneer.train.text.policy_losses import (
     advantages,
     clipped,
@@ -58,16 +58,23 @@ from veneer.train.text.policy_losses import (
     per_token,
     policy_ratios,
 )
-from veneer.train.text.prompts import PolicyBatch, PromptItem, answers_micro, collate_shared, prompt_of, shared_groups
+from veneer.train.text.prompts import (
+    PolicyBatch,
+    PromptItem,
+    answers_micro,
+    collate_shared,
+    shared_groups,
+    with_final_turn,
+)
 from veneer.train.text.rollouts import (
     CompletionRequest,
-    Gap,
     Rollout,
     Sampler,
+    SamplerMismatch,
     SamplingParams,
-    answers_left_out,
-    draw_seed,
-    drawn_figures,
+    left_out_notes,
+    sampling_metrics,
+    sampling_seed,
 )
 from veneer.train.text.rows import Row
 
@@ -82,12 +89,12 @@ if TYPE_CHECKING:
 class _JudgedRollout:
     """An answer to learn from.
 
-    `row`: of its prompt. `worth`: its advantage. `reference`: log-probabilities of its tokens under the
+    `row`: of its prompt. `advantage`: its advantage. `reference`: log-probabilities of its tokens under the
     reference, if any."""
 
     rollout: Rollout
     row: int
-    worth: float
+    advantage: float
     reference: tuple[float, ...] = ()
 
     @property
@@ -100,7 +107,7 @@ class _JudgedRollout:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> _JudgedRollout:
         rollout, reference = Rollout.from_dict(values["rollout"]), tuple(values["reference"])
-        return cls(rollout, values["row"], values["worth"], reference)
+        return cls(rollout, values["row"], values["advantage"], reference)
 
 
 @dataclass
@@ -117,7 +124,7 @@ class Reinforcement:
     sampler: Sampler
     rewards: Rewards
     reference: str = ""
-    conversing: Conversing | None = None
+    conversing: ConversationSampler | None = None
     first: int = 0
     """The step that the current answers were sampled for; 0 for none."""
     answers: list[_JudgedRollout] = field(default_factory=list)
@@ -126,11 +133,11 @@ class Reinforcement:
     failed: list[str] = field(default_factory=list)
     """Answers of the last sampling that are left out, and why."""
     seen: MetricMeans = field(default_factory=MetricMeans)
-    gap: Gap = field(default_factory=Gap)
+    gap: SamplerMismatch = field(default_factory=SamplerMismatch)
 
     def __post_init__(self) -> None:
         s = self.settings = self.config.reinforcement.settled()
-        self.drawing = SamplingParams(s.max_tokens, s.temperature, s.top_p, grammar=s.grammar_text)
+        self.params = SamplingParams(s.max_tokens, s.temperature, s.top_p, grammar=s.grammar_text)
         self._warned: dict[str, str] = {}
 
     # -- drawing -------------------------------------------------------------------------------------------------------
@@ -156,66 +163,67 @@ class Reinforcement:
         """Sample the answers of step `number`, and judge them. Return False if interrupted."""
         s = self.settings
         owners = [item for item in prompts for _ in range(s.group)]
-        asked = [
+        requests = [
             CompletionRequest(
-                item.ids, draw_seed(self.config.seed, number, item.row, i % s.group), self.drawing, self.name
+                item.ids, sampling_seed(self.config.seed, number, item.row, i % s.group), self.params, self.name
             )
             for i, item in enumerate(owners)
         ]
         began = time.perf_counter()
-        sampled = self._sampled(asked, [_unanswered(rows[item.row]) for item in owners], interrupted)
+        sampled = self._sampled(requests, [_unanswered(rows[item.row]) for item in owners], interrupted)
         if sampled is None:
             return False
-        drawn, answers = sampled
+        rollouts, answers = sampled
         seconds = time.perf_counter() - began
         judged, groups = self.rewards.judge(answers), [item.row for item in owners]
-        found = judged.logged() | reward_findings(judged, groups) | drawn_figures(drawn, seconds)
-        known = [i for i, value in enumerate(judged.values) if value is not None]
-        references = self._references([drawn[i] for i in known]) if s.kl else [()] * len(known)
-        values = torch.tensor([judged.values[i] for i in known], dtype=torch.float64)
-        worth = advantages(values, [groups[i] for i in known], baseline=s.baseline or "none", scale=s.scale or "none")
+        metrics = judged.logged() | reward_findings(judged, groups) | sampling_metrics(rollouts, seconds)
+        scored = [i for i, value in enumerate(judged.values) if value is not None]
+        references = self._references([rollouts[i] for i in scored]) if s.kl else [()] * len(scored)
+        values = torch.tensor([judged.values[i] for i in scored], dtype=torch.float64)
+        gains = advantages(values, [groups[i] for i in scored], baseline=s.baseline or "none", scale=s.scale or "none")
         self.answers = [
-            _JudgedRollout(drawn[i], groups[i], float(w), reference)
-            for i, w, reference in zip(known, worth.tolist(), references, strict=True)
-            if not (s.mask_cut and drawn[i].cut)
+            _JudgedRollout(rollouts[i], groups[i], float(w), reference)
+            for i, w, reference in zip(scored, gains.tolist(), references, strict=True)
+            if not (s.mask_cut and rollouts[i].cut)
         ]
         if not self.answers:
             raise TrainingError(
-                f"none of the {len(drawn)} answers of step {number} can be learned from",
-                where=f"{found['cut_answers']:.0f} are cut at reinforcement.max_tokens, {judged.failed} have no reward",
+                f"none of the {len(rollouts)} answers of step {number} can be learned from: "
+                f"{metrics['cut_answers']:.0f} are cut at max_tokens, {judged.failed} have no reward",
+                where="reinforcement",
                 fix="raise reinforcement.max_tokens, or leave reinforcement.mask_cut out",
             )
-        self.first, self.measured, self.failed = number, found, judged.why(answers)
-        self.measured["idle"] = float(not worth.any())
+        self.first, self.measured, self.failed = number, metrics, judged.why(answers)
+        self.measured["idle"] = float(not gains.any())
         return True
 
     def _sampled(
-        self, asked: Sequence[CompletionRequest], prompts: Sequence[Answer], interrupted: Callable[[], bool]
+        self, requests: Sequence[CompletionRequest], prompts: Sequence[Answer], interrupted: Callable[[], bool]
     ) -> tuple[list[Rollout], list[Answer]] | None:
         """Return rollouts, and the answers or conversations that rewards judge.
 
         Conversations if there is an environment. None if interrupted."""
         if self.conversing is not None:
-            conversations = self.conversing.draw(asked, prompts, interrupted)
+            conversations = self.conversing.draw(requests, prompts, interrupted)
         else:
-            drawn = self.sampler.draw(asked, interrupted)
-            conversations = None if drawn is None else [Conversation(rollout) for rollout in drawn]
+            rollouts = self.sampler.draw(requests, interrupted)
+            conversations = None if rollouts is None else [Conversation(rollout) for rollout in rollouts]
         if conversations is None:
             return None
-        answers = [said_so_far(prompt, each) for prompt, each in zip(prompts, conversations, strict=True)]
+        answers = [answer_so_far(prompt, each) for prompt, each in zip(prompts, conversations, strict=True)]
         return [each.rollout for each in conversations], answers
 
-    def _references(self, drawn: Sequence[Rollout]) -> list[tuple[float, ...]]:
+    def _references(self, rollouts: Sequence[Rollout]) -> list[tuple[float, ...]]:
         """Return log p of each answer's tokens under the reference."""
         out: dict[int, tuple[float, ...]] = {}
-        for group in shared_groups([(r.prompt, len(r.tokens)) for r in drawn], self.config):
-            batch, shared = collate_shared([drawn[i] for i in group])
+        for group in shared_groups([(r.prompt, len(r.tokens)) for r in rollouts], self.config):
+            batch, shared = collate_shared([rollouts[i] for i in group])
             with torch.no_grad(), without_dropout(self.base.model):
                 logps = self._reference_logps(batch, shared).tolist()
             for i in group:
-                n = len(drawn[i].logps)
+                n = len(rollouts[i].logps)
                 out[i], logps = tuple(logps[:n]), logps[n:]
-        return [out[i] for i in range(len(drawn))]
+        return [out[i] for i in range(len(rollouts))]
 
     def _reference_logps(self, batch: Batch, shared: SharedRows) -> Tensor:
         if self.settings.exact:
@@ -230,7 +238,7 @@ class Reinforcement:
         Answers without effect are left out of the micro-batches but counted."""
         s, answers = self.settings, self.answers
         factors = length_factors([len(a.rollout.logps) for a in answers], s.length or "answer", s.max_tokens)
-        moving = [i for i, a in enumerate(answers) if a.worth or s.kl]
+        moving = [i for i, a in enumerate(answers) if a.advantage or s.kl]
         moving = moving or [min(range(len(answers)), key=lambda i: answers[i].tokens)]  # at least one token
         factors = factors * (len(moving) / len(answers))  # the loop divides by the number of answers it gets
         micros = []
@@ -246,18 +254,18 @@ class Reinforcement:
     # -- the loss ------------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        self.seen, self.gap = MetricMeans(), Gap()
+        self.seen, self.gap = MetricMeans(), SamplerMismatch()
 
     def loss(self, batch: PolicyBatch) -> Tensor:
         """Return Σ loss over the batch's answers; the loop divides by their number."""
         s = self.settings
         logps = in_float64(self._policy(batch))
         old = logps.detach() if batch.old is None else batch.old.to(logps)
-        worth = per_token(batch.worth.to(logps.device), batch.answers)
+        advantage = per_token(batch.advantage.to(logps.device), batch.answers)
         ratios = policy_ratios(logps, old, batch.answers, level=s.ratio or "token")
-        losses = clipped(ratios, worth, s.clip_low, s.clip_high)
-        if batch.drawn is not None:
-            weights = importance_weights(old, batch.drawn.to(logps), s.importance_cap)
+        losses = clipped(ratios, advantage, s.clip_low, s.clip_high)
+        if batch.sampling_logps is not None:
+            weights = importance_weights(old, batch.sampling_logps.to(logps), s.importance_cap)
             losses = losses * weights
             self.seen.add(weight=weights)
         if batch.reference is not None:
@@ -270,7 +278,7 @@ class Reinforcement:
             self.seen.add(drift=(logps.detach() - old).abs())
         if s.clip_low is not None and s.clip_high is not None and batch.old is not None:
             r = ratios.detach()
-            self.seen.add(clipped=((r < 1 - s.clip_low) & (worth < 0)) | ((r > 1 + s.clip_high) & (worth > 0)))
+            self.seen.add(clipped=((r < 1 - s.clip_low) & (advantage < 0)) | ((r > 1 + s.clip_high) & (advantage > 0)))
         return (per_token(batch.factors.to(logps.device), batch.answers) * losses).sum()
 
     def _policy(self, batch: PolicyBatch) -> Tensor:
@@ -288,16 +296,16 @@ class Reinforcement:
         """Return the measurements since `begin`.
 
         Raises TrainingError if the sampler's model differs from the trained one."""
-        fix = "this is worth a report" if self.settings.exact else "set reinforcement.exact=true"
+        fix = "this is advantage a report" if self.settings.exact else "set reinforcement.exact=true"
         gap = self.gap.checked(self.settings, fix)
         return MetricMeans.total([self.seen, MetricMeans(dict(self.measured), dict.fromkeys(self.measured, 1)), gap])
 
-    def said_after(self, number: int) -> Iterator[str]:
+    def step_notes(self, number: int) -> Iterator[str]:
         """Yield warnings on step `number`, if answers were sampled for it.
 
         A condition that still holds at the next sampling is not reported again."""
         if number == self.first:
-            yield from answers_left_out(number, self.failed)
+            yield from left_out_notes(number, self.failed)
             before, self._warned = self._warned, draw_warnings(self.settings, number, self.measured)
             yield from (text for name, text in self._warned.items() if name not in before)
 
@@ -309,12 +317,12 @@ class Reinforcement:
         """Return the mean reward of greedy answers; the loss is minus that.
 
         None once `interrupted()`."""
-        greedy = replace(self.drawing, temperature=0.0, top_p=1.0)
-        asked = [CompletionRequest(item.ids, 0, greedy, self.name) for item in prompts]
-        sampled = self._sampled(asked, [_unanswered(rows[item.row]) for item in prompts], interrupted)
+        greedy = replace(self.params, temperature=0.0, top_p=1.0)
+        requests = [CompletionRequest(item.ids, 0, greedy, self.name) for item in prompts]
+        sampled = self._sampled(requests, [_unanswered(rows[item.row]) for item in prompts], interrupted)
         if sampled is None:
             return None
-        drawn, answers = sampled
+        rollouts, answers = sampled
         judged = self.rewards.judge(answers)
         values = [value for value in judged.values if value is not None]
         if not values:
@@ -323,10 +331,10 @@ class Reinforcement:
                 f"{bullets(judged.why(answers), 5)}",
                 fix="mend the reward, or hold out more prompts",
             )
-        figures = drawn_figures(drawn, 0.0)
+        figures = sampling_metrics(rollouts, 0.0)
         extra = judged.logged() | {key: figures[key] for key in ("cut_share", "answer_tokens")}
         tokens = int(figures["drawn_tokens"])
-        return EvalResult(-sum(values), tokens, len(drawn), extra, likelihood=False, units=len(values))
+        return EvalResult(-sum(values), tokens, len(rollouts), extra, likelihood=False, units=len(values))
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
@@ -336,10 +344,10 @@ class Reinforcement:
             return {}
         return {"first": self.first, "measured": self.measured, "answers": [a.to_dict() for a in self.answers]}
 
-    def restore(self, kept: Mapping[str, Any]) -> None:
-        if kept:
-            self.first, self.measured = int(kept["first"]), dict(kept["measured"])
-            self.answers = [_JudgedRollout.from_dict(values) for values in kept["answers"]]
+    def restore(self, state: Mapping[str, Any]) -> None:
+        if state:
+            self.first, self.measured = int(state["first"]), dict(state["measured"])
+            self.answers = [_JudgedRollout.from_dict(values) for values in state["answers"]]
 
 
 def _unanswered(row: Row) -> Answer:
@@ -349,7 +357,7 @@ def _unanswered(row: Row) -> Answer:
     if end < len(row.messages):
         columns.setdefault("answer", row.messages[end]["content"])
     columns.setdefault("where", row.where)
-    prompt = prompt_of(row)
+    prompt = with_final_turn(row)
     return Answer(
         list(prompt.messages[: prompt.last_assistant()]),
         "",
@@ -364,16 +372,16 @@ def _batch(answers: Sequence[_JudgedRollout], factors: Tensor, fresh: bool) -> P
     def numbers(values: Sequence[Sequence[float]]) -> Tensor:
         return torch.tensor([x for own in values for x in own], dtype=torch.float64)
 
-    changed = any(a.rollout.drawn != a.rollout.logps for a in answers)
+    changed = any(a.rollout.sampling_logps != a.rollout.logps for a in answers)
     return PolicyBatch(
         batch.input_ids,
         batch.lengths,
         batch.trained,
         [len(a.rollout.logps) for a in answers],
-        torch.tensor([a.worth for a in answers], dtype=torch.float64),
+        torch.tensor([a.advantage for a in answers], dtype=torch.float64),
         factors,
         numbers([a.rollout.logps for a in answers]),
-        numbers([a.rollout.drawn for a in answers]) if changed else None,
+        numbers([a.rollout.sampling_logps for a in answers]) if changed else None,
         numbers([a.reference for a in answers]) if answers[0].reference else None,
         fresh,
         shared=shared,
@@ -395,32 +403,32 @@ _MANY_CUT = 0.1
 
 def draw_warnings(settings: ReinforcementSection, number: int, measured: Mapping[str, float]) -> dict[str, str]:
     """Return the warnings about the answers of step `number`, by name. `measured`: their metrics."""
-    found = {}
+    warnings = {}
     if measured["idle"]:
         mean = f" ({measured['reward']:.3f} on average)" if "reward" in measured else ""
         compared = "to each prompt" if settings.baseline in ("group", "others") else "of the step"
-        found["idle"] = (
+        warnings["idle"] = (
             f"warning: nothing is learned from the rewards of step {number}: all answers {compared} are worth the "
             f"same{mean}; {_EASIER}"
         )
     if measured["cut_share"] > _MOST:
-        found["cut"] = (
+        warnings["cut"] = (
             f"warning: {measured['cut_share']:.0%} of the answers of step {number} are cut at "
             f"{settings.max_tokens} tokens; {_LONGER}"
         )
-    return found
+    return warnings
 
 
 def draw_summary(settings: ReinforcementSection, steps: Sequence[Mapping[str, float]]) -> Iterator[str]:
     """Yield the summary of a run; nothing if there is nothing to report.
 
     `steps`: the metrics of each step."""
-    draws = [found for found in steps if found.get("drawn_tokens")]
+    draws = [metrics for metrics in steps if metrics.get("drawn_tokens")]
     groups, constant, cut, failed = (
-        round(sum(found.get(key, 0.0) for found in draws))
+        round(sum(metrics.get(key, 0.0) for metrics in draws))
         for key in ("groups", "constant_groups", "cut_answers", "reward_failed")
     )
-    idle, answers = sum(bool(found.get("idle")) for found in draws), groups * settings.group
+    idle, answers = sum(bool(metrics.get("idle")) for metrics in draws), groups * settings.group
     if constant and settings.baseline in ("group", "others"):
         text = (
             f"of {groups:,} groups of answers {constant:,} ({constant / groups:.0%}) were worth the same throughout, "
@@ -430,7 +438,7 @@ def draw_summary(settings: ReinforcementSection, steps: Sequence[Mapping[str, fl
     elif idle:
         yield f"all answers of a step were worth the same in {idle:,} of {len(draws):,}: {_EASIER}"
     for reward in settings.rewards if len(settings.rewards) > 1 else ():
-        if draws and all(found.get(f"constant_{reward.called}") for found in draws):
+        if draws and all(metrics.get(f"constant_{reward.called}") for metrics in draws):
             yield f"the reward {reward.called} was the same within each group, in every draw: it moved nothing"
     if cut:
         text = f"of {answers:,} answers {cut:,} ({cut / answers:.0%}) were cut at {settings.max_tokens} tokens"
@@ -465,14 +473,14 @@ def sampled_judge(base: TextBase, attachment: Attachment, sampler: Sampler, mode
         how = SamplingParams(question.tokens, question.temperature, question.top_p, question.grammar)
         return CompletionRequest(ids, question.seed, how, names[question.model])
 
-    def reply(prompt: CompletionRequest, said: Rollout) -> Reply:
-        usage = {"prompt_tokens": len(prompt.prompt), "completion_tokens": len(said.tokens)}
-        error = "" if said.cut or said.text.strip() else "the judge said nothing"
-        return Reply(said.text, usage | {"total_tokens": sum(usage.values())}, error, cut=said.cut)
+    def reply(request: CompletionRequest, rollout: Rollout) -> Reply:
+        usage = {"prompt_tokens": len(request.prompt), "completion_tokens": len(rollout.tokens)}
+        error = "" if rollout.cut or rollout.text.strip() else "the judge said nothing"
+        return Reply(rollout.text, usage | {"total_tokens": sum(usage.values())}, error, cut=rollout.cut)
 
     def ask(questions: Sequence[Question], /) -> list[Reply]:
-        made = [request(question) for question in questions]
-        drawn = iter(sampler.draw([each for each in made if isinstance(each, CompletionRequest)]) or ())
-        return [reply(each, next(drawn)) if isinstance(each, CompletionRequest) else each for each in made]
+        requests = [request(question) for question in questions]
+        rollouts = iter(sampler.draw([each for each in requests if isinstance(each, CompletionRequest)]) or ())
+        return [reply(each, next(rollouts)) if isinstance(each, CompletionRequest) else each for each in requests]
 
     return ask

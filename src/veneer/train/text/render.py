@@ -219,8 +219,8 @@ def _learned_turns(row: Row, train_on: str) -> list[int]:
     elif train_on == "completion":
         users = [i for i, m in enumerate(row.messages) if m["role"] == "user"]
         turns = [i for i in turns if not users or i > users[-1]]
-    said = (i for i in turns if str(row.messages[i]["content"]).strip() or row.messages[i].get("tool_calls"))
-    return [i for i in said if row.messages[i].get("weight") != 0]
+    spoken = (i for i in turns if str(row.messages[i]["content"]).strip() or row.messages[i].get("tool_calls"))
+    return [i for i in spoken if row.messages[i].get("weight") != 0]
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> tuple[str | None, str]:

@@ -4,9 +4,9 @@
         drawn = sampler.draw([CompletionRequest(prompt, seed, how, "run"), …])
         logps = replayed_logps(base.model, ids, lengths, trained, sampler.replay(ids, lengths, trained, "run"))
 
-`Gap` measures the sampler-trainer mismatch. Answers are sampled from the attachment's current pairs over its
-base: nothing is saved, merged or synchronized, and nothing of the base is copied unless requested.
-`veneer.serve.engine.live` is the only implementation.
+`SamplerMismatch` measures the mismatch of sampler and trainer. Answers are sampled from the attachment's
+current pairs over its base: nothing is saved, merged or synchronized, and nothing of the base is copied unless
+requested. `veneer.serve.engine.live` is the only implementation.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Rollout:
     """A sampled answer.
 
     `tokens`: including the stop token. `logps`: log-probability of each token in nats, in the model's
-    distribution at temperature 1 without changes; `drawn`: in the distribution it was sampled from. `text`:
+    distribution at temperature 1 without changes; `sampling_logps`: in the distribution it was sampled from. `text`:
     without the stop token. `cut`: whether it ended at `max_tokens`. `cached`: tokens of the prompt found in
     the KV cache. `others`: ranges (from, to) of `tokens` that come from an environment and were not sampled:
     they are not in `logps` and `drawn`."""
@@ -77,7 +77,7 @@ class Rollout:
     prompt: tuple[int, ...]
     tokens: tuple[int, ...]
     logps: tuple[float, ...]
-    drawn: tuple[float, ...]
+    sampling_logps: tuple[float, ...]
     text: str
     cut: bool
     cached: int = 0
@@ -126,7 +126,7 @@ class Sampler(Protocol):
 
     @abstractmethod
     def draw(
-        self, asked: Sequence[CompletionRequest], interrupted: Callable[[], bool] = lambda: False
+        self, requests: Sequence[CompletionRequest], interrupted: Callable[[], bool] = lambda: False
     ) -> list[Rollout] | None:
         """Return the answers in the order of the requests; None once `interrupted()`.
 
@@ -150,28 +150,28 @@ class Sampler(Protocol):
 MakeSampler = Callable[["TextBase", "Attachment", SamplerSettings], AbstractContextManager[Sampler]]
 
 
-def drawn_figures(drawn: Sequence[Rollout], seconds: float) -> dict[str, float]:
+def sampling_metrics(rollouts: Sequence[Rollout], seconds: float) -> dict[str, float]:
     """Return the log's measurements of a sampling.
 
     Mean tokens of an answer, all tokens, seconds, number and share of cut answers, and the share of the
     prompts' tokens found in the KV cache."""
-    tokens, cut, count = sum(len(r.logps) for r in drawn), sum(r.cut for r in drawn), max(1, len(drawn))
+    tokens, cut, count = sum(len(r.logps) for r in rollouts), sum(r.cut for r in rollouts), max(1, len(rollouts))
     return {
         "answer_tokens": tokens / count,
         "drawn_tokens": float(tokens),
         "drawn_seconds": seconds,
         "cut_answers": float(cut),
         "cut_share": cut / count,
-        "prompt_cached": sum(r.cached for r in drawn) / max(1, sum(len(r.prompt) for r in drawn)),
+        "prompt_cached": sum(r.cached for r in rollouts) / max(1, sum(len(r.prompt) for r in rollouts)),
     }
 
 
-def draw_seed(*key: int | str) -> int:
+def sampling_seed(*key: int | str) -> int:
     """Return a seed of 63 bits, the same on every machine."""
     return int.from_bytes(hashlib.blake2b("|".join(map(str, key)).encode(), digest_size=8).digest()) >> 1
 
 
-def answers_left_out(number: int, failed: Sequence[str]) -> Iterator[str]:
+def left_out_notes(number: int, failed: Sequence[str]) -> Iterator[str]:
     """Yield why completions of step `number` were dropped, with their rows.
 
     They could not be scored, or the teacher did not read their tokens."""
@@ -181,7 +181,7 @@ def answers_left_out(number: int, failed: Sequence[str]) -> Iterator[str]:
 
 
 @dataclass
-class Gap:
+class SamplerMismatch:
     """The sampler-trainer mismatch of one step: differences of log-probabilities per token.
 
         gap_mean, gap_max     nats, over the tokens sampled for a step

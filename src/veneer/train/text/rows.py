@@ -134,19 +134,19 @@ class Leak:
 def read_rows(sources: str | Sequence[str], **options: Any) -> tuple[list[Row], About]:
     """Read rows of files, globs or hub data sets (`hub:ID@SPLIT`), in the given order.
 
-    `options`: those of `look_at_rows`. Raises DataError for a missing or empty file, for unusable rows (all of
+    `options`: those of `parse_rows`. Raises DataError for a missing or empty file, for unusable rows (all of
     them, up to 20, with line numbers), and if the format cannot be recognized from the columns."""
-    found, about = look_at_rows(sources, **options)
-    rows = [row for row in found if isinstance(row, Row)]
-    if bad := [f"{row.where}: {row.why}" for row in found if isinstance(row, UnusableRow)]:
+    parsed, about = parse_rows(sources, **options)
+    rows = [row for row in parsed if isinstance(row, Row)]
+    if bad := [f"{row.where}: {row.why}" for row in parsed if isinstance(row, UnusableRow)]:
         raise DataError(
-            f"{len(bad)} of {len(found)} rows are not usable as `{about.format}`:\n{bullets(bad)}",
+            f"{len(bad)} of {len(parsed)} rows are not usable as `{about.format}`:\n{bullets(bad)}",
             fix=f"correct or remove them; if they are not `{about.format}`, set data.format",
         )
     return rows, about
 
 
-def look_at_rows(
+def parse_rows(
     sources: str | Sequence[str],
     *,
     format: str = "auto",
@@ -242,12 +242,12 @@ def _choose(
 
     Raises DataError if the columns fit no format."""
     where, have = records[0].where, f"the columns are {', '.join(seen) or 'none'}"
-    known = {c for name in _FORMATS for c in format_columns(name)}
+    names = {c for name in _FORMATS for c in format_columns(name)}
     for ours, theirs in columns.items():
-        if ours not in known:
+        if ours not in names:
             raise DataError(
-                f"data.columns names `{ours}`, which no format has{_hint(ours, known)}",
-                fix=f"the names are {', '.join(sorted(known))}",
+                f"data.columns names `{ours}`, which no format has{_hint(ours, names)}",
+                fix=f"the names are {', '.join(sorted(names))}",
             )
         if theirs not in seen:
             raise DataError(
@@ -349,13 +349,13 @@ def _from_openai_pair(values: Mapping[str, Any]) -> Row:
     """Return the row of OpenAI's preference format.
 
     The format has a prompt with its tools, and the messages of each answer."""
-    given = values["input"]
-    if not isinstance(given, Mapping):
-        raise ValueError(f"`input` should be a mapping with messages, found {_kind(given)}")
-    prompt = _messages(given.get("messages"), "input.messages")
+    prompt_input = values["input"]
+    if not isinstance(prompt_input, Mapping):
+        raise ValueError(f"`input` should be a mapping with messages, found {_kind(prompt_input)}")
+    prompt = _messages(prompt_input.get("messages"), "input.messages")
     answers = {"chosen": "preferred_output", "rejected": "non_preferred_output"}
     ends = {ours: list(_messages(values[theirs], theirs)) for ours, theirs in answers.items()}
-    return replace(_from_pair({"prompt": list(prompt), **ends}), tools=tuple(given.get("tools") or ()))
+    return replace(_from_pair({"prompt": list(prompt), **ends}), tools=tuple(prompt_input.get("tools") or ()))
 
 
 def _user(text: str) -> dict[str, Any]:
@@ -461,20 +461,20 @@ def _message(m: Any, name: str) -> dict[str, Any]:
         raise ValueError(
             f"`{name}.role` is {role!r}{hint}; roles are {', '.join(ROLES)}" if role else f"`{name}` has no role"
         )
-    kept = {k: v for k, v in m.items() if v is not None}  # Parquet fills missing keys with None
+    fields = {k: v for k, v in m.items() if v is not None}  # Parquet fills missing keys with None
     if isinstance(content, list):
         content = "".join(_part(p, name) for p in content)
-    if "function_call" in kept:
+    if "function_call" in fields:
         raise ValueError(f"`{name}.function_call` is the old form of tool_calls: give it as one of those")
-    if "tool_calls" in kept:
-        kept["tool_calls"] = _tool_calls(kept["tool_calls"], f"{name}.tool_calls", role)
+    if "tool_calls" in fields:
+        fields["tool_calls"] = _tool_calls(fields["tool_calls"], f"{name}.tool_calls", role)
     if content is None and m.get("tool_calls"):
         content = ""
     if not isinstance(content, str):
         raise ValueError(f"`{name}.content` should be text, found {_kind(content)}")
-    if "weight" in kept and (isinstance(kept["weight"], bool) or kept["weight"] not in (0, 1)):
-        raise ValueError(f"`{name}.weight` is {kept['weight']!r}; it can be 0 (not learned) or 1")
-    return {**kept, "role": role, "content": content}
+    if "weight" in fields and (isinstance(fields["weight"], bool) or fields["weight"] not in (0, 1)):
+        raise ValueError(f"`{name}.weight` is {fields['weight']!r}; it can be 0 (not learned) or 1")
+    return {**fields, "role": role, "content": content}
 
 
 def _tool_calls(value: Any, name: str, role: str) -> list[Any]:

@@ -69,11 +69,11 @@ def sample_prompt(rows: Sequence[Row]) -> dict[str, Any]:
     `messages`: all messages before the row's answer; `prompt`: the beginning of the last message."""
     for row in rows:
         turns = [{"role": m.get("role"), "content": m.get("content")} for m in row.messages]
-        asked = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
-        if row.tools or not asked or not all(isinstance(text, str) for turn in asked for text in turn.values()):
+        prompt = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
+        if row.tools or not prompt or not all(isinstance(text, str) for turn in prompt for text in turn.values()):
             continue
-        if sum(len(str(turn["content"])) for turn in asked) <= _LONGEST:
-            return {"prompt": str(asked[-1]["content"])[:_PROMPT], "messages": asked}
+        if sum(len(str(turn["content"])) for turn in prompt) <= _LONGEST:
+            return {"prompt": str(prompt[-1]["content"])[:_PROMPT], "messages": prompt}
     return {}
 
 
@@ -83,11 +83,11 @@ def sample_answers(
     """Return greedy answers to `messages` of at most `tokens` tokens.
 
     Keys are `base` and `adapter` (the adapter `name`). Raises BaseError, DataError."""
-    said = {}
-    for who, mix in (("base", ()), ("adapter", (name,))):
+    answers = {}
+    for name_of_mix, mix in (("base", ()), ("adapter", (name,))):
         with attachment.using(*mix):
-            said[who] = complete(base, [messages], max_new_tokens=tokens)[0].text
-    return said
+            answers[name_of_mix] = complete(base, [messages], max_new_tokens=tokens)[0].text
+    return answers
 
 
 def text_report(
@@ -135,14 +135,14 @@ def _preference_cards(result: RunResult) -> list[tuple[str, str, str]]:
 def _usage(folder: Path, base: TextBase) -> list[tuple[str, str]]:
     messages = sample_messages(read_card(folder).card.extra)
     system, text = opening(messages)
-    given = f", system={system!r}" if system else ""
+    system_argument = f", system={system!r}" if system else ""
     words = shlex.join(["veneer", "eval", "--base", base.name, "--adapter", str(folder), "--data", "held_out.jsonl"])
     return [
         ("On the command line", f"{generate_command(base.name, str(folder), messages)}\n{words}"),
         (
             "In Python",
             f'import veneer\n\nbase = veneer.load_base("{base.name}")\n'
-            f'print(veneer.generate(base, [{text or "…"!r}], adapters=["{folder}"]{given})[0])',
+            f'print(veneer.generate(base, [{text or "…"!r}], adapters=["{folder}"]{system_argument})[0])',
         ),
         (
             "With PEFT",

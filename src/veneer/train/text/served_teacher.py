@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from veneer.errors import ConfigError, MismatchError, quoted, shown
-from veneer.train.config.section import how_asked
+from veneer.train.config.section import server_settings
 from veneer.train.rewards.server import AwaitedServer, Unanswered
 
 if TYPE_CHECKING:
@@ -69,14 +69,17 @@ class ServedTeacher:
         """Return (log q, the token's text or None) of all tokens but the first. Raises Unanswered."""
         body: dict[str, Any] = {"model": self.model, "prompt": list(ids), "max_tokens": 1, "temperature": 0}
         answer = self.server.response("/completions", body | {"prompt_logprobs": 0})
-        read = self.server.read(answer, "completion")
+        body_read = self.server.read(answer, "completion")
         try:
-            positions = [{int(id): told for id, told in at.items()} for at in read["choices"][0]["prompt_logprobs"][1:]]
+            positions = [
+                {int(id): entries for id, entries in at.items()}
+                for at in body_read["choices"][0]["prompt_logprobs"][1:]
+            ]
             missing = [id for id, at in zip(ids[1:], positions, strict=True) if id not in at]
             if missing:
                 raise Unanswered(f"the teacher gives the token {missing[0]} no log-probability")
-            told = [at[id] for id, at in zip(ids[1:], positions, strict=True)]
-            return [(float(each["logprob"]), each.get("decoded_token")) for each in told]
+            entries = [at[id] for id, at in zip(ids[1:], positions, strict=True)]
+            return [(float(each["logprob"]), each.get("decoded_token")) for each in entries]
         except (LookupError, TypeError, ValueError, AttributeError):
             raise self.server.unread(answer, "completion with log-probabilities of its prompt") from None
 
@@ -88,7 +91,7 @@ def served_teacher(section: DistillationSection, base: TextBase) -> Iterator[Ser
     Raises MismatchError if its tokens differ from the student's, ConfigError if it gives no prompt
     log-probabilities or refuses requests, UnavailableError if it is unavailable."""
     assert section.url is not None
-    with AwaitedServer(section.url, "teacher", "distillation.patience", **how_asked(section)) as server:
+    with AwaitedServer(section.url, "teacher", "distillation.patience", **server_settings(section)) as server:
         teacher = ServedTeacher(server, str(section.teacher))
         _check_tokenizer(teacher, base)
         yield teacher
@@ -111,20 +114,20 @@ def _check_tokenizer(teacher: ServedTeacher, base: TextBase) -> None:
             fix="serve the teacher with vLLM or veneer, by a base with the student's tokenizer; any server's answers "
             "are rows for training on examples",
         ) from None
-    known = {id: text for id, text in texts.items() if text and not text.startswith(("token_id:", "bytes:"))}
-    if not known:
+    comparable = {id: text for id, text in texts.items() if text and not text.startswith(("token_id:", "bytes:"))}
+    if not comparable:
         raise ConfigError(
             "the teacher's server does not tell the texts of tokens, by which its tokenizer would be compared",
             where=teacher.server.url,
             fix="serve it so that it does (vLLM: without --return-tokens-as-token-ids)",
         )
-    ours = {id: str(tokenizer.decode([id])) for id in known}
-    apart = [id for id, text in known.items() if not _alike(ours[id], text)]
+    ours = {id: str(tokenizer.decode([id])) for id in comparable}
+    apart = [id for id, text in comparable.items() if not _alike(ours[id], text)]
     if apart:
-        theirs, here = (quoted(shown(each[apart[0]])) for each in (known, ours))
+        their_text, our_text = (quoted(shown(each[apart[0]])) for each in (comparable, ours))
         raise MismatchError(
-            f"the teacher has another tokenizer: {len(apart):,} of {len(known):,} tokens that were compared "
-            f"differ, as {apart[0]}: {theirs} to it, {here} here",
+            f"the teacher has another tokenizer: {len(apart):,} of {len(comparable):,} tokens that were compared "
+            f"differ, as {apart[0]}: {their_text} to it, {our_text} here",
             where=f"distillation.teacher: {teacher.name}, beside {base.name}",
             fix="take a teacher of the student's family; any teacher's answers are rows for training on examples",
         )

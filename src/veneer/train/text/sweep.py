@@ -58,8 +58,8 @@ def grid(overrides: Sequence[str]) -> list[Combination]:
     The last setting changes fastest. Raises ConfigError if nothing is swept, for more than 256 combinations,
     for a setting or a value given twice, and for a swept output, because the output holds all combinations.
     """
-    given = [override.partition("=") for override in overrides]
-    values = {key: _values(text) for key, _, text in given}
+    parsed = [override.partition("=") for override in overrides]
+    values = {key: _values(text) for key, _, text in parsed}
     swept = {key: own for key, own in values.items() if len(own) > 1}
     count = math.prod(len(own) for own in swept.values())
     if not swept or count > _MOST:
@@ -67,7 +67,7 @@ def grid(overrides: Sequence[str]) -> list[Combination]:
             f"{count} combinations are no sweep" if swept else "nothing is swept: no setting has several values",
             fix=f"give settings with commas, up to {_MOST} combinations: adapter.rank=8,16 seed=0,1",
         )
-    twice = [key for key in values if sum(key == each for each, *_ in given) > 1]
+    twice = [key for key in values if sum(key == each for each, *_ in parsed) > 1]
     twice += [f"{key}={value}" for key, own in swept.items() for value in dict.fromkeys(own) if own.count(value) > 1]
     if twice:
         raise ConfigError(f"{twice[0]} is given twice", fix="give it once: each combination is a run of its own")
@@ -76,7 +76,7 @@ def grid(overrides: Sequence[str]) -> list[Combination]:
         raise ConfigError("the output cannot be swept", where=outputs.pop(), fix=fix)
     leaves = [key.rpartition(".")[2] for key in swept]
     short = {key: leaf if leaves.count(leaf) == 1 else key for key, leaf in zip(swept, leaves, strict=True)}
-    held = ["".join(parts) for parts in given if parts[0] not in swept]
+    fixed = ["".join(parts) for parts in parsed if parts[0] not in swept]
     out = []
     names: set[str] = set()
     for n, chosen in enumerate(itertools.product(*swept.values()), 1):
@@ -85,7 +85,7 @@ def grid(overrides: Sequence[str]) -> list[Combination]:
         if len(name) > _NAME or name in names:  # two paths can give equal or too long names
             name = f"{name[:_NAME]},{n}"
         names.add(name)
-        out.append(Combination(name, own, [*held, *(f"{key}={value}" for key, value in own.items())]))
+        out.append(Combination(name, own, [*fixed, *(f"{key}={value}" for key, value in own.items())]))
     return out
 
 
@@ -133,9 +133,9 @@ class Sweep:
 
 
 def _loss_of(row: Mapping[str, Any]) -> float:
-    found = row.get("validation", math.inf)
-    found = row.get("loss") if found is None else found
-    return math.inf if found is None else float(found)
+    loss = row.get("validation", math.inf)
+    loss = row.get("loss") if loss is None else loss
+    return math.inf if loss is None else float(loss)
 
 
 def run_sweep(
@@ -153,15 +153,15 @@ def run_sweep(
     `listener`: returns the listener of a run by its name. Raises ConfigError for an invalid grid and for runs
     whose losses cannot be compared, and the errors of `run_texts`; a failed run is a row of the report."""
     combinations = grid(overrides)
-    held = [o for o in overrides if o.partition("=")[0] not in combinations[0].swept]
-    common = load_config(file, held)[0]
+    fixed = [o for o in overrides if o.partition("=")[0] not in combinations[0].swept]
+    common = load_config(file, fixed)[0]
     folder = Path(common.output.directory)
     _check_comparable(combinations[0].swept, common)
     if "seed" in combinations[0].swept and isinstance(common, TrainConfig):  # the same rows are held out
-        held = [*held, f"data.split_seed={common.split_seed}"] if _is_split(common) else held
+        fixed = [*fixed, f"data.split_seed={common.split_seed}"] if _is_split(common) else fixed
     loaded = []
     for one in combinations:
-        settings = [*held, *(f"{key}={value}" for key, value in one.swept.items())]
+        settings = [*fixed, *(f"{key}={value}" for key, value in one.swept.items())]
         loaded.append(load_config(file, [*settings, f"output.directory={folder / one.name}"]))
     results = run_texts(
         [config for config, _ in loaded],

@@ -50,15 +50,15 @@ from veneer.train.loop import EvalResult, Learner, MetricMeans, Step, Stop, send
 from veneer.train.planning import drawn_at_once, micro_tokens_of_run, with_micro_tokens
 from veneer.train.preflight import CACHE, Report, computes_on, free_memory, recomputes
 from veneer.train.report.log import duration, read_log, size
-from veneer.train.rewards.build import judges_here, rewards_of
+from veneer.train.rewards.build import build_rewards, local_judge_models
 from veneer.train.rewards.limited import LimitedFunction
 from veneer.train.rewards.reward import Rewards
 from veneer.train.run import NAME, Run, Task, carry_out, newest_checkpoint, opened, raise_if_stopped, recipe_of
 from veneer.train.save import Outcome, ReportParts, prove
 from veneer.train.text.batches import Batch
-from veneer.train.text.conversations import Conversing
+from veneer.train.text.conversations import ConversationSampler
 from veneer.train.text.data import TextData, planned_steps, read_data
-from veneer.train.text.distill import AnyTeacher, Distillation, Teacher, teacher_of
+from veneer.train.text.distill import AnyTeacher, Distillation, Teacher, open_teacher
 from veneer.train.text.evaluate import score_examples
 from veneer.train.text.preference import Preference
 from veneer.train.text.prompts import PromptItem
@@ -294,7 +294,9 @@ def attached_texts(texts: Sequence[TextRun]) -> Iterator[list[AttachedText]]:
         attachment.use(first.name)
         undo.callback(model.train, model.training)
         model.train()
-        drawers = [undo.enter_context(_drawing(text, attachment)) for text in texts]  # before weights are joined
+        sampling_parts = [
+            undo.enter_context(_open_sampling(text, attachment)) for text in texts
+        ]  # before weights are joined
         if recompute:
             undo.callback(model.activation_checkpointing_disable)
             store = host_store(config, base, run)
@@ -309,14 +311,14 @@ def attached_texts(texts: Sequence[TextRun]) -> Iterator[list[AttachedText]]:
             for adapter in attachment.adapters.values():
                 adapter.move(device)
             local = local_bytes(model)
-            read = "" if base.unread is None else f", and read {size(base.unread.bytes_read)} for it"
-            run.note(f"sharded over {devices.count} devices: this one holds {size(local)} of {size(whole)}{read}")
+            read_note = "" if base.unread is None else f", and read {size(base.unread.bytes_read)} for it"
+            run.note(f"sharded over {devices.count} devices: this one holds {size(local)} of {size(whole)}{read_note}")
             texts = [replace(text, base=replace(base, device=device)) for text in texts]
         how = undo.enter_context(fast(model, keep=0 if sharded else keep, pack=pack, sharded=parted))
         run.note(how.summary())
         attached = [AttachedText(text, attachment, call) for text in texts]
-        for each, drawer in zip(attached, drawers, strict=True):
-            each.task = _task_of(each, drawer)
+        for each, sampling in zip(attached, sampling_parts, strict=True):
+            each.task = _task_of(each, sampling)
         yield attached
 
 
@@ -342,15 +344,15 @@ def host_store(config: TrainConfig, base: TextBase, run: Run) -> ActivationOfflo
 _REPLY = 30.0
 """Seconds that an environment can take to reply."""
 
-_Drawer = tuple[Sampler, Rewards, Conversing | None] | tuple[Sampler, AnyTeacher]
+_SamplingParts = tuple[Sampler, Rewards, ConversationSampler | None] | tuple[Sampler, AnyTeacher]
 
 
 @contextmanager
-def _drawing(text: TextRun, attachment: Attachment) -> Iterator[_Drawer | None]:
+def _open_sampling(text: TextRun, attachment: Attachment) -> Iterator[_SamplingParts | None]:
     """Yield the sampler and the judge of a run's answers.
 
     None for a run without sampling."""
-    r = text.config.drawn
+    r = text.config.sampling
     if r is None:
         yield None
         return
@@ -360,7 +362,7 @@ def _drawing(text: TextRun, attachment: Attachment) -> Iterator[_Drawer | None]:
             where=r.named,
             fix="train by `veneer train` or veneer.train_text",
         )
-    judges = judges_here(r.rewards) if isinstance(r, ReinforcementSection) else set()
+    judges = local_judge_models(r.rewards) if isinstance(r, ReinforcementSection) else set()
     longest = max(item.tokens for split in (text.data.train, text.data.held) for item in split.items)
     context = 0 if judges else longest  # the length of judges' prompts is not limited
     exact = isinstance(r, ReinforcementSection) and r.exact
@@ -377,10 +379,10 @@ def _drawing(text: TextRun, attachment: Attachment) -> Iterator[_Drawer | None]:
             )
         if isinstance(r, ReinforcementSection):
             ask = sampled_judge(text.base, attachment, sampler, judges) if judges else None
-            rewards = opened.enter_context(rewards_of(r.rewards, ask=ask, most_failed=r.most_failed))
+            rewards = opened.enter_context(build_rewards(r.rewards, ask=ask, most_failed=r.most_failed))
             yield sampler, rewards, _conversing(text, sampler, opened)
         else:
-            teacher = opened.enter_context(teacher_of(r, text.base, attachment, text.run.note))
+            teacher = opened.enter_context(open_teacher(r, text.base, attachment, text.run.note))
             if isinstance(teacher, Teacher) and teacher.base.context < longest:
                 what = (
                     f"a prompt and its answer have up to {longest} tokens, and the teacher reads {teacher.base.context}"
@@ -389,7 +391,7 @@ def _drawing(text: TextRun, attachment: Attachment) -> Iterator[_Drawer | None]:
             yield sampler, teacher
 
 
-def _conversing(text: TextRun, sampler: Sampler, opened: ExitStack) -> Conversing | None:
+def _conversing(text: TextRun, sampler: Sampler, opened: ExitStack) -> ConversationSampler | None:
     """Return the environment that answers the model in multi-turn runs, or None."""
     r = text.config.reinforcement
     if r.environment is None:
@@ -398,7 +400,7 @@ def _conversing(text: TextRun, sampler: Sampler, opened: ExitStack) -> Conversin
     file, function = (f"{file}.py", function) if function else (r.environment, "reply")
     environment = opened.enter_context(LimitedFunction(function, file=file, timeout=_REPLY))
     renderer = text.data.train.encoded.renderer
-    return Conversing(sampler, renderer, environment, r.turns)
+    return ConversationSampler(sampler, renderer, environment, r.turns)
 
 
 def recompute_activations(model: Any, store: ActivationOffloader | None = None) -> None:
@@ -476,7 +478,7 @@ class AttachedText:
         """Return why the run's rows cannot share a pass with other runs, or ""."""
         if self.config.preference.loss is not None:
             return "its loss compares answers"
-        if self.config.drawn is not None:
+        if self.config.sampling is not None:
             return "its answers are drawn"
         adapter, model = self.attachment.adapters[self.name], self.base.model
         head = base_of(model.get_output_embeddings())
@@ -494,7 +496,7 @@ class AttachedText:
             learned_tokens=progress.trained_tokens,
             tokens_per_second=progress.tokens / progress.seconds if progress.seconds else 0.0,
         )
-        if outcome.dry_run or (self.config.preference.loss is None and self.config.drawn is None):
+        if outcome.dry_run or (self.config.preference.loss is None and self.config.sampling is None):
             return result
         measured = {r["step"]: dict(r["extra"]) for r in self.logged("evaluated")}
         measured = self.run.devices.gather(measured)[0]
@@ -575,9 +577,9 @@ class AttachedText:
         return text_report(result, self.run.folder, self.base, progress.seconds, self.config.preference.loss)
 
 
-def _task_of(a: AttachedText, drawer: _Drawer | None) -> Task[RunResult]:
-    if drawer is not None:
-        return _drawing_task(a, drawer)
+def _task_of(a: AttachedText, sampling: _SamplingParts | None) -> Task[RunResult]:
+    if sampling is not None:
+        return _sampling_task(a, sampling)
     if a.config.preference.loss is not None:
         return _preference_task(a)
     own = a.likelihood
@@ -661,38 +663,38 @@ def _preference_task(a: AttachedText) -> Task[RunResult]:
     return a.make_task(learner, begin=begin)
 
 
-def _drawing_task(a: AttachedText, drawer: _Drawer) -> Task[RunResult]:
+def _sampling_task(a: AttachedText, sampling: _SamplingParts) -> Task[RunResult]:
     """Return the task of prompts with sampled answers.
 
     The answers are judged, or compared with a teacher. If they are judged, the reference is the base without
     adapter, or the adapter that the run started from."""
     config, rows, r = a.config, a.data.train.rows, a.config.reinforcement
-    drawing: Distillation | Reinforcement
-    if len(drawer) == 2:
-        drawing = Distillation(config, a.base, a.name, *drawer)
+    sampled: Distillation | Reinforcement
+    if len(sampling) == 2:
+        sampled = Distillation(config, a.base, a.name, *sampling)
     else:
-        sampler, rewards, conversing = drawer
+        sampler, rewards, conversing = sampling
         reference = f"{a.name}, as it began" if a.data.start is not None and r.kl else ""
         if a.data.start is not None and reference:
             a.attachment.add(reference, a.data.start)
-        drawing = Reinforcement(config, a.base, a.attachment, a.name, sampler, rewards, reference, conversing)
+        sampled = Reinforcement(config, a.base, a.attachment, a.name, sampler, rewards, reference, conversing)
     tell = a.run.tell
 
     def begin(progress: Progress, listener: Listener) -> None:
         nonlocal tell
         tell = listener
-        if isinstance(drawing, Distillation):
+        if isinstance(sampled, Distillation):
             prompts = [item for item in a.data.train.items if isinstance(item, PromptItem)]
-            for line in drawing.said_first(prompts):
+            for line in sampled.start_notes(prompts):
                 tell(Note(line))
 
     def end_step(number: int) -> None:
-        for line in drawing.said_after(number):
+        for line in sampled.step_notes(number):
             tell(Note(line))
 
     def end(tell: Listener) -> None:
-        if isinstance(drawing, Reinforcement):
-            for line in draw_summary(drawing.settings, [record["extra"] for record in a.logged("stepped")]):
+        if isinstance(sampled, Reinforcement):
+            for line in draw_summary(sampled.settings, [record["extra"] for record in a.logged("stepped")]):
                 tell(Note(line))
 
     def report(result: RunResult, progress: Progress) -> ReportParts:
@@ -708,15 +710,15 @@ def _drawing_task(a: AttachedText, drawer: _Drawer) -> Task[RunResult]:
         return replace(parts, cards=cards, loss=f"Loss, {loss}")
 
     learner = a.learner(
-        drawing.loss,
-        lambda stop: drawing.score(a.held_out, a.data.held.rows, stop),
+        sampled.loss,
+        lambda stop: sampled.score(a.held_out, a.data.held.rows, stop),
         send=None,  # the next step's answers are not sampled yet
-        draw=lambda step, number, stop: drawing.draw_step(step, number, rows, stop),
-        begin_step=lambda step: drawing.begin(),
+        draw=lambda step, number, stop: sampled.draw_step(step, number, rows, stop),
+        begin_step=lambda step: sampled.begin(),
         end_step=end_step,
-        metrics=drawing.means,
+        metrics=sampled.means,
     )
-    more = {"kept": drawing.kept, "restore": drawing.restore} if isinstance(drawing, Reinforcement) else {}
+    more = {"kept": sampled.kept, "restore": sampled.restore} if isinstance(sampled, Reinforcement) else {}
     return a.make_task(
-        learner, **more, begin=begin, end=end, report=report, rewarded=isinstance(drawing, Reinforcement)
+        learner, **more, begin=begin, end=end, report=report, rewarded=isinstance(sampled, Reinforcement)
     )

@@ -210,10 +210,10 @@ def _check_memory(texts: Sequence[TextRun]) -> None:
     needed = sum(states) + int(each * min(tokens, most))
     where = f"{gigabytes(sum(states))} of them for the states of {counted(len(texts), 'run')}"
     fix = "fewer configurations at once, or a lower batching.micro_tokens in all of them"
-    found = memory_finding(needed, free, where, fix=fix, force=texts[0].run.force)
-    if found.level == "stop":
-        raise PreflightError(found.text, fix=found.fix)
-    texts[0].run.note(f"together: {found.text}")
+    finding = memory_finding(needed, free, where, fix=fix, force=texts[0].run.force)
+    if finding.level == "stop":
+        raise PreflightError(finding.text, fix=finding.fix)
+    texts[0].run.note(f"together: {finding.text}")
 
 
 @dataclass(frozen=True)
@@ -271,10 +271,10 @@ class SharedPasses:
             rows = tuple(row for micro in micros for row in micro.rows)
             try:
                 with shared(), memory_errors(Micro(sum(micro.tokens for micro in micros), 0, rows, lambda: None)):
-                    found = self._pass(parts)
+                    sums = self._pass(parts)
             except ResourceError as error:  # without the rows: a run is not told of another run's rows
                 return dict.fromkeys(loops, ResourceError(error.what, where="a pass of several runs", fix=error.fix))
-            for (loop, index), micro, nll in zip(parts, micros, found, strict=True):
+            for (loop, index), micro, nll in zip(parts, micros, sums, strict=True):
                 nlls[loop][index] = nll
                 tokens[loop] += micro.tokens
         losses = {loop: read_losses(own) for loop, own in nlls.items()}
@@ -284,15 +284,15 @@ class SharedPasses:
     def _cut(self, loops: Sequence[Loop]) -> Iterator[list[tuple[Loop, int]]]:
         """The (run, index of its micro-batch) of each pass: all first ones, all second ones, …, cut before `most`
         tokens."""
-        order = sorted((index, place) for place, loop in enumerate(loops) for index in range(len(loop.micros)))
+        order = sorted((index, number) for number, loop in enumerate(loops) for index in range(len(loop.micros)))
         own: list[tuple[Loop, int]] = []
         tokens = 0
-        for index, place in order:
-            more = loops[place].micros[index].tokens
+        for index, number in order:
+            more = loops[number].micros[index].tokens
             if own and tokens + more > self.most:
                 yield own
                 own, tokens = [], 0
-            own.append((loops[place], index))
+            own.append((loops[number], index))
             tokens += more
         yield own
 
@@ -301,10 +301,10 @@ class SharedPasses:
         batches: list[Batch] = [loop.batch(index, range(index + 1, len(loop.micros))) for loop, index in parts]
         seeds = [loop.seed(index) for loop, index in parts]
         seed_all(*seeds[0])
-        tokens, kept = [batch.tokens for batch in batches], [batch.trained_tokens for batch in batches]
-        spans = LoraSegments(tokens, kept, [seeded_generator(*seed) for seed in seeds])
+        tokens, trained = [batch.tokens for batch in batches], [batch.trained_tokens for batch in batches]
+        spans = LoraSegments(tokens, trained, [seeded_generator(*seed) for seed in seeds])
         self.attachment.use_spans([self.members[loop].name for loop, _ in parts], spans)
-        right = torch.empty(sum(kept), dtype=torch.bool, device=self.device)
+        right = torch.empty(sum(trained), dtype=torch.bool, device=self.device)
         nll = rows_nll(
             self.model,
             torch.cat([sent(batch.input_ids, self.device) for batch in batches]),
@@ -313,9 +313,9 @@ class SharedPasses:
             spans=spans,
             right=right,
         )
-        for (loop, _), part in zip(parts, right.split(kept), strict=True):
+        for (loop, _), part in zip(parts, right.split(trained), strict=True):
             self.members[loop].likelihood.add_accuracy(part)
-        sums = [part.sum() for part in nll.split(kept)]
+        sums = [part.sum() for part in nll.split(trained)]
         losses = [own / loop.step.counted for own, (loop, _) in zip(sums, parts, strict=True)]
         torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
         return [own.detach() for own in sums]
