@@ -21,7 +21,7 @@ def read(*entries: Any) -> Holder:
     return Holder.model_validate_json(json.dumps({"rewards": entries}), strict=True)
 
 
-def test_what_is_read_is_written_as_it_was() -> None:
+def test_rewards_round_trip_through_json() -> None:
     given: list[dict[str, Any]] = [
         {"kind": "exact_match", "column": "total", "weight": -1},
         {"kind": "json_schema", "json_schema": {"type": "object"}},
@@ -57,7 +57,7 @@ def test_what_is_read_is_written_as_it_was() -> None:
         ({"kind": "exact_match", "name": "two words"}, "pattern"),
     ],
 )
-def test_what_cannot_be_meant_says_what_may_be(entry: Any, said: str) -> None:
+def test_invalid_rewards_are_refused_with_a_correction(entry: Any, said: str) -> None:
     with pytest.raises(pydantic.ValidationError) as caught:
         read(entry)
     assert said in str(caught.value)
@@ -75,7 +75,7 @@ def test_paths_are_the_files_folder_s(tmp_path: Path) -> None:
     assert rooted_rewards(entries, tmp_path) == [own, *entries[1:]]
 
 
-def test_every_key_says_what_it_means() -> None:
+def test_every_key_has_a_description() -> None:
     for kind, section in REWARD_KINDS.items():
         for key, field in section.model_fields.items():
             assert key == "kind" or field.description, f"{kind}.{key}"

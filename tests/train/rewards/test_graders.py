@@ -54,7 +54,7 @@ words = st.lists(st.sampled_from(["the", "cat", "sat", "on", "a", "mat"]), min_s
 
 
 @given(words, words)
-def test_text_similarity_is_what_the_packages_say(text: str, want: str) -> None:
+def test_text_similarity_equals_the_packages(text: str, want: str) -> None:
     expected = {
         "bleu": sacrebleu.sentence_bleu(text, [want]).score / 100,
         "gleu": sentence_gleu([want.split()], text.split()),
@@ -119,7 +119,7 @@ def test_score_model(reply: Reply, value: float | None, error: str | None) -> No
     assert asked[0].form["properties"]["result"] == {"type": "number", "minimum": 0, "maximum": 10}
 
 
-def test_score_model_needs_somebody_to_ask() -> None:
+def test_score_model_needs_a_model() -> None:
     with pytest.raises(ConfigError, match="nobody here answers"):
         grade(SCORE, "x")
 
@@ -154,7 +154,7 @@ def test_multi_is_its_formula(formula: str) -> None:
     assert found.value == pytest.approx(eval(formula.replace("^", "**"), names | found.parts))
 
 
-def test_multi_says_what_has_no_value() -> None:
+def test_multi_reports_missing_values() -> None:
     found = grade(multi("a / (b - b)"), "x", {"want": "x"})
     assert (found.value, found.parts) == (None, {"a": 1, "b": 1})
     assert "other_error" in found.errors
@@ -163,12 +163,12 @@ def test_multi_says_what_has_no_value() -> None:
     assert found.errors["invalid_variable_error"].startswith("a: item.want")
 
 
-def test_one_grader_in_a_multi_goes_by_its_name() -> None:
+def test_single_grader_in_multi_gets_its_own_name() -> None:
     own = {"type": "multi", "graders": check("eq", name="same"), "calculate_output": "2 * same"}
     assert grade(own, "x", {"want": "x"}).value == 2
 
 
-def test_the_model_s_own_doing_is_a_zero_and_a_row_s_is_none() -> None:
+def test_a_bad_answer_scores_zero_and_a_bad_row_nothing() -> None:
     own = check("eq", input="{{ sample.output_json.total }}")
     assert grade(own, '{"total": 3}', {"want": "3"}).value == 1
     found = grade(own, "no json", {"want": "3"})
@@ -194,13 +194,13 @@ def test_the_model_s_own_doing_is_a_zero_and_a_row_s_is_none() -> None:
         (multi("a", a={"type": "label_model", "name": "a"}), "label_model"),
     ],
 )  # fmt: skip
-def test_what_is_no_grader_is_said_before_anything_is_run(grader: dict[str, Any], said: str) -> None:
+def test_invalid_graders_are_refused_before_running(grader: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_grader({"name": "it", **grader} if grader else grader)
     assert said in str(caught.value)
 
 
-def test_formulas_that_are_too_deep_or_too_large_end() -> None:
+def test_huge_formulas_are_bounded() -> None:
     for formula in ("(" * 200 + "a" + ")" * 200, "-" * 900 + "a", "9" * 500):
         try:
             found = grade(multi(formula), "x", {"want": "x"})
@@ -221,7 +221,7 @@ def test_as_a_reward() -> None:
         build_rewards([GraderReward(kind="grader", grader={"name": "it", **check("is")})])
 
 
-def test_a_score_model_on_a_server_is_waited_for_as_long_as_its_reward_says() -> None:
+def test_score_model_on_a_server_respects_patience() -> None:
     section = GraderReward(kind="grader", grader={"name": "it", **SCORE}, url="http://127.0.0.1:9/v1", patience=0)
     with build_rewards([section]) as rewards, pytest.raises(UnavailableError, match="away for 0 s") as away:
         rewards.judge([Answer([], "x", {"want": "x"})])
@@ -230,6 +230,6 @@ def test_a_score_model_on_a_server_is_waited_for_as_long_as_its_reward_says() ->
         GraderReward(kind="grader", grader={"name": "it", **SCORE}, key="KEY")
 
 
-def test_a_grader_is_written_as_it_was() -> None:
+def test_grader_round_trips_through_json() -> None:
     given = {"name": "it", **multi("a + b"), "graders": {"a": check("eq", name="a"), "b": {**SCORE, "name": "b"}}}
     assert json.loads(parse_grader(given).model_dump_json(exclude_unset=True)) == given

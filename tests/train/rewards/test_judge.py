@@ -86,7 +86,7 @@ def judged(server: Server | None, *texts: str, ask: Any = None, **more: Any) -> 
         return rewards.judge(answers).scores["judge"]
 
 
-def test_the_json_that_a_judge_is_asked_for_is_scaled() -> None:
+def test_json_scores_are_scaled_to_the_range() -> None:
     replies = {"a": '{"steps": ["2 of 4 facts"], "result": 7}', "b": '```json\n{"steps": [], "result": 2.5}\n```'}
     with serving(lambda body, n: completion(replies[body["messages"][-1]["content"][6]])) as server:
         scores = judged(server, *replies, model="wise", at_once=2)
@@ -111,13 +111,13 @@ def test_the_json_that_a_judge_is_asked_for_is_scaled() -> None:
         ("1,5", None), ("fine", None),
     ],
 )  # fmt: skip
-def test_one_number_is_a_score_and_several_are_none(said: str, value: float | None) -> None:
+def test_exactly_one_number_is_a_score(said: str, value: float | None) -> None:
     (score,) = judged(None, "x", ask=lambda questions: [Reply(said)] * len(questions))
     assert score.value == value
     assert bool(score.error) == (value is None)
 
 
-def test_a_cut_reply_is_no_score() -> None:
+def test_truncated_reply_has_no_score() -> None:
     with serving(lambda body, n: completion("The answer is 1", end="length")) as server:
         (served,) = judged(server, "x")
     (here,) = judged(None, "x", ask=lambda questions: [Reply("The answer is 1", cut=True)])
@@ -129,7 +129,7 @@ def test_a_cut_reply_is_no_score() -> None:
 @pytest.mark.parametrize(
     "error", [{"message": "unavailable", "param": "response_format.type"}, {"message": "no"}, "no"]
 )
-def test_a_server_without_response_formats_is_asked_without(error: Any) -> None:
+def test_response_format_is_omitted_if_unsupported(error: Any) -> None:
     def says(body: dict[str, Any], n: int) -> tuple[int, Any]:
         return (400, {"error": error}) if "response_format" in body else completion('{"result": 5}')
 
@@ -138,7 +138,7 @@ def test_a_server_without_response_formats_is_asked_without(error: Any) -> None:
     assert ["response_format" in body for body in server.asked] == [True, False, False]
 
 
-def test_a_question_refused_for_itself_changes_no_other_question() -> None:
+def test_refused_question_changes_no_other() -> None:
     def says(body: dict[str, Any], n: int) -> tuple[int, Any]:
         return (400, {"error": "too long"}) if "bad" in body["messages"][0]["content"] else completion("5")
 
@@ -156,7 +156,7 @@ def test_a_question_refused_for_itself_changes_no_other_question() -> None:
         ((400, {"error": {"message": "too long", "param": "messages"}}), "too long"),
     ],
 )  # fmt: skip
-def test_no_number_is_no_score(said: tuple[int, Any], error: str) -> None:
+def test_unusable_reply_has_no_score(said: tuple[int, Any], error: str) -> None:
     with serving(lambda body, n: said if "bad" in body["messages"][0]["content"] else completion("5")) as server:
         bad, fine = judged(server, "bad", "good")
     assert bad.value is None
@@ -164,7 +164,7 @@ def test_no_number_is_no_score(said: tuple[int, Any], error: str) -> None:
     assert fine.value == 0.5
 
 
-def test_an_answer_that_never_ends_is_none_in_time() -> None:
+def test_dripping_response_times_out() -> None:
     """Some servers send a blank now and then while they wait, so that no read of them is late."""
 
     def dripping(handler: Any) -> None:
@@ -180,7 +180,7 @@ def test_an_answer_that_never_ends_is_none_in_time() -> None:
     assert "no answer in time, 3 times" in late.error
 
 
-def test_an_answer_without_an_end_is_cut_off() -> None:
+def test_endless_response_is_bounded() -> None:
     """One that comes fast, so that time alone would let it fill the memory. The others have their scores."""
 
     def pouring(handler: Any) -> None:
@@ -201,12 +201,12 @@ def test_an_answer_without_an_end_is_cut_off() -> None:
 
 
 @pytest.mark.parametrize("url", ["http://[::1/v1", "http://host:port/v1"])
-def test_a_url_that_is_none(url: str) -> None:
+def test_invalid_url_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="the judge's url is none"), ServerJudge(url, patience=0) as judge:
         judge([Question([], "m")])
 
 
-def test_an_answer_in_another_coding_than_it_says_is_none() -> None:
+def test_undecodable_response_has_no_score() -> None:
     def garbled(handler: Any) -> None:
         handler.send_response(200)
         handler.send_header("Content-Encoding", "gzip")
@@ -219,7 +219,7 @@ def test_an_answer_in_another_coding_than_it_says_is_none() -> None:
     assert second.value == 0.5
 
 
-def test_a_key_is_sent_without_the_line_end_that_a_file_left_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_key_is_stripped_and_validated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGE_KEY", "secret\n")
     with serving(lambda body, n: completion("5")) as server:
         judged(server, "x", key="JUDGE_KEY")
@@ -230,13 +230,13 @@ def test_a_key_is_sent_without_the_line_end_that_a_file_left_there(monkeypatch: 
     assert "cret" not in str(caught.value)
 
 
-def test_equal_questions_are_asked_once() -> None:
+def test_equal_questions_are_sent_once() -> None:
     with serving(lambda body, n: completion("5")) as server:
         assert len(judged(server, "same", "same", "other", "same")) == 4
     assert len(server.asked) == 2
 
 
-def test_a_judge_that_comes_back_is_waited_for() -> None:
+def test_unavailable_judge_is_retried() -> None:
     with serving(lambda body, n: (503, {}) if n == 1 else completion("5")) as server:
         (score,) = judged(server, "x", patience=20)
     assert score.value == 0.5
@@ -244,14 +244,14 @@ def test_a_judge_that_comes_back_is_waited_for() -> None:
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_a_judge_that_is_away_stops_the_run_and_is_never_a_zero(status: int) -> None:
+def test_unavailable_judge_stops_the_run(status: int) -> None:
     with serving(lambda body, n: (status, {})) as server, pytest.raises(UnavailableError, match=f"HTTP {status}"):
         judged(server, "x", patience=0)
     with pytest.raises(UnavailableError, match="ConnectError"):  # nobody listens there any more
         judged(server, "x", patience=0)
 
 
-def test_a_question_that_is_not_answered_in_time_has_no_score() -> None:
+def test_late_reply_has_no_score() -> None:
     gone = threading.Event()
 
     def says(body: dict[str, Any], n: int) -> tuple[int, Any]:
@@ -267,12 +267,12 @@ def test_a_question_that_is_not_answered_in_time_has_no_score() -> None:
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_what_is_wrong_with_every_question_is_said_at_once(status: int) -> None:
+def test_errors_of_every_question_stop_at_once(status: int) -> None:
     with serving(lambda body, n: (status, {"error": "no"})) as server, pytest.raises(ConfigError, match=f"{status}"):
         judged(server, "x")
 
 
-def test_a_setting_that_the_model_does_not_take_is_left_out() -> None:
+def test_unsupported_settings_are_omitted() -> None:
     def says(body: dict[str, Any], n: int) -> tuple[int, Any]:
         for param in ("max_tokens", "temperature"):
             if param in body:
@@ -285,7 +285,7 @@ def test_a_setting_that_the_model_does_not_take_is_left_out() -> None:
     assert server.asked[-1]["max_completion_tokens"] == 512
 
 
-def test_the_key_is_sent_and_nowhere_else(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_key_is_sent_and_never_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     with pytest.raises(ConfigError, match=r"JUDGE_KEY .* is not set"):
         ServerJudge("http://127.0.0.1:9/v1", key="JUDGE_KEY")
@@ -300,7 +300,7 @@ def test_the_key_is_sent_and_nowhere_else(monkeypatch: pytest.MonkeyPatch, caplo
     assert "secret-word" not in str(refused.value) + caplog.text
 
 
-def test_a_model_of_this_process_is_asked_by_a_function() -> None:
+def test_local_model_answers_by_a_function() -> None:
     asked: list[Question] = []
 
     def ask(questions: Sequence[Question]) -> list[Reply]:
@@ -314,7 +314,7 @@ def test_a_model_of_this_process_is_asked_by_a_function() -> None:
         judged(None, "x")
 
 
-def test_a_prompt_that_an_answer_makes_too_long_has_no_score() -> None:
+def test_too_long_prompt_has_no_score() -> None:
     def ask(questions: Sequence[Question]) -> list[Reply]:
         return [Reply("3") for _ in questions]
 

@@ -70,7 +70,7 @@ def function() -> object:
         yield made
 
 
-def test_what_it_gives(function: LimitedFunction) -> None:
+def test_scores_and_parts(function: LimitedFunction) -> None:
     scores = function.score([*asked("four", "parts"), ({"output_text": ""}, {"more": 2})])
     assert [s.value for s in scores] == [4, 1, 2]
     assert scores[1].parts == {"short": 1, "long": 0.5}
@@ -84,14 +84,14 @@ def test_what_it_gives(function: LimitedFunction) -> None:
         ("end", "ended, with code 3"), ("memory", "MemoryError"),
     ],
 )  # fmt: skip
-def test_what_fails_says_why_and_the_next_is_answered(function: LimitedFunction, text: str, error: str) -> None:
+def test_failure_has_a_reason_and_the_next_call_works(function: LimitedFunction, text: str, error: str) -> None:
     broken, fine = function.score(asked(text, "ok"))
     assert broken.value is None
     assert error in broken.error
     assert fine.value == 2
 
 
-def test_what_takes_too_long_is_ended(function: LimitedFunction) -> None:
+def test_timeout_kills_the_process(function: LimitedFunction) -> None:
     (before,) = function.score(asked("who"))
     began = time.monotonic()
     loop, after = function.score(asked("loop", "who"))
@@ -102,29 +102,29 @@ def test_what_takes_too_long_is_ended(function: LimitedFunction) -> None:
         os.kill(int(before.value or 0), 0)
 
 
-def test_a_fork_of_it_answers_nothing(function: LimitedFunction) -> None:
+def test_forks_cannot_answer(function: LimitedFunction) -> None:
     """Or every answer after it would be that to the question before."""
     assert [s.value for s in function.score(asked("fork", "a", "fork", "abcd"))] == [7, 1, 7, 4]
 
 
-def test_a_number_of_any_size_is_one(function: LimitedFunction) -> None:
+def test_huge_integers_are_infinite(function: LimitedFunction) -> None:
     assert [s.value for s in function.score(asked("huge", "a"))] == [math.inf, 1]
 
 
-def test_equal_questions_draw_equal_numbers(function: LimitedFunction) -> None:
+def test_equal_inputs_get_equal_random_numbers(function: LimitedFunction) -> None:
     a, b = function.score(asked("draw", "draw"))
     (c,) = function.score([({"output_text": "draw"}, {"row": 2})])
     assert a == b
     assert a.value != c.value
 
 
-def test_a_function_that_fails_again_and_again_is_not_asked_for_ever(function: LimitedFunction) -> None:
+def test_repeated_failures_skip_the_rest(function: LimitedFunction) -> None:
     scores = function.score(asked(*["raise"] * 50))
     assert sum("not asked" in s.error for s in scores) == 45
     assert function.score(asked("ok"))[0].value == 2
 
 
-def test_a_bare_process_has_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bare_process_has_no_secret_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_KEY", "secret")
     for bare in (True, False):
         with LimitedFunction("score", source=SOURCE, bare=bare) as made:
@@ -143,7 +143,7 @@ def test_several_at_once() -> None:
         ("raise SystemExit(1)", "SystemExit"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_loaded_is_a_mistake_of_the_configuration(source: str, error: str) -> None:
+def test_unloadable_source_is_a_config_error(source: str, error: str) -> None:
     with LimitedFunction("score", source=source) as made, pytest.raises(ConfigError, match=error):
         made.score(asked("x"))
 

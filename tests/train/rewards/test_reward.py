@@ -25,7 +25,7 @@ numbers = st.lists(st.tuples(st.floats(-9, 9), st.floats(-9, 9)), min_size=1, ma
 
 
 @given(numbers, st.floats(-3, 3))
-def test_the_sum_is_weighted_and_each_is_kept_apart(pairs: list[tuple[float, float]], weight: float) -> None:
+def test_values_are_weighted_sums(pairs: list[tuple[float, float]], weight: float) -> None:
     a, b = [p[0] for p in pairs], [p[1] for p in pairs]
     with Rewards([NamedReward("a", giving(*a)), NamedReward("b", giving(*b), weight)]) as rewards:
         judged = rewards.judge(answers(*"x" * len(pairs)))
@@ -38,7 +38,7 @@ def test_the_sum_is_weighted_and_each_is_kept_apart(pairs: list[tuple[float, flo
 
 
 @pytest.mark.parametrize("bad", [None, math.nan, math.inf, -math.inf, 1e300])
-def test_what_has_no_number_is_left_out_and_never_a_zero(bad: float | None) -> None:
+def test_non_finite_scores_are_left_out(bad: float | None) -> None:
     with Rewards([NamedReward("a", giving(1.0, bad)), NamedReward("b", giving(2.0, 2.0))]) as rewards:
         judged = rewards.judge(answers("x", "y"))
     assert judged.values == [3.0, None]
@@ -48,7 +48,7 @@ def test_what_has_no_number_is_left_out_and_never_a_zero(bad: float | None) -> N
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -1e300])
-def test_a_part_that_is_no_number_is_a_failure_and_not_in_the_log(bad: float) -> None:
+def test_non_finite_part_is_a_failure(bad: float) -> None:
     def given(answers: Sequence[Answer], /) -> list[RewardScore]:
         return [RewardScore(1.0, parts={"fine": 0.5, "odd": 2.0 if a.text == "x" else bad}) for a in answers]
 
@@ -83,7 +83,7 @@ def test_a_reward_gives_as_many_scores_as_there_are_answers() -> None:
         rewards.judge(answers("x", "y"))
 
 
-def test_groups_that_teach_nothing_are_counted() -> None:
+def test_constant_groups_are_counted() -> None:
     rewards = [NamedReward("a", giving(1, 1, 0, 1, None, 2)), NamedReward("b", giving(0, 0, 5, 5, 7, 7))]
     with Rewards(rewards) as summed:
         judged = summed.judge(answers(*"uvwxyz"))
@@ -93,7 +93,7 @@ def test_groups_that_teach_nothing_are_counted() -> None:
     assert (found["constant_a"], found["constant_b"]) == (0, 1)
 
 
-def test_a_column_that_is_not_there_names_the_nearest() -> None:
+def test_missing_column_names_the_nearest() -> None:
     answer = Answer([], "x", {"answer": "y", "id": 3})
     assert column(answer, "answer") == "y"
     with pytest.raises(DataError, match="did you mean answer"):

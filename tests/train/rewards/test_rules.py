@@ -52,7 +52,7 @@ schemas: list[Any] = [
 
 @pytest.mark.parametrize("schema", schemas)
 @pytest.mark.parametrize("value", [{"a": 1}, {"a": True}, {"a": 1, "b": 2}, ["x"], ["x", "y", "x"], 3, None])
-def test_a_schema_allows_what_jsonschema_says(schema: Any, value: Any) -> None:
+def test_schema_agrees_with_jsonschema(schema: Any, value: Any) -> None:
     allowed = jsonschema.Draft202012Validator(schema).is_valid(value)
     row = {"form": schema}
     assert judged({"kind": "json_schema", "column": "form"}, json.dumps(value), row).value == allowed
@@ -61,13 +61,13 @@ def test_a_schema_allows_what_jsonschema_says(schema: Any, value: Any) -> None:
         assert (found.value, found.parts) == (allowed, {"json": 1})
 
 
-def test_no_json_fits_no_schema() -> None:
+def test_non_json_fails_every_schema() -> None:
     found = judged({"kind": "json_schema", "json_schema": {}}, "sure: {}")
     assert (found.value, found.parts) == (0, {"json": 0})
 
 
 @pytest.mark.parametrize("schema", [{"type": "objekt"}, {"properties": 3}])
-def test_a_schema_that_is_none_stops_the_run(schema: dict[str, Any]) -> None:
+def test_invalid_schema_stops_the_run(schema: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="no schema"):
         judged({"kind": "json_schema", "json_schema": schema}, "{}")
     with pytest.raises(DataError, match="no schema"):
@@ -82,13 +82,13 @@ def test_a_schema_that_is_none_stops_the_run(schema: dict[str, Any]) -> None:
         ({"pattern": "^(a|aa)+$"}, '"' + "a" * 60 + 'b"', "took longer than 1 s"),
     ],
 )
-def test_a_schema_that_never_ends_over_an_answer_has_no_value(schema: Any, text: str, why: str) -> None:
+def test_endless_schema_has_no_score(schema: Any, text: str, why: str) -> None:
     found = judged({"kind": "json_schema", "json_schema": schema}, text)
     assert found.value is None
     assert why in found.error
 
 
-def test_a_schema_fetches_nothing() -> None:
+def test_schema_references_fetch_nothing() -> None:
     with pytest.raises(DataError, match="no schema"):
         judged({"kind": "json_schema", "json_schema": {"$ref": "http://localhost:9/a.json"}}, "{}")
 
@@ -125,7 +125,7 @@ def test_regular_expressions(more: dict[str, Any], text: str, row: dict[str, Any
     assert judged({"kind": "regex", **more}, text, row).value == value
 
 
-def test_a_pattern_that_takes_for_ever_has_no_value() -> None:
+def test_endless_pattern_has_no_score() -> None:
     found = judged({"kind": "regex", "pattern": "^(a|aa)+$"}, "a" * 200 + "b")
     assert found.value is None
     assert "took longer" in found.error

@@ -204,7 +204,7 @@ def private_files(tmp_path: Path) -> list[str]:
     return [*map(str, own), f"/proc/{os.getpid()}/environ", "/proc/self/environ", "/proc/1/environ", "/sys/kernel"]
 
 
-def test_no_file_of_the_server_is_there(function: LimitedFunction, tmp_path: Path) -> None:
+def test_server_files_are_hidden(function: LimitedFunction, tmp_path: Path) -> None:
     paths = private_files(tmp_path)
     assert attack(function, "listed", paths=paths).value == 0
     assert attack(function, "reads", paths=paths).value == 0
@@ -212,40 +212,40 @@ def test_no_file_of_the_server_is_there(function: LimitedFunction, tmp_path: Pat
     assert attack(function, "proc").value == 0
 
 
-def test_no_variable_of_the_server_is_there(function: LimitedFunction) -> None:
+def test_server_variables_are_hidden(function: LimitedFunction) -> None:
     assert attack(function, "variables", known=list(sandboxes.SANDBOX_VARIABLES)).value == 0
 
 
-def test_there_is_no_network(function: LimitedFunction) -> None:
+def test_network_is_disabled(function: LimitedFunction) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         assert attack(function, "connects", port=server.getsockname()[1]).value == 0
 
 
-def test_it_runs_as_another_user_and_stays_that(function: LimitedFunction) -> None:
+def test_user_is_unprivileged_and_cannot_change(function: LimitedFunction) -> None:
     assert attack(function, "user").value not in (0, os.getuid())
     assert attack(function, "gains").value == 0
     assert attack(function, "raises_limits").value == 0
 
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="numbers of system calls are x86_64's")
-def test_system_calls_that_no_grader_needs_fail(function: LimitedFunction) -> None:
+def test_dangerous_system_calls_fail(function: LimitedFunction) -> None:
     assert attack(function, "namespaces").value == 0
     assert attack(function, "hidden_memory").value == 0
     assert attack(function, "buffers").value == 0
 
 
-def test_nothing_but_tmp_can_be_written(function: LimitedFunction) -> None:
+def test_only_tmp_is_writable(function: LimitedFunction) -> None:
     assert attack(function, "writes").value == 0
     assert attack(function, "fills_tmp").value == 0
 
 
-def test_the_parent_cannot_be_reached(function: LimitedFunction) -> None:
+def test_parent_cannot_be_signaled(function: LimitedFunction) -> None:
     assert attack(function, "kills", processes=[os.getpid(), os.getppid()]).value == 0
     attack(function, "stops_the_init")  # the kernel ignores the signal, or the sandbox ends
     assert attack(function, "well").value == 1
 
 
-def test_a_fork_bomb_stays_small_and_is_gone_after_it(sandbox: Sandbox, function: LimitedFunction) -> None:
+def test_fork_bomb_is_bounded_and_cleaned_up(sandbox: Sandbox, function: LimitedFunction) -> None:
     """With less memory than its processes need, the fork bomb ends sooner, unless it is over before a look at it."""
     before = children()
     with LimitedFunction("score", source=ATTACKS, sandbox=sandbox, timeout=20, memory=4e9) as roomy:
@@ -285,7 +285,7 @@ def test_no_process_outlives_its_call_or_the_close(sandbox: Sandbox) -> None:
     assert children() == before
 
 
-def test_a_source_that_leaves_a_process_is_refused(sandbox: Sandbox) -> None:
+def test_source_leaving_a_process_is_refused(sandbox: Sandbox) -> None:
     source = "import os, time\nif os.fork() == 0:\n    time.sleep(600)\ndef score(sample, item):\n    return 1\n"
     before = children()
     with LimitedFunction("score", source=source, sandbox=sandbox) as function:
@@ -311,7 +311,7 @@ def test_a_reward_of_a_client_runs_in_the_sandbox(sandbox: Sandbox) -> None:
     assert value not in (0, os.getuid())
 
 
-def test_it_does_not_work_between_calls(sandbox: Sandbox) -> None:
+def test_sandbox_is_stopped_between_calls(sandbox: Sandbox) -> None:
     source = """
 import threading, time
 count = 0
@@ -333,11 +333,11 @@ def score(sample, item):
     assert after.value - before.value < 300
 
 
-def test_no_other_descriptor_is_inherited(function: LimitedFunction) -> None:
+def test_no_descriptor_is_inherited(function: LimitedFunction) -> None:
     assert attack(function, "descriptors").value == 2  # the two ends of its own socket's file objects
 
 
-def test_the_sandbox_ends_with_a_server_that_is_killed(sandbox: Sandbox) -> None:
+def test_sandbox_ends_with_a_killed_server(sandbox: Sandbox) -> None:
     code = """
     from veneer.train.rewards.limited import LimitedFunction, working_sandbox
 
@@ -370,20 +370,20 @@ def either(request: pytest.FixtureRequest) -> Iterator[LimitedFunction]:
         yield made
 
 
-def test_what_is_written_to_inherited_descriptors_is_no_answer(either: LimitedFunction) -> None:
+def test_forged_answers_are_refused(either: LimitedFunction) -> None:
     found = attack(either, "forges")
     assert found.value is None
     assert "wrote to the channel of its answers" in found.error
     assert attack(either, "well", n=3).value == 3
 
 
-def test_an_answer_that_is_nested_deeply_is_none(either: LimitedFunction) -> None:
+def test_deeply_nested_answer_is_refused(either: LimitedFunction) -> None:
     assert attack(either, "nests").error == "the function's process gave no JSON"
     assert attack(either, "well", n=3).value == 3
 
 
 @linux
-def test_an_answer_of_a_fork_is_dropped(either: LimitedFunction) -> None:
+def test_answers_of_forks_are_dropped(either: LimitedFunction) -> None:
     assert attack(either, "forges_in_a_fork").value == 0.5
     assert attack(either, "well", n=3).value == 3
 
@@ -399,7 +399,7 @@ def untried() -> Iterator[None]:
     working_sandbox.cache_clear()
 
 
-def test_without_bubblewrap_the_reason_is_said(untried: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_bubblewrap_is_reported(untried: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ResourceError, match=r"bubblewrap \(bwrap\) is not installed") as caught:
         working_sandbox()
@@ -418,7 +418,7 @@ def test_a_job_grader_runs_only_in_a_sandbox(untried: None, monkeypatch: pytest.
 
 
 @linux
-def test_what_bubblewrap_says_is_the_reason(untried: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_bubblewrap_errors_are_reported(untried: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     said = "bwrap: No permissions to create new namespace"
     (tmp_path / "bwrap").write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")
     (tmp_path / "bwrap").chmod(0o755)

@@ -23,7 +23,7 @@ ITEM = {"city": "Bern", "tags": ["a", "b"], "n": 2.5, "dash-ed": True, "trap": "
         ("{{ sample.input_text }}", "how many?"), ("{{ sample.choices[0].message.role }}", "assistant"),
     ],
 )  # fmt: skip
-def test_paths_are_put_in(template: str, text: str) -> None:
+def test_paths_are_replaced(template: str, text: str) -> None:
     assert template_problem(template) == ""
     assert filled(template, SAMPLE, ITEM) == text
 
@@ -32,13 +32,13 @@ def test_paths_are_put_in(template: str, text: str) -> None:
     ("template", "of_sample"),
     [("{{ item.town }}", False), ("{{ item.tags[2] }}", False), ("{{ sample.output_json.missing }}", True)],
 )
-def test_a_path_that_leads_nowhere_says_whose_doing_it_is(template: str, of_sample: bool) -> None:
+def test_missing_path_names_sample_or_item(template: str, of_sample: bool) -> None:
     with pytest.raises(NoValue) as caught:
         filled(template, SAMPLE, ITEM)
     assert caught.value.of_sample is of_sample
 
 
-def test_an_answer_that_is_no_json_has_none() -> None:
+def test_non_json_answer_has_no_output_json() -> None:
     with pytest.raises(NoValue, match="output_json"):
         filled("{{ sample.output_json }}", template_sample(Answer([], "well")), {})
 
@@ -51,7 +51,7 @@ def test_an_answer_that_is_no_json_has_none() -> None:
         ("{{ item.x ", "no matching }}"),
     ],
 )  # fmt: skip
-def test_what_is_no_path_is_said_before_any_row(template: str, said: str) -> None:
+def test_invalid_templates_are_described(template: str, said: str) -> None:
     assert said in template_problem(template)
 
 
@@ -73,7 +73,7 @@ def test_a_filled_template_has_a_limit() -> None:
         filled(f"{{{{ item.b[{'9' * 5000}] }}}}", {}, item)
 
 
-def test_calls_of_tools_are_there() -> None:
+def test_tool_calls_are_available() -> None:
     call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": {"x": 1}}}
     turns = [{"role": "assistant", "content": "", "tool_calls": [call]}]
     assert (

@@ -66,7 +66,7 @@ def held(
     return found
 
 
-def test_what_is_said_stands_as_the_template_writes_it(base: TextBase, shared: Path) -> None:
+def test_conversation_tokens_equal_the_template(base: TextBase, shared: Path) -> None:
     for own in held(base, shared, [{}, {}]):
         roles = [turn["role"] for turn in own.turns]
         assert roles == ["assistant", "tool", "assistant", "user", "assistant"]
@@ -93,7 +93,7 @@ def test_what_is_said_stands_as_the_template_writes_it(base: TextBase, shared: P
         assert list(answer.turns) == own.turns
 
 
-def test_turns_and_tokens_end_a_conversation(base: TextBase, shared: Path) -> None:
+def test_turn_and_token_limits_end_a_conversation(base: TextBase, shared: Path) -> None:
     (own,) = held(base, shared, [{}], turns=2)
     assert [turn["role"] for turn in own.turns] == ["assistant", "tool", "assistant"]
     (short,) = held(base, shared, [{}], most=12)  # no room for what the tool says
@@ -101,7 +101,7 @@ def test_turns_and_tokens_end_a_conversation(base: TextBase, shared: Path) -> No
     assert len(short.rollout.tokens) <= 12
 
 
-def test_an_environment_that_fails_leaves_no_reward(base: TextBase, shared: Path) -> None:
+def test_failing_environment_leaves_no_reward(base: TextBase, shared: Path) -> None:
     broken, odd, fine = held(base, shared, [{"broken": True}, {"odd": True}, {}])
     assert "ValueError: no such tool" in broken.error
     assert "neither a text nor messages" in odd.error
@@ -121,13 +121,13 @@ def run(base: TextBase, shared: Path, output: Path, prompts: str = "prompts.json
     return measured(output)
 
 
-def test_a_run_learns_from_them_without_a_gap(base: TextBase, shared: Path, tmp_path: Path) -> None:
+def test_run_on_conversations_has_no_mismatch(base: TextBase, shared: Path, tmp_path: Path) -> None:
     found = run(base, shared, tmp_path)
     assert [x["gap_max"] for x in found] == [0.0, 0.0]
     assert all(8 < x["answer_tokens"] <= 3 * 4 for x in found)  # three turns of three letters, and their ends
 
 
-def test_a_run_whose_environment_fails_stops_and_says_why(base: TextBase, shared: Path, tmp_path: Path) -> None:
+def test_failing_environment_stops_the_run_with_its_reason(base: TextBase, shared: Path, tmp_path: Path) -> None:
     lines = [{"prompt": f"Is number {i} there?", "odd": True} for i in range(6)]
     (shared / "odd.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(TrainingError, match="neither a text nor messages"):

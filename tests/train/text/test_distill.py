@@ -64,7 +64,7 @@ def train(
 
 
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
-def test_divergences_and_their_gradients_are_those_of_float64_by_hand(base: TextBase, direction: Any) -> None:
+def test_divergences_and_gradients_equal_float64_by_hand(base: TextBase, direction: Any) -> None:
     model = base.model
     ids = torch.arange(5, 19)
     lengths, places = [6, 8], torch.tensor([2, 3, 8, 9, 12])
@@ -92,7 +92,7 @@ def test_divergences_and_their_gradients_are_those_of_float64_by_hand(base: Text
 
 
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
-def test_a_student_learns_a_teacher(shared: Path, base: TextBase, teacher: str, tmp_path: Path, direction: str) -> None:
+def test_student_learns_its_teacher(shared: Path, base: TextBase, teacher: str, tmp_path: Path, direction: str) -> None:
     own = {"teacher": teacher, "divergence": direction}
     result = train(shared, tmp_path, base, distillation=own, schedule={"steps": 10}, adapter={"rank": 4})
     found = measured(tmp_path)
@@ -104,14 +104,14 @@ def test_a_student_learns_a_teacher(shared: Path, base: TextBase, teacher: str, 
     assert "Tokens of an answer" in page
 
 
-def test_an_equal_teacher_teaches_nothing(shared: Path, base: TextBase, teacher: str, tmp_path: Path) -> None:
+def test_equal_teacher_has_zero_divergence(shared: Path, base: TextBase, teacher: str, tmp_path: Path) -> None:
     own = {"teacher": teacher}
     train(shared, tmp_path, base, distillation=own, schedule={"steps": 1}, adapter={"start": teacher})
     (found,) = measured(tmp_path)
     assert found["teacher_kl"] == pytest.approx(0.0, abs=1e-6)
 
 
-def test_a_teachers_system_message_is_learned(shared: Path, base: TextBase, tmp_path: Path) -> None:
+def test_student_learns_the_system_message(shared: Path, base: TextBase, tmp_path: Path) -> None:
     own = {"teacher": "base", "system": "Answer in one word: billing, it or hr. " * 3}
     train(shared, tmp_path, base, distillation=own, schedule={"steps": 8})
     found = measured(tmp_path)
@@ -121,7 +121,7 @@ def test_a_teachers_system_message_is_learned(shared: Path, base: TextBase, tmp_
     assert told.startswith(f"{found[0]['saved_tokens']:.0f} tokens a request")
 
 
-def test_the_cache_has_room_for_the_answers_drawn_at_once(shared: Path, base: TextBase, tmp_path: Path) -> None:
+def test_cache_fits_the_completions_sampled_at_once(shared: Path, base: TextBase, tmp_path: Path) -> None:
     """Not for as many as might be: of a step's four prompts, or the two that are held out, two each."""
     taken: list[int] = []
 
@@ -143,9 +143,7 @@ def test_the_cache_has_room_for_the_answers_drawn_at_once(shared: Path, base: Te
     assert taken[0] > 2 * taken[1]
 
 
-def test_prompts_over_the_teachers_context_are_refused_or_left_out(
-    shared: Path, base: TextBase, tmp_path: Path
-) -> None:
+def test_prompts_over_the_context_are_refused_or_dropped(shared: Path, base: TextBase, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (shared / "prompts.jsonl").read_text().splitlines()]
     rows[0]["prompt"] = "word " * 30  # with the teacher's system message, beyond the context
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -175,7 +173,7 @@ def test_another_base_with_the_same_tokenizer_can_teach(shared: Path, base: Text
         train(shared, tmp_path / "no", base, distillation={"teacher": "base", "base": str(other)})
 
 
-def test_a_teachers_answers_are_rows(
+def test_teacher_completions_are_saved_as_rows(
     shared: Path, base: TextBase, teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "c.yaml").write_text(
@@ -198,7 +196,7 @@ def test_a_teachers_answers_are_rows(
         assert [m["role"] for m in row["messages"]] == ["user", "assistant"]
 
 
-def test_what_cannot_be_meant_is_said(shared: Path, tmp_path: Path) -> None:
+def test_contradictory_settings_are_refused(shared: Path, tmp_path: Path) -> None:
     for own, said in (
         ({}, "needs `distillation.teacher`"),
         ({"teacher": "base"}, "what a fresh adapter is already"),

@@ -79,7 +79,7 @@ TALK = chat("Hello", "Hi there.", "How are you?", "Fine, thanks.")
         ("completion", ["Fine, thanks.<|im_end|>"]),
     ],
 )
-def test_answers_are_learned_with_their_end_of_turn_and_nothing_else(train_on: str, want: list[str]) -> None:
+def test_answers_are_trained_with_their_end_of_turn(train_on: str, want: list[str]) -> None:
     assert learned(one(TALK, train_on=train_on)) == want
 
 
@@ -112,7 +112,7 @@ def test_weight_zero_silences_a_turn_under_every_setting() -> None:
     assert "Good answer<|im_end|>" in everything[-1]
 
 
-def test_the_text_is_the_templates_and_ends_with_the_last_learned_token() -> None:
+def test_text_is_the_template_up_to_the_last_target() -> None:
     text = TOKENIZER.apply_chat_template(list(TALK.messages), tokenize=False)
     example = one(TALK)
     assert whole(example) == text.rstrip("\n")
@@ -120,7 +120,7 @@ def test_the_text_is_the_templates_and_ends_with_the_last_learned_token() -> Non
     assert example.trained[-1]
 
 
-def test_what_precedes_an_answer_is_what_inference_shows() -> None:
+def test_training_prompt_equals_inference_prompt() -> None:
     example = one(TALK, train_on="last")
     prompt = TOKENIZER.apply_chat_template(
         list(TALK.messages[:3]), add_generation_prompt=True, tokenize=True, return_dict=False
@@ -128,7 +128,7 @@ def test_what_precedes_an_answer_is_what_inference_shows() -> None:
     assert example.input_ids[: example.trained.index(True)] == prompt
 
 
-def test_turns_that_lose_their_thinking_are_learned_as_rendered_and_counted() -> None:
+def test_stripped_thinking_turns_are_trained_as_rendered_and_counted() -> None:
     tokenizer = with_template(templates.QWEN3)
     row = chat("a", "<think>\nhm\n</think>\n\nfirst", "b", "<think>\nso\n</think>\n\nsecond")
     encoded = encode_rows([row], tokenizer, data())
@@ -140,7 +140,7 @@ def test_turns_that_lose_their_thinking_are_learned_as_rendered_and_counted() ->
     assert last.counts.changed_turns == 0
 
 
-def test_end_of_text_after_the_conversation_is_not_learned_and_no_change() -> None:
+def test_end_of_text_after_the_conversation_is_not_trained() -> None:
     tokenizer = with_template(templates.PHI3)
     encoded = encode_rows([TALK], tokenizer, data())
     assert learned(encoded.examples[0], tokenizer) == ["Hi there.<|im_end|>", "Fine, thanks.<|im_end|>"]
@@ -153,7 +153,7 @@ def test_a_template_without_generation_prompt() -> None:
     assert learned(one(TALK, tokenizer), tokenizer) == [" Hi there.<|im_end|>", " Fine, thanks.<|im_end|>"]
 
 
-def test_moving_prompts_are_refused_with_the_reason_and_fine_for_the_last_turn() -> None:
+def test_moving_system_messages_allow_only_the_last_turn() -> None:
     tokenizer = with_template(templates.MISTRAL)
     row = chat("Hello", "Hi there.", "How are you?", "Fine.", system="Be brief")
     with pytest.raises(DataError, match=r"data.jsonl:1: the chat template renders what comes before message 2 differ"):
@@ -161,19 +161,19 @@ def test_moving_prompts_are_refused_with_the_reason_and_fine_for_the_last_turn()
     assert learned(one(row, tokenizer, train_on="last"), tokenizer) == [" Fine.<|im_end|>"]
 
 
-def test_a_prompt_that_training_does_not_show_is_refused() -> None:
+def test_generation_prompt_absent_from_training_is_refused() -> None:
     with pytest.raises(DataError, match="another prompt than inference does"):
         encode_rows([TALK], with_template(templates.DISAGREES), data())
 
 
-def test_rows_the_template_refuses_are_all_listed() -> None:
+def test_rows_refused_by_the_template_are_listed() -> None:
     bad = Row("messages", ({"role": "assistant", "content": "x"},), where="data.jsonl:7")
     with pytest.raises(DataError, match=r"1 of 2 rows cannot be encoded") as caught:
         encode_rows([TALK, bad], with_template(templates.MISTRAL), data())
     assert "data.jsonl:7: the chat template raises an error: roles must alternate" in str(caught.value)
 
 
-def test_plain_prompt_and_completion_are_joined_as_they_are_and_ended() -> None:
+def test_plain_prompt_and_completion_are_concatenated_and_ended() -> None:
     tokenizer = with_template(None)
     example = one(pair("Q: 2+2\nA:", " four"), tokenizer)
     assert whole(example, tokenizer) == "Q: 2+2\nA: four<|im_end|>"
@@ -181,7 +181,7 @@ def test_plain_prompt_and_completion_are_joined_as_they_are_and_ended() -> None:
     assert one(pair("Q: 2+2\nA:", " four"), TOKENIZER, chat_template="none") == example
 
 
-def test_instruction_rows_take_alpacas_prompt_without_a_template() -> None:
+def test_instruction_rows_use_the_alpaca_prompt() -> None:
     tokenizer = with_template(None)
     messages = ({"role": "user", "content": "Sort\n\nb a"}, {"role": "assistant", "content": "a b"})
     example = one(Row("instruction", messages, instruction=("", "Sort", "b a", "a b")), tokenizer)
@@ -204,7 +204,7 @@ def test_a_template_from_a_file(tmp_path: Path) -> None:
         encode_rows([TALK], TOKENIZER, data(chat_template=str(tmp_path / "no.jinja")))
 
 
-def test_text_rows_are_learned_whole_and_ended_once() -> None:
+def test_text_rows_are_trained_whole_and_ended_once() -> None:
     for text in ("Some plain text.", "Some plain text.<|im_end|>"):
         example = one(Row("text", text=text))
         assert whole(example) == "Some plain text.<|im_end|>"
@@ -212,19 +212,19 @@ def test_text_rows_are_learned_whole_and_ended_once() -> None:
 
 
 @pytest.mark.parametrize("answer", ["ünï", "日本語", "👩‍👩‍👧", " leading", "trailing \n ", "\n\nbreaks", "tab\t", "a"])
-def test_letters_of_many_bytes_and_odd_spaces_are_learned_whole(answer: str) -> None:
+def test_multi_byte_letters_and_spaces_are_trained_whole(answer: str) -> None:
     assert learned(one(chat("x", answer))) == [f"{answer}<|im_end|>"]
     assert learned(one(pair("Q:", answer), chat_template="none")) == [f"{answer}<|im_end|>"]
 
 
 @given(st.lists(st.text(alphabet=st.characters(codec="utf-8"), min_size=1).filter(str.strip), min_size=2, max_size=6))
 @settings(max_examples=100, deadline=None)
-def test_learned_text_is_the_answers_whatever_they_say(turns: list[str]) -> None:
+def test_trained_text_equals_arbitrary_answers(turns: list[str]) -> None:
     turns = turns[: len(turns) // 2 * 2]
     assert learned(one(chat(*turns), max_length=10**6)) == [f"{t}<|im_end|>" for t in turns[1::2]]
 
 
-def test_a_token_across_the_boundary_is_learned() -> None:
+def test_boundary_token_is_trained() -> None:
     tokenizer = with_template(None)
     word = max((t for t in tokenizer.get_vocab() if t.isalpha()), key=len)
     encoded = encode_rows([pair(f"Q {word[:2]}", f"{word[2:]} rest")], tokenizer, data())
@@ -247,7 +247,7 @@ def test_a_tokenizer_without_offsets_is_refused(monkeypatch: pytest.MonkeyPatch)
 LONG = chat("word " * 200, "answer")
 
 
-def test_long_rows_are_refused_dropped_or_cut_and_always_counted() -> None:
+def test_long_rows_are_refused_dropped_or_cut() -> None:
     with pytest.raises(DataError, match=r"1 of 2 rows are longer than data.max_length, 64 tokens") as caught:
         encode_rows([LONG, TALK], TOKENIZER, data(max_length=64))
     assert "data.long_rows=drop" in str(caught.value)
@@ -263,7 +263,7 @@ def test_long_rows_are_refused_dropped_or_cut_and_always_counted() -> None:
 
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(2, 50))
 @settings(max_examples=60, deadline=None)
-def test_cutting_keeps_the_bound_and_something_to_learn(prompt: int, answer: int, limit: int) -> None:
+def test_cut_rows_fit_and_keep_a_target(prompt: int, answer: int, limit: int) -> None:
     row = chat("q " * prompt, "a " * answer)
     full = encode_rows([row], TOKENIZER, data(max_length=10**6)).examples[0]
     encoded = encode_rows([row], TOKENIZER, data(max_length=limit, long_rows="cut"))
@@ -277,7 +277,7 @@ def test_cutting_keeps_the_bound_and_something_to_learn(prompt: int, answer: int
     assert (len(kept) < len(answer_ids)) == (encoded.counts.cut_ends == 1)
 
 
-def test_rows_with_nothing_to_learn_are_dropped_and_counted() -> None:
+def test_rows_without_targets_are_dropped_and_counted() -> None:
     empty = chat("only a question")
     silent = chat("q", "   ")
     encoded = encode_rows([empty, silent, TALK], TOKENIZER, data())
@@ -313,7 +313,7 @@ TALK_WITH_TOOLS: tuple[dict[str, Any], ...] = (
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}
 
 
-def test_a_call_is_learned_as_transformers_writes_it() -> None:
+def test_tool_call_is_trained_as_transformers_renders_it() -> None:
     """OpenAI's text of arguments is the mapping that templates take, and the answers that are learned are those whose
     weight is not 0, by hand."""
     tokenizer = with_template(templates.TOOLS)
@@ -327,7 +327,7 @@ def test_a_call_is_learned_as_transformers_writes_it() -> None:
     assert learned(example, tokenizer) == [f"{CALLED}<|im_end|>", "Welcome.<|im_end|>"]
 
 
-def test_inference_reads_calls_as_training_does() -> None:
+def test_inference_renders_tool_calls_as_training_does() -> None:
     """What was said before a turn, as a server renders it, is what stands before that turn's learned part."""
     tokenizer = with_template(templates.TOOLS)
     base = SimpleNamespace(tokenizer=tokenizer, has_chat_template=True, name="tiny")
@@ -337,6 +337,6 @@ def test_inference_reads_calls_as_training_does() -> None:
 
 
 @pytest.mark.parametrize("row", [Row("messages", TALK_WITH_TOOLS), Row("messages", TALK_WITH_TOOLS[5:], tools=(TOOL,))])
-def test_a_template_without_a_place_for_tools_is_said(row: Row) -> None:
+def test_template_without_tools_is_refused(row: Row) -> None:
     with pytest.raises(DataError, match=r"tool(_call)?s`, and the chat template"):
         one(row)

@@ -46,7 +46,7 @@ def row(asked: str, answer: str, *, system: str = "") -> Row:
 ROWS = [row("Where is it?", '{"team": "it", "urgent": true}'), row("And why so late again?", '{"team": "hr"}')]
 
 
-def test_the_loss_is_what_transformers_gives_row_by_row(base: TextBase) -> None:
+def test_loss_equals_transformers_row_by_row(base: TextBase) -> None:
     total, trained = 0.0, 0
     for r in ROWS:
         text = base.tokenizer.apply_chat_template(list(r.messages), tokenize=False)
@@ -64,7 +64,7 @@ def test_the_loss_is_what_transformers_gives_row_by_row(base: TextBase) -> None:
     assert scores.rows == 2
 
 
-def test_how_rows_are_batched_does_not_matter(base: TextBase) -> None:
+def test_loss_is_independent_of_batching(base: TextBase) -> None:
     g = torch.Generator().manual_seed(0)
     examples = []
     for n in (5, 17, 9, 30, 2):
@@ -77,7 +77,7 @@ def test_how_rows_are_batched_does_not_matter(base: TextBase) -> None:
         assert many.nll == pytest.approx(one.nll, rel=1e-5)
 
 
-def test_a_token_is_right_where_the_model_would_have_written_it(base: TextBase) -> None:
+def test_accuracy_counts_greedy_tokens(base: TextBase) -> None:
     ids = [5, 6, 7]
     with torch.no_grad():
         for n in range(12):
@@ -105,7 +105,7 @@ def test_scoring_is_without_dropout_or_gradient_and_leaves_the_mode(base: TextBa
     assert score_examples(base.model, examples, base.device, interrupted=lambda: True) is None
 
 
-def test_each_mix_is_scored_as_itself_and_the_base_comes_back(base: TextBase, adapter: Path) -> None:
+def test_each_mix_is_scored_and_the_base_restored(base: TextBase, adapter: Path) -> None:
     mixes = {"base": [], "full": [str(adapter)], "none": [f"{adapter}:0"], "half": [(str(adapter), 0.5)]}
     scores = score_mixes(base, ROWS, mixes, max_new_tokens=4)
     assert list(scores) == list(mixes)
@@ -130,7 +130,7 @@ def test_no_rows_is_an_error(base: TextBase) -> None:
         score_mixes(base, [], {"base": []})
 
 
-def test_an_adapter_that_is_not_there_is_named(base: TextBase, tmp_path: Path) -> None:
+def test_missing_adapter_is_named(base: TextBase, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="nowhere"):
         score_mixes(base, ROWS, {"x": [str(tmp_path / "nowhere")]})
 
@@ -169,7 +169,7 @@ def test_answers_are_compared_as_text_and_json_as_values(answer: str, want: str,
     assert (scores.exact_match, scores.valid_json) == (exact, valid)
 
 
-def test_fields_are_counted_where_they_are_wanted() -> None:
+def test_fields_are_scored_if_expected() -> None:
     wanted = [{"team": "it", "n": 1}, {"team": "hr"}, {"team": "it", "n": 2}]
     answers = ['{"n": 1, "team": "it"}', '{"team": "it"}', "nonsense"]
     scores = Scores(3, answers=answers)
@@ -177,7 +177,7 @@ def test_fields_are_counted_where_they_are_wanted() -> None:
     assert scores.json_fields == {"team": pytest.approx(1 / 3), "n": pytest.approx(1 / 2)}
 
 
-def test_rouge_and_bleu_are_the_libraries_own() -> None:
+def test_rouge_and_bleu_equal_the_libraries() -> None:
     pytest.importorskip("rouge_score")
     sacrebleu = pytest.importorskip("sacrebleu")
     answers, wanted = ["the cat sat on the mat today", "no"], ["the cat sat on a mat today", "no"]
@@ -188,7 +188,7 @@ def test_rouge_and_bleu_are_the_libraries_own() -> None:
     assert scores.bleu == pytest.approx(sacrebleu.corpus_bleu(answers, [wanted]).score)
 
 
-def test_without_the_extra_they_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rouge_and_bleu_need_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "rouge_score.tokenizers", None)
@@ -198,7 +198,7 @@ def test_without_the_extra_they_are_left_out(monkeypatch: pytest.MonkeyPatch) ->
     assert (scores.rouge_l, scores.bleu) == (None, None)
 
 
-def test_pairs_are_scored_by_what_the_base_and_the_adapter_prefer(base: TextBase, adapter: Path) -> None:
+def test_pairs_are_scored_by_logprob_margins(base: TextBase, adapter: Path) -> None:
     texts = [("It is in the mail.", "No."), ("Soon.", "Never, and do not ask again."), ("Here", "There it is")]
     pairs = []
     for chosen, rejected in texts:

@@ -16,7 +16,7 @@ from veneer.train.text.rows import read_rows
 ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where is my parcel?\n"}]
 
 
-def test_votes_and_corrections_are_rows_that_training_reads(tmp_path: Path) -> None:
+def test_votes_and_corrections_are_training_rows(tmp_path: Path) -> None:
     votes, corrections = tmp_path / "new" / "votes.jsonl", tmp_path / "corrections.jsonl"
     assert [add_row(votes, preference_row(ASKED, f"By noon, {n}.", "Soon.")) for n in range(3)] == [1, 2, 3]
     assert add_row(corrections, corrected_row(ASKED, "By noon, at your door: \u201cü\u201d.")) == 1
@@ -27,7 +27,7 @@ def test_votes_and_corrections_are_rows_that_training_reads(tmp_path: Path) -> N
     assert json.loads(corrections.read_text())["messages"][:2] == ASKED
 
 
-def test_on_a_machine_of_ones_own_each_base_has_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_base_has_its_own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VENEER_HOME", str(tmp_path))
     bases = ("smollm2-135m", "org/Base", "../../etc", "..")
     files = [judged_file(base, kind) for base in bases for kind in ("preference", "messages")]
@@ -35,14 +35,14 @@ def test_on_a_machine_of_ones_own_each_base_has_its_files(tmp_path: Path, monkey
     assert all(file.parent.parent == tmp_path / "judged" for file in files)
 
 
-def test_a_file_whose_last_line_was_left_open_goes_on_with_a_line_of_its_own(tmp_path: Path) -> None:
+def test_row_begins_a_new_line_after_an_unfinished_one(tmp_path: Path) -> None:
     file = tmp_path / "votes.jsonl"
     file.write_text(json.dumps(preference_row(ASKED, "a", "b")))
     assert add_row(file, preference_row(ASKED, "c", "d")) == 2
     assert len(read_rows([str(file)])[0]) == 2
 
 
-def test_what_teaches_nothing_or_is_of_another_kind_changes_no_file(tmp_path: Path) -> None:
+def test_refused_row_changes_no_file(tmp_path: Path) -> None:
     file = tmp_path / "votes.jsonl"
     add_row(file, preference_row(ASKED, "a", "b"))
     before = file.read_bytes()

@@ -35,7 +35,7 @@ def said(base: TextBase) -> list[str]:
     return [each.text for each in complete(base, MESSAGES, max_new_tokens=8)]
 
 
-def test_the_base_and_another_adapter_are_asked_beside_the_one_that_is_trained(base: TextBase, tmp_path: Path) -> None:
+def test_base_and_adapters_judge_beside_the_trained_adapter(base: TextBase, tmp_path: Path) -> None:
     critic = strong(base, 1)
     peft.write_folder(critic, tmp_path / "critic")
     bare = said(base)
@@ -65,7 +65,7 @@ def test_the_base_and_another_adapter_are_asked_beside_the_one_that_is_trained(b
     assert "are left for its answer" in replies[4].error
 
 
-def test_a_judge_that_is_not_there_is_said_before_anything_is_drawn(base: TextBase) -> None:
+def test_missing_judge_is_refused_before_sampling(base: TextBase) -> None:
     with (
         attach(base.model) as attachment,
         live_sampler(base, attachment, SamplerSettings(rows=4)) as sampler,

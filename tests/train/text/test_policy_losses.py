@@ -56,7 +56,7 @@ def test_advantages_by_hand() -> None:
 
 
 @pytest.mark.parametrize("baseline", ["group", "others"])
-def test_a_group_of_one_or_of_equals_teaches_nothing(baseline: str) -> None:
+def test_groups_of_one_or_of_equals_have_no_advantage(baseline: str) -> None:
     equals = torch.full((7,), 0.1, dtype=torch.float64)
     assert float(equals.mean()) != 0.1  # by the sum's rounding, which a spread of 0 would make a thousand times larger
     found = advantages(torch.cat([torch.tensor([5.0]), equals]), [0, *[1] * 7], baseline=baseline, scale="group")  # type: ignore[arg-type]
@@ -93,7 +93,7 @@ def test_the_clipped_loss_and_its_gradient_by_hand(level: str, bounds: tuple[flo
     torch.testing.assert_close(gradient, torch.tensor(wanted, dtype=torch.float64))
 
 
-def test_what_an_answers_tokens_are_divided_by() -> None:
+def test_length_factors_by_hand() -> None:
     sums = torch.tensor([sum(range(n)) for n in LENGTHS], dtype=torch.float64)
     tokens = sum(LENGTHS)
     for how, wanted in (
@@ -115,12 +115,12 @@ def test_kl_estimates_have_the_mean_of_kl() -> None:
     assert bool((found >= 0).all())
 
 
-def test_weights_correct_for_what_was_drawn_from_up_to_a_cap() -> None:
+def test_importance_weights_are_capped() -> None:
     p, q = torch.tensor([0.5, 0.1, 0.9]).log(), torch.tensor([0.25, 0.4, 0.1]).log()
     torch.testing.assert_close(importance_weights(p, q, 3.0), torch.tensor([2.0, 0.25, 3.0]))
 
 
-def test_what_the_drawn_tokens_say_of_a_divergence_is_its_mean_and_so_is_the_gradient() -> None:
+def test_sampled_divergence_has_the_exact_mean_and_gradient() -> None:
     """Every token of a small vocabulary, weighted by how often it is drawn, beside the divergence of whole
     distributions, value and gradient, in float64."""
     generator = torch.Generator().manual_seed(0)
@@ -135,13 +135,13 @@ def test_what_the_drawn_tokens_say_of_a_divergence_is_its_mean_and_so_is_the_gra
     assert torch.allclose(x.grad, y.grad, atol=1e-12)
 
 
-def test_the_gap_needs_no_float64_of_the_device() -> None:
+def test_mismatch_needs_no_float64_on_the_device() -> None:
     gap = SamplerMismatch()
     gap.add(torch.tensor([-1.0, -2.0]).as_subclass(OnMps), torch.tensor([-1.0, -2.5], dtype=torch.float64))
     assert (gap.worst, gap.seen.sums["gap_mean"], gap.seen.sums["gap_share"]) == (0.5, 0.5, 1.0)
 
 
-def test_float64_on_the_cpu_leads_gradients_back() -> None:
+def test_float64_on_the_cpu_keeps_gradients() -> None:
     x = torch.tensor([0.1, 0.2], requires_grad=True)
     wide = in_float64(x.as_subclass(OnMps))
     assert (wide.dtype, wide.device.type) == (torch.float64, "cpu")

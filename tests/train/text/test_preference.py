@@ -85,7 +85,7 @@ def whole(shared: Path, base: TextBase) -> Whole:
 
 
 @EACH
-def test_it_learns_to_prefer(loss: str, whole: Whole) -> None:
+def test_every_loss_learns_the_preference(loss: str, whole: Whole) -> None:
     folder, result, seen = whole[loss]
     assert result.validation < result.validation_before
     assert result.measured["reward_margin"] > result.measured_before["reward_margin"]
@@ -146,7 +146,7 @@ def formula(loss: str, w: Tensor, l: Tensor, n_w: Tensor, n_l: Tensor, rw: Tenso
 
 
 @EACH
-def test_loss_and_gradient_are_the_formula_s_on_the_model_in_float64(loss: str, shared: Path, tmp_path: Path) -> None:
+def test_loss_and_gradient_equal_the_formula_in_float64(loss: str, shared: Path, tmp_path: Path) -> None:
     """From the file to the gradient of A and B, beside a float64 model with s·B·A added to its weights."""
     base = load_text(str(shared / "tiny-base"))
     config, _ = config_from(
@@ -214,7 +214,7 @@ def test_loss_and_gradient_are_the_formula_s_on_the_model_in_float64(loss: str, 
         assert (got[name] - leaf.grad).norm() <= 2e-3 * leaf.grad.norm() + 1e-9, name
 
 
-def test_before_the_first_step_the_policy_is_its_reference(whole: Whole) -> None:
+def test_policy_equals_its_reference_at_step_zero(whole: Whole) -> None:
     first = next(e for e in whole["dpo"][2] if isinstance(e, Evaluated))
     assert first.loss == pytest.approx(math.log(2), rel=1e-5)
     assert first.extra["reward_margin"] == pytest.approx(0, abs=1e-5)
@@ -236,7 +236,7 @@ def test_interrupted_runs_resume_exactly(loss: str, whole: Whole, shared: Path, 
     assert any(isinstance(e, Note) and "48 answers, 48 already computed" in e.text for e in seen)
 
 
-def test_a_stop_while_the_reference_is_computed_keeps_what_is_done(
+def test_interrupted_reference_keeps_computed_logprobs(
     shared: Path, base: TextBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preference, "cached_logps", functools.partial(preference.cached_logps, chunk=10))
@@ -297,7 +297,7 @@ def test_a_starting_adapter_is_the_reference(tuned: Path, shared: Path, base: Te
     assert first.extra["logp_chosen"] > of_base + 1
 
 
-def test_a_supervised_run_goes_on_too(tuned: Path, shared: Path, base: TextBase, tmp_path: Path) -> None:
+def test_supervised_run_continues_from_an_adapter(tuned: Path, shared: Path, base: TextBase, tmp_path: Path) -> None:
     again = {"data": {"train": str(shared / "chosen.jsonl")}, "adapter": {"start": str(tuned), "rank": 16}}
     seen: list[Event] = []
     train(shared, tmp_path / "whole", None, base, on_event=seen.append, **again)
@@ -319,7 +319,7 @@ def test_a_loss_without_pairs_is_refused(shared: Path, base: TextBase, tmp_path:
         train(shared, tmp_path / "out", "dpo", base, data={"train": str(tmp_path / "judged.jsonl"), "split": 0})
 
 
-def test_kto_takes_judged_answers_and_wants_both_kinds(shared: Path, base: TextBase, tmp_path: Path) -> None:
+def test_kto_reads_labels_and_needs_both(shared: Path, base: TextBase, tmp_path: Path) -> None:
     for name, good in (("both", lambda i: i % 4 == 0), ("one", lambda i: True)):
         rows = [{"prompt": f"The {i}", "completion": f"Thank you {i}", "label": good(i)} for i in range(20)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -333,7 +333,7 @@ def test_kto_takes_judged_answers_and_wants_both_kinds(shared: Path, base: TextB
         train(shared, tmp_path / "no", "kto", base, data=data | {"train": str(tmp_path / "one.jsonl")})
 
 
-def test_what_is_left_out_and_what_does_not_match_is_said(shared: Path, base: TextBase, tmp_path: Path) -> None:
+def test_pairs_without_a_partner_are_reported(shared: Path, base: TextBase, tmp_path: Path) -> None:
     rows = [pair(i) for i in range(20)]
     rows[3]["rejected"] = ""
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -361,12 +361,14 @@ def test_what_is_left_out_and_what_does_not_match_is_said(shared: Path, base: Te
     ],
     ids=str,
 )
-def test_what_cannot_be_meant_is_refused(sections: dict[str, Any], message: str, shared: Path, tmp_path: Path) -> None:
+def test_contradictory_settings_are_refused(
+    sections: dict[str, Any], message: str, shared: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=message):
         train(shared, tmp_path / "out", **sections)
 
 
-def test_what_is_left_open_is_settled_and_said(shared: Path, base: TextBase, tmp_path: Path) -> None:
+def test_open_settings_are_resolved_and_reported(shared: Path, base: TextBase, tmp_path: Path) -> None:
     for loss, beta, gamma, normalized, nll in (
         ("dpo", 0.1, None, False, 0.0),
         ("ipo", 0.1, None, True, 0.0),
@@ -382,7 +384,7 @@ def test_what_is_left_open_is_settled_and_said(shared: Path, base: TextBase, tmp
         assert loss in settings.sources["preference.beta"]
 
 
-def test_the_learning_rate_of_a_preference_run_is_a_gentler_one(shared: Path) -> None:
+def test_preference_runs_default_to_a_lower_learning_rate(shared: Path) -> None:
     values = {"base": "x", "data": {"train": "x"}, "output": "x", "preference": {"loss": "dpo"}}
     config, sources = config_from(values)
     assert config.optimizer.learning_rate == 2e-5

@@ -32,7 +32,7 @@ def items(rows: list[Row], *, paired: bool = True, **data: Any) -> tuple[list[It
     return preference_items(encoded, rows, owners, paired=paired)
 
 
-def test_what_is_learned_of_a_pair_is_its_two_answers_alone() -> None:
+def test_only_the_two_answers_of_a_pair_are_trained() -> None:
     before = [said("system", "Be kind."), said("user", "Hi"), said("assistant", "Hello"), said("user", "And now?")]
     found, encoded = items([row("Here.", "There it is!", *before), row("a", "b")])
     assert [i.row for i in found] == [0, 1]
@@ -45,7 +45,7 @@ def test_what_is_learned_of_a_pair_is_its_two_answers_alone() -> None:
     assert encoded.counts.trained_tokens == sum(i.learned for i in found)
 
 
-def test_answers_of_several_turns_are_learned_where_the_model_speaks() -> None:
+def test_assistant_turns_of_long_answers_are_trained() -> None:
     shared = (said("user", "Hi"), said("assistant", "Hello"))
     ends = [
         (*shared, said("user", "Why?"), said("assistant", "So.")),
@@ -58,7 +58,7 @@ def test_answers_of_several_turns_are_learned_where_the_model_speaks() -> None:
     ]
 
 
-def test_an_answer_that_is_left_out_takes_its_partner_with_it_but_not_for_kto() -> None:
+def test_dropped_answer_drops_its_partner_except_for_kto() -> None:
     rows = [row("Here.", "", where="d:1"), row("Here.", "x " * 300, where="d:2"), row("a", "b", where="d:3")]
     found, encoded = items(rows, max_length=200, long_rows="drop")
     assert [i.row for i in found] == [2]
@@ -83,7 +83,7 @@ def test_cut_pairs_still_share_their_prompt() -> None:
     assert len(chosen.trained) == chosen.tokens
 
 
-def test_prompts_that_are_not_the_same_tokens_are_counted() -> None:
+def test_pairs_with_different_prompt_tokens_are_counted() -> None:
     """Without a template one token may span the end of the prompt and the beginning of one of the answers."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
@@ -96,7 +96,7 @@ def test_prompts_that_are_not_the_same_tokens_are_counted() -> None:
     assert encoded.counts.places["other_prompts"] == ["d:1"]
 
 
-def test_a_batch_holds_the_answers_of_a_pair_side_by_side() -> None:
+def test_answers_of_a_pair_are_adjacent_in_a_batch() -> None:
     found, _ = items([row("Here.", "There it is!"), row("a", "b")])
     batch = collate_items(found)
     assert batch.items == found
@@ -105,7 +105,7 @@ def test_a_batch_holds_the_answers_of_a_pair_side_by_side() -> None:
         assert torch.equal(part, torch.tensor(e.input_ids))
 
 
-def test_mismatched_rows_have_the_answer_to_another_prompt() -> None:
+def test_mismatched_examples_answer_another_prompt() -> None:
     rows = [row("a", "b"), row("Yes, there.", "d", said("user", "Hm?")), row("e", "f")]
     found, _ = items(rows, paired=False)
     rows_ = mismatched_examples(found, 1000)

@@ -29,7 +29,7 @@ def wanted(examples: Sequence[Example]) -> list[float]:
     return Model()(examples)
 
 
-def test_each_is_computed_once_and_found_again_bit_for_bit(tmp_path: Path) -> None:
+def test_logprobs_are_computed_once_and_read_back_exactly(tmp_path: Path) -> None:
     model, path = Model(), tmp_path / "cache" / "reference.jsonl"
     assert cached_logps([*EXAMPLES, EXAMPLES[3]], path, "base", model) == wanted([*EXAMPLES, EXAMPLES[3]])
     assert len(model.asked) == 7
@@ -38,7 +38,7 @@ def test_each_is_computed_once_and_found_again_bit_for_bit(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("change", ["tokens", "mask", "base"])
-def test_what_differs_is_computed_anew(change: str, tmp_path: Path) -> None:
+def test_changed_examples_are_computed_again(change: str, tmp_path: Path) -> None:
     model, path = Model(), tmp_path / "reference.jsonl"
     cached_logps(EXAMPLES, path, "base", model)
     other = list(EXAMPLES)
@@ -50,7 +50,7 @@ def test_what_differs_is_computed_anew(change: str, tmp_path: Path) -> None:
     assert len(model.asked) == 7 + (7 if change == "base" else 1)
 
 
-def test_a_stop_keeps_what_is_done_also_in_the_middle_of_a_line(tmp_path: Path) -> None:
+def test_interruption_keeps_complete_lines(tmp_path: Path) -> None:
     model, path = Model(), tmp_path / "reference.jsonl"
 
     def stop(line: str) -> None:
@@ -68,7 +68,7 @@ def test_a_stop_keeps_what_is_done_also_in_the_middle_of_a_line(tmp_path: Path) 
     assert len(model.asked) == 8
 
 
-def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 

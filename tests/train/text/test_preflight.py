@@ -89,7 +89,7 @@ def warned(report: Report, check: str) -> str:
     return next(f.text for f in report.warnings if f.check == check)
 
 
-def test_a_sound_run_passes_without_a_warning(run: Run) -> None:
+def test_valid_run_has_no_warning(run: Run) -> None:
     report = run("schedule.epochs=10")
     report.raise_if_stopped()
     assert [f.text for f in report.findings if f.level != "ok"] == []
@@ -132,7 +132,7 @@ def test_a_template_without_an_end_of_turn(run: Run) -> None:
     assert "no end-of-turn token is written after an answer: the model would learn to never stop" in text
 
 
-def test_an_end_that_every_row_loses(run: Run) -> None:
+def test_end_token_cut_from_every_row(run: Run) -> None:
     rows = [talk("q", "word " * 200, f"data.jsonl:{i}") for i in range(20)]
     report = run("data.max_length=50", "data.long_rows=cut", rows=rows)
     assert "the end-of-turn token `<|im_end|>` is learned in no row: the model would never stop" in report.text()
@@ -140,7 +140,7 @@ def test_an_end_that_every_row_loses(run: Run) -> None:
     assert {f.check for f in report.stops} == {"end", "long rows"}
 
 
-def test_an_end_that_generation_does_not_know(run: Run) -> None:
+def test_end_token_unknown_to_generation(run: Run) -> None:
     run.base.model.generation_config.eos_token_id = 0
     run.base.tokenizer.eos_token = "<|endoftext|>"
     run.base.end_of_turn_id = 0
@@ -159,13 +159,13 @@ def test_plain_rows_without_an_end_of_text(run: Run) -> None:
 # 3: an adapter that reaches nothing
 
 
-def test_a_target_that_matches_nothing(run: Run) -> None:
+def test_target_without_a_match(run: Run) -> None:
     text = stopped(run("adapter.targets=[q_porj]"), "targets")
     assert "target 'q_porj' matches nothing in this model" in text
     assert "q_proj" in text
 
 
-def test_layers_that_do_not_exist(run: Run) -> None:
+def test_missing_layers(run: Run) -> None:
     assert "layers [7] do not exist" in stopped(run("adapter.layers=[7]"), "targets")
 
 
@@ -203,7 +203,7 @@ def test_plain_prompts_on_a_chat_base(run: Run) -> None:
     assert "the base has a chat template and rows do not use it" in text
 
 
-def test_prompts_that_are_other_tokens_in_training(run: Run) -> None:
+def test_prompts_tokenized_differently_in_training(run: Run) -> None:
     word = max((t for t in run.base.tokenizer.get_vocab() if t.isalpha()), key=len)
     run.base.tokenizer.chat_template = None
     rows = []
@@ -214,7 +214,7 @@ def test_prompts_that_are_other_tokens_in_training(run: Run) -> None:
     assert "30 of 30 (100%) prompts are other tokens in training than at inference" in stopped(report, "template")
 
 
-def test_turns_that_a_template_changes(run: Run) -> None:
+def test_turns_changed_by_the_template(run: Run) -> None:
     run.base.tokenizer.chat_template = templates.QWEN3
     turns = [
         {"role": "user", "content": "a"},
@@ -248,7 +248,7 @@ def test_tokens_beyond_the_embedding(run: Run) -> None:
     assert "1 tokens of the data have no row in the base's embedding of 384 rows: `<|new|>` (384)" in text
 
 
-def test_added_tokens_whose_rows_were_never_trained(run: Run) -> None:
+def test_added_tokens_with_untrained_embeddings(run: Run) -> None:
     with torch.no_grad():
         run.base.model.get_input_embeddings().weight[1].zero_()
     report = run()
@@ -265,7 +265,7 @@ def test_a_row_longer_than_the_base_reads(run: Run) -> None:
     assert "tokens and the base reads 256" in stopped(run(rows=rows), "memory")
 
 
-def test_a_run_that_cannot_fit(run: Run) -> None:
+def test_run_over_the_memory(run: Run) -> None:
     text = stopped(run(free_memory=100_000_000), "memory")
     assert "this run does not fit: it needs about" in text
     assert "100.0 MB are free; the largest micro-batch has" in text
@@ -276,7 +276,7 @@ def test_a_run_that_cannot_fit(run: Run) -> None:
     assert "memory.limit_gb" not in run(free_memory=1_000_000).text()
 
 
-def test_a_run_that_does_not_fit_is_told_the_cheapest_change(tmp_path: Path) -> None:
+def test_run_over_the_memory_gets_the_cheapest_fix(tmp_path: Path) -> None:
     # Of two layers the first is all that is kept, as the last one works on trained tokens alone: four save something.
     run = Run(TinyBase(tiny_model(num_hidden_layers=4), tiny_tokenizer()), tmp_path)
     rows = [talk("word " * 20, "yes", f"d.jsonl:{i}") for i in range(200)]
@@ -287,7 +287,7 @@ def test_a_run_that_does_not_fit_is_told_the_cheapest_change(tmp_path: Path) -> 
     assert not run("batching.rows=200", rows=rows, free_memory=free).stops
 
 
-def test_what_is_predicted_begins_with_what_the_process_holds(run: Run) -> None:
+def test_predicted_peak_includes_the_process(run: Run) -> None:
     libraries = b"x" * 600_000_000
     held = psutil.Process().memory_info().rss
     assert held > len(libraries)
@@ -299,7 +299,7 @@ def test_plan_names_the_measured_rates_of_the_machine(run: Run) -> None:
     assert "GB/s, measured here)" in plan
 
 
-def test_weights_are_kept_packed_where_that_is_faster_and_fits(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_packed_if_faster_and_if_they_fit(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run().numbers["kept_packed"] == 0  # not faster: the tiny base's are too small to have any
     monkeypatch.setattr(preflight, "keeps_copy", lambda dtype, rows, columns, turned: True)
     every = packed_weights(model_shape(run.base.model), "float32", lambda *product: True)
@@ -399,11 +399,11 @@ def test_learning_rates_outside_the_window(run: Run, rate: str, side: str) -> No
     assert f"is {side} the window" in warned(run(f"optimizer.learning_rate={rate}"), "learning rate")
 
 
-def test_a_warm_up_that_never_ends(run: Run) -> None:
+def test_warmup_longer_than_the_run(run: Run) -> None:
     assert "the learning rate never reaches its peak" in stopped(run("schedule.warmup=100"), "schedule")
 
 
-def test_a_lokr_factor_that_does_not_divide_is_said(run: Run) -> None:
+def test_lokr_factor_that_divides_no_side(run: Run) -> None:
     kind = ("adapter.kind=lokr", "adapter.dropout=0")
     none = stopped(run(*kind, "adapter.factor=1009"), "factor")
     assert "adapter.factor 1009 divides no side of what is trained, as " in none
@@ -417,7 +417,7 @@ def test_a_run_of_few_steps(run: Run) -> None:
     assert "the whole run is 3 steps" in warned(run("schedule.epochs=1"), "schedule")
 
 
-def test_held_out_rows_that_are_trained_on(run: Run) -> None:
+def test_held_out_rows_leak_into_training(run: Run) -> None:
     few = warned(run(held=[*HELD, ROWS[3]]), "held out")
     assert "1 of 6 (17%) held-out rows are also trained on: data.jsonl:4 is data.jsonl:4" in few
     assert "held-out rows are also trained on" in stopped(run(held=ROWS[:5]), "held out")
@@ -425,7 +425,7 @@ def test_held_out_rows_that_are_trained_on(run: Run) -> None:
     assert "held-out prompts also occur in training, with other answers" in prompts
 
 
-def test_held_out_prompts_that_answers_are_drawn_to_in_training(tmp_path: Path) -> None:
+def test_held_out_prompts_leak_into_sampling(tmp_path: Path) -> None:
     """Such rows may have no answer at all: that it is another one is not said."""
     base = text_without_weights(str(tiny_base_dir(tmp_path)))
     lines = [{"prompt": "2 * 3 =", "entry": i} for i in range(12)]
@@ -451,7 +451,7 @@ def test_columns_and_repeated_rows(run: Run) -> None:
     assert "3 of 40 (8%) rows repeat an earlier one exactly" in warned(report, "duplicates")
 
 
-def test_everything_that_stops_is_listed_at_once(run: Run) -> None:
+def test_all_stops_are_listed_together(run: Run) -> None:
     report = run("adapter.targets=[nope]", "schedule.warmup=100", free_disk=0, held=ROWS[:3])
     with pytest.raises(PreflightError, match=r"^3 things would make this run fail or teach nothing:") as caught:
         report.raise_if_stopped()
@@ -472,14 +472,14 @@ def test_the_sample_is_the_first_row_with_its_answer_marked(run: Run) -> None:
     Console(file=io.StringIO()).print(report.text(markup=True))
 
 
-def test_markup_in_the_data_is_shown_as_it_is(run: Run) -> None:
+def test_markup_in_the_data_is_escaped(run: Run) -> None:
     report = run(rows=[talk("[red]a[/red] [/]", "[bold]b", f"data.jsonl:{i}") for i in range(20)])
     shown = Text.from_markup(report.text(markup=True)).plain
     assert "[red]a[/red] [/]" in shown
     assert "[bold]b<|im_end|>" in shown
 
 
-def test_looking_changes_nothing(run: Run, tmp_path: Path) -> None:
+def test_preflight_changes_nothing(run: Run, tmp_path: Path) -> None:
     before = {n: p.clone() for n, p in run.base.model.named_parameters()}
     run()
     assert all(torch.equal(p, before[n]) for n, p in run.base.model.named_parameters())

@@ -20,7 +20,7 @@ def answers(count: int = 40) -> list[Rollout]:
 
 
 @pytest.mark.parametrize(("most", "rows"), [(1000, None), (40, None), (40, 3), (1, None)])
-def test_micro_batches_have_a_prompts_answers_together_within_their_tokens(most: int, rows: int | None) -> None:
+def test_micro_batches_keep_completions_of_a_prompt_together(most: int, rows: int | None) -> None:
     values = {
         "base": "b",
         "data": {"train": "t"},
@@ -40,7 +40,7 @@ def test_micro_batches_have_a_prompts_answers_together_within_their_tokens(most:
     assert (len(groups) == len(drawn)) == (most == 1)
 
 
-def test_rows_that_share_their_prompt_are_the_rows() -> None:
+def test_shared_prompts_reproduce_the_rows() -> None:
     drawn = answers()
     batch, shared = collate_shared(drawn)
     assert len(batch.input_ids) == sum(map(len, {r.prompt for r in drawn})) + sum(len(r.tokens) for r in drawn)

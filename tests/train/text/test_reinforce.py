@@ -38,7 +38,7 @@ def train(
     return run_drawn(config(shared, output, **own), base, on_event, resume)
 
 
-def test_rewards_rise_without_a_gap_and_the_page_shows_them(shared: Path, base: TextBase, tmp_path: Path) -> None:
+def test_rewards_rise_without_mismatch_and_the_report_shows_them(shared: Path, base: TextBase, tmp_path: Path) -> None:
     events: list[Event] = []
     result = train(shared, tmp_path, base, events.append, schedule={"steps": 20}, evaluation={"keep": "last"})
     found = measured(tmp_path)
@@ -102,7 +102,7 @@ def test_a_stopped_run_resumes_exactly(shared: Path, base: TextBase, tmp_path: P
     stopped_and_resumed(run, tmp_path, at=3)
 
 
-def test_a_run_that_learns_nothing_says_so_and_what_to_do(shared: Path, base: TextBase, tmp_path: Path) -> None:
+def test_run_without_a_training_signal_warns(shared: Path, base: TextBase, tmp_path: Path) -> None:
     same = {"rewards": [{"kind": "regex", "pattern": "never said$", "weight": 0.1}], "updates": 2}
     events: list[Event] = []
     train(shared, tmp_path, base, events.append, reinforcement=same, schedule={"steps": 6})
@@ -129,7 +129,7 @@ def test_stale_samplers_stop(shared: Path, base: TextBase, tmp_path: Path, monke
     assert len(measured(tmp_path)) == 1
 
 
-def test_what_cannot_be_meant_is_said(shared: Path, base: TextBase, tmp_path: Path) -> None:
+def test_contradictory_settings_are_refused(shared: Path, base: TextBase, tmp_path: Path) -> None:
     for own, said in (
         ({"reinforcement": {"rewards": []}}, "is empty"),
         ({"reinforcement": {"group": 1}}, "nothing to compare"),
@@ -209,7 +209,7 @@ def test_prompts_over_the_context_are_refused_or_left_out(shared: Path, base: Te
     assert "max_length" not in said["fix"]
 
 
-def test_held_out_answers_that_nobody_could_judge_are_no_loss(shared: Path, base: TextBase, tmp_path: Path) -> None:
+def test_unjudged_held_out_completions_stop_the_run(shared: Path, base: TextBase, tmp_path: Path) -> None:
     """One answer may always fail; where it is the only one held out there is no number to keep an adapter by."""
     (tmp_path / "broken.py").write_text("def score(sample, item):\n    return 1 / 0\n")
     reward = {"kind": "python", "file": str(tmp_path / "broken.py")}
@@ -255,7 +255,7 @@ def test_a_summary_counts_a_few_and_warns_of_many() -> None:
     assert "raise reinforcement.max_tokens" in cut
 
 
-def test_a_summary_names_a_reward_that_is_constant_in_every_group() -> None:
+def test_summary_names_a_constant_reward() -> None:
     steps = [step(constant_groups=4.0, constant_length=1.0), step(constant_length=1.0, constant_exact_match=1.0)]
     (text,) = draw_summary(section("reinforce"), steps)
     assert text.startswith("the reward length was the same within each group")

@@ -64,7 +64,7 @@ def test_instruction_and_input_are_one_user_turn(tmp_path: Path) -> None:
     assert rows[0].instruction == ("S", "Sort", "b a", "a b")
 
 
-def test_named_columns_and_unused_ones_are_said(tmp_path: Path) -> None:
+def test_renamed_and_unused_columns_are_reported(tmp_path: Path) -> None:
     file = jsonl(tmp_path, [{"text": "card lost", "category": "lost_card", "id": 1}])
     rows, about = read_rows(file, columns={"prompt": "text", "completion": "category"})
     assert about.format == "prompt-completion"
@@ -124,7 +124,7 @@ def test_unusable_rows_of_other_formats(tmp_path: Path, row: dict[str, Any], say
     assert says in wrong(jsonl(tmp_path, [row]))
 
 
-def test_columns_that_fit_nothing(tmp_path: Path) -> None:
+def test_unrecognized_columns_are_refused(tmp_path: Path) -> None:
     file = jsonl(tmp_path, [{"frage": "a", "antwort": "b"}])
     assert "the format cannot be recognised: the columns are frage, antwort" in wrong(file)
     assert "did you mean `frage`?" in wrong(file, columns={"prompt": "frag", "completion": "antwort"})
@@ -244,7 +244,7 @@ def test_pairs_under_other_names_and_among_other_columns(tmp_path: Path) -> None
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_a_pair_that_compares_nothing_is_refused(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+def test_invalid_pairs_are_refused(tmp_path: Path, row: dict[str, Any], message: str) -> None:
     good = {"prompt": "Hi", "chosen": "Hello", "rejected": "Bye"}
     text = wrong(jsonl(tmp_path, [good, row]), formats=PREFERENCES)
     assert message in text
@@ -274,7 +274,7 @@ CALLS = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
 
 
-def test_openai_s_rows_with_tools(tmp_path: Path) -> None:
+def test_openai_rows_with_tools(tmp_path: Path) -> None:
     """The example of its guide to function calling, with a second answer."""
     result = {"role": "tool", "tool_call_id": "c1", "content": "21"}
     row = {"messages": [TURNS[0], CALLS, result, TURNS[1]], "parallel_tool_calls": False, "tools": [TOOL]}
@@ -284,7 +284,7 @@ def test_openai_s_rows_with_tools(tmp_path: Path) -> None:
     assert found.tools == (TOOL,)
 
 
-def test_openai_s_pairs(tmp_path: Path) -> None:
+def test_openai_pairs(tmp_path: Path) -> None:
     """The example of its guide to preferences; what the assistant said in the prompt is given, not learned."""
     earlier = [TURNS[0], BYE, {"role": "user", "content": "Really?"}]
     row = {
@@ -315,7 +315,7 @@ def test_openai_s_pairs(tmp_path: Path) -> None:
         ({"messages": TURNS, "tools": "weather"}, "`tools` is not a list"),
     ],
 )
-def test_calls_that_cannot_be_learned_say_why(tmp_path: Path, row: dict[str, Any], says: str) -> None:
+def test_invalid_tool_calls_are_refused(tmp_path: Path, row: dict[str, Any], says: str) -> None:
     text = wrong(jsonl(tmp_path, [{"messages": TURNS}, row]))
     assert "rows.jsonl:2: " in text
     assert says in text
@@ -330,7 +330,7 @@ def test_calls_that_cannot_be_learned_say_why(tmp_path: Path, row: dict[str, Any
         ({"non_preferred_output": "Bye"}, "`non_preferred_output` should be a list"),
     ],
 )
-def test_openai_s_pairs_that_compare_nothing(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+def test_invalid_openai_pairs_are_refused(tmp_path: Path, change: dict[str, Any], says: str) -> None:
     good = {"input": {"messages": TURNS[:1]}, "preferred_output": [TURNS[1]], "non_preferred_output": [BYE]}
     text = wrong(jsonl(tmp_path, [good, good | change]), formats=PREFERENCES)
     assert "rows.jsonl:2: " in text

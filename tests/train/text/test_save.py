@@ -52,7 +52,7 @@ def trained(base: TextBase, folder: Path, **evaluation: Any) -> Path:
     return folder / "out"
 
 
-def test_the_card_has_both_answers_to_a_held_out_prompt(base: TextBase, tmp_path: Path) -> None:
+def test_card_has_both_answers_to_a_held_out_prompt(base: TextBase, tmp_path: Path) -> None:
     folder = trained(base, tmp_path, sample=5)
     sample = card_sample(read_card(folder).card.to_dict())
     asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": sample["prompt"]}]
@@ -75,11 +75,11 @@ def test_the_card_keeps_the_prompt_with_its_system_message(base: TextBase, tmp_p
         assert "--system 'Be brief.'" in text
 
 
-def test_a_run_that_samples_nothing_keeps_no_prompt(base: TextBase, tmp_path: Path) -> None:
+def test_run_without_samples_saves_no_prompt(base: TextBase, tmp_path: Path) -> None:
     assert card_prompt(read_card(trained(base, tmp_path, sample=0)).card.to_dict()) == []
 
 
-def test_short_runs_keep_none_unless_asked_for(base: TextBase, tmp_path: Path) -> None:
+def test_short_runs_save_no_sample_by_default(base: TextBase, tmp_path: Path) -> None:
     assert card_sample(read_card(trained(base, tmp_path)).card.to_dict()) is None
     assert [EvaluationSection().sampled(steps) > 0 for steps in (99, 100)] == [False, True]
     assert EvaluationSection(sample=0).sampled(1000) == 0

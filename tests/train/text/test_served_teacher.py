@@ -88,9 +88,7 @@ def in_process(whole: Whole) -> Callable[[list[int]], torch.Tensor]:
     return logps
 
 
-def test_a_server_gives_what_the_teacher_gives_in_this_process(
-    whole: Whole, in_process: Any, folder: Path, tmp_path: Path
-) -> None:
+def test_served_logprobs_equal_local_logprobs(whole: Whole, in_process: Any, folder: Path, tmp_path: Path) -> None:
     own = taught(f"{whole.url}/v1", teacher="plain")
     section = config(folder, tmp_path, str(whole.shop.base_dir), distillation=own).distillation
     asked = [(prompt(n, n), n // 2) for n in (9, 30)]
@@ -197,7 +195,7 @@ _OTHER = {"decoded_token": "something else"}
     ],
     ids=["key", "model", "ids", "no logprobs", "no completion", "tokenizer", "texts", "other tokens", "away"],
 )  # fmt: skip
-def test_what_cannot_teach_is_refused_before_anything_is_drawn(
+def test_unusable_teachers_are_refused_before_sampling(
     folder: Path, base: TextBase, tmp_path: Path, says: Any, error: type[Exception], said: str
 ) -> None:
     with serving(says(base)) as server:
@@ -219,7 +217,7 @@ def test_what_cannot_teach_is_refused_before_anything_is_drawn(
         (None, "timeout"),
     ],
 )
-def test_unread_answers_are_left_out(folder: Path, base: TextBase, tmp_path: Path, spoilt: Any, why: str) -> None:
+def test_unscored_completions_are_left_out(folder: Path, base: TextBase, tmp_path: Path, spoilt: Any, why: str) -> None:
     """One of each step's four; a second one is too many, and both rows are named."""
     most, over = 1, threading.Event()
 
@@ -252,7 +250,7 @@ def test_unread_answers_are_left_out(folder: Path, base: TextBase, tmp_path: Pat
     assert "distillation.most_failed" in str(refused.value)
 
 
-def test_an_outage_stops_the_run_which_resumes_unchanged(folder: Path, base: TextBase, tmp_path: Path) -> None:
+def test_outage_stops_the_run_and_it_resumes_exactly(folder: Path, base: TextBase, tmp_path: Path) -> None:
     with serving(teaches(base)) as server:
         train(folder, tmp_path / "whole", base, distillation=taught(server.url))
         first = len(server.asked)
@@ -274,7 +272,7 @@ def test_an_outage_stops_the_run_which_resumes_unchanged(folder: Path, base: Tex
     assert (tmp_path / "parts" / TENSORS).read_bytes() == (tmp_path / "whole" / TENSORS).read_bytes()
 
 
-def test_what_cannot_be_meant_is_said(folder: Path, tmp_path: Path) -> None:
+def test_contradictory_settings_are_refused(folder: Path, tmp_path: Path) -> None:
     url = "http://127.0.0.1:9/v1"
     for own, said in (
         ({"teacher": "wise", "key": "K"}, "give `distillation.url`"),

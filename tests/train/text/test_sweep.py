@@ -16,7 +16,7 @@ from veneer.train.text.save import RunResult
 from veneer.train.text.sweep import grid, run_sweep
 
 
-def test_a_grid_is_every_combination_and_commas_in_brackets_are_none() -> None:
+def test_grid_has_every_combination() -> None:
     found = grid(["adapter.rank=2,4", "schedule.steps=3", "adapter.targets=[q_proj,v_proj],all-linear", "seed=1"])
     assert [c.name for c in found] == [
         "rank=2,targets=_q_proj_v_proj_",
@@ -42,7 +42,7 @@ def test_a_grid_is_every_combination_and_commas_in_brackets_are_none() -> None:
         (["seed=1,2", "output=a,b"], "output cannot be swept"),
     ],
 )
-def test_a_grid_that_is_none_is_refused(settings: list[str], says: str) -> None:
+def test_invalid_grids_are_refused(settings: list[str], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         grid(settings)
 
@@ -70,7 +70,7 @@ def base(config: Path) -> TextBase:
     return load_text(str(config.parent / "tiny-base"))
 
 
-def test_every_combination_is_an_adapter_and_a_row_of_the_report(config: Path, base: TextBase, tmp_path: Path) -> None:
+def test_every_combination_has_an_adapter_and_a_row(config: Path, base: TextBase, tmp_path: Path) -> None:
     settings = ["adapter.rank=2,4", "optimizer.learning_rate=1e-4,1e-2", f"output={tmp_path}"]
     made = run_sweep(config, settings, base=base)
     assert all(isinstance(result, RunResult) for result in made.results)
@@ -88,7 +88,7 @@ def test_every_combination_is_an_adapter_and_a_row_of_the_report(config: Path, b
     assert json.loads((tmp_path / "sweep.json").read_text()) == json.loads(json.dumps(made.to_dict()))
 
 
-def test_seeds_are_compared_on_the_same_held_out_rows(config: Path, base: TextBase, tmp_path: Path) -> None:
+def test_seeds_share_their_held_out_rows(config: Path, base: TextBase, tmp_path: Path) -> None:
     made = run_sweep(config, ["seed=0,1", "schedule.steps=2", f"output={tmp_path}"], base=base)
     first, second = made.results
     assert isinstance(first, RunResult)
@@ -108,7 +108,7 @@ def test_seeds_are_compared_on_the_same_held_out_rows(config: Path, base: TextBa
         (["data.limit=20,24"], "set data.validation"), (["data.validation=a.jsonl,b.jsonl", "data.split=null"], "data"),
     ],
 )  # fmt: skip
-def test_runs_whose_losses_measure_different_things_are_refused(config: Path, settings: list[str], says: str) -> None:
+def test_incomparable_sweeps_are_refused(config: Path, settings: list[str], says: str) -> None:
     with pytest.raises(ConfigError, match="different things") as caught:
         run_sweep(config, settings)
     assert says in str(caught.value)

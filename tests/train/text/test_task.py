@@ -57,7 +57,7 @@ def whole(shared: Path, base: TextBase) -> Whole:
     return shared / "whole", result, seen
 
 
-def test_it_learns_and_says_what_came_out(whole: Whole) -> None:
+def test_run_learns_and_reports_its_result(whole: Whole) -> None:
     _, result, seen = whole
     assert result.steps == 10
     assert result.validation < result.validation_before
@@ -84,7 +84,7 @@ def test_it_learns_and_says_what_came_out(whole: Whole) -> None:
     assert {3, 6, 9, 10} <= {e.step for e in seen if isinstance(e, Saved)}
 
 
-def test_events_come_in_the_order_of_the_promise(whole: Whole) -> None:
+def test_events_are_in_the_documented_order(whole: Whole) -> None:
     kinds = [type(e) for e in whole[2]]
     order = [Resolved, Checked, Probed, Evaluated, Stepped]
     assert sorted(kinds.index(k) for k in order) == [kinds.index(k) for k in order]
@@ -112,7 +112,7 @@ def test_the_folder_holds_adapter_card_log_and_report(whole: Whole, base: TextBa
     assert {p.name for p in (folder / "checkpoints").iterdir()} <= {f"step-{n:08d}" for n in range(11)}
 
 
-def test_the_base_its_mode_and_the_callers_randomness_are_as_before(shared: Path, tmp_path: Path) -> None:
+def test_base_and_random_state_are_restored(shared: Path, tmp_path: Path) -> None:
     own = load_text(str(shared / "tiny-base"))
     before = {name: t.clone() for name, t in own.model.state_dict().items()}
     random_before, python_before = torch.get_rng_state(), random.getstate()
@@ -207,7 +207,7 @@ def test_resuming_with_other_micro_batches_is_reported(shared: Path, base: TextB
     assert Note(said) in seen
 
 
-def test_batches_that_a_thread_sends_ahead_end_in_the_same_bytes_stopped_and_resumed_too(
+def test_prefetched_batches_give_the_same_bytes(
     whole: Whole, shared: Path, base: TextBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU, with the CPU for the device that they are sent to."""
@@ -267,7 +267,7 @@ def test_a_dry_run_checks_everything_and_writes_nothing(shared: Path, base: Text
 
 
 @pytest.mark.parametrize(("keep", "kept", "loss"), [("best", 3, 3.0), ("last", 6, 3.1)])
-def test_the_state_that_is_asked_for_is_what_is_kept(
+def test_best_or_last_state_is_saved(
     shared: Path, base: TextBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: str, kept: int, loss: float
 ) -> None:
     """The validation loss is lowest after step 3, and three worse ones later the run stops: step 3 is what is saved, or
@@ -300,7 +300,9 @@ def test_every_kind_of_adapter_is_saved(adapter: dict[str, Any], shared: Path, b
         assert "bit for bit" in sentence
 
 
-def test_a_wrong_file_is_found(shared: Path, base: TextBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_adapter_file_is_detected(
+    shared: Path, base: TextBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = run.write_adapter
 
     def wrong(adapter: Any, folder: Path, base: TextBase) -> str:
@@ -324,14 +326,14 @@ def test_recomputation_is_chosen_by_the_stated_rule(tmp_path: Path) -> None:
     assert "above 90%" in resolved.sources["memory.activation_checkpointing"]
 
 
-def test_what_does_not_fit_is_refused_and_tried_with_force(shared: Path, base: TextBase, tmp_path: Path) -> None:
+def test_run_over_the_memory_needs_force(shared: Path, base: TextBase, tmp_path: Path) -> None:
     with pytest.raises(PreflightError, match="this run does not fit"):
         train(shared, tmp_path / "out", base, memory={"limit_gb": 0.01})
     assert not (tmp_path / "out").exists()
     assert train(shared, tmp_path / "out", base, memory={"limit_gb": 0.01}, force=True).steps > 0
 
 
-def test_the_report_sets_what_came_beside_what_was_predicted(shared: Path, base: TextBase, tmp_path: Path) -> None:
+def test_report_compares_results_with_the_plan(shared: Path, base: TextBase, tmp_path: Path) -> None:
     seen: list[Event] = []
     result = train(shared, tmp_path / "out", base, on_event=seen.append)
     said = next(e.text for e in seen if isinstance(e, Note) and "predicted" in e.text)
@@ -402,7 +404,9 @@ def test_worse_runs_save_nothing(shared: Path, base: TextBase, tmp_path: Path, m
     assert (tmp_path / "wild" / "adapter_model.safetensors").exists()
 
 
-def test_activations_leave_the_card_of_the_base(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_activations_leave_the_device_of_the_base(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One card without a launcher: the run's device is `auto`."""
     streams: list[Any] = []
     monkeypatch.setattr("torch.cuda.Stream", streams.append)
@@ -417,7 +421,7 @@ def test_activations_leave_the_card_of_the_base(shared: Path, tmp_path: Path, mo
     assert streams == [torch.device("cuda", 1)]
 
 
-def test_activations_of_layers_that_keep_them_where_they_are_are_not_said_to_be_elsewhere() -> None:
+def test_offload_refuses_layers_without_a_checkpoint_function() -> None:
     class Keeps(torch.nn.Linear):
         def activation_checkpointing_enable(self, how: dict[str, bool]) -> None:
             """As of a model whose layers call torch's own function."""

@@ -109,7 +109,7 @@ def assert_same(one: Path, other: Path, law: float = LAW) -> None:
 
 
 @pytest.mark.parametrize("name", CUSTOMERS)
-def test_each_comes_out_as_if_it_were_alone(name: str, group: Any, alone: Callable[[str], Path]) -> None:
+def test_each_run_equals_its_run_alone(name: str, group: Any, alone: Callable[[str], Path]) -> None:
     place, results, _ = group
     assert isinstance(results[name], RunResult), results[name]
     assert_same(place / name, alone(name))
@@ -283,7 +283,7 @@ def test_a_dry_run_tries_each_and_writes_nothing(shared: Path, base: TextBase, t
     assert not list(tmp_path.iterdir())
 
 
-def test_configurations_that_cannot_share_a_base_are_told_by_file_and_key(shared: Path, tmp_path: Path) -> None:
+def test_incompatible_configurations_are_named_by_file_and_key(shared: Path, tmp_path: Path) -> None:
     one = config_of(shared, tmp_path / "a", {"report": {"trackers": ["wandb"]}})
     other = config_of(shared, tmp_path / "a", {"memory": {"limit_gb": 3.0}})
     other = other.model_copy(update={"base": other.base.model_copy(update={"dtype": "bfloat16"})})
