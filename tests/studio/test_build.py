@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import html
 import re
 from pathlib import Path
 
 import httpx
 import pytest
-from fastapi import FastAPI
 
 from tests.studio.conftest import Served
 from tests.studio.windows import opened, page_html
 from tests.test_readme import parse
 from veneer.jobs.store import JobStore
 from veneer.library.library import open_library
-from veneer.serve.build import Extension, together
 
 
 def test_a_page_hears_and_answers_through_the_real_front_and_door(studio: Served) -> None:
@@ -58,23 +55,3 @@ def test_a_view_that_cannot_be_drawn_says_so_in_the_page(studio: Served, tiny: t
         assert words in page_html(page)
     assert "KeyError" in studio.log.read_text()
     assert httpx.get(f"{studio.address}/studio/train").status_code == 200
-
-
-def test_several_extensions_are_one_that_ends_the_other_way_round() -> None:
-    heard: list[str] = []
-
-    def of(name: str) -> Extension:
-        async def start() -> None:
-            heard.append(f"start {name}")
-
-        async def stop() -> None:
-            heard.append(f"stop {name}")
-
-        return Extension([], {name: 1}, [name], start, stop, lambda app: heard.append(f"mount {name}"))
-
-    both = together(lambda *_: of("a"), lambda *_: of("b"))(None, None)  # type: ignore[arg-type]
-    both.mount(FastAPI())
-    asyncio.run(both.start())
-    asyncio.run(both.stop())
-    assert heard == ["mount a", "mount b", "start a", "start b", "stop b", "stop a"]
-    assert (both.large, both.unguarded) == ({"a": 1, "b": 1}, ["a", "b"])

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -103,17 +103,13 @@ def _part(text: str) -> dict[str, Any]:
         own = parse_strength(factors) if factors else Strength()
     except ConfigError as error:
         raise PydanticCustomError("strength", "{text}", {"text": f"{error.what}: {error.fix}"}) from error
-    given: dict[str, Any] = {"strength": strength, "blocks": dict(own.blocks) or [*own.weights]}
+    given: dict[str, Any] = {"strength": strength, "blocks": dict(own.blocks)}
     given |= {"steps": [[*at] for at in own.steps], "campaign": own.campaign}
-    return {"adapter": name} | {key: value for key, value in given.items() if value not in (None, [], "")}
+    return {"adapter": name} | {key: value for key, value in given.items() if value not in (None, {}, [], "")}
 
 
 _Factor = Annotated[float, Field(ge=-10_000, le=10_000, strict=True)]
 _Block = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^(\*|[\w.-]+)$")]
-_Blocks = Annotated[
-    Annotated[dict[_Block, _Factor], Tag("=names")] | Annotated[list[_Factor], Tag("=numbers")],
-    Discriminator(lambda value: "=numbers" if isinstance(value, list) else "=names"),
-]
 _Range = Annotated[list[_Factor], Field(min_length=2, max_length=3)]
 
 
@@ -121,21 +117,19 @@ class PictureMixPart(MixPart):
     """An adapter, and how its strength varies within the image.
 
     The same settings as after an `@` in `veneer image`. `blocks`: block -> factor, the last match for a
-    module counts; or 12, 17, 20 or 26 numbers in kohya's order. `steps`: [from, to] or [from, to, factor],
-    fractions of the steps; outside them the adapter is inactive. `campaign`: its role in a stack, instead of
-    both.
+    module counts. `steps`: [from, to] or [from, to, factor], fractions of the steps; outside them the
+    adapter is inactive. `campaign`: its role in a stack, instead of both.
     """
 
-    blocks: Annotated[_Blocks | None, at_most(64), BeforeValidator(_json)] = None
+    blocks: Annotated[dict[_Block, _Factor] | None, at_most(64), BeforeValidator(_json)] = None
     steps: Annotated[Annotated[list[_Range], FAIL_FAST] | None, at_most(64), BeforeValidator(_json)] = None
     campaign: Annotated[str, Field(min_length=1, max_length=64)] | None = None
 
     @property
     def factors(self) -> Strength:
         """The factors, at strength 1. Raises ConfigError for conflicting factors."""
-        blocks, weights = (self.blocks, ()) if isinstance(self.blocks, dict) else ({}, self.blocks or ())
         ranges = [(at[0], at[1], at[2] if len(at) > 2 else 1.0) for at in self.steps or []]
-        return Strength(1.0, tuple(blocks.items()), tuple(weights), tuple(ranges), self.campaign or "")
+        return Strength(1.0, tuple((self.blocks or {}).items()), tuple(ranges), self.campaign or "")
 
     @model_validator(mode="after")
     def _go_together(self) -> Self:
