@@ -37,7 +37,6 @@ from veneer.models.image.generate import (
     default_settings,
     fitted_picture,
     generate_images,
-    whole_denoise,
 )
 from veneer.models.image.schedulers import scheduler_name
 
@@ -258,8 +257,6 @@ def _prepared(pipeline: ImagePipeline, options: Options) -> tuple[PictureSetting
         controls=tuple(controls),
         references=tuple(noted(fitted_reference(base, picture, width, height)) for picture, _ in shown),
     )
-    if said_whole := whole_denoise(base, settings):
-        pipeline.say(f"note: {said_whole}")
     if base.edits_alone and not shown and image is None:
         usual = "usually it is given a picture to change, as references (--reference photo.png)"
         pipeline.say(f"note: {base.short_name} is made to edit, and draws from the prompt alone here; {usual}")

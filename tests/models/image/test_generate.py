@@ -25,7 +25,6 @@ from veneer.models.image.generate import (
     PictureSettings,
     fitted_picture,
     generate_images,
-    whole_denoise,
 )
 from veneer.models.loading import errors_only
 
@@ -64,17 +63,6 @@ def noise(size: int = SIZE) -> Image.Image:
 
 def always(mix: Any) -> MixPlan:
     return MixPlan(mix, ((0.0, mix),))
-
-
-@pytest.mark.parametrize("family", ["flux1", "sd3", "sdxl"])
-def test_where_nothing_stays_of_a_given_picture_that_is_said(family: str, bases: dict[str, ImageBase]) -> None:
-    """Of two unlike pictures the same one is made, there and nowhere else."""
-    given = noise(), Image.new("RGB", (SIZE, SIZE), "red")
-    for steps in (2, 3):
-        rows = [ImageRow("a cat", "", 1, image=image) for image in given]
-        one, other = made(bases[family], rows, steps=steps, denoise=0.6, image=given[0], batch_size=1)
-        said = whole_denoise(bases[family], PictureSettings(steps=steps, denoise=0.6, image=given[0]))
-        assert bool(said) == (levels(one.image, other.image) == 0) == (family != "sdxl" and steps == 2)
 
 
 # -- the base alone ----------------------------------------------------------------------------------------------------

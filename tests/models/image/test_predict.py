@@ -133,9 +133,6 @@ def test_a_batch_of_prompts_is_the_prompts_one_by_one(family: str, load: Any) ->
         if together.pooled is not None and alone.pooled is not None:
             assert torch.allclose(together.pooled[i], alone.pooled[0], atol=1e-5)
     joined = Conditioning.cat([embed_prompts(base, [p]) for p in prompts])
-    again = joined.rows([2, 0]).to(dtype=torch.float64)
-    assert torch.allclose(again.embeds.float()[0], together.embeds[2], atol=1e-5)
-    assert again.cut == ["", ""]
     x, t = noise_for(base, 3), torch.tensor(0.5 if base.prediction == "flow" else 400)
     sizes = sizes_for(base, 3)
     a, b = (predict(base, x, t, c, sizes=sizes) for c in (together, joined))
@@ -174,7 +171,7 @@ def test_conditioning_of_uneven_lengths_is_padded_and_masked() -> None:
     assert whole.mask.tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
     assert whole.embeds[0, 3:].abs().sum() == 0
     assert whole.cut == ["3", "5"]
-    moved = whole.to(dtype=torch.bfloat16)
+    moved = whole.to(torch.device("cpu"), torch.bfloat16)
     assert moved.embeds.dtype == torch.bfloat16
     assert moved.mask is not None
     assert moved.mask.dtype == torch.int64

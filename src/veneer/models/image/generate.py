@@ -194,19 +194,6 @@ def default_settings(base: ImageBase) -> tuple[int, float]:
     return 28 if base.prediction == "flow" else 30, float(call[base.row.guidance].default)
 
 
-def whole_denoise(base: ImageBase, settings: PictureSettings) -> str:
-    """Return a warning if nothing of the given picture is kept, else "".
-
-    A flow pipeline rounds the number of steps up; if it takes all steps, it starts from pure noise."""
-    steps = default_settings(base)[0] if settings.steps is None else settings.steps
-    if settings.image is None or base.prediction != "flow" or settings.denoise == 1:
-        return ""
-    if int(steps - steps * settings.denoise):
-        return ""
-    said = f"denoise {settings.denoise:g} takes all of {counted(steps, 'step')}: nothing stays of the given picture; "
-    return said + "with more steps, or a smaller denoise, something does"
-
-
 def fitted_picture(picture: Image, width: int, height: int, what: str) -> tuple[Image, str]:
     """Return the picture resized to (width, height), and a note if its size differed.
 
@@ -564,15 +551,11 @@ def _check_references(base: ImageBase, rows: Sequence[ImageRow], settings: Pictu
         return
     if not base.references:
         fix = "FLUX.1 Kontext, FLUX.2 or Qwen-Image-Edit; a picture to start from is image (--image)"
-        raise ConfigError(f"{base.short_name} is no base that edits, and takes no reference pictures", fix=fix)
+        raise ConfigError(f"{base.short_name} does not edit, and takes no reference pictures", fix=fix)
     if given > base.references:
-        if base.references == 1:
-            what = f"{base.short_name} edits one reference picture, and {given} were given"
-            fix = "paste them beside each other into one picture, or take a base that is shown several, as FLUX.2"
-        else:
-            what = f"{base.short_name} takes at most {base.references} reference pictures, and {given} were given"
-            fix = "leave some out, or paste some beside each other into one"
-        raise ConfigError(what, fix=fix)
+        limit = counted(base.references, "reference picture")
+        fix = "leave some out, or paste several into one"
+        raise ConfigError(f"{base.short_name} takes at most {limit}, and {given} were given", fix=fix)
     if settings.controls or rows[0].image is not None:
         other = "controls" if settings.controls else "a picture to start from"
         raise ConfigError(f"references and {other} do not go together", fix="leave one of them out")
@@ -581,14 +564,8 @@ def _check_references(base: ImageBase, rows: Sequence[ImageRow], settings: Pictu
             raise ConfigError(f"a reference picture has {why}", fix="crop it")
         if base.reads_references:
             continue
-        if picture.width % base.unit or picture.height % base.unit:
-            raise ConfigError(
-                f"a reference picture is {picture.width}×{picture.height}, and sides are multiples of {base.unit}",
-                fix="resize it",
-            )
-        if min(picture.size) < (least := base.editing.least):
-            what = f"a reference picture is shown in {picture.width}×{picture.height} pixels"
-            raise ConfigError(
-                f"{what}, and {base.row.label} takes none with a side under {least}",
-                fix="a larger one, or draw larger: a reference of the picture's proportion is shown in its size",
-            )
+        least = base.editing.least
+        if picture.width % base.unit or picture.height % base.unit or min(picture.size) < least:
+            what = f"a reference picture is {picture.width}×{picture.height}, and {base.short_name} takes sides in "
+            what += f"multiples of {base.unit}" + (f", at least {least}" if least else "")
+            raise ConfigError(what, fix="resize it")

@@ -45,26 +45,11 @@ class Conditioning:
     def __len__(self) -> int:
         return len(self.embeds)
 
-    def _each(self, change: Any) -> Conditioning:
-        pooled, mask = (None if t is None else change(t) for t in (self.pooled, self.mask))
-        return replace(self, embeds=change(self.embeds), pooled=pooled, mask=mask)
-
-    def rows(self, indices: Sequence[int] | Tensor) -> Conditioning:
-        """Return the conditioning of prompts by index, in this order; indices can repeat."""
-        index = torch.as_tensor(indices, device=self.embeds.device)
-        out = self._each(lambda t: t[index])
-        return replace(out, cut=[self.cut[i] for i in index.tolist()] if self.cut else [])
-
-    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Conditioning:
-        """Return a copy on another device and in another dtype.
-
-        The mask keeps its dtype."""
-
-        def moved(t: Tensor) -> Tensor:
-            return t if device is None else sent(t, torch.device(device))
-
-        mask = None if self.mask is None else moved(self.mask)
-        return replace(self._each(lambda t: moved(t).to(dtype=dtype)), mask=mask)
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Conditioning:
+        """Return a copy on another device and in another dtype. The mask keeps its dtype."""
+        pooled = None if self.pooled is None else sent(self.pooled, device).to(dtype=dtype)
+        mask = None if self.mask is None else sent(self.mask, device)
+        return replace(self, embeds=sent(self.embeds, device).to(dtype=dtype), pooled=pooled, mask=mask)
 
     def unpadded(self) -> list[Tensor]:
         """Return each prompt's embeddings without padding, (L_i, d)."""
@@ -73,28 +58,17 @@ class Conditioning:
         lengths = self.mask.sum(1).tolist()  # one device synchronization for all prompts
         return [row[:length] for row, length in zip(self.embeds, lengths, strict=True)]
 
-    def detach(self) -> Conditioning:
-        return self._each(lambda t: t.detach())
-
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
         """Concatenate conditionings; shorter ones are padded with zeros and masked."""
         length = max(p.embeds.shape[1] for p in parts)
-        uneven = any(p.embeds.shape[1] != length for p in parts)
-        masked = uneven or any(p.mask is not None for p in parts)
-
-        def padded(p: Conditioning) -> Tensor:
-            return F.pad(p.embeds, (0, 0, 0, length - p.embeds.shape[1]))
-
-        def mask(p: Conditioning) -> Tensor:
-            own = p.mask if p.mask is not None else p.embeds.new_ones(p.embeds.shape[:2], dtype=torch.long)
-            return F.pad(own, (0, length - own.shape[1]))
-
+        masks = [p.embeds.new_ones(p.embeds.shape[:2], dtype=torch.long) if p.mask is None else p.mask for p in parts]
+        masked = any(p.mask is not None or p.embeds.shape[1] != length for p in parts)
         pooled = [p.pooled for p in parts if p.pooled is not None]
         return Conditioning(
-            torch.cat([padded(p) for p in parts]),
+            torch.cat([F.pad(p.embeds, (0, 0, 0, length - p.embeds.shape[1])) for p in parts]),
             torch.cat(pooled) if pooled else None,
-            torch.cat([mask(p) for p in parts]) if masked else None,
+            torch.cat([F.pad(mask, (0, length - mask.shape[1])) for mask in masks]) if masked else None,
             [text for p in parts for text in p.cut],
         )
 
@@ -256,7 +230,7 @@ def decode_latents(base: ImageBase, latents: Tensor) -> Tensor:
 
 def _normalise(base: ImageBase, vae: Any, z: Tensor) -> Tensor:
     mean, scale, std = _statistics(base, vae, z)
-    x = ((_patches(z) if base.row.patched else z) - mean) * scale / std
+    x = ((F.pixel_unshuffle(z, 2) if base.row.patched else z) - mean) * scale / std
     return x[:, :, 0] if base.row.frames else x
 
 
@@ -264,44 +238,23 @@ def _denormalise(base: ImageBase, vae: Any, x: Tensor) -> Tensor:
     x = x[:, :, None] if base.row.frames else x
     mean, scale, std = _statistics(base, vae, x)
     z = x * std / scale + mean
-    return _whole(z) if base.row.patched else z
+    return F.pixel_shuffle(z, 2) if base.row.patched else z
 
 
 def _statistics(base: ImageBase, vae: Any, like: Tensor) -> tuple[Tensor | float, float, Tensor | float]:
     """Return (mean, scale, std): the denoiser's latents are (z − mean)·scale / std."""
-    if base.row.patched:
-        mean, std = _batch_norm(vae, like)
-        return mean, 1.0, std
-    scale = 1.0 if base.row.frames else float(vae.config.scaling_factor)
-    if base.row.frames or (vae.config.get("latents_mean") is not None and vae.config.get("latents_std") is not None):
-        mean, std = _per_channel(vae, like)
-        return mean, scale, std
-    return float(vae.config.get("shift_factor") or 0.0), scale, 1.0
-
-
-def _per_channel(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     shape = (1, -1, *[1] * (like.ndim - 2))
-    mean, std = (
-        torch.tensor(vae.config[f"latents_{n}"]).view(shape).to(like.device, like.dtype) for n in ("mean", "std")
-    )
-    return mean, std
 
+    def channels(values: Any) -> Tensor:
+        return torch.as_tensor(values).view(shape).to(like.device, like.dtype)
 
-def _batch_norm(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and std of FLUX.2's patched latents, from batch norm buffers."""
-    mean = vae.bn.running_mean.view(1, -1, 1, 1).to(like.device, like.dtype)
-    std = torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps).to(like.device, like.dtype)
-    return mean, std
-
-
-def _patches(x: Tensor) -> Tensor:
-    """(n, c, h, w) -> (n, 4c, h/2, w/2)."""
-    return F.pixel_unshuffle(x, 2)
-
-
-def _whole(x: Tensor) -> Tensor:
-    """(n, 4c, h, w) -> (n, c, 2h, 2w)."""
-    return F.pixel_shuffle(x, 2)
+    config = vae.config
+    if base.row.patched:  # FLUX.2's batch norm, over patches
+        return channels(vae.bn.running_mean), 1.0, channels(torch.sqrt(vae.bn.running_var + config.batch_norm_eps))
+    scale = 1.0 if base.row.frames else float(config.scaling_factor)
+    if base.row.frames or (config.get("latents_mean") is not None and config.get("latents_std") is not None):
+        return channels(config.latents_mean), scale, channels(config.latents_std)
+    return float(config.get("shift_factor") or 0.0), scale, 1.0
 
 
 def _unpacked_latents(base: ImageBase, latents: Tensor, width: int, height: int) -> Tensor:
@@ -312,7 +265,7 @@ def _unpacked_latents(base: ImageBase, latents: Tensor, width: int, height: int)
         return latents
     side = 2 * base.vae_scale
     x = latents.transpose(1, 2).unflatten(2, (height // side, width // side))
-    return x if base.row.patched else _whole(x)
+    return x if base.row.patched else F.pixel_shuffle(x, 2)
 
 
 # -- the denoiser ----------------------------------------------------------------------------------------------------
@@ -436,7 +389,9 @@ def _packed(asked: _Asked, **given: Any) -> Tensor:
 
     Reference tokens follow the picture's."""
     h, w = asked.x.shape[2] // 2, asked.x.shape[3] // 2
-    tokens = torch.cat([_patches(y).flatten(2).transpose(1, 2) for y in (asked.x, *asked.references)], dim=1)
+    tokens = torch.cat(
+        [F.pixel_unshuffle(y, 2).flatten(2).transpose(1, 2) for y in (asked.x, *asked.references)], dim=1
+    )
     out = asked.denoiser(
         hidden_states=tokens,
         timestep=asked.sigma,
@@ -445,7 +400,7 @@ def _packed(asked: _Asked, **given: Any) -> Tensor:
         **given,
         **asked.more,
     )[0]
-    return _whole(out[:, : h * w].transpose(1, 2).unflatten(2, (h, w)))
+    return F.pixel_shuffle(out[:, : h * w].transpose(1, 2).unflatten(2, (h, w)), 2)
 
 
 def _flux_ids(latents: Tensor, frame: int) -> Tensor:

@@ -41,7 +41,6 @@ from veneer.models.image.generate import (
     PictureSettings,
     default_settings,
     fitted_picture,
-    whole_denoise,
 )
 from veneer.serve.http.bodies import FAIL_FAST, MixPart, Strict, at_most, body_error, read_body, read_json
 from veneer.serve.http.guard import media_type
@@ -439,7 +438,6 @@ def _planned(
         references=references,
         **pictures,
     )
-    notes += [said_whole] if (said_whole := whole_denoise(base, settings)) else []
     seed = secrets.randbelow(2**32) if asked.seed is None else asked.seed
     edit = asked if isinstance(asked, EditBody) else None
     first = PictureRequest(
