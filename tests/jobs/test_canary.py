@@ -8,21 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
-from fastapi.testclient import TestClient
 
 from tests.jobs.pretended import queued, taken
 from tests.jobs.small import small_config
 from tests.library.conftest import quick  # noqa: F401
-from tests.serve.http.toy import ToyCatalog, ToyEngine, ToyText, toy_app
 from veneer.core.adapter import Adapter, Pair
 from veneer.errors import ConfigError
 from veneer.formats.card import read_card
 from veneer.formats.peft import write_folder
 from veneer.jobs.canary import place_job, promote_job, rollback_job
-from veneer.jobs.http.canary import canary_routes
 from veneer.jobs.post_training import after_from
 from veneer.jobs.process import run_job
 from veneer.jobs.store import Job, JobStore, WrongState
@@ -32,10 +28,7 @@ from veneer.library.library import Library, open_library
 from veneer.models.text.base import TextBase
 from veneer.serve.tenancy import manage, routes
 from veneer.serve.tenancy.store import Store
-from veneer.serve.tenancy.tenants import Tenants
 from veneer.train.config.load import config_from
-
-ADMIN = "an-admin-key-of-some-length"
 
 
 @dataclass
@@ -251,22 +244,3 @@ def test_an_alias_that_somebody_else_moved_is_left_alone(shop: Shop) -> None:
     assert shop.library.find("acme/support@prod").version == 2
     with pytest.raises(ConfigError, match="did not move acme/support@prod"):
         rollback_job(shop.jobs, None, "acme", job.id)
-
-
-def test_over_http_by_the_operator_alone(shop: Shop) -> None:
-    routes.set_route(shop.tenants, "support", [("acme/old@1", 1)], tenant="acme", who="test")
-    job = shop.placed("acme/new@1", None, {"route": {"name": "support"}})
-    tenants = Tenants(shop.tenants.where, admin_key=ADMIN, watch=False)
-    app = toy_app(ToyEngine(ToyText()), ToyCatalog(), tenants, routers=[canary_routes(shop.jobs, tenants)])
-    with TestClient(app) as client:
-
-        def ask(what: str, id: str = job.id, key: str = ADMIN) -> httpx.Response:
-            return client.post(f"/admin/jobs/{id}/{what}", headers={"Authorization": f"Bearer {key}"})
-
-        assert ask("promote", key="another").status_code == 401
-        assert shop.leads() != NEW
-        assert ask("promote").json()["route"]["targets"] == {"acme/new@1": 1}
-        assert ask("rollback").json()["route"]["targets"] == {"acme/old@1": 1}
-        assert ask("rollback").status_code == 400
-        assert ask("promote", "ftjob-none").status_code == 404
-    tenants.close()

@@ -17,7 +17,7 @@ from tests.jobs.pretended import FixedTerms, Pretended, queued, until
 from tests.jobs.small import small_config
 from veneer.jobs.executors import ExitStatus, LocalExecutor
 from veneer.jobs.store import Job, JobStore
-from veneer.jobs.worker import Worker
+from veneer.jobs.worker import KEEP_DAYS, Worker
 from veneer.library.library import Library
 from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.store import Store
@@ -259,7 +259,9 @@ def test_what_failed_or_was_cancelled_is_kept_for_its_time(
     store.pause("acme", jobs[2].id)
     Worker(library, Pretended()).run(until_idle=True)
     assert all(job.log.exists() for job in jobs)
-    Worker(library, Pretended(), failed_days=1e-9).run(until_idle=True)
+    monkeypatch.setitem(KEEP_DAYS, "failed", 1e-9)
+    monkeypatch.setitem(KEEP_DAYS, "cancelled", 1e-9)
+    Worker(library, Pretended()).run(until_idle=True)
     assert [job.folder.exists() for job in jobs] == [False, False, True]
     assert store.get("acme", jobs[1].id).error is not None
 

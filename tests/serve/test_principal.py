@@ -12,7 +12,6 @@ import pytest
 from fastapi import APIRouter, FastAPI
 
 from tests.serve.http.toy import ToyCatalog, ToyEngine, ToyText, toy_app
-from veneer.jobs.http.canary import canary_routes
 from veneer.jobs.http.files import file_routes
 from veneer.jobs.http.graders import grader_routes
 from veneer.jobs.http.samples import sample_routes
@@ -82,7 +81,6 @@ def app() -> Iterator[FastAPI]:
         adapter_routes(nothing, staging, ByName()),
         feedback_routes(nothing),
         admin_router(nothing, ToyCatalog()),
-        canary_routes(nothing, nothing),
         file_routes(nothing),
         tuning_routes(nothing),
         sample_routes(nothing),

@@ -51,32 +51,14 @@ def worker(
     lease: Annotated[
         float, typer.Option("--lease-seconds", min=1, help="Seconds after which a lost worker's job is queued again.")
     ] = 60.0,
-    failed_days: Annotated[
-        float,
-        typer.Option(
-            "--failed-days",
-            envvar="VENEER_FAILED_DAYS",
-            min=1,
-            help="Days to keep folders of failed and cancelled jobs.",
-        ),
-    ] = 30.0,
-    ended_days: Annotated[
-        float,
-        typer.Option(
-            "--ended-days",
-            envvar="VENEER_ENDED_DAYS",
-            min=30,
-            help="Days to keep folders of other ended jobs, and per-step metrics.",
-        ),
-    ] = 365.0,
-    beside: Annotated[bool, typer.Option("--tied", hidden=True, help="Exit when standard input closes.")] = False,
+    tied: Annotated[bool, typer.Option("--tied", hidden=True, help="Exit when standard input closes.")] = False,
 ) -> None:
     """Take jobs from the queue and train them until Ctrl-C or SIGTERM.
 
     On exit, the worker saves running jobs and returns them to the queue. Any number of workers can share a
     queue. If a worker is killed, another worker continues its jobs from the last checkpoint."""
     from veneer.files.rights import forbid_inspection
-    from veneer.jobs.process import tied
+    from veneer.jobs.process import end_with_input
     from veneer.jobs.validate import device_of
     from veneer.jobs.worker import Worker
     from veneer.library.library import open_library
@@ -111,10 +93,8 @@ def worker(
             say=say,
             device=None if gpu is None else device_of(gpu, gpus),
             poll=min(0.5, lease / 8),
-            failed_days=failed_days,
-            ended_days=ended_days,
         )
-        if beside:
-            tied(made.stop)
+        if tied:
+            end_with_input(made.stop)
         say(f"worker {made.name}: jobs of {opened.location}")
         made.run(until_idle=until_idle)

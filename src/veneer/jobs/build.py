@@ -37,7 +37,6 @@ def training(
     Tinker sessions are removed. Raises ResourceError if `python_graders` is set and no sandbox works."""
     from veneer.jobs.account import TrainingAccount
     from veneer.jobs.files import open_files
-    from veneer.jobs.http.canary import canary_routes
     from veneer.jobs.http.files import file_routes, large_bodies
     from veneer.jobs.http.graders import grader_of, grader_routes
     from veneer.jobs.http.samples import sample_routes
@@ -73,8 +72,6 @@ def training(
     routers += [sample_routes(jobs), grader_routes(service.settings.quotas, sandbox=sandbox)]
     routers += [training_routes(tinker), sampling_routes(tinker)]
     routers += [weights_routes(tinker), signed_routes(tinker)]
-    if isinstance(tenancy, Tenants) and tenancy.admin_hash is not None:
-        routers.append(canary_routes(jobs, tenancy))
     return Extension(routers, large_bodies(files), (FILES,), start, stop)
 
 

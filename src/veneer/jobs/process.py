@@ -330,7 +330,7 @@ def _last_progress(checkpoints: Path, reporter: _JobReporter) -> dict[str, Any] 
     return None
 
 
-def tied(end: Callable[[], object]) -> None:
+def end_with_input(end: Callable[[], object]) -> None:
     """Call `end` in a thread when standard input closes, because its other end exited.
 
     Reads the file descriptor, because Python needs the stream's lock at interpreter exit."""
@@ -348,7 +348,7 @@ def main(arguments: list[str]) -> int:
     forbid_inspection()
     (path,) = [word for word in arguments if word != "--tied"]
     if "--tied" in arguments:
-        tied(lambda: os._exit(75))
+        end_with_input(lambda: os._exit(75))
     try:
         job, token, validation = taken_over(Path(path))
         with open_library() as library:

@@ -42,6 +42,8 @@ from veneer.train.signals import heard
 
 _SWEEP = 3600.0
 """Seconds between two cleanups of ended jobs' files."""
+KEEP_DAYS = {"failed": 30.0, "cancelled": 30.0, "succeeded": 365.0}
+"""End state -> days to keep a job's folder; metrics of each step stay as long as folders of succeeded jobs."""
 _VALIDATIONS = 2
 """Concurrent validations, of which one can have large files."""
 _SMALL = 4 << 20
@@ -90,8 +92,6 @@ class Worker:
     lease: seconds that a lease lasts without renewal
     poll: seconds between polls
     grace: seconds that a process has to save its state
-    failed_days: days to keep folders of failed and cancelled jobs, of any worker
-    ended_days: days to keep folders of succeeded jobs, and the metrics of each step of all jobs
     say: called with log messages"""
 
     def __init__(
@@ -106,8 +106,6 @@ class Worker:
         lease: float = 60.0,
         poll: float = 0.5,
         grace: float = 60.0,
-        failed_days: float = 30.0,
-        ended_days: float = 365.0,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.library, self.executor, self.say = library, executor, say
@@ -117,7 +115,6 @@ class Worker:
         self.name = name or f"{socket.gethostname()}-{os.getpid()}"
         self.at_once, self.device = at_once, device
         self.lease, self.poll, self.grace = lease, poll, grace
-        self.days = {"failed": failed_days, "cancelled": failed_days, "succeeded": ended_days}
         self._swept: float | None = None
         self._running: list[_Running] = []
         self._local = executor if isinstance(executor, LocalExecutor) else LocalExecutor()
@@ -221,10 +218,10 @@ class Worker:
         now = time.monotonic()
         if self._swept is None or now - self._swept > _SWEEP:
             self._swept = now
-            for state, days in self.days.items():
+            for state, days in KEEP_DAYS.items():
                 for job in self.store.long_over(days * 86400, state):
                     shutil.rmtree(jobs_home() / job, ignore_errors=True)
-            self.store.forget_metrics(self.days["succeeded"] * 86400)
+            self.store.forget_metrics(KEEP_DAYS["succeeded"] * 86400)
 
     def _begin(self, lease: JobLease) -> None:
         sure, job = time.monotonic() + self.lease, lease.job

@@ -216,7 +216,11 @@ def test_what_cannot_be_edited_is_refused(bases: dict[str, ImageBase], places: P
             "takes at most 1 reference picture, and 2 were given",
         ),
         (bases["kontext"], PictureSettings(SIZE, SIZE, references=one, image=noise()), "do not go together"),
-        (bases["klein"], PictureSettings(SIZE, SIZE, references=(noise(60, 64),)), "60×64, and tiny-klein takes sides in multiples"),
+        (
+            bases["klein"],
+            PictureSettings(SIZE, SIZE, references=(noise(60, 64),)),
+            "60×64, and tiny-klein takes sides in multiples",
+        ),
         (
             bases["klein"],
             PictureSettings(32, 32, references=(noise(32, 32),)),
