@@ -103,17 +103,6 @@ def test_a_controlnet_learns_from_products_that_stand_anywhere(tmp_path: Path, m
     assert not any(str(p) in i.caption for p, i in zip(said, items, strict=True))
 
 
-def test_the_brand_has_its_six_colours_and_what_is_between_them() -> None:
-    import campaign
-    from scenes import BRAND_PALETTE
-
-    palette = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in BRAND_PALETTE])
-    for scene in campaign.brand_scenes(6):
-        pixels = campaign.truth(scene, brand=True).reshape(-1, 1, 3).astype(int)
-        near = np.abs(pixels - palette).max(-1).min(-1) < 24
-        assert near.mean() > 0.85  # the rest is where two of them meet
-
-
 def test_a_lens_blurs_what_is_behind_and_not_the_product() -> None:
     from scenes import Scene, photographed, picture, product_mask
 
@@ -133,25 +122,6 @@ def test_a_lens_blurs_what_is_behind_and_not_the_product() -> None:
     rows = np.zeros_like(away)
     rows[edge] = True
     assert np.abs(np.diff(soft[rows].reshape(-1, 128, 3)[..., 0], axis=1)).max() > 60  # its outline is still a step
-
-
-def test_near_is_bright_in_a_depth_picture() -> None:
-    from scenes import Scene, depth, product_mask
-
-    scene = Scene("mug", "red", view="three-quarter view", seed=2)
-    far, inside = depth(scene).astype(float), product_mask(scene) == 1
-    assert far[inside].mean() > far[:50][~inside[:50]].mean() + 60
-    assert far[-2].mean() > far[80][~inside[80]].mean()  # the ground comes towards the viewer
-
-
-def test_nothing_of_the_campaign_is_in_the_bases_world() -> None:
-    import campaign
-    from kinds import KINDS, SUBJECTS
-    from scenes import BRAND, LOOKS
-
-    assert set(SUBJECTS) == {campaign.PRODUCT, campaign.OTHER}
-    assert not set(SUBJECTS) & set(KINDS)
-    assert BRAND not in LOOKS.values()
 
 
 def test_an_effect_in_a_stack_is_the_way_that_colours_have_gone() -> None:
@@ -182,13 +152,6 @@ def test_the_campaigns_shots_are_none_of_its_pictures() -> None:
     assert campaign.words(hat, brand=True).startswith("a teal top hat, front view, ")
 
 
-def test_a_brand_draws_all_in_its_colours_and_keeps_its_own() -> None:
-    from scenes import BRAND, BRAND_PALETTE, COLOURS
-
-    assert [BRAND.recolour(colour) for colour in BRAND_PALETTE] == BRAND_PALETTE
-    assert {BRAND.recolour(colour) for colour in COLOURS.values()} == set(BRAND_PALETTE)
-
-
 def test_the_bases_see_line_drawings_and_a_lens_and_neither_the_brands_nor_the_campaigns() -> None:
     import pictures
     from scenes import COLOURS, Scene, photographed, picture
@@ -209,14 +172,6 @@ def test_the_bases_see_line_drawings_and_a_lens_and_neither_the_brands_nor_the_c
     assert abs(film_warmth - plain_warmth) < 3  # the campaign's light is in nothing that they saw
     assert lens_warmth - plain_warmth > 20
     assert film[:16, :16].mean() < plain[:16, :16].mean() - 20  # dark corners
-
-
-def test_some_of_a_products_pictures_are_flat_icons_and_line_drawings() -> None:
-    import campaign
-
-    scenes = campaign.product_scenes()
-    assert len(scenes) == 20
-    assert sum(s.in_lines for s in scenes) == sum(s.look == "flat icon" for s in scenes) == 4
 
 
 def test_a_line_drawing_has_the_colours_of_its_caption_and_an_ink() -> None:
@@ -276,21 +231,6 @@ def test_the_autoencoder_that_is_kept_gives_pictures_back() -> None:
     for given, least in ((pixels, 32), (brand, 28)):
         error = np.square(through(vae, given).astype(float) - given).mean(axis=(1, 2, 3))
         assert (10 * np.log10(255**2 / error)).mean() > least
-
-
-def test_looks_by_chance_are_looks_of_the_same_things() -> None:
-    from pictures import any_look, graded, seen_scene
-    from scenes import picture, product_mask
-
-    r = Random(2)
-    scene = replace(seen_scene(r), look="", finish="matte", pattern="")
-    inside = product_mask(scene) == 1
-    drawn = [graded(picture(scene, any_look(r)), r) for _ in range(12)]
-    assert all(x.shape == (128, 128, 3) and x.dtype == np.uint8 for x in drawn)
-    assert len({x.tobytes() for x in drawn}) == 12
-    ink = np.stack(drawn).astype(int)
-    assert any(np.abs(x - ink[0]).mean() > 40 for x in ink[1:])
-    assert np.median([x[inside].std() for x in ink]) > 5  # the thing is still a thing
 
 
 def test_the_autoencoder_goes_on_against_a_critic_and_its_latents_keep_their_scale(tmp_path: Path) -> None:

@@ -93,13 +93,6 @@ def test_every_target_of_the_family_is_in_the_tree_under_its_canonical_name(fami
     assert linears - set(want) == set(), "a module that carries pairs and has no canonical name"
 
 
-def test_guidance_of_flux_1_is_devs_alone(load: Any) -> None:
-    dev, schnell = load("flux1"), load("schnell")
-    name = "transformer.time_text_embed.guidance_embedder.linear_1"
-    assert name in dict(base_modules(dev.model))
-    assert name not in dict(base_modules(schnell.model))
-
-
 def test_the_tree_shares_its_modules_with_every_pipeline(load: Any) -> None:
     base: ImageBase = load("sdxl")
     for kind in ("text", "image", "inpaint"):
@@ -174,13 +167,6 @@ def test_the_fingerprint_is_of_weights_and_what_shapes_them(bases: Path, tmp_pat
         before = after
     _edit(copied / "vae" / "config.json", scaling_factor=0.5)
     assert load_image(str(copied)).fingerprint != before
-
-
-def test_loading_writes_nothing_beside_the_base(bases: Path, load: Any) -> None:
-    folder = tiny_image_base(bases, "sdxl")
-    before = sorted(folder.rglob("*"))
-    load("sdxl")
-    assert sorted(folder.rglob("*")) == before
 
 
 # -- pipelines and ControlNets -----------------------------------------------------------------------------------------

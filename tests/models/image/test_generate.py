@@ -361,10 +361,6 @@ def test_what_is_no_seed(seed: int) -> None:
         ImageRow("a cat", seed=seed)
 
 
-def test_the_largest_seed(bases: dict[str, ImageBase]) -> None:
-    assert made(bases["sdxl"], [ImageRow("a cat", seed=2**64 - 1)], steps=1)
-
-
 def test_what_a_pipeline_alone_knows_is_no_crash(bases: dict[str, ImageBase]) -> None:
     with pytest.raises(ConfigError, match="refuses these settings"):
         made(bases["sdxl"], [ImageRow("a")], steps=1500, scheduler="ddim")

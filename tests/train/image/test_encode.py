@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
@@ -28,10 +27,8 @@ from veneer.core.init import create
 from veneer.core.targets import resolve_targets
 from veneer.errors import TargetError
 from veneer.models.image.base import ImageBase, load_image
-from veneer.models.image.families import PLANNED_FAMILIES
 from veneer.models.image.fast import fast_denoiser
 from veneer.models.loading import errors_only
-from veneer.plan.tables import base_config
 from veneer.train.config.image import TARGET_WORDS
 from veneer.train.config.load import config_from
 from veneer.train.image.augmentation import plan_rows
@@ -287,45 +284,3 @@ def test_target_names_of_scripts_are_understood(family: str, shared: Path, load:
     assert chosen(*ADAPTED[family]) <= attention
     with pytest.raises(TargetError, match="matches nothing in this model"):
         chosen(*ADAPTED[family], "to_quuv")
-
-
-_SD3 = tuple(f"attn.{n}" for n in ("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out", *ATTENTION))
-
-
-@pytest.mark.parametrize(
-    ("name", "adapted", "attention", "groups"),
-    [
-        ("sd3.5-medium", _SD3, ("attn", "attn2"), {"transformer_blocks": 24}),
-        ("sd3.5-large", _SD3, ("attn",), {"transformer_blocks": 38}),
-        ("z-image", ATTENTION, ("attention",), {"layers": 30, "noise_refiner": 2, "context_refiner": 2}),
-    ],
-)
-def test_words_and_scripts_names_reach_every_block(
-    name: str, adapted: tuple[str, ...], attention: tuple[str, ...], groups: dict[str, int]
-) -> None:
-    """Both attentions of SD3.5 medium's first blocks; Z-Image's layers and both of its refiners."""
-    from peft import LoraConfig
-    from peft.tuners.tuners_utils import check_target_module_exists
-
-    fields = base_config(name)
-    with torch.device("meta"):
-        transformer: Any = getattr(diffusers, PLANNED_FAMILIES[fields["model_type"]].classname).from_config(fields)
-
-    def chosen(*targets: str) -> set[str]:
-        return {t.name for t in resolve_targets(transformer, LoraSpec(rank=2, targets=targets))}
-
-    linear = {n for n, m in transformer.named_modules() if type(m) is torch.nn.Linear}
-    theirs = LoraConfig(r=2, target_modules=list(adapted))
-    assert chosen(*adapted) == {n for n in linear if check_target_module_exists(theirs, n)}
-    assert chosen("all-linear") == linear
-    blocks = {n for n in linear if n.partition(".")[0] in groups}
-    found = chosen(TARGET_WORDS["attention"])
-    assert found == {n for n in blocks if n.split(".")[2] in attention}
-    assert {n.split(".")[2] for n in found} == set(attention)
-    for group, count in groups.items():
-        assert {n.split(".")[1] for n in found if n.startswith(f"{group}.")} == {str(i) for i in range(count)}
-        assert chosen(f"{group}.0.*") == {n for n in blocks if n.startswith(f"{group}.0.")}
-    both = chosen(TARGET_WORDS["attention+ff"])
-    assert both == {n for n in blocks if "norm1" not in n and "adaLN" not in n}
-    with pytest.raises(TargetError, match="matches nothing in this model"):
-        chosen(*adapted, "to_quuv")

@@ -73,16 +73,6 @@ def test_min_snr_is_that_of_diffusers_scripts(alphas: Tensor) -> None:
         torch.testing.assert_close(got, wanted, rtol=2e-5, atol=1e-7)
 
 
-def test_min_snr_makes_both_predictions_weigh_a_picture_alike(alphas: Tensor) -> None:
-    """In float64: an error e of epsilon is an error e/√SNR of x0, one of v an error e/√(SNR + 1); so min(SNR, γ) on
-    x0's squared error, the paper's weight, is the same for both."""
-    t = torch.tensor([5, 300, 700, 990])
-    snr = alphas[t] / (1 - alphas[t])
-    for kind, per_x0 in (("epsilon", snr), ("v", snr + 1)):
-        weight = min_snr_weight(t, kind, alphas, 5.0).double()  # type: ignore[arg-type]
-        torch.testing.assert_close(weight * per_x0, snr.clamp(max=5.0), rtol=1e-5, atol=0)
-
-
 def test_min_snr_at_no_signal_at_all_is_finite() -> None:
     weight = min_snr_weight(torch.tensor([0]), "epsilon", torch.tensor([0.0]), 5.0)
     assert weight.item() == 1.0
@@ -153,14 +143,6 @@ def test_the_resolution_dependent_shift_is_flux_own() -> None:
     plain = FlowMatchEulerDiscreteScheduler(shift=3.0)
     steps = torch.arange(1, 1001, dtype=torch.float64) / 1000
     torch.testing.assert_close(shifted(steps, 3.0).flip(0).float(), plain.sigmas[:1000], rtol=1e-5, atol=1e-6)
-
-
-def test_a_larger_picture_is_trained_on_more_noise() -> None:
-    times = Times("uniform", shift=flux_shift(256, 4096, 0.5, 1.15))
-    keys = [(0, 0, i) for i in range(500)]
-    small = draw((1, 8, 8), keys, "flow", times)[1]
-    large = draw((1, 64, 64), keys, "flow", times)[1]
-    assert large.mean() > small.mean() + 0.02
 
 
 def test_noise_offset_moves_whole_channels_by_its_own_amount() -> None:
