@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -77,8 +77,8 @@ def worker(
         if not image:
             what, fix = "Jobs of Kubernetes need a container image", "an image with veneer installed"
             raise ConfigError(what, where="--image", fix=fix)
-        own = {"image": image, "namespace": namespace, "claim": claim, "secret": secret}
-        chosen = KubernetesExecutor(**own, gpus=gpus if gpu else 0)
+        own: dict[str, Any] = {"namespace": namespace, "claim": claim, "secret": secret, "gpus": gpus if gpu else 0}
+        chosen = KubernetesExecutor(image=image, **own)
     else:
         from veneer.jobs.executors import LocalExecutor
 

@@ -134,7 +134,7 @@ def _compare(
     mixes: dict[str, list[tuple[str, float]]] = {"base": [], "new": [(str(adapter), 1.0)]}
     if data["serving"] is not None:
         mixes["serving"] = [(str(library.resolve(data["serving"])), 1.0)]
-    options = {"generate": held.answered, "max_new_tokens": held.max_new_tokens, "answering": answering}
+    options: dict[str, Any] = {"generate": held.answered, "max_new_tokens": held.max_new_tokens, "answering": answering}
     long_rows_cut = config.data.model_copy(update={"long_rows": "cut"})
     with errors_only():
         results = score_mixes(base, rows, mixes, data=long_rows_cut, **options)

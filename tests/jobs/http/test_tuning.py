@@ -311,7 +311,7 @@ INVALID: list[tuple[dict[str, Any], str | None, str]] = [
 ]
 MISSING: list[tuple[dict[str, Any], str, str, str]] = [
     ({"model": "gpt-4o-mini"}, "model", "model_not_available", "'toy'"),
-    ({"model": "sql"}, "model", "model_not_available", "not served here|tuned from it"),
+    ({"model": "sql"}, "model", "model_not_available", "tuned from it"),
     ({"training_file": "file-none"}, "training_file", "file_not_found", "upload it first"),
     ({"validation_file": "file-none"}, "validation_file", "file_not_found", "upload it first"),
     (after(evaluate={"data": "/etc/passwd"}), "after.evaluate.data", "file_not_found", "upload it first"),

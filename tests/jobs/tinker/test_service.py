@@ -25,7 +25,7 @@ STEP = json.dumps({"adam_params": {"learning_rate": 1e-2}}).encode()
 
 def begun(service: TinkerService, tenant: str = "acme", **lora: Any) -> TrainingRun:
     session = service.create_session(tenant, {})
-    return service.create_run(tenant, session.id, 0, Lora(**({"rank": 2, "seed": 1} | lora)), None)
+    return service.create_run(tenant, session.id, 0, Lora(**({"rank": 2, "seed": 1} | lora)))
 
 
 def loss(answer: FutureResult) -> float:
@@ -90,7 +90,7 @@ def test_checkpoints_count_as_files_and_bytes(tmp_path: Path) -> None:
         on_disk = sum(path.stat().st_size for path in (tmp_path / "tinker").rglob("*") if path.is_file())
         assert on_disk <= used < 3 * on_disk
         with pytest.raises(Refused, match=r"limit \(files\)") as error:
-            service.create_run("acme", run.session, 1, Lora(2), None)
+            service.create_run("acme", run.session, 1, Lora(2))
         assert error.value.code == "storage_full"
         refused = json.loads(result(service, run, 2, "save_weights", b'{"path": "two"}').data)
         assert "limit (files)" in refused["error"]
@@ -107,7 +107,7 @@ def test_full_quotas_refuse_clients_and_sessions(tmp_path: Path) -> None:
     with small_service(tmp_path, quotas=small_quotas(disk=20_000, memory=5_000)) as service:
         session = service.create_session("acme", None)
         with pytest.raises(Refused, match=r"limit \(disk\)"):  # no room for the state that can leave memory
-            service.create_run("acme", session.id, 0, Lora(4), None)
+            service.create_run("acme", session.id, 0, Lora(4))
         service.create_sampler("acme", session.id, 0, None)
         with pytest.raises(Refused, match=r"limit \(memory\)"):
             service.create_session("acme", None)
@@ -146,7 +146,7 @@ def test_restart_keeps_checkpoints_and_ends_clients(tmp_path: Path) -> None:
         with pytest.raises(NotFound):
             service.run("globex", run.id)
         session = service.create_session("acme", None)
-        again = service.create_from("acme", session.id, 0, path, True, None)
+        again = service.create_run("acme", session.id, 0, path, optimizer=True)
         assert steps(service, again, 1, 5) == losses
         left = {each.name for each in (tmp_path / "killed" / "tinker").iterdir()}
         assert left - {"live"} == {"lock", run.session}
@@ -231,9 +231,9 @@ def test_what_is_saved_is_an_adapter_of_the_library(tmp_path: Path) -> None:
         assert "there is a checkpoint" in json.loads(taken.data)["error"]
         assert result(service, run, 7, "save_weights", b'{"path": "one", "overwrite": true}').kind == "json"
         went_on = steps(service, run, 8, 12)
-        again = service.create_from("acme", run.session, 1, path, True, None)
+        again = service.create_run("acme", run.session, 1, path, optimizer=True)
         assert steps(service, again, 1, 5) == went_on
-        fresh = service.create_from("acme", run.session, 2, path, False, None)
+        fresh = service.create_run("acme", run.session, 2, path, optimizer=False)
         without = steps(service, fresh, 1, 5)
         assert without[0] == went_on[0]
         assert without[1] != went_on[1]
@@ -268,7 +268,7 @@ def test_unused_sessions_are_removed_and_checkpoints_stay(tmp_path: Path) -> Non
         until(lambda: idle.id not in service.runs)
         until(lambda: not [*(tmp_path / "tinker" / "live").iterdir()])
         session = service.create_session("acme", None)
-        again = service.create_from("acme", session.id, 0, path, True, None)
+        again = service.create_run("acme", session.id, 0, path, optimizer=True)
         assert json.loads(again.created.result(60).data)["path"] == path
         saver.checkpoints.keep_for("weights/one", -1)
         until(lambda: saver.id not in service.runs)
@@ -283,5 +283,5 @@ def test_ended_session_takes_no_new_requests(tmp_path: Path) -> None:
         with pytest.raises(SessionEnded, match="has ended"):
             service.submit(run, 3, "optim_step", STEP)
         with pytest.raises(SessionEnded, match="has ended"):
-            service.create_run("acme", run.session, 1, Lora(2), None)
+            service.create_run("acme", run.session, 1, Lora(2))
         assert "the session ended" in json.loads(late.result(60).data)["error"]

@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -288,19 +287,22 @@ class TinkerRoutes:
         except Refused as error:
             log.warning("%d millionths of the budget of tenant %r were not given back: %s", cost, tenant, error.what)
 
-    async def created(self, call: Call, create: Callable[[], TrainingRun]) -> Response:
+    async def created(
+        self, call: Call, session: str, number: int, start: Lora | str, metadata: Any, optimizer: bool = False
+    ) -> Response:
         """Create a training client, and grant its tenant access to its adapters."""
 
         def do() -> TrainingRun:
             self.account.check_allowed(call.tenant)
             if call.tenant:
                 call.http.tenancy.let_see_own(call.tenant)
-            return create()
+            options: dict[str, Any] = {"weight": call.caller.weight, "optimizer": optimizer}
+            return call.service.create_run(call.tenant, session, number, start, metadata, **options)
 
         run = await tinker_blocking(do)
-        if (number := f"{run.id}:0") not in self.results:
-            self.add(call, number, self.take_quota(call, 0), _wait_for(asyncio.wrap_future(run.created)))
-        return future_response(number, run.id)
+        if (request := f"{run.id}:0") not in self.results:
+            self.add(call, request, self.take_quota(call, 0), _wait_for(asyncio.wrap_future(run.created)))
+        return future_response(request, run.id)
 
 
 async def _wait_for(done: asyncio.Future[FutureResult]) -> FutureResult:
@@ -396,8 +398,7 @@ def training_routes(own: TinkerRoutes) -> APIRouter:
         if (config := body.lora_config) is None:
             raise invalid("only adapters are trained here", "lora_config", "create_lora_training_client(…)")
         lora = Lora(config.rank, config.seed, config.train_attn, config.train_mlp, config.train_unembed)
-        create = partial(call.service.create_run, call.tenant, body.session_id, body.model_seq_id, lora)
-        return await own.created(call, partial(create, body.user_metadata, call.caller.weight))
+        return await own.created(call, body.session_id, body.model_seq_id, lora, body.user_metadata)
 
     @router.post("/get_info", summary="Get a training client's base and rank")
     def info(body: RunBody, call: Call = current_call) -> Any:
@@ -458,8 +459,8 @@ async def _create_from(own: TinkerRoutes, call: Call, body: Mapping[str, Any]) -
     if body.get("base_model") is not None:
         call.check_base(str(body["base_model"]))
     _check_optimizer(body.get("optimizer_config") or {})
-    create = partial(call.service.create_from, call.tenant, session, number, path, bool(body.get("optimizer")))
-    return await own.created(call, partial(create, body.get("user_metadata"), call.caller.weight))
+    optimizer, metadata = bool(body.get("optimizer")), body.get("user_metadata")
+    return await own.created(call, session, number, path, metadata, optimizer)
 
 
 def _check_optimizer(optimizer: Mapping[str, Any]) -> None:

@@ -203,13 +203,9 @@ def _start(service: Service, caller: Principal, model: str) -> str | None:
         return None
     if (tuned := parse_tuned(model)) is not None and tuned.base == base:
         return service.catalog.resolve(model, caller).adapters[0]
-    raise Refused(
-        f"The model {quoted(model)} is not served here, so it cannot be fine-tuned",
-        status=400,
-        code="model_not_available",
-        param="model",
-        fix=f"model={base!r}, or one that was tuned from it",
-    )
+    what = f"The model {quoted(model)} is not served here, so it cannot be fine-tuned"
+    fix = f"model={base!r}, or a model that was tuned from it"
+    raise Refused(what, status=400, code="model_not_available", param="model", fix=fix)
 
 
 def _graded_here(service: Service, caller: Principal, grader: Any) -> dict[str, Any]:
@@ -238,55 +234,51 @@ def _create(
     grader: dict[str, Any] | None,
     settings: FormSettings | None,
 ) -> Job:
-    tenant, jobs, files, tenants = caller.tenant, queue.jobs, queue.files, queue.tenants
+    tenant, jobs, files = caller.tenant, queue.jobs, queue.files
     if jobs.unfinished(tenant) >= (most := service.settings.quotas.jobs):
-        raise Refused(
+        what, fix = (
             f"{most:,} jobs are not finished, which is the limit (jobs)",
-            status=429,
-            code="rate_limit_exceeded",
-            retry_after=60.0,
-            fix="wait until some have ended, or cancel them",
+            "wait for some of them, or cancel them",
         )
+        raise Refused(what, status=429, code="rate_limit_exceeded", retry_after=60.0, fix=fix)
     training = _file(files, tenant, body.training_file, "training_file", _LINES if settings is None else LINE_FILES)
     validation = body.validation_file and _file(files, tenant, body.validation_file, "validation_file")
     held = _held_out(files, tenant, body.after)
     size = sum(file.bytes for file in (training, validation, *held) if file)
     _check_held(jobs, tenant, size, files.quotas.limits.disk)
     tuned = new_tuned(service.catalog.base, tenant, suffix_of(body.suffix))
-    seed = body.seed if body.seed is not None else secrets.randbelow(1 << 31)
+    request = {
+        "model": body.model,
+        "training_file": training.id,
+        "validation_file": validation.id if validation else None,
+        "kind": body.kind,
+        "hyperparameters": body.numbers.model_dump(),
+        "suffix": body.suffix,
+        "metadata": body.metadata,
+        "tuned": str(tuned),
+        "after": None if body.after is None else body.after.model_dump(mode="json", exclude_unset=True),
+    }
+    if body.reinforced is not None and grader is not None:  # stored as requested; the run uses the resolved grader
+        request["reinforcement"] = body.reinforced.shown()
+        body.reinforced.grader = grader
+    about: dict[str, Any] = {"openai": request, "input": tuned.id, "bytes": size, "publish": "checkpoints"}
     try:
         train = put_input(files, tuned.id, "train", training)
-        valid = put_input(files, tuned.id, "validation", validation) if validation else None
-        asked = {
-            "model": body.model,
-            "training_file": training.id,
-            "validation_file": validation.id if validation else None,
-            "kind": body.kind,
-            "hyperparameters": body.numbers.model_dump(),
-            "suffix": body.suffix,
-            "metadata": body.metadata,
-            "tuned": str(tuned),
-            "after": None if body.after is None else body.after.model_dump(mode="json", exclude_unset=True),
-        }
-        if body.reinforced is not None and grader is not None:  # stored as requested; the run uses the resolved grader
-            asked["reinforcement"] = body.reinforced.shown()
-            body.reinforced.grader = grader
         config = tuning_config(
             body,
             base=service.reader.name,
             train=train,
-            validation=valid,
+            validation=put_input(files, tuned.id, "validation", validation) if validation else None,
             rows=count_lines(train, ROWS_COUNTED),
             context=service.reader.context,
-            seed=seed,
+            seed=body.seed if body.seed is not None else secrets.randbelow(1 << 31),
             start=start,
             settings=settings,
         )
-        about: dict[str, Any] = {"openai": asked, "input": tuned.id, "bytes": size, "publish": "checkpoints"}
         if body.after is not None:
             after = _after(files, tuned.id, body.after, held)
             plain, _ = config_from({**config, "output": {"directory": str(train.parent)}})
-            check_after(after, plain, name_of(tuned.reference), tenant, tenants)
+            check_after(after, plain, name_of(tuned.reference), tenant, queue.tenants)
             about["after"] = after.model_dump(mode="json")
         if tenant:
             service.tenancy.let_see_own(tenant)
@@ -304,13 +296,9 @@ def _check_held(jobs: JobStore, tenant: str, more: int, room: int) -> None:
     unfinished, _ = jobs.jobs(tenant, limit=1000, states=UNFINISHED)
     held = sum(int(job.about.get("bytes", 0)) for job in unfinished)
     if held + more > room:
-        raise Refused(
-            f"jobs that have not ended read {held:,} bytes, and with {more:,} more it would be over {room:,}",
-            status=400,
-            code="storage_full",
-            param="training_file",
-            fix="wait for some of them, or cancel them",
-        )
+        what = f"jobs that have not ended read {held:,} bytes, and with {more:,} more it would be over {room:,}"
+        fix = "wait for some of them, or cancel them"
+        raise Refused(what, status=400, code="storage_full", param="training_file", fix=fix)
 
 
 def _held_out(files: Files, tenant: str, asked: AfterJob | None) -> list[UploadedFile]:
@@ -346,21 +334,14 @@ def _file(files: Files, tenant: str, id: str, param: str, endings: tuple[str, ..
     except Refused as error:
         if error.status != 404:
             raise
-        raise Refused(
-            f"invalid {param}: there is no file {quoted(id)}",
-            status=400,
-            code="file_not_found",
-            param=param,
-            fix="upload it first: POST /v1/files",
-        ) from error
+        what, fix = f"invalid {param}: there is no file {quoted(id)}", "upload it first: POST /v1/files"
+        raise Refused(what, status=400, code="file_not_found", param=param, fix=fix) from error
     if found.purpose != "fine-tune" or not found.filename.lower().endswith(endings):
-        raise Refused(
+        what, fix = (
             f"invalid {param}: {quoted(found.filename)} is no file of training data",
-            status=400,
-            code="invalid_file_format",
-            param=param,
-            fix="a .jsonl file, a JSON object on each line",
+            "a file of JSON lines: .jsonl",
         )
+        raise Refused(what, status=400, code="invalid_file_format", param=param, fix=fix)
     return found
 
 

@@ -306,15 +306,18 @@ class TinkerService:
         tenant: str,
         session_id: str,
         number: int,
-        lora: Lora,
-        metadata: dict[str, Any] | None,
+        start: Lora | str,
+        metadata: dict[str, Any] | None = None,
+        *,
         weight: float = 1.0,
-        start: Mapping[str, Any] | None = None,
+        optimizer: bool = False,
     ) -> TrainingRun:
         """Create a run, or return the session's existing run of this number.
 
-        `start`: the body of a load_weights request, to continue from a checkpoint. Raises NotFound,
-        SessionEnded, ConfigError for modules that the base lacks, and Refused if a quota is exceeded."""
+        `start`: a new adapter's configuration, or the path of a checkpoint to continue from; `optimizer`: with
+        its optimizer state. Raises NotFound, SessionEnded, ConfigError for modules that the base lacks or an
+        invalid path, and Refused if a quota is exceeded."""
+        lora = start if isinstance(start, Lora) else self.saved_state(tenant, start)[1].lora
         size = self._state_bytes(lora)
         with self._changed:
             session = self.session(tenant, session_id)
@@ -328,26 +331,10 @@ class TinkerService:
             id, base_name = checkpoints.run, session.base_name
             run = TrainingRun(id, session.id, tenant, lora, checkpoints, metadata, base_name, hold, weight)
             self.runs[id] = run
-            kind = "create_model" if start is None else "load_weights"
-            run.created = self.submit(run, 0, kind, json.dumps(start).encode())
+            kind = "create_model" if isinstance(start, Lora) else "load_weights"
+            body = {} if isinstance(start, Lora) else {"path": start, "optimizer": optimizer}
+            run.created = self.submit(run, 0, kind, json.dumps(body).encode())
         return run
-
-    def create_from(
-        self,
-        tenant: str,
-        session: str,
-        number: int,
-        path: str,
-        optimizer: bool,
-        metadata: dict[str, Any] | None,
-        weight: float = 1.0,
-    ) -> TrainingRun:
-        """Create a run from a checkpoint; `optimizer`: with the optimizer state.
-
-        Raises NotFound, SessionEnded, ConfigError."""
-        saved, source = self.saved_state(tenant, path)
-        start = {"path": saved.path, "optimizer": optimizer}
-        return self.create_run(tenant, session, number, source.lora, metadata, weight, start)
 
     def run(self, tenant: str, id: str) -> TrainingRun:
         """Return a run, also after its session if it has checkpoints. Raises NotFound."""
@@ -579,7 +566,7 @@ class TinkerService:
 
     # -- requests without a pass ---------------------------------------------------------------------------------------
 
-    def _create(self, run: TrainingRun, body: None) -> dict[str, Any]:
+    def _create(self, run: TrainingRun, body: Mapping[str, Any]) -> dict[str, Any]:
         return {"type": "create_model", "model_id": run.id}
 
     def _optimize(self, run: TrainingRun, body: Mapping[str, Any]) -> dict[str, Any]:
