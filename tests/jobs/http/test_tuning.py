@@ -396,15 +396,10 @@ def test_what_an_interpreter_or_a_driver_says_is_the_operators(jobs: Jobs, clien
         jobs.store.died(lease, secret)
         jobs.store.release(jobs.taken(), "could not be started", secret)
         lease = jobs.taken()
-    url = f"{jobs.server.url}/v1/fine_tuning/jobs/{job.id}/events?stream=true"
-    with jobs.server.client.stream("GET", url, headers={"authorization": "Bearer acme"}) as answer:
-        lines = answer.iter_lines()
-        told = [next(lines)]  # the stream has begun before the job ends
-        jobs.store.finish(lease, error={"kind": kind, "message": secret, "fix": f"see {secret}"})
-        told += lines
+    jobs.store.finish(lease, error={"kind": kind, "message": secret, "fix": f"see {secret}"})
     found = client.fine_tuning.jobs.retrieve(job.id)
     assert found.error.code == "server_error"
-    told += [found.to_json(), *(event.to_json() for event in client.fine_tuning.jobs.list_events(job.id))]
+    told = [found.to_json(), *(event.to_json() for event in client.fine_tuning.jobs.list_events(job.id))]
     assert "failed: " in "".join(told)
     assert "internal" not in "".join(told)
     assert "secret" not in "".join(told)
@@ -467,25 +462,6 @@ def test_lists_by_page_and_by_metadata(client: openai.OpenAI) -> None:
     assert not {job.id for job in page} & set(ids)
 
 
-def test_events_as_they_come(jobs: Jobs, client: openai.OpenAI) -> None:
-    id = made(client).id
-    lease = jobs.trained()
-    seen: list[Any] = []
-    url = f"{jobs.server.url}/v1/fine_tuning/jobs/{id}/events?stream=true"
-    with jobs.server.client.stream("GET", url, headers={"authorization": "Bearer acme"}) as answer:
-        assert answer.headers["content-type"].startswith("text/event-stream")
-        for line in answer.iter_lines():
-            if line == "data: [DONE]":
-                break
-            if line:
-                seen.append(json.loads(line.removeprefix("data: ")))
-                if "started" in seen[-1]["message"]:
-                    jobs.store.note(lease, [JobEvent("warn", "note", "as it comes")])
-                    jobs.store.finish(lease, error={"kind": "data", "message": "no rows"})
-    assert [event["message"] for event in seen][-2:] == ["as it comes", "failed: no rows"]
-    assert [event["id"] for event in seen] == [event.id for event in client.fine_tuning.jobs.list_events(id)][::-1]
-
-
 def test_nobody_reaches_the_jobs_of_others(jobs: Jobs, client: openai.OpenAI) -> None:
     """By every way that takes an id, of a job, of a file, of a model."""
     id = made(client).id
@@ -536,8 +512,6 @@ def test_an_event_that_cannot_be_is_none(jobs: Jobs, client: openai.OpenAI) -> N
     for after in (f"{first.rpartition('-')[0]}-{'9' * 50}", f"{first}x", "ftevent-x-1", ""):
         with pytest.raises(openai.BadRequestError, match="no event"):
             client.fine_tuning.jobs.list_events(id, after=after)
-        with pytest.raises(openai.BadRequestError, match="no event"):
-            client.fine_tuning.jobs.list_events(id, after=after, extra_query={"stream": "true"})
 
 
 def test_jobs_hold_no_more_than_there_is_room_for(
@@ -582,7 +556,7 @@ def test_no_request_makes_the_routes_fail(jobs: Jobs) -> None:
     statuses: dict[str, set[int]] = {}
     with jobs.client() as client:
         file = sent(client)
-        job = client.fine_tuning.jobs.cancel(made(client, training_file=file).id).id  # whose stream of events ends
+        job = client.fine_tuning.jobs.cancel(made(client, training_file=file).id).id
     known = {"/v1/files": file, "/v1/fine_tuning": job}
 
     def ask(case: Any) -> None:

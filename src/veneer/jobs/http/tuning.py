@@ -6,17 +6,15 @@
     POST …/jobs/ID/cancel, /pause, /resume
     DELETE /v1/models/ft:…           removes a tenant's own model; the other model routes accept these names
 
-A job is visible only to its owner. `/events?stream=true` streams the events, oldest first, until the job has
-ended.
+A job is visible only to its owner.
 """
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import io
 import secrets
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
@@ -44,14 +42,13 @@ from veneer.jobs.openai import (
     tuning_config,
 )
 from veneer.jobs.post_training import AfterJob, check_after
-from veneer.jobs.store import ENDS, UNFINISHED, Job, JobEvent, JobStore, UnknownJob, WrongState
+from veneer.jobs.store import UNFINISHED, Job, JobStore, UnknownJob, WrongState
 from veneer.library.library import NotInLibrary
 from veneer.library.names import name_of, new_tuned, organisation_of, parse_tuned
 from veneer.serve.engine.admission import FairPool
-from veneer.serve.http.errors import Json, error_body
+from veneer.serve.http.errors import Json
 from veneer.serve.http.guard import needs
-from veneer.serve.http.service import Service, admission_of, caller_of, service_of
-from veneer.serve.http.sse import EventStream, data
+from veneer.serve.http.service import Service, caller_of, service_of
 from veneer.serve.principal import Principal
 from veneer.serve.request import Refused, invalid
 from veneer.serve.tenancy.store import Store
@@ -61,8 +58,6 @@ from veneer.train.records import count_lines
 from veneer.train.rewards.graders import MultiGrader, ScoreModelGrader
 
 _TABLE = "the table of jobs"
-_POLL = 0.5
-"""Seconds between two polls of a job whose events are streamed."""
 _PAGE = 100
 _LINES = (".jsonl",)
 _HELD_OUT, _HELD_ROWS, _HELD_TOKENS = 16, 1000, 1024
@@ -112,22 +107,16 @@ def tuning_routes(queue: TuningQueue) -> APIRouter:
     changes("pause", "Pause a job", jobs.pause)
     changes("resume", "Resume a paused job from its last checkpoint", jobs.resume)
 
-    @router.get("/v1/fine_tuning/jobs/{id}/events", summary="List or stream a job's events")
-    async def events(
-        request: HttpRequest, id: str, limit: _Limit = 20, after: _After = None, stream: bool = False
-    ) -> Response:
+    @router.get("/v1/fine_tuning/jobs/{id}/events", summary="List a job's events, newest first")
+    def events(request: HttpRequest, id: str, limit: _Limit = 20, after: _After = None) -> Any:
         tenant = caller_of(request).tenant
-        job = await blocking(_TABLE, lambda: _job(jobs, tenant, id))
+        job = _job(jobs, tenant, id)
         number = 0 if after is None else event_number(job, after)
         if number is None:
             raise invalid(f"the job has no event {quoted(str(after))}", "after")
-        if stream:
-            admission_of(request).take("answers", 1)  # limits how many streams are open
-            return _stream(service_of(request), jobs, job, number)
-        page: dict[str, Any] = {"after": number, "limit": limit, "newest": True, "diagnostics": False}
-        found, more = await blocking(_TABLE, lambda: jobs.events(tenant, id, **page))
-        job = await blocking(_TABLE, lambda: jobs.get(tenant, id))  # after the events: the job decides what they show
-        return Json({"object": "list", "data": [shown_event(job, each) for each in found], "has_more": more})
+        found, more = jobs.events(tenant, id, after=number, limit=limit, newest=True, diagnostics=False)
+        job = jobs.get(tenant, id)  # after the events: the job decides what they show
+        return {"object": "list", "data": [shown_event(job, event) for event in found], "has_more": more}
 
     @router.get("/v1/fine_tuning/jobs/{id}/checkpoints", summary="List a job's published checkpoints, newest first")
     def checkpoints(request: HttpRequest, id: str, limit: _Limit = 10, after: _After = None) -> Any:
@@ -403,33 +392,3 @@ def _metadata(request: HttpRequest) -> dict[str, str] | None:
         return {}
     wanted = {key[9:-1]: value for key, value in given.items() if key.startswith("metadata[") and key.endswith("]")}
     return wanted or None
-
-
-# -- streams of events -------------------------------------------------------------------------------------------------
-
-
-async def _event_lines(service: Service, jobs: JobStore, job: Job, number: int) -> AsyncGenerator[bytes, None]:
-    """Yield a job's events after a number, until the job has ended or the server stops."""
-
-    def read() -> tuple[Job, list[JobEvent], bool]:
-        ended = jobs.get(job.tenant, job.id).state in ENDS
-        events, more = jobs.events(job.tenant, job.id, after=number, diagnostics=False)
-        now = jobs.get(job.tenant, job.id)  # after the events: the job decides what they show
-        return now, events, ended and not more
-
-    last = False
-    while not last:
-        now, events, last = await blocking(_TABLE, read)
-        for event in events:
-            number = event.number
-            yield data(shown_event(now, event))
-        if not events and not last:
-            if service.phase != "ready":
-                break
-            await asyncio.sleep(_POLL)
-    yield data("[DONE]")
-
-
-def _stream(service: Service, jobs: JobStore, job: Job, number: int) -> Response:
-    lines = _event_lines(service, jobs, job, number)
-    return EventStream(lines, lines, lambda error: data(error_body(error, "OpenAI")[1]), service.settings.stall)
