@@ -15,7 +15,7 @@ import yaml
 from tests.cli.run import run
 from tests.jobs.small import small_config
 from tests.test_readme import ROOT, blocks
-from veneer.jobs.post_training import after_from
+from veneer.jobs.post_training import parse_after
 from veneer.jobs.process import run_job
 from veneer.jobs.store import TRANSITIONS, JobStore
 from veneer.library.library import open_library
@@ -75,7 +75,7 @@ def test_from_an_empty_machine_to_a_canary(
     assert "route        acme/support@2 gets 0.1 of the users of support, acme/support@1 the others" in shown
     assert told[-2:] == ["support leads to acme/support@2", "support leads to acme/support@1"]
     for section in (by_rule, by_alias):
-        after_from(section["after"], tmp_path)
+        parse_after(section["after"], tmp_path)
     (tmp_path / "wrong.yaml").write_text(
         yaml.safe_dump(given | {"after": {**by_rule["after"], "promote": {"metric": "exact_mach"}}})
     )

@@ -251,7 +251,7 @@ def submit(
 
     Raises ConfigError for an invalid configuration, an invalid name, or an `after` that cannot be done."""
     from veneer.jobs.post_training import load_job_config
-    from veneer.jobs.validate import submitted
+    from veneer.jobs.validate import submit_job
     from veneer.serve.tenancy.store import tenants_at
 
     after = None
@@ -260,7 +260,7 @@ def submit(
     else:
         chosen, _ = _config(config, overrides)
     with tenants_at(tenants) as known:
-        return submitted(jobs, chosen, tenant=tenant, name=name, after=after, tenants=known)
+        return submit_job(jobs, chosen, tenant=tenant, name=name, after=after, tenants=known)
 
 
 def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], base: TextBase) -> Path:

@@ -14,7 +14,7 @@ import yaml
 from tests.cli.run import run
 from tests.jobs.small import STEPS, small_config
 from veneer.cli.main import main
-from veneer.jobs.local_worker import worker_beside
+from veneer.jobs.local_worker import background_worker
 from veneer.jobs.store import JobStore
 from veneer.library.library import open_library
 from veneer.serve.build import Extension
@@ -50,7 +50,7 @@ def test_from_a_configuration_to_an_adapter(folder: Path, capsys: pytest.Capture
     job = json.loads(ran.out)
     assert (job["state"], job["name"], job["steps"]) == ("queued", "acme/support", STEPS)
     said: list[str] = []
-    with worker_beside(library=str(folder / "library"), tenants=tenants, say=said.append):
+    with background_worker(library=str(folder / "library"), tenants=tenants, say=said.append):
         watched = run(capsys, "jobs", *at, "watch", job["id"], "--tenant", "acme")
     assert watched.code == 0, watched.out + job_log(folder, job["id"])
     assert f"step {STEPS} of {STEPS}: loss" in watched.out
@@ -104,12 +104,12 @@ def test_a_server_that_trains_has_a_worker_beside_it(monkeypatch: pytest.MonkeyP
     told: list[Any] = []
 
     @contextmanager
-    def worker_beside(**options: object) -> Iterator[None]:
+    def background_worker(**options: object) -> Iterator[None]:
         told.append({name: options[name] for name in ("library", "tenants")})
         yield
         told.append("worker ended")
 
-    monkeypatch.setattr("veneer.jobs.local_worker.worker_beside", worker_beside)
+    monkeypatch.setattr("veneer.jobs.local_worker.worker_beside", background_worker)
 
     def training(service: Any, library: Any, **options: object) -> Extension:
         told.append(options)

@@ -24,12 +24,12 @@ import torch._dynamo  # noqa: F401  an optimizer imports it at its first step, w
 
 import veneer.train.text.task  # noqa: F401  what a job needs is imported once, before there are processes
 from tests.forks import expect, fork
-from tests.jobs.pretended import FixedTerms
+from tests.jobs.fakes import FixedTerms
 from tests.jobs.small import STEPS, small_config
 from veneer.jobs.executors import LocalExecutor
 from veneer.jobs.process import run_job
 from veneer.jobs.store import ENDS, JobLease, JobStore, LeaseLost
-from veneer.jobs.validate import validated
+from veneer.jobs.validate import validate_job
 from veneer.jobs.worker import Worker
 from veneer.library.database import reading
 from veneer.library.library import open_library
@@ -58,7 +58,7 @@ class Here(LocalExecutor):
 
     def start_validation(self, lease: JobLease, environment: Mapping[str, str], device: Device, room: int) -> str:
         with suppress(LeaseLost):
-            validated(self.store, lease, FixedTerms(self.store, **TERMS), device)
+            validate_job(self.store, lease, FixedTerms(self.store, **TERMS), device)
         return f"validated {lease.token}"
 
     def start(self, lease: JobLease, environment: Mapping[str, str]) -> str:
@@ -135,7 +135,7 @@ def outcome(folder: Path) -> list[bytes]:
         return [file.read_bytes() for file in kept]
 
 
-def submitted(folder: Path, config: dict[str, Any]) -> None:
+def submit_job(folder: Path, config: dict[str, Any]) -> None:
     folder.mkdir()
     (folder / "kernels").symlink_to(KERNELS)  # compiled once, not by each machine
     os.environ["VENEER_HOME"] = str(folder)
@@ -169,13 +169,13 @@ def kills(folder: Path, stride: int) -> list[int]:
     """The commits at which one was killed."""
     config = small_config(folder, checkpoint={"every": 1, "keep": STEPS})
     whole = folder / "whole"
-    submitted(whole, config)
+    submit_job(whole, config)
     assert forked(whole, None)
     expected = checked(whole)
     killed: list[int] = []
     for kill_at in range(stride, 1000, stride):
         place = folder / f"killed-{kill_at}"
-        submitted(place, config)
+        submit_job(place, config)
         if forked(place, kill_at):
             return killed
         killed.append(kill_at)

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs.pretended import PLAN, FixedTerms, queued, taken
+from tests.jobs.fakes import PLAN, FixedTerms, queued, taken
 from tests.jobs.small import small_config
 from tests.library.conftest import quick  # noqa: F401
 from veneer.jobs.account import TrainingAccount, trained_name
 from veneer.jobs.store import JobStore, OverBudget
-from veneer.jobs.validate import validated
+from veneer.jobs.validate import validate_job
 from veneer.library.database import write_transaction
 from veneer.plan.tables import cpu_device
 from veneer.serve.request import Refused, Usage
@@ -62,7 +62,7 @@ def test_a_job_has_what_clients_left_of_the_budget(store: JobStore, tenants: Sto
         )
         store.create("acme", config, name="support")
         lease = taken(store, state="validating")
-        job = validated(store, lease, account, cpu_device())
+        job = validate_job(store, lease, account, cpu_device())
         assert job.state == state, job.error
     assert (store.jobs("acme")[0][1].error or {})["kind"] == "overbudget"
     store.create("acme", config, name="support")
@@ -89,10 +89,10 @@ def test_clients_have_what_jobs_left_and_do_not_pass_each_other_by(store: JobSto
 
     with ThreadPoolExecutor(6) as pool:
         assert sum(pool.map(took, range(20))) == 4
-    account.give_back("acme", UNIT)
+    account.release_budget("acme", UNIT)
     assert [took(0), took(0)] == [True, False]
     billed(tenants, trained_name("acme/tinker-b-0"), 3)
-    account.give_back("acme", UNIT)
+    account.release_budget("acme", UNIT)
     assert [took(0), took(0)] == [True, False]
     billed(tenants, trained_name("acme/tinker-c-0"), 2)  # by another server
     assert not took(0)
@@ -114,7 +114,7 @@ def test_jobs_see_client_budget_that_the_ledger_lacks(store: JobStore, tenants: 
     assert store.queue(lease, plan, price=3 * UNIT, budget=9 * UNIT, spent=0).state == "queued"
     with pytest.raises(Refused, match="budget"):
         account.reserve("acme", 1)
-    account.give_back("acme", UNIT)
+    account.release_budget("acme", UNIT)
     account.reserve("acme", UNIT)
 
 

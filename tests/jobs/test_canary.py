@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.jobs.pretended import queued, taken
+from tests.jobs.fakes import queued, taken
 from tests.jobs.small import small_config
 from tests.library.conftest import quick  # noqa: F401
 from veneer.core.adapter import Adapter, Pair
@@ -19,10 +19,10 @@ from veneer.errors import ConfigError
 from veneer.formats.card import read_card
 from veneer.formats.peft import write_folder
 from veneer.jobs.canary import place_job, promote_job, rollback_job
-from veneer.jobs.post_training import after_from
+from veneer.jobs.post_training import parse_after
 from veneer.jobs.process import run_job
 from veneer.jobs.store import Job, JobStore, WrongState
-from veneer.jobs.validate import device_of, submitted
+from veneer.jobs.validate import device_of, submit_job
 from veneer.library.database import reading
 from veneer.library.library import Library, open_library
 from veneer.models.text.base import TextBase
@@ -41,12 +41,12 @@ class Shop:
     def submit(self, after: Mapping[str, Any], **sections: Any) -> Job:
         given = small_config(self.folder, **sections) | {"output": str(self.folder / "out")}
         config, _ = config_from(given)
-        return submitted(
+        return submit_job(
             self.jobs,
             config,
             tenant="acme",
             name="support",
-            after=after_from(after, self.folder),
+            after=parse_after(after, self.folder),
             tenants=self.tenants,
             device=device_of("h100-80gb"),
         )
@@ -60,7 +60,7 @@ class Shop:
         self, reference: str, scores: Mapping[str, float] | None, after: Mapping[str, Any], serving: int | None = None
     ) -> Job:
         """A job that has made `reference`, by pretence, and was measured so, beside a version that serves."""
-        job = queued(self.jobs, about={"after": after_from(after, self.folder).model_dump()})
+        job = queued(self.jobs, about={"after": parse_after(after, self.folder).model_dump()})
         lease = taken(self.jobs)
         found = {who: {"exact_match": value} for who, value in (scores or {}).items()}
         compared = {"scores": found, "serving": None if serving is None else f"acme/support@{serving}"}

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from tests.jobs.pretended import queued, until
+from tests.jobs.fakes import queued, until
 from veneer.errors import ConfigError
-from veneer.jobs.executors import ExitStatus, LocalExecutor, hand_over, memory_of, taken_over
+from veneer.jobs.executors import ExitStatus, LocalExecutor, memory_of, read_handover, write_handover
 from veneer.jobs.store import Job, JobLease, JobStore
 from veneer.library.library import Library
 
@@ -71,13 +71,13 @@ def test_a_process_s_arguments_have_no_lease(library: Library, store: JobStore) 
 
 def test_what_is_handed_over_is_read_once(library: Library, store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VENEER_TEST_HANDED", "")
-    *_, file = hand_over(JobLease(planned(store, 1 << 30), "token"), {"VENEER_TEST_HANDED": "a secret"})
+    *_, file = write_handover(JobLease(planned(store, 1 << 30), "token"), {"VENEER_TEST_HANDED": "a secret"})
     (job,) = [job.id for job in store.jobs(None)[0]]
-    assert taken_over(Path(file)) == (job, "token", None)
+    assert read_handover(Path(file)) == (job, "token", None)
     assert os.environ["VENEER_TEST_HANDED"] == "a secret"
     assert not Path(file).exists()
     with pytest.raises(ConfigError, match=r"this process has no lease(.|\n)*one veneer home that all machines"):
-        taken_over(Path(file))
+        read_handover(Path(file))
 
 
 def test_a_plan_of_a_gpu_says_nothing_of_this_machines_memory(library: Library, store: JobStore) -> None:

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tests.forks import Forked
-from tests.jobs.pretended import until
+from tests.jobs.fakes import until
 from tests.jobs.small import small_config
 from tests.library.conftest import quick  # noqa: F401
 from veneer.jobs.executors import LocalExecutor

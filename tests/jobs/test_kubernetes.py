@@ -18,7 +18,7 @@ pytest.importorskip("kubernetes", reason="pip install 'veneer[kubernetes]'")
 
 from kubernetes import client
 
-from tests.jobs.pretended import queued, taken
+from tests.jobs.fakes import queued, taken
 from veneer.errors import ConfigError, UnavailableError
 from veneer.jobs.kubernetes import KubernetesExecutor
 from veneer.jobs.store import JobLease, JobStore

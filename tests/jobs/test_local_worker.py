@@ -8,13 +8,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from veneer.jobs.local_worker import worker_beside
+from veneer.jobs.local_worker import background_worker
 
 
 def test_a_worker_s_arguments_have_no_password(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("VENEER_HOME", str(tmp_path))
     before, end = psutil.Process().children(), time.monotonic() + 30
-    with worker_beside(library=str(tmp_path / "library"), tenants="postgresql://u:secret@h/d", say=lambda text: None):
+    with background_worker(
+        library=str(tmp_path / "library"), tenants="postgresql://u:secret@h/d", say=lambda text: None
+    ):
         while not (found := [each for each in psutil.Process().children() if each not in before]):
             assert time.monotonic() < end
             time.sleep(0.01)

@@ -9,7 +9,7 @@ import pytest
 from openai.types.fine_tuning import FineTuningJob
 
 from tests.library.conftest import quick  # noqa: F401
-from veneer.jobs.openai import shown_error, shown_event, shown_job
+from veneer.jobs.openai import error_to_openai, event_to_openai, job_to_openai
 from veneer.jobs.store import Job, JobEvent, JobStore
 from veneer.library.library import open_library
 
@@ -29,9 +29,9 @@ def test_files_are_told_by_their_names(quick: Path, data: dict[str, object]) -> 
         lease = store.take("here", 60, "validating", only=made.id)
         where = "/secret/place/a.jsonl" if "train" in data else "/secret/place/drawings"
         event = JobEvent("warn", "preflight", f"{where}:3 is no row", {"findings": [{"text": f"see {where}:3"}]})
-        told = str(shown_event(made, event))
+        told = str(event_to_openai(made, event))
         failed = store.finish(lease, error={"kind": "data", "message": "no row", "where": f"{where}/x:3"})
-        error = str(shown_error(failed))
+        error = str(error_to_openai(failed))
     for text in (told, error):
         assert "/secret" not in text
         assert Path(where).name in text
@@ -62,11 +62,13 @@ def test_an_error_is_one_line_without_settings(quick: Path) -> None:  # noqa: F8
     listed = "".join(f"\n  - /secret/data.jsonl:{n}: 9000 tokens" for n in range(1, 21))
     what = f"20 of 40 rows are longer than data.max_length, 256 tokens:{listed}"
     fix = "set data.max_length=9000 (more memory), or data.long_rows=drop or cut"
-    error = shown_error(failed_job(quick, kind="data", message=what, fix=fix))
+    error = error_to_openai(failed_job(quick, kind="data", message=what, fix=fix))
     rows = "; ".join(f"data.jsonl:{n}: 9000 tokens" for n in (1, 2, 3))
     assert error["message"] == f"20 of 40 rows are longer than what the base reads, 256 tokens: {rows}; and 17 more"
     assert (error["code"], error["param"]) == ("invalid_training_file", "training_file")
-    kept = shown_error(failed_job(quick, kind="data", message="no row", where="/secret/data.jsonl:3", fix="send rows"))
+    kept = error_to_openai(
+        failed_job(quick, kind="data", message="no row", where="/secret/data.jsonl:3", fix="send rows")
+    )
     assert kept["message"] == "data.jsonl:3: no row (send rows)"
 
 
@@ -77,7 +79,7 @@ def test_a_preflight_is_told_in_one_line(quick: Path) -> None:  # noqa: F811
         {"level": "ok", "check": "memory", "text": "about 131.1 MB beyond the base", "fix": ""},
     ]
     event = JobEvent("info", "preflight", "one row:\n" * 20, {"findings": findings, "sample": []})
-    shown = shown_event(failed_job(quick, kind="data", message="no row"), event)
+    shown = event_to_openai(failed_job(quick, kind="data", message="no row"), event)
     told = "the rows were checked: the whole run is 6 steps; 24 of 638 (4%) tokens are learned, in 12 rows"
     assert (shown["message"], shown["data"]) == (told, {})
 
@@ -97,7 +99,7 @@ def test_notes_of_a_run_are_the_operators(quick: Path) -> None:  # noqa: F811
 @pytest.mark.parametrize("method", ["supervised", "dpo"])
 def test_a_job_is_of_the_type_of_its_client(quick: Path, method: str) -> None:  # noqa: F811
     """The job validates strictly against OpenAI's own type."""
-    job = shown_job(failed_job(quick, method, kind="data", message="no row"), "org-acme")
+    job = job_to_openai(failed_job(quick, method, kind="data", message="no row"), "org-acme")
     read = FineTuningJob.model_validate(job, strict=True)
     assert read.hyperparameters.to_dict() == {"batch_size": "auto", "n_epochs": 2, "learning_rate_multiplier": "auto"}
     assert read.method.type == method

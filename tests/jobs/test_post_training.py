@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.jobs.small import small_config
 from veneer.errors import ConfigError, VeneerError
-from veneer.jobs.post_training import PromotionRule, after_from, check_after, held_out_rows, load_job_config
+from veneer.jobs.post_training import PromotionRule, check_after, held_out_rows, load_job_config, parse_after
 from veneer.serve.tenancy import manage, routes
 from veneer.serve.tenancy.store import Store
 from veneer.train.config.load import config_from
@@ -88,18 +88,18 @@ def test_what_could_not_be_done_is_said_before_anything_is_trained(
 ) -> None:
     config, _ = config_from(small_config(tmp_path) | {"output": str(tmp_path / "out")})
     with pytest.raises(VeneerError) as error:
-        check_after(after_from(after, tmp_path), config, "acme/support", "acme", tenants)
+        check_after(parse_after(after, tmp_path), config, "acme/support", "acme", tenants)
     assert said in str(error.value)
 
 
 def test_without_held_out_rows_or_tenants_nothing_is_compared(tenants: Store, tmp_path: Path) -> None:
     given = small_config(tmp_path) | {"output": str(tmp_path / "out")}
-    after = after_from({**HELD, "route": {"name": "x"}}, tmp_path)
+    after = parse_after({**HELD, "route": {"name": "x"}}, tmp_path)
     config, _ = config_from(given)
     check_after(after, config, "acme/support", "acme", tenants)
     with pytest.raises(ConfigError, match="no tenants' database"):
         check_after(after, config, "acme/support", "acme", None)
-    check_after(after_from({**HELD, "alias": "prod"}, tmp_path), config, "acme/support", "acme", None)
+    check_after(parse_after({**HELD, "alias": "prod"}, tmp_path), config, "acme/support", "acme", None)
     config, _ = config_from(given | {"data": {"train": str(tmp_path / "rows.jsonl"), "split": 0}})
     with pytest.raises(ConfigError, match="no rows are held out"):
         held_out_rows(after.evaluate, config)

@@ -17,14 +17,14 @@ from typing import Any
 
 import pytest
 
-from tests.jobs.pretended import FixedTerms, queued, taken
+from tests.jobs.fakes import FixedTerms, queued, taken
 from tests.jobs.small import small_config
 from tests.library.conftest import quick  # noqa: F401
 from veneer.errors import UnavailableError
-from veneer.jobs.process import environment_of
+from veneer.jobs.process import process_environment
 from veneer.jobs.ray import RayExecutor
 from veneer.jobs.store import JobLease, JobStore
-from veneer.jobs.validate import device_of, validated
+from veneer.jobs.validate import device_of, validate_job
 from veneer.library.library import open_library
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,7 +80,7 @@ def leased(store: JobStore, folder: Path, steps: int) -> JobLease:
     made = store.create("acme", small_config(folder, steps), name="support")
     new = store.take("v", 600, "validating")
     assert new is not None
-    assert validated(store, new, FixedTerms(store), device_of()).state == "queued"
+    assert validate_job(store, new, FixedTerms(store), device_of()).state == "queued"
     lease = store.take("w", 3600)
     assert lease.job.id == made.id
     return lease
@@ -116,7 +116,7 @@ def test_a_job_is_trained_by_ray_and_another_is_stopped(address: str, tmp_path: 
     with open_library(tmp_path / "library") as library:
         store = JobStore(library)
         lease = leased(store, tmp_path, 3)
-        variables = environment_of(library)
+        variables = process_environment(library)
         place = executor.start(lease, variables)
         assert executor.start(lease, variables) == place
         while (ended := executor.look(place)) is None:

@@ -20,7 +20,7 @@ from veneer.jobs.checkpoints import steps_name
 from veneer.jobs.process import run_job
 from veneer.jobs.step_actions import keep_step, sample_file
 from veneer.jobs.store import Job, JobStore
-from veneer.jobs.validate import device_of, submitted
+from veneer.jobs.validate import device_of, submit_job
 from veneer.library.library import open_library
 from veneer.models.text.base import load_text
 from veneer.plan.tables import Device
@@ -41,7 +41,7 @@ def device() -> Device:
 
 def asked(store: JobStore, device: Device, values: dict[str, Any]) -> Job:
     config, _ = config_from({"output": "runs/support", **values})
-    job = submitted(store, config, device=device)
+    job = submit_job(store, config, device=device)
     assert job.state == "queued", job.error
     return job
 

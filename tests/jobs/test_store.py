@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from tests.jobs.pretended import CONFIG, PLAN, queued, taken
+from tests.jobs.fakes import CONFIG, PLAN, queued, taken
 from veneer.errors import ConfigError
 from veneer.jobs.store import (
     ENDS,
@@ -295,11 +295,11 @@ def test_measures_of_jobs_that_ended_long_ago_go_and_nothing_else(store: JobStor
     with write_transaction(store.engine) as c:
         c.execute(text("UPDATE jobs SET ended = ended - 400 * 86400 WHERE id = :id"), {"id": old.id})
     before = {job.id: store.events(None, job.id)[0] for job in (old, young, runs)}
-    assert store.forget_metrics(0) == store.forget_metrics(0) + 2 == 2
+    assert store.delete_old_metrics(0) == store.delete_old_metrics(0) + 2 == 2
     after = {job.id: store.events(None, job.id)[0] for job in (old, young, runs)}
     assert after == before | {old.id: [event for event in before[old.id] if event.kind != "metrics"]}
     assert (store.bill(None, old.id) or young).tokens == store.get(None, old.id).tokens > 0
-    assert store.long_over(365 * 86400, "succeeded") == [old.id]
+    assert store.ended_before(365 * 86400, "succeeded") == [old.id]
 
 
 def test_the_database_itself_keeps_events_and_bills(store: JobStore) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.jobs.pretended import FixedTerms
+from tests.jobs.fakes import FixedTerms
 from tests.jobs.small import small_config
 from veneer.jobs.store import Job, JobStore
-from veneer.jobs.validate import device_of, validated
+from veneer.jobs.validate import device_of, validate_job
 from veneer.models.text.base import text_without_weights
 from veneer.plan.tables import cpu_device
 from veneer.serve.engine.offline import answering_bytes
@@ -36,7 +36,7 @@ def looked_at(store: JobStore, config: dict[str, Any], terms: Mapping[str, Any] 
     store.create("acme", config, name="support")
     lease = store.take("validator", 60, "validating")
     assert lease is not None
-    return validated(store, lease, FixedTerms(store, **terms), replace(cpu_device(), **device))
+    return validate_job(store, lease, FixedTerms(store, **terms), replace(cpu_device(), **device))
 
 
 @in_sqlite
@@ -93,7 +93,7 @@ def test_answers_that_are_compared_are_in_the_plan(
         store.create("acme", small_config(folder), name="support", about=about)
         lease = store.take("validator", 60, "validating")
         assert lease is not None
-        return validated(store, lease, FixedTerms(store), cpu_device())
+        return validate_job(store, lease, FixedTerms(store), cpu_device())
 
     scored, answered = (job.plan or {} for job in (asked("loss"), asked("loss", "exact_match")))
     memory, base = answered["memory"], text_without_weights(str(folder / "tiny-base"))

@@ -9,12 +9,12 @@ from typing import Any
 import openai
 import pytest
 
-from tests.jobs.pretended import FixedTerms
+from tests.jobs.fakes import FixedTerms
 from tests.serve.whole import asking, make_shop, said, served
 from veneer.jobs.build import training
 from veneer.jobs.process import run_job
 from veneer.jobs.store import JobStore
-from veneer.jobs.validate import device_of, validated
+from veneer.jobs.validate import device_of, validate_job
 from veneer.models.home import veneer_home
 from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.store import Store
@@ -40,7 +40,7 @@ def test_what_was_trained_is_served_to_its_tenant_alone(tmp_path: Path, monkeypa
         """What a worker does with the one job that waits."""
         new = jobs.take("here", 60, "validating")
         assert new is not None
-        validated(jobs, new, FixedTerms(jobs), device_of("h100-80gb"))  # what this machine does is not measured
+        validate_job(jobs, new, FixedTerms(jobs), device_of("h100-80gb"))  # what this machine does is not measured
         if (lease := jobs.take("here", 600)) is not None:
             run_job(shop.library, lease.job.id, lease.token)
 

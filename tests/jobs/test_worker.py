@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from tests.jobs.pretended import FixedTerms, Pretended, queued, until
+from tests.jobs.fakes import FakeExecutor, FixedTerms, queued, until
 from tests.jobs.small import small_config
 from veneer.jobs.executors import ExitStatus, LocalExecutor
 from veneer.jobs.store import Job, JobStore
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.parametrize("library", ["sqlite"], indirect=True)
 
 
 @contextmanager
-def working(library: Library, executor: Pretended, **options: Any) -> Iterator[Worker]:
+def working(library: Library, executor: FakeExecutor, **options: Any) -> Iterator[Worker]:
     settings = {"poll": 0.01, "grace": 0.1, "lease": 5.0, **options}
     worker = Worker(library, executor, name="worker", **settings)
     failed: list[BaseException] = []
@@ -54,7 +54,7 @@ def state(store: JobStore, job: Job) -> str:
 
 @pytest.mark.parametrize("asked", ["pause", "cancel"])
 def test_the_process_of_a_job_that_rests_or_ends_is_stopped(library: Library, store: JobStore, asked: str) -> None:
-    executor, job, other = Pretended(), queued(store), queued(store)
+    executor, job, other = FakeExecutor(), queued(store), queued(store)
     with working(library, executor):
         until(lambda: executor.running)
         (place,) = executor.running
@@ -78,7 +78,7 @@ def small_file(folder: Path, size: int = 4) -> Path:
 
 
 def test_a_tenant_has_one_validation_at_a_time(library: Library, store: JobStore, tmp_path: Path) -> None:
-    executor, file = Pretended(), small_file(tmp_path)
+    executor, file = FakeExecutor(), small_file(tmp_path)
     jobs = [new_job(store, tenant, file) for tenant in ("acme", "acme", "acme", "best")]
     with working(library, executor):
         until(lambda: len(executor.validating) == 2)
@@ -88,7 +88,7 @@ def test_a_tenant_has_one_validation_at_a_time(library: Library, store: JobStore
 
 def test_tenants_take_turns_at_validation(library: Library, store: JobStore, tmp_path: Path) -> None:
     """A tenant with a long queue delays another tenant by one validation, not by its queue."""
-    executor, file = Pretended(), small_file(tmp_path)
+    executor, file = FakeExecutor(), small_file(tmp_path)
     for _ in range(4):
         new_job(store, "acme", file)
     new_job(store, "best", file)
@@ -107,7 +107,7 @@ def test_tenants_take_turns_at_validation(library: Library, store: JobStore, tmp
 
 
 def test_large_files_leave_a_place_for_small_ones(library: Library, store: JobStore, tmp_path: Path) -> None:
-    executor, large = Pretended(), small_file(tmp_path, 32 << 20)
+    executor, large = FakeExecutor(), small_file(tmp_path, 32 << 20)
     jobs = [new_job(store, tenant, large) for tenant in ("acme", "best")]
     with working(library, executor):
         until(lambda: len(executor.validating) == 1)
@@ -117,7 +117,7 @@ def test_large_files_leave_a_place_for_small_ones(library: Library, store: JobSt
 
 
 def test_a_cancelled_job_is_not_validated_further(library: Library, store: JobStore) -> None:
-    executor, job = Pretended(), new_job(store, "acme")
+    executor, job = FakeExecutor(), new_job(store, "acme")
     with working(library, executor):
         until(lambda: executor.validating)
         store.cancel("acme", job.id)
@@ -129,7 +129,7 @@ def test_a_cancelled_job_is_not_validated_further(library: Library, store: JobSt
 def test_a_validation_that_takes_too_long_fails(
     library: Library, store: JobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    executor, job, clock = Pretended(), new_job(store, "acme"), [0.0]
+    executor, job, clock = FakeExecutor(), new_job(store, "acme"), [0.0]
     real = time.monotonic
     monkeypatch.setattr(time, "monotonic", lambda: real() + clock[0])
     with working(library, executor, lease=7200.0):
@@ -141,7 +141,7 @@ def test_a_validation_that_takes_too_long_fails(
 
 
 def test_a_validation_that_takes_too_much_memory_fails(library: Library, store: JobStore) -> None:
-    executor, job = Pretended(), new_job(store, "acme")
+    executor, job = FakeExecutor(), new_job(store, "acme")
     with working(library, executor):
         until(lambda: executor.validating)
         executor.over[f"validation of {job.id}"] = ExitStatus("it held 9 GB", memory=True)
@@ -150,7 +150,7 @@ def test_a_validation_that_takes_too_much_memory_fails(library: Library, store: 
 
 
 def test_a_worker_that_ends_leaves_new_jobs_to_another(library: Library, store: JobStore) -> None:
-    executor, job = Pretended(), new_job(store, "acme")
+    executor, job = FakeExecutor(), new_job(store, "acme")
     with working(library, executor):
         until(lambda: executor.validating)
     assert (state(store, job), store.get(None, job.id).worker, store.get(None, job.id).faults) == (
@@ -184,7 +184,7 @@ def test_a_hostile_row_delays_nobody_and_can_be_cancelled(library: Library, stor
 
 
 def test_a_process_that_does_not_end_is_killed_after_its_grace(library: Library, store: JobStore) -> None:
-    executor, job = Pretended(), queued(store)
+    executor, job = FakeExecutor(), queued(store)
     executor.stubborn = True
     with working(library, executor):
         until(lambda: executor.running)
@@ -195,7 +195,7 @@ def test_a_process_that_does_not_end_is_killed_after_its_grace(library: Library,
 
 
 def test_a_process_that_dies_is_started_again_and_fails_in_the_end(library: Library, store: JobStore) -> None:
-    executor, job = Pretended(), queued(store)
+    executor, job = FakeExecutor(), queued(store)
     with working(library, executor):
         for attempt in (1, 2, 3):
             place = f"pretended {job.id} {attempt}"
@@ -206,7 +206,7 @@ def test_a_process_that_dies_is_started_again_and_fails_in_the_end(library: Libr
 
 
 def test_a_process_that_takes_more_memory_than_planned_fails_at_once(library: Library, store: JobStore) -> None:
-    executor, job = Pretended(), queued(store)
+    executor, job = FakeExecutor(), queued(store)
     with working(library, executor):
         until(lambda: executor.running)
         executor.over[next(iter(executor.running))] = ExitStatus("it held 9 GB", memory=True)
@@ -217,7 +217,7 @@ def test_a_process_that_takes_more_memory_than_planned_fails_at_once(library: Li
 
 
 def test_a_place_that_cannot_start_anything_now_is_tried_again(library: Library, store: JobStore) -> None:
-    executor, job, said = Pretended(), queued(store), list[str]()
+    executor, job, said = FakeExecutor(), queued(store), list[str]()
     executor.refuse = True
     with working(library, executor, say=said.append):
         until(lambda: store.get(None, job.id).attempt > 1)
@@ -229,7 +229,7 @@ def test_a_place_that_cannot_start_anything_now_is_tried_again(library: Library,
 
 @pytest.mark.parametrize("end", ["succeeded", "cancelled"])
 def test_the_checkpoints_of_what_succeeded_are_not_kept(library: Library, store: JobStore, end: str) -> None:
-    executor, job = Pretended(), queued(store)
+    executor, job = FakeExecutor(), queued(store)
     kept = job.folder / "attempt-1" / "checkpoints" / "step-00000001"
     kept.mkdir(parents=True)
     (job.folder / "attempt-1" / "log.jsonl").touch()
@@ -257,18 +257,18 @@ def test_what_failed_or_was_cancelled_is_kept_for_its_time(
     lease = store.take("w", 60, only=jobs[1].id)
     store.finish(lease, error={"kind": "data", "message": "a broken line"})
     store.pause("acme", jobs[2].id)
-    Worker(library, Pretended()).run(until_idle=True)
+    Worker(library, FakeExecutor()).run(until_idle=True)
     assert all(job.log.exists() for job in jobs)
     monkeypatch.setitem(KEEP_DAYS, "failed", 1e-9)
     monkeypatch.setitem(KEEP_DAYS, "cancelled", 1e-9)
-    Worker(library, Pretended()).run(until_idle=True)
+    Worker(library, FakeExecutor()).run(until_idle=True)
     assert [job.folder.exists() for job in jobs] == [False, False, True]
     assert store.get("acme", jobs[1].id).error is not None
 
 
 def test_a_worker_that_ends_asks_its_processes_to_save_their_state(library: Library, store: JobStore) -> None:
     """They give the job back by themselves; one that just ended is given back by the worker."""
-    executor, job = Pretended(), queued(store)
+    executor, job = FakeExecutor(), queued(store)
     with working(library, executor):
         until(lambda: executor.running)
     assert [hard for _, hard in executor.asked] == [False]
@@ -283,7 +283,7 @@ def test_no_tenant_runs_more_at_once_than_its_terms_say(library: Library, store:
     manage.change_settings(tenants, "acme", {"training_jobs": 2}, who="test")
     for tenant in ("acme", "acme", "acme", "best", "gone", ""):
         queued(store, tenant)
-    executor = Pretended()
+    executor = FakeExecutor()
     with working(library, executor, at_once=10, tenants=tenants):
         until(lambda: len(executor.running) == 4)
         time.sleep(0.1)
@@ -294,7 +294,7 @@ def test_no_tenant_runs_more_at_once_than_its_terms_say(library: Library, store:
 def test_a_job_goes_on_while_the_database_is_away_and_no_longer_than_its_lease(
     library: Library, store: JobStore
 ) -> None:
-    executor, job, away = Pretended(), queued(store), threading.Event()
+    executor, job, away = FakeExecutor(), queued(store), threading.Event()
     with working(library, executor, lease=0.8) as worker:
         until(lambda: executor.running)
         real = worker.store.get_lease, worker.store.renew, worker.store.take

@@ -56,12 +56,12 @@ def submit(
 ) -> None:
     """Check, plan and queue a run. Exit code 2 if the run cannot be queued."""
     from veneer.jobs.post_training import load_job_config
-    from veneer.jobs.validate import submitted
+    from veneer.jobs.validate import submit_job
     from veneer.serve.tenancy.store import tenants_at
 
     chosen, after = load_job_config(*file_and_settings(words))
     with _opened() as store, tenants_at(tenants) as known:
-        job = submitted(store, chosen, tenant=tenant, name=name, after=after, tenants=known)
+        job = submit_job(store, chosen, tenant=tenant, name=name, after=after, tenants=known)
     _shown(job, as_json)
     if job.state == "failed":
         raise SystemExit(2)

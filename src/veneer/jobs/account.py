@@ -2,7 +2,7 @@
 
     account.terms("acme")                      price, monthly budget and concurrent jobs, current values
     account.spent("acme")                      this month's ledger cost of Tinker clients
-    taken = account.reserve("acme", tokens)    before accepting a request; `give_back` on failure
+    taken = account.reserve("acme", tokens)    before accepting a request; `release_budget` on failure
 
 The queue bills a job when the job ends; until then the planned cost counts. The ledger bills each pass of a
 Tinker client under the name that `trained_name` returns. Amounts are in millionths, months are in UTC.
@@ -64,7 +64,7 @@ class TrainingAccount:
                 raise Refused(error.what, status=402, code="over_budget", fix=error.fix) from error
         return cost
 
-    def give_back(self, tenant: str, amount: int) -> None:
+    def release_budget(self, tenant: str, amount: int) -> None:
         """Release the reservation of a failed request."""
         if amount:
-            self.jobs.unreserve(tenant, amount)
+            self.jobs.release_budget(tenant, amount)

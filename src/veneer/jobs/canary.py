@@ -31,9 +31,9 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.errors import ConfigError, Interrupted, counted
 from veneer.files.atomic import atomic_write
-from veneer.jobs.post_training import AfterJob, CanaryRoute, HeldOut, held_out_rows, serving_of
+from veneer.jobs.post_training import AfterJob, CanaryRoute, HeldOut, held_out_rows, serving_version
 from veneer.jobs.store import Job, JobEvent, JobLease, JobStore, LeaseLost, WrongState
-from veneer.jobs.validate import after_of, error_json, is_transient, job_config
+from veneer.jobs.validate import after_section, error_json, is_transient, job_config
 from veneer.library.database import reading
 from veneer.library.library import Library, NotInLibrary
 from veneer.serve.tenancy import routes
@@ -58,7 +58,7 @@ def compare_job(
     The data has `scores` of base, serving and new, the serving version and the route's revision. Returns None
     if no evaluation is configured or the evaluation failed. `base`: the run's base. Raises LeaseLost and
     transient errors."""
-    after = after_of(lease.job)
+    after = after_section(lease.job)
     if after is None or after.evaluate is None:
         return None
     assert base is not None  # a compared job is trained alone, so its base is here
@@ -77,7 +77,7 @@ def place_job(
     """Move the job's route or alias once, for the adapter `reference`.
 
     Raises LeaseLost and transient errors."""
-    after = after_of(lease.job)
+    after = after_section(lease.job)
     if after is None or (after.route is None and after.alias is None):
         return
     kind = "alias" if after.route is None else "route"
@@ -126,7 +126,7 @@ def _compare(
     data: dict[str, Any] = {"rows": len(rows), "serving": None}
     if after.route is not None:
         number, route = _current(_require(tenants), job.tenant, after.route.name)
-        serving = serving_of(route, job.name)
+        serving = serving_version(route, job.name)
         data |= {"route": after.route.name, "move": number}
         data["serving"] = None if serving is None else library.find(serving).reference
     elif after.alias is not None:
@@ -240,7 +240,7 @@ def _move_route(
         return f"{name} was moved", {"move": max(own), "promoted": bool(met)}
     if compared is not None and compared.get("move", number) != number:
         raise routes.RouteMoved(f"{name} was moved since {reference} was compared", where="route")
-    serving, shadow = serving_of(now, job.name), None
+    serving, shadow = serving_version(now, job.name), None
     if met or (serving is None and met is None):
         targets = [(reference, 1)]
         text = f"{name} leads to {reference}" + ("" if serving is None else f", and not to {serving}")
@@ -383,7 +383,7 @@ def _job_with_target(store: JobStore, tenant: str | None, job_id: str) -> tuple[
 
     Raises UnknownJob, and WrongState if the section has neither."""
     job = store.get(tenant, job_id)
-    after = after_of(job)
+    after = after_section(job)
     if after is None or (after.route is None and after.alias is None):
         fix = "a section `after` with a route in its file; or veneer tenant route set, veneer library alias"
         raise WrongState(f"job {job.id} has no route and no alias", where="job", fix=fix)

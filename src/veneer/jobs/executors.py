@@ -56,7 +56,7 @@ class Executor(Protocol):
         `hard`: kill the process, like SIGKILL."""
 
 
-def hand_over(
+def write_handover(
     lease: JobLease, environment: Mapping[str, str], validation: Mapping[str, Any] | None = None
 ) -> list[str]:
     """Write the handover file of a lease; return Python's arguments for the process.
@@ -74,8 +74,8 @@ def hand_over(
     return ["-m", "veneer.jobs.process", str(path)]
 
 
-def taken_over(path: Path) -> tuple[str, str, dict[str, Any] | None]:
-    """Read and remove a file of `hand_over`; return (job, token, `validation`).
+def read_handover(path: Path) -> tuple[str, str, dict[str, Any] | None]:
+    """Read and remove a file of `write_handover`; return (job, token, `validation`).
 
     Sets the file's environment variables.
 
@@ -96,7 +96,7 @@ def taken_over(path: Path) -> tuple[str, str, dict[str, Any] | None]:
     return given["job"], given["token"], given["validation"]
 
 
-def drop_handover(job: Job) -> None:
+def remove_handovers(job: Job) -> None:
     """Remove handover files that no process has read, after the process has ended."""
     for path in job.folder.glob(f"{_HANDOVER}-*.json"):
         path.unlink(missing_ok=True)
@@ -152,7 +152,7 @@ class LocalExecutor(Executor):
         nice: int = 0,
         validation: Mapping[str, Any] | None = None,
     ) -> str:
-        command = [sys.executable, *hand_over(lease, environment, validation), "--tied"]
+        command = [sys.executable, *write_handover(lease, environment, validation), "--tied"]
         if (nice := max(nice, self.nice)) and os.name == "posix":
             command = ["nice", "-n", str(nice), *command]
         child = subprocess.Popen(

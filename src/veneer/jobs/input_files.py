@@ -35,7 +35,7 @@ _BEGINNING, _QUOTED_LINES = 256 << 10, 200
 
 
 @dataclass(frozen=True)
-class FileBeginning:
+class FilePreview:
     """The first rows of an uploaded file. `whole`: the file has no further rows.
 
     `problem`: why the rows cannot be read; then `about` is None."""
@@ -47,12 +47,12 @@ class FileBeginning:
     problem: str = ""
 
 
-def look_at_file(files: Files, file: UploadedFile, format: str, columns: Mapping[str, str], most: int) -> FileBeginning:
+def preview_file(files: Files, file: UploadedFile, format: str, columns: Mapping[str, str], most: int) -> FilePreview:
     """Read up to `most` rows from the first 256 KiB of a file.
 
     `format`, `columns`: as for `parse_rows`. Blocks."""
     if not file.filename.lower().endswith(LINE_FILES):
-        return FileBeginning(problem=f"Rows are read from {', '.join(LINE_FILES)} files. Paste rows of another kind.")
+        return FilePreview(problem=f"Rows are read from {', '.join(LINE_FILES)} files. Paste rows of another kind.")
     with files.open(file) as source:
         data = source.read(_BEGINNING + 1)
     if cut := len(data) > _BEGINNING:
@@ -62,7 +62,7 @@ def look_at_file(files: Files, file: UploadedFile, format: str, columns: Mapping
                 break
             data = data[: data.rfind(b"\n", 0, len(data) - 1) + 1]
     if not data:
-        return FileBeginning(problem=f"The first row has more than {_BEGINNING >> 10} KiB.")
+        return FilePreview(problem=f"The first row has more than {_BEGINNING >> 10} KiB.")
     with tempfile.TemporaryDirectory(prefix="veneer-rows-") as folder:
         path, found = Path(folder) / file.filename.lstrip("."), tuple[str, ...]()
         path.write_bytes(data)
@@ -72,15 +72,15 @@ def look_at_file(files: Files, file: UploadedFile, format: str, columns: Mapping
             rows, about = parse_rows([str(path)], format=format, columns=columns, limit=most)
         except DataError as error:
             where = f"{error.where}: " if error.where else ""
-            return FileBeginning(found, problem=f"{where}{error.what}".replace(f"{folder}/", ""))
-    return FileBeginning(found, tuple(rows), not cut and len(rows) < most, about)
+            return FilePreview(found, problem=f"{where}{error.what}".replace(f"{folder}/", ""))
+    return FilePreview(found, tuple(rows), not cut and len(rows) < most, about)
 
 
 def _inputs() -> Path:
     return jobs_home() / "inputs"
 
 
-def put_input(files: Files, id: str, which: str, file: UploadedFile) -> Path:
+def copy_input(files: Files, id: str, which: str, file: UploadedFile) -> Path:
     """Copy a file for one job and return the copy's path.
 
     `which`: train, validation, or held-out/0 and up. Blocks."""
@@ -107,7 +107,7 @@ def input_bytes(job: Job) -> int | None:
         return None
 
 
-def drop_inputs(id: str) -> None:
+def remove_inputs(id: str) -> None:
     """Remove the copies of a job that was not created."""
     shutil.rmtree(_inputs() / id, ignore_errors=True)
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from veneer.errors import ConfigError, MissingExtraError, UnavailableError
-from veneer.jobs.executors import Executor, ExitStatus, hand_over, memory_of
+from veneer.jobs.executors import Executor, ExitStatus, memory_of, write_handover
 from veneer.jobs.store import JobLease
 
 _KEPT_SECONDS = 86400
@@ -66,7 +66,7 @@ class KubernetesExecutor(Executor):
         container: dict[str, Any] = {
             "name": "train",
             "image": self.image,
-            "command": ["python", *hand_over(lease, given)],
+            "command": ["python", *write_handover(lease, given)],
             "resources": {"limits": {}, "requests": {}},
         }
         if memory := memory_of(lease.job):

@@ -23,7 +23,7 @@ _PATIENCE = 70.0
 
 
 @contextmanager
-def worker_beside(
+def background_worker(
     *, library: str | None, tenants: str | None, say: Callable[[str], None], at_once: int = 1
 ) -> Iterator[None]:
     """Run a worker process during the context. `library`, `tenants`: the server's."""

@@ -292,7 +292,7 @@ def _reinforce(config: dict[str, Any], asked: Reinforced) -> None:
 _STATUS = {"validating": "validating_files"}
 
 
-def shown_job(job: Job, organisation: str, results: Sequence[str] = ()) -> dict[str, Any]:
+def job_to_openai(job: Job, organisation: str, results: Sequence[str] = ()) -> dict[str, Any]:
     """Return a job in OpenAI's format. `results`: ids of the job's result files."""
     asked, config = job.about["openai"], job.config
     shown = dict(asked["hyperparameters"])
@@ -310,7 +310,7 @@ def shown_job(job: Job, organisation: str, results: Sequence[str] = ()) -> dict[
         "fine_tuned_model": asked["tuned"] if job.state == "succeeded" else None,
         "finished_at": None if job.ended is None else int(job.ended),
         "status": _STATUS.get(job.state, job.state),
-        "error": shown_error(job),
+        "error": error_to_openai(job),
         "organization_id": organisation,
         "training_file": asked["training_file"],
         "validation_file": asked["validation_file"],
@@ -332,7 +332,7 @@ def _finish(job: Job) -> int | None:
     return int(time.time() + (job.steps - job.step) * job.seconds / job.step)
 
 
-def shown_error(job: Job) -> dict[str, Any] | None:
+def error_to_openai(job: Job) -> dict[str, Any] | None:
     """Return a failed job's error in OpenAI's format, or None.
 
     Files appear under their uploaded names, with line numbers."""
@@ -450,7 +450,7 @@ MEASURED = tuple(_METRICS)
 """Kinds of events with metrics."""
 
 
-def shown_event(job: Job, event: JobEvent) -> dict[str, Any]:
+def event_to_openai(job: Job, event: JobEvent) -> dict[str, Any]:
     """Return an event in OpenAI's format."""
     data = {} if event.kind == "preflight" else _data_of(event)
     return {
@@ -477,7 +477,7 @@ _COLUMNS = {
 """Column of OpenAI's result file -> name in OpenAI's events."""
 
 
-def results_of(measured: Iterable[JobEvent]) -> bytes:
+def result_file(measured: Iterable[JobEvent]) -> bytes:
     """Return a job's result file: CSV with OpenAI's columns, a line per measured step.
 
     Validation metrics are present for steps with a validation."""
@@ -492,7 +492,7 @@ def checkpoint_id(job: Job, step: int) -> str:
     return f"ftckpt_{job.id.removeprefix('ftjob-')}{step}"
 
 
-def shown_checkpoint(job: Job, point: JobCheckpoint) -> dict[str, Any]:
+def checkpoint_to_openai(job: Job, point: JobCheckpoint) -> dict[str, Any]:
     """Return a published checkpoint in OpenAI's format."""
     found = point.metrics
     own = {"step": point.step, "train_loss": found.get("loss"), "train_mean_token_accuracy": found.get(TOKEN_ACCURACY)}

@@ -132,10 +132,10 @@ def load_job_config(
     values, lines = read_sections(path)
     after = values.pop("after", None)
     config, _ = config_from(values, overrides, file=Path(path), lines=lines)
-    return config, None if after is None else after_from(after, Path(path).parent, os.fspath(path))
+    return config, None if after is None else parse_after(after, Path(path).parent, os.fspath(path))
 
 
-def after_from(values: Any, folder: Path, where: str = "after") -> AfterJob:
+def parse_after(values: Any, folder: Path, where: str = "after") -> AfterJob:
     """Return the section of these values; `folder` is the root of relative paths.
 
     Raises ConfigError that lists every error."""
@@ -195,7 +195,7 @@ def check_after(after: AfterJob, config: RunConfig, name: str, tenant: str, tena
         check_route_name(after.route.name)
         _check_owner(after.route.name, tenant, tenants)
         assert tenants is not None
-        serving_of(tenants.look().routes.get((tenant, after.route.name)), name)
+        serving_version(tenants.look().routes.get((tenant, after.route.name)), name)
 
 
 def _check_owner(route: str, tenant: str, tenants: Store | None) -> None:
@@ -212,7 +212,7 @@ def _check_owner(route: str, tenant: str, tenants: Store | None) -> None:
         raise ConfigError(what, where=where, fix=f"another name, as {tenant}/{route}; or a job of no tenant")
 
 
-def serving_of(route: Route | None, name: str) -> str | None:
+def serving_version(route: Route | None, name: str) -> str | None:
     """Return the version that a route serves; None without a route.
 
     `name`: name of the job's adapter. Raises ConfigError if the route has several targets, or targets the

@@ -3,7 +3,7 @@
     python -m veneer.jobs.process FILE [--tied]
 
 The starting process (`executors`) holds and renews the lease; this process writes under the lease's token.
-`FILE`: from `executors.hand_over`, with the job's token and the queue's addresses. `--tied`: end as soon as
+`FILE`: from `executors.write_handover`, with the job's token and the queue's addresses. `--tied`: end as soon as
 standard input ends, which happens when the starting process ends.
 
 Each lease has its own folder, `attempt-N`. This process renames the previous lease's folder, with its
@@ -36,9 +36,9 @@ from veneer.errors import CheckpointError, Interrupted, VeneerError
 from veneer.files.rights import forbid_inspection
 from veneer.jobs.account import TrainingAccount
 from veneer.jobs.canary import compare_job, place_job
-from veneer.jobs.executors import taken_over
+from veneer.jobs.executors import read_handover
 from veneer.jobs.store import Job, JobCheckpoint, JobEvent, JobLease, JobStore, LeaseLost
-from veneer.jobs.validate import error_json, is_compared, is_transient, job_config, validated
+from veneer.jobs.validate import error_json, has_evaluation, is_transient, job_config, validate_job
 from veneer.library.library import Library, open_library
 from veneer.plan.tables import Device
 from veneer.serve.tenancy.store import tenants_at
@@ -63,7 +63,7 @@ def _validate_job(library: Library, job: str, token: str, device: Device, room: 
     try:
         lease = store.get_lease(job, token)
         with tenants_at(os.environ.get("VENEER_TENANTS")) as tenants:
-            validated(store, lease, TrainingAccount(store, tenants), device, room=room)
+            validate_job(store, lease, TrainingAccount(store, tenants), device, room=room)
         return 0
     except LeaseLost as error:
         print(error, file=sys.stderr)
@@ -157,7 +157,7 @@ def _train(reporter: _JobReporter) -> tuple[dict[str, Any], TextBase | None]:
             from veneer.serve.engine.live import live_sampler
             from veneer.train.text.task import run_text
 
-            if is_compared(job):
+            if has_evaluation(job):
                 own = config.base
                 base = load_text(own.name, dtype=own.dtype, device=own.device, quantize=own.quantize)
             result = run_text(config, base=base, **options, sampler=live_sampler)
@@ -350,7 +350,7 @@ def main(arguments: list[str]) -> int:
     if "--tied" in arguments:
         end_with_input(lambda: os._exit(75))
     try:
-        job, token, validation = taken_over(Path(path))
+        job, token, validation = read_handover(Path(path))
         with open_library() as library:
             if validation is not None:
                 return _validate_job(library, job, token, Device(**validation["device"]), validation["room"])
@@ -360,7 +360,7 @@ def main(arguments: list[str]) -> int:
         return 75
 
 
-def environment_of(library: Library, tenants: str | None = None) -> Mapping[str, str]:
+def process_environment(library: Library, tenants: str | None = None) -> Mapping[str, str]:
     """Return the environment variables of a job's process: library, home and tenants."""
     from veneer.models.home import veneer_home
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from veneer.errors import MissingExtraError, UnavailableError
-from veneer.jobs.executors import Executor, ExitStatus, hand_over, memory_of
+from veneer.jobs.executors import Executor, ExitStatus, memory_of, write_handover
 from veneer.jobs.store import JobLease
 
 _ALIVE = frozenset({"PENDING", "RUNNING"})
@@ -41,7 +41,7 @@ class RayExecutor(Executor):
 
     def start(self, lease: JobLease, environment: Mapping[str, str]) -> str:
         job = lease.job
-        place, command = f"{job.id}-{job.attempt}", hand_over(lease, environment)
+        place, command = f"{job.id}-{job.attempt}", write_handover(lease, environment)
         # Ray sends SIGTERM and, after this many seconds, SIGKILL
         variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(round(self.grace))}
         try:

@@ -414,7 +414,7 @@ class JobStore:
             row = {"tenant": tenant, "month": _day(now)[:7], "spent": spent + cost}
             c.execute(insert(job_reservation_table), row)
 
-    def unreserve(self, tenant: str, cost: int) -> None:
+    def release_budget(self, tenant: str, cost: int) -> None:
         """Release part of this month's reservation."""
         r = job_reservation_table.c
         with self._writing() as (c, now):
@@ -430,12 +430,12 @@ class JobStore:
         with reading(self.engine) as c:
             return [JobBill(**row._mapping) for row in c.execute(query.where(b.day <= until) if until else query)]
 
-    def long_over(self, seconds: float, *states: str) -> list[str]:
+    def ended_before(self, seconds: float, *states: str) -> list[str]:
         """Return ids of jobs that ended in `states` more than `seconds` ago."""
         with reading(self.engine) as c:
             return [*c.scalars(select(job_table.c.id).where(*self._over(c, seconds, states)))]
 
-    def forget_metrics(self, seconds: float) -> int:
+    def delete_old_metrics(self, seconds: float) -> int:
         """Delete old metrics events, and return how many.
 
         Deletes events of jobs that ended more than `seconds` ago.

@@ -41,17 +41,17 @@ if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
 
 
-def after_of(job: Job) -> AfterJob | None:
+def after_section(job: Job) -> AfterJob | None:
     """Return a job's `after` section, or None."""
     found = job.about.get("after")
     return None if found is None else AfterJob.model_validate(found)
 
 
-def is_compared(job: Job) -> bool:
+def has_evaluation(job: Job) -> bool:
     """Return whether the job's adapter is evaluated after training.
 
     Such a job is trained alone, and compared on the base of its training."""
-    after = after_of(job)
+    after = after_section(job)
     return after is not None and after.evaluate is not None
 
 
@@ -73,7 +73,7 @@ def device_of(gpu: str | None = None, count: int = 1) -> Device:
     return cpu_device()
 
 
-def validated(
+def validate_job(
     store: JobStore,
     lease: JobLease,
     account: TrainingAccount,
@@ -106,7 +106,7 @@ def validated(
         return store.finish(lease, error=error_json(error))
 
 
-def submitted(
+def submit_job(
     store: JobStore,
     config: RunConfig,
     *,
@@ -134,7 +134,7 @@ def submitted(
     while (now := store.get(tenant, job.id)).state == "validating":
         lease = store.take("submit", 600, "validating", only=job.id)
         if lease is not None:
-            return validated(store, lease, TrainingAccount(store, tenants), device or device_of())
+            return validate_job(store, lease, TrainingAccount(store, tenants), device or device_of())
         time.sleep(0.2)  # a worker already validates the job
     return now
 
@@ -172,7 +172,7 @@ def _plan_of_job(job: Job, device: Device, room: int | None) -> dict[str, Any]:
 
     config = job_config(job, job.folder)
     exact: Mapping[str, Any] = {}
-    after, base = after_of(job), None
+    after, base = after_section(job), None
     held = None if after is None else after.evaluate
     if isinstance(config, TrainConfig):
         _check_size(config, held, room)

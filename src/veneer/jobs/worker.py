@@ -29,9 +29,9 @@ from typing import Any
 
 from veneer.errors import VeneerError, counted, gigabytes
 from veneer.jobs.account import TrainingAccount
-from veneer.jobs.executors import Executor, ExitStatus, LocalExecutor, drop_handover
+from veneer.jobs.executors import Executor, ExitStatus, LocalExecutor, remove_handovers
 from veneer.jobs.input_files import input_bytes
-from veneer.jobs.process import environment_of
+from veneer.jobs.process import process_environment
 from veneer.jobs.store import JobLease, JobStore, LeaseLost, jobs_home
 from veneer.jobs.validate import device_of
 from veneer.library.library import Library
@@ -111,7 +111,7 @@ class Worker:
         self.library, self.executor, self.say = library, executor, say
         self.store = JobStore(library)
         self.account = TrainingAccount(self.store, tenants)
-        self.environment = environment_of(library, None if tenants is None else tenants.where)
+        self.environment = process_environment(library, None if tenants is None else tenants.where)
         self.name = name or f"{socket.gethostname()}-{os.getpid()}"
         self.at_once, self.device = at_once, device
         self.lease, self.poll, self.grace = lease, poll, grace
@@ -219,9 +219,9 @@ class Worker:
         if self._swept is None or now - self._swept > _SWEEP:
             self._swept = now
             for state, days in KEEP_DAYS.items():
-                for job in self.store.long_over(days * 86400, state):
+                for job in self.store.ended_before(days * 86400, state):
                     shutil.rmtree(jobs_home() / job, ignore_errors=True)
-            self.store.forget_metrics(KEEP_DAYS["succeeded"] * 86400)
+            self.store.delete_old_metrics(KEEP_DAYS["succeeded"] * 86400)
 
     def _begin(self, lease: JobLease) -> None:
         sure, job = time.monotonic() + self.lease, lease.job
@@ -248,7 +248,7 @@ class Worker:
             self._running.remove(running)
             with suppress(LeaseLost):  # the process ended the job or returned it to the queue
                 self._process_ended(running, ended)
-            drop_handover(running.lease.job)
+            remove_handovers(running.lease.job)
             self._let_go(running.lease)
             return
         if running.validation is not None and now > running.validation.deadline:

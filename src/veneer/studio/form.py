@@ -15,7 +15,7 @@ from typing import Any
 from veneer.errors import ConfigError, counted
 from veneer.jobs.files import UploadedFile
 from veneer.jobs.http.tuning import TuningQueue
-from veneer.jobs.input_files import LINE_FILES, FileBeginning, look_at_file
+from veneer.jobs.input_files import LINE_FILES, FilePreview, preview_file
 from veneer.jobs.openai import FormSettings, TuningBody
 from veneer.serve.http.bodies import checked
 from veneer.studio.frame import ViewPage
@@ -54,7 +54,7 @@ async def train_form(page: ViewPage, queue: TuningQueue) -> None:
 class _TrainForm:
     def __init__(self, page: ViewPage, queue: TuningQueue) -> None:
         self.page, self.queue = page, queue
-        self.beginning, self.number = FileBeginning(), 0
+        self.beginning, self.number = FilePreview(), 0
         self.known: dict[str, UploadedFile] = {}
 
     def draw(self) -> None:
@@ -165,17 +165,17 @@ class _TrainForm:
         found: FormSettings = checked(FormSettings, given, "form")
         return found
 
-    async def looked_again(self) -> FileBeginning:
+    async def looked_again(self) -> FilePreview:
         """Read the file's first rows again; show them unless a newer read has started."""
         self.number += 1
         number, caller, id = self.number, self.page.caller, str(self.file.value or "")
-        beginning = self.beginning = FileBeginning()
+        beginning = self.beginning = FilePreview()
         if id:
             file = await asyncio.to_thread(self.queue.files.get, caller.tenant, id)
             settings = self._settings()
 
-            def do() -> FileBeginning:
-                return look_at_file(self.queue.files, file, settings.format, settings.columns, _LOOKED)
+            def do() -> FilePreview:
+                return preview_file(self.queue.files, file, settings.format, settings.columns, _LOOKED)
 
             beginning = await self.queue.looking.run(caller.tenant, caller.weight, 1, do)
             if beginning.columns and beginning.about is None and settings.format == "auto":

@@ -13,7 +13,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from veneer.jobs.openai import MEASURED, shown_error, shown_event
+from veneer.jobs.openai import MEASURED, error_to_openai, event_to_openai
 from veneer.jobs.store import ENDS, Job
 from veneer.studio.commands import command
 from veneer.studio.frame import ViewPage
@@ -61,7 +61,7 @@ class _Heard:
             for event in events:
                 self.last = event.number
                 if not page.caller.can("operate") and event.kind not in MEASURED:
-                    told = shown_event(job, event)
+                    told = event_to_openai(job, event)
                     event = replace(event, message=told["message"], data=told["data"])
                 if event.kind == "metrics":
                     self.steps.append(event.data)
@@ -173,7 +173,7 @@ async def run_view(page: ViewPage) -> None:
     async def fill() -> None:
         now = await asyncio.to_thread(read)
         made = await asyncio.to_thread(heard.charts, pictures)
-        error = now.error if page.caller.can("operate") else shown_error(now)
+        error = now.error if page.caller.can("operate") else error_to_openai(now)
         head.show(job=now, error=error, trains=page.studio.trains, link=page.link)
         show(bar, now.state not in ENDS)
         moved(bar, now.step / now.steps if now.steps else None)

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from veneer.errors import ConfigError, VeneerError, counted, gigabytes
-from veneer.jobs.openai import shown_error
+from veneer.jobs.openai import error_to_openai
 from veneer.jobs.store import Job
-from veneer.jobs.validate import device_of, submitted
+from veneer.jobs.validate import device_of, submit_job
 from veneer.plan.plan import Plan
 from veneer.plan.render import rough_duration
 from veneer.plan.tables import Device
@@ -314,7 +314,7 @@ class _ServerForm:
 
         def do() -> Job:
             config, _ = load_config(None, settings)
-            return submitted(self.studio.jobs, config, device=_device(), tenants=self.studio.tenants)
+            return submit_job(self.studio.jobs, config, device=_device(), tenants=self.studio.tenants)
 
         show(self.bar, True)
         try:
@@ -424,7 +424,7 @@ async def _runs(page: ViewPage) -> None:
 
     async def fill() -> None:
         jobs = await asyncio.to_thread(newest)
-        errors = {job.id: job.error if page.caller.can("operate") else shown_error(job) for job in jobs}
+        errors = {job.id: job.error if page.caller.can("operate") else error_to_openai(job) for job in jobs}
         runs.show(jobs=jobs, errors=errors, link=page.link)
 
     await fill()

@@ -24,7 +24,7 @@ import pytest
 import yaml
 
 from tests.homes import home_with_kernels
-from tests.jobs.pretended import until
+from tests.jobs.fakes import until
 from tests.serve.http.toy import free_port
 from tests.test_readme import blocks
 from tests.tiny_base import tiny_base_dir, tiny_tokenizer

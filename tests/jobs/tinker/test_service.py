@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.jobs.pretended import until
+from tests.jobs.fakes import until
 from tests.jobs.tinker.small import ROWS, forward_body, read_output, result, small_base, small_service
 from veneer.adapters.use import load_adapter
 from veneer.errors import ConfigError
@@ -247,7 +247,7 @@ def test_what_is_saved_is_an_adapter_of_the_library(tmp_path: Path) -> None:
                 service.saved("acme", f"tinker://{run.id}/weights/{name}")
             with pytest.raises(ConfigError):
                 run.checkpoints.new_folder("weights", name)
-        run.checkpoints.keep_for("weights/one", -1)
+        run.checkpoints.set_ttl("weights/one", -1)
         assert run.checkpoints.all() == []
         run.checkpoints.sweep()
         with pytest.raises(Exception, match=r"no adapter|has no"):
@@ -270,7 +270,7 @@ def test_unused_sessions_are_removed_and_checkpoints_stay(tmp_path: Path) -> Non
         session = service.create_session("acme", None)
         again = service.create_run("acme", session.id, 0, path, optimizer=True)
         assert json.loads(again.created.result(60).data)["path"] == path
-        saver.checkpoints.keep_for("weights/one", -1)
+        saver.checkpoints.set_ttl("weights/one", -1)
         until(lambda: saver.id not in service.runs)
 
 

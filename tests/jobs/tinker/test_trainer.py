@@ -17,7 +17,7 @@ from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.errors import ConfigError, TrainingError
 from veneer.jobs.tinker.losses import needed_inputs, row_loss
-from veneer.jobs.tinker.trainer import ALPHA, Adam, Lora, PassWork, Trainer, checked_rows, target_names
+from veneer.jobs.tinker.trainer import ALPHA, Adam, Lora, PassWork, Trainer, check_rows, target_names
 from veneer.jobs.tinker.wire import WireRow
 from veneer.models.text.fast import fast
 from veneer.models.text.loss import text_loss
@@ -47,7 +47,7 @@ def work(trainer: Trainer, learner: Any, rows: list[list[int]], weight: float = 
         )
         for row in rows
     ]
-    made = checked_rows(given, "cross_entropy", {}, vocabulary=trainer.vocabulary, context=small_base().context)
+    made = check_rows(given, "cross_entropy", {}, vocabulary=trainer.vocabulary, context=small_base().context)
     return PassWork(learner, made, "cross_entropy", {}, backward)
 
 
@@ -64,7 +64,7 @@ def test_a_step_is_veneers_own_to_the_bit(trainer: Trainer) -> None:
     count = sum(len(row) - 1 for row in ROWS)
     for _ in range(2):
         done(trainer, work(trainer, learner, ROWS, 1 / count))
-        trainer.optimise(learner, Adam(1e-2, 0.9, 0.999, 1e-8))
+        trainer.optimize(learner, Adam(1e-2, 0.9, 0.999, 1e-8))
     own = base_twin(small_base())
     with ExitStack() as undo:
         attachment = undo.enter_context(attach(own.model))
@@ -152,18 +152,18 @@ def test_a_state_comes_back_to_the_bit(trainer: Trainer, tmp_path: Any) -> None:
     """With its moments and the gradient since the last step."""
     learner = trainer.create("one", Lora(2, 5))
     done(trainer, work(trainer, learner, ROWS))
-    trainer.optimise(learner, Adam(1e-2))
+    trainer.optimize(learner, Adam(1e-2))
     done(trainer, work(trainer, learner, ROWS[:1]))
     trainer.write(learner, tmp_path, 3)
-    trainer.optimise(learner, Adam(1e-2))
+    trainer.optimize(learner, Adam(1e-2))
     kept = {name: p.detach().clone() for name, p in learner.parameters.items()}
     trainer.drop(learner)
     again = trainer.create("one", Lora(2, 5))
     trainer.read(again, tmp_path)
-    trainer.optimise(again, Adam(1e-2))
+    trainer.optimize(again, Adam(1e-2))
     assert all(torch.equal(kept[name], p) for name, p in again.parameters.items())
     with pytest.raises(TrainingError, match="no gradient"):
-        trainer.optimise(again, Adam(1e-2))
+        trainer.optimize(again, Adam(1e-2))
     trainer.drop(again)
 
 
@@ -238,7 +238,7 @@ def test_what_cannot_be_trained_is_said_with_its_row(row: dict[str, Any], said: 
         row.get("other", ""),
     )
     with pytest.raises(ConfigError, match=said):
-        checked_rows([wire], row.get("loss", "cross_entropy"), row.get("options", {}), vocabulary=384, context=256)
+        check_rows([wire], row.get("loss", "cross_entropy"), row.get("options", {}), vocabulary=384, context=256)
 
 
 def test_the_twin_leaves_the_base_alone(trainer: Trainer) -> None:

@@ -283,7 +283,7 @@ class TinkerRoutes:
     async def _give_back(self, tenant: str, cost: int) -> None:
         """Release a failed request's budget; it stays reserved if the database is down."""
         try:
-            await tinker_blocking(lambda: self.account.give_back(tenant, cost))
+            await tinker_blocking(lambda: self.account.release_budget(tenant, cost))
         except Refused as error:
             log.warning("%d millionths of the budget of tenant %r were not given back: %s", cost, tenant, error.what)
 

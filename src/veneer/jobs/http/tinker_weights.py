@@ -104,7 +104,7 @@ def weights_routes(own: TinkerRoutes) -> APIRouter:
     @router.put(f"{_CHECKPOINT}/ttl", summary="Set a checkpoint's time to live")
     def ttl(id: str, kind: str, name: str, body: TtlBody, call: Call = current_call) -> None:
         run, point = find(call, id, f"{kind}/{name}")
-        run.checkpoints.keep_for(point.id, body.ttl_seconds)
+        run.checkpoints.set_ttl(point.id, body.ttl_seconds)
 
     @router.delete(_CHECKPOINT, summary="Delete a checkpoint")
     def remove(id: str, kind: str, name: str, call: Call = current_call) -> None:

@@ -26,18 +26,18 @@ from veneer.jobs.files import Files, UploadedFile
 from veneer.jobs.http.files import openai_page
 from veneer.jobs.http.graders import ParseGrader, grader_of
 from veneer.jobs.http.route import blocking, thread_route
-from veneer.jobs.input_files import LINE_FILES, drop_inputs, put_input
+from veneer.jobs.input_files import LINE_FILES, copy_input, remove_inputs
 from veneer.jobs.openai import (
     MEASURED,
     ROWS_COUNTED,
     FormSettings,
     TuningBody,
     checkpoint_id,
+    checkpoint_to_openai,
     event_number,
-    results_of,
-    shown_checkpoint,
-    shown_event,
-    shown_job,
+    event_to_openai,
+    job_to_openai,
+    result_file,
     suffix_of,
     tuning_config,
 )
@@ -76,20 +76,20 @@ def tuning_routes(queue: TuningQueue) -> APIRouter:
     async def create(request: HttpRequest, body: TuningBody) -> Response:
         caller = caller_of(request)
         job = await queue.create(service_of(request), caller, body)
-        return Json(shown_job(job, organisation_of(caller.tenant)), headers=body.headers)
+        return Json(job_to_openai(job, organisation_of(caller.tenant)), headers=body.headers)
 
     @router.get("/v1/fine_tuning/jobs", summary="List the caller's jobs, newest first")
     def listed(request: HttpRequest, limit: _Limit = 20, after: _After = None) -> Any:
         tenant = caller_of(request).tenant
         found, more = _some(jobs, tenant, after, limit, _metadata(request))
-        shown = [shown_job(job, organisation_of(tenant)) for job in found]
+        shown = [job_to_openai(job, organisation_of(tenant)) for job in found]
         return {"object": "list", "data": shown, "has_more": more}
 
     @router.get("/v1/fine_tuning/jobs/{id}", summary="Get a job")
     def retrieve(request: HttpRequest, id: str) -> Any:
         tenant = caller_of(request).tenant
         job = _job(jobs, tenant, id)
-        return shown_job(job, organisation_of(tenant), _results(jobs, files, job))
+        return job_to_openai(job, organisation_of(tenant), _results(jobs, files, job))
 
     def changes(what: str, summary: str, change: Callable[[str, str], Job]) -> None:
         @router.post(f"/v1/fine_tuning/jobs/{{id}}/{what}", summary=summary, name=what)
@@ -97,7 +97,7 @@ def tuning_routes(queue: TuningQueue) -> APIRouter:
             tenant = caller_of(request).tenant
             _job(jobs, tenant, id)
             try:
-                return shown_job(change(tenant, id), organisation_of(tenant))
+                return job_to_openai(change(tenant, id), organisation_of(tenant))
             except WrongState as error:
                 raise Refused(
                     error.what, status=400, code="wrong_state", param="fine_tune_id", fix=error.fix
@@ -116,7 +116,7 @@ def tuning_routes(queue: TuningQueue) -> APIRouter:
             raise invalid(f"the job has no event {quoted(str(after))}", "after")
         found, more = jobs.events(tenant, id, after=number, limit=limit, newest=True, diagnostics=False)
         job = jobs.get(tenant, id)  # after the events: the job decides what they show
-        return {"object": "list", "data": [shown_event(job, event) for event in found], "has_more": more}
+        return {"object": "list", "data": [event_to_openai(job, event) for event in found], "has_more": more}
 
     @router.get("/v1/fine_tuning/jobs/{id}/checkpoints", summary="List a job's published checkpoints, newest first")
     def checkpoints(request: HttpRequest, id: str, limit: _Limit = 10, after: _After = None) -> Any:
@@ -127,7 +127,7 @@ def tuning_routes(queue: TuningQueue) -> APIRouter:
         if after is not None and after not in ids:
             raise invalid(f"the job has no checkpoint {quoted(after)}", "after")
         first = 0 if after is None else ids.index(after) + 1
-        shown = [shown_checkpoint(job, point) for point in found[first : first + limit]]
+        shown = [checkpoint_to_openai(job, point) for point in found[first : first + limit]]
         return openai_page(shown, first + limit < len(found))
 
     @router.delete("/v1/models/{model:path}", summary="Delete a tuned model or one of its checkpoints")
@@ -252,12 +252,12 @@ def _create(
         body.reinforced.grader = grader
     about: dict[str, Any] = {"openai": request, "input": tuned.id, "bytes": size, "publish": "checkpoints"}
     try:
-        train = put_input(files, tuned.id, "train", training)
+        train = copy_input(files, tuned.id, "train", training)
         config = tuning_config(
             body,
             base=service.reader.name,
             train=train,
-            validation=put_input(files, tuned.id, "validation", validation) if validation else None,
+            validation=copy_input(files, tuned.id, "validation", validation) if validation else None,
             rows=count_lines(train, ROWS_COUNTED),
             context=service.reader.context,
             seed=body.seed if body.seed is not None else secrets.randbelow(1 << 31),
@@ -273,7 +273,7 @@ def _create(
             service.tenancy.let_see_own(tenant)
         return jobs.create(tenant, config, name=tuned.last, about=about)
     except BaseException:
-        drop_inputs(tuned.id)
+        remove_inputs(tuned.id)
         raise
 
 
@@ -314,7 +314,7 @@ def _after(files: Files, id: str, asked: AfterJob, found: Sequence[UploadedFile]
     asked = asked.model_copy(update={"evaluate": held})
     if held.data is None:
         return asked
-    return asked.on([str(put_input(files, id, f"held-out/{n}", file)) for n, file in enumerate(found)])
+    return asked.on([str(copy_input(files, id, f"held-out/{n}", file)) for n, file in enumerate(found)])
 
 
 def _file(files: Files, tenant: str, id: str, param: str, endings: tuple[str, ...] = _LINES) -> UploadedFile:
@@ -355,7 +355,7 @@ def _results(jobs: JobStore, files: Files, job: Job) -> list[str]:
     id = f"file-{hashlib.sha256(job.id.encode()).hexdigest()[:24]}"
     if files.exists(job.tenant, id):
         return [id]
-    measured = results_of(jobs.events_of(job.tenant, job.id, *MEASURED))
+    measured = result_file(jobs.events_of(job.tenant, job.id, *MEASURED))
     files.add(job.tenant, f"{job.name.replace('/', '-')}.csv", "fine-tune-results", io.BytesIO(measured), id=id)
     return [id]
 

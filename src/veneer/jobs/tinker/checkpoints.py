@@ -151,7 +151,7 @@ class Checkpoints:
             self._let_go(before.reference)
         return made
 
-    def keep_for(self, id: str, ttl: int | None) -> None:
+    def set_ttl(self, id: str, ttl: int | None) -> None:
         """Set the time to live in seconds from now; None: no expiry.
 
         Raises ConfigError for an unknown checkpoint."""

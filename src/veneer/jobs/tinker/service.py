@@ -43,13 +43,13 @@ from veneer.files.locks import take_lock
 from veneer.jobs.tinker.checkpoints import Checkpoints, SavedWeights, parse_path
 from veneer.jobs.tinker.trainer import (
     Adam,
+    Learner,
     Lora,
     PassWork,
-    Trainee,
     Trainer,
-    checked_rows,
+    check_rows,
+    state_bytes,
     target_names,
-    trained_bytes,
 )
 from veneer.jobs.tinker.wire import forward_bytes, read_forward, read_head
 from veneer.library.library import Library
@@ -181,7 +181,7 @@ class TrainingRun:
     applied: int = -1
     created: Future[FutureResult] = field(default_factory=Future)
     turn: float = 0.0
-    learner: Trainee | None = None
+    learner: Learner | None = None
     work: PassWork | None = None
     unpacked: QuotaHold | None = None
     newest: SamplerSource | None = None
@@ -491,7 +491,7 @@ class TinkerService:
         run.unpacked.set(memory=memory)
         message, trainer = read_forward(request.body), self._ready_trainer()
         limits = {"vocabulary": trainer.vocabulary, "context": trainer.base.context}
-        rows = checked_rows(message.rows, message.loss, message.options, **limits)
+        rows = check_rows(message.rows, message.loss, message.options, **limits)
         run.work = PassWork(self._learner(run), rows, message.loss, message.options, not message.forward_only)
         return True
 
@@ -572,7 +572,7 @@ class TinkerService:
     def _optimize(self, run: TrainingRun, body: Mapping[str, Any]) -> dict[str, Any]:
         learner = self._learner(run)
         try:
-            return {"metrics": self._ready_trainer().optimise(learner, _adam(body))}
+            return {"metrics": self._ready_trainer().optimize(learner, _adam(body))}
         except VeneerError:
             learner.forget_gradients()  # the next step must not use gradients that this step refused
             raise
@@ -727,7 +727,7 @@ class TinkerService:
         """Return the folder of a run's state and unnamed weights."""
         return self._live / run.id.replace(":", "-")
 
-    def _learner(self, run: TrainingRun) -> Trainee:
+    def _learner(self, run: TrainingRun) -> Learner:
         """Return a run's adapter in memory; can move other runs' states to disk."""
         run.turn = time.monotonic()
         if run.learner is None:
@@ -745,7 +745,7 @@ class TinkerService:
 
     def _state_bytes(self, lora: Lora) -> int:
         """Return a client's bytes of memory. Raises ConfigError if they exceed `room`."""
-        size = trained_bytes(self.base.model, lora.spec(self.names))
+        size = state_bytes(self.base.model, lora.spec(self.names))
         if size > self.room:
             raise ConfigError(
                 f"a client of rank {lora.rank} takes {size:,} bytes to train; the server has room for {self.room:,}",

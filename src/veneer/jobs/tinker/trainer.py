@@ -104,7 +104,7 @@ def target_names(model: Any) -> TargetNames:
     )
 
 
-def trained_bytes(model: Any, spec: LoraSpec) -> int:
+def state_bytes(model: Any, spec: LoraSpec) -> int:
     """Return a client's bytes of weights, gradients and both moments in float32.
 
     Allocates nothing."""
@@ -144,7 +144,7 @@ class Adam:
 
 
 @dataclass(eq=False)
-class Trainee:
+class Learner:
     """An adapter in training, in memory.
 
     `alone`: why its rows cannot share a pass with other clients; "" if they can."""
@@ -178,7 +178,7 @@ class TrainRow:
     flat: bool
 
 
-def checked_rows(
+def check_rows(
     rows: Sequence[WireRow], loss: str, options: Mapping[str, float | str], *, vocabulary: int, context: int
 ) -> list[TrainRow]:
     """Check a client's rows and return them. Raises ConfigError that names the row."""
@@ -235,7 +235,7 @@ class PassWork:
 
     `logps`: log-probabilities of finished rows, each (n,) or (n, k)."""
 
-    learner: Trainee
+    learner: Learner
     rows: Sequence[TrainRow]
     loss: str
     options: Mapping[str, float | str]
@@ -270,7 +270,7 @@ class Trainer:
     def __init__(self, base: TextBase) -> None:
         self.base = base_twin(base)
         model: Any = self.base.model
-        self.model, self.names, self.learners = model, target_names(model), dict[str, Trainee]()
+        self.model, self.names, self.learners = model, target_names(model), dict[str, Learner]()
         self._undo = ExitStack()
         self.attachment = self._undo.enter_context(attach(model))
         # Fast paths keep references to modules, so wrap every module that a client can train first.
@@ -286,7 +286,7 @@ class Trainer:
 
     # -- clients -------------------------------------------------------------------------------------------------------
 
-    def create(self, name: str, lora: Lora) -> Trainee:
+    def create(self, name: str, lora: Lora) -> Learner:
         """Create an adapter; equal seeds give equal weights.
 
         Raises ConfigError, TargetError."""
@@ -297,16 +297,16 @@ class Trainer:
         others = {key: pair for key, pair in adapter.pairs.items() if key not in self.names.head}
         alone = self.apart or span_problem(replace(adapter, pairs=others))
         optimizer = make_optimizer(parameters, name="adamw", learning_rate=1.0)
-        self.learners[name] = learner = Trainee(name, parameters, optimizer, alone)
+        self.learners[name] = learner = Learner(name, parameters, optimizer, alone)
         return learner
 
-    def drop(self, learner: Trainee) -> None:
+    def drop(self, learner: Learner) -> None:
         """Remove an adapter from memory without writing its state."""
         del self.learners[learner.name]
         self.attachment.use()
         self.attachment.remove(learner.name)
 
-    def adapter(self, learner: Trainee) -> Adapter:
+    def adapter(self, learner: Learner) -> Adapter:
         """Return a copy of the adapter's current weights."""
         return self.attachment.adapter(learner.name)
 
@@ -410,7 +410,7 @@ class Trainer:
             ]
         return [part[:, 0] if row.flat else part for row, part in zip(rows, parts, strict=True)]
 
-    def optimise(self, learner: Trainee, adam: Adam) -> dict[str, float]:
+    def optimize(self, learner: Learner, adam: Adam) -> dict[str, float]:
         """Step the optimizer with the gradients since the last step, and clear them.
 
         Raises TrainingError without gradients or with a non-finite gradient; the weights are then unchanged
@@ -431,7 +431,7 @@ class Trainer:
 
     # -- on disk -------------------------------------------------------------------------------------------------------
 
-    def write(self, learner: Trainee, folder: Path, number: int) -> None:
+    def write(self, learner: Learner, folder: Path, number: int) -> None:
         """Save the whole state, including gradients, as number `number`.
 
         Removes the previous state once the new one is complete."""
@@ -446,7 +446,7 @@ class Trainer:
             about={"gradients": sorted(gradients)},
         )
 
-    def read(self, learner: Trainee, folder: Path, optimizer: bool = True) -> None:
+    def read(self, learner: Learner, folder: Path, optimizer: bool = True) -> None:
         """Load the newest state of `folder`.
 
         `optimizer`: also load moments and gradients. Raises CheckpointError without a state, or for a state

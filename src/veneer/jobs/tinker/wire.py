@@ -49,7 +49,7 @@ class WireRow:
 
 
 @dataclass(frozen=True, eq=False)
-class ForwardAsked:
+class ForwardRequest:
     """A forward request.
 
     `seq`: number of the request within its client, from 1. `options`: options of the loss."""
@@ -82,7 +82,7 @@ def read_head(body: bytes) -> ForwardHead:
     return _head(_parsed(body))
 
 
-def read_forward(body: bytes) -> ForwardAsked:
+def read_forward(body: bytes) -> ForwardRequest:
     """Read a whole request.
 
     Raises Refused like `read_head`, before any tensor is created."""
@@ -96,7 +96,7 @@ def read_forward(body: bytes) -> ForwardAsked:
         rows = [_row(row) for row in message.rows]
     except ValueError as error:
         raise _no_request(error) from error
-    return ForwardAsked(message.model, message.seq, rows, message.loss, options, message.only)
+    return ForwardRequest(message.model, message.seq, rows, message.loss, options, message.only)
 
 
 def _parsed(body: bytes) -> Any:

@@ -40,7 +40,7 @@ class FixedTerms(TrainingAccount):
         return self.fixed
 
 
-class Pretended(LocalExecutor):
+class FakeExecutor(LocalExecutor):
     """An executor whose processes run until a test ends them. `stubborn`: only a kill ends a process; `refuse`: no
     process starts. `validating`: place -> lease, for each started validation."""
 
