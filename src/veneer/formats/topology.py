@@ -57,50 +57,52 @@ class ModuleRow(NamedTuple):
     swap: bool = False
 
 
+def _rows(prefix: str, names: str, original: str | None = None) -> Iterator[ModuleRow]:
+    """Yield a row for each word of `names`: NAME or NAME=ORIGINAL, after a kind and ":" if not linear.
+
+    original: the prefix of the original names; None if they equal the canonical ones."""
+    for word in names.split():
+        kind, _, name = word.rpartition(":")
+        name, _, its = name.partition("=")
+        yield ModuleRow(f"{prefix}{name}", kind or "linear", "" if original is None else f"{original}{its or name}")
+
+
 def clip(component: str, layers: int, projection: bool) -> Iterator[ModuleRow]:
     """Yield CLIP's text model.
 
     transformers' CLIPTextModelWithProjection with `projection`, else CLIPTextModel. CLIPTextModel has the
     names of its files, with `text_model.`, which transformers 5 dropped from the class."""
-    top = f"{component}.text_model"
-    yield ModuleRow(f"{top}.embeddings.token_embedding", "embedding")
-    yield ModuleRow(f"{top}.embeddings.position_embedding", "embedding")
+    top = f"{component}.text_model."
+    yield from _rows(f"{top}embeddings.", "embedding:token_embedding embedding:position_embedding")
     for i in range(layers):
-        layer = f"{top}.encoder.layers.{i}"
-        for name in ("k_proj", "v_proj", "q_proj", "out_proj"):
-            yield ModuleRow(f"{layer}.self_attn.{name}")
-        yield ModuleRow(f"{layer}.layer_norm1", "norm")
-        yield ModuleRow(f"{layer}.mlp.fc1")
-        yield ModuleRow(f"{layer}.mlp.fc2")
-        yield ModuleRow(f"{layer}.layer_norm2", "norm")
-    yield ModuleRow(f"{top}.final_layer_norm", "norm")
+        layer = f"{top}encoder.layers.{i}."
+        yield from _rows(f"{layer}self_attn.", "k_proj v_proj q_proj out_proj")
+        yield from _rows(layer, "norm:layer_norm1 mlp.fc1 mlp.fc2 norm:layer_norm2")
+    yield from _rows(top, "norm:final_layer_norm")
     if projection:
         yield ModuleRow(f"{component}.text_projection")
 
 
 def t5(component: str, layers: int) -> Iterator[ModuleRow]:
     """Yield transformers' T5EncoderModel with a gated feed-forward (T5 v1.1)."""
-    yield ModuleRow(f"{component}.shared", "embedding")
-    yield ModuleRow(f"{component}.encoder.embed_tokens", "embedding")
+    yield from _rows(f"{component}.", "embedding:shared embedding:encoder.embed_tokens")
     for i in range(layers):
-        block = f"{component}.encoder.block.{i}"
-        for name in "qkvo":
-            yield ModuleRow(f"{block}.layer.0.SelfAttention.{name}")
-        if i == 0:
-            yield ModuleRow(f"{block}.layer.0.SelfAttention.relative_attention_bias", "embedding")
-        yield ModuleRow(f"{block}.layer.0.layer_norm", "norm")
-        for name in ("wi_0", "wi_1", "wo"):
-            yield ModuleRow(f"{block}.layer.1.DenseReluDense.{name}")
-        yield ModuleRow(f"{block}.layer.1.layer_norm", "norm")
-    yield ModuleRow(f"{component}.encoder.final_layer_norm", "norm")
+        block = f"{component}.encoder.block.{i}.layer."
+        yield from _rows(
+            f"{block}0.SelfAttention.", "q k v o" + (" embedding:relative_attention_bias" if i == 0 else "")
+        )
+        yield from _rows(block, "norm:0.layer_norm 1.DenseReluDense.wi_0 1.DenseReluDense.wi_1 1.DenseReluDense.wo")
+        yield from _rows(block, "norm:1.layer_norm")
+    yield from _rows(f"{component}.", "norm:encoder.final_layer_norm")
 
 
 _RESNET = (
-    ("norm1", "norm", "in_layers.0"),
-    ("conv1", "conv", "in_layers.2"),
-    ("time_emb_proj", "linear", "emb_layers.1"),
-    ("norm2", "norm", "out_layers.0"),
-    ("conv2", "conv", "out_layers.3"),
+    "norm:norm1=in_layers.0 conv:conv1=in_layers.2 time_emb_proj=emb_layers.1 norm:norm2=out_layers.0 "
+    "conv:conv2=out_layers.3"
+)
+_BLOCK = (
+    "norm:norm1 norm:norm2 norm:norm3 attn1.to_q attn1.to_k attn1.to_v attn1.to_out.0 attn2.to_q attn2.to_k "
+    "attn2.to_v attn2.to_out.0 ff.net.0.proj ff.net.2"
 )
 
 
@@ -111,12 +113,10 @@ def unet(depths: Sequence[int], widths: Sequence[int], proj: str, extra: bool, l
     attention; the way up mirrors it, the middle has the last that is not 0). `widths`: the levels' channels
     in any unit. `proj`: the kind of proj_in and proj_out. `extra`: SDXL's second embedding."""
     levels = len(depths)
-    yield ModuleRow("unet.conv_in", "conv", "input_blocks.0.0")
-    yield ModuleRow("unet.time_embedding.linear_1", "linear", "time_embed.0")
-    yield ModuleRow("unet.time_embedding.linear_2", "linear", "time_embed.2")
+    yield from _rows("unet.", "conv:conv_in=input_blocks.0.0", "")
+    yield from _rows("unet.time_embedding.", "linear_1=0 linear_2=2", "time_embed.")
     if extra:
-        yield ModuleRow("unet.add_embedding.linear_1", "linear", "label_emb.0.0")
-        yield ModuleRow("unet.add_embedding.linear_2", "linear", "label_emb.0.2")
+        yield from _rows("unet.add_embedding.", "linear_1=0 linear_2=2", "label_emb.0.")
     for i, depth in enumerate(depths):
         block = f"unet.down_blocks.{i}"
         for j in range(layers):
@@ -138,103 +138,86 @@ def unet(depths: Sequence[int], widths: Sequence[int], proj: str, extra: bool, l
         if i < levels - 1:
             up = f"output_blocks.{(layers + 1) * i + layers}.{2 if depth else 1}.conv"
             yield ModuleRow(f"{block}.upsamplers.0.conv", "conv", up)
-    yield ModuleRow("unet.conv_norm_out", "norm", "out.0")
-    yield ModuleRow("unet.conv_out", "conv", "out.2")
+    yield from _rows("unet.", "norm:conv_norm_out=0 conv:conv_out=2", "out.")
 
 
 def _resnet(name: str, original: str, shortcut: bool) -> Iterator[ModuleRow]:
-    for part, kind, its in _RESNET:
-        yield ModuleRow(f"{name}.{part}", kind, f"{original}.{its}")
-    if shortcut:
-        yield ModuleRow(f"{name}.conv_shortcut", "conv", f"{original}.skip_connection")
+    yield from _rows(f"{name}.", _RESNET + (" conv:conv_shortcut=skip_connection" if shortcut else ""), f"{original}.")
 
 
 def _attention(name: str, original: str, depth: int, proj: str) -> Iterator[ModuleRow]:
     """Yield a Transformer2DModel, whose inner names are the same in the original."""
-    if not depth:
-        return
-    inside = [("norm", "norm"), ("proj_in", proj), ("proj_out", proj)]
+    if depth:
+        yield from _rows(f"{name}.", f"norm:norm {proj}:proj_in {proj}:proj_out", f"{original}.")
     for k in range(depth):
-        block = f"transformer_blocks.{k}"
-        inside += [(f"{block}.norm{n}", "norm") for n in (1, 2, 3)]
-        inside += [(f"{block}.attn{n}.{p}", "linear") for n in (1, 2) for p in ("to_q", "to_k", "to_v", "to_out.0")]
-        inside += [(f"{block}.ff.net.0.proj", "linear"), (f"{block}.ff.net.2", "linear")]
-    for part, kind in inside:
-        yield ModuleRow(f"{name}.{part}", kind, f"{original}.{part}")
+        block = f".transformer_blocks.{k}."
+        yield from _rows(name + block, _BLOCK, original + block)
 
 
-_TOP = "transformer"
-_SAMPLE = ("to_q", "to_k", "to_v")
-_CONTEXT = ("add_q_proj", "add_k_proj", "add_v_proj")
+_TOP = "transformer."
+_SAMPLE = "to_q to_k to_v"
+_CONTEXT = "add_q_proj add_k_proj add_v_proj"
 
 
-def _fused(names: tuple[str, ...], prefix: str, original: str, units: int = 3) -> Iterator[ModuleRow]:
+def _fused(names: str, prefix: str, original: str, units: int = 3) -> Iterator[ModuleRow]:
     """Yield one unit of the original's rows for each name.
 
     The last name takes all the rest."""
-    for i, name in enumerate(names):
-        end = units if i == len(names) - 1 else i + 1
-        yield ModuleRow(f"{prefix}.{name}", "linear", original, (i, end, units))
+    each = names.split()
+    for i, name in enumerate(each):
+        end = units if i == len(each) - 1 else i + 1
+        yield ModuleRow(prefix + name, "linear", original, (i, end, units))
 
 
-def _norms(prefix: str, names: str, original: str, q: str, k: str) -> Iterator[ModuleRow]:
-    for letter, its in (("q", q), ("k", k)):
-        yield ModuleRow(f"{prefix}.{names}_{letter}", "norm", f"{original}.{its}")
-
-
-def _last(original_linear: str = "final_layer.linear") -> Iterator[ModuleRow]:
-    yield ModuleRow(f"{_TOP}.norm_out.linear", "linear", "final_layer.adaLN_modulation.1", swap=True)
-    yield ModuleRow(f"{_TOP}.proj_out", "linear", original_linear)
+def _last() -> Iterator[ModuleRow]:
+    yield ModuleRow(f"{_TOP}norm_out.linear", "linear", "final_layer.adaLN_modulation.1", swap=True)
+    yield ModuleRow(f"{_TOP}proj_out", "linear", "final_layer.linear")
 
 
 def sd3(layers: int, dual: Collection[int]) -> Iterator[ModuleRow]:
     """Yield SD3Transformer2DModel with query and key norms.
 
     `dual`: layers with a second attention. The last layer reads the text and does not write it."""
-    yield ModuleRow(f"{_TOP}.pos_embed.proj", "conv", "x_embedder.proj")
+    yield from _rows(_TOP, "conv:pos_embed.proj=x_embedder.proj", "")
     for name, its in (("timestep", "t_embedder"), ("text", "y_embedder")):
-        yield ModuleRow(f"{_TOP}.time_text_embed.{name}_embedder.linear_1", "linear", f"{its}.mlp.0")
-        yield ModuleRow(f"{_TOP}.time_text_embed.{name}_embedder.linear_2", "linear", f"{its}.mlp.2")
-    yield ModuleRow(f"{_TOP}.context_embedder")
+        yield from _rows(f"{_TOP}time_text_embed.{name}_embedder.", "linear_1=0 linear_2=2", f"{its}.mlp.")
+    yield ModuleRow(f"{_TOP}context_embedder")
     for i in range(layers):
-        block, last = f"{_TOP}.transformer_blocks.{i}", i == layers - 1
-        x, c = f"joint_blocks.{i}.x_block", f"joint_blocks.{i}.context_block"
-        yield ModuleRow(f"{block}.norm1.linear", "linear", f"{x}.adaLN_modulation.1")
-        yield ModuleRow(f"{block}.norm1_context.linear", "linear", f"{c}.adaLN_modulation.1", swap=last)
-        for attn in ("attn", "attn2") if i in dual else ("attn",):
-            yield from _fused(_SAMPLE, f"{block}.{attn}", f"{x}.{attn}.qkv")
-            yield from _norms(f"{block}.{attn}", "norm", f"{x}.{attn}", "ln_q", "ln_k")
-            yield ModuleRow(f"{block}.{attn}.to_out.0", "linear", f"{x}.{attn}.proj")
-        yield from _fused(_CONTEXT, f"{block}.attn", f"{c}.attn.qkv")
-        yield from _norms(f"{block}.attn", "norm_added", f"{c}.attn", "ln_q", "ln_k")
-        yield ModuleRow(f"{block}.ff.net.0.proj", "linear", f"{x}.mlp.fc1")
-        yield ModuleRow(f"{block}.ff.net.2", "linear", f"{x}.mlp.fc2")
+        block, last = f"{_TOP}transformer_blocks.{i}.", i == layers - 1
+        x, c = f"joint_blocks.{i}.x_block.", f"joint_blocks.{i}.context_block."
+        yield ModuleRow(f"{block}norm1.linear", "linear", f"{x}adaLN_modulation.1")
+        yield ModuleRow(f"{block}norm1_context.linear", "linear", f"{c}adaLN_modulation.1", swap=last)
+        for attn in ("attn.", "attn2.") if i in dual else ("attn.",):
+            yield from _fused(_SAMPLE, block + attn, f"{x}{attn}qkv")
+            yield from _rows(block + attn, "norm:norm_q=ln_q norm:norm_k=ln_k to_out.0=proj", x + attn)
+        yield from _fused(_CONTEXT, f"{block}attn.", f"{c}attn.qkv")
+        yield from _rows(f"{block}attn.", "norm:norm_added_q=ln_q norm:norm_added_k=ln_k", f"{c}attn.")
+        yield from _rows(f"{block}ff.", "net.0.proj=fc1 net.2=fc2", f"{x}mlp.")
         if not last:
-            yield ModuleRow(f"{block}.attn.to_add_out", "linear", f"{c}.attn.proj")
-            yield ModuleRow(f"{block}.ff_context.net.0.proj", "linear", f"{c}.mlp.fc1")
-            yield ModuleRow(f"{block}.ff_context.net.2", "linear", f"{c}.mlp.fc2")
+            names = "attn.to_add_out=attn.proj ff_context.net.0.proj=mlp.fc1 ff_context.net.2=mlp.fc2"
+            yield from _rows(block, names, c)
     yield from _last()
 
 
 def _flux_double(i: int, ff: tuple[str, str]) -> Iterator[ModuleRow]:
-    block, its = f"{_TOP}.transformer_blocks.{i}", f"double_blocks.{i}"
+    block, its = f"{_TOP}transformer_blocks.{i}.", f"double_blocks.{i}."
     for side, names, norm, out, feed in (
         ("img", _SAMPLE, "norm", "to_out.0", "ff"),
         ("txt", _CONTEXT, "norm_added", "to_add_out", "ff_context"),
     ):
-        yield from _fused(names, f"{block}.attn", f"{its}.{side}_attn.qkv")
-        yield from _norms(f"{block}.attn", norm, f"{its}.{side}_attn.norm", "query_norm", "key_norm")
-        yield ModuleRow(f"{block}.attn.{out}", "linear", f"{its}.{side}_attn.proj")
-        yield ModuleRow(f"{block}.{feed}.{ff[0]}", "linear", f"{its}.{side}_mlp.0")
-        yield ModuleRow(f"{block}.{feed}.{ff[1]}", "linear", f"{its}.{side}_mlp.2")
+        attn, norms = f"{its}{side}_attn.", f"norm:{norm}_q=norm.query_norm norm:{norm}_k=norm.key_norm"
+        yield from _fused(names, f"{block}attn.", f"{attn}qkv")
+        yield from _rows(f"{block}attn.", f"{norms} {out}=proj", attn)
+        yield from _rows(f"{block}{feed}.", f"{ff[0]}=0 {ff[1]}=2", f"{its}{side}_mlp.")
 
 
 def _flux_embedders(prefix: str, names: tuple[tuple[str, str], ...]) -> Iterator[ModuleRow]:
-    yield ModuleRow(f"{_TOP}.x_embedder", "linear", "img_in")
-    yield ModuleRow(f"{_TOP}.context_embedder", "linear", "txt_in")
+    yield from _rows(_TOP, "x_embedder=img_in context_embedder=txt_in", "")
     for name, its in names:
-        yield ModuleRow(f"{_TOP}.{prefix}.{name}_embedder.linear_1", "linear", f"{its}.in_layer")
-        yield ModuleRow(f"{_TOP}.{prefix}.{name}_embedder.linear_2", "linear", f"{its}.out_layer")
+        yield from _rows(f"{_TOP}{prefix}.{name}_embedder.", "linear_1=in_layer linear_2=out_layer", f"{its}.")
+
+
+_FLUX_NORMS = "norm:norm_q=query_norm norm:norm_k=key_norm"
 
 
 def flux1(double: int, single: int, guidance: bool) -> Iterator[ModuleRow]:
@@ -244,16 +227,15 @@ def flux1(double: int, single: int, guidance: bool) -> Iterator[ModuleRow]:
     names = (("timestep", "time_in"), ("text", "vector_in"), *([("guidance", "guidance_in")] if guidance else []))
     yield from _flux_embedders("time_text_embed", names)
     for i in range(double):
-        block, its = f"{_TOP}.transformer_blocks.{i}", f"double_blocks.{i}"
-        yield ModuleRow(f"{block}.norm1.linear", "linear", f"{its}.img_mod.lin")
-        yield ModuleRow(f"{block}.norm1_context.linear", "linear", f"{its}.txt_mod.lin")
+        block, its = f"{_TOP}transformer_blocks.{i}.", f"double_blocks.{i}."
+        yield from _rows(block, "norm1.linear=img_mod.lin norm1_context.linear=txt_mod.lin", its)
         yield from _flux_double(i, ("net.0.proj", "net.2"))
     for i in range(single):
-        block, its = f"{_TOP}.single_transformer_blocks.{i}", f"single_blocks.{i}"
-        yield ModuleRow(f"{block}.norm.linear", "linear", f"{its}.modulation.lin")
-        yield from _fused(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), block, f"{its}.linear1", 7)
-        yield ModuleRow(f"{block}.proj_out", "linear", f"{its}.linear2")
-        yield from _norms(f"{block}.attn", "norm", f"{its}.norm", "query_norm", "key_norm")
+        block, its = f"{_TOP}single_transformer_blocks.{i}.", f"single_blocks.{i}."
+        yield from _rows(block, "norm.linear=modulation.lin", its)
+        yield from _fused("attn.to_q attn.to_k attn.to_v proj_mlp", block, f"{its}linear1", 7)
+        yield from _rows(block, "proj_out=linear2", its)
+        yield from _rows(f"{block}attn.", _FLUX_NORMS, f"{its}norm.")
     yield from _last()
 
 
@@ -265,120 +247,95 @@ def flux2(double: int, single: int, guidance: bool) -> Iterator[ModuleRow]:
     names = (("timestep", "time_in"), *([("guidance", "guidance_in")] if guidance else []))
     yield from _flux_embedders("time_guidance_embed", names)
     for name in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation"):
-        yield ModuleRow(f"{_TOP}.{name}.linear", "linear", f"{name}.lin")
+        yield from _rows(_TOP, f"{name}.linear={name}.lin", "")
     for i in range(double):
         yield from _flux_double(i, ("linear_in", "linear_out"))
     for i in range(single):
-        attn, its = f"{_TOP}.single_transformer_blocks.{i}.attn", f"single_blocks.{i}"
-        yield ModuleRow(f"{attn}.to_qkv_mlp_proj", "linear", f"{its}.linear1")
-        yield ModuleRow(f"{attn}.to_out", "linear", f"{its}.linear2")
-        yield from _norms(attn, "norm", f"{its}.norm", "query_norm", "key_norm")
+        attn, its = f"{_TOP}single_transformer_blocks.{i}.attn.", f"single_blocks.{i}."
+        yield from _rows(attn, "to_qkv_mlp_proj=linear1 to_out=linear2", its)
+        yield from _rows(attn, _FLUX_NORMS, f"{its}norm.")
     yield from _last()
 
 
 def qwen_image(layers: int) -> Iterator[ModuleRow]:
     """Yield QwenImageTransformer2DModel; diffusers is the original."""
-    for name in ("time_text_embed.timestep_embedder.linear_1", "time_text_embed.timestep_embedder.linear_2"):
-        yield ModuleRow(f"{_TOP}.{name}")
-    yield ModuleRow(f"{_TOP}.txt_norm", "norm")
+    yield from _rows(f"{_TOP}time_text_embed.timestep_embedder.", "linear_1 linear_2")
+    yield from _rows(_TOP, "norm:txt_norm")
     for i in range(layers):
-        block = f"{_TOP}.transformer_blocks.{i}"
-        for name in (*_SAMPLE, *_CONTEXT, "to_out.0", "to_add_out"):
-            yield ModuleRow(f"{block}.attn.{name}")
-        for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
-            yield ModuleRow(f"{block}.attn.{name}", "norm")
+        block = f"{_TOP}transformer_blocks.{i}."
+        yield from _rows(f"{block}attn.", f"{_SAMPLE} {_CONTEXT} to_out.0 to_add_out")
+        yield from _rows(f"{block}attn.", "norm:norm_q norm:norm_k norm:norm_added_q norm:norm_added_k")
         for side in ("img", "txt"):
-            for name in ("mod.1", "mlp.net.0.proj", "mlp.net.2"):
-                yield ModuleRow(f"{block}.{side}_{name}")
-    for name in ("img_in", "txt_in", "norm_out.linear", "proj_out"):
-        yield ModuleRow(f"{_TOP}.{name}")
+            yield from _rows(f"{block}{side}_", "mod.1 mlp.net.0.proj mlp.net.2")
+    yield from _rows(_TOP, "img_in txt_in norm_out.linear proj_out")
 
 
 def z_image(layers: int, refiners: int) -> Iterator[ModuleRow]:
     """Yield ZImageTransformer2DModel with one patch size, 2 by 1.
 
     The context refiner has no modulation."""
-    yield ModuleRow(f"{_TOP}.all_x_embedder.2-1", "linear", "x_embedder")
-    yield ModuleRow(f"{_TOP}.all_final_layer.2-1.linear", "linear", "final_layer.linear")
-    yield ModuleRow(f"{_TOP}.all_final_layer.2-1.adaLN_modulation.1", "linear", "final_layer.adaLN_modulation.1")
-    yield ModuleRow(f"{_TOP}.t_embedder.mlp.0")
-    yield ModuleRow(f"{_TOP}.t_embedder.mlp.2")
-    yield ModuleRow(f"{_TOP}.cap_embedder.0", "norm")
-    yield ModuleRow(f"{_TOP}.cap_embedder.1")
+    yield from _rows(_TOP, "all_x_embedder.2-1=x_embedder", "")
+    yield from _rows(f"{_TOP}all_final_layer.2-1.", "linear adaLN_modulation.1", "final_layer.")
+    yield from _rows(_TOP, "t_embedder.mlp.0 t_embedder.mlp.2 norm:cap_embedder.0 cap_embedder.1")
     for group, count in (("noise_refiner", refiners), ("context_refiner", refiners), ("layers", layers)):
         for i in range(count):
-            block, its = f"{_TOP}.{group}.{i}", f"{group}.{i}"
-            yield from _fused(_SAMPLE, f"{block}.attention", f"{its}.attention.qkv")
-            yield ModuleRow(f"{block}.attention.to_out.0", "linear", f"{its}.attention.out")
-            yield from _norms(f"{block}.attention", "norm", f"{its}.attention", "q_norm", "k_norm")
-            for name in ("w1", "w2", "w3"):
-                yield ModuleRow(f"{block}.feed_forward.{name}")
-            for name in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"):
-                yield ModuleRow(f"{block}.{name}", "norm")
+            its = f"{group}.{i}."
+            block, attn = _TOP + its, f"{its}attention."
+            yield from _fused(_SAMPLE, _TOP + attn, f"{attn}qkv")
+            yield from _rows(_TOP + attn, "to_out.0=out norm:norm_q=q_norm norm:norm_k=k_norm", attn)
+            yield from _rows(f"{block}feed_forward.", "w1 w2 w3")
+            yield from _rows(block, "norm:attention_norm1 norm:attention_norm2 norm:ffn_norm1 norm:ffn_norm2")
             if group != "context_refiner":
-                yield ModuleRow(f"{block}.adaLN_modulation.0")
+                yield ModuleRow(f"{block}adaLN_modulation.0")
 
 
 def krea2(layers: int, layerwise: int, refiners: int) -> Iterator[ModuleRow]:
     """Yield Krea2Transformer2DModel, whose modulations are tables, not modules."""
-    yield ModuleRow(f"{_TOP}.txt_in.norm", "norm", "txtmlp.0")
-    yield ModuleRow(f"{_TOP}.final_layer.norm", "norm", "last.norm")
-    for name, its in (
-        *(("img_in", "first"), ("final_layer.linear", "last.linear"), ("text_fusion.projector", "txtfusion.projector")),
-        *(("time_embed.linear_1", "tmlp.0"), ("time_embed.linear_2", "tmlp.2"), ("time_mod_proj", "tproj.1")),
-        *(("txt_in.linear_1", "txtmlp.1"), ("txt_in.linear_2", "txtmlp.3")),
-    ):
-        yield ModuleRow(f"{_TOP}.{name}", "linear", its)
-    groups = (
+    yield from _rows(
+        _TOP,
+        "norm:txt_in.norm=txtmlp.0 norm:final_layer.norm=last.norm img_in=first final_layer.linear=last.linear "
+        "text_fusion.projector=txtfusion.projector time_embed.linear_1=tmlp.0 time_embed.linear_2=tmlp.2 "
+        "time_mod_proj=tproj.1 txt_in.linear_1=txtmlp.1 txt_in.linear_2=txtmlp.3",
+        "",
+    )
+    for group, its, count in (
         ("transformer_blocks", "blocks", layers),
         ("text_fusion.layerwise_blocks", "txtfusion.layerwise_blocks", layerwise),
         ("text_fusion.refiner_blocks", "txtfusion.refiner_blocks", refiners),
-    )
-    for group, its, count in groups:
+    ):
         for i in range(count):
-            for name, own in (("to_q", "wq"), ("to_k", "wk"), ("to_v", "wv"), ("to_out.0", "wo"), ("to_gate", "gate")):
-                yield ModuleRow(f"{_TOP}.{group}.{i}.attn.{name}", "linear", f"{its}.{i}.attn.{own}")
-            for name in ("gate", "up", "down"):
-                yield ModuleRow(f"{_TOP}.{group}.{i}.ff.{name}", "linear", f"{its}.{i}.mlp.{name}")
-            yield from _norms(f"{_TOP}.{group}.{i}.attn", "norm", f"{its}.{i}.attn.qknorm", "qnorm", "knorm")
-            for name, own in (("norm1", "prenorm"), ("norm2", "postnorm")):
-                yield ModuleRow(f"{_TOP}.{group}.{i}.{name}", "norm", f"{its}.{i}.{own}")
+            block, own = f"{_TOP}{group}.{i}.", f"{its}.{i}."
+            yield from _rows(f"{block}attn.", "to_q=wq to_k=wk to_v=wv to_out.0=wo to_gate=gate", f"{own}attn.")
+            yield from _rows(f"{block}ff.", "gate up down", f"{own}mlp.")
+            yield from _rows(f"{block}attn.", "norm:norm_q=qnorm norm:norm_k=knorm", f"{own}attn.qknorm.")
+            yield from _rows(block, "norm:norm1=prenorm norm:norm2=postnorm", own)
 
 
 def anima(layers: int, adapter: int) -> Iterator[ModuleRow]:
     """Yield Anima's CosmosTransformer3DModel and AnimaTextConditioner.
 
     The original calls the latter llm_adapter."""
-    yield ModuleRow(f"{_TOP}.patch_embed.proj", "linear", "x_embedder.proj.1")
+    yield from _rows(_TOP, "patch_embed.proj=x_embedder.proj.1", "")
     for n in "12":
-        yield ModuleRow(f"{_TOP}.time_embed.t_embedder.linear_{n}", "linear", f"t_embedder.1.linear_{n}")
-        yield ModuleRow(f"{_TOP}.norm_out.linear_{n}", "linear", f"final_layer.adaln_modulation.{n}")
-    yield ModuleRow(f"{_TOP}.time_embed.norm", "norm", "t_embedding_norm")
-    yield ModuleRow(f"{_TOP}.proj_out", "linear", "final_layer.linear")
+        yield from _rows(_TOP, f"time_embed.t_embedder.linear_{n}=t_embedder.1.linear_{n}", "")
+        yield from _rows(_TOP, f"norm_out.linear_{n}=final_layer.adaln_modulation.{n}", "")
+    yield from _rows(_TOP, "norm:time_embed.norm=t_embedding_norm proj_out=final_layer.linear", "")
     for i in range(layers):
-        block, its = f"{_TOP}.transformer_blocks.{i}", f"blocks.{i}"
+        block, its = f"{_TOP}transformer_blocks.{i}.", f"blocks.{i}."
         for k, part in (("1", "self_attn"), ("2", "cross_attn"), ("3", "mlp")):
-            for n in "12":
-                yield ModuleRow(f"{block}.norm{k}.linear_{n}", "linear", f"{its}.adaln_modulation_{part}.{n}")
-        for attn, own in (("attn1", "self_attn"), ("attn2", "cross_attn")):
-            for name, old in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "output")):
-                yield ModuleRow(f"{block}.{attn}.{name}", "linear", f"{its}.{own}.{old}_proj")
-            yield from _norms(f"{block}.{attn}", "norm", f"{its}.{own}", "q_norm", "k_norm")
-        yield ModuleRow(f"{block}.ff.net.0.proj", "linear", f"{its}.mlp.layer1")
-        yield ModuleRow(f"{block}.ff.net.2", "linear", f"{its}.mlp.layer2")
-    top, own = "text_conditioner", "llm_adapter"
-    for name, kind in (("embed", "embedding"), ("out_proj", "linear"), ("norm", "norm")):
-        yield ModuleRow(f"{top}.{name}", kind, f"{own}.{name}")
+            yield from _rows(f"{block}norm{k}.", "linear_1=1 linear_2=2", f"{its}adaln_modulation_{part}.")
+        for attn, own in (("attn1.", "self_attn."), ("attn2.", "cross_attn.")):
+            names = "to_q=q_proj to_k=k_proj to_v=v_proj to_out.0=output_proj norm:norm_q=q_norm norm:norm_k=k_norm"
+            yield from _rows(block + attn, names, its + own)
+        yield from _rows(f"{block}ff.", "net.0.proj=layer1 net.2=layer2", f"{its}mlp.")
+    top, its = "text_conditioner.", "llm_adapter."
+    yield from _rows(top, "embedding:embed out_proj norm:norm", its)
     for i in range(adapter):
         for attn in ("self_attn", "cross_attn"):
-            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-                yield ModuleRow(f"{top}.blocks.{i}.{attn}.{name}", "linear", f"{own}.blocks.{i}.{attn}.{name}")
-            for name in ("q_norm", "k_norm"):
-                yield ModuleRow(f"{top}.blocks.{i}.{attn}.{name}", "norm", f"{own}.blocks.{i}.{attn}.{name}")
-        for name in ("norm_self_attn", "norm_cross_attn", "norm_mlp"):
-            yield ModuleRow(f"{top}.blocks.{i}.{name}", "norm", f"{own}.blocks.{i}.{name}")
-        for name in ("mlp.0", "mlp.2"):
-            yield ModuleRow(f"{top}.blocks.{i}.{name}", "linear", f"{own}.blocks.{i}.{name}")
+            place = f"blocks.{i}.{attn}."
+            yield from _rows(top + place, "q_proj k_proj v_proj o_proj norm:q_norm norm:k_norm", its + place)
+        names = "norm:norm_self_attn norm:norm_cross_attn norm:norm_mlp mlp.0 mlp.2"
+        yield from _rows(f"{top}blocks.{i}.", names, f"{its}blocks.{i}.")
 
 
 def attention_blocks(double: int, single: int, *, joint: bool) -> Iterator[ModuleRow]:
@@ -386,16 +343,14 @@ def attention_blocks(double: int, single: int, *, joint: bool) -> Iterator[Modul
 
     `joint`: with the text's projections, else attn1, attn2."""
     for i in range(double):
-        block = f"{_TOP}.transformer_blocks.{i}"
-        for attn in ("attn",) if joint else ("attn1", "attn2"):
-            for name in (*_SAMPLE, "to_out.0", *((*_CONTEXT, "to_add_out") if joint else ())):
-                yield ModuleRow(f"{block}.{attn}.{name}")
-        for feed in ("ff", "ff_context") if joint else ("ff",):
-            yield ModuleRow(f"{block}.{feed}.net.0.proj")
-            yield ModuleRow(f"{block}.{feed}.net.2")
+        block = f"{_TOP}transformer_blocks.{i}."
+        for attn in ("attn.",) if joint else ("attn1.", "attn2."):
+            yield from _rows(block + attn, f"{_SAMPLE} to_out.0" + (f" {_CONTEXT} to_add_out" if joint else ""))
+        for feed in ("ff.", "ff_context.") if joint else ("ff.",):
+            yield from _rows(block + feed, "net.0.proj net.2")
     for i in range(single):
-        for name in (*(f"attn.{p}" for p in _SAMPLE), "proj_mlp", "proj_out"):
-            yield ModuleRow(f"{_TOP}.single_transformer_blocks.{i}.{name}")
+        names = "attn.to_q attn.to_k attn.to_v proj_mlp proj_out"
+        yield from _rows(f"{_TOP}single_transformer_blocks.{i}.", names)
 
 
 DENOISERS = ("unet", "transformer")
