@@ -267,38 +267,27 @@ def diff(a: str, b: str) -> dict[str, Any]:
     Per module, and over all comparable modules: ‖ΔW_a‖, ‖ΔW_b‖, their cosine (Frobenius) and ‖ΔW_a −
     ΔW_b‖/‖ΔW_a‖. `only`: modules that one of them lacks. `skipped`: changes that need a base, with the
     reason. Strengths multiply: "a:0.5" is half of a."""
-    sides = []
-    for spec in (a, b):
-        name, by = using.parse_spec(spec)
-        sides.append((using.read_adapter(name).adapter, by))
-    (one, s1), (two, s2) = sides
+    (one, s1), (two, s2) = (
+        (using.read_adapter(name).adapter, strength) for name, strength in map(using.parse_spec, (a, b))
+    )
     modules: dict[str, dict[str, float]] = {}
-    skipped: list[str] = []
-    names = {n for x in (one, two) for n in [*x.pairs, *(d.rpartition(".")[0] for d in x.deltas)]}
+    skipped = [
+        f"{n}: full copies and token rows have no change without a base"
+        for x in (one, two)
+        for n in [*x.modules, *x.token_rows]
+    ]
+    have = [set(x.pairs) | {d.rpartition(".")[0] for d in x.deltas} for x in (one, two)]
     totals = [0.0, 0.0, 0.0]
-    for name in sorted(names):
+    for name in sorted(have[0] | have[1]):
         try:
-            first, second = _change_of(one, name), _change_of(two, name)
-            values = _compare(first, second, s1, s2)
+            values = _compare(_change_of(one, name), _change_of(two, name), s1, s2)
         except AdapterError as error:
             skipped.append(f"{name}: {error.what}")
             continue
         modules[name] = _row(*values)
         totals = [t + v for t, v in zip(totals, values, strict=True)]
-    have = [set(x.pairs) | {d.rpartition(".")[0] for d in x.deltas} for x in (one, two)]
-    skipped += [
-        f"{n}: full copies and token rows have no change without a base"
-        for x in (one, two)
-        for n in [*x.modules, *x.token_rows]
-    ]
-    return {
-        "a": a,
-        "b": b,
-        "all": _row(*totals),
-        "modules": modules,
-        "only": {"a": sorted(have[0] - have[1]), "b": sorted(have[1] - have[0])},
-        "skipped": sorted(set(skipped)),
-    }
+    only = {"a": sorted(have[0] - have[1]), "b": sorted(have[1] - have[0])}
+    return {"a": a, "b": b, "all": _row(*totals), "modules": modules, "only": only, "skipped": sorted(set(skipped))}
 
 
 Change = tuple[Tensor, Tensor] | None

@@ -272,18 +272,11 @@ class Adapter:
         """Return the part for one model of a pipeline, under its own module names.
 
         name: `unet`, `text_encoder`, …; the result is empty if the adapter has nothing for this model."""
-        start = f"{name}."
-
-        def own(named: Mapping[str, Any]) -> dict[str, Any]:
-            return {key.removeprefix(start): value for key, value in named.items() if key.startswith(start)}
-
-        return replace(
-            self,
-            pairs=own(self.pairs),
-            modules=own(self.modules),
-            token_rows=own(self.token_rows),
-            deltas=own(self.deltas),
-        )
+        start, own = f"{name}.", dict[str, Any]()
+        for kind in _TABLES:
+            things = getattr(self, kind)
+            own[kind] = {key.removeprefix(start): things[key] for key in things if key.startswith(start)}
+        return replace(self, **own)
 
     def renamed(self, change: Callable[[str], str]) -> Adapter:
         """Return the same adapter under other module names; `change` must be one to one."""

@@ -271,12 +271,6 @@ def exact_weights(model: nn.Module, mix: Iterable[tuple[Adapter, float]]) -> Ite
                 yield twin, stored[twin].detach(), _wide(stored[twin].detach())
 
 
-def _merged_weights(model: nn.Module, mix: Iterable[tuple[Adapter, float]]) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, new weight) of `exact_weights`, rounded once to W's dtype."""
-    for name, weight, total in exact_weights(model, mix):
-        yield name, total.to(weight.dtype, copy=True)
-
-
 def merged_state(model: nn.Module, mix: Iterable[tuple[Adapter, float]]) -> dict[str, Tensor]:
-    """Return all of `_merged_weights` at once."""
-    return dict(_merged_weights(model, mix))
+    """Return all of `exact_weights`, each rounded once to W's dtype."""
+    return {name: total.to(weight.dtype, copy=True) for name, weight, total in exact_weights(model, mix)}

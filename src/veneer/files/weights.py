@@ -256,19 +256,9 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor from its file."""
-        import torch
-
         entry, file = self.entries[name], self._place[name]
-        out = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
-        if len(out):
-            with file.open("rb", buffering=0) as source:
-                source.seek(self.files[file].data_start + entry.begin)
-                view, at = memoryview(out.numpy()), 0  # type: ignore[arg-type]
-                while at < len(view):
-                    if not (count := source.readinto(view[at:])):
-                        raise AdapterError("the file became shorter while it was read", where=str(file))
-                    at += count
-        return out.view(entry.dtype).reshape(entry.shape)
+        start = self.files[file].data_start + entry.begin
+        return read_values(StoredTensor(name, entry.kind, entry.shape, file, start, entry.end - entry.begin))
 
 
 def checkpoint_parts(base: Path) -> dict[str, Checkpoint]:
