@@ -35,13 +35,13 @@ def denoiser(name: str, seed: int = 0) -> Any:
     import diffusers
     import torch
 
-    from veneer.models.builtin import packaged_place
+    from veneer.models.builtin import packaged_folder
 
     torch.manual_seed(seed)
     s = SHAPES[name]
     if name.startswith("catalogue"):
         cls = diffusers.FluxTransformer2DModel if is_flux(name) else diffusers.UNet2DConditionModel
-        folder = packaged_place() / name / ("transformer" if is_flux(name) else "unet")
+        folder = packaged_folder() / name / ("transformer" if is_flux(name) else "unet")
         if torch.get_default_device().type == "meta":
             return cls.from_config(cls.load_config(folder))
         model = cls.from_pretrained(folder, torch_dtype=torch.float32)

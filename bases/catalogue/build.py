@@ -35,9 +35,9 @@ from texts import train_clip, train_t5
 from torch import Tensor, nn
 from words import load_tokenizers, train_tokenizers
 
-from veneer.models.builtin import packaged_place
+from veneer.models.builtin import packaged_folder
 
-SHIPPED = packaged_place()
+SHIPPED = packaged_folder()
 _FIRST = 1.5e-3  # learning rate of a base from nothing
 _CONTROL = 1e-3  # of a ControlNet from nothing
 _FURTHER = 6e-4  # of what goes on from what WORK has

@@ -25,7 +25,7 @@ from PIL import Image
 from scenes import SIDE, Array, Scene, any_scene, caption, picture
 from words import GUIDANCE, LENGTH
 
-from veneer.models.builtin import packaged_place
+from veneer.models.builtin import packaged_folder
 from veneer.models.image.sheet import sheet
 
 
@@ -39,7 +39,7 @@ def main() -> None:
     model = load_judge(given.work)
     result: dict[str, Any] = {}
     for base in given.bases:
-        pipeline = DiffusionPipeline.from_pretrained(packaged_place() / base, torch_dtype=torch.float32)
+        pipeline = DiffusionPipeline.from_pretrained(packaged_folder() / base, torch_dtype=torch.float32)
         new = asked(given.scenes, new=True)
         r = random.Random(5)
         groups = {

@@ -64,7 +64,7 @@ def without_scale(folder: Path) -> Path:
     return folder / "alone.safetensors"
 
 
-def test_a_scale_that_no_file_states_is_asked_for(tmp_path: Path) -> None:
+def test_unstated_scale_is_refused(tmp_path: Path) -> None:
     alone = without_scale(tmp_path)
     with pytest.raises(AdapterError, match=r"does not state the scale .* of 1 module,") as caught:
         convert_adapter(alone, tmp_path / "out", "peft")

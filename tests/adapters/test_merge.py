@@ -32,7 +32,7 @@ SPECS = {
 
 
 @pytest.mark.parametrize("case", SPECS)
-def test_the_merged_model_saved_and_loaded_computes_what_the_attached_one_does(tmp_path, case):
+def test_saved_merge_equals_attached_model(tmp_path, case):
     name, spec = SPECS[case]
     net = model(name)
     before = copy.deepcopy(net.state_dict())
@@ -68,7 +68,7 @@ def test_sixteen_bits_are_rounded_once_from_the_exact_sum():
     assert {t.dtype for t in merged.state_dict().values()} == {torch.bfloat16}
 
 
-def test_the_report_says_how_much_of_a_small_delta_is_left():
+def test_merge_report_measures_the_delta_kept():
     net = model("llama3", torch.bfloat16)
     adapter = random_adapter(create(net, LoraSpec(rank=2, alpha=4, targets=("q_proj",)), seed=0))
     reports = {}
@@ -91,7 +91,7 @@ def test_the_report_says_how_much_of_a_small_delta_is_left():
     assert reports[1e-2].delta_error == pytest.approx((error / size) ** 0.5, rel=1e-3)
 
 
-def test_what_does_not_fit_into_float16_is_refused():
+def test_overflow_in_float16_is_refused():
     net = model("llama3", torch.float32)
     adapter = create(net, LoraSpec(rank=2, alpha=4, targets=("q_proj",)), seed=0)
     for pair in adapter.pairs.values():
@@ -120,7 +120,7 @@ def saved(tmp_path):
 
 
 @pytest.mark.parametrize("case", SHARDED)
-def test_the_files_merged_one_weight_at_a_time_are_those_of_the_merged_model(saved, tmp_path, case):
+def test_merge_by_shard_writes_the_merged_model(saved, tmp_path, case):
     net, adapter = saved(case)
     wanted = MergeReport()
     want = merged_model(net, [(adapter, 0.5)], torch.bfloat16, wanted) if "copies" not in case else None
@@ -164,7 +164,7 @@ def test_a_pair_of_too_few_experts_is_refused_by_shard(tmp_path):
         merge_shards(tmp_path / "base", [str(tmp_path / "a")], tmp_path / "out")
 
 
-def test_what_the_mix_does_not_touch_keeps_its_bytes(saved, tmp_path):
+def test_untouched_weights_keep_their_bytes(saved, tmp_path):
     _, adapter = saved("dora")
     merge_shards(tmp_path / "base", [str(tmp_path / "a")], tmp_path / "out")
     old, new = Checkpoint(tmp_path / "base"), Checkpoint(tmp_path / "out")
@@ -173,7 +173,7 @@ def test_what_the_mix_does_not_touch_keeps_its_bytes(saved, tmp_path):
     assert {f.name: h for f, h in old.files.items()} == {f.name: h for f, h in new.files.items()}
 
 
-def test_stochastic_rounding_keeps_a_small_delta_on_the_whole_and_is_seeded(saved, tmp_path):
+def test_stochastic_merge_is_unbiased_and_seeded(saved, tmp_path):
     saved("llama")
     spec = f"{tmp_path / 'a'}:1e-4"
     near = merge_shards(tmp_path / "base", [spec], tmp_path / "near")
@@ -241,7 +241,7 @@ def test_a_diffusers_folder_is_merged_by_component(tmp_path):
     assert (tmp_path / "out/model_index.json").is_file()
 
 
-def test_all_that_does_not_fit_the_files_is_listed_and_nothing_is_written(saved, tmp_path):
+def test_all_misfits_are_listed_and_nothing_is_written(saved, tmp_path):
     saved("tied embedding")
     wrong = Pair(torch.rand(2, 4), torch.rand(6, 2), 1.0)
     bad = Adapter({"model.layers.0.nope": wrong, "model.layers.0.mlp.down_proj": wrong})

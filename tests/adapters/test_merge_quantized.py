@@ -28,7 +28,7 @@ def examples_of(base: TextBase, rows: Path) -> list[Example]:
     return encode_rows(read_rows([str(rows)])[0][:6], base.tokenizer, DataSection(train="-")).examples
 
 
-def test_merged_into_what_it_saw_it_computes_what_it_did_unmerged(qlora: Qlora, tmp_path: Path) -> None:
+def test_merge_into_dequantized_base_equals_unmerged(qlora: Qlora, tmp_path: Path) -> None:
     folder, adapter, rows = qlora
     base = load_text(str(folder), dtype="float32", quantize="nf4")
     original = load_text(str(folder), dtype="float32")
@@ -52,7 +52,7 @@ def test_merged_into_what_it_saw_it_computes_what_it_did_unmerged(qlora: Qlora, 
     assert written["difference"]["original"]["kl"] == found["original"].kl
 
 
-def test_kl_and_losses_are_those_of_float64_arithmetic(qlora: Qlora) -> None:
+def test_compare_merges_matches_float64(qlora: Qlora) -> None:
     folder, adapter, rows = qlora
     base = load_text(str(folder), dtype="float32", quantize="nf4")
     original = load_text(str(folder), dtype="float32")
@@ -76,7 +76,7 @@ def test_kl_and_losses_are_those_of_float64_arithmetic(qlora: Qlora) -> None:
     assert found.loss == pytest.approx(sum(nlls) / len(nlls), rel=1e-5)
 
 
-def test_by_shard_it_is_the_same_model(qlora: Qlora, tmp_path: Path) -> None:
+def test_merge_by_shard_equals_merge_in_memory(qlora: Qlora, tmp_path: Path) -> None:
     folder, adapter, _ = qlora
     base = load_text(str(folder), dtype="float32", quantize="nf4")
     merge(base, [adapter], tmp_path / "whole")

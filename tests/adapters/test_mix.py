@@ -43,7 +43,7 @@ def two(tmp_path: Path) -> tuple[Adapter, Adapter, str, str]:
     return a, b, str(tmp_path / "a"), str(tmp_path / "b")
 
 
-def test_a_mix_is_the_sum_and_its_card_has_parents_recipe_and_errors(two, tmp_path):
+def test_mix_card_has_parents_recipe_and_errors(two, tmp_path):
     a, b, fa, fb = two
     made = mix_adapters([f"{fa}:0.8", f"{fb}:-0.5"], tmp_path / "m")
     out = peft.read_folder(tmp_path / "m")
@@ -63,7 +63,7 @@ def test_a_mix_is_the_sum_and_its_card_has_parents_recipe_and_errors(two, tmp_pa
     ).read_bytes()
 
 
-def test_a_mix_is_kept_in_a_library_with_its_parts_by_their_versions(two, tmp_path):
+def test_kept_mix_names_the_versions_of_its_parts(two, tmp_path):
     a, b, fa, fb = two
     with open_library(tmp_path / "library") as library:
         library.add(fa, "support")
@@ -90,7 +90,7 @@ def test_a_mix_is_kept_in_a_library_with_its_parts_by_their_versions(two, tmp_pa
         assert [v.reference for v in library.search()] == ["billing@1", "both@1", "support@1"]
 
 
-def test_what_is_asked_for_must_make_sense(two, tmp_path):
+def test_invalid_requests_are_refused(two, tmp_path):
     *_, fa, fb = two
     with pytest.raises(ConfigError, match="nothing to mix"):
         mix_adapters([], tmp_path / "m")
@@ -142,7 +142,7 @@ def models(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tenso
     return base, tuned
 
 
-def test_an_adapter_is_extracted_from_two_models_and_what_has_no_place_is_listed(tmp_path):
+def test_extract_lists_changes_it_cannot_express(tmp_path):
     base, tuned = models(tmp_path)
     made = extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "x", rank=4, prefix="unet.")
     out = peft.read_folder(tmp_path / "x")

@@ -68,7 +68,7 @@ def test_a_spec_without_a_name_is_refused(spec: Any) -> None:
 
 
 @pytest.mark.parametrize("strength", ["nan", "-inf", "1e999", "1e200", "10001", "-1e5"])
-def test_a_strength_that_there_is_not_is_refused_by_the_name_that_has_it(strength: str) -> None:
+def test_invalid_strength_error_names_the_adapter(strength: str) -> None:
     for spec in (f"runs/a:{strength}", ("runs/a", float(strength))):
         with pytest.raises(ConfigError, match=r"the strength of 'runs/a' is .*\n  fix: a number from -10000 to 10000"):
             parse_spec(spec)
@@ -86,7 +86,7 @@ def test_an_existing_path_with_a_colon_is_a_path(tmp_path: Path, monkeypatch: py
     assert parse_spec("a:2:0.5") == ("a:2", 0.5)
 
 
-def test_adapters_are_found_as_paths_in_runs_and_in_the_library(
+def test_adapters_are_found_by_path_and_library_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: TextBase
 ) -> None:
     monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
@@ -124,7 +124,7 @@ def test_adapters_are_found_as_paths_in_runs_and_in_the_library(
         adapter_path("runs/kept")
 
 
-def test_the_base_of_an_adapter_is_what_its_card_says_or_pefts_config(tmp_path: Path, base: TextBase) -> None:
+def test_base_name_comes_from_card_or_peft_config(tmp_path: Path, base: TextBase) -> None:
     folder = tmp_path / "a"
     peft.write_folder(adapter_for(base, base="some/base"), folder)
     assert stated_base(str(folder)) == "some/base"
@@ -138,7 +138,7 @@ def test_the_base_of_an_adapter_is_what_its_card_says_or_pefts_config(tmp_path: 
 # -- on the base -------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_attached_acts_like_the_adapters_in_memory(tmp_path: Path, base: TextBase) -> None:
+def test_attached_adapters_act_like_those_in_memory(tmp_path: Path, base: TextBase) -> None:
     one, two = adapter_for(base, 1), adapter_for(base, 2)
     plain = base.model(IDS).logits
     with attach(base.model) as by_hand:
@@ -173,7 +173,7 @@ def test_an_adapter_of_another_layout_acts_the_same(tmp_path: Path, base: TextBa
         torch.testing.assert_close(base.model(IDS).logits, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_another_base_with_other_shapes_is_never_right(tmp_path: Path, base: TextBase) -> None:
+def test_other_base_of_other_shapes_is_refused(tmp_path: Path, base: TextBase) -> None:
     peft.write_folder(adapter_for(base), tmp_path / "a")
     other = other_base(tmp_path, hidden_size=64, num_hidden_layers=1)
     for allowed in (False, True):
@@ -188,7 +188,7 @@ def test_another_base_with_other_shapes_is_never_right(tmp_path: Path, base: Tex
         assert "allow-other-base" not in text
 
 
-def test_another_base_of_the_same_shapes_needs_a_word(tmp_path: Path, base: TextBase) -> None:
+def test_other_base_of_equal_shapes_needs_permission(tmp_path: Path, base: TextBase) -> None:
     peft.write_folder(adapter_for(base), tmp_path / "a")
     other = other_base(tmp_path, initializer_range=0.3)
     with pytest.raises(MismatchError, match="--allow-other-base") as caught:

@@ -73,7 +73,7 @@ def test_an_adapter_of_any_layout_fits_its_base(family: str, layout: str, load: 
         assert set(attachment.adapters) == {str(out)}
 
 
-def test_names_that_several_families_have_are_the_bases(load: Any, tmp_path: Path) -> None:
+def test_ambiguous_names_take_the_base_family(load: Any, tmp_path: Path) -> None:
     """By themselves these names are FLUX.1's, which is the more common."""
     base = load("sd3")
     whole = adapter_for(base, "sd3")
@@ -105,7 +105,7 @@ def test_an_adapter_of_another_family_is_refused_by_name(
     assert str(out) in str(caught.value)
 
 
-def test_metadata_that_name_another_family_are_believed_where_all_fits(load: Any, tmp_path: Path) -> None:
+def test_metadata_family_is_used_if_it_fits(load: Any, tmp_path: Path) -> None:
     """At these widths SD3's to_q and Qwen-Image's have the same names and shapes."""
     theirs, ours = load("sd3"), load("qwen-image")
     adapter = adapter_for(theirs, "sd3")
@@ -129,7 +129,7 @@ def test_text_and_image_adapters_are_not_taken_for_each_other(load: Any, tmp_pat
         load_adapter(text, str(tmp_path / "image.safetensors"))  # type: ignore[arg-type]
 
 
-def test_a_width_that_does_not_fit_is_a_list_of_modules(load: Any, tmp_path: Path) -> None:
+def test_width_misfit_lists_the_modules(load: Any, tmp_path: Path) -> None:
     base = load("sdxl")
     adapter = adapter_for(base, "sdxl")
     name, pair = next(iter(adapter.pairs.items()))
@@ -150,7 +150,7 @@ def test_the_card_names_the_base(load: Any, tmp_path: Path) -> None:
     same_pairs(load_adapter(other, str(tmp_path / "it.safetensors"), allow_other_base=True), adapter)
 
 
-def test_nothing_stays_on_the_base_where_one_of_two_is_refused(load: Any, tmp_path: Path) -> None:
+def test_refused_adapter_leaves_the_base_clean(load: Any, tmp_path: Path) -> None:
     base, other = load("sdxl"), load("flux1")
     convert.write(adapter_for(base, "sdxl"), tmp_path / "a.safetensors", "kohya", family="sdxl")
     convert.write(adapter_for(other, "flux1"), tmp_path / "b.safetensors", "kohya", family="flux1")

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from tests.scripts import script_module
-from veneer.models.builtin import packaged_place
+from veneer.models.builtin import packaged_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("bases/catalogue", "benchmarks", "examples/campaign")
@@ -47,7 +47,7 @@ def test_what_is_asked_for_is_measured_and_drawn(
 
     torch.manual_seed(0)
     torch.save(Judge().state_dict(), tmp_path / "judge.weights.pt")
-    vae = AutoencoderKL.from_pretrained(packaged_place() / "catalogue-flux" / "vae")
+    vae = AutoencoderKL.from_pretrained(packaged_folder() / "catalogue-flux" / "vae")
     denoiser = SimpleNamespace(config={"guidance_embeds": True})
     base = SimpleNamespace(name="catalogue-flux", prediction="flow", parts={"vae": vae}, denoiser=denoiser)
     noise = np.random.default_rng(0)

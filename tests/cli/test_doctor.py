@@ -20,7 +20,7 @@ def unwrapped(out: str) -> list[str]:
     return out.replace("\n" + " " * 12, " ").splitlines()
 
 
-def test_it_says_first_whether_all_is_well(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_doctor_prints_the_verdict_first(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     ran = run(capsys, "doctor")
     first, *lines = unwrapped(ran.out)
     assert (ran.code, first) == (0, "all is well")
@@ -28,7 +28,7 @@ def test_it_says_first_whether_all_is_well(capsys: pytest.CaptureFixture[str], t
     assert json.loads(run(capsys, "doctor", "--json").out)["well"] is True
 
 
-def test_a_fault_is_named_first_with_its_fix(
+def test_problems_are_listed_first_with_a_fix(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("no folder")
@@ -40,7 +40,7 @@ def test_a_fault_is_named_first_with_its_fix(
     assert any(line.startswith("home ") and "set VENEER_HOME" in line for line in lines)
 
 
-def test_a_port_in_use_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_port_in_use_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     try:
         holder = socket.create_server(("127.0.0.1", 8000))
     except OSError:  # another process has the port
@@ -49,7 +49,7 @@ def test_a_port_in_use_is_said(capsys: pytest.CaptureFixture[str]) -> None:
         assert "8000 is in use: choose another with --port" in " ".join(run(capsys, "doctor").out.split())
 
 
-def test_what_is_said_is_what_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_ops_report_matches_dispatch(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(run(capsys, "doctor", "--ops", "--json").out)
     assert found["torch"] == torch.__version__
     assert found["compiled"] == compiled.status()
@@ -59,7 +59,7 @@ def test_what_is_said_is_what_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["threads"] == torch.get_num_threads()
 
 
-def test_about_ten_lines_name_every_op(capsys: pytest.CaptureFixture[str]) -> None:
+def test_ops_lines_name_every_op(capsys: pytest.CaptureFixture[str]) -> None:
     ran = run(capsys, "doctor", "--ops")
     assert ran.code == 0
     lines = unwrapped(ran.out)
@@ -69,7 +69,7 @@ def test_about_ten_lines_name_every_op(capsys: pytest.CaptureFixture[str]) -> No
     assert any(line.startswith("compiler ") and compiled.status() in line for line in lines)
 
 
-def test_pinned_ops_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_overridden_ops_are_marked(capsys: pytest.CaptureFixture[str]) -> None:
     with override_ops(rms_norm="torch"):
         lines = unwrapped(run(capsys, "doctor", "--ops").out)
     assert compiled.kernels() is None or any("by torch (set by VENEER_OPS): rms_norm" in line for line in lines)
@@ -87,14 +87,14 @@ def test_no_line_is_wider_than_the_terminal_or_a_hundred(
 
 
 @pytest.mark.parametrize(("threads", "said"), [(1, "; 1 thread; "), (2, "; 2 threads; ")])
-def test_one_thread_is_no_threads(
+def test_thread_count_is_pluralized(
     threads: int, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     assert said in " ".join(run(capsys, "doctor", "--ops").out.split())
 
 
-def test_every_device_is_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ops_are_listed_for_every_device(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "a card")
     lines = unwrapped(run(capsys, "doctor", "--ops").out)

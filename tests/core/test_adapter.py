@@ -36,7 +36,7 @@ def test_size_counts_every_byte() -> None:
     assert adapter.mapped(lambda t: t.bfloat16()).size_bytes() * 2 == adapter.size_bytes()
 
 
-def test_collapsed_is_the_product_and_has_the_digest() -> None:
+def test_collapsed_pair_keeps_product_and_digest() -> None:
     adapter = sample()
     small = adapter.collapsed()
     pair, old = small.pairs["a.w"], adapter.pairs["a.w"]
@@ -48,7 +48,7 @@ def test_collapsed_is_the_product_and_has_the_digest() -> None:
     assert small.collapsed().digest() == small.digest()
 
 
-def test_digest_sees_tensors_scales_indices_and_not_the_order_of_names() -> None:
+def test_digest_depends_on_content_not_order() -> None:
     adapter = sample()
     digest = adapter.digest()
     assert digest.startswith("sha256:")
@@ -81,7 +81,7 @@ def test_mapped_copies_every_tensor() -> None:
     assert doubled.pairs["b"].scale == adapter.pairs["b"].scale
 
 
-def test_a_component_is_the_part_of_one_model_under_its_own_names() -> None:
+def test_component_has_the_names_of_its_model() -> None:
     one, two = Pair(torch.ones(2, 3), torch.ones(4, 2), 0.5), Pair(torch.ones(1, 3), torch.ones(4, 1), 2.0)
     norm = Delta("dense", {"value": torch.ones(4)}, (4,))
     whole = Adapter(
@@ -110,7 +110,7 @@ def test_one_bad_value_anywhere_is_found(dtype, at):
         assert not all_finite(t)
 
 
-def test_divided_by_strength_is_the_same_adapter_in_parts() -> None:
+def test_divided_parts_sum_to_the_adapter() -> None:
     adapter = sample()
     adapter.deltas = {"c.weight": Delta("dense", {"value": torch.ones(2, 2)}, (2, 2))}
     strengths = {"a": 0.5, "b": 0.5, "c": 2.0, "norm": 1.0, "emb": 0.0}

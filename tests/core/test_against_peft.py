@@ -223,7 +223,7 @@ def test_rank_alpha_patterns_and_rslora() -> None:
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_pissa_and_olora_train_as_peft_does_though_the_base_stays(init: str) -> None:
+def test_pissa_and_olora_train_like_peft_on_unchanged_base(init: str) -> None:
     """PEFT subtracts s·B·A from W in place; here an origin does. Outputs agree before and after one same update."""
     model = FAMILIES["mistral"]()
     model.requires_grad_(False)

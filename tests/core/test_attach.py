@@ -124,9 +124,7 @@ def test_a_failing_add_changes_nothing(
     assert list(attachment.adapters) == ["a"]
 
 
-def test_layers_are_wrapped_by_the_first_adapter_and_unwrapped_by_the_last(
-    model: PreTrainedModel, attachment: Attachment
-) -> None:
+def test_layers_are_wrapped_only_while_needed(model: PreTrainedModel, attachment: Attachment) -> None:
     def wrapped() -> set[str]:
         return {m.name for m in model.modules() if isinstance(m, Layer)}
 
@@ -154,7 +152,7 @@ def test_nothing_selected_is_the_base_bit_for_bit(model: PreTrainedModel, attach
     assert torch.equal(logits(model), base)
 
 
-def test_a_to_b_to_a_and_using(model: PreTrainedModel, attachment: Attachment) -> None:
+def test_switching_adapters_and_using(model: PreTrainedModel, attachment: Attachment) -> None:
     for name, seed in (("a", 1), ("b", 2)):
         attachment.add(name, trained(model, LoraSpec(rank=2), seed))
     attachment.use("a")

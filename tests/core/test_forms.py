@@ -40,7 +40,7 @@ def test_kronecker_by_hand() -> None:
                     assert math.isclose(float(P[4 * p + q, 5 * r + s]), 2.0 * float(w1[p, r]) * w2, rel_tol=1e-12)
 
 
-def test_kronecker_of_a_convolution_keeps_the_kernel_in_the_second_factor() -> None:
+def test_kronecker_convolution_kernel_is_in_the_second_factor() -> None:
     w1, w2 = made(2, 3), made(4, 5, 3, 3)
     P = product_of(Delta("kronecker", {"w1": w1, "w2": w2}, (8, 15, 3, 3)))
     assert torch.allclose(P[4 * 1 + 2, 5 * 2 + 3], w1[1, 2] * w2[2, 3])
@@ -74,7 +74,7 @@ def test_gain_by_output_and_by_input() -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (3, 4, 2, 2)])
-def test_a_magnitude_is_the_norm_of_each_row_or_column_of_the_new_weight(shape: tuple[int, ...]) -> None:
+def test_dora_sets_row_or_column_norms(shape: tuple[int, ...]) -> None:
     """By its definition: after the change every row (or column) of W' has the norm m, and the direction of W + P."""
     W, P = made(*shape), made(*shape)
     m = made(3).abs()
@@ -127,7 +127,7 @@ def test_attaching_says_what_does_not_fit() -> None:
         assert line in str(error.value)
 
 
-def test_a_bias_moves_the_output_of_a_module_without_one_and_cannot_be_merged() -> None:
+def test_bias_delta_acts_on_bias_free_module_but_cannot_merge() -> None:
     model = nn.ModuleDict({"m": nn.Linear(4, 3, bias=False)})
     x, b = made(2, 4).float(), made(3).float()
     with attach(model) as attachment:

@@ -25,7 +25,7 @@ ALL = ("0", "1", "2", "3", "4")
 
 @pytest.mark.parametrize("init", ["zero-b", "gaussian", "pissa", "olora"])
 @pytest.mark.parametrize("dora", [False, True])
-def test_every_start_has_delta_zero_and_leaves_the_base(init: str, dora: bool) -> None:
+def test_every_init_starts_at_zero_delta(init: str, dora: bool) -> None:
     model = zoo()
     before = {n: t.clone() for n, t in model.state_dict().items()}
     adapter = create(model, LoraSpec(rank=4, targets=ALL, init=init, dora=dora), seed=0)
@@ -131,7 +131,7 @@ def test_impossible_settings(spec: LoraSpec, error: type[Exception], say: str) -
         create(zoo(), spec, seed=0)
 
 
-def test_dora_on_experts_is_refused_with_the_way_out() -> None:
+def test_dora_on_experts_is_refused_with_a_fix() -> None:
     with pytest.raises(TargetError, match="exclude"):
         create(FAMILIES["mixtral"](), LoraSpec(dora=True), seed=0)
     adapter = create(FAMILIES["mixtral"](), LoraSpec(dora=True, exclude=("*.experts",)), seed=0)

@@ -64,7 +64,7 @@ def test_the_fast_path_equals_the_reference(
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_a_pair_that_begins_as_a_part_of_a_16_bit_base_changes_no_bit_before_it_has_moved(init: str) -> None:
+def test_fresh_origin_pair_leaves_16_bit_output_unchanged(init: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 48)).requires_grad_(False).to(torch.bfloat16)
     x = torch.randn(9, 64).bfloat16()
@@ -136,7 +136,7 @@ def test_transposed_linear_of_gpt2() -> None:
         torch.testing.assert_close(y, x @ (model[0].weight + change) + model[0].bias)
 
 
-def test_a_linear_that_hides_its_weight() -> None:
+def test_linear_with_a_packed_weight_is_read_by_identity() -> None:
     """A quantized base: the layer calls it, and DoRA and merging read its weight off by the identity."""
 
     class LinearPacked(nn.Module):
@@ -223,7 +223,7 @@ def test_grouped_convolution_equals_its_merged_weight() -> None:
             torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_dropout_on_experts_drops_what_the_pair_multiplies() -> None:
+def test_expert_dropout_has_the_right_mean() -> None:
     """On average over many draws the output is the one without dropout; outside training there is none."""
     model = FAMILIES["mixtral"]()
     experts = model.model.layers[0].mlp.experts

@@ -100,7 +100,7 @@ def test_forward_and_gradients_are_pefts(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_what_learns_is_what_is_merged(way: str) -> None:
+def test_trained_lycoris_equals_its_merge(way: str) -> None:
     """Strength and all: y under −0.7 is y of the weights that are merged at −0.7."""
     torch.manual_seed(0)
     model, given = Sums().double(), inputs()
@@ -115,7 +115,7 @@ def test_what_learns_is_what_is_merged(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_mix_for_each_row_is_each_row_alone(way: str) -> None:
+def test_row_mixes_equal_separate_rows(way: str) -> None:
     torch.manual_seed(0)
     model, x = nn.ModuleDict({"lin": nn.Linear(24, 36)}).double(), inputs()[0]
     adapter = create(model, LoraSpec(targets=("lin",), **WAYS[way]), seed=0, dtype=torch.float64)
@@ -134,7 +134,7 @@ ROWS: list[list[tuple[str, float]]] = [[("a", 1.0)], [], [("a", -0.5)], [("a", 2
 
 
 @pytest.mark.parametrize("kind", ["loha", "lokr"])
-def test_a_fresh_one_changes_nothing_and_learns(kind: Any) -> None:
+def test_new_lycoris_adapter_is_zero_and_trains(kind: Any) -> None:
     model = llama3()
     tokens = torch.arange(12)[None]
     before = model(input_ids=tokens).logits.detach()
@@ -158,7 +158,7 @@ def test_a_fresh_one_changes_nothing_and_learns(kind: Any) -> None:
 
 
 @pytest.mark.parametrize(("kind", "factor"), [("loha", None), ("lokr", None), ("lokr", 8)])
-def test_nothing_as_large_as_the_weight_is_kept_for_the_backward_pass(kind: Any, factor: int | None) -> None:
+def test_trained_delta_saves_no_dense_weight(kind: Any, factor: int | None) -> None:
     layer, x = nn.Linear(256, 256), torch.randn(8, 256)
     model = nn.ModuleDict({"lin": layer}).requires_grad_(False)
     spec = LoraSpec(rank=4, kind=kind, factor=factor, targets=("lin",))
@@ -178,7 +178,7 @@ def test_nothing_as_large_as_the_weight_is_kept_for_the_backward_pass(kind: Any,
 
 
 @pytest.mark.parametrize("kind", ["loha", "lokr"])
-def test_over_four_bits_it_is_what_it_is_over_what_they_stand_for(kind: Any, tmp_path: Path) -> None:
+def test_lycoris_on_nf4_equals_dequantized_base(kind: Any, tmp_path: Path) -> None:
     model = quantized(llama3(), tmp_path, "nf4")
     plain, tokens = dequantized_twin(model), torch.arange(12)[None]
     adapter = create(plain, LoraSpec(rank=4, kind=kind), seed=0)
@@ -206,7 +206,7 @@ def test_over_four_bits_it_is_what_it_is_over_what_they_stand_for(kind: Any, tmp
         (LoraSpec(kind="oft"), "'oft'"),  # type: ignore[arg-type]
     ],
 )
-def test_what_it_has_not_is_refused(spec: LoraSpec, say: str) -> None:
+def test_unsupported_lycoris_settings_are_refused(spec: LoraSpec, say: str) -> None:
     with pytest.raises(ConfigError, match=say):
         create(llama3(), spec, seed=0)
 
@@ -215,7 +215,7 @@ def test_what_it_has_not_is_refused(spec: LoraSpec, say: str) -> None:
     ("model", "targets", "say"),
     [(llama3, ("embed_tokens",), r"embed_tokens.*"), (qwen3_moe, "all-linear", r"experts.*")],
 )
-def test_where_there_is_none_says_so_with_the_way_out(model: Any, targets: Any, say: str) -> None:
+def test_undefined_lycoris_targets_are_refused_with_a_fix(model: Any, targets: Any, say: str) -> None:
     with pytest.raises(TargetError, match=f"lokr is not defined for the .*{say}") as caught:
         create(model(), LoraSpec(kind="lokr", targets=targets), seed=0)
     assert "exclude" in str(caught.value.fix)

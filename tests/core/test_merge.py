@@ -120,7 +120,7 @@ def loaded_base(model: nn.Module, state: dict[str, Tensor], ids: Tensor = IDS) -
     return out
 
 
-def test_only_what_changes_is_listed_and_tied_partners_with_it() -> None:
+def test_merged_state_lists_changed_and_tied_weights() -> None:
     model = FAMILIES["llama3"]()
     W = model.model.embed_tokens.weight.detach()
     assert set(merged_state(model, [(trained(model, LoraSpec(targets=("q_proj",))), 1.0)])) == {
@@ -153,7 +153,7 @@ def test_rounded_once_to_the_bases_dtype(dtype: torch.dtype) -> None:
         assert (got != exact.to(dtype)).float().mean() < 0.01
 
 
-def test_a_pair_that_no_weight_holds_is_refused() -> None:
+def test_merging_an_all_channel_grouped_pair_is_refused() -> None:
     model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2))
     adapter = Adapter(pairs={"0": Pair(torch.randn(4, 4, 3, 3), torch.randn(6, 2, 1, 1), 0.7, "conv")})
     with pytest.raises(AdapterError, match="unmerged"):
@@ -178,7 +178,7 @@ def test_delta_of_each_kind_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("kind", "within"), [(None, 1e-4), ("nf4", 1e-4), ("float64", 1e-12)])
-def test_the_norm_that_makes_no_matrix_is_the_norm(kind: str | None, within: float) -> None:
+def test_low_rank_norm_equals_adapted_norm(kind: str | None, within: float) -> None:
     """Beside a float32 pair with a 16-bit W, quantized too; and exact where nothing is rounded."""
     g = torch.Generator().manual_seed(0)
     dtype = torch.float64 if kind == "float64" else torch.float32

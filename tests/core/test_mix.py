@@ -60,7 +60,7 @@ def test_a_sum_is_exact_whatever_the_ranks_scales_and_signs(parts):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_adds_up_and_is_cut_like_the_dense_sum(kind):
+def test_every_kind_mixes_like_the_dense_sum(kind):
     a, b = pair_of(kind, 5, 0), pair_of(kind, 3, 20)
     want = 0.5 * dense(a) - 2 * dense(b)
     close(dense(mix_pairs([(a, 0.5), (b, -2.0)])[0]), want)
@@ -79,7 +79,7 @@ def test_rounding_to_sixteen_bits_is_part_of_the_error():
     assert 1e-4 < part.error / part.norm < 1e-2
 
 
-def test_unlike_shapes_are_refused_with_all_of_them():
+def test_mixing_unlike_shapes_lists_every_module():
     bad = Pair(noise(2, 5), noise(OUT, 2), 1.0)
     with pytest.raises(AdapterError, match="unlike shapes") as error:
         mix([(Adapter({"a": linear(2, 0), "b": linear(2, 0)}), 1.0), (Adapter({"a": bad, "b": bad}), 1.0)])
@@ -167,7 +167,7 @@ def test_orthogonal_is_the_procrustes_answer_of_the_paper():
     assert part.error == pytest.approx(float(np.linalg.norm(want - truth)), rel=1e-4)
 
 
-def test_orthogonal_leaves_what_does_not_meet_and_takes_the_mean_of_what_is_the_same():
+def test_orthogonal_of_disjoint_and_equal_adapters():
     eye = torch.eye(12)
     a = Pair(eye[:2] * 2, eye[:OUT, :2].contiguous(), 1.0)
     b = Pair(eye[5:8], eye[:OUT, 4:7].contiguous(), 3.0)
@@ -210,7 +210,7 @@ def test_peft_s_cat_and_svd_are_ours():
     close(dense(mix_pairs(given_, "svd")[0])[0], peft_mix(pairs, weights, "svd"), 1e-5)  # the largest rank
 
 
-def test_peft_s_trimming_is_ours_where_it_trims_the_true_change():
+def test_trimming_matches_peft_svd_variants():
     pairs = [linear(4, 0, 2.0), linear(2, 1, 0.5)]
     for ours, theirs in (("ties", "ties_svd"), ("magnitude_prune", "magnitude_prune_svd")):
         got, _ = mix_pairs([(p, 1.0) for p in pairs], ours, Bound(rank=9), density=0.5)
@@ -220,7 +220,7 @@ def test_peft_s_trimming_is_ours_where_it_trims_the_true_change():
 # -- whole adapters ----------------------------------------------------------------------------------------------------
 
 
-def test_modules_that_one_adapter_has_are_taken_over_exactly():
+def test_single_adapter_modules_are_copied_exactly():
     a, b = Adapter({"x": linear(2, 0), "y": linear(3, 1)}), Adapter({"y": linear(2, 2), "z": linear(4, 3)})
     for method in ("sum", "svd", "orthogonal"):
         out = mix([(a, 1.0), (b, -0.5)], method)
@@ -248,7 +248,7 @@ def dora(seed: int = 0) -> tuple[Pair, torch.Tensor]:
     return pair, W
 
 
-def test_dora_alone_is_kept_and_otherwise_needs_the_base_and_a_bound():
+def test_mixing_dora_needs_base_and_bound():
     pair, W = dora()
     alone = mix([(one(pair), 1.0), (one(linear(2, 1), "n"), 1.0)])
     assert torch.equal(alone.adapter.pairs["m"].magnitude, pair.magnitude)
@@ -270,7 +270,7 @@ def kronecker(seed: int, scale: float = 1.0) -> Delta:
     return Delta("kronecker", {"w1": noise(3, 4, seed=seed), "w2": noise(3, 3, seed=seed + 1)}, (OUT, IN), scale)
 
 
-def test_deltas_keep_their_form_alone_add_up_densely_and_fold_into_a_pair_under_a_bound():
+def test_mixing_deltas_by_form_and_bound():
     k, other, pair = kronecker(0, 0.5), kronecker(5), linear(2, 3)
     single = mix([(Adapter(deltas={"m.weight": k}), -2.0)]).adapter.deltas["m.weight"]
     assert (single.form, single.scale) == ("kronecker", -1.0)
@@ -295,7 +295,7 @@ def test_deltas_keep_their_form_alone_add_up_densely_and_fold_into_a_pair_under_
     close(dense(folded)[0], conv.parts["value"].flatten(1).double())
 
 
-def test_gains_of_one_axis_add_up_and_others_need_the_base():
+def test_gains_of_one_axis_add_without_the_base():
     W = noise(OUT, IN)
     rows, more = (Delta("gain", {"value": noise(OUT, seed=s)}) for s in (1, 2))
     columns = Delta("gain", {"value": noise(1, IN, seed=3)})
@@ -316,7 +316,7 @@ def test_biases_add_up_and_are_trimmed_as_entries():
     close(product_of(got), keep(x, 0.5) - keep(y, 0.5))
 
 
-def test_full_copies_and_token_rows_are_mixed_by_their_changes():
+def test_full_copies_and_token_rows_mix_as_deltas():
     W, x, y = noise(4, 3), noise(4, 3, seed=1), noise(4, 3, seed=2)
     a, b = Adapter(modules={"head": {"weight": x}}), Adapter(modules={"head": {"weight": y}})
     assert torch.equal(mix([(a, 1.0)]).adapter.modules["head"]["weight"], x)
@@ -342,7 +342,7 @@ def test_mixing_leaves_its_inputs_alone():
     assert adapter.digest() == before
 
 
-def test_strength_by_module_is_a_matter_of_scales():
+def test_strengthened_changes_only_scales():
     a = Adapter({"x": linear(2, 0, 3.0), "y": linear(2, 1), "z": dora()[0]}, deltas={"x.weight": kronecker(0)})
     out = strengthened(a, {"x": -0.5, "y": 0.0, "z": 1.0}.__getitem__)
     assert (out.pairs["x"].scale, out.deltas["x.weight"].scale, sorted(out.pairs)) == (-1.5, -0.5, ["x", "z"])

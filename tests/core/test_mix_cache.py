@@ -58,12 +58,12 @@ def test_stacks_equal_the_reference(strengths: list[float]) -> None:
         x = torch.randn(3, 40)
         limit = 4 * (6 * (40 + 50 + 18 + 90))
         got = outputs(attachment, limit, x)
-        assert set(attachment.cache.hows()) <= {"stack"}
+        assert set(attachment.cache.kinds()) <= {"stack"}
         close(got, outputs(attachment, 0, x))
 
 
 @pytest.mark.parametrize("wide", [False, True])
-def test_in_bf16_copies_and_stacks_are_as_near_to_exact_as_the_reference(wide: bool) -> None:
+def test_bf16_cache_is_as_exact_as_the_reference(wide: bool) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 256)).requires_grad_(False).bfloat16()
     x = torch.randn(64, 256).bfloat16()
@@ -79,7 +79,7 @@ def test_in_bf16_copies_and_stacks_are_as_near_to_exact_as_the_reference(wide: b
         error = {}
         for name, limit in (("copy", 1 << 20), ("stack", 2 * 48 * 512), ("", 0)):
             got = outputs(attachment, limit, x)
-            assert set(attachment.cache.hows()) == {name}
+            assert set(attachment.cache.kinds()) == {name}
             error[name] = float((got.double() - exact).norm() / exact.norm())
     assert error["copy"] < 1.25 * error[""] + 1e-4
     assert error["stack"] < 1.25 * error[""] + 1e-4
@@ -92,7 +92,7 @@ def test_in_bf16_copies_and_stacks_are_as_near_to_exact_as_the_reference(wide: b
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     order=st.sampled_from([torch.contiguous_format, torch.channels_last]),
 )
-def test_copies_made_together_are_those_made_one_by_one(
+def test_grouped_copies_equal_single_copies(
     strengths: list[float], dtype: torch.dtype, order: torch.memory_format
 ) -> None:
     """Modules of one shape: other scales and ranks, with and without biases, with one adapter or two, one with DoRA."""
@@ -127,7 +127,7 @@ def test_copies_made_together_are_those_made_one_by_one(
 
         together = run()
         mix = tuple((adapter, s) for adapter, s in zip((one, two), strengths, strict=True) if s)
-        assert attachment.cache.hows() == (["copy"] if mix else [])
+        assert attachment.cache.kinds() == (["copy"] if mix else [])
         apart = []
         for name in model:
             base, own = attachment.cache.modules[name], {}
@@ -205,7 +205,7 @@ def test_nothing_stale_is_used(small: Attachment) -> None:
     assert got.dtype == torch.float64
 
 
-def test_what_is_trained_is_never_made_ready(small: Attachment) -> None:
+def test_trained_mixes_are_not_cached(small: Attachment) -> None:
     small.add("t", small.adapter("a0"), trainable=True)
     small.use("t", "a1")
     for step in range(3):
@@ -215,7 +215,7 @@ def test_what_is_trained_is_never_made_ready(small: Attachment) -> None:
                 p.data.add_(0.1 * step)
 
 
-def test_tensors_that_do_not_count_their_changes_are_not_used() -> None:
+def test_inference_tensors_are_not_cached() -> None:
     model = nn.Sequential(nn.Linear(6, 4)).requires_grad_(False)
     with torch.inference_mode():
         pair = Pair(torch.ones(2, 6), torch.ones(4, 2), 1.0)
@@ -228,7 +228,7 @@ def test_tensors_that_do_not_count_their_changes_are_not_used() -> None:
             assert not torch.equal(model(X), before)
 
 
-def test_training_mode_with_dropout_hooks_and_autocast_go_the_ordinary_way(small: Attachment) -> None:
+def test_dropout_hooks_and_autocast_bypass_the_cache(small: Attachment) -> None:
     small.use("a2")
     with torch.no_grad():
         small.model.train()
@@ -254,4 +254,4 @@ def test_memory_is_bounded_over_many_mixes(small: Attachment) -> None:
             small.use(("a0", 1 + i / 100), "a1")
             small.model(X)
             assert small.cache.bytes <= 3 * one
-    assert small.cache.hows() == ["copy"] * 3
+    assert small.cache.kinds() == ["copy"] * 3

@@ -34,7 +34,7 @@ def test_the_mean_is_the_number_itself(dtype, x):
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
-def test_what_fits_stays(dtype):
+def test_fitting_names_are_kept(dtype):
     x = torch.tensor([0.0, -0.0, 1.0, -2.5, 1024.0, 2.0**-14]).to(dtype).float()
     assert torch.equal(stochastic(x, dtype, seeded(1, "w")).float(), x)
 
@@ -51,7 +51,7 @@ def test_a_seed_and_a_name_fix_it():
     assert not torch.equal(a, c)
 
 
-def test_a_delta_too_small_to_round_is_kept_on_the_whole_by_chance_alone():
+def test_stochastic_rounding_keeps_small_deltas_on_average():
     W = torch.ones(100_000).bfloat16()
     exact = W.float() + 1e-4  # a step of bfloat16 at 1 is 2⁻⁷
     near, drawn = Rounding(), Rounding()

@@ -138,7 +138,7 @@ def test_rows_under_full_copies(net: Attachment, picks: list[tuple[str, ...]], r
         close(net.model(ids), alone(net, mixes, ids))
 
 
-def test_a_row_without_an_adapter_is_the_base_bit_for_bit(net: Attachment) -> None:
+def test_row_without_adapter_equals_the_base(net: Attachment) -> None:
     ids = torch.randint(0, 12, (3, 4), generator=torch.Generator().manual_seed(3))
     net.use()
     base = net.model(ids)
@@ -206,7 +206,7 @@ def test_a_batch_that_does_not_fit_the_mixes(net: Attachment, batch: int) -> Non
         net.model(torch.zeros(batch, 4, dtype=torch.long))
 
 
-def test_modules_without_rows_are_errors_and_not_guesses() -> None:
+def test_module_without_batch_rows_is_an_error() -> None:
     model = nn.ModuleDict({"linear": nn.Linear(6, 6), "conv": nn.Conv2d(6, 6, 1), "norm": nn.LayerNorm(6)})
     loud = Adapter(deltas={"norm.weight": Delta("dense", {"value": torch.ones(6)}, (6,))})
     with attach(model) as attachment:
@@ -227,7 +227,7 @@ def test_modules_without_rows_are_errors_and_not_guesses() -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4])
-def test_a_shared_expert_that_is_given_the_tokens_of_all_rows_together(tokens: int) -> None:
+def test_shared_expert_with_flattened_rows(tokens: int) -> None:
     """It sees (rows · tokens, dim): as many entries as rows that are repeated, in another order."""
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
@@ -258,7 +258,7 @@ def test_a_shared_expert_that_is_given_the_tokens_of_all_rows_together(tokens: i
     assert not model._forward_pre_hooks
 
 
-def test_a_holder_of_models_has_the_rows_of_the_one_that_is_called() -> None:
+def test_rows_of_a_pipeline_are_those_of_the_called_part() -> None:
     """An image base's parts hang on a module that is never called."""
     torch.manual_seed(0)
     parts = nn.ModuleDict({"unet": nn.Sequential(nn.Linear(6, 6)), "text": nn.Sequential(nn.Linear(6, 6))})
@@ -273,7 +273,7 @@ def test_a_holder_of_models_has_the_rows_of_the_one_that_is_called() -> None:
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
-def test_rows_of_one_token_have_experts_of_their_own(implementation: str) -> None:
+def test_single_token_rows_mix_experts(implementation: str) -> None:
     model = FAMILIES["mixtral"]()
     model.set_experts_implementation(implementation)
     ids = torch.arange(6)[:, None]
@@ -289,7 +289,7 @@ def test_rows_of_one_token_have_experts_of_their_own(implementation: str) -> Non
                 torch.testing.assert_close(got[row], model(ids[row : row + 1]).logits[0], rtol=1e-4, atol=1e-5)
 
 
-def test_experts_refuse_and_say_so() -> None:
+def test_fused_experts_refuse_row_mixes() -> None:
     model = FAMILIES["mixtral"]()
     with attach(model) as attachment:
         attachment.add("a", create(model, LoraSpec(rank=2, targets=("experts.down_proj",)), seed=0))

@@ -67,7 +67,7 @@ KINDS = ["linear", "embedding", "conv", "grouped conv", "experts"]
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rank", [1, 2, 4, 5, 9])
-def test_the_error_is_the_root_of_the_dropped_squares_and_the_best_there_is(kind, rank):
+def test_truncation_is_optimal_and_reports_its_error(kind, rank):
     pair = pair_of(kind)
     whole = dense(pair)
     u, s, v = np.linalg.svd(whole, full_matrices=False)
@@ -99,7 +99,7 @@ def test_thin_svd_is_numpys_of_the_dense_matrix(rank, out, n, seed):
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 8), st.floats(0.01, 1), st.booleans())
-def test_bounds_are_kept_by_the_smallest_rank_that_can(length, share, by_energy):
+def test_rank_for_is_the_smallest_that_meets_the_bound(length, share, by_energy):
     S = torch.linspace(1, 0.1, length, dtype=torch.float64)
     bound = Bound(energy=share) if by_energy else Bound(error=share * 0.99)
     k = rank_for(S, bound)
@@ -129,7 +129,7 @@ def test_a_delta_of_zero_is_kept_as_zero():
     assert not dense(out).any()
 
 
-def test_a_frozen_start_is_subtracted():
+def test_truncation_subtracts_the_origin():
     A, B = noise(2, 6, seed=3), noise(5, 2, seed=4)
     pair = Pair(A, B, 2.0, origin=(noise(2, 6, seed=5), noise(5, 2, seed=6)))
     want = 2.0 * (B @ A - pair.origin[1] @ pair.origin[0]).double().numpy()
@@ -140,7 +140,7 @@ BAD = [{}, {"rank": 1, "error": 0.1}, {"rank": 0}, {"energy": 0.0}, {"energy": 1
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_a_bound_is_one_sensible_number(bad):
+def test_bound_takes_exactly_one_valid_number(bad):
     with pytest.raises(AdapterError):
         Bound(**bad)
 
@@ -154,7 +154,7 @@ def test_distance_and_inner_products_are_those_of_the_dense_changes(kind):
     assert distance(factors(one)) == pytest.approx(float(np.linalg.norm(a)), rel=1e-10)
 
 
-def test_a_distance_far_below_the_norms_is_still_right():
+def test_distance_is_accurate_for_nearly_equal_factors():
     A, B = noise(3, 20, dtype=torch.float64), noise(30, 3, seed=1, dtype=torch.float64)
     near = B + 1e-9 * noise(30, 3, seed=2, dtype=torch.float64)
     want = float(torch.linalg.vector_norm((near - B) @ A))
@@ -163,7 +163,7 @@ def test_a_distance_far_below_the_norms_is_still_right():
 
 @pytest.mark.parametrize("shape", [(300, 200), (200, 300)])
 @pytest.mark.parametrize("fall", [0.7, 0.97, 1.0])
-def test_a_dense_matrix_is_cut_as_well_as_can_be(shape, fall):
+def test_low_rank_of_dense_matrix_is_optimal(shape, fall):
     U, V = (torch.linalg.qr(noise(n, 200, seed=n, dtype=torch.float64))[0] for n in shape)
     S = fall ** torch.arange(200, dtype=torch.float64)
     matrix = ((U * S) @ V.mT).float()
@@ -177,7 +177,7 @@ def test_a_dense_matrix_is_cut_as_well_as_can_be(shape, fall):
         assert A.shape == (rank, shape[1])
 
 
-def test_a_dense_matrix_of_low_rank_is_found_exactly_and_its_rank_by_an_error():
+def test_low_rank_finds_exact_rank_of_dense_matrix():
     matrix = noise(120, 5, seed=1) @ noise(5, 90, seed=2)
     for bound in (Bound(rank=5), Bound(error=1e-5), Bound(energy=1 - 1e-9)):
         A, B, cut = low_rank(matrix, bound)

@@ -12,7 +12,7 @@ from veneer.files.atomic import atomic_write
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names")
-def test_a_file_does_not_take_a_devices_or_a_pipes_place(tmp_path: Path) -> None:
+def test_atomic_write_refuses_devices_and_pipes(tmp_path: Path) -> None:
     """`-o /dev/null` as root would leave the machine without one."""
     place = tmp_path / "pipe"
     os.mkfifo(place)

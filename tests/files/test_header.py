@@ -43,6 +43,6 @@ def test_a_header_gives_names_shapes_and_metadata(tmp_path: Path) -> None:
         ([], 0),
     ],
 )
-def test_a_header_that_does_not_add_up_is_refused(tmp_path: Path, table: Any, size: int) -> None:
+def test_inconsistent_header_is_refused(tmp_path: Path, table: Any, size: int) -> None:
     with pytest.raises(AdapterError):
         read_header(file_of(tmp_path, table, bytes(size)))

@@ -35,7 +35,7 @@ def test_a_state_dict(tmp_path, zipped):
     assert metadata == {}
 
 
-def test_a_wrapped_state_dict_and_what_stands_beside_it(tmp_path):
+def test_wrapped_state_dict_with_other_values(tmp_path):
     tensors, metadata = read_pickle(
         save(tmp_path, {"state_dict": {"a": A}, "epoch": 3, "name": "dog", "optimizer": {"b": B}})
     )
@@ -88,7 +88,7 @@ def test_a_bare_hostile_pickle(tmp_path):
     assert not target.exists()
 
 
-def test_pickles_are_still_refused_where_nobody_asked(tmp_path):
+def test_pickles_are_refused_by_default(tmp_path):
     with pytest.raises(UnsafeFileError, match="pickle"):
         read_tensors(save(tmp_path, {"a": A}))
 
@@ -108,7 +108,7 @@ def test_pickles_are_still_refused_where_nobody_asked(tmp_path):
         ({"a": {"b": {"c": {"d": {"e": {"f": {"g": A}}}}}}}, "dict is neither"),
     ],
 )
-def test_what_is_no_adapter_is_named(tmp_path, value, words):
+def test_files_that_are_not_adapters_are_named(tmp_path, value, words):
     with pytest.raises(AdapterError, match=words):
         read_pickle(save(tmp_path, value))
 

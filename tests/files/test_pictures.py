@@ -45,7 +45,7 @@ def test_a_file_that_is_no_picture(read: Callable[[Path], Any], name: str, says:
         read(folder / name)
 
 
-def test_what_the_body_finds_wrong_is_said_too(folder: Path) -> None:
+def test_merge_reports_errors_from_the_body(folder: Path) -> None:
     def read() -> None:
         with opened_picture(folder / "fox.png") as (picture, data):
             assert picture.size == (32, 32)
@@ -74,7 +74,7 @@ def test_a_picture_of_too_many_pixels_is_a_picture(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("first", "size"), [(b"", (4, 8)), (struct.pack("<HHI4s", 256, 2, 4, b"Mak"), (8, 4))])
-def test_damaged_exif_is_no_reason_to_refuse_a_picture(first: bytes, size: tuple[int, int]) -> None:
+def test_damaged_exif_is_ignored(first: bytes, size: tuple[int, int]) -> None:
     """A turn by a quarter; beside a width that is a text, which Pillow reads and then cannot write."""
     turn = struct.pack("<HHIHH", 274, 3, 1, 6, 0)
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1 + bool(first)) + first + turn + bytes(4)

@@ -22,7 +22,7 @@ def rights(path: Path) -> int:
 @pytest.mark.parametrize(
     ("before", "after"), [(0o644, 0o600), (0o755, 0o700), (0o664, 0o660), (0o777, 0o770), (0o600, 0o600)]
 )
-def test_others_lose_what_they_had_and_a_group_what_it_had_by_chance(tmp_path: Path, before: int, after: int) -> None:
+def test_make_private_removes_access_of_others(tmp_path: Path, before: int, after: int) -> None:
     file, folder = tmp_path / "file", tmp_path / "folder"
     file.touch()
     folder.mkdir()
@@ -73,6 +73,6 @@ print(readable(lambda: None), readable(forbid_inspection))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
-def test_no_process_of_the_same_user_reads_a_private_one() -> None:
+def test_private_process_cannot_be_read_by_same_user() -> None:
     done = subprocess.run([sys.executable, "-c", PRIVATE], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "False"]

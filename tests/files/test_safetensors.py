@@ -116,7 +116,7 @@ def test_non_contiguous_and_order_make_no_difference():
         (raw(b'{"\\ud800": ' + json.dumps(entry()).encode() + b"}", b"\0" * 8), UnsafeFileError, ["not Unicode"]),
     ],
 )
-def test_what_is_not_a_sound_file_is_named_and_refused(tmp_path, content, kind, words):
+def test_other_file_formats_are_named_and_refused(tmp_path, content, kind, words):
     """tests/formats/test_hostile.py refuses many more headers, with a bound on memory."""
     refuse(tmp_path / "adapter_model.safetensors", content, kind, *words)
 
@@ -157,7 +157,7 @@ headers = st.dictionaries(st.text(max_size=6) | st.just("__metadata__"), entries
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(header=headers, data=st.binary(max_size=40), lie=st.none() | st.integers(0, 2**64 - 1))
-def test_no_header_gets_past_the_reader_as_anything_but_tensors_or_an_adapter_error(tmp_path, header, data, lie):
+def test_fuzzed_header_raises_only_adapter_errors(tmp_path, header, data, lie):
     path = tmp_path / "fuzz.safetensors"
     path.write_bytes(raw(header, data, length=lie))
     try:
@@ -190,7 +190,7 @@ class Full:
         return REAL_WRITE(fd, view[:n])
 
 
-def test_a_full_disk_at_any_byte_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+def test_full_disk_leaves_the_old_file_unchanged(tmp_path, monkeypatch):
     path = tmp_path / "a.safetensors"
     write_tensors(path, {"old": torch.ones(3)})
     old = path.read_bytes()
@@ -210,7 +210,7 @@ def test_a_full_disk_at_any_byte_leaves_the_old_file_and_nothing_else(tmp_path, 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 @pytest.mark.parametrize(("code", "kind"), [(errno.EDQUOT, ResourceError), (errno.EIO, AdapterError)])
-def test_a_failure_after_the_last_byte_leaves_the_old_file_too(tmp_path, monkeypatch, step, code, kind):
+def test_failed_commit_leaves_the_old_file(tmp_path, monkeypatch, step, code, kind):
     path = tmp_path / "a.bin.safetensors"
     write_tensors(path, {"old": torch.ones(3)})
     old = path.read_bytes()
@@ -266,7 +266,7 @@ EMPTY = b'{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
     ],
     ids=["a million empty tensors", "keys", "entries of metadata", "one long text"],
 )
-def test_what_no_adapter_has_so_many_of_is_refused_unparsed(tmp_path, header, says):
+def test_excessive_counts_are_refused_before_parsing(tmp_path, header, says):
     path = tmp_path / "x.safetensors"
     path.write_bytes(raw(header))
     began = time.process_time()
@@ -275,7 +275,7 @@ def test_what_no_adapter_has_so_many_of_is_refused_unparsed(tmp_path, header, sa
     assert time.process_time() - began < 1.0
 
 
-def test_quotes_and_colons_within_metadata_are_no_keys(tmp_path):
+def test_quotes_in_metadata_are_not_counted_as_keys(tmp_path):
     """sd-scripts' tag counts are JSON in a text, a key for each tag."""
     tags = json.dumps({f"tag {i}": i for i in range(50_000)})
     path = tmp_path / "x.safetensors"

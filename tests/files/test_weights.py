@@ -55,7 +55,7 @@ def _lying(file: Path) -> None:
         (lambda f: f.unlink(), "no weights"),
     ],
 )
-def test_a_spoilt_file_is_one_clear_error_naming_it(tmp_path: Path, spoil, says: str) -> None:
+def test_damaged_file_error_names_the_file(tmp_path: Path, spoil, says: str) -> None:
     base = tiny_base_dir(tmp_path)
     spoil(base / "model.safetensors")
     with pytest.raises(BaseError, match=says) as caught:

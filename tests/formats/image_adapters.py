@@ -20,7 +20,7 @@ def numbers(shape: Iterable[int], seed: str, dtype: torch.dtype = torch.float32)
     return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
 
 
-def rows_of(family: Family) -> dict[str, int]:
+def shard_rows(family: Family) -> dict[str, int]:
     """Canonical module -> how many rows its weight has here: parts of one fused original fit together."""
     out = dict.fromkeys(family.modules, 2 * UNIT)
     for places in family.originals.values():
@@ -46,7 +46,7 @@ def pair_for(family: Family, module: str, rank: int = 2, scale: float = 1.0, sha
     if family.modules[module] == "conv":
         kernel = (1, 1) if re.search(r"proj_in|proj_out|conv_shortcut", module) else (3, 3)
     A = numbers((rank, IN, *kernel), shared or f"A {module}")
-    B = numbers((rows_of(family)[module], rank, *[1] * len(kernel)), f"B {module}")
+    B = numbers((shard_rows(family)[module], rank, *[1] * len(kernel)), f"B {module}")
     return Pair(A, B, scale, "conv" if kernel else "linear")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from veneer.core.adapter import Adapter
 from veneer.core.forms import product_of
-from veneer.formats.topology import Family, ModulePlace, families, flat
+from veneer.formats.topology import Family, ModuleTarget, families, flat
 
 UNIT = 4
 """Rows of one unit of a fused projection, and of a plain module half that."""
@@ -40,7 +40,7 @@ class Layout:
         self.seed += 1
         return torch.randn(*shape, generator=torch.Generator().manual_seed(self.seed)).to(dtype)
 
-    def expect(self, places: Iterable[ModulePlace], change: Tensor, parameter: str = "weight") -> None:
+    def expect(self, places: Iterable[ModuleTarget], change: Tensor, parameter: str = "weight") -> None:
         """ΔW of the module as written -> ΔW of each place's rows."""
         for place in places:
             assert f"{place.module}.{parameter}" not in self.want
@@ -49,7 +49,7 @@ class Layout:
     def lora(
         self,
         text: str,
-        places: tuple[ModulePlace, ...],
+        places: tuple[ModuleTarget, ...],
         shape: tuple[int, ...],
         *,
         naming: str = "kohya",
@@ -71,7 +71,7 @@ def product(up: Tensor, down: Tensor) -> Tensor:
     return (up.double().flatten(1) @ down.double().flatten(1)).reshape(up.shape[0], *down.shape[1:])
 
 
-def rows(change: Tensor, place: ModulePlace) -> Tensor:
+def rows(change: Tensor, place: ModuleTarget) -> Tensor:
     n = change.shape[0]
     if place.part:
         begin, end, total = place.part
@@ -79,7 +79,7 @@ def rows(change: Tensor, place: ModulePlace) -> Tensor:
     return torch.cat([change[n // 2 :], change[: n // 2]]) if place.swap else change
 
 
-def shape_of(family: Family, places: tuple[ModulePlace, ...]) -> tuple[int, ...]:
+def shape_of(family: Family, places: tuple[ModuleTarget, ...]) -> tuple[int, ...]:
     """A tiny weight's shape for an original module: every unit of a fused one has the same rows."""
     units = places[0].part[2] if places[0].part else 1
     module = places[0].module
@@ -89,23 +89,23 @@ def shape_of(family: Family, places: tuple[ModulePlace, ...]) -> tuple[int, ...]
     return (UNIT, INTO, *((1, 1) if pointwise else (3, 3)))
 
 
-def denoiser(family: Family, *, original: bool) -> list[tuple[str, tuple[ModulePlace, ...]]]:
+def denoiser(family: Family, *, original: bool) -> list[tuple[str, tuple[ModuleTarget, ...]]]:
     """(name, places) of every linear and convolution of the denoiser, under one of its two kinds of names."""
     if original:
         found = [(name, places) for name, places in family.originals.items()]
     else:
         prefix = f"{family.denoiser}."
-        found = [(m.removeprefix(prefix), (ModulePlace(m),)) for m in family.modules if m.startswith(prefix)]
+        found = [(m.removeprefix(prefix), (ModuleTarget(m),)) for m in family.modules if m.startswith(prefix)]
     return [(name, places) for name, places in found if family.modules[places[0].module] in ("linear", "conv")]
 
 
-def encoders(family: Family) -> list[tuple[str, str, tuple[ModulePlace, ...]]]:
+def encoders(family: Family) -> list[tuple[str, str, tuple[ModuleTarget, ...]]]:
     """(component, name, places) of every linear of the text encoders."""
     found = []
     for module, kind in family.modules.items():
         component, _, name = module.partition(".")
         if component != family.denoiser and kind == "linear":
-            found.append((component, name, (ModulePlace(module),)))
+            found.append((component, name, (ModuleTarget(module),)))
     return found
 
 

@@ -20,7 +20,7 @@ from veneer.errors import AdapterError
 from veneer.files.safetensors import write_tensors
 from veneer.formats import peft
 from veneer.formats.convert import encode, write
-from veneer.formats.peft_config import CONVERTIBLE, NO_WEIGHTS, way_of
+from veneer.formats.peft_config import CONVERTIBLE, NO_WEIGHTS, conversion_advice
 from veneer.formats.read import read, read_state_dict
 from veneer.formats.topology import families
 
@@ -44,7 +44,7 @@ def pairs(*modules: str) -> Adapter:
         ({f"{KOHYA_Q}.oft_blocks": torch.ones(2, 2, 2)}, "OFT"),
     ],
 )
-def test_inspect_says_what_convert_knows(tmp_path, capsys, tensors, why):
+def test_inspect_and_convert_report_the_same(tmp_path, capsys, tensors, why):
     write_tensors(tmp_path / "x.safetensors", tensors)
     told = []
     for command in (["inspect"], ["convert", "--to", "kohya", "-o", str(tmp_path / "y.safetensors")]):
@@ -55,7 +55,7 @@ def test_inspect_says_what_convert_knows(tmp_path, capsys, tensors, why):
     assert "no tensor of the file is an adapter's" not in told[0]
 
 
-def test_the_verdict_comes_first_and_the_exit_code_is_its(tmp_path, capsys):
+def test_inspect_verdict_sets_the_exit_code(tmp_path, capsys):
     write(pairs(TO_Q), tmp_path / "good.safetensors", "kohya")
     good = run(capsys, "adapter", "inspect", str(tmp_path / "good.safetensors"))
     assert (good.code, good.out.splitlines()[0]) == (0, "read for use")
@@ -71,7 +71,7 @@ def test_the_verdict_comes_first_and_the_exit_code_is_its(tmp_path, capsys):
     assert inspect(str(tmp_path / "good.safetensors"))["verdict"] == {"use": True, "why": "", "fix": ""}
 
 
-def test_partial_is_advised_only_where_something_is_left():
+def test_allow_partial_is_advised_only_if_useful():
     with pytest.raises(AdapterError) as refusal:
         read_state_dict({"x.lora_down.weight": torch.ones(2, 4)}, {})
     assert refusal.value.fix is None
@@ -87,7 +87,7 @@ def test_swapped_factors_are_named():
     assert read_state_dict(right, {}).adapter.pairs[TO_Q].rank == 4
 
 
-def test_a_rank_that_the_file_says_is_taken_at_its_word(tmp_path):
+def test_stated_rank_is_trusted(tmp_path):
     assert read_state_dict(SWAPPED, {"ss_network_dim": "320"}).adapter.pairs[TO_Q].rank == 320
     tiny = linear_pairs(["a.q_proj"], rank=9, width=4)
     peft.write_folder(tiny, tmp_path / "a")
@@ -117,7 +117,7 @@ def gain(adapter: Adapter) -> Adapter:
      linear_pairs(["a.q_proj"])],
     ids=["one model", "two models", "a gain", "a gain and two models", "text"],
 )  # fmt: skip
-def test_what_is_advised_holds_the_adapter(adapter, to):
+def test_advised_layout_can_hold_the_adapter(adapter, to):
     """Every `--to` that a refusal names is one that writes; where it names none, none does."""
     try:
         encode(adapter, to)
@@ -135,14 +135,14 @@ def test_what_is_advised_holds_the_adapter(adapter, to):
                 encode(adapter, other)
 
 
-def test_convert_to_lora_is_advised_where_peft_has_it():
+def test_convert_to_lora_is_advised_if_peft_supports_it():
     from peft import PeftType
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     default = BaseTunerLayer.supports_lora_conversion
     for kind in PeftType:
-        told = way_of(kind.value)
+        told = conversion_advice(kind.value)
         tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(kind)
         place = tuner.__module__.replace(".model", ".layer") if tuner else ""
         layers = vars(import_module(place)).values() if place and find_spec(place) else ()
@@ -154,7 +154,7 @@ def test_convert_to_lora_is_advised_where_peft_has_it():
             assert "merge_and_unload" not in told
 
 
-def test_what_kind_it_is_is_called_by_its_name(tmp_path, capsys):
+def test_variants_are_named(tmp_path, capsys):
     lokr = Delta("kronecker", {"w1": torch.ones(2, 2), "w2": torch.ones(2, 3)}, (4, 6))
     write(Adapter(deltas={f"{TO_Q}.weight": lokr}), tmp_path / "x.safetensors", "kohya", family="sd15")
     assert inspect(str(tmp_path / "x.safetensors"))["variants"] == ["LoKr"]

@@ -19,7 +19,7 @@ from veneer.core.adapter import Adapter, Pair
 from veneer.core.forms import Delta
 from veneer.files.safetensors import read_tensors, write_tensors
 from veneer.formats import convert, peft
-from veneer.formats.compatibility import ElsewhereVerdict, elsewhere
+from veneer.formats.compatibility import ToolVerdict, check_tools
 from veneer.formats.read import read
 from veneer.formats.topology import families
 
@@ -32,8 +32,8 @@ TOOLS = {
 }  # fmt: skip
 
 
-def verdicts(path: Path) -> dict[str, ElsewhereVerdict]:
-    return {v.tool: v for v in elsewhere(path, read(path))}
+def verdicts(path: Path) -> dict[str, ToolVerdict]:
+    return {v.tool: v for v in check_tools(path, read(path))}
 
 
 def image_adapter(name: str = "sdxl", component: str = "", **changes: Any) -> Adapter:
@@ -65,7 +65,7 @@ def loaded(path: Path, mixin: str = "StableDiffusionXLLoraLoaderMixin") -> tuple
 
 @pytest.mark.parametrize("to", ["kohya", "comfyui", "diffusers", "peft"])
 @pytest.mark.parametrize("name", ["sdxl", "flux1"])
-def test_what_is_written_for_a_tool_is_right_for_it(name: str, to: str, tmp_path: Path) -> None:
+def test_converted_file_is_correct_for_its_tool(name: str, to: str, tmp_path: Path) -> None:
     path = tmp_path / ("it" if to == "peft" else "it.safetensors")
     convert.write(image_adapter(name), path, to, family=name)
     found = verdicts(path)
@@ -75,7 +75,7 @@ def test_what_is_written_for_a_tool_is_right_for_it(name: str, to: str, tmp_path
 
 
 @pytest.mark.parametrize("to", ["peft", "vllm", "tgi", "gguf"])
-def test_what_is_written_for_a_server_is_right_for_it(to: str, tmp_path: Path) -> None:
+def test_server_export_is_correct_for_its_server(to: str, tmp_path: Path) -> None:
     path = tmp_path / ("it.gguf" if to == "gguf" else "it")
     how = {"gguf": {"family": "llama", "head_dim": 4}, "tgi": {"layers": 2}}.get(to, {})
     convert.write(text_adapter((2, 4), 0.7), path, to, **how)
@@ -145,7 +145,7 @@ def test_diffusers_loads_no_lokr_of_sdxl(tmp_path: Path) -> None:
         loaded(path)
 
 
-def test_scales_that_stand_in_metadata_are_one_for_comfyui(tmp_path: Path) -> None:
+def test_comfyui_ignores_scales_in_metadata(tmp_path: Path) -> None:
     """By its rule: alpha over the rows of down where there is an alpha, else 1."""
     path = tmp_path / "it.safetensors"
     convert.write(uniform(), path, "diffusers", family="sdxl")
@@ -157,7 +157,7 @@ def test_scales_that_stand_in_metadata_are_one_for_comfyui(tmp_path: Path) -> No
     assert verdicts(tmp_path / "one.safetensors")["ComfyUI"].verdict == "fine"
 
 
-def with_config(folder: Path, change: Callable[[dict[str, Any]], Any], adapter: Adapter) -> dict[str, ElsewhereVerdict]:
+def with_config(folder: Path, change: Callable[[dict[str, Any]], Any], adapter: Adapter) -> dict[str, ToolVerdict]:
     peft.write_folder(adapter, folder)
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text())

@@ -80,7 +80,7 @@ QKV = [f"{BLOCK}.attn.to_{p}" for p in "qkv"]
 LINEAR1 = [f"transformer.single_transformer_blocks.0.{p}" for p in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")]
 
 
-def test_parts_with_the_same_A_are_one_pair_of_the_same_rank():
+def test_parts_sharing_A_join_at_the_same_rank():
     adapter = Adapter({m: pair_for(FLUX, m, 2, 0.5, shared="A") for m in QKV})
     out = encode(adapter, "kohya").tensors
     name = "lora_unet_double_blocks_0_img_attn_qkv"
@@ -111,7 +111,7 @@ def test_parts_of_their_own_are_block_diagonal():
     ]
 
 
-def test_blocks_are_not_taken_for_those_of_split_qkv(tmp_path):
+def test_our_joined_blocks_are_not_read_as_split_qkv(tmp_path):
     """Alpha 4 of rank 12, and 4 of rank 4 beside it: so sd-scripts' split_qkv writes them, at three times the scale."""
     adapter = Adapter({m: pair_for(FLUX, m, 4, 1 / 3) for m in QKV})
     adapter.pairs["transformer.x_embedder"] = pair_for(FLUX, "transformer.x_embedder", 4, 1.0)
@@ -123,7 +123,7 @@ def test_blocks_are_not_taken_for_those_of_split_qkv(tmp_path):
     same_changes(read(out).adapter, adapter)
 
 
-def test_a_part_that_nothing_changes_is_zero_rows():
+def test_unchanged_part_is_written_as_zero_rows():
     adapter = Adapter({QKV[1]: pair_for(FLUX, QKV[1], 3)})
     out = encode(adapter, "comfyui", family="flux1").tensors
     up = out["diffusion_model.double_blocks.0.img_attn.qkv.lora_B.weight"]
@@ -184,7 +184,7 @@ def test_a_whole_file_there_and_back_is_the_same_bytes(family, count, tmp_path):
     assert read_header(first).metadata["sshs_model_hash"] == read_header(last).metadata["sshs_model_hash"]
 
 
-def test_rounding_is_told_and_is_what_is_written(tmp_path):
+def test_rounding_error_is_reported_and_matches_the_file(tmp_path):
     adapter = random_adapter(SD15, lambda m: m.startswith("unet."))
     written = write(adapter, tmp_path / "it.safetensors", "kohya", family="sd15", dtype="bfloat16")
     assert re.search(r"rounded to bfloat16: ΔW moves by up to 0\.00\d+", written.notes[0])
@@ -221,7 +221,7 @@ def test_the_name_says_what_it_is(to, name, why, tmp_path):
         write(random_adapter(SD15, lambda m: m.startswith("unet.")), tmp_path / name, to, family="sd15")
 
 
-def test_parts_get_their_own_rank_again_and_the_fused_file_its_bytes(tmp_path):
+def test_split_and_rejoin_restores_ranks_and_bytes(tmp_path):
     adapter = Adapter({m: pair_for(FLUX, m, 2, 1.0) for m in [*LINEAR1, *QKV[:2]]})
     first, between, last = (tmp_path / f"{n}.safetensors" for n in ("a", "b", "c"))
     write(adapter, first, "kohya", family="flux1")

@@ -135,7 +135,7 @@ def comes_back(adapter: Adapter, path, to: str, family: str) -> dict[str, torch.
 
 @pytest.mark.parametrize("to", ["kohya", "comfyui", "diffusers", "peft"])
 @pytest.mark.parametrize("form", HELD)
-def test_a_form_comes_back_or_is_refused_by_name(form, to, tmp_path):
+def test_form_round_trips_or_is_refused_by_name(form, to, tmp_path):
     adapter, held = HELD[form]
     module = next(iter({m.removesuffix(".weight").removesuffix(".bias") for m, _ in _items(adapter)}))
     out = tmp_path / ("it" if to == "peft" else "it.safetensors")
@@ -178,7 +178,7 @@ def test_parts_of_unlike_forms_are_refused_together():
     assert QKV[2] in refusal.value.what
 
 
-def test_every_module_in_the_way_is_listed_at_once():
+def test_every_refused_module_is_listed():
     adapter = Adapter(
         {
             TO_Q: pair_for(SDXL, TO_Q),
@@ -203,7 +203,7 @@ def test_every_module_in_the_way_is_listed_at_once():
         ("transformer.transformer_blocks.0.attn.to_q", "flux3", "kohya", "there is no family 'flux3'"),
     ],
 )
-def test_what_has_no_name(module, family, to, why):
+def test_modules_without_a_name_are_refused(module, family, to, why):
     pair = Pair(numbers((2, IN), "A"), numbers((ROWS, 2), "B"), 1.0)
     with pytest.raises(AdapterError, match=why):
         encode(Adapter({module: pair}), to, family=family)
@@ -229,7 +229,7 @@ def test_dora_is_noted_where_readers_differ():
     assert "A1111" in encode(dora(TO_Q, 0), "kohya", family="sdxl").notes[0]
 
 
-def test_a_vector_alone_is_a_new_norm_and_nothing_else():
+def test_lone_vector_is_a_new_norm_only():
     """`….norm_q.weight` beside pairs, as diffusers has it; on a linear it would be an (IA)³ without its on_input."""
     norm, linear, other = (f"transformer.transformer_blocks.0.attn.{n}" for n in ("norm_q", "to_q", "to_k"))
     pair = {f"{other}.lora_A.weight": torch.ones(2, UNIT), f"{other}.lora_B.weight": torch.ones(UNIT, 2)}

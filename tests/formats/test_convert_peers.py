@@ -197,7 +197,7 @@ def test_diffusers_splits_our_fused_kohya_file_of_flux_the_same():
         ("z-image", "ZImageLoraLoaderMixin"), ("sd3", "SD3LoraLoaderMixin"), ("sd3-large", "SD3LoraLoaderMixin"),
     ],
 )  # fmt: skip
-def test_no_pipeline_takes_our_names_for_anothers(family, mixin, tmp_path):
+def test_written_names_identify_their_family(family, mixin, tmp_path):
     """What its converters make of the keys of every module that we write: nothing; and the settings arrive."""
     loader = getattr(loaders.lora_pipeline, mixin)
     assert loader._lora_loadable_modules == list(LOADABLE.get(family, ("transformer",)))

@@ -45,7 +45,7 @@ def test_text_encoders_come_back_too(name, there, back, tmp_path):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_one_module_is_enough_to_know_the_family_again(name, tmp_path):
+def test_family_is_found_from_one_module(name, tmp_path):
     """Many names are in several families, with the halves of their rows in one order or the other."""
     family = families()[name]
     for i, module in enumerate(m for m in one_of_each_kind(family) if m.startswith(family.denoiser)):

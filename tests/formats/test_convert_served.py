@@ -31,7 +31,7 @@ def mixed(net: torch.nn.Module) -> Adapter:
     return random_adapter(create(net, PATTERNS, seed=0)).mapped(lambda t: t.to(next(net.parameters()).dtype))
 
 
-def test_vllms_folder_has_one_rank_and_scale_one_and_the_same_outputs(tmp_path):
+def test_vllm_folder_has_one_rank_and_scale_one(tmp_path):
     net = model("llama3")
     adapter = mixed(net)
     written = write(adapter, tmp_path / "it", "vllm")
@@ -133,7 +133,7 @@ def test_gguf_is_of_one_rank_and_comes_back(tmp_path):
     assert again.digest == written.digest
 
 
-def test_gguf_wants_the_architecture_and_leaves_nothing(tmp_path):
+def test_gguf_without_architecture_writes_nothing(tmp_path):
     adapter = Adapter({Q: Pair(numbers((2, 4), "A"), numbers((6, 2), "B"), 1)})
     with pytest.raises(AdapterError, match="architecture"):
         write(adapter, tmp_path / "it.gguf", "gguf")

@@ -51,7 +51,7 @@ def unknown(found: Reading, *near: str) -> None:
     assert found.adapter.card.kind == "image"
 
 
-def test_hunyuan_videos_double_blocks_are_no_qwen_image() -> None:
+def test_hunyuan_video_is_not_qwen_image() -> None:
     """20 blocks of width 3,072: the width of FLUX.1 and Qwen-Image, the depth of none."""
     shapes = attention(range(20), 3072)
     for i in range(20):
@@ -60,7 +60,7 @@ def test_hunyuan_videos_double_blocks_are_no_qwen_image() -> None:
     assert look(pairs(attention(range(60), 3072))).family == "qwen-image"
 
 
-def test_an_attention_only_krea_2_is_no_sd3_large() -> None:
+def test_attention_only_krea_2_is_not_sd3_large() -> None:
     assert look(pairs(attention(range(28), 6144))).family == "krea2"
     unknown(look(pairs(attention(range(30), 6144))), "sd3-large")
     assert look(pairs(attention(range(38), 2432))).family == "sd3-large"
@@ -76,7 +76,7 @@ def test_wan_and_ltx_in_diffusers_names_are_no_text_adapters() -> None:
         assert set(found.adapter.pairs) == set(shapes)
 
 
-def test_ltx_and_anima_are_one_in_depth_and_width_and_told_apart_by_their_contexts() -> None:
+def test_ltx_and_anima_are_distinguished_by_context_width() -> None:
     own = {f"transformer.transformer_blocks.{i}.attn1.to_q": (2048, 2048) for i in range(28)}
     unknown(look(pairs(own)), "anima", "ltx-video")
     for context, family in ((1024, "anima"), (2048, None)):
@@ -95,13 +95,13 @@ def folder(path: Path, shapes: dict[str, tuple[int, int]]) -> Path:
 
 
 @pytest.mark.parametrize(("context", "family"), [(768, "sd15"), (1024, "sd2")])
-def test_a_peft_folder_of_a_unet_is_told_by_its_context(tmp_path, context, family) -> None:
+def test_unet_peft_folder_is_recognized_by_context_width(tmp_path, context, family) -> None:
     at = "down_blocks.0.attentions.0.transformer_blocks.0"
     shapes = {f"{at}.attn1.to_q": (320, 320), f"{at}.attn2.to_k": (320, context), f"{at}.attn2.to_v": (320, context)}
     assert read(folder(tmp_path / "a", shapes)).family == family
 
 
-def test_what_two_families_name_and_nothing_tells_apart_is_read_without_a_claim(tmp_path) -> None:
+def test_indistinguishable_families_are_read_without_a_choice(tmp_path) -> None:
     shapes = {"down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": (640, 640)}
     found = read(folder(tmp_path / "a", shapes))
     told = next(r for r in found.reasons if r.startswith("unknown family, of these shapes"))
@@ -165,7 +165,7 @@ OFFICIAL = {
 
 
 @pytest.mark.parametrize("case", OFFICIAL)
-def test_official_widths_are_refused_in_no_group_of_blocks(case: str) -> None:
+def test_official_widths_fit_every_block_group(case: str) -> None:
     """All linears at once, and each group of blocks alone (refiners, text fusion), in diffusers' and original names."""
     diffusers = pytest.importorskip("diffusers")
     name, kind, settings = OFFICIAL[case]
@@ -236,7 +236,7 @@ def test_onetrainers_split_of_bfls_projections() -> None:
 
 @pytest.mark.parametrize("prefix", ["diffusion_model.", "base_model.model."])
 @pytest.mark.parametrize("name", ["krea2", "anima"])
-def test_krea_2_and_anima_land_where_diffusers_puts_them(name, prefix) -> None:
+def test_krea_2_and_anima_names_match_diffusers(name, prefix) -> None:
     conversion = pytest.importorskip("diffusers.loaders.lora_conversion_utils")
     if (name, prefix) == ("anima", "base_model.model."):
         pytest.skip("diffusers' converter knows Anima under diffusion_model. alone")
@@ -263,7 +263,7 @@ def test_flux_2_truncated_names_map_as_in_diffusers() -> None:
     assert all(torch.equal(p.B, want[f"{m}.lora_B.weight"]) for m, p in found.adapter.pairs.items())
 
 
-def test_usos_names_in_comfyui_hold_queries_keys_and_values_alone() -> None:
+def test_uso_names_cover_qkv_rows_only() -> None:
     names = [f"diffusion_model.single_blocks.{i}.linear1_qkv" for i in range(38)]
     tensors = random_pairs(names, (24, 8))
     found = look(tensors)
@@ -296,7 +296,7 @@ OTHER_MODELS = {
 
 @pytest.mark.parametrize("some", [False, True])
 @pytest.mark.parametrize("case", OTHER_MODELS)
-def test_other_models_in_diffusers_names_are_read_under_their_own(case: str, some: bool) -> None:
+def test_unknown_diffusers_models_keep_their_names(case: str, some: bool) -> None:
     """All linears of diffusers' class, or those of its attention alone."""
     diffusers = pytest.importorskip("diffusers")
     kind, settings = OTHER_MODELS[case]

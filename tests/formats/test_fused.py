@@ -99,7 +99,7 @@ def test_parts_are_the_rows_and_join_again(form, parts, unit, scale, kernel, mag
     ),
     st.booleans(),
 )
-def test_joining_is_exact_and_cutting_gives_the_parts_back(form, drawn, magnitude):
+def test_join_and_split_round_trip(form, drawn, magnitude):
     """`seed` 0 or 1: parts that share their A, and parts that do not."""
     parts = []
     for i, (rows, scale, seed) in enumerate(drawn):
@@ -125,7 +125,7 @@ def test_joining_is_exact_and_cutting_gives_the_parts_back(form, drawn, magnitud
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_scales_of_powers_of_two_fold_exactly_into_16_bit_factors(dtype):
+def test_power_of_two_scales_fold_exactly(dtype):
     A, B = rand(2, 6).to(dtype), rand(4, 2).to(dtype)
     whole = join([Pair(A, B, 2.0), Pair(A, B, 2.0 * 3 / 16)])
     assert whole.scale == 2.0
@@ -134,7 +134,7 @@ def test_scales_of_powers_of_two_fold_exactly_into_16_bit_factors(dtype):
     assert same.B.dtype == dtype
 
 
-def test_equal_values_share_a_and_others_stand_apart():
+def test_equal_a_factors_are_shared_when_joining():
     A, B = rand(2, 6), rand(3, 2)
     assert join([Pair(A, B, 1.0), Pair(A.clone(), B, 1.0)]).rank == 2
     other = join([Pair(A, B, 1.0), Pair(A + 1, B, 1.0), Pair(A, B, 1.0)])
@@ -167,7 +167,7 @@ def test_gains():
 
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from(FORMS), st.integers(1, 4), kernels, st.booleans())
-def test_halves_change_places(form, half, kernel, magnitude):
+def test_swap_halves(form, half, kernel, magnitude):
     whole = item_of(form, 2 * half, 0.5, kernel=kernel)
     if magnitude and form != "bias":
         whole.magnitude = rand(2 * half)
@@ -228,6 +228,6 @@ INPUTS = Pair(rand(2, 6), rand(6, 2), 1.0, magnitude=rand(1, 6))
         (lambda: join([item_of("loha", 4, 1, 0, (3, 3)), item_of("loha", 4, 1, 1, (3, 3))]), "different cores"),
     ],
 )
-def test_what_has_no_such_change_is_refused(action, words):
+def test_unsupported_extra_terms_are_refused(action, words):
     with pytest.raises(AdapterError, match=words):
         action()

@@ -181,7 +181,7 @@ def small(path: Path, tensors: dict[str, Tensor], **fields: Any) -> Path:
     return path
 
 
-def test_what_is_no_adapter_is_refused(tmp_path):
+def test_files_that_are_not_adapters_are_refused(tmp_path):
     a, b = {"blk.0.attn_v.weight.lora_a": torch.ones(2, 4)}, {"blk.0.attn_v.weight.lora_b": torch.ones(4, 2)}
     path = tmp_path / "x.gguf"
     fails(small(path, a | b, general__type="model"), "not a LoRA adapter: general.type = 'model'")
@@ -214,7 +214,7 @@ def test_what_is_no_adapter_is_refused(tmp_path):
         (lambda a: a.pairs.clear(), "nothing at all"),
     ],
 )
-def test_what_llama_cpp_does_not_apply_is_not_written(tmp_path, spoil, words):
+def test_gguf_refuses_changes_llama_cpp_ignores(tmp_path, spoil, words):
     ours = adapter()
     spoil(ours)
     with pytest.raises(AdapterError, match=words):

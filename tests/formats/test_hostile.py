@@ -26,7 +26,7 @@ from veneer.errors import AdapterError
 from veneer.files.safetensors import encode_tensors, read_header, read_tensors
 from veneer.formats.gguf import read_gguf, write_gguf
 from veneer.formats.keys import split_key
-from veneer.formats.module_tensors import read_leaf
+from veneer.formats.module_tensors import read_module
 from veneer.formats.tensors import read_adapter_tensors
 
 MUCH = 16 << 20
@@ -44,7 +44,7 @@ def read(path: Path) -> None:
         module, suffix = split_key(key) or (key, "")
         leaves[module][suffix] = value
     for module, parts in leaves.items():
-        leaf = read_leaf(parts, where=module)
+        leaf = read_module(parts, where=module)
         if sum(value.numel() for value in parts.values()) < 1000:  # what is read can be used
             if leaf.pair is not None:
                 pair_matrix(leaf.pair)
@@ -56,7 +56,7 @@ def read(path: Path) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def _torch_is_whole() -> None:
     """torch loads some 70 MB of itself when a tensor without memory is first computed with."""
-    read_leaf({"diff": torch.ones(2)}, where="x")
+    read_module({"diff": torch.ones(2)}, where="x")
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_each_is_refused_in_its_own_words(folder, name, monkeypatch):
+def test_each_refusal_gives_its_reason(folder, name, monkeypatch):
     monkeypatch.chdir(folder)
     started = time.monotonic()
     tracemalloc.start()

@@ -12,34 +12,34 @@ from tests.formats.test_module_tensors import close, product, rand
 from veneer.core.adapter import Pair
 from veneer.core.forms import Delta, change_of, delta_of
 from veneer.errors import AdapterError
-from veneer.formats.module_tensors import Leaf, fitted, read_leaf, write_leaf
+from veneer.formats.module_tensors import ModuleChanges, fitted, read_module, write_module
 
 
 def test_alpha_is_written_so_that_the_scale_survives():
-    third = write_leaf(Leaf(Pair(rand(16, 3), rand(4, 16), 1 / 3)))["alpha"]
+    third = write_module(ModuleChanges(Pair(rand(16, 3), rand(4, 16), 1 / 3)))["alpha"]
     assert (third.dtype, third.ndim) == (torch.float64, 0)
-    assert write_leaf(Leaf(Pair(rand(16, 3), rand(4, 16), 0.5)))["alpha"].dtype == torch.float32
+    assert write_module(ModuleChanges(Pair(rand(16, 3), rand(4, 16), 0.5)))["alpha"].dtype == torch.float32
 
 
 @pytest.mark.parametrize(
     "leaf",
     [
-        Leaf(Pair(rand(1, 2, 3), rand(1, 3, 2), 1.0, "experts")),
-        Leaf(
+        ModuleChanges(Pair(rand(1, 2, 3), rand(1, 3, 2), 1.0, "experts")),
+        ModuleChanges(
             None, {"weight": Delta("kronecker", {"w1": rand(2, 2), "w2": rand(3, 3)}, (4, 6), 1, None, (0, 4), (6, 6))}
         ),
-        Leaf(Pair(rand(2, 3), rand(3, 2), 1.0), {"weight": Delta("dense", {"value": rand(3, 3)}, (3, 3))}),
-        Leaf(None, {}, {"bias": rand(3)}),
+        ModuleChanges(Pair(rand(2, 3), rand(3, 2), 1.0), {"weight": Delta("dense", {"value": rand(3, 3)}, (3, 3))}),
+        ModuleChanges(None, {}, {"bias": rand(3)}),
     ],
 )
-def test_what_the_names_cannot_hold_is_refused(leaf):
+def test_changes_without_kohya_names_are_refused(leaf):
     with pytest.raises(AdapterError, match="has no tensors for"):
-        write_leaf(leaf)
+        write_module(leaf)
 
 
 def test_an_origin_is_written_as_one_pair():
     A, B, A0, B0 = rand(2, 3), rand(4, 2), rand(2, 3, seed=1), rand(4, 2, seed=1)
-    again = read_leaf(write_leaf(Leaf(Pair(A, B, 0.5, origin=(A0, B0)))), where="x")
+    again = read_module(write_module(ModuleChanges(Pair(A, B, 0.5, origin=(A0, B0)))), where="x")
     close(product(again, (4, 3)), 0.5 * (B @ A - B0 @ A0))
 
 
@@ -49,7 +49,7 @@ BASES: dict[str, tuple[Callable[[], torch.nn.Module], tuple[int, ...]]] = {
 }
 
 
-def applied(base: torch.nn.Module, leaf: Leaf, x: Tensor) -> Tensor:
+def applied(base: torch.nn.Module, leaf: ModuleChanges, x: Tensor) -> Tensor:
     """The base's output with the leaf's ΔW in its weight, in float64."""
     held = leaf.pair or leaf.deltas["weight"]
     W = base.weight.detach().double()
@@ -84,10 +84,10 @@ def test_lycoris_agrees(algorithm, extra, wd, layer):
         module.apply_to()
         theirs = base(x)
         module.restore()
-        leaf = fitted(read_leaf(state, where="x"), tuple(base.weight.shape))
+        leaf = fitted(read_module(state, where="x"), tuple(base.weight.shape))
         ours = applied(base, leaf, x)
     torch.testing.assert_close(theirs.double(), ours, rtol=1e-4, atol=1e-4)
-    again = write_leaf(leaf)
+    again = write_module(leaf)
     if algorithm != "LoConModule" or "use_tucker" not in extra:
         assert set(again) == set(state)
 
@@ -103,7 +103,7 @@ def test_lycoris_agrees_on_gains(on_input, layer):
     torch.nn.init.normal_(module.weight)
     with torch.no_grad():
         state = {k: t.clone() for k, t in module.state_dict().items() if k in ("weight", "on_input")}
-        leaf = read_leaf(state, where="x")
+        leaf = read_module(state, where="x")
         theirs = module.get_diff_weight()[0]
         close(delta_of(base.weight, leaf.deltas["weight"]), theirs, 1e-6)
-        assert set(write_leaf(leaf)) == set(state)
+        assert set(write_module(leaf)) == set(state)

@@ -35,7 +35,7 @@ def base(name: str) -> torch.nn.Module:
 
 @pytest.mark.parametrize("name", BASES)
 @pytest.mark.parametrize("made", ["peft", "vllm", "mix", "resize"])
-def test_peft_loads_what_was_made_of_an_adapter_whose_names_begin_with_transformer(tmp_path, name, made):
+def test_peft_loads_text_adapters_named_transformer(tmp_path, name, made):
     want = peft_folder(base(name), tmp_path / "in", target_modules=BASES[name][1], r=4, lora_alpha=6)
     assert (want - outputs(base(name))).abs().max() > 0.005
     if made in ("peft", "vllm"):
@@ -50,13 +50,13 @@ def test_peft_loads_what_was_made_of_an_adapter_whose_names_begin_with_transform
 
 
 @pytest.mark.parametrize("to", ["kohya", "diffusers", "comfyui"])
-def test_they_are_no_image_models(tmp_path, to):
+def test_language_models_are_not_image_models(tmp_path, to):
     adapter = linear_pairs(["transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn"])
     with pytest.raises(AdapterError, match="image models"):
         convert.encode(adapter, to)
 
 
-def test_a_level_that_was_lost_on_the_way_is_seen_before_anything_is_written(tmp_path, monkeypatch):
+def test_lost_name_level_is_refused_before_writing(tmp_path, monkeypatch):
     """The reader itself takes both spellings, so only the loader's rule tells them apart."""
     adapter = linear_pairs(["transformer.h.0.attn.c_attn"])
     monkeypatch.setattr(convert, "component_of", lambda name: "transformer")  # as if it were a denoiser's
@@ -83,7 +83,7 @@ LEVELS = {
 
 @pytest.mark.parametrize("family", IMAGE)
 @pytest.mark.parametrize("to", LEVELS)
-def test_of_an_image_model_too(family, to):
+def test_image_adapter_is_verified(family, to):
     modules = IMAGE[family] if to != "diffusers" else IMAGE[family][:1]
     known = families()[family]
     pairs: dict[str, Pair] = {m: pair_for(known, m, rank=2) for m in modules}

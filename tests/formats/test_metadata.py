@@ -105,7 +105,7 @@ def test_hashes_of_others_are_verified(tmp_path, tensors):
 
 
 @pytest.mark.parametrize("stated", ["ab" * 32, "ab" * 6, "", "AB" * 32, "red, blue: 1", "ab" * 5])
-def test_a1111_calls_a_file_by_what_its_header_states(stated, tmp_path, tensors):
+def test_short_hash_is_the_one_that_the_header_states(stated, tmp_path, tensors):
     """NetworkOnDisk: `metadata.get("sshs_model_hash") or` AutoV3, of which the first 12 digits. Not a text that is no
     hash, which would break the list."""
     path = tmp_path / "x.safetensors"
@@ -127,7 +127,7 @@ def test_a_hash_in_the_order_of_names_is_recognised(tmp_path, tensors):
     assert "OneTrainer" in check.note
 
 
-def test_a_legacy_hash_under_a_long_header_is_not_called_false(tmp_path):
+def test_legacy_hash_under_long_header_is_unknown(tmp_path):
     tensors = {"a": torch.ones(4)}
     write_tensors(
         tmp_path / "x.safetensors", tensors, {"ss_tag_frequency": "x" * (1 << 20), "sshs_legacy_hash": "01234567"}
@@ -153,7 +153,7 @@ def test_equal_cards_give_equal_bytes_and_come_back():
     assert card.recipe["network_module"] == "networks.lora"
 
 
-def test_what_readers_look_for_is_there():
+def test_metadata_has_the_keys_readers_use():
     """A1111 and Forge: ss_output_name, ss_base_model_version, ss_v2, modelspec.architecture; managers: the rest."""
     m = metadata_of(CARD, family="sdxl", name="dog")
     assert m["ss_output_name"] == "dog"
@@ -224,14 +224,14 @@ def test_claims_of_families(metadata, family):
         ({"ss_dataset_dirs": '{"img": {"img_count": 3}}'}, {}),
     ],
 )
-def test_trigger_words_are_found_where_they_hide(metadata, words):
+def test_trigger_words_are_found_in_metadata(metadata, words):
     assert trigger_words(metadata) == words
     card = card_from_metadata(metadata)
     sure = [w for w, key in words.items() if not key.endswith("?")]
     assert card.trigger_words == (sure or list(words))
 
 
-def test_of_a_file_of_ours_what_its_captions_say_is_no_trigger_word() -> None:
+def test_captions_in_our_files_are_not_trigger_words() -> None:
     """Whoever trained it said whether it has one; a word that somebody wrote down as such afterwards is one."""
     tags = {"1_prints": {"a vase": 1, "white wall": 2}}
     ours = metadata_of(Card(kind="image", extra={"tag_frequency": tags}), family="flux1")
@@ -250,7 +250,7 @@ def test_metadata_of_any_shape_is_survived(key, text):
     card_from_metadata({key: text})
 
 
-def test_a_card_inside_is_not_trusted_to_have_the_right_types():
+def test_embedded_card_with_wrong_types_is_ignored():
     card = card_from_metadata(
         {"veneer.card": '{"rank": "many", "alpha": true, "trigger_words": [1], "base": "b", "more": 1}'}
     )

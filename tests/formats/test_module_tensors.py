@@ -12,14 +12,14 @@ from veneer.core.forms import change_of, delta_of, product_of
 from veneer.core.merge import pair_matrix
 from veneer.errors import AdapterError
 from veneer.formats.keys import split_key
-from veneer.formats.module_tensors import MAX_RANK, Leaf, fitted, read_leaf
+from veneer.formats.module_tensors import MAX_RANK, ModuleChanges, fitted, read_module
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64)
 
 
-def product(leaf: Leaf, shape: tuple[int, ...]) -> Tensor:
+def product(leaf: ModuleChanges, shape: tuple[int, ...]) -> Tensor:
     """s·P of the weight, the pair and the delta together."""
     total = torch.zeros(shape, dtype=torch.float64)
     if leaf.pair is not None:
@@ -62,7 +62,7 @@ def test_a_key_is_cut_before_its_suffix(key, module, suffix):
 
 
 @pytest.mark.parametrize("key", ["<cat>", "x.bias", "up_blocks.0.up", "string_to_param.*", "alpha"])
-def test_what_no_adapter_ends_like_is_no_leaf(key):
+def test_unknown_suffixes_are_not_split(key):
     assert split_key(key) is None
 
 
@@ -76,31 +76,31 @@ NAMINGS = [
 @pytest.mark.parametrize(("down", "up"), NAMINGS)
 def test_a_linear_pair(down, up):
     A, B = rand(4, 6), rand(10, 4)
-    leaf = read_leaf({down: A, up: B, "alpha": torch.tensor(2.0)}, where="x")
+    leaf = read_module({down: A, up: B, "alpha": torch.tensor(2.0)}, where="x")
     assert leaf.pair is not None
     assert (leaf.pair.kind, leaf.pair.rank, leaf.pair.scale) == ("linear", 4, 0.5)
     assert leaf.pair.A is A
     close(product(leaf, (10, 6)), 0.5 * B @ A)
-    assert read_leaf({down: A, up: B}, where="x").pair.scale == 1.0  # without alpha, alpha is the rank
-    assert read_leaf({down: A, up: B, "alpha": torch.tensor(2.0)}, alpha=8, where="x").pair.scale == 2.0
-    assert read_leaf({down: A, up: B}, alpha=8, rslora=True, where="x").pair.scale == 4.0
-    assert read_leaf({down: A, up: B, "scalar": torch.tensor(0.25)}, alpha=8, where="x").pair.scale == 0.5
+    assert read_module({down: A, up: B}, where="x").pair.scale == 1.0  # without alpha, alpha is the rank
+    assert read_module({down: A, up: B, "alpha": torch.tensor(2.0)}, alpha=8, where="x").pair.scale == 2.0
+    assert read_module({down: A, up: B}, alpha=8, rslora=True, where="x").pair.scale == 4.0
+    assert read_module({down: A, up: B, "scalar": torch.tensor(0.25)}, alpha=8, where="x").pair.scale == 0.5
 
 
-def test_a_convolution_and_a_squeezed_one():
+def test_convolution_pairs_accept_squeezed_b():
     A, B = rand(4, 3, 3, 3), rand(5, 4, 1, 1)
     want = torch.einsum("or,rihw->oihw", B[:, :, 0, 0], A) * 0.25
     for up in (B, B[:, :, 0, 0]):
-        leaf = read_leaf({"lora_down.weight": A, "lora_up.weight": up}, alpha=1, where="x")
+        leaf = read_module({"lora_down.weight": A, "lora_up.weight": up}, alpha=1, where="x")
         assert leaf.pair.kind == "conv"
         assert leaf.pair.B.shape == (5, 4, 1, 1)
         close(product(leaf, (5, 3, 3, 3)), want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_a_tucker_convolution_is_a_plain_one(dtype):
+def test_tucker_convolution_reads_as_a_plain_pair(dtype):
     down, mid, up = (t.to(dtype) for t in (rand(4, 3, 1, 1), rand(4, 4, 3, 2), rand(5, 4, 1, 1)))
-    leaf = read_leaf({"lora_down.weight": down, "lora_mid.weight": mid, "lora_up.weight": up}, alpha=2, where="x")
+    leaf = read_module({"lora_down.weight": down, "lora_mid.weight": mid, "lora_up.weight": up}, alpha=2, where="x")
     want = torch.zeros(5, 3, 3, 2, dtype=torch.float64)
     for p in range(4):
         for q in range(4):
@@ -112,7 +112,7 @@ def test_a_tucker_convolution_is_a_plain_one(dtype):
 
 def test_a_bias_beside_b_has_the_scale_of_the_pair():
     bias = rand(10)
-    leaf = read_leaf(
+    leaf = read_module(
         {"lora_A.weight": rand(4, 6), "lora_B.weight": rand(10, 4), "lora_B.bias": bias}, alpha=2, where="x"
     )
     close(product_of(leaf.deltas["bias"]), 0.5 * bias)
@@ -130,11 +130,11 @@ def test_a_sparse_part_beside_the_pair():
     dense[1, 20], dense[4, 0] = 2.0, -3.0
     sparse = dense.to_sparse().coalesce()
     parts = {"lora_down.weight": A, "lora_up.weight": B} | sparse_parts(sparse)
-    leaf = read_leaf(parts, alpha=1, where="x")
+    leaf = read_module(parts, alpha=1, where="x")
     close(product(leaf, (5, 27)), 0.5 * (B.flatten(1) @ A.flatten(1) + dense.double()))
     parts["bias_size"] = torch.tensor([5, 28])
     with pytest.raises(AdapterError, match="do not fit"):
-        read_leaf(parts, where="x")
+        read_module(parts, where="x")
 
 
 def test_a_sparse_part_of_a_wide_weight_has_wrapped_indices():
@@ -142,7 +142,7 @@ def test_a_sparse_part_of_a_wide_weight_has_wrapped_indices():
     flat[1, 39_999] = 1.5
     sparse = flat.to_sparse().coalesce()
     parts = {"lora_down.weight": torch.zeros(1, 40_000), "lora_up.weight": torch.zeros(2, 1)}
-    leaf = read_leaf(parts | sparse_parts(sparse), where="x")
+    leaf = read_module(parts | sparse_parts(sparse), where="x")
     assert torch.equal(product_of(leaf.deltas["weight"]), flat)
 
 
@@ -153,7 +153,7 @@ def loha(out: int, n: int, r: int) -> dict[str, Tensor]:
 
 def test_loha():
     p = loha(6, 5, 4)
-    leaf = read_leaf(p | {"alpha": torch.tensor(2.0)}, where="x")
+    leaf = read_module(p | {"alpha": torch.tensor(2.0)}, where="x")
     close(product(leaf, (6, 5)), 0.5 * (p["hada_w1_a"] @ p["hada_w1_b"]) * (p["hada_w2_a"] @ p["hada_w2_b"]))
     assert leaf.pair is None
     assert leaf.deltas["weight"].shape == (6, 5)
@@ -171,7 +171,7 @@ def test_loha_with_cores_stores_a_transposed():
         )
         for k in (1, 2)
     )
-    leaf = read_leaf(p, alpha=1.5, where="x")
+    leaf = read_module(p, alpha=1.5, where="x")
     assert leaf.deltas["weight"].shape == (out, n, 2, 2)
     close(product(leaf, (out, n, 2, 2)), 0.5 * one * two)
 
@@ -208,7 +208,7 @@ def test_lokr(first, second, kernel):
         p["lokr_t2"], p["lokr_w2_a"], p["lokr_w2_b"] = rand(r, r, *kernel), rand(r, b), rand(r, d)
         two = torch.einsum("pqhw,po,qi->oihw", p["lokr_t2"], p["lokr_w2_a"], p["lokr_w2_b"])
     scale = 1.0 if first == second == "whole" else alpha / r
-    leaf = read_leaf(p, where="x")
+    leaf = read_module(p, where="x")
     assert leaf.deltas["weight"].scale == scale
     close(product(leaf, (a * b, c * d, *kernel)), scale * kron(one, two))
     flat = second == "factors" and bool(kernel)
@@ -217,9 +217,9 @@ def test_lokr(first, second, kernel):
 
 def test_lokr_of_two_ranks_has_no_scale():
     p = {"lokr_w1_a": rand(4, 2), "lokr_w1_b": rand(2, 4), "lokr_w2_a": rand(4, 3), "lokr_w2_b": rand(3, 4)}
-    assert read_leaf(p, where="x").deltas["weight"].scale == 1
+    assert read_module(p, where="x").deltas["weight"].scale == 1
     with pytest.raises(AdapterError, match="ranks 2 and 3"):
-        read_leaf(p, alpha=1, where="x")
+        read_module(p, alpha=1, where="x")
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (4, 3, 2, 2)])
@@ -227,7 +227,7 @@ def test_lokr_of_two_ranks_has_no_scale():
 def test_ia3(on_input, shape):
     w, W = rand(3 if on_input else 4), rand(*shape)
     stored = w if len(shape) == 2 else w.reshape(1, -1, 1, 1)
-    leaf = read_leaf({"weight": stored, "on_input": torch.tensor(int(on_input))}, where="x")
+    leaf = read_module({"weight": stored, "on_input": torch.tensor(int(on_input))}, where="x")
     axis = (1, -1, *[1] * (len(shape) - 2)) if on_input else (-1, *[1] * (len(shape) - 1))
     close(delta_of(W, leaf.deltas["weight"]), W * w.reshape(axis))
 
@@ -237,13 +237,13 @@ def test_ia3(on_input, shape):
 )
 def test_dense_changes_have_no_alpha(suffix, name):
     value = rand(7)
-    leaf = read_leaf({suffix: value, "alpha": torch.tensor(3.0)}, where="x")
+    leaf = read_module({suffix: value, "alpha": torch.tensor(3.0)}, where="x")
     close(product_of(leaf.deltas[name]), value)
 
 
 @pytest.mark.parametrize("suffix", ["set_weight", "scale"])
 def test_a_whole_new_weight(suffix):
-    assert set(read_leaf({suffix: rand(7)}, where="x").full) == {"weight"}
+    assert set(read_module({suffix: rand(7)}, where="x").full) == {"weight"}
 
 
 def dora(W: Tensor, P: Tensor, m: Tensor, axis: int) -> Tensor:
@@ -274,7 +274,7 @@ def test_dora_on_either_axis(algorithm, kernel, axis):
         p = {"lokr_w1": rand(2, 3), "lokr_w2": rand(3, 2, *kernel)}
     m = rand(6).abs()
     stored = m.reshape(*(1 if i != axis else -1 for i in range(len(shape))))
-    leaf = read_leaf(p | {"dora_scale": stored}, alpha=1, where="x")
+    leaf = read_module(p | {"dora_scale": stored}, alpha=1, where="x")
     leaf = fitted(leaf, shape)
     held = leaf.pair or leaf.deltas["weight"]
     assert held.magnitude.shape == ((6,) if axis == 0 else (1, 6, *[1] * len(kernel)))
@@ -284,9 +284,9 @@ def test_dora_on_either_axis(algorithm, kernel, axis):
 
 
 @pytest.mark.parametrize("stored", [(5,), (5, 1), (1, 5, 1, 1)])
-def test_pefts_magnitude_is_always_of_the_outputs(stored):
+def test_peft_magnitude_is_per_output(stored):
     p = {"lora_A.weight": rand(2, 5, 3, 3), "lora_B.weight": rand(5, 2, 1, 1)}
-    leaf = read_leaf(p | {"lora_magnitude_vector": rand(*stored)}, where="x")
+    leaf = read_module(p | {"lora_magnitude_vector": rand(*stored)}, where="x")
     assert leaf.pair.magnitude.shape == (5,)
 
 
@@ -329,37 +329,37 @@ PAIR = {"lora_down.weight": rand(2, 3), "lora_up.weight": rand(4, 2)}
         (PAIR | {"lora_mid.weight": rand(2, 3, 3)}, "lora_mid"),
     ],
 )
-def test_what_is_wrong_is_named(parts, words):
+def test_module_faults_are_named(parts, words):
     with pytest.raises(AdapterError, match=words) as caught:
-        read_leaf(parts, where="lora_unet_x")
+        read_module(parts, where="lora_unet_x")
     assert caught.value.where == "lora_unet_x"
 
 
 def test_every_problem_is_in_one_error():
     with pytest.raises(AdapterError) as caught:
-        read_leaf({"lora_down.weight": rand(2, 3), "oft_blocks": rand(2), "dora_scale": rand(3)}, where="x")
+        read_module({"lora_down.weight": rand(2, 3), "oft_blocks": rand(2), "dora_scale": rand(3)}, where="x")
     assert all(word in str(caught.value) for word in ("lora_down.weight", "oft_blocks", "dora_scale"))
 
 
 def test_absurd_ranks_and_products_are_refused_without_memory():
     A, B = torch.zeros(1).expand(MAX_RANK + 1, 2), torch.zeros(1).expand(2, MAX_RANK + 1)
     with pytest.raises(AdapterError, match="rank of 65,537"):
-        read_leaf({"lora_down.weight": A, "lora_up.weight": B}, where="x")
+        read_module({"lora_down.weight": A, "lora_up.weight": B}, where="x")
     wide = torch.zeros(1).expand(1, 1_000_000)
     p = {"lora_down.weight": wide, "lora_up.weight": wide.t()}
     with pytest.raises(AdapterError, match="absurdly large"):
-        read_leaf(p | {"lora_mid.weight": torch.zeros(1).expand(1, 1, 100_000)}, where="x")
+        read_module(p | {"lora_mid.weight": torch.zeros(1).expand(1, 1, 100_000)}, where="x")
     sparse = {"bias_indices": torch.zeros(2, 0), "bias_values": torch.zeros(0), "bias_size": torch.zeros(2)}
     with pytest.raises(AdapterError, match="absurdly large"):
-        read_leaf(p | {k: v.long() if k != "bias_values" else v for k, v in sparse.items()}, where="x")
+        read_module(p | {k: v.long() if k != "bias_values" else v for k, v in sparse.items()}, where="x")
 
 
-def test_a_leaf_is_fitted_to_the_weight():
+def test_module_changes_are_fitted_to_the_weight():
     pair = {"lora_down.weight": rand(2, 6), "lora_up.weight": rand(5, 2)}
-    conv = fitted(read_leaf(pair, where="x"), (5, 6, 1, 1))
+    conv = fitted(read_module(pair, where="x"), (5, 6, 1, 1))
     assert (conv.pair.kind, conv.pair.A.shape, conv.pair.B.shape) == ("conv", (2, 6, 1, 1), (5, 2, 1, 1))
     assert fitted(conv, (5, 6)).pair.kind == "linear"
-    flat = read_leaf(loha(6, 45, 2), where="x")
+    flat = read_module(loha(6, 45, 2), where="x")
     assert fitted(flat, (6, 5, 3, 3)).deltas["weight"].shape == (6, 5, 3, 3)
     for leaf, shape in ((conv, (5, 7)), (conv, (5, 6, 3, 3)), (flat, (5, 6, 3, 3))):
         with pytest.raises(AdapterError, match="the base's is"):

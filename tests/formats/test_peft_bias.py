@@ -56,7 +56,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_logits_are_pefts_and_what_is_written_has_them_too(tmp_path, case):
+def test_trained_biases_match_peft_logits(tmp_path, case):
     make, config = CASES[case]
     want = peft_folder(make(), tmp_path / "in", **config)
     without = peft.read_folder(tmp_path / "in", make())
@@ -120,13 +120,13 @@ def test_a_target_that_cannot_hold_them_is_refused(tmp_path, to):
         write(read(tmp_path / "in").adapter, tmp_path / "out.gguf" if to == "gguf" else tmp_path / "out", to, **given)
 
 
-def test_a_share_of_a_whole_bias_has_no_place_in_a_peft_folder(tmp_path):
+def test_scaled_trained_bias_cannot_be_written_to_peft(tmp_path):
     peft_folder(qwen2(), tmp_path / "in", target_modules=["q_proj"], bias="lora_only")
     with pytest.raises(AdapterError, match=r"a trained bias at a strength of 0\.5"):
         mixing.mix_adapters([f"{tmp_path / 'in'}:0.5"], tmp_path / "out")
 
 
-def test_a_bias_of_another_size_and_one_that_the_base_has_not_are_refused(tmp_path):
+def test_misfit_biases_are_refused(tmp_path):
     peft_folder(qwen2(), tmp_path / "in", target_modules=["q_proj"], bias="lora_only")
     found = peft.load_folder(tmp_path / "in")
     tensors = dict(peft.encode_folder(found.adapter)[1])
@@ -138,7 +138,7 @@ def test_a_bias_of_another_size_and_one_that_the_base_has_not_are_refused(tmp_pa
         attachment.add("a", none)
 
 
-def test_peft_takes_the_switch_that_was_written(tmp_path):
+def test_peft_reads_the_written_bias_switch(tmp_path):
     for bias in ("lora_only", "all"):
         peft_folder(gpt2(), tmp_path / bias, target_modules=["c_attn"], bias=bias)
         write(read(tmp_path / bias).adapter, tmp_path / f"{bias}-out", "peft")

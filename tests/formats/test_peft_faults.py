@@ -50,7 +50,7 @@ def refused(folder: Path, *words: str, base: Any = None, kind: type[AdapterError
     return str(caught.value)
 
 
-def test_a_sound_folder_is_read_and_the_config_is_minimal(folder):
+def test_valid_folder_has_a_minimal_config(folder):
     adapter = peft.read_folder(folder)
     assert sorted(adapter.pairs) == sorted(NAMES)
     config = json.loads((folder / CONFIG_FILE).read_text())
@@ -84,7 +84,7 @@ def test_tensors_that_do_not_fit_the_config_are_refused(folder, drop, tensors, w
     refused(folder, *words)
 
 
-def test_a_copy_of_a_targeted_head_is_left_aside(folder):
+def test_copy_of_a_targeted_head_is_ignored(folder):
     edit(folder, **{KEY + "base_layer.weight": torch.ones(4, 4)})
     assert any("left aside" in note for note in peft.load_folder(folder).notes)
 
@@ -158,7 +158,7 @@ def test_unknown_config_keys_and_bad_values_are_all_listed(folder):
         ("use_dora", True, "there is no lora_magnitude_vector"),
     ],
 )
-def test_what_changes_the_effect_and_is_not_read_says_why_and_what_instead(folder, key, value, words):
+def test_unsupported_settings_are_refused_with_advice(folder, key, value, words):
     edit(folder, {key: value})
     refused(folder, words, str(folder))
 
@@ -177,7 +177,7 @@ def test_what_changes_the_effect_and_is_not_read_says_why_and_what_instead(folde
         ("megatron_core", "megatron.core"),
     ],
 )
-def test_what_does_not_change_the_effect_is_let_pass(folder, key, value):
+def test_harmless_settings_are_accepted(folder, key, value):
     before = peft.read_folder(folder).digest()
     edit(folder, {key: value})
     assert peft.read_folder(folder).digest() == before
@@ -248,7 +248,7 @@ def test_a_pair_on_a_module_of_another_kind(tmp_path):
 # -- copies of embeddings ----------------------------------------------------------------------------------------------
 
 
-def test_an_embedding_copy_equal_to_the_base_is_left_aside(tmp_path):
+def test_embedding_copy_equal_to_the_base_is_ignored(tmp_path):
     peft_folder(model("mistral"), tmp_path / "a", target_modules=["embed_tokens", "lm_head"])
     keys = safetensors.torch.load_file(tmp_path / "a" / TENSOR_FILE)
     assert sum("base_layer.weight" in k for k in keys) == 2
@@ -264,7 +264,7 @@ def test_an_embedding_copy_that_differs_is_refused(tmp_path):
     refused(tmp_path / "a", "resize", base=model("mistral", vocab_size=128))
 
 
-def test_an_embedding_saved_whole_beside_the_pairs_acts(tmp_path):
+def test_whole_saved_embedding_acts(tmp_path):
     """What PEFT writes with save_embedding_layers=True, when the tokenizer grew: it loads them over the base."""
     from peft import LoraConfig, get_peft_model
 
@@ -304,7 +304,7 @@ def as_before_0_19_1(folder: Path, version: str | None) -> None:
 
 @pytest.mark.parametrize("version", ["0.17.1", "0.18.2.dev0", "0.19.0", None])
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "llama4"])
-def test_an_earlier_layout_of_experts_is_told_by_the_bases_shapes(tmp_path, name, version):
+def test_old_expert_layout_is_recognized_by_base_shapes(tmp_path, name, version):
     parameters = ["experts.gate_up_proj", "experts.down_proj"]
     want = peft_folder(model(name), tmp_path / "a", target_modules=[], target_parameters=parameters, r=3)
     as_before_0_19_1(tmp_path / "a", version)
@@ -314,7 +314,7 @@ def test_an_earlier_layout_of_experts_is_told_by_the_bases_shapes(tmp_path, name
 
 
 @pytest.mark.parametrize(("version", "flipped"), [("0.21.2", False), ("0.19.1", False), ("0.18.0", True), (None, None)])
-def test_square_experts_are_told_by_the_version_alone(tmp_path, version, flipped):
+def test_square_experts_are_read_by_peft_version(tmp_path, version, flipped):
     square = {"hidden_size": 32, "intermediate_size": 32}
     want = peft_folder(
         model("mixtral", **square), tmp_path / "a", target_modules=[], target_parameters=["experts.down_proj"], r=3
@@ -401,7 +401,7 @@ def pair(kind: str = "linear", **changes: Any) -> Pair:
         (Adapter({"m.x": pair("experts"), "m.y": pair("experts")}), "depends on the base; give it"),
     ],
 )
-def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, adapter, words):
+def test_unwritable_adapter_leaves_no_files(tmp_path, adapter, words):
     with pytest.raises(AdapterError) as caught:
         peft.write_folder(adapter, tmp_path / "a")
     assert words in str(caught.value)
@@ -445,7 +445,7 @@ json_values = st.recursive(
 
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
-def test_no_configuration_gets_past_the_reader_as_anything_but_an_adapter_error(data):
+def test_fuzzed_configuration_raises_only_adapter_errors(data):
     from veneer.formats.peft_config import FIELDS, IGNORED, REFUSED
 
     config, tensors = peft.encode_folder(linear_pairs(NAMES))

@@ -57,7 +57,7 @@ def test_two_processes_write_the_same_bytes(tmp_path):
     assert sorted(content(ours)) == sorted(FILES)
 
 
-def test_writing_says_what_it_wrote(tmp_path):
+def test_write_report_matches_the_files(tmp_path):
     adapter = linear_pairs(NAMES)
     written = peft.write_folder(adapter, tmp_path / "a", base_name="org/base")
     assert written.digest == adapter.digest() == peft.read_folder(tmp_path / "a").digest()
@@ -89,7 +89,7 @@ def test_ranks_are_named_once_where_all_of_a_name_agree():
     assert config["alpha_pattern"] == {"lm_head": 6, exact: 5}
 
 
-def test_dropout_is_kept_and_dropped_with_a_note_on_experts(tmp_path):
+def test_dropout_is_written_except_on_experts(tmp_path):
     adapter = replace(linear_pairs(NAMES), dropout=0.1)
     assert peft.write_folder(adapter, tmp_path / "a").notes == []
     assert peft.read_folder(tmp_path / "a").dropout == 0.1
@@ -98,7 +98,7 @@ def test_dropout_is_kept_and_dropped_with_a_note_on_experts(tmp_path):
     assert "lora_dropout is written as 0" in peft.write_folder(experts, tmp_path / "b", base=net).notes[0]
 
 
-def test_what_is_written_over_stays_until_all_of_the_new_is_there(tmp_path, monkeypatch):
+def test_folder_is_replaced_only_when_complete(tmp_path, monkeypatch):
     old, new = linear_pairs(NAMES, seed=1), linear_pairs(NAMES, seed=2)
     peft.write_folder(old, tmp_path / "a")
     (tmp_path / "a" / "report.html").write_text("kept")
@@ -149,7 +149,7 @@ def test_a_file_in_the_way(tmp_path):
 # -- the card ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_card_comes_back_and_unknown_keys_are_kept(tmp_path):
+def test_card_round_trip_keeps_unknown_keys(tmp_path):
     card = Card(
         "org/base", "sha256:1", "text", 4, 8.0, ["q"], "sha256:2", {"lr": 1e-4}, {"acc": 0.5}, ["w"], "mit", ["p"]
     )
@@ -182,7 +182,7 @@ def test_a_card_that_json_cannot_hold_is_not_written():
             card_bytes(Card(metrics={"x": value}))
 
 
-def test_the_readme_has_front_matter_and_is_replaced_only_if_it_is_ours(tmp_path):
+def test_readme_is_replaced_only_if_ours(tmp_path):
     adapter = replace(linear_pairs(NAMES), card=Card(base="org/base", licence="mit", metrics={"loss": 0.25}))
     peft.write_folder(adapter, tmp_path / "a")
     text = (tmp_path / "a" / README_FILE).read_text()

@@ -66,7 +66,7 @@ def test_peft_loads_what_is_written_to_the_same_effect(spec: LoraSpec, tmp_path:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("cores", [False, True])
-def test_what_peft_saved_is_read_to_the_same_effect(way: str, cores: bool, tmp_path: Path) -> None:
+def test_peft_folders_read_with_the_same_outputs(way: str, cores: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, spec, given = Sums(), dict(WAYS[way]), inputs(torch.float32)
     both, factor = spec.get("decompose_both", False), spec.get("factor") or -1
@@ -89,7 +89,7 @@ def test_what_peft_saved_is_read_to_the_same_effect(way: str, cores: bool, tmp_p
     assert config_of["peft_type"] == spec["kind"].upper()
 
 
-def test_what_peft_would_make_of_no_configuration_is_refused(tmp_path: Path) -> None:
+def test_tensors_no_peft_config_explains_are_refused(tmp_path: Path) -> None:
     model = nn.ModuleDict({"line": nn.Conv1d(8, 12, 3), "lin": nn.Linear(24, 36)})
     adapter = drawn(model, LoraSpec(rank=2, kind="lokr", targets=("line",)))
     with pytest.raises(AdapterError, match="the whole second factor of a 1-d convolution"):
@@ -126,7 +126,7 @@ def test_a_damaged_configuration_is_named(change: dict[str, Any], say: str, tmp_
 
 
 @pytest.mark.parametrize("to", ["kohya", "comfyui"])
-def test_lokr_of_parts_of_a_fused_projection_keep_their_own_names(to: str) -> None:
+def test_lokr_parts_keep_split_names(to: str) -> None:
     """FLUX's q, k and v are one matrix in kohya's files, and three LoKr are no LoKr of it: LyCORIS' names hold them."""
     g = torch.Generator().manual_seed(0)
     names = [f"transformer.transformer_blocks.0.attn.{n}" for n in ("to_q", "to_k", "to_v", "to_out.0")]

@@ -177,7 +177,7 @@ def test_some_experts_and_unlike_scales_are_exact_too(tmp_path):
     torch.testing.assert_close(got, by_hand("mixtral", by), rtol=1e-9, atol=1e-9)
 
 
-def test_what_no_fused_weight_can_hold_is_refused(tmp_path):
+def test_experts_that_cannot_be_fused_are_refused(tmp_path):
     net = model("mixtral")
     pairs = single_pairs(net, "mixtral")
     at = "model.layers.0.mlp.experts"
@@ -192,7 +192,7 @@ def test_what_no_fused_weight_can_hold_is_refused(tmp_path):
         peft.read_folder(folder(tmp_path / "c", tensors), net)
 
 
-def test_without_a_base_single_experts_stay_and_say_so(tmp_path):
+def test_single_experts_stay_without_a_base(tmp_path):
     pairs = single_pairs(model("mixtral"), "mixtral")
     found = peft.load_folder(folder(tmp_path / "a", flat(pairs)))
     assert set(found.adapter.pairs) == set(pairs)
@@ -232,7 +232,7 @@ def copy(made: tuple[Path, Tensor], to: Path) -> Path:
     return Path(shutil.copytree(made[0], to))
 
 
-def test_unsloths_stamp_is_obeyed(made, tmp_path):
+def test_unsloth_layout_in_config_is_used(made, tmp_path):
     net = model("mixtral")
     old = grouped(copy(made, tmp_path / "a"), lora_B_layout="grouped_by_expert", **MARKS["fixed"])
     torch.testing.assert_close(our_outputs(net, peft.read_folder(old, net)), made[1], rtol=1e-9, atol=1e-9)
@@ -246,7 +246,7 @@ def test_unsloths_stamp_is_obeyed(made, tmp_path):
 
 
 @pytest.mark.parametrize("marks", MARKS)
-def test_unsloths_marks_without_its_stamp_ask_for_the_layout(made, tmp_path, marks):
+def test_unsloth_file_without_layout_is_refused(made, tmp_path, marks):
     net = model("mixtral")
     path = grouped(copy(made, tmp_path / "a"), **MARKS[marks])
     with pytest.raises(AdapterError, match="--moe-layout grouped_by_expert if that Unsloth trained it"):
@@ -263,7 +263,7 @@ def test_unsloths_marks_without_its_stamp_ask_for_the_layout(made, tmp_path, mar
     torch.testing.assert_close(peft_outputs(model("mixtral"), tmp_path / "b"), made[1], rtol=1e-9, atol=1e-9)
 
 
-def test_a_word_against_the_files_stamp_is_refused(made, tmp_path):
+def test_moe_layout_contradicting_the_file_is_refused(made, tmp_path):
     path = grouped(copy(made, tmp_path / "a"), lora_B_layout="grouped_by_expert")
     with pytest.raises(AdapterError, match="the file says lora_B_layout = grouped_by_expert"):
         read(path, base=model("mixtral"), moe_layout="rank_major")
@@ -315,7 +315,7 @@ def test_transformers_4_mixtral_files_read_with_their_router(tmp_path):
     torch.testing.assert_close(got, peft_outputs(model("mixtral"), path), rtol=1e-9, atol=1e-9)
 
 
-def test_target_modules_may_match_nothing_beside_target_parameters(tmp_path):
+def test_target_modules_may_be_idle_with_target_parameters(tmp_path):
     """As PEFT trains and saves it, with a warning."""
     settings = {"target_modules": ["no_such"], "target_parameters": ["experts.down_proj"]}
     want = peft_folder(model("gpt_oss"), tmp_path / "a", **settings)
@@ -326,7 +326,7 @@ def test_target_modules_may_match_nothing_beside_target_parameters(tmp_path):
         assert any("'no_such'" in note and "no effect" in note for note in got.notes)
 
 
-def test_a_router_that_target_parameters_select_must_be_there(tmp_path):
+def test_selected_router_without_tensors_is_refused(tmp_path):
     peft_folder(model("mixtral"), tmp_path / "a", target_modules="all-linear", r=R)
     file = tmp_path / "a" / "adapter_model.safetensors"
     save_file({k: t for k, t in load_file(file).items() if "1.mlp.gate." not in k}, file)

@@ -82,7 +82,7 @@ FROM_PEFT = {
 
 
 @pytest.mark.parametrize("case", FROM_PEFT)
-def test_what_peft_writes_has_the_same_outputs_here_and_again_in_peft(tmp_path, case):
+def test_peft_folders_round_trip_with_equal_outputs(tmp_path, case):
     """A base is not needed to read, except for the groups of a convolution."""
     name, config = FROM_PEFT[case]
     want = peft_folder(model(name), tmp_path / "a", **config)
@@ -145,7 +145,7 @@ SPECS = {
 
 @pytest.mark.parametrize("with_base", [True, False])
 @pytest.mark.parametrize("case", SPECS)
-def test_what_veneer_writes_has_the_same_outputs_in_peft(tmp_path, case, with_base):
+def test_written_folders_have_equal_outputs_in_peft(tmp_path, case, with_base):
     name, spec = SPECS[case]
     if case == "grouped convolution" and not with_base:
         pytest.skip("the number of groups is the base's to say")

@@ -14,7 +14,7 @@ from veneer.formats.keys import FORMATS, detect_format
 from veneer.formats.names import lookup
 from veneer.formats.read import read, read_state_dict
 from veneer.formats.reading import Reading
-from veneer.formats.topology import ModulePlace, families, flat
+from veneer.formats.topology import ModuleTarget, families, flat
 
 CLIP = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 
@@ -61,11 +61,11 @@ def test_flat_names_of_the_whole_topology(case: str) -> None:
     assert set(found.used) == linears
 
 
-def test_sd2_is_told_from_sd1_by_its_width_or_by_the_metadata() -> None:
+def test_sd2_is_distinguished_from_sd1() -> None:
     layout = Layout()
     for i in range(2):
         name = f"unet.down_blocks.0.attentions.{i}.transformer_blocks.0.attn2.to_k"
-        layout.lora(f"lora_unet_{flat(name.removeprefix('unet.'))}", (ModulePlace(name),), (8, 1024), alpha=1.0)
+        layout.lora(f"lora_unet_{flat(name.removeprefix('unet.'))}", (ModuleTarget(name),), (8, 1024), alpha=1.0)
     check(layout, "kohya", "sd2")
     narrow = kohya("sd2", original=False, only="attn1", te={"text_encoder": "lora_te"})
     check(narrow, "kohya", "sd2")  # the text encoder has 23 layers
@@ -85,7 +85,7 @@ def test_sdxl_in_both_styles_mixed_in_one_file() -> None:
     assert len(check(layout, "kohya", "sdxl").used) == 794
 
 
-def test_a_tie_of_families_is_told_with_its_reason() -> None:
+def test_family_tie_is_reported_with_the_reason() -> None:
     """q, k, v and out of 24 joint blocks are FLUX.1's, SD3's and Qwen-Image's names alike; the depth is SD3's."""
     layout = dotted("sd3", "transformer.", original=False, naming="peft", only=("attn.to_q", "attn.to_out"))
     found = check(layout, "diffusers", "sd3")
@@ -212,7 +212,7 @@ def test_a_peft_folder_of_a_denoiser_gets_canonical_names(tmp_path) -> None:
 
 def test_a_peft_folder_of_a_language_model_keeps_its_names(tmp_path) -> None:
     layout, name = Layout(), "model.layers.0.self_attn.q_proj"
-    layout.lora(f"base_model.model.{name}", (ModulePlace(name),), (4, 6), naming="peft", scale=4.0)
+    layout.lora(f"base_model.model.{name}", (ModuleTarget(name),), (4, 6), naming="peft", scale=4.0)
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "target_modules": ["q_proj"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     save_file(layout.tensors, tmp_path / "adapter_model.safetensors")
@@ -230,20 +230,20 @@ def test_a_peft_folder_of_a_language_model_keeps_its_names(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("name", list(families()))
-def test_no_text_means_two_things(name: str) -> None:
+def test_each_original_name_means_one_module(name: str) -> None:
     """The two kinds of a denoiser's names share a table: where both have a text, it is the same module."""
     family = families()[name]
     for original, places in family.originals.items():
         for text in (original, f"diffusion_model.{original}", f"lora_unet_{flat(original)}"):
             assert lookup(family, text) == places
     for module in family.modules:
-        assert lookup(family, module) in ((ModulePlace(module),), *family.originals.values())
+        assert lookup(family, module) in ((ModuleTarget(module),), *family.originals.values())
 
 
 def test_gguf_by_its_ending(tmp_path) -> None:
     """The file itself is the business of test_gguf; here that it is found, and what is said of it."""
     layout, name = Layout(), "model.layers.0.mlp.up_proj"
-    layout.lora(name, (ModulePlace(name),), (4, 6), naming="peft")
+    layout.lora(name, (ModuleTarget(name),), (4, 6), naming="peft")
     adapter = reading(layout).adapter
     write_gguf(adapter, tmp_path / "a.gguf", architecture="qwen2")
     for place in (tmp_path, tmp_path / "a.gguf"):

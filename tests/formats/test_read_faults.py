@@ -13,7 +13,7 @@ from veneer.errors import AdapterError, UnsafeFileError
 from veneer.formats.names import choose_family
 from veneer.formats.read import read, read_state_dict
 from veneer.formats.structure import Structure
-from veneer.formats.topology import ModulePlace, families, flat
+from veneer.formats.topology import ModuleTarget, families, flat
 
 PROJ = "double_blocks.3.img_attn.proj"
 TARGET = "transformer.transformer_blocks.3.attn.to_out.0"
@@ -23,7 +23,7 @@ def small() -> Layout:
     return kohya("flux1", original=True, only="double_blocks.3.")
 
 
-def test_every_fault_is_in_one_error_and_the_rest_can_be_had() -> None:
+def test_all_faults_are_listed_and_partial_read_works() -> None:
     layout = small()
     extra = {
         "lora_unet_double_blocks_99_img_attn_proj.lora_down.weight": torch.ones(2, 6),
@@ -67,11 +67,11 @@ def test_every_fault_is_in_one_error_and_the_rest_can_be_had() -> None:
         "double_blocks.3.processor.proj_lora1",
     ],
 )
-def test_two_names_of_one_module_are_an_error_naming_both(second: str) -> None:
+def test_two_names_for_one_module_are_refused(second: str) -> None:
     layout = small()
     naming = "plain" if "processor" in second else "kohya"
     other = Layout(seed=1000)
-    other.lora(second, (ModulePlace(TARGET),), (UNIT, INTO), naming=naming)
+    other.lora(second, (ModuleTarget(TARGET),), (UNIT, INTO), naming=naming)
     layout.tensors |= other.tensors
     with pytest.raises(AdapterError) as caught:
         reading(layout)
@@ -83,7 +83,7 @@ def test_two_names_of_one_module_are_an_error_naming_both(second: str) -> None:
 def test_a_fused_projection_beside_one_of_its_parts() -> None:
     layout = small()
     other = Layout(seed=1000)
-    other.lora("transformer.transformer_blocks.3.attn.to_k", (ModulePlace("x"),), (UNIT, INTO), naming="peft")
+    other.lora("transformer.transformer_blocks.3.attn.to_k", (ModuleTarget("x"),), (UNIT, INTO), naming="peft")
     with pytest.raises(AdapterError, match=r"lands on transformer\.transformer_blocks\.3\.attn\.to_k, where"):
         read_state_dict(layout.tensors | other.tensors, {})
 
@@ -98,7 +98,7 @@ def test_two_spellings_of_one_tensor() -> None:
 
 def test_names_of_nothing_known() -> None:
     layout = Layout()
-    layout.lora("lora_unet_no_such_module", (ModulePlace("x"),), (4, 6))
+    layout.lora("lora_unet_no_such_module", (ModuleTarget("x"),), (4, 6))
     with pytest.raises(AdapterError, match="no module of any family known here"):
         reading(layout)
     with pytest.raises(AdapterError, match="no module of any family known here"):
@@ -112,7 +112,7 @@ def test_a_checkpoint_is_no_adapter(name: str) -> None:
             read_state_dict({name: torch.ones(2, 2), f"y{name}": torch.ones(2, 2)}, {}, allow_partial=allow_partial)
 
 
-def test_a_near_name_is_told() -> None:
+def test_unknown_name_suggests_the_nearest() -> None:
     layout = small()
     layout.tensors |= {"lora_unet_double_blocks_3_img_attn_prof.alpha": torch.tensor(1.0)}
     with pytest.raises(AdapterError, match="nearest: lora_unet_double_blocks_3_img_attn_proj"):
@@ -121,17 +121,17 @@ def test_a_near_name_is_told() -> None:
 
 def test_rows_that_cannot_be_cut() -> None:
     layout = Layout()
-    layout.lora("lora_unet_single_blocks_37_linear1", (ModulePlace("x"),), (UNIT * 7 + 1, INTO))
+    layout.lora("lora_unet_single_blocks_37_linear1", (ModuleTarget("x"),), (UNIT * 7 + 1, INTO))
     with pytest.raises(AdapterError, match="29 rows cannot be cut into 7 equal units"):
         reading(layout)
     layout = Layout()
-    layout.lora("lora_unet_final_layer_adaLN_modulation_1", (ModulePlace("x"),), (5, INTO))
-    layout.lora("lora_unet_single_blocks_37_modulation_lin", (ModulePlace("y"),), (5, INTO))
+    layout.lora("lora_unet_final_layer_adaLN_modulation_1", (ModuleTarget("x"),), (5, INTO))
+    layout.lora("lora_unet_single_blocks_37_modulation_lin", (ModuleTarget("y"),), (5, INTO))
     with pytest.raises(AdapterError, match="5 rows have no halves"):
         reading(layout)
 
 
-def test_pickles_only_where_asked_for(tmp_path) -> None:
+def test_pickles_need_from_pickle(tmp_path) -> None:
     layout = dotted("sd15", "", original=False, naming="peft", only=("attn1",))
     torch.save(layout.tensors, tmp_path / "a.bin")
     with pytest.raises(UnsafeFileError, match="pickle"):
@@ -159,7 +159,7 @@ def test_a_base_is_checked_and_gives_shapes() -> None:
         read_state_dict(layout.tensors, {}, base=other)
 
 
-def test_a_denoiser_alone_is_a_base_too(tmp_path) -> None:
+def test_denoiser_without_component_prefix_is_a_base(tmp_path) -> None:
     """Its names have no component; the file's shapes are held against its own."""
     diffusers = pytest.importorskip("diffusers")
     with torch.device("meta"):
@@ -175,7 +175,7 @@ def test_a_denoiser_alone_is_a_base_too(tmp_path) -> None:
     with pytest.raises(AdapterError, match=r"the pair is for a weight \(128, 128\), the base's is \(256, 256\)"):
         read_state_dict(narrow.tensors, {}, base=model)
     further = Layout()
-    further.lora("lora_unet_single_blocks_1_linear2", (ModulePlace(f"{block}.x"),), (256, 5 * 256), alpha=1.0)
+    further.lora("lora_unet_single_blocks_1_linear2", (ModuleTarget(f"{block}.x"),), (256, 5 * 256), alpha=1.0)
     with pytest.raises(AdapterError, match=r"single_transformer_blocks\.1\.proj_out: no such module in the base"):
         read_state_dict(further.tensors, {}, base=model)
 
@@ -192,13 +192,13 @@ def test_a_denoiser_alone_is_a_base_too(tmp_path) -> None:
         ("double_blocks.0.img_attn.qkv", (3 * 6144, 6144), "flux2"),
     ],
 )
-def test_flux_1_and_2_are_told_apart_by_proportions(name: str, shape: tuple[int, int], family: str) -> None:
+def test_flux_1_and_2_are_distinguished_by_proportions(name: str, shape: tuple[int, int], family: str) -> None:
     for text in (f"diffusion_model.{name}", f"lora_unet_{flat(name)}"):
         choice = choose_family({text: shape})
         assert choice.family is families()[family], choice.reasons
 
 
-def test_the_metadata_decides_a_tie_and_never_against_the_names_or_the_depth() -> None:
+def test_metadata_breaks_family_ties_only() -> None:
     qkv = {f"diffusion_model.double_blocks.{i}.img_attn.qkv": None for i in (1, 3)}
     assert choose_family(qkv).family is families()["flux1"]  # of no width that is known: the more common
     assert choose_family(qkv, "flux2").family is families()["flux2"]
@@ -214,7 +214,7 @@ KEYS = sorted(small().tensors)
 
 @settings(deadline=None)
 @given(st.sets(st.sampled_from(KEYS), max_size=len(KEYS) - 3), st.data())
-def test_each_tensor_is_used_unused_or_unpaired_whatever_is_missing_or_renamed(gone: set[str], data) -> None:
+def test_every_tensor_is_accounted_for_after_mutation(gone: set[str], data) -> None:
     """Lawful whatever is in the file: with allow_partial every key is in exactly one of the three lists."""
     tensors = {k: t for k, t in small().tensors.items() if k not in gone}
     for key in data.draw(st.lists(st.sampled_from(sorted(tensors)), max_size=3, unique=True)):

@@ -11,13 +11,13 @@ from tests.formats.layouts import INTO, UNIT, Layout, assert_same, changes, prod
 from tests.formats.test_read import check, reading
 from veneer.errors import AdapterError
 from veneer.formats.metadata import pack_configs
-from veneer.formats.topology import ModulePlace, families, flat
+from veneer.formats.topology import ModuleTarget, families, flat
 
 FLUX, SDXL = families()["flux1"], families()["sdxl"]
 QKV, LINEAR1, LAST = "double_blocks.0.img_attn.qkv", "single_blocks.0.linear1", "final_layer.adaLN_modulation.1"
 
 
-def flux(*originals: str, prefix: str = "lora_unet_") -> list[tuple[str, tuple[ModulePlace, ...], int, int]]:
+def flux(*originals: str, prefix: str = "lora_unet_") -> list[tuple[str, tuple[ModuleTarget, ...], int, int]]:
     """(text, places, rows, columns); single_blocks.37 makes it FLUX.1 and no other."""
     out = []
     for original in originals:
@@ -67,7 +67,7 @@ def test_tucker_and_plain_convolutions() -> None:
 
 
 @pytest.mark.parametrize("stored", [2, 4])
-def test_a_pointwise_convolution_and_a_linear_take_each_others_shape(stored: int) -> None:
+def test_pointwise_convolution_and_linear_shapes_are_interchangeable(stored: int) -> None:
     """SD 1's proj_in is a convolution and SDXL's a linear; files have either for either."""
     for family, name, ndim in (("sd15", "unet.mid_block.attentions.0.proj_in", 4), ("sdxl", None, 2)):
         layout = Layout()
@@ -75,7 +75,7 @@ def test_a_pointwise_convolution_and_a_linear_take_each_others_shape(stored: int
         extra = "unet.up_blocks.3.attentions.2.proj_out" if family == "sd15" else "unet.add_embedding.linear_1"
         for module in (name, extra):
             shape = (4, 6, *[1] * (stored - 2))
-            layout.lora(f"lora_unet_{flat(module.removeprefix('unet.'))}", (ModulePlace(module),), shape, alpha=1.0)
+            layout.lora(f"lora_unet_{flat(module.removeprefix('unet.'))}", (ModuleTarget(module),), shape, alpha=1.0)
         want = {k: v.reshape(4, 6, *[1] * (ndim - 2)) for k, v in layout.want.items()}
         found = reading(layout)
         assert found.family == family
@@ -122,7 +122,7 @@ def test_a_pair_on_an_embedding_is_transposed() -> None:
     """ComfyUI's files hold up·down of the weight (rows, dim) as of a linear."""
     layout, name = Layout(), "text_encoder.text_model.embeddings.position_embedding"
     layout.lora(
-        "text_encoders.clip_l.transformer.text_model.embeddings.position_embedding", (ModulePlace(name),), (7, 5)
+        "text_encoders.clip_l.transformer.text_model.embeddings.position_embedding", (ModuleTarget(name),), (7, 5)
     )
     found = reading(layout)
     assert found.adapter.pairs[name].kind == "embedding"
@@ -133,7 +133,7 @@ def test_a_pair_on_an_embedding_is_transposed() -> None:
 
 
 def blocks(
-    text: str, places: tuple[ModulePlace, ...], layout: Layout, *, rank: int, alpha: float, scale: float
+    text: str, places: tuple[ModuleTarget, ...], layout: Layout, *, rank: int, alpha: float, scale: float
 ) -> None:
     """sd-scripts' split_qkv: A = [A₀; …], B = diag(B₀, …)."""
     downs = [layout.random(rank, INTO) for _ in places]
@@ -184,7 +184,7 @@ def test_split_qkv_alpha_of_the_stored_rank_is_left_alone(plain: bool) -> None:
     check(layout, "kohya", "flux1")
 
 
-def test_an_ordinary_fused_pair_is_not_taken_for_blocks() -> None:
+def test_ordinary_fused_pair_is_not_split_qkv() -> None:
     layout = Layout(metadata={"ss_network_args": json.dumps({"split_qkv": "True"}), "ss_network_alpha": "1.0"})
     for text, places, out, into in flux(QKV, LINEAR1):
         layout.lora(text, places, (out, into), rank=12, alpha=1.0)
@@ -198,7 +198,7 @@ def diffusers_layout(scale: float = 1.0) -> Layout:
     layout = Layout()
     for i in (0, 37):
         name = f"transformer.single_transformer_blocks.{i}.attn.to_q"
-        layout.lora(name, (ModulePlace(name),), (4, 6), naming="peft", rank=4, scale=scale)
+        layout.lora(name, (ModuleTarget(name),), (4, 6), naming="peft", rank=4, scale=scale)
     return layout
 
 

@@ -73,7 +73,7 @@ def test_two_adapters_in_one_file_are_refused_with_both_names(tmp_path, case, ki
     assert found.adapter.pairs[name].scale == ALPHA / R
 
 
-def test_an_adapter_that_is_not_there_is_refused_with_those_that_are(tmp_path):
+def test_unknown_adapter_error_lists_known_ones(tmp_path):
     path = tmp_path / "both.safetensors"
     save_file(SEVERAL["two on one module"], path)
     with pytest.raises(AdapterError, match=r"called 'c'; there are a \(2 tensors\), b \(2 tensors\)"):
@@ -90,7 +90,7 @@ def test_a_named_adapter_beside_one_without_a_name_is_two(tmp_path):
         read(path)
 
 
-def test_a_pickled_peft_folder_is_read_by_its_configuration_where_asked(tmp_path):
+def test_pickled_peft_folder_is_read_on_request(tmp_path):
     """r 8 and alpha 32 are a scale of 4."""
     path = folder(tmp_path / "a", pair(0), "adapter_model.bin")
     with pytest.raises(UnsafeFileError) as caught:
@@ -102,7 +102,7 @@ def test_a_pickled_peft_folder_is_read_by_its_configuration_where_asked(tmp_path
         assert not any("alpha is taken for the rank" in note for note in found.notes)
 
 
-def test_a_renamed_file_beside_its_configuration_is_read_by_it(tmp_path):
+def test_renamed_tensor_file_uses_its_configuration(tmp_path):
     path = folder(tmp_path / "a", pair(0), "tickets-v2.safetensors") / "tickets-v2.safetensors"
     found = read(path)
     assert [p.scale for p in found.adapter.pairs.values()] == [ALPHA / R]
@@ -113,7 +113,7 @@ def test_a_renamed_file_beside_its_configuration_is_read_by_it(tmp_path):
         read(wrong)
 
 
-def test_torchtunes_checkpoint_is_refused_by_name_with_the_folder_to_give(tmp_path):
+def test_torchtune_checkpoint_is_refused_with_a_fix(tmp_path):
     path = tmp_path / "adapter_0.safetensors"
     save_file({f"layers.0.attn.q_proj.lora_{half}.weight": torch.ones(2, 2) for half in "ab"}, path)
     with pytest.raises(AdapterError, match="torchtune's own checkpoint of an adapter: it does not hold alpha"):

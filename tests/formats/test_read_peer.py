@@ -17,7 +17,7 @@ from tests.formats.layouts import INTO, UNIT, Layout, assert_same, changes, deno
 from tests.formats.test_read import CLIP
 from tests.formats.test_topology import denoiser as real_denoiser
 from veneer.formats.read import read_state_dict
-from veneer.formats.topology import ModulePlace, families, flat
+from veneer.formats.topology import ModuleTarget, families, flat
 
 loaders = pytest.importorskip("diffusers.loaders")
 to_peft = pytest.importorskip("diffusers.utils.state_dict_utils")
@@ -115,10 +115,10 @@ def test_xlabs() -> None:
     for i in (0, 18):
         for n in (1, 2):
             name = f"double_blocks.{i}.processor"
-            layout.lora(f"{name}.qkv_lora{n}", (ModulePlace(f"{i}{n}a"),), (3 * width, width), naming="plain")
-            layout.lora(f"{name}.proj_lora{n}", (ModulePlace(f"{i}{n}b"),), (width, width), naming="plain")
-    layout.lora("single_blocks.37.processor.qkv_lora", (ModulePlace("c"),), (3 * width, width), naming="plain")
-    layout.lora("single_blocks.37.processor.proj_lora", (ModulePlace("d"),), (width, 5 * width), naming="plain")
+            layout.lora(f"{name}.qkv_lora{n}", (ModuleTarget(f"{i}{n}a"),), (3 * width, width), naming="plain")
+            layout.lora(f"{name}.proj_lora{n}", (ModuleTarget(f"{i}{n}b"),), (width, width), naming="plain")
+    layout.lora("single_blocks.37.processor.qkv_lora", (ModuleTarget("c"),), (3 * width, width), naming="plain")
+    layout.lora("single_blocks.37.processor.proj_lora", (ModuleTarget("d"),), (width, 5 * width), naming="plain")
     want = peer("FluxLoraLoaderMixin", layout.tensors)
     assert len(want) == 2 * 2 * 4 + 3 + 1
     assert_same(ours(layout.tensors), want, 1e-6)

@@ -45,7 +45,7 @@ def test_a_full_spec_is_read_and_written_back() -> None:
         ("campaign=brand,down=1", "says blocks and steps itself"),
     ],
 )  # fmt: skip
-def test_what_is_not_understood_is_refused(text: str, says: str) -> None:
+def test_unknown_tensors_are_refused(text: str, says: str) -> None:
     with pytest.raises(ConfigError, match=f"(?s){says}"):
         parse_strength(text)
 
@@ -141,7 +141,7 @@ def test_a_role_is_what_the_table_says_for_the_base(prediction: str, family: str
     assert parse_strength(str(asked).partition("@")[2], 0.8) == asked
 
 
-def test_a_role_may_be_in_the_plain_sum_and_is_where_the_base_lacks_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_role_without_matching_blocks_is_a_plain_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     from veneer.formats import strengths as campaign
 
     asked = Strength(0.5, campaign="lens")

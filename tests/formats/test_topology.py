@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from veneer.formats.topology import Family, ModulePlace, ModuleRow, clip, families, flat, flux1, flux2, sd3, t5
+from veneer.formats.topology import Family, ModuleRow, ModuleTarget, clip, families, flat, flux1, flux2, sd3, t5
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -108,24 +108,24 @@ def test_text_encoders_are_the_real_classes() -> None:
     assert table(list(t5("te", 24))) == kinds(t5_xxl, "te")
 
 
-def test_animas_text_conditioner_is_the_real_class_and_the_originals_llm_adapter() -> None:
+def test_anima_text_conditioner_matches_class_and_original() -> None:
     with torch.device("meta"):
         real = kinds(diffusers.AnimaTextConditioner(), "text_conditioner")
     family = families()["anima"]
     assert of(family, "text_conditioner") == real
     for module in real:
-        assert family.originals["llm_adapter." + module.partition(".")[2]] == (ModulePlace(module),)
+        assert family.originals["llm_adapter." + module.partition(".")[2]] == (ModuleTarget(module),)
 
 
 @pytest.mark.parametrize("name", list(families()))
-def test_a_real_weight_has_one_original_name_for_every_row(name: str) -> None:
+def test_each_row_of_a_weight_has_one_original(name: str) -> None:
     """Every module of the denoiser is in one original module; its rows' places tile it, in order, without overlap."""
     family = families()[name]
     homes = Counter(place.module for places in family.originals.values() for place in places)
     homes = Counter({n: c for n, c in homes.items() if n.startswith(f"{family.denoiser}.")})
     assert dict(homes) == dict.fromkeys(of(family, family.denoiser), 1)
     for original, places in family.originals.items():
-        if places == (ModulePlace(places[0].module, None, places[0].swap),):
+        if places == (ModuleTarget(places[0].module, None, places[0].swap),):
             continue
         at = 0
         for place in places:
@@ -177,9 +177,9 @@ def test_flux_counts_as_trainers_have_them() -> None:
     }
     assert len(fused) == 19 * 10 + 38 * 3 == 304
     assert sum(len(places) for places in fused.values()) == 494
-    assert fused["single_blocks.37.linear1"][3] == ModulePlace(
+    assert fused["single_blocks.37.linear1"][3] == ModuleTarget(
         "transformer.single_transformer_blocks.37.proj_mlp", (3, 7, 7)
     )
     assert family.originals["final_layer.adaLN_modulation.1"] == (
-        ModulePlace("transformer.norm_out.linear", swap=True),
+        ModuleTarget("transformer.norm_out.linear", swap=True),
     )

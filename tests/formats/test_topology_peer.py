@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.formats.test_topology import denoiser
-from veneer.formats.topology import Family, ModulePlace, families
+from veneer.formats.topology import Family, ModuleTarget, families
 
 peer = pytest.importorskip("diffusers.loaders.single_file_utils")
 
@@ -44,7 +44,7 @@ def checkpoint(family: Family) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return original, want
 
 
-def placed(value: Tensor, place: ModulePlace) -> Tensor:
+def placed(value: Tensor, place: ModuleTarget) -> Tensor:
     if place.part:
         begin, end, total = place.part
         unit = len(value) // total
@@ -53,7 +53,7 @@ def placed(value: Tensor, place: ModulePlace) -> Tensor:
 
 
 @pytest.mark.parametrize("name", CONVERTERS)
-def test_transformers_land_where_diffusers_puts_them(name: str) -> None:
+def test_transformer_names_match_diffusers(name: str) -> None:
     original, want = checkpoint(families()[name])
     extra = {"pos_embed": torch.zeros(1, 4, 8)} if name.startswith("sd3") else {}
     got = CONVERTERS[name]({**{k: v.clone() for k, v in original.items()}, **extra})
@@ -61,7 +61,7 @@ def test_transformers_land_where_diffusers_puts_them(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd2", "sdxl"])
-def test_unets_land_where_diffusers_puts_them(name: str) -> None:
+def test_unet_names_match_diffusers(name: str) -> None:
     original, want = checkpoint(families()[name])
     config = dict(denoiser(name).config)
     if name == "sdxl":

@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.formats.twins import model, our_outputs, outputs, peft_outputs
 from veneer.errors import AdapterError
 from veneer.formats import peft
-from veneer.formats.compatibility import elsewhere
+from veneer.formats.compatibility import check_tools
 from veneer.formats.read import read
 
 R, SCALE = 3, 2.5
@@ -86,7 +86,7 @@ def test_mlx_lms_folder_is_read_and_named(tmp_path: Path) -> None:
     torch.testing.assert_close(our_outputs(net, found.adapter), want, rtol=1e-9, atol=1e-9)
     peft.write_folder(found.adapter, tmp_path / "b", base=net)
     torch.testing.assert_close(peft_outputs(model("llama3"), tmp_path / "b"), want, rtol=1e-9, atol=1e-9)
-    verdicts = {v.tool: v for v in elsewhere(tmp_path / "a", read(tmp_path / "a"))}
+    verdicts = {v.tool: v for v in check_tools(tmp_path / "a", read(tmp_path / "a"))}
     assert verdicts["PEFT"].verdict == verdicts["vLLM"].verdict == "refused"
     assert "mlx-lm" in verdicts["PEFT"].why[0]
 
@@ -121,14 +121,14 @@ def test_mlx_lms_experts_land_on_fused_weights(tmp_path: Path) -> None:
         ({"lora_layers": 16, "lora_parameters": {"rank": R, "scale": 10.0, "alpha": 16}}, "by scale·alpha/rank, later"),
     ],
 )
-def test_what_mlx_lm_leaves_open_is_refused_by_name(tmp_path: Path, change: dict[str, Any], say: str) -> None:
+def test_ambiguous_mlx_lm_settings_are_refused(tmp_path: Path, change: dict[str, Any], say: str) -> None:
     with pytest.raises(AdapterError, match=say):
         read(mlx(tmp_path / "a", pairs_of(LINEAR), **change))
     with pytest.raises(AdapterError, match="gives to a tied head too"):
         read(mlx(tmp_path / "b", pairs_of({"model.embed_tokens": (32, 160)})))
 
 
-def test_an_alpha_that_mlx_lm_ignores_changes_nothing(tmp_path: Path) -> None:
+def test_alpha_ignored_by_mlx_lm_is_ignored(tmp_path: Path) -> None:
     path = mlx(tmp_path / "a", pairs_of(LINEAR), lora_parameters={"rank": R, "scale": SCALE, "alpha": 16})
     assert {p.scale for p in read(path).adapter.pairs.values()} == {SCALE}
 

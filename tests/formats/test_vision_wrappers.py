@@ -114,7 +114,7 @@ def ours(net: nn.Module, path: Path) -> torch.Tensor:
 
 @pytest.mark.parametrize(("trained", "used"), [(text, whole), (whole, text)], ids=["of text", "of the wrapper"])
 @pytest.mark.parametrize("name", BOTH)
-def test_an_adapter_of_the_one_acts_on_the_other(tmp_path, name, trained, used):
+def test_vision_wrapper_and_text_model_share_adapters(tmp_path, name, trained, used):
     want = made(trained(name), tmp_path / "a")
     torch.testing.assert_close(ours(used(name), tmp_path / "a"), want, rtol=1e-8, atol=1e-8)
 
@@ -128,7 +128,7 @@ OLD = {
 
 
 @pytest.mark.parametrize("name", OLD)
-def test_names_of_before_transformers_4_52_are_the_ones_of_today(tmp_path, name):
+def test_names_before_transformers_4_52_are_renamed(tmp_path, name):
     want = made(whole(name), tmp_path / "a")
     new, old = OLD[name]
     path = tmp_path / "a" / "adapter_model.safetensors"
@@ -142,7 +142,7 @@ def test_names_of_before_transformers_4_52_are_the_ones_of_today(tmp_path, name)
     )
 
 
-def test_pairs_of_the_vision_tower_are_refused_on_the_text_model_with_their_names(tmp_path):
+def test_vision_tower_pairs_are_refused_on_text_models(tmp_path):
     net = whole("gemma3")
     tower = next(n for n, m in net.named_modules() if "vision" in n and n.endswith("q_proj"))
     shapes = {"A": (2, 16), "B": (16, 2)}

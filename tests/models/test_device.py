@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
         ("F32", "", torch.float32),
     ],
 )
-def test_auto_takes_bf16_where_hardware_has_it_and_nothing_is_lost(
+def test_auto_dtype_uses_bf16_hardware(
     monkeypatch: pytest.MonkeyPatch, stored: str, hardware: str, chosen: torch.dtype
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(hardware), raising=False)
@@ -51,7 +51,7 @@ def test_a_cuda_device_has_the_number_its_tensors_have(monkeypatch: pytest.Monke
     assert choose_device("cuda") == torch.device("cuda", 1)
 
 
-def test_what_torch_keeps_on_a_card_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_cache_counts_as_free_gpu_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (10, 100))
     monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 50)
     monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 20)
@@ -86,18 +86,18 @@ def machine(root: Path, groups: str, files: dict[str, str]) -> Path:
         ("0::/", {"cpu.max": "nonsense"}, None),
     ],
 )
-def test_the_quota_is_the_least_of_ours_and_of_those_above(
+def test_cpu_quota_is_the_minimum_over_parents(
     tmp_path: Path, groups: str, files: dict[str, str], wanted: float | None
 ) -> None:
     assert cpu_quota(machine(tmp_path, groups, files)) == wanted
 
 
-def test_threads_are_no_more_than_the_quota_pays_for(tmp_path: Path) -> None:
+def test_threads_are_limited_by_the_quota(tmp_path: Path) -> None:
     assert thread_count({}, machine(tmp_path, "0::/", {"cpu.max": "30000 100000"})) == 1
     assert thread_count({}, machine(tmp_path, "0::/", {"cpu.max": "999900000 100000"})) == len(os.sched_getaffinity(0))
 
 
-def test_a_number_that_somebody_said_rules(tmp_path: Path) -> None:
+def test_explicit_micro_batch_is_used(tmp_path: Path) -> None:
     limited = machine(tmp_path, "0::/", {"cpu.max": "30000 100000"})
     assert thread_count({"OMP_NUM_THREADS": "3"}, limited) == 3
     assert thread_count({"OMP_NUM_THREADS": "3,2"}, limited) == 3, "OpenMP's list is one number for each level"
@@ -105,7 +105,7 @@ def test_a_number_that_somebody_said_rules(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one processor")
-def test_threads_are_no_more_than_the_processors_of_the_affinity_mask() -> None:
+def test_threads_are_limited_by_affinity() -> None:
     env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | {"PYTHONPATH": str(ROOT / "src")}
     program = "from veneer.models.device import thread_count; import sys; print(thread_count(), 'torch' in sys.modules)"
     command = ["taskset", "-c", str(min(os.sched_getaffinity(0))), sys.executable, "-c", program]
@@ -115,7 +115,7 @@ def test_threads_are_no_more_than_the_processors_of_the_affinity_mask() -> None:
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one processor")
 @pytest.mark.parametrize(("said", "threads"), [("", 1), ("torch.set_num_threads(5);", 5)])
-def test_torch_computes_with_the_quotas_threads_unless_somebody_set_them(said: str, threads: int) -> None:
+def test_settle_threads_uses_the_quota(said: str, threads: int) -> None:
     env = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     program = f"import torch; from veneer.models import device; device.cpu_quota = lambda root: 0.5; {said}"
     program += "device.settle_threads(); print(torch.get_num_threads())"

@@ -38,7 +38,7 @@ def _edit_config(base: Path, **changes: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def test_sharding_order_metadata_and_a_second_saving_leave_it_alone(tmp_path: Path) -> None:
+def test_fingerprint_ignores_sharding_order_and_metadata(tmp_path: Path) -> None:
     base = tiny_base_dir(tmp_path)
     first = print_of(base)
     assert first.startswith("sha256:")
@@ -90,14 +90,14 @@ KEYS = [f"model.layers.{i}.self_attn.k_proj.weight" for i in (0, 1)]
     ],
     ids=["norm", "positions", "heads", "activation", "one weight", "names of two weights"],
 )
-def test_what_the_model_computes_with_changes_it(tmp_path: Path, change: Callable[[Path], None]) -> None:
+def test_computing_fields_change_the_fingerprint(tmp_path: Path, change: Callable[[Path], None]) -> None:
     base = tiny_base_dir(tmp_path)
     other = _copy(base, "other")
     change(other)
     assert print_of(other) != print_of(base)
 
 
-def test_weights_are_read_once_and_again_after_they_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_digests_are_cached_until_weights_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, reads = tiny_base_dir(tmp_path), []
     real = module.digests
     monkeypatch.setattr(module, "digests", lambda table: reads.append(1) or real(table))
@@ -120,9 +120,7 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path) -> None:
         assert print_of(base) == first
 
 
-def test_a_base_that_cannot_be_written_has_its_cache_under_the_home(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_read_only_base_caches_under_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, real = tiny_base_dir(tmp_path), atomic.replace_file
 
     def replace_file(place: Path, chunks: list[bytes], mode: int) -> None:
@@ -147,16 +145,14 @@ def test_every_family_has_shaping_fields_that_survive_json(family: str, tmp_path
     assert shaping_fields(read_base_config(tmp_path)) == json.loads(json.dumps(fields)) == fields
 
 
-def test_what_a_file_leaves_at_its_default_does_not_count() -> None:
+def test_default_fields_do_not_change_the_fingerprint() -> None:
     bare, spelt_out = LlamaConfig(hidden_size=64), LlamaConfig(hidden_size=64, rms_norm_eps=1e-6, attention_bias=False)
     assert shaping_fields(bare) == shaping_fields(spelt_out)
     as_float32 = float(torch.tensor(1e-5))
     assert shaping_fields(LlamaConfig(rms_norm_eps=as_float32)) == shaping_fields(LlamaConfig(rms_norm_eps=1e-5))
 
 
-def test_the_hash_of_a_file_is_read_once_and_again_after_it_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_hash_is_cached_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the same size too: the time of change tells."""
     file, reads, real = tmp_path / "one.safetensors", [], hashlib.file_digest
     monkeypatch.setattr(hashlib, "file_digest", lambda *given: reads.append(1) or real(*given))

@@ -52,7 +52,7 @@ def test_quantized_weights_are_plain_tensors_near_the_original(tmp_path: Path) -
         assert (tensor - theirs[name]).abs().max() <= bound, name
 
 
-def test_it_generates_carries_adapters_and_can_be_saved(tmp_path: Path) -> None:
+def test_gguf_base_generates_adapts_and_saves(tmp_path: Path) -> None:
     tiny_gguf(tmp_path / "tiny.gguf", quantized=True)
     base = load_text(str(tmp_path / "tiny.gguf"), dtype="float32")
     assert base.has_chat_template
@@ -98,7 +98,7 @@ def test_a_file_cut_short_is_refused(tmp_path: Path) -> None:
                 read_base_config(file)
 
 
-def test_a_directory_and_a_gguf_of_one_model_share_their_shape(tmp_path: Path) -> None:
+def test_directory_and_gguf_share_shaping_fields(tmp_path: Path) -> None:
     from veneer.models.fingerprint import shaping_fields
 
     tiny_gguf(tmp_path / "tiny.gguf")
@@ -117,7 +117,7 @@ def test_the_tokenizer_has_the_file_s_tokens_and_no_more(tmp_path: Path) -> None
         assert getattr(tokenizer, kind) == getattr(original, kind, None) or kind in ("bos_token_id", "pad_token_id")
 
 
-def test_headers_are_what_gguf_s_own_reader_finds(tmp_path: Path) -> None:
+def test_headers_equal_those_of_the_gguf_reader(tmp_path: Path) -> None:
     tiny_gguf(tmp_path / "tiny.gguf", quantized=True)
     ours, theirs = GgufReader(str(tmp_path / "tiny.gguf")), gguf.GGUFReader(str(tmp_path / "tiny.gguf"))
     assert list(ours.fields) == list(theirs.fields)
@@ -128,7 +128,7 @@ def test_headers_are_what_gguf_s_own_reader_finds(tmp_path: Path) -> None:
         assert (a.name, a.data_offset, a.n_bytes) == (b.name, b.data_offset, b.n_bytes)
 
 
-def test_a_large_vocabulary_is_read_in_a_moment(tmp_path: Path) -> None:
+def test_large_vocabulary_is_read_quickly(tmp_path: Path) -> None:
     """As Gemma's has: gguf's own reader takes 12 seconds for it."""
     writer = gguf.GGUFWriter(str(tmp_path / "large.gguf"), "llama")
     writer.add_token_list([f"token {i}" for i in range(262_144)])
@@ -150,7 +150,7 @@ def test_a_plan_needs_the_file_alone(tmp_path: Path) -> None:
         assert shape.parameters == sum(p.numel() for p in model.parameters())
 
 
-def test_no_token_of_another_model_is_added(tmp_path: Path) -> None:
+def test_gguf_tokenizer_adds_no_foreign_tokens(tmp_path: Path) -> None:
     """GPT-2's end of text is no token of this file: with it there would be more tokens than the model has rows."""
     file = tmp_path / "tiny.gguf"
     tiny_gguf(file)
@@ -165,7 +165,7 @@ def test_no_token_of_another_model_is_added(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ties", [False, True])
-def test_merges_are_transformers_in_its_order(ties: bool) -> None:
+def test_merges_equal_those_of_transformers(ties: bool) -> None:
     """Those of a vocabulary without merges, of which the order decides every token."""
     g = random.Random(0)
     tokens = [*"abc▁", *{"".join(g.choices("abc▁", k=g.randint(2, 7))) for _ in range(2000)}]
@@ -189,7 +189,7 @@ def test_blocks_have_the_values_that_gguf_finds(kind: str) -> None:
     np.testing.assert_array_equal(found, wanted)
 
 
-def test_without_its_arrays_it_knows_how_many_and_other_threads_read_as_ever(tmp_path: Path) -> None:
+def test_skipped_arrays_keep_counts_per_thread(tmp_path: Path) -> None:
     file = tmp_path / "large.gguf"
     writer = gguf.GGUFWriter(str(file), "llama")
     writer.add_token_list([f"t{i}" for i in range(5000)])

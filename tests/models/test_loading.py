@@ -12,7 +12,7 @@ from transformers.utils import logging
 from veneer.models.loading import errors_only
 
 
-def test_the_last_to_end_puts_back_what_was() -> None:
+def test_last_block_restores_the_settings() -> None:
     before = logging.get_verbosity(), logging.is_progress_bar_enabled(), list(warnings.filters)
     began, end = threading.Event(), threading.Event()
 
@@ -55,7 +55,7 @@ def test_only_the_libraries_own_lines_are_left_out() -> None:
         warnings.filters.remove(mine)  # type: ignore[attr-defined]
 
 
-def test_a_missing_kernel_of_bitsandbytes_that_nobody_asked_for_is_no_news(caplog: pytest.LogCaptureFixture) -> None:
+def test_bitsandbytes_warning_is_silenced(caplog: pytest.LogCaptureFixture) -> None:
     """The line as bitsandbytes 0.49 logs it on processors with AVX512-BF16 when it is imported."""
     theirs = getLogger("bitsandbytes.backends.cpu.ops")
     theirs.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please make sure …", "no hub")

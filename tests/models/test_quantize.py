@@ -70,9 +70,7 @@ def test_every_family_computes_what_its_dequantized_weights_do(family: str, kind
             assert float((got - want).norm() / want.norm()) < (0.01 if kind == "int8" else 0.15), name
 
 
-def test_fused_experts_are_quantized_and_one_is_dequantized_at_a_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fused_experts_are_dequantized_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = quantized(FAMILIES["mixtral"](), tmp_path / "m", "nf4")
     experts = {n: p for n, p in model.named_parameters() if p.ndim == 3}
     assert experts
@@ -108,7 +106,7 @@ def test_a_text_base_says_what_it_is_in(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "says"), [("nf5", "nearest: nf4"), ("keep", "not quantized"), ("int9", "not a known quantization")]
 )
-def test_what_is_no_quantization_is_refused(folder: Path, kind: str, says: str) -> None:
+def test_unknown_quantization_is_refused(folder: Path, kind: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         load_text(str(folder), quantize=kind)
 
@@ -232,7 +230,7 @@ def test_an_8_bit_checkpoint_of_bitsandbytes_loads(folder: Path, tmp_path: Path)
         torch.testing.assert_close(weight.dense().double(), exact, rtol=1e-5, atol=0)
 
 
-def test_what_is_saved_loads_in_bitsandbytes(wide: Path, tmp_path: Path) -> None:
+def test_saved_weights_load_in_bitsandbytes(wide: Path, tmp_path: Path) -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
     from transformers import AutoModelForCausalLM
 
@@ -263,7 +261,7 @@ def test_a_quantization_that_is_not_read_is_refused_by_name(folder: Path, tmp_pa
 # -- GGUF --------------------------------------------------------------------------------------------------------------
 
 
-def test_blocks_of_a_gguf_file_stay_and_compute_what_they_stand_for(tmp_path: Path) -> None:
+def test_kept_gguf_blocks_equal_dequantized_weights(tmp_path: Path) -> None:
     file = tmp_path / "tiny.gguf"
     tiny_gguf(file, quantized=True)
     full, kept = load_text(str(file), dtype="float32"), load_text(str(file), dtype="float32", quantize="keep")
@@ -281,7 +279,7 @@ def test_blocks_of_a_gguf_file_stay_and_compute_what_they_stand_for(tmp_path: Pa
         load_text(str(file), quantize="nf4")
 
 
-def test_two_kinds_loaded_at_a_time_do_not_mix(tmp_path: Path) -> None:
+def test_concurrent_quantized_loads_do_not_mix(tmp_path: Path) -> None:
     """transformers' registry of quantizers is the process's: one load neither lends another its kind nor takes the
     entry from under it."""
     source = FAMILIES["llama3"]()

@@ -80,7 +80,7 @@ def main(folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def test_split_over_two_it_computes_the_same_and_each_holds_half(tmp_path: Path) -> None:
+def test_two_process_shard_is_equal_at_half_memory(tmp_path: Path) -> None:
     model = stack()
     whole = measured(lambda act, *args: act(*args), model)
     assert launch(2, [sys.executable, "-m", "tests.models.test_shard", str(tmp_path)]) == 0

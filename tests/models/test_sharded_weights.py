@@ -22,7 +22,7 @@ from veneer.files.safetensors import write_tensors
 from veneer.files.weights import read_values, tensor_table
 from veneer.models.quantize import load_quantized
 from veneer.models.shard import blocks, shard
-from veneer.models.sharded_weights import Unread, rows_of
+from veneer.models.sharded_weights import ShardReader, shard_rows
 from veneer.models.text.base import load_text, read_base_config
 from veneer.ops.quantized import Quantized, quantize
 from veneer.train.devices import launch
@@ -32,9 +32,9 @@ KINDS = {"": "bfloat16", "nf4": "bfloat16", "fp4": "float32", "int8": "bfloat16"
 
 
 @given(st.integers(0, 300), st.integers(1, 9))
-def test_rows_are_parted_as_torch_chunks_them(n: int, count: int) -> None:
+def test_shard_rows_match_torch_chunk(n: int, count: int) -> None:
     whole = torch.arange(n)
-    parts = [whole[slice(*rows_of(n, rank, count))] for rank in range(count)]
+    parts = [whole[slice(*shard_rows(n, rank, count))] for rank in range(count)]
     assert torch.equal(torch.cat(parts), whole)
     chunks = whole.chunk(count) if n else ()
     assert all(torch.equal(a, b) for a, b in zip(parts, chunks, strict=False))
@@ -54,13 +54,13 @@ class Together:
         self.barrier.wait(60)
 
 
-def test_a_file_that_changes_before_it_is_read_is_no_base_any_more(tmp_path: Path) -> None:
+def test_changed_file_is_refused(tmp_path: Path) -> None:
     """Another one in its place, of the same shapes and size, or written to where it is."""
     file = tmp_path / "model.safetensors"
     values = {"weight": torch.zeros(4, 4), "other": torch.zeros(4, 4)}
     write_tensors(file, values)
     for change in ("replaced", "written"):
-        unread = Unread({t.name: t for t in tensor_table(tmp_path)}, "", torch.float32)
+        unread = ShardReader({t.name: t for t in tensor_table(tmp_path)}, "", torch.float32)
         assert torch.equal(unread.whole("weight", torch.device("cpu")), values["weight"])
         if change == "replaced":
             write_tensors(file, {name: value + 1 for name, value in values.items()})
@@ -75,7 +75,7 @@ def test_a_file_that_changes_before_it_is_read_is_no_base_any_more(tmp_path: Pat
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", ""])
 @pytest.mark.parametrize(("rows", "columns"), [(3, 5), (7, 64), (130, 129), (1, 1), (64, 300)])
-def test_parts_of_a_weight_are_the_pieces_of_the_whole_to_the_bit(
+def test_weight_shards_are_bit_equal_to_the_whole(
     kind: str, rows: int, columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks of 64 that two neighbours share, one row for several, none for some."""
@@ -88,7 +88,7 @@ def test_parts_of_a_weight_are_the_pieces_of_the_whole_to_the_bit(
         made = quantize(whole[0], kind)
         whole, absent = list(made.stored.tensors().values()), made.like(made.stored.moved(lambda t: t.to("meta")))
     for count in (2, 3, 5):
-        group, reads = Together(count), [Unread({"weight": stored}, kind, torch.bfloat16) for _ in range(count)]
+        group, reads = Together(count), [ShardReader({"weight": stored}, kind, torch.bfloat16) for _ in range(count)]
         monkeypatch.setattr("torch.distributed.all_gather", group.all_gather)
 
         def one(rank: int, group: Any = group, reads: Any = reads, count: int = count) -> list[Tensor]:
@@ -101,7 +101,7 @@ def test_parts_of_a_weight_are_the_pieces_of_the_whole_to_the_bit(
         for i, tensor in enumerate(whole):
             flat = tensor.reshape(tensor.shape or 1)
             for rank in range(count):
-                assert torch.equal(parts[rank][i], flat[slice(*rows_of(len(flat), rank, count))])
+                assert torch.equal(parts[rank][i], flat[slice(*shard_rows(len(flat), rank, count))])
         edges = 2 * 64 * 4 * (count - 1) if kind in ("nf4", "fp4") else 0
         assert stored.size <= sum(each.bytes_read for each in reads) <= stored.size + edges
 
@@ -143,7 +143,7 @@ def main(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_each_of_three_reads_its_part_and_has_the_bits_of_the_whole(tmp_path: Path) -> None:
+def test_three_shards_equal_the_whole_model(tmp_path: Path) -> None:
     table = tensor_table(tiny_base_dir(tmp_path))
     stored = sum(t.size for t in table)
     assert launch(COUNT, [sys.executable, "-m", "tests.models.test_sharded_weights", str(tmp_path)]) == 0
@@ -156,7 +156,7 @@ def test_each_of_three_reads_its_part_and_has_the_bits_of_the_whole(tmp_path: Pa
         assert all(each[kind][1] for each in seen)
 
 
-def test_a_family_whose_files_have_other_names_is_read_whole_and_says_so(tmp_path: Path) -> None:
+def test_renamed_families_are_read_whole_with_a_note(tmp_path: Path) -> None:
     folder = tiny_base_dir(tmp_path)
     weights = {t.name: read_values(t) for t in tensor_table(folder)}
     file = next(folder.glob("*.safetensors"))
@@ -187,8 +187,10 @@ def test_a_model_with_weights_kept_in_float32_is_read_whole(tmp_path: Path) -> N
     model._keep_in_fp32_modules = ["weight"]  # type: ignore[assignment]
     file = tmp_path / "model.safetensors"
     write_tensors(file, {"weight": torch.zeros(2, 2), "bias": torch.zeros(2)})
-    assert "float32" in str(Unread.of(model, tensor_table(tmp_path), "", torch.bfloat16))
-    assert "no bias" in str(Unread.of(nn.Linear(2, 2, device="meta"), tensor_table(tmp_path)[1:], "", torch.bfloat16))
+    assert "float32" in str(ShardReader.of(model, tensor_table(tmp_path), "", torch.bfloat16))
+    assert "no bias" in str(
+        ShardReader.of(nn.Linear(2, 2, device="meta"), tensor_table(tmp_path)[1:], "", torch.bfloat16)
+    )
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def test_home_is_the_environments_or_the_users(monkeypatch: pytest.MonkeyPatch, 
     assert veneer_home() == Path.home() / "elsewhere"
 
 
-def test_a_directory_by_path_and_a_base_under_the_home_by_name(home: Path) -> None:
+def test_bases_are_found_by_path_and_by_name(home: Path) -> None:
     folder = tiny_base_dir(home.parent)
     assert find_base(str(folder)) == folder
     assert find_base("./tiny-base").resolve() == folder
@@ -50,9 +50,7 @@ def test_a_directory_by_path_and_a_base_under_the_home_by_name(home: Path) -> No
 @pytest.mark.parametrize(
     "name", ["./nothing", "/no/such/base", "~/no-such-base", "model.gguf", "what is this?", "a/b/c"]
 )
-def test_a_path_that_is_not_there_is_never_asked_of_a_hub(
-    home: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_path_is_not_requested_from_the_hub(home: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked a hub"))
     with pytest.raises(BaseError, match="there is no base") as caught:
         find_base(name)
@@ -67,13 +65,13 @@ def test_the_nearest_name_is_offered(home: Path) -> None:
         find_base("smolm2-135")
 
 
-def test_without_a_hub_the_error_names_our_built_in_copy(home: Path) -> None:
+def test_offline_error_names_the_builtin_copy(home: Path) -> None:
     with pytest.raises(BaseError) as caught:
         find_base("HuggingFaceTB/SmolLM2-135M-Instruct")
     assert "smollm2-135m is veneer's own copy of it" in (caught.value.fix or "")
 
 
-def test_with_no_hub_the_error_says_where_it_looked_and_what_else_there_is(home: Path) -> None:
+def test_offline_error_lists_places_and_alternatives(home: Path) -> None:
     with pytest.raises(BaseError, match="the hub cannot be reached") as caught:
         find_base("some/model")
     where, fix = caught.value.where or "", caught.value.fix or ""
@@ -90,7 +88,7 @@ def _answers(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
 
 
-def test_what_the_hub_answers_is_said(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_errors_are_reported(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     reply: Any = SimpleNamespace(headers={}, request=None)
@@ -119,9 +117,7 @@ def test_a_base_in_the_hubs_cache_needs_no_hub(home: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("variants", [False, True])
-def test_of_an_image_base_the_hub_is_asked_for_what_is_loaded(
-    home: Path, monkeypatch: pytest.MonkeyPatch, variants: bool
-) -> None:
+def test_image_base_download_skips_unused_files(home: Path, monkeypatch: pytest.MonkeyPatch, variants: bool) -> None:
     """Not for the same weights in one file at the top, in half precision beside the whole, or for a safety checker."""
     v = ".fp16" if variants else ""
     remote = ["model_index.json", "unet/config.json", f"unet/diffusion_pytorch_model{v}.safetensors", "all.safetensors"]
@@ -170,7 +166,7 @@ def test_a_download_says_its_size_and_progress(home: Path, monkeypatch: pytest.M
     ]
 
 
-def test_directories_that_are_no_base_say_what_they_are(home: Path) -> None:
+def test_non_base_directories_are_named(home: Path) -> None:
     work = home.parent
     adapter = work / "adapter"
     adapter.mkdir()
@@ -198,9 +194,7 @@ def test_only_built_in_bases_are_made_from_a_file(home: Path) -> None:
         find_base("mine", source=Path("x.whl"))
 
 
-def test_the_short_name_of_a_path_is_its_last_part_and_of_all_else_itself(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_short_name_of_a_path_is_its_last_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     assert short_name(str(tmp_path / "here")) == short_name("./here/") == short_name("here") == "here"

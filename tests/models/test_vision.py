@@ -56,7 +56,7 @@ def test_a_chat_model_says_what_transformers_says(place: Path) -> None:
 
 
 @pytest.mark.parametrize(("family", "words"), [("blip", None), ("blip", "a picture of"), ("florence2", None)])
-def test_a_model_without_a_chat_is_asked_in_its_own_way(place: Path, family: str, words: str | None) -> None:
+def test_vision_model_without_chat_template_uses_its_prompt(place: Path, family: str, words: str | None) -> None:
     folder = tiny_vision(place, family)
     with errors_only():
         processor = transformers.AutoProcessor.from_pretrained(folder)

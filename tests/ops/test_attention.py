@@ -140,7 +140,7 @@ def test_tokens_after_the_rows_attend_to_nothing(name: str, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("name", ["tiles", "tiles32"])
-def test_scores_of_any_size_and_what_is_no_number_stays_visible(name: str) -> None:
+def test_large_scores_and_non_finite_values(name: str) -> None:
     """A key far above the others takes all, first or last; NaN and infinity come out as such where they are seen."""
     q, k = torch.full((300, 1, 16), 8.0).bfloat16(), torch.full((300, 1, 16), -8.0).bfloat16()
     v = torch.arange(300.0).bfloat16()[:, None, None].expand(300, 1, 16).contiguous()
@@ -294,7 +294,7 @@ def test_attention_over_other_tokens(most: int, monkeypatch: pytest.MonkeyPatch)
     assert all(near(a, b, 1e-5) for a, b in zip(got, want, strict=True))
 
 
-def test_too_many_probabilities_to_keep_go_through_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_attention_falls_back_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     qkv = torch.randn(1, 6, 3, 2, 8, requires_grad=True)
     through: list[Tensor] = []
 

@@ -44,7 +44,7 @@ def test_input_that_no_kernel_takes_runs_the_reference() -> None:
     assert choices("cpu")["rms_norm"].name == ("compiled" if there else "torch")
 
 
-def test_without_compiled_kernels_torch_runs_and_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_runs_without_kernels_and_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "kernels", lambda: None)
     found = choices("cpu")
     by_compiled = set(IMPLEMENTATIONS) - {"prepacked_linear", "weight_layout"}  # which oneDNN has a part in
@@ -110,7 +110,7 @@ def test_the_profile_decides_what_multiplies_panels(
     assert dispatch("panel_linear", torch.empty(0, dtype=BF16), 16) == kernel
 
 
-def test_only_float32_weights_are_kept_in_the_order_of_their_products() -> None:
+def test_only_float32_weights_are_prepacked() -> None:
     for dtype in (torch.float32, BF16):
         x, weight = torch.ones(4, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)
         run = dispatch("prepacked_linear", x, weight, None, True)

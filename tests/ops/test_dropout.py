@@ -36,7 +36,7 @@ def near(share: float, wanted: float, n: int) -> bool:
 
 @DTYPES
 @given(p=st.floats(0.01, 0.9), seed=SEEDS)
-def test_the_share_is_the_one_asked_for_and_what_is_left_grows_by_it(dtype: torch.dtype, p: float, seed: int) -> None:
+def test_offload_moves_the_requested_share(dtype: torch.dtype, p: float, seed: int) -> None:
     x = torch.linspace(1, 2, N).to(dtype)
     y = Dropout(p, seed)(x)
     kept = y != 0

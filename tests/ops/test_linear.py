@@ -36,7 +36,7 @@ def test_joined_projections_are_the_projections_one_by_one(dtype: torch.dtype, b
 
 
 @DTYPES
-def test_pairs_see_what_dropout_leaves_of_x_and_the_frozen_weight_sees_all_of_it(dtype: torch.dtype) -> None:
+def test_dropout_acts_on_pairs_only(dtype: torch.dtype) -> None:
     x = draw(3, 5, 32, dtype=dtype).requires_grad_()
     W = draw(24 + 16, 32, dtype=dtype)
     A1, B1, A2, B2 = ab = factors(dtype, (4, 32), (24, 4), (2, 32), (16, 2))
@@ -136,7 +136,7 @@ def test_a_frozen_input_gets_no_gradient_and_costs_no_product() -> None:
     assert products == 3  # du, dA, dB and nothing with W
 
 
-def test_what_linear_returns_may_be_written_into() -> None:
+def test_linear_output_is_writable() -> None:
     x = draw(4, 8, dtype=torch.float32)
     A, B = factors(torch.float32, (2, 8), (6, 2))
     y = linear(x, LinearMap(draw(6, 8, dtype=torch.float32), None, (LowRank(A, B, 1.0),)))
@@ -182,7 +182,7 @@ def test_a_map_in_two_parts_is_the_map(at: int) -> None:
         same([y, *grads[0]], [wanted, *grads[1]], 1e-6)
 
 
-def test_a_map_whose_products_share_a_dropout_is_not_parted() -> None:
+def test_products_with_shared_dropout_stay_together() -> None:
     x, B = draw(2, 8, dtype=torch.float32), draw(6, 2, dtype=torch.float32)
     with pytest.raises(ValueError, match="dropout"):
         split_map(LinearMap(draw(6, 8, dtype=torch.float32), None, (LowRank(x, B, dropout=0.1),)), 3)

@@ -73,7 +73,7 @@ def test_each_span_is_what_it_is_by_itself() -> None:
     torch.testing.assert_close(list(found[1:]), expected)
 
 
-def test_numbers_that_are_none_stay_where_they_are() -> None:
+def test_non_finite_values_are_preserved() -> None:
     """NaN and infinities of one adapter's rows reach nothing of the other's."""
     torch.manual_seed(0)
     pairs = [factors(span, 4) for span in range(2)]

@@ -31,7 +31,7 @@ def sigmoid(x: float) -> float:
 
 @LAW
 @given(ratio, ratio, st.floats(0.01, 1), st.floats(0, 0.4))
-def test_dpo_is_a_cross_entropy_with_the_labels_it_believes(w: float, l: float, beta: float, eps: float) -> None:
+def test_dpo_matches_its_formula(w: float, l: float, beta: float, eps: float) -> None:
     p = sigmoid(beta * (w - l))
     wanted = -(1 - eps) * math.log(p) - eps * math.log(1 - p)
     assert dpo(*one(w, l), beta=beta, smoothing=eps).item() == pytest.approx(wanted, rel=1e-9, abs=1e-12)
@@ -39,14 +39,14 @@ def test_dpo_is_a_cross_entropy_with_the_labels_it_believes(w: float, l: float, 
 
 @LAW
 @given(ratio, ratio, st.floats(0.05, 1))
-def test_ipo_is_least_where_the_margin_is_one_over_two_beta(w: float, l: float, beta: float) -> None:
+def test_ipo_matches_its_formula(w: float, l: float, beta: float) -> None:
     assert ipo(*one(w, l), beta=beta).item() == pytest.approx((w - l - 0.5 / beta) ** 2, rel=1e-12, abs=1e-12)
     assert ipo(*one(l + 0.5 / beta, l), beta=beta).item() == pytest.approx(0, abs=1e-18)
 
 
 @LAW
 @given(mean, mean, st.floats(0.05, 1))
-def test_orpo_compares_odds(w: float, l: float, beta: float) -> None:
+def test_orpo_matches_its_formula(w: float, l: float, beta: float) -> None:
     odds = [math.exp(m) / -math.expm1(m) for m in (w, l)]
     wanted = -beta * math.log(odds[0] / (odds[0] + odds[1]))  # σ(log a − log b) = a / (a + b)
     assert orpo(*one(w, l), beta=beta).item() == pytest.approx(wanted, rel=1e-7, abs=1e-12)
@@ -54,22 +54,20 @@ def test_orpo_compares_odds(w: float, l: float, beta: float) -> None:
 
 @LAW
 @given(mean, mean, st.floats(1, 3), st.floats(0, 2))
-def test_simpo_wants_a_margin(w: float, l: float, beta: float, gamma: float) -> None:
+def test_simpo_matches_its_formula(w: float, l: float, beta: float, gamma: float) -> None:
     wanted = -math.log(sigmoid(beta * (w - l) - gamma))
     assert simpo(*one(w, l), beta=beta, gamma=gamma).item() == pytest.approx(wanted, rel=1e-9, abs=1e-12)
 
 
 @LAW
 @given(ratio, ratio, st.floats(0.05, 1), st.floats(0.5, 2), st.floats(0.5, 2))
-def test_kto_values_gains_and_losses_from_its_reference_point(
-    r: float, z: float, beta: float, d: float, u: float
-) -> None:
+def test_kto_matches_its_formula(r: float, z: float, beta: float, d: float, u: float) -> None:
     both = torch.tensor([r, r], dtype=torch.float64)
     got = kto(both, torch.tensor([True, False]), z, beta=beta, weights=(d, u)).tolist()
     assert got == pytest.approx([d * (1 - sigmoid(beta * (r - z))), u * (1 - sigmoid(beta * (z - r)))], rel=1e-9)
 
 
-def test_kto_s_reference_point_is_never_negative_and_has_no_gradient() -> None:
+def test_kto_reference_is_nonnegative_without_gradient() -> None:
     ratios = torch.tensor([1.0, 4.0, -2.0], requires_grad=True)
     assert kto_reference(ratios).item() == 1.0
     assert not kto_reference(ratios).requires_grad
@@ -156,7 +154,7 @@ def test_token_nll(dtype: torch.dtype, chunk: int) -> None:
 
 @DTYPES
 @pytest.mark.parametrize("chunk", [4, 100])
-def test_token_nll_says_where_no_other_token_is_likelier(dtype: torch.dtype, chunk: int) -> None:
+def test_token_nll_marks_most_likely_targets(dtype: torch.dtype, chunk: int) -> None:
     """As argmax of the same logits; a target that has its equals counts, one that is none does not. The loss and its
     gradient are what they are without."""
     h, W = draw(40, 32, dtype=dtype).requires_grad_(), draw(300, 32, dtype=dtype)
@@ -177,7 +175,7 @@ def test_token_nll_says_where_no_other_token_is_likelier(dtype: torch.dtype, chu
     assert torch.equal(torch.autograd.grad(plain.sum(), h)[0], got)
 
 
-def test_token_nll_keeps_the_gradient_of_a_token_that_is_almost_certain() -> None:
+def test_token_nll_gradient_of_near_certain_token() -> None:
     """p = 1 − 1.2e-4: rounded to bfloat16 before 1 is taken off, the whole gradient of the target would be lost."""
     h = torch.tensor([[9.0]], dtype=torch.bfloat16, requires_grad=True)
     W = torch.tensor([[1.0], [0.0]], dtype=torch.bfloat16)
@@ -187,7 +185,7 @@ def test_token_nll_keeps_the_gradient_of_a_token_that_is_almost_certain() -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_target_of_minus_a_hundred_is_none_and_any_other_that_is_no_token_an_error(dtype: torch.dtype) -> None:
+def test_ignored_and_invalid_targets(dtype: torch.dtype) -> None:
     """By the compiled kernel and by torch's own operations; int32 targets are targets too."""
     hidden = torch.randn(6, 16).to(dtype).requires_grad_()
     weight = torch.randn(40, 16).to(dtype)

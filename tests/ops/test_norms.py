@@ -34,7 +34,7 @@ def test_a_norm_whose_weight_has_more_bits_than_x(dtype: torch.dtype) -> None:
     same([y, *torch.autograd.grad(y, x, g)], wanted, TOLERANCE[dtype])
 
 
-def test_x_keeps_its_bits_beside_a_weight_of_fewer() -> None:
+def test_input_keeps_its_dtype_with_narrower_weight() -> None:
     x, w = draw(9, 72, dtype=torch.float32), draw(72, dtype=torch.bfloat16)
     wanted = F.rms_norm(x.double(), (72,), w.double(), 1e-5)
     same([rms_norm(x, w, 1e-5)], [wanted], TOLERANCE[torch.float32])

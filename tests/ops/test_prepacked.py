@@ -39,7 +39,7 @@ def kept_here(dtype: torch.dtype) -> bool:
 @DTYPES
 @pytest.mark.parametrize("rows", [259, 3, 0])
 @pytest.mark.parametrize(("bias", "gain"), [(False, False), (True, False), (True, True)])
-def test_a_map_by_copies_is_that_of_float64(dtype: torch.dtype, rows: int, bias: bool, gain: bool) -> None:
+def test_prepacked_linear_matches_float64(dtype: torch.dtype, rows: int, bias: bool, gain: bool) -> None:
     x, W = draw(rows, IN, dtype=dtype).requires_grad_(), draw(OUT, IN, dtype=dtype)
     b = draw(OUT, dtype=dtype) if bias else None
     gains = (1 + draw(OUT, dtype=torch.float32, scale=0.1)).requires_grad_() if gain else None
@@ -57,7 +57,7 @@ def test_a_map_by_copies_is_that_of_float64(dtype: torch.dtype, rows: int, bias:
 
 
 @DTYPES
-def test_an_mlp_by_copies_is_that_of_float64(dtype: torch.dtype) -> None:
+def test_prepacked_mlp_matches_float64(dtype: torch.dtype) -> None:
     x, up, down = draw(17, IN, dtype=dtype).requires_grad_(), draw(2 * OUT, IN, dtype=dtype), draw(IN, OUT, dtype=dtype)
     room = ByteBudget(2 * (up.nbytes + down.nbytes))
     y = gated_mlp(x, *(LinearMap(W, copies=PrepackedWeights(W, room)) for W in (up, down)))
@@ -84,7 +84,7 @@ def test_the_loss_by_copies_is_that_of_float64(dtype: torch.dtype) -> None:
     assert room.taken == (room.most if kept_here(dtype) else 0)
 
 
-def test_copies_take_no_more_than_there_is_room_for() -> None:
+def test_prepacked_copies_respect_the_budget() -> None:
     x, weights = (
         draw(5, IN, dtype=torch.float32).requires_grad_(),
         [draw(OUT, IN, dtype=torch.float32) for _ in range(3)],
@@ -131,7 +131,7 @@ def _optimise(W: nn.Parameter) -> None:
     [(_write, False), (_load, False), (_move, False), (_there_and_back, False), (_optimise, False),
      (_write, True), (_load, True), (_optimise, True)],
 )  # fmt: skip
-def test_no_copy_is_read_after_its_weight_was_changed(change: Callable[[nn.Parameter], None], joined: bool) -> None:
+def test_changed_weight_invalidates_its_copy(change: Callable[[nn.Parameter], None], joined: bool) -> None:
     """`joined`: the parameter is a part of what is multiplied (that it lies elsewhere now models/patching.py sees)."""
     x, W = draw(5, IN, dtype=torch.float32), nn.Parameter(draw(OUT, IN, dtype=torch.float32), requires_grad=False)
     whole: Tensor = W
@@ -157,7 +157,7 @@ def test_a_change_between_forward_and_backward_is_seen() -> None:
     same([dx], [W.double().sum(0).expand(5, -1)], TOLERANCE[torch.float32])
 
 
-def test_nothing_is_kept_where_torchs_product_runs() -> None:
+def test_torch_products_keep_no_copies() -> None:
     x, W, room = draw(5, IN, dtype=torch.float32), draw(OUT, IN, dtype=torch.float32), ByteBudget(1 << 20)
     with override_ops(prepacked_linear="torch"):
         made: Tensor = linear(x, LinearMap(W, copies=PrepackedWeights(W, room)))

@@ -62,7 +62,7 @@ def test_a_foreign_file_is_measured_again(kernels: Path, change: dict[str, objec
     assert json.loads(file.read_text())["key"] == found.key
 
 
-def test_a_home_that_cannot_be_written_to_is_no_obstacle(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritable_home_is_tolerated(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (kernels.parent / "file").write_text("")
     for name in ("VENEER_HOME", "XDG_CACHE_HOME"):
         monkeypatch.setenv(name, str(kernels.parent / "file" / "below"))

@@ -67,7 +67,7 @@ def test_rows_of_stacked_weights_are_those_of_each(kind: str, native: bool, monk
 
 
 @pytest.mark.parametrize("kind", [*(k for k in HALVES if k not in ("Q2_K", "Q3_K", "IQ4_NL")), "nf4", "fp4", "int8"])
-def test_a_weight_code_by_code_is_the_dequantized_one(kind: str) -> None:
+def test_groups_equal_the_dequantized_weight(kind: str) -> None:
     """Of int8 but for the last bit: its scale is one number there, and two, one after another, here."""
     for columns in (512,) if kind in HALVES else (512, 96, 40):
         if kind in HALVES:
@@ -82,7 +82,7 @@ def test_a_weight_code_by_code_is_the_dequantized_one(kind: str) -> None:
             assert torch.equal(groups.split(8).dense(), groups.dense())
 
 
-def test_codes_of_several_types_are_joined_where_their_values_are_whole_numbers() -> None:
+def test_integer_codes_of_several_types_are_joined() -> None:
     whole = [GgmlBlocks(k, (4, 256), torch.from_numpy(blocks(k, 4, 256))) for k in ("Q4_K", "Q6_K", "Q8_0", "Q4_0")]
     joined = StackedRows(tuple(whole)).groups(1, 15)
     assert joined is not None

@@ -35,7 +35,7 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- the tables --------------------------------------------------------------------------------------------------------
 
 
-def test_nf4_is_made_of_quantiles_of_the_normal_distribution() -> None:
+def test_nf4_table_has_normal_quantiles() -> None:
     """QLoRA, appendix E: eight quantiles above zero and seven below, out to an offset, over the largest, and zero."""
     normal = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64))
     offset = 0.9677083
@@ -45,7 +45,7 @@ def test_nf4_is_made_of_quantiles_of_the_normal_distribution() -> None:
     torch.testing.assert_close(four_bit_values("nf4").double(), want, rtol=0, atol=2e-7)
 
 
-def test_fp4_is_a_sign_two_bits_of_exponent_and_one_of_mantissa() -> None:
+def test_fp4_table_has_one_sign_two_exponent_bits() -> None:
     values = sorted(2.0 ** (e - 3) * (1 + m / 2) for e in (1, 2, 3) for m in (0, 1))  # 0.25 … 1.5
     want = torch.tensor([*values, 0.0]) / values[-1]
     have = four_bit_values("fp4")
@@ -55,7 +55,7 @@ def test_fp4_is_a_sign_two_bits_of_exponent_and_one_of_mantissa() -> None:
     assert float(have[1]) == pytest.approx(1 / 192)
 
 
-def test_the_8_bit_map_has_a_decade_and_the_bits_it_leaves() -> None:
+def test_dynamic_map_covers_seven_decades() -> None:
     values = dynamic_map()
     assert len(values) == 256
     assert bool((values.diff() > 0).all())
@@ -132,7 +132,7 @@ def test_int8_rounds_each_row_over_its_largest() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_zeros_stay_zero_and_what_is_not_finite_is_refused(kind: str) -> None:
+def test_quantize_keeps_zeros_and_refuses_non_finite(kind: str) -> None:
     assert not quantize(torch.zeros(8, 64), kind).dense().any()
     for bad in (float("nan"), float("inf")):
         w = weight(4, 64)
@@ -231,7 +231,7 @@ def test_backward_keeps_codes_and_no_dense_weight() -> None:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_views_by_rows_stay_quantized_and_all_else_is_computed(kind: str) -> None:
+def test_row_views_stay_quantized(kind: str) -> None:
     q = quantize(weight(4, 32, 128, dtype=torch.bfloat16), kind)
     dense = q.dense()
     views: list[tuple[Any, Tensor]] = [
@@ -295,7 +295,7 @@ def test_it_moves_copies_and_pickles_as_a_parameter() -> None:
     assert meta.weight.shape == (32, 64)
 
 
-def test_several_below_one_another_multiply_as_one() -> None:
+def test_stacked_rows_multiply_as_one_weight() -> None:
     parts = [quantize(weight(rows, 128, dtype=torch.bfloat16, seed=rows), "nf4") for rows in (32, 8, 40)]
     whole = stacked_rows(parts)
     want = torch.cat([p.dense() for p in parts])
@@ -354,7 +354,7 @@ def test_a_frozen_weight_is_not_written_to(kind: str, kept: bool) -> None:
     assert torch.equal(product, want[0] @ want[1].t())
 
 
-def test_a_state_dict_is_not_copied_over_a_quantized_weight_in_silence() -> None:
+def test_loading_over_a_quantized_weight_raises() -> None:
     layer = nn.Linear(64, 32)
     state = {name: t.detach().clone() for name, t in layer.state_dict().items()}
     layer.weight = nn.Parameter(quantize(layer.weight, "nf4"), requires_grad=False)

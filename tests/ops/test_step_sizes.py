@@ -8,29 +8,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from veneer.ops.loss import token_nll
-from veneer.ops.step_sizes import MICRO_TOKENS, ROW_STEP, few_sizes, micro_tokens
+from veneer.ops.step_sizes import MICRO_TOKENS, ROW_STEP, micro_tokens, rounded_sizes
 from veneer.plan.tables import device_named
 
 
 @given(st.integers(1, 1 << 20))
 def test_sizes_are_few_and_little_above_what_is_needed(n: int) -> None:
-    size = few_sizes(n)
+    size = rounded_sizes(n)
     assert n <= size <= max(n + ROW_STEP - 1, n * 17 / 16 + 1)
-    assert few_sizes(size) == size
-    assert few_sizes(n + 1) >= size
+    assert rounded_sizes(size) == size
+    assert rounded_sizes(n + 1) >= size
 
 
-def test_there_are_at_most_sixteen_sizes_from_each_power_of_two_to_the_next() -> None:
-    assert len({few_sizes(n) for n in range(1025, 2049)}) == 16
+def test_at_most_sixteen_sizes_per_octave() -> None:
+    assert len({rounded_sizes(n) for n in range(1025, 2049)}) == 16
 
 
 CARDS = ("a100-80gb", "h100-80gb", "l40s-48gb", "rtx-4090-24gb")
 
 
 @given(st.sampled_from(CARDS), st.integers(6, 15), st.sampled_from([None, 0.5, 1.0]))
-def test_a_gpu_s_micro_batch_is_above_the_corner_or_as_far_as_its_width_lets_it(
-    card: str, power: int, code: float | None
-) -> None:
+def test_gpu_micro_batch_reaches_the_roofline_corner(card: str, power: int, code: float | None) -> None:
     """For one square weight: operations a byte, in corners of the roof; and dequantizing beside the product."""
     device, d = device_named(card), 1 << power
     corner = device.flops / device.bandwidth
@@ -49,12 +47,12 @@ def test_a_gpu_s_micro_batch_is_above_the_corner_or_as_far_as_its_width_lets_it(
         assert reach(n / 2) < min(3.0, 0.8 * reach(1e12)) * 1.0001
 
 
-def test_a_cpu_s_micro_batch_stays_what_it_was() -> None:
+def test_cpu_micro_batch_is_fixed() -> None:
     assert micro_tokens("cpu", 50.0, weights=1e8, operations=1e6, values=1e4, code_bytes=0.5) == MICRO_TOKENS == 2048
 
 
 @pytest.mark.parametrize("rows", [255, 256, 257])
-def test_a_cpu_s_chunk_is_of_256_positions(rows: int) -> None:
+def test_cpu_chunk_has_256_positions(rows: int) -> None:
     hidden, weight = torch.randn(rows, 8), torch.randn(50, 8)
     targets = torch.arange(rows) % 50
     assert torch.equal(token_nll(hidden, weight, targets), token_nll(hidden, weight, targets, 256))

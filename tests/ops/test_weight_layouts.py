@@ -61,7 +61,7 @@ def test_products_are_those_of_the_dense_weight(pack: Callable[[Tensor], Any], r
     assert (y.double() - (want + bias.double())).abs().max() <= 0.015 * size
 
 
-def test_weights_without_panels_are_kept_as_they_can_be() -> None:
+def test_weights_without_panels_use_other_layouts() -> None:
     with pytest.raises(ValueError, match="no panels"):
         Panels.of(weight(41, 96))
     w, x = weight(41, 96), torch.ones(3, 96).bfloat16()
@@ -86,7 +86,7 @@ def test_rounding_is_as_fine_as_the_bits_allow(of8: Any, of4: Any) -> None:
 
 
 @has_panels
-def test_panels_are_kept_unless_another_order_is_asked_for() -> None:
+def test_panels_are_kept_unless_another_layout_is_requested() -> None:
     assert packing(torch.bfloat16, CPU) == Panels.of
     assert packing(torch.bfloat16, CPU, 8) == Panels.int8
     if reorders(torch.bfloat16):
@@ -95,7 +95,7 @@ def test_panels_are_kept_unless_another_order_is_asked_for() -> None:
             assert packing(torch.bfloat16, CPU, 4) == Panels.int4  # oneDNN has no product of 4 bits
 
 
-def test_what_has_no_other_order_is_kept_as_it_is() -> None:
+def test_weights_without_other_layouts_are_unchanged() -> None:
     assert packing(torch.float32, CPU) is Dense
     assert packing(torch.bfloat16, torch.device("meta")) is Dense
     with override_ops(weight_layout="torch"):
@@ -104,7 +104,7 @@ def test_what_has_no_other_order_is_kept_as_it_is() -> None:
 
 @has_panels
 @pytest.mark.parametrize(("kernel", "name"), [("panel_product", "compiled"), ("amx_panel_product", "amx")])
-def test_a_weight_keeps_the_kernel_it_was_laid_out_for(kernel: str, name: str) -> None:
+def test_weight_layout_fixes_its_kernel(kernel: str, name: str) -> None:
     if not compiled.has(kernel):
         pytest.skip("this processor has no such kernel")
     with override_ops(panel_linear=name):

@@ -75,7 +75,7 @@ BITS = {
 
 
 @has_panels
-def test_weights_of_two_types_lie_in_one_panel_and_those_of_no_common_form_do_not() -> None:
+def test_panels_join_compatible_types_only() -> None:
     g = torch.Generator().manual_seed(1)
     w = [torch.randn(16, 256, generator=g).bfloat16() for _ in range(3)]
     for kinds in (("Q4_K", "Q6_K", "Q8_0"), ("int8", "Q4_0", "Q4_1"), ("nf4", "nf4", "nf4")):

@@ -12,7 +12,7 @@ from veneer.core.adapter import LoraSpec
 from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.errors import ConfigError, TargetError
-from veneer.models.builtin import packaged_place
+from veneer.models.builtin import packaged_folder
 from veneer.models.image.families import TARGET_WORDS
 from veneer.models.image.fast import fast_denoiser
 from veneer.models.image.memory import measured_activations
@@ -48,7 +48,7 @@ def denoiser(name: str) -> tuple[Any, dict[str, Any]]:
     import diffusers
 
     kind, part = ("UNet2DConditionModel", "unet") if "sdxl" in name else ("FluxTransformer2DModel", "transformer")
-    folder = packaged_place() / name / part
+    folder = packaged_folder() / name / part
     model = getattr(diffusers, kind).from_pretrained(folder, torch_dtype=torch.bfloat16).train().requires_grad_(False)
     return model, json.loads((folder / "config.json").read_text(encoding="utf-8"))
 

@@ -63,9 +63,9 @@ def test_pairs_on_a_denoiser_are_those_that_training_makes(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["catalogue-sdxl/unet", "catalogue-flux/transformer"])
 def test_the_bases_that_come_along_are_counted_from_their_folders(name: str) -> None:
-    from veneer.models.builtin import packaged_place
+    from veneer.models.builtin import packaged_folder
 
-    folder = packaged_place() / name
+    folder = packaged_folder() / name
     size = next(folder.glob("*.safetensors")).stat().st_size
     counts = image_counts(base_config(str(folder)), ImageLoad(1, 64, 64))
     assert 2 * counts.parameters <= size <= 2 * counts.parameters + 300_000  # bfloat16, and the file's header

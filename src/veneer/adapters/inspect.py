@@ -20,7 +20,7 @@ from veneer.errors import AdapterError, UnsafeFileError, VeneerError
 from veneer.files.hashes import verify_hashes
 from veneer.formats import read as reader
 from veneer.formats.card import CARD_FILE, CardFile, file_digest, read_card
-from veneer.formats.compatibility import elsewhere
+from veneer.formats.compatibility import check_tools
 from veneer.formats.reading import Reading, delta_norm, summary
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def inspect(name: str, *, tools: bool = False, **how: Unpack[reader.ReadOptions]
     """Return the content of the adapter `name`, ready for JSON.
 
     name: a folder, a file or a name in the library.
-    tools: include how other tools would read it, as `elsewhere`.
+    tools: include how other tools would read it, as `check_tools`.
     how: options of `formats.read.read`.
 
     Keys of the result:
@@ -64,7 +64,7 @@ def inspect(name: str, *, tools: bool = False, **how: Unpack[reader.ReadOptions]
     path = using.adapter_path(name)
     reading, refusal = _read(path, how)
     found = summary(path, reading, refusal)
-    return found | ({"elsewhere": [asdict(verdict) for verdict in elsewhere(path, reading)]} if tools else {})
+    return found | ({"elsewhere": [asdict(verdict) for verdict in check_tools(path, reading)]} if tools else {})
 
 
 def _read(path: Path, how: reader.ReadOptions) -> tuple[Reading, AdapterError | None]:

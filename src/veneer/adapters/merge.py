@@ -24,7 +24,7 @@ from torch import Tensor
 
 from veneer.adapters import use as using
 from veneer.core.adapter import Adapter, mix_text
-from veneer.core.attach import acting_on
+from veneer.core.attach import active_mix
 from veneer.core.merge import change_problem, exact_weights, parameter_changes
 from veneer.core.rounding import DTYPES, Rounding, seeded, stochastic
 from veneer.core.targets import base_modules
@@ -295,7 +295,7 @@ def merged_model(
         if not torch.isfinite(new[name]).all():
             bad.append(name)
     if bad:
-        under = mix_text(acting_on(model)) or "the mix"
+        under = mix_text(active_mix(model)) or "the mix"
         raise AdapterError(
             f"{len(bad)} merged weights do not fit into {dtype} under {under}: {first_few(bad, 3)}",
             fix="use dtype bfloat16 or float32, or a smaller strength",

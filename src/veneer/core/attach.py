@@ -52,7 +52,7 @@ def attach(model: nn.Module) -> Attachment:
     return attachment
 
 
-def acting_on(model: nn.Module) -> NamedMix:
+def active_mix(model: nn.Module) -> NamedMix:
     """Return the mix that acts on every row of an attached model; () for the base."""
     found = _ATTACHED.get(model)
     attachment = None if found is None else found()
@@ -107,7 +107,7 @@ class Attachment:
             raise AdapterError(
                 f"adapter {name!r} does not fit this base ({len(problems)} problems):\n{bullets(problems, None)}"
             )
-        own = _placed(adapter, self._base_modules, trainable)
+        own = _on_module_devices(adapter, self._base_modules, trainable)
         try:
             self._wrap(self._wrapped_for(adapter))
             self.adapters[name] = own
@@ -163,7 +163,7 @@ class Attachment:
             raise AdapterError("no rows", fix="give a mix for each row of the batch, () for the base")
         if not self._watched:
             self._watched = [
-                m.register_forward_pre_hook(self._called, with_kwargs=True) for m in _entrances(self.model)
+                m.register_forward_pre_hook(self._record_rows, with_kwargs=True) for m in _batch_modules(self.model)
             ]
         self.selection = Selection(rows=MixBatch(tuple(self._selection(tuple(mix)).mix for mix in mixes)))
 
@@ -228,7 +228,7 @@ class Attachment:
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
-    def _called(self, _module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    def _record_rows(self, _module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """Record the number of rows before the model runs."""
         if self.selection.rows is not None:
             named = [kwargs[key] for key in _BATCHES if isinstance(kwargs.get(key), Tensor)]
@@ -266,7 +266,7 @@ class Attachment:
         Includes heads tied to the weight of its token rows."""
         shared = {id(self._base_modules[n].weight) for n in adapter.token_rows}
         heads = {n for n, m in self._base_modules.items() if id(m._parameters.get("weight")) in shared}
-        return _touched(adapter) | heads
+        return _changed_modules(adapter) | heads
 
     def _wrap(self, names: set[str]) -> None:
         embeddings: dict[int, list[str]] = {}
@@ -296,13 +296,13 @@ class Attachment:
                 parent._modules[key] = layer.base
 
 
-def _entrances(model: nn.Module) -> list[nn.Module]:
+def _batch_modules(model: nn.Module) -> list[nn.Module]:
     """Return the modules that receive a batch.
 
     The model, or its parts if it has no forward."""
     if type(model).forward is not nn.Module.forward:
         return [model] if model._modules else []
-    return [entrance for part in model.children() for entrance in _entrances(part)]
+    return [entrance for part in model.children() for entrance in _batch_modules(part)]
 
 
 def _slots(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
@@ -317,7 +317,7 @@ def _slots(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     return out
 
 
-def _touched(adapter: Adapter) -> set[str]:
+def _changed_modules(adapter: Adapter) -> set[str]:
     owners = {p.module(n) for n, p in adapter.pairs.items()} | {n.rpartition(".")[0] for n in adapter.deltas}
     return owners | set(adapter.modules) | set(adapter.token_rows)
 
@@ -327,12 +327,12 @@ def _overlaps(adapters: list[Adapter]) -> list[str]:
 
     Two wrappers, one inside the other, have no clear meaning."""
     whole = {n for a in adapters for n in a.modules}
-    names = {n for a in adapters for n in _touched(a)}
+    names = {n for a in adapters for n in _changed_modules(a)}
     out = [
         f"{n} lies inside {w}, which is replaced whole" for n in sorted(names) for w in whole if n.startswith(w + ".")
     ]
     for a in adapters:
-        twice = set(a.modules) & _touched(replace(a, modules={}))
+        twice = set(a.modules) & _changed_modules(replace(a, modules={}))
         twice |= set(a.pairs) & set(a.token_rows)
         out += [f"{n} is changed in two ways by one adapter" for n in sorted(twice)]
     return out
@@ -492,7 +492,7 @@ def _rows_problems(modules: Mapping[str, nn.Module], name: str, rows: TokenRows)
     return out
 
 
-def _placed(adapter: Adapter, modules: Mapping[str, nn.Module], trainable: bool) -> Adapter:
+def _on_module_devices(adapter: Adapter, modules: Mapping[str, nn.Module], trainable: bool) -> Adapter:
     """Return the attachment's copy of an adapter, on the base's device.
 
     Trainable on request.

@@ -36,7 +36,7 @@ from veneer.core.forms import Delta, as_low_rank, is_trained, kronecker_factors,
 from veneer.core.merge import adapted_norm, delta_of, low_rank_norm, pair_matrix, to_matrix, weight_of
 from veneer.core.merge import delta as module_delta
 from veneer.core.mix_cache import CachedModule, MixCache
-from veneer.core.selection import Acting, MixBatch, Selection, SpanAdapters, run_apart
+from veneer.core.selection import ActiveMix, MixBatch, Selection, SpanAdapters, run_segments
 from veneer.errors import AdapterError
 from veneer.ops.linear import LinearMap, linear
 from veneer.ops.lowrank import LowRank
@@ -72,41 +72,41 @@ class Layer(nn.Module):
         """Return the output under the current selection."""
         selection = self.owner.selection
         if selection.spans is not None:
-            return self.by_spans(*args, **kwargs)
+            return self.with_spans(*args, **kwargs)
         if selection.rows is not None:
             return self.by_rows(selection.rows, *args, **kwargs)
         if not selection.mix:
             return self._modules["base"](*args, **kwargs)  # type: ignore[misc]
         return self.under(selection.mix, *args, **kwargs)
 
-    def under(self, mix: Acting, *args: Any, **kwargs: Any) -> Any:
+    def under(self, mix: ActiveMix, *args: Any, **kwargs: Any) -> Any:
         """Return the output with one mix on every row."""
         if not mix:
             return self.base(*args, **kwargs)
         for adapter, _ in mix:
             if (full := adapter.modules.get(self.name)) is not None:
-                return _stand_in(self.base, full)(*args, **kwargs)
+                return _with_tensors(self.base, full)(*args, **kwargs)
         return self.adapted(mix, *args, **kwargs)
 
     def by_rows(self, rows: MixBatch, *args: Any, **kwargs: Any) -> Any:
         """Return the output with one mix per row.
 
         Reference: each row separately, with `under`."""
-        segments = rows.segments(self.acts)
+        segments = rows.segments(self.is_changed_by)
         if len(segments) == 1:
             return self.under(segments[0].mix, *args, **kwargs)
-        return run_apart(rows, segments, self.under, args, kwargs, self.name)
+        return run_segments(rows, segments, self.under, args, kwargs, self.name)
 
-    def by_spans(self, *args: Any, **kwargs: Any) -> Any:
+    def with_spans(self, *args: Any, **kwargs: Any) -> Any:
         """Return the output with one adapter per segment.
 
         Only linear layers have pairs then."""
         return self.base(*args, **kwargs)
 
-    def acts(self, adapter: Adapter) -> bool:
+    def is_changed_by(self, adapter: Adapter) -> bool:
         """Return whether an adapter changes this module."""
         name = self.name
-        if name in adapter.modules or name in adapter.pairs or self.own_rows(adapter) is not None:
+        if name in adapter.modules or name in adapter.pairs or self.adapter_rows(adapter) is not None:
             return True
         return bool(adapter.deltas) and any(f"{name}.{key}" in adapter.deltas for key in self.base._parameters)
 
@@ -129,9 +129,9 @@ class Layer(nn.Module):
         return [(k, d[f"{self.name}.{k}"], s) for d, s in having for k in keys if f"{self.name}.{k}" in d]
 
     def rows(self, mix: Sequence[tuple[Adapter, float]]) -> list[tuple[TokenRows, float]]:
-        return [(rows, s) for a, s in mix if (rows := self.own_rows(a)) is not None]
+        return [(rows, s) for a, s in mix if (rows := self.adapter_rows(a)) is not None]
 
-    def own_rows(self, adapter: Adapter) -> TokenRows | None:
+    def adapter_rows(self, adapter: Adapter) -> TokenRows | None:
         """Return the adapter's token rows that apply to this layer."""
         if not adapter.token_rows:
             return None
@@ -162,7 +162,7 @@ def _selected(layer: Layer, *args: Any, **kwargs: Any) -> Any:
 _uncompiled = TORCH("torch._disable_dynamo")(_selected)
 
 
-def _stand_in(module: nn.Module, tensors: Mapping[str, Any], prefix: str = "") -> nn.Module:
+def _with_tensors(module: nn.Module, tensors: Mapping[str, Any], prefix: str = "") -> nn.Module:
     """Return `module` with some tensors replaced, as a module that shares the rest.
 
     The base is not written to, not even during a call. Replacements are cast to the dtype of the tensors
@@ -178,7 +178,7 @@ def _stand_in(module: nn.Module, tensors: Mapping[str, Any], prefix: str = "") -
                 held[key] = new.to(old.dtype) if isinstance(new, Tensor) else new
         out.__dict__[kind] = held
     out.__dict__["_modules"] = {
-        key: None if child is None else _stand_in(child, tensors, f"{prefix}{key}.")
+        key: None if child is None else _with_tensors(child, tensors, f"{prefix}{key}.")
         for key, child in module._modules.items()
     }
     return out
@@ -193,7 +193,7 @@ class FullModule(Layer):
         sums: dict[str, Tensor] = {}
         for key, change, strength in self._changes(mix):
             sums[key] = sums.get(key, _wide(self.base.get_parameter(key))) + change * strength
-        return _stand_in(self.base, sums)(*args, **kwargs) if sums else self.base(*args, **kwargs)
+        return _with_tensors(self.base, sums)(*args, **kwargs) if sums else self.base(*args, **kwargs)
 
     def _changes(self, mix: Sequence[tuple[Adapter, float]]) -> Iterator[tuple[str, Tensor, float]]:
         """Yield (parameter, ΔW, strength) for each change of this module's parameters."""
@@ -213,14 +213,14 @@ class _Lora(Layer):
 
     For layers whose ΔW acts on one input."""
 
-    def under(self, mix: Acting, *args: Any, **kwargs: Any) -> Any:
+    def under(self, mix: ActiveMix, *args: Any, **kwargs: Any) -> Any:
         if mix and len(args) == 1 and not kwargs and not torch.is_grad_enabled():
             cached = self.owner.cache.get(self.name, mix)
             if cached is not None and self._may_use(cached, mix, args[0]):
                 return self.by_cache(cached, args[0])
         return super().under(mix, *args, **kwargs)
 
-    def _may_use(self, cached: CachedModule, mix: Acting, x: Tensor) -> bool:
+    def _may_use(self, cached: CachedModule, mix: ActiveMix, x: Tensor) -> bool:
         """Return whether the cached module is equivalent to calling the base with x now."""
         own = self._modules["base"].__dict__
         if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or (cached.drops and self.training):
@@ -300,7 +300,7 @@ class _Lora(Layer):
             change = self.change(x, y, pair, dropout)
             out = out + (change if strength == 1.0 else change * strength)
         for key, delta, strength in self.deltas(mix):
-            out = out + self.moved(x, key, delta) * strength
+            out = out + self.delta_output(x, key, delta) * strength
         return self.replaced(x, y, out, self.rows(mix)).to(y.dtype)
 
     def by_rows(self, rows: MixBatch, *args: Any, **kwargs: Any) -> Any:
@@ -309,23 +309,23 @@ class _Lora(Layer):
         Rows without an adapter cost nothing more."""
         if any(self.name in share.adapter.modules for share in rows.shares) or not args:
             return super().by_rows(rows, *args, **kwargs)
-        segments = rows.segments(self.acts)
+        segments = rows.segments(self.is_changed_by)
         if len(segments) == 1:
             return self.under(segments[0].mix, *args, **kwargs)
         x: Tensor = args[0]
-        if x.ndim < self.least_dims():
+        if x.ndim < self.min_dims():
             raise AdapterError(f"an input {tuple(x.shape)} has no rows to give a mix each", where=self.name)
         rows.repeats(len(x), self.name)
         if not torch.is_grad_enabled() and self.owner.cache.all_copied(mix for mix, _ in segments):
-            return run_apart(rows, segments, self.under, args, kwargs, self.name)
+            return run_segments(rows, segments, self.under, args, kwargs, self.name)
         y = self.base(*args, **kwargs)
         out = y
         for share in rows.shares:
-            if self.acts(share.adapter):
+            if self.is_changed_by(share.adapter):
                 at = rows.index(share.rows, len(x), x.device)
                 for change in self.changes(x.index_select(0, at), y.index_select(0, at), share.adapter):
                     out = _added(out, at, change * rows.strengths(share, change), own=out is not y)
-        for mix, own in rows.segments(lambda adapter: self.own_rows(adapter) is not None):
+        for mix, own in rows.segments(lambda adapter: self.adapter_rows(adapter) is not None):
             if mix:
                 at = rows.index(own, len(x), x.device)
                 own_x, own_y, own_out = (t.index_select(0, at) for t in (x, y, out))
@@ -337,19 +337,19 @@ class _Lora(Layer):
         for pair, _, dropout in self.pairs([(adapter, 1.0)]):
             yield self.change(x, y, pair, dropout)
         for key, delta, _ in self.deltas([(adapter, 1.0)]):
-            moved = self.moved(x, key, delta)
-            yield moved.expand_as(y) if key == "bias" else moved
+            delta_output = self.delta_output(x, key, delta)
+            yield delta_output.expand_as(y) if key == "bias" else delta_output
 
-    def moved(self, x: Tensor, key: str, delta: Delta) -> Tensor:
+    def delta_output(self, x: Tensor, key: str, delta: Delta) -> Tensor:
         """Return what a delta of the parameter `key` adds to the output, at strength 1."""
         if is_trained(delta):
-            return self.learned(x, delta) * delta.scale
+            return self.trained_output(x, delta) * delta.scale
         made = module_delta(self.base, delta, key)
         if key == "bias":
             return self.channels(made)
         return self.product(x.to(made.dtype) if x.is_floating_point() else x, made)
 
-    def learned(self, x: Tensor, delta: Delta) -> Tensor:
+    def trained_output(self, x: Tensor, delta: Delta) -> Tensor:
         """Return P·x of a trainable LoHa or LoKr, without its scale.
 
         Intermediate matrices are not kept: the backward pass recomputes them, at the cost of one more
@@ -376,7 +376,7 @@ class _Lora(Layer):
         """Return (w1 ⊗ w2)·x without that matrix; None if this layer cannot."""
         return None
 
-    def least_dims(self) -> int:
+    def min_dims(self) -> int:
         """Return the least number of dimensions of an input with rows."""
         return 2
 
@@ -399,7 +399,7 @@ def _added(y: Tensor, at: Tensor, change: Tensor, own: bool) -> Tensor:
     return y.to(wide).index_add(0, at, change)
 
 
-def _moved(new: Tensor, old: Tensor, out: Tensor, strength: float) -> Tensor:
+def _replaced_rows(new: Tensor, old: Tensor, out: Tensor, strength: float) -> Tensor:
     """Return out + strength·(new − old) in out's dtype.
 
     At strength 1 the result is `new`, bit for bit, if `out` still equals `old`."""
@@ -420,7 +420,7 @@ class LoraLinear(_Lora):
         mix: Sequence[tuple[Adapter, float]] = selection.mix
         spans = selection.spans
         if selection.rows is not None:
-            segments = selection.rows.segments(self.acts)
+            segments = selection.rows.segments(self.is_changed_by)
             if len(segments) > 1:
                 return None
             mix = segments[0].mix
@@ -463,7 +463,7 @@ class LoraLinear(_Lora):
             for pair, strength, dropout in own
         )
 
-    def by_spans(self, *args: Any, **kwargs: Any) -> Any:
+    def with_spans(self, *args: Any, **kwargs: Any) -> Any:
         spans, x, plain = self.owner.selection.spans, args[0], self.linear_map()
         if spans is None or not self._products_of(spans):
             return self.base(*args, **kwargs)
@@ -508,12 +508,12 @@ class LoraLinear(_Lora):
             bias = getattr(self.base, "bias", None)
             new = F.linear(x, token_rows.rows.to(x.dtype), None if bias is None else bias[index]).to(y.dtype)
             old, beside = y.index_select(-1, index), out.index_select(-1, index)
-            out = out.index_copy(-1, index, _moved(new, old, beside, strength))
+            out = out.index_copy(-1, index, _replaced_rows(new, old, beside, strength))
         return out
 
 
 class LoraEmbedding(_Lora):
-    def least_dims(self) -> int:
+    def min_dims(self) -> int:
         return 1
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -541,7 +541,7 @@ class LoraEmbedding(_Lora):
             hit = (index[at] == x).unsqueeze(-1)
             new = F.embedding(order[at], token_rows.rows.to(y.dtype))
             new = new if self._scale is None else new * self._scale.to(y.dtype)
-            out = torch.where(hit, _moved(new, y, out, strength), out)
+            out = torch.where(hit, _replaced_rows(new, y, out, strength), out)
         return out
 
 
@@ -552,7 +552,7 @@ class LoraConv(_Lora):
     A: (rank, in, k…) with B: (out, rank/groups, 1…), PEFT's form for grouped convolutions, reads all
         channels."""
 
-    def least_dims(self) -> int:
+    def min_dims(self) -> int:
         return weight_of(self.base).ndim
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -602,14 +602,16 @@ class LoraConv(_Lora):
 class LoraExperts(Layer):
     """Runs the base's forward with each adapted weight as an `AdaptedWeight`."""
 
-    def acts(self, adapter: Adapter) -> bool:
-        return super().acts(adapter) or any(f"{self.name}.{key}" in adapter.pairs for key in self.base._parameters)
+    def is_changed_by(self, adapter: Adapter) -> bool:
+        return super().is_changed_by(adapter) or any(
+            f"{self.name}.{key}" in adapter.pairs for key in self.base._parameters
+        )
 
     def by_rows(self, rows: MixBatch, *args: Any, **kwargs: Any) -> Any:
         """Run the tokens of each mix through the experts separately.
 
         Possible only if every row is one token, routed on its own."""
-        segments = rows.segments(self.acts)
+        segments = rows.segments(self.is_changed_by)
         if len(segments) == 1:
             return self.under(segments[0].mix, *args, **kwargs)
         given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
@@ -619,10 +621,10 @@ class LoraExperts(Layer):
                 where=self.name,
                 fix="run the rows one after another with use(), or leave out the adapters that change the experts",
             )
-        return run_apart(rows, segments, self.under, args, kwargs, self.name, all_rows=True)
+        return run_segments(rows, segments, self.under, args, kwargs, self.name, all_rows=True)
 
     def adapted(self, mix: Sequence[tuple[Adapter, float]], *args: Any, **kwargs: Any) -> Any:
-        return _stand_in(self.base, self._adapted(mix))(*args, **kwargs)
+        return _with_tensors(self.base, self._adapted(mix))(*args, **kwargs)
 
     def weights(self, tokens: int) -> list[tuple[Tensor | None, dict[str, Any]]] | None:
         """Return the base's parameters under the current selection, for `tokens` tokens.
@@ -630,7 +632,7 @@ class LoraExperts(Layer):
         A list of (index of the tokens, or None for all; parameters). With a mix per row, every token is a
         row. None if the selection has more than pairs on the parameters: full copies, deltas."""
         selection = self.owner.selection
-        segments = None if selection.rows is None else selection.rows.segments(self.acts)
+        segments = None if selection.rows is None else selection.rows.segments(self.is_changed_by)
         mixes = [selection.mix] if segments is None else [mix for mix, _ in segments]
         if any(self.deltas(mix) or any(self.name in a.modules for a, _ in mix) for mix in mixes):
             return None

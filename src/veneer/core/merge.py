@@ -186,9 +186,9 @@ def _changes(
             raise AdapterError(f"{name}: the base has no such bias to merge into", fix="use the adapter attached")
         yield name, partial(delta, modules[owner], change, key)
     for name, rows in adapter.token_rows.items():
-        for twin in [f"{name}.weight", *_twins(stored, f"{name}.weight")]:
-            if twin.removesuffix(".weight") not in adapter.modules:
-                yield twin, partial(_rows_change, modules[name], rows)
+        for tied in [f"{name}.weight", *_tied_names(stored, f"{name}.weight")]:
+            if tied.removesuffix(".weight") not in adapter.modules:
+                yield tied, partial(_rows_change, modules[name], rows)
 
 
 def parameter_changes(adapter: Adapter) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
@@ -237,7 +237,7 @@ def change_problem(make: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> 
     return "" if got == tuple(shape) else f"it changes {got}, the weight is {tuple(shape)}"
 
 
-def _twins(stored: Mapping[str, Tensor], name: str) -> list[str]:
+def _tied_names(stored: Mapping[str, Tensor], name: str) -> list[str]:
     """Return the other names of a tied weight."""
     return [n for n, t in stored.items() if n != name and t is stored.get(name)]
 
@@ -266,9 +266,9 @@ def exact_weights(model: nn.Module, mix: Iterable[tuple[Adapter, float]]) -> Ite
         for make, strength in parts:
             total = total + make() * strength
         yield name, weight, total
-        for twin in _twins(stored, name):
-            if twin not in makers:
-                yield twin, stored[twin].detach(), _wide(stored[twin].detach())
+        for tied in _tied_names(stored, name):
+            if tied not in makers:
+                yield tied, stored[tied].detach(), _wide(stored[tied].detach())
 
 
 def merged_state(model: nn.Module, mix: Iterable[tuple[Adapter, float]]) -> dict[str, Tensor]:

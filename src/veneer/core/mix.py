@@ -305,15 +305,15 @@ class _Mix:
         return t if torch.promote_types(t.dtype, self.dtype) == self.dtype else t.to(self.dtype)
 
     # Dense changes of a module's weight that are folded into its pair.
-    def _beside(self, name: str) -> list[tuple[Delta, float]]:
+    def _weight_deltas(self, name: str) -> list[tuple[Delta, float]]:
         key = f"{name}.weight"
         if not self.folds:
             return []
         return [(a.deltas[key], s) for a, s in self.adapters if key in a.deltas]
 
     def _pairs(self, name: str, pairs: list[tuple[Pair, float]]) -> None:
-        beside = self._beside(name)
-        alone = len(pairs) == 1 and not beside and not self.folds and self.method in ("sum", "svd", "orthogonal")
+        weight_deltas = self._weight_deltas(name)
+        alone = len(pairs) == 1 and not weight_deltas and not self.folds and self.method in ("sum", "svd", "orthogonal")
         if alone:
             pair, strength = pairs[0]
             if strength == 1 or pair.magnitude is None:
@@ -324,14 +324,14 @@ class _Mix:
                 self.out.adapter.pairs[name] = out
                 self.out.parts[name] = MixedModule(out.rank, distance(truth), off, off)
                 return
-        if beside or any(p.magnitude is not None for p, _ in pairs):
-            self._dense_pair(name, pairs, beside)
+        if weight_deltas or any(p.magnitude is not None for p, _ in pairs):
+            self._dense_pair(name, pairs, weight_deltas)
             return
         how: dict[str, Any] = {"density": self.density, "seed": self.seed, "dtype": self.dtype}
         out, part = mix_pairs(pairs, self.method, self.bound, name=name, **how)
         self.out.adapter.pairs[name], self.out.parts[name] = out, part
 
-    def _dense_pair(self, name: str, pairs: list[tuple[Pair, float]], beside: list[tuple[Delta, float]]) -> None:
+    def _dense_pair(self, name: str, pairs: list[tuple[Pair, float]], weight_deltas: list[tuple[Delta, float]]) -> None:
         """Mix a module with changes that are not low rank.
 
         The changes are mixed as dense matrices, then turned into a pair."""
@@ -341,7 +341,7 @@ class _Mix:
             own: list[Tensor] = []
             if (pair := adapter.pairs.get(name)) is not None and any(pair is p for p, _ in pairs):
                 own.append(self._change(name, pair))
-            if (delta := adapter.deltas.get(f"{name}.weight")) is not None and beside:
+            if (delta := adapter.deltas.get(f"{name}.weight")) is not None and weight_deltas:
                 change = self._delta(f"{name}.weight", delta)
                 shape = tuple(change.shape)
                 change = change.mT if pairs and pairs[0][0].kind == "embedding" else change

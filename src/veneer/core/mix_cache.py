@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from veneer.core.adapter import Adapter, Pair
 from veneer.core.merge import delta
-from veneer.core.selection import Acting
+from veneer.core.selection import ActiveMix
 from veneer.errors import AdapterError
 from veneer.ops.device_transfer import sent
 from veneer.ops.lowrank import LowRank
@@ -70,8 +70,8 @@ class _Table:
     needs: bytes of all entries.
     made: module -> entry, None if it cannot be made."""
 
-    mix: Acting
-    how: str
+    mix: ActiveMix
+    kind: str
     needs: int
     made: dict[str, CachedModule | None] = field(default_factory=dict)
     bytes: int = 0
@@ -86,7 +86,7 @@ class MixCache:
     def __init__(self, modules: dict[str, nn.Module], limit: int) -> None:
         self.modules, self._limit = modules, limit
         self._tables: OrderedDict[tuple[tuple[int, float], ...], _Table] = OrderedDict()
-        self._seen: dict[int, tuple[Acting, _Table]] = {}
+        self._seen: dict[int, tuple[ActiveMix, _Table]] = {}
 
     @property
     def limit(self) -> int:
@@ -101,11 +101,11 @@ class MixCache:
     def bytes(self) -> int:
         return sum(t.bytes for t in self._tables.values())
 
-    def hows(self) -> list[str]:
+    def kinds(self) -> list[str]:
         """Return how each cached mix is kept, oldest first.
 
         "copy", "stack", or "" for neither."""
-        return [table.how for table in self._tables.values()]
+        return [table.kind for table in self._tables.values()]
 
     def clear(self, having: Adapter | None = None) -> None:
         """Drop every table, or those of mixes that contain one adapter."""
@@ -114,7 +114,7 @@ class MixCache:
                 del self._tables[key]
         self._seen.clear()
 
-    def get(self, name: str, mix: Acting) -> CachedModule | None:
+    def get(self, name: str, mix: ActiveMix) -> CachedModule | None:
         """Return the entry of module `name` under `mix`, made now if possible.
 
         None: run the mix without the cache."""
@@ -125,29 +125,29 @@ class MixCache:
             if cached.current():
                 return cached
             table.bytes -= cached.bytes()
-        elif cached is None or not table.how:
+        elif cached is None or not table.kind:
             return None
         return self._make(table, name)
 
-    def all_copied(self, mixes: Iterable[Acting]) -> bool:
+    def all_copied(self, mixes: Iterable[ActiveMix]) -> bool:
         """Return whether copies for all these mixes fit at once.
 
         Rows of one batch need them together."""
         tables = [self._seen[id(m)][1] if id(m) in self._seen else self._table(m) for m in mixes if m]
-        return all(t.how == "copy" for t in tables) and sum(t.needs for t in tables) <= self._limit
+        return all(t.kind == "copy" for t in tables) and sum(t.needs for t in tables) <= self._limit
 
-    def _table(self, mix: Acting) -> _Table:
+    def _table(self, mix: ActiveMix) -> _Table:
         key = tuple((id(a), s) for a, s in mix)
         table = self._tables.get(key)
         if table is None:
-            table = self._tables[key] = _Table(mix, *self._how(mix))
+            table = self._tables[key] = _Table(mix, *self._choose_kind(mix))
         self._tables.move_to_end(key)
         if len(self._seen) > 64:
             self._seen.clear()
         self._seen[id(mix)] = mix, table  # holds the tuple, so that its id stays valid
         return table
 
-    def _how(self, mix: Acting) -> tuple[str, int]:
+    def _choose_kind(self, mix: ActiveMix) -> tuple[str, int]:
         """Return "copy", "stack" or "", by the bytes each would take, and those bytes."""
         copies = stacks = 0
         for name, base in self.modules.items():
@@ -164,10 +164,10 @@ class MixCache:
     def _make(self, table: _Table, name: str) -> CachedModule | None:
         base, made = self.modules.get(name), dict[str, CachedModule | None]()
         with torch.no_grad():
-            if table.how == "copy" and not table.made:
+            if table.kind == "copy" and not table.made:
                 made.update(_copied_together(self.modules, table.mix))
             if name not in made:
-                make = _copied if table.how == "copy" else _stacked
+                make = _copied if table.kind == "copy" else _stacked
                 sources = _sources(name, base, table.mix) if base is not None else []
                 made[name] = make(name, base, table.mix, sources) if sources else None
         table.made.update(made)
@@ -178,7 +178,7 @@ class MixCache:
         return made[name]
 
 
-def _sources(name: str, base: nn.Module, mix: Acting) -> list[Tensor]:
+def _sources(name: str, base: nn.Module, mix: ActiveMix) -> list[Tensor]:
     """Return the tensors that W' depends on, the base's weight first.
 
     Empty if no entry can be made: the base is not a plain linear or convolution, a full copy acts, or a
@@ -223,7 +223,7 @@ def _wide(t: Tensor) -> torch.dtype:
     return torch.promote_types(t.dtype, torch.float32)
 
 
-def _copied_together(modules: dict[str, nn.Module], mix: Acting) -> dict[str, CachedModule]:
+def _copied_together(modules: dict[str, nn.Module], mix: ActiveMix) -> dict[str, CachedModule]:
     """Copy modules of equal shape with only plain pairs in one product per group.
 
     A small base has hundreds of modules; one product each would cost more in calls than in arithmetic."""
@@ -262,7 +262,7 @@ def _copied_together(modules: dict[str, nn.Module], mix: Acting) -> dict[str, Ca
     return made
 
 
-def _copied(name: str, base: Any, mix: Acting, sources: list[Tensor]) -> CachedModule | None:
+def _copied(name: str, base: Any, mix: ActiveMix, sources: list[Tensor]) -> CachedModule | None:
     weight, bias = base.weight.detach(), None if base.bias is None else base.bias.detach()
     pairs = [(a.pairs[name], s) for a, s in mix if name in a.pairs]
     plain = [(p, s) for p, s in pairs if p.magnitude is None and p.A[0].numel() == weight[0].numel()]
@@ -287,7 +287,7 @@ def _copied(name: str, base: Any, mix: Acting, sources: list[Tensor]) -> CachedM
     return _cached(mix, sources, weight=total.to(weight.dtype), bias=bias)
 
 
-def _stacked(name: str, base: Any, mix: Acting, sources: list[Tensor]) -> CachedModule | None:
+def _stacked(name: str, base: Any, mix: ActiveMix, sources: list[Tensor]) -> CachedModule | None:
     """Return a stack; None if a change here is not a plain pair."""
     pairs = [(a.pairs[name], s) for a, s in mix if name in a.pairs]
     if any(p.magnitude is not None for p, _ in pairs) or getattr(base, "groups", 1) != 1:
@@ -298,7 +298,7 @@ def _stacked(name: str, base: Any, mix: Acting, sources: list[Tensor]) -> Cached
 
 
 def _cached(
-    mix: Acting,
+    mix: ActiveMix,
     sources: list[Tensor],
     weight: Tensor | None = None,
     bias: Tensor | None = None,

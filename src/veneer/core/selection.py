@@ -21,7 +21,7 @@ from veneer.errors import AdapterError
 from veneer.ops.device_transfer import put_numbers, sent
 from veneer.ops.lora_segments import LoraSegments
 
-Acting = tuple[tuple[Adapter, float], ...]
+ActiveMix = tuple[tuple[Adapter, float], ...]
 """(adapter, strength) in order; the adapters are the attachment's own."""
 
 MAX_REPEATS = 4
@@ -31,7 +31,7 @@ MAX_REPEATS = 4
 class Segment(NamedTuple):
     """Rows under the same mix; the same rows of the other repeats belong to it too."""
 
-    mix: Acting
+    mix: ActiveMix
     rows: tuple[int, ...]
 
 
@@ -51,7 +51,7 @@ class MixBatch:
 
     batch: the number of rows of the model's last call; n if a module was called directly."""
 
-    mixes: tuple[Acting, ...]
+    mixes: tuple[ActiveMix, ...]
     batch: int | None = None
     _indices: dict[tuple[object, ...], Tensor] = field(default_factory=dict, repr=False)
     _segments: dict[frozenset[int], list[Segment]] = field(default_factory=dict, repr=False)
@@ -76,7 +76,7 @@ class MixBatch:
         return self._segments[acting]
 
     def _segments_of(self, acting: frozenset[int]) -> list[Segment]:
-        found: dict[tuple[tuple[int, float], ...], tuple[Acting, list[int]]] = {}
+        found: dict[tuple[tuple[int, float], ...], tuple[ActiveMix, list[int]]] = {}
         for row, mix in enumerate(self.mixes):
             own = tuple((a, s) for a, s in mix if id(a) in acting)
             found.setdefault(tuple((id(a), s) for a, s in own), (own, []))[1].append(row)
@@ -162,7 +162,7 @@ class Selection:
 
     An empty mix is the base, at the base's cost."""
 
-    mix: Acting = ()
+    mix: ActiveMix = ()
     rows: MixBatch | None = None
     spans: SpanAdapters | None = None
 
@@ -174,7 +174,7 @@ class Selection:
         return Selection(mix, None if self.rows is None else self.rows.without(gone), spans)
 
 
-def run_apart(
+def run_segments(
     rows: MixBatch,
     segments: Sequence[Segment],
     run: Callable[..., Any],

@@ -108,19 +108,20 @@ def read_card(folder: str | Path) -> CardFile:
     return CardFile(card, digest, dict(files), unknown)
 
 
-def _type_problem(value: Any, like: Any) -> str | None:
+def _type_problem(value: Any, default: Any) -> str | None:
     """Return what is wrong with the type of `value`, or None.
 
-    `like`: the field's default."""
-    if isinstance(like, float):
+    `default`: the field's default."""
+    if isinstance(default, float):
         ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         return None if ok else "a number is expected"
-    if isinstance(like, int):
+    if isinstance(default, int):
         return None if type(value) is int else "a whole number is expected"
-    if isinstance(like, list):
+    if isinstance(default, list):
         ok = isinstance(value, list) and all(isinstance(v, str) for v in value)
         return None if ok else "a list of texts is expected"
-    return None if isinstance(value, type(like)) else f"{'a mapping' if isinstance(like, dict) else 'text'} is expected"
+    wanted = "a mapping" if isinstance(default, dict) else "text"
+    return None if isinstance(value, type(default)) else f"{wanted} is expected"
 
 
 def sample_messages(extra: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -213,10 +214,10 @@ def readme_bytes(adapter: Adapter, *, digest: str, base_name: str = "", name: st
 def _text_use(base: str, messages: Sequence[Mapping[str, str]]) -> list[str]:
     """Return usage code. `messages`: a prompt in the form of the run's rows."""
     system, _ = opening(messages)
-    asked = generate_command(base, "FOLDER", messages)
+    command = generate_command(base, "FOLDER", messages)
     about = [f"Its rows had this system message: give it with every prompt.\n\n{_fenced(system)}\n"] if system else []
     return [
-        *("## Use", "", *about, _fenced(asked, "bash"), ""),
+        *("## Use", "", *about, _fenced(command, "bash"), ""),
         *("or with PEFT:", "", "```python"),
         *("from peft import PeftModel", "from transformers import AutoModelForCausalLM", ""),
         f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{hub_id(base)}"), "FOLDER")',

@@ -22,13 +22,13 @@ Refusals = defaultdict[str, list[str]]
 """(Reason why something cannot be written, workaround) -> affected modules."""
 
 
-def differences(meant: Adapter, got: Adapter) -> list[str]:
+def differences(source: Adapter, read_back: Adapter) -> list[str]:
     """Return one line for each module with a different effect.
 
     An unchanged part can be read back as a zero change, because fused projections are written whole."""
     out = []
-    for name in sorted({*meant.pairs, *got.pairs}):
-        a, b = meant.pairs.get(name), got.pairs.get(name)
+    for name in sorted({*source.pairs, *read_back.pairs}):
+        a, b = source.pairs.get(name), read_back.pairs.get(name)
         if a is None or b is None:
             only = a if a is not None else b
             assert only is not None
@@ -37,14 +37,14 @@ def differences(meant: Adapter, got: Adapter) -> list[str]:
             out.append(f"{name}: {'lost' if b is None else 'a pair that nobody wrote'}")
         elif (problem := _pair_problem(a.collapsed(), b)) is not None:
             out.append(f"{name}: {problem}")
-    for name in sorted({*meant.deltas, *got.deltas}):
-        c, d = meant.deltas.get(name), got.deltas.get(name)
+    for name in sorted({*source.deltas, *read_back.deltas}):
+        c, d = source.deltas.get(name), read_back.deltas.get(name)
         if c is None or d is None:
             if d is None or d.form in BASED or bool(product_of(d).any()):
                 out.append(f"{name}: {'lost' if d is None else 'a change that nobody wrote'}")
         elif (problem := _delta_problem(c, d)) is not None:
             out.append(f"{name}: {problem}")
-    whole, whole_back = _replaced(meant), _replaced(got)
+    whole, whole_back = _replaced(source), _replaced(read_back)
     for name in sorted({*whole, *whole_back}):
         mine, theirs = whole.get(name), whole_back.get(name)
         if mine is None or theirs is None or not torch.equal(mine.double(), theirs.double()):

@@ -30,7 +30,7 @@ from veneer.formats.comparison import Refusals
 from veneer.formats.folder import CONFIG_FILE
 from veneer.formats.loaders import unreachable
 from veneer.formats.metadata import json_value
-from veneer.formats.module_tensors import leaves_of
+from veneer.formats.module_tensors import changes_by_module
 from veneer.formats.names import component_of
 from veneer.formats.peft_config import read_config
 from veneer.formats.reading import Reading
@@ -50,7 +50,7 @@ _Found = Iterator[tuple[_Verdict, str]]
 
 
 @dataclass(frozen=True)
-class ElsewhereVerdict:
+class ToolVerdict:
     """What a tool does with a file.
 
     `verdict`: refused, if the tool does not load the file; wrong, if it loads it with another effect; fine,
@@ -91,7 +91,7 @@ class _File:
         return bool(self.config) and self.reading.format not in _TOOLS
 
     @property
-    def is_no_folder(self) -> str:
+    def folder_problem(self) -> str:
         """Why the file is not a PEFT folder."""
         tool = _TOOLS.get(self.reading.format)
         return f"this is a folder of {tool}'s, in names of its own" if tool else "this is one file"
@@ -105,8 +105,8 @@ class _File:
         return any(key.startswith(_FLAT) for key in self.keys)
 
     @cached_property
-    def of_image(self) -> bool:
-        return any(component_of(name) for name in leaves_of(self.adapter)) or bool(self.reading.family)
+    def is_image(self) -> bool:
+        return any(component_of(name) for name in changes_by_module(self.adapter)) or bool(self.reading.family)
 
     @cached_property
     def forms(self) -> Counter[str]:
@@ -136,13 +136,13 @@ class _File:
         return ", ".join(f"{n} {_FORMS.get(form, form)}" for form, n in sorted(self.forms.items()) if form not in but)
 
 
-def elsewhere(path: Path, reading: Reading) -> list[ElsewhereVerdict]:
+def check_tools(path: Path, reading: Reading) -> list[ToolVerdict]:
     """Return what each tool for this kind of base does with the adapter at `path`.
 
     reading: the adapter as read from `path`."""
     file = _File(path, reading)
     tools: list[tuple[str, str, str, Callable[[_File], _Found]]] = [("PEFT", "0.21", "peft", _peft)]
-    if file.of_image:
+    if file.is_image:
         tools += [
             ("diffusers", "0.42", "diffusers", _diffusers),
             ("ComfyUI", "comfy/lora.py 17358c8f", "comfyui", _comfyui),
@@ -155,11 +155,11 @@ def elsewhere(path: Path, reading: Reading) -> list[ElsewhereVerdict]:
             ("llama.cpp", "convert_lora_to_gguf.py 0b03adaa", "gguf", _llama_cpp),
         ]
     out = []
-    for tool, version, to, look in tools:
-        found = list(look(file))
+    for tool, version, to, check in tools:
+        found = list(check(file))
         worst: tuple[_Verdict, ...] = ("refused", "wrong")
         verdict: _Verdict = next((kind for kind in worst if any(kind == k for k, _ in found)), "fine")
-        out.append(ElsewhereVerdict(tool, version, verdict, tuple(what for kind, what in found if kind == verdict), to))
+        out.append(ToolVerdict(tool, version, verdict, tuple(what for kind, what in found if kind == verdict), to))
     return out
 
 
@@ -168,8 +168,8 @@ def elsewhere(path: Path, reading: Reading) -> list[ElsewhereVerdict]:
 
 def _peft(file: _File) -> _Found:
     if not file.is_folder:
-        yield "refused", f"it loads a folder with {CONFIG_FILE}, where ranks and scales stand; {file.is_no_folder}"
-    elif file.of_image:
+        yield "refused", f"it loads a folder with {CONFIG_FILE}, where ranks and scales stand; {file.folder_problem}"
+    elif file.is_image:
         yield "fine", "of an image model's denoiser: PeftModel.from_pretrained(pipe.unet or pipe.transformer, FOLDER)"
 
 
@@ -242,7 +242,7 @@ def _kohya(file: _File) -> _Found:
         yield "refused", "it asks for names that begin with lora_unet_ and lora_te, and finds none of its own here"
         return
     if (name := file.reading.family) and (family := families().get(name)) is not None:
-        modules = set(leaves_of(file.adapter))
+        modules = set(changes_by_module(file.adapter))
         lost = [line for line in unreachable(modules, file.keys, "kohya", family) if line.endswith("nothing for it")]
         if len(lost) >= len(modules):
             yield "refused", "none of its modules is under a name that sd-scripts asks for"
@@ -268,7 +268,7 @@ _NEEDS_FOLDER = f"it loads a PEFT folder, with {CONFIG_FILE}; "
 
 def _unservable(file: _File, server: str) -> Iterator[str]:
     refused: Refusals = defaultdict(list)
-    refuse_unservable(file.adapter, leaves_of(file.adapter), server, refused)
+    refuse_unservable(file.adapter, changes_by_module(file.adapter), server, refused)
     for reason, modules in refused.items():
         yield f"{reason} ({counted(len(set(modules)), 'module')})"
 
@@ -279,7 +279,7 @@ def _patterns(file: _File) -> list[str]:
 
 def _vllm(file: _File) -> _Found:
     if not file.is_folder:
-        yield "refused", _NEEDS_FOLDER + file.is_no_folder
+        yield "refused", _NEEDS_FOLDER + file.folder_problem
         return
     for reason in _unservable(file, "vLLM"):
         yield "refused", reason
@@ -292,7 +292,7 @@ def _vllm(file: _File) -> _Found:
 
 def _tgi(file: _File) -> _Found:
     if not file.is_folder:
-        yield "refused", _NEEDS_FOLDER + file.is_no_folder
+        yield "refused", _NEEDS_FOLDER + file.folder_problem
         return
     for reason in _unservable(file, "TGI"):
         yield "wrong", reason

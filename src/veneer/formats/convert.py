@@ -42,7 +42,7 @@ from veneer.formats.gguf import read_gguf, write_gguf
 from veneer.formats.kohya import kohya_tensors
 from veneer.formats.loaders import unreachable
 from veneer.formats.metadata import family_in_metadata, metadata_of, pack_configs
-from veneer.formats.module_tensors import Leaf, leaves_of
+from veneer.formats.module_tensors import ModuleChanges, changes_by_module
 from veneer.formats.names import choose_family, component_of
 from veneer.formats.read import read_state_dict
 from veneer.formats.server_export import (
@@ -121,13 +121,13 @@ def encode(
     every tensor is rounded to it first. `head_dim`: the base's rows per head, needed by gguf for Llama's q
     and k. `layers`: the base's number of layers, needed by tgi. Raises one AdapterError listing every module
     that `to` cannot express, with the reason and the closest alternative."""
-    meant, notes = _meant(adapter, to, dtype)
+    source, notes = _prepared(adapter, to, dtype)
     if to == "gguf":
         with TemporaryDirectory() as folder:
             path = Path(folder) / "adapter.gguf"
-            return _advised(meant, to, None, lambda: _gguf(meant, path, family, head_dim, "adapter", notes)).encoded
-    return _advised(
-        meant, to, family, lambda: _encoded(meant, to, family, metadata or {}, "adapter", notes, layers)
+            return _advise(source, to, None, lambda: _gguf(source, path, family, head_dim, "adapter", notes)).encoded
+    return _advise(
+        source, to, family, lambda: _encoded(source, to, family, metadata or {}, "adapter", notes, layers)
     ).encoded
 
 
@@ -147,22 +147,22 @@ def write(
     A folder for peft, vllm and tgi, one file for the others. Arguments: as in `encode`. Writes atomically;
     equal adapters give equal bytes. Raises the errors of `encode`, and ResourceError for a full disk."""
     path = Path(out)
-    meant, notes = _meant(adapter, to, dtype)
+    source, notes = _prepared(adapter, to, dtype)
     _check_name(path, to)
     name = path.name if to in _FOLDERS else path.stem
     if to == "gguf":
         staged = Staged.beside(path, ".gguf")
         try:
             at = staged.temporary
-            done = _advised(meant, to, None, lambda: _gguf(meant, at, family, head_dim, name, notes))
+            done = _advise(source, to, None, lambda: _gguf(source, at, family, head_dim, name, notes))
             with as_veneer_errors(path):
                 staged.commit()
         finally:
             staged.discard()
     else:
-        done = _advised(meant, to, family, lambda: _encoded(meant, to, family, metadata or {}, name, notes, layers))
+        done = _advise(source, to, family, lambda: _encoded(source, to, family, metadata or {}, name, notes, layers))
         if to in _FOLDERS:
-            folder = peft.write_folder(done.written, path, digest=_folder_digest(meant, done))
+            folder = peft.write_folder(done.written, path, digest=_folder_digest(source, done))
             files, notes = folder.files, [*done.encoded.notes, *folder.notes]
             return WriteReport(path, to, done.family, folder.digest, files, None, _ranks(done), notes)
         write_tensors(path, done.encoded.tensors, done.encoded.metadata)
@@ -207,48 +207,48 @@ def _ranks(done: _Done) -> dict[int, int]:
     return dict(sorted(Counter(p.rank for p in done.pairs).items()))
 
 
-def _meant(adapter: Adapter, to: str, dtype: str | None) -> tuple[Adapter, list[str]]:
+def _prepared(adapter: Adapter, to: str, dtype: str | None) -> tuple[Adapter, list[str]]:
     """Return the adapter to write, and notes on the rounding.
 
     The adapter has no origins, and is on the CPU and rounded."""
     if to not in TARGETS:
         raise AdapterError(f"there is no layout {to!r}", fix=", ".join(TARGETS))
-    meant, notes = _rounded(adapter.collapsed().mapped(lambda t: t.detach().cpu()), dtype)
-    if next(meant.tensors(), None) is None:
+    source, notes = _rounded(adapter.collapsed().mapped(lambda t: t.detach().cpu()), dtype)
+    if next(source.tensors(), None) is None:
         raise AdapterError("the adapter is empty")
-    check_finite(dict(meant.tensors()))
-    return meant, notes
+    check_finite(dict(source.tensors()))
+    return source, notes
 
 
-def _advised(meant: Adapter, to: str, family: str | None, make: Callable[[], _Done]) -> _Done:
+def _advise(source: Adapter, to: str, family: str | None, make: Callable[[], _Done]) -> _Done:
     """Return the result of `make`; add a workaround to an error without one."""
     try:
         return make()
     except AdapterError as error:
         if error.fix is None:
-            error = AdapterError(error.what, where=error.where, fix=_elsewhere(meant, to, family))
+            error = AdapterError(error.what, where=error.where, fix=_other_layouts(source, to, family))
         raise error from None
 
 
-def _elsewhere(meant: Adapter, to: str, family: str | None) -> str:
+def _other_layouts(source: Adapter, to: str, family: str | None) -> str:
     """Return which other layouts can hold the whole adapter, by trying them."""
-    held = []
+    layouts = []
     for other in ("peft", *_PIPELINES, "vllm"):
         try:
             if other != to:
-                _encoded(meant, other, family, {}, "adapter", [], None)
-                held.append(other)
+                _encoded(source, other, family, {}, "adapter", [], None)
+                layouts.append(other)
         except AdapterError:
             continue
     return (
-        f"--to {' or '.join([', '.join(held[:-1]), held[-1]] if held[1:] else held)}"
-        if held
+        f"--to {' or '.join([', '.join(layouts[:-1]), layouts[-1]] if layouts[1:] else layouts)}"
+        if layouts
         else f"no other layout here holds it whole; {MERGE}"
     )
 
 
 def _encoded(
-    meant: Adapter,
+    source: Adapter,
     to: str,
     family: str | None,
     metadata: Mapping[str, str],
@@ -257,63 +257,65 @@ def _encoded(
     layers: int | None,
 ) -> _Done:
     if to in _PIPELINES:
-        return _for_pipelines(meant, to, _family(meant, family, to), metadata, name, notes)
+        return _for_pipelines(source, to, _family(source, family, to), metadata, name, notes)
     if to == "peft":
         refused: Refusals = defaultdict(list)
-        written = _for_one_model(meant, refused)
-        _raise(refused, to, meant)
+        written = _as_one_model(source, refused)
+        _raise(refused, to, source)
     elif to == "tgi":
         if layers is None:
             raise AdapterError("how many layers the base has decides what TGI needs", fix="name the base: --base")
-        meant, filled = in_every_layer(_servable(meant, to), layers)
-        written = folded(meant, TGI_RANK)
+        source, filled = in_every_layer(_servable(source, to), layers)
+        written = folded(source, TGI_RANK)
         notes = [*notes, *tgi_notes(written, filled)]
     else:
-        written = folded(_servable(meant, to))
+        written = folded(_servable(source, to))
         notes = [*notes, *vllm_notes(written)]
     config, tensors = peft.encode_folder(written, base_name=written.card.base, task_type="auto")
     back = peft.interpret(config, tensors).adapter
-    _compare(written if to == "peft" else meant, back, to)
-    _reach(meant, tensors, to)
+    _compare(written if to == "peft" else source, back, to)
+    _check_reachable(source, tensors, to)
     return _Done(
         EncodedAdapter(tensors, {"format": "pt"}, config, notes), written, back, None, list(written.pairs.values())
     )
 
 
-def _folder_digest(meant: Adapter, done: _Done) -> str | None:
+def _folder_digest(source: Adapter, done: _Done) -> str | None:
     """Return the folder's digest under canonical names, as a reader gets it.
 
     None if the folder's names are the adapter's own."""
-    part = component_of(next(iter(leaves_of(meant)), ""))
-    names = dict.fromkeys(leaves_of(done.back))
+    part = component_of(next(iter(changes_by_module(source)), ""))
+    names = dict.fromkeys(changes_by_module(done.back))
     choice = choose_family(names)
     if not part or any(choice.lookup(name) is None for name in names):
         return None
     return done.back.renamed(lambda name: f"{part}.{name}").digest()
 
 
-def _servable(meant: Adapter, to: str) -> Adapter:
+def _servable(source: Adapter, to: str) -> Adapter:
     """Return the adapter.
 
     Raises one AdapterError listing what the server cannot hold."""
     refused: Refusals = defaultdict(list)
-    refuse_unservable(meant, leaves_of(meant), {"vllm": "vLLM", "tgi": "TGI", "gguf": "llama.cpp"}[to], refused)
-    _raise(refused, to, meant)
-    return meant
+    refuse_unservable(
+        source, changes_by_module(source), {"vllm": "vLLM", "tgi": "TGI", "gguf": "llama.cpp"}[to], refused
+    )
+    _raise(refused, to, source)
+    return source
 
 
 def _gguf(
-    meant: Adapter, path: Path, architecture: str | None, head_dim: int | None, name: str, notes: list[str]
+    source: Adapter, path: Path, architecture: str | None, head_dim: int | None, name: str, notes: list[str]
 ) -> _Done:
     """Write the file at `path` and read it back."""
-    written = folded(_servable(meant, "gguf"))
+    written = folded(_servable(source, "gguf"))
     if architecture is None:
         raise AdapterError(
             "the names in a GGUF file depend on the base's architecture", fix="--base, or --family llama, qwen3, …"
         )
     notes = [*notes, *write_gguf(written, path, architecture=architecture, head_dim=head_dim, name=name)]
     back = read_gguf(path, head_dim=head_dim).adapter
-    _compare(meant, back, "gguf")
+    _compare(source, back, "gguf")
     file = read_gguf_file(path)
     tensors = {key: file.tensor(key) for key in sorted(file.entries)}
     fields = {key: str(value) for key, value in sorted(file.fields.items())}
@@ -332,14 +334,14 @@ def _rounded(adapter: Adapter, dtype: str | None) -> tuple[Adapter, list[str]]:
     return out, [f"rounded to {dtype}: ΔW moves by up to {worst:.2g} of itself"] if worst else []
 
 
-def _raise(refused: Refusals, to: str, meant: Adapter) -> None:
+def _raise(refused: Refusals, to: str, source: Adapter) -> None:
     """Raise one error with every refused module, by reason.
 
     A reason that applies to all modules names none."""
     if not refused:
         return
     lines = []
-    everything = {*leaves_of(meant), *meant.token_rows}
+    everything = {*changes_by_module(source), *source.token_rows}
     for reason, modules in refused.items():
         names = sorted(set(modules))
         if set(names) == everything and len(names) > 3:
@@ -351,29 +353,29 @@ def _raise(refused: Refusals, to: str, meant: Adapter) -> None:
     raise AdapterError(f"{to} cannot hold this adapter exactly; {count} module(s) are in the way:\n" + "\n".join(lines))
 
 
-def _compare(meant: Adapter, back: Adapter, to: str) -> None:
-    if problems := differences(meant, back):
+def _compare(source: Adapter, back: Adapter, to: str) -> None:
+    if problems := differences(source, back):
         shown = bullets(problems, None)
         raise AdapterError(f"written as {to}, the adapter would not come back the same; nothing was written:\n{shown}")
 
 
-def _reach(meant: Adapter, tensors: Mapping[str, Tensor], to: str, family: Family | None = None) -> None:
-    modules = {*leaves_of(meant), *meant.token_rows}
-    owners = {n.rpartition(".")[0] if n in meant.pairs and meant.pairs[n].kind == "experts" else n for n in modules}
+def _check_reachable(source: Adapter, tensors: Mapping[str, Tensor], to: str, family: Family | None = None) -> None:
+    modules = {*changes_by_module(source), *source.token_rows}
+    owners = {n.rpartition(".")[0] if n in source.pairs and source.pairs[n].kind == "experts" else n for n in modules}
     if problems := unreachable(owners, tensors, to, family):
         raise AdapterError(
             f"written as {to}, it would not be loaded whole; nothing was written:\n{bullets(problems, None)}"
         )
 
 
-def _for_one_model(adapter: Adapter, refused: Refusals) -> Adapter:
+def _as_one_model(adapter: Adapter, refused: Refusals) -> Adapter:
     """Return the adapter under its model's own names, without the component.
 
     The model is the denoiser or a text model."""
     for module, pair in adapter.pairs.items():
         if pair.magnitude is not None and pair.magnitude.ndim > 1:
             refused["PEFT has no magnitude along the inputs; merge it into the base"].append(module)
-    modules = [*leaves_of(adapter), *adapter.token_rows]
+    modules = [*changes_by_module(adapter), *adapter.token_rows]
     parts = {component_of(m) for m in modules}
     for module in modules:
         if len(parts) > 1:
@@ -391,7 +393,7 @@ def _family(adapter: Adapter, name: str | None, to: str) -> Family:
         if name not in known:
             raise AdapterError(f"there is no family {name!r}", fix=", ".join(known))
         return known[name]
-    modules = [*leaves_of(adapter), *adapter.token_rows]
+    modules = [*changes_by_module(adapter), *adapter.token_rows]
     if not any(component_of(m) for m in modules):
         raise AdapterError(
             f"{to} is for adapters of image models, and no module here begins with unet, transformer or text_encoder"
@@ -414,14 +416,14 @@ def _shape(adapter: Adapter, module: str) -> tuple[int, int] | None:
 
 
 def _for_pipelines(
-    meant: Adapter, to: str, family: Family, metadata: Mapping[str, str], name: str, notes: list[str]
+    source: Adapter, to: str, family: Family, metadata: Mapping[str, str], name: str, notes: list[str]
 ) -> _Done:
     """Write kohya, comfyui or diffusers: one safetensors file.
 
     The card is in its metadata."""
     refused: Refusals = defaultdict(list)
-    leaves = leaves_of(meant)
-    for module in meant.token_rows:
+    leaves = changes_by_module(source)
+    for module in source.token_rows:
         refused["rows of embeddings have no place in such a file; merge it into the base"].append(module)
     extra: dict[str, str] = {}
     if to == "diffusers":
@@ -436,22 +438,22 @@ def _for_pipelines(
         # Joined parts look like sd-scripts' split_qkv, whose alpha refers to one part's rank; here alpha
         # refers to the whole rank.
         extra["ss_network_args"] = '{"split_qkv": "False"}'
-    _raise(refused, to, meant)
-    card = replace(meant.card, kind=meant.card.kind or "image")
+    _raise(refused, to, source)
+    card = replace(source.card, kind=source.card.kind or "image")
     ranks = {p.rank for p in pairs}
     alphas = {alpha_of(p.scale, p.rank) for p in pairs}
     card = replace(card, rank=ranks.pop() if len(ranks) == 1 else 0, alpha=alphas.pop() if len(alphas) == 1 else 0.0)
     described = metadata_of(card, family=family.name, name=name) | extra
-    if any(d.form in ("hadamard", "kronecker", "gain") for d in meant.deltas.values()):
+    if any(d.form in ("hadamard", "kronecker", "gain") for d in source.deltas.values()):
         described["ss_network_module"] = "lycoris.kohya"
     described = sealed(tensors, described | dict(metadata))
     back = read_state_dict(tensors, described, where=to).adapter
-    _compare(meant, back, to)
-    _reach(meant, tensors, to, family)
-    return _Done(EncodedAdapter(tensors, described, {}, notes), meant, back, family.name, pairs)
+    _compare(source, back, to)
+    _check_reachable(source, tensors, to, family)
+    return _Done(EncodedAdapter(tensors, described, {}, notes), source, back, family.name, pairs)
 
 
-def _own_ranks(leaves: Mapping[str, Leaf], family: Family) -> dict[str, Leaf]:
+def _own_ranks(leaves: Mapping[str, ModuleChanges], family: Family) -> dict[str, ModuleChanges]:
     """Return the parts of a block-diagonal fused pair at their own ranks.
 
     ΔW stays the same; each part loses the other parts' A."""

@@ -28,7 +28,7 @@ from torch import Tensor
 from veneer.core.adapter import Adapter, Pair
 from veneer.core.forms import Delta
 from veneer.formats.comparison import Refusals
-from veneer.formats.module_tensors import Leaf
+from veneer.formats.module_tensors import ModuleChanges
 from veneer.formats.names import component_of
 from veneer.formats.peft import PREFIX, encode_folder
 from veneer.formats.topology import Family
@@ -47,14 +47,14 @@ _ELSEWHERE = "merge it into the base"
 
 
 def diffusers_tensors(
-    leaves: Mapping[str, Leaf], family: Family, refused: Refusals
+    by_module: Mapping[str, ModuleChanges], family: Family, refused: Refusals
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
     """Return the tensors, and the PEFT settings by component.
 
     Contents that the format cannot hold are added to `refused`; the result is then partial."""
-    parts: dict[str, dict[str, Leaf]] = defaultdict(dict)
+    parts: dict[str, dict[str, ModuleChanges]] = defaultdict(dict)
     tensors: dict[str, Tensor] = {}
-    for module, leaf in leaves.items():
+    for module, changes in by_module.items():
         component = component_of(module)
         if not component:
             refused["its name begins with no component (unet, transformer, text_encoder …)"].append(module)
@@ -62,10 +62,10 @@ def diffusers_tensors(
             refused[f"{family.label} has no such module"].append(module)
         elif component not in LOADABLE.get(family.name, ("transformer",)):
             refused[f"diffusers loads nothing into the {component} of {family.label}"].append(module)
-        elif _is_norm(module, leaf, family):
-            tensors[f"{module}.weight"] = leaf.full["weight"]
+        elif _is_norm(module, changes, family):
+            tensors[f"{module}.weight"] = changes.full["weight"]
         else:
-            parts[component][module] = leaf
+            parts[component][module] = changes
     configs: dict[str, dict[str, Any]] = {}
     for component, own in parts.items():
         if _are_sayable(own, component, refused):
@@ -75,32 +75,32 @@ def diffusers_tensors(
     return tensors, configs
 
 
-def _is_norm(module: str, leaf: Leaf, family: Family) -> bool:
+def _is_norm(module: str, changes: ModuleChanges, family: Family) -> bool:
     known = family.name == "flux1" and module.rpartition(".")[2] in _NORMS
-    return known and set(leaf.full) == {"weight"} and leaf.pair is None and not leaf.deltas
+    return known and set(changes.full) == {"weight"} and changes.pair is None and not changes.deltas
 
 
-def _are_sayable(own: Mapping[str, Leaf], component: str, refused: Refusals) -> bool:
+def _are_sayable(own: Mapping[str, ModuleChanges], component: str, refused: Refusals) -> bool:
     """Return whether PEFT's settings can express a component.
 
     Adds reasons to `refused`."""
     before = sum(map(len, refused.values()))
-    for module, leaf in own.items():
-        for parameter, delta in leaf.deltas.items():
-            if not _is_lora_bias(leaf, parameter, delta):
+    for module, changes in own.items():
+        for parameter, delta in changes.deltas.items():
+            if not _is_lora_bias(changes, parameter, delta):
                 refused[f"diffusers drops a {delta.form} change of the {parameter}; {_ELSEWHERE}"].append(module)
-        if leaf.full:
+        if changes.full:
             refused["diffusers drops whole new weights; merge it into the base"].append(module)
-        if leaf.pair is not None and leaf.pair.kind not in ("linear", "conv"):
-            refused[f"diffusers loads no pair of {leaf.pair.kind}; merge it into the base"].append(module)
-        if leaf.pair is not None and leaf.pair.magnitude is not None and leaf.pair.magnitude.ndim > 1:
+        if changes.pair is not None and changes.pair.kind not in ("linear", "conv"):
+            refused[f"diffusers loads no pair of {changes.pair.kind}; merge it into the base"].append(module)
+        if changes.pair is not None and changes.pair.magnitude is not None and changes.pair.magnitude.ndim > 1:
             refused[f"PEFT and so diffusers know no magnitude of the inputs; {_ELSEWHERE}"].append(module)
-    pairs = {m: leaf for m, leaf in own.items() if leaf.pair is not None}
-    with_dora = {m for m, leaf in pairs.items() if leaf.pair is not None and leaf.pair.magnitude is not None}
+    pairs = {m: changes for m, changes in own.items() if changes.pair is not None}
+    with_dora = {m for m, changes in pairs.items() if changes.pair is not None and changes.pair.magnitude is not None}
     if with_dora and with_dora != set(pairs):
         what = f"DoRA is one switch for the whole {component}, and this has no magnitude"
         refused[f"{what}; {_ELSEWHERE}"] += sorted(set(pairs) - with_dora)
-    biased = {m for m, leaf in pairs.items() if "bias" in leaf.deltas}
+    biased = {m for m, changes in pairs.items() if "bias" in changes.deltas}
     if biased and biased != set(pairs):
         what = f"lora_bias is one switch for the whole {component}, and this has no change of the bias"
         refused[f"{what}; {_ELSEWHERE}"] += sorted(set(pairs) - biased)
@@ -112,13 +112,13 @@ def _are_sayable(own: Mapping[str, Leaf], component: str, refused: Refusals) -> 
     return sum(map(len, refused.values())) == before
 
 
-def _is_lora_bias(leaf: Leaf, parameter: str, delta: Delta) -> bool:
-    pair = leaf.pair
+def _is_lora_bias(changes: ModuleChanges, parameter: str, delta: Delta) -> bool:
+    pair = changes.pair
     return parameter == "bias" and pair is not None and delta.form == "dense" and delta.scale == pair.scale
 
 
 def _component(
-    own: Mapping[str, Leaf], component: str, known: Sequence[str]
+    own: Mapping[str, ModuleChanges], component: str, known: Sequence[str]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return a component's tensors and settings, as a PEFT folder of it.
 
@@ -134,11 +134,11 @@ def _component(
     def short(module: str) -> str:
         return module.removeprefix(lead).removeprefix(f"{component}.")
 
-    for module, leaf in own.items():
+    for module, changes in own.items():
         full[name := short(module)] = module
-        if leaf.pair is not None:
-            pairs[name] = leaf.pair
-        deltas |= {f"{name}.{parameter}": delta for parameter, delta in leaf.deltas.items()}
+        if changes.pair is not None:
+            pairs[name] = changes.pair
+        deltas |= {f"{name}.{parameter}": delta for parameter, delta in changes.deltas.items()}
     config, tensors = encode_folder(Adapter(pairs, deltas=deltas), base=[short(m) for m in known])
     settings = {key: config[key] for key in _SETTINGS}
     if config.get("lora_bias"):

@@ -43,7 +43,7 @@ def split(item: T, parts: Sequence[RowRange]) -> list[T]:
             raise ValueError(f"a part is rows [begin, end) of total, not {(begin, end, total)}")
         rows = _rows(item)
         if rows is not None and rows % total:
-            raise AdapterError(f"{rows} rows cannot be cut into {total} equal units", where=_shown(item))
+            raise AdapterError(f"{rows} rows cannot be cut into {total} equal units", where=_describe(item))
         unit = 0 if rows is None else rows // total
         out.append(cast(T, _cut(item, begin * unit, end * unit)) if (begin, end) != (0, total) else item)
     return out
@@ -58,7 +58,7 @@ def swap_halves(item: T) -> T:
         return cast(T, _swap_kronecker(item))
     rows = _rows(item)
     if rows is not None and rows % 2:
-        raise AdapterError(f"{rows} rows have no halves", where=_shown(item))
+        raise AdapterError(f"{rows} rows have no halves", where=_describe(item))
     return cast(T, _on_rows(item, _swapped))
 
 
@@ -69,7 +69,7 @@ def _swap_kronecker(delta: Delta) -> Delta:
         raise AdapterError(
             "the halves of a LoKr change places with those of its first factor, whose rows are odd here, or "
             "it is a part already",
-            where=_shown(delta),
+            where=_describe(delta),
         )
     m = delta.magnitude
     m = m if m is None or m.ndim > 1 else _swapped(m)
@@ -84,7 +84,7 @@ def _cut(item: Pair | Delta, begin: int, end: int) -> Pair | Delta:
     if item.magnitude is not None and item.magnitude.ndim > 1:
         raise AdapterError(
             "a magnitude of the inputs is a norm over all rows of the fused projection together: no part has its own",
-            where=_shown(item),
+            where=_describe(item),
             fix="merge the adapter into the base, or keep the projection fused",
         )
     if isinstance(item, Delta) and item.form == "kronecker":
@@ -117,11 +117,11 @@ def _rows(item: Pair | Delta) -> int | None:
         value = item.parts.get("value")
         return item.shape[0] if item.form != "gain" else len(value) if value is not None and value.ndim == 1 else None
     if item.kind not in ("linear", "conv"):
-        raise AdapterError(f"a pair of {item.kind} is not fused by rows", where=_shown(item))
+        raise AdapterError(f"a pair of {item.kind} is not fused by rows", where=_describe(item))
     return item.B.shape[0]
 
 
-def _shown(item: Pair | Delta) -> str:
+def _describe(item: Pair | Delta) -> str:
     if isinstance(item, Pair):
         return f"a pair, A {tuple(item.A.shape)}, B {tuple(item.B.shape)}"
     return f"a {item.form} change {tuple(item.shape)}"
@@ -152,20 +152,20 @@ def join(parts: Sequence[T | None], rows: Sequence[int] | None = None) -> T:
         raise ValueError("nothing to join")
     first = items[0]
     if len({type(p) for p in items}) > 1 or len({p.form if isinstance(p, Delta) else p.kind for p in items}) > 1:
-        raise _apart(items, "they are of different forms")
+        raise _not_joinable(items, "they are of different forms")
     sizes = [rows[i] if rows is not None else _rows(p) if p is not None else None for i, p in enumerate(parts)]
     if any(p is not None and _rows(p) not in (None, n) for p, n in zip(parts, sizes, strict=True)):
-        raise _apart(items, f"their rows are not {sizes}")
+        raise _not_joinable(items, f"their rows are not {sizes}")
     magnitude = _joined_magnitude(parts)
     if isinstance(first, Delta):
         return cast(T, _join_deltas(first, cast("Sequence[Delta | None]", parts), sizes, magnitude))
     return cast(T, _join_pairs(cast("Sequence[Pair | None]", parts), sizes, magnitude))
 
 
-def _apart(items: Sequence[Pair | Delta], why: str) -> AdapterError:
+def _not_joinable(items: Sequence[Pair | Delta], why: str) -> AdapterError:
     return AdapterError(
         f"these parts do not form one change of a fused projection: {why}",
-        where="; ".join(_shown(p) for p in items),
+        where="; ".join(_describe(p) for p in items),
         fix="write a format whose projections are split",
     )
 
@@ -176,9 +176,9 @@ def _joined_magnitude(parts: Sequence[Pair | Delta | None]) -> Tensor | None:
     if all(m is None for m in found):
         return None
     if any(m is None for m in found):
-        raise _apart(items, "some have a magnitude and some have none")
+        raise _not_joinable(items, "some have a magnitude and some have none")
     if any(m is not None and m.ndim > 1 for m in found):
-        raise _apart(items, "a magnitude of the inputs is a norm over the rows of its own part")
+        raise _not_joinable(items, "a magnitude of the inputs is a norm over the rows of its own part")
     return torch.cat([m for m in found if m is not None])
 
 
@@ -186,7 +186,7 @@ def _join_pairs(parts: Sequence[Pair | None], sizes: Sequence[int | None], magni
     pairs = [None if p is None else p.collapsed() for p in parts]
     have = [p for p in pairs if p is not None]
     if len({p.A.shape[1:] for p in have}) > 1:
-        raise _apart(have, "their inputs differ")
+        raise _not_joinable(have, "their inputs differ")
     scale = max((p.scale for p in have), key=abs)
     As = _distinct([p.A for p in have])
     blocks = [None if p is None else (_index(As, p.A), _folded(p.B, p.scale, scale)) for p in pairs]
@@ -222,19 +222,19 @@ def _join_deltas(
 ) -> Delta:
     have = [p for p in parts if p is not None]
     if len({p.shape[1:] for p in have}) > 1:
-        raise _apart(have, "their inputs differ")
+        raise _not_joinable(have, "their inputs differ")
     if first.form == "replacement":
-        raise _apart(have, "they are new values, not changes")
+        raise _not_joinable(have, "they are new values, not changes")
     if first.form == "kronecker":
         return _join_rows(have, len(have) == len(parts), magnitude)
     if first.form == "gain" and _rows(first) is None:
         same = all(p.scale == first.scale and _same(p.parts["value"], first.parts["value"]) for p in have)
         if not same or len(have) < len(parts):
-            raise _apart(have, "they are different gains on the same inputs")
+            raise _not_joinable(have, "they are different gains on the same inputs")
         return first
     scale = max((p.scale for p in have), key=abs)
     if any(size is None for size in sizes):
-        raise _apart(have, "some are gains on the inputs")
+        raise _not_joinable(have, "some are gains on the inputs")
     total = sum(size for size in sizes if size is not None)
     if first.form in ("dense", "gain"):
         like = first.parts["value"]
@@ -253,7 +253,7 @@ def _join_deltas(
             if not any(_all_same(r, d) for d in distinct):
                 distinct.append(r)
         if len(distinct) > 1 and any(len(d) > 1 for d in distinct):
-            raise _apart(have, "they are LoHa with different cores")
+            raise _not_joinable(have, "they are LoHa with different cores")
         at = iter(next(i for i, d in enumerate(distinct) if _all_same(r, d)) for r in rights)
         blocks = [
             None
@@ -278,7 +278,7 @@ def _join_rows(have: Sequence[Delta], all_there: bool, magnitude: Tensor | None)
     ) and all(_same(p.parts[k], t) for p in have for k, t in first.parts.items())
     ranges = [p.rows or (0, p.shape[0]) for p in have]
     if not same or not all_there or any(a[1] != b[0] for a, b in pairwise(ranges)):
-        raise _apart(have, "they are not neighbouring rows of one LoKr")
+        raise _not_joinable(have, "they are not neighbouring rows of one LoKr")
     whole = first.whole or first.shape
     rows = (ranges[0][0], ranges[-1][1])
     if rows == (0, whole[0]):

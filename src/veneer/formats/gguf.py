@@ -74,16 +74,16 @@ def _to_name(module: str, names: Mapping[str, str]) -> str | None:
     return name and (name.replace("blk.0.", f"blk.{layer[1]}.") if layer else name)
 
 
-def _turned(module: str) -> bool:
+def _is_permuted(module: str) -> bool:
     return module.endswith((".self_attn.q_proj", ".self_attn.k_proj"))
 
 
-def _turn(B: Tensor, head_dim: int) -> Tensor:
+def _permuted(B: Tensor, head_dim: int) -> Tensor:
     """Permute Hugging Face's rows to llama.cpp's order."""
     return B.reshape(-1, 2, head_dim // 2, B.shape[1]).transpose(1, 2).reshape(B.shape)
 
 
-def _turn_back(B: Tensor, head_dim: int) -> Tensor:
+def _unpermuted(B: Tensor, head_dim: int) -> Tensor:
     return B.reshape(-1, head_dim // 2, 2, B.shape[1]).transpose(1, 2).reshape(B.shape)
 
 
@@ -141,14 +141,14 @@ def read_gguf(path: str | Path, *, head_dim: int | None = None) -> GgufAdapter:
         if not 0 < A.shape[0] == B.shape[1]:
             problems.append(f"{module}: {shapes} do not fit together")
             continue
-        if GGUF_ARCHITECTURES[architecture] and _turned(module):
+        if GGUF_ARCHITECTURES[architecture] and _is_permuted(module):
             if not head_dim:
                 problems.append(f"{module}: its rows are in llama.cpp's order, and the file lacks the size of a head")
                 continue
             if head_dim % 2 or B.shape[0] % head_dim:
                 problems.append(f"{module}: {B.shape[0]:,} rows are not whole heads of {head_dim:,}")
                 continue
-            B = _turn_back(B, head_dim)
+            B = _unpermuted(B, head_dim)
         scale = scale_of(alpha, A.shape[0]) if alpha else 1.0
         pairs[module] = Pair(A, B, scale, "embedding" if embedding else "linear")
     if not pairs and not problems:
@@ -180,7 +180,7 @@ def write_gguf(
             f"no GGUF adapter for the architecture {architecture!r}", fix=f"known: {', '.join(GGUF_ARCHITECTURES)}"
         )
     names = _names(architecture)
-    turned, problems = GGUF_ARCHITECTURES[architecture], []
+    permuted, problems = GGUF_ARCHITECTURES[architecture], []
     pairs = {module: pair.collapsed() for module, pair in sorted(adapter.pairs.items())}
     for module, pair in pairs.items():
         want = "embedding" if module == "model.embed_tokens" else "linear"
@@ -190,7 +190,7 @@ def write_gguf(
             problems.append(f"{module}: a pair of {pair.kind}, A {tuple(pair.A.shape)}")
         elif pair.magnitude is not None:
             problems.append(f"{module}: DoRA's magnitude {tuple(pair.magnitude.shape)}")
-        elif turned and _turned(module) and (not head_dim or head_dim % 2 or pair.B.shape[0] % head_dim):
+        elif permuted and _is_permuted(module) and (not head_dim or head_dim % 2 or pair.B.shape[0] % head_dim):
             problems.append(f"{module}: {pair.B.shape[0]:,} rows, and heads of {head_dim or 'an unknown size'}")
     problems += [f"{m}: a full module" for m in sorted(adapter.modules)]
     problems += [f"{m}: token rows" for m in sorted(adapter.token_rows)]
@@ -211,9 +211,9 @@ def write_gguf(
         if alphas[module] != alpha:
             B = (B.double() * (alphas[module] / alpha)).float()
             notes.append(f"{module}: its alpha {alphas[module]:g} went into B, the file's is {alpha:g}")
-        if turned and _turned(module):
+        if permuted and _is_permuted(module):
             assert head_dim is not None
-            B = _turn(B, head_dim)
+            B = _permuted(B, head_dim)
         gguf_name = _to_name(module, names)
         tensors[f"{gguf_name}.weight.lora_a"] = A.t() if pair.kind == "embedding" else A
         tensors[f"{gguf_name}.weight.lora_b"] = B

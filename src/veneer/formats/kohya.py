@@ -31,8 +31,8 @@ from veneer.core.forms import Delta
 from veneer.errors import AdapterError, nearest
 from veneer.formats.comparison import Refusals
 from veneer.formats.fused import join, swap_halves
-from veneer.formats.module_tensors import Leaf, write_leaf
-from veneer.formats.topology import DENOISERS, Family, ModulePlace, flat
+from veneer.formats.module_tensors import ModuleChanges, write_module
+from veneer.formats.topology import DENOISERS, Family, ModuleTarget, flat
 
 T = TypeVar("T", bound=Pair | Delta)
 
@@ -41,39 +41,39 @@ LYCORIS = "lycoris_"
 
 
 def kohya_tensors(
-    leaves: Mapping[str, Leaf], family: Family, to: str, refused: Refusals
+    by_module: Mapping[str, ModuleChanges], family: Family, to: str, refused: Refusals
 ) -> tuple[dict[str, Tensor], list[Pair], list[str]]:
     """Return the tensors in layout `to`, the pairs as written, and notes.
 
     to: "kohya" or "comfyui". Contents that the layout cannot hold are added to `refused`; the result is then
     partial."""
-    named = _foreign_leaves(leaves, family, to, refused)
-    pairs = [leaf.pair for leaf, _ in named.values() if leaf.pair is not None]
+    named = _foreign_leaves(by_module, family, to, refused)
+    pairs = [changes.pair for changes, _ in named.values() if changes.pair is not None]
     tensors = _suffixed(named, family, to, refused)
-    return tensors, pairs, [*_dora_notes(leaves, to), *_rank_notes(named, leaves)]
+    return tensors, pairs, [*_dora_notes(by_module, to), *_rank_notes(named, by_module)]
 
 
 def _foreign_leaves(
-    leaves: Mapping[str, Leaf], family: Family, to: str, refused: Refusals
-) -> dict[str, tuple[Leaf, tuple[str, ...]]]:
+    by_module: Mapping[str, ModuleChanges], family: Family, to: str, refused: Refusals
+) -> dict[str, tuple[ModuleChanges, tuple[str, ...]]]:
     """Return the leaves under the names of `to`, each with its canonical modules.
 
     to: "kohya" or "comfyui". Modules without a name there, or without a single change for their fused
     projection, are added to `refused`."""
-    out: dict[str, tuple[Leaf, tuple[str, ...]]] = {}
-    denoiser: dict[str, Leaf] = {}
-    for module, leaf in leaves.items():
+    out: dict[str, tuple[ModuleChanges, tuple[str, ...]]] = {}
+    denoiser: dict[str, ModuleChanges] = {}
+    for module, changes in by_module.items():
         component, _, rest = module.partition(".")
         if module not in family.modules:
             refused[f"{family.label} has no such module{_hint(module, family)}"].append(module)
         elif component in DENOISERS or component == "text_conditioner":
-            denoiser[module] = leaf
+            denoiser[module] = changes
         elif to == "kohya":
-            out[family.kohya_encoder(component) + flat(rest)] = leaf, (module,)
+            out[family.kohya_encoder(component) + flat(rest)] = changes, (module,)
         else:
-            out[f"text_encoders.{family.comfyui_encoder(component)}.transformer.{rest}"] = leaf, (module,)
+            out[f"text_encoders.{family.comfyui_encoder(component)}.transformer.{rest}"] = changes, (module,)
     if to == "kohya" and family.diffusers_named:
-        out |= {"lora_unet_" + flat(m.partition(".")[2]): (leaf, (m,)) for m, leaf in denoiser.items()}
+        out |= {"lora_unet_" + flat(m.partition(".")[2]): (changes, (m,)) for m, changes in denoiser.items()}
         return out
     for name, found in _originals(denoiser, family, refused).items():
         own = name.startswith(LYCORIS)
@@ -87,8 +87,8 @@ def _hint(module: str, family: Family) -> str:
 
 
 def _originals(
-    leaves: Mapping[str, Leaf], family: Family, refused: Refusals
-) -> dict[str, tuple[Leaf, tuple[str, ...]]]:
+    by_module: Mapping[str, ModuleChanges], family: Family, refused: Refusals
+) -> dict[str, tuple[ModuleChanges, tuple[str, ...]]]:
     """Return the denoiser's leaves by original module, fused if the original is.
 
     LoKr changes that cannot be joined stay separate under LyCORIS' names for diffusers' modules, whose rows
@@ -97,13 +97,13 @@ def _originals(
     for name, places in family.originals.items():
         for place in places:
             owner.setdefault(place.module, name)
-    out: dict[str, tuple[Leaf, tuple[str, ...]]] = {}
-    for module in leaves:
+    out: dict[str, tuple[ModuleChanges, tuple[str, ...]]] = {}
+    for module in by_module:
         if module not in owner:
             refused[f"the original {family.label} has no such module"].append(module)
-    for name in sorted({owner[m] for m in leaves if m in owner}):
+    for name in sorted({owner[m] for m in by_module if m in owner}):
         places = family.originals[name]
-        parts = [leaves.get(place.module) for place in places]
+        parts = [by_module.get(place.module) for place in places]
         used = tuple(place.module for place, part in zip(places, parts, strict=True) if part is not None)
         try:
             out[name] = _fused(parts, places), used
@@ -116,32 +116,32 @@ def _originals(
     return out
 
 
-def _is_lokr(leaf: Leaf) -> bool:
-    return leaf.pair is None and not leaf.full and [d.form for d in leaf.deltas.values()] == ["kronecker"]
+def _is_lokr(changes: ModuleChanges) -> bool:
+    return changes.pair is None and not changes.full and [d.form for d in changes.deltas.values()] == ["kronecker"]
 
 
-def _fused(parts: Sequence[Leaf | None], places: Sequence[ModulePlace]) -> Leaf:
+def _fused(parts: Sequence[ModuleChanges | None], places: Sequence[ModuleTarget]) -> ModuleChanges:
     """Join the changes of a fused module's parts.
 
     An unchanged part becomes rows of zeros."""
     have = [p for p in parts if p is not None]
     if len(places) == 1 and places[0].part is None and not places[0].swap:
         return have[0]
-    leaf = Leaf()
+    changes = ModuleChanges()
     if any(p.pair for p in have):
-        leaf.pair = _one([p.pair if p else None for p in parts], places)
+        changes.pair = _joined([p.pair if p else None for p in parts], places)
     for parameter in sorted({d for p in have for d in p.deltas}):
-        leaf.deltas[parameter] = _one([p.deltas.get(parameter) if p else None for p in parts], places)
+        changes.deltas[parameter] = _joined([p.deltas.get(parameter) if p else None for p in parts], places)
     for parameter in sorted({f for p in have for f in p.full}):
         values = [p.full.get(parameter) if p else None for p in parts]
         if any(v is None for v in values):
             raise AdapterError(f"only some of its parts are replaced by a whole new {parameter}")
-        whole = _one([None if v is None else Delta("dense", {"value": v}, tuple(v.shape)) for v in values], places)
-        leaf.full[parameter] = whole.parts["value"]
-    return leaf
+        whole = _joined([None if v is None else Delta("dense", {"value": v}, tuple(v.shape)) for v in values], places)
+        changes.full[parameter] = whole.parts["value"]
+    return changes
 
 
-def _one(items: Sequence[T | None], places: Sequence[ModulePlace]) -> T:
+def _joined(items: Sequence[T | None], places: Sequence[ModuleTarget]) -> T:
     units = next(
         (
             own // (place.part[1] - place.part[0])
@@ -170,20 +170,20 @@ def _rows(item: Pair | Delta) -> int | None:
 
 
 def _suffixed(
-    named: Mapping[str, tuple[Leaf, tuple[str, ...]]], family: Family, to: str, refused: Refusals
+    named: Mapping[str, tuple[ModuleChanges, tuple[str, ...]]], family: Family, to: str, refused: Refusals
 ) -> dict[str, Tensor]:
     """Return the tensors of foreign leaves.
 
     ComfyUI's are kohya's with PEFT's two names."""
     out: dict[str, Tensor] = {}
-    for name, (leaf, modules) in named.items():
-        for reason in _unread(name, leaf, family, to):
+    for name, (changes, modules) in named.items():
+        for reason in _unread(name, changes, family, to):
             refused[reason] += modules
-        if to == "comfyui" and leaf.pair is not None and leaf.pair.kind == "embedding":
+        if to == "comfyui" and changes.pair is not None and changes.pair.kind == "embedding":
             # ComfyUI adds up·down to any weight; an embedding's pair changes the transpose.
-            leaf = replace(leaf, pair=Pair(leaf.pair.B.t(), leaf.pair.A.t(), leaf.pair.scale))
+            changes = replace(changes, pair=Pair(changes.pair.B.t(), changes.pair.A.t(), changes.pair.scale))
         try:
-            parts = write_leaf(leaf)
+            parts = write_module(changes)
         except AdapterError as error:
             for line in error.what.splitlines()[1:]:
                 refused[f"there are no tensors for {line.removeprefix('  - ')}; merge it into the base"] += modules
@@ -197,38 +197,39 @@ def _suffixed(
 _COMFY = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
 
 
-def _unread(name: str, leaf: Leaf, family: Family, to: str) -> list[str]:
+def _unread(name: str, changes: ModuleChanges, family: Family, to: str) -> list[str]:
     """Return the contents that readers of `to` ignore or misread."""
     out = []
-    if leaf.full and (to == "kohya" or set(leaf.full) != {"weight"}):
+    if changes.full and (to == "kohya" or set(changes.full) != {"weight"}):
         out.append("it cannot hold whole new weights; subtract the base's, or merge it into the base")
     if to == "kohya":
         return out
-    held = [h for h in (leaf.pair, leaf.deltas.get("weight")) if h is not None]
+    held = [h for h in (changes.pair, changes.deltas.get("weight")) if h is not None]
     if any(h.magnitude is not None and h.magnitude.ndim == 1 for h in held):
         out.append("ComfyUI divides DoRA's outputs by ‖W‖ and not by ‖W + ΔW‖; merge it into the base")
-    if any(delta.form == "gain" for delta in leaf.deltas.values()):
+    if any(delta.form == "gain" for delta in changes.deltas.values()):
         out.append("ComfyUI does not support (IA)³; merge it into the base")
     if family.name.startswith("flux") and name.endswith(("query_norm", "key_norm")):
         out.append("ComfyUI's patches reach parameters called weight, and this one is called scale")
     return out
 
 
-def _rank_notes(named: Mapping[str, tuple[Leaf, tuple[str, ...]]], leaves: Mapping[str, Leaf]) -> list[str]:
-    grown = [
-        name
-        for name, (leaf, modules) in named.items()
-        if leaf.pair is not None and leaf.pair.rank > max(p.rank for m in modules if (p := leaves[m].pair) is not None)
-    ]
+def _rank_notes(
+    named: Mapping[str, tuple[ModuleChanges, tuple[str, ...]]], by_module: Mapping[str, ModuleChanges]
+) -> list[str]:
+    ranks = {
+        name: max((p.rank for m in own if (p := by_module[m].pair)), default=0) for name, (_, own) in named.items()
+    }
+    grown = [n for n, (changes, _) in named.items() if changes.pair is not None and changes.pair.rank > ranks[n]]
     if not grown:
         return []
     return [f"{len(grown)} fused projections join parts with an A of their own: their ranks add up, and the file grows"]
 
 
-def _dora_notes(leaves: Mapping[str, Leaf], to: str) -> list[str]:
+def _dora_notes(by_module: Mapping[str, ModuleChanges], to: str) -> list[str]:
     count = sum(
-        any(h is not None and h.magnitude is not None for h in (leaf.pair, leaf.deltas.get("weight")))
-        for leaf in leaves.values()
+        any(h is not None and h.magnitude is not None for h in (changes.pair, changes.deltas.get("weight")))
+        for changes in by_module.values()
     )
     if not count or to != "kohya":
         return []

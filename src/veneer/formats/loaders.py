@@ -35,7 +35,7 @@ _PEFT_KEY = re.compile(
 )
 
 
-def _own_names(modules: Iterable[str]) -> dict[str, str]:
+def _class_names(modules: Iterable[str]) -> dict[str, str]:
     """Return canonical name -> the name in its own class, to which PEFT attaches it.
 
     The component is removed only if one image family has every module, the condition under which the reader
@@ -54,31 +54,31 @@ def unreachable(modules: Collection[str], keys: Iterable[str], to: str, family: 
     `family`: for targets of image models."""
     loader = _LOADERS.get(to, to)
     if family is None:
-        asked: Mapping[str, Collection[str]] = {
-            f"base_model.model.{own}": [m] for m, own in _own_names(modules).items()
+        expected: Mapping[str, Collection[str]] = {
+            f"base_model.model.{own}": [m] for m, own in _class_names(modules).items()
         }
-        texts = {_module_of(key, asked) for key in keys}
+        texts = {_module_of(key, expected) for key in keys}
     else:
-        asked = _asked(family, to)
+        expected = _expected_keys(family, to)
         texts = {parts[0] if (parts := split_key(key)) else key for key in keys}
-    found = {module for text in texts for module in asked.get(text, ())}
-    out = [f"{text}: {loader} asks for no such module" for text in sorted(texts - set(asked))]
+    found = {module for text in texts for module in expected.get(text, ())}
+    out = [f"{text}: {loader} asks for no such module" for text in sorted(texts - set(expected))]
     return out + [f"{module}: {loader} would find nothing for it" for module in sorted(set(modules) - found)]
 
 
-def _module_of(key: str, asked: Mapping[str, Collection[str]]) -> str:
+def _module_of(key: str, expected: Mapping[str, Collection[str]]) -> str:
     """Return the module of a PEFT key: the text before PEFT's suffix.
 
     For a full copy: the longest known module name."""
     match = _PEFT_KEY.fullmatch(key)
-    if match is not None and (match["module"] in asked or not key.endswith(".bias")):
+    if match is not None and (match["module"] in expected or not key.endswith(".bias")):
         return match["module"]
     parts = key.split(".")  # a bias can belong to a full copy or to a module inside it
     owners = (".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1))
-    return next((owner for owner in owners if owner in asked), match["module"] if match else key)
+    return next((owner for owner in owners if owner in expected), match["module"] if match else key)
 
 
-def _asked(family: Family, to: str) -> Mapping[str, Collection[str]]:
+def _expected_keys(family: Family, to: str) -> Mapping[str, Collection[str]]:
     """Return text -> the canonical modules changed by tensors under it."""
     out: dict[str, list[str]] = defaultdict(list)
     for module in family.modules:

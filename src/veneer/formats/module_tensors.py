@@ -42,7 +42,7 @@ _REFUSE = [(re.compile(pattern), why) for pattern, why in REFUSED.items()]
 
 
 @dataclass
-class Leaf:
+class ModuleChanges:
     """The changes of one module in a file.
 
     `deltas`: "weight" or "bias" -> Delta. `full`: parameter -> its whole value."""
@@ -52,11 +52,11 @@ class Leaf:
     full: dict[str, Tensor] = field(default_factory=dict)
 
 
-def leaves_of(adapter: Adapter) -> dict[str, Leaf]:
+def changes_by_module(adapter: Adapter) -> dict[str, ModuleChanges]:
     """Return canonical module -> all its changes, sorted by name.
 
     Token rows belong to no module and are left out."""
-    out: dict[str, Leaf] = defaultdict(Leaf)
+    out: dict[str, ModuleChanges] = defaultdict(ModuleChanges)
     for name, pair in adapter.pairs.items():
         out[name].pair = pair
     for name, delta in adapter.deltas.items():
@@ -78,9 +78,9 @@ def widened(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]
     return out, [said] if narrow else []
 
 
-def read_leaf(
+def read_module(
     suffixes: Mapping[str, Tensor], *, alpha: float | None = None, rslora: bool = False, where: str = ""
-) -> Leaf:
+) -> ModuleChanges:
     """Return the leaf of tensors named by `split_key`'s suffixes.
 
     Tensors are not copied, except for a Tucker pair. `alpha`: from a config or a correction; overrides the
@@ -105,7 +105,7 @@ def read_leaf(
         else:
             reader.have[role] = tensor
             reader.suffix[role] = suffix
-    return reader.leaf(alpha, where)
+    return reader.changes(alpha, where)
 
 
 _MOST = 1 << 29  # maximum elements of a weight created here; 4 times the largest known
@@ -122,30 +122,30 @@ class _Reader:
     suffix: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
-    def leaf(self, alpha: float | None, where: str) -> Leaf:
-        self.alpha, leaf = self._alpha(alpha), Leaf()
+    def changes(self, alpha: float | None, where: str) -> ModuleChanges:
+        self.alpha, changes = self._alpha(alpha), ModuleChanges()
         magnitude = self._take_magnitude()
         if magnitude is not None and "bias of B" in self.have:
             self.problems.append("lora_B.bias beside a magnitude: PEFT has no meaning for both")
         for form in (self._pair, self._hadamard, self._kronecker, self._gain, self._dense):
-            form(leaf)
+            form(changes)
         if magnitude is not None:
-            self._decompose(leaf, magnitude)
-        if not (leaf.pair or leaf.deltas or leaf.full or self.have or self.problems):
+            self._decompose(changes, magnitude)
+        if not (changes.pair or changes.deltas or changes.full or self.have or self.problems):
             self.problems.append(f"{', '.join(sorted(self.suffix)) or 'nothing'}: alone, without what it belongs to")
         known = ", ".join(sorted(self.suffix.values()))
         for role, tensor in self.have.items():
             self.problems.append(f"{self.suffix[role]} {tuple(tensor.shape)}: without its partner among {known}")
-        for name, delta in leaf.deltas.items():
+        for name, delta in changes.deltas.items():
             self.problems += [f"{name}: {p}" for p in part_problems(delta)]
         if self.problems:
             raise AdapterError(f"tensors that cannot be read:\n{bullets(self.problems, None)}", where=where or None)
-        return leaf
+        return changes
 
-    def _change(self, leaf: Leaf, name: str, delta: Delta) -> None:
-        if name in leaf.deltas:
-            self.problems.append(f"two changes of the same {name}: {leaf.deltas[name].form} and {delta.form}")
-        leaf.deltas[name] = delta
+    def _change(self, changes: ModuleChanges, name: str, delta: Delta) -> None:
+        if name in changes.deltas:
+            self.problems.append(f"two changes of the same {name}: {changes.deltas[name].form} and {delta.form}")
+        changes.deltas[name] = delta
 
     def _take(self, *roles: str) -> list[Tensor] | None:
         """Return all of these tensors, or None without taking any."""
@@ -183,10 +183,10 @@ class _Reader:
             return 1.0
         return 1.0 if scalar is None else float(scalar)
 
-    def _pair(self, leaf: Leaf) -> None:
+    def _pair(self, changes: ModuleChanges) -> None:
         if rows := self._take("rows A", "rows B"):
             A, B = rows
-            leaf.pair = Pair(A, B, self._scale(A.shape[0] if A.ndim else 0), "embedding")
+            changes.pair = Pair(A, B, self._scale(A.shape[0] if A.ndim else 0), "embedding")
             if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
                 self._misfit(A, B)
             return
@@ -203,11 +203,11 @@ class _Reader:
             A, B = (t.reshape(*t.shape, *[1] * (n - t.ndim)) for t in (A, B))
         if A.ndim != B.ndim or A.shape[0] != B.shape[1] or math.prod(B.shape[2:]) != 1:
             self._misfit(A, B)
-        leaf.pair = Pair(A, B, self._scale(A.shape[0]), "linear" if A.ndim == 2 else "conv")
+        changes.pair = Pair(A, B, self._scale(A.shape[0]), "linear" if A.ndim == 2 else "conv")
         if (bias := self.have.pop("bias of B", None)) is not None:
-            self._change(leaf, "bias", Delta("dense", {"value": bias}, (B.shape[0],), leaf.pair.scale))
+            self._change(changes, "bias", Delta("dense", {"value": bias}, (B.shape[0],), changes.pair.scale))
         if sparse := self._take("bias_indices", "bias_values", "bias_size"):
-            self._sparse(leaf, *sparse)
+            self._sparse(changes, *sparse)
         if (shape := self.have.pop("reshape_weight", None)) is not None:
             said, have = shape.reshape(-1)[:16].tolist(), [B.shape[0], *A.shape[1:]]
             if said != have:
@@ -230,10 +230,10 @@ class _Reader:
         wide = torch.float64 if torch.float64 in (A.dtype, mid.dtype) else torch.float32
         return torch.einsum("pq...,qi->pi...", mid.double(), A.double().flatten(1)).to(wide), B.to(wide)
 
-    def _sparse(self, leaf: Leaf, indices: Tensor, values: Tensor, size: Tensor) -> None:
+    def _sparse(self, changes: ModuleChanges, indices: Tensor, values: Tensor, size: Tensor) -> None:
         """ΔW += s·(sparse matrix). LyCORIS' int16 indices and sizes wrap from 32,768 on."""
-        assert leaf.pair is not None
-        A, B = leaf.pair.A, leaf.pair.B
+        assert changes.pair is not None
+        A, B = changes.pair.A, changes.pair.B
         shape = (B.shape[0], *A.shape[1:])
         flat = (shape[0], math.prod(shape[1:]))
         if math.prod(flat) > _MOST:
@@ -247,9 +247,9 @@ class _Reader:
             self.problems.append(f"bias_indices {tuple(indices.shape)}, bias_size {said}: do not fit {flat}")
             return
         value = torch.zeros(flat, dtype=values.dtype).index_put((at[0], at[1]), values, accumulate=True)
-        self._change(leaf, "weight", Delta("dense", {"value": value.reshape(shape)}, shape, leaf.pair.scale))
+        self._change(changes, "weight", Delta("dense", {"value": value.reshape(shape)}, shape, changes.pair.scale))
 
-    def _hadamard(self, leaf: Leaf) -> None:
+    def _hadamard(self, changes: ModuleChanges) -> None:
         if not (parts := self._take("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")):
             return
         a1, b1, a2, b2 = parts
@@ -262,9 +262,9 @@ class _Reader:
         if cores:
             named |= {"a1": a1.t(), "a2": a2.t(), "t1": cores[0], "t2": cores[1]}  # stored (rank, out) with a core
             shape = (a1.shape[1], b1.shape[1], *cores[0].shape[2:])
-        self._change(leaf, "weight", Delta("hadamard", named, shape, self._scale(b1.shape[0])))
+        self._change(changes, "weight", Delta("hadamard", named, shape, self._scale(b1.shape[0])))
 
-    def _kronecker(self, leaf: Leaf) -> None:
+    def _kronecker(self, changes: ModuleChanges) -> None:
         if not any(role.startswith("lokr_") for role in self.have):
             return
         named: dict[str, Tensor] = {}
@@ -298,25 +298,25 @@ class _Reader:
             return
         shape = (s1[0] * s2[0], s1[1] * s2[1], *s2[2:])
         self._change(
-            leaf, "weight", Delta("kronecker", named, shape, self._scale(ranks[-1]) if ranks else self._scalar())
+            changes, "weight", Delta("kronecker", named, shape, self._scale(ranks[-1]) if ranks else self._scalar())
         )
 
-    def _gain(self, leaf: Leaf) -> None:
+    def _gain(self, changes: ModuleChanges) -> None:
         if not (parts := self._take("gain", "on_input")):
             return
         value = parts[0].reshape(-1)
         if len(value) != max(parts[0].shape, default=1):
             self.problems.append(f"weight {tuple(parts[0].shape)}: one factor for each output or input is expected")
-        self._change(leaf, "weight", Delta("gain", {"value": value[None] if bool(parts[1].any()) else value}))
+        self._change(changes, "weight", Delta("gain", {"value": value[None] if bool(parts[1].any()) else value}))
 
-    def _dense(self, leaf: Leaf) -> None:
+    def _dense(self, changes: ModuleChanges) -> None:
         for role, name in (("diff", "weight"), ("w_norm", "weight"), ("diff_b", "bias"), ("b_norm", "bias")):
             if (value := self.have.pop(role, None)) is None:
                 continue
-            self._change(leaf, name, Delta("dense", {"value": value}, tuple(value.shape), self._scalar()))
+            self._change(changes, name, Delta("dense", {"value": value}, tuple(value.shape), self._scalar()))
         if (value := self.have.pop("set_weight", None)) is not None:
-            leaf.full["weight"] = value
-            if leaf.pair is not None or "weight" in leaf.deltas:
+            changes.full["weight"] = value
+            if changes.pair is not None or "weight" in changes.deltas:
                 self.problems.append(f"a whole new weight {tuple(value.shape)}, and a change of the old one")
 
     def _take_magnitude(self) -> Tensor | None:
@@ -326,16 +326,16 @@ class _Reader:
             self.problems.append("both dora_scale and lora_magnitude_vector")
         return scale if scale is not None else None if vector is None else vector.reshape(-1)
 
-    def _decompose(self, leaf: Leaf, stored: Tensor) -> None:
+    def _decompose(self, changes: ModuleChanges, stored: Tensor) -> None:
         """Assign the magnitude to the pair, the LoHa or the LoKr.
 
         Its shape determines its axis: (out, 1…) or (1, in, 1…)."""
-        delta = leaf.deltas.get("weight")
-        if leaf.pair is not None and (delta is not None or leaf.pair.kind == "embedding"):
+        delta = changes.deltas.get("weight")
+        if changes.pair is not None and (delta is not None or changes.pair.kind == "embedding"):
             self.problems.append(f"dora_scale {tuple(stored.shape)}: with a second change beside it, it has no meaning")
-        elif leaf.pair is not None:
-            shape = (leaf.pair.B.shape[0], *leaf.pair.A.shape[1:])
-            leaf.pair.magnitude = self._along(stored, shape)
+        elif changes.pair is not None:
+            shape = (changes.pair.B.shape[0], *changes.pair.A.shape[1:])
+            changes.pair.magnitude = self._along(stored, shape)
         elif delta is not None and delta.form in ("hadamard", "kronecker"):
             if delta.shape[1] != stored.shape[1:2].numel() and stored.ndim == 4 and stored.shape[0] == 1:
                 delta.shape = _unflattened(delta.shape, stored.shape[1])
@@ -358,12 +358,12 @@ def _unflattened(flat: tuple[int, ...], width: int) -> tuple[int, ...]:
     return (flat[0], width, side, side) if side and side * side * width == flat[1] else flat
 
 
-def fitted(leaf: Leaf, shape: tuple[int, ...], *, where: str = "") -> Leaf:
+def fitted(changes: ModuleChanges, shape: tuple[int, ...], *, where: str = "") -> ModuleChanges:
     """Return the leaf in the shape of this weight, without computation.
 
     Converts a 1×1 convolution's pair to a linear one and back, and shapes a LoHa or LoKr that was stored
     flat. Raises AdapterError if the sizes do not fit."""
-    pair, deltas = leaf.pair, dict(leaf.deltas)
+    pair, deltas = changes.pair, dict(changes.deltas)
     if pair is not None and pair.kind != "embedding":
         have = (pair.B.shape[0], *pair.A.shape[1:])
         kind: PairKind = "linear" if len(shape) == 2 else "conv"
@@ -388,7 +388,7 @@ def fitted(leaf: Leaf, shape: tuple[int, ...], *, where: str = "") -> Leaf:
         m = m if m is None or m.ndim == 1 else m.reshape(1, -1, *[1] * (len(shape) - 2))
         parts = {"value": delta.parts["value"].reshape(shape)} if delta.form == "dense" else delta.parts
         deltas["weight"] = replace(delta, shape=tuple(shape), magnitude=m, parts=parts)
-    return Leaf(pair, deltas, dict(leaf.full))
+    return ModuleChanges(pair, deltas, dict(changes.full))
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -396,19 +396,19 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(shape[:2]) if math.prod(shape[2:]) == 1 else tuple(shape)
 
 
-def write_leaf(leaf: Leaf) -> dict[str, Tensor]:
-    """The tensors of a leaf by suffix, in kohya's and LyCORIS' names: what `read_leaf` reads back to the same effect.
+def write_module(changes: ModuleChanges) -> dict[str, Tensor]:
+    """The tensors of a leaf by suffix, in kohya's and LyCORIS' names: what `read_module` reads back to the same effect.
 
     AdapterError lists what the names have no tensors for. Scales are exact: alpha is a float32 where that holds it, a
     float64 elsewhere; what has no alpha (a dense delta, a LoKr of two whole factors) has its scale multiplied in, in
     float32."""
     out: dict[str, Tensor] = {}
     problems: list[str] = []
-    if leaf.pair is not None:
-        _write_pair(leaf.pair.collapsed(), out, problems)
-    for name, delta in leaf.deltas.items():
-        _write_delta(name, delta, leaf, out, problems)
-    for name, value in leaf.full.items():
+    if changes.pair is not None:
+        _write_pair(changes.pair.collapsed(), out, problems)
+    for name, delta in changes.deltas.items():
+        _write_delta(name, delta, changes, out, problems)
+    for name, value in changes.full.items():
         if name == "weight":
             out["set_weight"] = value
         else:
@@ -428,19 +428,19 @@ def _write_pair(pair: Pair, out: dict[str, Tensor], problems: list[str]) -> None
         out["dora_scale"] = _dora_scale(pair.magnitude, (pair.B.shape[0], *pair.A.shape[1:]))
 
 
-def _write_delta(name: str, delta: Delta, leaf: Leaf, out: dict[str, Tensor], problems: list[str]) -> None:
+def _write_delta(name: str, delta: Delta, changes: ModuleChanges, out: dict[str, Tensor], problems: list[str]) -> None:
     what = f"a {delta.form} change of the {name} {tuple(delta.shape)}"
     if delta.rows is not None:
         problems.append(f"{what}, of which only rows {delta.rows[0]} to {delta.rows[1]} count")
     elif delta.form == "dense":
-        if name == "weight" and leaf.pair is not None:
+        if name == "weight" and changes.pair is not None:
             problems.append(f"{what} beside a pair")
             return
-        weight = leaf.deltas.get("weight")
+        weight = changes.deltas.get("weight")
         norm = weight is not None and weight.form == "dense" and len(weight.shape) == 1
         suffix = {"weight": "w_norm", "bias": "b_norm"} if norm else {"weight": "diff", "bias": "diff_b"}
         out[suffix[name]] = _times(delta.parts["value"], delta.scale)
-    elif name != "weight" or leaf.pair is not None:
+    elif name != "weight" or changes.pair is not None:
         problems.append(what)
     elif delta.form == "gain":
         value = _times(delta.parts["value"], delta.scale)

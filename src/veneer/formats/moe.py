@@ -128,8 +128,8 @@ def _module(
         experts = stored[0] if stored else max(indices) + 1
         if max(indices) >= experts or (stored is None and len(indices) < experts):
             raise AdapterError(f"pairs of experts {min(indices)} to {max(indices)}, and there are {experts} experts")
-        held = [[leaves.get(leaf, {}).get(e) for leaf in parts] for e in range(experts)]
-        pair = _stacked(held, interleaved=module in base.interleaved and len(parts) > 1)
+        experts_parts = [[leaves.get(leaf, {}).get(e) for leaf in parts] for e in range(experts)]
+        pair = _stacked(experts_parts, interleaved=module in base.interleaved and len(parts) > 1)
         if stored is not None and _is_reversed(module, parameters, base):
             pair = Pair(pair.B.transpose(1, 2).contiguous(), pair.A.transpose(1, 2).contiguous(), pair.scale, "experts")
         out[parameter] = pair
@@ -161,11 +161,11 @@ def as_stored(
             flip = not _TRANSPOSED.isdisjoint(model_types)
             out[name] = replace(pair, A=pair.B.transpose(1, 2), B=pair.A.transpose(1, 2)) if flip else pair
         else:
-            out |= _apart(name, pair, find) or _apart(old, pair, find) or {name: pair}
+            out |= _split_experts(name, pair, find) or _split_experts(old, pair, find) or {name: pair}
     return out
 
 
-def _apart(name: str, pair: Pair, find: Callable[[str], str | None]) -> dict[str, Pair]:
+def _split_experts(name: str, pair: Pair, find: Callable[[str], str | None]) -> dict[str, Pair]:
     """Split a fused pair into one linear pair for each stored expert.
 
     {} if single experts are not stored."""
@@ -187,11 +187,11 @@ def _apart(name: str, pair: Pair, find: Callable[[str], str | None]) -> dict[str
     return {}
 
 
-def _stacked(held: Sequence[Sequence[Pair | None]], *, interleaved: bool) -> Pair:
+def _stacked(experts_parts: Sequence[Sequence[Pair | None]], *, interleaved: bool) -> Pair:
     """Join the experts' pairs.
 
-    `held`: for each expert the pair of each row part; None: no change."""
-    have = [p for own in held for p in own if p is not None]
+    `experts_parts`: for each expert the pair of each row part; None: no change."""
+    have = [p for own in experts_parts for p in own if p is not None]
     scale = max((p.scale for p in have), key=abs)
     folded = any(p.scale != scale for p in have)
     dtype = have[0].B.dtype
@@ -202,13 +202,13 @@ def _stacked(held: Sequence[Sequence[Pair | None]], *, interleaved: bool) -> Pai
     sizes = {(p.B.shape[0], p.A.shape[1]) for p in have}
     if len(sizes) > 1:
         raise AdapterError(f"pairs of unlike shapes (out, in): {', '.join(map(str, sorted(sizes)))}")
-    (rows, into), parts = sizes.pop(), len(held[0])
-    shared = parts > 1 and all(_share(own) for own in held)
-    ranks = [[p.rank if p is not None else 0 for p in own] for own in held]
+    (rows, into), parts = sizes.pop(), len(experts_parts[0])
+    shared = parts > 1 and all(_share(own) for own in experts_parts)
+    ranks = [[p.rank if p is not None else 0 for p in own] for own in experts_parts]
     rank = max(own[0] if shared else sum(own) for own in ranks)
-    A = torch.zeros(len(held), rank, into, dtype=dtype)
-    B = torch.zeros(len(held), parts * rows, rank, dtype=dtype)
-    for e, own in enumerate(held):
+    A = torch.zeros(len(experts_parts), rank, into, dtype=dtype)
+    B = torch.zeros(len(experts_parts), parts * rows, rank, dtype=dtype)
+    for e, own in enumerate(experts_parts):
         at = 0
         for part, pair in enumerate(own):
             if pair is None:

@@ -26,7 +26,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
-from veneer.formats.topology import DENOISERS, Family, ModulePlace, families, flat, strangers
+from veneer.formats.topology import DENOISERS, Family, ModuleTarget, families, flat, other_models
 
 _DENOISER_FLAT = ("lora_unet_", "lora_unet__", "lora_transformer_", "lycoris_")
 _DENOISER_DOTTED = ("model.diffusion_model.", "diffusion_model.")
@@ -41,19 +41,19 @@ _XLABS = {
 
 def _all() -> Mapping[str, Family]:
     """Return the families, and similar models that are never claimed."""
-    return {**families(), **strangers()}
+    return {**families(), **other_models()}
 
 
 @cache
-def _table(name: str) -> Mapping[str, tuple[ModulePlace, ...]]:
+def _table(name: str) -> Mapping[str, tuple[ModuleTarget, ...]]:
     """Return each text, without the prefixes that `lookup` removes -> its places."""
     family = _all()[name]
-    out: dict[str, tuple[ModulePlace, ...]] = {}
+    out: dict[str, tuple[ModuleTarget, ...]] = {}
     denoiser = family.denoiser
     prefixes = {c: tuple(_encoder_prefixes(family, c)) for c in family.components if c != denoiser}
     for module in family.modules:
         component, _, own = module.partition(".")
-        places: tuple[ModulePlace, ...] = (ModulePlace(module),)
+        places: tuple[ModuleTarget, ...] = (ModuleTarget(module),)
         for text in (own, *_old(own)) if component == denoiser else ():
             out[text] = out[f"{denoiser}.{text}"] = places
             for prefix in _DENOISER_FLAT:
@@ -72,9 +72,9 @@ def _table(name: str) -> Mapping[str, tuple[ModulePlace, ...]]:
             out.setdefault(prefix + flat(original), places)
         for i, place in enumerate(places if len(places) > 1 else ()):
             for prefix in ("", f"{denoiser}."):
-                out.setdefault(f"{prefix}{original}.{i}", (ModulePlace(place.module),))
+                out.setdefault(f"{prefix}{original}.{i}", (ModuleTarget(place.module),))
             for prefix in _DENOISER_FLAT:
-                out.setdefault(f"{prefix}{flat(original)}_{i}", (ModulePlace(place.module),))
+                out.setdefault(f"{prefix}{flat(original)}_{i}", (ModuleTarget(place.module),))
     if name == "flux1":
         out.update(_xlabs(family))
     if name == "flux2":
@@ -108,7 +108,7 @@ def _encoder_prefixes(family: Family, component: str) -> Iterator[str]:
     yield f"text_encoders.{family.comfyui_encoder(component)}.transformer."
 
 
-def _xlabs(family: Family) -> Iterator[tuple[str, tuple[ModulePlace, ...]]]:
+def _xlabs(family: Family) -> Iterator[tuple[str, tuple[ModuleTarget, ...]]]:
     for pattern, original in _XLABS.items():
         i = 0
         while (found := family.originals.get(original.replace("#", str(i)))) is not None:
@@ -117,13 +117,13 @@ def _xlabs(family: Family) -> Iterator[tuple[str, tuple[ModulePlace, ...]]]:
     i = 0
     while (found := family.originals.get(f"single_blocks.{i}.linear1")) is not None:
         # These pairs cover only q, k and v, without the rows of the feed-forward.
-        qkv = tuple(ModulePlace(place.module, (n, n + 1, 3)) for n, place in enumerate(found[:3]))
+        qkv = tuple(ModuleTarget(place.module, (n, n + 1, 3)) for n, place in enumerate(found[:3]))
         yield f"single_blocks.{i}.processor.qkv_lora", qkv
         yield f"single_blocks.{i}.linear1_qkv", qkv
         i += 1
 
 
-def lookup(family: Family, text: str) -> tuple[ModulePlace, ...] | None:
+def lookup(family: Family, text: str) -> tuple[ModuleTarget, ...] | None:
     """Return the places of the module that a file calls `text`, or None."""
     table = _table(family.name)
     text = text.removeprefix("base_model.model.")
@@ -195,7 +195,7 @@ class FamilyChoice:
     near: tuple[str, ...] = ()
     fitting: tuple[str, ...] = ()
 
-    def lookup(self, text: str) -> tuple[ModulePlace, ...] | None:
+    def lookup(self, text: str) -> tuple[ModuleTarget, ...] | None:
         """Return a module's places in the chosen family.
 
         Without a chosen family, the places on which all fitting families agree."""
@@ -322,7 +322,7 @@ def _shown(shapes: Mapping[str, _Shape | None], most: int = 4) -> str:
     return ", ".join(told[:most]) + (f" and {len(told) - most} kinds more" if len(told) > most else "")
 
 
-def _share(family: Family, found: Collection[tuple[ModulePlace, ...]]) -> float:
+def _share(family: Family, found: Collection[tuple[ModuleTarget, ...]]) -> float:
     """Return the share of the family's modules that the file has, among kinds it has.
 
     A kind is a name without block numbers."""
@@ -333,7 +333,7 @@ def _share(family: Family, found: Collection[tuple[ModulePlace, ...]]) -> float:
 
 def _fits(
     name: str,
-    found: Mapping[str, tuple[ModulePlace, ...]],
+    found: Mapping[str, tuple[ModuleTarget, ...]],
     wide: Mapping[str, _Shape | None],
     shapes: Mapping[str, _Shape | None],
 ) -> bool:
@@ -349,7 +349,7 @@ def _fits(
     return whole and all(widths) and (not ratios or any(ratios))
 
 
-def _deeper(name: str, found: Mapping[str, tuple[ModulePlace, ...]], shapes: Iterable[str]) -> bool:
+def _deeper(name: str, found: Mapping[str, tuple[ModuleTarget, ...]], shapes: Iterable[str]) -> bool:
     """Return whether the file has a block one beyond the family's last."""
     family = _all()[name]
     return family.denoiser != "unet" and any(
@@ -360,7 +360,7 @@ def _deeper(name: str, found: Mapping[str, tuple[ModulePlace, ...]], shapes: Ite
     )
 
 
-def _is_thirds(places: Sequence[ModulePlace], shape: _Shape | None) -> bool:
+def _is_thirds(places: Sequence[ModuleTarget], shape: _Shape | None) -> bool:
     """Return whether a fused q, k and v has three times as many outputs as inputs.
 
     True in every family here; Lumina 2 has fewer key and value heads, so its rows are not equal thirds."""
@@ -399,7 +399,7 @@ def _ratio(name: str, text: str, shape: _Shape | None) -> bool | None:
     return None if want is None or shape is None else shape[0] * want[1] == shape[1] * want[0]
 
 
-def _depth(family: Family, found: Iterable[tuple[ModulePlace, ...]]) -> bool:
+def _depth(family: Family, found: Iterable[tuple[ModuleTarget, ...]]) -> bool:
     """Return whether every run of blocks from 0 has the family's length.
 
     A subset of the blocks fits any family."""

@@ -501,8 +501,8 @@ class _Reader:
             # PEFT keeps an entry that matches no parameter if the adapter has another target.
             others = bool(self.pairs) if self.base.detailed else bool(parameters)
             without = others and not any(cfg.is_or_ends(name, [entry]) for name in self.base.shapes)
-            told = f"target_parameters names {entry!r}, and there are no tensors for it"
-            self.notes.append(f"{told}: it has no effect") if without else self.problems.append(told)
+            message = f"target_parameters names {entry!r}, and there are no tensors for it"
+            self.notes.append(f"{message}: it has no effect") if without else self.problems.append(message)
         if self.base.detailed:
             self._check_expected()
 
@@ -732,10 +732,10 @@ class ExpertReader:
         """(out, r·E) -> (E, out, r), in the layout of the file or the caller.
 
         Default: PEFT's layout."""
-        told = self.config.b_layout or self.layout
-        if experts > 1 and rank > 1 and not told and self.config.unsloth:
+        message = self.config.b_layout or self.layout
+        if experts > 1 and rank > 1 and not message and self.config.unsloth:
             self.unclear.append(full)
-        if told == cfg.GROUPED:
+        if message == cfg.GROUPED:
             return B.view(B.shape[0], experts, rank).permute(1, 0, 2)
         return B.view(B.shape[0], rank, experts).permute(2, 0, 1)
 

@@ -154,7 +154,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def way_of(kind: Any) -> str:
+def conversion_advice(kind: Any) -> str:
     """Return what PEFT can do with an adapter of another type."""
     merge = "merge it with PEFT (`merge_and_unload`) and use the merged model as a base"
     if not isinstance(kind, str):
@@ -174,7 +174,7 @@ def parse_config(raw: Mapping[str, Any]) -> tuple[PeftConfig, list[str]]:
     kind = raw.get("peft_type")
     if kind != "LORA":
         return PeftConfig(usable=False), [
-            f"peft_type is {shown(repr(kind)[:40])}, and only 'LORA' is read. {way_of(kind)}"
+            f"peft_type is {shown(repr(kind)[:40])}, and only 'LORA' is read. {conversion_advice(kind)}"
         ]
     known = set(FIELDS) | IGNORED | set(REFUSED) | {"peft_type", "init_lora_weights"}
     stamps = {key: raw[key] for key in sorted(set(raw) - known) if _STAMP.fullmatch(key)}

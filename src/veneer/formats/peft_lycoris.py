@@ -23,8 +23,8 @@ from veneer.core.adapter import Adapter, scale_of
 from veneer.core.forms import Delta, trained_shapes
 from veneer.errors import AdapterError
 from veneer.formats import peft_config as cfg
-from veneer.formats.module_tensors import Leaf as _Leaf
-from veneer.formats.module_tensors import read_leaf, write_leaf
+from veneer.formats.module_tensors import ModuleChanges as _Leaf
+from veneer.formats.module_tensors import read_module, write_module
 
 _FORMS = {"hadamard": "LOHA", "kronecker": "LOKR"}
 _COMMON = {
@@ -74,7 +74,7 @@ def read_lycoris(
     deltas: dict[str, Delta] = {}
     for module, own in by_module.items():
         try:
-            delta = read_leaf(own, where=module).deltas["weight"]
+            delta = read_module(own, where=module).deltas["weight"]
             scale = scale_of(cfg.alpha_of_module(parsed, module), cfg.rank_of_module(parsed, module)[0])
         except (AdapterError, cfg.PatternError) as error:
             problems.append(f"{module}: {error.what if isinstance(error, AdapterError) else error}")
@@ -134,7 +134,7 @@ def write_lycoris(
         config |= {"decompose_both": both, "decompose_factor": factor}
     tensors: dict[str, Tensor] = {}
     for name, delta in names.items():
-        for suffix, tensor in write_leaf(_Leaf(deltas={"weight": replace(delta, scale=1.0)})).items():
+        for suffix, tensor in write_module(_Leaf(deltas={"weight": replace(delta, scale=1.0)})).items():
             if suffix != "alpha":
                 tensors[f"{_PREFIX}{name}.{suffix}"] = tensor.contiguous()
     for name, own in adapter.modules.items():

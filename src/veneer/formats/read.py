@@ -1,7 +1,7 @@
 """Read an adapter of any layout under canonical names; account for every tensor.
 
-    keys --split_key--> module text, suffix      texts --names--> family and places      tensors --read_leaf--> leaf
-    leaf --rows and halves of its places--> pairs, deltas and whole tensors under canonical names
+    keys --split_key--> module text, suffix    texts --names--> family, targets    tensors --read_module--> changes
+    changes --rows and halves of the targets--> pairs, deltas and whole tensors under canonical names
 
 Nothing is dropped silently: tensors that are unused, unpaired or duplicates cause an error that lists all of
 them; with `allow_partial` they are returned as lists. Uses files and names, and the shapes of a given base.
@@ -28,12 +28,12 @@ from veneer.formats.folder import CONFIG_FILE, CONFIG_KEY, tensor_file
 from veneer.formats.fused import split, swap_halves
 from veneer.formats.keys import detect_format, one_adapter, split_key
 from veneer.formats.metadata import card_from_metadata, family_in_metadata, json_value, unpack_configs
-from veneer.formats.module_tensors import Leaf, fitted, leaves_of, read_leaf, widened
+from veneer.formats.module_tensors import ModuleChanges, changes_by_module, fitted, read_module, widened
 from veneer.formats.names import FamilyChoice, choose_family, has_image_names, near
 from veneer.formats.reading import Reading
 from veneer.formats.structure import Structure, structure_of
 from veneer.formats.tensors import read_adapter_tensors
-from veneer.formats.topology import DENOISERS, Family, ModulePlace, families
+from veneer.formats.topology import DENOISERS, Family, ModuleTarget, families
 
 _SCALED = re.compile(r"lora[_.]|hada_|lokr_|down\.|up\.")
 """Prefixes of the suffixes of changes that alpha scales."""
@@ -76,16 +76,16 @@ class _Placer:
         return missing or self.base.problems(self.adapter())
 
     def place(
-        self, text: str, leaf: Leaf, places: Sequence[ModulePlace], keys: list[str], *, blocks: bool = False
+        self, text: str, changes: ModuleChanges, places: Sequence[ModuleTarget], keys: list[str], blocks: bool = False
     ) -> list[str]:
-        """Put a leaf at its places, or return all obstacles and place nothing."""
+        """Add a module's changes at their targets, or return all problems and add nothing."""
         problems = [
             f"{text}: lands on {p.module}, where {self.owner[p.module]} has landed"
             for p in places
             if p.module in self.owner
         ]
         try:
-            parts = _parts(leaf, places, blocks)
+            parts = _parts(changes, places, blocks)
             parts = [self._fitted(part, place.module) for part, place in zip(parts, places, strict=True)]
         except AdapterError as error:
             problems.append(f"{text}: {error.what}" + (f" ({error.where})" if error.where else ""))
@@ -101,43 +101,43 @@ class _Placer:
                 self.modules[name] = part.full
         return []
 
-    def _fitted(self, leaf: Leaf, name: str) -> Leaf:
+    def _fitted(self, changes: ModuleChanges, name: str) -> ModuleChanges:
         """Return the leaf in the shape of the base's weight, else by its kind."""
         kind = self.family.modules.get(name) if self.family else None
-        pair = leaf.pair
+        pair = changes.pair
         if kind == "norm" and pair is not None:
             raise AdapterError(f"a pair on {name}, which is a norm")
-        if kind in ("linear", "conv", "embedding") and "weight" in leaf.full and leaf.full["weight"].ndim == 1:
+        if kind in ("linear", "conv", "embedding") and "weight" in changes.full and changes.full["weight"].ndim == 1:
             raise AdapterError(f"a vector as the whole new weight of {name}, which is of a {kind}")
         if kind == "embedding" and pair is not None and pair.kind == "linear":
             # ΔW = B·A of a weight (rows, dim); an embedding's pair is the transpose of this.
-            leaf = replace(leaf, pair=replace(pair, A=pair.B.t(), B=pair.A.t(), kind="embedding"))
+            changes = replace(changes, pair=replace(pair, A=pair.B.t(), B=pair.A.t(), kind="embedding"))
         if (shape := self.base.shapes.get(f"{name}.weight")) is not None and len(shape) >= 2:
-            return fitted(leaf, shape, where=name)
+            return fitted(changes, shape, where=name)
         if pair is None or kind not in ("linear", "conv"):
-            return leaf
+            return changes
         out, into = pair.B.shape[0], pair.A.shape[1]
         if kind == "linear" and pair.kind == "conv":
-            return fitted(leaf, (out, into), where=name)
+            return fitted(changes, (out, into), where=name)
         if kind == "conv" and pair.kind == "linear" and self.family is not None and _POINTWISE.fullmatch(name):
-            return fitted(leaf, (out, into, 1, 1), where=name)
-        return leaf
+            return fitted(changes, (out, into, 1, 1), where=name)
+        return changes
 
 
-def _parts(leaf: Leaf, places: Sequence[ModulePlace], blocks: bool) -> list[Leaf]:
+def _parts(changes: ModuleChanges, places: Sequence[ModuleTarget], blocks: bool) -> list[ModuleChanges]:
     """Return the leaf of each place."""
     if len(places) == 1 and places[0].part is None and not places[0].swap:
-        return [leaf]
-    out = [Leaf() for _ in places]
+        return [changes]
+    out = [ModuleChanges() for _ in places]
     rows = [place.part or (0, 1, 1) for place in places]
-    if leaf.pair is not None:
-        pairs = split(leaf.pair, rows)
+    if changes.pair is not None:
+        pairs = split(changes.pair, rows)
         for i, (part, pair) in enumerate(zip(out, pairs, strict=True)):
             part.pair = _block(pair, i, len(places)) if blocks else pair
-    for parameter, delta in leaf.deltas.items():
+    for parameter, delta in changes.deltas.items():
         for part, own in zip(out, split(delta, rows), strict=True):
             part.deltas[parameter] = own
-    for parameter, tensor in leaf.full.items():
+    for parameter, tensor in changes.full.items():
         for part, (begin, end, total) in zip(out, rows, strict=True):
             if len(tensor) % total:
                 raise AdapterError(f"{len(tensor)} rows of {parameter} cannot be cut into {total} equal units")
@@ -146,13 +146,13 @@ def _parts(leaf: Leaf, places: Sequence[ModulePlace], blocks: bool) -> list[Leaf
     return [_halves_swapped(part) if place.swap else part for part, place in zip(out, places, strict=True)]
 
 
-def _halves_swapped(leaf: Leaf) -> Leaf:
-    if any(len(t) % 2 for t in leaf.full.values()):
+def _halves_swapped(changes: ModuleChanges) -> ModuleChanges:
+    if any(len(t) % 2 for t in changes.full.values()):
         raise AdapterError("an odd number of rows has no halves")
-    return Leaf(
-        leaf.pair and swap_halves(leaf.pair),
-        {name: swap_halves(delta) for name, delta in leaf.deltas.items()},
-        {name: t.roll(len(t) // 2, 0) for name, t in leaf.full.items()},
+    return ModuleChanges(
+        changes.pair and swap_halves(changes.pair),
+        {name: swap_halves(delta) for name, delta in changes.deltas.items()},
+        {name: t.roll(len(t) // 2, 0) for name, t in changes.full.items()},
     )
 
 
@@ -165,16 +165,16 @@ def _block(pair: Pair, i: int, n: int) -> Pair:
     return replace(pair, A=pair.A[own], B=pair.B[:, own])
 
 
-def _alphas_of_blocks(
+def _split_qkv_alphas(
     known: Mapping[str, Mapping[str, Tensor]],
-    places: Mapping[str, Sequence[ModulePlace] | None],
+    places: Mapping[str, Sequence[ModuleTarget] | None],
     metadata: Mapping[str, str],
     notes: list[str],
 ) -> dict[str, float]:
     """Return module text -> alpha for the stored rank.
 
     For fused modules of a `split_qkv` file."""
-    said = _said_split(metadata)
+    said = _split_setting(metadata)
     if said is False:  # veneer's own files, whose alpha refers to the stored rank
         return {}
     plain = {
@@ -199,7 +199,7 @@ def _alphas_of_blocks(
         ):
             continue
         value, rank = float(alpha), down.shape[0]
-        kept = _number(metadata.get("ss_network_alpha"))
+        kept = _as_float(metadata.get("ss_network_alpha"))
         whole = value == rank or (value / n, rank // n) in plain  # alpha already refers to the stored rank
         if (value, rank // n) in plain or (said and (kept == value or (kept is None and not whole))):
             out[text] = value * n
@@ -217,14 +217,14 @@ def _alphas_of_blocks(
     return out
 
 
-def _said_split(metadata: Mapping[str, str]) -> bool | None:
+def _split_setting(metadata: Mapping[str, str]) -> bool | None:
     """Return the split_qkv setting in ss_network_args, or None."""
     arguments = json_value(metadata, "ss_network_args")
     said = str(arguments.get("split_qkv", "")).lower() if isinstance(arguments, dict) else ""
     return {"true": True, "1": True, "false": False, "0": False}.get(said)
 
 
-def _number(text: str | None) -> float | None:
+def _as_float(text: str | None) -> float | None:
     try:
         return float(text) if text is not None else None
     except ValueError:
@@ -388,13 +388,13 @@ def _from_peft(
         return Reading(loaded.adapter, opened.format, [*reasons, *choice.reasons], None, dict(used), notes=loaded.notes)
     adapter = loaded.adapter
     placer = _Placer(choice.family, _canonical_structure(base, choice.family))
-    leaves = leaves_of(adapter)
-    own = {name: [k for k in tensors if k.startswith(f"base_model.model.{name}.")] for name in leaves}
+    by_module = changes_by_module(adapter)
+    own = {name: [k for k in tensors if k.startswith(f"base_model.model.{name}.")] for name in by_module}
     problems = []
-    for name, leaf in leaves.items():
+    for name, changes in by_module.items():
         found = choice.lookup(name)
         assert found is not None  # every module is covered
-        problems += placer.place(name, leaf, found, own[name])
+        problems += placer.place(name, changes, found, own[name])
     problems += placer.misfits()
     adapter.card.kind = adapter.card.kind or "image"
     out = replace(placer.adapter(), card=adapter.card, rslora=adapter.rslora, dropout=adapter.dropout)
@@ -462,17 +462,17 @@ def read_state_dict(
     shapes = {text: _shape(tensors, own) for text, own in groups.items()}
     choice = choose_family(shapes, family_in_metadata(metadata), family)
     places = {text: choice.lookup(text) for text in groups}
-    if fmt in ("peft", "diffusers") and _is_other_model(places):
-        choice = _of_no_family(choice, places)
+    if fmt in ("peft", "diffusers") and _is_unknown_model(places):
+        choice = _without_family(choice, places)
     if choice.family is None and not choice.fitting and fmt in ("peft", "diffusers"):
-        places = {text: (ModulePlace(text.removeprefix("base_model.model.")),) for text in groups}
+        places = {text: (ModuleTarget(text.removeprefix("base_model.model.")),) for text in groups}
     placer = _Placer(choice.family, _canonical_structure(base, choice.family))
     unknown = {text for text, found in places.items() if found is None}
     unused += [key for text in sorted(unknown) for key in groups[text].values()]
     problems += [_unknown(key, tensors[key], choice) for key in sorted(unused)]
     configs = _configs(metadata, problems)
     known = {text: {s: tensors[k] for s, k in own.items()} for text, own in groups.items() if text not in unknown}
-    blocks = _alphas_of_blocks(known, places, metadata, notes)
+    blocks = _split_qkv_alphas(known, places, metadata, notes)
     unpaired: list[str] = []
     unstated: list[str] = []
     for text, suffixes in known.items():
@@ -483,10 +483,10 @@ def read_state_dict(
             if own_alpha is None and "alpha" not in suffixes and any(_SCALED.match(s) for s in suffixes):
                 own_alpha = alpha
                 unstated.append(text)
-            leaf = read_leaf(suffixes, alpha=own_alpha, rslora=rslora, where=text)
-            if base is None and not configs and (swapped := _swapped(leaf, metadata)):
+            changes = read_module(suffixes, alpha=own_alpha, rslora=rslora, where=text)
+            if base is None and not configs and (swapped := _swapped(changes, metadata)):
                 raise AdapterError(swapped)
-            wrong = placer.place(text, leaf, found, keys, blocks=text in blocks)
+            wrong = placer.place(text, changes, found, keys, blocks=text in blocks)
         except AdapterError as error:
             wrong = [f"{text}: {error.what}"]
         if wrong:
@@ -515,30 +515,30 @@ def read_state_dict(
     return Reading(adapter, fmt, reasons, name, placer.used, sorted(unused), unpaired, notes, dict(metadata), assumed)
 
 
-def _is_other_model(places: Mapping[str, Sequence[ModulePlace] | None]) -> bool:
+def _is_unknown_model(places: Mapping[str, Sequence[ModuleTarget] | None]) -> bool:
     """Return whether the file is an unknown model's with diffusers' class names.
 
     This is the case if modules have names as in diffusers' classes, and the known family lacks some of them.
     """
     own = {text: text.removeprefix("base_model.model.") for text in places}
     dotted = all(name.partition(".")[0] in DENOISERS for name in own.values())
-    same = any(found is not None and tuple(found) == (ModulePlace(own[text]),) for text, found in places.items())
+    same = any(found is not None and tuple(found) == (ModuleTarget(own[text]),) for text, found in places.items())
     return dotted and same and None in places.values()
 
 
-def _of_no_family(choice: FamilyChoice, places: Mapping[str, Sequence[ModulePlace] | None]) -> FamilyChoice:
+def _without_family(choice: FamilyChoice, places: Mapping[str, Sequence[ModuleTarget] | None]) -> FamilyChoice:
     lacking = sorted(text for text, found in places.items() if found is None)
     label = choice.family.label if choice.family else " or ".join(choice.near) or "any family known here"
     said = f"{len(lacking)} module names are none of {label} ({lacking[0]}): read under the file's own names"
     return FamilyChoice(None, choice.covered, (*choice.reasons, said))
 
 
-def _swapped(leaf: Leaf, metadata: Mapping[str, str]) -> str | None:
+def _swapped(changes: ModuleChanges, metadata: Mapping[str, str]) -> str | None:
     """Return a problem if a pair's A and B seem exchanged, else None.
 
     The sign of this is a rank above the weight's rows and columns, both equal. A file that states its rank,
     or that veneer wrote, is trusted."""
-    pair = leaf.pair
+    pair = changes.pair
     if pair is None or pair.kind != "linear" or "veneer.card" in metadata:
         return None
     (rank, into), out = pair.A.shape, pair.B.shape[0]

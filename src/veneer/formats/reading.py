@@ -81,14 +81,14 @@ def summary(path: Path, reading: Reading, refusal: AdapterError | None) -> dict[
         "parameters": sum(t.numel() for t in tensors),
         "bytes": adapter.size_bytes(),
         "dtypes": dict(Counter(str(t.dtype).removeprefix("torch.") for t in tensors)),
-        "ranks": _counted(p.rank for p in adapter.pairs.values()),
-        "alphas": _counted(alpha_of(p.scale, p.rank, adapter.rslora) for p in adapter.pairs.values()),
-        "scales": _counted(p.scale for p in adapter.pairs.values()),
+        "ranks": _value_counts(p.rank for p in adapter.pairs.values()),
+        "alphas": _value_counts(alpha_of(p.scale, p.rank, adapter.rslora) for p in adapter.pairs.values()),
+        "scales": _value_counts(p.scale for p in adapter.pairs.values()),
         "variants": _variants(adapter),
         "rslora": adapter.rslora,
         "dora": any(m is not None for m in _magnitudes(adapter)),
         "dropout": adapter.dropout,
-        "components": _counted(component_of(n) for n in [*adapter.pairs, *adapter.deltas, *adapter.modules]),
+        "components": _value_counts(component_of(n) for n in [*adapter.pairs, *adapter.deltas, *adapter.modules]),
         "targets": {leaf: _group(pairs, adapter.rslora) for leaf, pairs in sorted(groups.items())},
         "deltas": _deltas(adapter),
         "full_copies": {n: {k: list(t.shape) for k, t in own.items()} for n, own in sorted(adapter.modules.items())},
@@ -130,7 +130,7 @@ def _files(path: Path) -> dict[str, int]:
     return {p.name: p.stat().st_size for p in (sorted(path.iterdir()) if path.is_dir() else [path]) if p.is_file()}
 
 
-def _counted(values: Iterable[Any]) -> dict[str, int]:
+def _value_counts(values: Iterable[Any]) -> dict[str, int]:
     """Return value -> count, sorted by value; numbers to six digits."""
     shown = Counter(values)
     return {f"{v:g}" if isinstance(v, float) else str(v): n for v, n in sorted(shown.items())}

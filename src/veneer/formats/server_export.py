@@ -29,7 +29,7 @@ from torch import Tensor
 from veneer.core.adapter import Adapter, Pair
 from veneer.errors import AdapterError, counted
 from veneer.formats.comparison import Refusals
-from veneer.formats.module_tensors import Leaf
+from veneer.formats.module_tensors import ModuleChanges
 from veneer.formats.names import component_of
 
 MAX_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -45,7 +45,7 @@ _TGI_MODULE = re.compile(
 MERGE = "merge it into the base"
 
 
-def refuse_unservable(adapter: Adapter, leaves: Mapping[str, Leaf], server: str, refused: Refusals) -> None:
+def refuse_unservable(adapter: Adapter, leaves: Mapping[str, ModuleChanges], server: str, refused: Refusals) -> None:
     """Add to `refused` what `server` ("vLLM", "TGI" or "llama.cpp") cannot hold."""
     for module, leaf in leaves.items():
         if component_of(module):

@@ -357,7 +357,7 @@ DENOISERS = ("unet", "transformer")
 
 
 @dataclass(frozen=True)
-class ModulePlace:
+class ModuleTarget:
     """The place of (a part of) a foreign module.
 
     `part`: rows [begin, end) of `total` in equal units, None for all. `swap`: the two halves of the rows are
@@ -379,7 +379,7 @@ class Family:
     name: str
     label: str
     modules: Mapping[str, str]
-    originals: Mapping[str, tuple[ModulePlace, ...]]
+    originals: Mapping[str, tuple[ModuleTarget, ...]]
     diffusers_named: bool = False
     clip: str = "clip_l"
 
@@ -460,7 +460,7 @@ def families() -> Mapping[str, Family]:
 
 
 @cache
-def strangers() -> Mapping[str, Family]:
+def other_models() -> Mapping[str, Family]:
     """Return models with a family's diffusers names that must not be read as it."""
     made = [
         _family("hunyuan-video", "Hunyuan Video", attention_blocks(20, 40, joint=True)),
@@ -471,11 +471,11 @@ def strangers() -> Mapping[str, Family]:
 
 def _family(name: str, label: str, *components: Iterable[ModuleRow], **facts: Any) -> Family:
     modules: dict[str, str] = {}
-    originals: dict[str, list[ModulePlace]] = defaultdict(list)
+    originals: dict[str, list[ModuleTarget]] = defaultdict(list)
     for row in chain(*components):
         modules[row.module] = row.kind
         component, _, own = row.module.partition(".")
         if component in DENOISERS or row.original:
-            originals[row.original or own].append(ModulePlace(row.module, row.part, row.swap))
+            originals[row.original or own].append(ModuleTarget(row.module, row.part, row.swap))
     landed = MappingProxyType({key: tuple(places) for key, places in originals.items()})
     return Family(name, label, MappingProxyType(modules), landed, **facts)

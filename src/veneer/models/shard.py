@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core.targets import base_modules, base_of
-from veneer.models.sharded_weights import Unread, read_buffers
+from veneer.models.sharded_weights import ShardReader, read_buffers
 from veneer.ops.quantization_formats import with_tensors
 from veneer.ops.quantized import Quantized
 
@@ -37,7 +37,7 @@ class CallWithWeights(Protocol):
     def __call__(self, act: Callable[..., T], /, *args: Any) -> T: ...
 
 
-def call_whole(act: Callable[..., T], /, *args: Any) -> T:
+def call_unsharded(act: Callable[..., T], /, *args: Any) -> T:
     """Call `act`: the `CallWithWeights` of a model that is not sharded."""
     return act(*args)
 
@@ -58,8 +58,8 @@ class Sharded:
 
     To read weights outside of a call:
 
-        call.at(module)      gather this module's block and free the previous one
-        call.let_go()        free the gathered block
+        call.gather_block(module)      gather this module's block and free the previous one
+        call.reshard()                 free the gathered block
 
     Both run on every process, after a first call. A tensor of a gathered weight can be kept: it is empty
     while the weight is sharded, and has its values again whenever the weight is gathered, including in a
@@ -73,15 +73,15 @@ class Sharded:
         out: T = self._whole(act, *args)
         return out
 
-    def at(self, module: nn.Module) -> None:
+    def gather_block(self, module: nn.Module) -> None:
         block = self._blocks.get(id(base_of(module)))
         if block is not None and block is not self._now:
-            self.let_go()
+            self.reshard()
             self._now = block
             block.module.unshard()
-            block.put_together()
+            block.assemble()
 
-    def let_go(self) -> None:
+    def reshard(self) -> None:
         if self._now is not None:
             self._now.module.reshard()
         self._now = None
@@ -92,9 +92,9 @@ class _Block:
     """A unit of gathering: an FSDP module, and the weights that its parameters form."""
 
     module: Any
-    apart: Sequence[_Apart | _Joined]
+    apart: Sequence[_ShardedCodes | _Joined]
 
-    def put_together(self, *_: Any) -> None:
+    def assemble(self, *_: Any) -> None:
         for each in self.apart:
             each.gather()
 
@@ -111,7 +111,7 @@ def shard(
     model: nn.Module,
     parts: Sequence[nn.Module],
     device: torch.device,
-    unread: Unread | None = None,
+    unread: ShardReader | None = None,
     together: Sequence[Sequence[nn.Module]] = (),
 ) -> Sharded:
     """Shard every parameter of `model` along its first dimension.
@@ -139,7 +139,7 @@ def shard(
         inside.update(map(id, owned))
         joined = _joined(owned, together, names)
         wanted = _wanted(owned, names) if unread else []
-        apart: list[_Apart | _Joined] = [*_taken_apart(owned), *joined]
+        apart: list[_ShardedCodes | _Joined] = [*_split_codes(owned), *joined]
         fully_shard(group, mesh=mesh, reshard_after_forward=True)
         for each in wanted:
             assert unread is not None
@@ -150,7 +150,7 @@ def shard(
         if apart:
             # Keep these tensors: a backward pass gathers into the same memory, for weights that autograd
             # saved and for a recomputed forward, without hooks. They are empty in between.
-            group.register_forward_pre_hook(block.put_together)
+            group.register_forward_pre_hook(block.assemble)
         there.update({id(m): block for m in owned})
     if unread:
         read_buffers(model, unread, device)
@@ -202,7 +202,7 @@ def _code_names(key: str, weight: Quantized) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class _Apart:
+class _ShardedCodes:
     """A quantized weight whose codes are parameters of `owner`.
 
     Parameters can be sharded. `absent`: the weight on the meta device, visible until the codes are gathered.
@@ -232,8 +232,8 @@ class _Apart:
             module._parameters[name] = weight  # type: ignore[assignment]
 
 
-def _taken_apart(modules: Sequence[nn.Module]) -> list[_Apart]:
-    found: dict[int, _Apart] = {}
+def _split_codes(modules: Sequence[nn.Module]) -> list[_ShardedCodes]:
+    found: dict[int, _ShardedCodes] = {}
     for module in modules:
         for name, weight in list(module._parameters.items()):
             if not isinstance(weight, Quantized):
@@ -245,7 +245,7 @@ def _taken_apart(modules: Sequence[nn.Module]) -> list[_Apart]:
                     # A scalar cannot be sharded: store it as one row.
                     module.register_parameter(own, nn.Parameter(tensor.reshape(tensor.shape or 1), requires_grad=False))
                 absent = weight.like(weight.stored.moved(lambda t: t.to("meta")))
-                found[id(weight)] = _Apart(absent, module, names, [])
+                found[id(weight)] = _ShardedCodes(absent, module, names, [])
             del module._parameters[name]
             found[id(weight)].places.append((module, name))
     return list(found.values())

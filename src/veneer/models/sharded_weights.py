@@ -2,7 +2,7 @@
 
 For a model on the meta device.
 
-    unread = Unread.of(model, table, kind, dtype)      or, as text, why this model must be read whole
+    unread = ShardReader.of(model, table, kind, dtype)      or, as text, why this model must be read whole
     unread.part("model.layers.0.mlp.up_proj.weight", rank, count, device)
 
 Process r of N = `count` gets rows r·⌈n/N⌉ … (r + 1)·⌈n/N⌉ of the n along a tensor's first dimension, like
@@ -33,7 +33,7 @@ from veneer.ops.quantization_formats import BLOCK, Blocks4, doubled
 from veneer.ops.quantized import Quantized, quantize
 
 
-def rows_of(n: int, rank: int, count: int) -> tuple[int, int]:
+def shard_rows(n: int, rank: int, count: int) -> tuple[int, int]:
     """Return (first, last) row of process `rank`.
 
     The last processes can have fewer rows."""
@@ -42,7 +42,7 @@ def rows_of(n: int, rank: int, count: int) -> tuple[int, int]:
 
 
 @dataclass
-class Unread:
+class ShardReader:
     """The locations of the weights of a model on the meta device.
 
     `stored`: by the model's names. `kind`: quantization of the quantized weights, "" for none. `dtype`: of
@@ -60,7 +60,7 @@ class Unread:
         self._found = {t.file: _state(t.file) for t in self.stored.values()}
 
     @classmethod
-    def of(cls, model: nn.Module, table: Sequence[StoredTensor], kind: str, dtype: torch.dtype) -> Unread | str:
+    def of(cls, model: nn.Module, table: Sequence[StoredTensor], kind: str, dtype: torch.dtype) -> ShardReader | str:
         """Return the weights' locations, or as text why the model must be read whole.
 
         It must be read whole if names or shapes differ from the files (transformers renames and joins the
@@ -101,7 +101,7 @@ class Unread:
         the files whose rows form the weight; only one if quantized. `weight`: the tensor on the meta device.
         All processes must request the same weights in the same order: in 4 bits they wait for each other."""
         if not isinstance(weight, Quantized):
-            first, last = rows_of(weight.shape[0], rank, count)
+            first, last = shard_rows(weight.shape[0], rank, count)
             wide, at, parts = weight.shape[1:].numel(), 0, []
             for one in names:
                 rows = self.stored[one].shape[0]
@@ -114,7 +114,7 @@ class Unread:
         (name,) = names
         if self.kind == "int8":
             columns = weight.shape[-1]
-            first, last = rows_of(weight.numel() // columns, rank, count)
+            first, last = shard_rows(weight.numel() // columns, rank, count)
             values = self._values(name, first * columns, last * columns).view(-1, columns).to(device)
             if first == last:
                 return [torch.empty(0, columns, dtype=torch.int8, device=device), torch.empty(0, device=device)]
@@ -123,7 +123,7 @@ class Unread:
 
     def _blocks(self, name: str, n: int, rank: int, count: int, device: torch.device) -> list[Tensor]:
         """Return packed, absmax, absmax2 and mean of a 4-bit weight of n values."""
-        bounds = [rows_of(-(-n // 2), each, count) for each in range(count)]  # in bytes, two codes each
+        bounds = [shard_rows(-(-n // 2), each, count) for each in range(count)]  # in bytes, two codes each
         starts = [min(-(-2 * first // BLOCK), -(-n // BLOCK)) for first, _ in bounds] + [-(-n // BLOCK)]
         first, last = bounds[rank]
         low, high = 2 * first // BLOCK, starts[rank + 1]  # blocks whose codes are needed
@@ -139,7 +139,7 @@ class Unread:
         mine = absmax[starts[rank] - low :][: sizes[rank]] if sizes[rank] else absmax[:0]
         constants = doubled(_gathered(mine, sizes))
         parts = (t.reshape(t.shape or 1) for t in constants)
-        return [packed, *(t[slice(*rows_of(len(t), rank, count))].clone() for t in parts)]
+        return [packed, *(t[slice(*shard_rows(len(t), rank, count))].clone() for t in parts)]
 
     def _values(self, name: str, first: int, last: int) -> Tensor:
         stored = self.stored[name]
@@ -182,7 +182,7 @@ def _gathered(mine: Tensor, sizes: Sequence[int]) -> Tensor:
     return torch.cat([each[:size] for each, size in zip(out, sizes, strict=True)])
 
 
-def read_buffers(model: nn.Module, unread: Unread, device: torch.device) -> None:
+def read_buffers(model: nn.Module, unread: ShardReader, device: torch.device) -> None:
     """Read buffers that are in the files, whole, and move all buffers to `device`."""
     for prefix, module in base_modules(model):
         for key, buffer in list(module._buffers.items()):

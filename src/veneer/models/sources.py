@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from veneer.errors import BaseError, nearest
-from veneer.models.builtin import BUILTIN, PACKAGED, builtin_place, get_builtin, packaged, packaged_place
+from veneer.models.builtin import BUILTIN, PACKAGED, builtin_folder, get_builtin, packaged, packaged_folder
 from veneer.models.home import bases_home
 from veneer.models.hub import hub_snapshot
 
@@ -50,10 +50,10 @@ class KnownBase:
 def known_bases() -> list[KnownBase]:
     """Return the built-in bases, existing or not, and others in the veneer home."""
     out = [
-        KnownBase(b.name, builtin_place(b), (builtin_place(b) / "base.json").exists(), b.summary, b.hub_id)
+        KnownBase(b.name, builtin_folder(b), (builtin_folder(b) / "base.json").exists(), b.summary, b.hub_id)
         for b in BUILTIN.values()
     ]
-    place = packaged_place()
+    place = packaged_folder()
     out += [KnownBase(n, place / n, (place / n).is_dir(), base.summary) for n, base in PACKAGED.items()]
     home = bases_home()
     if home.is_dir():
@@ -119,7 +119,7 @@ def _base_here(name: str) -> Path | None:
     if (inside := packaged(name)) is not None:
         return inside
     if name in BUILTIN:
-        place = builtin_place(BUILTIN[name])
+        place = builtin_folder(BUILTIN[name])
         return place if (place / "base.json").exists() else None
     path = Path(name).expanduser()
     if path.exists():

@@ -349,7 +349,7 @@ def _has_tiles(x: Tensor) -> bool:
     return dispatch("attend", x.new_empty(1, x.shape[-1])) is not None
 
 
-def _apart(x: Tensor) -> Tensor:
+def _separate_heads(x: Tensor) -> Tensor:
     """Return (n, S, heads, d) as (n·heads, S, d), contiguous; a view if S is 1."""
     return x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3]).contiguous()
 
@@ -365,7 +365,7 @@ def _attend_all(q: Tensor, k: Tensor, v: Tensor, keep: bool) -> tuple[Tensor, Te
         out, lse = run(q, k, v)
         return out.view(n, S, -1), lse, None
     p = None
-    q, k, v = (_apart(t) for t in (q, k, v))
+    q, k, v = (_separate_heads(t) for t in (q, k, v))
     if keep:
         p = _probabilities(q, k)
         out = torch.bmm(p, v)
@@ -398,7 +398,7 @@ def _attend_all_backward(
         run(g, out, q, k, v, lse, dq, dk, dv)
         return
     of_q, of_k, of_v = dq, dk, dv
-    q, k, v, g, dq, dk, dv = (_apart(t) for t in (q, k, v, g, dq, dk, dv))
+    q, k, v, g, dq, dk, dv = (_separate_heads(t) for t in (q, k, v, g, dq, dk, dv))
     for at in [slice(None)] if p is not None else _chunks(q):
         seen = p if p is not None else _probabilities(q[at], k[at])
         torch.bmm(seen.transpose(1, 2), g[at], out=dv[at])
@@ -406,7 +406,7 @@ def _attend_all_backward(
         _scaled(ds, k[at], d**-0.5, out=dq[at])
         _scaled(ds.transpose(1, 2), q[at], d**-0.5, out=dk[at])
     for into, flat in ((of_q, dq), (of_k, dk), (of_v, dv)):
-        if into.data_ptr() != flat.data_ptr():  # for one token, `_apart` returns a view
+        if into.data_ptr() != flat.data_ptr():  # for one token, `_separate_heads` returns a view
             into.copy_(flat.unflatten(0, (n, heads)).transpose(1, 2))
 
 

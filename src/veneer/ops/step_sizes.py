@@ -67,7 +67,7 @@ def logits_chunk(device: str) -> int:
 HEAD_CHUNK = 128
 """Positions whose logits exist at once if the head must be called as a module (models/text/loss.py)."""
 ROW_STEP = 16
-"""Least step of `few_sizes`, in tokens."""
+"""Least step of `rounded_sizes`, in tokens."""
 SMALL_INPUT = 1 << 18
 """Elements of an input up to which compiled calls, which keep no factors, pay off for low-rank products
 (1,024 × 80: 0.37 ms instead of 0.61 for three pairs of rank 16; 4,096 × 640: 16.7 instead of 14.9)."""
@@ -78,7 +78,7 @@ def power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def few_sizes(n: int) -> int:
+def rounded_sizes(n: int) -> int:
     """Round n up to one of few sizes, at most a sixteenth (or 15) larger.
 
     16, 32, … 512, 544, … 1024, 1088, … oneDNN compiles a product for each number of rows and caches it
@@ -91,6 +91,6 @@ def few_sizes(n: int) -> int:
 def padded_tokens(tokens: int, wanted: int) -> int:
     """Return the tokens of a padded batch of which `wanted` outputs are used.
 
-    Always more than `few_sizes(wanted)`, because the number of outputs tells whether a layer returned all
+    Always more than `rounded_sizes(wanted)`, because the number of outputs tells whether a layer returned all
     tokens or only the used ones."""
-    return max(few_sizes(tokens), few_sizes(few_sizes(wanted) + 1))
+    return max(rounded_sizes(tokens), rounded_sizes(rounded_sizes(wanted) + 1))

@@ -398,10 +398,10 @@ def base_fields(name: str) -> dict[str, Any]:
     """Return the config.json of a base.
 
     From the package, the veneer home, a folder, or the table."""
-    from veneer.models.builtin import packaged_place
+    from veneer.models.builtin import packaged_folder
     from veneer.models.home import bases_home
 
-    for place in (packaged_place(), bases_home()):
+    for place in (packaged_folder(), bases_home()):
         if name.strip("./") and (place / name).is_dir():
             return base_config(str(place / name))
     return base_config(name)

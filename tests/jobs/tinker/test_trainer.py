@@ -21,7 +21,7 @@ from veneer.jobs.tinker.trainer import ALPHA, Adam, Lora, PassWork, Trainer, che
 from veneer.jobs.tinker.wire import WireRow
 from veneer.models.text.fast import fast
 from veneer.models.text.loss import text_loss
-from veneer.models.text.probe_model import base_twin
+from veneer.models.text.module_copy import copy_modules
 from veneer.train.optim import make_optimizer
 
 
@@ -65,7 +65,7 @@ def test_a_step_is_veneers_own_to_the_bit(trainer: Trainer) -> None:
     for _ in range(2):
         done(trainer, work(trainer, learner, ROWS, 1 / count))
         trainer.optimize(learner, Adam(1e-2, 0.9, 0.999, 1e-8))
-    own = base_twin(small_base())
+    own = copy_modules(small_base())
     with ExitStack() as undo:
         attachment = undo.enter_context(attach(own.model))
         attachment.add("own", create(own.model, lora.spec(target_names(own.model)), seed=3), trainable=True)
@@ -247,6 +247,6 @@ def test_the_twin_leaves_the_base_alone(trainer: Trainer) -> None:
     mine = {id(p) for p in base.model.parameters()}
     assert all(id(p) not in mine for p in trainer.model.parameters())
     assert not any("Lora" in type(module).__name__ for module in base.model.modules())
-    other = base_twin(base)
+    other = copy_modules(base)
     for (name, a), (_, b) in zip(base.model.named_parameters(), other.model.named_parameters(), strict=True):
         assert a.data_ptr() == b.data_ptr(), name

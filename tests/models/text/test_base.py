@@ -33,7 +33,7 @@ def test_a_directory_loads_frozen_and_as_transformers_loads_it(tmp_path: Path) -
     assert base.notes == ()
 
 
-def test_loading_says_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_loading_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = tiny_base_dir(tmp_path)
     capfd.readouterr()
     load_text(str(folder))
@@ -43,7 +43,7 @@ def test_loading_says_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str])
 # -- dtype -------------------------------------------------------------------------------------------------------------
 
 
-def test_an_asked_for_dtype_is_what_runs(tmp_path: Path) -> None:
+def test_requested_dtype_is_used(tmp_path: Path) -> None:
     base = load_text(str(tiny_base_dir(tmp_path)), dtype="bfloat16", device="cpu")
     assert {p.dtype for p in base.model.parameters()} == {torch.bfloat16}
     assert base.dtype == torch.bfloat16
@@ -84,7 +84,7 @@ def _without(base: Path, name: str) -> None:
         (lambda b: _config(b, vocab_size=100), "."),
     ],
 )
-def test_a_base_that_is_not_whole_is_refused_with_its_path(tmp_path: Path, spoil, says: str) -> None:
+def test_incomplete_base_error_names_its_path(tmp_path: Path, spoil, says: str) -> None:
     folder = tiny_base_dir(tmp_path)
     spoil(folder)
     with pytest.raises(BaseError, match=says) as caught:
@@ -92,7 +92,7 @@ def test_a_base_that_is_not_whole_is_refused_with_its_path(tmp_path: Path, spoil
     assert str(folder) in str(caught.value)
 
 
-def test_code_that_comes_with_a_base_is_not_run(tmp_path: Path) -> None:
+def test_remote_code_is_not_run(tmp_path: Path) -> None:
     folder = tiny_base_dir(tmp_path)
     _config(folder, model_type="mine", auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})
     (folder / "evil.py").write_text("raise SystemExit('this code ran')")
@@ -119,7 +119,7 @@ def test_stored_tensors_without_a_place_are_noted(tmp_path: Path) -> None:
     assert "vision.patch.weight" in note
 
 
-def test_too_little_memory_is_said_before_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_reported_before_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import psutil
 
     class Tiny:
@@ -143,7 +143,7 @@ FRAMES = {
 
 
 @pytest.mark.parametrize("frame", FRAMES)
-def test_the_end_of_a_turn_is_what_the_template_puts_there(frame: str) -> None:
+def test_end_of_turn_comes_from_the_template(frame: str) -> None:
     before, after, expected = FRAMES[frame]
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot_id|>", "<end_of_turn>", "<|end|>"]})
@@ -153,7 +153,7 @@ def test_the_end_of_a_turn_is_what_the_template_puts_there(frame: str) -> None:
     assert (None if found is None else tokenizer.convert_ids_to_tokens(found)) == expected
 
 
-def test_a_template_that_refuses_or_is_not_there_has_no_end_of_turn() -> None:
+def test_failing_or_missing_template_has_no_end_of_turn() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('no') }}"
     assert end_of_turn(tokenizer) is None
@@ -169,7 +169,7 @@ def test_generation_config_and_config_add_their_stops(tmp_path: Path) -> None:
     assert base.stop_ids == (2, 9, 11)  # end of turn first; 5000 is no token of this model
 
 
-def test_without_a_template_eos_ends_a_turn(tmp_path: Path) -> None:
+def test_eos_ends_a_turn_without_template(tmp_path: Path) -> None:
     folder = tiny_base_dir(tmp_path)
     (folder / "chat_template.jinja").unlink()
     base = load_text(str(folder))
@@ -177,7 +177,7 @@ def test_without_a_template_eos_ends_a_turn(tmp_path: Path) -> None:
     assert base.end_of_turn_id == base.tokenizer.eos_token_id
 
 
-def test_a_description_tells_what_loading_would_find(tmp_path: Path) -> None:
+def test_description_matches_loading(tmp_path: Path) -> None:
     folder = tiny_base_dir(tmp_path)
     base, told = load_text(str(folder)), describe_base("tiny", folder)
     assert told["parameters"] == sum(p.numel() for p in base.model.parameters())

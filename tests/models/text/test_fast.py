@@ -13,7 +13,7 @@ from tests.families import FAMILIES, OTHERS, VOCAB, large_norms
 from veneer.core.adapter import Adapter, LoraSpec
 from veneer.core.attach import Attachment, attach
 from veneer.core.init import create
-from veneer.models.patching import report_of
+from veneer.models.patching import fast_report
 from veneer.models.text.fast import fast
 from veneer.models.text.loss import padded_nll, row_logps, text_loss
 
@@ -62,7 +62,7 @@ def test_loss_and_gradients_are_the_padded_reference_s(family: str, spec: dict[s
     slow = gradients(model, attachment)
     with fast(model) as how:
         assert how.rows, how.summary()
-        assert report_of(model) is how
+        assert fast_report(model) is how
         assert how.keeps == (family in ("llama3", "mistral"))
         assert any(kind.endswith("Attention") for kind in how.swapped) == (family not in ("llama4", "phi3"))
         quick = gradients(model, attachment)
@@ -94,7 +94,7 @@ def test_the_likelihood_of_each_row_is_the_row_s_alone(family: str) -> None:
 
 
 @FAMILY
-def test_the_base_is_bit_for_bit_itself_afterwards_even_after_an_error(family: str) -> None:
+def test_fast_restores_the_base_after_an_error(family: str) -> None:
     model = FAMILIES[family]().requires_grad_(False)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     parameters = dict(model.named_parameters())
@@ -102,7 +102,7 @@ def test_the_base_is_bit_for_bit_itself_afterwards_even_after_an_error(family: s
     wanted = model(input_ids=ids).logits
     with pytest.raises(RuntimeError, match="in the middle"), fast(model):
         raise RuntimeError("in the middle")
-    assert not report_of(model).rows
+    assert not fast_report(model).rows
     assert not any("forward" in m.__dict__ for m in model.modules())
     assert all(parameters[k] is p for k, p in model.named_parameters())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -145,7 +145,7 @@ def test_full_copies_act_and_train_whichever_came_first(family: str, name: str, 
 
 
 @FAMILY
-def test_generation_inside_fast_is_generation_outside(family: str) -> None:
+def test_generation_is_equal_inside_fast(family: str) -> None:
     model = FAMILIES[family]().requires_grad_(False)
     ids = torch.tensor([[0, 0, 5, 9, 7], [4, 8, 6, 3, 9]])
     arguments: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
@@ -168,7 +168,7 @@ def test_activation_checkpointing_gives_the_same_gradients(family: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_what_acts_is_asked_at_every_call() -> None:
+def test_fast_paths_follow_the_selection() -> None:
     """A layer that turns from one plain pair into more, or into none, inside fast is still right."""
     model = FAMILIES["llama3"]()
     attachment = attached(model)
@@ -185,7 +185,7 @@ def test_what_acts_is_asked_at_every_call() -> None:
                 torch.testing.assert_close(text_loss(model, *rows()), value, rtol=1e-6, atol=0.0)
 
 
-def test_a_head_with_a_pair_is_called_not_read() -> None:
+def test_head_with_a_pair_is_called() -> None:
     model = FAMILIES["qwen3"]()
     attachment = attached(model, targets=("lm_head", "embed_tokens"))
     wanted = gradients(model, attachment)
@@ -195,7 +195,7 @@ def test_a_head_with_a_pair_is_called_not_read() -> None:
         assert (a - b).norm() <= 3e-5 * b.norm()
 
 
-def test_a_norm_that_only_looks_like_one_is_left_alone() -> None:
+def test_lookalike_norm_is_not_swapped() -> None:
     model = FAMILIES["llama3"]()
     norm = model.model.norm
     original = type(norm).forward
@@ -209,7 +209,7 @@ def test_a_norm_that_only_looks_like_one_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize(("settings", "chunk"), [({}, 16), ({"floor_scale": 30}, None)], ids=["chunk", "floor"])
-def test_llama4_rows_or_batches_too_long_go_the_padded_way(settings: dict[str, Any], chunk: int | None) -> None:
+def test_long_llama4_batches_use_padded_rows(settings: dict[str, Any], chunk: int | None) -> None:
     """Rows longer than a chunk; and batches longer than the floor: layers without positions scale queries by the place
     in the row as transformers counts it, in the batch."""
     model = FAMILIES["llama4"](**settings).requires_grad_(False)
@@ -228,7 +228,7 @@ LEFT = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", OTHERS)
-def test_what_a_family_has_of_its_own_stays_and_is_said(family: str, dtype: torch.dtype) -> None:
+def test_unswapped_family_parts_are_reported(family: str, dtype: torch.dtype) -> None:
     """Sinks, capped scores, states that run through a row: exact on the fast path, or the model's own."""
     model = OTHERS[family]().to(dtype)
     attachment = attached(model, targets=(r"re:.*self_attn\.(q_proj|q_b_proj|o_proj|dense)",))
@@ -263,14 +263,14 @@ def test_norms_as_large_as_gemma_s_are_swapped_exactly(family: str, dtype: torch
             torch.testing.assert_close(norm(x), want, rtol=4 * torch.finfo(dtype).eps, atol=0.0)
 
 
-def test_attention_that_drops_in_training_stays_its_own() -> None:
+def test_attention_with_dropout_is_not_swapped() -> None:
     model = FAMILIES["llama3"](attention_dropout=0.5).requires_grad_(False)
     with fast(model) as how:
         assert not how.rows
         assert "drops attention in training" in how.summary()
 
 
-def test_a_window_that_only_the_mask_knows_is_found() -> None:
+def test_window_in_the_mask_is_detected() -> None:
     """A family that does not tell its window to the attention interface: short rows alone would never reach it."""
     model = FAMILIES["mistral"](sliding_window=64).requires_grad_(False)
     for layer in model.model.layers:

@@ -85,7 +85,7 @@ def test_equals_transformers_generate(base: TextBase) -> None:
     assert ours.text == TOKENIZER.decode(ours.ids, skip_special_tokens=True)
 
 
-def test_the_bases_own_generation_settings_do_not_apply_and_are_kept(base: TextBase) -> None:
+def test_generation_config_is_ignored_and_restored(base: TextBase) -> None:
     expected = generate(base, PROMPTS, max_new_tokens=8)
     model, kept = base.model, base.model.generation_config
     spoilt = GenerationConfig(do_sample=True, temperature=9.0, repetition_penalty=5.0, num_beams=3, top_k=3)
@@ -117,7 +117,7 @@ def test_the_models_mode_is_restored_even_after_an_error(base: TextBase, trainin
 # -- stopping ----------------------------------------------------------------------------------------------------------
 
 
-def test_stops_at_every_stop_token_and_leaves_it_out_of_the_text(base: TextBase) -> None:
+def test_generation_stops_at_every_stop_token(base: TextBase) -> None:
     free = complete(base, PROMPTS, max_new_tokens=12)
     stops = {free[0].ids[3], free[2].ids[5]}
     done = complete(replace(base, stop_ids=tuple(stops)), PROMPTS, max_new_tokens=12)
@@ -174,7 +174,7 @@ def test_samples_come_from_the_softmax_at_the_temperature(base: TextBase, temper
     assert statistic < freedom + 5 * (2 * freedom) ** 0.5  # five standard deviations of the chi-square distribution
 
 
-def test_top_k_and_top_p_cut_the_tail_and_keep_the_odds(base: TextBase) -> None:
+def test_top_k_and_top_p_truncate_the_distribution(base: TextBase) -> None:
     with torch.no_grad():
         logits = base.model(torch.tensor([encode_prompt(base, PROMPTS[0])])).logits[0, -1].double()
     p = logits.softmax(0)
@@ -192,7 +192,7 @@ def test_top_k_and_top_p_cut_the_tail_and_keep_the_odds(base: TextBase) -> None:
     assert set(drawn.tolist()) <= set(nucleus.tolist())
 
 
-def test_a_sample_depends_on_seed_and_index_and_not_on_its_batch(base: TextBase) -> None:
+def test_samples_depend_on_seed_and_index_only(base: TextBase) -> None:
     how: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": 10}
     first = generate(base, PROMPTS, seed=3, batch_size=8, **how)
     torch.manual_seed(99)
@@ -237,7 +237,7 @@ def test_pieces_of_any_tokens_join_to_their_text(ids: list[int]) -> None:
 # -- prompts -----------------------------------------------------------------------------------------------------------
 
 
-def test_messages_go_through_the_template_and_texts_do_not(base: TextBase) -> None:
+def test_only_messages_use_the_chat_template(base: TextBase) -> None:
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "hi"}]
     framed = "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert TOKENIZER.decode(encode_prompt(base, messages)) == framed

@@ -13,7 +13,7 @@ from tests.families import FAMILIES, VOCAB
 from veneer.core.adapter import LoraSpec
 from veneer.core.attach import attach
 from veneer.core.init import create
-from veneer.models.patching import report_of
+from veneer.models.patching import fast_report
 from veneer.models.text.fast import fast
 from veneer.models.text.loss import rows_nll, text_loss, token_logps
 from veneer.ops.attention import SharedRows
@@ -41,7 +41,7 @@ def test_padding_changes_neither_losses_nor_gradients(family: str, lengths: list
             for p in parameters:
                 p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
         with fast(model):
-            if not report_of(model).rows:
+            if not fast_report(model).rows:
                 pytest.skip("this family takes padded rows, which are not rounded")
             found = []
             for rounded in (False, True):
@@ -79,7 +79,7 @@ def test_tokens_that_rows_share_are_computed_once_and_change_nothing(family: str
             return [logps.detach(), *torch.autograd.grad((logps * logps).sum(), parameters)]
 
         with fast(model):
-            if not report_of(model).rows:
+            if not fast_report(model).rows:
                 pytest.skip("this family has no rows without padding in float64")
             whole = found(ids[shared.places], lengths, said[shared.places])
             once = found(ids, lengths, said, shared)
@@ -102,7 +102,7 @@ class Shapes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_rows_of_ever_new_lengths_come_to_an_end_of_new_products() -> None:
+def test_row_lengths_are_rounded_to_few_sizes() -> None:
     """oneDNN keeps each product that it has compiled, with its scratch: sixty batches later no new one is met."""
     model: Any = FAMILIES["llama3"]().bfloat16()
     drawn = random.Random(0)

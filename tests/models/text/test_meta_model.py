@@ -7,22 +7,22 @@ import torch
 
 from tests.families import FAMILIES
 from veneer.models.quantize import quantized_weights
-from veneer.models.text.meta_model import bare_text
+from veneer.models.text.meta_model import meta_text_model
 from veneer.ops.quantized import Quantized, quantize
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_bare_base_has_the_shapes_of_a_real_one_and_no_bytes(family: str) -> None:
+def test_meta_model_has_real_shapes_and_no_bytes(family: str) -> None:
     real = FAMILIES[family]()
-    bare = bare_text(real.config, dtype=torch.bfloat16)
+    bare = meta_text_model(real.config, dtype=torch.bfloat16)
     assert {n: p.shape for n, p in bare.named_parameters()} == {n: p.shape for n, p in real.named_parameters()}
     assert all(p.is_meta and p.dtype == torch.bfloat16 and not p.requires_grad for p in bare.parameters())
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_quantized_it_has_the_codes_that_a_load_would_make(kind: str) -> None:
+def test_quantized_meta_model_has_the_codes_of_a_load(kind: str) -> None:
     real = FAMILIES["qwen3_moe"]()
-    bare = bare_text(real.config, dtype=torch.bfloat16, quantize=kind)
+    bare = meta_text_model(real.config, dtype=torch.bfloat16, quantize=kind)
     names = quantized_weights(real)
     assert names == [n for n, p in bare.named_parameters() if isinstance(p, Quantized)]
     for name in names:

@@ -94,7 +94,7 @@ def gradients(layers: list[Layer], run: Callable[..., Tensor], x: Tensor) -> lis
 
 
 @pytest.mark.parametrize("lane", [InOrder, Late])
-def test_gradients_are_those_of_layers_that_keep_everything_to_the_bit(lane: Callable[[], Any]) -> None:
+def test_offloaded_gradients_are_bit_equal(lane: Callable[[], Any]) -> None:
     layers, store = [Layer(i) for i in range(LAYERS)], ActivationOffloader(lane(), least=1)
     for step in range(3):  # later steps use the buffers again
         x = torch.randn(*SIZE, generator=torch.Generator().manual_seed(step))
@@ -102,7 +102,7 @@ def test_gradients_are_those_of_layers_that_keep_everything_to_the_bit(lane: Cal
         assert all(map(torch.equal, gradients(layers, store.checkpoint, x), plain))
 
 
-def test_few_are_on_their_way_and_the_next_one_comes_ahead() -> None:
+def test_offload_prefetches_with_few_buffers() -> None:
     lane = Late()
     layers, store = [Layer(i) for i in range(LAYERS)], ActivationOffloader(lane, least=1)
     gradients(layers, store.checkpoint, torch.randn(*SIZE))
@@ -114,7 +114,7 @@ def test_few_are_on_their_way_and_the_next_one_comes_ahead() -> None:
     assert lane.log[first : first + 3] == ["back", "back", "wait"], "the next copy is queued before this one is awaited"
 
 
-def test_buffers_are_used_again_and_only_when_nobody_asks_for_them() -> None:
+def test_host_buffers_are_reused_after_release() -> None:
     class Seen(InOrder):
         def __init__(self) -> None:
             self.buffers: list[int] = []
@@ -136,7 +136,7 @@ def test_buffers_are_used_again_and_only_when_nobody_asks_for_them() -> None:
     (first.sum() + second.sum()).backward()
 
 
-def test_small_tensors_stay() -> None:
+def test_small_tensors_are_not_prepacked() -> None:
     lane = Late()
     gradients([Layer(0)], ActivationOffloader(lane).checkpoint, torch.randn(*SIZE))
     assert not lane.log

@@ -56,7 +56,7 @@ def said(tmp_path: Path, copying: str, monkeypatch: pytest.MonkeyPatch) -> Itera
     compiled.kernels.cache_clear()
 
 
-def test_what_is_made_is_ours_alone_whatever_the_umask(tmp_path: Path, said: Callable[[], str]) -> None:
+def test_built_library_is_private_for_any_umask(tmp_path: Path, said: Callable[[], str]) -> None:
     before = os.umask(0)
     try:
         assert "native CPU kernels: compiled by" in said()
@@ -67,7 +67,7 @@ def test_what_is_made_is_ours_alone_whatever_the_umask(tmp_path: Path, said: Cal
     assert all(not p.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH) for p in made)
 
 
-def test_that_a_folder_is_not_used_is_said(tmp_path: Path, said: Callable[[], str]) -> None:
+def test_unused_kernel_folder_is_reported(tmp_path: Path, said: Callable[[], str]) -> None:
     open_to_all = tmp_path / "home" / "kernels"
     open_to_all.mkdir(parents=True)
     open_to_all.chmod(0o777)
@@ -101,9 +101,7 @@ def test_a_library_that_is_not_ours_is_not_loaded(
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"a": 1}', "[" * 200_000])
-def test_a_damaged_record_of_the_self_test_is_made_anew(
-    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_damaged_self_test_record_is_rewritten(content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(build, "left_out", lambda library: {"one": "is wrong"})
     monkeypatch.setattr(build, "compile_kernels", lambda compiler, sources, target: target.write_bytes(b"") or None)
@@ -114,7 +112,7 @@ def test_a_damaged_record_of_the_self_test_is_made_anew(
     assert record.read_text() == '{"one": "is wrong"}'
 
 
-def test_another_torch_is_tried_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_torch_version_reruns_the_self_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels call libtorch: what they gave with one says nothing of another. The library stays."""
     monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
     compiled_now: list[Path] = []
@@ -128,7 +126,7 @@ def test_another_torch_is_tried_anew(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(compiled_now) == 1
 
 
-def test_a_kernel_that_failed_is_not_said_to_be_the_processors_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_kernel_is_reported_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     library = compiled.Kernels(ctypes.CDLL(None), Path("kernels"))
     monkeypatch.setattr(compiled, "kernels", lambda: library)
     assert "this processor" in compiled.why_missing("narrow_rope_varlen_attention")

@@ -26,7 +26,7 @@ def test_nothing_of_it_needs_a_c_library_that_is_there(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("name", ["MALLOC_MMAP_MAX_", "GLIBC_TUNABLES"])
-def test_an_allocator_that_somebody_set_stays_as_it_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_allocator_settings_are_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[int] = []
 
     class Library:

@@ -33,7 +33,7 @@ def test_turned_off_on_request(tmp_path: Path) -> None:
     assert "VENEER_NATIVE=0" in status(tmp_path, VENEER_NATIVE="0")
 
 
-def test_a_compiler_that_fails_is_reported_and_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_failed_compilation_is_reported_and_cleaned_up(tmp_path: Path) -> None:
     bad = tmp_path / "bad-cc"
     bad.write_text(
         "#!/bin/sh\nif [ \"$1\" = --version ]; then echo bad 1.0; exit 0; fi\necho 'no such flag' >&2\nexit 1\n"
@@ -45,7 +45,7 @@ def test_a_compiler_that_fails_is_reported_and_leaves_nothing_behind(tmp_path: P
     assert not list((tmp_path / "home").rglob("*.so"))
 
 
-def test_a_compiler_that_is_not_there_is_not_passed_over_in_silence(tmp_path: Path) -> None:
+def test_missing_compiler_is_reported(tmp_path: Path) -> None:
     assert "CC=no-such-cc is not on the path" in status(tmp_path, CC="no-such-cc", PATH=str(tmp_path))
 
 
@@ -120,7 +120,7 @@ print(libc.sbrk(0) > before)
 """
 
 
-def test_memory_is_kept_until_the_last_block_ends_and_then_as_glibc_has_it() -> None:
+def test_kept_memory_is_restored_after_the_last_block() -> None:
     """Afterwards: blocks above 32 MB are mapped, and 64 MB may lie free, where glibc's own rule ends."""
     if platform.libc_ver()[0] != "glibc":
         pytest.skip("mallopt is glibc's")
@@ -131,7 +131,7 @@ def test_memory_is_kept_until_the_last_block_ends_and_then_as_glibc_has_it() -> 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="nobody says so elsewhere")
-def test_what_is_read_through_a_map_is_in_memory_once_it_was_used(tmp_path: Path) -> None:
+def test_mapped_memory_is_resident_after_use(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(4 << 20))
     mapped = torch.from_file(str(tmp_path / "file"), size=1 << 20)
     assert memory.unread_bytes(mapped) == 4 << 20

@@ -74,7 +74,7 @@ def test_a_kernel_agrees_with_float64_and_writes_nothing_else(
 
 
 @cases
-def test_a_case_sees_a_kernel_that_does_nothing(whole: Path, case: selftest.Case) -> None:
+def test_self_test_detects_idle_kernels(whole: Path, case: selftest.Case) -> None:
     for name in case.kernels:
         if name != "decode":  # which whoever serves a base holds to the model's own output
             library = loaded(whole, case)
@@ -112,7 +112,7 @@ def test_a_row_has_the_same_bits_in_any_batch(
         assert torch.equal(part, whole_batch[first : first + count])
 
 
-def test_of_what_runs_here_nothing_is_left_out() -> None:
+def test_every_available_kernel_passes_the_self_test() -> None:
     """Compiled as it is for users, and tried when it was built, by the same checks."""
     library = compiled.kernels()
     if library is None:
@@ -126,9 +126,7 @@ BROKEN: dict[str, Callable[[str], str]] = {
 }
 
 
-def test_kernels_that_fail_are_left_out_and_named_and_the_others_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failing_kernels_are_excluded_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is wrong on this processor, and one that ends the process that tries it."""
     source = (HERE / "native.c").read_text()
     for change in BROKEN.values():
@@ -195,7 +193,7 @@ _ROWS_OF_NONE = torch.tensor([0, 1])
         ("paged_attend", [None, 1, None, 2, 1, 16, *[None] * 2, 0, None, 1, *[None] * 2, 1.0, 0.0, 0, FAR, 2]),
     ],
 )
-def test_no_memory_is_an_error_and_no_crash(whole: Path, name: str, arguments: list[Any]) -> None:
+def test_out_of_memory_raises_memory_error(whole: Path, name: str, arguments: list[Any]) -> None:
     library = compiled.bound(whole)
     if not library.has(name):
         pytest.skip("not compiled for this processor")
@@ -218,7 +216,7 @@ def test_no_memory_for_low_rank_products(whole: Path) -> None:
 
 
 @pytest.mark.parametrize("target", [40, -1, -99, 2**40, -(2**62)])
-def test_a_target_that_is_no_token_is_an_error_and_writes_nothing(whole: Path, target: int) -> None:
+def test_invalid_target_raises_without_writing(whole: Path, target: int) -> None:
     library = compiled.bound(whole)
     around = torch.ones(5, 40, dtype=torch.bfloat16)
     logits, nll = around[1:4], torch.full((3,), 7.0)

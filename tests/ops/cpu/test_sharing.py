@@ -36,12 +36,12 @@ class Machine:
         return self.neighbours.look(threads)
 
 
-def test_who_works_alone_has_no_neighbours_however_busy_it_is_itself() -> None:
+def test_own_work_is_not_a_neighbor() -> None:
     machine = Machine()
     assert not any(machine.passes(1.0, (1.0, 1.0), 2.0) for _ in range(5))
 
 
-def test_a_busy_neighbour_is_seen_and_seen_to_leave() -> None:
+def test_busy_neighbor_is_detected_until_it_leaves() -> None:
     machine = Machine()
     machine.passes(1.0, (1.0, 1.0), 2.0)
     assert machine.passes(1.0, (1.0, 1.0), 1.4)
@@ -49,13 +49,13 @@ def test_a_busy_neighbour_is_seen_and_seen_to_leave() -> None:
     assert not machine.passes(1.0, (1.0, 1.0), 1.95)
 
 
-def test_a_neighbour_is_no_matter_where_a_processor_is_left_for_each_thread() -> None:
+def test_neighbor_is_ignored_with_spare_processors() -> None:
     machine = Machine()
     machine.passes(1.0, (0.0, 0.0), 0.0, threads=1)
     assert not machine.passes(1.0, (1.0, 1.0), 1.0, threads=1)
 
 
-def test_the_processor_that_stands_idle_is_the_one_to_stay_on() -> None:
+def test_idle_processor_is_chosen() -> None:
     """Both threads stay on one; a neighbour that is bound to it too leaves the other idle."""
     machine = Machine()
     machine.passes(1.0, (1.0, 1.0), 2.0)
@@ -65,7 +65,7 @@ def test_the_processor_that_stands_idle_is_the_one_to_stay_on() -> None:
     assert machine.neighbours.idle == 0
 
 
-def test_seconds_worked_are_read_for_our_processors_alone(tmp_path: Path) -> None:
+def test_busy_time_covers_only_our_processors(tmp_path: Path) -> None:
     tick = os.sysconf("SC_CLK_TCK")
     stat = tmp_path / "stat"
     stat.write_text(
@@ -83,7 +83,7 @@ from veneer.ops.cpu import sharing
 torch.set_num_threads(2)
 x = torch.ones(1 << 18)
 def act(present):
-    there = sharing.sharing_here()
+    there = sharing.thread_sharing()
     there.neighbours.look = lambda threads: present
     return sharing.shared()
 """
@@ -104,7 +104,7 @@ def in_two_threads(program: str) -> dict[str, float]:
 
 
 @able
-def test_beside_a_neighbour_a_waiting_thread_sleeps_and_spins_again_when_it_has_left() -> None:
+def test_waiting_threads_sleep_only_beside_neighbors() -> None:
     """What a process uses of the processor while it does nothing between two regions is its threads' waiting."""
     found = in_two_threads("""
 def waiting():
@@ -126,7 +126,7 @@ print(json.dumps(out))
 
 
 @able
-def test_products_have_the_same_bits_beside_a_neighbour() -> None:
+def test_products_are_unchanged_beside_neighbors() -> None:
     found = in_two_threads("""
 g = torch.Generator().manual_seed(0)
 a, b = torch.randn(300, 576, generator=g), torch.randn(576, 960, generator=g)
@@ -143,7 +143,7 @@ print(json.dumps({"same": same, "threads": torch.get_num_threads()}))
 
 
 @able
-def test_a_thread_that_worked_beside_a_neighbour_may_run_anywhere_afterwards() -> None:
+def test_affinity_is_restored_after_sharing() -> None:
     """So may every process that it starts."""
     found = in_two_threads("""
 before = sorted(os.sched_getaffinity(0))
@@ -165,16 +165,16 @@ print(json.dumps({"caller": between == before, "everyone": all(each == before fo
 
 @able
 @pytest.mark.parametrize("name", OWN)
-def test_somebodys_own_setting_rules(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_settings_disable_sharing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from veneer.ops.cpu import sharing
 
     for other in OWN:
         monkeypatch.delenv(other, raising=False)
-    sharing.sharing_here.cache_clear()
+    sharing.thread_sharing.cache_clear()
     try:
-        assert sharing.sharing_here() is not None
-        sharing.sharing_here.cache_clear()
+        assert sharing.thread_sharing() is not None
+        sharing.thread_sharing.cache_clear()
         monkeypatch.setenv(name, "0")
-        assert sharing.sharing_here() is None
+        assert sharing.thread_sharing() is None
     finally:
-        sharing.sharing_here.cache_clear()
+        sharing.thread_sharing.cache_clear()

@@ -93,7 +93,7 @@ def test_without_liger_an_op_runs_its_reference() -> None:
         assert choices("cuda")["rope"].reason == "liger_kernel is not installed (pip install 'veneer[gpu]')"
 
 
-def test_where_a_first_small_norm_fails_the_reason_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_first_norm_reports_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("liger_kernel", reason="pip install 'veneer[gpu]'")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 99)  # a card that no machine has

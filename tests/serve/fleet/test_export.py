@@ -21,7 +21,7 @@ from veneer.core.adapter import Adapter, LoraSpec
 from veneer.core.init import create
 from veneer.errors import AdapterError, ConfigError
 from veneer.formats import peft
-from veneer.models.builtin import BUILTIN, builtin_place
+from veneer.models.builtin import BUILTIN, builtin_folder
 from veneer.models.text.base import load_text
 from veneer.serve.fleet.export import export
 from veneer.serve.fleet.mixes import served_name
@@ -177,7 +177,7 @@ def test_exports_serve_built_in_bases_by_folder_or_hub_id(tmp_path: Path, monkey
     _, adapter = saved(tmp_path, made(model("llama3", torch.float32), STABLE))
     elsewhere = export(str(adapter), "vllm", tmp_path / "a", base="smollm2-135m")
     assert elsewhere.command.startswith("vllm serve HuggingFaceTB/SmolLM2-135M-Instruct ")
-    place = builtin_place(BUILTIN["smollm2-135m"])
+    place = builtin_folder(BUILTIN["smollm2-135m"])
     place.mkdir(parents=True)
     (place / "base.json").write_text("{}")
     here = export(str(adapter), "vllm", tmp_path / "b", base="smollm2-135m")

@@ -42,7 +42,7 @@ from veneer.jobs.tinker.wire import WireRow
 from veneer.models.text.base import TextBase
 from veneer.models.text.fast import fast
 from veneer.models.text.loss import hidden_at, target_logps
-from veneer.models.text.probe_model import base_twin
+from veneer.models.text.module_copy import copy_modules
 from veneer.ops.cpu.sharing import shared
 from veneer.ops.device_transfer import sent
 from veneer.ops.lora_segments import LoraSegments
@@ -268,7 +268,7 @@ class Trainer:
     Call all methods from one thread."""
 
     def __init__(self, base: TextBase) -> None:
-        self.base = base_twin(base)
+        self.base = copy_modules(base)
         model: Any = self.base.model
         self.model, self.names, self.learners = model, target_names(model), dict[str, Learner]()
         self._undo = ExitStack()

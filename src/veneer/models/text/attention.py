@@ -65,7 +65,7 @@ def divert_attention(model: Any) -> Callable[[], None]:
     return lambda: model.set_attn_implementation(before)
 
 
-def as_it_came(model: Any) -> None:
+def restore_attention(model: Any) -> None:
     """Restore SDPA attention on a copy of a diverted model.
 
     A diverted model uses SDPA outside `attending`."""

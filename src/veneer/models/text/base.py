@@ -24,10 +24,10 @@ from veneer.models.device import check_memory, choose_device, choose_dtype, sett
 from veneer.models.fingerprint import fingerprint
 from veneer.models.loading import check_loaded, errors_only, loading, straight_to
 from veneer.models.quantize import check_kind, load_quantized, original_weight, quantized_bytes, saved_kind
-from veneer.models.sharded_weights import Unread
+from veneer.models.sharded_weights import ShardReader
 from veneer.models.sources import find_base, is_image_base, short_name
 from veneer.models.text.gguf import fast_headers, load_gguf, read_gguf_tokenizer
-from veneer.models.text.meta_model import bare_text
+from veneer.models.text.meta_model import meta_text_model
 from veneer.ops.quantization_formats import KINDS
 from veneer.ops.quantized import Quantized
 
@@ -60,7 +60,7 @@ class TextBase:
     notes: tuple[str, ...] = ()
     quantized: str = ""
     """Format of linear weights in 4 or 8 bits: nf4, fp4, int8 or gguf; else ""."""
-    unread: Unread | None = None
+    unread: ShardReader | None = None
     """Locations of weights of a `model` on the meta device.
 
     `shard` reads each process's part from them."""
@@ -113,7 +113,7 @@ def load_text(
     settle_threads()
     quantized = _choose_quantization(quantize, path, config)
     kind, reason = choose_dtype(dtype, where, "BF16" if quantized else stored_dtype(table))
-    unread: Unread | None = None
+    unread: ShardReader | None = None
     why = ""
     if parts > 1:
         model, unread, why = _unread_model(path, config, kind, table, quantized, saved=quantize is None)
@@ -305,7 +305,7 @@ def _load_model(
 
 def _unread_model(
     path: Path, config: PreTrainedConfig, dtype: torch.dtype, table: list[StoredTensor], quantized: str, saved: bool
-) -> tuple[Any, Unread | None, str]:
+) -> tuple[Any, ShardReader | None, str]:
     """Return (model on the meta device, location of its weights, "").
 
     Returns (None, None, reason) if the base must be read whole."""
@@ -313,8 +313,8 @@ def _unread_model(
 
     if path.is_file() or (quantized and saved):
         return None, None, f"they are quantized in their files ({quantized or 'GGUF'})"
-    model = bare_text(config, dtype=dtype, quantize=quantized)
-    found = Unread.of(model, table, quantized, dtype)
+    model = meta_text_model(config, dtype=dtype, quantize=quantized)
+    found = ShardReader.of(model, table, quantized, dtype)
     if isinstance(found, str):
         return None, None, found
     if (path / "generation_config.json").is_file():
@@ -323,7 +323,7 @@ def _unread_model(
     return model, found, ""
 
 
-def _without_a_place(unread: Unread, model: PreTrainedModel) -> tuple[str, ...]:
+def _without_a_place(unread: ShardReader, model: PreTrainedModel) -> tuple[str, ...]:
     """Return notes on stored weights that the model does not have (`check_loaded`)."""
     return check_loaded(Path(), {"unexpected_keys": unread.stored.keys() - model.state_dict().keys()})
 

@@ -31,20 +31,20 @@ from veneer.models.compat_transformers import PRE_NORM_LAYERS, own_attention, re
 from veneer.models.patching import (
     FastReport,
     FusedProjection,
-    keep_dequantized,
-    keep_packed,
+    cache_dequantized,
+    cache_prepacked,
+    fast_report,
     marked,
     replace_forward,
-    report_of,
     same_dtype,
     without_dropout,
 )
-from veneer.models.shard import CallWithWeights, Sharded, call_whole
+from veneer.models.shard import CallWithWeights, Sharded, call_unsharded
 from veneer.models.text.loss import padded_nll, rows_nll
 from veneer.models.text.probe import (
     LENGTHS,
     OtherKind,
-    OwnForward,
+    ReferenceForward,
     gate_of,
     gate_parts,
     norm_of,
@@ -69,7 +69,7 @@ def fast(model: Any, *, keep: int = 0, pack: int = 0, sharded: Sharded | None = 
     weights, if prepacked products are clearly faster (ops/prepacked.py). `sharded`: the sharded wrapper of
     the model; its weights are inspected one block at a time, in the same order on every process, and
     projections of one input are joined if they were sharded together (`weights_together`)."""
-    if (already := report_of(model)).active:
+    if (already := fast_report(model)).active:
         yield already
         return
     report = FastReport(active=True)
@@ -78,23 +78,23 @@ def fast(model: Any, *, keep: int = 0, pack: int = 0, sharded: Sharded | None = 
         with without_dropout(model):
             undo.enter_context(marked(model, report))
             try:
-                own = (sharded or call_whole)(OwnForward.of, model)
+                own = (sharded or call_unsharded)(ReferenceForward.of, model)
             except (AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:
                 report.left["model"] = f"its own forward over padded rows fails: {type(error).__name__}: {error}"
             else:
                 _swap(model, own, report, undo, sharded)
             if keep:
-                keep_dequantized(report, keep, undo)
+                cache_dequantized(report, keep, undo)
             if pack:
-                keep_packed(model, report, pack, undo)
+                cache_prepacked(model, report, pack, undo)
         yield report
 
 
-def _swap(model: Any, own: OwnForward, report: FastReport, undo: ExitStack, sharded: Sharded | None) -> None:
+def _swap(model: Any, own: ReferenceForward, report: FastReport, undo: ExitStack, sharded: Sharded | None) -> None:
     """Swap modules and rows; or only modules; or nothing.
 
     Only modules if packed rows do not reproduce the model."""
-    call = sharded or call_whole
+    call = sharded or call_unsharded
     found = [module for module in model.modules() if not isinstance(module, LoraLinear)]
 
     def modules() -> Iterator[nn.Module]:
@@ -102,11 +102,11 @@ def _swap(model: Any, own: OwnForward, report: FastReport, undo: ExitStack, shar
         try:
             for module in found:
                 if sharded is not None:
-                    sharded.at(module)
+                    sharded.gather_block(module)
                 yield module
         finally:
             if sharded is not None:
-                sharded.let_go()
+                sharded.reshard()
 
     with ExitStack() as swapped:
         _swap_norms(modules(), report, swapped)
@@ -278,7 +278,7 @@ The last line lists model options that do not concern attention. Any other optio
 (position_bias …) raises an error."""
 
 
-class _OwnAttention(Exception):
+class _UnsupportedAttention(Exception):
     """An attention option that varlen attention does not support."""
 
 
@@ -292,17 +292,17 @@ def _interface(
     layout: RowLayout | None = kwargs.pop("row_layout", None)
     asked = sorted(k for k, v in kwargs.items() if v is not None and k not in _KNOWN)
     if asked:
-        raise _OwnAttention(f"{type(module).__name__} asks for {', '.join(asked)}")
+        raise _UnsupportedAttention(f"{type(module).__name__} asks for {', '.join(asked)}")
     if layout is None:
         padded: tuple[Tensor, Any] = own_attention(module, own)(module, query, key, value, attention_mask, **kwargs)
         return padded
     causal = kwargs.get("is_causal")
     if not (getattr(module, "is_causal", True) if causal is None else causal):
-        raise _OwnAttention(f"{type(module).__name__} looks ahead")
+        raise _UnsupportedAttention(f"{type(module).__name__} looks ahead")
     if query.shape[-1] != value.shape[-1]:
-        raise _OwnAttention(f"{type(module).__name__} has keys and values of different widths")
+        raise _UnsupportedAttention(f"{type(module).__name__} has keys and values of different widths")
     if kwargs.get("dropout") or _drops(module):
-        raise _OwnAttention(f"{type(module).__name__} drops attention in training")
+        raise _UnsupportedAttention(f"{type(module).__name__} drops attention in training")
     layout.attended.add(id(module))
     scale = kwargs.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -407,7 +407,7 @@ def _attention_forward(
         if first is None or last is None or layout is None or not same_dtype(hidden_states, first.weight):
             return original(self, hidden_states, *args, **kwargs)
         if _drops(self):
-            raise _OwnAttention(f"{type(self).__name__} drops attention in training")
+            raise _UnsupportedAttention(f"{type(self).__name__} drops attention in training")
         layout.attended.add(id(self))
         cos, sin = layout.tables(kwargs["position_embeddings"])
         n = hidden_states.shape[1]
@@ -422,7 +422,9 @@ def _attention_forward(
     return forward
 
 
-def _swap_last_layer(model: Any, own: OwnForward, report: FastReport, undo: ExitStack, call: CallWithWeights) -> None:
+def _swap_last_layer(
+    model: Any, own: ReferenceForward, report: FastReport, undo: ExitStack, call: CallWithWeights
+) -> None:
     """Compute the last layer only for tokens that predict a trained token.
 
     With a quarter of the tokens trained, this saves 63% of one layer's work."""
@@ -458,7 +460,7 @@ def _kept_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 # -- the whole model ---------------------------------------------------------------------------------------------------
 
 
-def _nll(model: Any, own: OwnForward, layout: RowLayout | None = None) -> Tensor:
+def _nll(model: Any, own: ReferenceForward, layout: RowLayout | None = None) -> Tensor:
     """Return the NLL of the probe's tokens.
 
     For packed rows if `layout` is given, else for padded rows."""
@@ -468,12 +470,12 @@ def _nll(model: Any, own: OwnForward, layout: RowLayout | None = None) -> Tensor
         return padded_nll(model, own.ids, LENGTHS, own.trained)
 
 
-def _rows_problem(model: Any, own: OwnForward, call: CallWithWeights) -> str:
+def _rows_problem(model: Any, own: ReferenceForward, call: CallWithWeights) -> str:
     """Return why packed rows differ from the model's original output, or ""."""
     layout = RowLayout(LENGTHS, own.ids.device)
     try:
         nll = call(_nll, model, own, layout)
-    except _OwnAttention as asked:
+    except _UnsupportedAttention as asked:
         return str(asked)
     except (AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         return f"it does not take them: {type(error).__name__}"

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from veneer.core.adapter import mix_text
-from veneer.core.attach import acting_on
+from veneer.core.attach import active_mix
 from veneer.errors import AdapterError, BaseError, ConfigError, DataError
 from veneer.models.patching import without_dropout
 from veneer.models.text.base import TextBase
@@ -211,7 +211,7 @@ def _check_scores(base: TextBase, input_ids: Tensor, scores: Tensor) -> Tensor:
     Without this check, such a row would generate the first token of the vocabulary."""
     if bool(scores.amax(-1).isfinite().all()):
         return scores
-    dtype, mix = str(base.dtype).removeprefix("torch."), acting_on(base.model)
+    dtype, mix = str(base.dtype).removeprefix("torch."), active_mix(base.model)
     wider = "" if dtype == "float32" else "use --dtype float32"
     if not mix:
         raise BaseError(f"no token has a finite score: {base.name} overflowed in {dtype}", fix=wider or None)

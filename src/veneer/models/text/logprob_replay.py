@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import ConfigError
-from veneer.models.patching import report_of
+from veneer.models.patching import fast_report
 from veneer.models.text.loss import token_logps
 from veneer.ops.attention import SharedRows
 
@@ -51,14 +51,14 @@ def replayed_logps(
     The values are the replay's; the gradient is this model's. The gradient is taken at the replay's values.
     Arguments: as in `token_logps`. For models inside `fast` that support packed rows; raises ConfigError for
     others."""
-    if not report_of(model).rows:
-        why = report_of(model).left.get("rows", "it is not within its fast paths")
+    if not fast_report(model).rows:
+        why = fast_report(model).left.get("rows", "it is not within its fast paths")
         raise ConfigError(
             f"this base's layers cannot be given other values: {why}", fix="set reinforcement.exact to false"
         )
     at = trained.nonzero()[:, 0].to(input_ids.device)
     kept = at - 1 if shared is None else shared.sent(at.device).before[at]
-    with _given(model.model.layers, replay, kept if report_of(model).keeps else None):
+    with _given(model.model.layers, replay, kept if fast_report(model).keeps else None):
         own = token_logps(model, input_ids, lengths, trained, shared)
         return _with_values(own, replay.logps())
 

@@ -6,7 +6,7 @@
     row_logps    −Σ nll of each row                  for preference losses
     token_logps  −nll of each token                  for reinforcement learning
     hidden_at, target_logps    log p of any tokens after given positions, not only the rows' next tokens
-    of_logits                  a function of the whole distributions at given positions
+    chunked_logits             a function of the whole distributions at given positions
     compared_logits            the same, with another model's distributions: for distillation
 
 Inside `fast`, rows run without padding. Elsewhere, and for families that do not support packed rows, they are
@@ -23,12 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from veneer.models.patching import projection_of, report_of
+from veneer.models.patching import fast_report, projection_of
 from veneer.ops.attention import RowLayout, SharedRows
 from veneer.ops.device_transfer import sent
 from veneer.ops.lora_segments import LoraSegments
 from veneer.ops.loss import likeliest, token_nll
-from veneer.ops.step_sizes import HEAD_CHUNK, few_sizes, padded_tokens
+from veneer.ops.step_sizes import HEAD_CHUNK, padded_tokens, rounded_sizes
 
 
 def text_loss(
@@ -78,7 +78,7 @@ def _text_nll(
     starts = starts if shared is None else shared.places.to(starts.device)[starts]
     if trained[starts.to(trained.device)].any():
         raise ValueError("the first token of a row is marked as trained, but no token before it predicts it")
-    if report_of(model).rows and not _beyond(model, lengths):
+    if fast_report(model).rows and not _beyond(model, lengths):
         return rows_nll(model, input_ids, lengths, trained, right=right, shared=shared)
     if shared is not None:
         input_ids, trained = (t[shared.places.to(t.device)] for t in (input_ids, trained))
@@ -105,7 +105,7 @@ def rows_nll(
 
     Logits are computed at trained positions only. For models inside `fast`. `layout`: of the same lengths;
     records which layers used it. `rounded`: pad the tokens, and the positions with an output, to one of
-    `few_sizes`; None: if that is faster. Padding follows real tokens, so dropout and results of real tokens
+    `rounded_sizes`; None: if that is faster. Padding follows real tokens, so dropout and results of real tokens
     do not change. `spans`: LoRA segments of these tokens, selected in the attachment. `right`: as in
     `text_loss`; `shared`: as in `token_logps`."""
     trained_at = sent(trained.nonzero()[:, 0], input_ids.device)
@@ -124,7 +124,7 @@ def hidden_at(
 
     places: M ascending indices into input_ids. Runs without padding inside `fast` if the model supports it;
     `spans` applies then, as in `rows_nll`."""
-    if report_of(model).rows and not _beyond(model, lengths):
+    if fast_report(model).rows and not _beyond(model, lengths):
         return _rows_hidden(model, input_ids, lengths, places + 1, None, None, spans)[0][: len(places)]
     rows = nn.utils.rnn.pad_sequence(list(input_ids.split(list(lengths))), batch_first=True)
     mask = sent((torch.arange(rows.shape[1])[None] < torch.tensor(list(lengths))[:, None]).long(), rows.device)
@@ -147,7 +147,7 @@ def target_logps(
     def part(logits: Tensor, chosen: slice) -> Tensor:
         return logits.log_softmax(dim=-1).gather(1, targets[chosen])
 
-    return of_logits(model, hidden, part, acting)
+    return chunked_logits(model, hidden, part, acting)
 
 
 def compared_logits(
@@ -165,10 +165,10 @@ def compared_logits(
         shared = min(ours.shape[-1], theirs.shape[-1])
         return compare(ours[:, :shared], theirs[:, :shared], chosen)
 
-    return of_logits(model, hidden, part)
+    return chunked_logits(model, hidden, part)
 
 
-def of_logits(
+def chunked_logits(
     model: Any,
     hidden: Tensor,
     made: Callable[[Tensor, slice], Tensor],
@@ -223,11 +223,11 @@ def _rows_hidden(
     if rounded:
         idle = padded_tokens(len(input_ids), count) - len(input_ids)
         input_ids = torch.cat([input_ids, input_ids[:1].expand(idle)])
-        at = torch.cat([at, at[-1:].expand(few_sizes(count) - count)]) if count else at
+        at = torch.cat([at, at[-1:].expand(rounded_sizes(count) - count)]) if count else at
         layout = RowLayout(lengths, device, idle=idle, shared=shared)
     layout = RowLayout(lengths, device, shared=shared) if layout is None else layout
     before = at - 1 if layout.shared is None else layout.shared.before[at]
-    layout.keep = before if report_of(model).keeps else None
+    layout.keep = before if fast_report(model).keeps else None
     if spans is not None:
         spans.sizes = len(input_ids), len(at)
     # transformers passes a 4-d mask on unchanged, which avoids an N × N mask. The attention interface of
@@ -280,22 +280,24 @@ def _head_nll(model: Any, hidden: Tensor, targets: Tensor, right: Tensor | None 
 
     hidden: (M, d), targets: (M,), right: (M,) or None."""
     if (weight := _plain_head(model, hidden)) is not None:
-        return token_nll(hidden, weight, targets, copies=report_of(model).head, right=right)
+        return token_nll(hidden, weight, targets, copies=fast_report(model).head, right=right)
 
     def part(logits: Tensor, chosen: slice) -> Tensor:
         return _logits_nll(logits, targets[chosen], None if right is None else right[chosen])
 
-    return of_logits(model, hidden, part)
+    return chunked_logits(model, hidden, part)
 
 
 def _plain_head(model: Any, hidden: Tensor) -> Tensor | None:
     """Return the head's weight if logits are a plain product with it, else None."""
     plain = projection_of(model.get_output_embeddings())
     weight = plain.weight if plain is not None and not plain.products and plain.bias is None else None
-    return weight if weight is not None and not _head_is_more(model.config) and weight.dtype == hidden.dtype else None
+    return (
+        weight if weight is not None and not _transforms_logits(model.config) and weight.dtype == hidden.dtype else None
+    )
 
 
-def _head_is_more(config: Any) -> bool:
+def _transforms_logits(config: Any) -> bool:
     """Return whether the family transforms the logits after the head."""
     return bool(getattr(config, "final_logit_softcapping", None))
 

@@ -1,7 +1,7 @@
 """Language models built from their configuration, without weights.
 
-model = bare_text(config, dtype=torch.bfloat16, quantize="nf4")      on the meta device, as load_text would leave it
-groups = tied_weights(folder)                                        parameters of a model folder that share a weight
+model = meta_text_model(config, dtype=torch.bfloat16, quantize="nf4")  on the meta device, as load_text would leave it
+groups = tied_weights(folder)                                          parameters of a model folder that share a weight
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-def bare_text(config: PreTrainedConfig, *, dtype: torch.dtype, quantize: str = "") -> Any:
+def meta_text_model(config: PreTrainedConfig, *, dtype: torch.dtype, quantize: str = "") -> Any:
     """Build the frozen causal language model of `config` in eval mode, with its weights on the meta device and its
     buffers, with their values, on the CPU.
 

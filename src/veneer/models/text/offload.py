@@ -103,7 +103,7 @@ class ActivationOffloader:
         with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
             return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Free the unused host buffers."""
         self._free.clear()
 

@@ -1,6 +1,6 @@
 """Determine what a language model and its modules compute by running them.
 
-    own = OwnForward.of(model)           before any module is replaced
+    own = ReferenceForward.of(model)      before any module is replaced
     own.nll_problem(nll)                 "" or which token is off, and by how much
     own.logits_problem(logits)           the same for whole rows of logits
     norm_of(module)                      0 or 1 of an RMS norm  y = (0 + w or 1 + w) ⊙ x / √(mean x² + ε), or why none
@@ -60,7 +60,7 @@ def short_windows(model: Any) -> Iterator[None]:
 
 
 @dataclass(frozen=True, eq=False)
-class OwnForward:
+class ReferenceForward:
     """A model's own output on the probe.
 
     `ids`: (N,), packed rows of LENGTHS. `logits`: (N, vocabulary), float32. `moved`: logits with the rounding
@@ -73,7 +73,7 @@ class OwnForward:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: Any) -> OwnForward:
+    def of(cls, model: Any) -> ReferenceForward:
         """Run the unmodified model once. Raises the errors of its forward."""
         weight = model.get_input_embeddings().weight
         vocabulary, device = weight.shape[0], weight.device
@@ -81,7 +81,7 @@ class OwnForward:
         ids = torch.randint(min(3, vocabulary - 1), vocabulary, (sum(LENGTHS),), generator=generator).to(device)
         rows = nn.utils.rnn.pad_sequence(list(ids.split(LENGTHS)), batch_first=True)
         real = torch.arange(rows.shape[1], device=device) < torch.tensor(LENGTHS, device=device)[:, None]
-        with short_windows(model), _moved_rounding(model, len(LENGTHS)):
+        with short_windows(model), _perturbed_rounding(model, len(LENGTHS)):
             out = model(input_ids=rows.repeat(2, 1), attention_mask=real.long().repeat(2, 1), use_cache=False)
         own, moved = (half[real].float() for half in out.logits.chunk(2))
         return cls(ids, own, moved, torch.finfo(out.logits.dtype).eps)
@@ -140,7 +140,7 @@ def near_rows(got: Tensor, wanted: Tensor, eps: float) -> bool:
 
 
 @contextmanager
-def _moved_rounding(model: Any, first: int) -> Iterator[None]:
+def _perturbed_rounding(model: Any, first: int) -> Iterator[None]:
     """Move layer outputs by one unit in the last place, from row `first` on."""
     generator = torch.Generator().manual_seed(1)
 

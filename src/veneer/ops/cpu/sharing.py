@@ -150,7 +150,7 @@ def shared() -> Iterator[bool]:
 
     See the module."""
     threads = torch.get_num_threads()
-    sharing = sharing_here() if threads > 1 else None
+    sharing = thread_sharing() if threads > 1 else None
     if sharing is None:
         yield False
         return
@@ -179,7 +179,7 @@ def forwards(model: nn.Module) -> Iterator[None]:
 
 
 @cache
-def sharing_here() -> Sharing | None:
+def thread_sharing() -> Sharing | None:
     """Return this process's Sharing; None if disabled by a setting or unsupported."""
     if sys.platform != "linux" or os.environ.get("VENEER_SHARING") == "0" or any(os.environ.get(n) for n in _OWN):
         return None

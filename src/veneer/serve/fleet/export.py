@@ -90,11 +90,11 @@ def _served_base(base: str) -> tuple[str, list[str]]:
 
     The folder of a built-in base, or its hub ID.
     """
-    from veneer.models.builtin import BUILTIN, builtin_place
+    from veneer.models.builtin import BUILTIN, builtin_folder
 
     if (builtin := BUILTIN.get(base)) is None:
         return base, []
-    place = builtin_place(builtin)
+    place = builtin_folder(builtin)
     if not (place / "base.json").exists():
         return builtin.hub_id, [
             f"{builtin.hub_id} is the original of {base}, which holds a quantized copy of its weights"

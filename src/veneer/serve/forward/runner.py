@@ -33,7 +33,7 @@ from veneer.models.patching import FusedProjection
 from veneer.models.text.attention import AttentionSettings, attending, divert_attention, new_cache
 from veneer.models.text.base import TextBase
 from veneer.models.text.fast import route_experts
-from veneer.models.text.probe import LENGTHS, WINDOW, OwnForward, near_rows, short_windows
+from veneer.models.text.probe import LENGTHS, WINDOW, ReferenceForward, near_rows, short_windows
 from veneer.ops.cpu import memory
 from veneer.ops.cpu.sharing import shared
 from veneer.ops.device_transfer import put_numbers
@@ -314,7 +314,7 @@ class Runner:
         ways: list[tuple[str, Callable[[], None]]] = [("fused", self._make_fused), ("packed", self._make_packed)]
         why = ""
         try:
-            own = OwnForward.of(self.model)
+            own = ReferenceForward.of(self.model)
         except _UNFIT as error:
             return "alone", f"its own forward does not accept batches ({_first_line(error)})"
         for name, make in ways:
@@ -341,7 +341,7 @@ class Runner:
                 why += f"{'; ' if why else ''}not {trying} ({problem})"
         return "alone", why
 
-    def _problem(self, own: OwnForward) -> str:
+    def _problem(self, own: ReferenceForward) -> str:
         """How the logits differ from the base's own; "" if they do not.
 
         Runs the probe in pieces of different lengths, so that keys and values come from the pages, and each

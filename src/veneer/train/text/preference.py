@@ -39,7 +39,7 @@ from torch import Tensor
 
 from veneer.errors import counted
 from veneer.models.patching import without_dropout
-from veneer.models.shard import CallWithWeights, call_whole
+from veneer.models.shard import CallWithWeights, call_unsharded
 from veneer.models.text.loss import row_logps
 from veneer.ops import loss as formulas
 from veneer.ops.device_transfer import sent
@@ -186,7 +186,7 @@ class Preference:
     attachment: Attachment
     start: Adapter | None = None
     name: str = "reference"
-    call: CallWithWeights = call_whole
+    call: CallWithWeights = call_unsharded
     devices: Devices = ALONE
     point: float = 0.0
     """kto's z₀ in the current step."""
@@ -338,7 +338,7 @@ def answer_logps(
     micro_tokens: int,
     *,
     interrupted: Callable[[], bool] = lambda: False,
-    call: CallWithWeights = call_whole,
+    call: CallWithWeights = call_unsharded,
     devices: Devices = ALONE,
 ) -> list[float] | None:
     """Return Σ log p of each example's trained tokens.

@@ -33,8 +33,8 @@ from veneer.core.selection import span_problem
 from veneer.core.targets import base_modules, base_of
 from veneer.errors import ConfigError, Interrupted, PreflightError, VeneerError, bullets
 from veneer.formats import peft
-from veneer.models.patching import report_of, without_dropout
-from veneer.models.shard import CallWithWeights, Sharded, blocks, call_whole, local_bytes, shard, whole_bytes
+from veneer.models.patching import fast_report, without_dropout
+from veneer.models.shard import CallWithWeights, Sharded, blocks, call_unsharded, local_bytes, shard, whole_bytes
 from veneer.models.text.base import load_text
 from veneer.models.text.fast import fast, weights_together
 from veneer.models.text.loss import text_loss
@@ -301,9 +301,9 @@ def attached_texts(texts: Sequence[TextRun]) -> Iterator[list[AttachedText]]:
             undo.callback(model.activation_checkpointing_disable)
             store = host_store(config, base, run)
             if store is not None:
-                undo.callback(store.let_go)
+                undo.callback(store.release)
             recompute_activations(model, store)
-        call: CallWithWeights = call_whole
+        call: CallWithWeights = call_unsharded
         parted: Sharded | None = None
         if sharded:
             whole, device = whole_bytes(model), torch.device(devices.device)
@@ -455,7 +455,7 @@ class AttachedText:
             "base": {"fingerprint": base.fingerprint, "dtype": str(base.dtype)},
             "data": {"training rows": data_digest(data.train.rows), "held-out rows": data_digest(data.held.rows)},
         } | ({"start": data.start.digest()} if data.start is not None else {})
-        packed, tokens = report_of(base.model).room.most, self.config.batching.at_once
+        packed, tokens = fast_report(base.model).room.most, self.config.batching.at_once
         environment = {"tokens of a micro-batch": tokens, "bytes of weights kept packed": packed}
         functions = {"report": self.report} | more
         return Task(

@@ -38,7 +38,7 @@ from veneer.errors import (
     counted,
     gigabytes,
 )
-from veneer.models.patching import report_of
+from veneer.models.patching import fast_report
 from veneer.models.text.loss import rows_nll
 from veneer.ops.cpu.sharing import shared
 from veneer.ops.device_transfer import sent
@@ -323,7 +323,7 @@ class SharedPasses:
 
 def why_apart(model: nn.Module) -> str:
     """Why rows of several runs cannot go through a base beside one another, within `fast`; "" where they can."""
-    if not report_of(model).rows:
+    if not fast_report(model).rows:
         return "this base takes padded rows alone"
     for name, module in base_modules(model):
         if expert_parameters(module) or ".experts." in name:

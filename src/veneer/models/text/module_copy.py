@@ -1,6 +1,6 @@
 """A second module tree over the tensors of a base, independent of the first.
 
-    trained = base_twin(base)        attach, `fast` and hooks, while `base` is served; weights are shared
+    trained = copy_modules(base)        attach, `fast` and hooks, while `base` is served; weights are shared
 
 A server and a training run each modify modules in their own way; neither writes to the weights.
 """
@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer.models.text.attention import as_it_came
+from veneer.models.text.attention import restore_attention
 from veneer.models.text.base import TextBase
 from veneer.ops.quantized import Quantized
 
 
-def base_twin(base: TextBase) -> TextBase:
+def copy_modules(base: TextBase) -> TextBase:
     """Return the base with modules of its own, over the same weights.
 
     Changes made to the base's modules are not copied; adapters must not be attached to them."""
@@ -36,6 +36,6 @@ def base_twin(base: TextBase) -> TextBase:
         module.__dict__.pop("forward", None)  # remove another replacement of the forward
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             hooks.clear()
-    as_it_came(made)
+    restore_attention(made)
     made.eval()
     return replace(base, model=made)
