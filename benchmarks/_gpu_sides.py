@@ -19,7 +19,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -482,8 +482,8 @@ def _load_70b(task: Task) -> Any:
     from veneer.plan.memory import Load
 
     s = task.sizes
-    load = Load.of(s.large_row, s.large_tokens, 16, rank=RANK, quantize="nf4", checkpointing=s.recomputes)
-    return replace(load, micros=1)
+    rows = (s.large_row,) * (s.large_tokens // s.large_row)
+    return Load(rows, rank=RANK, quantize="nf4", checkpointing=s.recomputes)
 
 
 def train(task: Task) -> dict[str, Any]:

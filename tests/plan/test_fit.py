@@ -25,7 +25,7 @@ def test_products_say_how_many_tokens_and_memory_how_many_there_can_be(
     shape, device = text_shape(base_config(base)), device_named("h100-80gb")
 
     def load(n: int) -> Load:
-        return Load.of(512, n, 1024, rank=rank, quantize=quantize)
+        return Load((512,) * (n // 512), micros=1024 * 512 // n, rank=rank, quantize=quantize)
 
     room = left_beside_base(shape, device, "bfloat16", quantize)
     assert fitting_micro_tokens(shape, device, quantize, room, load) == tokens

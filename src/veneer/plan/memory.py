@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from veneer.ops.step_sizes import HEAD_CHUNK, logits_chunk
 from veneer.plan.shape import TextShape, layer_pairs, pair_parameters
@@ -125,14 +125,6 @@ class Load(RunLoad):
     @property
     def longest(self) -> int:
         return max(self.lengths, default=0)
-
-    @classmethod
-    def of(cls, tokens_per_row: int, micro_tokens: int, batch: int, **more: Any) -> Load:
-        """Return a load of rows of equal length: as many per micro-batch as fit.
-
-        batch: rows of a step."""
-        rows = max(1, min(batch, micro_tokens // max(1, tokens_per_row)))
-        return cls((tokens_per_row,) * rows, micros=-(-batch // rows), **more)
 
 
 @dataclass

@@ -203,10 +203,9 @@ def restore(
 
     Raises CheckpointError, listing the keys, if `identity` differs."""
     state = read_checkpoint(path)
-    differences = _differences(state["identity"], json.loads(json.dumps(dict(identity))))
-    if differences:
+    if changes := differences(state["identity"], json.loads(json.dumps(dict(identity)))):
         raise CheckpointError(
-            f"the checkpoint belongs to another run:\n{bullets(differences, None)}",
+            f"the checkpoint belongs to another run:\n{bullets(changes, None)}",
             where=str(path),
             fix="resume with the settings and data that the run began with, or choose a new output directory",
         )
@@ -501,7 +500,7 @@ def _optimizer_state(
     return {"state": state, "param_groups": groups}
 
 
-def _differences(saved: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differences(saved: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Return one line for each key with different values.
 
     Nested keys are joined by dots."""
@@ -509,7 +508,7 @@ def _differences(saved: Mapping[str, Any], here: Mapping[str, Any], prefix: str 
     for key in sorted(saved.keys() | here.keys()):
         a, b = saved.get(key), here.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            lines += _differences(a, b, f"{prefix}{key}.")
+            lines += differences(a, b, f"{prefix}{key}.")
         elif a != b:
             lines.append(f"{prefix}{key}: {json.dumps(a)} in the checkpoint, {json.dumps(b)} now")
     return lines

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
@@ -136,7 +136,8 @@ def _inspect_text(config: TrainConfig, device: Device, rows: int) -> Report:
     data, looked = look.data, look.looked
     bounded = total is None or looked < (config.data.limit or total)
     report = Report(sample=list(look.sample), rows=total, looked=looked)
-    report.add(*(_of_the_first(finding, looked) if bounded else finding for finding in look.findings))
+    first = f"of the first {counted(looked, 'row')}: " if bounded else ""
+    report.add(*(replace(finding, text=first + finding.text) for finding in look.findings))
     if not data.train.items:
         return report
     whole = total is not None and (config.data.limit or total) <= looked
@@ -147,23 +148,16 @@ def _inspect_text(config: TrainConfig, device: Device, rows: int) -> Report:
     steps = math.ceil(plan.job.rows / plan.job.batch)
     subject = RunSubject(base=None, config=config, steps_per_epoch=steps)
     report.add(*(finding for finding in learning_rate(subject) if finding.level != "ok"))
-    report.guesses += _guesses(config, whole, total, looked)
-    return report
-
-
-def _of_the_first(finding: Finding, looked: int) -> Finding:
-    """Return the finding with a note that its counts cover only `looked` rows."""
-    return replace(finding, text=f"of the first {counted(looked, 'row')}: {finding.text}")
-
-
-def _guesses(config: TrainConfig, whole: bool, total: int | None, looked: int) -> Iterator[str]:
     if not whole:
         of = "all of them" if total is None else f"{total:,}"
-        yield f"looked at the first {counted(looked, 'row')} of {of}, and the rest is taken to be like them"
+        report.guesses.append(
+            f"looked at the first {counted(looked, 'row')} of {of}, and the rest is taken to be like them"
+        )
     if config.adapter.start is not None:
-        yield f"the adapter's size, which is that of {config.adapter.start}"
+        report.guesses.append(f"the adapter's size, which is that of {config.adapter.start}")
     if config.sampling is not None:
-        yield "answers are taken to be as long as they may become"
+        report.guesses.append("answers are taken to be as long as they may become")
+    return report
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------

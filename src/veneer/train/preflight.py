@@ -11,7 +11,7 @@ processes, precision, output and disk, and the memory rule. Changes nothing.
 
 from __future__ import annotations
 
-import math
+import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +27,7 @@ from veneer.errors import PreflightError, counted, gigabytes
 from veneer.models.device import free_on_gpu
 from veneer.plan.plan import Plan
 from veneer.plan.shape import PairForm
+from veneer.train.checkpoint import differences
 from veneer.train.config.load import RunConfig
 from veneer.train.config.section import SERVER_KEYS
 from veneer.train.config.text import TrainConfig
@@ -41,6 +42,7 @@ _FREE_KEYS |= {"data.pictures", "data.class_folder", "data.cache"}  # locations;
 _FREE_KEYS |= {f"{section}.{key}" for section in ("reinforcement", "distillation") for key in ("rows", "gap")}
 _FREE_KEYS |= {"reinforcement.most_failed", "distillation.most_failed"}
 _FREE_KEYS |= {f"distillation.{key}" for key in SERVER_KEYS}
+_FREE_OF_REWARDS = {*SERVER_KEYS, "memory_gb"}
 
 Level = Literal["stop", "warn", "ok"]
 
@@ -265,7 +267,7 @@ def where_it_goes(s: RunSubject) -> Iterator[Finding]:
         text = f"{folder} already holds a run or other files; nothing is overwritten"
         yield Finding("stop", "output", text, "go on with --resume, or give another output.directory")
     if s.resume and s.previous is not None:
-        changes = _recipe_changes(s.previous, s.config.recipe())
+        changes = differences(_compared(s.previous), _compared(s.config.recipe()))
         if changes:
             text = f"the run in {folder} was started with other settings: {'; '.join(changes)}"
             yield Finding(
@@ -287,45 +289,25 @@ def where_it_goes(s: RunSubject) -> Iterator[Finding]:
         )
 
 
-def _recipe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return differences between recipes that change what a run learns.
+def _compared(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a recipe that a resumed run cannot change, as JSON values.
 
-    For example `adapter.rank: 16 before, 8 now`."""
-
-    def flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
-        out: dict[str, Any] = {}
-        for section, values in recipe.items():
-            if section not in _FREE_TO_CHANGE:
-                out.update(
-                    {f"{section}.{k}": v for k, v in values.items()}
-                    if isinstance(values, Mapping)
-                    else {section: values}
-                )
-        return {k: _told_apart(k, v) for k, v in out.items() if k not in _FREE_KEYS}
-
-    a, b = flat(before), flat(now)
-    return [f"{k}: {a.get(k)} before, {b.get(k)} now" for k in sorted(a | b) if not _equal(a.get(k), b.get(k))]
-
-
-def _told_apart(key: str, value: Any) -> Any:
-    """Return the part of a setting to compare.
-
-    Of a server only its presence, not its address."""
-    if key == "distillation.url":
-        return value is not None
-    if key != "reinforcement.rewards":
-        return value
-    return [
-        {k: v is not None if k == "url" else v for k, v in sorted(each.items()) if k not in (*SERVER_KEYS, "memory_gb")}
-        for each in value or ()
-    ]
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, float) and isinstance(b, float):
-        return math.isclose(a, b, rel_tol=1e-12)
-    listed = [list(x) if isinstance(x, tuple) else x for x in (a, b)]
-    return bool(listed[0] == listed[1])
+    Of a server only its presence counts, not its address."""
+    out: dict[str, Any] = {}
+    for section, values in recipe.items():
+        settings = values if isinstance(values, Mapping) else {"": values}
+        for key, value in settings.items():
+            name = f"{section}.{key}" if key else section
+            if name == "distillation.url":
+                value = value is not None
+            elif name == "reinforcement.rewards":
+                value = [
+                    {k: v is not None if k == "url" else v for k, v in reward.items() if k not in _FREE_OF_REWARDS}
+                    for reward in value or ()
+                ]
+            if section not in _FREE_TO_CHANGE and name not in _FREE_KEYS:
+                out[name] = value
+    return json.loads(json.dumps(out))  # type: ignore[no-any-return]
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

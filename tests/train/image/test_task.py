@@ -301,7 +301,7 @@ def test_resuming_with_other_settings_or_pictures_is_refused(whole: Whole, share
 
     output = tmp_path / "whole"
     shutil.copytree(whole[0], output)
-    with pytest.raises(PreflightError, match=r"loss\.guidance: 1\.0 before, 2\.0 now"):
+    with pytest.raises(PreflightError, match=r"loss\.guidance: 1\.0 in the checkpoint, 2\.0 now"):
         run(shared, output, resume=True, **WITH_ALL, loss={"guidance": 2.0})
     other = tmp_path / "drawings"
     shutil.copytree(shared / "drawings", other)

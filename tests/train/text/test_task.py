@@ -246,7 +246,7 @@ def test_resuming_with_nothing_there_starts_and_says_so(shared: Path, base: Text
 def test_resuming_with_other_settings_is_refused(whole: Whole, shared: Path, base: TextBase, tmp_path: Path) -> None:
     output = tmp_path / "copy"
     shutil.copytree(whole[0], output)
-    with pytest.raises(PreflightError, match=r"adapter\.rank: 4 before, 8 now"):
+    with pytest.raises(PreflightError, match=r"adapter\.rank: 4 in the checkpoint, 8 now"):
         train(shared, output, base, resume=True, adapter={"rank": 8})
     other = tmp_path / "other.jsonl"
     other.write_text((shared / "rows.jsonl").read_text().replace("printer", "scanner"))

@@ -34,7 +34,7 @@ from veneer.formats.card import CARD_FILE
 from veneer.formats.comparison import Refusals
 from veneer.formats.convert import write
 from veneer.formats.folder import CONFIG_FILE, TENSOR_FILE
-from veneer.formats.module_tensors import leaves_of
+from veneer.formats.module_tensors import changes_by_module
 from veneer.formats.read import read
 from veneer.formats.server_export import refuse_unservable
 from veneer.models.home import veneer_home
@@ -92,7 +92,7 @@ def vllm_problems(adapter: Adapter) -> list[str]:
     A catalog checks this before it registers a name.
     """
     refused: Refusals = defaultdict(list)
-    refuse_unservable(adapter, leaves_of(adapter), "vLLM", refused)
+    refuse_unservable(adapter, changes_by_module(adapter), "vLLM", refused)
     return [f"{reason}: {', '.join(sorted(modules)[:3])}" for reason, modules in refused.items()]
 
 
