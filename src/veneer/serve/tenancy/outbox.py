@@ -119,7 +119,7 @@ def write_all(
     transaction: Callable[[], AbstractContextManager[C]],
     write: Callable[[C, Sequence[T]], int],
     items: Sequence[T],
-    shown: Callable[[T], str],
+    describe: Callable[[T], str],
 ) -> int:
     """Write items in one transaction; returns the sum of what `write` returns.
 
@@ -133,9 +133,9 @@ def write_all(
         if is_outage(error):
             raise
         if len(items) == 1:
-            _log.error("the database refuses %s: %s", shown(items[0]), error)
+            _log.error("the database refuses %s: %s", describe(items[0]), error)
             return 0
-        return sum(write_all(transaction, write, [item], shown) for item in items)
+        return sum(write_all(transaction, write, [item], describe) for item in items)
 
 
 class Sender:
@@ -182,7 +182,7 @@ class Sender:
                 pause, self.away = 0.0, False
             except Exception as error:  # nothing is lost, whatever the error
                 if not self.away:
-                    _log.warning("%s stays on this machine until the database answers: %s", self._what, error)
+                    _log.warning("%s stays on this machine until the database responds: %s", self._what, error)
                 self.away, pause = True, min(5.0, pause * 2 or 0.2)
                 self._closing.wait(pause)
             if last:
@@ -222,7 +222,7 @@ class Outbox:
     `add`, the last from `end`.
     """
 
-    def __init__(self, path: Path, *, room: int, synced: bool = False) -> None:
+    def __init__(self, path: Path, *, size: int, synced: bool = False) -> None:
         """Create the file. Raises ResourceError if the disk does not have `room` bytes.
 
         `add` fails beyond `room`.
@@ -233,12 +233,12 @@ class Outbox:
             private_folder(path.parent)
             path.touch(0o600)
             self.connection = _connect(path, wait=5.0)
-            self._make(synced, room)
+            self._make(synced, size)
         except (OSError, sqlite3.Error) as error:
             for each in _files(path):
                 with contextlib.suppress(OSError):
                     each.unlink(missing_ok=True)
-            raise no_room(path.parent, room + min(room, _LOG_BYTES), error) from error
+            raise no_room(path.parent, size + min(size, _LOG_BYTES), error) from error
         self.writer = Writer(self._transaction, "veneer-outbox")
 
     def add(self, key: str, body: str) -> Future[None]:
@@ -270,10 +270,11 @@ class Outbox:
 
     def sent(self, keys: Sequence[str], ended: Sequence[str]) -> None:
         """Record that the database has these items; those in `ended` with their last body, so delete them."""
-        with self._transaction() as c:
-            c.executemany("UPDATE owed SET sent = 1 WHERE key = ?", [(key,) for key in keys])
-            c.executemany("DELETE FROM owed WHERE key = ?", [(key,) for key in ended])
-        self._count(-len(ended))
+        with self._mutex:
+            with self._transaction() as c:
+                c.executemany("UPDATE owed SET sent = 1 WHERE key = ?", [(key,) for key in keys])
+                c.executemany("DELETE FROM owed WHERE key = ?", [(key,) for key in ended])
+            self.owed -= len(ended)
 
     def close(self) -> None:
         """Stop; what is still owed stays in the file."""
@@ -293,7 +294,7 @@ class Outbox:
     def _update(self, c: sqlite3.Connection, rows: list[tuple[str, str]]) -> None:
         c.executemany("UPDATE owed SET body = ?, final = 1 WHERE key = ? AND final = 0", rows)
 
-    def _make(self, synced: bool, room: int) -> None:
+    def _make(self, synced: bool, size: int) -> None:
         """Create the table, and free pages in the file.
 
         The log gets the size of the first step of these pages.
@@ -303,9 +304,9 @@ class Outbox:
         c.execute(f"PRAGMA synchronous = {'FULL' if synced else 'NORMAL'}")
         c.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
         c.execute(_TABLE)
-        step = min(room, _LOG_BYTES)
+        step = min(size, _LOG_BYTES)
         c.execute("CREATE TABLE room (bytes BLOB NOT NULL)")
-        for _ in range(-(-room // step)):
+        for _ in range(-(-size // step)):
             c.execute("INSERT INTO room VALUES (randomblob(?))", (step,))
             c.execute("PRAGMA wal_checkpoint(PASSIVE)")
         c.execute("DROP TABLE room")
@@ -401,9 +402,9 @@ class Reserve:
     Freeing it makes space for the ends of requests that were admitted before the disk was full.
     """
 
-    def __init__(self, folder: Path, server: str, room: int) -> None:
+    def __init__(self, folder: Path, server: str, size: int) -> None:
         """Create the file. Raises ResourceError if the disk does not have the room."""
-        self.path, self.freed, self._room = folder / f"{server}.lock", True, room
+        self.path, self.freed, self._room = folder / f"{server}.lock", True, size
         private_folder(folder)
         new = folder / f"{server}.new"
         self._fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -414,7 +415,7 @@ class Reserve:
         except OSError as error:
             os.close(self._fd)
             new.unlink(missing_ok=True)
-            raise no_room(folder, room, error) from error
+            raise no_room(folder, size, error) from error
 
     def claim(self) -> None:
         """Allocate the bytes. Raises OSError if the disk does not have them."""
