@@ -161,9 +161,9 @@ def test_a_list_without_rows_says_why(capsys: Any, adapters: list[Path]) -> None
     run(capsys, "library", "add", "runs/1", "support", "--tag", "x")
     run(capsys, "library", "add", "runs/2", "support")
     assert run(capsys, "library", "search", "--tag", "x").out.strip() == (
-        "no latest version fits; of older ones 1: --all-versions"
+        "no latest version matches; older ones: 1 (--all-versions)"
     )
-    assert run(capsys, "library", "search", "nowhere").out.strip() == "nothing fits"
+    assert run(capsys, "library", "search", "nowhere").out.strip() == "no matches"
 
 
 def test_a_file_of_another_tool_is_known_by_what_is_in_it(capsys: Any, adapters: list[Path], tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_words_for_people_and_errors_that_help(capsys: Any, tmp_path: Path) -> N
     assert run(capsys, "tenant", "audit", "--expect", "0" * 63 + "1").code == 2
     other = str(tmp_path / "other.sqlite")
     assert "no tenants" in run(capsys, "tenant", "--at", other, "list").out
-    assert run(capsys, "tenant", "usage").out.strip() == "nothing was used"
+    assert run(capsys, "tenant", "usage").out.strip() == "no usage"
 
 
 def test_a_route_moves_to_what_the_library_has_and_nowhere_else(capsys: Any, tmp_path: Path) -> None:
@@ -159,4 +159,4 @@ def test_economics_need_a_price_of_the_machine_and_a_ledger(capsys: Any, monkeyp
     assert "VENEER_MACHINE_HOUR" in refused.err
     monkeypatch.setenv("VENEER_MACHINE_HOUR", "2.50")
     assert result(capsys, "economics")["rows"] == []
-    assert "nothing was used or trained" in run(capsys, "tenant", "economics").out
+    assert "no usage or training" in run(capsys, "tenant", "economics").out

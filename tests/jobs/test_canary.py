@@ -240,7 +240,7 @@ def test_an_alias_that_somebody_else_moved_is_left_alone(shop: Shop) -> None:
     shop.library.alias("acme/support@2", "prod")
     job = shop.placed("acme/support@3", BETTER, {"alias": "prod", **RULE}, serving=1)
     (told,) = shop.told(job, "alias")
-    assert (told.level, "was moved since" in told.message) == ("warn", True)
+    assert (told.level, "was changed since" in told.message) == ("warn", True)
     assert shop.library.find("acme/support@prod").version == 2
     with pytest.raises(ConfigError, match="did not move acme/support@prod"):
         rollback_job(shop.jobs, None, "acme", job.id)

@@ -97,7 +97,7 @@ def test_a_prefix_of_two_adapters_is_refused_with_both(library: Library, tmp_pat
     for n in "12":
         told = AdapterDescription("sha256:abcd" + n * 60, "made", {})
         library.add(made(tmp_path / n, int(n)), f"n{n}", describe=lambda _, told=told: told)
-    with pytest.raises(AdapterError, match=r"fits several[\s\S]*n1@1[\s\S]*n2@1"):
+    with pytest.raises(AdapterError, match=r"matches several[\s\S]*n1@1[\s\S]*n2@1"):
         library.find("sha256:abcd")
     assert library.find("sha256:abcd1").name == "n1"
 
@@ -284,7 +284,7 @@ def test_the_default_place_is_the_veneer_home(tmp_path: Path, monkeypatch: pytes
 def test_a_place_that_is_a_file_or_below_one_is_said_in_words(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for place in ("file", "file/below"):
-        with pytest.raises(ConfigError, match="a folder for an index cannot be made here"):
+        with pytest.raises(ConfigError, match="cannot create a folder for an index"):
             open_library(tmp_path / place)
 
 

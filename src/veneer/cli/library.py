@@ -92,9 +92,9 @@ def mix(
     The mix becomes the next version of the name."""
     from veneer.adapters.mix import keep_mix
 
-    added, made = keep_mix(library, adapters, name, alias=alias, tags=tag or (), base=base)
-    value = {"new": added.new, "version": added.version.to_dict(), "mix": made.to_dict()}
-    return Result(value, f"{_added(added).text}\n{made.error:.3%} off the true change (‖ΔW‖ {made.norm:.4g})")
+    added, mixed = keep_mix(library, adapters, name, alias=alias, tags=tag or (), base=base)
+    value = {"new": added.new, "version": added.version.to_dict(), "mix": mixed.to_dict()}
+    return Result(value, f"{_added(added).text}\n{mixed.error:.3%} off the true change (‖ΔW‖ {mixed.norm:.4g})")
 
 
 def _added(added: Added) -> Result:
@@ -138,23 +138,23 @@ def search(
     JSON also has the counts by base, kind, rank, tag and health."""
     filters: dict[str, Any] = {"name": name, "tags": tag or (), "base": base, "kind": kind, "rank": rank}
     filters |= {"health": health, "trigger": trigger, "parent": parent, "without": without}
-    found = library.browse(text, order=sort, all_versions=all_versions, limit=limit, offset=skip, **filters)
-    more = found.total - skip - len(found.versions)
-    versions = [v.to_dict() for v in found.versions]
-    value = {"versions": versions, "more": more > 0, "total": found.total, "facets": found.facets}
-    if not found.versions:
+    page = library.browse(text, order=sort, all_versions=all_versions, limit=limit, offset=skip, **filters)
+    more = page.total - skip - len(page.versions)
+    versions = [v.to_dict() for v in page.versions]
+    value = {"versions": versions, "more": more > 0, "total": page.total, "facets": page.facets}
+    if not page.versions:
         older = 0 if all_versions else library.browse(text, all_versions=True, limit=0, **filters).total
         if older:
-            return Result(value, f"no latest version fits; of older ones {older}: --all-versions")
+            return Result(value, f"no latest version matches; older ones: {older} (--all-versions)")
         empty = not skip and all(v in ("", (), None) for v in (text, *filters.values()))
-        return Result(value, "the library is empty: veneer library add PATH NAME" if empty else "nothing fits")
+        return Result(value, "the library is empty: veneer library add PATH NAME" if empty else "no matches")
     rows = [
         (
             *(v.reference, ",".join(v.aliases), v.base, str(v.rank or "")),
             "" if v.gain is None else f"{v.gain:+.0%} loss",
             *(v.format, f"{v.size / 1e6:,.1f} MB", v.health, " ".join(v.tags)),
         )
-        for v in found.versions
+        for v in page.versions
     ]
     lines = table(("adapter", "aliases", "base", "rank", "gain", "format", "size", "health", "tags"), rows)
     return Result(value, f"{lines}\n… and {more:,} more: --skip {skip + limit}" if more > 0 else lines)
@@ -174,8 +174,8 @@ def show(library: Library, reference: Reference) -> Result:
     except AdapterError as error:  # the metadata is still available
         path = f"not here: {error.what}"
     family, checks = library.family(version.reference), library.checks(version.reference)
-    kept = {n: {"sha256": sha256, "size": size} for n, (sha256, size) in files.items()}
-    value = {**version.to_dict(), "path": str(path), "files": kept, "family": family.names(), "checks": checks}
+    file_rows = {n: {"sha256": sha256, "size": size} for n, (sha256, size) in files.items()}
+    value = {**version.to_dict(), "path": str(path), "files": file_rows, "family": family.names(), "checks": checks}
     sample = card_sample(version.card)
     more = {
         "gain": str(gain_of(version.card) or ""),
@@ -195,11 +195,11 @@ _MARKS = {True: "ok", False: "FAILED", None: "not known"}
 
 def _lines(version: Version, more: dict[str, Any]) -> Iterator[str]:
     hidden = ("card", "name", "version", "gain", "parents")
-    known = {k.replace("_", " "): v for k, v in version.to_dict().items() if k not in hidden}
-    for key, value in (known | more).items():
+    fields = {k.replace("_", " "): v for k, v in version.to_dict().items() if k not in hidden}
+    for key, value in (fields | more).items():
         if value:
-            shown = ", ".join(value) if isinstance(value, list) else f"{value:,}" if isinstance(value, int) else value
-            yield f"{field(key):<14} {field(shown)}"
+            text = ", ".join(value) if isinstance(value, list) else f"{value:,}" if isinstance(value, int) else value
+            yield f"{field(key):<14} {field(text)}"
 
 
 @library_command("tag", "veneer library tag support@2 routing customer-a")
@@ -251,8 +251,8 @@ def remove(
     """Remove a name with all its versions, one version, or an alias.
 
     `veneer library gc` frees the disk space later."""
-    gone = library.remove(reference, with_aliases=with_aliases)
-    return Result({"removed": gone}, f"removed {', '.join(gone)}")
+    removed = library.remove(reference, with_aliases=with_aliases)
+    return Result({"removed": removed}, f"removed {', '.join(removed)}")
 
 
 @command(app, nullcontext, "verify", "veneer library verify support@prod")
@@ -276,30 +276,30 @@ def verify(
             raise ConfigError("--repair and --rebuild are for the whole library", fix="give no adapter")
         with _open() as library:
             return _verify_each(library, references)
-    made = upkeep.rebuild(_place["location"], _place["index"]) if rebuild else None
+    rebuilt = upkeep.rebuild(_place["location"], _place["index"]) if rebuild else None
     with _open() as library:
-        found = upkeep.verify_library(library, repair=repair, say=say)
-    ok = found.ok and not (made and made.lost)
-    lines = [f"made the index again: {made.versions:,} versions of {made.names:,} names"] if made else []
-    titles = {"LOST": made.lost if made else [], "MISSING": found.missing, "CORRUPT": found.corrupt}
-    titles |= {"RECORD": found.records, "repaired": found.repaired}
+        report = upkeep.verify_library(library, repair=repair, say=say)
+    ok = report.ok and not (rebuilt and rebuilt.lost)
+    lines = [f"rebuilt the index: {rebuilt.versions:,} versions of {rebuilt.names:,} names"] if rebuilt else []
+    titles = {"LOST": rebuilt.lost if rebuilt else [], "MISSING": report.missing, "CORRUPT": report.corrupt}
+    titles |= {"RECORD": report.records, "repaired": report.repaired}
     lines += [f"{title:<9} {line}" for title, each in titles.items() for line in each]
     lines.append(
-        f"{found.files:,} files read, {found.bytes:,} bytes; {len(found.orphans):,} that no adapter has (see gc)"
+        f"{report.files:,} files read, {report.bytes:,} bytes; {len(report.orphans):,} that no adapter has (see gc)"
     )
-    value = {"ok": ok, **vars(found), "rebuilt": vars(made) if made else None}
+    value = {"ok": ok, **vars(report), "rebuilt": vars(rebuilt) if rebuilt else None}
     return Result(value, "\n".join(lines), 0 if ok else 2)
 
 
 def _verify_each(library: Library, references: list[str]) -> Result:
     from veneer.adapters.inspect import verify_kept
 
-    found = {library.find(r).reference: verify_kept(library, r) for r in references}
-    good = {reference: all(c.ok is not False for c in checks) for reference, checks in found.items()}
-    each = {r: {"ok": good[r], "checks": [vars(c) for c in checks]} for r, checks in found.items()}
+    checked = {library.find(r).reference: verify_kept(library, r) for r in references}
+    good = {reference: all(c.ok is not False for c in checks) for reference, checks in checked.items()}
+    each = {r: {"ok": good[r], "checks": [vars(c) for c in checks]} for r, checks in checked.items()}
     lines = [
         f"{reference}  {_MARKS[c.ok]:<9} {c.name:<10} {field(' '.join(c.detail.split()))}"
-        for reference, checks in found.items()
+        for reference, checks in checked.items()
         for c in checks
     ]
     ok = all(good.values())

@@ -134,12 +134,12 @@ def show(store: Store, tenant: Scope) -> Result:
     name = "" if tenant == "all" else tenant
     if tenant not in ("all", "*"):
         manage.get_tenant(store, tenant)
-    found = manage.show_settings(store.settings, name)
-    return Result(found, "\n".join(_setting_lines(found)))
+    settings = manage.show_settings(store.settings, name)
+    return Result(settings, "\n".join(_setting_lines(settings)))
 
 
-def _setting_lines(found: dict[str, Any], adapter: str = "") -> Iterator[str]:
-    for key, value in found.items():
+def _setting_lines(settings: dict[str, Any], adapter: str = "") -> Iterator[str]:
+    for key, value in settings.items():
         if key == "by_adapter":
             for name, inner in value.items():
                 yield from _setting_lines(inner, f"{name}: ")
@@ -160,8 +160,8 @@ def add(
     """Add a tenant. A tenant sees shared adapters and matches of its patterns."""
     from veneer.serve.tenancy import manage
 
-    made = manage.add_tenant(store, tenant, weight=weight, adapters=see or (), who=_user())
-    return Result(asdict(made), f"{tenant}: veneer tenant key add {tenant}")
+    row = manage.add_tenant(store, tenant, weight=weight, adapters=see or (), who=_user())
+    return Result(asdict(row), f"{tenant}: veneer tenant key add {tenant}")
 
 
 @tenant_command("set", "veneer tenant set acme requests_per_minute=60 prompt_price=0.15 completion_price=0.60")
@@ -185,8 +185,8 @@ def set_(
         raise typer.BadParameter("give key=value, as in weight=2")
     changes = {key: _value(key, text) for key, _, text in pairs}
     name = "" if tenant == "all" else tenant
-    found = manage.change_settings(store, name, changes, adapter=adapter, who=_user())
-    return Result(found, "\n".join(_setting_lines(found)))
+    settings = manage.change_settings(store, name, changes, adapter=adapter, who=_user())
+    return Result(settings, "\n".join(_setting_lines(settings)))
 
 
 def _value(key: str, text: str) -> Any:
@@ -279,10 +279,10 @@ def key_list(store: Store, tenant: AnyTenant = None) -> Result:
     from veneer.serve.tenancy import manage
 
     now = time.time()
-    found = manage.list_keys(store, tenant)
-    value = {"keys": [manage.show_key(k) | {"state": k.state(now)} for k in found]}
-    rows = [(k.id, k.tenant, k.label, k.state(now), _day(k.created), _day(k.expires)) for k in found]
-    head = ("id", "tenant", "label", "state", "made", "expires")
+    keys = manage.list_keys(store, tenant)
+    value = {"keys": [manage.show_key(k) | {"state": k.state(now)} for k in keys]}
+    rows = [(k.id, k.tenant, k.label, k.state(now), _day(k.created), _day(k.expires)) for k in keys]
+    head = ("id", "tenant", "label", "state", "created", "expires")
     return _rows(value, head, rows, "no keys: veneer tenant key add NAME")
 
 
@@ -352,8 +352,8 @@ def usage_(
     if as_csv:
         return Result({"usage": rows}, ledger.as_csv(rows, names).removesuffix("\n"))
     figures = ("requests", "interrupted", "open", "prompt", "cached", "completion")
-    shown = [[*(r[n] for n in names), *(f"{r[f]:,}" for f in figures), _money(r["cost"])] for r in rows]
-    return _rows({"usage": rows}, (*names, *figures, "cost"), shown, "nothing was used")
+    lines = [[*(r[n] for n in names), *(f"{r[f]:,}" for f in figures), _money(r["cost"])] for r in rows]
+    return _rows({"usage": rows}, (*names, *figures, "cost"), lines, "no usage")
 
 
 @tenant_command("economics", "veneer tenant economics acme --hour 2.50 --dedicated-hour 1.20 --since 2026-11-01")
@@ -384,32 +384,32 @@ def economics(
     from veneer.jobs.economics import economics as measure
 
     if not hour:
-        raise typer.BadParameter("say what an hour of the machine costs: --hour, or VENEER_MACHINE_HOUR")
+        raise typer.BadParameter("give the cost of a machine-hour: --hour or VENEER_MACHINE_HOUR")
     serving, dedicated, training = _millionths(hour, dedicated_hour or hour, training_hour or hour)
     more: dict[str, Any] = {"dedicated": dedicated, "training": training, "tenant": tenant, "hours": hours}
     with _jobs(library, index) as jobs:
-        found = measure(store, jobs, serving, since=since, until=until, **more)
+        report = measure(store, jobs, serving, since=since, until=until, **more)
     rows = [
         (
             *(r.tenant, r.adapter, _cents(r.training), _cents(r.training_billed), f"{r.requests:,}"),
             *(_cents(r.serving_thousand), _cents(round(1000 * r.billed / r.requests) if r.requests else None)),
             *(_cents(r.dedicated_thousand), _count(r.dedicated_from), _count(r.paid_back_after)),
         )
-        for r in found.rows
+        for r in report.rows
     ]
-    head = ["tenant", "adapter", "training", "billed", "requests", "1,000 cost", "1,000 bring", "1,000 alone"]
-    head += ["alone from, a day", "paid back after"]
-    period = f"{found.hours:,.1f} hours from {found.since} to {found.until or 'now'}"
-    return Result(asdict(found), f"{table(head, rows)}\n{period}" if rows else "nothing was used or trained")
+    head = ["tenant", "adapter", "training", "billed", "requests", "1,000 cost", "1,000 revenue", "1,000 dedicated"]
+    head += ["break-even a day", "paid back after"]
+    period = f"{report.hours:,.1f} hours from {report.since} to {report.until or 'now'}"
+    return Result(asdict(report), f"{table(head, rows)}\n{period}" if rows else "no usage or training")
 
 
 @contextmanager
-def _jobs(place: str | None, index: str | None) -> Iterator[JobStore | None]:
+def _jobs(location: str | None, index: str | None) -> Iterator[JobStore | None]:
     """Yield the library's JobStore, or None: a query does not create a library."""
     from veneer.jobs.store import JobStore
     from veneer.library.library import library_place, open_library
 
-    where = place or library_place()
+    where = location or library_place()
     if "://" not in where and not Path(where).expanduser().is_dir():
         yield None
         return
@@ -443,16 +443,16 @@ def audit_(
 
     with store.reading() as c:
         if verify or expect:
-            head, count, wrong = manage.audit_faults(c, expect)
-            value = {"ok": not wrong, "head": head, "lines": count, "faults": wrong}
-            return Result(value, "\n".join([f"{count:,} lines, head {head}", *wrong]), 2 if wrong else 0)
-        found = manage.audit_lines(c, what=what, subject=subject, limit=limit)
+            head, count, faults = manage.audit_faults(c, expect)
+            value = {"ok": not faults, "head": head, "lines": count, "faults": faults}
+            return Result(value, "\n".join([f"{count:,} lines, head {head}", *faults]), 2 if faults else 0)
+        entries = manage.audit_lines(c, what=what, subject=subject, limit=limit)
     lines = [
         f"{x['number']}  {x['at']}  {x['who']}  {x['what']}  {x['subject']}  "
         f"{json.dumps(x['before'])} -> {json.dumps(x['after'])}"
-        for x in found
+        for x in entries
     ]
-    return Result({"lines": found}, "\n".join(lines))
+    return Result({"lines": entries}, "\n".join(lines))
 
 
 # -- routes ------------------------------------------------------------------------------------------------------------
@@ -483,17 +483,17 @@ def route_set(
         raise typer.BadParameter("weights are whole numbers, 1 or more: support@1=90")
     more: dict[str, Any] = {"tenant": tenant, "shadow": shadow, "fraction": fraction}
     now = store.settings.routes.get((tenant, route))
-    made = routes.planned_route(now, route, pairs, **more)
+    planned = routes.planned_route(now, route, pairs, **more)
     if not dry_run:
-        made = routes.set_route(store, route, pairs, who=_user(), check=_check(library, force), **more)
-    return _moved(routes.route_shown(made), routes.route_change(now, made))
+        planned = routes.set_route(store, route, pairs, who=_user(), check=_check(library, force), **more)
+    return _moved(routes.route_shown(planned), routes.route_change(now, planned))
 
 
-def _moved(shown: dict[str, Any], change: str) -> Result:
-    return Result({**shown, "change": change}, f"{_line(shown)}\n{change}")
+def _moved(fields: dict[str, Any], change: str) -> Result:
+    return Result({**fields, "change": change}, f"{_line(fields)}\n{change}")
 
 
-def _check(place: str | None, force: bool) -> Callable[[str], None] | None:
+def _check(location: str | None, force: bool) -> Callable[[str], None] | None:
     """Return a check of a route's target that needs no server; None with `force`.
 
     The target must be a readable adapter in the library, a built-in base, or the base of an adapter in the
@@ -503,29 +503,29 @@ def _check(place: str | None, force: bool) -> Callable[[str], None] | None:
     from veneer.models.builtin import BUILTIN, PACKAGED
 
     def check(name: str) -> None:
-        where = place or library_place()
+        folder = location or library_place()
         fix = "veneer library add PATH NAME; --library says where else they are; --force where a server loads it itself"
-        if "://" not in where and not Path(where).expanduser().is_dir():  # a check does not create a library
-            raise AdapterError(f"there is no library at {where}", fix=fix)
-        with open_library(where) as library:
+        if "://" not in folder and not Path(folder).expanduser().is_dir():  # a check does not create a library
+            raise AdapterError(f"there is no library at {folder}", fix=fix)
+        with open_library(folder) as library:
             try:
-                found = library.find(name)
+                version = library.find(name)
             except (AdapterError, ConfigError) as error:  # a base's name can be invalid as an adapter's name
                 if name in BUILTIN or name in PACKAGED or library.knows_base(name):
                     return
                 raise AdapterError(error.what, fix=f"{error.fix}; {fix}") from error
-        if not found.digest:
-            raise AdapterError(f"{found.reference} could not be read when it was added to the library", fix=fix)
+        if not version.digest:
+            raise AdapterError(f"{version.reference} could not be read when it was added to the library", fix=fix)
 
     return None if force else check
 
 
-def _line(shown: dict[str, Any]) -> str:
-    total = sum(shown["targets"].values())
-    parts = ", ".join(f"{name} {100 * weight / total:.3g} %" for name, weight in shown["targets"].items())
-    shadow = f"; shadow {shown['shadow']} for {100 * shown['fraction']:.3g} %" if shown["shadow"] else ""
-    whose = f" of {shown['tenant']}" if shown.get("tenant") else ""
-    return f"{shown['route']}{whose} -> {parts or 'nothing'}{shadow}"
+def _line(fields: dict[str, Any]) -> str:
+    total = sum(fields["targets"].values())
+    parts = ", ".join(f"{name} {100 * weight / total:.3g} %" for name, weight in fields["targets"].items())
+    shadow = f"; shadow {fields['shadow']} for {100 * fields['fraction']:.3g} %" if fields["shadow"] else ""
+    owner = f" of {fields['tenant']}" if fields.get("tenant") else ""
+    return f"{fields['route']}{owner} -> {parts or 'nothing'}{shadow}"
 
 
 @route_command("list", "veneer tenant route list")
@@ -533,8 +533,8 @@ def route_list(store: Store) -> Result:
     """List routes and their targets."""
     from veneer.serve.tenancy import routes
 
-    found = [routes.route_shown(route) for route in store.settings.routes.values()]
-    return Result({"routes": found}, "\n".join(map(_line, found)) or "no routes")
+    shown_routes = [routes.route_shown(route) for route in store.settings.routes.values()]
+    return Result({"routes": shown_routes}, "\n".join(map(_line, shown_routes)) or "no routes")
 
 
 @route_command("rollback", "veneer tenant route rollback support")
@@ -550,10 +550,10 @@ def route_rollback(
     from veneer.serve.tenancy import routes
 
     with store.reading() as c:
-        now, made = routes.earlier_route(c, route, tenant=tenant)
+        now, earlier = routes.earlier_route(c, route, tenant=tenant)
     if not dry_run:
-        made = routes.rollback_route(store, route, tenant=tenant, who=_user(), check=_check(library, force))
-    return _moved(routes.route_shown(made), routes.route_change(now, made))
+        earlier = routes.rollback_route(store, route, tenant=tenant, who=_user(), check=_check(library, force))
+    return _moved(routes.route_shown(earlier), routes.route_change(now, earlier))
 
 
 @route_command("remove", "veneer tenant route remove support")
@@ -571,9 +571,9 @@ def route_history(store: Store, route: Route, tenant: RouteTenant = "") -> Resul
     from veneer.serve.tenancy import routes
 
     with store.reading() as c:
-        found = routes.route_history(c, route, tenant=tenant)
+        revisions = routes.route_history(c, route, tenant=tenant)
     lines = [
         f"{'*' if m['current'] else ' '} {m['move']}  {_day(m['at'])}  {m['who']}  {_line({'route': route, **m})}"
-        for m in found
+        for m in revisions
     ]
-    return Result({"moves": found}, "\n".join(lines))
+    return Result({"moves": revisions}, "\n".join(lines))

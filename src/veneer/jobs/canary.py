@@ -219,7 +219,7 @@ def _move_alias(
         return f"{name} stays as it is", {}
     if now not in (before, reference):  # `reference`: moved before a kill
         fix = "veneer jobs promote, if the alias is to point to the job's adapter"
-        raise ConfigError(f"{name} was moved since {reference} was compared", where="after.alias", fix=fix)
+        raise ConfigError(f"{name} was changed since {reference} was compared", where="after.alias", fix=fix)
     library.alias(reference, name.rpartition("@")[2])
     text = f"{name} leads to {reference}" + ("" if before is None else f", and not to {before}")
     return text, {"before": before, "promoted": True}
@@ -239,7 +239,7 @@ def _move_route(
     if own := _own_revisions(job, _history(tenants, job.tenant, name)):  # moved before a kill
         return f"{name} was moved", {"move": max(own), "promoted": bool(met)}
     if compared is not None and compared.get("move", number) != number:
-        raise routes.RouteMoved(f"{name} was moved since {reference} was compared", where="route")
+        raise routes.RouteMoved(f"{name} was changed since {reference} was compared", where="route")
     serving, shadow = serving_version(now, job.name), None
     if met or (serving is None and met is None):
         targets = [(reference, 1)]

@@ -73,7 +73,7 @@ def open_engine(where: str, what: str, patience: float = PATIENCE, *, synced: bo
         raise ConfigError(f"this is not an address of {what}: {error}", where=shown_url(where), fix=URL_FIX) from None
     except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
         raise ConfigError(
-            f"a folder for {what} cannot be made here: {error.strerror}", where=str(error.filename), fix="another place"
+            f"cannot create a folder for {what}: {error.strerror}", where=str(error.filename), fix="another place"
         ) from None
 
 
@@ -105,14 +105,14 @@ def _postgresql(url: str, patience: float) -> Engine:
     engine = create_engine(url, pool_pre_ping=True, pool_timeout=patience)
     if engine.dialect.driver != "psycopg":
         return engine
-    kind = _patient_connection()
+    connection_class = _patient_connection()
 
     @event.listens_for(engine, "do_connect")
     def connect(dialect: Any, record: Any, arguments: Any, named: dict[str, Any]) -> Any:
         named.setdefault("connect_timeout", max(2, min(_CONNECT_SECONDS, int(patience))))
-        made = kind.connect(*arguments, **named)
-        made.patience = patience
-        return made
+        connection = connection_class.connect(*arguments, **named)
+        connection.patience = patience
+        return connection
 
     return engine
 
@@ -129,8 +129,8 @@ def _patient_connection() -> Any:
                 return super().wait(_until(gen, time.monotonic() + self.patience), *arguments, **named)
             except _Late:
                 self.pgconn.finish()  # discard a late response
-                what = f"the database did not answer within {self.patience:g} seconds"
-                raise psycopg.OperationalError(what) from None
+                message = f"the database did not answer within {self.patience:g} seconds"
+                raise psycopg.OperationalError(message) from None
 
     return Patient
 
@@ -144,12 +144,12 @@ def _until(gen: Any, deadline: float) -> Generator[Any, Any, Any]:
 
     Polls every tenth of a second."""
     try:
-        wanted = next(gen)
+        event = next(gen)
         while True:
-            ready = yield wanted
+            ready = yield event
             if not ready and time.monotonic() > deadline:
                 raise _Late
-            wanted = gen.send(ready)
+            event = gen.send(ready)
     except StopIteration as end:
         return end.value
 

@@ -63,9 +63,9 @@ def card_picture(card: Mapping[str, Any]) -> tuple[str, bytes] | None:
     """Return (media type, bytes) of an image adapter's thumbnail.
 
     None if the card has none, or if it is not an allowed image type."""
-    found = _PICTURE.fullmatch(str(_dict(card, "extra").get("thumbnail")))
+    match = _PICTURE.fullmatch(str(_dict(card, "extra").get("thumbnail")))
     try:
-        return (found[1], base64.b64decode(found[2], validate=True)) if found else None
+        return (match[1], base64.b64decode(match[2], validate=True)) if match else None
     except binascii.Error:
         return None
 
@@ -77,8 +77,8 @@ def card_sample(card: Mapping[str, Any]) -> dict[str, str] | None:
 
     None if the card has no sample. `prompt` is the last message only; `card_prompt` returns all messages."""
     sample = _dict(_dict(card, "extra"), "sample")
-    found = {key: text for key in ("prompt", "base", "adapter") if isinstance(text := sample.get(key), str)}
-    return found if len(found) == 3 else None
+    texts = {key: text for key in ("prompt", "base", "adapter") if isinstance(text := sample.get(key), str)}
+    return texts if len(texts) == 3 else None
 
 
 def card_prompt(card: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -126,8 +126,8 @@ class AdapterDescription:
         text = {k: str(self.card.get(k) or "") for k in ("base", "base_fingerprint", "kind", "licence", "created")}
         base_name = text["base"].rstrip("/").rpartition("/")[2].lower()
         # there are many, and nobody searches for them
-        told = {k: v for k, v in self.card.items() if k != "targets"}
-        words = " ".join([self.format, *_leaves(told)]).lower()[:_MAX_WORDS]
+        searched = {k: v for k, v in self.card.items() if k != "targets"}
+        words = " ".join([self.format, *_leaves(searched)]).lower()[:_MAX_WORDS]
         return {
             "digest": self.digest,
             "format": self.format,
@@ -145,8 +145,8 @@ class AdapterDescription:
     def figures(self) -> dict[str, Any]:
         """Return the columns that the index sorts by."""
         rank, gain = self.card.get("rank"), gain_of(self.card)
-        known = rank if type(rank) is int and 0 <= rank < 2**31 else 0
-        return {"rank": known, "gain": gain.share if gain else None}
+        rank_or_0 = rank if type(rank) is int and 0 <= rank < 2**31 else 0
+        return {"rank": rank_or_0, "gain": gain.share if gain else None}
 
 
 def content_of(path: Path) -> Content:
@@ -155,16 +155,16 @@ def content_of(path: Path) -> Content:
         return Content(path, {path.name: path}, [])
     if not path.is_dir():
         raise AdapterError("there is no such file or folder", where=str(path))
-    here = path if (path / PEFT_FILES[0]).is_file() else path / "adapter"
-    if not (here / PEFT_FILES[0]).is_file():
+    folder = path if (path / PEFT_FILES[0]).is_file() else path / "adapter"
+    if not (folder / PEFT_FILES[0]).is_file():
         single = sorted(p.name for p in path.glob("*.safetensors"))
         fix = f"give one of its files: {', '.join(single[:5])}" if single else None
         raise AdapterError(f"the folder has no {PEFT_FILES[0]}", where=str(path), fix=fix)
-    own = [n for n in PEFT_FILES if (here / n).is_file()]
-    if "adapter_model.safetensors" in own and MLX_FILE in own:
-        own.remove(MLX_FILE)  # PEFT's file is the one to read
-    left = sorted(p.name for p in here.iterdir() if p.name not in own)
-    return Content(here, {n: here / n for n in own}, left)
+    names = [n for n in PEFT_FILES if (folder / n).is_file()]
+    if "adapter_model.safetensors" in names and MLX_FILE in names:
+        names.remove(MLX_FILE)  # PEFT's file is the one to read
+    left_out = sorted(p.name for p in folder.iterdir() if p.name not in names)
+    return Content(folder, {n: folder / n for n in names}, left_out)
 
 
 def describe_adapter(path: Path) -> AdapterDescription:
@@ -179,8 +179,8 @@ def describe_adapter(path: Path) -> AdapterDescription:
 
 def _dict(card: Mapping[str, Any], key: str) -> dict[str, Any]:
     """Return a part of a card; {} if it is not a dict, as in cards of other tools."""
-    found = card.get(key)
-    return found if isinstance(found, dict) else {}
+    part = card.get(key)
+    return part if isinstance(part, dict) else {}
 
 
 def _texts(value: Any) -> list[str]:

@@ -173,8 +173,8 @@ def index_transaction(engine: Engine) -> Iterator[Connection]:
 
 def identity(connection: Connection) -> str | None:
     """Return the id that ties the index to its store; None for a new index."""
-    found: str | None = connection.scalar(select(_meta.c.value).where(_meta.c.key == "store"))
-    return found
+    store: str | None = connection.scalar(select(_meta.c.value).where(_meta.c.key == "store"))
+    return store
 
 
 def identify(connection: Connection, store: str) -> None:
@@ -187,9 +187,9 @@ def changed(connection: Connection) -> None:
     """Announce changed names, so that snapshots in other processes reload them.
 
     Runs in the transaction that changes the names."""
-    here = _meta.c.key == "revision"
-    revision = int(connection.scalar(select(_meta.c.value).where(here)) or 0) + 1
-    connection.execute(delete(_meta).where(here))
+    is_revision = _meta.c.key == "revision"
+    revision = int(connection.scalar(select(_meta.c.value).where(is_revision)) or 0) + 1
+    connection.execute(delete(_meta).where(is_revision))
     connection.execute(insert(_meta), {"key": "revision", "value": str(revision)})
     if connection.dialect.name == "postgresql":
         connection.exec_driver_sql(f"NOTIFY {CHANNEL}")

@@ -108,23 +108,23 @@ class Library:
             return self._find(connection, reference)
 
     def _find(self, connection: Connection, reference: str) -> Version:
-        wanted = parse_reference(reference)
-        found = find_versions(connection, wanted)
-        if len(found) > 1:
-            shown = "\n".join(f"  {v.digest or 'sha256:' + v.entry}  {v.reference}" for v in found)
-            raise AdapterError(f"{reference} fits several adapters:\n{shown}", where=self.location)
-        if not found:
-            raise self._unknown(connection, reference, wanted.name)
-        return found[0]
+        parsed = parse_reference(reference)
+        versions = find_versions(connection, parsed)
+        if len(versions) > 1:
+            listed = "\n".join(f"  {v.digest or 'sha256:' + v.entry}  {v.reference}" for v in versions)
+            raise AdapterError(f"{reference} matches several adapters:\n{listed}", where=self.location)
+        if not versions:
+            raise self._unknown(connection, reference, parsed.name)
+        return versions[0]
 
     def _unknown(self, connection: Connection, reference: str, name: str) -> NotInLibrary:
-        kept = connection.scalars(select(ix.versions.c.version).where(ix.versions.c.name == name)).all()
-        if kept:
+        numbers = connection.scalars(select(ix.versions.c.version).where(ix.versions.c.name == name)).all()
+        if numbers:
             pointers = connection.scalars(select(ix.name_aliases.c.alias).where(ix.name_aliases.c.name == name)).all()
-            has = ", ".join([f"{name}@{w}" for w in [*sorted(kept)[-5:], *sorted(pointers)]])
+            has = ", ".join([f"{name}@{w}" for w in [*sorted(numbers)[-5:], *sorted(pointers)]])
             return NotInLibrary(f"the library has no {reference}", where=self.location, fix=f"it has {has}")
-        every = connection.scalars(select(ix.names.c.name).where(ix.names.c.latest.is_not(None))).all() if name else []
-        near = nearest(name, every, 3)
+        names = connection.scalars(select(ix.names.c.name).where(ix.names.c.latest.is_not(None))).all() if name else []
+        near = nearest(name, names, 3)
         fix = f"did you mean {' or '.join(near)}?" if near else "see `veneer library list`"
         return NotInLibrary(f"the library has no adapter {reference!r}", where=self.location, fix=fix)
 
@@ -190,24 +190,26 @@ class Library:
         version = self.find(reference)
         return self.place(version.reference, version.entry, version.format, self.files(version.entry))
 
-    def place(self, reference: str, entry: str, format: str, kept: Mapping[str, tuple[str, int]] | None = None) -> Path:
+    def place(
+        self, reference: str, entry: str, format: str, files: Mapping[str, tuple[str, int]] | None = None
+    ) -> Path:
         """Return a path as `resolve`, for a caller that already knows the entry.
 
         Without `kept`, the files are read from the store's manifest instead of the database."""
-        kept = self._manifest(entry) if kept is None else kept
+        files = self._manifest(entry) if files is None else files
         local = self.store if isinstance(self.store, LocalStore) else self.cache
         try:
             if isinstance(self.store, RemoteStore):
-                self._fetch(self.store, kept)
-            folder = local.folder(entry, kept)
+                self._fetch(self.store, files)
+            folder = local.folder(entry, files)
         except FileNotFoundError as error:
             raise AdapterError(
                 f"files of {reference} are missing in the store: {error}",
                 where=self.location,
                 fix="`veneer library verify` lists what is missing; add the adapter again to restore it",
             ) from error
-        only = next(iter(kept))
-        return folder if len(kept) > 1 or format == "peft" else folder / only
+        single = next(iter(files))
+        return folder if len(files) > 1 or format == "peft" else folder / single
 
     def _manifest(self, entry: str) -> dict[str, tuple[str, int]]:
         """Return name -> (sha256, size) from the manifest in the store.
@@ -227,8 +229,8 @@ class Library:
             self.cache.put(path, raw, entry)
         return {name: (file["sha256"], file["size"]) for name, file in json.loads(raw)["files"].items()}
 
-    def _fetch(self, store: RemoteStore, kept: Mapping[str, tuple[str, int]]) -> None:
-        for sha256, size in kept.values():
+    def _fetch(self, store: RemoteStore, files: Mapping[str, tuple[str, int]]) -> None:
+        for sha256, size in files.values():
             if self.cache.size(blob_path(sha256)) != size:
                 with store_errors(self.location), store.open(blob_path(sha256)) as source:
                     self.cache.fill(blob_path(sha256), source, sha256)
@@ -265,84 +267,88 @@ class Library:
         check_name(name)
         for tag in (tags := list(tags)):
             check_tag(tag)
-        found = content_of(Path(path).expanduser())
-        for file in found.files:
+        content = content_of(Path(path).expanduser())
+        for file in content.files:
             check_file_name(file)
-        before = {file: _stamp(p) for file, p in found.files.items()}
-        kept = {file: (hash_file(p), p.stat().st_size) for file, p in sorted(found.files.items())}
-        about = describe(found.place)
+        stamps = {file: _stamp(p) for file, p in content.files.items()}
+        files = {file: (hash_file(p), p.stat().st_size) for file, p in sorted(content.files.items())}
+        description = describe(content.place)
         manifest = canonical(
-            {"veneer-manifest": 1, "files": {n: {"sha256": h, "size": size} for n, (h, size) in kept.items()}}
+            {"veneer-manifest": 1, "files": {n: {"sha256": h, "size": size} for n, (h, size) in files.items()}}
         )
         entry = hashlib.sha256(manifest).hexdigest()
         sources: dict[str, tuple[Path | bytes, str]] = {
-            blob_path(h): (found.files[file], h) for file, (h, _) in kept.items()
+            blob_path(h): (content.files[file], h) for file, (h, _) in files.items()
         }
         sources[manifest_path(entry)] = (manifest, entry)
-        sizes = {blob_path(h): size for h, size in kept.values()} | {manifest_path(entry): len(manifest)}
+        sizes = {blob_path(h): size for h, size in files.values()} | {manifest_path(entry): len(manifest)}
         with ix.index_transaction(self.engine) as connection:
             claimed = ix.claim(connection, sizes)
         for target, (data, sha256) in sources.items():
             self.store.put(target, data, sha256)
-        if changed := [file for file, p in found.files.items() if _stamp(p) != before[file]]:
+        if changed := [file for file, p in content.files.items() if _stamp(p) != stamps[file]]:
             raise AdapterError(f"changed while it was being added: {', '.join(changed)}", where=str(path), fix="again")
         with ix.index_transaction(self.engine) as connection:
-            now = ix.claim(connection, sizes)
-            for target in (t for t in now if now[t] != claimed[t]):
+            current = ix.claim(connection, sizes)
+            for target in (t for t in current if current[t] != claimed[t]):
                 self.store.put(target, *sources[target])
                 # collection is blocked here: the store itself lost the file
                 if self.store.size(target) is None:
-                    raise AdapterError("a file was sent and did not arrive", where=f"{self.location}: {target}")
-            self.enter(connection, entry, kept, about)
+                    raise AdapterError("the store lost a file", where=f"{self.location}: {target}")
+            self.enter(connection, entry, files, description)
             number, new = self._number(connection, name, entry, source, number)
             self._put_tags(connection, name, number, tags)
             self._write_record(connection, name)
             version = find_versions(connection, Reference(name, version=number))[0]
-        return Added(version, new, found.left_out)
+        return Added(version, new, content.left_out)
 
     def enter(
-        self, connection: Connection, entry: str, kept: Mapping[str, tuple[str, int]], about: AdapterDescription
+        self, connection: Connection, entry: str, files: Mapping[str, tuple[str, int]], description: AdapterDescription
     ) -> None:
         """Insert or update an entry's rows.
 
         A description with more detail replaces the old one."""
-        known = connection.execute(select(ix.entries.c.digest).where(ix.entries.c.id == entry)).first()
-        values = about.columns(sum(size for _, size in kept.values()))
-        if known is None:
+        stored = connection.execute(select(ix.entries.c.digest).where(ix.entries.c.id == entry)).first()
+        values = description.columns(sum(size for _, size in files.values()))
+        if stored is None:
             connection.execute(insert(ix.entries), {"id": entry, "manifest": manifest_path(entry), **values})
             rows = [
                 {"entry": entry, "name": n, "object": blob_path(h), "sha256": h, "size": s}
-                for n, (h, s) in kept.items()
+                for n, (h, s) in files.items()
             ]
             ix.many(connection, ix.files, rows)
-        elif about.digest and not known.digest:
+        elif description.digest and not stored.digest:
             connection.execute(update(ix.entries).where(ix.entries.c.id == entry).values(**values))
             for of_card in (ix.figures, ix.triggers, ix.parents):
                 connection.execute(delete(of_card).where(of_card.c.entry == entry))
         else:
             return
-        ix.many(connection, ix.figures, [{"entry": entry, **about.figures()}])
-        ix.many(connection, ix.triggers, [{"entry": entry, "word": w, "lower": w.lower()} for w in about.trigger_words])
-        ix.many(connection, ix.parents, [{"entry": entry, "parent": p} for p in about.parents])
+        ix.many(connection, ix.figures, [{"entry": entry, **description.figures()}])
+        ix.many(
+            connection,
+            ix.triggers,
+            [{"entry": entry, "word": w, "lower": w.lower()} for w in description.trigger_words],
+        )
+        ix.many(connection, ix.parents, [{"entry": entry, "parent": p} for p in description.parents])
 
     def _number(
-        self, connection: Connection, name: str, entry: str, source: str, wanted: int | None
+        self, connection: Connection, name: str, entry: str, source: str, number: int | None
     ) -> tuple[int, bool]:
         """Return (number, whether new) of the version of `name` with this entry.
 
         Created if missing."""
         v, n = ix.versions.c, ix.names.c
-        known = connection.execute(select(n.latest, n.next).where(n.name == name)).first()
-        latest, following = (known.latest, known.next) if known is not None else (None, 1)
-        same = connection.scalars(select(v.version).where(v.name == name, v.entry == entry)).all()
-        if (wanted in same) or (wanted is None and latest in same and latest is not None):
-            return wanted or int(latest or 0), False
-        if wanted is not None and same:
-            return max(same), False
+        stored = connection.execute(select(n.latest, n.next).where(n.name == name)).first()
+        latest, following = (stored.latest, stored.next) if stored is not None else (None, 1)
+        with_entry = connection.scalars(select(v.version).where(v.name == name, v.entry == entry)).all()
+        if (number in with_entry) or (number is None and latest in with_entry and latest is not None):
+            return number or int(latest or 0), False
+        if number is not None and with_entry:
+            return max(with_entry), False
         taken = connection.scalars(select(v.version).where(v.name == name)).all()
-        number = wanted if wanted is not None and wanted >= 1 and wanted not in taken else following
+        number = number if number is not None and number >= 1 and number not in taken else following
         values = {"latest": max(number, latest or 0), "next": max(number + 1, following)}
-        if known is None:
+        if stored is None:
             connection.execute(insert(ix.names), {"name": name, **values})
         else:
             connection.execute(update(ix.names).where(n.name == name).values(**values))
@@ -387,10 +393,10 @@ class Library:
     def _change(self, reference: str, change: Callable[[Connection, Version], None]) -> Version:
         """Find a version, change it and write its name's record, under the write lock."""
         with ix.index_transaction(self.engine) as connection:
-            found = self._find(connection, reference)
-            change(connection, found)
-            self._write_record(connection, found.name)
-            return self._find(connection, found.reference)
+            version = self._find(connection, reference)
+            change(connection, version)
+            self._write_record(connection, version.name)
+            return self._find(connection, version.reference)
 
     def _write_record(self, connection: Connection, name: str) -> None:
         """Write a name's record from the index into the store, and announce the change."""
@@ -403,38 +409,38 @@ class Library:
         A name is removed with all its versions. Removing a version with an alias raises AdapterError,
         unless `with_aliases`. Files stay until `gc` finds that no version uses them, and for its grace
         period after this call. Returns what was removed."""
-        wanted = parse_reference(reference)
-        if wanted.prefix:
-            raise ConfigError("a digest may have several names", where=reference, fix="remove them by name")
+        parsed = parse_reference(reference)
+        if parsed.prefix:
+            raise ConfigError("a digest can have several names", where=reference, fix="remove them by name")
         a, v = ix.name_aliases.c, ix.versions.c
         with ix.index_transaction(self.engine) as connection:
-            found, name = self._find(connection, reference), wanted.name
-            if wanted.alias:
-                connection.execute(delete(ix.name_aliases).where(a.name == name, a.alias == wanted.alias))
-                gone = [f"{name}@{wanted.alias}"]
+            version, name = self._find(connection, reference), parsed.name
+            if parsed.alias:
+                connection.execute(delete(ix.name_aliases).where(a.name == name, a.alias == parsed.alias))
+                removed = [f"{name}@{parsed.alias}"]
             else:
-                every = connection.scalars(select(v.version).where(v.name == name)).all()
-                doomed = every if reference == name else [found.version]
-                gone = self._remove_versions(connection, name, list(doomed), with_aliases)
+                numbers = connection.scalars(select(v.version).where(v.name == name)).all()
+                doomed = numbers if reference == name else [version.version]
+                removed = self._remove_versions(connection, name, list(doomed), with_aliases)
             self._write_record(connection, name)
-        return gone
+        return removed
 
     def _remove_versions(self, connection: Connection, name: str, doomed: list[int], with_aliases: bool) -> list[str]:
         a, v = ix.name_aliases.c, ix.versions.c
         pointers = connection.execute(select(a.alias, a.version).where(a.name == name, a.version.in_(doomed))).all()
         if pointers and not with_aliases:
-            shown = ", ".join(f"{name}@{p.alias} -> {name}@{p.version}" for p in pointers)
+            listed = ", ".join(f"{name}@{p.alias} -> {name}@{p.version}" for p in pointers)
             raise AdapterError(
-                f"aliases point there: {shown}", where=self.location, fix="move them first, or --with-aliases"
+                f"aliases point there: {listed}", where=self.location, fix="move them first, or --with-aliases"
             )
         connection.execute(delete(ix.name_aliases).where(a.name == name, a.version.in_(doomed)))
-        lost = set(connection.scalars(select(v.entry).where(v.name == name, v.version.in_(doomed))).all())
+        entries = set(connection.scalars(select(v.entry).where(v.name == name, v.version.in_(doomed))).all())
         connection.execute(delete(ix.tags).where(ix.tags.c.name == name, ix.tags.c.version.in_(doomed)))
         connection.execute(delete(ix.versions).where(v.name == name, v.version.in_(doomed)))
         left = connection.scalars(select(v.version).where(v.name == name)).all()
         connection.execute(update(ix.names).where(ix.names.c.name == name).values(latest=max(left, default=None)))
-        blobs = select(ix.files.c.object).where(ix.files.c.entry.in_(lost))
-        o, paths = ix.objects.c, [manifest_path(e) for e in lost]
+        blobs = select(ix.files.c.object).where(ix.files.c.entry.in_(entries))
+        o, paths = ix.objects.c, [manifest_path(e) for e in entries]
         connection.execute(update(ix.objects).where(o.path.in_(blobs) | o.path.in_(paths)).values(touched=time.time()))
         return [f"{name}@{p.alias}" for p in pointers] + [f"{name}@{n}" for n in sorted(doomed)]
 
@@ -471,7 +477,7 @@ def open_library(location: str | Path | None = None, index: str | None = None, *
                 "this index is new, or belongs to another library than these files",
                 where=f"{shown_url(index)} for {where}",
                 fix="give the right one with --index or VENEER_LIBRARY_INDEX. If it is lost: "
-                "`veneer library verify --rebuild` makes it again from the files",
+                "`veneer library verify --rebuild` rebuilds it from the files",
             )
         return Library(where, store, engine, LocalStore(veneer_home() / "cache" / "library" / mark))
     except BaseException:
@@ -495,14 +501,12 @@ def _mark(store: LocalStore | RemoteStore, where: str) -> str | None:
     if store.size(MARK) is None:
         return None
     try:
-        found = json.loads(store.read(MARK))
-        version, mark = found["veneer-library"], found["id"]
+        content = json.loads(store.read(MARK))
+        version, mark = content["veneer-library"], content["id"]
     except (ValueError, KeyError, TypeError):
         version = mark = None
     if version != 1 or not isinstance(mark, str) or not mark.isalnum():
-        raise ConfigError(
-            f"its {MARK} cannot be understood", where=where, fix="a library of a later veneer, or damaged"
-        )
+        raise ConfigError(f"its {MARK} is invalid", where=where, fix="update veneer, or repair the file")
     return mark
 
 

@@ -171,11 +171,11 @@ def verify_library(library: Library, *, repair: bool = False, say: Callable[[str
 
     repair: remove corrupt files, so that adding the adapter again restores them, and rewrite the records."""
     out = VerifyReport()
-    wanted = _referenced(library)
+    referenced = _referenced(library)
     stored = {path: size for path, size, _ in _stored(library)}
-    out.orphans = sorted(set(stored) - set(wanted))
+    out.orphans = sorted(set(stored) - set(referenced))
     absent, corrupt = [], []
-    for at, (path, size) in enumerate(sorted(wanted.items())):
+    for at, (path, size) in enumerate(sorted(referenced.items())):
         if stored.get(path) is None and library.store.size(path) is None:
             absent.append(path)
             continue
@@ -184,20 +184,20 @@ def verify_library(library: Library, *, repair: bool = False, say: Callable[[str
         out.files += 1
         out.bytes += size
         if say is not None and (at + 1) % 1000 == 0:
-            say(f"{at + 1:,} of {len(wanted):,} files")
+            say(f"{at + 1:,} of {len(referenced):,} files")
     if absent or corrupt:  # files collected meanwhile are not faults
-        wanted = _referenced(library)
-    out.missing = [_told(library, path) for path in absent if path in wanted]
-    bad = [path for path in corrupt if path in wanted]
-    out.corrupt = [_told(library, path) for path in bad]
-    _remember(library, {path for path in absent if path in wanted}, set(bad))
+        referenced = _referenced(library)
+    out.missing = [_told(library, path) for path in absent if path in referenced]
+    corrupt_now = [path for path in corrupt if path in referenced]
+    out.corrupt = [_told(library, path) for path in corrupt_now]
+    _remember(library, {path for path in absent if path in referenced}, set(corrupt_now))
     if isinstance(library.store, RemoteStore):
         for path, _, _ in list(library.cache.walk("blobs")):
             if _hash(library.cache, path) != path.rpartition("/")[2]:
                 library.cache.delete(path)
                 out.repaired.append(f"removed from this machine's cache: {path}")
     if repair:
-        _drop(library, bad, out)
+        _drop(library, corrupt_now, out)
     _check_records(library, repair, out)
     return out
 
@@ -206,14 +206,14 @@ def _remember(library: Library, missing: set[str], corrupt: set[str]) -> None:
     """Replace the recorded checks of every entry's files."""
     e, f = ix.entries.c, ix.files.c
     with ix.index_transaction(library.engine) as connection:
-        wrong: dict[str, list[str]] = {entry: [] for entry in connection.scalars(select(e.id))}
+        problems: dict[str, list[str]] = {entry: [] for entry in connection.scalars(select(e.id))}
         objects = select(f.entry, f.object).union_all(select(e.id, e.manifest))
         for entry, path in connection.execute(objects) if missing | corrupt else ():
             if path in missing | corrupt:
-                wrong[entry].append(f"{path} is {'missing' if path in missing else 'corrupt'}")
+                problems[entry].append(f"{path} is {'missing' if path in missing else 'corrupt'}")
         connection.execute(delete(ix.checks).where(ix.checks.c.name == FILES_CHECK))
         sound = "every file has its sha256"
-        ix.add_checks(connection, ((n, FILES_CHECK, not w, "\n".join(sorted(w)) or sound) for n, w in wrong.items()))
+        ix.add_checks(connection, ((n, FILES_CHECK, not w, "\n".join(sorted(w)) or sound) for n, w in problems.items()))
 
 
 def _referenced(library: Library) -> dict[str, int]:
@@ -239,8 +239,8 @@ def _told(library: Library, path: str) -> str:
         rows = connection.execute(
             select(v.name, v.version).where(v.entry.in_(users)).order_by(v.name, v.version).limit(4)
         ).all()
-    shown = ", ".join(f"{row.name}@{row.version}" for row in rows[:3]) + (", …" if len(rows) > 3 else "")
-    return f"{path} ({shown or 'no version'})"
+    versions = ", ".join(f"{row.name}@{row.version}" for row in rows[:3]) + (", …" if len(rows) > 3 else "")
+    return f"{path} ({versions or 'no version'})"
 
 
 def _drop(library: Library, bad: list[str], out: VerifyReport) -> None:
@@ -261,23 +261,23 @@ def _drop(library: Library, bad: list[str], out: VerifyReport) -> None:
 def _check_records(library: Library, repair: bool, out: VerifyReport) -> None:
     n = ix.names.c
     with reading(library.engine) as connection:
-        every = list(connection.scalars(select(n.name).order_by(n.name)).all())
-    for name in every:
+        names = list(connection.scalars(select(n.name).order_by(n.name)).all())
+    for name in names:
         path = f"names/{name}.json"
 
-        def right(c: Connection, name: str = name, path: str = path) -> bytes | None:
+        def correction(c: Connection, name: str = name, path: str = path) -> bytes | None:
             """Return the correct record; None if the store has it."""
-            wanted = canonical(record(c, name))
-            return None if _read(library, path) == wanted else wanted
+            correct = canonical(record(c, name))
+            return None if _read(library, path) == correct else correct
 
         with reading(library.engine) as connection:
-            if right(connection) is None:
+            if correction(connection) is None:
                 continue
         with ix.index_transaction(library.engine) as connection:  # no process writes the record now
-            wanted = right(connection)
-            if wanted is not None and repair:
-                library.store.replace(path, wanted)
-        if wanted is not None:
+            correct = correction(connection)
+            if correct is not None and repair:
+                library.store.replace(path, correct)
+        if correct is not None:
             (out.repaired if repair else out.records).append(path)
 
 
@@ -307,19 +307,19 @@ def rebuild(location: str | Path | None = None, index: str | None = None) -> Reb
             ix.identify(connection, mark)
             for path, _, _ in sorted(library.store.walk("names")):
                 try:
-                    found = check_record(json.loads(library.store.read(path)))
+                    fields = check_record(json.loads(library.store.read(path)))
                 except (ValueError, AdapterError, ConfigError) as error:
                     out.lost.append(f"{path}: {error}")
                     continue
-                _restore(library, connection, found, out)
+                _restore(library, connection, fields, out)
             ix.changed(connection)
     return out
 
 
-def _restore(library: Library, connection: Connection, found: dict[str, Any], out: RebuildReport) -> None:
-    name, kept = found["name"], []
-    connection.execute(ix.names.insert(), {"name": name, "latest": None, "next": found["next"]})
-    for number, v in sorted(found["versions"].items(), key=lambda item: int(item[0])):
+def _restore(library: Library, connection: Connection, fields: dict[str, Any], out: RebuildReport) -> None:
+    name, numbers = fields["name"], []
+    connection.execute(ix.names.insert(), {"name": name, "latest": None, "next": fields["next"]})
+    for number, v in sorted(fields["versions"].items(), key=lambda item: int(item[0])):
         try:
             raw = library.store.read(manifest_path(v["entry"]))
             files = parse_manifest(raw, v["entry"])
@@ -329,8 +329,8 @@ def _restore(library: Library, connection: Connection, found: dict[str, Any], ou
         except (AdapterError, ConfigError) as error:
             out.lost.append(f"{name}@{number}: {error}")
             continue
-        if gone := [n for n, (sha256, size) in files.items() if library.store.size(blob_path(sha256)) != size]:
-            out.lost.append(f"{name}@{number}: missing or of another size: {', '.join(gone)}")
+        if missing := [n for n, (sha256, size) in files.items() if library.store.size(blob_path(sha256)) != size]:
+            out.lost.append(f"{name}@{number}: missing or of another size: {', '.join(missing)}")
             continue
         sizes = {blob_path(sha256): size for sha256, size in files.values()} | {manifest_path(v["entry"]): len(raw)}
         ix.claim(connection, sizes)
@@ -338,57 +338,57 @@ def _restore(library: Library, connection: Connection, found: dict[str, Any], ou
         row = {"name": name, "version": int(number), "entry": v["entry"], "added": v["added"], "source": v["source"]}
         connection.execute(ix.versions.insert(), row)
         ix.many(connection, ix.tags, [{"name": name, "version": int(number), "tag": t} for t in v["tags"]])
-        kept.append(int(number))
+        numbers.append(int(number))
     out.names += 1
-    out.versions += len(kept)
-    following = max([found["next"], *(k + 1 for k in kept)])
+    out.versions += len(numbers)
+    following = max([fields["next"], *(k + 1 for k in numbers)])
     connection.execute(
-        update(ix.names).where(ix.names.c.name == name).values(latest=max(kept, default=None), next=following)
+        update(ix.names).where(ix.names.c.name == name).values(latest=max(numbers, default=None), next=following)
     )
-    for alias, number in sorted(found["aliases"].items()):
-        if number in kept:
+    for alias, number in sorted(fields["aliases"].items()):
+        if number in numbers:
             connection.execute(ix.name_aliases.insert(), {"name": name, "alias": alias, "version": number})
         else:
             out.lost.append(f"{name}@{alias}: its version {number} is not there")
 
 
-def check_record(found: Any) -> dict[str, Any]:
+def check_record(fields: Any) -> dict[str, Any]:
     """Validate a name's record from a file.
 
     Raises AdapterError or ConfigError if it is invalid."""
     try:
-        if found["veneer-name"] != 1:
-            raise AdapterError(f"a record of version {found['veneer-name']!r}, and this veneer knows 1")
-        check_name(found["name"])
-        for alias, number in found["aliases"].items():
+        if fields["veneer-name"] != 1:
+            raise AdapterError(f"a record of version {fields['veneer-name']!r}, and this veneer knows 1")
+        check_name(fields["name"])
+        for alias, number in fields["aliases"].items():
             check_alias(alias)
             _ok(type(number) is int)
-        for number, v in found["versions"].items():
+        for number, v in fields["versions"].items():
             _ok(number.isdigit() and int(number) >= 1 and _SHA256.fullmatch(v["entry"]) is not None)
             _ok(all(isinstance(v[k], str) for k in ("added", "source", "digest", "format")))
             _ok(isinstance(v["card"], dict) and len(set(v["tags"])) == len(v["tags"]))
             for tag in v["tags"]:
                 check_tag(tag)
-        _ok(type(found["next"]) is int and found["next"] >= 1)
+        _ok(type(fields["next"]) is int and fields["next"] >= 1)
     except (KeyError, TypeError, AttributeError) as error:
         raise AdapterError(f"the record of a name is damaged: {type(error).__name__} {error}") from None
-    checked: dict[str, Any] = found
-    return checked
+    valid: dict[str, Any] = fields
+    return valid
 
 
 def parse_manifest(raw: bytes, entry: str) -> dict[str, tuple[str, int]]:
     """Return name -> (sha256, size) of a manifest.
 
     Raises AdapterError for bytes with another sha256, or that are not a manifest."""
-    if (found := hashlib.sha256(raw).hexdigest()) != entry:
-        raise AdapterError(f"the manifest has sha256 {found}, not {entry}")
+    if (sha256 := hashlib.sha256(raw).hexdigest()) != entry:
+        raise AdapterError(f"the manifest has sha256 {sha256}, not {entry}")
     try:
-        read = json.loads(raw)
-        _ok(read["veneer-manifest"] == 1 and len(read["files"]) > 0)
-        for name, file in read["files"].items():
+        content = json.loads(raw)
+        _ok(content["veneer-manifest"] == 1 and len(content["files"]) > 0)
+        for name, file in content["files"].items():
             check_file_name(name)
             _ok(_SHA256.fullmatch(file["sha256"]) is not None and type(file["size"]) is int and file["size"] >= 0)
-        return {name: (file["sha256"], file["size"]) for name, file in read["files"].items()}
+        return {name: (file["sha256"], file["size"]) for name, file in content["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise AdapterError(f"the manifest is damaged: {type(error).__name__} {error}") from None
 

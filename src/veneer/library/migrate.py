@@ -85,8 +85,8 @@ def migrate(engine: Engine, schema: Schema, where: str) -> None:
         keep_private(engine)
     try:
         with reading(engine) as connection:
-            found = revision(connection, schema)
-        if found != schema.revisions[-1]:
+            present = revision(connection, schema)
+        if present != schema.revisions[-1]:
             with write_transaction(engine, schema.lock) as connection:
                 _migrate(connection, schema)
     except DBAPIError as error:
@@ -103,31 +103,31 @@ def revision(connection: Connection, schema: Schema) -> str | None:
     """Return the revision that the database holds; None if it holds none."""
     if not inspect(connection).has_table(schema.table):
         return None
-    found: str | None = connection.scalar(select(schema.version_table.c.version_num))
-    return found
+    number: str | None = connection.scalar(select(schema.version_table.c.version_num))
+    return number
 
 
 def _migrate(connection: Connection, schema: Schema) -> None:
     """Migrate in a transaction that holds the lock.
 
     Another process can have migrated just before."""
-    found, known = revision(connection, schema), schema.revisions
-    if found == known[-1]:
+    number, revisions = revision(connection, schema), schema.revisions
+    if number == revisions[-1]:
         return
     present = set(inspect(connection).get_table_names())
-    if found is None and not present & set(schema.tables.tables):
+    if number is None and not present & set(schema.tables.tables):
         schema.tables.create_all(connection)
         schema.first(connection)
         schema.version_table.create(connection)
-        connection.execute(insert(schema.version_table), {"version_num": known[-1]})
-    elif found in known:
+        connection.execute(insert(schema.version_table), {"version_num": revisions[-1]})
+    elif number in revisions:
         _run_scripts(connection, schema)
-    elif found is None or found < known[0]:
+    elif number is None or number < revisions[0]:
         raise ConfigError(f"{schema.what} was written by an unreleased build of veneer", fix=schema.older)
     else:
         raise ConfigError(
-            f"{schema.what} has version {found}; this veneer knows {known[0]} to {known[-1]}",
-            fix="a later veneer made it: update this one",
+            f"{schema.what} has version {number}; this veneer knows {revisions[0]} to {revisions[-1]}",
+            fix="update veneer: a later version wrote it",
         )
 
 
@@ -136,8 +136,8 @@ def _run_scripts(connection: Connection, schema: Schema) -> None:
     from alembic.config import Config
 
     config = Config()
-    places = {"script_location": Path(__file__).parent / "alembic", "version_locations": schema.scripts}
-    for name, path in places.items():
+    folders = {"script_location": Path(__file__).parent / "alembic", "version_locations": schema.scripts}
+    for name, path in folders.items():
         config.set_main_option(name, str(path).replace("%", "%%"))
     config.set_main_option("path_separator", "newline")
     config.attributes |= {"connection": connection, "version_table": schema.table}

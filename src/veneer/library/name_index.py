@@ -74,20 +74,20 @@ class Names:
         self._latest = dict(latest)
         self._aliases: dict[tuple[str, str], int] = {(name, alias): version for name, alias, version in aliases}
 
-    def find(self, wanted: Reference) -> NamedVersion | None:
+    def find(self, reference: Reference) -> NamedVersion | None:
         """Return a version; None if there is none, or a digest's prefix is ambiguous."""
-        if wanted.prefix:
-            return self._by_digest(wanted.prefix)
-        if wanted.alias:
-            version = self._aliases.get((wanted.name, wanted.alias))
+        if reference.prefix:
+            return self._by_digest(reference.prefix)
+        if reference.alias:
+            version = self._aliases.get((reference.name, reference.alias))
         else:
-            version = self._latest.get(wanted.name) if wanted.version is None else wanted.version
-        return None if version is None else self._kept.get((wanted.name, version))
+            version = self._latest.get(reference.name) if reference.version is None else reference.version
+        return None if version is None else self._kept.get((reference.name, version))
 
     def latest(self, fingerprint: str) -> list[NamedVersion]:
         """Return the latest version of each name for this base, by name."""
-        found = (self._kept.get(key) for key in self._latest.items())
-        return sorted((k for k in found if k is not None and k.fingerprint == fingerprint), key=lambda k: k.name)
+        versions = (self._kept.get(key) for key in self._latest.items())
+        return sorted((k for k in versions if k is not None and k.fingerprint == fingerprint), key=lambda k: k.name)
 
     def _by_digest(self, prefix: str) -> NamedVersion | None:
         keys, fits = self._digests, set[NamedVersion]()
@@ -106,8 +106,8 @@ class Names:
         by_name = sorted(self._kept.values(), key=lambda k: (k.name, -k.version))
         for k in sorted(by_name, key=lambda k: k.added, reverse=True):
             newest.setdefault(k.digest or k.entry, k)
-        every = {(key, newest[k.digest or k.entry]) for k in by_name for key in (k.digest, f"sha256:{k.entry}") if key}
-        return sorted(every, key=lambda pair: pair[0])
+        pairs = {(key, newest[k.digest or k.entry]) for k in by_name for key in (k.digest, f"sha256:{k.entry}") if key}
+        return sorted(pairs, key=lambda pair: pair[0])
 
 
 def read(connection: Connection) -> Names:
@@ -160,10 +160,10 @@ class NameIndex:
 
         If the database does not respond within `patience`, returns the last names. With PostgreSQL, which
         announces changes, returns at once."""
-        if (asked := self._ask()) is not None:
+        if (checked := self._ask()) is not None:
             try:
                 async with asyncio.timeout(self.patience):
-                    await asyncio.wrap_future(asked)
+                    await asyncio.wrap_future(checked)
             except TimeoutError:
                 self.away = True
         return self._names
@@ -172,21 +172,21 @@ class NameIndex:
         """Run `fresh` for a thread that can block.
 
         Also checks PostgreSQL, because the caller can know of a new name already."""
-        if (asked := self._ask(always=True)) is not None:
+        if (checked := self._ask(postgresql_too=True)) is not None:
             try:
-                asked.result(self.patience)
+                checked.result(self.patience)
             except TimeoutError:
                 self.away = True
         return self._names
 
-    def _ask(self, always: bool = False) -> Future[None] | None:
-        if self.away or self._stop.is_set() or (self.listens and not always):
+    def _ask(self, postgresql_too: bool = False) -> Future[None] | None:
+        if self.away or self._stop.is_set() or (self.listens and not postgresql_too):
             return None
-        asked: Future[None] = Future()
+        request: Future[None] = Future()
         with self._lock:
-            self._waiting.append(asked)
+            self._waiting.append(request)
         self._poke.set()
-        return asked
+        return request
 
     def close(self) -> None:
         self._stop.set()
@@ -196,21 +196,21 @@ class NameIndex:
     # -- the thread ----------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        said = False
+        logged = False
         while not self._stop.is_set():
             try:
                 with self._connected() as driver:
                     while not self._stop.is_set():
                         self._look(driver)
-                        if said:
-                            _log.warning("the library's index answers again")
-                        self.away = said = False
+                        if logged:
+                            _log.warning("the library's index responds again")
+                        self.away = logged = False
                         self._wait(driver)
             except Exception as error:  # whatever the driver raises: the last names stay valid
                 self.away = True
-                if not said and not self._stop.is_set():
-                    _log.warning("the library's index is away, what was read last holds: %s", error)
-                    said = True
+                if not logged and not self._stop.is_set():
+                    _log.warning("the library's index does not respond; the names read last are used: %s", error)
+                    logged = True
                 self._told()
                 self._stop.wait(_EVERY)
         self._told()
@@ -243,7 +243,7 @@ class NameIndex:
     def _look(self, driver: Any) -> None:
         self._poke.clear()
         with self._lock:
-            asked, self._waiting = self._waiting, []
+            requests, self._waiting = self._waiting, []
         try:
             mark = self._version(driver)
             if mark != self._mark:
@@ -251,10 +251,10 @@ class NameIndex:
                 with reading(self.engine) as connection:
                     self._names = read(connection)
                 self._mark = mark
-                self._told(asked)
+                self._told(requests)
                 self._stop.wait(min(time.monotonic() - began, 5.0))
         finally:
-            self._told(asked)
+            self._told(requests)
 
     def _version(self, driver: Any) -> object:
         """Return a value that changes when names change."""
@@ -263,10 +263,10 @@ class NameIndex:
             return None if row is None else row[0]
         return driver.execute("PRAGMA data_version").fetchone()[0]
 
-    def _told(self, asked: list[Future[None]] | None = None) -> None:
-        if asked is None:
+    def _told(self, requests: list[Future[None]] | None = None) -> None:
+        if requests is None:
             with self._lock:
-                asked, self._waiting = self._waiting, []
-        for future in asked:
+                requests, self._waiting = self._waiting, []
+        for future in requests:
             if not future.done() and future.set_running_or_notify_cancel():
                 future.set_result(None)

@@ -92,9 +92,9 @@ def tuned_of(base: str, name: str) -> TunedName | None:
 
     None if `new_tuned` did not make the name."""
     organisation, _, last = name.rpartition("/")
-    found = _TUNED_LAST.fullmatch(last)
-    made = None if found is None else TunedName(base, organisation, found[1] or "", found[2])
-    return made if made is not None and parse_tuned(str(made)) == made else None
+    match = _TUNED_LAST.fullmatch(last)
+    name_of_last = None if match is None else TunedName(base, organisation, match[1] or "", match[2])
+    return name_of_last if name_of_last is not None and parse_tuned(str(name_of_last)) == name_of_last else None
 
 
 def organisation_of(tenant: str) -> str:
@@ -109,10 +109,10 @@ def checkpoint_alias(step: int) -> str:
 
 def parse_tuned(text: str) -> TunedName | None:
     """Parse OpenAI's name of a fine-tuned model; None for any other text."""
-    found = _TUNED.fullmatch(text)
-    if found is None:
+    match = _TUNED.fullmatch(text)
+    if match is None:
         return None
-    base, organisation, suffix, id, step = found.groups()
+    base, organisation, suffix, id, step = match.groups()
     return TunedName(base, organisation, suffix, id, None if step is None else int(step))
 
 

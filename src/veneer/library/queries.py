@@ -112,8 +112,10 @@ class AdapterFamily:
 
     def names(self) -> dict[str, list[str]]:
         """Return references for JSON; digests for parents that are not in the library."""
-        known = {"parents": self.parents, "children": self.children, "versions": self.versions}
-        return {what: [v.reference for v in own] for what, own in known.items()} | {"unknown_parents": self.unknown}
+        known_versions = {"parents": self.parents, "children": self.children, "versions": self.versions}
+        return {role: [v.reference for v in versions] for role, versions in known_versions.items()} | {
+            "unknown_parents": self.unknown
+        }
 
 
 def _health() -> ColumnElement[str]:
@@ -137,28 +139,28 @@ def _with_content(query: Select[Any]) -> Select[Any]:
     return query.join_from(ix.versions, ix.entries, v.entry == e.id).join(ix.figures, v.entry == f.entry)
 
 
-def find_versions(connection: Connection, wanted: Reference) -> list[Version]:
+def find_versions(connection: Connection, reference: Reference) -> list[Version]:
     """Return the version that a reference means, if any.
 
     For a digest's prefix that matches several adapters, one version of each. Of several versions of one
     adapter, the last added."""
     v, e, a, n = ix.versions.c, ix.entries.c, ix.name_aliases.c, ix.names.c
-    if wanted.prefix:
+    if reference.prefix:
         rows = connection.execute(
             _versions()
-            .where(or_(_begins(e.digest, wanted.prefix), _begins(e.id, wanted.prefix.removeprefix("sha256:"))))
+            .where(or_(_begins(e.digest, reference.prefix), _begins(e.id, reference.prefix.removeprefix("sha256:"))))
             .order_by(v.added.desc(), v.name, v.version.desc())
         ).all()
         firsts = {row.digest or row.entry: row for row in reversed(rows)}
         return _full(connection, sorted(firsts.values(), key=lambda row: (row.name, row.version)))
-    query = _versions().where(v.name == wanted.name)
-    if wanted.version is not None:
-        query = query.where(v.version == wanted.version)
-    elif wanted.alias:
-        pointed = select(a.version).where(a.name == wanted.name, a.alias == wanted.alias)
+    query = _versions().where(v.name == reference.name)
+    if reference.version is not None:
+        query = query.where(v.version == reference.version)
+    elif reference.alias:
+        pointed = select(a.version).where(a.name == reference.name, a.alias == reference.alias)
         query = query.where(v.version == pointed.scalar_subquery())
     else:
-        query = query.where(v.version == select(n.latest).where(n.name == wanted.name).scalar_subquery())
+        query = query.where(v.version == select(n.latest).where(n.name == reference.name).scalar_subquery())
     return _full(connection, connection.execute(query).all())
 
 
@@ -198,11 +200,11 @@ def _page(
     v = ix.versions.c
     keys = _with_content(select(v.name, v.version)).where(*conditions).order_by(*order, v.name, v.version)
     page = [tuple(row) for row in connection.execute(keys.limit(limit).offset(offset))]
-    found: dict[Any, Version] = {}
-    for some in _parts(page):
-        rows = connection.execute(_versions().where(tuple_(v.name, v.version).in_(some))).all()
-        found |= {(each.name, each.version): each for each in _full(connection, rows)}
-    return [found[key] for key in page]
+    versions: dict[Any, Version] = {}
+    for keys_part in _parts(page):
+        rows = connection.execute(_versions().where(tuple_(v.name, v.version).in_(keys_part))).all()
+        versions |= {(each.name, each.version): each for each in _full(connection, rows)}
+    return [versions[key] for key in page]
 
 
 def browse(
@@ -233,28 +235,32 @@ def browse(
         if value not in known:
             raise ConfigError(f"no {what} is called {quoted(value)}", fix=f"one of {', '.join(filter(None, known))}")
     v, e, f, t = ix.versions.c, ix.entries.c, ix.figures.c, ix.tags.c
-    asked: dict[str, Sequence[ColumnElement[bool]]] = {
+    filters: dict[str, Sequence[ColumnElement[bool]]] = {
         "base": _of_base(base),
         "kind": [e.kind == kind] if kind else (),
         "rank": [f.rank == rank] if rank is not None else (),
         "health": [_health() == health] if health else (),
         "tag": _tagged(tags),
     }
-    flags = [case((and_(*said), 1), else_=0).label(f"is_{what}") for what, said in asked.items() if said]
+    flags = [
+        case((and_(*conditions_of), 1), else_=0).label(f"is_{what}")
+        for what, conditions_of in filters.items()
+        if conditions_of
+    ]
     conditions = [*_fitting(text, **more), *([_seen(connection, sees)] if sees is not None else [])]
     if without:
-        other = ix.tags.alias().c
-        such = other.tag.startswith(without, autoescape=True)
-        conditions.append(~exists().where(other.name == v.name, other.version == v.version, such))
-    facets: dict[str, Counter[str]] = {what: Counter() for what in asked}
+        other_tags = ix.tags.alias().c
+        excluded = other_tags.tag.startswith(without, autoescape=True)
+        conditions.append(~exists().where(other_tags.name == v.name, other_tags.version == v.version, excluded))
+    facets: dict[str, Counter[str]] = {what: Counter() for what in filters}
     each = _with_content(select(e.base, e.kind, f.rank, _health(), *flags)).where(*conditions).subquery()
     total = 0
     for *row, many in connection.execute(select(each, func.count()).group_by(*each.c)):
-        missed = {flag.name for flag, kept in zip(flags, row[4:], strict=True) if not kept}
+        missed = {flag.name for flag, fits in zip(flags, row[4:], strict=True) if not fits}
         total += many * (not missed)
-        for what, value in zip(asked, row[:4], strict=False):
+        for what, value in zip(filters, row[:4], strict=False):
             facets[what][str(value)] += many * (missed <= {f"is_{what}"})
-    conditions += [condition for said in asked.values() for condition in said]
+    conditions += [condition for conditions_of in filters.values() for condition in conditions_of]
     tagged = _with_content(select(t.tag, func.count().label("many"))).join(
         ix.tags, and_(t.name == v.name, t.version == v.version)
     )
@@ -282,9 +288,11 @@ def family_of(connection: Connection, version: Version) -> AdapterFamily:
         return _full(connection, rows.all())
 
     parents = those(e.digest.in_(version.parents)) if version.parents else []
-    made = those(v.entry.in_(select(p.entry).where(p.parent == version.digest))) if version.digest else []
-    here = {each.digest for each in parents}
-    return AdapterFamily(parents, [d for d in version.parents if d not in here], made, those(v.name == version.name))
+    children = those(v.entry.in_(select(p.entry).where(p.parent == version.digest))) if version.digest else []
+    known = {each.digest for each in parents}
+    return AdapterFamily(
+        parents, [d for d in version.parents if d not in known], children, those(v.name == version.name)
+    )
 
 
 def size_under(connection: Connection, beginning: str) -> int:
@@ -347,14 +355,14 @@ def _seen(connection: Connection, sees: Callable[[str], bool]) -> ColumnElement[
 
     The accepted references are sent to the database as one value."""
     v = ix.versions.c
-    every = (f"{name}@{version}" for name, version in connection.execute(select(v.name, v.version)))
-    seen = json.dumps([reference for reference in every if sees(reference)])
-    listed = (
-        func.json_array_elements_text(cast(literal(seen, String), JSON)).table_valued("value")
+    references = (f"{name}@{version}" for name, version in connection.execute(select(v.name, v.version)))
+    visible = json.dumps([reference for reference in references if sees(reference)])
+    values = (
+        func.json_array_elements_text(cast(literal(visible, String), JSON)).table_valued("value")
         if connection.dialect.name == "postgresql"
-        else func.json_each(seen).table_valued("value")
+        else func.json_each(visible).table_valued("value")
     )
-    return (v.name + "@" + cast(v.version, String)).in_(select(listed.c.value))
+    return (v.name + "@" + cast(v.version, String)).in_(select(values.c.value))
 
 
 def _begins(column: ColumnElement[Any], prefix: str, after: str = "g") -> ColumnElement[bool]:
@@ -370,11 +378,11 @@ def _full(connection: Connection, rows: Sequence[Any]) -> list[Version]:
     names, entries = sorted({r.name for r in rows}), sorted({r.entry for r in rows})
 
     def grouped(keys: Sequence[Any], value: Any, among: Sequence[str]) -> dict[Any, list[str]]:
-        found: dict[Any, list[str]] = defaultdict(list)
-        for some in _parts(among):
-            for *key, each in connection.execute(select(*keys, value).where(keys[0].in_(some)).order_by(value)):
-                found[tuple(key)].append(each)
-        return found
+        groups: dict[Any, list[str]] = defaultdict(list)
+        for part in _parts(among):
+            for *key, each in connection.execute(select(*keys, value).where(keys[0].in_(part)).order_by(value)):
+                groups[tuple(key)].append(each)
+        return groups
 
     tags, aliases = grouped((t.name, t.version), t.tag, names), grouped((a.name, a.version), a.alias, names)
     words, parents = grouped((w.entry,), w.word, entries), grouped((p.entry,), p.parent, entries)
@@ -399,7 +407,7 @@ def record(connection: Connection, name: str) -> dict[str, Any]:
     n, a = ix.names.c, ix.name_aliases.c
     following = connection.scalar(select(n.next).where(n.name == name)) or 1
     pointers = connection.execute(select(a.alias, a.version).where(a.name == name)).all()
-    found = _full(connection, connection.execute(_versions().where(ix.versions.c.name == name)).all())
+    versions = _full(connection, connection.execute(_versions().where(ix.versions.c.name == name)).all())
     return {
         "veneer-name": 1,
         "name": name,
@@ -415,6 +423,6 @@ def record(connection: Connection, name: str) -> dict[str, Any]:
                 "format": v.format,
                 "card": v.card,
             }
-            for v in found
+            for v in versions
         },
     }

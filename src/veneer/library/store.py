@@ -78,7 +78,7 @@ def open_store(location: str) -> LocalStore | RemoteStore:
         extra = {"s3": "pip install 'veneer[s3]'", "s3a": "pip install 'veneer[s3]'"}
         raise MissingExtraError(str(error), where=location, fix=extra.get(protocol, "install it with pip")) from None
     except ValueError as error:
-        raise ConfigError(f"a library cannot be kept here: {error}", where=location) from None
+        raise ConfigError(f"a library cannot be stored here: {error}", where=location) from None
     except OSError as error:
         why = error.strerror or str(error)
         raise UnavailableError(f"the store cannot be used now: {why}", where=location, fix="try again later") from error
@@ -186,10 +186,10 @@ class LocalStore:
         """Yield (path, size, time of last change) of every file below `prefix`."""
         for folder, _, names in os.walk(self.root / prefix):
             for name in names:
-                found = Path(folder) / name
+                entries = Path(folder) / name
                 with contextlib.suppress(FileNotFoundError):
-                    stat = found.stat()
-                    yield found.relative_to(self.root).as_posix(), stat.st_size, stat.st_mtime
+                    stat = entries.stat()
+                    yield entries.relative_to(self.root).as_posix(), stat.st_size, stat.st_mtime
 
     def folder(self, entry: str, files: Mapping[str, tuple[str, int]]) -> Path:
         """Return a folder with an entry's files, name -> (sha256, size), as hard links.
@@ -291,7 +291,7 @@ class RemoteStore:
             raise _wrong_bytes(path, found, sha256)
         self._send(path, source)
         if (kept := self.size(path)) not in (size, None):
-            raise AdapterError(f"{size:,} bytes were sent and {kept} arrived", where=self._at(path), fix="try again")
+            raise AdapterError(f"{size:,} bytes were sent, {kept} are stored", where=self._at(path), fix="try again")
 
     def replace(self, path: str, data: bytes) -> None:
         self._send(path, data)
@@ -310,10 +310,10 @@ class RemoteStore:
     def walk(self, prefix: str) -> Iterator[tuple[str, int, float]]:
         try:
             with store_errors(self.root):
-                found = self.fs.find(self._at(prefix), detail=True)
+                entries = self.fs.find(self._at(prefix), detail=True)
         except FileNotFoundError:
             return
-        for path, about in found.items():
+        for path, about in entries.items():
             changed = about.get("LastModified") or about.get("mtime") or about.get("created") or 0.0
             when = changed.timestamp() if hasattr(changed, "timestamp") else float(changed)
             yield path[len(self.root) + 1 :], int(about["size"]), when
@@ -348,7 +348,9 @@ def _hashed(chunks: Iterator[bytes], digest: hashlib._Hash) -> Iterator[bytes]:
 
 def _wrong_bytes(path: str, found: str, wanted: str) -> AdapterError:
     return AdapterError(
-        f"the bytes have sha256 {found}, not {wanted}", where=path, fix="they changed or were damaged on the way: again"
+        f"the bytes have sha256 {found}, not {wanted}",
+        where=path,
+        fix="try again: the file changed, or the transfer damaged it",
     )
 
 

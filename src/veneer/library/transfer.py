@@ -47,7 +47,7 @@ _HUB = re.compile(r"hf:([\w.-]+/[\w.-]+)((?:/[^/@]+)*)(?:@([^@]+))?")
 # -- the hub and fsspec places -----------------------------------------------------------------------------------------
 
 
-def push(library: Library, reference: str, place: str, *, public: bool = False) -> str:
+def push(library: Library, reference: str, location: str, *, public: bool = False) -> str:
     """Copy a version's files to a location, created if missing; return the location.
 
     On the hub, a new repository is private unless `public`, and all files are one commit. Elsewhere a
@@ -55,9 +55,9 @@ def push(library: Library, reference: str, place: str, *, public: bool = False) 
     cannot be reached or written."""
     version, path = library.find(reference), library.resolve(reference)
     files = {path.name: path} if path.is_file() else {p.name: p for p in sorted(path.iterdir())}
-    if place.startswith("hf:"):
-        repo, folder, revision = _hub(place)
-        with _said("hub", place):
+    if location.startswith("hf:"):
+        repo, folder, revision = _hub(location)
+        with _said("hub", location):
             from huggingface_hub import CommitOperationAdd, HfApi
 
             api = HfApi()
@@ -69,14 +69,14 @@ def push(library: Library, reference: str, place: str, *, public: bool = False) 
                 revision=revision,
             )
         return f"hf:{repo}@{done.oid}"
-    kept = {n: {"sha256": h, "size": size} for n, (h, size) in library.files(version.entry).items()}
-    with _said("place", place):
-        fs, root = open_remote(place)
+    files_of_version = {n: {"sha256": h, "size": size} for n, (h, size) in library.files(version.entry).items()}
+    with _said("place", location):
+        fs, root = open_remote(location)
         fs.makedirs(root, exist_ok=True)
         for name, file in files.items():
             fs.put_file(str(file), f"{root}/{name}")
-        fs.pipe_file(f"{root}/{_PLACE_MANIFEST}", canonical({"veneer-manifest": 1, "files": kept}))
-    return place
+        fs.pipe_file(f"{root}/{_PLACE_MANIFEST}", canonical({"veneer-manifest": 1, "files": files_of_version}))
+    return location
 
 
 def pull(
@@ -107,84 +107,86 @@ def pull(
         )
 
 
-def _hub(place: str) -> tuple[str, str, str | None]:
+def _hub(location: str) -> tuple[str, str, str | None]:
     """Return (repository, path within it, revision)."""
-    found = _HUB.fullmatch(place)
-    if not found or ".." in place:
-        raise ConfigError(f"{place!r} does not name a place on the hub", fix="hf:owner/name, hf:owner/name@revision")
-    return found[1], found[2].strip("/"), found[3]
+    match = _HUB.fullmatch(location)
+    if not match or ".." in location:
+        raise ConfigError(f"{location!r} is not a location on the hub", fix="hf:owner/name, hf:owner/name@revision")
+    return match[1], match[2].strip("/"), match[3]
 
 
-def _from_hub(place: str, into: Path) -> tuple[str, str]:
-    repo, path, revision = _hub(place)
-    with _said("hub", place):
+def _from_hub(location: str, into: Path) -> tuple[str, str]:
+    repo, path, revision = _hub(location)
+    with _said("hub", location):
         from huggingface_hub import HfApi
 
         api = HfApi()
         commit = api.model_info(repo, revision=revision).sha
-        every = api.list_repo_files(repo, revision=commit)
-        wanted = _choose(every, path, place)
-        for file in wanted:
+        repo_files = api.list_repo_files(repo, revision=commit)
+        names = _choose(repo_files, path, location)
+        for file in names:
             got = api.hf_hub_download(repo, file, revision=commit)
             shutil.copyfile(got, into / file.rpartition("/")[2])
     inner = f"/{path}" if path else ""
     return f"hf:{repo}{inner}@{commit}", (path or repo).rpartition("/")[2]
 
 
-def _choose(every: list[str], path: str, place: str) -> list[str]:
+def _choose(names: list[str], path: str, location: str) -> list[str]:
     """Return an adapter's files among all files of a repository.
 
     The named file, a PEFT folder, or the only safetensors file."""
-    if path in every:
+    if path in names:
         return [path]
     inside = path + "/" if path else ""
-    if f"{inside}{PEFT_FILES[0]}" in every:
-        return [f"{inside}{n}" for n in PEFT_FILES if f"{inside}{n}" in every]
-    found = [n for n in every if n.startswith(inside) and n.endswith(".safetensors")]
-    if len(found) == 1:
-        return found
-    shown = ", ".join(found[:8])
-    what = "several files, and none is said to be the one" if found else "no adapter there"
-    raise AdapterError(what, where=place, fix=f"name one: {shown}" if found else None)
+    if f"{inside}{PEFT_FILES[0]}" in names:
+        return [f"{inside}{n}" for n in PEFT_FILES if f"{inside}{n}" in names]
+    candidates = [n for n in names if n.startswith(inside) and n.endswith(".safetensors")]
+    if len(candidates) == 1:
+        return candidates
+    listed = ", ".join(candidates[:8])
+    message = "several files; it is unclear which is the adapter" if candidates else "there is no adapter"
+    raise AdapterError(message, where=location, fix=f"name one: {listed}" if candidates else None)
 
 
-def _from_place(place: str, into: Path) -> tuple[str, str]:
-    with _said("place", place):
-        fs, root = open_remote(place)
+def _from_place(location: str, into: Path) -> tuple[str, str]:
+    with _said("place", location):
+        fs, root = open_remote(location)
         if fs.isfile(root):
             names = [root.rpartition("/")[2]]
             fs.get_file(root, str(into / names[0]))
-            return place, names[0]
+            return location, names[0]
         inside = {entry["name"].rstrip("/").rpartition("/")[2] for entry in fs.ls(root, detail=True)}
-        names = _choose(sorted(inside), "", place)
+        names = _choose(sorted(inside), "", location)
         for name in names:
             fs.get_file(f"{root}/{name}", str(into / name))
-        said = fs.cat_file(f"{root}/{_PLACE_MANIFEST}") if _PLACE_MANIFEST in inside else None
-    if said is not None:
-        wanted = parse_manifest(said, hashlib.sha256(said).hexdigest())
-        if wrong := [n for n in {*names, *wanted} if n not in names or wanted.get(n, ("",))[0] != hash_file(into / n)]:
+        manifest = fs.cat_file(f"{root}/{_PLACE_MANIFEST}") if _PLACE_MANIFEST in inside else None
+    if manifest is not None:
+        expected = parse_manifest(manifest, hashlib.sha256(manifest).hexdigest())
+        if different := [
+            n for n in {*names, *expected} if n not in names or expected.get(n, ("",))[0] != hash_file(into / n)
+        ]:
             raise AdapterError(
-                f"not what its manifest says: {', '.join(sorted(wrong))}",
-                where=place,
-                fix="a push there was cut off, is under way, or the files were changed: push again",
+                f"files differ from the manifest: {', '.join(sorted(different))}",
+                where=location,
+                fix="push again: a push was interrupted or is running, or the files were changed",
             )
-    return place, root.rstrip("/").rpartition("/")[2]
+    return location, root.rstrip("/").rpartition("/")[2]
 
 
 @contextlib.contextmanager
-def _said(what: str, place: str) -> Iterator[None]:
+def _said(what: str, location: str) -> Iterator[None]:
     """Convert client errors to veneer's: the location could not be used."""
     try:
         yield
     except VeneerError:
         raise
     except ImportError as error:
-        raise MissingExtraError(str(error), where=place, fix="pip install 'veneer[s3]' for s3://") from None
+        raise MissingExtraError(str(error), where=location, fix="pip install 'veneer[s3]' for s3://") from None
     except FileNotFoundError as error:
-        raise AdapterError(f"there is nothing there: {error}", where=place) from error
+        raise AdapterError(f"there is no file or folder: {error}", where=location) from error
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise AdapterError(f"the {what} cannot be used: {reason}", where=place) from error
+        raise AdapterError(f"the {what} cannot be used: {reason}", where=location) from error
 
 
 # -- export and import -------------------------------------------------------------------------------------------------
@@ -220,13 +222,13 @@ def export_to(library: Library, target: str | Path, references: Iterable[str] = 
     if target.suffix != ".tar":
         raise ConfigError(f"{target} is not the name of a tar file", fix=f"{target}.tar")
     if target.exists():
-        raise AdapterError("something is there already", where=str(target), fix="name a new file")
+        raise AdapterError("the target exists already", where=str(target), fix="name a new file")
     records = _records(library, list(references))
     manifests = {v["entry"] for r in records for v in r["versions"].values()}
-    wanted: dict[str, str] = {}
+    objects: dict[str, str] = {}
     for entry in manifests:
-        wanted[manifest_path(entry)] = entry
-        wanted |= {blob_path(sha256): sha256 for sha256, _ in library.files(entry).values()}
+        objects[manifest_path(entry)] = entry
+        objects |= {blob_path(sha256): sha256 for sha256, _ in library.files(entry).values()}
     small = {"library.json": canonical({"veneer-export": 1})}
     small |= {f"names/{r['name']}.json": canonical(r) for r in records}
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
@@ -237,7 +239,7 @@ def export_to(library: Library, target: str | Path, references: Iterable[str] = 
             with tarfile.open(fileobj=raw, mode="w", format=tarfile.USTAR_FORMAT) as tar:
                 for path, data in sorted(small.items()):
                     _put(tar, path, io.BytesIO(data), len(data))
-                for path, sha256 in sorted(wanted.items(), key=lambda item: (item[0].startswith("blobs"), item[0])):
+                for path, sha256 in sorted(objects.items(), key=lambda item: (item[0].startswith("blobs"), item[0])):
                     total += _copy(library, path, sha256, tar)
             raw.flush()
             os.fsync(raw.fileno())
@@ -245,18 +247,18 @@ def export_to(library: Library, target: str | Path, references: Iterable[str] = 
     finally:
         temporary.unlink(missing_ok=True)
     versions = [f"{r['name']}@{number}" for r in records for number in sorted(r["versions"], key=int)]
-    return ExportReport(target, versions, len(wanted), total)
+    return ExportReport(target, versions, len(objects), total)
 
 
 def _records(library: Library, references: list[str]) -> list[dict[str, Any]]:
     """Return the records of the chosen versions, by name."""
     chosen: dict[str, set[str] | None] = {}
     for reference in references:
-        found = library.find(reference)
+        version = library.find(reference)
         if parse_reference(reference).name == reference:
-            chosen[found.name] = None
-        elif (some := chosen.setdefault(found.name, set())) is not None:
-            some.add(str(found.version))
+            chosen[version.name] = None
+        elif (numbers := chosen.setdefault(version.name, set())) is not None:
+            numbers.add(str(version.version))
     with reading(library.engine) as connection:
         if not references:
             n = ix.names.c
@@ -318,43 +320,45 @@ def import_from(
             raise AdapterError("this is not an export of a library", where=str(source))
         records = [check_record(_json(archive, p)) for p in sorted(archive) if p.startswith("names/")]
         manifests = {v["entry"]: _manifest(archive, v["entry"]) for r in records for v in r["versions"].values()}
-        if gone := sorted({h for m in manifests.values() for h, _ in m.values() if blob_path(h) not in archive}):
-            raise AdapterError(f"{len(gone)} files are not in the export: {gone[0]} …", where=str(source))
-        for found in records:
-            _import_name(library, archive, found, manifests, describe, out)
+        if missing := sorted({h for m in manifests.values() for h, _ in m.values() if blob_path(h) not in archive}):
+            raise AdapterError(f"{len(missing)} files are missing in the export: {missing[0]} …", where=str(source))
+        for fields in records:
+            _import_name(library, archive, fields, manifests, describe, out)
     return out
 
 
 def _import_name(
     library: Library,
     archive: Mapping[str, Callable[[], IO[bytes]]],
-    found: dict[str, Any],
+    fields: dict[str, Any],
     manifests: Mapping[str, Mapping[str, tuple[str, int]]],
     describe: Callable[[Path], AdapterDescription],
     out: ImportReport,
 ) -> None:
-    name, here = found["name"], {}
-    for number, v in sorted(found["versions"].items(), key=lambda item: int(item[0])):
+    name, numbers = fields["name"], {}
+    for number, v in sorted(fields["versions"].items(), key=lambda item: int(item[0])):
 
-        def checked(path: Path, said: str = v["digest"], who: str = f"{name}@{number}") -> AdapterDescription:
-            about = describe(path)
-            if said and about.digest and about.digest != said:
-                raise AdapterError(f"{who} is {about.digest}, and the export says {said}", fix="do not trust it")
-            return about
+        def checked(path: Path, digest: str = v["digest"], version: str = f"{name}@{number}") -> AdapterDescription:
+            description = describe(path)
+            if digest and description.digest and description.digest != digest:
+                raise AdapterError(
+                    f"{version} is {description.digest}, and the export says {digest}", fix="do not trust it"
+                )
+            return description
 
         with tempfile.TemporaryDirectory(prefix="veneer-import-") as temporary:
-            place = _unpack(archive, manifests[v["entry"]], Path(temporary))
-            added = library.add(place, name, tags=v["tags"], source=v["source"], number=int(number), describe=checked)
-        here[int(number)] = added.version.version
+            files = _unpack(archive, manifests[v["entry"]], Path(temporary))
+            added = library.add(files, name, tags=v["tags"], source=v["source"], number=int(number), describe=checked)
+        numbers[int(number)] = added.version.version
         (out.new if added.new else out.known).append(added.version.reference)
         if added.version.version != int(number):
             out.notes.append(f"{name}@{number} of the export is {added.version.reference} here")
     with reading(library.engine) as connection:
         own = record(connection, name)["aliases"]
-    for alias, number in sorted(found["aliases"].items()):
-        if alias not in own and number in here:
-            library.alias(f"{name}@{here[number]}", alias)
-        elif alias in own and own[alias] != here.get(number):
+    for alias, number in sorted(fields["aliases"].items()):
+        if alias not in own and number in numbers:
+            library.alias(f"{name}@{numbers[number]}", alias)
+        elif alias in own and own[alias] != numbers.get(number):
             out.notes.append(f"{name}@{alias} stays at {name}@{own[alias]}")
 
 

@@ -263,9 +263,9 @@ class KeyAccess(OpenAccess):
         self.admin_hash = admin_hash(admin_key) if admin_key else None
 
     async def caller(self, key: str | None, user: str | None = None) -> Principal:
-        given = (key or "").encode("utf-8", "replace")
+        encoded = (key or "").encode("utf-8", "replace")
         admin = self.admin_hash is not None and same(key or "", self.admin_hash)
-        known = [hmac.compare_digest(given, each) for each in self.keys]
-        if not key or not (admin or any(known)):
+        matches = [hmac.compare_digest(encoded, each) for each in self.keys]
+        if not key or not (admin or any(matches)):
             raise Refused("no valid API key", status=401, code="unauthorized", fix="Authorization: Bearer KEY")
         return Principal("operator" if admin else "key", user=user)

@@ -93,12 +93,12 @@ class Quotas:
             window, now = self._helpers.get(owner), self.clock()
             over = window.used(now) - most if window else -1
             wait = window.free_in(now, over + 1) if window and over >= 0 else 0.0
-            for idle in [other for other, each in self._helpers.items() if not each.used(now)]:
+            for idle in [owner_name for owner_name, each in self._helpers.items() if not each.used(now)]:
                 del self._helpers[idle]
         if over >= 0:
-            what = f"{_owner(owner)} has used its {self.limits.helper_seconds:,.0f} helper seconds"
+            message = f"{_owner(owner)} has used its {self.limits.helper_seconds:,.0f} helper seconds"
             raise Refused(
-                f"{what} (helper_seconds) in the last {_WINDOW / 60:.0f} minutes",
+                f"{message} (helper_seconds) in the last {_WINDOW / 60:.0f} minutes",
                 status=429,
                 code="rate_limited",
                 retry_after=wait,
@@ -124,11 +124,11 @@ class Quotas:
         return None
 
     def _over(self, owner: str, name: str, used: int, more: int) -> Refused:
-        what = f"{_owner(owner)} has {used:,} {_WORDS[name]}; {more:,} more would exceed the limit ({name}) of "
-        what += f"{getattr(self.limits, name):,}"
+        message = f"{_owner(owner)} has {used:,} {_WORDS[name]}; {more:,} more would exceed the limit ({name}) of "
+        message += f"{getattr(self.limits, name):,}"
         if name in _STORED:
-            return Refused(what, status=400, code="storage_full", fix="delete what is no longer needed")
-        return Refused(what, status=429, code="overloaded", retry_after=5.0, fix="ask again later")
+            return Refused(message, status=400, code="storage_full", fix="delete what is no longer needed")
+        return Refused(message, status=429, code="overloaded", retry_after=5.0, fix="ask again later")
 
     def _change(self, owner: str, amounts: dict[str, int], whole: dict[str, int] | None) -> None:
         """Add amounts. `whole`: as in `_refusal`; None for a change that is never refused."""

@@ -83,7 +83,7 @@ def _logged(what: str, error: object, *, trace: bool = False) -> str:
     An outage is logged in one line, because there can be many.
     """
     number = secrets.token_hex(4)
-    told = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
     kind = f"{type(error).__name__}: " if isinstance(error, BaseException) else ""
-    log.error("%s: %s: %s%s", number, what, kind, told[:2000], exc_info=error if trace else None)  # type: ignore[arg-type]
+    log.error("%s: %s: %s%s", number, what, kind, text[:2000], exc_info=error if trace else None)  # type: ignore[arg-type]
     return number

@@ -66,7 +66,7 @@ def test_many_are_kept_counted_exported_in_their_order_and_removed(tenants: Tena
     with reading(tenants.store.engine) as c:
         assert set(feedback_counts(c, "acme", 0.0).values()) == {0}
     manage.remove_tenant(tenants.store, "acme", who="me")
-    with pytest.raises(Refused, match="no answer 'a-0' is kept"):
+    with pytest.raises(Refused, match="no answer 'a-0' is stored"):
         tenants.answers.give("acme", AnswerFeedback("a-0", up=True))
 
 

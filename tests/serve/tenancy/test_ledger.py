@@ -496,7 +496,7 @@ def test_a_stopped_postgresql_holds_up_nobody_whose_key_is_known(quick: Path, ca
         with reading(tenants.store.engine) as c:
             assert c.scalar(select(func.count()).select_from(line_table)) == len(found)
             assert usage(c, by=())[0]["done"] == len(found)
-        assert caplog.text.count("usage stays on this machine until the database answers") == 1
+        assert caplog.text.count("usage stays on this machine until the database responds") == 1
         tenants.close()
 
 

@@ -138,7 +138,7 @@ def test_rollback_puts_the_same_users_back_and_each_move_is_kept(store: Store) -
     assert routes.rollback_route(store, "support", who="ana") == second
     assert store.look().routes["", "support"] == second  # at the next look: who owned what, too
     assert routes.rollback_route(store, "support", who="ana") == first
-    with pytest.raises(ConfigError, match="no earlier move"):
+    with pytest.raises(ConfigError, match="no earlier revision"):
         routes.rollback_route(store, "support", who="ana")
     fourth = routes.set_route(store, "support", [("v4", 1)], who="ana")
     assert routes.rollback_route(store, "support", who="ana") == first  # what held before the fourth

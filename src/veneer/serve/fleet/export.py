@@ -66,7 +66,7 @@ def export(
         raise ConfigError(f"there is no export for {server!r}", fix=" or ".join(_SERVERS))
     out, base = Path(folder), base or using.stated_base(adapter)
     if (merge or server == "tgi") and not base:
-        raise ConfigError("the adapter does not say which base it belongs to", where=adapter, fix="--base NAME")
+        raise ConfigError("the adapter does not state which base it belongs to", where=adapter, fix="--base NAME")
     if merge:
         return _merged(adapter, server, out, base, dtype, say)
     reading = using.read_adapter(adapter)
@@ -74,8 +74,8 @@ def export(
     try:
         written = write(reading.adapter, out, server, dtype=dtype, layers=layers)
     except AdapterError as error:
-        way = f"veneer export {adapter} --for {server} --merge {out}"
-        raise AdapterError(error.what, where=error.where, fix=f"as a full model: {way}") from error
+        merged = f"veneer export {adapter} --for {server} --merge {out}"
+        raise AdapterError(error.what, where=error.where, fix=f"as a full model: {merged}") from error
     digest = reading.adapter.digest()
     name = served_name(make_mix([(digest, 1.0)]))
     served, note = _served_base(base)
@@ -94,12 +94,12 @@ def _served_base(base: str) -> tuple[str, list[str]]:
 
     if (builtin := BUILTIN.get(base)) is None:
         return base, []
-    place = builtin_folder(builtin)
-    if not (place / "base.json").exists():
+    folder = builtin_folder(builtin)
+    if not (folder / "base.json").exists():
         return builtin.hub_id, [
             f"{builtin.hub_id} is the original of {base}, which holds a quantized copy of its weights"
         ]
-    return str(place), [f"on another machine, use {builtin.hub_id} as the base, or copy this folder there"]
+    return str(folder), [f"on another machine, use {builtin.hub_id} as the base, or copy this folder there"]
 
 
 def _layers(base: str, say: Callable[[str], None] | None) -> int:
@@ -110,11 +110,11 @@ def _layers(base: str, say: Callable[[str], None] | None) -> int:
 
 
 def _command(server: str, base: str, name: str, folder: Path, rank: int) -> str:
-    place = shlex.quote(str(folder.absolute()))
+    quoted_folder = shlex.quote(str(folder.absolute()))
     if server == "tgi":
-        return f"LORA_ADAPTERS={name}={place} text-generation-launcher --model-id {shlex.quote(base)}"
+        return f"LORA_ADAPTERS={name}={quoted_folder} text-generation-launcher --model-id {shlex.quote(base)}"
     need = next(n for n in MAX_VLLM_RANKS if n >= rank)
-    return f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {need} --lora-modules {name}={place}"
+    return f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {need} --lora-modules {name}={quoted_folder}"
 
 
 def _merged(
@@ -126,14 +126,18 @@ def _merged(
     from veneer.models.text.base import load_text
 
     stored = {"F32": "float32", "BF16": "bfloat16"}.get(stored_dtype(tensor_table(find_base(base, say=say))), "float16")
-    want = dtype or stored
+    wanted_dtype = dtype or stored
     # Loaded as stored if written as stored, else in float32, which represents every stored weight exactly.
-    loaded = load_text(base, dtype=want if want == stored else "float32", say=say or (lambda line: None))
-    report = merge(loaded, [adapter], out, dtype=want)
-    place = shlex.quote(str(out.absolute()))
-    command = f"vllm serve {place}" if server == "vllm" else f"text-generation-launcher --model-id {place}"
-    kept = f"rounding to {report.dtype} keeps {report.delta_kept:.1%} of the change"
-    notes = [f"warning: {report.warning}; --dtype float32 keeps it exactly" if report.warning else kept]
+    loaded = load_text(
+        base, dtype=wanted_dtype if wanted_dtype == stored else "float32", say=say or (lambda line: None)
+    )
+    report = merge(loaded, [adapter], out, dtype=wanted_dtype)
+    quoted_folder = shlex.quote(str(out.absolute()))
+    command = (
+        f"vllm serve {quoted_folder}" if server == "vllm" else f"text-generation-launcher --model-id {quoted_folder}"
+    )
+    rounding = f"rounding to {report.dtype} keeps {report.delta_kept:.1%} of the change"
+    notes = [f"warning: {report.warning}; --dtype float32 keeps it exactly" if report.warning else rounding]
     done = Exported(out, server, base, out.name, str(report.adapters[0]["digest"]), command, {}, notes)
     _describe(done)
     return done

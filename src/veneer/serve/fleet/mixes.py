@@ -187,18 +187,18 @@ class Mixes:
 
     def _collect(self) -> None:
         """Delete dropped folders, and the least recently used over the size limit."""
-        found = []
+        folders = []
         for path in self.folder.glob("veneer-mix-*"):
             with contextlib.suppress(OSError):  # deleted by another front door meanwhile
-                found.append((path.stat().st_mtime, sum(f.stat().st_size for f in path.iterdir()), path))
-        total = sum(size for _, size, _ in found)
-        for used, size, path in sorted(found):
+                folders.append((path.stat().st_mtime, sum(f.stat().st_size for f in path.iterdir()), path))
+        total = sum(size for _, size, _ in folders)
+        for used, size, path in sorted(folders):
             over = path.name in self._dropped or total > self.limit_bytes
             if not over or self._running[path.name] or used > time.time() - self.grace:
                 continue
             total -= size
             self._dropped.discard(path.name)
-            aside = path.with_name(f".gone-{secrets.token_hex(8)}")
+            renamed = path.with_name(f".gone-{secrets.token_hex(8)}")
             with contextlib.suppress(OSError):
-                os.rename(path, aside)  # so that nobody finds a partial folder
-                shutil.rmtree(aside, ignore_errors=True)
+                os.rename(path, renamed)  # so that nobody finds a partial folder
+                shutil.rmtree(renamed, ignore_errors=True)

@@ -178,8 +178,8 @@ class Upstream(Engine[Request, EngineEvent]):
                 return
             except _Failed as error:
                 if tokens:
-                    wrong = outage("the rest of the answer", error)
-                    yield Finished("error", Usage(len(request.prompt), 0, tokens), error=wrong)
+                    problem = outage("the rest of the answer", error)
+                    yield Finished("error", Usage(len(request.prompt), 0, tokens), error=problem)
                     return
                 if pause is None:
                     raise error.refused or outage("the model", error, retry_after=_RETRY_AFTER) from error
@@ -214,14 +214,14 @@ class Upstream(Engine[Request, EngineEvent]):
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
         completion, now = usage.get("completion_tokens") or count, time.monotonic()
         prefill, decode = (first or now) - began, now - (first or now)
-        took = Usage(len(request.prompt), cached, completion, prefill=prefill, decode=decode)
-        self.prompt_tokens += took.prompt
-        self.generated_tokens += took.completion
+        measured = Usage(len(request.prompt), cached, completion, prefill=prefill, decode=decode)
+        self.prompt_tokens += measured.prompt
+        self.generated_tokens += measured.completion
         if reason in ("length", "stop"):
-            yield Finished(reason, took, stop)
+            yield Finished(reason, measured, stop)
         else:
-            wrong = Refused(f"the upstream ended with {reason!r}", status=500, code="internal")
-            yield Finished("error", took, stop, error=wrong)
+            problem = Refused(f"the upstream ended with {reason!r}", status=500, code="internal")
+            yield Finished("error", measured, stop, error=problem)
 
     async def _write(self, mix: DigestMix) -> None:
         try:

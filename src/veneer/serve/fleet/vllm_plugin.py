@@ -46,9 +46,9 @@ def register() -> None:
 
     class VeneerResolver(LoRAResolver):
         async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
-            found = await asyncio.to_thread(_resolve_or_say, base_model_name, lora_name)
+            resolved = await asyncio.to_thread(_resolve_or_say, base_model_name, lora_name)
             # vLLM replaces the number with its own
-            return None if found is None else LoRARequest(found[0], 1, str(found[1]))
+            return None if resolved is None else LoRARequest(resolved[0], 1, str(resolved[1]))
 
     if "veneer" not in LoRAResolverRegistry.get_supported_resolvers():
         LoRAResolverRegistry.register_resolver("veneer", VeneerResolver())
@@ -85,9 +85,9 @@ def resolve_name(base: str, name: str) -> _Found:
     exact = re.fullmatch("veneer-([0-9a-f]{64})", name)
     reference = f"sha256:{exact[1]}" if exact else name
     parse_reference(reference)
-    place = library_place()
-    if "://" not in place and not Path(place).is_dir():  # opening a library would create it
-        raise ConfigError(f"there is no library at {place}", fix="set VENEER_LIBRARY")
+    location = library_place()
+    if "://" not in location and not Path(location).is_dir():  # opening a library would create it
+        raise ConfigError(f"there is no library at {location}", fix="set VENEER_LIBRARY")
     with open_library() as library:
         version = library.find(reference)
         path = library.resolve(version.reference)
@@ -124,34 +124,36 @@ def _check_modules(base: str, name: str, adapter: Adapter) -> None:
         log.warning("veneer: the files of %s are not on this machine, so adapters are not checked against it", base)
         return
     shapes = _shapes(files)
-    wrong = []
+    problems = []
     for module, pair in adapter.pairs.items():
         shape = shapes.get(_tail(f"{module}.weight"))
         if module == "lm_head" and shape is None:  # tied
             shape = shapes.get("embed_tokens.weight")
-        own = (pair.A.shape[1], pair.B.shape[0]) if pair.kind == "embedding" else (pair.B.shape[0], pair.A.shape[1])
+        pair_shape = (
+            (pair.A.shape[1], pair.B.shape[0]) if pair.kind == "embedding" else (pair.B.shape[0], pair.A.shape[1])
+        )
         if shape is None and pair.kind in ("linear", "embedding"):
-            wrong.append(f"{module}: the base has no such module")
-        elif shape is not None and pair.kind in ("linear", "embedding") and shape not in (own, own[::-1]):
-            wrong.append(f"{module}: {own[0]}×{own[1]}, and the base's is {shape[0]}×{shape[1]}")
-    if wrong:
-        lines = "\n".join(f"  - {line}" for line in wrong[:6])
-        raise AdapterError(f"{name} does not fit {base} in {len(wrong)} modules:\n{lines}")
+            problems.append(f"{module}: the base has no such module")
+        elif shape is not None and pair.kind in ("linear", "embedding") and shape not in (pair_shape, pair_shape[::-1]):
+            problems.append(f"{module}: {pair_shape[0]}×{pair_shape[1]}, and the base's is {shape[0]}×{shape[1]}")
+    if problems:
+        lines = "\n".join(f"  - {line}" for line in problems[:6])
+        raise AdapterError(f"{name} does not fit {base} in {len(problems)} modules:\n{lines}")
 
 
 @cache
 def _base_files(base: str) -> Path | None:
     """The folder of vLLM's base if it is on this machine; never asks the hub."""
-    here = Path(base).expanduser()
-    if (here / "config.json").is_file():
-        return here
+    folder = Path(base).expanduser()
+    if (folder / "config.json").is_file():
+        return folder
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        found = try_to_load_from_cache(base, "config.json")
+        file = try_to_load_from_cache(base, "config.json")
     except ValueError:  # not a hub id
         return None
-    return Path(found).parent if isinstance(found, str) else None
+    return Path(file).parent if isinstance(file, str) else None
 
 
 @cache

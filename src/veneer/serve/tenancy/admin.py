@@ -164,11 +164,11 @@ def _routes(router: APIRouter, store: Store, catalog: Catalog) -> None:
                 f"{body.route} is the base, whose name no route can have", where="route", fix="another name"
             )
         now = store.look().routes.get((body.tenant, body.route))
-        made = routes.planned_route(now, body.route, targets, **more)
+        route_after = routes.planned_route(now, body.route, targets, **more)
         if not body.dry_run:
             check = None if body.force else catalog.check
-            made = routes.set_route(store, body.route, targets, who=_WHO, check=check, **more)
-        return {**routes.route_shown(made), "change": routes.route_change(now, made)}
+            route_after = routes.set_route(store, body.route, targets, who=_WHO, check=check, **more)
+        return {**routes.route_shown(route_after), "change": routes.route_change(now, route_after)}
 
     @router.delete("/routes")
     def remove_route(route: str, tenant: str = ALL) -> dict[str, Any]:
@@ -178,11 +178,11 @@ def _routes(router: APIRouter, store: Store, catalog: Catalog) -> None:
     @router.post("/routes/rollback")
     def rollback(body: RouteName) -> dict[str, Any]:
         with store.reading() as c:
-            now, made = routes.earlier_route(c, body.route, tenant=body.tenant)
+            now, route_after = routes.earlier_route(c, body.route, tenant=body.tenant)
         if not body.dry_run:
             check = None if body.force else catalog.check
-            made = routes.rollback_route(store, body.route, tenant=body.tenant, who=_WHO, check=check)
-        return {**routes.route_shown(made), "change": routes.route_change(now, made)}
+            route_after = routes.rollback_route(store, body.route, tenant=body.tenant, who=_WHO, check=check)
+        return {**routes.route_shown(route_after), "change": routes.route_change(now, route_after)}
 
     @router.get("/routes/history")
     def history(route: str, tenant: str = ALL) -> dict[str, Any]:
@@ -230,8 +230,8 @@ def _records(router: APIRouter, store: Store, catalog: Catalog) -> None:
     @router.get("/audit/verify")
     def verify(expect: str = "") -> dict[str, Any]:
         with store.reading() as c:
-            head, count, wrong = manage.audit_faults(c, expect)
-        return {"ok": not wrong, "head": head, "lines": count, "faults": wrong}
+            head, count, faults = manage.audit_faults(c, expect)
+        return {"ok": not faults, "head": head, "lines": count, "faults": faults}
 
 
 class AdminRoute(BodyRoute):
@@ -248,9 +248,9 @@ class AdminRoute(BodyRoute):
             try:
                 return await inner(request)
             except RequestValidationError as error:
-                found = error.errors()
-                lines = [_line(e, self._fields()) for e in found]
-                return _error(invalid("; ".join(lines), str(found[0]["loc"][-1])))
+                problems = error.errors()
+                lines = [_line(e, self._fields()) for e in problems]
+                return _error(invalid("; ".join(lines), str(problems[0]["loc"][-1])))
             except Refused as error:
                 return _error(error)
             except (VeneerError, SQLAlchemyError, OSError) as error:
@@ -268,15 +268,15 @@ class AdminRoute(BodyRoute):
 
 
 def _line(error: Any, fields: dict[int, set[str]]) -> str:
-    place = ".".join(str(part) for part in error["loc"][1:])
+    key = ".".join(str(part) for part in error["loc"][1:])
     if error["type"] == "extra_forbidden":
-        return _unknown(place, fields.get(len(error["loc"]), set()))
-    return problem_text(place or "body", error)
+        return _unknown(key, fields.get(len(error["loc"]), set()))
+    return problem_text(key or "body", error)
 
 
-def _unknown(place: str, known: set[str]) -> str:
-    near = nearest(place.rpartition(".")[2], sorted(known), 1)
-    return f"unknown key {place[:100]}: " + (f"did you mean {near[0]}?" if near else f"of {', '.join(sorted(known))}")
+def _unknown(key: str, known: set[str]) -> str:
+    near = nearest(key.rpartition(".")[2], sorted(known), 1)
+    return f"unknown key {key[:100]}: " + (f"did you mean {near[0]}?" if near else f"of {', '.join(sorted(known))}")
 
 
 def _error(error: Refused) -> JSONResponse:

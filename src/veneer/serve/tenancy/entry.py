@@ -70,10 +70,10 @@ class OwedEntry:
     @classmethod
     def from_json(cls, text: str) -> OwedEntry:
         """The inverse of `to_json`."""
-        found: dict[str, Any] = json.loads(text)
-        entry = found["entry"]
+        fields: dict[str, Any] = json.loads(text)
+        entry = fields["entry"]
         lines = tuple(LedgerLine(**{**line, "price": Price(**line["price"])}) for line in entry.pop("lines"))
-        return cls(LedgerEntry(**entry, lines=lines), found["state"], found["closed"], Usage(**found["usage"]))
+        return cls(LedgerEntry(**entry, lines=lines), fields["state"], fields["closed"], Usage(**fields["usage"]))
 
 
 def day_of(opened: float) -> str:

@@ -95,8 +95,8 @@ class KeptAnswers:
         row = {"tenant": caller.tenant, "id": request, "at": at, "expires": at + terms.days * 86400, "whose": whose}
         row |= {"name": served.name, "adapters": names}
 
-        def keep(asked: Mapping[str, Any], choices: Sequence[Mapping[str, Any]]) -> None:
-            text = json.dumps({**row, "asked": asked, "choices": choices})
+        def store(request_body: Mapping[str, Any], choices: Sequence[Mapping[str, Any]]) -> None:
+            text = json.dumps({**row, "asked": request_body, "choices": choices})
             size = len(text)
             if size > _LARGEST:
                 self._log_lost(f"{request} has {size:,} characters with its request; the limit is {_LARGEST:,}")
@@ -110,7 +110,7 @@ class KeptAnswers:
             if error := future.exception():
                 self._log_lost(error)
 
-        return keep
+        return store
 
     def _reserve(self, tenant: str, size: int) -> bool:
         """Count bytes that wait for the database, unless there are too many."""
@@ -123,7 +123,7 @@ class KeptAnswers:
         """Log that answers are not stored, at most once in ten seconds."""
         if time.monotonic() - self._logged > 10.0:
             self._logged = time.monotonic()
-            _log.error("answers are not kept for feedback: %s", error)
+            _log.error("answers are not stored for feedback: %s", error)
 
     def flush(self, seconds: float = 10.0) -> None:
         """Write pending answers into the database.
@@ -142,8 +142,8 @@ class KeptAnswers:
             row = json.loads(text)
             if c.scalar(select(a.id).where(a.tenant == row["tenant"], a.id == row["id"])) is not None:
                 continue
-            what = [EVERYTHING, row["id"], row["id"].removesuffix(shadow_id("")), row["whose"]]
-            forgotten = c.scalar(select(func.max(g.at)).where(g.tenant == row["tenant"], g.what.in_(what)))
+            deletions = [EVERYTHING, row["id"], row["id"].removesuffix(shadow_id("")), row["whose"]]
+            forgotten = c.scalar(select(func.max(g.at)).where(g.tenant == row["tenant"], g.what.in_(deletions)))
             if (forgotten or 0.0) < row["at"] and self._fits(c, row, len(text)):
                 texts_of = {name: json.dumps(row[name]) for name in ("adapters", "asked", "choices")}
                 c.execute(insert(answer_table), row | texts_of)
@@ -166,7 +166,7 @@ class KeptAnswers:
         try:
             hold.add(files=1, disk=size)
         except Refused as error:
-            _log.error("answer %s is not kept for feedback: %s", row["id"], error.what)
+            _log.error("answer %s is not stored for feedback: %s", row["id"], error.what)
             return False
         return True
 
@@ -178,25 +178,25 @@ class KeptAnswers:
         Returns the result. Raises Refused: not_found (404) for an answer that is not stored, whatever the
         reason; 400.
         """
-        self._find(tenant, {feedback.id, *(other for other, _ in feedback.rejected or ())})
+        self._find(tenant, {feedback.id, *(answer_id for answer_id, _ in feedback.rejected or ())})
         with write_transaction(self.store.engine, _LOCK) as c:
-            given = self._choice(c, tenant, feedback.id, feedback.choice, "choice")
-            for other, choice in feedback.rejected or ():
-                if (other, choice) == (feedback.id, feedback.choice):
+            answered = self._choice(c, tenant, feedback.id, feedback.choice, "choice")
+            for answer_id, choice in feedback.rejected or ():
+                if (answer_id, choice) == (feedback.id, feedback.choice):
                     raise invalid("an answer cannot be chosen over itself", "rejected")
-                if self._choice(c, tenant, other, choice, "rejected")[0] != given[0]:
-                    raise invalid(f"{other} answers another request", "rejected", "answers to the same messages")
+                if self._choice(c, tenant, answer_id, choice, "rejected")[0] != answered[0]:
+                    raise invalid(f"{answer_id} answers another request", "rejected", "answers to the same messages")
             f = feedback_table.c
-            here = (f.tenant == tenant) & (f.answer == feedback.id) & (f.choice == feedback.choice)
+            this_choice = (f.tenant == tenant) & (f.answer == feedback.id) & (f.choice == feedback.choice)
             values = feedback.values() | {"at": self.wall()}
-            if c.execute(update(feedback_table).where(here).values(**values)).rowcount == 0:
+            if c.execute(update(feedback_table).where(this_choice).values(**values)).rowcount == 0:
                 key = {"tenant": tenant, "answer": feedback.id, "choice": feedback.choice}
                 c.execute(insert(feedback_table), {"up": None, "corrected": None, "rejected": None, **key, **values})
-            row = c.execute(select(feedback_table).where(here)).one()
+            row = c.execute(select(feedback_table).where(this_choice)).one()
         thumb = None if row.up is None else "up" if row.up else "down"
-        rejected = [{"id": other, "choice": choice} for other, choice in json.loads(row.rejected or "[]")]
-        said = {"thumb": thumb, "corrected": json.loads(row.corrected or "null"), "rejected": rejected}
-        return {"object": "feedback", "id": feedback.id, "choice": feedback.choice, **said}
+        rejected = [{"id": answer_id, "choice": choice} for answer_id, choice in json.loads(row.rejected or "[]")]
+        values_after = {"thumb": thumb, "corrected": json.loads(row.corrected or "null"), "rejected": rejected}
+        return {"object": "feedback", "id": feedback.id, "choice": feedback.choice, **values_after}
 
     def _find(self, tenant: str, answers: set[str]) -> None:
         """Make sure that recent answers are in the database.
@@ -215,8 +215,8 @@ class KeptAnswers:
     def _choice(self, c: Connection, tenant: str, answer: str, choice: int, param: str) -> tuple[Any, Any]:
         """(the request, the answer)."""
         a = answer_table.c
-        here = (a.tenant == tenant, a.id == answer, a.expires > self.wall())
-        row = c.execute(select(a.asked, a.choices).where(*here)).first()
+        this_answer = (a.tenant == tenant, a.id == answer, a.expires > self.wall())
+        row = c.execute(select(a.asked, a.choices).where(*this_answer)).first()
         if row is None:
             raise self._unknown(tenant, answer)
         choices = json.loads(row.choices)
@@ -229,11 +229,11 @@ class KeptAnswers:
 
         The cases are indistinguishable to the client.
         """
-        fix = "the `id` of a chat completion of this tenant's that was kept, and whose time is not over"
+        fix = "use the `id` of a stored chat completion of this tenant that has not expired"
         if tenant not in self.store.settings.feedback:
-            fix = "none of this tenant's are kept; its operator changes that: veneer tenant set NAME feedback_days=30"
-        what = f"no answer {quoted(answer, 100)} is kept"
-        return Refused(what, status=404, code="not_found", param="id", fix=fix)
+            fix = "no answers of this tenant are stored; the operator can run veneer tenant set NAME feedback_days=30"
+        message = f"no answer {quoted(answer, 100)} is stored"
+        return Refused(message, status=404, code="not_found", param="id", fix=fix)
 
     # -- deletion ------------------------------------------------------------------------------------------------------
 
@@ -244,29 +244,29 @@ class KeptAnswers:
         """
         if id is not None and not _ID.fullmatch(id):
             return 0
-        what = user_hash(tenant, user) if user is not None else id if id is not None else EVERYTHING
+        target = user_hash(tenant, user) if user is not None else id if id is not None else EVERYTHING
         with contextlib.suppress(OSError, sqlite3.Error):  # else they are dropped when they arrive
             self.flush()
         with write_transaction(self.store.engine, _LOCK) as c:
-            gone = forget_answers(c, tenant, what, self.wall())
+            count = forget_answers(c, tenant, target, self.wall())
         if tenant in self._holds:
             self._holds[tenant] = self._holds[tenant][0], 0.0
-        return gone
+        return count
 
     def sweep(self) -> int:
         """Delete expired answers; returns how many were deleted."""
-        a, f, now, gone = answer_table.c, feedback_table.c, self.wall(), 0
+        a, f, now, count = answer_table.c, feedback_table.c, self.wall(), 0
         while True:
             with write_transaction(self.store.engine, _LOCK) as c:
                 _erase(c)
-                old = c.execute(select(a.tenant, a.id).where(a.expires <= now).limit(_MOST)).all()
-                for tenant, id in old:
+                expired = c.execute(select(a.tenant, a.id).where(a.expires <= now).limit(_MOST)).all()
+                for tenant, id in expired:
                     c.execute(delete(feedback_table).where(f.tenant == tenant, f.answer == id))
                     c.execute(delete(answer_table).where(a.tenant == tenant, a.id == id))
                 c.execute(delete(forgotten_table).where(forgotten_table.c.at < now - _REMEMBERED))
-            gone += len(old)
-            if len(old) < _MOST:
-                return gone
+            count += len(expired)
+            if len(expired) < _MOST:
+                return count
 
 
 def user_hash(tenant: str, user: str) -> str:
@@ -274,7 +274,7 @@ def user_hash(tenant: str, user: str) -> str:
     return hashlib.sha256(json.dumps([tenant, user]).encode()).hexdigest()
 
 
-def forget_answers(c: Connection, tenant: str, what: str, now: float) -> int:
+def forget_answers(c: Connection, tenant: str, target: str, now: float) -> int:
     """Delete stored answers with their feedback, within a transaction.
 
     Returns how many were deleted. Also records the deletion, so that answers requested before `now` that
@@ -282,14 +282,14 @@ def forget_answers(c: Connection, tenant: str, what: str, now: float) -> int:
     """
     a, f = answer_table.c, feedback_table.c
     _erase(c)
-    one = (a.whose == what) | a.id.in_((what, shadow_id(what)))
-    these = a.tenant == tenant if what == EVERYTHING else (a.tenant == tenant) & one
-    c.execute(delete(feedback_table).where(f.tenant == tenant, f.answer.in_(select(a.id).where(these))))
-    gone = c.execute(delete(answer_table).where(these)).rowcount
-    here = (forgotten_table.c.tenant == tenant) & (forgotten_table.c.what == what)
-    c.execute(delete(forgotten_table).where(here))
-    c.execute(insert(forgotten_table), {"tenant": tenant, "what": what, "at": now})
-    return gone
+    matches = (a.whose == target) | a.id.in_((target, shadow_id(target)))
+    selected = a.tenant == tenant if target == EVERYTHING else (a.tenant == tenant) & matches
+    c.execute(delete(feedback_table).where(f.tenant == tenant, f.answer.in_(select(a.id).where(selected))))
+    count = c.execute(delete(answer_table).where(selected)).rowcount
+    this_deletion = (forgotten_table.c.tenant == tenant) & (forgotten_table.c.what == target)
+    c.execute(delete(forgotten_table).where(this_deletion))
+    c.execute(insert(forgotten_table), {"tenant": tenant, "what": target, "at": now})
+    return count
 
 
 def _erase(c: Connection) -> None:
@@ -319,10 +319,10 @@ class AnswerFeedback:
 
     def values(self) -> dict[str, Any]:
         """The fields in `said` as columns."""
-        found: dict[str, Any] = {"up": self.up}
-        found["corrected"] = None if self.corrected is None else json.dumps(self.corrected)
-        found["rejected"] = json.dumps(self.rejected) if self.rejected else None
-        return {name: value for name, value in found.items() if name in self.said}
+        columns: dict[str, Any] = {"up": self.up}
+        columns["corrected"] = None if self.corrected is None else json.dumps(self.corrected)
+        columns["rejected"] = json.dumps(self.rejected) if self.rejected else None
+        return {name: value for name, value in columns.items() if name in self.said}
 
 
 # -- counts and rows ---------------------------------------------------------------------------------------------------
@@ -331,8 +331,8 @@ class AnswerFeedback:
 def feedback_counts(c: Connection, tenant: str, now: float) -> dict[str, int]:
     """Counts of a tenant's stored answers, and of each kind of feedback on them."""
     a, f = answer_table.c, feedback_table.c
-    these = (a.tenant == tenant) & (a.expires > now)
-    said = (
+    stored = (a.tenant == tenant) & (a.expires > now)
+    figures = (
         select(
             func.count(f.up).label("n"),
             func.count().filter(f.up).label("up"),
@@ -340,11 +340,11 @@ def feedback_counts(c: Connection, tenant: str, now: float) -> dict[str, int]:
             func.count(f.rejected).label("chosen"),
         )
         .join(answer_table, (a.tenant == f.tenant) & (a.id == f.answer))
-        .where(these)
+        .where(stored)
     )
-    row = c.execute(said).one()
-    kept = int(c.scalar(select(func.count()).select_from(answer_table).where(these)) or 0)
-    return {"answers": kept, "up": row.up, "down": row.n - row.up, "corrected": row.corrected, "chosen": row.chosen}
+    row = c.execute(figures).one()
+    answers = int(c.scalar(select(func.count()).select_from(answer_table).where(stored)) or 0)
+    return {"answers": answers, "up": row.up, "down": row.n - row.up, "corrected": row.corrected, "chosen": row.chosen}
 
 
 @dataclass(frozen=True)
@@ -390,16 +390,16 @@ def _rows(engine: Engine, tenant: str, kind: str, adapter: str | None, now: floa
     after: tuple[Any, ...] | None = None
     while True:
         with reading(engine) as c:
-            found = c.execute(query if after is None else query.where(tuple_(*order) > tuple_(*after))).all()
-        for r in found:
+            page = c.execute(query if after is None else query.where(tuple_(*order) > tuple_(*after))).all()
+        for r in page:
             if adapter is None or adapter in {n for each in (r.name, *json.loads(r.adapters)) for n in _names(each)}:
                 rejected = [other for other, _ in json.loads(r.rejected or "[]")] if kind == "preference" else []
                 with reading(engine) as c:  # one row at a time: an answer can be a megabyte
                     others = _answers(c, tenant, rejected, now)
                 yield from _rows_of(kind, r, others)
-        if len(found) < _PAGE:
+        if len(page) < _PAGE:
             return
-        after = (found[-1].at, found[-1].answer, found[-1].choice)
+        after = (page[-1].at, page[-1].answer, page[-1].choice)
 
 
 def _names(name: str) -> tuple[str, str]:
@@ -409,25 +409,25 @@ def _names(name: str) -> tuple[str, str]:
 def _answers(c: Connection, tenant: str, ids: Sequence[str], now: float) -> dict[str, Any]:
     a = answer_table.c
     query = select(a.id, a.choices).where(a.tenant == tenant, a.expires > now)
-    found: dict[str, Any] = {}
+    answers: dict[str, Any] = {}
     for i in range(0, len(ids), 500):
-        found |= {r.id: json.loads(r.choices) for r in c.execute(query.where(a.id.in_(ids[i : i + 500])))}
-    return found
+        answers |= {r.id: json.loads(r.choices) for r in c.execute(query.where(a.id.in_(ids[i : i + 500])))}
+    return answers
 
 
 def _rows_of(kind: str, r: Any, others: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    asked, given = json.loads(r.asked), json.loads(r.choices)[r.choice]
+    request, answer = json.loads(r.asked), json.loads(r.choices)[r.choice]
     corrected = json.loads(r.corrected) if r.corrected else None
-    tools = {"tools": asked["tools"]} if asked.get("tools") else {}
+    tools = {"tools": request["tools"]} if request.get("tools") else {}
     if kind == "supervised":
         if corrected is not None or r.up:
-            yield {"messages": [*asked["messages"], corrected or given], **tools}
+            yield {"messages": [*request["messages"], corrected or answer], **tools}
     elif kind == "unpaired":
         if r.up is not None:
-            yield {"prompt": asked["messages"], "completion": [given], "label": bool(r.up), **tools}
+            yield {"prompt": request["messages"], "completion": [answer], "label": bool(r.up), **tools}
     else:
-        pairs = [] if corrected is None else [(corrected, given)]
-        pairs += [(given, others[other][n]) for other, n in json.loads(r.rejected or "[]") if other in others]
+        pairs = [] if corrected is None else [(corrected, answer)]
+        pairs += [(answer, others[other][n]) for other, n in json.loads(r.rejected or "[]") if other in others]
         for chosen, rejected in pairs:
             if chosen != rejected:
-                yield {"prompt": asked["messages"], "chosen": [chosen], "rejected": [rejected], **tools}
+                yield {"prompt": request["messages"], "chosen": [chosen], "rejected": [rejected], **tools}

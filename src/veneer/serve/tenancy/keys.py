@@ -34,8 +34,8 @@ def make_admin_key() -> str:
 
 def key_id(key: str) -> str | None:
     """The id in a key; None for text that is not a key."""
-    found = _KEY.fullmatch(key)
-    return found[1] if found else None
+    match = _KEY.fullmatch(key)
+    return match[1] if match else None
 
 
 def hash_key(key: str) -> str:
@@ -43,9 +43,9 @@ def hash_key(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def same(key: str, kept: str) -> bool:
+def same(key: str, stored_hash: str) -> bool:
     """Whether `kept` is the hash of `key`, compared in constant time."""
-    return hmac.compare_digest(hash_key(key), kept)
+    return hmac.compare_digest(hash_key(key), stored_hash)
 
 
 def default_database() -> str:

@@ -121,19 +121,19 @@ def post(c: Connection, server: str, owed: Sequence[OwedEntry], now: float, *, u
 
 def _open_entries(c: Connection, server: str) -> list[LedgerEntry]:
     """The requests of a server that are open in the database."""
-    here = (line_table.c.server == server) & (line_table.c.state == "open")
-    rows = c.execute(select(line_table).where(here).order_by(line_table.c.request, line_table.c.part)).all()
-    found = []
+    open_lines = (line_table.c.server == server) & (line_table.c.state == "open")
+    rows = c.execute(select(line_table).where(open_lines).order_by(line_table.c.request, line_table.c.part)).all()
+    entries = []
     for request, parts in groupby(rows, key=lambda row: row.request):
-        listed = list(parts)
-        first = listed[0]
-        own = tuple(
+        parts_of_request = list(parts)
+        first = parts_of_request[0]
+        lines = tuple(
             LedgerLine(r.digest, r.adapter, r.strength, Price(r.price_prompt, r.price_cached, r.price_completion))
-            for r in listed
+            for r in parts_of_request
         )
-        asked = (first.asked_prompt, first.asked_completion)
-        found.append(LedgerEntry(request, first.tenant, first.name, first.opened, *asked, own))
-    return found
+        estimate = (first.asked_prompt, first.asked_completion)
+        entries.append(LedgerEntry(request, first.tenant, first.name, first.opened, *estimate, lines))
+    return entries
 
 
 def _add_figures(c: Connection, table: Table, deltas: Mapping[tuple[Any, ...], Sequence[Any]]) -> None:
@@ -165,15 +165,16 @@ _CHANGE = (
 
 def _known(c: Connection, server: str, requests: Sequence[str]) -> dict[str, str]:
     """Request -> its state, for known requests."""
-    found: dict[str, str] = {}
+    states: dict[str, str] = {}
     for i in range(0, len(requests), 500):
-        here = (
+        first_parts = (
             (line_table.c.server == server) & (line_table.c.part == 0) & line_table.c.request.in_(requests[i : i + 500])
         )
-        found |= {
-            row.request: row.state for row in c.execute(select(line_table.c.request, line_table.c.state).where(here))
+        states |= {
+            row.request: row.state
+            for row in c.execute(select(line_table.c.request, line_table.c.state).where(first_parts))
         }
-    return found
+    return states
 
 
 def _rows(server: str, owed: OwedEntry) -> list[dict[str, Any]]:
@@ -241,7 +242,7 @@ class Ledger:
         self.server = secrets.token_hex(8)
         self.outbox = self.reserve = None
         if store.engine.dialect.name == "postgresql":
-            self.outbox = Outbox(folder / f"{self.server}.sqlite", synced=synced, room=room)
+            self.outbox = Outbox(folder / f"{self.server}.sqlite", synced=synced, size=room)
             self._engine = store.engine
         else:
             self.reserve = Reserve(folder, self.server, room)
@@ -276,8 +277,8 @@ class Ledger:
                 refused = _duplicate(entry.request)
             else:
                 self._log_refusal(error)
-                what = "usage cannot be recorded at the moment"
-                refused = Refused(what, status=503, code="overloaded", retry_after=5.0)
+                message = "usage cannot be recorded at the moment"
+                refused = Refused(message, status=503, code="overloaded", retry_after=5.0)
             self._open.pop(entry.request, None)
             opened.set_exception(refused)
 
@@ -299,7 +300,8 @@ class Ledger:
         """Log that requests are rejected, at most once in ten seconds."""
         if time.monotonic() - self._logged > 10.0:
             self._logged = time.monotonic()
-            _log.error("requests are refused, for the ledger cannot keep them: %s (%d owed)", error, self.state().owed)
+            pending = self.state().owed
+            _log.error("requests are refused because the ledger cannot record them: %s (%d pending)", error, pending)
             self._sender.wake()
 
     def settle(self, request: str, usage: Usage) -> Future[None]:
@@ -314,20 +316,20 @@ class Ledger:
         return self._end(request, "interrupted", Usage(0, 0, 0))
 
     def _end(self, request: str, state: EntryState, usage: Usage) -> Future[None]:
-        kept: Future[None] = Future()
+        recorded: Future[None] = Future()
         entry = self._open.pop(request, None)
         if entry is None:  # the first end counts
-            kept.set_result(None)
-            return kept
+            recorded.set_result(None)
+            return recorded
         now = self.wall()
         owed = OwedEntry(entry, state, now, usage)
         self._ended[request] = now
 
-        def written(future: Future[None], again: bool = True) -> None:
+        def written(future: Future[None], retry: bool = True) -> None:
             error = future.exception()
             if error is None and not self.outbox:
                 self._ended.pop(request, None)
-            elif error is not None and again and self.reserve:
+            elif error is not None and retry and self.reserve:
                 self.reserve.free()
                 self.writer.put(self._write, owed).add_done_callback(lambda future: written(future, False))
                 return
@@ -335,13 +337,13 @@ class Ledger:
                 _log.error("the end of request %s is only in memory: %s", request, error)
                 self._unwritten[request] = owed
             self._wake()
-            kept.set_result(None)
+            recorded.set_result(None)
 
         if self.outbox:
             self.outbox.end(request, owed.to_json()).add_done_callback(written)
         else:
             self.writer.put(self._write, owed).add_done_callback(written)
-        return kept
+        return recorded
 
     # -- into the database ---------------------------------------------------------------------------------------------
 
@@ -422,19 +424,19 @@ class Ledger:
             if not (self.reserve and path == self.reserve.path):
                 with suppress(BlockingIOError, FileNotFoundError), dead_reserve(path):
                     counts["interrupted"] += self._interrupt_all(path.stem)
-        seen = select(server_table.c.server).where(server_table.c.seen > database_clock(self._engine) - _GONE_SECONDS)
+        alive = select(server_table.c.server).where(server_table.c.seen > database_clock(self._engine) - _GONE_SECONDS)
         line = line_table.c
-        gone = select(line.server).where(line.state == "open", line.server != self.server, line.server.not_in(seen))
+        dead = select(line.server).where(line.state == "open", line.server != self.server, line.server.not_in(alive))
         with reading(self._engine) as c:
-            servers = list(c.scalars(gone.distinct()))
+            servers = list(c.scalars(dead.distinct()))
         for server in servers:
             counts["interrupted"] += self._interrupt_all(server)
         return counts
 
     def _recover_outbox(self, path: Path, counts: dict[str, int]) -> None:
         try:
-            with left_behind(path) as found:
-                for bodies in found:
+            with left_behind(path) as batches:
+                for bodies in batches:
                     owed = [OwedEntry.from_json(body) for body in bodies]
                     ended = [each if each.state != "open" else self._interrupted(each.entry) for each in owed]
                     counts["done"] += self._post(path.stem, ended)
@@ -442,7 +444,7 @@ class Ledger:
         except (BlockingIOError, FileNotFoundError):
             return  # its process is alive, or another has just settled it
         except sqlite3.DatabaseError as error:
-            _log.error("%s cannot be read: %s; its requests that are open are interrupted", path, error)
+            _log.error("%s cannot be read: %s; its open requests are marked as interrupted", path, error)
             path.replace(path.with_suffix(".damaged"))
         counts["interrupted"] += self._interrupt_all(path.stem)
 
@@ -472,20 +474,20 @@ class Ledger:
 
         Returns the number of lines deleted.
         """
-        before, gone = self.wall() - days * 86400, 0
-        old = (line_table.c.opened < before) & (line_table.c.state != "open")
+        before, count = self.wall() - days * 86400, 0
+        expired = (line_table.c.opened < before) & (line_table.c.state != "open")
         while True:
             with write_transaction(self.store.engine) as c:
                 last = c.scalar(
-                    select(line_table.c.opened).where(old).order_by(line_table.c.opened).offset(most).limit(1)
+                    select(line_table.c.opened).where(expired).order_by(line_table.c.opened).offset(most).limit(1)
                 )
-                here = old if last is None else old & (line_table.c.opened <= last)
-                gone += c.execute(delete(line_table).where(here)).rowcount
+                batch = expired if last is None else expired & (line_table.c.opened <= last)
+                count += c.execute(delete(line_table).where(batch)).rowcount
                 for width, window in _SLOT_WIDTHS.items():
-                    late = int((self.wall() - window) // width) - 1
-                    c.execute(delete(slot_table).where(slot_table.c.width == width, slot_table.c.slot < late))
+                    oldest = int((self.wall() - window) // width) - 1
+                    c.execute(delete(slot_table).where(slot_table.c.width == width, slot_table.c.slot < oldest))
             if last is None:
-                return gone
+                return count
 
     def seen_elsewhere(
         self, window: float, adapters: Iterable[str] | None = None
@@ -579,12 +581,12 @@ def usage(
             fix = f"did you mean {near[0]}?" if near else f"of {', '.join(BY)}"
             raise ConfigError(f"usage cannot be grouped by {name!r}", where="by", fix=fix)
     apart = "adapter" in by or adapter is not None
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
 
-    def ask(table: Table, columns: dict[str, Any], *also: Any) -> None:
+    def add_up(table: Table, columns: dict[str, Any], *also: Any) -> None:
         t = table.c
-        kept = [t[name] for name in by]
-        query = select(*kept, *columns.values()).where(*also).group_by(*kept)
+        keys = [t[name] for name in by]
+        query = select(*keys, *columns.values()).where(*also).group_by(*keys)
         if tenant is not None:
             query = query.where(t.tenant == tenant)
         if adapter is not None:  # a name covers all its versions
@@ -595,17 +597,19 @@ def usage(
                     raise ConfigError(f"{value!r} is not a date", where=name, fix="as in 2026-11-25, in UTC")
                 query = query.where(t.day >= value if name == "since" else t.day <= value)
         for row in c.execute(query):
-            kind = found.setdefault(tuple(row[: len(by)]), dict.fromkeys(_SUMMED, 0))
+            kind = groups.setdefault(tuple(row[: len(by)]), dict.fromkeys(_SUMMED, 0))
             for name, value in zip(columns, row[len(by) :], strict=True):
                 kind[name] += float(value or 0) if name in _SECONDS else int(value or 0)
 
     # PostgreSQL sums bigint as numeric, exactly; SQLite as 64-bit integers, or it raises.
     summed = {name: func.sum(sum_table.c[name]) for name in _SUMMED if name not in ("requests", "open")}
-    ask(sum_table, summed, sum_table.c.adapter != ALL if apart else sum_table.c.adapter == ALL)
-    ask(line_table, {"open": func.count()}, line_table.c.state == "open", *(() if apart else (line_table.c.part == 0,)))
+    add_up(sum_table, summed, sum_table.c.adapter != ALL if apart else sum_table.c.adapter == ALL)
+    add_up(
+        line_table, {"open": func.count()}, line_table.c.state == "open", *(() if apart else (line_table.c.part == 0,))
+    )
     out = []
-    for key in sorted(found) if by or found else [()]:
-        figures = found.get(key) or dict.fromkeys(_SUMMED, 0)
+    for key in sorted(groups) if by or groups else [()]:
+        figures = groups.get(key) or dict.fromkeys(_SUMMED, 0)
         figures["requests"] = figures["done"] + figures["interrupted"] + figures["open"]
         figures |= {name: float(figures[name]) for name in _SECONDS}
         out.append({**dict(zip(by, key, strict=True)), **figures})

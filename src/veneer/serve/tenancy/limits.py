@@ -162,19 +162,19 @@ class Limits:
 
         seen: (tenant, adapter or ALL for whole requests, seconds ago, requests, tokens).
         """
-        found: dict[_Scope, dict[str, Window]] = {}
+        by_scope: dict[_Scope, dict[str, Window]] = {}
         now = self.clock()
         for tenant, adapter, ago, requests, tokens in sorted(seen, key=lambda row: -row[2]):
             for scope in [(ALL, adapter)] if tenant == ALL else [(ALL, adapter), (tenant, adapter)]:
-                windows = found.setdefault(scope, {n: Window(s) for n, s, _ in _WINDOWS if s == window})
-                for name, kept in windows.items():
-                    kept.add(now - ago, tokens if name.startswith("tokens") else requests)
+                windows = by_scope.setdefault(scope, {n: Window(s) for n, s, _ in _WINDOWS if s == window})
+                for name, window_of_scope in windows.items():
+                    window_of_scope.add(now - ago, tokens if name.startswith("tokens") else requests)
         with self._lock:
-            for scope in {*self.counters, *(s for s in found if _limit(limits, s))}:
+            for scope in {*self.counters, *(s for s in by_scope if _limit(limits, s))}:
                 counter = self._counter(scope)
                 for name, length, _ in _WINDOWS:
                     if length == window:
-                        counter.elsewhere[name] = found.get(scope, {}).get(name) or Window(window)
+                        counter.elsewhere[name] = by_scope.get(scope, {}).get(name) or Window(window)
 
     def _counter(self, scope: _Scope) -> ScopeUsage:
         return self.counters.setdefault(scope, ScopeUsage())
@@ -186,30 +186,30 @@ def _limit(limits: Mapping[_Scope, Limit], scope: _Scope) -> Limit | None:
 
 
 def _check(scope: _Scope, limit: Limit, counter: ScopeUsage, tokens: int, now: float) -> None:
-    whose = f"tenant {scope[0]}" if scope[0] else "the server"
-    whose += f" with adapter {scope[1]}" if scope[1] else ""
+    owner = f"tenant {scope[0]}" if scope[0] else "the server"
+    owner += f" with adapter {scope[1]}" if scope[1] else ""
     if limit.concurrency is not None and counter.running >= limit.concurrency:
         raise Refused(
-            f"{whose} has {counter.running} requests running; {limit.concurrency} are allowed",
+            f"{owner} has {counter.running} requests running; {limit.concurrency} are allowed",
             status=429,
             code="rate_limited",
             retry_after=1.0,
         )
     for name, _, words in _WINDOWS:
-        most, amount = getattr(limit, name), tokens if name.startswith("tokens") else 1
-        if most is None:
+        maximum, amount = getattr(limit, name), tokens if name.startswith("tokens") else 1
+        if maximum is None:
             continue
-        if amount > most:
-            what = f"the prompt and max_tokens are {amount:,} tokens; {whose} has {most:,} {words}"
-            raise invalid(what, "max_tokens", "a shorter prompt or a smaller max_tokens")
-        own, other = counter.windows[name], counter.elsewhere.get(name)
-        over = own.used(now) + (other.used(now) if other else 0) + amount - most
+        if amount > maximum:
+            message = f"the prompt and max_tokens are {amount:,} tokens; {owner} has {maximum:,} {words}"
+            raise invalid(message, "max_tokens", "a shorter prompt or a smaller max_tokens")
+        here, others = counter.windows[name], counter.elsewhere.get(name)
+        over = here.used(now) + (others.used(now) if others else 0) + amount - maximum
         if over > 0:
             raise Refused(
-                f"{whose} has used up its {most:,} {words}",
+                f"{owner} has used up its {maximum:,} {words}",
                 status=429,
                 code="rate_limited",
-                retry_after=_wait(own, other, now, over),
+                retry_after=_wait(here, others, now, over),
             )
 
 

@@ -104,8 +104,8 @@ def audit_lines(
         query = query.where(audit_table.c.subject == subject)
     if what:
         query = query.where((audit_table.c.what == what) | audit_table.c.what.startswith(f"{what}.", autoescape=True))
-    found = [dict(row._mapping) for row in c.execute(query)]
-    return [line | {side: json.loads(line[side]) for side in ("before", "after")} for line in found]
+    rows = [dict(row._mapping) for row in c.execute(query)]
+    return [line | {side: json.loads(line[side]) for side in ("before", "after")} for line in rows]
 
 
 def audit_faults(c: Connection, expect: str = "") -> tuple[str, int, list[str]]:
@@ -113,20 +113,20 @@ def audit_faults(c: Connection, expect: str = "") -> tuple[str, int, list[str]]:
 
     `expect`: an earlier head, which must be the hash of an entry.
     """
-    previous, number, seen = FIRST_HASH, 0, expect in ("", FIRST_HASH)
-    wrong = []
+    previous, number, expected_found = FIRST_HASH, 0, expect in ("", FIRST_HASH)
+    faults = []
     for line in _all(c):
         if line["number"] != number + 1:
-            wrong.append(f"lines {number + 1} to {line['number'] - 1} are missing")
+            faults.append(f"lines {number + 1} to {line['number'] - 1} are missing")
         elif line["previous"] != previous:
-            wrong.append(f"line {line['number']} does not follow the one before it")
+            faults.append(f"line {line['number']} does not follow the one before it")
         if line["hash"] != _hash(line):
-            wrong.append(f"line {line['number']} was changed")
+            faults.append(f"line {line['number']} was changed")
         previous, number = line["hash"], line["number"]
-        seen = seen or previous == expect
-    if not seen:
-        wrong.append(f"no line has the hash {expect}: lines at the end are missing, or all were written anew")
-    return previous, number, wrong
+        expected_found = expected_found or previous == expect
+    if not expected_found:
+        faults.append(f"no line has the hash {expect}: lines at the end are missing, or all were written anew")
+    return previous, number, faults
 
 
 def _all(c: Connection) -> Iterator[dict[str, Any]]:
@@ -206,11 +206,11 @@ def get_tenant(store: Store, name: str) -> Tenant:
 
 def show_settings(settings: TenantSettings, tenant: str) -> dict[str, Any]:
     """The settings of a tenant, ALL or EACH, by key; `by_adapter`: those of single adapters."""
-    shown: dict[str, Any] = {"tenant": tenant or "all"}
+    fields: dict[str, Any] = {"tenant": tenant or "all"}
     if tenant in settings.tenants:
-        shown |= asdict(settings.tenants[tenant])
+        fields |= asdict(settings.tenants[tenant])
     elif tenant == ALL:
-        shown |= {"adapters": settings.shared, "shared_cache": settings.common}
+        fields |= {"adapters": settings.shared, "shared_cache": settings.common}
     by_adapter: dict[str, dict[str, Any]] = {ALL: asdict(Limit())}
     for (owner, adapter), limit in settings.limits.items():
         if owner == tenant:
@@ -218,12 +218,12 @@ def show_settings(settings: TenantSettings, tenant: str) -> dict[str, Any]:
     for (owner, adapter), price in settings.prices.items():
         if owner == tenant:
             by_adapter.setdefault(adapter, {}).update({f"{k}_price": v for k, v in asdict(price).items()})
-    shown |= by_adapter.pop(ALL)
+    fields |= by_adapter.pop(ALL)
     if terms := settings.training.get(tenant):
-        shown |= {f"training_{key}": value for key, value in asdict(terms).items()}
-    if kept := settings.feedback.get(tenant):
-        shown |= {f"feedback_{key}": value for key, value in asdict(kept).items()}
-    return shown | {"by_adapter": by_adapter}
+        fields |= {f"training_{key}": value for key, value in asdict(terms).items()}
+    if feedback := settings.feedback.get(tenant):
+        fields |= {f"feedback_{key}": value for key, value in asdict(feedback).items()}
+    return fields | {"by_adapter": by_adapter}
 
 
 def add_tenant(
@@ -238,7 +238,7 @@ def add_tenant(
     row = {"name": name, "weight": 1.0, "enabled": True, "created": time.time() if now is None else now}
     with store.change() as c:
         if c.scalar(select(tenant_table.c.name).where(tenant_table.c.name == name)):
-            raise ConfigError(f"there is a tenant {name} already", where="tenant")
+            raise ConfigError(f"tenant {name} exists already", where="tenant")
         c.execute(insert(tenant_table), row)
         _, after = _apply(c, name, ALL, values)
         append_audit(c, who, "tenant.add", name, None, row | after)
@@ -282,22 +282,22 @@ def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_scope(tenant: str, adapter: str, keys: Iterable[str]) -> None:
     """Raises ConfigError for a key that a scope does not have, or an invalid scope."""
-    known = {*LIMITS, *_PRICES}
+    allowed = {*LIMITS, *_PRICES}
     if tenant == EACH:
-        known = {*LIMITS}
+        allowed = {*LIMITS}
     elif adapter == ALL:
-        known = {*SettingsChange.model_fields} - (_OF_TENANTS_ONLY if tenant == ALL else _OF_ALL_ONLY)
+        allowed = {*SettingsChange.model_fields} - (_OF_TENANTS_ONLY if tenant == ALL else _OF_ALL_ONLY)
     if tenant not in (ALL, EACH):
         check_tenant(tenant)
     if adapter != ALL:
         check_reference(adapter)
         if adapter != name_of(adapter):
-            what = f"{adapter} is one version of an adapter"
-            raise ConfigError(what, where="adapter", fix=f"{name_of(adapter)}, for all of them")
+            message = f"{adapter} is one version of an adapter"
+            raise ConfigError(message, where="adapter", fix=f"{name_of(adapter)}, for all of them")
     for key in keys:
-        if key not in known:
+        if key not in allowed:
             scope = f"adapter {adapter}" if adapter else {ALL: "all", EACH: "each tenant"}.get(tenant, "a tenant")
-            raise ConfigError(f"{key} is not a setting of {scope}", where=key, fix=f"of {', '.join(sorted(known))}")
+            raise ConfigError(f"{key} is not a setting of {scope}", where=key, fix=f"of {', '.join(sorted(allowed))}")
 
 
 def _apply(
@@ -349,12 +349,12 @@ def _replace(
     changed = {key: values[key] for key in columns if key in values}
     if not changed:
         return {}
-    here = [table.c[name] == value for name, value in scope.items()]
-    found = c.execute(select(table).where(*here)).first()
-    row = dict.fromkeys(columns.values()) if found is None else {n: found._mapping[n] for n in columns.values()}
+    this_scope = [table.c[name] == value for name, value in scope.items()]
+    stored = c.execute(select(table).where(*this_scope)).first()
+    row = dict.fromkeys(columns.values()) if stored is None else {n: stored._mapping[n] for n in columns.values()}
     before = {key: row[columns[key]] for key in changed}
     after = finish(row | {columns[key]: value for key, value in changed.items()})
-    c.execute(delete(table).where(*here))
+    c.execute(delete(table).where(*this_scope))
     if after is not None:
         c.execute(insert(table), scope | after)
     return before
@@ -420,9 +420,9 @@ def make_tenant_key(
     """
     with store.change() as c:
         tenant_row(c, tenant)
-        made, key = _new_key(c, tenant, label, expires, time.time() if now is None else now)
-        append_audit(c, who, "key.add", tenant, None, show_key(made))
-    return made, key
+        row, key = _new_key(c, tenant, label, expires, time.time() if now is None else now)
+        append_audit(c, who, "key.add", tenant, None, show_key(row))
+    return row, key
 
 
 def list_keys(store: Store, tenant: str | None = None) -> list[KeyRow]:
@@ -458,12 +458,12 @@ def rotate_key(
         if before.state(at) != "active":
             raise ConfigError(f"key {key} is {before.state(at)}", where="key", fix="make a new one")
         life = None if before.expires is None else at + (before.expires - before.created)
-        made, secret = _new_key(c, before.tenant, before.label, life, at)
+        new, secret = _new_key(c, before.tenant, before.label, life, at)
         ends = at + grace if before.expires is None else min(at + grace, before.expires)
         c.execute(update(key_table).where(key_table.c.id == key).values(expires=ends))
         old = KeyRow(**{**asdict(before), "expires": ends})
-        append_audit(c, who, "key.rotate", before.tenant, show_key(before), [show_key(old), show_key(made)])
-    return made, secret
+        append_audit(c, who, "key.rotate", before.tenant, show_key(before), [show_key(old), show_key(new)])
+    return new, secret
 
 
 def show_key(key: KeyRow) -> dict[str, Any]:
@@ -477,9 +477,9 @@ def _new_key(c: Connection, tenant: str, label: str, expires: float | None, now:
     if len(label) > 200:
         raise ConfigError("the label is longer than 200 characters", where="label")
     identity, key = make_key()
-    made = KeyRow(identity, tenant, hash_key(key), label, now, expires, None)
-    c.execute(insert(key_table), asdict(made))
-    return made, key
+    row = KeyRow(identity, tenant, hash_key(key), label, now, expires, None)
+    c.execute(insert(key_table), asdict(row))
+    return row, key
 
 
 def _key(c: Connection, key: str, tenant: str | None) -> KeyRow:
@@ -507,7 +507,7 @@ def when(text: str, now: float) -> float:
     if text[-1:] in units and text[:-1].isascii() and text[:-1].isdigit() and len(text) <= 7:
         return now + int(text[:-1]) * units[text[-1]]
     try:
-        found = datetime.fromisoformat(text)
+        moment = datetime.fromisoformat(text)
     except ValueError:
         raise ConfigError(f"{text!r} is not a time", fix="90d, 12h, 30m, or 2027-01-31") from None
-    return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()

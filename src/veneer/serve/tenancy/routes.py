@@ -76,35 +76,35 @@ class TenantRoutes:
 
     def find(self, route: str, caller: Principal) -> Route | None:
         """The route of that name for the caller, or None."""
-        known = self._store.settings.routes
-        own = known.get((caller.tenant, route)) if caller.kind == "tenant" else None
-        if own is not None:
-            return own
-        everybodys = known.get((ALL, route))
-        return everybodys if everybodys is not None and caller.sees(route) else None
+        routes = self._store.settings.routes
+        tenants_own = routes.get((caller.tenant, route)) if caller.kind == "tenant" else None
+        if tenants_own is not None:
+            return tenants_own
+        shared = routes.get((ALL, route))
+        return shared if shared is not None and caller.sees(route) else None
 
     def names(self, caller: Principal) -> list[str]:
         """Every route that the caller sees, for /v1/models."""
-        known = {name for tenant, name in self._store.settings.routes if tenant in (ALL, caller.tenant)}
-        return sorted(name for name in known if self.find(name, caller))
+        visible = {name for tenant, name in self._store.settings.routes if tenant in (ALL, caller.tenant)}
+        return sorted(name for name in visible if self.find(name, caller))
 
     def choose(self, route: str, caller: Principal) -> str | None:
         """The adapter that answers this caller; None if the caller has no such route."""
-        found = self.find(route, caller)
-        if found is None:
+        found_route = self.find(route, caller)
+        if found_route is None:
             return None
-        who = json.dumps([caller.tenant, caller.user]) if caller.user else caller.tenant
-        return owner(found.runs, bucket(route, who) if who else self._pick.randrange(BUCKETS))
+        user = json.dumps([caller.tenant, caller.user]) if caller.user else caller.tenant
+        return owner(found_route.runs, bucket(route, user) if user else self._pick.randrange(BUCKETS))
 
     def shadow(self, route: str, caller: Principal | None = None) -> str | None:
         """The shadow for this request.
 
         None if there is none or the request is not sampled.
         """
-        found = self.find(route, caller or STRANGER)
-        if found is None or found.shadow is None or self._pick.random() >= found.fraction:
+        found_route = self.find(route, caller or STRANGER)
+        if found_route is None or found_route.shadow is None or self._pick.random() >= found_route.fraction:
             return None
-        return found.shadow
+        return found_route.shadow
 
     def note_shadow(self, answer: ShadowAnswer) -> Future[None]:
         """Record how two answers differ, without the texts."""
@@ -132,9 +132,9 @@ class TenantRoutes:
         c.execute(delete(shadow_table).where(shadow_table.c.id <= last - self._keep))
 
 
-def bucket(route: str, who: str) -> int:
+def bucket(route: str, user: str) -> int:
     """The bucket of a user, 0 to BUCKETS - 1, uniform and independent between routes."""
-    digest = hashlib.sha256(json.dumps([route, who]).encode()).digest()
+    digest = hashlib.sha256(json.dumps([route, user]).encode()).digest()
     return int.from_bytes(digest[:8], "big") % BUCKETS
 
 
@@ -176,11 +176,11 @@ def share_out(targets: Sequence[tuple[str, int]], before: Sequence[tuple[str, in
     return tuple((name, count) for name, count in runs)
 
 
-def _first_difference(one: str, other: str) -> int | None:
+def _first_difference(left: str, right: str) -> int | None:
     """Index of the first differing character; None for equal texts."""
-    if one == other:
+    if left == right:
         return None
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
 
 
 # -- planning a move ---------------------------------------------------------------------------------------------------
@@ -191,11 +191,11 @@ def moved_buckets(before: Sequence[tuple[str, int]], after: Sequence[tuple[str, 
     moved: dict[tuple[str, str], int] = {}
     left, right = list(before), list(after)
     while left and right:
-        (one, n), (other, m) = left.pop(0), right.pop(0)
-        if one != other:
-            moved[one, other] = moved.get((one, other), 0) + min(n, m)
-        left = [(one, n - m), *left] if n > m else left
-        right = [(other, m - n), *right] if m > n else right
+        (old, n), (new, m) = left.pop(0), right.pop(0)
+        if old != new:
+            moved[old, new] = moved.get((old, new), 0) + min(n, m)
+        left = [(old, n - m), *left] if n > m else left
+        right = [(new, m - n), *right] if m > n else right
     return moved
 
 
@@ -206,16 +206,16 @@ def route_change(now: Route | None, wanted: Route) -> str:
     """
     name, ended = wanted.name, not wanted.targets
     if now is None or not now.targets:
-        said = f"{name} begins: {_shares(wanted)}." if not ended else f"{name} leads nowhere already."
+        text = f"{name} begins: {_shares(wanted)}." if not ended else f"{name} has no targets."
     elif ended:
-        said = f"{name} ends: whoever asks for it is told that there is no such name."
+        text = f"{name} ends: requests for it get 404."
     elif moved := moved_buckets(now.runs, wanted.runs):
         most_first = sorted(moved.items(), key=lambda move: -move[1])
-        each = [f"{_percent(n)} move from {one} to {other}" for (one, other), n in most_first]
-        said = f"Of the users of {name}, {_listed(each)}; nobody else changes."
+        parts = [f"{_percent(n)} move from {old} to {new}" for (old, new), n in most_first]
+        text = f"Of the users of {name}, {_listed(parts)}; nobody else changes."
     else:
-        said = f"No user of {name} moves."
-    return f"{said}{_shadow_change(now, wanted)}"
+        text = f"No user of {name} moves."
+    return f"{text}{_shadow_change(now, wanted)}"
 
 
 def _shadow_change(now: Route | None, wanted: Route) -> str:
@@ -258,23 +258,23 @@ def planned_route(
 
     Raises ConfigError for an invalid route.
     """
-    wanted = [(check_reference(name), int(weight)) for name, weight in targets if weight]
+    weighted = [(check_reference(name), int(weight)) for name, weight in targets if weight]
     check_route_name(route)
-    if not wanted or len({name for name, _ in wanted}) != len(wanted) or len(wanted) > 100:
+    if not weighted or len({name for name, _ in weighted}) != len(weighted) or len(weighted) > 100:
         raise ConfigError(
             f"{route} needs one target or more, each named once", where="targets", fix="as in support@1=90 support@2=10"
         )
-    for name, weight in wanted:
+    for name, weight in weighted:
         if not 0 < weight <= 1_000_000:
             raise ConfigError(f"the weight of {name} is {weight}", where="targets", fix="a whole number, 1 or more")
         if name == route:
-            raise ConfigError(f"{route} would lead to itself", where="targets")
+            raise ConfigError(f"{route} cannot have itself as a target", where="targets")
     if shadow is not None:
         check_reference(shadow)
     if not (math.isfinite(fraction) and 0 <= fraction <= 1):
         raise ConfigError(f"the fraction is {fraction}", where="fraction", fix="from 0 to 1")
-    runs = share_out(wanted, now.runs if now else ())
-    return Route(tenant, route, now.move + 1 if now else 1, tuple(wanted), runs, shadow, fraction)
+    runs = share_out(weighted, now.runs if now else ())
+    return Route(tenant, route, now.move + 1 if now else 1, tuple(weighted), runs, shadow, fraction)
 
 
 # -- moves -------------------------------------------------------------------------------------------------------------
@@ -297,16 +297,16 @@ def set_route(
     `fraction` of requests also go to `shadow`. `check`: raises for a name that cannot be served; then nothing
     moves. `from_move`: required current move (0: none), else RouteMoved.
     """
-    asked = planned_route(None, route, targets, tenant=tenant, shadow=shadow, fraction=fraction)
-    _check([name for name, _ in asked.targets], shadow, check)
+    planned = planned_route(None, route, targets, tenant=tenant, shadow=shadow, fraction=fraction)
+    _check([name for name, _ in planned.targets], shadow, check)
     with store.change() as c:
         if tenant != ALL:
             tenant_row(c, tenant)
         before = _current(c, tenant, route)
         if from_move is not None and from_move != (before.move if before else 0):
-            raise RouteMoved(f"{route} was moved meanwhile", where="route", fix="look where it leads, and again")
-        runs = share_out(asked.targets, before.runs if before else ())
-        spec = {"targets": asked.targets, "runs": runs, "shadow": shadow, "fraction": fraction}
+            raise RouteMoved(f"{route} was changed meanwhile", where="route", fix="check the route and try again")
+        runs = share_out(planned.targets, before.runs if before else ())
+        spec = {"targets": planned.targets, "runs": runs, "shadow": shadow, "fraction": fraction}
         return _move(c, tenant, route, spec, before, "route.set", who)
 
 
@@ -353,14 +353,14 @@ def earlier_route(c: Connection, route: str, *, tenant: str = ALL, undone: Colle
     if now is None:
         raise _lost(c, tenant, route)
     if undone and now.move not in undone:
-        raise RouteMoved(f"{route} was moved since", where="route", fix=f"veneer tenant route history {route}")
+        raise RouteMoved(f"{route} was changed since", where="route", fix=f"veneer tenant route history {route}")
     of_route = _of(move_table, tenant, route)
     number: int | None = now.move
     while number is not None and number in {now.move, *undone}:
         number = c.scalar(select(move_table.c.before).where(of_route, move_table.c.move == number))
     row = c.execute(select(move_table).where(of_route, move_table.c.move == number)).first()
     if row is None:
-        raise ConfigError(f"{route} has no earlier move to go back to", where="route", fix="remove it, or set it")
+        raise ConfigError(f"{route} has no earlier revision", where="route", fix="remove the route, or set it")
     return now, route_of(row)
 
 

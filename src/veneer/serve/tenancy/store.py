@@ -439,10 +439,10 @@ class UnknownName(ConfigError):
     """
 
 
-def unknown_name(what: str, name: str, known: Iterable[str]) -> UnknownName:
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownName:
     near = nearest(name, known)
     fix = f"did you mean {', '.join(near)}?" if near else None
-    return UnknownName(f"there is no {what} {name[:100]}", where=what, fix=fix)
+    return UnknownName(f"there is no {kind} {name[:100]}", where=kind, fix=fix)
 
 
 def tenant_row(c: Connection, name: str) -> dict[str, Any]:
@@ -489,10 +489,10 @@ class Store:
         if self.engine.dialect.name == "postgresql":  # SQLite's transactions see one state anyway
             connection = connection.execution_options(isolation_level="REPEATABLE READ")
         with connection as c:
-            found = _read(c)
-        if found.revision > self._settings.revision:  # another thread can have read a later state
-            self._settings = found
-        return found
+            read = _read(c)
+        if read.revision > self._settings.revision:  # another thread can have read a later state
+            self._settings = read
+        return read
 
     def reading(self) -> AbstractContextManager[Connection]:
         """A connection for queries."""
@@ -517,12 +517,12 @@ _REVISION = select(meta_table.c.value).where(meta_table.c.key == "revision")
 
 
 @contextlib.contextmanager
-def tenants_at(place: str | None) -> Iterator[Store | None]:
+def tenants_at(location: str | None) -> Iterator[Store | None]:
     """The named tenants' database, or the veneer home's if it exists, else None.
 
     Raises ConfigError.
     """
-    if (where := place or database_here()) is None:
+    if (where := location or database_here()) is None:
         yield None
         return
     store = Store(where)
@@ -554,7 +554,7 @@ def _read(c: Connection) -> TenantSettings:
     granted: dict[str, list[str]] = {}
     for row in c.execute(select(grant_table).order_by(grant_table.c.pattern)):
         granted.setdefault(row.tenant, []).append(row.pattern)
-    found = [
+    tenants = [
         Tenant(r.name, r.weight, r.enabled, r.created, tuple(granted.get(r.name, ())))
         for r in c.execute(select(tenant_table).order_by(tenant_table.c.name))
     ]
@@ -562,7 +562,7 @@ def _read(c: Connection) -> TenantSettings:
     pointers = [route_of(row) for row in c.execute(moves)]
     return TenantSettings(
         revision,
-        {t.name: t for t in found},
+        {t.name: t for t in tenants},
         {
             r.id: KeyRow(**r._mapping)
             for r in c.execute(select(key_table).order_by(key_table.c.created, key_table.c.id))

@@ -126,12 +126,12 @@ class Tenants(Tenancy):
         with self._mutex:
             if self._next_look is None:
                 self._next_look = self._looker.submit(self._look)
-            look = self._next_look
+            refresh = self._next_look
         if self._away:
             return self.store.settings
         try:
             async with asyncio.timeout(_FRESH_SECONDS):
-                return await asyncio.shield(asyncio.wrap_future(look))
+                return await asyncio.shield(asyncio.wrap_future(refresh))
         except SQLAlchemyError:
             return self.store.settings
         except TimeoutError:
@@ -142,16 +142,16 @@ class Tenants(Tenancy):
         with self._mutex:
             self._next_look = None
         try:
-            found = self.store.look()
+            settings = self.store.look()
         except SQLAlchemyError as error:
             self._lost(error)
             raise
         self._away = False
-        return found
+        return settings
 
     def _lost(self, error: object) -> None:
         if not self._away:
-            _log.warning("the tenants' database is away, what was read last holds: %s", error)
+            _log.warning("the tenants' database does not respond; the settings read last are used: %s", error)
         self._away = True
 
     def shares(self, caller: Principal, served: ResolvedModel) -> str:
@@ -286,8 +286,8 @@ class OpenTenants(Tenants):
 
 
 class _Bill:
-    def __init__(self, ledger: Ledger, held: LimitHold, request: str) -> None:
-        self._ledger, self._held, self._request = ledger, held, request
+    def __init__(self, ledger: Ledger, hold: LimitHold, request: str) -> None:
+        self._ledger, self._held, self._request = ledger, hold, request
         self._settled: Future[None] | None = None
 
     def used(self, usage: Usage) -> Awaitable[None]:
