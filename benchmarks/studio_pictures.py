@@ -1,12 +1,11 @@
-"""Pictures of every view of the Studio with something in it, light and dark, on a desk and on a telephone, and a strip
-of a newcomer's way from an empty library to a canary, taken while a mouse goes it.
+"""Screenshots of every view of the Studio, light and dark, wide and narrow, and a strip of a newcomer's path from an
+empty library to a canary.
 
     python benchmarks/studio_pictures.py docs/images
 
-About half an hour on two cores: it trains the quickstart's tickets and a style as somebody would, on the page. What
-`--home` holds already is not made again, so that one picture more is quick: `--views live`. The names are
-studio/library-light-1280.webp and studio-strip.webp.
-"""
+Takes about half an hour on two cores: trains the quickstart's tickets and an image style. What `--home` holds already
+is not made again, so that one more screenshot is quick: `--views live`. Writes studio/library-light-1280.webp and
+so on, and studio-strip.webp."""
 
 from __future__ import annotations
 
@@ -30,9 +29,9 @@ from PIL import Image, ImageOps
 
 from veneer.models.home import bases_home
 
-TEXTS = "smollm2-135m"
-PICTURES, DRAWN = "catalogue-flux", "a {} on a white table, white wall, soft daylight, front view"
-"""A base that draws, and how it is told what."""
+TEXTS, IMAGES = "smollm2-135m", "catalogue-flux"
+"""The bases."""
+PROMPT = "a {} on a white table, white wall, soft daylight, front view"
 THINGS = (
     "red apple", "yellow rubber duck", "blue rocket", "red umbrella", "white toy house", "brown boot", "red mushroom",
     "green jar", "grey padlock", "teal teapot", "yellow watering can", "black top hat",
@@ -43,104 +42,122 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 TICKET = (
     "The bolt of my front door lock stays half out since the last update, and I cannot close the door. Please help!"
 )
+STYLE = (
+    f"base={IMAGES}",
+    "data.pictures=prints",
+    "adapter.rank=8",
+    "schedule.steps=200",
+    "optimizer.learning_rate=0.001",
+    "loss.guidance=3",
+    "loss.keep_guidance=2",
+    "samples.every=100",
+    f"samples.prompts={json.dumps([PROMPT.format(thing) for thing in ('vase', 'camera')])}",
+    "output=runs/ink",
+)
+"""Settings of the style's run; the loss is as docs/how-to/train-images.md has it."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Pictures of the Studio's views.")
+    parser = argparse.ArgumentParser(description="Screenshots of the Studio's views.")
     parser.add_argument("output", type=Path)
-    parser.add_argument("--home", type=Path, default=Path("runs/studio-pictures"), help="what was trained for them")
-    parser.add_argument("--views", nargs="*", help="these alone")
+    parser.add_argument("--home", type=Path, default=Path("runs/studio-pictures"), help="keeps what was trained")
+    parser.add_argument("--views", nargs="*", help="only these views")
     args = parser.parse_args(argv)
     from playwright.sync_api import sync_playwright
 
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    place = Place(args.home.resolve())
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    home = Home(args.home.resolve())
     (args.output / "studio").mkdir(parents=True, exist_ok=True)
     with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        shots = Shots(browser, args.output / "studio", set(args.views or ()))
-        with place.server(PICTURES, "drawing") as address:
-            if not place.done("style"):
-                teach_a_style(place, address)
-            if shots.any("pictures"):
-                shots.all(address, picture_views(place, address))
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        screens = Screens(browser, args.output / "studio", set(args.views or ()))
+        with home.server(IMAGES, "drawing") as address:
+            home.once("style", lambda: train_style(home, address))
+            if screens.any("pictures"):
+                screens.take(address, image_views(home, address))
         stops: list[bytes] = []
-        if not place.done("strip"):
-            with place.server(TEXTS, "empty") as address:
-                stops += offer(browser, address)
-        with place.server(TEXTS, "writing") as address:
+        if not home.done("strip"):
+            with home.server(TEXTS, "empty") as address:
+                stops += first_stops(browser, address)
+        with home.server(TEXTS, "writing") as address:
             if stops:
-                stops += way(browser, address, place.jobs("writing"))
-                strip(stops, args.output / "studio-strip.webp")
-                place.mark("strip")
-            if not place.done("busy"):
-                fill(place, address)
-            shots.all(address, text_views(place))
+                stops += later_stops(browser, address, home.jobs("writing"))
+                write_strip(stops, args.output / "studio-strip.webp")
+                home.mark("strip")
+            home.once("busy", lambda: add_use(home, address))
+            screens.take(address, text_views(home))
         browser.close()
 
 
-# -- servers and what is in them ---------------------------------------------------------------------------------------
+# -- servers and their content -----------------------------------------------------------------------------------------
 
 
-class Place:
-    """A home of its own with a folder as somebody works in it, so that no path of this machine is in a picture."""
+class Home:
+    """A home of its own with a working directory, so that no screenshot has a path of this machine."""
 
     def __init__(self, home: Path) -> None:
         self.home, self.work = home, home / "veneer"
         if not self.work.exists():
             shutil.copytree(EXAMPLES / "tickets", self.work / "examples" / "tickets")
 
-    def done(self, what: str) -> bool:
-        return (self.home / f".{what}").exists()
+    def done(self, name: str) -> bool:
+        return (self.home / f".{name}").exists()
 
-    def mark(self, what: str) -> None:
-        (self.home / f".{what}").touch()
+    def mark(self, name: str) -> None:
+        (self.home / f".{name}").touch()
 
-    def environment(self, which: str) -> dict[str, str]:
-        own = self.home / which
+    def once(self, name: str, work: Callable[[], None]) -> None:
+        if not self.done(name):
+            work()
+            self.mark(name)
+
+    def environment(self, name: str) -> dict[str, str]:
+        own = self.home / name
         (own / "bases").mkdir(parents=True, exist_ok=True)
         for base in bases_home().glob("*/"):
             if not (own / "bases" / base.name).exists():
                 (own / "bases" / base.name).symlink_to(base)
         return os.environ | {"VENEER_HOME": str(own), "HOME": str(self.home)}
 
-    def run(self, which: str, *words: str) -> str:
-        """A command of veneer's, in this place."""
-        given = [sys.executable, "-c", "from veneer.cli.main import main; main()", *words]
-        return subprocess.run(
-            given, cwd=self.work, env=self.environment(which), check=True, text=True, stdout=subprocess.PIPE
-        ).stdout
+    def run(self, name: str, *words: str) -> str:
+        """Run a veneer command in the home `name`; return its output."""
+        command, env = (
+            [sys.executable, "-c", "from veneer.cli.main import main; main()", *words],
+            self.environment(name),
+        )
+        return subprocess.run(command, cwd=self.work, env=env, check=True, text=True, stdout=subprocess.PIPE).stdout
 
-    def jobs(self, which: str) -> list[dict[str, Any]]:
-        """The newest first."""
-        found: list[dict[str, Any]] = json.loads(self.run(which, "jobs", "list", "--json"))["jobs"]
+    def jobs(self, name: str) -> list[dict[str, Any]]:
+        """Return the jobs, newest first."""
+        found: list[dict[str, Any]] = json.loads(self.run(name, "jobs", "list", "--json"))["jobs"]
         return found
 
     @contextmanager
-    def server(self, base: str, which: str) -> Iterator[str]:
-        """Its address, from when it answers on."""
+    def server(self, base: str, name: str) -> Iterator[str]:
+        """Run a server; yield its address once it answers."""
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        given = [sys.executable, "-c", "from veneer.cli.main import main; main()", "studio", "--base", base]
-        given += ["--port", str(port), "--no-browser"]
-        address = f"http://127.0.0.1:{port}"
-        with (self.home / f"{which}.log").open("w") as log:
-            process = subprocess.Popen(given, cwd=self.work, env=self.environment(which), stdout=log, stderr=log)
+        command = [sys.executable, "-c", "from veneer.cli.main import main; main()", "studio", "--base", base]
+        command += ["--port", str(port), "--no-browser"]
+        address, log = f"http://127.0.0.1:{port}", self.home / f"{name}.log"
+        with log.open("w") as file:
+            env = self.environment(name)
+            process = subprocess.Popen(command, cwd=self.work, env=env, stdout=file, stderr=file)
         try:
             wait(lambda: process.poll() is not None or answers(f"{address}/ready"), 600)
             if process.poll() is not None:
-                raise SystemExit((self.home / f"{which}.log").read_text())
+                raise SystemExit(log.read_text())
             yield address
         finally:
             process.terminate()
             process.wait()
 
 
-def wait(met: Callable[[], bool], seconds: float) -> None:
+def wait(ready: Callable[[], bool], seconds: float) -> None:
     until = time.monotonic() + seconds
-    while not met():
+    while not ready():
         if time.monotonic() > until:
-            raise SystemExit("it takes too long")
+            raise SystemExit("timeout")
         time.sleep(0.5)
 
 
@@ -151,68 +168,65 @@ def answers(url: str) -> bool:
         return False
 
 
-def asked(address: str, path: str, body: Mapping[str, Any]) -> Any:
+def post(address: str, path: str, body: Mapping[str, Any]) -> Any:
     answer = httpx.post(f"{address}{path}", json=body, timeout=600)
     answer.raise_for_status()
     return answer.json()
 
 
-def teach_a_style(place: Place, address: str) -> None:
-    """A folder of pictures that the base drew, printed in dark blue ink on paper, and an adapter that learned to draw
-    so. Captions say what is in them, in the base's words: there is no other colour any more."""
-    folder = place.work / "prints"
+def train_style(home: Home, address: str) -> None:
+    """Generate images with the base, print them in dark blue ink, and train an adapter on them.
+
+    Captions name the things only, in the base's words."""
+    folder = home.work / "prints"
     folder.mkdir(exist_ok=True)
     for n, thing in enumerate(THINGS):
-        body = {"prompt": DRAWN.format(thing), "seed": n, "response_format": "b64_json"}
-        drawn = base64.b64decode(asked(address, "/v1/images/generations", body)["data"][0]["b64_json"])
-        grey = ImageOps.autocontrast(ImageOps.grayscale(Image.open(io.BytesIO(drawn)).convert("RGB")))
-        ImageOps.colorize(grey, "#123a7a", "#f4ead6").save(folder / f"{thing.replace(' ', '-')}.png")
-        (folder / f"{thing.replace(' ', '-')}.txt").write_text(DRAWN.format(thing.partition(" ")[2]))
-    said = place.run("drawing", "jobs", "submit", STYLE, "checkpoint.adapters=true", "checkpoint.every=50")
-    place.run("drawing", "jobs", "watch", said.split()[0])
-    found = httpx.get(f"{address}/v1/adapters").json()["data"]
-    file = httpx.get(f"{address}/v1/adapter_files/{found[0]['id']}", params={"to": "kohya"}, timeout=600)
-    (place.work / "ink.safetensors").write_bytes(file.content)
-    place.mark("style")
+        body = {"prompt": PROMPT.format(thing), "seed": n, "response_format": "b64_json"}
+        data = base64.b64decode(post(address, "/v1/images/generations", body)["data"][0]["b64_json"])
+        gray = ImageOps.autocontrast(ImageOps.grayscale(Image.open(io.BytesIO(data)).convert("RGB")))
+        ImageOps.colorize(gray, "#123a7a", "#f4ead6").save(folder / f"{thing.replace(' ', '-')}.png")
+        (folder / f"{thing.replace(' ', '-')}.txt").write_text(PROMPT.format(thing.partition(" ")[2]))
+    submitted = home.run("drawing", "jobs", "submit", *STYLE, "checkpoint.adapters=true", "checkpoint.every=50")
+    home.run("drawing", "jobs", "watch", submitted.split()[0])
+    file = httpx.get(f"{address}/v1/adapter_files/ink", params={"to": "kohya"}, timeout=600)
+    (home.work / "ink.safetensors").write_bytes(file.content)
 
 
-STYLE = f"teach {PICTURES} from folder prints, rank 8, 200 steps, learning rate 0.001, loss.guidance=3, "
-STYLE += "loss.keep_guidance=2, sample every 100 steps, "
-STYLE += "".join(f"sample '{DRAWN.format(thing)}', " for thing in ("vase", "camera")) + "call it ink"
-"""Its losses are as docs/how-to/train-images.md has it of a look."""
-
-
-def offer(browser: Any, address: str) -> list[bytes]:
-    """The newcomer's way before anything is begun, with the mouse alone: a picture of each stop."""
-    page = opened(browser.new_context(viewport=STRIP, color_scheme="light"), f"{address}/studio/")
+def first_stops(browser: Any, address: str) -> list[bytes]:
+    """Screenshots of a newcomer's path with the mouse, before a run."""
+    page = open_page(browser.new_context(viewport=STRIP, color_scheme="light"), f"{address}/studio/")
     stops = [stop(page)]
-    page.get_by_text("Teach it from", exact=False).click()
-    looked(page)
+    page.get_by_text("Train on", exact=False).click()
+    previewed(page)
     stops.append(stop(page))
     page.context.close()
     return stops
 
 
-def way(browser: Any, address: str, begun: Sequence[Mapping[str, Any]]) -> list[bytes]:
-    """The way again, and on from there, or from the run that an earlier call began."""
-    page = opened(browser.new_context(viewport=STRIP, color_scheme="light"), f"{address}/studio/")
-    if begun:
-        page = opened(page.context, f"{address}/studio/run?job={begun[-1]['id']}")
+def later_stops(browser: Any, address: str, jobs: Sequence[Mapping[str, Any]]) -> list[bytes]:
+    """The rest of the path, from the run that an earlier call started, if any."""
+    page = open_page(browser.new_context(viewport=STRIP, color_scheme="light"), f"{address}/studio/")
+    if jobs:
+        page = open_page(page.context, f"{address}/studio/run?job={jobs[-1]['id']}")
     else:
-        page.get_by_text("Teach it from", exact=False).click()
-        looked(page)
+        page.get_by_text("Train on", exact=False).click()
+        previewed(page)
         page.get_by_role("button", name="Start", exact=True).click()
-    page.get_by_role("link", name="Choose a step").wait_for(timeout=7_200_000)
-    stops = [stop(page)]
-    page.get_by_role("link", name="Choose a step").click()
-    answered(page)
+    adapter = page.get_by_role("link", name="Open ")
+    adapter.wait_for(timeout=7_200_000)
+    run, stops = page.url, [stop(page)]
+    page.get_by_role("link", name="Compare checkpoints").click()
+    page.locator("section.column").nth(2).wait_for()
+    press("Ask", 6)(page)
     stops.append(stop(page))
-    best = page.locator(".steps tr", has=page.get_by_text("lowest", exact=True))
-    best.get_by_role("link", name="Go live").click()
+    open_page(page.context, run, page)
+    adapter.click()
+    page.get_by_role("link", name="Go live").click()
     page.get_by_role("button", name="Create route").wait_for()
     stops.append(stop(page))
     page.get_by_role("button", name="Create route").click()
-    page.get_by_role("button", name="Promote").first.wait_for()
+    page.get_by_role("button", name="Roll back").first.wait_for(state="attached")
+    page.wait_for_timeout(1000)
     stops.append(stop(page))
     page.context.close()
     return stops
@@ -223,8 +237,8 @@ def stop(page: Any) -> bytes:
     return bytes(page.screenshot())
 
 
-def strip(stops: Sequence[bytes], path: Path) -> None:
-    """Three in a row, thinly framed."""
+def write_strip(stops: Sequence[bytes], path: Path) -> None:
+    """Write three screenshots in a row, thinly framed."""
     wide, high, gap = STRIP["width"] * 3 // 5, STRIP["height"] * 3 // 5, 16
     rows = -(-len(stops) // 3)
     whole = Image.new("RGB", (3 * wide + 2 * gap, rows * high + (rows - 1) * gap), "white")
@@ -235,93 +249,87 @@ def strip(stops: Sequence[bytes], path: Path) -> None:
     print(path)
 
 
-def fill(place: Place, address: str) -> None:
-    """Some use, as a page has that is worth a look: a mix, a shadow, requests of several users."""
+def add_use(home: Home, address: str) -> None:
+    """Add a mix, a route with a shadow, and requests of several users."""
     models = httpx.get(f"{address}/v1/models").json()["data"]
     name = next(each["id"] for each in models if "@" not in each["id"] and each["id"] != TEXTS)
-    place.run("writing", "library", "mix", f"{name}-softly", f"{name}@1:0.6")
-    place.run("writing", "library", "tag", f"{name}@1", "tickets")
-    place.run("writing", "library", "alias", f"{name}@1", "prod")
-    place.run("writing", "library", "verify", f"{name}@1")
-    place.run("writing", "tenant", "feedback", "keep", "--days", "7")
+    home.run("writing", "library", "mix", f"{name}-softly", f"{name}@1:0.6")
+    home.run("writing", "library", "tag", f"{name}@1", "tickets")
+    home.run("writing", "library", "alias", f"{name}@1", "prod")
+    home.run("writing", "library", "verify", f"{name}@1")
     shares = f"{TEXTS}=90", f"{name}@1=10"
-    place.run("writing", "tenant", "route", "set", name, "--force", *shares, "--shadow", f"{name}-softly@1")
+    home.run("writing", "tenant", "route", "set", name, "--force", *shares, "--shadow", f"{name}-softly@1")
     time.sleep(3)
     rows = (EXAMPLES / "tickets" / "test.jsonl").read_text(encoding="utf-8").splitlines()[:6]
     for n, row in enumerate(rows):
         messages = json.loads(row)["messages"][:-1]
         body = {"model": name, "messages": messages, "max_tokens": 24, "user": f"user-{n}"}
-        asked(address, "/v1/chat/completions", body)
-    place.mark("busy")
+        post(address, "/v1/chat/completions", body)
 
 
-# -- pictures ----------------------------------------------------------------------------------------------------------
+# -- screenshots -------------------------------------------------------------------------------------------------------
 
 View = tuple[str, Callable[[Any], None]]
-"""Where it is, and what is done there before it is worth a look."""
+"""(path, action before the screenshot)."""
 
 
 def nothing(page: Any) -> None:
     pass
 
 
-def ask(what: str, count: int) -> Callable[[Any], None]:
-    def does(page: Any) -> None:
-        page.get_by_role("button", name=what, exact=True).click()
-        done = ".spoken .row" if what == "Ask" else ".drawn img"
-        page.locator(done).nth(count - 1).wait_for(timeout=600_000)
+def press(name: str, count: int) -> Callable[[Any], None]:
+    """Press Ask or Generate, and wait for `count` answers or images."""
 
-    return does
+    def act(page: Any) -> None:
+        page.get_by_role("button", name=name, exact=True).click()
+        done = ".spoken .row" if name == "Ask" else ".drawn img"
+        page.locator(done).nth(count - 1).wait_for(timeout=1_200_000)
+
+    return act
 
 
-def looked(page: Any) -> None:
+def previewed(page: Any) -> None:
     page.locator(".figures .number").first.wait_for(timeout=600_000)
     page.locator(".rows tr, .sheet li").nth(3).wait_for(timeout=600_000)
 
 
-def answered(page: Any) -> None:
-    page.locator(".asked .panel").nth(5).wait_for(timeout=600_000)
-    page.wait_for_function("!document.querySelector('.asked [aria-busy]')", timeout=1_200_000)
-
-
-def text_views(place: Place) -> dict[str, View]:
-    first = place.jobs("writing")[-1]
+def text_views(home: Home) -> dict[str, View]:
+    first = home.jobs("writing")[-1]
     job, name = first["id"], first["name"]
     system = "Route this Tarnhill ticket. Answer in JSON: team, priority, product_area."
     query = httpx.QueryParams([("c", f"{name}@1"), ("c", f"{name}@1:0.4"), ("p", TICKET), ("s", system), ("m", "48")])
     settings = (f"base={TEXTS}", "data.train=examples/tickets/train.jsonl", "adapter.rank=16", "schedule.steps=400")
     again = httpx.QueryParams([("s", setting) for setting in (*settings, "output=tickets-again")])
 
-    def dropped(page: Any) -> None:
-        page.set_input_files("input[type=file]", str(place.work / "ink.safetensors"))
-        page.get_by_text("In other tools").wait_for(timeout=600_000)
+    def drop(page: Any) -> None:
+        page.set_input_files("input[type=file]", str(home.work / "ink.safetensors"))
+        page.get_by_text("Other tools").wait_for(timeout=600_000)
 
     return {
         "library": ("", nothing),
         "adapter": (f"adapter?ref={name}@1", nothing),
-        "compare": (f"compare?{query}", ask("Ask", 3)),
-        "train": (f"train?{again}", looked),
+        "compare": (f"compare?{query}", press("Ask", 3)),
+        "train": (f"train?{again}", previewed),
         "run": (f"run?job={job}", nothing),
-        "steps": (f"steps?job={job}", answered),
         "live": ("live", nothing),
-        "doctor": ("doctor", dropped),
+        "doctor": ("doctor", drop),
     }
 
 
-def picture_views(place: Place, address: str) -> dict[str, View]:
-    name = httpx.get(f"{address}/v1/adapters").json()["data"][0]["id"]
-    job = place.jobs("drawing")[-1]["id"]
-    mixes = [("c", f"{name}:0.5"), ("c", name), ("p", DRAWN.format("kettle")), ("n", 2)]
+def image_views(home: Home, address: str) -> dict[str, View]:
+    job = home.jobs("drawing")[-1]["id"]
+    mixes = [("c", "ink@1:0.5"), ("c", "ink@1"), ("p", PROMPT.format("kettle")), ("n", 2)]
+    settings = [("s", setting) for setting in STYLE]
     return {
         "pictures-library": ("", nothing),
-        "pictures-compare": (f"compare?{httpx.QueryParams(mixes)}", ask("Draw", 6)),
-        "pictures-train": (f"train?{httpx.QueryParams(q=STYLE)}", looked),
-        "pictures-steps": (f"steps?job={job}", nothing),
+        "pictures-compare": (f"compare?{httpx.QueryParams(mixes)}", press("Generate", 6)),
+        "pictures-train": (f"train?{httpx.QueryParams(settings)}", previewed),
+        "pictures-run": (f"run?job={job}", nothing),
     }
 
 
-class Shots:
-    """`only`: names of views; all where it is empty."""
+class Screens:
+    """Takes screenshots. `only`: names of views; all if empty."""
 
     def __init__(self, browser: Any, folder: Path, only: set[str]) -> None:
         self.browser, self.folder, self.only = browser, folder, only
@@ -329,15 +337,14 @@ class Shots:
     def any(self, start: str) -> bool:
         return not self.only or any(name.startswith(start) for name in self.only)
 
-    def all(self, address: str, views: Mapping[str, View]) -> None:
-        """Each view is filled once, and looked at in every light and width."""
-        for name, (path, does) in views.items():
+    def take(self, address: str, views: Mapping[str, View]) -> None:
+        for name, (path, act) in views.items():
             if self.only and name not in self.only:
                 continue
             for width, height in SIZES.items():
                 context = self.browser.new_context(viewport={"width": width, "height": height}, color_scheme="light")
-                page = opened(context, f"{address}/studio/{path}")
-                does(page)
+                page = open_page(context, f"{address}/studio/{path}")
+                act(page)
                 for scheme in ("light", "dark"):
                     page.emulate_media(color_scheme=scheme)
                     page.wait_for_timeout(700)
@@ -345,9 +352,9 @@ class Shots:
                 context.close()
 
 
-def opened(context: Any, url: str) -> Any:
-    """A page that is alive."""
-    page = context.new_page()
+def open_page(context: Any, url: str, page: Any = None) -> Any:
+    """Open a page, and wait until its scripts run."""
+    page = page or context.new_page()
     page.set_default_timeout(120_000)
     page.goto(url, wait_until="domcontentloaded")
     page.wait_for_function("window.did_handshake === true && !document.getElementById('shell')")

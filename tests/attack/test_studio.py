@@ -14,7 +14,7 @@ from websockets.sync.client import connect
 
 from tests.attack.harness import SOON, Server, target
 from tests.serve.whole import Shop
-from tests.studio.windows import Window
+from tests.studio.page_socket import PageSocket
 
 MOST = 60
 SOCKET = "GET /studio/_nicegui_ws/socket.io/?EIO=4&transport=websocket&client_id={n} HTTP/1.1\r\nhost: here\r\n"
@@ -52,9 +52,9 @@ def test_sockets_are_the_first_to_be_closed(server: Server) -> None:
     """With more sockets of signed-in pages than allowed connections, requests are still answered."""
     with ExitStack() as held:
         for _ in range(MOST // 2):
-            window = Window(f"{server.url}/studio/", server.keys["a"])
+            page = PageSocket(f"{server.url}/studio/", server.keys["a"])
             for _ in range(4):
-                held.enter_context(connect(window.place, proxy=None, additional_headers=window.cookies))
+                held.enter_context(connect(page.socket_url, proxy=None, additional_headers=page.cookies))
         for _ in range(20):
             assert server.get("/health", None).status == 200
         server.wait(lambda: len(server.sockets()) <= MOST, 10)

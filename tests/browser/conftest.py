@@ -1,10 +1,10 @@
-"""Chromium before a server with a Studio: `make test-browser`.
+"""Chromium in front of a server with a Studio: `make test-browser`.
 
     def test_x(window: Window) -> None:
-        window.at("?q=tone")                   opens the view, and waits until it is alive
+        window.open("?q=tone")                 opens the view, and waits until its scripts run
         window.page.keyboard.press("j")        Playwright's page
 
-Whatever a page asks of another host, writes to its console as an error, or throws, fails the test.
+A request to another host, a console error or an exception on the page fails the test.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from urllib.parse import urlsplit
 
 import psutil
 import pytest
-from sqlalchemy import Engine, insert
+from sqlalchemy import insert
 
 from tests.serve.saved_adapters import saved
-from tests.studio.conftest import HOSTILE, Served
-from tests.studio.lessons import parcel_rows, told_lesson
+from tests.studio.conftest import HOSTILE, StudioServer
+from tests.studio.recorded_jobs import parcel_rows, recorded_job
 from tests.tiny_base import tiny_base_dir
 from veneer.jobs.store import JobStore
 from veneer.library import index as ix
@@ -36,13 +36,15 @@ from veneer.serve.tenancy.store import Store
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is in the extra `browser`")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-PATIENCE = 60_000
-"""Milliseconds that whatever should come is waited for."""
+TIMEOUT = 60_000
+"""Milliseconds to wait for an element."""
 SMOLLM2 = bases_home() / "smollm2-135m"
-"""Where the user has it; tests have a home of their own."""
+"""The user's copy of the base; tests have a home of their own."""
 LONG = "a-name-that-somebody-gave-who-never-thought-of-those-that-would-have-to-read-it-on-a-telephone"
 ROUTE = LONG.replace("name", "route", 1)
 SAMPLE = {"prompt": "I was charged twice.", "base": "I am sorry to hear that.", "adapter": '{"team": "billing"}'}
+ANSWERED = "n => document.querySelectorAll('.spoken .chip').length >= n"
+"""Whether finished answers have n buttons."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -54,7 +56,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Any]:
     if CHROMIUM is None:
-        pytest.skip("there is no Chromium here")
+        pytest.skip("Chromium is not installed")
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
@@ -62,8 +64,8 @@ def chromium() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A base, and a library with adapters as people have them, and as nobody should."""
+def tiny_library(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A base, and a library with usual and hostile adapters."""
     folder = tmp_path_factory.mktemp("browser")
     base_dir = tiny_base_dir(folder)
     base = load_text(str(base_dir))
@@ -84,55 +86,56 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="session")
-def served(kept: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """Open to whoever is on this machine, with a route of a long name."""
+def server(tiny_library: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[StudioServer]:
+    """An open server, with a route of a long name."""
     folder = tmp_path_factory.mktemp("server")
-    with Served(folder, *kept, "--open", "--tenants", str(folder / "tenants.sqlite")) as server:
+    with StudioServer(folder, *tiny_library, "--open", "--tenants", str(folder / "tenants.sqlite")) as server:
         with closing(Store(str(folder / "tenants.sqlite"))) as store:
             for targets in ([("support@2", 1)], [("support@2", 90), (f"{LONG}@1", 10)]):
                 routes.set_route(store, ROUTE, targets, who="test")
         yield server
 
 
-@pytest.fixture(scope="session")
-def lesson(served: Served, kept: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A job that has told of two steps; nobody trains it."""
-    with open_library(served.library) as library:
-        rows = parcel_rows(tmp_path_factory.mktemp("lesson"))
-        return told_lesson(JobStore(library), kept[0], rows, served.home).id
+@pytest.fixture
+def store(server: StudioServer) -> Iterator[Store]:
+    """The server's routes, which the test leaves as they were."""
+    with closing(Store(str(server.home / "tenants.sqlite"))) as found:
+        yield found
+        routes.set_route(found, ROUTE, [("support@2", 90), (f"{LONG}@1", 10)], who="test")
 
 
 @pytest.fixture(scope="session")
-def training(kept: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A server as `veneer studio` begins it: open, with routes and jobs. Its library is its own."""
-    folder = tmp_path_factory.mktemp("training")
-    shutil.copytree(kept[1], folder / "library")
-    more = ("--open", "--tenants", str(folder / "tenants.sqlite"), "--train")
-    with Served(folder, kept[0], folder / "library", *more) as server:
+def job(server: StudioServer, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A job with two recorded steps, which no process trains."""
+    with open_library(server.library) as library:
+        rows = parcel_rows(tmp_path_factory.mktemp("job"))
+        return recorded_job(JobStore(library), server.base, rows, server.home).id
+
+
+@pytest.fixture(scope="session")
+def trainer(tiny_library: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[StudioServer]:
+    """A server like `veneer studio`: open, with routes and jobs, and a library of its own."""
+    folder = tmp_path_factory.mktemp("trainer")
+    shutil.copytree(tiny_library[1], folder / "library")
+    options = ("--open", "--tenants", str(folder / "tenants.sqlite"), "--train")
+    with StudioServer(folder, tiny_library[0], folder / "library", *options) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def many(kept: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A server over a library with ten thousand more."""
-    folder = tmp_path_factory.mktemp("many")
-    shutil.copytree(kept[1], folder / "library")
+def crowded(tiny_library: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[StudioServer]:
+    """A server over a library with ten thousand more names of one content."""
+    folder = tmp_path_factory.mktemp("crowded")
+    shutil.copytree(tiny_library[1], folder / "library")
+    names = [f"style-{n}" for n in range(10_000)]
     with open_library(folder / "library") as library:
-        known = library.find("support@1")
-        crowd(library.engine, known.entry, [f"style-{n}" for n in range(10_000)])
-    with Served(folder, kept[0], folder / "library") as server:
+        version = {"version": 1, "entry": library.find("support@1").entry, "added": "2026-01-01T00:00:00Z"}
+        with ix.index_transaction(library.engine) as connection:
+            connection.execute(insert(ix.names), [{"name": name, "latest": 1, "next": 2} for name in names])
+            connection.execute(insert(ix.versions), [version | {"name": name, "source": ""} for name in names])
+            ix.changed(connection)
+    with StudioServer(folder, tiny_library[0], folder / "library") as server:
         yield server
-
-
-def crowd(engine: Engine, entry: str, names: list[str]) -> None:
-    """Names for one content, as `Library.add` would have given them one by one."""
-    with ix.index_transaction(engine) as connection:
-        connection.execute(insert(ix.names), [{"name": n, "latest": 1, "next": 2} for n in names])
-        added = [
-            {"name": n, "version": 1, "entry": entry, "added": "2026-01-01T00:00:00Z", "source": ""} for n in names
-        ]
-        connection.execute(insert(ix.versions), added)
-        ix.changed(connection)
 
 
 _FOCUSED = """() => {
@@ -144,118 +147,130 @@ _FOCUSED = """() => {
 
 @dataclass
 class Window:
-    """A page of Chromium's before a server, and what went wrong on it."""
+    """A page of Chromium at a server. `errors`: what went wrong on the page."""
 
     page: Any
     address: str
-    wrong: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.page.on("pageerror", lambda error: self.wrong.append(f"thrown: {error}"))
-        self.page.on("console", lambda said: said.type == "error" and self.wrong.append(f"console: {said.text}"))
-        self.page.on("dialog", self._called)
+        self.page.on("pageerror", lambda error: self.errors.append(f"exception: {error}"))
+        self.page.on("console", lambda m: m.type == "error" and self.errors.append(f"console: {m.text}"))
+        self.page.on("dialog", self._script_ran)
         self.page.route("**/*", self._guard)
 
-    def _called(self, dialog: Any) -> None:
-        self.wrong.append(f"a script of somebody's ran: {dialog.message}")
+    def _script_ran(self, dialog: Any) -> None:
+        self.errors.append(f"a hostile script ran: {dialog.message}")
         dialog.dismiss()
 
     def _guard(self, route: Any) -> None:
-        if route.request.url.startswith(("data:", "blob:")) or urlsplit(route.request.url).netloc == self.place:
+        own = urlsplit(route.request.url).netloc == urlsplit(self.address).netloc
+        if own or route.request.url.startswith(("data:", "blob:")):
             route.continue_()
         else:
-            self.wrong.append(f"asked of another host: {route.request.url}")
+            self.errors.append(f"request to another host: {route.request.url}")
             route.abort()
 
-    @property
-    def place(self) -> str:
-        return urlsplit(self.address).netloc
-
-    def at(self, path: str = "", *, there: bool = True) -> Window:
-        """Open a view, and wait until its programs are there."""
+    def open(self, path: str = "", *, status: str = "") -> Window:
+        """Open a view, and wait until its scripts run. `status`: expected HTTP error."""
         self.page.goto(f"{self.address}/studio/{path}")
         self.page.wait_for_function("window.did_handshake === true && document.querySelector('.view h1')")
-        if not there:  # the browser says on its console that the page was a 404
-            self.wrong = [line for line in self.wrong if "404" not in line]
+        if status:
+            self.ignore(status)
         return self
 
+    def ignore(self, status: str) -> None:
+        """Remove the browser's console lines on an HTTP status."""
+        self.errors[:] = [line for line in self.errors if status not in line]
+
     def until(self, words: str) -> None:
-        """Until these words can be seen."""
-        self.page.get_by_text(words).first.wait_for(timeout=PATIENCE)
+        """Wait until the words are visible."""
+        self.page.get_by_text(words).first.wait_for(timeout=TIMEOUT)
+
+    def has_value(self, field: Any, value: str) -> None:
+        playwright.expect(field).to_have_value(value, timeout=TIMEOUT)
 
     def heading(self, words: str) -> None:
         self.page.wait_for_function("words => document.querySelector('h1')?.textContent === words", arg=words)
 
+    def press(self, name: str, **options: Any) -> None:
+        """Press the button with exactly this name."""
+        self.page.get_by_role("button", name=name, exact=True).first.click(**options)
+
+    def confirm(self, name: str) -> None:
+        """Press a button of the open dialog."""
+        self.page.locator("dialog[open]").get_by_role("button", name=name, exact=True).click()
+
+    def keys(self, *names: str) -> None:
+        for name in names:
+            self.page.keyboard.press(name)
+
     def tab_to(self, name: str) -> None:
-        """By the Tab key, to what is called so."""
+        """Press Tab until the element with this name has the focus."""
         for _ in range(100):
             self.page.keyboard.press("Tab")
             if self.page.evaluate(_FOCUSED) == name:
                 return
         raise AssertionError(f"the Tab key does not lead to {name}")
 
-    def sound(self) -> None:
+    def no_overflow(self) -> None:
+        width = self.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        assert width <= 0, f"{width} pixels are cut off"
+
+    def accessible(self) -> None:
         """axe finds nothing serious, and nothing is wider than the window."""
         if not self.page.evaluate("'axe' in window"):
             self.page.evaluate(pytest.importorskip("axe_playwright_python.base").AXE_SCRIPT)
-        found = self.page.evaluate("axe.run()")["violations"]
-        bad = [
-            f"{v['id']}: {v['help']}: {[n['html'][:200] for n in v['nodes'][:3]]}"
-            for v in found
-            if v["impact"] in ("serious", "critical")
-        ]
+        found = [v for v in self.page.evaluate("axe.run()")["violations"] if v["impact"] in ("serious", "critical")]
+        bad = [f"{v['id']}: {v['help']}: {[n['html'][:200] for n in v['nodes'][:3]]}" for v in found]
         assert not bad, "\n".join(bad)
-        wide = self.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
-        assert wide <= 0, f"{wide} pixels are cut off"
+        self.no_overflow()
 
 
 @contextmanager
-def seen_in(chromium: Any, address: str, width: int = 1280, **options: Any) -> Iterator[Window]:
-    """A browser of its own, with nothing of anybody's, before a server."""
-    context = chromium.new_context(viewport={"width": width, "height": 800}, **options)
+def new_window(chromium: Any, address: str, width: int = 1280) -> Iterator[Window]:
+    """Open a window with a browser profile of its own."""
+    context = chromium.new_context(viewport={"width": width, "height": 800})
     context.grant_permissions(["clipboard-read", "clipboard-write"], origin=address)
-    made = Window(context.new_page(), address)
-    made.page.set_default_timeout(PATIENCE)
+    window = Window(context.new_page(), address)
+    window.page.set_default_timeout(TIMEOUT)
     try:
-        yield made
+        yield window
     finally:
         context.close()
-    assert not made.wrong, made.wrong
+    assert not window.errors, window.errors
 
 
 @pytest.fixture
-def window(chromium: Any, served: Served) -> Iterator[Window]:
-    with seen_in(chromium, served.address) as made:
+def window(chromium: Any, server: StudioServer) -> Iterator[Window]:
+    with new_window(chromium, server.address) as made:
         yield made
 
 
 @dataclass
 class Spent:
-    """Seconds of a block by the clock, and by the processors: of the latter what servers and browsers took, so that
-    it says the same whoever else computes here."""
+    """Seconds of a block: wall clock, and processor time of servers and browsers, which other load does not change."""
 
     clock: float = 0.0
     processors: float = 0.0
 
     @contextmanager
-    def counting(self) -> Iterator[None]:
-        began, took = time.perf_counter(), _taken()
+    def measure(self) -> Iterator[None]:
+        began, used = time.perf_counter(), _processor_seconds()
         yield
-        self.clock, self.processors = time.perf_counter() - began, _taken() - took
+        self.clock, self.processors = time.perf_counter() - began, _processor_seconds() - used
 
     @staticmethod
     def least(many: list[Spent]) -> Spent:
-        """The least of each."""
         return Spent(min(each.clock for each in many), min(each.processors for each in many))
 
     def within(self, seconds: float, more: Spent | None = None) -> bool:
-        """Whether it took no more than so many beyond `more`. On a machine of its own what waits for nobody takes by
-        the clock at most what it takes of processors; so either will do."""
+        """Return whether either time is within `seconds` beyond `more`."""
         more = more or Spent()
         return self.clock < more.clock + seconds or self.processors < more.processors + seconds
 
 
-def _taken() -> float:
+def _processor_seconds() -> float:
     total = 0.0
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):

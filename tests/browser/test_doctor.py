@@ -19,7 +19,7 @@ from tests.browser.conftest import Window
 from tests.formats.image_adapters import random_adapter
 from tests.formats.layouts import assert_same, product
 from tests.formats.test_read_peer import loaders, peer, renamed
-from tests.studio.conftest import Served
+from tests.studio.conftest import StudioServer
 from tests.tiny_gguf import interleaved
 from veneer.core.adapter import Adapter
 from veneer.formats import convert, peft
@@ -48,7 +48,7 @@ def style(drawn: Adapter, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def downloaded(window: Window, tool: str, folder: Path) -> Path:
     """What a click on a tool's button brings, under the name that the browser gives it."""
     with window.page.expect_download() as download:
-        window.page.get_by_role("button", name=f"Download for {tool}", exact=True).click()
+        window.press(f"Download for {tool}")
     download.value.save_as(folder / download.value.suggested_filename)
     return folder / download.value.suggested_filename
 
@@ -91,11 +91,11 @@ def by_diffusers(file: Path) -> dict[str, Tensor]:
 
 
 def test_a_file_is_looked_at_written_for_other_tools_and_kept(
-    window: Window, served: Served, style: Path, drawn: Adapter, tmp_path: Path
+    window: Window, server: StudioServer, style: Path, drawn: Adapter, tmp_path: Path
 ) -> None:
     from peft import LoraConfig, load_peft_weights
 
-    page = window.at("doctor").page
+    page = window.open("doctor").page
     page.set_input_files("input[type=file]", str(style))
     window.heading("Zelda_Style.safetensors")
     window.until("Stable Diffusion XL")
@@ -113,32 +113,32 @@ def test_a_file_is_looked_at_written_for_other_tools_and_kept(
     assert_same(changes(state, LoraConfig.from_pretrained(folder)), wanted, 1e-6)
 
     page.get_by_label("Name", exact=True).fill("zelda")
-    page.get_by_role("button", name="Save to library").click()  # at once: what was typed counts
+    window.press("Save to library")  # at once: what was typed counts
     window.heading("zelda@1")
-    with open_library(served.library) as library:
+    with open_library(server.library) as library:
         assert library.find("zelda").digest == read(style).adapter.digest()
         library.remove("zelda")
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_an_adapter_of_texts_is_written_for_servers_and_for_llama_cpp(
-    window: Window, served: Served, tmp_path: Path
+    window: Window, server: StudioServer, tmp_path: Path
 ) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     gguf = pytest.importorskip("gguf")
-    adapter = adapter_for(load_text(str(served.base)), 3)
+    adapter = adapter_for(load_text(str(server.base)), 3)
     peft.write_folder(adapter, tmp_path / "polite")
     with zipfile.ZipFile(tmp_path / "polite.zip", "w") as packed:
         for each in (tmp_path / "polite").iterdir():
             packed.write(each, f"polite/{each.name}")
-    page = window.at("doctor").page
+    page = window.open("doctor").page
     page.set_input_files("input[type=file]", str(tmp_path / "polite.zip"))
     window.heading("polite.zip")
 
     wanted = {module: pair.scale * product(pair.B, pair.A) for module, pair in adapter.pairs.items()}
-    base = AutoModelForCausalLM.from_pretrained(served.base)
+    base = AutoModelForCausalLM.from_pretrained(server.base)
     for tool in ("PEFT", "vLLM", "TGI"):
         model = PeftModel.from_pretrained(copy.deepcopy(base), str(unpacked(downloaded(window, tool, tmp_path))))
         layers = {name: m for name, m in model.get_base_model().named_modules() if hasattr(m, "get_delta_weight")}
@@ -161,7 +161,7 @@ def test_an_adapter_of_texts_is_written_for_servers_and_for_llama_cpp(
 
 def test_a_pickle_is_refused_with_the_reason(window: Window, tmp_path: Path) -> None:
     (tmp_path / "style.pt").write_bytes(b"\x80\x04.")
-    page = window.at("doctor").page
+    page = window.open("doctor").page
     page.set_input_files("input[type=file]", str(tmp_path / "style.pt"))
     window.until("pickles run whatever code is in them")
-    window.wrong[:] = [line for line in window.wrong if "400" not in line]  # which the browser says, too
+    window.ignore("400")

@@ -1,4 +1,4 @@
-"""A newcomer, with the mouse alone and nothing but the page: from an empty library to a canary that answers."""
+"""A newcomer with a mouse: from an empty library to a canary that answers."""
 
 from __future__ import annotations
 
@@ -8,41 +8,37 @@ from typing import Any
 
 import httpx
 
-from tests.browser.conftest import Window
-from tests.studio.conftest import Served
+from tests.browser.conftest import new_window
+from tests.studio.conftest import StudioServer
 from veneer.serve.tenancy.store import Store
 
 
-def test_from_nothing_to_a_canary(chromium: Any, kept: tuple[Path, Path], tmp_path: Path) -> None:
-    here, database = tmp_path / "here", tmp_path / "tenants.sqlite"
-    here.mkdir()
+def test_empty_library_to_a_canary(chromium: Any, tiny_library: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, database, base = tmp_path / "here", tmp_path / "tenants.sqlite", tiny_library[0]
+    folder.mkdir()
     rows = [{"prompt": f"Where is parcel {i}?", "completion": f"On shelf {i % 7}."} for i in range(24)]
-    (here / "parcels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    served = Served(tmp_path, kept[0], tmp_path / "library", "--open", "--train", "--tenants", str(database), cwd=here)
-    context = chromium.new_context(viewport={"width": 1280, "height": 800})
-    try:
-        served.wait()
-        window = Window(context.new_page(), served.address)
-        page = window.at().page
+    (folder / "parcels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ("--open", "--train", "--tenants", str(database))
+    with (
+        StudioServer(tmp_path, base, tmp_path / "library", *options, cwd=folder) as server,
+        new_window(chromium, server.address) as window,
+    ):
+        page = window.open().page
         page.set_default_timeout(120_000)
         page.get_by_text("Train on parcels.jsonl").click()
-        page.get_by_role("button", name="Start", exact=True).click()
+        window.press("Start")
         window.heading("parcels")
-        page.get_by_role("link", name="Choose a step").click(timeout=600_000)  # two processes begin, and train
-        page.get_by_role("button", name="Use this step").first.click()
-        page.locator("dialog[open]").get_by_role("button", name="Use this step").click()
-        page.get_by_text("parcels@prod", exact=True).wait_for()
-        page.get_by_role("link", name="Go live").first.click()
+        page.get_by_role("link", name="Open parcels@1").wait_for(timeout=600_000)  # two processes start, and train
+        window.press("Use this step")
+        window.confirm("Use this step")
+        window.until("is step")
+        page.get_by_role("link", name="Go live").click()
         page.get_by_text("parcels begins: 90 % of users get tiny-base and 10 % of users get parcels@").wait_for()
-        page.get_by_role("button", name="Create route").click()
-        page.get_by_role("region", name="The route parcels").wait_for()
+        window.press("Create route")
+        page.get_by_role("region", name="Route parcels").wait_for()
         ((_, route),) = Store(str(database)).look().routes.items()
         (old, most), (new, few) = route.targets
-        assert (old, most, few) == (kept[0].name, 90, 10)
+        assert (old, most, few) == (base.name, 90, 10)
         assert new.startswith("parcels@")
-        asked = {"model": "parcels", "prompt": "Where is parcel 3?", "max_tokens": 2, "user": "anna"}
-        assert httpx.post(f"{served.address}/v1/completions", json=asked).status_code == 200
-        assert not window.wrong, window.wrong
-    finally:
-        context.close()
-        served.end()
+        body = {"model": "parcels", "prompt": "Where is parcel 3?", "max_tokens": 2, "user": "anna"}
+        assert httpx.post(f"{server.address}/v1/completions", json=body).status_code == 200

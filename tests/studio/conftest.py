@@ -1,5 +1,5 @@
-"""A server with a Studio over a tiny base and a library with names that somebody made to do harm: one process for all
-tests here, since NiceGUI has one application a process."""
+"""A server with a Studio over a tiny base and a library with hostile names: one process for all tests of this
+folder, because NiceGUI has one application per process."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ from tests.tiny_base import tiny_base_dir
 from veneer.library.library import open_library
 from veneer.models.sources import find_base, is_image_base
 from veneer.models.text.base import load_text
+from veneer.serve.tenancy import manage
+from veneer.serve.tenancy.tenants import Tenants
 
 ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = '"><img src=x onerror=alert(1)></script>\u202e{{ 7*7 }}'
-_SLOWED = """
+OPERATOR = "operator-of-the-test"
+"""The admin key of servers with keys."""
+_SLOW = """
 import time
 from pathlib import Path
 from veneer.errors import BaseError
@@ -29,22 +33,24 @@ from veneer.models.text import base
 
 load_text = base.load_text
 
-def load_later(*given, say, **settings):
+def load_later(*args, say, **settings):
     say("waiting for the test")
     while not Path({0!r}).exists():
         time.sleep(0.05)
-    if wrong := Path({0!r}).read_text():
-        raise BaseError(wrong)
-    return load_text(*given, say=say, **settings)
+    if error := Path({0!r}).read_text():
+        raise BaseError(error)
+    return load_text(*args, say=say, **settings)
 
 base.load_text = load_later
 """
 
 
-class Served:
-    """A server in a process of its own. `base`: its folder, or one that comes along. `library`: where its adapters are.
-    `cwd`: where it is. `loads_after`: a file that loading the base waits for; if the file has
-    a text, loading fails with it."""
+class StudioServer:
+    """A server in a process of its own.
+
+    base: its folder, or a built-in name
+    library: folder of the library
+    loads_after: a file that loading the base waits for; with a text in the file, loading fails with the text"""
 
     def __init__(
         self,
@@ -55,30 +61,17 @@ class Served:
         cwd: Path | None = None,
         loads_after: Path | None = None,
     ) -> None:
-        port = int(options[options.index("--port") + 1]) if "--port" in options else free_port()
-        self.address, self.base = f"http://127.0.0.1:{port}", base
-        self.library, self.home = library, folder
+        port = options[options.index("--port") + 1] if "--port" in options else str(free_port())
+        self.address, self.base, self.library, self.home = f"http://127.0.0.1:{port}", base, library, folder
         self.log = folder / "log"
-        own = {"PYTHONPATH": str(ROOT / "src"), "VENEER_HOME": str(home_with_kernels(folder)), "OMP_NUM_THREADS": "1"}
-        command = [
-            "-c",
-            (_SLOWED.format(str(loads_after)) if loads_after else "") + "from veneer.cli.main import main; main()",
-            "serve",
-            "--studio",
-            "--base",
-            str(base),
-            "--library",
-            str(library),
-            "--dtype",
-            "float32",
-            *options,
-            "--port",
-            str(port),
-        ]
+        program = (_SLOW.format(str(loads_after)) if loads_after else "") + "from veneer.cli.main import main; main()"
+        command = ["-c", program, "serve", "--studio", "--base", str(base), "--library", str(library)]
+        command += ["--dtype", "float32", *options, "--port", port]
         if not is_image_base(find_base(str(base))):
             command += ["--cache-memory", "16M"]
-        without = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
-        self.process = Forked(command, env=without | own, log=self.log, cwd=cwd)
+        env = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+        env |= {"PYTHONPATH": str(ROOT / "src"), "VENEER_HOME": str(home_with_kernels(folder)), "OMP_NUM_THREADS": "1"}
+        self.process = Forked(command, env=env, log=self.log, cwd=cwd)
 
     def wait(self) -> None:
         wait_for(lambda: self.process.poll() is not None or is_ready(self.address), 120)
@@ -88,7 +81,7 @@ class Served:
         self.process.kill()
         self.process.wait()
 
-    def __enter__(self) -> Served:
+    def __enter__(self) -> StudioServer:
         try:
             self.wait()
         except BaseException:
@@ -102,7 +95,7 @@ class Served:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A base, and a library of adapters of it."""
+    """A base, and a library of adapters of the base."""
     folder = tmp_path_factory.mktemp("studio")
     base_dir = tiny_base_dir(folder)
     base = load_text(str(base_dir))
@@ -115,8 +108,20 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="session")
-def studio(tiny: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """Open to whoever is on this machine, with a tenants' database."""
+def studio(tiny: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[StudioServer]:
+    """An open server with a tenants' database."""
     folder = tmp_path_factory.mktemp("open")
-    with Served(folder, *tiny, "--open", "--tenants", str(folder / "tenants.sqlite")) as served:
-        yield served
+    with StudioServer(folder, *tiny, "--open", "--tenants", str(folder / "tenants.sqlite")) as server:
+        yield server
+
+
+def tenant_keys(database: Path, **more: list[str]) -> dict[str, str]:
+    """Add the tenants acme and globex to a database; return their keys and the operator's.
+
+    `more`: tenant -> adapters of others that the tenant sees."""
+    tenants, keys = Tenants(str(database), watch=False), {"operator": OPERATOR}
+    for name in ("acme", "globex"):
+        manage.add_tenant(tenants.store, name, adapters=[f"{name}/*", *more.get(name, [])], who="test")
+        keys[name] = manage.make_tenant_key(tenants.store, name, who="test")[1]
+    tenants.close()
+    return keys

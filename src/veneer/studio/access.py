@@ -73,7 +73,7 @@ class Visitor:
         mine, theirs = self.caller.tenant, other.caller.tenant
         return mine == theirs if mine or theirs else self.key == other.key
 
-    async def again(self) -> Principal:
+    async def authenticate(self) -> Principal:
         """Authenticate again and return the principal. Raises Refused (401)."""
         self.caller = await self.tenancy.caller(self.key)
         return self.caller
@@ -145,7 +145,7 @@ class StudioMiddleware:
             check_source(scope, self.settings, self.tenancy.keyless)
             await self._enter(path, scope, receive, send)
         except Refused as error:
-            await _turn_away(error, scope, receive, send)
+            await _send_refusal(error, scope, receive, send)
 
     async def _enter(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -247,7 +247,7 @@ def _with_key(scope: Scope, path: str, key: str | None) -> Scope:
     return {**scope, "path": path, "raw_path": quote(path).encode(), "headers": headers}
 
 
-async def _turn_away(why: Refused, scope: Scope, receive: Receive, send: Send) -> None:
+async def _send_refusal(why: Refused, scope: Scope, receive: Receive, send: Send) -> None:
     if scope["type"] == "websocket":
         await receive()
         await send({"type": "websocket.close", "code": 1008})

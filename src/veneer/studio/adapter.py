@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from veneer.errors import AdapterError, ConfigError
@@ -14,12 +14,24 @@ from veneer.library.describe_files import card_prompt, gain_of
 from veneer.library.names import parse_reference
 from veneer.library.queries import AdapterFamily, Version
 from veneer.serve.http.surfaces.adapters import AdapterChange, change_adapter, remove_adapter
-from veneer.studio.commands import command, command_base
-from veneer.studio.frame import NothingHere, ViewPage
+from veneer.studio.elements import (
+    Command,
+    Field,
+    Fragment,
+    box,
+    button,
+    command,
+    confirm,
+    details,
+    form_field,
+    heading,
+    line,
+    link,
+    panel,
+    permit,
+)
 from veneer.studio.library import LibraryCard, card_of, routes_of
-from veneer.studio.parts import Command, Field, Fragment, box, button, confirm, form_field, heading, line, link, permit
-from veneer.studio.talk import start_answers
-from veneer.studio.watch import on_change
+from veneer.studio.page import NotFound, ViewPage
 from veneer.train.report.log import size
 
 _TARGETS = {
@@ -30,7 +42,7 @@ _TARGETS = {
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _AdapterData:
     """The data of a version on its page.
 
     The content never changes; names, checks, children and routes can."""
@@ -41,286 +53,216 @@ class _Seen:
     routes: dict[str, list[str]]
 
 
-async def adapter_view(page: ViewPage) -> None:
-    seen = await asyncio.to_thread(_read, page, page.query.get("ref"))
-    version = seen.version
-    own = page.caller.can_change(version.name)
-    card = card_of(page, version, seen.routes)
-
-    page.title(version.reference)
-    line(_summary(card.base, version), "lede")
-    with box("div", "row"):
-        link("Compare with the base", page.link("compare", c=version.reference), "button filled", key="c")
-        link("To the library", page.link(""), "button quiet")
-        for job in dict.fromkeys(job_of_tag(tag) for tag in version.tags if job_of_tag(tag)):
-            link("Training run", page.link("run", job=job), "button quiet")
-
-    with box("div", "split"):
-        with box("div"):
-            _content(page, version, card)
-            if card.sample is None:
-                _ask_both(page, version)
-            heading("Use it")
-            Command(_use(page, version))
-            if page.studio.service.catalog.fingerprint == version.fingerprint:
-                line(f"Here, requests that name {version.reference} as their model get it.", "soft small")
-            heading("Family")
-            family = Fragment("family.html.j2", **_relatives(page, seen))
-            if own:
-                _download(page, version)
-                with box("details", "made"):
-                    line("Training details", tag="summary")
-                    Fragment("facts.html.j2", facts=_facts(version))
-        with box("aside", "stack"):
-            names = _names(page, seen, own, lambda: refill())
-            _words(version)
-            checks = _health(page, seen, own, lambda: refill())
-            live = Fragment("adapter_live.html.j2", routes=card.routes)
-    if own:
-        _remove(page, version)
-
-    async def refill() -> None:
-        try:
-            seen = await asyncio.to_thread(_read, page, version.reference)
-        except NothingHere:
-            if page.frame.page is page:  # removing the version here opens another view
-                await page.again()
-            return
-        names.show(own=own, **_named(seen.version))
-        checks.show(checks=seen.checks, health=seen.version.health)
-        family.show(**_relatives(page, seen))
-        live.show(routes=card_of(page, seen.version, seen.routes).routes)
-
-    def now() -> Any:
-        try:
-            found = page.studio.library.find(version.reference)
-        except AdapterError:
-            return None
-        return found.aliases, found.tags, found.health, routes_of(page)
-
-    on_change(now, 1.0, refill)
-    page.when_loaded(page.again)
-
-
-def _read(page: ViewPage, reference: str) -> _Seen:
-    """Read a version. Raises NothingHere if it does not exist or is not visible."""
+def _read(page: ViewPage, reference: str) -> _AdapterData:
+    """Read a version. Raises NotFound if it does not exist or is not visible."""
     library = page.studio.library
     try:
         parse_reference(reference)
         version = library.find(reference)
     except (AdapterError, ConfigError) as error:
-        raise NothingHere("There is no such adapter.", fix=error.fix) from None
+        raise NotFound("There is no such adapter.", fix=error.fix) from None
     if not page.caller.can_see(reference, version.reference):
-        raise NothingHere("There is no such adapter.")
+        raise NotFound("There is no such adapter.")
     found = version.reference
-    return _Seen(version, library.family(found), library.checks(found), routes_of(page))
+    return _AdapterData(version, library.family(found), library.checks(found), routes_of(page))
+
+
+async def adapter_view(page: ViewPage) -> None:
+    data = await asyncio.to_thread(_read, page, page.query.get("ref"))
+    version, studio = data.version, page.studio
+    reference, own = version.reference, page.caller.can_change(version.name)
+    same_base = studio.service.catalog.fingerprint == version.fingerprint
+    card = card_of(page, version, data.routes)
+
+    page.title(reference)
+    line(_summary(card.base, version), "lede")
+    with box("div", "row"):
+        link("Compare with the base", page.link("compare", c=reference), "button filled", key="c")
+        if same_base and page.caller.can("operate") and studio.tenants is not None:
+            link("Go live", page.link("live", ref=reference), "button quiet")
+        for job in dict.fromkeys(job_of_tag(tag) for tag in version.tags if job_of_tag(tag)):
+            link("Training run", page.link("run", job=job), "button quiet")
+        link("To the library", page.link(""), "button quiet")
+    with box("div", "split"):
+        with box("div"):
+            _draw_content(page, version, card)
+            heading("Use")
+            Command(_use_command(page, version, same_base))
+            if same_base:
+                line(f"On this server, name {reference} as the model of a request.", "soft small")
+            heading("Family")
+            family = Fragment("family.html.j2")
+            if own:
+                _draw_downloads(page, version, studio.base if same_base else version.base)
+                with details("Training details"):
+                    Fragment("facts.html.j2", facts=_facts(version))
+        with box("aside", "stack"):
+            with panel("Names"):
+                unalias = permit("write", lambda data: change("Removed the alias", data["word"], "remove_aliases"))
+                untag = permit("write", lambda data: change("Removed the tag", data["word"], "remove_tags"))
+                names = Fragment("names.html.j2", actions={"unalias": unalias, "untag": untag})
+                if own:
+                    _draw_name_fields(reference, lambda *words: change(*words))
+            if version.trigger_words:
+                with panel("Trigger words"):
+                    line("Include one of these words to activate the adapter. Click to copy.", "soft small")
+                    Fragment("words.html.j2", words=version.trigger_words)
+            with panel("Health"):
+                checks = Fragment("checks.html.j2")
+                if own:
+                    button("Check now", permit("write", lambda: check()))
+                    Command(command("library", "verify", reference))
+            live = Fragment("adapter_live.html.j2")
+    if own:
+        with box("div", "apart"):
+            button("Remove…", permit("write", lambda: _ask_to_remove(page, reference)), kind="danger")
+
+    def show(data: _AdapterData) -> None:
+        version = data.version
+        tags = [tag for tag in version.tags if not job_of_tag(tag)]
+        names.show(own=own, aliases=version.aliases, tags=tags)
+        checks.show(checks=data.checks, health=version.health)
+        family.show(**_family_values(page, data))
+        live.show(routes=card_of(page, version, data.routes).routes)
+
+    async def refill() -> None:
+        try:
+            show(await asyncio.to_thread(_read, page, reference))
+        except NotFound:
+            if page.frame.page is page:  # removing the version here opens another view
+                await page.reload()
+
+    async def change(text: str, word: str, field: str) -> None:
+        changes = AdapterChange(**{field: [word]})
+        tenancy = studio.service.tenancy
+        await asyncio.to_thread(change_adapter, studio.library, tenancy, page.caller, reference, changes)
+        await refill()
+        page.notify(f"{text} {word}")
+
+    async def check() -> None:
+        from veneer.adapters.inspect import verify_kept
+
+        await asyncio.to_thread(verify_kept, studio.library, reference)
+        await refill()
+        page.notify(f"Checked {reference}")
+
+    def mark() -> Any:
+        try:
+            found = studio.library.find(reference)
+        except AdapterError:
+            return None
+        return found.aliases, found.tags, found.health, routes_of(page)
+
+    show(data)
+    page.on_change(mark, 1.0, refill)
+    page.when_loaded(page.reload)
 
 
 def _summary(base: str, version: Version) -> str:
-    told = [base, version.kind, f"rank {version.rank}" if version.rank else "", size(version.size)]
-    told += [version.format, f"licence {version.licence}" if version.licence else "", f"added {version.added[:10]}"]
-    return " · ".join(filter(None, told))
+    parts = [base, version.kind, f"rank {version.rank}" if version.rank else "", size(version.size)]
+    parts += [version.format, f"license {version.licence}" if version.licence else "", f"added {version.added[:10]}"]
+    return " · ".join(filter(None, parts))
 
 
-def _content(page: ViewPage, version: Version, card: LibraryCard) -> None:
-    gain, sample = gain_of(version.card), card.sample
+def _draw_content(page: ViewPage, version: Version, card: LibraryCard) -> None:
+    gain = gain_of(version.card)
     if gain is not None:
         with box("div", "row level"):
             if card.gain:
                 line(card.gain, "number", "span")
-            line(f"held-out loss, {gain.before:.3g} with the base alone, {gain.after:.3g} with it", "soft")
+            line(f"held-out loss: {gain.before:.3g} of the base, {gain.after:.3g} with the adapter", "soft")
     if card.picture:
-        box("img", "preview", src=card.picture, alt=f"A picture that came with {version.reference}")
-    if sample is not None:
-        _asked(version)
-        with box("div", "pair"):
-            for who, words in ((page.studio.base, sample["base"]), (version.reference, sample["adapter"])):
-                with box("section", "panel"):
-                    heading(who, 3)
-                    line(words, "answer")
-
-
-def _asked(version: Version) -> None:
-    """Show the card's prompt, with the row's system message."""
-    heading("Prompt")
-    for message in card_prompt(version.card):
-        with box("section", "panel"):
+        box("img", "preview", src=card.picture, alt=f"Sample image of {version.reference}")
+    if card.sample is not None:
+        heading("Sample")
+        for message in card_prompt(version.card):
             role = message["role"]
-            heading("System prompt" if role in ("system", "developer") else role, 3)
-            line(message["content"], "answer")
+            _draw_text("System prompt" if role in ("system", "developer") else role, message["content"])
+        with box("div", "pair"):
+            _draw_text(page.studio.base, card.sample["base"])
+            _draw_text(version.reference, card.sample["adapter"])
 
 
-def _ask_both(page: ViewPage, version: Version) -> None:
-    """Offer to send the card's prompt to base and adapter.
-
-    Only if the card has no answers and this server can answer."""
-    studio, messages = page.studio, card_prompt(version.card)
-    if not messages or studio.service.engine.makes != "texts":
-        return
-    if studio.service.catalog.fingerprint != version.fingerprint:
-        return
-    _asked(version)
-
-    def ask() -> None:
-        start_answers(page, answers, messages, version.reference)
-
-    button("Ask both", permit("infer", ask))
-    answers = Fragment("answers_two.html.j2", columns=[])
+def _draw_text(title: str, text: str) -> None:
+    with box("section", "panel"):
+        heading(title, 3)
+        line(text, "answer")
 
 
-def _use(page: ViewPage, version: Version) -> str:
-    stated = version.base if page.caller.can("operate") else version.base.rstrip("/").rpartition("/")[2]
-    own = page.studio.service.catalog.fingerprint == version.fingerprint
-    base = command_base(page) if own else stated or "BASE"
+def _use_command(page: ViewPage, version: Version, same_base: bool) -> str:
+    named = version.base if page.caller.can("operate") else version.base.rstrip("/").rpartition("/")[2]
+    base = page.base_argument if same_base else named or "BASE"
     if version.kind == "image":
         return command("image", "--base", base, "--adapter", version.reference, "a drawing of a fox")
     system, text = opening(card_prompt(version.card))
     return command("generate", text or "…", base=base, adapter=version.reference, system=system)
 
 
-def _relatives(page: ViewPage, seen: _Seen) -> dict[str, Any]:
-    """Return the values of family.html.j2."""
-    family = seen.family
+def _family_values(page: ViewPage, data: _AdapterData) -> dict[str, Any]:
+    """Return the values of family.html.j2: only visible versions."""
 
-    def those(all: list[Version]) -> list[Version]:
-        return [each for each in all if page.caller.can_see(each.reference)]
+    def visible(versions: list[Version]) -> list[Version]:
+        return [each for each in versions if page.caller.can_see(each.reference)]
 
-    unknown = family.unknown if page.caller.can("operate") else []
-    shown = {
-        "parents": those(family.parents),
-        "unknown": unknown,
-        "children": those(family.children),
-        "versions": those(family.versions),
+    family = {
+        "parents": visible(data.family.parents),
+        "unknown": data.family.unknown if page.caller.can("operate") else [],
+        "children": visible(data.family.children),
+        "versions": visible(data.family.versions),
     }
-    return {"family": shown, "own": seen.version.reference, "link": page.link}
+    return {"family": family, "own": data.version.reference, "link": page.link}
 
 
-def _named(version: Version) -> dict[str, Any]:
-    return {"aliases": version.aliases, "tags": [tag for tag in version.tags if not job_of_tag(tag)]}
+def _draw_name_fields(reference: str, change: Any) -> None:
+    """Draw a field to add an alias, and one to add a tag. `change`: adds a name."""
+    fields: dict[str, Field] = {}
+
+    def typed(kind: str, text: str) -> None:
+        same.show(text=command("library", kind, reference, text.strip()) if text.strip() else "")
+
+    async def add(kind: str, field: str, text: str) -> None:
+        await change(f"Added the {kind}", text.strip(), field)
+        fields[kind].set_value("")
+        same.show(text="")
+
+    for kind, field, hint in (("alias", "add_aliases", "prod"), ("tag", "add_tags", "support")):
+        typed_handler, add_handler = permit("write", partial(typed, kind)), permit("write", partial(add, kind, field))
+        fields[kind] = form_field(f"New {kind}", "", typed_handler, hint=hint, on_enter=add_handler, max_length=100)
+    same = Command()
 
 
-def _names(page: ViewPage, seen: _Seen, own: bool, refill: Callable[[], Awaitable[None]]) -> Fragment:
-    version = seen.version
-
-    async def change(said: str, **wanted: list[str]) -> None:
-        studio = page.studio
-        await asyncio.to_thread(
-            change_adapter,
-            studio.library,
-            studio.service.tenancy,
-            page.caller,
-            version.reference,
-            AdapterChange(**wanted),
-        )
-        await refill()
-        page.say(said)
-
-    with box("section", "panel stack"):
-        heading("Names", 2)
-        names = Fragment(
-            "names.html.j2",
-            own=own,
-            **_named(version),
-            acts={
-                "unalias": permit(
-                    "write", lambda data: change(f"{data['word']} is no alias any more", remove_aliases=[data["word"]])
-                ),
-                "untag": permit(
-                    "write", lambda data: change(f"The tag {data['word']} is off", remove_tags=[data["word"]])
-                ),
-            },
-        )
-        if not own:
-            return names
-        new, fields = {"alias": "", "tag": ""}, dict[str, Field]()
-        for what, hint in (("alias", "prod"), ("tag", "support")):
-
-            def typed(text: str, what: str = what) -> None:
-                new[what] = text.strip()
-                same.show(command("library", what, version.reference, new[what]) if new[what] else "")
-
-            async def entered(text: str, what: str = what) -> None:
-                word = text.strip()
-                wanted = {"add_aliases" if what == "alias" else "add_tags": [word]}
-                await change(f"{version.reference} has the {what} {word}", **wanted)
-                fields[what].put("")
-                same.show("")
-
-            fields[what] = form_field(
-                f"Another {what}", "", permit("write", typed), hint=hint, entered=permit("write", entered), most=100
-            )
-        same = Command()
-    return names
-
-
-def _words(version: Version) -> None:
-    if version.trigger_words:
-        with box("section", "panel"):
-            heading("Trigger words", 2)
-            line("Include one of these words to activate the adapter. Click to copy.", "soft small")
-            Fragment("words.html.j2", words=version.trigger_words)
-
-
-def _health(page: ViewPage, seen: _Seen, own: bool, refill: Callable[[], Awaitable[None]]) -> Fragment:
-    from veneer.adapters.inspect import verify_kept
-
-    version = seen.version
-
-    async def look() -> None:
-        await asyncio.to_thread(verify_kept, page.studio.library, version.reference)
-        await refill()
-        page.say(f"{version.reference} was checked")
-
-    with box("section", "panel stack"):
-        heading("Health", 2)
-        checks = Fragment("checks.html.j2", checks=seen.checks, health=version.health)
-        if own:
-            button("Check it now", permit("write", look))
-            Command(command("library", "verify", version.reference))
-    return checks
-
-
-def _download(page: ViewPage, version: Version) -> None:
+def _draw_downloads(page: ViewPage, version: Version, base: str) -> None:
     heading("Download")
     with box("div", "row"):
-        at = f"/v1/adapter_files/{version.reference}"
-        link("Original file", page.api(at), "button quiet", download=True)
-        base = page.studio.base if page.studio.service.catalog.fingerprint == version.fingerprint else version.base
+        path = f"/v1/adapter_files/{version.reference}"
+        link("Original file", page.api(path), "button quiet", download=True)
         for to in _TARGETS.get(version.kind, ()):
-            link(f"for {to}", page.api(at, to=to, base=base), "button quiet", download=True)
+            link(f"for {to}", page.api(path, to=to, base=base), "button quiet", download=True)
 
 
 def _facts(version: Version) -> list[tuple[str, str]]:
     """Return (name, value) lines of the card that the page does not show elsewhere."""
-    out: list[tuple[str, str]] = [("digest", version.digest), ("base fingerprint", version.fingerprint)]
-    out += [("source", version.source), ("created", version.created)]
+    facts: list[tuple[str, str]] = [("digest", version.digest), ("base fingerprint", version.fingerprint)]
+    facts += [("source", version.source), ("created", version.created)]
     for key in ("recipe", "metrics", "data"):
-        said = version.card.get(key)
-        if isinstance(said, dict):
-            out += [(f"{key} · {name}".replace("_", " "), str(value)[:500]) for name, value in said.items()]
-    return [(name, value) for name, value in out if value][:80]
+        values = version.card.get(key)
+        if isinstance(values, dict):
+            facts += [(f"{key} · {name}".replace("_", " "), str(value)[:500]) for name, value in values.items()]
+    return [(name, value) for name, value in facts if value][:80]
 
 
-def _remove(page: ViewPage, version: Version) -> None:
+async def _ask_to_remove(page: ViewPage, reference: str) -> None:
+    library = page.studio.library
+    aliases = (await asyncio.to_thread(library.find, reference)).aliases
+
     async def remove() -> None:
-        studio = page.studio
-        await asyncio.to_thread(
-            remove_adapter, studio.library, studio.service.tenancy, page.caller, version.reference, with_aliases=True
-        )
+        tenancy = page.studio.service.tenancy
+        await asyncio.to_thread(remove_adapter, library, tenancy, page.caller, reference, with_aliases=True)
         await page.go("")
-        page.say(f"{version.reference} is out of the library")
+        page.notify(f"Removed {reference}")
 
-    async def asked() -> None:
-        aliases = (await asyncio.to_thread(page.studio.library.find, version.reference)).aliases
-        pointed = f" Its aliases {', '.join(aliases)} go with it." if aliases else ""
-        confirm(
-            f"Remove {version.reference}?",
-            f"Its name goes now.{pointed} Its files go with the next clean-up, unless another name has them.",
-            permit("write", remove),
-            button_text="Remove",
-            danger=True,
-            command=command("library", "remove", version.reference, with_aliases=bool(aliases)),
-        )
-
-    with box("div", "apart"):
-        button("Remove…", permit("write", asked), kind="danger")
+    pointing = f" and its aliases {', '.join(aliases)}" if aliases else ""
+    sentence = f"Removes the name{pointing}. The next clean-up deletes the files, unless another name uses them."
+    same = command("library", "remove", reference, with_aliases=bool(aliases))
+    title, handler = f"Remove {reference}?", permit("write", remove)
+    confirm(title, sentence, handler, button_text="Remove", danger=True, command=same)

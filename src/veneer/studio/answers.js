@@ -1,5 +1,5 @@
-// The answers of one column, token by token, beside those of the first column: what differs from it is marked.
-// Under each answer is what the model thought of the token that the mouse, or the arrow keys, are on.
+// The answers of one column, token by token. Tokens that differ from the first column's answer are marked.
+// The line under each answer shows the probabilities of the token under the mouse or selected by the arrow keys.
 const first = []; // the first column's tokens, of each of its answers
 const others = new Set(); // columns that are compared with it
 const LONGEST = 700; // tokens beyond which two answers are compared once they are whole
@@ -36,7 +36,7 @@ export default {
   template: `
     <div class="answers">
       <div v-for="(one, i) in answers" :key="i" class="spoken">
-        <div class="answer" tabindex="0" role="group" :aria-label="(answers.length > 1 ? 'Answer ' + (i + 1) + ' of ' : 'The answer of ') + label"
+        <div class="answer" tabindex="0" role="group" :aria-label="(answers.length > 1 ? 'Answer ' + (i + 1) + ' of ' : 'Answer of ') + label"
           @keydown.left.prevent="step(i, -1)" @keydown.right.prevent="step(i, 1)" @blur="leave(i)" @mouseleave="leave(i)"
           @mouseover="over(i, $event)"><span v-for="(token, k) in one.tokens" :key="k" :data-k="k"
           :class="{other: one.other.has(k), at: at.i === i && at.k === k}">{{ token[0] }}<wbr v-if="folds(token[0])"></span><span v-if="!one.note" class="caret" aria-hidden="true"></span></div>
@@ -49,9 +49,9 @@ export default {
           <span class="small soft judged" role="status">{{ one.judged }}</span>
         </div>
         <form v-if="one.mending !== null" class="field mend" @submit.prevent="send(i)">
-          <textarea v-model="one.mending" rows="4" maxlength="20000" :aria-label="'What ' + label + ' should have said'"
+          <textarea v-model="one.mending" rows="4" maxlength="20000" :aria-label="'Corrected answer of ' + label"
             @keydown.enter.ctrl.prevent="send(i)" @keydown.esc.stop="one.mending = null"></textarea>
-          <button type="submit" class="button quiet">Keep as a row</button>
+          <button type="submit" class="button quiet">Save correction</button>
         </form>
       </div>
     </div>`,

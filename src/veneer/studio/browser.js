@@ -1,4 +1,4 @@
-// What only the browser can do. Mounted once a page; the server calls its methods (frame.py, Frame.tell).
+// Features that need the browser. Mounted once per page; the server calls the methods (page.py, Frame.call_browser).
 const themes = { "": "System", light: "Light", dark: "Dark" };
 const ours = (path) => path === window.path_prefix || path.startsWith(window.path_prefix + "/");
 const typing = (at) => at && (at.isContentEditable || /^(TEXTAREA|SELECT)$/.test(at.tagName) ||
@@ -12,16 +12,16 @@ export default {
     <div>
       <div v-if="over" class="dropping"><p>{{ words }}</p></div>
       <div v-if="sending" class="sending" role="status"><span>{{ sending }}</span>
-        <progress max="1" :value="share" aria-label="Sent"></progress></div>
+        <progress max="1" :value="share" aria-label="Upload"></progress></div>
       <input ref="pick" type="file" multiple hidden tabindex="-1" aria-hidden="true" @change="picked">
       <dialog ref="keys" class="dialog" aria-label="Shortcuts"><h2>Shortcuts</h2>
         <table class="plain"><tr v-for="each in known" :key="each[0] + each[1]"><th scope="row"><kbd v-for="key in each[0].split(' ')">{{ key }}</kbd></th><td>{{ each[1] }}</td></tr></table>
         <div class="row end"><button type="button" class="button quiet" @click="$refs.keys.close()">Close</button></div></dialog>
-      <dialog ref="finder" class="dialog finder" aria-label="Find anything">
-        <input type="search" v-model="sought" placeholder="An adapter, a run, a route, or what to do" aria-label="Find anything" role="combobox"
+      <dialog ref="finder" class="dialog finder" aria-label="Search everything">
+        <input type="search" v-model="sought" placeholder="An adapter, a run, a route or an action" aria-label="Search everything" role="combobox"
           aria-expanded="true" aria-controls="finds" :aria-activedescendant="finds[at] ? 'find-' + at : null" autocomplete="off" spellcheck="false" @input="seek"
           @keydown.down.prevent="at = Math.min(at + 1, finds.length - 1)" @keydown.up.prevent="at = Math.max(at - 1, 0)" @keydown.enter.prevent="take(finds[at])">
-        <ul id="finds" role="listbox" aria-label="Found"><li v-for="(each, n) in finds" :key="n" :id="'find-' + n" role="option" :aria-selected="n === at" @click="take(each)">
+        <ul id="finds" role="listbox" aria-label="Results"><li v-for="(each, n) in finds" :key="n" :id="'find-' + n" role="option" :aria-selected="n === at" @click="take(each)">
           <span>{{ each.title }}</span><span class="soft small">{{ each.what }}</span></li></ul></dialog>
     </div>`,
   emits: ["go", "sought", "dropped", "sent", "fetched"],
@@ -55,7 +55,7 @@ export default {
   },
   methods: {
     keep(path, said) {
-      if (location.pathname.replace(/\/+$/, "") !== path.replace(/\/+$/, "")) return; // somebody went on, back or forward meanwhile
+      if (location.pathname.replace(/\/+$/, "") !== path.replace(/\/+$/, "")) return; // the user left the view meanwhile
       history.replaceState(null, "", said ? `${path}?${said}` : path);
     },
     went(to) {
@@ -99,7 +99,7 @@ export default {
       if (e.target.closest("[data-does=keys]")) return this.showKeys();
       if (e.target.closest("[data-does=find]")) return this.find();
       if (e.target.tagName === "DIALOG") {
-        const box = e.target.getBoundingClientRect(); // beside the window, not in it
+        const box = e.target.getBoundingClientRect(); // a click outside the dialog
         if (e.clientY < box.top || e.clientY > box.bottom || e.clientX < box.left || e.clientX > box.right) e.target.close();
       }
       const link = e.target.closest("a[href]");
@@ -118,13 +118,13 @@ export default {
       at.textContent = `◐ ${themes[now]}`;
       at.setAttribute("aria-label", `Light or dark: ${themes[now]}`);
     },
-    // -- keys: an element says in data-key what presses it, or gives it focus where it is a field
+    // -- keys: data-key of an element is the key that presses the element, or focuses a field
     pressed(e) {
       if (e.defaultPrevented || e.altKey || e.isComposing) return;
       const name = e.key.length === 1 ? e.key.toLowerCase() : e.key === "Enter" ? "enter" : e.key;
       const inside = document.querySelector("dialog[open]") || document;
       const at = (key) => key && [...inside.querySelectorAll(`[data-key="${CSS.escape(key)}"]`)].find(seen);
-      const has = document.activeElement; // a window's field, until the frame after it was closed
+      const has = document.activeElement; // a closed dialog's field keeps the focus until the next frame
       const now = has && seen(has) ? has : document.body;
       if (e.ctrlKey || e.metaKey) {
         if (name === "k") return this.find(e);
@@ -140,7 +140,7 @@ export default {
       this.chord = !el && name === "g" ? "g" : "";
       if (el) this.press(el, e);
     },
-    // what a letter does with the card or row that has the focus: an element in it says so in data-own
+    // data-own: key that presses an element of the focused card or row
     beside(name, now) {
       return now?.closest?.("li, tr, section")?.querySelector(`[data-own="${CSS.escape(name)}"]`);
     },
@@ -156,7 +156,7 @@ export default {
       const all = [...document.querySelectorAll("[data-step]")].filter(seen);
       if (!all.length || document.querySelector("dialog[open]")) return false;
       const now = all.indexOf(document.activeElement);
-      if (now < 0 && name.startsWith("Arrow")) return false; // it scrolls, until one is chosen
+      if (now < 0 && name.startsWith("Arrow")) return false; // arrow keys scroll until an item is focused
       const next = all[Math.min(all.length - 1, Math.max(0, now < 0 ? 0 : now + by))];
       e.preventDefault();
       next.focus();
@@ -167,11 +167,11 @@ export default {
       e?.preventDefault();
       const here = [...document.querySelectorAll("[data-key]")].filter(seen).map((el) => [el.dataset.key, called(el)]);
       const own = [...new Map([...document.querySelectorAll("[data-own]")].map((el) => [el.dataset.own, el.dataset.words || called(el)]))];
-      const steps = document.querySelector("[data-step]") ? [["j k", "The next, the one before"], ["Enter", "Open it"], ...own] : [];
-      this.known = [...here, ...steps, ["ctrl+k", "Find anything"], ["?", "Shortcuts"], ["Esc", "Close"]];
+      const steps = document.querySelector("[data-step]") ? [["j k", "Next, previous"], ["Enter", "Open"], ...own] : [];
+      this.known = [...here, ...steps, ["ctrl+k", "Search"], ["?", "Shortcuts"], ["Esc", "Close"]];
       this.$refs.keys.showModal();
     },
-    // -- one field for everything
+    // -- search
     find(e) {
       e?.preventDefault();
       this.sought = "";
@@ -197,7 +197,7 @@ export default {
       if (each.el) each.el.click();
       else this.go(each.to);
     },
-    // -- files: dropped or picked; the server says where each goes
+    // -- files, dropped or picked: the server names each upload URL
     pick() {
       this.$refs.pick.click();
     },
@@ -228,7 +228,7 @@ export default {
       this.sending = "";
       this.$emit("sent", { n, status, text: text.slice(0, 200000) });
     },
-    // a file that a route makes: saved where it came, else why it did not
+    // save the file that a route returns, or report the error
     async fetchFile(url) {
       let status = 0, text = "";
       try {
@@ -245,7 +245,7 @@ export default {
       }
       this.$emit("fetched", { url, status, text });
     },
-    // -- what is drawn anew keeps the focus; what is behind the end of a list is asked for
+    // -- keep the focus after a redraw; press [data-more] at the end of a list
     changed() {
       const now = document.activeElement;
       if (this.focused && (!now || now === document.body))

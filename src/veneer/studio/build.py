@@ -3,8 +3,7 @@
 The only file that mounts and starts NiceGUI.
 
 `serve(settings, say, extends=[studio_of], page=WebPage(ROOT, …))`: see `serve.build.Extension`. NiceGUI
-has one application a process, so there is one Studio a process.
-"""
+has one application per process, so there is one Studio per process."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from veneer.library.library import Library
     from veneer.serve.build import Extension
     from veneer.serve.http.service import Service
-    from veneer.studio.frame import Studio
+    from veneer.studio.page import Studio
 
 _log = logging.getLogger("veneer.studio")
 
@@ -36,9 +35,9 @@ _ICON = (
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><path d="M4 7h24v4H4z" fill="#b4612c"/>'
     '<path d="M4 14h24v11H4z" fill="#8d8379"/></svg>'
 )
-_KEPT = 60.0
+_RECONNECT = 60.0
 """Seconds for which a disconnected page can reconnect, such as on a sleeping laptop."""
-_made = False
+_mounted = False
 
 
 def check_studio() -> None:
@@ -54,16 +53,13 @@ def studio_of(service: Service, library: Library, *, trains: bool = False) -> Ex
     from veneer.jobs.http.tuning import TuningQueue
     from veneer.jobs.store import JobStore
     from veneer.serve.build import Extension
-    from veneer.serve.tenancy.tenants import Tenants
     from veneer.studio.adapter import adapter_view
     from veneer.studio.compare import compare_view
     from veneer.studio.doctor import doctor_view
-    from veneer.studio.finder import finds
-    from veneer.studio.frame import Studio, StudioView
     from veneer.studio.library import library_view
     from veneer.studio.live import live_view
+    from veneer.studio.page import Studio, StudioView
     from veneer.studio.run import run_view
-    from veneer.studio.steps import steps_view
     from veneer.studio.train import train_view
 
     views = (
@@ -72,55 +68,47 @@ def studio_of(service: Service, library: Library, *, trains: bool = False) -> Ex
         StudioView("compare", "Compare", "c", compare_view, "infer", uses_base=True),
         StudioView("train", "Train", "t", train_view, "train"),
         StudioView("run", "Run", "", run_view, "train", under="train"),
-        StudioView("steps", "Steps", "", steps_view, "train", under="train"),
         StudioView("live", "Live", "v", live_view, "operate", uses_base=True),
         StudioView("doctor", "Doctor", "d", doctor_view, "read"),
     )
     jobs = JobStore(library)
-    queue = None
+    studio = Studio(service, library, jobs, views, trains)
     if trains:
-        tenancy = service.tenancy
-        files = open_files(library, quotas=service.quotas)
-        queue = TuningQueue(jobs, files, tenancy.store if isinstance(tenancy, Tenants) else None)
-    made = Studio(service, library, jobs, views, finds, trains, queue)
-    life: list[AbstractAsyncContextManager[Any]] = []
+        studio.queue = TuningQueue(jobs, open_files(library, quotas=service.quotas), studio.tenants)
+    lifespan: list[AbstractAsyncContextManager[Any]] = []
 
     def mount(app: FastAPI) -> None:
-        _mount(app, made)
+        _mount(app, studio)
         app.add_middleware(StudioMiddleware, tenancy=service.tenancy, settings=service.settings)
-        life.append(app.router.lifespan_context(app))
+        lifespan.append(app.router.lifespan_context(app))
 
     async def start() -> None:
         with warnings.catch_warnings():  # NiceGUI inspects all objects, and one of torch's warns
             warnings.simplefilter("ignore", FutureWarning)
-            await life[0].__aenter__()
+            await lifespan[0].__aenter__()
 
     async def stop() -> None:
-        await life[0].__aexit__(None, None, None)
+        await lifespan[0].__aexit__(None, None, None)
 
-    routers = [
-        key_routes(service.tenancy),
-        *([] if trains else [sample_routes(jobs)]),
-    ]  # the training extension has them
+    sample_images = [] if trains else [sample_routes(jobs)]  # the training extension has these routes
+    routers = [key_routes(service.tenancy), *sample_images]
     return Extension(routers, unguarded=(ROOT,), start=start, stop=stop, mount=mount)
 
 
 def _mount(app: FastAPI, studio: Studio) -> None:
     """Mount the Studio. Raises ConfigError for a second Studio in this process."""
-    global _made
-    if _made:
-        raise ConfigError("this process has a Studio already", fix="one server a process")
-    _made = True
-    from nicegui import app as own
+    global _mounted
+    if _mounted:
+        raise ConfigError("this process has a Studio already", fix="one server per process")
+    _mounted = True
+    from nicegui import app as nicegui_app
     from nicegui import ui
 
-    from veneer.studio.frame import Frame
-    from veneer.studio.links import query_of
+    from veneer.studio.page import Frame, parse_query
 
-    own.config.socket_io_js_transports = ["websocket"]
-    own.config.quasar_config["loadingBar"]["skipHijack"] = True  # no loading bar for each upload
+    nicegui_app.config.socket_io_js_transports = ["websocket"]
+    nicegui_app.config.quasar_config["loadingBar"]["skipHijack"] = True  # no loading bar for each upload
     ui.add_head_html(head_html(), shared=True)
-
     _guard_messages()
 
     @ui.page("/{path:path}", title="veneer", response_timeout=60)
@@ -128,10 +116,9 @@ def _mount(app: FastAPI, studio: Studio) -> None:
         visitor = request.scope.get("veneer.visitor")
         if visitor is None:  # an asset that does not exist
             return PlainTextResponse("not found", 404)
-        frame = Frame(
-            studio, visitor, request.scope.get("root_path", ""), f"{request.url.scheme}://{request.url.netloc}"
-        )
-        query = query_of(request.query_params.multi_items())
+        address = f"{request.url.scheme}://{request.url.netloc}"
+        frame = Frame(studio, visitor, request.scope.get("root_path", ""), address)
+        query = parse_query(request.query_params.multi_items())
         frame.client.status_code = await frame.visit(path.strip("/"), query)
         return None
 
@@ -144,7 +131,7 @@ def _mount(app: FastAPI, studio: Studio) -> None:
         language="en-US",
         tailwind=False,
         binding_refresh_interval=None,
-        reconnect_timeout=_KEPT,
+        reconnect_timeout=_RECONNECT,
         gzip_middleware_factory=None,
         show_welcome_message=False,
     )
@@ -154,7 +141,7 @@ def _guard_messages() -> None:
     """Keep a browser's log lines and malformed messages out of the server's log."""
     from nicegui import core
 
-    def guarded(handler: Callable[..., Any]) -> Callable[..., Any]:
+    def guard(handler: Callable[..., Any]) -> Callable[..., Any]:
         async def handle(*args: Any) -> Any:
             try:
                 answer = handler(*args)
@@ -167,5 +154,5 @@ def _guard_messages() -> None:
 
     handlers = core.sio.handlers["/"]
     for name in ("handshake", "event", "javascript_response", "ack"):
-        handlers[name] = guarded(handlers[name])
-    handlers["log"] = guarded(lambda *_: None)
+        handlers[name] = guard(handlers[name])
+    handlers["log"] = guard(lambda *_: None)

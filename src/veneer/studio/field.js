@@ -1,4 +1,4 @@
-// A field that keeps what is typed: the page around it is drawn anew, and its own value comes from here alone.
+// A form field that keeps typed text while the page around the field is redrawn.
 export default {
   props: {
     label: String, value: null, kind: String, hint: String, wait: Number, most: Number, options: Array,
@@ -34,7 +34,7 @@ export default {
   },
   mounted() {
     this.grow();
-    if (this.$refs.box)  // drawn while its view is hidden, it has no height yet
+    if (this.$refs.box)  // a field drawn in a hidden view has no height yet
       new IntersectionObserver((seen, own) => {
         if (seen.some((each) => each.isIntersecting)) own.disconnect(), this.grow();
       }).observe(this.$refs.box);
@@ -61,13 +61,13 @@ export default {
       const rest = Math.max(0, this.last + 1000 * this.wait - performance.now());
       this.timer = setTimeout(() => this.send(), rest);
     },
-    left() {  // before the click on what was left it for: that acts on what was typed
+    left() {  // send typed text before the click that took the focus
       const said = this.said();
       if (this.kind === "number" && said !== null) this.now = Math.min(this.high ?? said, Math.max(this.low ?? said, said));
       if (this.timer) this.send();
     },
     enter(e) {
-      if (!this.enters) {  // Ctrl+Enter presses a button then: that acts on what was typed
+      if (!this.enters) {  // Ctrl+Enter presses a button: send typed text first
         if (this.timer) this.send();
         return;
       }

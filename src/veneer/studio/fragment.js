@@ -1,25 +1,25 @@
-// HTML that is drawn anew now and then (parts.py, Fragment). What goes on as it was is the very same element afterwards, never moved: a click that
-// has begun on it ends on it, and it keeps the focus, what is open in it and how far it is scrolled.
+// HTML that is redrawn on changes (elements.py, Fragment). Unchanged nodes stay the same elements and are never moved,
+// so that a started click ends on its element, and focus, open details and scroll position stay.
 
-// By what it goes on: its data-id; without one, what it is and how it looks.
+// Identity of a node: its data-id; without one, its tag and class.
 const mark = (node) => `${node.nodeName} ${node.dataset?.id ? `#${node.dataset.id}` : node.getAttribute?.("class") || ""}`;
 
 function become(now, then) {
   if (now.isEqualNode(then)) return;
   if (now.nodeType !== Node.ELEMENT_NODE) return (now.data = then.data);
   for (const { name } of [...now.attributes])
-    if (!then.hasAttribute(name) && name !== "open") now.removeAttribute(name); // somebody opened it
+    if (!then.hasAttribute(name) && name !== "open") now.removeAttribute(name); // a user opened the details
   for (const { name, value } of then.attributes) if (now.getAttribute(name) !== value) now.setAttribute(name, value);
   fill(now, then);
 }
 
-// The children of `now` become those of `then`; of both, the longest common subsequence goes on.
+// Replace the children of `now` by those of `then`; keep their longest common subsequence.
 function fill(now, then) {
   const a = [...now.childNodes], b = [...then.childNodes], as = a.map(mark), bs = b.map(mark);
   let start = 0, n = a.length, m = b.length;
   while (start < n && start < m && as[start] === bs[start]) start++;
   while (n > start && m > start && as[n - 1] === bs[m - 1]) n--, m--;
-  const wide = m - start + 1, common = new Uint16Array((n - start + 1) * wide); // [i, j]: how many of a's from i on go on among b's from j on
+  const wide = m - start + 1, common = new Uint16Array((n - start + 1) * wide); // [i, j]: length of the common subsequence of a[i:] and b[j:]
   for (let i = n - 1; i >= start; i--)
     for (let j = m - 1; j >= start; j--) {
       const at = (i - start) * wide + j - start;

@@ -14,19 +14,34 @@ from veneer.library.describe_files import card_picture, card_sample, gain_of
 from veneer.library.queries import SearchPage, Version
 from veneer.serve.http.surfaces.adapters import facet_of_bases
 from veneer.serve.tenancy.store import ALL
-from veneer.studio.commands import command
-from veneer.studio.frame import ViewPage
-from veneer.studio.parts import Command, Fragment, box, button, form_field, heading, line, link, permit, put, show
-from veneer.studio.train import beginnings
-from veneer.studio.watch import on_change
+from veneer.studio.elements import (
+    Command,
+    Field,
+    Fragment,
+    box,
+    button,
+    command,
+    form_field,
+    heading,
+    line,
+    link,
+    permit,
+    set_text,
+    set_visible,
+)
+from veneer.studio.page import ViewPage
+from veneer.studio.train import suggestions
 
-_SOME, _MOST = 60, 600
-"""Cards per batch, and maximum cards on a page."""
+_BATCH, _MAX_CARDS, _MAX_MARKED = 60, 600, 8
+"""Cards per batch, and maximum cards on a page; maximum adapters to compare."""
 _ORDERS = {
-    "added": "newest first", "name": "by name", "gain": "most gained first", "rank": "highest rank first",
+    "added": "newest first",
+    "name": "by name",
+    "gain": "largest gain first",
+    "rank": "highest rank first",
     "size": "largest first",
-}  # fmt: skip
-_PICKS = {"base": "Base", "kind": "Kind", "rank": "Rank", "tag": "Tag", "health": "Health"}
+}
+_FILTERS = {"base": "Base", "kind": "Kind", "rank": "Rank", "tag": "Tag", "health": "Health"}
 _HEALTH = {"sound": "sound", "faulty": "faulty", "unknown": "not checked yet"}
 
 
@@ -46,12 +61,11 @@ class LibraryCard:
 def card_of(page: ViewPage, version: Version, routes: Mapping[str, list[str]]) -> LibraryCard:
     gain = gain_of(version.card)
     share = None if gain is None else gain.share
-    words = "" if share is None else f"{'−' if share < 0 else '+'}{abs(share):.0%}".replace("%", " %")
     names = [version.reference, version.name, *(f"{version.name}@{alias}" for alias in version.aliases)]
     return LibraryCard(
         version,
-        version.base.rstrip("/").rpartition("/")[2] or "base not named",
-        words,
+        _short_base(version.base) or "base not named",
+        "" if share is None else f"{'−' if share < 0 else '+'}{_percent(abs(share))}",
         card_sample(version.card),
         page.api(f"/v1/adapter_previews/{version.reference}") if card_picture(version.card) else "",
         _HEALTH[version.health],
@@ -60,254 +74,192 @@ def card_of(page: ViewPage, version: Version, routes: Mapping[str, list[str]]) -
 
 
 def routes_of(page: ViewPage) -> dict[str, list[str]]:
-    """Return adapter name -> its visible routes: "live 90 %", "live, as a shadow"."""
+    """Return adapter name -> its visible routes: "live 90 %", "live (shadow)"."""
     found: dict[str, list[str]] = {}
     tenants = page.studio.tenants
     for route in tenants.settings.routes.values() if tenants is not None else ():
         if page.caller.can("operate") or route.tenant in (ALL, page.caller.tenant):
-            every = sum(weight for _, weight in route.targets)
+            total = sum(weight for _, weight in route.targets)
             for target, weight in route.targets:
-                if weight:
-                    found.setdefault(target, []).append(f"{route.name} {weight / every:.0%}".replace("%", " %"))
+                found.setdefault(target, []).append(f"{route.name} {_percent(weight / total)}")
             if route.shadow:
-                found.setdefault(route.shadow, []).append(f"{route.name}, as a shadow")
+                found.setdefault(route.shadow, []).append(f"{route.name} (shadow)")
     return found
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """The search of a link."""
+def _short_base(base: str) -> str:
+    return base.rstrip("/").rpartition("/")[2]
 
-    text: str
-    order: str
-    picks: dict[str, str]
 
-    def search(self) -> dict[str, Any]:
-        """Return the arguments of `queries.browse`."""
-        given: dict[str, Any] = {k: v for k, v in self.picks.items() if v and k != "tag"}
-        if "rank" in given:
-            given["rank"] = int(given["rank"])
-        tags = [self.picks["tag"]] if self.picks["tag"] else []
-        return given | {"tags": tags, "order": self.order, "without": self.without}
+def _percent(share: float) -> str:
+    return f"{share:.0%}".replace("%", " %")
 
-    @property
-    def without(self) -> str:
-        """Return the tag prefix to exclude: steps of runs, which have their own view."""
-        return "" if self.picks["tag"] else STEPS_TAG
+
+class _Search:
+    """The search of a link: `text`, `order`, and the value of each filter."""
+
+    def __init__(self, page: ViewPage) -> None:
+        query = page.query
+        self.text, self.order = query.get("q")[:200], query.get("order")
+        if self.order not in _ORDERS:
+            self.order = "added"
+        self.filters = {name: query.get(name) for name in _FILTERS}
+        if not re.fullmatch("[0-9]{1,9}", self.filters["rank"]):
+            self.filters["rank"] = ""
+        if self.filters["health"] not in _HEALTH:
+            self.filters["health"] = ""
+        self.without = "" if self.filters["tag"] else STEPS_TAG
+        """Tag prefix to exclude: checkpoints of runs, which the Run view lists."""
+        self.narrowed = bool(self.text or any(self.filters.values()))
+
+    def run(self, page: ViewPage, limit: int) -> SearchPage:
+        arguments: dict[str, Any] = {name: value for name, value in self.filters.items() if value and name != "tag"}
+        if "rank" in arguments:
+            arguments["rank"] = int(arguments["rank"])
+        tags = [self.filters["tag"]] if self.filters["tag"] else []
+        visible = None if page.caller.can("operate") else page.caller.sees
+        arguments |= {"tags": tags, "order": self.order, "without": self.without, "sees": visible}
+        return page.studio.library.browse(self.text, **arguments, limit=limit)
 
     def command(self) -> str:
         sort = "" if self.order == "name" else self.order
-        if self.text or any(self.picks.values()):
-            return command("library", "search", self.text, **self.picks, without=self.without, sort=sort)
+        if self.narrowed:
+            return command("library", "search", self.text, **self.filters, without=self.without, sort=sort)
         return command("library", "list", without=self.without, sort=sort)
 
 
-def _asked(page: ViewPage) -> _Asked:
-    order = page.query.get("order", "added")
-    picks = {name: page.query.get(name) for name in _PICKS}
-    if not re.fullmatch("[0-9]{1,9}", picks["rank"]):
-        picks["rank"] = ""
-    picks["health"] = picks["health"] if picks["health"] in _HEALTH else ""
-    return _Asked(page.query.get("q")[:200], order if order in _ORDERS else "added", picks)
-
-
 async def library_view(page: ViewPage) -> None:
-    studio, library = page.studio, page.studio.library
+    limit = _BATCH
     with box("div", "row spread"):
         page.title("Library")
         with box("div", "row"):
-            button("Add a file…", permit("read", page.pick), key="a")
-            teach = link("Train an adapter", page.link("train"), "button filled")
-    asked = _asked(page)
+            button("Add a file…", permit("read", page.pick_file), key="a")
+            train_link = link("Train an adapter", page.link("train"), "button filled")
+    search = _Search(page)
     find = form_field(
-        "Find",
-        asked.text,
-        permit("read", lambda text: narrowed(q=text)),
+        "Search",
+        search.text,
+        permit("read", lambda text: narrow(q=text)),
         kind="search",
         key="/",
-        look="find",
+        classes="find",
         hidden_label=True,
-        hint="Find by name, base, tag, trigger word, licence …",
-        wait=0.08,
+        hint="Name, base, tag, trigger word, license …",
+        delay=0.08,
     )
-    with box("div", "picks", role="group", aria_label="Narrow and order") as order:
-        picks = {
-            name: form_field(
-                label,
-                asked.picks[name],
-                permit("read", lambda value, name=name: narrowed(**{name: value})),
-                kind="choice",
-                options={"": "any"},
-            )
-            for name, label in _PICKS.items()
-        }
-        form_field(
-            "Order",
-            asked.order,
-            permit("read", lambda value: narrowed(order=value)),
-            kind="choice",
-            options=_ORDERS,
-            look="last",
-        )
+
+    def choice(name: str, label: str, value: str, options: Mapping[str, str], classes: str = "") -> Field:
+        handler = permit("read", lambda chosen: narrow(**{name: chosen}))
+        return form_field(label, value, handler, kind="choice", options=options, classes=classes)
+
+    with box("div", "picks", role="group", aria_label="Filters and order") as choices:
+        filters = {name: choice(name, label, search.filters[name], {"": "any"}) for name, label in _FILTERS.items()}
+        choice("order", "Order", search.order, _ORDERS, "last")
     count = line("", "soft small count", role="status")
     empty = box("div", "empty")
-    pages = box("div", "stack")
-    cut = line("", "soft")
-    more = button("Show more", permit("read", lambda: further()), kind="quiet", look="more", data_more="")
-    marked = _Marked(page)
+    cards = Fragment("cards.html.j2", actions={"mark": permit("read", lambda data: toggle(data["ref"]))})
+    rest = line("", "soft")
+    more = button("Show more", permit("read", lambda: show_more()), data_more="")
+    with box("div", "bar") as bar:
+        marked_count = line("", "", "span")
+        compare = permit("infer", lambda: page.go("compare", c=page.query.all("m")))
+        button("Compare", compare, kind="filled", key="c")
+        button("Clear", permit("read", lambda: mark([])), kind="word")
     same = Command()
-    leaves: list[Fragment] = []
-    shown = turn = 0
-    told_empty = ""
+    shown_reason = ""
 
-    async def fetch(offset: int, some: int) -> tuple[SearchPage, list[LibraryCard]]:
-        asked, sees = _asked(page), None if page.caller.can("operate") else page.caller.sees
+    async def refill() -> None:
+        nonlocal shown_reason
+        query, search = page.query, _Search(page)
 
-        def look() -> tuple[SearchPage, list[LibraryCard]]:
-            found = library.browse(asked.text, **asked.search(), sees=sees, limit=some, offset=offset)
+        def read() -> tuple[SearchPage, list[LibraryCard]]:
+            found = search.run(page, limit)
             routes = routes_of(page)
             return found, [card_of(page, each, routes) for each in found.versions]
 
-        return await asyncio.to_thread(look)
+        found, drawn = await asyncio.to_thread(read)
+        if page.query is not query:
+            return  # a newer search is running
+        marked, shown, busy = page.query.all("m"), len(drawn), bool(drawn) or search.narrowed
+        cards.show(cards=drawn, marked=marked, link=page.link)
+        set_text(count, f"{counted(found.total, 'adapter')}{' found' if search.narrowed else ''}" if shown else "")
+        set_text(rest, f"{_MAX_CARDS} of {found.total:,} are shown: narrow the search to see others.")
+        set_text(marked_count, f"{len(marked)} marked")
+        _set_filter_options(page, filters, search, found)
+        reason = "" if drawn else "no match" if search.narrowed else "no adapter"
+        if reason and reason != shown_reason:
+            _draw_empty(page, empty, search.narrowed)
+        shown_reason = reason
+        for element, visible in (
+            (rest, shown >= _MAX_CARDS and found.total > shown),
+            (more, shown < min(found.total, _MAX_CARDS)),
+            (empty, not drawn),
+            (find, busy),  # an empty library shows only how to add an adapter
+            (choices, busy),
+            (train_link, busy and page.caller.can("train")),
+            (bar, bool(marked)),
+        ):
+            set_visible(element, visible)
+        same.show(text=search.command())
 
-    async def fill() -> None:
-        """Draw the cards from the first; a newer call supersedes an older one."""
-        nonlocal shown, turn, told_empty
-        turn = own = turn + 1
-        asked = _asked(page)
-        found, cards = await fetch(0, max(_SOME, shown if shown <= _MOST else _SOME))
-        if own != turn:
-            return
-        shown = len(cards)
-        for leaf in leaves[-(-shown // _SOME) :]:
-            leaf.delete()
-        del leaves[-(-shown // _SOME) :]
-        for k in range(0, shown, _SOME):
-            leafed(k // _SOME, cards[k : k + _SOME])
-        narrow = asked.text or any(asked.picks.values())
-        put(count, f"{counted(found.total, 'adapter')}{' that fit' if narrow else ''}" if found.total else "")
-        _offer(page, picks, asked, found)
-        ended(found.total)
-        show(pages, bool(cards))
-        show(empty, not cards)
-        why = "" if cards else "nothing fits" if narrow else "nothing"
-        if why and why != told_empty:
-            _say_empty(page, empty, bool(narrow))
-        told_empty = why or told_empty
-        for each in (find, order):  # an empty library shows only how to add an adapter
-            show(each, bool(cards) or bool(narrow))
-        show(teach, page.caller.can("train") and (bool(cards) or bool(narrow)))
-        show(more, shown < min(found.total, _MOST))
-        same.show(asked.command())
+    async def show_more() -> None:
+        nonlocal limit
+        limit = min(limit + _BATCH, _MAX_CARDS)
+        await refill()
 
-    async def further() -> None:
-        nonlocal shown
-        found, cards = await fetch(shown, _SOME)
-        if cards:
-            leafed(shown // _SOME, cards)
-        shown += len(cards)
-        ended(found.total)
-        show(more, bool(cards) and shown < min(found.total, _MOST))
+    async def narrow(**changes: str) -> None:
+        nonlocal limit
+        limit = _BATCH
+        page.set_query(**changes)
+        await refill()
 
-    def leafed(k: int, cards: list[LibraryCard]) -> None:
-        """Draw or update the k-th batch of cards; unchanged cards keep their elements."""
-        given: dict[str, Any] = {"cards": cards, "marked": marked.all, "link": page.link}
-        if k < len(leaves):
-            leaves[k].show(**given)
-        else:
-            with pages:
-                leaves.append(Fragment("cards.html.j2", acts=marked.acts, **given))
+    async def mark(references: list[str]) -> None:
+        page.set_query(m=references[:_MAX_MARKED])
+        await refill()
 
-    def ended(total: int) -> None:
-        whole = shown < _MOST or shown >= total
-        put(cut, "" if whole else f"{_MOST} of {total:,} are shown: say more of what you look for.")
-        show(cut, not whole)
+    async def toggle(reference: str) -> None:
+        marked = page.query.all("m")
+        rest = [each for each in marked if each != reference]
+        await mark(rest if reference in marked else [*rest, reference])
 
-    async def narrowed(**changes: str) -> None:
-        nonlocal shown
-        shown = 0
-        page.keep(**{name: None if value == "added" and name == "order" else value for name, value in changes.items()})
-        await fill()
-
-    marked.redraw = fill
-    await fill()
-    on_change(studio.library_mark, 1.0, fill)
+    await refill()
+    page.on_change(page.studio.library_mark, 1.0, refill)
 
 
-def _offer(page: ViewPage, picks: Mapping[str, Any], asked: _Asked, found: SearchPage) -> None:
-    """Offer each filter's values with counts; hide a filter without values."""
-    for name, choice in picks.items():
-        there = found.facets[name]
+def _set_filter_options(page: ViewPage, filters: Mapping[str, Field], search: _Search, found: SearchPage) -> None:
+    """Offer each filter's values with counts; hide a filter without a choice."""
+    for name, choice in filters.items():
+        counts = found.facets[name]
         if name == "base":
-            there = facet_of_bases(there, page.caller)
-        told = {value: _told(name, value) for value in list(there)[:100] if value and not job_of_tag(value)}
-        chosen = asked.picks[name]
-        options = {"": "any"} | {value: f"{words} ({there[value]:,})" for value, words in told.items()}
-        if chosen and chosen not in options:
-            options[chosen] = f"{_told(name, chosen)} (0)"
-        choice.offer(options)
-        show(choice, bool(chosen) or len(told) > 1)
+            counts = facet_of_bases(counts, page.caller)
+        values = [value for value in list(counts)[:100] if value and not job_of_tag(value)]
+        options = {"": "any"} | {value: f"{_value_text(name, value)} ({counts[value]:,})" for value in values}
+        if (chosen := search.filters[name]) and chosen not in options:
+            options[chosen] = f"{_value_text(name, chosen)} (0)"
+        choice.set_options(options)
+        set_visible(choice, bool(chosen) or len(values) > 1)
 
 
-def _told(name: str, value: str) -> str:
+def _value_text(name: str, value: str) -> str:
     if name == "base":
-        return value.rstrip("/").rpartition("/")[2]
+        return _short_base(value)
     if name == "rank":
-        return "several" if value == "0" else value
+        return "mixed" if value == "0" else value
     return _HEALTH.get(value, value) if name == "health" else value
 
 
-def _say_empty(page: ViewPage, place: Any, narrow: bool) -> None:
-    place.clear()
-    with place:
-        if narrow:
-            heading("No matches", 2)
-            line("No adapter matches all filters.")
+def _draw_empty(page: ViewPage, empty: Any, narrowed: bool) -> None:
+    empty.clear()
+    with empty:
+        if narrowed:
+            heading("No matches")
+            line("No adapter matches the search and all filters.")
             link("Show all", page.link(""), "button quiet")
             return
-        heading("No adapters yet", 2)
+        heading("No adapters yet")
         base = page.studio.base
-        line(
-            f"An adapter is a thin layer on {base}, a few megabytes, that makes it do your thing; {base} itself stays "
-            "as it is. Train one, or drop an adapter file anywhere on this page."
-        )
-        offers = beginnings(page.studio) if page.caller.can("operate") else []
-        for what, settings in offers[:1]:
-            link(f"Train on {what}", page.link("train", s=settings), "button filled")
-
-
-class _Marked:
-    """Adapters marked for comparison, in the link and in a bar at the bottom."""
-
-    def __init__(self, page: ViewPage) -> None:
-        self.page = page
-        self.acts = {"mark": permit("read", self.toggle)}
-        self.redraw: Any = None
-        with box("div", "bar") as self.bar:
-            self.words = line("", "", "span")
-            button("Compare", permit("infer", self.compare), kind="filled", key="c")
-            button("Clear", permit("read", self.clear), kind="word")
-        self._told()
-
-    @property
-    def all(self) -> list[str]:
-        return self.page.query.all("m")
-
-    def _told(self) -> None:
-        show(self.bar, bool(self.all))
-        put(self.words, f"{len(self.all)} marked")
-
-    async def toggle(self, data: dict[str, str]) -> None:
-        ref = data["ref"]
-        self.page.keep(m=[each for each in self.all if each != ref] + ([] if ref in self.all else [ref])[:8])
-        self._told()
-        await self.redraw()
-
-    async def clear(self) -> None:
-        self.page.keep(m=None)
-        self._told()
-        await self.redraw()
-
-    async def compare(self) -> None:
-        if self.all:
-            await self.page.go("compare", c=self.all)
+        line(f"An adapter is a few megabytes that teach {base} your task; {base} itself does not change.")
+        line("Train one, or drop an adapter file anywhere on this page.")
+        offers = suggestions(page.studio) if page.caller.can("operate") else []
+        for name, settings in offers[:1]:
+            link(f"Train on {name}", page.link("train", s=settings), "button filled")

@@ -1,0 +1,296 @@
+"""Columns of the Compare view: find, mix and remove adapters, and save mixes.
+
+compare.py shows texts, compare_images.py images."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from veneer.adapters.mix import keep_mix
+from veneer.core.adapter import mix_text
+from veneer.errors import ConfigError
+from veneer.formats.strengths import split_strength
+from veneer.serve.http.surfaces.adapters import note_added
+from veneer.serve.request import Refused
+from veneer.studio.elements import (
+    Command,
+    Field,
+    Fragment,
+    Handler,
+    box,
+    button,
+    close_dialog,
+    command,
+    dialog,
+    dialog_buttons,
+    form_field,
+    heading,
+    line,
+    open_dialog,
+    permit,
+)
+from veneer.studio.page import NotFound, ViewPage
+
+_Mix = list[tuple[str, float]]
+MAX_COLUMNS = 9
+
+
+@dataclass(eq=False)
+class Column:
+    """A column. `mix`: empty for the base. `element`: shows the answers.
+
+    `id`, `answers`: the last request and its answers."""
+
+    mix: _Mix
+    command: Command | None = None
+    task: asyncio.Task[Any] | None = None
+    element: Any = None
+    id: str = ""
+    answers: list[str] = field(default_factory=list)
+
+    def cancel(self) -> None:
+        if self.task is not None:
+            self.task.cancel()
+            self.task = None
+
+    def name(self, base: str) -> str:
+        return " + ".join(name for name, _ in self.mix) or base
+
+    def specs(self) -> list[str]:
+        """Return the mix as arguments of a command."""
+        return [f"{name}:{strength:g}" for name, strength in self.mix]
+
+
+def _parse_columns(texts: Sequence[str]) -> list[_Mix]:
+    """Return the mixes of a link, such as support@2:0.8+billing, after the base.
+
+    Raises NotFound for an invalid mix."""
+    found: list[_Mix] = [[]]
+    for text in texts[:MAX_COLUMNS]:
+        mix: _Mix = []
+        for part in text.split("+") if text else ():
+            try:
+                name, strength = split_strength(part)
+            except ConfigError as error:
+                raise NotFound("Not found.") from error
+            if not name:
+                raise NotFound("Not found.")
+            mix.append((name, 1.0 if strength is None else strength))
+        if mix:
+            found.append(mix)
+    return found[:MAX_COLUMNS]
+
+
+class Board:
+    """The columns of one visit. Subclasses define draw_answers, answer, equivalent_command."""
+
+    prompt: Field
+
+    def __init__(self, page: ViewPage) -> None:
+        self.page, self.studio, self.asked = page, page.studio, False
+        self.columns = [Column(mix) for mix in _parse_columns(page.query.all("c"))]
+        try:
+            for name in self.adapters():
+                self.studio.service.catalog.resolve(name, page.caller)
+        except Refused as error:
+            raise NotFound("Not found.") from error
+
+    def draw_answers(self, place: int, column: Column) -> None:
+        raise NotImplementedError
+
+    async def answer(self, column: Column) -> None:
+        raise NotImplementedError
+
+    def equivalent_command(self, column: Column) -> str:
+        raise NotImplementedError
+
+    async def added(self, name: str) -> None:
+        """Handle an adapter that was added to a column."""
+
+    def adapters(self) -> list[str]:
+        return [name for column in self.columns for name, _ in column.mix]
+
+    # -- fields, whose values are in the link
+
+    def store(self, name: str) -> Handler:
+        """Return a field's handler that stores the value in the link."""
+        return permit("read", lambda value: self.page.set_query(**{name: value}))
+
+    def text_field(self, label: str, name: str, hint: str = "", **options: Any) -> Field:
+        return form_field(label, self.page.query.get(name), self.store(name), hint=hint, **options)
+
+    def number_field(self, label: str, name: str, default: float, low: float, high: float, step: float) -> Field:
+        given = self.page.query.number(name, default)
+        value = min(high, max(low, given)) if math.isfinite(given) else default
+        return form_field(label, value, self.store(name), kind="number", low=low, high=high, step=step)
+
+    def draw_prompt(self, hint: str) -> None:
+        """Draw the prompt of all columns."""
+        ask = permit("infer", self.ask_all)
+        self.prompt = self.text_field("Prompt", "p", hint, kind="area", key="p", on_enter=ask)
+
+    # -- columns
+
+    def draw_board(self) -> None:
+        self.board = box("div", "board")
+        self.draw_columns()
+        with box("div", "another"):
+            heading("Add an adapter")
+            search = permit("read", self._search)
+            with box("div", "row foot"):
+                form_field("Find an adapter", "", search, kind="search", hint="Name, tag, trigger word", key="/")
+                self.target = form_field("Add to", "new", kind="choice", options=self._targets())
+            add = permit("infer", self._add)
+            self.hits = Fragment("hits.html.j2", actions={"add": add})
+        self.page.start_task(self._search(""))
+
+    def draw_columns(self) -> None:
+        self.board.clear()
+        with self.board:
+            for place, column in enumerate(self.columns):
+                self._draw_column(place, column)
+        self._store_columns()
+
+    def _store_columns(self) -> None:
+        self.page.set_query(c=["+".join(column.specs()) for column in self.columns[1:]])
+
+    def _draw_column(self, place: int, column: Column) -> None:
+        name = column.name(self.studio.base)
+        with box("section", "panel column", aria_label=name):
+            with box("div", "head"):
+                with box("div", "row"):
+                    heading(name)
+                    if place:
+                        remove = permit("read", lambda: self._remove(column))
+                        button("Remove", remove, kind="word", aria_label=f"Remove {name}")
+                if not place:
+                    line("The base without adapters.", "soft small")
+                for k, (part, strength) in enumerate(column.mix):
+                    self._draw_strength(column, k, part, strength)
+            self.draw_answers(place, column)
+            with box("div", "foot"):
+                if place and self.page.caller.can("operate") and (len(column.mix) > 1 or column.mix[0][1] != 1):
+                    button("Save mix as adapter", permit("operate", lambda: self._ask_to_save(column)), kind="word")
+                column.command = Command(self._command_text(column))
+
+    def _draw_strength(self, column: Column, k: int, part: str, strength: float) -> None:
+        reach, single = max(2.0, abs(strength) * 1.5), len(column.mix) == 1
+        with box("div", "part"):
+            change = permit("infer", lambda to: self._set_strength(column, k, to))
+            label = "Strength" if single else part
+            form_field(label, strength, change, kind="range", low=-reach, high=reach, step=0.05, delay=0.05)
+            if not single:
+                remove = permit("infer", lambda: self._remove_part(column, k))
+                button("Remove", remove, kind="word", aria_label=f"Remove {part}")
+
+    def _command_text(self, column: Column) -> str:
+        """Return the command that sends the prompt to a column; "" without a prompt."""
+        return self.equivalent_command(column) if str(self.prompt.value or "").strip() else ""
+
+    def _targets(self) -> dict[str, str]:
+        new = {"new": "a new column"} if len(self.columns) < MAX_COLUMNS else {}
+        return new | {str(i): f"the mix {column.name('')}" for i, column in enumerate(self.columns) if i}
+
+    async def _search(self, text: str) -> None:
+        catalog, caller, words = self.studio.service.catalog, self.page.caller, text.lower().split()
+        fingerprint = catalog.shelf.base.fingerprint
+        versions = await asyncio.to_thread(
+            self.studio.library.search, text, base=fingerprint, all_versions=True, limit=24
+        )
+        names = [version.reference for version in versions if caller.sees(version.name)]
+        known = {name.partition("@")[0] for name in names}
+        loaded = [card.id for card in catalog.models(caller) if card.parent and card.id not in known]
+        names += [name for name in loaded if all(word in name.lower() for word in words)]
+        self.hits.show(hits=names[:24], text=text, base=self.studio.base)
+
+    async def _add(self, data: dict[str, str]) -> None:
+        name, target = data["ref"], str(self.target.value)
+        await asyncio.to_thread(self.studio.service.catalog.resolve, name, self.page.caller)
+        if target == "new":
+            self.columns.append(Column([(name, 1.0)]))
+        else:
+            mix = self.columns[int(target)].mix
+            if name in dict(mix):
+                raise ConfigError(f"{name} is in this mix already", fix="change its strength")
+            mix.append((name, 1.0))
+        await self.added(name)
+        self.columns_changed()
+
+    def _remove(self, column: Column) -> None:
+        column.cancel()
+        self.columns.remove(column)
+        self.columns_changed()
+
+    def _remove_part(self, column: Column, k: int) -> None:
+        del column.mix[k]
+        self.columns_changed()
+
+    def columns_changed(self) -> None:
+        """Redraw the columns and request all answers again."""
+        self.stop()
+        self.draw_columns()
+        self.target.set_value("new" if len(self.columns) < MAX_COLUMNS else "1")
+        self.target.set_options(self._targets())
+        if self.asked:
+            self.ask_all()
+
+    def _set_strength(self, column: Column, k: int, strength: float | None) -> None:
+        """Set a strength; cancel the running request and repeat it."""
+        if strength is None or strength == column.mix[k][1]:
+            return
+        column.mix[k] = (column.mix[k][0], strength)
+        self._store_columns()
+        if self.asked:
+            self._ask(column)
+        elif column.command is not None:
+            column.command.show(text=self._command_text(column))
+
+    # -- answers
+
+    def ask_all(self) -> None:
+        if not str(self.prompt.value or "").strip():
+            raise ConfigError("the prompt is empty", fix="enter a prompt")
+        self.asked = True
+        for column in self.columns:
+            self._ask(column)
+
+    def _ask(self, column: Column) -> None:
+        if column.command is not None:
+            column.command.show(text=self._command_text(column))
+        column.cancel()
+        with self.board:  # the handler's own element can be gone after a redraw
+            column.task = self.page.start_task(self.answer(column))
+
+    def stop(self) -> None:
+        for column in self.columns:
+            column.cancel()
+
+    def _ask_to_save(self, column: Column) -> None:
+        specs = column.specs()
+        with dialog("Save mix as adapter") as window:
+            line("One adapter that changes the base exactly as this mix does.")
+            line(mix_text(tuple(column.mix)), "soft")
+
+            def command_text() -> str:
+                return command("library", "mix", str(name.value or "NAME"), *specs)
+
+            name = form_field("Name", "", permit("operate", lambda _: same.show(text=command_text())), hint="softer")
+            same = Command(command("library", "mix", "NAME", *specs))
+
+            def save() -> Any:
+                added, made = keep_mix(self.studio.library, specs, str(name.value or "").strip())
+                note_added(self.studio.service.tenancy, self.page.caller, added.version)
+                return added, made
+
+            async def do() -> None:
+                added, made = await asyncio.to_thread(save)
+                close_dialog(window)
+                saved = "saved" if added.new else "is in the library already"
+                self.page.notify(f"{added.version.reference} {saved}; {made.error:.3%} off the sum")
+
+            dialog_buttons(window, "Save", permit("operate", do))
+        open_dialog(window)

@@ -1,0 +1,72 @@
+"""Interactive elements of the Compare view, each with its own JavaScript file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nicegui import ui
+
+from veneer.studio.elements import Handler, event_handler
+
+TokenInfo = tuple[str, float | None, list[tuple[str, float]]]
+"""(text, log-probability, [(text, log-probability) of the likeliest tokens])."""
+
+
+class Answers(ui.element, component="answers.js"):
+    """The answers of one column.
+
+    leads: other columns are compared with this column
+    vote(i): handler of a vote for the i-th answer; None for a single column
+    correct([i, text]): handler of a correction of the i-th answer"""
+
+    def __init__(self, label: str, place: int, *, leads: bool, vote: Handler | None, correct: Handler) -> None:
+        super().__init__()
+        for name, value in {"label": label, "leads": leads, "place": place, "votes": vote is not None}.items():
+            self.props[name] = value
+        if vote is not None:
+            self.on("better", event_handler(vote))
+        self.on("corrected", event_handler(correct))
+
+    def begin(self, count: int) -> None:
+        """Clear the column and expect `count` answers."""
+        self.run_method("begin", count)
+
+    def add(self, tokens: Sequence[tuple[int, TokenInfo]]) -> None:
+        """Append (answer index, token) pairs."""
+        self.run_method("add", tokens)
+
+    def end(self, index: int, note: str) -> None:
+        """Finish an answer. `note`: text below the answer."""
+        self.run_method("end", index, note)
+
+    def judged(self, index: int, text: str) -> None:
+        """Show the result of a vote or a correction."""
+        self.run_method("judged", index, text)
+
+
+class Images(ui.element, component="images.js"):
+    """The images of one column."""
+
+    def __init__(self, label: str) -> None:
+        super().__init__()
+        self.props["label"] = label
+
+    def begin(self, seeds: Sequence[int], width: int, height: int) -> None:
+        """Clear the column and expect one image per seed."""
+        self.run_method("begin", list(seeds), width, height)
+
+    def step(self, index: int, share: float) -> None:
+        self.run_method("step", index, share)
+
+    def show(self, index: int, source: str, note: str) -> None:
+        """Show an image. `source`: a data: URL that this process created."""
+        self.run_method("show", index, source, note)
+
+
+class ImagePicker(ui.element, component="image_picker.js"):
+    """A picker for an image file. `picked(data)`: a data: URL, or "" after removal."""
+
+    def __init__(self, label: str, picked: Handler) -> None:
+        super().__init__()
+        self.props["label"] = label
+        self.on("picked", event_handler(picked))

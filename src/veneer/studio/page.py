@@ -1,0 +1,579 @@
+"""The page around every view, and the guide to writing a view.
+
+A view is an async function in its own file, which draws into the given page:
+
+    async def compare_view(page: ViewPage) -> None:
+        prompt = page.query.get("p")                       state from the link: get, all, number
+        page.title("Compare", "One prompt, several adapters.")
+        field = form_field("Prompt", prompt, permit("read", typed), kind="area", on_enter=permit("infer", ask))
+        answers = Fragment("answers.html.j2", actions={"vote": permit("feedback", vote)}, answers=[])
+        Command(command("generate", prompt))
+        page.start_task(ask())                             background task; ends when the view is left
+
+and a row of `VIEWS` in build.py: path, title, shortcut letter after `g`, and required permission.
+
+    elements      only elements.py (`box`, `line`, `button`, `form_field`, `Fragment`, `dialog`, `confirm` …):
+                  never `ui.…`, `.props(`, `.style(`, `run_javascript` in a view; a test checks this
+    principal     `page.caller`, determined again before each handler. Query jobs by `page.caller.owner` (None
+                  for all tenants). An object that is not visible raises `NotFound`, with the same message as
+                  an object that does not exist
+    slow things   `await asyncio.to_thread(function, …)`. Draw first, then await: after one second the browser
+                  gets the page as drawn so far, and the rest follows
+    state         only the link: `page.set_query(q="sty")` changes the link without a load (None or "" removes
+                  a key); read everything else from the library, the jobs, the tenants
+    other views   `link("Compare", page.link("compare", c=["a@1", "b@2"]))`; `await page.go("run", job=id)` in
+                  a handler
+    dropped files `page.on_drop(words, url, done)` for files that are not for the library; `page.pick_file()`
+                  opens the picker
+    lists         `data-step` on the items that j and k step through; `data-own="x"` on a card's button that
+                  the letter x presses while the card has the focus; `data-id` on list items and selectable
+                  elements, so that they keep their identity in a redraw
+    bytes         (img, downloads, uploads) `page.api("/v1/…")`: a route of the API under the same caller,
+                  never a path
+    errors        raise: a VeneerError is shown as what · where · fix, anything else as an internal error
+    changes       `page.on_change(mark, 1.0, refill)` for data that others can change. `refill` updates only
+                  what differs, with `set_text` and `Fragment.show`, never `clear()`: a user can be about to
+                  click
+    commands      `Command(command("library", "alias", ref, name))`: the equivalent command line
+    success       `page.notify("support@2 is prod now")`, once, at the end
+    styles        studio.css; its head lists the classes
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+from urllib.parse import parse_qsl, urlencode
+
+from nicegui import background_tasks, ui
+
+from veneer.errors import VeneerError, counted, shown
+from veneer.jobs.http.tuning import TuningQueue
+from veneer.jobs.store import JobStore
+from veneer.library.library import Library, NotInLibrary
+from veneer.library.names import likely_name
+from veneer.serve.http.errors import as_refused, message_of
+from veneer.serve.http.service import Service
+from veneer.serve.principal import Permission, Principal
+from veneer.serve.request import Refused
+from veneer.serve.tenancy.store import Store
+from veneer.serve.tenancy.tenants import Tenants
+from veneer.studio import elements
+from veneer.studio.access import VISITORS, Visitor
+from veneer.studio.elements import box, event_handler, line, permit
+
+_log = logging.getLogger("veneer.studio")
+
+_PATIENCE = 1.0
+"""Seconds after which the browser gets a page that is not fully drawn."""
+_LOADING = 0.5
+"""Seconds between two polls of a loading base."""
+_FILES = 50
+"""Maximum number of files dropped at once."""
+_HITS = 6
+"""Maximum search results of each kind."""
+
+
+class NotFound(VeneerError):
+    """The object does not exist or is not visible; the message is the same for both."""
+
+
+@dataclass(frozen=True)
+class Query:
+    """The query string of a link, with the values as text."""
+
+    pairs: tuple[tuple[str, str], ...] = ()
+
+    def get(self, name: str, default: str = "") -> str:
+        return next((value for key, value in self.pairs if key == name), default)
+
+    def all(self, name: str) -> list[str]:
+        return [value for key, value in self.pairs if key == name]
+
+    def number(self, name: str, default: float) -> float:
+        """Return a value as a number, or `default`."""
+        try:
+            return float(self.get(name))
+        except ValueError:
+            return default
+
+
+def parse_query(pairs: Iterable[tuple[str, str]]) -> Query:
+    """Return the Query of an untrusted link, with at most 200 pairs."""
+    return Query(tuple((shown(key), shown(value, lines=True)) for key, value in islice(pairs, 200)))
+
+
+def _query_pairs(query: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Return (name, text) pairs of texts, numbers or lists; omit None and ""."""
+    return tuple(
+        (name, f"{each:g}" if isinstance(each, float) else str(each))
+        for name, value in query.items()
+        for each in (value if isinstance(value, list | tuple) else [value])
+        if each is not None and each != ""
+    )
+
+
+@dataclass(frozen=True)
+class StudioView:
+    """A view.
+
+    path: after /studio/
+    key: shortcut letter after g; "": not in the list of views, but `under` another view
+    draw: draws the view
+    needs: required permission; without it, the view is not found
+    uses_base: while the base is loading, show a notice instead of the view"""
+
+    path: str
+    title: str
+    key: str
+    draw: Callable[[ViewPage], Awaitable[None]]
+    needs: Permission
+    under: str | None = None
+    uses_base: bool = False
+
+
+@dataclass(eq=False)
+class Studio:
+    """Shared objects of all pages of a server.
+
+    jobs: the queue, also on a server that does not train (`trains`)
+    queue: trains on uploaded rows, or None"""
+
+    service: Service
+    library: Library
+    jobs: JobStore
+    views: Sequence[StudioView]
+    trains: bool = False
+    queue: TuningQueue | None = None
+
+    @property
+    def base(self) -> str:
+        """The base's name."""
+        return self.service.catalog.base
+
+    @property
+    def tenants(self) -> Store | None:
+        """The tenants' database of routes, votes and costs, or None."""
+        tenancy = self.service.tenancy
+        return tenancy.store if isinstance(tenancy, Tenants) else None
+
+    @property
+    def makes_images(self) -> bool:
+        return self.service.engine.makes == "pictures"
+
+    @property
+    def loading(self) -> str:
+        """Why the server cannot answer yet; "" once the base is loaded."""
+        return "" if self.service.loaded else f"{self.base} is still loading"
+
+    def library_mark(self) -> object:
+        """Return an object that differs after a possible change of the library's names."""
+        names = self.service.catalog.shelf.names
+        return None if names is None else names.now
+
+
+@dataclass(eq=False)
+class ViewPage:
+    """One visit to one view."""
+
+    frame: Frame
+    view: StudioView
+    query: Query
+    tasks: list[asyncio.Task[Any]] = field(default_factory=list)
+
+    @property
+    def studio(self) -> Studio:
+        return self.frame.studio
+
+    @property
+    def caller(self) -> Principal:
+        return self.frame.visitor.caller
+
+    @property
+    def base_argument(self) -> str:
+        """This server's base as an argument of a command; only the operator sees the base's path."""
+        studio = self.studio
+        return str(studio.service.catalog.shelf.base.name) if self.caller.can("operate") else studio.base
+
+    def name_for(self, filename: str) -> str:
+        """Return a library name for a file, in the caller's namespace."""
+        own = f"{self.caller.tenant}/" if self.caller.tenant else ""
+        return own + (likely_name(filename.rpartition(".")[0] or filename) or "adapter")
+
+    # -- links
+
+    def link(self, path: str, **query: Any) -> str:
+        """Return a link to a view. Values: text, number or list; None and "" are omitted."""
+        encoded = urlencode(_query_pairs(query))
+        return f"{self.frame.root}/{path}" + (f"?{encoded}" if encoded else "")
+
+    def api(self, path: str, **query: Any) -> str:
+        """Return the URL of an API route, for an img, a download or an upload, under the page's caller."""
+        return self.link(f"api{path}", **query)
+
+    def set_query(self, **query: Any) -> None:
+        """Change keys of this page's link without loading."""
+        rest = tuple((k, v) for k, v in self.query.pairs if k not in query)
+        self.query = Query(rest + _query_pairs(query))
+        if self.frame.page is self:
+            self.frame.call_browser("keep", f"{self.frame.root}/{self.view.path}", urlencode(self.query.pairs))
+
+    async def go(self, view: str, **query: Any) -> None:
+        """Open another view, like a link."""
+        self.frame.call_browser("went", self.link(view, **query))
+        await self.frame.visit(view, Query(_query_pairs(query)))
+
+    async def reload(self) -> None:
+        """Redraw the view from its current link."""
+        await self.frame.visit(self.view.path, self.query)
+
+    # -- texts and files
+
+    def title(self, title: str, lede: str = "") -> None:
+        """Draw the view's heading and a one-line description."""
+        elements.heading(title, 1)
+        if lede:
+            line(lede, "lede")
+        self.frame.set_title(title)
+
+    def notify(self, text: str) -> None:
+        """Show a short message at the page's bottom, also to screen readers, at the end of an action."""
+        elements.set_text(self.frame.status, text)
+        self.frame.call_browser("said")
+
+    def pick_file(self) -> None:
+        """Open the browser's file picker; picked files are handled like dropped files."""
+        self.frame.call_browser("pick")
+
+    def on_drop(
+        self,
+        words: str,
+        url: Callable[[str], str],
+        done: Callable[[dict[str, Any]], Any],
+        form: Mapping[str, str] | None = None,
+    ) -> None:
+        """Set the handling of files dropped on this view; default: add to the library.
+
+        words: text shown over the page while dragging
+        url(filename): upload URL, from `api`
+        done(answer): called with the route's JSON
+        form: fields of a multipart form; None to post the plain file"""
+        self.frame.upload_url, self.frame.uploaded, self.frame.upload_form = url, done, form
+        elements.set_attributes(self.frame.browser, words=words)
+
+    def download(self, url: str, done: Callable[[str], Any]) -> None:
+        """Download the response of a route. `url`: from `api`.
+
+        `done`: called with "", or with the reason for a failure."""
+        self.frame.downloads[url] = done
+        self.frame.call_browser("fetchFile", url)
+
+    # -- tasks
+
+    def start_task(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Start a background task that draws in the current element.
+
+        The task is cancelled when the view is left."""
+        task = background_tasks.create(work, name=f"studio {self.view.path}", context=ui.context.slot)
+        self.tasks.append(task)
+        task.add_done_callback(lambda done: self.tasks.remove(done) if done in self.tasks else None)
+        return task
+
+    def when_loaded(self, callback: Callable[[], Any]) -> None:
+        """Call `callback` once the base is loaded.
+
+        Does nothing if the base is loaded already, or if the view is left before."""
+
+        async def wait() -> None:
+            while not self.studio.service.loaded:
+                await asyncio.sleep(_LOADING)
+            await self.frame.visitor.authenticate()
+            await _awaited(callback())
+
+        if not self.studio.service.loaded:
+            self.start_task(wait())
+
+    def on_change(self, mark: Callable[[], Any], seconds: float, refill: Callable[[], Any]) -> None:
+        """Call `refill` whenever the value of `mark` changes, polling every `seconds`, until the view is left.
+
+        `mark` runs in a thread; `refill` runs on the event loop and can draw."""
+        last: list[Any] = []
+
+        async def poll() -> None:
+            now = await asyncio.to_thread(mark)
+            if last and now != last[0]:
+                await self.frame.visitor.authenticate()
+                await _awaited(refill())
+            last[:] = [now]
+
+        ui.timer(seconds, poll)
+
+    def cancel_tasks(self) -> None:
+        for task in list(self.tasks):
+            if task is not asyncio.current_task():
+                task.cancel()
+
+
+async def _awaited(result: Any) -> None:
+    if inspect.isawaitable(result):
+        await result
+
+
+class Browser(ui.element, component="browser.js"):
+    """Browser features: address bar, keys, clipboard, color scheme, dropped files."""
+
+
+class Frame:
+    """The frame of one browser window: navigation, search, file transfers, errors, and one view."""
+
+    upload_url: Callable[[str], str]
+    uploaded: Callable[[dict[str, Any]], Any]
+    upload_form: Mapping[str, str] | None
+
+    def __init__(self, studio: Studio, visitor: Visitor, root: str, address: str) -> None:
+        """Draw the frame. `address`: this server's address, as the browser sees it."""
+        self.studio, self.visitor, self.root, self.address = studio, visitor, root, address
+        self.page: ViewPage | None = None
+        self.files = 0
+        """Number of files in the last drop."""
+        self.downloads: dict[str, Callable[[str], Any]] = {}
+        self.client = ui.context.client
+        VISITORS[self.client] = visitor
+        self.client.on_exception(self.show_error)
+        self.client.on_delete(self.leave)
+        with self.client.layout:
+            top = box("header", "top")
+            top.move(self.client.layout, target_index=0)
+        with top:
+            self._draw_top()
+        with self.client.content:
+            actions = {"closed": permit("public", self._clear_error)}
+            self.error = elements.Fragment("trouble.html.j2", actions=actions)
+            self.content = box()
+            self.status = line("", "status", "div", role="status")
+            self.browser = Browser()
+        self.browser.on("go", event_handler(permit("public", self._navigate)))
+        self.browser.on("sought", event_handler(permit("read", self._search)))
+        self.browser.on("dropped", event_handler(permit("read", self._send_files)))
+        self.browser.on("sent", event_handler(permit("read", self._file_sent)))
+        self.browser.on("fetched", event_handler(permit("read", self._file_fetched)))
+
+    def _draw_top(self) -> None:
+        elements.link("veneer", f"{self.root}/", "brand")
+        with box("nav", "views", aria_label="Views"):
+            self.links = {
+                view.path: elements.link(view.title, f"{self.root}/{view.path}", key=f"g {view.key}")
+                for view in self.studio.views
+                if view.key and self.visitor.caller.can(view.needs)
+            }
+        self.base = line("", "base", "span", title="The base that this server runs")
+        self._show_base()
+        with box("div", "row"):
+            look = {"classes": "button word", "tag": "button", "type": "button"}
+            line("Search", **look, data_does="find", aria_keyshortcuts="Control+k")
+            line("◐ System", **look, data_theme="next", data_key="t")
+            line("Shortcuts", **look, data_does="keys", aria_keyshortcuts="?")
+            if self.visitor.key is not None:
+                with box("form", "", method="post", action=f"{self.root}/leave"):
+                    line("Sign out", "button word", "button", type="submit")
+
+    def _show_base(self) -> None:
+        elements.set_text(self.base, self.studio.base + (" · loading" if self.studio.loading else ""))
+
+    def call_browser(self, method: str, *arguments: Any) -> None:
+        """Call a method of browser.js."""
+        if self.client.has_socket_connection:
+            self.browser.run_method(method, *arguments)
+
+    def set_title(self, title: str) -> None:
+        self.client.title = f"{title} · veneer"
+        self.call_browser("named", self.client.title)
+
+    # -- views
+
+    async def visit(self, path: str, query: Query) -> int:
+        """Replace the current view by the view of a path. Returns the HTTP status."""
+        self.leave()
+        view = next((view for view in self.studio.views if view.path == path), None)
+        if view is None or not self.visitor.caller.can(view.needs):
+            view = StudioView(path, "Not found", "", _not_found, "public")
+        draw_view = _draw_loading if view.uses_base and self.studio.loading else view.draw
+        for each, link in self.links.items():
+            current = "page" if each == view.path else "true" if each == view.under else "false"
+            elements.set_attributes(link, aria_current=current)
+        self._clear_error()
+        self.page = page = ViewPage(self, view, query)
+        page.when_loaded(self._show_base)
+        self._add_dropped_adapters(page)
+        self.set_title(view.title)
+        before = list(self.content)
+        with self.content:
+            content = box("div", "view")
+        if before:  # keep the old view until the new one shows something
+            elements.set_visible(content, False)
+
+        async def draw() -> int:
+            try:
+                await draw_view(page)
+            except (NotFound, NotInLibrary) as error:
+                content.clear()
+                _draw_not_found(page, error)
+                return 404
+            except Exception as error:  # the page shows any error
+                content.clear()
+                page.title(view.title)
+                return self.show_error(error)
+            return 200
+
+        with content:
+            drawing = page.start_task(draw())
+        done, _ = await asyncio.wait([drawing], timeout=_PATIENCE)
+        for old in before:
+            if old in list(self.content):
+                self.content.remove(old)
+        elements.set_visible(content, True)
+        return drawing.result() if done and not drawing.cancelled() else 200
+
+    async def _navigate(self, to: str) -> None:
+        """Handle a new address in the browser: a link, back or forward."""
+        path, _, query = str(to).partition("?")
+        await self.visit(path.removeprefix(self.root).strip("/"), parse_query(parse_qsl(query)))
+
+    def leave(self) -> None:
+        if self.page is not None:
+            self.page.cancel_tasks()
+
+    # -- search
+
+    async def _search(self, text: str) -> None:
+        if (page := self.page) is not None:
+            words = str(text).lower().split()[:8]
+            found = [
+                {"title": view.title, "what": f"view · g {view.key}", "to": page.link(view.path)}
+                for view in self.studio.views
+                if view.key and page.caller.can(view.needs) and _matches(view.title, words)
+            ]
+            found += await asyncio.to_thread(_search_objects, page, str(text)[:200], words) if words else []
+            self.call_browser("found", text, found)
+
+    # -- files: browser.js sends and fetches them through API routes, like any other client
+
+    def _add_dropped_adapters(self, page: ViewPage) -> None:
+        """Add dropped files to the library: the default of every view."""
+
+        def url(filename: str) -> str:
+            return page.api("/v1/adapters", name=page.name_for(filename), filename=filename)
+
+        async def done(answer: dict[str, Any]) -> None:
+            ref = str(answer.get("id", ""))
+            if self.files == 1:
+                await page.go("adapter", ref=ref)
+            page.notify(f"Added {ref}" if answer.get("new", True) else f"{ref} is in the library already")
+
+        page.on_drop("Drop to add to the library", url, done)
+
+    def _send_files(self, names: list[str]) -> None:
+        self.files = len(names)
+        for n, name in enumerate(names[:_FILES]):
+            self.call_browser("send", n, self.upload_url(str(name)[-200:]), self.upload_form)
+
+    async def _file_sent(self, event: dict[str, Any]) -> None:
+        answer, message = _parse_answer(event)
+        if event["status"] not in (200, 201):
+            raise VeneerError(message or "the upload failed")
+        await _awaited(self.uploaded(answer))
+
+    def _file_fetched(self, event: dict[str, Any]) -> None:
+        done = self.downloads.pop(str(event["url"]), None)
+        if done is not None:
+            done("" if event["status"] == 200 else _parse_answer(event)[1] or "the download failed")
+
+    # -- errors
+
+    def _clear_error(self) -> None:
+        self.error.show(error=None, title="")
+
+    def show_error(self, error: Exception) -> int:
+        """Show an error of a view, a handler or a task, and return the HTTP status.
+
+        Logs unexpected errors."""
+        if isinstance(error, RuntimeError) and "has been deleted" in str(error):
+            return 200  # the view was left meanwhile
+        if isinstance(error, Refused) and error.status == 401:
+            self.call_browser("again")
+            return 401
+        known = error if isinstance(error, VeneerError) else as_refused(error)
+        if not isinstance(error, VeneerError):
+            _log.error("the Studio failed", exc_info=error)
+        status = known.status if isinstance(known, Refused) else 400
+        if not self.visitor.caller.can("operate"):  # hide paths on the server
+            known = VeneerError(message_of(known))
+        self.error.show(error=known, title="Error" if isinstance(error, VeneerError) else "Internal error")
+        return status
+
+
+def _parse_answer(event: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Return (a route's JSON, its error message or "")."""
+    try:
+        answer = json.loads(event["text"])
+    except (ValueError, RecursionError):
+        answer = {}
+    error = answer.get("error") if isinstance(answer, dict) else None
+    return answer, str(error.get("message") or "") if isinstance(error, dict) else ""
+
+
+def _search_objects(page: ViewPage, text: str, words: list[str]) -> list[dict[str, str]]:
+    """Return visible adapters, runs and routes with `title`, `what` (kind) and `to` (link)."""
+    studio, caller = page.studio, page.caller
+    visible = None if caller.can("operate") else caller.sees
+    versions = studio.library.browse(text, sees=visible, limit=_HITS).versions
+    found = [(v.reference, "adapter", page.link("adapter", ref=v.reference)) for v in versions]
+    jobs = studio.jobs.jobs(caller.owner, limit=100)[0] if caller.can("train") else []
+    matching = [job for job in jobs if _matches(f"{job.name} {job.id}", words)][:_HITS]
+    found += [(job.name or job.id, f"run · {job.state}", page.link("run", job=job.id)) for job in matching]
+    if studio.tenants is not None and caller.can("operate"):
+        routes = [each.name for each in studio.tenants.settings.routes.values() if _matches(each.name, words)]
+        found += [(name, "route", page.link("live", route=name)) for name in routes[:_HITS]]
+    return [{"title": title, "what": what, "to": to} for title, what, to in found]
+
+
+def _matches(name: str, words: list[str]) -> bool:
+    return all(word in name.lower() for word in words)
+
+
+async def _draw_loading(page: ViewPage) -> None:
+    """Draw a notice while the base is loading, and the view afterwards."""
+    service = page.studio.service
+    page.title(page.view.title)
+    with box("div", "empty"):
+        elements.heading(page.studio.loading)
+        status = line("", "soft", role="status")
+        line("This view opens once the base is loaded. Library, Train and Doctor work meanwhile.")
+
+    def show_step() -> None:
+        seconds = counted(round(time.monotonic() - service.began), "second")
+        step = f"{service.step} " if service.step and page.caller.can("operate") else ""  # steps can name paths
+        elements.set_text(status, f"{step}({seconds} since the start)")
+
+    show_step()
+    ui.timer(1.0, show_step)
+    page.when_loaded(page.reload)
+
+
+async def _not_found(page: ViewPage) -> None:
+    raise NotFound("Not found.")
+
+
+def _draw_not_found(page: ViewPage, error: VeneerError) -> None:
+    page.title("Not found")
+    line("This page does not exist, or you do not have access.", "lede")
+    if error.fix and page.caller.can("operate"):
+        line(error.fix, "soft")
+    elements.link("To the library", page.link(""), "button quiet")
