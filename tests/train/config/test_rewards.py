@@ -43,7 +43,7 @@ def test_rewards_round_trip_through_json() -> None:
         ("exact_match", "entry 1 has no kind"),
         ({"kind": "exact_match", "colum": "a"}, "unknown key `colum`; did you mean `column`"),
         ({"kind": "regex"}, "`pattern` is required"),
-        ({"kind": "regex", "pattern": "(a"}, "no regular expression: missing )"),
+        ({"kind": "regex", "pattern": "(a"}, "not a regular expression: missing )"),
         ({"kind": "regex", "pattern": "a", "column": "answer"}, "in parentheses"),
         ({"kind": "length"}, "give `least`, `most` or both"),
         ({"kind": "length", "least": 9, "most": 3}, "`most` is below `least`"),

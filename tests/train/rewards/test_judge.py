@@ -152,7 +152,7 @@ def test_refused_question_changes_no_other() -> None:
     ("said", "error"),
     [
         (completion("fine"), "no number"), (completion("11"), "outside 0 to 10"), (completion("-1"), "outside 0 to 10"),
-        (completion(None, "I will not"), "I will not"), (completion(""), "said nothing"), ((200, {"x": 1}), "no chat"),
+        (completion(None, "I will not"), "I will not"), (completion(""), "is empty"), ((200, {"x": 1}), "no chat"),
         ((400, {"error": {"message": "too long", "param": "messages"}}), "too long"),
     ],
 )  # fmt: skip
@@ -202,7 +202,7 @@ def test_endless_response_is_bounded() -> None:
 
 @pytest.mark.parametrize("url", ["http://[::1/v1", "http://host:port/v1"])
 def test_invalid_url_is_refused(url: str) -> None:
-    with pytest.raises(ConfigError, match="the judge's url is none"), ServerJudge(url, patience=0) as judge:
+    with pytest.raises(ConfigError, match="the judge's url is invalid"), ServerJudge(url, patience=0) as judge:
         judge([Question([], "m")])
 
 
@@ -225,7 +225,7 @@ def test_key_is_stripped_and_validated(monkeypatch: pytest.MonkeyPatch) -> None:
         judged(server, "x", key="JUDGE_KEY")
         assert server.keys == ["Bearer secret"]
         monkeypatch.setenv("JUDGE_KEY", "se\ncret")
-        with pytest.raises(ConfigError, match="holds what no key of a judge may have") as caught:
+        with pytest.raises(ConfigError, match="is not a valid key of a judge") as caught:
             judged(server, "x", key="JUDGE_KEY")
     assert "cret" not in str(caught.value)
 
@@ -310,7 +310,7 @@ def test_local_model_answers_by_a_function() -> None:
     scores = judged(None, "x", "y", ask=ask, model="polite")
     assert [(s.value, s.error) for s in scores] == [(0.3, ""), (None, "out of context")]
     assert {q.model for q in asked} == {"polite"}
-    with pytest.raises(ConfigError, match="nothing here answers"):
+    with pytest.raises(ConfigError, match="no model is available"):
         judged(None, "x")
 
 

@@ -104,7 +104,7 @@ def test_turn_and_token_limits_end_a_conversation(base: TextBase, shared: Path) 
 def test_failing_environment_leaves_no_reward(base: TextBase, shared: Path) -> None:
     broken, odd, fine = held(base, shared, [{"broken": True}, {"odd": True}, {}])
     assert "ValueError: no such tool" in broken.error
-    assert "neither a text nor messages" in odd.error
+    assert "expected a text or messages" in odd.error
     assert not fine.error
 
 
@@ -130,5 +130,5 @@ def test_run_on_conversations_has_no_mismatch(base: TextBase, shared: Path, tmp_
 def test_failing_environment_stops_the_run_with_its_reason(base: TextBase, shared: Path, tmp_path: Path) -> None:
     lines = [{"prompt": f"Is number {i} there?", "odd": True} for i in range(6)]
     (shared / "odd.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(TrainingError, match="neither a text nor messages"):
+    with pytest.raises(TrainingError, match="expected a text or messages"):
         run(base, shared, tmp_path, "odd.jsonl")

@@ -149,14 +149,14 @@ def test_prompts_over_the_context_are_refused_or_dropped(shared: Path, base: Tex
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"train": str(tmp_path / "rows.jsonl"), "split": 0}
     own = {"teacher": "base", "system": "a" * (base.context - 100)}
-    with pytest.raises(DataError, match=r"1 of 12 prompts leave an answer no room(.|\n)*rows.jsonl:1"):
+    with pytest.raises(DataError, match=r"1 of 12 prompts leave no space for a completion(.|\n)*rows.jsonl:1"):
         train(shared, tmp_path / "refused", base, distillation=own, data=data)
     dropping = data | {"long_rows": "drop"}
     batching = {"rows": 12, "micro_rows": 12}
     train(shared, tmp_path / "one", base, distillation=own, data=dropping, batching=batching, schedule={"steps": 1})
     log = read_log(tmp_path / "one" / "log.jsonl")
     (said,) = [f for r in log if r["event"] == "checked" for f in r["data"]["findings"] if f["check"] == "long rows"]
-    assert "1 of 12 (8%) prompts leave an answer no room" in said["text"]
+    assert "1 of 12 (8%) prompts leave no space for a completion" in said["text"]
 
 
 def test_another_base_with_the_same_tokenizer_can_teach(shared: Path, base: TextBase, tmp_path: Path) -> None:

@@ -51,9 +51,9 @@ def test_refused_row_changes_no_file(tmp_path: Path) -> None:
     assert file.read_bytes() == before
     with pytest.raises(DataError, match="both answers are the same"):
         preference_row(ASKED, "a", "a")
-    with pytest.raises(DataError, match="without a word"):
+    with pytest.raises(DataError, match="the answer is empty"):
         corrected_row(ASKED, "  ")
-    with pytest.raises(DataError, match="nothing that was asked"):
+    with pytest.raises(DataError, match="prompt is empty"):
         corrected_row([], "a")
     with pytest.raises(DataError, match=r"ends in \.jsonl"):
         add_row(tmp_path / "votes.csv", preference_row(ASKED, "a", "b"))

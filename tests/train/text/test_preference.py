@@ -309,7 +309,7 @@ def test_supervised_run_continues_from_an_adapter(tuned: Path, shared: Path, bas
 
 
 def test_pairs_without_a_loss_are_refused(shared: Path, base: TextBase, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="only at the chosen"):
+    with pytest.raises(DataError, match="the chosen answers only"):
         train(shared, tmp_path / "out", None, base)
 
 
@@ -342,7 +342,7 @@ def test_pairs_without_a_partner_are_reported(shared: Path, base: TextBase, tmp_
     train(shared, tmp_path / "out", "dpo", base, data=data, dry_run=True, on_event=seen.append)
     text = next(e.text for e in seen if isinstance(e, Checked))
     assert "19 pairs" in text
-    assert "1 of 40 (2%) answers are left out because the other one of their pair is" in text
+    assert "1 of 40 (2%) answers are left out because the other answer of their pair is" in text
     assert "rows.jsonl:4" in text
 
 

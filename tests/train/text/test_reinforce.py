@@ -59,7 +59,7 @@ def test_rewards_rise_without_mismatch_and_the_report_shows_them(shared: Path, b
     ):
         assert title in page
     (checked,) = [e for e in events if isinstance(e, Checked)]
-    assert "10 prompts; a draw is 2 of them with 6 answers each, of 8 tokens at most" in checked.text
+    assert "10 prompts; a step samples 2 of them, 6 completions each, of 8 tokens at most" in checked.text
 
 
 def test_fewer_prompts_than_a_step_takes_are_a_warning(shared: Path, base: TextBase, tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_fewer_prompts_than_a_step_takes_are_a_warning(shared: Path, base: TextB
         run_text(own, base=base, dry_run=True, on_event=events.append, sampler=live_sampler)
         return next(event.text for event in events if isinstance(event, Checked))
 
-    assert "only 1 prompt to train on: every step draws the same one" in checked(1, 8)
+    assert "only 1 prompt to train on: every step samples the same one" in checked(1, 8)
     assert "only 9 prompts to train on" in checked(9, 10)
     assert "only 2 prompts to train on" in checked(2, 1)
     assert "to train on" not in checked(9, 8)
@@ -108,22 +108,22 @@ def test_run_without_a_training_signal_warns(shared: Path, base: TextBase, tmp_p
     train(shared, tmp_path, base, events.append, reinforcement=same, schedule={"steps": 6})
     assert [x["idle"] for x in measured(tmp_path)] == [1.0] * 6
     assert [x["drawn_tokens"] > 0 for x in measured(tmp_path)] == [True, False] * 3  # an update more draws nothing
-    told = [e.text for e in events if isinstance(e, Note) and "worth the same" in e.text]
-    assert [e.text for e in events if isinstance(e, Note)][-1:] != told[-1:]  # it is said before the run is saved
-    assert [r["text"] for r in read_log(tmp_path / "log.jsonl") if "worth the same" in r.get("text", "")] == told
-    first, last = told
+    warnings = [e.text for e in events if isinstance(e, Note) and "adapter.start" in e.text]
+    assert [e.text for e in events if isinstance(e, Note)][-1:] != warnings[-1:]  # reported before the run is saved
+    logged = [r["text"] for r in read_log(tmp_path / "log.jsonl") if "adapter.start" in r.get("text", "")]
+    assert logged == warnings
+    first, last = warnings
     assert "rewards of step 1: " in first
-    assert "of 6 groups of answers 6 (100%)" in last
-    assert "all of a step's in 3 of 3" in last
-    assert all("adapter.start" in text for text in told)
+    assert "6 of 6 groups of completions (100%)" in last
+    assert "in 3 of 3 samplings no group" in last
     cut = sum(x["cut_answers"] for x in measured(tmp_path)[::2])
     assert cut
-    assert any(f"of 36 answers {cut:.0f} (" in e.text for e in events if isinstance(e, Note))
+    assert any(f"{cut:.0f} of 36 completions (" in e.text for e in events if isinstance(e, Note))
 
 
 def test_stale_samplers_stop(shared: Path, base: TextBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Adapter, "digest", lambda self, values=None: "sha256:one and the same")
-    with pytest.raises(TrainingError, match="drawn from another model") as caught:
+    with pytest.raises(TrainingError, match="sampler and trainer disagree") as caught:
         train(shared, tmp_path, base, reinforcement={"gap": 1e-4})
     assert "reinforcement.gap" in str(caught.value.where)
     assert len(measured(tmp_path)) == 1
@@ -139,11 +139,11 @@ def test_contradictory_settings_are_refused(shared: Path, base: TextBase, tmp_pa
     ):
         with pytest.raises(ConfigError, match=said):
             config(shared, tmp_path, **own)
-    with pytest.raises(ConfigError, match="nobody here draws"):
+    with pytest.raises(ConfigError, match="needs a sampler"):
         run_text(config(shared, tmp_path), base=base, on_event=lambda event: None)
     with pytest.raises(ConfigError, match="cannot be trained in one pass"):
         run_texts([config(shared, tmp_path / "a"), config(shared, tmp_path / "b")], base=base)
-    with pytest.raises(DataError, match="leave an answer no room"):
+    with pytest.raises(DataError, match="leave no space for a completion"):
         train(shared, tmp_path, base, reinforcement={"max_tokens": 400}, data={"max_length": 420})
 
 
@@ -197,7 +197,7 @@ def test_prompts_over_the_context_are_refused_or_left_out(shared: Path, base: Te
     lines = (shared / "prompts.jsonl").read_text().splitlines()
     rows.write_text("\n".join([lines[0], json.dumps({"prompt": "word " * base.context, "team": "it"}), *lines[1:]]))
     own = {"data": {"train": str(rows), "split": 0, "max_length": 1 << 16}, "schedule": {"steps": 1}}
-    with pytest.raises(DataError, match=rf"1 of 13 prompts .* within {base.context} tokens(.|\n)*rows.jsonl:2"):
+    with pytest.raises(DataError, match=rf"1 of 13 prompts .* in {base.context} tokens(.|\n)*rows.jsonl:2"):
         train(shared, tmp_path / "no", base, **own)
     found: list[Event] = []
     own["data"]["long_rows"] = "drop"
@@ -205,7 +205,7 @@ def test_prompts_over_the_context_are_refused_or_left_out(shared: Path, base: Te
     (checked,) = [event for event in found if isinstance(event, Checked)]
     (said,) = [f for f in checked.data["findings"] if f["check"] == "long rows"]
     assert "rows.jsonl:2" in said["text"]
-    assert f"within {base.context} tokens" in said["text"]
+    assert f"in {base.context} tokens" in said["text"]
     assert "max_length" not in said["fix"]
 
 
@@ -244,18 +244,18 @@ def test_a_summary_counts_a_few_and_warns_of_many() -> None:
     later = step(drawn_tokens=0.0, constant_groups=4.0, cut_answers=32.0)  # a later update of the same draw
     few = list(draw_summary(section(), [step(constant_groups=1.0, cut_answers=2.0, reward_failed=3.0), later, step()]))
     groups, cut, failed = few
-    assert groups.startswith("of 8 groups of answers 1 (12%)")
-    assert cut == "of 64 answers 2 (3%) were cut at 48 tokens"
-    assert failed.startswith("of 64 answers 3 could not be judged")
+    assert groups.startswith("1 of 8 groups of completions (12%)")
+    assert cut == "2 of 64 completions (3%) were cut at 48 tokens"
+    assert failed.startswith("3 of 64 completions could not be scored")
     many = step(constant_groups=4.0, cut_answers=20.0, idle=1.0)
     groups, cut = draw_summary(section(), [many, step()] + [many] * 2)
-    assert groups.startswith("warning: of 16 groups of answers 12 (75%)")
-    assert "all of a step's in 3 of 4" in groups
-    assert cut.startswith("warning: of 128 answers 60 (47%)")
+    assert groups.startswith("warning: 12 of 16 groups of completions (75%)")
+    assert "in 3 of 4 samplings no group" in groups
+    assert cut.startswith("warning: 60 of 128 completions (47%)")
     assert "raise reinforcement.max_tokens" in cut
 
 
 def test_summary_names_a_constant_reward() -> None:
     steps = [step(constant_groups=4.0, constant_length=1.0), step(constant_length=1.0, constant_exact_match=1.0)]
     (text,) = draw_summary(section("reinforce"), steps)
-    assert text.startswith("the reward length was the same within each group")
+    assert text.startswith("the reward length was constant within every group")

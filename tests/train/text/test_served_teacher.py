@@ -168,7 +168,7 @@ _OTHER = {"decoded_token": "something else"}
 @pytest.mark.parametrize(
     ("says", "error", "said"),
     [
-        (lambda base: lambda body, n: (401, {"error": "who?"}), ConfigError, "cannot be asked: HTTP 401"),
+        (lambda base: lambda body, n: (401, {"error": "who?"}), ConfigError, "refuses requests: HTTP 401"),
         (lambda base: lambda body, n: (404, {"error": "no such model"}), ConfigError, "HTTP 404"),
         (lambda base: lambda body, n: (400, {"error": "token 380 is beyond"}), ConfigError, "token 380 is beyond"),
         (lambda base: lambda body, n: (200, {"choices": [{"text": "hello"}]}), ConfigError, "gives no log-prob"),
@@ -183,7 +183,7 @@ _OTHER = {"decoded_token": "something else"}
             lambda base: lambda body, n: (200, {"choices": [{"prompt_logprobs": [
                 None, *(place(base, id, decoded_token=None) for id in body["prompt"][1:])
             ]}]}),
-            ConfigError, "does not tell the texts of tokens",
+            ConfigError, "returns no texts of tokens",
         ),
         (
             lambda base: lambda body, n: (200, {"choices": [{"prompt_logprobs": [
@@ -211,9 +211,9 @@ def test_unusable_teachers_are_refused_before_sampling(
     ("spoilt", "why"),
     [
         ((400, {"error": "too long"}), "refused the question, HTTP 400"),
-        ({"logprob": float("nan")}, "nan, which is no log-probability"),
+        ({"logprob": float("nan")}, "nan, not a log-probability"),
         ({"logprob": -9999.0}, "no probability at all"),
-        ({"logprob": 0.5}, "0.5, which is no log-probability"),
+        ({"logprob": 0.5}, "0.5, not a log-probability"),
         (None, "timeout"),
     ],
 )

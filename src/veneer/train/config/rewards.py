@@ -92,9 +92,9 @@ class RegexReward(RewardSection):
         try:
             compiled = regex.compile(self.pattern)
         except regex.error as error:
-            return f"`pattern` is no regular expression: {error}"
+            return f"`pattern` is not a regular expression: {error}"
         if self.column is not None and not compiled.groups:
-            return "`column` is compared with a group, and `pattern` has none: put what is compared in parentheses"
+            return "`column` is compared with a group, and `pattern` has none: put it in parentheses"
         return ""
 
 
@@ -227,7 +227,7 @@ def _section(value: Any, n: int) -> RewardSection:
     if kind not in REWARD_KINDS:
         near = nearest(kind, REWARD_KINDS, 1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(REWARD_KINDS)}"
-        raise ValueError(f"entry {n}: {quoted(kind)} is no kind of reward; {hint}")
+        raise ValueError(f"entry {n}: {quoted(kind)} is not a kind of reward; {hint}")
     model = REWARD_KINDS[kind]
     try:  # tuples accept lists; a quoted number is not a number
         return model.model_validate_json(pydantic.TypeAdapter(Any).dump_json(value), strict=True)

@@ -100,7 +100,7 @@ def _asked(section: AskedModelReward, ask: AskModel | None, opened: ExitStack) -
         return opened.enter_context(ServerJudge(section.url, **server_settings(section)))
     if ask is None:
         raise ConfigError(
-            f"the reward {section.called} asks a model of this process, and nothing here answers for one",
+            f"the reward {section.called} asks a model of this process, and no model is available",
             where="reinforcement.rewards",
             fix="give the `url` of a server",
         )

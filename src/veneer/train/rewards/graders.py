@@ -190,7 +190,7 @@ def parse_grader(value: Any, where: str = "grader") -> Any:
         near = nearest(str(kind), _TYPES, 1)
         hint = f"did you mean {near[0]}?" if near and kind else f"there are {', '.join(_TYPES)}"
         raise ConfigError(
-            f"{quoted(str(kind))} is no type of grader" if kind else "a grader has a type", where=where, fix=hint
+            f"{quoted(str(kind))} is not a type of grader" if kind else "a grader needs a type", where=where, fix=hint
         )
     try:
         return _ADAPTER.validate_python(value)
@@ -250,7 +250,7 @@ def _parse_formula(text: str, names: Mapping[str, Any]) -> Callable[[Mapping[str
     try:
         body = ast.parse(text.replace("^", "**").strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise ValueError(f"calculate_output is no formula: {quoted(text)}") from None
+        raise ValueError(f"calculate_output is not a formula: {quoted(text)}") from None
 
     def made(node: ast.AST) -> Callable[[Mapping[str, float]], float]:
         if isinstance(node, ast.Constant) and type(node.value) in (int, float):
@@ -273,7 +273,7 @@ def _parse_formula(text: str, names: Mapping[str, Any]) -> Callable[[Mapping[str
             function, arguments = _FUNCTIONS.get(node.func.id), [made(each) for each in node.args]
             if function is not None and (len(arguments) > 1) == (node.func.id in ("min", "max")):
                 return lambda values: float(function(*(each(values) for each in arguments)))
-        raise ValueError(f"calculate_output has more than numbers, graders, + - * / ^ and {', '.join(_FUNCTIONS)}")
+        raise ValueError(f"calculate_output allows only numbers, graders, + - * / ^ and {', '.join(_FUNCTIONS)}")
 
     try:
         return made(body)
@@ -308,7 +308,7 @@ class GraderRun:
         self, grader: Any, *, ask: AskModel | None = None, timeout: float = 120.0, sandbox: Sandbox | None = None
     ) -> None:
         if grader_models(grader) and ask is None:
-            raise ConfigError("nobody here answers for a score_model", where=grader.name, fix="name a server: `url`")
+            raise ConfigError("no model is available for score_model", where=grader.name, fix="name a server: `url`")
         self.grader, self._ask = grader, ask
         sources = {n: each.source for n, each in single_graders(grader).items() if isinstance(each, PythonGrader)}
         how: dict[str, Any] = {"timeout": timeout, "bare": True, "sandbox": sandbox}

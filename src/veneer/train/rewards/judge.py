@@ -147,7 +147,7 @@ class ServerJudge:
             return Reply(text if isinstance(text, str) else "", usage, cut=True)
         if not isinstance(text, str) or not text.strip():
             reason = f": {shown(refusal)[:200]}" if refusal else ""
-            return Reply("", usage, f"the judge said nothing{reason}", bool(refusal))
+            return Reply("", usage, f"the judge's reply is empty{reason}", bool(refusal))
         return Reply(text, usage)
 
 

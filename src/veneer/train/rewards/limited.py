@@ -145,7 +145,7 @@ class LimitedFunction:
         def one(pair: ScoreInput) -> Any:
             nonlocal failed
             if failed >= _GIVES_UP:
-                return NoAnswer(f"not asked: the {_GIVES_UP} before it failed one after the other")
+                return NoAnswer(f"skipped after {_GIVES_UP} consecutive failures")
             value = self._value(*pair)
             failed = failed + 1 if isinstance(value, NoAnswer) else 0
             return value

@@ -192,7 +192,7 @@ def _usable(score: RewardScore) -> RewardScore:
 def _too_many(judged: JudgedAnswers, answers: Sequence[Answer]) -> TrainingError:
     return TrainingError(
         f"{judged.failed} of {counted(len(answers), 'answer')} could not be judged:\n{bullets(judged.why(answers), 5)}",
-        fix="mend the reward, or allow more of it with reinforcement.most_failed",
+        fix="fix the reward, or raise reinforcement.most_failed",
     )
 
 
@@ -250,7 +250,7 @@ def column(answer: Answer, name: str) -> Any:
         near = nearest(name, map(str, answer.row), 1)
         hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(map(str, answer.row)) or 'none'}"
         raise DataError(
-            f"a reward needs the column {quoted(name)}, and a row has none",
+            f"a reward needs the column {quoted(name)}, which a row lacks",
             where=str(answer.row.get("where") or "") or None,
             fix=hint,
         )

@@ -99,13 +99,13 @@ def json_schema(section: JsonSchemaReward) -> Reward:
             return RewardScore(None, "the schema refers to itself deeper than can be followed with this answer")
         except (SchemaError, Unresolvable) as error:
             where = f"the column {section.column}" if section.column else "json_schema"
-            raise DataError(f"this is no schema: {str(error).splitlines()[0]}", where=where) from error
+            raise DataError(f"invalid JSON schema: {str(error).splitlines()[0]}", where=where) from error
 
     if section.json_schema is not None:
         try:
             validator(section.json_schema)
         except SchemaError as error:
-            what = f"this is no schema: {error.message}"
+            what = f"invalid JSON schema: {error.message}"
             raise ConfigError(what, where=f"reinforcement.rewards, {section.called}") from error
     return each_answer(score)
 
@@ -116,14 +116,14 @@ def json_fields(section: JsonFieldsReward) -> Reward:
         expected = as_json(row_value) if isinstance(row_value, str) else row_value
         if not isinstance(expected, dict):
             raise DataError(
-                f"the reward {section.called} compares with a JSON object, and the column {section.column} holds none",
+                f"the reward {section.called} compares with a JSON object, and the column {section.column} is not one",
                 where=str(answer.row.get("where") or "") or None,
                 fix="leave the row out, or name another column",
             )
         keys = section.fields or tuple(expected)
         if missing := [key for key in keys if key not in expected]:
             raise DataError(
-                f"the reward {section.called} wants the key {missing[0]}, and a row's {section.column} has none",
+                f"the reward {section.called} needs the key {missing[0]}, and a row's {section.column} has none",
                 where=str(answer.row.get("where") or "") or None,
                 fix="name keys in `fields` that every row has",
             )

@@ -67,7 +67,7 @@ class AwaitedServer:
         try:
             parts = urlsplit(url)
         except ValueError as error:
-            raise ConfigError(f"the {who}'s url is none: {error}", where=url) from None
+            raise ConfigError(f"the {who}'s url is invalid: {error}", where=url) from None
         if parts.username or parts.password:
             fix = "put the key into a variable of the environment, and name that as `key`"
             raise ConfigError(f"the {who}'s url holds a name or a password", fix=fix)
@@ -79,8 +79,8 @@ class AwaitedServer:
                     f"the variable {key} with the {who}'s key is not set", where=url, fix=f"export {key}=…"
                 )
             if not (value.isascii() and value.isprintable()):
-                fix = "set it to the key alone"
-                raise ConfigError(f"the variable {key} holds what no key of a {who} may have", where=url, fix=fix)
+                fix = "set it to the key only"
+                raise ConfigError(f"the variable {key} is not a valid key of a {who}", where=url, fix=fix)
             headers["Authorization"] = f"Bearer {value}"
         self.url, self.who, self._setting = url, who, setting
         self._timeout, self._patience, self._at_once = timeout, patience, at_once
@@ -143,7 +143,7 @@ class AwaitedServer:
             except self._httpx.DecodingError as error:
                 raise Unanswered(f"the {self.who}'s answer cannot be read: {shown(str(error))[:100]}") from None
             except self._httpx.InvalidURL as error:
-                raise ConfigError(f"the {self.who}'s url is none: {error}", where=self.url) from None
+                raise ConfigError(f"the {self.who}'s url is invalid: {error}", where=self.url) from None
             self._hold_out(reason, wait)
             wait = min(30.0, 2 * wait)
 
@@ -174,7 +174,7 @@ class AwaitedServer:
             if status in _OF_ONE:
                 raise Unanswered(f"the {self.who} refused the question, {reason}")
             raise ConfigError(
-                f"the {self.who} cannot be asked: {reason}", where=self.url, fix="check url, key and model"
+                f"the {self.who} refuses requests: {reason}", where=self.url, fix="check url, key and model"
             )
         try:
             return answer.json()

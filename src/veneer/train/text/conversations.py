@@ -137,10 +137,10 @@ class ConversationSampler:
         try:
             text = self.renderer.prompt(row)
         except ValueError as error:
-            raise DataError(f"a conversation cannot go on: {error}") from error
+            raise DataError(f"the chat template cannot continue a conversation: {error}") from error
         _, mark, behind = text.rpartition(_MARK)
         if not mark:
-            raise DataError("the chat template leaves out what the model said once messages follow it")
+            raise DataError("the chat template drops an answer that other messages follow")
         tokenizer: Any = self.renderer.tokenizer
         ended = tokenizer.decode(own.rollout.tokens[-1:], skip_special_tokens=False)
         return tuple(tokenizer(behind.removeprefix(ended), add_special_tokens=False, verbose=False)["input_ids"])
@@ -183,7 +183,7 @@ def _messages(result: Any) -> list[Turn] | NoAnswer:
         is_text = isinstance(message, Mapping) and isinstance(message.get("content"), str)
         if not is_text or message.get("role") not in ("user", "tool", "system"):
             return NoAnswer(
-                f"the environment gave {shown(result)[:100]}, and neither a text nor messages of user, tool or system"
+                f"the environment returned {shown(result)[:100]}; expected a text or messages of user, tool or system"
             )
     return listed
 

@@ -68,9 +68,9 @@ def read_data(config: TrainConfig, base: TextBase) -> TextData:
         rows, held_rows = split_rows(rows, config.data.split, seed=config.split_seed)
     if loss is None and (pairs := [row for row in (*rows, *held_rows) if row.rejected]):
         raise DataError(
-            "these rows have a chosen and a rejected answer, and the run would look only at the chosen ones",
+            "these rows have a chosen and a rejected answer, and the run would train on the chosen answers only",
             where=pairs[0].where,
-            fix="preference.loss=dpo learns from both; for the chosen ones alone give rows with prompt and completion",
+            fix="preference.loss=dpo learns from both; else give rows with prompt and completion",
         )
     return TextData(encode_split(rows, config, base), encode_split(held_rows, config, base), about)
 

@@ -119,7 +119,7 @@ def _check_tokenizers(base: TextBase, teacher: TextBase) -> None:
     apart = sorted(ours.keys() ^ theirs.keys()) or sorted(token for token in ours if ours[token] != theirs[token])
     raise MismatchError(
         f"the teacher has another tokenizer: {len(apart):,} tokens differ, as {apart[0]!r}",
-        where=f"distillation.base: {teacher.name}, beside {base.name}",
+        where=f"distillation.base: {teacher.name}; student: {base.name}",
         fix="take a teacher of the same family; any teacher's answers are rows for training on examples: "
         "veneer data draw CONFIG.yaml rows.jsonl",
     )
@@ -226,7 +226,7 @@ class Distillation:
             raise TrainingError(
                 f"the teacher could not read {of}:\n{bullets(failed, 5)}",
                 where=self.teacher.name,
-                fix="mend the server, or allow more of it with distillation.most_failed",
+                fix="fix the server, or raise distillation.most_failed",
             )
         figures |= {"teacher_seconds": time.perf_counter() - began, "teacher_failed": float(len(failed))}
         read_by_teacher = [
@@ -278,7 +278,7 @@ class Distillation:
         """Return the measurements since `begin`.
 
         Raises TrainingError if the sampler's model differs from the trained one."""
-        gap = self.gap.checked(self.settings, "this is worth a report")
+        gap = self.gap.checked(self.settings, "please report this")
         return MetricMeans.total([self.seen, MetricMeans(dict(self.measured), dict.fromkeys(self.measured, 1)), gap])
 
     def step_notes(self, number: int) -> Iterator[str]:

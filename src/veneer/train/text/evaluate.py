@@ -118,7 +118,7 @@ def score_mixes(
     from veneer.adapters.use import attach_adapters, parse_spec
 
     if not rows:
-        raise DataError("there are no rows to evaluate on", fix="give a file that has some")
+        raise DataError("there are no rows to evaluate", fix="give a file with rows")
     data = data or DataSection(train="-", max_length=base.context, long_rows="cut")
     texts, owners = answer_rows(rows) if any(row.rejected for row in rows) else (list(rows), [])
     encoded = encode_rows(texts, base.tokenizer, data)

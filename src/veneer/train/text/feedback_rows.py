@@ -40,13 +40,13 @@ def corrected_row(messages: _Messages, answer: str) -> dict[str, Any]:
 
 def _turns(messages: _Messages) -> list[dict[str, Any]]:
     if not messages:
-        raise DataError("there is nothing that was asked", fix="a prompt")
+        raise DataError("the prompt is empty", fix="write a prompt")
     return [dict(message) for message in messages]
 
 
 def _answer(text: str) -> dict[str, Any]:
     if not text.strip():
-        raise DataError("an answer without a word teaches nothing", fix="write what it should have been")
+        raise DataError("the answer is empty", fix="write the corrected answer")
     return {"role": "assistant", "content": text}
 
 

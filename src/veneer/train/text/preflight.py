@@ -286,7 +286,7 @@ def _answers_compare(s: TextSubject) -> Iterator[Finding]:
     else:
         yield Finding("ok", "preferences", f"{counted(len(items), 'pair')}, two rows each")
     if c.partners:
-        text = f"{share(c.partners, c.rows)} answers are left out because the other one of their pair is"
+        text = f"{share(c.partners, c.rows)} answers are left out because the other answer of their pair is"
         yield Finding("warn", "preferences", f"{text}: {s.named('partners')}")
     if c.other_prompts:
         text = f"the two prompts of {share(c.other_prompts, len(items))} pairs are not the same tokens"
@@ -306,17 +306,17 @@ def _answers_are_drawn(s: TextSubject) -> Iterator[Finding]:
     r, c = s.config.sampling, s.encoded.counts
     assert r is not None
     if not c.kept:
-        text = f"no prompt is left to answer: {c.long_dropped:,} of {c.rows:,} rows leave an answer no room"
+        text = f"no prompt is left: {c.long_dropped:,} of {c.rows:,} rows leave no space for a completion"
         yield Finding("stop", "prompts", text, f"lower {r.named}.max_tokens, or raise data.max_length")
         return
     if s.devices > 1:
-        text = f"answers are drawn by one process, and {s.devices} share this run"
+        text = f"completions are sampled by one process, and this run has {s.devices}"
         yield Finding("stop", "prompts", text, "run it on one device")
     each = min(s.config.batching.rows, c.kept)
-    text = f"{counted(c.kept, 'prompt')}; a draw is {each} of them with {counted(r.group, 'answer')} each"
+    text = f"{counted(c.kept, 'prompt')}; a step samples {each} of them, {counted(r.group, 'completion')} each"
     yield Finding("ok", "prompts", f"{text}, of {r.max_tokens} tokens at most")
     if c.kept < max(s.config.batching.rows, _FEW_PROMPTS):
-        every = "every step draws the same one" if c.kept == 1 else "steps draw the same ones again and again"
+        every = "every step samples the same one" if c.kept == 1 else "steps repeat the same ones"
         fix = f"add prompts (a few hundred at least), or lower batching.rows ({s.config.batching.rows} here)"
         yield Finding("warn", "prompts", f"only {counted(c.kept, 'prompt')} to train on: {every}", fix)
     if s.config.reinforcement.loss is not None:
@@ -330,8 +330,8 @@ def _is_rewarded(s: TextSubject) -> Iterator[Finding]:
         yield Finding("warn", "prompts", text, "reinforcement.group=8")
     settings = {"temperature": r.temperature != 1, "top_p": r.top_p != 1, "grammar": bool(r.grammar)}
     if changed := [name for name, is_changed in settings.items() if is_changed]:
-        text = f"tokens are drawn from another distribution than the one that is trained ({', '.join(changed)})"
-        yield Finding("warn", "draws", f"{text}: each is weighted by the ratio, {r.importance_cap:g} at most")
+        text = f"tokens are sampled from another distribution than the trained one ({', '.join(changed)})"
+        yield Finding("warn", "sampling", f"{text}: each is weighted by the ratio, {r.importance_cap:g} at most")
     yield Finding("ok", "rewards", ", ".join(f"{reward.weight:g} × {reward.called}" for reward in r.rewards))
     if r.kl:
         yield Finding("ok", "reference", f"compared with: {_reference(s)}")
@@ -346,7 +346,9 @@ def _long_prompts(s: TextSubject) -> Iterator[Finding]:
         text = f"longest prompt: {c.longest:,} tokens of {limit:,}, answers have up to {r.max_tokens:,}; none dropped"
         yield Finding("ok", "long rows", text)
         return
-    text = f"{share(c.long_dropped, c.rows)} prompts leave an answer no room within {limit:,} tokens and are dropped"
+    text = (
+        f"{share(c.long_dropped, c.rows)} prompts leave no space for a completion in {limit:,} tokens, and are dropped"
+    )
     fix = f"shorten them, or lower {r.named}.max_tokens"
     if data.max_length < s.base.context:
         fix += f"; the base reads {s.base.context:,} tokens: raise data.max_length"
@@ -429,7 +431,7 @@ def _going_on(s: TextSubject, start: Adapter) -> Iterator[Finding]:
     if wrong := {d.form for d in start.deltas.values()} - {"hadamard", "kronecker"}:
         kinds = ", ".join(sorted(wrong))
         text = f"adapter.start holds deltas that are not pairs ({kinds}), which cannot be trained"
-        yield Finding("stop", "targets", text, "go on from a LoRA, LoHa or LoKr")
+        yield Finding("stop", "targets", text, "continue from a LoRA, LoHa or LoKr")
     text = f"starts from {s.config.adapter.start}: {counted(len(start.pairs), 'pair')}; "
     text += f"trainable: {share(count, total)} parameters"
     yield Finding("ok", "targets", f"{text}, a file of {gigabytes(size)}")

@@ -113,10 +113,10 @@ def prompt_split(rows: Sequence[Row], config: TrainConfig, base: TextBase) -> tu
         else:
             items.append(PromptItem(ids, i, section.max_tokens, teacher_ids if config.distillation.system else ()))
     if bad:
-        raise DataError(f"{len(bad)} of {len(rows)} rows are no prompts:\n{bullets(bad)}", fix="correct those rows")
+        raise DataError(f"{len(bad)} of {len(rows)} rows are not prompts:\n{bullets(bad)}", fix="correct those rows")
     if long and data.long_rows == "refuse":
         raise DataError(
-            f"{len(long)} of {len(rows)} prompts leave an answer no room within {limit} tokens:\n{bullets(long)}",
+            f"{len(long)} of {len(rows)} prompts leave no space for a completion in {limit} tokens:\n{bullets(long)}",
             fix=f"shorten the prompts, lower {section.named}.max_tokens, raise data.max_length, or drop them with "
             "data.long_rows=drop",
         )

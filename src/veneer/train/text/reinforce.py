@@ -329,7 +329,7 @@ class Reinforcement:
             raise TrainingError(
                 f"none of the {counted(len(answers), 'answer')} to held-out prompts could be judged:\n"
                 f"{bullets(judged.why(answers), 5)}",
-                fix="mend the reward, or hold out more prompts",
+                fix="fix the reward, or hold out more prompts",
             )
         figures = sampling_metrics(rollouts, 0.0)
         extra = judged.logged() | {key: figures[key] for key in ("cut_share", "answer_tokens")}
@@ -391,8 +391,8 @@ def _batch(answers: Sequence[_JudgedRollout], factors: Tensor, fresh: bool) -> P
 # -- answers without a training signal ---------------------------------------------------------------------------------
 
 _EASIER = (
-    "take easier prompts, add a reward for the form that some answers reach (kind: json_schema, regex), or begin at an "
-    "adapter that is right sometimes (adapter.start); where all answers are right already, take harder prompts"
+    "use easier prompts, add a reward for the format (kind: json_schema, regex), or start from an adapter that is "
+    "sometimes right (adapter.start); if all completions are right already, use harder prompts"
 )
 _LONGER = "raise reinforcement.max_tokens, or reward short answers (kind: length)"
 _MOST = 0.5
@@ -408,12 +408,12 @@ def draw_warnings(settings: ReinforcementSection, number: int, measured: Mapping
         mean = f" ({measured['reward']:.3f} on average)" if "reward" in measured else ""
         compared = "to each prompt" if settings.baseline in ("group", "others") else "of the step"
         warnings["idle"] = (
-            f"warning: nothing is learned from the rewards of step {number}: all answers {compared} are worth the "
-            f"same{mean}; {_EASIER}"
+            f"warning: nothing is learned from the rewards of step {number}: all completions {compared} have the "
+            f"same reward{mean}; {_EASIER}"
         )
     if measured["cut_share"] > _MOST:
         warnings["cut"] = (
-            f"warning: {measured['cut_share']:.0%} of the answers of step {number} are cut at "
+            f"warning: {measured['cut_share']:.0%} of the completions of step {number} are cut at "
             f"{settings.max_tokens} tokens; {_LONGER}"
         )
     return warnings
@@ -431,20 +431,20 @@ def draw_summary(settings: ReinforcementSection, steps: Sequence[Mapping[str, fl
     idle, answers = sum(bool(metrics.get("idle")) for metrics in draws), groups * settings.group
     if constant and settings.baseline in ("group", "others"):
         text = (
-            f"of {groups:,} groups of answers {constant:,} ({constant / groups:.0%}) were worth the same throughout, "
-            f"and taught nothing; that was all of a step's in {idle:,} of {len(draws):,}"
+            f"{constant:,} of {groups:,} groups of completions ({constant / groups:.0%}) had a constant reward and "
+            f"taught nothing; in {idle:,} of {len(draws):,} samplings no group taught anything"
         )
         yield f"warning: {text}: {_EASIER}" if constant > _MOST * groups else text
     elif idle:
-        yield f"all answers of a step were worth the same in {idle:,} of {len(draws):,}: {_EASIER}"
+        yield f"all completions of a step had the same reward in {idle:,} of {len(draws):,} samplings: {_EASIER}"
     for reward in settings.rewards if len(settings.rewards) > 1 else ():
         if draws and all(metrics.get(f"constant_{reward.called}") for metrics in draws):
-            yield f"the reward {reward.called} was the same within each group, in every draw: it moved nothing"
+            yield f"the reward {reward.called} was constant within every group and had no effect"
     if cut:
-        text = f"of {answers:,} answers {cut:,} ({cut / answers:.0%}) were cut at {settings.max_tokens} tokens"
+        text = f"{cut:,} of {answers:,} completions ({cut / answers:.0%}) were cut at {settings.max_tokens} tokens"
         yield f"warning: {text}: {_LONGER}" if cut > _MANY_CUT * answers else text
     if failed:
-        yield f"of {answers:,} answers {failed:,} could not be judged, and were left out"
+        yield f"{failed:,} of {answers:,} completions could not be scored and were left out"
 
 
 # -- a judge in this process -------------------------------------------------------------------------------------------
@@ -462,7 +462,7 @@ def sampled_judge(base: TextBase, attachment: Attachment, sampler: Sampler, mode
         attachment.add(own, load_adapter(base, model))
         if problems := sampler.problems(own):
             raise AdapterError(
-                f"nothing can be drawn from {model}:\n{bullets(problems)}", where="reinforcement.rewards"
+                f"completions cannot be sampled from {model}:\n{bullets(problems)}", where="reinforcement.rewards"
             )
 
     def request(question: Question) -> CompletionRequest | Reply:
@@ -475,7 +475,7 @@ def sampled_judge(base: TextBase, attachment: Attachment, sampler: Sampler, mode
 
     def reply(request: CompletionRequest, rollout: Rollout) -> Reply:
         usage = {"prompt_tokens": len(request.prompt), "completion_tokens": len(rollout.tokens)}
-        error = "" if rollout.cut or rollout.text.strip() else "the judge said nothing"
+        error = "" if rollout.cut or rollout.text.strip() else "the judge's reply is empty"
         return Reply(rollout.text, usage | {"total_tokens": sum(usage.values())}, error, cut=rollout.cut)
 
     def ask(questions: Sequence[Question], /) -> list[Reply]:

@@ -120,7 +120,7 @@ class Renderer:
 
     def _chat(self, row: Row, train_on: str) -> Rendered:
         if row.tools and not re.search(r"\btools\b", self.template or ""):
-            raise ValueError("the row has `tools`, and the chat template has no place for them")
+            raise ValueError("the row has `tools`, and the chat template does not support them")
         if any("tool_calls" in m for m in row.messages) and "tool_calls" not in (self.template or ""):
             raise ValueError("a message has `tool_calls`, and the chat template would leave them out")
         text = self._text(row.messages, row)

@@ -209,10 +209,10 @@ class SamplerMismatch:
         mean = self.seen.sums["gap_mean"] / self.seen.counts["gap_mean"]
         if not mean <= section.gap:
             raise TrainingError(
-                f"the answers were drawn from another model than the one that is trained: their tokens' "
-                f"log-probabilities differ by {mean:.3g} nats on average, {self.worst:.3g} at most",
+                f"sampler and trainer disagree: log-probabilities of the sampled tokens differ by {mean:.3g} nats on "
+                f"average, {self.worst:.3g} at most",
                 where=f"{section.named}.gap is {section.gap:g}",
-                fix=f"{fix}; a base in float32 has less rounding (base.dtype=float32); a higher {section.named}.gap "
-                "trains all the same, off-policy by that much",
+                fix=f"{fix}; base.dtype=float32 has less rounding; a higher {section.named}.gap trains "
+                "off-policy by that much",
             )
         return MetricMeans.total([self.seen, MetricMeans({"gap_max": self.worst}, {"gap_max": 1})])

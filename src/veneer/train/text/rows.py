@@ -379,7 +379,7 @@ def _from_pair(values: Mapping[str, Any]) -> Row:
     if shared == 0:
         raise ValueError("`chosen` and `rejected` do not begin with the same prompt; give it as `prompt`")
     if shared in (len(chosen), len(rejected)):
-        raise ValueError("one of `chosen` and `rejected` is the beginning of the other, so it has no answer of its own")
+        raise ValueError("one of `chosen` and `rejected` is the beginning of the other")
     return row
 
 

@@ -62,7 +62,7 @@ class ServedTeacher:
             if logp <= _NEVER:
                 return "the teacher gives a token of the answer no probability at all"
             if not math.isfinite(logp) or logp > 1e-3:
-                return f"the teacher gives a token of the answer {logp}, which is no log-probability"
+                return f"the teacher gives a token of the answer {logp}, not a log-probability"
         return tuple(min(0.0, logp) for logp in logps)
 
     def prompt_logps(self, ids: Sequence[int]) -> list[tuple[float, str | None]]:
@@ -117,9 +117,9 @@ def _check_tokenizer(teacher: ServedTeacher, base: TextBase) -> None:
     comparable = {id: text for id, text in texts.items() if text and not text.startswith(("token_id:", "bytes:"))}
     if not comparable:
         raise ConfigError(
-            "the teacher's server does not tell the texts of tokens, by which its tokenizer would be compared",
+            "the teacher's server returns no texts of tokens to compare its tokenizer by",
             where=teacher.server.url,
-            fix="serve it so that it does (vLLM: without --return-tokens-as-token-ids)",
+            fix="return token texts (vLLM: without --return-tokens-as-token-ids)",
         )
     ours = {id: str(tokenizer.decode([id])) for id in comparable}
     apart = [id for id, text in comparable.items() if not _alike(ours[id], text)]
@@ -127,8 +127,8 @@ def _check_tokenizer(teacher: ServedTeacher, base: TextBase) -> None:
         their_text, our_text = (quoted(shown(each[apart[0]])) for each in (comparable, ours))
         raise MismatchError(
             f"the teacher has another tokenizer: {len(apart):,} of {len(comparable):,} tokens that were compared "
-            f"differ, as {apart[0]}: {their_text} to it, {our_text} here",
-            where=f"distillation.teacher: {teacher.name}, beside {base.name}",
+            f"differ, as {apart[0]}: {their_text} there, {our_text} here",
+            where=f"distillation.teacher: {teacher.name}; student: {base.name}",
             fix="take a teacher of the student's family; any teacher's answers are rows for training on examples",
         )
 

@@ -64,13 +64,13 @@ def grid(overrides: Sequence[str]) -> list[Combination]:
     count = math.prod(len(own) for own in swept.values())
     if not swept or count > _MOST:
         raise ConfigError(
-            f"{count} combinations are no sweep" if swept else "nothing is swept: no setting has several values",
+            f"{count} combinations are too many" if swept else "nothing is swept: no setting has several values",
             fix=f"give settings with commas, up to {_MOST} combinations: adapter.rank=8,16 seed=0,1",
         )
     twice = [key for key in values if sum(key == each for each, *_ in parsed) > 1]
     twice += [f"{key}={value}" for key, own in swept.items() for value in dict.fromkeys(own) if own.count(value) > 1]
     if twice:
-        raise ConfigError(f"{twice[0]} is given twice", fix="give it once: each combination is a run of its own")
+        raise ConfigError(f"{twice[0]} is given twice", fix="give it once")
     if outputs := swept.keys() & {"output", "output.directory"}:
         fix = "one folder: each combination has its own in it"
         raise ConfigError("the output cannot be swept", where=outputs.pop(), fix=fix)

@@ -358,7 +358,7 @@ def _open_sampling(text: TextRun, attachment: Attachment) -> Iterator[_SamplingP
         return
     if text.sampler is None:
         raise ConfigError(
-            f"nobody here draws the answers that {r.named} learns from",
+            f"{r.named} needs a sampler",
             where=r.named,
             fix="train by `veneer train` or veneer.train_text",
         )
@@ -373,9 +373,9 @@ def _open_sampling(text: TextRun, attachment: Attachment) -> Iterator[_SamplingP
         sampler = opened.enter_context(text.sampler(text.base, attachment, settings))
         if problems := sampler.problems(text.name):
             raise PreflightError(
-                f"nothing can be drawn from this adapter:\n{bullets(problems)}",
+                f"completions cannot be sampled from this adapter:\n{bullets(problems)}",
                 where="adapter",
-                fix="leave out what is no pair of a linear layer (adapter.modules_to_save, token_rows, kind)",
+                fix="train pairs of linear layers only, without adapter.modules_to_save, token_rows, kind",
             )
         if isinstance(r, ReinforcementSection):
             ask = sampled_judge(text.base, attachment, sampler, judges) if judges else None
@@ -479,7 +479,7 @@ class AttachedText:
         if self.config.preference.loss is not None:
             return "its loss compares answers"
         if self.config.sampling is not None:
-            return "its answers are drawn"
+            return "its completions are sampled"
         adapter, model = self.attachment.adapters[self.name], self.base.model
         head = base_of(model.get_output_embeddings())
         if any(module is head and name in adapter.pairs for name, module in base_modules(model)):

@@ -85,7 +85,7 @@ def run_texts(
     texts = [config for config in configs if isinstance(config, TrainConfig)]  # which all are
     if started() > 1:
         raise ConfigError(
-            "several configurations are trained in one pass by one process alone",
+            "several configurations in one pass need a single process",
             fix="leave --devices out, or train one configuration at a time",
         )
     group: list[str] = []
@@ -161,7 +161,7 @@ def _trained(texts: Mapping[int, TextRun], newest: Mapping[int, Path | None]) ->
 def _failed(run: Run, error: VeneerError) -> VeneerError:
     if isinstance(error, Interrupted):
         raise error
-    run.note(f"{error.what}; this run ends here, the others go on")
+    run.note(f"{error.what}; this run ends here, the others continue")
     return error
 
 
@@ -324,7 +324,7 @@ class SharedPasses:
 def why_apart(model: nn.Module) -> str:
     """Why rows of several runs cannot go through a base beside one another, within `fast`; "" where they can."""
     if not fast_report(model).rows:
-        return "this base takes padded rows alone"
+        return "this base needs padded rows"
     for name, module in base_modules(model):
         if expert_parameters(module) or ".experts." in name:
             return f"{name} mixes the tokens of all rows by expert"
@@ -366,7 +366,7 @@ def resume_points(runs: Sequence[Run]) -> list[Path | CheckpointError | None]:
                     f"this run had ended early, after its step {max(found)}; those that it was trained together with "
                     f"are at step {last}",
                     where=str(run.folder),
-                    fix="see to its data or settings, and go on with it by itself: veneer train CONFIG.yaml --resume",
+                    fix="check its data or settings, and resume it alone: veneer train CONFIG.yaml --resume",
                 )
             )
     return out
