@@ -137,7 +137,7 @@ def _above_half(count: int, total: int) -> Level:
     return "stop" if count > total / 2 else "warn"
 
 
-def _something_is_learned(s: TextSubject) -> Iterator[Finding]:
+def _something_is_trained(s: TextSubject) -> Iterator[Finding]:
     """Failure class 1: the loss is masked to nothing and the run "succeeds"."""
     c = s.encoded.counts
     s.numbers.update(rows=c.rows, rows_kept=c.kept, tokens=c.tokens, learned_tokens=c.trained_tokens)
@@ -156,7 +156,7 @@ def _something_is_learned(s: TextSubject) -> Iterator[Finding]:
     yield Finding("ok", "learned", text)
 
 
-def long_rows(s: TextSubject) -> Iterator[Finding]:
+def _long_rows(s: TextSubject) -> Iterator[Finding]:
     """Report rows that are dropped or cut, with their number and names."""
     c, limit = s.encoded.counts, s.config.data.max_length
     fix = f"data.max_length={c.longest} keeps them whole"
@@ -173,7 +173,7 @@ def long_rows(s: TextSubject) -> Iterator[Finding]:
         yield Finding("ok", "long rows", f"longest row: {c.longest:,} tokens of {limit:,}; none dropped or cut")
 
 
-def _the_end_is_learned(s: TextSubject) -> Iterator[Finding]:
+def _end_is_trained(s: TextSubject) -> Iterator[Finding]:
     """Failure class 2: a model that never stops, because its end token is no target."""
     examples, ends = s.encoded.examples, s.encoded.end_ids
     if not examples:
@@ -206,7 +206,7 @@ def _the_end_is_learned(s: TextSubject) -> Iterator[Finding]:
         yield Finding("stop", "end", text, "use the chat template that belongs to this base, or set its eos_token")
 
 
-def _begins_once(s: TextSubject) -> Iterator[Finding]:
+def _bos_once(s: TextSubject) -> Iterator[Finding]:
     """Report BOS twice, if text and tokenizer both write it; or never."""
     c, tokenizer, examples = s.encoded.counts, s.base.tokenizer, s.encoded.examples
     bos = tokenizer.bos_token_id
@@ -223,7 +223,7 @@ def _begins_once(s: TextSubject) -> Iterator[Finding]:
         yield Finding("warn", "begin", text, "begin the chat template with {{ bos_token }}")
 
 
-def _inference_agrees(s: TextSubject) -> Iterator[Finding]:
+def _prompts_match_inference(s: TextSubject) -> Iterator[Finding]:
     """Failure class 6: training rows must begin with the prompt of inference.
 
     They are compared token by token."""
@@ -301,7 +301,7 @@ def _reference(s: TextSubject) -> str:
     return "the base with the adapter off" if s.data.start is None else f"{s.config.adapter.start} as it is now"
 
 
-def _answers_are_drawn(s: TextSubject) -> Iterator[Finding]:
+def _prompts_are_sampled(s: TextSubject) -> Iterator[Finding]:
     """Report what a run samples and learns from."""
     r, c = s.config.sampling, s.encoded.counts
     assert r is not None
@@ -320,10 +320,10 @@ def _answers_are_drawn(s: TextSubject) -> Iterator[Finding]:
         fix = f"add prompts (a few hundred at least), or lower batching.rows ({s.config.batching.rows} here)"
         yield Finding("warn", "prompts", f"only {counted(c.kept, 'prompt')} to train on: {every}", fix)
     if s.config.reinforcement.loss is not None:
-        yield from _is_rewarded(s)
+        yield from _rewards(s)
 
 
-def _is_rewarded(s: TextSubject) -> Iterator[Finding]:
+def _rewards(s: TextSubject) -> Iterator[Finding]:
     r = s.config.reinforcement
     if r.group == 1:
         text = "groups of one: what an answer is compared with is other prompts' answers"
@@ -355,7 +355,7 @@ def _long_prompts(s: TextSubject) -> Iterator[Finding]:
     yield Finding(_above_half(c.long_dropped, c.rows), "long rows", f"{text}: {s.named('long_dropped')}", fix)
 
 
-def _rows_are_apart(s: TextSubject) -> Iterator[Finding]:
+def _held_out_rows_are_apart(s: TextSubject) -> Iterator[Finding]:
     """Report held-out rows that are also trained on, which distort validation loss."""
     about = s.data.about
     if about is not None:
@@ -399,7 +399,7 @@ def _what_is_trained(s: TextSubject) -> Iterator[Finding]:
     Full copies make the adapter huge."""
     model, spec = s.base.model, s.config.adapter.spec()
     if s.data.start is not None:
-        yield from _going_on(s, s.data.start)
+        yield from _continues_adapter(s, s.data.start)
         return
     try:
         matches = matches_per_pattern(model, spec)
@@ -424,7 +424,7 @@ def _what_is_trained(s: TextSubject) -> Iterator[Finding]:
         yield Finding("warn", "size", text, fix)
 
 
-def _going_on(s: TextSubject, start: Adapter) -> Iterator[Finding]:
+def _continues_adapter(s: TextSubject, start: Adapter) -> Iterator[Finding]:
     count, size = sum(t.numel() for _, t in start.tensors()), start.size_bytes()
     total = sum(p.numel() for p in s.base.model.parameters())
     s.numbers.update(base_parameters=total, trainable=count)
@@ -437,7 +437,7 @@ def _going_on(s: TextSubject, start: Adapter) -> Iterator[Finding]:
     yield Finding("ok", "targets", f"{text}, a file of {gigabytes(size)}")
 
 
-def _experts_are_reached(s: TextSubject) -> Iterator[Finding]:
+def _experts_are_trained(s: TextSubject) -> Iterator[Finding]:
     """Failure class 4: experts, most of a mixture model's weights, silently frozen."""
     if s.data.start is not None:
         return  # it trains the modules of its adapter
@@ -475,7 +475,7 @@ def _experts_are_reached(s: TextSubject) -> Iterator[Finding]:
         yield Finding("ok", "experts", f"{len(reached)} expert weights get a pair for each expert")
 
 
-def vocabulary(s: TextSubject) -> Iterator[Finding]:
+def _vocabulary(s: TextSubject) -> Iterator[Finding]:
     """Report tokens without an embedding row, and embedding rows never trained.
 
     The latter occur with a chat template on a base without one."""
@@ -506,7 +506,7 @@ def vocabulary(s: TextSubject) -> Iterator[Finding]:
         yield Finding("warn", "vocabulary", text, "train their rows: adapter.token_rows: {embed_tokens: [IDS]}")
 
 
-def _it_fits(s: TextSubject) -> Iterator[Finding]:
+def _fits_in_memory(s: TextSubject) -> Iterator[Finding]:
     """Failure class 8: out of memory hours into a run, at the longest rows."""
     model, config = s.base.model, s.config
     context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
@@ -533,8 +533,8 @@ def _it_fits(s: TextSubject) -> Iterator[Finding]:
     on, _ = recomputes(mode, need, free)
     s.plan = chosen = again if on else plain
     s.numbers.update(memory_needed=need, memory_checkpointed=less, memory_free=free)
-    sampling_packed, training_packed = _packs(s, chosen, device.type, on)
-    keeps, packs = _keeps(s, chosen, device.type), sampling_packed + training_packed
+    sampling_packed, training_packed = _packed_bytes(s, chosen, device.type, on)
+    keeps, packs = _dequantized_bytes(s, chosen, device.type), sampling_packed + training_packed
     peak, parts = chosen.memory.peak + keeps + packs, {**chosen.memory.parts, "packed": packs}
     s.numbers.update(predicted_peak_bytes=peak, predicted_parts=parts)
     s.numbers.update(kept_dequantized=keeps, kept_packed=training_packed, drawer_packed=sampling_packed)
@@ -561,9 +561,11 @@ def _it_fits(s: TextSubject) -> Iterator[Finding]:
     yield from _predicted(chosen, packs)
 
 
-def _keeps(s: TextSubject, plan: Plan, device: str) -> int:
-    """Bytes of a quantized base's weights that stay dequantized: as asked for; else on a GPU most of what the plan
-    finds room for, and on a CPU none, where it gives 4% (docs/notes/qlora.md)."""
+def _dequantized_bytes(s: TextSubject, plan: Plan, device: str) -> int:
+    """Return the bytes of a quantized base's weights that stay dequantized.
+
+    As configured; else on a GPU most of what the plan has space for, and on a CPU none, where dequantized
+    weights gain 4% (docs/notes/qlora.md)."""
     if not getattr(s.base, "quantized", ""):
         return 0
     if s.config.memory.keep_dequantized_gb is not None:
@@ -571,7 +573,7 @@ def _keeps(s: TextSubject, plan: Plan, device: str) -> int:
     return 8 * plan.keeps // 10 if device == "cuda" else 0
 
 
-def _packs(s: TextSubject, plan: Plan, device: str, recomputed: bool) -> tuple[int, int]:
+def _packed_bytes(s: TextSubject, plan: Plan, device: str, recomputed: bool) -> tuple[int, int]:
     """Return the bytes of packed weights for sampling and for training.
 
     The packed weights are those with clearly faster products on this machine, up to the configured bytes.
@@ -608,23 +610,23 @@ def _predicted(plan: Plan, packs: int) -> Iterator[Finding]:
 _Checks = tuple[Callable[[TextSubject], Iterator[Finding]], ...]
 
 _DATA_CHECKS: _Checks = (
-    _something_is_learned,
-    long_rows,
-    _the_end_is_learned,
-    _begins_once,
-    _inference_agrees,
+    _something_is_trained,
+    _long_rows,
+    _end_is_trained,
+    _bos_once,
+    _prompts_match_inference,
     _turns_and_control_tokens,
     _answers_compare,
-    _rows_are_apart,
+    _held_out_rows_are_apart,
 )
-_PROMPT_CHECKS: _Checks = (_answers_are_drawn, _long_prompts, _begins_once, _rows_are_apart)
+_PROMPT_CHECKS: _Checks = (_prompts_are_sampled, _long_prompts, _bos_once, _held_out_rows_are_apart)
 _BASE_CHECKS: _Checks = (
     _what_is_trained,
-    _experts_are_reached,
+    _experts_are_trained,
     learning_rate,
     shared_out,
     precision,
-    vocabulary,
-    _it_fits,
+    _vocabulary,
+    _fits_in_memory,
     where_it_goes,
 )

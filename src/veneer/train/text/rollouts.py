@@ -1,7 +1,7 @@
 """Answers sampled in training: requests, results and the sampler protocol.
 
     with make(base, attachment, settings) as sampler:        `make` is an argument: sampling is in serve
-        drawn = sampler.draw([CompletionRequest(prompt, seed, how, "run"), …])
+        rollouts = sampler.draw([CompletionRequest(prompt, seed, how, "run"), …])
         logps = replayed_logps(base.model, ids, lengths, trained, sampler.replay(ids, lengths, trained, "run"))
 
 `SamplerMismatch` measures the mismatch of sampler and trainer. Answers are sampled from the attachment's
@@ -72,7 +72,7 @@ class Rollout:
     distribution at temperature 1 without changes; `sampling_logps`: in the distribution it was sampled from. `text`:
     without the stop token. `cut`: whether it ended at `max_tokens`. `cached`: tokens of the prompt found in
     the KV cache. `others`: ranges (from, to) of `tokens` that come from an environment and were not sampled:
-    they are not in `logps` and `drawn`."""
+    they are not in `logps` and `sampling_logps`."""
 
     prompt: tuple[int, ...]
     tokens: tuple[int, ...]
@@ -85,7 +85,7 @@ class Rollout:
 
     @property
     def trained(self) -> list[bool]:
-        """Which of `tokens` were sampled."""
+        """Return which of `tokens` were sampled."""
         own = [True] * len(self.tokens)
         for first, last in self.others:
             own[first:last] = [False] * (last - first)

@@ -1,17 +1,16 @@
-"""Several text runs on one base, in one pass of it: the rows of all runs together, each under its own adapter.
+"""Train several text runs on one base, in one pass of the base: each row under its run's adapter.
 
     results = run_texts(configs)           one RunResult each, or the error that ended it
 
     loss of a pass = Σ over runs  Σ NLL of its rows / trained tokens of its step
 
-No run's term holds another's parameters, so one backward pass gives each the gradient that it would have by itself; the
-base, whose products are what a step costs, is gone through once. How rows find their adapter: ops/lora_segments.py. A
-run that cannot share a pass (DoRA, full copies, answers compared …) has its own pass in each step, and is no less
-right.
+No run's term contains another run's parameters, so one backward pass gives each run the same gradient as alone.
+The base, which costs most of a step, runs once. ops/lora_segments.py maps rows to adapters. A run that cannot
+share a pass (DoRA, full copies, preferences …) has its own pass in each step, with the same results.
 
-Each run has its parameters, optimizer, schedule, evaluations, files and end; all take step k of this command together.
-A run that fails or ends leaves, and the others continue. All write a checkpoint when one of them is due, so a group
-that was killed continues bit for bit: from the last step of which every run has a checkpoint (`resume_points`).
+Each run has its own parameters, optimizer, schedule, evaluations and files; all runs take step k together. A run
+that fails or ends leaves, and the others continue. All runs write a checkpoint when one of them is due, so a
+killed group resumes bit for bit (`resume_points`).
 """
 
 from __future__ import annotations
@@ -115,7 +114,7 @@ def run_texts(
 
 
 def _trained(texts: Mapping[int, TextRun], newest: Mapping[int, Path | None]) -> dict[int, RunResult | VeneerError]:
-    """The outcome of each run, by its index. `newest`: the checkpoint that it continues from."""
+    """Train the runs; return each one's result by its index. `newest`: the checkpoint to continue from."""
     _check_memory(list(texts.values()))
     results: dict[int, RunResult | VeneerError] = {}
     members: dict[Loop, int] = {}
@@ -168,7 +167,7 @@ def _failed(run: Run, error: VeneerError) -> VeneerError:
 def _checked(
     runs: Sequence[Run], base: TextBase
 ) -> tuple[dict[int, RunResult | VeneerError], dict[int, TextRun], dict[int, Path | None]]:
-    """By index: the errors of the runs that cannot begin, the others with their data, and their checkpoints."""
+    """Return by index: errors of runs that cannot begin; the other runs with data; their checkpoints."""
     errors: dict[int, RunResult | VeneerError] = {}
     texts: dict[int, TextRun] = {}
     newest: dict[int, Path | None] = {}
@@ -192,8 +191,9 @@ def _checked(
 
 
 def _check_memory(texts: Sequence[TextRun]) -> None:
-    """PreflightError where the states of all, and what the largest pass keeps, do not fit beside the base. Each run's
-    own preflight has looked at its own pass; with `force` it is a warning."""
+    """Check that the states of all runs and the largest pass fit in memory.
+
+    Raises PreflightError; with `force` only warns. Each run's preflight has checked the run alone."""
     states = [_STATE * int(text.report.numbers.get("trainable", 0)) for text in texts]
     free: int | None = texts[0].report.numbers.get("memory_free")
     if free is None:
@@ -218,8 +218,9 @@ def _check_memory(texts: Sequence[TextRun]) -> None:
 
 @dataclass(frozen=True)
 class SharedPasses:
-    """Computes the steps of runs on one base. `members`: the runs that share passes; every other run has its own.
-    `most`: tokens of a pass."""
+    """Computes the steps of runs on one base.
+
+    `members`: the runs that share passes; every other run has its own. `most`: tokens of a pass."""
 
     model: Any
     device: torch.device
@@ -229,7 +230,7 @@ class SharedPasses:
 
     @classmethod
     def of(cls, texts: Mapping[Loop, AttachedText]) -> SharedPasses:
-        """Notes which runs have their own passes, and why."""
+        """Return the passes of runs, and report which runs have their own passes, and why."""
         first = next(iter(texts.values()))
         together = why_apart(first.base.model)
         members = {}
@@ -282,8 +283,9 @@ class SharedPasses:
         return {loop: loop.result(losses[loop], each * tokens[loop]) for loop in loops}
 
     def _cut(self, loops: Sequence[Loop]) -> Iterator[list[tuple[Loop, int]]]:
-        """The (run, index of its micro-batch) of each pass: all first ones, all second ones, …, cut before `most`
-        tokens."""
+        """Yield the (run, index of its micro-batch) of each pass.
+
+        All first micro-batches come first, then all second ones; a pass has at most `most` tokens."""
         order = sorted((index, number) for number, loop in enumerate(loops) for index in range(len(loop.micros)))
         own: list[tuple[Loop, int]] = []
         tokens = 0
@@ -297,7 +299,7 @@ class SharedPasses:
         yield own
 
     def _pass(self, parts: Sequence[tuple[Loop, int]]) -> list[Tensor]:
-        """Forward and backward of these micro-batches; Σ NLL of each."""
+        """Run forward and backward of these micro-batches; return Σ NLL of each."""
         batches: list[Batch] = [loop.batch(index, range(index + 1, len(loop.micros))) for loop, index in parts]
         seeds = [loop.seed(index) for loop, index in parts]
         seed_all(*seeds[0])
@@ -322,7 +324,9 @@ class SharedPasses:
 
 
 def why_apart(model: nn.Module) -> str:
-    """Why rows of several runs cannot go through a base beside one another, within `fast`; "" where they can."""
+    """Return why rows of several runs cannot share a pass of the base, or "".
+
+    Call it within `fast`."""
     if not fast_report(model).rows:
         return "this base needs padded rows"
     for name, module in base_modules(model):
@@ -334,31 +338,31 @@ def why_apart(model: nn.Module) -> str:
 
 
 def resume_points(runs: Sequence[Run]) -> list[Path | CheckpointError | None]:
-    """The checkpoint that each run goes on from; None for its beginning.
+    """Return the checkpoint that each run continues from; None for its beginning.
 
-    Where some of them were trained together, it is for those the last step of which each has its checkpoint: they are
-    then beside one another as they were. One that had ended by then is at its end; for one that had failed it is an
-    error, since beside the others it would change their last bits. Where one has the first checkpoint of all, and those
-    beside it have none yet, it begins again with them."""
+    Runs that were trained together continue from the last step of which each has a checkpoint. A run that had
+    finished by then stays at its end. A run that had failed is an error, because training it beside the others
+    would change their last bits. If a run has only its first checkpoint and its companions have none, it begins
+    again with them."""
     have = {run.name: checkpoint.by_step(run.folder / "checkpoints") for run in runs}
     group: set[str] = set()
     last = -1
     for step in sorted({step for found in have.values() for step in found}, reverse=True):
         for name, found in have.items():
             if step in found and last < 0:
-                beside = _beside(name, found[step]) & have.keys()
-                if all(step in have[other] for other in beside):
-                    group, last = beside, step
+                companions = _companions(name, found[step]) & have.keys()
+                if all(step in have[other] for other in companions):
+                    group, last = companions, step
     out: list[Path | CheckpointError | None] = []
     for run in runs:
         found = have[run.name]
         newest = found[max(found)] if found else None
-        beside = set() if newest is None else _beside(run.name, newest) & have.keys()
+        companions = set() if newest is None else _companions(run.name, newest) & have.keys()
         if run.name in group:
             out.append(found[last])
-        elif len(found) == 1 and any(not have[other] for other in beside):
+        elif len(found) == 1 and any(not have[other] for other in companions):
             out.append(None)
-        elif newest is None or not beside & group or _ended(newest):
+        elif newest is None or not companions & group or _ended(newest):
             out.append(newest)
         else:
             out.append(
@@ -372,8 +376,8 @@ def resume_points(runs: Sequence[Run]) -> list[Path | CheckpointError | None]:
     return out
 
 
-def _beside(name: str, path: Path) -> set[str]:
-    """The runs that a checkpoint's run was trained together with, itself among them."""
+def _companions(name: str, path: Path) -> set[str]:
+    """Return the runs that a checkpoint's run was trained together with, including itself."""
     about = checkpoint.read_checkpoint(path).get("about", {})
     return {name, *about.get("together", [])}
 
