@@ -343,13 +343,13 @@ def image(
         references (imaging.make.Options)."""
     from veneer.imaging.adapters import ImagePipeline, parse_use
     from veneer.imaging.controls import parse_control
-    from veneer.imaging.generate import Options, asks_of, make
+    from veneer.imaging.generate import Options, generate, image_requests
 
     uses = [parse_use((os.fspath(a[0]), a[1]) if isinstance(a, tuple) else os.fspath(a)) for a in _several(adapters)]
-    asks = asks_of(_several(prompts), uses, negative, seed, count)
+    asks = image_requests(_several(prompts), uses, negative, seed, count)
     options |= {"references": _several(options.get("references", ()))}
     with ImagePipeline(base, say=say) as mixer:
-        return make(mixer, asks, Options(controls=tuple(parse_control(c) for c in _several(controls)), **options))
+        return generate(mixer, asks, Options(controls=tuple(parse_control(c) for c in _several(controls)), **options))
 
 
 def _several(given: Any) -> Any:

@@ -15,7 +15,7 @@ from veneer.errors import AdapterError, ConfigError, MismatchError
 from veneer.files.hashes import hashes
 from veneer.formats.strengths import CAMPAIGN, Strength
 from veneer.imaging.adapters import ImagePipeline, label_of, parse_use
-from veneer.imaging.generate import ImageRequest, Options, make
+from veneer.imaging.generate import ImageRequest, Options, generate
 from veneer.models.image.base import ImageBase
 
 
@@ -55,7 +55,7 @@ def test_what_is_no_spec_is_refused(spec: str) -> None:
 def one(base: ImageBase, *uses: Any, say: Any = None, **options: Any) -> Any:
     with ImagePipeline(base, say=say) as mixer:
         ask = ImageRequest("a cat", seed=1, uses=tuple(parse_use(use) for use in uses))
-        return make(mixer, [ask], Options(**({"steps": 4} | options)))[0].image
+        return generate(mixer, [ask], Options(**({"steps": 4} | options)))[0].image
 
 
 @pytest.mark.parametrize("name", ["brand", "look"])
@@ -106,7 +106,9 @@ def test_a_drawing_with_roles_is_the_one_with_what_they_mean_typed_out(
     with ImagePipeline(base, say=said.append) as mixer:
 
         def made(*uses: str) -> Any:
-            return make(mixer, [ImageRequest("a cat", seed=1, uses=tuple(map(parse_use, uses)))], Options(steps=3))[0]
+            return generate(mixer, [ImageRequest("a cat", seed=1, uses=tuple(map(parse_use, uses)))], Options(steps=3))[
+                0
+            ]
 
         found = made(*(f"{name}:0.8@campaign={role}" for name, role in roles.items()))
         table = [row[role] for role in roles.values()]
@@ -251,5 +253,5 @@ def test_what_is_behind_a_name_and_no_strength_is_named(base: ImageBase) -> None
 def test_a_tag_in_a_prompt_is_said_to_be_plain_text(base: ImageBase) -> None:
     said: list[str] = []
     with ImagePipeline(base, say=said.append) as mixer:
-        make(mixer, [ImageRequest("a cat <lora:brand:0.8>")], Options(steps=1))
+        generate(mixer, [ImageRequest("a cat <lora:brand:0.8>")], Options(steps=1))
     assert any("plain text" in line for line in said)

@@ -17,14 +17,14 @@ from tests.tiny_image_base import SIZE, tiny_image_base
 from veneer import api
 from veneer.errors import ConfigError, DataError
 from veneer.imaging.adapters import ImagePipeline, parse_use
-from veneer.imaging.generate import ImageRequest, Options, RecordedPicture, asks_of, make, size_for
+from veneer.imaging.generate import ImageRequest, Options, RecordedPicture, generate, image_requests, size_for
 from veneer.models.image.base import ImageBase, load_image
 from veneer.models.image.generate import fitted_picture
 
 
 def one(base: ImageBase, ask: ImageRequest, say: Any = None, **options: Any) -> RecordedPicture:
     with ImagePipeline(base, say=say) as mixer:
-        return make(mixer, [ask], Options(**({"steps": 2} | options)))[0]
+        return generate(mixer, [ask], Options(**({"steps": 2} | options)))[0]
 
 
 def their_adapters(found: dict[str, str]) -> dict[str, str]:
@@ -79,20 +79,20 @@ def test_one_adapter_may_stand_alone(base: ImageBase) -> None:
 
 
 def test_a_seed_is_any_whole_number() -> None:
-    assert [ask.seed for ask in asks_of(["a", "b"], (), seed=np.array([3, 7]), count=2)] == [3, 4, 7, 8]  # type: ignore[arg-type]
-    assert {type(ask.seed) for ask in asks_of(["a"], (), seed=np.int64(5))} == {int}  # type: ignore[arg-type]
+    assert [ask.seed for ask in image_requests(["a", "b"], (), seed=np.array([3, 7]), count=2)] == [3, 4, 7, 8]  # type: ignore[arg-type]
+    assert {type(ask.seed) for ask in image_requests(["a"], (), seed=np.int64(5))} == {int}  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("count", [0, -1, 100_001])
 def test_how_many_of_each_has_a_limit(count: int) -> None:
     with pytest.raises(ConfigError, match="at least 1, at most 100,000"):
-        asks_of(["a cat"], (), count=count)
+        image_requests(["a cat"], (), count=count)
 
 
 @pytest.mark.parametrize("seed", [1.0, None, "5", [1.5], ["1"], float("nan"), [None]])
 def test_what_is_no_seed_is_named(seed: Any) -> None:
     with pytest.raises(ConfigError, match=re.escape(f"seed {seed!r}")):
-        asks_of(["a cat"], (), seed=seed)
+        image_requests(["a cat"], (), seed=seed)
 
 
 @pytest.mark.parametrize(
@@ -188,9 +188,9 @@ def test_an_edit_base_that_is_given_nothing_to_edit_says_so_once(tmp_path_factor
     told: list[str] = []
     with ImagePipeline(base, say=told.append) as mixer:
         for seed in range(2):
-            make(mixer, [ImageRequest("a fox", seed=seed)], Options(steps=1))
+            generate(mixer, [ImageRequest("a fox", seed=seed)], Options(steps=1))
         assert len(told) == 1
         assert "is made to edit, and draws from the prompt alone here" in told[0]
         assert "--reference photo.png" in told[0]
-        make(mixer, [ImageRequest("a fox")], Options(steps=1, references=[Image.new("RGB", (SIZE, SIZE))]))
+        generate(mixer, [ImageRequest("a fox")], Options(steps=1, references=[Image.new("RGB", (SIZE, SIZE))]))
     assert len(told) == 1

@@ -10,7 +10,7 @@ from PIL import Image
 from tests.image_twins import levels
 from veneer.errors import ConfigError
 from veneer.imaging.adapters import ImagePipeline, parse_use
-from veneer.imaging.generate import Options, make
+from veneer.imaging.generate import Options, generate
 from veneer.imaging.grid import draw_grid, layout
 from veneer.models.image.base import ImageBase
 from veneer.models.image.sheet import sheet
@@ -49,7 +49,7 @@ def test_cells_are_the_pictures_made_alone(base: ImageBase) -> None:
     with ImagePipeline(base) as pipeline:
         plan = layout("strength", ["a cat"], [BRAND], seeds=[1, 2], strengths=[0, 1])
         image, pictures = draw_grid(pipeline, plan, options)
-        alone = [make(pipeline, [request], options)[0] for request in plan.requests]
+        alone = [generate(pipeline, [request], options)[0] for request in plan.requests]
     assert max(levels(a.image, b.image) for a, b in zip(pictures, alone, strict=True)) <= 1
     assert pictures[3].record["rows"][3]["adapters"] == [["brand.safetensors", "0.8"]]
     times = 4  # 32 pixels, shown at 128

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.image_twins import diffusers_pipeline, levels, parameter_of, picture
 from veneer.imaging.adapters import ImagePipeline, parse_use
-from veneer.imaging.generate import ImageRequest, Options, make
+from veneer.imaging.generate import ImageRequest, Options, generate
 from veneer.models.image.base import ImageBase
 
 LINEAR = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_q"
@@ -114,8 +114,8 @@ def test_one_batch_holds_a_picture_of_each_kind(
         )
     asks = [ImageRequest("a cat", seed=1, uses=(parse_use(f"{kind}.safetensors:12"),)) for kind in KINDS]
     with ImagePipeline(base) as mixer:
-        together = make(mixer, [ImageRequest("a cat", seed=1), *asks], Options(steps=3, batch_size=len(asks) + 1))
-        alone = make(mixer, [ImageRequest("a cat", seed=1), *asks], Options(steps=3, batch_size=1))
+        together = generate(mixer, [ImageRequest("a cat", seed=1), *asks], Options(steps=3, batch_size=len(asks) + 1))
+        alone = generate(mixer, [ImageRequest("a cat", seed=1), *asks], Options(steps=3, batch_size=1))
     assert max(levels(a.image, b.image) for a, b in zip(together, alone, strict=True)) <= 1
     assert min(levels(together[0].image, other.image) for other in together[1:]) > 1
 
@@ -141,7 +141,7 @@ def test_a_stack_of_every_kind_is_the_sum_of_their_definitions(
         weight = parameter_of(pipe, module)
         weight.data = (weight.detach().double() + change).float()
     with ImagePipeline(base) as mixer:
-        (found,) = make(mixer, [ImageRequest("a cat", seed=1, uses=tuple(map(parse_use, uses)))], Options(steps=4))
+        (found,) = generate(mixer, [ImageRequest("a cat", seed=1, uses=tuple(map(parse_use, uses)))], Options(steps=4))
         hashed = found.infotext.fields["Lora hashes"]
     assert levels(found.image, picture(pipe, "a cat", 1)) <= 1
     assert levels(found.image, plain) > 5

@@ -12,7 +12,7 @@ from tests.tiny_image_base import tiny_image_base
 from veneer.core.adapter import Adapter
 from veneer.formats.convert import write
 from veneer.imaging.adapters import ImagePipeline, parse_use
-from veneer.imaging.generate import ImageRequest, Options, make
+from veneer.imaging.generate import ImageRequest, Options, generate
 from veneer.models.image.base import load_image
 from veneer.models.loading import errors_only
 
@@ -35,7 +35,7 @@ def test_a_mix_is_what_set_adapters_makes(family: str, tmp_path: Path, monkeypat
         for strengths in ((0.8, -0.5), (1.0, 0.0)):
             pipe.set_adapters(["brand", "look"], list(strengths))
             uses = tuple(parse_use((f"{n}.safetensors", s)) for n, s in zip(("brand", "look"), strengths, strict=True))
-            (found,) = make(mixer, [ImageRequest("a cat", seed=1, uses=uses)], Options(steps=4, guidance=3.0))
+            (found,) = generate(mixer, [ImageRequest("a cat", seed=1, uses=uses)], Options(steps=4, guidance=3.0))
             assert levels(found.image, picture(pipe, "a cat", 1, guidance_scale=3.0)) <= 1
 
 
@@ -54,5 +54,5 @@ def test_blocks_and_the_text_part_are_what_set_adapters_makes(tmp_path: Path, mo
         pipe.set_adapters(["brand"], [scales])
     use = parse_use("brand.safetensors@text=0.3,down=0.5,mid=1.5,up=0.2")
     with ImagePipeline(base) as mixer:
-        (found,) = make(mixer, [ImageRequest("a cat", seed=1, uses=(use,))], Options(steps=4, guidance=3.0))
+        (found,) = generate(mixer, [ImageRequest("a cat", seed=1, uses=(use,))], Options(steps=4, guidance=3.0))
     assert levels(found.image, picture(pipe, "a cat", 1, guidance_scale=3.0)) <= 1

@@ -21,7 +21,7 @@ from veneer.errors import AdapterError, DataError, MismatchError
 from veneer.formats.convert import write
 from veneer.imaging.adapters import ImagePipeline, parse_use
 from veneer.imaging.controls import parse_control
-from veneer.imaging.generate import ImageRequest, Options, RecordedPicture, asks_of, make
+from veneer.imaging.generate import ImageRequest, Options, RecordedPicture, generate, image_requests
 from veneer.imaging.infotext import png_bytes, read_record
 from veneer.imaging.reproduce import read_recipe, reproduce
 from veneer.library.library import open_library
@@ -30,7 +30,7 @@ from veneer.models.image.base import ImageBase, load_image
 
 def pictures(base: ImageBase, requests: list[ImageRequest], **options: Any) -> list[RecordedPicture]:
     with ImagePipeline(base) as pipeline:
-        return make(pipeline, requests, Options(**({"steps": 3} | options)))
+        return generate(pipeline, requests, Options(**({"steps": 3} | options)))
 
 
 def again(base: ImageBase, path: Path, say: Callable[[str], None] | None = None, **how: Any) -> RecordedPicture:
@@ -96,7 +96,7 @@ def test_input_pictures_must_be_the_same(base: ImageBase, tmp_path: Path) -> Non
 
 
 def test_a_change_is_generated_alone(base: ImageBase, tmp_path: Path) -> None:
-    made = pictures(base, asks_of(["a cat"], uses("brand.safetensors"), seed=4, count=2))
+    made = pictures(base, image_requests(["a cat"], uses("brand.safetensors"), seed=4, count=2))
     made[1].save(tmp_path / "a.png")
     changed = again(base, tmp_path / "a.png", changes=lambda request, options: (replace(request, seed=4), options))
     assert levels(changed.image, made[0].image) <= 1

@@ -14,7 +14,7 @@ import torch
 import veneer.models.image.base as image_models
 from veneer.imaging.adapters import ImagePipeline
 from veneer.imaging.controls import parse_control
-from veneer.imaging.generate import ImageRequest, Options, make
+from veneer.imaging.generate import ImageRequest, Options, generate
 from veneer.models.builtin import packaged_folder
 from veneer.models.loading import errors_only
 
@@ -167,7 +167,9 @@ def test_a_controlled_picture_is_diffusers_own(name: str, tmp_path: Path) -> Non
     with ImagePipeline(base) as mixer, told(mixer.control(f"{name}-control"), base.denoiser) as ours:
         options = Options(steps=4, guidance=3.0, controls=(spec,))
         made = (
-            torch.from_numpy(np.array(make(mixer, [ImageRequest(prompt, seed=3)], options)[0].image)).permute(2, 0, 1)
+            torch.from_numpy(np.array(generate(mixer, [ImageRequest(prompt, seed=3)], options)[0].image)).permute(
+                2, 0, 1
+            )
             / 255
         )
     pixels = torch.from_numpy(np.array(lines)).permute(2, 0, 1)[None] / 255

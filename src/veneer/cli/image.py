@@ -121,7 +121,7 @@ def make_pictures(
     Each PNG stores its settings; `--from` reproduces the image. For image grids, see `veneer image grid`."""
     from veneer.imaging.adapters import parse_use
     from veneer.imaging.batch import read_batch
-    from veneer.imaging.generate import MOST_COUNT, ImageRequest, Options, make
+    from veneer.imaging.generate import MOST_COUNT, ImageRequest, Options, generate
 
     uses = tuple(parse_use(spec) for spec in adapter or [])
     given = _given(size, steps, guidance, true_guidance, scheduler, control, batch_size)
@@ -160,8 +160,8 @@ def make_pictures(
     all_uses = tuple(dict.fromkeys(use for request in requests for use in request.uses))
     _check_files(all_uses, options)
     with _pipeline(base, all_uses, dtype, device) as pipeline:
-        pictures = make(
-            pipeline, requests, options, on_step=_progress(), on_made=lambda i, picture: _save(picture, files[i])
+        pictures = generate(
+            pipeline, requests, options, on_step=_progress(), on_picture=lambda i, picture: _save(picture, files[i])
         )
     _report(pictures, files, began, as_json)
 

@@ -48,7 +48,7 @@ class AdapterSource:
     """The origin of an attached adapter: its digest and the hashes of its file.
 
     `sha256`, `autov3`, `short` (A1111's, `files.hashes.short_hash`): hashes by which model managers identify
-    the file, "" if unknown. `called`: display name, if different from `name`."""
+    the file, "" if unknown. `display_name`: display name, if different from `name`."""
 
     name: str
     path: str
@@ -56,15 +56,15 @@ class AdapterSource:
     sha256: str
     autov3: str
     short: str
-    called: str = ""
+    display_name: str = ""
 
     @property
     def label(self) -> str:
         """The short display name (`label_of`)."""
-        return label_of(self.called or self.name)
+        return label_of(self.display_name or self.name)
 
 
-_SAYING_NOTHING = ("adapter", "adapter_model", "pytorch_lora_weights")
+_GENERIC_NAMES = ("adapter", "adapter_model", "pytorch_lora_weights")
 
 
 def label_of(name: str) -> str:
@@ -74,7 +74,7 @@ def label_of(name: str) -> str:
     infotext (`:,<>`) become `_`."""
     at = Path(name)
     short = at.stem if at.suffix in (".safetensors", ".gguf") else at.name
-    if short in _SAYING_NOTHING and at.parent.name:
+    if short in _GENERIC_NAMES and at.parent.name:
         return label_of(str(at.parent))
     return re.sub(r"[:,<>]", "_", short.partition("@")[0]) or name
 
@@ -109,7 +109,7 @@ class ImagePipeline:
         self.modules = [name for name, _ in base_modules(base.model) if name]
         self.attachment = attach(base.model)
         self.sources: dict[str, AdapterSource] = {}
-        self._say, self._said = say, set[str]()
+        self._say, self._reported = say, set[str]()
         self._parts: dict[tuple[str, Strength], NamedMix] = {}
         self._controls: dict[str, Any] = {}
 
@@ -148,12 +148,12 @@ class ImagePipeline:
         Reports each meaning with `say`. Raises ConfigError if two adapters have one role."""
         parsed = [parse_use(use) for use in uses]
         check_roles(parsed)
-        meant = []
+        resolved = []
         for name, strength in parsed:
-            meant.append((name, in_campaign(strength, self.base.prediction, self.modules)))
+            resolved.append((name, in_campaign(strength, self.base.prediction, self.modules)))
             if strength.campaign:
-                self.say(f"note: {campaign_note(label_of(name), strength, meant[-1][1])}")
-        return tuple(meant)
+                self.say(f"note: {campaign_note(label_of(name), strength, resolved[-1][1])}")
+        return tuple(resolved)
 
     def plan(self, uses: Sequence[str | tuple[str, float | Strength]]) -> MixPlan:
         """Return the mix for encoding the prompt, and the mix for each range of steps.
@@ -176,8 +176,8 @@ class ImagePipeline:
         self.close()
 
     def say(self, line: str) -> None:
-        if self._say is not None and line not in self._said:
-            self._said.add(line)
+        if self._say is not None and line not in self._reported:
+            self._reported.add(line)
             self._say(line)
 
     # -- inside --------------------------------------------------------------------------------------------------------
@@ -223,9 +223,9 @@ def without_effect(adapter: Adapter, strength: Strength, modules: Sequence[str])
     return notes
 
 
-def campaign_note(label: str, asked: Strength, meant: Strength) -> str:
+def campaign_note(label: str, requested: Strength, resolved: Strength) -> str:
     """Return a note on what a role means on the base (`in_campaign`)."""
-    return f"{label} is the campaign's {asked.campaign}: {str(meant).partition('@')[2] or 'in the plain sum'}"
+    return f"{label} is the campaign's {requested.campaign}: {str(resolved).partition('@')[2] or 'in the plain sum'}"
 
 
 def idle_ranges(uses: Sequence[Use], steps: int) -> list[str]:

@@ -59,23 +59,23 @@ def parse_control(spec: str | ControlSpec) -> ControlSpec:
     Raises ConfigError for any other text."""
     if isinstance(spec, ControlSpec):
         return spec
-    if (found := _FORM.fullmatch(spec)) is None:
+    if (parsed := _FORM.fullmatch(spec)) is None:
         raise ConfigError(f"{spec!r} does not name a control", fix=_EXAMPLE)
-    if re.search(r"\.\w+[:@]", found["path"]) and not Path(found["path"]).exists():
+    if re.search(r"\.\w+[:@]", parsed["path"]) and not Path(parsed["path"]).exists():
         raise ConfigError(f"{spec!r}: no weight or range of steps stands behind the picture", fix=_EXAMPLE)
     try:
-        weight = float(found["weight"] or 1)
-        begin, end = float(found["begin"] or 0), float(found["end"] or 1)
+        weight = float(parsed["weight"] or 1)
+        begin, end = float(parsed["begin"] or 0), float(parsed["end"] or 1)
     except ValueError:
         weight = begin = end = math.nan
     if not math.isfinite(weight) or not 0 <= begin < end <= 1:
         raise ConfigError(f"{spec!r} has a weight or a range of steps that is not valid", fix=_EXAMPLE)
-    if found["kind"] not in OWN_KINDS and not found["model"]:
+    if parsed["kind"] not in OWN_KINDS and not parsed["model"]:
         raise ConfigError(
-            f"control {found['kind']!r} needs a ControlNet",
-            fix=f"name it, as in {found['kind']}@FOLDER={found['path']}; {', '.join(OWN_KINDS)} take the base's own",
+            f"control {parsed['kind']!r} needs a ControlNet",
+            fix=f"name it, as in {parsed['kind']}@FOLDER={parsed['path']}; {', '.join(OWN_KINDS)} take the base's own",
         )
-    return ControlSpec(found["kind"], found["path"], weight, found["model"] or "", begin, end)
+    return ControlSpec(parsed["kind"], parsed["path"], weight, parsed["model"] or "", begin, end)
 
 
 def control_model_of(base: ImageBase, spec: ControlSpec) -> str:
@@ -186,11 +186,11 @@ def control_picture(spec: ControlSpec, picture: Image, width: int, height: int) 
     """Return the ControlNet's input picture, and notes on changes to it.
 
     Edges are found after resizing, so that they are one pixel wide."""
-    made, said = fitted_picture(picture.convert("RGB"), width, height, f"control picture {spec.path}")
-    notes = [said] if said else []
+    fitted, note = fitted_picture(picture.convert("RGB"), width, height, f"control picture {spec.path}")
+    notes = [note] if note else []
     if spec.kind != "canny":
-        return made, [*notes, f"control picture {spec.path}: taken as it is ({spec.kind})"]
-    edges = canny(made)
+        return fitted, [*notes, f"control picture {spec.path}: taken as it is ({spec.kind})"]
+    edges = canny(fitted)
     share = sum(edges.convert("L").histogram()[128:]) / (width * height)
     notes.append(f"control picture {spec.path}: its edges were found ({share:.1%} of the pixels)")
     if not share:

@@ -25,7 +25,7 @@ from veneer.imaging.adapters import AdapterSource, ImagePipeline, Use, idle_rang
 from veneer.imaging.controls import CANNY, ControlSpec, control_model_of, control_picture, flattened, hashed_picture
 from veneer.imaging.infotext import SAMPLERS, Infotext, png_bytes, render_infotext
 from veneer.models.fingerprint import file_sha256
-from veneer.models.image.base import size_in_units, too_long
+from veneer.models.image.base import aspect_problem, size_in_units
 from veneer.models.image.generate import (
     Control,
     GeneratedPicture,
@@ -124,7 +124,7 @@ class RecordedPicture:
         return Path(path)
 
 
-def asks_of(
+def image_requests(
     prompts: Sequence[str], uses: Sequence[Use], negative: str = "", seed: int | Sequence[int] = 0, count: int = 1
 ) -> list[ImageRequest]:
     """Return `count` requests for each prompt, with the seeds seed, seed + 1, …
@@ -147,46 +147,47 @@ def asks_of(
     ]
 
 
-def make(
+def generate(
     pipeline: ImagePipeline,
-    asks: Sequence[ImageRequest],
+    requests: Sequence[ImageRequest],
     options: Options | None = None,
     *,
     on_step: Callable[[int, int], None] | None = None,
-    on_made: Callable[[int, RecordedPicture], None] | None = None,
+    on_picture: Callable[[int, RecordedPicture], None] | None = None,
 ) -> list[RecordedPicture]:
     """Generate a picture for each request, in order.
 
-    `pipeline.say` is called with notes on what was resized, cut or has no effect. `on_made(i, made)` is
+    `pipeline.say` is called with notes on what was resized, cut or has no effect. `on_picture(i, picture)` is
     called as soon as a picture is finished, so that an interrupted call leaves its pictures. Raises
     ConfigError, DataError, AdapterError and MismatchError before the first step."""
     base, options = pipeline.base, options or Options()
-    meant = {uses: pipeline.resolved(uses) for uses in dict.fromkeys(ask.uses for ask in asks)}
-    asks = [replace(ask, uses=meant[ask.uses]) for ask in asks]  # a record has the meanings of roles
+    resolved = {uses: pipeline.resolved(uses) for uses in dict.fromkeys(request.uses for request in requests)}
+    # a record has the meanings of roles
+    requests = [replace(request, uses=resolved[request.uses]) for request in requests]
     plans: dict[tuple[Use, ...], MixPlan] = {}
-    for ask in asks:
-        if ask.uses not in plans:
-            plans[ask.uses] = pipeline.plan(ask.uses)
-        if "<lora:" in ask.prompt:
+    for request in requests:
+        if request.uses not in plans:
+            plans[request.uses] = pipeline.plan(request.uses)
+        if "<lora:" in request.prompt:
             pipeline.say("note: <lora:…> in a prompt is read as plain text here; adapters are named apart")
     settings, inputs = _prepared(pipeline, options)
-    rows = [ImageRow(ask.prompt, ask.negative, ask.seed, plans[ask.uses]) for ask in asks]
+    rows = [ImageRow(request.prompt, request.negative, request.seed, plans[request.uses]) for request in requests]
     shared = shared_record(base, settings) | inputs
     out: list[RecordedPicture] = []
-    told: set[tuple[tuple[Use, ...], int]] = set()
+    reported: set[tuple[tuple[Use, ...], int]] = set()
 
     def finish(i: int, picture: GeneratedPicture) -> None:
         for note in unread_notes(picture):
             pipeline.say(f"note: {note}")
-        if (asks[i].uses, picture.steps) not in told:
-            told.add((asks[i].uses, picture.steps))
-            for note in idle_ranges(asks[i].uses, picture.steps):
+        if (requests[i].uses, picture.steps) not in reported:
+            reported.add((requests[i].uses, picture.steps))
+            for note in idle_ranges(requests[i].uses, picture.steps):
                 pipeline.say(f"note: {note}")
         start = i - picture.index
-        batch = asks[start : start + len(picture.batch)]
+        batch = requests[start : start + len(picture.batch)]
         out.append(recorded_picture(base, pipeline.sources, picture, batch, picture.index, shared))
-        if on_made is not None:
-            on_made(i, out[-1])
+        if on_picture is not None:
+            on_picture(i, out[-1])
 
     generate_images(base, rows, settings, attachment=pipeline.attachment, on_step=on_step, on_picture=finish)
     return out
@@ -257,7 +258,7 @@ def _prepared(pipeline: ImagePipeline, options: Options) -> tuple[PictureSetting
         controls=tuple(controls),
         references=tuple(noted(fitted_reference(base, picture, width, height)) for picture, _ in shown),
     )
-    if base.edits_alone and not shown and image is None:
+    if base.only_edits and not shown and image is None:
         usual = "usually it is given a picture to change, as references (--reference photo.png)"
         pipeline.say(f"note: {base.short_name} is made to edit, and draws from the prompt alone here; {usual}")
     inputs = {"image": image_from, "mask": mask_from, "controls": control_records}
@@ -278,15 +279,15 @@ def fitted_reference(base: ImageBase, picture: Image, width: int, height: int) -
     reference with extreme proportions."""
     from PIL.Image import Resampling
 
-    if why := too_long(*picture.size):
+    if why := aspect_problem(*picture.size):
         raise ConfigError(f"a reference picture has {why}", fix="crop it")
     if base.reads_references:
         return picture, ""
     if abs(picture.width / picture.height * height / width - 1) > _SAME_PROPORTION:
         size = size_for(base, None, None, picture)
-        was, now = (f"{width}×{height}" for width, height in (picture.size, size))
-        said = f"the reference picture was resized from {was} to {now}"
-        return (picture, "") if was == now else (picture.resize(size, Resampling.LANCZOS), said)
+        old, new = (f"{width}×{height}" for width, height in (picture.size, size))
+        note = f"the reference picture was resized from {old} to {new}"
+        return (picture, "") if old == new else (picture.resize(size, Resampling.LANCZOS), note)
     return fitted_picture(picture, width, height, "reference picture")
 
 
@@ -391,7 +392,7 @@ def recorded_picture(
 
 
 def _infotext(
-    base: ImageBase, sources: Mapping[str, AdapterSource], ask: ImageRequest, record: dict[str, Any]
+    base: ImageBase, sources: Mapping[str, AdapterSource], request: ImageRequest, record: dict[str, Any]
 ) -> Infotext:
     settings = record["settings"]
     sampler, schedule = SAMPLERS.get(settings["scheduler"], (settings["scheduler"], "Automatic"))
@@ -400,7 +401,7 @@ def _infotext(
     fields["CFG scale"] = _short(settings["true_guidance" if distilled else "guidance"])
     if distilled:
         fields["Distilled CFG Scale"] = _short(settings["guidance"])
-    fields |= {"Seed": ask.seed, "Size": f"{settings['width']}x{settings['height']}"}
+    fields |= {"Seed": request.seed, "Size": f"{settings['width']}x{settings['height']}"}
     fields |= dict([model_hash(base)]) | {"Model": Path(base.name).name.removesuffix(".safetensors")}
     if settings["denoise"] is not None:
         fields["Denoising strength"] = _short(settings["denoise"])
@@ -415,7 +416,7 @@ def _infotext(
         )
     tags: list[str] = []
     hashes: dict[str, str] = {}
-    for name, strength in ask.uses:
+    for name, strength in request.uses:
         source = sources[name]
         by = dict(strength.blocks)
         text = strength.strength * by.get("text", 1.0)
@@ -427,7 +428,9 @@ def _infotext(
     if any(hashes.values()):
         fields["Lora hashes"] = ", ".join(f"{label}: {digest}" for label, digest in hashes.items() if digest)
     fields["Version"] = f"veneer {__version__}"
-    return Infotext(ask.prompt + "".join(tags), ask.negative, {key: str(value) for key, value in fields.items()})
+    return Infotext(
+        request.prompt + "".join(tags), request.negative, {key: str(value) for key, value in fields.items()}
+    )
 
 
 def _short(number: float) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from veneer.errors import ConfigError, nearest
 from veneer.imaging.adapters import ImagePipeline, Use, label_of
-from veneer.imaging.generate import ImageRequest, Options, RecordedPicture, make
+from veneer.imaging.generate import ImageRequest, Options, RecordedPicture, generate
 from veneer.models.image.sheet import sheet
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def draw_grid(
     on_step: Callable[[int, int], None] | None = None,
 ) -> tuple[Image, list[RecordedPicture]]:
     """Generate the pictures of a layout; return the sheet and the pictures, in row-major order."""
-    pictures = make(pipeline, grid.requests, options, on_step=on_step)
+    pictures = generate(pipeline, grid.requests, options, on_step=on_step)
     wide = len(grid.columns)
     cells = [[p.image for p in pictures[i : i + wide]] for i in range(0, len(pictures), wide)]
     return sheet(cells, rows=grid.rows, columns=grid.columns, title=grid.title), pictures

@@ -19,7 +19,7 @@ from veneer.adapters import use as using
 from veneer.errors import AdapterError, DataError, MismatchError
 from veneer.imaging.adapters import ImagePipeline, parse_use
 from veneer.imaging.controls import ControlSpec, hashed_picture
-from veneer.imaging.generate import RECORDED, ImageRequest, Options, RecordedPicture, library_versions, make
+from veneer.imaging.generate import RECORDED, ImageRequest, Options, RecordedPicture, generate, library_versions
 from veneer.imaging.infotext import read_record
 
 
@@ -128,9 +128,9 @@ def reproduce(
     if other:
         pipeline.say(f"note: made with {', '.join(other)}: the last bits may differ")
     if changes is None:
-        return make(pipeline, requests, recipe.options, on_step=on_step)[recipe.index]
+        return generate(pipeline, requests, recipe.options, on_step=on_step)[recipe.index]
     request, options = changes(requests[recipe.index], recipe.options)
-    return make(pipeline, [request], replace(options, batch_size=1), on_step=on_step)[0]
+    return generate(pipeline, [request], replace(options, batch_size=1), on_step=on_step)[0]
 
 
 def _attach(pipeline: ImagePipeline, name: str, digest: str) -> str:

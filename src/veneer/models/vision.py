@@ -30,7 +30,7 @@ INSTRUCTION = (
     "Describe this picture in one or two sentences, for training an image generator: its subject first, then how it "
     "looks and where it is. Plain sentences, no introduction."
 )
-_OWN_WORDS = {"florence2": "<MORE_DETAILED_CAPTION>", "paligemma": "caption en"}
+_PROMPTS = {"florence2": "<MORE_DETAILED_CAPTION>", "paligemma": "caption en"}
 """Default prompt of families without a chat template.
 
 Other families get only the picture."""
@@ -81,17 +81,17 @@ class VisionModel:
         try:
             with errors_only(), torch.no_grad():
                 inputs = self._inputs(picture, instruction).to(self.device, self.dtype)
-                made = self.model.generate(**inputs, **_GREEDY, max_new_tokens=max_tokens)[0].tolist()
-                asked = inputs["input_ids"][0].tolist() if "input_ids" in inputs else []
-                new = made[len(asked) :] if made[: len(asked)] == asked else made
+                ids = self.model.generate(**inputs, **_GREEDY, max_new_tokens=max_tokens)[0].tolist()
+                prompt_ids = inputs["input_ids"][0].tolist() if "input_ids" in inputs else []
+                new = ids[len(prompt_ids) :] if ids[: len(prompt_ids)] == prompt_ids else ids
                 text = self.processor.decode(new, skip_special_tokens=True)
         except Exception as error:
             if lacks_memory(error):
                 raise
-            said = " ".join(str(error).split())[:300] or type(error).__name__
-            what = f"{self.name} ({self.family}) cannot describe this picture: {said}"
+            message = " ".join(str(error).split())[:300] or type(error).__name__
+            what = f"{self.name} ({self.family}) cannot describe this picture: {message}"
             raise BaseError(what, fix="another --instruction, or another model") from error
-        return _described(text, cut=len(new) >= max_tokens and new[-1] not in self._stops)
+        return _clean(text, cut=len(new) >= max_tokens and new[-1] not in self._stops)
 
     @property
     def _stops(self) -> set[int]:
@@ -100,16 +100,16 @@ class VisionModel:
 
     def _inputs(self, picture: Image, instruction: str | None) -> Any:
         if getattr(self.processor, "chat_template", None):
-            asked = {"type": "text", "text": INSTRUCTION if instruction is None else instruction}
-            chat = [{"role": "user", "content": [{"type": "image", "image": picture}, asked]}]
+            question = {"type": "text", "text": INSTRUCTION if instruction is None else instruction}
+            chat = [{"role": "user", "content": [{"type": "image", "image": picture}, question]}]
             return self.processor.apply_chat_template(
                 chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
             )
-        words = _OWN_WORDS.get(self.family) if instruction is None else instruction
+        words = _PROMPTS.get(self.family) if instruction is None else instruction
         return self.processor(images=picture, return_tensors="pt", **({"text": words} if words else {}))
 
 
-def _described(text: str, cut: bool) -> Description:
+def _clean(text: str, cut: bool) -> Description:
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     if cut and (whole := max(line.rfind(end) for end in _ENDS) + 1):
         line = line[:whole]
@@ -179,11 +179,11 @@ def _read(what: str, path: Path, read: Callable[[], Any]) -> Any:
     except Exception as error:
         if lacks_memory(error) or isinstance(error, ConfigError):
             raise
-        said = " ".join(str(error).split())[:300] or type(error).__name__
-        fix = "a newer transformers may know it: pip install -U transformers" if "architecture" in said else None
+        message = " ".join(str(error).split())[:300] or type(error).__name__
+        fix = "a newer transformers may know it: pip install -U transformers" if "architecture" in message else None
         if isinstance(error, ImportError):  # torchvision, num2words, …
             fix = "install what it asks for, or take a model that needs none of it"
-        raise BaseError(f"cannot read the {what} of this model: {said}", where=str(path), fix=fix) from error
+        raise BaseError(f"cannot read the {what} of this model: {message}", where=str(path), fix=fix) from error
 
 
 def _no_model(path: Path, why: str) -> BaseError:

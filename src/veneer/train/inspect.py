@@ -394,7 +394,7 @@ def pictures_seen(config: ImageTrainConfig) -> tuple[SeenPicture, ...]:
 
     Held out and left out ones come last. Raises DataError for a folder that cannot be learned from; opens at
     most `_MOST_PICTURES`."""
-    from veneer.train.image.augmentation import draw_row
+    from veneer.train.image.augmentation import sample_row
     from veneer.train.image.pictures import count_pictures
 
     if (count := count_pictures(config.data)[0]) > _MOST_PICTURES:
@@ -412,7 +412,7 @@ def pictures_seen(config: ImageTrainConfig) -> tuple[SeenPicture, ...]:
         if at is None:
             out.append(_seen(picture, "left out", "smaller than its bucket"))
             continue
-        view, _ = draw_row(at, config.data, seed=config.seed, epoch=0)
+        view, _ = sample_row(at, config.data, seed=config.seed, epoch=0)
         wide, high = view.resized
         crop = (view.left / wide, view.top / high, view.width / wide, view.height / high)
         cut = f"{view.cut:.0%} lies outside the crop" if view.cut >= 0.005 else ""

@@ -357,7 +357,7 @@ def _plan_of_pictures(
 ) -> Plan:
     from veneer.train.image.pictures import count_pictures
 
-    before, signs = before or len(config.data.before_folders), 1
+    before, signs = before or len(config.data.source_folders), 1
     bare: float = 0 if config.loss.keep_guidance is None else 2
     notes: tuple[str, ...] = ()
     if config.slider.wanted:

@@ -20,13 +20,13 @@ from veneer.train.image.augmentation import (
     View,
     bucket_for,
     buckets,
-    draw_caption,
-    draw_row,
+    crop_view,
     latent_mask,
-    place,
     plan_rows,
     prepare,
-    view_before,
+    sample_caption,
+    sample_row,
+    source_view,
 )
 from veneer.train.image.pictures import TrainingPicture, read_pictures
 
@@ -82,7 +82,7 @@ def test_a_picture_goes_to_the_nearest_bucket_and_is_not_enlarged_unasked(
     assert w % step == h % step == 0
     assert w * h <= resolution**2
     assert max(w, h) <= (ratio if several else 1) * min(w, h)
-    view = place(size, bucket)
+    view = crop_view(size, bucket)
     enlarged = view.resized[0] > size[0] or view.resized[1] > size[1]
     assert not enlarged or (small == "upscale" and below)
     if not below:
@@ -103,7 +103,7 @@ def test_a_view_covers_its_bucket_and_its_time_ids_are_where_the_pixels_are(
     size: tuple[int, int], cells: tuple[int, int], flip: bool, at: tuple[float, float] | None
 ) -> None:
     bucket = (8 * cells[0], 8 * cells[1])
-    view = place(size, bucket, flip=flip, at=at)
+    view = crop_view(size, bucket, flip=flip, at=at)
     (width, height), (rw, rh) = size, view.resized
     scale = max(Fraction(bucket[0], width), Fraction(bucket[1], height))
     assert rw >= bucket[0]
@@ -149,7 +149,7 @@ def test_pixels_without_resizing_are_the_file_s(tmp_path: Path) -> None:
 
 def test_a_halved_picture_keeps_its_places(tmp_path: Path) -> None:
     one = picture(tmp_path, corners(96, 64))
-    seen = prepare(one, place(one.size, (48, 32)), settings())
+    seen = prepare(one, crop_view(one.size, (48, 32)), settings())
     for (y, x), colour in {
         (4, 4): (1, -1, -1),
         (4, 40): (-1, 1, -1),
@@ -166,7 +166,7 @@ def test_an_upright_picture_has_upright_time_ids(tmp_path: Path) -> None:
     corners(40, 24).save(path, exif=exif)
     (one,) = read_pictures(settings(tmp_path, prompt="x"))[0]
     assert one.size == (24, 40)
-    seen = prepare(one, place(one.size, (24, 40)), settings())
+    seen = prepare(one, crop_view(one.size, (24, 40)), settings())
     assert seen.sizes.tolist() == [40, 24, 0, 0, 40, 24]
     assert seen.pixels[:, 0, 0].tolist() == [-1, -1, 1]  # what was at the bottom left, blue
 
@@ -194,19 +194,19 @@ def test_alpha_is_the_mask_where_asked(tmp_path: Path) -> None:
     alpha = np.tile(np.arange(32, dtype=np.uint8) * 8, (32, 1))
     image.putalpha(Image.fromarray(alpha))
     one = picture(tmp_path, image, masks="alpha")
-    seen = prepare(one, place(one.size, (32, 32)), settings(masks="alpha"))
+    seen = prepare(one, crop_view(one.size, (32, 32)), settings(masks="alpha"))
     assert np.abs(seen.mask[0].numpy() - alpha / 255).max() < 1e-6
-    assert prepare(picture(tmp_path, image), place(one.size, (32, 32)), settings()).mask is None
+    assert prepare(picture(tmp_path, image), crop_view(one.size, (32, 32)), settings()).mask is None
 
 
 def test_a_picture_that_changed_since_is_refused(tmp_path: Path) -> None:
     one = picture(tmp_path, scene())
     put(tmp_path, "a.png", "x", scene(seed=9))
     with pytest.raises(DataError, match="changed while the run"):
-        prepare(one, place(one.size, (16, 16)), settings())
+        prepare(one, crop_view(one.size, (16, 16)), settings())
     one.path.unlink()
     with pytest.raises(DataError, match="no longer be used: cannot be read"):
-        prepare(one, place(one.size, (16, 16)), settings())
+        prepare(one, crop_view(one.size, (16, 16)), settings())
 
 
 def test_each_picture_at_each_resolution_as_often_as_it_repeats(tmp_path: Path) -> None:
@@ -249,11 +249,11 @@ def rows(folder: Path, caption: str = "sks, red, big, old, round, soft", n: int 
 def test_draws_depend_on_seed_epoch_and_row_alone(tmp_path: Path) -> None:
     keys = settings(tmp_path, trigger="sks", shuffle_tags=True, caption_dropout=0.3, flip=True, crop="random")
     all_rows = rows(tmp_path)
-    first = [draw_row(row, keys, seed=1, epoch=2) for row in all_rows]
-    assert first[::-1] == [draw_row(row, keys, seed=1, epoch=2) for row in all_rows[::-1]]
-    assert first != [draw_row(row, keys, seed=1, epoch=3) for row in all_rows]
-    assert first != [draw_row(row, keys, seed=2, epoch=2) for row in all_rows]
-    views = {view for e in range(50) for view, _ in (draw_row(r, keys, seed=1, epoch=e) for r in all_rows[:8])}
+    first = [sample_row(row, keys, seed=1, epoch=2) for row in all_rows]
+    assert first[::-1] == [sample_row(row, keys, seed=1, epoch=2) for row in all_rows[::-1]]
+    assert first != [sample_row(row, keys, seed=1, epoch=3) for row in all_rows]
+    assert first != [sample_row(row, keys, seed=2, epoch=2) for row in all_rows]
+    views = {view for e in range(50) for view, _ in (sample_row(r, keys, seed=1, epoch=e) for r in all_rows[:8])}
     assert len({(v.top, v.left) for v in views}) == 4  # the crops that are cached, whatever the epoch
     assert len({v.flip for v in views}) == 2
 
@@ -265,7 +265,7 @@ def test_shuffled_tags_are_the_same_tags_and_the_first_stay(seed: int, keep: int
     tags = ["sks", "red", "big", "old", "round"]
     one.__dict__.update(caption=", ".join(tags), key="k", is_class=False)
     keys = settings(shuffle_tags=True, keep_tags=keep)
-    drawn = draw_caption(PictureRow(one, (8, 8)), keys, seed=seed, epoch=0).split(", ")
+    drawn = sample_caption(PictureRow(one, (8, 8)), keys, seed=seed, epoch=0).split(", ")
     assert sorted(drawn) == sorted(tags)
     assert drawn[:keep] == tags[:keep]
 
@@ -273,22 +273,22 @@ def test_shuffled_tags_are_the_same_tags_and_the_first_stay(seed: int, keep: int
 def test_the_trigger_stays_in_front_unasked(tmp_path: Path) -> None:
     all_rows = rows(tmp_path)
     keys = settings(tmp_path, trigger="sks", shuffle_tags=True)
-    drawn = [draw_caption(r, keys, seed=0, epoch=0) for r in all_rows]
+    drawn = [sample_caption(r, keys, seed=0, epoch=0) for r in all_rows]
     assert all(c.startswith("sks, ") for c in drawn)
     assert len(set(drawn)) > 20
     free = settings(tmp_path, shuffle_tags=True)
-    assert not all(draw_caption(r, free, seed=0, epoch=0).startswith("sks, ") for r in all_rows)
+    assert not all(sample_caption(r, free, seed=0, epoch=0).startswith("sks, ") for r in all_rows)
 
 
 def test_chances_are_what_they_say(tmp_path: Path) -> None:
     all_rows = rows(tmp_path, n=2000)
     keys = settings(tmp_path, caption_dropout=0.1, flip=True, crop="random")
-    drawn = [draw_row(r, keys, seed=0, epoch=0) for r in all_rows]
+    drawn = [sample_row(r, keys, seed=0, epoch=0) for r in all_rows]
     assert abs(sum(c == "" for _, c in drawn) - 200) < 5 * (2000 * 0.1 * 0.9) ** 0.5
     assert abs(sum(v.flip for v, _ in drawn) - 1000) < 5 * (2000 * 0.25) ** 0.5
     plain = settings(tmp_path)
-    assert {draw_row(r, plain, seed=0, epoch=0) for r in all_rows} == {
-        (place((64, 48), (32, 32)), all_rows[0].picture.caption)
+    assert {sample_row(r, plain, seed=0, epoch=0) for r in all_rows} == {
+        (crop_view((64, 48), (32, 32)), all_rows[0].picture.caption)
     }
 
 
@@ -305,10 +305,10 @@ def test_both_pictures_of_a_pair_are_cut_and_mirrored_alike(tmp_path: Path) -> N
     views = set()
     for row in rows:
         for epoch in range(6):
-            view, _ = draw_row(row, keys, seed=0, epoch=epoch)
+            view, _ = sample_row(row, keys, seed=0, epoch=epoch)
             views.add((view.left, view.flip))
-            before = row.picture.before[0]
-            own, other = prepare(row.picture, view, keys), prepare(before, view_before(view, before), keys)
+            before = row.picture.sources[0]
+            own, other = prepare(row.picture, view, keys), prepare(before, source_view(view, before), keys)
             near = 0.02 if row.picture.name == "a.png" else 0.2  # enlarged by nearest, made smaller again
             assert torch.allclose(own.pixels, -other.pixels, atol=near)
     assert len(views) > 3

@@ -21,7 +21,7 @@ from veneer.train.config.load import config_from
 from veneer.train.image.augmentation import plan_rows
 from veneer.train.image.batches import PlannedRow, plan_image_steps, planned_rows, split_pictures, validation_rows
 from veneer.train.image.encode import Encoders, ImageLoss, times_of
-from veneer.train.image.loss import draw, generator, noised, shifted
+from veneer.train.image.loss import generator, noised, sample_noise, shifted
 from veneer.train.image.pictures import read_pictures
 
 
@@ -89,7 +89,7 @@ def test_the_loss_is_the_squared_error_of_the_denoiser_itself(shared: Path, base
     row = planned[0]
     batch = encoders.batch([row])
     loss = ImageLoss(base, config, encoders)
-    noise, sigma = draw(batch.latents.shape[1:], [row.key], "flow", loss.times, loss.noise)
+    noise, sigma = sample_noise(batch.latents.shape[1:], [row.key], "flow", loss.times, loss.noise)
     noisy, target = noised(batch.latents, noise, sigma, "flow")
     n, c, h, w = noisy.shape
     text = encoders.text([row.caption])
@@ -138,7 +138,7 @@ def test_sdxls_loss_is_that_of_diffusers_own_script(kind: str, shared: Path, tmp
     by_hand = 0.0
     for row in rows:
         batch = encoders.batch([row])
-        noise, t = draw(batch.latents.shape[1:], [row.key], base.prediction, loss.times, loss.noise)
+        noise, t = sample_noise(batch.latents.shape[1:], [row.key], base.prediction, loss.times, loss.noise)
         view, (width, height) = row.view, row.picture.size
         left = view.resized[0] - view.width - view.left if view.flip else view.left
         ids = torch.tensor([[height, width, view.top, left, view.height, view.width]])
@@ -196,7 +196,7 @@ def test_a_base_that_reads_prompts_otherwise_shares_no_cached_text(shared: Path,
 
     def cached() -> tuple[int, int]:
         encoders = Encoders(base, config, tmp_path)
-        return encoders.text(["a red house"]).embeds.shape[1], encoders.texts.found
+        return encoders.text(["a red house"]).embeds.shape[1], encoders.texts.hits
 
     assert [cached(), cached()] == [(24, 0), (24, 1)]
     base.parts["tokenizer_2"].model_max_length = 12
@@ -211,7 +211,7 @@ def test_the_shift_by_resolution_counts_the_tokens_that_the_denoiser_sees(family
     times = times_of(base, _config(shared, loss={"shift": "resolution"}))
     seen: list[int] = []
     counting = replace(times, shift=lambda tokens: float(seen.append(tokens) or 1.0))
-    draw(latent_shape(base, 64, 96), [(0, 0, 0)], "flow", counting)
+    sample_noise(latent_shape(base, 64, 96), [(0, 0, 0)], "flow", counting)
     assert seen == [64 // base.unit * (96 // base.unit)]
 
 
@@ -243,7 +243,7 @@ def test_a_mask_confines_the_loss_to_what_is_white(shared: Path, tmp_path: Path,
     half = batch.masks.shape[-1] // 2
     assert batch.masks[..., :half].min() == 1
     assert batch.masks[..., half:].max() == 0
-    noise, sigma = draw(batch.latents.shape[1:], [masked.key], "flow", loss.times, loss.noise)
+    noise, sigma = sample_noise(batch.latents.shape[1:], [masked.key], "flow", loss.times, loss.noise)
     with torch.no_grad():
         own = loss.row_errors(batch, noise, sigma)
         batch.masks = None
@@ -295,7 +295,7 @@ def test_guidance_that_is_kept(shared: Path, base: ImageBase) -> None:
     _, _, planned = _steps(config)
     batch = encoders.batch(planned[:2])
     plain = ImageLoss(base, config, encoders)
-    noise, sigma = draw(batch.latents.shape[1:], [r.key for r in planned[:2]], "flow", plain.times, plain.noise)
+    noise, sigma = sample_noise(batch.latents.shape[1:], [r.key for r in planned[:2]], "flow", plain.times, plain.noise)
     moves: list[float] = []
 
     @contextmanager
@@ -315,7 +315,7 @@ def test_guidance_that_is_kept(shared: Path, base: ImageBase) -> None:
     try:
         with torch.no_grad():
             want = plain.row_errors(batch, noise, sigma)
-            loss = ImageLoss(base, kept, encoders, bare=bare)
+            loss = ImageLoss(base, kept, encoders, adapter_off=bare)
             assert torch.allclose(loss.row_errors(batch, noise, sigma), want, rtol=1e-4)
             assert not torch.allclose(ImageLoss(base, told, encoders).row_errors(batch, noise, sigma), want, rtol=1e-3)
             moved[0] = 0.5
@@ -334,7 +334,7 @@ def test_guidance_that_is_kept_in_part(shared: Path, base: ImageBase, monkeypatc
     encoders = Encoders(base, part, None)
     batch = encoders.batch(_steps(part)[2][:2])
     loss = ImageLoss(base, part, encoders)
-    noise, sigma = draw(batch.latents.shape[1:], [r.key for r in batch.rows], "flow", loss.times, loss.noise)
+    noise, sigma = sample_noise(batch.latents.shape[1:], [r.key for r in batch.rows], "flow", loss.times, loss.noise)
 
     def linear(hidden_states: torch.Tensor, guidance: torch.Tensor, **_: Any) -> Any:
         return (hidden_states + guidance.view(-1, 1, 1) * hidden_states.cos(),)

@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.train.make_pictures import put, scene, settings
 from veneer.errors import DataError, ResourceError
 from veneer.train.config.image import ImageDataSection
-from veneer.train.image.augmentation import View, place, prepare
+from veneer.train.image.augmentation import View, crop_view, prepare
 from veneer.train.image.cache import CacheEntry, LatentCache, TextCache
 from veneer.train.image.pictures import TrainingPicture, read_pictures
 
@@ -36,7 +36,7 @@ def one(folder: Path, seed: int = 0, keys: ImageDataSection | None = None) -> Tr
     return read_pictures(keys or settings(folder))[0][0]
 
 
-VIEW = place((48, 32), (32, 24))
+VIEW = crop_view((48, 32), (32, 24))
 
 
 def test_latents_are_made_once_and_are_those_of_the_picture(tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_latents_are_made_once_and_are_those_of_the_picture(tmp_path: Path) -> N
     again = cache.get(picture, VIEW, keys, encode)
     cache.get(picture, VIEW, keys, encode)
     assert encode.calls == 1
-    assert (cache.found, cache.made, cache.damaged) == (1, 0, 0)
+    assert (cache.hits, cache.misses, cache.damaged) == (1, 0, 0)
     seen = prepare(picture, VIEW, keys)
     assert torch.equal(first.latents, Encoder()(seen.pixels[None])[0])
     assert torch.equal(again.latents, first.latents)
@@ -65,7 +65,7 @@ def test_whatever_changes_the_pixels_changes_the_key(tmp_path: Path) -> None:
 
     get(picture)
     for n, view in enumerate(
-        [place((48, 32), (24, 24)), place((48, 32), (32, 24), flip=True), place((48, 32), (24, 32))]
+        [crop_view((48, 32), (24, 24)), crop_view((48, 32), (32, 24), flip=True), crop_view((48, 32), (24, 32))]
     ):
         get(picture, view)
         assert encode.calls == n + 2
@@ -103,17 +103,17 @@ def test_a_damaged_entry_is_counted_and_made_anew(tmp_path: Path, damage: str) -
     picture, encode, keys = one(tmp_path / "p"), Encoder(), settings()
     good = LatentCache(tmp_path / "cache", fingerprint="b").get(picture, VIEW, keys, encode)
     (file,) = (tmp_path / "cache").rglob("*.safetensors")
-    mirrored = place((48, 32), (32, 24), flip=True)
+    mirrored = crop_view((48, 32), (32, 24), flip=True)
     LatentCache(tmp_path / "other", fingerprint="b").get(picture, mirrored, keys, encode)
     (other,) = (tmp_path / "other").rglob("*.safetensors")
     whole = {"cut": file.read_bytes()[:-8], "empty": b"", "text": b"no", "another's": other.read_bytes()}
     file.write_bytes(whole[damage])
     after = LatentCache(tmp_path / "cache", fingerprint="b")
     assert torch.equal(after.get(picture, VIEW, keys, encode).latents, good.latents)
-    assert (after.found, after.made, after.damaged) == (0, 1, 1)
+    assert (after.hits, after.misses, after.damaged) == (0, 1, 1)
     healed = LatentCache(tmp_path / "cache", fingerprint="b")
     assert torch.equal(healed.get(picture, VIEW, keys, encode).latents, good.latents)
-    assert (healed.found, healed.damaged) == (1, 0)
+    assert (healed.hits, healed.damaged) == (1, 0)
 
 
 def test_whatever_bit_is_wrong_the_latents_are_right(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_memory_alone_and_no_memory(tmp_path: Path) -> None:
     disk = LatentCache(tmp_path / "cache", fingerprint="b", memory=0)
     for _ in range(3):
         disk.get(picture, VIEW, keys, encode)
-    assert (disk.made, disk.found) == (1, 2)
+    assert (disk.misses, disk.hits) == (1, 2)
 
 
 def test_not_finite_latents_are_refused_and_not_kept(tmp_path: Path) -> None:

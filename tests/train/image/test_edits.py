@@ -27,7 +27,7 @@ from veneer.plan.image import ImageLoad, image_counts
 from veneer.plan.tables import base_config
 from veneer.train.config.load import ImageTrainConfig, config_from
 from veneer.train.events import Event, Note
-from veneer.train.image.augmentation import draw_row, place, plan_rows, view_before
+from veneer.train.image.augmentation import crop_view, plan_rows, sample_row, source_view
 from veneer.train.image.batches import ImageBatch, PlannedRow
 from veneer.train.image.checks import check_pictures
 from veneer.train.image.encode import Encoders, ImageLoss
@@ -81,20 +81,20 @@ def test_a_run_on_pairs_draws_as_diffusers_does_with_its_file(
     with Image.open(result.samples[-1]) as sheet:
         wide = sheet.width
     assert wide > 2 * 128  # what is before, beside what was drawn
-    place = tiny_image_base(shared, family)
+    crop_view = tiny_image_base(shared, family)
     if family == "kontext":
-        pipe = diffusers.FluxKontextPipeline.from_pretrained(place)
+        pipe = diffusers.FluxKontextPipeline.from_pretrained(crop_view)
         pipe.set_progress_bar_config(disable=True)
         given = {"max_area": 32 * 32, "_auto_resize": False, "max_sequence_length": LENGTH}
     else:
-        pipe, given = qwen_edit_pipeline(place), {"true_cfg_scale": 4.0, "negative_prompt": ""}
+        pipe, given = qwen_edit_pipeline(crop_view), {"true_cfg_scale": 4.0, "negative_prompt": ""}
     pipe.load_lora_weights(str(tmp_path / "out"), weight_name=Path(result.adapter).name)
     edited = Image.open(start).convert("RGB").resize((32, 32))
     generator = torch.Generator().manual_seed(4)
     theirs = pipe(
         image=edited, prompt=prompt, height=32, width=32, num_inference_steps=2, generator=generator, **given
     ).images[0]
-    base = load_image(str(place))
+    base = load_image(str(crop_view))
     plan = MixPlan((("it", 1.0),), ((0.0, (("it", 1.0),)),))
     shown = (edited,)
     rows = [ImageRow(prompt, seed=4, plan=plan, references=shown), ImageRow(prompt, seed=4, references=shown)]
@@ -111,23 +111,23 @@ def test_latents_of_pairs_are_cached_once(shared: Path, pairs: Path, kontext: Im
     pictures = read_pictures(config.data)[0][:2]
     rows = plan_rows(pictures, config.data, size=base.size, unit=base.unit).rows
     planned = [
-        PlannedRow(r.picture, *draw_row(r, config.data, seed=0, epoch=0), 1.0, (0, 0, i)) for i, r in enumerate(rows)
+        PlannedRow(r.picture, *sample_row(r, config.data, seed=0, epoch=0), 1.0, (0, 0, i)) for i, r in enumerate(rows)
     ]
     encoders = Encoders(base, config, tmp_path / "cache")
     encoders.fill(planned)
-    assert (encoders.latents.made, encoders.latents.found) == (4, 0)
+    assert (encoders.latents.misses, encoders.latents.hits) == (4, 0)
     again = Encoders(base, config, tmp_path / "cache")
     batch = again.batch(planned[:1])
-    assert (again.latents.made, again.latents.found) == (0, 2)
-    view, before = planned[0].view, planned[0].picture.before[0]
-    assert view_before(view, before).width == view.width
-    assert [x.shape for x in batch.before] == [batch.latents.shape]
+    assert (again.latents.misses, again.latents.hits) == (0, 2)
+    view, before = planned[0].view, planned[0].picture.sources[0]
+    assert source_view(view, before).width == view.width
+    assert [x.shape for x in batch.sources] == [batch.latents.shape]
     loss = ImageLoss(base, config, again)
     noise, times = torch.zeros_like(batch.latents), torch.tensor([0.4])
     with torch.no_grad():
         errors = loss.row_errors(batch, noise, times)
         target = [(batch.latents[0], None, batch.sizes[0])]
-        moved = loss.row_errors(ImageBatch.of(planned[:1], target, [[-batch.before[0][0]]]), noise, times)
+        moved = loss.row_errors(ImageBatch.stack(planned[:1], target, [[-batch.sources[0][0]]]), noise, times)
     assert errors.shape == (1,)
     assert not torch.equal(errors, moved)
 
@@ -142,7 +142,7 @@ def test_prompts_are_cached_with_their_picture(shared: Path, tmp_path: Path, mon
     base = load_image(str(tiny_image_base(shared, "qwen-edit")))
     rows = plan_rows(read_pictures(config.data)[0], config.data, size=32, unit=base.unit).rows
     planned = [
-        PlannedRow(r.picture, *draw_row(r, config.data, seed=0, epoch=0), 1.0, (0, 0, i)) for i, r in enumerate(rows)
+        PlannedRow(r.picture, *sample_row(r, config.data, seed=0, epoch=0), 1.0, (0, 0, i)) for i, r in enumerate(rows)
     ]
     captions = [row.caption for row in planned]
     assert len(set(captions)) == 1
@@ -150,17 +150,17 @@ def test_prompts_are_cached_with_their_picture(shared: Path, tmp_path: Path, mon
     assert encoders.fill(planned) == (2, 2)
     again = Encoders(base, config, tmp_path / "cache")
     text = again.text(captions, planned)
-    assert (again.texts.made, again.texts.found) == (0, 2)
+    assert (again.texts.misses, again.texts.hits) == (0, 2)
     one, other = text.unpadded()
     assert one.shape != other.shape or not torch.equal(one, other)
     Image.open(pairs / "1.before.png").rotate(180).save(pairs / "1.before.png")
     moved = [replace(row, picture=p) for row, p in zip(planned, read_pictures(config.data)[0], strict=True)]
     again.text(captions, moved)
-    assert (again.texts.made, again.texts.found) == (1, 2)
+    assert (again.texts.misses, again.texts.hits) == (1, 2)
     base.part("processor").pictures.do_convert_rgb = False
     other = Encoders(base, config, tmp_path / "cache")
     other.text(captions, moved)
-    assert (other.texts.made, other.texts.found) == (2, 0), "read otherwise"
+    assert (other.texts.misses, other.texts.hits) == (2, 0), "read otherwise"
 
 
 def test_a_reference_of_another_shape_is_shown_whole(shared: Path, tmp_path: Path) -> None:
@@ -172,9 +172,9 @@ def test_a_reference_of_another_shape_is_shown_whole(shared: Path, tmp_path: Pat
     plan = plan_rows(pictures, config.data, size=base.size, unit=base.unit)
     said = [f.text for f in check_pictures(pictures, summary, plan, config.data) if f.check == "pairs"]
     assert "2 source images of other proportions than the result, used whole: " in said[-1]
-    view, caption = draw_row(plan.rows[0], config.data, seed=0, epoch=0)
+    view, caption = sample_row(plan.rows[0], config.data, seed=0, epoch=0)
     batch = Encoders(base, config, None).batch([PlannedRow(plan.rows[0].picture, view, caption, 1.0, (0, 0, 0))])
-    (found,) = batch.before
+    (found,) = batch.sources
     width, height = (base.vae_scale * side for side in (found.shape[3], found.shape[2]))
     assert (width // height, width * height <= 1.5 * base.size**2) == (2, True)
     with Image.open(pairs / "0.before.png") as whole:
@@ -201,9 +201,9 @@ def test_an_edit_is_learned_from_what_is_before(shared: Path, pairs: Path, konte
         return torch.randint(0, 2, (n, 4, 4, 4), generator=g) * 2.0 - 1.0
 
     def batch_of(after: Tensor, before: Tensor, step: int) -> ImageBatch:
-        seen = place(picture.size, view.bucket)
+        seen = crop_view(picture.size, view.bucket)
         rows = [PlannedRow(picture, seen, "a red house", 1.0, (0, step, i)) for i in range(len(after))]
-        return ImageBatch.of(rows, [(x, None, torch.zeros(6)) for x in after], [[x] for x in before])
+        return ImageBatch.stack(rows, [(x, None, torch.zeros(6)) for x in after], [[x] for x in before])
 
     with attach(base.model) as attachment:
         spec = LoraSpec(rank=8, alpha=16, targets=("re:transformer\\..*",))

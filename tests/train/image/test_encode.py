@@ -34,7 +34,7 @@ from veneer.train.config.load import config_from
 from veneer.train.image.augmentation import plan_rows
 from veneer.train.image.batches import ImageBatch, plan_image_steps, planned_rows
 from veneer.train.image.encode import Encoders, ImageLoss
-from veneer.train.image.loss import draw
+from veneer.train.image.loss import sample_noise
 from veneer.train.image.pictures import read_pictures
 from veneer.train.image.preflight import parts_of
 
@@ -222,7 +222,9 @@ def test_loss_and_every_gradient_are_those_of_diffusers_script_with_peft(family:
     adapter = moved(create(*parts_of(base, config)["transformer"], seed=0))
     pipe = diffusers_pipeline(base.directory)
     twin = peft_twin(pipe.transformer, adapter)
-    noise, sigma = draw(batch.latents.shape[1:], [row.key for row in batch.rows], "flow", loss.times, loss.noise)
+    noise, sigma = sample_noise(
+        batch.latents.shape[1:], [row.key for row in batch.rows], "flow", loss.times, loss.noise
+    )
     prompts = [row.caption for row in batch.rows]
     wanted = SCRIPTS[family](pipe, pixels_of(batch), prompts, noise, sigma, config.loss.guidance)
     wanted.backward()

@@ -23,8 +23,8 @@ def captions(folder: Path, **keys: Any) -> dict[str, str]:
 
 def sources(folder: Path, **keys: Any) -> dict[str, list[str]]:
     pictures, summary = read_pictures(settings(folder, **keys))
-    assert count_pictures(settings(folder, **keys)) == (len(pictures), summary.before)
-    return {p.name: [b.name for b in p.before] for p in pictures}
+    assert count_pictures(settings(folder, **keys)) == (len(pictures), summary.sources)
+    return {p.name: [b.name for b in p.sources] for p in pictures}
 
 
 def metadata(folder: Path, *rows: dict[str, Any]) -> None:
@@ -240,7 +240,7 @@ def test_off_ignores_source_images(tmp_path: Path) -> None:
     put(tmp_path, "cat.png")
     put(tmp_path, "cat.before.png", None)
     pictures, summary = read_pictures(settings(tmp_path, before="off"))
-    assert ([p.before for p in pictures], summary.ignored["source images"]) == ([()], 1)
+    assert ([p.sources for p in pictures], summary.ignored["source images"]) == ([()], 1)
     assert read_pictures(settings(tmp_path))[0][0].key != pictures[0].key, "another cache entry"
 
 

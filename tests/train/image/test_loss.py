@@ -10,13 +10,13 @@ from torch import Tensor
 
 from veneer.train.image.loss import (
     Times,
-    draw,
     flux_shift,
     min_snr_weight,
     mu_of_tokens,
     noised,
     quantile_times,
     row_losses,
+    sample_noise,
     shifted,
 )
 from veneer.train.optim import Ema
@@ -82,15 +82,15 @@ def test_min_snr_at_no_signal_at_all_is_finite() -> None:
 def test_draws_depend_on_seed_step_and_row_alone() -> None:
     keys = [(7, 3, row) for row in range(4)]
     for prediction in ("epsilon", "flow"):
-        whole = draw((4, 8, 8), keys, prediction, Times("logit-normal"), 0.1)  # type: ignore[arg-type]
+        whole = sample_noise((4, 8, 8), keys, prediction, Times("logit-normal"), 0.1)  # type: ignore[arg-type]
         torch.manual_seed(99)
         parts = [
-            draw((4, 8, 8), keys[i : i + 1], prediction, Times("logit-normal"), 0.1)  # type: ignore[arg-type]
+            sample_noise((4, 8, 8), keys[i : i + 1], prediction, Times("logit-normal"), 0.1)  # type: ignore[arg-type]
             for i in (0, 1, 2, 3)
         ]
-        for whole_part, cut in zip(whole, zip(*parts, strict=True), strict=True):
-            assert torch.equal(whole_part, torch.cat(cut))
-    other = [draw((4, 8, 8), [key], "epsilon", Times())[0] for key in ((7, 3, 0), (8, 3, 0), (7, 4, 0))]
+        for crop_original, cut in zip(whole, zip(*parts, strict=True), strict=True):
+            assert torch.equal(crop_original, torch.cat(cut))
+    other = [sample_noise((4, 8, 8), [key], "epsilon", Times())[0] for key in ((7, 3, 0), (8, 3, 0), (7, 4, 0))]
     assert not torch.equal(other[0], other[1])
     assert not torch.equal(other[0], other[2])
 
@@ -100,7 +100,7 @@ def test_times_have_the_stated_distributions() -> None:
     keys = [(0, 0, i) for i in range(n)]
 
     def sample(times: Times, prediction: str = "flow") -> Tensor:
-        return draw((1, 2, 2), keys, prediction, times)[1].double()  # type: ignore[arg-type]
+        return sample_noise((1, 2, 2), keys, prediction, times)[1].double()  # type: ignore[arg-type]
 
     uniform = sample(Times("uniform"))
     assert uniform.min() >= 0
@@ -120,7 +120,7 @@ def test_times_have_the_stated_distributions() -> None:
 def test_logit_normal_is_diffusers_density() -> None:
     from diffusers.training_utils import compute_density_for_timestep_sampling
 
-    mine = draw((1, 2, 2), [(1, 1, i) for i in range(4000)], "flow", Times("logit-normal"))[1]
+    mine = sample_noise((1, 2, 2), [(1, 1, i) for i in range(4000)], "flow", Times("logit-normal"))[1]
     theirs = compute_density_for_timestep_sampling(
         "logit_normal", 4000, logit_mean=0.0, logit_std=1.0, generator=torch.Generator().manual_seed(0)
     )
@@ -147,11 +147,11 @@ def test_the_resolution_dependent_shift_is_flux_own() -> None:
 
 def test_noise_offset_moves_whole_channels_by_its_own_amount() -> None:
     keys = [(0, 0, i) for i in range(400)]
-    offset = draw((4, 16, 16), keys, "epsilon", Times(), offset=0.5)[0].double()
+    offset = sample_noise((4, 16, 16), keys, "epsilon", Times(), offset=0.5)[0].double()
     means = offset.mean(dim=(2, 3))
     # variance of a channel's mean: offset² + 1/256
     assert means.std().item() == pytest.approx(math.sqrt(0.25 + 1 / 256), rel=0.06)
-    plain = draw((4, 16, 16), keys, "epsilon", Times())[0].double()
+    plain = sample_noise((4, 16, 16), keys, "epsilon", Times())[0].double()
     centred = offset - means[:, :, None, None]
     torch.testing.assert_close(centred, plain - plain.mean(dim=(2, 3), keepdim=True), rtol=0, atol=1e-5)
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from veneer.errors import ResourceError
-from veneer.train.image.samples import drawing_folder
+from veneer.train.image.samples import create_folder
 
 
 def test_where_there_can_be_no_folder_that_is_said(tmp_path: Path) -> None:
-    assert drawing_folder(tmp_path / "cache" / "class").is_dir()
+    assert create_folder(tmp_path / "cache" / "class").is_dir()
     (tmp_path / "file").touch()
     for place in ("file", "file/class"):
         with pytest.raises(ResourceError, match="there can be no folder") as error:
-            drawing_folder(tmp_path / place)
+            create_folder(tmp_path / place)
         assert error.value.where == str(tmp_path / place)

@@ -26,7 +26,7 @@ from veneer.train.config.load import config_from, load_config
 from veneer.train.events import Checked, Event, Note, Resolved
 from veneer.train.image.batches import PlannedRow
 from veneer.train.image.encode import Encoders
-from veneer.train.image.loss import draw, noised
+from veneer.train.image.loss import noised, sample_noise
 from veneer.train.image.preflight import parts_of
 from veneer.train.image.run import run_images
 from veneer.train.image.save import ImageResult
@@ -87,7 +87,7 @@ def test_the_loss_is_the_papers(shared: Path, family: str, preserve: tuple[str, 
         attached(base, config, attachment)
         loss = SliderLoss(base, config, Encoders(base, config, None), bare=attachment.using, attachment=attachment)
         for i, row in enumerate(rows):
-            noise, time = draw(latents.shape[1:], [row.key], base.prediction, loss.times, loss.noise)
+            noise, time = sample_noise(latents.shape[1:], [row.key], base.prediction, loss.times, loss.noise)
             x = noised(latents[i : i + 1], noise, time, base.prediction, alphas)[0]
             own = said(base, attachment, (), x, time, "a house", sizes)
             steps = []

@@ -28,7 +28,7 @@ from veneer.train.config.load import config_from
 from veneer.train.devices import ALONE
 from veneer.train.events import Checked, Evaluated, Event, Note, Probed, Resolved, Sampled, Stepped
 from veneer.train.image.save import ImageResult
-from veneer.train.image.task import PICTURES, ImageRun, attached_images
+from veneer.train.image.task import PICTURES, ImageRun, attach_images
 from veneer.train.preflight import Report
 from veneer.train.report.log import read_log
 from veneer.train.run import Run
@@ -365,7 +365,7 @@ def test_blocks_leave_before_memory_is_looked_at(shared: Path, tmp_path: Path, b
     seen: list[Event] = []
     own = Run(config, tmp_path / "out", ALONE, seen.append, [], dry_run=True)
     image = ImageRun(own, config, base, own=False, kind=PICTURES)
-    with attached_images(image, PICTURES.read(image), Report()):
+    with attach_images(image, PICTURES.read(image), Report()):
         notes = [e.text if isinstance(e, Note) else type(e).__name__ for e in seen]
     assert notes.index("Checked") > next(i for i, note in enumerate(notes) if "stay on the CPU" in note)
 

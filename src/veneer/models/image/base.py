@@ -66,7 +66,7 @@ class ImageBase:
     notes: tuple[str, ...] = ()
     quantized: str | None = None
     _scale: int = field(default=8, repr=False)
-    _made: dict[str, Any] = field(default_factory=dict, repr=False)
+    _pipelines: dict[str, Any] = field(default_factory=dict, repr=False)
     _released: set[str] = field(default_factory=set, repr=False)
 
     @property
@@ -101,7 +101,7 @@ class ImageBase:
         return self.editing.references
 
     @property
-    def edits_alone(self) -> bool:
+    def only_edits(self) -> bool:
         """Whether the base only edits, like FLUX.1 Kontext and Qwen-Image-Edit.
 
         False for FLUX.2, which also generates from prompts."""
@@ -124,15 +124,15 @@ class ImageBase:
 
     def part(self, name: str) -> Any:
         """Return the component with this name. Raises BaseError if it was released."""
-        found = self.parts.get(name)
-        if found is None:
+        part = self.parts.get(name)
+        if part is None:
             freed = name in self._released
             raise BaseError(
                 f"the {name} of {self.name} was released to free memory" if freed else f"{self.name} has no {name}",
                 where=str(self.directory),
                 fix="load the base again" if freed else None,
             )
-        return found
+        return part
 
 
 class Components(nn.Module):
@@ -143,10 +143,10 @@ class Components(nn.Module):
     def __init__(self, parts: dict[str, nn.Module]) -> None:
         super().__init__()
         for name, part in parts.items():
-            self.add_module(name, part if _canonical(part) else _Level(part))
+            self.add_module(name, part if _canonical(part) else _TextModelLevel(part))
 
 
-class _Level(nn.Module):
+class _TextModelLevel(nn.Module):
     """The `text_model` level in CLIP adapter files.
 
     transformers 5 removed it from one class."""
@@ -245,7 +245,7 @@ def default_size(denoiser: Any, vae: Any, scale: int) -> int:
 _LONGEST = 8
 
 
-def too_long(width: int, height: int) -> str:
+def aspect_problem(width: int, height: int) -> str:
     """Return why a reference's proportions are too extreme, or "".
 
     FLUX.2's pipelines accept at most 8 to 1, Qwen2.5-VL at most 200 to 1, and a line of single pixels would
@@ -276,13 +276,13 @@ def prediction_of(row: ImageFamily, scheduler: Any, path: Path) -> Literal["epsi
     Raises BaseError for an unknown prediction type."""
     if row.flow:
         return "flow"
-    said = scheduler.config.get("prediction_type", "epsilon")
-    if said not in ("epsilon", "v_prediction"):
+    stated = scheduler.config.get("prediction_type", "epsilon")
+    if stated not in ("epsilon", "v_prediction"):
         raise BaseError(
-            f"the scheduler says prediction_type {said!r}; epsilon and v_prediction are known",
+            f"the scheduler says prediction_type {stated!r}; epsilon and v_prediction are known",
             where=str(path / "scheduler"),
         )
-    return "v" if said == "v_prediction" else "epsilon"
+    return "v" if stated == "v_prediction" else "epsilon"
 
 
 # -- pipelines -------------------------------------------------------------------------------------------------------
@@ -298,9 +298,9 @@ def pipeline(base: ImageBase, kind: PipelineKind = "text", controls: Sequence[_C
     import diffusers
 
     key = "|".join([kind, *(str(id(c)) for c in controls)])
-    if key in base._made:
-        base._made[key] = base._made.pop(key)  # most recently used last
-        return base._made[key]
+    if key in base._pipelines:
+        base._pipelines[key] = base._pipelines.pop(key)  # most recently used last
+        return base._pipelines[key]
     table = base.row.controlled if controls else base.pipelines
     if kind not in table:
         what = {"text": "text-to-image", "image": "image-to-image", "inpaint": "inpainting", "edit": "editing"}[kind]
@@ -318,32 +318,32 @@ def pipeline(base: ImageBase, kind: PipelineKind = "text", controls: Sequence[_C
     if controls:
         for control in controls:
             _check_control(base, control)
-        parts["controlnet"] = controls[0] if len(controls) == 1 else _several(base, controls)
+        parts["controlnet"] = controls[0] if len(controls) == 1 else _multi_control(base, controls)
     with errors_only():
-        made = cls(**_arguments(cls, {**parts, **base.settings, **base.row.settings}))
-    made.set_progress_bar_config(disable=True)
-    base._made[key] = made
-    controlled = [key for key in base._made if "|" in key]
+        pipe = cls(**_accepted_arguments(cls, {**parts, **base.settings, **base.row.settings}))
+    pipe.set_progress_bar_config(disable=True)
+    base._pipelines[key] = pipe
+    controlled = [key for key in base._pipelines if "|" in key]
     for old in controlled[:-_CONTROLLED_KEPT]:
-        del base._made[old]
-    return made
+        del base._pipelines[old]
+    return pipe
 
 
 _CONTROLLED_KEPT = 4
 """Most cached pipelines with ControlNets; each keeps its ControlNets in memory."""
 
 
-def _arguments(cls: type, given: dict[str, Any]) -> dict[str, Any]:
+def _accepted_arguments(cls: type, available: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments that the class accepts, and None for missing models."""
     import inspect
 
     empty = inspect.Parameter.empty
-    wanted = inspect.signature(cls).parameters
-    missing = {n: None for n, p in wanted.items() if p.default is empty and n not in given}
-    return missing | {n: v for n, v in given.items() if n in wanted}
+    parameters = inspect.signature(cls).parameters
+    missing = {n: None for n, p in parameters.items() if p.default is empty and n not in available}
+    return missing | {n: v for n, v in available.items() if n in parameters}
 
 
-def _several(base: ImageBase, controls: Sequence[_ControlNet]) -> Any:
+def _multi_control(base: ImageBase, controls: Sequence[_ControlNet]) -> Any:
     """Combine ControlNets, whose residuals are summed, in diffusers' Multi class."""
     import diffusers
 
@@ -412,7 +412,7 @@ def release(base: ImageBase, *names: str) -> None:
         if hasattr(base.model, name):
             delattr(base.model, name)
         base._released.add(name)
-    base._made.clear()
+    base._pipelines.clear()
     gc.collect()
     if base.device.type == "cuda":
         torch.cuda.empty_cache()

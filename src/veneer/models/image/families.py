@@ -33,12 +33,12 @@ class ImageFamily:
     for models without guidance, distilled to few steps. `template`: text around a prompt: the pipeline's own,
     or the tokenizer's chat template, with thinking or without. `patch`: latents per side of one token;
     `patched`: the VAE's latents are patches already; `packed`: the pipeline makes the patches; `frames`: the
-    VAE is a video VAE. `apart`: the denoiser takes lists of single texts and pictures. `distilled`: guidance
-    is an input of the denoiser; `guidance`: the pipeline's argument for guidance; `unguided`: the value
-    without effect; `true_guidance`: the pipeline has classifier-free guidance besides the distilled one.
-    `time_ids`: the denoiser takes picture sizes. `editors`: edit pipelines of the family's models
-    (`EDITING`). `shifted`: the pipeline shifts the schedule by picture size; `unfit`: schedulers that the
-    pipeline cannot use. `controlnets`: kind of control picture -> the usual ControlNet on the hub.
+    VAE is a video VAE. `takes_lists`: the denoiser takes lists of single texts and pictures. `distilled`:
+    guidance is an input of the denoiser; `guidance`: the pipeline's argument for guidance; `unguided`: the
+    value without effect; `true_guidance`: the pipeline has classifier-free guidance besides the distilled
+    one. `time_ids`: the denoiser takes picture sizes. `editors`: edit pipelines of the family's models
+    (`EDITING`). `shifted`: the pipeline shifts the schedule by picture size; `unsupported_schedulers`: those
+    that the pipeline cannot use. `controlnets`: kind of control picture -> the usual ControlNet on the hub.
     `settings`: arguments of the pipelines' constructors; `encoding`: arguments of encode_prompt, whose result
     has `pooled` and `mask` at these indices."""
 
@@ -57,7 +57,7 @@ class ImageFamily:
     patched: bool = False
     packed: bool = False
     frames: bool = False
-    apart: bool = False
+    takes_lists: bool = False
     flow: bool = True
     distilled: bool = False
     guidance: str = "guidance_scale"
@@ -66,7 +66,7 @@ class ImageFamily:
     time_ids: bool = False
     editors: tuple[str, ...] = ()
     shifted: bool = False
-    unfit: tuple[str, ...] = ()
+    unsupported_schedulers: tuple[str, ...] = ()
     controlnets: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     encoding: Mapping[str, Any] = field(default_factory=dict)
@@ -74,7 +74,7 @@ class ImageFamily:
     mask: int | None = None
 
     @property
-    def refers(self) -> bool:
+    def takes_references(self) -> bool:
         """Whether the denoiser separates reference pictures by their positions.
 
         A base of the family need not be trained for references."""
@@ -144,10 +144,10 @@ _TABLE = [
     ),
     ImageFamily(
         "z-image", "Z-Image", "transformer", "ZImageTransformer2DModel", _kinds("ZImage"),
-        readers={"tokenizer": 512}, template="thinking", patch=2, apart=True, shifted=True,
+        readers={"tokenizer": 512}, template="thinking", patch=2, takes_lists=True, shifted=True,
         unguided=0.0,  # pos + g·(pos − neg), where the others have neg + g·(pos − neg)
         encoding={"do_classifier_free_guidance": False},
-        unfit=("flow-unipc",),  # the pipeline's sigmas are a list, which UniPC multiplies
+        unsupported_schedulers=("flow-unipc",),  # the pipeline's sigmas are a list, which UniPC multiplies
     ),
 ]  # fmt: skip
 FAMILIES: Mapping[str, ImageFamily] = {family.name: family for family in _TABLE}

@@ -88,7 +88,7 @@ def _parts(module: Any, *names: str) -> list[nn.Module] | None:
     return kept if len(kept) == len(names) else None
 
 
-def _agree(a: Tensor, b: Tensor) -> bool:
+def _equal_up_to_rounding(a: Tensor, b: Tensor) -> bool:
     """Return whether a and b are equal up to rounding in their dtype.
 
     Compared for each token (or position) and for each channel, so that a few large channels do not hide
@@ -111,7 +111,7 @@ def _agree(a: Tensor, b: Tensor) -> bool:
     return True
 
 
-def _differs(module: nn.Module, forward: Callable[..., Any], undo: ExitStack, *args: Any, **kwargs: Any) -> str:
+def _swap_if_equal(module: nn.Module, forward: Callable[..., Any], undo: ExitStack, *args: Any, **kwargs: Any) -> str:
     """Put `forward` on the module if its result matches; otherwise return why not."""
 
     def run() -> list[Tensor]:
@@ -119,10 +119,12 @@ def _differs(module: nn.Module, forward: Callable[..., Any], undo: ExitStack, *a
         out = module(*args, **kwargs)
         return list(out) if isinstance(out, tuple) else [out]
 
-    wanted = run()
+    expected = run()
     replace_forward(module, forward, undo)
-    got = run()
-    same = len(got) == len(wanted) and all(_agree(a.detach(), b.detach()) for a, b in zip(got, wanted, strict=True))
+    actual = run()
+    same = len(actual) == len(expected) and all(
+        _equal_up_to_rounding(a.detach(), b.detach()) for a, b in zip(actual, expected, strict=True)
+    )
     return "" if same else "its result differs"
 
 
@@ -153,7 +155,7 @@ def _geglu(module: Any, undo: ExitStack) -> str:
             return original(self, hidden_states, *args, **kwargs)
         return geglu(self.proj(hidden_states))
 
-    return _differs(module, forward, undo, random_input(2, 12, like.shape[1], like=like))
+    return _swap_if_equal(module, forward, undo, random_input(2, 12, like.shape[1], like=like))
 
 
 def _gelu(module: Any, undo: ExitStack) -> str:
@@ -169,7 +171,7 @@ def _gelu(module: Any, undo: ExitStack) -> str:
     def forward(self: Any, x: Tensor) -> Tensor:
         return gelu_tanh(x if proj is None else self.proj(x))
 
-    return _differs(module, forward, undo, random_input(2, 12, like.shape[1], like=like))
+    return _swap_if_equal(module, forward, undo, random_input(2, 12, like.shape[1], like=like))
 
 
 def _dropout(module: Any, undo: ExitStack) -> str:
@@ -206,16 +208,16 @@ def _flux_attention(module: Any, undo: ExitStack) -> str:
     assert isinstance(like, Tensor)
     x = random_input(2, 12, like.shape[1], like=like)
     size = getattr(module, "head_dim", None) or module.inner_dim // module.heads
-    given: dict[str, Any] = {"image_rotary_emb": _positions(15 if two else 12, size, like)}
+    arguments: dict[str, Any] = {"image_rotary_emb": _positions(15 if two else 12, size, like)}
     if type(module.processor) is _qwen_processor():  # complex, separate for picture and text
-        cos, sin = given["image_rotary_emb"]
-        given["image_rotary_emb"] = torch.complex(cos[:, ::2], sin[:, ::2]).split([12, 3])
+        cos, sin = arguments["image_rotary_emb"]
+        arguments["image_rotary_emb"] = torch.complex(cos[:, ::2], sin[:, ::2]).split([12, 3])
     if added is not None:
         other = base_of(added[0]).weight
         assert isinstance(other, Tensor)
-        given["encoder_hidden_states"] = random_input(2, 3, other.shape[1], like=other)
+        arguments["encoder_hidden_states"] = random_input(2, 3, other.shape[1], like=other)
     original = type(module).forward
-    return _differs(module, _flux_forward(original, joins, norms, size), undo, x, **given)
+    return _swap_if_equal(module, _flux_forward(original, joins, norms, size), undo, x, **arguments)
 
 
 def _qwen_processor() -> type:
@@ -236,13 +238,13 @@ def _positions(tokens: int, dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
-class _Turns:
+class _Rotations:
     """Rotary positions for `joint_attention`, converted once for all blocks."""
 
     def __init__(self) -> None:
         self._last: tuple[Tensor, Tensor] | None = None
 
-    def of(self, given: tuple[Tensor, Tensor] | None) -> Tensor | None:
+    def get(self, given: tuple[Tensor, Tensor] | None) -> Tensor | None:
         if given is None:
             return None
         one, two = given
@@ -257,7 +259,7 @@ class _Turns:
 def _flux_forward(
     original: Callable[..., Any], joins: list[FusedProjection], norms: list[Any], head_dim: int
 ) -> Callable[..., Any]:
-    turns = _Turns()
+    rotations = _Rotations()
     eps = float(norms[0].eps)
 
     def weight_of(tokens: list[int]) -> Tensor:
@@ -285,10 +287,10 @@ def _flux_forward(
         if len(known) != len(streams):
             kwargs["image_rotary_emb"] = image_rotary_emb
             return original(self, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
-        turn = turns.of(image_rotary_emb)
+        rotation = rotations.get(image_rotary_emb)
         qkv = known[0] if len(known) == 1 else torch.cat(known, 1)
         heads = qkv.view(*qkv.shape[:2], 3, -1, head_dim)
-        out = joint_attention(heads, weight_of([p.shape[1] for p in known]), eps, turn)
+        out = joint_attention(heads, weight_of([p.shape[1] for p in known]), eps, rotation)
         if encoder_hidden_states is None:
             return out
         text, picture = out.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
@@ -310,7 +312,7 @@ def _flux2_feed_forward(module: Any, undo: ExitStack) -> str:
 
     like = base_of(first[0]).weight
     assert isinstance(like, Tensor)
-    return _differs(module, forward, undo, random_input(2, 12, like.shape[1], like=like))
+    return _swap_if_equal(module, forward, undo, random_input(2, 12, like.shape[1], like=like))
 
 
 def _flux2_parallel(module: Any, undo: ExitStack) -> str:
@@ -326,7 +328,12 @@ def _flux2_parallel(module: Any, undo: ExitStack) -> str:
         return "its projections are not plain linears"
     if not _frozen(norms):
         return _NORMS
-    join, out, turns, eps = FusedProjection(first, undo), FusedProjection(last, undo), _Turns(), float(norms[0].eps)
+    join, out, rotations, eps = (
+        FusedProjection(first, undo),
+        FusedProjection(last, undo),
+        _Rotations(),
+        float(norms[0].eps),
+    )
     original = type(module).forward
 
     def forward(
@@ -342,15 +349,15 @@ def _flux2_parallel(module: Any, undo: ExitStack) -> str:
         of_heads, of_mlp = split_map(whole, 3 * self.inner_dim)
         heads = linear(hidden_states, of_heads).view(*hidden_states.shape[:2], 3, -1, self.head_dim)
         weight = torch.stack([norm.weight.float() for norm in norms])[:, None, None, None]
-        attended = joint_attention(heads, weight, eps, turns.of(image_rotary_emb))
+        attended = joint_attention(heads, weight, eps, rotations.get(image_rotary_emb))
         both = torch.cat([attended, swiglu(linear(hidden_states, of_mlp))], dim=-1)
         made = _product(out, both)
         return self.to_out(both) if made is None else made
 
     like = base_of(first[0]).weight
     assert isinstance(like, Tensor)
-    given = {"image_rotary_emb": _positions(12, module.head_dim, like)}
-    return _differs(module, forward, undo, random_input(2, 12, like.shape[1], like=like), **given)
+    arguments = {"image_rotary_emb": _positions(12, module.head_dim, like)}
+    return _swap_if_equal(module, forward, undo, random_input(2, 12, like.shape[1], like=like), **arguments)
 
 
 # -- UNets -------------------------------------------------------------------------------------------------------------
@@ -385,7 +392,7 @@ def _residual(module: Any, undo: ExitStack) -> str:
 
     like = module.norm1.weight
     time = None if module.time_emb_proj is None else random_input(2, module.time_emb_proj.in_features, like=like)
-    return _differs(module, forward, undo, random_input(2, module.in_channels, 4, 4, like=like), time)
+    return _swap_if_equal(module, forward, undo, random_input(2, module.in_channels, 4, 4, like=like), time)
 
 
 def _normed(norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None) -> Tensor:
@@ -448,9 +455,9 @@ def _unet_attention(module: Any, undo: ExitStack) -> str:
     like, other = base_of(q[0]).weight, base_of(kv[0]).weight
     assert isinstance(like, Tensor)
     assert isinstance(other, Tensor)
-    given = {"encoder_hidden_states": random_input(2, 3, other.shape[1], like=other)} if crossed else {}
+    arguments = {"encoder_hidden_states": random_input(2, 3, other.shape[1], like=other)} if crossed else {}
     forward = _unet_forward(type(module).forward, joins, FusedProjection(last, undo))
-    return _differs(module, forward, undo, random_input(2, 12, like.shape[1], like=like), **given)
+    return _swap_if_equal(module, forward, undo, random_input(2, 12, like.shape[1], like=like), **arguments)
 
 
 def _unet_forward(

@@ -107,17 +107,23 @@ def read_directory(
             tables[name], variant = table_of(folders[name])
             if variant:
                 notes.append(f"{name}: only the {variant} weights are there, and they are used")
-    where = choose_device(device)
-    kind, reason = choose_dtype(dtype, where, stored_dtype(tables[family.denoiser]))
-    held = {name for name in tables if quantize and (name == family.denoiser or classes[name][1] in _LARGE_ENCODERS)}
-    _check_room(path, tables, kind, where, quantize, held)
+    device_of_parts = choose_device(device)
+    kind, reason = choose_dtype(dtype, device_of_parts, stored_dtype(tables[family.denoiser]))
+    to_quantize = {
+        name for name in tables if quantize and (name == family.denoiser or classes[name][1] in _LARGE_ENCODERS)
+    }
+    _check_memory(path, tables, kind, device_of_parts, quantize, to_quantize)
     parts: dict[str, Any] = {}
     for name, (library, classname) in classes.items():
         quant = quantize if name == family.denoiser or classname in _LARGE_ENCODERS else None
-        parts[name], more = _load_component(folders[name], library, classname, kind, where, quant, name in tables)
+        parts[name], more = _load_component(
+            folders[name], library, classname, kind, device_of_parts, quant, name in tables
+        )
         notes += [f"{name}: {note}" for note in more]
     digest = parts_fingerprint(parts, tables)
-    return LoadedParts(family, parts, digest, kind, reason, where, notes, _own_pipelines(index), _flags_of(index))
+    return LoadedParts(
+        family, parts, digest, kind, reason, device_of_parts, notes, _own_pipelines(index), _flags_of(index)
+    )
 
 
 def read_index(path: Path) -> dict[str, Any]:
@@ -125,7 +131,7 @@ def read_index(path: Path) -> dict[str, Any]:
 
     Raises BaseError if the file is missing or unreadable."""
     try:
-        found = json.loads((path / _INDEX).read_text(encoding="utf-8"))
+        index = json.loads((path / _INDEX).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         kind, fix = "", None
         if (path / "config.json").exists():
@@ -139,9 +145,9 @@ def read_index(path: Path) -> dict[str, Any]:
         raise BaseError(what, where=str(path), fix=fix) from error
     except (OSError, ValueError) as error:
         raise BaseError(f"{_INDEX} cannot be read: {error}", where=str(path)) from error
-    if not isinstance(found, dict):
+    if not isinstance(index, dict):
         raise BaseError(f"{_INDEX} is not a JSON object", where=str(path))
-    return found
+    return index
 
 
 def component_classes(index: Mapping[str, Any], path: Path) -> dict[str, tuple[str, str]]:
@@ -220,19 +226,19 @@ def table_of(folder: Path) -> tuple[list[StoredTensor], str]:
     return file_table(files), variant
 
 
-def _check_room(
+def _check_memory(
     path: Path,
     tables: Mapping[str, list[StoredTensor]],
     dtype: torch.dtype,
     device: torch.device,
     quantize: str | None,
-    held: set[str],
+    to_quantize: set[str],
 ) -> None:
-    """Check memory for loading. `held`: the components that will be quantized."""
+    """Check memory for loading. `to_quantize`: the components that will be quantized."""
     bytes_each = LOADED_BYTES.get(quantize or "", dtype.itemsize)
     needs = 0.0
     for name, table in tables.items():
-        needs += sum(t.elements for t in table) * (bytes_each if name in held else dtype.itemsize)
+        needs += sum(t.elements for t in table) * (bytes_each if name in to_quantize else dtype.itemsize)
     check_memory(path, int(needs), dtype, device)
 
 
@@ -307,8 +313,8 @@ def _load_quantized(cls: Any, folder: Path, library: str, kind: str, dtype: torc
 
 def unreadable(where: Path, error: Exception) -> BaseError:
     """Return the error for an unreadable component, with the library's first words."""
-    said = " ".join(str(error).split())[:300] or type(error).__name__
-    return BaseError(f"this component of the base cannot be read: {said}", where=str(where))
+    message = " ".join(str(error).split())[:300] or type(error).__name__
+    return BaseError(f"this component of the base cannot be read: {message}", where=str(where))
 
 
 def parts_fingerprint(parts: Mapping[str, Any], tables: Mapping[str, list[StoredTensor]]) -> str:
@@ -322,13 +328,13 @@ def _fields_of(part: Any) -> dict[str, Any]:
     from transformers import PreTrainedConfig
 
     if isinstance(part.config, PreTrainedConfig):
-        found = shaping_fields(part.config)
+        fields = shaping_fields(part.config)
     else:
         installed = {n: p.default for n, p in inspect.signature(type(part).__init__).parameters.items()}
         usual = usual_fields(type(part).__name__, installed)
-        found = {n: v for n, v in part.config.items() if not n.startswith("_") and _plain(v) != _plain(usual.get(n))}
-    found = {n: v for n, v in found.items() if n not in _NOT_SHAPE}
-    return found | {"class": type(part).__name__}
+        fields = {n: v for n, v in part.config.items() if not n.startswith("_") and _plain(v) != _plain(usual.get(n))}
+    fields = {n: v for n, v in fields.items() if n not in _NOT_SHAPE}
+    return fields | {"class": type(part).__name__}
 
 
 def _plain(value: Any) -> Any:
@@ -353,12 +359,12 @@ def control_of(name: str, family: ImageFamily, denoiser: Any, dtype: torch.dtype
         raise BaseError("this is not a ControlNet: it has no config.json", where=str(folder))
     config = _config_of(folder)
     classname = str(config.get("_class_name", ""))
-    theirs = _control_family(classname, config)
-    if theirs is None:
+    control_family = _control_family(classname, config)
+    if control_family is None:
         raise BaseError(f"this is not a ControlNet: its config says {classname or 'nothing'}", where=str(folder))
-    if theirs != family.name and {theirs, family.name} != {"sd15", "sd2"}:
+    if control_family != family.name and {control_family, family.name} != {"sd15", "sd2"}:
         raise BaseError(
-            f"this is a ControlNet for {family_label(theirs)}, the base is {family.label}", where=str(folder)
+            f"this is a ControlNet for {family_label(control_family)}, the base is {family.label}", where=str(folder)
         )
     if not family.control:
         raise BaseError(f"diffusers has no ControlNet for {family.label}", where=str(folder))
@@ -369,8 +375,8 @@ def control_of(name: str, family: ImageFamily, denoiser: Any, dtype: torch.dtype
                 f"this ControlNet is for another base: its {size} is {own}, the base's {base}", where=str(folder)
             )
     model, _ = _load_component(folder, "diffusers", classname, dtype, device, None, True)
-    made: nn.Module = model.eval()
-    return made.requires_grad_(False)
+    control: nn.Module = model.eval()
+    return control.requires_grad_(False)
 
 
 _CONTROL_SIZES = (
@@ -419,9 +425,9 @@ def read_single_file(
     whole = hasattr(getattr(diffusers, pipelines["text"]), "from_single_file")
     # of the other families, diffusers reads only the denoiser from one file
     stored = stored & set(classes) | {family.denoiser} if whole else {family.denoiser}
-    where = choose_device(device)
-    kind, reason = choose_dtype(dtype, where, stored_dtype(table))
-    check_memory(path, sum(t.elements for t in table) * kind.itemsize, kind, where)
+    device_of_parts = choose_device(device)
+    kind, reason = choose_dtype(dtype, device_of_parts, stored_dtype(table))
+    check_memory(path, sum(t.elements for t in table) * kind.itemsize, kind, device_of_parts)
     parts: dict[str, Any] = {}
     tables = {"file": table}
     notes = [f"configs come from {folder}"]
@@ -436,7 +442,9 @@ def read_single_file(
                     where=str(path),
                     fix=f"config= a directory with the weights of {name}",
                 ) from error
-        parts[name], more = _load_component(folder / name, library, classname, kind, where, None, name in tables)
+        parts[name], more = _load_component(
+            folder / name, library, classname, kind, device_of_parts, None, name in tables
+        )
         notes += [f"{name}: {note}" for note in more]
     with loading():
         state = _state_of(path, table, kind)
@@ -456,10 +464,10 @@ def read_single_file(
     parts = {name: parts[name] for name in classes}
     for part in parts.values():
         if isinstance(part, nn.Module):
-            part.to(where)
+            part.to(device_of_parts)
     with errors_only():
         unused = _unused(table, {name: parts[name] for name in stored})
-    others = _of_others(unused, stored)
+    others = _of_other_parts(unused, stored)
     check_left_out(path, [name for name in unused if name not in others], _HARMLESS)
     if unused:
         names = first_few(unused, 6)
@@ -467,7 +475,9 @@ def read_single_file(
     _check_prediction(path, unused, parts["scheduler"])
     fields = {n: _fields_of(p) for n, p in parts.items() if isinstance(p, nn.Module)}
     digest = fingerprint_parts({"file": (fields, table), **{n: ({}, t) for n, t in tables.items() if n != "file"}})
-    return LoadedParts(family, parts, digest, kind, reason, where, notes, _own_pipelines(index), _flags_of(index))
+    return LoadedParts(
+        family, parts, digest, kind, reason, device_of_parts, notes, _own_pipelines(index), _flags_of(index)
+    )
 
 
 def _read_part(
@@ -509,7 +519,7 @@ def _state_of(path: Path, table: list[StoredTensor], dtype: torch.dtype) -> dict
     return {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
 
 
-_HELD = {
+_PREFIXES = {
     "model.diffusion_model.": {"unet", "transformer"}, "first_stage_model.": {"vae"}, "vae.": {"vae"},
     "cond_stage_model.": {"text_encoder"}, "conditioner.embedders.0.": {"text_encoder"},
     "conditioner.embedders.1.": {"text_encoder_2"}, "text_encoders.clip_l.": {"text_encoder"},
@@ -522,7 +532,7 @@ def components_in(table: Iterable[StoredTensor]) -> set[str]:
     """Return the components that a checkpoint of original names holds."""
     names = [t.name for t in table]
     out: set[str] = set()
-    for prefix, parts in _HELD.items():
+    for prefix, parts in _PREFIXES.items():
         if any(name.startswith(prefix) for name in names):
             out |= parts
     if any(n.startswith("text_encoders.clip_g.") for n in names):  # SD3's third text encoder is T5
@@ -584,18 +594,18 @@ Any other unused tensor is an error, because an ignored tensor can change every 
 8-bit weights."""
 
 
-def _of_others(unused: Iterable[str], held: set[str]) -> set[str]:
+def _of_other_parts(unused: Iterable[str], stored: set[str]) -> set[str]:
     """Return the unused tensors of components that the directory provides."""
-    prefixes = tuple(prefix for prefix, parts in _HELD.items() if not parts & held)
+    prefixes = tuple(prefix for prefix, parts in _PREFIXES.items() if not parts & stored)
     return {name for name in unused if name.startswith(prefixes)}
 
 
 def _check_prediction(path: Path, unused: Iterable[str], scheduler: Any) -> None:
     """Raise BaseError for a v-prediction file whose scheduler says otherwise."""
-    said = scheduler.config.get("prediction_type")
-    if "v_pred" in unused and said != "v_prediction":
+    stated = scheduler.config.get("prediction_type")
+    if "v_pred" in unused and stated != "v_prediction":
         raise BaseError(
-            f"the file marks a v-prediction model (v_pred), but the scheduler's config says {said!r}",
+            f"the file marks a v-prediction model (v_pred), but the scheduler's config says {stated!r}",
             where=str(path),
             fix='set config= to a directory whose scheduler_config.json has "prediction_type": "v_prediction"',
         )
@@ -622,9 +632,9 @@ def _unused(table: Iterable[StoredTensor], parts: Mapping[str, Any]) -> list[str
     }
     taken: list[Tensor] = []
     for part in parts.values():
-        held = part.state_dict()
-        own = {_plain_name(name): tensor.shape for name, tensor in held.items()}
-        for convert in [dict] if held.keys() <= state.keys() else _converters(part):
+        stored = part.state_dict()
+        own = {_plain_name(name): tensor.shape for name, tensor in stored.items()}
+        for convert in [dict] if stored.keys() <= state.keys() else _converters(part):
             with _Attached():
                 found = convert(dict(state)).items()
             taken += [t for name, t in found if isinstance(t, Tensor) and own.get(_plain_name(name)) == t.shape]

@@ -22,7 +22,7 @@ import torch
 
 from veneer.core.adapter import NamedMix, mix_text
 from veneer.errors import BaseError, ConfigError, counted
-from veneer.models.image.base import pipeline, too_long
+from veneer.models.image.base import aspect_problem, pipeline
 from veneer.models.image.predict import LatentPreview, embed_prompts
 from veneer.models.image.schedulers import make_scheduler
 from veneer.ops.cpu.sharing import forwards
@@ -142,8 +142,8 @@ def check_numbers(settings: Any) -> None:
         value = getattr(settings, name)
         real = isinstance(value, Real)
         if value is not None and not (real and least <= value < math.inf):
-            said = f"{value:g}" if real else repr(value)
-            raise ConfigError(f"{name} is {said}", fix=f"a number from {least} on")
+            message = f"{value:g}" if real else repr(value)
+            raise ConfigError(f"{name} is {message}", fix=f"a number from {least} on")
     share = settings.denoise
     real = isinstance(share, Real)
     if share is not None and not (real and 0 < share <= 1):
@@ -174,14 +174,14 @@ class GeneratedPicture:
 class Moment:
     """A batch at the end of a step.
 
-    `start`: index of the batch's first row in the call. `look(i)`: a preview of row i, at the cost of one VAE
+    `start`: index of the batch's first row in the call. `preview(i)`: a preview of row i, at the cost of one VAE
     pass."""
 
     rows: tuple[ImageRow, ...]
     start: int
     done: int
     of: int
-    look: Callable[[int], Image]
+    preview: Callable[[int], Image]
 
 
 def default_settings(base: ImageBase) -> tuple[int, float]:
@@ -209,8 +209,8 @@ def fitted_picture(picture: Image, width: int, height: int, what: str) -> tuple[
             f"the {what} is {picture.width}×{picture.height}, the pictures are {width}×{height}: another proportion",
             fix=f"crop it, or ask for its own with width and height (--size {picture.width}x{picture.height})",
         )
-    said = f"the {what} was resized from {picture.width}×{picture.height} to {width}×{height}"
-    return picture.resize((width, height), Resampling.LANCZOS), said
+    message = f"the {what} was resized from {picture.width}×{picture.height} to {width}×{height}"
+    return picture.resize((width, height), Resampling.LANCZOS), message
 
 
 def generate_images(
@@ -234,7 +234,7 @@ def generate_images(
     settings = settings or PictureSettings()
     rows = check_rows(base, rows, settings, attachment)
     run = _Run(base, rows[0], settings, attachment, on_step, watch)
-    size = 1 if run.one_by_one else settings.batch_size
+    size = 1 if run.single else settings.batch_size
     batches = _batches(rows, size, attachment)
     run.batches = len(batches)
     before = attachment.selection if attachment is not None else None
@@ -253,7 +253,7 @@ def generate_images(
     return out
 
 
-_TOGETHER = ("transformer.all_x_embedder.", "transformer.cap_embedder.")
+_SHARED_MODULES = ("transformer.all_x_embedder.", "transformer.cap_embedder.")
 """Z-Image modules that get the tokens of all rows concatenated.
 
 Rows cannot have separate mixes there."""
@@ -265,13 +265,15 @@ def _batches(rows: Sequence[ImageRow], size: int, attachment: Attachment | None)
     References of a batch have the same sizes, because pipelines resize all of them to the first one's size.
     If an adapter changes a module that sees all rows together, a batch has one plan."""
     adapters = attachment.adapters.values() if attachment is not None else ()
-    alike = any(name.startswith(_TOGETHER) for adapter in adapters for name in (*adapter.pairs, *adapter.deltas))
+    one_plan = any(
+        name.startswith(_SHARED_MODULES) for adapter in adapters for name in (*adapter.pairs, *adapter.deltas)
+    )
 
-    def together(row: ImageRow) -> tuple[object, ...]:
-        return row.plan if alike else None, [picture.size for picture in row.references]
+    def batch_key(row: ImageRow) -> tuple[object, ...]:
+        return row.plan if one_plan else None, [picture.size for picture in row.references]
 
-    groups = [list(own) for _, own in groupby(rows, key=together)]
-    return [tuple(own[start : start + size]) for own in groups for start in range(0, len(own), size)]
+    groups = [list(group) for _, group in groupby(rows, key=batch_key)]
+    return [tuple(group[start : start + size]) for group in groups for start in range(0, len(group), size)]
 
 
 class _Run:
@@ -280,7 +282,7 @@ class _Run:
     def __init__(
         self,
         base: ImageBase,
-        like: ImageRow,
+        first_row: ImageRow,
         settings: PictureSettings,
         attachment: Attachment | None = None,
         on_step: Callable[[int, int], None] | None = None,
@@ -288,10 +290,10 @@ class _Run:
     ) -> None:
         self.base, self.settings, self.attachment = base, settings, attachment
         self.on_step, self.watch = on_step, watch
-        kind: PipelineKind = "text" if like.image is None else "image" if like.mask is None else "inpaint"
-        kind = "edit" if like.references else kind
+        kind: PipelineKind = "text" if first_row.image is None else "image" if first_row.mask is None else "inpaint"
+        kind = "edit" if first_row.references else kind
         # A pipeline with several references applies them to all rows of a batch.
-        self.one_by_one = kind == "edit" and base.references > 1
+        self.single = kind == "edit" and base.references > 1
         self.pipe: Any = pipeline(base, kind, [c.model for c in settings.controls])
         self.pipe.set_progress_bar_config(disable=True)
         self.accepts = inspect.signature(type(self.pipe).__call__).parameters
@@ -328,39 +330,41 @@ class _Run:
 
     def batch(self, rows: tuple[ImageRow, ...]) -> list[GeneratedPicture]:
         settings, base = self.settings, self.base
-        given: dict[str, Any] = {"num_inference_steps": self.steps, "output_type": "np", **self.scales}
+        arguments: dict[str, Any] = {"num_inference_steps": self.steps, "output_type": "np", **self.scales}
         self.select([row.plan.text for row in rows])
-        shown = [row.references for row in rows]
-        positive = embed_prompts(base, [row.prompt for row in rows], shown)
-        given |= self.embeds(positive, "")
-        unread = [""] * len(rows)
+        references_of_rows = [row.references for row in rows]
+        positive = embed_prompts(base, [row.prompt for row in rows], references_of_rows)
+        arguments |= self.embeds(positive, "")
+        negative_cut = [""] * len(rows)
         if self.doubled:
-            negative = embed_prompts(base, [row.negative for row in rows], shown)
-            unread = negative.cut
-            given |= self.embeds(self.emptied(negative, rows), "negative_")
+            negative = embed_prompts(base, [row.negative for row in rows], references_of_rows)
+            negative_cut = negative.cut
+            arguments |= self.embeds(self.emptied(negative, rows), "negative_")
         size = {"width": settings.width or base.size, "height": settings.height or base.size}
         if images := [row.image.convert("RGB") for row in rows if row.image is not None]:
-            given |= {"image": images, "strength": settings.denoise}
+            arguments |= {"image": images, "strength": settings.denoise}
         if masks := [row.mask.convert("L") for row in rows if row.mask is not None]:
-            given["mask_image"] = masks
+            arguments["mask_image"] = masks
         if references := [picture.convert("RGB") for row in rows for picture in row.references]:
-            given |= {"image": references, **self.unresized(size["width"] * size["height"])}
-        given |= {key: value for key, value in size.items() if key in self.accepts}
-        given |= self.control_arguments(rows)
+            arguments |= {"image": references, **self.unresized(size["width"] * size["height"])}
+        arguments |= {key: value for key, value in size.items() if key in self.accepts}
+        arguments |= self.control_arguments(rows)
         self.pipe.scheduler = make_scheduler(base, settings.scheduler)
         self.select([row.plan.at(0.0) for row in rows])
         generators = [torch.Generator("cpu").manual_seed(row.seed) for row in rows]
         try:
             with forwards(base.denoiser):
-                images = self.pipe(**given, generator=generators, callback_on_step_end=self.at_end_of_step(rows)).images
+                images = self.pipe(
+                    **arguments, generator=generators, callback_on_step_end=self.at_end_of_step(rows)
+                ).images
         except (ValueError, OverflowError) as error:
-            said = " ".join(str(error).split())[:300]
+            message = " ".join(str(error).split())[:300]
             raise ConfigError(
-                f"{type(self.pipe).__name__} refuses these settings: {said}", where=base.short_name
+                f"{type(self.pipe).__name__} refuses these settings: {message}", where=base.short_name
             ) from error
         return [
             GeneratedPicture(
-                self.finished(array, row), row, positive.cut[i], unread[i], rows, i, self.pipe.num_timesteps
+                self.finished(array, row), row, positive.cut[i], negative_cut[i], rows, i, self.pipe.num_timesteps
             )
             for i, (array, row) in enumerate(zip(images, rows, strict=True))
         ]
@@ -368,7 +372,7 @@ class _Run:
     def embeds(self, text: Conditioning, prefix: str) -> dict[str, Any]:
         all_of = text.embeds.shape[:2]  # explicit, because Qwen-Image's pipeline warns without a mask
         found = {
-            f"{prefix}prompt_embeds": text.unpadded() if self.base.row.apart else text.embeds,
+            f"{prefix}prompt_embeds": text.unpadded() if self.base.row.takes_lists else text.embeds,
             f"{prefix}pooled_prompt_embeds": text.pooled,
             f"{prefix}prompt_embeds_mask": text.mask if text.mask is not None else text.embeds.new_ones(all_of).long(),
         }
@@ -403,12 +407,12 @@ class _Run:
 
         # One picture for all rows is passed as it is; with several ControlNets the pipelines take no lists of
         # pictures.
-        shown = [
-            _batch([row.controls[i] for row in rows]) if any(row.controls for row in rows) else control.picture
+        pictures = [
+            _to_tensor([row.controls[i] for row in rows]) if any(row.controls for row in rows) else control.picture
             for i, control in enumerate(controls)
         ]
         return {
-            "control_image" if "control_image" in self.accepts else "image": each(shown),
+            "control_image" if "control_image" in self.accepts else "image": each(pictures),
             "controlnet_conditioning_scale": each([float(c.weight) for c in controls]),
             "control_guidance_start": each([c.begin for c in controls]),
             "control_guidance_end": each([c.end for c in controls]),
@@ -423,24 +427,24 @@ class _Run:
             self.attachment.use_rows(mixes)
 
     def at_end_of_step(self, rows: tuple[ImageRow, ...]) -> Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]:
-        now = [row.plan.at(0.0) for row in rows]
+        mixes = [row.plan.at(0.0) for row in rows]
         size = self.settings.width or self.base.size, self.settings.height or self.base.size
         preview = None if self.watch is None else LatentPreview(self.base, *size)
 
-        def callback(pipe: Any, i: int, _t: Any, held: dict[str, Any]) -> dict[str, Any]:
-            nonlocal now
-            of = pipe.num_timesteps
-            after = [row.plan.at((i + 1) / of) for row in rows]
-            if after != now and i + 1 < of:
-                self.select(after)
-                now = after
+        def callback(pipe: Any, i: int, _t: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+            nonlocal mixes
+            steps = pipe.num_timesteps
+            next_mixes = [row.plan.at((i + 1) / steps) for row in rows]
+            if next_mixes != mixes and i + 1 < steps:
+                self.select(next_mixes)
+                mixes = next_mixes
             self.done += 1
             if self.on_step is not None:
-                self.on_step(self.done, of * self.batches)
+                self.on_step(self.done, steps * self.batches)
             if self.watch is not None and preview is not None:
-                preview.step(pipe.scheduler, held["latents"])
-                self.watch(Moment(rows, self.start, i + 1, of, preview.look))
-            return held
+                preview.step(pipe.scheduler, arguments["latents"])
+                self.watch(Moment(rows, self.start, i + 1, steps, preview.preview))
+            return arguments
 
         return callback
 
@@ -454,19 +458,19 @@ class _Run:
         if not np.isfinite(array).all():
             dtype = str(self.base.dtype).removeprefix("torch.")
             mixes = dict.fromkeys([row.plan.text, *(mix for _, mix in row.plan.phases)])
-            under = ", then ".join(mix_text(mix) for mix in mixes if mix)
+            mixes_text = ", then ".join(mix_text(mix) for mix in mixes if mix)
             raise BaseError(
-                f"the picture of seed {row.seed} is not finite{under and f' under {under}'}: "
+                f"the picture of seed {row.seed} is not finite{mixes_text and f' under {mixes_text}'}: "
                 f"{self.base.short_name} overflowed in {dtype}",
                 fix=("" if dtype == "float32" else "use --dtype float32, or ") + "lower strengths or guidance",
             )
-        made = pil.fromarray((array * 255).round().astype("uint8"))
+        image = pil.fromarray((array * 255).round().astype("uint8"))
         if row.image is None or row.mask is None:
-            return made
-        return pil.composite(made, row.image.convert("RGB"), row.mask.convert("L"))
+            return image
+        return pil.composite(image, row.image.convert("RGB"), row.mask.convert("L"))
 
 
-def _batch(pictures: Sequence[Image]) -> torch.Tensor:
+def _to_tensor(pictures: Sequence[Image]) -> torch.Tensor:
     """Convert pictures of one size to (n, 3, h, w) in 0..1.
 
     Like the pipelines' processors."""
@@ -528,10 +532,10 @@ def _check(base: ImageBase, rows: Sequence[ImageRow], settings: PictureSettings,
     if rows[0].controls and len(rows[0].controls) != len(settings.controls):
         pictures = counted(len(rows[0].controls), "picture")
         raise ConfigError(f"{counted(len(settings.controls), 'control')}, and {pictures} for them a row")
-    given: list[tuple[str, Image | None]] = [("control picture", control.picture) for control in settings.controls]
+    inputs: list[tuple[str, Image | None]] = [("control picture", control.picture) for control in settings.controls]
     for row in rows:
-        given += [("picture", row.image), ("mask", row.mask), *(("control picture", p) for p in row.controls)]
-    for what, picture in given:
+        inputs += [("picture", row.image), ("mask", row.mask), *(("control picture", p) for p in row.controls)]
+    for what, picture in inputs:
         if picture is not None and picture.size != (width, height):
             raise ConfigError(
                 f"the {what} is {picture.width}×{picture.height}, the pictures are {width}×{height}",
@@ -546,21 +550,21 @@ def _check(base: ImageBase, rows: Sequence[ImageRow], settings: PictureSettings,
 
 
 def _check_references(base: ImageBase, rows: Sequence[ImageRow], settings: PictureSettings) -> None:
-    given = len(rows[0].references)
-    if not given:
+    count = len(rows[0].references)
+    if not count:
         return
     if not base.references:
         fix = "FLUX.1 Kontext, FLUX.2 or Qwen-Image-Edit; a picture to start from is image (--image)"
         raise ConfigError(f"{base.short_name} does not edit, and takes no reference pictures", fix=fix)
-    if given > base.references:
+    if count > base.references:
         limit = counted(base.references, "reference picture")
         fix = "leave some out, or paste several into one"
-        raise ConfigError(f"{base.short_name} takes at most {limit}, and {given} were given", fix=fix)
+        raise ConfigError(f"{base.short_name} takes at most {limit}, and {count} were given", fix=fix)
     if settings.controls or rows[0].image is not None:
         other = "controls" if settings.controls else "a picture to start from"
         raise ConfigError(f"references and {other} do not go together", fix="leave one of them out")
     for picture in (picture for row in rows for picture in row.references):
-        if why := too_long(*picture.size):
+        if why := aspect_problem(*picture.size):
             raise ConfigError(f"a reference picture has {why}", fix="crop it")
         if base.reads_references:
             continue

@@ -28,16 +28,16 @@ def measured_activations(forward: Callable[[], Tensor], parameters: Iterable[Ten
     """Measure the bytes that autograd keeps after `forward()`.
 
     Without those of `parameters`."""
-    known = {storage.data_ptr() for p in parameters for storage in _storages(p)}
-    kept: dict[int, int] = {}
+    own = {storage.data_ptr() for p in parameters for storage in _storages(p)}
+    saved: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
-        kept.update({s.data_ptr(): s.nbytes() for s in _storages(t) if s.data_ptr() not in known})
+        saved.update({s.data_ptr(): s.nbytes() for s in _storages(t) if s.data_ptr() not in own})
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         result = forward()
-    total = sum(kept.values())
+    total = sum(saved.values())
     del result
     return total
 
@@ -95,55 +95,55 @@ def offloading(base: ImageBase, count: int) -> Iterator[int]:
     moved = 0
     try:
         for block in chosen:
-            homes = []
+            weights = []
             for module in block.modules():
                 for name, p in module._parameters.items():
                     if p is not None and not p.requires_grad:
                         away = nn.Parameter(_to_cpu(p.data, base.device), requires_grad=False)
-                        homes.append((module, name, p, away))
+                        weights.append((module, name, p, away))
                         moved += p.numel() * p.element_size()
-            undo.append(_hook(block, homes, base.device))
+            undo.append(_hook(block, weights, base.device))
         yield moved
     finally:
-        for put_back in undo:
-            put_back()
+        for restore in undo:
+            restore()
 
 
 def _to_cpu(tensor: Tensor, device: torch.device) -> Tensor:
-    held = tensor.to("cpu", copy=True)
-    return held.pin_memory() if device.type == "cuda" else held
+    copy = tensor.to("cpu", copy=True)
+    return copy.pin_memory() if device.type == "cuda" else copy
 
 
-def _hook(block: nn.Module, homes: list[tuple[nn.Module, str, Any, Any]], device: torch.device) -> Callable[[], None]:
+def _hook(block: nn.Module, weights: list[tuple[nn.Module, str, Any, Any]], device: torch.device) -> Callable[[], None]:
     """Copy a block's frozen weights to the device only during its forward pass."""
-    sizes = [(p.shape, p.dtype, p.device) for _, _, p, _ in homes]
-    for module, name, p, away in homes:
+    sizes = [(p.shape, p.dtype, p.device) for _, _, p, _ in weights]
+    for module, name, p, away in weights:
         module._parameters[name] = away
         p.data = torch.empty(0, dtype=p.dtype, device=p.device)  # frees the device memory
 
-    def bring(_module: nn.Module, _args: Any, _kwargs: Any) -> None:
-        for module, name, _, away in homes:
+    def load(_module: nn.Module, _args: Any, _kwargs: Any) -> None:
+        for module, name, _, away in weights:
             module._parameters[name] = nn.Parameter(
                 away.data.to(device, non_blocking=True, copy=True), requires_grad=False
             )
 
-    def leave(_module: nn.Module, _args: Any, _out: Any) -> None:
-        for module, name, _, away in homes:
+    def unload(_module: nn.Module, _args: Any, _out: Any) -> None:
+        for module, name, _, away in weights:
             module._parameters[name] = away
 
     handles = [
-        block.register_forward_pre_hook(bring, with_kwargs=True),
-        block.register_forward_hook(leave, always_call=True),
+        block.register_forward_pre_hook(load, with_kwargs=True),
+        block.register_forward_hook(unload, always_call=True),
     ]
 
-    def put_back() -> None:
+    def restore() -> None:
         for handle in handles:
             handle.remove()
-        for (module, name, p, away), (_, _, home) in zip(homes, sizes, strict=True):
+        for (module, name, p, away), (_, _, home) in zip(weights, sizes, strict=True):
             p.data = away.data.to(home, copy=True)
             module._parameters[name] = p
 
-    return put_back
+    return restore
 
 
 def park(base: ImageBase, names: Sequence[str]) -> int:

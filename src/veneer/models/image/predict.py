@@ -86,37 +86,39 @@ def embed_prompts(base: ImageBase, prompts: Sequence[str], references: Sequence[
     only CLIP's 77 tokens; this does not count as cut.) Raises BaseError if a text encoder was released."""
     texts = list(prompts)
     if base.reads_references and any(references):
-        return Conditioning.cat([_seen(base, text, shown) for text, shown in zip(texts, references, strict=True)])
+        return Conditioning.cat(
+            [_embed_with_references(base, text, shown) for text, shown in zip(texts, references, strict=True)]
+        )
     pipe = pipeline(base)
     row = base.row
     with errors_only():  # a new list, because Z-Image's pipeline writes its template into the list
-        found = pipe.encode_prompt(prompt=[*texts], device=base.device, **text_settings(base), **row.encoding)
+        encoded = pipe.encode_prompt(prompt=[*texts], device=base.device, **text_settings(base), **row.encoding)
     cut = [cut_of(base, text) for text in texts]
-    if isinstance(found[0], list):  # Z-Image's embeddings have different lengths
-        return replace(Conditioning.cat([Conditioning(one[None]) for one in found[0]]), cut=cut)
-    pooled, mask = (None if at is None else found[at] for at in (row.pooled, row.mask))
-    return Conditioning(found[0], pooled, mask, cut)
+    if isinstance(encoded[0], list):  # Z-Image's embeddings have different lengths
+        return replace(Conditioning.cat([Conditioning(one[None]) for one in encoded[0]]), cut=cut)
+    pooled, mask = (None if at is None else encoded[at] for at in (row.pooled, row.mask))
+    return Conditioning(encoded[0], pooled, mask, cut)
 
 
-def _seen(base: ImageBase, prompt: str, references: Sequence[Image]) -> Conditioning:
+def _embed_with_references(base: ImageBase, prompt: str, references: Sequence[Image]) -> Conditioning:
     """Encode one prompt with its reference pictures.
 
     Pictures are resized like in the pipeline. The prompt is never cut."""
     base.part("processor")
     pipe = pipeline(base, "edit")
-    sizes = [_calculated(base, picture.size, base.editing.read) for picture in references]
+    sizes = [_qwen_size(base, picture.size, base.editing.read) for picture in references]
     sized = [
         pipe.image_processor.resize(picture.convert("RGB"), height, width)
         for picture, (width, height) in zip(references, sizes, strict=True)
     ]
     with errors_only():
-        found = pipe.encode_prompt(
+        encoded = pipe.encode_prompt(
             prompt=[prompt], image=sized if base.references > 1 else sized[0], device=base.device
         )
-    return Conditioning(found[0], None, found[1], [""])
+    return Conditioning(encoded[0], None, encoded[1], [""])
 
 
-def _calculated(base: ImageBase, size: tuple[int, int], area: int) -> tuple[int, int]:
+def _qwen_size(base: ImageBase, size: tuple[int, int], area: int) -> tuple[int, int]:
     """Return (width, height) of a reference in Qwen-Image-Edit: about `area` pixels."""
     plus = "_plus" if base.references > 1 else ""
     with errors_only():  # without torchvision, its import logs a fallback
@@ -131,16 +133,16 @@ def reference_size(base: ImageBase, width: int, height: int) -> tuple[int, int]:
     The same size, except for Qwen-Image-Edit, which always uses about a megapixel."""
     if not base.reads_references:
         return width, height
-    return _calculated(base, (width, height), base.editing.encoded)
+    return _qwen_size(base, (width, height), base.editing.encoded)
 
 
 def cut_of(base: ImageBase, prompt: str) -> str:
     """Return the end of a prompt beyond the denoiser's text encoders, or ""."""
-    return min((_unread(base, prompt, tokenizer, limit) for tokenizer, limit in readers(base)), key=len)
+    return min((_cut_end(base, prompt, tokenizer, limit) for tokenizer, limit in readers(base)), key=len)
 
 
-def _unread(base: ImageBase, prompt: str, tokenizer: Any, limit: int) -> str:
-    before, after, special = _around(base)
+def _cut_end(base: ImageBase, prompt: str, tokenizer: Any, limit: int) -> str:
+    before, after, special = _template_of(base)
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # FLUX.2's is a processor
     if base.row.template == "pipeline":
         limit += pipeline(base).prompt_template_encode_start_idx  # template tokens the pipeline drops
@@ -151,17 +153,17 @@ def _unread(base: ImageBase, prompt: str, tokenizer: Any, limit: int) -> str:
         return ""
     # A plain encoder keeps its last token, the end token; a template is cut like all other text.
     ends = 0 if before else 1
-    kept = [end for start, end in offsets[: limit - ends] if end > start]
-    at = max(kept, default=0) - len(before)
+    ends_read = [end for start, end in offsets[: limit - ends] if end > start]
+    at = max(ends_read, default=0) - len(before)
     return prompt[max(at, 0) :].strip()
 
 
-def _around(base: ImageBase) -> tuple[str, str, bool]:
+def _template_of(base: ImageBase) -> tuple[str, str, bool]:
     """Return the text before and after a prompt, and whether to add special tokens.
 
     The tokenizer adds them."""
     pipe = pipeline(base)
-    mark = "\x00"
+    placeholder = "\x00"
     template = base.row.template
     if template == "pipeline":
         before, _, after = pipe.prompt_template_encode.partition("{}")
@@ -170,14 +172,14 @@ def _around(base: ImageBase) -> tuple[str, str, bool]:
         return "", "", True
     tokenizer = base.parts["tokenizer"]
     if type(pipe).__name__ != "Flux2Pipeline":  # FLUX.2 klein (without thinking) or Z-Image
-        turns: list[dict[str, Any]] = [{"role": "user", "content": mark}]
-        how = {"add_generation_prompt": True, "enable_thinking": template == "thinking"}
-        text = tokenizer.apply_chat_template(turns, tokenize=False, **how)
+        turns: list[dict[str, Any]] = [{"role": "user", "content": placeholder}]
+        options = {"add_generation_prompt": True, "enable_thinking": template == "thinking"}
+        text = tokenizer.apply_chat_template(turns, tokenize=False, **options)
     else:
         format_input = DIFFUSERS("diffusers.pipelines.flux2.pipeline_flux2.format_input")
-        turns = format_input(prompts=[mark], system_message=pipe.system_message)[0]
+        turns = format_input(prompts=[placeholder], system_message=pipe.system_message)[0]
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=False)
-    before, _, after = str(text).partition(mark)
+    before, _, after = str(text).partition(placeholder)
     return before, after, False
 
 
@@ -313,25 +315,27 @@ def predict(
         raise BaseError(
             "SDXL needs sizes, its time ids (n, 6)" if sizes is None else f"{base.row.label} takes no sizes"
         )
-    takes = bool(denoiser.config.get("guidance_embeds"))
-    if guidance is not None and not takes:
+    takes_guidance = bool(denoiser.config.get("guidance_embeds"))
+    if guidance is not None and not takes_guidance:
         raise BaseError(f"{base.short_name} does not take guidance as an input", fix="leave guidance out")
-    if references and not base.row.refers:
+    if references and not base.row.takes_references:
         fix = "FLUX.1 Kontext, FLUX.2 or Qwen-Image-Edit does"
         raise BaseError(f"{base.row.label} takes no reference pictures", fix=fix)
-    shown = [r.to(latents.device, dtype) for r in references]
-    more: dict[str, Any] = {"return_dict": False, **(residuals or {})}
+    reference_latents = [r.to(latents.device, dtype) for r in references]
+    arguments: dict[str, Any] = {"return_dict": False, **(residuals or {})}
     if sizes is not None:
-        more["added_cond_kwargs"] = {"text_embeds": text.pooled, "time_ids": sizes.to(latents.device, dtype)}
-    told = None
-    if takes:
+        arguments["added_cond_kwargs"] = {"text_embeds": text.pooled, "time_ids": sizes.to(latents.device, dtype)}
+    guidance_tensor = None
+    if takes_guidance:
         g = torch.as_tensor(1.0 if guidance is None else guidance, dtype=torch.float32)
-        told = sent(g, latents.device).expand(n)
-    return _CALLS[base.row.classname](_Asked(denoiser, x, t, text, shown, told, more))
+        guidance_tensor = sent(g, latents.device).expand(n)
+    return _CALLS[base.row.classname](
+        _DenoiserCall(denoiser, x, t, text, reference_latents, guidance_tensor, arguments)
+    )
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _DenoiserCall:
     """Arguments of a denoiser call.
 
     `t`: as in `predict`. `guidance`: None if it is no input. `more`: arguments common to all denoisers."""
@@ -352,53 +356,51 @@ class _Asked:
         return (self.t * 1000).to(self.x.dtype) / 1000
 
 
-def _unet(asked: _Asked) -> Tensor:
-    out: Tensor = asked.denoiser(asked.x, asked.t, encoder_hidden_states=asked.text.embeds, **asked.more)[0]
+def _unet(call: _DenoiserCall) -> Tensor:
+    out: Tensor = call.denoiser(call.x, call.t, encoder_hidden_states=call.text.embeds, **call.more)[0]
     return out
 
 
-def _sd3(asked: _Asked) -> Tensor:
-    given = {"encoder_hidden_states": asked.text.embeds, "pooled_projections": asked.text.pooled}
-    out: Tensor = asked.denoiser(hidden_states=asked.x, timestep=asked.t * 1000, **given, **asked.more)[0]
+def _sd3(call: _DenoiserCall) -> Tensor:
+    arguments = {"encoder_hidden_states": call.text.embeds, "pooled_projections": call.text.pooled}
+    out: Tensor = call.denoiser(hidden_states=call.x, timestep=call.t * 1000, **arguments, **call.more)[0]
     return out
 
 
-def _z_image(asked: _Asked) -> Tensor:
+def _z_image(call: _DenoiserCall) -> Tensor:
     """Call Z-Image.
 
     Its time is 1 - σ (noise to picture), it predicts x - ε, and takes lists of videos and texts."""
-    films = list(asked.x[:, :, None].unbind())
-    out = asked.denoiser(films, 1 - asked.t, asked.text.unpadded(), **asked.more)[0]
+    films = list(call.x[:, :, None].unbind())
+    out = call.denoiser(films, 1 - call.t, call.text.unpadded(), **call.more)[0]
     return -torch.stack(out)[:, :, 0]
 
 
-def _flux1(asked: _Asked) -> Tensor:
-    text, pictures = asked.text, (asked.x, *asked.references)
+def _flux1(call: _DenoiserCall) -> Tensor:
+    text, pictures = call.text, (call.x, *call.references)
     ids = [_flux_ids(y, frame) for frame, y in enumerate(pictures)]
-    given = {"pooled_projections": text.pooled, "img_ids": torch.cat(ids)}
-    return _packed(asked, **given, txt_ids=asked.x.new_zeros(text.embeds.shape[1], 3))
+    arguments = {"pooled_projections": text.pooled, "img_ids": torch.cat(ids)}
+    return _packed(call, **arguments, txt_ids=call.x.new_zeros(text.embeds.shape[1], 3))
 
 
-def _qwen_image(asked: _Asked) -> Tensor:
-    shapes = [(1, y.shape[2] // 2, y.shape[3] // 2) for y in (asked.x, *asked.references)]
-    return _packed(asked, img_shapes=[shapes] * len(asked.x), encoder_hidden_states_mask=asked.text.mask)
+def _qwen_image(call: _DenoiserCall) -> Tensor:
+    shapes = [(1, y.shape[2] // 2, y.shape[3] // 2) for y in (call.x, *call.references)]
+    return _packed(call, img_shapes=[shapes] * len(call.x), encoder_hidden_states_mask=call.text.mask)
 
 
-def _packed(asked: _Asked, **given: Any) -> Tensor:
+def _packed(call: _DenoiserCall, **arguments: Any) -> Tensor:
     """Call a denoiser on tokens of 2 × 2 latents.
 
     Reference tokens follow the picture's."""
-    h, w = asked.x.shape[2] // 2, asked.x.shape[3] // 2
-    tokens = torch.cat(
-        [F.pixel_unshuffle(y, 2).flatten(2).transpose(1, 2) for y in (asked.x, *asked.references)], dim=1
-    )
-    out = asked.denoiser(
+    h, w = call.x.shape[2] // 2, call.x.shape[3] // 2
+    tokens = torch.cat([F.pixel_unshuffle(y, 2).flatten(2).transpose(1, 2) for y in (call.x, *call.references)], dim=1)
+    out = call.denoiser(
         hidden_states=tokens,
-        timestep=asked.sigma,
-        encoder_hidden_states=asked.text.embeds,
-        guidance=asked.guidance,
-        **given,
-        **asked.more,
+        timestep=call.sigma,
+        encoder_hidden_states=call.text.embeds,
+        guidance=call.guidance,
+        **arguments,
+        **call.more,
     )[0]
     return F.pixel_shuffle(out[:, : h * w].transpose(1, 2).unflatten(2, (h, w)), 2)
 
@@ -415,11 +417,11 @@ _FLUX2_FRAMES = 10
 """FLUX.2's reference pictures have the frames 10, 20, …"""
 
 
-def _flux2(asked: _Asked) -> Tensor:
+def _flux2(call: _DenoiserCall) -> Tensor:
     """Call FLUX.2.
 
     Latents are patched already; positions are (frame, row, column, token)."""
-    x, text, pictures = asked.x, asked.text, (asked.x, *asked.references)
+    x, text, pictures = call.x, call.text, (call.x, *call.references)
     n, _, h, w = x.shape
 
     def positions(*counts: int, frame: int = 0) -> Tensor:
@@ -428,19 +430,19 @@ def _flux2(asked: _Asked) -> Tensor:
 
     image = [positions(y.shape[2], y.shape[3], 1, frame=_FLUX2_FRAMES * i) for i, y in enumerate(pictures)]
     words = positions(1, 1, text.embeds.shape[1])
-    out = asked.denoiser(
+    out = call.denoiser(
         hidden_states=torch.cat([y.flatten(2).transpose(1, 2) for y in pictures], dim=1),
-        timestep=asked.sigma,
+        timestep=call.sigma,
         encoder_hidden_states=text.embeds,
-        guidance=asked.guidance,
+        guidance=call.guidance,
         img_ids=torch.cat(image).expand(n, -1, -1),
         txt_ids=words.expand(n, -1, -1),
-        **asked.more,
+        **call.more,
     )[0][:, : h * w]
     return out.transpose(1, 2).unflatten(2, (h, w))  # type: ignore[no-any-return]
 
 
-_CALLS: Mapping[str, Callable[[_Asked], Tensor]] = {
+_CALLS: Mapping[str, Callable[[_DenoiserCall], Tensor]] = {
     "UNet2DConditionModel": _unet,
     "SD3Transformer2DModel": _sd3,
     "FluxTransformer2DModel": _flux1,
@@ -463,31 +465,31 @@ class LatentPreview:
 
     The VAE decodes x̂₀: Euler steps are straight, so the last step points at the denoiser's estimate of the
     finished picture. For other schedulers the preview shows the latents with noise. Call `step` after each
-    step; `look` returns a row's preview."""
+    step; `preview` returns a row's preview."""
 
     def __init__(self, base: ImageBase, width: int, height: int) -> None:
         self.base, self.width, self.height = base, width, height
-        self._before: Tensor | None = None
-        self._now: Tensor | None = None
+        self._previous: Tensor | None = None
+        self._latents: Tensor | None = None
         self._scheduler: Any = None
 
     def step(self, scheduler: Any, latents: Tensor) -> None:
-        self._before, self._now, self._scheduler = self._now, latents, scheduler
+        self._previous, self._latents, self._scheduler = self._latents, latents, scheduler
 
     @torch.no_grad()
-    def look(self, row: int) -> Image:
+    def preview(self, row: int) -> Image:
         """Return a preview of one row."""
         from PIL import Image as pil
 
-        latents = _unpacked_latents(self.base, self._ahead()[row : row + 1], self.width, self.height)
+        latents = _unpacked_latents(self.base, self._estimate()[row : row + 1], self.width, self.height)
         pixels = (decode_latents(self.base, latents)[0].float() / 2 + 0.5).clamp(0, 1).nan_to_num()
         return pil.fromarray((pixels * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
-    def _ahead(self) -> Tensor:
-        now, before = self._now, self._before
-        assert now is not None, "no step was taken"
-        at = getattr(self._scheduler, "step_index", None)
-        if before is None or not at or type(self._scheduler).__name__ not in _STRAIGHT:
-            return now
-        was, sigma = (float(self._scheduler.sigmas[i]) for i in (at - 1, at))
-        return now - sigma * (now - before) / (sigma - was) if sigma != was else now
+    def _estimate(self) -> Tensor:
+        latents, previous = self._latents, self._previous
+        assert latents is not None, "no step was taken"
+        index = getattr(self._scheduler, "step_index", None)
+        if previous is None or not index or type(self._scheduler).__name__ not in _STRAIGHT:
+            return latents
+        previous_sigma, sigma = (float(self._scheduler.sigmas[i]) for i in (index - 1, index))
+        return latents - sigma * (latents - previous) / (sigma - previous_sigma) if sigma != previous_sigma else latents

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 PROCESSORS = ("Qwen2VLProcessor", "Qwen2_5_VLProcessor")
 """transformers processor classes in an index that this one replaces."""
-_PLACE = "<|image_pad|>"
+_PICTURE_TOKEN = "<|image_pad|>"
 
 
 class PicturePrompts:
@@ -36,16 +36,16 @@ class PicturePrompts:
         tokenizer options."""
         from transformers import BatchFeature
 
-        seen: dict[str, Any] = {}
+        encoded: dict[str, Any] = {}
         filled = list(text)
         if images is not None:
-            seen = dict(self.pictures(images=images, return_tensors="pt"))
-            merged = (seen["image_grid_thw"].prod(-1) // self.pictures.merge_size**2).tolist()
+            encoded = dict(self.pictures(images=images, return_tensors="pt"))
+            merged = (encoded["image_grid_thw"].prod(-1) // self.pictures.merge_size**2).tolist()
             counts = iter(merged)
-            for i, one in enumerate(filled):
-                first, *rest = one.split(_PLACE)
-                filled[i] = first + "".join(_PLACE * next(counts) + part for part in rest)
-        return BatchFeature({**self.tokenizer(filled, **options), **seen})
+            for i, part_text in enumerate(filled):
+                first, *rest = part_text.split(_PICTURE_TOKEN)
+                filled[i] = first + "".join(_PICTURE_TOKEN * next(counts) + part for part in rest)
+        return BatchFeature({**self.tokenizer(filled, **options), **encoded})
 
 
 def read_processor(folder: Path) -> PicturePrompts:

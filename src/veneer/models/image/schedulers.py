@@ -54,7 +54,7 @@ def scheduler_names(base: ImageBase) -> list[str]:
     On flow matching bases, the scheduler class must accept the pipeline's settings: the pipelines of FLUX,
     Qwen-Image and Z-Image pass a shift by picture size, which not every class supports."""
     flow = base.prediction == "flow"
-    names = [name for name in NAMES if name.startswith("flow-") == flow and name not in base.row.unfit]
+    names = [name for name in NAMES if name.startswith("flow-") == flow and name not in base.row.unsupported_schedulers]
     if base.row.shifted:
         names.remove("flow-heun")
         if not base.parts["scheduler"].config.get("use_dynamic_shifting"):
@@ -84,15 +84,15 @@ def make_scheduler(base: ImageBase, name: str | None = None) -> Any:
         with errors_only():
             return type(own).from_config(own.config)
     fits = scheduler_names(base)
-    wanted = f"flow-{name}" if f"flow-{name}" in fits else name
-    if wanted not in fits:
+    full_name = f"flow-{name}" if f"flow-{name}" in fits else name
+    if full_name not in fits:
         near = nearest(name, fits)
         why = f" for {base.short_name}, which predicts {base.prediction}" if name in NAMES else ""
         raise ConfigError(
             f"there is no scheduler {name!r}{why}",
             fix=(f"did you mean {near[0]}? " if near and name not in NAMES else "") + f"known: {', '.join(fits)}",
         )
-    kind, settings = NAMES[wanted]
+    kind, settings = NAMES[full_name]
     shared = {k: v for k, v in own.config.items() if not k.startswith("_")}
     if base.prediction != "flow":
         shared["prediction_type"] = {"epsilon": "epsilon", "v": "v_prediction"}[base.prediction]

@@ -106,16 +106,17 @@ def _font(texts: Sequence[str], size: int) -> tuple[Any, Callable[[str], str]]:
                 fonts.append(ImageFont.truetype(name, size))
     letters = {c for text in texts for c in text if not c.isascii()}
 
-    def lacked(font: Any) -> set[str]:
+    def missing_letters(font: Any) -> set[str]:
         box = bytes(font.getmask("\uffff"))  # the glyph for every missing letter
         return {c for c in letters if bytes(font.getmask(c)) == box}
 
-    font = min(fonts, key=lambda f: len(lacked(f)))
-    gone = lacked(font)
+    font = min(fonts, key=lambda f: len(missing_letters(f)))
+    missing = missing_letters(font)
 
     def readable(text: str) -> str:
         return "".join(
-            unicodedata.normalize("NFKD", c).encode("ascii", "ignore").decode() or "?" if c in gone else c for c in text
+            unicodedata.normalize("NFKD", c).encode("ascii", "ignore").decode() or "?" if c in missing else c
+            for c in text
         )
 
     return font, readable

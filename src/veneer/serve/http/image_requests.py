@@ -34,7 +34,7 @@ from veneer.formats.strengths import Strength, check_roles, parse_strength, spli
 from veneer.imaging.adapters import campaign_note
 from veneer.imaging.controls import ControlSpec, control_picture, decoded, flattened
 from veneer.imaging.generate import fitted_reference, size_for
-from veneer.models.image.base import too_long
+from veneer.models.image.base import aspect_problem
 from veneer.models.image.generate import (
     SEEDS,
     Control,
@@ -416,7 +416,7 @@ def _planned(
     sent = _Sent(most, notes)
     image, mask, shown = sent.edited(base, asked) if isinstance(asked, EditBody) else (None, None, [])
     held = [(one, flattened(sent.opened(one.image, "control", f"the {one.type} picture"))) for one in asked.control]
-    if base.edits_alone and not shown and image is None:
+    if base.only_edits and not shown and image is None:
         notes.append(
             "this base edits images: without one it generates from the prompt; send images to /v1/images/edits"
         )
@@ -492,7 +492,7 @@ def _denoise(asked: ImageBody, image: Image | None, mask: Image | None) -> float
 
 def _check_edit(base: ImageBase, asked: EditBody) -> None:
     """Raises Refused for options that an editing base does not support."""
-    if asked.mask is not None and (base.edits_alone or "inpaint" not in base.pipelines):
+    if asked.mask is not None and (base.only_edits or "inpaint" not in base.pipelines):
         what = f"{base.row.label} edits the whole image and accepts no mask"
         raise invalid(what, "mask", "leave it out, and describe the change in the prompt")
     if asked.mask is None and asked.denoise is not None:
@@ -538,7 +538,7 @@ class _Sent:
         opened = [flattened(self.opened(one, "image", "the image")) for one in given]
         if several:
             for picture in opened:
-                if why := too_long(*picture.size):
+                if why := aspect_problem(*picture.size):
                     raise invalid(f"the image has {why}", "image", "crop it")
             return None, None, opened
         if mask is None:

@@ -465,7 +465,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         """
         request, now = job.request, time.monotonic()
         sources = {
-            digest: AdapterSource(digest, "", digest, "", "", "", called=request.labels.get(digest, ""))
+            digest: AdapterSource(digest, "", digest, "", "", "", display_name=request.labels.get(digest, ""))
             for digest, _ in request.mix
         }
         ask = ImageRequest(request.prompt, request.negative, request.seed, request.uses())

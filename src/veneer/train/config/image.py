@@ -103,7 +103,7 @@ class ImageDataSection(Section):
         return (self.pictures,) if isinstance(self.pictures, str) else self.pictures
 
     @property
-    def before_folders(self) -> tuple[str, ...]:
+    def source_folders(self) -> tuple[str, ...]:
         """Return the folders in `before`; () for auto and off."""
         return () if self.before in ("auto", "off") else (self.before,) if isinstance(self.before, str) else self.before
 
@@ -156,7 +156,7 @@ class ImageDataSection(Section):
             raise ValueError("a folder of masks goes with one folder of pictures; masks: auto looks in each")
         if not self.before or not all(self.before):
             raise ValueError("before is empty: name the folder, or the folders, or leave it out")
-        if self.before_folders and len(self.folders) > 1:
+        if self.source_folders and len(self.folders) > 1:
             raise ValueError("folders of before pictures go with one folder of pictures; before: auto looks in each")
         if self.bucket_step is not None and self.bucket_step < 1:
             raise ValueError("bucket_step is at least 1")

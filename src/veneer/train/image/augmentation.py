@@ -119,24 +119,24 @@ def buckets(resolution: int, step: int, ratio: float) -> tuple[_Bucket, ...]:
     """
     area = resolution * resolution
     side = resolution // step * step
-    found: set[_Bucket] = {(side, side)} if side else set()
+    shapes: set[_Bucket] = {(side, side)} if side else set()
     last = (side, side)
     for short in range(side, 0, -step):
         fits, allowed = area // short // step * step, int(ratio * short) // step * step
         if fits <= allowed:
             last = (short, fits)
-            found |= {last, last[::-1]}
+            shapes |= {last, last[::-1]}
             continue
         if allowed * last[0] > short * last[1] and 4 * short * allowed >= 3 * area:  # longer than the last one
-            found |= {(short, allowed), (allowed, short)}
+            shapes |= {(short, allowed), (allowed, short)}
         break
-    if not found:
+    if not shapes:
         raise ConfigError(
             f"a resolution of {resolution} pixels has no bucket in steps of {step}",
             where="data.resolution",
             fix=f"give at least {step}",
         )
-    return tuple(sorted(found))
+    return tuple(sorted(shapes))
 
 
 def bucket_for(
@@ -180,17 +180,17 @@ def plan_rows(pictures: Sequence[TrainingPicture], settings: ImageDataSection, *
         )
     plan = PicturePlan(step=step)
     for picture in pictures:
-        taken: set[_Bucket] = set()
+        used: set[_Bucket] = set()
         small = False
         for resolution in settings.resolutions(size):
             bucket, below = bucket_for(picture.size, resolution, step, settings)
             small = small or below
-            if bucket is not None and bucket not in taken:
-                taken.add(bucket)
+            if bucket is not None and bucket not in used:
+                used.add(bucket)
                 plan.rows += [PictureRow(picture, bucket, n) for n in range(picture.repeats)]
         if small:
             plan.small.append(picture.name)
-        if not taken:
+        if not used:
             plan.dropped.append(picture.name)
     if not plan.rows:
         keep = "set data.small to keep or upscale"
@@ -204,20 +204,22 @@ def plan_rows(pictures: Sequence[TrainingPicture], settings: ImageDataSection, *
     return plan
 
 
-def draw_row(row: PictureRow, settings: ImageDataSection, *, seed: int, epoch: int) -> tuple[View, str]:
+def sample_row(row: PictureRow, settings: ImageDataSection, *, seed: int, epoch: int) -> tuple[View, str]:
     """Return the view and the caption of a row in an epoch.
 
     A pure function of its arguments. A random crop is one of four per picture and bucket, so that latents can
     be cached."""
     crop = 0
     if settings.crop == "random":
-        crop = int(_chance(seed, epoch, row, "crop") * _CROPS) + 1
-    flip = settings.flip and _chance(seed, epoch, row, "flip") < 0.5
-    view = place(row.picture.size, row.bucket, flip=flip, at=_crop_place(row, seed, crop))
-    return view, draw_caption(row, settings, seed=seed, epoch=epoch)
+        crop = int(_row_uniform(seed, epoch, row, "crop") * _CROPS) + 1
+    flip = settings.flip and _row_uniform(seed, epoch, row, "flip") < 0.5
+    view = crop_view(row.picture.size, row.bucket, flip=flip, at=_crop_position(row, seed, crop))
+    return view, sample_caption(row, settings, seed=seed, epoch=epoch)
 
 
-def place(size: tuple[int, int], bucket: _Bucket, *, flip: bool = False, at: tuple[float, float] | None = None) -> View:
+def crop_view(
+    size: tuple[int, int], bucket: _Bucket, *, flip: bool = False, at: tuple[float, float] | None = None
+) -> View:
     """Return the view of a picture of `size` in `bucket`.
 
     The picture is resized by max(bucket / size), so that it covers the bucket, and cropped. `at`: position of
@@ -233,27 +235,27 @@ def place(size: tuple[int, int], bucket: _Bucket, *, flip: bool = False, at: tup
     return View(w, h, size, resized, top, left, flip)
 
 
-def view_before(
-    view: View, before: TrainingPicture, unit: int = 1, size: Callable[[int, int], tuple[int, int]] | None = None
+def source_view(
+    view: View, source: TrainingPicture, unit: int = 1, size: Callable[[int, int], tuple[int, int]] | None = None
 ) -> View:
     """Return the view of a source image for the `view` of its picture.
 
     It is the same part at the same position, mirrored alike, for any size of the source image. A source image
     of other proportions is shown whole, in about as many pixels, with sides that are multiples of `unit`.
     `size`: maps (width, height) to the size for the base."""
-    same = same_shape(before.size, view.original)
-    wanted = (view.width, view.height)
+    same = same_shape(source.size, view.original)
+    target = (view.width, view.height)
     if not same:
-        wanted = size_in_units(unit, math.isqrt(view.width * view.height), before.size[0] / before.size[1])
-    width, height = wanted if size is None else size(*wanted)
+        target = size_in_units(unit, math.isqrt(view.width * view.height), source.size[0] / source.size[1])
+    width, height = target if size is None else size(*target)
     if not same:
-        return View(width, height, before.size, (width, height), flip=view.flip)
-    if (width, height) == wanted:
-        return replace(view, original=before.size)
+        return View(width, height, source.size, (width, height), flip=view.flip)
+    if (width, height) == target:
+        return replace(view, original=source.size)
     across, down = width / view.width, height / view.height
     resized = max(width, round(view.resized[0] * across)), max(height, round(view.resized[1] * down))
     top, left = min(round(view.top * down), resized[1] - height), min(round(view.left * across), resized[0] - width)
-    return View(width, height, before.size, resized, top, left, view.flip)
+    return View(width, height, source.size, resized, top, left, view.flip)
 
 
 def shapes_of(picture: TrainingPicture, view: View) -> tuple[tuple[int, int], ...]:
@@ -261,15 +263,15 @@ def shapes_of(picture: TrainingPicture, view: View) -> tuple[tuple[int, int], ..
 
     The shape is the source image's size if its proportions differ, else zeros. Rows with equal results can
     form one batch."""
-    odd = ((0, 0) if same_shape(b.size, view.original) else b.size for b in picture.before)
+    odd = ((0, 0) if same_shape(b.size, view.original) else b.size for b in picture.sources)
     return ((view.height, view.width), *odd)
 
 
-def draw_caption(row: PictureRow, settings: ImageDataSection, *, seed: int, epoch: int) -> str:
+def sample_caption(row: PictureRow, settings: ImageDataSection, *, seed: int, epoch: int) -> str:
     """Return the caption of a row in an epoch.
 
     It is empty with probability `caption_dropout`; its tags are shuffled if configured."""
-    if _chance(seed, epoch, row, "dropout") < settings.caption_dropout:
+    if _row_uniform(seed, epoch, row, "dropout") < settings.caption_dropout:
         return ""
     if not settings.shuffle_tags:
         return row.picture.caption
@@ -277,7 +279,7 @@ def draw_caption(row: PictureRow, settings: ImageDataSection, *, seed: int, epoc
     keep = settings.keep_tags
     if keep is None:
         keep = int(settings.trigger is not None and not row.picture.is_class)
-    order = sorted(range(keep, len(tags)), key=lambda i: _chance(seed, epoch, row, f"tag {i}"))
+    order = sorted(range(keep, len(tags)), key=lambda i: _row_uniform(seed, epoch, row, f"tag {i}"))
     return ", ".join(tags[:keep] + [tags[i] for i in order])
 
 
@@ -285,10 +287,10 @@ def prepare(picture: TrainingPicture, view: View, settings: ImageDataSection) ->
     """Return the tensors of a view.
 
     Raises DataError if the file is missing or has changed since it was read."""
-    opened = decode_picture(_unchanged(picture.path, picture.digest), settings)
+    opened = decode_picture(_read_unchanged(picture.path, picture.digest), settings)
     mask = opened.alpha if picture.alpha else None
     if picture.mask is not None:
-        mask = mask_of(_unchanged(picture.mask, picture.mask_digest), settings)
+        mask = mask_of(_read_unchanged(picture.mask, picture.mask_digest), settings)
     pixels = torch.from_numpy(_cropped(opened.colour, view, Image.Resampling.LANCZOS)).permute(2, 0, 1) / 127.5 - 1
     weights = None
     if mask is not None:
@@ -302,11 +304,11 @@ def latent_mask(mask: Tensor, height: int, width: int) -> Tensor:
     return torch.nn.functional.adaptive_avg_pool2d(mask, (height, width))
 
 
-def whole_part(picture: TrainingPicture, view: View, settings: ImageDataSection) -> Image.Image:
+def crop_original(picture: TrainingPicture, view: View, settings: ImageDataSection) -> Image.Image:
     """Return a view's part of a picture at the picture's own resolution.
 
     Raises DataError as `prepare` does."""
-    image = decode_picture(_unchanged(picture.path, picture.digest), settings).colour
+    image = decode_picture(_read_unchanged(picture.path, picture.digest), settings).colour
     across, down = image.width / view.resized[0], image.height / view.resized[1]
     left, right = (round(x * across) for x in (view.left, view.left + view.width))
     top, bottom = (round(y * down) for y in (view.top, view.top + view.height))
@@ -314,7 +316,7 @@ def whole_part(picture: TrainingPicture, view: View, settings: ImageDataSection)
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if view.flip else image
 
 
-def seen_part(image: Image.Image, view: View, filter: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
+def crop_resized(image: Image.Image, view: View, filter: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
     """Return a view's part of a picture at the view's size."""
     if image.size != view.resized:
         image = image.resize(view.resized, filter)
@@ -323,10 +325,10 @@ def seen_part(image: Image.Image, view: View, filter: Image.Resampling = Image.R
 
 
 def _cropped(image: Image.Image, view: View, filter: Image.Resampling) -> np.ndarray:
-    return np.array(seen_part(image, view, filter), dtype=np.float32)
+    return np.array(crop_resized(image, view, filter), dtype=np.float32)
 
 
-def _unchanged(path: Path, digest: str) -> bytes:
+def _read_unchanged(path: Path, digest: str) -> bytes:
     try:
         data, now = read_bytes(path)
     except UnreadablePicture as error:
@@ -340,7 +342,7 @@ def _unchanged(path: Path, digest: str) -> bytes:
     return data
 
 
-def _crop_place(row: PictureRow, seed: int, crop: int) -> tuple[float, float] | None:
+def _crop_position(row: PictureRow, seed: int, crop: int) -> tuple[float, float] | None:
     """Return the position of crop number `crop`; None (the center) for 0.
 
     It is the same in every epoch and for every repeat."""
@@ -350,8 +352,8 @@ def _crop_place(row: PictureRow, seed: int, crop: int) -> tuple[float, float] | 
     return down, right
 
 
-def _chance(seed: int, epoch: int, row: PictureRow, what: str) -> float:
-    return _uniform(seed, epoch, row.picture.key, row.bucket, row.repeat, what)
+def _row_uniform(seed: int, epoch: int, row: PictureRow, purpose: str) -> float:
+    return _uniform(seed, epoch, row.picture.key, row.bucket, row.repeat, purpose)
 
 
 def _uniform(*parts: object) -> float:
@@ -362,6 +364,6 @@ def _uniform(*parts: object) -> float:
     return (int.from_bytes(digest, "big") >> 11) / (1 << 53)
 
 
-def _rounded(above: int, below: int) -> int:
+def _rounded(numerator: int, denominator: int) -> int:
     """Return above / below rounded to the nearest integer, halves up, exactly."""
-    return (2 * above + below) // (2 * below)
+    return (2 * numerator + denominator) // (2 * denominator)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from veneer.ops.device_transfer import sent
 from veneer.train.config.image import ImageDataSection, ImageTrainConfig
-from veneer.train.image.augmentation import PictureRow, View, draw_row, place, shapes_of
+from veneer.train.image.augmentation import PictureRow, View, crop_view, sample_row, shapes_of
 from veneer.train.image.pictures import TrainingPicture
 from veneer.train.loop import LazySteps, Micro, Step
 from veneer.train.validation_split import hold_out
@@ -48,45 +48,45 @@ class ImageBatch:
     """The tensors of a micro-batch.
 
     latents: (n, c, h, w); masks: (n, 1, h, w) or None; sizes: (n, 6) time ids; weights: (n,); rows: those of
-    the plan. `before`: for each source image of an edit its latents, (n, c, h, w)."""
+    the plan. `sources`: for each source image of an edit its latents, (n, c, h, w)."""
 
     latents: Tensor
     masks: Tensor | None
     sizes: Tensor
     weights: Tensor
     rows: Sequence[PlannedRow]
-    before: Sequence[Tensor] = ()
+    sources: Sequence[Tensor] = ()
 
     @staticmethod
-    def of(
+    def stack(
         rows: Sequence[PlannedRow],
         latents: Sequence[tuple[Tensor, Tensor | None, Tensor]],
-        before: Sequence[Sequence[Tensor]] = (),
+        sources: Sequence[Sequence[Tensor]] = (),
     ) -> ImageBatch:
         """Return the batch of rows of one shape.
 
-        `latents`: (latents, mask, time ids) of each row; `before`: the latents of its source images. A row
+        `latents`: (latents, mask, time ids) of each row; `sources`: the latents of its source images. A row
         without a mask is trained on whole."""
         masks = [mask for _, mask, _ in latents]
-        joined = None
+        all_masks = None
         if any(mask is not None for mask in masks):
-            like = latents[0][0]
-            ones = torch.ones(1, *like.shape[-2:])
-            joined = torch.stack([ones if mask is None else mask for mask in masks])
+            first = latents[0][0]
+            ones = torch.ones(1, *first.shape[-2:])
+            all_masks = torch.stack([ones if mask is None else mask for mask in masks])
         return ImageBatch(
             torch.stack([x for x, _, _ in latents]),
-            joined,
+            all_masks,
             torch.stack([sizes for _, _, sizes in latents]),
             torch.tensor([row.weight for row in rows]),
             rows,
-            [torch.stack(each) for each in zip(*before, strict=True)],
+            [torch.stack(each) for each in zip(*sources, strict=True)],
         )
 
     def sent(self, device: torch.device) -> ImageBatch:
         """Return the batch with latents and masks copied to a device asynchronously."""
         masks = None if self.masks is None else sent(self.masks, device)
-        before = [sent(x, device) for x in self.before]
-        return replace(self, latents=sent(self.latents, device), masks=masks, before=before)
+        sources = [sent(x, device) for x in self.sources]
+        return replace(self, latents=sent(self.latents, device), masks=masks, sources=sources)
 
 
 def split_pictures(
@@ -95,11 +95,11 @@ def split_pictures(
     """Return (training, held-out) pictures, chosen by `hold_out`.
 
     None: from 20 pictures on a tenth, at most 50; none below 20. Class pictures are never held out."""
-    own = [p for p in pictures if not p.is_class]
-    default = min(50, len(own) // 10) if len(own) >= 20 else 0
-    _, held = hold_out(own, split, seed=seed, default=default, what="pictures", order=_digest)
-    chosen = {id(p) for p in held}
-    return [p for p in pictures if id(p) not in chosen], held
+    candidates = [p for p in pictures if not p.is_class]
+    default = min(50, len(candidates) // 10) if len(candidates) >= 20 else 0
+    _, held_out = hold_out(candidates, split, seed=seed, default=default, what="pictures", order=_digest)
+    held_ids = {id(p) for p in held_out}
+    return [p for p in pictures if id(p) not in held_ids], held_out
 
 
 def plan_image_steps(
@@ -118,13 +118,16 @@ def plan_image_steps(
     parts = -(-len(own) // size)
 
     def of_epoch(epoch: int) -> list[Step]:
-        order, beside = _shuffled(own, config.seed, epoch), _endless(classes, config.seed, epoch * len(own))
+        order, class_rows = (
+            _shuffled(own, config.seed, epoch),
+            _cycle_class_pictures(classes, config.seed, epoch * len(own)),
+        )
         steps = []
         for i in range(parts):
-            chosen = order[i * size : (i + 1) * size]
-            together = [*chosen, *islice(beside, len(chosen))]
-            drawn = _drawn(together, len(chosen), config, epoch, epoch * parts + i + 1)
-            steps.append(Step(tuple(_micros(drawn, config, make, devices)), epoch + (i + 1) / parts))
+            instances = order[i * size : (i + 1) * size]
+            step_rows = [*instances, *islice(class_rows, len(instances))]
+            planned = _sample_rows(step_rows, len(instances), config, epoch, epoch * parts + i + 1)
+            steps.append(Step(tuple(_micros(planned, config, make, devices)), epoch + (i + 1) / parts))
         return steps
 
     return LazySteps(of_epoch, epochs=config.epochs, steps=config.steps)
@@ -136,7 +139,7 @@ def planned_rows(steps: Iterable[Step]) -> Iterator[PlannedRow]:
         yield from sorted((row for micro in step.micros for row in micro.items), key=lambda row: row.key)
 
 
-def _drawn(
+def _sample_rows(
     rows: Sequence[PictureRow], instances: int, config: ImageTrainConfig, epoch: int, step: int
 ) -> list[PlannedRow]:
     """Return the rows of one step with their views and captions.
@@ -145,13 +148,13 @@ def _drawn(
     factor = len(rows) / instances
     out = []
     for slot, row in enumerate(rows):
-        view, caption = draw_row(row, config.data, seed=config.seed, epoch=epoch)
+        view, caption = sample_row(row, config.data, seed=config.seed, epoch=epoch)
         key = (config.seed, step, slot)
         out.append(PlannedRow(row.picture, view, caption, row.picture.weight * factor, key))
     return out
 
 
-def _endless(classes: Sequence[PictureRow], seed: int, start: int) -> Iterator[PictureRow]:
+def _cycle_class_pictures(classes: Sequence[PictureRow], seed: int, start: int) -> Iterator[PictureRow]:
     """Yield class pictures endlessly, each cycle in another shuffled order.
 
     Skips the first `start`; yields none if there are no class pictures."""
@@ -173,11 +176,11 @@ def _micros(
     shapes: dict[tuple[tuple[int, int], ...], list[PlannedRow]] = {}
     for row in rows:
         shapes.setdefault(shapes_of(row.picture, row.view), []).append(row)
-    most = min(config.batching.micro_rows or len(rows), -(-len(rows) // pieces))
+    limit = min(config.batching.micro_rows or len(rows), -(-len(rows) // pieces))
     out = []
     for ((height, width), *_), group in sorted(shapes.items(), key=lambda s: (-s[0][0][0] * s[0][0][1], s[0])):
-        for i in range(0, len(group), most):
-            part = tuple(group[i : i + most])
+        for i in range(0, len(group), limit):
+            part = tuple(group[i : i + limit])
             names = tuple(row.picture.name for row in part)
             out.append(
                 Micro(
@@ -187,15 +190,15 @@ def _micros(
     return out
 
 
-def validation_rows(rows: Sequence[PictureRow], settings: ImageDataSection, most: int | None) -> list[PlannedRow]:
+def validation_rows(rows: Sequence[PictureRow], settings: ImageDataSection, limit: int | None) -> list[PlannedRow]:
     """Return each held-out picture once per bucket: center crop, unmirrored.
 
     Each has its own caption. Nothing is random, and the keys do not depend on the run, so curves of different
     runs can be compared."""
     once = {(row.picture.key, row.bucket): row for row in rows if row.repeat == 0}
     return [
-        PlannedRow(row.picture, place(row.picture.size, row.bucket), row.picture.caption, 1.0, (row.picture.key,))
-        for row in list(once.values())[:most]
+        PlannedRow(row.picture, crop_view(row.picture.size, row.bucket), row.picture.caption, 1.0, (row.picture.key,))
+        for row in list(once.values())[:limit]
     ]
 
 

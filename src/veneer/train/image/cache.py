@@ -58,14 +58,14 @@ class LatentRow:
 class _Store:
     """Entries by key, in memory up to `memory` bytes, and in `folder`.
 
-    Without a folder, entries are in memory only. `found`, `made`, `damaged`: entries read, computed, and
+    Without a folder, entries are in memory only. `hits`, `misses`, `damaged`: entries read, computed, and
     recomputed because the file was invalid."""
 
     def __init__(self, folder: str | Path | None, *, fingerprint: str, memory: int = 1 << 30) -> None:
         self.folder = None if folder is None else Path(folder).expanduser()
         self.fingerprint = fingerprint
-        self.found = self.made = self.damaged = 0
-        self._room = memory
+        self.hits = self.misses = self.damaged = 0
+        self._free_bytes = memory
         self._entries: dict[str, CacheEntry] = {}
 
     def _key(self, *parts: Any) -> str:
@@ -74,25 +74,25 @@ class _Store:
     def _path(self, key: str) -> Path | None:
         return None if self.folder is None else self.folder / key[:2] / f"{key}.safetensors"
 
-    def _get(self, key: str, what: object, make: Callable[[], CacheEntry]) -> CacheEntry:
+    def _get(self, key: str, label: object, compute: Callable[[], CacheEntry]) -> CacheEntry:
         if key in self._entries:
             return self._entries[key]
         path = self._path(key)
         entry = self._read(path, key) if path is not None and path.exists() else None
         if entry is None:
-            entry = make()
+            entry = compute()
             entry = CacheEntry(
                 {n: t.detach().to("cpu").contiguous() for n, t in entry.tensors.items()}, dict(entry.texts)
             )
-            _refuse_not_finite(entry, what)
+            _refuse_not_finite(entry, label)
             if path is not None:
                 _write(path, key, entry)
-            self.made += 1
+            self.misses += 1
         else:
-            self.found += 1
+            self.hits += 1
         size = sum(t.nbytes for t in entry.tensors.values())
-        if self.folder is None or size <= self._room:
-            self._room -= size
+        if self.folder is None or size <= self._free_bytes:
+            self._free_bytes -= size
             self._entries[key] = entry
         return entry
 
@@ -120,10 +120,10 @@ class LatentCache(_Store):
         `encode`: (1, 3, h, w) float32 pixels in -1..1 -> (1, c, h/f, w/f). Raises DataError if the picture
         has changed on disk since it was read or its latents are not finite, ResourceError if the disk is
         full."""
-        masked = picture.alpha or picture.mask is not None
-        made_of: list[Any] = [picture.digest, settings.colour if picture.transparent else None]
-        made_of += [picture.mask_digest, picture.alpha, settings.mask_floor if masked else None]
-        key = self._key("latents", made_of, *_of_view(view))
+        has_mask = picture.alpha or picture.mask is not None
+        content: list[Any] = [picture.digest, settings.colour if picture.transparent else None]
+        content += [picture.mask_digest, picture.alpha, settings.mask_floor if has_mask else None]
+        key = self._key("latents", content, *_of_view(view))
 
         def make() -> CacheEntry:
             return CacheEntry(_encoded(prepare(picture, view, settings), encode))
@@ -142,15 +142,15 @@ class TextCache(_Store):
         self,
         prompt: str,
         encode: Callable[[str], CacheEntry],
-        seen: Sequence[tuple[TrainingPicture, View]] = (),
+        references: Sequence[tuple[TrainingPicture, View]] = (),
         settings: ImageDataSection | None = None,
     ) -> CacheEntry:
         """Return the prompt encoded by `encode`.
 
-        `seen`: pictures that it reads with the prompt, decoded by `settings`. Raises the errors of
+        `references`: pictures that it reads with the prompt, decoded by `settings`. Raises the errors of
         LatentCache.get."""
         colour = settings.colour if settings is not None else None
-        pictures = [[p.digest, colour if p.transparent else None, *_of_view(view)] for p, view in seen]
+        pictures = [[p.digest, colour if p.transparent else None, *_of_view(view)] for p, view in references]
         key = self._key("text", prompt, *([pictures] if pictures else []))
         return self._get(key, f"the prompt {prompt!r}", lambda: encode(prompt))
 
@@ -168,12 +168,12 @@ def _encoded(tensors: ViewTensors, encode: Callable[[Tensor], Tensor]) -> dict[s
     return out
 
 
-def _refuse_not_finite(entry: CacheEntry, what: object) -> None:
+def _refuse_not_finite(entry: CacheEntry, label: object) -> None:
     for name, tensor in entry.tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise DataError(
                 f"the encoder's `{name}` are not finite numbers",
-                where=str(what),
+                where=str(label),
                 fix="encode in bfloat16 or float32: SDXL's own VAE overflows in float16",
             )
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from veneer.errors import counted, first_few
 from veneer.train.config.image import ImageDataSection
-from veneer.train.image.augmentation import PicturePlan, place, prepare
+from veneer.train.image.augmentation import PicturePlan, crop_view, prepare
 from veneer.train.image.folder import has_word
 from veneer.train.image.near_duplicates import near_duplicates
 from veneer.train.image.pictures import PictureSummary, TrainingPicture
@@ -107,7 +107,7 @@ def _buckets(pictures: Sequence[TrainingPicture], plan: PicturePlan, settings: I
     if plan.dropped and settings.small == "keep":
         text = f"{counted(len(plan.dropped), 'picture')} smaller than the step of {plan.step} pixels, left out: "
         yield Finding("warn", "small", text + _some(plan.dropped))
-    cuts = {row.picture.name: place(row.picture.size, row.bucket).cut for row in plan.rows}
+    cuts = {row.picture.name: crop_view(row.picture.size, row.bucket).cut for row in plan.rows}
     much = sorted((name for name, cut in cuts.items() if cut > _MUCH), key=lambda n: -cuts[n])
     if much:
         text = f"{share(len(much), len(cuts))} pictures lose more than a quarter to the crop: "
@@ -126,7 +126,7 @@ def _masks(pictures: Sequence[TrainingPicture], plan: PicturePlan, settings: Ima
     yield Finding("ok", "masks", f"{share(total, len(pictures))} pictures have a loss mask{floor}")
     empty = []
     for row in {(r.picture.key, r.bucket): r for r in plan.rows if r.picture.mask or r.picture.alpha}.values():
-        mask = prepare(row.picture, place(row.picture.size, row.bucket), settings).mask
+        mask = prepare(row.picture, crop_view(row.picture.size, row.bucket), settings).mask
         if mask is not None and not bool((mask > settings.mask_floor).any()):
             empty.append(row.picture.name)
     if empty:
@@ -135,14 +135,14 @@ def _masks(pictures: Sequence[TrainingPicture], plan: PicturePlan, settings: Ima
 
 
 def _pairs(pictures: Sequence[TrainingPicture], summary: PictureSummary) -> Iterator[Finding]:
-    if not summary.before:
+    if not summary.sources:
         return
-    yield Finding("ok", "pairs", f"{counted(summary.before, 'source image')} each; captions are instructions")
+    yield Finding("ok", "pairs", f"{counted(summary.sources, 'source image')} each; captions are instructions")
     if summary.unlike:
         text = f"{counted(len(summary.unlike), 'source image')} of other proportions than the result, used whole: "
         fix = "crop both to one proportion if they show the same scene, so that positions match"
         yield Finding("warn", "pairs", text + _some(summary.unlike), fix)
-    if same := [p.name for p in pictures if any(b.digest == p.digest for b in p.before)]:
+    if same := [p.name for p in pictures if any(b.digest == p.digest for b in p.sources)]:
         text = f"{share(len(same), len(pictures))} pictures are the same file before and after: {_some(same)}"
         yield Finding("warn", "pairs", text, "remove them, unless the instruction is to change nothing")
 
@@ -178,8 +178,8 @@ def _looking_alike(
         return near_duplicates(left, None if others is None else right)
 
     found = alike(lambda p: p)
-    if found and all(p.before for p in (*pictures, *(others or ()))):
-        sources = set(alike(lambda p: p.before[0]))
+    if found and all(p.sources for p in (*pictures, *(others or ()))):
+        sources = set(alike(lambda p: p.sources[0]))
         found = [pair for pair in found if pair in sources]
     return found
 

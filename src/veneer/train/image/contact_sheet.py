@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from veneer.files.atomic import atomic_write
 from veneer.files.pictures import picture_bytes
 from veneer.train.config.image import ImageDataSection
-from veneer.train.image.augmentation import PictureRow, View, ViewTensors, draw_row, prepare, view_before
+from veneer.train.image.augmentation import PictureRow, View, ViewTensors, prepare, sample_row, source_view
 
 _FONT = 12
 _LINES = 4
@@ -33,45 +33,45 @@ def contact_sheet(
     seed: int,
     path: str | Path,
     epoch: int = 0,
-    most: int = 24,
+    limit: int = 24,
     columns: int = 6,
     cell: int = 192,
 ) -> int:
-    """Write a PNG with at most `most` rows, evenly spaced; return their number.
+    """Write a PNG with at most `limit` rows, evenly spaced; return their number.
 
     Shows views as in `epoch`. Small pictures are enlarged by integer factors without smoothing, so that every
     training pixel is visible."""
-    chosen = [rows[i * len(rows) // most] for i in range(most)] if len(rows) > most else list(rows)
-    several = 1 + max((len(row.picture.before) for row in chosen), default=0)
-    columns = max(1, min(columns // several, len(chosen)))
-    wide_cell = (cell + _GAP) * several - _GAP
+    shown_rows = [rows[i * len(rows) // limit] for i in range(limit)] if len(rows) > limit else list(rows)
+    pictures_per_row = 1 + max((len(row.picture.sources) for row in shown_rows), default=0)
+    columns = max(1, min(columns // pictures_per_row, len(shown_rows)))
+    wide_cell = (cell + _GAP) * pictures_per_row - _GAP
     font = ImageFont.load_default(size=_FONT)
     line = _FONT + 3
     height, margin = cell + line * (_LINES + 2) + 8, 8
-    down = -(-len(chosen) // columns)
+    down = -(-len(shown_rows) // columns)
     size = (columns * (wide_cell + margin) + margin, down * (height + margin) + margin)
     sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
-    for number, row in enumerate(chosen):
+    for number, row in enumerate(shown_rows):
         x = margin + number % columns * (wide_cell + margin)
         y = margin + number // columns * (height + margin)
-        view, caption = draw_row(row, settings, seed=seed, epoch=epoch)
-        seen = [(before, view_before(view, before)) for before in row.picture.before] + [(row.picture, view)]
-        for place, (shown, part) in enumerate(seen):
-            picture = _fitted(shaded(prepare(shown, part, settings)), cell)
-            at = (x + (cell + _GAP) * place + (cell - picture.width) // 2, y + (cell - picture.height) // 2)
+        view, caption = sample_row(row, settings, seed=seed, epoch=epoch)
+        pairs = [(before, source_view(view, before)) for before in row.picture.sources] + [(row.picture, view)]
+        for column, (source, part) in enumerate(pairs):
+            picture = _fitted(shaded(prepare(source, part, settings)), cell)
+            at = (x + (cell + _GAP) * column + (cell - picture.width) // 2, y + (cell - picture.height) // 2)
             sheet.paste(picture, at)
             pen.rectangle((at[0] - 1, at[1] - 1, at[0] + picture.width, at[1] + picture.height), outline="#888888")
-        wide = max(8, int(wide_cell / (_FONT * 0.52)))
-        pen.text((x, y + cell + 4), _about(row, view), fill="#0044aa", font=font)
-        pen.text((x, y + cell + 4 + line), _last(row.picture.name, wide), fill="#888888", font=font)
-        words = textwrap.wrap(caption, wide, max_lines=_LINES, placeholder=" …") or [
+        characters = max(8, int(wide_cell / (_FONT * 0.52)))
+        pen.text((x, y + cell + 4), _describe_view(row, view), fill="#0044aa", font=font)
+        pen.text((x, y + cell + 4 + line), _shorten_start(row.picture.name, characters), fill="#888888", font=font)
+        words = textwrap.wrap(caption, characters, max_lines=_LINES, placeholder=" …") or [
             "(caption dropped)" if row.picture.caption else "(no caption)"
         ]
         for n, words_of_line in enumerate(words):
             pen.text((x, y + cell + 4 + line * (n + 2)), words_of_line, fill="black", font=font)
     atomic_write(path, [picture_bytes(sheet)])
-    return len(chosen)
+    return len(shown_rows)
 
 
 def shaded(tensors: ViewTensors) -> Image.Image:
@@ -87,16 +87,16 @@ def shaded(tensors: ViewTensors) -> Image.Image:
     return Image.fromarray(pixels.round().astype(np.uint8))
 
 
-def _about(row: PictureRow, view: View) -> str:
+def _describe_view(row: PictureRow, view: View) -> str:
     text = f"{view.width} x {view.height}"
     if view.cut >= 0.005:
         text += f", {view.cut:.0%} cut"
     return text + (", mirrored" if view.flip else "") + (", class" if row.picture.is_class else "")
 
 
-def _last(name: str, wide: int) -> str:
+def _shorten_start(name: str, characters: int) -> str:
     """Return the end of a path, which is more informative than its beginning."""
-    return name if len(name) <= wide else "…" + name[-wide + 1 :]
+    return name if len(name) <= characters else "…" + name[-characters + 1 :]
 
 
 def _fitted(image: Image.Image, cell: int) -> Image.Image:

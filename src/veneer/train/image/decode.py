@@ -108,14 +108,14 @@ def mask_of(data: bytes, settings: ImageDataSection) -> Image.Image:
 
 def _decoded(data: bytes, settings: ImageDataSection, notes: list[str]) -> Image.Image:
     """Return the first frame, upright, with all pixels read."""
-    most = int(settings.most_megapixels * 1e6)
+    limit = int(settings.most_megapixels * 1e6)
     with warnings.catch_warnings():
         # Pillow's own limit warns at 89 and stops at 179 megapixels; our setting is checked before decoding.
         warnings.simplefilter("ignore")
         try:
             image: Image.Image = Image.open(io.BytesIO(data), formats=_DECODERS)
             width, height = image.size
-            if width * height > most:
+            if width * height > limit:
                 raise UnreadablePicture(
                     f"{width} x {height} pixels, more than data.most_megapixels = {settings.most_megapixels:g}"
                 )
@@ -128,7 +128,7 @@ def _decoded(data: bytes, settings: ImageDataSection, notes: list[str]) -> Image
                 f"more pixels than data.most_megapixels = {settings.most_megapixels:g} allows"
             ) from None
         except UnidentifiedImageError:
-            raise UnreadablePicture(_what_it_is(data)) from None
+            raise UnreadablePicture(_describe_unknown(data)) from None
         except UnreadablePicture:
             raise
         except MemoryError:
@@ -144,7 +144,7 @@ def _decoded(data: bytes, settings: ImageDataSection, notes: list[str]) -> Image
     return image
 
 
-def _what_it_is(data: bytes) -> str:
+def _describe_unknown(data: bytes) -> str:
     start = data.lstrip()[:15].lower()
     if start.startswith((b"<!doctype", b"<html")):
         return "a web page, not a picture"
@@ -220,16 +220,16 @@ def _by_profile(image: Image.Image, data: bytes) -> Image.Image | None:
 
     A round trip would only change values by one."""
     profile: Any = ImageCms.ImageCmsProfile(io.BytesIO(data))
-    wanted = _SPACES.get(profile.profile.xcolor_space)
-    if wanted is None:
+    mode = _SPACES.get(profile.profile.xcolor_space)
+    if mode is None:
         raise ValueError(profile.profile.xcolor_space)
     if (ImageCms.getProfileDescription(profile) or "").strip().lower().startswith("srgb"):
         return None
-    if image.mode != wanted:
-        if "CMYK" in (image.mode, wanted) or image.mode == "LAB" or wanted == "LAB":
-            raise ValueError(f"a {wanted} profile in a {image.mode} picture")
-        if wanted == "L":  # a gray profile does not define the primaries of a color picture
+    if image.mode != mode:
+        if "CMYK" in (image.mode, mode) or image.mode == "LAB" or mode == "LAB":
+            raise ValueError(f"a {mode} profile in a {image.mode} picture")
+        if mode == "L":  # a gray profile does not define the primaries of a color picture
             raise ValueError("a grey profile in a colour picture")
-        image = image.convert(wanted)
+        image = image.convert(mode)
     intent: Any = ImageCms.getDefaultIntent(profile)
     return ImageCms.profileToProfile(image, profile, _SRGB, renderingIntent=intent, outputMode="RGB")

@@ -32,18 +32,18 @@ from veneer.models.image.predict import (
 )
 from veneer.ops.device_transfer import in_float64, sent
 from veneer.train.devices import ALONE, Devices
-from veneer.train.image.augmentation import View, shapes_of, view_before, whole_part
+from veneer.train.image.augmentation import View, crop_original, shapes_of, source_view
 from veneer.train.image.batches import ImageBatch, PlannedRow
 from veneer.train.image.cache import CacheEntry, LatentCache, TextCache
 from veneer.train.image.loss import (
     Times,
-    draw,
     flux_shift,
     generator,
     min_snr_weight,
     noised,
     quantile_times,
     row_losses,
+    sample_noise,
 )
 from veneer.train.image.pictures import TrainingPicture
 from veneer.train.loop import EvalResult
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from veneer.train.config.image import ImageTrainConfig
 
 
-_Seen = tuple[tuple[TrainingPicture, View], ...]
+_References = tuple[tuple[TrainingPicture, View], ...]
 """Source images of a picture, with the view of each."""
 
 
@@ -67,16 +67,16 @@ class Encoders:
         self.live = bool(config.adapter.text_encoders)
         # SDXL's pipelines use zeros for no text, not an empty text's encoding, unless configured otherwise.
         self.zeros = base.row.time_ids and bool(base.settings.get("force_zeros_for_empty_prompt", True))
-        mark = f"{base.fingerprint}|{str(base.dtype).removeprefix('torch.')}"
-        self.latents = LatentCache(folder and folder / "latents", fingerprint=mark)
+        identity = f"{base.fingerprint}|{str(base.dtype).removeprefix('torch.')}"
+        self.latents = LatentCache(folder and folder / "latents", fingerprint=identity)
         # Quantized text encoders say other things, and a tokenizer is no part of the base's fingerprint.
-        reads = f"{mark}|{base.quantized}|{text_length(base)}|{_tokenizers(base)}"
-        self.texts = TextCache(folder and folder / "texts", fingerprint=reads)
+        text_identity = f"{identity}|{base.quantized}|{text_length(base)}|{_tokenizers(base)}"
+        self.texts = TextCache(folder and folder / "texts", fingerprint=text_identity)
 
     def batch(self, rows: Sequence[PlannedRow]) -> ImageBatch:
         """Return the batch of rows of one shape."""
-        before = [self._before_latents(row) for row in rows]
-        return ImageBatch.of(rows, [self._latents(row) for row in rows], before)
+        before = [self._source_latents(row) for row in rows]
+        return ImageBatch.stack(rows, [self._latents(row) for row in rows], before)
 
     def text(self, captions: Sequence[str], rows: Sequence[PlannedRow] = ()) -> Conditioning:
         """Return the denoiser's conditioning on these captions, on the base's device.
@@ -85,12 +85,12 @@ class Encoders:
         caption dropout trains. `rows`: each caption's row, for a base that encodes source images together
         with it."""
         if self.live:
-            found = embed_prompts(self.base, captions)
+            text = embed_prompts(self.base, captions)
         else:
-            seen: list[_Seen] = [self._read(row) for row in rows] or [()] * len(captions)
-            each = [self._text(caption, shown) for caption, shown in zip(captions, seen, strict=True)]
-            found = Conditioning.cat(each).to(self.base.device)
-        return _zeroed(found, [not caption for caption in captions]) if self.zeros and "" in captions else found
+            references: list[_References] = [self._prompt_references(row) for row in rows] or [()] * len(captions)
+            each = [self._text(caption, own) for caption, own in zip(captions, references, strict=True)]
+            text = Conditioning.cat(each).to(self.base.device)
+        return _zeroed(text, [not caption for caption in captions]) if self.zeros and "" in captions else text
 
     def fill(self, rows: Iterable[PlannedRow]) -> tuple[int, int]:
         """Compute all cache entries for these rows; return (views, captions)."""
@@ -98,50 +98,50 @@ class Encoders:
         captions: dict[tuple[str | View, ...], PlannedRow] = {}
         for row in rows:
             views.setdefault((row.picture.key, row.view), row)
-            together = (row.picture.key, row.view) if self.base.reads_references else ()
-            captions.setdefault((row.caption, *together), row)
+            references = (row.picture.key, row.view) if self.base.reads_references else ()
+            captions.setdefault((row.caption, *references), row)
         for row in views.values():
             self._latents(row)
-            self._before_latents(row)
+            self._source_latents(row)
         if not self.live:
             for row in captions.values():
-                self._text(row.caption, self._read(row))
+                self._text(row.caption, self._prompt_references(row))
         return len(views), len(captions)
 
     def _latents(self, row: PlannedRow) -> tuple[Tensor, Tensor | None, Tensor]:
-        made = self.latents.get(row.picture, row.view, self.config.data, lambda x: encode_pictures(self.base, x))
-        return made.latents.float(), made.mask, made.sizes
+        entry = self.latents.get(row.picture, row.view, self.config.data, lambda x: encode_pictures(self.base, x))
+        return entry.latents.float(), entry.mask, entry.sizes
 
-    def _before(self, row: PlannedRow) -> _Seen:
+    def _sources(self, row: PlannedRow) -> _References:
         """Return a row's source images in the sizes for the base."""
         base = self.base
 
         def size(width: int, height: int) -> tuple[int, int]:
             return reference_size(base, width, height)
 
-        return tuple((b, view_before(row.view, b, base.unit, size)) for b in row.picture.before)
+        return tuple((b, source_view(row.view, b, base.unit, size)) for b in row.picture.sources)
 
-    def _read(self, row: PlannedRow) -> _Seen:
+    def _prompt_references(self, row: PlannedRow) -> _References:
         """Return the pictures that are encoded together with the row's caption."""
-        return self._before(row) if self.base.reads_references else ()
+        return self._sources(row) if self.base.reads_references else ()
 
-    def _before_latents(self, row: PlannedRow) -> list[Tensor]:
+    def _source_latents(self, row: PlannedRow) -> list[Tensor]:
         def encode(x: Tensor) -> Tensor:
             return encode_pictures(self.base, x)
 
         data, latents = self.config.data, self.latents
-        return [latents.get(b, view, data, encode).latents.float() for b, view in self._before(row)]
+        return [latents.get(b, view, data, encode).latents.float() for b, view in self._sources(row)]
 
-    def _text(self, caption: str, seen: _Seen = ()) -> Conditioning:
+    def _text(self, caption: str, references: _References = ()) -> Conditioning:
         data = self.config.data
 
         def encode(prompt: str) -> CacheEntry:
             with torch.no_grad():
-                made = embed_prompts(self.base, [prompt], [[whole_part(b, view, data) for b, view in seen]])
-            tensors = {"embeds": made.embeds, "pooled": made.pooled, "mask": made.mask}
-            return CacheEntry({k: t for k, t in tensors.items() if t is not None}, {"cut": (made.cut or [""])[0]})
+                text = embed_prompts(self.base, [prompt], [[crop_original(b, view, data) for b, view in references]])
+            tensors = {"embeds": text.embeds, "pooled": text.pooled, "mask": text.mask}
+            return CacheEntry({k: t for k, t in tensors.items() if t is not None}, {"cut": (text.cut or [""])[0]})
 
-        entry = self.texts.get(caption, encode, seen, data)
+        entry = self.texts.get(caption, encode, references, data)
         t = entry.tensors
         return Conditioning(t["embeds"], t.get("pooled"), t.get("mask"), [entry.texts.get("cut", "")])
 
@@ -155,18 +155,18 @@ def _tokenizers(base: ImageBase) -> str:
                 h.update(pictures.to_json_string().encode())
             own = getattr(part, "tokenizer", part)  # FLUX.2's tokenizer is a processor
             backend = getattr(own, "backend_tokenizer", None)
-            said = json.loads(backend.to_str()) if backend is not None else own.get_vocab()
+            content = json.loads(backend.to_str()) if backend is not None else own.get_vocab()
             for state in ("truncation", "padding"):  # depends on its last call
-                said.pop(state, None)
-            h.update(f"{name}|{own.model_max_length}|{own.chat_template}|{json.dumps(said)}".encode())
+                content.pop(state, None)
+            h.update(f"{name}|{own.model_max_length}|{own.chat_template}|{json.dumps(content)}".encode())
     return h.hexdigest()
 
 
 def _zeroed(text: Conditioning, empty: Sequence[bool]) -> Conditioning:
     """Set the rows that are `empty` to zero; they get no gradient."""
-    where = torch.tensor(empty, device=text.embeds.device)
-    pooled = None if text.pooled is None else text.pooled.masked_fill(where[:, None], 0)
-    return replace(text, embeds=text.embeds.masked_fill(where[:, None, None], 0), pooled=pooled)
+    mask = torch.tensor(empty, device=text.embeds.device)
+    pooled = None if text.pooled is None else text.pooled.masked_fill(mask[:, None], 0)
+    return replace(text, embeds=text.embeds.masked_fill(mask[:, None, None], 0), pooled=pooled)
 
 
 def times_of(base: ImageBase, config: ImageTrainConfig) -> Times:
@@ -175,50 +175,52 @@ def times_of(base: ImageBase, config: ImageTrainConfig) -> Times:
     `auto` is logit-normal for flow, else uniform, with the scheduler's constant shift; FLUX's shift depends
     on the resolution, by the scheduler's numbers."""
     loss = config.loss
-    kind = loss.timesteps
-    if kind == "auto":
-        kind = "logit-normal" if base.prediction == "flow" else "uniform"
+    distribution = loss.timesteps
+    if distribution == "auto":
+        distribution = "logit-normal" if base.prediction == "flow" else "uniform"
     shift: float | Callable[[int], float] = 1.0
-    own = base.parts["scheduler"].config
+    scheduler = base.parts["scheduler"].config
     if loss.shift == "resolution":
         shift = flux_shift(
-            int(own.get("base_image_seq_len", 256)),
-            int(own.get("max_image_seq_len", 4096)),
-            float(own.get("base_shift", 0.5)),
-            float(own.get("max_shift", 1.15)),
+            int(scheduler.get("base_image_seq_len", 256)),
+            int(scheduler.get("max_image_seq_len", 4096)),
+            float(scheduler.get("base_shift", 0.5)),
+            float(scheduler.get("max_shift", 1.15)),
         )
     elif loss.shift == "auto":
-        fixed = base.prediction == "flow" and not own.get("use_dynamic_shifting")
-        shift = float(own.get("shift") or own.get("flow_shift") or 1.0) if fixed else 1.0
+        fixed = base.prediction == "flow" and not scheduler.get("use_dynamic_shifting")
+        shift = float(scheduler.get("shift") or scheduler.get("flow_shift") or 1.0) if fixed else 1.0
     else:
         shift = loss.shift
     steps = 1000 if base.prediction == "flow" else len(alphas_cumprod(base))
     patch = 1 if base.row.patched else base.row.patch
-    return Times(kind, shift, steps, patch * patch)
+    return Times(distribution, shift, steps, patch * patch)
 
 
 @dataclass
 class ImageLoss:
     """The loss of a run: `loss(batch)` for training, `score` for held-out pictures.
 
-    `bare`: context manager that disables the adapter, for `keep_guidance`."""
+    `adapter_off`: context manager that disables the adapter, for `keep_guidance`."""
 
     base: ImageBase
     config: ImageTrainConfig
     encoders: Encoders
-    bare: Callable[[], AbstractContextManager[Any]] = nullcontext
+    adapter_off: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def __post_init__(self) -> None:
         self.times, self.noise = times_of(self.base, self.config), self.config.loss.noise_offset
         # on the CPU, where times are drawn, so that nothing waits for the device
         self.alphas = None if self.base.prediction == "flow" else alphas_cumprod(self.base).cpu()
         distilled = self.base.denoiser.config.get("guidance_embeds")
-        told = max(self.config.loss.guidance, self.config.loss.keep_guidance or 0.0)
-        self.guidance = told if distilled else None
+        guidance = max(self.config.loss.guidance, self.config.loss.keep_guidance or 0.0)
+        self.guidance = guidance if distilled else None
 
     def __call__(self, batch: ImageBatch) -> Tensor:
         shape = batch.latents.shape[1:]
-        noise, times = draw(shape, [row.key for row in batch.rows], self.base.prediction, self.times, self.noise)
+        noise, times = sample_noise(
+            shape, [row.key for row in batch.rows], self.base.prediction, self.times, self.noise
+        )
         losses = self.row_errors(batch, noise, times)
         weights = batch.weights
         gamma = self.config.loss.snr_gamma
@@ -230,24 +232,24 @@ class ImageLoss:
         """Return the mean squared error of each row, (n,) in float32."""
         base = self.base
 
-        def there(t: Tensor) -> Tensor:
+        def to_device(t: Tensor) -> Tensor:
             return sent(t, base.device)
 
-        noisy, target = noised(there(batch.latents), there(noise), times, base.prediction, self.alphas)
-        times = there(times)
+        noisy, target = noised(to_device(batch.latents), to_device(noise), times, base.prediction, self.alphas)
+        times = to_device(times)
         text = self.encoders.text([row.caption for row in batch.rows], batch.rows)
-        sizes = there(batch.sizes) if base.row.time_ids else None
-        told: dict[str, Any] = {"sizes": sizes, "references": [there(x) for x in batch.before]}
-        predicted = predict(base, noisy, times, text, guidance=self.guidance, **told)
-        kept = self.config.loss.keep_guidance
-        if kept is not None:
+        sizes = to_device(batch.sizes) if base.row.time_ids else None
+        options: dict[str, Any] = {"sizes": sizes, "references": [to_device(x) for x in batch.sources]}
+        predicted = predict(base, noisy, times, text, guidance=self.guidance, **options)
+        keep = self.config.loss.keep_guidance
+        if keep is not None:
             # Pictures contain no guidance: at g > 1 a distilled base predicts beyond them, and an adapter
             # trained toward them would undo the guidance. So the base's own guidance step moves the target.
-            with torch.no_grad(), self.bare():
-                for guidance, sign in ((kept, 1), (1.0, -1)):
-                    own = predict(base, noisy, times, text, guidance=guidance, **told)
+            with torch.no_grad(), self.adapter_off():
+                for guidance, sign in ((keep, 1), (1.0, -1)):
+                    own = predict(base, noisy, times, text, guidance=guidance, **options)
                     target = target + sign * own.to(target.dtype)
-        return row_losses(predicted, target, None if batch.masks is None else there(batch.masks))
+        return row_losses(predicted, target, None if batch.masks is None else to_device(batch.masks))
 
     @torch.no_grad()
     def base_error(self, row: PlannedRow, times: int) -> tuple[float, float]:
@@ -257,16 +259,16 @@ class ImageLoss:
         base, batch = self.base, self.encoders.batch([row])
         text = self.encoders.text([row.caption], [row])
         sizes = sent(batch.sizes, base.device) if base.row.time_ids else None
-        references = [sent(x, base.device) for x in batch.before]
-        found = []
+        references = [sent(x, base.device) for x in batch.sources]
+        errors = []
         for k, time in enumerate(quantile_times(times, base.prediction, self.times.steps)):
             noise = torch.randn(batch.latents.shape, generator=generator("base", *row.key, k))
             latents = sent(batch.latents, base.device)
             noisy, target = noised(latents, sent(noise, base.device), time[None], base.prediction, self.alphas)
-            told: dict[str, Any] = {"guidance": self.guidance, "sizes": sizes, "references": references}
-            predicted = predict(base, noisy, sent(time[None], base.device), text, **told)
-            found.append(torch.cat([row_losses(predicted, target), row_losses(torch.zeros_like(target), target)]))
-        error, zero = in_float64(torch.stack(found)).mean(0).tolist()
+            options: dict[str, Any] = {"guidance": self.guidance, "sizes": sizes, "references": references}
+            predicted = predict(base, noisy, sent(time[None], base.device), text, **options)
+            errors.append(torch.cat([row_losses(predicted, target), row_losses(torch.zeros_like(target), target)]))
+        error, zero = in_float64(torch.stack(errors)).mean(0).tolist()
         return error, zero
 
     @torch.no_grad()
@@ -280,15 +282,15 @@ class ImageLoss:
         times = quantile_times(self.config.evaluation.times, self.base.prediction, self.times.steps)
         sums = torch.zeros(len(times), dtype=torch.float64)
         groups = list(_same_shape(rows, self.config.batching.micro_rows or self.config.batching.rows))
-        own = [groups[index] for index, _ in devices.deal([len(group) for group in groups])]
-        count = sum(map(len, own))
-        for group in own:
+        share = [groups[index] for index, _ in devices.deal([len(group) for group in groups])]
+        count = sum(map(len, share))
+        for group in share:
             batch = self.encoders.batch(group)
             for k, time in enumerate(times):
                 if stopped():
                     return None
-                fixed = [generator("validation", *row.key, k) for row in group]
-                noise = torch.stack([torch.randn(batch.latents.shape[1:], generator=g) for g in fixed])
+                generators = [generator("validation", *row.key, k) for row in group]
+                noise = torch.stack([torch.randn(batch.latents.shape[1:], generator=g) for g in generators])
                 sums[k] += float(in_float64(self.row_errors(batch, noise, time.expand(len(group)))).sum())
         extra = {f"loss at {time:g}": s / max(1, count) for time, s in zip(times.tolist(), sums.tolist(), strict=True)}
         return EvalResult(float(sums.mean()), count, count, extra, likelihood=False)

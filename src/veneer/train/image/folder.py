@@ -44,7 +44,7 @@ _MOST_REPEATS = 1000
 class PictureFile:
     """A picture file and its related files.
 
-    `source`: where its caption is from; `caption`: None without one. `before`: source images of an edit."""
+    `source`: where its caption is from; `caption`: None without one. `sources`: source images of an edit."""
 
     path: Path
     name: str
@@ -52,20 +52,20 @@ class PictureFile:
     source: str
     mask: Path | None
     repeats: int
-    before: tuple[Path, ...] = ()
+    sources: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Folder:
     """The files of a folder and its subfolders, by kind, in the order of names.
 
-    `masks`, `befores`: files named NAME.mask and NAME.before. `ignored`: suffix -> number of other files."""
+    `masks`, `source_files`: files named NAME.mask and NAME.before. `ignored`: suffix -> number of other files."""
 
     root: Path
     pictures: list[Path]
     captions: list[Path]
     masks: list[Path]
-    befores: list[Path]
+    source_files: list[Path]
     ignored: Counter[str]
 
     @cached_property
@@ -81,16 +81,18 @@ class _Folder:
         return self._names.get(name, [])
 
     def unowned(self, file: Path, name: Path) -> str:
-        """Return the message about a file that belongs to no picture. `name`: the path that its picture would have."""
-        shown = file.relative_to(self.root) if file.is_relative_to(self.root) else file
-        return f"{shown}: no picture of this name{self.nearest(name)}"
+        """Return the message about a file that belongs to no picture.
+
+        `name`: the path that its picture would have."""
+        path = file.relative_to(self.root) if file.is_relative_to(self.root) else file
+        return f"{path}: no picture of this name{self.nearest(name)}"
 
     def nearest(self, name: Path) -> str:
         """Return the nearest picture by name, as the end of a sentence; one in the same folder if possible."""
         for group in ([p for p in self.pictures if p.parent == name.parent], self.pictures):
             if near := nearest(name.stem, {p.stem for p in group}, 1):
-                found = next(p for p in group if p.stem == near[0])
-                return f"; the nearest is {found.relative_to(self.root)}"
+                path = next(p for p in group if p.stem == near[0])
+                return f"; the nearest is {path.relative_to(self.root)}"
         return ""
 
 
@@ -102,8 +104,8 @@ def list_pictures(
     `prompt`, `masks`: the settings, which differ for class pictures. Raises DataError."""
     files = _scan(folder, settings)
     rows, named = _metadata(files, settings)
-    shown = {path for paths in named.values() for path in paths}  # not trained on without a row of their own
-    files = replace(files, pictures=[p for p in files.pictures if p not in shown or p in rows])
+    used = {path for paths in named.values() for path in paths}  # not trained on without a row of their own
+    files = replace(files, pictures=[p for p in files.pictures if p not in used or p in rows])
     if not files.pictures:
         others = first_few([f"{n} {suffix}" for suffix, n in files.ignored.most_common()], 12) or "nothing"
         raise DataError(
@@ -111,8 +113,8 @@ def list_pictures(
             where=str(files.root),
             fix=f"pictures end in {', '.join(SUFFIXES)}; the folder holds {others}",
         )
-    captions, covers = _captions(files), _masks(files, masks)
-    before = _source_images(files, named, shown, settings)
+    captions, masks_of = _captions(files), _masks(files, masks)
+    source_images = _source_images(files, named, used, settings)
     out = []
     for path in files.pictures:
         repeats, words = _kohya_folder(path, files.root)
@@ -124,22 +126,22 @@ def list_pictures(
         }
         source = next((source for source, caption in sources.items() if caption is not None), "nothing")
         name = path.relative_to(files.root).as_posix()
-        own = tuple(before.get(path, ()))
-        out.append(PictureFile(path, name, sources.get(source), source, covers.get(path), repeats, own))
+        own = tuple(source_images.get(path, ()))
+        out.append(PictureFile(path, name, sources.get(source), source, masks_of.get(path), repeats, own))
     return out, files.ignored
 
 
 def sources_per_picture(folders: Mapping[str, Sequence[PictureFile]]) -> int:
     """Return the number of source images per picture. Raises DataError if some have fewer than others."""
     files = [file for own in folders.values() for file in own]
-    most = max((len(file.before) for file in files), default=0)
-    fewer = [f"{f.name}: {len(f.before) or 'none'}" if most > 1 else f.name for f in files if len(f.before) < most]
+    most = max((len(file.sources) for file in files), default=0)
+    fewer = [f"{f.name}: {len(f.sources) or 'none'}" if most > 1 else f.name for f in files if len(f.sources) < most]
     if fewer:
-        example = next(file.name for file in files if len(file.before) == most)
+        example = next(file.name for file in files if len(file.sources) == most)
         what = "no source image" if most == 1 else f"fewer than the {most} source images of {example}"
         raise DataError(
             f"{len(fewer)} of {len(files)} pictures have {what}:\n{bullets(fewer)}",
-            where=", ".join(folder for folder, own in folders.items() if any(len(f.before) < most for f in own)),
+            where=", ".join(folder for folder, own in folders.items() if any(len(f.sources) < most for f in own)),
             fix="give all the same number (NAME.before.png, or the same name in the before folder), or set "
             "data.before: off to train on captions only",
         )
@@ -177,26 +179,28 @@ def _scan(folder: str, settings: ImageDataSection) -> _Folder:
     if not os.path.isdir(root):  # no error for a name that is too long
         what = "this is a file, not a folder of pictures" if os.path.isfile(root) else "the folder does not exist"
         raise DataError(what, where=str(root), fix="give a folder that holds pictures")
-    pictures, captions, masks, befores, ignored = [], [], [], [], Counter[str]()
-    apart = [settings.class_folder, settings.validation, settings.cache, str(root / "masks")]
-    apart += [] if settings.masks in ("auto", "off", "alpha") else [settings.masks]
-    apart += settings.before_folders or [str(root / "before")]
-    others = {Path(other).expanduser().resolve() for other in apart if other} - {root.resolve()}
+    pictures, captions, masks, source_files, ignored = [], [], [], [], Counter[str]()
+    other_folders = [settings.class_folder, settings.validation, settings.cache, str(root / "masks")]
+    other_folders += [] if settings.masks in ("auto", "off", "alpha") else [settings.masks]
+    other_folders += settings.source_folders or [str(root / "before")]
+    excluded = {Path(other).expanduser().resolve() for other in other_folders if other} - {root.resolve()}
     for place, folders, names in os.walk(root, onerror=_unread):
-        here = Path(place)
-        folders[:] = sorted(f for f in folders if not f.startswith((".", "__")) and (here / f).resolve() not in others)
-        ignored["link to a folder"] += sum((here / f).is_symlink() for f in folders)
+        current = Path(place)
+        folders[:] = sorted(
+            f for f in folders if not f.startswith((".", "__")) and (current / f).resolve() not in excluded
+        )
+        ignored["link to a folder"] += sum((current / f).is_symlink() for f in folders)
         for name in sorted(names):
-            path = here / name
-            suffix, kind = path.suffix.lower(), Path(path.stem).suffix.lower()
+            path = current / name
+            suffix, marker = path.suffix.lower(), Path(path.stem).suffix.lower()
             if name.startswith(".") or name in _METADATA_FILES or name.lower() == "thumbs.db":
                 continue
             if path.exists() and not path.is_file():  # reading a pipe or a device can block forever
                 ignored["pipe or device"] += 1
-            elif suffix in SUFFIXES and kind == ".mask":
+            elif suffix in SUFFIXES and marker == ".mask":
                 masks.append(path)
-            elif suffix in SUFFIXES and kind == ".before":
-                befores.append(path)
+            elif suffix in SUFFIXES and marker == ".before":
+                source_files.append(path)
                 ignored["source images"] += settings.before != "auto"
             elif suffix in SUFFIXES or suffix in _UNREAD:
                 pictures.append(path)
@@ -204,7 +208,7 @@ def _scan(folder: str, settings: ImageDataSection) -> _Folder:
                 captions.append(path)
             else:
                 ignored[suffix or name] += 1
-    return _Folder(root, pictures, captions, masks, befores, +ignored)
+    return _Folder(root, pictures, captions, masks, source_files, +ignored)
 
 
 def _unread(error: OSError) -> NoReturn:
@@ -216,16 +220,16 @@ def _captions(folder: _Folder) -> dict[Path, str]:
     captions: dict[Path, str] = {}
     bad: list[str] = []
     for file in folder.captions:
-        shown, owners = file.relative_to(folder.root), folder.owners(file.with_suffix(""))
+        name, owners = file.relative_to(folder.root), folder.owners(file.with_suffix(""))
         if not owners:
             bad.append(folder.unowned(file, file))
             continue
         try:
             text = " ".join(file.read_bytes().decode("utf-8-sig").split())
         except (OSError, UnicodeDecodeError) as error:
-            bad.append(f"{shown}: {'not UTF-8 text' if isinstance(error, UnicodeDecodeError) else error.strerror}")
+            bad.append(f"{name}: {'not UTF-8 text' if isinstance(error, UnicodeDecodeError) else error.strerror}")
             continue
-        bad += [f"{shown}: {o.name} has another caption file" for o in owners if captions.get(o, text) != text]
+        bad += [f"{name}: {o.name} has another caption file" for o in owners if captions.get(o, text) != text]
         captions |= dict.fromkeys(owners, text)
     _stop(folder, bad, "caption file", "name a caption as its picture (cat.txt for cat.png), and save it as UTF-8")
     return captions
@@ -238,42 +242,42 @@ def _masks(folder: _Folder, masks: str) -> dict[Path, Path]:
     place = folder.root / "masks" if masks == "auto" else Path(masks).expanduser()
     if masks != "auto" and not place.is_dir():
         raise DataError("the folder of masks does not exist", where=str(place), fix="correct data.masks")
-    found, bad = _owned(folder, folder.masks, [(place, _pictures_in(place))])
+    matches, bad = _match_files(folder, folder.masks, [(place, _pictures_in(place))])
     _stop(folder, bad, "mask", "name a mask as its picture (cat.mask.png or masks/cat.png), or set data.masks: off")
-    return {picture: files[0] for picture, files in found.items()}
+    return {picture: files[0] for picture, files in matches.items()}
 
 
 def _source_images(
-    folder: _Folder, named: Mapping[Path, Sequence[Path]], shown: set[Path], settings: ImageDataSection
+    folder: _Folder, named: Mapping[Path, Sequence[Path]], used: set[Path], settings: ImageDataSection
 ) -> dict[Path, list[Path]]:
     """Return picture -> its source images, in the order of the sources.
 
-    `named`: those in metadata rows; `shown`: all of these. Raises DataError for files without a picture."""
+    `named`: those in metadata rows; `used`: all of these. Raises DataError for files without a picture."""
     if settings.before == "off":
         return {}
     auto = settings.before == "auto"
-    places = [folder.root / "before"] if auto else [Path(given).expanduser() for given in settings.before_folders]
-    listed = [(place, [f for f in _pictures_in(place) if f not in shown]) for place in places]
+    places = [folder.root / "before"] if auto else [Path(given).expanduser() for given in settings.source_folders]
+    listed = [(place, [f for f in _pictures_in(place) if f not in used]) for place in places]
     if empty := [place for place, files in listed if not files and not auto]:
         raise DataError("this folder of source images holds no picture", where=str(empty[0]), fix="correct data.before")
-    found, bad = _owned(folder, folder.befores if auto else [], listed)
+    matches, bad = _match_files(folder, folder.source_files if auto else [], listed)
     fix = "name both alike (cat.before.png or before/cat.png for cat.png), or set data.before: off"
     _stop(folder, bad, "source image", fix)
     own = named if auto else {}
-    return {path: [*own.get(path, ()), *found.get(path, ())] for path in folder.pictures}
+    return {path: [*own.get(path, ()), *matches.get(path, ())] for path in folder.pictures}
 
 
 def _pictures_in(folder: Path) -> list[Path]:
     return [f for f in sorted(folder.rglob("*")) if f.suffix.lower() in SUFFIXES and not f.name.startswith(".")]
 
 
-def _owned(
+def _match_files(
     folder: _Folder, beside: Iterable[Path], mirrored: Iterable[tuple[Path, list[Path]]]
 ) -> tuple[dict[Path, list[Path]], list[str]]:
     """Return picture -> the files of its name, and messages about files without a picture.
 
     `beside`: files NAME.mask.png or NAME.before.png; `mirrored`: (folder, files with the pictures' paths)."""
-    found: dict[Path, list[Path]] = {}
+    matches: dict[Path, list[Path]] = {}
     bad: list[str] = []
     pairs = [(file, file.with_suffix("").with_suffix("")) for file in beside]
     for place, files in mirrored:
@@ -281,10 +285,10 @@ def _owned(
     for file, name in pairs:
         owners = folder.owners(name)
         for owner in owners:
-            found.setdefault(owner, []).append(file)
+            matches.setdefault(owner, []).append(file)
         if not owners:
             bad.append(folder.unowned(file, name.with_name(name.name + file.suffix)))
-    return found, bad
+    return matches, bad
 
 
 def _metadata(folder: _Folder, settings: ImageDataSection) -> tuple[dict[Path, str], dict[Path, list[Path]]]:
@@ -300,30 +304,29 @@ def _metadata(folder: _Folder, settings: ImageDataSection) -> tuple[dict[Path, s
                 continue
             records, _ = read_data_files([str(file)])
             columns = list(dict.fromkeys(c for record in records for c in record.values))
-            column = settings.caption_column or next((c for c in _CAPTION_COLUMNS if c in columns), None)
-            which = next((c for c in _FILE_COLUMNS if c in columns), None)
-            if column not in columns or which is None:
-                missing = " or ".join(_FILE_COLUMNS) if which is None else column or " or ".join(_CAPTION_COLUMNS)
-                raise DataError(
-                    f"the metadata has no column {missing}; the columns are {', '.join(columns)}",
-                    where=str(file),
-                    fix="name the picture's so" if which is None else "name the caption's with data.caption_column",
-                )
+            text_column = settings.caption_column or next((c for c in _CAPTION_COLUMNS if c in columns), None)
+            file_column = next((c for c in _FILE_COLUMNS if c in columns), None)
+            if file_column is None or text_column not in columns:
+                missing, fix = " or ".join(_FILE_COLUMNS), "name the column of pictures so"
+                if file_column is not None:
+                    missing, fix = text_column or " or ".join(_CAPTION_COLUMNS), "set data.caption_column"
+                what = f"the metadata has no column {missing}; the columns are {', '.join(columns)}"
+                raise DataError(what, where=str(file), fix=fix)
             for record in records:
-                name, caption, given = (record.values.get(c) for c in (which, column, "before"))
-                starts = given if isinstance(given, list) else [] if given is None else [given]
-                problem = _path_problem(which, name, place, folder)
+                name, caption, value = (record.values.get(c) for c in (file_column, text_column, "before"))
+                names = value if isinstance(value, list) else [] if value is None else [value]
+                problem = _path_problem(file_column, name, place, folder)
                 if not problem and not isinstance(caption, str):
-                    problem = f"`{column}` should be text, found {type(caption).__name__}"
+                    problem = f"`{text_column}` should be text, found {type(caption).__name__}"
                 if not problem and place / str(name) in rows:
                     problem = f"`{name}` has a row already"
-                problem = problem or next((p for s in starts if (p := _path_problem("before", s, place, folder))), "")
+                problem = problem or next((p for s in names if (p := _path_problem("before", s, place, folder))), "")
                 if problem:
                     bad.append(f"{record.where}: {problem}")
                     continue
                 rows[place / str(name)] = " ".join(str(caption).split())
-                if starts:
-                    before[place / str(name)] = [place / start for start in starts]
+                if names:
+                    before[place / str(name)] = [place / source for source in names]
     _stop(folder, bad, "metadata row", "correct those rows, or take them out")
     return rows, before
 

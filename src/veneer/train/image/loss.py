@@ -52,7 +52,7 @@ def generator(*key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
 
 
-def draw(
+def sample_noise(
     shape: Sequence[int],
     keys: Sequence[tuple[int | str, ...]],
     prediction: _Prediction,
@@ -63,15 +63,15 @@ def draw(
 
     `shape`: that of one row of latents, (c, h, w). `offset`: adds offset·z to the noise, one z per channel of
     a row. Times are integers below `times.steps` for epsilon and v, float32 sigmas in (0, 1) for flow."""
-    drawn, moments = [], []
+    rows, times_of_rows = [], []
     for key in keys:
         g = generator(*key)
-        moments.append(_time(shape, prediction, times, g))
+        times_of_rows.append(_time(shape, prediction, times, g))
         noise = torch.randn(tuple(shape), generator=g)
         if offset:
             noise = noise + offset * torch.randn((shape[0], 1, 1), generator=g)
-        drawn.append(noise)
-    return torch.stack(drawn), torch.stack(moments)
+        rows.append(noise)
+    return torch.stack(rows), torch.stack(times_of_rows)
 
 
 def _time(shape: Sequence[int], prediction: _Prediction, times: Times, g: torch.Generator) -> Tensor:

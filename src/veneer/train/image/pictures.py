@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from veneer.errors import DataError, bullets, counted
-from veneer.models.image.base import too_long
+from veneer.models.image.base import aspect_problem
 from veneer.train.config.image import ImageDataSection
 from veneer.train.image.decode import UnreadablePicture, decode_picture, mask_of, read_bytes
 from veneer.train.image.folder import PictureFile, list_pictures, sources_per_picture, with_trigger
@@ -37,7 +37,7 @@ class TrainingPicture:
     `name`: its path in its folder. `caption`: with the trigger. `size`: (width, height) in pixels, upright.
     `digest`: sha256 of the file. `mask`: a mask file; `alpha`: its own transparency is the mask.
     `transparent`: some of it shows the background. `repeats`: times per epoch. `weight`: weight of its loss.
-    `is_class`: whether it is a class picture. `before`: source images of an edit, without captions."""
+    `is_class`: whether it is a class picture. `sources`: source images of an edit, without captions."""
 
     path: Path
     name: str
@@ -52,13 +52,13 @@ class TrainingPicture:
     repeats: int = 1
     weight: float = 1.0
     is_class: bool = False
-    before: tuple[TrainingPicture, ...] = ()
+    sources: tuple[TrainingPicture, ...] = ()
 
     @cached_property
     def key(self) -> str:
         """Return the sha256 of all trained content, independent of its location."""
         parts = [self.digest, self.caption, self.mask_digest, self.alpha, self.weight, self.is_class]
-        parts += [picture.digest for picture in self.before]
+        parts += [picture.digest for picture in self.sources]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -68,14 +68,14 @@ class PictureSummary:
 
     `captions`: source -> pictures. `triggers`: added, replaced, already there -> pictures. `broken`: `name:
     reason` of dropped files. `notes`: conversion by decoding -> pictures. `ignored`: suffix -> files of other
-    kinds. `before`: source images per picture; `unlike`: those of other proportions, `name: sizes`."""
+    kinds. `sources`: source images per picture; `unlike`: those of other proportions, `name: sizes`."""
 
     captions: Counter[str] = field(default_factory=Counter)
     triggers: Counter[str] = field(default_factory=Counter)
     broken: list[str] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
     ignored: Counter[str] = field(default_factory=Counter)
-    before: int = 0
+    sources: int = 0
     unlike: list[str] = field(default_factory=list)
 
 
@@ -110,7 +110,7 @@ def read_pictures(
         masks = "auto" if settings.masks not in ("off", "alpha") else settings.masks
         classes = list_pictures(settings.class_folder, elsewhere, settings.class_prompt, masks)
         listed.append((settings.class_folder, classes, True))
-    summary.before = sources_per_picture({folder: files for folder, (files, _), _ in listed})
+    summary.sources = sources_per_picture({folder: files for folder, (files, _), _ in listed})
     pictures: list[TrainingPicture] = []
     for folder, (files, ignored), is_class in listed:
         summary.ignored += ignored
@@ -171,8 +171,8 @@ def _open(
 
     Raises UnreadablePicture; also for a mask of other proportions, and a source image that is too long."""
     data, digest = read_bytes(file.path)
-    opened = decode_picture(data, settings)
-    width, height = opened.size
+    decoded = decode_picture(data, settings)
+    width, height = decoded.size
     mask_digest = ""
     if file.mask is not None:
         try:
@@ -180,38 +180,40 @@ def _open(
             size = mask_of(data, settings).size
         except UnreadablePicture as error:
             raise UnreadablePicture(f"its mask {file.mask}: {error}") from None
-        if not same_shape(size, opened.size):
+        if not same_shape(size, decoded.size):
             sizes = f"{size[0]} x {size[1]} pixels, but the picture has {width} x {height}"
             raise UnreadablePicture(f"its mask {file.mask} has {sizes}")
-    before = []
-    for path in file.before:
+    sources = []
+    for path in file.sources:
         name = os.path.relpath(path, file.path.parents[len(Path(file.name).parts) - 1])
         try:
             data, source_digest = read_bytes(path)
             source = decode_picture(data, settings)
         except UnreadablePicture as error:
             raise UnreadablePicture(f"its source image {name}: {error}") from None
-        if not same_shape(source.size, opened.size):
-            if why := too_long(*source.size):
+        if not same_shape(source.size, decoded.size):
+            if why := aspect_problem(*source.size):
                 raise UnreadablePicture(f"its source image {name} has {why}")
             sizes = f"{source.size[0]} x {source.size[1]} pixels, but {file.name} has {width} x {height}"
             summary.unlike.append(f"{name}: {sizes}")
-        look, shows = perceptual_hash(source.colour), source.alpha is not None
-        before.append(TrainingPicture(path, name, "", source.size, source_digest, look, transparent=shows))
-    summary.notes.update(opened.notes)
+        source_hash, transparent = perceptual_hash(source.colour), source.alpha is not None
+        sources.append(
+            TrainingPicture(path, name, "", source.size, source_digest, source_hash, transparent=transparent)
+        )
+    summary.notes.update(decoded.notes)
     return TrainingPicture(
         file.path,
         file.name,
         caption,
-        opened.size,
+        decoded.size,
         digest,
-        perceptual_hash(opened.colour),
+        perceptual_hash(decoded.colour),
         file.mask,
         mask_digest,
-        alpha=settings.masks == "alpha" and opened.alpha is not None,
-        transparent=opened.alpha is not None,
+        alpha=settings.masks == "alpha" and decoded.alpha is not None,
+        transparent=decoded.alpha is not None,
         repeats=file.repeats,
         weight=settings.class_weight if is_class else 1.0,
         is_class=is_class,
-        before=tuple(before),
+        sources=tuple(sources),
     )

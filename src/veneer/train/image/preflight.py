@@ -17,7 +17,7 @@ from torch import nn
 
 from veneer.core.targets import matches_per_pattern, resolve_targets
 from veneer.errors import ConfigError, TargetError, counted, gigabytes
-from veneer.models.image.base import too_long
+from veneer.models.image.base import aspect_problem
 from veneer.models.image.generate import ImageRow, check_rows
 from veneer.train.image.augmentation import PicturePlan
 from veneer.train.image.batches import PlannedRow
@@ -53,7 +53,7 @@ class ImageData:
     """The data of a run.
 
     `learned` includes class pictures; `plan`: their rows in an epoch. `encoders`: encodes their batches.
-    `scored`: rows of the held-out pictures. `missing_classes`: class pictures still to be drawn. `tags`:
+    `scored`: rows of the held-out pictures. `missing_class_pictures`: class pictures still to be drawn. `tags`:
     folder -> tag -> captions per epoch."""
 
     learned: list[TrainingPicture]
@@ -63,7 +63,7 @@ class ImageData:
     encoders: Encoders
     steps: LazySteps
     scored: list[PlannedRow]
-    missing_classes: int = 0
+    missing_class_pictures: int = 0
     tags: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
@@ -127,8 +127,8 @@ def image_preflight(
     findings += _sample_sources(base, config, data)
     findings += _samples(base, config)
     findings += _prompts(cut)
-    if data.missing_classes:
-        wanting = counted(data.missing_classes, "class picture")
+    if data.missing_class_pictures:
+        wanting = counted(data.missing_class_pictures, "class picture")
         text = f"{wanting} wanted and not there: the base draws from `{config.data.class_prompt}`"
         findings.append(Finding("ok", "class pictures", text))
     report = Report(numbers=subject.numbers)
@@ -205,20 +205,20 @@ def _loss(s: RunSubject) -> Iterator[Finding]:
 
 def _pairs(base: ImageBase, config: ImageTrainConfig, data: ImageData) -> Iterator[Finding]:
     """Report problems with pairs: a base that does not edit, held-out pictures, class pictures."""
-    before, folder = data.summary.before, ", ".join(config.data.folders)
+    before, folder = data.summary.sources, ", ".join(config.data.folders)
     if before > base.references:
         text = f"{folder} has {counted(before, 'source image')} for each picture, and {base.name} "
         text += f"takes {base.references} at most" if base.references else "does not edit pictures"
         fix = "train on FLUX.1 Kontext, FLUX.2 or Qwen-Image-Edit, or on captions only with data.before: off"
         yield Finding("stop", "pairs", text, fix)
-    elif base.edits_alone and not before:
+    elif base.only_edits and not before:
         text = f"{base.name} edits pictures, and {folder} has captions only, without source images"
         fix = "give each picture a source (NAME.before.png, or data.before: FOLDER), or train on another base"
         yield Finding("stop", "pairs", text, fix)
     elif before and config.data.class_count:
         fix = "use data.class_folder with pairs"
         yield Finding("stop", "pairs", "generated class pictures have no source images", fix)
-    if other := [p.name for p in data.held if len(p.before) != before]:
+    if other := [p.name for p in data.held if len(p.sources) != before]:
         text = f"held-out pictures have another number of source images than {before}: {other[0]}"
         fix = "give each as many (NAME.before.png, or its name in a before folder), or set data.before: off"
         yield Finding("stop", "held out", text, fix)
@@ -226,7 +226,7 @@ def _pairs(base: ImageBase, config: ImageTrainConfig, data: ImageData) -> Iterat
 
 def _sample_sources(base: ImageBase, config: ImageTrainConfig, data: ImageData) -> Iterator[Finding]:
     """Report sample prompts without source images, and sources that cannot be used."""
-    samples, before = config.samples, data.summary.before
+    samples, before = config.samples, data.summary.sources
     if before and samples.prompts and not samples.before:
         fix = "samples.before: a picture for each prompt, or one for all"
         yield Finding("stop", "samples", "sample prompts are instructions, and have no picture to edit", fix)
@@ -244,7 +244,7 @@ def _sample_sources(base: ImageBase, config: ImageTrainConfig, data: ImageData) 
         except UnreadablePicture as error:
             yield Finding("stop", "samples", f"{path} cannot be edited: {error}", "correct samples.before")
             continue
-        if most > 1 and (why := too_long(*size)):  # a single picture is cropped
+        if most > 1 and (why := aspect_problem(*size)):  # a single picture is cropped
             yield Finding("stop", "samples", f"{path} has {why}", "crop it")
 
 

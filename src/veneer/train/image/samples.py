@@ -24,7 +24,7 @@ from veneer.models.image.generate import ImageRow, MixPlan, PictureSettings, gen
 from veneer.models.image.predict import reference_size
 from veneer.models.image.sheet import sheet
 from veneer.train import checkpoint
-from veneer.train.image.augmentation import View, place, seen_part
+from veneer.train.image.augmentation import View, crop_resized, crop_view
 from veneer.train.image.decode import UnreadablePicture, decode_picture, read_bytes
 from veneer.train.run import NAME
 
@@ -55,7 +55,7 @@ def training_layers(base: ImageBase, on: bool) -> Iterator[None]:
             layer.training = mode
 
 
-def draw_samples(
+def generate_samples(
     base: ImageBase, attachment: Attachment, config: ImageTrainConfig, strengths: Sequence[float] = ()
 ) -> list[list[Image]]:
     """Return pictures with the trained adapter: prompts x seeds.
@@ -63,17 +63,17 @@ def draw_samples(
     With `strengths` of the adapter, (prompts and seeds) x strengths."""
     samples = config.samples
     plans = [MixPlan(mix, ((0.0, mix),)) for s in strengths or (1.0,) for mix in [((NAME, s),) if s else ()]]
-    starts = _starts(base, config)
+    sources = _source_images(base, config)
     rows = [
-        ImageRow(prompt, samples.negative, seed, plan, references=shown)
-        for prompt, shown in zip(samples.prompts, starts, strict=True)
+        ImageRow(prompt, samples.negative, seed, plan, references=references)
+        for prompt, references in zip(samples.prompts, sources, strict=True)
         for seed in samples.seeds
         for plan in plans
     ]
-    return draw_rows(base, attachment, config, rows, len(strengths) or len(samples.seeds), samples.steps)
+    return generate_rows(base, attachment, config, rows, len(strengths) or len(samples.seeds), samples.steps)
 
 
-def _starts(base: ImageBase, config: ImageTrainConfig) -> list[tuple[Image, ...]]:
+def _source_images(base: ImageBase, config: ImageTrainConfig) -> list[tuple[Image, ...]]:
     """Return the source images of each sample prompt.
 
     A single one is cropped like a training picture; several are whole, each in its own size. Raises
@@ -81,7 +81,7 @@ def _starts(base: ImageBase, config: ImageTrainConfig) -> list[tuple[Image, ...]
     samples = config.samples
     side = samples.size or base.size
 
-    def start(path: str, alone: bool) -> Image:
+    def source(path: str, alone: bool) -> Image:
         try:
             picture = decode_picture(read_bytes(Path(path))[0], config.data).colour
         except UnreadablePicture as error:
@@ -90,9 +90,9 @@ def _starts(base: ImageBase, config: ImageTrainConfig) -> list[tuple[Image, ...]
             ) from None
         shape = (side, side) if alone else size_in_units(base.unit, side, picture.width / picture.height)
         size = reference_size(base, *shape)
-        return seen_part(picture, place(picture.size, size) if alone else View(*size, picture.size, size))
+        return crop_resized(picture, crop_view(picture.size, size) if alone else View(*size, picture.size, size))
 
-    return [tuple(start(path, len(shown) == 1) for path in shown) for shown in samples.starts]
+    return [tuple(source(path, len(shown) == 1) for path in shown) for shown in samples.starts]
 
 
 def sample_settings(config: ImageTrainConfig, steps: int) -> PictureSettings:
@@ -101,27 +101,27 @@ def sample_settings(config: ImageTrainConfig, steps: int) -> PictureSettings:
     return PictureSettings(width=size, height=size, steps=steps, guidance=config.samples.guidance)
 
 
-def draw_rows(
+def generate_rows(
     base: ImageBase,
     attachment: Attachment | None,
     config: ImageTrainConfig,
     rows: Sequence[ImageRow],
-    wide: int,
+    columns: int,
     steps: int,
 ) -> list[list[Image]]:
-    """Return a picture of each row, in lines of `wide`."""
+    """Return a picture of each row, in lines of `columns`."""
     settings = sample_settings(config, steps)
-    before = checkpoint.rng_state()
+    random_state = checkpoint.rng_state()
     try:
         with training_layers(base, False):
-            made = generate_images(base, rows, settings, attachment=attachment)
+            generated = generate_images(base, rows, settings, attachment=attachment)
     finally:
-        checkpoint.rng_restore(before)
-    images = [picture.image for picture in made]
-    return [images[i : i + wide] for i in range(0, len(images), wide)]
+        checkpoint.rng_restore(random_state)
+    images = [picture.image for picture in generated]
+    return [images[i : i + columns] for i in range(0, len(images), columns)]
 
 
-def sheet_of(
+def write_sample_sheet(
     cells: Sequence[Sequence[Image]],
     base: ImageBase,
     config: ImageTrainConfig,
@@ -129,22 +129,22 @@ def sheet_of(
     title: str,
     strengths: Sequence[float] = (),
 ) -> None:
-    """Write the sheet of prompts by seeds or strengths, from `draw_samples`.
+    """Write the sheet of prompts by seeds or strengths, from `generate_samples`.
 
     Source images are on the left."""
     samples = config.samples
     rows, columns = list(samples.prompts), [f"seed {seed}" for seed in samples.seeds]
-    starts = _starts(base, config)
+    sources = _source_images(base, config)
     if strengths:
         rows = [f"{prompt}, seed {seed}" for prompt in rows for seed in samples.seeds]
         columns = [f"strength {strength:g}" for strength in strengths]
-        starts = [shown for shown in starts for _ in samples.seeds]
-    if any(starts):
-        columns = ["before"] * len(starts[0]) + columns
-        cells = [[*shown, *row] for shown, row in zip(starts, cells, strict=True)]
-    made = sheet(cells, rows=rows, columns=columns, title=title)
+        sources = [references for references in sources for _ in samples.seeds]
+    if any(sources):
+        columns = ["before"] * len(sources[0]) + columns
+        cells = [[*references, *row] for references, row in zip(sources, cells, strict=True)]
+    image = sheet(cells, rows=rows, columns=columns, title=title)
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, [picture_bytes(made)])
+    atomic_write(path, [picture_bytes(image)])
 
 
 def thumbnail(image: Image) -> str:
@@ -155,10 +155,10 @@ def thumbnail(image: Image) -> str:
         data = picture_bytes(small, "JPEG", quality=quality)
         if len(data) <= _MOST_THUMBNAIL:
             break
-    return jpeg_address(data)
+    return jpeg_url(data)
 
 
-def jpeg_address(data: bytes) -> str:
+def jpeg_url(data: bytes) -> str:
     """Return a data URL of a JPEG file."""
     return "data:image/jpeg;base64," + base64.b64encode(data).decode()
 
@@ -169,11 +169,11 @@ def class_folder(config: ImageTrainConfig, base: ImageBase, cache: Path) -> Path
     It is the configured folder, or one in the cache that is named by a hash of their inputs."""
     if config.data.class_folder is not None:
         return Path(config.data.class_folder)
-    made_of = [base.fingerprint, config.data.class_prompt, config.samples.steps, config.samples.size, config.seed]
-    return cache / "class" / hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
+    inputs = [base.fingerprint, config.data.class_prompt, config.samples.steps, config.samples.size, config.seed]
+    return cache / "class" / hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
 
 
-def drawing_folder(folder: Path) -> Path:
+def create_folder(folder: Path) -> Path:
     """Create the folder if necessary and return it. Raises ResourceError on failure."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -186,7 +186,7 @@ def drawing_folder(folder: Path) -> Path:
     return folder
 
 
-def draw_missing(
+def generate_missing(
     base: ImageBase, config: ImageTrainConfig, rows: Mapping[Path, ImageRow], steps: int, *, at_once: int = 4
 ) -> None:
     """Draw the pictures of `rows`, by file, with the base only.
@@ -194,18 +194,18 @@ def draw_missing(
     A stopped run resumes with the missing pictures."""
     files = list(rows)
     for start in range(0, len(files), at_once):
-        these = files[start : start + at_once]
-        drawn = draw_rows(base, None, config, [rows[file] for file in these], 1, steps)
-        for file, cells in zip(these, drawn, strict=True):
+        batch = files[start : start + at_once]
+        images = generate_rows(base, None, config, [rows[file] for file in batch], 1, steps)
+        for file, cells in zip(batch, images, strict=True):
             atomic_write(file, [picture_bytes(cells[0])])
 
 
-def draw_class_pictures(base: ImageBase, config: ImageTrainConfig, folder: Path, missing: int) -> None:
+def generate_class_pictures(base: ImageBase, config: ImageTrainConfig, folder: Path, missing: int) -> None:
     """Draw `missing` pictures of `data.class_prompt` into `folder`.
 
     Each has its own seed."""
-    drawing_folder(folder)
+    create_folder(folder)
     files = ((seed, folder / f"class-{seed:05d}.png") for seed in count())
-    wanted = islice(((seed, file) for seed, file in files if not file.exists()), missing)
-    rows = {file: ImageRow(config.data.class_prompt or "", "", seed) for seed, file in wanted}
-    draw_missing(base, config, rows, config.samples.steps)
+    new = islice(((seed, file) for seed, file in files if not file.exists()), missing)
+    rows = {file: ImageRow(config.data.class_prompt or "", "", seed) for seed, file in new}
+    generate_missing(base, config, rows, config.samples.steps)

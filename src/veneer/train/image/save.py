@@ -23,7 +23,7 @@ from veneer.formats.metadata import training_metadata
 from veneer.formats.read import read
 from veneer.models.image.predict import Conditioning, predict
 from veneer.train.checkpoint import write_atomically
-from veneer.train.image.samples import jpeg_address
+from veneer.train.image.samples import jpeg_url
 from veneer.train.preflight import Finding
 from veneer.train.report.log import duration
 from veneer.train.run import NAME
@@ -185,7 +185,7 @@ def prove_image_adapter(
         attachment,
         NAME,
         again,
-        lambda: predict(base, latents, time, text, sizes=given, references=batch.before),
+        lambda: predict(base, latents, time, text, sizes=given, references=batch.sources),
         path=path,
         what="predictions",
         rounding=rounding,
@@ -230,7 +230,7 @@ def _sheets(folder: Path) -> list[tuple[str, str]]:
         if path.is_file():
             image = Image.open(path).convert("RGB")
             image.thumbnail((1600, 1600))
-            sheets.append((title, jpeg_address(picture_bytes(image, "JPEG", quality=85))))
+            sheets.append((title, jpeg_url(picture_bytes(image, "JPEG", quality=85))))
     return sheets
 
 

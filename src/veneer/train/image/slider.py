@@ -40,8 +40,8 @@ from veneer.train.image.batches import ImageBatch
 from veneer.train.image.encode import ImageLoss
 from veneer.train.image.loss import generator, noised, row_losses
 from veneer.train.image.preflight import ImageData, parts_of
-from veneer.train.image.samples import draw_missing, drawing_folder
-from veneer.train.image.task import ImageKind, ImageRun, image_texts, read_images
+from veneer.train.image.samples import create_folder, generate_missing
+from veneer.train.image.task import ImageKind, ImageRun, image_prompts, read_image_data
 from veneer.train.loop import LazySteps, Micro, Step
 from veneer.train.preflight import CACHE, Finding
 from veneer.train.run import NAME, Run
@@ -58,8 +58,8 @@ def slider_config(config: ImageTrainConfig) -> ImageTrainConfig:
     slider, data = config.slider, config.data
     cache = Path(data.cache) if data.cache else Path(config.output.directory) / CACHE
     prompts = slider.model_dump(mode="json", include={"positive", "negative", "target", "preserve"})
-    made_of = [config.base.name, prompts, data.resolution, config.samples.guidance, config.seed]
-    scenes = cache / "scenes" / hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
+    inputs = [config.base.name, prompts, data.resolution, config.samples.guidance, config.seed]
+    scenes = cache / "scenes" / hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
     own = {"pictures": str(scenes), "prompt": slider.target, "split": 0}
     samples = config.samples
     if not samples.prompts and slider.target:
@@ -72,19 +72,19 @@ def _read(image: ImageRun) -> ImageData:
 
     Their captions are not used as tags."""
     config = _with_scenes(image.base, image.config, image.run)
-    data = read_images(replace(image, config=config))
+    data = read_image_data(replace(image, config=config))
     return replace(data, steps=_signed(data.steps), tags={})
 
 
 def _texts(image: ImageRun, data: ImageData) -> dict[str, Iterable[str]]:
     ends = [end for pair in _directions(image.config.slider) for end in pair]
-    return {**image_texts(image, data), "slider prompts": ends}
+    return {**image_prompts(image, data), "slider prompts": ends}
 
 
 def _findings(image: ImageRun, data: ImageData) -> Iterator[Finding]:
     slider = image.config.slider
-    kept = f", and is not to bring {', '.join(slider.preserve)} along" if slider.preserve else ""
-    text = f"slider: strength moves `{slider.target}` from `{slider.negative}` to `{slider.positive}`{kept}"
+    preserved = f", and is not to bring {', '.join(slider.preserve)} along" if slider.preserve else ""
+    text = f"slider: strength moves `{slider.target}` from `{slider.negative}` to `{slider.positive}`{preserved}"
     yield Finding("ok", "slider", f"{text}; {counted(slider.scenes, 'scene')} of the base's own, no pictures")
 
 
@@ -102,7 +102,7 @@ def _same_prompts(image: ImageRun, data: ImageData) -> Iterator[Finding]:
 
 
 def _loss(image: ImageRun, data: ImageData, attachment: Attachment) -> SliderLoss:
-    return SliderLoss(image.base, image.config, data.encoders, bare=attachment.using, attachment=attachment)
+    return SliderLoss(image.base, image.config, data.encoders, adapter_off=attachment.using, attachment=attachment)
 
 
 SLIDER = ImageKind(_read, _texts, _findings, _same_prompts, _loss, lambda config: config.slider.strengths)
@@ -117,8 +117,8 @@ def _directions(slider: SliderSection) -> list[tuple[str, str]]:
     return [(_joined(ends[0], p), _joined(ends[1], p)) for p in slider.preserve or ("",)]
 
 
-def _joined(prompt: str, more: str) -> str:
-    return ", ".join(part for part in (prompt, more) if part)
+def _joined(prompt: str, concept: str) -> str:
+    return ", ".join(part for part in (prompt, concept) if part)
 
 
 @dataclass
@@ -132,12 +132,12 @@ def _signed(steps: LazySteps) -> LazySteps:
     """Return the steps with each micro-batch twice, at +1 and at −1."""
 
     def both(step: Step) -> Step:
-        return replace(step, micros=tuple(_at(micro, sign) for micro in step.micros for sign in (1.0, -1.0)))
+        return replace(step, micros=tuple(_with_sign(micro, sign) for micro in step.micros for sign in (1.0, -1.0)))
 
     return steps.mapped(both)
 
 
-def _at(micro: Micro, sign: float) -> Micro:
+def _with_sign(micro: Micro, sign: float) -> Micro:
     return replace(micro, make=partial(_signed_batch, micro, sign))
 
 
@@ -157,8 +157,8 @@ class SliderLoss(ImageLoss):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.guidance is not None:  # a distilled base
-            asked = self.config.samples.guidance
-            self.guidance = default_settings(self.base)[1] if asked is None else asked
+            guidance = self.config.samples.guidance
+            self.guidance = default_settings(self.base)[1] if guidance is None else guidance
         self._last: tuple[tuple[Any, ...], Tensor] | None = None
 
     def row_errors(self, batch: ImageBatch, noise: Tensor, times: Tensor) -> Tensor:
@@ -186,11 +186,11 @@ class SliderLoss(ImageLoss):
         key = tuple(row.key for row in batch.rows)
         if self._last is None or self._last[0] != key:
             pairs = _directions(self.config.slider)
-            drawn = [pairs[int(torch.randint(len(pairs), (), generator=generator("preserve", *k)))] for k in key]
+            chosen = [pairs[int(torch.randint(len(pairs), (), generator=generator("preserve", *k)))] for k in key]
             with torch.no_grad(), self.attachment.off():
-                plus, minus = ([pair[end] for pair in drawn] for end in (0, 1))
-                own, more, less = (predicted(prompts).float() for prompts in (neutral, plus, minus))
-            self._last = key, torch.stack([own, more - less])
+                plus, minus = ([pair[end] for pair in chosen] for end in (0, 1))
+                own, positive, negative = (predicted(prompts).float() for prompts in (neutral, plus, minus))
+            self._last = key, torch.stack([own, positive - negative])
         own, step = self._last[1]
         return own, step
 
@@ -199,7 +199,7 @@ def _with_scenes(base: ImageBase, config: ImageTrainConfig, run: Run) -> ImageTr
     """Return the configuration with its scenes' folder, after drawing missing ones.
 
     A dry run draws one scene, in a folder for temporary files."""
-    if base.edits_alone:
+    if base.only_edits:
         what = f"{base.name} edits pictures, and a slider is learned of what a base draws from prompts"
         raise BaseError(what, where="base", fix="train on the base it was made from, as FLUX.1 dev or Qwen-Image")
     for module, spec in parts_of(base, config).values():
@@ -208,26 +208,26 @@ def _with_scenes(base: ImageBase, config: ImageTrainConfig, run: Run) -> ImageTr
     if run.dry_run:
         folder, count = Path(tempfile.mkdtemp(prefix="veneer-")), 1
     began = time.perf_counter()
-    drawn = _draw_scenes(base, config, folder, count) if run.devices.first else 0
+    generated = _generate_scenes(base, config, folder, count) if run.devices.first else 0
     run.devices.gather(None)
-    if drawn:
-        run.note(f"the base drew {counted(drawn, 'scene')} into {folder} in {time.perf_counter() - began:.0f} s")
+    if generated:
+        run.note(f"the base drew {counted(generated, 'scene')} into {folder} in {time.perf_counter() - began:.0f} s")
     return config.model_copy(update={"data": config.data.model_copy(update={"pictures": str(folder)})})
 
 
-def _draw_scenes(base: ImageBase, config: ImageTrainConfig, folder: Path, count: int) -> int:
+def _generate_scenes(base: ImageBase, config: ImageTrainConfig, folder: Path, count: int) -> int:
     """Draw the first `count` scenes missing in `folder`, each with its own seed.
 
     Returns the number of scenes drawn."""
-    drawing_folder(folder)
+    create_folder(folder)
     size = config.data.resolution if isinstance(config.data.resolution, int) else base.size
     sized = config.model_copy(update={"samples": config.samples.model_copy(update={"size": size})})
     target, pairs = config.slider.target, _directions(config.slider)
-    kept = config.slider.preserve or ("",)
-    prompts = [p for (plus, minus), k in zip(pairs, kept, strict=True) for p in (_joined(target, k), plus, minus)]
+    preserved = config.slider.preserve or ("",)
+    prompts = [p for (plus, minus), k in zip(pairs, preserved, strict=True) for p in (_joined(target, k), plus, minus)]
     rows = {
         folder / f"scene-{i:05d}.png": ImageRow(prompts[i % len(prompts)], "", config.seed + i) for i in range(count)
     }
     missing = {file: row for file, row in rows.items() if not file.exists()}
-    draw_missing(base, sized, missing, default_settings(base)[0])
+    generate_missing(base, sized, missing, default_settings(base)[0])
     return len(missing)

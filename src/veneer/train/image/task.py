@@ -46,11 +46,11 @@ from veneer.train.image.pictures import pictures_digest, read_pictures
 from veneer.train.image.preflight import ImageData, memory_numbers, parts_of
 from veneer.train.image.samples import (
     class_folder,
-    draw_class_pictures,
-    draw_samples,
-    sheet_of,
+    generate_class_pictures,
+    generate_samples,
     thumbnail,
     training_layers,
+    write_sample_sheet,
 )
 from veneer.train.image.save import (
     ImageResult,
@@ -132,22 +132,22 @@ def train_images(image: ImageRun) -> ImageResult:
     run = image.run
     newest = newest_checkpoint(run)
     data = image.kind.read(image)
-    report = _checked(image, data, recipe_of(newest))
+    report = _check(image, data, recipe_of(newest))
     raise_if_stopped(run, report)
-    with attached_images(image, data, report) as task:
+    with attach_images(image, data, report) as task:
         return carry_out(run, task, report, newest)
 
 
-def image_texts(image: ImageRun, data: ImageData) -> dict[str, Iterable[str]]:
+def image_prompts(image: ImageRun, data: ImageData) -> dict[str, Iterable[str]]:
     samples = image.config.samples
     return {
         "captions": [p.caption for p in (*data.learned, *data.held)],
         "sample prompts": [*samples.prompts, samples.negative],
-        "class prompts": [image.config.data.class_prompt or ""] if data.missing_classes else [],
+        "class prompts": [image.config.data.class_prompt or ""] if data.missing_class_pictures else [],
     }
 
 
-def read_images(image: ImageRun) -> ImageData:
+def read_image_data(image: ImageRun) -> ImageData:
     """Read pictures, held-out pictures, rows, steps, and missing class pictures."""
     config, base, run = image.config, image.base, image.run
     settings = config.data
@@ -172,11 +172,11 @@ def read_images(image: ImageRun) -> ImageData:
     return ImageData(pictures, held, summary, plan, encoders, steps, scored, missing, tags)
 
 
-def _checked(image: ImageRun, data: ImageData, previous: Mapping[str, Any] | None) -> Report:
+def _check(image: ImageRun, data: ImageData, previous: Mapping[str, Any] | None) -> Report:
     run, config, base = image.run, image.config, image.base
     texts = image.kind.texts(image, data)
     # A prompt is read only for its length, so that a dry run and a wrong setting cost no forward passes.
-    if base.reads_references and data.summary.before:  # with source images, nothing is cut
+    if base.reads_references and data.summary.sources:  # with source images, nothing is cut
         texts |= {"captions": [], "sample prompts": []}
     cut = {w: {c: rest for c in dict.fromkeys(said) if (rest := cut_of(base, c))} for w, said in texts.items()}
     report = inspect_run(
@@ -192,14 +192,14 @@ def _checked(image: ImageRun, data: ImageData, previous: Mapping[str, Any] | Non
     if not report.stops:
         report.add(*image.kind.last_findings(image, data))
     if report.stops:
-        run.say(report, _settled(image, data, _Memory()))
+        run.say(report, _resolved_settings(image, data, _Memory()))
         if run.dry_run and run.devices.first:
-            _draw_sheet(run, config, data, run.tell)
+            _write_contact_sheet(run, config, data, run.tell)
     return report
 
 
 @contextmanager
-def attached_images(image: ImageRun, data: ImageData, report: Report) -> Iterator[Task[ImageResult]]:
+def attach_images(image: ImageRun, data: ImageData, report: Report) -> Iterator[Task[ImageResult]]:
     """Draw missing class pictures, fill caches, free encoders, attach the adapter.
 
     Then memory is measured and settings are decided. Changes to the base are undone at the end."""
@@ -207,12 +207,12 @@ def attached_images(image: ImageRun, data: ImageData, report: Report) -> Iterato
     memory = _Memory()
     if not run.dry_run:
         data = _with_class_pictures(image, data)
-        _encode(image, data)
+        _fill_caches(image, data)
         memory = _free_encoders(image)
     with ExitStack() as undo:
         attachment = undo.enter_context(attach(base.model))
         seed_all(config.seed)
-        created = _created(base, config)
+        created = _create_adapter(base, config)
         report.add(*layout_findings(created, base, config))
         attachment.add(NAME, created, trainable=True)
         del created  # the attachment has its own copy
@@ -224,29 +224,28 @@ def attached_images(image: ImageRun, data: ImageData, report: Report) -> Iterato
             moved = undo.enter_context(offloading(base, config.memory.offload_blocks))
             run.note(f"{moved / 1e9:.2f} GB of frozen weights stay on the CPU until needed")
         loss = image.kind.loss(image, data, attachment)
-        memory = _measured(image, data, loss, report, memory)
-        run.say(report, _settled(image, data, memory))
+        memory = _measure_memory(image, data, loss, report, memory)
+        run.say(report, _resolved_settings(image, data, memory))
         report.raise_if_stopped()
         undo.enter_context(recomputing(base) if memory.recompute else nullcontext())
-        yield AttachedPictures(image, data, attachment, loss, memory).task()
+        yield ImageTask(image, data, attachment, loss, memory).task()
 
 
 def _with_class_pictures(image: ImageRun, data: ImageData) -> ImageData:
     """Draw missing class pictures with the base, then read all data again."""
-    if not data.missing_classes:
+    if not data.missing_class_pictures:
         return data
     run, place = image.run, class_folder(image.config, image.base, image.cache)
     began = time.perf_counter()
     if run.devices.first:
-        draw_class_pictures(image.base, image.config, place, data.missing_classes)
+        generate_class_pictures(image.base, image.config, place, data.missing_class_pictures)
     run.devices.gather(None)
-    run.note(
-        f"drew {counted(data.missing_classes, 'class picture')} into {place} in {time.perf_counter() - began:.0f} s"
-    )
+    seconds = time.perf_counter() - began
+    run.note(f"drew {counted(data.missing_class_pictures, 'class picture')} into {place} in {seconds:.0f} s")
     return image.kind.read(image)
 
 
-def _encode(image: ImageRun, data: ImageData) -> None:
+def _fill_caches(image: ImageRun, data: ImageData) -> None:
     """Fill the caches."""
     run, began, devices = image.run, time.perf_counter(), image.run.devices
     if devices.count > 1:  # each process encodes a share and reads the rest
@@ -256,8 +255,8 @@ def _encode(image: ImageRun, data: ImageData) -> None:
     latents, texts = data.encoders.latents, data.encoders.texts
     damaged = latents.damaged + texts.damaged
     text = f"{counted(views, 'view')} of pictures and {counted(captions, 'caption')} ready: "
-    text += f"{latents.made + texts.made} encoded, "
-    text += f"{latents.found + texts.found} from {image.cache}, {time.perf_counter() - began:.1f} s"
+    text += f"{latents.misses + texts.misses} encoded, "
+    text += f"{latents.hits + texts.hits} from {image.cache}, {time.perf_counter() - began:.1f} s"
     run.note(text + (f"; {damaged} damaged entries were made again" if damaged else ""))
 
 
@@ -285,7 +284,7 @@ def _free_encoders(image: ImageRun) -> _Memory:
     return _Memory()
 
 
-def _created(base: ImageBase, config: ImageTrainConfig) -> Adapter:
+def _create_adapter(base: ImageBase, config: ImageTrainConfig) -> Adapter:
     """Create one adapter over the denoiser and the configured text encoders.
 
     Module names are canonical."""
@@ -301,7 +300,7 @@ def _created(base: ImageBase, config: ImageTrainConfig) -> Adapter:
     return replace(whole, card=card, rslora=spec.rslora, dropout=spec.dropout)
 
 
-def _measured(image: ImageRun, data: ImageData, loss: ImageLoss, report: Report, memory: _Memory) -> _Memory:
+def _measure_memory(image: ImageRun, data: ImageData, loss: ImageLoss, report: Report, memory: _Memory) -> _Memory:
     """Measure one picture's activations and decide on recomputation.
 
     The picture has the largest shape. Adds a memory finding to the report."""
@@ -342,7 +341,7 @@ def _measured(image: ImageRun, data: ImageData, loss: ImageLoss, report: Report,
     return replace(memory, recompute=recompute, because=because)
 
 
-def _settled(image: ImageRun, data: ImageData, memory: _Memory) -> Iterator[tuple[str, Any, str]]:
+def _resolved_settings(image: ImageRun, data: ImageData, memory: _Memory) -> Iterator[tuple[str, Any, str]]:
     """Yield each setting that was `auto` or open, with its value and the reason."""
     config, base = image.config, image.base
     if config.base.dtype == "auto":
@@ -366,22 +365,22 @@ def _settled(image: ImageRun, data: ImageData, memory: _Memory) -> Iterator[tupl
         yield "memory.free_encoders", False, memory.kept
 
 
-def _draw_sheet(run: Run, config: ImageTrainConfig, data: ImageData, tell: Listener) -> str:
+def _write_contact_sheet(run: Run, config: ImageTrainConfig, data: ImageData, emit: Listener) -> str:
     """Draw the sheet of what the model sees, and return its path.
 
     A dry run writes to a folder for temporary files."""
     place = Path(tempfile.mkdtemp(prefix="veneer-")) if run.dry_run else run.folder
     path = str(place / "pictures.png")
     count = contact_sheet(data.plan.rows, config.data, seed=config.seed, path=path)
-    tell(Note(f"{count} of the pictures as the model sees them: {path}"))
+    emit(Note(f"{count} of the pictures as the model sees them: {path}"))
     return path
 
 
-class AttachedPictures:
+class ImageTask:
     """The task that lowers the denoiser's error on the pictures.
 
     With a moving average and sample sheets, if configured. `sheet`: path of what the model sees, once drawn.
-    `drawn`: the first picture of the last sample sheet."""
+    `last_picture`: the first picture of the last sample sheet."""
 
     def __init__(
         self, image: ImageRun, data: ImageData, attachment: Attachment, loss: ImageLoss, memory: _Memory
@@ -396,9 +395,9 @@ class AttachedPictures:
         self.sample_at = due(every, data.steps.ends, total, start=True) if every is not None else set()
         if config.samples.prompts:
             self.sample_at |= {total}
-        self.tell, self.sheet = image.run.tell, ""
-        self.shown = -1 if self.strengths else 0  # the last one of a row of strengths
-        self.drawn: Image | None = None
+        self.emit, self.sheet = image.run.tell, ""
+        self.thumbnail_column = -1 if self.strengths else 0  # the last one of a row of strengths
+        self.last_picture: Image | None = None
 
     def task(self) -> Task[ImageResult]:
         data, base = self.data, self.base
@@ -449,11 +448,11 @@ class AttachedPictures:
             "check its pictures with `veneer generate`, or train anyway with --force",
         )
 
-    def begin(self, progress: Progress, tell: Listener) -> None:
+    def begin(self, progress: Progress, emit: Listener) -> None:
         """Draw what the model sees and, unless resumed, samples of the base."""
-        self.tell = tell
+        self.emit = emit
         if self.run.devices.first:
-            self.sheet = _draw_sheet(self.run, self.config, self.data, tell)
+            self.sheet = _write_contact_sheet(self.run, self.config, self.data, emit)
         if progress.step == 0 and 0 in self.sample_at:
             self._sample(0)
 
@@ -475,19 +474,19 @@ class AttachedPictures:
             pictures_per_second=progress.tokens / progress.seconds if progress.seconds else 0.0,
         )
 
-    def save(self, result: ImageResult, progress: Progress, tell: Listener) -> ImageResult:
+    def save(self, result: ImageResult, progress: Progress, emit: Listener) -> ImageResult:
         """Write the file, with the moving average if there is one."""
         config, base, data = self.config, self.base, self.data
         if self.ema is not None:
             self.ema.put()
-            tell(Note(f"saved is the moving average (decay {self.ema.decay:g}), which is what was scored"))
+            emit(Note(f"saved is the moving average (decay {self.ema.decay:g}), which is what was scored"))
         with training_layers(base, False):
-            picture = self._thumbnail(result.kept_step, progress.step, tell)
+            picture = self._thumbnail(result.kept_step, progress.step, emit)
         metrics = result.metrics(pictures=result.pictures, pictures_per_second=round(result.pictures_per_second, 3))
         facts = training_facts(config, base, data, kept=result.kept_step, seconds=progress.seconds)
         written = save_image_adapter(self._adapter(metrics), base, config, facts, picture, data.tags)
         for note in written.notes:
-            tell(Note(note))
+            emit(Note(note))
         found = {"AutoV2": written.hashes.autov2, "AutoV3": written.hashes.autov3} if written.hashes is not None else {}
         samples = [str(p) for p in sorted((self.run.folder / "samples").glob("step-*.png"))]
         return replace(result, adapter=str(output_of(config)), digest=written.digest, hashes=found, samples=samples)
@@ -532,36 +531,38 @@ class AttachedPictures:
         began = time.perf_counter()
         with self.ema.acting() if self.ema and step else nullcontext():
             cells = self._draw(self.config)
-        self.drawn = cells[0][self.shown]
+        self.last_picture = cells[0][self.thumbnail_column]
         name = f"samples/step-{step:08d}.png"
         title = "the base, before training" if step == 0 else f"after step {step}"
-        sheet_of(cells, self.base, self.config, self.run.folder / name, title, self.strengths)
-        self.tell(Sampled(step, name, time.perf_counter() - began))
+        write_sample_sheet(cells, self.base, self.config, self.run.folder / name, title, self.strengths)
+        self.emit(Sampled(step, name, time.perf_counter() - began))
 
     def _draw(self, config: ImageTrainConfig) -> list[list[Image]]:
         with fetched(self.base, self.memory.parked):
-            return draw_samples(self.base, self.attachment, config, self.strengths)
+            return generate_samples(self.base, self.attachment, config, self.strengths)
 
-    def _thumbnail(self, kept: int, last: int, tell: Listener) -> str:
+    def _thumbnail(self, kept: int, last: int, emit: Listener) -> str:
         samples = self.config.samples
         if not samples.prompts:
-            tell(Note("the file has no thumbnail: with samples.prompts the first of them is drawn for it"))
+            emit(Note("the file has no thumbnail: with samples.prompts the first of them is drawn for it"))
             return ""
-        drawn = self.drawn
+        drawn = self.last_picture
         if kept != last or drawn is None:  # not the last sheet's state, or resumed at the end
             first = samples.model_copy(
                 update={"prompts": samples.prompts[:1], "seeds": samples.seeds[:1], "before": samples.before[:1]}
             )
-            drawn = self._draw(self.config.model_copy(update={"samples": first}))[0][self.shown]
+            drawn = self._draw(self.config.model_copy(update={"samples": first}))[0][self.thumbnail_column]
         return thumbnail(drawn)
 
 
 PICTURES = ImageKind(
-    read=read_images,
-    texts=image_texts,
+    read=read_image_data,
+    texts=image_prompts,
     findings=lambda image, data: check_pictures(data.learned, data.summary, data.plan, image.config.data),
     last_findings=lambda image, data: (),
-    loss=lambda image, data, attachment: ImageLoss(image.base, image.config, data.encoders, bare=attachment.using),
+    loss=lambda image, data, attachment: ImageLoss(
+        image.base, image.config, data.encoders, adapter_off=attachment.using
+    ),
     strengths=lambda config: (),
 )
 """Pictures with captions, learned by the denoiser.

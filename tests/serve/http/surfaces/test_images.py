@@ -29,7 +29,7 @@ from veneer.core.adapter import Adapter, Pair
 from veneer.formats.convert import write
 from veneer.formats.strengths import CAMPAIGN
 from veneer.imaging.adapters import AdapterSource, ImagePipeline, parse_use
-from veneer.imaging.generate import ImageRequest, Options, make
+from veneer.imaging.generate import ImageRequest, Options, generate
 from veneer.imaging.infotext import read_record
 from veneer.models.image.base import ImageBase, load_image
 from veneer.serve.access import NoWait, OpenAccess, ResolvedModel
@@ -286,8 +286,8 @@ def test_a_base_that_edits_edits_as_veneer_image_does(family: str, tmp_path_fact
         mixer.attachment.add("brand", shelf.adapters[shelf.digest["brand"]])
         mixer.sources["brand"] = AdapterSource("brand", "", "", "", "", "")
         asks = [ImageRequest("make it red", seed=seed, uses=(parse_use("brand"),)) for seed in (7, 8)]
-        made = make(mixer, asks, Options(2 * SIZE, 2 * SIZE, 2, 1.0, references=given))
-        alone = make(mixer, [ImageRequest("make it red", seed=7)], Options(2 * SIZE, 2 * SIZE, 2, 1.0))[0]
+        made = generate(mixer, asks, Options(2 * SIZE, 2 * SIZE, 2, 1.0, references=given))
+        alone = generate(mixer, [ImageRequest("make it red", seed=7)], Options(2 * SIZE, 2 * SIZE, 2, 1.0))[0]
     for ours, data in zip(made, found.data, strict=True):
         assert levels(ours.image, picture(data.b64_json)) == 0
     assert levels(picture(found.data[0].b64_json), picture(found.data[1].b64_json)) > 0
@@ -325,7 +325,7 @@ def by_hand(base: ImageBase, shelf: Shelf, tmp_path_factory: pytest.TempPathFact
     def drawn(spec: str) -> Image.Image:
         with ImagePipeline(own) as mixer:
             uses = (parse_use(f"{folder}/{spec.replace('brand', 'brand.safetensors')}"),)
-            return make(mixer, [ImageRequest("a red cat", seed=7, uses=uses)], Options(steps=6))[0].image
+            return generate(mixer, [ImageRequest("a red cat", seed=7, uses=uses)], Options(steps=6))[0].image
 
     return drawn
 
