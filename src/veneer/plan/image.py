@@ -13,7 +13,7 @@ import functools
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -59,12 +59,12 @@ class _Weight:
     """A matrix or convolution of a denoiser.
 
     shape: (out, in) or (out, in, k, k).
-    outputs: positions of its output, `inputs`: values of its input; `new`: whether no other weight has it.
+    positions: of its output, `inputs`: values of its input; `new`: whether no other weight has it.
     block: index of its block, None outside."""
 
     name: str
     shape: tuple[int, ...]
-    outputs: int
+    positions: int
     inputs: int
     new: bool
     block: int | None
@@ -112,9 +112,6 @@ def image_counts(config: Config, load: ImageLoad) -> Counts:
 
     Raises ConfigError for an unknown denoiser, for values that diffusers refuses, and for edits that cannot
     be planned; TargetError for targets without a match."""
-    from veneer.core.adapter import LoraSpec
-    from veneer.core.targets import resolve_targets
-
     kind = kind_of(config)
     if kind not in PLANNED_FAMILIES:
         what = f"veneer plan does not know the denoiser {quoted(kind)}"
@@ -127,45 +124,64 @@ def image_counts(config: Config, load: ImageLoad) -> Counts:
         raise ConfigError(f"this base {takes}, and the plan is of {load.before}", where=f"{kind}'s config", fix=fix)
     text = load.text_tokens or int(config.get("text_tokens") or sum(PLANNED_FAMILIES[kind].readers.values()))
     fields = json.dumps(dict(config), sort_keys=True, default=str)
-    forward = _forward(fields, load.height, load.width, text, load.before)
-    model, n, share = forward.model, load.pictures, _KEPT[kind]
     listed = (load.targets,) if isinstance(load.targets, str) else load.targets
-    spec = LoraSpec(rank=load.rank, targets=tuple(TARGET_WORDS.get(word, word) for word in listed))
+    one = _image_counts(fields, (load.height, load.width, text, load.before), listed, load.rank, load.form)
+    n = load.pictures
+    return replace(
+        one,
+        kept=n * one.kept,
+        inputs=n * one.inputs,
+        block=n * one.block,
+        forward=n * one.forward,
+        backward=n * one.backward,
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _image_counts(
+    fields: str, size: tuple[int, int, int, int], listed: tuple[str, ...], rank: int, form: PairForm
+) -> Counts:
+    """Return the counts of one image; `size`: height, width, tokens of text, source images."""
+    from veneer.core.adapter import LoraSpec
+    from veneer.core.targets import resolve_targets
+
+    forward = _forward(fields, *size)
+    model, share = forward.model, _KEPT[kind_of(json.loads(fields))]
+    spec = LoraSpec(rank=rank, targets=tuple(TARGET_WORDS.get(word, word) for word in listed))
     targets = {target.module_name for target in resolve_targets(model, spec)}
-    saved = model.state_dict()
     parameters = sum(p.numel() for p in model.parameters())
     counts = Counts(
         kind="image",
         parameters=parameters,
-        buffers=sum(t.numel() for t in saved.values()) - parameters,
+        buffers=sum(t.numel() for t in model.state_dict().values()) - parameters,
         blocks=forward.blocks,
-        inputs=float(n * forward.entering),
-        forward=n * forward.attention,
-        backward=2 * n * forward.attention,
+        inputs=float(forward.entering),
+        forward=forward.attention,
+        backward=2 * forward.attention,
     )
     kept = {block: float(values) for block, values in forward.norms.items()}
     for weight in forward.weights:
-        size, positions = math.prod(weight.shape), weight.outputs
-        counts.forward += 2.0 * n * positions * size
-        counts.backward += 2.0 * n * positions * size
+        size, positions = math.prod(weight.shape), weight.positions
+        counts.forward += 2.0 * positions * size
+        counts.backward += 2.0 * positions * size
         if linear := len(weight.shape) == 2:
             counts.matrices += size
             counts.rows += weight.shape[0]
             counts.largest = max(counts.largest, size)
-        own = share * positions * weight.shape[0] if linear else weight.new * weight.inputs
+        values = share * positions * weight.shape[0] if linear else weight.new * weight.inputs
         if weight.name in targets:
-            pair = load.form.costs(weight.shape, load.rank)
+            pair = form.costs(weight.shape, rank)
             counts.trainable += pair.parameters
-            counts.forward += n * positions * pair.forward
-            counts.backward += n * positions * (pair.operations - pair.forward)
+            counts.forward += positions * pair.forward
+            counts.backward += positions * (pair.operations - pair.forward)
             counts.made += pair.made
             if linear:
-                own += positions * pair.rank + weight.new * weight.inputs
+                values += positions * pair.rank + weight.new * weight.inputs
             else:  # a pair's convolutions run in float32 on copies of their inputs
-                own += 2 * positions * (weight.shape[1] + pair.rank)
-        kept[weight.block] = kept.get(weight.block, 0.0) + own
-    counts.kept = n * sum(kept.values())
-    counts.block = n * max((values for block, values in kept.items() if block is not None), default=0.0)
+                values += 2 * positions * (weight.shape[1] + pair.rank)
+        kept[weight.block] = kept.get(weight.block, 0.0) + values
+    counts.kept = sum(kept.values())
+    counts.block = max((values for block, values in kept.items() if block is not None), default=0.0)
     return counts
 
 
@@ -200,14 +216,14 @@ def _recorded(config: dict[str, Any], kind: str, height: int, width: int, text: 
 
     classname = PLANNED_FAMILIES[kind].classname
     model = meta_denoiser(classname, config)
-    own = model.config
-    row = denoiser_family(classname, own) or PLANNED_FAMILIES[kind]
+    fields = model.config
+    row = denoiser_family(classname, fields) or PLANNED_FAMILIES[kind]
     step = int(config.get("vae_scale", 8)) * (2 if row.patched else 1)
-    channels = own["in_channels"] // (4 if row.packed else 1)
-    width_of_text = own.get("joint_attention_dim") or own.get("cross_attention_dim") or own["cap_feat_dim"]
-    pooled = own.get("pooled_projection_dim")
+    channels = fields["in_channels"] // (4 if row.packed else 1)
+    text_width = fields.get("joint_attention_dim") or fields.get("cross_attention_dim") or fields["cap_feat_dim"]
+    pooled = fields.get("pooled_projection_dim")
     if row.time_ids:
-        pooled = own["projection_class_embeddings_input_dim"] - 6 * own["addition_time_embed_dim"]
+        pooled = fields["projection_class_embeddings_input_dim"] - 6 * fields["addition_time_embed_dim"]
     sides = [(height, width)] * (1 + before)
     way = next((way for way in _editing(config) if way.references >= before > 0), None)
     if way is not None and way.encoded:
@@ -219,7 +235,7 @@ def _recorded(config: dict[str, Any], kind: str, height: int, width: int, text: 
         return torch.empty(*shape, device="meta")
 
     blocks = blocks_of(model)
-    found = _Forward(model, blocks=[sum(p.numel() for p in block.parameters()) for block in blocks])
+    forward = _Forward(model, blocks=[sum(p.numel() for p in block.parameters()) for block in blocks])
     block_of = {id(module): i for i, block in enumerate(blocks) for module in block.modules()}
     names = {id(module): name for name, module in model.named_modules()}
     read, entered = dict[int, Tensor](), dict[int, Tensor]()
@@ -231,20 +247,20 @@ def _recorded(config: dict[str, Any], kind: str, height: int, width: int, text: 
         x, weight = inputs[0], module.weight
         new, block = is_new(x, read), block_of.get(id(module))
         if isinstance(module, nn.GroupNorm):
-            found.norms[block] = found.norms.get(block, 0) + new * x.numel()
+            forward.norms[block] = forward.norms.get(block, 0) + new * x.numel()
             return
         positions = output.numel() // weight.shape[0]
-        found.weights.append(_Weight(names[id(module)], tuple(weight.shape), positions, x.numel(), new, block))
+        forward.weights.append(_Weight(names[id(module)], tuple(weight.shape), positions, x.numel(), new, block))
 
     def on_block(_module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         tensors = [x for x in (*inputs, *named.values()) if isinstance(x, Tensor) and x.is_floating_point()]
-        found.entering += sum(x.numel() for x in tensors if x.ndim > 2 and is_new(x, entered))
+        forward.entering += sum(x.numel() for x in tensors if x.ndim > 2 and is_new(x, entered))
 
     class Attention(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            given = {**dict(zip(("query", "key"), args, strict=False)), **(kwargs or {})}
+            arguments = {**dict(zip(("query", "key"), args, strict=False)), **(kwargs or {})}
             if func is functional.scaled_dot_product_attention:
-                found.attention += 4.0 * given["query"].numel() * given["key"].shape[-2]
+                forward.attention += 4.0 * arguments["query"].numel() * arguments["key"].shape[-2]
             return func(*args, **(kwargs or {}))
 
     hooks = [block.register_forward_pre_hook(on_block, with_kwargs=True) for block in blocks]
@@ -252,11 +268,11 @@ def _recorded(config: dict[str, Any], kind: str, height: int, width: int, text: 
     hooks += [m.register_forward_hook(on_weight) for m in model.modules() if isinstance(m, kinds)]
     base: Any = SimpleNamespace(denoiser=model, dtype=torch.float32, row=row, short_name=kind)
     mask = None if row.mask is None else torch.ones(1, text)
-    prompt = Conditioning(meta(1, text, width_of_text), None if pooled is None else meta(1, pooled), mask)
+    prompt = Conditioning(meta(1, text, text_width), None if pooled is None else meta(1, pooled), mask)
     latents, *references = [meta(1, channels, h // step, w // step) for h, w in sides]
     sizes = meta(1, 6) if row.time_ids else None
     with torch.no_grad(), loading(), Attention():
         predict(base, latents, meta(1), prompt, sizes=sizes, references=references)
     for hook in hooks:
         hook.remove()
-    return found
+    return forward

@@ -223,14 +223,14 @@ def _json_lines(text: str, path: Path) -> list[Record]:
 
 
 def _json_array(text: str, path: Path) -> list[Record]:
+    records, bad = list[Record](), list[str]()
+    values: list[Any] = []
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
-        where = f"{path}:{error.lineno}: not valid JSON: {error.msg}: {_near(text, error.pos)}"
-        values = _refuse([where], path, "the file must be one array of objects; it may be cut short")
+        bad.append(f"{path}:{error.lineno}: not valid JSON: {error.msg}: {_near(text, error.pos)}")
     except (RecursionError, ValueError) as error:
-        values = _refuse([f"{path}: {_beyond(error)}"], path, "the file must be one array of objects")
-    records, bad = [], []
+        bad.append(f"{path}: {_beyond(error)}")
     for n, value in enumerate(values, 1):
         if why := _unusable(value, json.dumps(value), "a JSON object"):
             bad.append(f"{path} row {n}: {why}")
