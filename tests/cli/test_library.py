@@ -74,7 +74,7 @@ def found_digest(capsys: Any, reference: str) -> str:
     return str(result(capsys, "show", reference)["digest"])
 
 
-def test_words_for_people_and_errors_that_help(capsys: Any, adapters: list[Path]) -> None:
+def test_text_output_and_error_messages_are_helpful(capsys: Any, adapters: list[Path]) -> None:
     assert run(capsys, "library", "add", "runs/1", "support").out.startswith("support@1  sha256:")
     assert "no new version" in run(capsys, "library", "add", "runs/1", "support").out
     listed = run(capsys, "library", "list").out.splitlines()
@@ -86,7 +86,7 @@ def test_words_for_people_and_errors_that_help(capsys: Any, adapters: list[Path]
     assert run(capsys, "library", "add", "runs/1", "No Name").code == 2
 
 
-def test_shelves_are_ordered_counted_and_remember_what_verify_found(capsys: Any, adapters: list[Path]) -> None:
+def test_lists_are_sorted_counted_and_show_health(capsys: Any, adapters: list[Path]) -> None:
     for n in (1, 2):
         result(capsys, "add", f"runs/{n}", f"n{n}", "--tag", "x")
     listed = result(capsys, "list", "--sort", "added", "--limit", "1")
@@ -108,7 +108,7 @@ def test_shelves_are_ordered_counted_and_remember_what_verify_found(capsys: Any,
     assert run(capsys, "library", "verify", "n1", "--repair").code == 2
 
 
-def test_verify_ends_with_2_where_something_is_wrong(capsys: Any, adapters: list[Path], tmp_path: Path) -> None:
+def test_verify_exits_with_2_for_missing_files(capsys: Any, adapters: list[Path], tmp_path: Path) -> None:
     run(capsys, "library", "add", "runs/1", "support")
     for blob in (tmp_path / "home" / "library" / "blobs").glob("*/*"):
         blob.unlink()
@@ -118,7 +118,7 @@ def test_verify_ends_with_2_where_something_is_wrong(capsys: Any, adapters: list
     assert "support@1" in ran.out
 
 
-def test_a_lost_index_is_made_again(capsys: Any, adapters: list[Path], tmp_path: Path) -> None:
+def test_a_lost_index_is_rebuilt(capsys: Any, adapters: list[Path], tmp_path: Path) -> None:
     run(capsys, "library", "add", "runs/1", "support", "--alias", "prod")
     for file in (tmp_path / "home" / "library").glob("index.sqlite*"):
         file.unlink()
@@ -127,7 +127,7 @@ def test_a_lost_index_is_made_again(capsys: Any, adapters: list[Path], tmp_path:
     assert result(capsys, "show", "support@prod")["version"] == 1
 
 
-def test_the_page_of_the_docs_runs_as_it_stands(capsys: Any, adapters: list[Path], tmp_path: Path) -> None:
+def test_the_commands_of_the_docs_page_run(capsys: Any, adapters: list[Path], tmp_path: Path) -> None:
     (tmp_path / "runs/1").rename(tmp_path / "runs/quickstart")
     (tmp_path / "runs/2").rename(tmp_path / "runs/second")
     page = (ROOT / "docs" / "how-to" / "library.md").read_text(encoding="utf-8")
@@ -156,7 +156,7 @@ def test_help_loads_no_database_and_shows_an_example(capsys: Any) -> None:
         assert f"Example: veneer library {name}" in run(capsys, "library", name, "--help").out
 
 
-def test_a_list_without_rows_says_why(capsys: Any, adapters: list[Path]) -> None:
+def test_an_empty_list_explains_why(capsys: Any, adapters: list[Path]) -> None:
     assert "empty: veneer library add PATH NAME" in run(capsys, "library", "list").out
     run(capsys, "library", "add", "runs/1", "support", "--tag", "x")
     run(capsys, "library", "add", "runs/2", "support")
@@ -166,7 +166,7 @@ def test_a_list_without_rows_says_why(capsys: Any, adapters: list[Path]) -> None
     assert run(capsys, "library", "search", "nowhere").out.strip() == "no matches"
 
 
-def test_a_file_of_another_tool_is_known_by_what_is_in_it(capsys: Any, adapters: list[Path], tmp_path: Path) -> None:
+def test_layouts_of_other_tools_have_equal_digests(capsys: Any, adapters: list[Path], tmp_path: Path) -> None:
     """The same adapter in three layouts has one digest; trigger words come from the file's metadata."""
     import torch
 

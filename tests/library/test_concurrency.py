@@ -1,4 +1,4 @@
-"""Several processes at once, and SIGKILL at any point: what was committed is whole, and the rest is collected."""
+"""Several processes and SIGKILL at any point: commits are complete, and the rest is collected."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def test_processes_that_add_move_collect_and_die(place: str, index: str | None, 
     assert done["operations"] > 0
 
 
-def test_a_kill_at_many_steps_leaves_a_library_that_is_whole(quick: Path) -> None:
+def test_a_kill_at_many_steps_keeps_the_library_whole(quick: Path) -> None:
     assert drive("points", str(quick), "5")["steps"] > 30
 
 
 @pytest.mark.slow
-def test_a_kill_at_each_step_leaves_a_library_that_is_whole(quick: Path) -> None:
+def test_a_kill_at_each_step_keeps_the_library_whole(quick: Path) -> None:
     assert drive("points", str(quick), "1")["steps"] > 30
 
 

@@ -1,4 +1,4 @@
-"""What cards say that people look at: gains, pictures, samples; and nothing of cards that hold something else."""
+"""Gains, thumbnails and samples of cards, and cards with other content."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from veneer.library.describe_files import (
 )
 
 
-def test_a_gain_is_the_share_by_which_the_loss_changed() -> None:
+def test_gain_is_the_relative_change_of_the_loss() -> None:
     gain = gain_of({"metrics": {"validation_loss_before": 2.5, "validation_loss": 1.5}})
     assert gain is not None
     assert gain.share == pytest.approx(1.5 / 2.5 - 1)
@@ -42,12 +42,12 @@ def test_a_gain_is_the_share_by_which_the_loss_changed() -> None:
      {"validation_loss_before": True, "validation_loss": 1}, {"validation_loss_before": 10**400, "validation_loss": 1},
      {"validation_loss_before": float("nan"), "validation_loss": 1.0}],
 )  # fmt: skip
-def test_cards_without_both_numbers_tell_of_no_gain(metrics: Any) -> None:
+def test_cards_without_both_losses_have_no_gain(metrics: Any) -> None:
     assert gain_of({"metrics": metrics}) is None
     assert AdapterDescription(card={"metrics": metrics, "rank": "8"}).figures() == {"rank": 0, "gain": None}
 
 
-def test_a_preview_is_a_picture_of_a_kind_that_pages_may_show() -> None:
+def test_previews_are_images_of_allowed_types() -> None:
     data = random.Random(1).randbytes(300)
     text = base64.b64encode(data).decode()
 
@@ -76,7 +76,7 @@ def test_a_sample_is_whole_or_none() -> None:
         assert card_sample({"extra": {"sample": sample}}) is None
 
 
-def test_a_card_prompt_is_messages_or_the_old_text() -> None:
+def test_a_card_prompt_is_messages_or_a_text() -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where?"}]
     assert card_prompt({"extra": {"sample": {"prompt": "Where?", "messages": messages}}}) == messages
     assert card_prompt({"extra": {"sample": {"prompt": "Where?", "base": "b"}}}) == messages[1:]
@@ -85,13 +85,13 @@ def test_a_card_prompt_is_messages_or_the_old_text() -> None:
     assert card_prompt({"extra": []}) == []
 
 
-def test_a_free_search_looks_through_no_picture() -> None:
+def test_search_ignores_thumbnails() -> None:
     words = AdapterDescription(card={"extra": {"thumbnail": "data:image/png;base64,QUJD"}, "base": "org/B"}).columns(0)
     assert words["words"].split() == ["org/b"]
 
 
 def test_the_library_keeps_the_tensors_of_mlx_lm_folders(tmp_path: Path) -> None:
-    """If PEFT's file is there too, it is the file that is read, and mlx-lm's file is left out."""
+    """With both files, PEFT's is read and mlx-lm's is left out."""
     for name in ("adapter_config.json", "adapters.safetensors", "0000100_adapters.safetensors"):
         (tmp_path / name).write_text("{}")
     found = content_of(tmp_path)

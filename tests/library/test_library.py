@@ -15,7 +15,7 @@ from veneer.library.library import Library, open_library
 from veneer.library.store import LocalStore, RemoteStore
 
 
-def test_a_name_gets_versions_and_what_is_there_already_none(library: Library, tmp_path: Path) -> None:
+def test_adding_equal_content_creates_no_version(library: Library, tmp_path: Path) -> None:
     first, second = made(tmp_path / "1", 1, base="org/Base"), made(tmp_path / "2", 2)
     a = library.add(first, "support", tags=["x"], describe=read_made)
     again = library.add(first, "support", tags=["y"], describe=read_made)
@@ -53,7 +53,7 @@ def test_equal_bytes_are_stored_once(library: Library, tmp_path: Path) -> None:
     assert len({library.find(f"name{n}").digest for n in range(3)}) == 1
 
 
-def test_a_folder_keeps_the_adapters_files_and_says_what_it_leaves(library: Library, tmp_path: Path) -> None:
+def test_only_an_adapters_own_files_are_stored(library: Library, tmp_path: Path) -> None:
     run = tmp_path / "run" / "adapter"
     for name in ("adapter_config.json", "adapter_model.safetensors", "README.md", "events.log"):
         made(run, 1, name=name)
@@ -77,7 +77,7 @@ def test_an_alias_moves_and_each_version_knows_its_own(library: Library, tmp_pat
     assert library.find("support@1").aliases == []
 
 
-def test_a_digest_finds_what_begins_so(library: Library, tmp_path: Path) -> None:
+def test_a_digest_prefix_finds_an_adapter(library: Library, tmp_path: Path) -> None:
     a = library.add(made(tmp_path / "1", 1), "a", describe=read_made).version
     b = library.add(made(tmp_path / "2", 1, name="other.safetensors"), "b", describe=read_made).version
     c = library.add(made(tmp_path / "3", 3), "c", describe=read_made).version
@@ -102,7 +102,7 @@ def test_a_prefix_of_two_adapters_is_refused_with_both(library: Library, tmp_pat
     assert library.find("sha256:abcd1").name == "n1"
 
 
-def test_removal_never_takes_what_another_name_or_an_alias_needs(library: Library, tmp_path: Path) -> None:
+def test_removal_keeps_content_that_other_names_use(library: Library, tmp_path: Path) -> None:
     from veneer.library.maintenance import gc
 
     shared = made(tmp_path / "s", 1)
@@ -176,7 +176,7 @@ def test_search_by_everything_that_is_known(library: Library, tmp_path: Path) ->
     assert found("%") == found("nothing like it") == []
 
 
-def test_words_from_elsewhere_do_not_break_search(library: Library, tmp_path: Path) -> None:
+def test_search_tolerates_cards_of_other_tools(library: Library, tmp_path: Path) -> None:
     card = {"base": 7, "trigger_words": ["ok", "", None, "ok", 5], "parents": "none", "extra": {"a": [["Ünïcode 猫"]]}}
     version = library.add(made(tmp_path, 1, **card), "odd", describe=read_made).version
     assert (version.base, version.trigger_words, version.parents) == ("7", ["ok"], [])
@@ -193,7 +193,7 @@ def test_an_unknown_reference_names_the_nearest(library: Library, tmp_path: Path
         library.alias("support@prod", "next")
 
 
-def test_what_cannot_be_described_is_not_kept(library: Library, tmp_path: Path) -> None:
+def test_files_that_are_no_adapter_are_not_stored(library: Library, tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(b"no card")
     with pytest.raises(AdapterError, match="no card"):
         library.add(tmp_path / "x.safetensors", "x", describe=read_made)
@@ -225,7 +225,7 @@ def test_a_damaged_download_is_not_used(tmp_path: Path, s3: str) -> None:
             library.resolve("x")
 
 
-def test_a_missing_blob_is_said_and_adding_again_restores_it(library: Library, tmp_path: Path) -> None:
+def test_a_missing_blob_is_an_error_and_can_be_restored(library: Library, tmp_path: Path) -> None:
     source = made(tmp_path, 1)
     library.add(source, "x", describe=read_made)
     library.store.delete(next(library.store.walk("blobs"))[0])
@@ -235,8 +235,8 @@ def test_a_missing_blob_is_said_and_adding_again_restores_it(library: Library, t
     assert library.resolve("x").read_bytes() == source.read_bytes()
 
 
-def test_an_index_that_cannot_be_opened_is_told_at_once(tmp_path: Path) -> None:
-    """As on a disk that is full, or may not be written to: waiting is for who has the lock."""
+def test_an_unusable_index_is_an_error_at_once(tmp_path: Path) -> None:
+    """As on a full or read-only disk: only a locked index is waited for."""
     open_library(tmp_path / "a").close()
     wal = tmp_path / "a" / "index.sqlite-wal"
     wal.unlink(missing_ok=True)
@@ -262,7 +262,7 @@ def test_an_index_of_another_library_is_refused(tmp_path: Path) -> None:
     ("index", "says"),
     [("postgresql://nobody@127.0.0.1:1/none", "cannot be opened"), ("nonsense://x", "not an address of an index")],
 )
-def test_an_index_that_leads_nowhere_is_said_without_its_password(tmp_path: Path, index: str, says: str) -> None:
+def test_errors_of_the_index_hide_its_password(tmp_path: Path, index: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         open_library(tmp_path, index)
     with pytest.raises(ConfigError) as error:
@@ -281,14 +281,14 @@ def test_the_default_place_is_the_veneer_home(tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "i.sqlite").is_file()
 
 
-def test_a_place_that_is_a_file_or_below_one_is_said_in_words(tmp_path: Path) -> None:
+def test_a_location_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for place in ("file", "file/below"):
         with pytest.raises(ConfigError, match="cannot create a folder for an index"):
             open_library(tmp_path / place)
 
 
-def test_places_that_no_library_can_be_in_are_said_in_words(tmp_path: Path) -> None:
+def test_unsupported_locations_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be kept on ftp://"):
         open_library("ftp://nowhere.invalid/x")
     with pytest.raises(ConfigError, match="this is not an address of an index"):

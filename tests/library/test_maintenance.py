@@ -1,4 +1,4 @@
-"""Collection against adds in every order, checks that find what is wrong, and an index made again."""
+"""Collection during adds, verification, and rebuilding the index."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def collect_during(library: Library, monkeypatch: pytest.MonkeyPatch, when: str)
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("there", [False, True])
-def test_collection_within_an_add_takes_nothing_from_it(
+def test_collection_during_an_add_loses_nothing(
     library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str, there: bool
 ) -> None:
-    """`there`: the content lies in the store without a name, so that the add need not store it."""
+    """`there`: the content is already in the store, without a name."""
     source = made(tmp_path, 1)
     if there:
         library.add(source, "old", describe=read_made)
@@ -46,10 +46,10 @@ def test_collection_within_an_add_takes_nothing_from_it(
     assert upkeep.verify_library(library).ok
 
 
-def test_a_collection_that_died_with_its_files_gone_fools_no_add(
+def test_a_killed_collection_does_not_break_later_adds(
     library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It condemned, deleted files and died before its commit: rows of files that are gone."""
+    """The collection is killed after it deleted files and before its commit."""
     source = made(tmp_path, 1)
     library.add(source, "old", describe=read_made)
     library.remove("old")
@@ -69,7 +69,7 @@ def test_a_collection_that_died_with_its_files_gone_fools_no_add(
     assert upkeep.verify_library(library).ok
 
 
-def test_grace_keeps_what_was_just_removed(library: Library, tmp_path: Path) -> None:
+def test_content_stays_within_the_grace_period(library: Library, tmp_path: Path) -> None:
     library.add(made(tmp_path, 1), "x", describe=read_made)
     library.remove("x")
     assert upkeep.gc(library).files == 0
@@ -81,7 +81,7 @@ def test_grace_keeps_what_was_just_removed(library: Library, tmp_path: Path) -> 
     assert not [*library.store.walk("blobs"), *library.store.walk("manifests")]
 
 
-def test_collection_takes_files_that_the_index_never_knew_and_no_others(library: Library, tmp_path: Path) -> None:
+def test_collection_removes_only_stray_files(library: Library, tmp_path: Path) -> None:
     library.add(made(tmp_path, 1), "x", describe=read_made)
     library.store.replace("blobs/aa/" + "a" * 64, b"stray")
     library.store.replace("blobs/notes.txt", b"someone's own")
@@ -91,7 +91,7 @@ def test_collection_takes_files_that_the_index_never_knew_and_no_others(library:
     assert upkeep.verify_library(library).ok
 
 
-def test_debris_goes_and_what_is_being_written_stays(tmp_path: Path) -> None:
+def test_debris_is_removed_but_not_running_writes(tmp_path: Path) -> None:
     with open_made(str(tmp_path / "l")) as library:
         assert isinstance(library.store, LocalStore)
         (tmp_path / "l" / "tmp").mkdir(exist_ok=True)
@@ -104,7 +104,7 @@ def test_debris_goes_and_what_is_being_written_stays(tmp_path: Path) -> None:
         assert not os.listdir(tmp_path / "l" / "tmp")
 
 
-def test_verify_names_what_is_missing_and_what_is_corrupt_with_its_versions(library: Library, tmp_path: Path) -> None:
+def test_verify_lists_missing_and_corrupt_files(library: Library, tmp_path: Path) -> None:
     for n in (1, 2, 3):
         library.add(made(tmp_path / str(n), n), f"n{n}", describe=read_made)
     blobs = {n: f"blobs/{h[:2]}/{h}" for n in (1, 2) for h, _ in library.files(library.find(f"n{n}").entry).values()}
@@ -122,7 +122,7 @@ def test_verify_names_what_is_missing_and_what_is_corrupt_with_its_versions(libr
     assert upkeep.verify_library(library).ok
 
 
-def test_a_record_that_differs_is_found_and_written_anew(library: Library, tmp_path: Path) -> None:
+def test_a_wrong_record_is_found_and_repaired(library: Library, tmp_path: Path) -> None:
     library.add(made(tmp_path, 1), "x", describe=read_made)
     library.store.replace("names/x.json", b"{}")
     assert upkeep.verify_library(library).records == ["names/x.json"]
@@ -130,7 +130,7 @@ def test_a_record_that_differs_is_found_and_written_anew(library: Library, tmp_p
     assert upkeep.verify_library(library).ok
 
 
-def test_the_index_is_made_again_from_the_store(
+def test_the_index_is_rebuilt_from_the_store(
     place: str, index: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with open_made(place, index) as library:

@@ -97,7 +97,7 @@ def test_a_database_of_an_unreleased_or_later_build_is_refused(where: str, state
         Store(where)
 
 
-def test_an_index_of_an_unreleased_build_is_made_again_from_the_files(tmp_path: Path) -> None:
+def test_an_index_of_an_unreleased_build_can_be_rebuilt(tmp_path: Path) -> None:
     index = tmp_path / "index.sqlite"
     engine = open_engine(str(index), "x")
     with write_transaction(engine) as c:

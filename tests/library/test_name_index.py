@@ -1,4 +1,4 @@
-"""A library's names in memory: as the index has them, as of now, and there while the database is not."""
+"""A library's names in memory: current, and available while the database is not."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def meaning(names: Names, reference: str) -> str | None:
     return None if found is None else found.reference
 
 
-def test_every_reference_means_what_the_index_says(library: Library, tmp_path: Path) -> None:
+def test_the_name_index_agrees_with_queries(library: Library, tmp_path: Path) -> None:
     for number, name in [(1, "a"), (2, "a"), (3, "a"), (1, "b"), (2, "acme/a"), (4, "acme/a"), (5, "z")]:
         library.add(made(tmp_path, number), name, describe=read_made)
     library.alias("a@1", "prod")
@@ -62,10 +62,10 @@ def test_every_reference_means_what_the_index_says(library: Library, tmp_path: P
             assert [k.reference for k in names.now.latest(base)] == own
 
 
-def test_what_another_process_changed_is_known_and_nobody_asks_the_database_for_it(
+def test_changes_of_other_processes_are_seen_without_queries(
     library: Library, tmp_path: Path, index: str | None
 ) -> None:
-    """In SQLite by the next look; in PostgreSQL as soon as the notice is here."""
+    """In SQLite at the next check, in PostgreSQL with the next notification."""
     for number in (1, 2):
         library.add(made(tmp_path, number), "a", describe=read_made)
 
@@ -91,7 +91,7 @@ def test_what_another_process_changed_is_known_and_nobody_asks_the_database_for_
 
 @contextmanager
 def stopped(url: str) -> Iterator[None]:
-    """PostgreSQL with all its processes held, as by SIGSTOP: it takes connections and never answers."""
+    """Stop all processes of PostgreSQL: it accepts connections and never responds."""
     folder = re.search(r"host=([^&]+)", url)
     assert folder is not None
     first = int((Path(folder[1]) / "data" / "postmaster.pid").read_text().split()[0])
@@ -112,7 +112,7 @@ def stopped(url: str) -> Iterator[None]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are found in /proc")
-def test_a_postgresql_that_is_stopped_stalls_nobody_and_names_that_are_known_go_on(tmp_path: Path) -> None:
+def test_known_names_resolve_while_postgresql_is_stopped(tmp_path: Path) -> None:
     with postgres_server() as schema:
         url = schema()
         with open_made(str(tmp_path / "library"), url) as library:
@@ -140,7 +140,7 @@ def test_a_postgresql_that_is_stopped_stalls_nobody_and_names_that_are_known_go_
                 assert not names.away
 
 
-def test_a_thread_that_meets_anything_goes_on(library: Library, tmp_path: Path, monkeypatch: Any) -> None:
+def test_the_name_index_survives_any_error(library: Library, tmp_path: Path, monkeypatch: Any) -> None:
     library.add(made(tmp_path, 1), "a", describe=read_made)
     with NameIndex(library) as names:
         with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""What names may look like, and what references mean."""
+"""Valid names, and the meaning of references."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NOT_NAMES += ["a..b", ".a", "a.", "-a", "a:1", "con", "ü", "a" * 101, "a\n", "a
 
 
 @pytest.mark.parametrize("name", NOT_NAMES)
-def test_names_that_are_no_names(name: str) -> None:
+def test_invalid_names_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="cannot name an adapter"):
         parse_reference(name)
 
@@ -51,7 +51,7 @@ def test_references(text: str, means: Reference) -> None:
     assert parse_reference(text) == means
 
 
-def test_names_that_are_only_loaded_may_have_capitals_and_nothing_else_that_others_may_not() -> None:
+def test_loaded_names_can_have_capitals() -> None:
     assert parse_reference("Acme/SQL-Lora@2", cased=True) == Reference("Acme/SQL-Lora", version=2)
     for name in (*NOT_NAMES, "Ünit", "A..b", "CON"):
         if name not in ("A", "A/b"):
@@ -60,32 +60,32 @@ def test_names_that_are_only_loaded_may_have_capitals_and_nothing_else_that_othe
 
 
 @pytest.mark.parametrize("text", ["a@-1", "a@Prod", "a@1x", "a@b@c", "a@٣", "sha256:xyz0", "sha256:00FF"])
-def test_texts_that_are_no_references(text: str) -> None:
+def test_invalid_references_are_refused(text: str) -> None:
     with pytest.raises(ConfigError):
         parse_reference(text)
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", ".hidden", "a\0", "c:x", "x" * 201, "a.", "\ud800"])
-def test_file_names_that_lead_elsewhere(name: str) -> None:
+def test_unsafe_file_names_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="not a plain file name"):
         check_file_name(name)
 
 
-def test_tags_may_hold_what_people_write() -> None:
+def test_tags_allow_common_characters() -> None:
     check_tag("team/routing:v2=x")
     with pytest.raises(ConfigError, match="cannot be a tag"):
         check_tag("a\tb")
 
 
-def test_a_bad_name_leaves_nothing_and_a_likely_one_is_offered(tmp_path: Path) -> None:
+def test_an_invalid_name_stores_nothing_and_suggests_another(tmp_path: Path) -> None:
     with open_library(tmp_path / "l") as library:
         with pytest.raises(ConfigError, match="for example studio-style-v2"):
             library.add(made(tmp_path, 1), "Studio Style v2", describe=read_made)
         assert list(library.store.walk("names")) == list(library.store.walk("blobs")) == []
 
 
-def test_a_name_in_a_namespace_is_another_name_and_lives_as_any(library: Library, tmp_path: Path) -> None:
-    """Added, moved, exported, found again from the files alone, removed; beside the same name without one."""
+def test_names_in_namespaces_are_separate_names(library: Library, tmp_path: Path) -> None:
+    """Added, aliased, exported, rebuilt and removed, next to the same name without a namespace."""
     for number, name in enumerate(("support", "acme/support", "acme/support", "globex/support")):
         library.add(made(tmp_path, number), name, describe=read_made)
     library.alias("acme/support@1", "prod")
@@ -123,7 +123,7 @@ def test_a_name_in_a_namespace_is_another_name_and_lives_as_any(library: Library
         ("ft:smollm2-135m::support:kq7vz2mh:ckpt-step-40", "support-kq7vz2mh@ckpt-step-40"),
     ],
 )
-def test_what_openai_calls_tuned_is_a_name_of_the_library(text: str, reference: str) -> None:
+def test_openais_tuned_names_are_library_names(text: str, reference: str) -> None:
     found = parse_tuned(text)
     assert found is not None
     assert (str(found), found.reference) == (text, reference)
@@ -139,13 +139,13 @@ def test_what_openai_calls_tuned_is_a_name_of_the_library(text: str, reference: 
         "ft:base:..:support:id", "ft:base:acme:SUPPORT:id", "ft:base:acme:..:id",
     ],
 )  # fmt: skip
-def test_what_only_looks_like_one_is_no_reference(text: str) -> None:
+def test_malformed_tuned_names_are_refused(text: str) -> None:
     with pytest.raises(ConfigError):
         parse_reference(text)
 
 
 @given(st.sampled_from(["", "acme"]), st.from_regex(r"([a-z0-9]{1,9}(-[a-z0-9]{1,9})?)?", fullmatch=True))
-def test_a_tuned_name_is_found_again_from_what_it_is_in_the_library(organisation: str, suffix: str) -> None:
+def test_tuned_names_round_trip(organisation: str, suffix: str) -> None:
     made = new_tuned("smollm2-135m", organisation, suffix)
     assert tuned_of("smollm2-135m", made.reference) == made
     assert parse_tuned(str(made)) == made
@@ -154,5 +154,5 @@ def test_a_tuned_name_is_found_again_from_what_it_is_in_the_library(organisation
 @pytest.mark.parametrize(
     "name", ["support", "acme/support", "support-12345678", "support-abcdefgh", "a/b-kq7vz2mh9", ""]
 )
-def test_no_other_name_is_one(name: str) -> None:
+def test_other_names_are_not_tuned_names(name: str) -> None:
     assert tuned_of("base", name) is None

@@ -1,4 +1,4 @@
-"""Browsing: what fits, in which order, how many there are of what; relatives; what is remembered of checks."""
+"""Browsing: filters, orders and facets; families; stored checks."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def fill(library: Library, folder: Path) -> list[Version]:
     return out
 
 
-def test_what_is_browsed_is_what_python_finds_among_all(library: Library, tmp_path: Path) -> None:
-    """Filters, orders and counts, beside the same over a list of everything."""
+def test_browse_agrees_with_filters_in_python(library: Library, tmp_path: Path) -> None:
+    """Filters, orders and counts, compared with Python over a list of all versions."""
     fill(library, tmp_path)
     every = library.search(all_versions=True)
     latest = {v.name: v for v in every}.values()
@@ -94,13 +94,13 @@ def test_what_is_browsed_is_what_python_finds_among_all(library: Library, tmp_pa
     assert library.browse(limit=0, all_versions=True).total == len(every)
 
 
-def test_the_newest_come_first_when_asked_for(library: Library, tmp_path: Path) -> None:
+def test_sort_by_added_puts_the_newest_first(library: Library, tmp_path: Path) -> None:
     fill(library, tmp_path)
     when = [v.added for v in library.browse(order="added").versions]
     assert when == sorted(when, reverse=True)
 
 
-def test_only_what_may_be_seen_is_found_and_counted(library: Library, tmp_path: Path) -> None:
+def test_search_counts_only_visible_adapters(library: Library, tmp_path: Path) -> None:
     fill(library, tmp_path)
 
     def sees(reference: str) -> bool:
@@ -113,7 +113,7 @@ def test_only_what_may_be_seen_is_found_and_counted(library: Library, tmp_path: 
     assert library.browse("n", sees=lambda reference: False).total == 0
 
 
-def test_words_of_the_query_that_mean_nothing_are_errors_that_list_what_does(library: Library) -> None:
+def test_unknown_filter_values_list_the_known(library: Library) -> None:
     with pytest.raises(ConfigError, match=r"'best'[\s\S]*name, added, gain"):
         library.browse(order="best")
     with pytest.raises(ConfigError, match=r"'ill'[\s\S]*sound, faulty, unknown"):
@@ -136,7 +136,7 @@ def test_a_family_is_found_by_the_digests_in_cards(library: Library, tmp_path: P
     assert library.family("parent").names()["children"] == ["child@1"]
 
 
-def test_what_a_look_at_everything_found_is_remembered_until_the_next(library: Library, tmp_path: Path) -> None:
+def test_health_is_stored_until_the_next_verification(library: Library, tmp_path: Path) -> None:
     kept = [library.add(made(tmp_path / str(n), n), f"n{n}", describe=read_made).version for n in range(3)]
     assert {v.health for v in library.search()} == {"unknown"}
     (sha256, _), *_ = library.files(kept[1].entry).values()

@@ -1,4 +1,4 @@
-"""Stores that do not answer."""
+"""Stores that do not respond."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from veneer.library.library import open_library
 
 @pytest.fixture
 def silent_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An S3 server whose process is stopped: the system accepts connections, and nothing answers."""
+    """An S3 server that accepts connections and never responds."""
     pytest.importorskip("s3fs", reason="pip install s3fs")
     server = socket.create_server(("127.0.0.1", 0), backlog=128)
     url = f"http://127.0.0.1:{server.getsockname()[1]}"
@@ -28,7 +28,7 @@ def silent_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     server.close()
 
 
-def test_s3_that_does_not_answer_is_an_outage(silent_s3: None, tmp_path: Path) -> None:
+def test_an_unresponsive_s3_is_unavailable(silent_s3: None, tmp_path: Path) -> None:
     """By default, the S3 client waits for 25 minutes."""
     begun = time.monotonic()
     with pytest.raises(UnavailableError, match="cannot be used now"):

@@ -33,7 +33,7 @@ def other(tmp_path: Path) -> Iterator[Library]:
 
 
 class Hub:
-    """What the library asks of HfApi, over a folder."""
+    """The part of HfApi that the library uses, over a folder."""
 
     root: Path
     private: dict[str, bool]
@@ -84,7 +84,7 @@ def read_folder(path: Path) -> AdapterDescription:
     return read_made(path / "adapter_model.safetensors" if path.is_dir() else path)
 
 
-def test_to_the_hub_and_back(own: Library, other: Library, tmp_path: Path, hub: type[Hub]) -> None:
+def test_push_and_pull_by_the_hub(own: Library, other: Library, tmp_path: Path, hub: type[Hub]) -> None:
     own.add(peft_like(tmp_path / "in"), "support", describe=read_folder)
     assert transfer.push(own, "support@1", "hf:me/support") == "hf:me/support@c0ffee"
     assert hub.private == {"me/support": True}, "nothing becomes public by itself"
@@ -104,7 +104,7 @@ def test_one_file_of_a_repository(own: Library, tmp_path: Path, hub: type[Hub]) 
     assert (added.version.name, added.version.tags) == ("two", ["t"])
 
 
-def test_a_hub_that_cannot_be_used_is_said_in_a_line(own: Library, hub: type[Hub]) -> None:
+def test_hub_errors_are_one_line(own: Library, hub: type[Hub]) -> None:
     with pytest.raises(AdapterError, match=r"hub cannot be used: 404: no me/none\n  where"):
         transfer.pull(own, "hf:me/none")
     for place in ("hf:none", "hf:a/../b", "hf:a/b/../../c"):
@@ -113,7 +113,7 @@ def test_a_hub_that_cannot_be_used_is_said_in_a_line(own: Library, hub: type[Hub
 
 
 @pytest.mark.parametrize("kind", ["path", "file", "s3", "memory"])
-def test_to_a_place_and_back(
+def test_push_and_pull_by_url(
     own: Library, other: Library, tmp_path: Path, kind: str, request: pytest.FixtureRequest
 ) -> None:
     places = {"path": str(tmp_path / "there"), "file": f"file://{tmp_path}/there", "memory": "memory://there"}
@@ -125,7 +125,7 @@ def test_to_a_place_and_back(
     assert (added.version.reference, added.version.source) == ("mine@1", place)
 
 
-def test_a_push_that_was_cut_off_is_not_pulled(own: Library, other: Library, tmp_path: Path) -> None:
+def test_an_interrupted_push_is_refused(own: Library, other: Library, tmp_path: Path) -> None:
     own.add(peft_like(tmp_path / "in"), "support", describe=read_folder)
     transfer.push(own, "support", str(tmp_path / "there"))
     made(tmp_path / "there", 77, name="adapter_model.safetensors")
@@ -154,7 +154,7 @@ def rewritten(source: Path, change: Callable[[str, bytes], bytes | None]) -> Pat
     return target
 
 
-def test_an_export_arrives_whole_and_has_the_same_bytes_each_time(own: Library, other: Library, tmp_path: Path) -> None:
+def test_exports_are_complete_and_reproducible(own: Library, other: Library, tmp_path: Path) -> None:
     filled(own, tmp_path)
     target = tmp_path / "out.tar"
     transfer.export_to(own, target)
@@ -176,7 +176,7 @@ def test_an_export_arrives_whole_and_has_the_same_bytes_each_time(own: Library, 
         transfer.export_to(own, tmp_path / "out")
 
 
-def test_an_export_of_some(own: Library, other: Library, tmp_path: Path) -> None:
+def test_an_export_of_some_versions(own: Library, other: Library, tmp_path: Path) -> None:
     filled(own, tmp_path)
     done = transfer.export_to(own, tmp_path / "some.tar", ["support@prod"])
     assert done.versions == ["support@1"]
@@ -238,7 +238,7 @@ def test_an_unsafe_record_is_refused(own: Library, other: Library, tmp_path: Pat
     assert other.search() == []
 
 
-def test_a_tar_of_anything_else_is_refused_and_nothing_is_extracted(other: Library, tmp_path: Path) -> None:
+def test_other_tar_files_are_refused_and_not_extracted(other: Library, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "evil.tar", "w") as tar:
         tar.add(made(tmp_path, 1), "../../escaped")
     for path in (tmp_path / "evil.tar", made(tmp_path, 2, name="noise.tar"), tmp_path / "none.tar"):
@@ -247,7 +247,7 @@ def test_a_tar_of_anything_else_is_refused_and_nothing_is_extracted(other: Libra
     assert not list(tmp_path.parent.parent.glob("escaped"))
 
 
-def test_a_peft_folder_is_described_by_veneers_own_reader(tmp_path: Path) -> None:
+def test_a_peft_folder_is_described_by_its_reader(tmp_path: Path) -> None:
     import torch
 
     from veneer.core.adapter import Adapter, Card, Pair

@@ -1,4 +1,4 @@
-"""What vLLM and TGI would read from an exported folder, by number, and what they cannot read."""
+"""Exported folders: the deltas that vLLM and TGI read from them, and adapters that they cannot read."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def as_tgi_reads(folder: Path, layers: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("spec", [PATTERNS, STABLE, SOME_LAYERS])
-def test_vllms_folder_has_the_same_delta_for_peft_and_says_how_to_serve_it(tmp_path, spec):
+def test_vllms_folder_has_the_same_delta_in_peft(tmp_path, spec):
     net = model("llama3")
     adapter = made(net, spec)
     base, place = saved(tmp_path, adapter)
@@ -89,7 +89,7 @@ def test_vllms_folder_has_the_same_delta_for_peft_and_says_how_to_serve_it(tmp_p
 
 
 @pytest.mark.parametrize("spec", [PATTERNS, STABLE, SOME_LAYERS])
-def test_tgi_gets_every_delta_whole_from_its_folder_and_not_from_a_plain_one(tmp_path, spec):
+def test_tgi_reads_every_delta_exactly(tmp_path, spec):
     net = model("llama3")
     adapter = made(net, spec)
     _, place = saved(tmp_path, adapter)
@@ -123,7 +123,7 @@ def test_tgi_gets_every_delta_whole_from_its_folder_and_not_from_a_plain_one(tmp
         (LoraSpec(rank=2, targets=("q_proj", "embed_tokens")), "tgi", "does not support a pair of an embedding"),
     ],
 )
-def test_what_a_server_would_drop_is_refused_and_merging_is_the_way_out(tmp_path, spec, server, why):
+def test_unsupported_adapters_are_refused_and_can_be_merged(tmp_path, spec, server, why):
     adapter = made(model("llama3", torch.float32), spec)
     _, place = saved(tmp_path, adapter)
     with pytest.raises(AdapterError, match=why) as refusal:
@@ -144,7 +144,7 @@ def test_a_merged_export_is_a_full_model(tmp_path):
     assert done.command in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_what_cannot_be_known_is_asked_for(tmp_path):
+def test_an_export_without_a_known_base_is_refused(tmp_path):
     adapter = made(model("llama3", torch.float32), STABLE)
     place = peft.write_folder(adapter, tmp_path / "adapter").folder
     with pytest.raises(ConfigError, match="which base"):
@@ -154,7 +154,7 @@ def test_what_cannot_be_known_is_asked_for(tmp_path):
     assert "vllm serve BASE" in export(str(place), "vllm", tmp_path / "out").command
 
 
-def test_the_command_prints_the_line_that_serves_it(tmp_path, capsys):
+def test_export_prints_the_serving_command(tmp_path, capsys):
     base, place = saved(tmp_path, made(model("llama3", torch.float32), STABLE))
     ran = run(capsys, "export", str(place), str(tmp_path / "out"), "--for", "vllm")
     assert ran.code == 0, ran.err

@@ -122,7 +122,7 @@ def test_a_request_becomes_vllms_and_its_answer_tokens(setup):
         assert body[name] == sampling[name], name
 
 
-def test_a_plain_adapter_is_requested_by_its_digest_and_not_copied(setup):
+def test_a_plain_adapter_is_requested_by_its_digest(setup):
     async def work(engine: Upstream) -> None:
         assert "adapter1" in text(await answer(engine, ONE))
 
@@ -131,7 +131,7 @@ def test_a_plain_adapter_is_requested_by_its_digest_and_not_copied(setup):
     assert not setup.cache.exists()
 
 
-def test_a_weighted_mix_is_one_adapter_of_summed_rank_written_once(setup):
+def test_a_weighted_mix_is_written_once(setup):
     mix = make_mix([(ONE[0][0], 0.5), (TWO[0][0], -2.0)])
     file = setup.cache / served_name(mix) / "adapter_model.safetensors"
 

@@ -1,4 +1,4 @@
-"""The plug-in without vLLM: what it answers for a name, and the class that it registers in a stand-in."""
+"""The plug-in without vLLM: names it resolves, and its registration in a fake registry."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def shelf(base: TextBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         ("stable@1", "stable@1"),
     ],
 )
-def test_what_vllm_reads_right_is_the_librarys_own_folder(base, shelf, asked, called):
+def test_plain_adapters_resolve_to_the_librarys_folder(base, shelf, asked, called):
     name, folder = vllm_plugin.resolve_name(base.name, asked)
     assert name == called
     assert folder.parent == shelf / "library" / "folders"
@@ -109,7 +109,7 @@ def test_patterns_are_folded_exactly_once(base, shelf):
         ("plain@9", "no plain@9"),
     ],
 )
-def test_what_would_lose_its_effect_is_refused_with_the_reason(base, shelf, asked, why):
+def test_unservable_adapters_are_refused_with_the_reason(base, shelf, asked, why):
     with pytest.raises(AdapterError, match=why):
         vllm_plugin.resolve_name(base.name, asked)
 
@@ -146,12 +146,12 @@ def test_a_name_is_never_a_path(base, shelf, asked):
         vllm_plugin.resolve_name(base.name, asked)
 
 
-def test_a_base_that_is_not_here_is_not_guessed_at(shelf, caplog):
+def test_a_base_without_local_files_is_not_checked(shelf, caplog):
     assert vllm_plugin.resolve_name("somebody/some-model", "plain@1")[0] == "plain@1"
     assert "not checked" in caplog.text
 
 
-def test_no_library_is_made_by_asking(monkeypatch, tmp_path):
+def test_resolving_a_name_creates_no_library(monkeypatch, tmp_path):
     monkeypatch.setenv("VENEER_LIBRARY", str(tmp_path / "none"))
     with pytest.raises(ConfigError, match="no library"):
         vllm_plugin.resolve_name("b", "plain")
@@ -170,7 +170,7 @@ class Registry:
         self.resolvers[name] = resolver
 
 
-def test_it_registers_once_and_answers_none_for_what_it_refuses(base, shelf, monkeypatch, caplog):
+def test_the_resolver_registers_once_and_refuses_with_none(base, shelf, monkeypatch, caplog):
     registry = Registry()
     for name, members in {
         "vllm": {},
@@ -192,7 +192,7 @@ def test_it_registers_once_and_answers_none_for_what_it_refuses(base, shelf, mon
     assert "does not support DoRA" in caplog.text
 
 
-def test_the_entry_point_is_declared_and_imports_without_veneers_extras():
+def test_the_plug_in_imports_without_extras():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["entry-points"]["vllm.general_plugins"] == {"veneer": "veneer.serve.fleet.vllm_plugin:register"}
     missing = ["accelerate", "datasets", "diffusers", "fastapi", "uvicorn", "gguf", "peft", "prometheus_client"]

@@ -1,4 +1,4 @@
-"""A tenants' database of each kind, and a clock that stands still until it is told to move."""
+"""Fixtures: a tenants' database of each kind, and a clock that tests advance."""
 
 from __future__ import annotations
 

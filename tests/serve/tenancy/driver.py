@@ -1,4 +1,4 @@
-"""Servers that are killed while clients watch, and the balance afterwards. A program, so that it can fork safely:
+"""Kill servers while clients use them, then compare the ledger with what clients saw. A program, to fork safely:
 
     python -m tests.serve.tenancy.driver load URL FOLDER KILLS SEED  a server under load, killed at random
     python -m tests.serve.tenancy.driver points URL FOLDER STRIDE    one scenario, killed at each STRIDEth step
@@ -43,7 +43,7 @@ PRICES = {f"{name}_price": value for name, value in asdict(PRICE).items()}
 
 
 def answer(request: str) -> Usage:
-    """What a request takes, known beforehand to both sides."""
+    """The usage of a request, known to server and clients in advance."""
     pick = random.Random(request)
     return Usage(pick.randrange(10, 500), pick.randrange(0, 10), pick.randrange(1, 400), 0.25, 0.5, 0.125)
 
@@ -161,7 +161,7 @@ def run_load(url: str, folder: Path, kills: int, seed: int) -> dict[str, int]:
 
 
 def dying(step: int) -> Callable[[Any], Any]:
-    """Wraps functions; before the `step`th call of them all the process dies."""
+    """A wrapper for functions: the process dies before their `step`th call in total."""
     left = [step]
 
     def stepping(function: Any) -> Any:
@@ -226,7 +226,7 @@ def scenario(url: str, folder: Path, told: int, step: int) -> None:
 
 
 def each_step(act: Callable[[int, int], object], stride: int) -> Iterator[tuple[int, list[Any]]]:
-    """(step, what was told before the kill) of processes that die at each step; the last one came to its end."""
+    """Yield (step, messages before the kill) of processes that die at each step, until one finishes."""
     for step in range(0, 10_000, stride):
         here, there = os.pipe()
         child = fork(lambda step=step, there=there: act(there, step))
@@ -267,7 +267,7 @@ def prepare(url: str, folder: Path) -> None:
 
 
 def balance(url: str, folder: Path, saw: dict[str, list[Any]]) -> dict[str, int]:
-    """The ledger beside what clients saw, after one more start has settled what was left."""
+    """Compare the ledger with what clients saw, after one more start has settled open requests."""
     deadline = time.monotonic() + 10
     while True:  # PostgreSQL may take a moment to see that the killed are gone
         tenants = opened(url, folder)

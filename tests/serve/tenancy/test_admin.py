@@ -1,4 +1,4 @@
-"""The routes under /admin: everything there, on a key of their own, with bodies that are read strictly."""
+"""The routes under /admin: tenants, settings, keys, routes and records, with strict bodies."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_the_life_of_a_tenant(call: Call, tenants: Tenants) -> None:
     assert call("GET", "/tenants/acme").status_code == 404
 
 
-def test_settings_are_of_a_tenant_of_all_of_each_or_of_an_adapter(call: Call, tenants: Tenants) -> None:
+def test_settings_of_all_scopes(call: Call, tenants: Tenants) -> None:
     call("POST", "/tenants", {"name": "acme"})
     changed = call("PATCH", "/tenants/acme", {"requests_per_minute": 1, "tokens_per_day": 9}).json()
     assert (changed["requests_per_minute"], changed["concurrency"]) == (1, None)
@@ -152,7 +152,7 @@ def test_routes_usage_and_audit(call: Call, tenants: Tenants) -> None:
     assert call("GET", "/audit/verify").json()["ok"] is True
 
 
-def test_only_the_admin_key_opens_anything(call: Call, tenants: Tenants) -> None:
+def test_admin_routes_need_the_admin_key(call: Call, tenants: Tenants) -> None:
     call("POST", "/tenants", {"name": "acme"})
     tenants_key = call("POST", "/tenants/acme/keys", {}).json()["key"]
     routes = [(method, r.path) for r in admin_router(tenants, ToyCatalog()).routes for method in r.methods]  # type: ignore[attr-defined]
@@ -194,7 +194,9 @@ def test_only_the_admin_key_opens_anything(call: Call, tenants: Tenants) -> None
         ("POST", "/tenants", b'{"name": "b", "weight": Infinity}', {}, "Infinity is not a number there"),
     ],
 )
-def test_what_is_wrong_is_said(call: Call, method: str, path: str, body: Any, query: dict, words: str) -> None:
+def test_invalid_requests_are_400_with_the_reason(
+    call: Call, method: str, path: str, body: Any, query: dict, words: str
+) -> None:
     call("POST", "/tenants", {"name": "acme"})
     answer = call(method, path, body, **query)
     assert answer.status_code == 400, answer.text
@@ -212,15 +214,15 @@ def test_what_is_wrong_is_said(call: Call, method: str, path: str, body: Any, qu
         ("PATCH", "/tenants/acne", {"concurrency": 1}, "did you mean acme?"),
     ],
 )
-def test_what_is_not_there_is_404(call: Call, method: str, path: str, body: Any, words: str) -> None:
+def test_unknown_names_are_404_with_the_nearest(call: Call, method: str, path: str, body: Any, words: str) -> None:
     call("POST", "/tenants", {"name": "acme"})
     answer = call(method, path, body)
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
     assert words in answer.json()["error"]["message"]
 
 
-def test_a_route_is_checked_against_what_the_server_answers_by_before_it_moves(tenants: Tenants) -> None:
-    """A target or a shadow that is not there or cannot be served: 400 that says which, and nothing has moved."""
+def test_route_targets_are_checked_before_a_move(tenants: Tenants) -> None:
+    """A missing or unservable target or shadow is a 400 that names it, and the route does not move."""
     there = {"v1", "v2"}
 
     class Names(ToyCatalog):

@@ -1,6 +1,6 @@
-"""Kept answers in a database of each kind: many of them, counted, exported whole, removed.
+"""Stored answers in each kind of database: counted, exported and removed.
 
-What a client sees of it over HTTP is in surfaces/test_feedback.py."""
+The HTTP routes are tested in surfaces/test_feedback.py."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def rows(tenants: Tenants, kind: str) -> list[Any]:
     return list(feedback_rows(tenants.store.engine, "acme", kind, now=NOW))
 
 
-def test_many_are_kept_counted_exported_in_their_order_and_removed(tenants: Tenants, clock: Clock) -> None:
+def test_stored_answers_are_counted_exported_and_removed(tenants: Tenants, clock: Clock) -> None:
     manage.add_tenant(tenants.store, "acme", who="me")
     manage.change_settings(tenants.store, "acme", {"feedback_days": 30.0}, who="me")
     tenants.store.look()
@@ -91,6 +91,6 @@ def test_answers_over_a_tenants_quota_are_not_kept(tenants: Tenants) -> None:
     assert kept("acme") == 3
 
 
-def test_a_kind_of_rows_that_is_none(tenants: Tenants) -> None:
+def test_an_unknown_kind_of_rows_is_refused(tenants: Tenants) -> None:
     with pytest.raises(ConfigError, match="'dpo' is not a kind of rows"):
         feedback_rows(tenants.store.engine, "acme", "dpo")

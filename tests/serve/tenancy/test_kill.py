@@ -28,10 +28,8 @@ def drive(*arguments: str) -> dict[str, int]:
 
 
 @pytest.mark.slow
-def test_a_server_killed_under_load_and_what_its_clients_saw(
-    where: str, quick: Path, request: pytest.FixtureRequest
-) -> None:
-    """Every run is checked whole by the driver. Where kills fall is chance: runs go on until both kinds were seen."""
+def test_the_ledger_agrees_with_clients_after_kills(where: str, quick: Path, request: pytest.FixtureRequest) -> None:
+    """The driver checks every run. Kills are random, so runs repeat until both kinds have occurred."""
     remote = where.startswith("postgresql")
     seen = {"interrupted": 0, **({"from_outbox": 0} if remote else {})}  # answered, and killed before the commit
     for seed in range(1, 7):
@@ -51,7 +49,7 @@ def test_a_kill_at_many_steps_of_a_request(quick: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_kill_at_each_step_of_a_request(where: str, quick: Path) -> None:
+def test_kill_at_each_step_of_a_request(where: str, quick: Path) -> None:
     assert drive("points", where, str(quick), "1")["steps"] > 10
 
 

@@ -1,4 +1,4 @@
-"""The ledger: what a mix costs, sums that are exact, what is owed while the database is away or the disk is full."""
+"""The ledger: costs of mixes, exact sums, an unavailable database and a full disk."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ async def mixed(tenants: Tenants, request: str, took: Usage, *parts: tuple[str, 
         await bill.used(took)
 
 
-def test_a_part_of_a_mix_costs_its_own_price_whatever_stands_beside_it(tenants: Tenants) -> None:
+def test_each_part_of_a_mix_has_its_own_price(tenants: Tenants) -> None:
     set_price(tenants.store, 1_000_000, 0, 1_000_000)
     set_price(tenants.store, 1_000_000_000, 0, 1_000_000_000, adapter="big")
     tenants.store.look()
@@ -77,7 +77,7 @@ def test_a_part_of_a_mix_costs_its_own_price_whatever_stands_beside_it(tenants: 
     assert apart == {"big@1": (2, 10, 16000), "small@2": (1, 5, 8), "tiny": (1, 5, 8)}
 
 
-def test_nobody_else_on_the_machine_reads_the_outboxes(tmp_path: Path) -> None:
+def test_outboxes_are_private_to_the_user(tmp_path: Path) -> None:
     folder = tmp_path / "outboxes"
     tenants = Tenants(str(tmp_path / "tenants.sqlite"), ledger=LedgerSettings(folder=folder), watch=False)
     try:
@@ -86,7 +86,7 @@ def test_nobody_else_on_the_machine_reads_the_outboxes(tmp_path: Path) -> None:
         tenants.close()
 
 
-def test_limits_of_an_adapter_count_it_in_a_mix_by_the_operators_name(tenants: Tenants) -> None:
+def test_limits_count_adapters_in_mixes(tenants: Tenants) -> None:
     manage.change_settings(tenants.store, "", {"requests_per_minute": 2}, adapter="big", who="me")
     tenants.store.look()
     for n, parts in enumerate([(("big@1", 1.0),), (("big@1", 1.0), ("small", 1e-9))]):
@@ -95,7 +95,7 @@ def test_limits_of_an_adapter_count_it_in_a_mix_by_the_operators_name(tenants: T
 
 
 def test_sums_are_exact_in_whole_millionths_however_requests_end(tenants: Tenants, clock: Clock) -> None:
-    """Against the lines themselves, added up in Python."""
+    """Compared with the sum of the lines in Python."""
     pick = random.Random(3)
     set_price(tenants.store, 333_333, 33_333, 777_777)
     set_price(tenants.store, 1, 999_999, 123_457, adapter="a")
@@ -147,7 +147,7 @@ def test_sums_are_exact_in_whole_millionths_however_requests_end(tenants: Tenant
 # -- what is kept ------------------------------------------------------------------------------------------------------
 
 
-def test_lines_go_after_their_time_and_their_sums_and_windows_stay(tenants: Tenants, clock: Clock) -> None:
+def test_pruned_lines_keep_their_sums_and_windows(tenants: Tenants, clock: Clock) -> None:
     set_price(tenants.store, 1_000_000, 0, 1_000_000)
     tenants.store.look()
     for n in range(25):
@@ -172,9 +172,7 @@ def test_lines_go_after_their_time_and_their_sums_and_windows_stay(tenants: Tena
     ]
 
 
-def test_a_server_whose_disk_is_gone_is_interrupted_and_has_the_last_word_if_it_comes_back(
-    where: str, quick: Path
-) -> None:
+def test_a_returning_server_overrides_its_interruption(where: str, quick: Path) -> None:
     lost = Tenants(where, ledger=LedgerSettings(folder=quick / "lost"), watch=False)
     other = Tenants(where, ledger=LedgerSettings(folder=quick / "other"), watch=False)
 
@@ -199,9 +197,7 @@ def test_a_server_whose_disk_is_gone_is_interrupted_and_has_the_last_word_if_it_
 
 
 @pytest.mark.parametrize(("synced", "expected"), [(False, 1), (True, 2)])  # SQLite's NORMAL and FULL
-def test_synced_says_whether_usage_outlives_a_loss_of_power(
-    where: str, quick: Path, synced: bool, expected: int
-) -> None:
+def test_synced_sets_sqlites_synchronous_mode(where: str, quick: Path, synced: bool, expected: int) -> None:
     tenants = Tenants(where, ledger=LedgerSettings(folder=quick / "outbox", synced=synced), watch=False)
     with (tenants.ledger.outbox or tenants.ledger).writer.transaction() as c:
         read = c.exec_driver_sql if isinstance(c, Connection) else c.execute
@@ -229,7 +225,7 @@ def test_two_servers_on_one_folder_leave_each_other_alone(quick: Path) -> None:
     assert list((quick / "outbox").iterdir()) == []
 
 
-def test_what_else_lies_in_the_folder_is_left_alone(quick: Path) -> None:
+def test_other_files_in_the_folder_stay(quick: Path) -> None:
     where, old = str(quick / "t.sqlite"), time.time() - 7200
     for name in ("t.sqlite", "notes.sqlite", "some.lock"):
         (quick / name).touch()
@@ -317,11 +313,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize(("kind", "how"), [("sqlite", "disk"), ("postgresql", "limit"), ("postgresql", "disk")])
-def test_a_full_disk_refuses_new_requests_and_loses_no_admitted_one(
+def test_a_full_disk_loses_no_admitted_request(
     quick: Path, kind: str, how: str, request: pytest.FixtureRequest
 ) -> None:
-    """Requests are admitted until the disk is full; each admitted one gets its last word, the process is killed, and
-    the next start has every one of them."""
+    """Requests are admitted until the disk is full and then end; after a kill, the next start has all of them."""
     disk = quick if how == "limit" else request.getfixturevalue("small_disk")
     folder = disk / "outbox"
     where = str(disk / "t.sqlite") if kind == "sqlite" else request.getfixturevalue("postgres")()
@@ -344,7 +339,7 @@ def test_a_full_disk_refuses_new_requests_and_loses_no_admitted_one(
 
 
 @pytest.mark.parametrize(("kind", "needed"), [("sqlite", 4), ("postgresql", 8)])
-def test_a_start_on_a_full_disk_says_how_much_room_is_needed(
+def test_a_start_on_a_full_disk_states_the_needed_space(
     quick: Path, small_disk: Path, kind: str, needed: int, request: pytest.FixtureRequest
 ) -> None:
     where = str(quick / "t.sqlite") if kind == "sqlite" else request.getfixturevalue("postgres")()
@@ -359,7 +354,7 @@ def test_a_start_on_a_full_disk_says_how_much_room_is_needed(
     Tenants(where, ledger=kept, watch=False).close()
 
 
-def test_a_refused_request_takes_no_other_of_its_group_with_it(
+def test_a_refused_request_fails_alone_in_its_group(
     quick: Path, postgres: Callable[[], str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Ends and admissions are written together; a refused admission must not take an end with it."""
@@ -391,9 +386,7 @@ def test_a_refused_request_takes_no_other_of_its_group_with_it(
     tenants.close()
 
 
-def test_a_locked_sqlite_file_refuses_new_requests_and_keeps_the_ends_of_others(
-    quick: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_locked_sqlite_file_loses_no_admitted_request(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("veneer.serve.tenancy.ledger.SERVING_PATIENCE", 0.2)
     tenants = Tenants(str(quick / "t.sqlite"), ledger=LedgerSettings(folder=quick / "outbox"), watch=False)
 
@@ -432,7 +425,7 @@ def processes(url: str) -> list[int]:
     return found
 
 
-def test_a_stopped_postgresql_holds_up_nobody_whose_key_is_known(quick: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_requests_continue_while_postgresql_is_stopped(quick: Path, caplog: pytest.LogCaptureFixture) -> None:
     with postgres_server() as schema:
         url = schema()
         tenants = Tenants(

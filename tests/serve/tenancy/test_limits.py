@@ -1,4 +1,4 @@
-"""Limits: never more than the limit in any stretch of time, everything given back, and a wait that is long enough."""
+"""Limits: windows, returned reservations, and Retry-After."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ Steps = some.lists(
 
 @settings(max_examples=60, deadline=None)
 @given(Steps)
-def test_never_more_than_the_limit_in_any_window_and_everything_is_given_back(steps: list) -> None:
+def test_no_window_exceeds_its_limit(steps: list) -> None:
     clock = Clock()
     limits = Limits(clock)
     rules = {
@@ -92,7 +92,7 @@ def test_never_more_than_the_limit_in_any_window_and_everything_is_given_back(st
 
 @settings(max_examples=50, deadline=None)
 @given(some.lists(some.tuples(some.floats(0, 30), some.integers(1, 50)), max_size=40), some.integers(1, 100))
-def test_who_waits_as_long_as_told_is_let_in_and_not_much_before(steps: list, most: int) -> None:
+def test_retry_after_is_long_enough_and_tight(steps: list, most: int) -> None:
     clock = Clock()
     limits, rules = Limits(clock), {("acme", ALL): Limit(tokens_per_minute=most)}
     for pause, tokens in steps:
@@ -111,8 +111,8 @@ def test_who_waits_as_long_as_told_is_let_in_and_not_much_before(steps: list, mo
 
 @settings(max_examples=60, deadline=None)
 @given(some.lists(some.tuples(some.floats(0, 90), some.integers(0, 100), some.integers(-100, 50)), max_size=50))
-def test_a_window_is_a_list_of_amounts(steps: list) -> None:
-    """The slow reference: remember everything, add up what is not older than the window."""
+def test_a_window_agrees_with_a_list_of_amounts(steps: list) -> None:
+    """The reference keeps every amount and sums those within the window."""
     window, kept, now = Window(60.0), [], 0.0
     for pause, amount, change in steps:
         now += pause
@@ -127,7 +127,7 @@ def test_a_window_is_a_list_of_amounts(steps: list) -> None:
         assert expected >= sum(a for s, a in kept if s * 1.0 > now - 60.0)
 
 
-def test_each_scope_has_its_own_room_and_a_refusal_takes_nothing() -> None:
+def test_scopes_are_counted_separately() -> None:
     clock = Clock()
     limits = Limits(clock)
     rules = {("acme", "big"): Limit(requests_per_day=1), ("acme", ALL): Limit(requests_per_minute=3)}
@@ -145,7 +145,7 @@ def test_each_scope_has_its_own_room_and_a_refusal_takes_nothing() -> None:
     assert refused.value.retry_after == pytest.approx(61.0)
 
 
-def test_a_tenants_own_limit_comes_before_the_one_of_each() -> None:
+def test_a_tenants_own_limit_replaces_the_default() -> None:
     limits = Limits(Clock())
     rules = {(EACH, ALL): Limit(concurrency=1), ("acme", ALL): Limit(concurrency=2)}
     held = [limits.take(rules, tenant, ["x"], 1, 1) for tenant in ("acme", "acme", "globex")]
@@ -156,7 +156,7 @@ def test_a_tenants_own_limit_comes_before_the_one_of_each() -> None:
     limits.take(rules, "acme", ["x"], 1, 1)
 
 
-def test_what_other_servers_admitted_counts_here() -> None:
+def test_requests_of_other_servers_count() -> None:
     clock = Clock()
     clock.now = 500.0
     limits = Limits(clock)

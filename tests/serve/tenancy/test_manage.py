@@ -1,4 +1,4 @@
-"""The audit log: every change has its line, and a line that was changed, removed or cut off shows."""
+"""The audit log: a line for every change, and detection of changed, removed or truncated lines."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def change_everything(store: Store) -> None:
 
 
 def tamper(store: Store, *statements: object) -> None:
-    """What somebody with the database in their hands can do: the guard first, then the lines."""
+    """Change the log as someone with access to the database can: drop the triggers, then change lines."""
     with write_transaction(store.engine) as c:
         if c.dialect.name == "sqlite":
             for verb in ("update", "delete"):
@@ -48,7 +48,7 @@ def faults(store: Store, expect: str = "") -> tuple[str, int, list[str]]:
         return manage.audit_faults(c, expect)
 
 
-def test_every_change_has_its_line_with_before_and_after_and_no_secret(store: Store) -> None:
+def test_every_change_has_an_audit_line_without_secrets(store: Store) -> None:
     change_everything(store)
     with reading(store.engine) as c:
         lines = manage.audit_lines(c)
@@ -68,7 +68,7 @@ def test_every_change_has_its_line_with_before_and_after_and_no_secret(store: St
     assert faults(store) == (by_number[13]["hash"], 13, [])
 
 
-def test_the_database_itself_keeps_lines_as_they_are(store: Store) -> None:
+def test_the_database_refuses_changes_of_audit_lines(store: Store) -> None:
     change_everything(store)
     for statement in (delete(table), update(table).values(who="nobody")):
         with pytest.raises(DBAPIError, match="append-only"), write_transaction(store.engine) as c:
@@ -89,7 +89,7 @@ def test_a_failed_change_leaves_no_line(store: Store) -> None:
     ("what", "words"),
     [("removed", "lines 5 to 5 are missing"), ("changed", "line 5 was changed"), ("renumbered", "line 5")],
 )
-def test_a_line_that_is_touched_shows(store: Store, what: str, words: str) -> None:
+def test_a_changed_audit_line_is_detected(store: Store, what: str, words: str) -> None:
     change_everything(store)
     here = table.c.number == 5
     tamper(
@@ -107,7 +107,7 @@ def test_a_line_that_is_touched_shows(store: Store, what: str, words: str) -> No
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_lines_that_were_cut_off_or_written_anew_show_to_who_kept_the_head(store: Store, again: bool) -> None:
+def test_a_truncated_log_is_detected_by_its_head(store: Store, again: bool) -> None:
     change_everything(store)
     head = faults(store)[0]
     manage.add_tenant(store, "globex", who="ana")

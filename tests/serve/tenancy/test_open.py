@@ -1,4 +1,4 @@
-"""A server open to its own machine that has a tenants' database: routes, shadows, votes and costs without keys."""
+"""A server without keys on localhost, with a tenants' database: routes, shadows, feedback and costs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from veneer.serve.tenancy.ledger import usage
 from veneer.serve.tenancy.store import Store
 
 
-def test_an_open_server_has_routes_shadows_votes_and_costs_without_a_key(tmp_path: Path) -> None:
+def test_an_open_server_has_all_features_without_a_key(tmp_path: Path) -> None:
     shop, where = make_shop(tmp_path, ["plain", "rs"]), str(tmp_path / "tenants.sqlite")
     store = Store(where)
     with served(shop, tenants=where, open=True) as server:

@@ -1,4 +1,4 @@
-"""Routes: shares by weight, the same user the same version, as few moves as can be, and the way back."""
+"""Routes: shares by weight, sticky users, minimal moves and rollback."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def owners(runs: routes.Runs) -> list[str]:
 
 @settings(max_examples=20, deadline=None)
 @given(some.lists(Weights, min_size=1, max_size=5))
-def test_shares_are_exact_and_a_move_takes_no_more_than_the_shares_differ(moves: list) -> None:
+def test_shares_are_exact_and_moves_minimal(moves: list) -> None:
     before: routes.Runs = ()
     for targets in moves:
         after = share_out(targets, before)
@@ -47,7 +47,7 @@ def test_shares_are_exact_and_a_move_takes_no_more_than_the_shares_differ(moves:
 
 @settings(max_examples=20, deadline=None)
 @given(Weights, Weights)
-def test_what_is_said_before_a_move_is_what_the_router_does(first: list, second: list) -> None:
+def test_the_described_move_is_what_happens(first: list, second: list) -> None:
     now = routes.planned_route(None, "support", first)
     wanted = routes.planned_route(now, "support", second)
     said = routes.route_change(now, wanted)
@@ -62,7 +62,7 @@ def test_what_is_said_before_a_move_is_what_the_router_does(first: list, second:
     assert all(f"{count / 100:g} % move from {b} to {a}" in back for (a, b), count in moved.items())
 
 
-def test_what_begins_what_ends_and_what_answers_unseen_is_said(store: Store) -> None:
+def test_route_changes_are_described(store: Store) -> None:
     begun = routes.planned_route(None, "support", [("v1", 90), ("v2", 10)])
     assert routes.route_change(None, begun) == "support begins: 90 % of users get v1 and 10 % of users get v2."
     routes.set_route(store, "support", [("v1", 90), ("v2", 10)], who="me")
@@ -95,7 +95,7 @@ def test_users_are_spread_by_weight_and_stay() -> None:
     assert both < 300  # the ten percent of one route are not those of another
 
 
-def test_a_route_is_sticky_by_user_then_tenant_then_not_at_all(store: Store) -> None:
+def test_routes_are_sticky_by_user_or_tenant(store: Store) -> None:
     routes.set_route(store, "support", [("v1", 1), ("v2", 1)], who="me")
     store.look()
     asked = TenantRoutes(store, lambda *a, **k: Future(), pick=random.Random(1))
@@ -110,7 +110,7 @@ def test_a_route_is_sticky_by_user_then_tenant_then_not_at_all(store: Store) -> 
     assert asked.choose("suport", Principal("open")) is None
 
 
-def test_whose_route_it_is(store: Store) -> None:
+def test_a_tenants_own_route_precedes_a_shared_one(store: Store) -> None:
     for tenant in ("acme", "globex"):
         manage.add_tenant(store, tenant, who="me")
     routes.set_route(store, "support", [("everybodys", 1)], who="me")
@@ -131,7 +131,7 @@ def test_whose_route_it_is(store: Store) -> None:
     assert "acme" in str(lost.value.fix)
 
 
-def test_rollback_puts_the_same_users_back_and_each_move_is_kept(store: Store) -> None:
+def test_rollback_restores_users_and_keeps_the_history(store: Store) -> None:
     first = routes.set_route(store, "support", [("v1", 1)], who="ana")
     second = routes.set_route(store, "support", [("v1", 50), ("v2", 50)], who="ana")
     third = routes.set_route(store, "support", [("v3", 1)], shadow="v2", fraction=0.5, who="bob")
@@ -166,7 +166,7 @@ def test_rollback_puts_the_same_users_back_and_each_move_is_kept(store: Store) -
         ([("../v1", 1)], "cannot name"), ([("v1", -1)], "weight"),
     ],
 )  # fmt: skip
-def test_what_a_route_cannot_be(store: Store, targets: list, words: str) -> None:
+def test_invalid_routes_are_refused(store: Store, targets: list, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         routes.set_route(store, "support", targets, who="me")
     with pytest.raises(ConfigError):
@@ -177,7 +177,7 @@ def test_what_a_route_cannot_be(store: Store, targets: list, words: str) -> None
         routes.rollback_route(store, "support", who="me")
 
 
-def test_a_shadow_gets_its_fraction_and_the_log_keeps_the_newest_without_texts(tenants: Tenants) -> None:
+def test_shadows_get_their_fraction_and_are_logged_without_texts(tenants: Tenants) -> None:
     store = tenants.store
     routes.set_route(store, "support", [("v1", 1)], shadow="v2", fraction=0.25, who="me")
     store.look()

@@ -1,4 +1,4 @@
-"""The tenancy as a server uses it: keys, what they see, limits, bills, prices, several servers on one database."""
+"""The tenancy of a server: keys, visible names, limits, bills, prices, several servers on one database."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ async def ask(
 
 
 def rows(tenants: Tenants) -> dict[str, Any]:
-    """What is in the ledger once everything that came is written."""
+    """The ledger's rows after a flush."""
     assert tenants.ledger.flush()
     with reading(tenants.store.engine) as c:
         return {r.request: r for r in c.execute(select(line_table).order_by(line_table.c.part.desc()))}
@@ -65,7 +65,7 @@ def rows(tenants: Tenants) -> dict[str, Any]:
 # -- keys --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_key_leads_to_its_tenant_and_nothing_of_it_is_kept(tenants: Tenants, where: str) -> None:
+def test_only_the_hash_of_a_key_is_stored(tenants: Tenants, where: str) -> None:
     manage.add_tenant(tenants.store, "acme", weight=2.5, adapters=["acme/*"], who="me")
     row, key = manage.make_tenant_key(tenants.store, "acme", label="web", who="me")
     caller = run(tenants.caller(key, "ana"))
@@ -80,7 +80,7 @@ def test_a_key_leads_to_its_tenant_and_nothing_of_it_is_kept(tenants: Tenants, w
     assert row.hash not in repr(row)
 
 
-def test_what_is_no_key_is_refused_in_one_way(tenants: Tenants) -> None:
+def test_all_invalid_keys_get_the_same_error(tenants: Tenants) -> None:
     manage.add_tenant(tenants.store, "acme", who="me")
     row, key = manage.make_tenant_key(tenants.store, "acme", who="me")
     other = make_key()[1]
@@ -90,7 +90,7 @@ def test_what_is_no_key_is_refused_in_one_way(tenants: Tenants) -> None:
     assert seen == {(401, "unauthorized", "no valid API key")}
 
 
-def test_keys_expire_are_revoked_and_rotated_from_the_next_request_on(tenants: Tenants, clock: Clock) -> None:
+def test_expiry_revocation_and_rotation_of_keys(tenants: Tenants, clock: Clock) -> None:
     store, now = tenants.store, 1_800_000_000.0 + clock()
     manage.add_tenant(store, "acme", who="me")
     _, key = manage.make_tenant_key(store, "acme", expires=now + 100, who="me", now=now)
@@ -116,7 +116,7 @@ def test_keys_expire_are_revoked_and_rotated_from_the_next_request_on(tenants: T
         manage.revoke_key(store, row.id, tenant="globex", who="me")
 
 
-def test_another_process_changes_and_this_one_knows_at_the_next_request(tenants: Tenants, where: str) -> None:
+def test_changes_of_other_processes_apply_at_the_next_request(tenants: Tenants, where: str) -> None:
     other = Store(where)
     manage.add_tenant(other, "acme", who="cli")
     row, key = manage.make_tenant_key(other, "acme", who="cli")
@@ -136,7 +136,7 @@ def test_another_process_changes_and_this_one_knows_at_the_next_request(tenants:
     other.close()
 
 
-def test_the_admin_key_is_given_as_itself_or_as_its_hash(quick: Path) -> None:
+def test_the_admin_key_can_be_given_as_a_hash(quick: Path) -> None:
     for given in (ADMIN, f"sha256:{hash_key(ADMIN)}"):
         tenants = Tenants(str(quick / "t.sqlite"), admin_key=given, watch=False)
         caller = run(tenants.caller(ADMIN))
@@ -162,7 +162,7 @@ def test_the_admin_key_is_given_as_itself_or_as_its_hash(quick: Path) -> None:
         (["a.c"], "abc", False), ([], "x", False), (["*-v2"], "acme/x-v2", True), (["x"], "x\n", False),
     ],
 )  # fmt: skip
-def test_what_a_pattern_matches(patterns: list[str], name: str, expected: bool) -> None:
+def test_patterns_match_names(patterns: list[str], name: str, expected: bool) -> None:
     assert seeing(patterns)(name) is expected
 
 
@@ -199,7 +199,7 @@ def test_no_name_can_escape(quick: Path, name: str) -> None:
 # -- limits and bills --------------------------------------------------------------------------------------------------
 
 
-def test_what_was_reserved_and_not_used_is_given_back(tenants: Tenants, clock: Clock) -> None:
+def test_unused_reservations_are_returned(tenants: Tenants, clock: Clock) -> None:
     store = tenants.store
     manage.add_tenant(store, "acme", who="me")
     manage.change_settings(store, "acme", {"tokens_per_minute": 100, "concurrency": 1}, who="me")
@@ -230,7 +230,7 @@ def test_what_was_reserved_and_not_used_is_given_back(tenants: Tenants, clock: C
     assert all(c.running == 0 for c in tenants.limits.counters.values())
 
 
-def test_limits_change_under_way_and_hold_for_mixes_and_for_each_tenant(tenants: Tenants) -> None:
+def test_changed_limits_apply_to_mixes_and_tenants(tenants: Tenants) -> None:
     store = tenants.store
     for name in ("acme", "globex"):
         manage.add_tenant(store, name, who="me")
@@ -281,7 +281,7 @@ def test_two_servers_share_windows_and_a_restart_forgets_nothing(where: str, qui
 # -- the ledger --------------------------------------------------------------------------------------------------------
 
 
-def test_bills_are_priced_by_the_closest_price_and_add_up(tenants: Tenants) -> None:
+def test_the_most_specific_price_applies(tenants: Tenants) -> None:
     store = tenants.store
     manage.add_tenant(store, "acme", who="me")
     set_price(store, 150_000, 15_000, 600_000)
@@ -333,7 +333,7 @@ def test_an_id_is_admitted_once_and_billed_once(tenants: Tenants, caplog: pytest
     assert "billed twice" in caplog.text
 
 
-def test_a_client_that_leaves_while_being_admitted_leaves_no_open_row(tenants: Tenants) -> None:
+def test_a_cancelled_admission_leaves_no_open_row(tenants: Tenants) -> None:
     slow = (tenants.ledger.outbox or tenants.ledger).writer.put(lambda c, _: time.sleep(0.2))
 
     async def work() -> None:
@@ -369,7 +369,7 @@ def test_writes_are_committed_in_groups(tenants: Tenants) -> None:
     assert len(commits) < 20
 
 
-def test_a_database_that_is_none_is_said(quick: Path) -> None:
+def test_invalid_database_addresses_are_refused(quick: Path) -> None:
     for where in ("sqlite://", "nonsense://x", f"sqlite:///{quick}"):
         with pytest.raises(ConfigError):
             Store(where)
