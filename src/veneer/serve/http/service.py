@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import InitVar, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from starlette.requests import Request as HttpRequest
@@ -104,14 +104,14 @@ class Service:
     phase: Literal["loading", "ready", "draining"] = "ready"
     inside: int = 0
     loaded: bool = True
-    shared_quotas: InitVar[Quotas | None] = None
+    shared_quotas: Quotas | None = None
     step: str = ""
     began: float = field(default_factory=time.monotonic)
     _tidies: bool = False
 
-    def __post_init__(self, shared_quotas: Quotas | None) -> None:
+    def __post_init__(self) -> None:
         s = self.settings
-        self.quotas = shared_quotas or Quotas(s.quotas)
+        self.quotas = self.shared_quotas or Quotas(s.quotas)
         if self.loaded:
             self.prompts = Prompts(self.reader)
         self.metrics = Metrics(
