@@ -102,9 +102,9 @@ def main() -> None:
         ledger = Ledger(store, Path(folder) / "outbox", lambda: NOW)
         print(f"{store.engine.dialect.name}, {asked.rows:,} lines of one day, 100 tenants, 10 adapters")
         for what, named in (("tenants", [""]), ("tenants and one adapter", ["", "adapter1"])):
-            print(f"window of a day, limits of {what}  {timed(lambda: ledger.seen_elsewhere(86400.0, named))}")  # noqa: B023
+            print(f"window of a day, limits of {what}  {timed(lambda: ledger.usage_of_other_servers(86400.0, named))}")  # noqa: B023
         print(f"window of a day, from the lines    {timed(lambda: from_lines(store), 1)}")
-        print(f"window of a minute                 {timed(lambda: ledger.seen_elsewhere(60.0))}")
+        print(f"window of a minute                 {timed(lambda: ledger.usage_of_other_servers(60.0))}")
 
         def used() -> None:
             with reading(store.engine) as c:

@@ -133,7 +133,7 @@ def test_known_names_resolve_while_postgresql_is_stopped(tmp_path: Path) -> None
                 with stopped(url):
                     assert asyncio.run(work(names)) < 0.25
                     began = time.monotonic()
-                    assert meaning(names.looked(), "a") == "a@1"
+                    assert meaning(names.refreshed(), "a") == "a@1"
                     assert time.monotonic() - began < 1.0
                 library.add(made(tmp_path, 2), "a", describe=read_made)
                 until(lambda: meaning(names.now, "a") == "a@2")
@@ -150,7 +150,7 @@ def test_the_name_index_survives_any_error(library: Library, tmp_path: Path, mon
 
             patch.setattr(snapshot, "read", fails)
             library.add(made(tmp_path, 2), "a", describe=read_made)
-            until(lambda: (names.looked() and names.away) is True)
+            until(lambda: (names.refreshed() and names.away) is True)
             began = time.monotonic()
             assert meaning(asyncio.run(names.fresh()), "a") == "a@1"
             assert time.monotonic() - began < 0.2, "while it is away nobody waits"

@@ -54,7 +54,7 @@ class Prompt(Catalog):
 
     def _look(self) -> None:
         if self.shelf.names is not None:
-            self.shelf.names.looked()
+            self.shelf.names.refreshed()
 
 
 @pytest.fixture

@@ -142,7 +142,7 @@ def verify_kept(library: Library, reference: str) -> list[AdapterCheck]:
         out.insert(0, AdapterCheck(FILES_CHECK, not wrong, said))
     except AdapterError as error:
         out = [AdapterCheck(FILES_CHECK, False, str(error))]
-    library.note_checks(version.entry, ((check.name, check.ok, check.detail) for check in out))
+    library.record_checks(version.entry, ((check.name, check.ok, check.detail) for check in out))
     return out
 
 

@@ -113,9 +113,9 @@ def adapter_path(name: str | os.PathLike[str]) -> Path:
     )
     if not _may_be_kept(name):
         raise AdapterError(f"there is no adapter {name!r}", where=str(here.absolute()), fix=fix)
-    from veneer.library.library import NotInLibrary, library_place, open_library
+    from veneer.library.library import NotInLibrary, library_location, open_library
 
-    place = library_place()
+    place = library_location()
     if "://" not in place and not Path(place).is_dir():  # a lookup does not create a library
         raise AdapterError(f"there is no adapter {name!r}", where=f"{here.absolute()}; no library at {place}", fix=fix)
     with open_library() as library:

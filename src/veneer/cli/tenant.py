@@ -407,9 +407,9 @@ def economics(
 def _jobs(location: str | None, index: str | None) -> Iterator[JobStore | None]:
     """Yield the library's JobStore, or None: a query does not create a library."""
     from veneer.jobs.store import JobStore
-    from veneer.library.library import library_place, open_library
+    from veneer.library.library import library_location, open_library
 
-    where = location or library_place()
+    where = location or library_location()
     if "://" not in where and not Path(where).expanduser().is_dir():
         yield None
         return
@@ -486,7 +486,7 @@ def route_set(
     planned = routes.planned_route(now, route, pairs, **more)
     if not dry_run:
         planned = routes.set_route(store, route, pairs, who=_user(), check=_check(library, force), **more)
-    return _moved(routes.route_shown(planned), routes.route_change(now, planned))
+    return _moved(routes.route_fields(planned), routes.route_change(now, planned))
 
 
 def _moved(fields: dict[str, Any], change: str) -> Result:
@@ -499,11 +499,11 @@ def _check(location: str | None, force: bool) -> Callable[[str], None] | None:
     The target must be a readable adapter in the library, a built-in base, or the base of an adapter in the
     library. The check raises AdapterError."""
     from veneer.errors import AdapterError, ConfigError
-    from veneer.library.library import library_place, open_library
+    from veneer.library.library import library_location, open_library
     from veneer.models.builtin import BUILTIN, PACKAGED
 
     def check(name: str) -> None:
-        folder = location or library_place()
+        folder = location or library_location()
         fix = "veneer library add PATH NAME; --library says where else they are; --force where a server loads it itself"
         if "://" not in folder and not Path(folder).expanduser().is_dir():  # a check does not create a library
             raise AdapterError(f"there is no library at {folder}", fix=fix)
@@ -533,7 +533,7 @@ def route_list(store: Store) -> Result:
     """List routes and their targets."""
     from veneer.serve.tenancy import routes
 
-    shown_routes = [routes.route_shown(route) for route in store.settings.routes.values()]
+    shown_routes = [routes.route_fields(route) for route in store.settings.routes.values()]
     return Result({"routes": shown_routes}, "\n".join(map(_line, shown_routes)) or "no routes")
 
 
@@ -553,7 +553,7 @@ def route_rollback(
         now, earlier = routes.earlier_route(c, route, tenant=tenant)
     if not dry_run:
         earlier = routes.rollback_route(store, route, tenant=tenant, who=_user(), check=_check(library, force))
-    return _moved(routes.route_shown(earlier), routes.route_change(now, earlier))
+    return _moved(routes.route_fields(earlier), routes.route_change(now, earlier))
 
 
 @route_command("remove", "veneer tenant route remove support")

@@ -127,7 +127,7 @@ def _patient_connection() -> Any:
         def wait(self, gen: Any, *arguments: Any, **named: Any) -> Any:
             try:
                 return super().wait(_until(gen, time.monotonic() + self.patience), *arguments, **named)
-            except _Late:
+            except _TimedOut:
                 self.pgconn.finish()  # discard a late response
                 message = f"the database did not answer within {self.patience:g} seconds"
                 raise psycopg.OperationalError(message) from None
@@ -135,7 +135,7 @@ def _patient_connection() -> Any:
     return Patient
 
 
-class _Late(Exception):
+class _TimedOut(Exception):
     pass
 
 
@@ -148,7 +148,7 @@ def _until(gen: Any, deadline: float) -> Generator[Any, Any, Any]:
         while True:
             ready = yield event
             if not ready and time.monotonic() > deadline:
-                raise _Late
+                raise _TimedOut
             event = gen.send(ready)
     except StopIteration as end:
         return end.value
@@ -209,7 +209,7 @@ def write_transaction(engine: Engine, lock: int | None = None) -> Iterator[Conne
         try:
             connection.begin()
             if lock is not None and connection.dialect.name == "postgresql":
-                _take(connection, lock)
+                _take_lock(connection, lock)
         except DBAPIError as error:
             if "locked" not in str(error.orig) and getattr(error.orig, "sqlstate", None) != _LOCK_TIMEOUT:
                 raise
@@ -224,7 +224,7 @@ def write_transaction(engine: Engine, lock: int | None = None) -> Iterator[Conne
 _LOCK_TIMEOUT = "55P03"
 
 
-def _take(connection: Connection, lock: int) -> None:
+def _take_lock(connection: Connection, lock: int) -> None:
     """Take the advisory lock, waiting for other holders."""
     driver: Any = connection.connection.driver_connection
     own = driver.patience

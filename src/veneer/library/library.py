@@ -46,7 +46,7 @@ from veneer.library.queries import (
     find_versions,
     record,
     search,
-    size_under,
+    size_of_prefix,
 )
 from veneer.library.store import (
     LocalStore,
@@ -154,10 +154,10 @@ class Library:
         with reading(self.engine) as connection:
             return family_of(connection, version)
 
-    def size_under(self, beginning: str) -> int:
+    def size_of_prefix(self, beginning: str) -> int:
         """Return the bytes of all versions of the names with this prefix."""
         with reading(self.engine) as connection:
-            return size_under(connection, beginning)
+            return size_of_prefix(connection, beginning)
 
     def checks(self, reference: str) -> list[dict[str, Any]]:
         """Return the results of the last checks of an adapter.
@@ -169,7 +169,7 @@ class Library:
         with reading(self.engine) as connection:
             return checks_of(connection, version.entry)
 
-    def note_checks(self, entry: str, found: Iterable[tuple[str, bool | None, str]]) -> None:
+    def record_checks(self, entry: str, found: Iterable[tuple[str, bool | None, str]]) -> None:
         """Replace the recorded checks of an entry's files: (name, ok, detail) each."""
         e = ix.entries.c
         with ix.index_transaction(self.engine) as connection:
@@ -195,7 +195,7 @@ class Library:
     ) -> Path:
         """Return a path as `resolve`, for a caller that already knows the entry.
 
-        Without `kept`, the files are read from the store's manifest instead of the database."""
+        Without `files`, they are read from the store's manifest instead of the database."""
         files = self._manifest(entry) if files is None else files
         local = self.store if isinstance(self.store, LocalStore) else self.cache
         try:
@@ -445,7 +445,7 @@ class Library:
         return [f"{name}@{p.alias}" for p in pointers] + [f"{name}@{n}" for n in sorted(doomed)]
 
 
-def library_place() -> str:
+def library_location() -> str:
     """Return the default library: VENEER_LIBRARY, or `library` in the veneer home."""
     return os.environ.get("VENEER_LIBRARY") or str(veneer_home() / "library")
 
@@ -460,7 +460,7 @@ def open_library(location: str | Path | None = None, index: str | None = None, *
 
     Raises ConfigError if the index belongs to another store: collection by a wrong index would empty the
     store."""
-    where = str(location or library_place())
+    where = str(location or library_location())
     store = open_store(where)
     index = index or os.environ.get("VENEER_LIBRARY_INDEX")
     if not index:

@@ -187,22 +187,22 @@ def verify_library(library: Library, *, repair: bool = False, say: Callable[[str
             say(f"{at + 1:,} of {len(referenced):,} files")
     if absent or corrupt:  # files collected meanwhile are not faults
         referenced = _referenced(library)
-    out.missing = [_told(library, path) for path in absent if path in referenced]
+    out.missing = [_with_versions(library, path) for path in absent if path in referenced]
     corrupt_now = [path for path in corrupt if path in referenced]
-    out.corrupt = [_told(library, path) for path in corrupt_now]
-    _remember(library, {path for path in absent if path in referenced}, set(corrupt_now))
+    out.corrupt = [_with_versions(library, path) for path in corrupt_now]
+    _record_file_checks(library, {path for path in absent if path in referenced}, set(corrupt_now))
     if isinstance(library.store, RemoteStore):
         for path, _, _ in list(library.cache.walk("blobs")):
             if _hash(library.cache, path) != path.rpartition("/")[2]:
                 library.cache.delete(path)
                 out.repaired.append(f"removed from this machine's cache: {path}")
     if repair:
-        _drop(library, corrupt_now, out)
+        _remove_corrupt(library, corrupt_now, out)
     _check_records(library, repair, out)
     return out
 
 
-def _remember(library: Library, missing: set[str], corrupt: set[str]) -> None:
+def _record_file_checks(library: Library, missing: set[str], corrupt: set[str]) -> None:
     """Replace the recorded checks of every entry's files."""
     e, f = ix.entries.c, ix.files.c
     with ix.index_transaction(library.engine) as connection:
@@ -231,7 +231,7 @@ def _hash(store: LocalStore | RemoteStore, path: str) -> str:
     return digest.hexdigest()
 
 
-def _told(library: Library, path: str) -> str:
+def _with_versions(library: Library, path: str) -> str:
     """Return a path with the versions that need it."""
     v, f, e = ix.versions.c, ix.files.c, ix.entries.c
     users = select(f.entry).where(f.object == path).union(select(e.id).where(e.manifest == path))
@@ -243,7 +243,7 @@ def _told(library: Library, path: str) -> str:
     return f"{path} ({versions or 'no version'})"
 
 
-def _drop(library: Library, bad: list[str], out: VerifyReport) -> None:
+def _remove_corrupt(library: Library, bad: list[str], out: VerifyReport) -> None:
     f = ix.files.c
     for path in bad:
         with ix.index_transaction(library.engine) as connection:

@@ -135,7 +135,7 @@ class NameIndex:
         self.away = False
         """Whether the last query of the database failed."""
         self._mark: object = None
-        self._lock, self._stop, self._poke = threading.Lock(), threading.Event(), threading.Event()
+        self._lock, self._stop, self._wake = threading.Lock(), threading.Event(), threading.Event()
         self._waiting: list[Future[None]] = []
         with reading(self.engine) as connection:
             self._names = read(connection)
@@ -160,7 +160,7 @@ class NameIndex:
 
         If the database does not respond within `patience`, returns the last names. With PostgreSQL, which
         announces changes, returns at once."""
-        if (checked := self._ask()) is not None:
+        if (checked := self._request_check()) is not None:
             try:
                 async with asyncio.timeout(self.patience):
                     await asyncio.wrap_future(checked)
@@ -168,29 +168,29 @@ class NameIndex:
                 self.away = True
         return self._names
 
-    def looked(self) -> Names:
+    def refreshed(self) -> Names:
         """Run `fresh` for a thread that can block.
 
         Also checks PostgreSQL, because the caller can know of a new name already."""
-        if (checked := self._ask(postgresql_too=True)) is not None:
+        if (checked := self._request_check(postgresql_too=True)) is not None:
             try:
                 checked.result(self.patience)
             except TimeoutError:
                 self.away = True
         return self._names
 
-    def _ask(self, postgresql_too: bool = False) -> Future[None] | None:
+    def _request_check(self, postgresql_too: bool = False) -> Future[None] | None:
         if self.away or self._stop.is_set() or (self.listens and not postgresql_too):
             return None
         request: Future[None] = Future()
         with self._lock:
             self._waiting.append(request)
-        self._poke.set()
+        self._wake.set()
         return request
 
     def close(self) -> None:
         self._stop.set()
-        self._poke.set()
+        self._wake.set()
         self._thread.join(5)  # a thread waiting for an unreachable database ends by itself
 
     # -- the thread ----------------------------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ class NameIndex:
             try:
                 with self._connected() as driver:
                     while not self._stop.is_set():
-                        self._look(driver)
+                        self._refresh(driver)
                         if logged:
                             _log.warning("the library's index responds again")
                         self.away = logged = False
@@ -211,9 +211,9 @@ class NameIndex:
                 if not logged and not self._stop.is_set():
                     _log.warning("the library's index does not respond; the names read last are used: %s", error)
                     logged = True
-                self._told()
+                self._complete()
                 self._stop.wait(_EVERY)
-        self._told()
+        self._complete()
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[Any]:
@@ -233,15 +233,15 @@ class NameIndex:
     def _wait(self, driver: Any) -> None:
         """Wait for a request, a notice or one second."""
         if not self.listens:
-            self._poke.wait(_EVERY)
+            self._wake.wait(_EVERY)
             return
         until = time.monotonic() + _EVERY
-        while time.monotonic() < until and not self._poke.is_set():
+        while time.monotonic() < until and not self._wake.is_set():
             for _ in driver.notifies(timeout=0.05, stop_after=1):
                 return
 
-    def _look(self, driver: Any) -> None:
-        self._poke.clear()
+    def _refresh(self, driver: Any) -> None:
+        self._wake.clear()
         with self._lock:
             requests, self._waiting = self._waiting, []
         try:
@@ -251,10 +251,10 @@ class NameIndex:
                 with reading(self.engine) as connection:
                     self._names = read(connection)
                 self._mark = mark
-                self._told(requests)
+                self._complete(requests)
                 self._stop.wait(min(time.monotonic() - began, 5.0))
         finally:
-            self._told(requests)
+            self._complete(requests)
 
     def _version(self, driver: Any) -> object:
         """Return a value that changes when names change."""
@@ -263,7 +263,7 @@ class NameIndex:
             return None if row is None else row[0]
         return driver.execute("PRAGMA data_version").fetchone()[0]
 
-    def _told(self, requests: list[Future[None]] | None = None) -> None:
+    def _complete(self, requests: list[Future[None]] | None = None) -> None:
         if requests is None:
             with self._lock:
                 requests, self._waiting = self._waiting, []

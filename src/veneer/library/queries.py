@@ -295,7 +295,7 @@ def family_of(connection: Connection, version: Version) -> AdapterFamily:
     )
 
 
-def size_under(connection: Connection, beginning: str) -> int:
+def size_of_prefix(connection: Connection, beginning: str) -> int:
     """Return the bytes of all versions of names with this prefix.
 
     Shared content counts once per version."""

@@ -56,8 +56,8 @@ def push(library: Library, reference: str, location: str, *, public: bool = Fals
     version, path = library.find(reference), library.resolve(reference)
     files = {path.name: path} if path.is_file() else {p.name: p for p in sorted(path.iterdir())}
     if location.startswith("hf:"):
-        repo, folder, revision = _hub(location)
-        with _said("hub", location):
+        repo, folder, revision = _parse_hub(location)
+        with _client_errors("hub", location):
             from huggingface_hub import CommitOperationAdd, HfApi
 
             api = HfApi()
@@ -70,7 +70,7 @@ def push(library: Library, reference: str, location: str, *, public: bool = Fals
             )
         return f"hf:{repo}@{done.oid}"
     files_of_version = {n: {"sha256": h, "size": size} for n, (h, size) in library.files(version.entry).items()}
-    with _said("place", location):
+    with _client_errors("place", location):
         fs, root = open_remote(location)
         fs.makedirs(root, exist_ok=True)
         for name, file in files.items():
@@ -107,7 +107,7 @@ def pull(
         )
 
 
-def _hub(location: str) -> tuple[str, str, str | None]:
+def _parse_hub(location: str) -> tuple[str, str, str | None]:
     """Return (repository, path within it, revision)."""
     match = _HUB.fullmatch(location)
     if not match or ".." in location:
@@ -116,14 +116,14 @@ def _hub(location: str) -> tuple[str, str, str | None]:
 
 
 def _from_hub(location: str, into: Path) -> tuple[str, str]:
-    repo, path, revision = _hub(location)
-    with _said("hub", location):
+    repo, path, revision = _parse_hub(location)
+    with _client_errors("hub", location):
         from huggingface_hub import HfApi
 
         api = HfApi()
         commit = api.model_info(repo, revision=revision).sha
         repo_files = api.list_repo_files(repo, revision=commit)
-        names = _choose(repo_files, path, location)
+        names = _adapter_files(repo_files, path, location)
         for file in names:
             got = api.hf_hub_download(repo, file, revision=commit)
             shutil.copyfile(got, into / file.rpartition("/")[2])
@@ -131,7 +131,7 @@ def _from_hub(location: str, into: Path) -> tuple[str, str]:
     return f"hf:{repo}{inner}@{commit}", (path or repo).rpartition("/")[2]
 
 
-def _choose(names: list[str], path: str, location: str) -> list[str]:
+def _adapter_files(names: list[str], path: str, location: str) -> list[str]:
     """Return an adapter's files among all files of a repository.
 
     The named file, a PEFT folder, or the only safetensors file."""
@@ -149,14 +149,14 @@ def _choose(names: list[str], path: str, location: str) -> list[str]:
 
 
 def _from_place(location: str, into: Path) -> tuple[str, str]:
-    with _said("place", location):
+    with _client_errors("place", location):
         fs, root = open_remote(location)
         if fs.isfile(root):
             names = [root.rpartition("/")[2]]
             fs.get_file(root, str(into / names[0]))
             return location, names[0]
         inside = {entry["name"].rstrip("/").rpartition("/")[2] for entry in fs.ls(root, detail=True)}
-        names = _choose(sorted(inside), "", location)
+        names = _adapter_files(sorted(inside), "", location)
         for name in names:
             fs.get_file(f"{root}/{name}", str(into / name))
         manifest = fs.cat_file(f"{root}/{_PLACE_MANIFEST}") if _PLACE_MANIFEST in inside else None
@@ -174,7 +174,7 @@ def _from_place(location: str, into: Path) -> tuple[str, str]:
 
 
 @contextlib.contextmanager
-def _said(what: str, location: str) -> Iterator[None]:
+def _client_errors(what: str, location: str) -> Iterator[None]:
     """Convert client errors to veneer's: the location could not be used."""
     try:
         yield

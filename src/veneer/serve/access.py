@@ -137,7 +137,7 @@ class Bill(Protocol):
         ...
 
 
-KeepAnswer = Callable[[Mapping[str, Any], Sequence[Mapping[str, Any]]], None]
+StoreAnswer = Callable[[Mapping[str, Any], Sequence[Mapping[str, Any]]], None]
 """Keeps {"messages", "tools"?} of a request and the assistant's message of each choice. Does not block."""
 
 
@@ -200,18 +200,18 @@ class Tenancy(Protocol):
         """
         return None
 
-    def let_see_own(self, tenant: str) -> None:
+    def grant_namespace(self, tenant: str) -> None:
         """Let a tenant see all names in its own namespace, such as its trained adapters.
 
         May block.
         """
         return None
 
-    def note_shadow(self, answer: ShadowAnswer) -> None:
+    def record_shadow(self, answer: ShadowAnswer) -> None:
         """Record how a shadow's answer compares with the sent one."""
         return None
 
-    def keeping(self, caller: Principal, served: ResolvedModel, request: str) -> KeepAnswer | None:
+    def keeping(self, caller: Principal, served: ResolvedModel, request: str) -> StoreAnswer | None:
         """A function that keeps a request's answer for feedback; None if it is not kept."""
         return None
 

@@ -237,7 +237,7 @@ def test_a_shadow_that_is_broken_off_is_a_failure_and_nobodys_share(text: ToyTex
     answers: list[ShadowAnswer] = []
 
     class Kept(ToyTenancy):
-        def note_shadow(self, answer: ShadowAnswer) -> None:
+        def record_shadow(self, answer: ShadowAnswer) -> None:
             answers.append(answer)
 
     engine = Breaks(text)

@@ -348,7 +348,7 @@ class Noting(OpenAccess):
     def __init__(self) -> None:
         self.answers: list[ShadowAnswer] = []
 
-    def note_shadow(self, answer: ShadowAnswer) -> None:
+    def record_shadow(self, answer: ShadowAnswer) -> None:
         self.answers.append(answer)
 
 

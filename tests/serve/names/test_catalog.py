@@ -20,7 +20,7 @@ from veneer.models.text.base import TextBase
 from veneer.serve.names.adapter_cache import Lease
 from veneer.serve.principal import Principal
 from veneer.serve.request import Refused
-from veneer.serve.tenancy.store import seeing
+from veneer.serve.tenancy.store import pattern_matcher
 
 OPERATOR = Principal("operator")
 
@@ -56,8 +56,8 @@ def test_what_openai_calls_tuned(make: Make, base: TextBase, folder: Path, libra
     library.add(folder / "b", "acme/support-kq7vz2mh")
     catalog, acme, other = (
         make(),
-        Principal("tenant", "acme", seeing(["acme/*"])),
-        Principal("tenant", "globex", seeing(["globex/*", "ft:*"])),
+        Principal("tenant", "acme", pattern_matcher(["acme/*"])),
+        Principal("tenant", "globex", pattern_matcher(["globex/*", "ft:*"])),
     )
     name = "ft:tiny:acme:support:kq7vz2mh"
     for word, digest in ((name, last), (f"{name}:ckpt-step-40", first), (f"tiny:{name}", last)):
@@ -299,13 +299,16 @@ def test_a_namespace_of_the_library_on_every_way_to_name_an_adapter(
     library.add(folder / "a", "acme/support")
     library.add(folder / "b", "acme/support")
     library.alias("acme/support@1", "prod")
-    catalog, acme = make(), Principal("tenant", tenant="acme", sees=seeing(["acme/*"]))
+    catalog, acme = make(), Principal("tenant", tenant="acme", sees=pattern_matcher(["acme/*"]))
     meant = {"acme/support": two, "acme/support@1": one, "acme/support@prod": one, "tiny:acme/support@2": two}
     assert {word: catalog.resolve(word, acme).mix for word in meant} == {word: of(d) for word, d in meant.items()}
     assert catalog.resolve_mix([("acme/support@1", 0.5)], acme).mix == ((one, 0.5),)
     assert [c.id for c in catalog.models(acme)] == ["tiny", "acme/support"]
     assert refused(lambda: catalog.resolve("support", acme)).status == 404
-    assert refused(lambda: catalog.resolve("acme/support", Principal("key", sees=seeing(["globex/*"])))).status == 404
+    assert (
+        refused(lambda: catalog.resolve("acme/support", Principal("key", sees=pattern_matcher(["globex/*"])))).status
+        == 404
+    )
     assert catalog.load("acme/Fast.Support", "acme/support@1").digest == one
     assert catalog.resolve("acme/Fast.Support", acme).mix == of(one)
 

@@ -165,7 +165,7 @@ def test_pruned_lines_keep_their_sums_and_windows(tenants: Tenants, clock: Clock
     tenants.ledger.server = "0" * 16  # as another server sees it
     with write_transaction(tenants.store.engine) as c:
         c.execute(delete(line_table))  # a window is never added up from lines
-    seen = tenants.ledger.seen_elsewhere(86400.0)
+    seen = tenants.ledger.usage_of_other_servers(86400.0)
     assert [(tenant, adapter, n, tokens) for tenant, adapter, _, n, tokens in seen] == [
         ("acme", "", 3, 6),
         ("acme", "v1", 3, 6),

@@ -16,7 +16,7 @@ from veneer.serve.access import ShadowAnswer
 from veneer.serve.principal import Principal
 from veneer.serve.request import Usage
 from veneer.serve.tenancy import manage, routes
-from veneer.serve.tenancy.routes import BUCKETS, TenantRoutes, bucket, owner, share_out
+from veneer.serve.tenancy.routes import BUCKETS, TenantRoutes, assign_buckets, bucket, owner
 from veneer.serve.tenancy.store import Store, UnknownName
 from veneer.serve.tenancy.tenants import Tenants
 
@@ -32,7 +32,7 @@ def owners(runs: routes.Runs) -> list[str]:
 def test_shares_are_exact_and_moves_minimal(moves: list) -> None:
     before: routes.Runs = ()
     for targets in moves:
-        after = share_out(targets, before)
+        after = assign_buckets(targets, before)
         total, shares = sum(w for _, w in targets), Counter(owners(after))
         assert shares.total() == BUCKETS
         for name, weight in targets:
@@ -81,11 +81,11 @@ def test_route_changes_are_described(store: Store) -> None:
 
 
 def test_users_are_spread_by_weight_and_stay() -> None:
-    runs = share_out([("v1", 90), ("v2", 10)])
+    runs = assign_buckets([("v1", 90), ("v2", 10)])
     users = [bucket("support", f"user{n}") for n in range(20_000)]
     first = [owner(runs, b) for b in users]
     assert abs(first.count("v2") / 20_000 - 0.1) < 0.01
-    more = share_out([("v1", 80), ("v2", 20)], runs)
+    more = assign_buckets([("v1", 80), ("v2", 20)], runs)
     wider = [owner(more, b) for b in users]
     moved = [(a, b) for a, b in zip(first, wider, strict=True) if a != b]
     assert set(moved) == {("v1", "v2")}  # nobody goes back
@@ -115,16 +115,16 @@ def test_a_tenants_own_route_precedes_a_shared_one(store: Store) -> None:
         manage.add_tenant(store, tenant, who="me")
     routes.set_route(store, "support", [("everybodys", 1)], who="me")
     routes.set_route(store, "support", [("acmes", 1)], tenant="acme", who="me")
-    sight = store.look().sight
+    visibility = store.look().visibility
     asked = TenantRoutes(store, lambda *a, **k: Future())
-    acme, globex = (Principal("tenant", t, sight[t]) for t in ("acme", "globex"))
+    acme, globex = (Principal("tenant", t, visibility[t]) for t in ("acme", "globex"))
     assert asked.choose("support", acme) == "acmes"
     assert acme.sees("support")
     assert not acme.sees("acmes")  # under its own name it stays unseen
     assert asked.choose("support", globex) is None  # everybody's, but not seen
     assert (asked.names(acme), asked.names(globex), asked.names(Principal("open"))) == (["support"], [], ["support"])
     manage.change_settings(store, "globex", {"adapters": ["support"]}, who="me")
-    globex = Principal("tenant", "globex", store.look().sight["globex"])
+    globex = Principal("tenant", "globex", store.look().visibility["globex"])
     assert asked.choose("support", globex) == "everybodys"
     with pytest.raises(UnknownName, match="no tenant acne") as lost:
         routes.set_route(store, "support", [("v1", 1)], tenant="acne", who="me")
@@ -189,7 +189,7 @@ def test_shadows_get_their_fraction_and_are_logged_without_texts(tenants: Tenant
     for n in range(8):
         one, other = texts[n % 4]
         took = Usage(9, 0, 3, prefill=0.1, decode=0.4), Usage(9, 0, 4, prefill=0.1, decode=0.6)
-        asked.note_shadow(ShadowAnswer(f"r{n}", "acme", "support", "v2", "v1", one, other, *took)).result(10)
+        asked.record_shadow(ShadowAnswer(f"r{n}", "acme", "support", "v2", "v1", one, other, *took)).result(10)
     with reading(store.engine) as c:
         log = routes.shadow_log(c, route="support")
     assert [row["request"] for row in log] == ["r7", "r6", "r5", "r4", "r3"]

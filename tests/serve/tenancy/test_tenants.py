@@ -22,7 +22,7 @@ from veneer.serve.settings import LedgerSettings
 from veneer.serve.tenancy import manage, routes
 from veneer.serve.tenancy.keys import hash_key, make_key
 from veneer.serve.tenancy.ledger import as_csv, usage
-from veneer.serve.tenancy.store import EACH, Store, UnknownName, line_table, seeing
+from veneer.serve.tenancy.store import EACH, Store, UnknownName, line_table, pattern_matcher
 from veneer.serve.tenancy.tenants import Tenants
 
 ADMIN = "an admin key of some length"
@@ -163,7 +163,7 @@ def test_the_admin_key_can_be_given_as_a_hash(quick: Path) -> None:
     ],
 )  # fmt: skip
 def test_patterns_match_names(patterns: list[str], name: str, expected: bool) -> None:
-    assert seeing(patterns)(name) is expected
+    assert pattern_matcher(patterns)(name) is expected
 
 
 def test_a_tenant_sees_its_own_and_what_is_shared(tenants: Tenants) -> None:
@@ -265,9 +265,9 @@ def test_two_servers_share_windows_and_a_restart_forgets_nothing(where: str, qui
     for n in range(3):
         run(ask(first, Principal("tenant", "acme"), str(n), Usage(50, 0, 50), prompt=50, most=200))
     assert len(rows(first)) == 3
-    second.look_elsewhere(60.0)
+    second.count_other_servers(60.0)
     assert "tokens a minute" in refused(ask(second, Principal("tenant", "acme"), "x", None, prompt=1, most=700)).what
-    second.look_elsewhere(86400.0)
+    second.count_other_servers(86400.0)
     for n in range(2):
         run(ask(second, Principal("tenant", "acme"), str(n), Usage(1, 0, 1)))
     assert "requests a day" in refused(ask(second, Principal("tenant", "acme"), "y", None)).what

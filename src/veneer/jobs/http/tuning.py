@@ -270,7 +270,7 @@ def _create(
             check_after(after, plain, name_of(tuned.reference), tenant, queue.tenants)
             about["after"] = after.model_dump(mode="json")
         if tenant:
-            service.tenancy.let_see_own(tenant)
+            service.tenancy.grant_namespace(tenant)
         return jobs.create(tenant, config, name=tuned.last, about=about)
     except BaseException:
         remove_inputs(tuned.id)

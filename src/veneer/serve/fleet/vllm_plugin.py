@@ -71,7 +71,7 @@ def resolve_name(base: str, name: str) -> _Found:
     """
     from veneer.formats.card import CARD_FILE
     from veneer.formats.read import read
-    from veneer.library.library import library_place, open_library
+    from veneer.library.library import library_location, open_library
     from veneer.library.names import parse_reference
     from veneer.serve.fleet.mixes import mix_folder, servable, served_name
     from veneer.serve.request import make_mix
@@ -85,7 +85,7 @@ def resolve_name(base: str, name: str) -> _Found:
     exact = re.fullmatch("veneer-([0-9a-f]{64})", name)
     reference = f"sha256:{exact[1]}" if exact else name
     parse_reference(reference)
-    location = library_place()
+    location = library_location()
     if "://" not in location and not Path(location).is_dir():  # opening a library would create it
         raise ConfigError(f"there is no library at {location}", fix="set VENEER_LIBRARY")
     with open_library() as library:

@@ -80,7 +80,7 @@ class Shadows:
         self.metrics.shadow(answer.name, answer.shadow, answer.outcome)
         if answer.error:  # failures are in the shadow log; this log has the reason
             log.warning("the shadow %s of %s failed (%s): %s", answer.shadow, answer.name, answer.request, answer.error)
-        self.tenancy.note_shadow(answer)
+        self.tenancy.record_shadow(answer)
 
 
 # -- the service -------------------------------------------------------------------------------------------------------

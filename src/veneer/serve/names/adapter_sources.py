@@ -126,7 +126,7 @@ class AdapterSources:
             wanted = parse_reference(reference)
         except ConfigError:
             return None
-        return (self.names.looked() if sure else self.names.now).find(wanted)
+        return (self.names.refreshed() if sure else self.names.now).find(wanted)
 
     async def fresh(self) -> None:
         """Wait until everything committed before this call is visible.

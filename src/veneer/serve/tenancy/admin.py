@@ -153,7 +153,7 @@ def _keys(router: APIRouter, store: Store) -> None:
 def _routes(router: APIRouter, store: Store, catalog: Catalog) -> None:
     @router.get("/routes")
     def list_routes() -> dict[str, Any]:
-        return {"routes": [routes.route_shown(route) for route in store.look().routes.values()]}
+        return {"routes": [routes.route_fields(route) for route in store.look().routes.values()]}
 
     @router.put("/routes")
     def set_route(body: RouteBody) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def _routes(router: APIRouter, store: Store, catalog: Catalog) -> None:
         if not body.dry_run:
             check = None if body.force else catalog.check
             route_after = routes.set_route(store, body.route, targets, who=_WHO, check=check, **more)
-        return {**routes.route_shown(route_after), "change": routes.route_change(now, route_after)}
+        return {**routes.route_fields(route_after), "change": routes.route_change(now, route_after)}
 
     @router.delete("/routes")
     def remove_route(route: str, tenant: str = ALL) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def _routes(router: APIRouter, store: Store, catalog: Catalog) -> None:
         if not body.dry_run:
             check = None if body.force else catalog.check
             route_after = routes.rollback_route(store, body.route, tenant=body.tenant, who=_WHO, check=check)
-        return {**routes.route_shown(route_after), "change": routes.route_change(now, route_after)}
+        return {**routes.route_fields(route_after), "change": routes.route_change(now, route_after)}
 
     @router.get("/routes/history")
     def history(route: str, tenant: str = ALL) -> dict[str, Any]:

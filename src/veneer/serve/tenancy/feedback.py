@@ -39,12 +39,12 @@ from sqlalchemy import Connection, Engine, delete, func, insert, select, tuple_,
 from veneer.errors import one_of, quoted
 from veneer.library.database import reading, write_transaction
 from veneer.library.names import name_of
-from veneer.serve.access import KeepAnswer, ResolvedModel, shadow_id
+from veneer.serve.access import ResolvedModel, StoreAnswer, shadow_id
 from veneer.serve.principal import Principal
 from veneer.serve.quota import QuotaHold, Quotas
 from veneer.serve.request import Refused, invalid
 from veneer.serve.tenancy.outbox import Writer
-from veneer.serve.tenancy.store import Store, answer_table, feedback_table, forgotten_table
+from veneer.serve.tenancy.store import Store, answer_table, deletion_table, feedback_table
 
 _log = logging.getLogger("veneer.serve.tenancy")
 
@@ -67,7 +67,7 @@ _REMEMBERED = 400 * 86400.0
 # -- storing answers ---------------------------------------------------------------------------------------------------
 
 
-class KeptAnswers:
+class StoredAnswers:
     """Stores the answers of one process, and feedback on all. Thread-safe."""
 
     def __init__(
@@ -80,13 +80,13 @@ class KeptAnswers:
         self._holds: dict[str, tuple[QuotaHold, float]] = {}
         self._waiting: Counter[str] = Counter()  # bytes of answers that are not written yet, by tenant
 
-    def keeping(self, caller: Principal, served: ResolvedModel, request: str) -> KeepAnswer | None:
+    def keeping(self, caller: Principal, served: ResolvedModel, request: str) -> StoreAnswer | None:
         """A function that stores the answer to a new request.
 
         None if it is not to be stored.
         """
         settings = self.store.settings
-        keeps = settings.kept.get(caller.tenant)
+        keeps = settings.stores_answer.get(caller.tenant)
         names = [name for _, name, _ in served.parts()]
         if keeps is None or not any(map(keeps, (served.name, *names))):
             return None
@@ -137,7 +137,7 @@ class KeptAnswers:
 
         Returns how many were written.
         """
-        a, g, count = answer_table.c, forgotten_table.c, 0
+        a, g, count = answer_table.c, deletion_table.c, 0
         for text in texts:
             row = json.loads(text)
             if c.scalar(select(a.id).where(a.tenant == row["tenant"], a.id == row["id"])) is not None:
@@ -248,7 +248,7 @@ class KeptAnswers:
         with contextlib.suppress(OSError, sqlite3.Error):  # else they are dropped when they arrive
             self.flush()
         with write_transaction(self.store.engine, _LOCK) as c:
-            count = forget_answers(c, tenant, target, self.wall())
+            count = delete_answers(c, tenant, target, self.wall())
         if tenant in self._holds:
             self._holds[tenant] = self._holds[tenant][0], 0.0
         return count
@@ -263,7 +263,7 @@ class KeptAnswers:
                 for tenant, id in expired:
                     c.execute(delete(feedback_table).where(f.tenant == tenant, f.answer == id))
                     c.execute(delete(answer_table).where(a.tenant == tenant, a.id == id))
-                c.execute(delete(forgotten_table).where(forgotten_table.c.at < now - _REMEMBERED))
+                c.execute(delete(deletion_table).where(deletion_table.c.at < now - _REMEMBERED))
             count += len(expired)
             if len(expired) < _MOST:
                 return count
@@ -274,7 +274,7 @@ def user_hash(tenant: str, user: str) -> str:
     return hashlib.sha256(json.dumps([tenant, user]).encode()).hexdigest()
 
 
-def forget_answers(c: Connection, tenant: str, target: str, now: float) -> int:
+def delete_answers(c: Connection, tenant: str, target: str, now: float) -> int:
     """Delete stored answers with their feedback, within a transaction.
 
     Returns how many were deleted. Also records the deletion, so that answers requested before `now` that
@@ -286,9 +286,9 @@ def forget_answers(c: Connection, tenant: str, target: str, now: float) -> int:
     selected = a.tenant == tenant if target == EVERYTHING else (a.tenant == tenant) & matches
     c.execute(delete(feedback_table).where(f.tenant == tenant, f.answer.in_(select(a.id).where(selected))))
     count = c.execute(delete(answer_table).where(selected)).rowcount
-    this_deletion = (forgotten_table.c.tenant == tenant) & (forgotten_table.c.what == target)
-    c.execute(delete(forgotten_table).where(this_deletion))
-    c.execute(insert(forgotten_table), {"tenant": tenant, "what": target, "at": now})
+    this_deletion = (deletion_table.c.tenant == tenant) & (deletion_table.c.what == target)
+    c.execute(delete(deletion_table).where(this_deletion))
+    c.execute(insert(deletion_table), {"tenant": tenant, "what": target, "at": now})
     return count
 
 
@@ -348,7 +348,7 @@ def feedback_counts(c: Connection, tenant: str, now: float) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
-class KeptAnswer:
+class StoredAnswer:
     """A stored answer.
 
     The request's messages, and the assistant's message of each choice.
@@ -358,11 +358,11 @@ class KeptAnswer:
     choices: Sequence[Mapping[str, Any]]
 
 
-def kept_answers(c: Connection, tenant: str, ids: Sequence[str], now: float) -> dict[str, KeptAnswer]:
+def stored_answers(c: Connection, tenant: str, ids: Sequence[str], now: float) -> dict[str, StoredAnswer]:
     """The stored answers of a tenant among `ids`."""
     a = answer_table.c
     query = select(a.id, a.asked, a.choices).where(a.tenant == tenant, a.expires > now, a.id.in_(ids[:1000]))
-    return {r.id: KeptAnswer(json.loads(r.asked)["messages"], json.loads(r.choices)) for r in c.execute(query)}
+    return {r.id: StoredAnswer(json.loads(r.asked)["messages"], json.loads(r.choices)) for r in c.execute(query)}
 
 
 def feedback_rows(

@@ -44,7 +44,7 @@ def hash_key(key: str) -> str:
 
 
 def same(key: str, stored_hash: str) -> bool:
-    """Whether `kept` is the hash of `key`, compared in constant time."""
+    """Whether `stored_hash` is the hash of `key`, compared in constant time."""
     return hmac.compare_digest(hash_key(key), stored_hash)
 
 

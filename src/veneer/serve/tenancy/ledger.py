@@ -52,9 +52,9 @@ from veneer.serve.tenancy.outbox import (
     Reserve,
     Sender,
     Writer,
-    dead_reserve,
-    left_behind,
+    hold_dead_reserve,
     outboxes,
+    read_dead_outbox,
     reserves,
     write_all,
 )
@@ -250,7 +250,7 @@ class Ledger:
         self._open: dict[str, LedgerEntry] = {}  # running requests
         self._ended: dict[str, float] = {}  # end times of requests that the database lacks, oldest first
         self._unwritten: dict[str, OwedEntry] = {}  # ends that could not be written
-        self._asked, self._logged = 0.0, -10.0
+        self._sending_since, self._logged = 0.0, -10.0
         try:
             self.beat()
             self.recovered = self.recover()
@@ -366,9 +366,9 @@ class Ledger:
         owed = [OwedEntry.from_json(body) for _, body, _ in taken] + late
         if not owed:
             return False
-        self._asked = time.monotonic()
+        self._sending_since = time.monotonic()
         self._post(self.server, owed)
-        self._asked = 0.0
+        self._sending_since = 0.0
         if self.outbox:
             ended = [key for key, _, final in taken if final] + [each.entry.request for each in late]
             self.outbox.sent([key for key, _, _ in taken], ended)
@@ -405,7 +405,7 @@ class Ledger:
         """How far the database is behind, for metrics. Does not block."""
         oldest = next(iter(self._ended.copy().values()), None)
         lag = 0.0 if oldest is None else max(0.0, self.wall() - oldest)
-        late = self._asked != 0.0 and time.monotonic() - self._asked > _LATE_SECONDS
+        late = self._sending_since != 0.0 and time.monotonic() - self._sending_since > _LATE_SECONDS
         owed = self.outbox.owed if self.outbox else len(self._ended)
         return LedgerState(owed, lag, self._sender.away or late)
 
@@ -422,7 +422,7 @@ class Ledger:
                 self._recover_outbox(path, counts)
         for path in reserves(self.folder):
             if not (self.reserve and path == self.reserve.path):
-                with suppress(BlockingIOError, FileNotFoundError), dead_reserve(path):
+                with suppress(BlockingIOError, FileNotFoundError), hold_dead_reserve(path):
                     counts["interrupted"] += self._interrupt_all(path.stem)
         alive = select(server_table.c.server).where(server_table.c.seen > database_clock(self._engine) - _GONE_SECONDS)
         line = line_table.c
@@ -435,7 +435,7 @@ class Ledger:
 
     def _recover_outbox(self, path: Path, counts: dict[str, int]) -> None:
         try:
-            with left_behind(path) as batches:
+            with read_dead_outbox(path) as batches:
                 for bodies in batches:
                     owed = [OwedEntry.from_json(body) for body in bodies]
                     ended = [each if each.state != "open" else self._interrupted(each.entry) for each in owed]
@@ -489,7 +489,7 @@ class Ledger:
             if last is None:
                 return count
 
-    def seen_elsewhere(
+    def usage_of_other_servers(
         self, window: float, adapters: Iterable[str] | None = None
     ) -> list[tuple[str, str, float, int, int]]:
         """Usage of other servers and earlier runs in the last `window` seconds.

@@ -30,7 +30,7 @@ from sqlalchemy import Connection, Table, delete, insert, select, update
 from veneer.errors import ConfigError
 from veneer.library.names import name_of
 from veneer.serve.config import check_values
-from veneer.serve.tenancy.feedback import EVERYTHING, forget_answers
+from veneer.serve.tenancy.feedback import EVERYTHING, delete_answers
 from veneer.serve.tenancy.keys import hash_key, make_key
 from veneer.serve.tenancy.store import (
     ALL,
@@ -403,7 +403,7 @@ def remove_tenant(store: Store, name: str, *, who: str) -> None:
         before = tenant_row(c, name)
         for table in _OF_A_TENANT:
             c.execute(delete(table).where(table.c.tenant == name))
-        forget_answers(c, name, EVERYTHING, time.time())
+        delete_answers(c, name, EVERYTHING, time.time())
         c.execute(delete(tenant_table).where(tenant_table.c.name == name))
         append_audit(c, who, "tenant.remove", name, before, None)
 

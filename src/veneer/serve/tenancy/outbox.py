@@ -123,7 +123,7 @@ def write_all(
 ) -> int:
     """Write items in one transaction; returns the sum of what `write` returns.
 
-    If the database rejects an item, log it as `shown` and write the others. Raises the error if the database
+    If the database rejects an item, log it as `describe` says and write the others. Raises the error if the database
     is unavailable.
     """
     try:
@@ -345,7 +345,7 @@ def outboxes(folder: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def left_behind(path: Path) -> Iterator[Iterator[list[str]]]:
+def read_dead_outbox(path: Path) -> Iterator[Iterator[list[str]]]:
     """The bodies in a dead process's outbox, in batches.
 
     Its files are deleted after the block. If the block raises, the files stay. Raises BlockingIOError if the
@@ -437,7 +437,7 @@ class Reserve:
 
 
 @contextlib.contextmanager
-def dead_reserve(path: Path) -> Iterator[None]:
+def hold_dead_reserve(path: Path) -> Iterator[None]:
     """Hold a dead process's reserve.
 
     It is deleted after the block, unless the block raises. Raises BlockingIOError if the process is alive,

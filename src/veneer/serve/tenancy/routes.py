@@ -106,7 +106,7 @@ class TenantRoutes:
             return None
         return found_route.shadow
 
-    def note_shadow(self, answer: ShadowAnswer) -> Future[None]:
+    def record_shadow(self, answer: ShadowAnswer) -> Future[None]:
         """Record how two answers differ, without the texts."""
         failed = answer.outcome == "failed"
         row: dict[str, Any] = {
@@ -147,7 +147,7 @@ def owner(runs: Sequence[tuple[str, int]], number: int) -> str:
     raise AssertionError("runs cover all buckets")
 
 
-def share_out(targets: Sequence[tuple[str, int]], before: Sequence[tuple[str, int]] = ()) -> Runs:
+def assign_buckets(targets: Sequence[tuple[str, int]], before: Sequence[tuple[str, int]] = ()) -> Runs:
     """Assign buckets to targets by weight (largest remainder).
 
     Moves as few buckets as possible from their owners in `before`.
@@ -273,7 +273,7 @@ def planned_route(
         check_reference(shadow)
     if not (math.isfinite(fraction) and 0 <= fraction <= 1):
         raise ConfigError(f"the fraction is {fraction}", where="fraction", fix="from 0 to 1")
-    runs = share_out(weighted, now.runs if now else ())
+    runs = assign_buckets(weighted, now.runs if now else ())
     return Route(tenant, route, now.move + 1 if now else 1, tuple(weighted), runs, shadow, fraction)
 
 
@@ -305,7 +305,7 @@ def set_route(
         before = _current(c, tenant, route)
         if from_move is not None and from_move != (before.move if before else 0):
             raise RouteMoved(f"{route} was changed meanwhile", where="route", fix="check the route and try again")
-        runs = share_out(planned.targets, before.runs if before else ())
+        runs = assign_buckets(planned.targets, before.runs if before else ())
         spec = {"targets": planned.targets, "runs": runs, "shadow": shadow, "fraction": fraction}
         return _move(c, tenant, route, spec, before, "route.set", who)
 
@@ -379,7 +379,7 @@ def _check(targets: Sequence[str], shadow: str | None, check: Callable[[str], ob
             raise ConfigError(f"the {role} {name} cannot be served: {error.what}", where=role, fix=error.fix) from error
 
 
-def route_shown(route: Route) -> dict[str, Any]:
+def route_fields(route: Route) -> dict[str, Any]:
     return {"route": route.name, "tenant": route.tenant, "move": route.move, **_shown(route)}
 
 

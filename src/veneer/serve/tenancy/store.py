@@ -190,7 +190,7 @@ feedback_table = _table(
     Column("up", Boolean),  # thumb up or down
     *columns(Text, "corrected", "rejected", nullable=True),  # JSON: a message; [[answer, choice], …]
 )
-forgotten_table = _table("tenant_forgotten", *key_columns("tenant", "what"), *columns(Float, "at"))
+deletion_table = _table("tenant_forgotten", *key_columns("tenant", "what"), *columns(Float, "at"))
 
 
 # -- names and patterns ------------------------------------------------------------------------------------------------
@@ -243,7 +243,7 @@ def _contained(name: str) -> bool:
     return not any(part in ("", ".", "..") for part in name.split("/"))
 
 
-def seeing(patterns: Iterable[str], also: Iterable[str] = ()) -> Callable[[str], bool]:
+def pattern_matcher(patterns: Iterable[str], also: Iterable[str] = ()) -> Callable[[str], bool]:
     """A predicate: whether a name matches one of `patterns` or is in `also`."""
     exact = frozenset(also)
     plain: list[str] = []
@@ -411,25 +411,27 @@ class TenantSettings:
         return Price()
 
     @cached_property
-    def kept(self) -> dict[str, Callable[[str], bool]]:
+    def stores_answer(self) -> dict[str, Callable[[str], bool]]:
         """Tenant -> whether its answers under a name are stored.
 
         Only tenants that allow any.
         """
-        return {tenant: seeing(terms.names or ("*", "sha256:*")) for tenant, terms in self.feedback.items()}
+        return {tenant: pattern_matcher(terms.names or ("*", "sha256:*")) for tenant, terms in self.feedback.items()}
 
     @cached_property
-    def in_common(self) -> Callable[[str], bool]:
+    def shares_cache(self) -> Callable[[str], bool]:
         """Whether tenants share the prompt cache of a name (an adapter, or the base)."""
-        return seeing(self.common)
+        return pattern_matcher(self.common)
 
     @cached_property
-    def sight(self) -> dict[str, Callable[[str], bool]]:
+    def visibility(self) -> dict[str, Callable[[str], bool]]:
         """Tenant -> whether it sees a name: granted, shared, or its own route."""
         own: dict[str, list[str]] = {}
         for tenant, route in self.routes:
             own.setdefault(tenant, []).append(route)
-        return {t.name: seeing((*t.adapters, *self.shared), own.get(t.name, ())) for t in self.tenants.values()}
+        return {
+            t.name: pattern_matcher((*t.adapters, *self.shared), own.get(t.name, ())) for t in self.tenants.values()
+        }
 
 
 class UnknownName(ConfigError):

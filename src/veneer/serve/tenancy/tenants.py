@@ -32,13 +32,13 @@ from veneer.errors import ResourceError
 from veneer.library.database import shown_url
 from veneer.library.names import name_of
 from veneer.models.home import veneer_home
-from veneer.serve.access import TRIALS, KeepAnswer, LedgerState, ResolvedModel, ShadowAnswer, Tenancy
+from veneer.serve.access import TRIALS, LedgerState, ResolvedModel, ShadowAnswer, StoreAnswer, Tenancy
 from veneer.serve.principal import Principal
 from veneer.serve.quota import Quotas
 from veneer.serve.request import Refused, Usage
 from veneer.serve.settings import LedgerSettings
 from veneer.serve.tenancy.entry import LedgerEntry, LedgerLine
-from veneer.serve.tenancy.feedback import KeptAnswers
+from veneer.serve.tenancy.feedback import StoredAnswers
 from veneer.serve.tenancy.keys import admin_hash, hash_key, key_id, same
 from veneer.serve.tenancy.ledger import Ledger
 from veneer.serve.tenancy.limits import DAY, MINUTE, LimitHold, Limits
@@ -82,14 +82,14 @@ class Tenants(Tenancy):
         except BaseException:
             self.store.close()
             raise
-        self.answers = KeptAnswers(self.store, self.ledger.writer, wall, quotas)
+        self.answers = StoredAnswers(self.store, self.ledger.writer, wall, quotas)
         self._routes = TenantRoutes(self.store, self.ledger.writer.put)
-        self._looker = ThreadPoolExecutor(1, "veneer-tenants")
-        self._next_look: Future[TenantSettings] | None = None
-        self._away = False
+        self._refresher = ThreadPoolExecutor(1, "veneer-tenants")
+        self._next_refresh: Future[TenantSettings] | None = None
+        self._unavailable = False
         self._mutex, self._stop = threading.Lock(), threading.Event()
-        self.look_elsewhere(MINUTE)
-        self.look_elsewhere(DAY)
+        self.count_other_servers(MINUTE)
+        self.count_other_servers(DAY)
         self._watcher = threading.Thread(target=self._watch, name="veneer-tenants-watch", daemon=True)
         if watch:
             self._watcher.start()
@@ -112,7 +112,7 @@ class Tenants(Tenancy):
                 code="unauthorized",
                 fix="Authorization: Bearer vnr-…, one that is active",
             )
-        return Principal("tenant", tenant.name, settings.sight[tenant.name], user, tenant.weight)
+        return Principal("tenant", tenant.name, settings.visibility[tenant.name], user, tenant.weight)
 
     def is_admin(self, key: str) -> bool:
         return self.admin_hash is not None and same(key, self.admin_hash)
@@ -124,10 +124,10 @@ class Tenants(Tenancy):
         settings, without waiting until it answers again.
         """
         with self._mutex:
-            if self._next_look is None:
-                self._next_look = self._looker.submit(self._look)
-            refresh = self._next_look
-        if self._away:
+            if self._next_refresh is None:
+                self._next_refresh = self._refresher.submit(self._refresh)
+            refresh = self._next_refresh
+        if self._unavailable:
             return self.store.settings
         try:
             async with asyncio.timeout(_FRESH_SECONDS):
@@ -135,24 +135,24 @@ class Tenants(Tenancy):
         except SQLAlchemyError:
             return self.store.settings
         except TimeoutError:
-            self._lost("no answer")
+            self._log_unavailable("no answer")
             return self.store.settings
 
-    def _look(self) -> TenantSettings:
+    def _refresh(self) -> TenantSettings:
         with self._mutex:
-            self._next_look = None
+            self._next_refresh = None
         try:
             settings = self.store.look()
         except SQLAlchemyError as error:
-            self._lost(error)
+            self._log_unavailable(error)
             raise
-        self._away = False
+        self._unavailable = False
         return settings
 
-    def _lost(self, error: object) -> None:
-        if not self._away:
+    def _log_unavailable(self, error: object) -> None:
+        if not self._unavailable:
             _log.warning("the tenants' database does not respond; the settings read last are used: %s", error)
-        self._away = True
+        self._unavailable = True
 
     def shares(self, caller: Principal, served: ResolvedModel) -> str:
         """The cache scope of a request.
@@ -160,7 +160,7 @@ class Tenants(Tenancy):
         The tenant, or "" if all tenants share the cache of everything in the mix. Prompts are separate by
         default, because a cache hit reveals that somebody sent the same prompt.
         """
-        common = self.store.settings.in_common
+        common = self.store.settings.shares_cache
         return "" if all(common(name) for _, name, _ in served.parts()) else caller.tenant
 
     # -- usage ---------------------------------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ class Tenants(Tenancy):
 
         note(self.store, who, what, subject, before, after)
 
-    def let_see_own(self, tenant: str) -> None:
+    def grant_namespace(self, tenant: str) -> None:
         """Grant a tenant its own namespace, with an audit entry the first time only.
 
         Waits for the disk.
@@ -215,11 +215,11 @@ class Tenants(Tenancy):
     def routes(self) -> TenantRoutes:
         return self._routes
 
-    def keeping(self, caller: Principal, served: ResolvedModel, request: str) -> KeepAnswer | None:
+    def keeping(self, caller: Principal, served: ResolvedModel, request: str) -> StoreAnswer | None:
         return self.answers.keeping(caller, served, request)
 
-    def note_shadow(self, answer: ShadowAnswer) -> None:
-        self._routes.note_shadow(answer)
+    def record_shadow(self, answer: ShadowAnswer) -> None:
+        self._routes.record_shadow(answer)
 
     # -- other servers -------------------------------------------------------------------------------------------------
 
@@ -228,19 +228,19 @@ class Tenants(Tenancy):
         while not self._stop.wait(1.0):
             rounds += 1
             try:
-                self.look_elsewhere(MINUTE)
+                self.count_other_servers(MINUTE)
                 if rounds % 60 == 0:
                     self.ledger.beat()
-                    self.look_elsewhere(DAY)
+                    self.count_other_servers(DAY)
                     self.ledger.recover()
                 if rounds % 600 == 60:
                     self.answers.sweep()
                 if rounds % 3600 == 60:
                     self.ledger.prune(self.keep_days)
             except (SQLAlchemyError, ResourceError) as error:
-                self._lost(error)
+                self._log_unavailable(error)
 
-    def look_elsewhere(self, window: float) -> None:
+    def count_other_servers(self, window: float) -> None:
         """Count what others admitted in the last `window` seconds.
 
         Others are other servers, and this one's earlier runs.
@@ -248,7 +248,7 @@ class Tenants(Tenancy):
         limits = self.store.settings.limits
         named = {adapter for (_, adapter), limit in limits.items() if limit.in_window(window)}
         if named or self.limits.counters:
-            self.limits.elsewhere(limits, window, self.ledger.seen_elsewhere(window, named) if named else ())
+            self.limits.elsewhere(limits, window, self.ledger.usage_of_other_servers(window, named) if named else ())
 
     def ledger_state(self) -> LedgerState:
         """How far the ledger is behind, for metrics."""
@@ -259,7 +259,7 @@ class Tenants(Tenancy):
         self._stop.set()
         if self._watcher.is_alive():
             self._watcher.join()
-        self._looker.shutdown()
+        self._refresher.shutdown()
         self.ledger.close()
         self.store.close()
 

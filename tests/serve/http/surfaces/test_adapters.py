@@ -48,7 +48,7 @@ class Tenants(ToyTenancy):
     def note(self, who: str, what: str, subject: str, before: object = None, after: object = None) -> None:
         self.noted.append((who, what, subject))
 
-    def let_see_own(self, tenant: str) -> None:
+    def grant_namespace(self, tenant: str) -> None:
         self.let.append(tenant)
 
 

@@ -302,12 +302,12 @@ def keep_staged(
     """
     _need_own(caller, name)
     if caller.tenant:
-        quotas.check_stored(caller.tenant, disk=(library.size_under(f"{caller.tenant}/"), staged.size))
+        quotas.check_stored(caller.tenant, disk=(library.size_of_prefix(f"{caller.tenant}/"), staged.size))
     added = library.add(staged.path, name, tags=tags, source="upload")
     if alias:
         added.version = library.alias(added.version.reference, alias)
     if caller.tenant:
-        tenancy.let_see_own(caller.tenant)
+        tenancy.grant_namespace(caller.tenant)
     note_added(tenancy, caller, added.version)
     return added
 

@@ -19,7 +19,7 @@ from veneer.serve.http.guard import needs
 from veneer.serve.http.service import admission_of, caller_of
 from veneer.serve.http.text_bodies import Message
 from veneer.serve.request import Refused, invalid
-from veneer.serve.tenancy.feedback import AnswerFeedback, FeedbackKind, KeptAnswers, feedback_counts, feedback_rows
+from veneer.serve.tenancy.feedback import AnswerFeedback, FeedbackKind, StoredAnswers, feedback_counts, feedback_rows
 from veneer.serve.tenancy.store import ALL, Store
 
 _DATABASE = "the tenants' database"
@@ -67,7 +67,7 @@ class FeedbackBody(Body):
         return made
 
 
-def feedback_routes(answers: KeptAnswers) -> APIRouter:
+def feedback_routes(answers: StoredAnswers) -> APIRouter:
     """The routes over one server's stored answers."""
     router = APIRouter(tags=["feedback"], route_class=BodyRoute, dependencies=[needs("feedback")])
     store = answers.store
