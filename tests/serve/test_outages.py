@@ -26,7 +26,7 @@ from veneer.serve.principal import Principal
 from veneer.serve.request import Refused
 from veneer.serve.tenancy.admin import admin_router
 from veneer.serve.tenancy.tenants import Tenants
-from veneer.serve.transient import fault, is_outage
+from veneer.serve.transient import internal_error, is_transient
 
 SECRET = "s3.secret-host.internal:9000/bucket, /var/run/postgresql/.s.PGSQL.5432"
 ADMIN = "an-admin-key-of-some-length"
@@ -125,11 +125,11 @@ def test_a_disk_that_fails_is_no_fault_of_the_adapters(
 
 def test_what_is_an_outage() -> None:
     for error in (UnavailableError("x"), ResourceError("x"), MemoryError(), ConnectionRefusedError(), TimeoutError()):
-        assert is_outage(error)
-        assert fault("it", error).status == 503
+        assert is_transient(error)
+        assert internal_error("it", error).status == 503
     for other in (AdapterError("x"), FileNotFoundError("x"), ValueError("x"), KeyError("x")):
-        assert not is_outage(other)
-        assert (fault("it", other).status, fault("it", other).code) == (500, "internal")
+        assert not is_transient(other)
+        assert (internal_error("it", other).status, internal_error("it", other).code) == (500, "internal")
 
 
 def test_a_damaged_database_is_an_outage_and_what_breaks_a_rule_of_it_is_none(tmp_path: Path) -> None:
@@ -150,9 +150,9 @@ def test_a_damaged_database_is_an_outage_and_what_breaks_a_rule_of_it_is_none(tm
     cut.write_bytes(whole.read_bytes()[:4096] + b"\xff" * 8192)  # its pages, but for the first
     for file in (garbage, cut):
         error = failed(file, "SELECT * FROM kept")
-        assert is_outage(error), error
-        assert fault("it", error).status == 503
-    assert not is_outage(failed(whole, "INSERT INTO kept VALUES ('x')"))
+        assert is_transient(error), error
+        assert internal_error("it", error).status == 503
+    assert not is_transient(failed(whole, "INSERT INTO kept VALUES ('x')"))
 
 
 # -- over HTTP ---------------------------------------------------------------------------------------------------------

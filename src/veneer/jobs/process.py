@@ -42,7 +42,7 @@ from veneer.jobs.validate import error_json, has_evaluation, is_transient, job_c
 from veneer.library.library import Library, open_library
 from veneer.plan.tables import Device
 from veneer.serve.tenancy.store import tenants_at
-from veneer.serve.transient import is_outage
+from veneer.serve.transient import is_transient
 from veneer.train import checkpoint
 from veneer.train.config.image import ImageTrainConfig
 from veneer.train.events import TOKEN_ACCURACY, Checked, Event, Note, Saved, measure_text, to_record
@@ -270,7 +270,7 @@ class _JobReporter:
         try:
             found = publish_steps(self.store.library, self.lease.job, folder)
         except Exception as error:
-            if not is_outage(error):
+            if not is_transient(error):
                 raise
             print(f"checkpoints are published later: {type(error).__name__}", file=sys.stderr, flush=True)
             return
@@ -296,7 +296,7 @@ class _JobReporter:
                 print(error, file=sys.stderr, flush=True)
                 self.lost = True
             except Exception as error:
-                if not is_outage(error):
+                if not is_transient(error):
                     raise
                 print(f"the database is away: {type(error).__name__}", file=sys.stderr, flush=True)
                 if not wait:

@@ -32,7 +32,7 @@ from veneer.jobs.store import Job, JobLease, JobStore, LeaseLost
 from veneer.plan.plan import Plan
 from veneer.plan.tables import Device
 from veneer.serve.tenancy.store import Store
-from veneer.serve.transient import is_outage
+from veneer.serve.transient import is_transient
 from veneer.train.config.load import RunConfig, config_from
 from veneer.train.config.text import TrainConfig
 from veneer.train.records import count_lines
@@ -145,7 +145,7 @@ def is_transient(error: BaseException) -> bool:
     A retry later or on another machine can succeed."""
     if isinstance(error, VeneerError):
         return isinstance(error, UnavailableError | ResourceError | CheckpointError)
-    return is_outage(error)
+    return is_transient(error)
 
 
 def error_json(error: BaseException) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from veneer.jobs.validate import device_of
 from veneer.library.library import Library
 from veneer.plan.tables import Device
 from veneer.serve.tenancy.store import Store
-from veneer.serve.transient import is_outage
+from veneer.serve.transient import is_transient
 from veneer.train.signals import heard
 
 _SWEEP = 3600.0
@@ -319,7 +319,7 @@ class Worker:
         try:
             yield
         except Exception as error:
-            if not is_outage(error):
+            if not is_transient(error):
                 raise
             if not self._away:
                 what = error.what if isinstance(error, VeneerError) else type(error).__name__

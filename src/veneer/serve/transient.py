@@ -1,8 +1,8 @@
 """Transient errors: a database, store, disk or upstream that cannot be used now.
 
-    is_outage(error)            whether an error is one, also through its causes
-    outage(what, error)         503, to be retried; details go to the log under the id in the answer
-    fault(what, error)          the same for an outage, 500 for an internal error
+    is_transient(error)             whether an error or one of its causes is transient
+    transient_error(what, error)    503, to be retried; details go to the log under the id in the answer
+    internal_error(what, error)     the same for a transient error, 500 for any other
 
 Driver messages contain hosts, paths and addresses, so they never reach a client.
 """
@@ -41,7 +41,7 @@ _ERRNO = {
 }
 
 
-def is_outage(error: BaseException | None) -> bool:
+def is_transient(error: BaseException | None) -> bool:
     """Whether an error or its cause comes from the environment, not from the request."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
@@ -54,7 +54,7 @@ def is_outage(error: BaseException | None) -> bool:
     return False
 
 
-def outage(what: str, error: object, *, retry_after: float = _RETRY_AFTER) -> Refused:
+def transient_error(what: str, error: object, *, retry_after: float = _RETRY_AFTER) -> Refused:
     """The error while `what` (in client terms: "the library") is unavailable.
 
     `error` is only logged.
@@ -69,10 +69,10 @@ def outage(what: str, error: object, *, retry_after: float = _RETRY_AFTER) -> Re
     )
 
 
-def fault(what: str, error: BaseException) -> Refused:
-    """The error for an unexpected exception: an outage, or an internal error."""
-    if is_outage(error):
-        return outage(what, error)
+def internal_error(what: str, error: BaseException) -> Refused:
+    """The error for an unexpected exception: a transient error, or an internal one."""
+    if is_transient(error):
+        return transient_error(what, error)
     number = _logged(what, error, trace=True)
     return Refused(f"{what} failed here", status=500, code="internal", fix=f"the server's log has {number}")
 
@@ -80,7 +80,7 @@ def fault(what: str, error: BaseException) -> Refused:
 def _logged(what: str, error: object, *, trace: bool = False) -> str:
     """Log an error and return its id.
 
-    An outage is logged in one line, because there can be many.
+    A transient error is logged in one line, because there can be many.
     """
     number = secrets.token_hex(4)
     text = " ".join(str(error).split()) or type(error).__name__

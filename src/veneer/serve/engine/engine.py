@@ -51,7 +51,7 @@ from veneer.serve.request import (
     shutting_down,
 )
 from veneer.serve.settings import EngineSettings
-from veneer.serve.transient import fault
+from veneer.serve.transient import internal_error
 
 if TYPE_CHECKING:
     from veneer.serve.engine.grammar import Matcher
@@ -290,7 +290,7 @@ class TextEngine(Engine[Request, EngineEvent]):
                 self._step()
             except Exception as error:  # an internal error: fail the current requests, keep serving
                 self._lost += 1
-                refused = fault("the answer", error)
+                refused = internal_error("the answer", error)
                 for live in list(self._by_id.values()):
                     self._end(live, "error", error=refused)
             self._send()
@@ -391,7 +391,7 @@ class TextEngine(Engine[Request, EngineEvent]):
                 if chunk.last:
                     out[id(chunk)] = sample(logits, [live.draws])[0]
             except Exception as error:
-                self._end(live, "error", error=fault("the answer", error))
+                self._end(live, "error", error=internal_error("the answer", error))
         return list(out.values())
 
     def _row(self, chunk: Chunk, *, again: bool = False) -> RunnerRow:

@@ -29,7 +29,7 @@ from torch import Tensor
 from veneer.errors import quoted
 from veneer.ops.device_transfer import put_numbers, sent
 from veneer.serve.request import Refused, Sampling, invalid
-from veneer.serve.transient import fault
+from veneer.serve.transient import internal_error
 
 if TYPE_CHECKING:
     from veneer.serve.engine.grammar import Matcher
@@ -203,7 +203,7 @@ def _sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[SampledToken | R
             row.take(token)
             out.append(told[i] if i in told else SampledToken(token))
         except Exception as error:  # fails this row only: the others have recorded their tokens
-            out.append(error if isinstance(error, Refused) else fault("the answer", error))
+            out.append(error if isinstance(error, Refused) else internal_error("the answer", error))
     return out
 
 

@@ -52,7 +52,7 @@ from veneer.serve.request import (
     invalid,
     shutting_down,
 )
-from veneer.serve.transient import fault, is_outage, outage
+from veneer.serve.transient import internal_error, is_transient, transient_error
 
 log = logging.getLogger(__name__)
 
@@ -178,11 +178,11 @@ class Upstream(Engine[Request, EngineEvent]):
                 return
             except _Failed as error:
                 if tokens:
-                    problem = outage("the rest of the answer", error)
+                    problem = transient_error("the rest of the answer", error)
                     yield Finished("error", Usage(len(request.prompt), 0, tokens), error=problem)
                     return
                 if pause is None:
-                    raise error.refused or outage("the model", error, retry_after=_RETRY_AFTER) from error
+                    raise error.refused or transient_error("the model", error, retry_after=_RETRY_AFTER) from error
             await asyncio.sleep(pause)
 
     async def _attempt(self, request: Request) -> AsyncGenerator[Token | Finished, None]:
@@ -229,8 +229,8 @@ class Upstream(Engine[Request, EngineEvent]):
         except Refused:
             raise
         except (VeneerError, OSError) as error:
-            if not isinstance(error, VeneerError) or is_outage(error):
-                raise fault("the adapter", error) from error
+            if not isinstance(error, VeneerError) or is_transient(error):
+                raise internal_error("the adapter", error) from error
             raise Refused(error.what, status=422, code="adapter_unusable", fix=error.fix) from error
 
     def _fitted(self, request: Request) -> Request:

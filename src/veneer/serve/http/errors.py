@@ -19,7 +19,7 @@ from starlette.responses import Response
 
 from veneer.errors import VeneerError
 from veneer.serve.request import Refused
-from veneer.serve.transient import fault
+from veneer.serve.transient import internal_error
 
 log = logging.getLogger("veneer.serve")
 
@@ -59,7 +59,7 @@ def as_refused(error: Exception) -> Refused:
     """
     if isinstance(error, Refused):
         return error
-    return fault("the server", error)
+    return internal_error("the server", error)
 
 
 # -- bodies ------------------------------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def answering(what: str, known: KnownErrors = MappingProxyType({})) -> Iterator[
         raise
     except Exception as error:
         answer = next((known[kind] for kind in known if isinstance(error, kind)), lambda error: None)
-        raise answer(error) or fault(what, error) from error
+        raise answer(error) or internal_error(what, error) from error
 
 
 async def in_thread(

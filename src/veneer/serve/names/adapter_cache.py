@@ -31,7 +31,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from veneer.core.adapter import Adapter
 from veneer.serve.request import DigestMix, Refused, shutting_down
-from veneer.serve.transient import fault
+from veneer.serve.transient import internal_error
 
 
 class Sized(Protocol):
@@ -401,7 +401,7 @@ class AdapterCache(Generic[T]):
                 raise _over_limit(size, self.limit)
             thing = self._prepare(adapter, entry.digest)
         except Exception as error:
-            refused = error if isinstance(error, Refused) else fault(f"adapter {entry.digest}", error)
+            refused = error if isinstance(error, Refused) else internal_error(f"adapter {entry.digest}", error)
             with self._changing():
                 self._failures += 1
                 entry.state = "wanted"

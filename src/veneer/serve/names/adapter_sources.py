@@ -43,7 +43,7 @@ from veneer.library.name_index import NamedVersion, NameIndex
 from veneer.library.names import parse_reference
 from veneer.models.sources import short_name
 from veneer.serve.request import Refused, not_ready
-from veneer.serve.transient import fault, is_outage, outage
+from veneer.serve.transient import internal_error, is_transient, transient_error
 
 MOST_PLACES = 4096
 """Maximum number of adapter locations kept for running requests; most are in the library anyway."""
@@ -284,18 +284,18 @@ class AdapterSources:
         except AdapterError as error:
             if self.look(place.reference) is None:
                 raise unusable("not_found", f"the library no longer has {place.root}", status=404) from error
-            refused = outage(f"the library's copy of {place.root}", error)
+            refused = transient_error(f"the library's copy of {place.root}", error)
             raise unusable("damaged", refused.what, status=503, fix=refused.fix) from error
         except Exception as error:
-            raise fault(f"the library's copy of {place.root}", error) from error
+            raise internal_error(f"the library's copy of {place.root}", error) from error
 
     def _reads_as(self, path: Path, digest: str) -> bool:
         """Whether the digest matches when read without a base, as in the library."""
         return reader.read(path).adapter.digest() == digest
 
     def _refusal(self, place: AdapterPlace, error: Exception) -> Refused:
-        if is_outage(error):
-            return outage(place.root, error)
+        if is_transient(error):
+            return transient_error(place.root, error)
         what = error.what if isinstance(error, VeneerError) else f"{type(error).__name__}: {error}"
         for hidden, shown in self._paths(place).items():
             what = what.replace(hidden, shown)

@@ -15,7 +15,7 @@ from veneer.errors import AdapterError, BaseError, MismatchError, VeneerError
 from veneer.formats.strengths import Strength
 from veneer.models.image.generate import ImageRow, MixPlan, PictureSettings
 from veneer.serve.request import BASE, DigestMix, Refused, Usage
-from veneer.serve.transient import fault, is_outage
+from veneer.serve.transient import internal_error, is_transient
 
 if TYPE_CHECKING:
     from veneer.imaging.adapters import Use
@@ -101,8 +101,8 @@ def picture_error(error: BaseException) -> Refused:
     """
     if isinstance(error, Refused):
         return error
-    if is_outage(error) or not isinstance(error, VeneerError):
-        return fault("the picture", error)
+    if is_transient(error) or not isinstance(error, VeneerError):
+        return internal_error("the picture", error)
     if isinstance(error, AdapterError | MismatchError):
         return Refused(error.what, status=400, code="adapter_unusable", fix=error.fix)
     where = None if isinstance(error, BaseError) else error.where

@@ -27,7 +27,7 @@ from veneer.serve.tenancy import manage, routes
 from veneer.serve.tenancy.ledger import BY, as_csv, usage
 from veneer.serve.tenancy.store import ALL, EACH, Store, UnknownName, check_tenant
 from veneer.serve.tenancy.tenants import Tenants
-from veneer.serve.transient import fault, is_outage
+from veneer.serve.transient import internal_error, is_transient
 
 if TYPE_CHECKING:
     from veneer.serve.names.catalog import Catalog
@@ -254,8 +254,8 @@ class AdminRoute(BodyRoute):
             except Refused as error:
                 return _error(error)
             except (VeneerError, SQLAlchemyError, OSError) as error:
-                if not isinstance(error, VeneerError) or is_outage(error):
-                    return _error(fault("the tenants' database", error))
+                if not isinstance(error, VeneerError) or is_transient(error):
+                    return _error(internal_error("the tenants' database", error))
                 status, code = (404, "not_found") if isinstance(error, UnknownName) else (400, "invalid_request")
                 return _error(Refused(error.what, status=status, code=code, param=error.where, fix=error.fix))
 

@@ -32,7 +32,7 @@ from typing import Any, Generic, TypeVar
 from veneer.errors import ResourceError
 from veneer.files.locks import take_lock
 from veneer.files.rights import private_folder
-from veneer.serve.transient import is_outage
+from veneer.serve.transient import is_transient
 
 _log = logging.getLogger("veneer.serve.tenancy")
 
@@ -104,7 +104,7 @@ class Writer(Generic[C]):
                 for write, items in groupby(batch, key=lambda each: each[0]):
                     write(c, [item for _, item, _ in items])
         except Exception as error:
-            if len(batch) > 1 and not is_outage(error):
+            if len(batch) > 1 and not is_transient(error):
                 for each in batch:
                     self._commit([each])
                 return
@@ -130,7 +130,7 @@ def write_all(
         with transaction() as c:
             return write(c, items)
     except Exception as error:
-        if is_outage(error):
+        if is_transient(error):
             raise
         if len(items) == 1:
             _log.error("the database refuses %s: %s", describe(items[0]), error)

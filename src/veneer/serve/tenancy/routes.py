@@ -45,7 +45,7 @@ from veneer.serve.tenancy.store import (
     tenant_row,
     unknown_name,
 )
-from veneer.serve.transient import is_outage
+from veneer.serve.transient import is_transient
 
 BUCKETS = 10_000
 Runs = tuple[tuple[str, int], ...]
@@ -374,7 +374,7 @@ def _check(targets: Sequence[str], shadow: str | None, check: Callable[[str], ob
             if check is not None:
                 check(name)
         except VeneerError as error:
-            if is_outage(error) or getattr(error, "status", 0) >= 500:
+            if is_transient(error) or getattr(error, "status", 0) >= 500:
                 raise
             raise ConfigError(f"the {role} {name} cannot be served: {error.what}", where=role, fix=error.fix) from error
 

@@ -20,7 +20,7 @@ from veneer.serve.http.guard import needs
 from veneer.serve.http.service import admission_of, caller_of, service_of
 from veneer.serve.http.text_bodies import Ids, Message, template_variables
 from veneer.serve.request import Refused, invalid
-from veneer.serve.transient import is_outage
+from veneer.serve.transient import is_transient
 
 vllm_routes = APIRouter(tags=["vLLM"], route_class=BodyRoute, dependencies=[needs("infer")])
 sglang_routes = APIRouter(tags=["SGLang"], route_class=BodyRoute, dependencies=[needs("operate")])
@@ -98,7 +98,7 @@ async def _load(request: HttpRequest, body: Load, missing: str) -> None:
 
 def _unusable(error: VeneerError) -> Refused | None:
     """The error for an adapter that failed to load, without its path on the server."""
-    if is_outage(error):
+    if is_transient(error):
         return None
     log.warning("an adapter was not loaded: %s", error)
     return Refused(message_of(error), status=422, code="adapter_unusable", param="lora_path")
