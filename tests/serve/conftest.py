@@ -53,8 +53,8 @@ class Prompt(Catalog):
         return super().models(caller)
 
     def _look(self) -> None:
-        if self.shelf.names is not None:
-            self.shelf.names.refreshed()
+        if self.sources.names is not None:
+            self.sources.names.refreshed()
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from tests.serve.http.toy import ToyCatalog
 from tests.tiny_base import tiny_base_dir
 from tests.tiny_image_base import tiny_image_base
 from veneer.errors import ConfigError
-from veneer.serve.build import build, operator_routes, tenancy_of
+from veneer.serve.build import Extend, Extension, build, operator_routes, tenancy_of
 from veneer.serve.checks import open_stores
 from veneer.serve.settings import EngineSettings, FleetSettings, HttpSettings, LedgerSettings, ServeSettings
 from veneer.serve.tenancy import manage
@@ -66,6 +66,29 @@ def test_a_server_that_finds_tenants_in_its_home_asks_for_keys(tmp_path: Path, m
     assert kind(open=True) == kind(open=True, tenants=where) == "OpenTenants"
     assert kind(open=True, admin_key="an-admin-key-of-some-length") == "OpenTenants+admin"
     assert kind(open=True, host="0.0.0.0") == "OpenAccess"
+
+
+def test_extensions_stop_in_the_reverse_order_of_their_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VENEER_HOME", str(tmp_path))
+    heard: list[str] = []
+
+    def of(name: str) -> Extend:
+        async def start() -> None:
+            heard.append(f"start {name}")
+
+        async def stop() -> None:
+            heard.append(f"stop {name}")
+
+        extension = Extension([], {name: 1}, [name], start, stop, lambda app: heard.append(f"mount {name}"))
+        return lambda service, library: extension
+
+    async def live() -> None:
+        built = build(ServeSettings(str(tiny_base_dir(tmp_path))), print, extends=[of("a"), of("b")])
+        await built.start()
+        await built.stop()
+
+    asyncio.run(live())
+    assert heard == ["mount a", "mount b", "start a", "start b", "stop b", "stop a"]
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ def test_what_checking_has_opened_is_what_the_server_is_built_with(home: Path) -
     built = build(asked, lambda line: None, opened)
     assert isinstance(built.service.tenancy, Tenants)
     assert built.service.tenancy.store is opened.store
-    assert built.service.catalog.shelf.library is opened.library
+    assert built.service.catalog.sources.library is opened.library
     asyncio.run(built.stop())
     opened.close()
 

@@ -69,9 +69,9 @@ def test_a_store_that_fails_on_an_adapters_first_use_is_tried_again(
 
     with monkeypatch.context() as patch:
         patch.setattr(library.store.fs, "open", fails)
-        kept_back(refused(lambda: catalog.shelf.read(digest, catalog.problems)), caplog.text)
+        kept_back(refused(lambda: catalog.sources.read(digest, catalog.problems)), caplog.text)
         kept_back(refused(lambda: catalog.load("mine", "support")), caplog.text)
-    assert catalog.shelf.read(digest, catalog.problems).digest() == digest
+    assert catalog.sources.read(digest, catalog.problems).digest() == digest
     assert catalog.load("mine", "support").digest == digest
 
 
@@ -87,7 +87,7 @@ def test_a_store_that_lost_or_changed_its_files_is_no_fault_of_who_asks(
         if data is None:
             kept = library.store.fs.cat_file(path)
             library.store.fs.pipe_file(path, bytes(len(kept)))
-        error = refused(lambda: catalog.shelf.read(digest, catalog.problems))
+        error = refused(lambda: catalog.sources.read(digest, catalog.problems))
         assert (reason(error), error.status) == ("damaged", 503)
         assert "memory" not in str(error)
         assert "blobs" not in str(error)
@@ -100,9 +100,9 @@ def test_what_was_removed_is_not_there_and_no_outage(make: Make, elsewhere: Any)
     catalog.resolve("support", OPERATOR)
     library.remove("support")
     assert refused(lambda: catalog.resolve("support", OPERATOR)).status == 404
-    assert catalog.shelf.read(digest, catalog.problems).digest() == digest
+    assert catalog.sources.read(digest, catalog.problems).digest() == digest
     gc(library, grace=-1)
-    error = refused(lambda: catalog.shelf.read(digest, catalog.problems))
+    error = refused(lambda: catalog.sources.read(digest, catalog.problems))
     assert (reason(error), error.status) == ("not_found", 404)
 
 

@@ -65,7 +65,7 @@ def generate(
     }
     if chat and (prompts or file or as_json or raw):
         raise ConfigError("--chat takes no prompts, --file, --raw or --json", fix="start it and type")
-    texts: list[Any] = [] if chat else _wanted(prompts or [], file)
+    texts: list[Any] = [] if chat else _all_prompts(prompts or [], file)
 
     from veneer.adapters.use import attach_adapters, parse_spec
     from veneer.models.text.base import load_text
@@ -74,31 +74,31 @@ def generate(
     name = chosen_base(base, names, "" if specs else _FALLBACK)
     if not name:
         raise ConfigError(f"adapter {names[0]!r} names no base", fix="add --base NAME")
-    found = load_text(name, dtype=dtype, device=device, quantize=quantize, say=say)
-    say_loaded(found)
-    with attach_adapters(found, specs, allow_other_base=allow_other_base) as attachment:
+    loaded = load_text(name, dtype=dtype, device=device, quantize=quantize, say=say)
+    say_loaded(loaded)
+    with attach_adapters(loaded, specs, allow_other_base=allow_other_base) as attachment:
         for adapter_name, strength in map(parse_spec, specs):
             say(f"adapter {adapter_name} at strength {strength:g}")
         if chat:
-            _chat(found, system, settings)
+            _chat(loaded, system, settings)
             return
-        framed = [_framed(found, text, system, raw) for text in texts]
+        framed = [_framed(loaded, text, system, raw) for text in texts]
         if as_json:
-            _print_json(found, attachment, specs, texts, framed, {**settings, "batch_size": batch_size})
+            _print_json(loaded, attachment, specs, texts, framed, {**settings, "batch_size": batch_size})
         elif len(framed) == 1:
-            _streamed(found, framed, settings)
+            _streamed(loaded, framed, settings)
         else:
             from veneer.models.text.generate import complete
 
-            for text, done in zip(texts, complete(found, framed, batch_size=batch_size, **settings), strict=True):
+            for text, done in zip(texts, complete(loaded, framed, batch_size=batch_size, **settings), strict=True):
                 print(f"> {text if isinstance(text, str) else text[-1]['content']}\n{done.text}\n", flush=True)
-                _say_cut(done)
+                _report_cut(done)
 
 
 # -- prompts -----------------------------------------------------------------------------------------------------------
 
 
-def _wanted(prompts: list[str], file: Path | None) -> list[Any]:
+def _all_prompts(prompts: list[str], file: Path | None) -> list[Any]:
     """Return the prompts of the command line, the file and stdin, in this order."""
     texts: list[Any] = [p for p in prompts if p != "-"]
     if file is not None:
@@ -121,12 +121,12 @@ def read_prompts(file: Path) -> list[Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read the prompts: {error}", where=str(file)) from error
     if file.suffix not in (".jsonl", ".ndjson"):
-        found: list[Any] = [line for line in lines if line.strip()]
+        prompts: list[Any] = [line for line in lines if line.strip()]
     else:
-        found = [_prompt_of(line, f"{file}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
-    if not found:
+        prompts = [_prompt_of(line, f"{file}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
+    if not prompts:
         raise DataError("the file has no prompts", where=str(file))
-    return found
+    return prompts
 
 
 def _prompt_of(line: str, where: str) -> str | list[dict[str, str]]:
@@ -175,11 +175,11 @@ def _streamed(base: TextBase, framed: list[Prompt], settings: dict[str, Any]) ->
     out = sys.stdout if sys.stdout.isatty() else own(sys.stdout)  # a pipe gets the exact text
     done = complete(base, framed, on_token=lambda _i, piece: print(piece, end="", flush=True, file=out), **settings)[0]
     print(flush=True)
-    _say_cut(done)
+    _report_cut(done)
     return done
 
 
-def _say_cut(done: Completion) -> None:
+def _report_cut(done: Completion) -> None:
     if done.finish == "length":
         say(f"(stopped at {len(done.ids)} tokens; --max-new-tokens allows more)")
 
@@ -221,44 +221,44 @@ def _chat(base: TextBase, system: str | None, settings: dict[str, Any]) -> None:
     say(_CHAT_HELP)
     while True:
         try:
-            said = input("> ").strip()
+            text = input("> ").strip()
         except EOFError:
             print()
             return
-        if said in ("/quit", "/exit"):
+        if text in ("/quit", "/exit"):
             return
-        if said == "/reset":
+        if text == "/reset":
             turns.clear()
-        elif said == "/undo":
+        elif text == "/undo":
             del turns[-2:]
-        elif said.startswith("/"):
+        elif text.startswith("/"):
             say(_CHAT_HELP)
-        elif said:
-            _answer(base, opening, turns, said, settings)
+        elif text:
+            _answer(base, opening, turns, text, settings)
 
 
 def _answer(
-    base: TextBase, opening: list[dict[str, str]], turns: list[dict[str, str]], said: str, settings: dict[str, Any]
+    base: TextBase, opening: list[dict[str, str]], turns: list[dict[str, str]], text: str, settings: dict[str, Any]
 ) -> None:
     """Add one exchange to `turns`.
 
     If the context would overflow, drops the oldest exchanges and prints how many."""
     from veneer.models.text.generate import encode_prompt
 
-    asked = {"role": "user", "content": said}
+    question = {"role": "user", "content": text}
     dropped = 0
-    room = base.context - min(settings["max_new_tokens"], base.context // 4)
-    while turns and len(encode_prompt(base, [*opening, *turns, asked])) > room:
+    limit = base.context - min(settings["max_new_tokens"], base.context // 4)
+    while turns and len(encode_prompt(base, [*opening, *turns, question])) > limit:
         del turns[:2]
         dropped += 1
     if dropped:
         say(f"(the context is full: the oldest {dropped} exchange{'s' * (dropped > 1)} left it)")
     try:
-        done = _streamed(base, [[*opening, *turns, asked]], settings)
+        done = _streamed(base, [[*opening, *turns, question]], settings)
     except KeyboardInterrupt:
         print(" […]")
         return
     except DataError as error:
         say(str(error))
         return
-    turns += [asked, {"role": "assistant", "content": done.text}]
+    turns += [question, {"role": "assistant", "content": done.text}]

@@ -232,13 +232,13 @@ def serve_with(
 
     extends: list[Extend] = []
     page = None
-    with ExitStack() as beside:
+    with ExitStack() as resources:
         if train:
             from veneer.jobs.build import training
             from veneer.jobs.local_worker import background_worker
 
             extends.append(partial(training, python_graders=python_graders, session_days=session_days))
-            beside.enter_context(background_worker(library=settings.library, tenants=settings.tenants, say=say))
+            resources.enter_context(background_worker(library=settings.library, tenants=settings.tenants, say=say))
         if studio:
             from veneer.studio.access import ROOT
             from veneer.studio.build import check_studio, studio_of

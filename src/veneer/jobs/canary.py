@@ -33,7 +33,7 @@ from veneer.errors import ConfigError, Interrupted, counted
 from veneer.files.atomic import atomic_write
 from veneer.jobs.post_training import AfterJob, CanaryRoute, HeldOut, held_out_rows, serving_version
 from veneer.jobs.store import Job, JobEvent, JobLease, JobStore, LeaseLost, WrongState
-from veneer.jobs.validate import after_section, error_json, is_transient, job_config
+from veneer.jobs.validate import after_section, error_json, is_retryable, job_config
 from veneer.library.database import reading
 from veneer.library.library import Library, NotInLibrary
 from veneer.serve.tenancy import routes
@@ -97,7 +97,7 @@ def _do_once(store: JobStore, lease: JobLease, kind: str, failure: str, do: Call
     except (LeaseLost, Interrupted):
         raise
     except Exception as error:
-        if is_transient(error):
+        if is_retryable(error):
             raise
         found = error_json(error)
         text = f"{failure}: {found['message']}" + (f" ({found['fix']})" if "fix" in found else "")
@@ -295,7 +295,7 @@ def _route_placement(name: str, route: Route | None) -> Placement:
     if route is None:
         return Placement(f"{name} is gone, as it was before the job", {"route": None})
     targets = ", ".join(target for target, _ in route.targets)
-    return Placement(f"{name} leads to {targets}", {"route": routes.route_shown(route)})
+    return Placement(f"{name} leads to {targets}", {"route": routes.route_fields(route)})
 
 
 def promote_job(store: JobStore, tenants: Store | None, tenant: str | None, job_id: str) -> Placement:

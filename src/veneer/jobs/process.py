@@ -38,7 +38,7 @@ from veneer.jobs.account import TrainingAccount
 from veneer.jobs.canary import compare_job, place_job
 from veneer.jobs.executors import read_handover
 from veneer.jobs.store import Job, JobCheckpoint, JobEvent, JobLease, JobStore, LeaseLost
-from veneer.jobs.validate import error_json, has_evaluation, is_transient, job_config, validate_job
+from veneer.jobs.validate import error_json, has_evaluation, is_retryable, job_config, validate_job
 from veneer.library.library import Library, open_library
 from veneer.plan.tables import Device
 from veneer.serve.tenancy.store import tenants_at
@@ -68,7 +68,7 @@ def _validate_job(library: Library, job: str, token: str, device: Device, room: 
     except LeaseLost as error:
         print(error, file=sys.stderr)
     except Exception as error:
-        if not is_transient(error):
+        if not is_retryable(error):
             raise
         print(f"{job} will be validated again: {type(error).__name__}: {error}", file=sys.stderr)
     return 75
@@ -125,7 +125,7 @@ def _stopped(reporter: _JobReporter, error: BaseException) -> int:
         reporter.flush(wait=True)
         if isinstance(error, Interrupted | KeyboardInterrupt):
             store.release(lease, "stopped, to go on from its last checkpoint")
-        elif is_transient(error):
+        elif is_retryable(error):
             what = error.what if isinstance(error, VeneerError) else f"{type(error).__name__}: {error}"
             store.died(lease, what, fix=getattr(error, "fix", None) or "")
         else:

@@ -101,7 +101,7 @@ def validate_job(
     except LeaseLost:
         raise
     except Exception as error:
-        if is_transient(error):
+        if is_retryable(error):
             raise
         return store.finish(lease, error=error_json(error))
 
@@ -139,7 +139,7 @@ def submit_job(
     return now
 
 
-def is_transient(error: BaseException) -> bool:
+def is_retryable(error: BaseException) -> bool:
     """Return whether an error is transient or local: a database, a disk, memory.
 
     A retry later or on another machine can succeed."""

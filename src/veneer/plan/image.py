@@ -161,13 +161,13 @@ def _image_counts(
     )
     kept = {block: float(values) for block, values in forward.norms.items()}
     for weight in forward.weights:
-        size, positions = math.prod(weight.shape), weight.positions
-        counts.forward += 2.0 * positions * size
-        counts.backward += 2.0 * positions * size
+        elements, positions = math.prod(weight.shape), weight.positions
+        counts.forward += 2.0 * positions * elements
+        counts.backward += 2.0 * positions * elements
         if linear := len(weight.shape) == 2:
-            counts.matrices += size
+            counts.matrices += elements
             counts.rows += weight.shape[0]
-            counts.largest = max(counts.largest, size)
+            counts.largest = max(counts.largest, elements)
         values = share * positions * weight.shape[0] if linear else weight.new * weight.inputs
         if weight.name in targets:
             pair = form.costs(weight.shape, rank)

@@ -1,6 +1,6 @@
 """Builds a server from its parts.
 
-    build()    tenancy, shelf, names, service -> application   quick; pages and the library work from here on
+    build()    tenancy, sources, names, service -> application   quick; pages and the library work from here on
     load()     base -> engine -> service                       as slow as loading the base
 
 Decides which parts a server has, and in which order they start and stop.
@@ -89,8 +89,8 @@ def build(
         quotas, base = Quotas(settings.http.quotas), UnloadedBase(settings.base)
         tenancy = tenancy_of(settings, say, opened.store, quotas)
         folders = () if settings.fleet.upstream else settings.folders
-        shelf = AdapterSources(base, library=opened.library, folders=folders)
-        catalog = Catalog(shelf, lambda adapter: [], NoAdapters(), routes=tenancy.routes)
+        sources = AdapterSources(base, library=opened.library, folders=folders)
+        catalog = Catalog(sources, lambda adapter: [], NoAdapters(), routes=tenancy.routes)
         reader = TokenizedBase(base.name, None, 0)
         service = Service(
             LoadingEngine(), catalog, tenancy, reader, settings.http, "loading", loaded=False, shared_quotas=quotas
@@ -124,7 +124,7 @@ def _load_texts(settings: ServeSettings, service: Service, say: Callable[[str], 
     say(f"{base.name} in {str(base.dtype).removeprefix('torch.')} on {base.device}: {base.dtype_reason}")
     for note in base.notes:
         say(f"note: {note}")
-    engine = TextEngine(base, catalog.shelf.read, replace(settings.engine, queue=settings.http.queue))
+    engine = TextEngine(base, catalog.sources.read, replace(settings.engine, queue=settings.http.queue))
     say(f"forward: {engine.runner.how}{f' ({engine.runner.why})' if engine.runner.why else ''}")
     catalog.use_base(base, engine.problems, engine.residents)
     # The engine's cache may allow a shorter context than the base.
@@ -139,7 +139,7 @@ def _load_pictures(settings: ServeSettings, service: Service, say: Callable[[str
     catalog = service.catalog
     base = load_image(settings.base, dtype=settings.dtype, device=settings.device, say=say)
     engine = PictureEngine(
-        base, catalog.shelf.read, max_batch=min(settings.engine.rows, 8), adapter_bytes=settings.engine.adapter_bytes
+        base, catalog.sources.read, max_batch=min(settings.engine.rows, 8), adapter_bytes=settings.engine.adapter_bytes
     )
     catalog.use_base(base, lambda adapter: [], engine.residents)
     (tokenizer, limit), *_ = readers(base)
@@ -156,7 +156,7 @@ def _load_upstream(settings: ServeSettings, service: Service, say: Callable[[str
 
     assert settings.fleet.upstream is not None
     base, fleet = text_without_weights(settings.base, say=say), settings.fleet
-    mixes = Mixes(service.catalog.shelf.files, mix_folder(), each=fleet.mixes, limit_bytes=fleet.mix_bytes)
+    mixes = Mixes(service.catalog.sources.files, mix_folder(), each=fleet.mixes, limit_bytes=fleet.mix_bytes)
     engine = Upstream(
         settings.fleet.upstream,
         mixes=mixes,

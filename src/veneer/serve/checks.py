@@ -49,8 +49,8 @@ class Opened:
 
 def open_stores(settings: ServeSettings) -> Opened:
     """Open the library and the tenants' database. Raises their errors."""
-    place = _tenants_place(settings)
-    store = None if place is None else Store(place, patience=SERVING_PATIENCE)
+    address = _tenants_address(settings)
+    store = None if address is None else Store(address, patience=SERVING_PATIENCE)
     try:
         return Opened(open_library(settings.library), store)
     except BaseException:
@@ -70,7 +70,7 @@ def needs_no_key(settings: ServeSettings, store: Store | None) -> bool:
     return settings.here and (settings.open or nobody)
 
 
-def _tenants_place(settings: ServeSettings) -> str | None:
+def _tenants_address(settings: ServeSettings) -> str | None:
     """The tenants' database: the named one, or the default.
 
     The default applies if it exists and no other option sets access.
@@ -104,10 +104,10 @@ def check_settings(settings: ServeSettings, *, page: bool = False) -> Opened:
         what = f"with --open, every client of {settings.host} would be the operator of these tenants"
         raise ConfigError(what, where="--open --tenants", fix="--host 127.0.0.1, or leave --open out")
     _check_upstream(settings)
-    kind = _kind_here(settings)
+    kind = _server_kind(settings)
     if kind is not None:
         refuse_idle(settings, kind)
-    if _tenants_place(settings) is None:
+    if _tenants_address(settings) is None:
         refuse_ledger(settings.ledger)
     _check_names(settings)
     opened = open_stores(settings)
@@ -138,7 +138,7 @@ def _check_keyless(settings: ServeSettings, store: Store | None, page: bool) -> 
         raise ConfigError(what, where=f"--host {settings.host}", fix=f"{fix}; or leave --host out")
 
 
-def _kind_here(settings: ServeSettings) -> ServerKind | None:
+def _server_kind(settings: ServeSettings) -> ServerKind | None:
     """The kind of server, None if the base must be created first.
 
     Raises BaseError for a base that does not exist, here or on the hub.
@@ -175,10 +175,10 @@ def refuse_idle(settings: ServeSettings, kind: ServerKind) -> None:
     """Raises ConfigError for an option that has no effect on this kind of server."""
     usual = ServeSettings("")
     why = {"upstream": "the server of --upstream computes", "pictures": "this server has an image base"}
-    for option, of, kinds, what in _OPTIONS:
+    for option, of, kinds, purpose in _OPTIONS:
         if kind not in kinds.split() and of(settings) != of(usual):
             reason = why.get(kind, "this server computes by itself")
-            raise ConfigError(f"{option} applies to {what}, but {reason}", where=option, fix="leave it out")
+            raise ConfigError(f"{option} applies to {purpose}, but {reason}", where=option, fix="leave it out")
 
 
 def refuse_ledger(ledger: LedgerSettings) -> None:
@@ -198,8 +198,8 @@ def _check_upstream(settings: ServeSettings) -> None:
 
     upstream_url(settings.fleet.upstream)
     if settings.folders:
-        what = "the upstream reads the library, not folders"
-        raise ConfigError(what, where="--allow-folder", fix="veneer library add")
+        purpose = "the upstream reads the library, not folders"
+        raise ConfigError(purpose, where="--allow-folder", fix="veneer library add")
 
 
 def _check_names(settings: ServeSettings) -> None:
@@ -208,14 +208,14 @@ def _check_names(settings: ServeSettings) -> None:
     Whether adapters fit the base is checked when they are loaded.
     """
     names = [each.name for each in settings.preload]
-    own = settings.base.rstrip("/").rpartition("/")[2]
+    base_name = settings.base.rstrip("/").rpartition("/")[2]
     for name in names:
         check_name(name, cased=True)
         if names.count(name) > 1:
             raise ConfigError(
                 f"{quoted(name)} is named twice", where="--adapter", fix="NAME=REFERENCE with another name"
             )
-        if name == own:
+        if name == base_name:
             what = f"{quoted(name)} is the name of the base"
             raise ConfigError(what, where=f"--adapter {name}", fix=f"--adapter NAME={name} with another name")
 

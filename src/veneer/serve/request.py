@@ -116,7 +116,7 @@ class Sampling:
 
     `temperature`: 0 is greedy. `top_k`: 0 for all tokens. `seed`: None for a random one. `logprobs`: None for
     none, else the number of alternatives in addition to the chosen token; from the model's distribution
-    before any of the above. `drawn_logprob`: with logprobs, also the chosen token's logprob in the final
+    before any of the above. `sampled_logprob`: with logprobs, also the chosen token's logprob in the final
     distribution. `prompt_logprobs`: logprobs of the prompt's tokens too, which disables the prefix cache for
     the prompt. `stop`: texts that end the answer, not included in it. `grammar`: what the answer must match.
     """
@@ -136,7 +136,7 @@ class Sampling:
     stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
-    drawn_logprob: bool = False
+    sampled_logprob: bool = False
     prompt_logprobs: bool = False
     grammar: GrammarSpec | None = None
 
@@ -152,9 +152,9 @@ class Sampling:
         self._need(0.01 <= self.repetition_penalty <= 10, "repetition_penalty", "from 0.01 to 10")
         self._need(self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs", "from 0 to 20")
 
-    def _need(self, fine: bool, name: str, wanted: str) -> None:
+    def _need(self, fine: bool, name: str, expected: str) -> None:
         if not fine:
-            raise ConfigError(f"{name} is {getattr(self, name)}", where=name, fix=f"{name} must be {wanted}")
+            raise ConfigError(f"{name} is {getattr(self, name)}", where=name, fix=f"{name} must be {expected}")
 
 
 _numbers = itertools.count()
@@ -192,7 +192,7 @@ class Token:
 
     `text`: the text that the token adds; all texts joined are the answer. Empty for a partial character, text
     held back because a stop text can begin in it, or the token that ended the answer. `logprob` and `top`
-    ((id, text, logprob), best first) are from the model's distribution, `drawn` from the final one, if
+    ((id, text, logprob), best first) are from the model's distribution, `sampled_logprob` from the final one, if
     requested. `prompt`: on the first token, the prompt's tokens, if their logprobs were requested; the very
     first has no logprob.
     """
@@ -203,7 +203,7 @@ class Token:
     top: tuple[tuple[int, str, float], ...] = ()
     special: bool = False
     prompt: tuple[Token, ...] = ()
-    drawn: float | None = None
+    sampled_logprob: float | None = None
 
 
 @dataclass(frozen=True)

@@ -236,18 +236,18 @@ def listen(host: str, port: int) -> list[socket.socket]:
 
     Raises ResourceError.
     """
-    made: list[socket.socket] = []
+    sockets: list[socket.socket] = []
     try:
-        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        for family, kind, protocol, _, address in dict.fromkeys(found):
-            made.append(socket.socket(family, kind, protocol))
+        addresses = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, kind, protocol, _, address in dict.fromkeys(addresses):
+            sockets.append(socket.socket(family, kind, protocol))
             if os.name == "posix":
-                made[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                sockets[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
-                made[-1].setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            made[-1].bind(address)
+                sockets[-1].setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sockets[-1].bind(address)
     except (OSError, UnicodeError) as error:
-        for each in made:
+        for each in sockets:
             each.close()
         why = getattr(error, "strerror", None) or str(error)
         raise ResourceError(
@@ -255,4 +255,4 @@ def listen(host: str, port: int) -> list[socket.socket]:
             where="--host, --port",
             fix="use another port or address, or stop the process that uses this one",
         ) from error
-    return made
+    return sockets

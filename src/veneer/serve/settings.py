@@ -194,10 +194,10 @@ def parse_preload(text: str) -> Preload:
 
 def bytes_of(text: str, where: str) -> int:
     """Parse a size such as 512M, 2G, 1.5GB into bytes. Raises ConfigError."""
-    found = re.fullmatch(r"([0-9.]+)\s*([kmgt]?)i?b?", text.strip(), re.I)
+    match = re.fullmatch(r"([0-9.]+)\s*([kmgt]?)i?b?", text.strip(), re.I)
     try:
-        assert found is not None
-        size = int(float(found[1]) * 1024 ** " kmgt".index(found[2].lower() or " "))
+        assert match is not None
+        size = int(float(match[1]) * 1024 ** " kmgt".index(match[2].lower() or " "))
     except (AssertionError, ValueError, OverflowError):
         raise ConfigError(f"{quoted(text)} is not a size", where=where, fix="as 512M or 2G") from None
     if size < 1:

@@ -98,8 +98,8 @@ class UploadStage:
         name = stem[-100:].lstrip("._-") or "adapter"
         if not name.lower().endswith(_ENDINGS):
             pickle = re.search(r"\.(pt|pth|bin|ckpt|pkl)$", name)
-            said = "pickles run whatever code is in them; " if pickle else ""
-            raise invalid(f"{said}{name} is not the name of an adapter's file", "filename", ", ".join(_ENDINGS))
+            warning = "pickles run whatever code is in them; " if pickle else ""
+            raise invalid(f"{warning}{name} is not the name of an adapter's file", "filename", ", ".join(_ENDINGS))
         with self._lock:
             expired = [each for each in self._staged.values() if each.until < self.clock()]
         for each in expired:
@@ -125,20 +125,20 @@ class UploadStage:
             incoming.path.unlink()
         staged = StagedAdapter(incoming.id, incoming.tenant, incoming.name, path, size, self.clock() + _LIFETIME)
         with self._lock:
-            own = [each for each in self._staged.values() if each.tenant == staged.tenant]
+            others = [each for each in self._staged.values() if each.tenant == staged.tenant]
             self._staged[staged.id] = staged
-        while own and sum(each.size for each in own) + size > _TENANTS_ROOM * self.most:
-            self.drop(own.pop(0))
+        while others and sum(each.size for each in others) + size > _TENANTS_ROOM * self.most:
+            self.drop(others.pop(0))
         return staged
 
     def get(self, tenant: str, id: str) -> StagedAdapter:
         """A tenant's staged file. Raises Refused (404)."""
         with self._lock:
-            found = self._staged.get(id)
-        if found is None or found.tenant != tenant or found.until < self.clock():
+            staged = self._staged.get(id)
+        if staged is None or staged.tenant != tenant or staged.until < self.clock():
             fix = "send it again; an upload is kept for an hour"
             raise Refused("there is no such file", status=404, code="not_found", fix=fix)
-        return found
+        return staged
 
     def drop(self, upload: StagedAdapter | IncomingAdapter) -> None:
         """Delete an upload. Blocks."""

@@ -14,7 +14,7 @@ from veneer.adapters.mix import keep_mix
 from veneer.core.adapter import mix_text
 from veneer.errors import ConfigError
 from veneer.formats.strengths import split_strength
-from veneer.serve.http.surfaces.adapters import note_added
+from veneer.serve.http.surfaces.adapters import audit_added
 from veneer.serve.request import Refused
 from veneer.studio.elements import (
     Command,
@@ -197,7 +197,7 @@ class Board:
 
     async def _search(self, text: str) -> None:
         catalog, caller, words = self.studio.service.catalog, self.page.caller, text.lower().split()
-        fingerprint = catalog.shelf.base.fingerprint
+        fingerprint = catalog.sources.base.fingerprint
         versions = await asyncio.to_thread(
             self.studio.library.search, text, base=fingerprint, all_versions=True, limit=24
         )
@@ -283,7 +283,7 @@ class Board:
 
             def save() -> Any:
                 added, made = keep_mix(self.studio.library, specs, str(name.value or "").strip())
-                note_added(self.studio.service.tenancy, self.page.caller, added.version)
+                audit_added(self.studio.service.tenancy, self.page.caller, added.version)
                 return added, made
 
             async def do() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from veneer.errors import AdapterError, counted
 from veneer.formats.topology import families
-from veneer.serve.http.surfaces.adapters import keep_staged, staged_report
+from veneer.serve.http.surfaces.adapters import add_staged, staged_report
 from veneer.serve.request import Refused
 from veneer.serve.upload_stage import StagedAdapter
 from veneer.studio.elements import (
@@ -168,7 +168,7 @@ def _draw_save(page: ViewPage, staged: StagedAdapter) -> None:
     async def save() -> None:
         name = str(field.value).strip()
         added = await asyncio.to_thread(
-            keep_staged, studio.library, service.tenancy, service.quotas, page.caller, staged, name
+            add_staged, studio.library, service.tenancy, service.quotas, page.caller, staged, name
         )
         await page.go("adapter", ref=added.version.reference)
         page.notify(f"Saved {added.version.reference}")

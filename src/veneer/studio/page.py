@@ -175,7 +175,7 @@ class Studio:
 
     def library_mark(self) -> object:
         """Return an object that differs after a possible change of the library's names."""
-        names = self.service.catalog.shelf.names
+        names = self.service.catalog.sources.names
         return None if names is None else names.now
 
 
@@ -200,7 +200,7 @@ class ViewPage:
     def base_argument(self) -> str:
         """This server's base as an argument of a command; only the operator sees the base's path."""
         studio = self.studio
-        return str(studio.service.catalog.shelf.base.name) if self.caller.can("operate") else studio.base
+        return str(studio.service.catalog.sources.base.name) if self.caller.can("operate") else studio.base
 
     def name_for(self, filename: str) -> str:
         """Return a library name for a file, in the caller's namespace."""

@@ -15,7 +15,7 @@ from veneer.jobs.openai import MEASURED, error_to_openai, event_to_openai
 from veneer.jobs.step_actions import keep_step
 from veneer.jobs.store import ENDS, Job, UnknownJob
 from veneer.library.queries import Version
-from veneer.serve.http.surfaces.adapters import note_added
+from veneer.serve.http.surfaces.adapters import audit_added
 from veneer.studio.elements import (
     Command,
     Fragment,
@@ -243,7 +243,7 @@ async def run_view(page: ViewPage) -> None:
     def ask_to_use(step: int) -> None:
         def keep() -> Version:
             version = keep_step(jobs, job.id, step, tenant=page.caller.owner)
-            note_added(page.studio.service.tenancy, page.caller, version)
+            audit_added(page.studio.service.tenancy, page.caller, version)
             return version
 
         async def do() -> None:

@@ -300,7 +300,7 @@ class _ServerForm:
 
 def suggestions(studio: Studio) -> list[tuple[str, list[str]]]:
     """Return suggestions from files in the working directory: (name, settings)."""
-    base = str(studio.service.catalog.shelf.base.name)
+    base = str(studio.service.catalog.sources.base.name)
     with os.scandir() as entries:
         names = sorted(entry.name for entry in itertools.islice(entries, 2000) if not entry.name.startswith("."))
     if studio.makes_images:

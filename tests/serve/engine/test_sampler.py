@@ -61,7 +61,7 @@ def test_greedy_is_argmax_and_does_no_more() -> None:
     kept = scores.clone()
     assert ids(scores, rows) == scores.argmax(-1).tolist()
     assert torch.equal(kept, scores)
-    assert [row.made for row in rows] == [1] * 5
+    assert [row.generated for row in rows] == [1] * 5
     assert sample(logits(0), []) == []
 
 

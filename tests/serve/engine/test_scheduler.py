@@ -55,7 +55,7 @@ def test_a_prompt_that_waits_for_room_is_counted_once() -> None:
         steps += 1
         advance(scheduler)
     assert steps > 16  # one after another
-    assert scheduler.looked_for == 36
+    assert scheduler.looked_up == 36
     assert scheduler.found == sum(s.cached for s in prompts) == 16
 
 

@@ -171,7 +171,7 @@ def test_what_has_no_thin_form_runs_beside_what_has(family: str) -> None:
         same(g_, w)
     assert runner.attached == set(ready)
     for name in ready:
-        runner.let_go(name)
+        runner.drop(name)
     assert not runner.attached
     runner.close()
 

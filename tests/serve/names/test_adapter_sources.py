@@ -19,7 +19,7 @@ from veneer.core.init import create
 from veneer.formats import peft
 from veneer.library.library import Library
 from veneer.models.text.base import TextBase
-from veneer.serve.names.adapter_sources import MOST_PLACES, AdapterPlace
+from veneer.serve.names.adapter_sources import MOST_LOCATIONS, AdapterLocation
 from veneer.serve.names.catalog import Catalog
 from veneer.serve.principal import Principal
 
@@ -192,7 +192,7 @@ def test_what_the_runner_cannot_serve(
     assert reason(error) == word
     assert problem in error.what
     assert catalog.resolve("kept", OPERATOR).mix == ((digest, 1.0),)
-    assert reason(refused(lambda: catalog.shelf.read(digest, catalog.problems))) == word, (
+    assert reason(refused(lambda: catalog.sources.read(digest, catalog.problems))) == word, (
         "by the same rules when it is first asked for"
     )
 
@@ -218,7 +218,7 @@ def test_every_kind_that_the_runner_serves_is_read_whole(
     peft.write_folder(adapter, folder / "a")
     catalog = make()
     card = catalog.load("x", "a")
-    again = catalog.shelf.read(card.digest, catalog.problems)
+    again = catalog.sources.read(card.digest, catalog.problems)
     assert {n for n, _ in again.tensors()} == {n for n, _ in adapter.tensors()}
     assert {n: p.scale for n, p in again.pairs.items()} == {n: p.scale for n, p in adapter.pairs.items()}
 
@@ -230,7 +230,7 @@ def test_a_file_that_is_written_to_later_does_not_change_what_is_served(
 ) -> None:
     digest = saved(base, folder / "a")
     catalog = make()
-    adapter = catalog.shelf.read_from(catalog.shelf.locate("a"), catalog.problems)
+    adapter = catalog.sources.read_from(catalog.sources.locate("a"), catalog.problems)
     path = folder / "a" / "adapter_model.safetensors"
     with path.open("r+b") as file:
         file.seek(-64, os.SEEK_END)
@@ -242,13 +242,13 @@ def test_loaded_adapters_are_found_after_many_other_requests(make: Make, base: T
     digest = saved(base, folder / "a")
     catalog = make()
     catalog.load("x", "a")
-    for n in range(MOST_PLACES + 10):
-        catalog.shelf.remember(f"sha256:{n}", AdapterPlace("other", path=folder / "a"))
-    assert catalog.shelf.files(digest) == folder / "a"
-    assert refused(lambda: catalog.shelf.files("sha256:0")).status == 404  # the oldest location is forgotten
-    assert catalog.shelf.files(f"sha256:{MOST_PLACES}") == folder / "a"
+    for n in range(MOST_LOCATIONS + 10):
+        catalog.sources.remember(f"sha256:{n}", AdapterLocation("other", path=folder / "a"))
+    assert catalog.sources.files(digest) == folder / "a"
+    assert refused(lambda: catalog.sources.files("sha256:0")).status == 404  # the oldest location is forgotten
+    assert catalog.sources.files(f"sha256:{MOST_LOCATIONS}") == folder / "a"
     catalog.unload("x")
-    assert catalog.shelf.files(digest) == folder / "a"  # a running request can still read the adapter
-    for n in range(MOST_PLACES):
-        catalog.shelf.remember(f"sha256:{n}", AdapterPlace("other", path=folder / "a"))
-    assert refused(lambda: catalog.shelf.files(digest)).status == 404
+    assert catalog.sources.files(digest) == folder / "a"  # a running request can still read the adapter
+    for n in range(MOST_LOCATIONS):
+        catalog.sources.remember(f"sha256:{n}", AdapterLocation("other", path=folder / "a"))
+    assert refused(lambda: catalog.sources.files(digest)).status == 404

@@ -83,7 +83,7 @@ def test_what_the_library_has_needs_no_loading(make: Make, base: TextBase, folde
     assert {word: catalog.resolve(word, OPERATOR).mix for word in words} == {w: of(d) for w, d in words.items()}
     assert [c.id for c in catalog.models(OPERATOR)] == ["tiny", "support"]
     assert torch.equal(
-        next(catalog.shelf.read(one).tensors())[1],
+        next(catalog.sources.read(one).tensors())[1],
         next(peft.load_folder(folder / "a", base.model).adapter.tensors())[1],
     )
 
@@ -96,8 +96,8 @@ def test_names_are_resolved_without_a_database(
     library.add(folder / "a", "acme/support")
     library.alias("acme/support@1", "prod")
     catalog = make()
-    catalog.shelf.names.looked()
-    monkeypatch.setattr(catalog.shelf.names, "looked", lambda: None)  # as surfaces leave it to a thread
+    catalog.sources.names.looked()
+    monkeypatch.setattr(catalog.sources.names, "looked", lambda: None)  # as surfaces leave it to a thread
 
     asked: list[str] = []
     event.listen(library.engine, "before_cursor_execute", lambda c, cursor, statement, *more: asked.append(statement))
@@ -107,7 +107,7 @@ def test_names_are_resolved_without_a_database(
         for word in ("nothing", "acme/support@2", "acme/support@stable", "sha256:0000"):
             assert refused(lambda w=word: catalog.resolve(w, OPERATOR)).status == 404
         assert [c.id for c in catalog.models(OPERATOR)] == ["tiny", "acme/support"]
-    assert catalog.shelf.read(digest).digest() == digest
+    assert catalog.sources.read(digest).digest() == digest
     assert asked == []
 
 
@@ -280,7 +280,7 @@ def test_what_is_not_theirs_is_what_is_not_there(make: Make, base: TextBase, fol
 
 def test_what_is_not_theirs_is_not_even_looked_up(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     catalog = make()
-    monkeypatch.setattr(catalog.shelf, "look", lambda reference: pytest.fail("looked up"))
+    monkeypatch.setattr(catalog.sources, "find_version", lambda reference: pytest.fail("looked up"))
     for word in ("there", "not-there"):
         assert refused(lambda w=word: catalog.resolve(w, Principal("key", sees=lambda name: False))).status == 404
 

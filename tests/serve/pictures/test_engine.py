@@ -295,7 +295,7 @@ def test_a_record_is_of_one_caller_alone(engine: PictureEngine, shelf: Shelf) ->
     assert one.made.infotext.prompt == "my cat <lora:acme:0.5>"
     assert "Lora hashes" not in one.made.infotext.fields, "no file's hash is known here"
     assert one.made.record["rows"][0]["adapters"] == [[brand, "0.5"]]
-    assert (one.usage.completion, one.usage.prompt > 2) == (engine.places(mine.settings), True)
+    assert (one.usage.completion, one.usage.prompt > 2) == (engine.positions(mine.settings), True)
 
 
 def test_a_picture_is_made_again_from_the_library(base: ImageBase, shelf: Shelf, tmp_path: Path) -> None:

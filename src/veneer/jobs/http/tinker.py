@@ -295,7 +295,7 @@ class TinkerRoutes:
         def do() -> TrainingRun:
             self.account.check_allowed(call.tenant)
             if call.tenant:
-                call.http.tenancy.let_see_own(call.tenant)
+                call.http.tenancy.grant_namespace(call.tenant)
             options: dict[str, Any] = {"weight": call.caller.weight, "optimizer": optimizer}
             return call.service.create_run(call.tenant, session, number, start, metadata, **options)
 

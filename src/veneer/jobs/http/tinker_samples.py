@@ -35,7 +35,7 @@ from veneer.serve.http.answers import TextAnswer, TextJob, run
 from veneer.serve.http.bodies import Strict
 from veneer.serve.http.errors import Json, as_refused, message_of
 from veneer.serve.http.service import ChosenMix, Service
-from veneer.serve.names.adapter_sources import AdapterPlace
+from veneer.serve.names.adapter_sources import AdapterLocation
 from veneer.serve.quota import QuotaHold
 from veneer.serve.request import Refused, invalid
 from veneer.serve.request import Sampling as SamplingParams
@@ -207,7 +207,7 @@ def _served(call: Call, source: SamplerSource) -> ResolvedModel:
         what = "the weights of this sampling client are kept no more: newer ones of its run took their place"
         fix = "save_weights_for_sampler(name) keeps what is to be asked for longer"
         raise Refused(what, status=410, code="gone", fix=fix)
-    catalog.shelf.remember(source.digest, AdapterPlace(source.name, path=Path(source.folder)))
+    catalog.sources.remember(source.digest, AdapterLocation(source.name, path=Path(source.folder)))
     return ResolvedModel(((source.digest, 1.0),), source.name, source.name, adapters=(source.name,))
 
 

@@ -36,22 +36,22 @@ LEAST, MOST = 0.5, 4.0
 class SharedQuantity:
     """`total` units of a resource, of which each tenant can hold a part.
 
-    `what`: its name in error messages.
+    `label`: its name in error messages.
     """
 
-    def __init__(self, what: str, total: int) -> None:
-        self.what, self.total, self.held = what, total, 0
+    def __init__(self, label: str, total: int) -> None:
+        self.label, self.total, self.held = label, total, 0
         self.by: dict[str, int] = {}
 
     def take(self, tenant: str, weight: float, amount: int) -> None:
         """Reserve `amount` units for a tenant. Raises Refused (overloaded, 429)."""
-        own, free = self.by.get(tenant, 0), self.total - self.held - amount
+        used, free = self.by.get(tenant, 0), self.total - self.held - amount
         alpha = min(max(weight, LEAST), MOST)
-        if free < 0 or (tenant and own + amount > alpha * free):
-            what = f"too many {self.what} at once" + (" from this tenant" if free >= 0 else "")
+        if free < 0 or (tenant and used + amount > alpha * free):
+            what = f"too many {self.label} at once" + (" from this tenant" if free >= 0 else "")
             raise Refused(what, status=429, code="overloaded", retry_after=1.0)
         self.held += amount
-        self.by[tenant] = own + amount
+        self.by[tenant] = used + amount
 
     def give(self, tenant: str, amount: int) -> None:
         self.held -= amount
@@ -81,7 +81,7 @@ class FairPool(ThreadPoolExecutor):
         self._order = threading.Lock()
         self._busy: Counter[str] = Counter()
         self._waiting: dict[str, deque[_Work]] = {}
-        self._given: dict[str, float] = {}
+        self._served: dict[str, float] = {}
 
     async def run(self, tenant: str, weight: float, size: int, do: Callable[[], T]) -> T:
         """Call `do` in a thread; returns its result and raises its errors.
@@ -98,7 +98,7 @@ class FairPool(ThreadPoolExecutor):
         """Queue work; returns the future of its result."""
         work = _Work(weight, max(1, size), do)
         with self._order:
-            self._given.setdefault(tenant, min(self._given.values(), default=0.0))
+            self._served.setdefault(tenant, min(self._served.values(), default=0.0))
             self._waiting.setdefault(tenant, deque()).append(work)
         self._start()
         return work.result
@@ -109,12 +109,12 @@ class FairPool(ThreadPoolExecutor):
 
     def _start(self) -> None:
         """Submit waiting work while threads are free."""
-        while (found := self._take()) is not None:
+        while (work := self._take()) is not None:
             try:
-                super().submit(self._do, *found)
+                super().submit(self._do, *work)
             except RuntimeError as error:  # the pool was shut down
-                found[1].result.set_exception(error)
-                self._end(found[0])
+                work[1].result.set_exception(error)
+                self._end(work[0])
 
     def _take(self) -> tuple[str, _Work] | None:
         with self._order:
@@ -122,16 +122,16 @@ class FairPool(ThreadPoolExecutor):
                 ready = [tenant for tenant in self._waiting if self._busy[tenant] < self.most(tenant)]
                 if not ready:
                     break
-                tenant = min(ready, key=self._given.__getitem__)
+                tenant = min(ready, key=self._served.__getitem__)
                 work = self._waiting[tenant].popleft()
                 if not self._waiting[tenant]:
                     del self._waiting[tenant]
                 if work.result.set_running_or_notify_cancel():  # False: the caller has left
-                    self._given[tenant] += work.size / work.weight
+                    self._served[tenant] += work.size / work.weight
                     self._busy[tenant] += 1
                     return tenant, work
             if not self._busy.total():
-                self._given.clear()
+                self._served.clear()
             return None
 
     def _end(self, tenant: str) -> None:
@@ -187,14 +187,14 @@ class AdmittedRequest:
     weight: float = 1.0
     held: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
-    def take(self, what: str, amount: int) -> None:
+    def take(self, resource: str, amount: int) -> None:
         """Reserve `amount` units. Raises Refused (overloaded, 429) if they are not free."""
-        self.admission.shares[what].take(self.tenant, self.weight, amount)
-        self.held[what] += amount
+        self.admission.shares[resource].take(self.tenant, self.weight, amount)
+        self.held[resource] += amount
 
-    def give(self, what: str, amount: int) -> None:
-        self.admission.shares[what].give(self.tenant, amount)
-        self.held[what] -= amount
+    def give(self, resource: str, amount: int) -> None:
+        self.admission.shares[resource].give(self.tenant, amount)
+        self.held[resource] -= amount
 
     async def work(self, size: int, do: Callable[[], T]) -> T:
         """Call `do`, work on `size` characters or bytes, in a thread.
@@ -208,7 +208,7 @@ class AdmittedRequest:
             self.give("texts", size)
 
     def leave(self) -> None:
-        for what, amount in self.held.items():
+        for resource, amount in self.held.items():
             if amount:
-                self.admission.shares[what].give(self.tenant, amount)
+                self.admission.shares[resource].give(self.tenant, amount)
         self.held.clear()

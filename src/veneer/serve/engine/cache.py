@@ -67,11 +67,11 @@ class Cache:
         key = root
         for start in range(0, len(tokens) - self.block, self.block):
             key = chain(key, tokens[start : start + self.block])
-            found = self._known.get(key)
-            if found is None:
+            block = self._known.get(key)
+            if block is None:
                 break
-            self._hold(found)
-            table.blocks.append(found)
+            self._hold(block)
+            table.blocks.append(block)
             table.keys.append(key)
         return table
 

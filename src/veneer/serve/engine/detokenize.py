@@ -45,44 +45,44 @@ class AnswerText:
         self.sampling = sampling
         ignored = sampling.ignore_eos and sampling.grammar is None
         self.ends = frozenset(sampling.stop_ids) | (frozenset() if ignored else frozenset(ends))
-        self.made = 0
+        self.count = 0
         self._stops = tuple(s for s in sampling.stop if s)
         self._longest = max(map(len, self._stops), default=0)
-        self._held = ""
+        self._buffer = ""
         self._stopped = False
 
     def add(self, token: int) -> Piece:
-        self.made += 1
+        self.count += 1
         if token in self.ends:
             return Piece("", "stop", token)
-        text, stop = self._look(self.pieces.add(token))
+        text, stop = self._split(self.pieces.add(token))
         if stop is not None:
             return Piece(text, "stop", stop)
-        return Piece(text, "length" if self.made >= self.sampling.max_tokens else None)
+        return Piece(text, "length" if self.count >= self.sampling.max_tokens else None)
 
     def rest(self) -> str:
         """The held-back text, returned once, however the answer ended.
 
         Excludes text after a stop text.
         """
-        text, stop = self._look(self.pieces.rest())
-        held, self._held = self._held, ""
-        return text if stop is not None else text + held
+        text, stop = self._split(self.pieces.rest())
+        buffer, self._buffer = self._buffer, ""
+        return text if stop is not None else text + buffer
 
-    def _look(self, new: str) -> tuple[str, str | None]:
+    def _split(self, new: str) -> tuple[str, str | None]:
         """(text to send, completed stop text or None)."""
         if self._stopped:
             return "", None
-        text, self._held = self._held + new, ""
-        if not self._stops or self.made <= self.sampling.min_tokens:
+        text, self._buffer = self._buffer + new, ""
+        if not self._stops or self.count <= self.sampling.min_tokens:
             return text, None
-        found = [(at + len(s), at, s) for s in self._stops if (at := text.find(s)) >= 0]
-        if found:
+        matches = [(at + len(s), at, s) for s in self._stops if (at := text.find(s)) >= 0]
+        if matches:
             self._stopped = True
-            _, at, stop = min(found)
+            _, at, stop = min(matches)
             return text[:at], stop
         for n in range(min(len(text), self._longest - 1), 0, -1):
             if any(s.startswith(text[-n:]) for s in self._stops):
-                self._held = text[-n:]
+                self._buffer = text[-n:]
                 return text[:-n], None
         return text, None

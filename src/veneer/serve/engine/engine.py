@@ -76,7 +76,7 @@ class _Live:
     request: Request
     draws: SampledRow
     answer: AnswerText
-    tell: Callable[[EngineEvent], None]
+    deliver: Callable[[EngineEvent], None]
     loop: asyncio.AbstractEventLoop
     came: float
     sequence: Sequence | None = None
@@ -197,7 +197,7 @@ class TextEngine(Engine[Request, EngineEvent]):
             waiting=self.scheduler.waiting,
             cache_used=self.cache.in_use / self.cache.size,
             prefix_hits=self.scheduler.found,
-            prefix_lookups=self.scheduler.looked_for,
+            prefix_lookups=self.scheduler.looked_up,
             preemptions=self.scheduler.preemptions,
             steps=self._steps,
             prompt_tokens=self._prompt_tokens,
@@ -259,7 +259,7 @@ class TextEngine(Engine[Request, EngineEvent]):
         self,
         request: Request,
         grammar: Matcher | None,
-        tell: Callable[[EngineEvent], None],
+        deliver: Callable[[EngineEvent], None],
         loop: asyncio.AbstractEventLoop,
     ) -> _Live:
         ends = () if request.sampling.ignore_eos else self.base.stop_ids
@@ -272,7 +272,7 @@ class TextEngine(Engine[Request, EngineEvent]):
             under=request.name if request.mix else "",
         )
         answer = AnswerText(self.base.tokenizer, request.sampling, self.base.stop_ids)
-        live = _Live(request, draws, answer, tell, loop, time.monotonic())
+        live = _Live(request, draws, answer, deliver, loop, time.monotonic())
         if request.id in self._by_id:
             raise invalid(f"a request {request.id!r} is running")
         self._by_id[request.id] = live
@@ -307,10 +307,10 @@ class TextEngine(Engine[Request, EngineEvent]):
         `wait`: block for the first, because there is no other work.
         """
         try:
-            note = self._box.get(timeout=1.0) if wait else self._box.get_nowait()
-            while note is not None:
-                note()
-                note = self._box.get_nowait()
+            callback = self._box.get(timeout=1.0) if wait else self._box.get_nowait()
+            while callback is not None:
+                callback()
+                callback = self._box.get_nowait()
         except Empty:
             pass
         self._send()
@@ -352,10 +352,10 @@ class TextEngine(Engine[Request, EngineEvent]):
             if live.began is None:
                 live.began = time.monotonic()
                 self._prompt_tokens += len(live.request.prompt)
-                self._tell(live, Started(chunk.sequence.cached))
+                self._emit(live, Started(chunk.sequence.cached))
         self._steps += 1
-        wanted = [c for c in chunks if c.last]
-        choices = dict(zip(map(id, wanted), self._choose(chunks, wanted), strict=True))
+        sampled = [c for c in chunks if c.last]
+        choices = dict(zip(map(id, sampled), self._choose(chunks, sampled), strict=True))
         now = time.monotonic()
         for chunk in chunks:
             if (still := self._live.get(chunk.sequence)) is not None:  # else the row failed
@@ -363,24 +363,24 @@ class TextEngine(Engine[Request, EngineEvent]):
                 if chunk.last:
                     self._take(still, choices[id(chunk)], now)
 
-    def _choose(self, chunks: list[Chunk], wanted: list[Chunk]) -> list[SampledToken | Refused | None]:
-        """The next token of each chunk in `wanted`.
+    def _choose(self, chunks: list[Chunk], sampled: list[Chunk]) -> list[SampledToken | Refused | None]:
+        """The next token of each chunk in `sampled`.
 
         If the step fails, each row is rerun on its own.
         """
         rows = [self._row(c) for c in chunks]
-        for chunk in wanted:
+        for chunk in sampled:
             self._live[chunk.sequence].draws.ahead(self._masks.submit)
         try:
             logits = self._scored(chunks, rows, self.runner.run(rows))
-            made: list[SampledToken | Refused | None] = (
-                list(sample(logits, [self._live[c.sequence].draws for c in wanted])) if wanted else []
+            choices: list[SampledToken | Refused | None] = (
+                list(sample(logits, [self._live[c.sequence].draws for c in sampled])) if sampled else []
             )
             self._lost = 0
-            return made
+            return choices
         except Exception:
             log.exception("a step over %d rows failed; each is run by itself", len(rows))
-        out: dict[int, SampledToken | Refused | None] = {id(c): None for c in wanted}
+        out: dict[int, SampledToken | Refused | None] = {id(c): None for c in sampled}
         self._lost += 1
         for chunk in chunks:
             live = self._live[chunk.sequence]
@@ -424,8 +424,8 @@ class TextEngine(Engine[Request, EngineEvent]):
             count = live.request.sampling.logprobs or 0
             for k in range(0, len(following), _SCORED) if live.request.sampling.prompt_logprobs else ():
                 ids = torch.tensor(following[k : k + _SCORED], device=logits.device)
-                found = scored(logits[at + k : at + k + len(ids)], ids, [count] * len(ids))
-                live.prompt |= dict(enumerate(found, chunk.start + 1 + k))
+                tokens = scored(logits[at + k : at + k + len(ids)], ids, [count] * len(ids))
+                live.prompt |= dict(enumerate(tokens, chunk.start + 1 + k))
             at += row.wants
             ends += [at - 1] if chunk.last else []
         return logits[ends]
@@ -444,7 +444,7 @@ class TextEngine(Engine[Request, EngineEvent]):
         piece = live.answer.add(choice.id)
         special = choice.id in self.base.stop_ids
         top = self._top(choice)
-        self._tell(live, Token(choice.id, piece.text, choice.logprob, top, special, prompt, choice.drawn))
+        self._emit(live, Token(choice.id, piece.text, choice.logprob, top, special, prompt, choice.sampled_logprob))
         if piece.reason is not None:
             self._end(live, piece.reason, stop=piece.stop)
 
@@ -481,10 +481,10 @@ class TextEngine(Engine[Request, EngineEvent]):
             decode=(live.last - first) if first and live.last else 0.0,
         )
         text = live.answer.rest() if reason != "cancelled" else ""
-        self._tell(live, Finished(reason, usage, stop, text, error))
+        self._emit(live, Finished(reason, usage, stop, text, error))
 
-    def _tell(self, live: _Live, event: EngineEvent) -> None:
-        self._outbox[live.loop].append((live.tell, event))
+    def _emit(self, live: _Live, event: EngineEvent) -> None:
+        self._outbox[live.loop].append((live.deliver, event))
 
     def _send(self) -> None:
         """Deliver the step's events, with one call per event loop."""
@@ -496,9 +496,9 @@ class TextEngine(Engine[Request, EngineEvent]):
     def _prompt(self, live: _Live) -> tuple[Token, ...]:
         if not live.request.sampling.prompt_logprobs:
             return ()
-        told = [live.prompt.get(k, SampledToken(token)) for k, token in enumerate(live.request.prompt)]
+        tokens = [live.prompt.get(k, SampledToken(token)) for k, token in enumerate(live.request.prompt)]
         live.prompt = {}
-        return tuple(Token(c.id, self._text(c.id), c.logprob, self._top(c)) for c in told)
+        return tuple(Token(c.id, self._text(c.id), c.logprob, self._top(c)) for c in tokens)
 
     def _top(self, choice: SampledToken) -> tuple[tuple[int, str, float], ...]:
         return tuple((i, self._text(i), p) for i, p in choice.top)
@@ -513,9 +513,9 @@ class TextEngine(Engine[Request, EngineEvent]):
 
     def _freed(self, thing: Prepared) -> None:
         key = thing.key  # the callback must not keep the object alive
-        self._box.put(lambda: self.runner.let_go(key))
+        self._box.put(lambda: self.runner.drop(key))
 
 
 def _deliver(events: list[_Note]) -> None:
-    for tell, event in events:
-        tell(event)
+    for deliver, event in events:
+        deliver(event)

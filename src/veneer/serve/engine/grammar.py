@@ -101,8 +101,8 @@ def compile_grammar(
     if kind == "json_schema" and (parts := text.count("{") + text.count("[")) > _MAX_PARTS:
         raise _refused(f"a schema of {parts:,} objects and lists; at most {_MAX_PARTS:,}")
     vocabulary = vocabulary or len(tokenizer)
-    own = _tokenizer(tokenizer, vocabulary, tuple(sorted(ends)))
-    return _compiled(kind, _ANY_OBJECT if kind == "json_object" else text, own, vocabulary)
+    llg_tokenizer = _tokenizer(tokenizer, vocabulary, tuple(sorted(ends)))
+    return _compiled(kind, _ANY_OBJECT if kind == "json_object" else text, llg_tokenizer, vocabulary)
 
 
 @lru_cache(maxsize=256)
@@ -114,9 +114,9 @@ def _compiled(kind: GrammarKind, text: str, tokenizer: LLTokenizer, vocabulary: 
         grammar = LLMatcher.grammar_from_regex(text) if regex else LLMatcher.grammar_from_json_schema(text)
     except ValueError as error:
         raise _refused(str(error)) from error
-    wrong, said = LLMatcher.validate_grammar_with_warnings(grammar, tokenizer)
+    wrong, messages = LLMatcher.validate_grammar_with_warnings(grammar, tokenizer)
     if wrong:
-        raise _refused(said[0])
+        raise _refused(messages[0])
     start = Matcher(LLMatcher(tokenizer, grammar, log_level=0), vocabulary)
     start.copy().mask()
     return start
@@ -148,15 +148,15 @@ _WORDS = {
 """Explanations of the reasons for which an llguidance matcher stops."""
 
 
-def _refused(what: str) -> Refused:
+def _refused(message: str) -> Refused:
     """An error with llguidance's first line or our own explanation.
 
     Excludes llguidance's internal state.
     """
-    first = what.strip().splitlines()[0].strip()[:300] if what.strip() else "it cannot be followed"
+    first = message.strip().splitlines()[0].strip()[:300] if message.strip() else "it cannot be followed"
     if "regex parse error:" in first:
-        why = re.search(r"^error: (.+)$", what, re.MULTILINE)
+        why = re.search(r"^error: (.+)$", message, re.MULTILINE)
         first = f"a regular expression in it cannot be read{': ' + why[1][:200] if why else ''}"
-    first = next((ours for theirs, ours in _WORDS.items() if theirs in what.partition("<grammar>")[0]), first)
-    what = first.partition("<state>")[0].strip()
-    return invalid(f"the grammar cannot be used: {what}", "response_format")
+    first = next((ours for theirs, ours in _WORDS.items() if theirs in message.partition("<grammar>")[0]), first)
+    message = first.partition("<state>")[0].strip()
+    return invalid(f"the grammar cannot be used: {message}", "response_format")

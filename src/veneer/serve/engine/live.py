@@ -62,9 +62,9 @@ def live_sampler(
     settings = settings or SamplerSettings()
     context = min(base.context, settings.context or base.context)
     blocks = settings.rows * (context // BLOCK + 1) + 2
-    room = min(_CACHE, blocks * block_bytes(base))
+    cache_bytes = min(_CACHE, blocks * block_bytes(base))
     engine_settings = EngineSettings(
-        rows=settings.rows, queue=1 << 30, cache_bytes=room, batch_invariant=settings.exact, context=context
+        rows=settings.rows, queue=1 << 30, cache_bytes=cache_bytes, batch_invariant=settings.exact, context=context
     )
     now: dict[str, Adapter] = {}
     with attachment.off(), without_dropout(base.model):
@@ -98,11 +98,11 @@ class _LiveSampler(Sampler):
         return low_rank_problems(self.attachment.adapters[adapter], self.runner.layout)
 
     def draw(
-        self, asked: Sequence[CompletionRequest], interrupted: Callable[[], bool] = lambda: False
+        self, requests: Sequence[CompletionRequest], interrupted: Callable[[], bool] = lambda: False
     ) -> list[Rollout] | None:
         mixes: dict[str, DigestMix] = {"": BASE}
         fresh: dict[str, Adapter] = {}
-        for name in dict.fromkeys(one.adapter for one in asked if one.adapter):
+        for name in dict.fromkeys(one.adapter for one in requests if one.adapter):
             adapter = self.attachment.adapter(name)
             digest = adapter.digest()
             fresh[digest], mixes[name] = adapter, ((digest, 1.0),)
@@ -110,30 +110,30 @@ class _LiveSampler(Sampler):
             self.engine.residents.drop(digest)
             del self.now[digest]
         self.now |= fresh
-        return self.thread.submit(asyncio.run, self._all(asked, mixes, interrupted)).result()
+        return self.thread.submit(asyncio.run, self._all(requests, mixes, interrupted)).result()
 
     async def _all(
-        self, asked: Sequence[CompletionRequest], mixes: dict[str, DigestMix], interrupted: Callable[[], bool]
+        self, requests: Sequence[CompletionRequest], mixes: dict[str, DigestMix], interrupted: Callable[[], bool]
     ) -> list[Rollout] | None:
         """Run all requests; the first of each prompt starts alone.
 
         The others then find its cached prefix.
         """
         ahead: dict[tuple[str, tuple[int, ...]], asyncio.Event] = {}
-        many = Counter((one.adapter, one.prompt) for one in asked)
+        many = Counter((one.adapter, one.prompt) for one in requests)
 
-        async def one(wanted: CompletionRequest) -> Rollout:
-            key = (wanted.adapter, wanted.prompt)
+        async def one(request: CompletionRequest) -> Rollout:
+            key = (request.adapter, request.prompt)
             if key in ahead:
                 await ahead[key].wait()
-                return await self._one(wanted, mixes[wanted.adapter], None)
+                return await self._one(request, mixes[request.adapter], None)
             begun = ahead[key] = asyncio.Event()
             try:
-                return await self._one(wanted, mixes[wanted.adapter], begun if many[key] > 1 else None)
+                return await self._one(request, mixes[request.adapter], begun if many[key] > 1 else None)
             finally:
                 begun.set()
 
-        tasks = [asyncio.ensure_future(one(wanted)) for wanted in asked]
+        tasks = [asyncio.ensure_future(one(request)) for request in requests]
         try:
             while any(not task.done() for task in tasks):
                 done, _ = await asyncio.wait(tasks, timeout=_LOOK, return_when=asyncio.FIRST_EXCEPTION)
@@ -147,20 +147,20 @@ class _LiveSampler(Sampler):
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _one(self, wanted: CompletionRequest, mix: DigestMix, begun: asyncio.Event | None) -> Rollout:
-        how = wanted.how
+    async def _one(self, request: CompletionRequest, mix: DigestMix, begun: asyncio.Event | None) -> Rollout:
+        how = request.how
         sampling = Sampling(
             max_tokens=how.max_tokens,
             temperature=how.temperature,
             top_p=how.top_p,
-            seed=wanted.seed,
+            seed=request.seed,
             logprobs=0,
-            drawn_logprob=True,
+            sampled_logprob=True,
             grammar=how.grammar,  # type: ignore[arg-type]
         )
         tokens: list[Token] = []
         cached, end = 0, None
-        async for event in self.engine.events(Request(wanted.prompt, sampling, mix, name=wanted.adapter)):
+        async for event in self.engine.events(Request(request.prompt, sampling, mix, name=request.adapter)):
             match event:
                 case Started():
                     cached = event.cached
@@ -176,10 +176,10 @@ class _LiveSampler(Sampler):
         if end.reason == "cancelled":
             raise VeneerError("the engine ended while it drew")
         return Rollout(
-            wanted.prompt,
+            request.prompt,
             tuple(t.id for t in tokens),
             tuple(t.logprob or 0.0 for t in tokens),
-            tuple(t.drawn or 0.0 for t in tokens),
+            tuple(t.sampled_logprob or 0.0 for t in tokens),
             "".join(t.text for t in tokens) + end.text,
             end.reason == "length",
             cached,
@@ -196,23 +196,23 @@ class _LiveSampler(Sampler):
         llama, layout = self.runner.llama, self.runner.layout
         assert llama is not None
         packed = pack_adapter(self.attachment.adapters[adapter], layout, adapter) if adapter else None
-        wanted = trained.nonzero()[:, 0].to(input_ids.device)
+        positions = trained.nonzero()[:, 0].to(input_ids.device)
         rows = _ReplayedRows.of(lengths, shared)
-        return _EngineReplay(llama, packed, self.runner, input_ids, rows, wanted)
+        return _EngineReplay(llama, packed, self.runner, input_ids, rows, positions)
 
 
 @dataclass(frozen=True)
 class _ReplayedRows:
     """The tokens that a replay computes.
 
-    `rows`: (first position, end, blocks) of each row, as in the engine. `places`: index of each computed
-    token among the rows' tokens. `made`: index of each of the rows' tokens among the computed ones; `before`:
+    `rows`: (first position, end, blocks) of each row, as in the engine. `computed_indices`: index of each computed
+    token among the rows' tokens. `row_indices`: index of each of the rows' tokens among the computed ones; `before`:
     index of its predecessor.
     """
 
     rows: list[tuple[int, int, list[int]]]
-    places: Tensor
-    made: Tensor
+    computed_indices: Tensor
+    row_indices: Tensor
     before: Tensor
 
     @property
@@ -228,24 +228,30 @@ class _ReplayedRows:
         which = torch.arange(sum(lengths)) if shared is None else shared.places.cpu()
         owner: list[int] = []
         rows: list[tuple[int, int, list[int]]] = []
-        places: list[Tensor] = []
+        computed_indices: list[Tensor] = []
         used = 0
-        for i, own in enumerate(which.split(list(lengths))):
-            common = int((own < len(owner)).sum())
-            owner += [i] * (len(own) - common)
+        for i, indices in enumerate(which.split(list(lengths))):
+            common = int((indices < len(owner)).sum())
+            owner += [i] * (len(indices) - common)
             whole = common // BLOCK if common else 0
-            found = rows[owner[int(own[0])]][2][:whole] if whole else []
-            rows.append((whole * BLOCK, len(own), [*found, *range(used, used := used - (-len(own) // BLOCK) - whole)]))
-            places.append(own[whole * BLOCK :])
-        computed = torch.cat(places)
-        made = SharedRows.of(computed).firsts
-        return cls(rows, computed, made, made - 1 if shared is None else made[shared.before.cpu()])
+            shared_blocks = rows[owner[int(indices[0])]][2][:whole] if whole else []
+            rows.append(
+                (
+                    whole * BLOCK,
+                    len(indices),
+                    [*shared_blocks, *range(used, used := used - (-len(indices) // BLOCK) - whole)],
+                )
+            )
+            computed_indices.append(indices[whole * BLOCK :])
+        computed = torch.cat(computed_indices)
+        row_indices = SharedRows.of(computed).firsts
+        return cls(rows, computed, row_indices, row_indices - 1 if shared is None else row_indices[shared.before.cpu()])
 
 
 class _EngineReplay(Replay):
     """The engine's forward over whole rows; all layers reuse one layer's pages.
 
-    `wanted`: indices of the tokens whose logprobs are requested.
+    `positions`: indices of the tokens whose logprobs are requested.
     """
 
     def __init__(
@@ -255,23 +261,23 @@ class _EngineReplay(Replay):
         runner: Runner,
         ids: Tensor,
         rows: _ReplayedRows,
-        wanted: Tensor,
+        positions: Tensor,
     ) -> None:
-        self.ids, self.wanted, self.layout, self.packed = ids, wanted, runner.layout, packed
-        own, held, device = runner.pages[0], len(llama.blocks), ids.device
-        pages = Pages(1, rows.blocks, own.heads, own.kv, own.d, own.K.dtype, own.K.device)
-        pages.K, pages.V = (t.expand(held, *t.shape[1:]) for t in (pages.K, pages.V))
-        pages.tiles = own.tiles
+        self.ids, self.positions, self.layout, self.packed = ids, positions, runner.layout, packed
+        own_pages, layers, device = runner.pages[0], len(llama.blocks), ids.device
+        pages = Pages(1, rows.blocks, own_pages.heads, own_pages.kv, own_pages.d, own_pages.K.dtype, own_pages.K.device)
+        pages.K, pages.V = (t.expand(layers, *t.shape[1:]) for t in (pages.K, pages.V))
+        pages.tiles = own_pages.tiles
         self.llama = replace(llama, pages=pages)
-        self.made, self.before = sent(rows.made, device), sent(rows.before, device)
-        computed = ids[sent(rows.places, device)]
+        self.row_indices, self.before = sent(rows.row_indices, device), sent(rows.before, device)
+        computed = ids[sent(rows.computed_indices, device)]
         spans = [] if packed is None else [(0, len(computed), [(packed, 1.0)])]
         segments = AdapterBatch.of(self.layout, spans)
         self._layers = self.llama.each_layer(computed, PackedRows.of(rows.rows, device), segments)
 
     @torch.no_grad()
     def layer(self) -> Tensor:
-        return next(self._layers)[self.made]
+        return next(self._layers)[self.row_indices]
 
     @torch.no_grad()
     def logps(self) -> Tensor:
@@ -280,12 +286,12 @@ class _EngineReplay(Replay):
             pass
         head = len(self.layout.groups) - 1
         out = []
-        for places in self.wanted.split(_SCORED):
-            x = hidden[self.before[places]]
+        for chunk in self.positions.split(_SCORED):
+            x = hidden[self.before[chunk]]
             segments = None
             if self.packed is not None and head in self.packed.groups:
                 segments = AdapterBatch.of(self.layout, [(0, len(x), [(self.packed, 1.0)])])
             logits = self.llama.logits(x, segments)
-            found = scored(logits, self.ids[places], [0] * len(places))
-            out += [token.logprob or 0.0 for token in found]
+            tokens = scored(logits, self.ids[chunk], [0] * len(chunk))
+            out += [token.logprob or 0.0 for token in tokens]
         return torch.tensor(out, device=hidden.device)

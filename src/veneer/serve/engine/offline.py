@@ -89,8 +89,8 @@ class EngineAnswers:
         named = make_mix(mix)
 
         async def one(ids: list[int]) -> Completion:
-            room = min(max_new_tokens, self.engine.context - len(ids))
-            sampling = Sampling(max_tokens=room, temperature=0.0)
+            limit = min(max_new_tokens, self.engine.context - len(ids))
+            sampling = Sampling(max_tokens=limit, temperature=0.0)
             request = Request(tuple(ids), sampling, named, name=mix_text(tuple(mix)))
             new: list[int] = []
             async for event in self.engine.events(request):

@@ -44,14 +44,14 @@ NUCLEUS = 1024
 class SampledToken:
     """A sampled token.
 
-    `logprob` and `top` ((id, logprob), best first) are from the model's own distribution, `drawn` is the
+    `logprob` and `top` ((id, logprob), best first) are from the model's own distribution, `sampled_logprob` is the
     logprob in the distribution sampled from; each only if the row requests it.
     """
 
     id: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
-    drawn: float | None = None
+    sampled_logprob: float | None = None
 
 
 class SampledRow:
@@ -77,7 +77,7 @@ class SampledRow:
                 raise invalid(f"{param} names token {wrong[0]}; this base has {vocabulary:,} tokens", param)
         self.sampling, self.grammar, self.under = sampling, grammar, under
         self.seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        self.made = 0
+        self.generated = 0
         ending = {*sampling.stop_ids} | (set() if sampling.ignore_eos else {*ends})
         self._ends = sorted(ending if sampling.min_tokens else ())
         self._penalizes_counts = bool(sampling.presence_penalty or sampling.frequency_penalty)
@@ -94,12 +94,12 @@ class SampledRow:
         """Whether the next token is sampled from the model's own distribution, unmodified."""
         s = self.sampling
         cut = s.top_k or s.top_p < 1 or s.min_p
-        return not (self._changes or cut or s.temperature != 1 or self.made < s.min_tokens)
+        return not (self._changes or cut or s.temperature != 1 or self.generated < s.min_tokens)
 
     @property
     def plain(self) -> bool:
         """Whether the next token is the argmax of the model's own scores."""
-        return not (self.sampling.temperature or self._changes or self.made < self.sampling.min_tokens)
+        return not (self.sampling.temperature or self._changes or self.generated < self.sampling.min_tokens)
 
     def ahead(self, submit: Callable[[Callable[[], Tensor]], Future[Tensor]]) -> None:
         """Start to compute the next token's grammar mask, in parallel with the model."""
@@ -108,7 +108,7 @@ class SampledRow:
 
     def take(self, token: int) -> None:
         """Record a generated token; `sample` calls this for each token it chooses."""
-        self.made += 1
+        self.generated += 1
         if self._penalizes_counts:
             self.counts[token] += 1
         if self._penalizes_repeats:
@@ -129,7 +129,7 @@ class SampledRow:
     @property
     def forbidden(self) -> Sequence[int]:
         """Tokens that must not come next, unless the grammar allows nothing else."""
-        return self._ends if self.made < self.sampling.min_tokens else ()
+        return self._ends if self.generated < self.sampling.min_tokens else ()
 
 
 _NOTHING_ALLOWED, _NOT_FINITE = -1, -2
@@ -162,46 +162,49 @@ def _sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[SampledToken | R
     best, ids = logits.max(-1)
     finite = best.isfinite()
     failed: dict[int, Exception] = {}
-    own_as_it_is = [row.unmodified for row in rows]
-    drawn = torch.zeros(len(rows), device=device)  # 0 for greedy rows: their choice is certain
+    unmodified = [row.unmodified for row in rows]
+    sampled_logprobs = torch.zeros(len(rows), device=device)  # 0 for greedy rows: their choice is certain
     changed = [i for i, row in enumerate(rows) if not row.plain]
     if changed:
-        own = [rows[i] for i in changed]
+        changed_rows = [rows[i] for i in changed]
         at = put_numbers(device, changed)[0]
         scores = logits.index_select(0, at).float()
-        failed = {changed[k]: error for k, error in adjust(scores, own).items()}
+        failed = {changed[k]: error for k, error in adjust(scores, changed_rows).items()}
         top, chosen = scores.max(-1)
         finite.index_copy_(0, at, top.isfinite())
-        warm = [k for k, row in enumerate(own) if row.sampling.temperature]
+        warm = [k for k, row in enumerate(changed_rows) if row.sampling.temperature]
         if warm:
             some = put_numbers(device, warm)[0]
-            tokens, logprobs = _draw(scores.index_select(0, some), [own[k] for k in warm])
+            tokens, logprobs = _draw(scores.index_select(0, some), [changed_rows[k] for k in warm])
             chosen.index_copy_(0, some, tokens)
-            drawn.index_copy_(0, at.index_select(0, some), logprobs)
+            sampled_logprobs.index_copy_(0, at.index_select(0, some), logprobs)
         ids.index_copy_(0, at, chosen)
     ids = torch.where(finite, ids, _NOTHING_ALLOWED)
     ids = torch.where(best.isfinite(), ids, _NOT_FINITE)
-    asking = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None]
-    counts = [rows[i].sampling.logprobs or 0 for i in asking]
-    told_of: tuple[Tensor, ...] = ()
-    if asking:
-        some = put_numbers(device, asking)[0]
-        told_of = _logprobs(logits.index_select(0, some), ids.index_select(0, some).clamp_min(0), max(counts))
-    numbers, under, *parts = _read(ids, drawn, *told_of)
-    made = [int(n) for n in numbers]
-    told = dict(zip(asking, _sampled([made[i] for i in asking], counts, *parts), strict=True)) if asking else {}
-    for i, one in told.items():
-        if rows[i].sampling.drawn_logprob:  # same distribution, so the same number
-            told[i] = replace(one, drawn=one.logprob if own_as_it_is[i] else under[i])
+    with_logprobs = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None]
+    counts = [rows[i].sampling.logprobs or 0 for i in with_logprobs]
+    logprob_parts: tuple[Tensor, ...] = ()
+    if with_logprobs:
+        some = put_numbers(device, with_logprobs)[0]
+        logprob_parts = _logprobs(logits.index_select(0, some), ids.index_select(0, some).clamp_min(0), max(counts))
+    numbers, under, *parts = _read(ids, sampled_logprobs, *logprob_parts)
+    chosen_ids = [int(n) for n in numbers]
+    reported: dict[int, SampledToken] = {}
+    if with_logprobs:
+        reporting = _sampled([chosen_ids[i] for i in with_logprobs], counts, *parts)
+        reported = dict(zip(with_logprobs, reporting, strict=True))
+    for i, one in reported.items():
+        if rows[i].sampling.sampled_logprob:  # same distribution, so the same number
+            reported[i] = replace(one, sampled_logprob=one.logprob if unmodified[i] else under[i])
     out: list[SampledToken | Refused] = []
-    for i, (row, token) in enumerate(zip(rows, made, strict=True)):
+    for i, (row, token) in enumerate(zip(rows, chosen_ids, strict=True)):
         try:
             if i in failed:
                 raise failed[i]
             if token < 0:
                 raise _no_token(row, token)
             row.take(token)
-            out.append(told[i] if i in told else SampledToken(token))
+            out.append(reported[i] if i in reported else SampledToken(token))
         except Exception as error:  # fails this row only: the others have recorded their tokens
             out.append(error if isinstance(error, Refused) else internal_error("the answer", error))
     return out
@@ -223,15 +226,15 @@ def adjust(scores: Tensor, rows: Sequence[SampledRow]) -> dict[int, Exception]:
         except Exception as error:
             failed[k] = error
     if masks:
-        held = put_numbers(scores.device, list(masks))[0]
+        indices = put_numbers(scores.device, list(masks))[0]
         allowed = sent(torch.stack(list(masks.values())), scores.device)
-        scores.index_copy_(0, held, scores.index_select(0, held).masked_fill_(~allowed, -math.inf))
+        scores.index_copy_(0, indices, scores.index_select(0, indices).masked_fill_(~allowed, -math.inf))
     if (at := _entries(scores, [row.forbidden for row in rows])) is not None:
-        kept = scores[at]
+        original = scores[at]
         scores[at] = -math.inf
         if masks:  # a finished grammar wins: the answer is complete
             over = (scores.amax(-1) == -math.inf).index_select(0, at[0])
-            scores[at] = torch.where(over, kept, -math.inf)
+            scores[at] = torch.where(over, original, -math.inf)
     if (at := _entries(scores, [row.sampling.logit_bias for row in rows])) is not None:
         scores[at] += _numbers(scores, [bias for row in rows for bias in row.sampling.logit_bias.values()])
     if (at := _entries(scores, [row.seen for row in rows])) is not None:
@@ -245,10 +248,10 @@ def adjust(scores: Tensor, rows: Sequence[SampledRow]) -> dict[int, Exception]:
 
 def _entries(scores: Tensor, columns: Sequence[Collection[int]]) -> tuple[Tensor, Tensor] | None:
     """(row, column) indices of the entries that `columns` names in each row; None without entries."""
-    rows = [row for row, own in enumerate(columns) for _ in own]
+    rows = [row for row, row_columns in enumerate(columns) for _ in row_columns]
     if not rows:
         return None
-    at, where = put_numbers(scores.device, rows, [column for own in columns for column in own])
+    at, where = put_numbers(scores.device, rows, [column for row_columns in columns for column in row_columns])
     return at, where
 
 
@@ -261,23 +264,23 @@ def _draw(scores: Tensor, rows: Sequence[SampledRow]) -> tuple[Tensor, Tensor]:
     """Sample a token per row from softmax(scores / temperature), within the cuts.
 
     The cuts are top-k, min-p and top-p. Returns the tokens and their logprobs in that distribution; the
-    logprobs are 0 unless some row requests `drawn_logprob` for a modified distribution. scores: (rows,
+    logprobs are 0 unless some row requests `sampled_logprob` for a modified distribution. scores: (rows,
     vocabulary), float32.
     """
     heat = _numbers(scores, [r.sampling.temperature for r in rows])[:, None].clamp_min(1e-20)
     scores = (scores - scores.amax(-1, keepdim=True)) / heat  # the maximum is 0, so none becomes infinite
     cut = [k for k, r in enumerate(rows) if r.sampling.top_k or r.sampling.top_p < 1 or r.sampling.min_p]
-    keys = sent(torch.tensor([draw_key(r.seed, r.made) for r in rows], dtype=torch.int32), scores.device)
+    keys = sent(torch.tensor([draw_key(r.seed, r.generated) for r in rows], dtype=torch.int32), scores.device)
     floor = None
     if cut:
         at = put_numbers(scores.device, cut)[0]
         floor = scores.new_full((len(rows), 1), -math.inf)
         floor.index_copy_(0, at, lowest_kept(scores.index_select(0, at), [rows[k].sampling for k in cut]))
     chosen = _noisy(scores, floor, keys).argmax(-1)
-    if not any(r.sampling.drawn_logprob and not r.unmodified for r in rows):
+    if not any(r.sampling.sampled_logprob and not r.unmodified for r in rows):
         return chosen, scores.new_zeros(len(rows))
-    kept = scores if floor is None else scores.masked_fill(scores < floor, -math.inf)
-    return chosen, kept.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]
+    remaining = scores if floor is None else scores.masked_fill(scores < floor, -math.inf)
+    return chosen, remaining.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]
 
 
 def _noisy(scores: Tensor, floor: Tensor | None, keys: Tensor) -> Tensor:
@@ -301,22 +304,22 @@ def lowest_kept(scores: Tensor, settings: Sequence[Sampling]) -> Tensor:
     floor = _numbers(scores, [math.log(s.min_p) if s.min_p else -math.inf for s in settings])[:, None]
     ks = [min(s.top_k or vocabulary, vocabulary) for s in settings]
     nucleus = [r for r, s in enumerate(settings) if s.top_p < 1]
-    wanted = max([k for k in ks if k < vocabulary] + [min(NUCLEUS, vocabulary) if nucleus else 1])
-    best = scores.topk(wanted).values
+    count = max([k for k in ks if k < vocabulary] + [min(NUCLEUS, vocabulary) if nucleus else 1])
+    best = scores.topk(count).values
     if few := [r for r, k in enumerate(ks) if k < vocabulary]:
-        at, place = put_numbers(scores.device, few, [ks[r] - 1 for r in few])
-        lowest = best.index_select(0, at).gather(1, place[:, None])
+        at, rank = put_numbers(scores.device, few, [ks[r] - 1 for r in few])
+        lowest = best.index_select(0, at).gather(1, rank[:, None])
         floor.index_copy_(0, at, torch.maximum(floor.index_select(0, at), lowest))
     if not nucleus:
         return floor
     at = put_numbers(scores.device, nucleus)[0]
-    own, least = scores.index_select(0, at), floor.index_select(0, at)
-    total = own.masked_fill(own < least, -math.inf).logsumexp(-1, keepdim=True)
+    row_scores, least = scores.index_select(0, at), floor.index_select(0, at)
+    total = row_scores.masked_fill(row_scores < least, -math.inf).logsumexp(-1, keepdim=True)
     share = sent(torch.tensor([[settings[r].top_p] for r in nucleus], dtype=torch.float64), scores.device)
-    lowest, held = _nucleus(best.index_select(0, at), least, total, share)
-    if wanted < vocabulary and not held.all():  # most nuclei are small
-        some = (~held).nonzero().flatten()
-        order = own[some].sort(descending=True).values
+    lowest, complete = _nucleus(best.index_select(0, at), least, total, share)
+    if count < vocabulary and not complete.all():  # most nuclei are small
+        some = (~complete).nonzero().flatten()
+        order = row_scores[some].sort(descending=True).values
         lowest[some] = _nucleus(order, least[some], total[some], share[some])[0]
     floor.index_copy_(0, at, torch.maximum(least, lowest))
     return floor
@@ -386,12 +389,16 @@ def _read(*tensors: Tensor) -> list[list[float]]:
 
 
 def _sampled(
-    ids: Sequence[int], counts: Sequence[int], own: Sequence[float], values: Sequence[float], tokens: Sequence[float]
+    ids: Sequence[int],
+    counts: Sequence[int],
+    logprobs: Sequence[float],
+    values: Sequence[float],
+    tokens: Sequence[float],
 ) -> list[SampledToken]:
     """Build the results; `values` and `tokens` have equally many entries per row."""
     each = len(values) // max(1, len(ids))
     out = []
-    for r, (token, n, logprob) in enumerate(zip(ids, counts, own, strict=True)):
+    for r, (token, n, logprob) in enumerate(zip(ids, counts, logprobs, strict=True)):
         best = slice(r * each, r * each + min(n, each))
         out.append(
             SampledToken(token, logprob, tuple((int(t), v) for t, v in zip(tokens[best], values[best], strict=True)))

@@ -119,7 +119,7 @@ class Scheduler:
         self._chunks = 0
         self.running: list[Sequence] = []
         self.preemptions = 0
-        self.looked_for = self.found = 0
+        self.looked_up = self.found = 0
         """Prompt tokens looked up in the cache, and found there; each prompt counts once."""
         self._tenants: dict[str, _Tenant] = {}
         self._floor = 0.0
@@ -228,9 +228,9 @@ class Scheduler:
 
     def _in_the_way(self, following: Sequence) -> Sequence | None:
         needed = -(-(len(following.tokens) + 1) // self.cache.block)
-        no_place = len(self.running) >= self.rows
+        no_slot = len(self.running) >= self.rows
         no_blocks = needed > self.cache.available - len(self.running)
-        if not self.running or not (no_place or no_blocks):
+        if not self.running or not (no_slot or no_blocks):
             return None
         at_work = {name: t for name, t in self._tenants.items() if t.waiting or t.running}
         weights = sum(t.weight for t in at_work.values())
@@ -238,20 +238,20 @@ class Scheduler:
         for sequence in self.running:
             blocks[sequence.request.tenant] += len(sequence.table.blocks) if sequence.table is not None else 0
 
-        def above(name: str, places: int, room: int) -> float:
+        def above(name: str, slots: int, more_blocks: int) -> float:
             """A tenant's usage over its share, given additional slots and blocks.
 
             1 is exactly its share.
             """
             share = at_work[name].weight / weights
-            in_places = (at_work[name].running + places) / (self.rows * share) if no_place else 0.0
-            in_blocks = (blocks[name] + room) / (self.cache.size * share) if no_blocks else 0.0
-            return max(in_places, in_blocks)
+            by_slots = (at_work[name].running + slots) / (self.rows * share) if no_slot else 0.0
+            by_blocks = (blocks[name] + more_blocks) / (self.cache.size * share) if no_blocks else 0.0
+            return max(by_slots, by_blocks)
 
-        own = following.request.tenant
-        if at_work[own].running and above(own, 1, needed) > 1:
+        tenant = following.request.tenant
+        if at_work[tenant].running and above(tenant, 1, needed) > 1:
             return None
-        most = max((name for name in at_work if name != own), key=lambda name: above(name, 0, 0), default=None)
+        most = max((name for name in at_work if name != tenant), key=lambda name: above(name, 0, 0), default=None)
         if most is None or above(most, 0, 0) <= 1:
             return None
         return max((s for s in self.running if s.request.tenant == most), key=lambda s: s.order)
@@ -281,7 +281,7 @@ class Scheduler:
         sequence.table, sequence.computed = table, len(table.blocks) * self.cache.block
         if not sequence.ran:
             sequence.ran, sequence.cached = True, sequence.computed
-            self.looked_for += sequence.prompt if self.shares and not whole else 0
+            self.looked_up += sequence.prompt if self.shares and not whole else 0
             self.found += sequence.cached
         tenant = self._tenants[sequence.request.tenant]
         tenant.waiting.remove(sequence)

@@ -54,14 +54,14 @@ class Block:
 class _Table(NamedTuple):
     """The arguments of ops/cpu/decoder.c.
 
-    `layers`: the values of decoder.c's FIELDS for each layer. `room`: elements of scratch per token.
+    `layers`: the values of decoder.c's FIELDS for each layer. `scratch`: elements of scratch per token.
     """
 
     run: Callable[..., None]
     layers: Tensor
     sizes: Tensor
     numbers: Tensor
-    room: int
+    scratch: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,18 +133,18 @@ class LlamaForward:
         """
         library, pages = compiled.usable("decode", self.embedding), self.pages
         weights = [(b.qkv, b.out, b.gate_up, b.down) for b in self.blocks]
-        panels = [[m for m in own if isinstance(m, Panels)] for own in weights]
-        if library is None or pages.native is None or any(len(own) < 4 for own in panels):
+        panels = [[m for m in layer_panels if isinstance(m, Panels)] for layer_panels in weights]
+        if library is None or pages.native is None or any(len(layer_panels) < 4 for layer_panels in panels):
             return None
         qkv, out, gate_up, _ = panels[0]
         ffn = gate_up.out // 2
         if ffn % 16 or qkv.out != (pages.heads + 2 * pages.kv) * pages.d:
             return None
         rows = []
-        for i, (b, own) in enumerate(zip(self.blocks, panels, strict=True)):
-            qkv_w, out_w, gate_up_w, down_w = (m.pointers for m in own)
-            given = [b.norm, b.qkv_bias, b.rotary.q_norm, b.rotary.k_norm, b.out_bias, b.norm_after]
-            if any(t is not None and compiled.usable("decode", t) is None for t in given):
+        for i, (b, layer_panels) in enumerate(zip(self.blocks, panels, strict=True)):
+            qkv_w, out_w, gate_up_w, down_w = (m.pointers for m in layer_panels)
+            vectors = [b.norm, b.qkv_bias, b.rotary.q_norm, b.rotary.k_norm, b.out_bias, b.norm_after]
+            if any(t is not None and compiled.usable("decode", t) is None for t in vectors):
                 return None
             fields = [
                 b.norm,
@@ -169,7 +169,7 @@ class LlamaForward:
     def _decode(
         self, x: Tensor, table: _Table, layers: range, batch: PackedRows, segments: AdapterBatch | None
     ) -> None:
-        rotary, room = self.blocks[0].rotary, x.new_empty(len(x) * table.room)
+        rotary, scratch = self.blocks[0].rotary, x.new_empty(len(x) * table.scratch)
         pointers = (0,) * 7 if segments is None else segments.pointers(x, 4 * layers.start)
         table.run(
             x.data_ptr(),
@@ -188,7 +188,7 @@ class LlamaForward:
             batch.tables.shape[1],
             max(batch.lengths),
             *pointers,
-            room.data_ptr(),
+            scratch.data_ptr(),
             torch.get_num_threads(),
         )
 
@@ -246,7 +246,7 @@ def layout_of(base: TextBase) -> BaseLayout:
 
 
 def llama_forward(
-    base: TextBase, layout: BaseLayout, own_weights: _JoinedWeights, embedding: Tensor, context: int, pages: Pages
+    base: TextBase, layout: BaseLayout, joined_weights: _JoinedWeights, embedding: Tensor, context: int, pages: Pages
 ) -> LlamaForward:
     """Build the forward of a Llama-like base.
 
@@ -265,7 +265,7 @@ def llama_forward(
         raise NotImplementedError("its queries are scaled by their position")
 
     def weights(names: tuple[str, ...]) -> PrepackedWeight:
-        return invariant(own_weights(names), layout.rows)
+        return invariant(joined_weights(names), layout.rows)
 
     probe = torch.zeros(1, dtype=torch.float32, device=base.device)
     cos, sin = root.rotary_emb(probe, torch.arange(context, device=base.device)[None])
@@ -273,12 +273,14 @@ def llama_forward(
     blocks = []
     for i, layer in enumerate(root.layers):
         qkv, out, gate_up, down = layout.groups[4 * i : 4 * i + 4]
-        own = layer.self_attn
-        q_norm, k_norm = (getattr(own, n).weight.detach() if hasattr(own, n) else None for n in ("q_norm", "k_norm"))
+        attention = layer.self_attn
+        q_norm, k_norm = (
+            getattr(attention, n).weight.detach() if hasattr(attention, n) else None for n in ("q_norm", "k_norm")
+        )
         rotary = Rotary(cos, sin, q_norm, k_norm, config.rms_norm_eps)
         if any(b is not None for g in (gate_up, down) for b in g.biases):
             raise NotImplementedError("its MLP has biases")
-        window = getattr(own, "sliding_window", getattr(config, "sliding_window", None)) or 0
+        window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None)) or 0
         blocks.append(
             Block(
                 layer.input_layernorm.weight.detach(),

@@ -157,7 +157,7 @@ def pack_adapter(adapter: Adapter, layout: BaseLayout, key: str = "") -> PackedA
     device, dtype = layout.device, layout.dtype
     probe = torch.empty(0, 2, dtype=dtype, device=device)
     native = dispatch("rows_low_rank", probe, probe) is not None
-    widest, held = 2, 0
+    widest, size = 2, 0
     for g, group in enumerate(layout.groups):
         rows: list[Tensor] = []
         parts: list[_PackedB] = []
@@ -169,10 +169,10 @@ def pack_adapter(adapter: Adapter, layout: BaseLayout, key: str = "") -> PackedA
             product = pair.low_rank()
             A, B = product.A.to(device), product.B.to(device).float() * product.scale
             if pair.magnitude is not None:
-                own = _gain(pair, group.weight(i))
-                B = B * own[:, None]
+                scale = _gain(pair, group.weight(i))
+                B = B * scale[:, None]
                 gain = torch.zeros(sum(group.sizes), device=device) if gain is None else gain
-                gain[column : column + n] = own - 1
+                gain[column : column + n] = scale - 1
             if len(A) % 2:  # the kernel takes two ranks at a time
                 A, B = (torch.nn.functional.pad(t, p) for t, p in ((A, (0, 0, 0, 1)), (B, (0, 1))))
             B = B.to(device, dtype)
@@ -191,18 +191,18 @@ def pack_adapter(adapter: Adapter, layout: BaseLayout, key: str = "") -> PackedA
             flat += [_address(part.B), part.column, part.B.shape[1], part.rank_from, part.rank]
         records[g][: len(flat)] = flat
         groups[g] = whole, parts
-        held += whole.nbytes + sum(p.B.nbytes for p in parts)
+        size += whole.nbytes + sum(p.B.nbytes for p in parts)
         if gain is not None:
             gains[g] = gain, group.bias
-            held += gain.nbytes
+            size += gain.nbytes
     embedding = None
     if (pair_e := adapter.pairs.get(layout.embedding)) is not None and pair_e.kind == "embedding":
         product = pair_e.low_rank()
         A, B = product.A.to(device), product.B.to(device).float() * product.scale
         embedding = A.t().to(device, dtype).contiguous(), B.t().to(device, dtype).contiguous()
-        held += embedding[0].nbytes + embedding[1].nbytes
+        size += embedding[0].nbytes + embedding[1].nbytes
     table = torch.tensor(records, dtype=torch.int64)
-    return PackedAdapter(adapter, key, groups, gains, embedding, table, widest, held)
+    return PackedAdapter(adapter, key, groups, gains, embedding, table, widest, size)
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -268,29 +268,29 @@ class AdapterBatch:
         cls, layout: BaseLayout, spans: Sequence[tuple[int, int, Sequence[tuple[PackedAdapter, float]]]]
     ) -> AdapterBatch | None:
         """Build from spans; None if no row has an adapter."""
-        found: dict[int, tuple[PackedAdapter, list[int], list[float]]] = {}
+        by_adapter: dict[int, tuple[PackedAdapter, list[int], list[float]]] = {}
         for first, end, mix in spans:
             for adapter, strength in mix:
-                own = found.setdefault(id(adapter), (adapter, [], []))
-                own[1].extend(range(first, end))
-                own[2].extend([strength] * (end - first))
-        if not found:
+                entry = by_adapter.setdefault(id(adapter), (adapter, [], []))
+                entry[1].extend(range(first, end))
+                entry[2].extend([strength] * (end - first))
+        if not by_adapter:
             return None
-        entries = sorted(found.values(), key=lambda e: e[0].key)
+        entries = sorted(by_adapter.values(), key=lambda e: e[0].key)
         adapters = tuple(e[0] for e in entries)
         bounds = [0]
         for _, rows, _ in entries:
             bounds.append(bounds[-1] + len(rows))
         all_rows = [row for _, rows, _ in entries for row in rows]
-        strengths = [strength for _, _, own in entries for strength in own]
+        strengths = [strength for _, _, entry in entries for strength in entry]
         return cls(layout, adapters, all_rows, strengths, bounds)
 
-    def add(self, group: int, x: Tensor, y: Tensor, own: Tensor | None = None) -> None:
+    def add(self, group: int, x: Tensor, y: Tensor, base_output: Tensor | None = None) -> None:
         """Add the group's low-rank products to y (rows, columns) in place; x (rows, in).
 
-        Both contiguous. `own`: the base's own product, if y contains more than that.
+        Both contiguous. `base_output`: the base's own product, if y contains more than that.
         """
-        before = self._before_gains(group, y) if own is None else own
+        before = self._before_gains(group, y) if base_output is None else base_output
         run = dispatch("rows_low_rank", x, y)
         if run is not None:
             run(x, y, self.pointers(x, group))
@@ -367,8 +367,8 @@ class AdapterBatch:
                 u = self._product(x[rows], _dense(A).t())
                 u = (u * strengths).to(x.dtype)
                 for part in parts:
-                    made = self._product(u[:, part.rank_from : part.rank_from + part.rank], part.turned())
-                    _add_rows(y[:, part.column : part.column + part.B.shape[1]], rows, made)
+                    product = self._product(u[:, part.rank_from : part.rank_from + part.rank], part.turned())
+                    _add_rows(y[:, part.column : part.column + part.B.shape[1]], rows, product)
 
     def _product(self, x: Tensor, W: Tensor) -> Tensor:
         return in_blocks(lambda part: part @ W, x, self.layout.rows)
@@ -383,6 +383,6 @@ class AdapterBatch:
         for adapter, rows, strengths in self._each:
             if group in adapter.gains:
                 gain, bias = adapter.gains[group]
-                own = before[rows].float()
-                own = own if bias is None else own - bias.float()
-                _add_rows(y, rows, (own * gain * strengths).to(y.dtype))
+                scaled = before[rows].float()
+                scaled = scaled if bias is None else scaled - bias.float()
+                _add_rows(y, rows, (scaled * gain * strengths).to(y.dtype))

@@ -54,8 +54,10 @@ class PackedRows:
             used = -(-end // BLOCK)
             tables += [*blocks[:used], *[0] * (widest - used)]
             bounds.append(bounds[-1] + end - first)
-        put = put_numbers(device, positions, slots, bounds, tables)
-        return cls(put[0], put[1], put[2], put[3].view(len(rows), widest), bounds, [end for _, end, _ in rows])
+        tensors = put_numbers(device, positions, slots, bounds, tables)
+        return cls(
+            tensors[0], tensors[1], tensors[2], tensors[3].view(len(rows), widest), bounds, [end for _, end, _ in rows]
+        )
 
     @cached_property
     def groups(self) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -67,19 +69,19 @@ class PackedRows:
         device = self.positions.device
         alike: dict[tuple[int, int], list[int]] = {}
         for s, length in enumerate(self.lengths):
-            asked = self.bounds[s + 1] - self.bounds[s]
-            alike.setdefault((asked, length.bit_length() if asked == 1 else s), []).append(s)
+            queries = self.bounds[s + 1] - self.bounds[s]
+            alike.setdefault((queries, length.bit_length() if queries == 1 else s), []).append(s)
         out = []
-        for (asked, _), own in alike.items():
-            longest = max(self.lengths[s] for s in own)
-            first = torch.tensor([self.bounds[s] for s in own], device=device)
-            rows = (first[:, None] + torch.arange(asked, device=device)).flatten()
-            positions = self.positions[rows].view(len(own), asked)
-            blocks = self.tables[own, : -(-longest // BLOCK)]
-            places = (blocks[:, :, None] * BLOCK + torch.arange(BLOCK, device=device)).flatten(1)[:, :longest]
+        for (queries, _), members in alike.items():
+            longest = max(self.lengths[s] for s in members)
+            first = torch.tensor([self.bounds[s] for s in members], device=device)
+            rows = (first[:, None] + torch.arange(queries, device=device)).flatten()
+            positions = self.positions[rows].view(len(members), queries)
+            blocks = self.tables[members, : -(-longest // BLOCK)]
+            slots = (blocks[:, :, None] * BLOCK + torch.arange(BLOCK, device=device)).flatten(1)[:, :longest]
             # Padding slots may contain NaN, and 0 · NaN is NaN, so the sequence's first slot replaces them.
-            there = torch.arange(longest, device=device) <= positions[:, -1:]
-            out.append((rows, positions, torch.where(there, places, places[:, :1])))
+            valid = torch.arange(longest, device=device) <= positions[:, -1:]
+            out.append((rows, positions, torch.where(valid, slots, slots[:, :1])))
         return out
 
 
@@ -226,40 +228,42 @@ class Pages:
             for tile in range(start // BLOCK, -(-batch.lengths[s] // BLOCK)):
                 low, high = max(start, tile * BLOCK), min(batch.lengths[s], (tile + 1) * BLOCK)
                 at, wide = slice(first + low - start, first + high - start), (tile + 1) * BLOCK
-                own = q.new_zeros(BLOCK, self.heads, self.d)
-                own[low - tile * BLOCK : high - tile * BLOCK] = q[at].view(-1, self.heads, self.d)
+                tile_q = q.new_zeros(BLOCK, self.heads, self.d)
+                tile_q[low - tile * BLOCK : high - tile * BLOCK] = q[at].view(-1, self.heads, self.d)
                 blocks = batch.tables[s, : tile + 1]
-                places = (blocks[:, None] * BLOCK + torch.arange(BLOCK, device=q.device)).flatten()
-                k, v = (t[layer][places] for t in (self.K, self.V))
+                slots = (blocks[:, None] * BLOCK + torch.arange(BLOCK, device=q.device)).flatten()
+                k, v = (t[layer][slots] for t in (self.K, self.V))
                 if high < wide:  # stale slots may contain NaN
                     k[high:], v[high:] = 0, 0
                 k, v = (t.transpose(0, 1).repeat_interleave(self.heads // self.kv, dim=0) for t in (k, v))
                 back = torch.arange(tile * BLOCK, wide, device=q.device)[:, None] - torch.arange(wide, device=q.device)
-                seen = (back >= 0) & (back < window) if window else back >= 0
-                scores = (own.transpose(0, 1) @ k.mT).float() * scale
+                visible = (back >= 0) & (back < window) if window else back >= 0
+                scores = (tile_q.transpose(0, 1) @ k.mT).float() * scale
                 scores = cap * torch.tanh(scores / cap) if cap else scores
-                made = scores.masked_fill(~seen, -torch.inf).softmax(-1).to(v.dtype) @ v
-                out[at] = made.transpose(0, 1).flatten(1)[low - tile * BLOCK : high - tile * BLOCK]
+                attended = scores.masked_fill(~visible, -torch.inf).softmax(-1).to(v.dtype) @ v
+                out[at] = attended.transpose(0, 1).flatten(1)[low - tile * BLOCK : high - tile * BLOCK]
         return out
 
     def _attend_reference(
         self, layer: int, q: Tensor, batch: PackedRows, scale: float, cap: float, window: int
     ) -> Tensor:
         out = torch.empty_like(q)
-        for rows, positions, places in batch.groups:
-            count, longest = places.shape
+        for rows, positions, slots in batch.groups:
+            count, longest = slots.shape
             at = positions[..., None]
             keys = torch.arange(longest, device=q.device)
-            seen = (keys <= at) & (keys > at - window) if window else keys <= at
-            k, v = (t[layer][places].transpose(1, 2) for t in (self.K, self.V))  # (sequences, kv, longest, d)
-            asked = positions.shape[1]
-            asks = q[rows].view(count, asked, self.kv, -1, self.d).permute(0, 2, 3, 1, 4).flatten(2, 3)
-            seen = seen[:, None, None].expand(-1, 1, self.heads // self.kv, -1, -1).flatten(2, 3)
+            visible = (keys <= at) & (keys > at - window) if window else keys <= at
+            k, v = (t[layer][slots].transpose(1, 2) for t in (self.K, self.V))  # (sequences, kv, longest, d)
+            queries = positions.shape[1]
+            grouped_q = q[rows].view(count, queries, self.kv, -1, self.d).permute(0, 2, 3, 1, 4).flatten(2, 3)
+            visible = visible[:, None, None].expand(-1, 1, self.heads // self.kv, -1, -1).flatten(2, 3)
             if cap:
-                scores = cap * torch.tanh((asks @ k.mT).float() * scale / cap)
-                made = scores.masked_fill(~seen, -torch.inf).softmax(-1).to(v.dtype) @ v
+                scores = cap * torch.tanh((grouped_q @ k.mT).float() * scale / cap)
+                attended = scores.masked_fill(~visible, -torch.inf).softmax(-1).to(v.dtype) @ v
             else:
-                made = F.scaled_dot_product_attention(asks, k, v, seen, scale=scale)
-            made = made.unflatten(2, (-1, asked)).permute(0, 3, 1, 2, 4)  # (sequences, asked, kv, heads of each, d)
-            out[rows] = made.flatten(2).flatten(0, 1)
+                attended = F.scaled_dot_product_attention(grouped_q, k, v, visible, scale=scale)
+            attended = attended.unflatten(2, (-1, queries)).permute(
+                0, 3, 1, 2, 4
+            )  # (sequences, asked, kv, heads of each, d)
+            out[rows] = attended.flatten(2).flatten(0, 1)
         return out

@@ -137,8 +137,8 @@ class Runner:
             for shape in dict.fromkeys(shapes)
         }
         self.pages = tuple(pages.values())
-        for own in self.pages:
-            own.tiles = batch_invariant
+        for page in self.pages:
+            page.tiles = batch_invariant
         self._layer_pages = [(pages[shape], shapes[:i].count(shape)) for i, shape in enumerate(shapes)]
         self.llama: LlamaForward | None = None
         self._weights: dict[tuple[str, ...], PrepackedWeight] = {}  # of the fused path, by joined modules
@@ -172,9 +172,9 @@ class Runner:
         fits = self.llama is not None and not low_rank_problems(adapter, self.layout)
         if fits:
             return Prepared(key, adapter, pack_adapter(adapter, self.layout, key))
-        return Prepared(key, adapter if self.base.device.type == "cpu" else self._there(adapter), None)
+        return Prepared(key, adapter if self.base.device.type == "cpu" else self._on_device(adapter), None)
 
-    def _there(self, adapter: Adapter) -> Adapter:
+    def _on_device(self, adapter: Adapter) -> Adapter:
         """The adapter on the base's device, with plain pairs in the base's dtype.
 
         So the first step with an adapter does not wait for copies, and its products do not run in float32.
@@ -200,7 +200,7 @@ class Runner:
         """Sequences whose state the model keeps; empty unless `how` is "alone"."""
         return frozenset(self._pasts)
 
-    def let_go(self, key: str) -> None:
+    def drop(self, key: str) -> None:
         """Drop everything derived from an evicted adapter. Call between two steps."""
         if self._attachment is not None and key in self._attachment.adapters:
             self._attachment.remove(key)
@@ -223,10 +223,11 @@ class Runner:
             return self._fused(rows)
         ways = {False: self._fused, True: self._packed}
         parts = {
-            t: iter(way([r for r, own in zip(rows, unpacked, strict=True) if own == t])) for t, way in ways.items()
+            t: iter(way([r for r, is_unpacked in zip(rows, unpacked, strict=True) if is_unpacked == t]))
+            for t, way in ways.items()
         }
-        wanted = [next(parts[t]) for row, t in zip(rows, unpacked, strict=True) for _ in range(row.wants)]
-        return torch.stack(wanted) if wanted else torch.empty(0)
+        logits = [next(parts[t]) for row, t in zip(rows, unpacked, strict=True) for _ in range(row.wants)]
+        return torch.stack(logits) if logits else torch.empty(0)
 
     def forget(self, sequence: int) -> None:
         """Drop the state of a sequence that has ended or restarts."""
@@ -243,11 +244,11 @@ class Runner:
         ]
         segments = AdapterBatch.of(self.layout, spans)  # type: ignore[arg-type]
         hidden = llama.hidden(ids, batch, segments)
-        kept = [i for i, row in enumerate(rows) for _ in range(row.wants)]
-        x = hidden[_wanted(rows, batch)]
+        row_indices = [i for i, row in enumerate(rows) for _ in range(row.wants)]
+        x = hidden[_logit_indices(rows, batch)]
         head = len(self.layout.groups) - 1
         if segments is not None and any(head in a.groups for a in segments.adapters):
-            last = [(j, j + 1, [(p.packed, s) for p, s in mixes[i]]) for j, i in enumerate(kept)]
+            last = [(j, j + 1, [(p.packed, s) for p, s in mixes[i]]) for j, i in enumerate(row_indices)]
             segments = AdapterBatch.of(self.layout, last)  # type: ignore[arg-type]
         else:
             segments = None
@@ -266,7 +267,7 @@ class Runner:
         with self._using([(row.mix, len(row.tokens)) for row in rows]), attending(partial(self._attend, batch)):
             out = self.model(input_ids=ids[:, None], position_ids=batch.positions[:, None], use_cache=False)
         logits: Tensor = out.logits[:, 0]
-        return logits[_wanted(rows, batch)]
+        return logits[_logit_indices(rows, batch)]
 
     def _alone(self, row: RunnerRow) -> Tensor:
         if row.first == 0:
@@ -314,25 +315,25 @@ class Runner:
         ways: list[tuple[str, Callable[[], None]]] = [("fused", self._make_fused), ("packed", self._make_packed)]
         why = ""
         try:
-            own = ReferenceForward.of(self.model)
+            reference = ReferenceForward.of(self.model)
         except _UNFIT as error:
             return "alone", f"its own forward does not accept batches ({_first_line(error)})"
         for name, make in ways:
             with ExitStack() as attempt:
-                self._undo, kept = attempt, self._undo
+                self._undo, outer = attempt, self._undo
                 self.how = trying = name
                 try:
                     make()
-                    problem = self._problem(own)
+                    problem = self._problem(reference)
                     if not problem and name == "fused":
                         if not self.batch_invariant:  # adapters with no low-rank form need packed too
                             self._make_packed()
                         trying = "fused over its codes"
-                        problem = self._problem(own) if self._lay_codes() else ""
+                        problem = self._problem(reference) if self._lay_codes() else ""
                 except _UNFIT as error:
                     problem = _first_line(error)
                 finally:
-                    self._undo = kept
+                    self._undo = outer
                 if not problem:
                     self._undo.push(attempt.pop_all())
                     return name, why
@@ -341,19 +342,19 @@ class Runner:
                 why += f"{'; ' if why else ''}not {trying} ({problem})"
         return "alone", why
 
-    def _problem(self, own: ReferenceForward) -> str:
+    def _problem(self, reference: ReferenceForward) -> str:
         """How the logits differ from the base's own; "" if they do not.
 
         Runs the probe in pieces of different lengths, so that keys and values come from the pages, and each
         row's last token alone, as in serving.
         """
-        rows, blocks, used = own.ids.split(LENGTHS), [], 0
+        rows, blocks, used = reference.ids.split(LENGTHS), [], 0
         for n in LENGTHS:
             blocks.append(list(range(used, used := used - (-n // BLOCK))))
         if self.blocks < used:
             return f"a cache of {self.blocks} blocks is too small to try it"
         starts = [sum(LENGTHS[:i]) for i in range(len(LENGTHS))]
-        parts, places, llama = [], [], self.llama
+        parts, positions, llama = [], [], self.llama
         if llama is not None:
             self.llama = llama.with_windows(WINDOW)
         with short_windows(self.model):
@@ -363,18 +364,18 @@ class Runner:
                 parts.append(
                     self.run([RunnerRow(rows[i][a:b].tolist(), a, blocks[i], (), b - a) for i, a, b in pieces])
                 )
-                places += [starts[i] + t for i, a, b in pieces for t in range(a, b)]
+                positions += [starts[i] + t for i, a, b in pieces for t in range(a, b)]
         self.llama = llama
         layers = self.model.config.get_text_config().num_hidden_layers
         if llama is None and len(self._attended) < layers:  # the other layers keep their own state
             return f"{layers - len(self._attended)} of its {layers} layers have no attention"
-        got, at = torch.cat(parts), torch.tensor(places, device=own.ids.device)
-        if problem := own.logits_problem(got, at):
+        got, at = torch.cat(parts), torch.tensor(positions, device=reference.ids.device)
+        if problem := reference.logits_problem(got, at):
             return problem
         # Rounding can change the choice of experts, which excuses single tokens; so also compare the last
         # tokens together.
         last = torch.isin(at, torch.tensor([*starts[1:], sum(LENGTHS)], device=at.device) - 1)
-        near = near_rows(got[last], own.logits[at[last]], own.eps)
+        near = near_rows(got[last], reference.logits[at[last]], reference.eps)
         return "" if near else "its logits differ from the base's own"
 
     def _make_fused(self) -> None:
@@ -387,20 +388,20 @@ class Runner:
             if any(isinstance(w, Quantized) for w in weights):
                 return Coded(weights)
             if packs:
-                made = prepack_weight(torch.cat(weights))
+                packed = prepack_weight(torch.cat(weights))
                 for weight in weights:  # read again only by adapters with no low-rank form
                     memory.page_out(weight)
-                return made
+                return packed
             whole = FusedProjection(parts, self._undo).weight if len(parts) > 1 else weights[0]
             if whole is None:
                 raise NotImplementedError(f"{', '.join(names)} cannot be joined")
             return Dense(whole)
 
-        def kept(names: tuple[str, ...]) -> PrepackedWeight:
-            self._weights[names] = made = joined(names)
-            return made
+        def remembered(names: tuple[str, ...]) -> PrepackedWeight:
+            self._weights[names] = packed = joined(names)
+            return packed
 
-        self._put_together(kept)
+        self._put_together(remembered)
 
     def _put_together(self, weights: Callable[[tuple[str, ...]], PrepackedWeight]) -> None:
         embedding = self.model.get_input_embeddings().weight.detach()
@@ -421,8 +422,8 @@ class Runner:
             for names, weight in self._weights.items():
                 if isinstance(weight, Coded) and (laid := panels_of_codes(weight.parts)) is not None:
                     self._weights[names], any_laid = laid[0], True
-                    for name, own in zip(names, laid[1], strict=True):
-                        modules[name].weight = nn.Parameter(own, requires_grad=False)
+                    for name, weight_codes in zip(names, laid[1], strict=True):
+                        modules[name].weight = nn.Parameter(weight_codes, requires_grad=False)
                     del weight, laid
         self._put_together(self._weights.__getitem__)
         return any_laid
@@ -472,7 +473,7 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _wanted(rows: Sequence[RunnerRow], batch: PackedRows) -> Tensor:
+def _logit_indices(rows: Sequence[RunnerRow], batch: PackedRows) -> Tensor:
     """Indices in a batch of the tokens whose logits are needed."""
-    places = [k for i, row in enumerate(rows) for k in range(batch.bounds[i + 1] - row.wants, batch.bounds[i + 1])]
-    return put_numbers(batch.positions.device, places)[0]
+    indices = [k for i, row in enumerate(rows) for k in range(batch.bounds[i + 1] - row.wants, batch.bounds[i + 1])]
+    return put_numbers(batch.positions.device, indices)[0]

@@ -63,9 +63,9 @@ class Coded:
         whole = [part for part in self.parts if isinstance(part, Quantized)]
         if len(whole) == len(self.parts):  # stacked without a copy
             stacked = stacked_rows(whole)
-            made = None if self.rows else quantized_linear(x, stacked, bias)
-            if made is not None:
-                return made
+            product = None if self.rows else quantized_linear(x, stacked, bias)
+            if product is not None:
+                return product
             weight = stacked.dense()
         else:
             weight = torch.cat([dequantized(part) for part in self.parts])

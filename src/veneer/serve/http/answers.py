@@ -56,19 +56,19 @@ class TextJob:
     keep_shadow: Callable[[Sequence[str]], None] | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
-    def requests(self, whose: str = "") -> list[Request]:
-        """The engine requests. `whose`: the cache scope from the tenancy."""
-        salt = json.dumps([whose, self.cache_salt]) if whose or self.cache_salt else ""
+    def requests(self, scope: str = "") -> list[Request]:
+        """The engine requests. `scope`: the cache scope from the tenancy."""
+        salt = json.dumps([scope, self.cache_salt]) if scope or self.cache_salt else ""
         caller, served, seed = self.caller, self.chosen.served, self.sampling.seed
         more: dict[str, Any] = {"tenant": caller.tenant, "weight": caller.weight, "name": served.name, "salt": salt}
-        made: list[Request] = []
+        requests: list[Request] = []
         for prompt in self.prompts:
             for k in range(self.choices):  # the first answer has the client's seed
                 sampling = self.sampling
                 if k and seed is not None:
                     sampling = replace(sampling, seed=(seed + k) % 2**63)
-                made.append(Request(prompt, sampling, served.mix, id=f"{self.id}-{len(made)}", **more))
-        return made
+                requests.append(Request(prompt, sampling, served.mix, id=f"{self.id}-{len(requests)}", **more))
+        return requests
 
 
 @dataclass
@@ -224,15 +224,15 @@ async def stream(
     service: Service,
     job: TextJob,
     lines: Callable[[OpenStream[IndexedEvent]], AsyncIterator[bytes]],
-    told: Callable[[Refused], bytes],
+    format_error: Callable[[Refused], bytes],
     headers: Mapping[str, str],
 ) -> EventStream:
     """Stream answers as server-sent events. Raises as `collect` until the first event.
 
-    `lines`: formats the events; `told`: formats an error after the first event.
+    `lines`: formats the events; `format_error`: formats an error after the first event.
     """
     events = await open_stream(request, run(service, job))
-    return EventStream(lines(events), events, told, service.settings.stall, headers)
+    return EventStream(lines(events), events, format_error, service.settings.stall, headers)
 
 
 class OpenStream(Generic[T]):
@@ -264,16 +264,16 @@ async def unless_left(request: HttpRequest, work: Awaitable[T]) -> T:
     If the client leaves first, cancels the work and raises ClientLeft.
     """
     task = asyncio.ensure_future(work)
-    gone = asyncio.create_task(client_left(request.receive))
+    leaving = asyncio.create_task(client_left(request.receive))
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise ClientLeft
         return task.result()
     finally:
-        for each in (task, gone):
+        for each in (task, leaving):
             each.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        await asyncio.gather(task, leaving, return_exceptions=True)
 
 
 _Sent = tuple[str, Usage]
@@ -292,8 +292,8 @@ def _shadow(service: Service, job: TextJob, request: Request) -> asyncio.Future[
         return None
     name, mix = job.chosen.served.shadow
     sent: asyncio.Future[_Sent] = asyncio.get_running_loop().create_future()
-    own: dict[str, Any] = {"tenant": BEHIND, "weight": SHADOWS.weight, "name": name}
-    behind = replace(request, mix=() if isinstance(mix, Refused) else mix, id=f"{request.id}-shadow", **own)
+    fields: dict[str, Any] = {"tenant": BEHIND, "weight": SHADOWS.weight, "name": name}
+    behind = replace(request, mix=() if isinstance(mix, Refused) else mix, id=f"{request.id}-shadow", **fields)
     return sent if service.shadows.follow(lambda: _follow(service, job, behind, name, sent)) else None
 
 

@@ -70,15 +70,15 @@ def create_app(
     app = FastAPI(title="veneer", version=__version__, redoc_url=None)
     app.state.service = service
     surfaces: dict[str, str] = {}
-    own = [openai_routes, vllm_routes, sglang_routes, tgi_routes, _health()]
-    for router in own:
+    builtin = [openai_routes, vllm_routes, sglang_routes, tgi_routes, _health()]
+    for router in builtin:
         surfaces |= {getattr(r, "path", ""): str(router.tags[0]) for r in router.routes}
-    for router in (*own, *routers):
+    for router in (*builtin, *routers):
         check_guarded(router)
         app.include_router(router)
     if service.engine.makes == "pictures":
         add_images(app)
-    _tell_errors(app, surfaces)
+    _add_error_handlers(app, surfaces)
     app.add_middleware(
         AuthMiddleware, service=service, surfaces=surfaces, unguarded=tuple(unguarded), large=large or {}
     )
@@ -110,7 +110,7 @@ def add_images(app: FastAPI) -> None:
 class AuthMiddleware:
     """ASGI middleware in front of all routes.
 
-    Sets `veneer.id`, `veneer.principal` and `veneer.place` in the scope. Decides by the scope's path, as the
+    Sets `veneer.id`, `veneer.principal` and `veneer.admitted` in the scope. Decides by the scope's path, as the
     router does: `request.url` of older Starlettes is built from the Host header, which can contain a path of
     its own.
     """
@@ -150,19 +150,19 @@ class AuthMiddleware:
         except Exception as error:
             surface = self.surfaces.get(request.scope["path"], "OpenAI")
             refused = as_refused(error)
-            if (place := scope.get("veneer.place")) is not None:
-                place.leave()
+            if (admitted := scope.get("veneer.admitted")) is not None:
+                admitted.leave()
             self.service.metrics.refused.labels(refused.code).inc()
             return await answer_error(refused, surface)(scope, receive, numbered)
         working = request.method not in ("GET", "HEAD", "OPTIONS")
         self.service.inside += working
-        incoming = _Body(receive, request.scope["veneer.place"], self.service.settings, large)
+        incoming = _Body(receive, request.scope["veneer.admitted"], self.service.settings, large)
         try:
             await self.app(scope, incoming.receive, numbered)
         finally:
             self.service.inside -= working
-            incoming.place.leave()
-            if incoming.seen >= LARGE_BODY:
+            incoming.admitted.leave()
+            if incoming.received >= LARGE_BODY:
                 self.service.tidy()
 
     def _large(self, request: HttpRequest) -> int | None:
@@ -186,14 +186,14 @@ class AuthMiddleware:
         most = service.settings.max_body if large is None else large
         if size > most or len(length) >= 16:
             raise _too_large(most)
-        request.scope["veneer.place"] = place = service.admission.enter(_STRANGERS)
+        request.scope["veneer.admitted"] = admitted = service.admission.enter(_STRANGERS)
         if self._needs_no_key(path):
             return
         request.scope["veneer.principal"] = caller = await service.tenancy.caller(client_key(request))
-        place.tenant, place.weight = caller.tenant, caller.weight
+        admitted.tenant, admitted.weight = caller.tenant, caller.weight
         current_owner.set(caller.tenant)
         if large is None:
-            place.take("bodies", size)
+            admitted.take("bodies", size)
         await service.catalog.fresh()
         if service.phase != ("ready" if service.loaded else "loading") and request.method == "POST":
             raise not_ready(service.phase)
@@ -205,26 +205,26 @@ class _Body:
     Undeclared bytes are charged as they arrive; `large` bodies (with that limit) are spooled to disk instead.
     """
 
-    def __init__(self, receive: Receive, place: AdmittedRequest, settings: HttpSettings, large: int | None) -> None:
-        self.read, self.place, self.settings, self.large = receive, place, settings, large
-        self.seen, self.whole, self.begun = 0, False, 0.0
+    def __init__(self, receive: Receive, admitted: AdmittedRequest, settings: HttpSettings, large: int | None) -> None:
+        self.read, self.admitted, self.settings, self.large = receive, admitted, settings, large
+        self.received, self.whole, self.begun = 0, False, 0.0
 
     async def receive(self) -> Message:
         if self.whole:  # the next message is a disconnect
             return await self.read()
         self.begun = self.begun or asyncio.get_running_loop().time()
-        time = self.settings.body_time + (self.seen / _LARGE_PACE if self.large is not None else 0)
+        time = self.settings.body_time + (self.received / _LARGE_PACE if self.large is not None else 0)
         try:
             async with asyncio.timeout_at(self.begun + time):
                 message = await self.read()
         except TimeoutError:
             raise Refused(f"the body did not come within {time:g} s", status=408, code="too_slow") from None
-        self.seen += len(message.get("body", b""))
+        self.received += len(message.get("body", b""))
         most = self.settings.max_body if self.large is None else self.large
-        if self.seen > most:
+        if self.received > most:
             raise _too_large(most)
-        if self.large is None and (more := self.seen - self.place.held["bodies"]) > 0:
-            self.place.take("bodies", more)
+        if self.large is None and (more := self.received - self.admitted.held["bodies"]) > 0:
+            self.admitted.take("bodies", more)
         self.whole = not message.get("more_body", False)
         return message
 
@@ -238,22 +238,22 @@ def _too_large(most: int) -> Refused:
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 400: "invalid_request"}
 
 
-def _tell_errors(app: FastAPI, surfaces: dict[str, str]) -> None:
-    def tell(request: HttpRequest, error: Refused) -> Response:
+def _add_error_handlers(app: FastAPI, surfaces: dict[str, str]) -> None:
+    def respond(request: HttpRequest, error: Refused) -> Response:
         service_of(request).metrics.refused.labels(error.code).inc()
         return answer_error(error, surfaces.get(request.scope["path"], "OpenAI"))
 
     async def refused(request: HttpRequest, error: Any) -> Response:
-        return tell(request, error)
+        return respond(request, error)
 
     async def invalid_body(request: HttpRequest, error: Any) -> Response:
-        return tell(request, body_error(error.errors(), keys_of_bodies(request.scope.get("endpoint"))))
+        return respond(request, body_error(error.errors(), keys_of_bodies(request.scope.get("endpoint"))))
 
     async def http(request: HttpRequest, error: Any) -> Response:
         path = request.scope["path"][:200]
         what = f"no route {request.method} {path}" if error.status_code == 404 else error.detail
         code = _HTTP_CODES.get(error.status_code, "invalid_request")
-        answer = tell(request, Refused(str(what), status=error.status_code, code=code))
+        answer = respond(request, Refused(str(what), status=error.status_code, code=code))
         answer.headers.update(error.headers or {})
         return answer
 
@@ -261,7 +261,7 @@ def _tell_errors(app: FastAPI, surfaces: dict[str, str]) -> None:
         return Response(status_code=499)
 
     async def unexpected(request: HttpRequest, error: Exception) -> Response:
-        return tell(request, as_refused(error))
+        return respond(request, as_refused(error))
 
     app.add_exception_handler(Refused, refused)
     app.add_exception_handler(RequestValidationError, invalid_body)

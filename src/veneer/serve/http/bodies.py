@@ -64,7 +64,7 @@ def count_values(data: bytes, values: int = VALUES, depth: int = DEPTH) -> tuple
 
     Counting stops once a limit is passed.
     """
-    found, level, deepest = 1, 0, 0
+    values_found, level, deepest = 1, 0, 0
     inside, escaped = np.uint8(0), False
     for start in range(0, len(data), CHUNK):
         part = np.frombuffer(data, np.uint8, min(CHUNK, len(data) - start), start)
@@ -75,15 +75,15 @@ def count_values(data: bytes, values: int = VALUES, depth: int = DEPTH) -> tuple
         if len(ends):
             inside ^= np.bitwise_xor.reduce(ends)
         kinds = _KINDS[part] * outside
-        found += int(np.count_nonzero(kinds)) - int(np.count_nonzero(kinds == _CLOSE))
+        values_found += int(np.count_nonzero(kinds)) - int(np.count_nonzero(kinds == _CLOSE))
         steps = _STEP[kinds[kinds >= _OPEN]]
         if len(steps):
             levels = np.cumsum(steps, dtype=np.int32)
             deepest = max(deepest, level + int(levels.max()))
             level += int(levels[-1])
-        if found > values or deepest > depth:
+        if values_found > values or deepest > depth:
             break
-    return found, deepest
+    return values_found, deepest
 
 
 def _unescaped(part: np.ndarray[Any, np.dtype[np.uint8]]) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], bool]:
@@ -121,12 +121,12 @@ def read_json(data: bytes) -> Any:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    merged = dict(pairs)
+    if len(merged) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise invalid(f"the key {twice[:100]!r} is given twice", twice[:100], "keep one")
-    return made
+    return merged
 
 
 def _no_constant(name: str) -> Any:
@@ -136,10 +136,10 @@ def _no_constant(name: str) -> Any:
 async def read_body(request: Request) -> Any:
     """A request's JSON; a large body is parsed in a thread."""
     data = await request.body()
-    place = request.scope.get("veneer.place")
-    if len(data) < LARGE_BODY or place is None:
+    admitted = request.scope.get("veneer.admitted")
+    if len(data) < LARGE_BODY or admitted is None:
         return read_json(data)
-    return await place.work(len(data), lambda: read_json(data))
+    return await admitted.work(len(data), lambda: read_json(data))
 
 
 class BodyRoute(APIRoute):
@@ -186,14 +186,14 @@ FAIL_FAST = Field(fail_fast=True)
 def at_most(n: int) -> BeforeValidator:
     """A validator that checks a list's or object's length before its items."""
 
-    def counted(value: Any) -> Any:
+    def check_length(value: Any) -> Any:
         if isinstance(value, list | dict) and len(value) > n:
             raise PydanticCustomError(
                 "too_long", "{have} items; at most {most} are allowed", {"have": len(value), "most": n}
             )
         return value
 
-    return BeforeValidator(counted)
+    return BeforeValidator(check_length)
 
 
 class Strict(BaseModel):
@@ -323,28 +323,28 @@ def body_error(errors: Iterable[Mapping[str, Any]], known: Iterable[str]) -> Ref
     `known`: the body's keys, to suggest the nearest name for an unknown key.
     """
     problems = list(errors)
-    told: list[str] = []
+    texts: list[str] = []
     names = list(known)
     for problem in problems[:5]:
         inside = problem["loc"][problem["loc"][:1] in (("body",), ("query",)) :]
         where = ".".join(str(part) for part in inside if not str(part).startswith("="))
         if problem["type"] == "extra_forbidden":
             near = [name for name in nearest(str(problem["loc"][-1]), names, n=1) if name != where]
-            told.append(f"unknown key {where!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+            texts.append(f"unknown key {where!r}" + (f", did you mean {near[0]!r}?" if near else ""))
         elif problem["type"] == "missing" and not where:
-            told.append("the request has no body: a JSON object is expected")
+            texts.append("the request has no body: a JSON object is expected")
         elif not where and isinstance(problem.get("input"), bytes):
-            told.append("the Content-Type is not JSON: send Content-Type: application/json")
+            texts.append("the Content-Type is not JSON: send Content-Type: application/json")
         elif problem["type"] in ("model_attributes_type", "dict_type", "model_type"):
-            told.append(f"{where or 'the body'}: a JSON object is expected")
+            texts.append(f"{where or 'the body'}: a JSON object is expected")
         elif problem["type"] == "json_invalid":
-            told.append(f"the body is not JSON: {problem.get('ctx', {}).get('error', problem['msg'])}")
+            texts.append(f"the body is not JSON: {problem.get('ctx', {}).get('error', problem['msg'])}")
         else:
-            told.append(problem_text(where, problem))
+            texts.append(problem_text(where, problem))
     if len(problems) > 5:
-        told.append(f"and {len(problems) - 5} more")
+        texts.append(f"and {len(problems) - 5} more")
     first = next((str(part) for p in problems for part in p["loc"][1:2] if isinstance(part, str)), None)
-    return invalid("; ".join(dict.fromkeys(told)) or "the body is not valid", first)
+    return invalid("; ".join(dict.fromkeys(texts)) or "the body is not valid", first)
 
 
 def keys_of_bodies(endpoint: Any) -> list[str]:

@@ -52,8 +52,8 @@ def protocols_of(settings: HttpSettings, sockets: bool) -> tuple[type[asyncio.Pr
     return http, Socket
 
 
-def many_files(wanted: int) -> None:
-    """Raise this process's open file limit for `wanted` connections.
+def many_files(count: int) -> None:
+    """Raise this process's open file limit for `count` connections.
 
     Limited by the hard limit.
     """
@@ -61,7 +61,7 @@ def many_files(wanted: int) -> None:
         import resource
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        need = wanted + 2 * _BEYOND
+        need = count + 2 * _BEYOND
         if soft != resource.RLIM_INFINITY and soft < need:
             most = need if hard == resource.RLIM_INFINITY else min(need, hard)
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
@@ -72,12 +72,12 @@ class _All:
     """All open connections.
 
     `waiting`: connections waiting for a request -> start of the wait, longest first. `sockets`: WebSockets,
-    oldest first. `look`: the timer after which surplus connections are closed.
+    oldest first. `timer`: the timer after which surplus connections are closed.
     """
 
     waiting: dict[_Connection, float] = field(default_factory=dict)
     sockets: dict[Any, None] = field(default_factory=dict)
-    look: asyncio.TimerHandle | None = None
+    timer: asyncio.TimerHandle | None = None
 
 
 class _Connection(H11Protocol):
@@ -92,20 +92,20 @@ class _Connection(H11Protocol):
         if len(self.connections) > self.settings.connections + _BEYOND:
             if not self._close_sockets(1):
                 next(iter(self.all.waiting))._close()
-        elif len(self.connections) > self.settings.connections and self.all.look is None:
-            self.all.look = self.loop.call_later(_PATIENCE, self._make_room)
+        elif len(self.connections) > self.settings.connections and self.all.timer is None:
+            self.all.timer = self.loop.call_later(_PATIENCE, self._make_room)
 
     def _make_room(self) -> None:
         """Close surplus connections that have waited long enough.
 
         Check again later for the rest.
         """
-        self.all.look = None
+        self.all.timer = None
         too_many = len(self.connections) - self.settings.connections
         too_many -= self._close_sockets(too_many)
         for connection, since in list(self.all.waiting.items())[: max(0, too_many)]:
             if (more := since + _PATIENCE - self.loop.time()) > 0:
-                self.all.look = self.loop.call_later(more, self._make_room)
+                self.all.timer = self.loop.call_later(more, self._make_room)
                 return
             connection._close()
 

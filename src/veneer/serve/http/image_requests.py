@@ -99,11 +99,11 @@ def _part(text: str) -> dict[str, Any]:
     head, factors = split_factors(text)
     try:
         name, strength = split_strength(head)
-        own = parse_strength(factors) if factors else Strength()
+        parsed = parse_strength(factors) if factors else Strength()
     except ConfigError as error:
         raise PydanticCustomError("strength", "{text}", {"text": f"{error.what}: {error.fix}"}) from error
-    given: dict[str, Any] = {"strength": strength, "blocks": dict(own.blocks)}
-    given |= {"steps": [[*at] for at in own.steps], "campaign": own.campaign}
+    given: dict[str, Any] = {"strength": strength, "blocks": dict(parsed.blocks)}
+    given |= {"steps": [[*at] for at in parsed.steps], "campaign": parsed.campaign}
     return {"adapter": name} | {key: value for key, value in given.items() if value not in (None, {}, [], "")}
 
 
@@ -216,25 +216,25 @@ def checked_image_body(kind: type[ImageBody], fields: dict[str, Any], most: int)
     Raises Refused that names every error.
     """
     try:
-        asked = kind.model_validate({key: value for key, value in fields.items() if value is not None})
+        body = kind.model_validate({key: value for key, value in fields.items() if value is not None})
     except ValidationError as error:
         problems = error.errors(include_url=False, include_input=False)
         known = [*kind.model_fields, *PictureMixPart.model_fields, *ControlBody.model_fields]
         raise body_error([{**p, "loc": ("body", *p["loc"])} for p in problems], known) from error
-    if asked.n > most:
-        raise invalid(f"n is {asked.n}", "n", f"at most {most}")
-    if asked.output_compression not in (None, 100) and asked.kind == "png":
+    if body.n > most:
+        raise invalid(f"n is {body.n}", "n", f"at most {most}")
+    if body.output_compression not in (None, 100) and body.kind == "png":
         raise invalid("a PNG is never compressed with loss", "output_compression", "output_format jpeg or webp")
-    return asked
+    return body
 
 
 async def image_fields(request: HttpRequest) -> dict[str, Any]:
     """The fields of a JSON body or a form; uploads are bytes. Raises Refused."""
     if media_type(request.headers) != "multipart/form-data":
-        found = await read_body(request)
-        if not isinstance(found, dict):
+        content = await read_body(request)
+        if not isinstance(content, dict):
             raise invalid("the body is not a JSON object")
-        return found
+        return content
     most = service_of(request).settings.max_body
     try:
         async with request.form(max_files=32, max_fields=200, max_part_size=most) as form:
@@ -284,7 +284,7 @@ def described_body(kind: type[ImageBody]) -> dict[str, Any]:
 
 
 async def ask_pictures(
-    service: Service, caller: Principal, asked: ImageBody, number: str, *, trial: bool = False
+    service: Service, caller: Principal, body: ImageBody, number: str, *, trial: bool = False
 ) -> tuple[DrawingPlan, AsyncGenerator[IndexedPicture, None]]:
     """Plan image generation.
 
@@ -293,29 +293,29 @@ async def ask_pictures(
     """
     if service.engine.makes != "pictures":
         raise invalid("this server has a text base", fix="use /v1/chat/completions")
-    chosen, labels, factors = _chosen(service, asked, caller)
+    chosen, labels, factors = _chosen(service, body, caller)
     if trial:
         chosen = replace(chosen, served=chosen.served.as_trial())
     engine = cast(PictureEngine, service.engine)
     most = service.settings.max_pixels
-    plan = await asyncio.to_thread(_planned, engine, asked, caller, chosen, labels, factors, most)
+    plan = await asyncio.to_thread(_planned, engine, body, caller, chosen, labels, factors, most)
     return plan, _run(service, engine, plan, caller, chosen, number)
 
 
 def _chosen(
-    service: Service, asked: ImageBody, caller: Principal
+    service: Service, body: ImageBody, caller: Principal
 ) -> tuple[ChosenMix, dict[str, str], dict[str, Strength]]:
     """The mix, the client's name for each adapter, and factors by block and step, or roles, if any."""
-    parts = asked.mix
+    parts = body.mix
     if parts is None:
-        chosen = service.choose(caller, model=asked.model)
+        chosen = service.choose(caller, model=body.model)
         return chosen, {digest: chosen.served.target for digest, _ in chosen.served.mix}, {}
     try:
         check_roles((part.adapter, part.factors) for part in parts)
     except VeneerError as error:
         raise invalid(error.what, "mix", error.fix) from error
     mix = [(part.adapter, part.strength) for part in parts]
-    chosen = service.choose(caller, model=asked.model, mix=mix)
+    chosen = service.choose(caller, model=body.model, mix=mix)
     factors: dict[str, Strength] = {}
     for part, digest in zip(parts, chosen.served.meant, strict=True):
         if digest and factors.setdefault(digest, part.factors) != part.factors:
@@ -333,10 +333,10 @@ async def _run(
     Completed work is billed however it ends. Routes have no shadows of images.
     """
     served = chosen.served
-    places = engine.places(plan.requests[0].settings)
+    positions = engine.positions(plan.requests[0].settings)
     usages = [Usage(0, 0, 0) for _ in plan.requests]
     admitted = service.tenancy.admitted(
-        caller, served, request=number, prompt_tokens=plan.text_tokens, max_tokens=places * len(usages)
+        caller, served, request=number, prompt_tokens=plan.text_tokens, max_tokens=positions * len(usages)
     )
     async with admitted as bill:
         meters = [Meter(service.metrics, chosen.label, caller.tenant) for _ in usages]
@@ -346,7 +346,7 @@ async def _run(
             async with aclosing(engine.events(plan.requests)) as events:
                 async for i, event in events:
                     if isinstance(event, PictureStep):
-                        usages[i] = replace(usages[i], completion=round(places * event.done / event.of))
+                        usages[i] = replace(usages[i], completion=round(positions * event.done / event.of))
                         meters[i].started()
                     elif isinstance(event, FinishedPicture):
                         usages[i], reasons[i] = event.usage, "stop"
@@ -392,7 +392,7 @@ class DrawingPlan:
 
 def _planned(
     engine: PictureEngine,
-    asked: ImageBody,
+    body: ImageBody,
     caller: Principal,
     chosen: ChosenMix,
     labels: dict[str, str],
@@ -405,103 +405,105 @@ def _planned(
     """
     base = engine.base
     notes: list[str] = []
-    for part, digest in zip(asked.mix or (), chosen.served.meant, strict=False):
+    for part, digest in zip(body.mix or (), chosen.served.meant, strict=False):
         if not digest and part.factors != Strength():
-            what = "role" if part.campaign else "blocks and steps"
-            notes.append(f"{part.adapter} is the base: its {what} {'has' if part.campaign else 'have'} no effect")
-    meant = {digest: engine.in_campaign(own) for digest, own in factors.items()}
-    notes += [campaign_note(labels[d], own, meant[d]) for d, own in factors.items() if own.campaign]
-    if "<lora:" in asked.prompt:
+            label = "role" if part.campaign else "blocks and steps"
+            notes.append(f"{part.adapter} is the base: its {label} {'has' if part.campaign else 'have'} no effect")
+    resolved = {digest: engine.in_campaign(own) for digest, own in factors.items()}
+    notes += [campaign_note(labels[d], own, resolved[d]) for d, own in factors.items() if own.campaign]
+    if "<lora:" in body.prompt:
         notes.append("<lora:…> in a prompt is plain text; name adapters in mix")
     sent = _Sent(most, notes)
-    image, mask, shown = sent.edited(base, asked) if isinstance(asked, EditBody) else (None, None, [])
-    held = [(one, flattened(sent.opened(one.image, "control", f"the {one.type} picture"))) for one in asked.control]
-    if base.only_edits and not shown and image is None:
+    image, mask, sources = sent.edited(base, body) if isinstance(body, EditBody) else (None, None, [])
+    control_images = [
+        (one, flattened(sent.opened(one.image, "control", f"the {one.type} picture"))) for one in body.control
+    ]
+    if base.only_edits and not sources and image is None:
         notes.append(
             "this base edits images: without one it generates from the prompt; send images to /v1/images/edits"
         )
-    size = None if asked.size in (None, "auto") else tuple(map(int, asked.size.split("x")))
-    guide = image or next((picture for _, picture in held), None) or next(iter(shown), None)
+    size = None if body.size in (None, "auto") else tuple(map(int, body.size.split("x")))
+    guide = image or next((picture for _, picture in control_images), None) or next(iter(sources), None)
     width, height = size if size is not None else size_for(base, None, None, guide)
     if width * height > engine.max_pixels:
         raise invalid(f"{width}×{height}: at most {engine.max_pixels} pixels", "size")
-    image, mask = (sent.fitted(picture, width, height, what) for picture, what in ((image, "image"), (mask, "mask")))
-    controls, said = sent.controls(engine, held, width, height)
-    references = tuple(sent.referred(base, picture, width, height) for picture in shown)
-    pictures: dict[str, Any] = {"image": image, "mask": mask, "denoise": _denoise(asked, image, mask)}
+    image, mask = (sent.fitted(picture, width, height, label) for picture, label in ((image, "image"), (mask, "mask")))
+    controls, control_records = sent.controls(engine, control_images, width, height)
+    references = tuple(sent.referred(base, picture, width, height) for picture in sources)
+    pictures: dict[str, Any] = {"image": image, "mask": mask, "denoise": _denoise(body, image, mask)}
     settings = PictureSettings(
         width,
         height,
-        *_numbers(base, asked),
-        scheduler=asked.scheduler,
+        *_numbers(base, body),
+        scheduler=body.scheduler,
         controls=controls,
         references=references,
         **pictures,
     )
-    seed = secrets.randbelow(2**32) if asked.seed is None else asked.seed
-    edit = asked if isinstance(asked, EditBody) else None
+    seed = secrets.randbelow(2**32) if body.seed is None else body.seed
+    edit = body if isinstance(body, EditBody) else None
     first = PictureRequest(
-        asked.prompt,
+        body.prompt,
         settings,
-        asked.negative_prompt,
+        body.negative_prompt,
         mix=chosen.served.mix,
-        factors=meant,
+        factors=resolved,
         labels=labels,
         inputs={
             "image": sent.record(edit.pictures[0]) if edit and image else None,
             "mask": sent.record(edit.mask_data) if edit and edit.mask_data is not None else None,
-            "controls": said,
+            "controls": control_records,
         }
-        | ({"references": [sent.record(one) for one in edit.pictures]} if edit and shown else {}),
+        | ({"references": [sent.record(one) for one in edit.pictures]} if edit and sources else {}),
         tenant=caller.tenant,
         weight=caller.weight,
     )
-    requests = tuple(replace(first, seed=(seed + i) % SEEDS, id=f"{first.id}-{i}") for i in range(asked.n))
-    texts = [text for text in (asked.prompt, asked.negative_prompt) if text]
-    places = engine.places(settings) * ((image is not None) + len(controls))
-    places += sum(engine.places(replace(settings, width=one.width, height=one.height)) for one in references)
-    return DrawingPlan(requests, tuple(notes), width, height, engine.tokens(*texts), places)
+    requests = tuple(replace(first, seed=(seed + i) % SEEDS, id=f"{first.id}-{i}") for i in range(body.n))
+    texts = [text for text in (body.prompt, body.negative_prompt) if text]
+    positions = engine.positions(settings) * ((image is not None) + len(controls))
+    positions += sum(engine.positions(replace(settings, width=one.width, height=one.height)) for one in references)
+    return DrawingPlan(requests, tuple(notes), width, height, engine.tokens(*texts), positions)
 
 
-def _numbers(base: ImageBase, asked: ImageBody) -> tuple[int, float, float]:
+def _numbers(base: ImageBase, body: ImageBody) -> tuple[int, float, float]:
     """Steps, guidance and true guidance.
 
     Qwen-Image's guidance is what others call true guidance.
     """
     steps, guidance = default_settings(base)
-    taken = asked.num_inference_steps or max(1, round(steps * _STEPS.get(asked.quality, 1.0)))
-    given, true = asked.guidance_scale, asked.true_cfg_scale
+    taken = body.num_inference_steps or max(1, round(steps * _STEPS.get(body.quality, 1.0)))
+    scale, true = body.guidance_scale, body.true_cfg_scale
     if base.row.guidance == "true_cfg_scale":
-        if given is not None and true is not None:
+        if scale is not None and true is not None:
             raise invalid("true_cfg_scale is this base's guidance_scale", "true_cfg_scale", "leave one out")
-        given, true = true if given is None else given, None
-    return taken, guidance if given is None else given, 1.0 if true is None else true
+        scale, true = true if scale is None else scale, None
+    return taken, guidance if scale is None else scale, 1.0 if true is None else true
 
 
-def _denoise(asked: ImageBody, image: Image | None, mask: Image | None) -> float:
+def _denoise(body: ImageBody, image: Image | None, mask: Image | None) -> float:
     """The fraction of steps denoised: as requested, else 1 with a mask, 0.6 without.
 
     1 if no image is edited.
     """
-    if not isinstance(asked, EditBody) or image is None:
+    if not isinstance(body, EditBody) or image is None:
         return 1.0
-    if asked.denoise is not None:
-        return asked.denoise
+    if body.denoise is not None:
+        return body.denoise
     return 0.6 if mask is None else 1.0
 
 
-def _check_edit(base: ImageBase, asked: EditBody) -> None:
+def _check_edit(base: ImageBase, body: EditBody) -> None:
     """Raises Refused for options that an editing base does not support."""
-    if asked.mask is not None and (base.only_edits or "inpaint" not in base.pipelines):
+    if body.mask is not None and (base.only_edits or "inpaint" not in base.pipelines):
         what = f"{base.row.label} edits the whole image and accepts no mask"
         raise invalid(what, "mask", "leave it out, and describe the change in the prompt")
-    if asked.mask is None and asked.denoise is not None:
+    if body.mask is None and body.denoise is not None:
         what = f"{base.row.label} edits from noise and always runs all steps"
         raise invalid(what, "denoise", "leave it out; use adapter strengths")
-    if asked.mask is None and asked.control:
+    if body.mask is None and body.control:
         raise invalid("edits and controls cannot be combined", "control", "leave one out")
-    if asked.mask is None and len(asked.pictures) > base.references:
-        what = f"{len(asked.pictures)} images: {base.row.label} accepts at most {base.references}"
+    if body.mask is None and len(body.pictures) > base.references:
+        what = f"{len(body.pictures)} images: {base.row.label} accepts at most {base.references}"
         raise invalid(what, "image", "send fewer, or combine images into one")
 
 
@@ -516,26 +518,26 @@ class _Sent:
     def __init__(self, most: int, notes: list[str]) -> None:
         self.most, self.notes = most, notes
 
-    def edited(self, base: ImageBase, asked: EditBody) -> tuple[Image | None, Image | None, list[Image]]:
+    def edited(self, base: ImageBase, body: EditBody) -> tuple[Image | None, Image | None, list[Image]]:
         """The image to start from, its mask in gray, and an editing base's sources.
 
         White in the mask is regenerated. Without a mask, an editing base gets all images as sources, and
         starts from none.
         """
-        given, mask = asked.pictures, asked.mask_data
+        images, mask = body.pictures, body.mask_data
         several = bool(base.references) and mask is None
-        if not given:
+        if not images:
             raise invalid("there is no image to edit", "image", "send one")
         if base.references:
-            _check_edit(base, asked)
-        if asked.input_fidelity == "high" and not several:
+            _check_edit(base, body)
+        if body.input_fidelity == "high" and not several:
             near = "denoise sets how close the result stays to the image"
             what = f"input_fidelity high needs reference images of an editing base; here {near}"
             raise invalid(what, "input_fidelity", "leave it out; use a smaller denoise")
-        if len(given) > 1 and not several:
+        if len(images) > 1 and not several:
             further = "; further ones can be controls" if base.row.control else ", or leave the mask out"
-            raise invalid(f"{len(given)} images", "image", f"send one{further}")
-        opened = [flattened(self.opened(one, "image", "the image")) for one in given]
+            raise invalid(f"{len(images)} images", "image", f"send one{further}")
+        opened = [flattened(self.opened(one, "image", "the image")) for one in images]
         if several:
             for picture in opened:
                 if why := aspect_problem(*picture.size):
@@ -549,46 +551,46 @@ class _Sent:
         return opened[0], opening, []
 
     def referred(self, base: ImageBase, picture: Image, width: int, height: int) -> Image:
-        made, said = fitted_reference(base, picture, width, height)
-        self.notes += [said] if said else []
-        return made
+        fitted, note = fitted_reference(base, picture, width, height)
+        self.notes += [note] if note else []
+        return fitted
 
-    def opened(self, data: Data, param: str, what: str) -> Image:
+    def opened(self, data: Data, param: str, label: str) -> Image:
         try:
-            return decoded(_bytes(data, param), what, formats=FORMATS, max_pixels=self.most)
+            return decoded(_bytes(data, param), label, formats=FORMATS, max_pixels=self.most)
         except VeneerError as error:
             if isinstance(error, Refused):
                 raise
-            raise invalid(f"{what}: {error.what}", param, error.fix) from error
+            raise invalid(f"{label}: {error.what}", param, error.fix) from error
 
-    def fitted(self, picture: Image | None, width: int, height: int, what: str) -> Image | None:
+    def fitted(self, picture: Image | None, width: int, height: int, label: str) -> Image | None:
         if picture is None:
             return None
         try:
-            made, said = fitted_picture(picture, width, height, what)
+            result, note = fitted_picture(picture, width, height, label)
         except VeneerError as error:
-            raise invalid(error.what, what, f"crop it, or use size {picture.width}x{picture.height}") from error
-        self.notes += [said] if said else []
-        return made
+            raise invalid(error.what, label, f"crop it, or use size {picture.width}x{picture.height}") from error
+        self.notes += [note] if note else []
+        return result
 
     def controls(
-        self, engine: PictureEngine, held: Sequence[tuple[ControlBody, Image]], width: int, height: int
+        self, engine: PictureEngine, images: Sequence[tuple[ControlBody, Image]], width: int, height: int
     ) -> tuple[tuple[Control, ...], list[dict[str, Any]]]:
         """(controls for the engine, their entries in the record)."""
-        controls, said = [], []
-        for one, picture in held:
+        controls, records = [], []
+        for one, picture in images:
             name, model = engine.control(one.type)
             if one.begin >= one.end:
                 raise invalid(f"a control from {one.begin:g} to {one.end:g} of the steps", "control")
             try:
-                made, told = control_picture(ControlSpec(one.type, "(sent)"), picture, width, height)
+                image, notes = control_picture(ControlSpec(one.type, "(sent)"), picture, width, height)
             except VeneerError as error:
                 raise invalid(error.what, "control", error.fix) from error
-            self.notes += told
-            controls.append(Control(model, made, one.strength, one.begin, one.end))
+            self.notes += notes
+            controls.append(Control(model, image, one.strength, one.begin, one.end))
             about: dict[str, Any] = {"kind": one.type, "model": _public(name), **self.record(one.image)}
-            said.append(about | {"weight": one.strength, "begin": one.begin, "end": one.end})
-        return tuple(controls), said
+            records.append(about | {"weight": one.strength, "begin": one.begin, "end": one.end})
+        return tuple(controls), records
 
     def record(self, data: Data) -> dict[str, str]:
         return {"path": "", "sha256": hashlib.sha256(_bytes(data, "image")).hexdigest()}

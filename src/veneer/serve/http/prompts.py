@@ -144,11 +144,11 @@ class Prompts:
         """Maximum tokens of an answer. Raises Refused (400) if the prompt leaves no room."""
         if not ids:
             raise invalid("the prompt has no tokens", param, "write something")
-        room = self.context - len(ids)
-        if room < 1:
+        left = self.context - len(ids)
+        if left < 1:
             what = f"this base's context has {self.context} tokens, and the prompt {len(ids)}"
             raise Refused(what, status=400, code="context_exceeded", param=param, fix="shorten the prompt")
-        return room
+        return left
 
     # -- decoding ------------------------------------------------------------------------------------------------------
 
@@ -166,8 +166,8 @@ class Prompts:
         raw = str(tokenizer.convert_ids_to_tokens(token) or "")
         if "�" not in text:
             return text, tuple(text.encode("utf-8", "replace"))
-        if found := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", raw):  # SentencePiece's bytes
-            return text, (int(found[1], 16),)
+        if byte := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", raw):  # SentencePiece's bytes
+            return text, (int(byte[1], 16),)
         table = _byte_level()
         if raw and all(c in table for c in raw):  # byte-level BPE's alphabet
             return text, tuple(table[c] for c in raw)
@@ -201,16 +201,16 @@ def _reader(tokenizer: Any) -> Any:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not tokenizer.is_fast:
         return None
-    made = type(backend).from_str(backend.to_str())
-    made.no_padding()
-    made.no_truncation()
+    copy = type(backend).from_str(backend.to_str())
+    copy.no_padding()
+    copy.no_truncation()
     for text in _PROBES:
         for special in (False, True):
-            if _ids(made, text, special) != list(
+            if _ids(copy, text, special) != list(
                 tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
             ):
                 return None
-    return made
+    return copy
 
 
 def _clean(text: str) -> str:

@@ -72,8 +72,8 @@ class Shadows:
         name, mix = served.shadow
         if isinstance(mix, Refused):
             raise mix
-        own = ResolvedModel(mix, served.name, name, adapters=(name,) if mix else ())
-        return self.tenancy.admitted(SHADOWS, own, request=request, prompt_tokens=prompt, max_tokens=most)
+        model = ResolvedModel(mix, served.name, name, adapters=(name,) if mix else ())
+        return self.tenancy.admitted(SHADOWS, model, request=request, prompt_tokens=prompt, max_tokens=most)
 
     def answered(self, answer: ShadowAnswer) -> None:
         """Record a shadow's answer or failure in the metrics and the tenancy."""
@@ -210,8 +210,8 @@ def client_key(request: HttpRequest) -> str | None:
     kind, _, key = request.headers.get("authorization", "").partition(" ")
     if kind.lower() == "bearer" and key.strip():
         return key.strip()
-    found = request.headers.get("x-api-key")
-    return found.removeprefix("tml-") if found else request.headers.get("api-key")
+    other = request.headers.get("x-api-key")
+    return other.removeprefix("tml-") if other else request.headers.get("api-key")
 
 
 def caller_of(request: HttpRequest, user: str | None = None) -> Principal:
@@ -222,5 +222,5 @@ def caller_of(request: HttpRequest, user: str | None = None) -> Principal:
 
 def admission_of(request: HttpRequest) -> AdmittedRequest:
     """The request's hold on the server's resources, to which the surface adds its own."""
-    place: AdmittedRequest = request.scope["veneer.place"]
-    return place
+    admitted: AdmittedRequest = request.scope["veneer.admitted"]
+    return admitted

@@ -29,7 +29,7 @@ def data(content: Any, *, tight: bool = False) -> bytes:
 class EventStream(Response):
     """A stream of server-sent events.
 
-    `lines`: the events' bytes, made from `source`. `told`: formats an error that comes too late for a status.
+    `lines`: the events' bytes, made from `source`. `format_error`: formats an error that comes too late for a status.
     `stall`: seconds for which the client can leave the stream unread.
     """
 
@@ -37,7 +37,7 @@ class EventStream(Response):
         self,
         lines: AsyncIterator[bytes],
         source: Closable,
-        told: Callable[[Refused], bytes],
+        format_error: Callable[[Refused], bytes],
         stall: float,
         headers: Mapping[str, str] | None = None,
     ) -> None:
@@ -45,7 +45,7 @@ class EventStream(Response):
         self.headers["cache-control"] = "no-cache"
         self.headers["x-accel-buffering"] = "no"  # nginx would buffer the events
         del self.headers["content-length"]
-        self.lines, self.source, self.told, self.stall = lines, source, told, stall
+        self.lines, self.source, self.format_error, self.stall = lines, source, format_error, stall
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         writing = asyncio.create_task(self._write(send))
@@ -63,20 +63,22 @@ class EventStream(Response):
             await self.source.aclose()
 
     async def _write(self, send: Send) -> None:
-        async def put(message: dict[str, Any]) -> None:
+        async def send_timed(message: dict[str, Any]) -> None:
             async with asyncio.timeout(self.stall):  # wait_for can lose a cancellation
                 await send(message)
 
         try:
-            await put({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await send_timed({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             try:
                 async for line in self.lines:
-                    await put({"type": "http.response.body", "body": line, "more_body": True})
+                    await send_timed({"type": "http.response.body", "body": line, "more_body": True})
             except (TimeoutError, OSError):
                 raise
             except Exception as error:
-                await put({"type": "http.response.body", "body": self.told(as_refused(error)), "more_body": True})
-            await put({"type": "http.response.body", "body": b"", "more_body": False})
+                await send_timed(
+                    {"type": "http.response.body", "body": self.format_error(as_refused(error)), "more_body": True}
+                )
+            await send_timed({"type": "http.response.body", "body": b"", "more_body": False})
         except TimeoutError:
             log.info("a stream was not read for %g s and is cancelled", self.stall)
         except OSError:

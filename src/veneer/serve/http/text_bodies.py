@@ -74,7 +74,7 @@ class JsonSchema(Strict):
     name: str = "answer"
     description: str | None = None
     strict: bool | None = None
-    wanted: dict[str, Any] = Field(alias="schema")
+    json_schema: dict[str, Any] = Field(alias="schema")
 
 
 class ResponseFormat(Strict):
@@ -83,7 +83,7 @@ class ResponseFormat(Strict):
 
 
 class StructuredOutputs(Strict):
-    wanted: dict[str, Any] | str | None = Field(default=None, alias="json")
+    json_schema: dict[str, Any] | str | None = Field(default=None, alias="json")
     regex: str | None = Field(default=None, max_length=20_000)
     choice: Choices | None = None
     json_object: bool | None = None
@@ -193,20 +193,20 @@ class TextBody(Body):
     def _grammars(self) -> list[GrammarSpec | None]:
         """The grammar under each key that can name one."""
         form, structured = self.response_format, self.structured_outputs or StructuredOutputs()
-        found: list[GrammarSpec | None] = []
+        grammars: list[GrammarSpec | None] = []
         if form is not None and form.type == "json_schema":
             if form.json_schema is None:
                 raise invalid("response_format has no json_schema", "response_format")
-            found.append(("json_schema", schema_text(form.json_schema.wanted, "response_format")))
-        if structured.wanted is not None:
-            found.append(("json_schema", schema_text(structured.wanted, "structured_outputs")))
+            grammars.append(("json_schema", schema_text(form.json_schema.json_schema, "response_format")))
+        if structured.json_schema is not None:
+            grammars.append(("json_schema", schema_text(structured.json_schema, "structured_outputs")))
         if structured.regex is not None:
-            found.append(("regex", structured.regex))
+            grammars.append(("regex", structured.regex))
         if structured.choice is not None:
-            found.append(("regex", choices_regex(structured.choice)))
+            grammars.append(("regex", choices_regex(structured.choice)))
         if structured.json_object or (form is not None and form.type == "json_object"):
-            found.append(("json_object", ""))
-        return found
+            grammars.append(("json_object", ""))
+        return grammars
 
 
 class ChatBody(TextBody):
@@ -261,8 +261,8 @@ class CompletionBody(TextBody):
 
     def texts(self, service: Service) -> list[str | list[int]]:
         """The prompts as a list."""
-        given: Any = self.prompt
-        prompts = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else list(given)
+        prompt: Any = self.prompt
+        prompts = [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else list(prompt)
         most = service.settings.max_prompts
         if not 0 < len(prompts) <= most:
             raise invalid(f"there are {len(prompts)} prompts", "prompt", f"from 1 to {most}")
@@ -272,15 +272,15 @@ class CompletionBody(TextBody):
 
 
 def template_variables(
-    given: dict[str, Any] | None, add_generation_prompt: bool, continue_final_message: bool
+    kwargs: dict[str, Any] | None, add_generation_prompt: bool, continue_final_message: bool
 ) -> dict[str, Any]:
     """The chat template's variables besides messages and tools, from a body's keys."""
-    found = dict(given or {})
+    variables = dict(kwargs or {})
     if continue_final_message:
-        found["continue_final_message"] = True
+        variables["continue_final_message"] = True
     if continue_final_message or not add_generation_prompt:
-        found["add_generation_prompt"] = False
-    return found
+        variables["add_generation_prompt"] = False
+    return variables
 
 
 # -- conversion --------------------------------------------------------------------------------------------------------
@@ -308,23 +308,23 @@ def stops_of(stop: Stop | None, most: int) -> tuple[str, ...]:
 
 def bias_of(bias: Bias | None, prompts: Prompts) -> dict[int, float]:
     """Token id -> bias, from JSON's text keys."""
-    found: dict[int, float] = {}
+    biases: dict[int, float] = {}
     for key, value in (bias or {}).items():
         if not re.fullmatch(r"[0-9]{1,9}", key) or not math.isfinite(value) or abs(value) > 100:
             raise invalid(f"logit_bias {key[:20]!r}: {value}", "logit_bias", "token id: a number from -100 to 100")
-        found[prompts.of_ids([int(key)], "logit_bias")[0]] = value
-    return found
+        biases[prompts.of_ids([int(key)], "logit_bias")[0]] = value
+    return biases
 
 
 def schema_text(schema: Any, param: str) -> str:
     """A JSON schema, given as an object or text, as text."""
     try:
-        found = json.loads(schema) if isinstance(schema, str) else schema
-        text = json.dumps(found, ensure_ascii=False)
+        parsed = json.loads(schema) if isinstance(schema, str) else schema
+        text = json.dumps(parsed, ensure_ascii=False)
         text.encode()
     except (ValueError, RecursionError) as error:
         raise invalid(f"{param} is not a JSON schema", param) from error
-    if not isinstance(found, dict | bool):
+    if not isinstance(parsed, dict | bool):
         raise invalid(f"{param} is not a JSON schema", param, "an object")
     if len(text) > _LONGEST_GRAMMAR:
         raise invalid(f"{param} has {len(text):,} characters", param, f"at most {_LONGEST_GRAMMAR:,}")
@@ -338,25 +338,25 @@ def choices_regex(choices: Sequence[str]) -> str:
     return "(" + "|".join(re.sub(r"[\\.+*?()|\[\]{}^$#&\-~/]", r"\\\g<0>", c) for c in choices) + ")"
 
 
-def _one_grammar(found: Sequence[GrammarSpec | None]) -> GrammarSpec | None:
-    given = [grammar for grammar in found if grammar is not None]
-    if len(given) > 1:
+def _one_grammar(grammars: Sequence[GrammarSpec | None]) -> GrammarSpec | None:
+    present = [grammar for grammar in grammars if grammar is not None]
+    if len(present) > 1:
         raise invalid("several keys set the answer's format", "response_format", "keep one")
-    return given[0] if given else None
+    return present[0] if present else None
 
 
-def limited(wanted: int | None, room: int, service: Service) -> int:
-    """The token limit of an answer. `wanted`: as requested; None for as many as possible.
+def limited(requested: int | None, room: int, service: Service) -> int:
+    """The token limit of an answer. `requested`: as requested; None for as many as possible.
 
     Raises Refused (400) if more is requested than possible.
     """
     most = service.settings.max_tokens or room
-    if wanted is None:
+    if requested is None:
         return max(1, min(room, most))
-    if wanted > room:
+    if requested > room:
         context = service.prompts.context
-        what = f"{wanted} tokens are requested, and the prompt leaves {room} of the context's {context}"
+        what = f"{requested} tokens are requested, and the prompt leaves {room} of the context's {context}"
         raise invalid(what, "max_tokens", "request fewer, or shorten the prompt")
-    if wanted > most:
-        raise invalid(f"max_tokens is {wanted}", "max_tokens", f"at most {most} on this server")
-    return wanted
+    if requested > most:
+        raise invalid(f"max_tokens is {requested}", "max_tokens", f"at most {most} on this server")
+    return requested

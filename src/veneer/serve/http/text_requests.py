@@ -89,7 +89,7 @@ class TextRequest:
 
 
 async def ask_texts(
-    service: Service, caller: Principal, asked: TextRequest, served: Callable[[ResolvedModel], None] | None = None
+    service: Service, caller: Principal, request: TextRequest, served: Callable[[ResolvedModel], None] | None = None
 ) -> AsyncGenerator[IndexedEvent, None]:
     """(index, event) of `n` answers, as for a chat completion of the caller.
 
@@ -99,8 +99,8 @@ async def ask_texts(
     if service.phase != "ready":
         raise not_ready(service.phase)
     most = service.settings.max_choices
-    if not 0 < asked.n <= most:
-        raise invalid(f"n is {asked.n}", "n", f"from 1 to {most} answers to a prompt")
+    if not 0 < request.n <= most:
+        raise invalid(f"n is {request.n}", "n", f"from 1 to {most} answers to a prompt")
     admitted = service.admission.enter(caller.tenant, caller.weight)
     service.inside += 1
     try:
@@ -108,20 +108,20 @@ async def ask_texts(
 
         def sampling(room: int) -> Sampling:
             return sampling_of(
-                max_tokens=limited(asked.max_tokens, room, service),
-                temperature=asked.temperature,
-                seed=asked.seed,
-                logprobs=asked.logprobs,
+                max_tokens=limited(request.max_tokens, room, service),
+                temperature=request.temperature,
+                seed=request.seed,
+                logprobs=request.logprobs,
             )
 
-        if len(asked.mix) == 1 and asked.mix[0][1] == 1:  # as `model`, so that routes apply
-            chosen = service.choose(caller, model=asked.mix[0][0])
+        if len(request.mix) == 1 and request.mix[0][1] == 1:  # as `model`, so that routes apply
+            chosen = service.choose(caller, model=request.mix[0][0])
         else:
-            chosen = service.choose(caller, mix=list(asked.mix))
+            chosen = service.choose(caller, mix=list(request.mix))
         chosen = replace(chosen, served=chosen.served.as_trial())
         if served is not None:
             served(chosen.served)
-        job = await chat_job(service, caller, chosen, asked.messages, sampling, admitted, asked.id, n=asked.n)
+        job = await chat_job(service, caller, chosen, request.messages, sampling, admitted, request.id, n=request.n)
         async with aclosing(run(service, job)) as events:
             async for event in events:
                 yield event

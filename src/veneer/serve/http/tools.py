@@ -77,8 +77,10 @@ def tool_use(tools: Sequence[Mapping[str, Any]] | None, choice: Any, takes_tools
         return ToolUse("auto", tools)
     mode: Literal["required", "named"] = "required"
     if choice != "required":
-        wanted = choice.get("function") if isinstance(choice, Mapping) and choice.get("type") == "function" else None
-        name = wanted.get("name") if isinstance(wanted, Mapping) else None
+        function_choice = (
+            choice.get("function") if isinstance(choice, Mapping) and choice.get("type") == "function" else None
+        )
+        name = function_choice.get("name") if isinstance(function_choice, Mapping) else None
         if not isinstance(name, str) or name not in functions:
             fix = 'none, auto, required or {"type": "function", "function": {"name": one of the tools}}'
             raise invalid("tool_choice is not one of the tools", "tool_choice", fix)
@@ -105,20 +107,20 @@ class ToolReader:
     """
 
     def __init__(self, use: ToolUse) -> None:
-        self.use, self.held, self.calls, self.inside = use, "", 0, False
+        self.use, self.buffer, self.calls, self.inside = use, "", 0, False
 
     def feed(self, text: str) -> Iterator[str | ToolCall]:
         if self.use.mode == "none":
             if text:
                 yield text
         else:
-            self.held += text
+            self.buffer += text
             if self.use.mode == "auto":
                 yield from self._sorted()
 
     def end(self) -> Iterator[str | ToolCall]:
         """The held-back text: an unclosed call if it can be parsed, else text."""
-        rest, self.held = self.held, ""
+        rest, self.buffer = self.buffer, ""
         if not rest:
             return
         body = rest.removeprefix(_OPEN) if self.inside else rest
@@ -128,26 +130,29 @@ class ToolReader:
     def _sorted(self) -> Iterator[str | ToolCall]:
         while True:
             if self.inside:
-                body, closed, rest = self.held.removeprefix(_OPEN).partition(_CLOSE)
+                body, closed, rest = self.buffer.removeprefix(_OPEN).partition(_CLOSE)
                 if not closed:
                     return
                 yield self._call(body) or _OPEN + body + _CLOSE
-                self.held, self.inside = rest, False
-            start = self.held.find(_OPEN)
+                self.buffer, self.inside = rest, False
+            start = self.buffer.find(_OPEN)
             if start < 0:
-                keep = next((n for n in range(len(_OPEN) - 1, 0, -1) if self.held.endswith(_OPEN[:n])), 0)
-                free, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+                held_back = next((n for n in range(len(_OPEN) - 1, 0, -1) if self.buffer.endswith(_OPEN[:n])), 0)
+                free, self.buffer = (
+                    self.buffer[: len(self.buffer) - held_back],
+                    self.buffer[len(self.buffer) - held_back :],
+                )
                 if free and not (self.calls and not free.strip()):  # newlines between calls are not an answer
                     yield free
                 return
-            if self.held[:start].strip() or (start and not self.calls):
-                yield self.held[:start]
-            self.held, self.inside = self.held[start:], True
+            if self.buffer[:start].strip() or (start and not self.calls):
+                yield self.buffer[:start]
+            self.buffer, self.inside = self.buffer[start:], True
 
     def _call(self, body: str) -> ToolCall | None:
         try:
-            found = json.loads(body)
-            name, arguments = found["name"], found.get("arguments", found.get("parameters", {}))
+            parsed = json.loads(body)
+            name, arguments = parsed["name"], parsed.get("arguments", parsed.get("parameters", {}))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
         if not isinstance(name, str):
@@ -160,7 +165,7 @@ class ToolReader:
 def message_of_answer(use: ToolUse, text: str) -> dict[str, Any]:
     """The assistant's message of a whole answer: its content, and its calls if any."""
     reader = ToolReader(use)
-    found = [*reader.feed(text), *reader.end()]
-    calls = [piece.whole() for piece in found if isinstance(piece, ToolCall)]
-    said = "".join(piece for piece in found if isinstance(piece, str))
-    return {"role": "assistant", "content": said, **({"tool_calls": calls} if calls else {})}
+    pieces = [*reader.feed(text), *reader.end()]
+    calls = [piece.whole() for piece in pieces if isinstance(piece, ToolCall)]
+    content = "".join(piece for piece in pieces if isinstance(piece, str))
+    return {"role": "assistant", "content": content, **({"tool_calls": calls} if calls else {})}

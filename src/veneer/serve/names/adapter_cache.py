@@ -161,9 +161,9 @@ class AdapterCache(Generic[T]):
         """
         with self._changing():
             entries = [self._entries.get(digest) for digest, _ in mix]
-            there = [e for e in entries if e is not None and e.state == "resident" and not e.draining]
-            if len(there) == len(mix):
-                return self._lease(mix, there)
+            resident = [e for e in entries if e is not None and e.state == "resident" and not e.draining]
+            if len(resident) == len(mix):
+                return self._lease(mix, resident)
             self._join(mix, ready)
         return None
 
@@ -173,10 +173,10 @@ class AdapterCache(Generic[T]):
         In that case, release its lease.
         """
         with self._changing():
-            found = [(k, g, m) for k, g in self._groups.items() for m in g.members if m[1] == ready]
-            if not found:
+            waiting = [(k, g, m) for k, g in self._groups.items() for m in g.members if m[1] == ready]
+            if not waiting:
                 return False
-            key, group, member = found[0]
+            key, group, member = waiting[0]
             group.members.remove(member)
             if not group.members:
                 self._leave(key)
@@ -234,8 +234,8 @@ class AdapterCache(Generic[T]):
     def resident(self) -> dict[str, ResidentAdapter]:
         """The adapters in memory by digest, least recently used first."""
         with self._changing():
-            there = sorted((e for e in self._entries.values() if e.state == "resident"), key=lambda e: e.used)
-            return {e.digest: ResidentAdapter(e.digest, e.size, e.leases) for e in there}
+            entries = sorted((e for e in self._entries.values() if e.state == "resident"), key=lambda e: e.used)
+            return {e.digest: ResidentAdapter(e.digest, e.size, e.leases) for e in entries}
 
     def listed(self) -> list[ResidentAdapter]:
         """The adapters in memory, most recently used first."""
@@ -372,14 +372,14 @@ class AdapterCache(Generic[T]):
     def _tidy(self, entries: Iterable[_Entry[T]]) -> None:
         """Free entries that nobody needs; loaded adapters stay resident if there is room."""
         for entry in entries:
-            if entry.leases or entry.state == "loading" or self._wanted(entry):
+            if entry.leases or entry.state == "loading" or self._is_wanted(entry):
                 continue
             if entry.state == "loaded" and not entry.dropped and self._bytes + entry.size <= self.limit:
                 self._settle(entry)
             if entry.state != "resident" or entry.dropped:
                 self._free(entry)
 
-    def _wanted(self, entry: _Entry[T]) -> bool:
+    def _is_wanted(self, entry: _Entry[T]) -> bool:
         return any(entry in group.entries for group in self._groups.values())
 
     def _free(self, entry: _Entry[T]) -> None:
@@ -388,7 +388,7 @@ class AdapterCache(Generic[T]):
         if entry.thing is not None and self._freed is not None:
             self._calls.append(partial(self._freed, entry.thing))
         entry.state, entry.thing, entry.adapter, entry.draining = "wanted", None, None, False
-        if not self._wanted(entry):
+        if not self._is_wanted(entry):
             self._entries.pop(entry.digest, None)
 
     # -- jobs, on the threads ------------------------------------------------------------------------------------------

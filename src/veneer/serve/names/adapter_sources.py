@@ -1,9 +1,9 @@
 """The adapters that a server may read: the library, and files in allowed folders.
 
-    shelf = Shelf(base, library=open_library())
-    place = shelf.locate("support@2")            a library reference, or a path in an allowed folder
-    shelf.remember(digest, place)
-    adapter = shelf.read(digest, problems)       from disk, fully checked
+    sources = AdapterSources(base, library=open_library())
+    location = sources.locate("support@2")         a library reference, or a path in an allowed folder
+    sources.remember(digest, location)
+    adapter = sources.read(digest, problems)       from disk, fully checked
 
 Adapters that cannot be served raise Refused (adapter_unusable) with a message that starts with a reason:
 
@@ -45,7 +45,7 @@ from veneer.models.sources import short_name
 from veneer.serve.request import Refused, not_ready
 from veneer.serve.transient import internal_error, is_transient, transient_error
 
-MOST_PLACES = 4096
+MOST_LOCATIONS = 4096
 """Maximum number of adapter locations kept for running requests; most are in the library anyway."""
 
 Problems = Callable[[Adapter], list[str]]
@@ -57,7 +57,7 @@ def unusable(reason: str, what: str, *, status: int = 400, fix: str | None = Non
 
 
 @dataclass(frozen=True)
-class AdapterPlace:
+class AdapterLocation:
     """The location of an adapter's files.
 
     `root`: the operator's name for the adapter; never a path. `reference`: its library reference by content,
@@ -71,9 +71,9 @@ class AdapterPlace:
     format: str = ""
 
 
-def place_of(version: NamedVersion) -> AdapterPlace:
+def location_of(version: NamedVersion) -> AdapterLocation:
     reference = version.digest or f"sha256:{version.entry}"
-    return AdapterPlace(version.reference, reference, entry=version.entry, format=version.format)
+    return AdapterLocation(version.reference, reference, entry=version.entry, format=version.format)
 
 
 @dataclass(frozen=True)
@@ -106,15 +106,15 @@ class AdapterSources:
         self.base, self.library, self.max_bytes = base, library, max_bytes
         self._folders = [_folder(folder) for folder in folders]
         self.names = None if library is None else NameIndex(library)
-        self._kept: dict[str, AdapterPlace] = {}
-        self._recent: dict[str, AdapterPlace] = {}
+        self._loaded: dict[str, AdapterLocation] = {}
+        self._recent: dict[str, AdapterLocation] = {}
         """Recently used locations, newest last."""
         self._lock = threading.Lock()
         self._listed: tuple[object, list[NamedVersion]] = (None, [])
 
     # -- looking up references -----------------------------------------------------------------------------------------
 
-    def look(self, reference: str, *, sure: bool = False) -> NamedVersion | None:
+    def find_version(self, reference: str, *, sure: bool = False) -> NamedVersion | None:
         """Look up a reference in the in-memory index.
 
         None if it is unknown or not a reference. Reads no adapter and queries no database. `sure`: wait for
@@ -123,10 +123,10 @@ class AdapterSources:
         if self.names is None or len(reference) > 200:
             return None
         try:
-            wanted = parse_reference(reference)
+            parsed = parse_reference(reference)
         except ConfigError:
             return None
-        return (self.names.refreshed() if sure else self.names.now).find(wanted)
+        return (self.names.refreshed() if sure else self.names.now).find(parsed)
 
     async def fresh(self) -> None:
         """Wait until everything committed before this call is visible.
@@ -151,31 +151,31 @@ class AdapterSources:
 
     # -- locating files ------------------------------------------------------------------------------------------------
 
-    def locate(self, source: str) -> AdapterPlace:
+    def locate(self, source: str) -> AdapterLocation:
         """The location of a library reference, or of a path in an allowed folder.
 
         Raises Refused.
         """
-        found = self.look(source, sure=True)
-        if found is not None:
-            return place_of(found)
+        version = self.find_version(source, sure=True)
+        if version is not None:
+            return location_of(version)
         path = self._path(source)
         if path is None:
             hint = "a library reference" + (", or a path in an allowed folder" if self._folders else "")
             raise unusable("not_found", f"there is no adapter {quoted(source)}", status=404, fix=f"give {hint}")
-        return AdapterPlace(path.name, path=path)
+        return AdapterLocation(path.name, path=path)
 
     def _path(self, source: str) -> Path | None:
         """The resolved path inside an allowed folder.
 
         None for paths outside, as if they did not exist.
         """
-        given = Path(source)
-        if not source.isprintable() or len(source) > 4096 or ".." in given.parts:
+        path = Path(source)
+        if not source.isprintable() or len(source) > 4096 or ".." in path.parts:
             return None
         for folder in self._folders:
             try:
-                real = (folder / given).resolve(strict=True)
+                real = (folder / path).resolve(strict=True)
                 if real.is_relative_to(folder) and (real.is_file() or real.is_dir()):
                     self._check_inside(real, folder)
                     return real
@@ -199,24 +199,24 @@ class AdapterSources:
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
-    def remember(self, digest: str, place: AdapterPlace) -> None:
-        """Read the adapter with this digest from `place` for running requests.
+    def remember(self, digest: str, location: AdapterLocation) -> None:
+        """Read the adapter with this digest from `location` for running requests.
 
-        Keep the newest `MOST_PLACES`. A location in the library is preferred to a path.
+        Keep the newest `MOST_LOCATIONS`. A location in the library is preferred to a path.
         """
         with self._lock:
-            old = self._recent.pop(digest, place)
-            self._recent[digest] = old if old.reference and not place.reference else place
-            if len(self._recent) > MOST_PLACES:
+            old = self._recent.pop(digest, location)
+            self._recent[digest] = old if old.reference and not location.reference else location
+            if len(self._recent) > MOST_LOCATIONS:
                 del self._recent[next(iter(self._recent))]
 
-    def keep(self, digest: str, place: AdapterPlace) -> None:
-        """Read the adapter with this digest from `place` until `release`.
+    def keep(self, digest: str, location: AdapterLocation) -> None:
+        """Read the adapter with this digest from `location` until `release`.
 
         Used for adapters that a loaded name refers to.
         """
         with self._lock:
-            self._kept[digest] = place
+            self._loaded[digest] = location
 
     def release(self, digest: str) -> None:
         """Record that no loaded name refers to this adapter.
@@ -224,81 +224,81 @@ class AdapterSources:
         Running requests still find its location.
         """
         with self._lock:
-            place = self._kept.pop(digest, None)
-        if place is not None:
-            self.remember(digest, place)
+            location = self._loaded.pop(digest, None)
+        if location is not None:
+            self.remember(digest, location)
 
     def read(self, digest: str, problems: Problems = lambda adapter: []) -> Adapter:
         """The adapter with this digest, read from its known location. Raises Refused."""
-        return self.read_from(self._place(digest), problems, digest)
+        return self.read_from(self._location(digest), problems, digest)
 
     def files(self, digest: str) -> Path:
         """The path of the files of an adapter, for servers that read them. Raises Refused."""
-        return self._files(self._place(digest))
+        return self._files(self._location(digest))
 
-    def _place(self, digest: str) -> AdapterPlace:
+    def _location(self, digest: str) -> AdapterLocation:
         with self._lock:
-            place = self._recent.get(digest) or self._kept.get(digest)
-        if place is None and (found := self.look(digest)) is not None:
-            place = place_of(found)
-        if place is None:
+            location = self._recent.get(digest) or self._loaded.get(digest)
+        if location is None and (version := self.find_version(digest)) is not None:
+            location = location_of(version)
+        if location is None:
             raise unusable("not_found", f"no adapter has the digest {digest}", status=404)
-        return place
+        return location
 
-    def read_from(self, place: AdapterPlace, problems: Problems, digest: str = "") -> Adapter:
+    def read_from(self, location: AdapterLocation, problems: Problems, digest: str = "") -> Adapter:
         """Read an adapter, and check that this base serves it with full effect.
 
         Raises Refused. `digest`: required digest of the adapter. Tensors from an allowed folder are copied:
         if somebody writes to a mapped file, running requests would see the change.
         """
-        if place.path is not None and not place.path.exists():
-            raise unusable("not_found", f"{place.root} is no longer there", status=404)
+        if location.path is not None and not location.path.exists():
+            raise unusable("not_found", f"{location.root} is no longer there", status=404)
         try:
             if isinstance(self.base, UnloadedBase):
                 raise not_ready("loading")
-            path = self._files(place)
+            path = self._files(location)
             adapter = load_adapter(self.base, str(path))
-            if place.path is not None:
+            if location.path is not None:
                 adapter = adapter.mapped(lambda t: t.clone())
             if digest and adapter.digest() != digest and not self._reads_as(path, digest):
-                raise unusable("changed", f"{place.root} has changed since it was loaded", status=409)
+                raise unusable("changed", f"{location.root} has changed since it was loaded", status=409)
         except Refused:
             raise
         except Exception as error:  # readers can raise anything on a hostile file
-            raise self._refusal(place, error) from error
+            raise self._refusal(location, error) from error
         if found := problems(adapter):
-            raise _unservable(place, found)
+            raise _unservable(location, found)
         return adapter
 
-    def _files(self, place: AdapterPlace) -> Path:
-        return place.path or self._from_library(place)
+    def _files(self, location: AdapterLocation) -> Path:
+        return location.path or self._from_library(location)
 
-    def _from_library(self, place: AdapterPlace) -> Path:
+    def _from_library(self, location: AdapterLocation) -> Path:
         """The files in the library, fetched first if stored remotely.
 
         Errors are not the adapter's fault.
         """
         assert self.library is not None
         try:
-            return self.library.place(place.root, place.entry, place.format)
+            return self.library.place(location.root, location.entry, location.format)
         except AdapterError as error:
-            if self.look(place.reference) is None:
-                raise unusable("not_found", f"the library no longer has {place.root}", status=404) from error
-            refused = transient_error(f"the library's copy of {place.root}", error)
+            if self.find_version(location.reference) is None:
+                raise unusable("not_found", f"the library no longer has {location.root}", status=404) from error
+            refused = transient_error(f"the library's copy of {location.root}", error)
             raise unusable("damaged", refused.what, status=503, fix=refused.fix) from error
         except Exception as error:
-            raise internal_error(f"the library's copy of {place.root}", error) from error
+            raise internal_error(f"the library's copy of {location.root}", error) from error
 
     def _reads_as(self, path: Path, digest: str) -> bool:
         """Whether the digest matches when read without a base, as in the library."""
         return reader.read(path).adapter.digest() == digest
 
-    def _refusal(self, place: AdapterPlace, error: Exception) -> Refused:
+    def _refusal(self, location: AdapterLocation, error: Exception) -> Refused:
         if is_transient(error):
-            return transient_error(place.root, error)
+            return transient_error(location.root, error)
         what = error.what if isinstance(error, VeneerError) else f"{type(error).__name__}: {error}"
-        for hidden, shown in self._paths(place).items():
-            what = what.replace(hidden, shown)
+        for hidden, public in self._paths(location).items():
+            what = what.replace(hidden, public)
         if isinstance(error, UnsafeFileError):
             reason = "unsafe_file"
         elif isinstance(error, MismatchError):
@@ -306,24 +306,24 @@ class AdapterSources:
         elif "NaN" in what or "not finite" in what:
             reason = "not_finite"
         elif isinstance(error, AdapterError) and "does not state the scale" in what:
-            return unusable("unstated_scale", f"{place.root}: {what}", fix=error.fix)
+            return unusable("unstated_scale", f"{location.root}: {what}", fix=error.fix)
         else:
-            reason = "shape_mismatch" if self._sound(place) else "corrupt"
-        return unusable(reason, f"{place.root}: {what}")
+            reason = "shape_mismatch" if self._sound(location) else "corrupt"
+        return unusable(reason, f"{location.root}: {what}")
 
-    def _paths(self, place: AdapterPlace) -> dict[str, str]:
+    def _paths(self, location: AdapterLocation) -> dict[str, str]:
         """Local paths that messages can contain, and what clients see instead."""
-        paths = {} if place.path is None else {str(place.path): place.root}
+        paths = {} if location.path is None else {str(location.path): location.root}
         if self.library is not None:
             paths[self.library.location] = "the library"
         if Path(self.base.name).is_absolute():
             paths[self.base.name] = self.base.short_name
         return paths
 
-    def _sound(self, place: AdapterPlace) -> bool:
+    def _sound(self, location: AdapterLocation) -> bool:
         """Whether the files are a readable adapter, of any base."""
         try:
-            reader.read(self._files(place))
+            reader.read(self._files(location))
         except Exception:  # the files are present, so any reader error is their fault
             return False
         return True
@@ -332,22 +332,22 @@ class AdapterSources:
 def _folder(folder: str | Path) -> Path:
     """The resolved folder. Raises ConfigError if it does not exist."""
     try:
-        found = Path(folder).expanduser().resolve(strict=True)
+        resolved = Path(folder).expanduser().resolve(strict=True)
     except (OSError, RuntimeError):
-        found = None
-    if found is None or not found.is_dir():
+        resolved = None
+    if resolved is None or not resolved.is_dir():
         raise ConfigError(
             f"there is no folder {folder}", where="--allow-folder", fix="create the folder, or leave the option out"
         )
-    return found
+    return resolved
 
 
-def _unservable(place: AdapterPlace, problems: list[str]) -> Refused:
-    said = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-    low = said.lower()
+def _unservable(location: AdapterLocation, problems: list[str]) -> Refused:
+    text = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+    low = text.lower()
     reason = "form_unsupported"
     if "dora" in low:
         reason = "dora_unsupported"
     elif any(words in low for words in ("full cop", "modules_to_save", "token rows")):
         reason = "modules_to_save_unsupported"
-    return unusable(reason, f"{place.root} cannot be served with its full effect: {said}")
+    return unusable(reason, f"{location.root} cannot be served with its full effect: {text}")

@@ -1,8 +1,8 @@
 """The names of one server, and which adapters they mean: the catalog of an embedded engine.
 
-    shelf = Shelf(base, library=open_library())
-    engine = TextEngine(base, shelf.read)
-    catalog = Catalog(shelf, engine.problems, engine.residents, routes=…)
+    sources = AdapterSources(base, library=open_library())
+    engine = TextEngine(base, sources.read)
+    catalog = Catalog(sources, engine.problems, engine.residents, routes=…)
     served = catalog.resolve("support@prod", caller)
 
 A name is looked up in this order: the base's name; a route (`routes`); a loaded name; a library reference
@@ -32,7 +32,7 @@ from veneer.errors import ConfigError, quoted
 from veneer.library.names import check_name, name_of, parse_tuned
 from veneer.serve.access import ModelCard, ResolvedModel, Routes
 from veneer.serve.names.adapter_cache import ResidentAdapter
-from veneer.serve.names.adapter_sources import AdapterSources, Problems, place_of, unusable
+from veneer.serve.names.adapter_sources import AdapterSources, Problems, location_of, unusable
 from veneer.serve.principal import Principal
 from veneer.serve.request import DigestMix, Refused, check_strengths, invalid, make_mix, not_ready
 
@@ -85,20 +85,20 @@ class Catalog:
     loaded adapters are kept. `name`: the base's served name; by default the last part of its own name.
     Thread-safe; only `load` and `check` read files.
 
-    Raises Refused: model_not_found (404), adapter_exists (400), adapter_unusable (see `shelf`).
+    Raises Refused: model_not_found (404), adapter_exists (400), adapter_unusable (see `AdapterSources`).
     """
 
     def __init__(
         self,
-        shelf: AdapterSources,
+        sources: AdapterSources,
         problems: Problems,
         residents: AdapterMemory,
         *,
         name: str = "",
         routes: Routes | None = None,
     ) -> None:
-        self.base = name or shelf.base.name.rstrip("/").rpartition("/")[2]
-        self.shelf, self.problems, self.residents, self.routes = shelf, problems, residents, routes
+        self.base = name or sources.base.name.rstrip("/").rpartition("/")[2]
+        self.sources, self.problems, self.residents, self.routes = sources, problems, residents, routes
         self._started = int(time.time())
         self._lock = threading.Lock()
         self._reading = threading.Semaphore(2)  # limits memory: concurrent loads
@@ -108,11 +108,11 @@ class Catalog:
     @property
     def fingerprint(self) -> str:
         """The base's fingerprint."""
-        return self.shelf.base.fingerprint
+        return self.sources.base.fingerprint
 
     def use_base(self, base: AnyBase, problems: Problems, residents: AdapterMemory) -> None:
         """Serve names over a base that has just been loaded."""
-        self.shelf.base, self.problems, self.residents = base, problems, residents
+        self.sources.base, self.problems, self.residents = base, problems, residents
 
     # -- resolving names -----------------------------------------------------------------------------------------------
 
@@ -121,31 +121,35 @@ class Catalog:
 
         `model`: "" or the base's name; an adapter, a route, a library reference; `base:adapter`.
         """
-        found = self._mean(model, caller)
+        meaning = self._mean(model, caller)
         shadow: tuple[str, DigestMix | Refused] | None = None
-        if self.routes is not None and found.routed and (other := self.routes.shadow(self._word(model), caller)):
+        if self.routes is not None and meaning.routed and (other := self.routes.shadow(self._word(model), caller)):
             try:
                 shadow = (other, _alone(self._adapter(other, other)))
             except Refused as error:
                 shadow = (other, error)
                 _log.warning("the shadow %r of %r cannot be served: %s", other, model, error.what)
-        return ResolvedModel(_alone(found), model or self.base, found.target, shadow, (found.own,) if found.own else ())
+        return ResolvedModel(
+            _alone(meaning), model or self.base, meaning.target, shadow, (meaning.own,) if meaning.own else ()
+        )
 
     def resolve_mix(self, parts: Sequence[tuple[str, float]], caller: Principal) -> ResolvedModel:
         """Resolve a mix of (name, strength); strengths of the same adapter are added."""
         if len(parts) > MAX_MIX:
             raise invalid(f"a mix of {len(parts)} adapters; at most {MAX_MIX}", "mix")
-        found = [(self._mean(word, caller), strength) for word, strength in parts]
-        mix = make_mix([(meaning.digest, strength) for meaning, strength in found if meaning.digest])
+        meanings = [(self._mean(word, caller), strength) for word, strength in parts]
+        mix = make_mix([(meaning.digest, strength) for meaning, strength in meanings if meaning.digest])
         # If two names mean one adapter, choose the same name every time.
-        named = [min((m for m, _ in found if m.digest == digest), key=lambda m: m.own) for digest, _ in mix]
+        named = [min((m for m, _ in meanings if m.digest == digest), key=lambda m: m.own) for digest, _ in mix]
         adapters = tuple(meaning.own for meaning in named)
         check_strengths(zip(adapters, (strength for _, strength in mix), strict=True))  # summed client values
         name = "+".join(f"{word}:{strength:g}" for word, strength in parts) or self.base
         target = name if len(mix) > 1 else self.base
         if len(mix) == 1:
-            target = next(meaning.target for meaning, _ in found if meaning.digest == mix[0][0])
-        return ResolvedModel(mix, name, target, adapters=adapters, meant=tuple(meaning.digest for meaning, _ in found))
+            target = next(meaning.target for meaning, _ in meanings if meaning.digest == mix[0][0])
+        return ResolvedModel(
+            mix, name, target, adapters=adapters, meant=tuple(meaning.digest for meaning, _ in meanings)
+        )
 
     def _word(self, model: str) -> str:
         """The name without the `base:` prefix.
@@ -179,25 +183,25 @@ class Catalog:
         loaded = self._loaded.get(name)
         if loaded is not None:
             return _Meaning(name, loaded.digest, name)
-        found = self.shelf.look(name)
-        if found is None:
+        version = self.sources.find_version(name)
+        if version is None:
             raise _missing(model)
-        if not found.digest:
+        if not version.digest:
             raise unusable("corrupt", f"{quoted(name)} could not be read when it was added to the library")
-        if found.fingerprint not in ("", self.fingerprint):
-            raise unusable("wrong_base", f"{quoted(name)} belongs to {found.base or found.fingerprint}")
-        self.shelf.remember(found.digest, place_of(found))
-        return _Meaning(name, found.digest, found.reference)
+        if version.fingerprint not in ("", self.fingerprint):
+            raise unusable("wrong_base", f"{quoted(name)} belongs to {version.base or version.fingerprint}")
+        self.sources.remember(version.digest, location_of(version))
+        return _Meaning(name, version.digest, version.reference)
 
     def check(self, name: str) -> None:
         """Read the adapter of a name as its first request would, unless loaded.
 
         Raises the same Refused.
         """
-        self.shelf.look(name, sure=True)
-        found = self._adapter(name, name)
-        if found.digest and name not in self._loaded:
-            self.shelf.read(found.digest, self.problems)
+        self.sources.find_version(name, sure=True)
+        meaning = self._adapter(name, name)
+        if meaning.digest and name not in self._loaded:
+            self.sources.read(meaning.digest, self.problems)
 
     def models(self, caller: Principal) -> list[ModelCard]:
         """The base, then everything the caller can see.
@@ -216,17 +220,17 @@ class Catalog:
     def card(self, model: str, caller: Principal) -> ModelCard:
         """The card of one model, also under its OpenAI name `ft:base:…`."""
         if parse_tuned(model) is not None:
-            found = self._mean(model, caller)
-            kept = self.shelf.look(self._word(model))
-            if found.digest and kept is not None:
-                return ModelCard(model, found.own, self.base, _seconds(kept.added), found.digest)
+            meaning = self._mean(model, caller)
+            version = self.sources.find_version(self._word(model))
+            if meaning.digest and version is not None:
+                return ModelCard(model, meaning.own, self.base, _seconds(version.added), meaning.digest)
         for card in self.models(caller):
             if card.id == model:
                 return card
         raise _missing(model)
 
     def _library_cards(self) -> list[ModelCard]:
-        versions = self.shelf.listed(self.fingerprint)
+        versions = self.sources.listed(self.fingerprint)
         if self._library_models[0] is not versions:
             cards = [ModelCard(v.name, v.reference, self.base, _seconds(v.added), v.digest) for v in versions]
             self._library_models = (versions, cards)
@@ -235,22 +239,22 @@ class Catalog:
     def in_memory(self) -> list[tuple[str, ResidentAdapter]]:
         """(the operator's name, the adapter) of each in memory, most recently used first."""
         named = {card.digest: name for name, card in self._loaded.items()}
-        found = []
+        adapters = []
         for each in self.residents.listed():
-            kept = None if each.digest in named else self.shelf.look(each.digest)
-            found.append((named.get(each.digest) or (kept.reference if kept else each.digest), each))
-        return found
+            version = None if each.digest in named else self.sources.find_version(each.digest)
+            adapters.append((named.get(each.digest) or (version.reference if version else each.digest), each))
+        return adapters
 
     async def fresh(self) -> None:
         """Wait until current names are visible; surfaces call this once per request.
 
         If the library's index does not answer, its last state is used, without a long wait.
         """
-        await self.shelf.fresh()
+        await self.sources.fresh()
 
     def close(self) -> None:
         """End the thread that reads the library's names."""
-        self.shelf.close()
+        self.sources.close()
 
     # -- loading ------------------------------------------------------------------------------------------------------
 
@@ -268,18 +272,18 @@ class Catalog:
         except ConfigError as error:
             raise invalid(error.what, "lora_name", error.fix) from None
         self._check_free(name, replace)
-        place = self.shelf.locate(source)
+        location = self.sources.locate(source)
         with self._reading:
-            adapter = self.shelf.read_from(place, self.problems)
+            adapter = self.sources.read_from(location, self.problems)
             digest = adapter.digest()
             self._check_library(name, digest, replace)
-            self.shelf.keep(digest, place)
+            self.sources.keep(digest, location)
             try:
                 self.residents.load(digest, adapter)
             except BaseException:
                 self._forget(digest)
                 raise
-        card = ModelCard(name, place.root, self.base, int(time.time()), digest)
+        card = ModelCard(name, location.root, self.base, int(time.time()), digest)
         with self._lock:
             old = self._loaded.get(name)
             taken = old is not None and not replace
@@ -298,10 +302,10 @@ class Catalog:
         Its memory is freed when the last running request with it ends.
         """
         with self._lock:
-            gone = self._loaded.pop(name, None)
-        if gone is None:
+            card = self._loaded.pop(name, None)
+        if card is None:
             raise _missing(name)
-        self._forget(gone.digest)
+        self._forget(card.digest)
 
     def _check_free(self, name: str, replace: bool) -> None:
         if name in self._loaded and not replace:
@@ -313,7 +317,7 @@ class Catalog:
 
         Allowed with `replace`.
         """
-        known = self.shelf.look(name, sure=True)
+        known = self.sources.find_version(name, sure=True)
         if known is None or known.digest == digest:
             return
         if not replace:
@@ -333,7 +337,7 @@ class Catalog:
             used = any(card.digest == digest for card in self._loaded.values())
         if not used:
             self.residents.drop(digest)
-            self.shelf.release(digest)
+            self.sources.release(digest)
 
 
 def _alone(meaning: _Meaning) -> DigestMix:

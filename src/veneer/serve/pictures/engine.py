@@ -97,7 +97,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         self.residents: AdapterCache[_Held] = AdapterCache(
             read, lambda adapter, digest: _Held(digest, adapter), limit_bytes=adapter_bytes, freed=self._freed
         )
-        self._gone: list[str] = []
+        self._evicted: list[str] = []
         self._control_names = dict(controls or {})
         self._controls: dict[str, tuple[str, Any]] = {}
         (tokenizer, limit), *_ = readers(base)
@@ -150,11 +150,11 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         lease = await self._leased(make_mix((digest, 1.0) for request in requests for digest, _ in request.mix))
         inbox: asyncio.Queue[tuple[int, PictureEvent | Refused]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
-        held = {thing.key: thing.adapter for thing, _ in lease.parts}
-        jobs = [_Job(request, i, held, loop, inbox) for i, request in enumerate(requests)]
+        adapters = {thing.key: thing.adapter for thing, _ in lease.parts}
+        jobs = [_Job(request, i, adapters, loop, inbox) for i, request in enumerate(requests)]
         try:
             if requests[0].factors:
-                jobs[0].notes = await asyncio.to_thread(self._without_effect, requests[0], held)
+                jobs[0].notes = await asyncio.to_thread(self._without_effect, requests[0], adapters)
             ahead = self._submit(jobs)
             for job in jobs:
                 yield job.index, Queued(ahead + job.index)
@@ -179,8 +179,8 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
                 name = self._control_name(kind)
                 if name is None:
                     known = self.control_kinds()
-                    there = f"there are {', '.join(known)}" if known else "this base has none"
-                    raise invalid(f"no control of type {kind!r}: {there}", "control")
+                    available = f"there are {', '.join(known)}" if known else "this base has none"
+                    raise invalid(f"no control of type {kind!r}: {available}", "control")
                 try:
                     same = next((model for known, model in self._controls.values() if known == name), None)
                     self._controls[kind] = name, same if same is not None else load_control(name, self.base)
@@ -211,7 +211,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         with self._counting:
             return sum(min(limit, len(tokenizer(text, verbose=False)["input_ids"])) for text in texts)
 
-    def places(self, settings: PictureSettings) -> int:
+    def positions(self, settings: PictureSettings) -> int:
         """The latent positions that the denoiser processes for an image of this size."""
         unit = self.base.unit
         return ((settings.width or self.base.size) // unit) * ((settings.height or self.base.size) // unit)
@@ -243,22 +243,22 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
     async def _leased(self, mix: DigestMix) -> Lease[_Held]:
         """Wait until all of the mix is in memory. Raises Refused if loading fails."""
         loop = asyncio.get_running_loop()
-        told: asyncio.Future[Lease[_Held] | Refused] = loop.create_future()
+        outcome: asyncio.Future[Lease[_Held] | Refused] = loop.create_future()
 
-        def tell(result: Lease[_Held] | Refused) -> None:
-            if not told.done():
-                told.set_result(result)
+        def deliver(result: Lease[_Held] | Refused) -> None:
+            if not outcome.done():
+                outcome.set_result(result)
             elif isinstance(result, Lease):  # nobody waits any more
                 result.release()
 
         def ready(result: Lease[_Held] | Refused) -> None:
-            loop.call_soon_threadsafe(tell, result)
+            loop.call_soon_threadsafe(deliver, result)
 
         lease = self.residents.acquire(mix, ready)
         if lease is not None:
             return lease
         try:
-            result = await told
+            result = await outcome
         finally:
             self.residents.withdraw(ready)
         if isinstance(result, Refused):
@@ -267,19 +267,19 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
 
     def _freed(self, thing: _Held) -> None:
         with self._wake:
-            self._gone.append(thing.key)
+            self._evicted.append(thing.key)
             self._wake.notify_all()
 
     def _tidy(self) -> None:
         """Detach evicted adapters; call under `_wake`, on the worker thread."""
-        kept = list(self._divided)[-_KEPT_SHAPES:]
-        for shape in [s for s in self._divided if s[0] in self._gone or s not in kept]:
+        recent = list(self._divided)[-_KEPT_SHAPES:]
+        for shape in [s for s in self._divided if s[0] in self._evicted or s not in recent]:
             for part, _ in self._divided.pop(shape):
                 self.attachment.remove(part)
-        for key in self._gone:
+        for key in self._evicted:
             if key in self.attachment.adapters:
                 self.attachment.remove(key)
-        self._gone.clear()
+        self._evicted.clear()
 
     # -- the queue -----------------------------------------------------------------------------------------------------
 
@@ -302,8 +302,10 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             except ConfigError as error:
                 raise invalid(error.what, "mix", error.fix) from error
 
-    def _without_effect(self, request: PictureRequest, held: Mapping[str, Adapter]) -> tuple[str, ...]:
-        named = [(request.labels.get(digest, digest), held[digest], strength) for digest, strength in request.uses()]
+    def _without_effect(self, request: PictureRequest, adapters: Mapping[str, Adapter]) -> tuple[str, ...]:
+        named = [
+            (request.labels.get(digest, digest), adapters[digest], strength) for digest, strength in request.uses()
+        ]
         return tuple(n + note for n, adapter, s in named for note in without_effect(adapter, s, self._modules))
 
     def _check_factors(self, request: PictureRequest) -> None:
@@ -342,8 +344,8 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
     def _leave(self, jobs: Sequence[_Job]) -> None:
         with self._wake:
             for job in jobs:
-                job.gone = True
-            self._waiting = [job for job in self._waiting if not job.gone]
+                job.abandoned = True
+            self._waiting = [job for job in self._waiting if not job.abandoned]
 
     def _loop(self) -> None:
         while True:
@@ -355,14 +357,14 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
                     self._tidy()
                 if self._closing:
                     for job in self._waiting:
-                        job.tell(shutting_down())
+                        job.deliver(shutting_down())
                     self._waiting.clear()
                     return
                 if (left := self._patience()) > 0:
                     self._wake.wait(left)
                     continue
                 self._running = self._next()
-            self._draw(self._running)
+            self._generate(self._running)
 
     def _patience(self) -> float:
         """Seconds the oldest image can still wait to be batched.
@@ -392,8 +394,8 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
 
     # -- the worker thread ---------------------------------------------------------------------------------------------
 
-    def _draw(self, jobs: Sequence[_Job]) -> None:
-        jobs = [job for job in jobs if not job.gone and self._attached(job)]
+    def _generate(self, jobs: Sequence[_Job]) -> None:
+        jobs = [job for job in jobs if not job.abandoned and self._attached(job)]
         if not jobs:
             return
         settings = replace(jobs[0].request.settings, image=None, mask=None, references=(), batch_size=len(jobs))
@@ -408,32 +410,32 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             )
         except _Left:
             for job in jobs:
-                job.tell(shutting_down())
+                job.deliver(shutting_down())
             return
         except Exception as error:
             if len(jobs) > 1:  # isolate the failing image: rerun each alone
                 for job in jobs:
-                    self._draw([job])
+                    self._generate([job])
                 return
-            told = picture_error(error)
-            self._lost += told.status >= 500
-            jobs[0].tell(told)
+            refused = picture_error(error)
+            self._lost += refused.status >= 500
+            jobs[0].deliver(refused)
             return
         self._lost = 0
         for job, picture in zip(jobs, pictures, strict=True):
             try:
-                job.tell(self._told(job, picture, began))
+                job.deliver(self._finished(job, picture, began))
             except Exception as error:  # the thread survives any error of one image's record
-                job.tell(picture_error(error))
+                job.deliver(picture_error(error))
 
     def _attached(self, job: _Job) -> bool:
         try:
             for digest, _ in job.request.mix:
                 if digest not in self.attachment.adapters:
-                    self.attachment.add(digest, job.held[digest])
+                    self.attachment.add(digest, job.adapters[digest])
             job.plan = mix_plan([(strength, self._parts(digest, strength)) for digest, strength in job.request.uses()])
         except Exception as error:
-            job.tell(picture_error(error))
+            job.deliver(picture_error(error))
             return False
         return True
 
@@ -445,20 +447,20 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         key = digest, strength.by_block
         if key[1] == Strength():
             return ((digest, 1.0),)
-        found = self._divided.pop(key, None)
-        self._divided[key] = add_divided(self.attachment, *key, self._modules) if found is None else found
+        parts = self._divided.pop(key, None)
+        self._divided[key] = add_divided(self.attachment, *key, self._modules) if parts is None else parts
         return self._divided[key]
 
     def _watch(self, jobs: Sequence[_Job], moment: Moment) -> None:
-        if self._closing or all(job.gone for job in jobs):
+        if self._closing or all(job.abandoned for job in jobs):
             raise _Left
         self._steps += 1
         self._beat = time.monotonic()
         for job in jobs[moment.start : moment.start + len(moment.rows)]:
-            if not job.gone:
-                job.tell(PictureStep(moment.done, moment.of))
+            if not job.abandoned:
+                job.deliver(PictureStep(moment.done, moment.of))
 
-    def _told(self, job: _Job, picture: GeneratedPicture, began: float) -> FinishedPicture:
+    def _finished(self, job: _Job, picture: GeneratedPicture, began: float) -> FinishedPicture:
         """The finished image, with a record of this image only.
 
         The rest of its batch belongs to other callers.
@@ -468,16 +470,18 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             digest: AdapterSource(digest, "", digest, "", "", "", display_name=request.labels.get(digest, ""))
             for digest, _ in request.mix
         }
-        ask = ImageRequest(request.prompt, request.negative, request.seed, request.uses())
+        described = ImageRequest(request.prompt, request.negative, request.seed, request.uses())
         shared = shared_record(self.base, request.settings) | dict(request.inputs)
         shared["base"]["name"] = self.base.short_name
-        made = recorded_picture(self.base, sources, picture, [ask], 0, shared)
+        recorded = recorded_picture(self.base, sources, picture, [described], 0, shared)
         notes = unread_notes(picture)
         named = [(request.labels.get(digest, digest), strength) for digest, strength in request.uses()]
         notes += idle_ranges(named, picture.steps)
         prompts = [text for text in (request.prompt, request.negative) if text]
-        usage = Usage(self.tokens(*prompts), 0, self.places(request.settings), began - job.arrived, decode=now - began)
-        return FinishedPicture(made, usage, len(picture.batch), (*notes, *job.notes))
+        usage = Usage(
+            self.tokens(*prompts), 0, self.positions(request.settings), began - job.arrived, decode=now - began
+        )
+        return FinishedPicture(recorded, usage, len(picture.batch), (*notes, *job.notes))
 
 
 class _Left(Exception):
@@ -491,23 +495,23 @@ class _Job:
         self,
         request: PictureRequest,
         index: int,
-        held: Mapping[str, Adapter],
+        adapters: Mapping[str, Adapter],
         loop: asyncio.AbstractEventLoop,
         inbox: asyncio.Queue[tuple[int, PictureEvent | Refused]],
     ) -> None:
-        self.request, self.index, self.held, self._loop, self._inbox = request, index, held, loop, inbox
+        self.request, self.index, self.adapters, self._loop, self._inbox = request, index, adapters, loop, inbox
         self.kind = request.kind()
         self.plan = MixPlan()
         self.notes: tuple[str, ...] = ()
         self.arrived = time.monotonic()
-        self.gone = False
+        self.abandoned = False
 
-    def tell(self, event: PictureEvent | Refused) -> None:
+    def deliver(self, event: PictureEvent | Refused) -> None:
         """Send an event, from any thread."""
         try:
             self._loop.call_soon_threadsafe(self._inbox.put_nowait, (self.index, event))
         except RuntimeError:  # the loop is closed: nobody listens
-            self.gone = True
+            self.abandoned = True
 
 
 class PictureTurns:

@@ -12,7 +12,7 @@ A tenant finds adapters visible to it (`Principal.can_see`), and can add, change
 in its own namespace; an operator can do so everywhere. An adapter that is not visible is a 404. Files,
 recipes and sources are shown only to principals that can change the adapter.
 
-`keep_staged`, `change_adapter` and `remove_adapter` are the only ways to change the library, here and in the
+`add_staged`, `change_adapter` and `remove_adapter` are the only ways to change the library, here and in the
 Studio: they check the principal and write the audit entry.
 """
 
@@ -137,11 +137,11 @@ def adapter_routes(library: Library, staging: UploadStage, tenancy: Tenancy) -> 
     async def browse(request: HttpRequest, query: Annotated[AdapterQuery, Query()]) -> Response:
         caller = caller_of(request)
         filters = query.model_dump() | {"sees": None if caller.can("operate") else caller.sees}
-        found = await in_thread("the library", lambda: library.browse(**filters))
-        data = [_adapter_json(v, caller) for v in found.versions]
-        more = query.offset + len(data) < found.total
-        facets = {**found.facets, "base": facet_of_bases(found.facets["base"], caller)}
-        return Json({"object": "list", "data": data, "total": found.total, "has_more": more, "facets": facets})
+        page = await in_thread("the library", lambda: library.browse(**filters))
+        data = [_adapter_json(v, caller) for v in page.versions]
+        more = query.offset + len(data) < page.total
+        facets = {**page.facets, "base": facet_of_bases(page.facets["base"], caller)}
+        return Json({"object": "list", "data": data, "total": page.total, "has_more": more, "facets": facets})
 
     @router.post(
         "/v1/adapters",
@@ -157,11 +157,11 @@ def adapter_routes(library: Library, staging: UploadStage, tenancy: Tenancy) -> 
         alias: _Word = "",
     ) -> Response:
         caller, quotas = caller_of(request), service_of(request).quotas
-        _need_own(caller, name)
+        _need_namespace(caller, name)
         async with posted(request, filename) as staged:
 
             def add() -> dict[str, Any]:
-                added = keep_staged(library, tenancy, quotas, caller, staged, name, tags=tag or (), alias=alias)
+                added = add_staged(library, tenancy, quotas, caller, staged, name, tags=tag or (), alias=alias)
                 return {**_adapter_json(added.version, caller), "new": added.new, "left_out": added.left_out}
 
             try:
@@ -174,10 +174,12 @@ def adapter_routes(library: Library, staging: UploadStage, tenancy: Tenancy) -> 
         caller = caller_of(request)
 
         def show() -> dict[str, Any]:
-            version = _found(library, caller, reference)
-            own = caller.can_change(version.name)
-            relatives = _seen(library.family(version.reference), caller)
-            known = {"checks": library.checks(version.reference), "files": _files(library, version)} if own else {}
+            version = _visible_version(library, caller, reference)
+            changeable = caller.can_change(version.name)
+            relatives = _visible_family(library.family(version.reference), caller)
+            known = (
+                {"checks": library.checks(version.reference), "files": _files(library, version)} if changeable else {}
+            )
             return {**_adapter_json(version, caller), "family": relatives, **known}
 
         return Json(await _read(show))
@@ -206,13 +208,13 @@ def adapter_routes(library: Library, staging: UploadStage, tenancy: Tenancy) -> 
         def remove() -> list[str]:
             return remove_adapter(library, tenancy, caller, reference, with_aliases=with_aliases)
 
-        gone = await _read(remove)
-        return Json({"id": reference, "object": "adapter", "deleted": True, "removed": gone})
+        removed = await _read(remove)
+        return Json({"id": reference, "object": "adapter", "deleted": True, "removed": removed})
 
     @router.get("/v1/adapter_previews/{reference:path}", summary="Get the preview picture of an adapter.")
     async def preview(request: HttpRequest, reference: str) -> Response:
         caller = caller_of(request)
-        version = await _read(lambda: _found(library, caller, reference))
+        version = await _read(lambda: _visible_version(library, caller, reference))
         picture = card_picture(version.card)
         if picture is None:
             raise Refused(f"{version.reference} has no picture", status=404, code="not_found")
@@ -223,13 +225,11 @@ def adapter_routes(library: Library, staging: UploadStage, tenancy: Tenancy) -> 
     @router.get("/v1/adapter_files/{reference:path}", summary="Download an adapter's file, also in another layout.")
     async def download(request: HttpRequest, reference: str, to: Layout | None = None, base: _Base = "") -> Response:
         caller = caller_of(request)
-        version = await _read(lambda: _own(library, caller, reference))
+        version = await _read(lambda: _changeable_version(library, caller, reference))
         known = version.fingerprint == service_of(request).catalog.fingerprint
         stem = f"{version.name.rpartition('/')[2]}-{version.version}"
-        place = await worked(caller, version.size, lambda: library.resolve(version.reference))
-        return await file_of(
-            request, place, version.size, stem, to, service_of(request).catalog.base if known else base
-        )
+        path = await worked(caller, version.size, lambda: library.resolve(version.reference))
+        return await file_of(request, path, version.size, stem, to, service_of(request).catalog.base if known else base)
 
     @router.post("/v1/adapter_inspections", summary="Report on the posted file.", openapi_extra=_BYTES)
     async def inspect(request: HttpRequest, filename: _Word = "adapter.safetensors") -> Response:
@@ -252,7 +252,7 @@ def adapter_routes(library: Library, staging: UploadStage, tenancy: Tenancy) -> 
         return await file_of(request, staged.path, staged.size, staged.name.rpartition(".")[0], to, base)
 
     async def file_of(
-        request: HttpRequest, place: Path, size: int, stem: str, to: Layout | None, base: str
+        request: HttpRequest, source: Path, size: int, stem: str, to: Layout | None, base: str
     ) -> Response:
         """A file to download; temporary files are deleted once it is sent.
 
@@ -264,10 +264,10 @@ def adapter_routes(library: Library, staging: UploadStage, tenancy: Tenancy) -> 
             if base != catalog.base:
                 fix = f"base={catalog.base}, if it is of that one; else veneer adapter convert --to {to} --base BASE"
                 raise invalid(f"{to} depends on the base, and this server has {catalog.base}", "base", fix)
-            base = catalog.shelf.base.name  # the base's location; the name can be its last part only
+            base = catalog.sources.base.name  # the base's location; the name can be its last part only
         folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="veneer-"))
         try:
-            path = await worked(caller, 2 * size, lambda: _one_file(place, folder, stem, to, base))
+            path = await worked(caller, 2 * size, lambda: _one_file(source, folder, stem, to, base))
             return file_response(
                 path.open("rb"),
                 path.stat().st_size,
@@ -285,7 +285,7 @@ def adapter_routes(library: Library, staging: UploadStage, tenancy: Tenancy) -> 
 # -- shared with the Studio --------------------------------------------------------------------------------------------
 
 
-def keep_staged(
+def add_staged(
     library: Library,
     tenancy: Tenancy,
     quotas: Quotas,
@@ -300,7 +300,7 @@ def keep_staged(
 
     Raises Refused (403, 400 if there is no room), and the errors of `Library.add`.
     """
-    _need_own(caller, name)
+    _need_namespace(caller, name)
     if caller.tenant:
         quotas.check_stored(caller.tenant, disk=(library.size_of_prefix(f"{caller.tenant}/"), staged.size))
     added = library.add(staged.path, name, tags=tags, source="upload")
@@ -308,34 +308,34 @@ def keep_staged(
         added.version = library.alias(added.version.reference, alias)
     if caller.tenant:
         tenancy.grant_namespace(caller.tenant)
-    note_added(tenancy, caller, added.version)
+    audit_added(tenancy, caller, added.version)
     return added
 
 
-def note_added(tenancy: Tenancy, caller: Principal, version: Version) -> None:
+def audit_added(tenancy: Tenancy, caller: Principal, version: Version) -> None:
     """Write the audit entry of a version that was added to the library. Blocks."""
     after = {"digest": version.digest, "aliases": version.aliases}
     tenancy.note(caller.actor, "adapter.add", version.reference, None, after)
 
 
 def change_adapter(
-    library: Library, tenancy: Tenancy, caller: Principal, reference: str, wanted: AdapterChange
+    library: Library, tenancy: Tenancy, caller: Principal, reference: str, change: AdapterChange
 ) -> Version:
     """Change aliases and tags of a version. Blocks.
 
     Raises Refused (404, 403, and 400 if an alias to remove does not point to the version), and the library's
     errors.
     """
-    before = _own(library, caller, reference)
-    if missing := sorted(set(wanted.remove_aliases) - set(before.aliases)):
+    before = _changeable_version(library, caller, reference)
+    if missing := sorted(set(change.remove_aliases) - set(before.aliases)):
         raise invalid(f"no alias {missing[0]!r} points to {before.reference}", "remove_aliases")
-    for alias in wanted.remove_aliases:
+    for alias in change.remove_aliases:
         library.remove(f"{before.name}@{alias}")
-    if wanted.remove_tags:
-        library.untag(before.reference, *wanted.remove_tags)
-    if wanted.add_tags:
-        library.tag(before.reference, *wanted.add_tags)
-    for alias in wanted.add_aliases:
+    if change.remove_tags:
+        library.untag(before.reference, *change.remove_tags)
+    if change.add_tags:
+        library.tag(before.reference, *change.add_tags)
+    for alias in change.add_aliases:
         library.alias(before.reference, alias)
     after = library.find(before.reference)
     old, new = ({"aliases": v.aliases, "tags": v.tags} for v in (before, after))
@@ -351,15 +351,15 @@ def remove_adapter(
     Returns the removed references. Blocks. Raises Refused (404, 403, and 400 if an alias still points to a
     removed version).
     """
-    _own(library, caller, reference)
+    _changeable_version(library, caller, reference)
     try:
-        gone = library.remove(reference, with_aliases=with_aliases)
+        removed = library.remove(reference, with_aliases=with_aliases)
     except NotInLibrary:
         raise
     except AdapterError as error:
         raise invalid(error.what, "with_aliases", "move them first, or set with_aliases=true") from None
-    tenancy.note(caller.actor, "adapter.remove", reference, gone, None)
-    return gone
+    tenancy.note(caller.actor, "adapter.remove", reference, removed, None)
+    return removed
 
 
 def staged_report(staged: StagedAdapter) -> dict[str, Any]:
@@ -369,21 +369,23 @@ def staged_report(staged: StagedAdapter) -> dict[str, Any]:
     """
     from veneer.adapters.inspect import inspect
 
-    found: dict[str, Any] = _bounded({**inspect(str(staged.path), tools=True), "adapter": staged.name})
-    return found
+    report: dict[str, Any] = _bounded({**inspect(str(staged.path), tools=True), "adapter": staged.name})
+    return report
 
 
 # -- permissions -------------------------------------------------------------------------------------------------------
 
 
-def _need_own(caller: Principal, name: str) -> None:
+def _need_namespace(caller: Principal, name: str) -> None:
     """Raises Refused (403) for a name outside the caller's namespace."""
     if not caller.can_change(name):
-        own = f"{caller.tenant}/NAME" if caller.tenant else None
-        raise Refused(f"{quoted(name)} is outside your namespace", status=403, code="forbidden", param="name", fix=own)
+        namespace = f"{caller.tenant}/NAME" if caller.tenant else None
+        raise Refused(
+            f"{quoted(name)} is outside your namespace", status=403, code="forbidden", param="name", fix=namespace
+        )
 
 
-def _found(library: Library, caller: Principal, reference: str) -> Version:
+def _visible_version(library: Library, caller: Principal, reference: str) -> Version:
     """The version, if the caller sees it.
 
     Raises Refused (404); for an operator, with the nearest name.
@@ -401,9 +403,9 @@ def _missing(reference: str, fix: str | None = None) -> Refused:
     return Refused(f"there is no adapter {quoted(reference)}", status=404, code="not_found", param="reference", fix=fix)
 
 
-def _own(library: Library, caller: Principal, reference: str) -> Version:
+def _changeable_version(library: Library, caller: Principal, reference: str) -> Version:
     """The version, if the caller can change it. Raises Refused (404, 403)."""
-    version = _found(library, caller, reference)
+    version = _visible_version(library, caller, reference)
     if not caller.can_change(version.name):
         raise Refused(f"{version.reference} is outside your namespace", status=403, code="forbidden", param="reference")
     return version
@@ -413,8 +415,8 @@ def _unusable(error: AdapterError) -> Refused:
     """The error for an unusable adapter file, without its path on the server."""
     unsafe = isinstance(error, UnsafeFileError)  # its advice is for a user's own machine
     lines = (error.what if unsafe else message_of(error)).splitlines()
-    said = "\n".join([*lines[:_LINES], *(["…"] if len(lines) > _LINES else [])])
-    return Refused(said, status=422, code="adapter_unusable")
+    text = "\n".join([*lines[:_LINES], *(["…"] if len(lines) > _LINES else [])])
+    return Refused(text, status=422, code="adapter_unusable")
 
 
 _KNOWN: KnownErrors = {
@@ -450,7 +452,7 @@ def facet_of_bases(counts: Mapping[str, int], caller: Principal) -> dict[str, in
 
 def _adapter_json(v: Version, caller: Principal) -> dict[str, Any]:
     gain, base = gain_of(v.card), base_for(v.base, caller)
-    shown = {
+    fields = {
         "id": v.reference,
         "object": "adapter",
         "name": v.name,
@@ -474,7 +476,7 @@ def _adapter_json(v: Version, caller: Principal) -> dict[str, Any]:
         "gain": gain and {"before": gain.before, "after": gain.after, "share": gain.share},
         "preview": f"/v1/adapter_previews/{v.reference}" if card_picture(v.card) else None,
     }
-    return {**shown, "card": {**v.card, "base": base}, "source": v.source} if caller.can_change(v.name) else shown
+    return {**fields, "card": {**v.card, "base": base}, "source": v.source} if caller.can_change(v.name) else fields
 
 
 def _bounded(value: Any) -> Any:
@@ -487,10 +489,12 @@ def _bounded(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _seen(family: AdapterFamily, caller: Principal) -> dict[str, list[str]]:
+def _visible_family(family: AdapterFamily, caller: Principal) -> dict[str, list[str]]:
     return {
-        what: [each for each in names if caller.can_see(each) and (caller.can("operate") or what != "unknown_parents")]
-        for what, names in family.names().items()
+        relation: [
+            each for each in names if caller.can_see(each) and (caller.can("operate") or relation != "unknown_parents")
+        ]
+        for relation, names in family.names().items()
     }
 
 
@@ -498,21 +502,21 @@ def _files(library: Library, version: Version) -> dict[str, dict[str, Any]]:
     return {n: {"sha256": sha256, "bytes": size} for n, (sha256, size) in library.files(version.entry).items()}
 
 
-def _one_file(place: Path, folder: Path, stem: str, to: Layout | None, base: str) -> Path:
+def _one_file(source: Path, folder: Path, stem: str, to: Layout | None, base: str) -> Path:
     """The file to download.
 
-    `place` itself, a conversion in `folder`, or a zip of either.
+    `source` itself, a conversion in `folder`, or a zip of either.
     """
     if to is not None:
         from veneer.adapters.convert import convert_adapter
 
-        made = folder / f"{stem}-{to}{layout_ending(to)}"
-        convert_adapter(place, made, to, base=base or None)
-        place = made
-    if place.is_file():
-        return place
+        converted = folder / f"{stem}-{to}{layout_ending(to)}"
+        convert_adapter(source, converted, to, base=base or None)
+        source = converted
+    if source.is_file():
+        return source
     packed = folder / f"{stem}{f'-{to}' if to else ''}.zip"
     with zipfile.ZipFile(packed, "w") as out:
-        for each in sorted(p for p in place.iterdir() if p.is_file()):
+        for each in sorted(p for p in source.iterdir() if p.is_file()):
             out.write(each, f"{packed.stem}/{each.name}")
     return packed

@@ -44,27 +44,27 @@ class FeedbackBody(Body):
     )
 
     def feedback(self) -> AnswerFeedback:
-        said = self.model_fields_set & {"thumb", "corrected", "rejected"}
-        if not said:
+        fields = self.model_fields_set & {"thumb", "corrected", "rejected"}
+        if not fields:
             raise invalid("the feedback is empty", None, "thumb, corrected or rejected")
         rejected = None if self.rejected is None else tuple((r.id or self.id, r.choice) for r in self.rejected)
         up = None if self.thumb is None else self.thumb == "up"
-        names = frozenset("up" if name == "thumb" else name for name in said)
+        names = frozenset("up" if name == "thumb" else name for name in fields)
         return AnswerFeedback(self.id, self.choice, up, self._message(), rejected, names)
 
     def _message(self) -> dict[str, Any] | None:
         if self.corrected is None:
             return None
-        given = {"content": self.corrected} if isinstance(self.corrected, str) else self.corrected
-        message: Message = checked(Message, {"role": "assistant", **given}, "corrected")
-        made = message.model_dump(exclude_none=True)
-        if message.role != "assistant" or not (made.get("content") or made.get("tool_calls")):
+        fields = {"content": self.corrected} if isinstance(self.corrected, str) else self.corrected
+        message: Message = checked(Message, {"role": "assistant", **fields}, "corrected")
+        result = message.model_dump(exclude_none=True)
+        if message.role != "assistant" or not (result.get("content") or result.get("tool_calls")):
             raise invalid("a correction is an assistant's message with a text or tool_calls", "corrected")
-        if len(json.dumps(made)) > _LARGEST:
+        if len(json.dumps(result)) > _LARGEST:
             raise Refused(
                 f"a correction has more than {_LARGEST:,} characters", status=413, code="too_large", param="corrected"
             )
-        return made
+        return result
 
 
 def feedback_routes(answers: StoredAnswers) -> APIRouter:
@@ -83,13 +83,13 @@ def feedback_routes(answers: StoredAnswers) -> APIRouter:
     async def summary(request: HttpRequest) -> Response:
         tenant = _tenant(request, store)
 
-        def counted() -> dict[str, int]:
+        def count() -> dict[str, int]:
             with reading(store.engine) as c:
                 return feedback_counts(c, tenant, answers.wall())
 
-        counts, terms = await in_thread(_DATABASE, counted), store.settings.feedback.get(tenant)
-        kept = {"days": None, "names": []} if terms is None else {"days": terms.days, "names": list(terms.names)}
-        return Json({"object": "feedback.summary", **kept, **counts})
+        counts, terms = await in_thread(_DATABASE, count), store.settings.feedback.get(tenant)
+        retention = {"days": None, "names": []} if terms is None else {"days": terms.days, "names": list(terms.names)}
+        return Json({"object": "feedback.summary", **retention, **counts})
 
     @router.get("/v1/feedback/rows", summary="Export training rows as JSON lines.")
     async def rows(
@@ -99,11 +99,11 @@ def feedback_routes(answers: StoredAnswers) -> APIRouter:
     ) -> Response:
         tenant = _tenant(request, store)
         admission_of(request).take("answers", 1)  # held until all rows are sent; each tenant has a share
-        found = feedback_rows(store.engine, tenant, kind, adapter=adapter, now=answers.wall())
-        first = await in_thread(_DATABASE, lambda: next(found, None))  # so that an outage has its own status
+        found_rows = feedback_rows(store.engine, tenant, kind, adapter=adapter, now=answers.wall())
+        first = await in_thread(_DATABASE, lambda: next(found_rows, None))  # so that an outage has its own status
 
         def lines() -> Iterator[str]:
-            for row in chain([] if first is None else [first], found):
+            for row in chain([] if first is None else [first], found_rows):
                 yield json.dumps(row) + "\n"
 
         return StreamingResponse(lines(), media_type="application/jsonl")
@@ -118,8 +118,8 @@ def feedback_routes(answers: StoredAnswers) -> APIRouter:
         tenant = _tenant(request, store)
         if (user is not None) + (id is not None) + everything != 1:
             raise invalid("nothing selected to delete", None, "one of user=…, id=… and everything=true")
-        gone = await in_thread(_DATABASE, lambda: answers.forget(tenant, user=user, id=id))
-        return Json({"object": "feedback.deleted", "answers": gone})
+        deleted = await in_thread(_DATABASE, lambda: answers.forget(tenant, user=user, id=id))
+        return Json({"object": "feedback.deleted", "answers": deleted})
 
     return router
 

@@ -72,13 +72,13 @@ async def edits(request: HttpRequest) -> Response:
 async def _answered(request: HttpRequest, kind: type[ImageBody], event: str) -> Response:
     try:
         service = service_of(request)
-        asked = checked_image_body(kind, await image_fields(request), service.settings.max_pictures)
-        caller = caller_of(request, asked.user or asked.safety_identifier)
-        plan, events = await ask_pictures(service, caller, asked, request.scope["veneer.id"])
-        if not asked.stream:
-            return Json(await unless_left(request, _collected(events, asked, plan)))
+        body = checked_image_body(kind, await image_fields(request), service.settings.max_pictures)
+        caller = caller_of(request, body.user or body.safety_identifier)
+        plan, events = await ask_pictures(service, caller, body, request.scope["veneer.id"])
+        if not body.stream:
+            return Json(await unless_left(request, _collected(events, body, plan)))
         stream = await open_stream(request, events)
-        return EventStream(_lines(stream, asked, plan, event), stream, _told, service.settings.stall)
+        return EventStream(_lines(stream, body, plan, event), stream, _error_event, service.settings.stall)
     except (ClientLeft, Refused):
         raise
     except Exception as error:
@@ -86,43 +86,43 @@ async def _answered(request: HttpRequest, kind: type[ImageBody], event: str) -> 
 
 
 async def _collected(
-    events: AsyncGenerator[IndexedPicture, None], asked: ImageBody, plan: DrawingPlan
+    events: AsyncGenerator[IndexedPicture, None], body: ImageBody, plan: DrawingPlan
 ) -> dict[str, Any]:
-    found: dict[int, FinishedPicture] = {}
+    pictures: dict[int, FinishedPicture] = {}
     async with aclosing(events):
         async for i, event in events:
             if isinstance(event, FinishedPicture):
-                found[i] = event
+                pictures[i] = event
     data = []
     for i, request in enumerate(plan.requests):
-        file = await asyncio.to_thread(_file, found[i], asked)
+        file = await asyncio.to_thread(_file, pictures[i], body)
         one: dict[str, Any] = {"seed": request.seed}
-        if asked.response_format == "url":
-            one["url"] = f"data:image/{asked.kind};base64,{file}"
+        if body.response_format == "url":
+            one["url"] = f"data:image/{body.kind};base64,{file}"
         else:
             one["b64_json"] = file
-        data.append(one | _notes(plan, found[i]))
-    return _about(asked, plan) | {
+        data.append(one | _notes(plan, pictures[i]))
+    return _about(body, plan) | {
         "created": int(time.time()),
         "data": data,
-        "usage": _usage(plan, sum(drawn.usage.completion for drawn in found.values())),
+        "usage": _usage(plan, sum(picture.usage.completion for picture in pictures.values())),
     }
 
 
 # -- response formats --------------------------------------------------------------------------------------------------
 
 
-def _file(drawn: FinishedPicture, asked: ImageBody) -> str:
-    made = drawn.made
-    quality = 95 if asked.output_compression is None else asked.output_compression
-    return base64.b64encode(encoded(made.image, made.text, made.record, asked.kind, quality)).decode()
+def _file(picture: FinishedPicture, body: ImageBody) -> str:
+    result = picture.made
+    quality = 95 if body.output_compression is None else body.output_compression
+    return base64.b64encode(encoded(result.image, result.text, result.record, body.kind, quality)).decode()
 
 
-def _about(asked: ImageBody, plan: DrawingPlan) -> dict[str, Any]:
+def _about(body: ImageBody, plan: DrawingPlan) -> dict[str, Any]:
     return {
         "background": "opaque",
-        "output_format": asked.kind,
-        "quality": _QUALITY.get(asked.quality, asked.quality),
+        "output_format": body.kind,
+        "quality": _QUALITY.get(body.quality, body.quality),
         "size": f"{plan.width}x{plan.height}",
     }
 
@@ -137,30 +137,30 @@ def _usage(plan: DrawingPlan, output: int) -> dict[str, Any]:
     }
 
 
-def _notes(plan: DrawingPlan, drawn: FinishedPicture) -> dict[str, Any]:
-    notes = [*plan.notes, *drawn.notes]
+def _notes(plan: DrawingPlan, picture: FinishedPicture) -> dict[str, Any]:
+    notes = [*plan.notes, *picture.notes]
     return {"notes": notes} if notes else {}
 
 
 async def _lines(
-    events: OpenStream[IndexedPicture], asked: ImageBody, plan: DrawingPlan, event: str
+    events: OpenStream[IndexedPicture], body: ImageBody, plan: DrawingPlan, event: str
 ) -> AsyncGenerator[bytes, None]:
     """Server-sent events.
 
-    An error after the first event is an event too (`_told`), because the status is already sent.
+    An error after the first event is an event too (`_error_event`), because the status is already sent.
     """
     created = int(time.time())
-    async for i, told in events:
-        if isinstance(told, PictureStep):
-            yield _sse({"type": f"{event}.progress", "index": i, "step": told.done, "steps": told.of})
-        elif isinstance(told, FinishedPicture):
-            file = await asyncio.to_thread(_file, told, asked)
-            own = {"type": f"{event}.completed", "b64_json": file, "seed": plan.requests[i].seed, "index": i}
-            own |= {"created_at": created, "usage": _usage(plan, told.usage.completion)}
-            yield _sse(own | _about(asked, plan) | _notes(plan, told))
+    async for i, item in events:
+        if isinstance(item, PictureStep):
+            yield _sse({"type": f"{event}.progress", "index": i, "step": item.done, "steps": item.of})
+        elif isinstance(item, FinishedPicture):
+            file = await asyncio.to_thread(_file, item, body)
+            fields = {"type": f"{event}.completed", "b64_json": file, "seed": plan.requests[i].seed, "index": i}
+            fields |= {"created_at": created, "usage": _usage(plan, item.usage.completion)}
+            yield _sse(fields | _about(body, plan) | _notes(plan, item))
 
 
-def _told(error: Refused) -> bytes:
+def _error_event(error: Refused) -> bytes:
     return _sse({"type": "error"} | error_body(error, "OpenAI")[1])
 
 

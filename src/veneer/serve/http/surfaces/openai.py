@@ -62,8 +62,8 @@ async def model(request: HttpRequest, model: str) -> Response:
 def _tuned(base: str, cards: Sequence[ModelCard], caller: Principal) -> list[ModelCard]:
     """Fine-tuned models of the caller again, under OpenAI's names."""
     names = {card.id: tuned_of(base, card.id) for card in cards if card.parent is not None}
-    own = {id: str(name) for id, name in names.items() if name is not None and name.organisation == caller.tenant}
-    return [replace(card, id=own[card.id]) for card in cards if card.id in own]
+    tuned = {id: str(name) for id, name in names.items() if name is not None and name.organisation == caller.tenant}
+    return [replace(card, id=tuned[card.id]) for card in cards if card.id in tuned]
 
 
 def _card(service: Service, card: ModelCard) -> dict[str, Any]:
@@ -230,9 +230,9 @@ class _ChatFormat:
     def choice(self, i: int, answer: TextAnswer) -> dict[str, Any]:
         """The i-th whole answer."""
         reader = self.readers[i]
-        found = [*reader.feed(answer.text), *reader.end()]
-        calls = [piece.whole() for piece in found if isinstance(piece, ToolCall)]
-        text = "".join(piece for piece in found if isinstance(piece, str))
+        pieces = [*reader.feed(answer.text), *reader.end()]
+        calls = [piece.whole() for piece in pieces if isinstance(piece, ToolCall)]
+        text = "".join(piece for piece in pieces if isinstance(piece, str))
         content = None if calls and not text.strip() else text
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         if calls:
@@ -251,16 +251,16 @@ class _ChatFormat:
         if isinstance(event, Started):
             return []
         reader = self.readers[i]
-        found = [*reader.feed(event.text), *(reader.end() if isinstance(event, Finished) else ())]
-        made = [
-            self.piece(i, {"tool_calls": [p.delta()]} if isinstance(p, ToolCall) else {"content": p}) for p in found
+        parsed = [*reader.feed(event.text), *(reader.end() if isinstance(event, Finished) else ())]
+        choices = [
+            self.piece(i, {"tool_calls": [p.delta()]} if isinstance(p, ToolCall) else {"content": p}) for p in parsed
         ]
         if isinstance(event, Finished):
-            return [*made, self.piece(i, {}) | self.ending(i, event)]
+            return [*choices, self.piece(i, {}) | self.ending(i, event)]
         if self.count is not None and _is_visible(event):
-            made = made or [self.piece(i, {"content": ""})]
-            made[0]["logprobs"] = self.logprobs([event])
-        return made
+            choices = choices or [self.piece(i, {"content": ""})]
+            choices[0]["logprobs"] = self.logprobs([event])
+        return choices
 
     def piece(self, i: int, delta: dict[str, Any]) -> dict[str, Any]:
         return {"index": i, "delta": delta, "logprobs": None, "finish_reason": None}
@@ -295,11 +295,11 @@ class _TextFormat:
         """The i-th whole answer."""
         logprobs = self.logprobs(i, [each for token in answer.tokens for each in self.reported(token)])
         text, end = self.echo(i) + answer.text, answer.finished
-        made = self.piece(i, text, logprobs) | {"finish_reason": end.reason, "stop_reason": end.stop}
+        choice = self.piece(i, text, logprobs) | {"finish_reason": end.reason, "stop_reason": end.stop}
         if self.prompt_count is not None:
             prompt = answer.tokens[0].prompt if answer.tokens else ()
-            made["prompt_logprobs"] = [self.prompt_logprob(token, self.prompt_count) for token in prompt]
-        return made
+            choice["prompt_logprobs"] = [self.prompt_logprob(token, self.prompt_count) for token in prompt]
+        return choice
 
     def prompt_logprob(self, token: Token, most: int) -> dict[str, Any] | None:
         """An entry of vLLM's prompt_logprobs: the most likely tokens by id, and the prompt's own.
@@ -353,14 +353,14 @@ class _TextFormat:
         """
         if self.count is None:
             return None
-        found: dict[str, Any] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
+        lists: dict[str, Any] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
         for token in tokens:
             text = self.prompts.piece(token.id)[0]
             logprob = None if token.logprob is None else finite_logprob(token.logprob)
             best = {self.prompts.piece(id)[0]: finite_logprob(p) for id, p in _best(token, self.count)}
-            found["text_offset"].append(self.offsets[i])
-            found["token_logprobs"].append(logprob)
-            found["tokens"].append(text)
-            found["top_logprobs"].append(None if logprob is None else best | {text: logprob})
+            lists["text_offset"].append(self.offsets[i])
+            lists["token_logprobs"].append(logprob)
+            lists["tokens"].append(text)
+            lists["top_logprobs"].append(None if logprob is None else best | {text: logprob})
             self.offsets[i] += 0 if self.prompts.special(token.id) else len(text)
-        return found
+        return lists

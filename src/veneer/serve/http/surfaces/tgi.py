@@ -80,7 +80,7 @@ class Generate(Body):
 @tgi_routes.post("/generate", summary="Complete a text.")
 async def generate(request: HttpRequest, body: Generate) -> Response:
     service = service_of(request)
-    job = await _ask(request, service, body)
+    job = await _job(request, service, body)
     (answer,) = await collect(request, service, job)
     return Json(_whole(service, job, body, answer), headers=body.parameters.headers)
 
@@ -88,13 +88,13 @@ async def generate(request: HttpRequest, body: Generate) -> Response:
 @tgi_routes.post("/generate_stream", summary="Stream the completion of a text.")
 async def generate_stream(request: HttpRequest, body: Generate) -> Response:
     service = service_of(request)
-    job = await _ask(request, service, body)
+    job = await _job(request, service, body)
 
-    def told(error: Refused) -> bytes:
+    def error_event(error: Refused) -> bytes:
         return data(error_body(error, "TGI")[1], tight=True)
 
     lines = partial(_lines, service, job, body)
-    return await stream(request, service, job, lines, told, body.parameters.headers)
+    return await stream(request, service, job, lines, error_event, body.parameters.headers)
 
 
 @tgi_routes.post("/", summary="Complete a text, streamed if `stream` is true.")
@@ -102,7 +102,7 @@ async def compatible(request: HttpRequest, body: Generate) -> Response:
     if body.stream:
         return await generate_stream(request, body)
     service = service_of(request)
-    job = await _ask(request, service, body)
+    job = await _job(request, service, body)
     (answer,) = await collect(request, service, job)
     return Json([_whole(service, job, body, answer)])
 
@@ -130,29 +130,32 @@ async def info(request: HttpRequest) -> Response:
     )
 
 
-async def _ask(request: HttpRequest, service: Service, body: Generate) -> TextJob:
-    given, caller = body.parameters, caller_of(request)
-    chosen = service.choose(caller, model=given.adapter_id, mix=mix_of(given.mix))
+async def _job(request: HttpRequest, service: Service, body: Generate) -> TextJob:
+    parameters, caller = body.parameters, caller_of(request)
+    chosen = service.choose(caller, model=parameters.adapter_id, mix=mix_of(parameters.mix))
     # As in TGI, any setting that only affects sampling enables sampling.
     sampled = (
-        given.do_sample or given.temperature not in (None, 1.0) or bool(given.top_k) or given.top_p not in (None, 1)
+        parameters.do_sample
+        or parameters.temperature not in (None, 1.0)
+        or bool(parameters.top_k)
+        or parameters.top_p not in (None, 1)
     )
     admitted = admission_of(request)
     admitted.take("answers", 1)
     (prompt,) = await service.prompts.of_parts([body.inputs], admitted)
-    most = limited(given.max_new_tokens, service.prompts.fits(prompt, "inputs"), service)
+    most = limited(parameters.max_new_tokens, service.prompts.fits(prompt, "inputs"), service)
     settings = sampling_of(
-        max_tokens=min(100, most) if given.max_new_tokens is None else most,
-        temperature=(given.temperature or 1.0) if sampled else 0.0,
-        top_k=given.top_k,
-        top_p=given.top_p,
-        repetition_penalty=given.repetition_penalty,
-        frequency_penalty=given.frequency_penalty,
-        seed=given.seed,
-        stop=stops_of(given.stop, service.settings.max_stops),
-        ignore_eos=given.ignore_eos_token,
-        logprobs=given.top_n_tokens or 0,
-        grammar=None if given.grammar is None else given.grammar.spec(),
+        max_tokens=min(100, most) if parameters.max_new_tokens is None else most,
+        temperature=(parameters.temperature or 1.0) if sampled else 0.0,
+        top_k=parameters.top_k,
+        top_p=parameters.top_p,
+        repetition_penalty=parameters.repetition_penalty,
+        frequency_penalty=parameters.frequency_penalty,
+        seed=parameters.seed,
+        stop=stops_of(parameters.stop, service.settings.max_stops),
+        ignore_eos=parameters.ignore_eos_token,
+        logprobs=parameters.top_n_tokens or 0,
+        grammar=None if parameters.grammar is None else parameters.grammar.spec(),
     )
     return TextJob(caller, chosen, [prompt], settings, id=f"gen-{request.scope['veneer.id']}")
 
@@ -178,8 +181,8 @@ def _token(service: Service, token: Token, text: str | None = None) -> dict[str,
     return {"id": token.id, "text": text, "logprob": finite_logprob(token.logprob), "special": token.special}
 
 
-def _tops(service: Service, token: Token, wanted: int | None) -> list[dict[str, Any]]:
-    best = sorted(token.top, key=lambda t: -t[2])[: wanted or 0]
+def _tops(service: Service, token: Token, count: int | None) -> list[dict[str, Any]]:
+    best = sorted(token.top, key=lambda t: -t[2])[: count or 0]
     return [
         {
             "id": i,
@@ -192,19 +195,21 @@ def _tops(service: Service, token: Token, wanted: int | None) -> list[dict[str, 
 
 
 def _whole(service: Service, job: TextJob, body: Generate, answer: TextAnswer) -> dict[str, Any]:
-    given, end = body.parameters, answer.finished
-    found: dict[str, Any] = {"generated_text": _text(body, answer)}
-    if given.details is not False:
-        found["details"] = {
+    parameters, end = body.parameters, answer.finished
+    body_json: dict[str, Any] = {"generated_text": _text(body, answer)}
+    if parameters.details is not False:
+        body_json["details"] = {
             "finish_reason": _reason(end),
             "generated_tokens": end.usage.completion,
             "seed": job.sampling.seed,
             "prefill": [],
             "tokens": [_token(service, token) for token in answer.tokens],
         }
-        if given.top_n_tokens:
-            found["details"]["top_tokens"] = [_tops(service, token, given.top_n_tokens) for token in answer.tokens]
-    return found
+        if parameters.top_n_tokens:
+            body_json["details"]["top_tokens"] = [
+                _tops(service, token, parameters.top_n_tokens) for token in answer.tokens
+            ]
+    return body_json
 
 
 async def _lines(
@@ -215,18 +220,20 @@ async def _lines(
     Which token is the last is known only when the answer ends, so a token that can be the last (without text,
     or at max_tokens) waits for its successor; all others are sent at once.
     """
-    answer, held = TextAnswer(), None
+    answer, last_token = TextAnswer(), None
     async for _, event in events:
         answer.add(event)
         count = len(answer.tokens)
         if isinstance(event, Token):
-            if held is not None:
-                yield data(_line(service, body, count - 1, held), tight=True)
-            held = event if not event.text or count >= job.sampling.max_tokens else None
-            if held is None:
+            if last_token is not None:
+                yield data(_line(service, body, count - 1, last_token), tight=True)
+            last_token = event if not event.text or count >= job.sampling.max_tokens else None
+            if last_token is None:
                 yield data(_line(service, body, count, event), tight=True)
         elif isinstance(event, Finished):
-            last = held or (replace(answer.tokens[-1], text="", special=True) if answer.tokens else Token(0, "", 0.0))
+            last = last_token or (
+                replace(answer.tokens[-1], text="", special=True) if answer.tokens else Token(0, "", 0.0)
+            )
             line = _line(service, body, count, last, event.text)
             line["generated_text"] = _text(body, answer)
             line["details"] = {
