@@ -36,7 +36,7 @@ BODIES = {
 
 
 @pytest.mark.parametrize("kind", BODIES)
-def test_a_body_that_costs_much_to_read_harms_nobody(server: Server, kind: str) -> None:
+def test_an_expensive_body_does_not_delay_others(server: Server, kind: str) -> None:
     body = BODIES[kind]()
     assert SIZE - 64 < len(body) <= SIZE
     before = server.memory()

@@ -42,24 +42,24 @@ def closed_after(connection: socket.socket, send: bytes = b"", every: float = 0.
     raise AssertionError("it stays open")
 
 
-def test_a_connection_that_says_nothing_is_closed(server: Server) -> None:
+def test_a_silent_connection_is_closed(server: Server) -> None:
     with server.raw() as idle:
         assert 0.5 < closed_after(idle) < 3
 
 
-def test_a_head_that_comes_by_the_letter_is_closed(server: Server) -> None:
+def test_a_connection_with_slow_headers_is_closed(server: Server) -> None:
     with server.raw(b"POST /v1/completions HTTP/1.1\r\nx-long: ") as slow:
         assert 0.5 < closed_after(slow, b"x") < 3
 
 
-def test_a_kept_connection_is_closed_when_it_is_idle_and_when_its_next_head_is_slow(server: Server) -> None:
+def test_a_kept_connection_is_closed_when_idle_or_slow(server: Server) -> None:
     for send in (b"", b"x"):
         with server.raw(b"GET /health HTTP/1.1\r\nhost: here\r\n\r\n") as kept:
             assert b"200 OK" in kept.recv(1 << 16)
             assert 0.5 < closed_after(kept, send) < 4
 
 
-def test_a_body_that_comes_by_the_letter_is_refused(server: Server) -> None:
+def test_a_slow_body_is_refused(server: Server) -> None:
     with server.watched() as b, server.raw(server.head("/v1/completions", 4000)) as slow:
         assert 0.5 < closed_after(slow, b" ") < 6
     assert b.worst < GAP
@@ -70,13 +70,13 @@ def test_a_body_that_comes_by_the_letter_is_refused(server: Server) -> None:
     assert b" 408 " in answer
 
 
-def test_a_body_that_goes_on_after_its_answer_is_cut_off(server: Server) -> None:
+def test_a_body_that_continues_after_its_answer_is_cut(server: Server) -> None:
     with server.raw(server.head("/nowhere", 9 << 20)) as late:  # too large: refused at its head
         assert b" 413 " in late.recv(1 << 16)
         assert 0.5 < closed_after(late, b" ") < 6
 
 
-def test_thousands_of_idle_connections_shut_nobody_out(server: Server) -> None:
+def test_idle_connections_do_not_block_others(server: Server) -> None:
     with server.watched() as b, ExitStack() as idle:
         for _ in range(5 * MOST):
             idle.enter_context(server.raw())

@@ -10,7 +10,7 @@ from tests.serve.whole import prompt
 SIZE = 8 << 20
 
 
-def test_six_long_texts_to_tokenize_harm_nobody(server: Server) -> None:
+def test_tokenizing_long_texts_does_not_delay_others(server: Server) -> None:
     body = b'{"model":"tiny","prompt":"' + b"The printer. " * ((SIZE - 40) // 13) + b'"}'
     before = server.memory()
     with server.watched() as b:
@@ -22,7 +22,7 @@ def test_six_long_texts_to_tokenize_harm_nobody(server: Server) -> None:
     assert server.settled(before) < MEMORY
 
 
-def test_as_much_text_as_may_be_tokenised_at_once_harms_nobody(server: Server) -> None:
+def test_tokenizing_the_longest_texts_does_not_delay_others(server: Server) -> None:
     """Six as long as one may be, and thirty-two more: each is answered in its turn, or refused."""
     body = {"model": "tiny", "prompt": "The printer. " * 4000, "return_token_strs": True}
     assert server.post("/tokenize", body).status == 200
@@ -34,7 +34,7 @@ def test_as_much_text_as_may_be_tokenised_at_once_harms_nobody(server: Server) -
     assert b.health < GAP
 
 
-def test_a_queue_that_one_tenant_fills_is_open_to_others(server: Server) -> None:
+def test_a_queue_filled_by_one_tenant_admits_others(server: Server) -> None:
     """The five requests for 4 · 64 answers that took all of 1,024 places."""
     many = asked(prompt(9), 400) | {"prompt": [prompt(9, k) for k in range(4)], "n": 64, "temperature": 1.0}
 
@@ -52,7 +52,7 @@ def test_a_queue_that_one_tenant_fills_is_open_to_others(server: Server) -> None
     assert Counter(a)[429] >= 3
 
 
-def test_long_rows_of_one_tenant_make_room_for_anothers_first_token(server: Server) -> None:
+def test_long_rows_yield_to_another_tenants_first_token(server: Server) -> None:
     """Thirty-two places, all of them A's, and as many of A's wait: B gets one at once."""
     rows = asked(prompt(9), 3000) | {"n": 32, "temperature": 1.0, "stream": True}
     quiet = sorted(server.first_token(ids=prompt(200, k)) for k in range(5))[2]

@@ -47,7 +47,7 @@ ATTACKS: dict[str, tuple[str, dict[str, Any], int]] = {
 
 
 @pytest.mark.parametrize("kind", ATTACKS)
-def test_a_grader_that_costs_much_harms_nobody(trainer: Server, kind: str) -> None:
+def test_an_expensive_grader_does_not_delay_others(trainer: Server, kind: str) -> None:
     path, body, status = ATTACKS[kind]
     before = trainer.memory()
     with trainer.watched() as b:

@@ -16,7 +16,7 @@ SCHEMAS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_a_schema_that_cannot_be_followed(server: Server, name: str) -> None:
+def test_a_schema_that_cannot_be_compiled_is_refused(server: Server, name: str) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMAS[name]}}
     body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 20, "response_format": form}
     with server.watched() as b:

@@ -14,6 +14,6 @@ def test_a_quiet_server_answers_at_once(server: Server) -> None:
     assert b.health < GAP
 
 
-def test_a_key_that_is_none_gets_nothing(server: Server) -> None:
+def test_an_invalid_key_is_refused(server: Server) -> None:
     for path in ("/v1/completions", "/tokenize", "/generate"):
         assert server.post(path, {"prompt": "Hi"}, None).status == 401

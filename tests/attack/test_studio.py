@@ -38,7 +38,7 @@ def signed_in(server: Server, tenant: str) -> float:
     return time.monotonic() - began
 
 
-def test_sockets_of_strangers_are_refused_and_keep_nobody_out(server: Server) -> None:
+def test_unauthenticated_sockets_are_refused_and_do_not_block_others(server: Server) -> None:
     with ExitStack() as strangers:
         for n in range(3 * MOST):
             made = strangers.enter_context(server.raw((SOCKET.format(n=n) + UPGRADE + KEY).encode()))
@@ -48,7 +48,7 @@ def test_sockets_of_strangers_are_refused_and_keep_nobody_out(server: Server) ->
         assert signed_in(server, "b") < SOON
 
 
-def test_sockets_are_the_first_to_be_closed(server: Server) -> None:
+def test_sockets_are_closed_first(server: Server) -> None:
     """With more sockets of signed-in pages than allowed connections, requests are still answered."""
     with ExitStack() as held:
         for _ in range(MOST // 2):
@@ -60,7 +60,7 @@ def test_sockets_are_the_first_to_be_closed(server: Server) -> None:
         server.wait(lambda: len(server.sockets()) <= MOST, 10)
 
 
-def test_slow_forms_of_strangers_keep_nobody_from_signing_in(server: Server) -> None:
+def test_slow_forms_do_not_block_signing_in(server: Server) -> None:
     head = b"POST /studio/enter HTTP/1.1\r\nhost: here\r\ncontent-type: application/x-www-form-urlencoded\r\n"
     with ExitStack() as slow:
         for _ in range(40):
@@ -69,7 +69,7 @@ def test_slow_forms_of_strangers_keep_nobody_from_signing_in(server: Server) -> 
     assert httpx.post(f"{server.url}/studio/enter", data={"key": "x" * 5000}).status_code == 413
 
 
-def test_many_pages_at_once_keep_health_and_others_streams(server: Server) -> None:
+def test_many_pages_do_not_delay_health_and_streams(server: Server) -> None:
     def page(_: Any = None) -> int:
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
         connection.request("GET", "/studio/doctor", headers={"cookie": f"veneer_studio={server.keys['a']}"})

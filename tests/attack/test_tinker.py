@@ -55,7 +55,7 @@ def peak(trainer: Server) -> Any:
     found()
 
 
-def test_tensors_of_zeros_do_not_take_the_memory(trainer: Server, peak: Any) -> None:
+def test_tensors_of_zeros_take_no_memory(trainer: Server, peak: Any) -> None:
     """Three requests of 7 MB with 25 tensors of 268 MB each are refused by their sizes; requests within the limit are
     unpacked one at a time."""
     run, before = model(trainer, session(trainer)), trainer.memory()
@@ -99,7 +99,7 @@ def test_hundreds_of_runs_open_no_files(trainer: Server) -> None:
     assert process.num_fds() < before + 20
 
 
-def test_samples_that_cannot_be_drawn_leave_nothing(trainer: Server) -> None:
+def test_failed_samples_leave_nothing(trainer: Server) -> None:
     named = {"session_id": session(trainer), "sampling_session_seq_id": 0, "base_model": "tiny"}
     sampler = trainer.post(f"{API}/create_sampling_session", named).json["sampling_session_id"]
     body = {"sampling_session_id": sampler, "prompt": {"chunks": []}, "sampling_params": {}}

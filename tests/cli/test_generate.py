@@ -120,7 +120,7 @@ def test_adapters_act_by_strength_and_bring_their_base(
     assert entry["digest"] == adapter_for(base, 0).digest()
 
 
-def test_an_adapter_of_another_base_needs_a_word(capsys: Any, folder: Path, base: TextBase, tmp_path: Path) -> None:
+def test_an_adapter_of_another_base_needs_an_option(capsys: Any, folder: Path, base: TextBase, tmp_path: Path) -> None:
     peft.write_folder(adapter_for(base, base_fingerprint="sha256:other"), tmp_path / "a")
     ask = ["generate", "hi", "--base", str(folder), "-a", str(tmp_path / "a"), "-n", "3"]
     ran = run(capsys, *ask)
@@ -207,7 +207,7 @@ def test_files_of_prompts(tmp_path: Path) -> None:
         ["hi", "-a", "x:inf"],
     ],
 )
-def test_impossible_wishes_are_refused(capsys: Any, folder: Path, options: list[str]) -> None:
+def test_impossible_options_are_refused(capsys: Any, folder: Path, options: list[str]) -> None:
     ran = run(capsys, "generate", "--base", str(folder), *options)
     assert ran.code == 2
     assert ran.out == ""
@@ -215,9 +215,7 @@ def test_impossible_wishes_are_refused(capsys: Any, folder: Path, options: list[
     assert "Traceback" not in ran.err
 
 
-def test_a_result_that_is_no_number_is_said_by_the_adapter_that_made_it(
-    capsys: Any, folder: Path, base: TextBase, tmp_path: Path
-) -> None:
+def test_a_nonfinite_result_names_its_adapter(capsys: Any, folder: Path, base: TextBase, tmp_path: Path) -> None:
     adapter = adapter_for(base)
     for pair in adapter.pairs.values():
         pair.B.mul_(1e36)  # within float32, and what comes of it is not

@@ -20,7 +20,7 @@ def test_keys() -> None:
             asyncio.run(keys.caller(wrong))
 
 
-def test_the_hash_of_an_admin_key_is_enough_for_a_server_without_tenants() -> None:
+def test_the_hash_of_an_admin_key_is_enough() -> None:
     key = "admin-0123456789abcdef"
     keys = KeyAccess([], f"sha256:{hash_key(key)}")
     assert asyncio.run(keys.caller(key)).kind == "operator"

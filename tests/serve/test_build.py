@@ -35,7 +35,7 @@ def load(settings: ServeSettings) -> None:
     asyncio.run(live())
 
 
-def test_a_server_that_finds_tenants_in_its_home_asks_for_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_with_tenants_asks_for_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VENEER_HOME", str(tmp_path))
     said: list[str] = []
 
@@ -68,7 +68,7 @@ def test_a_server_that_finds_tenants_in_its_home_asks_for_keys(tmp_path: Path, m
     assert kind(open=True, host="0.0.0.0") == "OpenAccess"
 
 
-def test_extensions_stop_in_the_reverse_order_of_their_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_extensions_stop_in_reverse_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VENEER_HOME", str(tmp_path))
     heard: list[str] = []
 
@@ -102,7 +102,7 @@ def test_extensions_stop_in_the_reverse_order_of_their_start(tmp_path: Path, mon
         ("--quantize", {"quantize": "nf4"}),
     ],
 )
-def test_what_is_said_of_computing_is_refused_where_others_compute(option: str, more: dict[str, Any]) -> None:
+def test_computing_options_are_refused_with_upstreams(option: str, more: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"^{option} applies to .* the server of --upstream computes") as caught:
         load(ServeSettings("anything", fleet=FLEET, **more))
     assert caught.value.where == option
@@ -117,7 +117,7 @@ def test_what_is_said_of_computing_is_refused_where_others_compute(option: str, 
         ("tenant_mixes", {"fleet": FleetSettings(mixes=3)}),
     ],
 )
-def test_what_is_said_of_texts_is_refused_where_pictures_are_drawn(
+def test_text_options_are_refused_with_image_bases(
     option: str, more: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     base = str(tiny_image_base(tmp_path_factory.getbasetemp(), "flux1"))
@@ -126,7 +126,7 @@ def test_what_is_said_of_texts_is_refused_where_pictures_are_drawn(
 
 
 @pytest.mark.parametrize("more", [{"mixes": 3}, {"mix_bytes": 1 << 20}])
-def test_what_is_said_of_upstreams_is_refused_without_them(more: dict[str, Any], tmp_path: Path) -> None:
+def test_upstream_options_are_refused_without_upstreams(more: dict[str, Any], tmp_path: Path) -> None:
     base = str(tiny_base_dir(tmp_path))
     with pytest.raises(ConfigError, match="applies to mixes with --upstream, but this server computes by itself"):
         load(ServeSettings(base, fleet=replace(FleetSettings(), **more)))
@@ -136,7 +136,7 @@ def test_what_is_said_of_upstreams_is_refused_without_them(more: dict[str, Any],
     ("option", "more"), [("days", {"days": 3.0}), ("room", {"room": 1 << 20}), ("folder", {"folder": Path("x")}),
                          ("sync", {"synced": True})],
 )  # fmt: skip
-def test_what_is_said_of_a_ledger_is_refused_without_tenants(
+def test_ledger_options_are_refused_without_tenants(
     option: str, more: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VENEER_HOME", str(tmp_path))

@@ -64,7 +64,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--max-batch", "many"], "Invalid value for '--max-batch'"),
     ],
 )
-def test_a_bad_value_is_said_before_it_listens(
+def test_bad_options_are_refused_before_listening(
     options: list[str], words: str, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny_base_dir(home).rename(home / "base")
@@ -89,7 +89,7 @@ def test_a_bad_value_is_said_before_it_listens(
         ("[queue]", "expected"),
     ],
 )
-def test_a_bad_value_of_the_configuration_file_is_said_before_it_listens(
+def test_bad_file_values_are_refused_before_listening(
     text: str, words: str, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny_base_dir(home).rename(home / "base")
@@ -111,16 +111,14 @@ def test_a_bad_value_of_the_configuration_file_is_said_before_it_listens(
         ("smolm2-135m", "did you mean smollm2-135m?"),
     ],
 )
-def test_a_base_that_is_nowhere_is_said_before_it_listens(
-    base: str, words: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_missing_base_is_refused_before_listening(base: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
     ran = run(capsys, "serve", "--base", base)
     assert ran.code == 2
     assert words in ran.err
     assert "listening" not in ran.err
 
 
-def test_a_base_that_the_hub_does_not_have_is_said_before_it_listens(
+def test_an_unknown_hub_base_is_refused_before_listening(
     home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -140,9 +138,7 @@ def test_a_base_that_the_hub_does_not_have_is_said_before_it_listens(
         assert "listening" not in ran.err
 
 
-def test_what_a_base_on_the_hub_is_is_known_before_its_weights_are_fetched(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_base_is_checked_before_its_weights_are_fetched(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted: list[list[str]] = []
 
     def download(repo: str, *, allow_patterns: list[str], **_: Any) -> str:
@@ -158,7 +154,7 @@ def test_what_a_base_on_the_hub_is_is_known_before_its_weights_are_fetched(
     assert not any("safetensors" in pattern for patterns in wanted for pattern in patterns)
 
 
-def test_what_is_well_passes_and_what_is_not_known_yet_too(home: Path) -> None:
+def test_valid_and_unknown_settings_pass(home: Path) -> None:
     base = str(tiny_base_dir(home))
     for each in (
         ServeSettings(base),
@@ -174,7 +170,7 @@ def test_what_is_well_passes_and_what_is_not_known_yet_too(home: Path) -> None:
         check_settings(ServeSettings(base, preload=(Preload("mine", "an-adapter"),)))
 
 
-def test_the_usual_database_of_tenants_is_looked_at_before_it_listens(
+def test_the_default_tenant_database_is_checked_before_listening(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny_base_dir(home).rename(home / "base")
@@ -186,7 +182,7 @@ def test_the_usual_database_of_tenants_is_looked_at_before_it_listens(
     assert "listening" not in ran.err
 
 
-def test_what_checking_has_opened_is_what_the_server_is_built_with(home: Path) -> None:
+def test_the_server_uses_the_stores_opened_by_checks(home: Path) -> None:
     asked = ServeSettings(str(tiny_base_dir(home)), tenants=str(home / "tenants.sqlite"), dtype="float32")
     opened = check_settings(asked)
     built = build(asked, lambda line: None, opened)
@@ -197,7 +193,7 @@ def test_what_checking_has_opened_is_what_the_server_is_built_with(home: Path) -
     opened.close()
 
 
-def test_the_words_are_those_that_loading_knows() -> None:
+def test_choices_equal_those_of_loading() -> None:
     assert get_args(QuantizeKind) == (*KINDS, "keep")
 
 

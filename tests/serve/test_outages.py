@@ -57,7 +57,7 @@ def elsewhere(base: TextBase, folder: Path, tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     "error", [OSError(SECRET), RuntimeError(SECRET), PermissionError(SECRET), TimeoutError(SECRET)]
 )
-def test_a_store_that_fails_on_an_adapters_first_use_is_tried_again(
+def test_a_failed_first_read_of_an_adapter_is_repeated(
     make: Make, elsewhere: Any, error: Exception, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     library, digest = elsewhere
@@ -75,9 +75,7 @@ def test_a_store_that_fails_on_an_adapters_first_use_is_tried_again(
     assert catalog.load("mine", "support").digest == digest
 
 
-def test_a_store_that_lost_or_changed_its_files_is_no_fault_of_who_asks(
-    make: Make, elsewhere: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_lost_or_changed_files_are_server_errors(make: Make, elsewhere: Any, caplog: pytest.LogCaptureFixture) -> None:
     library, digest = elsewhere
     catalog = make(library=library)
     catalog.resolve("support", OPERATOR)
@@ -93,7 +91,7 @@ def test_a_store_that_lost_or_changed_its_files_is_no_fault_of_who_asks(
         assert "blobs" not in str(error)
 
 
-def test_what_was_removed_is_not_there_and_no_outage(make: Make, elsewhere: Any) -> None:
+def test_a_removed_adapter_is_404_and_no_outage(make: Make, elsewhere: Any) -> None:
     """A request keeps what its name meant as long as the files are there; nobody else can name it."""
     library, digest = elsewhere
     catalog = make(library=library)
@@ -107,7 +105,7 @@ def test_what_was_removed_is_not_there_and_no_outage(make: Make, elsewhere: Any)
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EMFILE, errno.ENOMEM, errno.EACCES])
-def test_a_disk_that_fails_is_no_fault_of_the_adapters(
+def test_a_failing_disk_is_not_the_adapters_error(
     make: Make, base: TextBase, folder: Path, number: int, caplog: pytest.LogCaptureFixture, monkeypatch: Any
 ) -> None:
     saved(base, folder / "a")
@@ -123,7 +121,7 @@ def test_a_disk_that_fails_is_no_fault_of_the_adapters(
     kept_back(refused(lambda: catalog.load("x", "a")), caplog.text)
 
 
-def test_what_is_an_outage() -> None:
+def test_errors_that_count_as_outages() -> None:
     for error in (UnavailableError("x"), ResourceError("x"), MemoryError(), ConnectionRefusedError(), TimeoutError()):
         assert is_transient(error)
         assert internal_error("it", error).status == 503
@@ -132,7 +130,7 @@ def test_what_is_an_outage() -> None:
         assert (internal_error("it", other).status, internal_error("it", other).code) == (500, "internal")
 
 
-def test_a_damaged_database_is_an_outage_and_what_breaks_a_rule_of_it_is_none(tmp_path: Path) -> None:
+def test_a_damaged_database_is_an_outage(tmp_path: Path) -> None:
     def failed(file: Path, statement: str) -> SQLAlchemyError:
         engine = create_engine(f"sqlite:///{file}")
         with pytest.raises(SQLAlchemyError) as caught, engine.begin() as connection:
@@ -193,7 +191,7 @@ def told(answer: httpx.Response, log: str) -> None:
     assert any(number in line and "secret-host" in line for line in log.splitlines())
 
 
-def test_the_unauthenticated_learn_nothing_of_a_database_that_is_down(
+def test_unauthenticated_requests_learn_nothing_of_an_outage(
     tenants: Tenants, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     app = served(tenants)
@@ -207,7 +205,7 @@ def test_the_unauthenticated_learn_nothing_of_a_database_that_is_down(
 
 
 @pytest.mark.parametrize("error", [away, None])
-def test_the_operators_routes_are_503_too(
+def test_operator_routes_are_503_during_an_outage(
     tenants: Tenants, error: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def locked(*a: Any, **k: Any) -> Any:
@@ -221,7 +219,7 @@ def test_the_operators_routes_are_503_too(
     )  # by what was read last, if it may
 
 
-def test_a_fault_of_ours_is_500_with_an_id_that_the_log_has(
+def test_an_internal_error_is_500_with_a_logged_id(
     tenants: Tenants, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     app = served(tenants)

@@ -32,7 +32,7 @@ def test_an_amount_over_a_limit_names_the_limit() -> None:
     quotas.take("a", memory=100)
 
 
-def test_a_full_disk_is_not_to_be_waited_for() -> None:
+def test_full_storage_is_400_without_retry() -> None:
     quotas = Quotas(SMALL)
     quotas.take("a", files=3)
     with pytest.raises(Refused) as error:

@@ -101,7 +101,7 @@ def not_built() -> Application:
 @pytest.mark.parametrize(
     "make", [not_built, lambda: Application(toy_app(ToyEngine(ToyText()), ToyCatalog()), load=no_base)]
 )
-def test_a_server_that_cannot_be_built_or_loaded_says_why(make: Callable[[], Application]) -> None:
+def test_a_failed_start_reports_its_reason(make: Callable[[], Application]) -> None:
 
     said: list[str] = []
     level, interval = logging.getLogger("veneer").level, sys.getswitchinterval()
@@ -115,7 +115,7 @@ def test_a_server_that_cannot_be_built_or_loaded_says_why(make: Callable[[], App
     assert "listening on http://127.0.0.1:" in said[0]  # until it is known
 
 
-def test_a_port_that_is_taken_is_said_before_anything_is_loaded(
+def test_a_taken_port_is_refused_before_loading(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VENEER_HOME", str(tmp_path))
@@ -139,7 +139,7 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded(
         (["--open", "--api-keys", "keys"], "--open and --api-keys"),
     ],
 )
-def test_options_that_cannot_be_are_said_without_a_traceback(
+def test_impossible_options_are_refused_without_a_traceback(
     options: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -24,7 +24,7 @@ def test_preload(text: str, wanted: Preload) -> None:
     assert parse_preload(text) == wanted
 
 
-def test_settings_that_are_wrong(tmp_path: Path) -> None:
+def test_wrong_settings_are_refused(tmp_path: Path) -> None:
     for text in ("", "=x", "a="):
         with pytest.raises(ConfigError):
             parse_preload(text)
@@ -41,7 +41,7 @@ def test_settings_that_are_wrong(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 1000, 1 << 10, 32 << 20, 1536 << 20, 1 << 30, 16 << 30, 1 << 50])
-def test_a_size_is_read_back(size: int) -> None:
+def test_written_sizes_are_read_back(size: int) -> None:
     assert bytes_of(size_text(size), "") == size
 
 

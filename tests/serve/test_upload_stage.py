@@ -45,7 +45,7 @@ def on_disk() -> list[Path]:
     return [p for p in (veneer_home() / "cache" / "staged").rglob("*") if p.is_file()]
 
 
-def test_a_file_is_its_tenants_for_an_hour(staging: UploadStage) -> None:
+def test_an_uploaded_file_belongs_to_its_tenant_for_an_hour(staging: UploadStage) -> None:
     now = [1000.0]
     staging.clock = lambda: now[0]
     staged = sent(staging, "a.safetensors", b"bytes")
@@ -61,13 +61,13 @@ def test_a_file_is_its_tenants_for_an_hour(staging: UploadStage) -> None:
     assert not staged.path.exists()
 
 
-def test_the_oldest_of_a_tenant_makes_room_and_nobody_elses(staging: UploadStage) -> None:
+def test_only_the_tenants_oldest_file_is_evicted(staging: UploadStage) -> None:
     others = sent(staging, "o.gguf", b"o" * 900, "globex")
     kept = [sent(staging, f"{n}.gguf", b"x" * 900) for n in range(3)]
     assert [each.path.exists() for each in (others, *kept)] == [True, False, True, True]
 
 
-def test_too_much_is_refused_as_it_comes_and_leaves_nothing(staging: UploadStage) -> None:
+def test_too_large_uploads_are_refused_while_received(staging: UploadStage) -> None:
     incoming = staging.begin("acme", "a.safetensors")
     incoming.write(b"x" * 1000)
     with pytest.raises(Refused, match="more than 1,000 bytes"):
@@ -83,19 +83,19 @@ def test_too_much_is_refused_as_it_comes_and_leaves_nothing(staging: UploadStage
     [("../../etc/x.safetensors", "x.safetensors"), ("C:\\a\\b.gguf", "b.gguf"), ("ü \u202e<b>.gguf", "b_.gguf"),
      (".hidden.gguf", "hidden.gguf"), ("x" * 300 + ".gguf", "x" * 95 + ".gguf")],
 )  # fmt: skip
-def test_names_are_made_plain(staging: UploadStage, name: str, plain: str) -> None:
+def test_file_names_are_sanitized(staging: UploadStage, name: str, plain: str) -> None:
     staged = sent(staging, name, b"x")
     assert (staged.name, staged.path.name) == (plain, plain)
 
 
 @pytest.mark.parametrize("name", ["a.pt", "a.bin", "a.ckpt", "adapter", "a.exe", ""])
-def test_what_is_not_called_as_an_adapter_is_refused(staging: UploadStage, name: str) -> None:
+def test_other_file_suffixes_are_refused(staging: UploadStage, name: str) -> None:
     with pytest.raises(Refused, match="not the name of") as caught:
         staging.begin("acme", name)
     assert ("pickles run whatever code" in caught.value.what) == (name.rpartition(".")[2] in ("pt", "bin", "ckpt"))
 
 
-def test_an_archive_gives_an_adapters_files_and_writes_nowhere_else(staging: UploadStage) -> None:
+def test_an_archive_is_unpacked_only_into_its_folder(staging: UploadStage) -> None:
     staged = sent(
         staging,
         "a.zip",
@@ -113,7 +113,7 @@ def test_an_archive_gives_an_adapters_files_and_writes_nowhere_else(staging: Upl
     assert {p.parent for p in on_disk()} == {staged.path}
 
 
-def test_archives_that_are_no_adapters_are_refused_and_leave_nothing(staging: UploadStage) -> None:
+def test_other_archives_are_refused_and_leave_nothing(staging: UploadStage) -> None:
     config = ("a/adapter_config.json", b"{}")
     comment = packed(config)[:-2] + (5).to_bytes(2, "little") + b"PK\5\6!"
     long = packed(*((f"f{n}", b"") for n in range(9)))
@@ -134,7 +134,7 @@ def test_archives_that_are_no_adapters_are_refused_and_leave_nothing(staging: Up
     assert on_disk() == []
 
 
-def test_threads_send_at_the_same_time(staging: UploadStage) -> None:
+def test_threads_upload_at_the_same_time(staging: UploadStage) -> None:
     """Each thread finds its upload: there is one folder, and no upload fails because of another upload."""
     switch = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)

@@ -24,7 +24,7 @@ def whole(shop: Shop) -> Iterator[Whole]:
         yield server
 
 
-def test_a_mixed_batch_equals_each_request_alone_and_pefts(whole: Whole, shop: Shop) -> None:
+def test_a_mixed_batch_equals_separate_requests_and_peft(whole: Whole, shop: Shop) -> None:
     work = [(name, prompt(n, n)) for n, name in zip((3, 16, 40, 17, 90), KINDS, strict=True)]
     alone = [whole.ask(name, ids) for name, ids in work]
     by_peft = [shop.by_peft([(name, 1.0)], ids, 12) for name, ids in work]
@@ -49,7 +49,7 @@ def mixed(parts: dict[str, float], ids: list[int], **more: Any) -> dict[str, Any
     return asking("tiny", ids, **more, extra_body={"mix": [f"{name}:{strength}" for name, strength in parts.items()]})
 
 
-def test_mixes_equal_pefts_where_it_is_exact_and_cores_everywhere(whole: Whole, shop: Shop) -> None:
+def test_mixes_equal_core_and_peft(whole: Whole, shop: Shop) -> None:
     exact = [{"plain": 0.7, "rs": -0.5}, {"plain": 1.0, "patterns": 1.5}, {"plain": 0.25}]
     others = [{"rs": 0.25}, {"plain": 0.5, "dora": 1.0}, {"dora": -0.6}, {"rows": 0.5, "rs": 0.5}]
     others.append({"plain": 1.0, "dora": 0.0})
@@ -62,7 +62,7 @@ def test_mixes_equal_pefts_where_it_is_exact_and_cores_everywhere(whole: Whole, 
     whole.idle()
 
 
-def test_sampled_answers_in_a_crowd_equal_those_alone(whole: Whole) -> None:
+def test_sampled_answers_in_a_batch_equal_those_alone(whole: Whole) -> None:
     asked = [
         asking(name, prompt(9, seed), 20, temperature=0.9, top_p=0.95, seed=seed)
         for seed, name in enumerate(["tiny", *KINDS, *KINDS])
@@ -72,7 +72,7 @@ def test_sampled_answers_in_a_crowd_equal_those_alone(whole: Whole) -> None:
     assert len({answer.text for answer in alone}) > 8
 
 
-def test_chat_streams_what_it_answers_whole(whole: Whole) -> None:
+def test_streamed_and_whole_chat_answers_are_equal(whole: Whole) -> None:
     asked: dict[str, Any] = {
         "messages": [{"role": "user", "content": "The link has expired."}],
         "model": "patterns",

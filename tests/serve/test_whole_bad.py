@@ -120,7 +120,7 @@ def test_bad_loads_during_good_traffic(shop: Shop, tmp_path: Path, monkeypatch: 
     assert not list(tmp_path.rglob(hostile.MARK))
 
 
-def test_requests_for_what_cannot_be_served_fail_alone(shop: Shop) -> None:
+def test_invalid_requests_fail_alone(shop: Shop) -> None:
     """Names of the library that nobody loaded, and whose files turn out to be damaged when the first request comes."""
     broken = shop.make("soon-broken", 80)
     shop.library.add(shop.adapters / "soon-broken", "soon-broken")

@@ -86,7 +86,7 @@ MIXES: list[dict[str, float]] = [
 ]  # fmt: skip
 
 
-def test_32_at_once_under_many_mixes_are_as_by_the_dequantized_weights(shop: Shop, server: Whole) -> None:
+def test_concurrent_mixes_equal_the_dequantized_weights(shop: Shop, server: Whole) -> None:
     """Each prompt's own tokens, within what a forward in bfloat16 rounds; long ones are in steps beside the others."""
     work = [(MIXES[i % len(MIXES)], prompt((LONG, 17, 64, 131)[i % 4], i)) for i in range(32)]
     asked = [
@@ -101,7 +101,7 @@ def test_32_at_once_under_many_mixes_are_as_by_the_dequantized_weights(shop: Sho
     assert (base - plain).norm() > 0.015 * base.norm()  # an adapter has its effect
 
 
-def test_a_prefix_in_the_cache_is_found_under_its_mix_alone_and_changes_nothing(shop: Shop, server: Whole) -> None:
+def test_cached_prefixes_change_no_answer(shop: Shop, server: Whole) -> None:
     ids = prompt(LONG, 99)
     first, again, other = (server.ask(name, ids, 3) for name in ("a", "a", "b"))
     assert (first.cached, again.cached, other.cached) == (0, LONG // 16 * 16, 0)

@@ -180,7 +180,7 @@ def balance(url: str, seen: Seen) -> dict[str, int]:
     return states
 
 
-def test_killed_under_load_it_serves_again_and_the_ledger_balances(shop: Shop, tmp_path: Path) -> None:
+def test_after_a_kill_the_ledger_balances(shop: Shop, tmp_path: Path) -> None:
     url, key = tenants_of(tmp_path)
     seen = Seen()
     with process(shop, url, tmp_path) as (server, address):

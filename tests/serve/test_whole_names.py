@@ -57,7 +57,7 @@ def refused(whole: Whole, model: str) -> tuple[int, str]:
     return answer.status_code, answer.json()["error"]["code"]
 
 
-def test_new_weights_under_a_loaded_name_while_the_old_ones_run(whole: Whole, shop: Shop) -> None:
+def test_reloading_a_name_keeps_running_requests(whole: Whole, shop: Shop) -> None:
     ids = prompt(20, 6)
     assert whole.load("live", "plain").status_code == 200
     taken = whole.load("live", "rs")
@@ -82,7 +82,7 @@ def test_new_weights_under_a_loaded_name_while_the_old_ones_run(whole: Whole, sh
 
 
 @pytest.mark.parametrize("kind", ["plain", "dora", "rows"])
-def test_unload_drains_and_frees(whole: Whole, shop: Shop, kind: str) -> None:
+def test_unloading_waits_for_requests_and_frees_memory(whole: Whole, shop: Shop, kind: str) -> None:
     """Gone for new requests at once; what runs ends as it began; then its memory is free, with nothing else to do."""
     ids = prompt(20, 7)
     digest = shop.make(
@@ -112,7 +112,7 @@ def test_unload_drains_and_frees(whole: Whole, shop: Shop, kind: str) -> None:
     assert digest not in runner.attached
 
 
-def test_names_that_change_under_many_clients_never_mean_something_else(whole: Whole, shop: Shop) -> None:
+def test_changing_names_never_serve_another_adapter(whole: Whole, shop: Shop) -> None:
     """While a name is replaced, unloaded and loaded, an answer is one of those it has had, or 404: nothing between."""
     ids, kinds = prompt(18, 8), ("plain", "rs", "dora")
     right = {kind: shop.wanted([(kind, 1.0)], ids, 8) for kind in kinds}

@@ -27,7 +27,7 @@ def asked(whole: Whole, key: str, model: str, ids: list[int], **more: Any) -> tu
     return answer.status_code, answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
 
 
-def test_whether_a_prompt_was_there_tells_a_tenant_nothing_of_another(shop: Shop, tmp_path: Path) -> None:
+def test_cache_hits_reveal_nothing_between_tenants(shop: Shop, tmp_path: Path) -> None:
     """Unless the operator lets tenants share, adapter by adapter; `cache_salt` keeps apart within a tenant too."""
     place = str(tmp_path / "tenants.sqlite")
     store = Store(place)

@@ -59,7 +59,7 @@ def scored(shop: Shop, ids: list[int], **settings: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_server_over_a_quantized_base_answers_as_the_library_does_over_it(shop: Shop, kind: str) -> None:
+def test_a_quantized_server_answers_like_the_library(shop: Shop, kind: str) -> None:
     """The weights are `load_text(quantize=…)`'s, which are QLoRA's own; computed in float32 on both sides."""
     ids = prompt(40)
     quantized = load_text(str(shop.base_dir), dtype="float32", quantize=kind).model
@@ -71,7 +71,7 @@ def test_a_server_over_a_quantized_base_answers_as_the_library_does_over_it(shop
     assert (own["tiny"] - wanted(shop, ids)["tiny"]).abs().max() > 1e-3  # quantizing has its effect
 
 
-def test_what_is_in_memory_and_what_went_out_of_it_is_in_the_metrics(shop: Shop) -> None:
+def test_metrics_count_loads_and_evictions(shop: Shop) -> None:
     for seed in (2, 3):
         shop.make(f"more{seed}", seed)
         shop.library.add(shop.adapters / f"more{seed}", f"more{seed}")

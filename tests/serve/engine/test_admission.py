@@ -31,7 +31,7 @@ def flood(share: SharedQuantity, tenant: str, weight: float = 1.0, amount: int =
 
 
 @pytest.mark.parametrize("n", [1, 2, 5])
-def test_tenants_that_flood_leave_as_much_as_each_of_them_has(n: int) -> None:
+def test_flooding_tenants_leave_others_an_equal_share(n: int) -> None:
     share = SharedQuantity("things", 1200)
     for _ in range(200):  # those that came first give some back until all have the same
         for i in range(n):
@@ -46,7 +46,7 @@ def test_tenants_that_flood_leave_as_much_as_each_of_them_has(n: int) -> None:
     assert flood(share, "new") >= free // 2 - 1
 
 
-def test_one_that_floods_gets_half_and_a_heavier_one_more() -> None:
+def test_one_flooding_tenant_gets_half_and_more_by_weight() -> None:
     assert flood(SharedQuantity("things", 1000), "a") == 500
     assert 600 < flood(SharedQuantity("things", 1000), "a", weight=2.0) < 700
     assert flood(SharedQuantity("things", 1000), "") == 1000  # where there are no tenants
@@ -55,7 +55,7 @@ def test_one_that_floods_gets_half_and_a_heavier_one_more() -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 40), st.booleans()), max_size=80))
-def test_what_is_given_back_is_there_again(steps: list[tuple[str, int, bool]]) -> None:
+def test_released_amounts_are_available_again(steps: list[tuple[str, int, bool]]) -> None:
     admission = Admission(bodies=100, answers=10, texts=10)
     places = {name: admission.enter(name) for name in "abc"}
     for name, amount, leaves in steps:
@@ -74,7 +74,7 @@ def share_is_empty(admission: Admission) -> bool:
     return all(share.held == 0 and not share.by for share in admission.shares.values())
 
 
-def test_a_thread_goes_to_the_tenant_that_was_given_least() -> None:
+def test_the_tenant_that_received_least_gets_the_thread() -> None:
     order: list[str] = []
 
     async def everything() -> None:
@@ -108,7 +108,7 @@ def test_a_share_of_threads_stays_free_for_others() -> None:
     asyncio.run(everything())
 
 
-def test_short_work_never_waits_for_long_and_who_leaves_costs_nothing() -> None:
+def test_short_work_never_waits_for_long_work() -> None:
     async def everything() -> float:
         admission, gate = Admission(bodies=1, answers=1, texts=1 << 24), threading.Event()
         place = admission.enter("a")

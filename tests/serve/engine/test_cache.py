@@ -19,7 +19,7 @@ def filled(cache: Cache, root: bytes, tokens: list[int]) -> BlockTable:
     return table
 
 
-def test_a_prompt_that_begins_alike_finds_full_blocks_under_the_same_mix_alone() -> None:
+def test_only_the_same_mix_finds_a_shared_prefix() -> None:
     cache = Cache(16, BLOCK)
     one = filled(cache, b"", list(range(10)))
     again = cache.open(b"", [*range(10), 99])
@@ -35,7 +35,7 @@ def test_the_last_token_is_always_computed() -> None:
     assert len(cache.open(b"", list(range(9))).blocks) == 2
 
 
-def test_kept_blocks_are_found_until_they_are_needed_the_longest_unused_first() -> None:
+def test_the_least_recently_used_blocks_are_evicted_first() -> None:
     cache = Cache(4, BLOCK)
     for start in (0, 100):
         cache.close(filled(cache, b"", list(range(start, start + 8))))
@@ -47,7 +47,7 @@ def test_kept_blocks_are_found_until_they_are_needed_the_longest_unused_first() 
     assert cache.open(b"", [*range(8), 1]).blocks == []
 
 
-def test_a_mix_has_one_digest_however_it_is_written() -> None:
+def test_equal_mixes_have_one_digest() -> None:
     a, b = "sha256:aa", "sha256:bb"
     assert make_mix([(b, 0.5), (a, 1.0), (b, 0.25), ("sha256:cc", 0)]) == ((a, 1.0), (b, 0.75))
     assert mix_digest(make_mix([(b, 0.5), (a, 1.0)])) == mix_digest(make_mix([(a, 1), (b, 0.5)]))

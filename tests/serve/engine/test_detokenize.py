@@ -112,7 +112,7 @@ def test_the_window_stays_small() -> None:
 
 @given(tokens, st.lists(letters, max_size=3))
 @settings(max_examples=300, deadline=None)
-def test_an_answer_is_the_decoded_text_up_to_the_first_stop(ids: list[int], stops: list[str]) -> None:
+def test_an_answer_ends_before_the_first_stop(ids: list[int], stops: list[str]) -> None:
     ids = [i for i in ids if i != 2]
     answer = AnswerText(TOKENIZER, Sampling(max_tokens=1000, stop=tuple(stops)), ends=(2,))
     text, stop = told(answer, ids)
@@ -131,14 +131,14 @@ def test_stops_that_overlap(text: str, stops: list[str]) -> None:
     assert whole[0] == cut(text, tuple(stops))
 
 
-def test_nothing_goes_out_that_a_stop_takes_back() -> None:
+def test_text_of_a_stop_is_never_sent() -> None:
     answer = AnswerText(TOKENIZER, Sampling(stop=("<end>",)))
     out = [answer.add(t).text for t in bytewise(b"a<en<end>")]
     assert out == ["a", "", "", "", "<en", "", "", "", ""]
     assert answer.rest() == ""
 
 
-def test_what_was_held_back_belongs_to_an_answer_that_ends_otherwise() -> None:
+def test_held_text_is_sent_when_no_stop_follows() -> None:
     answer = AnswerText(TOKENIZER, Sampling(stop=("<end>",)), ends=(2,))
     assert [answer.add(t).text for t in bytewise(b"a<e")] == ["a", "", ""]
     end = answer.add(2)
@@ -161,14 +161,14 @@ def test_a_stop_at_the_last_token_is_a_stop() -> None:
     assert answer.add(2).reason == "stop"
 
 
-def test_ends_may_be_ignored_and_the_requests_own_may_not() -> None:
+def test_only_the_models_end_tokens_can_be_ignored() -> None:
     answer = AnswerText(TOKENIZER, Sampling(ignore_eos=True, stop_ids=(9,)), ends=(2,))
     assert [answer.add(t).reason for t in (2, 5, 9)] == [None, None, "stop"]
     answer = AnswerText(TOKENIZER, Sampling(ignore_eos=True, grammar=("regex", "a")), ends=(2,))
     assert answer.add(2).reason == "stop", "nothing follows a grammar's end"
 
 
-def test_stops_count_behind_min_tokens() -> None:
+def test_stops_count_only_after_min_tokens() -> None:
     answer = AnswerText(TOKENIZER, Sampling(min_tokens=3, stop=("a",)))
     pieces = [answer.add(t) for t in bytewise(b"aaaba")]
     assert [p.reason for p in pieces] == [None, None, None, None, "stop"]

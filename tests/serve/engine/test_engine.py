@@ -89,7 +89,7 @@ def prompt(n: int, seed: int = 0) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3", "mixtral"])
-def test_a_mixed_batch_answers_everybody_as_if_alone(family: str) -> None:
+def test_answers_in_a_mixed_batch_equal_those_alone(family: str) -> None:
     model = fresh(family)
     exclude = ("*.experts",) if family == "mixtral" else ()
     shelf = Shelf(
@@ -114,7 +114,7 @@ def test_a_mixed_batch_answers_everybody_as_if_alone(family: str) -> None:
         assert sorted(shelf.reads) == sorted([a, b, c])
 
 
-def test_memory_that_is_short_pre_empts_and_changes_no_answer() -> None:
+def test_preemption_changes_no_answer() -> None:
     model = fresh()
     shelf = Shelf(trained(model, 1))
     mix: DigestMix = ((next(iter(shelf.by_digest)), 1.0),)
@@ -133,7 +133,7 @@ def test_memory_that_is_short_pre_empts_and_changes_no_answer() -> None:
     assert [ids for ids, _, _ in got] == want
 
 
-def test_prefixes_are_shared_under_one_mix_and_never_under_another() -> None:
+def test_prefixes_are_shared_only_under_one_mix() -> None:
     model = fresh()
     one, two = trained(model, 1), trained(model, 2)
     shelf = Shelf(one, two)
@@ -196,7 +196,7 @@ def test_the_logprobs_of_a_prompt_are_the_models_own(family: str) -> None:
         assert [(t.id, t.logprob) for t in alone.prompt] == [(short[0], None)]
 
 
-def test_an_adapter_that_cannot_be_read_fails_its_own_request_alone() -> None:
+def test_an_unreadable_adapter_fails_only_its_request() -> None:
     model = fresh()
     shelf = Shelf(trained(model, 1))
     good = next(iter(shelf.by_digest))
@@ -215,7 +215,7 @@ def test_an_adapter_that_cannot_be_read_fails_its_own_request_alone() -> None:
             assert ids == greedy(model, shelf, ((good, 1.0),), prompt(9, i), 12)
 
 
-def test_reading_an_adapter_never_stops_the_others() -> None:
+def test_reading_an_adapter_does_not_stop_other_requests() -> None:
     model = fresh()
     shelf = Shelf(trained(model, 1))
     shelf.gate = threading.Event()
@@ -234,7 +234,7 @@ def test_reading_an_adapter_never_stops_the_others() -> None:
         run(both(engine))
 
 
-def test_a_client_that_leaves_gives_everything_back() -> None:
+def test_a_cancelled_request_releases_everything() -> None:
     model = fresh()
     shelf = Shelf(trained(model, 1))
     mix: DigestMix = ((next(iter(shelf.by_digest)), 1.0),)
@@ -270,7 +270,7 @@ def test_a_client_that_leaves_gives_everything_back() -> None:
         assert thing() is None
 
 
-def test_a_step_that_fails_ends_only_who_fails_alone() -> None:
+def test_a_failed_step_ends_only_the_failing_request() -> None:
     model = fresh()
     shelf = Shelf()
     with engine_of(model, shelf) as engine:
@@ -294,7 +294,7 @@ def test_a_step_that_fails_ends_only_who_fails_alone() -> None:
     assert all(end.error.status == 500 for _, _, end in got[::2])
 
 
-def test_a_fault_of_the_step_itself_is_told_and_the_next_are_served() -> None:
+def test_the_engine_serves_on_after_a_failed_step() -> None:
     model = fresh()
     with engine_of(model, Shelf()) as engine:
         own, faults = engine.scheduler.step, [1]
@@ -316,7 +316,7 @@ def test_a_fault_of_the_step_itself_is_told_and_the_next_are_served() -> None:
         run(turns())
 
 
-def test_what_is_known_at_once_is_refused_at_once() -> None:
+def test_invalid_requests_are_refused_at_once() -> None:
     model = fresh()
     with engine_of(model, Shelf(), queue=0) as engine:
         for request, code in [
@@ -334,7 +334,7 @@ def test_what_is_known_at_once_is_refused_at_once() -> None:
     assert refused.value.code == "shutting_down"
 
 
-def test_stopping_cancels_what_runs_and_says_so() -> None:
+def test_stopping_cancels_running_requests() -> None:
     """Whoever drains a server waits before this: tests/serve/test_server.py."""
     model = fresh()
     engine = engine_of(model, Shelf()).start()
@@ -392,7 +392,7 @@ def recurrent() -> Any:
 
 
 @pytest.mark.parametrize("make", [recurrent, fresh])
-def test_a_step_that_is_run_again_starts_from_where_it_was(make: Callable[[], Any]) -> None:
+def test_a_repeated_step_starts_from_the_same_state(make: Callable[[], Any]) -> None:
     """The first rows of a step have been computed, the last one fails: the others' answers are as if it had not."""
     model = make()
     with engine_of(model, Shelf(), budget=16) as engine:
@@ -432,7 +432,7 @@ def test_a_step_that_is_run_again_starts_from_where_it_was(make: Callable[[], An
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_an_engine_says_when_it_serves_nobody() -> None:
+def test_an_engine_reports_that_it_is_idle() -> None:
     model = fresh()
     with engine_of(model, Shelf(), stuck_seconds=0.2) as engine:
         own: Callable[..., Any] = engine.runner.run
@@ -486,7 +486,7 @@ def grammar_is(patch: pytest.MonkeyPatch, matcher: Callable[[], Any]) -> None:
     patch.setattr(grammar, "compile_grammar", lambda *_, **__: types.SimpleNamespace(copy=matcher))
 
 
-def test_a_grammar_that_breaks_ends_its_own_row_and_the_others_take_their_tokens_once(
+def test_a_failed_grammar_ends_only_its_row(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = fresh()
@@ -512,7 +512,7 @@ def test_a_grammar_that_breaks_ends_its_own_row_and_the_others_take_their_tokens
         assert good[0] == alone[0]
 
 
-def test_masks_are_made_while_the_model_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masks_are_built_while_the_model_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     with engine_of(fresh(), Shelf()) as engine:
         own: Callable[..., Any] = engine.runner.run
         computing, masked = threading.Event(), threading.Event()

@@ -70,7 +70,7 @@ SCHEMAS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("schema", SCHEMAS, ids=range(len(SCHEMAS)))
 @pytest.mark.parametrize("heat", [0.0, 1.0])
-def test_what_comes_out_validates(schema: dict[str, Any], heat: float) -> None:
+def test_answers_follow_their_schema(schema: dict[str, Any], heat: float) -> None:
     ended = 0
     for seed in range(6):
         text, end = answer(compiled("json_schema", json.dumps(schema)), seed, heat)
@@ -131,7 +131,7 @@ def test_regular_expressions(pattern: str) -> None:
         assert not end or re.fullmatch(pattern, text), text
 
 
-def test_the_end_comes_only_where_the_answer_is_complete() -> None:
+def test_the_end_is_allowed_only_after_a_complete_answer() -> None:
     matcher = compiled("regex", "ab?").copy()
     a, b = TOKENIZER.convert_tokens_to_ids(["a", "b"])
     assert not matcher.mask()[EOS]
@@ -159,7 +159,7 @@ def test_every_id_that_ends_an_answer_may_end_it() -> None:
     assert alone.mask().nonzero().flatten().tolist() == [EOS]
 
 
-def test_what_the_tokenizer_does_not_have_is_never_allowed() -> None:
+def test_ids_outside_the_tokenizer_are_never_allowed() -> None:
     mask = compiled("json_object").copy().mask()
     assert mask.shape == (PADDED,)
     assert mask.dtype == torch.bool
@@ -188,7 +188,7 @@ def test_a_token_that_the_mask_forbids_is_refused() -> None:
         ("regex", "a" * (grammars.MAX_TEXT + 1)),
     ],
 )
-def test_what_cannot_be_compiled_is_a_400_that_says_why(kind: GrammarKind, text: str) -> None:
+def test_a_schema_that_does_not_compile_is_400(kind: GrammarKind, text: str) -> None:
     with pytest.raises(Refused) as caught:
         compiled(kind, text)
     assert (caught.value.status, caught.value.code) == (400, "invalid_request")
@@ -201,7 +201,7 @@ def test_a_grammar_is_compiled_once() -> None:
     assert compiled("json_object", "x") is compiled("json_object", "y")
 
 
-def test_matchers_do_not_know_each_other() -> None:
+def test_matchers_are_independent() -> None:
     grammar = compiled("regex", "ab")
     a, b = TOKENIZER.convert_tokens_to_ids(["a", "b"])
     one, two = grammar.copy(), grammar.copy()
@@ -211,7 +211,7 @@ def test_matchers_do_not_know_each_other() -> None:
     assert not two.mask()[b]
 
 
-def test_a_matcher_by_what_a_request_asks() -> None:
+def test_a_copied_matcher_advances_to_its_end() -> None:
     here = compiled("regex", "a").copy()
     assert here.mask().shape == (PADDED,)
     here.advance(TOKENIZER.convert_tokens_to_ids("a"))
@@ -237,7 +237,7 @@ def test_without_a_fast_tokenizer() -> None:
         ({"anyOf": []}, "anyOf is empty"),
     ],
 )
-def test_what_cannot_be_followed_is_told_in_our_words_and_at_once(schema: Any, says: str) -> None:
+def test_unsupported_schemas_are_refused_with_a_reason(schema: Any, says: str) -> None:
     began = time.monotonic()
     with pytest.raises(Refused, match=says) as caught:
         compiled("json_schema", json.dumps(schema))
@@ -249,7 +249,7 @@ def test_what_cannot_be_followed_is_told_in_our_words_and_at_once(schema: Any, s
 
 
 @pytest.mark.parametrize("kind", ["regex", "json_schema"])
-def test_a_wrong_regular_expression_is_told_with_its_reason(kind: GrammarKind) -> None:
+def test_a_wrong_regular_expression_is_refused_with_its_reason(kind: GrammarKind) -> None:
     text = "(a" if kind == "regex" else json.dumps({"type": "string", "pattern": "(a"})
     with pytest.raises(Refused) as caught:
         compiled(kind, text)

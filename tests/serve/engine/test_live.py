@@ -101,7 +101,7 @@ def test_the_trainers_log_probabilities_are_the_samplers_to_the_bit(dtype: str, 
         assert all(bool(g.isfinite().all()) and bool(g.any()) for g in gradients)
 
 
-def test_layers_that_are_made_again_in_the_backward_pass_have_the_same_gradient() -> None:
+def test_recomputed_layers_have_the_same_gradient() -> None:
     with drawing() as (base, attachment, sampler):
         ids, lengths, said = rows(draw(sampler, asked()))
         parameters = list(attachment.parameters("run").values())
@@ -117,7 +117,7 @@ def test_layers_that_are_made_again_in_the_backward_pass_have_the_same_gradient(
             torch.testing.assert_close(a, b)
 
 
-def test_an_answer_is_a_function_of_its_seed_whoever_is_drawn_beside_it() -> None:
+def test_an_answer_depends_only_on_its_seed() -> None:
     with drawing() as (_, _, sampler):
         together = draw(sampler, asked(each=3))
         assert len({r.tokens for r in together[:3]}) > 1
@@ -129,7 +129,7 @@ def test_an_answer_is_a_function_of_its_seed_whoever_is_drawn_beside_it() -> Non
         assert [r.logps for r in base] != [r.logps for r in draw(sampler, asked())]
 
 
-def test_what_an_optimizer_changed_is_drawn_from_next_and_nothing_older_is_found() -> None:
+def test_sampling_uses_the_values_of_the_last_step() -> None:
     with drawing() as (_, attachment, sampler):
         before = draw(sampler, asked())
         assert [r.cached for r in draw(sampler, asked())][:2] == [32, 32]
@@ -142,7 +142,7 @@ def test_what_an_optimizer_changed_is_drawn_from_next_and_nothing_older_is_found
         assert torch.equal(sampler.replay(*rows(after), "run").logps(), logps(after))
 
 
-def test_a_prefix_of_older_values_would_be_seen_in_the_gap(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prefix_of_older_values_changes_the_log_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
     with drawing() as (_, attachment, sampler):
         monkeypatch.setattr(Adapter, "digest", lambda self: "one and the same")  # what keeps it from being found
         draw(sampler, asked())
@@ -153,7 +153,7 @@ def test_a_prefix_of_older_values_would_be_seen_in_the_gap(monkeypatch: pytest.M
         assert float((sampler.replay(*rows(stale), "run").logps() - logps(stale)).abs().mean()) > 1e-3
 
 
-def test_the_log_probability_of_what_was_drawn_from_is_told_beside_the_models_own() -> None:
+def test_sampled_and_model_log_probabilities_are_both_reported() -> None:
     with drawing() as (base, _, sampler):
         for how in (SamplingParams(12, temperature=0.6), SamplingParams(12, top_p=0.6), SamplingParams(12)):
             drawn = draw(sampler, asked(how=how))
@@ -171,7 +171,7 @@ def test_the_log_probability_of_what_was_drawn_from_is_told_beside_the_models_ow
             assert (how == HOW) == all(r.sampling_logps == r.logps for r in drawn)
 
 
-def test_grammars_and_limits_hold_and_an_interruption_is_heard() -> None:
+def test_grammars_limits_and_interruptions_are_obeyed() -> None:
     with drawing() as (_, _, sampler):
         pattern = "(yes|no) ?[0-9]{2}"
         for r in draw(sampler, asked(how=SamplingParams(12, grammar=("regex", pattern)))):
@@ -181,7 +181,7 @@ def test_grammars_and_limits_hold_and_an_interruption_is_heard() -> None:
         assert len(draw(sampler, asked())) == 4
 
 
-def test_a_base_without_a_forward_of_the_engines_own_is_refused() -> None:
+def test_a_base_the_engine_cannot_run_is_refused() -> None:
     model: Any = families.gemma3(vocab_size=VOCAB_SIZE)
     with (
         attach(model) as attachment,
@@ -191,7 +191,7 @@ def test_a_base_without_a_forward_of_the_engines_own_is_refused() -> None:
         pass
 
 
-def test_who_draws_leaves_the_trainer_its_fast_paths() -> None:
+def test_sampling_keeps_the_fast_paths_of_training() -> None:
     """With kernels of the trainer's own too: rows without padding, and what is drawn is still the model's."""
     model: Any = families.llama3(vocab_size=VOCAB_SIZE)
     before = model.config._attn_implementation

@@ -47,7 +47,7 @@ def both_ways(model: Any, adapters: dict[str, Any], mix: list[tuple[str, float]]
 
 @pytest.mark.parametrize("mix", [[], [("one", 1.0)], MIX])
 @pytest.mark.parametrize("family", ["llama3", "qwen3", "gemma3"])
-def test_answers_are_those_of_the_model_itself(family: str, mix: list[tuple[str, float]]) -> None:
+def test_answers_equal_the_models(family: str, mix: list[tuple[str, float]]) -> None:
     model = model_of(family).train()
     adapters = {"one": trained(model, 1), "two": trained(model, 2)}
     wanted, got = both_ways(model, adapters, mix)
@@ -57,7 +57,7 @@ def test_answers_are_those_of_the_model_itself(family: str, mix: list[tuple[str,
         assert [c.ids for c in got] != [c.ids for c in both_ways(model, adapters, [])[1]]
 
 
-def test_the_engine_is_taken_where_it_has_a_forward_of_its_own() -> None:
+def test_the_engine_is_used_where_it_can_run_the_base() -> None:
     model = model_of("llama3")
     plain = trained(model, 1)
     other = trained(model, 2)
@@ -91,7 +91,7 @@ def test_a_caller_may_have_an_event_loop_of_its_own() -> None:
     assert asyncio.run(inside()) == complete(base, PROMPTS, max_new_tokens=5)
 
 
-def test_what_is_no_prompt_is_said_and_the_end_of_the_context_is_kept_to() -> None:
+def test_bad_prompts_are_refused_and_the_context_limits_answers() -> None:
     base = base_of(model_of("llama3"))
     with answering(base, {}) as answer:
         with pytest.raises(DataError, match="is empty"):

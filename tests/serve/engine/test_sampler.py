@@ -54,7 +54,7 @@ def fits(shares: Tensor, p: Tensor, n: int) -> None:
         assert z < 3.7, (chi, free)
 
 
-def test_greedy_is_argmax_and_does_no_more() -> None:
+def test_greedy_is_argmax() -> None:
     scores = logits(5)
     rows = [SampledRow(Sampling(temperature=0), vocabulary=V) for _ in range(5)]
     assert all(row.plain for row in rows)
@@ -86,7 +86,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", list(CASES))
-def test_draws_follow_the_law_that_transformers_warpers_give(name: str) -> None:
+def test_samples_follow_the_distribution_of_transformers(name: str) -> None:
     s, scores, n = CASES[name], logits(1, seed=3), 5_000
     warped = TemperatureLogitsWarper(float(s.temperature))(None, scores)
     if 0 < s.top_k < V:
@@ -106,7 +106,7 @@ def test_draws_follow_the_law_that_transformers_warpers_give(name: str) -> None:
     heat=st.floats(0.2, 4),
 )
 @settings(max_examples=60, deadline=None)
-def test_what_stays_is_what_transformers_keeps(seed: int, k: int, p: float, min_p: float, heat: float) -> None:
+def test_the_kept_tokens_are_those_of_transformers(seed: int, k: int, p: float, min_p: float, heat: float) -> None:
     scores = logits(1, seed)
     s = Sampling(temperature=heat, top_k=k, top_p=p, min_p=min_p)
     warped = scores / heat
@@ -122,7 +122,7 @@ def test_what_stays_is_what_transformers_keeps(seed: int, k: int, p: float, min_
         assert (order - p).abs().min() < 1e-5
 
 
-def test_equal_scores_share_their_fate() -> None:
+def test_equal_scores_are_kept_or_dropped_alike() -> None:
     scores = torch.tensor([[1.0, 3.0, 3.0, 3.0, 0.0, -9.0]])
     assert (scores - 3 >= sampler.lowest_kept(scores - 3, [Sampling(top_k=2)])).tolist() == [
         [False, True, True, True, False, False]
@@ -130,7 +130,7 @@ def test_equal_scores_share_their_fate() -> None:
     assert (scores - 3 >= sampler.lowest_kept(scores - 3, [Sampling(top_p=0.5)])).sum() == 3
 
 
-def test_a_nucleus_beyond_the_first_look(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_nucleus_larger_than_the_first_top_k(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = logits(4, seed=8, spread=0.3)
     scores = scores - scores.amax(-1, keepdim=True)
     s = [Sampling(top_p=p) for p in (0.2, 0.9, 0.99, 1.0)]
@@ -139,7 +139,7 @@ def test_a_nucleus_beyond_the_first_look(monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.equal(sampler.lowest_kept(scores, s), want)
 
 
-def test_a_row_draws_the_same_whoever_shares_its_batch() -> None:
+def test_a_sample_does_not_depend_on_its_batch() -> None:
     scores = logits(6, seed=1)
     kinds = [
         Sampling(seed=1),
@@ -160,7 +160,7 @@ def test_a_row_draws_the_same_whoever_shares_its_batch() -> None:
         assert both == [{**rest, **dict(zip(order, some, strict=True))}[i] for i in range(6)]
 
 
-def test_a_row_that_is_taken_up_elsewhere_goes_on_as_it_would_have() -> None:
+def test_a_row_continues_alike_on_another_server() -> None:
     s = Sampling(seed=9, presence_penalty=0.7, repetition_penalty=1.2, top_p=0.95)
     first = SampledRow(s, (4, 5), vocabulary=V)
     made = [ids(logits(1, step), [first])[0] for step in range(20)]
@@ -170,7 +170,7 @@ def test_a_row_that_is_taken_up_elsewhere_goes_on_as_it_would_have() -> None:
     assert [ids(logits(1, step), [later])[0] for step in range(11, 20)] == made[11:]
 
 
-def test_a_seed_left_to_the_system_is_one_that_can_be_given() -> None:
+def test_a_random_seed_is_a_valid_seed() -> None:
     row = SampledRow(Sampling(), vocabulary=V)
     again = SampledRow(Sampling(seed=row.seed), vocabulary=V)
     assert [ids(logits(1, i), [row]) for i in range(9)] == [ids(logits(1, i), [again]) for i in range(9)]
@@ -182,7 +182,7 @@ def test_any_whole_number_is_a_seed(seed: int) -> None:
     assert len(ids(logits(1), [SampledRow(Sampling(seed=seed), vocabulary=V)])) == 1
 
 
-def test_draws_of_one_row_are_independent_from_step_to_step() -> None:
+def test_samples_of_successive_steps_are_independent() -> None:
     scores = torch.log(torch.tensor([[0.5, 0.5]]))
     row = SampledRow(Sampling(seed=77, max_tokens=1), vocabulary=2)
     made = [ids(scores, [row])[0] for _ in range(1600)]
@@ -200,7 +200,7 @@ def test_neighbouring_seeds_and_tokens_are_unrelated() -> None:
         assert abs(float(((e - 1) * (other - 1)).mean())) < 0.01
 
 
-def test_a_rare_token_is_as_rare_as_it_should_be() -> None:
+def test_a_rare_token_has_its_probability() -> None:
     scores = torch.log(torch.tensor([1 - 5e-3, 5e-3]))
     assert abs(float(drawn(scores, Sampling(), 12_000)[1]) * 12_000 - 60) < 35
 
@@ -236,7 +236,7 @@ def test_a_repetition_penalty_by_which_scores_overflow_is_refused() -> None:
     assert ids(scores, [row])[0] in (1, 2)
 
 
-def test_presence_and_frequency_count_what_was_made_and_not_the_prompt() -> None:
+def test_presence_and_frequency_ignore_the_prompt() -> None:
     scores, made = logits(1, 2)[0], (5, 3, 5)
     got = adjusted(scores, Sampling(presence_penalty=0.5, frequency_penalty=-0.25), (5, 7), made)
     want = scores.clone()
@@ -262,7 +262,7 @@ def test_a_greedy_row_obeys_bias_and_penalties() -> None:
     assert ids(scores, rows) == [int(second), int(scores[1].topk(2).indices[1])]
 
 
-def test_what_ends_an_answer_does_not_come_before_min_tokens() -> None:
+def test_no_end_token_comes_before_min_tokens() -> None:
     scores = torch.zeros(1, V)
     scores[0, 7], scores[0, 8] = 90, 80
     row = SampledRow(Sampling(temperature=0, min_tokens=2, stop_ids=(8,)), vocabulary=V, ends=(7,))
@@ -292,7 +292,7 @@ class Only:
         self.taken.append(token)
 
 
-def test_a_grammar_masks_and_is_told() -> None:
+def test_a_grammar_masks_and_receives_the_tokens() -> None:
     scores = logits(3)
     grammars = [Only(3, 4), Only(9), Only(breaks=True)]
     rows = [
@@ -306,14 +306,14 @@ def test_a_grammar_masks_and_is_told() -> None:
     assert [g.taken for g in grammars] == [[first.id], [9], []]
 
 
-def test_a_grammar_at_its_end_goes_before_min_tokens() -> None:
+def test_a_finished_grammar_overrides_min_tokens() -> None:
     row = SampledRow(Sampling(min_tokens=5, seed=1), vocabulary=V, ends=(7,), grammar=Only(7))
     assert ids(logits(1), [row]) == [7]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("heat", [0, 1])
-def test_scores_that_are_not_finite_fail_their_own_row_alone(bad: float, heat: float) -> None:
+def test_nonfinite_scores_fail_only_their_row(bad: float, heat: float) -> None:
     scores = logits(3)
     scores[1, 5] = bad
     rows = [SampledRow(Sampling(temperature=heat, seed=1, top_p=0.9, logprobs=1), vocabulary=V) for _ in range(3)]
@@ -327,12 +327,12 @@ def test_scores_that_are_not_finite_fail_their_own_row_alone(bad: float, heat: f
     assert "'loud:9000+soft:1'" in refused.what
 
 
-def test_nothing_allowed_is_refused() -> None:
+def test_a_row_without_allowed_tokens_is_refused() -> None:
     (only,) = sample(logits(1), [SampledRow(Sampling(top_k=3), vocabulary=V, grammar=Only())])
     assert isinstance(only, Refused)
 
 
-def test_logprobs_are_the_models_whatever_was_asked_of_the_draw() -> None:
+def test_logprobs_do_not_depend_on_the_sampling_settings() -> None:
     scores = logits(3, 5)
     s = Sampling(seed=3, temperature=0.1, top_k=2, logit_bias={0: 100.0})
     rows = [SampledRow(replace(s, logprobs=n), vocabulary=V) for n in (0, 4, 20)]
@@ -343,7 +343,7 @@ def test_logprobs_are_the_models_whatever_was_asked_of_the_draw() -> None:
         assert [x for _, x in choice.top] == pytest.approx(p[r].topk(n).values.tolist(), abs=1e-5)
 
 
-def test_alternatives_that_are_equally_likely_do_not_depend_on_the_batch() -> None:
+def test_equally_likely_alternatives_do_not_depend_on_the_batch() -> None:
     """In 16 bits many are. The best of them is the one that a greedy row takes."""
     scores = logits(6, seed=3, spread=2.0).round().bfloat16()
     scores[0, 5:9] = 0.0
@@ -358,7 +358,7 @@ def test_alternatives_that_are_equally_likely_do_not_depend_on_the_batch() -> No
         assert not alone.top or alone.top[0] == (alone.id, alone.logprob)
 
 
-def test_ids_that_the_vocabulary_does_not_have() -> None:
+def test_ids_outside_the_vocabulary_are_refused() -> None:
     for s, param in ((Sampling(logit_bias={V: 1.0}), "logit_bias"), (Sampling(stop_ids=(-1,)), "stop_token_ids")):
         with pytest.raises(Refused, match=f"{V} tokens") as caught:
             SampledRow(s, vocabulary=V)
@@ -366,7 +366,7 @@ def test_ids_that_the_vocabulary_does_not_have() -> None:
 
 
 @pytest.mark.gpu
-def test_a_row_draws_the_same_on_a_gpu() -> None:
+def test_a_row_samples_the_same_token_on_a_gpu() -> None:
     scores = torch.randn(64, 50_000, generator=torch.Generator().manual_seed(5)) * 3
     kinds = [Sampling(), Sampling(top_p=0.9), Sampling(top_k=40, min_p=0.01), Sampling(temperature=0)]
     s = [replace(k, seed=i, presence_penalty=0.5, logprobs=2) for i in range(16) for k in kinds]
@@ -376,6 +376,6 @@ def test_a_row_draws_the_same_on_a_gpu() -> None:
         assert sum(a != b for a, b in zip(want, got, strict=True)) <= 1  # a tie within rounding
 
 
-def test_rows_and_logits_go_together() -> None:
+def test_rows_and_logits_must_match() -> None:
     with pytest.raises(ValueError):
         sample(logits(2), [SampledRow(Sampling(), vocabulary=V)])

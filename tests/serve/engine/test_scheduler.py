@@ -37,7 +37,7 @@ def advance(scheduler: Scheduler) -> list[Sequence]:
     return done
 
 
-def test_a_long_prompt_never_stops_the_others() -> None:
+def test_a_long_prompt_does_not_stop_other_rows() -> None:
     scheduler = Scheduler(Cache(1000, 4), rows=8, budget=16)
     first = scheduler.add(request(4, 40))
     advance(scheduler)
@@ -59,7 +59,7 @@ def test_a_prompt_that_waits_for_room_is_counted_once() -> None:
     assert scheduler.found == sum(s.cached for s in prompts) == 16
 
 
-def test_a_tenants_flood_does_not_slow_another() -> None:
+def test_a_flooding_tenant_does_not_slow_another() -> None:
     def steps_of_the_other(flood: int) -> int:
         scheduler = Scheduler(Cache(4000, 4), rows=4, budget=64)
         for i in range(flood):
@@ -85,7 +85,7 @@ def steps_to_first(scheduler: Scheduler, sequence: Sequence) -> int:
     return steps
 
 
-def test_long_rows_of_one_tenant_make_room_for_another_at_once() -> None:
+def test_long_rows_of_one_tenant_yield_to_another() -> None:
     scheduler = Scheduler(Cache(8000, 4), rows=32, budget=64)
     flood = [scheduler.add(request(20, 600, "flood", salt=i)) for i in range(40)]
     for _ in range(60):
@@ -106,7 +106,7 @@ def test_long_rows_of_one_tenant_make_room_for_another_at_once() -> None:
     assert all(s.generated == 600 for s in flood)
 
 
-def test_weight_is_a_share_of_places() -> None:
+def test_rows_are_shared_by_weight() -> None:
     scheduler = Scheduler(Cache(8000, 4), rows=8, budget=64)
     for i in range(20):
         scheduler.add(request(8, 500, "three", 3.0, i))
@@ -118,7 +118,7 @@ def test_weight_is_a_share_of_places() -> None:
     assert Counter(s.request.tenant for s in scheduler.running) == {"three": 6, "one": 2}
 
 
-def test_blocks_that_one_tenant_holds_are_given_up_too() -> None:
+def test_one_tenants_blocks_are_released_for_another() -> None:
     scheduler = Scheduler(Cache(100, 4), rows=32, budget=64)
     for i in range(4):
         scheduler.add(request(80, 19, "flood", salt=i))
@@ -128,7 +128,7 @@ def test_blocks_that_one_tenant_holds_are_given_up_too() -> None:
     assert steps_to_first(scheduler, scheduler.add(request(60, 5, "calm", salt=100))) == 1
 
 
-def test_long_prompts_of_one_tenant_come_after_anothers_first_token() -> None:
+def test_long_prompts_wait_for_another_tenants_first_token() -> None:
     def steps(flood: int) -> tuple[int, int]:
         """Until the other's first token; and tokens of the step that brought it."""
         scheduler = Scheduler(Cache(40_000, 4), rows=32, budget=512)
@@ -176,7 +176,7 @@ def test_idle_time_earns_nothing() -> None:
     assert abs(done["busy"] - done["late"]) <= 4
 
 
-def test_who_waits_for_an_adapter_is_passed_over() -> None:
+def test_rows_that_wait_for_an_adapter_are_skipped() -> None:
     slow = request(4, 2, salt=1)
     scheduler = Scheduler(Cache(100, 4), rows=1, budget=16, loaded=lambda s: s.request is not slow)
     scheduler.add(slow)
@@ -186,7 +186,7 @@ def test_who_waits_for_an_adapter_is_passed_over() -> None:
     assert scheduler.waiting == 1
 
 
-def test_memory_that_is_short_pre_empts_and_nothing_fails() -> None:
+def test_short_memory_preempts_without_failures() -> None:
     scheduler = Scheduler(Cache(12, 4), rows=8, budget=32)
     all_of_them = [scheduler.add(request(4, 30, salt=i)) for i in range(8)]
     done: list[Sequence] = []
@@ -204,7 +204,7 @@ def test_memory_that_is_short_pre_empts_and_nothing_fails() -> None:
     st.integers(1, 6),
     st.integers(0, 2**32),
 )
-def test_everything_finishes_or_was_removed(
+def test_every_row_finishes_or_is_removed(
     wanted: list[tuple[int, int, str, int]], blocks: int, rows: int, seed: int
 ) -> None:
     dice = random.Random(seed)
@@ -229,7 +229,7 @@ def test_everything_finishes_or_was_removed(
     assert scheduler.waiting == 0
 
 
-def test_prompts_share_what_was_computed_under_equal_mixes_with_equal_salts_alone() -> None:
+def test_prefixes_need_equal_mixes_and_salts() -> None:
     """In steps of a block, what was there tells what others asked: another salt finds nothing, whatever the mix."""
     scheduler = Scheduler(Cache(1000, 4), rows=8, budget=64)
     tokens = tuple(range(17))

@@ -59,7 +59,7 @@ def answers(runner: Runner, adapters: dict[str, Prepared], lengths: tuple[int, .
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_the_same_bits_as_layer_by_layer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_layers_equal_separate_layers_bit_for_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     runner, llama, adapters = runner_of(name)
     assert llama.in_one_call
     together = answers(runner, adapters)
@@ -68,7 +68,7 @@ def test_the_same_bits_as_layer_by_layer(name: str, monkeypatch: pytest.MonkeyPa
     assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
 
 
-def test_a_dora_in_the_batch_changes_nobody_elses_bits() -> None:
+def test_a_dora_does_not_change_other_rows() -> None:
     """With one the layers go line by line."""
     runner, _, adapters = runner_of("llama")
     alone = answers(runner, adapters)
@@ -83,7 +83,7 @@ def test_a_dora_in_the_batch_changes_nobody_elses_bits() -> None:
     assert all(torch.equal(alone[i], mixed[i]) for i in (0, 1, 3))
 
 
-def test_layers_line_by_line_give_the_bits_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_layers_equal_one_call_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     runner, _, adapters = runner_of("llama")
     together = answers(runner, adapters)
     line_by_line(runner, monkeypatch)
@@ -91,7 +91,7 @@ def test_layers_line_by_line_give_the_bits_of_one_call(monkeypatch: pytest.Monke
     assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
 
 
-def test_any_number_of_threads_gives_the_same_bits() -> None:
+def test_results_do_not_depend_on_the_thread_count() -> None:
     runner, _, adapters = runner_of("llama")
     found: dict[int, list[Tensor]] = {}
     before = torch.get_num_threads()
@@ -109,7 +109,7 @@ def test_any_number_of_threads_gives_the_same_bits() -> None:
         assert all(torch.equal(a, b) for a, b in zip(found[1], found[n], strict=True))
 
 
-def test_bases_whose_shapes_have_no_panels_go_layer_by_layer() -> None:
+def test_bases_without_panels_run_layer_by_layer() -> None:
     model = FAMILIES["llama3"](**(SHAPE | {"intermediate_size": 90})).bfloat16()
     runner = Runner(base_of(model), cache_bytes=1 << 20)
     assert runner.how == "fused", runner.why

@@ -111,7 +111,7 @@ def test_a_rows_result_does_not_depend_on_its_batch(threads: int) -> None:
         torch.set_num_threads(had)
 
 
-def test_what_has_no_thin_form_is_named() -> None:
+def test_kinds_without_low_rank_form_are_named() -> None:
     layout = layout_of(torch.float32)
     adapter = Adapter(pairs={"x.y": pair(2, 24, 1.0, 0, False)}, modules={"norm": {"weight": torch.ones(3)}})
     assert low_rank_problems(adapter, layout) == [

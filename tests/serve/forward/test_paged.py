@@ -58,7 +58,7 @@ def test_against_float64(
 
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_turned_and_stored_as_by_hand(dtype: torch.dtype, normed: bool) -> None:
+def test_rotated_keys_are_stored_as_computed_by_hand(dtype: torch.dtype, normed: bool) -> None:
     generator = torch.Generator().manual_seed(1)
     heads, kv, d, n = 4, 2, 32, 21
     pages, plain = (Pages(1, 4, heads, kv, d, dtype, torch.device("cpu")) for _ in range(2))

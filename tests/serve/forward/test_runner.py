@@ -85,7 +85,7 @@ def same(got: Tensor, want: Tensor, tolerance: float = 2e-5) -> None:
     assert (got.double() - want.double()).abs().max() <= tolerance * want.double().abs().max()
 
 
-def test_llama_4_runs_packed_where_no_sequence_is_longer_than_a_chunk() -> None:
+def test_llama_4_runs_packed_within_one_chunk() -> None:
     """Its experts get the tokens that are routed to them, those of rows under one mix together."""
     model, other = FAMILIES["llama4"](), FAMILIES["llama4"]()
     for one in (model, other):
@@ -104,7 +104,7 @@ def test_llama_4_runs_packed_where_no_sequence_is_longer_than_a_chunk() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_row_as_if_it_were_alone(family: str) -> None:
+def test_each_rows_result_equals_the_row_alone(family: str) -> None:
     model = FAMILIES[family]()
     adapters = {
         "a": trained(model, 1, rank=3),
@@ -146,7 +146,7 @@ def loha(module: Any, seed: int) -> Delta:
 
 
 @pytest.mark.parametrize("family", ["llama3", "gemma3"])
-def test_what_has_no_thin_form_runs_beside_what_has(family: str) -> None:
+def test_full_rank_and_low_rank_adapters_share_a_batch(family: str) -> None:
     model = FAMILIES[family]()
     g = torch.Generator().manual_seed(6)
     q = "model.layers.1.self_attn.q_proj"
@@ -176,7 +176,7 @@ def test_what_has_no_thin_form_runs_beside_what_has(family: str) -> None:
     runner.close()
 
 
-def test_embedding_and_head_have_thin_forms() -> None:
+def test_embedding_and_head_have_low_rank_forms() -> None:
     model = FAMILIES["qwen3"]()
     adapters = {"ends": trained(model, 2, targets=("embed_tokens", "lm_head")), "plain": trained(model, 1)}
     mixes = [[("ends", 0.5), ("plain", 1.0)], [("plain", 1.0)], [], [("ends", 1.0)]]
@@ -191,7 +191,7 @@ def test_embedding_and_head_have_thin_forms() -> None:
     runner.close()
 
 
-def test_bfloat16_is_nearly_as_near_to_float32_as_the_attachment() -> None:
+def test_bfloat16_is_about_as_exact_as_attached_adapters() -> None:
     """Whose A and B stay float32: here they are rounded once, to the base's dtype."""
     exact = FAMILIES["llama3"]()
     adapters = {"a": trained(exact, 1), "b": trained(exact, 2, dora=True)}
@@ -239,7 +239,7 @@ def test_recurrent_layers_run_each_sequence_alone() -> None:
     runner.close()
 
 
-def test_a_cache_too_small_for_anything_is_refused() -> None:
+def test_a_cache_that_is_too_small_is_refused() -> None:
     with pytest.raises(Exception, match="blocks of 16 tokens"):
         Runner(base_of(FAMILIES["llama3"]()), cache_bytes=1000)
 
@@ -248,7 +248,7 @@ def test_a_cache_too_small_for_anything_is_refused() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama3", "qwen3"])
-def test_batch_invariant_a_request_has_the_bits_it_has_alone(family: str) -> None:
+def test_batch_invariant_results_equal_those_alone(family: str) -> None:
     """Whoever shares its steps, under whatever adapters, however its prompt is cut: DoRA and the head's pairs too."""
     model = FAMILIES[family](hidden_size=64, intermediate_size=96).bfloat16()
     lora = trained(model, 1, targets=("all-linear", "lm_head"))
@@ -265,7 +265,7 @@ def test_batch_invariant_a_request_has_the_bits_it_has_alone(family: str) -> Non
     runner.close()
 
 
-def test_without_it_the_answers_are_within_rounding_of_it() -> None:
+def test_default_results_are_within_rounding_of_batch_invariant() -> None:
     model = FAMILIES["llama3"](hidden_size=64, intermediate_size=96).bfloat16()
     work = [(ids, []) for ids in prompts([41, 5])]
     both = []
@@ -277,7 +277,7 @@ def test_without_it_the_answers_are_within_rounding_of_it() -> None:
         assert (plain.double() - same.double()).norm() <= 2**-4 * same.double().norm()
 
 
-def test_what_cannot_be_batch_invariant_is_refused() -> None:
+def test_bases_that_cannot_be_batch_invariant_are_refused() -> None:
     with pytest.raises(ConfigError, match="a base of the Llama architecture; this one runs packed"):
         Runner(base_of(FAMILIES["gemma3"]()), cache_bytes=1 << 20, batch_invariant=True)
     model = FAMILIES["llama3"]()
@@ -289,7 +289,7 @@ def test_what_cannot_be_batch_invariant_is_refused() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", OTHERS)
-def test_sinks_caps_and_states_are_served_as_the_model_has_them(family: str, dtype: torch.dtype) -> None:
+def test_sinks_caps_and_states_equal_the_models(family: str, dtype: torch.dtype) -> None:
     model = OTHERS[family]().to(dtype)
     ids = prompts([1, 20, 33, 40])
     want = [reference(model, {}, [], p) for p in ids]
@@ -301,7 +301,7 @@ def test_sinks_caps_and_states_are_served_as_the_model_has_them(family: str, dty
     runner.close()
 
 
-def test_heads_of_two_sizes_serve_adapters_beside_one_another() -> None:
+def test_heads_of_two_sizes_serve_mixed_adapters() -> None:
     model = OTHERS["gemma4"]()
     adapters = {str(i): trained(model, i) for i in range(2)}
     mixes: list[list[tuple[str, float]]] = [[], [("0", 1.0)], [("0", 0.5), ("1", -1.0)]]
@@ -316,7 +316,7 @@ def test_heads_of_two_sizes_serve_adapters_beside_one_another() -> None:
     runner.close()
 
 
-def test_attention_that_asks_for_more_is_not_handed_over() -> None:
+def test_unsupported_attention_is_not_paged() -> None:
     """A keyword that the hook does not know would be lost on the way to the pages."""
     model = FAMILIES["gemma3"]()
     for layer in model.model.layers:
@@ -336,7 +336,7 @@ def test_attention_that_asks_for_more_is_not_handed_over() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_token_in_the_middle_that_is_off_is_found(dtype: torch.dtype) -> None:
+def test_the_probe_finds_one_wrong_token(dtype: torch.dtype) -> None:
     """In the last layer nothing of it comes to the tokens that follow: each one's logits are compared."""
     model = FAMILIES["llama3"]().to(dtype)
     mlp = model.model.layers[-1].mlp
@@ -355,7 +355,7 @@ def test_a_token_in_the_middle_that_is_off_is_found(dtype: torch.dtype) -> None:
     runner.close()
 
 
-def test_a_window_past_the_probe_is_found() -> None:
+def test_the_probe_finds_a_longer_window() -> None:
     """A family that tells attention nothing of its window, which only its mask has."""
     model = FAMILIES["gemma3"](sliding_window=64)
     for layer in model.model.layers:
@@ -378,7 +378,7 @@ def test_a_window_past_the_probe_is_found() -> None:
 
 
 @pytest.mark.parametrize(("context", "how"), [(256, "alone"), (64, "packed")])
-def test_llama4_s_chunks_are_kept_where_a_sequence_can_pass_one(context: int, how: str) -> None:
+def test_llama_4_keeps_chunks_for_longer_sequences(context: int, how: str) -> None:
     model = FAMILIES["llama4"]()  # chunks of 64
     (ids,) = prompts([min(context, 100)])
     want = reference(model, {}, [], ids)

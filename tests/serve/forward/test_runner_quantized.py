@@ -62,7 +62,7 @@ MIXES: list[list[tuple[str, float]]] = [
     ("family", "kind"),
     [*(("llama3", kind) for kind in KINDS), ("qwen3", "nf4"), ("gemma3", "nf4"), ("mixtral", "nf4")],
 )
-def test_every_row_as_if_it_were_alone_over_the_dequantized_weights(family: str, kind: str) -> None:
+def test_each_row_equals_the_row_alone_over_dequantized_weights(family: str, kind: str) -> None:
     model = model_in(kind, family)
     plain = plain_of(model, family)
     adapters = adapters_of(plain, family)
@@ -117,7 +117,7 @@ def continued(runner: Runner, mixes: list[Any], texts: list[list[int]], tokens: 
 
 @pytest.mark.skipif(not compiled.has("decode"), reason="no kernels for a decoder on this processor")
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "Q8_0", "Q4_0"])
-def test_from_codes_as_by_the_slow_path(kind: str) -> None:
+def test_products_with_codes_equal_the_reference(kind: str) -> None:
     """One compiled step over codes, and modules that dequantize them: the same answers at temperature 0, wherever the
     likeliest token is one by more than roundings of bfloat16. The base's weights stay the same to the bit."""
     model = model_in(kind, dtype=torch.bfloat16)
@@ -144,7 +144,7 @@ def test_from_codes_as_by_the_slow_path(kind: str) -> None:
     assert all(torch.equal(before[n], p.dense()) for n, p in quantized_of(model))
 
 
-def test_codes_that_cannot_be_laid_are_served_the_next_way_which_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_codes_use_the_next_path_with_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_in("nf4", dtype=torch.bfloat16)
     texts = prompts([9, 20])
     with override_ops(panel_linear="torch"):
@@ -165,7 +165,7 @@ def test_codes_that_cannot_be_laid_are_served_the_next_way_which_is_said(monkeyp
     assert (got - wanted).norm() <= 0.04 * wanted.norm()
 
 
-def test_what_has_no_thin_form_runs_beside_what_has() -> None:
+def test_full_rank_and_low_rank_adapters_share_a_batch() -> None:
     model = model_in("nf4")
     plain = plain_of(model)
     q = "model.layers.1.self_attn.q_proj"
@@ -181,7 +181,7 @@ def test_what_has_no_thin_form_runs_beside_what_has() -> None:
     runner.close()
 
 
-def test_merged_into_the_dequantized_weights_is_what_is_served_beside_the_codes() -> None:
+def test_adapters_beside_codes_equal_merged_adapters() -> None:
     model = model_in("int8")
     plain = plain_of(model)
     adapter = trained(plain, 3, dora=True)
@@ -194,7 +194,7 @@ def test_merged_into_the_dequantized_weights_is_what_is_served_beside_the_codes(
     same(got, reference(plain, {}, [], ids))
 
 
-def test_batch_invariant_over_codes_too() -> None:
+def test_quantized_bases_can_be_batch_invariant() -> None:
     model = model_in("nf4", dtype=torch.bfloat16)
     runner = Runner(base_of(model), cache_bytes=1 << 20, batch_invariant=True)
     a = runner.prepare(trained(plain_of(model), 1), "a")

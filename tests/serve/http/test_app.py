@@ -108,7 +108,7 @@ def test_tenants_have_series_up_to_the_cap(text: ToyText) -> None:
     assert found["veneer:tenant_generation_tokens_total", "t0"] == 9
 
 
-def test_routers_can_see_which_adapters_are_at_work(server: Live) -> None:
+def test_metrics_list_running_and_waiting_adapters(server: Live) -> None:
     with server.client.stream(
         "POST",
         "/v1/completions",
@@ -157,7 +157,7 @@ def test_a_tenant_has_its_own_models_limits_and_bill(text: ToyText) -> None:
         assert (request.tenant, request.name) == ("acme", "sql")
 
 
-def test_prompts_are_kept_apart_by_tenant_and_by_the_clients_own_salt(text: ToyText) -> None:
+def test_prefixes_are_separate_per_tenant_and_salt(text: ToyText) -> None:
     """Equal salts of engine requests: the same tenant, and the same `cache_salt`."""
     with live(ToyEngine(text), ToyCatalog(), ToyTenancy()) as server:
 
@@ -175,7 +175,7 @@ def test_prompts_are_kept_apart_by_tenant_and_by_the_clients_own_salt(text: ToyT
             assert server.post("/v1/chat/completions", {**CHAT, "cache_salt": wrong}, "acme").status_code == 400
 
 
-def test_everything_is_billed_once_also_what_failed_or_was_left(text: ToyText) -> None:
+def test_every_request_is_billed_once(text: ToyText) -> None:
     tenancy = ToyTenancy()
     with live(ToyEngine(text), ToyCatalog(), tenancy) as server:
 
@@ -225,7 +225,7 @@ def test_a_shadow_answers_and_is_never_sent(text: ToyText) -> None:
     assert (answers[0].sent, answers[0].answer) == ("[d-sql*1] Hi", "[d-polite*1] Hi")
 
 
-def test_a_shadow_that_is_broken_off_is_a_failure_and_nobodys_share(text: ToyText) -> None:
+def test_an_interrupted_shadow_counts_as_failed(text: ToyText) -> None:
     class Breaks(ToyEngine):
         async def events(self, request: Request) -> Any:
             async for event in super().events(request):
@@ -356,7 +356,7 @@ def test_no_body_makes_the_server_fail(text: ToyText, tmp_path: Path) -> None:
     assert reached > 50  # 96 with schemathesis 4.32; what it makes up changes with its version
 
 
-def test_the_description_is_whole(server: Live) -> None:
+def test_the_openapi_description_is_complete(server: Live) -> None:
     paths = server.get("/openapi.json").json()["paths"]
     for path in (
         "/v1/chat/completions",

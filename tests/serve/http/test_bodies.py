@@ -37,7 +37,7 @@ def counted(value: Any) -> tuple[int, int]:
 
 
 @given(VALUE, st.booleans(), st.sampled_from([None, 1]))
-def test_what_is_counted_is_what_json_holds(value: Any, ascii: bool, indent: int | None) -> None:
+def test_counted_values_equal_those_json_parses(value: Any, ascii: bool, indent: int | None) -> None:
     data = json.dumps(value, ensure_ascii=ascii, indent=indent).encode("utf-8", "replace")
     values, depth = count_values(data)
     wanted, deep = counted(json.loads(data))
@@ -46,7 +46,7 @@ def test_what_is_counted_is_what_json_holds(value: Any, ascii: bool, indent: int
     assert read_json(data) == json.loads(data)
 
 
-def test_a_text_that_spans_pieces_is_one_value() -> None:
+def test_a_string_across_chunks_is_one_value() -> None:
     for n in range(4):  # a backslash, or what it escapes, at the edge of a piece
         text = "x" * (CHUNK - 3 + n) + '\\" [[[, \\\\' * 3
         assert count_values(json.dumps({"a": text}).encode()) == (3, 1)
@@ -67,7 +67,7 @@ def test_a_text_that_spans_pieces_is_one_value() -> None:
         (b'{"a": ', "not JSON"),
     ],
 )
-def test_what_cannot_be_read_says_why(data: bytes, says: str) -> None:
+def test_invalid_bodies_are_refused_with_a_reason(data: bytes, says: str) -> None:
     with pytest.raises(Refused, match=says) as caught:
         read_json(data)
     assert caught.value.status == 400
@@ -84,7 +84,7 @@ def sent(server: Live, path: str, raw: bytes) -> Any:
 
 
 @pytest.mark.parametrize("path", SURFACES)
-def test_a_key_that_is_there_twice_is_an_error(small: Live, path: str) -> None:
+def test_a_repeated_key_is_an_error(small: Live, path: str) -> None:
     key = SURFACES[path]
     value = b'[{"role": "user", "content": "Hi"}]' if key == "messages" else b'"Hi"'
     answer = sent(small, path, b'{"%s": %s, "stream": false, "%s": %s}' % (key.encode(), value, key.encode(), value))
@@ -115,7 +115,7 @@ def test_a_key_that_is_there_twice_is_an_error(small: Live, path: str) -> None:
         ("/detokenize", {"tokens": [-1] * 60_000}),
     ],
 )
-def test_a_body_with_many_faults_is_told_few(small: Live, path: str, body: Any) -> None:
+def test_only_a_few_errors_of_a_body_are_listed(small: Live, path: str, body: Any) -> None:
     answer = small.post(path, body)
     assert answer.status_code in (400, 422)
     assert len(answer.content) < 1000
@@ -123,7 +123,7 @@ def test_a_body_with_many_faults_is_told_few(small: Live, path: str, body: Any) 
 
 
 @pytest.mark.parametrize("path", SURFACES)
-def test_a_client_who_leaves_in_the_middle_of_a_body_is_nobodys_fault(path: str) -> None:
+def test_a_client_that_disconnects_mid_body_is_no_server_error(path: str) -> None:
     """Nothing is raised into the server's log, nothing counted as refused, and its place is free again."""
     app = toy_app(ToyEngine(ToyText()), ToyCatalog())
     service, answers = app.state.service, []
@@ -151,7 +151,7 @@ def test_a_client_who_leaves_in_the_middle_of_a_body_is_nobodys_fault(path: str)
     assert not refused
 
 
-def test_a_prompt_that_no_context_could_hold_is_not_tokenised(small: Live) -> None:
+def test_an_oversized_prompt_is_not_tokenized(small: Live) -> None:
     text = "x" * (small.service.prompts.most + 1)
     before = len(small.engine.seen)
     for path, key in SURFACES.items():
@@ -190,16 +190,14 @@ def test_tokens_are_the_tokenizers_own(small: Live) -> None:
         ),
     ],
 )
-def test_an_error_names_places_of_the_body_and_nothing_of_how_it_is_read(
-    small: Live, path: str, body: Any, says: str
-) -> None:
+def test_errors_name_the_bodys_fields_and_no_internals(small: Live, path: str, body: Any, says: str) -> None:
     answer = sent(small, path, body if isinstance(body, bytes) else json.dumps(body).encode())
     assert answer.status_code in (400, 422)
     assert says in answer.text
     assert not re.search(r"function-|list\[|=\w|did you mean 'adapter_id'", answer.text), answer.text
 
 
-def test_a_body_that_is_not_said_to_be_json_is_told_so(small: Live) -> None:
+def test_a_body_needs_the_json_content_type(small: Live) -> None:
     answer = small.client.post(
         "/v1/completions", content=b'{"prompt": "Hi"}', headers={"content-type": "application/x-www-form-urlencoded"}
     )

@@ -6,7 +6,7 @@ from veneer.serve.http.errors import error_body, message_of
 from veneer.serve.request import Refused
 
 
-def test_a_sentence_and_its_fix_are_one_line() -> None:
+def test_an_error_and_its_fix_are_one_line() -> None:
     error = Refused("The model does not exist.", status=404, code="model_not_found", fix="see GET /v1/models")
     assert message_of(error) == "The model does not exist: see GET /v1/models"
 

@@ -88,7 +88,7 @@ def test_any_origin_needs_keys_and_never_allows_cookies() -> None:
 
 
 @pytest.mark.parametrize("kind", [None, "text/plain", "text/plain; charset=utf-8", "application/x-www-form-urlencoded"])
-def test_a_body_that_any_form_can_send_is_refused(kind: str | None) -> None:
+def test_a_body_with_a_forms_content_type_is_refused(kind: str | None) -> None:
     headers = {} if kind is None else {"content-type": kind}
     body = b'{"prompt": "Hi", "max_tokens": 1}'
     paths = ("/v1/completions", "/v1/load_lora_adapter", "/nowhere")

@@ -36,7 +36,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 BODY = {"prompt": "a red cat", "mix": ["look:0.7", "brand:-0.2"], "num_inference_steps": 2, "seed": 7, "n": 2}
 
 
-def test_pictures_of_a_view_are_those_of_the_route_and_a_caller_sees_no_more(service: Service) -> None:
+def test_the_studio_gets_the_same_pictures_as_the_route(service: Service) -> None:
     asked = checked_image_body(ImageBody, BODY, 4)
 
     async def drawn(caller: Principal) -> tuple[list[int], list[bytes]]:

@@ -50,7 +50,7 @@ def engine(names: Shadowed) -> Iterator[PictureEngine]:
 
 
 @pytest.mark.parametrize("shadow", ["brand", "look", "gone"])
-def test_a_shadow_draws_too_and_is_never_sent(
+def test_an_image_shadow_runs_and_is_never_sent(
     engine: PictureEngine, names: Shadowed, shadow: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another adapter is some way apart, the same one is the same, and one that fails disturbs nobody."""

@@ -60,9 +60,7 @@ def ask(server: Live, key: str, model: str, text: str = "Hi") -> dict[str, Any]:
     return dict(answer.json()["usage"])
 
 
-def test_shadows_are_counted_summed_up_and_in_the_ledger_as_the_operators(
-    server: tuple[Live, str], tenants: Tenants
-) -> None:
+def test_shadows_are_counted_and_billed_to_the_operator(server: tuple[Live, str], tenants: Tenants) -> None:
     live_one, key = server
     used = [ask(live_one, key, model) for model in ("stable", "stable", "canary", "risky")]
     behind = [r for r in live_one.engine.seen if r.id.endswith("-shadow")]
@@ -102,7 +100,7 @@ def test_shadows_are_counted_summed_up_and_in_the_ledger_as_the_operators(
     assert shadow["cost"] == 10 * (shadow["prompt"] + shadow["completion"]) > 0
 
 
-def test_metrics_have_series_of_shadows(server: tuple[Live, str]) -> None:
+def test_metrics_include_shadows(server: tuple[Live, str]) -> None:
     live_one, key = server
     for model in ("stable", "canary", "risky"):
         ask(live_one, key, model)
@@ -115,7 +113,7 @@ def test_metrics_have_series_of_shadows(server: tuple[Live, str]) -> None:
     ]
 
 
-def test_a_shadow_that_fails_half_way_is_failed_and_what_it_took_is_paid(
+def test_a_failed_shadow_is_billed_for_its_tokens(
     server: tuple[Live, str], tenants: Tenants, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     live_one, key = server
@@ -137,7 +135,7 @@ def test_a_shadow_that_fails_half_way_is_failed_and_what_it_took_is_paid(
     assert (row["failed"], row["same"], row["first_difference"], row["shadow_tokens"]) == (True, False, None, 2)
 
 
-def test_a_server_that_may_not_answer_a_shadow_says_so(server: tuple[Live, str], tenants: Tenants) -> None:
+def test_refused_shadows_are_reported(server: tuple[Live, str], tenants: Tenants) -> None:
     live_one, key = server
     manage.change_settings(tenants.store, "", {"requests_per_minute": 1}, adapter="polite", who="me")
     asyncio.run(tenants.caller(key))

@@ -28,7 +28,7 @@ class Source:
 
 
 @pytest.mark.parametrize("turns", range(6))
-def test_a_client_that_leaves_while_a_write_ends_ends_the_stream(turns: int) -> None:
+def test_a_disconnect_during_a_write_ends_the_stream(turns: int) -> None:
     """uvicorn lets a paused write go on in the moment in which it tells that the client has left: whichever task runs
     first, nothing more is made."""
 

@@ -70,7 +70,7 @@ def test_the_answers_are_those_of_a_chat_completion(whole: Whole) -> None:
             assert all(len(token.top) == 2 for token in mine.tokens)
 
 
-def test_they_are_billed_kept_and_known_by_their_id(whole: Whole) -> None:
+def test_answers_are_billed_and_kept_by_id(whole: Whole) -> None:
     tenants: Any = whole.built.service.tenancy
     store = tenants.store
     manage.change_settings(store, "", {"feedback_days": 1.0}, who="me")
@@ -94,7 +94,7 @@ def test_they_are_billed_kept_and_known_by_their_id(whole: Whole) -> None:
     manage.change_settings(store, "", {"feedback_days": None}, who="me")
 
 
-def test_what_a_client_could_not_have_a_view_cannot_either(whole: Whole) -> None:
+def test_the_studio_has_no_more_rights_than_a_client(whole: Whole) -> None:
     tenants: Any = whole.built.service.tenancy
     nobody = Principal("tenant", "acme", sees=lambda name: name == "plain")
     assert refused(whole, nobody, mix=[("rs", 0.5)]).status == 404
@@ -113,7 +113,7 @@ def test_what_a_client_could_not_have_a_view_cannot_either(whole: Whole) -> None
         whole.built.service.phase = "ready"
 
 
-def test_what_is_in_memory_is_listed_by_the_operators_names(whole: Whole) -> None:
+def test_loaded_adapters_are_listed_by_their_names(whole: Whole) -> None:
     ask(whole, mix=[("plain", 1.0)], max_tokens=1)
     ask(whole, mix=[("rs", 0.5)], max_tokens=1)
     whole.idle()
@@ -124,7 +124,7 @@ def test_what_is_in_memory_is_listed_by_the_operators_names(whole: Whole) -> Non
     assert not any(each.leases for _, each in found)
 
 
-def test_one_that_is_closed_is_cancelled_and_gives_everything_back(whole: Whole) -> None:
+def test_closing_a_stream_cancels_and_releases_everything(whole: Whole) -> None:
     async def first_token() -> None:
         asked = TextRequest(MESSAGES, [("plain", 0.5)], n=2, max_tokens=500)
         async with aclosing(ask_texts(whole.built.service, OPERATOR, asked)) as events:

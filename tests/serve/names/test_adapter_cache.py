@@ -50,7 +50,7 @@ def test_requests_for_one_adapter_share_one_load() -> None:
     assert sorted(shop.reads) == ["a", "b"]
 
 
-def test_what_is_in_use_is_not_evicted_and_the_room_comes_with_its_end() -> None:
+def test_an_adapter_in_use_is_not_evicted() -> None:
     shop = Shop(LETTERS)
     residents = shop.residents(2)
     running = [Asked(residents, "a"), Asked(residents, "b")]
@@ -65,7 +65,7 @@ def test_what_is_in_use_is_not_evicted_and_the_room_comes_with_its_end() -> None
     assert set(residents.resident()) == {"a", "c"}
 
 
-def test_memory_is_given_in_the_order_of_asking() -> None:
+def test_memory_is_granted_in_order_of_requests() -> None:
     shop = Shop({**LETTERS, "large": 2})
     residents = shop.residents(2)
     running = [Asked(residents, "a"), Asked(residents, "b")]
@@ -84,7 +84,7 @@ def test_memory_is_given_in_the_order_of_asking() -> None:
     assert small.lease
 
 
-def test_whoever_keeps_memory_in_use_for_long_is_drained() -> None:
+def test_an_adapter_in_use_for_long_is_drained() -> None:
     """Two adapters that are never without a request, room for them alone, and a third that wants in."""
     shop = Shop(LETTERS)
     residents = shop.residents(2)
@@ -136,7 +136,7 @@ def test_twice_as_many_as_fit_take_turns() -> None:
     assert len(shop.reads) < sum(served.values()) / 4
 
 
-def test_what_can_never_fit_is_refused_and_holds_nobody_up() -> None:
+def test_an_adapter_that_never_fits_is_refused_at_once() -> None:
     shop = Shop({**LETTERS, "giant": 9})
     residents = shop.residents(4)
     giant, small = Asked(residents, "giant"), Asked(residents, "a")
@@ -162,7 +162,7 @@ def test_an_adapter_that_grows_when_prepared() -> None:
 
 
 @pytest.mark.parametrize("error", [AdapterError("half a file"), OSError("gone"), RuntimeError("?")])
-def test_a_load_that_fails_fails_who_wanted_it(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failed_load_fails_its_requests(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
     shop = Shop(LETTERS, broken={"b": error})
     residents = shop.residents(4)
     asked = [Asked(residents, "a"), Asked(residents, "b"), Asked(residents, "a", "b"), Asked(residents, "c")]
@@ -179,7 +179,7 @@ def test_a_load_that_fails_fails_who_wanted_it(error: Exception, caplog: pytest.
     assert again.lease, "and may be tried again"
 
 
-def test_a_refusal_of_the_reader_is_passed_on() -> None:
+def test_an_error_of_the_reader_is_passed_on() -> None:
     refused = Refused("wrong_base: no", status=422, code="adapter_unusable")
     shop = Shop(LETTERS, broken={"b": refused})
     asked = Asked(shop.residents(4), "b")
@@ -187,7 +187,7 @@ def test_a_refusal_of_the_reader_is_passed_on() -> None:
     assert asked.error is refused
 
 
-def test_one_that_cannot_be_prepared_takes_no_room() -> None:
+def test_a_failed_preparation_takes_no_memory() -> None:
     shop = Shop({**LETTERS, "odd": 3}, unpreparable={3})
     residents = shop.residents(4)
     odd = Asked(residents, "odd", "a")
@@ -200,7 +200,7 @@ def test_one_that_cannot_be_prepared_takes_no_room() -> None:
     assert residents.stats().bytes == 4 * UNIT
 
 
-def test_a_request_that_leaves_while_it_waits() -> None:
+def test_a_request_cancelled_while_waiting_leaves_nothing() -> None:
     shop = Shop(LETTERS)
     residents = shop.residents(1)
     running = Asked(residents, "a")
@@ -228,7 +228,7 @@ def test_dropped_and_loaded_again() -> None:
     residents.close()
 
 
-def test_load_takes_what_was_read_already_and_waits() -> None:
+def test_load_uses_a_read_adapter_and_waits() -> None:
     shop = Shop(LETTERS)
     residents = AdapterCache(shop.read, shop.prepare, limit_bytes=4 * UNIT)
     residents.load("a", shop.read("a"))
@@ -246,7 +246,7 @@ def test_load_takes_what_was_read_already_and_waits() -> None:
         residents.load("c")
 
 
-def test_closing_tells_who_waits() -> None:
+def test_closing_fails_waiting_requests() -> None:
     shop = Shop(LETTERS)
     residents = shop.residents(4)
     one = Asked(residents, "a")

@@ -43,7 +43,7 @@ def test_files_inside_the_allowed_folder(make: Make, base: TextBase, folder: Pat
     assert catalog.load("linked", "inner/a").digest == digest
 
 
-def test_a_run_s_folder(make: Make, base: TextBase, folder: Path) -> None:
+def test_a_folder_of_a_run(make: Make, base: TextBase, folder: Path) -> None:
     digest = saved(base, folder / "run" / "adapter")
     assert make().load("x", "run").digest == digest
 
@@ -74,7 +74,7 @@ def test_a_run_s_folder(make: Make, base: TextBase, folder: Path) -> None:
         "/proc/self/mem",
     ],
 )
-def test_what_lies_outside_is_not_there(
+def test_files_outside_the_folder_are_not_found(
     make: Make,
     base: TextBase,
     folder: Path,
@@ -106,7 +106,7 @@ def test_without_allowed_folders_no_path_is_an_adapter(make: Make, base: TextBas
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "veneer.json"])
-def test_a_link_inside_that_leads_out(
+def test_a_link_out_of_the_folder_is_refused(
     make: Make,
     base: TextBase,
     folder: Path,
@@ -177,7 +177,7 @@ def test_a_file_without_its_scale_is_refused_with_the_fix(make: Make, base: Text
         ("q_proj: a hadamard delta", "form_unsupported"),
     ],
 )
-def test_what_the_runner_cannot_serve(
+def test_adapters_the_runner_cannot_serve_are_refused(
     make: Make,
     base: TextBase,
     folder: Path,
@@ -208,7 +208,7 @@ SPECS = {
 
 
 @pytest.mark.parametrize("name", list(SPECS))
-def test_every_kind_that_the_runner_serves_is_read_whole(
+def test_every_served_kind_is_read_completely(
     make: Make,
     base: TextBase,
     folder: Path,
@@ -223,7 +223,7 @@ def test_every_kind_that_the_runner_serves_is_read_whole(
     assert {n: p.scale for n, p in again.pairs.items()} == {n: p.scale for n, p in adapter.pairs.items()}
 
 
-def test_a_file_that_is_written_to_later_does_not_change_what_is_served(
+def test_a_later_write_does_not_change_a_loaded_adapter(
     make: Make,
     base: TextBase,
     folder: Path,

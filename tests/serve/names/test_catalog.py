@@ -48,7 +48,7 @@ def test_a_loaded_name(make: Make, base: TextBase, folder: Path) -> None:
     assert list(catalog.residents.resident()) == [digest]
 
 
-def test_what_openai_calls_tuned(make: Make, base: TextBase, folder: Path, library: Library) -> None:
+def test_names_of_fine_tuned_models(make: Make, base: TextBase, folder: Path, library: Library) -> None:
     """By the base, whose namespace it is, and the id; as the library's name for everything that asks who may."""
     first, last = saved(base, folder / "a", 1), saved(base, folder / "b", 2)
     library.add(folder / "a", "acme/support-kq7vz2mh")
@@ -73,7 +73,7 @@ def test_what_openai_calls_tuned(make: Make, base: TextBase, folder: Path, libra
         assert refused(partial(ask, name, other)).code == "model_not_found"
 
 
-def test_what_the_library_has_needs_no_loading(make: Make, base: TextBase, folder: Path, library: Library) -> None:
+def test_adapters_of_the_library_need_no_loading(make: Make, base: TextBase, folder: Path, library: Library) -> None:
     one, two = saved(base, folder / "a", 1), saved(base, folder / "b", 2)
     library.add(folder / "a", "support")
     library.add(folder / "b", "support")
@@ -111,7 +111,7 @@ def test_names_are_resolved_without_a_database(
     assert asked == []
 
 
-def test_a_load_under_a_name_of_the_librarys_is_refused_unless_it_says_so(
+def test_a_load_under_a_library_name_is_refused(
     make: Make, base: TextBase, folder: Path, library: Library, caplog: pytest.LogCaptureFixture
 ) -> None:
     one, two = saved(base, folder / "a", 1), saved(base, folder / "b", 2)
@@ -129,7 +129,7 @@ def test_a_load_under_a_name_of_the_librarys_is_refused_unless_it_says_so(
     assert catalog.resolve("support", OPERATOR).mix == of(two)
 
 
-def test_another_bases_adapter_is_known_by_the_index(
+def test_the_index_tells_an_adapters_base(
     make: Make, base: TextBase, folder: Path, library: Library, tmp_path: Path
 ) -> None:
     saved(base, folder / "a", base_fingerprint="sha256:" + "0" * 64)
@@ -138,7 +138,7 @@ def test_another_bases_adapter_is_known_by_the_index(
     assert (reason(error), error.status) == ("wrong_base", 400)
 
 
-def test_a_loaded_name_goes_before_the_library(make: Make, base: TextBase, folder: Path, library: Library) -> None:
+def test_a_loaded_name_overrides_the_library(make: Make, base: TextBase, folder: Path, library: Library) -> None:
     one, two = saved(base, folder / "a", 1), saved(base, folder / "b", 2)
     library.add(folder / "a", "support")
     catalog = make()
@@ -169,9 +169,7 @@ def test_a_mix(make: Make, base: TextBase, folder: Path) -> None:
     assert refused(lambda: catalog.resolve_mix([("a", 1.0)] * 65, OPERATOR)).status == 400
 
 
-def test_a_part_is_called_what_the_operator_calls_it(
-    make: Make, base: TextBase, folder: Path, library: Library
-) -> None:
+def test_parts_of_a_mix_have_the_operators_names(make: Make, base: TextBase, folder: Path, library: Library) -> None:
     """Limits, prices and the ledger read these names, so a client's spelling must not be among them."""
     one, two = saved(base, folder / "a", 1), saved(base, folder / "b", 2)
     for source, name in (("a", "big"), ("b", "small")):
@@ -224,7 +222,7 @@ def test_a_route_with_weights(make: Make, base: TextBase, folder: Path) -> None:
     assert [c.id for c in catalog.models(ann)] == ["tiny", "live"]
 
 
-def test_a_shadow_that_is_gone_hurts_nobody_and_is_told(make: Make, base: TextBase, folder: Path) -> None:
+def test_a_missing_shadow_is_reported_and_the_answer_is_sent(make: Make, base: TextBase, folder: Path) -> None:
     saved(base, folder / "a", 1)
     catalog = make(routes=Split("gone"))
     catalog.load("a", "a")
@@ -236,7 +234,7 @@ def test_a_shadow_that_is_gone_hurts_nobody_and_is_told(make: Make, base: TextBa
     assert refused(lambda: catalog.resolve("live", Principal("tenant", tenant="t", user="bob"))).status == 404
 
 
-def test_a_name_is_checked_as_a_request_for_it_would_be(
+def test_checking_a_name_equals_requesting_it(
     make: Make, base: TextBase, folder: Path, library: Library, tmp_path: Path
 ) -> None:
     saved(base, folder / "a", 1)
@@ -259,7 +257,7 @@ def test_a_name_is_checked_as_a_request_for_it_would_be(
 # -- who sees what -----------------------------------------------------------------------------------------------------
 
 
-def test_what_is_not_theirs_is_what_is_not_there(make: Make, base: TextBase, folder: Path, library: Library) -> None:
+def test_adapters_of_other_tenants_are_not_found(make: Make, base: TextBase, folder: Path, library: Library) -> None:
     digest = saved(base, folder / "a")
     library.add(folder / "a", "secret")
     catalog = make()
@@ -278,21 +276,21 @@ def test_what_is_not_theirs_is_what_is_not_there(make: Make, base: TextBase, fol
     assert [c.id for c in catalog.models(caller)] == ["tiny", "mine"]
 
 
-def test_what_is_not_theirs_is_not_even_looked_up(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapters_of_other_tenants_are_not_looked_up(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     catalog = make()
     monkeypatch.setattr(catalog.sources, "find_version", lambda reference: pytest.fail("looked up"))
     for word in ("there", "not-there"):
         assert refused(lambda w=word: catalog.resolve(w, Principal("key", sees=lambda name: False))).status == 404
 
 
-def test_a_grant_of_a_name_is_one_of_its_versions(make: Make, base: TextBase, folder: Path, library: Library) -> None:
+def test_a_grant_of_a_name_includes_its_versions(make: Make, base: TextBase, folder: Path, library: Library) -> None:
     digest = saved(base, folder / "a")
     library.add(folder / "a", "support")
     caller = Principal("key", sees=lambda name: name == "support")
     assert make().resolve("support@1", caller).mix == of(digest)
 
 
-def test_a_namespace_of_the_library_on_every_way_to_name_an_adapter(
+def test_namespaces_work_in_every_way_to_name_adapters(
     make: Make, base: TextBase, folder: Path, library: Library
 ) -> None:
     one, two = saved(base, folder / "a", 1), saved(base, folder / "b", 2)
@@ -351,7 +349,7 @@ def test_words_from_clients_never_reach_the_file_system(make: Make, word: str, m
 @pytest.mark.parametrize(
     "name", [*HOSTILE_WORDS, "", "tiny", "a..b", "a:b", "a@2", "a+b", "/a", "a/", "a//b", "a/b/c", "-a"]
 )
-def test_names_that_cannot_be_given(make: Make, base: TextBase, folder: Path, name: str) -> None:
+def test_invalid_names_are_refused(make: Make, base: TextBase, folder: Path, name: str) -> None:
     saved(base, folder / "a")
     catalog = make()
     error = refused(lambda: catalog.load(name, "a"))
@@ -389,7 +387,7 @@ def test_two_names_of_one_adapter(make: Make, base: TextBase, folder: Path) -> N
     assert catalog.residents.resident() == {}
 
 
-def test_an_evicted_adapter_is_read_again_and_must_be_the_same(make: Make, base: TextBase, folder: Path) -> None:
+def test_an_evicted_adapter_must_be_unchanged_when_reloaded(make: Make, base: TextBase, folder: Path) -> None:
     saved(base, folder / "a", 1)
     size = peft.load_folder(folder / "a").adapter.size_bytes()
     saved(base, folder / "b", 2)
@@ -419,7 +417,7 @@ def test_an_evicted_adapter_is_read_again_and_must_be_the_same(make: Make, base:
     assert isinstance(get("y"), Lease)
 
 
-def test_an_adapter_larger_than_memory_leaves_no_trace(make: Make, base: TextBase, folder: Path) -> None:
+def test_an_adapter_larger_than_memory_leaves_nothing(make: Make, base: TextBase, folder: Path) -> None:
     saved(base, folder / "a")
     catalog = make(limit=100)
     error = refused(lambda: catalog.load("x", "a"))

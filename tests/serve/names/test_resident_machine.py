@@ -129,7 +129,7 @@ TestMachine = Machine.TestCase
 TestMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
-def test_the_order_of_eviction_is_the_order_of_use() -> None:
+def test_adapters_are_evicted_in_order_of_use() -> None:
     rng = random.Random(3)
     shop = Shop({str(i): 1 for i in range(9)})
     residents = shop.residents(5)
@@ -192,7 +192,7 @@ def test_many_threads() -> None:
     assert residents.stats().bytes == 0
 
 
-def test_a_slow_disk_holds_up_only_who_waits_for_it() -> None:
+def test_a_slow_disk_delays_only_its_requests() -> None:
     shop, gate = Shop(LETTERS), threading.Event()
 
     def read(digest: str) -> Adapter:
@@ -211,7 +211,7 @@ def test_a_slow_disk_holds_up_only_who_waits_for_it() -> None:
     residents.close()
 
 
-def test_memory_is_really_given_back() -> None:
+def test_memory_is_released() -> None:
     """Neither the adapter as it was read nor what was made of it outlives its last lease."""
     shop, made = Shop(LETTERS), list[weakref.ref[object]]()
 

@@ -52,7 +52,7 @@ def engine(base: ImageBase, shelf: Shelf) -> Iterator[PictureEngine]:
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items()), "the base was changed"
 
 
-def test_a_picture_does_not_depend_on_who_shares_its_batch(engine: PictureEngine, shelf: Shelf) -> None:
+def test_a_picture_does_not_depend_on_its_batch(engine: PictureEngine, shelf: Shelf) -> None:
     brand, look, dora = (shelf.digest[name] for name in ("brand", "look", "dora"))
     requests = [ask(1, (brand, 0.8)), ask(2, (look, -0.5), (dora, 0.7), prompt="a dog"), ask(3), ask(1, (dora, 1.0))]
     together = drawn(engine, *requests)
@@ -64,14 +64,14 @@ def test_a_picture_does_not_depend_on_who_shares_its_batch(engine: PictureEngine
     assert levels(alone[0].made.image, alone[3].made.image) > 8, "the mixes act"
 
 
-def test_a_b_base_a(engine: PictureEngine, shelf: Shelf) -> None:
+def test_adapters_alternate_without_side_effects(engine: PictureEngine, shelf: Shelf) -> None:
     a, b = (shelf.digest["brand"], 1.0), (shelf.digest["dora"], 1.0)
     pictures = [drawn(engine, ask(5, *mix))[0].made.image for mix in ([a], [b], [], [a], [])]
     assert levels(pictures[0], pictures[3]) == levels(pictures[2], pictures[4]) == 0
     assert min(levels(pictures[0], pictures[1]), levels(pictures[1], pictures[2])) > 8
 
 
-def test_only_what_goes_together_is_drawn_together(engine: PictureEngine) -> None:
+def test_only_compatible_requests_share_a_batch(engine: PictureEngine) -> None:
     requests = [ask(1), ask(2, steps=2), ask(3), ask(4, width=2 * SIZE), ask(5, guidance=2.0), ask(6)]
     assert [one.batch for one in drawn(engine, *requests)] == [3, 1, 3, 1, 1, 3]
 
@@ -81,7 +81,7 @@ def noise(seed: int) -> Image.Image:
 
 
 @pytest.mark.parametrize("family", ["flux1", "sdxl"])
-def test_each_has_its_own_pictures(tmp_path_factory: pytest.TempPathFactory, family: str) -> None:
+def test_each_request_gets_its_pictures(tmp_path_factory: pytest.TempPathFactory, family: str) -> None:
     folder = tmp_path_factory.getbasetemp()
     base = load_image(str(tiny_image_base(folder, family)))
     half = Image.new("L", (SIZE, SIZE))
@@ -111,7 +111,7 @@ def test_steps_are_reported(engine: PictureEngine) -> None:
     assert [event.done for event in own if isinstance(event, PictureStep)] == list(range(1, 9))
 
 
-def test_who_leaves_costs_nothing_more(engine: PictureEngine) -> None:
+def test_a_cancelled_request_computes_nothing_more(engine: PictureEngine) -> None:
     async def run() -> tuple[int, list[FinishedPicture]]:
         async with aclosing(engine.events([ask(1, steps=100)])) as events:
             async for _, event in events:
@@ -136,7 +136,7 @@ def test_who_leaves_costs_nothing_more(engine: PictureEngine) -> None:
     assert engine.stats().waiting == 0
 
 
-def test_turns_go_round_by_weight() -> None:
+def test_turns_are_shared_by_weight() -> None:
     turns = PictureTurns()
     weights = {"a": 1.0, "b": 2.0}
     for tenant in weights:
@@ -151,7 +151,7 @@ def test_turns_go_round_by_weight() -> None:
     assert turns.at("late") >= max(map(turns.at, weights)) - 1, "a pause saves nothing up"
 
 
-def test_a_busy_tenant_does_not_keep_others_waiting(base: ImageBase, shelf: Shelf) -> None:
+def test_a_busy_tenant_does_not_delay_others(base: ImageBase, shelf: Shelf) -> None:
     order: list[str] = []
     with PictureEngine(base, shelf.read, window=0.3, max_batch=1) as engine:
 
@@ -169,7 +169,7 @@ def test_a_busy_tenant_does_not_keep_others_waiting(base: ImageBase, shelf: Shel
     assert order.index("few") <= 2
 
 
-def test_a_full_queue_refuses_and_so_does_a_closed_one(base: ImageBase, shelf: Shelf) -> None:
+def test_a_full_or_closed_queue_refuses(base: ImageBase, shelf: Shelf) -> None:
     engine = PictureEngine(base, shelf.read, window=5.0, max_batch=8, max_waiting=2)
 
     async def run() -> list[Any]:
@@ -188,7 +188,7 @@ def test_a_full_queue_refuses_and_so_does_a_closed_one(base: ImageBase, shelf: S
         asyncio.run(collect(again, ask(1), ask(2), ask(3)))
 
 
-def test_a_fault_is_of_the_picture_that_has_it(base: ImageBase, shelf: Shelf) -> None:
+def test_an_error_fails_only_its_picture(base: ImageBase, shelf: Shelf) -> None:
     first = next(iter(shelf.adapters.values()))
     name, pair = next((n, p) for n, p in first.pairs.items() if n.startswith("transformer"))
     over = Adapter({name: Pair(pair.A * 1e20, pair.B * 1e20, 1.0)})
@@ -221,13 +221,13 @@ def test_a_fault_is_of_the_picture_that_has_it(base: ImageBase, shelf: Shelf) ->
         ({"image": noise(1), "denoise": 0.1}, "takes none"),
     ],
 )
-def test_what_cannot_be_drawn_never_waits(engine: PictureEngine, changes: dict[str, Any], said: str) -> None:
+def test_invalid_requests_never_wait(engine: PictureEngine, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(Refused, match=said) as caught:
         drawn(engine, ask(1, **changes))
     assert (caught.value.status, engine.stats().steps) == (400, 0)
 
 
-def test_adapters_stay_as_long_as_there_is_room(base: ImageBase) -> None:
+def test_adapters_stay_while_memory_is_free(base: ImageBase) -> None:
     shelf = shelf_of(base)
     a, b, c = shelf.digest.values()
     size = next(iter(shelf.adapters.values())).size_bytes()
@@ -255,7 +255,7 @@ def test_adapters_stay_as_long_as_there_is_room(base: ImageBase) -> None:
             drawn(engine, ask(1, (a, 0.5), (b, 0.5), (c, 0.5)))
 
 
-def test_who_leaves_while_an_adapter_is_read_holds_nothing(base: ImageBase) -> None:
+def test_cancelling_during_a_read_releases_everything(base: ImageBase) -> None:
     shelf, gate = shelf_of(base), threading.Event()
 
     def read(digest: str) -> Adapter:
@@ -283,7 +283,7 @@ def test_who_leaves_while_an_adapter_is_read_holds_nothing(base: ImageBase) -> N
             time.sleep(0.005)
 
 
-def test_a_record_is_of_one_caller_alone(engine: PictureEngine, shelf: Shelf) -> None:
+def test_a_record_belongs_to_one_caller(engine: PictureEngine, shelf: Shelf) -> None:
     brand = shelf.digest["brand"]
     mine = ask(7, (brand, 0.5), prompt="my cat", labels={brand: "library/acme@3"}, tenant="me")
     yours = ask(8, (shelf.digest["look"], 1.0), prompt="your secret", tenant="you")
@@ -298,7 +298,7 @@ def test_a_record_is_of_one_caller_alone(engine: PictureEngine, shelf: Shelf) ->
     assert (one.usage.completion, one.usage.prompt > 2) == (engine.positions(mine.settings), True)
 
 
-def test_a_picture_is_made_again_from_the_library(base: ImageBase, shelf: Shelf, tmp_path: Path) -> None:
+def test_a_picture_can_be_repeated_from_the_library(base: ImageBase, shelf: Shelf, tmp_path: Path) -> None:
     brand = shelf.digest["brand"]
     write(shelf.adapters[brand], tmp_path / "brand.safetensors", to="kohya", family="flux1")
     with open_library() as library:
@@ -312,7 +312,7 @@ def test_a_picture_is_made_again_from_the_library(base: ImageBase, shelf: Shelf,
         assert levels(reproduce(mixer, wanted).image, made.image) == 0
 
 
-def test_what_is_not_read_of_a_prompt_is_said(engine: PictureEngine) -> None:
+def test_ignored_words_of_a_prompt_are_reported(engine: PictureEngine) -> None:
     made = drawn(engine, ask(1, prompt="a red cat " * 30))[0]
     assert "does not read the end of the prompt" in made.notes[0]
 
@@ -322,9 +322,7 @@ def refused_by(engine: PictureEngine) -> None:
         asyncio.run(collect(engine, ask(2)))
 
 
-def test_an_engine_says_when_it_draws_for_nobody(
-    base: ImageBase, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_engine_reports_that_it_is_idle(base: ImageBase, shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*args: Any, **options: Any) -> Any:
         raise RuntimeError("CUDA error: device-side assert triggered")
 

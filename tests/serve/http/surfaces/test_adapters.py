@@ -107,7 +107,7 @@ def picture_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_only_an_operator_learns_where_a_base_is(served: Served, tmp_path: Path) -> None:
+def test_only_an_operator_sees_the_path_of_a_base(served: Served, tmp_path: Path) -> None:
     pair = Pair(torch.ones(2, 3), torch.ones(4, 2), 1.0)
     card = Card(base="/srv/bases/toy-of-here", rank=2, alpha=2.0)
     peft.write_folder(Adapter({"model.layers.0.self_attn.q_proj": pair}, card=card), tmp_path)
@@ -150,7 +150,7 @@ def test_an_adapter_is_added_found_shown_changed_and_removed(served: Served, tmp
     assert served.ask("GET", "/v1/adapters/acme/support", "acme").status_code == 404
 
 
-def test_a_tenant_finds_and_changes_its_own_alone(served: Served, tmp_path: Path) -> None:
+def test_a_tenant_finds_and_changes_only_its_adapters(served: Served, tmp_path: Path) -> None:
     for n, name in enumerate(("acme/a", "globex/b", "shared")):
         served.library.add(
             text_folder(tmp_path / str(n), 10 + n, recipe={"data": "/srv/rows.jsonl"}), name, source="/x"
@@ -187,9 +187,7 @@ def test_a_tenant_finds_and_changes_its_own_alone(served: Served, tmp_path: Path
     assert served.ask("GET", "/v1/adapters", "nobody").status_code == 401
 
 
-def test_downloads_are_what_is_kept_and_in_other_layouts_the_same_adapter(
-    served: Served, picture_file: Path, tmp_path: Path
-) -> None:
+def test_downloads_hold_the_same_adapter_in_every_layout(served: Served, picture_file: Path, tmp_path: Path) -> None:
     made = served.told("POST", "/v1/adapters?name=style&filename=style.safetensors", content=picture_file.read_bytes())
     assert (made["kind"], made["trigger_words"]) == ("image", ["zelda"])
     assert served.ask("GET", "/v1/adapter_files/style@1").content == picture_file.read_bytes()
@@ -228,7 +226,7 @@ def test_an_inspected_file_is_reported_and_converted(served: Served, picture_fil
     assert read(tmp_path / "c.safetensors").adapter.digest() == report["digest"]
 
 
-def test_files_that_are_no_adapters_are_refused_with_the_reason(served: Served) -> None:
+def test_other_files_are_refused_with_a_reason(served: Served) -> None:
     unknown = save({"nothing.known": torch.ones(2)})
     for path, content, status, says in (
         ("/v1/adapter_inspections?filename=a.pt", b"\x80\x04.", 400, "pickles run whatever code"),

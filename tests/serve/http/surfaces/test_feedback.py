@@ -81,7 +81,7 @@ def shop(quick: Path, request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     tenants.close()
 
 
-def test_what_is_said_of_answers_becomes_rows_that_train_reads(shop: Shop, tmp_path: Path) -> None:
+def test_feedback_becomes_rows_for_training(shop: Shop, tmp_path: Path) -> None:
     good, bad, wrong = (shop.ask(text).json() for text in ("One", "Two", "Three"))
     both = shop.ask("Four", n=2).json()
     streamed = shop.ask("Five", stream=True).text.splitlines()[0]
@@ -134,7 +134,7 @@ def said_by(answer: Any) -> dict[str, str]:
     return {"role": "assistant", "content": answer["choices"][0]["message"]["content"]}
 
 
-def test_of_two_requests_with_the_same_messages_one_may_be_chosen_and_the_last_word_holds(shop: Shop) -> None:
+def test_the_last_choice_between_two_answers_counts(shop: Shop) -> None:
     plain, tuned = shop.ask("Hi", model="toy").json(), shop.ask("Hi").json()
     other = shop.ask("Bye").json()
     assert shop.say(tuned["id"], rejected=[{"id": plain["id"]}]).status_code == 200
@@ -153,7 +153,7 @@ def test_of_two_requests_with_the_same_messages_one_may_be_chosen_and_the_last_w
     assert shop.rows("unpaired") == []
 
 
-def test_a_call_of_a_tool_is_kept_as_a_call_with_its_tools(shop: Shop) -> None:
+def test_tool_calls_are_kept_with_their_tools(shop: Shop) -> None:
     tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
     answer = shop.ask("Go", tools=[tool], tool_choice="required").json()
     call = answer["choices"][0]["message"]["tool_calls"][0]["function"]
@@ -163,7 +163,7 @@ def test_a_call_of_a_tool_is_kept_as_a_call_with_its_tools(shop: Shop) -> None:
     assert row["messages"][-1]["tool_calls"][0]["function"] == call
 
 
-def test_nothing_is_kept_unasked_and_nobody_sees_what_is_anothers(shop: Shop) -> None:
+def test_answers_are_kept_on_request_and_only_for_their_tenant(shop: Shop) -> None:
     foreign, own = shop.ask("Secret", "globex").json()["id"], shop.ask("Mine").json()["id"]
     unkept = shop.ask("Private", store=False)
     assert "x-veneer-ignored" not in unkept.headers
@@ -185,7 +185,7 @@ def test_nothing_is_kept_unasked_and_nobody_sees_what_is_anothers(shop: Shop) ->
     assert shop.kept() == 1
 
 
-def test_only_answers_under_the_names_that_were_said_are_kept(shop: Shop) -> None:
+def test_only_answers_of_chosen_names_are_kept(shop: Shop) -> None:
     manage.change_settings(shop.tenants.store, "acme", {"feedback_days": 30.0, "feedback_names": ["pol*"]}, who="me")
     shop.ask("One")
     shop.ask("Two", model="polite")
@@ -208,13 +208,13 @@ def test_only_answers_under_the_names_that_were_said_are_kept(shop: Shop) -> Non
         ({"thumbs": "up"}, "thumbs"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(shop: Shop, said: dict[str, Any], param: str | None) -> None:
+def test_contradictory_feedback_is_refused(shop: Shop, said: dict[str, Any], param: str | None) -> None:
     refused = shop.say(shop.ask("Hi").json()["id"], **said)
     assert refused.status_code in (400, 413), refused.text
     assert refused.json()["error"]["param"] == param
 
 
-def test_a_user_is_removed_whole_also_what_comes_later_of_before(shop: Shop) -> None:
+def test_removing_a_user_removes_late_answers_too(shop: Shop) -> None:
     first = shop.ask("One", user="u-17").json()["id"]
     shop.ask("Two", user="u-17")
     other = shop.ask("Three", user="u-18").json()["id"]
@@ -235,7 +235,7 @@ def test_a_user_is_removed_whole_also_what_comes_later_of_before(shop: Shop) -> 
     assert b"u-17" not in data, "a user is kept as a hash"
 
 
-def test_after_its_time_an_answer_is_nobodys_and_the_sweep_removes_it(shop: Shop) -> None:
+def test_expired_answers_are_hidden_and_removed(shop: Shop) -> None:
     old = shop.ask("One").json()["id"]
     shop.say(old, thumb="up")
     shop.at[0] += 20 * DAY

@@ -113,7 +113,7 @@ def one(client: openai.OpenAI, **more: Any) -> Image.Image:
 # -- generations -------------------------------------------------------------------------------------------------------
 
 
-def test_openais_client_gets_pictures_that_say_how_they_were_made(
+def test_openais_client_gets_pictures_with_their_parameters(
     client: openai.OpenAI, shelf: Shelf, tmp_path: Path
 ) -> None:
     found = client.images.generate(
@@ -174,7 +174,7 @@ def test_a_stream_shows_progress_and_the_picture(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "webp"])
-def test_other_formats_have_the_infotext_too(client: openai.OpenAI, kind: Any) -> None:
+def test_other_formats_hold_the_infotext(client: openai.OpenAI, kind: Any) -> None:
     found = client.images.generate(
         prompt="a red cat", output_format=kind, output_compression=60, response_format="url", extra_body=FEW
     )
@@ -186,13 +186,13 @@ def test_other_formats_have_the_infotext_too(client: openai.OpenAI, kind: Any) -
     assert comment.startswith(b"UNICODE\0" + "a red cat\nSteps: ".encode("utf-16-be"))
 
 
-def test_a_negative_prompt_acts_with_true_guidance(client: openai.OpenAI) -> None:
+def test_a_negative_prompt_works_with_true_guidance(client: openai.OpenAI) -> None:
     plain, guided = one(client, true_cfg_scale=4.0), one(client, true_cfg_scale=4.0, negative_prompt="a blue dog")
     assert levels(plain, guided) > 0
     assert "Negative prompt: a blue dog" in guided.info["parameters"]
 
 
-def test_what_is_cut_is_said(client: openai.OpenAI) -> None:
+def test_a_shortened_prompt_is_reported(client: openai.OpenAI) -> None:
     found = client.images.generate(prompt="a red cat " * 30, extra_body=FEW)
     assert "does not read the end" in found.data[0].notes[0]
 
@@ -247,7 +247,7 @@ def test_controls_come_in_json_and_in_forms(client: openai.OpenAI, url: str) -> 
 
 
 @pytest.mark.parametrize("family", ["kontext", pytest.param("klein", marks=pytest.mark.slow)])
-def test_a_base_that_edits_edits_as_veneer_image_does(family: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_an_editing_base_edits_like_veneer_image(family: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     """To the same pixels with the same seed."""
     base = load_image(str(tiny_image_base(tmp_path_factory.getbasetemp(), family)))
     shelf = Shelf(brand=random_adapter(base.model, 1))
@@ -331,7 +331,7 @@ def by_hand(base: ImageBase, shelf: Shelf, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.parametrize(("spec", "part"), FACTORS, ids=[spec for spec, _ in FACTORS])
-def test_factors_by_block_and_step_are_those_of_veneer_image(
+def test_factors_by_block_and_step_equal_veneer_image(
     client: openai.OpenAI, url: str, by_hand: Callable[[str], Image.Image], spec: str, part: dict[str, Any]
 ) -> None:
     few = {"num_inference_steps": 6}
@@ -346,9 +346,7 @@ def test_factors_by_block_and_step_are_those_of_veneer_image(
     assert json.loads(found.info["veneer"])["rows"][0]["adapters"][0][1] == str(parse_use(spec)[1])
 
 
-def test_a_role_of_a_campaign_means_its_strengths(
-    client: openai.OpenAI, url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_campaign_role_sets_its_strengths(client: openai.OpenAI, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     table = {"product": "double=1,single=0.3", "brand": "", "lens": "double=0.3,steps=0.4-1"}
     monkeypatch.setitem(CAMPAIGN, "flow", table)
     parts = {"product": {"adapter": "brand", "strength": 0.8}, "lens": {"adapter": "look"}}
@@ -368,7 +366,7 @@ def test_a_role_of_a_campaign_means_its_strengths(
     assert picture(sent.json()["data"][0]["b64_json"]).tobytes() == typed.tobytes()
 
 
-def test_unlike_factors_share_a_batch(base: ImageBase, shelf: Shelf, names: Names) -> None:
+def test_different_factors_share_a_batch(base: ImageBase, shelf: Shelf, names: Names) -> None:
     mixes: list[Any] = [[spec] for spec, _ in FACTORS] + [["brand:0.8@double=0.3", "look@steps=0.5-1"]]
     with (
         PictureEngine(load_image(str(base.directory)), shelf.read, window=0.2) as engine,
@@ -393,7 +391,7 @@ def test_unlike_factors_share_a_batch(base: ImageBase, shelf: Shelf, names: Name
     assert not engine.attachment.adapters
 
 
-def test_what_has_no_effect_here_is_said_in_notes(client: openai.OpenAI) -> None:
+def test_options_without_effect_are_reported_in_notes(client: openai.OpenAI) -> None:
     body = FEW | {"mix": [{"adapter": "brand", "blocks": {"proj_out": 0}, "steps": [[0, 0.5]]}]}
     notes = client.images.generate(prompt="<lora:brand:1> a cat", extra_body=body).data[0].notes
     for said in ("plain text", "brand changes nothing in 'proj_out'", "brand: its part on the text encoder"):
@@ -492,7 +490,7 @@ GENERATE: list[tuple[dict[str, Any], int, str, str]] = [
 
 
 @pytest.mark.parametrize(("body", "status", "code", "said"), GENERATE, ids=[case[3] for case in GENERATE])
-def test_what_cannot_be_drawn_is_refused_as_openais_clients_expect(
+def test_invalid_requests_have_openais_error_form(
     client: openai.OpenAI, body: dict[str, Any], status: int, code: str, said: str
 ) -> None:
     with pytest.raises(openai.APIStatusError) as caught:
@@ -524,13 +522,13 @@ EDIT: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("body", "said"), EDIT, ids=[case[1] for case in EDIT])
-def test_a_picture_that_is_none_is_refused(url: str, body: dict[str, Any], said: str) -> None:
+def test_invalid_picture_files_are_refused(url: str, body: dict[str, Any], said: str) -> None:
     found = httpx.post(f"{url}/v1/images/edits", json={"prompt": "a cat"} | body)
     assert found.status_code == 400
     assert said in found.json()["error"]["message"]
 
 
-def test_bodies_are_limited_and_must_be_what_they_say(url: str) -> None:
+def test_bodies_are_limited_and_must_match_their_type(url: str) -> None:
     at = f"{url}/v1/images/edits"
     large = httpx.post(at, json={"prompt": "a" * (1 << 20)})
     assert (large.status_code, large.json()["error"]["code"]) == (413, "too_large")
@@ -552,7 +550,7 @@ def test_bodies_are_limited_and_must_be_what_they_say(url: str) -> None:
     assert "unknown key 'sketch'" in unused.json()["error"]["message"]
 
 
-def test_what_fails_in_a_stream_is_an_event(client: openai.OpenAI, url: str, shelf: Shelf) -> None:
+def test_an_error_in_a_stream_is_an_event(client: openai.OpenAI, url: str, shelf: Shelf) -> None:
     pairs = shelf.adapters[shelf.digest["brand"]].pairs
     name = next(name for name in pairs if name.startswith("transformer"))
     over = Adapter({name: Pair(pairs[name].A * 1e20, pairs[name].B * 1e20, 1.0)})
@@ -575,7 +573,7 @@ def test_what_fails_in_a_stream_is_an_event(client: openai.OpenAI, url: str, she
 # -- who asks, and who leaves ------------------------------------------------------------------------------------------
 
 
-def test_a_client_that_leaves_cancels_what_it_asked_for(url: str, engine: PictureEngine) -> None:
+def test_a_client_that_disconnects_cancels_its_request(url: str, engine: PictureEngine) -> None:
     def idle() -> None:
         until = time.monotonic() + 30
         while engine.stats().running or engine.stats().waiting:
@@ -622,7 +620,7 @@ class Tenants(OpenAccess):
         yield Bill()
 
 
-def test_tenants_see_their_own_are_limited_and_pay(base: ImageBase, engine: PictureEngine, names: Names) -> None:
+def test_tenants_have_their_models_limits_and_costs(base: ImageBase, engine: PictureEngine, names: Names) -> None:
     tenants = Tenants()
     with served(picture_app(engine, names, tenants)) as at:
 

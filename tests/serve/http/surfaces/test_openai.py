@@ -44,7 +44,7 @@ def test_chat(client: openai.OpenAI, server: Live) -> None:
 @pytest.mark.parametrize(
     ("model", "digest"), [("sql", "d-sql"), ("toy:sql", "d-sql"), ("stable", "d-sql"), ("toy", "base"), ("", "base")]
 )
-def test_model_is_base_adapter_alias_or_base_and_adapter(client: openai.OpenAI, model: str, digest: str) -> None:
+def test_model_names_a_base_an_adapter_or_both(client: openai.OpenAI, model: str, digest: str) -> None:
     answer = ask(client, "Hi", model=model)
     wanted = "[base] Hi" if digest == "base" else f"[{digest}*1] Hi"
     assert answer.choices[0].message.content == wanted
@@ -82,7 +82,7 @@ def test_two_ways_to_name_adapters_are_refused(client: openai.OpenAI) -> None:
         ask(client, "Hi", model="sql", extra_body={"mix": ["polite"]})
 
 
-def test_sglangs_lora_path_yields_to_a_model_that_names_an_adapter(client: openai.OpenAI) -> None:
+def test_lora_path_yields_to_an_adapter_in_model(client: openai.OpenAI) -> None:
     assert ask(client, "Hi", extra_body={"lora_path": "sql"}).choices[0].message.content == "[d-sql*1] Hi"
     answer = ask(client, "Hi", model="toy:polite", extra_body={"lora_path": "sql"})
     assert answer.choices[0].message.content == "[d-polite*1] Hi"
@@ -118,7 +118,7 @@ def test_raw_stream_is_what_clients_parse(server: Live) -> None:
     ]
 
 
-def test_stream_and_whole_say_the_same(client: openai.OpenAI) -> None:
+def test_streamed_and_whole_answers_are_equal(client: openai.OpenAI) -> None:
     options: dict[str, Any] = {"logprobs": True, "top_logprobs": 2, "n": 2, "seed": 3}
     whole = ask(client, "Grüße 🎉 SEED", **options)
     texts, tokens = ["", ""], [[], []]
@@ -135,7 +135,7 @@ def test_stream_and_whole_say_the_same(client: openai.OpenAI) -> None:
     assert joined.decode() == texts[0]  # bytes are exact even where a token is half a character
 
 
-def test_a_client_that_leaves_cancels_its_request(client: openai.OpenAI, server: Live) -> None:
+def test_a_client_that_disconnects_cancels_its_request(client: openai.OpenAI, server: Live) -> None:
     stream = ask(client, "SLOW " + "word " * 20, stream=True)
     for n, _ in enumerate(stream):
         if n == 2:
@@ -169,7 +169,7 @@ def test_an_error_in_mid_stream_is_an_event(client: openai.OpenAI, server: Live)
     assert "secret" not in json.dumps(events)
 
 
-def test_what_is_refused_at_once_has_a_status_even_in_a_stream(client: openai.OpenAI) -> None:
+def test_early_errors_of_streams_have_a_status(client: openai.OpenAI) -> None:
     for stream in (False, True):
         with pytest.raises(openai.RateLimitError) as refused:
             ask(client, "FULL", stream=stream)
@@ -177,7 +177,7 @@ def test_what_is_refused_at_once_has_a_status_even_in_a_stream(client: openai.Op
         assert refused.value.response.headers["retry-after"] == "3"
 
 
-def test_a_crash_is_500_and_tells_nothing(client: openai.OpenAI) -> None:
+def test_an_internal_error_is_500_without_details(client: openai.OpenAI) -> None:
     with pytest.raises(openai.InternalServerError) as refused:
         ask(client, "CRASH")
     assert "secret" not in str(refused.value)
@@ -185,7 +185,7 @@ def test_a_crash_is_500_and_tells_nothing(client: openai.OpenAI) -> None:
         ask(client, "FAIL now please")
 
 
-def test_a_slow_reader_holds_nobody_up(text: ToyText) -> None:
+def test_a_slow_reader_does_not_delay_others(text: ToyText) -> None:
     """The stalled stream's answer is taken from the engine at once, and the stream ends when it stays unread."""
     with live(ToyEngine(text), ToyCatalog(), settings=HttpSettings(stall=0.5)) as server:
         body = {"model": "toy", "prompt": "SAY:" + "x" * 400, "max_tokens": 400, "n": 8, "stream": True, "logprobs": 20}
@@ -230,7 +230,7 @@ def test_every_setting_reaches_the_engine(client: openai.OpenAI, server: Live) -
     assert (s.max_tokens, s.min_tokens, s.logprobs, dict(s.logit_bias)) == (9, 2, 3, {5: -100.0})
 
 
-def test_an_answer_may_fill_the_context_unless_told(client: openai.OpenAI, server: Live) -> None:
+def test_an_answer_can_fill_the_context_by_default(client: openai.OpenAI, server: Live) -> None:
     ask(client, "Hi")
     request = server.engine.seen[0]
     assert request.sampling.max_tokens == 512 - len(request.prompt)
@@ -337,7 +337,7 @@ def test_echo_with_logprobs_are_the_prompts_too(client: openai.OpenAI, words: st
     assert (text, chosen) == (choice.text, found.tokens)
 
 
-def test_logprobs_of_a_prompt_by_token_as_vllm_has_them(client: openai.OpenAI) -> None:
+def test_prompt_logprobs_have_vllms_form(client: openai.OpenAI) -> None:
     wanted: dict[str, Any] = {"model": "toy", "prompt": [5, 6, 7], "max_tokens": 1}
     made = client.completions.create(**wanted, extra_body={"prompt_logprobs": 2}).choices[0]
     places = made.model_dump()["prompt_logprobs"]
@@ -421,14 +421,14 @@ def test_bad_requests(server: Live, extra: Any, words: str) -> None:
 
 
 @pytest.mark.parametrize("body", [b"{", b"[]", b"null", b'"x"', b"\xff", b"[" * 100_000, b'{"model": NaN}', b""])
-def test_bodies_that_are_no_body(server: Live, body: bytes) -> None:
+def test_malformed_bodies_are_refused(server: Live, body: bytes) -> None:
     for path in ("/v1/chat/completions", "/generate", "/tokenize"):
         answer = server.client.post(path, content=body, headers={"content-type": "application/json"})
         assert answer.status_code in (400, 422), (path, answer.text)
         assert "error" in answer.json()
 
 
-def test_text_that_is_not_text(server: Live) -> None:
+def test_invalid_unicode_is_refused(server: Live) -> None:
     for body in (
         b'{"model": "toy", "messages": [{"role": "user", "content": "\\ud800"}]}',
         b'{"model": "toy", "messages": [{"role": "user", "content": [{"type": "text", "text": "\\ud800"}]}]}',
@@ -439,21 +439,21 @@ def test_text_that_is_not_text(server: Live) -> None:
         assert answer.status_code in (200, 400, 404), answer.text
 
 
-def test_harmless_keys_are_ignored_aloud(client: openai.OpenAI) -> None:
+def test_harmless_keys_are_ignored_with_a_warning(client: openai.OpenAI) -> None:
     raw = client.chat.completions.with_raw_response.create(
         model="toy", messages=HELLO, metadata={"a": "b"}, store=True, user="u1", parallel_tool_calls=True
     )
     assert raw.headers["x-veneer-ignored"] == "metadata, parallel_tool_calls, store"
 
 
-def test_a_prompt_that_does_not_fit(client: openai.OpenAI) -> None:
+def test_a_prompt_longer_than_the_context_is_refused(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         ask(client, "word " * 600)
     assert refused.value.code == "context_length_exceeded"
     assert refused.value.param == "messages"
 
 
-def test_a_body_that_is_too_large(text: ToyText) -> None:
+def test_a_body_that_is_too_large_is_refused(text: ToyText) -> None:
     with live(ToyEngine(text), ToyCatalog(), settings=HttpSettings(max_body=2000)) as server:
         body = {"model": "toy", "messages": [{"role": "user", "content": "x" * 3000}]}
         assert server.post("/v1/chat/completions", body).status_code == 413
@@ -496,7 +496,7 @@ WEATHER: Any = {
 }
 
 
-def test_tools_are_shown_and_calls_read(client: openai.OpenAI, server: Live) -> None:
+def test_tools_reach_the_template_and_calls_are_parsed(client: openai.OpenAI, server: Live) -> None:
     answer = ask(client, "TOOL", tools=[WEATHER]).choices[0]
     assert answer.finish_reason == "tool_calls"
     call = answer.message.tool_calls[0]
@@ -534,7 +534,7 @@ def test_a_tool_may_be_required_or_named(client: openai.OpenAI, server: Live) ->
         ask(client, "x", tools=[WEATHER], tool_choice={"type": "function", "function": {"name": "other"}})
 
 
-def test_tools_are_refused_where_the_template_has_no_place_for_them() -> None:
+def test_tools_need_a_template_with_tools() -> None:
     with live(ToyEngine(ToyText()), ToyCatalog()) as server:
         answer = server.post("/v1/chat/completions", {"model": "toy", "messages": HELLO, "tools": [WEATHER]})
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tools")

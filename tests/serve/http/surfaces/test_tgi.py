@@ -40,7 +40,7 @@ def test_an_unknown_adapter_is_404_not_the_base(server: Live) -> None:
     assert server.engine.seen == []
 
 
-def test_a_mix_is_a_list_here_too(server: Live) -> None:
+def test_a_mix_is_a_list(server: Live) -> None:
     answer = generate(server, mix=[{"adapter": "sql", "strength": 0.7}, "polite:0.6"], adapter_source="local").json()
     assert answer["generated_text"] == "[d-polite*0.6+d-sql*0.7] Hi"  # not normalised: the sum of w·T
     assert generate(server, mix=["sql"], adapter_id="sql").status_code == 422
@@ -123,7 +123,7 @@ def test_statuses(server: Live) -> None:
         ({"top_k": 5}, True), ({"top_p": 0.9}, True), ({"repetition_penalty": 1.1}, False),
     ],
 )  # fmt: skip
-def test_greedy_unless_something_asks_for_sampling(server: Live, parameters: Any, sampled: bool) -> None:
+def test_sampling_needs_a_sampling_parameter(server: Live, parameters: Any, sampled: bool) -> None:
     generate(server, **parameters)
     assert (server.engine.seen[0].sampling.temperature > 0) is sampled
 
@@ -135,7 +135,7 @@ def test_full_text_and_grammar(server: Live) -> None:
     assert generate(server, grammar={"type": "regex", "value": "(yes|no)"}).json()["generated_text"] == "yes"
 
 
-def test_the_root_answers_as_either(server: Live) -> None:
+def test_the_root_accepts_streamed_and_whole_requests(server: Live) -> None:
     assert server.post("/", {"inputs": "Hi"}).json()[0]["generated_text"] == "[base] Hi"
     assert server.events("/", {"inputs": "Hi", "stream": True})[-1]["generated_text"] == "[base] Hi"
 
