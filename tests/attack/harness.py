@@ -38,11 +38,11 @@ from veneer.serve.tenancy.tenants import Tenants
 
 ROOT = Path(__file__).resolve().parents[2]
 GAP = 0.25
-"""Seconds that an attack may hold up another tenant's stream."""
+"""Maximum delay of another tenant's stream, in seconds."""
 SOON = 1.0
 """Seconds within which what cannot be served is refused."""
 MEMORY = 64 << 20
-"""Bytes that a process may have more after an attack than before: allocators keep some."""
+"""Maximum growth of the process in bytes: allocators keep some."""
 ADMIN = "an-admin-key-of-some-length"
 
 
@@ -85,7 +85,7 @@ class Answer:
 
 @dataclass
 class Server:
-    """`keys`: tenant -> API key. `log`: what the process said, also on its standard error."""
+    """`keys`: tenant -> API key. `log`: the process's output and standard error."""
 
     process: Forked
     port: int
@@ -117,7 +117,7 @@ class Server:
         return {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
 
     def send(self, method: str, path: str, body: Any = None, tenant: str | None = "a", timeout: float = 120) -> Answer:
-        """One request on a connection of its own. `body`: bytes go as they are."""
+        """One request on a new connection. `body`: bytes are sent unchanged."""
         raw = body if isinstance(body, bytes | None) else json.dumps(body).encode()
         began = time.monotonic()
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
@@ -160,7 +160,7 @@ class Server:
         return [c for c in psutil.Process(self.process.pid).net_connections("tcp") if c.status == "ESTABLISHED"]
 
     def series(self, name: str) -> float:
-        """The sum of what /metrics says under a name."""
+        """The sum of a metric's series."""
         lines = self.get("/metrics", "admin").body.decode().splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.partition("{")[0] == name)
 

@@ -1,4 +1,4 @@
-"""Bodies that cost much to read: each is refused within a second, holds up nobody's stream, and leaves no memory."""
+"""Expensive bodies are refused within a second, delay no stream and leave no memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from tests.attack.harness import GAP, MEMORY, SOON, Server
 
 SIZE = 8 << 20
-"""As large as a body may be."""
+"""The largest allowed body."""
 
 
 def filled(head: bytes, item: bytes, tail: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""Connections that are slow, idle or not read: each is closed in its time, and nobody else notices."""
+"""Slow, idle and unread connections are closed in time without delaying others."""
 
 from __future__ import annotations
 

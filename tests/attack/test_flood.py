@@ -1,4 +1,4 @@
-"""One tenant asks for more than its share: it is told so, and the others are served as if it were not there."""
+"""A tenant over its share is refused, and others are served without delay."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_tokenizing_long_texts_does_not_delay_others(server: Server) -> None:
 
 
 def test_tokenizing_the_longest_texts_does_not_delay_others(server: Server) -> None:
-    """Six as long as one may be, and thirty-two more: each is answered in its turn, or refused."""
+    """Six of the largest texts and 32 more: each is answered in turn or refused."""
     body = {"model": "tiny", "prompt": "The printer. " * 4000, "return_token_strs": True}
     assert server.post("/tokenize", body).status == 200
     with server.watched() as b:
@@ -44,7 +44,7 @@ def test_a_queue_filled_by_one_tenant_admits_others(server: Server) -> None:
     def ask_a() -> int:
         try:
             return server.post("/v1/completions", many, timeout=4).status
-        except TimeoutError:  # it waits for its answers, as it may, and leaves
+        except TimeoutError:  # it waits for its answers and disconnects
             return 0
 
     *a, b = server.together([*[ask_a] * 5, ask_b])

@@ -1,4 +1,4 @@
-"""Grammars that cost much to compile or to follow: refused in time and in our words, beside a stream that goes on."""
+"""Grammars that are expensive to compile or follow are refused in time, and streams continue."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_schema_that_cannot_be_compiled_is_refused(server: Server, name: str) 
 
 
 def test_hostile_regular_expressions(server: Server) -> None:
-    """They held before; each is answered or refused, and the worst gap stays far below what it was."""
+    """These once blocked the server; each is answered or refused, and gaps in streams stay small."""
     patterns = [
         "(a+)+$",
         "(a|aa)*b",

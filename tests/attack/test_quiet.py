@@ -1,4 +1,4 @@
-"""What attacks are measured against: a server that nobody attacks."""
+"""The baseline of the attacks: a server without load."""
 
 from __future__ import annotations
 

@@ -176,7 +176,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(capsys: Any, folder: Path, monk
     say(monkeypatch, "one\ntwo\n")
     ran = run(capsys, "generate", "--chat", "--base", str(folder), "-n", "3")
     assert ran.code == 0
-    assert calls == [chat_of("one"), chat_of("two")]  # the answer that was stopped is not kept
+    assert calls == [chat_of("one"), chat_of("two")]  # the stopped answer is not kept
 
 
 def test_files_of_prompts(tmp_path: Path) -> None:

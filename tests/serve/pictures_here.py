@@ -65,7 +65,7 @@ def ask(seed: int = 0, *mix: tuple[str, float], prompt: str = "a red cat", **mor
 async def collect(
     engine: PictureEngine, *requests: PictureRequest, on_event: Callable[[int, PictureEvent], None] | None = None
 ) -> list[FinishedPicture]:
-    """What was drawn, in the order of the requests."""
+    """The pictures in the order of the requests."""
     found: dict[int, FinishedPicture] = {}
     async for i, event in engine.events(requests):
         if on_event is not None:
@@ -76,7 +76,7 @@ async def collect(
 
 
 def drawn(engine: PictureEngine, *requests: PictureRequest) -> list[FinishedPicture]:
-    """All at once, each as a caller of its own. One alone does not wait for company."""
+    """All at once, each as a separate caller. A single request does not wait for others."""
 
     async def all_of() -> Sequence[list[FinishedPicture]]:
         return await asyncio.gather(*(collect(engine, request) for request in requests))

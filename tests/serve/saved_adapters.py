@@ -1,4 +1,4 @@
-"""Adapters on disk, and what a refusal says, for tests of names and shelves."""
+"""Adapters on disk and texts of refusals, for tests of names and sources."""
 
 from __future__ import annotations
 

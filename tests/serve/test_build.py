@@ -1,4 +1,4 @@
-"""A server is put together of what its settings ask for, and of nothing that would do nothing."""
+"""A server has the parts its settings need, and settings without effect are refused."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_server_with_tenants_asks_for_keys(tmp_path: Path, monkeypatch: pytest
     assert "any client that reaches 0.0.0.0:8000" in said.pop()
     where = str(tmp_path / "tenants.sqlite")
     (store := Store(where)).close()
-    assert kind() == "OpenTenants", "a database in which there is nobody keeps nobody out of this machine's own server"
+    assert kind() == "OpenTenants", "an empty database does not close a local server"
     assert said.pop() == f"open to this machine, without a key; routes and ledger: {where}"
     assert kind(host="0.0.0.0") == kind(tenants=where) == "Tenants"
     assert "no tenants yet" in said.pop()

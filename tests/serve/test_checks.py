@@ -1,4 +1,4 @@
-"""What is wrong with a server's settings is said before it listens, and before torch is there."""
+"""Wrong settings are refused before the server listens or imports torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A database, a store or a disk that does not answer: 503, to be tried again, and not a word of its own."""
+"""An unavailable database, store or disk is a 503 without details, to be tried again."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_lost_or_changed_files_are_server_errors(make: Make, elsewhere: Any, cap
 
 
 def test_a_removed_adapter_is_404_and_no_outage(make: Make, elsewhere: Any) -> None:
-    """A request keeps what its name meant as long as the files are there; nobody else can name it."""
+    """A request keeps its resolved adapter while the files exist; new requests cannot name it."""
     library, digest = elsewhere
     catalog = make(library=library)
     catalog.resolve("support", OPERATOR)

@@ -1,4 +1,4 @@
-"""Permissions: every route of the server, called by every kind of principal."""
+"""Permissions: every route, called by every kind of principal."""
 
 from __future__ import annotations
 

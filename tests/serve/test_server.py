@@ -78,7 +78,7 @@ def test_a_server_loads_serves_drains_and_ends() -> None:
                     assert ready.json() == {"status": "draining"}
                     refused = other.post("/v1/completions", json={"prompt": "Hi"})
                     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
-                assert [line for line in lines if line][-1] == "data: [DONE]"  # what ran goes on to its end
+                assert [line for line in lines if line][-1] == "data: [DONE]"  # running requests finish
         assert process.wait(60) == 0
         assert process.stdout.read().strip().endswith("ended")
         assert "INFO veneer.serve: draining: 1 requests" in process.stderr.read()
@@ -112,7 +112,7 @@ def test_a_failed_start_reports_its_reason(make: Callable[[], Application]) -> N
         logging.getLogger("veneer").setLevel(level)
         sys.setswitchinterval(interval)
     assert len(said) == 1
-    assert "listening on http://127.0.0.1:" in said[0]  # until it is known
+    assert "listening on http://127.0.0.1:" in said[0]
 
 
 def test_a_taken_port_is_refused_before_loading(

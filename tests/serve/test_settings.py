@@ -1,4 +1,4 @@
-"""What `veneer serve` is told, as people write it."""
+"""Settings of `veneer serve` as users write them."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ def test_other_archives_are_refused_and_leave_nothing(staging: UploadStage) -> N
 
 
 def test_threads_upload_at_the_same_time(staging: UploadStage) -> None:
-    """Each thread finds its upload: there is one folder, and no upload fails because of another upload."""
+    """Each thread finds its upload, and no upload fails because of another."""
     switch = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:

@@ -1,4 +1,4 @@
-"""More than 50 loads that cannot succeed, during good traffic: each is told why, and nobody else notices."""
+"""More than 50 impossible loads during traffic: each is refused with a reason, without effect on others."""
 
 from __future__ import annotations
 
@@ -110,8 +110,8 @@ def test_bad_loads_during_good_traffic(shop: Shop, tmp_path: Path, monkeypatch: 
         for source, status, body in answers:
             assert 400 <= status < 500, (source, status, body)
             assert body["error"]["type"], (source, body)
-            told = json.dumps(body).replace(source, "")  # but for its own words
-            assert str(shop.folder) not in told, source  # a client learns no paths
+            told = json.dumps(body).replace(source, "")  # without its own text
+            assert str(shop.folder) not in told, source  # a client sees no paths
         assert [card.id for card in whole.client.models.list()] == ["tiny", *sorted(KINDS)]
         whole.idle()
         resident = set(whole.engine.residents.resident())
@@ -121,7 +121,7 @@ def test_bad_loads_during_good_traffic(shop: Shop, tmp_path: Path, monkeypatch: 
 
 
 def test_invalid_requests_fail_alone(shop: Shop) -> None:
-    """Names of the library that nobody loaded, and whose files turn out to be damaged when the first request comes."""
+    """Unloaded names of the library whose files are damaged."""
     broken = shop.make("soon-broken", 80)
     shop.library.add(shop.adapters / "soon-broken", "soon-broken")
     file = shop.library.resolve("soon-broken") / TENSORS

@@ -29,7 +29,7 @@ def q4_k_m(name: str) -> str:
 
 
 def odd(name: str) -> str:
-    """What has no form in common beside one another, and a matrix that is none of codes."""
+    """Different kinds of adapters in one batch, and a matrix without codes."""
     own = {"blk.0.attn_output.weight": "F16", "blk.1.attn_q.weight": "F16", "blk.1.ffn_up.weight": "Q8_0"}
     return own.get(name, q4_k_m(name))
 
@@ -87,7 +87,7 @@ MIXES: list[dict[str, float]] = [
 
 
 def test_concurrent_mixes_equal_the_dequantized_weights(shop: Shop, server: Whole) -> None:
-    """Each prompt's own tokens, within what a forward in bfloat16 rounds; long ones are in steps beside the others."""
+    """Each prompt's tokens within bfloat16 rounding; long prompts share steps with others."""
     work = [(MIXES[i % len(MIXES)], prompt((LONG, 17, 64, 131)[i % 4], i)) for i in range(32)]
     asked = [
         asking("tiny.gguf", ids, 1, echo=True, extra_body={"mix": [f"{name}:{s}" for name, s in mix.items()]})

@@ -1,5 +1,5 @@
-"""`veneer serve` as a process of its own, with tenants: killed under load it starts again and its ledger balances;
-told to end, it ends what runs."""
+"""`veneer serve` as a process with tenants: after a kill under load it starts again with a balanced ledger; at a
+signal to stop it finishes running requests."""
 
 from __future__ import annotations
 
@@ -146,11 +146,11 @@ def under_load(address: str, key: str, seen: Seen, seed: int, server: Forked, se
 
 
 def balance(url: str, seen: Seen) -> dict[str, int]:
-    """The ledger beside what clients saw; how many rows there are in each state."""
+    """Compare the ledger with the clients' answers; returns the number of rows per state."""
     tenants = Tenants(url, watch=False)
     rows: list[Any] = []
 
-    def settled() -> bool:  # a server that runs has told its database in a moment
+    def settled() -> bool:  # a running server updates its database soon
         with reading(tenants.store.engine) as c:
             rows[:] = c.execute(select(line_table)).all()
         done = {row.request for row in rows if row.state == "done"}

@@ -28,7 +28,7 @@ def whole(shop: Shop) -> Iterator[Whole]:
 
 
 class Running:
-    """A streamed answer that is under way: its first words are here."""
+    """A running stream whose first words have arrived."""
 
     def __init__(self, whole: Whole, model: str, ids: list[int]) -> None:
         self.texts: list[str] = []

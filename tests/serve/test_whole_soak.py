@@ -27,7 +27,7 @@ SECONDS = float(os.environ.get("VENEER_SOAK_SECONDS", "180"))
 WARM_UP = 30.0
 CLIENTS = 12
 GROWTH = 24 << 20
-"""Bytes that the process may have more after the soak than after its warm-up: allocators keep some, leaks grow."""
+"""Maximum growth in bytes after the warm-up: allocators keep some, leaks grow."""
 TENSORS = 500
 """Two adapters or so: which ones are in memory at the end is chance."""
 PARTS = 3
@@ -152,7 +152,7 @@ class Soak:
         assert tokens == 60
 
     async def stop_reading(self, pick: random.Random) -> None:
-        """A client that stays connected, reads nothing for a while, and goes."""
+        """A client that connects, reads nothing for a while and disconnects."""
         asked = self._long(pick)
         body = {**{k: v for k, v in asked.items() if k != "extra_body"}, **asked["extra_body"], "stream": True}
         async with self.http.stream("POST", f"{self.whole.url}/v1/completions", json=body) as answer:
@@ -203,7 +203,7 @@ def left_over(whole: Whole) -> dict[str, int]:
 
 
 @pytest.mark.slow
-# httpx's, of the clients that left: whichever thread collects it may find it in use
+# httpx's, of disconnected clients: the collecting thread can find it in use
 @pytest.mark.filterwarnings(
     "ignore:Exception ignored in. <async_generator object Response.aiter_raw:pytest.PytestUnraisableExceptionWarning"
 )

@@ -1,4 +1,4 @@
-"""A server with tenants over the real engine: what one may learn of another."""
+"""A server with tenants over the real engine: tenants learn nothing of each other."""
 
 from __future__ import annotations
 

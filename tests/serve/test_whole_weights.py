@@ -51,7 +51,7 @@ def wanted(shop: Shop, ids: list[int], values: dict[str, Tensor] | None = None) 
 
 
 def scored(shop: Shop, ids: list[int], **settings: Any) -> dict[str, Tensor]:
-    """What a server says of the prompt's own tokens, of the base and of the adapter."""
+    """The server's log-probabilities of the prompt, for the base and the adapter."""
     with served(shop, **({"dtype": "bfloat16"} | settings)) as server:
         asked = {"prompt": ids, "max_tokens": 1, "echo": True, "logprobs": 0}
         answers = {name: server.client.completions.create(model=name, **asked) for name in ("tiny", "plain")}

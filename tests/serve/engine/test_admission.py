@@ -1,4 +1,4 @@
-"""Room is shared out: whoever floods leaves some for others, and work in threads goes to who was given least."""
+"""Limits are shared by tenants, and threads go to the tenant that received least."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_one_flooding_tenant_gets_half_and_more_by_weight() -> None:
     assert 600 < flood(SharedQuantity("things", 1000), "a", weight=2.0) < 700
     assert flood(SharedQuantity("things", 1000), "") == 1000  # where there are no tenants
     light = SharedQuantity("answers", 1024)
-    light.take("a", 0.01, 256)  # one whole request passes, whoever asks
+    light.take("a", 0.01, 256)  # one whole request always passes
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 40), st.booleans()), max_size=80))

@@ -155,7 +155,7 @@ def test_prefixes_are_shared_only_under_one_mix() -> None:
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3", "mixtral"])
 def test_the_logprobs_of_a_prompt_are_the_models_own(family: str) -> None:
-    """In chunks, beside others, though the cache knows the same prompt, and computed again after a pre-emption."""
+    """In chunks, in a batch, with the prompt cached, and recomputed after a preemption."""
     model = fresh(family)
     adapter = trained(model, 1)
     shelf = Shelf(adapter)
@@ -335,7 +335,7 @@ def test_invalid_requests_are_refused_at_once() -> None:
 
 
 def test_stopping_cancels_running_requests() -> None:
-    """Whoever drains a server waits before this: tests/serve/test_server.py."""
+    """Draining waits before this: tests/serve/test_server.py."""
     model = fresh()
     engine = engine_of(model, Shelf()).start()
     own = engine.runner.run

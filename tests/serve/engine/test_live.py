@@ -1,4 +1,4 @@
-"""What is drawn from an adapter in training is drawn from its values as they are; the trainer has the same numbers."""
+"""Sampling in training uses the adapter's current values, with the trainer's log-probabilities."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ HOW = SamplingParams(max_tokens=12)
 def drawing(
     dtype: torch.dtype = torch.float32, codes: str = "", **settings: Any
 ) -> Iterator[tuple[TextBase, Attachment, Sampler]]:
-    """A tiny base in training, an adapter on it called "run", and who draws."""
+    """A tiny base in training, its adapter "run" and a sampler."""
     model: Any = families.llama3(vocab_size=VOCAB_SIZE).to(dtype)
     for module in model.modules() if codes else ():
         if isinstance(module, nn.Linear) and module is not model.lm_head:
@@ -93,7 +93,7 @@ def test_the_trainers_log_probabilities_are_the_samplers_to_the_bit(dtype: str, 
         assert torch.equal(found, logps(drawn))
         for mine, theirs in zip(torch.autograd.grad(found.sum(), parameters), gradients, strict=True):
             assert float((mine - theirs).norm()) < (1e-5 if dtype == "float32" else 0.05) * float(theirs.norm())
-        if dtype == "float32":  # where rounding is small the model's own forward says the same
+        if dtype == "float32":  # where rounding is small, the model's forward agrees
             own = token_logps(base.model, ids, lengths, said)
             torch.testing.assert_close(own, found)
             for mine, theirs in zip(gradients, torch.autograd.grad(own.sum(), parameters), strict=True):
@@ -192,7 +192,7 @@ def test_a_base_the_engine_cannot_run_is_refused() -> None:
 
 
 def test_sampling_keeps_the_fast_paths_of_training() -> None:
-    """With kernels of the trainer's own too: rows without padding, and what is drawn is still the model's."""
+    """With the trainer's kernels: rows without padding, and samples still equal the model's."""
     model: Any = families.llama3(vocab_size=VOCAB_SIZE)
     before = model.config._attn_implementation
     with attach(model) as attachment:

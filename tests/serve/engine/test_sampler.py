@@ -1,4 +1,4 @@
-"""The sampler: transformers' processors, formulas by hand, the law of the draws, rows that do not know each other."""
+"""The sampler against transformers' processors, formulas and distributions; rows are independent."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def ids(scores: Tensor, rows: list[SampledRow]) -> list[int]:
 
 
 def drawn(scores: Tensor, sampling: Sampling, n: int, prompt: tuple[int, ...] = ()) -> Tensor:
-    """How often each token comes in n draws of seeds of their own, as shares."""
+    """The share of each token in n samples with different seeds."""
     rows = [SampledRow(replace(sampling, seed=s), prompt, vocabulary=len(scores)) for s in range(n)]
     made = ids(scores.expand(n, -1), rows)
     return torch.bincount(torch.tensor(made), minlength=len(scores)).float() / n

@@ -1,4 +1,4 @@
-"""Who runs next: nothing is lost, nobody waits for ever, and one tenant's flood does not slow another."""
+"""The scheduler loses no row, starves no row and isolates tenants from floods."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def request(prompt: int, new: int, tenant: str = "", weight: float = 1.0, salt: 
 
 
 def advance(scheduler: Scheduler) -> list[Sequence]:
-    """One step with a model that always says 7; the sequences that finished."""
+    """One step of a model that always samples 7; returns the finished sequences."""
     chunks = scheduler.step()
     assert sum(c.end - c.start for c in chunks) <= scheduler.budget
     assert len({id(c.sequence) for c in chunks}) == len(chunks)

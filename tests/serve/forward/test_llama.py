@@ -1,4 +1,4 @@
-"""A decoder's layers in one call: the bits of the same layers line by line, whoever shares the batch."""
+"""A decoder's layers in one call equal the separate layers bit for bit in any batch."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def runner_of(name: str) -> tuple[Runner, LlamaForward, dict[str, Prepared]]:
 
 
 def line_by_line(runner: Runner, patch: pytest.MonkeyPatch) -> None:
-    """From now on its layers run one after another, as where decoder.c is not there."""
+    """Run the layers separately from now on, as without decoder.c."""
     usable = compiled.usable
     patch.setattr(compiled, "usable", lambda names, *tensors: None if names == "decode" else usable(names, *tensors))
     runner.llama = replace(runner.llama)

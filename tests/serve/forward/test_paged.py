@@ -32,7 +32,7 @@ def test_against_float64(
     generator = torch.Generator().manual_seed(0)
     pages = Pages(2, 20, heads, kv, d, dtype, torch.device("cpu"))
     for t in (pages.K, pages.V):
-        t.fill_(float("nan"))  # what a broken adapter may have left
+        t.fill_(float("nan"))  # as a broken adapter leaves it
     blocks = torch.randperm(20, generator=generator).tolist()
     lengths = [1, 16, 37, 50]
     tables = [blocks[i * 4 : i * 4 + 4] for i in range(4)]

@@ -157,7 +157,7 @@ def test_full_rank_and_low_rank_adapters_share_a_batch(family: str) -> None:
         "words": Adapter(token_rows={"model.embed_tokens": TokenRows((5, 9), torch.randn(2, 32, generator=g))}),
         "loha": Adapter(deltas={f"{q}.weight": loha(model.get_submodule(q), 7)}),
     }
-    if family == "llama3":  # its head is the embedding itself: a pair on it is for a head of its own
+    if family == "llama3":  # "ends" needs a head that is not tied
         del adapters["ends"]
     mixes = [[(n, s)] for n, s in zip(adapters, [1.0, 1.0, 1.0, 1.0, -0.8], strict=False)]
     mixes += [[("plain", 0.5), ("loha", 0.5)], []]
@@ -192,7 +192,7 @@ def test_embedding_and_head_have_low_rank_forms() -> None:
 
 
 def test_bfloat16_is_about_as_exact_as_attached_adapters() -> None:
-    """Whose A and B stay float32: here they are rounded once, to the base's dtype."""
+    """Compare with float32 A and B; the runner rounds them once to the base's dtype."""
     exact = FAMILIES["llama3"]()
     adapters = {"a": trained(exact, 1), "b": trained(exact, 2, dora=True)}
     mixes: list[list[tuple[str, float]]] = [[], [("a", 1.0)], [("a", 0.5), ("b", 1.0)]]
@@ -249,7 +249,7 @@ def test_a_cache_that_is_too_small_is_refused() -> None:
 
 @pytest.mark.parametrize("family", ["llama3", "qwen3"])
 def test_batch_invariant_results_equal_those_alone(family: str) -> None:
-    """Whoever shares its steps, under whatever adapters, however its prompt is cut: DoRA and the head's pairs too."""
+    """In any batch, with any adapters (DoRA and head pairs too) and any chunks of the prompt."""
     model = FAMILIES[family](hidden_size=64, intermediate_size=96).bfloat16()
     lora = trained(model, 1, targets=("all-linear", "lm_head"))
     dora = trained(model, 2, dora=True)

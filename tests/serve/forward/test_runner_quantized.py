@@ -77,7 +77,7 @@ def test_each_row_equals_the_row_alone_over_dequantized_weights(family: str, kin
     for g, w in zip(serve(runner, work, [7, 16, 1, 30]), want, strict=True):
         same(g, w)
     runner.close()
-    for name, weight in quantized_of(model):  # the base is what it was, and nothing dense was kept of it
+    for name, weight in quantized_of(model):  # the base is unchanged and has no dense copy
         assert weight.kept is None
         assert all(map(torch.equal, codes[name], weight.stored.tensors().values()))
 
@@ -104,8 +104,10 @@ def test_no_projection_has_a_dense_copy() -> None:
 
 
 def continued(runner: Runner, mixes: list[Any], texts: list[list[int]], tokens: Tensor | None = None) -> Tensor:
-    """Logits of twelve steps that continue prompts by rows of one batch, each under its mix: the likeliest tokens
-    follow, or those of another's logits (12, rows, vocabulary)."""
+    """Logits (12, rows, vocabulary) of twelve steps that continue the prompts in one batch, each with its mix.
+
+    `tokens`: logits whose best tokens are appended, instead of the runner's own.
+    """
     rows = [RunnerRow(t, 0, range(4 * i, 4 * i + 4), mix) for i, (t, mix) in enumerate(zip(texts, mixes, strict=True))]
     out = []
     for step in range(12):

@@ -1,4 +1,4 @@
-"""What a view draws in this process is what a client gets over HTTP, and it is told the same."""
+"""Pictures and errors of the Studio equal those over HTTP."""
 
 from __future__ import annotations
 

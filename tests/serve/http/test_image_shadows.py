@@ -1,4 +1,4 @@
-"""A route's shadow on an image base: it draws too, what it drew is compared, and nobody is sent it."""
+"""A route's shadow on an image base: its picture is compared and never sent."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from veneer.serve.principal import Principal
 
 
 class Shadowed(Names):
-    """`stable` is look, with a shadow."""
+    """`stable` names look and has a shadow."""
 
     shadow = ("", "")
 
@@ -53,7 +53,7 @@ def engine(names: Shadowed) -> Iterator[PictureEngine]:
 def test_an_image_shadow_runs_and_is_never_sent(
     engine: PictureEngine, names: Shadowed, shadow: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another adapter is some way apart, the same one is the same, and one that fails disturbs nobody."""
+    """Another adapter's picture differs, the same adapter's is equal, and a failed one changes no answer."""
     tenancy = Noting()
     answers = tenancy.answers
     drawn: list[PictureRequest] = []

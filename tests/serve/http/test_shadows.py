@@ -1,4 +1,4 @@
-"""Shadows beside a server with tenants: counted, logged in sum and one by one, paid by the operator."""
+"""Shadows on a server with tenants are counted, logged and billed to the operator."""
 
 from __future__ import annotations
 

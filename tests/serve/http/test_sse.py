@@ -1,4 +1,4 @@
-"""A stream ends when its client leaves or stops reading, and what it was made from is closed with it."""
+"""A stream and its source are closed when the client disconnects or stops reading."""
 
 from __future__ import annotations
 

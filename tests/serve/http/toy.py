@@ -152,7 +152,7 @@ class ToyEngine(Engine[Request, EngineEvent]):
 
 
 def _last_line(said: str) -> str:
-    """What the user said last, in a chat or in a plain prompt."""
+    """The user's last message, in a chat or in a plain prompt."""
     turns = re.findall(r"<\|im_start\|>(?:user|system)\n(.*?)<\|im_end\|>", said, re.S)
     return ["", *(turns[-1] if turns else said).strip().splitlines()][-1]
 
@@ -190,7 +190,7 @@ def _instance(schema: Any) -> Any:
 
 @dataclass
 class ToyCatalog:
-    """Adapters by name; a route with a shadow; loads that fail as their source says."""
+    """Adapters by name, a route with a shadow, and loads whose source chooses the error."""
 
     base: str = "toy"
     fingerprint: str = "sha256:toy"
@@ -202,10 +202,10 @@ class ToyCatalog:
             self.adapters[name] = ModelCard(name, source, self.base, 1700000000, f"d-{name}")
 
     async def fresh(self) -> None:
-        """Names mean what they say."""
+        """Nothing to read: names are fixed."""
 
     def check(self, name: str) -> None:
-        """Any may be served."""
+        """Every name is allowed."""
 
     def resolve(self, model: str, caller: Principal) -> ResolvedModel:
         name = model.removeprefix(f"{self.base}:")
@@ -260,7 +260,7 @@ class ToyCatalog:
 
 @dataclass
 class ToyTenancy(Tenancy):
-    """Two keys: `admin` sees all; `acme` sees sql alone, and may have 40 tokens an answer and one request at once."""
+    """Two keys: `admin` sees everything; `acme` sees only sql, with 40 tokens per answer and one request at a time."""
 
     bills: list[tuple[str, Usage]] = field(default_factory=list)
     inside: int = 0
@@ -303,7 +303,7 @@ class ToyBill:
 
 @dataclass
 class Live:
-    """A server on a free port, in a thread of its own; `service` is its app's."""
+    """A server on a free port, in its own thread; `service` is its app's."""
 
     url: str
     app: Any
@@ -377,7 +377,7 @@ def live(
 
 
 def free_port() -> int:
-    """One that nobody listens on now."""
+    """A free port."""
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
         return int(place.getsockname()[1])

@@ -1,4 +1,4 @@
-"""Adapters in memory: leases, limits, who goes when another must come; what must always hold, and with threads."""
+"""Adapters in memory: leases, limits, eviction and invariants, also with threads."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_memory_is_granted_in_order_of_requests() -> None:
     shop.run()
     running[0].end()
     shop.run()
-    assert (large.told, small.told) == ([], [])  # the small one would fit, and does not overtake
+    assert (large.told, small.told) == ([], [])  # the small one fits but does not overtake
     running[1].end()
     shop.run()
     assert large.lease
@@ -104,7 +104,7 @@ def test_an_adapter_in_use_for_long_is_drained() -> None:
         assert renew("a").at_once
         assert renew("b").at_once
     shop.now += 1
-    renew("b")  # whatever happens here tells that it has waited long enough
+    renew("b")  # any event here checks the waiting time
     again = [renew("a"), renew("b")]
     assert [bool(a.at_once) for a in again] == [False, True]  # the one that was there longest takes no more
     shop.run()
@@ -176,7 +176,7 @@ def test_a_failed_load_fails_its_requests(error: Exception, caplog: pytest.LogCa
     del shop.broken["b"]
     again = Asked(residents, "b")
     shop.run()
-    assert again.lease, "and may be tried again"
+    assert again.lease, "and can be tried again"
 
 
 def test_an_error_of_the_reader_is_passed_on() -> None:

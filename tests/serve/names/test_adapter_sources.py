@@ -1,4 +1,4 @@
-"""What may be loaded from where, and the reasons for which an adapter is refused."""
+"""Allowed folders of adapters and the reasons for refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names on a server: what they mean, who sees them, what is refused before a name is known."""
+"""Names on a server: resolution, visibility and early refusals."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_loaded_name(make: Make, base: TextBase, folder: Path) -> None:
 
 
 def test_names_of_fine_tuned_models(make: Make, base: TextBase, folder: Path, library: Library) -> None:
-    """By the base, whose namespace it is, and the id; as the library's name for everything that asks who may."""
+    """Named by base, namespace and id; permissions use the library's name."""
     first, last = saved(base, folder / "a", 1), saved(base, folder / "b", 2)
     library.add(folder / "a", "acme/support-kq7vz2mh")
     library.alias("acme/support-kq7vz2mh@1", "ckpt-step-40")
@@ -190,7 +190,7 @@ def test_parts_of_a_mix_have_the_operators_names(make: Make, base: TextBase, fol
 
 
 class Split:
-    """Routes: `live` goes to a or b by the user, with a shadow; seen by tenant `t` alone."""
+    """Routes: `live` chooses a or b by the user, has a shadow and is visible only to tenant `t`."""
 
     def __init__(self, shadow: str | None = "b") -> None:
         self.under = shadow
@@ -254,7 +254,7 @@ def test_checking_a_name_equals_requesting_it(
     assert answers == {"gone": 404, "good@7": 404, "broken": 503, "other": 400}
 
 
-# -- who sees what -----------------------------------------------------------------------------------------------------
+# -- visibility --------------------------------------------------------------------------------------------------------
 
 
 def test_adapters_of_other_tenants_are_not_found(make: Make, base: TextBase, folder: Path, library: Library) -> None:

@@ -22,7 +22,7 @@ from veneer.serve.request import Refused, make_mix
 
 
 class Freed(list[str]):
-    """What left the memory, checked as it goes."""
+    """Released adapters, checked at release."""
 
     def __init__(self, check: Callable[[str], None]) -> None:
         self.check = check

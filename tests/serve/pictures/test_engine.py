@@ -132,7 +132,7 @@ def test_a_cancelled_request_computes_nothing_more(engine: PictureEngine) -> Non
     alone, made = asyncio.run(run())
     assert alone < 60, "a batch that all have left ends"
     assert made[0].batch == 2
-    assert engine.stats().steps == alone + 5, "what waited was never begun"
+    assert engine.stats().steps == alone + 5, "the waiting request never started"
     assert engine.stats().waiting == 0
 
 
@@ -243,7 +243,7 @@ def test_adapters_stay_while_memory_is_free(base: ImageBase) -> None:
         first = drawn(engine, ask(1, (a, 1.0)))[0].made.image
         for digest in (b, a, c):
             drawn(engine, ask(1, (digest, 1.0)))
-        assert settled() == {a, c}, "the longest unused goes first"
+        assert settled() == {a, c}, "the least recently used is evicted first"
         assert levels(first, drawn(engine, ask(1, (a, 1.0)))[0].made.image) == 0
         assert shelf.read_of == [a, b, c]
         engine.residents.drop(a)
@@ -293,7 +293,7 @@ def test_a_record_belongs_to_one_caller(engine: PictureEngine, shelf: Shelf) -> 
     assert b"secret" not in png
     assert shelf.digest["look"].encode() not in png
     assert one.made.infotext.prompt == "my cat <lora:acme:0.5>"
-    assert "Lora hashes" not in one.made.infotext.fields, "no file's hash is known here"
+    assert "Lora hashes" not in one.made.infotext.fields, "no hash of a file is known"
     assert one.made.record["rows"][0]["adapters"] == [[brand, "0.5"]]
     assert (one.usage.completion, one.usage.prompt > 2) == (engine.positions(mine.settings), True)
 

@@ -1,4 +1,4 @@
-"""/v1/feedback against a live server with tenants: what is kept, what is said of it, the rows, removal, outages."""
+"""/v1/feedback on a live server with tenants: kept answers, feedback, rows, removal and outages."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_feedback_becomes_rows_for_training(shop: Shop, tmp_path: Path) -> None:
     assert supervised[0] == {"messages": [*asked("One"), said_by(good)]}
     assert [row["messages"][0]["content"] for row in supervised] == ["One", "Three", "Five"]
     assert supervised[1]["messages"][-1] == better
-    assert supervised[2]["messages"][-1]["content"].endswith("Five"), "a stream is kept as the text it came to"
+    assert supervised[2]["messages"][-1]["content"].endswith("Five"), "a stream is kept as its whole text"
     assert pairs[0] == {"prompt": asked("Three"), "chosen": [better], "rejected": [said_by(wrong)]}
     assert [row["label"] for row in unpaired] == [True, False, False, True]
     assert len(pairs) == 1, "the two answers of a greedy model are equal, and teach nothing"
@@ -175,7 +175,7 @@ def test_answers_are_kept_on_request_and_only_for_their_tenant(shop: Shop) -> No
         a.json()["error"]["message"].replace(repr(id), "ID")
         for a, id in zip(answers[:3], (foreign, unkept.json()["id"], "chatcmpl-0"), strict=True)
     }
-    assert len(messages) == 1, "another's, one that was not kept and one that never was look alike"
+    assert len(messages) == 1, "answers of others, unkept ones and unknown ones give the same error"
     theirs = shop.say(own, "globex", thumb="up")
     assert theirs.status_code == 404
     assert "veneer tenant set" in theirs.json()["error"]["message"]
@@ -225,12 +225,12 @@ def test_removing_a_user_removes_late_answers_too(shop: Shop) -> None:
     shop.at[0] += 1
     assert shop.forget(user="u-17") == {"object": "feedback.deleted", "answers": 2}
     held({"messages": []}, [{"role": "assistant", "content": "late"}])
-    assert shop.kept() == 1, "what was asked for before the removal does not come back"
+    assert shop.kept() == 1, "answers requested before the removal are not kept"
     assert shop.say(first, thumb="up").status_code == 404
     assert [row["messages"][0]["content"] for row in shop.rows("supervised")] == ["Three"]
     shop.at[0] += 1
     shop.ask("Four", user="u-17")
-    assert shop.kept() == 2, "what is asked for afterwards is kept again"
+    assert shop.kept() == 2, "later answers are kept again"
     data = b"".join(p.read_bytes() for p in Path(shop.tenants.store.where).parent.rglob("*") if p.is_file())
     assert b"u-17" not in data, "a user is kept as a hash"
 
@@ -247,13 +247,13 @@ def test_expired_answers_are_hidden_and_removed(shop: Shop) -> None:
     assert len(shop.rows("supervised")) == 1
     assert shop.tenants.answers.sweep() == 1
     manage.change_settings(shop.tenants.store, "acme", {"feedback_days": 10.0}, who="me")
-    assert shop.kept() == 0, "fewer days hold for what is there"
+    assert shop.kept() == 0, "fewer days apply to kept is too"
     assert shop.tenants.answers.sweep() == 1
     assert shop.rows("supervised") == []
 
 
 def lock_answers(where: str) -> psycopg.Connection[Any]:
-    """Nobody reads or writes answers until the connection is closed."""
+    """Lock the answers until the connection is closed."""
     connection = psycopg.connect(where)
     connection.execute("LOCK TABLE tenant_answers")
     return connection

@@ -293,7 +293,7 @@ def test_an_editing_base_edits_like_veneer_image(family: str, tmp_path_factory: 
     assert levels(picture(found.data[0].b64_json), picture(found.data[1].b64_json)) > 0
     assert levels(alone.image, picture(drawn["data"][0]["b64_json"])) == 0
     assert found.usage.input_tokens_details.image_tokens >= 64 * len(given)
-    for index in (0, 1):  # each is shown on its way, whether they are drawn together or one by one
+    for index in (0, 1):  # each reports progress, batched or not
         assert any(f'"index": {index}' in line and ".progress" in line for line in streamed.split("\n\n"))
     assert "runs all steps" in refused[0]
     assert f"11 images: {base.row.label} accepts at most {base.references}" in refused[1]
@@ -316,7 +316,7 @@ FACTORS: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.fixture(scope="module")
 def by_hand(base: ImageBase, shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Image.Image]:
-    """What `veneer image` draws with the settings of `one`, on a base of its own."""
+    """The picture of `veneer image` with the settings of `one`, on a separate base."""
     folder = tmp_path_factory.mktemp("by-hand")
     for name in ("brand", "look"):
         write(shelf.adapters[shelf.digest[name]], folder / f"{name}.safetensors", to="kohya", family="flux1")
@@ -387,7 +387,7 @@ def test_different_factors_share_a_batch(base: ImageBase, shelf: Shelf, names: N
         many = [[{"adapter": "brand", "blocks": {"single": 0.5, "double": i}}] for i in range(20)]
         first, *_, last = pool.map(lambda mix: drawn(mix, 1), many)
         assert levels(first[0], last[0]) > 0
-        assert len(engine.attachment.adapters) < 64, "what nobody asks for any more goes"
+        assert len(engine.attachment.adapters) < 64, "unused mixes are removed"
     assert not engine.attachment.adapters
 
 
@@ -421,7 +421,7 @@ def test_the_description_has_the_bodies(url: str) -> None:
 
 
 def bomb(width: int, height: int) -> str:
-    """A PNG of few bytes whose header says many."""
+    """A small PNG whose header gives a large size."""
     chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
     return base64.b64encode(data + b"\0\0\0\0IDAT").decode()
@@ -497,7 +497,7 @@ def test_invalid_requests_have_openais_error_form(
         client.images.generate(prompt="a red cat", extra_body=body)
     assert (caught.value.status_code, caught.value.code) == (status, code)
     assert said in caught.value.message
-    if code != "adapter_unusable":  # that adapter is named by its path here
+    if code != "adapter_unusable":  # that message names the adapter's path
         assert tempfile.gettempdir() not in caught.value.message  # the base is served from a folder there
     assert caught.value.type == "invalid_request_error"
     assert isinstance(caught.value, openai.NotFoundError if status == 404 else openai.BadRequestError)
@@ -570,7 +570,7 @@ def test_an_error_in_a_stream_is_an_event(client: openai.OpenAI, url: str, shelf
         client.images.generate(prompt="a", model="nobody", stream=True)
 
 
-# -- who asks, and who leaves ------------------------------------------------------------------------------------------
+# -- tenants and disconnects -------------------------------------------------------------------------------------------
 
 
 def test_a_client_that_disconnects_cancels_its_request(url: str, engine: PictureEngine) -> None:

@@ -347,7 +347,7 @@ def test_prompt_logprobs_have_vllms_form(client: openai.OpenAI) -> None:
     assert [told["logprob"] for told in places[1].values()] == [-0.5, -1.5]
     assert [told["rank"] for told in places[1].values()] == [1, 2]
     assert all(isinstance(told["decoded_token"], str) for told in places[1].values())
-    # beside those of the answer, each as many as were asked for, and none of them twice
+    # with those of the answer: as many as requested, without repeats
     both = client.completions.create(**wanted, logprobs=3, extra_body={"prompt_logprobs": 0}).choices[0]
     assert [list(place) for place in both.model_dump()["prompt_logprobs"][1:]] == [["6"], ["7"]]
     assert len(both.logprobs.tokens or []) == 1

@@ -67,7 +67,7 @@ def test_not_found(server: Live) -> None:
     ],
 )  # fmt: skip
 def test_adapters_that_cannot_be_served(server: Live, source: str, words: str) -> None:
-    """vLLM answers 500 here; these are the client's to put right."""
+    """vLLM answers 500 here; these are errors of the client."""
     answer = load(server, "x", source)
     assert (answer.status_code, answer.json()["error"]["type"]) == (400, "BadRequestError")
     assert words in answer.json()["error"]["message"]
