@@ -56,7 +56,7 @@ class Here(LocalExecutor):
         super().__init__()
         self.store = store
 
-    def start_validation(self, lease: JobLease, environment: Mapping[str, str], device: Device, room: int) -> str:
+    def start_validation(self, lease: JobLease, environment: Mapping[str, str], device: Device, max_memory: int) -> str:
         with suppress(LeaseLost):
             validate_job(self.store, lease, FixedTerms(self.store, **TERMS), device)
         return f"validated {lease.token}"
@@ -174,15 +174,15 @@ def kills(folder: Path, stride: int) -> list[int]:
     expected = checked(whole)
     killed: list[int] = []
     for kill_at in range(stride, 1000, stride):
-        place = folder / f"killed-{kill_at}"
-        submit_job(place, config)
-        if forked(place, kill_at):
+        handle = folder / f"killed-{kill_at}"
+        submit_job(handle, config)
+        if forked(handle, kill_at):
             return killed
         killed.append(kill_at)
         time.sleep(LEASE)
-        assert forked(place, None)
-        assert checked(place) == expected, f"another adapter after a kill at {kill_at}"
-        shutil.rmtree(place)
+        assert forked(handle, None)
+        assert checked(handle) == expected, f"another adapter after a kill at {kill_at}"
+        shutil.rmtree(handle)
     raise AssertionError("it never came to its end")
 
 

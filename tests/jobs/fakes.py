@@ -55,24 +55,24 @@ class FakeExecutor(LocalExecutor):
     def start(self, lease: JobLease, environment: Mapping[str, str]) -> str:
         if self.refuse:
             raise ResourceError("there is no room for a process", fix="wait")
-        place = f"pretended {lease.job.id} {lease.job.attempt}"
-        self.running[place] = lease
-        return place
+        handle = f"pretended {lease.job.id} {lease.job.attempt}"
+        self.running[handle] = lease
+        return handle
 
-    def start_validation(self, lease: JobLease, environment: Mapping[str, str], device: Device, room: int) -> str:
-        place = f"validation of {lease.job.id}"
-        self.validating[place] = lease
-        return place
+    def start_validation(self, lease: JobLease, environment: Mapping[str, str], device: Device, max_memory: int) -> str:
+        handle = f"validation of {lease.job.id}"
+        self.validating[handle] = lease
+        return handle
 
-    def look(self, place: str) -> ExitStatus | None:
-        known = place in self.running or place in self.validating
-        return self.over.get(place) if known else ExitStatus("it is gone")
+    def poll(self, handle: str) -> ExitStatus | None:
+        known = handle in self.running or handle in self.validating
+        return self.over.get(handle) if known else ExitStatus("it is gone")
 
-    def stop(self, place: str, *, hard: bool = False) -> None:
-        if place in self.running or place in self.validating:
-            self.asked.append((place, hard))
+    def stop(self, handle: str, *, hard: bool = False) -> None:
+        if handle in self.running or handle in self.validating:
+            self.asked.append((handle, hard))
             if hard or not self.stubborn:
-                self.over[place] = ExitStatus("ended by a signal")
+                self.over[handle] = ExitStatus("ended by a signal")
 
 
 def until(condition: Callable[[], object], seconds: float = 20.0) -> None:

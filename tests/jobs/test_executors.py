@@ -23,9 +23,9 @@ def planned(store: JobStore, peak: int, device: str = "cpu") -> Job:
     return queued(store, plan={"peak_bytes": peak, "device": {"name": device}})
 
 
-def ended(executor: LocalExecutor, place: str) -> ExitStatus:
+def ended(executor: LocalExecutor, handle: str) -> ExitStatus:
     end = time.monotonic() + 60
-    while (found := executor.look(place)) is None:
+    while (found := executor.poll(handle)) is None:
         assert time.monotonic() < end
         time.sleep(0.01)
     return found
@@ -34,12 +34,12 @@ def ended(executor: LocalExecutor, place: str) -> ExitStatus:
 @pytest.mark.parametrize(("hard", "signal"), [(False, "SIGTERM"), (True, "SIGKILL")])
 def test_a_process_is_asked_to_end_or_killed(library: Library, store: JobStore, hard: bool, signal: str) -> None:
     executor, job = LocalExecutor(), planned(store, 1 << 30)
-    place = executor.start(JobLease(job, "token"), {})
-    assert executor.look(place) is None
-    executor.stop(place, hard=hard)
-    assert ended(executor, place) == ExitStatus(f"ended by {signal}")
-    assert executor.look(place) == ExitStatus("it is not a process of this worker")
-    executor.stop(place)  # it is gone: nothing to do
+    handle = executor.start(JobLease(job, "token"), {})
+    assert executor.poll(handle) is None
+    executor.stop(handle, hard=hard)
+    assert ended(executor, handle) == ExitStatus(f"ended by {signal}")
+    assert executor.poll(handle) == ExitStatus("it is not a process of this worker")
+    executor.stop(handle)  # it is gone: nothing to do
 
 
 def test_a_process_that_holds_more_than_its_plan_is_ended(
@@ -48,10 +48,10 @@ def test_a_process_that_holds_more_than_its_plan_is_ended(
     executor, job = LocalExecutor(), planned(store, 1 << 30)
     holds = {"rss": memory_of(job)}
     monkeypatch.setattr(psutil, "Process", lambda pid: SimpleNamespace(memory_info=lambda: SimpleNamespace(**holds)))
-    place = executor.start(JobLease(job, "token"), {})
-    assert executor.look(place) is None
+    handle = executor.start(JobLease(job, "token"), {})
+    assert executor.poll(handle) is None
     holds["rss"] += 1
-    found = ended(executor, place)
+    found = ended(executor, handle)
     assert found.memory
     assert "are the most by its plan" in found.why
 
@@ -59,12 +59,12 @@ def test_a_process_that_holds_more_than_its_plan_is_ended(
 def test_a_process_s_arguments_have_no_lease(library: Library, store: JobStore) -> None:
     """Every user of the machine can see a process's arguments."""
     executor, job = LocalExecutor(), planned(store, 1 << 30)
-    place = executor.start(JobLease(job, "token-of-the-lease"), {"VENEER_LIBRARY_INDEX": "postgresql://u:secret@h/d"})
-    process = psutil.Process(int(place.split()[-1]))
+    handle = executor.start(JobLease(job, "token-of-the-lease"), {"VENEER_LIBRARY_INDEX": "postgresql://u:secret@h/d"})
+    process = psutil.Process(int(handle.split()[-1]))
     until(lambda: "veneer.jobs.process" in process.cmdline())  # until exec, the child is a fork of this process
     arguments = " ".join(process.cmdline())
-    executor.stop(place, hard=True)
-    ended(executor, place)
+    executor.stop(handle, hard=True)
+    ended(executor, handle)
     assert "token-of-the-lease" not in arguments
     assert "secret" not in arguments
 

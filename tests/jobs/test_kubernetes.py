@@ -56,20 +56,20 @@ class Cluster:
             container["state"] = {"terminated": ended}
             pod = {"metadata": {"name": "a-pod"}, "status": {"phase": "Failed", "containerStatuses": [container]}}
             return 200, {"kind": "PodList", "apiVersion": "v1", "metadata": {}, "items": [pod]}
-        place = re.fullmatch(r"/apis/batch/v1/namespaces/training/jobs(?:/([a-z0-9-]+))?(/status)?(?:\?.*)?", path)
-        assert place is not None, path
+        handle = re.fullmatch(r"/apis/batch/v1/namespaces/training/jobs(?:/([a-z0-9-]+))?(/status)?(?:\?.*)?", path)
+        assert handle is not None, path
         if verb == "POST":
             name = body["metadata"]["name"]
             if name in self.jobs:
                 return 409, status_of(409, "AlreadyExists")
             self.jobs[name] = body | {"status": RUNNING}
             return 201, self.jobs[name]
-        if place[1] not in self.jobs:
+        if handle[1] not in self.jobs:
             return 404, status_of(404, "NotFound")
         if verb == "DELETE":
-            del self.jobs[place[1]]
+            del self.jobs[handle[1]]
             return 200, {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success"}
-        return 200, self.jobs[place[1]]
+        return 200, self.jobs[handle[1]]
 
 
 def status_of(code: int, reason: str) -> dict[str, Any]:
@@ -124,10 +124,10 @@ def made(api: Any, **options: Any) -> KubernetesExecutor:
 def test_a_job_of_kubernetes_from_its_start_to_its_end(cluster: tuple[Cluster, Any], lease: JobLease) -> None:
     kept, api = cluster
     executor = made(api, claim="veneer-home", secret="veneer", gpus=1, grace=30)
-    place = executor.start(lease, ENVIRONMENT)
-    assert executor.start(lease, ENVIRONMENT) == place  # asked twice, started once
-    body = kept.jobs[place]
-    assert re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", place)  # what may be a name there (RFC 1123)
+    handle = executor.start(lease, ENVIRONMENT)
+    assert executor.start(lease, ENVIRONMENT) == handle  # asked twice, started once
+    body = kept.jobs[handle]
+    assert re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", handle)  # what may be a name there (RFC 1123)
     assert body["spec"]["backoffLimit"] == 0
     pod = body["spec"]["template"]["spec"]
     (container,) = pod["containers"]
@@ -142,36 +142,36 @@ def test_a_job_of_kubernetes_from_its_start_to_its_end(cluster: tuple[Cluster, A
     assert container["volumeMounts"][0]["mountPath"] == "/veneer"
     assert "secret@" not in json.dumps(body)
     assert lease.token not in json.dumps(body)
-    assert executor.look(place) is None
+    assert executor.poll(handle) is None
     body["status"] = DONE
-    ended = executor.look(place)
+    ended = executor.poll(handle)
     assert not ended.memory
     body["status"] = FAILED
-    ended = executor.look(place)
+    ended = executor.poll(handle)
     assert "BackoffLimitExceeded: Job has reached the specified backoff limit" in ended.why
     kept.reason = "OOMKilled"
-    ended = executor.look(place)
+    ended = executor.poll(handle)
     assert ended.memory
 
 
 def test_without_a_secret_the_manifest_has_no_password_either(cluster: tuple[Cluster, Any], lease: JobLease) -> None:
     kept, api = cluster
-    place = made(api).start(lease, ENVIRONMENT)
-    assert "secret@" not in json.dumps(kept.jobs[place])
-    file = Path(kept.jobs[place]["spec"]["template"]["spec"]["containers"][0]["command"][-1])
+    handle = made(api).start(lease, ENVIRONMENT)
+    assert "secret@" not in json.dumps(kept.jobs[handle])
+    file = Path(kept.jobs[handle]["spec"]["template"]["spec"]["containers"][0]["command"][-1])
     assert json.loads(file.read_text())["environment"] == ENVIRONMENT
 
 
 def test_stopping_waits_for_the_pod_unless_it_is_hard(cluster: tuple[Cluster, Any], lease: JobLease) -> None:
     kept, api = cluster
     executor = made(api)
-    place = executor.start(lease, ENVIRONMENT)
-    executor.stop(place)
+    handle = executor.start(lease, ENVIRONMENT)
+    executor.stop(handle)
     assert "propagationPolicy=Foreground" in kept.asked[-1][1]
     assert "gracePeriodSeconds" not in kept.asked[-1][1]
-    ended = executor.look(place)
+    ended = executor.poll(handle)
     assert "does not know it" in ended.why
-    executor.stop(place, hard=True)  # it is gone: nothing to do
+    executor.stop(handle, hard=True)  # it is gone: nothing to do
     assert "gracePeriodSeconds=0" in kept.asked[-1][1]
 
 
@@ -183,8 +183,8 @@ def test_a_cluster_that_refuses_or_is_away(cluster: tuple[Cluster, Any], lease: 
         executor.start(lease, ENVIRONMENT)
     kept.refuse = 500
     with pytest.raises(UnavailableError, match="answered 500"):
-        executor.look("a-place")
+        executor.poll("a-place")
     settings = client.Configuration(host="http://127.0.0.1:9")
     settings.retries = False
     with client.ApiClient(settings) as nobody, pytest.raises(UnavailableError, match="does not answer"):
-        made(nobody).look("a-place")
+        made(nobody).poll("a-place")

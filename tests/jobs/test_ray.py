@@ -37,7 +37,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    place = Path("/tmp") / f"ray-{os.getpid()}"  # sockets want a short path
+    handle = Path("/tmp") / f"ray-{os.getpid()}"  # sockets want a short path
     ray = [sys.executable, "-m", "ray.scripts.scripts"]
     command = [
         *ray,
@@ -49,7 +49,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "--dashboard-host=127.0.0.1",
         f"--dashboard-port={port}",
         "--disable-usage-stats",
-        f"--temp-dir={place}",
+        f"--temp-dir={handle}",
         "--object-store-memory=80000000",
     ]
     env = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", "RAY_DISABLE_MEMORY_MONITOR": "1"}
@@ -117,24 +117,24 @@ def test_a_job_is_trained_by_ray_and_another_is_stopped(address: str, tmp_path: 
         store = JobStore(library)
         lease = leased(store, tmp_path, 3)
         variables = process_environment(library)
-        place = executor.start(lease, variables)
-        assert executor.start(lease, variables) == place
-        while (ended := executor.look(place)) is None:
+        handle = executor.start(lease, variables)
+        assert executor.start(lease, variables) == handle
+        while (ended := executor.poll(handle)) is None:
             time.sleep(0.5)
         job = store.get("acme", lease.job.id)
         assert job.state == "succeeded", (ended, job.log.read_text() if job.log.is_file() else "")
         assert library.find("acme/support@1").tags == [f"job:{job.id}"]
 
         lease = leased(store, tmp_path, 100_000)
-        place = executor.start(lease, variables)
+        handle = executor.start(lease, variables)
         while store.get("acme", lease.job.id).step < 2:
-            assert executor.look(place) is None
+            assert executor.poll(handle) is None
             time.sleep(0.5)
-        executor.stop(place)
-        while executor.look(place) is None:
+        executor.stop(handle)
+        while executor.poll(handle) is None:
             time.sleep(0.5)
         job = store.get("acme", lease.job.id)
         assert job.state == "queued"  # its process has saved its state, and given the job back
         assert store.checkpoints("acme", job.id)[0].step == max(p.step for p in store.checkpoints("acme", job.id)) >= 2
-    ended = executor.look("nothing")
+    ended = executor.poll("nothing")
     assert "does not know it" in ended.why

@@ -169,7 +169,7 @@ def test_a_hostile_row_delays_nobody_and_can_be_cancelled(library: Library, stor
     hostile = store.create("acme", config | {"data": {"train": str(tmp_path / "hostile.jsonl")}}, name="support")
     small = store.create("best", config, name="support")
     said: list[str] = []
-    worker = Worker(library, LocalExecutor(), poll=0.05, say=said.append)
+    worker = Worker(library, LocalExecutor(), poll=0.05, log=said.append)
     worker.account = FixedTerms(store, jobs=0)  # nothing is trained
     thread = threading.Thread(target=worker.run)
     thread.start()
@@ -219,7 +219,7 @@ def test_a_process_that_takes_more_memory_than_planned_fails_at_once(library: Li
 def test_a_place_that_cannot_start_anything_now_is_tried_again(library: Library, store: JobStore) -> None:
     executor, job, said = FakeExecutor(), queued(store), list[str]()
     executor.refuse = True
-    with working(library, executor, say=said.append):
+    with working(library, executor, log=said.append):
         until(lambda: store.get(None, job.id).attempt > 1)
         assert any("there is no room for a process" in text for text in said)
         executor.refuse = False

@@ -90,7 +90,7 @@ def worker(
             tenants=known,
             at_once=at_once,
             lease=lease,
-            say=say,
+            log=say,
             device=None if gpu is None else device_of(gpu, gpus),
             poll=min(0.5, lease / 8),
         )

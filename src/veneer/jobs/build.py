@@ -89,9 +89,9 @@ def _tinker(service: Service, library: Library, days: float) -> TinkerService:
         raise ConfigError("this server computes no texts itself, and trains none", fix="serve a text base by itself")
     base = engine.base
     kind = f"{base.fingerprint.rpartition(':')[2][:16]}-{base.quantized or str(base.dtype).removeprefix('torch.')}"
-    room = engine.settings.adapter_bytes
+    max_memory = engine.settings.adapter_bytes
     folder = veneer_home() / "tinker" / kind
-    return TinkerService(base, library, folder, room=room, days=days, quotas=service.quotas)
+    return TinkerService(base, library, folder, max_memory=max_memory, days=days, quotas=service.quotas)
 
 
 async def _sweep(files: Files, jobs: JobStore) -> None:

@@ -114,7 +114,7 @@ def _require(tenants: Store | None) -> Store:
 
 
 def _compare(
-    job: Job, after: AfterJob, held: HeldOut, library: Library, tenants: Store | None, adapter: Path, base: TextBase
+    job: Job, after: AfterJob, held_out: HeldOut, library: Library, tenants: Store | None, adapter: Path, base: TextBase
 ) -> JobEvent:
     from veneer.models.loading import errors_only
     from veneer.serve.engine.offline import answering
@@ -122,7 +122,7 @@ def _compare(
 
     config = job_config(job, adapter)
     assert isinstance(config, TrainConfig)  # checked on submission
-    rows = held_out_rows(held, config)
+    rows = held_out_rows(held_out, config)
     data: dict[str, Any] = {"rows": len(rows), "serving": None}
     if after.route is not None:
         number, route = _current(_require(tenants), job.tenant, after.route.name)
@@ -134,11 +134,15 @@ def _compare(
     mixes: dict[str, list[tuple[str, float]]] = {"base": [], "new": [(str(adapter), 1.0)]}
     if data["serving"] is not None:
         mixes["serving"] = [(str(library.resolve(data["serving"])), 1.0)]
-    options: dict[str, Any] = {"generate": held.answered, "max_new_tokens": held.max_new_tokens, "answering": answering}
+    options: dict[str, Any] = {
+        "generate": held_out.answered,
+        "max_new_tokens": held_out.max_new_tokens,
+        "answering": answering,
+    }
     long_rows_cut = config.data.model_copy(update={"long_rows": "cut"})
     with errors_only():
         results = score_mixes(base, rows, mixes, data=long_rows_cut, **options)
-    scores = {name: {m: _finite(getattr(each, m)) for m in held.metrics} for name, each in results.items()}
+    scores = {name: {m: _finite(getattr(each, m)) for m in held_out.metrics} for name, each in results.items()}
     data["scores"] = {"base": scores["base"], "serving": scores.get("serving", scores["base"]), "new": scores["new"]}
     return JobEvent("info", "evaluation", _comparison_text(data), data)
 
@@ -164,10 +168,10 @@ def _write_card(folder: Path, data: Mapping[str, Any]) -> None:
     from veneer.formats.peft import load_folder
 
     there, scores = read_card(folder), data["scores"]
-    held: dict[str, Any] = {"rows": data["rows"], "base": scores["base"], "adapter": scores["new"]}
+    held_out: dict[str, Any] = {"rows": data["rows"], "base": scores["base"], "adapter": scores["new"]}
     if data["serving"]:
-        held |= {"serving": scores["serving"], "served": data["serving"]}
-    card = replace(there.card, metrics=there.card.metrics | {"held_out": held})
+        held_out |= {"serving": scores["serving"], "served": data["serving"]}
+    card = replace(there.card, metrics=there.card.metrics | {"held_out": held_out})
     if is_ours(folder / README_FILE):
         adapter = replace(load_folder(folder).adapter, card=card)
         atomic_write(folder / README_FILE, [readme_bytes(adapter, digest=there.digest, name=folder.name)])

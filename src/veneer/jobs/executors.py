@@ -47,10 +47,10 @@ class Executor(Protocol):
     def start(self, lease: JobLease, environment: Mapping[str, str]) -> str:
         """Start a process for this lease and return its place. Raises ResourceError."""
 
-    def look(self, place: str) -> ExitStatus | None:
+    def poll(self, handle: str) -> ExitStatus | None:
         """Return None while the process runs or is starting, else how it ended."""
 
-    def stop(self, place: str, *, hard: bool = False) -> None:
+    def stop(self, handle: str, *, hard: bool = False) -> None:
         """Ask the process to save and exit, like SIGTERM, without waiting.
 
         `hard`: kill the process, like SIGKILL."""
@@ -64,7 +64,7 @@ def write_handover(
     The file holds the lease's token and the environment variables, which can contain passwords, so that
     neither appears in the command or in a cluster's dashboard. The file is in the job's folder and readable
     by this user only; the process reads the file once and removes it. `validation`: for a process that only
-    validates its job, the `device` to plan for and its `room` in bytes. Raises ResourceError and
+    validates its job, the `device` to plan for and `room`, its memory limit in bytes. Raises ResourceError and
     AdapterError."""
     job = lease.job
     path = job.make_folder() / f"{_HANDOVER}-{job.attempt}.json"
@@ -134,13 +134,15 @@ class LocalExecutor(Executor):
         with open(job.log, "ab") as log:
             return self._process(f"{job.id}-{job.attempt}", lease, log, environment, memory_of(job))
 
-    def start_validation(self, lease: JobLease, environment: Mapping[str, str], device: Device, room: int) -> str:
+    def start_validation(self, lease: JobLease, environment: Mapping[str, str], device: Device, max_memory: int) -> str:
         """Start a process that validates a new job for `device`.
 
-        The process is killed if it uses more than `room` bytes. It writes its log to this process's output,
+        The process is killed if it uses more than `max_memory` bytes. It writes its log to this process's output,
         so that a refused job leaves no folder."""
-        validation = {"device": asdict(device), "room": room}
-        return self._process(f"{lease.job.id}-validation", lease, None, environment, room, _VALIDATION_NICE, validation)
+        validation = {"device": asdict(device), "room": max_memory}
+        return self._process(
+            f"{lease.job.id}-validation", lease, None, environment, max_memory, _VALIDATION_NICE, validation
+        )
 
     def _process(
         self,
@@ -148,7 +150,7 @@ class LocalExecutor(Executor):
         lease: JobLease,
         log: IO[bytes] | None,
         environment: Mapping[str, str],
-        room: int,
+        max_memory: int,
         nice: int = 0,
         validation: Mapping[str, Any] | None = None,
     ) -> str:
@@ -158,38 +160,38 @@ class LocalExecutor(Executor):
         child = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=log, stderr=log and subprocess.STDOUT, start_new_session=True
         )
-        place = f"{name}, process {child.pid}"  # the system can reuse a pid
-        self._children[place] = child, room
-        return place
+        handle = f"{name}, process {child.pid}"  # the system can reuse a pid
+        self._children[handle] = child, max_memory
+        return handle
 
-    def look(self, place: str) -> ExitStatus | None:
-        if place not in self._children:
+    def poll(self, handle: str) -> ExitStatus | None:
+        if handle not in self._children:
             return ExitStatus("it is not a process of this worker")
-        child, room = self._children[place]
+        child, max_memory = self._children[handle]
         code = child.poll()
         if code is None:
-            held = _resident(child.pid)
-            if not room or held <= room:
+            resident = _resident(child.pid)
+            if not max_memory or resident <= max_memory:
                 return None
             child.kill()
             child.wait()
-            self._forget(place)
+            self._forget(handle)
             return ExitStatus(
-                f"it held {held / 1e9:.1f} GB, and {room / 1e9:.1f} GB are the most by its plan", memory=True
+                f"it held {resident / 1e9:.1f} GB, and {max_memory / 1e9:.1f} GB are the most by its plan", memory=True
             )
-        self._forget(place)
+        self._forget(handle)
         if code < 0:
             with contextlib.suppress(ValueError):
                 return ExitStatus(f"ended by {signal.Signals(-code).name}")
         return ExitStatus(f"ended with exit code {code}")
 
-    def stop(self, place: str, *, hard: bool = False) -> None:
-        if place in self._children:
-            child, _ = self._children[place]
+    def stop(self, handle: str, *, hard: bool = False) -> None:
+        if handle in self._children:
+            child, _ = self._children[handle]
             child.kill() if hard else child.terminate()
 
-    def _forget(self, place: str) -> None:
-        child, _ = self._children.pop(place)
+    def _forget(self, handle: str) -> None:
+        child, _ = self._children.pop(handle)
         if child.stdin is not None:
             child.stdin.close()
 

@@ -54,19 +54,19 @@ class KubernetesExecutor(Executor):
         self._jobs, self._pods, self._error = client.BatchV1Api(api), client.CoreV1Api(api), client.ApiException
 
     def start(self, lease: JobLease, environment: Mapping[str, str]) -> str:
-        place = f"{lease.job.id.lower()}-{lease.job.attempt}"
-        body = self._body(place, lease, environment)
+        handle = f"{lease.job.id.lower()}-{lease.job.attempt}"
+        body = self._body(handle, lease, environment)
         self._ask(self._jobs.create_namespaced_job, self.namespace, body, also=409)
-        return place
+        return handle
 
-    def _body(self, place: str, lease: JobLease, environment: Mapping[str, str]) -> dict[str, Any]:
+    def _body(self, handle: str, lease: JobLease, environment: Mapping[str, str]) -> dict[str, Any]:
         hidden = {"VENEER_LIBRARY_INDEX"} if self.secret else set()
         hidden |= {"VENEER_TENANTS"} if self.secret and "://" in environment.get("VENEER_TENANTS", "") else set()
-        given = {name: value for name, value in environment.items() if name not in hidden}
+        variables = {name: value for name, value in environment.items() if name not in hidden}
         container: dict[str, Any] = {
             "name": "train",
             "image": self.image,
-            "command": ["python", *write_handover(lease, given)],
+            "command": ["python", *write_handover(lease, variables)],
             "resources": {"limits": {}, "requests": {}},
         }
         if memory := memory_of(lease.job):
@@ -87,7 +87,7 @@ class KubernetesExecutor(Executor):
         return {
             "apiVersion": "batch/v1",
             "kind": "Job",
-            "metadata": {"name": place, "labels": labels},
+            "metadata": {"name": handle, "labels": labels},
             # no retries by Kubernetes: the queue decides about retries
             "spec": {
                 "backoffLimit": 0,
@@ -96,14 +96,14 @@ class KubernetesExecutor(Executor):
             },
         }
 
-    def look(self, place: str) -> ExitStatus | None:
-        found = self._ask(self._jobs.read_namespaced_job_status, place, self.namespace, also=404)
+    def poll(self, handle: str) -> ExitStatus | None:
+        found = self._ask(self._jobs.read_namespaced_job_status, handle, self.namespace, also=404)
         if found is None:
             return ExitStatus("Kubernetes does not know it (any more)")
         if not (found.status.succeeded or found.status.failed):
             return None
         why = "; ".join(f"{c.reason}: {c.message}" for c in found.status.conditions or () if c.reason)
-        pods = self._ask(self._pods.list_namespaced_pod, self.namespace, label_selector=f"job-name={place}", also=404)
+        pods = self._ask(self._pods.list_namespaced_pod, self.namespace, label_selector=f"job-name={handle}", also=404)
         reasons = [
             each.state.terminated.reason
             for pod in (pods.items if pods is not None else ())
@@ -114,11 +114,11 @@ class KubernetesExecutor(Executor):
             return ExitStatus("Kubernetes ended it: it took more memory than its plan says", memory=True)
         return ExitStatus(f"Kubernetes says {'; '.join(filter(None, [*reasons, why])) or 'it is over'}")
 
-    def stop(self, place: str, *, hard: bool = False) -> None:
+    def stop(self, handle: str, *, hard: bool = False) -> None:
         """Delete the Job in the foreground: the Job exists until its pod has ended."""
         options = {"grace_period_seconds": 0} if hard else {}
         delete = self._jobs.delete_namespaced_job
-        self._ask(delete, place, self.namespace, propagation_policy="Foreground", also=404, **options)
+        self._ask(delete, handle, self.namespace, propagation_policy="Foreground", also=404, **options)
 
     def _ask(self, call: Any, *arguments: Any, also: int, **options: Any) -> Any:
         """Call the API and return its answer; None for the status `also`.

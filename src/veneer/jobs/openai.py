@@ -115,7 +115,7 @@ class Reinforced(Strict):
     hyperparameters: ReinforcementHyperparameters | None = None
     response_format: _ResponseFormat | None = None
 
-    def shown(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Return the fields that a job shows in addition to its hyperparameters."""
         return self.model_dump(mode="json", exclude={"hyperparameters"}, exclude_none=True, by_alias=True)
 
@@ -210,7 +210,7 @@ def suffix_of(text: str | None) -> str:
 
 
 def tuning_config(
-    asked: TuningBody,
+    request: TuningBody,
     *,
     base: str,
     train: Path,
@@ -229,7 +229,7 @@ def tuning_config(
     context: maximum tokens of a row
 
     Raises ConfigError."""
-    numbers = asked.numbers
+    numbers = request.numbers
     batch = numbers.batch_size if numbers.batch_size != "auto" else min(16, max(1, rows // 25))
     steps = math.ceil(rows / batch)
     epochs = numbers.n_epochs if numbers.n_epochs != "auto" else min(10, max(3, math.ceil(100 / max(1, steps))))
@@ -251,8 +251,8 @@ def tuning_config(
     if isinstance(numbers, DpoHyperparameters):
         config["data"]["format"] = "openai-preference"
         config["preference"] = {"loss": "dpo", "beta": 0.1 if numbers.beta == "auto" else numbers.beta}
-    if asked.reinforced is not None:
-        _reinforce(config, asked.reinforced)
+    if request.reinforced is not None:
+        _reinforce(config, request.reinforced)
     if settings is not None:
         config["data"] |= {"format": settings.format, "columns": settings.columns}
         if settings.rank is not None:
@@ -266,12 +266,12 @@ def tuning_config(
     return config
 
 
-def _reinforce(config: dict[str, Any], asked: Reinforced) -> None:
+def _reinforce(config: dict[str, Any], request: Reinforced) -> None:
     """Add the reinforcement method to a configuration.
 
     Raises ConfigError for unsupported hyperparameters."""
     where = "method.reinforcement.hyperparameters"
-    numbers = asked.hyperparameters or ReinforcementHyperparameters()
+    numbers = request.hyperparameters or ReinforcementHyperparameters()
     if numbers.reasoning_effort != "default":
         what = f"the base reasons as it does, and knows no effort {numbers.reasoning_effort!r}"
         raise ConfigError(what, where=f"{where}.reasoning_effort", fix="leave it out")
@@ -279,10 +279,10 @@ def _reinforce(config: dict[str, Any], asked: Reinforced) -> None:
         what = "held-out prompts are answered once, with the likeliest tokens"
         raise ConfigError(what, where=f"{where}.eval_samples", fix="leave it out")
     times = 1.0 if numbers.compute_multiplier == "auto" else numbers.compute_multiplier
-    rewards = [{"kind": "grader", "grader": asked.grader, "sandbox": True}]
+    rewards = [{"kind": "grader", "grader": request.grader, "sandbox": True}]
     config["reinforcement"] = {"loss": "grpo", "rewards": rewards, "group": max(2, round(_GROUP * times))}
-    if asked.response_format is not None:
-        config["reinforcement"]["grammar"] = {"json_schema": asked.response_format.json_schema.form}
+    if request.response_format is not None:
+        config["reinforcement"]["grammar"] = {"json_schema": request.response_format.json_schema.form}
     if numbers.eval_interval != "auto" and "validation" in config["data"]:
         config["evaluation"]["every"] = numbers.eval_interval
 
@@ -294,39 +294,39 @@ _STATUS = {"validating": "validating_files"}
 
 def job_to_openai(job: Job, organisation: str, results: Sequence[str] = ()) -> dict[str, Any]:
     """Return a job in OpenAI's format. `results`: ids of the job's result files."""
-    asked, config = job.about["openai"], job.config
-    shown = dict(asked["hyperparameters"])
+    request, config = job.about["openai"], job.config
+    numbers = dict(request["hyperparameters"])
     if job.plan is not None:  # resolved `auto` values
         found = {"batch_size": config["batching"]["rows"], "n_epochs": config["schedule"]["epochs"], "beta": 0.1}
         found |= {"learning_rate_multiplier": 1.0, "compute_multiplier": 1.0, "eval_samples": 1}
         found |= {"eval_interval": max(1, job.steps // config["schedule"]["epochs"])}
-        shown = {key: found[key] if value == "auto" else value for key, value in shown.items()}
-    kind = asked["kind"]
+        numbers = {key: found[key] if value == "auto" else value for key, value in numbers.items()}
+    kind = request["kind"]
     return {
         "object": "fine_tuning.job",
         "id": job.id,
         "created_at": int(job.created),
-        "model": asked["model"],
-        "fine_tuned_model": asked["tuned"] if job.state == "succeeded" else None,
+        "model": request["model"],
+        "fine_tuned_model": request["tuned"] if job.state == "succeeded" else None,
         "finished_at": None if job.ended is None else int(job.ended),
         "status": _STATUS.get(job.state, job.state),
         "error": error_to_openai(job),
         "organization_id": organisation,
-        "training_file": asked["training_file"],
-        "validation_file": asked["validation_file"],
+        "training_file": request["training_file"],
+        "validation_file": request["validation_file"],
         "result_files": list(results),
-        "hyperparameters": {key: value for key, value in shown.items() if key in Hyperparameters.model_fields},
-        "method": {"type": kind, kind: {"hyperparameters": shown, **asked.get("reinforcement", {})}},
+        "hyperparameters": {key: value for key, value in numbers.items() if key in Hyperparameters.model_fields},
+        "method": {"type": kind, kind: {"hyperparameters": numbers, **request.get("reinforcement", {})}},
         "seed": config["seed"],
         "trained_tokens": job.tokens if job.state in ENDS else None,
-        "estimated_finish": _finish(job),
+        "estimated_finish": _estimated_finish(job),
         "integrations": [],
-        "metadata": asked["metadata"],
-        "user_provided_suffix": asked["suffix"],
-    } | ({"after": asked["after"]} if asked.get("after") else {})
+        "metadata": request["metadata"],
+        "user_provided_suffix": request["suffix"],
+    } | ({"after": request["after"]} if request.get("after") else {})
 
 
-def _finish(job: Job) -> int | None:
+def _estimated_finish(job: Job) -> int | None:
     if job.state != "running" or not job.step:
         return None
     return int(time.time() + (job.steps - job.step) * job.seconds / job.step)
@@ -346,8 +346,8 @@ def error_to_openai(job: Job) -> dict[str, Any] | None:
     param = next((param for path, param in _paths(job).items() if path in text), None)
     param = param or ("training_file" if kind in ("data", "preflight") else None)
     code = _CODES.get(kind, kind) if param is None else f"invalid_{param.rpartition('.')[2]}"
-    told = [error[key] for key in ("where", "message") if key in error and not _SETTING.fullmatch(error[key])]
-    message = _in_one_line(": ".join(told))
+    parts = [error[key] for key in ("where", "message") if key in error and not _SETTING.fullmatch(error[key])]
+    message = _in_one_line(": ".join(parts))
     if "fix" in error and not _SETTING.search(error["fix"]):
         message += f" ({_in_one_line(error['fix'])})"
     return {"code": code, "message": _plain_text(job, message), "param": param}
@@ -404,8 +404,8 @@ _CHECKS = ("format", "learned", "long rows")
 def _paths(job: Job) -> dict[str, str]:
     """Return file path -> request parameter, for the files that a job reads."""
     data = job.config["data"]
-    held = (job.about.get("after") or {}).get("evaluate") or {}
-    found = dict.fromkeys(held.get("data") or [], "after.evaluate.data")
+    evaluation = (job.about.get("after") or {}).get("evaluate") or {}
+    found = dict.fromkeys(evaluation.get("data") or [], "after.evaluate.data")
     keys = {"validation": "validation_file", "train": "training_file", "pictures": "training_file"}
     for key, param in keys.items():
         files = data.get(key) or ()

@@ -109,8 +109,8 @@ class AfterJob(_Section):
 
     def on(self, data: list[str]) -> AfterJob:
         """Return a copy that is evaluated on these files."""
-        held = (self.evaluate or HeldOut()).model_copy(update={"data": data})
-        return self.model_copy(update={"evaluate": held})
+        held_out = (self.evaluate or HeldOut()).model_copy(update={"data": data})
+        return self.model_copy(update={"evaluate": held_out})
 
 
 _MODELS: Mapping[str, type[_Section]] = {
@@ -231,10 +231,10 @@ def serving_version(route: Route | None, name: str) -> str | None:
     return target
 
 
-def held_out_rows(held: HeldOut, config: TrainConfig) -> list[Row]:
+def held_out_rows(held_out: HeldOut, config: TrainConfig) -> list[Row]:
     """Return the held-out rows of a job. Raises DataError; ConfigError without rows."""
-    if held.data is not None:
-        rows, _ = read_rows(held.data, limit=held.limit)
+    if held_out.data is not None:
+        rows, _ = read_rows(held_out.data, limit=held_out.limit)
         return rows
     loss = config.preference.loss
     formats = None if loss is None else preference_formats(loss)
@@ -247,4 +247,4 @@ def held_out_rows(held: HeldOut, config: TrainConfig) -> list[Row]:
     if not rows:
         fix = "evaluate: {data: held-out.jsonl}, or data.validation, or data.split"
         raise ConfigError("no rows are held out", where="after.evaluate", fix=fix)
-    return rows[: held.limit]
+    return rows[: held_out.limit]

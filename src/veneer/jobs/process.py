@@ -57,13 +57,13 @@ _AGAIN = 2.0
 """Seconds before a retry when the database is unavailable."""
 
 
-def _validate_job(library: Library, job: str, token: str, device: Device, room: int) -> int:
+def _validate_job(library: Library, job: str, token: str, device: Device, max_memory: int) -> int:
     """Validate one job in this process; return 0, or 75 to validate the job again."""
     store = JobStore(library)
     try:
         lease = store.get_lease(job, token)
         with tenants_at(os.environ.get("VENEER_TENANTS")) as tenants:
-            validate_job(store, lease, TrainingAccount(store, tenants), device, room=room)
+            validate_job(store, lease, TrainingAccount(store, tenants), device, max_memory=max_memory)
         return 0
     except LeaseLost as error:
         print(error, file=sys.stderr)
@@ -93,7 +93,7 @@ def run_job(library: Library, job: str, token: str) -> int:
         return 75
     except BaseException as error:
         print(error, file=sys.stderr, flush=True)
-        return _stopped(reporter, error)
+        return _settle(reporter, error)
 
 
 def _publish(store: JobStore, lease: JobLease, result: Mapping[str, Any], base: TextBase | None) -> str:
@@ -118,7 +118,7 @@ def _publish(store: JobStore, lease: JobLease, result: Mapping[str, Any], base: 
     return reference
 
 
-def _stopped(reporter: _JobReporter, error: BaseException) -> int:
+def _settle(reporter: _JobReporter, error: BaseException) -> int:
     """Settle a job whose run raised `error`; return the exit code of `run_job`."""
     store, lease = reporter.store, reporter.lease
     with contextlib.suppress(LeaseLost):
@@ -200,10 +200,10 @@ class _JobReporter:
         self.newest: dict[str, Any] = {}
         self.step, self.steps, self.tokens = 0, lease.job.steps, 0
         self.last, self.lost = 0.0, False
-        heard: dict[str, set[int]] = {"validation": set(), "sample": set(), "checkpoint": set()}
-        for event in store.events_of(None, lease.job.id, *heard):
-            heard[event.kind].add(event.data["step"])
-        self.scored, self.sampled, self.published = heard["validation"], heard["sample"], heard["checkpoint"]
+        reported: dict[str, set[int]] = {"validation": set(), "sample": set(), "checkpoint": set()}
+        for event in store.events_of(None, lease.job.id, *reported):
+            reported[event.kind].add(event.data["step"])
+        self.scored, self.sampled, self.published = reported["validation"], reported["sample"], reported["checkpoint"]
 
     def catch_up(self, folder: Path) -> None:
         """Report the events up to the last checkpoint in `folder` that a kill kept back.
@@ -214,14 +214,14 @@ class _JobReporter:
             return
         for record in read_log(folder / "log.jsonl"):
             if int(record.get("step", 0)) <= progress["step"]:
-                self._hear(record)
+                self._add_record(record)
         self.checkpoints.append(JobCheckpoint(progress["step"], dict(self.newest)))
         self._publish(folder)
         self.step, self.tokens = progress["step"], progress["tokens"]
         self.flush()
 
     def __call__(self, event: Event) -> None:
-        self._hear(to_record(event))
+        self._add_record(to_record(event))
         if isinstance(event, Checked):
             self.events.append(JobEvent("info", "preflight", event.text, event.data))
         elif isinstance(event, Note):
@@ -232,7 +232,7 @@ class _JobReporter:
         if isinstance(event, Saved) or time.monotonic() - self.last > _EVERY:
             self.flush()
 
-    def _hear(self, record: Mapping[str, Any]) -> None:
+    def _add_record(self, record: Mapping[str, Any]) -> None:
         """Collect the events and progress of one record of the run's log."""
         kind, step = record.get("event"), int(record.get("step", 0))
         if kind == "stepped":

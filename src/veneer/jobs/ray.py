@@ -41,13 +41,13 @@ class RayExecutor(Executor):
 
     def start(self, lease: JobLease, environment: Mapping[str, str]) -> str:
         job = lease.job
-        place, command = f"{job.id}-{job.attempt}", write_handover(lease, environment)
+        handle, command = f"{job.id}-{job.attempt}", write_handover(lease, environment)
         # Ray sends SIGTERM and, after this many seconds, SIGKILL
         variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(round(self.grace))}
         try:
             self._dashboard.submit_job(
                 entrypoint=shlex.join([self.python, *command]),
-                submission_id=place,
+                submission_id=handle,
                 runtime_env={"env_vars": variables},
                 metadata={"tenant": job.tenant, "adapter": job.name},
                 entrypoint_num_cpus=self.cpus,
@@ -57,11 +57,11 @@ class RayExecutor(Executor):
         except (RuntimeError, OSError) as error:
             if "already exists" not in str(error):
                 raise self._away(error) from error
-        return place
+        return handle
 
-    def look(self, place: str) -> ExitStatus | None:
+    def poll(self, handle: str) -> ExitStatus | None:
         try:
-            found = self._dashboard.get_job_info(place)
+            found = self._dashboard.get_job_info(handle)
         except (RuntimeError, OSError) as error:
             if "does not exist" in str(error):
                 return ExitStatus("Ray does not know it (any more)")
@@ -72,10 +72,10 @@ class RayExecutor(Executor):
         why = " ".join(str(found.message or "").split())[:500]
         return ExitStatus(f"Ray says {state.lower()}: {why}", memory="OutOfMemory" in why)
 
-    def stop(self, place: str, *, hard: bool = False) -> None:
+    def stop(self, handle: str, *, hard: bool = False) -> None:
         """Stop the job. Ray always sends SIGTERM first, also with `hard`."""
         try:
-            self._dashboard.stop_job(place)
+            self._dashboard.stop_job(handle)
         except (RuntimeError, OSError) as error:
             if "does not exist" not in str(error):
                 raise self._away(error) from error

@@ -85,10 +85,10 @@ UNFINISHED = frozenset(TRANSITIONS) - ENDS
 _BILLED = frozenset({"succeeded", "cancelled"})
 """End states in which the trained tokens are billed."""
 
-_WAITING = 1000
+_MAX_UNFINISHED = 1000
 """Maximum number of a tenant's unfinished jobs."""
 _MONTH = 30 * 86400.0
-_FAULTS = 3
+_MAX_FAULTS = 3
 """Consecutive lost workers or processes without a new checkpoint that fail a job."""
 
 
@@ -247,12 +247,12 @@ def cost_of(tokens: int, price: int) -> int:
     return (tokens * price + 500_000) // 1_000_000
 
 
-_WORDS = {"config", "about", "plan", "error", "result"}
+_JSON_COLUMNS = {"config", "about", "plan", "error", "result"}
 
 
 def _job(row: Any) -> Job:
     values = {name: row._mapping[name] for name in Job.__dataclass_fields__}
-    return Job(**values | {name: json.loads(values[name]) for name in _WORDS if values[name] is not None})
+    return Job(**values | {name: json.loads(values[name]) for name in _JSON_COLUMNS if values[name] is not None})
 
 
 def _json(value: Any) -> str | None:
@@ -292,11 +292,11 @@ class JobStore:
             )
         check_name(full)
         given = {key: value for key, value in config.items() if key != "output"}
-        with self._writing() as (c, now):
+        with self._transaction() as (c, now):
             unfinished = job_table.c.tenant == tenant, job_table.c.state.not_in(ENDS)
-            if (c.scalar(select(func.count()).select_from(job_table).where(*unfinished)) or 0) >= _WAITING:
+            if (c.scalar(select(func.count()).select_from(job_table).where(*unfinished)) or 0) >= _MAX_UNFINISHED:
                 raise ConfigError(
-                    f"{_WAITING:,} jobs of {tenant or 'this machine'} have not ended",
+                    f"{_MAX_UNFINISHED:,} jobs of {tenant or 'this machine'} have not ended",
                     where="jobs",
                     fix="wait for some of them, or cancel those that nobody needs",
                 )
@@ -316,7 +316,7 @@ class JobStore:
             }
             c.execute(insert(job_table), made)
             job = self._row(c, tenant, str(made["id"]))
-            _tell(c, job, now, JobEvent("info", "state", f"created {job.id}", {"state": "validating"}))
+            _insert_event(c, job, now, JobEvent("info", "state", f"created {job.id}", {"state": "validating"}))
         return job
 
     def get(self, tenant: str | None, job: str) -> Job:
@@ -331,12 +331,12 @@ class JobStore:
 
         `after`: id of the last job of the previous page. Raises UnknownJob for an unknown `after`,
         ConfigError for an unknown state."""
-        query = _of(tenant).order_by(job_table.c.number.desc()).limit(limit + 1)
-        wanted = [*states]
-        for state in wanted:
+        query = _select_jobs(tenant).order_by(job_table.c.number.desc()).limit(limit + 1)
+        selected = [*states]
+        for state in selected:
             one_of(state, get_args(_JobState), "a state of jobs", "states")
-        if wanted:
-            query = query.where(job_table.c.state.in_(wanted))
+        if selected:
+            query = query.where(job_table.c.state.in_(selected))
         with reading(self.engine) as c:
             if after is not None:
                 query = query.where(job_table.c.number < self._row(c, tenant, after).number)
@@ -404,7 +404,7 @@ class JobStore:
         Check and reservation are one transaction, so that jobs and clients see each other's costs. `posted`:
         cost of Tinker training already in the ledger. All amounts are in millionths. Raises OverBudget."""
         r = job_reservation_table.c
-        with self._writing() as (c, now):
+        with self._transaction() as (c, now):
             jobs, spent = _committed(c, tenant, now), max(posted, _reserved(c, tenant, now))
             if jobs + spent + cost > budget:
                 left = money(max(0, budget - jobs - spent))
@@ -417,7 +417,7 @@ class JobStore:
     def release_budget(self, tenant: str, cost: int) -> None:
         """Release part of this month's reservation."""
         r = job_reservation_table.c
-        with self._writing() as (c, now):
+        with self._transaction() as (c, now):
             left = max(0, _reserved(c, tenant, now) - cost)
             c.execute(update(job_reservation_table).where(r.tenant == tenant).values(spent=left))
 
@@ -433,7 +433,7 @@ class JobStore:
     def ended_before(self, seconds: float, *states: str) -> list[str]:
         """Return ids of jobs that ended in `states` more than `seconds` ago."""
         with reading(self.engine) as c:
-            return [*c.scalars(select(job_table.c.id).where(*self._over(c, seconds, states)))]
+            return [*c.scalars(select(job_table.c.id).where(*self._ended_before(c, seconds, states)))]
 
     def delete_old_metrics(self, seconds: float) -> int:
         """Delete old metrics events, and return how many.
@@ -442,11 +442,11 @@ class JobStore:
         The minimum is 30 days, which the database enforces. The job, its other events, checkpoints and bill
         stay."""
         e = job_event_table.c
-        with self._writing() as (c, _):
-            jobs = select(job_table.c.id).where(*self._over(c, max(seconds, _MONTH), ENDS))
+        with self._transaction() as (c, _):
+            jobs = select(job_table.c.id).where(*self._ended_before(c, max(seconds, _MONTH), ENDS))
             return c.execute(delete(job_event_table).where(e.kind == "metrics", e.job.in_(jobs))).rowcount
 
-    def _over(self, c: Connection, seconds: float, states: Iterable[str]) -> tuple[ColumnElement[bool], ...]:
+    def _ended_before(self, c: Connection, seconds: float, states: Iterable[str]) -> tuple[ColumnElement[bool], ...]:
         return job_table.c.state.in_([*states]), job_table.c.ended < self._now(c) - seconds
 
     def spent(self, tenant: str, since: str = "") -> int:
@@ -458,33 +458,35 @@ class JobStore:
 
     def pause(self, tenant: str | None, job: str) -> Job:
         """Pause a queued or running job. Raises UnknownJob, WrongState."""
-        return self._ask(tenant, job, "paused")
+        return self._change_state(tenant, job, "paused")
 
     def resume(self, tenant: str | None, job: str) -> Job:
         """Queue a paused job, to resume from its last checkpoint.
 
         Raises UnknownJob, WrongState."""
-        return self._ask(tenant, job, "queued", only="paused")
+        return self._change_state(tenant, job, "queued", only="paused")
 
     def cancel(self, tenant: str | None, job: str) -> Job:
         """Cancel a job permanently and bill its trained steps.
 
         Raises UnknownJob, WrongState."""
-        return self._ask(tenant, job, "cancelled")
+        return self._change_state(tenant, job, "cancelled")
 
     def add_event(self, tenant: str | None, job: str, event: JobEvent) -> None:
         """Record an event of a manual action, in any state of the job. Raises UnknownJob."""
-        with self._writing() as (c, now):
-            _tell(c, self._row(c, tenant, job), now, event)
+        with self._transaction() as (c, now):
+            _insert_event(c, self._row(c, tenant, job), now, event)
 
-    def _ask(self, tenant: str | None, job: str, state: _JobState, only: str | None = None) -> Job:
-        with self._writing() as (c, now):
+    def _change_state(self, tenant: str | None, job: str, state: _JobState, only: str | None = None) -> Job:
+        with self._transaction() as (c, now):
             found = self._row(c, tenant, job)
             if found.state == state and state in ("paused", "cancelled"):
                 return found  # repeated request
-            _allowed(found, state, only)
-            c.execute(update(job_table).where(job_table.c.id == job).values(**_LEFT))
-            return self._move(c, found, state, now, {"paused": "paused", "queued": "resumed"}.get(state, "cancelled"))
+            _check_transition(found, state, only)
+            c.execute(update(job_table).where(job_table.c.id == job).values(**_NO_LEASE))
+            return self._set_state(
+                c, found, state, now, {"paused": "paused", "queued": "resumed"}.get(state, "cancelled")
+            )
 
     # -- for workers ---------------------------------------------------------------------------------------------------
 
@@ -505,13 +507,13 @@ class JobStore:
         only. A job that lost its worker _FAULTS times in a row fails here."""
 
         while self.waiting(state, at_once, order, only, limit=1):  # polled often, mostly without a job: takes no lock
-            with self._writing() as (c, now):
+            with self._transaction() as (c, now):
                 found = next(iter(self._waiting(c, now, state, at_once, order, only, 1)), None)
                 if found is None:
                     return None
                 lost = found.until is not None
-                if lost and found.faults + 1 >= _FAULTS:
-                    what = f"whoever worked on this job was lost {_FAULTS} times in a row before a new checkpoint"
+                if lost and found.faults + 1 >= _MAX_FAULTS:
+                    what = f"whoever worked on this job was lost {_MAX_FAULTS} times in a row before a new checkpoint"
                     fix = "look at the workers' memory, then submit it again"
                     self._end(c, found, "failed", now, error={"kind": "lost", "message": what, "fix": fix})
                     continue
@@ -524,10 +526,10 @@ class JobStore:
                 if state == "queued" and lost:
                     text = f"{found.worker} was lost: {worker} goes on from the last checkpoint"
                     data = {"public": "its worker was lost: another goes on from the last checkpoint"}
-                    _tell(c, found, now, JobEvent("warn", "note", text, data))
+                    _insert_event(c, found, now, JobEvent("warn", "note", text, data))
                 elif state == "queued":
                     public = "resumed" if found.attempt else "started"
-                    self._move(c, found, "running", now, f"{public} by {worker}", public=public)
+                    self._set_state(c, found, "running", now, f"{public} by {worker}", public=public)
                 return JobLease(self._row(c, None, found.id), values["token"])
         return None
 
@@ -581,12 +583,12 @@ class JobStore:
         with reading(self.engine) as c:
             row = c.execute(select(job_table).where(job_table.c.id == job, job_table.c.token == token)).first()
         if row is None:
-            raise _lost(job)
+            raise _lease_lost(job)
         return JobLease(_job(row), token)
 
     def renew(self, lease: JobLease, seconds: float) -> Job:
         """Extend the lease to `seconds` from now. Raises LeaseLost."""
-        with self._working(lease) as (c, now, job):
+        with self._with_lease(lease) as (c, now, job):
             c.execute(update(job_table).where(job_table.c.id == job.id).values(until=now + seconds))
         return job
 
@@ -604,22 +606,22 @@ class JobStore:
         `trained`: (step, steps, total tokens up to the step). `trained` and metrics events up to the furthest
         recorded step are ignored, and so is a checkpoint that already exists, except for a new `reference`.
         `place`: see Job. Raises LeaseLost."""
-        with self._working(lease) as (c, now, job):
+        with self._with_lease(lease) as (c, now, job):
             for event in events:
                 if event.kind != "metrics" or event.data["step"] > job.step:
-                    _tell(c, job, now, event)
+                    _insert_event(c, job, now, event)
             values: dict[str, Any] = {} if place is None else {"place": place}
             if trained is not None and trained[0] > job.step:
                 values |= dict(zip(("step", "steps", "tokens"), trained, strict=True))
             k = job_checkpoint_table.c
             for point in checkpoints:
-                there = k.job == job.id, k.step == point.step
-                if c.scalar(select(k.step).where(*there)) is None:
+                existing = k.job == job.id, k.step == point.step
+                if c.scalar(select(k.step).where(*existing)) is None:
                     row = {"job": job.id, "step": point.step, "at": now, "metrics": _json(point.metrics)}
                     c.execute(insert(job_checkpoint_table), row | {"reference": point.reference})
                     values["faults"] = 0
                 elif point.reference is not None:
-                    c.execute(update(job_checkpoint_table).where(*there).values(reference=point.reference))
+                    c.execute(update(job_checkpoint_table).where(*existing).values(reference=point.reference))
             if values:
                 c.execute(update(job_table).where(job_table.c.id == job.id).values(**values))
 
@@ -633,7 +635,7 @@ class JobStore:
 
         Raises OverBudget if this job, the tenant's unfinished jobs and this month's spending exceed the
         budget. Raises LeaseLost."""
-        with self._working(lease) as (c, now, job):
+        with self._with_lease(lease) as (c, now, job):
             planned = cost_of(int(plan["tokens"]), price)
             spent = max(spent, _reserved(c, job.tenant, now))
             if budget is not None and planned + (taken := spent + _committed(c, job.tenant, now)) > budget:
@@ -644,34 +646,38 @@ class JobStore:
                     fix="fewer rows or epochs, a larger budget, or next month",
                 )
             values = {"plan": _json(dict(plan)), "price": price, "planned": planned, "steps": int(plan["steps"])}
-            c.execute(update(job_table).where(job_table.c.id == job.id).values(**values, queued=now, faults=0, **_LEFT))
+            c.execute(
+                update(job_table).where(job_table.c.id == job.id).values(**values, queued=now, faults=0, **_NO_LEASE)
+            )
             cost = f", {money(planned)}" if planned else ""
             what = f"validated: {counted(int(plan['steps']), 'step')}, {int(plan['tokens']):,} tokens{cost}"
-            return self._move(c, job, "queued", now, what)
+            return self._set_state(c, job, "queued", now, what)
 
     def release(self, lease: JobLease, why: str, detail: str = "") -> Job:
         """Return a job to the queue, to resume from its last checkpoint.
 
         A job in validation will be validated again. `detail`: details of the reason, for the operator only.
         Raises LeaseLost."""
-        with self._working(lease) as (c, now, job):
-            c.execute(update(job_table).where(job_table.c.id == job.id).values(**_LEFT))
+        with self._with_lease(lease) as (c, now, job):
+            c.execute(update(job_table).where(job_table.c.id == job.id).values(**_NO_LEASE))
             if job.state == "validating":
                 return self._row(c, None, job.id)
             text = f"{why}: {detail}" if detail else why
-            return self._move(c, job, "queued", now, text, public=why if detail else "")
+            return self._set_state(c, job, "queued", now, text, public=why if detail else "")
 
     def died(self, lease: JobLease, why: str, *, fix: str = "") -> Job:
         """Return a job to the queue after its process died unexpectedly.
 
         The job fails the third time in a row without a new checkpoint. Raises LeaseLost."""
-        with self._working(lease) as (c, now, job):
-            if job.faults + 1 >= _FAULTS:
-                what = f"its process died {_FAULTS} times in a row before a new checkpoint: {why}"
+        with self._with_lease(lease) as (c, now, job):
+            if job.faults + 1 >= _MAX_FAULTS:
+                what = f"its process died {_MAX_FAULTS} times in a row before a new checkpoint: {why}"
                 return self._end(c, job, "failed", now, error={"kind": "died", "message": what, "fix": fix})
-            c.execute(update(job_table).where(job_table.c.id == job.id).values(faults=job.faults + 1, **_LEFT))
-            _tell(c, job, now, JobEvent("warn", "note", f"its process died: {why}", {"public": "its process died"}))
-            return self._move(c, job, "queued", now, "waits to go on from its last checkpoint")
+            c.execute(update(job_table).where(job_table.c.id == job.id).values(faults=job.faults + 1, **_NO_LEASE))
+            _insert_event(
+                c, job, now, JobEvent("warn", "note", f"its process died: {why}", {"public": "its process died"})
+            )
+            return self._set_state(c, job, "queued", now, "waits to go on from its last checkpoint")
 
     def finish(
         self, lease: JobLease, *, result: Mapping[str, Any] | None = None, error: Mapping[str, Any] | None = None
@@ -679,13 +685,13 @@ class JobStore:
         """End a job as succeeded with `result`, or as failed with `error`; see Job.
 
         Raises LeaseLost."""
-        with self._working(lease) as (c, now, job):
+        with self._with_lease(lease) as (c, now, job):
             return self._end(c, job, "succeeded" if error is None else "failed", now, result=result, error=error)
 
     # -- transactions --------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[tuple[Connection, float]]:
+    def _transaction(self) -> Iterator[tuple[Connection, float]]:
         """Open a serialized write transaction; yield the connection and the time."""
         with write_transaction(self.engine, JOB_SCHEMA.lock) as c:
             yield c, self._now(c)
@@ -694,34 +700,36 @@ class JobStore:
         return float(c.scalar(select(database_clock(self.engine))) or time.time())
 
     @contextlib.contextmanager
-    def _working(self, lease: JobLease) -> Iterator[tuple[Connection, float, Job]]:
+    def _with_lease(self, lease: JobLease) -> Iterator[tuple[Connection, float, Job]]:
         """Open a write transaction under a lease, and add the machine time since the last.
 
         Raises LeaseLost."""
         mine = job_table.c.id == lease.job.id, job_table.c.token == lease.token
-        with self._writing() as (c, now):
+        with self._transaction() as (c, now):
             since = case((job_table.c.renewed < now, now - job_table.c.renewed), else_=0.0)  # a clock can be set back
             passed = since if lease.job.state == "running" else 0.0
             done = c.execute(update(job_table).where(*mine).values(seconds=job_table.c.seconds + passed, renewed=now))
             if done.rowcount != 1:
-                raise _lost(lease.job.id)
+                raise _lease_lost(lease.job.id)
             yield c, now, self._row(c, None, lease.job.id)
 
     def _row(self, c: Connection, tenant: str | None, job: str) -> Job:
-        row = c.execute(_of(tenant).where(job_table.c.id == job)).first() if _ID.fullmatch(job) else None
+        row = c.execute(_select_jobs(tenant).where(job_table.c.id == job)).first() if _ID.fullmatch(job) else None
         if row is None:
             raise UnknownJob(f"there is no job {quoted(job, 40)}", where="job", fix="see `veneer jobs list`")
         return _job(row)
 
-    def _move(
+    def _set_state(
         self, c: Connection, job: Job, state: _JobState, now: float, text: str, level: str = "info", public: str = ""
     ) -> Job:
         """Change a job's state. No other code does. `public`: the tenant's text."""
-        _allowed(job, state)
+        _check_transition(job, state)
         c.execute(update(job_table).where(job_table.c.id == job.id).values(state=state))
-        _tell(c, job, now, JobEvent(level, "state", text, {"state": state} | ({"public": public} if public else {})))
+        _insert_event(
+            c, job, now, JobEvent(level, "state", text, {"state": state} | ({"public": public} if public else {}))
+        )
         if state in ENDS:
-            c.execute(update(job_table).where(job_table.c.id == job.id).values(ended=now, **_LEFT))
+            c.execute(update(job_table).where(job_table.c.id == job.id).values(ended=now, **_NO_LEASE))
             ended = self._row(c, None, job.id)
             cost = cost_of(ended.tokens, ended.price) if state in _BILLED else 0
             own = {name: getattr(ended, name) for name in ("tenant", "name", "seconds", "tokens", "price")}
@@ -741,17 +749,17 @@ class JobStore:
     ) -> Job:
         c.execute(update(job_table).where(job_table.c.id == job.id).values(result=_json(result), error=_json(error)))
         text = str((error or {}).get("message") or (result or {}).get("reference") or "done")
-        return self._move(c, job, state, now, f"{state}: {text}", "info" if error is None else "error")
+        return self._set_state(c, job, state, now, f"{state}: {text}", "info" if error is None else "error")
 
 
-_LEFT: dict[str, Any] = {"token": None, "worker": None, "until": None, "renewed": None}
+_NO_LEASE: dict[str, Any] = {"token": None, "worker": None, "until": None, "renewed": None}
 
 
-def _of(tenant: str | None) -> Select[Any]:
+def _select_jobs(tenant: str | None) -> Select[Any]:
     return select(job_table) if tenant is None else select(job_table).where(job_table.c.tenant == tenant)
 
 
-def _allowed(job: Job, state: _JobState, only: str | None = None) -> None:
+def _check_transition(job: Job, state: _JobState, only: str | None = None) -> None:
     """Check a transition. Raises WrongState."""
     if state in TRANSITIONS[job.state] and only in (None, job.state):
         return
@@ -764,7 +772,7 @@ def _allowed(job: Job, state: _JobState, only: str | None = None) -> None:
     )
 
 
-def _tell(c: Connection, job: Job, now: float, event: JobEvent) -> None:
+def _insert_event(c: Connection, job: Job, now: float, event: JobEvent) -> None:
     number = (c.scalar(select(func.max(job_event_table.c.number)).where(job_event_table.c.job == job.id)) or 0) + 1
     text = shown(event.message, lines=True)  # PostgreSQL stores no NUL
     values = replace(event, number=number, at=now, message=text).__dict__ | {"job": job.id, "data": _json(event.data)}
@@ -787,7 +795,7 @@ def _reserved(c: Connection, tenant: str, now: float) -> int:
     return int(c.scalar(select(r.spent).where(r.tenant == tenant, r.month == _day(now)[:7])) or 0)
 
 
-def _lost(job: str) -> LeaseLost:
+def _lease_lost(job: str) -> LeaseLost:
     return LeaseLost(f"job {job} is no longer this worker's: it was paused, cancelled, or taken over")
 
 

@@ -79,11 +79,11 @@ def validate_job(
     account: TrainingAccount,
     device: Device,
     *,
-    room: int | None = None,
+    max_memory: int | None = None,
 ) -> Job:
     """Validate a job and queue it, or end it as failed; return the job.
 
-    `room`: bytes of memory that this process can use; default: all free memory. Raises LeaseLost, and
+    `max_memory`: bytes of memory that this process can use; default: all free memory. Raises LeaseLost, and
     transient errors that the job did not cause (a disk or database outage); the job then stays in
     validation."""
     terms = account.terms(lease.job.tenant)
@@ -95,7 +95,7 @@ def validate_job(
                 where="tenant",
                 fix="see veneer tenant list, and veneer tenant show",
             )
-        plan = _plan_of_job(lease.job, device, room)
+        plan = _plan_of_job(lease.job, device, max_memory)
         spent = 0 if terms.budget is None else account.spent(lease.job.tenant)
         return store.queue(lease, plan, price=terms.price, budget=terms.budget, spent=spent)
     except LeaseLost:
@@ -163,7 +163,7 @@ def error_json(error: BaseException) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value}
 
 
-def _plan_of_job(job: Job, device: Device, room: int | None) -> dict[str, Any]:
+def _plan_of_job(job: Job, device: Device, max_memory: int | None) -> dict[str, Any]:
     """Return the job's plan by its actual rows: `Plan.to_dict`, `rows` and `counted`.
 
     Raises ConfigError, DataError, BaseError, PreflightError."""
@@ -173,18 +173,18 @@ def _plan_of_job(job: Job, device: Device, room: int | None) -> dict[str, Any]:
     config = job_config(job, job.folder)
     exact: Mapping[str, Any] = {}
     after, base = after_section(job), None
-    held = None if after is None else after.evaluate
+    held_out = None if after is None else after.evaluate
     if isinstance(config, TrainConfig):
-        _check_size(config, held, room)
+        _check_size(config, held_out, max_memory)
         base = text_without_weights(config.base.name)
         exact = _rows_of(config, base)
-        if held is not None:
-            held_out_rows(held, config)
+        if held_out is not None:
+            held_out_rows(held_out, config)
     plan = plan_of_config(config, device, **exact)
     if not plan.fits:
         _refuse(plan)
     own: dict[str, Any] = {"rows": exact.get("rows", plan.job.rows), "counted": exact}
-    if held is not None and held.answered and base is not None and plan.device.kind == "cpu":
+    if held_out is not None and held_out.answered and base is not None and plan.device.kind == "cpu":
         own["peak_bytes"] = max(plan.peak, _answering_peak(base, plan))
     return plan.to_dict() | own
 
@@ -230,16 +230,20 @@ _ROW, _BYTE = 3000, 8
 Measured: a row of 90 bytes takes 37 times as much memory."""
 
 
-def _check_size(config: TrainConfig, held: HeldOut | None, room: int | None) -> None:
-    """Check that the rows fit into `room` bytes and this machine's free memory.
+def _check_size(config: TrainConfig, held_out: HeldOut | None, max_memory: int | None) -> None:
+    """Check that the rows fit into `max_memory` bytes and this machine's free memory.
 
     Raises PreflightError."""
     import psutil
 
-    names = [*config.data.files("train"), *config.data.files("validation"), *(held.files if held is not None else ())]
+    names = [
+        *config.data.files("train"),
+        *config.data.files("validation"),
+        *(held_out.files if held_out is not None else ()),
+    ]
     files = [Path(name) for name in names if Path(name).is_file()]
     size, free = sum(path.stat().st_size for path in files), int(psutil.virtual_memory().available)
-    free = free if room is None else min(free, room)
+    free = free if max_memory is None else min(free, max_memory)
     if size * (_BYTE + _ROW) < free:  # even if every row had one byte
         return
     needed = size * _BYTE + sum(count_lines(path, 1 + free // _ROW) for path in files) * _ROW

@@ -62,8 +62,8 @@ class _Running:
 
     executor: Executor
     lease: JobLease
-    place: str
-    sure: float
+    handle: str
+    valid_until: float
     renewed: float = field(default_factory=time.monotonic)
     stopping: float | None = None
     killed: bool = False
@@ -76,12 +76,12 @@ class _Validation:
 
     large: the job's files are large
     seconds, deadline: time limit, and its end on the monotonic clock
-    room: memory limit in bytes"""
+    max_memory: memory limit in bytes"""
 
     large: bool
     seconds: float
     deadline: float
-    room: int
+    max_memory: int
 
 
 class Worker:
@@ -92,7 +92,7 @@ class Worker:
     lease: seconds that a lease lasts without renewal
     poll: seconds between polls
     grace: seconds that a process has to save its state
-    say: called with log messages"""
+    log: called with log messages"""
 
     def __init__(
         self,
@@ -106,9 +106,9 @@ class Worker:
         lease: float = 60.0,
         poll: float = 0.5,
         grace: float = 60.0,
-        say: Callable[[str], None] = lambda text: None,
+        log: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.library, self.executor, self.say = library, executor, say
+        self.library, self.executor, self.log = library, executor, log
         self.store = JobStore(library)
         self.account = TrainingAccount(self.store, tenants)
         self.environment = process_environment(library, None if tenants is None else tenants.where)
@@ -166,11 +166,11 @@ class Worker:
         begun = time.monotonic()
         self._served[lease.job.tenant] = begun
         seconds = _LONGEST if size is None else min(_LONGEST, _SHORTEST + size / _RATE)
-        room = max(1 << 30, int(psutil.virtual_memory().available) // 2)
+        max_memory = max(1 << 30, int(psutil.virtual_memory().available) // 2)
         self.device = self.device or device_of()
-        place = self._local.start_validation(lease, self.environment, self.device, room)
-        bounds = _Validation(large, seconds, begun + seconds, room)
-        self._running.append(_Running(self._local, lease, place, begun + self.lease, validation=bounds))
+        handle = self._local.start_validation(lease, self.environment, self.device, max_memory)
+        bounds = _Validation(large, seconds, begun + seconds, max_memory)
+        self._running.append(_Running(self._local, lease, handle, begun + self.lease, validation=bounds))
 
     def _validation_ended(self, lease: JobLease, bounds: _Validation, ended: ExitStatus, stopping: bool) -> None:
         """Settle the job of a validation that has ended.
@@ -179,7 +179,7 @@ class Worker:
         lease expires and the job is validated again."""
         error = {"kind": "preflight", "where": "data.train"}
         if ended.memory:
-            what = f"reading the rows takes more than the limit of {gigabytes(bounds.room)} of memory"
+            what = f"reading the rows takes more than the limit of {gigabytes(bounds.max_memory)} of memory"
             self.store.finish(lease, error={**error, "message": what, "fix": "use fewer or shorter rows"})
         elif time.monotonic() > bounds.deadline:
             what = f"reading the rows takes longer than the limit of {counted(round(bounds.seconds / 60), 'minute')}"
@@ -195,20 +195,20 @@ class Worker:
 
 
         `validate_first`: do not start training while jobs are being validated."""
-        with self._outlasting():
+        with self._tolerate_outages():
             for running in [*self._running]:
-                self._watch(running)
+                self._check_process(running)
             self._sweep()
             if self._validate_next():
                 return True
             validating = sum(running.validation is not None for running in self._running)
             if len(self._running) - validating >= self.at_once or (validate_first and validating):
                 return False
-            lease = self.store.take(self.name, self.lease, at_once=self._most)
+            lease = self.store.take(self.name, self.lease, at_once=self._max_jobs)
             self._away = False
             if lease is None:
                 return False
-            self._begin(lease)
+            self._start_training(lease)
             return True
         self._stop.wait(10 * self.poll)
         return False
@@ -223,40 +223,40 @@ class Worker:
                     shutil.rmtree(jobs_home() / job, ignore_errors=True)
             self.store.delete_old_metrics(KEEP_DAYS["succeeded"] * 86400)
 
-    def _begin(self, lease: JobLease) -> None:
-        sure, job = time.monotonic() + self.lease, lease.job
+    def _start_training(self, lease: JobLease) -> None:
+        valid_until, job = time.monotonic() + self.lease, lease.job
         if job.place:  # the process of an earlier lease can still run there
             self.executor.stop(job.place, hard=True)
         try:
-            place = self.executor.start(lease, self.environment)
+            handle = self.executor.start(lease, self.environment)
         except VeneerError as error:
             with suppress(LeaseLost):
                 self.store.release(lease, "could not be started", error.what)
             raise
-        self._running.append(_Running(self.executor, lease, place, sure))
-        self.say(f"{job.id} of {job.tenant or 'nobody'}: {place}")
+        self._running.append(_Running(self.executor, lease, handle, valid_until))
+        self.log(f"{job.id} of {job.tenant or 'no tenant'}: {handle}")
         with suppress(LeaseLost):
-            self.store.note(lease, place=place)
+            self.store.note(lease, place=handle)
 
-    def _most(self, tenant: str) -> int | None:
+    def _max_jobs(self, tenant: str) -> int | None:
         return self.account.terms(tenant).jobs
 
-    def _watch(self, running: _Running) -> None:
+    def _check_process(self, running: _Running) -> None:
         now = time.monotonic()
-        ended = running.executor.look(running.place)
+        ended = running.executor.poll(running.handle)
         if ended is not None:
             self._running.remove(running)
             with suppress(LeaseLost):  # the process ended the job or returned it to the queue
                 self._process_ended(running, ended)
             remove_handovers(running.lease.job)
-            self._let_go(running.lease)
+            self._finish_job(running.lease)
             return
         if running.validation is not None and now > running.validation.deadline:
-            running.executor.stop(running.place, hard=True)
-        self._keep(running, now)
+            running.executor.stop(running.handle, hard=True)
+        self._renew(running, now)
         if running.stopping is not None and not running.killed and now - running.stopping > self.grace:
             running.killed = True
-            running.executor.stop(running.place, hard=True)
+            running.executor.stop(running.handle, hard=True)
 
     def _process_ended(self, running: _Running, ended: ExitStatus) -> None:
         """Settle the job of a process that has ended."""
@@ -271,50 +271,50 @@ class Worker:
         else:
             self.store.died(lease, ended.why)
 
-    def _let_go(self, lease: JobLease) -> None:
+    def _finish_job(self, lease: JobLease) -> None:
         """Report a job's state after its process has ended; drop checkpoints on success."""
         now_is = self.store.get(None, lease.job.id).state
-        self.say(f"{lease.job.id}: {now_is}")
+        self.log(f"{lease.job.id}: {now_is}")
         if now_is == "succeeded":  # its adapter is in the library
             for folder in lease.job.folder.glob("attempt-*/checkpoints"):
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _keep(self, running: _Running, now: float) -> None:
+    def _renew(self, running: _Running, now: float) -> None:
         """Check that the lease is still valid, and renew it early."""
         late = now - running.renewed > self.lease / 4
-        with self._outlasting():
+        with self._tolerate_outages():
             try:
                 if late:
                     self.store.renew(running.lease, self.lease)
                 else:
                     self.store.get_lease(running.lease.job.id, running.lease.token)
             except LeaseLost:
-                self._ask_to_end(running)  # its job is reported once the process has ended
+                self._request_stop(running)  # its job is reported once the process has ended
                 return
             if late:
-                running.renewed, running.sure, self._away = now, now + self.lease, False
+                running.renewed, running.valid_until, self._away = now, now + self.lease, False
             return
-        if now > running.sure:
-            self._ask_to_end(running)
+        if now > running.valid_until:
+            self._request_stop(running)
 
-    def _ask_to_end(self, running: _Running) -> None:
+    def _request_stop(self, running: _Running) -> None:
         if running.stopping is None:
             running.stopping = time.monotonic()
-            running.executor.stop(running.place)
+            running.executor.stop(running.handle)
 
     def _end_all(self) -> None:
         """Ask all processes to save their state, and return their jobs to the queue."""
         for running in self._running:
-            self._ask_to_end(running)
+            self._request_stop(running)
         while self._running:
             for running in [*self._running]:
-                with self._outlasting():
-                    self._watch(running)
+                with self._tolerate_outages():
+                    self._check_process(running)
             if self._running:
                 time.sleep(min(self.poll, 0.1))
 
     @contextmanager
-    def _outlasting(self) -> Iterator[None]:
+    def _tolerate_outages(self) -> Iterator[None]:
         """Suppress an outage in the block, and report the first of several in a row."""
         try:
             yield
@@ -323,5 +323,5 @@ class Worker:
                 raise
             if not self._away:
                 what = error.what if isinstance(error, VeneerError) else type(error).__name__
-                self.say(f"the database, a disk or the executor is away; it is tried again: {what}")
+                self.log(f"the database, a disk or the executor is away; it is tried again: {what}")
             self._away = True

@@ -156,8 +156,8 @@ def test_an_eviction_is_a_wait(tmp_path: Path) -> None:
     """Room for one of two clients: their states go to the disk and come back, and neither notices."""
     with small_service(tmp_path / "wide") as service:
         alone = [steps(service, begun(service, seed=seed), 1, 7) for seed in (1, 2)]
-        room = 4 * sum(p.nbytes for p in _parameters(service))
-    with small_service(tmp_path / "narrow", room=room) as service:
+        max_memory = 4 * sum(p.nbytes for p in _parameters(service))
+    with small_service(tmp_path / "narrow", max_memory=max_memory) as service:
         runs = [begun(service, seed=seed) for seed in (1, 2)]
         found: list[list[float]] = [[], []]
         for seq in (1, 3, 5):
@@ -165,7 +165,7 @@ def test_an_eviction_is_a_wait(tmp_path: Path) -> None:
                 losses += steps(service, run, seq, seq + 2)
         assert [*(tmp_path / "narrow" / "tinker" / "live").glob("*/state")]
         assert found == alone
-        with pytest.raises(ConfigError, match=f"rank 4096 takes .* room for {room:,}"):
+        with pytest.raises(ConfigError, match=f"rank 4096 needs .* clients have {max_memory:,}"):
             begun(service, rank=4096)
 
 

@@ -180,9 +180,9 @@ async def _asked(
 async def _ask(service: Service, caller: Principal, number: str, question: Question, place: AdmittedRequest) -> Reply:
     chosen = service.choose(caller, model=question.model)
     prompt = await service.prompts.of_messages(question.messages, place)
-    room = service.prompts.fits(prompt, "grader.input")
+    available = service.prompts.fits(prompt, "grader.input")
     sampling = Sampling(
-        max_tokens=min(question.tokens, room, service.settings.max_tokens or room),
+        max_tokens=min(question.tokens, available, service.settings.max_tokens or available),
         temperature=question.temperature,
         top_p=question.top_p,
         seed=question.seed,

@@ -167,7 +167,7 @@ async def _answers(http: Service, job: TextJob, hold: QuotaHold, memory: int) ->
 
 def _job(call: Call, source: SamplerSource, body: SampleBody) -> TextJob:
     """Convert a sampling request to a TextJob. Raises Refused."""
-    asked, context = body.sampling_params, call.http.reader.context
+    params, context = body.sampling_params, call.http.reader.context
     for name in ("target_prompt_logprobs", "prompt_alt_tokens_k", "record_stability_info"):
         if getattr(body, name) not in (None, 0):
             raise invalid(f"this server does not know {name}", name, "leave it out")
@@ -178,17 +178,17 @@ def _job(call: Call, source: SamplerSource, body: SampleBody) -> TextJob:
     last = body.prompt_logprobs_last_n
     if last is not None and not (body.prompt_logprobs and 1 <= last < len(prompt)):
         raise invalid(f"prompt_logprobs_last_n is {last}", "prompt_logprobs_last_n", "below the prompt's length")
-    stop = [asked.stop] if isinstance(asked.stop, str) else list(asked.stop or [])
+    stop = [params.stop] if isinstance(params.stop, str) else list(params.stop or [])
     try:
         sampling = SamplingParams(
-            max_tokens=max(1, context - len(prompt)) if asked.max_tokens is None else asked.max_tokens,
-            temperature=asked.temperature,
-            top_k=max(0, asked.top_k),
-            top_p=asked.top_p,
-            seed=asked.seed,
+            max_tokens=max(1, context - len(prompt)) if params.max_tokens is None else params.max_tokens,
+            temperature=params.temperature,
+            top_k=max(0, params.top_k),
+            top_p=params.top_p,
+            seed=params.seed,
             stop=tuple(text for text in stop if isinstance(text, str)),
             stop_ids=tuple(token for token in stop if isinstance(token, int)),
-            ignore_eos=asked.stop == [],
+            ignore_eos=params.stop == [],
             logprobs=max(body.topk_prompt_logprobs, body.topk_sample_logprobs),
             prompt_logprobs=bool(body.prompt_logprobs or body.topk_prompt_logprobs),
         )

@@ -44,12 +44,12 @@ class TtlBody(Strict):
 def weights_routes(own: TinkerRoutes) -> APIRouter:
     router, current_call = tinker_router(), Depends(own.call)
 
-    def find(call: Call, id: str, checkpoint: str) -> tuple[TrainingRun, SavedWeights]:
+    def find(call: Call, id: str, checkpoint_id: str) -> tuple[TrainingRun, SavedWeights]:
         run = call.service.run(call.tenant, id)
-        there = run.checkpoints.find(checkpoint)
-        if there is None:
-            raise NotFound(f"{id} has no checkpoint {checkpoint[:100]!r}", where="checkpoint_id")
-        return run, there
+        checkpoint = run.checkpoints.find(checkpoint_id)
+        if checkpoint is None:
+            raise NotFound(f"{id} has no checkpoint {checkpoint_id[:100]!r}", where="checkpoint_id")
+        return run, checkpoint
 
     @router.post("/weights_info", summary="Get what a client needs to continue from a checkpoint")
     def info(body: PathBody, call: Call = current_call) -> Any:
@@ -76,40 +76,40 @@ def weights_routes(own: TinkerRoutes) -> APIRouter:
 
     @router.get("/training_runs/{id}/checkpoints", summary="List a run's checkpoints, oldest first")
     def checkpoints(id: str, call: Call = current_call) -> Any:
-        return {"checkpoints": [each.shown() for each in call.service.run(call.tenant, id).checkpoints.all()]}
+        return {"checkpoints": [each.to_json() for each in call.service.run(call.tenant, id).checkpoints.all()]}
 
     @router.get("/checkpoints", summary="List the caller's checkpoints, newest first")
     def every(limit: int = _LIMIT, offset: int = _OFFSET, call: Call = current_call) -> Any:
-        points = [point for run in call.service.runs_of(call.tenant) for point in run.checkpoints.all()]
-        points.sort(key=lambda point: point.made, reverse=True)
-        cursor = {"offset": offset, "limit": limit, "total_count": len(points)}
-        return {"checkpoints": [each.shown() for each in points[offset : offset + limit]], "cursor": cursor}
+        saved = [each for run in call.service.runs_of(call.tenant) for each in run.checkpoints.all()]
+        saved.sort(key=lambda each: each.made, reverse=True)
+        cursor = {"offset": offset, "limit": limit, "total_count": len(saved)}
+        return {"checkpoints": [each.to_json() for each in saved[offset : offset + limit]], "cursor": cursor}
 
     @router.get(f"{_CHECKPOINT}/archive", summary="Download a checkpoint as a tar of PEFT files")
     def archive(id: str, kind: str, name: str, call: Call = current_call) -> Response:
-        _, point = find(call, id, f"{kind}/{name}")
+        _, checkpoint = find(call, id, f"{kind}/{name}")
         hold = call.http.quotas.take(call.tenant, descriptors=1)
-        tar, named = _Tar(own.library.resolve(point.reference)), f'attachment; filename="{name}.tar"'
+        tar, named = _Tar(own.library.resolve(checkpoint.reference)), f'attachment; filename="{name}.tar"'
         return file_response(tar, tar.size, named, media_type="application/x-tar", after=hold.release)  # type: ignore[arg-type]
 
     @router.get(f"{_CHECKPOINT}/external_weights_urls", summary="Get a URL for each file of a checkpoint")
     def urls(request: HttpRequest, id: str, kind: str, name: str, call: Call = current_call) -> Any:
-        _, point = find(call, id, f"{kind}/{name}")
+        _, checkpoint = find(call, id, f"{kind}/{name}")
         ends, base = int(time.time() + _SIGNED), str(request.base_url).rstrip("/")
-        signed = f"{base}{FILES}/{point.reference}/{ends}/{_sign(point.reference, ends)}"
-        files = [path for path in sorted(own.library.resolve(point.reference).iterdir()) if path.is_file()]
+        signed = f"{base}{FILES}/{checkpoint.reference}/{ends}/{_sign(checkpoint.reference, ends)}"
+        files = [path for path in sorted(own.library.resolve(checkpoint.reference).iterdir()) if path.is_file()]
         made = {path.name: f"{signed}/{path.name}" for path in files}
         return {"urls": made, "expires": datetime.fromtimestamp(ends, UTC).isoformat()}
 
     @router.put(f"{_CHECKPOINT}/ttl", summary="Set a checkpoint's time to live")
     def ttl(id: str, kind: str, name: str, body: TtlBody, call: Call = current_call) -> None:
-        run, point = find(call, id, f"{kind}/{name}")
-        run.checkpoints.set_ttl(point.id, body.ttl_seconds)
+        run, checkpoint = find(call, id, f"{kind}/{name}")
+        run.checkpoints.set_ttl(checkpoint.id, body.ttl_seconds)
 
     @router.delete(_CHECKPOINT, summary="Delete a checkpoint")
     def remove(id: str, kind: str, name: str, call: Call = current_call) -> None:
-        run, point = find(call, id, f"{kind}/{name}")
-        call.service.remove(run, point.id)
+        run, checkpoint = find(call, id, f"{kind}/{name}")
+        call.service.remove(run, checkpoint.id)
 
     return router
 
@@ -136,10 +136,10 @@ def _sign(reference: str, ends: int) -> str:
 
 
 def _run_json(run: TrainingRun, call: Call) -> dict[str, Any]:
-    points = run.checkpoints.all()
+    saved = run.checkpoints.all()
 
     def newest(kind: str) -> dict[str, Any] | None:
-        return next((point.shown() for point in reversed(points) if point.id.startswith(f"{kind}/")), None)
+        return next((each.to_json() for each in reversed(saved) if each.id.startswith(f"{kind}/")), None)
 
     return {
         "training_run_id": run.id,

@@ -232,8 +232,8 @@ def _create(
         raise Refused(what, status=429, code="rate_limit_exceeded", retry_after=60.0, fix=fix)
     training = _file(files, tenant, body.training_file, "training_file", _LINES if settings is None else LINE_FILES)
     validation = body.validation_file and _file(files, tenant, body.validation_file, "validation_file")
-    held = _held_out(files, tenant, body.after)
-    size = sum(file.bytes for file in (training, validation, *held) if file)
+    held_out = _held_out(files, tenant, body.after)
+    size = sum(file.bytes for file in (training, validation, *held_out) if file)
     _check_held(jobs, tenant, size, files.quotas.limits.disk)
     tuned = new_tuned(service.catalog.base, tenant, suffix_of(body.suffix))
     request = {
@@ -248,7 +248,7 @@ def _create(
         "after": None if body.after is None else body.after.model_dump(mode="json", exclude_unset=True),
     }
     if body.reinforced is not None and grader is not None:  # stored as requested; the run uses the resolved grader
-        request["reinforcement"] = body.reinforced.shown()
+        request["reinforcement"] = body.reinforced.to_json()
         body.reinforced.grader = grader
     about: dict[str, Any] = {"openai": request, "input": tuned.id, "bytes": size, "publish": "checkpoints"}
     try:
@@ -265,7 +265,7 @@ def _create(
             settings=settings,
         )
         if body.after is not None:
-            after = _after(files, tuned.id, body.after, held)
+            after = _after(files, tuned.id, body.after, held_out)
             plain, _ = config_from({**config, "output": {"directory": str(train.parent)}})
             check_after(after, plain, name_of(tuned.reference), tenant, queue.tenants)
             about["after"] = after.model_dump(mode="json")
@@ -277,44 +277,44 @@ def _create(
         raise
 
 
-def _check_held(jobs: JobStore, tenant: str, more: int, room: int) -> None:
+def _check_held(jobs: JobStore, tenant: str, more: int, limit: int) -> None:
     """Check the total input bytes of a tenant's unfinished jobs. Raises Refused.
 
     A job's inputs stay even if the uploaded files are deleted, and with a remote store each job has its own
     copy."""
     unfinished, _ = jobs.jobs(tenant, limit=1000, states=UNFINISHED)
-    held = sum(int(job.about.get("bytes", 0)) for job in unfinished)
-    if held + more > room:
-        what = f"jobs that have not ended read {held:,} bytes, and with {more:,} more it would be over {room:,}"
+    used = sum(int(job.about.get("bytes", 0)) for job in unfinished)
+    if used + more > limit:
+        what = f"jobs that have not ended read {used:,} bytes, and with {more:,} more it would be over {limit:,}"
         fix = "wait for some of them, or cancel them"
         raise Refused(what, status=400, code="storage_full", param="training_file", fix=fix)
 
 
-def _held_out(files: Files, tenant: str, asked: AfterJob | None) -> list[UploadedFile]:
+def _held_out(files: Files, tenant: str, after: AfterJob | None) -> list[UploadedFile]:
     """Return the held-out files of a request, by their ids. Raises Refused."""
-    ids = [] if asked is None or asked.evaluate is None else asked.evaluate.files
+    ids = [] if after is None or after.evaluate is None else after.evaluate.files
     if len(ids) > _HELD_OUT:
         raise invalid(f"{len(ids)} files of held-out rows; at most {_HELD_OUT}", "after.evaluate.data")
     return [_file(files, tenant, each, "after.evaluate.data") for each in ids]
 
 
-def _after(files: Files, id: str, asked: AfterJob, found: Sequence[UploadedFile]) -> AfterJob:
+def _after(files: Files, id: str, after: AfterJob, found: Sequence[UploadedFile]) -> AfterJob:
     """Return the requested `after` section with paths of the copied files.
 
     Raises Refused."""
-    if asked.alias is not None:
+    if after.alias is not None:
         what = "each job here has a name of its own, which no alias of another can point to"
         raise invalid(what, "after.alias", "a route: its name stays, whatever it leads to")
-    if asked.evaluate is None:
-        return asked
+    if after.evaluate is None:
+        return after
     for key, most in {"limit": _HELD_ROWS, "max_new_tokens": _HELD_TOKENS}.items():
-        if (getattr(asked.evaluate, key) or 0) > most:
+        if (getattr(after.evaluate, key) or 0) > most:
             raise invalid(f"at most {most:,} here, since nobody pays for them", f"after.evaluate.{key}")
-    held = asked.evaluate.model_copy(update={"limit": asked.evaluate.limit or _HELD_ROWS})
-    asked = asked.model_copy(update={"evaluate": held})
-    if held.data is None:
-        return asked
-    return asked.on([str(copy_input(files, id, f"held-out/{n}", file)) for n, file in enumerate(found)])
+    held_out = after.evaluate.model_copy(update={"limit": after.evaluate.limit or _HELD_ROWS})
+    after = after.model_copy(update={"evaluate": held_out})
+    if held_out.data is None:
+        return after
+    return after.on([str(copy_input(files, id, f"held-out/{n}", file)) for n, file in enumerate(found)])
 
 
 def _file(files: Files, tenant: str, id: str, param: str, endings: tuple[str, ...] = _LINES) -> UploadedFile:
@@ -361,34 +361,36 @@ def _results(jobs: JobStore, files: Files, job: Job) -> list[str]:
 
 
 def _some(
-    jobs: JobStore, tenant: str, after: str | None, limit: int, wanted: dict[str, str] | None
+    jobs: JobStore, tenant: str, after: str | None, limit: int, required: dict[str, str] | None
 ) -> tuple[list[Job], bool]:
     """Return (jobs with this metadata, whether more exist).
 
-    `wanted`: None for any metadata; empty for jobs without metadata."""
+    `required`: None for any metadata; empty for jobs without metadata."""
     if after is not None:
         _job(jobs, tenant, after)
     found: list[Job] = []
     more = True
     while more and len(found) <= limit:
         page, more = jobs.jobs(tenant, after=after, limit=_PAGE)
-        found += [job for job in page if "openai" in job.about and _fits(job.about["openai"]["metadata"], wanted)]
+        found += [job for job in page if "openai" in job.about and _fits(job.about["openai"]["metadata"], required)]
         after = page[-1].id if page else after
     return found[:limit], len(found) > limit
 
 
-def _fits(metadata: dict[str, str] | None, wanted: dict[str, str] | None) -> bool:
-    if wanted is None:
+def _fits(metadata: dict[str, str] | None, required: dict[str, str] | None) -> bool:
+    if required is None:
         return True
-    return wanted.items() <= (metadata or {}).items() if wanted else not metadata
+    return required.items() <= (metadata or {}).items() if required else not metadata
 
 
 def _metadata(request: HttpRequest) -> dict[str, str] | None:
     """Return the metadata filter of a query: `metadata[key]=value`, `metadata=null`.
 
     `metadata=null` selects jobs without metadata. None: no filter."""
-    given = request.query_params
-    if given.get("metadata") == "null":
+    parameters = request.query_params
+    if parameters.get("metadata") == "null":
         return {}
-    wanted = {key[9:-1]: value for key, value in given.items() if key.startswith("metadata[") and key.endswith("]")}
-    return wanted or None
+    required = {
+        key[9:-1]: value for key, value in parameters.items() if key.startswith("metadata[") and key.endswith("]")
+    }
+    return required or None

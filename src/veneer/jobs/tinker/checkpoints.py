@@ -58,7 +58,7 @@ class SavedWeights:
     def path(self) -> str:
         return f"tinker://{self.run}/{self.id}"
 
-    def shown(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Return the checkpoint in Tinker's format."""
         return {
             "checkpoint_id": self.id,
@@ -97,7 +97,7 @@ class Checkpoints:
         return sorted((each for each in found if each is not None), key=lambda each: (each.made, each.id))
 
     def find(self, id: str) -> SavedWeights | None:
-        return self._read(self.folder / id / "about.json") if self._sound(id) else None
+        return self._read(self.folder / id / "about.json") if self._is_valid(id) else None
 
     def state(self, id: str) -> Path:
         """Return the folder of a checkpoint's training state."""
@@ -105,12 +105,12 @@ class Checkpoints:
 
     def new_folder(self, kind: str, name: str) -> Path:
         """Return the folder of a new checkpoint. Raises ConfigError for an invalid name."""
-        if not self._sound(f"{kind}/{name}"):
+        if not self._is_valid(f"{kind}/{name}"):
             what = f"{name[:100]!r} cannot name a checkpoint"
             raise ConfigError(what, where="path", fix="letters, digits and . _ - between them, at most 100")
         return self.folder / kind / name
 
-    def put(
+    def save(
         self,
         kind: str,
         name: str,
@@ -148,14 +148,14 @@ class Checkpoints:
         folder.mkdir(parents=True, exist_ok=True)
         self._write(made)
         if before is not None:
-            self._let_go(before.reference)
+            self._remove_adapter(before.reference)
         return made
 
     def set_ttl(self, id: str, ttl: int | None) -> None:
         """Set the time to live in seconds from now; None: no expiry.
 
         Raises ConfigError for an unknown checkpoint."""
-        found = self._there(id)
+        found = self._require(id)
         self._write(replace(found, expires=None if ttl is None else time.time() + ttl))
 
     def remove(self, id: str) -> None:
@@ -163,12 +163,12 @@ class Checkpoints:
 
         The adapter stays if another checkpoint has the same version, or an alias points to it. Raises
         ConfigError for an unknown checkpoint."""
-        found = self._there(id)
+        found = self._require(id)
         (self.folder / id / "about.json").unlink(missing_ok=True)
         shutil.rmtree(self.folder / id, ignore_errors=True)
-        self._let_go(found.reference)
+        self._remove_adapter(found.reference)
 
-    def _let_go(self, reference: str) -> None:
+    def _remove_adapter(self, reference: str) -> None:
         """Remove a version from the library, unless another checkpoint has it."""
         if all(other.reference != reference for other in self.all()):
             with suppress(AdapterError):  # an alias points to it, or it is gone already
@@ -182,13 +182,13 @@ class Checkpoints:
                 self._write(replace(data, expires=None))
                 self.remove(data.id)
 
-    def _there(self, id: str) -> SavedWeights:
+    def _require(self, id: str) -> SavedWeights:
         found = self.find(id)
         if found is None:
             raise ConfigError(f"the run {self.run} has no checkpoint {id[:200]!r}", where="checkpoint")
         return found
 
-    def _sound(self, id: str) -> bool:
+    def _is_valid(self, id: str) -> bool:
         kind, _, name = id.partition("/")
         return kind in _KINDS and _NAME.fullmatch(name) is not None
 

@@ -11,7 +11,7 @@ least comes first. Other requests (an optimizer step, saving, loading) run betwe
 
 Sessions, clients and pending requests end with this process. On disk remain the saved checkpoints of a
 client (checkpoints.py), and with them the run's description, from which another client can continue. Clients
-that wait make room in memory for others: the state of the least recently used client is moved to disk.
+that wait leave memory to others: the state of the least recently used client is moved to disk.
 
 Knows a base, a library and folders, but no HTTP and no bills.
 """
@@ -196,7 +196,7 @@ class TinkerService:
     """Tinker sessions, runs and samplers of a server. Call `close` at the end.
 
     folder: folder of this service only
-    room: bytes of memory for the states of training clients
+    max_memory: bytes of memory for the states of training clients
     days: days after which unused sessions are removed
     quotas: limits per tenant; existing checkpoints count from the start"""
 
@@ -206,11 +206,11 @@ class TinkerService:
         library: Library,
         folder: Path,
         *,
-        room: int = 4 << 30,
+        max_memory: int = 4 << 30,
         days: float = 30.0,
         quotas: Quotas | None = None,
     ) -> None:
-        self.base, self.library, self.folder, self.room, self.days = base, library, folder, room, days
+        self.base, self.library, self.folder, self.max_memory, self.days = base, library, folder, max_memory, days
         self.quotas = quotas or Quotas()
         self._lock = _lock_folder(folder)
         self.names = target_names(base.model)
@@ -599,7 +599,7 @@ class TinkerService:
             self._describe(run)
             if with_state:
                 self._ready_trainer().write(learner, folder / "state", seq)
-            return run.checkpoints.put(kind, name, seq, self._adapter(run), self.base, ttl=ttl, metadata=metadata)
+            return run.checkpoints.save(kind, name, seq, self._adapter(run), self.base, ttl=ttl, metadata=metadata)
 
     def _describe(self, run: TrainingRun) -> None:
         """Write a run's description next to its checkpoints, for later processes."""
@@ -640,7 +640,7 @@ class TinkerService:
             self._measure(run)
 
     def _measure(self, run: TrainingRun) -> None:
-        """Set the quota hold to a run's files, its adapters in the library, and room for its state."""
+        """Set the quota hold to a run's files, its adapters in the library, and its state on disk."""
         saved, live = run.checkpoints.all(), run.session in self.sessions
         folders = run.checkpoints.folder, self._live_folder(run) / "snapshots"
         size = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
@@ -656,7 +656,7 @@ class TinkerService:
                 fix="create_training_client_from_state makes a client that fits",
             )
         trainer = self._ready_trainer()
-        self._make_room(run)
+        self._evict_others(run)
         learner = trainer.create(f"{run.id}:{run.applied + 1}", run.lora)
         try:
             trainer.read(learner, source.checkpoints.state(saved.id), bool(body.get("optimizer")))
@@ -731,7 +731,7 @@ class TinkerService:
         """Return a run's adapter in memory; can move other runs' states to disk."""
         run.turn = time.monotonic()
         if run.learner is None:
-            self._make_room(run)
+            self._evict_others(run)
             learner = self._ready_trainer().create(f"{run.id}:{run.applied + 1}", run.lora)
             state = self._live_folder(run) / "state"
             if state.is_dir():
@@ -744,22 +744,22 @@ class TinkerService:
         return run.learner
 
     def _state_bytes(self, lora: Lora) -> int:
-        """Return a client's bytes of memory. Raises ConfigError if they exceed `room`."""
+        """Return a client's bytes of memory. Raises ConfigError if they exceed `max_memory`."""
         size = state_bytes(self.base.model, lora.spec(self.names))
-        if size > self.room:
+        if size > self.max_memory:
             raise ConfigError(
-                f"a client of rank {lora.rank} takes {size:,} bytes to train; the server has room for {self.room:,}",
+                f"a client of rank {lora.rank} needs {size:,} bytes; training clients have {self.max_memory:,}",
                 where="lora_config.rank",
                 fix="a lower rank, or --adapter-memory of the server",
             )
         return size
 
-    def _make_room(self, run: TrainingRun) -> None:
-        """Move other runs' states to disk to make room, least recently used first."""
+    def _evict_others(self, run: TrainingRun) -> None:
+        """Move other runs' states to disk until this run's fits, least recently used first."""
         trainer, size = self._ready_trainer(), self._state_bytes(run.lora)
         others = [other for other in self.runs.values() if other.learner and other.work is None and other is not run]
         for other in sorted(others, key=lambda other: other.turn):
-            if size + sum(learner.bytes for learner in trainer.learners.values()) <= self.room:
+            if size + sum(learner.bytes for learner in trainer.learners.values()) <= self.max_memory:
                 return
             assert other.learner is not None
             trainer.write(other.learner, self._live_folder(other) / "state", other.applied + 1)
