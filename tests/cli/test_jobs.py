@@ -109,7 +109,7 @@ def test_a_server_that_trains_has_a_worker_beside_it(monkeypatch: pytest.MonkeyP
         yield
         told.append("worker ended")
 
-    monkeypatch.setattr("veneer.jobs.local_worker.worker_beside", background_worker)
+    monkeypatch.setattr("veneer.jobs.local_worker.background_worker", background_worker)
 
     def training(service: Any, library: Any, **options: object) -> Extension:
         told.append(options)
