@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def test_from_a_configuration_to_an_adapter(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line_trains_from_config_to_adapter(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A worker beside, as `veneer serve --train` has one, and its job's process, which finds the tenants' routes by
     what the worker was told."""
     at, tenants = ("--library", str(folder / "library")), str(folder / "tenants.sqlite")
@@ -82,7 +82,7 @@ def job_log(folder: Path, job: str) -> str:
     return log.read_text() if log.is_file() else "no log"
 
 
-def test_what_cannot_be_queued_says_why(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_submit_reports_why_a_job_fails(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     at, config = ("--library", str(folder / "other")), str(folder / "support.yaml")
     (folder / "broken.jsonl").write_text("{\n")
     ran = run(capsys, "jobs", *at, "submit", config, f"data.train={folder / 'broken.jsonl'}")
@@ -99,7 +99,7 @@ def test_what_cannot_be_queued_says_why(folder: Path, capsys: pytest.CaptureFixt
     assert ran.code == 0, ran.err
 
 
-def test_a_server_that_trains_has_a_worker_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_server_starts_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     """For as long as it serves, of its own library and tenants, and with the routes of files."""
     told: list[Any] = []
 

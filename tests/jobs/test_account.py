@@ -41,7 +41,7 @@ def billed(tenants: Store, adapter: str, units: int, tenant: str = "acme", ago: 
 
 
 @in_sqlite
-def test_a_job_has_what_clients_left_of_the_budget(store: JobStore, tenants: Store, tmp_path: Path) -> None:
+def test_job_budget_counts_tinker_clients(store: JobStore, tenants: Store, tmp_path: Path) -> None:
     """Of 9, clients spent 4: a job of 6 is one too many, of 5 it is not. What was asked, what is another's and what was
     trained before this month does not count."""
     for adapter, units, tenant, ago in (
@@ -72,7 +72,7 @@ def test_a_job_has_what_clients_left_of_the_budget(store: JobStore, tenants: Sto
 
 
 @in_sqlite
-def test_clients_have_what_jobs_left_and_do_not_pass_each_other_by(store: JobStore, tenants: Store) -> None:
+def test_client_budget_counts_jobs_and_concurrent_clients(store: JobStore, tenants: Store) -> None:
     """Of 9 a job is to take 3, the ledger has 2: of many requests of 1 at once four are taken, and one more for each
     that comes to nothing. What the ledger gets of them later is not counted twice."""
     queued(store, price=3 * UNIT)
@@ -100,7 +100,7 @@ def test_clients_have_what_jobs_left_and_do_not_pass_each_other_by(store: JobSto
 
 
 @in_sqlite
-def test_jobs_see_client_budget_that_the_ledger_lacks(store: JobStore, tenants: Store) -> None:
+def test_jobs_count_reservations_that_the_ledger_lacks(store: JobStore, tenants: Store) -> None:
     """Clients on two servers take 6 of 9 before the ledger records anything: a job costing 4 is refused, a job costing
     3 is accepted, and then clients have nothing left."""
     terms = {"price": UNIT, "budget": 9 * UNIT}
@@ -119,7 +119,7 @@ def test_jobs_see_client_budget_that_the_ledger_lacks(store: JobStore, tenants: 
 
 
 @in_sqlite
-def test_terms_are_those_of_this_moment(store: JobStore, tenants: Store) -> None:
+def test_terms_are_current(store: JobStore, tenants: Store) -> None:
     manage.add_tenant(tenants, "acme", who="test")
     terms = TrainingAccount(store, tenants).terms
     assert terms("acme") == TrainingTerms()

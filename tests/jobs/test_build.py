@@ -16,7 +16,7 @@ from veneer.serve.access import OpenAccess
 from veneer.serve.http.service import Service
 
 
-def test_what_has_expired_goes_while_the_server_runs(tmp_path: Path) -> None:
+def test_expired_files_are_removed_while_serving(tmp_path: Path) -> None:
     text = ToyText()
     with open_library(tmp_path / "library") as library:
         files = open_files(library)

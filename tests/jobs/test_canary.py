@@ -120,7 +120,9 @@ NEW = {"targets": {"acme/new@1": 1}, "shadow": None}
         (False, {}, {}, None, NEW), (False, {}, RULE, BETTER, NEW), (False, {}, RULE, WORSE, None),
     ],
 )  # fmt: skip
-def test_where_a_version_belongs(shop: Shop, before: bool, route: Any, rule: Any, scores: Any, leads: Any) -> None:
+def test_route_follows_the_promotion_rule(
+    shop: Shop, before: bool, route: Any, rule: Any, scores: Any, leads: Any
+) -> None:
     """By rule or waiting for a hand; a job that is gone on with after a kill moves nothing twice; then by hand, and
     back to what was before all of it."""
     if before:
@@ -139,7 +141,7 @@ def test_where_a_version_belongs(shop: Shop, before: bool, route: Any, rule: Any
     assert refused.value.fix == "veneer tenant route history support --tenant acme"
 
 
-def test_what_somebody_else_moved_is_left_alone(shop: Shop) -> None:
+def test_route_moved_by_another_is_unchanged(shop: Shop) -> None:
     routes.set_route(shop.tenants, "support", [("acme/old@1", 1)], tenant="acme", who="test")
     after = {"route": {"name": "support"}}
     job = shop.placed("acme/new@1", None, after)
@@ -157,7 +159,7 @@ def test_what_somebody_else_moved_is_left_alone(shop: Shop) -> None:
     assert shop.leads() == {"targets": {"acme/old@1": 5}, "shadow": None}
 
 
-def test_a_job_is_compared_with_what_serves_then(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_job_is_compared_with_the_serving_version(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same numbers as scoring each apart, on the job's card, among its events, and by its rule; the base is loaded
     once for all of it."""
     from veneer.models.text.base import load_text
@@ -212,7 +214,9 @@ def test_a_job_is_compared_with_what_serves_then(shop: Shop, monkeypatch: pytest
         (None, {}, None, 2), (None, RULE, BETTER, 2), (None, RULE, WORSE, None)
     ],
 )  # fmt: skip
-def test_an_alias_in_place_of_a_route(shop: Shop, before: int | None, rule: Any, scores: Any, now: int | None) -> None:
+def test_alias_follows_the_promotion_rule(
+    shop: Shop, before: int | None, rule: Any, scores: Any, now: int | None
+) -> None:
     """By rule, or waiting for a hand; a kill moves it once; then by hand, and back to what was before all of it."""
 
     def points() -> int | None:
@@ -235,7 +239,7 @@ def test_an_alias_in_place_of_a_route(shop: Shop, before: int | None, rule: Any,
         rollback_job(shop.jobs, None, "acme", job.id)
 
 
-def test_an_alias_that_somebody_else_moved_is_left_alone(shop: Shop) -> None:
+def test_alias_moved_by_another_is_unchanged(shop: Shop) -> None:
     shop.add_versions(3)
     shop.library.alias("acme/support@2", "prod")
     job = shop.placed("acme/support@3", BETTER, {"alias": "prod", **RULE}, serving=1)

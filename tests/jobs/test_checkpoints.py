@@ -16,7 +16,7 @@ from veneer.library.library import open_library
 from veneer.models.text.base import load_text
 
 
-def test_a_warning_gives_the_reason_for_an_omitted_checkpoint(tmp_path: Path) -> None:
+def test_omitted_checkpoint_is_a_warning_with_the_reason(tmp_path: Path) -> None:
     base = load_text(str(tiny_base_dir(tmp_path)))
     made = create(base.model, LoraSpec(rank=2, targets="q_proj"), seed=0)
     peft.write_folder(made, tmp_path / "adapter")

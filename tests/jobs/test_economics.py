@@ -53,7 +53,7 @@ def billed(store: JobStore, tenant: str, name: str, state: str, seconds: float, 
         )
 
 
-def test_the_table_is_what_pen_and_paper_say(store: JobStore, tenants: Store) -> None:
+def test_economics_equal_hand_arithmetic(store: JobStore, tenants: Store) -> None:
     billed(store, "acme", "support", "succeeded", 5400.0, 4 * UNIT)
     billed(store, "acme", "support", "failed", 1800.0, 0)
     billed(store, "globex", "draft", "succeeded", 3600.0, 9 * UNIT)
@@ -92,7 +92,7 @@ def test_the_table_is_what_pen_and_paper_say(store: JobStore, tenants: Store) ->
     assert list(own.rows) == [acme], "what others made the machine work counts all the same"
 
 
-def test_hours_and_days_are_those_that_were_said(store: JobStore, tenants: Store) -> None:
+def test_economics_use_the_given_hours_and_days(store: JobStore, tenants: Store) -> None:
     whole = economics(tenants, None, 2 * UNIT, hours=10.0).rows
     assert sum(row.serving for row in whole) == 20 * UNIT
     day = economics(tenants, None, 2 * UNIT, since="2026-11-01", until="2026-11-01", now=START + 30 * DAY)
@@ -104,7 +104,7 @@ def test_hours_and_days_are_those_that_were_said(store: JobStore, tenants: Store
     assert (free.serving, free.dedicated_from, free.paid_back_after) == (0, None, 0)
 
 
-def test_what_cannot_be_meant_is_refused(tenants: Store) -> None:
+def test_invalid_days_and_prices_are_refused(tenants: Store) -> None:
     for options in ({"since": "yesterday"}, {"until": "2026-13-01", "since": "2026-11-01"}):
         with pytest.raises(ConfigError, match=r"day|date"):
             economics(tenants, None, 1, **options)

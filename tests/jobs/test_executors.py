@@ -32,7 +32,7 @@ def ended(executor: LocalExecutor, handle: str) -> ExitStatus:
 
 
 @pytest.mark.parametrize(("hard", "signal"), [(False, "SIGTERM"), (True, "SIGKILL")])
-def test_a_process_is_asked_to_end_or_killed(library: Library, store: JobStore, hard: bool, signal: str) -> None:
+def test_process_is_terminated_or_killed(library: Library, store: JobStore, hard: bool, signal: str) -> None:
     executor, job = LocalExecutor(), planned(store, 1 << 30)
     handle = executor.start(JobLease(job, "token"), {})
     assert executor.poll(handle) is None
@@ -42,9 +42,7 @@ def test_a_process_is_asked_to_end_or_killed(library: Library, store: JobStore, 
     executor.stop(handle)  # it is gone: nothing to do
 
 
-def test_a_process_that_holds_more_than_its_plan_is_ended(
-    library: Library, store: JobStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_process_over_its_plan_is_killed(library: Library, store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
     executor, job = LocalExecutor(), planned(store, 1 << 30)
     holds = {"rss": memory_of(job)}
     monkeypatch.setattr(psutil, "Process", lambda pid: SimpleNamespace(memory_info=lambda: SimpleNamespace(**holds)))
@@ -56,7 +54,7 @@ def test_a_process_that_holds_more_than_its_plan_is_ended(
     assert "are the most by its plan" in found.why
 
 
-def test_a_process_s_arguments_have_no_lease(library: Library, store: JobStore) -> None:
+def test_process_arguments_have_no_lease(library: Library, store: JobStore) -> None:
     """Every user of the machine can see a process's arguments."""
     executor, job = LocalExecutor(), planned(store, 1 << 30)
     handle = executor.start(JobLease(job, "token-of-the-lease"), {"VENEER_LIBRARY_INDEX": "postgresql://u:secret@h/d"})
@@ -69,7 +67,7 @@ def test_a_process_s_arguments_have_no_lease(library: Library, store: JobStore) 
     assert "secret" not in arguments
 
 
-def test_what_is_handed_over_is_read_once(library: Library, store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_handover_is_read_once(library: Library, store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VENEER_TEST_HANDED", "")
     *_, file = write_handover(JobLease(planned(store, 1 << 30), "token"), {"VENEER_TEST_HANDED": "a secret"})
     (job,) = [job.id for job in store.jobs(None)[0]]
@@ -80,6 +78,6 @@ def test_what_is_handed_over_is_read_once(library: Library, store: JobStore, mon
         read_handover(Path(file))
 
 
-def test_a_plan_of_a_gpu_says_nothing_of_this_machines_memory(library: Library, store: JobStore) -> None:
+def test_gpu_plan_sets_no_host_memory_limit(library: Library, store: JobStore) -> None:
     assert memory_of(planned(store, 80 << 30, "h100-80gb")) == 0
     assert memory_of(planned(store, 2 << 30)) > 3 << 30

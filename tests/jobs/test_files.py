@@ -53,7 +53,7 @@ def sha(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def test_a_file_comes_back_as_it_was(files: Files, tmp_path: Path) -> None:
+def test_file_is_stored_unchanged(files: Files, tmp_path: Path) -> None:
     made = files.get("acme", add(files, "acme", name="C:\\data\\../support rows.jsonl"))
     assert (made.filename, made.bytes, made.sha256) == ("support rows.jsonl", len(ROWS), sha(ROWS))
     with files.open(made) as source:
@@ -64,7 +64,7 @@ def test_a_file_comes_back_as_it_was(files: Files, tmp_path: Path) -> None:
     assert (copy.parent, copy.name, copy.read_bytes()) == (tmp_path, "support rows.jsonl", ROWS)
 
 
-def test_a_store_elsewhere(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_work_in_a_remote_store(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VENEER_HOME", str(quick / "home"))
     with open_library(f"memory://{quick.name}") as library:
         files = open_files(library)
@@ -76,7 +76,7 @@ def test_a_store_elsewhere(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.skipif(os.name != "posix", reason="rights of POSIX")
-def test_nobody_else_on_the_machine_reads_what_people_wrote(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_private_to_the_user(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tenants with what they let be kept, jobs, uploads: new, and made by a veneer that let everybody."""
     monkeypatch.setenv("VENEER_HOME", str(quick / "home"))
     before = os.umask(0o022)
@@ -99,7 +99,7 @@ def test_nobody_else_on_the_machine_reads_what_people_wrote(quick: Path, monkeyp
         os.umask(before)
 
 
-def test_nobody_reaches_what_is_anothers(files: Files) -> None:
+def test_files_are_private_to_the_tenant(files: Files) -> None:
     """By every way that takes an id; and the same bytes uploaded by two are kept for each."""
     id = add(files, "acme")
     for attack in (
@@ -117,7 +117,7 @@ def test_nobody_reaches_what_is_anothers(files: Files) -> None:
         assert source.read() == ROWS
 
 
-def test_bytes_go_with_their_last_file(files: Files) -> None:
+def test_bytes_are_deleted_with_their_last_file(files: Files) -> None:
     first, second = add(files, "acme"), add(files, "acme")
     files.delete("acme", first)
     assert kept(files) == {sha(ROWS)}
@@ -127,7 +127,7 @@ def test_bytes_go_with_their_last_file(files: Files) -> None:
         files.delete("acme", second)
 
 
-def test_bytes_that_go_while_they_come_again_are_there_in_the_end(files: Files) -> None:
+def test_concurrent_delete_keeps_bytes_of_a_new_file(files: Files) -> None:
     """Another deletes the one file with these bytes between the look for them and the row."""
     first = add(files, "acme")
     begin, done = files.store.size, []
@@ -145,7 +145,7 @@ def test_bytes_that_go_while_they_come_again_are_there_in_the_end(files: Files) 
         assert source.read() == ROWS
 
 
-def test_pages_hold_every_file_once_in_order(files: Files) -> None:
+def test_pages_list_every_file_once(files: Files) -> None:
     ids = [add(files, "acme", b"%d" % n) for n in range(7)]
     for newest_first, wanted in ((True, ids[::-1]), (False, ids)):
         seen: list[str] = []
@@ -157,7 +157,7 @@ def test_pages_hold_every_file_once_in_order(files: Files) -> None:
     assert files.list("acme", purpose="fine-tune-results")[0] == []
 
 
-def test_a_file_expires_when_it_was_said_to(files: Files) -> None:
+def test_file_expires_on_time(files: Files) -> None:
     id, other = add(files, "acme", ttl=HOUR), add(files, "acme", b"kept")
     later(files, HOUR - 1)
     files.sweep()
@@ -202,7 +202,7 @@ def test_many_files_expire_in_few_transactions(files: Files) -> None:
     assert kept(files) == {sha(b"0007")}
 
 
-def test_a_kill_leaves_debris_that_a_sweep_takes_and_nothing_else(files: Files) -> None:
+def test_sweep_removes_only_leftovers_of_a_kill(files: Files) -> None:
     """Killed after the bytes were written, and before their row was."""
 
     class Killed(BaseException):

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("stride", [12, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_job_survives_a_kill_at_every_commit(quick: Path, stride: int) -> None:  # noqa: F811
+def test_job_survives_a_kill_at_every_commit(quick: Path, stride: int) -> None:  # noqa: F811
     """From its validation to its route and bill: one machine dies at a commit, and another goes on. By default at every
     twelfth commit, in the slow test at each."""
     log = quick / "said"
@@ -36,7 +36,7 @@ def test_a_job_survives_a_kill_at_every_commit(quick: Path, stride: int) -> None
 
 
 @pytest.mark.slow
-def test_a_worker_killed_while_its_job_is_trained_and_another_that_goes_on(quick: Path) -> None:  # noqa: F811
+def test_second_worker_continues_a_killed_workers_job(quick: Path) -> None:  # noqa: F811
     """Real processes: with the worker its job's process ends too, and another worker goes on where it was."""
     env = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
     with open_library(quick / "library") as library:

@@ -121,7 +121,7 @@ def made(api: Any, **options: Any) -> KubernetesExecutor:
     return KubernetesExecutor(image="registry/veneer:1.0", namespace="training", api=api, **options)
 
 
-def test_a_job_of_kubernetes_from_its_start_to_its_end(cluster: tuple[Cluster, Any], lease: JobLease) -> None:
+def test_kubernetes_job_from_start_to_end(cluster: tuple[Cluster, Any], lease: JobLease) -> None:
     kept, api = cluster
     executor = made(api, claim="veneer-home", secret="veneer", gpus=1, grace=30)
     handle = executor.start(lease, ENVIRONMENT)
@@ -154,7 +154,7 @@ def test_a_job_of_kubernetes_from_its_start_to_its_end(cluster: tuple[Cluster, A
     assert ended.memory
 
 
-def test_without_a_secret_the_manifest_has_no_password_either(cluster: tuple[Cluster, Any], lease: JobLease) -> None:
+def test_manifest_without_a_secret_has_no_password(cluster: tuple[Cluster, Any], lease: JobLease) -> None:
     kept, api = cluster
     handle = made(api).start(lease, ENVIRONMENT)
     assert "secret@" not in json.dumps(kept.jobs[handle])
@@ -162,7 +162,7 @@ def test_without_a_secret_the_manifest_has_no_password_either(cluster: tuple[Clu
     assert json.loads(file.read_text())["environment"] == ENVIRONMENT
 
 
-def test_stopping_waits_for_the_pod_unless_it_is_hard(cluster: tuple[Cluster, Any], lease: JobLease) -> None:
+def test_soft_stop_waits_for_the_pod(cluster: tuple[Cluster, Any], lease: JobLease) -> None:
     kept, api = cluster
     executor = made(api)
     handle = executor.start(lease, ENVIRONMENT)
@@ -175,7 +175,7 @@ def test_stopping_waits_for_the_pod_unless_it_is_hard(cluster: tuple[Cluster, An
     assert "gracePeriodSeconds=0" in kept.asked[-1][1]
 
 
-def test_a_cluster_that_refuses_or_is_away(cluster: tuple[Cluster, Any], lease: JobLease) -> None:
+def test_errors_of_the_cluster_are_told_apart(cluster: tuple[Cluster, Any], lease: JobLease) -> None:
     kept, api = cluster
     executor = made(api)
     kept.refuse = 403

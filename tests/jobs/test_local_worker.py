@@ -11,7 +11,7 @@ import pytest
 from veneer.jobs.local_worker import background_worker
 
 
-def test_a_worker_s_arguments_have_no_password(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_worker_arguments_have_no_password(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("VENEER_HOME", str(tmp_path))
     before, end = psutil.Process().children(), time.monotonic() + 30
     with background_worker(

@@ -22,7 +22,7 @@ from veneer.library.library import open_library
         {"pictures": "/secret/place/drawings"},
     ],
 )
-def test_files_are_told_by_their_names(quick: Path, data: dict[str, object]) -> None:  # noqa: F811
+def test_errors_name_uploaded_files(quick: Path, data: dict[str, object]) -> None:  # noqa: F811
     with open_library(quick / "library") as library:
         store = JobStore(library)
         made = store.create("acme", {"base": {"name": "smollm2-135m"}, "data": data}, name="support")
@@ -57,7 +57,7 @@ def failed_job(quick: Path, method: str = "supervised", **error: str) -> Job:  #
         return store.finish(lease, error=error)
 
 
-def test_an_error_is_one_line_without_settings(quick: Path) -> None:  # noqa: F811
+def test_error_is_one_line_without_settings(quick: Path) -> None:  # noqa: F811
     """The error names the wrong rows, without advice about a configuration that the client does not have."""
     listed = "".join(f"\n  - /secret/data.jsonl:{n}: 9000 tokens" for n in range(1, 21))
     what = f"20 of 40 rows are longer than data.max_length, 256 tokens:{listed}"
@@ -72,7 +72,7 @@ def test_an_error_is_one_line_without_settings(quick: Path) -> None:  # noqa: F8
     assert kept["message"] == "data.jsonl:3: no row (send rows)"
 
 
-def test_a_preflight_is_told_in_one_line(quick: Path) -> None:  # noqa: F811
+def test_preflight_event_is_one_line(quick: Path) -> None:  # noqa: F811
     findings = [
         {"level": "warn", "check": "schedule", "text": "the whole run is 6 steps", "fix": "fewer batching.rows"},
         {"level": "ok", "check": "learned", "text": "24 of 638 (4%) tokens are learned, in 12 rows", "fix": ""},
@@ -84,7 +84,7 @@ def test_a_preflight_is_told_in_one_line(quick: Path) -> None:  # noqa: F811
     assert (shown["message"], shown["data"]) == (told, {})
 
 
-def test_notes_of_a_run_are_the_operators(quick: Path) -> None:  # noqa: F811
+def test_notes_of_a_run_are_hidden_from_clients(quick: Path) -> None:  # noqa: F811
     with open_library(quick / "library") as library:
         store = JobStore(library)
         made = store.create("acme", {"base": "tiny"}, name="support")
@@ -97,7 +97,7 @@ def test_notes_of_a_run_are_the_operators(quick: Path) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize("method", ["supervised", "dpo"])
-def test_a_job_is_of_the_type_of_its_client(quick: Path, method: str) -> None:  # noqa: F811
+def test_job_matches_the_clients_type(quick: Path, method: str) -> None:  # noqa: F811
     """The job validates strictly against OpenAI's own type."""
     job = job_to_openai(failed_job(quick, method, kind="data", message="no row"), "org-acme")
     read = FineTuningJob.model_validate(job, strict=True)

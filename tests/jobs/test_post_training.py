@@ -23,7 +23,7 @@ from veneer.train.config.load import config_from
     by=st.integers(-9, 9),
     metric=st.sampled_from(["bleu", "loss"]),
 )
-def test_a_rule_compares_in_the_direction_of_its_metric(new: int, serving: int, by: int, metric: str) -> None:
+def test_rule_compares_in_the_metrics_direction(new: int, serving: int, by: int, metric: str) -> None:
     """In whole hundredths, where arithmetic is exact: a difference of 0.01 in floats is one of 0.01."""
     rule = PromotionRule(metric=metric, by=by / 100)
     holds = rule.holds({"new": {metric: new / 100}, "serving": {metric: serving / 100}})
@@ -37,7 +37,7 @@ def test_a_rule_compares_in_the_direction_of_its_metric(new: int, serving: int, 
         ({"metric": "loss"}, True), ({"metric": "rouge_l"}, None), ({"metric": "exact_match"}, None)
     ],
 )  # fmt: skip
-def test_a_rule_without_a_measurement_decides_nothing(rule: Any, holds: bool | None) -> None:
+def test_rule_without_a_score_is_undecided(rule: Any, holds: bool | None) -> None:
     scores: Any = {
         "new": {"loss": 1.5, "exact_match": 0.5, "rouge_l": None},
         "serving": {"loss": 2.0, "rouge_l": 0.1},
@@ -83,16 +83,14 @@ HELD: dict[str, Any] = {"evaluate": {}}
         ({"route": {"name": "x"}, "alias": "prod"}, "leave one out"), ({"alias": "Prod"}, "cannot be an alias")
     ],
 )  # fmt: skip
-def test_what_could_not_be_done_is_said_before_anything_is_trained(
-    tenants: Store, tmp_path: Path, after: Any, said: str
-) -> None:
+def test_impossible_sections_are_refused_before_training(tenants: Store, tmp_path: Path, after: Any, said: str) -> None:
     config, _ = config_from(small_config(tmp_path) | {"output": str(tmp_path / "out")})
     with pytest.raises(VeneerError) as error:
         check_after(parse_after(after, tmp_path), config, "acme/support", "acme", tenants)
     assert said in str(error.value)
 
 
-def test_without_held_out_rows_or_tenants_nothing_is_compared(tenants: Store, tmp_path: Path) -> None:
+def test_comparison_needs_held_out_rows_and_tenants(tenants: Store, tmp_path: Path) -> None:
     given = small_config(tmp_path) | {"output": str(tmp_path / "out")}
     after = parse_after({**HELD, "route": {"name": "x"}}, tmp_path)
     config, _ = config_from(given)
@@ -105,7 +103,7 @@ def test_without_held_out_rows_or_tenants_nothing_is_compared(tenants: Store, tm
         held_out_rows(after.evaluate, config)
 
 
-def test_a_jobs_file_is_a_run_and_what_comes_after_it(tmp_path: Path) -> None:
+def test_job_file_has_a_run_and_a_section_after(tmp_path: Path) -> None:
     file = tmp_path / "support.yaml"
     small_config(tmp_path)
     run = "base: ./tiny-base\ndata: {train: rows.jsonl}\noutput: out\n"

@@ -86,7 +86,7 @@ def leased(store: JobStore, folder: Path, steps: int) -> JobLease:
     return lease
 
 
-def test_ray_is_told_no_password_and_no_lease(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_ray_gets_neither_password_nor_lease(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     told: list[dict[str, Any]] = []
     client = SimpleNamespace(submit_job=lambda **job: told.append(job))
     module = ModuleType("ray.job_submission")
@@ -111,7 +111,7 @@ def test_ray_is_told_no_password_and_no_lease(monkeypatch: pytest.MonkeyPatch, t
 
 
 @pytest.mark.peers
-def test_a_job_is_trained_by_ray_and_another_is_stopped(address: str, tmp_path: Path) -> None:
+def test_ray_trains_a_job_and_stops_another(address: str, tmp_path: Path) -> None:
     executor = connected(address)
     with open_library(tmp_path / "library") as library:
         store = JobStore(library)

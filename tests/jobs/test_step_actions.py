@@ -54,7 +54,7 @@ def trained(store: JobStore) -> Job:
     return ended
 
 
-def test_a_step_is_in_the_library_while_the_next_one_trains(
+def test_steps_are_published_during_training(
     store: JobStore, device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     values = small_config(tmp_path, checkpoint={"every": 1, "adapters": True, "keep": 2})
@@ -101,7 +101,7 @@ def test_a_step_is_in_the_library_while_the_next_one_trains(
         keep_step(store, job.id, 9)
 
 
-def test_pictures_are_seen_as_it_draws_them(store: JobStore, device: Device, tmp_path: Path) -> None:
+def test_sample_images_are_available_during_training(store: JobStore, device: Device, tmp_path: Path) -> None:
     values = image_values(
         tmp_path,
         tmp_path / "support",

@@ -71,7 +71,7 @@ ASKED: dict[str, tuple[str, Callable[[JobStore, str], Job]]] = {
 @pytest.mark.parametrize("library", ["sqlite"], indirect=True)
 @pytest.mark.parametrize("state", TRANSITIONS)
 @pytest.mark.parametrize("asked", ASKED)
-def test_what_is_asked_of_a_job_follows_the_table(store: JobStore, state: str, asked: str) -> None:
+def test_pause_resume_cancel_follow_the_transitions(store: JobStore, state: str, asked: str) -> None:
     job = in_state(store, state)
     assert job.state == state
     after, ask = ASKED[asked]
@@ -89,7 +89,7 @@ def test_what_is_asked_of_a_job_follows_the_table(store: JobStore, state: str, a
     assert (store.bill("acme", job.id) is not None) == (store.get("acme", job.id).state in ENDS)
 
 
-def test_a_job_from_its_beginning_to_its_bill(store: JobStore) -> None:
+def test_job_from_creation_to_bill(store: JobStore) -> None:
     job = queued(store, price=3_000_000)
     assert (job.state, job.steps, job.planned) == ("queued", 10, 3_000_000)
     assert "output" not in job.config  # where it goes is the job's own affair
@@ -117,7 +117,7 @@ def test_a_job_from_its_beginning_to_its_bill(store: JobStore) -> None:
     assert store.events("acme", job.id, after=events[-2].number)[0] == events[-1:]
 
 
-def test_what_failed_costs_nothing_and_what_was_cancelled_what_was_trained(store: JobStore) -> None:
+def test_failed_jobs_are_free_and_cancelled_jobs_billed(store: JobStore) -> None:
     lease = running(store, price=1_000_000)
     store.note(lease, [step(1)], trained=trained(1))
     store.finish(lease, error={"kind": "training", "message": "not finite"})
@@ -127,7 +127,7 @@ def test_what_failed_costs_nothing_and_what_was_cancelled_what_was_trained(store
     assert store.spent("acme") == 200_000
 
 
-def test_who_lost_a_lease_changes_nothing(store: JobStore) -> None:
+def test_lost_lease_changes_nothing(store: JobStore) -> None:
     """It was paused, cancelled, or ran out and was taken over: the old token is worth nothing, whatever is tried."""
     for lose in ("pause", "cancel", "expire"):
         queued(store)
@@ -156,7 +156,7 @@ def test_who_lost_a_lease_changes_nothing(store: JobStore) -> None:
         store.cancel("acme", lease.job.id)
 
 
-def test_a_lease_that_is_renewed_stays_and_counts_its_seconds(store: JobStore) -> None:
+def test_renewed_lease_stays_and_counts_seconds(store: JobStore) -> None:
     lease = running(store)
     time.sleep(0.05)
     assert store.renew(lease, 60).seconds > 0.04
@@ -164,7 +164,7 @@ def test_a_lease_that_is_renewed_stays_and_counts_its_seconds(store: JobStore) -
     assert store.get_lease(lease.job.id, lease.token).job.worker == "w"
 
 
-def test_a_clock_that_is_set_back_takes_no_seconds_off(store: JobStore) -> None:
+def test_clock_set_back_subtracts_no_seconds(store: JobStore) -> None:
     lease = running(store)
     time.sleep(0.05)
     store.renew(lease, 60)
@@ -191,7 +191,7 @@ def test_many_workers_take_each_job_once(store: JobStore) -> None:
     assert sorted(got) == sorted(made)
 
 
-def test_the_tenant_with_the_fewest_running_is_next_and_none_has_more_than_its_limit(store: JobStore) -> None:
+def test_tenant_with_fewest_running_jobs_is_next(store: JobStore) -> None:
     a = [queued(store, "acme").id for _ in range(3)]
     b = [queued(store, "best").id]
     limits = {"acme": 2}
@@ -202,7 +202,7 @@ def test_the_tenant_with_the_fewest_running_is_next_and_none_has_more_than_its_l
     assert taken(store, at_once=limits.get).job.id == a[2]
 
 
-def test_a_job_whose_process_dies_again_and_again_fails(store: JobStore) -> None:
+def test_job_fails_after_three_dead_processes(store: JobStore) -> None:
     queued(store)
     for _ in range(2):
         assert store.died(taken(store), "killed by signal 9").state == "queued"
@@ -214,7 +214,7 @@ def test_a_job_whose_process_dies_again_and_again_fails(store: JobStore) -> None
     assert job.error["message"].startswith("its process died 3 times in a row before a new checkpoint: killed by")
 
 
-def test_a_job_that_takes_its_machines_down_fails_too(store: JobStore) -> None:
+def test_job_fails_after_three_lost_workers(store: JobStore) -> None:
     queued(store)
     for _ in range(3):
         taken(store, seconds=0.02)
@@ -224,7 +224,7 @@ def test_a_job_that_takes_its_machines_down_fails_too(store: JobStore) -> None:
     assert (job.state, job.error and job.error["kind"]) == ("failed", "lost")
 
 
-def test_a_budget_holds_over_what_was_spent_and_what_waits(store: JobStore) -> None:
+def test_budget_counts_bills_and_planned_jobs(store: JobStore) -> None:
     lease = running(store, price=2_000_000, budget=5_000_000)  # planned at 2
     store.note(lease, [step(1)], trained=trained(1, tokens=500_000))
     store.finish(lease, result={})  # 1 was spent
@@ -237,7 +237,7 @@ def test_a_budget_holds_over_what_was_spent_and_what_waits(store: JobStore) -> N
     assert store.queue(lease, PLAN, price=2_000_000, budget=5_000_000).state == "queued"
 
 
-def test_pages_of_jobs(store: JobStore) -> None:
+def test_jobs_are_listed_by_page(store: JobStore) -> None:
     ids = [store.create("acme", CONFIG, name="support", about={"n": n}).id for n in range(5)][::-1]
     store.create("best", CONFIG, name="support")
     seen: list[str] = []
@@ -257,7 +257,7 @@ def test_pages_of_jobs(store: JobStore) -> None:
 OTHERS = ["best", "", "%", "acme%", "acm_", "*", "ACME", "acme' OR '1'='1"]
 
 
-def test_one_tenants_jobs_are_not_there_for_another(store: JobStore) -> None:
+def test_jobs_of_other_tenants_are_unknown(store: JobStore) -> None:
     lease = running(store, price=1_000_000)
     store.note(lease, [step(1)], [JobCheckpoint(1)])
     job = lease.job.id
@@ -277,7 +277,7 @@ def test_one_tenants_jobs_are_not_there_for_another(store: JobStore) -> None:
     assert store.get(None, job).tenant == "acme"  # the operator's
 
 
-def test_a_job_is_named_in_its_tenants_namespace_alone(store: JobStore) -> None:
+def test_job_name_must_be_in_the_tenants_namespace(store: JobStore) -> None:
     named = [("acme", "best/support"), ("acme", "../best/x"), ("all", "x"), ("a/b", "x"), ("acme", "Up")]
     for tenant, name in named:
         with pytest.raises(ConfigError, match="cannot name"):
@@ -285,7 +285,7 @@ def test_a_job_is_named_in_its_tenants_namespace_alone(store: JobStore) -> None:
     assert store.jobs(None) == ([], False)
 
 
-def test_measures_of_jobs_that_ended_long_ago_go_and_nothing_else(store: JobStore) -> None:
+def test_only_old_metrics_are_deleted(store: JobStore) -> None:
     leases = [running(store, tenant=tenant) for tenant in ("acme", "best", "corp")]
     for lease in leases:
         store.note(lease, [step(1), step(2)], trained=trained(2))
@@ -302,7 +302,7 @@ def test_measures_of_jobs_that_ended_long_ago_go_and_nothing_else(store: JobStor
     assert store.ended_before(365 * 86400, "succeeded") == [old.id]
 
 
-def test_the_database_itself_keeps_events_and_bills(store: JobStore) -> None:
+def test_events_and_bills_are_append_only(store: JobStore) -> None:
     store.cancel("acme", queued(store).id)
     for table in ("job_events", "job_bills"):
         for statement in ("DELETE FROM {}", "UPDATE {} SET job = job"):

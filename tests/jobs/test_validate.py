@@ -40,7 +40,7 @@ def looked_at(store: JobStore, config: dict[str, Any], terms: Mapping[str, Any] 
 
 
 @in_sqlite
-def test_a_job_is_planned_by_its_rows_as_they_are(store: JobStore, folder: Path) -> None:
+def test_plan_counts_the_jobs_rows(store: JobStore, folder: Path) -> None:
     from veneer.models.text.base import load_text
     from veneer.train.config.load import config_from
     from veneer.train.text.data import planned_steps, read_data
@@ -60,7 +60,7 @@ def test_a_job_is_planned_by_its_rows_as_they_are(store: JobStore, folder: Path)
 
 
 @in_sqlite
-def test_answers_that_are_drawn_are_planned_once(store: JobStore, folder: Path) -> None:
+def test_sampled_completions_are_planned_once(store: JobStore, folder: Path) -> None:
     from veneer.train.config.load import config_from
     from veneer.train.inspect import inspect_run
 
@@ -82,7 +82,7 @@ def test_answers_that_are_drawn_are_planned_once(store: JobStore, folder: Path) 
 
 
 @in_sqlite
-def test_answers_that_are_compared_are_in_the_plan(
+def test_plan_includes_the_evaluations_completions(
     store: JobStore, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a CPU, whose processes are held to their plan: what answering takes beside the one base, where it is more than
@@ -138,7 +138,7 @@ BAD: dict[str, tuple[Any, str, str]] = {
 
 @in_sqlite
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_ends_the_job_with_its_reason_and_its_place(store: JobStore, folder: Path, case: str) -> None:
+def test_invalid_input_fails_the_job_with_its_location(store: JobStore, folder: Path, case: str) -> None:
     change, kind, said = BAD[case]
     job = looked_at(store, small_config(folder) | change(folder))
     assert job.state == "failed"
@@ -151,7 +151,7 @@ def test_bad_input_ends_the_job_with_its_reason_and_its_place(store: JobStore, f
 
 
 @in_sqlite
-def test_a_job_that_does_not_fit_or_is_not_to_be_is_refused(store: JobStore, folder: Path) -> None:
+def test_job_that_does_not_fit_is_refused(store: JobStore, folder: Path) -> None:
     job = looked_at(store, small_config(folder), memory=10_000_000)
     assert "does not fit" in job.error["message"]
     assert job.error["fix"]
@@ -162,7 +162,7 @@ def test_a_job_that_does_not_fit_or_is_not_to_be_is_refused(store: JobStore, fol
 
 
 @in_sqlite
-def test_rows_that_the_machine_cannot_hold_are_not_read(
+def test_rows_over_the_memory_limit_are_not_read(
     store: JobStore, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker that took them in would end, and with it what it trains for others."""
@@ -174,5 +174,5 @@ def test_rows_that_the_machine_cannot_hold_are_not_read(
     assert looked_at(store, small_config(folder)).state == "queued"  # counted, and few
 
 
-def test_a_card_is_named_as_in_a_plan() -> None:
+def test_gpu_has_the_same_name_as_in_a_plan() -> None:
     assert device_of("h100-80gb", 2).count == 2

@@ -24,7 +24,7 @@ ASKED = [f"The printer number {n} {'still ' * (n % 3)}does not work." for n in r
 ROWS = [{"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": "it"}]} for a in ASKED]
 
 
-def test_what_was_trained_is_served_to_its_tenant_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuned_model_is_served_only_to_its_tenant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shop, where = make_shop(tmp_path, []), str(tmp_path / "tenants.sqlite")
     tenants = Store(where)
     keys = {}

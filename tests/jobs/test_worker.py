@@ -53,7 +53,7 @@ def state(store: JobStore, job: Job) -> str:
 
 
 @pytest.mark.parametrize("asked", ["pause", "cancel"])
-def test_the_process_of_a_job_that_rests_or_ends_is_stopped(library: Library, store: JobStore, asked: str) -> None:
+def test_process_of_a_paused_or_cancelled_job_is_stopped(library: Library, store: JobStore, asked: str) -> None:
     executor, job, other = FakeExecutor(), queued(store), queued(store)
     with working(library, executor):
         until(lambda: executor.running)
@@ -77,7 +77,7 @@ def small_file(folder: Path, size: int = 4) -> Path:
     return file
 
 
-def test_a_tenant_has_one_validation_at_a_time(library: Library, store: JobStore, tmp_path: Path) -> None:
+def test_tenant_has_one_validation_at_a_time(library: Library, store: JobStore, tmp_path: Path) -> None:
     executor, file = FakeExecutor(), small_file(tmp_path)
     jobs = [new_job(store, tenant, file) for tenant in ("acme", "acme", "acme", "best")]
     with working(library, executor):
@@ -106,7 +106,7 @@ def test_tenants_take_turns_at_validation(library: Library, store: JobStore, tmp
     assert state(store, other) != "validating"
 
 
-def test_large_files_leave_a_place_for_small_ones(library: Library, store: JobStore, tmp_path: Path) -> None:
+def test_large_files_leave_a_slot_for_small_files(library: Library, store: JobStore, tmp_path: Path) -> None:
     executor, large = FakeExecutor(), small_file(tmp_path, 32 << 20)
     jobs = [new_job(store, tenant, large) for tenant in ("acme", "best")]
     with working(library, executor):
@@ -116,7 +116,7 @@ def test_large_files_leave_a_place_for_small_ones(library: Library, store: JobSt
         assert {lease.job.id for lease in executor.validating.values()} == {jobs[0].id, small.id}
 
 
-def test_a_cancelled_job_is_not_validated_further(library: Library, store: JobStore) -> None:
+def test_cancelled_job_stops_its_validation(library: Library, store: JobStore) -> None:
     executor, job = FakeExecutor(), new_job(store, "acme")
     with working(library, executor):
         until(lambda: executor.validating)
@@ -126,9 +126,7 @@ def test_a_cancelled_job_is_not_validated_further(library: Library, store: JobSt
     assert state(store, job) == "cancelled"
 
 
-def test_a_validation_that_takes_too_long_fails(
-    library: Library, store: JobStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_slow_validation_fails_the_job(library: Library, store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
     executor, job, clock = FakeExecutor(), new_job(store, "acme"), [0.0]
     real = time.monotonic
     monkeypatch.setattr(time, "monotonic", lambda: real() + clock[0])
@@ -140,7 +138,7 @@ def test_a_validation_that_takes_too_long_fails(
     assert "takes longer than the limit of 30 minutes" in str(store.get(None, job.id).error)
 
 
-def test_a_validation_that_takes_too_much_memory_fails(library: Library, store: JobStore) -> None:
+def test_validation_over_the_memory_limit_fails_the_job(library: Library, store: JobStore) -> None:
     executor, job = FakeExecutor(), new_job(store, "acme")
     with working(library, executor):
         until(lambda: executor.validating)
@@ -149,7 +147,7 @@ def test_a_validation_that_takes_too_much_memory_fails(library: Library, store: 
     assert "reading the rows takes more than the limit of" in str(store.get(None, job.id).error)
 
 
-def test_a_worker_that_ends_leaves_new_jobs_to_another(library: Library, store: JobStore) -> None:
+def test_stopped_worker_releases_new_jobs(library: Library, store: JobStore) -> None:
     executor, job = FakeExecutor(), new_job(store, "acme")
     with working(library, executor):
         until(lambda: executor.validating)
@@ -161,7 +159,7 @@ def test_a_worker_that_ends_leaves_new_jobs_to_another(library: Library, store: 
 
 
 @pytest.mark.slow
-def test_a_hostile_row_delays_nobody_and_can_be_cancelled(library: Library, store: JobStore, tmp_path: Path) -> None:
+def test_hostile_row_delays_no_other_job(library: Library, store: JobStore, tmp_path: Path) -> None:
     """The row has twenty thousand messages and takes twenty minutes to read."""
     config = small_config(tmp_path)
     turns = [{"role": role, "content": "hello"} for role in ("user", "assistant")] * 10_000
@@ -183,7 +181,7 @@ def test_a_hostile_row_delays_nobody_and_can_be_cancelled(library: Library, stor
         thread.join(30)
 
 
-def test_a_process_that_does_not_end_is_killed_after_its_grace(library: Library, store: JobStore) -> None:
+def test_stubborn_process_is_killed_after_the_grace(library: Library, store: JobStore) -> None:
     executor, job = FakeExecutor(), queued(store)
     executor.stubborn = True
     with working(library, executor):
@@ -194,7 +192,7 @@ def test_a_process_that_does_not_end_is_killed_after_its_grace(library: Library,
     assert executor.asked == [(place, False), (place, True)]
 
 
-def test_a_process_that_dies_is_started_again_and_fails_in_the_end(library: Library, store: JobStore) -> None:
+def test_dead_process_is_restarted_three_times(library: Library, store: JobStore) -> None:
     executor, job = FakeExecutor(), queued(store)
     with working(library, executor):
         for attempt in (1, 2, 3):
@@ -205,7 +203,7 @@ def test_a_process_that_dies_is_started_again_and_fails_in_the_end(library: Libr
     assert "died 3 times in a row" in str(store.get(None, job.id).error)
 
 
-def test_a_process_that_takes_more_memory_than_planned_fails_at_once(library: Library, store: JobStore) -> None:
+def test_process_over_its_memory_plan_fails_the_job(library: Library, store: JobStore) -> None:
     executor, job = FakeExecutor(), queued(store)
     with working(library, executor):
         until(lambda: executor.running)
@@ -216,7 +214,7 @@ def test_a_process_that_takes_more_memory_than_planned_fails_at_once(library: Li
     assert "micro_rows" in error["fix"]
 
 
-def test_a_place_that_cannot_start_anything_now_is_tried_again(library: Library, store: JobStore) -> None:
+def test_failed_start_is_retried(library: Library, store: JobStore) -> None:
     executor, job, said = FakeExecutor(), queued(store), list[str]()
     executor.refuse = True
     with working(library, executor, log=said.append):
@@ -228,7 +226,7 @@ def test_a_place_that_cannot_start_anything_now_is_tried_again(library: Library,
 
 
 @pytest.mark.parametrize("end", ["succeeded", "cancelled"])
-def test_the_checkpoints_of_what_succeeded_are_not_kept(library: Library, store: JobStore, end: str) -> None:
+def test_checkpoints_of_succeeded_jobs_are_removed(library: Library, store: JobStore, end: str) -> None:
     executor, job = FakeExecutor(), queued(store)
     kept = job.folder / "attempt-1" / "checkpoints" / "step-00000001"
     kept.mkdir(parents=True)
@@ -246,7 +244,7 @@ def test_the_checkpoints_of_what_succeeded_are_not_kept(library: Library, store:
     assert (job.folder / "attempt-1" / "log.jsonl").is_file()
 
 
-def test_what_failed_or_was_cancelled_is_kept_for_its_time(
+def test_folders_of_failed_jobs_are_kept_for_days(
     library: Library, store: JobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VENEER_HOME", str(tmp_path))
@@ -266,7 +264,7 @@ def test_what_failed_or_was_cancelled_is_kept_for_its_time(
     assert store.get("acme", jobs[1].id).error is not None
 
 
-def test_a_worker_that_ends_asks_its_processes_to_save_their_state(library: Library, store: JobStore) -> None:
+def test_stopped_worker_lets_processes_save(library: Library, store: JobStore) -> None:
     """They give the job back by themselves; one that just ended is given back by the worker."""
     executor, job = FakeExecutor(), queued(store)
     with working(library, executor):
@@ -275,7 +273,7 @@ def test_a_worker_that_ends_asks_its_processes_to_save_their_state(library: Libr
     assert (state(store, job), store.get(None, job.id).faults) == ("queued", 0)
 
 
-def test_no_tenant_runs_more_at_once_than_its_terms_say(library: Library, store: JobStore, tmp_path: Path) -> None:
+def test_running_jobs_of_a_tenant_are_limited(library: Library, store: JobStore, tmp_path: Path) -> None:
     tenants = Store(str(tmp_path / "tenants.sqlite"))
     for name in ("acme", "best", "gone"):
         manage.add_tenant(tenants, name, who="test")
@@ -291,9 +289,7 @@ def test_no_tenant_runs_more_at_once_than_its_terms_say(library: Library, store:
     tenants.close()
 
 
-def test_a_job_goes_on_while_the_database_is_away_and_no_longer_than_its_lease(
-    library: Library, store: JobStore
-) -> None:
+def test_job_outlasts_a_database_outage_within_its_lease(library: Library, store: JobStore) -> None:
     executor, job, away = FakeExecutor(), queued(store), threading.Event()
     with working(library, executor, lease=0.8) as worker:
         until(lambda: executor.running)

@@ -1,6 +1,6 @@
 """A worker process next to a server on one machine, with a lower priority.
 
-    with worker_beside(library="…", tenants="…", say=print): …       serve
+    with background_worker(library="…", tenants="…", say=print): …       serve
 
 The worker is restarted if it exits, and ends when the server ends for any reason. It then saves its jobs and
 returns them to the queue, so that a restarted server resumes them.

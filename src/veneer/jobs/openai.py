@@ -1,8 +1,8 @@
 """Conversion between OpenAI's fine-tuning API and jobs.
 
-    asked = TuningBody.model_validate(body)
-    config = tuning_config(asked, base="smollm2-135m", train=path, rows=5000)       as `veneer train` reads it
-    shown_job(job), shown_event(job, event), shown_checkpoint(job, point)
+    request = TuningBody.model_validate(body)
+    config = tuning_config(request, base="smollm2-135m", train=path, rows=5000)       as `veneer train` reads it
+    job_to_openai(job), event_to_openai(job, event), checkpoint_to_openai(job, point)
 
 `auto` becomes a number that depends on the training file's rows; the job shows the number:
 

@@ -60,7 +60,7 @@ def sent(client: openai.OpenAI, data: bytes = ROWS, name: str = "rows.jsonl", **
     return client.files.create(file=(name, data), purpose="fine-tune", **more)
 
 
-def test_a_file_by_the_client(client: openai.OpenAI, tmp_path: Path) -> None:
+def test_openai_client_uploads_and_deletes_a_file(client: openai.OpenAI, tmp_path: Path) -> None:
     path = tmp_path / "tickets.jsonl"
     path.write_bytes(ROWS)
     with path.open("rb") as opened:
@@ -76,7 +76,7 @@ def test_a_file_by_the_client(client: openai.OpenAI, tmp_path: Path) -> None:
         client.files.retrieve(made.id)
 
 
-def test_the_client_turns_pages(client: openai.OpenAI) -> None:
+def test_openai_client_lists_files_by_page(client: openai.OpenAI) -> None:
     ids = [sent(client, b"%d" % n).id for n in range(5)]
     assert [file.id for file in client.files.list(limit=2)] == ids[::-1]
     assert [file.id for file in client.files.list(limit=2, order="asc", purpose="fine-tune")] == ids
@@ -88,14 +88,14 @@ def test_the_client_turns_pages(client: openai.OpenAI) -> None:
         client.files.list(after="file-none")
 
 
-def test_a_file_may_expire(client: openai.OpenAI) -> None:
+def test_file_expires_after_the_requested_time(client: openai.OpenAI) -> None:
     made = sent(client, expires_after={"anchor": "created_at", "seconds": 3600})
     assert made.expires_at == made.created_at + 3600
     with pytest.raises(openai.BadRequestError, match="expires_after"):
         sent(client, expires_after={"anchor": "created_at", "seconds": 60})
 
 
-def test_the_asynchronous_client(server: Live, files: Files) -> None:
+def test_asynchronous_client_uploads_and_reads(server: Live, files: Files) -> None:
     async def use() -> bytes:
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="acme", max_retries=0) as client:
             made = await client.files.create(file=("a.jsonl", ROWS), purpose="fine-tune")
@@ -105,7 +105,7 @@ def test_the_asynchronous_client(server: Live, files: Files) -> None:
     assert asyncio.run(use()) == ROWS
 
 
-def test_who_has_another_key_sees_nothing_of_it(client: openai.OpenAI, server: Live) -> None:
+def test_files_of_other_tenants_are_404(client: openai.OpenAI, server: Live) -> None:
     made = sent(client)
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="admin", max_retries=0) as other:
         assert other.files.list().data == []
@@ -120,7 +120,7 @@ def test_who_has_another_key_sees_nothing_of_it(client: openai.OpenAI, server: L
     assert client.files.retrieve(made.id) == made
 
 
-def test_nobody_waits_for_the_gigabytes_of_another(
+def test_slow_uploads_delay_no_other_tenant(
     client: openai.OpenAI, server: Live, files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go = threading.Event()
@@ -146,7 +146,7 @@ def test_nobody_waits_for_the_gigabytes_of_another(
         list(answers)
 
 
-def test_large_files_come_where_other_bodies_may_not(client: openai.OpenAI, server: Live) -> None:
+def test_only_file_uploads_can_be_large(client: openai.OpenAI, server: Live) -> None:
     data = bytes(2 << 20)
     assert client.files.content(sent(client, data).id).read() == data
     with pytest.raises(openai.APIStatusError) as refused:
@@ -174,7 +174,7 @@ def test_large_files_come_where_other_bodies_may_not(client: openai.OpenAI, serv
         ({"content": b"--x", "headers": {"content-type": "multipart/form-data"}}, 400, "boundary"),
     ],
 )
-def test_a_form_that_is_none(server: Live, files: Files, form: Any, status: int, what: str) -> None:
+def test_invalid_form_is_refused(server: Live, files: Files, form: Any, status: int, what: str) -> None:
     headers = {"authorization": "Bearer acme", **form.pop("headers", {})}
     answer = server.client.post("/v1/files", headers=headers, **form)
     assert answer.status_code == status, answer.text
@@ -182,7 +182,7 @@ def test_a_form_that_is_none(server: Live, files: Files, form: Any, status: int,
     assert files.list("acme")[0] == []
 
 
-def test_a_client_that_leaves_or_dawdles_leaves_nothing(server: Live, files: Files) -> None:
+def test_interrupted_uploads_leave_nothing(server: Live, files: Files) -> None:
     """What it had sent is gone, and its place among those who upload is free again."""
 
     def body(ends: bool) -> Iterator[bytes]:

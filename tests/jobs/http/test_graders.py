@@ -59,7 +59,7 @@ def test_run(graders: Any) -> None:
     assert graders.run(grader=CHECK, model_sample="Rome", item={"want": "Paris"}).reward == 0
 
 
-def test_what_has_no_value_says_so(graders: Any) -> None:
+def test_grade_without_a_value_has_a_reason(graders: Any) -> None:
     found = graders.run(grader=CHECK, model_sample="Paris", item={"wanted": "Paris"})
     assert found.reward == 0
     assert found.metadata.errors.invalid_variable_error
@@ -67,7 +67,7 @@ def test_what_has_no_value_says_so(graders: Any) -> None:
     assert graders.run(grader=own, model_sample="Paris", item={"want": "x"}).metadata.errors.sample_parse_error
 
 
-def test_a_model_of_this_server_is_asked(graders: Any) -> None:
+def test_score_model_grader_uses_this_servers_model(graders: Any) -> None:
     found = graders.run(grader=score("8"), model_sample="a poem")
     assert found.reward == 8
     usage = found.api_model_grader_token_usage_per_model["toy"]
@@ -79,7 +79,7 @@ def test_a_model_of_this_server_is_asked(graders: Any) -> None:
         graders.run(grader=score("8", model="nobody"), model_sample="a poem")
 
 
-def test_a_tenant_s_limits_and_bill_hold_for_what_a_grader_asks(served: Any) -> None:
+def test_grader_requests_are_limited_and_billed(served: Any) -> None:
     client = served[0].with_options(api_key="acme")
     with pytest.raises(openai.RateLimitError):
         client.fine_tuning.alpha.graders.run(grader=score("8"), model_sample="a poem")
@@ -89,14 +89,14 @@ def test_a_tenant_s_limits_and_bill_hold_for_what_a_grader_asks(served: Any) -> 
         client.fine_tuning.alpha.graders.run(grader={**few, "model": "polite"}, model_sample="a poem")
 
 
-def test_several_together(graders: Any) -> None:
+def test_multi_grader_combines_its_graders(graders: Any) -> None:
     both = {"type": "multi", "name": "both", "graders": {"a": CHECK, "b": score("4")}, "calculate_output": "a + b / 10"}
     found = graders.run(grader=both, model_sample="x", item={"want": "x"})
     assert found.reward == pytest.approx(1.4)
     assert found.sub_rewards == {"a": 1, "b": 4}
 
 
-def test_validate_gives_the_grader_back(graders: Any) -> None:
+def test_validate_returns_the_grader(graders: Any) -> None:
     for grader in (CHECK, score("8")):
         assert graders.validate(grader=grader).grader.to_dict() == grader
 
@@ -108,14 +108,14 @@ def test_validate_gives_the_grader_back(graders: Any) -> None:
         ({**CHECK, "reference": "{{ nothing }}"}, "grader"), ({"type": "multi", "name": "m", "graders": {}}, "grader")
     ],
 )  # fmt: skip
-def test_what_is_no_grader_is_the_client_s_mistake(graders: Any, grader: Any, param: str) -> None:
+def test_invalid_grader_is_400(graders: Any, grader: Any, param: str) -> None:
     for call in (lambda: graders.validate(grader=grader), lambda: graders.run(grader=grader, model_sample="x")):
         with pytest.raises(openai.BadRequestError) as caught:
             call()
         assert str(caught.value.param).startswith(param)
 
 
-def test_python_is_run_where_the_operator_allows_it(served: Any) -> None:
+def test_python_grader_runs_if_the_operator_allows_it(served: Any) -> None:
     client, allowed = served
     graders = client.fine_tuning.alpha.graders
     if not allowed:
@@ -131,14 +131,14 @@ def test_python_is_run_where_the_operator_allows_it(served: Any) -> None:
     assert "KeyError: 'n'" in found.metadata.errors.python_grader_runtime_error_details
 
 
-def test_a_text_over_a_limit_is_named(graders: Any) -> None:
+def test_text_over_a_limit_is_named(graders: Any) -> None:
     long = {**CHECK, "reference": "{{ item.want }}" * 100}
     with pytest.raises(openai.APIStatusError, match="more than 1,048,576 characters") as caught:
         graders.run(grader=long, model_sample="x", item={"want": "x" * 20_000})
     assert (caught.value.status_code, caught.value.code) == (413, "too_large")
 
 
-def test_python_is_refused_before_it_is_parsed(served: Any) -> None:
+def test_python_is_refused_before_parsing(served: Any) -> None:
     client, allowed = served
     if allowed:
         return
@@ -148,7 +148,7 @@ def test_python_is_refused_before_it_is_parsed(served: Any) -> None:
             client.fine_tuning.alpha.graders.validate(grader=grader)
 
 
-def test_a_tenant_has_its_seconds_of_graders() -> None:
+def test_grader_seconds_of_a_tenant_are_limited() -> None:
     limits = HttpSettings(quotas=QuotaLimits(helper_seconds=1e-9))
     routers = [grader_routes()]
     with (

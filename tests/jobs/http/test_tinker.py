@@ -117,7 +117,7 @@ def client(world: SimpleNamespace) -> Iterator[Callable[[str], Tinker]]:
         yield made
 
 
-def test_the_server_s_folders_are_told_to_no_tenant(world: SimpleNamespace, client: Any) -> None:
+def test_server_folders_are_hidden_from_tenants(world: SimpleNamespace, client: Any) -> None:
     """The server returns the client's own folder, because the client's SDK loads the tokenizer from the returned
     name."""
     acme = client("acme")
@@ -130,7 +130,7 @@ def test_the_server_s_folders_are_told_to_no_tenant(world: SimpleNamespace, clie
     assert other.post("get_info", model_id=model)["model_data"]["tokenizer_id"] == "/home/acme/tiny-base"
 
 
-def test_a_client_from_its_session_to_a_download(world: SimpleNamespace, client: Any) -> None:
+def test_training_client_from_session_to_download(world: SimpleNamespace, client: Any) -> None:
     acme = client("acme")
     assert acme.post("client/config", sdk_version="0")["pjwt_auth_enabled"] is False
     names = acme.http.get("/get_server_capabilities").json()["supported_models"]
@@ -191,7 +191,7 @@ def _at(path: str) -> str:
     return f"/training_runs/{run}/checkpoints/{kind}/{name}"
 
 
-def test_what_is_another_tenants_is_not_there(world: SimpleNamespace, client: Any) -> None:
+def test_runs_of_other_tenants_are_404(world: SimpleNamespace, client: Any) -> None:
     acme, globex = (client(name) for name in ("acme", "globex"))
     model = acme.model("tiny-base", 2)
     assert acme.result(acme.forward(model).json()).status_code == 200
@@ -208,7 +208,7 @@ def test_what_is_another_tenants_is_not_there(world: SimpleNamespace, client: An
         client("idle")
 
 
-def test_who_waits_for_many_samples_leaves_others_their_share(client: Any) -> None:
+def test_many_samples_leave_other_tenants_their_share(client: Any) -> None:
     """One tenant's hundred samples are in the way of nobody's one, which is there long before the last of them."""
     tenants = [client(name) for name in ("acme", "globex")]
     asked: list[list[Any]] = []
@@ -226,7 +226,7 @@ def test_who_waits_for_many_samples_leaves_others_their_share(client: Any) -> No
     assert acme.result(many[-1]).headers["content-type"] == "application/x-protobuf"
 
 
-def test_prompts_that_wait_are_bounded_for_each_tenant(world: SimpleNamespace, client: Any) -> None:
+def test_waiting_prompts_are_limited_per_tenant(world: SimpleNamespace, client: Any) -> None:
     late, globex, quotas = client("late"), client("globex"), world.whole.built.service.quotas
     asked = [{"seq_id": 0, **_asked(sampler(tenant))} for tenant in (late, globex)]
     full = quotas.take("late")
@@ -249,9 +249,7 @@ def sampler(client: Tinker) -> str:
     ("more", "named"),
     [({"num_samples": 4096}, "num_samples"), ({"prompt": {"chunks": []}}, "prompt"), ({"seq_id": 10**4000}, "seq_id")],
 )
-def test_samples_that_can_never_be_drawn_are_not_kept(
-    world: SimpleNamespace, client: Any, more: dict[str, Any], named: str
-) -> None:
+def test_invalid_samples_use_no_quota(world: SimpleNamespace, client: Any, more: dict[str, Any], named: str) -> None:
     acme = client("acme")
     quotas = world.whole.built.service.quotas
     before = quotas.used("acme", "requests")
@@ -261,7 +259,7 @@ def test_samples_that_can_never_be_drawn_are_not_kept(
     assert quotas.used("acme", "requests") == before
 
 
-def test_fetched_results_make_room_for_others(world: SimpleNamespace, client: Any) -> None:
+def test_fetched_results_are_dropped_first(world: SimpleNamespace, client: Any) -> None:
     """Results count until they are removed; fetched results are removed first, then new samples are refused."""
     globex, quotas = client("globex"), world.whole.built.service.quotas
     session = sampler(globex)
@@ -289,7 +287,7 @@ def _asked(session: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("number", ["²", "9" * 400, "9" * 5000, "00", "-1", "0:1", "0\n"])
-def test_an_id_that_is_none_is_not_there(client: Any, number: str) -> None:
+def test_malformed_ids_are_404(client: Any, number: str) -> None:
     """Nor is another way to write one: there is one client of each folder."""
     acme = client("acme")
     acme.model("tiny-base", 2)
@@ -305,7 +303,7 @@ def test_an_id_that_is_none_is_not_there(client: Any, number: str) -> None:
         assert answer.status_code == 404, (path, id, answer.text)
 
 
-def test_a_budget_of_training_holds_and_the_ledger_has_its_lines(client: Any) -> None:
+def test_training_budget_limits_forward_passes(client: Any) -> None:
     """At a millionth a token: two passes are in the budget, the third is 402; a failed one costs nothing."""
     globex = client("globex")
     model = globex.model("tiny-base", 2)
@@ -320,7 +318,7 @@ def test_a_budget_of_training_holds_and_the_ledger_has_its_lines(client: Any) ->
     assert "budget" in answer.json()["error"]["message"]
 
 
-def test_an_old_session_trains_no_more_once_training_is_off(world: SimpleNamespace, client: Any) -> None:
+def test_disabled_training_refuses_existing_sessions(world: SimpleNamespace, client: Any) -> None:
     """The session can still save and download what it trained before."""
     late = client("late")
     model = late.model("tiny-base", 2)
@@ -333,7 +331,7 @@ def test_an_old_session_trains_no_more_once_training_is_off(world: SimpleNamespa
         manage.change_settings(world.store, "late", {"training_jobs": None}, who="test")
 
 
-def test_a_session_that_its_client_ended_is_gone(client: Any) -> None:
+def test_ended_session_is_410(client: Any) -> None:
     acme = client("acme")
     model = acme.model("tiny-base", 2)
     acme.post("session_heartbeat", session_id=acme.session)
@@ -359,7 +357,7 @@ def test_a_session_that_its_client_ended_is_gone(client: Any) -> None:
         ("forward_backward", {}, "no forward_backward request in protobuf"),
     ],
 )
-def test_a_mistake_is_said(client: Any, path: str, body: dict[str, Any], said: str) -> None:
+def test_invalid_request_names_the_reason(client: Any, path: str, body: dict[str, Any], said: str) -> None:
     acme = client("acme")
     whole = {
         "create_model": {"model_seq_id": 5, "base_model": "tiny-base", "lora_config": {"rank": 2}},
@@ -371,14 +369,14 @@ def test_a_mistake_is_said(client: Any, path: str, body: dict[str, Any], said: s
 
 
 @pytest.mark.parametrize("number", [0, -1, True, "1", 1.0, None, 10**30])
-def test_a_number_that_no_request_can_have(client: Any, number: Any) -> None:
+def test_invalid_request_number_is_400(client: Any, number: Any) -> None:
     acme = client("acme")
     answer = acme.http.post("/optim_step", json={"model_id": acme.model("tiny-base", 2), "seq_id": number, **STEP})
     assert answer.status_code == 400
     assert "seq_id is" in answer.json()["error"]["message"]
 
 
-def test_a_samples_mistake_is_its_result(client: Any) -> None:
+def test_invalid_sample_options_are_the_result(client: Any) -> None:
     acme = client("acme")
     base = acme.post(
         "create_sampling_session", session_id=acme.session, sampling_session_seq_id=0, base_model="tiny-base"

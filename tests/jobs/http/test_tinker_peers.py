@@ -170,7 +170,7 @@ def adam(rate: float) -> Any:
 ROWS = [[5 + (7 * i + 3 * j) % 300 for j in range(20 + i)] for i in range(4)]
 
 
-def test_the_primitives(process: Process, tmp_path: Path) -> None:
+def test_sdk_primitives(process: Process, tmp_path: Path) -> None:
     """Training, a loss of the client's own, sampling from weights that nobody saved, checkpoints, downloads; and what
     the trainer says of tokens is what the sampler says of them."""
     from tinker import types
@@ -233,7 +233,7 @@ _ROLE_COLON = {
 
 
 @pytest.mark.parametrize("recipe", list(RECIPES))
-def test_a_recipe_for_some_steps(recipe: str, process: Process, tmp_path: Path) -> None:
+def test_cookbook_recipe_runs_for_two_steps(recipe: str, process: Process, tmp_path: Path) -> None:
     """As it is, by its own command line: two steps, and its checkpoint at the end."""
     if not PYTHON.is_file():
         pytest.skip(f"no {PYTHON}")
@@ -314,7 +314,7 @@ def _sampled(service: Any, prompt: list[int], **params: Any) -> Any:
 
 
 @pytest.mark.parametrize("mistake", list(MISTAKES))
-def test_a_mistake_is_told_and_the_client_goes_on(mistake: str, process: Process, clumsy: Any) -> None:
+def test_sdk_reports_a_mistake_and_continues(mistake: str, process: Process, clumsy: Any) -> None:
     """Soon, in a sentence that says what is wrong; the same client's next step is as if it had not been."""
     service, training = clumsy
     do, said = MISTAKES[mistake]
@@ -323,7 +323,7 @@ def test_a_mistake_is_told_and_the_client_goes_on(mistake: str, process: Process
     assert training.forward([datum(ROWS[0])], "cross_entropy").result(timeout=120).metrics["loss:sum"] > 0
 
 
-def test_a_body_of_40_mb_is_refused(process: Process) -> None:
+def test_body_of_40_mb_is_refused(process: Process) -> None:
     wide = {"target_tokens": np.full((3, 1_200_000), 6), "weights": np.ones((3, 1_200_000), np.float32)}
     training = client(process, "globex").create_lora_training_client(base_model=MODEL, rank=2).result()
     with pytest.raises(Exception, match="the body has more than 8,388,608 bytes"):
@@ -337,7 +337,7 @@ def clumsy(process: Process) -> Any:
 
 
 @pytest.mark.parametrize("ranks", [(2, 16), (24, 32)], ids=["in one batch", "with room for one of them"])
-def test_two_tenants_of_unlike_rank(process: Process, ranks: tuple[int, int]) -> None:
+def test_tenants_of_different_rank_get_their_own_results(process: Process, ranks: tuple[int, int]) -> None:
     """What each of them gets beside the other is what it gets by itself; who has no room waits for it."""
 
     def trained(tenant: str, rank: int) -> list[float]:
@@ -390,7 +390,7 @@ def billed(process: Process, run: str) -> int:
     return sum(row["prompt"] for row in found)
 
 
-def test_the_page(process: Process, tmp_path: Path) -> None:
+def test_code_of_the_tinker_page_runs(process: Process, tmp_path: Path) -> None:
     """docs/how-to/tinker.md: its Python, as it is but for the base's name."""
     (code,) = blocks((ROOT / "docs" / "how-to" / "tinker.md").read_text(encoding="utf-8"), "python")
     ran = subprocess.run(

@@ -111,7 +111,7 @@ def made(client: openai.OpenAI, **more: Any) -> Any:
     return client.fine_tuning.jobs.create(**{"model": "toy", "training_file": sent(client), **more})
 
 
-def test_the_life_of_a_job(jobs: Jobs, client: openai.OpenAI) -> None:
+def test_job_from_creation_to_result(jobs: Jobs, client: openai.OpenAI) -> None:
     """As a script sees it that was written for OpenAI."""
     file = sent(client)
     job = client.fine_tuning.jobs.create(
@@ -177,7 +177,7 @@ def test_the_life_of_a_job(jobs: Jobs, client: openai.OpenAI) -> None:
     assert found == {"step": 4, "valid_loss": 1.5, "valid_mean_token_accuracy": 0.5, **full}
 
 
-def test_preferences(jobs: Jobs, client: openai.OpenAI) -> None:
+def test_dpo_job_has_the_requested_configuration(jobs: Jobs, client: openai.OpenAI) -> None:
     file, other = sent(client, [PAIR] * 50), sent(client, [PAIR], "held.jsonl")
     method = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "learning_rate_multiplier": 2, "n_epochs": 4}}}
     job = made(client, training_file=file, validation_file=other, method=method)
@@ -209,7 +209,7 @@ def reinforced(grader: Any = GRADER, **more: Any) -> dict[str, Any]:
     return {"method": {"type": "reinforcement", "reinforcement": {"grader": grader, **more}}}
 
 
-def test_reinforcement(jobs: Jobs, client: openai.OpenAI) -> None:
+def test_reinforcement_job_has_the_requested_configuration(jobs: Jobs, client: openai.OpenAI) -> None:
     both = {
         "type": "multi",
         "name": "both",
@@ -248,12 +248,12 @@ def test_reinforcement(jobs: Jobs, client: openai.OpenAI) -> None:
     assert config.optimizer.learning_rate == 2 * plain.optimizer.learning_rate
 
 
-def test_a_job_s_grader_asks_no_model_of_others(client: openai.OpenAI) -> None:
+def test_grader_cannot_use_an_invisible_model(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="polite"):
         made(client, **reinforced({**SCORED, "model": "polite"}))
 
 
-def test_python_is_no_grader_of_jobs_where_it_is_off(client: openai.OpenAI) -> None:
+def test_python_grader_of_a_job_needs_permission(client: openai.OpenAI) -> None:
     with pytest.raises(openai.PermissionDeniedError, match="--python-graders"):
         made(client, **reinforced({"type": "python", "name": "mine", "source": "def grade(sample, item): return 1"}))
 
@@ -277,7 +277,7 @@ def after(**section: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("body", EXAMPLES, ids=str)
-def test_the_guides_bodies(client: openai.OpenAI, body: dict[str, Any]) -> None:
+def test_bodies_of_openais_guides_are_accepted(client: openai.OpenAI, body: dict[str, Any]) -> None:
     file = sent(client)
     body = {key: file if value == "same" else value for key, value in body.items()}
     assert made(client, training_file=file, **body).status == "validating_files"
@@ -332,7 +332,7 @@ def test_invalid_request_names_parameter_and_reason(
     assert not [job for job in client.fine_tuning.jobs.list() if job.status == "validating_files"]
 
 
-def test_what_is_not_there_is_said_as_openai_does(client: openai.OpenAI) -> None:
+def test_missing_objects_have_openais_errors(client: openai.OpenAI) -> None:
     asked: list[tuple[Any, str | None, str]] = [
         (lambda: client.files.retrieve("file-none"), None, "No such File object: file-none"),
         (lambda: client.fine_tuning.jobs.retrieve("ftjob-none"), "fine_tune_not_found", "fine tune: ftjob-none"),
@@ -344,14 +344,14 @@ def test_what_is_not_there_is_said_as_openai_does(client: openai.OpenAI) -> None
         assert (refused.value.type, refused.value.code) == ("invalid_request_error", code)
 
 
-def test_a_file_of_another_kind(client: openai.OpenAI) -> None:
+def test_training_file_must_be_jsonl(client: openai.OpenAI) -> None:
     file = client.files.create(file=("tickets.pdf", b"%PDF"), purpose="fine-tune").id
     with pytest.raises(openai.BadRequestError, match="jsonl") as refused:
         made(client, training_file=file)
     assert (refused.value.param, refused.value.code) == ("training_file", "invalid_file_format")
 
 
-def test_a_job_that_failed_says_the_file_and_the_line(jobs: Jobs, client: openai.OpenAI) -> None:
+def test_failed_job_names_file_and_line(jobs: Jobs, client: openai.OpenAI) -> None:
     job = made(client, validation_file=sent(client, name="held.jsonl"))
     lease = jobs.taken("validating")
     where = f"{lease.job.config['data']['validation']}:3"
@@ -365,7 +365,7 @@ def test_a_job_that_failed_says_the_file_and_the_line(jobs: Jobs, client: openai
     assert str(lease.job.folder.parent) not in found.to_json()
 
 
-def test_what_a_job_does_once_it_is_trained(jobs: Jobs, client: openai.OpenAI) -> None:
+def test_section_after_is_stored_with_copied_files(jobs: Jobs, client: openai.OpenAI) -> None:
     """Sent with the job, told with it, and kept on a copy of the file of held-out rows."""
     section = {
         "evaluate": {"data": sent(client, name="held.jsonl"), "metrics": ["exact_match"]},
@@ -387,7 +387,7 @@ def test_what_a_job_does_once_it_is_trained(jobs: Jobs, client: openai.OpenAI) -
 
 
 @pytest.mark.parametrize("kind", ["internal", "died", "lost"])
-def test_what_an_interpreter_or_a_driver_says_is_the_operators(jobs: Jobs, client: openai.OpenAI, kind: str) -> None:
+def test_internal_errors_are_hidden_from_clients(jobs: Jobs, client: openai.OpenAI, kind: str) -> None:
     """By no way that tells of a job: it has hosts and paths in it."""
     secret = 'OperationalError: connection to "db.internal" failed: /srv/secret'
     job = made(client)
@@ -405,7 +405,7 @@ def test_what_an_interpreter_or_a_driver_says_is_the_operators(jobs: Jobs, clien
     assert "secret" not in "".join(told)
 
 
-def test_a_job_beyond_the_budget(jobs: Jobs, client: openai.OpenAI) -> None:
+def test_job_over_the_budget_fails(jobs: Jobs, client: openai.OpenAI) -> None:
     job = made(client)
     lease = jobs.taken("validating")
     with pytest.raises(OverBudget) as over:
@@ -417,7 +417,7 @@ def test_a_job_beyond_the_budget(jobs: Jobs, client: openai.OpenAI) -> None:
     assert "a larger budget" in error.message
 
 
-def test_a_database_that_is_away_is_503(jobs: Jobs, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_database_outage_is_503(jobs: Jobs, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
     """With nothing of what its driver says."""
 
     def away(*given: object, **named: object) -> None:
@@ -452,7 +452,7 @@ def test_pause_resume_cancel(jobs: Jobs, client: openai.OpenAI) -> None:
     assert missing.value.code == "model_not_found"
 
 
-def test_lists_by_page_and_by_metadata(client: openai.OpenAI) -> None:
+def test_jobs_are_listed_by_page_and_metadata(client: openai.OpenAI) -> None:
     before = [job.id for job in client.fine_tuning.jobs.list()]
     ids = [made(client, metadata={"n": str(n % 2), "all": "x"}).id for n in range(5)][::-1]
     assert [job.id for job in client.fine_tuning.jobs.list(limit=2)] == ids + before
@@ -462,7 +462,7 @@ def test_lists_by_page_and_by_metadata(client: openai.OpenAI) -> None:
     assert not {job.id for job in page} & set(ids)
 
 
-def test_nobody_reaches_the_jobs_of_others(jobs: Jobs, client: openai.OpenAI) -> None:
+def test_jobs_of_other_tenants_are_404(jobs: Jobs, client: openai.OpenAI) -> None:
     """By every way that takes an id, of a job, of a file, of a model."""
     id = made(client).id
     file = sent(client)
@@ -491,7 +491,7 @@ def test_nobody_reaches_the_jobs_of_others(jobs: Jobs, client: openai.OpenAI) ->
     assert client.fine_tuning.jobs.retrieve(id).status == "validating_files"
 
 
-def test_unfinished_jobs_of_a_tenant_are_bounded(
+def test_unfinished_jobs_of_a_tenant_are_limited(
     jobs: Jobs, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service = jobs.server.app.state.service
@@ -505,7 +505,7 @@ def test_unfinished_jobs_of_a_tenant_are_bounded(
     assert made(client).id
 
 
-def test_an_event_that_cannot_be_is_none(jobs: Jobs, client: openai.OpenAI) -> None:
+def test_unknown_event_id_is_400(jobs: Jobs, client: openai.OpenAI) -> None:
     """Whatever its number: SQL's have an end."""
     id = made(client).id
     first = client.fine_tuning.jobs.list_events(id).data[0].id
@@ -514,7 +514,7 @@ def test_an_event_that_cannot_be_is_none(jobs: Jobs, client: openai.OpenAI) -> N
             client.fine_tuning.jobs.list_events(id, after=after)
 
 
-def test_jobs_hold_no_more_than_there_is_room_for(
+def test_inputs_of_unfinished_jobs_are_limited(
     jobs: Jobs, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whose files are deleted, and come again for the next job."""
@@ -537,7 +537,7 @@ def test_jobs_hold_no_more_than_there_is_room_for(
 
 
 @pytest.mark.slow
-def test_no_request_makes_the_routes_fail(jobs: Jobs) -> None:
+def test_no_generated_request_returns_5xx(jobs: Jobs) -> None:
     """Schemathesis over the description of every route of files and jobs, with the ids of a file and of a job among
     what it makes up: any answer but 5xx."""
     import schemathesis

@@ -113,7 +113,7 @@ def test_full_quotas_refuse_clients_and_sessions(tmp_path: Path) -> None:
             service.create_session("acme", None)
 
 
-def test_metadata_has_a_limit(tmp_path: Path) -> None:
+def test_metadata_is_limited(tmp_path: Path) -> None:
     with small_service(tmp_path, quotas=small_quotas(metadata=100)) as service:
         run = begun(service)
         big = {"a": "x" * 100}
@@ -152,7 +152,7 @@ def test_restart_keeps_checkpoints_and_ends_clients(tmp_path: Path) -> None:
         assert left - {"live"} == {"lock", run.session}
 
 
-def test_an_eviction_is_a_wait(tmp_path: Path) -> None:
+def test_eviction_changes_no_result(tmp_path: Path) -> None:
     """Room for one of two clients: their states go to the disk and come back, and neither notices."""
     with small_service(tmp_path / "wide") as service:
         alone = [steps(service, begun(service, seed=seed), 1, 7) for seed in (1, 2)]
@@ -174,7 +174,7 @@ def _parameters(service: TinkerService) -> list[torch.Tensor]:
     return list(run.learner.parameters.values())
 
 
-def test_a_clients_mistake_is_its_own_answer_and_undoes_itself(tmp_path: Path) -> None:
+def test_failed_request_is_undone_and_affects_no_other_client(tmp_path: Path) -> None:
     """It says what is wrong; the next request is as if it had never been, whoever shares the pass."""
     with small_service(tmp_path) as service:
         run, other = begun(service), begun(service, "globex", rank=4)
@@ -216,7 +216,7 @@ def test_a_clients_mistake_is_its_own_answer_and_undoes_itself(tmp_path: Path) -
         assert result(service, run, last + 1, "optim_step", STEP).kind == "json"
 
 
-def test_what_is_saved_is_an_adapter_of_the_library(tmp_path: Path) -> None:
+def test_checkpoint_is_a_library_adapter(tmp_path: Path) -> None:
     """It loads with its moments or without; another's is not there; a name is taken once; a time to live ends."""
     with small_service(tmp_path) as service:
         run = begun(service)

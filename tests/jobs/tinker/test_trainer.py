@@ -56,7 +56,7 @@ def done(trainer: Trainer, *works: PassWork) -> None:
         trainer.step(left)
 
 
-def test_a_step_is_veneers_own_to_the_bit(trainer: Trainer) -> None:
+def test_step_equals_veneer_train_bit_for_bit(trainer: Trainer) -> None:
     """Forward, backward and AdamW: the loss of `veneer train`, the mean over trained tokens, is cross_entropy with its
     reciprocal as weights."""
     lora = Lora(4, seed=3, unembed=False)
@@ -87,7 +87,7 @@ def test_a_step_is_veneers_own_to_the_bit(trainer: Trainer) -> None:
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings")
 @pytest.mark.parametrize("unembed", [False, True])
-def test_what_transformers_and_peft_make_of_it(trainer: Trainer, unembed: bool) -> None:
+def test_gradients_equal_transformers_with_peft(trainer: Trainer, unembed: bool) -> None:
     """Log-probabilities, loss and the gradient of every A and B."""
     learner = trainer.create("one", Lora(3, seed=1, unembed=unembed))
     with torch.no_grad():
@@ -120,7 +120,7 @@ def test_what_transformers_and_peft_make_of_it(trainer: Trainer, unembed: bool) 
     trainer.drop(learner)
 
 
-def test_clients_of_unlike_rank_and_targets_in_one_pass(trainer: Trainer) -> None:
+def test_shared_pass_equals_separate_passes(trainer: Trainer) -> None:
     """Each has the log-probabilities and the gradient that it has alone, the pass is one, and whoever only looks gets
     none."""
     kinds = {"a": Lora(2, 1), "b": Lora(8, 2, mlp=False), "c": Lora(3, 3, attention=False, unembed=False)}
@@ -148,7 +148,7 @@ def test_clients_of_unlike_rank_and_targets_in_one_pass(trainer: Trainer) -> Non
         trainer.drop(learner)
 
 
-def test_a_state_comes_back_to_the_bit(trainer: Trainer, tmp_path: Any) -> None:
+def test_state_is_restored_bit_for_bit(trainer: Trainer, tmp_path: Any) -> None:
     """With its moments and the gradient since the last step."""
     learner = trainer.create("one", Lora(2, 5))
     done(trainer, work(trainer, learner, ROWS))
@@ -185,7 +185,7 @@ def _reference(name: str, p: Any, q: Any, a: Any, w: Any, mask: Any) -> float:
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo"])
-def test_a_loss_and_its_gradient(name: str) -> None:
+def test_loss_and_gradient_equal_the_formula(name: str) -> None:
     """Beside its formula in float64; the gradient beside finite differences of it, where nothing stands still in it."""
     draw = np.random.default_rng(4)
     p, q, a, w = (draw.normal(size=9) * scale for scale in (0.3, 0.3, 1.0, 1.0))
@@ -228,7 +228,7 @@ def test_a_loss_and_its_gradient(name: str) -> None:
         ({"options": {"beta": 1.0}}, "cross_entropy has no option 'beta'")
     ],
 )  # fmt: skip
-def test_what_cannot_be_trained_is_said_with_its_row(row: dict[str, Any], said: str) -> None:
+def test_invalid_row_is_named(row: dict[str, Any], said: str) -> None:
     wire = WireRow(
         np.array(row.get("tokens", [1, 2]), np.int64),
         {
@@ -241,7 +241,7 @@ def test_what_cannot_be_trained_is_said_with_its_row(row: dict[str, Any], said: 
         check_rows([wire], row.get("loss", "cross_entropy"), row.get("options", {}), vocabulary=384, context=256)
 
 
-def test_the_twin_leaves_the_base_alone(trainer: Trainer) -> None:
+def test_trainer_shares_the_bases_tensors(trainer: Trainer) -> None:
     """The same values, and no memory for them; what is put on the one is not on the other."""
     base = small_base()
     mine = {id(p) for p in base.model.parameters()}

@@ -12,7 +12,7 @@ from veneer.jobs.tinker.wire import WireSample, forward_bytes, read_forward, rea
 from veneer.serve.request import Refused
 
 
-def test_what_is_asked_is_read() -> None:
+def test_forward_request_is_read() -> None:
     body = forward_body(
         "s1:train:0", 7, ROWS, "ppo", True, {"clip_low_threshold": 0.7}, logprobs=lambda t: [0.5] * len(t)
     )
@@ -25,7 +25,7 @@ def test_what_is_asked_is_read() -> None:
         assert found.inputs["logprobs"].dtype == np.float32
 
 
-def test_rows_that_are_mostly_nothing() -> None:
+def test_sparse_rows_are_read() -> None:
     """Compressed sparse rows: values, where each row begins, columns."""
     values, starts, columns = np.array([7, 9], "<i8"), np.array([0, 1, 1, 2], "<i8"), np.array([2, 0], "<i8")
     sparse = part(2, part(1, values.tobytes()) + part(2, starts.tobytes()) + part(3, columns.tobytes()))
@@ -36,12 +36,12 @@ def test_rows_that_are_mostly_nothing() -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 9, 40, 41, 60])
-def test_half_a_message_is_refused(cut: int) -> None:
+def test_truncated_message_is_refused(cut: int) -> None:
     with pytest.raises(Refused, match="no forward_backward request"):
         read_forward(forward_body("s1:train:0", 7, ROWS)[:cut] + b"\xff")
 
 
-def test_a_few_bytes_do_not_take_the_memory() -> None:
+def test_small_message_cannot_claim_much_memory() -> None:
     """Zeros that are not on the wire, row after row, and a number where a text belongs."""
 
     def zeros(width: int) -> bytes:
@@ -63,12 +63,12 @@ def test_a_few_bytes_do_not_take_the_memory() -> None:
     assert read_forward(b"\x08" + varint(1 << 40)).model == ""  # ignored, as protobuf does with another kind of field
 
 
-def test_a_message_of_empty_rows_is_refused() -> None:
+def test_message_of_many_empty_rows_is_refused() -> None:
     with pytest.raises(Refused, match="more than 262,144 fields"):
         read_forward(b"\x1a\x00" * 300_000)
 
 
-def test_outputs_of_unlike_shapes() -> None:
+def test_outputs_of_different_shapes_are_separate_records() -> None:
     outputs = [{"logprobs": np.arange(3.0)}, {"logprobs": np.arange(4.0).reshape(2, 2)}, {"logprobs": np.arange(2.0)}]
     logps, metrics = read_output(forward_bytes(outputs, {"loss:sum": 1.5}))
     assert logps == [[0, 1, 2], [0, 1, 2, 3], [0, 1]]
@@ -76,7 +76,7 @@ def test_outputs_of_unlike_shapes() -> None:
 
 
 @pytest.mark.peers
-def test_the_sdks_own_code() -> None:
+def test_messages_equal_the_sdks() -> None:
     pytest.importorskip("tinker")
     from tinker import types
     from tinker.proto import request_conv, response_conv

@@ -2,7 +2,7 @@
 
     trainer = Trainer(base)                        own modules on the base's tensors
     learner = trainer.create("a", Lora(rank=8))
-    work = PassWork(learner, checked_rows(asked, …), "cross_entropy", {}, backward=True)
+    work = PassWork(learner, check_rows(rows, …), "cross_entropy", {}, backward=True)
     while not work.done: trainer.step([work, …])   a pass: rows of all works in one batch
     trainer.optimise(learner, Adam(1e-4))
 

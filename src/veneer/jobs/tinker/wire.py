@@ -1,7 +1,7 @@
 """Protobuf messages of Tinker's SDK (docs/notes/tinker.md).
 
     head = read_head(body)                     ForwardHead: model, request number, memory needed to unpack
-    asked = read_forward(body)                 ForwardAsked: also rows and loss
+    request = read_forward(body)               ForwardRequest: also rows and loss
     forward_bytes(outputs, metrics)            result of a forward request
     sample_bytes(sequences, …)                 result of a sampling request
 
