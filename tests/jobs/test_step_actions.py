@@ -90,7 +90,7 @@ def test_steps_are_published_during_training(
     assert dict(ended.tensors()).keys() == dict(start.tensors()).keys()
 
     shown = run(capsys, "jobs", "--library", store.library.location, "show", job.id).out
-    assert f"asked as     {name}@3, {name}@2, {name}@1" in shown
+    assert f"published    {name}@3, {name}@2, {name}@1" in shown
     ran = run(capsys, "jobs", "--library", store.library.location, "keep", job.id, "--step", "2", "--json")
     assert json.loads(ran.out) == {"reference": "support@2", "aliases": []}
     kept = keep_step(store, job.id, 1, alias="prod")

@@ -211,7 +211,7 @@ def test_job_fails_after_three_dead_processes(store: JobStore) -> None:
     for end in ("queued", "failed"):
         job = store.died(taken(store), "killed by signal 9", fix="more memory")
         assert job.state == end
-    assert job.error["message"].startswith("its process died 3 times in a row before a new checkpoint: killed by")
+    assert job.error["message"].startswith("its process died 3 times in a row without a new checkpoint: killed by")
 
 
 def test_job_fails_after_three_lost_workers(store: JobStore) -> None:

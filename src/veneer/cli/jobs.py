@@ -105,7 +105,7 @@ def show(job: _Id, tenant: _Whose = None, as_json: AsJson = False) -> None:
     if points:
         print(f"checkpoints  after steps {', '.join(str(point.step) for point in points[:10])}")
         if named := [point.reference for point in points[:10] if point.reference]:
-            print(f"asked as     {', '.join(map(field, named))}")
+            print(f"published    {', '.join(map(field, named))}")
     if bill is not None:
         from veneer.jobs.store import money
 

@@ -61,7 +61,7 @@ def compare_job(
     after = after_section(lease.job)
     if after is None or after.evaluate is None:
         return None
-    assert base is not None  # a compared job is trained alone, so its base is here
+    assert base is not None  # a job with an evaluation keeps its base
     adapter = Path(result["adapter"])
     compare = partial(_compare, lease.job, after, after.evaluate, store.library, tenants, adapter, base)
     data = _do_once(store, lease, "evaluation", "it could not be compared", compare).data

@@ -179,5 +179,5 @@ def _hours(since: str, until: str, now: float) -> float:
         if until:
             end = min(end, datetime.fromisoformat(until).replace(tzinfo=UTC) + timedelta(days=1))
     except ValueError as error:
-        raise ConfigError(f"there is no such day: {error}", where="since, until", fix="as in 2026-11-25") from error
+        raise ConfigError(f"this day does not exist: {error}", where="since, until", fix="as in 2026-11-25") from error
     return max(0.0, (end - begin).total_seconds() / 3600)

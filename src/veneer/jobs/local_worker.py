@@ -48,7 +48,7 @@ def background_worker(
             if child.stdin is not None:
                 child.stdin.close()
             if not stopping.is_set():
-                say(f"the worker beside this server ended with exit code {code}; another begins in {_AGAIN:g} s")
+                say(f"the server's worker exited with code {code}; restarting it in {_AGAIN:g} s")
                 stopping.wait(_AGAIN)
 
     keeper = threading.Thread(target=keep, name="veneer-worker", daemon=True)

@@ -191,7 +191,7 @@ class TuningBody(Body):
     def _said_once(self) -> TuningBody:
         own = self.method and self.method.hyperparameters
         if self.hyperparameters and (self.kind != "supervised" or own not in (None, self.hyperparameters)):
-            raise _clash(f"hyperparameters are those of method.{self.kind}: give them there alone")
+            raise _clash(f"hyperparameters must be given only in method.{self.kind}")
         return self
 
 

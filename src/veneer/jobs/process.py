@@ -13,7 +13,7 @@ interruption.
 
 | what ends the process                             | the job                                               |
 | the run is done                                   | succeeded; its adapter is a version in the library    |
-| an error in the user's input, a non-finite loss           | failed, with the error                        |
+| an error in the user's input, a non-finite loss | failed, with the error                         |
 | SIGTERM, or the lease is lost                     | returned to the queue, if the lease still holds       |
 | memory, a disk, a database                        | returned to the queue; failed the third time in a row |
 | a kill                                            | returned by the worker, or once the lease has expired |
@@ -124,7 +124,7 @@ def _settle(reporter: _JobReporter, error: BaseException) -> int:
     with contextlib.suppress(LeaseLost):
         reporter.flush(wait=True)
         if isinstance(error, Interrupted | KeyboardInterrupt):
-            store.release(lease, "stopped, to go on from its last checkpoint")
+            store.release(lease, "stopped, to go on from the last checkpoint")
         elif is_retryable(error):
             what = error.what if isinstance(error, VeneerError) else f"{type(error).__name__}: {error}"
             store.died(lease, what, fix=getattr(error, "fix", None) or "")
@@ -260,9 +260,7 @@ class _JobReporter:
     def _publish(self, folder: Path) -> None:
         """Add the run's checkpoints with adapters to the library during training.
 
-        @@
-
-                If the library is unavailable, the next checkpoint retries."""
+        If the library is unavailable, the next checkpoint retries."""
         if not dict(self.lease.job.config.get("checkpoint") or {}).get("adapters"):
             return
         from veneer.jobs.checkpoints import publish_steps  # late: a worker needs no torch
@@ -278,7 +276,7 @@ class _JobReporter:
             if step not in self.published:
                 self.published.add(step)
                 self.checkpoints.append(JobCheckpoint(step, reference=reference))
-                text = f"step {step:,} can be asked: {reference}"
+                text = f"step {step:,} is published: {reference}"
                 self.events.append(JobEvent("info", "checkpoint", text, {"step": step, "reference": reference}))
 
     def flush(self, *, wait: bool = False) -> None:
@@ -298,7 +296,7 @@ class _JobReporter:
             except Exception as error:
                 if not is_transient(error):
                     raise
-                print(f"the database is away: {type(error).__name__}", file=sys.stderr, flush=True)
+                print(f"the database is unavailable: {type(error).__name__}", file=sys.stderr, flush=True)
                 if not wait:
                     return
                 time.sleep(_AGAIN)
@@ -325,7 +323,7 @@ def _last_progress(checkpoints: Path, reporter: _JobReporter) -> dict[str, Any] 
         try:
             return dict(checkpoint.read_checkpoint(newest)["progress"])
         except CheckpointError as error:
-            reporter.events.append(JobEvent("warn", "note", f"{newest.name} is put aside: {error.what}"))
+            reporter.events.append(JobEvent("warn", "note", f"{newest.name} is damaged and was renamed: {error.what}"))
             os.rename(newest, newest.with_name(f"aside-{secrets.token_hex(4)}-{newest.name}"))
     return None
 

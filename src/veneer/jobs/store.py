@@ -108,7 +108,7 @@ class LeaseLost(VeneerError):
     """The lease is gone: the job was paused, cancelled or taken over."""
 
 
-# -- what is in them ---------------------------------------------------------------------------------------------------
+# -- stored objects ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -298,7 +298,7 @@ class JobStore:
                 raise ConfigError(
                     f"{_MAX_UNFINISHED:,} jobs of {tenant or 'this machine'} have not ended",
                     where="jobs",
-                    fix="wait for some of them, or cancel those that nobody needs",
+                    fix="wait for some of them, or cancel jobs that are not needed",
                 )
             number = (c.scalar(select(func.max(job_table.c.number))) or 0) + 1
             zeros = dict.fromkeys(("step", "steps", "tokens", "price", "planned", "attempt", "faults"), 0)
@@ -513,8 +513,8 @@ class JobStore:
                     return None
                 lost = found.until is not None
                 if lost and found.faults + 1 >= _MAX_FAULTS:
-                    what = f"whoever worked on this job was lost {_MAX_FAULTS} times in a row before a new checkpoint"
-                    fix = "look at the workers' memory, then submit it again"
+                    what = f"the job lost its worker {_MAX_FAULTS} times in a row without a new checkpoint"
+                    fix = "check the workers' memory, then submit the job again"
                     self._end(c, found, "failed", now, error={"kind": "lost", "message": what, "fix": fix})
                     continue
                 values: dict[str, Any] = {"token": secrets.token_hex(16), "worker": shown(worker), "renewed": now}
@@ -524,8 +524,8 @@ class JobStore:
                     values["started"] = now
                 c.execute(update(job_table).where(job_table.c.id == found.id).values(**values))
                 if state == "queued" and lost:
-                    text = f"{found.worker} was lost: {worker} goes on from the last checkpoint"
-                    data = {"public": "its worker was lost: another goes on from the last checkpoint"}
+                    text = f"{found.worker} was lost: {worker} resumes from the last checkpoint"
+                    data = {"public": "its worker was lost: another worker resumes from the last checkpoint"}
                     _insert_event(c, found, now, JobEvent("warn", "note", text, data))
                 elif state == "queued":
                     public = "resumed" if found.attempt else "started"
@@ -671,13 +671,13 @@ class JobStore:
         The job fails the third time in a row without a new checkpoint. Raises LeaseLost."""
         with self._with_lease(lease) as (c, now, job):
             if job.faults + 1 >= _MAX_FAULTS:
-                what = f"its process died {_MAX_FAULTS} times in a row before a new checkpoint: {why}"
+                what = f"its process died {_MAX_FAULTS} times in a row without a new checkpoint: {why}"
                 return self._end(c, job, "failed", now, error={"kind": "died", "message": what, "fix": fix})
             c.execute(update(job_table).where(job_table.c.id == job.id).values(faults=job.faults + 1, **_NO_LEASE))
             _insert_event(
                 c, job, now, JobEvent("warn", "note", f"its process died: {why}", {"public": "its process died"})
             )
-            return self._set_state(c, job, "queued", now, "waits to go on from its last checkpoint")
+            return self._set_state(c, job, "queued", now, "queued to resume from the last checkpoint")
 
     def finish(
         self, lease: JobLease, *, result: Mapping[str, Any] | None = None, error: Mapping[str, Any] | None = None
@@ -763,12 +763,12 @@ def _check_transition(job: Job, state: _JobState, only: str | None = None) -> No
     """Check a transition. Raises WrongState."""
     if state in TRANSITIONS[job.state] and only in (None, job.state):
         return
-    asked = {"paused": "paused", "queued": "resumed", "cancelled": "cancelled"}.get(state, state)
+    action = {"paused": "paused", "queued": "resumed", "cancelled": "cancelled"}.get(state, state)
     froms = [only] if only else [name for name, following in TRANSITIONS.items() if state in following]
     raise WrongState(
-        f"job {job.id} is {job.state} and cannot be {asked}",
+        f"job {job.id} is {job.state} and cannot be {action}",
         where="job",
-        fix=f"only one that is {' or '.join(froms)} can" if job.state not in ENDS else "it has ended: submit a new one",
+        fix=f"the job must be {' or '.join(froms)}" if job.state not in ENDS else "the job has ended: submit a new one",
     )
 
 

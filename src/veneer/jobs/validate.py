@@ -50,7 +50,7 @@ def after_section(job: Job) -> AfterJob | None:
 def has_evaluation(job: Job) -> bool:
     """Return whether the job's adapter is evaluated after training.
 
-    Such a job is trained alone, and compared on the base of its training."""
+    The comparison uses the base that the job was trained on."""
     after = after_section(job)
     return after is not None and after.evaluate is not None
 
@@ -90,8 +90,8 @@ def validate_job(
     try:
         if terms.jobs == 0:
             raise ConfigError(
-                f"{lease.job.tenant or 'this machine'} may have no training jobs: there is no such tenant, it is shut "
-                "out, or may have none at once",
+                f"{lease.job.tenant or 'this machine'} cannot train: the tenant does not exist, is disabled, or has a "
+                "limit of no jobs",
                 where="tenant",
                 fix="see veneer tenant list, and veneer tenant show",
             )
@@ -156,7 +156,7 @@ def error_json(error: BaseException) -> dict[str, Any]:
     if not isinstance(error, VeneerError):
         traceback.print_exception(error)
         what = f"{type(error).__name__}: {error}"
-        fix = "this is a fault of veneer's: please report it with the job's log (veneer jobs logs)"
+        fix = "please report this bug with the job's log (veneer jobs logs)"
         return {"kind": "internal", "message": what, "fix": fix}
     kind = re.sub(r"(?<=.)(Error)$", "", type(error).__name__).lower()
     found = {"kind": kind, "message": error.what, "where": error.where, "fix": error.fix}

@@ -267,7 +267,7 @@ class Worker:
             fix = "smaller batches (batching.micro_rows), shorter rows, or another plan"
             self.store.finish(lease, error={"kind": "memory", "message": ended.why, "fix": fix})
         elif running.stopping is not None:  # stopped before it saved its state
-            self.store.release(lease, "stopped, to go on from its last checkpoint")
+            self.store.release(lease, "stopped; resumes from the last checkpoint")
         else:
             self.store.died(lease, ended.why)
 
@@ -323,5 +323,5 @@ class Worker:
                 raise
             if not self._away:
                 what = error.what if isinstance(error, VeneerError) else type(error).__name__
-                self.log(f"the database, a disk or the executor is away; it is tried again: {what}")
+                self.log(f"the database, a disk or the executor is unavailable; trying again: {what}")
             self._away = True

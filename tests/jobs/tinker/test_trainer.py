@@ -124,19 +124,19 @@ def test_shared_pass_equals_separate_passes(trainer: Trainer) -> None:
     """Each has the log-probabilities and the gradient that it has alone, the pass is one, and whoever only looks gets
     none."""
     kinds = {"a": Lora(2, 1), "b": Lora(8, 2, mlp=False), "c": Lora(3, 3, attention=False, unembed=False)}
-    alone: dict[str, Any] = {}
+    separately: dict[str, Any] = {}
     for name, lora in kinds.items():
         learner = trainer.create(name, lora)
         one = work(trainer, learner, ROWS)
         done(trainer, one)
-        alone[name] = one, {key: p.grad.clone() for key, p in learner.parameters.items() if p.grad is not None}
+        separately[name] = one, {key: p.grad.clone() for key, p in learner.parameters.items() if p.grad is not None}
         trainer.drop(learner)
     learners = {name: trainer.create(name, lora) for name, lora in kinds.items()}
-    assert all(not learner.alone for learner in learners.values())
+    assert all(not learner.separate_reason for learner in learners.values())
     works = [work(trainer, learner, ROWS, backward=name != "c") for name, learner in learners.items()]
     assert trainer.step(works) == works
     for (name, learner), one in zip(learners.items(), works, strict=True):
-        before, gradients = alone[name]
+        before, gradients = separately[name]
         assert one.total == pytest.approx(before.total, rel=1e-6)
         for mine, theirs in zip(one.logps, before.logps, strict=True):
             assert torch.allclose(mine, theirs, atol=1e-6)
@@ -221,7 +221,7 @@ def test_loss_and_gradient_equal_the_formula(name: str) -> None:
         ({"targets": [1, -2]}, "a token of its target_tokens is not"),
         ({"weights": [1.0]}, r"weights has the shape \(1,\), target_tokens \(2,\)"),
         ({"weights": [1.0, float("nan")]}, "weights has a value that is not finite"),
-        ({"other": "a picture"}, "its input has a picture, and text alone"),
+        ({"other": "a picture"}, "its input has a picture, and only text"),
         ({"loss": "ppo"}, "ppo has no input 'weights'"),
         ({"loss": "importance"}, "there is no loss 'importance'"),
         ({"loss": "custom"}, "this server runs no losses of clients"),

@@ -75,11 +75,11 @@ def grader_of(given: Any, param: str = "grader", sandbox: Sandbox | None = None)
     source."""
     if sandbox is None and has_python(given):
         raise Refused(
-            "graders of Python are off on this server",
+            "this server runs no Python graders",
             status=403,
             code="grader_not_allowed",
             param=f"{param}.type",
-            fix="its operator may turn them on: veneer serve --train --python-graders",
+            fix="the operator can allow them: veneer serve --train --python-graders",
         )
     try:
         return parse_grader(given, param)
@@ -103,7 +103,7 @@ def grader_routes(limits: QuotaLimits | None = None, *, sandbox: Sandbox | None 
             work = partial(helpers.run, caller.tenant, caller.weight, size)
             return Response(await in_thread("the grader", do, work), media_type="application/json")
 
-    @router.post("/v1/fine_tuning/alpha/graders/validate", summary="Look at a grader; nothing of it is run.")
+    @router.post("/v1/fine_tuning/alpha/graders/validate", summary="Check a grader without running it")
     async def validate(request: HttpRequest, body: GraderBody) -> Response:
         def read() -> bytes:
             with _Timed(request):
@@ -113,7 +113,7 @@ def grader_routes(limits: QuotaLimits | None = None, *, sandbox: Sandbox | None 
 
         return await helped(request, read)
 
-    @router.post("/v1/fine_tuning/alpha/graders/run", summary="What a grader gives for one answer.")
+    @router.post("/v1/fine_tuning/alpha/graders/run", summary="Grade one completion")
     async def run_grader(request: HttpRequest, body: GraderRunBody) -> Response:
         service, caller, loop = service_of(request), caller_of(request), asyncio.get_running_loop()
         number, place = f"grader-{request.scope['veneer.id']}", admission_of(request)
@@ -124,9 +124,9 @@ def grader_routes(limits: QuotaLimits | None = None, *, sandbox: Sandbox | None 
 
                 def ask(questions: Sequence[Question]) -> list[Reply]:
                     """Ask the engine on the server's event loop."""
-                    asked = _asked(service, caller, number, questions, place)
+                    replies = _ask_all(service, caller, number, questions, place)
                     with timed.waiting():
-                        return asyncio.run_coroutine_threadsafe(asked, loop).result()
+                        return asyncio.run_coroutine_threadsafe(replies, loop).result()
 
                 try:
                     grader = grader_of(body.grader, sandbox=sandbox)
@@ -170,7 +170,7 @@ class _Timed:
             self._waited += time.monotonic() - began
 
 
-async def _asked(
+async def _ask_all(
     service: Service, caller: Principal, number: str, questions: Sequence[Question], place: AdmittedRequest
 ) -> list[Reply]:
     """Return replies to questions. Raises Refused, as for a chat completion."""

@@ -20,7 +20,7 @@ from veneer.serve.request import Refused
 def sample_routes(jobs: JobStore) -> APIRouter:
     router = APIRouter(tags=["jobs"], route_class=thread_route("the table of jobs"), dependencies=[needs("train")])
 
-    @router.get("/v1/jobs/{id}/samples/{step}", summary="The sample pictures that a job has drawn after a step.")
+    @router.get("/v1/jobs/{id}/samples/{step}", summary="Get a job's sample images after a step")
     def sample(request: HttpRequest, id: str, step: int) -> Response:
         try:
             job = jobs.get(caller_of(request).owner, id)

@@ -205,7 +205,7 @@ def _served(call: Call, source: SamplerSource) -> ResolvedModel:
         return catalog.resolve(source.reference or catalog.base, call.caller)
     if not Path(source.folder).is_dir():
         what = "the weights of this sampling client are kept no more: newer ones of its run took their place"
-        fix = "save_weights_for_sampler(name) keeps what is to be asked for longer"
+        fix = "save_weights_for_sampler(name) keeps weights until they are deleted"
         raise Refused(what, status=410, code="gone", fix=fix)
     catalog.sources.remember(source.digest, AdapterLocation(source.name, path=Path(source.folder)))
     return ResolvedModel(((source.digest, 1.0),), source.name, source.name, adapters=(source.name,))

@@ -309,7 +309,7 @@ def _after(files: Files, id: str, after: AfterJob, found: Sequence[UploadedFile]
         return after
     for key, most in {"limit": _HELD_ROWS, "max_new_tokens": _HELD_TOKENS}.items():
         if (getattr(after.evaluate, key) or 0) > most:
-            raise invalid(f"at most {most:,} here, since nobody pays for them", f"after.evaluate.{key}")
+            raise invalid(f"at most {most:,}, because evaluations are not billed", f"after.evaluate.{key}")
     held_out = after.evaluate.model_copy(update={"limit": after.evaluate.limit or _HELD_ROWS})
     after = after.model_copy(update={"evaluate": held_out})
     if held_out.data is None:

@@ -76,8 +76,8 @@ class Lora:
         """Return the LoraSpec. Raises ConfigError for modules that the base lacks."""
         if not 1 <= self.rank <= 4096:
             raise ConfigError(f"rank {self.rank} is not possible", where="lora_config.rank", fix="from 1 to 4096")
-        wanted = (names.attention, self.attention), (names.mlp, self.mlp), (names.head, self.unembed)
-        targets = tuple(name for own, asked in wanted if asked for name in own)
+        groups = (names.attention, self.attention), (names.mlp, self.mlp), (names.head, self.unembed)
+        targets = tuple(name for names_, selected in groups if selected for name in names_)
         if not targets:
             what = "none of train_mlp, train_attn and train_unembed selects anything in this base"
             raise ConfigError(what, where="lora_config")
@@ -147,12 +147,12 @@ class Adam:
 class Learner:
     """An adapter in training, in memory.
 
-    `alone`: why its rows cannot share a pass with other clients; "" if they can."""
+    `separate_reason`: why its rows cannot share a pass with other clients; "" if they can."""
 
     name: str
     parameters: Mapping[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
-    alone: str
+    separate_reason: str
 
     @property
     def bytes(self) -> int:
@@ -194,7 +194,7 @@ def _row(row: WireRow, where: str, loss: str, names: Sequence[str], vocabulary: 
 
     ids, count = torch.from_numpy(row.tokens), len(row.tokens)
     if row.other:
-        raise wrong(f"its input has {row.other}, and text alone is trained here")
+        raise wrong(f"its input has {row.other}, and only text is trained here")
     if not 0 < count <= context:
         raise wrong(f"its input has {count} tokens", f"from 1 to {context}, the base's context")
     if "target_tokens" not in row.inputs:
@@ -276,7 +276,7 @@ class Trainer:
         # Fast paths keep references to modules, so wrap every module that a client can train first.
         self.attachment.add(_WRAPS, create(model, Lora(1).spec(self.names), seed=0))
         self.how = self._undo.enter_context(fast(model)).summary()
-        self.apart = why_apart(model)
+        self.all_separate_reason = why_apart(model)
         self.most = _PASS if self.base.device.type == "cpu" else _PASS_ON_GPU
         self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
 
@@ -295,9 +295,9 @@ class Trainer:
         parameters = self.attachment.parameters(name)
         # The head runs separately on each client's rows.
         others = {key: pair for key, pair in adapter.pairs.items() if key not in self.names.head}
-        alone = self.apart or span_problem(replace(adapter, pairs=others))
+        separate_reason = self.all_separate_reason or span_problem(replace(adapter, pairs=others))
         optimizer = make_optimizer(parameters, name="adamw", learning_rate=1.0)
-        self.learners[name] = learner = Learner(name, parameters, optimizer, alone)
+        self.learners[name] = learner = Learner(name, parameters, optimizer, separate_reason)
         return learner
 
     def drop(self, learner: Learner) -> None:
@@ -318,8 +318,9 @@ class Trainer:
         The first work has priority. Raises TrainingError for a non-finite loss (the gradients of these works
         must not be used) and ResourceError."""
         first, *others = works
-        beside = [] if first.learner.alone else [work for work in others if not work.learner.alone]
-        parts = self._parts([first, *beside])
+        if first.learner.separate_reason:
+            others = []
+        parts = self._parts([first, *(work for work in others if not work.learner.separate_reason)])
         tokens = sum(len(row.ids) for _, rows in parts for row in rows)
         grads = any(work.backward for work, _ in parts)
         with torch.set_grad_enabled(grads), shared(), memory_errors(Micro(tokens, 0, (), lambda: None)):
