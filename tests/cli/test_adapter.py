@@ -67,7 +67,7 @@ def test_inspect_needs_no_base_and_says_what_is_in_it(capsys, made):
     assert target["delta_norm"] == pytest.approx(norm, rel=1e-9)
     assert (target["count"], target["kind"]) == (2, "linear")
     told = run(capsys, "inspect", made / "a", "--elsewhere")
-    assert "llama.cpp (convert_lora_to_gguf.py 0b03adaa): loads it, and does something else than is meant" in told
+    assert "llama.cpp (convert_lora_to_gguf.py 0b03adaa): loads it with a different effect" in told
     assert "--to gguf -o NEW" in told
     text = run(capsys, "inspect", made / "a")
     for words in ("rsLoRA", "q_proj", "down_proj", found["digest"], '{"loss": 0.5}', "4 pairs"):
@@ -226,7 +226,7 @@ def test_merge_warns_of_rounding_and_asks_where_it_takes_half(capsys, made, base
         (["inspect", "nowhere"], "there is no adapter 'nowhere'"),
         (["verify", "nowhere", "--base", "BASE"], "there is no adapter 'nowhere'"),
         (["merge", "nowhere", "--base", "BASE", "-o", "OUT"], "there is no adapter 'nowhere'"),
-        (["merge", "A", "--base", "BASE", "-o", "BASE"], "already and not empty"),
+        (["merge", "A", "--base", "BASE", "-o", "BASE"], "exists and is not empty"),
         (["merge", "A", "--base", "BASE", "-o", "OUT", "--dtype", "int4"], "there is no dtype 'int4'"),
         (["merge", "A", "A", "--base", "BASE", "-o", "OUT"], "named twice"),
         (["merge", "--base", "BASE", "-o", "OUT"], "Missing argument"),

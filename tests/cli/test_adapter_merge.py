@@ -34,7 +34,7 @@ def test_a_merge_follows_the_card_unless_into_original_is_given(
     assert shown.code == 0, shown.err
     assert "the weights it was trained on (nf4, in full)" in shown.out
     assert "the 16-bit weights" in shown.out
-    assert "folded into the dequantized nf4 weights" in merge("-o", str(tmp_path / "m")).out
+    assert "merged into the dequantized nf4 weights" in merge("-o", str(tmp_path / "m")).out
     original = merge("--into", "original", "-o", str(tmp_path / "o"))
     assert original.code == 0
     assert "dequantized" not in original.out
@@ -52,7 +52,7 @@ def test_a_card_with_the_older_spelling_merges_into_the_weights_it_names(
     (older / CARD_FILE).write_text(json.dumps(card), encoding="utf-8")
     ran = run(capsys, "adapter", "merge", str(older), "--base", str(folder), "-o", str(tmp_path / "m"))
     assert ran.code == 0, ran.err
-    assert "folded into the dequantized nf4 weights" in ran.out
+    assert "merged into the dequantized nf4 weights" in ran.out
 
 
 def test_adapters_of_different_precisions_merge_into_the_weights_before_quantizing_alone(

@@ -23,7 +23,7 @@ def unwrapped(out: str) -> list[str]:
 def test_doctor_prints_the_verdict_first(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     ran = run(capsys, "doctor")
     first, *lines = unwrapped(ran.out)
-    assert (ran.code, first) == (0, "all is well")
+    assert (ran.code, first) == (0, "no problems found")
     assert [line.split()[0] for line in lines] == ["home", "disk", "compiler", "card", "extras", "hub", "port"]
     assert json.loads(run(capsys, "doctor", "--json").out)["well"] is True
 

@@ -211,7 +211,7 @@ def test_a_prompt_may_be_the_word_grid(capsys: Any, place: Path, folder: Path) -
         (["a", "-a", "brand.safetensors@dwon=1"], "did you mean down"),
         (["a", "-a", "brand.safetensors@steps=1-3"], "not a range of steps"),
         (["a", "-a", "brand.safetensors@campaign=lense"], "did you mean lens"),
-        (["a", "-a", "brand.safetensors@campaign=lens,mid=1"], "says blocks and steps itself"),
+        (["a", "-a", "brand.safetensors@campaign=lens,mid=1"], "sets blocks and steps"),
         (["a", *(["-a", "x@campaign=lens"] * 2)], "the campaign's lens is given twice"),
         (["a", "-c", "pose=x.png"], "needs a ControlNet"),
         (["a", "-c", "edges=none.png"], "no such picture"),

@@ -95,14 +95,14 @@ def test_a_hostile_file_through_a_process_of_its_own(hostile, tmp_path):
     command = [sys.executable, "-c", EACH, *map(str, hostile)]
     ran = subprocess.run(command, capture_output=True, text=True, env=env)
     checked(command, ran.returncode, ran.stdout, ran.stderr)
-    assert ran.stdout.count("read for use") == 1
+    assert ran.stdout.count("usable") == 1
     assert ran.stdout.count("refused:") == 1
     assert ran.stderr.count("error:") == 1
 
 
 def test_what_it_says_can_be_read(hostile, capsys):
     text = run(capsys, "adapter", "inspect", str(hostile[0])).out
-    assert text.splitlines()[0] == "read for use"
+    assert text.splitlines()[0] == "usable"
     assert r"licence      \u001b]0;owned\u0007" in text
 
 

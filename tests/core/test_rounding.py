@@ -34,7 +34,7 @@ def test_the_mean_is_the_number_itself(dtype, x):
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
-def test_fitting_names_are_kept(dtype):
+def test_representable_values_are_unchanged(dtype):
     x = torch.tensor([0.0, -0.0, 1.0, -2.5, 1024.0, 2.0**-14]).to(dtype).float()
     assert torch.equal(stochastic(x, dtype, seeded(1, "w")).float(), x)
 

@@ -45,7 +45,7 @@ def test_a_file_that_is_no_picture(read: Callable[[Path], Any], name: str, says:
         read(folder / name)
 
 
-def test_merge_reports_errors_from_the_body(folder: Path) -> None:
+def test_decoding_errors_in_the_block_are_reported(folder: Path) -> None:
     def read() -> None:
         with opened_picture(folder / "fox.png") as (picture, data):
             assert picture.size == (32, 32)

@@ -58,7 +58,7 @@ def test_inspect_and_convert_report_the_same(tmp_path, capsys, tensors, why):
 def test_inspect_verdict_sets_the_exit_code(tmp_path, capsys):
     write(pairs(TO_Q), tmp_path / "good.safetensors", "kohya")
     good = run(capsys, "adapter", "inspect", str(tmp_path / "good.safetensors"))
-    assert (good.code, good.out.splitlines()[0]) == (0, "read for use")
+    assert (good.code, good.out.splitlines()[0]) == (0, "usable")
     tensors = {**encode(pairs(TO_Q), "kohya", family="sd15").tensors, "lora_unet_nowhere.diff": torch.ones(2)}
     write_tensors(tmp_path / "bad.safetensors", tensors)
     bad = run(capsys, "adapter", "inspect", str(tmp_path / "bad.safetensors"))

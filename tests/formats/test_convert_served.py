@@ -83,7 +83,7 @@ def test_folding_changes_no_effect(pairs, dtype):
         ({"pairs": {Q: Pair(numbers((3, 2, 4), "A"), numbers((3, 6, 2), "B"), 1, "experts")}}, "experts"),
         ({"deltas": {f"{Q}.bias": Delta("dense", {"value": torch.ones(6)}, (6,))}}, "dense change of the bias"),
         ({"modules": {Q: {"weight": torch.ones(6, 4)}}}, "no full copies"),
-        ({"token_rows": {EMBED: TokenRows((1,), torch.ones(1, 4))}}, "rows of tokens"),
+        ({"token_rows": {EMBED: TokenRows((1,), torch.ones(1, 4))}}, "token rows"),
         ({"pairs": {"unet.conv_in": Pair(numbers((2, 4), "A"), numbers((6, 2), "B"), 1)}}, "serves language models"),
     ],
 )

@@ -228,6 +228,6 @@ INPUTS = Pair(rand(2, 6), rand(6, 2), 1.0, magnitude=rand(1, 6))
         (lambda: join([item_of("loha", 4, 1, 0, (3, 3)), item_of("loha", 4, 1, 1, (3, 3))]), "different cores"),
     ],
 )
-def test_unsupported_extra_terms_are_refused(action, words):
+def test_items_that_cannot_be_fused_are_refused(action, words):
     with pytest.raises(AdapterError, match=words):
         action()

@@ -83,7 +83,7 @@ LEVELS = {
 
 @pytest.mark.parametrize("family", IMAGE)
 @pytest.mark.parametrize("to", LEVELS)
-def test_image_adapter_is_verified(family, to):
+def test_image_names_are_checked_against_loaders(family, to):
     modules = IMAGE[family] if to != "diffusers" else IMAGE[family][:1]
     known = families()[family]
     pairs: dict[str, Pair] = {m: pair_for(known, m, rank=2) for m in modules}

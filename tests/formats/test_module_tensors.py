@@ -323,7 +323,7 @@ PAIR = {"lora_down.weight": rand(2, 3), "lora_up.weight": rand(4, 2)}
         ({"dora_scale": rand(3, 1)}, "dora_scale"),
         (PAIR | {"dora_scale": torch.tensor(1.0)}, "neither"),
         ({"weight": rand(3, 3), "on_input": torch.tensor(1)}, "one factor for each"),
-        (PAIR | {"lora_B.bias": rand(4), "dora_scale": rand(4)}, "no meaning for both"),
+        (PAIR | {"lora_B.bias": rand(4), "dora_scale": rand(4)}, "does not define both"),
         (PAIR | {"dora_scale": rand(3, 1)}, "neither"),
         (PAIR | {"reshape_weight": torch.tensor([4, 9])}, "reshape"),
         (PAIR | {"lora_mid.weight": rand(2, 3, 3)}, "lora_mid"),

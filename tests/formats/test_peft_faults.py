@@ -86,7 +86,7 @@ def test_tensors_that_do_not_fit_the_config_are_refused(folder, drop, tensors, w
 
 def test_copy_of_a_targeted_head_is_ignored(folder):
     edit(folder, **{KEY + "base_layer.weight": torch.ones(4, 4)})
-    assert any("left aside" in note for note in peft.load_folder(folder).notes)
+    assert any("ignored" in note for note in peft.load_folder(folder).notes)
 
 
 def test_targets_without_tensors(folder):
@@ -325,7 +325,7 @@ def test_square_experts_are_read_by_peft_version(tmp_path, version, flipped):
         edit(tmp_path / "a", {"peft_version": version})
     net = model("mixtral", **square)
     if flipped is None:
-        refused(tmp_path / "a", "cannot be told without peft_version", base=net)
+        refused(tmp_path / "a", "the layout is unknown without peft_version", base=net)
     else:
         torch.testing.assert_close(our_outputs(net, peft.read_folder(tmp_path / "a", net)), want, rtol=1e-9, atol=1e-9)
 

@@ -106,7 +106,7 @@ def test_renamed_tensor_file_uses_its_configuration(tmp_path):
     path = folder(tmp_path / "a", pair(0), "tickets-v2.safetensors") / "tickets-v2.safetensors"
     found = read(path)
     assert [p.scale for p in found.adapter.pairs.values()] == [ALPHA / R]
-    assert any("beside adapter_config.json" in reason for reason in found.reasons)
+    assert any("next to adapter_config.json" in reason for reason in found.reasons)
     wrong = path.with_name("other.safetensors")
     save_file({k: t[:4] if "lora_A" in k else t[:, :4].contiguous() for k, t in pair(0).items()}, wrong)
     with pytest.raises(AdapterError, match="r says rank 8, the tensors have 4"):  # another file's configuration

@@ -41,11 +41,11 @@ def test_a_full_spec_is_read_and_written_back() -> None:
         ("steps=0-0.6+0.5-1", "overlap"), ("steps=half", "not a range"), ("steps=0-1,steps=0-1", "twice"),
         ("1,2,3", "BLOCK=NUMBER"), ("down=1,2", "BLOCK=NUMBER"),
         ("campaign=prodcut", "no role of a campaign.*did you mean product"), ("campaign=", "no role of a campaign"),
-        ("campaign=brand,campaign=lens", "twice"), ("campaign=brand,steps=0-0.6", "says blocks and steps itself"),
-        ("campaign=brand,down=1", "says blocks and steps itself"),
+        ("campaign=brand,campaign=lens", "twice"), ("campaign=brand,steps=0-0.6", "sets blocks and steps"),
+        ("campaign=brand,down=1", "sets blocks and steps"),
     ],
 )  # fmt: skip
-def test_unknown_tensors_are_refused(text: str, says: str) -> None:
+def test_invalid_factors_are_refused(text: str, says: str) -> None:
     with pytest.raises(ConfigError, match=f"(?s){says}"):
         parse_strength(text)
 

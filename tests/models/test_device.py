@@ -97,7 +97,7 @@ def test_threads_are_limited_by_the_quota(tmp_path: Path) -> None:
     assert thread_count({}, machine(tmp_path, "0::/", {"cpu.max": "999900000 100000"})) == len(os.sched_getaffinity(0))
 
 
-def test_explicit_micro_batch_is_used(tmp_path: Path) -> None:
+def test_omp_num_threads_sets_the_count(tmp_path: Path) -> None:
     limited = machine(tmp_path, "0::/", {"cpu.max": "30000 100000"})
     assert thread_count({"OMP_NUM_THREADS": "3"}, limited) == 3
     assert thread_count({"OMP_NUM_THREADS": "3,2"}, limited) == 3, "OpenMP's list is one number for each level"

@@ -256,7 +256,7 @@ def _check_request(adapters: Sequence[using.AdapterSpec], folder: Path) -> None:
     if not adapters:
         raise ConfigError("there is nothing to merge", fix="name at least one adapter")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError("the folder is there already and not empty", where=str(folder), fix="give a new one with -o")
+        raise ConfigError("the folder exists and is not empty", where=str(folder), fix="give a new one with -o")
 
 
 def _target(base: TextBase, dtype: str | None) -> torch.dtype:

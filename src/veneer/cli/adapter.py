@@ -62,7 +62,7 @@ def inspect(
 def _show(found: dict[str, Any]) -> None:
     verdict = found["verdict"]
     if verdict["use"]:
-        print("read for use")
+        print("usable")
     else:
         first, *lines = verdict["why"].splitlines()
         print(f"refused: {field(first)}")
@@ -70,7 +70,7 @@ def _show(found: dict[str, Any]) -> None:
             print(line)
         if verdict["fix"]:
             print(f"  fix: {field(verdict['fix'])}")
-        print("what can be read of it:")
+        print("readable contents:")
     card, hashes, coverage = found["card"], found["hashes"], found["coverage"]
     facts = {
         "adapter": found["adapter"],
@@ -78,7 +78,7 @@ def _show(found: dict[str, Any]) -> None:
         "because": "; ".join(found["reasons"]),
         "family": found["family"],
         "digest": found["digest"],
-        "base": found["base"] or "not said",
+        "base": found["base"] or "not stated",
         "fingerprint": found["base_fingerprint"],
         "holds": f"{found['pairs']} pairs, {found['parameters']:,} parameters, {found['bytes']:,} bytes",
         "components": _several(found["components"], skip=""),
@@ -105,7 +105,7 @@ def _show(found: dict[str, Any]) -> None:
             print(f"{title:<12} {json.dumps(card[title], sort_keys=True)}")
     for form, row in found["deltas"].items():
         dense = f"; each ΔW is made when it is used, {row['dense_bytes']:,} bytes in all" if row["dense_bytes"] else ""
-        print(f"{form:<12} {row['count']} changes that are no pair, {row['bytes']:,} bytes{dense}")
+        print(f"{form:<12} {row['count']} other changes, {row['bytes']:,} bytes{dense}")
     if found["targets"]:
         print()
         head = ("target", "kind", "pairs", "rank", "scale", "A", "B", "‖ΔW‖")
@@ -119,15 +119,15 @@ def _show(found: dict[str, Any]) -> None:
             print(f"  {field(line)}")
         if tool["verdict"] != "fine":
             alpha = " --alpha N" if found["assumed_scale"] else ""
-            print(f"  right for it: veneer adapter convert {field(found['adapter'])}{alpha} --to {tool['to']} -o NEW")
+            print(f"  convert it: veneer adapter convert {field(found['adapter'])}{alpha} --to {tool['to']} -o NEW")
     told = set(verdict["why"].splitlines())
     for note in cut_list([n for n in found["notes"] if f"  - {n}" not in told]):
         print(f"note: {note}")
 
 
 _VERDICTS = {
-    "fine": "nothing is known that it would do wrong",
-    "wrong": "loads it, and does something else than is meant",
+    "fine": "no known problem",
+    "wrong": "loads it with a different effect",
     "refused": "does not load it",
 }
 

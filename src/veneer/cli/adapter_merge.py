@@ -162,7 +162,7 @@ def _table(found: Mapping[str, Difference], seen: str) -> None:
     ways = _WAYS | ({"seen": f"{_WAYS['seen']} ({seen}, in full)"} if seen else {})
     width = max(len(ways[name]) for name in found)
     print(f"{one.tokens:,} held-out tokens; loss of the base {one.base_loss:.4f}, unmerged {one.unmerged_loss:.4f}")
-    print(f"{'merged into':<{width}} {'KL (nats)':>10} {'largest':>9} {'same word':>10} {'loss':>8} {'gain kept':>10}")
+    print(f"{'merged into':<{width}} {'KL (nats)':>10} {'largest':>9} {'same token':>10} {'loss':>8} {'gain kept':>10}")
     for name, d in found.items():
         numbers = f"{d.kl:>10.2e} {d.kl_most:>9.2e} {d.agree:>10.1%} {d.loss:>8.4f} {d.kept:>10.1%}"
         print(f"{ways[name]:<{width}} {numbers}")
@@ -177,9 +177,9 @@ def _say_merged(report: MergeReport, as_json: bool, fix: str = "") -> None:
     print(f"wrote {report.folder}: {report.bytes:,} bytes of {report.dtype} weights, {report.tensors} of them changed")
     print(
         f"rounding to {report.dtype}: {report.changed:.1%} of {report.weights:,} weights moved, "
-        f"the delta is {report.delta_error:.2%} off what was asked for, {report.delta_kept:.2%} of its size kept"
+        f"the change has a relative error of {report.delta_error:.2%} and keeps {report.delta_kept:.2%} of its size"
     )
     if report.seen:
-        print(f"folded into the dequantized {report.seen} weights that it was trained on")
+        print(f"merged into the dequantized {report.seen} weights of its training")
     if report.untied:
         print("note: the head no longer shares the embedding's weight, so the model is larger than its base")

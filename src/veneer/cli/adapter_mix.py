@@ -174,7 +174,7 @@ def _say_made(made: MixReport, as_json: bool) -> None:
         return
     ranks = ", ".join(f"{n} of rank {r}" for r, n in sorted(made.ranks.items(), key=lambda item: int(item[0])))
     print(f"wrote {made.path}: {made.bytes:,} bytes, pairs: {ranks or 'none'}")
-    print(f"{made.method}: {made.error:.3%} off the true change (‖ΔW‖ {made.norm:.4g})")
+    print(f"{made.method}: relative error {made.error:.3%} (‖ΔW‖ {made.norm:.4g})")
     for module, off in made.worst():
         print(f"  {module}: {off:.3%}")
     _notes("left out", made.left)

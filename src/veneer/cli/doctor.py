@@ -136,7 +136,7 @@ def _port() -> _Check:
 def _check_lines(checks: list[_Check], bad: list[_Check]) -> list[str]:
     from veneer.errors import counted
 
-    lines = ["all is well" if not bad else f"{counted(len(bad), 'problem')}: {', '.join(c.name for c in bad)}"]
+    lines = ["no problems found" if not bad else f"{counted(len(bad), 'problem')}: {', '.join(c.name for c in bad)}"]
     for check in checks:
         mark = "PROBLEM " if check.ok is False else ""
         lines.append(f"{check.name:<{_INDENT}}{mark}{check.text}{f'; {check.fix}' if check.fix else ''}")

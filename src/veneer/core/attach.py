@@ -178,11 +178,13 @@ class Attachment:
         adapters = tuple(self._known(name) for name in names)
         for name, adapter in zip(names, adapters, strict=True):
             if why := span_problem(adapter):
-                raise AdapterError(f"{name!r} cannot act on a part of the tokens: {why}", fix="run it by itself")
+                raise AdapterError(
+                    f"{name!r} cannot act on a part of the tokens: {why}", fix="use it without other adapters"
+                )
             if bare := [n for n in adapter.pairs if not isinstance(self._layers[n], LoraLinear)]:
                 raise AdapterError(
                     f"{name!r} cannot act on a part of the tokens: {bare[0]} is not a linear layer",
-                    fix="run it by itself",
+                    fix="use it without other adapters",
                 )
         self.selection = Selection(spans=SpanAdapters(adapters, spans))
 

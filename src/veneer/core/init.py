@@ -97,7 +97,7 @@ def _check(spec: LoraSpec) -> None:
         raise ConfigError(f"factor {spec.factor} is not possible", fix="give 1 or more, or leave it out")
     of_pairs = {"dora": spec.dora, "dropout": spec.dropout, f"init {spec.init!r}": spec.init != "zero-b"}
     if spec.kind != "lora" and (given := [name for name, set_ in of_pairs.items() if set_]):
-        raise ConfigError(f"{' and '.join(given)}: of pairs alone, and this is {spec.kind}", fix="leave it out")
+        raise ConfigError(f"{' and '.join(given)}: only for pairs, and this is {spec.kind}", fix="leave it out")
     if not (spec.targets or spec.modules_to_save or spec.token_rows):
         raise TargetError("nothing to train: no targets, no modules_to_save, no token_rows", fix="try all-linear")
 

@@ -103,7 +103,7 @@ class MixBatch:
                 f"{n} mixes, one a row, and a batch of {batch} in this module, where the model has {rows} rows",
                 where=where,
                 fix="a module whose first dimension is not the batch cannot have a mix for each row: run each mix by "
-                "itself, or use adapters that leave this module alone",
+                "itself, or use adapters that do not change this module",
             )
         return batch // n
 
@@ -152,7 +152,7 @@ def span_problem(adapter: Adapter) -> str:
         if pair.magnitude is not None:
             return "it is a DoRA"
         if pair.origin is not None and adapter.dropout:
-            return "it has dropout beside an origin, which sees all of the input"
+            return "it has dropout and an origin, which reads all of the input"
     return ""
 
 

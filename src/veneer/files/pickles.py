@@ -97,9 +97,7 @@ def _load(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = (
-            f"it names {named[1]}, which is not a tensor"
-            if named
-            else "it is not what torch.save writes of tensors alone"
+            f"it names {named[1]}, which is not a tensor" if named else "it is not what torch.save writes for tensors"
         )
         raise UnsafeFileError(
             f"the pickle is refused: {what}. Nothing of it was run", where=str(path), fix="ask for the safetensors file"

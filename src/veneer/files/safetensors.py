@@ -175,7 +175,7 @@ def _check_counts(raw: bytes, where: str) -> None:
         raise UnsafeFileError(
             f"the header lists {tensors:,} tensors; at most {MAX_TENSORS:,} are read",
             where=where,
-            fix="no adapter has so many; give the adapter's own file",
+            fix="adapters have fewer; give the adapter's own file",
         )
     if keys - 4 * tensors > MAX_METADATA + 1:
         raise UnsafeFileError(

@@ -90,7 +90,7 @@ def read_card(folder: str | Path) -> CardFile:
     if not isinstance(files, dict) or not all(isinstance(v, str) for v in files.values()):
         problems.append("files: names with their sha256 are expected")
     elif bad := [n for n in files if "/" in n or "\\" in n or n in ("", ".", "..") or "\0" in n]:
-        problems.append(f"files: {bad} are not names of files beside the card")
+        problems.append(f"files: {bad} are not names of files next to the card")
     card, unknown = Card(), sorted(set(raw) - {f.name for f in fields(Card)})
     for f in fields(Card):
         if f.name in raw:

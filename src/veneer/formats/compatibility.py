@@ -221,7 +221,7 @@ def _comfyui(file: _File) -> _Found:
         return
     outputs, _ = file.dora
     if n := file.has("lora_magnitude_vector", "lora_magnitude_vector.weight"):
-        yield "wrong", f"it knows magnitudes as dora_scale alone: DoRA is lost in {counted(n, 'module')}"
+        yield "wrong", f"it reads magnitudes only as dora_scale: DoRA is lost in {counted(n, 'module')}"
     elif outputs:
         yield "wrong", f"it divides the outputs of DoRA by ‖W‖ and not by ‖W + ΔW‖, in {counted(outputs, 'module')}"
     if n := file.forms["gain"]:
@@ -250,7 +250,7 @@ def _kohya(file: _File) -> _Found:
         if lost:
             yield "wrong", f"sd-scripts finds nothing for {len(lost)} of {counted(len(modules), 'module')}"
     if forms := file.forms_text():
-        yield "wrong", f"sd-scripts' networks.lora knows pairs alone, and lycoris.kohya the rest: {forms}"
+        yield "wrong", f"sd-scripts' networks.lora reads only pairs; lycoris.kohya reads the rest: {forms}"
     outputs, inputs = file.dora
     if outputs:
         yield "wrong", f"A1111 takes DoRA's magnitudes along the inputs: wrong in {counted(outputs, 'module')}"
@@ -321,6 +321,6 @@ def _llama_cpp(file: _File) -> _Found:
     for reason in _unservable(file, "llama.cpp"):
         yield "refused", reason
     if file.config.get("use_rslora"):
-        yield "wrong", "its converter writes lora_alpha alone, so rsLoRA acts at 1/√rank of its scale"
+        yield "wrong", "its converter writes only lora_alpha, so rsLoRA acts at 1/√rank of its scale"
     if file.config.get("alpha_pattern"):
         yield "wrong", "its converter drops alpha_pattern: one alpha is for every module"

@@ -424,7 +424,7 @@ def _for_pipelines(
     refused: Refusals = defaultdict(list)
     leaves = changes_by_module(source)
     for module in source.token_rows:
-        refused["rows of embeddings have no place in such a file; merge it into the base"].append(module)
+        refused["token rows cannot be stored in such a file; merge them into the base"].append(module)
     extra: dict[str, str] = {}
     if to == "diffusers":
         leaves = _own_ranks(leaves, family)

@@ -105,7 +105,7 @@ def _are_sayable(own: Mapping[str, ModuleChanges], component: str, refused: Refu
         what = f"lora_bias is one switch for the whole {component}, and this has no change of the bias"
         refused[f"{what}; {_ELSEWHERE}"] += sorted(set(pairs) - biased)
     if biased and with_dora:
-        refused[f"PEFT allows no change of a bias beside DoRA; {_ELSEWHERE}"] += sorted(biased)
+        refused[f"PEFT allows no bias change with DoRA; {_ELSEWHERE}"] += sorted(biased)
     if component.startswith("text_encoder") and pairs and not any(m.endswith(_ATTENTION) for m in pairs):
         what = f"diffusers fails on a {component} without pairs in its attention"
         refused[f"{what}; {_ELSEWHERE}"] += sorted(pairs)

@@ -169,7 +169,7 @@ def detect_format(keys: Iterable[str], metadata: Mapping[str, str]) -> tuple[str
     if metadata.get("ss_network_module"):
         reasons.append(f"ss_network_module = {metadata['ss_network_module'][:80]}")
     if name in ("diffusers", "peft", "comfyui") and any(key.endswith(".alpha") for key in keys):
-        reasons.append("an alpha for each module beside it")
+        reasons.append("an alpha for each module")
     if counts["unknown"]:
         reasons.append(f"{counts['unknown']} of {len(keys)} tensors: no layout known here")
     return name, reasons

@@ -126,7 +126,7 @@ class _Reader:
         self.alpha, changes = self._alpha(alpha), ModuleChanges()
         magnitude = self._take_magnitude()
         if magnitude is not None and "bias of B" in self.have:
-            self.problems.append("lora_B.bias beside a magnitude: PEFT has no meaning for both")
+            self.problems.append("lora_B.bias with a magnitude: PEFT does not define both")
         for form in (self._pair, self._hadamard, self._kronecker, self._gain, self._dense):
             form(changes)
         if magnitude is not None:
@@ -332,7 +332,7 @@ class _Reader:
         Its shape determines its axis: (out, 1…) or (1, in, 1…)."""
         delta = changes.deltas.get("weight")
         if changes.pair is not None and (delta is not None or changes.pair.kind == "embedding"):
-            self.problems.append(f"dora_scale {tuple(stored.shape)}: with a second change beside it, it has no meaning")
+            self.problems.append(f"dora_scale {tuple(stored.shape)}: undefined with a second change")
         elif changes.pair is not None:
             shape = (changes.pair.B.shape[0], *changes.pair.A.shape[1:])
             changes.pair.magnitude = self._along(stored, shape)
@@ -434,7 +434,7 @@ def _write_delta(name: str, delta: Delta, changes: ModuleChanges, out: dict[str,
         problems.append(f"{what}, of which only rows {delta.rows[0]} to {delta.rows[1]} count")
     elif delta.form == "dense":
         if name == "weight" and changes.pair is not None:
-            problems.append(f"{what} beside a pair")
+            problems.append(f"{what} with a pair")
             return
         weight = changes.deltas.get("weight")
         norm = weight is not None and weight.form == "dense" and len(weight.shape) == 1

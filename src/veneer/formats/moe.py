@@ -65,7 +65,7 @@ def _unpack(tensors: dict[str, Tensor]) -> None:
         count = max([len(t) for t in own.values()] + [i + 1 for i in indices])
         alone = count == 1 and not indices
         if alone or any(len(t) not in (1, count) for t in own.values()) or (len(own) == 2 and indices):
-            raise AdapterError(f"{module}.{leaf}: how many experts there are cannot be told: {shapes}")
+            raise AdapterError(f"{module}.{leaf}: the number of experts is unknown: {shapes}")
         for half, tensor in own.items():
             for e in range(count):
                 tensors[f"{module}.{e}.{leaf}.lora_{half}.weight"] = tensor[0 if len(tensor) == 1 else e]

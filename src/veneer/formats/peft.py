@@ -295,7 +295,7 @@ class _Reader:
         shape = tuple(tensor.shape)
         if self.config.velora and path.endswith(".lora_velora_embed"):
             if not any(note.startswith("VeLoRA") for note in self.notes):
-                self.notes.append("VeLoRA's lora_velora_embed, which the backward pass alone reads, is left aside")
+                self.notes.append("VeLoRA's lora_velora_embed, which only the backward pass reads, is ignored")
         elif ".lora_" in path:
             after = path.rpartition(".lora_")[2].split(".")
             named = len(after) > 1 and after[1] not in ("weight", "bias")
@@ -395,7 +395,7 @@ class _Reader:
             ):
                 owner = owners[-1]
                 self.notes.append(
-                    f"{path} {tuple(tensor.shape)}: a whole embedding saved beside the pairs, kept as a full copy"
+                    f"{path} {tuple(tensor.shape)}: a whole embedding saved with the pairs, kept as a full copy"
                 )
             if owner is not None:
                 self.modules.setdefault(owner, {})[path.removeprefix(f"{owner}.")] = tensor
@@ -451,9 +451,7 @@ class _Reader:
             if name not in self.pairs or self.pairs[name].kind not in ("embedding", "linear"):
                 self.problems.append(f"{PREFIX}{path} {shape}: a copy of a base module that carries no pair")
             elif own is None:
-                self.notes.append(
-                    f"{path} {shape}: a copy of the base's own weight, left aside; not compared with a base"
-                )
+                self.notes.append(f"{path} {shape}: a copy of the base's own weight, ignored; not compared with a base")
             elif tuple(own.shape) != shape:
                 self.problems.append(
                     f"{path} {shape}: the base has {tuple(own.shape)}; the adapter was trained on a resized embedding, "
@@ -466,7 +464,7 @@ class _Reader:
                     "another embedding. Use that base, or train the embedding through modules_to_save"
                 )
             else:
-                self.notes.append(f"{path} {shape}: a copy of the base's own weight, equal to it, left aside")
+                self.notes.append(f"{path} {shape}: a copy of the base's own weight, equal to it, ignored")
 
     # -- the configuration against the tensors -----------------------------------------------------------------------
 
@@ -763,9 +761,7 @@ class ExpertReader:
         if want[0] != want[1]:
             return got != want
         if version is None:
-            self.problems.append(
-                f"{full}: {shapes} on a square {stored}: which layout it is cannot be told without peft_version"
-            )
+            self.problems.append(f"{full}: {shapes} on a square {stored}: the layout is unknown without peft_version")
         return old and (not transposed or version >= (0, 19, 0))  # type: ignore[operator]
 
     def ask(self) -> None:

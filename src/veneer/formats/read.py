@@ -315,7 +315,7 @@ def scale_error(reading: Reading, path: Path) -> AdapterError:
     return AdapterError(
         f"the file does not state the scale (alpha) of {count}, and no {CONFIG_FILE} does",
         where=str(path),
-        fix=f"put its {CONFIG_FILE} beside it; or write a folder with the alpha it was trained with, and use that: "
+        fix=f"put its {CONFIG_FILE} next to it; or write a folder with the alpha it was trained with, and use that: "
         "veneer adapter convert FILE --alpha N --to peft -o FOLDER",
     )
 
@@ -335,7 +335,7 @@ def _from_gguf(path: Path, base: peft.BaseLike, alpha: float | None) -> Reading:
     found = read_gguf(path, head_dim=_head_dim(base))
     metadata = {key: str(value) for key, value in found.fields.items() if isinstance(value, str | int | float)}
     reasons = [f"a GGUF file of type adapter for {found.architecture}"]
-    notes = [f"{name}: a norm, which llama.cpp leaves aside too" for name in found.unused]
+    notes = [f"{name}: a norm, which llama.cpp ignores too" for name in found.unused]
     used: dict[str, list[str]] = {name: [] for name in found.adapter.pairs}
     return Reading(found.adapter, "gguf", reasons, None, used, found.unused, [], notes, metadata)
 
@@ -377,8 +377,8 @@ def _from_peft(
     placed = bool(texts) and all(found is not None for found in places.values())
     own_base = None if placed else base
     loaded = peft.interpret(opened.config, tensors, own_base, where=where, card=opened.card, moe_layout=moe_layout)
-    beside = "a folder with" if path.is_dir() else "a file in PEFT's names beside"
-    beside = "a file of veneer's, which holds its" if opened.in_file else beside
+    beside = "a folder with" if path.is_dir() else "a file with PEFT's names next to"
+    beside = "a file of veneer's with its" if opened.in_file else beside
     reasons = [f"{beside} {CONFIG_FILE}", *([opened.reason] if opened.reason else [])]
     if not placed:
         used: dict[str, list[str]] = defaultdict(list)
@@ -408,7 +408,7 @@ def _refusal(problems: list[str], where: str, some: bool = True) -> AdapterError
     """Return one error with all problems. `some`: whether a partial read is possible."""
     if not problems:
         return AdapterError("no tensor of the file is an adapter's", where=where)
-    partial = "`veneer adapter convert --allow-partial` (allow_partial=True) goes on with the rest and lists the others"
+    partial = "`veneer adapter convert --allow-partial` (allow_partial=True) converts the rest and lists the others"
     return AdapterError(
         f"the adapter cannot be read whole ({len(problems)} problem(s)):\n{bullets(problems, None)}",
         where=where,
@@ -450,7 +450,7 @@ def read_state_dict(
             "torchtune's own checkpoint of an adapter: it does not hold alpha, and its query and key rows are in "
             "another order, by the base's heads",
             where=where,
-            fix="give the PEFT folder that torchtune wrote beside it: adapter_config.json, adapter_model.safetensors",
+            fix="give the PEFT folder that torchtune wrote next to it: adapter_config.json, adapter_model.safetensors",
         )
     if tensors and all(suffix in ("weight", "scale") for own in groups.values() for suffix in own):
         raise AdapterError(

@@ -57,7 +57,7 @@ def refuse_unservable(adapter: Adapter, leaves: Mapping[str, ModuleChanges], ser
         if leaf.pair is not None:
             _refuse_pair(module, leaf.pair, server, refused)
     for module in adapter.token_rows:
-        refused[f"{server} does not support rows of tokens trained alone; {MERGE}"].append(module)
+        refused[f"{server} does not support separately trained token rows; {MERGE}"].append(module)
 
 
 def _refuse_pair(module: str, pair: Pair, server: str, refused: Refusals) -> None:

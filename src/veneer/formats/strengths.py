@@ -167,7 +167,7 @@ class Strength:
     def __post_init__(self) -> None:
         if self.campaign and _role(self.campaign) and (self.blocks or self.steps):
             raise ConfigError(
-                f"campaign={self.campaign} says blocks and steps itself, and others stand beside it",
+                f"campaign={self.campaign} sets blocks and steps; other factors cannot be added",
                 fix="leave campaign= out, or everything else behind the @",
             )
         factors, shares = [f for _, f in self.blocks], [f for _, _, f in self.steps]

@@ -117,7 +117,7 @@ def _mlx_numbers(config: Mapping[str, Any], problems: list[str]) -> tuple[int, f
     if "lora_layers" in config and own.get("alpha", rank) != rank:
         problems.append(
             f"lora_parameters has scale {scale:g} and alpha {own['alpha']}: mlx-lm of before 2024-09 scaled by "
-            f"scale·alpha/rank, later versions by scale alone. Take alpha out, with the scale that was used as `scale`"
+            f"scale·alpha/rank, later versions by scale only. Remove alpha, with the scale that was used as `scale`"
         )
     return rank, float(scale), float(dropout)  # type: ignore[arg-type]
 

@@ -176,7 +176,7 @@ class _Check:
             self.refuse("num_key_value_heads", f"a number that divides num_attention_heads = {heads}")
         own = get("head_dim") is not None or kind in _OWN_HEAD_DIM
         if heads is not None and hidden is not None and not own and hidden % heads:
-            self.refuse("num_attention_heads", f"a number that divides hidden_size = {hidden}, or head_dim beside it")
+            self.refuse("num_attention_heads", f"a number that divides hidden_size = {hidden}, or a head_dim")
         experts = get("num_local_experts", get("num_experts"))
         if experts is not None and get("num_experts_per_tok", 1) > experts:
             self.refuse("num_experts_per_tok", f"no more than the {experts} experts that there are")
@@ -188,7 +188,7 @@ class _Check:
             return
         if "model_type" not in self.fields and get("addition_embed_type") not in ("text_time", None):
             raise ConfigError(
-                "this U-Net is neither SD1.5's nor SDXL's, and of U-Nets those alone can be planned",
+                "this U-Net is neither SD1.5's nor SDXL's, and only those U-Nets can be planned",
                 where=self.where,
                 fix="--base sdxl, flux.1-dev, or another of `veneer plan --list`",
             )

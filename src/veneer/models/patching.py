@@ -62,7 +62,7 @@ class FastReport:
         parts = [f"{n} × {kind}" for kind, n in sorted(self.swapped.items())]
         text = "fast paths: " + (", ".join(parts) if parts else "none")
         text += "; rows without padding" if self.rows else "; padded rows"
-        text += "; last layer at trained tokens alone" if self.keeps else ""
+        text += "; last layer only at trained tokens" if self.keeps else ""
         text += f"; {self.kept / 1e6:,.0f} MB of weights kept dequantized" if self.kept else ""
         text += f"; {self.room.most / 1e6:,.0f} MB of weights kept packed" if self.room.most else ""
         for kind, why in sorted(self.left.items()):

@@ -149,7 +149,7 @@ def _edit(path: Path, **changes: Any) -> None:
 # -- fingerprints ------------------------------------------------------------------------------------------------------
 
 
-def test_fingerprint_covers_weights_and_config(bases: Path, tmp_path: Path, load: Any) -> None:
+def test_the_fingerprint_is_of_weights_and_what_shapes_them(bases: Path, tmp_path: Path, load: Any) -> None:
     before = load("flux1").fingerprint
     copied = shutil.copytree(tiny_image_base(bases, "flux1"), tmp_path / "copy")
     assert load_image(str(copied)).fingerprint == before
@@ -309,7 +309,7 @@ def test_cut_files_and_pickles_are_refused(copy: Path) -> None:
         load_image(str(copy))
 
 
-def test_remote_code_is_not_run(copy: Path) -> None:
+def test_code_that_comes_with_a_base_is_not_run(copy: Path) -> None:
     index = json.loads((copy / "model_index.json").read_text())
     _edit(copy / "model_index.json", unet=["my_unet", "MyUNet"])
     with pytest.raises(BaseError, match="code that came with the base is not run"):
@@ -342,7 +342,7 @@ def test_text_and_image_bases_are_not_taken_for_each_other(copy: Path) -> None:
         load_image("smollm2-135m")
 
 
-def test_fp16_only_base_is_used_with_a_note(copy: Path) -> None:
+def test_only_the_fp16_variant_is_used_and_said(copy: Path) -> None:
     file = copy / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({n: t.half() for n, t in load_file(file).items()}, file.with_suffix(".fp16.safetensors"))
     file.unlink()
@@ -359,7 +359,7 @@ def test_fp16_only_base_is_used_with_a_note(copy: Path) -> None:
         ("flux1", "int8"),
     ],
 )
-def test_quantized_base_equals_its_dequantized_weights(family: str, quantize: Any, tmp_path: Path) -> None:
+def test_a_quantized_base_computes_what_its_dequantized_weights_do(family: str, quantize: Any, tmp_path: Path) -> None:
     folder = str(tiny_image_base(tmp_path, family))
     base, twin = (load_image(folder, dtype="float32", quantize=quantize) for _ in range(2))
     names = quantized_weights(base.denoiser)

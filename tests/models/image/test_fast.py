@@ -146,7 +146,7 @@ def plain(model: nn.Module, attachment: Attachment) -> Tensor:
 
 
 @MODELS
-def test_bf16_gradients_are_as_exact_as_the_reference(make: Callable[[], nn.Module]) -> None:
+def test_in_bf16_gradients_are_as_near_to_exact_as_without(make: Callable[[], nn.Module]) -> None:
     """Over five random models: for some of them bfloat16's gradients are several times off whoever takes them."""
 
     def error(values: list[Tensor], exact: list[Tensor]) -> float:
@@ -169,7 +169,7 @@ def test_bf16_gradients_are_as_exact_as_the_reference(make: Callable[[], nn.Modu
 
 
 @MODELS
-def test_fast_restores_every_module(make: Callable[[], nn.Module]) -> None:
+def test_everything_is_put_back(make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     model = make().requires_grad_(False)
     before = {n: (id(p), p.detach().clone()) for n, p in model.named_parameters()}
@@ -182,7 +182,7 @@ def test_fast_restores_every_module(make: Callable[[], nn.Module]) -> None:
     assert torch.equal(call(model), out)
 
 
-def test_unusual_modules_are_not_swapped_and_reported() -> None:
+def test_what_is_not_plain_is_left_and_said() -> None:
     from diffusers.models.attention_processor import AttnProcessor
 
     torch.manual_seed(0)
@@ -193,7 +193,7 @@ def test_unusual_modules_are_not_swapped_and_reported() -> None:
         assert "its processor is AttnProcessor" in how.summary()
 
 
-def test_unjoinable_pairs_are_called() -> None:
+def test_pairs_that_do_not_join_are_called() -> None:
     torch.manual_seed(0)
     model = flux()
     with attached(model, dora=True) as attachment:
@@ -202,7 +202,7 @@ def test_unjoinable_pairs_are_called() -> None:
             assert same(step(attachment), want, 1e-3)
 
 
-def test_texts_of_different_lengths_keep_their_mask() -> None:
+def test_texts_of_unlike_lengths_keep_their_mask() -> None:
     """What is masked of Qwen-Image's texts changes nothing, by the fast paths too."""
     torch.manual_seed(0)
     model = qwen_image().requires_grad_(False)
@@ -267,7 +267,7 @@ def test_skip_connections_that_nothing_trained_comes_before_get_no_gradient(monk
         assert set(asked) == expected
 
 
-def test_recomputed_blocks_use_their_own_call() -> None:
+def test_recomputed_blocks_know_their_own_call_not_the_last() -> None:
     """Between a forward and its backward, which recomputes, the same blocks run with no adapter: nothing wants a
     gradient there, and everything still does in the first."""
     torch.manual_seed(0)

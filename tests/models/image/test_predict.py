@@ -275,7 +275,7 @@ def test_what_a_family_does_not_take_is_refused(load: Any) -> None:
         predict(flux, noise_for(flux), torch.tensor(0.5), embed_prompts(flux, ["a"]), sizes=torch.zeros(1, 6))
 
 
-def test_released_weight_is_served_from_the_cache(load: Any) -> None:
+def test_after_release_what_was_cached_is_enough(load: Any) -> None:
     base = load("flux1")
     text = embed_prompts(base, ["a red house"])
     x = encode_pictures(base, torch.zeros(1, 3, SIZE, SIZE))

@@ -201,7 +201,7 @@ def test_activations_that_are_made_again_see_the_same_strength(shared: Path, tmp
         ({"data": {"resolution": [32, 64]}}, "`data.resolution` is one number for a slider"),
     ],
 )
-def test_module_faults_are_named(shared: Path, tmp_path: Path, given: dict[str, Any], says: str) -> None:
+def test_what_is_wrong_is_named(shared: Path, tmp_path: Path, given: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError) as caught:
         settings(shared, tmp_path, "flux1", **given)
     assert says in str(caught.value)

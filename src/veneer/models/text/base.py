@@ -349,7 +349,7 @@ def _unreadable(what: str, path: Path, error: Exception) -> BaseError:
     elif path.suffix == ".gguf" and isinstance(error, struct.error | IndexError | OverflowError | ValueError):
         said, fix = "its header does not add up; the file is cut short or damaged", "download or copy the file again"
     elif what == "tokenizer":
-        fix = "put tokenizer.json and tokenizer_config.json of this base beside its config"
+        fix = "put tokenizer.json and tokenizer_config.json of this base next to its config"
     return BaseError(f"cannot read the {what} of this base: {said}", where=str(path), fix=fix)
 
 

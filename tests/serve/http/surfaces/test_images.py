@@ -450,8 +450,8 @@ WRONG_FACTORS: list[tuple[dict[str, Any], str]] = [
     ({"stpes": [[0, 1]]}, "did you mean 'steps'"),
     ({"campaign": "lense"}, "did you mean lens?"),
     ({"campaign": ""}, "at least 1"),
-    ({"campaign": "lens", "steps": [[0, 1]]}, "says blocks and steps itself"),
-    ({"campaign": "lens", "blocks": {"double": 1}}, "says blocks and steps itself"),
+    ({"campaign": "lens", "steps": [[0, 1]]}, "sets blocks and steps"),
+    ({"campaign": "lens", "blocks": {"double": 1}}, "sets blocks and steps"),
 ]
 
 GENERATE: list[tuple[dict[str, Any], int, str, str]] = [
