@@ -457,7 +457,7 @@ def _own_ranks(leaves: Mapping[str, ModuleChanges], family: Family) -> dict[str,
     """Return the parts of a block-diagonal fused pair at their own ranks.
 
     ΔW stays the same; each part loses the other parts' A."""
-    parts = {p.module for places in family.originals.values() for p in places if p.part is not None}
+    parts = {p.module for targets in family.originals.values() for p in targets if p.part is not None}
     return {
         module: replace(leaf, pair=trimmed(leaf.pair)) if module in parts and leaf.pair is not None else leaf
         for module, leaf in leaves.items()

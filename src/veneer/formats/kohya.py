@@ -47,16 +47,16 @@ def kohya_tensors(
 
     to: "kohya" or "comfyui". Contents that the layout cannot hold are added to `refused`; the result is then
     partial."""
-    named = _foreign_leaves(by_module, family, to, refused)
+    named = _renamed_changes(by_module, family, to, refused)
     pairs = [changes.pair for changes, _ in named.values() if changes.pair is not None]
     tensors = _suffixed(named, family, to, refused)
     return tensors, pairs, [*_dora_notes(by_module, to), *_rank_notes(named, by_module)]
 
 
-def _foreign_leaves(
+def _renamed_changes(
     by_module: Mapping[str, ModuleChanges], family: Family, to: str, refused: Refusals
 ) -> dict[str, tuple[ModuleChanges, tuple[str, ...]]]:
-    """Return the leaves under the names of `to`, each with its canonical modules.
+    """Return the changes under the names of `to`, each with its canonical modules.
 
     to: "kohya" or "comfyui". Modules without a name there, or without a single change for their fused
     projection, are added to `refused`."""
@@ -89,26 +89,26 @@ def _hint(module: str, family: Family) -> str:
 def _originals(
     by_module: Mapping[str, ModuleChanges], family: Family, refused: Refusals
 ) -> dict[str, tuple[ModuleChanges, tuple[str, ...]]]:
-    """Return the denoiser's leaves by original module, fused if the original is.
+    """Return the denoiser's changes by original module, fused if the original is.
 
     LoKr changes that cannot be joined stay separate under LyCORIS' names for diffusers' modules, whose rows
     ComfyUI knows."""
     owner: dict[str, str] = {}
-    for name, places in family.originals.items():
-        for place in places:
-            owner.setdefault(place.module, name)
+    for name, targets in family.originals.items():
+        for target in targets:
+            owner.setdefault(target.module, name)
     out: dict[str, tuple[ModuleChanges, tuple[str, ...]]] = {}
     for module in by_module:
         if module not in owner:
             refused[f"the original {family.label} has no such module"].append(module)
     for name in sorted({owner[m] for m in by_module if m in owner}):
-        places = family.originals[name]
-        parts = [by_module.get(place.module) for place in places]
-        used = tuple(place.module for place, part in zip(places, parts, strict=True) if part is not None)
+        targets = family.originals[name]
+        parts = [by_module.get(target.module) for target in targets]
+        used = tuple(target.module for target, part in zip(targets, parts, strict=True) if part is not None)
         try:
-            out[name] = _fused(parts, places), used
+            out[name] = _fused(parts, targets), used
         except AdapterError as error:
-            have = {place.module: part for place, part in zip(places, parts, strict=True) if part is not None}
+            have = {target.module: part for target, part in zip(targets, parts, strict=True) if part is not None}
             if all(_is_lokr(part) for part in have.values()):
                 out |= {LYCORIS + flat(m.partition(".")[2]): (part, (m,)) for m, part in have.items()}
                 continue
@@ -120,42 +120,42 @@ def _is_lokr(changes: ModuleChanges) -> bool:
     return changes.pair is None and not changes.full and [d.form for d in changes.deltas.values()] == ["kronecker"]
 
 
-def _fused(parts: Sequence[ModuleChanges | None], places: Sequence[ModuleTarget]) -> ModuleChanges:
+def _fused(parts: Sequence[ModuleChanges | None], targets: Sequence[ModuleTarget]) -> ModuleChanges:
     """Join the changes of a fused module's parts.
 
     An unchanged part becomes rows of zeros."""
     have = [p for p in parts if p is not None]
-    if len(places) == 1 and places[0].part is None and not places[0].swap:
+    if len(targets) == 1 and targets[0].part is None and not targets[0].swap:
         return have[0]
     changes = ModuleChanges()
     if any(p.pair for p in have):
-        changes.pair = _joined([p.pair if p else None for p in parts], places)
+        changes.pair = _joined([p.pair if p else None for p in parts], targets)
     for parameter in sorted({d for p in have for d in p.deltas}):
-        changes.deltas[parameter] = _joined([p.deltas.get(parameter) if p else None for p in parts], places)
+        changes.deltas[parameter] = _joined([p.deltas.get(parameter) if p else None for p in parts], targets)
     for parameter in sorted({f for p in have for f in p.full}):
         values = [p.full.get(parameter) if p else None for p in parts]
         if any(v is None for v in values):
             raise AdapterError(f"only some of its parts are replaced by a whole new {parameter}")
-        whole = _joined([None if v is None else Delta("dense", {"value": v}, tuple(v.shape)) for v in values], places)
+        whole = _joined([None if v is None else Delta("dense", {"value": v}, tuple(v.shape)) for v in values], targets)
         changes.full[parameter] = whole.parts["value"]
     return changes
 
 
-def _joined(items: Sequence[T | None], places: Sequence[ModuleTarget]) -> T:
+def _joined(items: Sequence[T | None], targets: Sequence[ModuleTarget]) -> T:
     units = next(
         (
-            own // (place.part[1] - place.part[0])
-            for item, place in zip(items, places, strict=True)
-            if item is not None and place.part is not None and (own := _rows(item)) is not None
+            own // (target.part[1] - target.part[0])
+            for item, target in zip(items, targets, strict=True)
+            if item is not None and target.part is not None and (own := _rows(item)) is not None
         ),
         None,
     )
-    items = [swap_halves(i) if i is not None and p.swap else i for i, p in zip(items, places, strict=True)]
+    items = [swap_halves(i) if i is not None and p.swap else i for i, p in zip(items, targets, strict=True)]
     if len(items) == 1 and items[0] is not None:
         return items[0]
     rows = None
     if units is not None:
-        rows = [units * (p.part[1] - p.part[0]) for p in places if p.part is not None]
+        rows = [units * (p.part[1] - p.part[0]) for p in targets if p.part is not None]
     elif any(i is None for i in items):
         raise AdapterError("only some of its parts are changed, by a gain on the inputs")
     return join(items, rows)
@@ -172,7 +172,7 @@ def _rows(item: Pair | Delta) -> int | None:
 def _suffixed(
     named: Mapping[str, tuple[ModuleChanges, tuple[str, ...]]], family: Family, to: str, refused: Refusals
 ) -> dict[str, Tensor]:
-    """Return the tensors of foreign leaves.
+    """Return the tensors of renamed changes.
 
     ComfyUI's are kohya's with PEFT's two names."""
     out: dict[str, Tensor] = {}

@@ -92,9 +92,9 @@ def _expected_keys(family: Family, to: str) -> Mapping[str, Collection[str]]:
         elif to == "kohya" and family.diffusers_named:
             out[f"lora_unet_{flat(own)}"].append(module)
     if to != "diffusers" and not (to == "kohya" and family.diffusers_named):
-        for original, places in family.originals.items():
+        for original, targets in family.originals.items():
             text = f"lora_unet_{flat(original)}" if to == "kohya" else f"diffusion_model.{original}"
-            out[text] += [place.module for place in places]
-            for place in places if len(places) > 1 else ():  # LyCORIS' and ComfyUI's names for row parts
-                out[LYCORIS + flat(place.module.partition(".")[2])].append(place.module)
+            out[text] += [target.module for target in targets]
+            for target in targets if len(targets) > 1 else ():  # LyCORIS' and ComfyUI's names for row parts
+                out[LYCORIS + flat(target.module.partition(".")[2])].append(target.module)
     return out

@@ -81,7 +81,7 @@ def widened(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]
 def read_module(
     suffixes: Mapping[str, Tensor], *, alpha: float | None = None, rslora: bool = False, where: str = ""
 ) -> ModuleChanges:
-    """Return the leaf of tensors named by `split_key`'s suffixes.
+    """Return the module's changes from tensors named by `split_key`'s suffixes.
 
     Tensors are not copied, except for a Tucker pair. `alpha`: from a config or a correction; overrides the
     stored alpha. Without either, alpha is the rank. Raises one AdapterError naming every tensor that is
@@ -359,7 +359,7 @@ def _unflattened(flat: tuple[int, ...], width: int) -> tuple[int, ...]:
 
 
 def fitted(changes: ModuleChanges, shape: tuple[int, ...], *, where: str = "") -> ModuleChanges:
-    """Return the leaf in the shape of this weight, without computation.
+    """Return the changes in the shape of this weight, without computation.
 
     Converts a 1×1 convolution's pair to a linear one and back, and shapes a LoHa or LoKr that was stored
     flat. Raises AdapterError if the sizes do not fit."""
@@ -397,7 +397,9 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def write_module(changes: ModuleChanges) -> dict[str, Tensor]:
-    """The tensors of a leaf by suffix, in kohya's and LyCORIS' names: what `read_module` reads back to the same effect.
+    """Return a module's tensors by suffix, in kohya's and LyCORIS' names.
+
+    `read_module` reads them back with the same effect.
 
     AdapterError lists what the names have no tensors for. Scales are exact: alpha is a float32 where that holds it, a
     float64 elsewhere; what has no alpha (a dense delta, a LoKr of two whole factors) has its scale multiplied in, in

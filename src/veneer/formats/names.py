@@ -46,39 +46,39 @@ def _all() -> Mapping[str, Family]:
 
 @cache
 def _table(name: str) -> Mapping[str, tuple[ModuleTarget, ...]]:
-    """Return each text, without the prefixes that `lookup` removes -> its places."""
+    """Return each text, without the prefixes that `lookup` removes -> its targets."""
     family = _all()[name]
     out: dict[str, tuple[ModuleTarget, ...]] = {}
     denoiser = family.denoiser
     prefixes = {c: tuple(_encoder_prefixes(family, c)) for c in family.components if c != denoiser}
     for module in family.modules:
         component, _, own = module.partition(".")
-        places: tuple[ModuleTarget, ...] = (ModuleTarget(module),)
+        targets: tuple[ModuleTarget, ...] = (ModuleTarget(module),)
         for text in (own, *_old(own)) if component == denoiser else ():
-            out[text] = out[f"{denoiser}.{text}"] = places
+            out[text] = out[f"{denoiser}.{text}"] = targets
             for prefix in _DENOISER_FLAT:
-                out[prefix + flat(text)] = places
+                out[prefix + flat(text)] = targets
         if component != denoiser:
             for text in (own, *_old(own)):
-                out[f"{component}.{text}"] = places
+                out[f"{component}.{text}"] = targets
                 if own.startswith("text_model."):  # transformers 5 dropped it from the class
-                    out[f"{component}.{text.removeprefix('text_model.')}"] = places
+                    out[f"{component}.{text.removeprefix('text_model.')}"] = targets
             for prefix in prefixes[component]:
-                out[prefix + (flat(own) if prefix.endswith("_") else own)] = places
-    for original, places in family.originals.items():
+                out[prefix + (flat(own) if prefix.endswith("_") else own)] = targets
+    for original, targets in family.originals.items():
         for prefix in ("", f"{denoiser}."):
-            out.setdefault(prefix + original, places)
+            out.setdefault(prefix + original, targets)
         for prefix in _DENOISER_FLAT:
-            out.setdefault(prefix + flat(original), places)
-        for i, place in enumerate(places if len(places) > 1 else ()):
+            out.setdefault(prefix + flat(original), targets)
+        for i, target in enumerate(targets if len(targets) > 1 else ()):
             for prefix in ("", f"{denoiser}."):
-                out.setdefault(f"{prefix}{original}.{i}", (ModuleTarget(place.module),))
+                out.setdefault(f"{prefix}{original}.{i}", (ModuleTarget(target.module),))
             for prefix in _DENOISER_FLAT:
-                out.setdefault(f"{prefix}{flat(original)}_{i}", (ModuleTarget(place.module),))
+                out.setdefault(f"{prefix}{flat(original)}_{i}", (ModuleTarget(target.module),))
     if name == "flux1":
         out.update(_xlabs(family))
     if name == "flux2":
-        out.update({_cut(text): places for text, places in out.items() if text.startswith("transformer_blocks.")})
+        out.update({_cut(text): targets for text, targets in out.items() if text.startswith("transformer_blocks.")})
     return out
 
 
@@ -117,14 +117,14 @@ def _xlabs(family: Family) -> Iterator[tuple[str, tuple[ModuleTarget, ...]]]:
     i = 0
     while (found := family.originals.get(f"single_blocks.{i}.linear1")) is not None:
         # These pairs cover only q, k and v, without the rows of the feed-forward.
-        qkv = tuple(ModuleTarget(place.module, (n, n + 1, 3)) for n, place in enumerate(found[:3]))
+        qkv = tuple(ModuleTarget(target.module, (n, n + 1, 3)) for n, target in enumerate(found[:3]))
         yield f"single_blocks.{i}.processor.qkv_lora", qkv
         yield f"single_blocks.{i}.linear1_qkv", qkv
         i += 1
 
 
 def lookup(family: Family, text: str) -> tuple[ModuleTarget, ...] | None:
-    """Return the places of the module that a file calls `text`, or None."""
+    """Return the targets of the module that a file calls `text`, or None."""
     table = _table(family.name)
     text = text.removeprefix("base_model.model.")
     if (found := table.get(text)) is not None:
@@ -196,9 +196,9 @@ class FamilyChoice:
     fitting: tuple[str, ...] = ()
 
     def lookup(self, text: str) -> tuple[ModuleTarget, ...] | None:
-        """Return a module's places in the chosen family.
+        """Return a module's targets in the chosen family.
 
-        Without a chosen family, the places on which all fitting families agree."""
+        Without a chosen family, the targets on which all fitting families agree."""
         if self.family is not None:
             return lookup(self.family, text)
         found = {lookup(_all()[name], text) for name in self.fitting}
@@ -243,7 +243,7 @@ def choose_family(
     the metadata, or the base's; else none, and the result lists the near ones. A toy model, whose widths are
     no real model's, gets the family of which it has the largest share, or the more common one."""
     found = {
-        name: {text: places for text in shapes if (places := lookup(family, text)) is not None}
+        name: {text: targets for text in shapes if (targets := lookup(family, text)) is not None}
         for name, family in _all().items()
     }
     most = max(len(f) for f in found.values())
@@ -326,7 +326,7 @@ def _share(family: Family, found: Collection[tuple[ModuleTarget, ...]]) -> float
     """Return the share of the family's modules that the file has, among kinds it has.
 
     A kind is a name without block numbers."""
-    have = {place.module for places in found for place in places}
+    have = {target.module for targets in found for target in targets}
     kinds = {_kind(module) for module in have}
     return len(have) / sum(_kind(module) in kinds for module in family.modules)
 
@@ -342,10 +342,10 @@ def _fits(
     `wide`: the subset of `shapes` whose widths count."""
     if 2 * len(found) < len(shapes) or _deeper(name, found, shapes):
         return False
-    known = [_width(name, places[0].module, wide.get(text)) for text, places in found.items()]
+    known = [_width(name, targets[0].module, wide.get(text)) for text, targets in found.items()]
     widths = [ok for ok in known if ok is not None]
     ratios = [ok for text, shape in shapes.items() if (ok := _ratio(name, text, shape)) is not None]
-    whole = all(_is_thirds(places, wide.get(text)) for text, places in found.items())
+    whole = all(_is_thirds(targets, wide.get(text)) for text, targets in found.items())
     return whole and all(widths) and (not ratios or any(ratios))
 
 
@@ -360,11 +360,11 @@ def _deeper(name: str, found: Mapping[str, tuple[ModuleTarget, ...]], shapes: It
     )
 
 
-def _is_thirds(places: Sequence[ModuleTarget], shape: _Shape | None) -> bool:
+def _is_thirds(targets: Sequence[ModuleTarget], shape: _Shape | None) -> bool:
     """Return whether a fused q, k and v has three times as many outputs as inputs.
 
     True in every family here; Lumina 2 has fewer key and value heads, so its rows are not equal thirds."""
-    fused = [place.part for place in places if place.part is not None and place.part[2] == 3]
+    fused = [target.part for target in targets if target.part is not None and target.part[2] == 3]
     return len(fused) < 3 or shape is None or shape[0] == 3 * shape[1]
 
 
@@ -404,7 +404,7 @@ def _depth(family: Family, found: Iterable[tuple[ModuleTarget, ...]]) -> bool:
 
     A subset of the blocks fits any family."""
     ours = _family_blocks(family.name)
-    for group, have in _blocks(p.module for places in found for p in places).items():
+    for group, have in _blocks(p.module for targets in found for p in targets).items():
         count = len(ours.get(group, ()))
         depths = {count, *_OTHER_DEPTHS.get(family.name, {}).get(group.partition(".")[2], ())}
         if len(have) > 1 and have == set(range(len(have))) and len(have) not in depths:

@@ -53,8 +53,8 @@ def _canonical_structure(base: Any, family: Family | None) -> Structure:
 
 
 @dataclass
-class _Placer:
-    """Collects the changes of leaves. `used`: canonical module -> keys of the file."""
+class _ChangeCollector:
+    """Collects changes by canonical module. `used`: canonical module -> keys of the file."""
 
     family: Family | None
     base: Structure
@@ -75,24 +75,24 @@ class _Placer:
         missing = [f"{name}: no such module in the base" for name in sorted(names)]
         return missing or self.base.problems(self.adapter())
 
-    def place(
-        self, text: str, changes: ModuleChanges, places: Sequence[ModuleTarget], keys: list[str], blocks: bool = False
+    def add(
+        self, text: str, changes: ModuleChanges, targets: Sequence[ModuleTarget], keys: list[str], blocks: bool = False
     ) -> list[str]:
         """Add a module's changes at their targets, or return all problems and add nothing."""
         problems = [
             f"{text}: lands on {p.module}, where {self.owner[p.module]} has landed"
-            for p in places
+            for p in targets
             if p.module in self.owner
         ]
         try:
-            parts = _parts(changes, places, blocks)
-            parts = [self._fitted(part, place.module) for part, place in zip(parts, places, strict=True)]
+            parts = _parts(changes, targets, blocks)
+            parts = [self._fitted(part, target.module) for part, target in zip(parts, targets, strict=True)]
         except AdapterError as error:
             problems.append(f"{text}: {error.what}" + (f" ({error.where})" if error.where else ""))
         if problems:
             return problems
-        for part, place in zip(parts, places, strict=True):
-            name = place.module
+        for part, target in zip(parts, targets, strict=True):
+            name = target.module
             self.owner[name], self.used[name] = text, keys
             if part.pair is not None:
                 self.pairs[name] = part.pair
@@ -102,7 +102,7 @@ class _Placer:
         return []
 
     def _fitted(self, changes: ModuleChanges, name: str) -> ModuleChanges:
-        """Return the leaf in the shape of the base's weight, else by its kind."""
+        """Return the changes in the shape of the base's weight, else by its kind."""
         kind = self.family.modules.get(name) if self.family else None
         pair = changes.pair
         if kind == "norm" and pair is not None:
@@ -124,16 +124,16 @@ class _Placer:
         return changes
 
 
-def _parts(changes: ModuleChanges, places: Sequence[ModuleTarget], blocks: bool) -> list[ModuleChanges]:
-    """Return the leaf of each place."""
-    if len(places) == 1 and places[0].part is None and not places[0].swap:
+def _parts(changes: ModuleChanges, targets: Sequence[ModuleTarget], blocks: bool) -> list[ModuleChanges]:
+    """Return the changes of each target."""
+    if len(targets) == 1 and targets[0].part is None and not targets[0].swap:
         return [changes]
-    out = [ModuleChanges() for _ in places]
-    rows = [place.part or (0, 1, 1) for place in places]
+    out = [ModuleChanges() for _ in targets]
+    rows = [target.part or (0, 1, 1) for target in targets]
     if changes.pair is not None:
         pairs = split(changes.pair, rows)
         for i, (part, pair) in enumerate(zip(out, pairs, strict=True)):
-            part.pair = _block(pair, i, len(places)) if blocks else pair
+            part.pair = _block(pair, i, len(targets)) if blocks else pair
     for parameter, delta in changes.deltas.items():
         for part, own in zip(out, split(delta, rows), strict=True):
             part.deltas[parameter] = own
@@ -143,7 +143,7 @@ def _parts(changes: ModuleChanges, places: Sequence[ModuleTarget], blocks: bool)
                 raise AdapterError(f"{len(tensor)} rows of {parameter} cannot be cut into {total} equal units")
             unit = len(tensor) // total
             part.full[parameter] = tensor[begin * unit : end * unit]
-    return [_halves_swapped(part) if place.swap else part for part, place in zip(out, places, strict=True)]
+    return [_halves_swapped(part) if target.swap else part for part, target in zip(out, targets, strict=True)]
 
 
 def _halves_swapped(changes: ModuleChanges) -> ModuleChanges:
@@ -167,7 +167,7 @@ def _block(pair: Pair, i: int, n: int) -> Pair:
 
 def _split_qkv_alphas(
     known: Mapping[str, Mapping[str, Tensor]],
-    places: Mapping[str, Sequence[ModuleTarget] | None],
+    targets: Mapping[str, Sequence[ModuleTarget] | None],
     metadata: Mapping[str, str],
     notes: list[str],
 ) -> dict[str, float]:
@@ -180,13 +180,13 @@ def _split_qkv_alphas(
     plain = {
         (float(own["alpha"]), own["lora_down.weight"].shape[0])
         for text, own in known.items()
-        if {"alpha", "lora_down.weight"} <= set(own) and len(places[text] or ()) == 1
+        if {"alpha", "lora_down.weight"} <= set(own) and len(targets[text] or ()) == 1
         if own["alpha"].numel() == 1 and own["lora_down.weight"].ndim  # reading reports other values
     }
     out: dict[str, float] = {}
     unclear: list[str] = []
     for text, own in known.items():
-        n = len(places[text] or ())
+        n = len(targets[text] or ())
         down, up, alpha = (own.get(s) for s in ("lora_down.weight", "lora_up.weight", "alpha"))
         if (
             n < 2
@@ -195,7 +195,7 @@ def _split_qkv_alphas(
             or alpha is None
             or alpha.numel() != 1
             or not down.ndim
-            or not _is_blocks(up, [p.part for p in places[text] or ()])
+            or not _is_blocks(up, [p.part for p in targets[text] or ()])
         ):
             continue
         value, rank = float(alpha), down.shape[0]
@@ -373,8 +373,8 @@ def _from_peft(
     shapes = {text: _shape(tensors, own) for text, own in texts.items()}
     of_text = wanted is not None and wanted not in families()  # the base is a language model
     choice = choose_family(shapes, wanted=wanted) if texts and not of_text else FamilyChoice(None, 0)
-    places = {text: choice.lookup(text) for text in texts}
-    placed = bool(texts) and all(found is not None for found in places.values())
+    targets = {text: choice.lookup(text) for text in texts}
+    placed = bool(texts) and all(found is not None for found in targets.values())
     own_base = None if placed else base
     loaded = peft.interpret(opened.config, tensors, own_base, where=where, card=opened.card, moe_layout=moe_layout)
     beside = "a folder with" if path.is_dir() else "a file with PEFT's names next to"
@@ -387,21 +387,21 @@ def _from_peft(
         loaded.adapter.card.kind = loaded.adapter.card.kind or ("image" if has_image_names(texts) else "")
         return Reading(loaded.adapter, opened.format, [*reasons, *choice.reasons], None, dict(used), notes=loaded.notes)
     adapter = loaded.adapter
-    placer = _Placer(choice.family, _canonical_structure(base, choice.family))
+    collector = _ChangeCollector(choice.family, _canonical_structure(base, choice.family))
     by_module = changes_by_module(adapter)
     own = {name: [k for k in tensors if k.startswith(f"base_model.model.{name}.")] for name in by_module}
     problems = []
     for name, changes in by_module.items():
         found = choice.lookup(name)
         assert found is not None  # every module is covered
-        problems += placer.place(name, changes, found, own[name])
-    problems += placer.misfits()
+        problems += collector.add(name, changes, found, own[name])
+    problems += collector.misfits()
     adapter.card.kind = adapter.card.kind or "image"
-    out = replace(placer.adapter(), card=adapter.card, rslora=adapter.rslora, dropout=adapter.dropout)
+    out = replace(collector.adapter(), card=adapter.card, rslora=adapter.rslora, dropout=adapter.dropout)
     if problems:
         raise _refusal(problems, where)
     family = choice.family.name if choice.family else None
-    return Reading(out, "peft", [*reasons, *choice.reasons], family, placer.used, notes=loaded.notes)
+    return Reading(out, "peft", [*reasons, *choice.reasons], family, collector.used, notes=loaded.notes)
 
 
 def _refusal(problems: list[str], where: str, some: bool = True) -> AdapterError:
@@ -461,22 +461,22 @@ def read_state_dict(
         )
     shapes = {text: _shape(tensors, own) for text, own in groups.items()}
     choice = choose_family(shapes, family_in_metadata(metadata), family)
-    places = {text: choice.lookup(text) for text in groups}
-    if fmt in ("peft", "diffusers") and _is_unknown_model(places):
-        choice = _without_family(choice, places)
+    targets = {text: choice.lookup(text) for text in groups}
+    if fmt in ("peft", "diffusers") and _is_unknown_model(targets):
+        choice = _without_family(choice, targets)
     if choice.family is None and not choice.fitting and fmt in ("peft", "diffusers"):
-        places = {text: (ModuleTarget(text.removeprefix("base_model.model.")),) for text in groups}
-    placer = _Placer(choice.family, _canonical_structure(base, choice.family))
-    unknown = {text for text, found in places.items() if found is None}
+        targets = {text: (ModuleTarget(text.removeprefix("base_model.model.")),) for text in groups}
+    collector = _ChangeCollector(choice.family, _canonical_structure(base, choice.family))
+    unknown = {text for text, found in targets.items() if found is None}
     unused += [key for text in sorted(unknown) for key in groups[text].values()]
     problems += [_unknown(key, tensors[key], choice) for key in sorted(unused)]
     configs = _configs(metadata, problems)
     known = {text: {s: tensors[k] for s, k in own.items()} for text, own in groups.items() if text not in unknown}
-    blocks = _split_qkv_alphas(known, places, metadata, notes)
+    blocks = _split_qkv_alphas(known, targets, metadata, notes)
     unpaired: list[str] = []
     unstated: list[str] = []
     for text, suffixes in known.items():
-        found, keys = places[text], sorted(groups[text].values())
+        found, keys = targets[text], sorted(groups[text].values())
         assert found is not None
         try:
             own_alpha, rslora = _settings(configs, found[0].module, suffixes, blocks.get(text))
@@ -486,18 +486,18 @@ def read_state_dict(
             changes = read_module(suffixes, alpha=own_alpha, rslora=rslora, where=text)
             if base is None and not configs and (swapped := _swapped(changes, metadata)):
                 raise AdapterError(swapped)
-            wrong = placer.place(text, changes, found, keys, blocks=text in blocks)
+            wrong = collector.add(text, changes, found, keys, blocks=text in blocks)
         except AdapterError as error:
             wrong = [f"{text}: {error.what}"]
         if wrong:
             unpaired += keys
             problems += wrong
-    if misfits := placer.misfits():
+    if misfits := collector.misfits():
         raise _refusal(misfits, where)
     if problems and not allow_partial:
-        raise _refusal(problems, where, some=bool(placer.used))
-    adapter = replace(placer.adapter(), card=card_from_metadata(metadata))
-    if not placer.used:
+        raise _refusal(problems, where, some=bool(collector.used))
+    adapter = replace(collector.adapter(), card=card_from_metadata(metadata))
+    if not collector.used:
         raise _refusal(problems, where, some=False)
     _fill_card(adapter, text=choice.family is None and not has_image_names(groups))
     reasons = [*reasons, *choice.reasons]
@@ -512,22 +512,24 @@ def read_state_dict(
             f"the file does not state the scale of {counted(len(assumed), 'module')}: alpha is taken for the rank"
         )
     notes += problems
-    return Reading(adapter, fmt, reasons, name, placer.used, sorted(unused), unpaired, notes, dict(metadata), assumed)
+    return Reading(
+        adapter, fmt, reasons, name, collector.used, sorted(unused), unpaired, notes, dict(metadata), assumed
+    )
 
 
-def _is_unknown_model(places: Mapping[str, Sequence[ModuleTarget] | None]) -> bool:
+def _is_unknown_model(targets: Mapping[str, Sequence[ModuleTarget] | None]) -> bool:
     """Return whether the file is an unknown model's with diffusers' class names.
 
     This is the case if modules have names as in diffusers' classes, and the known family lacks some of them.
     """
-    own = {text: text.removeprefix("base_model.model.") for text in places}
+    own = {text: text.removeprefix("base_model.model.") for text in targets}
     dotted = all(name.partition(".")[0] in DENOISERS for name in own.values())
-    same = any(found is not None and tuple(found) == (ModuleTarget(own[text]),) for text, found in places.items())
-    return dotted and same and None in places.values()
+    same = any(found is not None and tuple(found) == (ModuleTarget(own[text]),) for text, found in targets.items())
+    return dotted and same and None in targets.values()
 
 
-def _without_family(choice: FamilyChoice, places: Mapping[str, Sequence[ModuleTarget] | None]) -> FamilyChoice:
-    lacking = sorted(text for text, found in places.items() if found is None)
+def _without_family(choice: FamilyChoice, targets: Mapping[str, Sequence[ModuleTarget] | None]) -> FamilyChoice:
+    lacking = sorted(text for text, found in targets.items() if found is None)
     label = choice.family.label if choice.family else " or ".join(choice.near) or "any family known here"
     said = f"{len(lacking)} module names are none of {label} ({lacking[0]}): read under the file's own names"
     return FamilyChoice(None, choice.covered, (*choice.reasons, said))

@@ -45,9 +45,9 @@ _TGI_MODULE = re.compile(
 MERGE = "merge it into the base"
 
 
-def refuse_unservable(adapter: Adapter, leaves: Mapping[str, ModuleChanges], server: str, refused: Refusals) -> None:
+def refuse_unservable(adapter: Adapter, by_module: Mapping[str, ModuleChanges], server: str, refused: Refusals) -> None:
     """Add to `refused` what `server` ("vLLM", "TGI" or "llama.cpp") cannot hold."""
-    for module, leaf in leaves.items():
+    for module, leaf in by_module.items():
         if component_of(module):
             refused[f"{server} serves language models, and this is of an image model"].append(module)
         for parameter, delta in leaf.deltas.items():

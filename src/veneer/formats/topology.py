@@ -1,4 +1,4 @@
-"""The image families: every module's canonical name and original place.
+"""The image families: every module's canonical and original name.
 
 | family     | components                                                | original names                            |
 | sd15       | unet, text_encoder (CLIP-L)                               | LDM                                       |
@@ -332,8 +332,8 @@ def anima(layers: int, adapter: int) -> Iterator[ModuleRow]:
     yield from _rows(top, "embedding:embed out_proj norm:norm", its)
     for i in range(adapter):
         for attn in ("self_attn", "cross_attn"):
-            place = f"blocks.{i}.{attn}."
-            yield from _rows(top + place, "q_proj k_proj v_proj o_proj norm:q_norm norm:k_norm", its + place)
+            inner = f"blocks.{i}.{attn}."
+            yield from _rows(top + inner, "q_proj k_proj v_proj o_proj norm:q_norm norm:k_norm", its + inner)
         names = "norm:norm_self_attn norm:norm_cross_attn norm:norm_mlp mlp.0 mlp.2"
         yield from _rows(f"{top}blocks.{i}.", names, f"{its}blocks.{i}.")
 
@@ -358,7 +358,7 @@ DENOISERS = ("unet", "transformer")
 
 @dataclass(frozen=True)
 class ModuleTarget:
-    """The place of (a part of) a foreign module.
+    """A canonical module that receives (a part of) a file's module.
 
     `part`: rows [begin, end) of `total` in equal units, None for all. `swap`: the two halves of the rows are
     swapped."""
@@ -373,7 +373,7 @@ class Family:
     """An image family.
 
     `modules`: canonical name -> linear, conv, embedding or norm. `originals`: original name of each denoiser
-    module, without a prefix -> its places. `diffusers_named`: sd-scripts and musubi-tuner use diffusers'
+    module, without a prefix -> its targets. `diffusers_named`: sd-scripts and musubi-tuner use diffusers'
     names for the denoiser. `clip`: ComfyUI's name of the first text encoder."""
 
     name: str
@@ -477,5 +477,5 @@ def _family(name: str, label: str, *components: Iterable[ModuleRow], **facts: An
         component, _, own = row.module.partition(".")
         if component in DENOISERS or row.original:
             originals[row.original or own].append(ModuleTarget(row.module, row.part, row.swap))
-    landed = MappingProxyType({key: tuple(places) for key, places in originals.items()})
-    return Family(name, label, MappingProxyType(modules), landed, **facts)
+    originals_by_name = MappingProxyType({key: tuple(targets) for key, targets in originals.items()})
+    return Family(name, label, MappingProxyType(modules), originals_by_name, **facts)
