@@ -1,4 +1,4 @@
-"""Conversion of adapters to other tools' layouts, with facts about the base that a layout needs."""
+"""Conversion with facts about the base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A mix folded into new weights computes what the attached mix does, and the base stays as it was."""
+"""Merged models compute what the attached mix does."""
 
 from __future__ import annotations
 

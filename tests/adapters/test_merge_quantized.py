@@ -1,4 +1,4 @@
-"""Merging adapters that were trained over a base in 4 bits: into what they saw, and what any other way loses."""
+"""Merging adapters trained over a 4-bit base."""
 
 from __future__ import annotations
 

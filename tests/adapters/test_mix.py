@@ -1,4 +1,4 @@
-"""Adapters made of files: what is written computes what the arithmetic says, and its card says how it came about."""
+"""Adapters made of files: mix, resize, extract, strength."""
 
 from __future__ import annotations
 

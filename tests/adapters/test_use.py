@@ -1,4 +1,4 @@
-"""Adapters by name on a base: found, checked against the base, mixed."""
+"""Adapters by name on a text base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters by name on an image base: any layout, of its own family and no other."""
+"""Adapters by name on an image base of their family."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an adapter is: its tensors' names, its size, its digest, and copies of it."""
+"""Adapter: tensor names, size, digest and copies."""
 
 from __future__ import annotations
 

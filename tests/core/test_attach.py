@@ -1,4 +1,4 @@
-"""Attach and detach: the base comes back as it was, whatever happened; errors list everything; one step switches."""
+"""Attach and detach restore the base; errors list every problem."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A weight that is never made answers every product as the sum would."""
+"""AdaptedWeight answers every product like the dense sum."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Deltas of every form: ΔW by hand in float64, one entry at a time, and what does not fit."""
+"""Deltas of every form against float64."""
 
 from __future__ import annotations
 

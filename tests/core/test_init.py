@@ -1,4 +1,4 @@
-"""How adapters start: delta zero, deterministic, the base untouched, and the distributions the papers name."""
+"""Initialization: zero delta, determinism, distributions of the papers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers: the fast path equals the reference, dtypes, mixing, and weights that multiply without being made."""
+"""Layers: fast path, dtypes, mixing, experts."""
 
 from __future__ import annotations
 

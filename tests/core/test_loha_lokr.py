@@ -1,4 +1,4 @@
-"""LoHa and LoKr that learn: forward and gradients are PEFT's on the same numbers, and ΔW is kept nowhere."""
+"""Trained LoHa and LoKr: forward and gradients equal PEFT's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Merging: new weights that act as the attached mix does, in the base's dtype, with the base left alone."""
+"""Merged weights act like the attached mix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A mix is Σ strength·ΔW, or says how far it is from it: against dense float64, and PEFT where it is right."""
+"""Mixing against dense float64 and PEFT."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is made ready for a mix: equal to the reference, never stale, bounded, and not for what is trained."""
+"""Cached weights of mixes: exact, current, bounded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stochastic rounding has the right mean, and never goes further than a neighbour."""
+"""Stochastic rounding has the right mean and stays between neighbors."""
 
 from __future__ import annotations
 

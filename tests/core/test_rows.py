@@ -1,4 +1,4 @@
-"""A mix for each row of a batch: equal to every row alone, whatever the mixes, and an error where rows are no rows."""
+"""A mix per row equals each row separately."""
 
 from __future__ import annotations
 

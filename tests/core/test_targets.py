@@ -1,4 +1,4 @@
-"""Targets: what a pattern selects, and that nothing selected is an error that names the nearest."""
+"""Target patterns and their errors."""
 
 from __future__ import annotations
 

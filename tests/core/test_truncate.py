@@ -1,4 +1,4 @@
-"""Truncation through thin factors is the singular value decomposition of the dense change, in float64."""
+"""Truncation through thin factors equals the SVD of the dense change."""
 
 from __future__ import annotations
 

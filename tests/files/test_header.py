@@ -1,4 +1,4 @@
-"""Headers of safetensors files, written byte by byte. Needs numpy at most, so it runs without torch as well."""
+"""safetensors headers, written byte by byte; runs without torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pickles: tensors come out, nothing is run, and what is no adapter is named."""
+"""Pickles give tensors and run nothing."""
 
 from __future__ import annotations
 

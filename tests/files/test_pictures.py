@@ -1,4 +1,4 @@
-"""Whoever reads a picture, what is wrong with its file is said in the same words."""
+"""Errors of image files."""
 
 from __future__ import annotations
 

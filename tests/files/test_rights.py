@@ -1,4 +1,4 @@
-"""What nobody else on the machine may read, by the rights that files have."""
+"""Files and processes that only their owner can read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The container: what is not a sound safetensors file is refused unread; what is written is whole or not there."""
+"""safetensors: invalid files are refused unread, writes are atomic."""
 
 from __future__ import annotations
 

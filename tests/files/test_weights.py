@@ -1,4 +1,4 @@
-"""Weight files are checked by their headers before any loader sees them."""
+"""Weight files are checked by their headers."""
 
 from __future__ import annotations
 

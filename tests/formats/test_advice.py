@@ -1,4 +1,4 @@
-"""Reasons and advice: what inspect says is what convert says, what is advised works, and what is swapped is named."""
+"""Reasons and advice of `adapter inspect` and `adapter convert`."""
 
 from __future__ import annotations
 

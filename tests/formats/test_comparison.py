@@ -1,4 +1,4 @@
-"""The comparison before anything is written: what is the same by ΔW passes, what is off by more than 1e-6 does not."""
+"""Comparison of a written adapter with the one read back, by ΔW."""
 
 from __future__ import annotations
 

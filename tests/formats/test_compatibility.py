@@ -1,5 +1,4 @@
-"""What other tools do wrong with a file, beside the tools that are installed here; and that what is written for a tool
-is right for it."""
+"""Predictions of what other tools do with a file, against the installed tools."""
 
 from __future__ import annotations
 

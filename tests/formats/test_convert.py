@@ -1,4 +1,4 @@
-"""What is written under which name, by hand: names, fused rows, scales, refusals, bytes."""
+"""Written names, fused rows, scales, refusals and bytes."""
 
 from __future__ import annotations
 

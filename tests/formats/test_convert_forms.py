@@ -1,4 +1,4 @@
-"""Changes that are no plain pair: what each layout holds, and how it says what it does not."""
+"""Changes that are not plain pairs: what each layout holds and refuses."""
 
 from __future__ import annotations
 

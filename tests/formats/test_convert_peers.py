@@ -1,4 +1,4 @@
-"""diffusers loads what we write, through its own pipelines, with the outputs of the attached adapter."""
+"""diffusers' pipelines load written files with the outputs of the attached adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""There and back again: every ordered pair of layouts that can express an adapter gives it back, for every family."""
+"""Round trips through every layout that can express an adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""For vLLM and llama.cpp: one rank, scale 1, and the effect that was. PEFT loads the folders."""
+"""Exports for vLLM, TGI and llama.cpp: one rank, scale 1, the same effect."""
 
 from __future__ import annotations
 

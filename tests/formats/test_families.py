@@ -1,7 +1,4 @@
-"""Which family a file is said to be of: one that names, shapes and depth fit alone; else none, with the reasons.
-
-The names are those of diffusers' classes and converters, of OneTrainer, musubi-tuner and sd-scripts.
-"""
+"""Choice of the image family by names, shapes, depth and metadata."""
 
 from __future__ import annotations
 

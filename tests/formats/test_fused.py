@@ -1,4 +1,4 @@
-"""Fused projections: cutting into rows and joining leave ΔW as it is, whatever the form, the scales and the sharing."""
+"""Splitting and joining fused projections keeps ΔW."""
 
 from __future__ import annotations
 

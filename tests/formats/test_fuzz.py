@@ -1,5 +1,4 @@
-"""Whatever a file holds, reading it ends in an adapter or in a VeneerError: every reader, over files of real layouts
-whose names, shapes, dtypes, values, metadata and configuration are changed."""
+"""Fuzzed files end in an adapter or a VeneerError, for every reader."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GGUF adapters: llama.cpp's layout as its converter writes it, both ways; the turned rows are proved inverse."""
+"""GGUF adapters against llama.cpp's converter, both ways."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hostile files: each is refused with its own words, at once, without memory, and nothing of it runs."""
+"""Hostile files are refused at once, by name, without running anything."""
 
 from __future__ import annotations
 

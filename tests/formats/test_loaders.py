@@ -1,5 +1,4 @@
-"""What is written has the names that the target's own loader asks for. Of bases whose names begin with `transformer.`
-(GPT-2, Falcon, Bloom, MPT) PEFT itself loads what was converted, mixed and resized."""
+"""Written names are those that the target's loader requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metadata: others' is understood, ours is what readers look for, and every hash is the one they would compute."""
+"""Metadata of other tools, our own metadata, and file hashes."""
 
 from __future__ import annotations
 

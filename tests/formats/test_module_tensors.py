@@ -1,4 +1,4 @@
-"""Leaves: every algorithm's tensors give the ΔW of its definition, written out by hand in float64."""
+"""Each algorithm's tensors give the ΔW of its definition, in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Biases that PEFT trained (`bias = "lora_only"`, `"all"`): read, mixed, merged, written with PEFT's logits."""
+"""Trained biases (`bias = "lora_only"`, `"all"`): read, mixed, merged, written."""
 
 from __future__ import annotations
 

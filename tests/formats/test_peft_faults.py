@@ -1,4 +1,4 @@
-"""What PEFT lets pass in silence, and all else that is wrong with a folder, is one AdapterError that lists it."""
+"""Faults of PEFT folders are listed in one AdapterError."""
 
 from __future__ import annotations
 

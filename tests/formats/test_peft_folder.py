@@ -1,4 +1,4 @@
-"""A PEFT folder as files: the same bytes every time, whole or not there, with a card that says what is in it."""
+"""PEFT folders as files: reproducible bytes, atomic writes, the card."""
 
 from __future__ import annotations
 

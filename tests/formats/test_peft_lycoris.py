@@ -1,4 +1,4 @@
-"""Folders of LOHA and LOKR, by PEFT itself in both directions; and LoKr of fused projections under LyCORIS' names."""
+"""LOHA and LOKR folders against PEFT, both ways."""
 
 from __future__ import annotations
 

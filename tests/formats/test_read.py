@@ -1,4 +1,4 @@
-"""Every layout, read: the change of each canonical module is that of the file's tensors by hand."""
+"""Every layout reads to the changes of its tensors."""
 
 from __future__ import annotations
 

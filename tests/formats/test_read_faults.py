@@ -1,4 +1,4 @@
-"""Nothing is dropped in silence: what cannot be read is an error that lists all of it, or a list where asked for."""
+"""Unreadable tensors are listed in an error, or returned on request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is not a plain pair, read under its module's canonical name; split_qkv; diffusers' metadata."""
+"""Other changes under canonical names, split_qkv, and diffusers' metadata."""
 
 from __future__ import annotations
 

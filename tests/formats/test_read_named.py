@@ -1,4 +1,4 @@
-"""Several adapters in one file; a pickle in a PEFT folder; a file beside its configuration."""
+"""Several adapters in one file, pickles, and files with a configuration."""
 
 from __future__ import annotations
 

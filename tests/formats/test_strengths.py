@@ -1,4 +1,4 @@
-"""Strengths by block, component and step: read, checked, and resolved to modules."""
+"""Strengths by block, component and step."""
 
 from __future__ import annotations
 

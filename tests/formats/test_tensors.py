@@ -1,4 +1,4 @@
-"""An adapter's tensors are finite, whichever kind of file they come from."""
+"""Adapters of every file format are checked for NaN and infinity."""
 
 from __future__ import annotations
 

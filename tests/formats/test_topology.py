@@ -1,4 +1,4 @@
-"""The tables of names against the real classes, on the meta device, module by module and kind by kind."""
+"""Tables of module names against the real classes, on the meta device."""
 
 from __future__ import annotations
 

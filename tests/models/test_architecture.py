@@ -1,4 +1,4 @@
-"""Defaults of architecture fields are the recorded ones, independent of the installed libraries."""
+"""Recorded defaults do not depend on the installed libraries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A built-in base appears whole or not at all, once, and needs no network when it is there."""
+"""Built-in bases are created once, atomically, and then need no network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bases that veneer ships: whole, small, loaded by diffusers itself, and doing what a prompt and lines say."""
+"""The packaged image bases: complete, small, loaded by diffusers."""
 
 from __future__ import annotations
 

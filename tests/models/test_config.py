@@ -1,4 +1,4 @@
-"""A config.json is used or refused in words, whatever a key of it holds."""
+"""config.json checks name the invalid value."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The dtype follows the weights and the hardware; threads follow what the process may use: its affinity, the cgroups'
-quotas, and whoever said a number."""
+"""Choice of dtype and number of threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fingerprint changes with what the model computes, and with nothing else."""
+"""The fingerprint changes only with what the model computes."""
 
 from __future__ import annotations
 

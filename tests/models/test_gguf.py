@@ -1,4 +1,4 @@
-"""GGUF files are bases like any other: dequantized, plain, with their tokenizer and chat template."""
+"""GGUF bases: weights, tokenizer, chat template."""
 
 from __future__ import annotations
 

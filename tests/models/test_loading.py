@@ -1,4 +1,4 @@
-"""What is switched off while a base is loaded is switched on again, whichever thread ends last."""
+"""Settings changed while loading are restored by the last thread."""
 
 from __future__ import annotations
 

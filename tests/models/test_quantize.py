@@ -1,4 +1,4 @@
-"""A base in 4 or 8 bits: every family, read one weight at a time, and the same model as the dequantized one."""
+"""4-bit and 8-bit bases equal their dequantized weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model split over two processes: the same numbers, half of the bytes, and weights of any dtype and size."""
+"""A model sharded over two processes: equal numbers, half the bytes."""
 
 from __future__ import annotations
 

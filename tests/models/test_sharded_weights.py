@@ -1,4 +1,4 @@
-"""What is read in parts is what is read whole and split afterwards, to the bit, and no byte more than a part's."""
+"""Shards read from files equal the split whole, bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A name becomes a directory, or one error that says where was looked and what else there is."""
+"""Finding a base by name, and the errors."""
 
 from __future__ import annotations
 

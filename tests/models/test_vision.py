@@ -1,4 +1,4 @@
-"""What a vision-language model says of a picture is what transformers' own `generate` says of it."""
+"""Vision-language models against transformers' `generate`."""
 
 from __future__ import annotations
 

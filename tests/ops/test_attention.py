@@ -1,4 +1,4 @@
-"""Row attention against torch's own, row by row, in float64; and that no row ever sees another."""
+"""Varlen and joint attention against torch, in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs."""
+"""Choice of an op's implementation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dropout by seed: the share that is dropped, what is left, and that masks of two seeds have nothing in common."""
+"""Seeded dropout: share, scale, independence of seeds."""
 
 from __future__ import annotations
 

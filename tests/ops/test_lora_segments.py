@@ -1,4 +1,4 @@
-"""Products of several adapters, each of its own rows: as if each had been multiplied by itself."""
+"""Products of several adapters, each on its own rows."""
 
 from __future__ import annotations
 

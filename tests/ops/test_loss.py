@@ -1,4 +1,4 @@
-"""Preference losses against their papers' formulas, worked out otherwise and in float64; and against TRL's own code."""
+"""Preference and token losses against their formulas and TRL."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Products by copies of frozen weights against float64, and that no copy is read once its weight may have changed."""
+"""Prepacked products against float64; changed weights invalidate copies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The profile of the machine is measured once and kept."""
+"""The machine's profile is measured once and stored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Blocks of GGUF files: the compiled kernels and what is left to gguf-py give its values, bit for bit."""
+"""GGUF blocks dequantize to gguf-py's values, bit for bit."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Quantized weights: codes are bitsandbytes', arithmetic is the formula's, and a product with one is the product with
-what it stands for, without a dense copy that outlives it."""
+"""Quantized weights: bitsandbytes' codes, exact products, no lasting dense copy."""
 
 from __future__ import annotations
 

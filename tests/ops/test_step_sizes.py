@@ -1,4 +1,4 @@
-"""Sizes of a step's work: few of them, little above what is needed; and a plan counts what attention has."""
+"""Sizes of a step's work."""
 
 from __future__ import annotations
 

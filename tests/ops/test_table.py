@@ -1,4 +1,4 @@
-"""The page of ops is what the registry has."""
+"""docs/reference/ops.md matches the registry."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights in the orders that serving multiplies by, and which of them is kept."""
+"""Choice of a weight's layout for serving."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights in panels, bfloat16 and codes, by the kernels that are there."""
+"""Weight panels in bfloat16 and codes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Predict whether other tools load, refuse or misread an adapter's file.
 
 | tool                  | version                                              | method                              |
-| PEFT                  | 0.21                                                 | run (tests/formats/test_elsewhere)  |
+| PEFT                  | 0.21                                                 | run (tests/formats/test_compatibility)|
 | diffusers             | 0.42                                                 | run                                 |
 | sd-scripts, A1111     | networks/lora.py 02298e3; A1111's network_*.py,      | source read                         |
 |                       | in the version of Forge                              |                                     |

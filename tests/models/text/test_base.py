@@ -1,4 +1,4 @@
-"""Loading a text base: frozen, checked, with its dtype explained and its ends of text settled."""
+"""Loading a text base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`fast` changes the speed of a base and nothing else: loss and gradients of every family, and the base afterwards."""
+"""`fast` keeps loss and gradients of every family, and restores the base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same laws on a CUDA device: `make test-gpu` where there is one."""
+"""`fast` on a CUDA device (`make test-gpu`)."""
 
 from __future__ import annotations
 

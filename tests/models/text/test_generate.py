@@ -1,4 +1,4 @@
-"""Generation: equal to transformers' own row by row, sampled from the right distribution, streamed as returned."""
+"""Generation against transformers, sampling and streaming."""
 
 from __future__ import annotations
 

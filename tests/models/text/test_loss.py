@@ -1,4 +1,4 @@
-"""Rows of many lengths as products of few sizes: nothing of loss or gradients changes, and sizes come to an end."""
+"""Losses of packed rows; row lengths are rounded to few sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model built from its configuration has the modules and shapes of one with weights, and no bytes."""
+"""Models built from their configuration, without weights."""
 
 from __future__ import annotations
 

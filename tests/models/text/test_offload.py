@@ -1,5 +1,4 @@
-"""Inputs of layers that wait on the host: the same gradients to the bit, copies in an order that no stream can upset,
-and few tensors of the device on their way. A lane that runs late stands in for a GPU's stream."""
+"""Offloaded activations: bit-equal gradients, ordered copies, few buffers."""
 
 from __future__ import annotations
 

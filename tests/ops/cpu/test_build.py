@@ -1,4 +1,4 @@
-"""What is loaded as machine code was written by us, for this processor."""
+"""The compiled library is ours and for this processor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Process memory with another C library, or with an allocator configured by the environment."""
+"""Process memory with other C libraries and allocators."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The compiled kernels are optional, said aloud, and not trusted before they agree with torch."""
+"""Compiled kernels are optional, reported, and tested against torch."""
 
 from __future__ import annotations
 

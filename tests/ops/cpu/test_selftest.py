@@ -1,4 +1,4 @@
-"""Every compiled kernel has a formula, agrees with it, and is left out, named, where it does not."""
+"""The self-test covers every kernel and excludes wrong ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Threads beside other processes: when neighbours are seen, that waiting threads sleep then, and that no bit moves."""
+"""Threads beside other processes: detection, waiting, unchanged bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What leaves are written as (test_convert_forms reads it back), and LyCORIS' own modules agree with what is read."""
+"""Tensors that module changes are written as, against LyCORIS' own modules."""
 
 from __future__ import annotations
 
