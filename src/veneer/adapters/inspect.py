@@ -111,8 +111,8 @@ def verify_adapter(name: str, base: TextBase | None = None, **how: Unpack[reader
     parts: dict[str, Sized] = {"pairs": adapter.pairs, "deltas": adapter.deltas, "full copies": adapter.modules}
     parts["sets of token rows"] = adapter.token_rows
     count = ", ".join(f"{len(own)} {what}" for what, own in parts.items() if own)
-    told = [f"{reading.format}; every tensor is understood and finite: {count}", *reading.notes]
-    out.append(AdapterCheck("contents", True, "\n".join(told)))
+    messages = [f"{reading.format}; every tensor is understood and finite: {count}", *reading.notes]
+    out.append(AdapterCheck("contents", True, "\n".join(messages)))
     if card is not None and card.digest:
         digest = adapter.digest()
         same = digest == card.digest
@@ -138,8 +138,8 @@ def verify_kept(library: Library, reference: str) -> list[AdapterCheck]:
         out = verify_adapter(str(path))
         folder = path if path.is_dir() else path.parent
         wrong = [name for name, (sha256, _) in kept.items() if hash_file(folder / name) != sha256]
-        said = f"not the bytes that were added: {', '.join(wrong)}" if wrong else "every file has its sha256"
-        out.insert(0, AdapterCheck(FILES_CHECK, not wrong, said))
+        message = f"not the bytes that were added: {', '.join(wrong)}" if wrong else "every file has its sha256"
+        out.insert(0, AdapterCheck(FILES_CHECK, not wrong, message))
     except AdapterError as error:
         out = [AdapterCheck(FILES_CHECK, False, str(error))]
     library.record_checks(version.entry, ((check.name, check.ok, check.detail) for check in out))
@@ -158,8 +158,8 @@ def _header_hashes(path: Path) -> list[AdapterCheck]:
         return [AdapterCheck("header", None, "the header has no hashes of the tensors")]
     wrong = [f"{c.key}: stored {c.stored}, found {c.found}; {c.note}" for c in found if c.holds is False]
     unsure = [f"{c.key}: {c.note}" for c in found if c.holds is None]
-    said = "\n".join([*wrong, *unsure]) or ", ".join(c.key for c in found) + " hold"
-    return [AdapterCheck("header", not wrong, said)]
+    message = "\n".join([*wrong, *unsure]) or ", ".join(c.key for c in found) + " hold"
+    return [AdapterCheck("header", not wrong, message)]
 
 
 def _hashes(folder: Path, card: CardFile | None) -> list[AdapterCheck]:
@@ -184,8 +184,8 @@ def _not_zero(adapter: Adapter) -> AdapterCheck:
     if norms and not alive and not others:
         return AdapterCheck("not zero", False, "every ΔW is zero: an adapter that was never trained")
     zero = sorted(set(norms) - set(alive))
-    said = f"; {len(zero)} of {len(norms)} changes are zero, {zero[0]} among them" if zero else ""
-    return AdapterCheck("not zero", True, f"‖ΔW‖ = {sum(n**2 for n in norms.values()) ** 0.5:.4g} in all{said}")
+    message = f"; {len(zero)} of {len(norms)} changes are zero, {zero[0]} among them" if zero else ""
+    return AdapterCheck("not zero", True, f"‖ΔW‖ = {sum(n**2 for n in norms.values()) ** 0.5:.4g} in all{message}")
 
 
 def _against(

@@ -120,8 +120,8 @@ def _show(found: dict[str, Any]) -> None:
         if tool["verdict"] != "fine":
             alpha = " --alpha N" if found["assumed_scale"] else ""
             print(f"  convert it: veneer adapter convert {field(found['adapter'])}{alpha} --to {tool['to']} -o NEW")
-    told = set(verdict["why"].splitlines())
-    for note in cut_list([n for n in found["notes"] if f"  - {n}" not in told]):
+    explained = set(verdict["why"].splitlines())
+    for note in cut_list([n for n in found["notes"] if f"  - {n}" not in explained]):
         print(f"note: {note}")
 
 

@@ -249,10 +249,10 @@ class Adapter:
     def __repr__(self) -> str:
         counts = {"pair": len(self.pairs), "full copy": len(self.modules), "delta": len(self.deltas)}
         counts["module with token rows"] = len(self.token_rows)
-        said = [f"{count:,} × {name}" for name, count in counts.items() if count]
+        parts = [f"{count:,} × {name}" for name, count in counts.items() if count]
         card = self.card
-        said += [f"base {card.base!r}"] * bool(card.base) + [f"rank {card.rank}"] * bool(card.rank)
-        return f"Adapter({', '.join(said)})"
+        parts += [f"base {card.base!r}"] * bool(card.base) + [f"rank {card.rank}"] * bool(card.rank)
+        return f"Adapter({', '.join(parts)})"
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor under a stable name, sorted."""

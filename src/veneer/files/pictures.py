@@ -41,8 +41,8 @@ def opened_picture(path: str | Path) -> Iterator[tuple[Image, bytes]]:
             fix="make it smaller",
         ) from None
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        said = "it is in no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
-        raise DataError(f"this is not a picture: {said}", where=str(path)) from error
+        message = "it is in no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+        raise DataError(f"this is not a picture: {message}", where=str(path)) from error
 
 
 def upright(picture: Image) -> Image:

@@ -230,9 +230,9 @@ def _comfyui(file: _File) -> _Found:
         yield "wrong", f"it does not read lora_B.bias, of {counted(n, 'module')}"
     if file.split:
         yield "wrong", "fused projections act at a third or a quarter: their alpha is for one part, their rank for all"
-    told = {key.removesuffix(".alpha") for key in file.keys if key.endswith(".alpha")}
+    stated = {key.removesuffix(".alpha") for key in file.keys if key.endswith(".alpha")}
     scaled = [name for name, pair in file.adapter.pairs.items() if pair.scale != 1]
-    if scaled and not told and json_value(file.reading.metadata, "lora_adapter_metadata"):
+    if scaled and not stated and json_value(file.reading.metadata, "lora_adapter_metadata"):
         where = f"{counted(len(scaled), 'module')}, whose scales stand in lora_adapter_metadata"
         yield "wrong", f"it takes 1 for every scale that no alpha says: wrong in {where}"
 

@@ -114,8 +114,8 @@ def read_gguf(path: str | Path, *, head_dim: int | None = None) -> GgufAdapter:
     if not isinstance(alpha, float) or not abs(alpha) < float("inf"):
         problems.append(f"adapter.lora.alpha = {alpha!r}: a finite number is expected")
         alpha = 0.0
-    said = file.fields.get(f"{architecture}.rope.dimension_count")
-    head_dim = head_dim or (said if isinstance(said, int) and said > 0 else None)
+    stated = file.fields.get(f"{architecture}.rope.dimension_count")
+    head_dim = head_dim or (stated if isinstance(stated, int) and stated > 0 else None)
     names = _names(architecture)
     halves: dict[str, dict[str, Tensor]] = {}
     unused = []

@@ -74,8 +74,8 @@ def widened(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]
     unchanged."""
     narrow = {key for key, t in tensors.items() if t.is_floating_point() and t.dtype.itemsize == 1}
     out = {key: t.to(torch.bfloat16) if key in narrow else t for key, t in tensors.items()}
-    said = f"{len(narrow)} tensors are stored in 8 bits: they are read as bfloat16, which holds the same values"
-    return out, [said] if narrow else []
+    message = f"{len(narrow)} tensors are stored in 8 bits: they are read as bfloat16, which holds the same values"
+    return out, [message] if narrow else []
 
 
 def read_module(
@@ -209,9 +209,9 @@ class _Reader:
         if sparse := self._take("bias_indices", "bias_values", "bias_size"):
             self._sparse(changes, *sparse)
         if (shape := self.have.pop("reshape_weight", None)) is not None:
-            said, have = shape.reshape(-1)[:16].tolist(), [B.shape[0], *A.shape[1:]]
-            if said != have:
-                self.problems.append(f"reshape_weight {said}: the pair is for {have}")
+            stated, have = shape.reshape(-1)[:16].tolist(), [B.shape[0], *A.shape[1:]]
+            if stated != have:
+                self.problems.append(f"reshape_weight {stated}: the pair is for {have}")
 
     def _misfit(self, A: Tensor, B: Tensor) -> None:
         self.problems.append(f"A {tuple(A.shape)} and B {tuple(B.shape)} are not (rank, in…) and (out, rank)")
@@ -243,8 +243,8 @@ class _Reader:
         at, values = wrap(indices), values.reshape(-1)
         fits = at.ndim == 2 and at.shape == (2, len(values)) and wrap(size).tolist() == list(flat)
         if not fits or (len(values) and bool((at.amin() < 0) | (at[0].amax() >= flat[0]) | (at[1].amax() >= flat[1]))):
-            said = size.reshape(-1)[:4].tolist()
-            self.problems.append(f"bias_indices {tuple(indices.shape)}, bias_size {said}: do not fit {flat}")
+            stated = size.reshape(-1)[:4].tolist()
+            self.problems.append(f"bias_indices {tuple(indices.shape)}, bias_size {stated}: do not fit {flat}")
             return
         value = torch.zeros(flat, dtype=values.dtype).index_put((at[0], at[1]), values, accumulate=True)
         self._change(changes, "weight", Delta("dense", {"value": value.reshape(shape)}, shape, changes.pair.scale))

@@ -280,8 +280,8 @@ def choose_family(
                 break
         else:
             near = tuple(fit or possible or known)
-            said = f"unknown family, of these shapes: {_shown(shapes)}; near: " + ", ".join(near)
-            return FamilyChoice(None, most, (*reasons, said), near, tuple(fit or possible))
+            message = f"unknown family, of these shapes: {_shown(shapes)}; near: " + ", ".join(near)
+            return FamilyChoice(None, most, (*reasons, message), near, tuple(fit or possible))
     family = _all()[known[0]]
     if claim and claim != family.name and not family.name.startswith(f"{claim}-"):
         reasons.append(f"the metadata says {claim}, the tensors do not")
@@ -318,8 +318,8 @@ def _shown(shapes: Mapping[str, _Shape | None], most: int = 4) -> str:
     by: dict[str, list[_Shape | None]] = defaultdict(list)
     for text, shape in shapes.items():
         by[_kind(text)].append(shape)
-    told = [f"{len(own)} {kind} {next((s for s in own if s), '')}".strip() for kind, own in sorted(by.items())]
-    return ", ".join(told[:most]) + (f" and {len(told) - most} kinds more" if len(told) > most else "")
+    counts = [f"{len(own)} {kind} {next((s for s in own if s), '')}".strip() for kind, own in sorted(by.items())]
+    return ", ".join(counts[:most]) + (f" and {len(counts) - most} kinds more" if len(counts) > most else "")
 
 
 def _share(family: Family, found: Collection[tuple[ModuleTarget, ...]]) -> float:

@@ -351,8 +351,8 @@ class _Reader:
     def _bias(self, name: str, bias: Tensor | None, out: int, scale: float) -> None:
         """Read lora_bias: B has a bias b, so the output changes by s·b as well."""
         if (bias is not None) != self.config.lora_bias:
-            said = "is set, but there is no" if bias is None else "is not set, but there is a"
-            self.problems.append(f"{name}: lora_bias {said} lora_B.bias")
+            message = "is set, but there is no" if bias is None else "is not set, but there is a"
+            self.problems.append(f"{name}: lora_bias {message} lora_B.bias")
         elif bias is not None and tuple(bias.shape) != (out,):
             self.problems.append(f"{name}: lora_B.bias is {tuple(bias.shape)}, expected ({out},)")
         elif bias is not None:

@@ -174,8 +174,8 @@ def _split_qkv_alphas(
     """Return module text -> alpha for the stored rank.
 
     For fused modules of a `split_qkv` file."""
-    said = _split_setting(metadata)
-    if said is False:  # veneer's own files, whose alpha refers to the stored rank
+    split_setting = _split_setting(metadata)
+    if split_setting is False:  # veneer's own files, whose alpha refers to the stored rank
         return {}
     plain = {
         (float(own["alpha"]), own["lora_down.weight"].shape[0])
@@ -201,9 +201,9 @@ def _split_qkv_alphas(
         value, rank = float(alpha), down.shape[0]
         kept = _as_float(metadata.get("ss_network_alpha"))
         whole = value == rank or (value / n, rank // n) in plain  # alpha already refers to the stored rank
-        if (value, rank // n) in plain or (said and (kept == value or (kept is None and not whole))):
+        if (value, rank // n) in plain or (split_setting and (kept == value or (kept is None and not whole))):
             out[text] = value * n
-        elif not said and value != rank and not plain:
+        elif not split_setting and value != rank and not plain:
             unclear.append(text)
     if out:
         notes.append(
@@ -220,8 +220,8 @@ def _split_qkv_alphas(
 def _split_setting(metadata: Mapping[str, str]) -> bool | None:
     """Return the split_qkv setting in ss_network_args, or None."""
     arguments = json_value(metadata, "ss_network_args")
-    said = str(arguments.get("split_qkv", "")).lower() if isinstance(arguments, dict) else ""
-    return {"true": True, "1": True, "false": False, "0": False}.get(said)
+    setting = str(arguments.get("split_qkv", "")).lower() if isinstance(arguments, dict) else ""
+    return {"true": True, "1": True, "false": False, "0": False}.get(setting)
 
 
 def _as_float(text: str | None) -> float | None:
@@ -531,8 +531,8 @@ def _is_unknown_model(targets: Mapping[str, Sequence[ModuleTarget] | None]) -> b
 def _without_family(choice: FamilyChoice, targets: Mapping[str, Sequence[ModuleTarget] | None]) -> FamilyChoice:
     lacking = sorted(text for text, found in targets.items() if found is None)
     label = choice.family.label if choice.family else " or ".join(choice.near) or "any family known here"
-    said = f"{len(lacking)} module names are none of {label} ({lacking[0]}): read under the file's own names"
-    return FamilyChoice(None, choice.covered, (*choice.reasons, said))
+    message = f"{len(lacking)} module names are none of {label} ({lacking[0]}): read under the file's own names"
+    return FamilyChoice(None, choice.covered, (*choice.reasons, message))
 
 
 def _swapped(changes: ModuleChanges, metadata: Mapping[str, str]) -> str | None:

@@ -279,8 +279,8 @@ def in_campaign(strength: Strength, prediction: str, modules: Sequence[str]) -> 
     weaken adapters without separating them."""
     if not strength.campaign:
         return strength
-    said = CAMPAIGN["flow" if prediction == "flow" else "noise"]
-    row = {role: parse_strength(text) if text else Strength() for role, text in said.items()}
+    roles = CAMPAIGN["flow" if prediction == "flow" else "noise"]
+    row = {role: parse_strength(text) if text else Strength() for role, text in roles.items()}
     if not all(_has_blocks(modules, each) for each in row.values()):
         return Strength(strength.strength)
     return replace(row[strength.campaign], strength=strength.strength)
@@ -311,7 +311,7 @@ def factors_by_module(strength: Strength, modules: Sequence[str]) -> dict[str, f
 
     Raises ConfigError for a key that matches no module, with the nearest keys that do."""
     encoders = sorted({m.partition(".")[0] for m in modules if m.startswith("text_encoder")})
-    said = []
+    factors = []
     for key, factor in strength.blocks:
         head, dot, rest = key.partition(".")
         patterns = encoders if key == "text" else [_SHORT.get(head, head) + dot + rest]
@@ -323,8 +323,8 @@ def factors_by_module(strength: Strength, modules: Sequence[str]) -> dict[str, f
                 f"{key!r} names no block of this base",
                 fix=f"did you mean {' or '.join(near)}?" if near else f"its blocks: {', '.join(sorted(names)[:30])}",
             )
-        said += [f"{p}={factor!r}" for p in patterns]
-    return parse_blocks(",".join(said), modules)
+        factors += [f"{p}={factor!r}" for p in patterns]
+    return parse_blocks(",".join(factors), modules)
 
 
 def _fits(pattern: str, modules: Sequence[str]) -> bool:

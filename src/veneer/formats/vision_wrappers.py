@@ -64,9 +64,9 @@ class Renaming:
         return next((old + name[len(new) :] for old, new, rest in self.rules if _is(name, new, rest)), name)
 
     def note(self) -> str:
-        said = [f"{old or '(no prefix)'} is {new or '(no prefix)'}" for old, new, _ in self.rules]
-        said += ["block_sparse_moe is mlp"] if self.mixtral else []
-        return f"names of another class of the same model, read under the base's: {', '.join(said)}"
+        renames = [f"{old or '(no prefix)'} is {new or '(no prefix)'}" for old, new, _ in self.rules]
+        renames += ["block_sparse_moe is mlp"] if self.mixtral else []
+        return f"names of another class of the same model, read under the base's: {', '.join(renames)}"
 
 
 def renaming(file: Iterable[str], base: Collection[str]) -> Renaming | None:

@@ -177,8 +177,8 @@ def _download(builtin: Builtin, folder: Path) -> Path:
     wheels = sorted(folder.glob("*.whl"))
     if ran.returncode == 0 and wheels:
         return wheels[0]
-    said = [line.strip() for line in ran.stderr.splitlines() if line.strip()]
-    reason = next((line for line in reversed(said) if line.startswith("ERROR")), said[-1] if said else "no message")
+    lines = [line.strip() for line in ran.stderr.splitlines() if line.strip()]
+    reason = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1] if lines else "no lines")
     if "No space left" in ran.stderr:
         raise ResourceError("the disk is full", where=str(folder.parent), fix="free about 500 MB, or set VENEER_HOME")
     raise BaseError(

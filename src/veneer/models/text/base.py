@@ -335,22 +335,22 @@ def _size_note(model: PreTrainedModel, quantized: str) -> str:
 
 
 def _unreadable(what: str, path: Path, error: Exception) -> BaseError:
-    said = " ".join(str(error).split())[:300] or type(error).__name__
+    message = " ".join(str(error).split())[:300] or type(error).__name__
     fix = None
-    if "does not recognize this architecture" in said or "is not supported" in said:
+    if "does not recognize this architecture" in message or "is not supported" in message:
         fix = "a newer transformers may know it: pip install -U transformers"
-    elif "trust_remote_code" in said:
-        said, fix = (
+    elif "trust_remote_code" in message:
+        message, fix = (
             "it wants to run code that came with it, which veneer does not do",
             "use a base of a known architecture",
         )
     elif isinstance(error, AdapterError):  # raised by our reader of GGUF files
-        said, fix = error.what, error.fix
+        message, fix = error.what, error.fix
     elif path.suffix == ".gguf" and isinstance(error, struct.error | IndexError | OverflowError | ValueError):
-        said, fix = "its header does not add up; the file is cut short or damaged", "download or copy the file again"
+        message, fix = "its header does not add up; the file is cut short or damaged", "download or copy the file again"
     elif what == "tokenizer":
         fix = "put tokenizer.json and tokenizer_config.json of this base next to its config"
-    return BaseError(f"cannot read the {what} of this base: {said}", where=str(path), fix=fix)
+    return BaseError(f"cannot read the {what} of this base: {message}", where=str(path), fix=fix)
 
 
 def _check_vocabulary(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -120,8 +120,8 @@ def why_not_compiled(compiler: str, error: Exception) -> str:
     if not isinstance(error, subprocess.CalledProcessError):
         return " ".join(str(error).split()) or repr(error)
     printed = [line.strip()[:_WIDE] for line in str(error.stderr or error.stdout or "").splitlines() if line.strip()]
-    said = f"its last words: {' | '.join(printed[-_LAST:])}" if printed else "it printed nothing"
-    return f"{compiler} ended with exit code {error.returncode}; {said}"
+    message = f"its last words: {' | '.join(printed[-_LAST:])}" if printed else "it printed nothing"
+    return f"{compiler} ended with exit code {error.returncode}; {message}"
 
 
 _LAST, _WIDE = 3, 200
@@ -154,14 +154,14 @@ def left_out(library: Path) -> dict[str, str]:
     while True:
         command = [sys.executable, "-c", code, str(library), *wrong]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        said = [json.loads(line) for line in done.stdout.splitlines()]
-        wrong |= {name: line["wrong"] for line in said if line.get("wrong") for name in line["ended"]}
+        records = [json.loads(line) for line in done.stdout.splitlines()]
+        wrong |= {name: line["wrong"] for line in records if line.get("wrong") for name in line["ended"]}
         if done.returncode == 0:
             return wrong
-        if not said or "begins" not in said[-1]:
+        if not records or "begins" not in records[-1]:
             last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
             raise OSError(f"they could not be tried: {last}")
-        wrong |= dict.fromkeys(said[-1]["begins"], f"ends its process ({done.returncode})")
+        wrong |= dict.fromkeys(records[-1]["begins"], f"ends its process ({done.returncode})")
 
 
 def _folders() -> list[Path]:

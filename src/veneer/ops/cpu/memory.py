@@ -52,8 +52,8 @@ def _allocator(setting: dict[int, int]) -> Iterator[None]:
     malloc belongs to the whole process, so settings from the environment (MALLOC_…, GLIBC_TUNABLES) win. Does nothing
     if the C library has no mallopt."""
     mallopt, trim = _c_function("mallopt"), _c_function("malloc_trim")
-    said = any(name in os.environ for name in _SET_BY_USERS) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
-    if mallopt is None or trim is None or said:
+    set_by_user = any(name in os.environ for name in _SET_BY_USERS) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    if mallopt is None or trim is None or set_by_user:
         yield
         return
 
