@@ -105,18 +105,18 @@ def test_route_is_changed_promoted_and_rolled_back_in_two_browsers(
 def test_shadow_answers_are_compared(windows: tuple[Window, Window], trainer: StudioServer) -> None:
     window, _ = windows
     page = window.page
-    create(window, "shadowed")
-    route(window, "shadowed").get_by_label("Shadow").select_option(OTHER)
+    create(window, "quiet")
+    route(window, "quiet").get_by_label("Shadow").select_option(OTHER)
     window.until(f"{OTHER} answers 100 % of requests too")
     window.press("Apply")
-    window.until("shadowed changed")
+    window.until("quiet changed")
     messages = [{"role": "user", "content": f"Where is my parcel? {HOSTILE}"}]
-    body = {"model": "shadowed", "messages": messages, "max_tokens": 4}
+    body = {"model": "quiet", "messages": messages, "max_tokens": 4}
     httpx.post(f"{trainer.address}/v1/chat/completions", json=body, timeout=60).raise_for_status()
     comparisons = page.get_by_role("group", name="Shadow comparisons")
     comparisons.get_by_text(OTHER).wait_for()
     assert page.get_by_role("group", name="Adapters in memory").get_by_text(OTHER).count() == 1
-    remove(window, "shadowed")
+    remove(window, "quiet")
     comparisons.get_by_role("link", name="Compare both").click()
     window.heading("Compare")
     page.get_by_role("heading", name=OTHER).wait_for()
