@@ -12,9 +12,7 @@ import yaml
 from tests.how_to import run_commands
 from tests.test_readme import ROOT, blocks
 from tests.tiny_base import tiny_base_dir
-from veneer.train.config.load import load_config
 from veneer.train.config.reinforcement import ReinforcementSection
-from veneer.train.config.text import TrainConfig
 
 PAGE = (ROOT / "docs" / "how-to" / "reinforcement.md").read_text(encoding="utf-8")
 
@@ -52,10 +50,3 @@ def test_the_pages_table_is_what_each_loss_settles() -> None:
         clip = "none" if settled.clip_low is None else f"{settled.clip_low:g}, {settled.clip_high:g}"
         assert [settled.baseline, settled.scale, settled.ratio, clip, settled.length] == cells
     assert len(rows) == 9
-
-
-@pytest.mark.parametrize("name", ["tickets-format", "tickets", "chain-sum", "products"])
-def test_the_examples_configurations_are_whole(name: str) -> None:
-    config, _ = load_config(ROOT / "examples" / "reinforcement" / f"{name}.yaml", [])
-    assert isinstance(config, TrainConfig)
-    assert config.reinforcement.loss is not None
