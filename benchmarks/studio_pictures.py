@@ -196,7 +196,7 @@ def first_stops(browser: Any, address: str) -> list[bytes]:
     """Screenshots of a newcomer's path with the mouse, before a run."""
     page = open_page(browser.new_context(viewport=STRIP, color_scheme="light"), f"{address}/studio/")
     stops = [stop(page)]
-    page.get_by_text("Train on", exact=False).click()
+    page.get_by_role("link", name="Train on").click()
     previewed(page)
     stops.append(stop(page))
     page.context.close()
@@ -209,7 +209,7 @@ def later_stops(browser: Any, address: str, jobs: Sequence[Mapping[str, Any]]) -
     if jobs:
         page = open_page(page.context, f"{address}/studio/run?job={jobs[-1]['id']}")
     else:
-        page.get_by_text("Train on", exact=False).click()
+        page.get_by_role("link", name="Train on").click()
         previewed(page)
         page.get_by_role("button", name="Start", exact=True).click()
     adapter = page.get_by_role("link", name="Open ")
@@ -225,7 +225,7 @@ def later_stops(browser: Any, address: str, jobs: Sequence[Mapping[str, Any]]) -
     page.get_by_role("button", name="Create route").wait_for()
     stops.append(stop(page))
     page.get_by_role("button", name="Create route").click()
-    page.get_by_role("button", name="Roll back").first.wait_for(state="attached")
+    page.get_by_role("region", name="Route ").wait_for()
     page.wait_for_timeout(1000)
     stops.append(stop(page))
     page.context.close()

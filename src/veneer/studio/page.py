@@ -49,6 +49,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
@@ -542,6 +543,12 @@ def _search_objects(page: ViewPage, text: str, words: list[str]) -> list[dict[st
         routes = [each.name for each in studio.tenants.settings.routes.values() if _matches(each.name, words)]
         found += [(name, "route", page.link("live", route=name)) for name in routes[:_HITS]]
     return [{"title": title, "what": what, "to": to} for title, what, to in found]
+
+
+def short_path(path: str) -> str:
+    """Return a path of the server with ~ for the home folder."""
+    home = str(Path.home())
+    return f"~{path[len(home) :]}" if path == home or path.startswith(home + "/") else path
 
 
 def _matches(name: str, words: list[str]) -> bool:

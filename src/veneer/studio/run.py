@@ -29,7 +29,7 @@ from veneer.studio.elements import (
     set_progress,
     set_visible,
 )
-from veneer.studio.page import NotFound, ViewPage
+from veneer.studio.page import NotFound, ViewPage, short_path
 from veneer.train.config.load import settings_of
 from veneer.train.events import loss_text, mean_rewards, parts_text
 from veneer.train.report.log import duration, size
@@ -173,7 +173,7 @@ async def run_view(page: ViewPage) -> None:
     page.title(job.name)
     data = job.config.get("data") or {}
     rows = data.get("train") or data.get("pictures")
-    line(f"Trains {_base_name(job)}" + (f" on {rows}" if rows and operator else ""), "lede")
+    line(f"Trains {_base_name(job)}" + (f" on {short_path(str(rows))}" if rows and operator else ""), "lede")
     same_base = _base_name(job) == Path(page.studio.base).name
     head: dict[str, Any] = {"trains": page.studio.trains, "link": page.link}
     head_fragment = Fragment("run_head.html.j2")

@@ -42,7 +42,7 @@ from veneer.studio.elements import (
     progress,
     set_visible,
 )
-from veneer.studio.page import Studio, ViewPage
+from veneer.studio.page import Studio, ViewPage, short_path
 from veneer.studio.upload_form import draw_upload_form
 from veneer.train.config.image import ImageTrainConfig
 from veneer.train.config.load import RunConfig, common_settings, load_config, settings_of, short_names
@@ -108,7 +108,7 @@ class _ServerForm:
                     "begins.html.j2",
                     actions={"take": permit("operate", self._take)},
                     names=[name for name, _ in suggestions(self.studio)],
-                    here=_short_path(os.getcwd()),
+                    here=short_path(os.getcwd()),
                 )
                 with box("div", "row foot"):
                     self.fields = {
@@ -309,14 +309,10 @@ def suggestions(studio: Studio) -> list[tuple[str, list[str]]]:
     rows = [name for name in names if name.endswith((".jsonl", ".csv", ".parquet"))]
     out = [(name, common_settings(base=base, data=name)) for name in rows[:2]]
     if _EXAMPLE.is_file():  # the quickstart's tickets, in a checkout
-        config, _ = load_config(_EXAMPLE, [*common_settings(base=base), "output=runs/support-tickets"])
-        out.append(("1,200 answered support tickets", settings_of(config.model_dump(mode="json", exclude_unset=True))))
+        values = load_config(_EXAMPLE, common_settings(base=base))[0].model_dump(mode="json", exclude_unset=True)
+        values["data"]["train"], values["output"] = str(_EXAMPLE.parent / "train.jsonl"), "runs/support-tickets"
+        out.append(("1,200 answered support tickets", settings_of(values)))
     return out[:2]
-
-
-def _short_path(path: str) -> str:
-    home = str(Path.home())
-    return f"~{path[len(home) :]}" if path == home or path.startswith(home + "/") else path
 
 
 def _plan_texts(plan: Plan) -> dict[str, str]:
