@@ -115,7 +115,7 @@ def test_compare_commands_run(studio: StudioServer, asked: str, shell: Shell) ->
         assert [shlex.split(each)[2] for each in shell.run_new(page, 3)] == 3 * ["It's where?"]
         page.press("Ask")
         page.until("token")
-        page.emit(lambda e: e.get("props", {}).get("place") == 2, "corrected", [0, "By noon."])
+        page.emit(lambda e: e.get("props", {}).get("position") == 2, "corrected", [0, "By noon."])
         assert [each.split()[1] for each in shell.run_new(page)] == ["data"]
         page.press("Save mix as adapter")
         page.until("veneer library mix")

@@ -56,7 +56,7 @@ def test_columns_answer_like_the_api_and_corrections_become_rows(studio: StudioS
         assert column_answers(page, 3) == [api_answer(studio, mix) for mix in mixes]
         page.fill("Strength", -0.5)
         assert column_answers(page, 1) == [api_answer(studio, {"support@1": -0.5})], "only this column answers again"
-        page.emit(lambda e: e.get("props", {}).get("place") == 2, "corrected", [0, "By noon."])
+        page.emit(lambda e: e.get("props", {}).get("position") == 2, "corrected", [0, "By noon."])
         page.until("Corrected: row ")  # of a file that other tests of this server can have created
     (file,) = studio.home.glob("judged/*/corrections.jsonl")
     assert json.loads(file.read_text().splitlines()[-1]) == corrected_row(PROMPT, "By noon.")

@@ -37,14 +37,14 @@ from veneer.train.report.page import escaping, palette
 
 ROOT = "/studio"
 _COOKIE = "veneer_studio"
-_WRONG = 1.0
+_DELAY = 1.0
 """Seconds of delay after a wrong key."""
-_WAITING, _AT_ONCE = 32, 2
+_WAITING, _CONCURRENT = 32, 2
 """Maximum pages waiting to be rendered, and rendered concurrently."""
 _PAGES, _SOCKETS = 200, 4
 """Maximum pages per key, and sockets per page, which can overlap in a reconnect."""
 _ASSETS, _SOCKET = f"{ROOT}/_nicegui/", f"{ROOT}/_nicegui_ws"
-_FOR_EVER = "public, max-age=31536000, immutable"
+_IMMUTABLE = "public, max-age=31536000, immutable"
 _UNUSED = ("/fonts.css", "/quasar.unimportant.prod.css", "/quasar.important.prod.css")
 """Unused stylesheets, which would delay the first paint by 250 kB."""
 _POLICY = (
@@ -112,7 +112,7 @@ def key_routes(tenancy: Tenancy) -> APIRouter:
         key, then = str(form.get("key", "")).strip(), str(form.get("then", ""))
         then = then if then.startswith(f"{ROOT}/") else f"{ROOT}/"
         if await _caller_with(tenancy, key) is None:
-            await asyncio.sleep(_WRONG)
+            await asyncio.sleep(_DELAY)
             return RedirectResponse(f"{ROOT}/?wrong=1", 303)
         answer = RedirectResponse(then, 303)
         secure = request.url.scheme == "https"
@@ -135,7 +135,7 @@ class StudioMiddleware:
 
     def __init__(self, app: ASGIApp, tenancy: Tenancy, settings: HttpSettings) -> None:
         self.app, self.tenancy, self.settings = app, tenancy, settings
-        self.pages, self.drawing = SharedQuantity("pages", _WAITING), asyncio.Semaphore(_AT_ONCE)
+        self.pages, self.rendering = SharedQuantity("pages", _WAITING), asyncio.Semaphore(_CONCURRENT)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "")
@@ -162,7 +162,7 @@ class StudioMiddleware:
             if await _visitor_of(self.tenancy, HTTPConnection(scope)) is None:
                 raise Refused("sign in first", status=401, code="unauthorized")
             if path.endswith(_UNUSED):
-                head = {"cache-control": _FOR_EVER}
+                head = {"cache-control": _IMMUTABLE}
                 return await Response(media_type="text/css", headers=head)(scope, receive, send)
             await self.app(scope, receive, _guarded(send, path))
         elif path in (f"{ROOT}/enter", f"{ROOT}/leave"):
@@ -176,13 +176,13 @@ class StudioMiddleware:
         if visitor is None:
             return await _sign_in(scope)(scope, receive, send)
         if sum(visitor.same_as(other) for other in VISITORS.values()) >= _PAGES:
-            what = f"this key has {_PAGES} pages open, or had them open within the last minute"
-            raise Refused(what, status=429, code="overloaded", retry_after=5.0, fix="close some pages")
+            text = f"this key has {_PAGES} pages open, or had them open within the last minute"
+            raise Refused(text, status=429, code="overloaded", retry_after=5.0, fix="close some pages")
         caller = visitor.caller
         current_owner.set(caller.tenant)
         self.pages.take(caller.tenant, caller.weight, 1)
         try:
-            async with self.drawing:
+            async with self.rendering:
                 await self.app({**scope, "veneer.visitor": visitor}, receive, send)
         finally:
             self.pages.give(caller.tenant, 1)
@@ -207,12 +207,12 @@ class StudioMiddleware:
 def _guarded(send: Send, path: str) -> Send:
     async def guarded(message: Message) -> None:
         if message["type"] == "http.response.start":
-            given = MutableHeaders(raw=message.setdefault("headers", []))
-            given["content-security-policy"] = _POLICY
-            given["x-content-type-options"] = "nosniff"
-            given["referrer-policy"] = "same-origin"
+            headers = MutableHeaders(raw=message.setdefault("headers", []))
+            headers["content-security-policy"] = _POLICY
+            headers["x-content-type-options"] = "nosniff"
+            headers["referrer-policy"] = "same-origin"
             if path.startswith(_ASSETS) and message["status"] == 200 and "/dynamic_resources/" not in path:
-                given["cache-control"] = _FOR_EVER  # assets have their version in the path
+                headers["cache-control"] = _IMMUTABLE  # assets have their version in the path
         await send(message)
 
     return guarded
@@ -247,11 +247,11 @@ def _with_key(scope: Scope, path: str, key: str | None) -> Scope:
     return {**scope, "path": path, "raw_path": quote(path).encode(), "headers": headers}
 
 
-async def _send_refusal(why: Refused, scope: Scope, receive: Receive, send: Send) -> None:
+async def _send_refusal(refusal: Refused, scope: Scope, receive: Receive, send: Send) -> None:
     if scope["type"] == "websocket":
         await receive()
         await send({"type": "websocket.close", "code": 1008})
     else:
-        head = {"retry-after": f"{why.retry_after:.0f}"} if why.retry_after else {}
-        text = f"{why.what} ({why.fix})" if why.fix else why.what
-        await PlainTextResponse(f"{text}\n", why.status, head)(scope, receive, send)
+        head = {"retry-after": f"{refusal.retry_after:.0f}"} if refusal.retry_after else {}
+        text = f"{refusal.what} ({refusal.fix})" if refusal.fix else refusal.what
+        await PlainTextResponse(f"{text}\n", refusal.status, head)(scope, receive, send)

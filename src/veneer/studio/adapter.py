@@ -63,14 +63,14 @@ def _read(page: ViewPage, reference: str) -> _AdapterData:
         raise NotFound("There is no such adapter.", fix=error.fix) from None
     if not page.caller.can_see(reference, version.reference):
         raise NotFound("There is no such adapter.")
-    found = version.reference
-    return _AdapterData(version, library.family(found), library.checks(found), routes_of(page))
+    name = version.reference
+    return _AdapterData(version, library.family(name), library.checks(name), routes_of(page))
 
 
 async def adapter_view(page: ViewPage) -> None:
     data = await asyncio.to_thread(_read, page, page.query.get("ref"))
     version, studio = data.version, page.studio
-    reference, own = version.reference, page.caller.can_change(version.name)
+    reference, editable = version.reference, page.caller.can_change(version.name)
     same_base = studio.service.catalog.fingerprint == version.fingerprint
     card = card_of(page, version, data.routes)
 
@@ -92,7 +92,7 @@ async def adapter_view(page: ViewPage) -> None:
                 line(f"On this server, name {reference} as the model of a request.", "soft small")
             heading("Family")
             family = Fragment("family.html.j2")
-            if own:
+            if editable:
                 _draw_downloads(page, version, studio.base if same_base else version.base)
                 with details("Training details"):
                     Fragment("facts.html.j2", facts=_facts(version))
@@ -101,7 +101,7 @@ async def adapter_view(page: ViewPage) -> None:
                 unalias = permit("write", lambda data: change("Removed the alias", data["word"], "remove_aliases"))
                 untag = permit("write", lambda data: change("Removed the tag", data["word"], "remove_tags"))
                 names = Fragment("names.html.j2", actions={"unalias": unalias, "untag": untag})
-                if own:
+                if editable:
                     _draw_name_fields(reference, lambda *words: change(*words))
             if version.trigger_words:
                 with panel("Trigger words"):
@@ -109,18 +109,18 @@ async def adapter_view(page: ViewPage) -> None:
                     Fragment("words.html.j2", words=version.trigger_words)
             with panel("Health"):
                 checks = Fragment("checks.html.j2")
-                if own:
+                if editable:
                     button("Check now", permit("write", lambda: check()))
                     Command(command("library", "verify", reference))
             live = Fragment("adapter_live.html.j2")
-    if own:
+    if editable:
         with box("div", "apart"):
             button("Remove…", permit("write", lambda: _ask_to_remove(page, reference)), kind="danger")
 
     def show(data: _AdapterData) -> None:
         version = data.version
         tags = [tag for tag in version.tags if not job_of_tag(tag)]
-        names.show(own=own, aliases=version.aliases, tags=tags)
+        names.show(editable=editable, aliases=version.aliases, tags=tags)
         checks.show(checks=data.checks, health=version.health)
         family.show(**_family_values(page, data))
         live.show(routes=card_of(page, version, data.routes).routes)
@@ -148,10 +148,10 @@ async def adapter_view(page: ViewPage) -> None:
 
     def mark() -> Any:
         try:
-            found = studio.library.find(reference)
+            now = studio.library.find(reference)
         except AdapterError:
             return None
-        return found.aliases, found.tags, found.health, routes_of(page)
+        return now.aliases, now.tags, now.health, routes_of(page)
 
     show(data)
     page.on_change(mark, 1.0, refill)
@@ -210,7 +210,7 @@ def _family_values(page: ViewPage, data: _AdapterData) -> dict[str, Any]:
         "children": visible(data.family.children),
         "versions": visible(data.family.versions),
     }
-    return {"family": family, "own": data.version.reference, "link": page.link}
+    return {"family": family, "reference": data.version.reference, "link": page.link}
 
 
 def _draw_name_fields(reference: str, change: Any) -> None:

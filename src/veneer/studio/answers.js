@@ -31,7 +31,7 @@ const share = (logprob) => {
 const shown = (text) => (text.trim() === "" ? JSON.stringify(text).slice(1, -1).replace(/ /g, "␣") || "∅" : text.replace(/^ /, ""));
 
 export default {
-  props: { label: String, leads: Boolean, place: Number, votes: Boolean },
+  props: { label: String, leads: Boolean, position: Number, votes: Boolean },
   emits: ["better", "corrected"],
   template: `
     <div class="answers">
@@ -42,7 +42,7 @@ export default {
           :class="{other: one.other.has(k), at: at.i === i && at.k === k}">{{ token[0] }}<wbr v-if="folds(token[0])"></span><span v-if="!one.note" class="caret" aria-hidden="true"></span></div>
         <p class="told small soft" :aria-live="at.i === i ? 'polite' : 'off'">{{ told(i) }}</p>
         <div v-if="one.note" class="row">
-          <button v-if="votes" type="button" class="chip" :data-key="i ? null : String(place)" :aria-keyshortcuts="i ? null : String(place)"
+          <button v-if="votes" type="button" class="chip" :data-key="i ? null : String(position)" :aria-keyshortcuts="i ? null : String(position)"
             :aria-label="label + ' is better'" @click="$emit('better', i)">Better</button>
           <button type="button" class="chip" :aria-expanded="one.mending !== null" :aria-label="'Correct the answer of ' + label"
             @click="mend(i)">Correct</button>

@@ -18,15 +18,15 @@ export default {
         <table class="plain"><tr v-for="each in known" :key="each[0] + each[1]"><th scope="row"><kbd v-for="key in each[0].split(' ')">{{ key }}</kbd></th><td>{{ each[1] }}</td></tr></table>
         <div class="row end"><button type="button" class="button quiet" @click="$refs.keys.close()">Close</button></div></dialog>
       <dialog ref="finder" class="dialog finder" aria-label="Search everything">
-        <input type="search" v-model="sought" placeholder="An adapter, a run, a route or an action" aria-label="Search everything" role="combobox"
-          aria-expanded="true" aria-controls="finds" :aria-activedescendant="finds[at] ? 'find-' + at : null" autocomplete="off" spellcheck="false" @input="seek"
-          @keydown.down.prevent="at = Math.min(at + 1, finds.length - 1)" @keydown.up.prevent="at = Math.max(at - 1, 0)" @keydown.enter.prevent="take(finds[at])">
-        <ul id="finds" role="listbox" aria-label="Results"><li v-for="(each, n) in finds" :key="n" :id="'find-' + n" role="option" :aria-selected="n === at" @click="take(each)">
-          <span>{{ each.title }}</span><span class="soft small">{{ each.what }}</span></li></ul></dialog>
+        <input type="search" v-model="searched" placeholder="An adapter, a run, a route or an action" aria-label="Search everything" role="combobox"
+          aria-expanded="true" aria-controls="results" :aria-activedescendant="results[at] ? 'find-' + at : null" autocomplete="off" spellcheck="false" @input="seek"
+          @keydown.down.prevent="at = Math.min(at + 1, results.length - 1)" @keydown.up.prevent="at = Math.max(at - 1, 0)" @keydown.enter.prevent="take(results[at])">
+        <ul id="results" role="listbox" aria-label="Results"><li v-for="(each, n) in results" :key="n" :id="'find-' + n" role="option" :aria-selected="n === at" @click="take(each)">
+          <span>{{ each.title }}</span><span class="soft small">{{ each.kind }}</span></li></ul></dialog>
     </div>`,
-  emits: ["go", "sought", "dropped", "sent", "fetched"],
+  emits: ["navigate", "search", "dropped", "sent", "fetched"],
   data() {
-    return { over: false, sending: "", share: 0, known: [], sought: "", finds: [], at: 0 };
+    return { over: false, sending: "", share: 0, known: [], searched: "", results: [], at: 0 };
   },
   mounted() {
     this.chord = "";
@@ -34,7 +34,7 @@ export default {
     document.addEventListener("click", this.clicked);
     document.addEventListener("keydown", this.pressed);
     document.addEventListener("focusin", (e) => (this.focused = e.target.dataset?.id || ""));
-    window.addEventListener("popstate", () => this.$emit("go", location.pathname + location.search));
+    window.addEventListener("popstate", () => this.$emit("navigate", location.pathname + location.search));
     new MutationObserver(this.changed).observe(document.body, { childList: true, subtree: true });
     const dragged = (e) => e.dataTransfer && [...e.dataTransfer.types].includes("Files");
     window.addEventListener("dragover", (e) => {
@@ -54,31 +54,31 @@ export default {
     this.changed();
   },
   methods: {
-    keep(path, said) {
+    setQuery(path, query) {
       if (location.pathname.replace(/\/+$/, "") !== path.replace(/\/+$/, "")) return; // the user left the view meanwhile
-      history.replaceState(null, "", said ? `${path}?${said}` : path);
+      history.replaceState(null, "", query ? `${path}?${query}` : path);
     },
-    went(to) {
+    navigated(to) {
       history.pushState(null, "", to);
       window.scrollTo(0, 0);
     },
-    named(title) {
+    setTitle(title) {
       document.title = title;
     },
-    said() {
+    showStatus() {
       const at = document.querySelector(".status");
       if (!at) return;
       at.classList.add("fresh");
       clearTimeout(this.fading);
       this.fading = setTimeout(() => at.classList.remove("fresh"), 6000);
     },
-    again() {
+    reload() {
       location.reload();
     },
     // -- links, copying, light and dark
     go(to) {
-      this.went(to);
-      this.$emit("go", to);
+      this.navigated(to);
+      this.$emit("navigate", to);
     },
     clicked(e) {
       const copy = e.target.closest("[data-copy]");
@@ -174,21 +174,21 @@ export default {
     // -- search
     find(e) {
       e?.preventDefault();
-      this.sought = "";
+      this.searched = "";
       this.seek();
       this.$refs.finder.showModal();
     },
     seek() {
       clearTimeout(this.seeking);
-      this.seeking = setTimeout(() => this.$emit("sought", this.sought), 60);
+      this.seeking = setTimeout(() => this.$emit("search", this.searched), 60);
     },
-    found(sought, finds) {
-      if (sought !== this.sought) return;
-      const words = sought.toLowerCase().split(/\s+/);
+    showResults(searched, results) {
+      if (searched !== this.searched) return;
+      const words = searched.toLowerCase().split(/\s+/);
       const acts = [...document.querySelectorAll("button[data-key]")].filter(seen)
-        .map((el) => ({ title: called(el), what: `here · ${el.dataset.key}`, el }))
+        .map((el) => ({ title: called(el), kind: `here · ${el.dataset.key}`, el }))
         .filter((each) => words.every((word) => each.title.toLowerCase().includes(word)));
-      this.finds = [...finds, ...acts];
+      this.results = [...results, ...acts];
       this.at = 0;
     },
     take(each) {
@@ -198,7 +198,7 @@ export default {
       else this.go(each.to);
     },
     // -- files, dropped or picked: the server names each upload URL
-    pick() {
+    pickFile() {
       this.$refs.pick.click();
     },
     picked(e) {

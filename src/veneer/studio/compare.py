@@ -105,11 +105,11 @@ class TextBoard(Board):
         self.draw_board()
         self.judgement = Command()
 
-    def draw_answers(self, place: int, column: Column) -> None:
+    def draw_answers(self, position: int, column: Column) -> None:
         vote = permit("feedback", lambda i: self._vote(column, i)) if len(self.columns) > 1 else None
         correct = permit("feedback", lambda event: self._correct(column, event))
         name = column.name(self.studio.base)
-        column.element = Answers(name, place + 1, leads=not place, vote=vote, correct=correct)
+        column.element = Answers(name, position + 1, leads=not position, vote=vote, correct=correct)
 
     def equivalent_command(self, column: Column) -> str:
         return command(
@@ -224,7 +224,7 @@ class TextBoard(Board):
     async def _record(
         self, feedback: AnswerFeedback, format: Literal["preference", "messages"], rows: list[Any], **options: str
     ) -> str:
-        """Store feedback with the stored answers, else as rows of a file; return the place.
+        """Store feedback with the stored answers, else as rows of a file; return where.
 
         `options`: of the command that adds the same row. Raises VeneerError for a tenant whose answers are not
         stored: a tenant has no file here."""

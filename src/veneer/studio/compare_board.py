@@ -69,7 +69,7 @@ def _parse_columns(texts: Sequence[str]) -> list[_Mix]:
     """Return the mixes of a link, such as support@2:0.8+billing, after the base.
 
     Raises NotFound for an invalid mix."""
-    found: list[_Mix] = [[]]
+    mixes: list[_Mix] = [[]]
     for text in texts[:MAX_COLUMNS]:
         mix: _Mix = []
         for part in text.split("+") if text else ():
@@ -81,8 +81,8 @@ def _parse_columns(texts: Sequence[str]) -> list[_Mix]:
                 raise NotFound("Not found.")
             mix.append((name, 1.0 if strength is None else strength))
         if mix:
-            found.append(mix)
-    return found[:MAX_COLUMNS]
+            mixes.append(mix)
+    return mixes[:MAX_COLUMNS]
 
 
 class Board:
@@ -91,7 +91,7 @@ class Board:
     prompt: Field
 
     def __init__(self, page: ViewPage) -> None:
-        self.page, self.studio, self.asked = page, page.studio, False
+        self.page, self.studio, self.requested = page, page.studio, False
         self.columns = [Column(mix) for mix in _parse_columns(page.query.all("c"))]
         try:
             for name in self.adapters():
@@ -99,7 +99,7 @@ class Board:
         except Refused as error:
             raise NotFound("Not found.") from error
 
-    def draw_answers(self, place: int, column: Column) -> None:
+    def draw_answers(self, position: int, column: Column) -> None:
         raise NotImplementedError
 
     async def answer(self, column: Column) -> None:
@@ -124,8 +124,8 @@ class Board:
         return form_field(label, self.page.query.get(name), self.store(name), hint=hint, **options)
 
     def number_field(self, label: str, name: str, default: float, low: float, high: float, step: float) -> Field:
-        given = self.page.query.number(name, default)
-        value = min(high, max(low, given)) if math.isfinite(given) else default
+        number = self.page.query.number(name, default)
+        value = min(high, max(low, number)) if math.isfinite(number) else default
         return form_field(label, value, self.store(name), kind="number", low=low, high=high, step=step)
 
     def draw_prompt(self, hint: str) -> None:
@@ -151,29 +151,29 @@ class Board:
     def draw_columns(self) -> None:
         self.board.clear()
         with self.board:
-            for place, column in enumerate(self.columns):
-                self._draw_column(place, column)
+            for position, column in enumerate(self.columns):
+                self._draw_column(position, column)
         self._store_columns()
 
     def _store_columns(self) -> None:
         self.page.set_query(c=["+".join(column.specs()) for column in self.columns[1:]])
 
-    def _draw_column(self, place: int, column: Column) -> None:
+    def _draw_column(self, position: int, column: Column) -> None:
         name = column.name(self.studio.base)
         with box("section", "panel column", aria_label=name):
             with box("div", "head"):
                 with box("div", "row"):
                     heading(name)
-                    if place:
+                    if position:
                         remove = permit("read", lambda: self._remove(column))
                         button("Remove", remove, kind="word", aria_label=f"Remove {name}")
-                if not place:
+                if not position:
                     line("The base without adapters.", "soft small")
                 for k, (part, strength) in enumerate(column.mix):
                     self._draw_strength(column, k, part, strength)
-            self.draw_answers(place, column)
+            self.draw_answers(position, column)
             with box("div", "foot"):
-                if place and self.page.caller.can("operate") and (len(column.mix) > 1 or column.mix[0][1] != 1):
+                if position and self.page.caller.can("operate") and (len(column.mix) > 1 or column.mix[0][1] != 1):
                     button("Save mix as adapter", permit("operate", lambda: self._ask_to_save(column)), kind="word")
                 column.command = Command(self._command_text(column))
 
@@ -235,7 +235,7 @@ class Board:
         self.draw_columns()
         self.target.set_value("new" if len(self.columns) < MAX_COLUMNS else "1")
         self.target.set_options(self._targets())
-        if self.asked:
+        if self.requested:
             self.ask_all()
 
     def _set_strength(self, column: Column, k: int, strength: float | None) -> None:
@@ -244,7 +244,7 @@ class Board:
             return
         column.mix[k] = (column.mix[k][0], strength)
         self._store_columns()
-        if self.asked:
+        if self.requested:
             self._ask(column)
         elif column.command is not None:
             column.command.show(text=self._command_text(column))
@@ -254,7 +254,7 @@ class Board:
     def ask_all(self) -> None:
         if not str(self.prompt.value or "").strip():
             raise ConfigError("the prompt is empty", fix="enter a prompt")
-        self.asked = True
+        self.requested = True
         for column in self.columns:
             self._ask(column)
 

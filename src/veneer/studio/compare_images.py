@@ -66,7 +66,7 @@ class ImageBoard(Board):
 
             ImagePicker("Control image", permit("infer", picked))
 
-    def draw_answers(self, place: int, column: Column) -> None:
+    def draw_answers(self, position: int, column: Column) -> None:
         with box("div"):  # one row of the column's grid
             column.element = Images(column.name(self.studio.base))
             if len(column.mix) == 1 and len(self.columns) < MAX_COLUMNS:

@@ -19,9 +19,9 @@ class Answers(ui.element, component="answers.js"):
     vote(i): handler of a vote for the i-th answer; None for a single column
     correct([i, text]): handler of a correction of the i-th answer"""
 
-    def __init__(self, label: str, place: int, *, leads: bool, vote: Handler | None, correct: Handler) -> None:
+    def __init__(self, label: str, position: int, *, leads: bool, vote: Handler | None, correct: Handler) -> None:
         super().__init__()
-        for name, value in {"label": label, "leads": leads, "place": place, "votes": vote is not None}.items():
+        for name, value in {"label": label, "leads": leads, "position": position, "votes": vote is not None}.items():
             self.props[name] = value
         if vote is not None:
             self.on("better", event_handler(vote))

@@ -101,8 +101,8 @@ def _facts(report: _Report) -> list[tuple[str, str]]:
     family = families().get(report["family"])
 
     def several(counts: dict[str, int]) -> str:
-        shown = [f"{value} ({n})" if len(counts) > 1 else value for value, n in list(counts.items())[:6]]
-        return ", ".join(shown) + (", …" if len(counts) > 6 else "")
+        parts = [f"{value} ({n})" if len(counts) > 1 else value for value, n in list(counts.items())[:6]]
+        return ", ".join(parts) + (", …" if len(counts) > 6 else "")
 
     dropout = f", dropout {report['dropout']:g}" if report["dropout"] else ""
     dtypes = ", ".join(report["dtypes"])

@@ -75,16 +75,16 @@ def card_of(page: ViewPage, version: Version, routes: Mapping[str, list[str]]) -
 
 def routes_of(page: ViewPage) -> dict[str, list[str]]:
     """Return adapter name -> its visible routes: "live 90 %", "live (shadow)"."""
-    found: dict[str, list[str]] = {}
+    routes: dict[str, list[str]] = {}
     tenants = page.studio.tenants
     for route in tenants.settings.routes.values() if tenants is not None else ():
         if page.caller.can("operate") or route.tenant in (ALL, page.caller.tenant):
             total = sum(weight for _, weight in route.targets)
             for target, weight in route.targets:
-                found.setdefault(target, []).append(f"{route.name} {_percent(weight / total)}")
+                routes.setdefault(target, []).append(f"{route.name} {_percent(weight / total)}")
             if route.shadow:
-                found.setdefault(route.shadow, []).append(f"{route.name} (shadow)")
-    return found
+                routes.setdefault(route.shadow, []).append(f"{route.name} (shadow)")
+    return routes
 
 
 def _short_base(base: str) -> str:
@@ -173,27 +173,29 @@ async def library_view(page: ViewPage) -> None:
         query, search = page.query, _Search(page)
 
         def read() -> tuple[SearchPage, list[LibraryCard]]:
-            found = search.run(page, limit)
+            result = search.run(page, limit)
             routes = routes_of(page)
-            return found, [card_of(page, each, routes) for each in found.versions]
+            return result, [card_of(page, each, routes) for each in result.versions]
 
-        found, drawn = await asyncio.to_thread(read)
+        result, visible_cards = await asyncio.to_thread(read)
         if page.query is not query:
             return  # a newer search is running
-        marked, shown, busy = page.query.all("m"), len(drawn), bool(drawn) or search.narrowed
-        cards.show(cards=drawn, marked=marked, link=page.link)
-        set_text(count, f"{counted(found.total, 'adapter')}{' found' if search.narrowed else ''}" if shown else "")
-        set_text(rest, f"{_MAX_CARDS} of {found.total:,} are shown: narrow the search to see others.")
+        marked, shown_count, busy = page.query.all("m"), len(visible_cards), bool(visible_cards) or search.narrowed
+        cards.show(cards=visible_cards, marked=marked, link=page.link)
+        set_text(
+            count, f"{counted(result.total, 'adapter')}{' found' if search.narrowed else ''}" if shown_count else ""
+        )
+        set_text(rest, f"{_MAX_CARDS} of {result.total:,} are shown_count: narrow the search to see others.")
         set_text(marked_count, f"{len(marked)} marked")
-        _set_filter_options(page, filters, search, found)
-        reason = "" if drawn else "no match" if search.narrowed else "no adapter"
+        _set_filter_options(page, filters, search, result)
+        reason = "" if visible_cards else "no match" if search.narrowed else "no adapter"
         if reason and reason != shown_reason:
             _draw_empty(page, empty, search.narrowed)
         shown_reason = reason
         for element, visible in (
-            (rest, shown >= _MAX_CARDS and found.total > shown),
-            (more, shown < min(found.total, _MAX_CARDS)),
-            (empty, not drawn),
+            (rest, shown_count >= _MAX_CARDS and result.total > shown_count),
+            (more, shown_count < min(result.total, _MAX_CARDS)),
+            (empty, not visible_cards),
             (find, busy),  # an empty library shows only how to add an adapter
             (choices, busy),
             (train_link, busy and page.caller.can("train")),
@@ -226,10 +228,10 @@ async def library_view(page: ViewPage) -> None:
     page.on_change(page.studio.library_mark, 1.0, refill)
 
 
-def _set_filter_options(page: ViewPage, filters: Mapping[str, Field], search: _Search, found: SearchPage) -> None:
+def _set_filter_options(page: ViewPage, filters: Mapping[str, Field], search: _Search, result: SearchPage) -> None:
     """Offer each filter's values with counts; hide a filter without a choice."""
     for name, choice in filters.items():
-        counts = found.facets[name]
+        counts = result.facets[name]
         if name == "base":
             counts = facet_of_bases(counts, page.caller)
         values = [value for value in list(counts)[:100] if value and not job_of_tag(value)]

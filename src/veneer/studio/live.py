@@ -72,11 +72,11 @@ class _LiveView:
         """Return possible targets: the base, loaded adapters, this base's newest versions, the link's version."""
         catalog, linked = self.page.studio.service.catalog, self.page.query.get("ref")
         cards = [card for card in catalog.models(self.page.caller) if card.parent is None or card.digest]
-        found = list(dict.fromkeys(card.root if card.digest else card.id for card in cards))[:300]
+        names = list(dict.fromkeys(card.root if card.digest else card.id for card in cards))[:300]
         with suppress(Refused):
-            if linked not in found and catalog.resolve(linked, self.page.caller).adapters == (linked,):
-                found.append(linked)
-        return found
+            if linked not in names and catalog.resolve(linked, self.page.caller).adapters == (linked,):
+                names.append(linked)
+        return names
 
     def proposed(self) -> str:
         """Return the link's adapter if no route targets it yet, else ""."""
@@ -133,12 +133,12 @@ class _LiveView:
         changed = [key for key, route in now.items() if key not in forms or forms[key].route != route]
 
         def read() -> dict[tuple[str, str], list[dict[str, Any]]]:
-            found = {}
+            histories = {}
             with reading(self.store.engine) as c:
                 for tenant, name in changed:
                     with suppress(ConfigError):  # removed meanwhile
-                        found[tenant, name] = routes.route_history(c, name, tenant=tenant, limit=_REVISIONS)
-            return found
+                        histories[tenant, name] = routes.route_history(c, name, tenant=tenant, limit=_REVISIONS)
+            return histories
 
         histories = await asyncio.to_thread(read)
         if self.revision != settings.revision:

@@ -205,8 +205,8 @@ class ViewPage:
 
     def name_for(self, filename: str) -> str:
         """Return a library name for a file, in the caller's namespace."""
-        own = f"{self.caller.tenant}/" if self.caller.tenant else ""
-        return own + (likely_name(filename.rpartition(".")[0] or filename) or "adapter")
+        namespace = f"{self.caller.tenant}/" if self.caller.tenant else ""
+        return namespace + (likely_name(filename.rpartition(".")[0] or filename) or "adapter")
 
     # -- links
 
@@ -224,11 +224,11 @@ class ViewPage:
         rest = tuple((k, v) for k, v in self.query.pairs if k not in query)
         self.query = Query(rest + _query_pairs(query))
         if self.frame.page is self:
-            self.frame.call_browser("keep", f"{self.frame.root}/{self.view.path}", urlencode(self.query.pairs))
+            self.frame.call_browser("setQuery", f"{self.frame.root}/{self.view.path}", urlencode(self.query.pairs))
 
     async def go(self, view: str, **query: Any) -> None:
         """Open another view, like a link."""
-        self.frame.call_browser("went", self.link(view, **query))
+        self.frame.call_browser("navigated", self.link(view, **query))
         await self.frame.visit(view, Query(_query_pairs(query)))
 
     async def reload(self) -> None:
@@ -247,11 +247,11 @@ class ViewPage:
     def notify(self, text: str) -> None:
         """Show a short message at the page's bottom, also to screen readers, at the end of an action."""
         elements.set_text(self.frame.status, text)
-        self.frame.call_browser("said")
+        self.frame.call_browser("showStatus")
 
     def pick_file(self) -> None:
         """Open the browser's file picker; picked files are handled like dropped files."""
-        self.frame.call_browser("pick")
+        self.frame.call_browser("pickFile")
 
     def on_drop(
         self,
@@ -360,8 +360,8 @@ class Frame:
             self.content = box()
             self.status = line("", "status", "div", role="status")
             self.browser = Browser()
-        self.browser.on("go", event_handler(permit("public", self._navigate)))
-        self.browser.on("sought", event_handler(permit("read", self._search)))
+        self.browser.on("navigate", event_handler(permit("public", self._navigate)))
+        self.browser.on("search", event_handler(permit("read", self._search)))
         self.browser.on("dropped", event_handler(permit("read", self._send_files)))
         self.browser.on("sent", event_handler(permit("read", self._file_sent)))
         self.browser.on("fetched", event_handler(permit("read", self._file_fetched)))
@@ -377,10 +377,10 @@ class Frame:
         self.base = line("", "base", "span", title="The base that this server runs")
         self._show_base()
         with box("div", "row"):
-            look = {"classes": "button word", "tag": "button", "type": "button"}
-            line("Search", **look, data_does="find", aria_keyshortcuts="Control+k")
-            line("◐ System", **look, data_theme="next", data_key="t")
-            line("Shortcuts", **look, data_does="keys", aria_keyshortcuts="?")
+            style = {"classes": "button word", "tag": "button", "type": "button"}
+            line("Search", **style, data_does="find", aria_keyshortcuts="Control+k")
+            line("◐ System", **style, data_theme="next", data_key="t")
+            line("Shortcuts", **style, data_does="keys", aria_keyshortcuts="?")
             if self.visitor.key is not None:
                 with box("form", "", method="post", action=f"{self.root}/leave"):
                     line("Sign out", "button word", "button", type="submit")
@@ -395,7 +395,7 @@ class Frame:
 
     def set_title(self, title: str) -> None:
         self.client.title = f"{title} · veneer"
-        self.call_browser("named", self.client.title)
+        self.call_browser("setTitle", self.client.title)
 
     # -- views
 
@@ -456,13 +456,13 @@ class Frame:
     async def _search(self, text: str) -> None:
         if (page := self.page) is not None:
             words = str(text).lower().split()[:8]
-            found = [
-                {"title": view.title, "what": f"view · g {view.key}", "to": page.link(view.path)}
+            results = [
+                {"title": view.title, "kind": f"view · g {view.key}", "to": page.link(view.path)}
                 for view in self.studio.views
                 if view.key and page.caller.can(view.needs) and _matches(view.title, words)
             ]
-            found += await asyncio.to_thread(_search_objects, page, str(text)[:200], words) if words else []
-            self.call_browser("found", text, found)
+            results += await asyncio.to_thread(_search_objects, page, str(text)[:200], words) if words else []
+            self.call_browser("showResults", text, results)
 
     # -- files: browser.js sends and fetches them through API routes, like any other client
 
@@ -508,7 +508,7 @@ class Frame:
         if isinstance(error, RuntimeError) and "has been deleted" in str(error):
             return 200  # the view was left meanwhile
         if isinstance(error, Refused) and error.status == 401:
-            self.call_browser("again")
+            self.call_browser("reload")
             return 401
         known = error if isinstance(error, VeneerError) else as_refused(error)
         if not isinstance(error, VeneerError):
@@ -531,18 +531,18 @@ def _parse_answer(event: dict[str, Any]) -> tuple[dict[str, Any], str]:
 
 
 def _search_objects(page: ViewPage, text: str, words: list[str]) -> list[dict[str, str]]:
-    """Return visible adapters, runs and routes with `title`, `what` (kind) and `to` (link)."""
+    """Return visible adapters, runs and routes with `title`, `kind` and `to` (link)."""
     studio, caller = page.studio, page.caller
     visible = None if caller.can("operate") else caller.sees
     versions = studio.library.browse(text, sees=visible, limit=_HITS).versions
-    found = [(v.reference, "adapter", page.link("adapter", ref=v.reference)) for v in versions]
+    results = [(v.reference, "adapter", page.link("adapter", ref=v.reference)) for v in versions]
     jobs = studio.jobs.jobs(caller.owner, limit=100)[0] if caller.can("train") else []
     matching = [job for job in jobs if _matches(f"{job.name} {job.id}", words)][:_HITS]
-    found += [(job.name or job.id, f"run · {job.state}", page.link("run", job=job.id)) for job in matching]
+    results += [(job.name or job.id, f"run · {job.state}", page.link("run", job=job.id)) for job in matching]
     if studio.tenants is not None and caller.can("operate"):
         routes = [each.name for each in studio.tenants.settings.routes.values() if _matches(each.name, words)]
-        found += [(name, "route", page.link("live", route=name)) for name in routes[:_HITS]]
-    return [{"title": title, "what": what, "to": to} for title, what, to in found]
+        results += [(name, "route", page.link("live", route=name)) for name in routes[:_HITS]]
+    return [{"title": title, "kind": kind, "to": to} for title, kind, to in results]
 
 
 def short_path(path: str) -> str:

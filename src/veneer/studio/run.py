@@ -199,7 +199,7 @@ async def run_view(page: ViewPage) -> None:
         return jobs.get(page.caller.owner, job.id), events.checkpoints(page, job), events.charts(images)
 
     async def refill() -> None:
-        now, checkpoints, drawn = await asyncio.to_thread(read)
+        now, checkpoints, chart_list = await asyncio.to_thread(read)
         ended = now.state in ENDS
         published = any(point.reference for point, _ in checkpoints["rows"])
         compare = page.link("compare", job=job.id) if same_base and published else ""
@@ -214,7 +214,7 @@ async def run_view(page: ViewPage) -> None:
             set_visible(element, visible)
         same.show(text=command("jobs", "show" if ended else "watch", now.id))
         figures.show(figures=events.figures(now))
-        charts.show(charts=drawn)
+        charts.show(charts=chart_list)
         table.show(**checkpoints)
         show_sheet(page.query.get("sheet"))
         notes.show(notes=events.notes, checked=events.checked)

@@ -156,12 +156,12 @@ class _ServerForm:
         """Return the settings, with defaults that let users compare checkpoints during training."""
         settings, plan = self.settings(), self.preview.plan if self.preview else None
         defaults = {"checkpoint.adapters": "true"}
-        given = {setting.partition("=")[0] for setting in settings}
-        if plan is not None and "checkpoint.every" not in given:
+        keys = {setting.partition("=")[0] for setting in settings}
+        if plan is not None and "checkpoint.every" not in keys:
             every = min(100, max(1, plan.job.total_steps // _CHECKPOINTS))
             defaults |= {"checkpoint.every": f"{every}"} if every < 100 else {}
             defaults["evaluation.every"] = f"{every}"
-        return settings + [f"{key}={value}" for key, value in defaults.items() if key not in given]
+        return settings + [f"{key}={value}" for key, value in defaults.items() if key not in keys]
 
     async def _take(self, data: dict[str, str]) -> None:
         """Fill in one of the suggestions."""
@@ -230,10 +230,10 @@ class _ServerForm:
             return
         try:
             if isinstance(config, ImageTrainConfig):
-                found = await asyncio.to_thread(pictures_seen, config)
-                images = await asyncio.to_thread(lambda: [(each, _thumbnail(each)) for each in found[:_IMAGES]])
+                all_images = await asyncio.to_thread(pictures_seen, config)
+                images = await asyncio.to_thread(lambda: [(each, _thumbnail(each)) for each in all_images[:_IMAGES]])
                 if number == self.number:
-                    self.images.show(pictures=images, more=len(found) - len(images))
+                    self.images.show(pictures=images, more=len(all_images) - len(images))
             else:
                 verdicts = cast("list[RowVerdict]", [self.verdict] if self.verdict else [])
                 rows = await asyncio.to_thread(rows_seen, config, limit=_ROWS, verdicts=verdicts)

@@ -41,7 +41,7 @@ async def draw_upload_form(page: ViewPage, queue: TuningQueue) -> None:
     studio = page.studio
     beginning, newest = FilePreview(), 0
 
-    def number(label: str, hint: str, low: float, high: float, step: float | None) -> Field:
+    def number_field(label: str, hint: str, low: float, high: float, step: float | None) -> Field:
         return form_field(label, None, None, kind="number", hint=hint, low=low, high=high, step=step)
 
     with box("div", "split"):
@@ -62,9 +62,9 @@ async def draw_upload_form(page: ViewPage, queue: TuningQueue) -> None:
             heading("Run")
             line(f"Trains {studio.base}, the base of this server.", "soft small")
             name_field = form_field("Adapter name", "", None, max_length=64)
-            epochs = number("Epochs", "3, or more for few rows", 1, 50, 1)
-            rank = number("Rank", "", 1, 256, 1)
-            rate = number("Learning rate", "", 0, 1, None)
+            epochs = number_field("Epochs", "3, or more for few rows", 1, 50, 1)
+            rank = number_field("Rank", "", 1, 256, 1)
+            rate = number_field("Learning rate", "", 0, 1, None)
             train = button("Train", permit("train", lambda: start()), kind="filled")
             status = line("", "soft small", role="status")
 
@@ -92,25 +92,25 @@ async def draw_upload_form(page: ViewPage, queue: TuningQueue) -> None:
         """Return the row format, columns, rank and learning rate. Raises Refused."""
         mapped = {name: str(field.value) for name, field in columns.items() if field.value}
         values = {"format": "prompt-completion" if mapped else "auto", "columns": mapped}
-        found: FormSettings = checked(FormSettings, values | {"rank": rank.value, "learning_rate": rate.value}, "form")
-        return found
+        form: FormSettings = checked(FormSettings, values | {"rank": rank.value, "learning_rate": rate.value}, "form")
+        return form
 
     async def read() -> FilePreview:
         """Read the file's first rows again; show them unless a newer read has started."""
         nonlocal beginning, newest
-        newest = own = newest + 1
-        caller, id, found = page.caller, str(file_field.value or ""), FilePreview()
+        newest = number = newest + 1
+        caller, id, result = page.caller, str(file_field.value or ""), FilePreview()
         if id:
             file, form = await asyncio.to_thread(queue.files.get, caller.tenant, id), settings()
 
-            def look() -> FilePreview:
+            def parse() -> FilePreview:
                 return preview_file(queue.files, file, form.format, form.columns, _ROWS)
 
-            found = await queue.looking.run(caller.tenant, caller.weight, 1, look)
-        if own == newest:
-            beginning = found
+            result = await queue.looking.run(caller.tenant, caller.weight, 1, parse)
+        if number == newest:
+            beginning = result
             show()
-        return found
+        return result
 
     def show() -> None:
         mapped = any(field.value for field in columns.values())
@@ -139,10 +139,10 @@ async def draw_upload_form(page: ViewPage, queue: TuningQueue) -> None:
 
     async def start() -> None:
         studio.service.need_base()
-        found = await read()  # with the current fields
-        if found.about is None or any(isinstance(row, UnusableRow) for row in found.rows):
+        result = await read()  # with the current fields
+        if result.about is None or any(isinstance(row, UnusableRow) for row in result.rows):
             raise ConfigError("there are no usable rows yet", fix="upload a file, and see the preview")
-        method = _method(found.about)
+        method = _method(result.about)
         hyperparameters = {"n_epochs": "auto" if epochs.value is None else epochs.value}
         values = {
             "model": studio.base,
@@ -151,7 +151,7 @@ async def draw_upload_form(page: ViewPage, queue: TuningQueue) -> None:
             "method": {"type": method, method: {"hyperparameters": hyperparameters}},
         }
         body: TuningBody = checked(TuningBody, values, "form")
-        form = settings().model_copy(update={"format": found.about.format})
+        form = settings().model_copy(update={"format": result.about.format})
         job = await queue.create(studio.service, page.caller, body, form)
         await page.go("run", job=job.id)
         page.notify(f"{job.name} is queued")
