@@ -1,5 +1,6 @@
-"""For every test: no hub, a veneer home of its own, so that cached bases are neither used nor changed, and the same
-examples of a property at every run; `make test-random` draws new ones."""
+"""For every test: no hub, a veneer home of its own, and the same examples of hypothesis in every run.
+
+`make test-random` uses new examples."""
 
 from __future__ import annotations
 
@@ -16,17 +17,17 @@ from tests.homes import home_with_kernels
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when first imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("VENEER_PROFILE", str(Path(__file__).parent / "profile.json"))  # the same bits everywhere
+os.environ.setdefault("VENEER_PROFILE", str(Path(__file__).parent / "profile.json"))  # the same bits on every machine
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported; 0 for tests marked gpu
-if "PYTEST_XDIST_WORKER" in os.environ:  # a process each core: more threads would only wait for one another
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core, so one thread per process
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # read when torch is first imported, here and in subprocesses
         os.environ.setdefault(name, "1")
 
-gc.disable()  # until all is imported that tests are collected from: it stays, and each full collection walked all of it
+gc.disable()  # during collection of tests: full collections would walk all imported modules
 
-# or each of a hundred processes compiles the package's sources, and each run of pytest those of the tests
+# otherwise each process compiles the package's sources
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-# who is killed loses nothing by it, and a disk takes milliseconds for each of thousands; tests of it set their own
+# fsync takes milliseconds, and a killed process loses nothing without it; tests of fsync set their own
 os.fsync = lambda fd: None
 
 settings.register_profile("same", max_examples=60, deadline=None, derandomize=True)
@@ -35,16 +36,16 @@ settings.register_profile("fresh", max_examples=60, deadline=None)
 
 _STARTING = ("subprocess", "Forked", "attack.harness")
 _PROCESSES = 40
-"""A file that starts processes, which its tests wait for, is as long as if it had so many tests more."""
+"""Tests that starting processes in a file counts as, for the order of files."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if hasattr(config.option, "loadscopereorder"):  # of pytest-xdist, which would go by the numbers of tests alone
+    if hasattr(config.option, "loadscopereorder"):  # pytest-xdist would order by the numbers of tests
         config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where several processes share the files: long ones first, so that all end at about the same time."""
+    """With several processes, run long files first, so that all processes end at about the same time."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return
     length = Counter(item.path for item in items)
@@ -59,8 +60,9 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _kernels(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Compiled once for all processes of a session. VENEER_TEST_KERNELS: a folder to keep them in from one session to
-    the next."""
+    """Share compiled kernels among all processes of a session.
+
+    VENEER_TEST_KERNELS: folder that keeps the kernels between sessions."""
     base = tmp_path_factory.getbasetemp()
     session = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     kernels = Path(os.environ.get("VENEER_TEST_KERNELS") or session / "kernels").absolute()
@@ -70,9 +72,10 @@ def _kernels(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _own_home(_kernels: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A file's own, so that what one publishes changes no message in another, in whatever order they run. What is
-    alive when a file begins (thousands of modules, in the end) is put out of the collector's sight: a run collects at
-    its end, and walking all of that took seconds each time."""
+    """Give each file a veneer home, so that files do not affect each other.
+
+    Freezes the objects that are alive when a file begins: a run collects at its end, which would walk thousands of
+    modules."""
     gc.collect()
     gc.freeze()
     home = home_with_kernels(tmp_path_factory.mktemp("veneer-home"))
@@ -82,4 +85,4 @@ def _own_home(_kernels: None, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 def pytest_unconfigure() -> None:
-    gc.unfreeze()  # or what a library looks for at its end is told as leaked
+    gc.unfreeze()  # otherwise a library reports leaks at its end

@@ -1,7 +1,6 @@
-"""Processes that are forks of a program that has imported what they need and computed nothing, and are killed.
+"""Processes forked from a program that has imported all modules they need.
 
-`fork` and `expect` are for such a program itself; `Forked` is of one that stands ready for as long as the tests run.
-"""
+`fork` and `expect` are for such a program itself; `Forked` forks from a server that runs as long as the tests."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ from unittest import mock
 
 
 def fork(act: Callable[[], object]) -> int:
-    """A process that does this alone. It ends with 0, or with 3 and a traceback."""
+    """Run `act` in a forked process, which ends with 0, or with 3 and a traceback."""
     pid = os.fork()
     if pid:
         return pid
@@ -38,7 +37,7 @@ def fork(act: Callable[[], object]) -> int:
 
 
 def expect(pid: int, killed: bool | None) -> bool:
-    """Wait for a process. Whether it ended by itself; a process that failed ends the program."""
+    """Wait for a process; return whether it ended by itself. A failed process ends the program."""
     _, status = os.waitpid(pid, 0)
     code = os.waitstatus_to_exitcode(status)
     if code not in ({-9} if killed else {0} if killed is False else {0, -9}):
@@ -46,7 +45,7 @@ def expect(pid: int, killed: bool | None) -> bool:
     return code == 0
 
 
-# -- of a process that stands ready ------------------------------------------------------------------------------------
+# -- from a fork server ------------------------------------------------------------------------------------------------
 
 _IMPORTED = [
     "veneer.train.text.task", "veneer.serve.build", "veneer.serve.server", "veneer.cli.train", "veneer.cli.serve",
@@ -57,7 +56,7 @@ _ENVIRONMENT = dict(os.environ)
 
 @functools.cache
 def _ready() -> ForkServerContext:
-    """Begun in the environment that the session began in, whichever test is the first to want it."""
+    """Start the fork server in the environment of the session."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_IMPORTED)
     with mock.patch.dict(os.environ, _ENVIRONMENT, clear=True):
@@ -66,14 +65,17 @@ def _ready() -> ForkServerContext:
 
 
 class Forked:
-    """`python ARGUMENTS`, which are "-c" and a program or "-m" and a module, and what it is given: but what veneer
-    trains and serves text with, five seconds of imports, is there. That was imported in the environment of the
-    session, and nothing runs `atexit`; otherwise it is a process of its own. `log`: all that it prints is added there.
-    The methods are those of subprocess.Popen."""
+    """A process of `python ARGUMENTS` that starts with veneer's modules imported, which saves five seconds.
+
+    arguments: "-c" and a program, or "-m" and a module, and their arguments
+    log: file to append the output to
+
+    The modules were imported in the session's environment, and `atexit` handlers do not run. The methods are those of
+    subprocess.Popen."""
 
     def __init__(self, arguments: Sequence[str], *, env: Mapping[str, str], log: Path, cwd: Path | None = None) -> None:
-        given = list(arguments), dict(env), str(cwd or Path.cwd()), str(log)
-        self._process = _ready().Process(target=_python, args=given)
+        values = list(arguments), dict(env), str(cwd or Path.cwd()), str(log)
+        self._process = _ready().Process(target=_python, args=values)
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -100,13 +102,13 @@ class Forked:
 
 
 def _python(arguments: list[str], environment: dict[str, str], folder: str, log: str) -> None:
-    gc.freeze()  # what was imported; each run collects at its end
+    gc.freeze()  # imported modules; each run collects at its end
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for own in (1, 2):
-        os.dup2(said, own)
+        os.dup2(output, own)
     how, what, *sys.argv[1:] = arguments
     if how == "-m":
         runpy.run_module(what, run_name="__main__", alter_sys=True)

@@ -11,7 +11,7 @@ from veneer.train.text.task import run_text
 
 
 def qlora_run(folder: Path) -> tuple[Path, str, Path]:
-    """(base, adapter, rows that look like those it learned from), all in `folder`."""
+    """Train in a folder; return (base, adapter, training rows)."""
     base = tiny_base_dir(folder)
     with (folder / "rows.jsonl").open("w") as file:
         for i in range(24):

@@ -1,4 +1,4 @@
-"""Examples and benchmarks as modules: they are run by their paths, and are in no package."""
+"""Import examples and benchmarks, which are in no package, by path."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from types import ModuleType
 
 
 def script_module(path: Path, name: str = "") -> ModuleType:
-    """What a script defines. `name`: of the module; the file's own without it."""
+    """Import a script. `name`: of the module; default: the file's."""
     spec = importlib.util.spec_from_file_location(name or path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for it
+    sys.modules[spec.name] = module  # dataclasses look the module up
     spec.loader.exec_module(module)
     return module

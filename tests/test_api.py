@@ -28,7 +28,7 @@ def test_generate_has_the_options_of_complete(base: TextBase) -> None:
         veneer.generate(base, ["Hello"], temprature=1.0)  # type: ignore[call-arg]
 
 
-def test_mixing_keeping_and_queueing_need_no_further_import(base: TextBase, tmp_path: Path) -> None:
+def test_mix_library_and_jobs_need_no_other_import(base: TextBase, tmp_path: Path) -> None:
     for seed, name in enumerate(("a", "b")):
         veneer.save_adapter(veneer.create(base.model, veneer.LoraSpec(rank=2), seed=seed), tmp_path / name, base)
     made = veneer.mix([f"{tmp_path / 'a'}:0.5", str(tmp_path / "b")], tmp_path / "both")
@@ -40,7 +40,7 @@ def test_mixing_keeping_and_queueing_need_no_further_import(base: TextBase, tmp_
     assert callable(veneer.train_together)
 
 
-def test_what_functions_return_is_shown_on_one_screen(base: TextBase) -> None:
+def test_repr_of_results_is_short(base: TextBase) -> None:
     adapter = veneer.create(base.model, veneer.LoraSpec(rank=4), seed=0)
     run = RunResult(adapter="runs/a", preflight={"sample": ["a long row"] * 1000})
     for shown in (base, adapter, next(iter(adapter.pairs.values())), run):

@@ -1,4 +1,4 @@
-"""What is relied on of other libraries is there, and where it is not, that is what is said."""
+"""Internals of other libraries: present in the installed version, or named in an error."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ LISTS = {"torch": TORCH, "transformers": TRANSFORMERS, "diffusers": DIFFUSERS}
 
 
 @pytest.mark.parametrize("library", LISTS)
-def test_the_installed_version_has_all_of_it(library: str) -> None:
+def test_installed_version_has_every_internal(library: str) -> None:
     pytest.importorskip(library)
     LISTS[library].check()
 
 
 @pytest.mark.parametrize("library", LISTS)
-def test_what_is_asked_for_is_what_the_package_asks_for(library: str) -> None:
+def test_versions_equal_those_of_pyproject(library: str) -> None:
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     every = [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]
     bounds = {r.removeprefix(library).replace(" ", "") for r in every if re.match(rf"{library}[<>=~ ]", r)}
@@ -42,7 +42,9 @@ def test_what_is_asked_for_is_what_the_package_asks_for(library: str) -> None:
         (DIFFUSERS, "diffusers.models.attention_processor.AttnProcessor2_0"),
     ],
 )
-def test_a_version_without_it_is_named(internals: Internals, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_internal_is_named_with_its_version(
+    internals: Internals, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip(internals.library)
     Internals(internals.library, internals.versions, internals.names)(name)
     fresh = Internals(internals.library, internals.versions, internals.names)
@@ -59,8 +61,8 @@ def test_a_version_without_it_is_named(internals: Internals, name: str, monkeypa
         fresh.check()
 
 
-def test_an_attention_that_misses_its_internal_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through what uses it: serving's hook into transformers' attention."""
+def test_attention_without_its_internal_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serving's hook into transformers' attention."""
     from veneer.models import compat_transformers as compat
     from veneer.models.text.attention import divert_attention
 
@@ -72,15 +74,15 @@ def test_an_attention_that_misses_its_internal_says_so(monkeypatch: pytest.Monke
         divert_attention(model)
 
 
-def test_a_name_that_no_list_has_is_a_mistake_of_ours() -> None:
+def test_unlisted_internal_is_a_key_error() -> None:
     assert callable(TORCH("torch._disable_dynamo"))
     with pytest.raises(KeyError, match="in no list"):
         TORCH("torch.nothing_that_is_listed")
     assert torch.__version__
 
 
-def test_attention_over_rows_is_only_relied_on_with_all_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """2.10's lacks the scale, the window and grouped heads."""
+def test_varlen_attention_needs_all_its_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.10's function lacks the scale, the window and grouped heads."""
 
     def of_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):  # type: ignore[no-untyped-def]
         raise AssertionError("not to be called")

@@ -1,5 +1,4 @@
-"""docs/how-to/distillation.md: its commands, its rows and its configurations run, on the tiny base; the examples' files
-are read as they stand."""
+"""docs/how-to/distillation.md: its commands, rows and configurations run on the tiny base."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from veneer.train.config.load import load_config
 PAGE = (ROOT / "docs" / "how-to" / "distillation.md").read_text(encoding="utf-8")
 
 
-def test_from_an_empty_machine_to_an_adapter(
+def test_commands_of_the_page_train_an_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -19,11 +19,11 @@ from veneer.errors import nearest
         ("", ["a"], []),
     ],
 )
-def test_only_names_within_few_edits_are_offered(typed: str, known: list[str], meant: list[str]) -> None:
+def test_nearest_names_are_within_few_edits(typed: str, known: list[str], meant: list[str]) -> None:
     assert nearest(typed, known) == meant
 
 
-def test_no_more_than_three_edits_are_a_typing_error() -> None:
+def test_nearest_allows_three_edits_at_most() -> None:
     long = "a-name-of-many-letters"
     assert nearest(f"{long}xyz", [long]) == [long]
     assert nearest(f"{long}wxyz", [long]) == []

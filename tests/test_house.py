@@ -1,4 +1,4 @@
-"""The house: imports run downward, core needs torch alone, the scale has one home, start-up is fast."""
+"""Rules of the package: imports run downward, core needs torch only, budgets of lines, a fast start."""
 
 from __future__ import annotations
 
@@ -23,16 +23,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "veneer"
-FLOORS = {"errors": 0, "compat": 1, "files": 2, "ops": 3, "core": 4, "formats": 5, "models": 5, "library": 6, "plan": 6}
-FLOORS |= {"adapters": 7, "train": 8, "imaging": 8, "serve": 9, "jobs": 10, "api": 11, "studio": 12, "cli": 13}
-"""A module may import from its own folder and from lower floors. Neighbours on one floor do not know each other."""
+LAYERS = {"errors": 0, "compat": 1, "files": 2, "ops": 3, "core": 4, "formats": 5, "models": 5, "library": 6, "plan": 6}
+LAYERS |= {"adapters": 7, "train": 8, "imaging": 8, "serve": 9, "jobs": 10, "api": 11, "studio": 12, "cli": 13}
+"""A module imports from its own package and from packages of lower layers only."""
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
-class Found(NamedTuple):
-    """What one walk over a file finds. `imports`: (line, dotted name), those inside functions and TYPE_CHECKING blocks
-    included. `divisions`: (line, above, below)."""
+class Parsed(NamedTuple):
+    """A file's imports, divisions and docstring.
+
+    imports: (line, dotted name), also inside functions and TYPE_CHECKING blocks
+    divisions: (line, numerator, denominator)"""
 
     imports: tuple[tuple[int, str], ...]
     divisions: tuple[tuple[int, str, str], ...]
@@ -40,7 +42,7 @@ class Found(NamedTuple):
 
 
 @cache
-def found(path: Path) -> Found:
+def parse(path: Path) -> Parsed:
     tree = ast.parse(text_of(path))
     imported: list[tuple[int, str]] = []
     divisions: list[tuple[int, str, str]] = []
@@ -51,9 +53,9 @@ def found(path: Path) -> Found:
         elif isinstance(node, ast.Import):
             imported += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}:{node.lineno}: imports are absolute here"
+            assert node.level == 0, f"{path}:{node.lineno}: use an absolute import"
             imported += [(node.lineno, f"{node.module}.{alias.name}") for alias in node.names]
-    return Found(tuple(imported), tuple(divisions), ast.get_docstring(tree))
+    return Parsed(tuple(imported), tuple(divisions), ast.get_docstring(tree))
 
 
 @cache
@@ -62,11 +64,11 @@ def text_of(path: Path) -> str:
 
 
 def imports(path: Path) -> tuple[tuple[int, str], ...]:
-    return found(path).imports
+    return parse(path).imports
 
 
-def room(path: Path) -> str:
-    """The folder, or the module, directly under veneer/."""
+def package_of(path: Path) -> str:
+    """Return the package, or the module, directly under veneer/."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -78,19 +80,19 @@ def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
 def test_imports_run_only_downward() -> None:
     wrong = []
     for path in MODULES:
-        own = room(path)
-        if own == "__init__":  # the public surface names all floors, lazily; test_import_veneer_is_immediate holds that
+        package = package_of(path)
+        if package == "__init__":  # imports all packages lazily; see test_import_veneer_is_immediate
             continue
-        assert own in FLOORS, f"{own} has no floor: give it one in this test, in CONTRIBUTING.md and docs/README.md"
+        assert package in LAYERS, f"{package} has no layer: add one in this test, in CONTRIBUTING.md and docs/README.md"
         for line, name in imports(path):
             if name == "veneer" or not name.startswith("veneer."):
                 continue
             other = name.split(".")[1]
-            if other == own:
+            if other == package:
                 continue
-            assert other in FLOORS or other == "__version__", f"{path}:{line}: {name}"
-            if FLOORS.get(other, 0) >= FLOORS[own]:
-                wrong.append(f"{path}:{line}: {own} must not import {name}")
+            assert other in LAYERS or other == "__version__", f"{path}:{line}: {name}"
+            if LAYERS.get(other, 0) >= LAYERS[package]:
+                wrong.append(f"{path}:{line}: {package} must not import {name}")
     assert not wrong, "\n".join(wrong)
 
 
@@ -98,30 +100,30 @@ def module_of(path: Path) -> str:
     return ".".join(("veneer", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
 
 
-def test_no_files_import_each_other_in_a_circle() -> None:
-    """Imports inside functions and under TYPE_CHECKING counted."""
+def test_imports_have_no_circles() -> None:
+    """Includes imports inside functions and under TYPE_CHECKING."""
     known = {module_of(path) for path in MODULES} - {"veneer"}
     needs: dict[str, set[str]] = {}
     for path in MODULES:
         named = {name if name in known else name.rpartition(".")[0] for _, name in imports(path)}
         needs[module_of(path)] = (named & known) - {module_of(path)}
-    del needs["veneer"]  # hands on what others define, and nobody imports it
+    del needs["veneer"]  # reexports names of others, and no module imports it
     while free := {m for m, others in needs.items() if not others & needs.keys()}:
         needs = {m: others for m, others in needs.items() if m not in free}
     assert not needs, {m: sorted(others & needs.keys()) for m, others in sorted(needs.items())}
 
 
-NOT_OURS = {"_version": "of a tensor, torch's", "_replace": "of a named tuple"}
-"""Names that private things of ours have too, by which tests mean others'."""
+PUBLIC_ELSEWHERE = {"_version": "of a torch tensor", "_replace": "of a named tuple"}
+"""Private names of the package that tests use of other libraries."""
 
 
 def private_names() -> set[str]:
-    """Every private function, class, variable of a module and attribute of an object that the package defines."""
+    """Return all private functions, classes, variables and attributes of the package."""
     names = re.compile(r"(?:\b(?:def|class) |\b(?:self|cls)\.|^ *)(_[a-zA-Z]\w*)(?= *[:=(\[])", re.MULTILINE)
-    return {name for path in MODULES for name in names.findall(text_of(path))} - NOT_OURS.keys()
+    return {name for path in MODULES for name in names.findall(text_of(path))} - PUBLIC_ELSEWHERE.keys()
 
 
-TAKEN = re.compile(
+USES = re.compile(
     r"""(?<!\bself)(?<!\bcls)\.(_[a-zA-Z]\w*)            # of a module or an object
     | \bfrom[ ]veneer[\w.]*[ ]import[ ](\([^)]*\)|.*)
     | (?:set|get|del)attr\([^"]{0,80}"(_\w+)"          # named to be set
@@ -130,22 +132,21 @@ TAKEN = re.compile(
 )
 
 
-def test_tests_use_no_name_that_begins_with_an_underscore() -> None:
-    """They hold what others may rely on, so that the inside can be built anew under them. What they import of this
-    project, reach through a module or an object, or name to be set; also in a text, which may be code for another
-    process or the place of a patch."""
-    ours, taken = private_names(), []
+def test_tests_use_no_private_names() -> None:
+    """Tests rely on public behavior only, so that the inside can change. Checks imports, attributes and names to patch,
+    also in strings, which can be code for another process."""
+    private, used = private_names(), []
     for path in sorted((ROOT / "tests").rglob("*.py")):
         text = text_of(path)
-        for match in TAKEN.finditer(text):
-            if names := {word for part in match.groups("") for word in re.findall(r"\b_\w+", part)} & ours:
+        for match in USES.finditer(text):
+            if names := {word for part in match.groups("") for word in re.findall(r"\b_\w+", part)} & private:
                 line = text.count("\n", 0, match.start()) + 1
-                taken.append(f"{path.relative_to(ROOT)}:{line}: {', '.join(sorted(names))}")
-    assert not taken, "\n".join(taken)
+                used.append(f"{path.relative_to(ROOT)}:{line}: {', '.join(sorted(names))}")
+    assert not used, "\n".join(used)
 
 
-def test_a_heavy_package_is_imported_only_where_it_belongs() -> None:
-    """transformers is known to models (and to train for its types); peers are never imported."""
+def test_heavy_packages_are_imported_where_allowed() -> None:
+    """Only some packages import transformers and others; peers are never imported."""
     allowed = {
         "transformers": {"models", "train"},
         "datasets": {"train"},
@@ -162,13 +163,17 @@ def test_a_heavy_package_is_imported_only_where_it_belongs() -> None:
     for path in MODULES:
         for line, name in imports(path):
             top = name.split(".")[0]
-            guest = top == "vllm" and path.name == "vllm_plugin.py"  # runs inside vLLM, when vLLM imports it
+            guest = top == "vllm" and path.name == "vllm_plugin.py"  # vLLM imports this file
             assert guest or top not in {"peft", "trl", "vllm", "unsloth"}, f"{path}:{line}: a peer is not a dependency"
-            assert room(path) in allowed.get(top, {room(path)}), f"{path}:{line}: {top} does not belong in {room(path)}"
+            assert package_of(path) in allowed.get(top, {package_of(path)}), (
+                f"{path}:{line}: {top} does not belong in {package_of(path)}"
+            )
 
 
 def test_core_needs_torch_alone() -> None:
-    names = [".".join(("veneer", *p.relative_to(PACKAGE).with_suffix("").parts)) for p in MODULES if room(p) == "core"]
+    names = [
+        ".".join(("veneer", *p.relative_to(PACKAGE).with_suffix("").parts)) for p in MODULES if package_of(p) == "core"
+    ]
     names = [name.removesuffix(".__init__") for name in names]
     ran = python(
         f"""
@@ -195,10 +200,10 @@ def test_every_module_can_be_imported() -> None:
             importlib.import_module(module_of(path))
 
 
-def test_only_the_front_doors_list_their_names() -> None:
-    """`__all__` stands where people import from; elsewhere an underscore says what is not for others."""
-    doors = {str(p.relative_to(PACKAGE)) for p in MODULES if "__all__" in text_of(p)}
-    assert doors == {"__init__.py", "api.py", "core/__init__.py"}
+def test_only_public_modules_have_all() -> None:
+    """`__all__` is in public modules; elsewhere an underscore marks private names."""
+    modules = {str(p.relative_to(PACKAGE)) for p in MODULES if "__all__" in text_of(p)}
+    assert modules == {"__init__.py", "api.py", "core/__init__.py"}
 
 
 def test_the_public_surface_is_small() -> None:
@@ -253,9 +258,7 @@ def test_help_is_fast_and_loads_no_torch(arguments: list[str]) -> None:
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.strip()
     spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    assert spent < 1.5, (
-        f"{spent:.2f} s of processor time"
-    )  # about 0.3 s alone; a busy machine and a cold disk add to it
+    assert spent < 1.5, f"{spent:.2f} s of processor time"  # about 0.3 s on an idle machine
 
 
 LINES = {
@@ -266,7 +269,7 @@ LINES = {
 
 
 def code_lines(path: Path) -> int:
-    """The lines of a file that have code, counted by tokens."""
+    """Return the number of a file's lines with code, by tokens."""
     text, documented = text_of(path), set[int]()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -288,7 +291,7 @@ def code_lines(path: Path) -> int:
 def test_each_package_keeps_its_budget_of_lines() -> None:
     counted = Counter[str]()
     for path in MODULES:
-        counted[room(path)] += code_lines(path)
+        counted[package_of(path)] += code_lines(path)
     over = {name: f"{counted[name]:,} of {most:,}" for name, most in LINES.items() if counted[name] > most}
     assert not over, over
 
@@ -314,11 +317,11 @@ def test_configurations_keep_their_budget_of_keys(module: str, config: str, most
     assert keys <= most, keys
 
 
-def test_scale_is_computed_in_one_place() -> None:
-    """Nobody divides an alpha by a rank but core.adapter.scale_of."""
+def test_scale_is_computed_in_one_function() -> None:
+    """Only core.adapter.scale_of divides an alpha by a rank."""
     offenders = []
     for path in MODULES:
-        for line, above, below in found(path).divisions:
+        for line, above, below in parse(path).divisions:
             if "alpha" in above and ("rank" in below or "sqrt" in below or below == "r"):
                 offenders.append(f"{path.relative_to(PACKAGE)}:{line}")
     assert [o.split(":")[0] for o in offenders] == ["core/adapter.py"] * 2, offenders
@@ -326,29 +329,29 @@ def test_scale_is_computed_in_one_place() -> None:
 
 def test_tests_mirror_the_package() -> None:
     """Every folder of tests belongs to a room of the house, and every room has tests."""
-    rooms = {p.name for p in PACKAGE.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
+    packages = {p.name for p in PACKAGE.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
     folders = {p.name for p in (ROOT / "tests").iterdir() if p.is_dir() and any(p.rglob("test_*.py"))}
-    assert rooms <= folders, f"no tests for {sorted(rooms - folders)}"
-    assert folders <= rooms | {"attack", "examples", "benchmarks", "bases", "browser"}, sorted(folders - rooms)
+    assert packages <= folders, f"no tests for {sorted(packages - folders)}"
+    assert folders <= packages | {"attack", "examples", "benchmarks", "bases", "browser"}, sorted(folders - packages)
 
 
-def test_every_module_says_what_it_is() -> None:
-    without = [str(p.relative_to(PACKAGE)) for p in MODULES if text_of(p).strip() and not found(p).docstring]
+def test_every_module_has_a_docstring() -> None:
+    without = [str(p.relative_to(PACKAGE)) for p in MODULES if text_of(p).strip() and not parse(p).docstring]
     assert not without, "\n".join(without)
 
 
-def test_no_public_name_is_hidden_by_a_room() -> None:
-    """Importing veneer.train makes `train` an attribute of veneer: a function of that name would vanish."""
+def test_no_public_name_equals_a_package() -> None:
+    """Importing veneer.train makes `train` an attribute of veneer, which would hide a function of that name."""
     import veneer
 
-    rooms = {room(path) for path in MODULES}
-    assert not rooms & set(veneer.__all__)
+    packages = {package_of(path) for path in MODULES}
+    assert not packages & set(veneer.__all__)
 
 
-def test_every_variable_of_the_environment_has_its_line_in_the_page() -> None:
+def test_environment_variables_are_documented() -> None:
     code = "\n".join(text_of(path) for path in MODULES)
     rows = (ROOT / "docs/reference/environment.md").read_text(encoding="utf-8").splitlines()
-    told = {
+    documented = {
         name for row in rows if row.startswith("| `") for name in re.findall(r"`(VENEER_[A-Z_]+)`", row.split("|")[1])
     }
-    assert told == set(re.findall(r"""["'](VENEER_[A-Z_]+)["']""", code))
+    assert documented == set(re.findall(r"""["'](VENEER_[A-Z_]+)["']""", code))

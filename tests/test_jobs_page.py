@@ -1,6 +1,6 @@
-"""docs/how-to/jobs.md: its commands run, its states are those that there are, its Python finds what was submitted.
+"""docs/how-to/jobs.md: its commands and Python run, and its table of states is complete.
 
-What waits for a worker (`worker`, `watch`) is run by tests/cli/test_jobs.py."""
+tests/cli/test_jobs.py runs `worker` and `watch`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from veneer.library.library import open_library
 PAGE = (ROOT / "docs" / "how-to" / "jobs.md").read_text(encoding="utf-8")
 
 
-def test_the_pages_commands(
+def test_commands_of_the_page_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -44,7 +44,7 @@ def test_the_pages_commands(
     assert f"{job} cancelled 0 3 None" in capsys.readouterr().out
 
 
-def test_from_an_empty_machine_to_a_canary(
+def test_example_of_the_page_reaches_a_canary(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The page's commands and its configuration, on the tiny base; what waits is carried out as a worker's process
@@ -90,7 +90,7 @@ def _work() -> None:
         assert run_job(library, lease.job.id, lease.token) == 0
 
 
-def test_the_pages_states_are_those_that_there_are() -> None:
+def test_table_of_states_is_complete() -> None:
     rows = re.findall(r"^\| (\w+) \| ([^|]+) \|$", PAGE.partition("| state |")[2].partition("In Python")[0], re.M)
     told = {state: {re.sub(r" \(.*\)", "", word) for word in after.split(", ")} for state, after in rows}
     assert told == {state: set(after) for state, after in TRANSITIONS.items() if after}

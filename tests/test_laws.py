@@ -1,4 +1,4 @@
-"""Laws of the core, for any shapes, ranks, scales and strengths: what it is does not depend on where."""
+"""Laws of the core, for any shapes, ranks, scales and strengths."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ strengths = st.floats(-2, 2).filter(lambda s: abs(s) > 1e-3)
 
 
 class Case:
-    """A small model of one module of some kind, an input for it, and adapters that fit it. In float64: laws of
-    arithmetic are tested to 1e-9, laws of identity bit for bit."""
+    """A small float64 model of one module, an input, and adapters of the module.
+
+    Laws of arithmetic hold to 1e-9, laws of identity bit for bit."""
 
     def __init__(self, draw: Any) -> None:
         self.kind = draw(st.sampled_from(["linear", "embedding", "conv1d", "conv2d", "grouped", "experts"]))
@@ -66,7 +67,7 @@ class Case:
         return create(self.model, spec, seed=0, dtype=torch.float64)
 
     def trained(self) -> Adapter:
-        """Every tensor moved; DoRA's norm by output or by input; a delta of some form beside the pair."""
+        """Return an adapter with changed tensors, DoRA's norm by output or input, and a delta of some form."""
         g = self.generator
         out = self.fresh().mapped(lambda t: t + 0.5 * torch.randn(t.shape, generator=g, dtype=t.dtype))
         module = self.model["m"]
@@ -89,7 +90,7 @@ FORMS = ("dense", "hadamard", "kronecker", "gain", "gain by input", "rows")
 
 
 def random_delta(form: str, shape: tuple[int, ...], g: torch.Generator) -> Delta:
-    """A delta of a parameter of this shape; "rows" is a Kronecker product of which only some rows count."""
+    """Return a delta of a parameter of this shape; "rows" is a part of a Kronecker product."""
 
     def make(*size: int) -> Tensor:
         return torch.randn(*size, generator=g, dtype=torch.float64)
@@ -129,8 +130,8 @@ def near(a: Tensor, b: Tensor) -> None:
 
 
 @given(cases, strengths)
-def test_a_fresh_adapter_is_the_base_and_leaves_it(case: Case, strength: float) -> None:
-    """Bit for bit where B (or, in an embedding, A) is zero; DoRA and PiSSA subtract what they add, to float32."""
+def test_fresh_adapter_gives_the_base_s_output(case: Case, strength: float) -> None:
+    """Bit for bit if B (in an embedding, A) is zero; to float32 for DoRA and PiSSA."""
     base = case()
     before = copy.deepcopy(case.model.state_dict())
     with attach(case.model) as attachment:
@@ -160,7 +161,7 @@ def test_merged_equals_attached(case: Case, strength: float) -> None:
 
 
 @given(cases, strengths, strengths)
-def test_a_mix_is_linear_in_its_strengths(case: Case, s: float, t: float) -> None:
+def test_mix_is_linear_in_its_strengths(case: Case, s: float, t: float) -> None:
     base = case()
     with attach(case.model) as attachment:
         attachment.add("a", case.trained())
@@ -178,7 +179,7 @@ def test_a_mix_is_linear_in_its_strengths(case: Case, s: float, t: float) -> Non
 
 
 @given(cases)
-def test_switching_away_and_back_changes_nothing(case: Case) -> None:
+def test_switching_adapters_back_restores_the_output(case: Case) -> None:
     with attach(case.model) as attachment:
         for name in ("a", "b"):
             attachment.add(name, case.trained())
@@ -193,7 +194,7 @@ def test_switching_away_and_back_changes_nothing(case: Case) -> None:
 
 
 @given(cases)
-def test_collapsing_keeps_the_delta_and_the_digest(case: Case) -> None:
+def test_collapsed_adapter_has_the_same_delta_and_digest(case: Case) -> None:
     adapter = case.trained()
     small = adapter.collapsed()
     assert all(p.origin is None for p in small.pairs.values())
@@ -211,8 +212,8 @@ def test_collapsing_keeps_the_delta_and_the_digest(case: Case) -> None:
 
 
 @given(cases, strengths)
-def test_gradients_are_those_of_the_merged_weight(case: Case, strength: float) -> None:
-    """dL/dA and dL/dB by autograd through W + strength·s·(B·A − B₀·A₀), for pairs without a magnitude."""
+def test_gradients_equal_those_of_the_merged_weight(case: Case, strength: float) -> None:
+    """dL/dA and dL/dB equal autograd through W + strength·s·(B·A − B₀·A₀), for pairs without a magnitude."""
     case.dora, case.by_input, case.form = False, False, None  # deltas are not trained
     adapter = case.trained()
     ((name, pair),) = adapter.pairs.items()
@@ -249,7 +250,7 @@ def _call(case: Case, key: str, weight: Tensor) -> Tensor:
 
 
 @given(cases, st.integers(0, 5))
-def test_detach_restores_after_adding_and_removing_in_any_order(case: Case, order: int) -> None:
+def test_detach_restores_the_base_in_any_order(case: Case, order: int) -> None:
     base = case()
     module = case.model["m"]
     with attach(case.model) as attachment:
@@ -271,7 +272,7 @@ def test_alpha_and_scale_are_inverse(rank: int, alpha: float, rslora: bool) -> N
 
 
 @given(cases)
-def test_digests_tell_adapters_apart(case: Case) -> None:
+def test_different_adapters_have_different_digests(case: Case) -> None:
     adapter = case.trained()
     copied = adapter.mapped(lambda t: t.clone())
     assert adapter.digest() == copied.digest()
@@ -286,7 +287,7 @@ def test_digests_tell_adapters_apart(case: Case) -> None:
 
 
 @given(cases)
-def test_merging_twice_gives_the_same_and_writes_nothing(case: Case) -> None:
+def test_merging_is_deterministic_and_writes_nothing(case: Case) -> None:
     adapter = case.trained()
     before = copy.deepcopy(case.model.state_dict())
     first, second = (merged_state(case.model, [(adapter, 0.5), (adapter, 0.5)]) for _ in range(2))

@@ -1,4 +1,4 @@
-"""The wheel: builds, holds what it should, and runs in another place."""
+"""The wheel builds, is complete, and runs in another environment."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_wheel_holds_the_package_its_types_and_its_licence(wheel: Path) -> None:
+def test_wheel_has_package_types_and_license(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         metadata = archive.read(next(n for n in names if n.endswith("METADATA"))).decode()
@@ -36,7 +36,7 @@ def test_the_wheel_holds_the_package_its_types_and_its_licence(wheel: Path) -> N
         str(p.relative_to(ROOT / "src")) for s in ("c", "j2", "safetensors") for p in (ROOT / "src").rglob(f"*.{s}")
     }
     assert data <= set(names)
-    assert {n.split("/")[0].split("-")[0] for n in names} == {"veneer"}, "nothing but veneer is installed"
+    assert {n.split("/")[0].split("-")[0] for n in names} == {"veneer"}, "the wheel installs only veneer"
     assert "License-Expression: Apache-2.0" in metadata
     assert "Apache License" in licence
     assert "Version 2.0, January 2004" in licence
@@ -45,7 +45,7 @@ def test_the_wheel_holds_the_package_its_types_and_its_licence(wheel: Path) -> N
 
 @pytest.fixture(scope="module")
 def elsewhere(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment with this wheel in it. What veneer depends on is seen from here; the checkout is not."""
+    """An environment with this wheel and this environment's dependencies, without the checkout."""
     folder = tmp_path_factory.mktemp("elsewhere") / "env"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     python = folder / "bin" / "python"
@@ -64,11 +64,11 @@ def run(elsewhere: Path, *command: str) -> str:
     return done.stdout
 
 
-def test_it_imports_elsewhere(elsewhere: Path) -> None:
+def test_wheel_imports_in_another_environment(elsewhere: Path) -> None:
     where = run(elsewhere, "python", "-c", "import veneer; print(veneer.__file__); veneer.attach; veneer.train_text")
     assert Path(where.strip()).is_relative_to(elsewhere)
 
 
-def test_the_command_runs_elsewhere(elsewhere: Path) -> None:
+def test_command_runs_in_another_environment(elsewhere: Path) -> None:
     for arguments in ([], ["train"], ["generate"], ["eval"], ["adapter"]):
         assert "Usage" in run(elsewhere, "veneer", *arguments, "--help")

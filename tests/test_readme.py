@@ -1,4 +1,4 @@
-"""The README and the pages under docs/ say what is so: their example runs, their commands and links exist."""
+"""README and docs/: examples run, commands parse, links and paths exist."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def blocks(text: str, language: str | None = None) -> list[str]:
 
 
 def commands(program: str) -> list[tuple[str, str]]:
-    """(page, command line) of every `program …` in a code block or between backticks, without its comment or `&`."""
+    """Return (page, command line) of every `program …` in code, without comment and `&`."""
     out = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
@@ -48,7 +48,7 @@ def program() -> Any:
 
 @cache
 def parse(line: str) -> list[str]:
-    """Let the real command line parse `line` without running it. Returns the names of the commands on the way."""
+    """Parse a command line without running it; return the names of its commands."""
     command, path = program(), []
     try:
         context = command.make_context("veneer", shlex.split(line)[1:])
@@ -61,7 +61,7 @@ def parse(line: str) -> list[str]:
     return path
 
 
-def test_the_readme_starts_with_the_two_commands_then_a_five_line_example() -> None:
+def test_readme_starts_with_two_commands_and_a_short_example() -> None:
     first, second = blocks(README)[:2]
     assert [line.split("#")[0].strip() for line in first.splitlines()] == ["make quickstart", "make test"]
     assert second == blocks(README, "python")[0]
@@ -70,14 +70,14 @@ def test_the_readme_starts_with_the_two_commands_then_a_five_line_example() -> N
 
 
 def roomy(base: Path) -> Path:
-    """The tiny base with room for a whole ticket; rotary positions have no weights, so the config alone says it."""
+    """Give the tiny base positions for a whole ticket; rotary positions have no weights."""
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}), encoding="utf-8")
     return base
 
 
 def small_config() -> str:
-    """The configuration of the tickets, on 20 of them, for any folder."""
+    """Return the tickets' configuration with 20 rows, for any folder."""
     tickets = ROOT / "examples" / "tickets"
     config = (tickets / "config.yaml").read_text(encoding="utf-8")
     for old, new in (
@@ -90,7 +90,7 @@ def small_config() -> str:
     return config
 
 
-def test_the_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.tiny_base import tiny_base_dir
 
     base = str(roomy(tiny_base_dir(tmp_path)))
@@ -103,7 +103,7 @@ def test_the_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (tmp_path / "runs" / "first").is_dir()
 
 
-def test_every_veneer_command_in_the_docs_parses(capsys: pytest.CaptureFixture[str]) -> None:
+def test_veneer_commands_in_the_docs_parse(capsys: pytest.CaptureFixture[str]) -> None:
     wrong = []
     for page, line in commands("veneer"):
         filled = line.replace("[", "").replace("]", "").replace("…", "")
@@ -120,7 +120,7 @@ def test_every_veneer_command_in_the_docs_parses(capsys: pytest.CaptureFixture[s
     assert not wrong, "\n".join(wrong)
 
 
-def test_every_make_command_in_the_docs_is_a_target() -> None:
+def test_make_commands_in_the_docs_are_targets() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M))
     for page, line in commands("make"):
         named = [word for word in shlex.split(line, comments=True)[1:] if "=" not in word]
@@ -128,14 +128,14 @@ def test_every_make_command_in_the_docs_is_a_target() -> None:
         assert set(named) <= targets, f"{page}: {line}"
 
 
-def test_every_link_leads_somewhere() -> None:
+def test_links_in_the_docs_exist() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
             if not target.startswith(("http:", "https:", "#")):
                 assert (page.parent / target.split("#")[0]).exists(), f"{page.relative_to(ROOT)}: {target}"
 
 
-def test_every_path_named_in_the_map_exists() -> None:
+def test_paths_in_the_docs_exist() -> None:
     named = re.compile(r"`((?:src|examples|tests|benchmarks|docs)(?:/[\w.-]+)*/?)`")
     for page in PAGES:
         for path in named.findall(page.read_text(encoding="utf-8")):
@@ -157,7 +157,7 @@ def test_configurations_of_examples_are_read(name: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_function_of_veneer_on_a_page_exists(page: Path) -> None:
+def test_functions_of_veneer_in_the_docs_exist(page: Path) -> None:
     import veneer
 
     called = set(re.findall(r"(?<![\w./-])veneer\.([a-z]\w*)\(", page.read_text(encoding="utf-8")))

@@ -1,5 +1,4 @@
-"""docs/how-to/reinforcement.md: its commands, its rows and its configuration run, on the tiny base; the examples' files
-are read as they stand."""
+"""docs/how-to/reinforcement.md: its commands, rows and configuration run on the tiny base."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ from veneer.train.config.reinforcement import ReinforcementSection
 PAGE = (ROOT / "docs" / "how-to" / "reinforcement.md").read_text(encoding="utf-8")
 
 
-def test_from_an_empty_machine_to_an_adapter(
+def test_commands_of_the_page_train_an_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -42,7 +41,7 @@ def test_from_an_empty_machine_to_an_adapter(
     assert "<th>after step</th><th>reward</th><th>exact_match</th><th>length</th>" in report
 
 
-def test_the_pages_table_is_what_each_loss_settles() -> None:
+def test_table_of_losses_equals_the_settings() -> None:
     losses = PAGE.partition("\n## Losses\n")[2].partition("\n## ")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in losses.splitlines() if line[:1] == "|"]
     for name, *cells in rows[2:]:

@@ -1,9 +1,8 @@
-"""Whatever is done with adapters, in whatever order, the base comes back bit for bit.
+"""Any sequence of operations on adapters leaves the base bit for bit the same.
 
-A machine draws random sequences of attach, add, use, mix, merge, remove, a failure in the middle of a forward or of an
-add, and detach, over a small base in bfloat16 with every kind of module. The field's way, adding to the weights and
-subtracting again, changes 16.5% of bfloat16 weights in 20 cycles; the last test shows that on the same base.
-"""
+A state machine runs random sequences of attach, add, use, mix, merge, remove, failures during forward and add, and
+detach, over a small bfloat16 base with every kind of module. Adding to the weights and subtracting again changes 16.5%
+of bfloat16 weights in 20 cycles; the last test shows this on the same base."""
 
 from __future__ import annotations
 
@@ -107,7 +106,7 @@ class Use(RuleBasedStateMachine):
 
     @precondition(lambda self: self.attachment is not None)
     @rule(name=st.sampled_from("abcd"))
-    def an_add_that_fails(self, name: str) -> None:
+    def failing_add(self, name: str) -> None:
         wrong = adapter_of(0, 0)
         wrong.pairs["mix"].B = wrong.pairs["mix"].B[:-1]
         before = dict(self.attachment.adapters)
@@ -136,7 +135,7 @@ class Use(RuleBasedStateMachine):
         return tuple((n, data.draw(st.sampled_from([1.0, -0.5, 2.0, 0.0]))) for n in names)
 
     def _refused(self, mix: tuple[tuple[str, float], ...]) -> bool:
-        """A full copy acts at strength 1 or not at all, and alone on its module."""
+        """Return whether a mix is invalid: a full copy needs strength 1 and a module of its own."""
         acting = [(self.attachment.adapters[n], s) for n, s in mix if s]
         whole = [s for a, s in acting if a.modules]
         norms = [a for a, _ in acting if a.modules or "norm.weight" in a.deltas]
@@ -144,13 +143,13 @@ class Use(RuleBasedStateMachine):
 
     @precondition(lambda self: self.attachment is not None)
     @rule()
-    def nothing_selected_is_the_base(self) -> None:
+    def no_selection_is_the_base(self) -> None:
         with self.attachment.off():
             assert torch.equal(self.model(IDS), self.own)
 
     @precondition(lambda self: self.attachment is not None)
     @rule()
-    def a_forward_that_fails(self) -> None:
+    def failing_forward(self) -> None:
         self.model.fail = True
         try:
             with pytest.raises(RuntimeError, match="in the middle"):
@@ -193,8 +192,8 @@ class Use(RuleBasedStateMachine):
         assert dict(self.model.named_modules()) == self.modules
 
     @invariant()
-    def the_base_is_what_it_was(self) -> None:
-        """At every moment, attached or not: the same tensor objects, of the same bits."""
+    def base_is_unchanged(self) -> None:
+        """The same tensor objects with the same bits, attached or not."""
         now = self.model.state_dict(keep_vars=True)
         assert list(now) == list(self.tensors)
         for name, tensor in now.items():
@@ -210,7 +209,7 @@ TestUse = Use.TestCase
 TestUse.settings = settings(max_examples=40, stateful_step_count=30, deadline=None, derandomize=True)
 
 
-def test_adding_and_subtracting_would_not_come_back() -> None:
+def test_adding_and_subtracting_changes_weights() -> None:
     """Why adapters are never merged in place: 20 cycles of W += Δ, W −= Δ in bfloat16 leave other weights behind."""
     g = torch.Generator().manual_seed(0)
     W = torch.randn(256, 256, generator=g).mul(0.05).to(DTYPE)

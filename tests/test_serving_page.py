@@ -1,7 +1,6 @@
-"""docs/how-to/serve.md does what it says: its commands and programs run against a server on a tiny base; those about
-the library run in this process.
+"""docs/how-to/serve.md: its commands and programs run against a server on a tiny base.
 
-The feature table names tests that exist."""
+Library commands run in this process."""
 
 from __future__ import annotations
 
@@ -33,8 +32,8 @@ START = next(line for line in SHELL if line.startswith("veneer serve"))
 pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="the page's commands are curl's")
 
 
-class Place:
-    """A folder with the tiny base under the page's name for it, an adapter in runs/quickstart, and `veneer`."""
+class Session:
+    """A folder with the tiny base under the page's name, an adapter in runs/quickstart, and `veneer`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -55,18 +54,18 @@ class Place:
             "VENEER_LIBRARY": str(folder / "library"),
         }
 
-    def here(self, text: str) -> str:
+    def localize(self, text: str) -> str:
         text = re.sub(r"--base smollm2-135m\b", "--base ./smollm2-135m", text)
         return text.replace("--port 8000", f"--port {self.port}").replace("localhost:8000", f"127.0.0.1:{self.port}")
 
-    def does(self, line: str) -> str:
+    def execute(self, line: str) -> str:
         if not line.startswith("veneer "):
-            return self.run("bash", "-c", self.here(line))
+            return self.run("bash", "-c", self.localize(line))
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(self.folder)
             patch.setenv("VENEER_LIBRARY", self.env["VENEER_LIBRARY"])
             with pytest.raises(SystemExit) as end:
-                main(shlex.split(self.here(line))[1:])
+                main(shlex.split(self.localize(line))[1:])
         assert not end.value.code
         return ""
 
@@ -77,20 +76,20 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    """The first block's commands up to the server's start, and the server."""
-    made = Place(tmp_path_factory.mktemp("serve"))
+def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
+    """Run the first block's commands, with the server."""
+    made = Session(tmp_path_factory.mktemp("serve"))
     first = blocks(PAGE, "")[0].splitlines()
     assert len(first) == 5
     assert first[0] == 'pip install "veneer[serve]"'
     assert first[2] == START
-    made.does(first[1])
+    made.execute(first[1])
     log = (made.folder / "log").open("w")
     server = subprocess.Popen(
-        ["bash", "-c", f"exec {made.here(START).removesuffix('&')}"], cwd=made.folder, env=made.env, stderr=log
+        ["bash", "-c", f"exec {made.localize(START).removesuffix('&')}"], cwd=made.folder, env=made.env, stderr=log
     )
     try:
-        made.does(first[3])
+        made.execute(first[3])
         yield made
         server.send_signal(signal.SIGTERM)
         assert server.wait(60) == 0
@@ -100,13 +99,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         log.close()
 
 
-def test_every_command_answers(place: Place) -> None:
+def test_commands_of_the_page_answer(session: Session) -> None:
     ran = 0
     for line in SHELL[4:]:
         command = line.partition("  #")[0]
         if not command or command.startswith("veneer serve") or "/v1/images/" in command:
             continue  # pictures: tests/serve/http/surfaces/test_images.py
-        out = place.does(command.replace("curl -s ", "curl -s --fail-with-body "))
+        out = session.execute(command.replace("curl -s ", "curl -s --fail-with-body "))
         ran += 1
         if "/v1/chat/completions" in command:
             assert json.loads(out)["model"] == "support@prod"
@@ -120,26 +119,26 @@ def test_every_command_answers(place: Place) -> None:
     assert ran == 7
 
 
-def test_every_program_runs(place: Place) -> None:
+def test_programs_of_the_page_run(session: Session) -> None:
     programs = blocks(PAGE, "python")
     assert len(programs) == 2
     for program in programs:
-        out = place.run(sys.executable, "-c", place.here(program))
+        out = session.run(sys.executable, "-c", session.localize(program))
         assert out.strip()
-    # A tiny base may fill its 60 tokens with white space: what is there is how the form begins.
+    # a tiny base can fill its 60 tokens with white space after the start of the form
     assert re.fullmatch(r'\{\s*("priority"\s*(:\s*(".*)?)?)?', out.rstrip(), re.S)
 
 
-def test_the_table_of_reasons_is_the_one_of_the_code() -> None:
+def test_table_of_refusals_equals_the_code() -> None:
     from veneer.serve.names import adapter_sources as shelf
 
-    told = set(re.findall(r"\| (\w+) +\| (\d{3}) ", shelf.__doc__ or ""))
+    documented = set(re.findall(r"\| (\w+) +\| (\d{3}) ", shelf.__doc__ or ""))
     rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| (\d{3}) \|", PAGE, flags=re.M)
-    assert len(told) > 10
-    assert {(name, status) for names, status in rows for name in re.findall(r"`(\w+)`", names)} == told
+    assert len(documented) > 10
+    assert {(name, status) for names, status in rows for name in re.findall(r"`(\w+)`", names)} == documented
 
 
-def test_the_numbers_are_the_codes_own() -> None:
+def test_limits_on_the_page_equal_the_code() -> None:
     from veneer.serve.names.catalog import MAX_MIX
     from veneer.serve.settings import EngineSettings, HttpSettings
 
@@ -152,7 +151,7 @@ def test_the_numbers_are_the_codes_own() -> None:
     assert f"`1G` holds {(1 << 30) // (2 * 30 * 3 * 64 * 2) // 1000},000" in PAGE
 
 
-def test_the_tests_that_the_feature_table_names_are_there() -> None:
+def test_tests_named_in_the_feature_table_exist() -> None:
     table = (ROOT / "docs" / "reference" / "serving-features.md").read_text(encoding="utf-8")
     named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", table)
     assert len(named) > 25

@@ -1,6 +1,6 @@
-"""docs/how-to/tenants.md does what it says, from its first command to its last, against the server that it starts.
+"""docs/how-to/tenants.md: all commands run, against the server that the page starts.
 
-Its commands run in this process, its calls by curl; the server is a process of its own."""
+Commands run in this process, requests by curl; the server is a process of its own."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ LINES = [re.sub(r"\s+#.*$", "", line) for body in blocks(PAGE, "") for line in b
 pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="the page's calls are curl's")
 
 
-class Reader:
-    """Somebody at a terminal: variables that are exported hold for the lines after."""
+class Terminal:
+    """A terminal: exported variables apply to later lines."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         self.folder, self.patch, self.capsys = folder, monkeypatch, capsys
@@ -41,12 +41,12 @@ class Reader:
         self.key = ""
         self.port = free_port()
 
-    def here(self, line: str) -> str:
+    def localize(self, line: str) -> str:
         line = line.replace("--base smollm2-135m", "--base ./smollm2-135m").replace("3f9a0c21d4", self.key)
         return line.replace("--port 8000", f"--port {self.port}").replace("localhost:8000", f"127.0.0.1:{self.port}")
 
-    def does(self, line: str) -> str:
-        line = self.here(line)
+    def execute(self, line: str) -> str:
+        line = self.localize(line)
         name, inner = "", line
         if line.startswith("export "):
             name, inner = re.fullmatch(r"export (?:(\w+)=)?\$\((.*)\)", line).groups()  # type: ignore[union-attr]
@@ -74,7 +74,7 @@ class Reader:
 
 
 @pytest.fixture
-def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Reader]:
+def terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Terminal]:
     roomy(tiny_base_dir(tmp_path)).rename(tmp_path / "smollm2-135m")
     base = load_text(str(tmp_path / "smollm2-135m"))
     for seed, name in enumerate(("quickstart", "second", "third", "acme")):
@@ -86,48 +86,52 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
-    made = Reader(tmp_path, monkeypatch, capsys)
+    made = Terminal(tmp_path, monkeypatch, capsys)
     yield made
     if made.server is not None:
         made.server.send_signal(signal.SIGTERM)
         made.server.wait(60)
 
 
-def test_every_command_of_the_page_does_what_it_says(reader: Reader) -> None:
-    said: dict[str, str] = {}
+def test_commands_of_the_page_run(terminal: Terminal) -> None:
+    outputs: dict[str, str] = {}
     for line in LINES:
         if line:
-            said[line] = out = reader.does(line)
+            outputs[line] = out = terminal.execute(line)
             if line.startswith("export GLOBEX"):
-                reader.key = os.environ["GLOBEX"][4:14]
-                assert reader.key in out
-    assert len(said) > 40
-    assert "tenants.sqlite, so requests need a key" in (reader.folder / "log").read_text()
+                terminal.key = os.environ["GLOBEX"][4:14]
+                assert terminal.key in out
+    assert len(outputs) > 40
+    assert "tenants.sqlite, so requests need a key" in (terminal.folder / "log").read_text()
 
-    def of(start: str) -> str:
-        return next(out for line, out in said.items() if line.startswith(start))
+    def output_of(start: str) -> str:
+        return next(out for line, out in outputs.items() if line.startswith(start))
 
-    models = json.loads(next(out for line, out in said.items() if "/v1/models" in line))["data"]
+    models = json.loads(next(out for line, out in outputs.items() if "/v1/models" in line))["data"]
     assert [m["id"] for m in models][1:] == ["acme/support"]
-    answers = {json.loads(out)["model"] for line, out in said.items() if "/v1/completions" in line}
+    answers = {json.loads(out)["model"] for line, out in outputs.items() if "/v1/completions" in line}
     assert answers == {"acme/support", "support@2", "chat"}
-    assert "VENEER_ADMIN_KEY=vnr-admin-" in of("export $(veneer tenant admin-key)")
-    usage = said["veneer tenant usage"]
+    assert "VENEER_ADMIN_KEY=vnr-admin-" in output_of("export $(veneer tenant admin-key)")
+    usage = outputs["veneer tenant usage"]
     assert "acme/support@1" in usage or "acme/support" in usage
     assert "support@2" in usage
-    put = next(out for line, out in said.items() if "-X PUT" in line and "/admin/routes" in line)
+    put = next(out for line, out in outputs.items() if "-X PUT" in line and "/admin/routes" in line)
     assert json.loads(put)["targets"] == {"support@1": 70, "support@2": 30}
 
-    # What only a server that was told its hash lets in, and what nobody else gets in by.
-    url = f"http://127.0.0.1:{reader.port}"
+    # the admin key works, its hash does not, and a tenant's key is not enough
+    url = f"http://127.0.0.1:{terminal.port}"
     codes = "curl -s -o /dev/null -w '%{http_code}' "
-    assert reader.does(f"{codes} {url}/v1/models") == "401"
+    assert terminal.execute(f"{codes} {url}/v1/models") == "401"
     hashed = os.environ["VENEER_ADMIN_KEY_HASH"]
-    asked = f'{codes} {url}/admin/tenants -H "Authorization: Bearer '
-    assert [reader.does(f'{asked}{key}"') for key in ("$VENEER_ADMIN_KEY", hashed, "$ACME")] == ["200", "401", "403"]
+    request = f'{codes} {url}/admin/tenants -H "Authorization: Bearer '
+    assert [terminal.execute(f'{request}{key}"') for key in ("$VENEER_ADMIN_KEY", hashed, "$ACME")] == [
+        "200",
+        "401",
+        "403",
+    ]
 
 
-def test_the_page_names_every_route_under_admin(tmp_path: Path) -> None:
+def test_page_names_every_admin_route(tmp_path: Path) -> None:
     from fastapi.routing import APIRoute
 
     from veneer.serve.tenancy.admin import admin_router

@@ -1,7 +1,6 @@
 """A tiny base on disk: a random llama with a real byte-level BPE tokenizer and SmolLM2's ChatML template.
 
-`tiny_base_dir(folder)` is what tests pass wherever a user would pass a base.
-"""
+Tests pass `tiny_base_dir(folder)` as a user passes a base."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ _LINES = [
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE, so every string has an encoding and decodes to itself; eos is <|im_end|>, which also pads."""
+    """Return a byte-level BPE tokenizer; eos and padding are <|im_end|>."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -59,10 +58,10 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_model(**more: Any) -> PreTrainedModel:
-    """A two-layer llama whose vocabulary is the tiny tokenizer's. `more`: of its configuration."""
+    """Return a two-layer llama of the tiny tokenizer's vocabulary. `more`: values of its configuration."""
     from transformers import GenerationConfig
 
-    from tests.families import llama3  # late: whoever wants the tokenizer alone need not wait for torch
+    from tests.families import llama3  # late: the tokenizer does not need torch
 
     model = llama3(
         vocab_size=VOCAB_SIZE,
@@ -77,7 +76,7 @@ def tiny_model(**more: Any) -> PreTrainedModel:
 
 
 def tiny_base_dir(tmp_path: Path, **more: Any) -> Path:
-    """Writes the tiny base into `tmp_path / "tiny-base"` (once) and returns that directory. `more`: as `tiny_model`."""
+    """Write the tiny base to `tmp_path / "tiny-base"` (once); return the folder. `more`: as of `tiny_model`."""
     folder = tmp_path / "tiny-base"
     if not (folder / "model.safetensors").exists():
         tiny_model(**more).save_pretrained(folder)

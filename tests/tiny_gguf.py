@@ -31,7 +31,7 @@ def _gguf_name(name: str) -> str:
 
 
 def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp's order of rope rows: pairs side by side, where transformers has two halves."""
+    """Return a weight in llama.cpp's order of rope rows: in pairs, where transformers has two halves."""
     out, width = weight.shape
     return weight.reshape(heads, 2, out // heads // 2, width).swapaxes(1, 2).reshape(out, width)
 
@@ -42,9 +42,10 @@ def tiny_gguf(
     model: PreTrainedModel | None = None,
     kind_of: Callable[[str], str | None] | None = None,
 ) -> PreTrainedModel:
-    """Writes the tiny base to `file`, linears and embedding in float32 or Q8_0; returns the model it was made of.
-    `model`: instead of the tiny base, another Llama. `kind_of`: the type of each matrix by its name in the file; None:
-    float32; in K-quants codes are drawn."""
+    """Write the tiny base to `file`, linears and embedding in float32 or Q8_0; return the model.
+
+    model: another Llama instead of the tiny base
+    kind_of: name in the file -> type of the matrix; None: float32; K-quants get random codes"""
     model, tokenizer = model or tiny_model(), tiny_tokenizer()
     config = model.config
     w = gguf.GGUFWriter(str(file), "llama")

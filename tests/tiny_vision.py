@@ -1,5 +1,6 @@
-"""Tiny vision-language models on disk, of the real classes with random weights: `tiny_vision(folder, "llava")` is what
-tests pass wherever a user would name one."""
+"""Tiny vision-language models on disk, of the real classes with random weights.
+
+Tests pass `tiny_vision(folder, "llava")` as a user names a model."""
 
 from __future__ import annotations
 
@@ -30,15 +31,15 @@ VISION_FAMILIES = ("llava", "blip", "florence2")
 
 
 def tiny_vision(folder: Path, family: str = "llava") -> Path:
-    """Writes the model into `folder / family` (once) and returns that directory."""
-    place = folder / family
-    if not (place / "model.safetensors").exists():
+    """Write the model to `folder / family` (once); return the folder."""
+    target = folder / family
+    if not (target / "model.safetensors").exists():
         torch.manual_seed(0)
         with errors_only():
             model, processor = {"llava": _llava, "blip": _blip, "florence2": _florence}[family]()
-            model.save_pretrained(place)
-            processor.save_pretrained(place)
-    return place
+            model.save_pretrained(target)
+            processor.save_pretrained(target)
+    return target
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
@@ -52,7 +53,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _llava() -> tuple[Any, Any]:
-    """A language model that is given the picture's patches among its tokens, asked in a chat."""
+    """A language model with the image's patches among its tokens, prompted by a chat."""
     tokenizer = _tokenizer()
     config = transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(**_VISION),
@@ -61,9 +62,9 @@ def _llava() -> tuple[Any, Any]:
     )
     model = transformers.LlavaForConditionalGeneration(config)
     model.generation_config = transformers.GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
-    pictures = transformers.CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    images = transformers.CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     processor = transformers.LlavaProcessor(
-        image_processor=pictures,
+        image_processor=images,
         tokenizer=tokenizer,
         patch_size=14,
         vision_feature_select_strategy="default",
@@ -74,17 +75,17 @@ def _llava() -> tuple[Any, Any]:
 
 
 def _blip() -> tuple[Any, Any]:
-    """A decoder that sees the picture through cross attention, and is asked nothing."""
+    """A decoder with cross attention to the image, without a prompt."""
     tokenizer = _tokenizer()
     text = _TEXT | {"vocab_size": len(tokenizer), "encoder_hidden_size": 16, "projection_dim": 16, "sep_token_id": 2}
     config = transformers.BlipConfig(text_config=text, vision_config=_VISION)
-    pictures = transformers.BlipImageProcessor(size={"height": 28, "width": 28})
-    processor = transformers.BlipProcessor(image_processor=pictures, tokenizer=tokenizer)
+    images = transformers.BlipImageProcessor(size={"height": 28, "width": 28})
+    processor = transformers.BlipProcessor(image_processor=images, tokenizer=tokenizer)
     return transformers.BlipForConditionalGeneration(config), processor
 
 
 def _florence() -> tuple[Any, Any]:
-    """An encoder and a decoder, asked by a task's name."""
+    """An encoder and a decoder, prompted by a task's name."""
     tokenizer = _tokenizer()
     vision = {
         "embed_dim": [8, 8, 16, 16],
@@ -116,10 +117,8 @@ def _florence() -> tuple[Any, Any]:
     config = transformers.Florence2Config(
         vision_config=vision, text_config=text, image_token_id=tokenizer.convert_tokens_to_ids("<image>")
     )
-    pictures = transformers.CLIPImageProcessor(
-        size={"height": 64, "width": 64}, do_center_crop=False, image_seq_length=5
-    )
+    images = transformers.CLIPImageProcessor(size={"height": 64, "width": 64}, do_center_crop=False, image_seq_length=5)
     processor = transformers.Florence2Processor(
-        image_processor=pictures, tokenizer=tokenizer, num_additional_image_tokens=0
+        image_processor=images, tokenizer=tokenizer, num_additional_image_tokens=0
     )
     return transformers.Florence2ForConditionalGeneration(config), processor

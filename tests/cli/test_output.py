@@ -1,4 +1,4 @@
-"""No text of a file reaches a terminal or a page as anything but text."""
+"""Texts of files reach a terminal or a page as text only."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from veneer.files.safetensors import encode_tensors
 from veneer.formats import peft
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202eevil\u2066\x7f\nok      contents   all is well\r[bold red]x[/]"
-ACTING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u2028\u2029]")
+ESCAPES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u2028\u2029]")
 TO_Q = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
 
 
 @pytest.fixture
 def hostile(tmp_path: Path) -> list[Path]:
-    """A file that is read, one that is refused, and a folder, each with texts that act on a terminal."""
+    """A readable file, a refused file and a folder, with texts of escape sequences."""
     metadata = {
         "modelspec.title": EVIL,
         "modelspec.trigger_phrase": EVIL,
@@ -36,7 +36,7 @@ def hostile(tmp_path: Path) -> list[Path]:
         "veneer.card": json.dumps({"base": EVIL, "trigger_words": [EVIL], "licence": EVIL, "created": EVIL}),
     }
     pair = {f"{TO_Q}.lora_down.weight": torch.ones(2, 6), f"{TO_Q}.lora_up.weight": torch.ones(4, 2)}
-    most = {  # a family is claimed by at least half of the names
+    most = {  # a family needs at least half of the names
         f"lora_unet_{block}_1_transformer_blocks_0_attn1_{to}.lora_{side}.weight": torch.ones(*shape)
         for block in [*(f"input_blocks_{n}" for n in (1, 2, 4, 5, 7, 8)), *(f"output_blocks_{n}" for n in range(3, 12))]
         for to in ("to_q", "to_k", "to_v")
@@ -53,15 +53,15 @@ def hostile(tmp_path: Path) -> list[Path]:
 
 
 def checked(command: list[str], code: int, out: str, err: str) -> None:
-    said = out + err
-    assert code in (0, 2), said
-    assert ACTING.search(said) is None, (command, ACTING.search(said), said)
-    assert not re.search(r"^ok +contents +all is well", said, re.M), said
+    text = out + err
+    assert code in (0, 2), text
+    assert ESCAPES.search(text) is None, (command, ESCAPES.search(text), text)
+    assert not re.search(r"^ok +contents +all is well", text, re.M), text
     if "--json" in command and out:
         assert json.loads(out)["card"]["trigger_words"][0].startswith("\x1b]0;owned")
 
 
-def test_a_hostile_file_through_every_command_that_reads_it(hostile, tmp_path, capsys, monkeypatch):
+def test_hostile_file_is_escaped_by_every_command(hostile, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
     for path in hostile:
         for command in (
@@ -97,13 +97,13 @@ def test_a_hostile_file_through_a_process_of_its_own(hostile, tmp_path):
     assert ran.stderr.count("error:") == 1
 
 
-def test_what_it_says_can_be_read(hostile, capsys):
+def test_escaped_output_is_readable(hostile, capsys):
     text = run(capsys, "adapter", "inspect", str(hostile[0])).out
     assert text.splitlines()[0] == "usable"
     assert r"licence      \u001b]0;owned\u0007" in text
 
 
-def test_a_long_list_is_cut_and_shown_whole_when_asked(hostile, capsys):
+def test_long_list_is_cut_unless_all_is_given(hostile, capsys):
     ran = run(capsys, "adapter", "inspect", str(hostile[1]))
     assert ran.code == 2
     assert ran.out.startswith("refused: the adapter cannot be read whole (40 problem(s)):")
@@ -119,11 +119,11 @@ def test_a_long_list_is_cut_and_shown_whole_when_asked(hostile, capsys):
 
 
 @pytest.mark.parametrize("text", ["plain", "ünï 漢字 🙂", "عربي\u200f", "a\tb"])
-def test_what_is_only_text_stays(text):
+def test_plain_text_is_unchanged(text):
     assert shown(text, lines=True) == text
 
 
-def test_a_stream_passes_progress_lines_and_writes_all_else_out():
+def test_stream_passes_progress_lines_only():
     inner = io.StringIO()
     stream = output.Guarded(inner)
     print("\rstep 1\rstep 2\n\x1b[31mred", file=stream, end="")
@@ -131,12 +131,12 @@ def test_a_stream_passes_progress_lines_and_writes_all_else_out():
     assert output.own(stream) is inner  # type: ignore[arg-type]
 
 
-def test_errors_and_their_parts_are_escaped():
+def test_errors_are_escaped():
     assert "\x1b" not in str(VeneerError("a\x1b", where="b\x9b", fix="c\u202e"))
     assert "\x1b" not in output.error_text(AdapterError("a\x1b\nb", where="w\x1b", fix="f\x1b"))
 
 
-def test_runs_and_reports_show_texts_as_texts():
+def test_console_and_report_escape_text():
     from rich.console import Console
 
     from veneer.train.events import Note
@@ -145,8 +145,8 @@ def test_runs_and_reports_show_texts_as_texts():
 
     seen = io.StringIO()
     ConsoleView(Console(file=seen, force_terminal=True, color_system=None, width=300))(Note(text=EVIL))
-    assert ACTING.search(seen.getvalue()) is None
+    assert ESCAPES.search(seen.getvalue()) is None
     assert "[bold red]x[/]" in seen.getvalue()
     page = render_page(Page(title=EVIL, facts=[(EVIL, "<script>")], records=[{"event": "note", "text": EVIL}]))
-    assert ACTING.search(page) is None
+    assert ESCAPES.search(page) is None
     assert "<script>" not in page
