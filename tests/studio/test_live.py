@@ -62,6 +62,17 @@ def test_change_is_described_then_applied_and_shown_to_others(studio: StudioServ
     assert targets(store) == {"support@1": 90, "support@2": 10}
 
 
+def test_removed_route_can_be_created_again(studio: StudioServer, store: Store) -> None:
+    routes.set_route(store, "again", [("support@1", 1)], who="test")
+    routes.remove_route(store, "again", who="test")
+    with open_page(f"{studio.address}/studio/live") as page:
+        page.fill("Name", "again")
+        page.press("Create route")
+        page.until("again is live")
+    assert dict(store.look().routes["", "again"].targets) == {studio.base.name: 100}
+    routes.remove_route(store, "again", who="test")
+
+
 def test_linked_version_is_proposed_as_a_canary(studio: StudioServer, store: Store) -> None:
     routes.set_route(store, "parcels", [("support@2", 100)], who="test")
     for name in ("support@1", "acme/tone@1"):

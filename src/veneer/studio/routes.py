@@ -9,6 +9,7 @@ import asyncio
 import json
 import shlex
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -52,7 +53,8 @@ class RouteForm:
     ) -> None:
         self.page, self.store, self.refresh, self.route = page, store, refresh, route
         self.weights: dict[str, int] = {}
-        with box("section", "panel route", aria_label=f"Route {route.name}" if route else "New route") as self.panel:
+        label = f"Route {route.name}" if route else "New route"
+        with box("section", "panel stack route", aria_label=label) as self.panel:
             if route is None:
                 self.name = form_field("Name", "", _operate(self.describe), hint="support", max_length=120)
             else:
@@ -183,18 +185,17 @@ class RouteForm:
         planned, check = self._planned(), self.page.studio.service.catalog.check
         if self.route is None and (ALL, planned.name) in self.store.settings.routes:
             raise ConfigError(f"the route {planned.name} exists already", fix="change its weights above")
-        await asyncio.to_thread(
-            routes.set_route,
-            self.store,
-            planned.name,
-            planned.targets,
-            tenant=planned.tenant,
-            shadow=planned.shadow,
-            fraction=planned.fraction,
-            who=WHO,
-            check=check,
-            from_move=self.route.move if self.route else 0,
-        )
+        options: dict[str, Any] = {"tenant": planned.tenant, "shadow": planned.shadow, "fraction": planned.fraction}
+
+        def apply() -> None:
+            move = self.route.move if self.route else 0
+            if self.route is None:
+                with suppress(ConfigError), reading(self.store.engine) as c:  # a removed route has revisions
+                    move = routes.route_history(c, planned.name, limit=1)[0]["move"]
+            options.update(who=WHO, check=check, from_move=move)
+            routes.set_route(self.store, planned.name, planned.targets, **options)
+
+        await asyncio.to_thread(apply)
         self.page.set_query(ref=None)
         if self.route is None:
             self.name.set_value("")
