@@ -79,16 +79,16 @@ def shell(
 
 
 @pytest.fixture
-def asked(studio: StudioServer, tiny: tuple[Path, Path], tmp_path: Path) -> Iterator[str]:
+def prompted(studio: StudioServer, tiny: tuple[Path, Path], tmp_path: Path) -> Iterator[str]:
     """An adapter whose card has a prompt."""
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "It's where?"}]
-    saved(load_text(str(tiny[0])), tmp_path / "asked", 7, extra={"sample": {"messages": messages}})
+    saved(load_text(str(tiny[0])), tmp_path / "prompted", 7, extra={"sample": {"messages": messages}})
     with open_library(tiny[1]) as library:
-        reference = library.add(tmp_path / "asked", "asked").version.reference
+        reference = library.add(tmp_path / "prompted", "prompted").version.reference
     wait_for(lambda: httpx.get(f"{studio.address}/studio/compare?c={reference}").status_code == 200)
     yield reference
     with open_library(tiny[1]) as library:
-        for version in library.search(name="asked", all_versions=True):
+        for version in library.search(name="prompted", all_versions=True):
             library.remove(version.reference, with_aliases=True)
 
 
@@ -99,18 +99,18 @@ def test_library_commands_run(studio: StudioServer, shell: Shell) -> None:
     assert len(shell.ran) == 3
 
 
-def test_adapter_commands_run(studio: StudioServer, asked: str, shell: Shell) -> None:
-    with open_page(f"{studio.address}/studio/adapter?ref={asked}") as page:
+def test_adapter_commands_run(studio: StudioServer, prompted: str, shell: Shell) -> None:
+    with open_page(f"{studio.address}/studio/adapter?ref={prompted}") as page:
         assert [each.split()[1] for each in shell.run_new(page, 2)] == ["generate", "library"]
         for kind, word in (("alias", "spare"), ("tag", "parcels")):
             page.fill(f"New {kind}", word)
-            assert shell.run_new(page) == [f"veneer library {kind} {asked} {word}"]
+            assert shell.run_new(page) == [f"veneer library {kind} {prompted} {word}"]
         page.press("Remove…")
-        assert shell.run_new(page) == [f"veneer library remove {asked} --with-aliases"]
+        assert shell.run_new(page) == [f"veneer library remove {prompted} --with-aliases"]
 
 
-def test_compare_commands_run(studio: StudioServer, asked: str, shell: Shell) -> None:
-    link = f"compare?c={asked}&c=support%401%3A0.5%2B{asked}%3A0.5&m=3"
+def test_compare_commands_run(studio: StudioServer, prompted: str, shell: Shell) -> None:
+    link = f"compare?c={prompted}&c=support%401%3A0.5%2B{prompted}%3A0.5&m=3"
     with open_page(f"{studio.address}/studio/{link}") as page:
         assert [shlex.split(each)[2] for each in shell.run_new(page, 3)] == 3 * ["It's where?"]
         page.press("Ask")
@@ -141,12 +141,12 @@ def test_run_commands_run(studio: StudioServer, tiny: tuple[Path, Path], tmp_pat
 
 def test_train_commands_run(studio: StudioServer, tiny: tuple[Path, Path], tmp_path: Path, shell: Shell) -> None:
     with open_page(f"{studio.address}/studio/train") as page:
-        page.fill(OTHER, f"data.train={parcel_rows(tmp_path)}\nschedule.steps=40\noutput=runs/told")
+        page.fill(OTHER, f"data.train={parcel_rows(tmp_path)}\nschedule.steps=40\noutput=runs/planned")
         found = shell.run_new(page, 2)
     assert [each.split()[1:3] for each in found] == [["jobs", "submit"], ["data", "show"]]
     with open_library(tiny[1]) as library:
         store = JobStore(library)
-        (job,) = [each for each in store.jobs(None, limit=20)[0] if each.name == "told"]
+        (job,) = [each for each in store.jobs(None, limit=20)[0] if each.name == "planned"]
         assert job.config["checkpoint"] == {"adapters": True, "every": 5}
         store.cancel(None, job.id)
 

@@ -63,16 +63,16 @@ def test_queued_run_publishes_checkpoints(studio: StudioServer, tmp_path: Path, 
     with open_page(f"{studio.address}/studio/train") as page:
         page.press("Start")
         page.until("this run cannot start yet")
-        for label, value in {"File of rows": str(file), "Steps": "40", "Name": "asked"}.items():
+        for label, value in {"File of rows": str(file), "Steps": "40", "Name": "parcels"}.items():
             page.fill(label, value)
         page.until("read as prompt-completion")
         for _ in range(3):  # repeated clicks
             page.press("Start")
-        page.until("asked is queued")
+        page.until("parcels is queued")
     assert "this run cannot start" not in studio.log.read_text(), "a user's error is not logged"
     job, *before = store.jobs(None, limit=5)[0]
-    assert "asked" not in [each.name for each in before]
-    assert (job.name, job.state, job.steps) == ("asked", "queued", 40)
+    assert "parcels" not in [each.name for each in before]
+    assert (job.name, job.state, job.steps) == ("parcels", "queued", 40)
     assert job.config["checkpoint"] == {"adapters": True, "every": 5}
     assert job.config["evaluation"] == {"every": 5}
 

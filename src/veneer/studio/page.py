@@ -10,7 +10,7 @@ A view is an async function in its own file, which draws into the given page:
         Command(command("generate", prompt))
         page.start_task(ask())                             background task; ends when the view is left
 
-and a row of `VIEWS` in build.py: path, title, shortcut letter after `g`, and required permission.
+and a row of `views` in build.py: path, title, shortcut letter after `g`, and required permission.
 
     elements      only elements.py (`box`, `line`, `button`, `form_field`, `Fragment`, `dialog`, `confirm` …):
                   never `ui.…`, `.props(`, `.style(`, `run_javascript` in a view; a test checks this

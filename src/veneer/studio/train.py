@@ -70,11 +70,13 @@ async def train_view(page: ViewPage) -> None:
     studio = page.studio
     page.title("Train", "Choose rows of questions and answers, check them, and start a run.")
     page.when_loaded(lambda: page.reload() if studio.makes_images else None)
-    if studio.queue is not None and not studio.makes_images:
-        await draw_upload_form(page, studio.queue)
-    elif not page.caller.can("operate"):
-        line("This server does not train on uploaded rows; its operator can start it with --train.", "soft")
     form = _ServerForm(page) if page.caller.can("operate") else None
+    if studio.queue is not None and not studio.makes_images:
+        if form is not None:
+            heading("From an uploaded file")
+        await draw_upload_form(page, studio.queue)
+    elif form is None:
+        line("This server does not train on uploaded rows; its operator can start it with --train.", "soft")
     await _draw_runs(page)
     if form is not None:
         page.start_task(form.changed())
