@@ -75,28 +75,6 @@ def test_hostile_file_is_escaped_by_every_command(hostile, tmp_path, capsys, mon
             checked([*command, str(path)], ran.code, ran.out, ran.err)
 
 
-EACH = """
-import sys
-from veneer.cli.main import main
-for path in sys.argv[1:]:
-    try:
-        main(["adapter", "inspect", path])
-    except SystemExit as end:
-        if end.code not in (0, 2):
-            raise
-"""
-
-
-def test_a_hostile_file_through_a_process_of_its_own(hostile, tmp_path):
-    env = os.environ | {"VENEER_HOME": str(tmp_path / "home"), "NO_COLOR": "1"}
-    command = [sys.executable, "-c", EACH, *map(str, hostile)]
-    ran = subprocess.run(command, capture_output=True, text=True, env=env)
-    checked(command, ran.returncode, ran.stdout, ran.stderr)
-    assert ran.stdout.count("usable") == 1
-    assert ran.stdout.count("refused:") == 1
-    assert ran.stderr.count("error:") == 1
-
-
 def test_escaped_output_is_readable(hostile, capsys):
     text = run(capsys, "adapter", "inspect", str(hostile[0])).out
     assert text.splitlines()[0] == "usable"
