@@ -39,38 +39,38 @@ def similar(metric: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("operation", "text", "want", "value"),
+    ("operation", "text", "expected", "value"),
     [
         ("eq", "Cat", "Cat", 1), ("eq", "cat", "Cat", 0), ("ne", "cat", "Cat", 1), ("ne", "Cat", "Cat", 0),
         ("like", "a Cat!", "Cat", 1), ("like", "a cat!", "Cat", 0), ("ilike", "a cat!", "Cat", 1),
         ("ilike", "dog", "Cat", 0),
     ],
 )  # fmt: skip
-def test_string_check(operation: str, text: str, want: str, value: float) -> None:
-    assert grade(check(operation), text, {"want": want}) == Grade(value)
+def test_string_check(operation: str, text: str, expected: str, value: float) -> None:
+    assert grade(check(operation), text, {"want": expected}) == Grade(value)
 
 
 words = st.lists(st.sampled_from(["the", "cat", "sat", "on", "a", "mat"]), min_size=1, max_size=9).map(" ".join)
 
 
 @given(words, words)
-def test_text_similarity_equals_the_packages(text: str, want: str) -> None:
+def test_text_similarity_equals_the_packages(text: str, reference: str) -> None:
     expected = {
-        "bleu": sacrebleu.sentence_bleu(text, [want]).score / 100,
-        "gleu": sentence_gleu([want.split()], text.split()),
-        **{f"rouge_{n}": RougeScorer([f"rouge{n}"]).score(want, text)[f"rouge{n}"].fmeasure for n in (1, 2, 5)},
-        "rouge_l": RougeScorer(["rougeL"]).score(want, text)["rougeL"].fmeasure,
+        "bleu": sacrebleu.sentence_bleu(text, [reference]).score / 100,
+        "gleu": sentence_gleu([reference.split()], text.split()),
+        **{f"rouge_{n}": RougeScorer([f"rouge{n}"]).score(reference, text)[f"rouge{n}"].fmeasure for n in (1, 2, 5)},
+        "rouge_l": RougeScorer(["rougeL"]).score(reference, text)["rougeL"].fmeasure,
     }
     for metric, value in expected.items():
-        assert grade(similar(metric), text, {"want": want}).value == pytest.approx(value), metric
+        assert grade(similar(metric), text, {"want": reference}).value == pytest.approx(value), metric
     assert grade(similar("fuzzy_match"), text, {"want": text}).value == 1
 
 
 def test_texts_over_the_limit_are_not_compared() -> None:
     for metric in ("rouge_l", "fuzzy_match", "bleu"):
-        found = grade(similar(metric), "x" * 65_537, {"want": "x"})
-        assert found.value is None
-        assert "up to 65,536 characters" in found.errors["too_large"]
+        result = grade(similar(metric), "x" * 65_537, {"want": "x"})
+        assert result.value is None
+        assert "up to 65,536 characters" in result.errors["too_large"]
     assert (
         "more than"
         in grade(check("eq", reference="{{ item.want }}" * 100), "", {"want": "x" * 20_000}).errors["too_large"]
@@ -111,9 +111,9 @@ def test_score_model(reply: Reply, value: float | None, error: str | None) -> No
         asked.extend(questions)
         return [reply] * len(questions)
 
-    found = grade(SCORE, "this", {"want": "taste"}, ask)
-    assert found.value == value
-    assert list(found.errors) == ([error] if error else [])
+    result = grade(SCORE, "this", {"want": "taste"}, ask)
+    assert result.value == value
+    assert list(result.errors) == ([error] if error else [])
     assert "Rate this for taste" in asked[0].messages[-1]["content"]
     assert "from 0 to 10" in asked[0].messages[0]["content"]
     assert asked[0].form["properties"]["result"] == {"type": "number", "minimum": 0, "maximum": 10}
@@ -127,9 +127,9 @@ def test_score_model_needs_a_model() -> None:
 def test_python() -> None:
     source = "import math\ndef grade(sample, item):\n    return math.sqrt(item['n']) + len(sample['output_text'])\n"
     assert grade({"type": "python", "source": source}, "abc", {"n": 4}) == Grade(5.0)
-    found = grade({"type": "python", "source": source}, "abc", {"n": -1})
-    assert found.value is None
-    assert "line 3 of source: ValueError" in found.errors["python_grader_runtime_error"]
+    result = grade({"type": "python", "source": source}, "abc", {"n": -1})
+    assert result.value is None
+    assert "line 3 of source: ValueError" in result.errors["python_grader_runtime_error"]
     broken = grade({"type": "python", "source": "import no_such_package\ndef grade(s, i): return 1"}, "x")
     assert "no_such_package" in broken.errors["python_grader_runtime_error"]
 
@@ -148,19 +148,19 @@ def multi(formula: str, **graders: Any) -> dict[str, Any]:
     ],
 )  # fmt: skip
 def test_multi_is_its_formula(formula: str) -> None:
-    found = grade(multi(formula), "xy", {"want": "xz"})
-    assert found.parts == {"a": 0, "b": 0.5}
+    result = grade(multi(formula), "xy", {"want": "xz"})
+    assert result.parts == {"a": 0, "b": 0.5}
     names = {name: getattr(math, name) for name in ("floor", "ceil", "exp", "sqrt", "log")}
-    assert found.value == pytest.approx(eval(formula.replace("^", "**"), names | found.parts))
+    assert result.value == pytest.approx(eval(formula.replace("^", "**"), names | result.parts))
 
 
 def test_multi_reports_missing_values() -> None:
-    found = grade(multi("a / (b - b)"), "x", {"want": "x"})
-    assert (found.value, found.parts) == (None, {"a": 1, "b": 1})
-    assert "other_error" in found.errors
-    found = grade(multi("a + b"), "x", {"wanted": "x"})
-    assert found.value is None
-    assert found.errors["invalid_variable_error"].startswith("a: item.want")
+    result = grade(multi("a / (b - b)"), "x", {"want": "x"})
+    assert (result.value, result.parts) == (None, {"a": 1, "b": 1})
+    assert "other_error" in result.errors
+    result = grade(multi("a + b"), "x", {"wanted": "x"})
+    assert result.value is None
+    assert result.errors["invalid_variable_error"].startswith("a: item.want")
 
 
 def test_single_grader_in_multi_gets_its_own_name() -> None:
@@ -171,16 +171,16 @@ def test_single_grader_in_multi_gets_its_own_name() -> None:
 def test_a_bad_answer_scores_zero_and_a_bad_row_nothing() -> None:
     own = check("eq", input="{{ sample.output_json.total }}")
     assert grade(own, '{"total": 3}', {"want": "3"}).value == 1
-    found = grade(own, "no json", {"want": "3"})
-    assert found.value == 0
-    assert "sample_parse_error" in found.errors
-    found = grade(own, '{"total": 3}', {})
-    assert found.value is None
-    assert "invalid_variable_error" in found.errors
+    result = grade(own, "no json", {"want": "3"})
+    assert result.value == 0
+    assert "sample_parse_error" in result.errors
+    result = grade(own, '{"total": 3}', {})
+    assert result.value is None
+    assert "invalid_variable_error" in result.errors
 
 
 @pytest.mark.parametrize(
-    ("grader", "said"),
+    ("grader", "message"),
     [
         ({}, "a grader needs a type"), ({"type": "string_chek"}, "did you mean string_check?"),
         ({**check("eq"), "operation": "is"}, "'eq', 'ne', 'like' or 'ilike'"), (check("eq", extra=1), "grader.extra"),
@@ -194,19 +194,19 @@ def test_a_bad_answer_scores_zero_and_a_bad_row_nothing() -> None:
         (multi("a", a={"type": "label_model", "name": "a"}), "label_model"),
     ],
 )  # fmt: skip
-def test_invalid_graders_are_refused_before_running(grader: dict[str, Any], said: str) -> None:
+def test_invalid_graders_are_refused_before_running(grader: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_grader({"name": "it", **grader} if grader else grader)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_huge_formulas_are_bounded() -> None:
     for formula in ("(" * 200 + "a" + ")" * 200, "-" * 900 + "a", "9" * 500):
         try:
-            found = grade(multi(formula), "x", {"want": "x"})
+            result = grade(multi(formula), "x", {"want": "x"})
         except ConfigError:
             continue
-        assert found.value is None or math.isfinite(found.value)
+        assert result.value is None or math.isfinite(result.value)
     assert grade(multi("10 ^ 10 ^ 10"), "x", {"want": "x"}).value is None
 
 
@@ -231,5 +231,5 @@ def test_score_model_on_a_server_respects_patience() -> None:
 
 
 def test_grader_round_trips_through_json() -> None:
-    given = {"name": "it", **multi("a + b"), "graders": {"a": check("eq", name="a"), "b": {**SCORE, "name": "b"}}}
-    assert json.loads(parse_grader(given).model_dump_json(exclude_unset=True)) == given
+    grader = {"name": "it", **multi("a + b"), "graders": {"a": check("eq", name="a"), "b": {**SCORE, "name": "b"}}}
+    assert json.loads(parse_grader(grader).model_dump_json(exclude_unset=True)) == grader

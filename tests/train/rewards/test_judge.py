@@ -102,7 +102,7 @@ def test_json_scores_are_scaled_to_the_range() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "value"),
+    ("message", "value"),
     [
         ("7", 0.7), ("Score: **4**", 0.4), ("0", 0), ("7, that is 7.0", 0.7), ('{"score": 6}', 0.6),
         ("I would say 3, no: 8.5.", None), ("2/10", None), ("80%", None), ("-1", None), ("\u22123", None),
@@ -111,8 +111,8 @@ def test_json_scores_are_scaled_to_the_range() -> None:
         ("1,5", None), ("fine", None),
     ],
 )  # fmt: skip
-def test_exactly_one_number_is_a_score(said: str, value: float | None) -> None:
-    (score,) = judged(None, "x", ask=lambda questions: [Reply(said)] * len(questions))
+def test_exactly_one_number_is_a_score(message: str, value: float | None) -> None:
+    (score,) = judged(None, "x", ask=lambda questions: [Reply(message)] * len(questions))
     assert score.value == value
     assert bool(score.error) == (value is None)
 
@@ -149,15 +149,15 @@ def test_refused_question_changes_no_other() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "error"),
+    ("message", "error"),
     [
         (completion("fine"), "no number"), (completion("11"), "outside 0 to 10"), (completion("-1"), "outside 0 to 10"),
         (completion(None, "I will not"), "I will not"), (completion(""), "is empty"), ((200, {"x": 1}), "no chat"),
         ((400, {"error": {"message": "too long", "param": "messages"}}), "too long"),
     ],
 )  # fmt: skip
-def test_unusable_reply_has_no_score(said: tuple[int, Any], error: str) -> None:
-    with serving(lambda body, n: said if "bad" in body["messages"][0]["content"] else completion("5")) as server:
+def test_unusable_reply_has_no_score(message: tuple[int, Any], error: str) -> None:
+    with serving(lambda body, n: message if "bad" in body["messages"][0]["content"] else completion("5")) as server:
         bad, fine = judged(server, "bad", "good")
     assert bad.value is None
     assert error in bad.error

@@ -29,16 +29,16 @@ def test_reasoning_gym_scores_as_it_does(task: str) -> None:
     made = factory.create_dataset(task, seed=3, size=4)
     for record, entry in zip(records, made, strict=True):
         assert record.values["prompt"] == entry["question"]
-        wanted = str(entry["answer"])
-        said = [
-            "<answer>0</answer> no: <answer> " + wanted + " </answer>",
-            wanted,
+        expected = str(entry["answer"])
+        message = [
+            "<answer>0</answer> no: <answer> " + expected + " </answer>",
+            expected,
             "<answer>7</answer>",
             "",
-            wanted + "!",
+            expected + "!",
         ]
-        final: list[Any] = [wanted, wanted, "7", "", wanted + "!"]
-        scores = judged(ReasoningGymReward(kind="reasoning_gym"), dict(record.values), *said)
+        final: list[Any] = [expected, expected, "7", "", expected + "!"]
+        scores = judged(ReasoningGymReward(kind="reasoning_gym"), dict(record.values), *message)
         assert [s.value for s in scores] == [made.score_answer(text, entry) for text in final]
         assert [s.parts["found"] for s in scores] == [1, 0, 1, 0, 0]
 

@@ -18,7 +18,7 @@ def answers(*texts: str) -> list[Answer]:
 
 
 def giving(*values: float | None) -> Callable[[Sequence[Answer]], list[RewardScore]]:
-    return lambda asked: [RewardScore(v, "" if v is not None else "it broke", {"half": (v or 0) / 2}) for v in values]
+    return lambda prompts: [RewardScore(v, "" if v is not None else "it broke", {"half": (v or 0) / 2}) for v in values]
 
 
 numbers = st.lists(st.tuples(st.floats(-9, 9), st.floats(-9, 9)), min_size=1, max_size=5)
@@ -87,10 +87,10 @@ def test_constant_groups_are_counted() -> None:
     rewards = [NamedReward("a", giving(1, 1, 0, 1, None, 2)), NamedReward("b", giving(0, 0, 5, 5, 7, 7))]
     with Rewards(rewards) as summed:
         judged = summed.judge(answers(*"uvwxyz"))
-    found = reward_findings(judged, [0, 0, 1, 1, 2, 2])
-    assert (found["groups"], found["constant_groups"]) == (3, 2)  # the third has one answer that was judged
-    assert found["constant_share"] == 2 / 3
-    assert (found["constant_a"], found["constant_b"]) == (0, 1)
+    actual = reward_findings(judged, [0, 0, 1, 1, 2, 2])
+    assert (actual["groups"], actual["constant_groups"]) == (3, 2)  # the third has one answer that was judged
+    assert actual["constant_share"] == 2 / 3
+    assert (actual["constant_a"], actual["constant_b"]) == (0, 1)
 
 
 def test_missing_column_names_the_nearest() -> None:

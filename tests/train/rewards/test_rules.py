@@ -24,7 +24,7 @@ def judged(entry: dict[str, Any], text: str, row: dict[str, Any] | None = None, 
 
 
 @pytest.mark.parametrize(
-    ("text", "wanted", "value"),
+    ("text", "expected", "value"),
     [
         (" yes\n", "yes", 1), ("Yes", "yes", 0), ('{"b": 1, "a": 2}', '{"a":2,"b":1}', 1), ("[1]", [1], 1),
         ("[true]", "[1]", 0), ("12", 12, 1), ("", "", 1), ('{"total": 12.0}', '{"total": 12}', 1),
@@ -33,14 +33,14 @@ def judged(entry: dict[str, Any], text: str, row: dict[str, Any] | None = None, 
         ("null", None, 1), ("what", None, 0), ("[" * 900 + "1.0" + "]" * 900, "[" * 900 + "1" + "]" * 900, 1),
     ],
 )  # fmt: skip
-def test_exact_match(text: str, wanted: Any, value: float) -> None:
-    assert judged({"kind": "exact_match"}, text, {"answer": wanted}).value == value
-    assert judged({"kind": "exact_match", "column": "it"}, text, {"it": wanted}).value == value
+def test_exact_match(text: str, expected: Any, value: float) -> None:
+    assert judged({"kind": "exact_match"}, text, {"answer": expected}).value == value
+    assert judged({"kind": "exact_match", "column": "it"}, text, {"it": expected}).value == value
 
 
 def test_exact_match_without_regard_to_case() -> None:
-    for text, wanted in (("STRASSE", "straße"), ("12.0", 12), ('{"A": 1.0}', {"a": 1}), ("True", True)):
-        assert judged({"kind": "exact_match", "ignore_case": True}, text, {"answer": wanted}).value == 1
+    for text, expected in (("STRASSE", "straße"), ("12.0", 12), ('{"A": 1.0}', {"a": 1}), ("True", True)):
+        assert judged({"kind": "exact_match", "ignore_case": True}, text, {"answer": expected}).value == 1
 
 
 schemas: list[Any] = [
@@ -57,13 +57,13 @@ def test_schema_agrees_with_jsonschema(schema: Any, value: Any) -> None:
     row = {"form": schema}
     assert judged({"kind": "json_schema", "column": "form"}, json.dumps(value), row).value == allowed
     if isinstance(schema, dict):
-        found = judged({"kind": "json_schema", "json_schema": schema}, json.dumps(value))
-        assert (found.value, found.parts) == (allowed, {"json": 1})
+        score = judged({"kind": "json_schema", "json_schema": schema}, json.dumps(value))
+        assert (score.value, score.parts) == (allowed, {"json": 1})
 
 
 def test_non_json_fails_every_schema() -> None:
-    found = judged({"kind": "json_schema", "json_schema": {}}, "sure: {}")
-    assert (found.value, found.parts) == (0, {"json": 0})
+    score = judged({"kind": "json_schema", "json_schema": {}}, "sure: {}")
+    assert (score.value, score.parts) == (0, {"json": 0})
 
 
 @pytest.mark.parametrize("schema", [{"type": "objekt"}, {"properties": 3}])
@@ -83,9 +83,9 @@ def test_invalid_schema_stops_the_run(schema: dict[str, Any]) -> None:
     ],
 )
 def test_endless_schema_has_no_score(schema: Any, text: str, why: str) -> None:
-    found = judged({"kind": "json_schema", "json_schema": schema}, text)
-    assert found.value is None
-    assert why in found.error
+    score = judged({"kind": "json_schema", "json_schema": schema}, text)
+    assert score.value is None
+    assert why in score.error
 
 
 def test_schema_references_fetch_nothing() -> None:
@@ -94,18 +94,20 @@ def test_schema_references_fetch_nothing() -> None:
 
 
 def test_the_share_of_fields() -> None:
-    wanted = {"a": 1, "b": "x", "c": [1, 2], "d": True}
-    found = judged({"kind": "json_fields"}, '{"c": [1, 2], "a": 1.5, "b": "x", "d": 1}', {"answer": json.dumps(wanted)})
-    assert (found.value, found.parts) == (0.5, {"a": 0, "b": 1, "c": 1, "d": 0})
-    found = judged({"kind": "json_fields"}, '{"total": 12.0}', {"answer": '{"total": 12}'})
-    assert (found.value, found.parts) == (1, {"total": 1})
-    found = judged({"kind": "json_fields", "fields": ("b",)}, '{"b": "x"}', {"answer": wanted})
-    assert (found.value, found.parts) == (1, {"b": 1})
-    assert judged({"kind": "json_fields"}, "none", {"answer": wanted}).value == 0
+    expected = {"a": 1, "b": "x", "c": [1, 2], "d": True}
+    score = judged(
+        {"kind": "json_fields"}, '{"c": [1, 2], "a": 1.5, "b": "x", "d": 1}', {"answer": json.dumps(expected)}
+    )
+    assert (score.value, score.parts) == (0.5, {"a": 0, "b": 1, "c": 1, "d": 0})
+    score = judged({"kind": "json_fields"}, '{"total": 12.0}', {"answer": '{"total": 12}'})
+    assert (score.value, score.parts) == (1, {"total": 1})
+    score = judged({"kind": "json_fields", "fields": ("b",)}, '{"b": "x"}', {"answer": expected})
+    assert (score.value, score.parts) == (1, {"b": 1})
+    assert judged({"kind": "json_fields"}, "none", {"answer": expected}).value == 0
     with pytest.raises(DataError, match="is not one"):
         judged({"kind": "json_fields"}, "{}", {"answer": "[1]"})
     with pytest.raises(DataError, match="needs the key z"):
-        judged({"kind": "json_fields", "fields": ("z",)}, "{}", {"answer": wanted})
+        judged({"kind": "json_fields", "fields": ("z",)}, "{}", {"answer": expected})
 
 
 @pytest.mark.parametrize(
@@ -126,9 +128,9 @@ def test_regular_expressions(more: dict[str, Any], text: str, row: dict[str, Any
 
 
 def test_endless_pattern_has_no_score() -> None:
-    found = judged({"kind": "regex", "pattern": "^(a|aa)+$"}, "a" * 200 + "b")
-    assert found.value is None
-    assert "took longer" in found.error
+    score = judged({"kind": "regex", "pattern": "^(a|aa)+$"}, "a" * 200 + "b")
+    assert score.value is None
+    assert "took longer" in score.error
 
 
 @given(st.integers(0, 60), st.integers(0, 20), st.integers(0, 20), st.integers(0, 20))

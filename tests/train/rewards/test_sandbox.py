@@ -297,8 +297,8 @@ def test_source_leaving_a_process_is_refused(sandbox: Sandbox) -> None:
 @pytest.mark.parametrize("way", ["together", "shared", "files"])
 def test_memory_is_limited_over_all_processes_and_files(function: LimitedFunction, way: str) -> None:
     began = time.monotonic()
-    found = attack(function, way)
-    assert found.error == "its processes used more than 0.1 GB in total"
+    score = attack(function, way)
+    assert score.error == "its processes used more than 0.1 GB in total"
     assert time.monotonic() - began < 15
     assert attack(function, "well").value == 1
 
@@ -349,13 +349,13 @@ def test_sandbox_ends_with_a_killed_server(sandbox: Sandbox) -> None:
     server = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE)
     assert server.stdout.readline() == b"ready\n"
     end = time.monotonic() + 20
-    while len(found := psutil.Process(server.pid).children(recursive=True)) < 3:  # bubblewrap, its init, the function
+    while len(actual := psutil.Process(server.pid).children(recursive=True)) < 3:  # bubblewrap, its init, the function
         assert time.monotonic() < end
         time.sleep(0.05)
     server.kill()
     server.wait()
     server.stdout.close()
-    while any(works(process) for process in found):
+    while any(works(process) for process in actual):
         assert time.monotonic() < end
         time.sleep(0.05)
 
@@ -371,9 +371,9 @@ def either(request: pytest.FixtureRequest) -> Iterator[LimitedFunction]:
 
 
 def test_forged_answers_are_refused(either: LimitedFunction) -> None:
-    found = attack(either, "forges")
-    assert found.value is None
-    assert "wrote to the channel of its answers" in found.error
+    score = attack(either, "forges")
+    assert score.value is None
+    assert "wrote to the channel of its answers" in score.error
     assert attack(either, "well", n=3).value == 3
 
 
@@ -419,11 +419,11 @@ def test_a_job_grader_runs_only_in_a_sandbox(untried: None, monkeypatch: pytest.
 
 @linux
 def test_bubblewrap_errors_are_reported(untried: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    said = "bwrap: No permissions to create new namespace"
-    (tmp_path / "bwrap").write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")
+    message = "bwrap: No permissions to create new namespace"
+    (tmp_path / "bwrap").write_text(f"#!/bin/sh\necho '{message}' >&2\nexit 1\n")
     (tmp_path / "bwrap").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    with pytest.raises(ResourceError, match=said):
+    with pytest.raises(ResourceError, match=message):
         working_sandbox()
 
 

@@ -44,15 +44,15 @@ def test_non_json_answer_has_no_output_json() -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "said"),
+    ("template", "message"),
     [
         ("{{ items.x }}", "did you mean item?"), ("{{ sample.output_txt }}", "did you mean output_text?"),
         ("{{ item }}", "a path is meant"), ("{{ item.x | upper }}", "a path is meant"), ("{{ 1 + 1 }}", "neither"),
         ("{{ item.x ", "no matching }}"),
     ],
 )  # fmt: skip
-def test_invalid_templates_are_described(template: str, said: str) -> None:
-    assert said in template_problem(template)
+def test_invalid_templates_are_described(template: str, message: str) -> None:
+    assert message in template_problem(template)
 
 
 def test_braces_without_an_end_take_linear_time() -> None:

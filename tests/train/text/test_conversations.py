@@ -55,15 +55,15 @@ def held(
     text = base.tokenizer.apply_chat_template(list(PROMPT), tokenize=False, add_generation_prompt=True)
     ids = tuple(base.tokenizer(text, add_special_tokens=False)["input_ids"])
     how = SamplingParams(most, grammar=("regex", "[a-z]{3}"))
-    asked = [CompletionRequest(ids, seed, how) for seed in range(len(rows))]
+    requests = [CompletionRequest(ids, seed, how) for seed in range(len(rows))]
     with (
         attach(base.model) as attachment,
         live_sampler(base, attachment, SamplerSettings(rows=4)) as sampler,
         LimitedFunction("reply", file=str(shared / "reply.py")) as environment,
     ):
         conversing = ConversationSampler(sampler, Renderer(base.tokenizer), environment, turns)
-        found = conversing.draw(asked, [Answer(PROMPT, "", row) for row in rows], lambda: False)
-    return found
+        actual = conversing.draw(requests, [Answer(PROMPT, "", row) for row in rows], lambda: False)
+    return actual
 
 
 def test_conversation_tokens_equal_the_template(base: TextBase, shared: Path) -> None:
@@ -122,9 +122,9 @@ def run(base: TextBase, shared: Path, output: Path, prompts: str = "prompts.json
 
 
 def test_run_on_conversations_has_no_mismatch(base: TextBase, shared: Path, tmp_path: Path) -> None:
-    found = run(base, shared, tmp_path)
-    assert [x["gap_max"] for x in found] == [0.0, 0.0]
-    assert all(8 < x["answer_tokens"] <= 3 * 4 for x in found)  # three turns of three letters, and their ends
+    metrics = run(base, shared, tmp_path)
+    assert [x["gap_max"] for x in metrics] == [0.0, 0.0]
+    assert all(8 < x["answer_tokens"] <= 3 * 4 for x in metrics)  # three turns of three letters, and their ends
 
 
 def test_failing_environment_stops_the_run_with_its_reason(base: TextBase, shared: Path, tmp_path: Path) -> None:

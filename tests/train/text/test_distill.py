@@ -73,8 +73,8 @@ def test_divergences_and_gradients_equal_float64_by_hand(base: TextBase, directi
         len(places), 384 + 16, generator=torch.Generator().manual_seed(1)
     )  # a vocabulary that is padded
     x = hidden.clone().requires_grad_()
-    found = compared_logits(model, x, lambda part: theirs[part], lambda a, b, _: divergences(a, b, direction))
-    (found.sum()).backward()
+    actual = compared_logits(model, x, lambda part: theirs[part], lambda a, b, _: divergences(a, b, direction))
+    (actual.sum()).backward()
 
     # by hand: the model's own logits of each row alone, in float64, place by place
     rows = [model(input_ids=row[None]).logits[0] for row in ids.split(lengths)]
@@ -82,12 +82,12 @@ def test_divergences_and_gradients_equal_float64_by_hand(base: TextBase, directi
     assert torch.allclose(head_logits(model, hidden).double(), own, atol=1e-5)
     y = hidden.double().requires_grad_()
     by_hand = []
-    for place, other in zip(y @ model.get_output_embeddings().weight.double().T, theirs.double(), strict=True):
-        p, q = place.exp() / place.exp().sum(), other[:384].exp() / other[:384].exp().sum()
+    for folder, other in zip(y @ model.get_output_embeddings().weight.double().T, theirs.double(), strict=True):
+        p, q = folder.exp() / folder.exp().sum(), other[:384].exp() / other[:384].exp().sum()
         a, b = (p, q) if direction == "reverse" else (q, p)
         by_hand.append(sum(a[v] * (a[v].log() - b[v].log()) for v in range(384)))
     torch.stack(by_hand).sum().backward()
-    assert torch.allclose(found.double(), torch.stack(by_hand), rtol=1e-4, atol=1e-6)
+    assert torch.allclose(actual.double(), torch.stack(by_hand), rtol=1e-4, atol=1e-6)
     assert torch.allclose(x.grad.double(), y.grad, rtol=1e-3, atol=1e-6)
 
 
@@ -95,9 +95,9 @@ def test_divergences_and_gradients_equal_float64_by_hand(base: TextBase, directi
 def test_student_learns_its_teacher(shared: Path, base: TextBase, teacher: str, tmp_path: Path, direction: str) -> None:
     own = {"teacher": teacher, "divergence": direction}
     result = train(shared, tmp_path, base, distillation=own, schedule={"steps": 10}, adapter={"rank": 4})
-    found = measured(tmp_path)
-    assert found[-1]["teacher_kl"] < 0.5 * found[0]["teacher_kl"]
-    assert max(x["gap_max"] for x in found) < 1e-4
+    metrics = measured(tmp_path)
+    assert metrics[-1]["teacher_kl"] < 0.5 * metrics[0]["teacher_kl"]
+    assert max(x["gap_max"] for x in metrics) < 1e-4
     assert result.validation < result.validation_before
     page = Path(result.report).read_text()
     assert "Divergence from the teacher" in page
@@ -107,18 +107,18 @@ def test_student_learns_its_teacher(shared: Path, base: TextBase, teacher: str, 
 def test_equal_teacher_has_zero_divergence(shared: Path, base: TextBase, teacher: str, tmp_path: Path) -> None:
     own = {"teacher": teacher}
     train(shared, tmp_path, base, distillation=own, schedule={"steps": 1}, adapter={"start": teacher})
-    (found,) = measured(tmp_path)
-    assert found["teacher_kl"] == pytest.approx(0.0, abs=1e-6)
+    (metrics,) = measured(tmp_path)
+    assert metrics["teacher_kl"] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_student_learns_the_system_message(shared: Path, base: TextBase, tmp_path: Path) -> None:
     own = {"teacher": "base", "system": "Answer in one word: billing, it or hr. " * 3}
     train(shared, tmp_path, base, distillation=own, schedule={"steps": 8})
-    found = measured(tmp_path)
-    assert found[0]["teacher_kl"] > 0
-    assert found[-1]["teacher_kl"] < found[0]["teacher_kl"]
-    (told,) = [r["text"] for r in read_log(tmp_path / "log.jsonl") if "are saved" in r.get("text", "")]
-    assert told.startswith(f"{found[0]['saved_tokens']:.0f} tokens a request")
+    metrics = measured(tmp_path)
+    assert metrics[0]["teacher_kl"] > 0
+    assert metrics[-1]["teacher_kl"] < metrics[0]["teacher_kl"]
+    (note,) = [r["text"] for r in read_log(tmp_path / "log.jsonl") if "are saved" in r.get("text", "")]
+    assert note.startswith(f"{metrics[0]['saved_tokens']:.0f} tokens a request")
 
 
 def test_cache_fits_the_completions_sampled_at_once(shared: Path, base: TextBase, tmp_path: Path) -> None:
@@ -126,8 +126,8 @@ def test_cache_fits_the_completions_sampled_at_once(shared: Path, base: TextBase
     taken: list[int] = []
 
     @contextmanager
-    def drawing(*given: Any) -> Iterator[Any]:
-        with live_sampler(*given) as sampler:
+    def drawing(*grader: Any) -> Iterator[Any]:
+        with live_sampler(*grader) as sampler:
             (pages,) = sampler.runner.pages
             taken.append(pages.K.nbytes + pages.V.nbytes)
             yield sampler
@@ -136,8 +136,8 @@ def test_cache_fits_the_completions_sampled_at_once(shared: Path, base: TextBase
         own = {"teacher": "base", "system": "Answer in one word.", "group": group, "rows": rows}
         output = tmp_path / str(rows)
         run_drawn(config(shared, output, distillation=own, schedule={"steps": 1}), base, sampler=drawing)
-        (found,) = [r["data"]["numbers"] for r in read_log(output / "log.jsonl") if r["event"] == "checked"]
-        planned, least = found["predicted_parts"]["cache"], min(rows, 4 * group)
+        (actual,) = [r["data"]["numbers"] for r in read_log(output / "log.jsonl") if r["event"] == "checked"]
+        planned, least = actual["predicted_parts"]["cache"], min(rows, 4 * group)
         each = block_bytes(base)
         assert planned <= taken[-1] <= planned + (least + 2) * each  # whole blocks
     assert taken[0] > 2 * taken[1]
@@ -155,8 +155,8 @@ def test_prompts_over_the_context_are_refused_or_dropped(shared: Path, base: Tex
     batching = {"rows": 12, "micro_rows": 12}
     train(shared, tmp_path / "one", base, distillation=own, data=dropping, batching=batching, schedule={"steps": 1})
     log = read_log(tmp_path / "one" / "log.jsonl")
-    (said,) = [f for r in log if r["event"] == "checked" for f in r["data"]["findings"] if f["check"] == "long rows"]
-    assert "1 of 12 (8%) prompts leave no space for a completion" in said["text"]
+    (finding,) = [f for r in log if r["event"] == "checked" for f in r["data"]["findings"] if f["check"] == "long rows"]
+    assert "1 of 12 (8%) prompts leave no space for a completion" in finding["text"]
 
 
 def test_another_base_with_the_same_tokenizer_can_teach(shared: Path, base: TextBase, tmp_path: Path) -> None:
@@ -188,21 +188,21 @@ def test_teacher_completions_are_saved_as_rows(
     )
     ran = run(capsys, "data", "draw", str(tmp_path / "c.yaml"), str(tmp_path / "rows.jsonl"), "--json")
     assert ran.code == 0, ran.err
-    said = json.loads(ran.out)
+    message = json.loads(ran.out)
     made = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert len(made) == said["written"] == 24 - len(said["left"])
+    assert len(made) == message["written"] == 24 - len(message["left"])
     assert made
     for row in made:
         assert [m["role"] for m in row["messages"]] == ["user", "assistant"]
 
 
 def test_contradictory_settings_are_refused(shared: Path, tmp_path: Path) -> None:
-    for own, said in (
+    for own, message in (
         ({}, "needs `distillation.teacher`"),
         ({"teacher": "base"}, "what a fresh adapter is already"),
         ({"teacher": "critic", "base": "other"}, "a teacher without adapters"),
     ):
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=message):
             config(shared, tmp_path, distillation=own)
     with pytest.raises(ConfigError, match="keep one"):
         config(shared, tmp_path, distillation={"teacher": "critic"}, preference={"loss": "dpo"})

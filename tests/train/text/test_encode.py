@@ -72,15 +72,15 @@ TALK = chat("Hello", "Hi there.", "How are you?", "Fine, thanks.")
 
 
 @pytest.mark.parametrize(
-    ("train_on", "want"),
+    ("train_on", "expected"),
     [
         ("assistant", ["Hi there.<|im_end|>", "Fine, thanks.<|im_end|>"]),
         ("last", ["Fine, thanks.<|im_end|>"]),
         ("completion", ["Fine, thanks.<|im_end|>"]),
     ],
 )
-def test_answers_are_trained_with_their_end_of_turn(train_on: str, want: list[str]) -> None:
-    assert learned(one(TALK, train_on=train_on)) == want
+def test_answers_are_trained_with_their_end_of_turn(train_on: str, expected: list[str]) -> None:
+    assert learned(one(TALK, train_on=train_on)) == expected
 
 
 def test_all_learns_everything_but_the_first_token() -> None:
@@ -132,11 +132,11 @@ def test_stripped_thinking_turns_are_trained_as_rendered_and_counted() -> None:
     tokenizer = with_template(templates.QWEN3)
     row = chat("a", "<think>\nhm\n</think>\n\nfirst", "b", "<think>\nso\n</think>\n\nsecond")
     encoded = encode_rows([row], tokenizer, data())
-    want = ["first<|im_end|>", "<think>\nso\n</think>\n\nsecond<|im_end|>"]
-    assert learned(encoded.examples[0], tokenizer) == want
+    expected = ["first<|im_end|>", "<think>\nso\n</think>\n\nsecond<|im_end|>"]
+    assert learned(encoded.examples[0], tokenizer) == expected
     assert encoded.counts.changed_turns == 1
     last = encode_rows([row], tokenizer, data(train_on="last"))
-    assert learned(last.examples[0], tokenizer) == want[1:]
+    assert learned(last.examples[0], tokenizer) == expected[1:]
     assert last.counts.changed_turns == 0
 
 
@@ -271,10 +271,10 @@ def test_cut_rows_fit_and_keep_a_target(prompt: int, answer: int, limit: int) ->
     assert len(example.input_ids) <= limit
     assert any(example.trained)
     assert not example.trained[0]
-    kept = [t for t, on in zip(example.input_ids, example.trained, strict=True) if on]
+    trained_ids = [t for t, on in zip(example.input_ids, example.trained, strict=True) if on]
     answer_ids = [t for t, on in zip(full.input_ids, full.trained, strict=True) if on]
-    assert kept == answer_ids[: len(kept)]
-    assert (len(kept) < len(answer_ids)) == (encoded.counts.cut_ends == 1)
+    assert trained_ids == answer_ids[: len(trained_ids)]
+    assert (len(trained_ids) < len(answer_ids)) == (encoded.counts.cut_ends == 1)
 
 
 def test_rows_without_targets_are_dropped_and_counted() -> None:

@@ -84,14 +84,14 @@ def test_accuracy_counts_greedy_tokens(base: TextBase) -> None:
             written = int(base.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
             ids.append(written if n % 3 else (written + 1) % 300)
         best = base.model(input_ids=torch.tensor([ids])).logits[0, 2:-1].argmax(-1)
-    wanted = int((best == torch.tensor(ids[3:])).sum())
-    assert wanted == 8
+    expected = int((best == torch.tensor(ids[3:])).sum())
+    assert expected == 8
     examples = [Example(ids, [i > 2 for i in range(15)], 0), Example([5, 6], [False, False], 0)]
     for path in (nullcontext(), fast(base.model)):
         with path:
-            found = score_examples(base.model, examples, base.device)
-        assert (found.right, found.trained) == (wanted, 12)
-        assert found.measures == {"token_accuracy": 8 / 12}
+            actual = score_examples(base.model, examples, base.device)
+        assert (actual.right, actual.trained) == (expected, 12)
+        assert actual.measures == {"token_accuracy": 8 / 12}
 
 
 def test_scoring_is_without_dropout_or_gradient_and_leaves_the_mode(base: TextBase) -> None:
@@ -136,56 +136,56 @@ def test_missing_adapter_is_named(base: TextBase, tmp_path: Path) -> None:
 
 
 def test_equal_prompts_are_answered_once_and_in_order(base: TextBase, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
+    prompt: list[str] = []
 
     class Said:
         def __init__(self, text: str) -> None:
             self.text = text
 
     def complete(base: Any, prompts: list[str], **settings: Any) -> list[Said]:
-        asked.extend(prompts)
+        prompt.extend(prompts)
         return [Said(f"re: {p}") for p in prompts]
 
     monkeypatch.setattr(module, "complete", complete)
-    seen: list[tuple[int, int]] = []
+    events: list[tuple[int, int]] = []
     prompts = ["a", "bbb", "a", "cc", "bbb"]
-    out = answers_of(base, prompts, batch_size=1, on_progress=lambda *args: seen.append(args))
+    out = answers_of(base, prompts, batch_size=1, on_progress=lambda *args: events.append(args))
     assert out == [f"re: {p}" for p in prompts]
-    assert sorted(asked) == ["a", "bbb", "cc"]
-    assert seen[-1] == (5, 5)
+    assert sorted(prompt) == ["a", "bbb", "cc"]
+    assert events[-1] == (5, 5)
 
 
 @pytest.mark.parametrize(
-    ("answer", "want", "exact", "valid"),
+    ("answer", "expected", "exact", "valid"),
     [
         ("yes", "yes", 1, 0), (" yes\n", "yes", 1, 0), ("Yes", "yes", 0, 0), ('{"a": 1}', '{"a":1}', 1, 1),
         ('{"b": 2, "a": 1}', '{"a": 1, "b": 2}', 1, 1), ('{"a": 1.0}', '{"a": true}', 0, 1), ("[1]", "[1]", 1, 1),
         ('{"a": 1', '{"a": 1}', 0, 0), ("5", "5", 1, 0), ("5.0", "5", 0, 0), ("", "yes", 0, 0),
     ],
 )  # fmt: skip
-def test_answers_are_compared_as_text_and_json_as_values(answer: str, want: str, exact: int, valid: int) -> None:
+def test_answers_are_compared_as_text_and_json_as_values(answer: str, expected: str, exact: int, valid: int) -> None:
     scores = Scores(1, answers=[answer])
-    score_answers(scores, [want])
+    score_answers(scores, [expected])
     assert (scores.exact_match, scores.valid_json) == (exact, valid)
 
 
 def test_fields_are_scored_if_expected() -> None:
-    wanted = [{"team": "it", "n": 1}, {"team": "hr"}, {"team": "it", "n": 2}]
+    expected = [{"team": "it", "n": 1}, {"team": "hr"}, {"team": "it", "n": 2}]
     answers = ['{"n": 1, "team": "it"}', '{"team": "it"}', "nonsense"]
     scores = Scores(3, answers=answers)
-    score_answers(scores, [json.dumps(w) for w in wanted])
+    score_answers(scores, [json.dumps(w) for w in expected])
     assert scores.json_fields == {"team": pytest.approx(1 / 3), "n": pytest.approx(1 / 2)}
 
 
 def test_rouge_and_bleu_equal_the_libraries() -> None:
     pytest.importorskip("rouge_score")
     sacrebleu = pytest.importorskip("sacrebleu")
-    answers, wanted = ["the cat sat on the mat today", "no"], ["the cat sat on a mat today", "no"]
+    answers, expected = ["the cat sat on the mat today", "no"], ["the cat sat on a mat today", "no"]
     scores = Scores(2, answers=answers)
-    score_answers(scores, wanted)
+    score_answers(scores, expected)
     # rougeL by hand: 6 of 7 words in order, both ways, is F1 6/7; the second answer is equal.
     assert scores.rouge_l == pytest.approx((6 / 7 + 1) / 2)
-    assert scores.bleu == pytest.approx(sacrebleu.corpus_bleu(answers, [wanted]).score)
+    assert scores.bleu == pytest.approx(sacrebleu.corpus_bleu(answers, [expected]).score)
 
 
 def test_rouge_and_bleu_need_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,8 +213,8 @@ def test_pairs_are_scored_by_logprob_margins(base: TextBase, adapter: Path) -> N
         ]
         logps = [[-(s.loss or 0) * s.trained_tokens for s in side] for side in sides]
         margins["mine" if mix else "base"] = [w - l for w, l in logps]
-    for name, found in scores.items():
-        assert found.likelier == pytest.approx(sum(m > 0 for m in margins[name]) / 3)
+    for name, mix_scores in scores.items():
+        assert mix_scores.likelier == pytest.approx(sum(m > 0 for m in margins[name]) / 3)
     gained = [m - b for m, b in zip(margins["mine"], margins["base"], strict=True)]
     assert scores["mine"].reward_margin == pytest.approx(sum(gained) / 3, rel=1e-3, abs=1e-3)
     assert scores["mine"].reward_accuracy == pytest.approx(sum(g > 0 for g in gained) / 3)

@@ -62,8 +62,8 @@ def test_refused_row_changes_no_file(tmp_path: Path) -> None:
 
 def test_the_command_adds_the_same_rows(capsys: Any, tmp_path: Path) -> None:
     votes, corrections = str(tmp_path / "votes.jsonl"), str(tmp_path / "corrections.jsonl")
-    asked = [votes, "Where?", "--system", "Be brief.", "--chosen", "By noon.", "--rejected", "Soon."]
-    assert json.loads(run(capsys, "data", "add", *asked, "--json").out) == {"file": votes, "rows": 1}
+    arguments = [votes, "Where?", "--system", "Be brief.", "--chosen", "By noon.", "--rejected", "Soon."]
+    assert json.loads(run(capsys, "data", "add", *arguments, "--json").out) == {"file": votes, "rows": 1}
     assert "1 row" in run(capsys, "data", "add", corrections, "Where?", "--answer", "By noon.").out
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where?"}]
     assert json.loads(Path(votes).read_text()) == preference_row(messages, "By noon.", "Soon.")

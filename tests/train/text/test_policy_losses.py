@@ -43,24 +43,24 @@ def test_advantages_by_hand() -> None:
     spreads = {7: math.sqrt(0.5), 3: 1.0}
     mean = sum(r) / 5
     spread = math.sqrt(sum((x - mean) ** 2 for x in r) / 4)
-    wanted = {
+    reference = {
         ("group", "group"): [(x - means[g]) / (spreads[g] + 1e-4) for x, g in zip(r, groups, strict=True)],
         ("group", "none"): [x - means[g] for x, g in zip(r, groups, strict=True)],
         ("others", "none"): [1.0 - 0.0, 0.0 - 1.0, 0.5 - 2.0, 2.5 - 1.0, 1.5 - 1.5],
         ("batch", "batch"): [(x - mean) / (spread + 1e-4) for x in r],
         ("none", "none"): r,
     }
-    for (baseline, scale), expected in wanted.items():
-        found = advantages(rewards, groups, baseline=baseline, scale=scale)  # type: ignore[arg-type]
-        torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
+    for (baseline, scale), expected in reference.items():
+        actual = advantages(rewards, groups, baseline=baseline, scale=scale)  # type: ignore[arg-type]
+        torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("baseline", ["group", "others"])
 def test_groups_of_one_or_of_equals_have_no_advantage(baseline: str) -> None:
     equals = torch.full((7,), 0.1, dtype=torch.float64)
     assert float(equals.mean()) != 0.1  # by the sum's rounding, which a spread of 0 would make a thousand times larger
-    found = advantages(torch.cat([torch.tensor([5.0]), equals]), [0, *[1] * 7], baseline=baseline, scale="group")  # type: ignore[arg-type]
-    assert found.tolist() == [0.0] * 8
+    actual = advantages(torch.cat([torch.tensor([5.0]), equals]), [0, *[1] * 7], baseline=baseline, scale="group")  # type: ignore[arg-type]
+    assert actual.tolist() == [0.0] * 8
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
@@ -76,7 +76,7 @@ def test_the_clipped_loss_and_its_gradient_by_hand(level: str, bounds: tuple[flo
     loss = (per_token(factors, LENGTHS) * losses).sum() / len(LENGTHS)
     (gradient,) = torch.autograd.grad(loss, now)
 
-    total, wanted, at = 0.0, [], 0
+    total, expected, at = 0.0, [], 0
     for n, a in zip(LENGTHS, worth.tolist(), strict=True):
         d = [x - y for x, y in zip(now[at : at + n].tolist(), old[at : at + n].tolist(), strict=True)]
         each = [math.exp(x) for x in d] if level == "token" else [math.exp(sum(d) / n)] * n
@@ -87,22 +87,22 @@ def test_the_clipped_loss_and_its_gradient_by_hand(level: str, bounds: tuple[flo
             slopes.append(rho * a if rho * a <= bounded * a else 0.0)
         total -= answer / len(LENGTHS)
         # ∂ρ/∂log p_t is ρ for a token's own; for an answer's, ρ/n to each of its n tokens, from each of its n losses
-        wanted += [-(s if level == "token" else sum(slopes) / n) / n / len(LENGTHS) for s in slopes]
+        expected += [-(s if level == "token" else sum(slopes) / n) / n / len(LENGTHS) for s in slopes]
         at += n
     assert math.isclose(float(loss.detach()), total, rel_tol=1e-12)
-    torch.testing.assert_close(gradient, torch.tensor(wanted, dtype=torch.float64))
+    torch.testing.assert_close(gradient, torch.tensor(expected, dtype=torch.float64))
 
 
 def test_length_factors_by_hand() -> None:
     sums = torch.tensor([sum(range(n)) for n in LENGTHS], dtype=torch.float64)
     tokens = sum(LENGTHS)
-    for how, wanted in (
+    for how, expected in (
         ("answer", sum(s / n for s, n in zip(sums.tolist(), LENGTHS, strict=True)) / 4),
         ("batch", float(sums.sum()) / tokens),
         ("limit", float(sums.sum()) / (4 * 32)),
         ("none", float(sums.sum()) / 4),
     ):
-        assert math.isclose(float((length_factors(LENGTHS, how, 32) * sums).mean()), wanted)  # type: ignore[arg-type]
+        assert math.isclose(float((length_factors(LENGTHS, how, 32) * sums).mean()), expected)  # type: ignore[arg-type]
 
 
 def test_kl_estimates_have_the_mean_of_kl() -> None:
@@ -110,9 +110,9 @@ def test_kl_estimates_have_the_mean_of_kl() -> None:
     g = torch.Generator().manual_seed(3)
     logps, reference = (torch.randn(6, generator=g, dtype=torch.float64).log_softmax(0) for _ in range(2))
     kl = (logps.exp() * (logps - reference)).sum()
-    found = kl_estimates(logps, reference)
-    assert math.isclose(float((logps.exp() * found).sum()), float(kl), rel_tol=1e-12)
-    assert bool((found >= 0).all())
+    actual = kl_estimates(logps, reference)
+    assert math.isclose(float((logps.exp() * actual).sum()), float(kl), rel_tol=1e-12)
+    assert bool((actual >= 0).all())
 
 
 def test_importance_weights_are_capped() -> None:
@@ -129,9 +129,9 @@ def test_sampled_divergence_has_the_exact_mean_and_gradient() -> None:
     whole = divergences(x[None], theirs[None], "reverse").sum()
     whole.backward()
     p, q = y.log_softmax(-1), theirs.log_softmax(-1)
-    drawn = (p.exp().detach() * sampled_divergence(p, q)).sum()
-    drawn.backward()
-    assert float(drawn.detach()) == pytest.approx(float(whole.detach()), abs=1e-12)
+    sampling = (p.exp().detach() * sampled_divergence(p, q)).sum()
+    sampling.backward()
+    assert float(sampling.detach()) == pytest.approx(float(whole.detach()), abs=1e-12)
     assert torch.allclose(x.grad, y.grad, atol=1e-12)
 
 

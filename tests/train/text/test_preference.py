@@ -76,39 +76,39 @@ def whole(shared: Path, base: TextBase) -> Whole:
     """One uninterrupted run with each loss."""
     out = {}
     for loss in LOSSES:
-        seen: list[Event] = []
+        events: list[Event] = []
         # kto with dropout: z₀ is measured without it, and draws nothing
         dropout = {"dropout": 0.2} if loss == "kto" else {}
-        result = train(shared, shared / loss, loss, base, on_event=seen.append, adapter=dropout)
-        out[loss] = shared / loss, result, seen
+        result = train(shared, shared / loss, loss, base, on_event=events.append, adapter=dropout)
+        out[loss] = shared / loss, result, events
     return out
 
 
 @EACH
 def test_every_loss_learns_the_preference(loss: str, whole: Whole) -> None:
-    folder, result, seen = whole[loss]
+    folder, result, events = whole[loss]
     assert result.validation < result.validation_before
     assert result.measured["reward_margin"] > result.measured_before["reward_margin"]
-    wanted = {"reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected"}
-    wanted |= {"tokens_chosen", "tokens_rejected"} | ({"kl"} if loss == "kto" else set())
-    for event in seen:
+    expected = {"reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected"}
+    expected |= {"tokens_chosen", "tokens_rejected"} | ({"kl"} if loss == "kto" else set())
+    for event in events:
         if isinstance(event, Stepped | Evaluated):
-            assert wanted == event.extra.keys()
+            assert expected == event.extra.keys()
     logged = [r for r in read_log(folder / "log.jsonl") if r["event"] == "stepped"]
     assert [r["step"] for r in logged] == list(range(1, 9))
-    assert logged[-1]["extra"].keys() == wanted
+    assert logged[-1]["extra"].keys() == expected
     json.dumps(result.to_dict(), allow_nan=False)
     assert read_card(folder).card.metrics["measured"] == result.measured
     page = (folder / "report.html").read_text()
     for piece in ("Pairs ranked right", "Reward of chosen over rejected", f"Loss, {loss}"):
         assert piece in page
-    found = next(e.text for e in seen if isinstance(e, Checked))
+    actual = next(e.text for e in events if isinstance(e, Checked))
     if loss == "kto":
-        assert "40 answers, 20 desirable and 20 not" in found
+        assert "40 answers, 20 desirable and 20 not" in actual
     else:
-        assert "20 pairs" in found
-    assert ("none, " + loss in found) == (loss in ("orpo", "simpo"))
-    assert ("the base with the adapter off" in found) == (loss in ("dpo", "ipo", "kto"))
+        assert "20 pairs" in actual
+    assert ("none, " + loss in actual) == (loss in ("orpo", "simpo"))
+    assert ("the base with the adapter off" in actual) == (loss in ("dpo", "ipo", "kto"))
 
 
 def likelihoods(base: TextBase, model: Any, rows: list[dict[str, str]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -119,8 +119,8 @@ def likelihoods(base: TextBase, model: Any, rows: list[dict[str, str]]) -> tuple
         ask = [{"role": "user", "content": row["prompt"]}]
         start = len(base.tokenizer.apply_chat_template(ask, add_generation_prompt=True)["input_ids"])
         for k, name in enumerate(("chosen", "rejected")):
-            said = [*ask, {"role": "assistant", "content": row[name]}]
-            ids = base.tokenizer.apply_chat_template(said)["input_ids"]
+            message = [*ask, {"role": "assistant", "content": row[name]}]
+            ids = base.tokenizer.apply_chat_template(message)["input_ids"]
             ids = torch.tensor([ids[:-1]])  # without the line break after the end of the turn
             logp = F.log_softmax(model(input_ids=ids).logits[0], dim=-1)
             out[k].append(sum(logp[i - 1, ids[0, i]] for i in range(start, ids.shape[1])))  # type: ignore[arg-type]
@@ -207,9 +207,9 @@ def test_loss_and_gradient_equal_the_formula_in_float64(loss: str, shared: Path,
         z = torch.stack(ratios).mean().clamp(min=0)  # type: ignore[arg-type]
         assert preference.point == pytest.approx(float(z), rel=1e-3, abs=1e-4)
     losses = formula(loss, w, l, n_w, n_l, rw, rl, z)
-    wanted = losses.sum() / (12 if loss == "kto" else 6)
-    assert total == pytest.approx(wanted.item(), rel=1e-4)
-    wanted.backward()
+    expected = losses.sum() / (12 if loss == "kto" else 6)
+    assert total == pytest.approx(expected.item(), rel=1e-4)
+    expected.backward()
     for name, leaf in leaves.items():
         assert (got[name] - leaf.grad).norm() <= 2e-3 * leaf.grad.norm() + 1e-9, name
 
@@ -227,13 +227,13 @@ def test_interrupted_runs_resume_exactly(loss: str, whole: Whole, shared: Path, 
     dropout = {"dropout": 0.2} if loss == "kto" else {}
     with pytest.raises(Interrupted):
         train(shared, output, loss, base, on_event=interrupt_at(5), adapter=dropout)
-    seen: list[Event] = []
-    result = train(shared, output, loss, base, resume=True, adapter=dropout, on_event=seen.append)
+    events: list[Event] = []
+    result = train(shared, output, loss, base, resume=True, adapter=dropout, on_event=events.append)
     assert (output / TENSORS).read_bytes() == (whole[loss][0] / TENSORS).read_bytes()
     assert (result.digest, result.loss, result.measured) == tuple(
         getattr(whole[loss][1], k) for k in ("digest", "loss", "measured")
     )
-    assert any(isinstance(e, Note) and "48 answers, 48 already computed" in e.text for e in seen)
+    assert any(isinstance(e, Note) and "48 answers, 48 already computed" in e.text for e in events)
 
 
 def test_interrupted_reference_keeps_computed_logprobs(
@@ -247,17 +247,17 @@ def test_interrupted_reference_keeps_computed_logprobs(
 
     with pytest.raises(Interrupted, match="before step 1"):
         train(shared, tmp_path / "out", "dpo", base, on_event=press)
-    seen: list[Event] = []
-    train(shared, tmp_path / "out", "dpo", base, resume=True, on_event=seen.append)
-    assert any(isinstance(e, Note) and "48 answers, 20 already computed" in e.text for e in seen)
+    events: list[Event] = []
+    train(shared, tmp_path / "out", "dpo", base, resume=True, on_event=events.append)
+    assert any(isinstance(e, Note) and "48 answers, 20 already computed" in e.text for e in events)
 
 
 def test_a_dry_run_computes_no_reference_and_writes_nothing(shared: Path, base: TextBase, tmp_path: Path) -> None:
-    seen: list[Event] = []
-    result = train(shared, tmp_path / "dry", "kto", base, dry_run=True, on_event=seen.append)
+    events: list[Event] = []
+    result = train(shared, tmp_path / "dry", "kto", base, dry_run=True, on_event=events.append)
     assert result.dry_run
     assert not (tmp_path / "dry").exists()
-    assert not any(isinstance(e, Note) and e.text.startswith("reference") for e in seen)
+    assert not any(isinstance(e, Note) and e.text.startswith("reference") for e in events)
 
 
 # --- going on from an adapter -----------------------------------------------------------------------------------------
@@ -273,15 +273,15 @@ def tuned(shared: Path, base: TextBase) -> Path:
 
 
 def test_a_starting_adapter_is_the_reference(tuned: Path, shared: Path, base: TextBase, tmp_path: Path) -> None:
-    seen: list[Event] = []
+    events: list[Event] = []
     before = {n: t.clone() for n, t in base.model.state_dict().items()}
     result = train(
-        shared, tmp_path / "out", "dpo", base, adapter={"start": str(tuned), "rank": 16}, on_event=seen.append
+        shared, tmp_path / "out", "dpo", base, adapter={"start": str(tuned), "rank": 16}, on_event=events.append
     )
-    first = next(e for e in seen if isinstance(e, Evaluated))
+    first = next(e for e in events if isinstance(e, Evaluated))
     assert first.loss == pytest.approx(math.log(2), rel=1e-5)
     assert result.validation < first.loss
-    text = next(e.text for e in seen if isinstance(e, Checked))
+    text = next(e.text for e in events if isinstance(e, Checked))
     assert f"compared with: {tuned} as it is now" in text
     assert "starts from" in text
     card = read_card(tmp_path / "out").card
@@ -299,10 +299,10 @@ def test_a_starting_adapter_is_the_reference(tuned: Path, shared: Path, base: Te
 
 def test_supervised_run_continues_from_an_adapter(tuned: Path, shared: Path, base: TextBase, tmp_path: Path) -> None:
     again = {"data": {"train": str(shared / "chosen.jsonl")}, "adapter": {"start": str(tuned), "rank": 16}}
-    seen: list[Event] = []
-    train(shared, tmp_path / "whole", None, base, on_event=seen.append, **again)
+    events: list[Event] = []
+    train(shared, tmp_path / "whole", None, base, on_event=events.append, **again)
     ended = [e for e in read_log(tuned / "log.jsonl") if e["event"] == "evaluated"][-1]["loss"]
-    assert next(e for e in seen if isinstance(e, Evaluated)).loss == pytest.approx(ended, rel=1e-4)
+    assert next(e for e in events if isinstance(e, Evaluated)).loss == pytest.approx(ended, rel=1e-4)
 
 
 # --- what bad input gets ----------------------------------------------------------------------------------------------
@@ -323,11 +323,11 @@ def test_kto_reads_labels_and_needs_both(shared: Path, base: TextBase, tmp_path:
     for name, good in (("both", lambda i: i % 4 == 0), ("one", lambda i: True)):
         rows = [{"prompt": f"The {i}", "completion": f"Thank you {i}", "label": good(i)} for i in range(20)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    seen: list[Event] = []
+    events: list[Event] = []
     data = {"train": str(tmp_path / "both.jsonl"), "split": 0}
-    result = train(shared, tmp_path / "out", "kto", base, data=data, schedule={"steps": 2}, on_event=seen.append)
+    result = train(shared, tmp_path / "out", "kto", base, data=data, schedule={"steps": 2}, on_event=events.append)
     assert result.steps == 2
-    text = next(e.text for e in seen if isinstance(e, Checked))
+    text = next(e.text for e in events if isinstance(e, Checked))
     assert "20 answers, 5 desirable and 15 not" in text
     with pytest.raises(PreflightError, match="nothing to tell apart"):
         train(shared, tmp_path / "no", "kto", base, data=data | {"train": str(tmp_path / "one.jsonl")})
@@ -337,10 +337,10 @@ def test_pairs_without_a_partner_are_reported(shared: Path, base: TextBase, tmp_
     rows = [pair(i) for i in range(20)]
     rows[3]["rejected"] = ""
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    seen: list[Event] = []
+    events: list[Event] = []
     data = {"train": str(tmp_path / "rows.jsonl"), "split": 0}
-    train(shared, tmp_path / "out", "dpo", base, data=data, dry_run=True, on_event=seen.append)
-    text = next(e.text for e in seen if isinstance(e, Checked))
+    train(shared, tmp_path / "out", "dpo", base, data=data, dry_run=True, on_event=events.append)
+    text = next(e.text for e in events if isinstance(e, Checked))
     assert "19 pairs" in text
     assert "1 of 40 (2%) answers are left out because the other answer of their pair is" in text
     assert "rows.jsonl:4" in text
@@ -376,9 +376,9 @@ def test_open_settings_are_resolved_and_reported(shared: Path, base: TextBase, t
         ("simpo", 2.0, 1.0, None, 0.0),
         ("kto", 0.1, None, None, None),
     ):
-        seen: list[Event] = []
-        train(shared, tmp_path / loss, loss, base, dry_run=True, on_event=seen.append)
-        settings = next(e for e in seen if isinstance(e, Resolved))
+        events: list[Event] = []
+        train(shared, tmp_path / loss, loss, base, dry_run=True, on_event=events.append)
+        settings = next(e for e in events if isinstance(e, Resolved))
         got = [settings.settings[f"preference.{k}"] for k in ("beta", "gamma", "length_normalized", "nll")]
         assert got == [beta, gamma, normalized, nll]
         assert loss in settings.sources["preference.beta"]

@@ -34,15 +34,15 @@ def items(rows: list[Row], *, paired: bool = True, **data: Any) -> tuple[list[It
 
 def test_only_the_two_answers_of_a_pair_are_trained() -> None:
     before = [said("system", "Be kind."), said("user", "Hi"), said("assistant", "Hello"), said("user", "And now?")]
-    found, encoded = items([row("Here.", "There it is!", *before), row("a", "b")])
-    assert [i.row for i in found] == [0, 1]
-    chosen, rejected = found[0].answers
+    pairs, encoded = items([row("Here.", "There it is!", *before), row("a", "b")])
+    assert [i.row for i in pairs] == [0, 1]
+    chosen, rejected = pairs[0].answers
     assert learned(chosen, TOKENIZER) == ["Here.<|im_end|>"]
     assert learned(rejected, TOKENIZER) == ["There it is!<|im_end|>"]
     assert chosen.prompt == rejected.prompt
     assert TOKENIZER.decode(chosen.prompt).endswith("And now?<|im_end|>\n<|im_start|>assistant\n")
     assert encoded.counts.kept == 4
-    assert encoded.counts.trained_tokens == sum(i.learned for i in found)
+    assert encoded.counts.trained_tokens == sum(i.learned for i in pairs)
 
 
 def test_assistant_turns_of_long_answers_are_trained() -> None:
@@ -51,8 +51,8 @@ def test_assistant_turns_of_long_answers_are_trained() -> None:
         (*shared, said("user", "Why?"), said("assistant", "So.")),
         (*shared, said("user", "When?"), said("assistant", "Then."), said("user", "Oh."), said("assistant", "Yes.")),
     ]
-    found, _ = items([Row("messages", ends[0], rejected=ends[1])])
-    assert [learned(e, TOKENIZER) for e in found[0].answers] == [
+    pairs, _ = items([Row("messages", ends[0], rejected=ends[1])])
+    assert [learned(e, TOKENIZER) for e in pairs[0].answers] == [
         ["So.<|im_end|>"],
         ["Then.<|im_end|>", "Yes.<|im_end|>"],
     ]
@@ -60,8 +60,8 @@ def test_assistant_turns_of_long_answers_are_trained() -> None:
 
 def test_dropped_answer_drops_its_partner_except_for_kto() -> None:
     rows = [row("Here.", "", where="d:1"), row("Here.", "x " * 300, where="d:2"), row("a", "b", where="d:3")]
-    found, encoded = items(rows, max_length=200, long_rows="drop")
-    assert [i.row for i in found] == [2]
+    pairs, encoded = items(rows, max_length=200, long_rows="drop")
+    assert [i.row for i in pairs] == [2]
     assert encoded.counts.partners == 2
     assert encoded.counts.places["partners"] == ["d:1", "d:2"]
     assert len(encoded.examples) == encoded.counts.kept == 2
@@ -71,10 +71,10 @@ def test_dropped_answer_drops_its_partner_except_for_kto() -> None:
 
 def test_cut_pairs_still_share_their_prompt() -> None:
     long = said("user", "The printer on the third floor " * 10)
-    found, encoded = items(
+    pairs, encoded = items(
         [row("Short.", "It is a good deal longer than that one.", long)], max_length=60, long_rows="cut"
     )
-    chosen, rejected = found[0].answers
+    chosen, rejected = pairs[0].answers
     assert chosen.prompt == rejected.prompt
     assert encoded.counts.other_prompts == 0
     assert encoded.counts.cut == 2
@@ -97,22 +97,22 @@ def test_pairs_with_different_prompt_tokens_are_counted() -> None:
 
 
 def test_answers_of_a_pair_are_adjacent_in_a_batch() -> None:
-    found, _ = items([row("Here.", "There it is!"), row("a", "b")])
-    batch = collate_items(found)
-    assert batch.items == found
-    assert batch.lengths == [e.tokens for i in found for e in i.answers]
-    for part, e in zip(batch.input_ids.split(batch.lengths), [e for i in found for e in i.answers], strict=True):
+    pairs, _ = items([row("Here.", "There it is!"), row("a", "b")])
+    batch = collate_items(pairs)
+    assert batch.items == pairs
+    assert batch.lengths == [e.tokens for i in pairs for e in i.answers]
+    for part, e in zip(batch.input_ids.split(batch.lengths), [e for i in pairs for e in i.answers], strict=True):
         assert torch.equal(part, torch.tensor(e.input_ids))
 
 
 def test_mismatched_examples_answer_another_prompt() -> None:
     rows = [row("a", "b"), row("Yes, there.", "d", said("user", "Hm?")), row("e", "f")]
-    found, _ = items(rows, paired=False)
-    rows_ = mismatched_examples(found, 1000)
+    pairs, _ = items(rows, paired=False)
+    rows_ = mismatched_examples(pairs, 1000)
     assert len(rows_) == 6
     answers = [learned(e, TOKENIZER)[0] for e in rows_]
-    assert [e.prompt for e in rows_] == [i.answers[0].prompt for i in found]
+    assert [e.prompt for e in rows_] == [i.answers[0].prompt for i in pairs]
     # 0 and 1 are answers to the prompt of 4 and 5: their next other one is 2, the answer to "Hm?"
     assert answers == [f"{t}<|im_end|>" for t in ("Yes, there.", "Yes, there.", "e", "e", "Yes, there.", "Yes, there.")]
-    assert all(e.tokens == 20 for e in mismatched_examples(found, 20))
-    assert mismatched_examples(found[:2], 1000) == []
+    assert all(e.tokens == 20 for e in mismatched_examples(pairs, 20))
+    assert mismatched_examples(pairs[:2], 1000) == []

@@ -60,9 +60,9 @@ def test_interruption_keeps_complete_lines(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         cached_logps(EXAMPLES, path, "base", model, stop, chunk=2)
     path.write_text(path.read_text()[:-9])  # the kill came while the fourth line was written
-    said: list[str] = []
-    assert cached_logps(EXAMPLES, path, "base", model, said.append, chunk=2) == wanted(EXAMPLES)
-    assert "7 answers, 3 already computed" in said[0]
+    message: list[str] = []
+    assert cached_logps(EXAMPLES, path, "base", model, message.append, chunk=2) == wanted(EXAMPLES)
+    assert "7 answers, 3 already computed" in message[0]
     assert len(model.asked) == 4 + 4
     cached_logps(EXAMPLES, path, "base", model)
     assert len(model.asked) == 8

@@ -180,8 +180,8 @@ def test_frozen_experts(family: str, run: Run) -> None:
     text = stopped(run("adapter.targets=[q_proj, v_proj]"), "experts")
     assert "expert weights get no pair and stay frozen" in text
     assert "add down_proj, gate_up_proj to adapter.targets (or all-linear)" in text
-    said = run("adapter.targets=[q_proj, v_proj]", "adapter.exclude=['*experts*']")
-    assert not said.stops
+    message = run("adapter.targets=[q_proj, v_proj]", "adapter.exclude=['*experts*']")
+    assert not message.stops
     everything = run()
     assert not everything.stops
     assert "expert weights get a pair for each expert" in everything.text()
@@ -289,9 +289,9 @@ def test_run_over_the_memory_gets_the_cheapest_fix(tmp_path: Path) -> None:
 
 def test_predicted_peak_includes_the_process(run: Run) -> None:
     libraries = b"x" * 600_000_000
-    held = psutil.Process().memory_info().rss
-    assert held > len(libraries)
-    assert run().numbers["predicted_peak_bytes"] > held
+    resident = psutil.Process().memory_info().rss
+    assert resident > len(libraries)
+    assert run().numbers["predicted_peak_bytes"] > resident
 
 
 def test_plan_names_the_measured_rates_of_the_machine(run: Run) -> None:
@@ -317,13 +317,13 @@ def test_weights_are_packed_if_faster_and_if_they_fit(run: Run, monkeypatch: pyt
     assert run(f"memory.keep_packed_gb={every / 2e9}").numbers["kept_packed"] == every // 2
     monkeypatch.setattr(preflight, "panels_here", lambda bits, dtype: True)
     monkeypatch.setattr(run.base, "context", 512, raising=False)
-    drawn = ("reinforcement.loss=grpo", "reinforcement.rewards=[{kind: exact_match}]")
-    both = run(*drawn).numbers
+    sampling = ("reinforcement.loss=grpo", "reinforcement.rewards=[{kind: exact_match}]")
+    both = run(*sampling).numbers
     assert both["predicted_parts"]["packed"] == both["kept_packed"] + both["drawer_packed"]
     assert both["kept_packed"] == every > both["drawer_packed"] > every // 2  # whoever draws asks for no gradient
     monkeypatch.setattr(preflight, "keeps_copy", lambda dtype, rows, columns, turned: False)
-    assert run(*drawn).numbers["drawer_packed"] == both["drawer_packed"]  # whatever training's products take
-    assert run(*drawn, "memory.keep_packed_gb=0").numbers["drawer_packed"] == 0
+    assert run(*sampling).numbers["drawer_packed"] == both["drawer_packed"]  # whatever training's products take
+    assert run(*sampling, "memory.keep_packed_gb=0").numbers["drawer_packed"] == 0
     monkeypatch.setattr(preflight, "keeps_copy", lambda dtype, rows, columns, turned: True)
     too_much = run("memory.keep_packed_gb=1", off, free_memory=needed)
     assert "this run does not fit" in stopped(too_much, "memory")
@@ -430,11 +430,11 @@ def test_held_out_prompts_leak_into_sampling(tmp_path: Path) -> None:
     base = text_without_weights(str(tiny_base_dir(tmp_path)))
     lines = [{"prompt": "2 * 3 =", "entry": i} for i in range(12)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    drawn = {"loss": "grpo", "max_tokens": 8, "rewards": [{"kind": "length", "most": 3}]}
+    sampling = {"loss": "grpo", "max_tokens": 8, "rewards": [{"kind": "length", "most": 3}]}
     data = {"train": str(tmp_path / "rows.jsonl"), "split": 4}
-    config, _ = config_from({"base": base.name, "data": data, "output": str(tmp_path / "o"), "reinforcement": drawn})
-    found = list(data_findings(TextSubject(base=base, config=config, data=read_data(config, base))))
-    assert [(one.level, one.text.partition(":")[0]) for one in found if one.check == "held out"] == [
+    config, _ = config_from({"base": base.name, "data": data, "output": str(tmp_path / "o"), "reinforcement": sampling})
+    actual = list(data_findings(TextSubject(base=base, config=config, data=read_data(config, base))))
+    assert [(one.level, one.text.partition(":")[0]) for one in actual if one.check == "held out"] == [
         ("warn", "4 of 4 (100%) held-out prompts are also trained on")
     ]
 

@@ -41,10 +41,10 @@ def train(
 def test_rewards_rise_without_mismatch_and_the_report_shows_them(shared: Path, base: TextBase, tmp_path: Path) -> None:
     events: list[Event] = []
     result = train(shared, tmp_path, base, events.append, schedule={"steps": 20}, evaluation={"keep": "last"})
-    found = measured(tmp_path)
-    assert [x["gap_max"] for x in found] == [0.0] * 20
-    assert sum(x["reward"] for x in found[-6:]) > sum(x["reward"] for x in found[:6])
-    for x in found:
+    metrics = measured(tmp_path)
+    assert [x["gap_max"] for x in metrics] == [0.0] * 20
+    assert sum(x["reward"] for x in metrics[-6:]) > sum(x["reward"] for x in metrics[:6])
+    for x in metrics:
         assert x["reward"] == pytest.approx(x["reward_regex"] + 0.5 * x["reward_team"])
         assert 0 <= x["constant_groups"] <= x["groups"] == 2
         assert x["cut_answers"] <= 12
@@ -130,14 +130,14 @@ def test_stale_samplers_stop(shared: Path, base: TextBase, tmp_path: Path, monke
 
 
 def test_contradictory_settings_are_refused(shared: Path, base: TextBase, tmp_path: Path) -> None:
-    for own, said in (
+    for own, message in (
         ({"reinforcement": {"rewards": []}}, "is empty"),
         ({"reinforcement": {"group": 1}}, "nothing to compare"),
         ({"reinforcement": {"loss": None}}, "needs `reinforcement.loss`"),
         ({"adapter": {"rank": 4, "dropout": 0.1}}, "dropout"),
         ({"preference": {"loss": "dpo"}}, "keep one"),
     ):
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=message):
             config(shared, tmp_path, **own)
     with pytest.raises(ConfigError, match="needs a sampler"):
         run_text(config(shared, tmp_path), base=base, on_event=lambda event: None)
@@ -178,11 +178,11 @@ def test_failing_graders_are_counted(shared: Path, base: TextBase, tmp_path: Pat
     }
     graders.write_text(f"BAD = ('3',)\n{GRADERS}")
     train(shared, tmp_path / "one", base, **own)
-    (found,) = measured(tmp_path / "one")
-    assert found["reward_failed"] == 2
-    (told,) = [r["text"] for r in read_log(tmp_path / "one" / "log.jsonl") if "step 1, left out" in r.get("text", "")]
-    assert "prompts.jsonl:3): python: " in told
-    assert why in told
+    (metrics,) = measured(tmp_path / "one")
+    assert metrics["reward_failed"] == 2
+    (note,) = [r["text"] for r in read_log(tmp_path / "one" / "log.jsonl") if "step 1, left out" in r.get("text", "")]
+    assert "prompts.jsonl:3): python: " in note
+    assert why in note
     graders.write_text(f"BAD = ('3', '5')\n{GRADERS}")
     with pytest.raises(TrainingError, match="4 of 24 answers could not be judged") as caught:
         train(shared, tmp_path / "two", base, **own)
@@ -199,14 +199,14 @@ def test_prompts_over_the_context_are_refused_or_left_out(shared: Path, base: Te
     own = {"data": {"train": str(rows), "split": 0, "max_length": 1 << 16}, "schedule": {"steps": 1}}
     with pytest.raises(DataError, match=rf"1 of 13 prompts .* in {base.context} tokens(.|\n)*rows.jsonl:2"):
         train(shared, tmp_path / "no", base, **own)
-    found: list[Event] = []
+    events: list[Event] = []
     own["data"]["long_rows"] = "drop"
-    train(shared, tmp_path / "yes", base, found.append, **own)
-    (checked,) = [event for event in found if isinstance(event, Checked)]
-    (said,) = [f for f in checked.data["findings"] if f["check"] == "long rows"]
-    assert "rows.jsonl:2" in said["text"]
-    assert f"in {base.context} tokens" in said["text"]
-    assert "max_length" not in said["fix"]
+    train(shared, tmp_path / "yes", base, events.append, **own)
+    (checked,) = [event for event in events if isinstance(event, Checked)]
+    (finding,) = [f for f in checked.data["findings"] if f["check"] == "long rows"]
+    assert "rows.jsonl:2" in finding["text"]
+    assert f"in {base.context} tokens" in finding["text"]
+    assert "max_length" not in finding["fix"]
 
 
 def test_unjudged_held_out_completions_stop_the_run(shared: Path, base: TextBase, tmp_path: Path) -> None:
@@ -215,9 +215,9 @@ def test_unjudged_held_out_completions_stop_the_run(shared: Path, base: TextBase
     reward = {"kind": "python", "file": str(tmp_path / "broken.py")}
     with pytest.raises(
         TrainingError, match=r"none of the 1 answer to held-out prompts(.|\n)*ZeroDivisionError"
-    ) as told:
+    ) as error:
         train(shared, tmp_path / "out", base, reinforcement={"rewards": [reward]}, data={"split": 1})
-    assert "prompts.jsonl:" in str(told.value)
+    assert "prompts.jsonl:" in str(error.value)
 
 
 # -- warnings and the summary ------------------------------------------------------------------------------------------

@@ -145,20 +145,20 @@ def text_rows(n: int) -> list[Row]:
 def test_a_split_is_exact_and_independent_of_order(n: int, seed: int, rng: random.Random, draw: st.DataObject) -> None:
     rows = text_rows(n)
     count = draw.draw(st.integers(0, n - 1))
-    train, held = split_rows(rows, count, seed=seed)
-    assert len(held) == count
-    assert sorted(r.text for r in train + held) == sorted(r.text for r in rows)
+    train, validation = split_rows(rows, count, seed=seed)
+    assert len(validation) == count
+    assert sorted(r.text for r in train + validation) == sorted(r.text for r in rows)
     shuffled = rows[:]
     rng.shuffle(shuffled)
-    assert {r.text for r in split_rows(shuffled, count, seed=seed)[1]} == {r.text for r in held}
+    assert {r.text for r in split_rows(shuffled, count, seed=seed)[1]} == {r.text for r in validation}
 
 
 def test_identical_rows_stay_on_one_side() -> None:
     rows = [Row("text", text=f"row {i % 10}", where=str(i)) for i in range(100)]
     for seed in range(5):
-        train, held = split_rows(rows, 0.3, seed=seed)
-        assert leakage(train, held).identical == 0
-        assert len(held) == 30
+        train, validation = split_rows(rows, 0.3, seed=seed)
+        assert leakage(train, validation).identical == 0
+        assert len(validation) == 30
 
 
 def test_shares_counts_and_the_default() -> None:
@@ -212,13 +212,13 @@ BYE = {"role": "assistant", "content": "Bye"}
 )
 def test_pairs_in_all_their_shapes(tmp_path: Path, row: dict[str, Any]) -> None:
     for formats in (None, PREFERENCES):
-        (found,), about = read_rows(jsonl(tmp_path, [row]), formats=formats)
+        (rows,), about = read_rows(jsonl(tmp_path, [row]), formats=formats)
         assert about.format == "preference"
         assert about.unused == []
-        assert list(found.messages) == TURNS
-        assert list(found.rejected) == [TURNS[0], BYE]
-        assert found.shared() == 1
-        assert found.format == (
+        assert list(rows.messages) == TURNS
+        assert list(rows.rejected) == [TURNS[0], BYE]
+        assert rows.shared() == 1
+        assert rows.format == (
             "prompt-completion" if isinstance(row.get("chosen"), str) and row["prompt"] == "Hi" else "messages"
         )
 
@@ -256,13 +256,13 @@ def test_judged_answers(tmp_path: Path) -> None:
         {"prompt": "Hi", "completion": "Hello", "label": True},
         {"prompt": [*TURNS, TURNS[0]], "completion": [BYE], "label": False},
     ]
-    found, about = read_rows(jsonl(tmp_path, rows), formats=PREFERENCES)
+    parsed, about = read_rows(jsonl(tmp_path, rows), formats=PREFERENCES)
     assert about.format == "unpaired-preference"
-    assert [r.label for r in found] == [True, False]
-    assert [m.get("weight") for m in found[1].messages] == [None, 0, None, None]  # what was said before is given
+    assert [r.label for r in parsed] == [True, False]
+    assert [m.get("weight") for m in parsed[1].messages] == [None, 0, None, None]  # what was said before is given
     (tmp_path / "rows.csv").write_text("prompt,completion,label\nHi,Hello,TRUE\nHi,Bye,false\n")
-    found, _ = read_rows(str(tmp_path / "rows.csv"), formats=PREFERENCES)
-    assert [r.label for r in found] == [True, False]
+    parsed, _ = read_rows(str(tmp_path / "rows.csv"), formats=PREFERENCES)
+    assert [r.label for r in parsed] == [True, False]
     assert "`label` should be true" in wrong(jsonl(tmp_path, [rows[0] | {"label": 3}]), formats=PREFERENCES)
     # another run learns them, and says that it does not look at the label
     _, about = read_rows(jsonl(tmp_path, rows[:1]))
@@ -278,10 +278,10 @@ def test_openai_rows_with_tools(tmp_path: Path) -> None:
     """The example of its guide to function calling, with a second answer."""
     result = {"role": "tool", "tool_call_id": "c1", "content": "21"}
     row = {"messages": [TURNS[0], CALLS, result, TURNS[1]], "parallel_tool_calls": False, "tools": [TOOL]}
-    (found,), about = read_rows(jsonl(tmp_path, [row]))
+    (rows,), about = read_rows(jsonl(tmp_path, [row]))
     assert (about.format, about.unused) == ("messages", [])
-    assert list(found.messages) == [TURNS[0], {**CALLS, "content": ""}, result, TURNS[1]]
-    assert found.tools == (TOOL,)
+    assert list(rows.messages) == [TURNS[0], {**CALLS, "content": ""}, result, TURNS[1]]
+    assert rows.tools == (TOOL,)
 
 
 def test_openai_pairs(tmp_path: Path) -> None:
@@ -293,12 +293,12 @@ def test_openai_pairs(tmp_path: Path) -> None:
         "non_preferred_output": [CALLS],
     }
     for options in ({"formats": PREFERENCES}, {"format": "openai-preference"}, {}):
-        (found,), about = read_rows(jsonl(tmp_path, [row]), **options)  # type: ignore[arg-type]
+        (rows,), about = read_rows(jsonl(tmp_path, [row]), **options)  # type: ignore[arg-type]
         assert about.format == "openai-preference"
         prompt = [earlier[0], {**BYE, "weight": 0}, earlier[2]]
-        assert list(found.messages) == [*prompt, TURNS[1]]
-        assert list(found.rejected) == [*prompt, {**CALLS, "content": ""}]
-        assert (found.shared(), found.tools) == (3, (TOOL,))
+        assert list(rows.messages) == [*prompt, TURNS[1]]
+        assert list(rows.rejected) == [*prompt, {**CALLS, "content": ""}]
+        assert (rows.shared(), rows.tools) == (3, (TOOL,))
 
 
 @pytest.mark.parametrize(

@@ -55,23 +55,23 @@ def trained(base: TextBase, folder: Path, **evaluation: Any) -> Path:
 def test_card_has_both_answers_to_a_held_out_prompt(base: TextBase, tmp_path: Path) -> None:
     folder = trained(base, tmp_path, sample=5)
     sample = card_sample(read_card(folder).card.to_dict())
-    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": sample["prompt"]}]
-    assert complete(base, [asked], max_new_tokens=5)[0].text == sample["base"]
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": sample["prompt"]}]
+    assert complete(base, [messages], max_new_tokens=5)[0].text == sample["base"]
     with attach(base.model) as attachment:
         attachment.add("it", load_adapter(base, str(folder)))
         attachment.use("it")
-        assert complete(base, [asked], max_new_tokens=5)[0].text == sample["adapter"]
+        assert complete(base, [messages], max_new_tokens=5)[0].text == sample["adapter"]
 
 
 def test_the_card_keeps_the_prompt_with_its_system_message(base: TextBase, tmp_path: Path) -> None:
     folder = trained(base, tmp_path)
-    system, asked = card_prompt(read_card(folder).card.to_dict())
+    system, question = card_prompt(read_card(folder).card.to_dict())
     assert system == {"role": "system", "content": "Be brief."}
-    assert asked["role"] == "user"
-    assert asked["content"] in [f"What is {n}?" for n in range(12)]
+    assert question["role"] == "user"
+    assert question["content"] in [f"What is {n}?" for n in range(12)]
     for file in ("README.md", "report.html"):
         text = html.unescape((folder / file).read_text())
-        assert f"veneer generate '{asked['content']}'" in text
+        assert f"veneer generate '{question['content']}'" in text
         assert "--system 'Be brief.'" in text
 
 

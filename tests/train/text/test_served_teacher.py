@@ -91,10 +91,10 @@ def in_process(whole: Whole) -> Callable[[list[int]], torch.Tensor]:
 def test_served_logprobs_equal_local_logprobs(whole: Whole, in_process: Any, folder: Path, tmp_path: Path) -> None:
     own = taught(f"{whole.url}/v1", teacher="plain")
     section = config(folder, tmp_path, str(whole.shop.base_dir), distillation=own).distillation
-    asked = [(prompt(n, n), n // 2) for n in (9, 30)]
+    prompts = [(prompt(n, n), n // 2) for n in (9, 30)]
     with served_teacher(section, whole.shop.base) as teacher:
-        found = teacher.read(asked)
-    for (ids, count), logps in zip(asked, found, strict=True):
+        actual = teacher.read(prompts)
+    for (ids, count), logps in zip(prompts, actual, strict=True):
         expected = in_process(ids)[-count - 1 : -1].gather(1, torch.tensor(ids[-count:])[:, None])[:, 0]
         assert torch.allclose(torch.tensor(logps, dtype=torch.float64), expected, atol=1e-5)
 
@@ -117,7 +117,7 @@ def test_the_gradient_by_hand(whole: Whole, in_process: Any, folder: Path, tmp_p
         batches = [micro.make() for micro in step.micros]
         for batch in batches:
             drawing.loss(batch).backward()
-        found = [p.grad.clone() for p in parameters if p.grad is not None]
+        actual = [p.grad.clone() for p in parameters if p.grad is not None]
         for p in parameters:
             p.grad = None
         total = sum(sum(b.answers) for b in batches)
@@ -128,16 +128,16 @@ def test_the_gradient_by_hand(whole: Whole, in_process: Any, folder: Path, tmp_p
                 at = learned.nonzero()[:, 0]
                 ours = shop.base.model(input_ids=ids[None]).logits[0].double().log_softmax(-1)[at - 1]
                 theirs = in_process(ids.tolist())[at - 1]
-                said = ids[at][:, None]
-                p, q = ours.gather(1, said), theirs.gather(1, said)
+                message = ids[at][:, None]
+                p, q = ours.gather(1, message), theirs.gather(1, message)
                 losses = (p.detach() - q) * p
                 seen.append(losses.sum() * len(items) / total)
         torch.stack(seen).sum().backward()
         by_hand = [p.grad for p in parameters if p.grad is not None]
-    assert len(found) == len(by_hand) > 0
+    assert len(actual) == len(by_hand) > 0
     largest = max(float(g.abs().max()) for g in by_hand)
     assert largest > 0
-    for a, b in zip(found, by_hand, strict=True):
+    for a, b in zip(actual, by_hand, strict=True):
         assert torch.allclose(a, b, atol=1e-3 * largest)
 
 
@@ -156,8 +156,8 @@ def teaches(base: TextBase, spoil: Callable[[Body, int], tuple[int, Any] | None]
     """What a server in vLLM's form says, unless it is spoilt."""
 
     def says(body: Body, n: int) -> tuple[int, Any]:
-        told = [None, *(place(base, id) for id in body["prompt"][1:])]
-        return spoil(body, n) or (200, {"choices": [{"prompt_logprobs": told, "text": "x"}]})
+        note = [None, *(place(base, id) for id in body["prompt"][1:])]
+        return spoil(body, n) or (200, {"choices": [{"prompt_logprobs": note, "text": "x"}]})
 
     return says
 
@@ -166,7 +166,7 @@ _OTHER = {"decoded_token": "something else"}
 
 
 @pytest.mark.parametrize(
-    ("says", "error", "said"),
+    ("says", "error", "message"),
     [
         (lambda base: lambda body, n: (401, {"error": "who?"}), ConfigError, "refuses requests: HTTP 401"),
         (lambda base: lambda body, n: (404, {"error": "no such model"}), ConfigError, "HTTP 404"),
@@ -196,10 +196,10 @@ _OTHER = {"decoded_token": "something else"}
     ids=["key", "model", "ids", "no logprobs", "no completion", "tokenizer", "texts", "other tokens", "away"],
 )  # fmt: skip
 def test_unusable_teachers_are_refused_before_sampling(
-    folder: Path, base: TextBase, tmp_path: Path, says: Any, error: type[Exception], said: str
+    folder: Path, base: TextBase, tmp_path: Path, says: Any, error: type[Exception], message: str
 ) -> None:
     with serving(says(base)) as server:
-        with pytest.raises(error, match=said) as refused:
+        with pytest.raises(error, match=message) as refused:
             train(folder, tmp_path, base, distillation=taught(server.url, patience=0))
         assert server.url in str(refused.value)
     assert "wise" in str(refused.value) or error is not MismatchError
@@ -237,8 +237,8 @@ def test_unscored_completions_are_left_out(folder: Path, base: TextBase, tmp_pat
     with serving(teaches(base, spoil)) as server:
         own = taught(server.url, timeout=0.3 if spoilt is None else 60.0)
         train(folder, tmp_path / "one", base, distillation=own, **whole)
-        (found,) = measured(tmp_path / "one")
-        assert found["teacher_failed"] == 1
+        (metrics,) = measured(tmp_path / "one")
+        assert metrics["teacher_failed"] == 1
         notes = [r["text"] for r in read_log(tmp_path / "one" / "log.jsonl") if "left out" in r.get("text", "")]
         assert ["prompts.jsonl:1: the teacher" in note for note in notes] == [True]
         most = 3
@@ -274,12 +274,12 @@ def test_outage_stops_the_run_and_it_resumes_exactly(folder: Path, base: TextBas
 
 def test_contradictory_settings_are_refused(folder: Path, tmp_path: Path) -> None:
     url = "http://127.0.0.1:9/v1"
-    for own, said in (
+    for own, message in (
         ({"teacher": "wise", "key": "K"}, "give `distillation.url`"),
         ({"teacher": "base", "url": url, "base": "other"}, "the teacher is on a server"),
         (taught(url, temperature=0.5), "leave it at 1"),
         (taught(url, divergence="forward"), "a server takes `reverse`"),
         (taught("localhost:80"), "pattern"),
     ):
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=message):
             config(folder, tmp_path, distillation=own)

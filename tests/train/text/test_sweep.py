@@ -17,14 +17,21 @@ from veneer.train.text.sweep import grid, run_sweep
 
 
 def test_grid_has_every_combination() -> None:
-    found = grid(["adapter.rank=2,4", "schedule.steps=3", "adapter.targets=[q_proj,v_proj],all-linear", "seed=1"])
-    assert [c.name for c in found] == [
+    combinations = grid(
+        ["adapter.rank=2,4", "schedule.steps=3", "adapter.targets=[q_proj,v_proj],all-linear", "seed=1"]
+    )
+    assert [c.name for c in combinations] == [
         "rank=2,targets=_q_proj_v_proj_",
         "rank=2,targets=all-linear",
         "rank=4,targets=_q_proj_v_proj_",
         "rank=4,targets=all-linear",
     ]
-    assert found[0].overrides == ["schedule.steps=3", "seed=1", "adapter.rank=2", "adapter.targets=[q_proj,v_proj]"]
+    assert combinations[0].overrides == [
+        "schedule.steps=3",
+        "seed=1",
+        "adapter.rank=2",
+        "adapter.targets=[q_proj,v_proj]",
+    ]
     assert grid(["data.limit=5,6", "evaluation.limit=1,2"])[0].name == "data.limit=5,evaluation.limit=1"
     alike = [c.name for c in grid([f"data.train=a/b,a_b,{'x' * 300},{'x' * 301}"])]
     assert len(set(alike)) == 4

@@ -52,22 +52,22 @@ Whole = tuple[Path, RunResult, list[Event]]
 @pytest.fixture(scope="module")
 def whole(shared: Path, base: TextBase) -> Whole:
     """One uninterrupted run that many tests look at."""
-    seen: list[Event] = []
-    result = train(shared, shared / "whole", base, on_event=seen.append)
-    return shared / "whole", result, seen
+    events: list[Event] = []
+    result = train(shared, shared / "whole", base, on_event=events.append)
+    return shared / "whole", result, events
 
 
 def test_run_learns_and_reports_its_result(whole: Whole) -> None:
-    _, result, seen = whole
+    _, result, events = whole
     assert result.steps == 10
     assert result.validation < result.validation_before
-    steps = [e for e in seen if isinstance(e, Stepped)]
+    steps = [e for e in events if isinstance(e, Stepped)]
     assert [e.step for e in steps] == list(range(1, 11))
     assert result.tokens == sum(e.tokens for e in steps)
     assert result.learned_tokens == sum(e.learned_tokens for e in steps)
     assert result.tokens_per_second > 0
     assert result.peak_memory_bytes > 50e6
-    wanted = {
+    expected = {
         "adapter",
         "digest",
         "steps",
@@ -78,10 +78,10 @@ def test_run_learns_and_reports_its_result(whole: Whole) -> None:
         "loss",
         "validation",
     }
-    assert wanted <= result.to_dict().keys()
+    assert expected <= result.to_dict().keys()
     json.dumps(result.to_dict(), allow_nan=False)
-    assert [e.step for e in seen if isinstance(e, Evaluated)] == [0, 4, 8, 10]
-    assert {3, 6, 9, 10} <= {e.step for e in seen if isinstance(e, Saved)}
+    assert [e.step for e in events if isinstance(e, Evaluated)] == [0, 4, 8, 10]
+    assert {3, 6, 9, 10} <= {e.step for e in events if isinstance(e, Saved)}
 
 
 def test_events_are_in_the_documented_order(whole: Whole) -> None:
@@ -167,11 +167,11 @@ def test_killed_and_resumed_bytes_are_equal(whole: Whole, shared: Path, base: Te
     output = tmp_path / "killed"
     command, log = ["-c", KILL, str(shared), str(output), "16", "9", "23", "27"], tmp_path / "log"
     assert Forked(command, env=os.environ, log=log, cwd=ROOT).wait(120) == 0, log.read_text()
-    seen: list[Event] = []
-    result = train(shared, output, base, resume=True, on_event=seen.append)
-    first = next(e.step for e in seen if isinstance(e, Stepped))
+    events: list[Event] = []
+    result = train(shared, output, base, resume=True, on_event=events.append)
+    first = next(e.step for e in events if isinstance(e, Stepped))
     assert first > 1
-    assert any(isinstance(e, Note) and "resuming after step" in e.text for e in seen)
+    assert any(isinstance(e, Note) and "resuming after step" in e.text for e in events)
     for name in (TENSORS, "adapter_config.json"):
         assert (output / name).read_bytes() == (whole[0] / name).read_bytes()
     assert (result.digest, result.tokens, result.loss) == (whole[1].digest, whole[1].tokens, whole[1].loss)
@@ -198,13 +198,13 @@ def test_interrupted_runs_resume_exactly(whole: Whole, shared: Path, base: TextB
 
 def test_resuming_with_other_micro_batches_is_reported(shared: Path, base: TextBase, tmp_path: Path) -> None:
     """Their size may be the device's own, which has more or less free than it had."""
-    seen: list[Event] = []
+    events: list[Event] = []
     short = {"schedule": {"steps": 2}, "evaluation": {"every": 2}}
     with pytest.raises(Interrupted):
         train(shared, tmp_path / "cut", base, on_event=interrupt_at(1), **short)
-    train(shared, tmp_path / "cut", base, resume=True, on_event=seen.append, batching={"micro_tokens": 64}, **short)
-    said = "tokens of a micro-batch was 2048 and is 64: the run continues, but results can differ in the last bits"
-    assert Note(said) in seen
+    train(shared, tmp_path / "cut", base, resume=True, on_event=events.append, batching={"micro_tokens": 64}, **short)
+    message = "tokens of a micro-batch was 2048 and is 64: the run continues, but results can differ in the last bits"
+    assert Note(message) in events
 
 
 def test_prefetched_batches_give_the_same_bytes(
@@ -237,10 +237,10 @@ def test_resuming_a_finished_run_changes_nothing(whole: Whole, shared: Path, bas
 
 
 def test_resuming_with_nothing_there_starts_and_says_so(shared: Path, base: TextBase, tmp_path: Path) -> None:
-    seen: list[Event] = []
-    result = train(shared, tmp_path / "new", base, resume=True, on_event=seen.append, schedule={"steps": 2})
+    events: list[Event] = []
+    result = train(shared, tmp_path / "new", base, resume=True, on_event=events.append, schedule={"steps": 2})
     assert result.steps == 2
-    assert any(isinstance(e, Note) and "starts from its beginning" in e.text for e in seen)
+    assert any(isinstance(e, Note) and "starts from its beginning" in e.text for e in events)
 
 
 def test_resuming_with_other_settings_is_refused(whole: Whole, shared: Path, base: TextBase, tmp_path: Path) -> None:
@@ -255,34 +255,40 @@ def test_resuming_with_other_settings_is_refused(whole: Whole, shared: Path, bas
 
 
 def test_a_dry_run_checks_everything_and_writes_nothing(shared: Path, base: TextBase, tmp_path: Path) -> None:
-    seen: list[Event] = []
-    result = train(shared, tmp_path / "dry", base, dry_run=True, on_event=seen.append)
+    events: list[Event] = []
+    result = train(shared, tmp_path / "dry", base, dry_run=True, on_event=events.append)
     assert not (tmp_path / "dry").exists()
     assert result.dry_run
     assert result.steps == 10
     assert result.preflight["ok"]
-    assert any(isinstance(e, Probed) for e in seen)
-    assert not any(isinstance(e, Stepped) for e in seen)
+    assert any(isinstance(e, Probed) for e in events)
+    assert not any(isinstance(e, Stepped) for e in events)
     assert result.to_dict()["preflight"]["findings"]
 
 
-@pytest.mark.parametrize(("keep", "kept", "loss"), [("best", 3, 3.0), ("last", 6, 3.1)])
+@pytest.mark.parametrize(("keep", "kept_step", "loss"), [("best", 3, 3.0), ("last", 6, 3.1)])
 def test_best_or_last_state_is_saved(
-    shared: Path, base: TextBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: str, kept: int, loss: float
+    shared: Path,
+    base: TextBase,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    keep: str,
+    kept_step: int,
+    loss: float,
 ) -> None:
     """The validation loss is lowest after step 3, and three worse ones later the run stops: step 3 is what is saved, or
     the last one, step 6."""
     losses = iter([9.0, 5.0, 4.0, 3.0, 3.5, 3.25, 3.1, 1.0])
     monkeypatch.setattr(run, "score_examples", lambda *args, **options: loop.EvalResult(next(losses), 1, 1))
-    seen: list[Event] = []
+    events: list[Event] = []
     result = train(
-        shared, tmp_path / "out", base, on_event=seen.append, evaluation={"every": 1, "patience": 3, "keep": keep}
+        shared, tmp_path / "out", base, on_event=events.append, evaluation={"every": 1, "patience": 3, "keep": keep}
     )
     assert (result.stopped, result.steps) == ("early stopping", 6)
-    assert (result.kept_step, result.validation, result.validation_before) == (kept, loss, 9.0)
-    assert any(isinstance(e, Note) and "kept the adapter of step 3" in e.text for e in seen) == (keep == "best")
+    assert (result.kept_step, result.validation, result.validation_before) == (kept_step, loss, 9.0)
+    assert any(isinstance(e, Note) and "kept the adapter of step 3" in e.text for e in events) == (keep == "best")
     saved = peft.read_folder(tmp_path / "out", base.model)
-    state, _ = read_tensors(tmp_path / "out" / "checkpoints" / f"step-{kept:08d}" / "adapter.safetensors")
+    state, _ = read_tensors(tmp_path / "out" / "checkpoints" / f"step-{kept_step:08d}" / "adapter.safetensors")
     assert all(torch.equal(pair.A, state[f"{name}.A"]) for name, pair in saved.pairs.items())
 
 
@@ -292,9 +298,9 @@ def test_best_or_last_state_is_saved(
     ids=["dora", "pissa", "olora", "full copy"],
 )
 def test_every_kind_of_adapter_is_saved(adapter: dict[str, Any], shared: Path, base: TextBase, tmp_path: Path) -> None:
-    seen: list[Event] = []
-    train(shared, tmp_path / "out", base, adapter=adapter, schedule={"steps": 2}, on_event=seen.append)
-    sentence = next(e.text for e in seen if isinstance(e, Note) and "read back" in e.text)
+    events: list[Event] = []
+    train(shared, tmp_path / "out", base, adapter=adapter, schedule={"steps": 2}, on_event=events.append)
+    sentence = next(e.text for e in events if isinstance(e, Note) and "read back" in e.text)
     assert "logits equal" in sentence
     if "init" not in adapter:
         assert "bit for bit" in sentence
@@ -319,9 +325,9 @@ def test_recomputation_is_chosen_by_the_stated_rule(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl")
     needs = train(tmp_path, tmp_path / "out", base, dry_run=True).preflight["numbers"]
     between = (needs["memory_needed"] + needs["memory_checkpointed"]) / 2e9
-    seen: list[Event] = []
-    train(tmp_path, tmp_path / "out", base, dry_run=True, on_event=seen.append, memory={"limit_gb": between})
-    resolved = next(e for e in seen if isinstance(e, Resolved))
+    events: list[Event] = []
+    train(tmp_path, tmp_path / "out", base, dry_run=True, on_event=events.append, memory={"limit_gb": between})
+    resolved = next(e for e in events if isinstance(e, Resolved))
     assert resolved.settings["memory.activation_checkpointing"] == "on"
     assert "above 90%" in resolved.sources["memory.activation_checkpointing"]
 
@@ -334,10 +340,10 @@ def test_run_over_the_memory_needs_force(shared: Path, base: TextBase, tmp_path:
 
 
 def test_report_compares_results_with_the_plan(shared: Path, base: TextBase, tmp_path: Path) -> None:
-    seen: list[Event] = []
-    result = train(shared, tmp_path / "out", base, on_event=seen.append)
-    said = next(e.text for e in seen if isinstance(e, Note) and "predicted" in e.text)
-    assert f"peak memory {result.peak_memory_bytes / 1e9:.2f} GB" in said
+    events: list[Event] = []
+    result = train(shared, tmp_path / "out", base, on_event=events.append)
+    message = next(e.text for e in events if isinstance(e, Note) and "predicted" in e.text)
+    assert f"peak memory {result.peak_memory_bytes / 1e9:.2f} GB" in message
     page = Path(result.report).read_text(encoding="utf-8")
     assert page.count(" predicted") >= 2
     assert "predicted_peak_bytes" in (tmp_path / "out" / "log.jsonl").read_text(encoding="utf-8")
@@ -385,12 +391,12 @@ def test_worse_runs_save_nothing(shared: Path, base: TextBase, tmp_path: Path, m
     """The losses of a run that diverged: 2.6 before, 9.1 at best after."""
     losses = iter([2.6, 9.1, 20.4])
     monkeypatch.setattr(run, "score_examples", lambda *args, **options: loop.EvalResult(next(losses), 1, 1))
-    seen: list[Event] = []
+    events: list[Event] = []
     evaluation = {"every": 5}
     with pytest.raises(NoGain, match=r"20\.4000 after step 10, 2\.6000 before step one") as error:
-        train(shared, tmp_path / "wild", base, on_event=seen.append, evaluation=evaluation)
+        train(shared, tmp_path / "wild", base, on_event=events.append, evaluation=evaluation)
     assert error.value.exit_code == 3
-    scored = [e for e in seen if isinstance(e, Evaluated)]
+    scored = [e for e in events if isinstance(e, Evaluated)]
     assert [(e.best, e.worse) for e in scored] == [(False, False), (False, True), (False, True)]
     assert not (tmp_path / "wild" / "adapter_model.safetensors").exists()
     assert (tmp_path / "wild" / "checkpoints").is_dir()

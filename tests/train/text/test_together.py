@@ -95,36 +95,36 @@ def alone(shared: Path, base: TextBase) -> Callable[[str], Path]:
 @pytest.fixture(scope="module")
 def group(shared: Path, base: TextBase) -> tuple[Path, dict[str, RunResult | VeneerError], list[tuple[str, Event]]]:
     """All customers in one pass, which many tests look at."""
-    seen: list[tuple[str, Event]] = []
-    results = train(shared, shared / "group", base, CUSTOMERS, on_event=lambda *event: seen.append(event))
-    return shared / "group", results, seen
+    events: list[tuple[str, Event]] = []
+    results = train(shared, shared / "group", base, CUSTOMERS, on_event=lambda *event: events.append(event))
+    return shared / "group", results, events
 
 
 def assert_same(one: Path, other: Path, law: float = LAW) -> None:
     """The adapters in two folders, each tensor to `law` of its largest entry."""
-    found, expected = read_tensors(one / TENSORS)[0], read_tensors(other / TENSORS)[0]
-    assert found.keys() == expected.keys()
+    actual, expected = read_tensors(one / TENSORS)[0], read_tensors(other / TENSORS)[0]
+    assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert (found[name] - tensor).abs().max() <= law * tensor.abs().max(), name
+        assert (actual[name] - tensor).abs().max() <= law * tensor.abs().max(), name
 
 
 @pytest.mark.parametrize("name", CUSTOMERS)
 def test_each_run_equals_its_run_alone(name: str, group: Any, alone: Callable[[str], Path]) -> None:
-    place, results, _ = group
+    root, results, _ = group
     assert isinstance(results[name], RunResult), results[name]
-    assert_same(place / name, alone(name))
+    assert_same(root / name, alone(name))
     numbers = [
         [
             (r["step"], r["loss"], r["extra"]["token_accuracy"])
             for r in read_log(folder / name / "log.jsonl")
             if r["event"] in ("stepped", "evaluated")
         ]
-        for folder in (place, alone(name).parent)
+        for folder in (root, alone(name).parent)
     ]
-    (steps, losses, accuracies), wanted = (list(zip(*found, strict=True)) for found in numbers)
-    assert steps == wanted[0]
-    assert losses == pytest.approx(wanted[1], rel=1e-5)
-    assert accuracies == pytest.approx(wanted[2], abs=0.05)  # one token may fall the other way
+    (steps, losses, accuracies), expected = (list(zip(*actual, strict=True)) for actual in numbers)
+    assert steps == expected[0]
+    assert losses == pytest.approx(expected[1], rel=1e-5)
+    assert accuracies == pytest.approx(expected[2], abs=0.05)  # one token may fall the other way
     assert name != "a" or len(set(accuracies)) > 1
 
 
@@ -235,16 +235,16 @@ def test_a_killed_group_resumes(who: str, step: int, shared: Path, base: TextBas
 
 
 def test_a_signal_stops_all_runs_and_they_resume(shared: Path, base: TextBase, few: Path, tmp_path: Path) -> None:
-    seen: list[tuple[str, Event]] = []
+    events: list[tuple[str, Event]] = []
 
     def stop(name: str, event: Event) -> None:
-        seen.append((name, event))
+        events.append((name, event))
         if name == "b" and isinstance(event, Stepped) and event.step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Interrupted, match="the state of 4 runs is saved"):  # dora's last evaluation was still to come
         train(shared, tmp_path, base, FEW, on_event=stop)
-    last = {name: max(e.step for n, e in seen if n == name and isinstance(e, Stepped)) for name in FEW}
+    last = {name: max(e.step for n, e in events if n == name and isinstance(e, Stepped)) for name in FEW}
     assert set(last.values()) == {5}
     train(shared, tmp_path, base, FEW, resume=True)
     assert bytes_of(tmp_path) == bytes_of(few)

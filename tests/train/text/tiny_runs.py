@@ -20,9 +20,9 @@ def write_rows(path: Path) -> None:
     with path.open("w") as file:
         for i in range(20):
             for thing, team in (("printer", "it"), ("invoice", "billing")):
-                asked = {"role": "user", "content": f"The {thing} number {i} {'still ' * (i % 4)}does not work."}
+                question = {"role": "user", "content": f"The {thing} number {i} {'still ' * (i % 4)}does not work."}
                 answer = {"role": "assistant", "content": json.dumps({"team": team})}
-                file.write(json.dumps({"messages": [asked, answer]}) + "\n")
+                file.write(json.dumps({"messages": [question, answer]}) + "\n")
 
 
 def with_rows(folder: Path) -> Path:
@@ -36,8 +36,8 @@ def merged(values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     """`more` over `values`, section by section."""
     out = dict(values)
     for section, value in more.items():
-        held = values.get(section)
-        out[section] = {**held, **value} if isinstance(value, dict) and isinstance(held, dict) else value
+        current = values.get(section)
+        out[section] = {**current, **value} if isinstance(value, dict) and isinstance(current, dict) else value
     return out
 
 
