@@ -364,7 +364,7 @@ def _quantizer(model: Any, kind: str | None) -> Callable[[str, Any], Any]:
 def settled(plan: Any) -> tuple[Any, str]:
     """(the load that a plan settles on for this one card, "") or (None, why there is none)."""
     if plan.planned is None:
-        return None, f"{plan.peak / 1e9:.1f} GB are needed, and {plan.room / 1e9:.1f} GB may be taken"
+        return None, f"{plan.peak / 1e9:.1f} GB are needed, and {plan.available / 1e9:.1f} GB may be taken"
     load, device = plan.planned
     if device.count > 1:
         return None, f"on one such card it wants {plan.changes[0].text}"
@@ -437,7 +437,7 @@ def _train(task: Task, base: Any, load: Any, steps: int, others: Sequence[tuple[
 
     if where == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    with fast(model, keep=8 * plan.keeps // 10) as how:  # as a run keeps them
+    with fast(model, keep=8 * plan.dequantizable // 10) as how:  # as a run keeps them
         one = took(load.lengths)
         work = run_work(text_counts(shape, load, device), load, device)
         memory = text_memory(shape, load, device)

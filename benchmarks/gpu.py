@@ -199,12 +199,12 @@ def run(
 def stoppable() -> Iterator[None]:
     """Inside, what asks a process to end is a KeyboardInterrupt, as Ctrl-C is: a closed terminal, `kill`."""
 
-    from veneer.train.signals import heard
+    from veneer.train.signals import signal_handler
 
     def stop(number: int) -> None:
         raise KeyboardInterrupt
 
-    with heard(stop, *STOPS):
+    with signal_handler(stop, *STOPS):
         yield
 
 

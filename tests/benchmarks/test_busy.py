@@ -36,7 +36,7 @@ def test_neighbours_work_while_inside_and_are_gone_afterwards(busy: Any) -> None
     assert set(psutil.Process().children()) == before
 
 
-def test_a_part_that_there_is_not_is_refused_with_those_there_are() -> None:
+def test_an_unknown_part_is_refused_with_the_known_ones() -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "busy.py"), "--only", "training,mixing"]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 2

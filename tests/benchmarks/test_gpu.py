@@ -65,7 +65,7 @@ def dry(gpu: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return run(gpu, gpu.SIDES, here, tmp_path_factory.mktemp("dry"), dry=True)
 
 
-def test_every_side_of_ours_runs_and_no_peer_does(gpu: Any, dry: dict[str, Any]) -> None:
+def test_every_own_side_runs_and_no_peer_does(gpu: Any, dry: dict[str, Any]) -> None:
     for side in [gpu.PROBE, *gpu.SIDES]:
         outcome = dry[side.key]
         assert outcome.status == ("left out" if side.needs else "ran"), outcome.why
@@ -79,7 +79,7 @@ def test_every_side_of_ours_runs_and_no_peer_does(gpu: Any, dry: dict[str, Any])
         assert min(speed[name] for name in ("value", "roofline", "planned")) > 0
 
 
-def test_the_page_says_what_was_measured_with_what_and_by_which_command(gpu: Any, dry: dict[str, Any]) -> None:
+def test_the_page_names_figures_versions_and_command(gpu: Any, dry: dict[str, Any]) -> None:
     result = gpu.result_of(dry, gpu.about_of(dry))
     assert set(result) == {"machine", "rows", "bars", "sides"}
     assert all(set(r) == {"name", "metric", "value", "unit"} for r in result["rows"])
@@ -95,7 +95,7 @@ def test_the_page_says_what_was_measured_with_what_and_by_which_command(gpu: Any
 # -- limits and failures -----------------------------------------------------------------------------------------------
 
 
-def test_one_that_fails_costs_the_others_nothing(gpu: Any, tmp_path: Path) -> None:
+def test_a_failed_side_leaves_the_others_unchanged(gpu: Any, tmp_path: Path) -> None:
     broken = "train: veneer, Llama 3 8B, bf16"
 
     def launch(side: Any, task: Any, limit: float) -> Any:
@@ -108,7 +108,7 @@ def test_one_that_fails_costs_the_others_nothing(gpu: Any, tmp_path: Path) -> No
     assert re.search(r"^\| train: veneer.* \| failed \| 1 \| .* \| exit code 1: it / broke here \|$", page, flags=re.M)
 
 
-def test_no_side_has_more_than_its_limit_or_than_is_left(gpu: Any, tmp_path: Path) -> None:
+def test_sides_respect_their_limit_and_the_remaining_time(gpu: Any, tmp_path: Path) -> None:
     limits = {}
 
     def launch(side: Any, task: Any, limit: float) -> Any:
@@ -126,7 +126,7 @@ def test_no_side_has_more_than_its_limit_or_than_is_left(gpu: Any, tmp_path: Pat
     assert gpu.SIDES[: len(own)] == own  # peers come last
 
 
-def test_the_probe_is_what_others_are_held_against(gpu: Any, tmp_path: Path) -> None:
+def test_other_sides_get_the_probes_rates(gpu: Any, tmp_path: Path) -> None:
     told = {}
 
     def launch(side: Any, task: Any, limit: float) -> Any:
@@ -137,7 +137,7 @@ def test_the_probe_is_what_others_are_held_against(gpu: Any, tmp_path: Path) -> 
     assert told == {"probe: the card": None, "tests: marked gpu": {"operations": 4e14, "bandwidth": 3e12}}
 
 
-def test_a_process_says_its_result_or_why_there_is_none(gpu: Any, tmp_path: Path) -> None:
+def test_a_process_returns_its_result_or_a_reason(gpu: Any, tmp_path: Path) -> None:
     def watched(code: str, limit: float = 100.0) -> Any:
         return gpu.watched([sys.executable, "-S", "-c", code], limit, tmp_path)
 
@@ -170,7 +170,7 @@ def telling(tmp_path: Path) -> str:
         ("import time; time.sleep(600)", "timed out"),
     ],
 )
-def test_what_was_told_before_it_went_wrong_is_kept(
+def test_figures_before_a_failure_are_reported(
     gpu: Any, then: str, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = subprocess.Popen.wait
@@ -192,7 +192,7 @@ def test_what_was_told_before_it_went_wrong_is_kept(
     assert f"| train: veneer | {status} |" in page
 
 
-def test_tests_that_are_stopped_count_as_far_as_they_came(gpu: Any) -> None:
+def test_stopped_tests_count_up_to_the_last_result(gpu: Any) -> None:
     said = (
         "collected 4 items\n\ntests/a.py::test_one PASSED [ 25%]\ntests/a.py::test_two[x y] FAILED [ 50%]\n"
         "tests/b.py::test_three SKIPPED (why) [ 75%]\ntests/b.py::test_four "
@@ -204,7 +204,7 @@ def test_tests_that_are_stopped_count_as_far_as_they_came(gpu: Any) -> None:
     assert sys.modules["_gpu_sides"].ended_tests("", 90)["figures"][0]["value"] == 0
 
 
-def test_the_page_is_there_after_each_side_and_a_stop_ends_the_run(gpu: Any, tmp_path: Path) -> None:
+def test_the_page_is_written_after_each_side(gpu: Any, tmp_path: Path) -> None:
     after: list[set[str]] = []
 
     def launch(side: Any, task: Any, limit: float) -> Any:
@@ -222,7 +222,7 @@ def test_the_page_is_there_after_each_side_and_a_stop_ends_the_run(gpu: Any, tmp
     assert {f.name for f in tmp_path.iterdir()} == {"card-1.md", "card-1.json"}
 
 
-def test_what_was_not_tried_this_time_keeps_what_was_measured_before(gpu: Any, tmp_path: Path) -> None:
+def test_sides_not_run_keep_earlier_figures(gpu: Any, tmp_path: Path) -> None:
     about = {"card": "X"}
     gpu.written(gpu.result_of({"serve: vLLM": ran(gpu, 1), "train: veneer": ran(gpu, 2)}, about), tmp_path)
     for status in ("no time left", "not installed", "stopped"):
@@ -236,7 +236,7 @@ def test_what_was_not_tried_this_time_keeps_what_was_measured_before(gpu: Any, t
     assert where.with_suffix(".json.unread").exists()
 
 
-def test_a_signal_ends_the_side_with_what_it_began_and_keeps_what_was_told(gpu: Any, tmp_path: Path) -> None:
+def test_a_signal_ends_the_side_and_its_processes(gpu: Any, tmp_path: Path) -> None:
     """The side tells a figure, begins a process of its own and asks this one to end."""
     begin = "import os, signal, subprocess, sys, time; own = subprocess.Popen([sys.executable, '-S', '-c', "
     begin += f"'import time; time.sleep(600)']); open({str(tmp_path / 'own')!r}, 'w').write(str(own.pid)); "
@@ -253,7 +253,7 @@ def test_a_signal_ends_the_side_with_what_it_began_and_keeps_what_was_told(gpu: 
         time.sleep(0.01)
 
 
-def test_a_peer_that_is_not_there_is_told_as_that(gpu: Any, tmp_path: Path) -> None:
+def test_a_missing_peer_is_reported_as_not_installed(gpu: Any, tmp_path: Path) -> None:
     peer = gpu.Side("qlora", "nobody", 60, lambda task: {}, "no_such_package")
     outcome = gpu.in_a_process({})(peer, gpu.Task(str(tmp_path)), 60)
     assert (outcome.status, outcome.why) == ("not installed", f"{sys.executable} has no no_such_package")
@@ -263,7 +263,7 @@ def test_a_peer_that_is_not_there_is_told_as_that(gpu: Any, tmp_path: Path) -> N
     assert missing in outcome.why
 
 
-def test_the_whole_command_with_a_side_in_its_own_process(gpu: Any, tmp_path: Path, capfd: Any) -> None:
+def test_the_command_runs_a_side_in_its_own_process(gpu: Any, tmp_path: Path, capfd: Any) -> None:
     code = gpu.main(["--dry", "--only", "probe", "--out", str(tmp_path), "--json"])
     out, err = capfd.readouterr()
     assert code == 0, err
@@ -277,7 +277,7 @@ def test_the_whole_command_with_a_side_in_its_own_process(gpu: Any, tmp_path: Pa
 # -- what is wanted, and what is kept ----------------------------------------------------------------------------------
 
 
-def test_bars_are_of_what_ran(gpu: Any) -> None:
+def test_bars_cover_the_sides_that_ran(gpu: Any) -> None:
     done = {
         "tests: marked gpu": ran(gpu, 0, "failed"),
         "train: veneer, Llama 3 8B, bf16": ran(gpu, 13_000),
@@ -305,7 +305,7 @@ def plan_of(base: str, card: str, load: Load) -> Any:
     return text_plan("", text_shape(base_config(base)), load, device, rates_of(device), TrainingJob(1))
 
 
-def test_what_runs_is_what_the_plan_settles_on(gpu: Any) -> None:
+def test_a_side_runs_the_planned_settings(gpu: Any) -> None:
     sides = sys.modules["_gpu_sides"]
     s = sides.CARD
     load = Load((s.length,) * s.rows)
@@ -325,7 +325,7 @@ def test_what_runs_is_what_the_plan_settles_on(gpu: Any) -> None:
 # -- what a person types -----------------------------------------------------------------------------------------------
 
 
-def test_the_makefile_and_the_page_know_every_part(gpu: Any) -> None:
+def test_the_makefile_and_the_page_list_every_part(gpu: Any) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert re.search(
         r"^gpu: \$\(VENV\)/\.ready-peers ## .+\n\t@\$\(RUN\) benchmarks/gpu\.py \$\(GPU_FLAGS\)$", makefile, re.M
@@ -348,7 +348,7 @@ def test_the_makefile_and_the_page_know_every_part(gpu: Any) -> None:
         (["--out", "{file}/inside"], "is not a folder"),
     ],
 )
-def test_what_is_asked_wrongly_is_said_before_any_work(
+def test_invalid_options_are_refused_before_any_work(
     gpu: Any,
     arguments: list[str],
     said: str,

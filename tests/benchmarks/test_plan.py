@@ -33,7 +33,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
     return script_module(ROOT / "benchmarks" / "plan.py", "plan_benchmark")
 
 
-def test_the_grid_covers_what_a_run_can_vary(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_grid_varies_every_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     module = benchmark(monkeypatch)
     names = [module.name_of(one) for one in module.GRID]
     assert len(set(names)) == len(names) >= 24
@@ -49,7 +49,7 @@ def test_every_run_of_the_grid_has_a_prediction(monkeypatch: pytest.MonkeyPatch)
         assert seconds > 0
 
 
-def test_the_measured_peaks_on_the_page_are_within_a_tenth_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documented_peaks_are_within_a_tenth_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     module = benchmark(monkeypatch)
     page = (ROOT / "docs" / "how-to" / "plan.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (.+) \| [\d.]+ GB \| ([\d.]+) GB \| [+-][\d.]+% \|$", page, re.MULTILINE)
@@ -61,7 +61,7 @@ def test_the_measured_peaks_on_the_page_are_within_a_tenth_of_the_plan(monkeypat
         assert peak / 1e9 == pytest.approx(measured[module.name_of(one)], rel=0.1), module.name_of(one)
 
 
-def test_published_figures_are_set_beside_the_plan() -> None:
+def test_published_figures_agree_with_the_plan() -> None:
     found = run("plan_published.py")
     assert len(found["rows"]) >= 40
     assert found["bars"][0]["ok"]

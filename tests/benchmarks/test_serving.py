@@ -37,7 +37,7 @@ def test_it_says_what_it_measures(name: str, says: str) -> None:
 
 
 @pytest.mark.slow
-def test_load_over_http_from_a_second_process_makes_no_errors() -> None:
+def test_http_load_makes_no_errors() -> None:
     result = report_of(run("serving_load.py", "--quick", "--rates", "20,60", "--requests", "10", "--json"))
     assert [b for b in result["bars"] if not b["ok"]] == []
     told = {(r["name"], r["metric"]): r["value"] for r in result["rows"]}

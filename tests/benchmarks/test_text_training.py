@@ -41,7 +41,7 @@ def test_quick_run_follows_peft_s_losses() -> None:
 
 
 @pytest.mark.network
-def test_real_bases_under_fast_are_as_they_are_by_themselves() -> None:
+def test_fast_paths_keep_the_outputs_of_real_bases() -> None:
     ran = run("--real", "--json")
     assert ran.returncode == 0, ran.stderr
     assert all(b["ok"] for b in json.loads(ran.stdout)["bars"])

@@ -20,7 +20,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     return script_module(ROOT / "benchmarks" / "together.py", "together_benchmark")
 
 
-def test_both_sides_train_every_customer_on_rows_of_the_length(bench: Any, tmp_path: Path) -> None:
+def test_both_sides_train_every_customer(bench: Any, tmp_path: Path) -> None:
     args = argparse.Namespace(
         customers=3,
         rows=1,

@@ -55,7 +55,7 @@ def test_what_goes_wrong_is_told(capsys: Any, tmp_path: Path) -> None:
     assert (folder / "a.txt").exists()
 
 
-def test_rows_and_a_run_are_looked_at_before_it(capsys: Any, tmp_path: Path) -> None:
+def test_data_show_and_preview_inspect_a_run(capsys: Any, tmp_path: Path) -> None:
     base, file = tiny_base_dir(tmp_path), tmp_path / "rows.jsonl"
     rows = [{"prompt": f"Where is parcel {i}?", "completion": f"Shelf {i % 7}."} for i in range(24)]
     file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": "x"}]))

@@ -64,7 +64,7 @@ def test_json_has_base_and_each_mix(folder: Path, capsys: pytest.CaptureFixture[
     assert len({s["loss"] for s in result.values()}) == 3
 
 
-def test_the_base_is_the_adapters_own_when_not_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_base_defaults_to_the_adapters(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("--adapter", str(folder / "mine"), "--data", str(folder / "held.jsonl"), "--loss-only") == 0
     out = capsys.readouterr().out
     for word in ("base", "mine", "loss", "perplexity", "rows"):
@@ -80,7 +80,7 @@ def test_base_and_data_may_stand_alone(folder: Path, capsys: pytest.CaptureFixtu
     assert "team right" in out
 
 
-def test_an_adapter_of_another_base_is_refused_with_both_fingerprints(
+def test_a_foreign_adapter_is_refused_with_both_fingerprints(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tmp_path / "other"
@@ -104,7 +104,7 @@ def test_what_is_missing_is_said(arguments: list[str], message: str, capsys: pyt
 
 
 @pytest.mark.parametrize("more", [["--loss-only"], ["-n", "2"]])
-def test_what_overflows_is_said_by_the_adapter_that_made_it(
+def test_an_overflow_names_its_adapter(
     more: list[str], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -36,19 +36,19 @@ def test_the_page_shows_what_the_command_prints(capsys: pytest.CaptureFixture[st
     assert run(capsys, *ONE_COMMAND).out in page
 
 
-def test_json_and_text_say_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_and_text_agree(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(run(capsys, *ONE_COMMAND, "--json").out)
     assert f"${found['cost']:,.2f}" in run(capsys, *ONE_COMMAND).out
 
 
-def test_pictures(capsys: pytest.CaptureFixture[str]) -> None:
+def test_image_bases_are_planned(capsys: pytest.CaptureFixture[str]) -> None:
     ran = run(capsys, "plan", "--base", "flux.1-dev", "--gpu", "rtx-4090", "--rows", "20", "--epochs", "35")
     assert "recompute activations and a 4-bit base" in ran.out
     small = run(capsys, "plan", "--base", "sdxl", "--gpu", "rtx-4090", "--rows", "20", "--size", "512")
     assert small.out.startswith("It fits")
 
 
-def test_a_configuration(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_configuration_is_planned_from_its_data(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     base = tiny_base_dir(tmp_path)
     rows = [{"messages": [{"role": "user", "content": "hi " * 40}, {"role": "assistant", "content": "yes"}]}] * 12
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")

@@ -37,9 +37,7 @@ def call(*arguments: str) -> int:
     return int(end.value.code or 0)
 
 
-def test_json_is_the_last_thing_on_stdout_and_the_rest_is_elsewhere(
-    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_stdout_has_only_the_json(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("train", str(config), f"output={tmp_path / 'out'}", "adapter.rank=3", "--json") == 0
     out, err = capsys.readouterr()
     result = json.loads(out)
@@ -97,7 +95,7 @@ def test_a_dry_run_writes_nothing(config: Path, tmp_path: Path, capsys: pytest.C
     ],
     ids=["misspelt", "base", "data", "target"],
 )
-def test_a_mistake_is_one_clear_block_and_exit_code_2(
+def test_a_mistake_prints_one_error_and_exits_with_2(
     arguments: list[str], message: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call("train", str(config), f"output={tmp_path / 'out'}", *arguments) == 2
@@ -108,7 +106,7 @@ def test_a_mistake_is_one_clear_block_and_exit_code_2(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_misspelt_key_in_the_file_names_the_nearest_and_the_line(
+def test_a_misspelled_key_names_the_nearest_and_its_line(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wrong = config.with_name("wrong.yaml")
@@ -121,7 +119,7 @@ def test_a_misspelt_key_in_the_file_names_the_nearest_and_the_line(
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_ctrl_c_exits_130_with_the_command_that_goes_on(config: Path, tmp_path: Path) -> None:
+def test_ctrl_c_exits_130_with_the_resume_command(config: Path, tmp_path: Path) -> None:
     output = tmp_path / "with space"
     command = ["train", str(config), f"output={output}", "schedule.steps=4000", "evaluation.every=4000"]
     code = "import sys; from veneer.cli.main import main; main(sys.argv[1:])"
@@ -139,7 +137,7 @@ def test_ctrl_c_exits_130_with_the_command_that_goes_on(config: Path, tmp_path: 
     assert not (output / "adapter_model.safetensors").exists()
 
 
-def test_processes_that_were_started_by_another_are_not_started_again(
+def test_processes_of_another_launcher_are_not_restarted(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "0")

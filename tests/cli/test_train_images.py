@@ -43,7 +43,7 @@ def test_json_on_stdout_the_rest_elsewhere(config: Path, tmp_path: Path, capsys:
     assert "tokens" not in err
 
 
-def test_without_json_it_says_where_things_are_and_how_to_draw(
+def test_the_output_names_files_and_the_next_command(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call("train", str(config), f"output={tmp_path / 'out'}") == 0
@@ -53,9 +53,7 @@ def test_without_json_it_says_where_things_are_and_how_to_draw(
     assert str(tmp_path / "out" / "report.html") in err
 
 
-def test_a_dry_run_leaves_a_sheet_and_nothing_else(
-    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_dry_run_writes_only_a_sheet(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("train", str(config), f"output={tmp_path / 'out'}", "--dry-run") == 0
     _, err = capsys.readouterr()
     assert "what the model would see is in" in err
@@ -67,7 +65,7 @@ def test_a_mistake_is_one_message(config: Path, capsys: pytest.CaptureFixture[st
     assert "did you mean `loss.snr_gamma`?" in capsys.readouterr().err
 
 
-def test_the_two_calls_of_the_package_know_each_others_configurations(config: Path) -> None:
+def test_train_text_and_train_image_name_each_other(config: Path) -> None:
     with pytest.raises(ConfigError, match="train_image"):
         veneer.train_text(config)
     with pytest.raises(ConfigError, match="train_text"):

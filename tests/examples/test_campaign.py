@@ -29,7 +29,7 @@ def campaign(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
             del sys.modules[name]
 
 
-def test_what_is_not_of_an_earlier_call_is_never_removed(campaign: ModuleType, tmp_path: Path) -> None:
+def test_only_files_of_an_earlier_run_are_removed(campaign: ModuleType, tmp_path: Path) -> None:
     """Each of the scripts that begin anew in a folder."""
     campaign.emptied(tmp_path / "none")
     own, others = tmp_path / "own", tmp_path / "others"
@@ -52,7 +52,7 @@ def test_what_is_not_of_an_earlier_call_is_never_removed(campaign: ModuleType, t
 
 
 @pytest.mark.parametrize("family", ["flux1", "sdxl"])
-def test_it_runs_from_pictures_to_a_sheet_with_the_truth(
+def test_the_campaign_runs_from_images_to_a_sheet(
     family: str,
     campaign: ModuleType,
     tmp_path: Path,

@@ -37,7 +37,7 @@ def torchrun_lines() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("name", "line"), torchrun_lines())
-def test_torchrun_and_veneer_take_every_line(name: str, line: str) -> None:
+def test_torchrun_and_veneer_accept_every_line(name: str, line: str) -> None:
     from torch.distributed.run import get_args_parser
 
     words = shlex.split(line.replace('"$@"', "support.yaml"))[1:]
@@ -50,11 +50,11 @@ def test_torchrun_and_veneer_take_every_line(name: str, line: str) -> None:
         assert "--resume" in rest, "a job that is started again must go on"
 
 
-def test_every_place_has_its_line() -> None:
+def test_every_file_has_a_torchrun_line() -> None:
     assert [name for name, _ in torchrun_lines()] == ["slurm.sbatch", "kubernetes.yaml"] + ["several-devices.md"] * 2
 
 
-def test_the_job_names_its_pods_as_the_rendezvous_does() -> None:
+def test_the_job_and_the_rendezvous_share_pod_names() -> None:
     service, job = yaml.safe_load_all((FOLDER / "kubernetes.yaml").read_text())
     name, pod = job["metadata"]["name"], job["spec"]["template"]["spec"]
     assert service["spec"]["clusterIP"] == "None"
@@ -70,7 +70,7 @@ def test_the_job_names_its_pods_as_the_rendezvous_does() -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="bash")
-def test_the_batch_file_is_bash_and_says_what_slurm_must_know() -> None:
+def test_the_batch_file_is_valid_bash_for_slurm() -> None:
     text = (FOLDER / "slurm.sbatch").read_text()
     assert subprocess.run(["bash", "-n", str(FOLDER / "slurm.sbatch")], check=False).returncode == 0
     options = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", text, flags=re.M))
@@ -78,7 +78,7 @@ def test_the_batch_file_is_bash_and_says_what_slurm_must_know() -> None:
     assert options["signal"].startswith("TERM@")
 
 
-def test_the_ray_file_calls_what_there_is() -> None:
+def test_the_ray_file_calls_an_existing_function() -> None:
     import inspect
 
     import veneer

@@ -21,9 +21,7 @@ from veneer.models.image.base import load_image
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "edits" / "config.yaml"
 
 
-def test_the_example_trains_and_its_file_edits_and_is_made_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_edits_example_trains_edits_and_reproduces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pairs, place = drawings(tmp_path / "pairs", 12), tiny_image_base(tmp_path, "kontext")
     for path in list(pairs.glob("*.png")):
         Image.fromarray(255 - np.asarray(Image.open(path))).save(path.with_suffix(".before.png"))

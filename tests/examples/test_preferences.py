@@ -31,7 +31,7 @@ def test_the_script_gives_the_committed_bytes() -> None:
     script(EXAMPLES / "tickets" / "make_preferences.py").main(["--check"])
 
 
-def test_the_chosen_reply_is_the_short_and_polite_one(pairs: dict[str, list[dict[str, Any]]]) -> None:
+def test_chosen_replies_are_short_and_polite(pairs: dict[str, list[dict[str, Any]]]) -> None:
     polite = script(EXAMPLES / "preferences.py").POLITE
     for rows in pairs.values():
         kinds = set()
@@ -44,7 +44,7 @@ def test_the_chosen_reply_is_the_short_and_polite_one(pairs: dict[str, list[dict
         assert len(kinds) == 3  # neither length nor one polite word alone gives it away
 
 
-def test_no_sentence_and_no_ticket_is_on_both_sides(pairs: dict[str, list[dict[str, Any]]]) -> None:
+def test_train_and_test_share_no_sentence_or_ticket(pairs: dict[str, list[dict[str, Any]]]) -> None:
     def sentences(rows: list[dict[str, Any]]) -> set[str]:
         return {s for row in rows for side in ("chosen", "rejected") for s in re.split(r"(?<=\.) ", row[side])}
 
@@ -54,7 +54,7 @@ def test_no_sentence_and_no_ticket_is_on_both_sides(pairs: dict[str, list[dict[s
     assert [len(t) for t in tickets] == [240, 80]
 
 
-def test_it_trains_measures_and_shows(
+def test_the_preferences_example_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

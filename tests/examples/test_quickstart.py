@@ -14,7 +14,7 @@ from tests.tiny_base import tiny_base_dir
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_it_trains_evaluates_and_says_what_to_try_next(
+def test_the_quickstart_trains_evaluates_and_suggests_commands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     quickstart = script_module(ROOT / "examples" / "quickstart.py", "quickstart")

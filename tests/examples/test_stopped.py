@@ -79,7 +79,7 @@ def test_the_image_quickstart(tmp_path: Path, number: int) -> None:
 
 
 @pytest.mark.slow
-def test_train_from_the_command_line_says_sigterm_by_its_exit_code(text_base: Path, tmp_path: Path) -> None:
+def test_veneer_train_exits_with_143_after_sigterm(text_base: Path, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(endless(), encoding="utf-8")
     settings = ["config.yaml", f"base={text_base}", "output=run"]
     command = ["-m", "veneer.cli.main", "train", *settings]

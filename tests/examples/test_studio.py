@@ -15,7 +15,7 @@ from veneer.models.text.base import load_text
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_quickstart_s_adapter_is_there_when_the_page_opens(
+def test_the_studio_example_registers_the_quickstart_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     studio = script_module(ROOT / "examples" / "studio.py", "studio_example")

@@ -42,7 +42,7 @@ def test_a_fifth_of_the_tickets_is_held_out() -> None:
 
 
 @pytest.mark.parametrize("name", ["train", "test"])
-def test_every_row_is_three_messages_and_the_answer_is_compact_json_of_known_labels(name: str) -> None:
+def test_every_row_has_three_messages_and_known_labels(name: str) -> None:
     for row in rows(name):
         assert set(row) == {"messages"}
         assert [m["role"] for m in row["messages"]] == ["system", "user", "assistant"]
@@ -59,16 +59,14 @@ def test_every_row_is_three_messages_and_the_answer_is_compact_json_of_known_lab
     ("field", "values", "least", "most"),
     [("team", TEAMS, 0.10, 0.25), ("priority", PRIORITIES, 0.12, 0.40), ("product_area", AREAS, 0.04, 0.20)],
 )
-def test_no_label_is_rare_and_none_wins_by_being_common(
-    name: str, field: str, values: set[str], least: float, most: float
-) -> None:
+def test_labels_are_balanced(name: str, field: str, values: set[str], least: float, most: float) -> None:
     counts = Counter(answer(row)[field] for row in rows(name))
     assert set(counts) == values
     assert min(counts.values()) >= least * counts.total()
     assert max(counts.values()) <= most * counts.total()
 
 
-def test_the_prompt_does_not_give_the_label_set_away() -> None:
+def test_the_prompt_does_not_list_the_labels() -> None:
     """An untrained base cannot answer right by copying: no value of a label stands in the system prompt."""
     (system,) = {row["messages"][0]["content"] for row in rows("train") + rows("test")}
     assert not (TEAMS | PRIORITIES | AREAS) & set(system.lower().replace(".", " ").replace(",", " ").split())
@@ -79,7 +77,7 @@ def test_no_ticket_is_there_twice() -> None:
     assert len(set(texts)) == len(texts)
 
 
-def test_tickets_are_one_line_a_note_or_a_letter() -> None:
+def test_tickets_have_three_lengths() -> None:
     words = sorted(len(row["messages"][1]["content"].split()) for row in rows("train"))
     assert words[len(words) // 10] < 20
     assert words[-len(words) // 10] > 50
@@ -126,7 +124,7 @@ def test_the_two_sides_share_no_template(script: ModuleType) -> None:
             assert alike < 0.5 or len(own) < 5, f"nearly the same sentence on both sides: {held_out} | {sentence}"
 
 
-def test_no_held_out_ticket_is_nearly_a_training_ticket() -> None:
+def test_no_test_ticket_resembles_a_training_ticket() -> None:
     """Share of a held-out ticket's word 4-grams that any one training ticket has; names and products may repeat."""
     train = [grams(row["messages"][1]["content"]) for row in rows("train")]
     for row in rows("test"):

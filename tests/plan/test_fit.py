@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from veneer.ops.step_sizes import MICRO_TOKENS
-from veneer.plan.fit import fitting_micro_tokens, left_beside_base
+from veneer.plan.fit import fitting_micro_tokens, memory_after_base
 from veneer.plan.memory import Load, text_memory
 from veneer.plan.shape import text_shape
 from veneer.plan.tables import base_config, device_named
@@ -19,15 +19,13 @@ from veneer.plan.tables import base_config, device_named
         ("meta-llama/Llama-3.1-70B", "nf4", 16, 2048),  # 8,192 would be, and neither they nor 4,096 fit
     ],
 )
-def test_products_say_how_many_tokens_and_memory_how_many_there_can_be(
-    base: str, quantize: str | None, rank: int, tokens: int
-) -> None:
+def test_micro_tokens_fit_products_and_memory(base: str, quantize: str | None, rank: int, tokens: int) -> None:
     shape, device = text_shape(base_config(base)), device_named("h100-80gb")
 
     def load(n: int) -> Load:
         return Load((512,) * (n // 512), micros=1024 * 512 // n, rank=rank, quantize=quantize)
 
-    room = left_beside_base(shape, device, "bfloat16", quantize)
+    room = memory_after_base(shape, device, "bfloat16", quantize)
     assert fitting_micro_tokens(shape, device, quantize, room, load) == tokens
     assert tokens == MICRO_TOKENS or text_memory(shape, load(tokens), device).beyond_base <= 0.9 * room
     assert fitting_micro_tokens(shape, device, quantize, 1 << 50, load) == (8192 if quantize else 2048)

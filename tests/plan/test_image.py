@@ -59,7 +59,7 @@ def denoiser(name: str) -> tuple[Any, dict[str, Any]]:
 @pytest.mark.parametrize("size", [128, 256])
 @pytest.mark.parametrize("name", ["catalogue-sdxl", "catalogue-flux"])
 @pytest.mark.parametrize("word", ["attention", "attention+ff+conv"])
-def test_what_is_kept_is_what_was_counted(word: str, name: str, size: int) -> None:
+def test_kept_activations_equal_the_count(word: str, name: str, size: int) -> None:
     torch.manual_seed(0)
     model, config = denoiser(name)
     inputs = given(name, size)
@@ -69,11 +69,11 @@ def test_what_is_kept_is_what_was_counted(word: str, name: str, size: int) -> No
         attachment.use("a")
         known = [*model.parameters(), *attachment.parameters("a").values()]
         with fast_denoiser(model):
-            kept = measured_activations(lambda: model(**inputs, return_dict=False)[0].float().sum(), known)
+            saved = measured_activations(lambda: model(**inputs, return_dict=False)[0].float().sum(), known)
         trainable = sum(p.numel() for p in attachment.parameters("a").values())
     counts = image_counts(config, ImageLoad(PICTURES, size, size, text_tokens=TEXT, targets=word))
     assert counts.trainable == trainable
-    assert kept == pytest.approx(2 * counts.kept, rel=0.2)
+    assert saved == pytest.approx(2 * counts.kept, rel=0.2)
 
 
 LARGER: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
@@ -100,7 +100,7 @@ LARGER: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
 
 @pytest.mark.parametrize("word", ["attention", "attention+ff"])
 @pytest.mark.parametrize("kind", LARGER)
-def test_what_diffusers_own_attention_keeps_is_what_was_counted(kind: str, word: str) -> None:
+def test_kept_activations_of_diffusers_attention_equal_the_count(kind: str, word: str) -> None:
     import diffusers
 
     torch.manual_seed(0)
@@ -126,12 +126,12 @@ def test_what_diffusers_own_attention_keeps_is_what_was_counted(kind: str, word:
         attachment.use("a")
         known = [*model.parameters(), *attachment.parameters("a").values()]
         with fast_denoiser(model):
-            kept = measured_activations(forward, known)
+            saved = measured_activations(forward, known)
         trainable = sum(p.numel() for p in attachment.parameters("a").values())
     load = ImageLoad(PICTURES, 8 * side, 8 * side, text_tokens=words, targets=word)
     counts = image_counts({**config, "_class_name": kind}, load)
     assert counts.trainable == trainable
-    assert kept == pytest.approx(2 * counts.kept, rel=0.2)
+    assert saved == pytest.approx(2 * counts.kept, rel=0.2)
 
 
 def test_other_denoisers_and_targets_are_refused() -> None:

@@ -69,7 +69,7 @@ def test_parts_are_never_negative_and_add_up(load: Load) -> None:
 
 @given(loads)
 @settings(max_examples=20, deadline=None)
-def test_more_of_anything_never_takes_less(load: Load) -> None:
+def test_larger_loads_never_take_less_memory(load: Load) -> None:
     before = text_memory(LLAMA, load, CPU).peak
     for more in (
         replace(load, lengths=(*load.lengths, load.lengths[-1])),  # another length may pad rows beside it less
@@ -81,7 +81,7 @@ def test_more_of_anything_never_takes_less(load: Load) -> None:
         assert text_memory(LLAMA, replace(load, checkpointing=False), CPU).activations > 0
 
 
-def test_nf4_takes_the_bits_of_the_paper() -> None:
+def test_nf4_constants_take_the_published_bits() -> None:
     """arXiv 2305.14314: double quantization takes 0.127 bits a parameter for constants, 0.5 without it."""
     for double, bits in ((True, 0.127), (False, 0.5)):
         _, constants = weight_bytes(LLAMA, "bfloat16", "nf4", double)
@@ -96,7 +96,7 @@ def test_a_quantized_base_dequantizes_one_joined_weight_at_a_time() -> None:
     assert text_memory(LLAMA, replace(load, quantize=None), CPU).dequantized == 0
 
 
-def test_what_is_kept_dequantized_fills_whole_layers_and_no_more_than_there_is() -> None:
+def test_dequantized_bytes_are_whole_layers_within_the_limit() -> None:
     memory = text_memory(LLAMA, Load((512,), quantize="nf4"), CPU)
     layer = 2 * LLAMA.layers[0].matrices
     assert kept_dequantized(LLAMA, memory, memory.peak) == 0
@@ -104,7 +104,7 @@ def test_what_is_kept_dequantized_fills_whole_layers_and_no_more_than_there_is()
     assert kept_dequantized(LLAMA, memory, memory.peak + 1000 * layer) == 32 * layer
 
 
-def test_packed_weights_are_two_copies_of_all_but_what_needs_no_gradient() -> None:
+def test_packed_weights_are_two_copies_except_without_gradient() -> None:
     plain = LLAMA.matrices + LLAMA.vocabulary * LLAMA.hidden
     first = sum(linear.parameters for linear in LLAMA.layers[0].product("qkv"))
     assert packed_weights(LLAMA, "bfloat16", lambda *product: True) == 2 * (2 * plain - first)
@@ -113,7 +113,7 @@ def test_packed_weights_are_two_copies_of_all_but_what_needs_no_gradient() -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_packed_weights_are_what_a_step_keeps_and_change_nothing_else(dtype: torch.dtype) -> None:
+def test_packed_weights_equal_a_step_and_keep_gradients(dtype: torch.dtype) -> None:
     """Of a model large enough for copies; those are gone after the block."""
     config = LlamaConfig(
         **{**SMALL, "hidden_size": 256, "intermediate_size": 288, "vocab_size": 300}, bos_token_id=1, eos_token_id=2
@@ -142,13 +142,13 @@ def test_packed_weights_are_what_a_step_keeps_and_change_nothing_else(dtype: tor
 
 @pytest.mark.parametrize("more", [{}, {"dora": True}, {"dora": True, "dropout": 0.1}])
 @pytest.mark.parametrize(("lengths", "share"), [([128, 128], 0.25), ([200], 1.0)])
-def test_activations_are_what_autograd_keeps(more: dict[str, Any], lengths: list[int], share: float) -> None:
+def test_activations_equal_what_autograd_saves(more: dict[str, Any], lengths: list[int], share: float) -> None:
     """After the forward pass of a small Llama on the fast paths, without the base's weights and the pairs."""
     torch.manual_seed(0)
     spec = LoraSpec(rank=8, **more)
     config = LlamaConfig(**SMALL, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2)
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
     with attach(model) as attachment:
         attachment.add("a", create(model, spec, seed=0), trainable=True)
         attachment.use("a")
@@ -161,12 +161,12 @@ def test_activations_are_what_autograd_keeps(more: dict[str, Any], lengths: list
 
             def pack(t: torch.Tensor) -> torch.Tensor:
                 if t.untyped_storage().data_ptr() not in known and t.is_floating_point():
-                    kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+                    saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
                 return t
 
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
                 loss = text_loss(model, ids, lengths, trained)
-            total = sum(kept.values())
+            total = sum(saved.values())
             del loss
     shape = text_shape({"model_type": "llama", "tie_word_embeddings": True, **SMALL})
     counted = text_memory(shape, Load(tuple(lengths), share, rank=8, spec=spec), CPU).activations
@@ -198,7 +198,7 @@ class _Held(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
-def test_logits_that_are_compared_take_what_a_step_takes(dtype: str, direction: Literal["reverse", "forward"]) -> None:
+def test_compared_logits_take_the_measured_bytes(dtype: str, direction: Literal["reverse", "forward"]) -> None:
     hidden, kind, config = SMALL["hidden_size"], getattr(torch, dtype), {**SMALL, "vocab_size": 8000}
     model: Any = AutoModelForCausalLM.from_config(LlamaConfig(**config), dtype=kind).requires_grad_(False)
     ours, theirs = torch.randn(300, hidden, dtype=kind, requires_grad=True), torch.randn(300, hidden, dtype=kind)
@@ -214,20 +214,20 @@ def test_logits_that_are_compared_take_what_a_step_takes(dtype: str, direction: 
     assert held.most == pytest.approx(counted, rel=0.03)
 
 
-def test_recomputing_keeps_a_small_part() -> None:
+def test_recomputing_keeps_a_tenth_of_the_activations() -> None:
     plain = text_memory(LLAMA, Load((2048,)), CPU)
     again = text_memory(LLAMA, Load((2048,), checkpointing=True), CPU)
     assert again.activations < plain.activations / 10
     assert again.peak < plain.peak
 
 
-def test_several_micro_batches_hold_gradients_beside_activations() -> None:
+def test_several_micro_batches_add_gradients() -> None:
     one, four = (text_memory(LLAMA, Load((512,), micros=n), CPU) for n in (1, 4))
     assert one.gradients == 0
     assert four.gradients == 4 * pair_parameters(LLAMA)
 
 
-def test_offloading_moves_blocks_and_leaves_room_for_one() -> None:
+def test_offloading_moves_all_blocks_but_one_to_the_host() -> None:
     """Each of FLUX.1's single blocks has 141,607,936 parameters: 3,072² · 15 in products, plus biases and two norms."""
     load = ImageLoad(1, 512, 512, checkpointing=True)
     card, counts = device_named("h100-80gb"), image_counts(base_config("flux.1-dev"), load)
@@ -240,7 +240,7 @@ def test_offloading_moves_blocks_and_leaves_room_for_one() -> None:
 
 
 @pytest.mark.parametrize("name", ["sdxl", "flux.1-dev", "black-forest-labs/FLUX.2-klein-4B", "qwen-image"])
-def test_pictures_take_memory_by_their_number_and_area(name: str) -> None:
+def test_image_activations_grow_with_number_and_area(name: str) -> None:
     card, config = device_named("h100-80gb"), base_config(name)
 
     def memory(load: ImageLoad) -> Memory:

@@ -35,7 +35,7 @@ def test_70b_in_16_bits_does_not_fit_80_gb_and_in_4_bits_does() -> None:
     found = plan("meta-llama/Llama-3.1-70B", "h100-80gb", TICKETS)
     assert not found.fits
     assert found.changes[0].settings[-1] == "base.quantize=nf4"
-    assert found.changes[0].peak <= found.room
+    assert found.changes[0].peak <= found.available
     assert found.cost == pytest.approx(found.seconds / 3600 * 2.5)  # type: ignore[operator]
     text = plan_text(found)
     assert text.splitlines()[0].startswith("It does not fit as given")
@@ -49,17 +49,17 @@ def test_8b_fits_and_changes_nothing() -> None:
     assert plan_text(found).startswith("It fits: ")
 
 
-def test_every_change_fits_and_is_of_another_kind() -> None:
+def test_every_change_fits_and_has_its_own_kind() -> None:
     found = plan("meta-llama/Llama-3.1-8B", "rtx-4090", Load((600,) * 6))
     assert not found.fits
     kinds = [change.names for change in found.changes]
     assert len(set(kinds)) == len(kinds) > 3
-    assert all(change.peak <= found.room < found.peak for change in found.changes)
+    assert all(change.peak <= found.available < found.peak for change in found.changes)
     assert kinds[0] == ("recompute activations",)
     assert found.changes[0].slower > 1
 
 
-def test_what_cannot_fit_says_so_and_has_no_price() -> None:
+def test_a_run_that_cannot_fit_has_no_price() -> None:
     found = plan("meta-llama/Llama-3.1-405B", "rtx-3060-12gb", Load((2048,) * 4))
     assert not found.changes
     assert found.seconds is None
@@ -83,7 +83,7 @@ def test_a_plan_is_json() -> None:
     assert sum(v for k, v in again["memory"].items() if k != "host") == found.memory.peak
 
 
-def test_flux_fits_24_gb_with_what_people_do() -> None:
+def test_flux_fits_24_gb_with_recomputing_and_nf4() -> None:
     device = device_named("rtx-4090")
     found = image_plan(
         "flux.1-dev", base_config("flux.1-dev"), ImageLoad(), device, rates_of(device), TrainingJob(20, 1, 35, 1)
@@ -105,7 +105,7 @@ def test_operations_are_twice_the_weights_forward_and_twice_backward() -> None:
         assert found.forward - pairs == pytest.approx(times * (counts.forward - pairs), rel=0.01)
 
 
-def test_experts_work_for_the_tokens_that_pick_them() -> None:
+def test_experts_count_only_for_tokens_that_choose_them() -> None:
     shape, device = text_shape(base_config("Qwen/Qwen3-30B-A3B")), device_named("h100-80gb")
     assert text_counts(shape, Load((64,)), device).forward < 2 * 64 * 3.4e9
 
@@ -122,7 +122,7 @@ def test_time_grows_with_rows_and_with_recomputing() -> None:
     assert seconds(Load((512,), checkpointing=True)) > 1.2 * seconds(Load((512,)))
 
 
-def test_gpus_are_found_by_near_names_and_edited_in_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_match_near_names_and_the_user_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VENEER_HOME", str(tmp_path))
     assert device_named("RTX 4090").name == device_named("rtx4090").name == "rtx-4090-24gb"
     assert device_named("h100-80gb", price=1.0).price == 1.0
@@ -148,19 +148,19 @@ def test_gpus_are_found_by_near_names_and_edited_in_the_home(tmp_path: Path, mon
         ("NVIDIA Something 9000", 10000, "NVIDIA Something 9000"),
     ],
 )
-def test_a_card_is_known_by_what_cuda_calls_it(name: str, mib: int, found: str) -> None:
+def test_a_card_is_recognized_by_its_cuda_name(name: str, mib: int, found: str) -> None:
     device = device_of_card(name, mib << 20)
     assert device.name == found
     assert device.memory == pytest.approx(mib << 20, rel=0.01)
 
 
-def test_a_plan_for_a_card_says_what_is_assumed() -> None:
+def test_a_plan_for_a_card_names_its_assumptions() -> None:
     shape, device = text_shape(base_config("meta-llama/Llama-3.1-70B")), device_named("h100-80gb")
     made = text_plan("b", shape, Load((600,) * 3), device, rates_of(device), TrainingJob(5000, 600.0))
-    said = plan_text(made)
-    assert "both assumed" in said
-    assert "its allocator cannot place are assumed" in said
-    assert "from the CPU's memory, assumed" not in said
+    text = plan_text(made)
+    assert "both assumed" in text
+    assert "its allocator cannot place are assumed" in text
+    assert "from the CPU's memory, assumed" not in text
     pictures = image_plan(
         "flux.1-dev",
         base_config("flux.1-dev"),
@@ -168,7 +168,7 @@ def test_a_plan_for_a_card_says_what_is_assumed() -> None:
         device,
         rates_of(device),
         TrainingJob(20, 1, 35, 1),
-        room=20 * 10**9,
+        available=20 * 10**9,
     )
     assert any("memory.offload_blocks=" in change.text for change in pictures.changes)
     assert "from the CPU's memory, assumed" in plan_text(pictures)
@@ -191,7 +191,7 @@ def test_a_cpu_is_as_fast_as_its_profile() -> None:
     assert 3 * rates_of(card, "float32").operations < rates_of(card).operations
 
 
-def test_adapters_fill_what_the_base_leaves() -> None:
+def test_adapters_fill_the_memory_that_the_base_leaves() -> None:
     shape, device = text_shape(base_config("meta-llama/Llama-3.1-8B")), device_named("h100-80gb", price=2.5)
     found = serving(shape, device, rates_of(device), Traffic())
     assert found.adapter_bytes == dtype_bytes("bfloat16") * pair_parameters(shape)
@@ -203,7 +203,7 @@ def test_adapters_fill_what_the_base_leaves() -> None:
     assert quantized.adapters > found.adapters
 
 
-def test_serving_is_bound_by_bandwidth_with_one_request_and_by_operations_with_many() -> None:
+def test_one_request_is_bound_by_bandwidth_many_by_operations() -> None:
     shape, device = text_shape(base_config("meta-llama/Llama-3.1-8B")), device_named("h100-80gb")
     rates = rates_of(device)
     alone = serving(shape, device, rates, Traffic(prompt=1, answer=1000, together=1))
@@ -213,20 +213,20 @@ def test_serving_is_bound_by_bandwidth_with_one_request_and_by_operations_with_m
     assert 10 * alone.tokens_per_second < many.tokens_per_second < 64 * alone.tokens_per_second
 
 
-def test_a_base_that_one_device_cannot_hold_is_served_by_several() -> None:
+def test_a_large_base_is_served_by_several_devices() -> None:
     device = device_named("h100-80gb", price=2.5)
     found = serving(text_shape(base_config("meta-llama/Llama-3.1-70B")), device, rates_of(device), Traffic())
     assert found.devices == 2
     assert found.shared == 5.0
 
 
-def test_what_is_usable_leaves_a_margin() -> None:
+def test_usable_memory_leaves_a_margin() -> None:
     device = device_named("h100-80gb")
     assert 0.9 * device.memory < usable_memory(device) < device.memory
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"), [(0.2, "under 1 s"), (40, "40 s"), (720, "12 min"), (12000, "3 h 20 min")]
+    ("seconds", "text"), [(0.2, "under 1 s"), (40, "40 s"), (720, "12 min"), (12000, "3 h 20 min")]
 )
-def test_durations_are_for_people(seconds: float, said: str) -> None:
-    assert rough_duration(seconds) == said
+def test_durations_are_readable(seconds: float, text: str) -> None:
+    assert rough_duration(seconds) == text

@@ -37,7 +37,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_counts_are_the_published_ones(name: str) -> None:
+def test_parameters_equal_the_published_counts(name: str) -> None:
     config = base_config(name)
     counted = image_counts(config, ImageLoad(1, 64, 64)) if name in IMAGE else text_shape(config)
     assert counted.parameters == PUBLISHED[name]
@@ -49,7 +49,7 @@ def test_every_text_base_of_the_table_has_a_shape(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "z-image", "sd3.5-medium", "flux.1-schnell", "flux.2-dev"])
-def test_pairs_on_a_denoiser_are_those_that_training_makes(name: str) -> None:
+def test_pairs_of_a_denoiser_equal_those_in_training(name: str) -> None:
     import diffusers
 
     config = base_config(name)
@@ -62,7 +62,7 @@ def test_pairs_on_a_denoiser_are_those_that_training_makes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["catalogue-sdxl/unet", "catalogue-flux/transformer"])
-def test_the_bases_that_come_along_are_counted_from_their_folders(name: str) -> None:
+def test_built_in_image_bases_match_their_files(name: str) -> None:
     from veneer.models.builtin import packaged_folder
 
     folder = packaged_folder() / name
@@ -81,7 +81,7 @@ def test_a_model_has_its_own_parameters_and_pairs(family: str) -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"attention_k_eq_v": True, "num_global_key_value_heads": 1}])
-def test_layers_with_other_heads_are_counted_as_built(changes: dict[str, Any]) -> None:
+def test_layers_with_different_heads_are_counted_as_built(changes: dict[str, Any]) -> None:
     model, spec = families.gemma4(**changes), LoraSpec(rank=4)
     shape = module_shape(model)
     assert shape.parameters == sum(p.numel() for p in model.parameters())
@@ -106,25 +106,25 @@ def test_layers_with_other_heads_are_counted_as_built(changes: dict[str, Any]) -
     ],
     ids=["targets", "exclude", "layers", "pattern", "dora", "regex", "loha", "lokr", "lokr by 4"],
 )
-def test_pairs_are_counted_as_training_makes_them(spec: LoraSpec) -> None:
+def test_pairs_equal_those_in_training(spec: LoraSpec) -> None:
     model = families.llama3()
     made = sum(t.numel() for _, t in create(model, spec, seed=0).tensors())
     assert pair_parameters(module_shape(model), spec) == made
 
 
-def test_ranks_are_told_by_layer_and_matrix() -> None:
+def test_ranks_are_listed_by_layer_and_matrix() -> None:
     shape = text_shape(families.llama3().config.to_dict())
     pairs = layer_pairs(shape, LoraSpec(rank=4, layers=(1,), targets=("q_proj",)), 4)
     assert [{name: costs.rank for name, costs in layer.items()} for layer in pairs] == [{}, {"self_attn.q_proj": 4}]
 
 
-def test_the_language_part_of_a_base_that_sees() -> None:
+def test_a_multimodal_config_gives_its_language_model() -> None:
     inner = {k: v for k, v in base_config("google/gemma-3-4b-it").items() if k != "model_type"}
     whole = {"model_type": "gemma3", "text_config": {**inner, "model_type": "gemma3_text"}, "vision_config": {}}
     assert text_shape(whole) == text_shape(base_config("google/gemma-3-4b-it"))
 
 
-def test_an_unknown_family_is_refused_with_near_ones() -> None:
+def test_an_unknown_family_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(ConfigError, match="does not know the model family 'lama'") as caught:
         text_shape({"model_type": "lama"})
     assert "llama" in str(caught.value.fix)
@@ -136,7 +136,7 @@ def test_a_config_that_transformers_refuses_is_reported_with_its_base() -> None:
     assert caught.value.where == "my/base"
 
 
-def test_a_folder_and_a_file_are_read_as_well(tmp_path: Path) -> None:
+def test_a_folder_and_a_file_give_the_same_config(tmp_path: Path) -> None:
     config = base_config("smollm2-135m")
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     assert base_config(str(tmp_path)) == base_config(str(tmp_path / "config.json")) == config

@@ -51,7 +51,7 @@ def _save(folder: Path, step: int, parameters: dict[str, nn.Parameter] | None = 
 
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "adafactor"])
-def test_restoring_goes_on_bit_for_bit_with_every_optimizer(name: str, tmp_path: Path) -> None:
+def test_a_restored_run_continues_bit_for_bit(name: str, tmp_path: Path) -> None:
     a = _parameters()
     optimizer = make_optimizer(a, name=name, learning_rate=0.1, loraplus_ratio=3.0, weight_decay=0.1)
     _move(a, optimizer, 1)
@@ -89,7 +89,7 @@ def test_random_generators_come_back() -> None:
     assert draw() == first
 
 
-def test_a_full_disk_before_the_first_checkpoint_promises_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_without_checkpoint_promises_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any, **kwargs: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -121,7 +121,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(function: str, tmp_path: Path, mo
     checkpoint.read_checkpoint(good)
 
 
-def test_newest_are_kept_and_the_best_of_each_of_them(tmp_path: Path) -> None:
+def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     _save(tmp_path, 1, keep=2, best_step=1)
     _save(tmp_path, 2, keep=2, best_step=1)
     _save(tmp_path, 3, keep=2, best_step=1)
@@ -133,7 +133,7 @@ def test_newest_are_kept_and_the_best_of_each_of_them(tmp_path: Path) -> None:
     assert checkpoint.latest(tmp_path) == tmp_path / "step-00000005"
 
 
-def test_another_runs_checkpoint_is_refused_with_the_keys_that_differ(tmp_path: Path) -> None:
+def test_a_foreign_checkpoint_is_refused_with_the_differing_keys(tmp_path: Path) -> None:
     path = _save(tmp_path, 1, identity={"optimizer": {"learning_rate": 1e-4, "name": "adamw"}, "data": "abc"})
     parameters = _parameters(seed=4)
     before = {name: p.detach().clone() for name, p in parameters.items()}

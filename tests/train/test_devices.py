@@ -29,7 +29,7 @@ from veneer.train import checkpoint, devices
 from veneer.train.config.load import config_from
 from veneer.train.devices import ALONE, Devices, digest_of, launch, shares
 from veneer.train.events import Event
-from veneer.train.preflight import RunSubject, shared_out
+from veneer.train.preflight import RunSubject, check_devices
 from veneer.train.report.log import read_log
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +40,7 @@ SIZES = st.lists(st.integers(1, 500), max_size=40)
 
 
 @given(SIZES, st.integers(1, 9))
-def test_every_part_is_somebodys_once_and_nobody_has_much_more(sizes: list[int], count: int) -> None:
+def test_shares_are_complete_and_balanced(sizes: list[int], count: int) -> None:
     hands = shares(sizes, count)
     assert sorted(index for hand in hands for index in hand) == list(range(len(sizes)))
     loads = [sum(sizes[i] for i in hand) for hand in hands]
@@ -50,13 +50,13 @@ def test_every_part_is_somebodys_once_and_nobody_has_much_more(sizes: list[int],
 
 
 @given(SIZES, st.integers(1, 9))
-def test_in_lockstep_all_have_the_same_number_and_each_part_still_counts_once(sizes: list[int], count: int) -> None:
+def test_lockstep_deals_equal_numbers_and_counts_each_once(sizes: list[int], count: int) -> None:
     dealt = [Devices(rank, count, lockstep=True).deal(sizes) for rank in range(count)]
     assert len({len(hand) for hand in dealt}) == 1
     assert sorted(i for hand in dealt for i, counts in hand if counts) == list(range(len(sizes)))
 
 
-def test_one_process_keeps_the_order_and_needs_no_distributed_torch(tmp_path: Path) -> None:
+def test_one_process_needs_no_distributed_torch(tmp_path: Path) -> None:
     assert ALONE.deal([3, 9, 9, 1]) == [(0, True), (1, True), (2, True), (3, True)]
     assert ALONE.gather("x") == ["x"]
     code = (
@@ -87,7 +87,7 @@ def test_a_digest_knows_names_bits_and_shapes() -> None:
 )
 def test_the_preflight_reports_the_sharing(count: int, micros: list[int], shard: bool, level: str, said: str) -> None:
     values = {"base": "b", "data": {"train": "t"}, "output": "o", "memory": {"shard": shard}}
-    found = list(shared_out(RunSubject(base=None, config=config_from(values)[0], devices=count, micros=micros)))
+    found = list(check_devices(RunSubject(base=None, config=config_from(values)[0], devices=count, micros=micros)))
     assert found[0].level == level
     assert any(said in finding.text for finding in found)
 
@@ -185,7 +185,7 @@ def test_two_processes_lose_and_learn_what_one_does(name: str, runs: Runs) -> No
     same_adapter(runs.tensors(one["output"]), runs.tensors(name))
 
 
-def test_only_the_first_speaks_and_all_know_the_same_adapter(runs: Runs) -> None:
+def test_only_the_first_process_reports(runs: Runs) -> None:
     first, second = runs.two
     for name in ("two", "idle", *SHARDED, "pictures"):
         assert first[name]["heard"] > 5
@@ -194,13 +194,13 @@ def test_only_the_first_speaks_and_all_know_the_same_adapter(runs: Runs) -> None
     assert any("logits equal bit for bit" in note for note in first["shard"]["notes"])
 
 
-def test_resumed_on_as_many_it_is_bit_for_bit_the_run_that_was_never_stopped(runs: Runs) -> None:
+def test_resuming_on_equal_devices_is_bit_for_bit(runs: Runs) -> None:
     assert (runs.folder / "two-then-two" / TENSORS).read_bytes() == (runs.folder / "two" / TENSORS).read_bytes()
     logged = [r["step"] for r in read_log(runs.folder / "two-then-two" / "log.jsonl") if r["event"] == "stepped"]
     assert logged == list(range(1, 11))
 
 
-def test_resumed_on_another_number_it_is_that_run_but_for_rounding(runs: Runs, tmp_path: Path) -> None:
+def test_resuming_on_other_devices_differs_only_by_rounding(runs: Runs, tmp_path: Path) -> None:
     same_adapter(runs.tensors("two"), runs.tensors("one-then-two"))
     notes = runs.two[0]["one-then-two"]["notes"]
     assert any("devices was 1 and is 2" in note for note in notes)
@@ -210,7 +210,7 @@ def test_resumed_on_another_number_it_is_that_run_but_for_rounding(runs: Runs, t
     same_adapter(runs.tensors("one"), runs.tensors("stopped"))
 
 
-def test_each_process_holds_its_part_of_the_frozen_weights(runs: Runs) -> None:
+def test_each_process_stores_its_shard_of_the_weights(runs: Runs) -> None:
     for seen in runs.two:
         whole, part = seen["shard"]["held"][-2:]
         assert part == pytest.approx(whole / 2, rel=0.02)
@@ -222,7 +222,7 @@ def test_each_process_holds_its_part_of_the_frozen_weights(runs: Runs) -> None:
 
 
 @pytest.mark.parametrize("name", SHARDED)
-def test_a_sharded_base_runs_on_the_fast_paths_of_a_whole_one(name: str, runs: Runs) -> None:
+def test_a_sharded_base_uses_the_same_fast_paths(name: str, runs: Runs) -> None:
     def ways(seen: dict[str, Any]) -> str:
         (note,) = [note for note in seen[name]["notes"] if note.startswith("fast paths: ")]
         return str(note)
@@ -232,7 +232,7 @@ def test_a_sharded_base_runs_on_the_fast_paths_of_a_whole_one(name: str, runs: R
     assert "last layer only at trained tokens" in ways(runs.one)
 
 
-def test_a_loss_that_is_not_finite_on_one_ends_both_and_is_told_once(runs: Runs) -> None:
+def test_a_non_finite_loss_ends_both_processes_once(runs: Runs) -> None:
     found = [seen["not-finite"] for seen in runs.two]
     assert {f["kind"] for f in found} == {"TrainingError"}
     assert found[0]["what"] == found[1]["what"]
@@ -241,7 +241,7 @@ def test_a_loss_that_is_not_finite_on_one_ends_both_and_is_told_once(runs: Runs)
     assert not (runs.folder / "not-finite" / TENSORS).exists()
 
 
-def test_a_signal_to_one_stops_both_at_the_same_step_with_the_state_saved(runs: Runs) -> None:
+def test_a_signal_to_one_process_stops_both_saved(runs: Runs) -> None:
     found = [seen["stopped"] for seen in runs.two]
     assert {f["kind"] for f in found} == {"Interrupted"}
     assert {f["code"] for f in found} == {143}  # of the signal that came, wherever it did
@@ -270,7 +270,7 @@ sys.exit(int(sys.argv[1]) if rank == 1 else 0)
 """
 
 
-def test_launch_starts_as_many_and_gives_the_first_failure(capfd: pytest.CaptureFixture[str]) -> None:
+def test_launch_returns_the_first_failure(capfd: pytest.CaptureFixture[str]) -> None:
     assert launch(3, [sys.executable, "-c", CHILD, "0"]) == 0
     said = capfd.readouterr().out
     assert sorted(said.splitlines()) == [f"{rank} of 3 at {rank}" for rank in range(3)]
@@ -316,7 +316,7 @@ FAULT = "import sys; from tests.train.shared_runs import failing; failing(sys.ar
         *(pytest.param(*f, marks=pytest.mark.slow) for f in (("error", False), ("error", True), ("kill", True))),
     ],
 )
-def test_a_process_that_fails_ends_all_with_one_message(
+def test_a_failed_process_ends_all_with_one_message(
     fault: str, shard: bool, runs: Runs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     if (fault, shard) == ("kill", False):

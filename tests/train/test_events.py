@@ -5,7 +5,7 @@ from __future__ import annotations
 from veneer.train.events import measure_text, validation_text
 
 
-def test_a_loss_is_said_where_no_answers_are_rewarded() -> None:
+def test_a_loss_is_shown_without_rewards() -> None:
     assert measure_text(-1e-9, {}) == "loss 0.0000"
     assert (
         measure_text(1.25, {"reward_accuracy": 0.5, "reward_margin": 1.0}) == "loss 1.2500"

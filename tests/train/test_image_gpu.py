@@ -32,7 +32,7 @@ def test_a_run_on_a_quantized_base(kind: str, tmp_path: Path) -> None:
     assert all(pair.B.any() for pair in read(Path(result.adapter)).adapter.pairs.values())
 
 
-def test_components_that_wait_and_blocks_that_wait_change_nothing(tmp_path: Path) -> None:
+def test_offloading_changes_no_result(tmp_path: Path) -> None:
     """Sheets are drawn with encoders and VAE fetched from the CPU; the file is that of a run without sheets."""
     samples = {"prompts": ["sks, a red house"], "every": 1, "steps": 1}
     first, said = _run(tmp_path, "sheets", samples=samples)

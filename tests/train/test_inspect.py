@@ -18,7 +18,14 @@ from veneer.train.config.load import config_from
 from veneer.train.config.text import TrainConfig
 from veneer.train.image.captions import write_caption
 from veneer.train.image.pictures import read_pictures
-from veneer.train.inspect import RowVerdict, inspect_run, inspection_text, picture_of, pictures_seen, rows_seen
+from veneer.train.inspect import (
+    RowVerdict,
+    inspect_run,
+    inspection_text,
+    preview_picture,
+    preview_pictures,
+    preview_rows,
+)
 from veneer.train.text.data import read_data
 
 ANSWER = "Shelf 3, on the left."
@@ -40,7 +47,7 @@ def row(text: str, answer: str = ANSWER) -> dict[str, str]:
     return {"prompt": text, "completion": answer}
 
 
-def test_of_few_rows_it_counts_what_the_run_counts_and_guesses_nothing_of_them(base: Path, tmp_path: Path) -> None:
+def test_few_rows_are_counted_as_in_the_run(base: Path, tmp_path: Path) -> None:
     chosen = config(base, [row(f"Where is parcel {i}?") for i in range(30)], tmp_path)
     look = inspect_run(chosen, device=device_of())
     data = read_data(chosen, load_text(str(base)))
@@ -55,7 +62,7 @@ def test_of_few_rows_it_counts_what_the_run_counts_and_guesses_nothing_of_them(b
     assert "It fits" in inspection_text(look) or "fits" in inspection_text(look)
 
 
-def test_of_many_it_says_what_it_looked_at_and_a_new_file_is_looked_at_anew(base: Path, tmp_path: Path) -> None:
+def test_many_rows_are_sampled_and_a_new_file_reread(base: Path, tmp_path: Path) -> None:
     chosen = config(base, [row(f"Where is parcel {i:04}?") for i in range(400)], tmp_path, split=200)
     look = inspect_run(chosen, rows=40, device=device_of())
     assert (look.rows, look.looked) == (400, 40)
@@ -67,13 +74,13 @@ def test_of_many_it_says_what_it_looked_at_and_a_new_file_is_looked_at_anew(base
     assert "prompt` is empty" in broken.findings[0].text
 
 
-def test_each_row_is_shown_with_what_becomes_of_it(base: Path, tmp_path: Path) -> None:
+def test_each_row_is_shown_with_its_verdict(base: Path, tmp_path: Path) -> None:
     rows = [row(f"Where is parcel {i}?") for i in range(30)]
     rows[3] = row("Where? " * 80)
     rows[5] = {"prompt": "no answer"}  # type: ignore[dict-item]
     rows[7] = row("")
     chosen = config(base, rows, tmp_path, max_length=200, long_rows="drop")
-    seen = rows_seen(chosen, limit=100)
+    seen = preview_rows(chosen, limit=100)
     assert [one.where.rpartition(":")[2] for one in seen.rows] == [str(i + 1) for i in range(30)]
     assert seen.rows[3].verdict == "left out"
     assert "more than data.max_length, 200" in seen.rows[3].why
@@ -90,11 +97,11 @@ def test_each_row_is_shown_with_what_becomes_of_it(base: Path, tmp_path: Path) -
     learned = [one for one in seen.rows if one.verdict == "learned"]
     assert [one.tokens for one in learned] == [item.tokens for item in data.train.items]
     assert sum(len(text) for text, on in learned[0].pieces if on) >= len(ANSWER)
-    page = rows_seen(
+    page = preview_rows(
         config(base, rows, tmp_path, max_length=200, long_rows="drop"), offset=1, limit=1, verdicts=["unusable"]
     )
     assert (page.matching, [one.where.rpartition(":")[2] for one in page.rows]) == (2, ["8"])
-    cut = rows_seen(config(base, rows, tmp_path, max_length=100, long_rows="cut"), limit=100)
+    cut = preview_rows(config(base, rows, tmp_path, max_length=100, long_rows="cut"), limit=100)
     assert cut.rows[3].verdict == "cut"
 
 
@@ -105,12 +112,12 @@ def test_pairs_are_one_row_of_the_table(base: Path, tmp_path: Path) -> None:
     made, _ = config_from(
         {"base": str(base), "data": {"train": str(file)}, "preference": {"loss": "dpo"}, "output": str(tmp_path / "o")}
     )
-    seen = rows_seen(made)
+    seen = preview_rows(made)
     assert (len(seen.rows), seen.format) == (4, "preference")
     assert "".join(text for text, on in seen.rows[0].pieces if on).count("I do not know.") == 1
 
 
-def test_pictures_with_their_crops_and_one_caption_changed_in_place(tmp_path: Path) -> None:
+def test_images_are_shown_with_crops_and_changed_captions(tmp_path: Path) -> None:
     folder = drawings(tmp_path / "drawings")
     made, _ = config_from(
         {
@@ -119,7 +126,7 @@ def test_pictures_with_their_crops_and_one_caption_changed_in_place(tmp_path: Pa
             "data": {"pictures": str(folder), "resolution": 32, "buckets": False, "split": 1},
         }
     )
-    seen = pictures_seen(made)
+    seen = preview_pictures(made)
     assert {one.name for one in seen} == {f"{i}.png" for i in range(6)}
     assert [one.verdict for one in seen].count("held out") == 1
     wide = next(one for one in seen if (one.width, one.height) == (48, 32) and one.crop is not None)
@@ -129,10 +136,10 @@ def test_pictures_with_their_crops_and_one_caption_changed_in_place(tmp_path: Pa
     look = inspect_run(made, device=device_of())
     assert look.plan is not None
     assert any(finding.check == "buckets" for finding in look.findings)
-    assert picture_of(made, wide.id).path == folder / wide.name
+    assert preview_picture(made, wide.id).path == folder / wide.name
     with pytest.raises(DataError, match="no such picture"):
-        picture_of(made, "../" + wide.name)
+        preview_picture(made, "../" + wide.name)
     written = write_caption(wide.path, "a house\n on a hill", str(folder))
     assert written.caption == "a house on a hill"
-    assert {one.name: one.caption for one in pictures_seen(made)}[wide.name] == "a house on a hill"
+    assert {one.name: one.caption for one in preview_pictures(made)}[wide.name] == "a house on a hill"
     assert {p.name: p.caption for p in read_pictures(made.data)[0]}[wide.name] == "a house on a hill"

@@ -108,7 +108,7 @@ def _cut(rows: list[int], cuts: list[int]) -> list[list[int]]:
 
 @settings(max_examples=40, deadline=None)
 @given(cuts=st.lists(st.integers(1, ROWS - 1), unique=True), seed=st.integers(0, 5))
-def test_any_cut_into_micro_batches_equals_one_large_batch(cuts: list[int], seed: int) -> None:
+def test_micro_batches_equal_one_large_batch(cuts: list[int], seed: int) -> None:
     rows = list(range(ROWS))
     whole, pieces = Problem(seed=seed), Problem(seed=seed)
     a = _train(whole, [whole.step([rows])] * 3, clip=1.0)
@@ -118,7 +118,7 @@ def test_any_cut_into_micro_batches_equals_one_large_batch(cuts: list[int], seed
     assert (a.tokens, a.trained_tokens) == (b.tokens, b.trained_tokens)
 
 
-def test_one_step_is_the_token_weighted_gradient_by_hand() -> None:
+def test_a_step_is_the_token_weighted_gradient() -> None:
     problem = Problem()
     rows = list(range(ROWS))
     c = torch.tensor(problem.counts, dtype=torch.float64)
@@ -135,7 +135,7 @@ def test_seconds_of_a_step_include_waiting_for_its_losses() -> None:
     assert progress.seconds >= 0.4
 
 
-def test_clip_bounds_the_global_norm_and_reports_it_unclipped() -> None:
+def test_clipping_bounds_the_norm_and_reports_it_unclipped() -> None:
     free, bound = Problem(), Problem()
     seen: list[Event] = []
     steps = [free.step([list(range(ROWS))])]
@@ -148,7 +148,7 @@ def test_clip_bounds_the_global_norm_and_reports_it_unclipped() -> None:
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_not_finite_stops_before_the_optimizer_and_names_step_and_rows(where: str, tmp_path: Path) -> None:
+def test_a_non_finite_step_stops_before_the_optimizer(where: str, tmp_path: Path) -> None:
     saved: list[int] = []
 
     def loss(rows: list[int]) -> Tensor:
@@ -195,7 +195,7 @@ def test_micro_batches_without_trained_tokens_are_not_run() -> None:
     _train(problem, [Step((problem.micro([0, 1]), Micro(5, 0, (3,), never)))])
 
 
-def test_evaluations_happen_at_the_start_when_due_and_at_the_end() -> None:
+def test_evaluations_run_at_start_when_due_and_at_end() -> None:
     problem, seen = Problem(), []
     steps = [problem.step([list(range(ROWS))])] * 5
     progress = _train(problem, steps, evaluate_at={0, 2, 4}, on_event=seen.append)
@@ -210,7 +210,7 @@ def test_evaluations_happen_at_the_start_when_due_and_at_the_end() -> None:
     assert seen[-1].reason == "finished"
 
 
-def test_early_stopping_waits_for_patience_and_keeps_the_best(tmp_path: Path) -> None:
+def test_early_stopping_waits_for_patience(tmp_path: Path) -> None:
     losses, seen = iter([9.0, 5.0, 3.0, 4.0, 3.5, 1.0]), []
     problem = Other(score=lambda stop: EvalResult(next(losses), 1, 1))
     steps = [problem.step([[0, 1]])] * 10
@@ -228,7 +228,7 @@ def test_evaluation_that_is_not_finite_stops() -> None:
         _train(problem, [problem.step([[0]])], evaluate_at=())
 
 
-def test_ctrl_c_drops_the_unfinished_step_and_saves_what_is_whole(tmp_path: Path) -> None:
+def test_ctrl_c_drops_the_unfinished_step_and_saves(tmp_path: Path) -> None:
     """The state saved is that of step 2, random state included, though dropout had drawn numbers in step 3."""
     after: dict[int, tuple[Tensor, Tensor]] = {}
     calls = 0
@@ -319,7 +319,7 @@ def test_probe_finds_what_would_train_nothing() -> None:
         MemoryError(),
     ],
 )
-def test_out_of_memory_names_the_rows_and_the_way_out(error: Exception) -> None:
+def test_out_of_memory_names_the_rows_and_a_fix(error: Exception) -> None:
     def loss(rows: list[int]) -> Tensor:
         raise error
 

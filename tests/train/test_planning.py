@@ -15,7 +15,7 @@ from veneer.plan.shape import text_shape
 from veneer.plan.tables import Device, base_config, cpu_device, device_named
 from veneer.plan.time import rates_of
 from veneer.train.config.load import TrainConfig, config_from, load_config
-from veneer.train.planning import drawn_at_once, load_of, plan_of_config, to_be_set
+from veneer.train.planning import load_of, plan_of_config, sampled_at_once, suggested_settings
 
 VALUES = {"base": "smollm2-135m", "data": {"train": "d.jsonl"}, "output": "o"}
 
@@ -37,7 +37,7 @@ def test_the_largest_micro_batch_counts() -> None:
     assert alone.micros == 16
 
 
-def test_pairs_of_their_own_are_planned_as_they_are() -> None:
+def test_special_pairs_are_planned_with_their_spec() -> None:
     plain = load_of(config(), [10], trained=1.0, dtype="bfloat16", checkpointing=False)
     assert plain.spec is None
     own = load_of(config("adapter.targets=[q_proj]"), [10], trained=1.0, dtype="bfloat16", checkpointing=False)
@@ -46,18 +46,18 @@ def test_pairs_of_their_own_are_planned_as_they_are() -> None:
 
 def plan(load: Load, device: Device, room: int) -> Plan:
     shape = text_shape(base_config("meta-llama/Llama-3.1-8B"))
-    return text_plan("b", shape, load, device, rates_of(device), TrainingJob(100, 500, 1), room=room)
+    return text_plan("b", shape, load, device, rates_of(device), TrainingJob(100, 500, 1), available=room)
 
 
-def test_what_is_to_be_set_is_what_a_configuration_can_say() -> None:
+def test_suggested_settings_are_configuration_keys() -> None:
     card = device_named("h100-80gb")
     load = Load((500,) * 4)
     peak = plan(load, card, 1 << 62).peak
-    assert to_be_set(plan(load, card, peak - 1)) == "memory.activation_checkpointing=on"
+    assert suggested_settings(plan(load, card, peak - 1)) == "memory.activation_checkpointing=on"
     again = replace(load, lengths=(500,), checkpointing=True)
     peak = plan(again, card, 1 << 62).peak
-    assert "data.long_rows=cut or drop" in to_be_set(plan(again, card, peak - 1))
-    assert to_be_set(plan(load, card, 1 << 62)) == ""
+    assert "data.long_rows=cut or drop" in suggested_settings(plan(again, card, peak - 1))
+    assert suggested_settings(plan(load, card, 1 << 62)) == ""
 
 
 PICTURES = {"base": "flux.1-dev", "data": {"pictures": "p", "resolution": 1024}, "output": "o"}
@@ -74,7 +74,7 @@ PICTURES = {"base": "flux.1-dev", "data": {"pictures": "p", "resolution": 1024},
         (PICTURES, "qwen-image", ("memory.offload_blocks=10",)),
     ],
 )  # fmt: skip
-def test_the_config_takes_every_advice_of_the_plan(values: Any, base: str, own: tuple[str, ...]) -> None:
+def test_a_configuration_accepts_every_suggested_change(values: Any, base: str, own: tuple[str, ...]) -> None:
     asked = (f"base.name={base}", *own)
     made = config_from(values, asked)[0]
     advice: set[tuple[str, ...]] = set()
@@ -88,7 +88,7 @@ def test_the_config_takes_every_advice_of_the_plan(values: Any, base: str, own: 
         config_from(values, (*asked, *settings))
 
 
-def test_a_configuration_without_its_data_is_planned_by_numbers(tmp_path: Path) -> None:
+def test_a_configuration_without_data_is_planned_from_options(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("base: smollm2-135m\ndata: {train: nowhere.jsonl}\noutput: o\n", encoding="utf-8")
     with pytest.raises(DataError) as caught:
@@ -100,7 +100,7 @@ def test_a_configuration_without_its_data_is_planned_by_numbers(tmp_path: Path) 
         plan_of_config(load_config(file, ("base.name=smolm",))[0], cpu_device(), rows=64, tokens_per_row=100)
 
 
-def test_answers_are_planned_by_their_keys_and_values_and_by_the_time_in_which_they_are_drawn() -> None:
+def test_sampling_adds_its_kv_cache_and_time() -> None:
     """By hand: SmolLM2-135M on a card, 64 prompts of 100 tokens, 4 answers to each of 64 at most, 32 at once."""
     card, own = device_named("h100-80gb"), ["reinforcement.loss=grpo", "reinforcement.rewards=[{kind: exact_match}]"]
     own += ["reinforcement.group=4", "reinforcement.max_tokens=64", "reinforcement.rows=32", "batching.rows=16"]
@@ -129,24 +129,24 @@ def test_answers_are_planned_by_their_keys_and_values_and_by_the_time_in_which_t
     assert again.peak - learned.peak == found.memory.cache
     assert again.seconds - learned.seconds == pytest.approx(drawing, rel=0.02)
     # where they leave training too little room that is said, and what is then to be set counts them
-    small = replace(card, memory=round((found.peak - found.memory.cache / 2) * card.memory / found.room))
+    small = replace(card, memory=round((found.peak - found.memory.cache / 2) * card.memory / found.available))
     tight = plan_of_config(config(*own, "schedule.epochs=1"), small, rows=64, tokens_per_row=100)
-    assert tight.room < tight.peak == found.peak < tight.room + found.memory.cache
+    assert tight.available < tight.peak == found.peak < tight.available + found.memory.cache
     assert tight.changes
-    assert all(change.peak + tight.memory.cache <= tight.room for change in tight.changes)
+    assert all(change.peak + tight.memory.cache <= tight.available for change in tight.changes)
     # two updates of a draw: half as many answers for as many steps
     assert dict(planned("schedule.steps=8", "reinforcement.updates=2").facts)["answers"].startswith("256 drawn")
     assert dict(planned("schedule.steps=8").facts)["answers"].startswith("512 drawn")
 
 
-def test_what_is_drawn_at_once_is_a_step_or_what_is_held_out() -> None:
+def test_samples_at_once_are_a_step_or_the_validation_rows() -> None:
     own = ("distillation.teacher=base", "distillation.system=Be brief", "distillation.group=3", "batching.rows=4")
-    assert [drawn_at_once(config(*own), held_out) for held_out in (0, 12, 20, 100)] == [12, 12, 20, 64]
-    assert drawn_at_once(config(*own, "distillation.rows=5"), 20) == 5
-    assert drawn_at_once(config(), 20) == 0
+    assert [sampled_at_once(config(*own), held_out) for held_out in (0, 12, 20, 100)] == [12, 12, 20, 64]
+    assert sampled_at_once(config(*own, "distillation.rows=5"), 20) == 5
+    assert sampled_at_once(config(), 20) == 0
 
 
-def test_pictures_are_counted_in_their_folder(tmp_path: Path) -> None:
+def test_images_are_counted_in_their_folder(tmp_path: Path) -> None:
     (tmp_path / "p").mkdir()
     for i in range(3):
         (tmp_path / "p" / f"{i}.png").write_bytes(b"")
@@ -159,7 +159,7 @@ def test_pictures_are_counted_in_their_folder(tmp_path: Path) -> None:
     assert ", 1,000 times: " in dict(longer.facts)["data"]
 
 
-def test_a_teacher_of_its_own_base_is_planned_by_its_weights_and_one_forward_an_answer() -> None:
+def test_a_second_base_adds_its_weights_and_one_forward_per_answer() -> None:
     """By hand: SmolLM2-1.7B beside SmolLM2-135M on a card, 32 prompts of 100 tokens and answers of 20, once."""
     card, many = device_named("h100-80gb"), ["distillation.max_tokens=20", "data.split=0", "schedule.steps=2"]
 
@@ -176,7 +176,7 @@ def test_a_teacher_of_its_own_base_is_planned_by_its_weights_and_one_forward_an_
     assert beside.memory.teacher == weights
     told = planned("distillation.teacher=base", "distillation.system=Be brief")
     assert beside.peak - told.peak == weights
-    assert beside.room == told.room == away.room
+    assert beside.available == told.available == away.available
     # 2 steps of 16 answers of 120 tokens; each token is multiplied by all matrices and looks at those before it
     load = beside.planned[0]
     assert isinstance(load, Load)
@@ -197,4 +197,4 @@ def test_a_teacher_of_its_own_base_is_planned_by_its_weights_and_one_forward_an_
     )
     assert alone.fits
     assert not both.fits
-    assert all(change.peak + both.memory.teacher <= both.room for change in both.changes)
+    assert all(change.peak + both.memory.teacher <= both.available for change in both.changes)

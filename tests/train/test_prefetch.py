@@ -93,7 +93,7 @@ def _run(
     return loop.progress, events
 
 
-def test_a_thread_keeps_order_and_bits_has_two_batches_at_most_and_ends_with_the_run() -> None:
+def test_prefetching_keeps_order_and_bits() -> None:
     plain, ahead = Fitted(False), Fitted(True)
     _, told = _run(plain)
     _, also = _run(ahead)
@@ -112,7 +112,7 @@ def test_a_thread_keeps_order_and_bits_has_two_batches_at_most_and_ends_with_the
 
 
 @pytest.mark.parametrize("number", [0, 1, MICROS, 3 * MICROS - 1])
-def test_what_it_raises_is_raised_at_its_turn(number: int) -> None:
+def test_a_prefetch_error_is_raised_in_order(number: int) -> None:
     """Whatever was to come before it has come."""
 
     def failing(made: int) -> None:
@@ -126,7 +126,7 @@ def test_what_it_raises_is_raised_at_its_turn(number: int) -> None:
     assert all(not thread.is_alive() for thread in learner.threads)
 
 
-def test_out_of_memory_there_names_the_rows_that_it_was_for() -> None:
+def test_out_of_memory_while_prefetching_names_the_rows() -> None:
     def failing(made: int) -> None:
         if made == 4:
             raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -136,7 +136,7 @@ def test_out_of_memory_there_names_the_rows_that_it_was_for() -> None:
     assert error.value.where == "rows 4"
 
 
-def test_ctrl_c_ends_it() -> None:
+def test_ctrl_c_ends_the_prefetcher() -> None:
     learner = Fitted(True)
 
     with pytest.raises(Interrupted):
@@ -146,7 +146,7 @@ def test_ctrl_c_ends_it() -> None:
     assert not learner.alive
 
 
-def test_another_turn_than_was_foreseen_takes_its_own_batch() -> None:
+def test_an_unexpected_request_gets_its_own_batch() -> None:
     made: list[str] = []
 
     def maker(name: str) -> Callable[[], str]:
@@ -164,7 +164,7 @@ def test_another_turn_than_was_foreseen_takes_its_own_batch() -> None:
     assert [name for name in made if name != "b"] == ["a", "c", "a"]
 
 
-def test_a_sent_batch_has_its_tokens_there_and_the_host_s_part_here() -> None:
+def test_a_sent_batch_has_its_tokens_on_the_device() -> None:
     there = torch.device("meta")
     answers = (Example([1, 2, 3], [False, True, True], 0), Example([1, 4], [False, True], 0))
     plain, pairs = collate(answers), collate_items([Item(answers, 0)])
@@ -180,7 +180,7 @@ def test_a_sent_batch_has_its_tokens_there_and_the_host_s_part_here() -> None:
 
 
 @pytest.mark.gpu
-def test_on_a_card_what_is_computed_of_a_sent_batch_is_of_its_own_tokens() -> None:
+def test_a_busy_card_computes_on_the_right_batch() -> None:
     """The card is kept busy, so that copies wait behind products and batches are let go of while they do."""
     device, n = torch.device("cuda"), 4096
     makers = [lambda i=i: collate([Example([i] * n, [False] + [True] * (n - 1), 0)]) for i in range(30)]

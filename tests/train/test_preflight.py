@@ -16,17 +16,17 @@ from veneer.train.preflight import (
     Finding,
     Report,
     available_memory,
+    check_factor,
     free_memory,
     memory_finding,
     recomputes,
     trainable_parameters,
-    undivided,
 )
 
 
-def test_a_factor_is_not_asked_of_experts_that_have_no_lokr() -> None:
+def test_a_factor_is_not_checked_for_experts() -> None:
     model, spec = FAMILIES["mixtral"](), LoraSpec(targets=("experts.down_proj",), kind="lokr", factor=1009)
-    assert not list(undivided([(model, resolve_targets(model, spec), spec)]))
+    assert not list(check_factor([(model, resolve_targets(model, spec), spec)]))
 
 
 def test_the_gravest_come_first_whenever_they_were_found() -> None:
@@ -37,7 +37,7 @@ def test_the_gravest_come_first_whenever_they_were_found() -> None:
     assert report.text().splitlines()[-2:] == ["STOP  no", "      fix: do this"]
 
 
-def test_activations_are_recomputed_above_nine_tenths_of_what_is_free() -> None:
+def test_activations_are_recomputed_above_nine_tenths_of_memory() -> None:
     assert recomputes("auto", 90, 100)[0] is False
     assert recomputes("auto", 91, 100)[0] is True
     assert recomputes("auto", None, 100) == (False, "the memory it needs is not known")
@@ -45,7 +45,7 @@ def test_activations_are_recomputed_above_nine_tenths_of_what_is_free() -> None:
     assert recomputes("off", 1000, 100) == (False, "")
 
 
-def test_what_does_not_fit_stops_unless_it_is_forced() -> None:
+def test_a_run_that_does_not_fit_stops_unless_forced() -> None:
     assert memory_finding(100, 100, "so", fix="less", force=False).level == "ok"
     found = memory_finding(2_000_000_000, 1_000_000_000, "so", fix="less", force=False)
     assert (found.level, found.fix) == ("stop", "less")
@@ -53,7 +53,7 @@ def test_what_does_not_fit_stops_unless_it_is_forced() -> None:
     assert memory_finding(101, 100, "so", fix="less", force=True).level == "warn"
 
 
-def test_a_limit_is_a_limit_of_what_is_free() -> None:
+def test_a_memory_limit_bounds_free_memory() -> None:
     values = {"base": "tiny", "data": {"train": "d.jsonl"}, "output": "o"}
     config, limited = config_from(values)[0], config_from(values, ["memory.limit_gb=0.5"])[0]
     device = torch.device("cpu")
@@ -84,5 +84,5 @@ def test_trainable_parameters_are_those_that_core_creates(family: str, extra: li
     assert pairs + whole == sum(p.numel() for p in attachment.parameters("a").values())
 
 
-def test_free_memory_is_no_more_than_the_machine_has() -> None:
+def test_free_memory_is_at_most_the_machines() -> None:
     assert 0 < free_memory(torch.device("cpu")) <= psutil.virtual_memory().total

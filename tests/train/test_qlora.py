@@ -48,7 +48,7 @@ def _losses(seen: list[Event]) -> list[float]:
     return [e.loss for e in seen if isinstance(e, Stepped)]
 
 
-def test_a_run_over_codes_is_the_run_over_what_they_stand_for(shared: Path, tmp_path: Path) -> None:
+def test_quantized_training_equals_training_on_dequantized_weights(shared: Path, tmp_path: Path) -> None:
     base, twin = (load_text(str(shared / "tiny-base"), dtype="float32", quantize="nf4") for _ in range(2))
     twin.model = dequantized_twin(twin.model)
     first: list[Event] = []
@@ -110,7 +110,7 @@ def test_activations_can_be_recomputed_over_codes(shared: Path, tmp_path: Path) 
     assert _losses(seen) == pytest.approx(_losses(again), rel=1e-6)
 
 
-def test_the_run_says_how_many_bits_its_base_has(shared: Path, tmp_path: Path) -> None:
+def test_the_report_names_the_bits_of_the_base(shared: Path, tmp_path: Path) -> None:
     seen: list[Event] = []
     _run(shared, tmp_path / "a", on_event=seen.append)
     assert any("nf4" in e.text and "bits each" in e.text for e in seen if isinstance(e, Note))
@@ -133,7 +133,7 @@ def test_loftq_starts_where_quantizing_left_off(shared: Path, tmp_path: Path) ->
             create(full.model, LoraSpec(rank=4, init="loftq"), seed=0, original=known)
 
 
-def test_modules_trained_whole_start_as_what_the_codes_stand_for(shared: Path) -> None:
+def test_full_modules_start_from_dequantized_weights(shared: Path) -> None:
     base = load_text(str(shared / "tiny-base"), dtype="float32", quantize="nf4")
     adapter = create(base.model, LoraSpec(rank=2, modules_to_save=("model.layers.0.mlp.up_proj",)), seed=0)
     weight = adapter.modules["model.layers.0.mlp.up_proj"]["weight"]
@@ -141,7 +141,7 @@ def test_modules_trained_whole_start_as_what_the_codes_stand_for(shared: Path) -
     assert torch.equal(weight, base.model.get_parameter("model.layers.0.mlp.up_proj.weight").dense())  # type: ignore[attr-defined]
 
 
-def test_a_run_over_the_blocks_of_a_gguf_file_is_the_run_over_their_values(shared: Path, tmp_path: Path) -> None:
+def test_training_on_gguf_blocks_equals_training_on_values(shared: Path, tmp_path: Path) -> None:
     file = tmp_path / "tiny.gguf"
     tiny_gguf(file, quantized=True)
     losses = []

@@ -82,7 +82,7 @@ def test_bad_lines_are_listed_with_their_numbers(tmp_path: Path) -> None:
     ],
     ids=["half a text", "half a key", "digits", "depth"],
 )
-def test_json_that_nothing_can_be_made_of_is_a_line_too(tmp_path: Path, row: str, what: str) -> None:
+def test_unusable_json_values_are_named(tmp_path: Path, row: str, what: str) -> None:
     """As JavaScript cuts an emoji in two; a whole pair, and the sign itself, are text."""
     good = r'{"text": "\ud83d\ude00 😀 \\ud83d"}'
     lines, array = tmp_path / "rows.jsonl", tmp_path / "rows.json"
@@ -94,7 +94,7 @@ def test_json_that_nothing_can_be_made_of_is_a_line_too(tmp_path: Path, row: str
     assert read_rows(str(lines))[0][0].text == "😀 😀 \\ud83d"
 
 
-def test_files_that_hold_no_rows(tmp_path: Path) -> None:
+def test_files_without_rows_are_refused(tmp_path: Path) -> None:
     empty = tmp_path / "empty.jsonl"
     empty.write_text("\n\n")
     assert "the data file is empty" in wrong(str(empty))
@@ -112,7 +112,7 @@ def test_files_that_hold_no_rows(tmp_path: Path) -> None:
     assert "unknown kind of data file `.txt`" in wrong(str(tmp_path / "x.txt"))
 
 
-def test_files_that_are_not_what_they_say(tmp_path: Path) -> None:
+def test_malformed_files_are_refused_with_their_line(tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
     assert "bad.jsonl:2" in wrong(str(bad))
@@ -135,7 +135,7 @@ def test_files_that_are_not_what_they_say(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mark", [";", "\t", ","])
-def test_a_csv_is_read_whatever_stands_between_its_cells(tmp_path: Path, mark: str) -> None:
+def test_csv_delimiters_are_detected(tmp_path: Path, mark: str) -> None:
     """Spreadsheets write semicolons where the comma is for decimals."""
     table = tmp_path / "rows.csv"
     table.write_text(
@@ -153,7 +153,7 @@ def test_texts_with_a_byte_order_mark_are_read(tmp_path: Path, encoding: str) ->
     assert [row.text for row in read_rows(str(file))[0]] == ["Grüße", "日本"]
 
 
-def test_utf16_that_is_cut_or_has_no_mark_names_the_line_and_what_it_is(tmp_path: Path) -> None:
+def test_broken_utf16_is_named_with_its_line(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     text = '{"text": "a"}\n' * 3
     file.write_bytes((text + '{"text": "').encode("utf-16") + b"\x00\xd8")  # half of a pair
@@ -163,7 +163,7 @@ def test_utf16_that_is_cut_or_has_no_mark_names_the_line_and_what_it_is(tmp_path
     assert "looks like UTF-16 without its byte-order mark" in wrong(str(file))
 
 
-def test_a_hub_set_that_cannot_be_had_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unavailable_hub_data_set_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     def fail(*args: Any, **kwargs: Any) -> Any:
@@ -217,7 +217,7 @@ def test_of_lines_only_the_first_are_read(tmp_path: Path) -> None:
     assert [row.where for row in rows] == [f"{tmp_path}/rows.jsonl:2", f"{tmp_path}/rows.jsonl:4"]
 
 
-def test_a_name_that_is_too_long_for_a_file_is_that_of_none() -> None:
+def test_a_name_too_long_for_a_file_is_missing() -> None:
     with pytest.raises(DataError, match="the data file does not exist"):
         read_rows("x" * 1500)
     with pytest.raises(DataError, match="the folder does not exist"):

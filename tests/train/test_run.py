@@ -92,7 +92,7 @@ def test_a_third_task_is_a_whole_run(tmp_path: Path) -> None:
     assert checkpoint.latest(tmp_path / "out" / "checkpoints") == tmp_path / "out" / "checkpoints" / "step-00000012"
 
 
-def test_the_peak_is_of_this_run_and_of_its_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_peak_covers_this_run_and_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.ones(75_000_000)  # 300 MB, used only before the run
     before = peak_resident()
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from veneer.train.signals import heard
+from veneer.train.signals import signal_handler
 
 
 class Pressed(Exception):
@@ -26,22 +26,22 @@ def before() -> Iterator[object]:
     signal.signal(signal.SIGTERM, old)
 
 
-def test_each_is_handled_inside_and_does_what_it_did_afterwards(before: object) -> None:
+def test_signals_are_handled_inside_and_restored_afterwards(before: object) -> None:
     found: list[int] = []
-    with heard(found.append, signal.SIGTERM):
+    with signal_handler(found.append, signal.SIGTERM):
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
     assert found == [signal.SIGTERM] * 2
     assert signal.getsignal(signal.SIGTERM) is before
-    with pytest.raises(KeyError), heard(found.append, signal.SIGTERM):
+    with pytest.raises(KeyError), signal_handler(found.append, signal.SIGTERM):
         raise KeyError
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_once_the_second_acts_as_usual_and_an_echo_of_the_first_not_at_all() -> None:
+def test_the_second_signal_acts_as_usual_without_echoes() -> None:
     """`timeout` sends its signal to the process and to its group."""
     found: list[int] = []
-    with heard(found.append, signal.SIGTERM, once=True):
+    with signal_handler(found.append, signal.SIGTERM, once=True):
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
         time.sleep(0.3)
@@ -54,7 +54,7 @@ def test_outside_of_the_main_thread_nothing_changes(before: object) -> None:
     seen: list[object] = []
 
     def inside() -> None:
-        with heard(print, signal.SIGTERM):
+        with signal_handler(print, signal.SIGTERM):
             seen.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=inside)

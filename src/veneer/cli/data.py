@@ -59,15 +59,15 @@ def caption(
 
     if text is not None:
         if folder.is_dir() or model is not None:
-            what = "a caption that is given is one picture's, and no model is asked for it"
-            raise ConfigError(what, where=str(folder), fix="veneer data caption drawings/cat.png 'a cat on a wall'")
+            problem = "a caption that is given is one picture's, and no model is asked for it"
+            raise ConfigError(problem, where=str(folder), fix="veneer data caption drawings/cat.png 'a cat on a wall'")
         done = write_caption(folder, text)
         print(json.dumps(asdict(done) | {"file": str(done.file)}) if as_json else f"{done.file}: {done.caption}")
         return
     if model is None:
         fix = "--model HuggingFaceTB/SmolVLM-500M-Instruct, or the caption of one picture behind it"
         raise ConfigError("nothing says what is on the pictures", where="--model", fix=fix)
-    asked = model
+    model_name = model
 
     check_dtype_name(dtype, "--dtype")
     check_device_name(device, "--device")
@@ -76,15 +76,15 @@ def caption(
     def seeing() -> VisionModel:  # loaded when the first picture needs it
         from veneer.models.vision import load_vision
 
-        found = load_vision(asked, dtype=dtype, device=device, say=say)
+        found = load_vision(model_name, dtype=dtype, device=device, say=say)
         say(f"{found.name} in {str(found.dtype).removeprefix('torch.')} on {found.device}: {found.dtype_reason}")
         return found
 
     def describe(picture: Image) -> tuple[str, bool]:
-        said = seeing().describe(picture, instruction, max_tokens=max_tokens)
-        return said.text, said.cut
+        result = seeing().describe(picture, instruction, max_tokens=max_tokens)
+        return result.text, result.cut
 
-    def told(one: WrittenCaption) -> None:
+    def report_caption(one: WrittenCaption) -> None:
         say(f"{one.picture}: {one.caption}" + (" (cut: it would have gone on)" if one.cut else ""))
 
     report = write_captions(
@@ -92,7 +92,7 @@ def caption(
         describe,
         trigger=trigger,
         overwrite=overwrite,
-        on_caption=told,
+        on_caption=report_caption,
     )
     if as_json:
         rows = [asdict(one) | {"file": str(one.file)} for one in report.written]
@@ -100,8 +100,8 @@ def caption(
     else:
         print(f"{counted(len(report.written), 'caption')} written, {report.had} were there")
     if report.failed:
-        what = f"no caption was written for {counted(len(report.failed), 'picture')}:\n{bullets(report.failed)}"
-        raise DataError(what, where=str(folder), fix="write NAME.txt beside each, repair or remove them")
+        problem = f"no caption was written for {counted(len(report.failed), 'picture')}:\n{bullets(report.failed)}"
+        raise DataError(problem, where=str(folder), fix="write NAME.txt beside each, repair or remove them")
 
 
 @app.command(epilog="Example: veneer data add votes.jsonl 'Where is my parcel?' --chosen 'By noon.' --rejected 'Soon.'")
@@ -173,14 +173,14 @@ def show(
 ) -> None:
     """Show how a run would use each row or image: whole, cut, held out or left out."""
     from veneer.train.config.image import ImageTrainConfig
-    from veneer.train.inspect import VERDICTS, pictures_seen, rows_seen
+    from veneer.train.inspect import VERDICTS, preview_pictures, preview_rows
 
     for word in only or []:
         one_of(word, VERDICTS, "what becomes of a row", "--only")
     verdicts: Any = only or ()
     config = _configured(data, base, overrides)
     if isinstance(config, ImageTrainConfig):
-        every = [one for one in pictures_seen(config) if not verdicts or one.verdict in verdicts]
+        every = [one for one in preview_pictures(config) if not verdicts or one.verdict in verdicts]
         pictures = every[offset : offset + limit]
         if as_json:
             print_json(
@@ -200,15 +200,15 @@ def show(
         ]
         print_table(("picture", "is", "size", "learned at", "why", "caption"), cells)
         return
-    seen = rows_seen(config, offset=offset, limit=limit, verdicts=verdicts)
+    page = preview_rows(config, offset=offset, limit=limit, verdicts=verdicts)
     if as_json:
-        print_json({**asdict(seen)})
+        print_json({**asdict(page)})
         return
-    rows = [(one.where, one.verdict, str(one.tokens), str(one.learned), one.why, one.said[:80]) for one in seen.rows]
+    rows = [(one.where, one.verdict, str(one.tokens), str(one.learned), one.why, one.said[:80]) for one in page.rows]
     print_table(("row", "is", "tokens", "learned", "why", "begins"), rows)
-    total = "" if seen.total in (None, seen.looked) else f" of {seen.total:,}"
-    parts = ", ".join(f"{count:,} {verdict}" for verdict, count in seen.counts.items())
-    say(f"{counted(seen.looked, 'row')} looked at{total}, as {seen.format}: {parts}")
+    total = "" if page.total in (None, page.looked) else f" of {page.total:,}"
+    parts = ", ".join(f"{count:,} {verdict}" for verdict, count in page.counts.items())
+    say(f"{counted(page.looked, 'row')} looked at{total}, as {page.format}: {parts}")
 
 
 @app.command(epilog="Example: veneer data preview tickets.jsonl --base smollm2-135m adapter.rank=16")
@@ -226,9 +226,9 @@ def preview(
     from veneer.jobs.validate import device_of
     from veneer.train.inspect import inspect_run, inspection_text
 
-    look = inspect_run(_configured(data, base, overrides), rows=rows, device=device_of())
-    print_json(look.to_dict()) if as_json else print(inspection_text(look))
-    if not look.starts:
+    report = inspect_run(_configured(data, base, overrides), rows=rows, device=device_of())
+    print_json(report.to_dict()) if as_json else print(inspection_text(report))
+    if not report.starts:
         raise SystemExit(2)
 
 

@@ -20,7 +20,7 @@ from veneer.formats.peft import load_folder, write_folder
 from veneer.jobs.store import Job
 from veneer.library.library import Library
 from veneer.library.names import checkpoint_alias
-from veneer.train.checkpoint import by_step, is_extra
+from veneer.train.checkpoint import by_step, is_shared
 
 STEPS_TAG = "steps-of:"
 """Prefix of the tag of a checkpoint's adapter; the job's id follows."""
@@ -79,7 +79,7 @@ def publish_checkpoints(
     out: dict[int, str] = {}
     there = {v.version: v.reference for v in library.search(name=name, all_versions=True) if v.name == name}
     for folder in sorted((run / "checkpoints").glob("step-*[0-9]")):
-        if is_extra(folder):
+        if is_shared(folder):
             continue
         step = int(folder.name.rpartition("-")[2])
         state, _ = read_tensors(folder / "adapter.safetensors")

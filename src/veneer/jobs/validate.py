@@ -197,10 +197,10 @@ def _answering_peak(base: TextBase, plan: Plan) -> int:
 
     memory = plan.memory
     peak = memory.context + memory.weights + memory.constants + answering_bytes(base, memory.weights)
-    if peak > plan.room:
+    if peak > plan.available:
         raise PreflightError(
-            f"answers to the held-out rows do not fit: they need about {gigabytes(peak)}, and {gigabytes(plan.room)} "
-            "may be used",
+            f"answers to the held-out rows do not fit: they need about {gigabytes(peak)}, and "
+            f"{gigabytes(plan.available)} may be used",
             where="after.evaluate",
             fix="metrics that need no answers: evaluate: {metrics: [loss]}",
         )
@@ -211,7 +211,7 @@ def _rows_of(config: TrainConfig, base: TextBase) -> Mapping[str, Any]:
     """Return the training data's rows, tokens and longest row.
 
     Raises PreflightError that lists every problem of the data."""
-    from veneer.train.planning import rows_as_planned
+    from veneer.train.planning import planned_rows
     from veneer.train.preflight import Report
     from veneer.train.text.data import read_data
     from veneer.train.text.preflight import TextSubject, data_findings
@@ -221,7 +221,7 @@ def _rows_of(config: TrainConfig, base: TextBase) -> Mapping[str, Any]:
     report = Report(numbers=subject.numbers)
     report.add(*data_findings(subject))
     report.raise_if_stopped()
-    return rows_as_planned(config, data.train.items)
+    return planned_rows(config, data.train.items)
 
 
 _ROW, _BYTE = 3000, 8
@@ -259,7 +259,7 @@ def _check_size(config: TrainConfig, held_out: HeldOut | None, max_memory: int |
 def _refuse(plan: Plan) -> None:
     changes = "; or ".join(", ".join(change.settings) for change in plan.changes[:3] if change.settings)
     raise PreflightError(
-        f"this run does not fit: it needs about {gigabytes(plan.peak)}, and {gigabytes(plan.room)} of "
+        f"this run does not fit: it needs about {gigabytes(plan.peak)}, and {gigabytes(plan.available)} of "
         f"{plan.device.label or plan.device.name} may be used",
         where="memory",
         fix=changes or "a smaller base, or a machine with more memory (veneer plan shows what it takes)",

@@ -38,7 +38,7 @@ from veneer.library.library import Library
 from veneer.plan.tables import Device
 from veneer.serve.tenancy.store import Store
 from veneer.serve.transient import is_transient
-from veneer.train.signals import heard
+from veneer.train.signals import signal_handler
 
 _SWEEP = 3600.0
 """Seconds between two cleanups of ended jobs' files."""
@@ -129,7 +129,7 @@ class Worker:
 
     def run(self, *, until_idle: bool = False) -> None:
         """Work until stopped, or with `until_idle` until no job is left."""
-        with heard(lambda number: self.stop(), signal.SIGINT, signal.SIGTERM, once=True):
+        with signal_handler(lambda number: self.stop(), signal.SIGINT, signal.SIGTERM, once=True):
             try:
                 while not self._stop.is_set():
                     busy = self._round(validate_first=until_idle)

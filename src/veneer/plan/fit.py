@@ -54,13 +54,13 @@ def usable_memory(device: Device) -> int:
 
 
 def fitting_micro_tokens(
-    shape: TextShape, device: Device, quantize: str | None, room: int, load: Callable[[int], Load]
+    shape: TextShape, device: Device, quantize: str | None, available: int, load: Callable[[int], Load]
 ) -> int:
-    """Return the tokens of a micro-batch that fits in `room` beside the base.
+    """Return the tokens of a micro-batch that fits in `available` bytes.
 
     Starts with the count beyond which more do not speed up this device's products (ops/step_sizes.py),
-    then halves it, but not below MICRO_TOKENS, until `load` of it takes at most nine tenths of the room
-    beside the base."""
+    then halves it, but not below MICRO_TOKENS, until `load` of it takes at most nine tenths of
+    the bytes that the base leaves."""
     products = [parts for layer in shape.layers for parts in layer.products.values()]
     tokens = micro_tokens(
         device.kind,
@@ -70,12 +70,12 @@ def fitting_micro_tokens(
         values=sum(parts[0].active * parts[0].inputs + sum(p.active * p.outputs for p in parts) for parts in products),
         code_bytes=None if quantize is None else 1.0 if quantize == "int8" else 0.5,
     )
-    while tokens > MICRO_TOKENS and text_memory(shape, load(tokens), device).beyond_base > 0.9 * room:
+    while tokens > MICRO_TOKENS and text_memory(shape, load(tokens), device).beyond_base > 0.9 * available:
         tokens //= 2
     return tokens
 
 
-def left_beside_base(shape: TextShape, device: Device, dtype: str, quantize: str | None) -> int:
+def memory_after_base(shape: TextShape, device: Device, dtype: str, quantize: str | None) -> int:
     """Return the bytes of a device that remain after loading a base."""
     return usable_memory(device) - sum(weight_bytes(shape, dtype, quantize)) - FITS[device.kind, "text"].process
 
@@ -91,11 +91,11 @@ def _checkpointing(load: AnyLoad, device: Device) -> Iterator[Step]:
 def _batch(load: AnyLoad, device: Device) -> Iterator[Step]:
     one: AnyLoad
     if isinstance(load, ImageLoad):
-        what, count, one = "picture", load.pictures, replace(load, pictures=1)
+        item, count, one = "picture", load.pictures, replace(load, pictures=1)
     else:
-        what, count, one = "row", len(load.lengths), replace(load, lengths=(load.longest,))
+        item, count, one = "row", len(load.lengths), replace(load, lengths=(load.longest,))
     if count > 1:
-        yield f"one {what} at a time", "batching.micro_rows=1", replace(one, micros=load.micros * count), device
+        yield f"one {item} at a time", "batching.micro_rows=1", replace(one, micros=load.micros * count), device
 
 
 def _length(load: AnyLoad, device: Device) -> Iterator[Step]:
@@ -161,12 +161,12 @@ def cheapest(
 
     def tried(steps: list[Step]) -> Change | None:
         own_load, own_device = steps[-1][2:]
-        needed = peak(own_load, own_device)
-        if needed > limit:
+        peak_bytes = peak(own_load, own_device)
+        if peak_bytes > limit:
             return None
         slower = seconds(own_load, own_device) / seconds(load, device)
         names, settings = tuple(s[0] for s in steps), tuple(s[1] for s in steps)
-        return Change(names, settings, own_load, own_device, needed, slower)
+        return Change(names, settings, own_load, own_device, peak_bytes, slower)
 
     def may(kinds: tuple[_Kind, ...]) -> bool:
         """Return whether these kinds suffice at their largest values.
@@ -181,29 +181,29 @@ def cheapest(
             now = last[2:]
         return peak(*now) <= limit
 
-    def search(kinds: tuple[_Kind, ...], done: list[Step]) -> Change | None:
+    def search(kinds: tuple[_Kind, ...], steps: list[Step]) -> Change | None:
         """Return the smallest values that suffice together, varying the last kind first."""
-        now = done[-1][2:] if done else (load, device)
+        now = steps[-1][2:] if steps else (load, device)
         for step in kinds[0](*now):
-            found = search(kinds[1:], [*done, step]) if len(kinds) > 1 else tried([*done, step])
-            if found is not None:
-                return found
+            change = search(kinds[1:], [*steps, step]) if len(kinds) > 1 else tried([*steps, step])
+            if change is not None:
+                return change
         return None
 
-    elsewhere: list[Change] = []
+    on_more_devices: list[Change] = []
     for together in (1, 2, 3):
         kinds = filter(may, itertools.combinations(_KINDS, together))
-        found = [change for own in kinds if (change := search(own, [])) is not None]
-        here = [c for c in found if c.device == device]
-        if here:
-            return [*here, *elsewhere] if elsewhere else found
-        elsewhere = elsewhere or found
-    return elsewhere
+        changes = [change for kind in kinds if (change := search(kind, [])) is not None]
+        on_device = [change for change in changes if change.device == device]
+        if on_device:
+            return [*on_device, *on_more_devices] if on_more_devices else changes
+        on_more_devices = on_more_devices or changes
+    return on_more_devices
 
 
-def each_holds(memory: Memory, device: Device) -> int:
+def bytes_per_device(memory: Memory, device: Device) -> int:
     """Return peak bytes of each device.
 
     Weights and adapter state are divided among devices; activations are not."""
-    held = memory.weights + memory.constants + memory.adapter + memory.gradients + memory.optimizer
-    return memory.peak - held + -(-held // device.count)
+    divided = memory.weights + memory.constants + memory.adapter + memory.gradients + memory.optimizer
+    return memory.peak - divided + -(-divided // device.count)

@@ -139,13 +139,13 @@ def image_counts(config: Config, load: ImageLoad) -> Counts:
 
 @functools.lru_cache(maxsize=256)
 def _image_counts(
-    fields: str, size: tuple[int, int, int, int], listed: tuple[str, ...], rank: int, form: PairForm
+    fields: str, image: tuple[int, int, int, int], listed: tuple[str, ...], rank: int, form: PairForm
 ) -> Counts:
-    """Return the counts of one image; `size`: height, width, tokens of text, source images."""
+    """Return the counts of one image; `image`: height, width, tokens of text, source images."""
     from veneer.core.adapter import LoraSpec
     from veneer.core.targets import resolve_targets
 
-    forward = _forward(fields, *size)
+    forward = _forward(fields, *image)
     model, share = forward.model, _KEPT[kind_of(json.loads(fields))]
     spec = LoraSpec(rank=rank, targets=tuple(TARGET_WORDS.get(word, word) for word in listed))
     targets = {target.module_name for target in resolve_targets(model, spec)}

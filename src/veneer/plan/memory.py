@@ -87,7 +87,7 @@ class RunLoad:
     inputs_on_host: bool = False
     kept: int = 0
     offload: int = 0
-    bare: float = 0
+    base_passes: float = 0
 
     @property
     def size(self) -> int:
@@ -245,27 +245,27 @@ def run_memory(counts: Counts, load: RunLoad, device: Device, *, process: int | 
         if load.inputs_on_host and device.kind == "cuda":
             host = round(inputs)
             kept = min(inputs, inputs / max(1, len(counts.blocks)) * _ON_THEIR_WAY) + ends
-    if away := offloaded(counts, load):
-        host = e * sum(away)
-        weights -= host - e * max(away)  # the block in use is on the device
+    if offloaded_blocks := offloaded(counts, load):
+        host = e * sum(offloaded_blocks)
+        weights -= host - e * max(offloaded_blocks)  # the block in use is on the device
     working = max(0.0, working - counts.logits)  # the logits are freed by then
-    moving, dequantized = kept + counts.logits + working, 0
+    transient, dequantized = kept + counts.logits + working, 0
     if load.quantize:
         dequantized = e * counts.largest + load.kept
     # initial values stay
-    begins = 2 if getattr(getattr(load, "spec", None), "init", "") in ("pissa", "olora") else 1
+    initial_copies = 2 if getattr(getattr(load, "spec", None), "init", "") in ("pissa", "olora") else 1
     return Memory(
         weights=weights,
         constants=constants,
-        adapter=(4 * begins + (e if e == 2 else 0)) * trainable,  # the factors are cast for 16-bit products
-        gradients=4 * trainable if load.micros > 1 else max(0, 4 * trainable - round(moving)),
+        adapter=(4 * initial_copies + (e if e == 2 else 0)) * trainable,  # the factors are cast for 16-bit products
+        gradients=4 * trainable if load.micros > 1 else max(0, 4 * trainable - round(transient)),
         optimizer=_STATES.get(load.optimizer, 8) * trainable,
         activations=round(kept),
         logits=counts.logits,
         working=round(working),
         dequantized=dequantized,
         context=fit.process if process is None else process,
-        rounding=round(fit.unplaced * (moving + dequantized)),
+        rounding=round(fit.unplaced * (transient + dequantized)),
         host=host,
     )
 
@@ -287,7 +287,7 @@ def text_counts(shape: TextShape, load: Load, device: Device) -> Counts:
     attention 4 forward and 8 backward per visible key and channel. The head runs only on trained tokens,
     and with the fast paths so does the last layer after its attention (`shape.keeps`)."""
     spec, tokens, trained = load.spec, load.tokens, load.wanted
-    begins = 2 if spec is not None and spec.init in ("pissa", "olora") else 1
+    initial_copies = 2 if spec is not None and spec.init in ("pissa", "olora") else 1
     dora, dropped = spec is not None and spec.dora, spec is not None and spec.dora and spec.dropout > 0
     counts = Counts(
         parameters=shape.parameters,
@@ -299,17 +299,17 @@ def text_counts(shape: TextShape, load: Load, device: Device) -> Counts:
         head=4.0 * trained * shape.vocabulary * shape.hidden,
         logits=_logits(shape, load, device),
     )
-    after = tokens
+    last_tokens = tokens
     for i, (layer, pairs) in enumerate(zip(shape.layers, layer_pairs(shape, spec, load.rank), strict=True)):
         if shape.keeps and i == len(shape.layers) - 1:
-            after = trained
+            last_tokens = trained
         kept = float(tokens * layer.normed)
         for name, parts in layer.products.items():
-            n, adapted = tokens if name == "qkv" else after, [part for part in parts if part.name in pairs]
-            own = sum(part.active * part.outputs for part in parts) + parts[0].active * parts[0].inputs * (
+            n, adapted = tokens if name == "qkv" else last_tokens, [part for part in parts if part.name in pairs]
+            values = sum(part.active * part.outputs for part in parts) + parts[0].active * parts[0].inputs * (
                 name != "down"
             )
-            kept += n * own * (1.5 if parts[0].times > 1 else 1)  # experts gather their inputs
+            kept += n * values * (1.5 if parts[0].times > 1 else 1)  # experts gather their inputs
             if dora and adapted and (name != "gate_up" or dropped):  # the input of the DoRA scale
                 kept += n * sum(part.outputs for part in parts)
             for part in parts:
@@ -319,18 +319,20 @@ def text_counts(shape: TextShape, load: Load, device: Device) -> Counts:
                 # no trained parameter is before these
                 counts.backward += 2.0 * times * n * part.multiplied * (i > 0 or name != "qkv")
             for part in adapted:
-                pair, uses = pairs[part.name], begins * n * part.active
+                pair, uses = pairs[part.name], initial_copies * n * part.active
                 kept += uses * pair.rank
                 counts.made += pair.made
                 counts.forward += uses * pair.forward
                 counts.backward += uses * (pair.operations - pair.forward)
-        attention = 4.0 * layer.heads * layer.head_dim * sum(seen_keys(length, layer.window) for length in load.lengths)
+        attention = (
+            4.0 * layer.heads * layer.head_dim * sum(visible_keys(length, layer.window) for length in load.lengths)
+        )
         counts.forward += attention
         counts.backward += 2 * attention
         counts.kept += kept
         counts.block = max(counts.block, kept)
         counts.blocks.append(layer.matrices + layer.small)
-    counts.ends = float(shape.hidden * (2 * after + trained))
+    counts.ends = float(shape.hidden * (2 * last_tokens + trained))
     return counts
 
 
@@ -344,15 +346,15 @@ def _logits(shape: TextShape, load: Load, device: Device) -> int:
     return dtype_bytes(load.dtype) * min(load.wanted, logits_chunk(device.kind)) * shape.vocabulary
 
 
-def seen_keys(length: int, window: int | None = None) -> int:
+def visible_keys(length: int, window: int | None = None) -> int:
     """Return Σ over a row's queries of the keys that each query sees."""
     seen = length if window is None else min(length, window)
     return seen * (seen + 1) // 2 + (length - seen) * seen
 
 
-def kept_dequantized(shape: TextShape, memory: Memory, room: int) -> int:
-    """Return bytes of the first layers that can stay dequantized in `room` bytes."""
-    spare = room - memory.peak
+def kept_dequantized(shape: TextShape, memory: Memory, available: int) -> int:
+    """Return bytes of the first layers that can stay dequantized in `available` bytes."""
+    spare = available - memory.peak
     each = 2 * max((layer.matrices for layer in shape.layers), default=0)
     return 0 if each == 0 or spare <= 0 else min(spare // each, len(shape.layers)) * each
 
@@ -370,6 +372,6 @@ def packed_weights(shape: TextShape, dtype: str, faster: Callable[[int, int, boo
                 continue
             rows, columns = sum(part.outputs for part in parts), parts[0].inputs
             ways = (True,) if i == 0 and name == "qkv" else (True, False)
-            count += sum(faster(rows, columns, turned) for turned in ways) * rows * columns
-    ways_of_head = sum(faster(shape.vocabulary, shape.hidden, turned) for turned in (True, False))
+            count += sum(faster(rows, columns, is_forward) for is_forward in ways) * rows * columns
+    ways_of_head = sum(faster(shape.vocabulary, shape.hidden, is_forward) for is_forward in (True, False))
     return dtype_bytes(dtype) * (count + ways_of_head * shape.vocabulary * shape.hidden)

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from veneer.errors import counted, gigabytes
-from veneer.plan.fit import AnyLoad, Change, cheapest, each_holds, usable_memory
+from veneer.plan.fit import AnyLoad, Change, bytes_per_device, cheapest, usable_memory
 from veneer.plan.image import ImageLoad, image_counts
 from veneer.plan.memory import (
     Counts,
@@ -34,25 +34,25 @@ from veneer.plan.time import Rates, reading_work, run_work
 
 
 @dataclass(frozen=True)
-class Draws:
+class SamplingLoad:
     """Answers that a run samples.
 
     prompt, answer: most tokens of each.
     group: answers per prompt, which is computed once.
     together: sampled at once.
     total: in the whole run.
-    room: the most bytes of keys and values."""
+    available: the most bytes of keys and values."""
 
     prompt: int
     answer: int
     group: int
     together: int
     total: int
-    room: int = 1 << 30
+    available: int = 1 << 30
 
     def cache(self, shape: TextShape, dtype: str) -> int:
         """Return bytes of keys and values of all answers sampled at once."""
-        return min(self.room, self.together * (self.prompt + self.answer) * cache_bytes(shape, dtype))
+        return min(self.available, self.together * (self.prompt + self.answer) * cache_bytes(shape, dtype))
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Plan:
     """A plan of one run.
 
     memory: of the run as given, on one device.
-    peak: bytes of it on each device, of the `room` available.
+    peak: bytes of it on each device, of the `available` available.
     changes: changes that make it fit, if it does not.
     planned, planned_memory: the load and device of `seconds` and `cost`: as given, or with the first of
         `changes`; None if nothing helps.
@@ -104,21 +104,21 @@ class Plan:
     job: TrainingJob
     memory: Memory
     peak: int
-    room: int
+    available: int
     changes: tuple[Change, ...]
     planned: tuple[AnyLoad, Device] | None
     planned_memory: Memory | None
     seconds: float | None
     rates: Rates
     facts: tuple[tuple[str, str], ...] = ()
-    keeps: int = 0
-    packs: int = 0
+    dequantizable: int = 0
+    packable: int = 0
     serving: Serving | None = None
     traffic: Traffic | None = None
 
     @property
     def fits(self) -> bool:
-        return self.peak <= self.room
+        return self.peak <= self.available
 
     @property
     def cost(self) -> float | None:
@@ -139,7 +139,7 @@ class Plan:
             "parameters": self.parameters,
             "fits": self.fits,
             "peak_bytes": self.peak,
-            "room_bytes": self.room,
+            "room_bytes": self.available,
             "memory": {**self.memory.parts, "host": self.memory.host},
             "planned_memory": None if self.planned_memory is None else self.planned_memory.parts,
             "changes": [
@@ -151,8 +151,8 @@ class Plan:
                 }
                 for c in self.changes
             ],
-            "kept_dequantized_bytes": self.keeps,
-            "kept_packed_bytes": self.packs,
+            "kept_dequantized_bytes": self.dequantizable,
+            "kept_packed_bytes": self.packable,
             "seconds": self.seconds,
             "cost": self.cost,
             "tokens": self.job.tokens,
@@ -177,12 +177,12 @@ def _plan(
     device: Device,
     rates: Rates,
     job: TrainingJob,
-    room: int | None,
+    available: int | None,
     process: int | None = None,
 ) -> Plan:
     """Return a plan without its facts.
 
-    room: usable bytes of each device, by default `usable_memory`."""
+    available: usable bytes of each device, by default `usable_memory`."""
 
     def memory_of(load: AnyLoad, device: Device) -> Memory:
         return run_memory(counts_of(load, device), load, device, process=process)
@@ -191,13 +191,13 @@ def _plan(
         return rates.seconds(run_work(counts_of(load, device), load, device), device.count)
 
     counts = counts_of(load, device)
-    memory, limit = memory_of(load, device), usable_memory(device) if room is None else room
-    peak, changes = each_holds(memory, device), []
+    memory, limit = memory_of(load, device), usable_memory(device) if available is None else available
+    peak, changes = bytes_per_device(memory, device), []
     if peak > limit:
         changes = cheapest(
             load,
             device,
-            lambda own, where: each_holds(memory_of(own, where), where),
+            lambda own, where: bytes_per_device(memory_of(own, where), where),
             lambda own, where: step_seconds(own, where) / max(1, own.size),
             limit,
         )
@@ -217,7 +217,7 @@ def _plan(
         job=job,
         memory=memory,
         peak=peak,
-        room=limit,
+        available=limit,
         changes=tuple(changes),
         planned=planned,
         planned_memory=None if planned is None else memory_of(*planned),
@@ -226,23 +226,23 @@ def _plan(
     )
 
 
-def _with(plan: Plan, part: str, held: int, seconds: float, fact: tuple[str, str]) -> Plan:
-    """Return the plan with `held` bytes in another part of memory and `seconds` more.
+def _with(plan: Plan, part: str, size: int, seconds: float, fact: tuple[str, str]) -> Plan:
+    """Return the plan with `size` bytes in another part of memory and `seconds` more.
 
-    The plan's room had left these bytes free."""
-    own: dict[str, Any] = {part: held}
+    The plan's available bytes exclude them."""
+    own: dict[str, Any] = {part: size}
     return replace(
         plan,
         memory=replace(plan.memory, **own),
-        peak=plan.peak + held,
-        room=plan.room + held,
+        peak=plan.peak + size,
+        available=plan.available + size,
         planned_memory=None if plan.planned_memory is None else replace(plan.planned_memory, **own),
         facts=(*plan.facts, fact),
         seconds=None if plan.seconds is None else plan.seconds + seconds,
     )
 
 
-def with_draws(plan: Plan, shape: TextShape, load: Load, device: Device, draws: Draws) -> Plan:
+def with_sampling(plan: Plan, shape: TextShape, load: Load, device: Device, draws: SamplingLoad) -> Plan:
     """Return the plan of a run that learns from its own answers.
 
     Adds the answers' keys and values, and the time to sample them (`serving`)."""
@@ -250,20 +250,22 @@ def with_draws(plan: Plan, shape: TextShape, load: Load, device: Device, draws: 
     rank = load.spec.rank if load.spec is not None else load.rank
     each = serving(shape, device, plan.rates, shared, rank=rank, dtype=load.dtype, quantize=load.quantize)
     cache, seconds = draws.cache(shape, load.dtype), draws.total / each.requests_per_second
-    told = f"{draws.total:,} drawn, {draws.together} at once: {gigabytes(cache)} of keys and values, {seconds:,.0f} s"
-    return _with(plan, "cache", cache, seconds, ("answers", told))
+    text = f"{draws.total:,} drawn, {draws.together} at once: {gigabytes(cache)} of keys and values, {seconds:,.0f} s"
+    return _with(plan, "cache", cache, seconds, ("answers", text))
 
 
-def with_teacher(plan: Plan, shape: TextShape, load: Load, device: Device, draws: Draws, beside: int) -> Plan:
+def with_teacher(
+    plan: Plan, shape: TextShape, load: Load, device: Device, draws: SamplingLoad, teacher_bytes: int
+) -> Plan:
     """Return the plan of a run whose teacher, of `shape`, reads each answer once.
 
     The teacher runs in the same process. beside: bytes of a teacher that is another base."""
     each = (draws.prompt + draws.answer) / max(1, load.tokens)
     seconds = draws.total * each * plan.rates.seconds(reading_work(shape, load), device.count)
-    told = f"reads {counted(draws.total, 'answer')}: {seconds:,.0f} s"
-    if beside:
-        told += f"; a base of its own, {shape.parameters:,} parameters: {gigabytes(beside)}"
-    return _with(plan, "teacher", beside, seconds, ("teacher", told))
+    text = f"reads {counted(draws.total, 'answer')}: {seconds:,.0f} s"
+    if teacher_bytes:
+        text += f"; a base of its own, {shape.parameters:,} parameters: {gigabytes(teacher_bytes)}"
+    return _with(plan, "teacher", teacher_bytes, seconds, ("teacher", text))
 
 
 def text_plan(
@@ -275,24 +277,26 @@ def text_plan(
     job: TrainingJob,
     *,
     process: int | None = None,
-    room: int | None = None,
+    available: int | None = None,
     traffic: Traffic | None = None,
     notes: tuple[str, ...] = (),
 ) -> Plan:
     """Return the plan of a run on text.
 
-    room: usable bytes of each device, by default `usable_memory`.
+    available: usable bytes of each device, by default `usable_memory`.
     process: bytes of the process before the base is loaded, if known (CPU)."""
-    plan = _plan(base, lambda load, device: text_counts(shape, load, device), load, device, rates, job, room, process)
+    plan = _plan(
+        base, lambda load, device: text_counts(shape, load, device), load, device, rates, job, available, process
+    )
     rank, quantize = load.spec.rank if load.spec is not None else load.rank, load.quantize
-    keeps = packs = 0
+    dequantizable = packable = 0
     if plan.planned is not None and plan.planned_memory is not None:
         own, where = plan.planned
-        quantize, spare = own.quantize, max(0, plan.room - plan.planned_memory.peak)
+        quantize, spare = own.quantize, max(0, plan.available - plan.planned_memory.peak)
         if quantize:
-            keeps = kept_dequantized(shape, plan.planned_memory, plan.room)
+            dequantizable = kept_dequantized(shape, plan.planned_memory, plan.available)
         elif where.kind == "cpu":
-            packs = min(packed_weights(shape, own.dtype, lambda *product: True), spare)
+            packable = min(packed_weights(shape, own.dtype, lambda *product: True), spare)
     served = None
     if traffic is not None:
         served = serving(shape, device, rates, traffic, rank=rank, dtype=load.dtype, quantize=quantize)
@@ -306,11 +310,14 @@ def text_plan(
             f"a file of {plan.adapter_bytes / 1e6:,.1f} MB",
         ),
         ("data", f"{times}: {job.tokens:,} tokens, {counted(job.total_steps, 'step')} of {counted(job.batch, 'row')}"),
-        ("at once", f"{load.tokens:,} tokens in {counted(len(load.lengths), 'row')}{share}; activations {_kept(load)}"),
+        (
+            "at once",
+            f"{load.tokens:,} tokens in {counted(len(load.lengths), 'row')}{share}; activations {_activations(load)}",
+        ),
         *((("host", f"{gigabytes(plan.memory.host)} in the CPU's memory"),) if plan.memory.host else ()),
         *(("note", note) for note in notes),
     )
-    return replace(plan, keeps=keeps, packs=packs, serving=served, traffic=traffic, facts=facts)
+    return replace(plan, dequantizable=dequantizable, packable=packable, serving=served, traffic=traffic, facts=facts)
 
 
 def image_plan(
@@ -321,14 +328,14 @@ def image_plan(
     rates: Rates,
     job: TrainingJob,
     *,
-    room: int | None = None,
+    available: int | None = None,
     notes: tuple[str, ...] = (),
 ) -> Plan:
     """Return the plan of a run on `job.rows` images.
 
     config: of the denoiser, see `image_counts`."""
     load = replace(load, blocks=len(image_counts(config, load).blocks))
-    plan = _plan(base, lambda load, device: image_counts(config, load), load, device, rates, job, room)
+    plan = _plan(base, lambda load, device: image_counts(config, load), load, device, rates, job, available)
     words = load.targets if isinstance(load.targets, str) else ", ".join(load.targets)
     pairs = f", each with {load.before} before it" if load.before else ""
     facts = [
@@ -338,7 +345,7 @@ def image_plan(
             "data",
             f"{counted(job.rows, 'picture')}, {_times(job.passes)}: {counted(job.total_steps, 'step')} of {job.batch}",
         ),
-        ("at once", f"{load.pictures} of {load.width} × {load.height}{pairs}; activations {_kept(load)}"),
+        ("at once", f"{load.pictures} of {load.width} × {load.height}{pairs}; activations {_activations(load)}"),
     ]
     if encoders := sum((config.get("encoders") or {}).values()) + int(config.get("vae") or 0):
         e = dtype_bytes(load.dtype)
@@ -360,5 +367,5 @@ def _form(form: PairForm) -> str:
     return "" if form.kind == "lora" else f"{form.kind}, "
 
 
-def _kept(load: AnyLoad) -> str:
+def _activations(load: AnyLoad) -> str:
     return "made again" if load.checkpointing else "kept"

@@ -27,23 +27,23 @@ def plan_text(plan: Plan) -> str:
 def _lines(plan: Plan) -> Iterator[str]:
     yield from _answer(plan)
     yield ""
-    given, planned = plan.memory, plan.planned_memory
-    columns: list[tuple[str, Memory]] = [("as given", given)]
+    as_given, planned = plan.memory, plan.planned_memory
+    columns: list[tuple[str, Memory]] = [("as given", as_given)]
     if plan.changes and planned is not None:
         columns.append(("changed", planned))
     yield "memory of one device".ljust(28) + "".join(f"{title:>12}" for title, _ in columns)
-    for name in given.parts:
+    for name in as_given.parts:
         if any(memory.parts[name] for _, memory in columns):
-            word = "CUDA context" if name == "context" and plan.device.kind == "cuda" else _WORDS[name]
-            yield f"  {word:<26}" + "".join(f"{gigabytes(memory.parts[name]):>12}" for _, memory in columns)
+            title = "CUDA context" if name == "context" and plan.device.kind == "cuda" else _WORDS[name]
+            yield f"  {title:<26}" + "".join(f"{gigabytes(memory.parts[name]):>12}" for _, memory in columns)
     yield f"  {'peak':<26}" + "".join(f"{gigabytes(memory.peak):>12}" for _, memory in columns)
     if plan.device.count > 1:
         yield f"  {'of each device':<26}{gigabytes(plan.peak):>12}"
-    yield f"  {'may be taken':<26}{gigabytes(plan.room):>12}"
-    if plan.keeps:
-        yield f"  {'may stay dequantized':<26}{gigabytes(plan.keeps):>12}   faster, in what is left over"
-    if plan.packs:
-        yield f"  {'may be kept packed':<26}{gigabytes(plan.packs):>12}   where that is faster, in what is left over"
+    yield f"  {'may be taken':<26}{gigabytes(plan.available):>12}"
+    if plan.dequantizable:
+        yield f"  {'may stay dequantized':<26}{gigabytes(plan.dequantizable):>12}   faster, in what is left over"
+    if plan.packable:
+        yield f"  {'may be kept packed':<26}{gigabytes(plan.packable):>12}   where that is faster, in what is left over"
     if len(plan.changes) > 1:
         yield ""
         yield "also makes it fit"
@@ -73,13 +73,14 @@ def _assumed(plan: Plan) -> Iterator[str]:
 def _answer(plan: Plan) -> Iterator[str]:
     where = plan.device.name if plan.device.count == 1 else f"{plan.device.count} × {plan.device.name}"
     if plan.fits:
-        yield f"It fits: {gigabytes(plan.peak)} of the {gigabytes(plan.room)} that may be taken on {where}."
+        yield f"It fits: {gigabytes(plan.peak)} of the {gigabytes(plan.available)} that may be taken on {where}."
     elif plan.changes:
         change = plan.changes[0]
-        yield f"It does not fit as given: {gigabytes(plan.peak)}, and {gigabytes(plan.room)} may be taken on {where}."
+        available = f"{gigabytes(plan.available)} may be taken on {where}"
+        yield f"It does not fit as given: {gigabytes(plan.peak)}, and {available}."
         yield f"It fits with {change.text}."
     else:
-        yield f"It does not fit: {gigabytes(plan.peak)}, and {gigabytes(plan.room)} may be taken on {where};"
+        yield f"It does not fit: {gigabytes(plan.peak)}, and {gigabytes(plan.available)} may be taken on {where};"
         yield "no three changes together make it fit."
     if plan.seconds is not None:
         money = "" if plan.cost is None else f", ${plan.cost:,.2f} at ${plan.device.price:g} an hour"
@@ -93,8 +94,8 @@ def _serving(plan: Plan) -> Iterator[str]:
     devices = "it" if s.devices == 1 else f"{s.devices} of them"
     yield ""
     yield f"served on {devices}, {t.together} requests at once of {t.prompt} + {t.answer} tokens"
-    beside = f"the base and {gigabytes(s.cache_bytes)} of keys and values"
-    yield f"  {counted(s.adapters, 'adapter')} of {gigabytes(s.adapter_bytes)} fit beside {beside}"
+    rest = f"the base and {gigabytes(s.cache_bytes)} of keys and values"
+    yield f"  {counted(s.adapters, 'adapter')} of {gigabytes(s.adapter_bytes)} fit beside {rest}"
     yield f"  {s.tokens_per_second:,.0f} tokens/s, {s.requests_per_second:,.1f} requests/s at best"
     if s.cents is not None and s.shared is not None and s.dedicated is not None:
         yield f"  {s.cents:,.2f} cents per thousand requests at full load"

@@ -71,9 +71,9 @@ def serving(
     e = dtype_bytes(dtype)
     weights, constants = weight_bytes(shape, dtype, quantize)
     adapter = e * pair_parameters(shape, rank=rank)
-    each = cache_bytes(shape, dtype)
+    cache_per_token = cache_bytes(shape, dtype)
     context = traffic.prompt + traffic.answer
-    cache = each * context * traffic.together
+    cache = cache_per_token * context * traffic.together
     fixed = weights + constants + cache
     usable = 0.95 * device.memory - (FITS["cuda", "text"].process if device.kind == "cuda" else 0)
     devices = max(device.count, -(-int(fixed + adapter) // int(max(1, usable))))
@@ -81,7 +81,7 @@ def serving(
     rank_share = adapter / e / max(1, shape.parameters)
     read = (
         _read(shape, e, weights + constants, traffic.together)
-        + each * (traffic.prompt + traffic.answer / 2) * (traffic.together)
+        + cache_per_token * (traffic.prompt + traffic.answer / 2) * (traffic.together)
         + adapter * min(traffic.together, traffic.tenants)
     )
     operations = 2 * shape.active_parameters * (1 + rank_share) * traffic.together

@@ -83,17 +83,17 @@ def base_config(name: str) -> dict[str, Any]:
     table, names = _bases()
     known = names.get(name.lower())
     if known is None:
-        ends = {n.rpartition("/")[2]: n for n in names}
-        known = names.get(ends.get(name.lower(), ""))
+        short_names = {n.rpartition("/")[2]: n for n in names}
+        known = names.get(short_names.get(name.lower(), ""))
     if known is None:
         if (name and path.is_dir()) or name.startswith((".", "/", "~")) or path.suffix in (".json", ".gguf"):
             what = f"there is no config.json in {name}" if path.is_dir() else f"there is no {name}"
             raise ConfigError(what, where=str(path.absolute()), fix="the folder, config.json or GGUF file of a base")
-        near = nearest(name, [*table, *(n.rpartition("/")[2] for n in table)])
-        meant = f"did you mean {' or '.join(near)}? " if near else ""
+        nearest_names = nearest(name, [*table, *(n.rpartition("/")[2] for n in table)])
+        hint = f"did you mean {' or '.join(nearest_names)}? " if nearest_names else ""
         raise ConfigError(
             f"no base {quoted(name)} is in the table",
-            fix=f"{meant}`veneer plan --list` names them; any other by its folder or config.json",
+            fix=f"{hint}`veneer plan --list` names them; any other by its folder or config.json",
         )
     return dict(table[known]["config"])
 
@@ -114,35 +114,38 @@ def _picture(base: Path, config: Mapping[str, Any]) -> dict[str, int]:
     vae = read_config_json(file)
     # Qwen-Image's has multiples of a width
     levels = vae.get("block_out_channels", vae.get("dim_mult", [0] * 4))
-    own = config.get("sample_size")
-    sides = [side for side in (own, vae.get("sample_size")) if side is not None]
+    sample_size = config.get("sample_size")
+    sides = [side for side in (sample_size, vae.get("sample_size")) if side is not None]
     if not isinstance(levels, list) or not 0 < len(levels) < 10 or not all(type(n) is int and n > 0 for n in sides):
         raise ConfigError(
             "block_out_channels has to be a list of widths, and sample_size a number of pixels or null", where=str(file)
         )
     scale = 2 ** (len(levels) - 1)
-    return {"vae_scale": scale, "picture": scale * int(own) if own else int(vae.get("sample_size") or 1024)}
+    return {
+        "vae_scale": scale,
+        "picture": scale * int(sample_size) if sample_size else int(vae.get("sample_size") or 1024),
+    }
 
 
 def _gpus() -> dict[str, Any]:
     table: dict[str, Any] = json.loads(Path(__file__).with_name("gpus.json").read_text(encoding="utf-8"))["gpus"]
-    own = veneer_home() / "gpus.json"
-    if not own.is_file():
+    user_file = veneer_home() / "gpus.json"
+    if not user_file.is_file():
         return table
     try:
-        given = json.loads(own.read_text(encoding="utf-8"))["gpus"]
-        for name, fields in given.items():
+        user_gpus = json.loads(user_file.read_text(encoding="utf-8"))["gpus"]
+        for name, fields in user_gpus.items():
             table[name] = {"label": name, "price": None, **table.get(name, {}), **fields}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"the table of GPUs cannot be read: {error!r}",
-            where=str(own),
+            where=str(user_file),
             fix='{"gpus": {"h100-80gb": {"price": 1.99}}}',
         ) from None
-    wanted = {"memory_mib", "bandwidth_gb", "bf16_tflops"}
+    required = {"memory_mib", "bandwidth_gb", "bf16_tflops"}
     for name, fields in table.items():
-        if missing := wanted - set(fields):
-            raise ConfigError(f"{name} has no {', '.join(sorted(missing))}", where=str(own))
+        if missing := required - set(fields):
+            raise ConfigError(f"{name} has no {', '.join(sorted(missing))}", where=str(user_file))
     return table
 
 
@@ -156,19 +159,19 @@ def device_named(name: str, *, count: int = 1, price: float | None = None) -> De
     Raises ConfigError with near names."""
     table = _gpus()
     key = _key(name)
-    found = next((n for n in table if _key(n) == key), None)
-    found = found or next((n for n in table if key and _key(n).startswith(key)), None)
-    if found is None:
-        near = nearest(name, table) or list(table)
-        raise ConfigError(f"no GPU {name!r} is in the table", where="--gpu", fix=f"one of {', '.join(near)}")
-    row = table[found]
+    known = next((n for n in table if _key(n) == key), None)
+    known = known or next((n for n in table if key and _key(n).startswith(key)), None)
+    if known is None:
+        nearest_names = nearest(name, table) or list(table)
+        raise ConfigError(f"no GPU {name!r} is in the table", where="--gpu", fix=f"one of {', '.join(nearest_names)}")
+    row = table[known]
     return Device(
-        found,
+        known,
         "cuda",
         int(row["memory_mib"] * _MIB),
         row["bf16_tflops"] * 1e12,
         row["bandwidth_gb"] * 1e9,
-        row.get("label", found),
+        row.get("label", known),
         row.get("price") if price is None else price,
         count,
     )
@@ -180,11 +183,11 @@ def device_of_card(name: str, memory: int) -> Device:
     From the table, under the table's name, if it is there; else a guess of 100 TFLOP/s and 800 GB/s."""
     for known in gpu_names():
         row = device_named(known)
-        called = row.label.lower().split(" (")[0].removeprefix("nvidia ") in name.lower() or _key(known) in _key(name)
-        if called and abs(row.memory - memory) < 0.1 * memory:
+        has_name = row.label.lower().split(" (")[0].removeprefix("nvidia ") in name.lower() or _key(known) in _key(name)
+        if has_name and abs(row.memory - memory) < 0.1 * memory:
             return row
-    near = [device_named(n) for n in gpu_names() if n.split("-")[0] in name.lower()]
-    same = [row for row in near if abs(row.memory - memory) < 0.1 * memory]
+    similar = [device_named(n) for n in gpu_names() if n.split("-")[0] in name.lower()]
+    same = [row for row in similar if abs(row.memory - memory) < 0.1 * memory]
     return same[0] if same else Device(name, "cuda", memory, 100e12, 800e9, name)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from veneer.plan.memory import Counts, Load, RunLoad, dtype_bytes, offloaded, seen_keys, weight_bytes
+from veneer.plan.memory import Counts, Load, RunLoad, dtype_bytes, offloaded, visible_keys, weight_bytes
 from veneer.plan.shape import TextShape
 from veneer.plan.tables import Device
 
@@ -58,13 +58,13 @@ def rates_of(device: Device, dtype: str = "bfloat16") -> Rates:
     if device.kind == "cpu":
         from veneer.ops.profile import profile
 
-        found = profile()
-        rate, bandwidth = 1e9 * (found.rate(dtype) or found.rate("float32")), 1e9 * found.bandwidth
-        said = f"{_EFFICIENCY:.0%} of {rate / 1e9:,.0f} GFLOP/s and of {bandwidth / 1e9:,.1f} GB/s, measured here"
-        return Rates(_EFFICIENCY * rate, _EFFICIENCY * bandwidth, said)
+        measured = profile()
+        rate, bandwidth = 1e9 * (measured.rate(dtype) or measured.rate("float32")), 1e9 * measured.bandwidth
+        source = f"{_EFFICIENCY:.0%} of {rate / 1e9:,.0f} GFLOP/s and of {bandwidth / 1e9:,.1f} GB/s, measured here"
+        return Rates(_EFFICIENCY * rate, _EFFICIENCY * bandwidth, source)
     best = device.flops / (1 if dtype != "float32" else 14)
-    said = f"{_EFFICIENCY:.0%} of {best / 1e12:,.3g} TFLOP/s, {_BANDWIDTH:.0%} of {device.bandwidth / 1e9:,.0f} GB/s"
-    return Rates(_EFFICIENCY * best, _BANDWIDTH * device.bandwidth, f"{said}, both assumed")
+    source = f"{_EFFICIENCY:.0%} of {best / 1e12:,.3g} TFLOP/s, {_BANDWIDTH:.0%} of {device.bandwidth / 1e9:,.0f} GB/s"
+    return Rates(_EFFICIENCY * best, _BANDWIDTH * device.bandwidth, f"{source}, both assumed")
 
 
 def run_work(counts: Counts, load: RunLoad, device: Device) -> Work:
@@ -72,7 +72,7 @@ def run_work(counts: Counts, load: RunLoad, device: Device) -> Work:
 
     Includes forward passes that recompute, and those of the base alone. Kept values are written and read
     twice, weights are read in every pass; dequantized weights are written and read in every pass."""
-    e, forwards = dtype_bytes(load.dtype), load.bare + load.checkpointing
+    e, forwards = dtype_bytes(load.dtype), load.base_passes + load.checkpointing
     reads = 2 + forwards
     moved = 4.0 * (e * (counts.kept + counts.ends) + counts.logits)
     moved += reads * sum(weight_bytes(counts, load.dtype, load.quantize, load.double))
@@ -93,5 +93,5 @@ def reading_work(shape: TextShape, load: Load) -> Work:
     operations = 2.0 * load.wanted * shape.vocabulary * shape.hidden
     for layer in shape.layers:
         operations += sum(2.0 * load.tokens * linear.multiplied for linear in layer.linears)
-        operations += 4.0 * layer.heads * layer.head_dim * sum(seen_keys(n, layer.window) for n in load.lengths)
+        operations += 4.0 * layer.heads * layer.head_dim * sum(visible_keys(n, layer.window) for n in load.lengths)
     return Work(operations, float(sum(weight_bytes(shape, load.dtype, load.quantize))))

@@ -47,7 +47,15 @@ from veneer.studio.upload_form import draw_upload_form
 from veneer.train.config.image import ImageTrainConfig
 from veneer.train.config.load import RunConfig, common_settings, load_config, settings_of, short_names
 from veneer.train.image.captions import write_caption
-from veneer.train.inspect import VERDICTS, RowVerdict, SeenPicture, inspect_run, picture_of, pictures_seen, rows_seen
+from veneer.train.inspect import (
+    VERDICTS,
+    PreviewPicture,
+    RowVerdict,
+    inspect_run,
+    preview_picture,
+    preview_pictures,
+    preview_rows,
+)
 from veneer.train.preflight import Report, free_memory
 
 _ROWS, _IMAGES, _RUNS = 20, 48, 8
@@ -232,13 +240,13 @@ class _ServerForm:
             return
         try:
             if isinstance(config, ImageTrainConfig):
-                all_images = await asyncio.to_thread(pictures_seen, config)
+                all_images = await asyncio.to_thread(preview_pictures, config)
                 images = await asyncio.to_thread(lambda: [(each, _thumbnail(each)) for each in all_images[:_IMAGES]])
                 if number == self.number:
                     self.images.show(pictures=images, more=len(all_images) - len(images))
             else:
                 verdicts = cast("list[RowVerdict]", [self.verdict] if self.verdict else [])
-                rows = await asyncio.to_thread(rows_seen, config, limit=_ROWS, verdicts=verdicts)
+                rows = await asyncio.to_thread(preview_rows, config, limit=_ROWS, verdicts=verdicts)
                 if number == self.number:
                     self.rows.show(seen=rows, verdicts=VERDICTS, verdict=self.verdict)
         except VeneerError:
@@ -255,7 +263,7 @@ class _ServerForm:
         config, page = self.config, self.page
         if not isinstance(config, ImageTrainConfig):
             return
-        image = await asyncio.to_thread(picture_of, config, data["id"])
+        image = await asyncio.to_thread(preview_picture, config, data["id"])
         folder = next((f for f in config.data.folders if image.path.is_relative_to(f)), None)
         path = str(image.path)
         with dialog(image.name) as window:
@@ -330,7 +338,7 @@ def _plan_texts(plan: Plan) -> dict[str, str]:
     }
 
 
-def _thumbnail(image: SeenPicture) -> str:
+def _thumbnail(image: PreviewPicture) -> str:
     """Return a thumbnail as a data: URL, so that no path leaves the process."""
     return _cached_thumbnail(image.path, image.id)
 

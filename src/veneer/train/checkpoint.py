@@ -86,19 +86,19 @@ def save(
     identity: Mapping[str, Any],
     keep: int = 2,
     newest: int = 1,
-    extra: bool = False,
-    about: Mapping[str, Any] | None = None,
+    shared: bool = False,
+    metadata: Mapping[str, Any] | None = None,
     devices: int = 1,
-    beside: Mapping[str, Any] | None = None,
+    conditions: Mapping[str, Any] | None = None,
     fill: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write the state after `progress.step` and remove old checkpoints.
 
-    Keeps the newest `keep` and the best one. `extra`: another run in the group requested this checkpoint; it
+    Keeps the newest `keep` and the best one. `shared`: another run in the group requested this checkpoint; it
     does not count against `keep`. The `newest` checkpoints of all kinds are kept too. `parameters`: the
     trained tensors, and other state of the adapter outside the optimizer (moving averages). `identity`: what
-    a resumed run must have in common with this one (JSON values): data, base. `about`: stored, not compared.
-    `devices`: number of devices, which a resumed run can change. `beside`: further conditions of bit-for-bit
+    a resumed run must have in common with this one (JSON values): data, base. `metadata`: stored, not compared.
+    `devices`: number of devices, which a resumed run can change. `conditions`: further conditions of bit-for-bit
     equality, besides the environment. `fill`: writes further files into the folder that it gets.
 
     An existing checkpoint of this step is left unchanged, because a run is a function of its step. Raises
@@ -124,9 +124,9 @@ def save(
                 "progress": asdict(progress),
                 "optimizer": scalars,
                 "identity": dict(identity),
-                "about": dict(about or {}),
-                "extra": extra,
-                "environment": environment(devices) | dict(beside or {}),
+                "about": dict(metadata or {}),
+                "extra": shared,
+                "environment": environment(devices) | dict(conditions or {}),
                 "files": digests,
             }
             if fill is not None:
@@ -183,11 +183,11 @@ class Restored(NamedTuple):
     """A checkpoint's facts besides its state.
 
     `notes`: a sentence for each difference of the environment (torch, threads, devices) that can cost
-    bit-for-bit equality. `about`: the argument of `save`."""
+    bit-for-bit equality. `metadata`: the argument of `save`."""
 
     progress: Progress
     notes: list[str]
-    about: Mapping[str, Any]
+    metadata: Mapping[str, Any]
 
 
 def restore(
@@ -197,7 +197,7 @@ def restore(
     optimizer: torch.optim.Optimizer,
     identity: Mapping[str, Any],
     devices: int = 1,
-    beside: Mapping[str, Any] | None = None,
+    conditions: Mapping[str, Any] | None = None,
 ) -> Restored:
     """Restore parameters, optimizer and random generators, all or nothing.
 
@@ -217,11 +217,11 @@ def restore(
         )
         saved = state["progress"]
         progress = Progress(**{**saved, "recent": [tuple(pair) for pair in saved["recent"]]})
-        here = environment(devices) | dict(beside or {})
+        current = environment(devices) | dict(conditions or {})
         notes = [
-            f"{key} was {value!r} and is {here.get(key)!r}: the run continues, but results can differ in the last bits"
+            f"{key} was {value!r} and is {current.get(key)!r}: the run continues, but its last bits can differ"
             for key, value in ({"devices": 1} | state["environment"]).items()
-            if here.get(key) != value
+            if current.get(key) != value
         ]
         rng_restore(_load(path / "random.safetensors"))
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -232,14 +232,14 @@ def restore(
             fix=f"delete {path} and resume from the previous checkpoint",
         ) from error
     optimizer.load_state_dict(optimizer_state)
-    _put(tensors, parameters)
+    _copy_into(tensors, parameters)
     return Restored(progress, notes, state.get("about", {}))
 
 
 def read_parameters(path: Path, parameters: Mapping[str, Tensor]) -> None:
     """Restore only the trained parameters of the checkpoint into `parameters`."""
     read_checkpoint(path)
-    _put(_read_parameters(path, parameters), parameters)
+    _copy_into(_read_parameters(path, parameters), parameters)
 
 
 def environment(devices: int = 1) -> dict[str, Any]:
@@ -332,7 +332,7 @@ def disk_errors(where: Path) -> Iterator[None]:
 
 def _after_space(where: Path) -> str:
     """Return advice for a full disk: resume from the newest checkpoint, if any."""
-    folders = [place for p in list(where.parents)[:2] for place in (p, p / "checkpoints")]
+    folders = [folder for p in list(where.parents)[:2] for folder in (p, p / "checkpoints")]
     newest = next((found for folder in folders if (found := latest(folder)) is not None), None)
     if newest is None:
         return "free some space, then run the same command again; no checkpoint had been written yet"
@@ -383,7 +383,7 @@ def _sweep(directory: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def is_extra(path: Path) -> bool:
+def is_shared(path: Path) -> bool:
     """Return whether a checkpoint was written for other runs only.
 
     False if unreadable."""
@@ -398,7 +398,7 @@ def _prune(directory: Path, keep: int, newest: int, best_step: int | None) -> No
 
     The best checkpoint as of every kept one is kept too, because a run resumed from it can need its best."""
     found = _all(directory)
-    kept = {*[path for path in found if not is_extra(path)][-max(1, keep) :], *found[-newest:]}
+    kept = {*[path for path in found if not is_shared(path)][-max(1, keep) :], *found[-newest:]}
     bests = {best_step}
     for path in kept:
         try:
@@ -440,7 +440,7 @@ def _read_parameters(path: Path, parameters: Mapping[str, Tensor]) -> dict[str, 
     return tensors
 
 
-def _put(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+def _copy_into(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
@@ -480,19 +480,19 @@ def _optimizer_state(
 
     Raises CheckpointError for another optimizer or other groups."""
     by_id = {id(p): name for name, p in parameters.items()}
-    here = [[by_id[id(p)] for p in group["params"]] for group in optimizer.param_groups]
-    if scalars["kind"] != type(optimizer).__name__ or [g["names"] for g in scalars["groups"]] != here:
+    current = [[by_id[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+    if scalars["kind"] != type(optimizer).__name__ or [g["names"] for g in scalars["groups"]] != current:
         raise CheckpointError(
             f"the checkpoint's optimizer is {scalars['kind']} over other groups of parameters, "
             f"not this run's {type(optimizer).__name__}"
         )
-    position = {name: i for i, name in enumerate(name for names in here for name in names)}
+    position = {name: i for i, name in enumerate(name for names in current for name in names)}
     entries: dict[str, dict[str, Any]] = {name: dict(values) for name, values in scalars["scalars"].items()}
     for key, value in tensors.items():
         name, entry = key.rsplit("|", 1)
         entries.setdefault(name, {})[entry] = value
     at, groups = 0, []
-    for group, names in zip(scalars["groups"], here, strict=True):
+    for group, names in zip(scalars["groups"], current, strict=True):
         values = {k: tuple(v) if isinstance(v, list) and k != "names" else v for k, v in group.items()}
         groups.append(values | {"params": list(range(at, at + len(names)))})
         at += len(names)
@@ -500,13 +500,13 @@ def _optimizer_state(
     return {"state": state, "param_groups": groups}
 
 
-def differences(saved: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differences(saved: Mapping[str, Any], current: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Return one line for each key with different values.
 
     Nested keys are joined by dots."""
     lines: list[str] = []
-    for key in sorted(saved.keys() | here.keys()):
-        a, b = saved.get(key), here.get(key)
+    for key in sorted(saved.keys() | current.keys()):
+        a, b = saved.get(key), current.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             lines += differences(a, b, f"{prefix}{key}.")
         elif a != b:

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from veneer import errors
 from veneer.errors import ConfigError, Interrupted, TrainingError, VeneerError
 from veneer.models import device as processors
-from veneer.train.signals import heard
+from veneer.train.signals import signal_handler
 
 T = TypeVar("T")
 _ERROR = "veneer/error"
@@ -192,23 +192,23 @@ def joined(device: str = "auto", *, lockstep: bool = False) -> Iterator[Devices]
             dist.destroy_process_group()
 
 
-def own_device(asked: str, local: int, count: int) -> str:
+def own_device(device: str, local: int, count: int) -> str:
     """Return the device of one of `count` processes, number `local` on its machine.
 
-    `asked`: base.device. The device is "cpu", or a separate CUDA device, which becomes the current one.
+    `device`: base.device. The device is "cpu", or a separate CUDA device, which becomes the current one.
     Raises ConfigError if there is none."""
-    if asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return "cpu"
-    if asked not in ("auto", "cuda"):
+    if device not in ("auto", "cuda"):
         raise ConfigError(
-            f"base.device is {asked}, and each of the {count} processes takes a device of its own",
+            f"base.device is {device}, and each of the {count} processes takes a device of its own",
             where="base.device",
             fix="set it to auto, cuda or cpu",
         )
     having = torch.cuda.device_count()
     if not having:
         raise ConfigError(
-            f"base.device is {asked}, and this machine has no CUDA device",
+            f"base.device is {device}, and this machine has no CUDA device",
             where="base.device",
             fix="set it to auto or cpu",
         )
@@ -245,12 +245,12 @@ def _shared(error: Exception, store: Any, rank: int) -> Exception:
         return mine
     kind = getattr(errors, first["kind"], None)
     if kind is None:
-        told = TrainingError(f"process {first['rank']} of this run stopped: {first['kind']}: {first['what']}")
+        shared: Any = TrainingError(f"process {first['rank']} of this run stopped: {first['kind']}: {first['what']}")
     else:
         given = {key: first[key] for key in ("where", "fix", "signal") if key in first}
-        told = kind(first["what"], **given)
-    told.already_shown = True
-    return told
+        shared = kind(first["what"], **given)
+    shared.already_shown = True
+    return shared  # type: ignore[no-any-return]
 
 
 def _is_lost(error: Exception) -> bool:
@@ -286,7 +286,7 @@ def launch(count: int, command: Sequence[str]) -> int:
         for process in processes:
             process.send_signal(number)
 
-    with heard(forward, signal.SIGINT, signal.SIGTERM):
+    with signal_handler(forward, signal.SIGINT, signal.SIGTERM):
         for rank in range(count):
             own = settings | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             # A separate session: Ctrl-C in the terminal reaches the process once, through `forward`.

@@ -187,10 +187,10 @@ def validation_text(loss: float, rewarded: bool) -> str:
 
 def fan_out(*listeners: Listener | None) -> Listener:
     """Return a listener that calls all the others, in order; None is left out."""
-    heard = [listener for listener in listeners if listener is not None]
+    present = [listener for listener in listeners if listener is not None]
 
-    def tell(event: Event) -> None:
-        for listener in heard:
+    def emit(event: Event) -> None:
+        for listener in present:
             listener(event)
 
-    return tell
+    return emit

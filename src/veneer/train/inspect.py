@@ -4,8 +4,8 @@
     report = inspect_run(config, base, data)         the base is loaded and its data read: everything
     report.starts, report.plan, report.findings, report.sample
 
-    seen = rows_seen(config, offset=0, limit=50)     each row: learned, cut, held out, left out, and why
-    seen = pictures_seen(config)                     each picture: its crop, its caption, and why it is left out
+    page = preview_rows(config, offset=0, limit=50)  each row: learned, cut, held out, left out, and why
+    images = preview_pictures(config)                  each picture: its crop, its caption, and why it is left out
 
 Without a base, only its tokenizer and config are read. Data is cached while its files do not change, so that
 a new rank does not read the data again.
@@ -27,7 +27,7 @@ from veneer.train.config.image import ImageTrainConfig
 from veneer.train.config.load import RunConfig
 from veneer.train.config.reinforcement import PROMPT_FORMATS
 from veneer.train.config.text import TrainConfig, preference_formats
-from veneer.train.planning import base_fields, plan_of_config, rows_as_planned
+from veneer.train.planning import base_fields, plan_of_config, planned_rows
 from veneer.train.preflight import Finding, Report, RunSubject, learning_rate
 from veneer.train.records import count_records, data_stamp
 
@@ -53,7 +53,7 @@ VERDICTS: tuple[RowVerdict, ...] = get_args(RowVerdict)
 
 
 @dataclass(frozen=True)
-class SeenRow:
+class PreviewRow:
     """A row of a table.
 
     `where`: its file and line. `said`: its beginning. `pieces`: its whole text as (text, learned). `why`: the
@@ -69,12 +69,12 @@ class SeenRow:
 
 
 @dataclass(frozen=True)
-class SeenRows:
+class PreviewPage:
     """A page of the `matching` rows.
 
     `counts`: verdict -> number among the `looked` rows. `total`: rows of the data."""
 
-    rows: tuple[SeenRow, ...]
+    rows: tuple[PreviewRow, ...]
     matching: int
     counts: dict[str, int]
     looked: int
@@ -83,7 +83,7 @@ class SeenRows:
 
 
 @dataclass(frozen=True)
-class SeenPicture:
+class PreviewPicture:
     """A picture of a table.
 
     `id`: identifies its content, for requests. `crop`: (left, top, width, height) of the learned part, as
@@ -132,17 +132,17 @@ def inspect_run(
 
 def _inspect_text(config: TrainConfig, device: Device, rows: int) -> Report:
     total = count_records(config.data.files("train"))
-    look = _sample(*_key(config, rows))
-    data, looked = look.data, look.looked
+    loaded = _sample(*_key(config, rows))
+    data, looked = loaded.data, loaded.looked
     bounded = total is None or looked < (config.data.limit or total)
-    report = Report(sample=list(look.sample), rows=total, looked=looked)
+    report = Report(sample=list(loaded.sample), rows=total, looked=looked)
     first = f"of the first {counted(looked, 'row')}: " if bounded else ""
-    report.add(*(replace(finding, text=first + finding.text) for finding in look.findings))
+    report.add(*(replace(finding, text=first + finding.text) for finding in loaded.findings))
     if not data.train.items:
         return report
     whole = total is not None and (config.data.limit or total) <= looked
     known = looked if whole or total is None else min(total, config.data.limit or total)
-    read = rows_as_planned(config, data.train.items)
+    read = planned_rows(config, data.train.items)
     kept = read["rows"] if whole else max(1, round(known * read["rows"] / looked))
     report.plan = plan = plan_of_config(config, device, **read | {"rows": kept})
     steps = math.ceil(plan.job.rows / plan.job.batch)
@@ -224,27 +224,27 @@ def _bounded(config: TrainConfig, rows: int) -> Any:
     return data.model_copy(update=changes)
 
 
-def rows_seen(
+def preview_rows(
     config: TrainConfig,
     *,
     offset: int = 0,
     limit: int = 50,
     verdicts: Sequence[RowVerdict] = (),
     most: int = _MOST_ROWS,
-) -> SeenRows:
+) -> PreviewPage:
     """Return rows in file order, with a verdict on each.
 
     `verdicts`: only rows with one of these. `most`: maximum number of rows read. Raises DataError for files
     that cannot be read, ConfigError and BaseError for the base."""
-    look = _table(*_key(config, most))
-    places = [i for i, verdict in enumerate(look.verdicts) if not verdicts or verdict[0] in verdicts]
+    loaded = _table(*_key(config, most))
+    positions = [i for i, verdict in enumerate(loaded.verdicts) if not verdicts or verdict[0] in verdicts]
     counts: dict[str, int] = {}
-    for verdict, _ in look.verdicts:
+    for verdict, _ in loaded.verdicts:
         counts[verdict] = counts.get(verdict, 0) + 1
     base = _base(config.base.name)
-    rows = tuple(look.row(i, base.tokenizer) for i in places[offset : offset + limit])
+    rows = tuple(loaded.row(i, base.tokenizer) for i in positions[offset : offset + limit])
     total = count_records(config.data.files("train"))
-    return SeenRows(rows, len(places), counts, len(look.found), total, look.about.format)
+    return PreviewPage(rows, len(positions), counts, len(loaded.found), total, loaded.about.format)
 
 
 @dataclass(frozen=True)
@@ -260,17 +260,17 @@ class _Table:
     owners: Sequence[int]
     examples: dict[int, list[int]] = field(default_factory=dict)
 
-    def row(self, i: int, tokenizer: Any) -> SeenRow:
+    def row(self, i: int, tokenizer: Any) -> PreviewRow:
         from veneer.train.text.preflight import marked_pieces
         from veneer.train.text.rows import UnusableRow
 
         found, (verdict, why) = self.found[i], self.verdicts[i]
         if isinstance(found, UnusableRow):
-            return SeenRow(found.where, verdict, why, _beginning(str(dict(found.values))))
+            return PreviewRow(found.where, verdict, why, _beginning(str(dict(found.values))))
         own = [self.encoded.examples[n] for n in self.examples.get(i, ())]
         pieces = [piece for example in own for piece in marked_pieces(example, tokenizer)]
         said = found.text or " → ".join(str(message["content"]) for message in found.messages)
-        return SeenRow(
+        return PreviewRow(
             found.where,
             verdict,
             why,
@@ -304,31 +304,33 @@ def _table(own: str, stamp: tuple[tuple[str, int, int], ...], most: int) -> _Tab
         values=draws,
     )
     usable = [(i, row) for i, row in enumerate(found) if isinstance(row, Row)]
-    held = set[int]()
+    validation_rows = set[int]()
     if data.validation is None and usable:
-        held = {id(row) for row in split_rows([row for _, row in usable], data.split, seed=config.split_seed)[1]}
+        validation_rows = {
+            id(row) for row in split_rows([row for _, row in usable], data.split, seed=config.split_seed)[1]
+        }
     texts, owners = answer_rows([row for _, row in usable])
     settings = data.model_copy(update={"train_on": "all"}) if draws else data
     encoded = encode_rows(texts, _base(config.base.name).tokenizer, settings, refuse=False)
-    places = [usable[owner][0] for owner in owners]
-    why = {places[n]: reason for n, reason in encoded.left.items()}
-    cut = {places[n] for n in encoded.cut_rows}
+    positions = [usable[owner][0] for owner in owners]
+    why = {positions[n]: reason for n, reason in encoded.left.items()}
+    cut = {positions[n] for n in encoded.cut_rows}
     examples: dict[int, list[int]] = {}
     for n, example in enumerate(encoded.examples):
-        examples.setdefault(places[example.row], []).append(n)
+        examples.setdefault(positions[example.row], []).append(n)
 
     def verdict(i: int, row: Row | UnusableRow) -> tuple[RowVerdict, str]:
         if not isinstance(row, Row):
             return "unusable", row.why
         if i in why:
             return "left out", why[i]
-        if id(row) in held:
+        if id(row) in validation_rows:
             return "held out", "never trained on: the loss on it says whether the run has learned too much"
         if i in cut:
             return "cut", f"longer than data.max_length, {data.max_length:,} tokens"
         return "learned", ""
 
-    return _Table(found, about, [verdict(i, row) for i, row in enumerate(found)], encoded, places, examples)
+    return _Table(found, about, [verdict(i, row) for i, row in enumerate(found)], encoded, positions, examples)
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------
@@ -344,16 +346,16 @@ def _inspect_images(config: ImageTrainConfig, device: Device, rows: int) -> Repo
         unopened = f"{counted(plan.job.rows, 'picture')} were counted by their names, and none was opened"
         report.guesses.insert(0, unopened)
         return report
-    look = _pictures(*_picture_key(config))
-    report.add(*look.findings)
-    report.rows = report.looked = len(look.learned) + len(look.held)
+    loaded = _pictures(*_picture_key(config))
+    report.add(*loaded.findings)
+    report.rows = report.looked = len(loaded.learned) + len(loaded.validation_rows)
     return report
 
 
 @dataclass(frozen=True)
 class _Pictures:
     learned: Sequence[TrainingPicture]
-    held: Sequence[TrainingPicture]
+    validation_rows: Sequence[TrainingPicture]
     rows: Sequence[PictureRow]
     findings: tuple[Finding, ...]
 
@@ -376,20 +378,20 @@ def _pictures(own: str, stamp: tuple[tuple[str, int, int], ...]) -> _Pictures:
     config = _config(ImageTrainConfig, own)
     settings = config.data
     pictures, summary = read_pictures(settings)
-    held = read_pictures(settings, "validation")[0]
+    validation_rows = read_pictures(settings, "validation")[0]
     if settings.validation is None:
-        pictures, held = split_pictures(pictures, settings.split, config.seed)
+        pictures, validation_rows = split_pictures(pictures, settings.split, config.seed)
     shape = base_fields(config.base.name)
     scale = int(shape.get("vae_scale", 8))
     unit = scale if "down_block_types" in shape else 2 * scale  # U-Nets take single latents, others 2 × 2
     plan = plan_rows(pictures, settings, size=int(shape.get("picture", 1024)), unit=unit)
     found = check_pictures(pictures, summary, plan, settings)
-    if held:
-        found += check_held_out(pictures, held)
-    return _Pictures(pictures, held, plan.rows, tuple(found))
+    if validation_rows:
+        found += check_held_out(pictures, validation_rows)
+    return _Pictures(pictures, validation_rows, plan.rows, tuple(found))
 
 
-def pictures_seen(config: ImageTrainConfig) -> tuple[SeenPicture, ...]:
+def preview_pictures(config: ImageTrainConfig) -> tuple[PreviewPicture, ...]:
     """Return every picture with its learned crop and caption.
 
     Held out and left out ones come last. Raises DataError for a folder that cannot be learned from; opens at
@@ -402,38 +404,38 @@ def pictures_seen(config: ImageTrainConfig) -> tuple[SeenPicture, ...]:
         raise DataError(
             what, where=", ".join(config.data.folders), fix=f"a folder of {_MOST_PICTURES} at most, to look"
         )
-    look = _pictures(*_picture_key(config))
+    loaded = _pictures(*_picture_key(config))
     first: dict[str, PictureRow] = {}
-    for row in look.rows:
+    for row in loaded.rows:
         first.setdefault(row.picture.key, row)
     out = []
-    for picture in look.learned:
+    for picture in loaded.learned:
         at = first.get(picture.key)
         if at is None:
-            out.append(_seen(picture, "left out", "smaller than its bucket"))
+            out.append(_preview(picture, "left out", "smaller than its bucket"))
             continue
         view, _ = sample_row(at, config.data, seed=config.seed, epoch=0)
         wide, high = view.resized
         crop = (view.left / wide, view.top / high, view.width / wide, view.height / high)
         cut = f"{view.cut:.0%} lies outside the crop" if view.cut >= 0.005 else ""
-        out.append(_seen(picture, "cut" if cut else "learned", cut, crop, (view.width, view.height)))
-    return (*out, *(_seen(picture, "held out", "never trained on") for picture in look.held))
+        out.append(_preview(picture, "cut" if cut else "learned", cut, crop, (view.width, view.height)))
+    return (*out, *(_preview(picture, "held out", "never trained on") for picture in loaded.validation_rows))
 
 
-def _seen(
+def _preview(
     picture: TrainingPicture,
     verdict: RowVerdict,
     why: str,
     crop: tuple[float, float, float, float] | None = None,
     size: tuple[int, int] | None = None,
-) -> SeenPicture:
+) -> PreviewPicture:
     digest = picture.digest.rpartition(":")[2][:24]
-    return SeenPicture(digest, picture.name, picture.path, picture.caption, *picture.size, verdict, why, crop, size)
+    return PreviewPicture(digest, picture.name, picture.path, picture.caption, *picture.size, verdict, why, crop, size)
 
 
-def picture_of(config: ImageTrainConfig, id: str) -> SeenPicture:
-    """Return one of `pictures_seen` by its id. Raises DataError for an unknown id."""
-    for one in pictures_seen(config):
+def preview_picture(config: ImageTrainConfig, id: str) -> PreviewPicture:
+    """Return one of `preview_pictures` by its id. Raises DataError for an unknown id."""
+    for one in preview_pictures(config):
         if one.id == id:
             return one
     raise DataError("there is no such picture in this run's folders", where="picture", fix="open the sheet again")

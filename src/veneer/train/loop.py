@@ -52,7 +52,7 @@ from veneer.train.devices import ALONE, Devices
 from veneer.train.events import TOKEN_ACCURACY, Evaluated, Listener, Note, Probed, Saved, Stepped, Stopped, silent
 from veneer.train.optim import Schedule
 from veneer.train.prefetch import Prefetcher
-from veneer.train.signals import heard
+from veneer.train.signals import signal_handler
 
 _RECENT = 20
 _SHOWN = 12  # rows named in a message
@@ -742,5 +742,5 @@ def stop_signals() -> Iterator[StopFlag]:
 
     The second one acts as usual."""
     flag = StopFlag()
-    with heard(partial(setattr, flag, "signal"), signal.SIGINT, signal.SIGTERM, once=True):
+    with signal_handler(partial(setattr, flag, "signal"), signal.SIGINT, signal.SIGTERM, once=True):
         yield flag

@@ -97,7 +97,7 @@ def _groups(
 ) -> list[dict[str, Any]]:
     members: dict[tuple[float, bool, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in parameters.items():
-        rate = next((own for start, own in rates.items() if name.startswith(start)), learning_rate)
+        rate = next((values for start, values in rates.items() if name.startswith(start)), learning_rate)
         faster = ratio != 1.0 and name.rsplit(".", 1)[-1] == "B"
         decays = weight_decay > 0 and parameter.ndim >= 2
         # Minus: the first group has the highest rate, which is displayed.
@@ -211,7 +211,7 @@ class Ema:
             average.sub_((1.0 - keep) * (average - parameter))
 
     @torch.no_grad()
-    def put(self) -> None:
+    def apply(self) -> None:
         """Copy the averages into the parameters."""
         for average, parameter in zip(self.averages.values(), self.parameters.values(), strict=True):
             parameter.copy_(average)
@@ -222,7 +222,7 @@ class Ema:
 
         Restores the same bits afterwards."""
         trained = [p.detach().clone() for p in self.parameters.values()]
-        self.put()
+        self.apply()
         try:
             yield
         finally:

@@ -17,16 +17,16 @@ from veneer.errors import DataError, counted
 from veneer.ops.cpu.memory import unread_bytes
 from veneer.ops.quantized import Quantized
 from veneer.ops.step_sizes import MICRO_TOKENS
-from veneer.plan.fit import fitting_micro_tokens, left_beside_base, usable_memory
+from veneer.plan.fit import fitting_micro_tokens, memory_after_base, usable_memory
 from veneer.plan.image import ImageLoad
 from veneer.plan.memory import CPU_LATER, FITS, Load, weight_bytes
 from veneer.plan.plan import (
-    Draws,
     Plan,
+    SamplingLoad,
     TrainingJob,
     image_plan,
     text_plan,
-    with_draws,
+    with_sampling,
     with_teacher,
 )
 from veneer.plan.serving import Traffic
@@ -35,7 +35,7 @@ from veneer.plan.tables import Device, base_config, device_here
 from veneer.plan.time import rates_of
 from veneer.train.config.reinforcement import PROMPT_FORMATS
 from veneer.train.config.text import TrainConfig
-from veneer.train.preflight import available_memory, computes_on, held_memory
+from veneer.train.preflight import available_memory, computes_on, used_memory
 
 if TYPE_CHECKING:
     from veneer.core.adapter import LoraSpec
@@ -61,7 +61,7 @@ def load_of(
         trained,
         micros=max((len(step) for step in steps), default=1),
         rank=config.adapter.rank,
-        spec=_special_pairs(config),
+        spec=_special_spec(config),
         dtype=dtype,
         quantize=config.base.quantize,
         checkpointing=checkpointing,
@@ -72,14 +72,14 @@ def load_of(
     )
 
 
-def _special_pairs(config: TrainConfig) -> LoraSpec | None:
+def _special_spec(config: TrainConfig) -> LoraSpec | None:
     """Return the spec of pairs, unless they are LoRA of one rank on every linear.
 
     Also returned if the pairs are initialized from a part of the base."""
     a = config.adapter
-    other = a.exclude or a.rank_pattern or a.layers is not None or a.dora or a.init in ("pissa", "olora")
-    other = other or a.kind != "lora"
-    return a.spec() if other or a.targets != "all-linear" else None
+    is_special = a.exclude or a.rank_pattern or a.layers is not None or a.dora or a.init in ("pissa", "olora")
+    is_special = is_special or a.kind != "lora"
+    return a.spec() if is_special or a.targets != "all-linear" else None
 
 
 def with_micro_tokens(config: TrainConfig, tokens: int) -> TrainConfig:
@@ -98,12 +98,12 @@ def micro_tokens_of_run(config: TrainConfig, base: Any, free: int | None) -> int
     shape = model_shape(base.model)
     device = device_here(where)
     dtype = str(base.dtype).removeprefix("torch.")
-    room = available_memory(config, where, free) - _teacher(config, shape, dtype, of_run=True).beside
-    return _micro_tokens_of(config, shape, device, room, dtype, base.quantized or None)
+    available = available_memory(config, where, free) - _teacher(config, shape, dtype, find_base=True).extra_bytes
+    return _micro_tokens_of(config, shape, device, available, dtype, base.quantized or None)
 
 
 def _micro_tokens_of(
-    config: TrainConfig, shape: TextShape, device: Device, room: int, dtype: str, quantize: str | None
+    config: TrainConfig, shape: TextShape, device: Device, available: int, dtype: str, quantize: str | None
 ) -> int:
     """Compute with rows of maximum length whose tokens are all learned."""
     on = config.memory.recomputing == "on"
@@ -112,7 +112,7 @@ def _micro_tokens_of(
     def load(tokens: int) -> Load:
         return load_of(with_micro_tokens(config, tokens), rows, trained=1.0, dtype=dtype, checkpointing=on)
 
-    return fitting_micro_tokens(shape, device, quantize, room, load)
+    return fitting_micro_tokens(shape, device, quantize, available, load)
 
 
 def plan_of_run(
@@ -123,22 +123,22 @@ def plan_of_run(
     trainable: int,
     held_out: int,
     checkpointing: bool,
-    room: int,
+    available: int,
 ) -> Plan:
     """Return the plan of a run about to start.
 
-    `items`: the contents of a step. `trainable`: parameters. `held_out`: rows. `room`: free bytes, besides
+    `items`: the contents of a step. `trainable`: parameters. `held_out`: rows. `available`: free bytes, besides
     the memory in use."""
 
-    drawing, config, items = config, _of_answers(config), [*items] * _answers_each(config)
+    sampling, config, items = config, _on_completions(config), [*items] * _completions_per_prompt(config)
     lengths = [item.tokens for item in items]
     tokens = sum(lengths)
     shape = model_shape(base.model)
     weight = next(base.model.parameters())
-    here = computes_on(base)
-    device = device_here(here)
+    where = computes_on(base)
+    device = device_here(where)
     dtype = str(getattr(base, "dtype", weight.dtype)).removeprefix("torch.")
-    pairs = pair_parameters(shape, _special_pairs(config), rank=config.adapter.rank)
+    pairs = pair_parameters(shape, _special_spec(config), rank=config.adapter.rank)
     load = load_of(
         config,
         lengths,
@@ -152,16 +152,16 @@ def plan_of_run(
     if device.kind == "cpu":  # libraries and rows are in memory already: their size is known
         weights = sum(weight_bytes(shape, dtype, load.quantize))
         weights -= sum(unread_bytes(weight) for weight in base.model.parameters() if not isinstance(weight, Quantized))
-        process = max(FITS["cpu", "text"].process, held_memory(here) - weights + CPU_LATER)
-    held = text_plan("", shape, load, device, rates, job, process=process, room=1 << 62).memory
-    teacher = _teacher(config, shape, dtype, of_run=True)
-    draws = _draws(drawing, job, max(lengths, default=1))
-    limit = room + held.peak - still_needed(held, device) - _beside(draws, teacher, shape, dtype)
-    plan = text_plan(config.base.name, shape, load, device, rates, job, process=process, room=limit)
-    return _with_draws(plan, draws, shape, load, device, teacher)
+        process = max(FITS["cpu", "text"].process, used_memory(where) - weights + CPU_LATER)
+    memory = text_plan("", shape, load, device, rates, job, process=process, available=1 << 62).memory
+    teacher = _teacher(config, shape, dtype, find_base=True)
+    sampled = _sampling_load(sampling, job, max(lengths, default=1))
+    limit = available + memory.peak - remaining_bytes(memory, device) - _other_bytes(sampled, teacher, shape, dtype)
+    plan = text_plan(config.base.name, shape, load, device, rates, job, process=process, available=limit)
+    return _with_sampling(plan, sampled, shape, load, device, teacher)
 
 
-def drawn_at_once(config: TrainConfig, held_out: int) -> int:
+def sampled_at_once(config: TrainConfig, held_out: int) -> int:
     """Return the maximum number of answers that a run samples at once.
 
     All answers of a step, or one to each of `held_out` prompts."""
@@ -169,11 +169,11 @@ def drawn_at_once(config: TrainConfig, held_out: int) -> int:
     return 0 if r is None else min(r.rows, max(config.batching.rows * r.group, held_out))
 
 
-def _answers_each(config: TrainConfig) -> int:
+def _completions_per_prompt(config: TrainConfig) -> int:
     return 1 if config.sampling is None else config.sampling.group
 
 
-def _of_answers(config: TrainConfig) -> TrainConfig:
+def _on_completions(config: TrainConfig) -> TrainConfig:
     """Return the configuration of a run whose rows are its sampled answers."""
     r, schedule = config.sampling, config.schedule
     if r is None:
@@ -184,7 +184,7 @@ def _of_answers(config: TrainConfig) -> TrainConfig:
     return config.model_copy(update={"batching": batching, "schedule": schedule})
 
 
-def _draws(config: TrainConfig, job: TrainingJob, longest: int) -> Draws | None:
+def _sampling_load(config: TrainConfig, job: TrainingJob, longest: int) -> SamplingLoad | None:
     """Return what a run samples, or None.
 
     `longest`: tokens of a prompt and its answer."""
@@ -193,38 +193,38 @@ def _draws(config: TrainConfig, job: TrainingJob, longest: int) -> Draws | None:
         return None
     total = math.ceil(job.total_steps / r.updates) * job.batch + job.held_out * job.evaluations
     prompt = max(1, longest - r.max_tokens)
-    return Draws(prompt, r.max_tokens, r.group, drawn_at_once(config, job.held_out), total)
+    return SamplingLoad(prompt, r.max_tokens, r.group, sampled_at_once(config, job.held_out), total)
 
 
-def _beside(draws: Draws | None, teacher: _Teacher, shape: TextShape, dtype: str) -> int:
-    """Return the bytes for sampling's KV cache and a teacher's own base."""
-    return teacher.beside + (0 if draws is None else draws.cache(shape, dtype))
+def _other_bytes(sampled: SamplingLoad | None, teacher: _Teacher, shape: TextShape, dtype: str) -> int:
+    """Return the bytes of the KV cache of sampling and of a teacher's own base."""
+    return teacher.extra_bytes + (0 if sampled is None else sampled.cache(shape, dtype))
 
 
-def _with_draws(
-    plan: Plan, draws: Draws | None, shape: TextShape, load: Load, device: Device, teacher: _Teacher
+def _with_sampling(
+    plan: Plan, sampled: SamplingLoad | None, shape: TextShape, load: Load, device: Device, teacher: _Teacher
 ) -> Plan:
-    if draws is None:
+    if sampled is None:
         return plan
-    plan = with_draws(plan, shape, load, device, draws)
+    plan = with_sampling(plan, shape, load, device, sampled)
     if teacher.shape is None:
         return plan
     # as loaded: it is not quantized, whatever the trained base is
-    plain = replace(load, quantize=None if teacher.beside else load.quantize)
-    return with_teacher(plan, teacher.shape, plain, device, draws, teacher.beside)
+    plain = replace(load, quantize=None if teacher.extra_bytes else load.quantize)
+    return with_teacher(plan, teacher.shape, plain, device, sampled, teacher.extra_bytes)
 
 
 class _Teacher(NamedTuple):
-    """A teacher in this process; None for none. `beside`: bytes of a base of its own."""
+    """A teacher in this process; None for none. `extra_bytes`: bytes of a base of its own."""
 
     shape: TextShape | None
-    beside: int = 0
+    extra_bytes: int = 0
 
 
-def _teacher(config: TrainConfig, shape: TextShape, dtype: str, *, of_run: bool = False) -> _Teacher:
+def _teacher(config: TrainConfig, shape: TextShape, dtype: str, *, find_base: bool = False) -> _Teacher:
     """Return the teacher of a run on a base of `shape`, in the base's dtype.
 
-    `of_run`: for a run that is about to load the teacher, wherever it is found. Raises ConfigError, BaseError
+    `find_base`: for a run that is about to load the teacher, wherever it is found. Raises ConfigError, BaseError
     for a teacher that cannot be found."""
     d = config.distillation
     if d.teacher is None or d.url is not None:
@@ -232,7 +232,7 @@ def _teacher(config: TrainConfig, shape: TextShape, dtype: str, *, of_run: bool 
     if d.base is None:
         return _Teacher(shape)
     name: str | Path = d.base
-    if of_run:
+    if find_base:
         from veneer.models.sources import base_outline
 
         name = base_outline(d.base) or name
@@ -240,7 +240,7 @@ def _teacher(config: TrainConfig, shape: TextShape, dtype: str, *, of_run: bool 
     return _Teacher(teacher, sum(weight_bytes(teacher, dtype, None)))
 
 
-def still_needed(memory: Any, device: Device) -> int:
+def remaining_bytes(memory: Any, device: Device) -> int:
     """Return the bytes still to come after process and base are in memory."""
     return int(memory.beyond_base + (CPU_LATER if device.kind == "cpu" else 0))
 
@@ -255,7 +255,7 @@ def _job(config: TrainConfig, rows: int, tokens: float, held_out: int) -> Traini
     return replace(job, held_out=scored, evaluations=int(times) + config.evaluation.at_start)
 
 
-def to_be_set(plan: Plan) -> str:
+def suggested_settings(plan: Plan) -> str:
     """Return the first change expressible as settings, as text, or ""."""
     for change in plan.changes:
         if all("=" in setting for setting in change.settings):
@@ -284,7 +284,7 @@ def plan_of_config(
     per image, for `rows` images. Raises ConfigError for
     a base whose config cannot be found, DataError for missing data that must be counted."""
     if not isinstance(config, TrainConfig):
-        return _plan_of_pictures(config, base_fields(config.base.name), device, rows, before or 0)
+        return _plan_of_images(config, base_fields(config.base.name), device, rows, before or 0)
     return _plan_of_text(config, device, rows, tokens_per_row, longest, trained, traffic)
 
 
@@ -303,7 +303,7 @@ def _plan_of_text(
     notes: tuple[str, ...] = ()
     lengths: list[int] = []
     if rows is None or tokens_per_row is None:
-        lengths = _counted(config)
+        lengths = _estimated_lengths(config)
         notes = (f"tokens guessed from characters, {_CHARACTERS} to one; --tokens-per-row says it exactly",)
     rows = rows or len(lengths)
     mean = tokens_per_row or sum(lengths) / max(1, len(lengths))
@@ -311,21 +311,23 @@ def _plan_of_text(
         lengths = [round(tokens_per_row)] * min(rows, _MANY)
     if longest is not None:
         lengths = [longest, *lengths[1:]]
-    drawing, config = config, _of_answers(config)
-    if drawing.sampling is not None:
-        most, each = drawing.sampling.max_tokens, drawing.sampling.group
+    sampling, config = config, _on_completions(config)
+    if sampling.sampling is not None:
+        most, each = sampling.sampling.max_tokens, sampling.sampling.group
         lengths, rows, mean = [n + most for n in lengths] * each, rows * each, mean + most
     lengths = [min(n, config.data.max_length) for n in lengths]
     rates = rates_of(device, dtype)
     load = load_of(config, lengths, trained=trained, dtype=dtype, checkpointing=config.memory.recomputing == "on")
     job, teacher = _job(config, rows, mean, 0), _teacher(config, shape, dtype)
-    draws = _draws(drawing, job, max(lengths, default=1))
-    room = usable_memory(device) - _beside(draws, teacher, shape, dtype)
-    plan = text_plan(config.base.name, shape, load, device, rates, job, room=room, traffic=traffic, notes=notes)
-    return _with_draws(plan, draws, shape, load, device, teacher)
+    sampled = _sampling_load(sampling, job, max(lengths, default=1))
+    available = usable_memory(device) - _other_bytes(sampled, teacher, shape, dtype)
+    plan = text_plan(
+        config.base.name, shape, load, device, rates, job, available=available, traffic=traffic, notes=notes
+    )
+    return _with_sampling(plan, sampled, shape, load, device, teacher)
 
 
-def rows_as_planned(config: TrainConfig, items: Sequence[Any]) -> dict[str, Any]:
+def planned_rows(config: TrainConfig, items: Sequence[Any]) -> dict[str, Any]:
     """Return `rows`, `tokens_per_row`, `longest` and `trained` for `plan_of_config`.
 
     items: the contents of a step. Lengths are those of prompts without answers, which the plan adds."""
@@ -348,21 +350,21 @@ def _with_planned_tokens(config: TrainConfig, shape: TextShape, device: Device) 
     if config.batching.micro_tokens is not None:
         return config
     dtype, quantize = _planned_dtype(config), config.base.quantize
-    room = left_beside_base(shape, device, dtype, quantize) - _teacher(config, shape, dtype).beside
-    return with_micro_tokens(config, _micro_tokens_of(config, shape, device, room, dtype, quantize))
+    available = memory_after_base(shape, device, dtype, quantize) - _teacher(config, shape, dtype).extra_bytes
+    return with_micro_tokens(config, _micro_tokens_of(config, shape, device, available, dtype, quantize))
 
 
-def _plan_of_pictures(
-    config: ImageTrainConfig, found: Mapping[str, Any], device: Device, rows: int | None, before: int
+def _plan_of_images(
+    config: ImageTrainConfig, fields: Mapping[str, Any], device: Device, rows: int | None, before: int
 ) -> Plan:
     from veneer.train.image.pictures import count_pictures
 
-    before, signs = before or len(config.data.source_folders), 1
-    bare: float = 0 if config.loss.keep_guidance is None else 2
+    before, directions = before or len(config.data.source_folders), 1
+    base_passes: float = 0 if config.loss.keep_guidance is None else 2
     notes: tuple[str, ...] = ()
-    if config.slider.wanted:
-        rows, signs, bare = config.slider.scenes, 2, 1.5  # extra forward passes of the base, per row
-        text = f"a slider: {counted(rows, 'scene')} that the base draws first, learned at both signs, "
+    if config.slider.expected:
+        rows, directions, base_passes = config.slider.scenes, 2, 1.5  # extra forward passes of the base, per row
+        text = f"a slider: {counted(rows, 'scene')} that the base sampled first, learned at both directions, "
         notes = (text + "three forwards of the base for both",)
     elif rows is None:
         try:
@@ -371,27 +373,27 @@ def _plan_of_pictures(
             raise DataError(error.what, where=error.where, fix=f"{error.fix}; or give --rows") from None
     batch = min(config.batching.rows, rows)
     at_once = config.batching.micro_rows or batch
-    asked = config.data.resolution or int(found.get("picture", 1024))
-    side = asked if isinstance(asked, int) else max(asked)
+    resolution = config.data.resolution or int(fields.get("picture", 1024))
+    side = resolution if isinstance(resolution, int) else max(resolution)
     dtype = config.base.dtype if config.base.dtype != "auto" else "bfloat16"
     rates = rates_of(device, dtype)
     load = ImageLoad(
         at_once,
         side,
         side,
-        micros=signs * -(-batch // at_once),
+        micros=directions * -(-batch // at_once),
         rank=config.adapter.rank,
         dtype=dtype,
         quantize=config.base.quantize,
         checkpointing=config.memory.activation_checkpointing == "on" or config.memory.offload_blocks > 0,
         targets=config.adapter.targets,
-        bare=bare,
+        base_passes=base_passes,
         before=before,
         form=PairForm.of(config.adapter.spec()),
         offload=config.memory.offload_blocks if device.kind == "cuda" else 0,
     )
-    job = TrainingJob(rows, 1.0, signs * float(config.schedule.epochs or 1), signs * batch, config.steps)
-    return image_plan(config.base.name, found, load, device, rates, job, notes=notes)
+    job = TrainingJob(rows, 1.0, directions * float(config.schedule.epochs or 1), directions * batch, config.steps)
+    return image_plan(config.base.name, fields, load, device, rates, job, notes=notes)
 
 
 def base_fields(name: str) -> dict[str, Any]:
@@ -401,13 +403,13 @@ def base_fields(name: str) -> dict[str, Any]:
     from veneer.models.builtin import packaged_folder
     from veneer.models.home import bases_home
 
-    for place in (packaged_folder(), bases_home()):
-        if name.strip("./") and (place / name).is_dir():
-            return base_config(str(place / name))
+    for folder in (packaged_folder(), bases_home()):
+        if name.strip("./") and (folder / name).is_dir():
+            return base_config(str(folder / name))
     return base_config(name)
 
 
-def _counted(config: TrainConfig) -> list[int]:
+def _estimated_lengths(config: TrainConfig) -> list[int]:
     from veneer.train.text.rows import read_rows
 
     try:

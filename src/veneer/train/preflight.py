@@ -208,7 +208,7 @@ def learning_rate(s: RunSubject) -> Iterator[Finding]:
         yield Finding("ok", "schedule", f"{counted(total, 'step')}, {passes}; {largest}")
 
 
-def shared_out(s: RunSubject) -> Iterator[Finding]:
+def check_devices(s: RunSubject) -> Iterator[Finding]:
     """Check how the work of a step is distributed over several devices."""
     n = s.devices
     sharded = getattr(s.config.memory, "shard", False)
@@ -256,7 +256,7 @@ def computes_on(base: Any) -> torch.device:
     return own
 
 
-def where_it_goes(s: RunSubject) -> Iterator[Finding]:
+def check_output(s: RunSubject) -> Iterator[Finding]:
     """Check output in use, disk space, and resuming into a different configuration."""
     folder = Path(s.config.output.directory)
     if folder.exists() and not folder.is_dir():
@@ -368,7 +368,7 @@ def free_memory(device: torch.device) -> int:
         return free
 
 
-def held_memory(device: torch.device) -> int:
+def used_memory(device: torch.device) -> int:
     """Return the bytes in use by this process: torch's on CUDA, else resident memory."""
     if device.type == "cuda":
         return int(torch.cuda.memory_allocated(device))
@@ -388,7 +388,7 @@ def trainable_parameters(model: nn.Module, targets: list[Target], spec: LoraSpec
     return pairs, whole
 
 
-def undivided(parts: Iterable[tuple[nn.Module, Sequence[Target], LoraSpec]]) -> Iterator[Finding]:
+def check_factor(parts: Iterable[tuple[nn.Module, Sequence[Target], LoraSpec]]) -> Iterator[Finding]:
     """Report an `adapter.factor` that does not divide a weight's rows or columns.
 
     PEFT's rule then uses the largest divisor below it. Stops a run if the factor divides no weight. `parts`:

@@ -110,8 +110,8 @@ def _expand(name: str) -> list[str]:
         if not found:
             raise DataError("this pattern matches no file", where=name, fix="check the folder and the ending")
         return found
-    beside = [p.name for p in path.parent.iterdir()] if os.path.isdir(path.parent) else []
-    near = nearest(path.name, beside, 1)
+    neighbors = [p.name for p in path.parent.iterdir()] if os.path.isdir(path.parent) else []
+    near = nearest(path.name, neighbors, 1)
     fix = f"did you mean {path.parent / near[0]}?" if near else "give a file, a glob, or a hub data set as hub:ID@SPLIT"
     missing_folder = "" if os.path.isdir(path.parent) else f" (nor does the folder {path.parent})"
     raise DataError(f"the data file does not exist{missing_folder}", where=name, fix=fix)

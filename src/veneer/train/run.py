@@ -34,7 +34,7 @@ from veneer.train.optim import Schedule, make_optimizer
 from veneer.train.preflight import Report
 from veneer.train.report.log import ConsoleView, JsonLog
 from veneer.train.report.trackers import check_trackers, tracked
-from veneer.train.save import Outcome, ReportParts, was_predicted, write_report
+from veneer.train.save import Outcome, ReportParts, predicted_and_actual, write_report
 
 NAME = "run"
 """The adapter's name on the base while it trains."""
@@ -44,7 +44,7 @@ NAME = "run"
 class Run:
     """A run from its start.
 
-    `tell`: the listener; `early`: events before the log was open. `devices`: the processes of the run, of
+    `emit`: the listener; `early`: events before the log was open. `devices`: the processes of the run, of
     which the first writes and reports. `sources`: setting -> its origin. `resume`, `dry_run`, `force`: as in
     `train_text`. `group`: names of the unfinished runs trained together with this one, including its own;
     empty for a single run."""
@@ -52,7 +52,7 @@ class Run:
     config: RunConfig
     folder: Path
     devices: Devices
-    tell: Listener
+    emit: Listener
     early: list[Event]
     sources: Mapping[str, Any] | None = None
     resume: bool = False
@@ -65,7 +65,7 @@ class Run:
         return str(self.folder)
 
     def note(self, text: str) -> None:
-        self.tell(Note(text))
+        self.emit(Note(text))
 
     def fetch(self, base: str) -> None:
         """Download the base's missing files in one process, before any process loads it."""
@@ -75,8 +75,8 @@ class Run:
 
     def say(self, report: Report, settled: Iterable[tuple[str, Any, str]]) -> None:
         """Report the settings and the preflight's findings. `settled`: as in `resolved`."""
-        self.tell(resolved(self.config, self.sources, settled))
-        self.tell(Checked(report.text(), report.to_dict(), report.text(markup=True)))
+        self.emit(resolved(self.config, self.sources, settled))
+        self.emit(Checked(report.text(), report.to_dict(), report.text(markup=True)))
 
 
 _R = TypeVar("_R", bound=Outcome)
@@ -205,7 +205,7 @@ def dry_outcome(run: Run, task: Task[_R], report: Report) -> _R:
     steps = task.steps
     counts = [(step.tokens, step.trained) for step in steps]
     planned = Progress(len(steps), tokens=sum(n for n, _ in counts), trained_tokens=sum(n for _, n in counts))
-    task.begin(planned, run.tell)
+    task.begin(planned, run.emit)
     peak = peak_memory_bytes(task.learner.device)
     outcome = Outcome(steps=len(steps), peak_memory_bytes=peak, dry_run=True, preflight=report.to_dict())
     return task.result(outcome, planned)
@@ -248,25 +248,25 @@ def started(run: Run, task: Task[Any], newest: Path | None) -> Iterator[Loop]:
     def save(progress: Progress) -> Path:
         """Write the checkpoint of `progress`, whose tensors are equal on all devices."""
         devices.agree("adapter", digest_of(task.tensors) if devices.count > 1 else "")
-        place = run.folder / "checkpoints"
-        wanted = progress.stopped or progress.step in plan.save_at or progress.step == progress.best_step
+        folder = run.folder / "checkpoints"
+        own_checkpoint = progress.stopped or progress.step in plan.save_at or progress.step == progress.best_step
         if devices.first:
             checkpoint.save(
-                place,
+                folder,
                 parameters=task.tensors,
                 optimizer=optimizer,
                 progress=progress,
                 identity=identity,
                 keep=config.checkpoint.keep,
                 newest=2 if run.group else 1,
-                extra=bool(run.group) and not wanted,
+                shared=bool(run.group) and not own_checkpoint,
                 devices=devices.count,
-                about={"recipe": config.recipe(), "together": [*run.group], "kept": task.kept(progress.step)},
-                beside=task.environment,
+                metadata={"recipe": config.recipe(), "together": [*run.group], "kept": task.kept(progress.step)},
+                conditions=task.environment,
                 fill=(lambda folder: task.write(folder / "adapter", progress)) if config.checkpoint.adapters else None,
             )
         devices.gather(None)
-        return checkpoint.at_step(place, progress.step)
+        return checkpoint.at_step(folder, progress.step)
 
     with _logged(run, progress if newest is not None else None) as emit:
         task.begin(progress, emit)
@@ -275,9 +275,9 @@ def started(run: Run, task: Task[Any], newest: Path | None) -> Iterator[Loop]:
 
 def finished(run: Run, task: Task[_R], report: Report, loop: Loop) -> _R:
     """Restore the state to keep, save it, verify the file, and write the report."""
-    devices, progress, tell = run.devices, loop.progress, loop.emit
-    task.end(tell)
-    kept, validation = _put_kept(run, task, progress, tell)
+    devices, progress, emit = run.devices, loop.progress, loop.emit
+    task.end(emit)
+    kept, validation = _restore_best(run, task, progress, emit)
     outcome = Outcome(
         steps=progress.step,
         peak_memory_bytes=peak_memory_bytes(task.learner.device),
@@ -290,13 +290,13 @@ def finished(run: Run, task: Task[_R], report: Report, loop: Loop) -> _R:
     )
     result = task.result(outcome, progress)
     if devices.first:
-        result = task.save(result, progress, tell)
+        result = task.save(result, progress, emit)
     result = devices.gather(result)[0]
     if devices.first or devices.lockstep:
-        tell(Note(task.prove()))
-    predicted = was_predicted(report.numbers, result.peak_memory_bytes, progress.seconds)
+        emit(Note(task.prove()))
+    predicted = predicted_and_actual(report.numbers, result.peak_memory_bytes, progress.seconds)
     if predicted and not run.group:  # only for a single run
-        tell(Note(predicted))
+        emit(Note(predicted))
     if devices.first:
         page = write_report(run.folder, result, task.report(result, progress))
         result = replace(result, report=str(page))
@@ -308,7 +308,7 @@ def finished(run: Run, task: Task[_R], report: Report, loop: Loop) -> _R:
 
 def _probe(run: Run, task: Task[Any]) -> None:
     """Run the largest micro-batch, forward and backward, before anything is written."""
-    probe(task.learner, (micro for step in task.steps for micro in step.micros), run.tell)
+    probe(task.learner, (micro for step in task.steps for micro in step.micros), run.emit)
 
 
 def _restored(run: Run, task: Task[Any], optimizer: Optimizer, identity: Mapping[str, Any], newest: Path) -> Progress:
@@ -318,15 +318,15 @@ def _restored(run: Run, task: Task[Any], optimizer: Optimizer, identity: Mapping
         optimizer=optimizer,
         identity=identity,
         devices=run.devices.count,
-        beside=task.environment,
+        conditions=task.environment,
     )
-    task.restore(restored.about.get("kept", {}))
+    task.restore(restored.metadata.get("kept", {}))
     run.note(f"resuming after step {restored.progress.step} of {len(task.steps)}")
-    gone = {*restored.about.get("together", [])} - {*run.group, run.name}
+    missing = {*restored.metadata.get("together", [])} - {*run.group, run.name}
     for note in restored.notes:
         run.note(note)
-    if gone:
-        others = counted(len(gone), "run")
+    if missing:
+        others = counted(len(missing), "run")
         run.note(f"trained together with {others} more until here: the run goes on, but may differ in the last bits")
     return restored.progress
 
@@ -340,14 +340,14 @@ def _logged(run: Run, resumed: Progress | None) -> Iterator[Listener]:
         log = trackers = None
         if run.devices.first:
             run.folder.mkdir(parents=True, exist_ok=True)
-            open_now.enter_context(_alone(run.folder))
+            open_now.enter_context(_folder_lock(run.folder))
             log = JsonLog(run.folder / "log.jsonl", resumed)
             open_now.callback(log.close)
             for event in run.early:
                 log(event)
             settings = next(e for e in run.early if isinstance(e, Resolved))
             trackers = open_now.enter_context(
-                tracked(run.config.report, run.folder, settings, resumed is not None, fan_out(run.tell, log))
+                tracked(run.config.report, run.folder, settings, resumed is not None, fan_out(run.emit, log))
             )
         run.devices.gather(None)
         if not run.folder.is_dir():
@@ -356,22 +356,22 @@ def _logged(run: Run, resumed: Progress | None) -> Iterator[Listener]:
                 where=str(run.folder),
                 fix="give an output.directory on a file system that all machines share",
             )
-        yield fan_out(run.tell, log, trackers)
+        yield fan_out(run.emit, log, trackers)
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _folder_lock(folder: Path) -> Iterator[None]:
     """Hold a lock on the folder inside the with-block.
 
     Raises CheckpointError if another run writes there."""
     if os.name != "posix":  # folders cannot be opened here
         yield
         return
-    held = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        take_lock(held)
+        take_lock(descriptor)
     except BlockingIOError as error:
-        os.close(held)
+        os.close(descriptor)
         fix = "wait for its end, or stop it; another run has an output.directory of its own"
         raise CheckpointError("another run is writing into this folder", where=str(folder), fix=fix) from error
     except OSError:
@@ -379,10 +379,10 @@ def _alone(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        os.close(held)
+        os.close(descriptor)
 
 
-def _put_kept(run: Run, task: Task[Any], progress: Progress, tell: Listener) -> tuple[int, float | None]:
+def _restore_best(run: Run, task: Task[Any], progress: Progress, emit: Listener) -> tuple[int, float | None]:
     """Restore the state to save; return (its step, its validation loss).
 
     `evaluation.keep` selects the state. Raises NoGain if no evaluated state is better than the initial one.
@@ -394,7 +394,7 @@ def _put_kept(run: Run, task: Task[Any], progress: Progress, tell: Listener) -> 
         worse = f"{validation_text(last, task.rewarded)} after step {progress.step}, {before} before step one"
     if run.config.evaluation.keep == "last":
         if worse:
-            tell(Note(f"warning: {worse}"))
+            emit(Note(f"warning: {worse}"))
         return progress.step, last
     if best is None and worse:
         beyond = "above" if task.rewarded else "below"
@@ -408,7 +408,7 @@ def _put_kept(run: Run, task: Task[Any], progress: Progress, tell: Listener) -> 
         return progress.step, last
     checkpoint.read_parameters(checkpoint.at_step(run.folder / "checkpoints", best), task.tensors)
     score = validation_text(progress.best_loss or 0.0, task.rewarded)
-    tell(Note(f"kept the adapter of step {best}, whose {score} is the {'highest' if task.rewarded else 'lowest'}"))
+    emit(Note(f"kept the adapter of step {best}, whose {score} is the {'highest' if task.rewarded else 'lowest'}"))
     return best, progress.best_loss
 
 

@@ -148,15 +148,14 @@ def write_report(folder: Path, result: Outcome, parts: ReportParts) -> Path:
     return path
 
 
-def was_predicted(numbers: Mapping[str, Any], peak: int, seconds: float) -> str:
+def predicted_and_actual(numbers: Mapping[str, Any], peak: int, seconds: float) -> str:
     """Return predicted and actual values as a sentence; "" for a run without a plan."""
     parts = []
-    if said := numbers.get("predicted_peak_bytes"):
-        parts.append(f"peak memory {peak / 1e9:.2f} GB, {said / 1e9:.2f} predicted ({peak / said - 1:+.0%})")
-    if (said := numbers.get("predicted_seconds")) and seconds:
-        parts.append(
-            f"training {rough_duration(seconds)}, {rough_duration(said)} predicted ({seconds / said - 1:+.0%})"
-        )
+    if predicted := numbers.get("predicted_peak_bytes"):
+        parts.append(f"peak memory {peak / 1e9:.2f} GB, {predicted / 1e9:.2f} predicted ({peak / predicted - 1:+.0%})")
+    if (predicted := numbers.get("predicted_seconds")) and seconds:
+        share = f"({seconds / predicted - 1:+.0%})"
+        parts.append(f"training {rough_duration(seconds)}, {rough_duration(predicted)} predicted {share}")
     return "; ".join(parts)
 
 

@@ -16,7 +16,7 @@ saving its state."""
 
 
 @contextmanager
-def heard(handle: Callable[[int], None], *numbers: int, once: bool = False) -> Iterator[None]:
+def signal_handler(handle: Callable[[int], None], *numbers: int, once: bool = False) -> Iterator[None]:
     """Call `handle` with the number of each of these signals inside the with-block.
 
     The previous handlers are restored afterwards. `once`: only for the first signal; a second one acts as

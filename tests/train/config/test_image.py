@@ -29,7 +29,7 @@ def _error(tmp_path: Path, text: str, *overrides: str) -> str:
     return str(caught.value)
 
 
-def test_a_folder_of_pictures_makes_it_a_configuration_for_pictures(tmp_path: Path) -> None:
+def test_a_folder_of_images_selects_image_training(tmp_path: Path) -> None:
     config, sources = _read(tmp_path, MINIMAL)
     assert isinstance(config, ImageTrainConfig)
     assert config.data.pictures == str(tmp_path / "drawings")
@@ -66,7 +66,7 @@ def test_a_folder_of_pictures_makes_it_a_configuration_for_pictures(tmp_path: Pa
         ("# mask_floor", "`data.mask_floor` needs `data.masks` other than off"),
     ],
 )
-def test_what_is_wrong_is_said_with_its_place(tmp_path: Path, line: str, says: str) -> None:
+def test_invalid_settings_are_named_with_their_location(tmp_path: Path, line: str, says: str) -> None:
     overrides = ["output.layout=peft"] if "`output.layout: peft`" in says else []
     values = {"class_prompt": "a dog", "keep_tags": "2", "class_weight": "0.5", "mask_floor": "0.1"}
     overrides += [f"data.{key}={value}" for key, value in values.items() if line == f"# {key}"]
@@ -76,14 +76,14 @@ def test_what_is_wrong_is_said_with_its_place(tmp_path: Path, line: str, says: s
     assert "image-config.md" in text
 
 
-def test_class_pictures_need_a_prompt_and_the_error_says_which(tmp_path: Path) -> None:
+def test_class_images_need_a_prompt(tmp_path: Path) -> None:
     assert "needs `data.class_prompt`" in _error(tmp_path, MINIMAL + "preset: subject\n")
     config, _ = _read(tmp_path, MINIMAL + "preset: subject\n", "data.class_prompt=a dog")
     assert config.data.class_count == 100
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_stands_between_the_defaults_and_the_users_keys(tmp_path: Path, name: str) -> None:
+def test_a_preset_overrides_defaults_but_no_given_key(tmp_path: Path, name: str) -> None:
     extra = ["data.class_prompt=a dog"] if name == "subject" else []
     config, sources = _read(tmp_path, MINIMAL + f"preset: {name}\nadapter: {{rank: 7}}\n", *extra, "schedule.steps=9")
     assert (config.adapter.rank, config.schedule.steps) == (7, 9)
@@ -110,7 +110,7 @@ def test_the_recipe_names_no_folder_of_the_machine(tmp_path: Path) -> None:
     assert config.recipe()["data"]["class_folder"] == "dogs"
 
 
-def test_the_words_for_targets_reach_every_block_of_every_family() -> None:
+def test_target_words_reach_every_block_of_every_family() -> None:
     """On the real module names: all attention projections, all feed-forwards, and nothing outside the blocks."""
     from veneer.core.targets import target_matches
     from veneer.formats.topology import families
@@ -132,7 +132,7 @@ def test_the_words_for_targets_reach_every_block_of_every_family() -> None:
         assert with_convolutions == set(chosen) | (set(convolutions) - one_place), name
 
 
-def test_every_key_says_what_it_means_and_the_reference_page_is_fresh() -> None:
+def test_the_reference_page_describes_every_key() -> None:
     for model in sections(ImageTrainConfig).values():
         assert model.__doc__
         for key, f in model.model_fields.items():

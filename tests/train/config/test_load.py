@@ -54,7 +54,7 @@ def test_options_settings_and_values_make_one_configuration(tmp_path: Path, monk
     assert others == ['data.train=["desk.jsonl", "more/*.jsonl"]']
 
 
-def test_a_folder_is_of_pictures_and_names_the_output(tmp_path: Path) -> None:
+def test_a_folder_means_images_and_names_the_output(tmp_path: Path) -> None:
     (tmp_path / "my drawings").mkdir()
     made, _ = load_config(None, common_settings(base="catalogue-flux", data=f"{tmp_path}/my drawings"))
     assert Path(made.output.directory).name == "my-drawings"
@@ -62,11 +62,11 @@ def test_a_folder_is_of_pictures_and_names_the_output(tmp_path: Path) -> None:
     assert Path(load_config(None, slider)[0].output.directory).name == "a-happy-face"
 
 
-def test_data_can_have_a_name_that_no_file_can_have() -> None:
+def test_data_names_can_be_invalid_file_names() -> None:
     assert common_settings(data="x" * 1500) == [f"data.train={'x' * 1500}"]
 
 
-def test_a_file_and_overrides_and_where_each_value_came_from(tmp_path: Path) -> None:
+def test_each_value_has_its_source(tmp_path: Path) -> None:
     file = write(tmp_path, MINIMAL + "optimizer:\n  learning_rate: 5e-4\n")
     config, sources = load_config(file, ["adapter.rank=8", "schedule.warmup=0.1"])
     assert (config.base.name, config.optimizer.learning_rate, config.adapter.rank) == ("smollm2-135m", 5e-4, 8)
@@ -135,12 +135,12 @@ def test_on_and_off_are_words(tmp_path: Path) -> None:
         ("seed: -1", "`seed` should be greater than or equal to 0"),
     ],
 )
-def test_what_is_wrong_is_said_with_its_place(tmp_path: Path, line: str, says: str) -> None:
+def test_invalid_settings_are_named_with_their_location(tmp_path: Path, line: str, says: str) -> None:
     assert says in error(tmp_path, MINIMAL + line + "\n")
 
 
 @pytest.mark.parametrize(("text", "line"), [("data:\n\ttrain: x\n", 2), ("data:\n  train:\tx\n", 2)])
-def test_a_tab_is_called_a_tab(tmp_path: Path, text: str, line: int) -> None:
+def test_a_tab_in_yaml_is_named(tmp_path: Path, text: str, line: int) -> None:
     file = tmp_path / "tab.yaml"
     file.write_text(text)
     with pytest.raises(ConfigError, match="a tab") as error:
@@ -150,7 +150,7 @@ def test_a_tab_is_called_a_tab(tmp_path: Path, text: str, line: int) -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="there it is a path")
 @pytest.mark.parametrize("key", ["output", "data.train"])
-def test_a_path_of_windows_makes_no_folder_of_that_name(tmp_path: Path, key: str) -> None:
+def test_a_windows_path_creates_no_folder(tmp_path: Path, key: str) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(MINIMAL)
     with pytest.raises(ConfigError, match="is a Windows path") as error:
@@ -159,14 +159,14 @@ def test_a_path_of_windows_makes_no_folder_of_that_name(tmp_path: Path, key: str
 
 
 @pytest.mark.parametrize("key", ["output", "data.train"])
-def test_an_empty_path_is_not_this_folder(tmp_path: Path, key: str) -> None:
+def test_an_empty_path_is_refused(tmp_path: Path, key: str) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(MINIMAL)
     with pytest.raises(ConfigError, match="is an empty text"):
         load_config(file, [f"{key}=''"])
 
 
-def test_places_of_unknown_keys(tmp_path: Path) -> None:
+def test_unknown_keys_are_named_with_their_location(tmp_path: Path) -> None:
     text = error(tmp_path, MINIMAL + "adapter:\n  rank: 8\n  rnak: 4\n", "adapter.aplha=3")
     assert "did you mean `adapter.rank`? (" in text
     assert "run.yaml:7)" in text
@@ -207,7 +207,7 @@ def test_files_that_are_not_a_configuration(tmp_path: Path, text: str, says: str
     assert says in error(tmp_path, text)
 
 
-def test_a_base_in_place_of_a_configuration_is_told_where_bases_are_named(tmp_path: Path) -> None:
+def test_a_base_given_as_configuration_gets_a_hint(tmp_path: Path) -> None:
     weights = tmp_path / "base.gguf"
     weights.write_bytes(b"GGUF\xbd\x00")
     for base in (tmp_path, weights):
@@ -223,7 +223,7 @@ def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
         load_config(tmp_path / "suport.yaml")
 
 
-def test_paths_are_relative_to_the_file_and_overrides_to_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "configs"
     here = tmp_path / "here"
     folder.mkdir()
@@ -310,7 +310,7 @@ def test_shipped_examples_pass_a_dry_run(file: Path, tmp_path: Path) -> None:
     assert report.sample
 
 
-def test_the_example_of_every_key_holds_every_key_at_its_default() -> None:
+def test_the_full_example_has_every_default() -> None:
     """examples/all-keys.yaml with its `#: ` marks taken away is the complete configuration."""
     lines = (ROOT / "examples" / "all-keys.yaml").read_text().splitlines()
     text = "\n".join(line.replace("#: ", "", 1) for line in lines)

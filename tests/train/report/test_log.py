@@ -51,7 +51,7 @@ def test_every_event_is_one_line_of_json(tmp_path: Path) -> None:
     assert "markup" not in records[1]
 
 
-def test_a_resumed_log_holds_each_step_once_and_a_cut_line_is_dropped(tmp_path: Path) -> None:
+def test_a_resumed_log_has_each_step_once(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     log = JsonLog(path)
     for event in (step(1), step(2), score(2), step(3), Stopped(2, "interrupted")):
@@ -85,13 +85,13 @@ def _shown(events: list[Event], *, terminal: bool, verbose: bool = False) -> str
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_the_terminal_shows_loss_speed_memory_and_time_left(terminal: bool) -> None:
+def test_the_terminal_shows_loss_speed_and_memory(terminal: bool) -> None:
     text = _shown([step(n, 3.25) for n in range(1, 6)], terminal=terminal)
     for said in ("3.2500", "200 tokens/s", "2.0 GB", "2 s left"):
         assert said in text
 
 
-def test_a_run_that_draws_its_answers_shows_their_speed_and_what_of_them_teaches_nothing() -> None:
+def test_sampling_runs_show_speed_and_constant_groups() -> None:
     def drawn(n: int, tokens: float, constant: float) -> Stepped:
         found = {
             "answer_tokens": 8.0,
@@ -122,7 +122,7 @@ def test_a_run_that_draws_its_answers_shows_their_speed_and_what_of_them_teaches
     assert "validation loss 0.0000 on" in told
 
 
-def test_the_terminal_shows_settings_with_sources_and_what_was_checked() -> None:
+def test_the_terminal_shows_settings_sources_and_checks() -> None:
     settings = Resolved(
         {"adapter.rank": 16, "optimizer.learning_rate": 5e-4},
         {"adapter.rank": "default (enough [for thousands] of rows)", "optimizer.learning_rate": "support.yaml:9"},
@@ -141,7 +141,7 @@ def test_the_terminal_shows_settings_with_sources_and_what_was_checked() -> None
     assert long.strip() in text, "long lines reach a pipe whole"
 
 
-def test_an_evaluation_above_the_first_one_is_called_worse_and_never_best() -> None:
+def test_a_worse_evaluation_is_never_called_best() -> None:
     worse = Evaluated(step=4, loss=20.4, perplexity=None, rows=8, learned_tokens=9, seconds=0.1, best=False, worse=True)
     text = _shown([worse], terminal=False)
     assert "worse than before training" in text
@@ -220,7 +220,7 @@ def test_the_page_stands_alone_and_is_well_formed(tmp_path: Path) -> None:
     assert text.count("<svg") == 5
 
 
-def test_nothing_of_the_data_can_become_markup() -> None:
+def test_data_in_the_report_is_escaped() -> None:
     evil = "<script>alert(1)</script>"
     page = _page(
         checks={"findings": [{"level": "ok", "text": evil, "fix": evil}], "sample": [{"text": evil, "learned": False}]},
@@ -236,7 +236,7 @@ def test_nothing_of_the_data_can_become_markup() -> None:
     assert "<script" not in render_page(page)
 
 
-def test_a_page_of_a_run_without_steps_still_renders() -> None:
+def test_a_report_without_steps_renders() -> None:
     assert "<svg" not in render_page(Page(title="empty"))
 
 

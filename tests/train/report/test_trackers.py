@@ -51,7 +51,7 @@ def _run(name: str, folder: Path, steps: range, *, resumed: bool = False, **give
     return heard
 
 
-def test_tensorboard_gets_scalars_and_sheets_and_hides_what_is_run_again(tmp_path: Path) -> None:
+def test_tensorboard_hides_repeated_steps(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     _run("tensorboard", tmp_path, range(1, 4))
@@ -69,7 +69,7 @@ def test_tensorboard_gets_scalars_and_sheets_and_hides_what_is_run_again(tmp_pat
     assert read.Tags()["images"] == ["samples"]
 
 
-def test_wandb_writes_one_run_that_a_resumed_one_goes_on_in(tmp_path: Path) -> None:
+def test_wandb_continues_the_run_after_resuming(tmp_path: Path) -> None:
     import wandb
 
     _run("wandb", tmp_path, range(1, 4), tags=["nightly"])
@@ -114,7 +114,7 @@ def _wandb_records(file: Path) -> Iterator[Any]:
             whole = b""
 
 
-def test_mlflow_has_each_step_once_after_a_resumed_run(tmp_path: Path) -> None:
+def test_mlflow_has_each_step_once_after_resuming(tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
     _run("mlflow", tmp_path, range(1, 4))
@@ -162,7 +162,7 @@ def test_a_failing_tracker_is_reported_once(tmp_path: Path, monkeypatch: pytest.
     assert list((tmp_path / "tensorboard").iterdir())
 
 
-def test_one_that_cannot_begin_stops_the_run_before_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_cannot_start_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://nowhere")
     with (
         pytest.raises(ConfigError, match="mlflow could not begin"),

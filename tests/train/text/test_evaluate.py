@@ -94,7 +94,7 @@ def test_accuracy_counts_greedy_tokens(base: TextBase) -> None:
         assert actual.measures == {"token_accuracy": 8 / 12}
 
 
-def test_scoring_is_without_dropout_or_gradient_and_leaves_the_mode(base: TextBase) -> None:
+def test_scoring_uses_no_dropout_and_restores_the_mode(base: TextBase) -> None:
     examples = [Example([5, 6, 7], [False, True, True], 0)]
     base.model.train()
     try:
@@ -163,7 +163,7 @@ def test_equal_prompts_are_answered_once_and_in_order(base: TextBase, monkeypatc
         ('{"a": 1', '{"a": 1}', 0, 0), ("5", "5", 1, 0), ("5.0", "5", 0, 0), ("", "yes", 0, 0),
     ],
 )  # fmt: skip
-def test_answers_are_compared_as_text_and_json_as_values(answer: str, expected: str, exact: int, valid: int) -> None:
+def test_json_answers_are_compared_by_value(answer: str, fields: str, exact: int, valid: int) -> None:
     scores = Scores(1, answers=[answer])
     score_answers(scores, [expected])
     assert (scores.exact_match, scores.valid_json) == (exact, valid)

@@ -121,7 +121,7 @@ def test_incomparable_sweeps_are_refused(config: Path, settings: list[str], says
     assert says in str(caught.value)
 
 
-def test_training_rows_may_differ_beside_common_validation_rows(config: Path, base: TextBase, tmp_path: Path) -> None:
+def test_training_rows_can_differ_with_common_validation(config: Path, base: TextBase, tmp_path: Path) -> None:
     rows = [{"prompt": f"Where is letter {i}?", "completion": "Here."} for i in range(3)]
     (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = ["data.limit=8,16", f"data.validation={tmp_path / 'held.jsonl'}", "data.split=null", "seed=0,1"]

@@ -250,7 +250,7 @@ def test_a_signal_stops_all_runs_and_they_resume(shared: Path, base: TextBase, f
     assert bytes_of(tmp_path) == bytes_of(few)
 
 
-def test_a_failed_run_does_not_rejoin_a_resumed_group(shared: Path, base: TextBase, tmp_path: Path) -> None:
+def test_a_failed_run_stays_out_of_a_resumed_group(shared: Path, base: TextBase, tmp_path: Path) -> None:
     """It would change the last bits of the others. By itself it goes on, which is said to be without them."""
     sgd = {"optimizer": {"name": "sgd", "learning_rate": 0.01}, "schedule": {"steps": 8}, "evaluation": {"every": 50}}
     customers = {"a": {**CUSTOMERS["a"], "schedule": {"steps": 8}}, "b": sgd}

@@ -51,7 +51,7 @@ from veneer.train.checkpoint import save as save_checkpoint
 from veneer.train.loop import Micro, memory_errors
 from veneer.train.optim import make_optimizer
 from veneer.train.preflight import trainable_parameters
-from veneer.train.text.together import why_apart
+from veneer.train.text.together import reason_not_shared
 
 ALPHA = 32.0
 """Alpha of every adapter, whatever its rank, as in Tinker."""
@@ -276,7 +276,7 @@ class Trainer:
         # Fast paths keep references to modules, so wrap every module that a client can train first.
         self.attachment.add(_WRAPS, create(model, Lora(1).spec(self.names), seed=0))
         self.how = self._undo.enter_context(fast(model)).summary()
-        self.all_separate_reason = why_apart(model)
+        self.all_separate_reason = reason_not_shared(model)
         self.most = _PASS if self.base.device.type == "cpu" else _PASS_ON_GPU
         self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
 
@@ -444,7 +444,7 @@ class Trainer:
             progress=Progress(step=number),
             identity={},
             keep=1,
-            about={"gradients": sorted(gradients)},
+            metadata={"gradients": sorted(gradients)},
         )
 
     def read(self, learner: Learner, folder: Path, optimizer: bool = True) -> None:

@@ -353,7 +353,7 @@ def _explain(kind: _Kind, error: pydantic.ValidationError, given: Mapping[str, S
     """Return one line per key: the expected and the actual value, and the location.
 
     The alternatives of a union are joined."""
-    wanted: dict[str, list[str]] = {}
+    expected: dict[str, list[str]] = {}
     values: dict[str, str] = {}
     lines: list[str] = []
     described = dict(config_keys(kind.config))
@@ -373,9 +373,9 @@ def _explain(kind: _Kind, error: pydantic.ValidationError, given: Mapping[str, S
             want = _EXPECTED.get(e["type"])
             if e["type"] == "literal_error":
                 want = "one of " + str(context["expected"]).replace(" or ", ", ")
-            wanted.setdefault(name, []).append(want or str(e["msg"]).removeprefix("Input should be "))
+            expected.setdefault(name, []).append(want or str(e["msg"]).removeprefix("Input should be "))
             values.setdefault(name, f"{_described(e['input'])}{suffix}")
-    for name, kinds in wanted.items():
+    for name, kinds in expected.items():
         lines.append(f"`{name}` should be {' or '.join(dict.fromkeys(kinds))}, found {values[name]}")
     return lines
 

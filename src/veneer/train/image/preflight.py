@@ -32,14 +32,14 @@ from veneer.train.preflight import (
     Report,
     RunSubject,
     available_memory,
-    held_memory,
+    check_devices,
+    check_factor,
+    check_output,
     learning_rate,
     precision,
     share,
-    shared_out,
     trainable_parameters,
-    undivided,
-    where_it_goes,
+    used_memory,
 )
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def image_preflight(
     findings = [*found]
     if data.held:
         findings += check_held_out(data.learned, data.held)
-    for check in (_targets, learning_rate, shared_out, precision, _loss, _distilled, _devices, _apart, where_it_goes):
+    for check in (_targets, learning_rate, check_devices, precision, _loss, _distilled, _devices, _apart, check_output):
         findings += check(subject)
     findings += _pairs(base, config, data)
     findings += _sample_sources(base, config, data)
@@ -159,7 +159,7 @@ def _targets(s: RunSubject) -> Iterator[Finding]:
     named = ", ".join(f"{counted(count, 'module')} of the {name}" for name, count in found.items())
     size = gigabytes(4 * pairs if config.output.dtype == "float32" else 2 * pairs)
     yield Finding("ok", "targets", f"{named}; trainable: {share(pairs, total)} parameters, a file of about {size}")
-    yield from undivided(trained)
+    yield from check_factor(trained)
 
 
 def _apart(s: RunSubject) -> Iterator[Finding]:
@@ -314,5 +314,5 @@ def memory_numbers(
         "memory_needed": need,
         "memory_free": available_memory(config, device),
         "activations_of_one_picture": measured,
-        "predicted_peak_bytes": max(peak_memory_bytes(device), held_memory(device) + need),
+        "predicted_peak_bytes": max(peak_memory_bytes(device), used_memory(device) + need),
     }

@@ -194,7 +194,7 @@ def _check(image: ImageRun, data: ImageData, previous: Mapping[str, Any] | None)
     if report.stops:
         run.say(report, _resolved_settings(image, data, _Memory()))
         if run.dry_run and run.devices.first:
-            _write_contact_sheet(run, config, data, run.tell)
+            _write_contact_sheet(run, config, data, run.emit)
     return report
 
 
@@ -395,7 +395,7 @@ class ImageTask:
         self.sample_at = due(every, data.steps.ends, total, start=True) if every is not None else set()
         if config.samples.prompts:
             self.sample_at |= {total}
-        self.emit, self.sheet = image.run.tell, ""
+        self.emit, self.sheet = image.run.emit, ""
         self.thumbnail_column = -1 if self.strengths else 0  # the last one of a row of strengths
         self.last_picture: Image | None = None
 
@@ -478,8 +478,8 @@ class ImageTask:
         """Write the file, with the moving average if there is one."""
         config, base, data = self.config, self.base, self.data
         if self.ema is not None:
-            self.ema.put()
-            emit(Note(f"saved is the moving average (decay {self.ema.decay:g}), which is what was scored"))
+            self.ema.apply()
+            emit(Note(f"saved is the transient average (decay {self.ema.decay:g}), which is what was scored"))
         with training_layers(base, False):
             picture = self._thumbnail(result.kept_step, progress.step, emit)
         metrics = result.metrics(pictures=result.pictures, pictures_per_second=round(result.pictures_per_second, 3))

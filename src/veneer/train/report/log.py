@@ -49,7 +49,7 @@ class JsonLog:
 
     def __init__(self, path: Path, resumed: Progress | None = None) -> None:
         self.path = path
-        kept = [r for r in read_log(path) if _before(r, resumed)] if resumed is not None else []
+        kept = [r for r in read_log(path) if _is_before(r, resumed)] if resumed is not None else []
         lines = "".join(json.dumps(record) + "\n" for record in kept)
         write_atomically(path, lines.encode())
         self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115  open for the length of the run
@@ -80,7 +80,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return [record for record in records if isinstance(record, dict)]
 
 
-def _before(record: dict[str, Any], progress: Progress) -> bool:
+def _is_before(record: dict[str, Any], progress: Progress) -> bool:
     if record.get("event") == "evaluated":
         return int(record.get("step", 0)) <= min(progress.step, progress.evaluated)
     if record.get("event") == "stopped":
@@ -93,23 +93,23 @@ def _headline(event: Stepped) -> str:
     return measure_text(event.loss, {k: v for k, v in event.extra.items() if k in ("reward", "reward_failed")})
 
 
-def _drawn(event: Stepped) -> str:
+def _sampling_summary(event: Stepped) -> str:
     """Return a summary of the completions of a step; "" if the step sampled none.
 
     Names completions without a training signal, the staleness of the adapter, and the sampler-trainer
     mismatch."""
-    found, told = event.extra, []
+    found, parts = event.extra, []
     if "answer_tokens" not in found:
         return ""
     if found.get("constant_groups"):
-        told.append(f"{found['constant_groups']:.0f} of {found['groups']:.0f} groups constant")
+        parts.append(f"{found['constant_groups']:.0f} of {found['groups']:.0f} groups constant")
     if found["cut_share"]:
-        told.append(f"{found['cut_share']:.0%} cut")
+        parts.append(f"{found['cut_share']:.0%} cut")
     if found.get("policy_lag") and "drift" in found:
-        told.append(f"{counted(int(found['policy_lag']), 'step')} off-policy (drift {found['drift']:.2g})")
+        parts.append(f"{counted(int(found['policy_lag']), 'step')} off-policy (drift {found['drift']:.2g})")
     if "gap_mean" in found:
-        told.append(f"gap {found['gap_mean']:.2g} (most {found['gap_max']:.2g}, {found['gap_share']:.1%} beyond 1%)")
-    return "  ".join(told)
+        parts.append(f"gap {found['gap_mean']:.2g} (most {found['gap_max']:.2g}, {found['gap_share']:.1%} beyond 1%)")
+    return "  ".join(parts)
 
 
 class ConsoleView:
@@ -130,7 +130,7 @@ class ConsoleView:
         self._bar: Bar | None = None
         self._task: Any = None
         self._began = time.monotonic()
-        self._shown = 0
+        self._printed = 0
         self._recent: list[tuple[float, float]] = []
 
     def __call__(self, event: Event) -> None:
@@ -201,7 +201,7 @@ class ConsoleView:
         self.console.print(*name, what, markup=False, soft_wrap=True, **style)  # type: ignore[arg-type]
 
     def _step(self, event: Stepped) -> None:
-        counts, drawn = event.extra.get("drawn_tokens"), _drawn(event)
+        counts, drawn = event.extra.get("drawn_tokens"), _sampling_summary(event)
         self._recent = [*self._recent, (event.tokens if counts is None else counts, event.seconds)][-20:]
         seconds = sum(s for _, s in self._recent)
         per_second = sum(t for t, _ in self._recent) / seconds if seconds else 0.0
@@ -209,8 +209,8 @@ class ConsoleView:
         left = (event.steps - event.step) * seconds / len(self._recent)
         if self.name or not self.console.is_terminal:
             every = max(1, event.steps // 20)
-            if event.step == 1 or event.step == event.steps or event.step - self._shown >= every:
-                self._shown = event.step
+            if event.step == 1 or event.step == event.steps or event.step - self._printed >= every:
+                self._printed = event.step
                 self._line(
                     f"step {event.step}/{event.steps}  {measure_text(event.loss, event.extra)}  {speed}  "
                     f"memory {size(event.memory_bytes)}  {duration(left)} left" + (f"  {drawn}" if drawn else "")

@@ -185,10 +185,10 @@ def _curves(
     main = {"reward": _MEASURED["reward"]} if rewards else {"loss": page.loss}
     main |= {f"reward_{name}": f"Reward: {name}" for found in rewards for name in found if name != "reward"}
     for name, title in main.items():
-        own, held = _points(name, steps), _points(name, scores)
+        own, validation = _points(name, steps), _points(name, scores)
         weights = [r["learned_tokens"] for r in steps] if name == "loss" else [1.0] * len(own)
         lines = [Series("training, each step", own, "faint"), Series("training, smoothed", smooth(own, weights))]
-        lines += [Series("validation", held, "dots", "b")] * bool(held)
+        lines += [Series("validation", validation, "dots", "b")] * bool(validation)
         best = _points(name, [r for r in scores if r.get("best")][-1:])
         yield title, lines, best[0] if best else None
     if rewards:

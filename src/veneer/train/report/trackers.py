@@ -59,11 +59,11 @@ def check_trackers(report: ReportSection) -> None:
 
 @contextmanager
 def tracked(
-    report: ReportSection, folder: Path, settings: Resolved, resumed: bool, tell: Listener
+    report: ReportSection, folder: Path, settings: Resolved, resumed: bool, emit: Listener
 ) -> Iterator[Listener]:
     """Return a listener that sends events to the trackers inside a with-block.
 
-    `folder`: the run's output. `tell`: receives a note about a tracker that fails. Raises ConfigError with
+    `folder`: the run's output. `emit`: receives a note about a tracker that fails. Raises ConfigError with
     the tracker's message if a tracker cannot start."""
     ids_path = folder / "trackers.json"
     ids: dict[str, str] = json.loads(ids_path.read_text()) if resumed and ids_path.is_file() else {}
@@ -92,7 +92,7 @@ def tracked(
                     what(tracker)
             except Exception as error:
                 del running[each]
-                tell(Note(f"warning: {each} failed and is told no more: {error}"))
+                emit(Note(f"warning: {each} failed and is told no more: {error}"))
 
     def listener(event: Event) -> None:
         if isinstance(event, Sampled):

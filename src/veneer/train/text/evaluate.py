@@ -128,7 +128,7 @@ def score_mixes(
         examples = [item.answers[0] for item in pairs]
     answered = [row for row in rows if row.last_assistant() < len(row.messages)] if generate else []
     prompts = [_prompt(base, row, encoded.renderer) for row in answered]
-    expected = [str(row.messages[row.last_assistant()]["content"]) for row in answered]
+    fields = [str(row.messages[row.last_assistant()]["content"]) for row in answered]
     specs = {name: [parse_spec(s) for s in mix] for name, mix in mixes.items()}
     names = list(dict.fromkeys(name for mix in specs.values() for name, _ in mix))
     own = attach_adapters(base, names, attachment=attachment, allow_other_base=allow_other_base)
@@ -136,7 +136,7 @@ def score_mixes(
     before = own.selection
     try:
         with own.off():
-            bare = _margins(base, pairs)
+            base_margins = _margins(base, pairs)
             answerer = answering(base, own.adapters, rows=batch_size) if answering and answered else nullcontext()
             with answerer as answer:  # opened before any scoring, because the engine can change the model
                 for mix, spec in specs.items() if answered else ():
@@ -169,11 +169,11 @@ def score_mixes(
                     )
                 scores.loss, scores.perplexity = score.loss, score.perplexity
             if pairs:
-                margins = _margins(base, pairs) if spec else bare
+                margins = _margins(base, pairs) if spec else base_margins
                 scores.likelier = _mean(m > 0 for m in margins)
                 if spec:
-                    scores.reward_accuracy = _mean(m > b for m, b in zip(margins, bare, strict=True))
-                    scores.reward_margin = _mean(m - b for m, b in zip(margins, bare, strict=True))
+                    scores.reward_accuracy = _mean(m > b for m, b in zip(margins, base_margins, strict=True))
+                    scores.reward_margin = _mean(m - b for m, b in zip(margins, base_margins, strict=True))
             scores.seconds += time.perf_counter() - began
     finally:
         own.selection = before
@@ -255,15 +255,15 @@ def answers_of(
 
 
 def score_answers(scores: Scores, expected_answers: Sequence[str]) -> None:
-    """Set the scores that compare `scores.answers` with the expected answers."""
+    """Set the scores that compare `scores.answers` with the fields answers."""
     pairs = list(zip(scores.answers, expected_answers, strict=True))
     scores.exact_match = _mean(same_text(answer, expected_answer) for answer, expected_answer in pairs)
     scores.valid_json = _mean(isinstance(as_json(answer), dict | list) for answer, _ in pairs)
     right: dict[str, list[bool]] = {}
     for answer, expected_answer in pairs:
-        value, expected = as_json(answer), as_json(expected_answer)
-        for key in expected if isinstance(expected, dict) else ():
-            right.setdefault(key, []).append(same_field(value, expected, key))
+        value, fields = as_json(answer), as_json(expected_answer)
+        for key in fields if isinstance(fields, dict) else ():
+            right.setdefault(key, []).append(same_field(value, fields, key))
     scores.json_fields = {key: _mean(values) for key, values in right.items()}
     scores.rouge_l, scores.bleu = _rouge_l(pairs), _bleu(pairs)
 

@@ -21,23 +21,23 @@ from veneer.plan.plan import Plan
 from veneer.plan.render import rough_duration
 from veneer.plan.shape import model_shape
 from veneer.train.config.text import TrainConfig
-from veneer.train.planning import plan_of_run, still_needed, to_be_set
+from veneer.train.planning import plan_of_run, remaining_bytes, suggested_settings
 from veneer.train.preflight import (
     Finding,
     Level,
     Report,
     RunSubject,
     available_memory,
+    check_devices,
+    check_factor,
+    check_output,
     computes_on,
     learning_rate,
     memory_finding,
     precision,
     recomputes,
     share,
-    shared_out,
     trainable_parameters,
-    undivided,
-    where_it_goes,
 )
 from veneer.train.text.batches import plan_steps
 from veneer.train.text.data import TextData
@@ -414,7 +414,7 @@ def _what_is_trained(s: TextSubject) -> Iterator[Finding]:
     matched = ", ".join(f"`{p}` {counted(len(names), 'module')}" for p, names in matches.items())
     size = gigabytes(4 * (pairs + whole))
     yield Finding("ok", "targets", f"{matched}; trainable: {share(pairs + whole, total)} parameters, a file of {size}")
-    yield from undivided([(model, targets, spec)])
+    yield from check_factor([(model, targets, spec)])
     if whole > pairs:
         text = (
             f"full copies take {share(whole, pairs + whole)} of the adapter, a file of {size}: "
@@ -525,11 +525,11 @@ def _fits_in_memory(s: TextSubject) -> Iterator[Finding]:
             trainable=int(s.numbers.get("trainable", 0)),
             held_out=len(s.data.held.encoded.examples),
             checkpointing=recomputed,
-            room=free,
+            available=free,
         )
         for recomputed in (False, True)
     )
-    need, less = (still_needed(plan.memory, plan.device) for plan in (plain, again))
+    need, less = (remaining_bytes(plan.memory, plan.device) for plan in (plain, again))
     on, _ = recomputes(mode, need, free)
     s.plan = chosen = again if on else plain
     s.numbers.update(memory_needed=need, memory_checkpointed=less, memory_free=free)
@@ -544,8 +544,8 @@ def _fits_in_memory(s: TextSubject) -> Iterator[Finding]:
     longest = f"the largest micro-batch has {s.largest_micro:,} tokens, the longest row {row:,}"
     limited = config.memory.limit_gb is not None and free == int(config.memory.limit_gb * 1e9)
     more = "a higher memory.limit_gb" if limited else "a machine with more memory"
-    fix = to_be_set(chosen) or f"a smaller base, or {more} (veneer plan shows what it takes)"
-    if required - packs <= free < required:
+    fix = suggested_settings(chosen) or f"a smaller base, or {more} (veneer plan shows what it takes)"
+    if required - packable <= free < required:
         fix = "memory.keep_packed_gb=0"
     finding = memory_finding(required, free, longest, fix=fix, force=s.force)
     if required <= free and required > 0.9 * free and mode == "off":
@@ -570,7 +570,7 @@ def _dequantized_bytes(s: TextSubject, plan: Plan, device: str) -> int:
         return 0
     if s.config.memory.keep_dequantized_gb is not None:
         return int(s.config.memory.keep_dequantized_gb * 1e9)
-    return 8 * plan.keeps // 10 if device == "cuda" else 0
+    return 8 * plan.dequantizable // 10 if device == "cuda" else 0
 
 
 def _packed_bytes(s: TextSubject, plan: Plan, device: str, recomputed: bool) -> tuple[int, int]:
@@ -588,12 +588,12 @@ def _packed_bytes(s: TextSubject, plan: Plan, device: str, recomputed: bool) -> 
     shape, name = model_shape(s.base.model), str(dtype).removeprefix("torch.")
     sampling = training = 0
     if s.config.sampling is not None and panels_here(16, dtype):
-        sampling = packed_weights(shape, name, lambda _rows, _columns, turned: turned)
-    if configured is not None or (plan.packs and not recomputed):
+        sampling = packed_weights(shape, name, lambda _rows, _columns, is_forward: is_forward)
+    if configured is not None or (plan.packable and not recomputed):
         training = packed_weights(shape, name, functools.partial(keeps_copy, dtype))
     if configured is not None:
         return min(sampling, int(configured * 1e9)), min(training, int(configured * 1e9))
-    free = 8 * (plan.room - plan.memory.peak) // 10
+    free = 8 * (plan.available - plan.memory.peak) // 10
     sampling *= sampling <= free
     return sampling, training * (sampling + training <= free)
 
@@ -624,9 +624,9 @@ _BASE_CHECKS: _Checks = (
     _what_is_trained,
     _experts_are_trained,
     learning_rate,
-    shared_out,
+    check_devices,
     precision,
     _vocabulary,
     _fits_in_memory,
-    where_it_goes,
+    check_output,
 )

@@ -196,7 +196,7 @@ def _is_split(config: TrainConfig) -> bool:
 
 
 def _check_comparable(swept: Collection[str], config: RunConfig) -> None:
-    """Raise ConfigError for swept settings that change what a held-out loss measures: its rows, tokens or formula."""
+    """Raise ConfigError for swept settings that change what a fixed-out loss measures: its rows, tokens or formula."""
     if not isinstance(config, TrainConfig):
         return
     problems = [key for key in swept if key.startswith(("data.", "preference.")) or key == "evaluation.rows"]

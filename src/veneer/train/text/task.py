@@ -47,7 +47,7 @@ from veneer.train.devices import Devices
 from veneer.train.events import TOKEN_ACCURACY, Listener, Note
 from veneer.train.inspect import inspect_run
 from veneer.train.loop import EvalResult, Learner, MetricMeans, Step, Stop, sender
-from veneer.train.planning import drawn_at_once, micro_tokens_of_run, with_micro_tokens
+from veneer.train.planning import micro_tokens_of_run, sampled_at_once, with_micro_tokens
 from veneer.train.preflight import CACHE, Report, computes_on, free_memory, recomputes
 from veneer.train.report.log import duration, read_log, size
 from veneer.train.rewards.build import build_rewards, local_judge_models
@@ -367,7 +367,7 @@ def _open_sampling(text: TextRun, attachment: Attachment) -> Iterator[_SamplingP
     context = 0 if judges else longest  # the length of judges' prompts is not limited
     exact = isinstance(r, ReinforcementSection) and r.exact
     pack = int(text.report.numbers.get("drawer_packed", 0))
-    rows = drawn_at_once(text.config, len(text.data.held.items[: text.config.evaluation.rows]))
+    rows = sampled_at_once(text.config, len(text.data.held.items[: text.config.evaluation.rows]))
     settings = SamplerSettings(rows=rows, context=context, pack_bytes=pack, exact=exact)
     with ExitStack() as opened:
         sampler = opened.enter_context(text.sampler(text.base, attachment, settings))

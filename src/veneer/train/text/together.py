@@ -232,7 +232,7 @@ class SharedPasses:
     def of(cls, texts: Mapping[Loop, AttachedText]) -> SharedPasses:
         """Return the passes of runs, and report which runs have their own passes, and why."""
         first = next(iter(texts.values()))
-        together = why_apart(first.base.model)
+        together = reason_not_shared(first.base.model)
         members = {}
         for loop, text in texts.items():
             why = together or text.why_alone()
@@ -323,7 +323,7 @@ class SharedPasses:
         return [own.detach() for own in sums]
 
 
-def why_apart(model: nn.Module) -> str:
+def reason_not_shared(model: nn.Module) -> str:
     """Return why rows of several runs cannot share a pass of the base, or "".
 
     Call it within `fast`."""
