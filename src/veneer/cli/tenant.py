@@ -430,7 +430,7 @@ def _count(number: int | None) -> str:
 @tenant_command("audit", "veneer tenant audit --what key --limit 20")
 def audit_(
     store: Store,
-    what: Annotated[str, typer.Option(help="Only this kind of change: key, route, limit, adapter.load.")] = "",
+    what: Annotated[str, typer.Option(help="Only this kind of change: key, route, settings, adapter.load.")] = "",
     subject: Annotated[str, typer.Option(help="Only changes of this tenant, route or adapter.")] = "",
     limit: Annotated[int, typer.Option(min=1, help="Maximum number of lines.")] = 50,
     verify: Annotated[bool, typer.Option("--verify", help="Check the hash chain and print its head.")] = False,
