@@ -1,4 +1,4 @@
-"""`veneer jobs` and `veneer worker`: from a configuration to an adapter in the library, by real processes."""
+"""`veneer jobs` and `veneer worker`: from a configuration to an adapter, with real processes."""
 
 from __future__ import annotations
 
@@ -32,8 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_command_line_trains_from_config_to_adapter(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A worker beside, as `veneer serve --train` has one, and its job's process, which finds the tenants' routes by
-    what the worker was told."""
+    """A background worker, as of `veneer serve --train`, and its job's process, which finds the tenants' routes."""
     at, tenants = ("--library", str(folder / "library")), str(folder / "tenants.sqlite")
     with tenants_at(tenants) as known:
         manage.add_tenant(known, "acme", who="test")
@@ -100,7 +99,7 @@ def test_submit_reports_why_a_job_fails(folder: Path, capsys: pytest.CaptureFixt
 
 
 def test_training_server_starts_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For as long as it serves, of its own library and tenants, and with the routes of files."""
+    """The worker uses the server's library and tenants, and ends with the server."""
     told: list[Any] = []
 
     @contextmanager

@@ -1,8 +1,8 @@
-"""A job whose machine is killed at every STRIDE-th change of the database: `python -m tests.jobs.driver FOLDER STRIDE`.
+"""Kill a job's machine at every STRIDE-th commit: `python -m tests.jobs.driver FOLDER STRIDE`.
 
-Each process is a fork of one that has imported what it needs and computed nothing. It is a worker and the process of
-its job in one, and dies at the K-th commit; another goes on after it. Prints, as JSON, at which commits; ends with an
-error unless the job came to its one end, its one bill, its one version, and the same bytes.
+Each machine is a forked process that runs a worker and its job, and is killed at the K-th commit; then another
+machine continues. Prints the commits of the kills as JSON. Fails unless every job ends once, with one bill, one
+version and the same bytes.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Here(LocalExecutor):
 
 
 def machine(folder: Path, kill_at: int | None) -> None:
-    """A worker's work until there is none."""
+    """Run a worker until no job is left."""
     from sqlalchemy import Connection
 
     left = [kill_at]
@@ -91,7 +91,7 @@ def machine(folder: Path, kill_at: int | None) -> None:
 
 
 def forked(folder: Path, kill_at: int | None) -> bool:
-    """Whether it came to its end; else it was killed, as it was told."""
+    """Return whether the machine finished; otherwise it was killed."""
 
     def work() -> None:
         log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -105,7 +105,7 @@ def forked(folder: Path, kill_at: int | None) -> bool:
 
 
 def outcome(folder: Path) -> list[bytes]:
-    """The adapter's files, once everything that must hold was seen to."""
+    """Check everything that must hold, and return the adapters' files."""
     with open_library(folder / "library") as library:
         store = JobStore(library)
         (job,), _ = store.jobs("acme")
@@ -166,7 +166,7 @@ def checked(folder: Path) -> list[bytes]:
 
 
 def kills(folder: Path, stride: int) -> list[int]:
-    """The commits at which one was killed."""
+    """Return the commits at which a machine was killed."""
     config = small_config(folder, checkpoint={"every": 1, "keep": STEPS})
     whole = folder / "whole"
     submit_job(whole, config)

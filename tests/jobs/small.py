@@ -1,4 +1,4 @@
-"""A job that is trained in a moment: the tiny base, twelve tickets, three steps."""
+"""A job that trains in a moment: the tiny base, twelve rows, three steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ STEPS = 3
 
 
 def small_config(folder: Path, steps: int = STEPS, **sections: Any) -> dict[str, Any]:
-    """Makes the base and the rows in `folder`, once; the config of a job on them."""
+    """Create the base and the rows in `folder`, once; return a job's config."""
     rows = folder / "rows.jsonl"
     if not rows.exists():
         asked = [f"The printer number {i} {'still ' * (i % 3)}does not work." for i in range(12)]

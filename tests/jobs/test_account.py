@@ -1,4 +1,4 @@
-"""A budget of training that jobs and Tinker's clients spend together, against sums by hand."""
+"""Training budgets that jobs and Tinker clients share, against sums by hand."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def tenants(quick: Path) -> Store:  # noqa: F811
 
 
 def billed(tenants: Store, adapter: str, units: int, tenant: str = "acme", ago: float = 0.0) -> None:
-    """A request in the ledger that cost so much."""
+    """Return a request in the ledger with this cost."""
     at = time.time() - ago
     line = LedgerLine("digest", adapter, 1.0, Price(UNIT, 0, 0))
     entry = LedgerEntry(f"{tenant}{adapter}{units}{ago}", tenant, "word", at, units * UNIT, 0, (line,))
@@ -42,8 +42,8 @@ def billed(tenants: Store, adapter: str, units: int, tenant: str = "acme", ago: 
 
 @in_sqlite
 def test_job_budget_counts_tinker_clients(store: JobStore, tenants: Store, tmp_path: Path) -> None:
-    """Of 9, clients spent 4: a job of 6 is one too many, of 5 it is not. What was asked, what is another's and what was
-    trained before this month does not count."""
+    """Budget 9, clients spent 4: a job of 6 is refused, a job of 5 is accepted. Inference, other tenants and earlier
+    months do not count."""
     for adapter, units, tenant, ago in (
         (trained_name("acme/tinker-a-0"), 3, "acme", 0.0),
         (trained_name("acme/tinker-b-0"), 1, "acme", 0.0),
@@ -73,8 +73,8 @@ def test_job_budget_counts_tinker_clients(store: JobStore, tenants: Store, tmp_p
 
 @in_sqlite
 def test_client_budget_counts_jobs_and_concurrent_clients(store: JobStore, tenants: Store) -> None:
-    """Of 9 a job is to take 3, the ledger has 2: of many requests of 1 at once four are taken, and one more for each
-    that comes to nothing. What the ledger gets of them later is not counted twice."""
+    """Budget 9, jobs plan 3, the ledger has 2: of many concurrent requests of 1, four are accepted, and one more for
+    each that fails. Amounts that the ledger records later do not count twice."""
     queued(store, price=3 * UNIT)
     billed(tenants, trained_name("acme/tinker-a-0"), 2)
     account = FixedTerms(store, tenants, price=UNIT, budget=9 * UNIT)

@@ -1,4 +1,4 @@
-"""What a server that trains gets beside what it has."""
+"""The training extension of a server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A finished job: compared on held-out rows, placed on its route, promoted and taken back."""
+"""A finished job: comparison on held-out rows, promotion and rollback."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Shop:
     def placed(
         self, reference: str, scores: Mapping[str, float] | None, after: Mapping[str, Any], serving: int | None = None
     ) -> Job:
-        """A job that has made `reference`, by pretence, and was measured so, beside a version that serves."""
+        """Return a job that pretends to have made `reference` with these scores, next to a serving version."""
         job = queued(self.jobs, about={"after": parse_after(after, self.folder).model_dump()})
         lease = taken(self.jobs)
         found = {who: {"exact_match": value} for who, value in (scores or {}).items()}
@@ -70,7 +70,7 @@ class Shop:
         return job
 
     def add_versions(self, count: int) -> None:
-        """Of acme/support, each another adapter."""
+        """Add versions of acme/support, each with another adapter."""
         for n in range(count):
             pair = Pair(torch.full((1, 4), 2.0 + n), torch.ones(4, 1), 1.0)
             write_folder(Adapter({"layer": pair}), self.folder / f"version {n}")
@@ -123,8 +123,7 @@ NEW = {"targets": {"acme/new@1": 1}, "shadow": None}
 def test_route_follows_the_promotion_rule(
     shop: Shop, before: bool, route: Any, rule: Any, scores: Any, leads: Any
 ) -> None:
-    """By rule or waiting for a hand; a job that is gone on with after a kill moves nothing twice; then by hand, and
-    back to what was before all of it."""
+    """A job that resumes after a kill moves nothing twice; then a person promotes and rolls back."""
     if before:
         routes.set_route(shop.tenants, "support", [("acme/old@1", 1)], tenant="acme", who="test")
     job = shop.placed("acme/new@1", scores, {"route": {"name": "support", **route}, **rule})
@@ -160,8 +159,7 @@ def test_route_moved_by_another_is_unchanged(shop: Shop) -> None:
 
 
 def test_job_is_compared_with_the_serving_version(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same numbers as scoring each apart, on the job's card, among its events, and by its rule; the base is loaded
-    once for all of it."""
+    """Scores equal separate evaluations, and are on the card and in the events; the base is loaded once."""
     from veneer.models.text.base import load_text
     from veneer.train.text.evaluate import score_mixes
     from veneer.train.text.rows import read_rows
@@ -217,7 +215,7 @@ def test_job_is_compared_with_the_serving_version(shop: Shop, monkeypatch: pytes
 def test_alias_follows_the_promotion_rule(
     shop: Shop, before: int | None, rule: Any, scores: Any, now: int | None
 ) -> None:
-    """By rule, or waiting for a hand; a kill moves it once; then by hand, and back to what was before all of it."""
+    """A kill moves the alias once; then a person promotes and rolls back."""
 
     def points() -> int | None:
         found = shop.library.search(name="acme/support", all_versions=True)

@@ -1,4 +1,4 @@
-"""What adapters cost and bring, against figures that were worked out by hand."""
+"""Cost and revenue of adapters, against figures by hand."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DAY = 86400.0
 
 
 def served(tenant: str, adapter: str, number: int, prefill: float, decode: float, price: int) -> OwedEntry:
-    """A request of 1,000 tokens of an answer at a price (in units) of a thousand."""
+    """Return a request with 1,000 completion tokens, at a price in units per thousand."""
     lines = (LedgerLine(f"d-{adapter}", adapter, 1.0, Price(0, 0, price * 1000 * UNIT)),)
     entry = LedgerEntry(f"{tenant}{adapter}{number}", tenant, "word", START + number, 0, 1000, lines)
     return OwedEntry(entry, "done", START + number + 9, Usage(0, 0, 1000, 5.0, prefill, decode))

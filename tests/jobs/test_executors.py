@@ -1,4 +1,4 @@
-"""Processes of this machine: they are stopped, killed, and kept within their memory, by real signals."""
+"""Processes of this machine are stopped, killed and limited, with real signals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Uploaded files: whole or not there, apart from tenant to tenant, gone when they are to be gone."""
+"""Uploaded files: complete or absent, private to their tenant, and removed on time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HOUR = 3600.0
 
 @pytest.fixture
 def files(library: Library) -> Files:
-    """Whose clock stands until a test sets another."""
+    """Files whose clock stands still until a test sets another."""
     made = open_files(library, Quotas(QuotaLimits(disk=2000, files=8)))
     now = made.clock()
     made.clock = lambda: now
@@ -41,7 +41,7 @@ def later(files: Files, seconds: float) -> None:
 
 
 def kept(files: Files) -> set[str]:
-    """The sha256 of all bytes that are there."""
+    """Return the sha256 of all stored bytes."""
     return {path.rpartition("/")[2] for path, _, _ in files.store.walk("tenants")}
 
 
@@ -77,7 +77,7 @@ def test_files_work_in_a_remote_store(quick: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.skipif(os.name != "posix", reason="rights of POSIX")
 def test_files_are_private_to_the_user(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tenants with what they let be kept, jobs, uploads: new, and made by a veneer that let everybody."""
+    """Databases and folders of tenants, jobs and files; new ones, and existing ones with open permissions."""
     monkeypatch.setenv("VENEER_HOME", str(quick / "home"))
     before = os.umask(0o022)
     try:
@@ -100,7 +100,7 @@ def test_files_are_private_to_the_user(quick: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_files_are_private_to_the_tenant(files: Files) -> None:
-    """By every way that takes an id; and the same bytes uploaded by two are kept for each."""
+    """Every method with an id; equal bytes of two tenants are stored for each."""
     id = add(files, "acme")
     for attack in (
         lambda: files.get("globex", id),
@@ -128,7 +128,7 @@ def test_bytes_are_deleted_with_their_last_file(files: Files) -> None:
 
 
 def test_concurrent_delete_keeps_bytes_of_a_new_file(files: Files) -> None:
-    """Another deletes the one file with these bytes between the look for them and the row."""
+    """The only file with these bytes is deleted between the check for the bytes and the new row."""
     first = add(files, "acme")
     begin, done = files.store.size, []
 
@@ -171,7 +171,7 @@ def test_file_expires_on_time(files: Files) -> None:
 
 
 def test_many_files_expire_in_few_transactions(files: Files) -> None:
-    """More files, each with separate bytes, than a statement can have values."""
+    """There are more files, each with its own bytes, than a statement can have values."""
     files.quotas, now, count = Quotas(), files.clock(), 1200
     whole = b"".join(b"%04d" % n for n in range(count))
     rows: list[dict[str, object]] = []
@@ -203,7 +203,7 @@ def test_many_files_expire_in_few_transactions(files: Files) -> None:
 
 
 def test_sweep_removes_only_leftovers_of_a_kill(files: Files) -> None:
-    """Killed after the bytes were written, and before their row was."""
+    """The kill comes after the bytes were written, and before the row."""
 
     class Killed(BaseException):
         pass

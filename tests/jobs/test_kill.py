@@ -1,4 +1,4 @@
-"""SIGKILL at every change of the database: nothing is lost, trained twice or billed twice."""
+"""SIGKILL at every commit: nothing is lost, trained twice or billed twice."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.parametrize("stride", [12, pytest.param(1, marks=pytest.mark.slow)])
 def test_job_survives_a_kill_at_every_commit(quick: Path, stride: int) -> None:  # noqa: F811
-    """From its validation to its route and bill: one machine dies at a commit, and another goes on. By default at every
+    """From validation to route and bill: one machine dies at a commit, and another continues. By default at every
     twelfth commit, in the slow test at each."""
     log = quick / "said"
     command = ["-m", "tests.jobs.driver", str(quick), str(stride)]
@@ -37,7 +37,7 @@ def test_job_survives_a_kill_at_every_commit(quick: Path, stride: int) -> None: 
 
 @pytest.mark.slow
 def test_second_worker_continues_a_killed_workers_job(quick: Path) -> None:  # noqa: F811
-    """Real processes: with the worker its job's process ends too, and another worker goes on where it was."""
+    """Real processes: the job's process ends with its worker, and another worker resumes the job."""
     env = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
     with open_library(quick / "library") as library:
         store = JobStore(library)

@@ -1,6 +1,6 @@
-"""Jobs of Kubernetes, through its official client, against a server that answers as Kubernetes does.
+"""Kubernetes Jobs through the official client, against a server with Kubernetes' answers.
 
-The bodies are those of the API's reference (batch/v1 Job, core/v1 Pod), with what a cluster fills in."""
+Bodies are from the API's reference (batch/v1 Job, core/v1 Pod), with what a cluster fills in."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ FAILED = {"failed": 1, "conditions": [{"type": "Failed", **LIMIT}], **START}
 
 
 class Cluster:
-    """What the server keeps, and what was asked of it. `refuse`: a status for everything."""
+    """The server's Jobs and received requests. `refuse`: status of every answer."""
 
     def __init__(self) -> None:
         self.jobs: dict[str, dict[str, Any]] = {}

@@ -1,4 +1,4 @@
-"""What a tenant reads of a job: nothing of where things are, whatever the job reads."""
+"""A job as its tenant sees it: without paths of the server."""
 
 from __future__ import annotations
 

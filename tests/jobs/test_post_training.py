@@ -24,7 +24,7 @@ from veneer.train.config.load import config_from
     metric=st.sampled_from(["bleu", "loss"]),
 )
 def test_rule_compares_in_the_metrics_direction(new: int, serving: int, by: int, metric: str) -> None:
-    """In whole hundredths, where arithmetic is exact: a difference of 0.01 in floats is one of 0.01."""
+    """In hundredths, where arithmetic is exact: a float difference of 0.01 counts as 0.01."""
     rule = PromotionRule(metric=metric, by=by / 100)
     holds = rule.holds({"new": {metric: new / 100}, "serving": {metric: serving / 100}})
     assert holds == ((serving - new if metric == "loss" else new - serving) >= by)

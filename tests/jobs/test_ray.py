@@ -1,5 +1,4 @@
-"""Jobs on Ray: what Ray receives about a job; and on a real Ray started for the test, one job that is trained and one
-that is stopped."""
+"""Jobs on Ray: what Ray receives; and on a real Ray, a job that is trained and a job that is stopped."""
 
 from __future__ import annotations
 
@@ -32,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A head node in a process of its own."""
+    """Start a head node in its own process."""
     pytest.importorskip("ray.job_submission", reason="pip install 'veneer[ray]'")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

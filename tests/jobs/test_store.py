@@ -1,4 +1,4 @@
-"""The queue: which states follow which, whose a job is, and that nothing is counted twice."""
+"""The queue: transitions, tenants, and that nothing counts twice."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def trained(number: int, tokens: int = 100_000) -> tuple[int, int, int]:
 
 
 def in_state(store: JobStore, state: str) -> Job:
-    """A job that came to a state on some way that there is."""
+    """Return a job in this state."""
     if state == "validating":
         return store.create("acme", CONFIG, name="support")
     job = queued(store)
@@ -128,7 +128,7 @@ def test_failed_jobs_are_free_and_cancelled_jobs_billed(store: JobStore) -> None
 
 
 def test_lost_lease_changes_nothing(store: JobStore) -> None:
-    """It was paused, cancelled, or ran out and was taken over: the old token is worth nothing, whatever is tried."""
+    """After a pause, a cancellation or a takeover, every call with the old token fails."""
     for lose in ("pause", "cancel", "expire"):
         queued(store)
         lease = taken(store, 0.05 if lose == "expire" else 60)

@@ -1,4 +1,4 @@
-"""What is looked at before a job is queued: its plan, and that every kind of bad input is named with a way out."""
+"""Validation of a job: its plan, and errors that name the input and a fix."""
 
 from __future__ import annotations
 
@@ -85,8 +85,7 @@ def test_sampled_completions_are_planned_once(store: JobStore, folder: Path) -> 
 def test_plan_includes_the_evaluations_completions(
     store: JobStore, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a CPU, whose processes are held to their plan: what answering takes beside the one base, where it is more than
-    training; and where that is more than there is, it is said before."""
+    """On a CPU, the plan has sampling's peak if training's is lower; a peak over the memory is refused."""
 
     def asked(*metrics: str) -> Job:
         about = {"after": {"evaluate": {"metrics": metrics}, "alias": "prod"}}
@@ -165,7 +164,7 @@ def test_job_that_does_not_fit_is_refused(store: JobStore, folder: Path) -> None
 def test_rows_over_the_memory_limit_are_not_read(
     store: JobStore, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker that took them in would end, and with it what it trains for others."""
+    """Reading them would end the worker, and with it other tenants' jobs."""
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 15, total=1 << 34))
     job = looked_at(store, small_config(folder))
     assert (job.state, job.error["kind"]) == ("failed", "preflight")

@@ -1,4 +1,4 @@
-"""From an uploaded file to an answer of what was trained on it, by OpenAI's client, on a whole server with tenants."""
+"""From an uploaded file to a completion of the tuned model, with OpenAI's client, on a server with tenants."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_tuned_model_is_served_only_to_its_tenant(tmp_path: Path, monkeypatch: p
     jobs = JobStore(shop.library)
 
     def work() -> None:
-        """What a worker does with the one job that waits."""
+        """Do a worker's work on the one waiting job."""
         new = jobs.take("here", 60, "validating")
         assert new is not None
         validate_job(jobs, new, FixedTerms(jobs), device_of("h100-80gb"))  # what this machine does is not measured

@@ -1,4 +1,4 @@
-"""A worker: what it starts, stops and gives back, with processes that are not there."""
+"""A worker starts, stops and releases processes, with a fake executor."""
 
 from __future__ import annotations
 
@@ -265,7 +265,7 @@ def test_folders_of_failed_jobs_are_kept_for_days(
 
 
 def test_stopped_worker_lets_processes_save(library: Library, store: JobStore) -> None:
-    """They give the job back by themselves; one that just ended is given back by the worker."""
+    """Processes release their jobs; the worker releases the job of a process that has just ended."""
     executor, job = FakeExecutor(), queued(store)
     with working(library, executor):
         until(lambda: executor.running)

@@ -27,7 +27,7 @@ LARGE = 3 << 20
 
 @pytest.fixture(scope="module")
 def _made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Files, Live]]:
-    """A server whose other bodies may have a megabyte."""
+    """A server whose other bodies are limited to a megabyte."""
     with open_library(tmp_path_factory.mktemp("files") / "library") as library:
         files = open_files(library)
         files.max_bytes = LARGE
@@ -183,7 +183,7 @@ def test_invalid_form_is_refused(server: Live, files: Files, form: Any, status: 
 
 
 def test_interrupted_uploads_leave_nothing(server: Live, files: Files) -> None:
-    """What it had sent is gone, and its place among those who upload is free again."""
+    """Uploaded bytes are removed, and the upload's slot is free again."""
 
     def body(ends: bool) -> Iterator[bytes]:
         yield b'--x\r\ncontent-disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n' + bytes(100_000)

@@ -1,4 +1,4 @@
-"""OpenAI's routes of graders, by OpenAI's own client."""
+"""OpenAI's grader routes, with OpenAI's client."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PYTHON: dict[str, Any] = {
 
 
 def score(says: str, model: str = "toy") -> dict[str, Any]:
-    """The toy says what the last line of its prompt asks it to."""
+    """Let the toy model answer with the last line of its prompt."""
     return {
         "type": "score_model",
         "name": "taste",

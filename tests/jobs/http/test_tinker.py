@@ -1,4 +1,4 @@
-"""Tinker's routes, as its SDK asks them (docs/notes/tinker.md), on a server with tenants."""
+"""Tinker's routes with the SDK's requests (docs/notes/tinker.md), on a server with tenants."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STEP = {"adam_params": {"learning_rate": 1e-2}}
 
 
 class Tinker:
-    """A client of one tenant: what the SDK does, without it."""
+    """A client of one tenant that sends the SDK's requests."""
 
     def __init__(self, http: httpx.Client) -> None:
         self.http = http
@@ -105,7 +105,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]
 
 @pytest.fixture
 def client(world: SimpleNamespace) -> Iterator[Callable[[str], Tinker]]:
-    """A new session of a tenant."""
+    """Return a function that creates a session of a tenant."""
     with ExitStack() as closing:
 
         def made(tenant: str) -> Tinker:
@@ -209,7 +209,7 @@ def test_runs_of_other_tenants_are_404(world: SimpleNamespace, client: Any) -> N
 
 
 def test_many_samples_leave_other_tenants_their_share(client: Any) -> None:
-    """One tenant's hundred samples are in the way of nobody's one, which is there long before the last of them."""
+    """Another tenant's single sample finishes long before a tenant's last of many."""
     tenants = [client(name) for name in ("acme", "globex")]
     asked: list[list[Any]] = []
     for tenant, count in zip(tenants, (24, 1), strict=True):
@@ -288,7 +288,7 @@ def _asked(session: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("number", ["²", "9" * 400, "9" * 5000, "00", "-1", "0:1", "0\n"])
 def test_malformed_ids_are_404(client: Any, number: str) -> None:
-    """Nor is another way to write one: there is one client of each folder."""
+    """An id can be written in one way only."""
     acme = client("acme")
     acme.model("tiny-base", 2)
     for path, name, id in (
@@ -304,7 +304,7 @@ def test_malformed_ids_are_404(client: Any, number: str) -> None:
 
 
 def test_training_budget_limits_forward_passes(client: Any) -> None:
-    """At a millionth a token: two passes are in the budget, the third is 402; a failed one costs nothing."""
+    """At a millionth a token, the budget covers two passes; the third is 402."""
     globex = client("globex")
     model = globex.model("tiny-base", 2)
     for _ in range(2):

@@ -1,7 +1,7 @@
-"""Tinker's own SDK and recipes of its cookbook, unchanged, against real processes: two tenants, clumsy ones, and kills.
+"""Tinker's SDK and cookbook, unchanged, against a server process with two tenants.
 
-`make test-peers` installs the cookbook into .venv-tinker, since it wants a transformers of its own;
-VENEER_TINKER_PYTHON names another interpreter that has it."""
+`make test-peers` installs the cookbook into .venv-tinker, because it needs another transformers;
+VENEER_TINKER_PYTHON names another interpreter that has the cookbook."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Process:
 
     @property
     def client_folder(self) -> Path:
-        """Where recipes run: a base and data sets are there as folders by the names that the hub has them under."""
+        """The recipes' working folder, with a base and data sets under their hub names."""
         return self.folder / "client"
 
     @property
@@ -119,7 +119,7 @@ def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
 
 
 def _offline(folder: Path) -> None:
-    """A base, and a few rows of what recipes load from the hub."""
+    """Create a base, and a few rows of the data sets that recipes load from the hub."""
     base = tiny_base_dir(folder, max_position_embeddings=4096)
     (folder / MODEL).parent.mkdir()
     base.rename(folder / MODEL)
@@ -171,8 +171,7 @@ ROWS = [[5 + (7 * i + 3 * j) % 300 for j in range(20 + i)] for i in range(4)]
 
 
 def test_sdk_primitives(process: Process, tmp_path: Path) -> None:
-    """Training, a loss of the client's own, sampling from weights that nobody saved, checkpoints, downloads; and what
-    the trainer says of tokens is what the sampler says of them."""
+    """Training, custom losses, sampling, checkpoints and downloads; trainer and sampler agree on log-probabilities."""
     from tinker import types
 
     service = client(process, "acme")
@@ -234,7 +233,7 @@ _ROLE_COLON = {
 
 @pytest.mark.parametrize("recipe", list(RECIPES))
 def test_cookbook_recipe_runs_for_two_steps(recipe: str, process: Process, tmp_path: Path) -> None:
-    """As it is, by its own command line: two steps, and its checkpoint at the end."""
+    """The recipe runs by its own command line, and saves a checkpoint at the end."""
     if not PYTHON.is_file():
         pytest.skip(f"no {PYTHON}")
     log = tmp_path / "log"
@@ -256,7 +255,7 @@ def test_cookbook_recipe_runs_for_two_steps(recipe: str, process: Process, tmp_p
 
 
 def _bad(**inputs: Any) -> Any:
-    """A row of three tokens, with something wrong in it."""
+    """Return a row of three tokens with an error."""
     from tinker import types
 
     tokens = inputs.pop("tokens", [5, 6, 7])
@@ -315,7 +314,7 @@ def _sampled(service: Any, prompt: list[int], **params: Any) -> Any:
 
 @pytest.mark.parametrize("mistake", list(MISTAKES))
 def test_sdk_reports_a_mistake_and_continues(mistake: str, process: Process, clumsy: Any) -> None:
-    """Soon, in a sentence that says what is wrong; the same client's next step is as if it had not been."""
+    """The error names the mistake, and the client's next request works."""
     service, training = clumsy
     do, said = MISTAKES[mistake]
     with pytest.raises(Exception, match=f"(?s){said}"):
@@ -338,7 +337,7 @@ def clumsy(process: Process) -> Any:
 
 @pytest.mark.parametrize("ranks", [(2, 16), (24, 32)], ids=["in one batch", "with room for one of them"])
 def test_tenants_of_different_rank_get_their_own_results(process: Process, ranks: tuple[int, int]) -> None:
-    """What each of them gets beside the other is what it gets by itself; who has no room waits for it."""
+    """Concurrent clients get the results of separate runs, also if memory fits one of them."""
 
     def trained(tenant: str, rank: int) -> list[float]:
         service = client(process, tenant)
@@ -391,7 +390,7 @@ def billed(process: Process, run: str) -> int:
 
 
 def test_code_of_the_tinker_page_runs(process: Process, tmp_path: Path) -> None:
-    """docs/how-to/tinker.md: its Python, as it is but for the base's name."""
+    """The Python of docs/how-to/tinker.md, with another base name."""
     (code,) = blocks((ROOT / "docs" / "how-to" / "tinker.md").read_text(encoding="utf-8"), "python")
     ran = subprocess.run(
         [PYTHON, "-c", code.replace('"smollm2-135m"', f'"{MODEL}"')],

@@ -1,4 +1,4 @@
-"""OpenAI's routes of fine-tuning, by OpenAI's own clients, over a queue whose worker the test is."""
+"""OpenAI's fine-tuning routes, with OpenAI's client; the test acts as the queue's worker."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ PAIR = {
 
 @dataclass
 class Jobs:
-    """A server, its queue, and a worker of it."""
+    """A server, its queue, and a worker."""
 
     server: Live
     store: JobStore
@@ -58,14 +58,14 @@ class Jobs:
         return lease
 
     def trained(self) -> JobLease:
-        """The next job, validated and begun."""
+        """Validate and start the next job."""
         lease = self.taken("validating")
         self.store.queue(lease, {"tokens": 900, "steps": 9})
         return self.taken()
 
 
 class Catalog(ToyCatalog):
-    """One that says what an adapter is called where jobs run."""
+    """A catalog that returns an adapter's name in the library."""
 
     def resolve(self, model: str, caller: Principal) -> ResolvedModel:
         found = super().resolve(model, caller)
@@ -74,7 +74,7 @@ class Catalog(ToyCatalog):
 
 @contextmanager
 def serving(place: Path) -> Iterator[Jobs]:
-    """A server over a library of its own."""
+    """Serve over a library of its own."""
     with open_library(place) as library, closing(Store(f"{place}-tenants.sqlite")) as tenants:
         manage.add_tenant(tenants, "acme", who="test")
         files, store = open_files(library), JobStore(library)
@@ -112,7 +112,7 @@ def made(client: openai.OpenAI, **more: Any) -> Any:
 
 
 def test_job_from_creation_to_result(jobs: Jobs, client: openai.OpenAI) -> None:
-    """As a script sees it that was written for OpenAI."""
+    """The sequence of a script that was written for OpenAI."""
     file = sent(client)
     job = client.fine_tuning.jobs.create(
         model="toy", training_file=file, suffix="My support!", seed=7, metadata={"team": "help"}
@@ -272,7 +272,7 @@ EXAMPLES: list[dict[str, Any]] = [
 
 
 def after(**section: Any) -> dict[str, Any]:
-    """As OpenAI's client sends what it does not know."""
+    """Return a section `after`, as OpenAI's client sends unknown fields."""
     return {"extra_body": {"after": section}}
 
 
@@ -366,7 +366,7 @@ def test_failed_job_names_file_and_line(jobs: Jobs, client: openai.OpenAI) -> No
 
 
 def test_section_after_is_stored_with_copied_files(jobs: Jobs, client: openai.OpenAI) -> None:
-    """Sent with the job, told with it, and kept on a copy of the file of held-out rows."""
+    """The job shows the section, and has a copy of the held-out file."""
     section = {
         "evaluate": {"data": sent(client, name="held.jsonl"), "metrics": ["exact_match"]},
         "route": {"name": "support", "weight": 0.2},
@@ -388,7 +388,7 @@ def test_section_after_is_stored_with_copied_files(jobs: Jobs, client: openai.Op
 
 @pytest.mark.parametrize("kind", ["internal", "died", "lost"])
 def test_internal_errors_are_hidden_from_clients(jobs: Jobs, client: openai.OpenAI, kind: str) -> None:
-    """By no way that tells of a job: it has hosts and paths in it."""
+    """Neither the job nor its events contain hosts or paths."""
     secret = 'OperationalError: connection to "db.internal" failed: /srv/secret'
     job = made(client)
     lease = jobs.trained()
@@ -418,7 +418,7 @@ def test_job_over_the_budget_fails(jobs: Jobs, client: openai.OpenAI) -> None:
 
 
 def test_database_outage_is_503(jobs: Jobs, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With nothing of what its driver says."""
+    """The error contains nothing of the driver's message."""
 
     def away(*given: object, **named: object) -> None:
         raise OperationalError("SELECT secret", {}, Exception("host db.internal"))
@@ -463,7 +463,7 @@ def test_jobs_are_listed_by_page_and_metadata(client: openai.OpenAI) -> None:
 
 
 def test_jobs_of_other_tenants_are_404(jobs: Jobs, client: openai.OpenAI) -> None:
-    """By every way that takes an id, of a job, of a file, of a model."""
+    """Every route with an id of a job, a file or a model."""
     id = made(client).id
     file = sent(client)
     with jobs.client("admin") as other:
@@ -506,7 +506,7 @@ def test_unfinished_jobs_of_a_tenant_are_limited(
 
 
 def test_unknown_event_id_is_400(jobs: Jobs, client: openai.OpenAI) -> None:
-    """Whatever its number: SQL's have an end."""
+    """Also for numbers that SQL cannot store."""
     id = made(client).id
     first = client.fine_tuning.jobs.list_events(id).data[0].id
     for after in (f"{first.rpartition('-')[0]}-{'9' * 50}", f"{first}x", "ftevent-x-1", ""):
@@ -517,7 +517,7 @@ def test_unknown_event_id_is_400(jobs: Jobs, client: openai.OpenAI) -> None:
 def test_inputs_of_unfinished_jobs_are_limited(
     jobs: Jobs, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whose files are deleted, and come again for the next job."""
+    """Inputs count even if the uploaded files are deleted."""
     monkeypatch.setattr(jobs.files, "quotas", Quotas(QuotaLimits(disk=1_000_000)))
     large = {"messages": [*ROW["messages"], {"role": "user", "content": "x" * 400_000}]}
 
@@ -538,8 +538,7 @@ def test_inputs_of_unfinished_jobs_are_limited(
 
 @pytest.mark.slow
 def test_no_generated_request_returns_5xx(jobs: Jobs) -> None:
-    """Schemathesis over the description of every route of files and jobs, with the ids of a file and of a job among
-    what it makes up: any answer but 5xx."""
+    """Schemathesis over every route of files and jobs, with ids of a file and a job."""
     import schemathesis
     from hypothesis import HealthCheck, Phase, given, settings
     from hypothesis.errors import Unsatisfiable

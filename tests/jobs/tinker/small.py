@@ -1,4 +1,4 @@
-"""A tiny base, a service over it, and requests as Tinker's SDK writes them."""
+"""A tiny base, a service over the base, and requests in the SDK's format."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def forward_body(
     options: dict[str, float] | None = None,
     **inputs: Any,
 ) -> bytes:
-    """`inputs`: of every row, as functions of its targets; by default weights of 1."""
+    """Return a forward request. `inputs`: functions of a row's targets; default: weights of 1."""
     made = part(1, model.encode()) + b"\x10" + varint(seq)
     given = inputs or {"weights": lambda targets: [1.0] * len(targets)}
     for row in rows:
@@ -85,7 +85,7 @@ def forward_body(
 
 
 def fields(data: bytes) -> list[tuple[int, Any]]:
-    """Of a message, as it is on the wire."""
+    """Return a message's fields, as on the wire."""
     found, at = [], 0
 
     def number() -> int:
@@ -111,7 +111,7 @@ def fields(data: bytes) -> list[tuple[int, Any]]:
 
 
 def read_output(data: bytes) -> tuple[list[list[float]], dict[str, float]]:
-    """The log-probabilities of each row, and the metrics, of what a forward gives back."""
+    """Return the log-probabilities of each row, and the metrics, of a forward result."""
     logps: list[list[float]] = []
     metrics: dict[str, float] = {}
     for number, value in fields(data):

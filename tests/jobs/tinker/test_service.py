@@ -1,4 +1,4 @@
-"""Requests in their order, each once: through crashes, evictions, mistakes, and beside another tenant's."""
+"""Requests run in order, each once, through evictions, mistakes and other tenants' requests."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def loss(answer: FutureResult) -> float:
 
 
 def steps(service: TinkerService, run: TrainingRun, first: int, last: int) -> list[float]:
-    """Losses of the steps from request `first` to `last`, two requests each."""
+    """Run the steps from request `first` to `last`, two requests each, and return their losses."""
     found = []
     for seq in range(first, last, 2):
         found.append(loss(result(service, run, seq, "forward", forward_body(run.id, seq, ROWS))))
@@ -129,7 +129,7 @@ def test_metadata_is_limited(tmp_path: Path) -> None:
 
 
 def test_restart_keeps_checkpoints_and_ends_clients(tmp_path: Path) -> None:
-    """Without `close`, as after a kill: a checkpoint continues bit for bit, and the error of a client says so."""
+    """The folder is copied while the service runs, as a kill leaves it."""
     with small_service(tmp_path / "first") as service:
         run, lost = begun(service), begun(service)
         steps(service, run, 1, 3)
@@ -153,7 +153,7 @@ def test_restart_keeps_checkpoints_and_ends_clients(tmp_path: Path) -> None:
 
 
 def test_eviction_changes_no_result(tmp_path: Path) -> None:
-    """Room for one of two clients: their states go to the disk and come back, and neither notices."""
+    """Memory fits one of two clients: their states move to disk and back."""
     with small_service(tmp_path / "wide") as service:
         alone = [steps(service, begun(service, seed=seed), 1, 7) for seed in (1, 2)]
         max_memory = 4 * sum(p.nbytes for p in _parameters(service))
@@ -175,7 +175,7 @@ def _parameters(service: TinkerService) -> list[torch.Tensor]:
 
 
 def test_failed_request_is_undone_and_affects_no_other_client(tmp_path: Path) -> None:
-    """It says what is wrong; the next request is as if it had never been, whoever shares the pass."""
+    """The error names the mistake; later requests are as if the failed request had not been sent."""
     with small_service(tmp_path) as service:
         run, other = begun(service), begun(service, "globex", rank=4)
         first = result(service, run, 1, "forward", forward_body(run.id, 1, ROWS))
@@ -217,7 +217,7 @@ def test_failed_request_is_undone_and_affects_no_other_client(tmp_path: Path) ->
 
 
 def test_checkpoint_is_a_library_adapter(tmp_path: Path) -> None:
-    """It loads with its moments or without; another's is not there; a name is taken once; a time to live ends."""
+    """A checkpoint loads with or without moments, is private to its tenant, has a unique name, and expires."""
     with small_service(tmp_path) as service:
         run = begun(service)
         steps(service, run, 1, 5)

@@ -1,4 +1,4 @@
-"""One client's steps beside veneer's own and beside PEFT's; several clients in one pass beside each alone."""
+"""A client's steps against veneer's own and PEFT's; shared passes against separate passes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def trainer() -> Iterator[Trainer]:
 
 @pytest.fixture(autouse=True)
 def _no_learners(trainer: Trainer) -> Iterator[None]:
-    """A test that fails leaves none to the next."""
+    """Remove the learners of a failed test."""
     yield
     for learner in list(trainer.learners.values()):
         trainer.drop(learner)
@@ -121,8 +121,7 @@ def test_gradients_equal_transformers_with_peft(trainer: Trainer, unembed: bool)
 
 
 def test_shared_pass_equals_separate_passes(trainer: Trainer) -> None:
-    """Each has the log-probabilities and the gradient that it has alone, the pass is one, and whoever only looks gets
-    none."""
+    """Log-probabilities and gradients are equal; a forward without backward gets no gradient."""
     kinds = {"a": Lora(2, 1), "b": Lora(8, 2, mlp=False), "c": Lora(3, 3, attention=False, unembed=False)}
     separately: dict[str, Any] = {}
     for name, lora in kinds.items():
@@ -149,7 +148,7 @@ def test_shared_pass_equals_separate_passes(trainer: Trainer) -> None:
 
 
 def test_state_is_restored_bit_for_bit(trainer: Trainer, tmp_path: Any) -> None:
-    """With its moments and the gradient since the last step."""
+    """With moments and the gradient since the last step."""
     learner = trainer.create("one", Lora(2, 5))
     done(trainer, work(trainer, learner, ROWS))
     trainer.optimize(learner, Adam(1e-2))
@@ -168,7 +167,7 @@ def test_state_is_restored_bit_for_bit(trainer: Trainer, tmp_path: Any) -> None:
 
 
 def _reference(name: str, p: Any, q: Any, a: Any, w: Any, mask: Any) -> float:
-    """By numpy in float64, from Tinker's page."""
+    """Return the loss by numpy in float64, from Tinker's page."""
     ratio = np.exp(p - q)
     clipped = np.clip(ratio, 0.7, 1.1)
     sequence = np.exp((p - q)[mask != 0].mean())
@@ -186,7 +185,7 @@ def _reference(name: str, p: Any, q: Any, a: Any, w: Any, mask: Any) -> float:
 
 @pytest.mark.parametrize("name", ["cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo"])
 def test_loss_and_gradient_equal_the_formula(name: str) -> None:
-    """Beside its formula in float64; the gradient beside finite differences of it, where nothing stands still in it."""
+    """The gradient is compared with finite differences, where the formula stops no gradient."""
     draw = np.random.default_rng(4)
     p, q, a, w = (draw.normal(size=9) * scale for scale in (0.3, 0.3, 1.0, 1.0))
     mask = (np.arange(9) > 2).astype(float)
@@ -242,7 +241,7 @@ def test_invalid_row_is_named(row: dict[str, Any], said: str) -> None:
 
 
 def test_trainer_shares_the_bases_tensors(trainer: Trainer) -> None:
-    """The same values, and no memory for them; what is put on the one is not on the other."""
+    """The values use no further memory, and the trainer's modules are not in the base."""
     base = small_base()
     mine = {id(p) for p in base.model.parameters()}
     assert all(id(p) not in mine for p in trainer.model.parameters())

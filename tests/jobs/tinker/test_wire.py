@@ -1,4 +1,4 @@
-"""The format beside the SDK's own code for it, and what is no such message."""
+"""The format against the SDK's own code, and invalid messages."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_truncated_message_is_refused(cut: int) -> None:
 
 
 def test_small_message_cannot_claim_much_memory() -> None:
-    """Zeros that are not on the wire, row after row, and a number where a text belongs."""
+    """Sparse zeros, many rows, and a number in place of a text."""
 
     def zeros(width: int) -> bytes:
         starts = np.zeros(2049, "<i8")
