@@ -106,7 +106,7 @@ def test_uploaded_file_to_a_run(window: Window, tmp_path: Path, jobs: JobStore) 
     row.wait_for()
     assert row.locator("mark").inner_text() == "Left 0."
     page.get_by_label("Adapter name").fill("doors")
-    page.get_by_label("Rank").first.fill("2")
+    page.get_by_label("Rank").last.fill("2")
     window.press("Train")
     page.wait_for_function("document.querySelector('h1')?.textContent.includes('doors')")
     job = newest(jobs)
