@@ -225,8 +225,8 @@ def later_stops(browser: Any, address: str, jobs: Sequence[Mapping[str, Any]]) -
     page.get_by_role("button", name="Create route").wait_for()
     stops.append(stop(page))
     page.get_by_role("button", name="Create route").click()
-    page.get_by_role("region", name="Route ").wait_for()
-    page.wait_for_timeout(1000)
+    page.get_by_role("link", name="Try in Compare").wait_for()
+    page.evaluate("scrollTo(0, 0)")
     stops.append(stop(page))
     page.context.close()
     return stops
@@ -303,7 +303,7 @@ def text_views(home: Home) -> dict[str, View]:
 
     def drop(page: Any) -> None:
         page.set_input_files("input[type=file]", str(home.work / "ink.safetensors"))
-        page.get_by_text("Other tools").wait_for(timeout=600_000)
+        page.get_by_role("heading", name="Other tools").wait_for(timeout=600_000)
 
     return {
         "library": ("", nothing),
