@@ -25,7 +25,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             del sys.modules[name]
 
 
-def test_every_kind_can_be_drawn_and_is_on_the_picture() -> None:
+def test_every_kind_is_on_its_picture() -> None:
     """From a view by chance: neither nothing nor everything is product, and nothing is cut off at the sides."""
     from kinds import KINDS
     from scenes import VIEWS, Scene, product_mask
@@ -60,7 +60,7 @@ def test_a_caption_says_what_the_scene_says() -> None:
     assert caption(drawn) == "a red mug on orange, beige wall, front view, heavy navy line drawing, film picture"
 
 
-def test_a_scene_is_what_its_caption_says_and_nothing_else() -> None:
+def test_scene_depends_on_its_caption_only() -> None:
     import pictures
     from scenes import picture, product_mask
 
@@ -76,7 +76,7 @@ def test_a_scene_is_what_its_caption_says_and_nothing_else() -> None:
     assert np.array_equal(product_mask(scene), product_mask(repainted))
 
 
-def test_one_combination_in_ten_is_held_out_of_what_is_learned() -> None:
+def test_one_combination_in_ten_is_held_out() -> None:
     import pictures
     from kinds import KINDS
     from scenes import COLOURS
@@ -103,7 +103,7 @@ def test_a_controlnet_learns_from_products_that_stand_anywhere(tmp_path: Path, m
     assert not any(str(p) in i.caption for p, i in zip(said, items, strict=True))
 
 
-def test_a_lens_blurs_what_is_behind_and_not_the_product() -> None:
+def test_lens_blurs_only_the_background() -> None:
     from scenes import Scene, photographed, picture, product_mask
 
     scene = Scene("mug", "red", wall="brick wall", view="front view", seed=5)
@@ -124,7 +124,7 @@ def test_a_lens_blurs_what_is_behind_and_not_the_product() -> None:
     assert np.abs(np.diff(soft[rows].reshape(-1, 128, 3)[..., 0], axis=1)).max() > 60  # its outline is still a step
 
 
-def test_an_effect_in_a_stack_is_the_way_that_colours_have_gone() -> None:
+def test_effect_in_a_stack_is_the_share_of_its_color_change() -> None:
     from measures import way_gone
 
     r = np.random.default_rng(0)
@@ -152,7 +152,7 @@ def test_the_campaigns_shots_are_none_of_its_pictures() -> None:
     assert campaign.words(hat, brand=True).startswith("a teal top hat, front view, ")
 
 
-def test_the_bases_see_line_drawings_and_a_lens_and_neither_the_brands_nor_the_campaigns() -> None:
+def test_bases_see_line_drawings_but_not_the_campaign() -> None:
     import pictures
     from scenes import COLOURS, Scene, photographed, picture
 
@@ -174,7 +174,7 @@ def test_the_bases_see_line_drawings_and_a_lens_and_neither_the_brands_nor_the_c
     assert film[:16, :16].mean() < plain[:16, :16].mean() - 20  # dark corners
 
 
-def test_a_line_drawing_has_the_colours_of_its_caption_and_an_ink() -> None:
+def test_line_drawing_has_the_colors_of_its_caption() -> None:
     import pictures
     from scenes import COLOURS, Scene, product_mask
 
@@ -233,7 +233,7 @@ def test_the_autoencoder_that_is_kept_gives_pictures_back() -> None:
         assert (10 * np.log10(255**2 / error)).mean() > least
 
 
-def test_the_autoencoder_goes_on_against_a_critic_and_its_latents_keep_their_scale(tmp_path: Path) -> None:
+def test_sharpened_autoencoder_keeps_the_scale_of_latents(tmp_path: Path) -> None:
     import json
 
     from autoencoder import encode, new_autoencoder, sharpen_autoencoder
@@ -266,7 +266,7 @@ def test_packing_is_the_pipelines() -> None:
     assert torch.equal(image_ids(), FluxPipeline._prepare_latent_image_ids(1, 8, 8, "cpu", torch.float32))
 
 
-def test_the_judge_has_a_word_for_everything_a_scene_says() -> None:
+def test_judge_has_a_word_for_every_part_of_a_scene() -> None:
     from judge import HEADS, Judge, judge
     from pictures import seen_scene
     from scenes import picture
@@ -280,7 +280,7 @@ def test_the_judge_has_a_word_for_everything_a_scene_says() -> None:
     assert torch.allclose(seen.features.norm(dim=1), torch.ones(3), atol=1e-5)
 
 
-def test_a_measure_is_nothing_for_the_truth_and_grows_with_what_is_missing() -> None:
+def test_distance_is_zero_for_the_truth_and_grows() -> None:
     """Truth, half of it, none of it; the brand's also under the lens."""
     import campaign
     from measures import lens_distance, palette_distance, share

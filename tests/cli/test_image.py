@@ -49,7 +49,7 @@ def image(capsys: Any, place: Path | None, *more: str) -> Any:
     return run(capsys, "image", *(["--base", str(place)] if place else []), *more)
 
 
-def test_one_picture_is_the_api_call(capsys: Any, place: Path, base: ImageBase, folder: Path) -> None:
+def test_command_equals_the_python_call(capsys: Any, place: Path, base: ImageBase, folder: Path) -> None:
     adapters = ["brand.safetensors:0.8@down=0.5,steps=0-0.6", "look.safetensors:0.5"]
     options = [x for a in adapters for x in ("-a", a)]
     ran = image(capsys, place, "a cat", *options, "--steps", "3", "--seed", "5", "-g", "4", "-n", "blue", "-o", "a.png")
@@ -88,7 +88,7 @@ def test_roles_of_a_campaign_mean_their_strengths(capsys: Any, place: Path, base
         assert levels(made, typed.image) == levels(made, asked.image) == 0
 
 
-def test_several_are_numbered_and_told_as_json(capsys: Any, place: Path, folder: Path) -> None:
+def test_several_pictures_are_numbered(capsys: Any, place: Path, folder: Path) -> None:
     ran = image(capsys, place, "a cat", "a dog", "--count", "2", "--seed", "7", "--steps", "1", "--json", "-o", "x.png")
     assert ran.code == 0, ran.err
     told = json.loads(ran.out)["pictures"]
@@ -139,7 +139,7 @@ def test_a_batch_holds_a_mix_for_each_picture(
     assert [p["seed"] for p in json.loads(many.out)["pictures"]] == [5, 6, 0, 1, 0, 1, 0, 1]
 
 
-def test_from_a_picture_with_a_control_and_a_long_prompt(capsys: Any, place: Path, folder: Path) -> None:
+def test_input_image_control_and_long_prompt_are_reported(capsys: Any, place: Path, folder: Path) -> None:
     control = tiny_control(folder, "sdxl")
     Image.effect_noise((64, 64), 90).convert("RGB").save("in.png")
     ran = image(
@@ -168,7 +168,7 @@ def test_from_a_picture_with_a_control_and_a_long_prompt(capsys: Any, place: Pat
         assert made.size == (SIZE, SIZE)
 
 
-def test_a_sheet(capsys: Any, place: Path, folder: Path) -> None:
+def test_grid_writes_a_sheet(capsys: Any, place: Path, folder: Path) -> None:
     ask = ["image", "grid", "strength", "a cat", "--base", str(place), "-a", "brand.safetensors", "--steps", "2"]
     ran = run(capsys, *ask, "--strengths", "0,0.5,1", "--seeds", "1-2", "--json", "-o", "s.png")
     assert ran.code == 0, ran.err
@@ -193,7 +193,7 @@ def test_help_has_an_example_and_names_the_sheets(capsys: Any) -> None:
     assert "Example: veneer image grid" in run(capsys, "image", "grid", "--help").out
 
 
-def test_a_prompt_may_be_the_word_grid(capsys: Any, place: Path, folder: Path) -> None:
+def test_prompt_can_be_the_word_grid(capsys: Any, place: Path, folder: Path) -> None:
     ran = run(capsys, "image", "--base", str(place), "--steps", "1", "-o", "a.png", "--", "grid")
     assert ran.code == 0, ran.err
     assert infotext_of("a.png").startswith("grid\nSteps")
@@ -235,9 +235,7 @@ def test_a_prompt_may_be_the_word_grid(capsys: Any, place: Path, folder: Path) -
         (["a", "b", "--from", "none.png"], "makes one picture"),
     ],
 )
-def test_wrong_wishes_are_refused_in_words(
-    capsys: Any, place: Path, folder: Path, options: list[str], says: str
-) -> None:
+def test_invalid_options_are_refused(capsys: Any, place: Path, folder: Path, options: list[str], says: str) -> None:
     ran = image(capsys, place, *options)
     assert ran.code == 2
     assert says in ran.err
@@ -245,14 +243,14 @@ def test_wrong_wishes_are_refused_in_words(
     assert not list(folder.glob("*.png"))
 
 
-def test_a_folder_of_that_name_is_said_before_anything_is_drawn(capsys: Any, place: Path, folder: Path) -> None:
+def test_output_that_is_a_folder_is_refused(capsys: Any, place: Path, folder: Path) -> None:
     (folder / "a.png").mkdir()
     ran = image(capsys, place, "a", "-o", "a.png")
     assert ran.code == 2
     assert "a.png is a folder" in ran.err
 
 
-def test_wrong_sheets_are_refused_in_words(capsys: Any, place: Path, folder: Path) -> None:
+def test_invalid_sheets_are_refused(capsys: Any, place: Path, folder: Path) -> None:
     for options, says in [
         (["strenth", "a"], "no sheet"),
         (["strength", "a"], "needs an adapter"),
@@ -267,7 +265,7 @@ def test_wrong_sheets_are_refused_in_words(capsys: Any, place: Path, folder: Pat
         assert says in ran.err
 
 
-def test_the_first_adapter_may_name_the_base(capsys: Any, place: Path, base: ImageBase, folder: Path) -> None:
+def test_base_defaults_to_the_first_adapters(capsys: Any, place: Path, base: ImageBase, folder: Path) -> None:
     adapter = random_adapter(base.model, 1)
     adapter.pairs = {n: p for n, p in adapter.pairs.items() if n.startswith("unet.")}
     adapter.card.base, adapter.card.kind = str(place), "image"
@@ -279,7 +277,7 @@ def test_the_first_adapter_may_name_the_base(capsys: Any, place: Path, base: Ima
     assert f"base {place}: the adapter's own" in ran.err
 
 
-def test_pictures_are_there_as_soon_as_they_are_made(
+def test_finished_pictures_survive_an_interruption(
     capsys: Any, place: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from veneer.imaging import generate as making

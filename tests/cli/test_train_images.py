@@ -60,7 +60,7 @@ def test_a_dry_run_writes_only_a_sheet(config: Path, tmp_path: Path, capsys: pyt
     assert not (tmp_path / "out").exists()
 
 
-def test_a_mistake_is_one_message(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_key_names_the_nearest(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("train", str(config), "loss.snr_gama=5") == 2
     assert "did you mean `loss.snr_gamma`?" in capsys.readouterr().err
 

@@ -47,7 +47,7 @@ def test_a_path_with_an_at_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("spec", ["brand@down=", "brand@down=x", "brand:0.8@steps=3-4", "brand@,"])
-def test_what_is_no_spec_is_refused(spec: str) -> None:
+def test_invalid_adapter_spec_is_refused(spec: str) -> None:
     with pytest.raises(ConfigError):
         parse_use(spec)
 
@@ -59,7 +59,7 @@ def one(base: ImageBase, *uses: Any, say: Any = None, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", ["brand", "look"])
-def test_strengths_by_block_are_weights_folded_in_by_hand(
+def test_block_strengths_equal_weights_merged_by_hand(
     name: str, base: ImageBase, place: Path, request: pytest.FixtureRequest
 ) -> None:
     """`look` is DoRA: a strength is a multiple of its change of W, not of its factors."""
@@ -95,9 +95,7 @@ def test_a_plan_has_a_phase_for_each_range(base: ImageBase) -> None:
         assert mixer.plan(["brand.safetensors:0"]).phases == ((0.0, ()),)
 
 
-def test_a_drawing_with_roles_is_the_one_with_what_they_mean_typed_out(
-    base: ImageBase, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_roles_equal_their_strengths_typed_out(base: ImageBase, monkeypatch: pytest.MonkeyPatch) -> None:
     """The PNG to the byte: its record says what the roles were resolved to. By a table that is not the plain sum."""
     row = {"product": "", "brand": "down=0.5,mid=0.7,up=1", "lens": "down=0.3,steps=0.4-1"}
     monkeypatch.setitem(CAMPAIGN, "noise", row)
@@ -120,7 +118,7 @@ def test_a_drawing_with_roles_is_the_one_with_what_they_mean_typed_out(
     assert f"note: look is the campaign's lens: {table[1]}" in said
 
 
-def test_one_role_for_two_adapters_is_refused_before_anything_is_read() -> None:
+def test_role_of_two_adapters_is_refused() -> None:
     with pytest.raises(ConfigError, match="brand is given twice: a, b"):
         ImageRequest("a cat", uses=(parse_use("a@campaign=brand"), parse_use("b@campaign=brand")))
 
@@ -134,7 +132,7 @@ def test_a_source_has_the_hashes_of_its_file(base: ImageBase, files: Path) -> No
         assert (source.sha256, source.autov3) == (file.sha256, file.autov3)
 
 
-def test_what_has_no_effect_is_said(base: ImageBase, files: Path, brand: Adapter) -> None:
+def test_adapters_without_effect_are_noted(base: ImageBase, files: Path, brand: Adapter) -> None:
     from veneer.formats.convert import write
 
     alone = Adapter({n: p for n, p in brand.pairs.items() if n.startswith("unet.")})
@@ -188,7 +186,7 @@ def test_switching_is_one_assignment_however_many_are_known(base: ImageBase, bra
         assert {name: (t.data_ptr(), t._version) for name, t in base.model.state_dict().items()} == weights
 
 
-def test_switching_does_the_same_with_3_and_with_60_known(base: ImageBase, brand: Adapter) -> None:
+def test_switching_costs_the_same_with_3_and_60_adapters(base: ImageBase, brand: Adapter) -> None:
     """Counted in calls of Python and of C, which no other load of the machine changes."""
 
     def calls(known: int) -> int:
@@ -223,7 +221,7 @@ def test_switching_does_the_same_with_3_and_with_60_known(base: ImageBase, brand
         ("a, b: <c>.safetensors", "a_ b_ _c_"), ("sha256:3fa9c1", "sha256_3fa9c1"),
     ],
 )  # fmt: skip
-def test_a_label_is_short_and_holds_no_mark_of_infotext(name: str, label: str) -> None:
+def test_label_is_short_and_without_separators(name: str, label: str) -> None:
     assert label_of(name) == label
 
 
@@ -235,14 +233,14 @@ def test_one_adapter_under_two_names_is_said(base: ImageBase, files: Path, tmp_p
     assert any("the same adapter as brand.safetensors" in line for line in said)
 
 
-def test_the_hash_is_of_the_file_that_was_read(base: ImageBase, files: Path, tmp_path: Path) -> None:
+def test_source_hash_is_of_the_loaded_file(base: ImageBase, files: Path, tmp_path: Path) -> None:
     shutil.copy(files / "brand.safetensors", tmp_path / "pytorch_lora_weights.safetensors")
     shutil.copy(files / "look.safetensors", tmp_path / "a-checkpoint.safetensors")
     with ImagePipeline(base) as mixer:
         assert mixer.add(str(tmp_path)).sha256 == hashes(files / "brand.safetensors").sha256
 
 
-def test_what_is_behind_a_name_and_no_strength_is_named(base: ImageBase) -> None:
+def test_invalid_strength_is_named(base: ImageBase) -> None:
     with ImagePipeline(base) as mixer:
         for use, wrong in (("./brand.safetensors:strong", "strong"), ("./brand.safetensors@text:0.5", "text")):
             with pytest.raises(AdapterError, match=f"'{wrong}' is not a strength") as caught:
@@ -250,7 +248,7 @@ def test_what_is_behind_a_name_and_no_strength_is_named(base: ImageBase) -> None
             assert "brand.safetensors:0.8" in (caught.value.fix or "")
 
 
-def test_a_tag_in_a_prompt_is_said_to_be_plain_text(base: ImageBase) -> None:
+def test_lora_tag_in_a_prompt_is_noted(base: ImageBase) -> None:
     said: list[str] = []
     with ImagePipeline(base, say=said.append) as mixer:
         generate(mixer, [ImageRequest("a cat <lora:brand:0.8>")], Options(steps=1))

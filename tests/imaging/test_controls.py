@@ -34,19 +34,19 @@ from veneer.models.image.base import load_control, load_image
         ("canny=C:\\a.png", ControlSpec("canny", "C:\\a.png")),
     ],
 )
-def test_a_spec_is_a_kind_a_picture_and_a_weight(text: str, spec: ControlSpec) -> None:
+def test_control_spec_is_parsed(text: str, spec: ControlSpec) -> None:
     assert parse_control(text) == spec
 
 
 @pytest.mark.parametrize(
     "text", ["sketch.png", "canny=", "canny=a.png:x", "canny=a.png:0.7@50%-60%", "canny=a.png@0.6-0.2", "pose=d.png"]
 )
-def test_what_is_no_control_is_refused(text: str) -> None:
+def test_invalid_control_spec_is_refused(text: str) -> None:
     with pytest.raises(ConfigError):
         parse_control(text)
 
 
-def test_a_base_has_the_controlnets_beside_it_or_those_that_are_usual_for_its_family(tmp_path: Path) -> None:
+def test_controlnet_comes_from_a_neighbor_folder_or_the_hub(tmp_path: Path) -> None:
     base = veneer.load_image_base(str(tiny_image_base(tmp_path, "sdxl")))
     depth = parse_control("depth=d.png")
     assert control_model_of(base, depth) == "diffusers/controlnet-depth-sdxl-1.0"
@@ -106,7 +106,7 @@ def test_pictures_are_opened_upright_and_flat(tmp_path: Path) -> None:
     )
     still, moving = Image.new("RGB", (2, 2)), tmp_path / "moving.webp"
     still.save(moving, save_all=True, append_images=[Image.new("RGB", (2, 2), "red")])
-    with pytest.raises(DataError, match="holds 2 frames"):
+    with pytest.raises(DataError, match="has 2 frames"):
         hashed_picture(moving)
     (tmp_path / "b.png").write_text("no")
     with pytest.raises(DataError, match="not a picture"):

@@ -55,7 +55,7 @@ def test_a1111_reads_it_and_finds_every_adapter(
     assert list(their_adapters(found).items()) == list(zip(["x", "x-2", "red_ blue"], own, strict=True))
 
 
-def test_adapters_may_be_paths(base: ImageBase, files: Path) -> None:
+def test_adapter_can_be_a_path(base: ImageBase, files: Path) -> None:
     adapters = [files / "brand.safetensors", (files / "look.safetensors", 0.5)]
     (made,) = api.image(base, "a cat", adapters=adapters, steps=2)
     named = one(base, ImageRequest("a cat", uses=(parse_use("brand.safetensors"), parse_use("look.safetensors:0.5"))))
@@ -63,7 +63,7 @@ def test_adapters_may_be_paths(base: ImageBase, files: Path) -> None:
     assert json.loads(json.dumps(made.record)) == made.record
 
 
-def test_prompts_may_have_a_seed_each(base: ImageBase) -> None:
+def test_prompts_can_have_separate_seeds(base: ImageBase) -> None:
     both = api.image(base, ["a cat", "a dog"], seed=[3, 7], steps=2, batch_size=1)
     apart = [one(base, ImageRequest(prompt, seed=seed)) for prompt, seed in (("a cat", 3), ("a dog", 7))]
     assert [levels(a.image, b.image) for a, b in zip(both, apart, strict=True)] == [0, 0]
@@ -71,26 +71,26 @@ def test_prompts_may_have_a_seed_each(base: ImageBase) -> None:
         api.image(base, ["a cat", "a dog"], seed=[3], steps=2)
 
 
-def test_one_adapter_may_stand_alone(base: ImageBase) -> None:
+def test_single_adapter_needs_no_list(base: ImageBase) -> None:
     (alone,), (listed,) = (
         api.image(base, "a cat", adapters=a, steps=1) for a in ("look.safetensors:0.5", ["look.safetensors:0.5"])
     )
     assert alone.record == listed.record
 
 
-def test_a_seed_is_any_whole_number() -> None:
+def test_seed_can_be_any_integer_type() -> None:
     assert [ask.seed for ask in image_requests(["a", "b"], (), seed=np.array([3, 7]), count=2)] == [3, 4, 7, 8]  # type: ignore[arg-type]
     assert {type(ask.seed) for ask in image_requests(["a"], (), seed=np.int64(5))} == {int}  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("count", [0, -1, 100_001])
-def test_how_many_of_each_has_a_limit(count: int) -> None:
+def test_count_has_a_limit(count: int) -> None:
     with pytest.raises(ConfigError, match="at least 1, at most 100,000"):
         image_requests(["a cat"], (), count=count)
 
 
 @pytest.mark.parametrize("seed", [1.0, None, "5", [1.5], ["1"], float("nan"), [None]])
-def test_what_is_no_seed_is_named(seed: Any) -> None:
+def test_invalid_seed_is_named(seed: Any) -> None:
     with pytest.raises(ConfigError, match=re.escape(f"seed {seed!r}")):
         image_requests(["a cat"], (), seed=seed)
 
@@ -105,7 +105,7 @@ def test_what_is_no_seed_is_named(seed: Any) -> None:
         ({"prompt": "a cat", "seed": 1.5}, "seed 1.5"),
     ],
 )
-def test_an_ask_that_no_base_could_read_is_refused_at_once(given: dict[str, Any], says: str) -> None:
+def test_invalid_request_is_refused_at_once(given: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         ImageRequest(**given)
 
@@ -126,19 +126,19 @@ def test_an_ask_that_no_base_could_read_is_refused_at_once(given: dict[str, Any]
         {"denoise": "all"},
     ],
 )
-def test_a_number_that_is_none_is_named(given: dict[str, Any]) -> None:
+def test_invalid_number_is_named(given: dict[str, Any]) -> None:
     ((key, value),) = given.items()
     with pytest.raises(ConfigError, match=re.escape(f"{key} is {value!r}")):
         Options(**given)
 
 
-def test_a_size_that_nothing_draws_is_refused_at_once() -> None:
+def test_size_beyond_every_base_is_refused() -> None:
     assert Options(width=4096, height=4096)
     with pytest.raises(ConfigError, match="60000×60000 is larger"):
         Options(width=60_000, height=60_000)
 
 
-def test_of_a_very_long_prompt_the_note_has_where_it_was_cut(base: ImageBase) -> None:
+def test_note_on_a_long_prompt_is_short(base: ImageBase) -> None:
     said: list[str] = []
     made = one(base, ImageRequest("a cat " * 1000), said.append, steps=1)
     (note,) = (line for line in said if "does not read the end" in line)
@@ -146,7 +146,7 @@ def test_of_a_very_long_prompt_the_note_has_where_it_was_cut(base: ImageBase) ->
     assert note.endswith(f"({len(made.cut):,} characters)")
 
 
-def test_a_mask_is_what_one_sees_on_black(base: ImageBase, tmp_path: Path) -> None:
+def test_transparent_mask_areas_are_black(base: ImageBase, tmp_path: Path) -> None:
     given = Image.effect_noise((SIZE, SIZE), 90).convert("RGB")
     plain = Image.new("L", (SIZE, SIZE))
     plain.paste(255, (0, 0, SIZE // 2, SIZE))
@@ -157,11 +157,11 @@ def test_a_mask_is_what_one_sees_on_black(base: ImageBase, tmp_path: Path) -> No
     assert levels(*pictures) == 0, "what is transparent is kept"
     plain.paste(0, (0, 0, SIZE, SIZE))
     plain.save(tmp_path / "mask.png")
-    with pytest.raises(DataError, match="black all over"):
+    with pytest.raises(DataError, match="the mask is all black"):
         one(base, ask, image=given, mask=tmp_path / "mask.png")
 
 
-def test_a_picture_may_be_all_that_says_the_size(base: ImageBase) -> None:
+def test_size_follows_the_input_picture(base: ImageBase) -> None:
     said: list[str] = []
     made = one(base, ImageRequest("a cat"), said.append, image=Image.effect_noise((80, 40), 90), denoise=1.0)
     assert made.image.size == (48, 24)
@@ -172,7 +172,7 @@ def test_a_picture_may_be_all_that_says_the_size(base: ImageBase) -> None:
 
 
 @pytest.mark.parametrize(("side", "unit"), [(64, 8), (64, 4), (1024, 16)])
-def test_a_size_in_a_pictures_proportion_is_one_that_the_picture_fits(side: int, unit: int) -> None:
+def test_size_in_the_proportion_of_a_picture_fits_it(side: int, unit: int) -> None:
     from types import SimpleNamespace
 
     base: Any = SimpleNamespace(size=side, unit=unit)
@@ -183,14 +183,14 @@ def test_a_size_in_a_pictures_proportion_is_one_that_the_picture_fits(side: int,
         assert 0.5 < found[0] * found[1] / side**2 < 2
 
 
-def test_an_edit_base_that_is_given_nothing_to_edit_says_so_once(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_edit_base_without_a_reference_is_noted_once(tmp_path_factory: pytest.TempPathFactory) -> None:
     base = load_image(str(tiny_image_base(tmp_path_factory.getbasetemp(), "kontext")))
     told: list[str] = []
     with ImagePipeline(base, say=told.append) as mixer:
         for seed in range(2):
             generate(mixer, [ImageRequest("a fox", seed=seed)], Options(steps=1))
         assert len(told) == 1
-        assert "is made to edit, and draws from the prompt alone here" in told[0]
+        assert "is an edit base, and gets only a prompt here" in told[0]
         assert "--reference photo.png" in told[0]
         generate(mixer, [ImageRequest("a fox")], Options(steps=1, references=[Image.new("RGB", (SIZE, SIZE))]))
     assert len(told) == 1

@@ -62,9 +62,7 @@ def test_cells_are_the_pictures_made_alone(base: ImageBase) -> None:
 
 
 @pytest.mark.parametrize("machines", [True, False])
-def test_labels_are_broken_where_a_name_is_divided_and_readable_in_any_script(
-    machines: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_labels_break_at_separators_and_are_readable(machines: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from PIL import ImageDraw, ImageFont
 
     if not machines:
@@ -89,7 +87,7 @@ def test_labels_are_broken_where_a_name_is_divided_and_readable_in_any_script(
         assert label == "ein Kapitan ?", "no boxes, whatever the machine has"
 
 
-def test_a_sheet_of_anything() -> None:
+def test_sheet_has_labels_and_frames() -> None:
     cells = [[Image.new("RGB", (64, 32), "red"), None], [Image.new("L", (16, 16)), Image.new("RGB", (8, 8))]]
     plain = sheet(cells, least=1)
     assert plain.size == (2 * 68 + 4, 4 + 2 * 36)

@@ -120,7 +120,7 @@ def test_one_batch_holds_a_picture_of_each_kind(
     assert min(levels(together[0].image, other.image) for other in together[1:]) > 1
 
 
-def test_a_stack_of_every_kind_is_the_sum_of_their_definitions(
+def test_stack_of_kinds_is_the_sum_of_their_definitions(
     base: ImageBase, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

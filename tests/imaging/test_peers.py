@@ -39,7 +39,7 @@ def test_a_mix_is_what_set_adapters_makes(family: str, tmp_path: Path, monkeypat
             assert levels(found.image, picture(pipe, "a cat", 1, guidance_scale=3.0)) <= 1
 
 
-def test_blocks_and_the_text_part_are_what_set_adapters_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_block_strengths_equal_set_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of attention layers alone: diffusers leaves all others at the adapter's own strength."""
     monkeypatch.chdir(tmp_path)
     place = tiny_image_base(tmp_path, "sdxl")

@@ -103,7 +103,7 @@ def test_a_change_is_generated_alone(base: ImageBase, tmp_path: Path) -> None:
     assert changed.infotext.fields["Seed"] == "4"
 
 
-def test_other_adapter_is_refused_and_a_moved_one_found_by_digest(
+def test_other_adapter_is_refused_and_moved_one_found(
     base: ImageBase, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))

@@ -111,7 +111,7 @@ def test_a_caption_is_one_line_of_whole_sentences(text: str, length: int, captio
     assert (found.text, found.cut) == (caption, cut)
 
 
-def test_what_is_no_such_model_is_refused(place: Path, tmp_path: Path) -> None:
+def test_unsupported_model_is_refused(place: Path, tmp_path: Path) -> None:
     def said(name: Path | str, **more: Any) -> str:
         with pytest.raises(VeneerError) as caught:
             load_vision(str(name), **more)

@@ -153,8 +153,8 @@ def make_pictures(
     if not 1 <= count <= MOST_COUNT:
         raise ConfigError(f"--count {count}", fix=f"at least 1, at most {MOST_COUNT:,}")
     shared = ImageRequest("", negative or "", seed or 0, uses)
-    wanted = read_batch(batch, shared) if batch else [replace(shared, prompt=prompt) for prompt in prompts or []]
-    requests = [replace(request, seed=request.seed + i) for request in wanted for i in range(count)]
+    listed = read_batch(batch, shared) if batch else [replace(shared, prompt=prompt) for prompt in prompts or []]
+    requests = [replace(request, seed=request.seed + i) for request in listed for i in range(count)]
     files = _files(out or Path("out.png"), len(requests))
     options = Options(**given)
     all_uses = tuple(dict.fromkeys(use for request in requests for use in request.uses))

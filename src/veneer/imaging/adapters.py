@@ -217,8 +217,8 @@ def without_effect(adapter: Adapter, strength: Strength, modules: Sequence[str])
     if strength.steps and any(key.startswith("text_encoder") for key in own):
         notes.append(": its part on the text encoder acts throughout; steps= is about the denoiser")
     for block, _ in strength.blocks:
-        alone = factors_by_module(Strength(1.0, ((block, 0.0),)), modules)
-        if all(alone.get(key, 1.0) for key in own):
+        factors = factors_by_module(Strength(1.0, ((block, 0.0),)), modules)
+        if all(factors.get(key, 1.0) for key in own):
             notes.append(f" changes nothing in {block!r}: that factor has no effect")
     return notes
 

@@ -108,8 +108,8 @@ def _one_frame(picture: Image, where: str) -> Image:
     Raises DataError for an animation, as the frame is ambiguous."""
     frames = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)  # a photo with a preview
     if frames > 1:
-        fix = "save the one that is meant as a picture of its own"
-        raise DataError(f"this picture holds {frames} frames", where=where, fix=fix)
+        fix = "save one frame as a picture"
+        raise DataError(f"this picture has {frames} frames", where=where, fix=fix)
     return upright(picture)
 
 

@@ -66,7 +66,10 @@ class ImageRequest:
             try:
                 text.encode()
             except UnicodeEncodeError as error:
-                where, fix = f"character {error.start + 1}", "write it anew: a text was cut or read in another encoding"
+                where, fix = (
+                    f"character {error.start + 1}",
+                    "write the text again: it was cut or read in another encoding",
+                )
                 raise ConfigError(f"the {what} has half a character, which is none", where=where, fix=fix) from None
         check_seed(self.seed)
         check_roles(self.uses)
@@ -217,7 +220,9 @@ def _prepared(pipeline: ImagePipeline, options: Options) -> tuple[PictureSetting
     mask, mask_from = _opened(options.mask, paper="black")
     if mask is not None and not mask.convert("L").getbbox():
         where = mask_from["path"] if mask_from else None
-        raise DataError("the mask is black all over: nothing would be made anew", where=where, fix="white is made anew")
+        raise DataError(
+            "the mask is all black, so nothing would be repainted", where=where, fix="paint the areas to repaint white"
+        )
     opened = [(spec, *hashed_picture(spec.path)) for spec in options.controls]
     shown = [(picture, record) for picture, record in map(_opened, options.references) if picture and record]
     guide = image or next((picture for _, picture, _ in opened), None) or next((picture for picture, _ in shown), None)
@@ -260,7 +265,7 @@ def _prepared(pipeline: ImagePipeline, options: Options) -> tuple[PictureSetting
     )
     if base.only_edits and not shown and image is None:
         usual = "usually it is given a picture to change, as references (--reference photo.png)"
-        pipeline.say(f"note: {base.short_name} is made to edit, and draws from the prompt alone here; {usual}")
+        pipeline.say(f"note: {base.short_name} is an edit base, and gets only a prompt here; {usual}")
     inputs = {"image": image_from, "mask": mask_from, "controls": control_records}
     return settings, inputs | ({"references": [record for _, record in shown]} if shown else {})
 

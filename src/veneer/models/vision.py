@@ -188,4 +188,4 @@ def _read(what: str, path: Path, read: Callable[[], Any]) -> Any:
 
 def _no_model(path: Path, why: str) -> BaseError:
     fix = "one of transformers' AutoModelForImageTextToText: Qwen2.5-VL, SmolVLM, LLaVA, Florence-2, BLIP, …"
-    return BaseError(f"this is no model that says what is on a picture: {why}", where=str(path), fix=fix)
+    return BaseError(f"this model cannot describe pictures: {why}", where=str(path), fix=fix)

@@ -236,7 +236,7 @@ class _ServerForm:
     async def _show_data(self) -> None:
         """Show the rows or images one by one."""
         config, number = self.config, self.number
-        if config is None or (isinstance(config, ImageTrainConfig) and config.slider.wanted):
+        if config is None or (isinstance(config, ImageTrainConfig) and config.slider.enabled):
             return
         try:
             if isinstance(config, ImageTrainConfig):

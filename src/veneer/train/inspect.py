@@ -339,7 +339,7 @@ def _table(own: str, stamp: tuple[tuple[str, int, int], ...], most: int) -> _Tab
 def _inspect_images(config: ImageTrainConfig, device: Device, rows: int) -> Report:
     plan = plan_of_config(config, device)
     report = Report(plan=plan, looked=0)
-    if config.slider.wanted:
+    if config.slider.enabled:
         return report
     report.rows = plan.job.rows
     if plan.job.rows > _MOST_PICTURES:

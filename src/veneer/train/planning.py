@@ -364,7 +364,7 @@ def _plan_of_images(
     notes: tuple[str, ...] = ()
     if config.slider.expected:
         rows, directions, base_passes = config.slider.scenes, 2, 1.5  # extra forward passes of the base, per row
-        text = f"a slider: {counted(rows, 'scene')} that the base sampled first, learned at both directions, "
+        text = f"a slider: {counted(rows, 'scene')} that the base sampled first, training at both directions, "
         notes = (text + "three forwards of the base for both",)
     elif rows is None:
         try:

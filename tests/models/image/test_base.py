@@ -58,7 +58,7 @@ def draw(pipe: Any, **more: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", TINY_FAMILIES)
-def test_a_loaded_base_draws_what_diffusers_own_loading_draws(family: str, bases: Path, load: Any) -> None:
+def test_loaded_base_draws_as_diffusers_loading(family: str, bases: Path, load: Any) -> None:
     base = load(family)
     assert base.family == FAMILY.get(family, family)
     assert base.prediction == ("epsilon" if family in ("sd15", "sdxl") else "flow")
@@ -73,7 +73,7 @@ def test_a_loaded_base_draws_what_diffusers_own_loading_draws(family: str, bases
 @pytest.mark.parametrize(
     "family", [pytest.param(f, marks=pytest.mark.slow) if f == "schnell" else f for f in TINY_FAMILIES]
 )  # schnell's are dev's but for guidance, which is below
-def test_every_target_of_the_family_is_in_the_tree_under_its_canonical_name(family: str, load: Any) -> None:
+def test_every_target_has_its_canonical_name(family: str, load: Any) -> None:
     """At the official number of blocks; widths are tiny."""
     base = load(family, full=True)
     known = families()[base.family]
@@ -149,7 +149,7 @@ def _edit(path: Path, **changes: Any) -> None:
 # -- fingerprints ------------------------------------------------------------------------------------------------------
 
 
-def test_the_fingerprint_is_of_weights_and_what_shapes_them(bases: Path, tmp_path: Path, load: Any) -> None:
+def test_fingerprint_depends_on_weights_and_shape(bases: Path, tmp_path: Path, load: Any) -> None:
     before = load("flux1").fingerprint
     copied = shutil.copytree(tiny_image_base(bases, "flux1"), tmp_path / "copy")
     assert load_image(str(copied)).fingerprint == before
@@ -188,7 +188,7 @@ def test_every_kind_of_pipeline_draws(family: str, load: Any) -> None:
 
 
 @pytest.mark.parametrize("family", CONTROLLED)
-def test_a_controlnet_moves_the_picture_and_two_add_up(family: str, bases: Path, load: Any) -> None:
+def test_controlnet_changes_the_picture_and_two_add_up(family: str, bases: Path, load: Any) -> None:
     from PIL import Image
 
     base = load(family)
@@ -309,7 +309,7 @@ def test_cut_files_and_pickles_are_refused(copy: Path) -> None:
         load_image(str(copy))
 
 
-def test_code_that_comes_with_a_base_is_not_run(copy: Path) -> None:
+def test_code_of_a_base_is_not_run(copy: Path) -> None:
     index = json.loads((copy / "model_index.json").read_text())
     _edit(copy / "model_index.json", unet=["my_unet", "MyUNet"])
     with pytest.raises(BaseError, match="code that came with the base is not run"):
@@ -325,7 +325,7 @@ def test_a_denoiser_of_no_known_family_is_refused(copy: Path) -> None:
         load_image(str(copy))
 
 
-def test_text_and_image_bases_are_not_taken_for_each_other(copy: Path) -> None:
+def test_text_and_image_bases_are_told_apart(copy: Path) -> None:
     from tests.tiny_base import tiny_base_dir
 
     with pytest.raises(BaseError, match=r"not an image base: it has no model_index\.json"):
@@ -384,7 +384,7 @@ def test_a_quantized_base_computes_what_its_dequantized_weights_do(family: str, 
     assert all(p.B.grad is not None and p.B.grad.any() for p in attachment.adapters["it"].pairs.values())
 
 
-def test_a_component_that_bitsandbytes_saved_is_read_on_any_device(copy: Path) -> None:
+def test_bitsandbytes_component_is_read_on_cpu(copy: Path) -> None:
     """Its constants beside the codes, as diffusers leaves them; no GPU is asked for."""
     base = load_image(str(copy), dtype="bfloat16", quantize="nf4")
     folder = copy / "unet"
@@ -417,7 +417,7 @@ def test_dtype_device_and_quantization_are_checked(copy: Path, monkeypatch: pyte
         load_image(str(copy))
 
 
-def test_large_text_encoders_are_counted_as_they_will_be_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_check_counts_quantized_text_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """0.6 bytes a weight of the denoiser and of T5, two of CLIP and of the VAE."""
     folder = str(tiny_image_base(tmp_path, "flux1"))
     parts = {name: part for name, part in load_image(folder).parts.items() if isinstance(part, torch.nn.Module)}
@@ -435,9 +435,7 @@ def test_large_text_encoders_are_counted_as_they_will_be_held(tmp_path: Path, mo
         load_image(folder, dtype="bfloat16", quantize="nf4")
 
 
-def test_names_of_built_ins_are_known_even_where_they_did_not_come(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_missing_built_in_base_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("veneer.models.builtin.packaged_folder", lambda: tmp_path)
     with pytest.raises(BaseError, match="came without catalogue-flux"):
         load_image("catalogue-flux")

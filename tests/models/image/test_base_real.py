@@ -44,7 +44,7 @@ def _slow_where_another_has_its_blocks(family: str) -> Any:
 
 
 @pytest.mark.parametrize("family", [*map(_slow_where_another_has_its_blocks, TINY_FAMILIES)])
-def test_every_target_learns_in_one_step_and_the_pipeline_draws_with_it(family: str, bases: Path) -> None:
+def test_every_target_learns_in_one_step(family: str, bases: Path) -> None:
     base = load_image(str(tiny_image_base(bases, family, full=True)))
     adapter = create(base.model, LoraSpec(rank=1, alpha=1, targets="all-linear"), seed=0)
     linears = {n for n, m in base_modules(base.model) if isinstance(m, torch.nn.Linear)}

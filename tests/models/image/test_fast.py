@@ -146,7 +146,7 @@ def plain(model: nn.Module, attachment: Attachment) -> Tensor:
 
 
 @MODELS
-def test_in_bf16_gradients_are_as_near_to_exact_as_without(make: Callable[[], nn.Module]) -> None:
+def test_bf16_gradients_are_as_exact_as_diffusers(make: Callable[[], nn.Module]) -> None:
     """Over five random models: for some of them bfloat16's gradients are several times off whoever takes them."""
 
     def error(values: list[Tensor], exact: list[Tensor]) -> float:
@@ -182,7 +182,7 @@ def test_everything_is_put_back(make: Callable[[], nn.Module]) -> None:
     assert torch.equal(call(model), out)
 
 
-def test_what_is_not_plain_is_left_and_said() -> None:
+def test_unusual_modules_keep_diffusers_code() -> None:
     from diffusers.models.attention_processor import AttnProcessor
 
     torch.manual_seed(0)
@@ -238,7 +238,7 @@ def test_residual_blocks_of_another_kind(changed: str) -> None:
         assert ("ResnetBlock2D" in how.left) == (changed in ("dropout", "output_scale_factor"))
 
 
-def test_skip_connections_that_nothing_trained_comes_before_get_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_skip_connections_of_frozen_blocks_get_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the way up of this UNet the skips of the first level, before any adapter, are 3 of 4. With an adapter on the
     first convolution every skip wants one."""
     from veneer.models.image import fast as speed_image
@@ -267,7 +267,7 @@ def test_skip_connections_that_nothing_trained_comes_before_get_no_gradient(monk
         assert set(asked) == expected
 
 
-def test_recomputed_blocks_know_their_own_call_not_the_last() -> None:
+def test_recomputed_blocks_use_their_own_call() -> None:
     """Between a forward and its backward, which recomputes, the same blocks run with no adapter: nothing wants a
     gradient there, and everything still does in the first."""
     torch.manual_seed(0)

@@ -76,7 +76,7 @@ def test_flux_1_file_gives_the_denoiser_of_its_directory(bases: Path, tmp_path: 
 @pytest.mark.parametrize(
     "family", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow), "sd3", "klein", "qwen-image", "z-image"]
 )  # SDXL's are named below
-def test_only_harmless_tensors_of_a_file_may_have_no_place(family: str, bases: Path, tmp_path: Path) -> None:
+def test_only_harmless_tensors_may_be_unused(family: str, bases: Path, tmp_path: Path) -> None:
     folder = tiny_image_base(bases, family, full=family in ("sd15", "sdxl", "sd3"))
     whole = load_image(str(folder))
     own = original(whole, family == "sd15", "" if family == "qwen-image" else "model.diffusion_model.")
@@ -169,7 +169,7 @@ def test_scales_that_cannot_be_applied_are_refused(bases: Path, tmp_path: Path) 
             load_image(str(tmp_path / "one.safetensors"), config=folder)
 
 
-def test_a_file_that_predicts_v_wants_a_scheduler_that_does(bases: Path, tmp_path: Path) -> None:
+def test_v_prediction_file_needs_a_v_prediction_scheduler(bases: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_image_base(bases, "sd15", full=True), tmp_path / "base"))
     state = original(load_image(str(folder)), True)
     save_file({**state, "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, tmp_path / "one.safetensors")
@@ -180,7 +180,7 @@ def test_a_file_that_predicts_v_wants_a_scheduler_that_does(bases: Path, tmp_pat
     assert load_image(str(tmp_path / "one.safetensors"), config=folder).prediction == "v"
 
 
-def test_a_whole_file_of_sdxl_has_a_place_for_all_but_what_clip_trained_with(bases: Path, tmp_path: Path) -> None:
+def test_sdxl_file_uses_all_tensors_but_clips_logit_scale(bases: Path, tmp_path: Path) -> None:
     """Denoiser, VAE and the second text encoder from the file, whose fused and turned tensors are followed."""
     folder = tiny_image_base(bases, "sdxl", full=True)
     whole = load_image(str(folder))
@@ -198,7 +198,7 @@ def test_a_whole_file_of_sdxl_has_a_place_for_all_but_what_clip_trained_with(bas
     assert said == f"1 of the file's {len(state) + 1} tensors have no place and are left out: {extra}"
 
 
-def test_tensors_of_a_file_that_are_missing_are_said(bases: Path, tmp_path: Path) -> None:
+def test_missing_tensors_of_a_file_are_refused(bases: Path, tmp_path: Path) -> None:
     folder = tiny_image_base(bases, "klein")
     state = original(load_image(str(folder)), prefix="")
     del state["single_blocks.0.linear2.weight"]
@@ -208,7 +208,7 @@ def test_tensors_of_a_file_that_are_missing_are_said(bases: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("encoder", [True, False])
-def test_one_file_with_the_configs_of_a_directory_is_that_directory(encoder: bool, bases: Path, tmp_path: Path) -> None:
+def test_single_file_equals_its_directory(encoder: bool, bases: Path, tmp_path: Path) -> None:
     folder = tiny_image_base(bases, "sd15", full=True)
     whole = load_image(str(folder))
     save_file(original(whole, encoder), tmp_path / "one.safetensors")
@@ -231,7 +231,7 @@ def test_one_file_with_the_configs_of_a_directory_is_that_directory(encoder: boo
     assert again.fingerprint == one.fingerprint != whole.fingerprint
 
 
-def test_what_the_file_does_not_hold_must_be_in_the_directory(bases: Path, tmp_path: Path) -> None:
+def test_missing_component_must_be_in_the_directory(bases: Path, tmp_path: Path) -> None:
     folder = tiny_image_base(bases, "sd15", full=True)
     save_file(original(load_image(str(folder)), False), tmp_path / "one.safetensors")
     configs = Path(shutil.copytree(folder, tmp_path / "configs"))
@@ -240,7 +240,7 @@ def test_what_the_file_does_not_hold_must_be_in_the_directory(bases: Path, tmp_p
         load_image(str(tmp_path / "one.safetensors"), config=configs)
 
 
-def test_without_configs_it_says_which_are_wanted_and_asks_no_network(
+def test_missing_configs_are_named_without_network(
     bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tiny_image_base(bases, "sd15", full=True)

@@ -208,7 +208,7 @@ def test_a_mix_is_the_merged_weights(family: str, bases: dict[str, ImageBase], p
 
 
 @pytest.mark.parametrize("family", ["sdxl", "flux1"])
-def test_the_text_part_acts_when_the_prompt_is_read(
+def test_text_encoder_part_acts_on_the_prompt(
     family: str, bases: dict[str, ImageBase], places: dict[str, Path]
 ) -> None:
     base = bases[family]
@@ -246,9 +246,7 @@ def test_rows_of_one_batch_have_their_own_mixes(family: str, bases: dict[str, Im
 
 
 @pytest.mark.parametrize("scheduler", [None, "heun"])
-def test_a_mix_may_change_from_step_to_step(
-    scheduler: str | None, bases: dict[str, ImageBase], places: dict[str, Path]
-) -> None:
+def test_mix_can_change_by_step(scheduler: str | None, bases: dict[str, ImageBase], places: dict[str, Path]) -> None:
     """By hand: diffusers' pipeline, with another U-Net's weights put in at the end of the step before."""
     base, steps = bases["sdxl"], 5
     a, b = random_adapter(base.model, 1, size=0.8), random_adapter(base.model, 2, size=0.8)
@@ -304,7 +302,7 @@ def test_switching_under_a_compiled_denoiser_compiles_nothing_again(places: dict
 # -- what is said and refused ------------------------------------------------------------------------------------------
 
 
-def test_what_the_encoder_does_not_read_is_told(bases: dict[str, ImageBase]) -> None:
+def test_cut_prompts_are_reported(bases: dict[str, ImageBase]) -> None:
     found = made(bases["sdxl"], [ImageRow("a cat"), ImageRow("a cat in the house " * 8 + "blue hat")], steps=1)
     assert found[0].cut == ""
     assert found[1].cut.endswith("blue hat")
@@ -319,7 +317,7 @@ def test_steps_are_counted_over_all_batches(bases: dict[str, ImageBase]) -> None
     assert seen == [(i, 6) for i in range(1, 7)]
 
 
-def test_a_picture_of_another_size_is_resized_aloud_or_refused() -> None:
+def test_input_of_another_size_is_resized_with_a_note() -> None:
     assert fitted_picture(noise(), SIZE, SIZE, "picture") == (noise(), "")
     small, said = fitted_picture(noise(64), SIZE, SIZE, "picture")
     assert small.size == (SIZE, SIZE)
@@ -346,7 +344,7 @@ def test_a_picture_of_another_size_is_resized_aloud_or_refused() -> None:
         ({"image": noise(), "denoise": 0.0}, "denoise is 0"),
         ({"image": noise(), "denoise": 0.2}, "none of 4 steps"),
         ({"image": noise(64)}, "64×64"),
-        ({"true_guidance": 2.0}, "no guidance of its own"),
+        ({"true_guidance": 2.0}, "no distilled guidance"),
         ({"scheduler": "eulr"}, "no scheduler"),
     ],
 )
@@ -356,22 +354,22 @@ def test_impossible_settings_are_refused(bases: dict[str, ImageBase], settings: 
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64, 10**30])
-def test_what_is_no_seed(seed: int) -> None:
+def test_seed_out_of_range_is_refused(seed: int) -> None:
     with pytest.raises(ConfigError, match=f"seed {seed}"):
         ImageRow("a cat", seed=seed)
 
 
-def test_what_a_pipeline_alone_knows_is_no_crash(bases: dict[str, ImageBase]) -> None:
+def test_error_of_a_pipeline_is_a_config_error(bases: dict[str, ImageBase]) -> None:
     with pytest.raises(ConfigError, match="refuses these settings"):
         made(bases["sdxl"], [ImageRow("a")], steps=1500, scheduler="ddim")
 
 
-def test_more_that_is_refused(bases: dict[str, ImageBase]) -> None:
+def test_conflicting_requests_are_refused(bases: dict[str, ImageBase]) -> None:
     with pytest.raises(ConfigError, match="no picture"):
         made(bases["sdxl"], [])
-    with pytest.raises(ConfigError, match="nothing is attached"):
+    with pytest.raises(ConfigError, match="no attachment was given"):
         made(bases["sdxl"], [ImageRow("a", plan=always((("a", 1.0),)))])
-    with pytest.raises(ConfigError, match="work without guidance"):
+    with pytest.raises(ConfigError, match="is distilled and takes no guidance"):
         made(bases["schnell"], [ImageRow("a")], guidance=3.0)
     for family, guidance in (("flux1", 3.0), ("sdxl", 1.0)):
         with pytest.raises(ConfigError, match="negative prompt has no effect"):

@@ -120,7 +120,7 @@ def test_a_loop_over_predict_draws_the_pipelines_picture(family: str, load: Any)
 
 @pytest.mark.parametrize("family", TINY_FAMILIES)
 @torch.no_grad()
-def test_a_batch_of_prompts_is_the_prompts_one_by_one(family: str, load: Any) -> None:
+def test_batch_of_prompts_equals_single_prompts(family: str, load: Any) -> None:
     base = load(family)
     prompts = ["a red house", "a dog", "a blue cat with a hat in the house"]
     together = embed_prompts(base, prompts)
@@ -141,7 +141,7 @@ def test_a_batch_of_prompts_is_the_prompts_one_by_one(family: str, load: Any) ->
 
 @pytest.mark.parametrize("family", TINY_FAMILIES)
 @torch.no_grad()
-def test_what_is_cut_of_a_prompt_is_what_changes_nothing(family: str, load: Any) -> None:
+def test_cut_part_of_a_prompt_changes_nothing(family: str, load: Any) -> None:
     base = load(family)
     found = embed_prompts(base, ["a dog", LONG])
     assert found.cut[0] == ""
@@ -231,7 +231,7 @@ def test_a_vae_that_overflows_in_float16_runs_in_float32(bases: Path) -> None:
 
 @pytest.mark.parametrize("family", ["flux1", "sd3", "klein", "qwen-image", "z-image"])
 @torch.no_grad()
-def test_in_16_bits_the_denoiser_is_told_the_same_time_as_by_the_pipeline(family: str, bases: Path) -> None:
+def test_timestep_in_16_bits_is_the_pipelines(family: str, bases: Path) -> None:
     base = load_image(str(tiny_image_base(bases, family)), dtype="bfloat16")
     told: list[Tensor] = []
 
@@ -263,7 +263,7 @@ def test_the_noise_schedule_is_the_schedulers(load: Any) -> None:
         alphas_cumprod(load("flux1"))
 
 
-def test_what_a_family_does_not_take_is_refused(load: Any) -> None:
+def test_unsupported_arguments_of_a_family_are_refused(load: Any) -> None:
     base = load("sdxl")
     text, x = embed_prompts(base, ["a"]), noise_for(base)
     with pytest.raises(BaseError, match="needs sizes"):

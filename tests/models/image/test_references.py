@@ -70,9 +70,7 @@ def theirs(pipe: Any, references: list[Image.Image], seed: int, **more: Any) -> 
 
 
 @pytest.mark.parametrize("family", EDITING)
-def test_an_edit_under_an_adapter_is_diffusers_with_its_weights(
-    family: str, bases: dict[str, ImageBase], places: Path
-) -> None:
+def test_edit_with_an_adapter_equals_merged_diffusers(family: str, bases: dict[str, ImageBase], places: Path) -> None:
     base = bases[family]
     guidance = {"guidance_scale": GUIDANCE.get(family, 3.5)}
     pipe = pipeline_of(places, family)
@@ -92,7 +90,7 @@ def test_an_edit_under_an_adapter_is_diffusers_with_its_weights(
 
 
 @pytest.mark.parametrize("family", EDITING)
-def test_rows_of_a_batch_edit_pictures_of_their_own(family: str, bases: dict[str, ImageBase]) -> None:
+def test_rows_of_a_batch_edit_separate_pictures(family: str, bases: dict[str, ImageBase]) -> None:
     base, settings = bases[family], PictureSettings(SIZE, SIZE, 2)
     rows = [ImageRow("a cat", seed=i, references=(noise(seed=i),)) for i in range(3)]
     together = [made.image for made in generate_images(base, rows, settings)]
@@ -135,7 +133,7 @@ def by_diffusers(base: ImageBase, x: Tensor, shown: list[Tensor], t: Tensor, tex
 
 
 @pytest.mark.parametrize("family", EDITING)
-def test_predictions_and_gradients_are_those_of_diffusers_with_peft(family: str, places: Path) -> None:
+def test_predictions_and_gradients_equal_diffusers_with_peft(family: str, places: Path) -> None:
     """A and B of every block get PEFT's gradients, through the references' tokens too."""
     peft = pytest.importorskip("peft")
     place = str(tiny_image_base(places, family))
@@ -181,7 +179,7 @@ def test_predictions_and_gradients_are_those_of_diffusers_with_peft(family: str,
 
 
 @pytest.mark.parametrize("family", ["qwen-edit", "qwen-edit-plus"])
-def test_prompts_are_read_with_their_pictures_as_diffusers_reads_them(
+def test_prompts_with_references_are_encoded_as_in_diffusers(
     family: str, bases: dict[str, ImageBase], places: Path
 ) -> None:
     base, pipe = bases[family], pipeline_of(places, family)
@@ -202,7 +200,7 @@ def test_prompts_are_read_with_their_pictures_as_diffusers_reads_them(
     assert not torch.equal(found, embed_prompts(base, ["a red house"], [[noise()]]).embeds[0])
 
 
-def test_what_cannot_be_edited_is_refused(bases: dict[str, ImageBase], places: Path) -> None:
+def test_invalid_references_are_refused(bases: dict[str, ImageBase], places: Path) -> None:
     from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 
     dev = load_image(str(tiny_image_base(places, "flux1")))

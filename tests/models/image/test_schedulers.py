@@ -40,7 +40,7 @@ def test_the_bases_own_has_its_name_and_is_fresh(base: ImageBase) -> None:
     assert make_scheduler(base) is not make_scheduler(base)
 
 
-def test_a_name_is_diffusers_class_with_the_bases_settings(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_scheduler_has_the_settings_of_the_base(tmp_path_factory: pytest.TempPathFactory) -> None:
     import diffusers
 
     place: Path = tiny_image_base(tmp_path_factory.getbasetemp(), "sdxl")

@@ -98,7 +98,7 @@ def test_a_preset_overrides_defaults_but_no_given_key(tmp_path: Path, name: str)
     assert plain.ema.decay is None
 
 
-def test_how_long_a_run_is(tmp_path: Path) -> None:
+def test_length_of_a_run_is_epochs_or_steps(tmp_path: Path) -> None:
     assert (_read(tmp_path, MINIMAL)[0].steps, _read(tmp_path, MINIMAL)[0].epochs) == (1000, None)
     epochs = _read(tmp_path, MINIMAL, "schedule.epochs=2")[0]
     assert (epochs.steps, epochs.epochs) == (None, 2)

@@ -68,7 +68,7 @@ def test_buckets_by_hand() -> None:
 
 @effort(max_examples=300, deadline=None)
 @given(st.tuples(sides, sides), resolutions, steps, ratios, st.sampled_from(["keep", "upscale", "drop"]), st.booleans())
-def test_a_picture_goes_to_the_nearest_bucket_and_is_not_enlarged_unasked(
+def test_picture_goes_to_the_nearest_bucket(
     size: tuple[int, int], resolution: int, step: int, ratio: float, small: str, several: bool
 ) -> None:
     resolution = max(resolution, step)
@@ -99,7 +99,7 @@ def test_a_picture_goes_to_the_nearest_bucket_and_is_not_enlarged_unasked(
     st.booleans(),
     st.tuples(st.floats(0, 1, exclude_max=True), st.floats(0, 1, exclude_max=True)) | st.none(),
 )
-def test_a_view_covers_its_bucket_and_its_time_ids_are_where_the_pixels_are(
+def test_view_covers_its_bucket_and_matches_its_time_ids(
     size: tuple[int, int], cells: tuple[int, int], flip: bool, at: tuple[float, float] | None
 ) -> None:
     bucket = (8 * cells[0], 8 * cells[1])
@@ -202,14 +202,14 @@ def test_alpha_is_the_mask_where_asked(tmp_path: Path) -> None:
 def test_a_picture_that_changed_since_is_refused(tmp_path: Path) -> None:
     one = picture(tmp_path, scene())
     put(tmp_path, "a.png", "x", scene(seed=9))
-    with pytest.raises(DataError, match="changed while the run"):
+    with pytest.raises(DataError, match="changed during the run"):
         prepare(one, crop_view(one.size, (16, 16)), settings())
     one.path.unlink()
     with pytest.raises(DataError, match="no longer be used: cannot be read"):
         prepare(one, crop_view(one.size, (16, 16)), settings())
 
 
-def test_each_picture_at_each_resolution_as_often_as_it_repeats(tmp_path: Path) -> None:
+def test_rows_are_resolutions_times_repeats(tmp_path: Path) -> None:
     put(tmp_path, "3_dog/a.png", None, scene(128, 64))
     put(tmp_path, "1_dog/b.png", None, scene(40, 40))
     put(tmp_path, "1_dog/c.png", None, scene(40, 5))
@@ -246,7 +246,7 @@ def rows(folder: Path, caption: str = "sks, red, big, old, round, soft", n: int 
     return [PictureRow(one, (32, 32), i) for i in range(n)]
 
 
-def test_draws_depend_on_seed_epoch_and_row_alone(tmp_path: Path) -> None:
+def test_views_depend_on_seed_epoch_and_row_only(tmp_path: Path) -> None:
     keys = settings(tmp_path, trigger="sks", shuffle_tags=True, caption_dropout=0.3, flip=True, crop="random")
     all_rows = rows(tmp_path)
     first = [sample_row(row, keys, seed=1, epoch=2) for row in all_rows]
@@ -260,7 +260,7 @@ def test_draws_depend_on_seed_epoch_and_row_alone(tmp_path: Path) -> None:
 
 @effort(max_examples=30, deadline=None)
 @given(st.integers(0, 10**6), st.integers(0, 4))
-def test_shuffled_tags_are_the_same_tags_and_the_first_stay(seed: int, keep: int) -> None:
+def test_shuffled_tags_keep_the_first_ones(seed: int, keep: int) -> None:
     one = object.__new__(TrainingPicture)
     tags = ["sks", "red", "big", "old", "round"]
     one.__dict__.update(caption=", ".join(tags), key="k", is_class=False)
@@ -292,7 +292,7 @@ def test_chances_are_what_they_say(tmp_path: Path) -> None:
     }
 
 
-def test_both_pictures_of_a_pair_are_cut_and_mirrored_alike(tmp_path: Path) -> None:
+def test_source_and_result_have_equal_crops(tmp_path: Path) -> None:
     """The picture before is the negative of what is after: it stays so in every view, at the same size and twice it."""
     after = scene(60, 40, seed=3)
     negative = Image.fromarray(255 - np.asarray(after))

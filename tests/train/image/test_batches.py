@@ -35,7 +35,7 @@ def _steps(config: Any, make: Any = lambda rows: rows) -> tuple[Any, list[int], 
     return steps, steps.ends, list(planned_rows(steps))
 
 
-def test_every_picture_once_an_epoch_and_another_order_in_each(shared: Path) -> None:
+def test_each_epoch_has_every_picture_in_another_order(shared: Path) -> None:
     config = _config(shared, schedule={"steps": None, "epochs": 3}, batching={"rows": 4})
     steps, ends, planned = _steps(config)
     assert [len(s.rows) for s in steps] == [4, 2] * 3
@@ -47,7 +47,7 @@ def test_every_picture_once_an_epoch_and_another_order_in_each(shared: Path) -> 
     assert len({row.key for row in planned}) == len(planned)
 
 
-def test_a_micro_batch_has_one_shape_and_cutting_changes_no_row(shared: Path) -> None:
+def test_micro_batches_have_one_shape_and_equal_rows(shared: Path) -> None:
     whole = _steps(_config(shared, batching={"rows": 5}))
     for micro_rows in (1, 2):
         cut = _steps(_config(shared, batching={"rows": 5, "micro_rows": micro_rows}))
@@ -59,7 +59,7 @@ def test_a_micro_batch_has_one_shape_and_cutting_changes_no_row(shared: Path) ->
                 assert micro.tokens <= micro_rows
 
 
-def test_each_step_has_as_many_class_pictures_and_the_loss_is_dreambooths(shared: Path, base: ImageBase) -> None:
+def test_loss_with_class_pictures_is_dreambooths(shared: Path, base: ImageBase) -> None:
     """mean over instances + λ·Σ class / instances, by hand from the rows' own losses."""
     classes = drawings(shared / "classes", 3)
     data = {"class_folder": str(classes), "class_prompt": "a cat", "class_weight": 0.5, "split": 0}
@@ -79,7 +79,7 @@ def test_each_step_has_as_many_class_pictures_and_the_loss_is_dreambooths(shared
         assert total == pytest.approx(by_hand, rel=1e-5)
 
 
-def test_the_loss_is_the_squared_error_of_the_denoiser_itself(shared: Path, base: ImageBase) -> None:
+def test_loss_is_the_denoisers_squared_error(shared: Path, base: ImageBase) -> None:
     """By hand from the transformer, fed as diffusers' FLUX script feeds it."""
     from diffusers import FluxPipeline
 
@@ -189,7 +189,7 @@ def test_a_dropped_caption_is_the_pipelines_empty_prompt(family: str, live: bool
         torch.testing.assert_close(text.pooled, torch.cat([given[3], given[2]]))
 
 
-def test_a_base_that_reads_prompts_otherwise_shares_no_cached_text(shared: Path, tmp_path: Path) -> None:
+def test_other_tokenizer_or_quantization_misses_the_text_cache(shared: Path, tmp_path: Path) -> None:
     """Neither one whose tokenizer reads less, nor one whose text encoders are quantized."""
     base = load_image(str(tiny_image_base(shared, "flux1")))
     config = _config(shared)
@@ -206,7 +206,7 @@ def test_a_base_that_reads_prompts_otherwise_shares_no_cached_text(shared: Path,
 
 
 @pytest.mark.parametrize("family", ["flux1", "sd3", "klein", "qwen-image", "z-image"])
-def test_the_shift_by_resolution_counts_the_tokens_that_the_denoiser_sees(family: str, shared: Path) -> None:
+def test_shift_by_resolution_counts_denoiser_tokens(family: str, shared: Path) -> None:
     base = load_image(str(tiny_image_base(shared, family)))
     times = times_of(base, _config(shared, loss={"shift": "resolution"}))
     seen: list[int] = []
@@ -227,7 +227,7 @@ def test_times_are_shifted_as_diffusers_scripts_draw_them(family: str, shared: P
     assert times_of(base, _config(shared, loss={"shift": 1.5})).shift == 1.5
 
 
-def test_a_mask_confines_the_loss_to_what_is_white(shared: Path, tmp_path: Path, base: ImageBase) -> None:
+def test_mask_confines_the_loss_to_white_areas(shared: Path, tmp_path: Path, base: ImageBase) -> None:
     from PIL import Image
 
     folder = drawings(tmp_path / "masked", 2)
@@ -251,7 +251,7 @@ def test_a_mask_confines_the_loss_to_what_is_white(shared: Path, tmp_path: Path,
     assert own != whole
 
 
-def test_held_out_pictures_are_chosen_by_content_and_scored_alike_in_every_run(shared: Path, base: ImageBase) -> None:
+def test_held_out_pictures_have_equal_scores_in_every_run(shared: Path, base: ImageBase) -> None:
     config = _config(shared)
     pictures, _ = read_pictures(config.data)
     learned, held = split_pictures(pictures, 2, 0)
@@ -286,7 +286,7 @@ def test_held_out_pictures_are_chosen_by_content_and_scored_alike_in_every_run(s
     assert scores[0].loss == pytest.approx(sum(errors) / len(errors), rel=1e-5)
 
 
-def test_guidance_that_is_kept(shared: Path, base: ImageBase) -> None:
+def test_keep_guidance_keeps_the_bases_guidance(shared: Path, base: ImageBase) -> None:
     """The base alone is as far from the pictures as at guidance 1, whatever is kept; told that guidance without keeping
     it, it is not. An adapter that moves every prediction by d is held to d against the base's own error at 1."""
     config = _config(shared)
@@ -328,7 +328,7 @@ def test_guidance_that_is_kept(shared: Path, base: ImageBase) -> None:
         base.denoiser.forward = forward
 
 
-def test_guidance_that_is_kept_in_part(shared: Path, base: ImageBase, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_partly_kept_guidance_is_linear(shared: Path, base: ImageBase, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where guidance is linear, to be told 4 and to keep what 2 adds is to be told 3 and to keep nothing."""
     part, less = (_config(shared, loss=told) for told in ({"guidance": 4.0, "keep_guidance": 2.0}, {"guidance": 3.0}))
     encoders = Encoders(base, part, None)

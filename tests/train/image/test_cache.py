@@ -39,7 +39,7 @@ def one(folder: Path, seed: int = 0, keys: ImageDataSection | None = None) -> Tr
 VIEW = crop_view((48, 32), (32, 24))
 
 
-def test_latents_are_made_once_and_are_those_of_the_picture(tmp_path: Path) -> None:
+def test_latents_are_computed_once(tmp_path: Path) -> None:
     picture, encode, keys = one(tmp_path / "p"), Encoder(), settings()
     first = LatentCache(tmp_path / "cache", fingerprint="b").get(picture, VIEW, keys, encode)
     cache = LatentCache(tmp_path / "cache", fingerprint="b")
@@ -57,7 +57,7 @@ def test_latents_are_made_once_and_are_those_of_the_picture(tmp_path: Path) -> N
     assert not [p for p in (tmp_path / "cache").rglob("*") if p.name.endswith(".tmp")]
 
 
-def test_whatever_changes_the_pixels_changes_the_key(tmp_path: Path) -> None:
+def test_cache_key_depends_on_everything_that_changes_pixels(tmp_path: Path) -> None:
     picture, encode = one(tmp_path / "p"), Encoder()
 
     def get(picture: TrainingPicture, view: View = VIEW, base: str = "b", **keys: Any) -> None:
@@ -116,7 +116,7 @@ def test_a_damaged_entry_is_counted_and_made_anew(tmp_path: Path, damage: str) -
     assert (healed.hits, healed.damaged) == (1, 0)
 
 
-def test_whatever_bit_is_wrong_the_latents_are_right(tmp_path: Path) -> None:
+def test_any_damaged_bit_of_the_cache_is_recomputed(tmp_path: Path) -> None:
     picture, encode, keys = one(tmp_path / "p"), Encoder(), settings()
     good = LatentCache(tmp_path, fingerprint="b").get(picture, VIEW, keys, encode)
     (file,) = (p for p in tmp_path.rglob("*.safetensors"))

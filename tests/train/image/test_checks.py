@@ -26,7 +26,7 @@ def texts(found: list[Finding]) -> str:
     return "\n".join(f"{f.level} {f.text} {f.fix}" for f in found)
 
 
-def test_a_plain_folder_is_well(tmp_path: Path) -> None:
+def test_plain_folder_has_only_ok_findings(tmp_path: Path) -> None:
     for n in range(3):
         put(tmp_path, f"{n}.png", f"number {n}", scene(40 + 8 * n, 40, seed=n))
     found = findings(tmp_path)
@@ -36,7 +36,7 @@ def test_a_plain_folder_is_well(tmp_path: Path) -> None:
     assert "32 x 32: 1" in texts(found["buckets"]) or "32 x 32: 2" in texts(found["buckets"])
 
 
-def test_what_is_wrong_is_counted_and_named(tmp_path: Path) -> None:
+def test_findings_count_and_name_pictures(tmp_path: Path) -> None:
     for n in range(4):
         put(tmp_path, f"{n}.png", f"number {n}", scene(64, 64, seed=n))
     put(tmp_path, "again.jpg", "number 0", scene(64, 64, seed=0))
@@ -94,7 +94,7 @@ def test_class_pictures_are_not_the_pictures_themselves(tmp_path: Path) -> None:
         assert [f.level for f in found.get("class pictures", [])] == level, folder
 
 
-def test_masks(tmp_path: Path) -> None:
+def test_masks_are_counted_and_empty_ones_named(tmp_path: Path) -> None:
     put(tmp_path, "a.png", "a", scene(64, 32, seed=1))
     mask = np.zeros((32, 64), np.uint8)
     mask[:, :8] = 255  # outside a square's middle
@@ -108,7 +108,7 @@ def test_masks(tmp_path: Path) -> None:
     )
 
 
-def test_held_out_pictures_that_are_trained_on(tmp_path: Path) -> None:
+def test_held_out_duplicates_of_training_pictures_are_found(tmp_path: Path) -> None:
     for n in range(6):
         put(tmp_path, f"{n}.png", "x", scene(seed=n))
     pictures = {p.name: p for p in read_pictures(settings(tmp_path))[0]}

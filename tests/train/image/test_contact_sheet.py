@@ -33,7 +33,7 @@ def test_the_sheet_shows_the_crops(tmp_path: Path) -> None:
     assert contact_sheet(rows * 20, settings(), seed=0, path=path, limit=7, columns=3) == 7
 
 
-def test_what_a_mask_leaves_out_is_red() -> None:
+def test_masked_areas_are_hatched_red() -> None:
     mask = torch.ones(1, 32, 32)
     mask[:, :, 16:] = 0
     pixels = np.asarray(shaded(ViewTensors(torch.zeros(3, 32, 32), mask, torch.zeros(6)))).astype(int)
@@ -43,7 +43,7 @@ def test_what_a_mask_leaves_out_is_red() -> None:
     assert len(np.unique(green)) > 1  # in stripes
 
 
-def test_the_sheet_shows_what_is_before_left_of_what_comes_after(tmp_path: Path) -> None:
+def test_sheet_shows_the_source_left_of_the_result(tmp_path: Path) -> None:
     put(tmp_path, "a.png", image=Image.new("RGB", (32, 32), "red"))
     put(tmp_path, "a.before.png", None, Image.new("RGB", (32, 32), "blue"))
     keys = settings(tmp_path)

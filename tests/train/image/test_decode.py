@@ -195,7 +195,7 @@ def test_a_bomb_is_refused_by_its_header() -> None:
         (encoded(Image.fromarray(np.full((4, 4), 70000, np.int32)), "TIFF"), "outside 0 to 65535"),
     ],
 )
-def test_what_is_no_picture_says_what_it_is(data: bytes, reason: str) -> None:
+def test_file_that_is_no_picture_is_described(data: bytes, reason: str) -> None:
     assert reason in refused(data)
 
 
@@ -214,7 +214,7 @@ _WHOLE += [encoded(scene(), "PNG", icc_profile=profile(ADOBE_RGB, 2.2)), encoded
 
 @effort(max_examples=200, deadline=None)
 @given(st.sampled_from(_WHOLE), st.data())
-def test_damage_is_a_refusal_or_a_picture_and_never_another_error(data: bytes, draw: st.DataObject) -> None:
+def test_damaged_file_is_refused_or_decoded(data: bytes, draw: st.DataObject) -> None:
     damaged = bytearray(data)
     for at in draw.draw(st.lists(st.integers(0, len(data) - 1), max_size=6)):
         damaged[at] = draw.draw(st.integers(0, 255))

@@ -56,7 +56,7 @@ def settings_of(pairs: Path, **sections: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("family", ["kontext", "qwen-edit", "qwen-edit-plus"])
-def test_a_run_on_pairs_draws_as_diffusers_does_with_its_file(
+def test_diffusers_edits_equally_with_the_trained_file(
     family: str, shared: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import diffusers
@@ -188,7 +188,7 @@ def _config(shared: Path, pairs: Path, tmp_path: Path, family: str = "kontext", 
     return config
 
 
-def test_an_edit_is_learned_from_what_is_before(shared: Path, pairs: Path, kontext: ImageBase, tmp_path: Path) -> None:
+def test_edit_is_learned_from_the_source(shared: Path, pairs: Path, kontext: ImageBase, tmp_path: Path) -> None:
     """To invert: latents of random signs, the inverse of what is before. The loss with the right
     picture before is far below the base's, and below that with another picture before, which says nothing."""
     base, config = kontext, _config(shared, pairs, tmp_path, loss={"shift": 2.718})
@@ -267,7 +267,7 @@ def test_bad_pairs_and_bases_stop_the_run(shared: Path, pairs: Path, kontext: Im
     assert "generated class pictures have no source images" in said
 
 
-def test_the_plan_counts_the_tokens_of_what_is_before() -> None:
+def test_plan_counts_tokens_of_source_images() -> None:
     config = base_config("flux.1-dev")
     alone, pair = (image_counts(config, ImageLoad(1, 512, 512, targets="attention+ff", before=n)) for n in (0, 1))
     wide = image_counts(config, ImageLoad(1, 512, 1024, targets="attention+ff"))

@@ -213,7 +213,7 @@ UNREAD: dict[str, tuple[str, ...]] = {
 @pytest.mark.parametrize(
     "family", [pytest.param(f, marks=pytest.mark.slow) if f in ("sd3-large", "klein") else f for f in SCRIPTS]
 )
-def test_loss_and_every_gradient_are_those_of_diffusers_script_with_peft(family: str, shared: Path) -> None:
+def test_loss_and_gradients_equal_diffusers_script_with_peft(family: str, shared: Path) -> None:
     """A pair on every linear module of the denoiser, by the fast paths, as runs go. Of few blocks: that all of a base's
     learn is in models/image/test_base_real."""
     base = load_image(str(tiny_image_base(shared, family)))

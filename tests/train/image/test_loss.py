@@ -49,7 +49,7 @@ def test_noisy_latents_and_targets_are_those_of_diffusers_scheduler(alphas: Tens
     assert torch.equal(target, noise)
 
 
-def test_flow_is_the_straight_line_between_picture_and_noise() -> None:
+def test_flow_is_the_line_between_picture_and_noise() -> None:
     x, noise, _ = _rows()
     sigma = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
     noisy, target = noised(x, noise, sigma, "flow")
@@ -73,13 +73,13 @@ def test_min_snr_is_that_of_diffusers_scripts(alphas: Tensor) -> None:
         torch.testing.assert_close(got, wanted, rtol=2e-5, atol=1e-7)
 
 
-def test_min_snr_at_no_signal_at_all_is_finite() -> None:
+def test_min_snr_weight_is_finite_without_signal() -> None:
     weight = min_snr_weight(torch.tensor([0]), "epsilon", torch.tensor([0.0]), 5.0)
     assert weight.item() == 1.0
     assert min_snr_weight(torch.tensor([0]), "v", torch.tensor([0.0]), 5.0).item() == 0.0
 
 
-def test_draws_depend_on_seed_step_and_row_alone() -> None:
+def test_noise_depends_on_seed_step_and_row_only() -> None:
     keys = [(7, 3, row) for row in range(4)]
     for prediction in ("epsilon", "flow"):
         whole = sample_noise((4, 8, 8), keys, prediction, Times("logit-normal"), 0.1)  # type: ignore[arg-type]
@@ -156,7 +156,7 @@ def test_noise_offset_moves_whole_channels_by_its_own_amount() -> None:
     torch.testing.assert_close(centred, plain - plain.mean(dim=(2, 3), keepdim=True), rtol=0, atol=1e-5)
 
 
-def test_a_mask_of_ones_is_no_mask_and_a_mask_is_a_weighted_mean() -> None:
+def test_masked_loss_is_a_weighted_mean() -> None:
     x, y, _ = _rows()
     ones = torch.ones(5, 1, 6, 8)
     torch.testing.assert_close(row_losses(x, y, ones), row_losses(x, y))
@@ -168,7 +168,7 @@ def test_a_mask_of_ones_is_no_mask_and_a_mask_is_a_weighted_mean() -> None:
     assert torch.isfinite(row_losses(x, y, torch.zeros(5, 1, 6, 8))).all()
 
 
-def test_quantile_times_are_fixed_and_in_the_middle_of_equal_parts() -> None:
+def test_quantile_times_are_the_middles_of_equal_parts() -> None:
     assert quantile_times(4, "flow").tolist() == [0.125, 0.375, 0.625, 0.875]
     assert quantile_times(4, "epsilon").tolist() == [125, 375, 625, 875]
 

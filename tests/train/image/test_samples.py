@@ -10,7 +10,7 @@ from veneer.errors import ResourceError
 from veneer.train.image.samples import create_folder
 
 
-def test_where_there_can_be_no_folder_that_is_said(tmp_path: Path) -> None:
+def test_folder_that_cannot_be_created_is_named(tmp_path: Path) -> None:
     assert create_folder(tmp_path / "cache" / "class").is_dir()
     (tmp_path / "file").touch()
     for place in ("file", "file/class"):

@@ -206,7 +206,7 @@ def test_the_average_is_what_is_saved(shared: Path, tmp_path: Path) -> None:
         assert not torch.equal(pair.B, state[f"{name}.B"])
 
 
-def test_missing_class_pictures_are_drawn_by_the_base_once(shared: Path, tmp_path: Path) -> None:
+def test_missing_class_pictures_are_generated_once(shared: Path, tmp_path: Path) -> None:
     data = {"class_prompt": "a cat", "class_count": 3, "cache": str(tmp_path / "cache")}
     short: Any = {"schedule": {"steps": 2}, "samples": {"steps": 1}}
     seen: list[Event] = []
@@ -256,7 +256,7 @@ def test_measured_activations_are_what_autograd_holds() -> None:
     assert measured_activations(lambda: a(x).relu(), weights) == x.nbytes + 10 * 4 * 4
 
 
-def test_parked_components_come_for_a_while_and_go_again(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parked_components_are_fetched_and_parked_again(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = load_image(str(tiny_image_base(shared, "flux1")))
     went: list[tuple[str, str]] = []
     for name in ("text_encoder", "vae"):

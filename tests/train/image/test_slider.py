@@ -85,7 +85,9 @@ def test_the_loss_is_the_papers(shared: Path, family: str, preserve: tuple[str, 
     alphas = None if base.prediction == "flow" else alphas_cumprod(base).cpu()
     with attach(base.model) as attachment:
         attached(base, config, attachment)
-        loss = SliderLoss(base, config, Encoders(base, config, None), bare=attachment.using, attachment=attachment)
+        loss = SliderLoss(
+            base, config, Encoders(base, config, None), adapter_off=attachment.using, attachment=attachment
+        )
         for i, row in enumerate(rows):
             noise, time = sample_noise(latents.shape[1:], [row.key], base.prediction, loss.times, loss.noise)
             x = noised(latents[i : i + 1], noise, time, base.prediction, alphas)[0]
@@ -118,7 +120,7 @@ def said(
 
 
 @pytest.mark.parametrize("family", ["flux1", pytest.param("sd15", marks=pytest.mark.slow)])
-def test_the_effect_follows_the_strength_and_turns_with_its_sign(shared: Path, family: str, tmp_path: Path) -> None:
+def test_slider_effect_follows_strength_and_sign(shared: Path, family: str, tmp_path: Path) -> None:
     """The prediction moves along the direction, monotone in the strength; near 0 as far to either side."""
     base = load_image(str(tiny_image_base(shared, family)))
     result = run(
@@ -150,7 +152,7 @@ def test_the_effect_follows_the_strength_and_turns_with_its_sign(shared: Path, f
     assert abs(effects[2] + effects[3]) < 0.15 * effects[3]
 
 
-def test_a_run_needs_no_pictures_and_is_resumed_bit_for_bit(shared: Path, tmp_path: Path) -> None:
+def test_slider_run_resumes_bit_for_bit(shared: Path, tmp_path: Path) -> None:
     seen: list[Event] = []
     whole = run(shared, tmp_path / "whole", "flux1", on_event=seen.append)
     assert (whole.steps, whole.pictures, whole.validation) == (4, 16, None)  # 2 rows at both signs
@@ -177,7 +179,7 @@ def test_a_dry_run_draws_one_scene_elsewhere(shared: Path, tmp_path: Path) -> No
     assert any("1 slider prompt longer than the base reads" in e.text for e in seen if isinstance(e, Checked))
 
 
-def test_activations_that_are_made_again_see_the_same_strength(shared: Path, tmp_path: Path) -> None:
+def test_recomputed_activations_have_the_same_strength(shared: Path, tmp_path: Path) -> None:
     given: dict[str, Any] = {"samples": {"prompts": []}, "schedule": {"steps": 2}}
     found = [
         run(shared, tmp_path / mode, "flux1", memory={"activation_checkpointing": mode}, **given)
@@ -201,19 +203,19 @@ def test_activations_that_are_made_again_see_the_same_strength(shared: Path, tmp
         ({"data": {"resolution": [32, 64]}}, "`data.resolution` is one number for a slider"),
     ],
 )
-def test_what_is_wrong_is_named(shared: Path, tmp_path: Path, given: dict[str, Any], says: str) -> None:
+def test_invalid_slider_is_refused(shared: Path, tmp_path: Path, given: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError) as caught:
         settings(shared, tmp_path, "flux1", **given)
     assert says in str(caught.value)
 
 
-def test_keys_of_a_slider_without_its_prompts_do_nothing_and_say_so(tmp_path: Path) -> None:
+def test_slider_keys_need_the_prompts(tmp_path: Path) -> None:
     values = {"base": "x", "output": str(tmp_path), "data": {"pictures": "y"}, "slider": {"guidance": 2.0}}
     with pytest.raises(ConfigError, match=r"`slider.guidance` needs `slider.positive` and `slider.negative`"):
         config_from(values)
 
 
-def test_prompts_that_are_the_same_to_the_base_are_named_before_step_one(shared: Path, tmp_path: Path) -> None:
+def test_equal_slider_prompts_are_refused_before_step_one(shared: Path, tmp_path: Path) -> None:
     long = "a house " * 200  # past what any encoder reads
     given = {"positive": f"{long} red", "negative": f"{long} blue", "scenes": 1}
     with pytest.raises(PreflightError, match="the same to this base: there is no direction between them"):
@@ -221,12 +223,12 @@ def test_prompts_that_are_the_same_to_the_base_are_named_before_step_one(shared:
 
 
 def test_nothing_is_drawn_on_a_base_that_edits(shared: Path, tmp_path: Path) -> None:
-    with pytest.raises(BaseError, match="edits pictures, and a slider is learned of what a base draws"):
+    with pytest.raises(BaseError, match="edits pictures, and a slider needs a base that generates"):
         run(shared, tmp_path / "out", "kontext")
     assert not list(tmp_path.rglob("scene-*.png"))
 
 
-def test_nothing_is_drawn_for_targets_that_do_not_exist(shared: Path, tmp_path: Path) -> None:
+def test_unknown_targets_stop_before_scenes_are_generated(shared: Path, tmp_path: Path) -> None:
     with pytest.raises(TargetError):
         run(shared, tmp_path / "out", "flux1", adapter={"targets": "nowhere"}, data={"cache": str(tmp_path / "c")})
     assert not (tmp_path / "c" / "scenes").exists()
@@ -246,7 +248,7 @@ def test_the_examples_run(name: str, shared: Path, tmp_path: Path) -> None:
     assert bool(result.samples) == (name == "slider")
 
 
-def test_a_plan_counts_scenes_both_signs_and_the_bases_own_forwards() -> None:
+def test_plan_counts_scenes_signs_and_base_forwards() -> None:
     card = device_named("rtx-4090-24gb")
     file = ROOT / "examples" / "images" / "slider.yaml"
     made = plan_of_config(load_config(file, ["base=flux.1-dev", "base.quantize=nf4", "schedule.steps=10"])[0], card)

@@ -60,7 +60,7 @@ def _bytes(folder: Path) -> bytes:
     )
 
 
-def test_it_runs_in_the_promised_order_and_says_what_came_out(whole: Whole) -> None:
+def test_run_emits_events_in_order(whole: Whole) -> None:
     folder, result, seen = whole
     kinds = [type(e) for e in seen]
     order = [Resolved, Checked, Probed, Evaluated, Stepped]
@@ -82,7 +82,7 @@ def test_every_setting_says_where_it_came_from(whole: Whole) -> None:
     assert "samples draw with them" in resolved.sources["memory.free_encoders"]
 
 
-def test_the_folder_holds_file_card_log_sheets_and_report(whole: Whole, base: ImageBase) -> None:
+def test_output_folder_has_every_file(whole: Whole, base: ImageBase) -> None:
     folder, result, _ = whole
     card = read_card(folder)
     assert card.digest == result.digest == read(Path(result.adapter)).adapter.digest()
@@ -120,7 +120,7 @@ def test_a_base_that_predicts_worse_than_zeros_is_refused(size: float, tmp_path:
         assert any(isinstance(e, Note) and "worse than zeros" in e.text for e in seen)
 
 
-def test_the_files_metadata_is_what_readers_of_such_files_look_for(whole: Whole) -> None:
+def test_file_has_the_metadata_that_readers_expect(whole: Whole) -> None:
     path = Path(whole[1].adapter)
     metadata = read_tensors(path)[1]
     assert json.loads(metadata["ss_tag_frequency"]) == {
@@ -143,7 +143,7 @@ def metadata_count(metadata: dict[str, str], tag: str) -> int:
     return int(json.loads(metadata["ss_tag_frequency"])["1_drawings"][tag])
 
 
-def test_the_base_its_modules_and_the_callers_randomness_are_as_before(shared: Path, tmp_path: Path) -> None:
+def test_run_restores_base_and_random_state(shared: Path, tmp_path: Path) -> None:
     own = load_image(str(tiny_image_base(shared, "flux1")))
     parts = {n: p for n, p in own.parts.items() if isinstance(p, torch.nn.Module)}
     before = {f"{n}.{k}": t.clone() for n, p in parts.items() for k, t in p.state_dict().items()}
@@ -164,7 +164,7 @@ def test_the_base_its_modules_and_the_callers_randomness_are_as_before(shared: P
     ("family", "share"),
     [("flux1", 0.95), pytest.param("sdxl", 0.99, marks=pytest.mark.slow)],  # which learns in test_kinds too
 )
-def test_it_learns(family: str, share: float, shared: Path, tmp_path: Path) -> None:
+def test_loss_falls_in_training(family: str, share: float, shared: Path, tmp_path: Path) -> None:
     """The base is random, so forty steps lower the loss of drawings it never saw, at the same noise and times."""
     result = run(
         shared,
@@ -206,7 +206,7 @@ def _slow_where_its_codes_are_held_alone(family: str) -> Any:
 @pytest.mark.parametrize(
     "family", [*map(_slow_where_its_codes_are_held_alone, ("sd3", "z-image", "flux2", "klein", "qwen-image"))]
 )
-def test_a_run_over_a_base_in_4_bits_is_the_run_over_its_values(family: str, shared: Path, tmp_path: Path) -> None:
+def test_training_on_nf4_equals_training_on_its_values(family: str, shared: Path, tmp_path: Path) -> None:
     """Computed in 16 bits, text encoders in 4 as well; every linear module learns."""
     for name in ("codes", "values"):
         base = load_image(str(tiny_image_base(shared, family)), dtype="bfloat16", quantize="nf4")
@@ -242,7 +242,7 @@ def test_ctrl_c_saves_and_resuming_ends_in_the_same_bits(whole: Whole, shared: P
     assert _bytes(tmp_path / "whole") == _bytes(whole[0])
 
 
-def test_sd3_without_its_t5_trains_and_reads_what_clip_reads(shared: Path, tmp_path: Path) -> None:
+def test_sd3_without_t5_reads_77_tokens(shared: Path, tmp_path: Path) -> None:
     import shutil
 
     place = Path(shutil.copytree(tiny_image_base(shared, "sd3"), tmp_path / "two-encoders"))
@@ -310,7 +310,7 @@ def test_resuming_with_other_settings_or_pictures_is_refused(whole: Whole, share
         run(shared, output, resume=True, **WITH_ALL, data={"pictures": str(other)})
 
 
-def test_a_dry_run_checks_everything_and_leaves_only_a_sheet_elsewhere(shared: Path, tmp_path: Path) -> None:
+def test_dry_run_leaves_only_a_sheet_elsewhere(shared: Path, tmp_path: Path) -> None:
     seen: list[Event] = []
     cache = tmp_path / "cache"
     result = run(shared, tmp_path / "dry", dry_run=True, on_event=seen.append, data={"cache": str(cache)})
@@ -330,7 +330,7 @@ def test_a_dry_run_checks_everything_and_leaves_only_a_sheet_elsewhere(shared: P
         ({"adapter": {"text_encoders": ["text_encoder_9"]}}, "it has: text_encoder, text_encoder_2"),
         ({"adapter": {"targets": ["no_such_proj"]}}, "(adapter.targets)"),
         ({"adapter": {"text_encoders": ["text_encoder"], "text_targets": "nothing_here"}}, "(adapter.text_targets)"),
-        ({"loss": {"snr_gamma": 5.0}}, "predicts a flow: loss.snr_gamma is for noise"),
+        ({"loss": {"snr_gamma": 5.0}}, "predicts a flow: loss.snr_gamma is only for noise"),
         ({"loss": {"guidance": 2.0, "keep_guidance": 3.0}}, "loss.keep_guidance 3 is above loss.guidance 2"),
         ({"memory": {"offload_blocks": 1}}, "this run is on the CPU"),
         ({"memory": {"limit_gb": 1e-6}}, "does not fit"),
@@ -372,7 +372,7 @@ def test_blocks_leave_before_memory_is_looked_at(shared: Path, tmp_path: Path, b
 
 def test_a_run_does_not_write_among_its_pictures(shared: Path, tmp_path: Path, base: ImageBase) -> None:
     folder = drawings(tmp_path / "drawings")
-    with pytest.raises(PreflightError, match="in the folder of pictures"):
+    with pytest.raises(PreflightError, match="in the picture folder"):
         run(shared, folder / "runs" / "one", base=base, data={"pictures": str(folder)})
     assert not (folder / "runs").exists()
 
@@ -380,7 +380,10 @@ def test_a_run_does_not_write_among_its_pictures(shared: Path, tmp_path: Path, b
 @pytest.mark.parametrize(
     ("loss", "says"),
     [
-        ({"timesteps": "logit-normal", "shift": "resolution"}, r"noise: loss\.timesteps and loss\.shift are for flow"),
+        (
+            {"timesteps": "logit-normal", "shift": "resolution"},
+            r"noise: loss\.timesteps and loss\.shift are only for flow",
+        ),
         ({"guidance": 3.5}, r"takes no guidance as an input, so loss\.guidance would have no effect"),
         ({"keep_guidance": 3.0}, r"takes no guidance as an input, so loss\.keep_guidance would have no effect"),
     ],
@@ -390,7 +393,7 @@ def test_a_noise_base_refuses_what_is_for_flow(loss: dict[str, Any], says: str, 
         run(shared, tmp_path / "out", "sdxl", loss=loss)
 
 
-def test_a_base_that_was_distilled_to_few_steps_says_what_training_does_to_it(shared: Path, tmp_path: Path) -> None:
+def test_distilled_base_is_warned_of(shared: Path, tmp_path: Path) -> None:
     """FLUX.2 klein as its index has it; its sheets are drawn in its way, without guidance."""
     import shutil
 
@@ -403,9 +406,9 @@ def test_a_base_that_was_distilled_to_few_steps_says_what_training_does_to_it(sh
     Path(result.sheet).unlink()
     said = next(f for f in result.preflight["findings"] if f["check"] == "distilled")
     assert said["level"] == "warn"
-    assert "unlearns" in said["text"]
+    assert "which training undoes" in said["text"]
     assert "FLUX.2 klein-base" in said["fix"]
-    with pytest.raises(ConfigError, match="was distilled to work without guidance"):
+    with pytest.raises(ConfigError, match="is distilled and takes no guidance"):
         generate_images(base, [ImageRow("a cat")], PictureSettings(guidance=4.0))
     with pytest.raises(ConfigError, match="a negative prompt has no effect") as error:
         generate_images(base, [ImageRow("a cat", "a dog")])

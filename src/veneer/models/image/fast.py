@@ -374,7 +374,7 @@ def _residual(module: Any, undo: ExitStack) -> str:
     )
     norms = [module.norm1, module.norm2]
     if not usual or type(module.nonlinearity) is not nn.SiLU or any(type(n) is not nn.GroupNorm for n in norms):
-        return "it resamples, drops or norms in a way of its own"
+        return "its resampling, dropout or norms are unusual"
     original = type(module).forward
 
     def forward(self: Any, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Any:
@@ -449,7 +449,7 @@ def _unet_attention(module: Any, undo: ExitStack) -> str:
     )
     q, kv, last = _parts(module, "to_q"), _parts(module, "to_k", "to_v"), _parts(module.to_out, "0")
     if not plain or q is None or kv is None or last is None:
-        return "it has norms or projections of its own"
+        return "its norms or projections are unusual"
     crossed = bool(module.is_cross_attention)
     joins = [FusedProjection(q, undo), FusedProjection(kv, undo)] if crossed else [FusedProjection([*q, *kv], undo)]
     like, other = base_of(q[0]).weight, base_of(kv[0]).weight

@@ -505,7 +505,7 @@ def _check(base: ImageBase, rows: Sequence[ImageRow], settings: PictureSettings,
     if not rows:
         raise ConfigError("there is no picture to make", fix="give a prompt")
     if attachment is None and any(row.plan != MixPlan() for row in rows):
-        raise ConfigError("a mix was asked for, and nothing is attached", fix="give the attachment")
+        raise ConfigError("rows have mixes, but no attachment was given", fix="give the attachment")
     width, height = settings.width or base.size, settings.height or base.size
     for name, value in (("width", width), ("height", height)):
         if value < base.unit or value % base.unit:
@@ -518,7 +518,7 @@ def _check(base: ImageBase, rows: Sequence[ImageRow], settings: PictureSettings,
     if steps * settings.denoise < 1:
         least = math.ceil(1 / settings.denoise)
         raise ConfigError(
-            f"denoise {settings.denoise:g} takes none of {counted(steps, 'step')}",
+            f"denoise {settings.denoise:g} runs none of {counted(steps, 'step')}",
             fix=f"{counted(least, 'step')}, or denoise {math.ceil(1000 / steps) / 1000:g}",
         )
     if settings.denoise < 1 and any(row.image is None for row in rows):
@@ -542,11 +542,9 @@ def _check(base: ImageBase, rows: Sequence[ImageRow], settings: PictureSettings,
                 fix="resize it (models.image.generate.fitted_picture)",
             )
     if base.few_steps and settings.guidance:
-        raise ConfigError(
-            f"{base.short_name} was distilled to work without guidance and takes none", fix="guidance 0, or none"
-        )
+        raise ConfigError(f"{base.short_name} is distilled and takes no guidance", fix="guidance 0, or none")
     if settings.true_guidance > 1 and not base.row.true_guidance:
-        raise ConfigError(f"{base.short_name} has no guidance of its own beside which true guidance could act")
+        raise ConfigError(f"{base.short_name} has no distilled guidance, so true guidance does not apply")
 
 
 def _check_references(base: ImageBase, rows: Sequence[ImageRow], settings: PictureSettings) -> None:

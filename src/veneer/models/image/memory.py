@@ -2,7 +2,7 @@
 
     measured_activations(forward, parameters)    bytes that a forward pass keeps for its backward pass
     recomputing(base)                            diffusers' own activation checkpointing, for a with-block
-    offloading(base, blocks)                     so many transformer blocks' weights on the CPU, for a with-block
+    offloading(base, blocks)                     the weights of the last blocks on the CPU, for a with-block
     park(base, names), fetched(base, names)      whole components on the CPU, and back for a with-block
 
 Uses modules and tensors only; no adapters, no data.

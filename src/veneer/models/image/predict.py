@@ -209,7 +209,9 @@ def encode_pictures(base: ImageBase, pixels: Tensor, generator: torch.Generator 
     pixels: (n, 3, h, w) in -1..1. Latents are shifted and scaled. Returns the mean of the posterior; with a
     generator, a sample. h and w are multiples of `base.unit`."""
     if pixels.ndim != 4 or pixels.shape[1] != 3 or any(side % base.unit for side in pixels.shape[2:]):
-        raise BaseError(f"pictures of shape {tuple(pixels.shape)}: want (n, 3, h, w), sides multiples of {base.unit}")
+        raise BaseError(
+            f"pictures of shape {tuple(pixels.shape)}: expected (n, 3, h, w) with sides in multiples of {base.unit}"
+        )
     with _vae_of(base) as vae:
         x = pixels.to(base.device, vae.dtype)
         if base.row.frames:

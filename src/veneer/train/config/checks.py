@@ -39,7 +39,7 @@ def image_problems(config: ImageTrainConfig, given: Collection[str]) -> Iterator
     """Yield what is wrong with a configuration for pictures.
 
     `given`: the user's keys, without those of a preset."""
-    yield from (_slider if config.slider.wanted else _pictures)(config, given)
+    yield from (_slider if config.slider.enabled else _pictures)(config, given)
     yield from _samples_and_output(config)
     yield from _kind(config)
     data = config.data

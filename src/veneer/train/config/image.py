@@ -95,7 +95,7 @@ class ImageDataSection(Section):
         ge=0,
     )
     class_count: int = setting(
-        0, "class pictures wanted; the base generates missing ones from `class_prompt`", "none", ge=0
+        0, "number of class pictures; the base generates missing ones from `class_prompt`", "none", ge=0
     )
 
     @property
@@ -314,7 +314,7 @@ class SliderSection(Section):
     strengths: tuple[float, ...] = setting((-2.0, -1.0, 0.0, 1.0, 2.0), "columns of sample sheets")
 
     @property
-    def wanted(self) -> bool:
+    def enabled(self) -> bool:
         """Return whether the run trains a slider."""
         return self.positive is not None or self.negative is not None
 
@@ -362,7 +362,7 @@ class ImageTrainConfig(Section):
         recipe["data"] = {k: _file_names(v) for k, v in recipe["data"].items()}
         recipe["samples"]["before"] = _file_names(recipe["samples"]["before"])
         recipe["base"]["name"] = file_name(recipe["base"]["name"])
-        if not self.slider.wanted:
+        if not self.slider.enabled:
             del recipe["slider"]
         return recipe
 

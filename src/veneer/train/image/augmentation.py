@@ -335,9 +335,9 @@ def _read_unchanged(path: Path, digest: str) -> bytes:
         raise DataError(f"a picture of this run can no longer be used: {error}", where=str(path)) from None
     if now != digest:
         raise DataError(
-            "the picture changed while the run was going on",
+            "the picture changed during the run",
             where=str(path),
-            fix="start the run again: it reads the picture anew and computes its latents alone",
+            fix="start the run again: it computes the latents of this picture again",
         )
     return data
 

@@ -275,10 +275,11 @@ class ImageLoss:
     def score(
         self, rows: Sequence[PlannedRow], stopped: Callable[[], bool] = lambda: False, devices: Devices = ALONE
     ) -> EvalResult | None:
-        """The mean squared error of held-out rows, each at `evaluation.times` times in the middle of equal parts of the
-        range, with noise that is of the picture and the time alone. Without min-SNR or any weight, so that runs with
-        other losses can be compared. `extra` has the loss at each time. None as soon as `stopped()`. With several
-        `devices`: of this process's share alone."""
+        """Return the mean squared error of held-out rows; None as soon as `stopped()`.
+
+        Each row is scored at `evaluation.times` times in the middles of equal parts of the range, with noise that
+        depends only on the picture and the time, and without weights, so that runs with other losses can be
+        compared. `extra` has the loss at each time. With several `devices`: of this process's share."""
         times = quantile_times(self.config.evaluation.times, self.base.prediction, self.times.steps)
         sums = torch.zeros(len(times), dtype=torch.float64)
         groups = list(_same_shape(rows, self.config.batching.micro_rows or self.config.batching.rows))

@@ -272,14 +272,14 @@ def _pictures_in(folder: Path) -> list[Path]:
 
 
 def _match_files(
-    folder: _Folder, beside: Iterable[Path], mirrored: Iterable[tuple[Path, list[Path]]]
+    folder: _Folder, suffixed: Iterable[Path], mirrored: Iterable[tuple[Path, list[Path]]]
 ) -> tuple[dict[Path, list[Path]], list[str]]:
     """Return picture -> the files of its name, and messages about files without a picture.
 
-    `beside`: files NAME.mask.png or NAME.before.png; `mirrored`: (folder, files with the pictures' paths)."""
+    `suffixed`: files NAME.mask.png or NAME.before.png; `mirrored`: (folder, files with the pictures' paths)."""
     matches: dict[Path, list[Path]] = {}
     bad: list[str] = []
-    pairs = [(file, file.with_suffix("").with_suffix("")) for file in beside]
+    pairs = [(file, file.with_suffix("").with_suffix("")) for file in suffixed]
     for place, files in mirrored:
         pairs += [(file, folder.root / file.relative_to(place).with_suffix("")) for file in files]
     for file, name in pairs:

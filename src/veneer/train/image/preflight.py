@@ -52,12 +52,12 @@ if TYPE_CHECKING:
 class ImageData:
     """The data of a run.
 
-    `learned` includes class pictures; `plan`: their rows in an epoch. `encoders`: encodes their batches.
+    `training` includes class pictures; `plan`: their rows in an epoch. `encoders`: encodes their batches.
     `scored`: rows of the held-out pictures. `missing_class_pictures`: class pictures still to be drawn. `tags`:
     folder -> tag -> captions per epoch."""
 
-    learned: list[TrainingPicture]
-    held: list[TrainingPicture]
+    training: list[TrainingPicture]
+    held_out: list[TrainingPicture]
     summary: PictureSummary
     plan: PicturePlan
     encoders: Encoders
@@ -119,8 +119,8 @@ def image_preflight(
         **options,
     )
     findings = [*found]
-    if data.held:
-        findings += check_held_out(data.learned, data.held)
+    if data.held_out:
+        findings += check_held_out(data.training, data.held_out)
     for check in (_targets, learning_rate, check_devices, precision, _loss, _distilled, _devices, _apart, check_output):
         findings += check(subject)
     findings += _pairs(base, config, data)
@@ -129,7 +129,7 @@ def image_preflight(
     findings += _prompts(cut)
     if data.missing_class_pictures:
         wanting = counted(data.missing_class_pictures, "class picture")
-        text = f"{wanting} wanted and not there: the base draws from `{config.data.class_prompt}`"
+        text = f"{wanting} missing: the base generates them from `{config.data.class_prompt}`"
         findings.append(Finding("ok", "class pictures", text))
     report = Report(numbers=subject.numbers)
     report.add(*findings)
@@ -170,8 +170,10 @@ def _apart(s: RunSubject) -> Iterator[Finding]:
     out = Path(config.output.directory).expanduser().resolve()
     for folder in filter(None, (*config.data.folders, config.data.validation, config.data.class_folder)):
         if out.is_relative_to(Path(folder).expanduser().resolve()):
-            text = f"{config.output.directory} is in the folder of pictures {folder}: what is drawn would be learned"
-            yield Finding("stop", "output", text, "give output.directory a place outside of it")
+            text = (
+                f"{config.output.directory} is in the picture folder {folder}: samples would become training pictures"
+            )
+            yield Finding("stop", "output", text, "set output.directory to a folder outside of it")
 
 
 def _loss(s: RunSubject) -> Iterator[Finding]:
@@ -187,7 +189,7 @@ def _loss(s: RunSubject) -> Iterator[Finding]:
         kind = "noise (epsilon, v)" if flow else "flow"
         named = " and ".join(f"loss.{key}" for key in wrong)
         yield Finding(
-            "stop", "loss", f"{label}: {named} {'is' if len(wrong) == 1 else 'are'} for {kind} alone", "leave it out"
+            "stop", "loss", f"{label}: {named} {'is' if len(wrong) == 1 else 'are'} only for {kind}", "leave it out"
         )
         return
     given = [f"loss.{key}" for key in ("guidance", "keep_guidance") if getattr(loss, key) not in (None, 1.0)]
@@ -218,7 +220,7 @@ def _pairs(base: ImageBase, config: ImageTrainConfig, data: ImageData) -> Iterat
     elif before and config.data.class_count:
         fix = "use data.class_folder with pairs"
         yield Finding("stop", "pairs", "generated class pictures have no source images", fix)
-    if other := [p.name for p in data.held if len(p.sources) != before]:
+    if other := [p.name for p in data.held_out if len(p.sources) != before]:
         text = f"held-out pictures have another number of source images than {before}: {other[0]}"
         fix = "give each as many (NAME.before.png, or its name in a before folder), or set data.before: off"
         yield Finding("stop", "held out", text, fix)
@@ -262,7 +264,7 @@ def _samples(base: ImageBase, config: ImageTrainConfig) -> Iterator[Finding]:
 def _distilled(s: RunSubject) -> Iterator[Finding]:
     """Report a base distilled for few steps, which training on pictures undoes."""
     if s.base.few_steps:
-        text = f"{s.base.name} was distilled to draw in few steps; what is trained on it unlearns that"
+        text = f"{s.base.name} is distilled to few steps, which training undoes"
         fix = (
             "train on the base it was made from (FLUX.1 dev, FLUX.2 klein-base), and draw with the adapter on this one"
         )
@@ -277,7 +279,7 @@ def _devices(s: RunSubject) -> Iterator[Finding]:
         text = f"memory.offload_blocks moves unquantized weights between CPU and GPU, but {why}"
         yield Finding("stop", "offload", text, "remove memory.offload_blocks")
     if getattr(s.base, "quantized", None):
-        yield Finding("ok", "quantized", f"the frozen denoiser is held in {s.base.quantized}; pairs are float32")
+        yield Finding("ok", "quantized", f"the frozen denoiser is in {s.base.quantized}, the adapter in float32")
 
 
 def _prompts(cut: Mapping[str, Mapping[str, str]]) -> Iterator[Finding]:
@@ -292,7 +294,7 @@ def _prompts(cut: Mapping[str, Mapping[str, str]]) -> Iterator[Finding]:
             text = (
                 f"{counted(len(long), what.removesuffix('s'))} longer than the base reads; not read is of {shown}{more}"
             )
-            fix = "shorten them: what is not read is not learned" if what == "captions" else "shorten them"
+            fix = "shorten them"
             yield Finding("warn", what, text, fix)
 
 

@@ -43,7 +43,7 @@ def run_images(
     TrainingError for a loss that is not finite, Interrupted on Ctrl-C with the state saved, and the errors of
     the base and checkpoints."""
     kind = PICTURES
-    if config.slider.wanted:
+    if config.slider.enabled:
         kind, config = SLIDER, slider_config(config)
     with opened(
         config, unit="pictures", on_event=on_event, sources=sources, resume=resume, dry_run=dry_run, force=force

@@ -81,16 +81,16 @@ def _source_images(base: ImageBase, config: ImageTrainConfig) -> list[tuple[Imag
     samples = config.samples
     side = samples.size or base.size
 
-    def source(path: str, alone: bool) -> Image:
+    def source(path: str, single: bool) -> Image:
         try:
             picture = decode_picture(read_bytes(Path(path))[0], config.data).colour
         except UnreadablePicture as error:
             raise DataError(
                 f"this picture cannot be edited: {error}", where=path, fix="correct samples.before"
             ) from None
-        shape = (side, side) if alone else size_in_units(base.unit, side, picture.width / picture.height)
+        shape = (side, side) if single else size_in_units(base.unit, side, picture.width / picture.height)
         size = reference_size(base, *shape)
-        return crop_resized(picture, crop_view(picture.size, size) if alone else View(*size, picture.size, size))
+        return crop_resized(picture, crop_view(picture.size, size) if single else View(*size, picture.size, size))
 
     return [tuple(source(path, len(shown) == 1) for path in shown) for shown in samples.starts]
 

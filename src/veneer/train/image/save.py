@@ -118,8 +118,8 @@ def training_facts(
 
     `kept`: the saved step; `seconds`: duration of the steps."""
     now, steps, ends = time.time(), data.steps, data.steps.ends
-    own = [p for p in data.learned if not p.is_class]
-    classes = [p for p in data.learned if p.is_class]
+    own = [p for p in data.training if not p.is_class]
+    classes = [p for p in data.training if p.is_class]
     side = config.data.resolutions(base.size)[-1]
     buckets = [{"resolution": f"{w}x{h}", "count": count} for (w, h), count in data.plan.sizes.items()]
     return {
@@ -130,7 +130,7 @@ def training_facts(
         "text_encoder_lr": config.optimizer.text_learning_rate if config.adapter.text_encoders else None,
         "num_train_images": len(own),
         "num_reg_images": len(classes),
-        "num_validation_images": len(data.held),
+        "num_validation_images": len(data.held_out),
         "num_epochs": math.ceil(steps[-1].epoch),
         "num_batches_per_epoch": ends[0] if ends else len(steps),
         "steps": kept,

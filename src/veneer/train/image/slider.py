@@ -200,7 +200,7 @@ def _with_scenes(base: ImageBase, config: ImageTrainConfig, run: Run) -> ImageTr
 
     A dry run draws one scene, in a folder for temporary files."""
     if base.only_edits:
-        what = f"{base.name} edits pictures, and a slider is learned of what a base draws from prompts"
+        what = f"{base.name} edits pictures, and a slider needs a base that generates from prompts"
         raise BaseError(what, where="base", fix="train on the base it was made from, as FLUX.1 dev or Qwen-Image")
     for module, spec in parts_of(base, config).values():
         resolve_targets(module, spec)  # nothing is drawn for targets that do not exist

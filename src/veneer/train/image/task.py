@@ -141,7 +141,7 @@ def train_images(image: ImageRun) -> ImageResult:
 def image_prompts(image: ImageRun, data: ImageData) -> dict[str, Iterable[str]]:
     samples = image.config.samples
     return {
-        "captions": [p.caption for p in (*data.learned, *data.held)],
+        "captions": [p.caption for p in (*data.training, *data.held_out)],
         "sample prompts": [*samples.prompts, samples.negative],
         "class prompts": [image.config.data.class_prompt or ""] if data.missing_class_pictures else [],
     }
@@ -351,7 +351,7 @@ def _resolved_settings(image: ImageRun, data: ImageData, memory: _Memory) -> Ite
     if config.data.resolution is None:
         yield "data.resolution", base.size, "the base's size"
     if config.data.split is None and config.data.validation is None:
-        yield "data.split", len(data.held), "a tenth from 20 pictures on, at most 50; none below"
+        yield "data.split", len(data.held_out), "a tenth from 20 pictures on, at most 50; none below"
     times = times_of(base, config)
     if config.loss.timesteps == "auto":
         yield "loss.timesteps", times.kind, f"the base predicts {base.prediction}"
@@ -423,7 +423,10 @@ class ImageTask:
             state={**self.parameters, **(self.ema.averages if self.ema else {})},
             identity={
                 "base": {"fingerprint": base.fingerprint, "dtype": str(base.dtype), "quantized": base.quantized},
-                "data": {"pictures": pictures_digest(data.learned), "held-out pictures": pictures_digest(data.held)},
+                "data": {
+                    "pictures": pictures_digest(data.training),
+                    "held-out pictures": pictures_digest(data.held_out),
+                },
             },
             rates={f"{name}.": rate for name in self.config.adapter.text_encoders},
         )
@@ -509,7 +512,7 @@ class ImageTask:
             base=self.base.name,
             base_fingerprint=self.base.fingerprint,
             kind="image",
-            data_digest=pictures_digest(self.data.learned),
+            data_digest=pictures_digest(self.data.training),
             recipe=self.config.recipe(),
             metrics=metrics,
         )
@@ -558,7 +561,7 @@ class ImageTask:
 PICTURES = ImageKind(
     read=read_image_data,
     texts=image_prompts,
-    findings=lambda image, data: check_pictures(data.learned, data.summary, data.plan, image.config.data),
+    findings=lambda image, data: check_pictures(data.training, data.summary, data.plan, image.config.data),
     last_findings=lambda image, data: (),
     loss=lambda image, data, attachment: ImageLoss(
         image.base, image.config, data.encoders, adapter_off=attachment.using
