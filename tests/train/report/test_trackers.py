@@ -157,7 +157,7 @@ def test_a_failing_tracker_is_reported_once(tmp_path: Path, monkeypatch: pytest.
         for n in range(1, 4):
             tell(step(n))
     assert [e.text for e in heard if isinstance(e, Note)] == [
-        "warning: mlflow failed and is told no more: no route to the tracking server"
+        "warning: mlflow failed and gets no more events: no route to the tracking server"
     ]
     assert list((tmp_path / "tensorboard").iterdir())
 
@@ -165,7 +165,7 @@ def test_a_failing_tracker_is_reported_once(tmp_path: Path, monkeypatch: pytest.
 def test_a_tracker_that_cannot_start_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://nowhere")
     with (
-        pytest.raises(ConfigError, match="mlflow could not begin"),
+        pytest.raises(ConfigError, match="mlflow could not start"),
         tracked(ReportSection(trackers=("mlflow",)), tmp_path, SETTINGS, False, lambda event: None),
     ):
         pass

@@ -77,9 +77,9 @@ def tracked(
             for begun in running.values():
                 begun.finish(True)
             raise ConfigError(
-                f"{each} could not begin: {error}",
+                f"{each} could not start: {error}",
                 where="report.trackers",
-                fix=f"mend what it says, or leave {each} out",
+                fix=f"correct this, or remove {each} from report.trackers",
             ) from error
         ids[each] = running[each].id
     if running:
@@ -92,7 +92,7 @@ def tracked(
                     what(tracker)
             except Exception as error:
                 del running[each]
-                emit(Note(f"warning: {each} failed and is told no more: {error}"))
+                emit(Note(f"warning: {each} failed and gets no more events: {error}"))
 
     def listener(event: Event) -> None:
         if isinstance(event, Sampled):
