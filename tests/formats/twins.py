@@ -39,7 +39,7 @@ def model(name: str, dtype: torch.dtype = torch.float64, **changes: Any) -> nn.M
             return Conv(groups=2 if name == "conv-grouped" else 1).to(dtype).eval()
     import tests.families
 
-    net = getattr(tests.families, name)(**changes).to(dtype).eval()
+    net = {**FAMILIES, **OTHERS}[name](**changes).to(dtype).eval()
     net.config._experts_implementation = "eager"  # the grouped product has no float64
     return net
 

@@ -73,7 +73,7 @@ def test_built_in_image_bases_match_their_files(name: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama3", "llama4", "mistral", "mixtral", "qwen3", "qwen3_moe", "gemma3", "phi3"])
 def test_a_model_has_its_own_parameters_and_pairs(family: str) -> None:
-    model, spec = getattr(families, family)(), LoraSpec(rank=4)
+    model, spec = {**families.FAMILIES, **families.OTHERS}[family](), LoraSpec(rank=4)
     shape = module_shape(model)
     assert shape.parameters == sum(p.numel() for p in model.parameters())
     assert pair_parameters(shape, spec) == trainable_parameters(model, resolve_targets(model, spec), spec)[0]

@@ -362,7 +362,7 @@ def _plan_of_images(
     before, directions = before or len(config.data.source_folders), 1
     base_passes: float = 0 if config.loss.keep_guidance is None else 2
     notes: tuple[str, ...] = ()
-    if config.slider.expected:
+    if config.slider.enabled:
         rows, directions, base_passes = config.slider.scenes, 2, 1.5  # extra forward passes of the base, per row
         text = f"a slider: {counted(rows, 'scene')} that the base sampled first, training at both directions, "
         notes = (text + "three forwards of the base for both",)

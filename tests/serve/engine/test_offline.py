@@ -29,7 +29,7 @@ MIX = [("one", 1.0), ("two", -0.5)]
 
 
 def model_of(family: str) -> Any:
-    build: Any = getattr(families, family)
+    build: Any = {**families.FAMILIES, **families.OTHERS}[family]
     return build(vocab_size=VOCAB_SIZE)
 
 

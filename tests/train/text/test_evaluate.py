@@ -163,7 +163,7 @@ def test_equal_prompts_are_answered_once_and_in_order(base: TextBase, monkeypatc
         ('{"a": 1', '{"a": 1}', 0, 0), ("5", "5", 1, 0), ("5.0", "5", 0, 0), ("", "yes", 0, 0),
     ],
 )  # fmt: skip
-def test_json_answers_are_compared_by_value(answer: str, fields: str, exact: int, valid: int) -> None:
+def test_json_answers_are_compared_by_value(answer: str, expected: str, exact: int, valid: int) -> None:
     scores = Scores(1, answers=[answer])
     score_answers(scores, [expected])
     assert (scores.exact_match, scores.valid_json) == (exact, valid)

@@ -128,7 +128,7 @@ def score_mixes(
         examples = [item.answers[0] for item in pairs]
     answered = [row for row in rows if row.last_assistant() < len(row.messages)] if generate else []
     prompts = [_prompt(base, row, encoded.renderer) for row in answered]
-    fields = [str(row.messages[row.last_assistant()]["content"]) for row in answered]
+    expected = [str(row.messages[row.last_assistant()]["content"]) for row in answered]
     specs = {name: [parse_spec(s) for s in mix] for name, mix in mixes.items()}
     names = list(dict.fromkeys(name for mix in specs.values() for name, _ in mix))
     own = attach_adapters(base, names, attachment=attachment, allow_other_base=allow_other_base)

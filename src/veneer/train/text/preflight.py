@@ -545,7 +545,7 @@ def _fits_in_memory(s: TextSubject) -> Iterator[Finding]:
     limited = config.memory.limit_gb is not None and free == int(config.memory.limit_gb * 1e9)
     more = "a higher memory.limit_gb" if limited else "a machine with more memory"
     fix = suggested_settings(chosen) or f"a smaller base, or {more} (veneer plan shows what it takes)"
-    if required - packable <= free < required:
+    if required - packs <= free < required:
         fix = "memory.keep_packed_gb=0"
     finding = memory_finding(required, free, longest, fix=fix, force=s.force)
     if required <= free and required > 0.9 * free and mode == "off":

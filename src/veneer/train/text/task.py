@@ -678,7 +678,7 @@ def _sampling_task(a: AttachedText, sampling: _SamplingParts) -> Task[RunResult]
         if a.data.start is not None and reference:
             a.attachment.add(reference, a.data.start)
         sampled = Reinforcement(config, a.base, a.attachment, a.name, sampler, rewards, reference, conversing)
-    tell = a.run.tell
+    tell = a.run.emit
 
     def begin(progress: Progress, listener: Listener) -> None:
         nonlocal tell
