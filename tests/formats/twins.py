@@ -37,7 +37,7 @@ def model(name: str, dtype: torch.dtype = torch.float64, **changes: Any) -> nn.M
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(3)
             return Conv(groups=2 if name == "conv-grouped" else 1).to(dtype).eval()
-    import tests.families
+    from tests.families import FAMILIES, OTHERS
 
     net = {**FAMILIES, **OTHERS}[name](**changes).to(dtype).eval()
     net.config._experts_implementation = "eager"  # the grouped product has no float64
