@@ -172,6 +172,7 @@ class Scheduler:
                 continue
             else:  # a sequence preempted earlier in this step is still in `begun`
                 begun = [s for s in begun if s is not following]
+                left -= following.decodes  # a preempted row whose prompt is cached: `left` has no token for it yet
             if following.decodes:
                 self._chunk(following, 1, chunks)
                 continue
