@@ -108,3 +108,21 @@ def test_the_tables_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     ran = run(capsys, "plan", "--list")
     assert "h100-80gb" in ran.out
     assert "meta-llama/Llama-3.1-405B" in ran.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--base", "catalogue-flux", "--rows", "9", "--longest", "90", "--trained", "0.5"],
+            "--longest, --trained: no effect",
+        ),
+        (["--base", "smollm2-135m", "--rows", "9", "--tokens-per-row", "90", "--before", "1"], "--before: no effect"),
+    ],
+)
+def test_options_without_effect_are_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = run(capsys, "plan", *arguments)
+    assert ran.code == 2
+    assert message in ran.err

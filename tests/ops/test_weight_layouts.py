@@ -11,16 +11,7 @@ from torch import Tensor
 
 from veneer.ops.cpu import compiled
 from veneer.ops.dispatch import override_ops
-from veneer.ops.weight_layouts import (
-    Dense,
-    Int4,
-    Int8,
-    Reordered,
-    packing,
-    prepack_weight,
-    quantized_prepacking,
-    reorders,
-)
+from veneer.ops.weight_layouts import Dense, Reordered, packing, prepack_weight, reorders
 from veneer.ops.weight_panels import Panels
 
 CPU = torch.device("cpu")
@@ -39,8 +30,6 @@ has_panels = pytest.mark.skipif(not compiled.has("panel_product"), reason="no ke
     [
         Dense,
         Reordered.of,
-        Int8.of,
-        Int4.of,
         *(pytest.param(of, marks=has_panels) for of in (Panels.of, Panels.int8, Panels.int4)),
     ],
 )
@@ -66,33 +55,26 @@ def test_weights_without_panels_use_other_layouts() -> None:
         Panels.of(weight(41, 96))
     w, x = weight(41, 96), torch.ones(3, 96).bfloat16()
     assert (prepack_weight(w)(x).double() - x.double() @ w.double().t()).abs().max() <= 0.05
-    eight = quantized_prepacking(8)(w)
-    assert (eight(x).double() - x.double() @ eight.dense().double().t()).abs().max() <= 0.05
-    with pytest.raises(ValueError, match="no int8 form"):
-        Int8.of(weight(48, 40))
 
 
-@pytest.mark.parametrize(("of8", "of4"), [(Int8.of, Int4.of), (Panels.int8, Panels.int4)])
-def test_rounding_is_as_fine_as_the_bits_allow(of8: Any, of4: Any) -> None:
+def test_rounding_is_as_fine_as_the_bits_allow() -> None:
     w = weight()
-    eight = (of8(w).dense().float() - w.float()).abs()
+    eight = (Panels.int8(w).dense().float() - w.float()).abs()
     assert (eight <= 0.55 * w.float().abs().amax(1, keepdim=True) / 127 + 0.005 * w.float().abs()).all()
     groups = w.float().view(48, 3, 32)
     step = (groups.amax(-1) - groups.amin(-1)) / 15
-    four = (of4(w).dense().float() - w.float()).abs().view(48, 3, 32)
+    four = (Panels.int4(w).dense().float() - w.float()).abs().view(48, 3, 32)
     assert (four <= 0.6 * step[..., None] + 0.01 * groups.abs().amax(-1, keepdim=True)).all()
     with pytest.raises(ValueError, match="no int4 form"):
-        of4(weight(48, 40))
+        Panels.int4(weight(48, 40))
 
 
 @has_panels
 def test_panels_are_kept_unless_another_layout_is_requested() -> None:
     assert packing(torch.bfloat16, CPU) == Panels.of
-    assert packing(torch.bfloat16, CPU, 8) == Panels.int8
     if reorders(torch.bfloat16):
         with override_ops(weight_layout="onednn"):
             assert packing(torch.bfloat16, CPU) == Reordered.of
-            assert packing(torch.bfloat16, CPU, 4) == Panels.int4  # oneDNN has no product of 4 bits
 
 
 def test_weights_without_other_layouts_are_unchanged() -> None:

@@ -16,6 +16,7 @@ app = typer.Typer(add_completion=False)
 _EXAMPLE = (
     "Example: veneer plan --base meta-llama/Llama-3.1-70B --gpu h100-80gb --rows 5000 --tokens-per-row 600 --epochs 3"
 )
+_TEXT_ONLY = ("tokens_per_row", "longest", "trained", "prompt", "answer", "together", "tenants")
 _KEYS = {
     "base": "base.name",
     "dtype": "base.dtype",
@@ -106,6 +107,7 @@ def plan(
     from veneer.plan.render import plan_text
     from veneer.plan.serving import Traffic
     from veneer.plan.tables import cpu_device, device_named
+    from veneer.train.config.image import ImageTrainConfig
     from veneer.train.config.load import load_config
     from veneer.train.planning import plan_of_config
 
@@ -128,8 +130,15 @@ def plan(
     if config is None:
         settings = [*_assumed_settings(base, rows, longest or tokens_per_row), *settings]
     length = prompt if config is not None or tokens_per_row is None else prompt or round(tokens_per_row)
+    run = load_config(config, settings)[0]
+    of_images = isinstance(run, ImageTrainConfig)
+    unused = [*(_TEXT_ONLY if of_images else ()), *([] if of_images and rows is not None else ["before"])]
+    if given := [f"--{name.replace('_', '-')}" for name in unused if _is_given(context, name)]:
+        what = f"{', '.join(given)}: no effect on {'an image' if of_images else 'a text'} plan"
+        counted = of_images and given == ["--before"]  # without --rows, the data's source images are counted
+        raise ConfigError(what, fix="give --rows too" if counted else "leave the options out")
     found = plan_of_config(
-        load_config(config, settings)[0],
+        run,
         device,
         rows=rows,
         tokens_per_row=tokens_per_row,

@@ -199,7 +199,7 @@ def test_recomputed_activations_have_the_same_strength(shared: Path, tmp_path: P
         ({"slider": {"strengths": []}}, "`slider.strengths` is empty"),
         ({"slider": {"strengths": [1, -20000]}}, "a column of the sample sheets is -20000"),
         ({"adapter": {"text_encoders": ["text_encoder"]}}, "its direction is of the denoiser alone"),
-        ({"loss": {"guidance": 2.0}}, "`loss.guidance` is for pictures that are learned"),
+        ({"loss": {"guidance": 2.0}}, "`loss.guidance`: a slider learns from no pictures"),
         ({"data": {"resolution": [32, 64]}}, "`data.resolution` is one number for a slider"),
     ],
 )
@@ -253,5 +253,5 @@ def test_plan_counts_scenes_signs_and_base_forwards() -> None:
     file = ROOT / "examples" / "images" / "slider.yaml"
     made = plan_of_config(load_config(file, ["base=flux.1-dev", "base.quantize=nf4", "schedule.steps=10"])[0], card)
     assert (made.job.rows, made.job.total_steps, made.job.batch) == (24, 10, 8)
-    assert "at both signs" in dict(made.facts)["note"]
+    assert "at both directions" in dict(made.facts)["note"]
     assert made.seconds is not None

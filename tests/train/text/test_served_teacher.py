@@ -275,7 +275,7 @@ def test_outage_stops_the_run_and_it_resumes_exactly(folder: Path, base: TextBas
 def test_contradictory_settings_are_refused(folder: Path, tmp_path: Path) -> None:
     url = "http://127.0.0.1:9/v1"
     for own, message in (
-        ({"teacher": "wise", "key": "K"}, "give `distillation.url`"),
+        ({"teacher": "wise", "key": "K"}, "needs `distillation.url`"),
         ({"teacher": "base", "url": url, "base": "other"}, "the teacher is on a server"),
         (taught(url, temperature=0.5), "leave it at 1"),
         (taught(url, divergence="forward"), "a server takes `reverse`"),

@@ -203,7 +203,7 @@ def test_resuming_with_other_micro_batches_is_reported(shared: Path, base: TextB
     with pytest.raises(Interrupted):
         train(shared, tmp_path / "cut", base, on_event=interrupt_at(1), **short)
     train(shared, tmp_path / "cut", base, resume=True, on_event=events.append, batching={"micro_tokens": 64}, **short)
-    message = "tokens of a micro-batch was 2048 and is 64: the run continues, but results can differ in the last bits"
+    message = "tokens of a micro-batch was 2048 and is 64: the run continues, but its last bits can differ"
     assert Note(message) in events
 
 

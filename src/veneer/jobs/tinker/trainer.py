@@ -4,9 +4,9 @@
     learner = trainer.create("a", Lora(rank=8))
     work = PassWork(learner, check_rows(rows, …), "cross_entropy", {}, backward=True)
     while not work.done: trainer.step([work, …])   a pass: rows of all works in one batch
-    trainer.optimise(learner, Adam(1e-4))
+    trainer.optimize(learner, Adam(1e-4))
 
-    gradient of a client = Σ over its passes since its last optimiser step  ∇ Σ loss of its rows
+    gradient of a client = Σ over its passes since its last optimizer step  ∇ Σ loss of its rows
 
 Rows of clients with different ranks, targets and losses share a pass, as in runs that train together
 (train/text/together.py): each row uses its own client's adapter, and no gradient reaches another client's. A

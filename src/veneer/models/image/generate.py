@@ -23,7 +23,7 @@ import torch
 from veneer.core.adapter import NamedMix, mix_text
 from veneer.errors import BaseError, ConfigError, counted
 from veneer.models.image.base import aspect_problem, pipeline
-from veneer.models.image.predict import LatentPreview, embed_prompts
+from veneer.models.image.predict import embed_prompts
 from veneer.models.image.schedulers import make_scheduler
 from veneer.ops.cpu.sharing import forwards
 
@@ -174,14 +174,12 @@ class GeneratedPicture:
 class Moment:
     """A batch at the end of a step.
 
-    `start`: index of the batch's first row in the call. `preview(i)`: a preview of row i, at the cost of one VAE
-    pass."""
+    `start`: index of the batch's first row in the call."""
 
     rows: tuple[ImageRow, ...]
     start: int
     done: int
     of: int
-    preview: Callable[[int], Image]
 
 
 def default_settings(base: ImageBase) -> tuple[int, float]:
@@ -428,8 +426,6 @@ class _Run:
 
     def at_end_of_step(self, rows: tuple[ImageRow, ...]) -> Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]:
         mixes = [row.plan.at(0.0) for row in rows]
-        size = self.settings.width or self.base.size, self.settings.height or self.base.size
-        preview = None if self.watch is None else LatentPreview(self.base, *size)
 
         def callback(pipe: Any, i: int, _t: Any, arguments: dict[str, Any]) -> dict[str, Any]:
             nonlocal mixes
@@ -441,9 +437,8 @@ class _Run:
             self.done += 1
             if self.on_step is not None:
                 self.on_step(self.done, steps * self.batches)
-            if self.watch is not None and preview is not None:
-                preview.step(pipe.scheduler, arguments["latents"])
-                self.watch(Moment(rows, self.start, i + 1, steps, preview.preview))
+            if self.watch is not None:
+                self.watch(Moment(rows, self.start, i + 1, steps))
             return arguments
 
         return callback

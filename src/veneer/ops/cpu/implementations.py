@@ -504,28 +504,20 @@ IMPLEMENTATIONS["panel_linear"] = _product_of_panels(
 """By the kernel's name, which a weight stores when it is packed."""
 
 
-def _takes_panels(probe: Tensor, bits: int) -> bool:
+def _takes_panels(probe: Tensor) -> bool:
     return compiled.usable("panel_product", probe) is not None
 
 
-def _takes_reordered(probe: Tensor, bits: int) -> bool:
-    return bits == 16 and probe.dtype == torch.bfloat16 and reorders(probe.dtype)
+def _takes_reordered(probe: Tensor) -> bool:
+    return probe.dtype == torch.bfloat16 and reorders(probe.dtype)
 
 
 IMPLEMENTATIONS["weight_layout"] = Implementation(
-    {16: Panels.of, 8: Panels.int8, 4: Panels.int4},
+    Panels.of,
     _takes_panels,
-    "bfloat16, stored in 16, 8 or 4 bits",
+    "bfloat16",
     lambda: compiled.why_missing("panel_product"),
     "panels",
-    (
-        Implementation(
-            {16: Reordered.of},
-            _takes_reordered,
-            "bfloat16, stored in 16 bits",
-            lambda: _no_order(torch.bfloat16),
-            "onednn",
-        ),
-    ),
+    (Implementation(Reordered.of, _takes_reordered, "bfloat16", lambda: _no_order(torch.bfloat16), "onednn"),),
 )
-"""Bits per weight -> the function that packs it."""
+"""The function that packs a weight."""

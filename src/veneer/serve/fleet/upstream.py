@@ -144,7 +144,7 @@ class Upstream(Engine[Request, EngineEvent]):
                 self.base, self.context = str(base.get("id", "")), int(base.get("max_model_len") or 0)
             else:
                 trouble = f"/v1/models: {answer.status_code} {_message(answer)}"
-        except (httpx.HTTPError, OSError) as error:
+        except (httpx.HTTPError, OSError, ValueError, TypeError, AttributeError, KeyError) as error:
             trouble = f"{type(error).__name__} {error}".rstrip()
         if trouble and not self._trouble:
             log.warning("%s does not answer: %s", self.url, trouble)
@@ -286,9 +286,8 @@ class Upstream(Engine[Request, EngineEvent]):
 class UpstreamAdapters(NoAdapters):
     """The adapter memory of a server with an upstream, for `Catalog`: nothing is loaded in advance."""
 
-    def load(self, digest: str, adapter: Adapter | None = None, *, pinned: bool = False) -> None:
-        if pinned:
-            raise invalid("adapters cannot be pinned on a server with --upstream", "pinned")
+    def load(self, digest: str, adapter: Adapter | None = None) -> None:
+        """Do nothing: the upstream loads adapters by name."""
 
 
 def _body(request: Request, model: str) -> dict[str, Any]:

@@ -14,7 +14,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import functools
 import hashlib
+import logging
 import re
 import secrets
 from collections.abc import AsyncGenerator, Sequence
@@ -50,6 +52,8 @@ from veneer.serve.pictures.engine import PictureEngine
 from veneer.serve.pictures.request import FinishedPicture, PictureEvent, PictureRequest, PictureStep
 from veneer.serve.principal import Principal
 from veneer.serve.request import Refused, Usage, invalid
+
+log = logging.getLogger("veneer.serve")
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -325,14 +329,22 @@ def _chosen(
     return chosen, labels, {digest: own for digest, own in factors.items() if own != Strength()}
 
 
+@functools.cache
+def _warn_of_shadow(route: str) -> None:
+    """Log once for each route that its shadow has no effect."""
+    log.warning("the route %r has a shadow, which image requests do not use: shadows compare texts only", route)
+
+
 async def _run(
     service: Service, engine: PictureEngine, plan: DrawingPlan, caller: Principal, chosen: ChosenMix, number: str
 ) -> AsyncGenerator[IndexedPicture, None]:
     """The engine's events, under the caller's limits.
 
-    Completed work is billed however it ends. Routes have no shadows of images.
+    Completed work is billed however it ends. Shadows compare texts only: a route's shadow is logged and left out.
     """
     served = chosen.served
+    if served.shadow is not None:
+        _warn_of_shadow(served.name)
     positions = engine.positions(plan.requests[0].settings)
     usages = [Usage(0, 0, 0) for _ in plan.requests]
     admitted = service.tenancy.admitted(

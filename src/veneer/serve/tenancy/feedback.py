@@ -347,24 +347,6 @@ def feedback_counts(c: Connection, tenant: str, now: float) -> dict[str, int]:
     return {"answers": answers, "up": row.up, "down": row.n - row.up, "corrected": row.corrected, "chosen": row.chosen}
 
 
-@dataclass(frozen=True)
-class StoredAnswer:
-    """A stored answer.
-
-    The request's messages, and the assistant's message of each choice.
-    """
-
-    messages: Sequence[Mapping[str, Any]]
-    choices: Sequence[Mapping[str, Any]]
-
-
-def stored_answers(c: Connection, tenant: str, ids: Sequence[str], now: float) -> dict[str, StoredAnswer]:
-    """The stored answers of a tenant among `ids`."""
-    a = answer_table.c
-    query = select(a.id, a.asked, a.choices).where(a.tenant == tenant, a.expires > now, a.id.in_(ids[:1000]))
-    return {r.id: StoredAnswer(json.loads(r.asked)["messages"], json.loads(r.choices)) for r in c.execute(query)}
-
-
 def feedback_rows(
     engine: Engine, tenant: str, kind: str, *, adapter: str | None = None, now: float | None = None
 ) -> Iterator[dict[str, Any]]:
