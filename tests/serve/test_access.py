@@ -13,18 +13,18 @@ from veneer.serve.tenancy.keys import hash_key
 
 def test_keys() -> None:
     keys = KeyAccess(["sk-0123456789abcdef"], "admin-0123456789abcdef")
-    assert asyncio.run(keys.caller("sk-0123456789abcdef")).kind == "key"
-    assert asyncio.run(keys.caller("admin-0123456789abcdef")).kind == "operator"
+    assert asyncio.run(keys.authenticate("sk-0123456789abcdef")).kind == "key"
+    assert asyncio.run(keys.authenticate("admin-0123456789abcdef")).kind == "operator"
     for wrong in (None, "", "sk-", "ключ"):
         with pytest.raises(Refused, match="no valid API key"):
-            asyncio.run(keys.caller(wrong))
+            asyncio.run(keys.authenticate(wrong))
 
 
 def test_the_hash_of_an_admin_key_is_enough() -> None:
     key = "admin-0123456789abcdef"
     keys = KeyAccess([], f"sha256:{hash_key(key)}")
-    assert asyncio.run(keys.caller(key)).kind == "operator"
+    assert asyncio.run(keys.authenticate(key)).kind == "operator"
     for wrong in (f"sha256:{hash_key(key)}", hash_key(key), key[:-1]):
         with pytest.raises(Refused) as refused:
-            asyncio.run(keys.caller(wrong))
+            asyncio.run(keys.authenticate(wrong))
         assert refused.value.status == 401

@@ -68,7 +68,7 @@ class ByName(OpenAccess):
 
     keyless = False
 
-    async def caller(self, key: str | None, user: str | None = None) -> Principal:
+    async def authenticate(self, key: str | None, user: str | None = None) -> Principal:
         if key not in KINDS:
             raise Refused("no valid API key", status=401, code="unauthorized")
         return KINDS[key]

@@ -162,7 +162,7 @@ def test_handler_needs_its_permission(kind: Any) -> None:
     principal = Principal(kind, "acme" if kind == "tenant" else "")
 
     class Access(OpenAccess):
-        async def caller(self, key: str | None, user: str | None = None) -> Principal:
+        async def authenticate(self, key: str | None, user: str | None = None) -> Principal:
             return principal
 
     class Client:
@@ -285,7 +285,7 @@ def test_pages_per_key_are_limited() -> None:
     class Access(OpenAccess):
         keyless = False
 
-        async def caller(self, key: str | None, user: str | None = None) -> Principal:
+        async def authenticate(self, key: str | None, user: str | None = None) -> Principal:
             if key is None:
                 raise Refused("no valid API key", status=401, code="unauthorized")
             return Principal("tenant", key)

@@ -1,9 +1,9 @@
 """Access checks for every surface: the principal of a request, the meaning of a name, and the limits.
 
-    caller = await tenancy.caller(key)                        401 for an unknown key
-    served = catalog.resolve(model, caller)                   404 if unknown or not visible, never the base
-    async with tenancy.admitted(caller, served, …) as bill:   429 beyond a limit
-        …                                                     bill.used(usage) once, at the end
+    principal = await tenancy.authenticate(key)                401 for an unknown key
+    served = catalog.resolve(model, principal)                 404 if unknown or not visible, never the base
+    async with tenancy.admitted(principal, served, …) as bill: 429 beyond a limit
+        …                                                      bill.used(usage) once, at the end
 
 `OpenAccess` is the tenancy of a server without keys: everything is visible and nothing is billed. `KeyAccess`
 is for a server whose keys all have the same rights.
@@ -83,19 +83,19 @@ class ModelCard:
 class Routes(Protocol):
     """Names with weighted targets."""
 
-    def choose(self, route: str, caller: Principal) -> str | None:
-        """The target that answers this caller.
+    def choose(self, route: str, principal: Principal) -> str | None:
+        """The target that answers this principal.
 
-        None if the route does not exist for the caller.
+        None if the route does not exist for the principal.
         """
         ...
 
-    def shadow(self, route: str, caller: Principal) -> str | None:
+    def shadow(self, route: str, principal: Principal) -> str | None:
         """The target whose answer is also computed, or None."""
         ...
 
-    def names(self, caller: Principal) -> list[str]:
-        """The routes that exist for this caller."""
+    def names(self, principal: Principal) -> list[str]:
+        """The routes that exist for this principal."""
         ...
 
 
@@ -164,19 +164,19 @@ class Tenancy(Protocol):
 
     keyless: bool = False
 
-    async def caller(self, key: str | None, user: str | None = None) -> Principal:
+    async def authenticate(self, key: str | None, user: str | None = None) -> Principal:
         """The principal of a key. Raises Refused (unauthorized, 401)."""
         ...
 
-    def shares(self, caller: Principal, served: ResolvedModel) -> str:
-        """The cache scope of the caller's prompts.
+    def shares(self, principal: Principal, served: ResolvedModel) -> str:
+        """The cache scope of the principal's prompts.
 
         "" is shared with everybody, any other value only with itself.
         """
         ...
 
     def admitted(
-        self, caller: Principal, served: ResolvedModel, *, request: str, prompt_tokens: int, max_tokens: int
+        self, principal: Principal, served: ResolvedModel, *, request: str, prompt_tokens: int, max_tokens: int
     ) -> AbstractAsyncContextManager[Bill]:
         """Hold one request's share of every limit while it runs.
 
@@ -211,7 +211,7 @@ class Tenancy(Protocol):
         """Record how a shadow's answer compares with the sent one."""
         return None
 
-    def keeping(self, caller: Principal, served: ResolvedModel, request: str) -> StoreAnswer | None:
+    def keeping(self, principal: Principal, served: ResolvedModel, request: str) -> StoreAnswer | None:
         """A function that keeps a request's answer for feedback; None if it is not kept."""
         return None
 
@@ -237,15 +237,15 @@ class OpenAccess(Tenancy):
 
     keyless = True
 
-    async def caller(self, key: str | None, user: str | None = None) -> Principal:
+    async def authenticate(self, key: str | None, user: str | None = None) -> Principal:
         return Principal("open", user=user)
 
-    def shares(self, caller: Principal, served: ResolvedModel) -> str:
+    def shares(self, principal: Principal, served: ResolvedModel) -> str:
         return ""
 
     @asynccontextmanager
     async def admitted(
-        self, caller: Principal, served: ResolvedModel, *, request: str, prompt_tokens: int, max_tokens: int
+        self, principal: Principal, served: ResolvedModel, *, request: str, prompt_tokens: int, max_tokens: int
     ) -> AsyncIterator[Bill]:
         yield _FreeBill()
 
@@ -262,7 +262,7 @@ class KeyAccess(OpenAccess):
         self.keys = [key.encode() for key in keys]
         self.admin_hash = admin_hash(admin_key) if admin_key else None
 
-    async def caller(self, key: str | None, user: str | None = None) -> Principal:
+    async def authenticate(self, key: str | None, user: str | None = None) -> Principal:
         encoded = (key or "").encode("utf-8", "replace")
         admin = self.admin_hash is not None and same(key or "", self.admin_hash)
         matches = [hmac.compare_digest(encoded, each) for each in self.keys]

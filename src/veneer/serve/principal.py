@@ -1,8 +1,8 @@
 """Principals: who sent a request, and with which permissions.
 
-    principal = await tenancy.caller(key)      once per request, in `serve.http.app.AuthMiddleware`
-    principal.require("train")                 403 without that permission
-    principal.can_change("acme/support")       whether the principal can change an adapter with this name
+    principal = await tenancy.authenticate(key)  once per request, in `serve.http.app.AuthMiddleware`
+    principal.require("train")                   403 without that permission
+    principal.can_change("acme/support")         whether the principal can change an adapter with this name
 
 Each route of the server and each handler of the Studio declares the permission it needs: `needs` in
 `serve.http.guard`, `permit` in `studio.parts`. A route or handler without a permission is refused.

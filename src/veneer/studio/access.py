@@ -75,7 +75,7 @@ class Visitor:
 
     async def authenticate(self) -> Principal:
         """Authenticate again and return the principal. Raises Refused (401)."""
-        self.caller = await self.tenancy.caller(self.key)
+        self.caller = await self.tenancy.authenticate(self.key)
         return self.caller
 
 
@@ -86,7 +86,7 @@ VISITORS: WeakKeyDictionary[object, Visitor] = WeakKeyDictionary()
 async def _caller_with(tenancy: Tenancy, key: str | None) -> Principal | None:
     """Return the principal of a key; None for an invalid key."""
     try:
-        return await tenancy.caller(key)
+        return await tenancy.authenticate(key)
     except Refused as error:
         if error.status != 401:
             raise

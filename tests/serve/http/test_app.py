@@ -92,7 +92,7 @@ def test_adapters_beyond_the_cap_are_counted_as_other(text: ToyText) -> None:
 class Crowd(ToyTenancy):
     """Each key is a tenant; `admin` is the operator's."""
 
-    async def caller(self, key: str | None, user: str | None = None) -> Principal:
+    async def authenticate(self, key: str | None, user: str | None = None) -> Principal:
         return Principal("operator") if key == "admin" else Principal("tenant" if key else "open", key or "", user=user)
 
 

@@ -138,7 +138,7 @@ def test_a_failed_shadow_is_billed_for_its_tokens(
 def test_refused_shadows_are_reported(server: tuple[Live, str], tenants: Tenants) -> None:
     live_one, key = server
     manage.change_settings(tenants.store, "", {"requests_per_minute": 1}, adapter="polite", who="me")
-    asyncio.run(tenants.caller(key))
+    asyncio.run(tenants.authenticate(key))
     for _ in range(2):
         ask(live_one, key, "stable")
     tenants.ledger.writer.flush()

@@ -265,7 +265,7 @@ class ToyTenancy(Tenancy):
     bills: list[tuple[str, Usage]] = field(default_factory=list)
     inside: int = 0
 
-    async def caller(self, key: str | None, user: str | None = None) -> Principal:
+    async def authenticate(self, key: str | None, user: str | None = None) -> Principal:
         if key == "admin":
             return Principal("operator", user=user)
         if key == "acme":

@@ -62,7 +62,7 @@ def test_the_life_of_a_tenant(call: Call, tenants: Tenants) -> None:
     assert (listed["name"], listed["adapters"]) == ("acme", ["support"])
 
     key = call("POST", "/tenants/acme/keys", {"label": "web", "expires": "90d"}).json()
-    caller = asyncio.run(tenants.caller(key["key"]))
+    caller = asyncio.run(tenants.authenticate(key["key"]))
     assert caller.tenant == "acme"
     assert [caller.sees(name) for name in ("support", "acme/x", "base")] == [True, False, True]
     call("POST", "/tenants", {"name": "globex"})  # a key is not another tenant's to change

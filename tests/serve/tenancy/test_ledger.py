@@ -438,7 +438,7 @@ def test_requests_continue_while_postgresql_is_stopped(quick: Path, caplog: pyte
 
         async def one(name: str) -> float:
             began = time.monotonic()
-            caller = await tenants.caller(key)
+            caller = await tenants.authenticate(key)
             async with tenants.admitted(caller, served, request=name, prompt_tokens=1, max_tokens=1) as bill:
                 await bill.used(Usage(2, 0, 3))
             return time.monotonic() - began
@@ -453,7 +453,7 @@ def test_requests_continue_while_postgresql_is_stopped(quick: Path, caplog: pyte
                 assert await one("first") < 2.0  # waits half a second for the settings of this moment
                 for n in range(20):
                     assert await one(f"r{n}") < 0.25
-                assert (await tenants.caller(ADMIN)).can("administer")
+                assert (await tenants.authenticate(ADMIN)).can("administer")
                 await asyncio.sleep(0.3)
                 state = tenants.ledger_state()
                 assert state.owed == 21

@@ -68,7 +68,7 @@ def rows(tenants: Tenants) -> dict[str, Any]:
 def test_only_the_hash_of_a_key_is_stored(tenants: Tenants, where: str) -> None:
     manage.add_tenant(tenants.store, "acme", weight=2.5, adapters=["acme/*"], who="me")
     row, key = manage.make_tenant_key(tenants.store, "acme", label="web", who="me")
-    caller = run(tenants.caller(key, "ana"))
+    caller = run(tenants.authenticate(key, "ana"))
     assert (caller.tenant, caller.user, caller.weight, caller.kind) == ("acme", "ana", 2.5, "tenant")
     assert key.startswith(f"vnr-{row.id}-")
     assert row.hash == hash_key(key)
@@ -86,7 +86,7 @@ def test_all_invalid_keys_get_the_same_error(tenants: Tenants) -> None:
     other = make_key()[1]
     wrong = [None, "", "x", key[:-1], key[:-1] + ("A" if key[-1] != "A" else "B"), f"vnr-{row.id}{other[14:]}"]
     wrong += [other, f" {key}", f"{key}\n", "vnr-\ud800", ADMIN]
-    seen = {(e.status, e.code, e.what) for e in (refused(tenants.caller(k)) for k in wrong)}
+    seen = {(e.status, e.code, e.what) for e in (refused(tenants.authenticate(k)) for k in wrong)}
     assert seen == {(401, "unauthorized", "no valid API key")}
 
 
@@ -95,17 +95,17 @@ def test_expiry_revocation_and_rotation_of_keys(tenants: Tenants, clock: Clock) 
     manage.add_tenant(store, "acme", who="me")
     _, key = manage.make_tenant_key(store, "acme", expires=now + 100, who="me", now=now)
     row, other = manage.make_tenant_key(store, "acme", label="web", who="me", now=now)
-    assert run(tenants.caller(key)).tenant == "acme"
+    assert run(tenants.authenticate(key)).tenant == "acme"
     clock.now += 100
-    assert refused(tenants.caller(key)).status == 401
+    assert refused(tenants.authenticate(key)).status == 401
     new, newer = manage.rotate_key(store, row.id, grace=50, who="me", now=now + 100)
     assert (new.label, new.expires) == ("web", None)
-    assert run(tenants.caller(newer)).tenant == run(tenants.caller(other)).tenant == "acme"
+    assert run(tenants.authenticate(newer)).tenant == run(tenants.authenticate(other)).tenant == "acme"
     clock.now += 50
-    assert refused(tenants.caller(other)).status == 401
-    assert run(tenants.caller(newer)).tenant == "acme"
+    assert refused(tenants.authenticate(other)).status == 401
+    assert run(tenants.authenticate(newer)).tenant == "acme"
     manage.revoke_key(store, new.id, who="me")
-    assert refused(tenants.caller(newer)).status == 401
+    assert refused(tenants.authenticate(newer)).status == 401
     with pytest.raises(ConfigError, match="is revoked"):
         manage.rotate_key(store, new.id, who="me")
     states = [k.state(now + 150) for k in manage.list_keys(store, "acme")]
@@ -122,15 +122,15 @@ def test_changes_of_other_processes_apply_at_the_next_request(tenants: Tenants, 
     row, key = manage.make_tenant_key(other, "acme", who="cli")
     routes.set_route(other, "support", [("v1", 1)], tenant="acme", who="cli")
     routes.set_route(other, "support", [("v2", 1)], tenant="acme", who="cli")
-    assert tenants.routes.choose("support", run(tenants.caller(key))) == "v2"
+    assert tenants.routes.choose("support", run(tenants.authenticate(key))) == "v2"
     routes.rollback_route(other, "support", tenant="acme", who="cli")
-    assert tenants.routes.choose("support", run(tenants.caller(key))) == "v1"
+    assert tenants.routes.choose("support", run(tenants.authenticate(key))) == "v1"
     manage.change_settings(other, "acme", {"enabled": False}, who="cli")
-    assert refused(tenants.caller(key)).status == 401
+    assert refused(tenants.authenticate(key)).status == 401
     manage.change_settings(other, "acme", {"enabled": True, "weight": 7}, who="cli")
-    assert run(tenants.caller(key)).weight == 7.0
+    assert run(tenants.authenticate(key)).weight == 7.0
     manage.revoke_key(other, row.id, who="cli")
-    assert refused(tenants.caller(key)).status == 401
+    assert refused(tenants.authenticate(key)).status == 401
     manage.remove_tenant(other, "acme", who="cli")
     assert not tenants.store.look().keys
     other.close()
@@ -139,10 +139,10 @@ def test_changes_of_other_processes_apply_at_the_next_request(tenants: Tenants, 
 def test_the_admin_key_can_be_given_as_a_hash(quick: Path) -> None:
     for given in (ADMIN, f"sha256:{hash_key(ADMIN)}"):
         tenants = Tenants(str(quick / "t.sqlite"), admin_key=given, watch=False)
-        caller = run(tenants.caller(ADMIN))
+        caller = run(tenants.authenticate(ADMIN))
         assert (caller.can("operate"), caller.tenant, caller.sees("anything")) == (True, "", True)
         assert ADMIN not in str(vars(tenants))
-        assert refused(tenants.caller(f"sha256:{hash_key(ADMIN)}")).status == 401
+        assert refused(tenants.authenticate(f"sha256:{hash_key(ADMIN)}")).status == 401
         tenants.close()
     for short in ("secret", "sha256:12"):
         with pytest.raises(ConfigError, match="admin key"):
@@ -171,11 +171,11 @@ def test_a_tenant_sees_its_own_and_what_is_shared(tenants: Tenants) -> None:
         manage.add_tenant(tenants.store, name, adapters=[f"{name}/*"], who="me")
     manage.change_settings(tenants.store, "", {"adapters": ["base", "public/*"]}, who="me")
     _, key = manage.make_tenant_key(tenants.store, "acme", who="me")
-    sees = run(tenants.caller(key)).sees
+    sees = run(tenants.authenticate(key)).sees
     assert [n for n in ("acme/a", "globex/a", "public/b", "base", "other") if sees(n)] == ["acme/a", "public/b", "base"]
     assert manage.change_settings(tenants.store, "acme", {"adapters": ["x"]}, who="me")["adapters"] == ("x",)
     assert sees("acme/a")  # a request keeps what it meant when it came in
-    assert not run(tenants.caller(key)).sees("acme/a")
+    assert not run(tenants.authenticate(key)).sees("acme/a")
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ class TextJob:
     `keep`: gets the texts of all answers once complete; `keep_shadow`: the shadow's.
     """
 
-    caller: Principal
+    principal: Principal
     chosen: ChosenMix
     prompts: Sequence[tuple[int, ...]]
     sampling: Sampling
@@ -59,8 +59,13 @@ class TextJob:
     def requests(self, scope: str = "") -> list[Request]:
         """The engine requests. `scope`: the cache scope from the tenancy."""
         salt = json.dumps([scope, self.cache_salt]) if scope or self.cache_salt else ""
-        caller, served, seed = self.caller, self.chosen.served, self.sampling.seed
-        more: dict[str, Any] = {"tenant": caller.tenant, "weight": caller.weight, "name": served.name, "salt": salt}
+        principal, served, seed = self.principal, self.chosen.served, self.sampling.seed
+        more: dict[str, Any] = {
+            "tenant": principal.tenant,
+            "weight": principal.weight,
+            "name": served.name,
+            "salt": salt,
+        }
         requests: list[Request] = []
         for prompt in self.prompts:
             for k in range(self.choices):  # the first answer has the client's seed
@@ -125,10 +130,10 @@ async def run(service: Service, job: TextJob) -> AsyncGenerator[IndexedEvent, No
 
     Raises Refused if any of them fails.
     """
-    requests = job.requests(service.tenancy.shares(job.caller, job.chosen.served))
+    requests = job.requests(service.tenancy.shares(job.principal, job.chosen.served))
     usages = [Usage(0, 0, 0) for _ in requests]
     admitted = service.tenancy.admitted(
-        job.caller,
+        job.principal,
         job.chosen.served,
         request=job.id,
         prompt_tokens=sum(map(len, job.prompts)),
@@ -181,7 +186,7 @@ async def _pump(
 
     Also keeps its usage so far in `usages`.
     """
-    meter, reason = Meter(service.metrics, job.chosen.label, job.caller.tenant), "abort"
+    meter, reason = Meter(service.metrics, job.chosen.label, job.principal.tenant), "abort"
     try:
         events: Any = service.texts(request)
         async with aclosing(events):
@@ -321,7 +326,7 @@ async def _follow(service: Service, job: TextJob, request: Request, shadow: str,
         service.shadows.answered(
             ShadowAnswer(
                 job.id,
-                job.caller.tenant,
+                job.principal.tenant,
                 job.chosen.served.name,
                 shadow,
                 job.chosen.served.target,

@@ -189,9 +189,9 @@ class AuthMiddleware:
         request.scope["veneer.admitted"] = admitted = service.admission.enter(_STRANGERS)
         if self._needs_no_key(path):
             return
-        request.scope["veneer.principal"] = caller = await service.tenancy.caller(client_key(request))
-        admitted.tenant, admitted.weight = caller.tenant, caller.weight
-        current_owner.set(caller.tenant)
+        request.scope["veneer.principal"] = principal = await service.tenancy.authenticate(client_key(request))
+        admitted.tenant, admitted.weight = principal.tenant, principal.weight
+        current_owner.set(principal.tenant)
         if large is None:
             admitted.take("bodies", size)
         await service.catalog.fresh()

@@ -4,8 +4,8 @@
     PictureMixPart           an adapter with its factors by block and step
     ask_pictures             a body -> DrawingPlan (PictureRequests), and the engine's events
 
-Requests come from a client or a view, and run under the caller's limits and bill. No field is silently ignored:
-unsupported values are rejected with the reason. An image's size is read from its header before it is decoded,
+Requests come from a client or a view, and run under the principal's limits and bill. No field is silently
+ignored: unsupported values are rejected with the reason. An image's size is read from its header before it is decoded,
 and no URL is ever fetched.
 """
 
@@ -288,7 +288,7 @@ def described_body(kind: type[ImageBody]) -> dict[str, Any]:
 
 
 async def ask_pictures(
-    service: Service, caller: Principal, body: ImageBody, number: str, *, trial: bool = False
+    service: Service, principal: Principal, body: ImageBody, number: str, *, trial: bool = False
 ) -> tuple[DrawingPlan, AsyncGenerator[IndexedPicture, None]]:
     """Plan image generation.
 
@@ -297,29 +297,29 @@ async def ask_pictures(
     """
     if service.engine.makes != "pictures":
         raise invalid("this server has a text base", fix="use /v1/chat/completions")
-    chosen, labels, factors = _chosen(service, body, caller)
+    chosen, labels, factors = _chosen(service, body, principal)
     if trial:
         chosen = replace(chosen, served=chosen.served.as_trial())
     engine = cast(PictureEngine, service.engine)
     most = service.settings.max_pixels
-    plan = await asyncio.to_thread(_planned, engine, body, caller, chosen, labels, factors, most)
-    return plan, _run(service, engine, plan, caller, chosen, number)
+    plan = await asyncio.to_thread(_planned, engine, body, principal, chosen, labels, factors, most)
+    return plan, _run(service, engine, plan, principal, chosen, number)
 
 
 def _chosen(
-    service: Service, body: ImageBody, caller: Principal
+    service: Service, body: ImageBody, principal: Principal
 ) -> tuple[ChosenMix, dict[str, str], dict[str, Strength]]:
     """The mix, the client's name for each adapter, and factors by block and step, or roles, if any."""
     parts = body.mix
     if parts is None:
-        chosen = service.choose(caller, model=body.model)
+        chosen = service.choose(principal, model=body.model)
         return chosen, {digest: chosen.served.target for digest, _ in chosen.served.mix}, {}
     try:
         check_roles((part.adapter, part.factors) for part in parts)
     except VeneerError as error:
         raise invalid(error.what, "mix", error.fix) from error
     mix = [(part.adapter, part.strength) for part in parts]
-    chosen = service.choose(caller, model=body.model, mix=mix)
+    chosen = service.choose(principal, model=body.model, mix=mix)
     factors: dict[str, Strength] = {}
     for part, digest in zip(parts, chosen.served.meant, strict=True):
         if digest and factors.setdefault(digest, part.factors) != part.factors:
@@ -336,9 +336,9 @@ def _warn_of_shadow(route: str) -> None:
 
 
 async def _run(
-    service: Service, engine: PictureEngine, plan: DrawingPlan, caller: Principal, chosen: ChosenMix, number: str
+    service: Service, engine: PictureEngine, plan: DrawingPlan, principal: Principal, chosen: ChosenMix, number: str
 ) -> AsyncGenerator[IndexedPicture, None]:
-    """The engine's events, under the caller's limits.
+    """The engine's events, under the principal's limits.
 
     Completed work is billed however it ends. Shadows compare texts only: a route's shadow is logged and left out.
     """
@@ -348,10 +348,10 @@ async def _run(
     positions = engine.positions(plan.requests[0].settings)
     usages = [Usage(0, 0, 0) for _ in plan.requests]
     admitted = service.tenancy.admitted(
-        caller, served, request=number, prompt_tokens=plan.text_tokens, max_tokens=positions * len(usages)
+        principal, served, request=number, prompt_tokens=plan.text_tokens, max_tokens=positions * len(usages)
     )
     async with admitted as bill:
-        meters = [Meter(service.metrics, chosen.label, caller.tenant) for _ in usages]
+        meters = [Meter(service.metrics, chosen.label, principal.tenant) for _ in usages]
         reasons = ["abort"] * len(usages)
         billed = False
         try:
@@ -405,7 +405,7 @@ class DrawingPlan:
 def _planned(
     engine: PictureEngine,
     body: ImageBody,
-    caller: Principal,
+    principal: Principal,
     chosen: ChosenMix,
     labels: dict[str, str],
     factors: dict[str, Strength],
@@ -467,8 +467,8 @@ def _planned(
             "controls": control_records,
         }
         | ({"references": [sent.record(one) for one in edit.pictures]} if edit and sources else {}),
-        tenant=caller.tenant,
-        weight=caller.weight,
+        tenant=principal.tenant,
+        weight=principal.weight,
     )
     requests = tuple(replace(first, seed=(seed + i) % SEEDS, id=f"{first.id}-{i}") for i in range(body.n))
     texts = [text for text in (body.prompt, body.negative_prompt) if text]

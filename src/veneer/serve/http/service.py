@@ -140,7 +140,7 @@ class Service:
 
     def choose(
         self,
-        caller: Principal,
+        principal: Principal,
         *,
         model: str | None = None,
         mix: Sequence[tuple[str, float]] | None = None,
@@ -154,15 +154,15 @@ class Service:
         base = self.catalog.base
         named = model if model and model != base else None
         if mix is None:
-            served = self.catalog.resolve(named or lora_path or model or "", caller)
+            served = self.catalog.resolve(named or lora_path or model or "", principal)
             return ChosenMix(served, served.target if served.mix else base)
         if named or lora_path:
             ways = [*(["model"] if named else []), "mix", *(["lora_path"] if lora_path else [])]
             raise invalid(f"adapters are named in {len(ways)} fields: {', '.join(ways)}", "mix", "keep one")
         if not mix:
-            return ChosenMix(self.catalog.resolve("", caller), base)
+            return ChosenMix(self.catalog.resolve("", principal), base)
         check_strengths(mix)
-        served = self.catalog.resolve_mix(mix, caller)
+        served = self.catalog.resolve_mix(mix, principal)
         return ChosenMix(served, "mix" if len(served.mix) > 1 else mix[0][0] if served.mix else base)
 
     def texts(self, request: Request) -> AsyncIterator[EngineEvent]:
@@ -216,8 +216,8 @@ def client_key(request: HttpRequest) -> str | None:
 
 def caller_of(request: HttpRequest, user: str | None = None) -> Principal:
     """The request's principal, as set by the middleware, with the body's `user`."""
-    caller = principal_of(request.scope)
-    return replace(caller, user=user) if user else caller
+    principal = principal_of(request.scope)
+    return replace(principal, user=user) if user else principal
 
 
 def admission_of(request: HttpRequest) -> AdmittedRequest:

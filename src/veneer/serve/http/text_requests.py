@@ -26,7 +26,7 @@ from veneer.serve.request import Refused, Sampling, invalid, not_ready
 
 async def chat_job(
     service: Service,
-    caller: Principal,
+    principal: Principal,
     chosen: ChosenMix,
     messages: Sequence[dict[str, Any]],
     sampling: Callable[[int], Sampling],
@@ -53,7 +53,7 @@ async def chat_job(
 
     def keeping(answered: ResolvedModel, answer_id: str) -> Callable[[Sequence[str]], None] | None:
         """A function that stores answers for feedback, as training conversations; None if not stored."""
-        keep = service.tenancy.keeping(caller, answered, answer_id) if stores else None
+        keep = service.tenancy.keeping(principal, answered, answer_id) if stores else None
         if keep is None:
             return None
         start = str(messages[-1].get("content") or "") if continued else ""
@@ -67,7 +67,7 @@ async def chat_job(
         name = served.shadow[0]
         behind = ResolvedModel(mix, served.name, name, adapters=(name,) if mix else ())
         keep_shadow = keeping(behind, shadow_id(id))
-    return TextJob(caller, chosen, [prompt], settings, n, cache_salt, keep, keep_shadow, id)
+    return TextJob(principal, chosen, [prompt], settings, n, cache_salt, keep, keep_shadow, id)
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,9 @@ class TextRequest:
 
 
 async def ask_texts(
-    service: Service, caller: Principal, request: TextRequest, served: Callable[[ResolvedModel], None] | None = None
+    service: Service, principal: Principal, request: TextRequest, served: Callable[[ResolvedModel], None] | None = None
 ) -> AsyncGenerator[IndexedEvent, None]:
-    """(index, event) of `n` answers, as for a chat completion of the caller.
+    """(index, event) of `n` answers, as for a chat completion of the principal.
 
     The request is a trial (see `ResolvedModel`). Closing it cancels what still runs. `served`: called with the
     resolved names before the first event. Call on the server's event loop. Raises Refused.
@@ -101,7 +101,7 @@ async def ask_texts(
     most = service.settings.max_choices
     if not 0 < request.n <= most:
         raise invalid(f"n is {request.n}", "n", f"from 1 to {most} answers to a prompt")
-    admitted = service.admission.enter(caller.tenant, caller.weight)
+    admitted = service.admission.enter(principal.tenant, principal.weight)
     service.inside += 1
     try:
         await service.catalog.fresh()
@@ -115,13 +115,13 @@ async def ask_texts(
             )
 
         if len(request.mix) == 1 and request.mix[0][1] == 1:  # as `model`, so that routes apply
-            chosen = service.choose(caller, model=request.mix[0][0])
+            chosen = service.choose(principal, model=request.mix[0][0])
         else:
-            chosen = service.choose(caller, mix=list(request.mix))
+            chosen = service.choose(principal, mix=list(request.mix))
         chosen = replace(chosen, served=chosen.served.as_trial())
         if served is not None:
             served(chosen.served)
-        job = await chat_job(service, caller, chosen, request.messages, sampling, admitted, request.id, n=request.n)
+        job = await chat_job(service, principal, chosen, request.messages, sampling, admitted, request.id, n=request.n)
         async with aclosing(run(service, job)) as events:
             async for event in events:
                 yield event

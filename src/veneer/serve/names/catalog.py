@@ -3,11 +3,11 @@
     sources = AdapterSources(base, library=open_library())
     engine = TextEngine(base, sources.read)
     catalog = Catalog(sources, engine.problems, engine.residents, routes=…)
-    served = catalog.resolve("support@prod", caller)
+    served = catalog.resolve("support@prod", principal)
 
 A name is looked up in this order: the base's name; a route (`routes`); a loaded name; a library reference
 (`support`, `support@2`, `support@prod`, `sha256:…`). Each can have the prefix `base:`;
-`ft:base:acme:support:id` is OpenAI's form (library/names.py). Unknown names and names that the caller may not
+`ft:base:acme:support:id` is OpenAI's form (library/names.py). Unknown names and names that the principal cannot
 see give the same 404; for the latter, before any lookup.
 
 Names from clients never reach the file system: they are compared with known names and looked up in the
@@ -116,14 +116,14 @@ class Catalog:
 
     # -- resolving names -----------------------------------------------------------------------------------------------
 
-    def resolve(self, model: str, caller: Principal) -> ResolvedModel:
-        """Resolve a client's model name for a caller.
+    def resolve(self, model: str, principal: Principal) -> ResolvedModel:
+        """Resolve a client's model name for a principal.
 
         `model`: "" or the base's name; an adapter, a route, a library reference; `base:adapter`.
         """
-        meaning = self._mean(model, caller)
+        meaning = self._mean(model, principal)
         shadow: tuple[str, DigestMix | Refused] | None = None
-        if self.routes is not None and meaning.routed and (other := self.routes.shadow(self._word(model), caller)):
+        if self.routes is not None and meaning.routed and (other := self.routes.shadow(self._word(model), principal)):
             try:
                 shadow = (other, _alone(self._adapter(other, other)))
             except Refused as error:
@@ -133,11 +133,11 @@ class Catalog:
             _alone(meaning), model or self.base, meaning.target, shadow, (meaning.own,) if meaning.own else ()
         )
 
-    def resolve_mix(self, parts: Sequence[tuple[str, float]], caller: Principal) -> ResolvedModel:
+    def resolve_mix(self, parts: Sequence[tuple[str, float]], principal: Principal) -> ResolvedModel:
         """Resolve a mix of (name, strength); strengths of the same adapter are added."""
         if len(parts) > MAX_MIX:
             raise invalid(f"a mix of {len(parts)} adapters; at most {MAX_MIX}", "mix")
-        meanings = [(self._mean(word, caller), strength) for word, strength in parts]
+        meanings = [(self._mean(word, principal), strength) for word, strength in parts]
         mix = make_mix([(meaning.digest, strength) for meaning, strength in meanings if meaning.digest])
         # If two names mean one adapter, choose the same name every time.
         named = [min((m for m, _ in meanings if m.digest == digest), key=lambda m: m.own) for digest, _ in mix]
@@ -164,15 +164,15 @@ class Catalog:
             raise _missing(model)
         return tuned.reference
 
-    def _mean(self, model: str, caller: Principal) -> _Meaning:
+    def _mean(self, model: str, principal: Principal) -> _Meaning:
         """Resolve a client's name. Raises Refused (404, or `unusable`)."""
         word = self._word(model)
         if word == self.base:
             return _Meaning(word)
         if len(word) > _MAX_NAME or not word.isprintable():
             raise _missing(model)
-        target = self.routes.choose(word, caller) if self.routes is not None else None
-        if target is None and not caller.sees(word) and not caller.sees(name_of(word)):
+        target = self.routes.choose(word, principal) if self.routes is not None else None
+        if target is None and not principal.sees(word) and not principal.sees(name_of(word)):
             raise _missing(model)
         return replace(self._adapter(target or word, model), routed=target is not None)
 
@@ -203,28 +203,28 @@ class Catalog:
         if meaning.digest and name not in self._loaded:
             self.sources.read(meaning.digest, self.problems)
 
-    def models(self, caller: Principal) -> list[ModelCard]:
-        """The base, then everything the caller can see.
+    def models(self, principal: Principal) -> list[ModelCard]:
+        """The base, then everything the principal can see.
 
         Loaded adapters, routes, library adapters.
         """
         cards = {card.id: card for card in self._library_cards()}
         cards |= dict(self._loaded)
         out = [ModelCard(self.base, self.base, None, self._started)]
-        out += [card for name, card in sorted(cards.items()) if caller.sees(name)]
-        for route in self.routes.names(caller) if self.routes is not None else []:
+        out += [card for name, card in sorted(cards.items()) if principal.sees(name)]
+        for route in self.routes.names(principal) if self.routes is not None else []:
             if route not in cards:
                 out.append(ModelCard(route, route, self.base, self._started))
         return out
 
-    def card(self, model: str, caller: Principal) -> ModelCard:
+    def card(self, model: str, principal: Principal) -> ModelCard:
         """The card of one model, also under its OpenAI name `ft:base:…`."""
         if parse_tuned(model) is not None:
-            meaning = self._mean(model, caller)
+            meaning = self._mean(model, principal)
             version = self.sources.find_version(self._word(model))
             if meaning.digest and version is not None:
                 return ModelCard(model, meaning.own, self.base, _seconds(version.added), meaning.digest)
-        for card in self.models(caller):
+        for card in self.models(principal):
             if card.id == model:
                 return card
         raise _missing(model)

@@ -80,19 +80,19 @@ class StoredAnswers:
         self._holds: dict[str, tuple[QuotaHold, float]] = {}
         self._waiting: Counter[str] = Counter()  # bytes of answers that are not written yet, by tenant
 
-    def keeping(self, caller: Principal, served: ResolvedModel, request: str) -> StoreAnswer | None:
+    def keeping(self, principal: Principal, served: ResolvedModel, request: str) -> StoreAnswer | None:
         """A function that stores the answer to a new request.
 
         None if it is not to be stored.
         """
         settings = self.store.settings
-        keeps = settings.stores_answer.get(caller.tenant)
+        keeps = settings.stores_answer.get(principal.tenant)
         names = [name for _, name, _ in served.parts()]
         if keeps is None or not any(map(keeps, (served.name, *names))):
             return None
-        at, terms = self.wall(), settings.feedback[caller.tenant]
-        whose = user_hash(caller.tenant, caller.user) if caller.user else ""
-        row = {"tenant": caller.tenant, "id": request, "at": at, "expires": at + terms.days * 86400, "whose": whose}
+        at, terms = self.wall(), settings.feedback[principal.tenant]
+        whose = user_hash(principal.tenant, principal.user) if principal.user else ""
+        row = {"tenant": principal.tenant, "id": request, "at": at, "expires": at + terms.days * 86400, "whose": whose}
         row |= {"name": served.name, "adapters": names}
 
         def store(request_body: Mapping[str, Any], choices: Sequence[Mapping[str, Any]]) -> None:
@@ -100,13 +100,13 @@ class StoredAnswers:
             size = len(text)
             if size > _LARGEST:
                 self._log_lost(f"{request} has {size:,} characters with its request; the limit is {_LARGEST:,}")
-            elif not self._reserve(caller.tenant, size):
-                self._log_lost(f"{_MAX_WAITING:,} bytes of {caller.tenant or 'this server'} wait for the database")
+            elif not self._reserve(principal.tenant, size):
+                self._log_lost(f"{_MAX_WAITING:,} bytes of {principal.tenant or 'this server'} wait for the database")
             else:
                 self.writer.put(self._write, text).add_done_callback(lambda future: written(future, size))
 
         def written(future: Future[None], size: int) -> None:
-            self._reserve(caller.tenant, -size)
+            self._reserve(principal.tenant, -size)
             if error := future.exception():
                 self._log_lost(error)
 

@@ -61,7 +61,7 @@ class RouteMoved(ConfigError):
 class TenantRoutes:
     """The routes at request time, from the last refresh of the settings.
 
-    `Tenants.caller` refreshes the settings for each request.
+    `Tenants.authenticate` refreshes the settings for each request.
     """
 
     def __init__(
@@ -74,34 +74,34 @@ class TenantRoutes:
         self._store, self._put, self._keep = store, put, keep
         self._pick = pick or random.Random()
 
-    def find(self, route: str, caller: Principal) -> Route | None:
-        """The route of that name for the caller, or None."""
+    def find(self, route: str, principal: Principal) -> Route | None:
+        """The route of that name for the principal, or None."""
         routes = self._store.settings.routes
-        tenants_own = routes.get((caller.tenant, route)) if caller.kind == "tenant" else None
+        tenants_own = routes.get((principal.tenant, route)) if principal.kind == "tenant" else None
         if tenants_own is not None:
             return tenants_own
         shared = routes.get((ALL, route))
-        return shared if shared is not None and caller.sees(route) else None
+        return shared if shared is not None and principal.sees(route) else None
 
-    def names(self, caller: Principal) -> list[str]:
-        """Every route that the caller sees, for /v1/models."""
-        visible = {name for tenant, name in self._store.settings.routes if tenant in (ALL, caller.tenant)}
-        return sorted(name for name in visible if self.find(name, caller))
+    def names(self, principal: Principal) -> list[str]:
+        """Every route that the principal sees, for /v1/models."""
+        visible = {name for tenant, name in self._store.settings.routes if tenant in (ALL, principal.tenant)}
+        return sorted(name for name in visible if self.find(name, principal))
 
-    def choose(self, route: str, caller: Principal) -> str | None:
-        """The adapter that answers this caller; None if the caller has no such route."""
-        found_route = self.find(route, caller)
+    def choose(self, route: str, principal: Principal) -> str | None:
+        """The adapter that answers this principal; None if the principal has no such route."""
+        found_route = self.find(route, principal)
         if found_route is None:
             return None
-        user = json.dumps([caller.tenant, caller.user]) if caller.user else caller.tenant
+        user = json.dumps([principal.tenant, principal.user]) if principal.user else principal.tenant
         return owner(found_route.runs, bucket(route, user) if user else self._pick.randrange(BUCKETS))
 
-    def shadow(self, route: str, caller: Principal | None = None) -> str | None:
+    def shadow(self, route: str, principal: Principal | None = None) -> str | None:
         """The shadow for this request.
 
         None if there is none or the request is not sampled.
         """
-        found_route = self.find(route, caller or STRANGER)
+        found_route = self.find(route, principal or STRANGER)
         if found_route is None or found_route.shadow is None or self._pick.random() >= found_route.fraction:
             return None
         return found_route.shadow

@@ -2,8 +2,8 @@
 
 `Tenants` needs keys; `OpenTenants` accepts requests without a key.
 
-    caller      key -> principal, visible names, share; from the settings now in the database
-    admitted    limits (memory) -> ledger -> served -> bill (ledger)
+    authenticate  key -> principal, visible names, share; from the settings now in the database
+    admitted      limits (memory) -> ledger -> served -> bill (ledger)
 
 Limits are counted in this process. Processes that share a database exchange usage through it: every second
 this one reads what the others admitted in the last minute, every minute what they (and its own earlier runs)
@@ -96,7 +96,7 @@ class Tenants(Tenancy):
 
     # -- principals ----------------------------------------------------------------------------------------------------
 
-    async def caller(self, key: str | None, user: str | None = None) -> Principal:
+    async def authenticate(self, key: str | None, user: str | None = None) -> Principal:
         """The principal of a key. Raises Refused (unauthorized, 401)."""
         settings = await self._fresh()
         if key and self.is_admin(key):
@@ -154,20 +154,20 @@ class Tenants(Tenancy):
             _log.warning("the tenants' database does not respond; the settings read last are used: %s", error)
         self._unavailable = True
 
-    def shares(self, caller: Principal, served: ResolvedModel) -> str:
+    def shares(self, principal: Principal, served: ResolvedModel) -> str:
         """The cache scope of a request.
 
         The tenant, or "" if all tenants share the cache of everything in the mix. Prompts are separate by
         default, because a cache hit reveals that somebody sent the same prompt.
         """
         common = self.store.settings.shares_cache
-        return "" if all(common(name) for _, name, _ in served.parts()) else caller.tenant
+        return "" if all(common(name) for _, name, _ in served.parts()) else principal.tenant
 
     # -- usage ---------------------------------------------------------------------------------------------------------
 
     @asynccontextmanager
     async def admitted(
-        self, caller: Principal, served: ResolvedModel, *, request: str, prompt_tokens: int, max_tokens: int
+        self, principal: Principal, served: ResolvedModel, *, request: str, prompt_tokens: int, max_tokens: int
     ) -> AsyncIterator[_Bill]:
         """Reserve limits and record the admission; the block runs the request.
 
@@ -175,14 +175,14 @@ class Tenants(Tenancy):
         limit or a duplicate id, overloaded (503) if the ledger cannot store more.
         """
         settings = self.store.settings
-        training = Price(settings.training_terms(caller.tenant).price) if served.trained else None
+        training = Price(settings.training_terms(principal.tenant).price) if served.trained else None
         lines = tuple(
-            LedgerLine(digest, name, strength, training or settings.price(caller.tenant, name_of(name)))
+            LedgerLine(digest, name, strength, training or settings.price(principal.tenant, name_of(name)))
             for digest, name, strength in served.parts()
         )
         names = [name_of(line.adapter) for line in lines]
-        reserved = self.limits.take(settings.limits, caller.tenant, names, prompt_tokens, max_tokens)
-        tenant = TRIALS if served.trial and caller.kind != "tenant" else caller.tenant
+        reserved = self.limits.take(settings.limits, principal.tenant, names, prompt_tokens, max_tokens)
+        tenant = TRIALS if served.trial and principal.kind != "tenant" else principal.tenant
         entry = LedgerEntry(request, tenant, served.name, self._wall(), prompt_tokens, max_tokens, lines)
         opened = self.ledger.open(entry)
         bill = _Bill(self.ledger, reserved, request)
@@ -215,8 +215,8 @@ class Tenants(Tenancy):
     def routes(self) -> TenantRoutes:
         return self._routes
 
-    def keeping(self, caller: Principal, served: ResolvedModel, request: str) -> StoreAnswer | None:
-        return self.answers.keeping(caller, served, request)
+    def keeping(self, principal: Principal, served: ResolvedModel, request: str) -> StoreAnswer | None:
+        return self.answers.keeping(principal, served, request)
 
     def record_shadow(self, answer: ShadowAnswer) -> None:
         self._routes.record_shadow(answer)
@@ -273,14 +273,14 @@ class OpenTenants(Tenants):
 
     keyless = True
 
-    async def caller(self, key: str | None, user: str | None = None) -> Principal:
+    async def authenticate(self, key: str | None, user: str | None = None) -> Principal:
         """The principal of a tenant's or the admin key; any other text counts as no key.
 
         Some clients require a key and send a dummy. Raises Refused (unauthorized, 401) for an invalid tenant
         key.
         """
         if key and key_id(key) is not None:
-            return await super().caller(key, user)
+            return await super().authenticate(key, user)
         await self._fresh()
         return Principal("open", user=user)
 

@@ -38,7 +38,7 @@ class Tenants(ToyTenancy):
     noted: list[tuple[Any, ...]] = field(default_factory=list)
     let: list[str] = field(default_factory=list)
 
-    async def caller(self, key: str | None, user: str | None = None) -> Principal:
+    async def authenticate(self, key: str | None, user: str | None = None) -> Principal:
         if key in ("acme", "globex"):
             return Principal("tenant", key, lambda name: name.startswith((f"{key}/", "shared")))
         if key in ("admin", "key"):

@@ -599,7 +599,7 @@ class Tenants(OpenAccess):
     def __init__(self) -> None:
         self.bills: list[tuple[str, int, int, Usage]] = []
 
-    async def caller(self, key: str | None, user: str | None = None) -> Principal:
+    async def authenticate(self, key: str | None, user: str | None = None) -> Principal:
         if key not in ("acme", "poor"):
             raise Refused("this key is not known", status=401, code="unauthorized")
         return Principal("tenant", key, lambda name: name != "look")

@@ -110,37 +110,37 @@ def adapter_routes(library: Library, staging: UploadStage, tenancy: Tenancy) -> 
     router = APIRouter(tags=["adapters"], route_class=BodyRoute, dependencies=[needs("read")])
     uploads, working = SharedQuantity("uploads", _AT_ONCE), FairPool(_THREADS, "veneer-adapters")
 
-    async def worked(caller: Principal, size: int, do: Callable[[], T]) -> T:
+    async def worked(principal: Principal, size: int, do: Callable[[], T]) -> T:
         """Run work on `size` bytes in the adapters' thread pool."""
         return await in_thread(
-            "the library", do, lambda work: working.run(caller.tenant, caller.weight, size, work), _KNOWN
+            "the library", do, lambda work: working.run(principal.tenant, principal.weight, size, work), _KNOWN
         )
 
     @asynccontextmanager
     async def posted(request: HttpRequest, filename: str) -> AsyncIterator[StagedAdapter]:
         """The request's body, spooled to disk."""
-        caller = caller_of(request)
-        uploads.take(caller.tenant, caller.weight, 1)
+        principal = caller_of(request)
+        uploads.take(principal.tenant, principal.weight, 1)
         try:
-            incoming = await in_thread("the disk", lambda: staging.begin(caller.tenant, filename))
+            incoming = await in_thread("the disk", lambda: staging.begin(principal.tenant, filename))
             try:
                 async for chunk in request.stream():
                     await in_thread("the disk", partial(incoming.write, chunk))
-                yield await worked(caller, incoming.size, lambda: staging.keep(incoming))
+                yield await worked(principal, incoming.size, lambda: staging.keep(incoming))
             except BaseException:
                 await asyncio.to_thread(staging.drop, incoming)
                 raise
         finally:
-            uploads.give(caller.tenant, 1)
+            uploads.give(principal.tenant, 1)
 
     @router.get("/v1/adapters", summary="Search the library.")
     async def browse(request: HttpRequest, query: Annotated[AdapterQuery, Query()]) -> Response:
-        caller = caller_of(request)
-        filters = query.model_dump() | {"sees": None if caller.can("operate") else caller.sees}
+        principal = caller_of(request)
+        filters = query.model_dump() | {"sees": None if principal.can("operate") else principal.sees}
         page = await in_thread("the library", lambda: library.browse(**filters))
-        data = [_adapter_json(v, caller) for v in page.versions]
+        data = [_adapter_json(v, principal) for v in page.versions]
         more = query.offset + len(data) < page.total
-        facets = {**page.facets, "base": facet_of_bases(page.facets["base"], caller)}
+        facets = {**page.facets, "base": facet_of_bases(page.facets["base"], principal)}
         return Json({"object": "list", "data": data, "total": page.total, "has_more": more, "facets": facets})
 
     @router.post(
@@ -156,31 +156,31 @@ def adapter_routes(library: Library, staging: UploadStage, tenancy: Tenancy) -> 
         tag: Annotated[list[_Word] | None, Query(max_length=16)] = None,
         alias: _Word = "",
     ) -> Response:
-        caller, quotas = caller_of(request), service_of(request).quotas
-        _need_namespace(caller, name)
+        principal, quotas = caller_of(request), service_of(request).quotas
+        _need_namespace(principal, name)
         async with posted(request, filename) as staged:
 
             def add() -> dict[str, Any]:
-                added = add_staged(library, tenancy, quotas, caller, staged, name, tags=tag or (), alias=alias)
-                return {**_adapter_json(added.version, caller), "new": added.new, "left_out": added.left_out}
+                added = add_staged(library, tenancy, quotas, principal, staged, name, tags=tag or (), alias=alias)
+                return {**_adapter_json(added.version, principal), "new": added.new, "left_out": added.left_out}
 
             try:
-                return Json(await worked(caller, staged.size, add))
+                return Json(await worked(principal, staged.size, add))
             finally:
                 await asyncio.to_thread(staging.drop, staged)
 
     @router.get("/v1/adapters/{reference:path}", summary="Get an adapter with its relatives.")
     async def show(request: HttpRequest, reference: str) -> Response:
-        caller = caller_of(request)
+        principal = caller_of(request)
 
         def show() -> dict[str, Any]:
-            version = _visible_version(library, caller, reference)
-            changeable = caller.can_change(version.name)
-            relatives = _visible_family(library.family(version.reference), caller)
+            version = _visible_version(library, principal, reference)
+            changeable = principal.can_change(version.name)
+            relatives = _visible_family(library.family(version.reference), principal)
             known = (
                 {"checks": library.checks(version.reference), "files": _files(library, version)} if changeable else {}
             )
-            return {**_adapter_json(version, caller), "family": relatives, **known}
+            return {**_adapter_json(version, principal), "family": relatives, **known}
 
         return Json(await _read(show))
 
@@ -190,10 +190,10 @@ def adapter_routes(library: Library, staging: UploadStage, tenancy: Tenancy) -> 
         summary="Change the aliases and tags of a version.",
     )
     async def change(request: HttpRequest, reference: str, body: AdapterChange) -> Response:
-        caller = caller_of(request)
+        principal = caller_of(request)
 
         def change() -> dict[str, Any]:
-            return _adapter_json(change_adapter(library, tenancy, caller, reference, body), caller)
+            return _adapter_json(change_adapter(library, tenancy, principal, reference, body), principal)
 
         return Json(await _read(change), headers=body.headers)
 
@@ -203,18 +203,18 @@ def adapter_routes(library: Library, staging: UploadStage, tenancy: Tenancy) -> 
         summary="Remove a name with all its versions, one version, or an alias.",
     )
     async def remove(request: HttpRequest, reference: str, with_aliases: bool = False) -> Response:
-        caller = caller_of(request)
+        principal = caller_of(request)
 
         def remove() -> list[str]:
-            return remove_adapter(library, tenancy, caller, reference, with_aliases=with_aliases)
+            return remove_adapter(library, tenancy, principal, reference, with_aliases=with_aliases)
 
         removed = await _read(remove)
         return Json({"id": reference, "object": "adapter", "deleted": True, "removed": removed})
 
     @router.get("/v1/adapter_previews/{reference:path}", summary="Get the preview picture of an adapter.")
     async def preview(request: HttpRequest, reference: str) -> Response:
-        caller = caller_of(request)
-        version = await _read(lambda: _visible_version(library, caller, reference))
+        principal = caller_of(request)
+        version = await _read(lambda: _visible_version(library, principal, reference))
         picture = card_picture(version.card)
         if picture is None:
             raise Refused(f"{version.reference} has no picture", status=404, code="not_found")
@@ -224,11 +224,11 @@ def adapter_routes(library: Library, staging: UploadStage, tenancy: Tenancy) -> 
 
     @router.get("/v1/adapter_files/{reference:path}", summary="Download an adapter's file, also in another layout.")
     async def download(request: HttpRequest, reference: str, to: Layout | None = None, base: _Base = "") -> Response:
-        caller = caller_of(request)
-        version = await _read(lambda: _changeable_version(library, caller, reference))
+        principal = caller_of(request)
+        version = await _read(lambda: _changeable_version(library, principal, reference))
         known = version.fingerprint == service_of(request).catalog.fingerprint
         stem = f"{version.name.rpartition('/')[2]}-{version.version}"
-        path = await worked(caller, version.size, lambda: library.resolve(version.reference))
+        path = await worked(principal, version.size, lambda: library.resolve(version.reference))
         return await file_of(request, path, version.size, stem, to, service_of(request).catalog.base if known else base)
 
     @router.post("/v1/adapter_inspections", summary="Report on the posted file.", openapi_extra=_BYTES)
@@ -258,7 +258,7 @@ def adapter_routes(library: Library, staging: UploadStage, tenancy: Tenancy) -> 
 
         `base`: the adapter's base, as stated by the client or the library.
         """
-        caller, catalog = caller_of(request), service_of(request).catalog
+        principal, catalog = caller_of(request), service_of(request).catalog
         if to in ("gguf", "tgi"):
             service_of(request).need_base()
             if base != catalog.base:
@@ -267,7 +267,7 @@ def adapter_routes(library: Library, staging: UploadStage, tenancy: Tenancy) -> 
             base = catalog.sources.base.name  # the base's location; the name can be its last part only
         folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="veneer-"))
         try:
-            path = await worked(caller, 2 * size, lambda: _one_file(source, folder, stem, to, base))
+            path = await worked(principal, 2 * size, lambda: _one_file(source, folder, stem, to, base))
             return file_response(
                 path.open("rb"),
                 path.stat().st_size,
@@ -289,44 +289,44 @@ def add_staged(
     library: Library,
     tenancy: Tenancy,
     quotas: Quotas,
-    caller: Principal,
+    principal: Principal,
     staged: StagedAdapter,
     name: str,
     *,
     tags: Sequence[str] = (),
     alias: str = "",
 ) -> Added:
-    """Add an uploaded file to the library under a name of the caller's. Blocks.
+    """Add an uploaded file to the library under a name of the principal's. Blocks.
 
     Raises Refused (403, 400 if there is no room), and the errors of `Library.add`.
     """
-    _need_namespace(caller, name)
-    if caller.tenant:
-        quotas.check_stored(caller.tenant, disk=(library.size_of_prefix(f"{caller.tenant}/"), staged.size))
+    _need_namespace(principal, name)
+    if principal.tenant:
+        quotas.check_stored(principal.tenant, disk=(library.size_of_prefix(f"{principal.tenant}/"), staged.size))
     added = library.add(staged.path, name, tags=tags, source="upload")
     if alias:
         added.version = library.alias(added.version.reference, alias)
-    if caller.tenant:
-        tenancy.grant_namespace(caller.tenant)
-    audit_added(tenancy, caller, added.version)
+    if principal.tenant:
+        tenancy.grant_namespace(principal.tenant)
+    audit_added(tenancy, principal, added.version)
     return added
 
 
-def audit_added(tenancy: Tenancy, caller: Principal, version: Version) -> None:
+def audit_added(tenancy: Tenancy, principal: Principal, version: Version) -> None:
     """Write the audit entry of a version that was added to the library. Blocks."""
     after = {"digest": version.digest, "aliases": version.aliases}
-    tenancy.note(caller.actor, "adapter.add", version.reference, None, after)
+    tenancy.note(principal.actor, "adapter.add", version.reference, None, after)
 
 
 def change_adapter(
-    library: Library, tenancy: Tenancy, caller: Principal, reference: str, change: AdapterChange
+    library: Library, tenancy: Tenancy, principal: Principal, reference: str, change: AdapterChange
 ) -> Version:
     """Change aliases and tags of a version. Blocks.
 
     Raises Refused (404, 403, and 400 if an alias to remove does not point to the version), and the library's
     errors.
     """
-    before = _changeable_version(library, caller, reference)
+    before = _changeable_version(library, principal, reference)
     if missing := sorted(set(change.remove_aliases) - set(before.aliases)):
         raise invalid(f"no alias {missing[0]!r} points to {before.reference}", "remove_aliases")
     for alias in change.remove_aliases:
@@ -339,26 +339,26 @@ def change_adapter(
         library.alias(before.reference, alias)
     after = library.find(before.reference)
     old, new = ({"aliases": v.aliases, "tags": v.tags} for v in (before, after))
-    tenancy.note(caller.actor, "adapter.change", after.reference, old, new)
+    tenancy.note(principal.actor, "adapter.change", after.reference, old, new)
     return after
 
 
 def remove_adapter(
-    library: Library, tenancy: Tenancy, caller: Principal, reference: str, *, with_aliases: bool = False
+    library: Library, tenancy: Tenancy, principal: Principal, reference: str, *, with_aliases: bool = False
 ) -> list[str]:
     """Remove a name with its versions, one version, or an alias.
 
     Returns the removed references. Blocks. Raises Refused (404, 403, and 400 if an alias still points to a
     removed version).
     """
-    _changeable_version(library, caller, reference)
+    _changeable_version(library, principal, reference)
     try:
         removed = library.remove(reference, with_aliases=with_aliases)
     except NotInLibrary:
         raise
     except AdapterError as error:
         raise invalid(error.what, "with_aliases", "move them first, or set with_aliases=true") from None
-    tenancy.note(caller.actor, "adapter.remove", reference, removed, None)
+    tenancy.note(principal.actor, "adapter.remove", reference, removed, None)
     return removed
 
 
@@ -376,25 +376,25 @@ def staged_report(staged: StagedAdapter) -> dict[str, Any]:
 # -- permissions -------------------------------------------------------------------------------------------------------
 
 
-def _need_namespace(caller: Principal, name: str) -> None:
-    """Raises Refused (403) for a name outside the caller's namespace."""
-    if not caller.can_change(name):
-        namespace = f"{caller.tenant}/NAME" if caller.tenant else None
+def _need_namespace(principal: Principal, name: str) -> None:
+    """Raises Refused (403) for a name outside the principal's namespace."""
+    if not principal.can_change(name):
+        namespace = f"{principal.tenant}/NAME" if principal.tenant else None
         raise Refused(
             f"{quoted(name)} is outside your namespace", status=403, code="forbidden", param="name", fix=namespace
         )
 
 
-def _visible_version(library: Library, caller: Principal, reference: str) -> Version:
-    """The version, if the caller sees it.
+def _visible_version(library: Library, principal: Principal, reference: str) -> Version:
+    """The version, if the principal sees it.
 
     Raises Refused (404); for an operator, with the nearest name.
     """
     try:
         version = library.find(reference)
     except AdapterError as error:
-        raise _missing(reference, error.fix if caller.can("operate") else None) from None
-    if not caller.can_see(reference, version.reference):
+        raise _missing(reference, error.fix if principal.can("operate") else None) from None
+    if not principal.can_see(reference, version.reference):
         raise _missing(reference)
     return version
 
@@ -403,10 +403,10 @@ def _missing(reference: str, fix: str | None = None) -> Refused:
     return Refused(f"there is no adapter {quoted(reference)}", status=404, code="not_found", param="reference", fix=fix)
 
 
-def _changeable_version(library: Library, caller: Principal, reference: str) -> Version:
-    """The version, if the caller can change it. Raises Refused (404, 403)."""
-    version = _visible_version(library, caller, reference)
-    if not caller.can_change(version.name):
+def _changeable_version(library: Library, principal: Principal, reference: str) -> Version:
+    """The version, if the principal can change it. Raises Refused (404, 403)."""
+    version = _visible_version(library, principal, reference)
+    if not principal.can_change(version.name):
         raise Refused(f"{version.reference} is outside your namespace", status=403, code="forbidden", param="reference")
     return version
 
@@ -434,24 +434,24 @@ async def _read(do: Callable[[], T]) -> T:
 # -- responses ---------------------------------------------------------------------------------------------------------
 
 
-def base_for(base: str, caller: Principal) -> str:
-    """An adapter's base as shown to a caller.
+def base_for(base: str, principal: Principal) -> str:
+    """An adapter's base as shown to a principal.
 
     Only operators see the base's folder on this server.
     """
-    return base if caller.can("operate") or not os.path.isabs(base) else os.path.basename(base.rstrip("/"))
+    return base if principal.can("operate") or not os.path.isabs(base) else os.path.basename(base.rstrip("/"))
 
 
-def facet_of_bases(counts: Mapping[str, int], caller: Principal) -> dict[str, int]:
+def facet_of_bases(counts: Mapping[str, int], principal: Principal) -> dict[str, int]:
     """The library's counts by base, under the names that `base_for` gives the bases."""
     merged: Counter[str] = Counter()
     for base, count in counts.items():
-        merged[base_for(base, caller)] += count
+        merged[base_for(base, principal)] += count
     return dict(merged.most_common())
 
 
-def _adapter_json(v: Version, caller: Principal) -> dict[str, Any]:
-    gain, base = gain_of(v.card), base_for(v.base, caller)
+def _adapter_json(v: Version, principal: Principal) -> dict[str, Any]:
+    gain, base = gain_of(v.card), base_for(v.base, principal)
     fields = {
         "id": v.reference,
         "object": "adapter",
@@ -476,7 +476,7 @@ def _adapter_json(v: Version, caller: Principal) -> dict[str, Any]:
         "gain": gain and {"before": gain.before, "after": gain.after, "share": gain.share},
         "preview": f"/v1/adapter_previews/{v.reference}" if card_picture(v.card) else None,
     }
-    return {**fields, "card": {**v.card, "base": base}, "source": v.source} if caller.can_change(v.name) else fields
+    return {**fields, "card": {**v.card, "base": base}, "source": v.source} if principal.can_change(v.name) else fields
 
 
 def _bounded(value: Any) -> Any:
@@ -489,10 +489,12 @@ def _bounded(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _visible_family(family: AdapterFamily, caller: Principal) -> dict[str, list[str]]:
+def _visible_family(family: AdapterFamily, principal: Principal) -> dict[str, list[str]]:
     return {
         relation: [
-            each for each in names if caller.can_see(each) and (caller.can("operate") or relation != "unknown_parents")
+            each
+            for each in names
+            if principal.can_see(each) and (principal.can("operate") or relation != "unknown_parents")
         ]
         for relation, names in family.names().items()
     }

@@ -73,8 +73,8 @@ async def _answered(request: HttpRequest, kind: type[ImageBody], event: str) -> 
     try:
         service = service_of(request)
         body = checked_image_body(kind, await image_fields(request), service.settings.max_pictures)
-        caller = caller_of(request, body.user or body.safety_identifier)
-        plan, events = await ask_pictures(service, caller, body, request.scope["veneer.id"])
+        principal = caller_of(request, body.user or body.safety_identifier)
+        plan, events = await ask_pictures(service, principal, body, request.scope["veneer.id"])
         if not body.stream:
             return Json(await unless_left(request, _collected(events, body, plan)))
         stream = await open_stream(request, events)

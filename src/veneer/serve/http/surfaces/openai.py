@@ -47,9 +47,9 @@ openai_routes = APIRouter(tags=["OpenAI"], route_class=BodyRoute, dependencies=[
 
 @openai_routes.get("/v1/models", summary="List the base, adapters and routes that are visible to the caller.")
 async def models(request: HttpRequest) -> Response:
-    service, caller = service_of(request), caller_of(request)
-    cards = service.catalog.models(caller)
-    cards = [*cards, *_tuned(service.catalog.base, cards, caller)]
+    service, principal = service_of(request), caller_of(request)
+    cards = service.catalog.models(principal)
+    cards = [*cards, *_tuned(service.catalog.base, cards, principal)]
     return Json({"object": "list", "data": [_card(service, card) for card in cards]})
 
 
@@ -59,10 +59,10 @@ async def model(request: HttpRequest, model: str) -> Response:
     return Json(_card(service, service.catalog.card(model, caller_of(request))))
 
 
-def _tuned(base: str, cards: Sequence[ModelCard], caller: Principal) -> list[ModelCard]:
+def _tuned(base: str, cards: Sequence[ModelCard], principal: Principal) -> list[ModelCard]:
     """Fine-tuned models of the caller again, under OpenAI's names."""
     names = {card.id: tuned_of(base, card.id) for card in cards if card.parent is not None}
-    tuned = {id: str(name) for id, name in names.items() if name is not None and name.organisation == caller.tenant}
+    tuned = {id: str(name) for id, name in names.items() if name is not None and name.organisation == principal.tenant}
     return [replace(card, id=tuned[card.id]) for card in cards if card.id in tuned]
 
 
@@ -89,9 +89,9 @@ def _card(service: Service, card: ModelCard) -> dict[str, Any]:
 
 @openai_routes.post("/v1/chat/completions", summary="Answer a conversation.")
 async def chat(request: HttpRequest, body: ChatBody) -> Response:
-    service, caller = service_of(request), caller_of(request, body.user)
+    service, principal = service_of(request), caller_of(request, body.user)
     n = body.choices(service)
-    chosen = service.choose(caller, **body.adapters())
+    chosen = service.choose(principal, **body.adapters())
     use = tool_use(body.tools, body.tool_choice, service.prompts.takes_tools)
 
     def sampling(room: int) -> Sampling:
@@ -100,7 +100,7 @@ async def chat(request: HttpRequest, body: ChatBody) -> Response:
 
     job = await chat_job(
         service,
-        caller,
+        principal,
         chosen,
         [message.model_dump(exclude_none=True) for message in body.messages],
         sampling,
@@ -119,12 +119,12 @@ async def chat(request: HttpRequest, body: ChatBody) -> Response:
 
 @openai_routes.post("/v1/completions", summary="Complete one or several texts.")
 async def completions(request: HttpRequest, body: CompletionBody) -> Response:
-    service, caller = service_of(request), caller_of(request, body.user)
+    service, principal = service_of(request), caller_of(request, body.user)
     n = body.choices(service)
     texts = body.texts(service)
     if body.store:  # only conversations are stored
         body.ignore("store")
-    chosen = service.choose(caller, **body.adapters())
+    chosen = service.choose(principal, **body.adapters())
     admitted = admission_of(request)
     admitted.take("answers", len(texts) * n)
     echoes = [text for text in texts if isinstance(text, str)]
@@ -143,7 +143,9 @@ async def completions(request: HttpRequest, body: CompletionBody) -> Response:
         logprobs=max(counts, default=None),
         prompt_logprobs=bool(body.echo and body.logprobs is not None) or body.prompt_logprobs is not None,
     )
-    job = TextJob(caller, chosen, prompts, settings, n, body.cache_salt or "", id=f"cmpl-{request.scope['veneer.id']}")
+    job = TextJob(
+        principal, chosen, prompts, settings, n, body.cache_salt or "", id=f"cmpl-{request.scope['veneer.id']}"
+    )
     return await _answered(request, service, job, body, _TextFormat(service.prompts, job, body, echoes))
 
 
