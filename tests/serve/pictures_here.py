@@ -116,7 +116,7 @@ class Names:
     def resolve_mix(self, parts: Sequence[tuple[str, float]], caller: Principal) -> ResolvedModel:
         found = [self.resolve(name, caller).mix for name, _ in parts]
         mix = [(d, s * own) for one, (_, s) in zip(found, parts, strict=True) for d, own in one]
-        return ResolvedModel(make_mix(mix), "mix", "mix", meant=tuple(one[0][0] if one else "" for one in found))
+        return ResolvedModel(make_mix(mix), "mix", "mix", digests=tuple(one[0][0] if one else "" for one in found))
 
     def models(self, caller: Principal) -> list[ModelCard]:
         return [ModelCard(name, name, self.base, 0, digest) for name, digest in self.shelf.digest.items()]

@@ -34,7 +34,7 @@ def command(
     Example: veneer export support@prod --for vllm served/support"""
     from veneer.serve.fleet.export import export
 
-    done = export(name, server, folder, base=base, merge=merge, dtype=dtype, say=say)
+    done = export(name, server, folder, base=base, merge=merge, dtype=dtype, log=say)
     if as_json:
         print_json(done.to_dict())
         return

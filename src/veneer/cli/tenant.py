@@ -446,7 +446,7 @@ def audit_(
             head, count, faults = manage.audit_faults(c, expect)
             value = {"ok": not faults, "head": head, "lines": count, "faults": faults}
             return Result(value, "\n".join([f"{count:,} lines, head {head}", *faults]), 2 if faults else 0)
-        entries = manage.audit_lines(c, what=what, subject=subject, limit=limit)
+        entries = manage.audit_lines(c, action=what, subject=subject, limit=limit)
     lines = [
         f"{x['number']}  {x['at']}  {x['who']}  {x['what']}  {x['subject']}  "
         f"{json.dumps(x['before'])} -> {json.dumps(x['after'])}"

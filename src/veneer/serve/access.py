@@ -36,7 +36,7 @@ class ResolvedModel:
     `name`: the client's name, returned as `model`. `target`: the adapter that a route chose, else `name`.
     `shadow`: a mix whose answer is also computed and logged, never sent; or why it cannot be. `adapters`: the
     operator's name of each part of `mix`, in order: the loaded name, or the library reference with its
-    version; limits, prices and the ledger use these names. `meant`: the digest of each name of a mix, in the
+    version; limits, prices and the ledger use these names. `digests`: the digest of each name of a mix, in the
     client's order, "" for the base. `trained`: used for training, which has its own price. `trial`: requested
     in the Studio, not by a client; has no shadow, and the operator's trials are booked on TRIALS.
     """
@@ -46,7 +46,7 @@ class ResolvedModel:
     target: str
     shadow: tuple[str, DigestMix | Refused] | None = None
     adapters: tuple[str, ...] = ()
-    meant: tuple[str, ...] = ()
+    digests: tuple[str, ...] = ()
     trained: bool = False
     trial: bool = False
 
@@ -168,7 +168,7 @@ class Tenancy(Protocol):
         """The principal of a key. Raises Refused (unauthorized, 401)."""
         ...
 
-    def shares(self, principal: Principal, served: ResolvedModel) -> str:
+    def shares(self, principal: Principal, model: ResolvedModel) -> str:
         """The cache scope of the principal's prompts.
 
         "" is shared with everybody, any other value only with itself.
@@ -176,7 +176,7 @@ class Tenancy(Protocol):
         ...
 
     def admitted(
-        self, principal: Principal, served: ResolvedModel, *, request: str, prompt_tokens: int, max_tokens: int
+        self, principal: Principal, model: ResolvedModel, *, request: str, prompt_tokens: int, max_tokens: int
     ) -> AbstractAsyncContextManager[Bill]:
         """Hold one request's share of every limit while it runs.
 
@@ -193,10 +193,10 @@ class Tenancy(Protocol):
         """How far the ledger is behind, for metrics; None without a ledger."""
         return None
 
-    def note(self, who: str, what: str, subject: str, before: object = None, after: object = None) -> None:
+    def note(self, actor: str, action: str, subject: str, before: object = None, after: object = None) -> None:
         """Write an operator's change to the audit log. May block.
 
-        what: adapter.load, adapter.unload.
+        action: adapter.load, adapter.unload.
         """
         return None
 
@@ -211,7 +211,7 @@ class Tenancy(Protocol):
         """Record how a shadow's answer compares with the sent one."""
         return None
 
-    def keeping(self, principal: Principal, served: ResolvedModel, request: str) -> StoreAnswer | None:
+    def keeping(self, principal: Principal, model: ResolvedModel, request: str) -> StoreAnswer | None:
         """A function that keeps a request's answer for feedback; None if it is not kept."""
         return None
 
@@ -240,12 +240,12 @@ class OpenAccess(Tenancy):
     async def authenticate(self, key: str | None, user: str | None = None) -> Principal:
         return Principal("open", user=user)
 
-    def shares(self, principal: Principal, served: ResolvedModel) -> str:
+    def shares(self, principal: Principal, model: ResolvedModel) -> str:
         return ""
 
     @asynccontextmanager
     async def admitted(
-        self, principal: Principal, served: ResolvedModel, *, request: str, prompt_tokens: int, max_tokens: int
+        self, principal: Principal, model: ResolvedModel, *, request: str, prompt_tokens: int, max_tokens: int
     ) -> AsyncIterator[Bill]:
         yield _FreeBill()
 

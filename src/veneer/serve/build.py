@@ -77,7 +77,7 @@ Extend = Callable[[Service, Library], Extension]
 
 
 def build(
-    settings: ServeSettings, say: Callable[[str], None], opened: Opened | None = None, extends: Sequence[Extend] = ()
+    settings: ServeSettings, log: Callable[[str], None], opened: Opened | None = None, extends: Sequence[Extend] = ()
 ) -> Application:
     """Build everything but the base from `settings` (checked by checks.py).
 
@@ -87,7 +87,7 @@ def build(
     opened = opened or open_stores(settings)
     try:
         quotas, base = Quotas(settings.http.quotas), UnloadedBase(settings.base)
-        tenancy = tenancy_of(settings, say, opened.store, quotas)
+        tenancy = tenancy_of(settings, log, opened.store, quotas)
         folders = () if settings.fleet.upstream else settings.folders
         sources = AdapterSources(base, library=opened.library, folders=folders)
         catalog = Catalog(sources, lambda adapter: [], NoAdapters(), routes=tenancy.routes)
@@ -95,13 +95,13 @@ def build(
         service = Service(
             LoadingEngine(), catalog, tenancy, reader, settings.http, "loading", loaded=False, shared_quotas=quotas
         )
-        return _application(settings, service, opened.library, say, extends)
+        return _application(settings, service, opened.library, log, extends)
     except BaseException:
         opened.close()
         raise
 
 
-def _load_base(settings: ServeSettings, service: Service, say: Callable[[str], None]) -> None:
+def _load_base(settings: ServeSettings, service: Service, log: Callable[[str], None]) -> None:
     """Load the base; blocks.
 
     Raises loading errors, and ConfigError for options its kind does not have.
@@ -110,34 +110,34 @@ def _load_base(settings: ServeSettings, service: Service, say: Callable[[str], N
 
     kind: ServerKind = "upstream"
     if settings.fleet.upstream is None:
-        kind = "pictures" if is_image_base(find_base(settings.base, say=say)) else "texts"
+        kind = "pictures" if is_image_base(find_base(settings.base, say=log)) else "texts"
     refuse_idle(settings, kind)
-    {"upstream": _load_upstream, "pictures": _load_pictures, "texts": _load_texts}[kind](settings, service, say)
+    {"upstream": _load_upstream, "pictures": _load_pictures, "texts": _load_texts}[kind](settings, service, log)
 
 
-def _load_texts(settings: ServeSettings, service: Service, say: Callable[[str], None]) -> None:
+def _load_texts(settings: ServeSettings, service: Service, log: Callable[[str], None]) -> None:
     from veneer.models.text.base import load_text
     from veneer.serve.engine.engine import TextEngine
 
     catalog = service.catalog
-    base = load_text(settings.base, dtype=settings.dtype, device=settings.device, quantize=settings.quantize, say=say)
-    say(f"{base.name} in {str(base.dtype).removeprefix('torch.')} on {base.device}: {base.dtype_reason}")
+    base = load_text(settings.base, dtype=settings.dtype, device=settings.device, quantize=settings.quantize, say=log)
+    log(f"{base.name} in {str(base.dtype).removeprefix('torch.')} on {base.device}: {base.dtype_reason}")
     for note in base.notes:
-        say(f"note: {note}")
+        log(f"note: {note}")
     engine = TextEngine(base, catalog.sources.read, replace(settings.engine, queue=settings.http.queue))
-    say(f"forward: {engine.runner.how}{f' ({engine.runner.why})' if engine.runner.why else ''}")
+    log(f"forward: {engine.runner.how}{f' ({engine.runner.why})' if engine.runner.why else ''}")
     catalog.use_base(base, engine.problems, engine.residents)
     # The engine's cache may allow a shorter context than the base.
     reader = TokenizedBase(base.name, base.tokenizer, engine.context, base.has_chat_template)
     service.use_base(engine, reader, settings.http)
 
 
-def _load_pictures(settings: ServeSettings, service: Service, say: Callable[[str], None]) -> None:
+def _load_pictures(settings: ServeSettings, service: Service, log: Callable[[str], None]) -> None:
     from veneer.models.image.base import load_image, readers
     from veneer.serve.pictures.engine import PictureEngine
 
     catalog = service.catalog
-    base = load_image(settings.base, dtype=settings.dtype, device=settings.device, say=say)
+    base = load_image(settings.base, dtype=settings.dtype, device=settings.device, say=log)
     engine = PictureEngine(
         base, catalog.sources.read, max_batch=min(settings.engine.rows, 8), adapter_bytes=settings.engine.adapter_bytes
     )
@@ -148,14 +148,14 @@ def _load_pictures(settings: ServeSettings, service: Service, say: Callable[[str
     service.use_base(engine, reader, limits)
 
 
-def _load_upstream(settings: ServeSettings, service: Service, say: Callable[[str], None]) -> None:
+def _load_upstream(settings: ServeSettings, service: Service, log: Callable[[str], None]) -> None:
     """Connect to the upstream, whose vLLMs read the same library."""
     from veneer.models.text.base import text_without_weights
     from veneer.serve.fleet.mixes import Mixes, mix_folder, vllm_problems
     from veneer.serve.fleet.upstream import Upstream, UpstreamAdapters
 
     assert settings.fleet.upstream is not None
-    base, fleet = text_without_weights(settings.base, say=say), settings.fleet
+    base, fleet = text_without_weights(settings.base, say=log), settings.fleet
     mixes = Mixes(service.catalog.sources.files, mix_folder(), each=fleet.mixes, limit_bytes=fleet.mix_bytes)
     engine = Upstream(
         settings.fleet.upstream,
@@ -172,7 +172,7 @@ def _application(
     settings: ServeSettings,
     service: Service,
     library: Library,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     extends: Sequence[Extend],
 ) -> Application:
     """The application with all surfaces.
@@ -182,7 +182,7 @@ def _application(
 
     def step(text: str) -> None:
         service.step = text
-        say(text)
+        log(text)
 
     def preload() -> None:
         for each in settings.preload:
@@ -242,7 +242,7 @@ def operator_routes(settings: ServeSettings, tenancy: Tenancy, catalog: Catalog)
 
 
 def tenancy_of(
-    settings: ServeSettings, say: Callable[[str], None], store: Store | None, quotas: Quotas | None = None
+    settings: ServeSettings, log: Callable[[str], None], store: Store | None, quotas: Quotas | None = None
 ) -> Tenancy:
     """The tenancy that the settings ask for. `store`: the tenants' database, or None."""
     if store is None:
@@ -250,15 +250,15 @@ def tenancy_of(
         if needs_no_key(settings, store):
             if not settings.here:
                 at = f"{settings.host}:{settings.port}"
-                say(f"note: any client that reaches {at} can use this server; see --api-keys and --tenants")
+                log(f"note: any client that reaches {at} can use this server; see --api-keys and --tenants")
             return OpenAccess()
         return KeyAccess(settings.keys, settings.admin_key)
     none_yet = not store.settings.tenants
     if needs_no_key(settings, store):
-        say(f"open to this machine, without a key; routes and ledger: {store.where}")
+        log(f"open to this machine, without a key; routes and ledger: {store.where}")
         return OpenTenants(store, admin_key=settings.admin_key, ledger=settings.ledger, quotas=quotas)
     if settings.tenants is None:
-        say(f"tenants: {store.where}, so requests need a key, unless --open is set")
+        log(f"tenants: {store.where}, so requests need a key, unless --open is set")
     if none_yet:
-        say("no tenants yet, so no keys: run veneer tenant add NAME, then veneer tenant key add NAME")
+        log("no tenants yet, so no keys: run veneer tenant add NAME, then veneer tenant key add NAME")
     return Tenants(store, admin_key=settings.admin_key, ledger=settings.ledger, quotas=quotas)

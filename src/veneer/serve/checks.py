@@ -92,17 +92,17 @@ def check_settings(settings: ServeSettings, *, page: bool = False) -> Opened:
     check_device_name(settings.device, "--device")
     for origin in settings.http.allowed_origins:
         if not _ORIGIN.fullmatch(origin):
-            what = f"{quoted(origin)} is not an origin of pages"
+            message = f"{quoted(origin)} is not an origin of pages"
             raise ConfigError(
-                what,
+                message,
                 where="--allowed-origin",
                 fix="give an origin such as https://app.example.com, without a path, or * for any",
             )
     if settings.admin_key is not None:
         admin_hash(settings.admin_key)
     if settings.open and settings.tenants is not None and not settings.here:
-        what = f"with --open, every client of {settings.host} would be the operator of these tenants"
-        raise ConfigError(what, where="--open --tenants", fix="--host 127.0.0.1, or leave --open out")
+        message = f"with --open, every client of {settings.host} would be the operator of these tenants"
+        raise ConfigError(message, where="--open --tenants", fix="--host 127.0.0.1, or leave --open out")
     _check_upstream(settings)
     kind = _server_kind(settings)
     if kind is not None:
@@ -131,11 +131,11 @@ def _check_keyless(settings: ServeSettings, store: Store | None, page: bool) -> 
         return
     fix = "--api-keys or --tenants"
     if "*" in settings.http.allowed_origins:
-        what = "any web page could use this server, because the server needs no key"
-        raise ConfigError(what, where="--allowed-origin *", fix=f"name the origins, or {fix}")
+        message = "any web page could use this server, because the server needs no key"
+        raise ConfigError(message, where="--allowed-origin *", fix=f"name the origins, or {fix}")
     if page and not settings.here:
-        what = "the Studio can train and remove adapters, so it needs a key if other machines can reach it"
-        raise ConfigError(what, where=f"--host {settings.host}", fix=f"{fix}; or leave --host out")
+        message = "the Studio can train and remove adapters, so it needs a key if other machines can reach it"
+        raise ConfigError(message, where=f"--host {settings.host}", fix=f"{fix}; or leave --host out")
 
 
 def _server_kind(settings: ServeSettings) -> ServerKind | None:
@@ -175,8 +175,8 @@ def refuse_idle(settings: ServeSettings, kind: ServerKind) -> None:
     """Raises ConfigError for an option that has no effect on this kind of server."""
     usual = ServeSettings("")
     why = {"upstream": "the server of --upstream computes", "pictures": "this server has an image base"}
-    for option, of, kinds, purpose in _OPTIONS:
-        if kind not in kinds.split() and of(settings) != of(usual):
+    for option, value_of, kinds, purpose in _OPTIONS:
+        if kind not in kinds.split() and value_of(settings) != value_of(usual):
             reason = why.get(kind, "this server computes by itself")
             raise ConfigError(f"{option} applies to {purpose}, but {reason}", where=option, fix="leave it out")
 
@@ -186,8 +186,8 @@ def refuse_ledger(ledger: LedgerSettings) -> None:
     usual = LedgerSettings()
     for name, option in _LEDGER_OPTIONS.items():
         if getattr(ledger, name) != getattr(usual, name):
-            what = f"{option} applies to the ledger of tenants, which this server does not have"
-            raise ConfigError(what, where=option, fix="leave it out, or name a database with --tenants")
+            message = f"{option} applies to the ledger of tenants, which this server does not have"
+            raise ConfigError(message, where=option, fix="leave it out, or name a database with --tenants")
 
 
 def _check_upstream(settings: ServeSettings) -> None:
@@ -216,8 +216,8 @@ def _check_names(settings: ServeSettings) -> None:
                 f"{quoted(name)} is named twice", where="--adapter", fix="NAME=REFERENCE with another name"
             )
         if name == base_name:
-            what = f"{quoted(name)} is the name of the base"
-            raise ConfigError(what, where=f"--adapter {name}", fix=f"--adapter NAME={name} with another name")
+            message = f"{quoted(name)} is the name of the base"
+            raise ConfigError(message, where=f"--adapter {name}", fix=f"--adapter NAME={name} with another name")
 
 
 def _find(library: Library, reference: str) -> None:

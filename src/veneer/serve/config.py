@@ -73,8 +73,8 @@ def check_values(model: type[_Model], values: Mapping[str, Any], where: str) -> 
         problem = error.errors(include_url=False)[0]
         key = str(problem["loc"][0])
         if problem["type"] == "extra_forbidden":
-            near = nearest(key, model.model_fields, 1)
-            fix = f"did you mean {near[0]}?" if near else f"there are {', '.join(model.model_fields)}"
+            suggestions = nearest(key, model.model_fields, 1)
+            fix = f"did you mean {suggestions[0]}?" if suggestions else f"there are {', '.join(model.model_fields)}"
             raise ConfigError(f"unknown key {key!r}", where=where, fix=fix) from None
         raise ConfigError(f"{key}: {problem['msg']}", where=where) from None
 

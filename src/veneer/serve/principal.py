@@ -70,8 +70,8 @@ class Principal:
     def require(self, permission: Permission | None) -> None:
         """Raises Refused (403) without the permission, or if it is None (undeclared)."""
         if permission is None or not self.can(permission):
-            what, fix = _DENIED.get(permission, ("this is not allowed", "use the admin key"))  # type: ignore[arg-type]
-            raise Refused(what, status=403, code="forbidden", fix=fix)
+            text, fix = _DENIED.get(permission, ("this is not allowed", "use the admin key"))  # type: ignore[arg-type]
+            raise Refused(text, status=403, code="forbidden", fix=fix)
 
     def can_change(self, name: str) -> bool:
         """Whether the principal can change this name.

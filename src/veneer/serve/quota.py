@@ -104,17 +104,17 @@ class Quotas:
                 retry_after=wait,
             )
 
-    def _refusal(self, owner: str, amounts: dict[str, int], whole: dict[str, int]) -> Refused | None:
-        """The error of raising a hold by `amounts` to `whole`.
+    def _refusal(self, owner: str, amounts: dict[str, int], total: dict[str, int]) -> Refused | None:
+        """The error of raising a hold by `amounts` to `total`.
 
         None if the quota allows it.
         """
         used = self._used.get(owner, Counter())
         for name, amount in amounts.items():
             most: int = getattr(self.limits, name)
-            if whole[name] > most:
+            if total[name] > most:
                 return Refused(
-                    f"the request needs {whole[name]:,} {_WORDS[name]}; the limit ({name}) is {most:,}",
+                    f"the request needs {total[name]:,} {_WORDS[name]}; the limit ({name}) is {most:,}",
                     status=413,
                     code="too_large",
                     fix="send less per request",
@@ -130,10 +130,10 @@ class Quotas:
             return Refused(message, status=400, code="storage_full", fix="delete what is no longer needed")
         return Refused(message, status=429, code="overloaded", retry_after=5.0, fix="ask again later")
 
-    def _change(self, owner: str, amounts: dict[str, int], whole: dict[str, int] | None) -> None:
-        """Add amounts. `whole`: as in `_refusal`; None for a change that is never refused."""
+    def _change(self, owner: str, amounts: dict[str, int], total: dict[str, int] | None) -> None:
+        """Add amounts. `total`: as in `_refusal`; None for a change that is never refused."""
         with self._lock:
-            if whole is not None and (refusal := self._refusal(owner, amounts, whole)) is not None:
+            if total is not None and (refusal := self._refusal(owner, amounts, total)) is not None:
                 raise refusal
             used = self._used.setdefault(owner, Counter())
             used.update(amounts)

@@ -72,8 +72,8 @@ class _Front:
     It answers until the real application is built. `page`: a web page for people, or None.
     """
 
-    def __init__(self, make: Callable[[], Application], page: WebPage | None = None) -> None:
-        self.make, self.page = make, page
+    def __init__(self, make_app: Callable[[], Application], page: WebPage | None = None) -> None:
+        self.make_app, self.page = make_app, page
         self.built: Application | None = None
         self.failure: Exception | None = None
         self.draining = False
@@ -121,7 +121,7 @@ class _Front:
 
     async def _build(self) -> None:
         try:
-            built = await asyncio.to_thread(self.make)
+            built = await asyncio.to_thread(self.make_app)
             await built.start()
             if self.draining:
                 built.service.phase = "draining"
@@ -171,8 +171,8 @@ class _Server(uvicorn.Server):
 
 def serve(
     settings: ServeSettings,
-    say: Callable[[str], None],
-    make: Callable[[], Application] | None = None,
+    log: Callable[[str], None],
+    make_app: Callable[[], Application] | None = None,
     extends: Sequence[Extend] = (),
     page: WebPage | None = None,
 ) -> None:
@@ -182,24 +182,24 @@ def serve(
     packages; `page`: the web page among them.
     """
     forbid_inspection()
-    opened = check_settings(settings, page=page is not None) if make is None else None
+    opened = check_settings(settings, page=page is not None) if make_app is None else None
 
     def build() -> Application:
         from veneer.serve.build import build  # late: the server listens before torch is imported
 
-        return build(settings, say, opened, extends)
+        return build(settings, log, opened, extends)
 
     try:
-        _serve(settings, say, make or build, page)
+        _serve(settings, log, make_app or build, page)
     finally:
         if opened is not None:
             opened.close()
 
 
 def _serve(
-    settings: ServeSettings, say: Callable[[str], None], make: Callable[[], Application], page: WebPage | None
+    settings: ServeSettings, log: Callable[[str], None], make_app: Callable[[], Application], page: WebPage | None
 ) -> None:
-    front = _Front(make, page)
+    front = _Front(make_app, page)
     http, ws = protocols_of(settings.http, sockets=page is not None)
     config = uvicorn.Config(
         front,
@@ -222,9 +222,9 @@ def _serve(
     sockets = listen(settings.host, settings.port)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     address = f"http://{host}:{sockets[0].getsockname()[1]}"
-    say(f"listening on {address}; /ready returns 200 once the base is loaded")
+    log(f"listening on {address}; /ready returns 200 once the base is loaded")
     if page is not None:
-        say(f"the page: {address}{page.path}/")
+        log(f"the page: {address}{page.path}/")
         page.show(f"{address}{page.path}/")
     _Server(config, front, settings.drain).run(sockets)
     if front.failure is not None:

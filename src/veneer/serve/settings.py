@@ -222,6 +222,6 @@ def keys_of(file: Path) -> list[str]:
         raise ConfigError(f"cannot read the keys: {error}", where=str(file)) from error
     keys = [line for line in lines if line and not line.startswith("#")]
     if not keys or min(map(len, keys)) < 16:
-        what = "the file has no key" if not keys else "a key in this file has fewer than 16 characters"
-        raise ConfigError(what, where=str(file), fix="a line for each key, 16 characters or more")
+        message = "the file has no key" if not keys else "a key in this file has fewer than 16 characters"
+        raise ConfigError(message, where=str(file), fix="a line for each key, 16 characters or more")
     return keys

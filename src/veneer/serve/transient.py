@@ -43,25 +43,25 @@ _ERRNO = {
 
 def is_transient(error: BaseException | None) -> bool:
     """Whether an error or its cause comes from the environment, not from the request."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
+    visited: set[int] = set()
+    while error is not None and id(error) not in visited:
         if isinstance(error, _KINDS) or (isinstance(error, OSError) and error.errno in _ERRNO) or lacks_memory(error):
             return True
         if type(error) is DatabaseError:  # SQLite: a damaged file. Subclasses are errors of the statement
             return True
-        seen.add(id(error))
+        visited.add(id(error))
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return False
 
 
-def transient_error(what: str, error: object, *, retry_after: float = _RETRY_AFTER) -> Refused:
-    """The error while `what` (in client terms: "the library") is unavailable.
+def transient_error(resource: str, error: object, *, retry_after: float = _RETRY_AFTER) -> Refused:
+    """The error while `resource` (in client terms: "the library") is unavailable.
 
     `error` is only logged.
     """
-    number = _logged(what, error)
+    number = _logged(resource, error)
     return Refused(
-        f"{what} cannot be used at the moment",
+        f"{resource} cannot be used at the moment",
         status=503,
         code="unavailable",
         retry_after=retry_after,
@@ -69,15 +69,15 @@ def transient_error(what: str, error: object, *, retry_after: float = _RETRY_AFT
     )
 
 
-def internal_error(what: str, error: BaseException) -> Refused:
+def internal_error(resource: str, error: BaseException) -> Refused:
     """The error for an unexpected exception: a transient error, or an internal one."""
     if is_transient(error):
-        return transient_error(what, error)
-    number = _logged(what, error, trace=True)
-    return Refused(f"{what} failed here", status=500, code="internal", fix=f"the server's log has {number}")
+        return transient_error(resource, error)
+    number = _logged(resource, error, trace=True)
+    return Refused(f"{resource} failed here", status=500, code="internal", fix=f"the server's log has {number}")
 
 
-def _logged(what: str, error: object, *, trace: bool = False) -> str:
+def _logged(resource: str, error: object, *, trace: bool = False) -> str:
     """Log an error and return its id.
 
     A transient error is logged in one line, because there can be many.
@@ -85,5 +85,5 @@ def _logged(what: str, error: object, *, trace: bool = False) -> str:
     number = secrets.token_hex(4)
     text = " ".join(str(error).split()) or type(error).__name__
     kind = f"{type(error).__name__}: " if isinstance(error, BaseException) else ""
-    log.error("%s: %s: %s%s", number, what, kind, text[:2000], exc_info=error if trace else None)  # type: ignore[arg-type]
+    log.error("%s: %s: %s%s", number, resource, kind, text[:2000], exc_info=error if trace else None)  # type: ignore[arg-type]
     return number

@@ -125,10 +125,10 @@ class UploadStage:
             incoming.path.unlink()
         staged = StagedAdapter(incoming.id, incoming.tenant, incoming.name, path, size, self.clock() + _LIFETIME)
         with self._lock:
-            others = [each for each in self._staged.values() if each.tenant == staged.tenant]
+            same_tenant = [each for each in self._staged.values() if each.tenant == staged.tenant]
             self._staged[staged.id] = staged
-        while others and sum(each.size for each in others) + size > _TENANTS_ROOM * self.most:
-            self.drop(others.pop(0))
+        while same_tenant and sum(each.size for each in same_tenant) + size > _TENANTS_ROOM * self.most:
+            self.drop(same_tenant.pop(0))
         return staged
 
     def get(self, tenant: str, id: str) -> StagedAdapter:
@@ -213,8 +213,8 @@ def _members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
     with archive.open("rb") as file:
         file.seek(max(0, archive.stat().st_size - _INDEX_END))
         end = file.read()
-    whole = end[-22:-18] == b"PK\x05\x06" and end[-2:] == b"\0\0"  # where zipfile looks first
-    at = len(end) - 22 if whole else end.rfind(b"PK\x05\x06")
+    ends_with_index = end[-22:-18] == b"PK\x05\x06" and end[-2:] == b"\0\0"  # where zipfile looks first
+    at = len(end) - 22 if ends_with_index else end.rfind(b"PK\x05\x06")
     size, long = int.from_bytes(end[at + 12 : at + 16], "little"), end[max(0, at - 20) :].startswith(b"PK\x06\x07")
     if at < 0 or size > _MOST_INDEX or long:
         raise invalid("this is no zip archive of a few files", None, "a zip of the adapter's folder")

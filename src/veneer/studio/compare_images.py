@@ -127,7 +127,7 @@ class ImageBoard(Board):
             async with aclosing(events):
                 async for i, event in events:
                     if isinstance(event, PictureStep):
-                        images.step(i, event.done / event.of)
+                        images.step(i, event.done / event.total)
                     elif isinstance(event, FinishedPicture):
                         source = await asyncio.to_thread(_data_url, event)
                         images.show(i, source, "; ".join([*plan.notes, *event.notes]))
@@ -138,5 +138,5 @@ class ImageBoard(Board):
 
 def _data_url(event: FinishedPicture) -> str:
     """Return an image as a small data: URL, without the record that PNG files have."""
-    data = encoded(event.made.image, event.made.text, {}, "webp", 92)
+    data = encoded(event.picture.image, event.picture.text, {}, "webp", 92)
     return f"data:image/webp;base64,{base64.b64encode(data).decode()}"

@@ -48,7 +48,7 @@ def test_the_studio_gets_the_same_pictures_as_the_route(service: Service) -> Non
                 if isinstance(event, PictureStep):
                     steps.append(i)
                 if isinstance(event, FinishedPicture):
-                    made[i] = event.made.image.tobytes()
+                    made[i] = event.picture.image.tobytes()
         assert [request.seed for request in plan.requests] == [7, 8]
         return steps, [made[0], made[1]]
 

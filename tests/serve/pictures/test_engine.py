@@ -60,13 +60,13 @@ def test_a_picture_does_not_depend_on_its_batch(engine: PictureEngine, shelf: Sh
     alone = [drawn(engine, request)[0] for request in requests]
     assert [one.batch for one in alone] == [1] * 4
     for own, shared in zip(alone, together, strict=True):
-        assert levels(own.made.image, shared.made.image) <= 1
-    assert levels(alone[0].made.image, alone[3].made.image) > 8, "the mixes act"
+        assert levels(own.picture.image, shared.picture.image) <= 1
+    assert levels(alone[0].picture.image, alone[3].picture.image) > 8, "the mixes act"
 
 
 def test_adapters_alternate_without_side_effects(engine: PictureEngine, shelf: Shelf) -> None:
     a, b = (shelf.digest["brand"], 1.0), (shelf.digest["dora"], 1.0)
-    pictures = [drawn(engine, ask(5, *mix))[0].made.image for mix in ([a], [b], [], [a], [])]
+    pictures = [drawn(engine, ask(5, *mix))[0].picture.image for mix in ([a], [b], [], [a], [])]
     assert levels(pictures[0], pictures[3]) == levels(pictures[2], pictures[4]) == 0
     assert min(levels(pictures[0], pictures[1]), levels(pictures[1], pictures[2])) > 8
 
@@ -100,7 +100,7 @@ def test_each_request_gets_its_pictures(tmp_path_factory: pytest.TempPathFactory
             together = drawn(engine, *pair)
             assert [one.batch for one in together] == [2, 2]
             for request, shared in zip(pair, together, strict=True):
-                assert levels(drawn(engine, request)[0].made.image, shared.made.image) <= 1
+                assert levels(drawn(engine, request)[0].picture.image, shared.picture.image) <= 1
 
 
 def test_steps_are_reported(engine: PictureEngine) -> None:
@@ -203,7 +203,7 @@ def test_an_error_fails_only_its_picture(base: ImageBase, shelf: Shelf) -> None:
             return await asyncio.gather(*asked, return_exceptions=True)
 
         overflow, unfitting, fine, missing = asyncio.run(run())
-        assert levels(fine[0].made.image, drawn(engine, ask(2))[0].made.image) == 0
+        assert levels(fine[0].picture.image, drawn(engine, ask(2))[0].picture.image) == 0
     assert (overflow.code, overflow.status) == ("invalid_request", 400)
     assert "not finite" in str(overflow)
     assert unfitting.code == "adapter_unusable"
@@ -240,16 +240,16 @@ def test_adapters_stay_while_memory_is_free(base: ImageBase) -> None:
                 time.sleep(0.005)
             return set(engine.attachment.adapters)
 
-        first = drawn(engine, ask(1, (a, 1.0)))[0].made.image
+        first = drawn(engine, ask(1, (a, 1.0)))[0].picture.image
         for digest in (b, a, c):
             drawn(engine, ask(1, (digest, 1.0)))
         assert settled() == {a, c}, "the least recently used is evicted first"
-        assert levels(first, drawn(engine, ask(1, (a, 1.0)))[0].made.image) == 0
+        assert levels(first, drawn(engine, ask(1, (a, 1.0)))[0].picture.image) == 0
         assert shelf.read_of == [a, b, c]
         engine.residents.drop(a)
         while a in engine.attachment.adapters:
             time.sleep(0.005)
-        assert levels(first, drawn(engine, ask(1, (a, 1.0)))[0].made.image) == 0
+        assert levels(first, drawn(engine, ask(1, (a, 1.0)))[0].picture.image) == 0
         assert shelf.read_of == [a, b, c, a]
         with pytest.raises(Refused, match="too_large"):
             drawn(engine, ask(1, (a, 0.5), (b, 0.5), (c, 0.5)))
@@ -289,12 +289,12 @@ def test_a_record_belongs_to_one_caller(engine: PictureEngine, shelf: Shelf) -> 
     yours = ask(8, (shelf.digest["look"], 1.0), prompt="your secret", tenant="you")
     one, other = drawn(engine, mine, yours)
     assert one.batch == other.batch == 2
-    png = one.made.png()
+    png = one.picture.png()
     assert b"secret" not in png
     assert shelf.digest["look"].encode() not in png
-    assert one.made.infotext.prompt == "my cat <lora:acme:0.5>"
-    assert "Lora hashes" not in one.made.infotext.fields, "no hash of a file is known"
-    assert one.made.record["rows"][0]["adapters"] == [[brand, "0.5"]]
+    assert one.picture.infotext.prompt == "my cat <lora:acme:0.5>"
+    assert "Lora hashes" not in one.picture.infotext.fields, "no hash of a file is known"
+    assert one.picture.record["rows"][0]["adapters"] == [[brand, "0.5"]]
     assert (one.usage.completion, one.usage.prompt > 2) == (engine.positions(mine.settings), True)
 
 
@@ -306,7 +306,7 @@ def test_a_picture_can_be_repeated_from_the_library(base: ImageBase, shelf: Shel
     kept = Shelf(brand=load_adapter(base, "brand"))
     with PictureEngine(base, kept.read) as engine:
         asked = ask(3, (kept.digest["brand"], 0.7), labels={kept.digest["brand"]: "brand"})
-        made = drawn(engine, asked)[0].made
+        made = drawn(engine, asked)[0].picture
     wanted = read_recipe(made.save(tmp_path / "out.png"))
     with ImagePipeline(base) as mixer:
         assert levels(reproduce(mixer, wanted).image, made.image) == 0

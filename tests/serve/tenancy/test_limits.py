@@ -162,13 +162,13 @@ def test_requests_of_other_servers_count() -> None:
     limits = Limits(clock)
     rules = {("acme", ALL): Limit(tokens_per_minute=100, requests_per_day=10)}
     minute = [("acme", ALL, 10.0, 2, 60), ("acme", "x", 10.0, 2, 60), ("globex", ALL, 1.0, 1, 1000)]
-    limits.elsewhere(rules, MINUTE, minute)
-    limits.elsewhere(rules, DAY, [("acme", ALL, 10.0, 7, 60), ("acme", "x", 10.0, 7, 60)])
+    limits.set_other_servers(rules, MINUTE, minute)
+    limits.set_other_servers(rules, DAY, [("acme", ALL, 10.0, 7, 60), ("acme", "x", 10.0, 7, 60)])
     limits.take(rules, "acme", ["x"], 20, 20)
     with pytest.raises(Refused, match="tokens a minute") as refused:
         limits.take(rules, "acme", ["x"], 5, 5)
     assert 50 <= (refused.value.retry_after or 0) <= 52  # when the other server's have gone
-    limits.elsewhere(rules, MINUTE, [])
+    limits.set_other_servers(rules, MINUTE, [])
     for _ in range(2):
         limits.take(rules, "acme", ["x"], 5, 5)
     with pytest.raises(Refused, match="10 requests a day"):

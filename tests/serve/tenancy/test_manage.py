@@ -52,7 +52,7 @@ def test_every_change_has_an_audit_line_without_secrets(store: Store) -> None:
     change_everything(store)
     with reading(store.engine) as c:
         lines = manage.audit_lines(c)
-        assert [x["what"] for x in manage.audit_lines(c, what="key")] == ["key.revoke", "key.rotate", "key.add"]
+        assert [x["what"] for x in manage.audit_lines(c, action="key")] == ["key.revoke", "key.rotate", "key.add"]
         assert [x["number"] for x in manage.audit_lines(c, subject="acme", limit=2, skip=1)] == [11, 9]
     expected = f"tenant.add key.add key.rotate key.revoke {'settings.change ' * 5}"
     expected += "route.set settings.change adapter.load tenant.remove"

@@ -148,7 +148,7 @@ def test_rollback_restores_users_and_keeps_the_history(store: Store) -> None:
     with reading(store.engine) as c:
         moves = routes.route_history(c, "support")
         assert routes.route_history(c, "support", limit=2) == moves[:2]
-        lines = manage.audit_lines(c, what="route", subject="all:support")
+        lines = manage.audit_lines(c, action="route", subject="all:support")
     assert [m["move"] for m in moves] == [5, 4, 3, 2, 1]
     assert [m["move"] for m in moves if m["current"]] == [1]
     assert moves[2]["who"] == "bob"

@@ -48,8 +48,8 @@ class SharedQuantity:
         used, free = self.by.get(tenant, 0), self.total - self.held - amount
         alpha = min(max(weight, LEAST), MOST)
         if free < 0 or (tenant and used + amount > alpha * free):
-            what = f"too many {self.label} at once" + (" from this tenant" if free >= 0 else "")
-            raise Refused(what, status=429, code="overloaded", retry_after=1.0)
+            message = f"too many {self.label} at once" + (" from this tenant" if free >= 0 else "")
+            raise Refused(message, status=429, code="overloaded", retry_after=1.0)
         self.held += amount
         self.by[tenant] = used + amount
 

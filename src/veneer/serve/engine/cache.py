@@ -21,9 +21,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
-def chain(before: bytes, tokens: Sequence[int]) -> bytes:
+def chain(previous: bytes, tokens: Sequence[int]) -> bytes:
     """The key of a full block, given the key of the previous block."""
-    return hashlib.sha256(before + array("q", tokens).tobytes()).digest()
+    return hashlib.sha256(previous + array("q", tokens).tobytes()).digest()
 
 
 @dataclass(eq=False)
@@ -94,8 +94,8 @@ class Cache:
         the cache keeps the other one.
         """
         for i in range(len(table.keys), len(tokens) // self.block):
-            before = table.keys[-1] if table.keys else table.root
-            key = chain(before, tokens[i * self.block : (i + 1) * self.block])
+            previous = table.keys[-1] if table.keys else table.root
+            key = chain(previous, tokens[i * self.block : (i + 1) * self.block])
             table.keys.append(key)
             if key not in self._known:
                 block = table.blocks[i]

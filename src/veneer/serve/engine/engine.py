@@ -511,8 +511,8 @@ class TextEngine(Engine[Request, EngineEvent]):
 
     # -- adapters ------------------------------------------------------------------------------------------------------
 
-    def _freed(self, thing: Prepared) -> None:
-        key = thing.key  # the callback must not keep the object alive
+    def _freed(self, prepared: Prepared) -> None:
+        key = prepared.key  # the callback must not keep the object alive
         self._box.put(lambda: self.runner.drop(key))
 
 

@@ -128,8 +128,8 @@ def _tokenizer(tokenizer: Any, vocabulary: int, ends: tuple[int, ...]) -> LLToke
     try:
         from llguidance import LLTokenizer
     except ImportError as error:
-        what = "grammars need llguidance"
-        raise MissingExtraError(what, fix="pip install 'veneer[serve]'") from error
+        message = "grammars need llguidance"
+        raise MissingExtraError(message, fix="pip install 'veneer[serve]'") from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise _refused("this base has no fast tokenizer, which grammars need")

@@ -102,7 +102,7 @@ class _LiveSampler(Sampler):
     ) -> list[Rollout] | None:
         mixes: dict[str, DigestMix] = {"": BASE}
         fresh: dict[str, Adapter] = {}
-        for name in dict.fromkeys(one.adapter for one in requests if one.adapter):
+        for name in dict.fromkeys(request.adapter for request in requests if request.adapter):
             adapter = self.attachment.adapter(name)
             digest = adapter.digest()
             fresh[digest], mixes[name] = adapter, ((digest, 1.0),)
@@ -206,14 +206,14 @@ class _ReplayedRows:
     """The tokens that a replay computes.
 
     `rows`: (first position, end, blocks) of each row, as in the engine. `computed_indices`: index of each computed
-    token among the rows' tokens. `row_indices`: index of each of the rows' tokens among the computed ones; `before`:
+    token among the rows' tokens. `row_indices`: index of each of the rows' tokens among the computed ones; `previous`:
     index of its predecessor.
     """
 
     rows: list[tuple[int, int, list[int]]]
     computed_indices: Tensor
     row_indices: Tensor
-    before: Tensor
+    previous: Tensor
 
     @property
     def blocks(self) -> int:
@@ -225,24 +225,24 @@ class _ReplayedRows:
 
         Full blocks of a prefix shared with an earlier row reuse that row's blocks.
         """
-        which = torch.arange(sum(lengths)) if shared is None else shared.places.cpu()
+        indices_of_tokens = torch.arange(sum(lengths)) if shared is None else shared.places.cpu()
         owner: list[int] = []
         rows: list[tuple[int, int, list[int]]] = []
         computed_indices: list[Tensor] = []
         used = 0
-        for i, indices in enumerate(which.split(list(lengths))):
+        for i, indices in enumerate(indices_of_tokens.split(list(lengths))):
             common = int((indices < len(owner)).sum())
             owner += [i] * (len(indices) - common)
-            whole = common // BLOCK if common else 0
-            shared_blocks = rows[owner[int(indices[0])]][2][:whole] if whole else []
+            full_blocks = common // BLOCK if common else 0
+            shared_blocks = rows[owner[int(indices[0])]][2][:full_blocks] if full_blocks else []
             rows.append(
                 (
-                    whole * BLOCK,
+                    full_blocks * BLOCK,
                     len(indices),
-                    [*shared_blocks, *range(used, used := used - (-len(indices) // BLOCK) - whole)],
+                    [*shared_blocks, *range(used, used := used - (-len(indices) // BLOCK) - full_blocks)],
                 )
             )
-            computed_indices.append(indices[whole * BLOCK :])
+            computed_indices.append(indices[full_blocks * BLOCK :])
         computed = torch.cat(computed_indices)
         row_indices = SharedRows.of(computed).firsts
         return cls(rows, computed, row_indices, row_indices - 1 if shared is None else row_indices[shared.before.cpu()])
@@ -269,7 +269,7 @@ class _EngineReplay(Replay):
         pages.K, pages.V = (t.expand(layers, *t.shape[1:]) for t in (pages.K, pages.V))
         pages.tiles = own_pages.tiles
         self.llama = replace(llama, pages=pages)
-        self.row_indices, self.before = sent(rows.row_indices, device), sent(rows.before, device)
+        self.row_indices, self.previous = sent(rows.row_indices, device), sent(rows.previous, device)
         computed = ids[sent(rows.computed_indices, device)]
         spans = [] if packed is None else [(0, len(computed), [(packed, 1.0)])]
         segments = AdapterBatch.of(self.layout, spans)
@@ -287,7 +287,7 @@ class _EngineReplay(Replay):
         head = len(self.layout.groups) - 1
         out = []
         for chunk in self.positions.split(_SCORED):
-            x = hidden[self.before[chunk]]
+            x = hidden[self.previous[chunk]]
             segments = None
             if self.packed is not None and head in self.packed.groups:
                 segments = AdapterBatch.of(self.layout, [(0, len(x), [(self.packed, 1.0)])])

@@ -48,8 +48,8 @@ def answering(base: TextBase, adapters: Mapping[str, Adapter], *, rows: int = 32
         return
     settings = EngineSettings(rows=rows, queue=1 << 30, cache_bytes=_cache_bytes(base, rows))
     with without_dropout(base.model), TextEngine(base, lambda digest, _: adapters[digest], settings) as engine:
-        whole = engine.runner.how == "fused"
-        if whole and not any(low_rank_problems(adapter, engine.runner.layout) for adapter in adapters.values()):
+        fused = engine.runner.how == "fused"
+        if fused and not any(low_rank_problems(adapter, engine.runner.layout) for adapter in adapters.values()):
             with ThreadPoolExecutor(1, thread_name_prefix="answers") as thread:
                 yield EngineAnswers(base, engine, thread)
             return

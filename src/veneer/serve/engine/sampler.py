@@ -137,11 +137,11 @@ _NOTHING_ALLOWED, _NOT_FINITE = -1, -2
 
 
 def _no_token(row: SampledRow, why: int) -> Refused:
-    what = "no token has a finite score"
+    message = "no token has a finite score"
     if why == _NOT_FINITE and row.under:  # caused by the request: retrying does not help
-        what = f"{what} under {quoted(row.under)}: the base overflowed"
-        return Refused(what, status=400, code="adapter_unusable", param="model", fix="lower strengths")
-    return Refused(what, status=500, code="internal")
+        message = f"{message} under {quoted(row.under)}: the base overflowed"
+        return Refused(message, status=400, code="adapter_unusable", param="model", fix="lower strengths")
+    return Refused(message, status=500, code="internal")
 
 
 def sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[SampledToken | Refused]:
@@ -152,8 +152,8 @@ def sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[SampledToken | Re
     """
     if len(rows) != len(logits):
         raise ValueError(f"{len(rows)} rows for logits {tuple(logits.shape)}")
-    many = max(1, _NEAR // logits.shape[-1]) if logits.is_cpu else len(rows)
-    parts = (slice(at, at + many) for at in range(0, len(rows), max(1, many)))
+    part_rows = max(1, _NEAR // logits.shape[-1]) if logits.is_cpu else len(rows)
+    parts = (slice(at, at + part_rows) for at in range(0, len(rows), max(1, part_rows)))
     return [choice for part in parts for choice in _sample(logits[part], rows[part])]
 
 
@@ -170,15 +170,15 @@ def _sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[SampledToken | R
         at = put_numbers(device, changed)[0]
         scores = logits.index_select(0, at).float()
         failed = {changed[k]: error for k, error in adjust(scores, changed_rows).items()}
-        top, chosen = scores.max(-1)
+        top, best_ids = scores.max(-1)
         finite.index_copy_(0, at, top.isfinite())
         warm = [k for k, row in enumerate(changed_rows) if row.sampling.temperature]
         if warm:
             some = put_numbers(device, warm)[0]
             tokens, logprobs = _draw(scores.index_select(0, some), [changed_rows[k] for k in warm])
-            chosen.index_copy_(0, some, tokens)
+            best_ids.index_copy_(0, some, tokens)
             sampled_logprobs.index_copy_(0, at.index_select(0, some), logprobs)
-        ids.index_copy_(0, at, chosen)
+        ids.index_copy_(0, at, best_ids)
     ids = torch.where(finite, ids, _NOTHING_ALLOWED)
     ids = torch.where(best.isfinite(), ids, _NOT_FINITE)
     with_logprobs = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None]
@@ -193,9 +193,9 @@ def _sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[SampledToken | R
     if with_logprobs:
         reporting = _sampled([chosen_ids[i] for i in with_logprobs], counts, *parts)
         reported = dict(zip(with_logprobs, reporting, strict=True))
-    for i, one in reported.items():
+    for i, sampled in reported.items():
         if rows[i].sampling.sampled_logprob:  # same distribution, so the same number
-            reported[i] = replace(one, sampled_logprob=one.logprob if unmodified[i] else under[i])
+            reported[i] = replace(sampled, sampled_logprob=sampled.logprob if unmodified[i] else under[i])
     out: list[SampledToken | Refused] = []
     for i, (row, token) in enumerate(zip(rows, chosen_ids, strict=True)):
         try:
@@ -276,11 +276,11 @@ def _draw(scores: Tensor, rows: Sequence[SampledRow]) -> tuple[Tensor, Tensor]:
         at = put_numbers(scores.device, cut)[0]
         floor = scores.new_full((len(rows), 1), -math.inf)
         floor.index_copy_(0, at, lowest_kept(scores.index_select(0, at), [rows[k].sampling for k in cut]))
-    chosen = _noisy(scores, floor, keys).argmax(-1)
+    token_ids = _noisy(scores, floor, keys).argmax(-1)
     if not any(r.sampling.sampled_logprob and not r.unmodified for r in rows):
-        return chosen, scores.new_zeros(len(rows))
+        return token_ids, scores.new_zeros(len(rows))
     remaining = scores if floor is None else scores.masked_fill(scores < floor, -math.inf)
-    return chosen, remaining.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]
+    return token_ids, remaining.log_softmax(-1).gather(-1, token_ids[:, None])[:, 0]
 
 
 def _noisy(scores: Tensor, floor: Tensor | None, keys: Tensor) -> Tensor:
@@ -370,8 +370,8 @@ def _best(scores: Tensor, count: int) -> Tensor:
     row, token = (~(scores < least)).nonzero(as_tuple=True)  # at least `count` per row, nan included
     order = scores[row, token].argsort(descending=True, stable=True)
     order = order[row[order].argsort(stable=True)]
-    many = row.bincount(minlength=len(scores))
-    first = (many.cumsum(0) - many)[:, None]
+    row_counts = row.bincount(minlength=len(scores))
+    first = (row_counts.cumsum(0) - row_counts)[:, None]
     return token[order][first + torch.arange(count, device=scores.device)]
 
 

@@ -46,7 +46,7 @@ class Sequence:
 
     `tokens`: prompt and generated tokens. `computed`: tokens whose keys and values are in the cache.
     `cached`: prompt tokens found in the cache when the sequence first ran. `charged`: prompt tokens charged
-    to the tenant. `served`: number of the sequence's last chunk, counted over all sequences.
+    to the tenant. `last_chunk`: number of the sequence's last chunk, counted over all sequences.
     """
 
     request: Request
@@ -56,7 +56,7 @@ class Sequence:
     cached: int = 0
     charged: int = 0
     order: int = 0
-    served: int = -1
+    last_chunk: int = -1
     ran: bool = False
 
     @property
@@ -219,7 +219,7 @@ class Scheduler:
     def _turn(self, sequence: Sequence) -> tuple[float, int, int, int]:
         """The sort key of a sequence: lower is computed first."""
         tenant = self._tenants[sequence.request.tenant]
-        return tenant.counter, tenant.running, sequence.served, sequence.order
+        return tenant.counter, tenant.running, sequence.last_chunk, sequence.order
 
     def _make_room(self) -> None:
         """Preempt the sequences that keep the next in line from its tenant's share."""
@@ -270,8 +270,8 @@ class Scheduler:
 
         Starting never preempts others.
         """
-        whole = sequence.request.sampling.prompt_logprobs  # cached tokens have no logits
-        if self.shares and not whole:
+        no_cache = sequence.request.sampling.prompt_logprobs  # cached tokens have no logits
+        if self.shares and not no_cache:
             table = self.cache.open(cache_root(sequence.request.mix, sequence.request.salt), sequence.tokens)
         else:
             table = BlockTable(f"sequence {sequence.order}".encode())
@@ -282,7 +282,7 @@ class Scheduler:
         sequence.table, sequence.computed = table, len(table.blocks) * self.cache.block
         if not sequence.ran:
             sequence.ran, sequence.cached = True, sequence.computed
-            self.looked_up += sequence.prompt if self.shares and not whole else 0
+            self.looked_up += sequence.prompt if self.shares and not no_cache else 0
             self.found += sequence.cached
         tenant = self._tenants[sequence.request.tenant]
         tenant.waiting.remove(sequence)
@@ -300,7 +300,7 @@ class Scheduler:
             if victim is sequence:
                 return 0
         self._chunks += 1
-        sequence.served = self._chunks
+        sequence.last_chunk = self._chunks
         chunks.append(Chunk(sequence, sequence.computed, end))
         return end - sequence.computed
 

@@ -54,7 +54,7 @@ def export(
     base: str | None = None,
     merge: bool = False,
     dtype: str | None = None,
-    say: Callable[[str], None] | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> Exported:
     """Write `adapter` (a name, folder or file) to `folder` for `server`.
 
@@ -68,9 +68,9 @@ def export(
     if (merge or server == "tgi") and not base:
         raise ConfigError("the adapter does not state which base it belongs to", where=adapter, fix="--base NAME")
     if merge:
-        return _merged(adapter, server, out, base, dtype, say)
+        return _merged(adapter, server, out, base, dtype, log)
     reading = using.read_adapter(adapter)
-    layers = _layers(base, say) if server == "tgi" else None
+    layers = _layers(base, log) if server == "tgi" else None
     try:
         written = write(reading.adapter, out, server, dtype=dtype, layers=layers)
     except AdapterError as error:
@@ -78,8 +78,8 @@ def export(
         raise AdapterError(error.what, where=error.where, fix=f"as a full model: {merged}") from error
     digest = reading.adapter.digest()
     name = served_name(make_mix([(digest, 1.0)]))
-    served, note = _served_base(base)
-    command = _command(server, served or "BASE", name, out, max(written.ranks))
+    base_name, note = _served_base(base)
+    command = _command(server, base_name or "BASE", name, out, max(written.ranks))
     done = Exported(out, server, base, name, digest, command, written.ranks, [*reading.notes, *written.notes, *note])
     _describe(done)
     return done
@@ -102,11 +102,11 @@ def _served_base(base: str) -> tuple[str, list[str]]:
     return str(folder), [f"on another machine, use {builtin.hub_id} as the base, or copy this folder there"]
 
 
-def _layers(base: str, say: Callable[[str], None] | None) -> int:
+def _layers(base: str, log: Callable[[str], None] | None) -> int:
     from veneer.models.sources import find_base
     from veneer.models.text.base import read_base_config
 
-    return int(read_base_config(find_base(base, say=say)).get_text_config().num_hidden_layers)
+    return int(read_base_config(find_base(base, say=log)).get_text_config().num_hidden_layers)
 
 
 def _command(server: str, base: str, name: str, folder: Path, rank: int) -> str:
@@ -118,18 +118,18 @@ def _command(server: str, base: str, name: str, folder: Path, rank: int) -> str:
 
 
 def _merged(
-    adapter: str, server: str, out: Path, base: str, dtype: str | None, say: Callable[[str], None] | None
+    adapter: str, server: str, out: Path, base: str, dtype: str | None, log: Callable[[str], None] | None
 ) -> Exported:
     from veneer.adapters.merge import merge
     from veneer.files.weights import stored_dtype, tensor_table
     from veneer.models.sources import find_base
     from veneer.models.text.base import load_text
 
-    stored = {"F32": "float32", "BF16": "bfloat16"}.get(stored_dtype(tensor_table(find_base(base, say=say))), "float16")
+    stored = {"F32": "float32", "BF16": "bfloat16"}.get(stored_dtype(tensor_table(find_base(base, say=log))), "float16")
     wanted_dtype = dtype or stored
     # Loaded as stored if written as stored, else in float32, which represents every stored weight exactly.
     loaded = load_text(
-        base, dtype=wanted_dtype if wanted_dtype == stored else "float32", say=say or (lambda line: None)
+        base, dtype=wanted_dtype if wanted_dtype == stored else "float32", say=log or (lambda line: None)
     )
     report = merge(loaded, [adapter], out, dtype=wanted_dtype)
     quoted_folder = shlex.quote(str(out.absolute()))

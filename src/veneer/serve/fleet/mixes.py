@@ -74,14 +74,14 @@ def servable(parts: Sequence[tuple[Path, float]], name: str, cache: Path) -> Ser
     `name`: the mix's `served_name`, its folder in `cache`. Raises AdapterError with every module that vLLM
     does not support, and a fix.
     """
-    own, written = parts[0][0], cache / name
+    first_path, written = parts[0][0], cache / name
     if (written / CARD_FILE).is_file():  # written last, so the folder is complete
         return Servable(written, int(json.loads((written / CONFIG_FILE).read_text(encoding="utf-8"))["r"]))
     adapters = [(read(path).adapter, strength) for path, strength in parts]
     adapter = adapters[0][0]
     weighted = len(parts) > 1 or parts[0][1] != 1
-    if not weighted and _serves_as_it_is(own, adapter):
-        return Servable(own, max(p.rank for p in adapter.pairs.values()))
+    if not weighted and _serves_as_it_is(first_path, adapter):
+        return Servable(first_path, max(p.rank for p in adapter.pairs.values()))
     report = write(mixed(adapters).adapter if weighted else adapter, written, "vllm")
     return Servable(written, max(report.ranks))
 
@@ -149,10 +149,10 @@ class Mixes:
         if not is_weighted(mix):
             yield
             return
-        name, own = served_name(mix), self._tenants[tenant]
-        own.pop(name, None)
-        if len(own) >= self.each:
-            idle = next((n for n in own if not self._running[n]), None)
+        name, tenant_mixes = served_name(mix), self._tenants[tenant]
+        tenant_mixes.pop(name, None)
+        if len(tenant_mixes) >= self.each:
+            idle = next((n for n in tenant_mixes if not self._running[n]), None)
             if idle is None:
                 raise Refused(
                     f"requests are running with {self.each} different mixes, the most that a tenant can have",
@@ -160,10 +160,10 @@ class Mixes:
                     code="overloaded",
                     fix="wait for one of them, or use one of these mixes",
                 )
-            del own[idle]
+            del tenant_mixes[idle]
             if not any(idle in names for names in self._tenants.values()):
                 self._dropped.add(idle)
-        own[name] = None
+        tenant_mixes[name] = None
         self._dropped.discard(name)
         self._running[name] += 1
         try:

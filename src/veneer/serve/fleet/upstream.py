@@ -256,10 +256,10 @@ class Upstream(Engine[Request, EngineEvent]):
         if not ids:  # text that was held back
             return [Token(-1, text)] if text else []
         logprobs = choice.get("logprobs") or {}
-        own, tops = logprobs.get("token_logprobs") or [], logprobs.get("top_logprobs") or []
+        logprob_list, tops = logprobs.get("token_logprobs") or [], logprobs.get("top_logprobs") or []
         out = []
-        for token, logprob, near in zip_longest(ids, own[: len(ids)], tops[: len(ids)]):
-            ranked = sorted(((_id(k), v) for k, v in (near or {}).items()), key=lambda pair: -pair[1])
+        for token, logprob, alternatives in zip_longest(ids, logprob_list[: len(ids)], tops[: len(ids)]):
+            ranked = sorted(((_id(k), v) for k, v in (alternatives or {}).items()), key=lambda pair: -pair[1])
             top = tuple((k, self.decode([k]), v) for k, v in ranked[: sampling.logprobs or 0])
             out.append(Token(token, "", logprob, top))
         return [*out[:-1], replace(out[-1], text=text)]

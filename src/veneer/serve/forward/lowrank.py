@@ -130,14 +130,14 @@ class PackedAdapter:
 
 def low_rank_problems(adapter: Adapter, layout: BaseLayout) -> list[str]:
     """Reasons why `adapter` has no low-rank form on this base, one line each."""
-    known = layout.names
+    layer_names = layout.names
     out = [f"{n}: a full copy" for n in adapter.modules]
     out += [f"{n}: token rows" for n in adapter.token_rows]
     out += [f"{n}: a {d.form} delta" for n, d in adapter.deltas.items()]
     for name, pair in adapter.pairs.items():
         if name == layout.embedding and pair.kind == "embedding" and pair.magnitude is None:
             continue
-        if name not in known or pair.kind != "linear":
+        if name not in layer_names or pair.kind != "linear":
             out.append(f"{name}: a pair on something that is no projection of this base")
         elif pair.magnitude is not None and pair.magnitude.ndim > 1:
             out.append(f"{name}: DoRA with a norm for each input")
@@ -181,17 +181,17 @@ def pack_adapter(adapter: Adapter, layout: BaseLayout, key: str = "") -> PackedA
             rows.append(A.to(device, dtype))
         if not rows:
             continue
-        whole = torch.cat(rows)
-        if native and whole.shape[1] % 2 == 0:
-            whole = _sixteens(whole)
-        ranks = len(whole) * (16 if whole.ndim == 4 else 1)
+        packed = torch.cat(rows)
+        if native and packed.shape[1] % 2 == 0:
+            packed = _sixteens(packed)
+        ranks = len(packed) * (16 if packed.ndim == 4 else 1)
         widest = max(widest, ranks)
-        flat = [_address(whole), ranks]
+        flat = [_address(packed), ranks]
         for part in parts:
             flat += [_address(part.B), part.column, part.B.shape[1], part.rank_from, part.rank]
         records[g][: len(flat)] = flat
-        groups[g] = whole, parts
-        size += whole.nbytes + sum(p.B.nbytes for p in parts)
+        groups[g] = packed, parts
+        size += packed.nbytes + sum(p.B.nbytes for p in parts)
         if gain is not None:
             gains[g] = gain, group.bias
             size += gain.nbytes
@@ -234,8 +234,10 @@ def _dense(A: Tensor) -> Tensor:
 def _gain(pair: Pair, weight: Tensor) -> Tensor:
     """DoRA's scale g = m / ‖W + s·B·A‖ in float32: (out,)."""
     assert pair.magnitude is not None
-    whole = pair.collapsed()
-    moved = Pair(whole.A.to(weight.device).float(), whole.B.to(weight.device).float(), whole.scale, whole.kind)
+    collapsed = pair.collapsed()
+    moved = Pair(
+        collapsed.A.to(weight.device).float(), collapsed.B.to(weight.device).float(), collapsed.scale, collapsed.kind
+    )
     return pair.magnitude.to(weight.device).float() / adapted_norm(dequantized(weight).float(), moved).float()
 
 
@@ -290,13 +292,13 @@ class AdapterBatch:
 
         Both contiguous. `base_output`: the base's own product, if y contains more than that.
         """
-        before = self._before_gains(group, y) if base_output is None else base_output
+        base_values = self._before_gains(group, y) if base_output is None else base_output
         run = dispatch("rows_low_rank", x, y)
         if run is not None:
             run(x, y, self.pointers(x, group))
         else:
             self._add_reference(group, x, y)
-        self._add_gains(group, before, y)
+        self._add_gains(group, base_values, y)
 
     def pointers(self, x: Tensor, group: int = 0) -> tuple[int, ...]:
         """The arguments of ops/cpu/serving.c for these rows, from `group` on.
@@ -322,9 +324,9 @@ class AdapterBatch:
 
     def add_reference(self, group: int, x: Tensor, y: Tensor) -> None:
         """Same as `add`, with torch operations only."""
-        before = self._before_gains(group, y)
+        base_values = self._before_gains(group, y)
         self._add_reference(group, x, y)
-        self._add_gains(group, before, y)
+        self._add_gains(group, base_values, y)
 
     @property
     def gains(self) -> bool:
@@ -376,13 +378,13 @@ class AdapterBatch:
     def _before_gains(self, group: int, y: Tensor) -> Tensor | None:
         return y.clone() if self.gained(group) else None
 
-    def _add_gains(self, group: int, before: Tensor | None, y: Tensor) -> None:
+    def _add_gains(self, group: int, base_values: Tensor | None, y: Tensor) -> None:
         """Add DoRA's share of the base's own output, from the output before adapters."""
-        if before is None:
+        if base_values is None:
             return
         for adapter, rows, strengths in self._each:
             if group in adapter.gains:
                 gain, bias = adapter.gains[group]
-                scaled = before[rows].float()
+                scaled = base_values[rows].float()
                 scaled = scaled if bias is None else scaled - bias.float()
                 _add_rows(y, rows, (scaled * gain * strengths).to(y.dtype))

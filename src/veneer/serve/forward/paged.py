@@ -236,8 +236,10 @@ class Pages:
                 if high < wide:  # stale slots may contain NaN
                     k[high:], v[high:] = 0, 0
                 k, v = (t.transpose(0, 1).repeat_interleave(self.heads // self.kv, dim=0) for t in (k, v))
-                back = torch.arange(tile * BLOCK, wide, device=q.device)[:, None] - torch.arange(wide, device=q.device)
-                visible = (back >= 0) & (back < window) if window else back >= 0
+                distance = torch.arange(tile * BLOCK, wide, device=q.device)[:, None] - torch.arange(
+                    wide, device=q.device
+                )
+                visible = (distance >= 0) & (distance < window) if window else distance >= 0
                 scores = (tile_q.transpose(0, 1) @ k.mT).float() * scale
                 scores = cap * torch.tanh(scores / cap) if cap else scores
                 attended = scores.masked_fill(~visible, -torch.inf).softmax(-1).to(v.dtype) @ v

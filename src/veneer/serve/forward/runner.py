@@ -221,10 +221,10 @@ class Runner:
             return self._packed(rows)
         if not any(unpacked):
             return self._fused(rows)
-        ways = {False: self._fused, True: self._packed}
+        forwards = {False: self._fused, True: self._packed}
         parts = {
-            t: iter(way([r for r, is_unpacked in zip(rows, unpacked, strict=True) if is_unpacked == t]))
-            for t, way in ways.items()
+            t: iter(forward([r for r, is_unpacked in zip(rows, unpacked, strict=True) if is_unpacked == t]))
+            for t, forward in forwards.items()
         }
         logits = [next(parts[t]) for row, t in zip(rows, unpacked, strict=True) for _ in range(row.wants)]
         return torch.stack(logits) if logits else torch.empty(0)
@@ -312,18 +312,18 @@ class Runner:
     # -- choosing the path ---------------------------------------------------------------------------------------------
 
     def _choose(self) -> tuple[str, str]:
-        ways: list[tuple[str, Callable[[], None]]] = [("fused", self._make_fused), ("packed", self._make_packed)]
+        paths: list[tuple[str, Callable[[], None]]] = [("fused", self._make_fused), ("packed", self._make_packed)]
         why = ""
         try:
             reference = ReferenceForward.of(self.model)
         except _UNFIT as error:
             return "alone", f"its own forward does not accept batches ({_first_line(error)})"
-        for name, make in ways:
+        for name, make_path in paths:
             with ExitStack() as attempt:
                 self._undo, outer = attempt, self._undo
                 self.how = trying = name
                 try:
-                    make()
+                    make_path()
                     problem = self._problem(reference)
                     if not problem and name == "fused":
                         if not self.batch_invariant:  # adapters with no low-rank form need packed too
@@ -375,8 +375,8 @@ class Runner:
         # Rounding can change the choice of experts, which excuses single tokens; so also compare the last
         # tokens together.
         last = torch.isin(at, torch.tensor([*starts[1:], sum(LENGTHS)], device=at.device) - 1)
-        near = near_rows(got[last], reference.logits[at[last]], reference.eps)
-        return "" if near else "its logits differ from the base's own"
+        close = near_rows(got[last], reference.logits[at[last]], reference.eps)
+        return "" if close else "its logits differ from the base's own"
 
     def _make_fused(self) -> None:
         modules: dict[str, Any] = dict(base_modules(self.model))

@@ -60,9 +60,9 @@ class Coded:
     rows: int = 0
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        whole = [part for part in self.parts if isinstance(part, Quantized)]
-        if len(whole) == len(self.parts):  # stacked without a copy
-            stacked = stacked_rows(whole)
+        quantized = [part for part in self.parts if isinstance(part, Quantized)]
+        if len(quantized) == len(self.parts):  # stacked without a copy
+            stacked = stacked_rows(quantized)
             product = None if self.rows else quantized_linear(x, stacked, bias)
             if product is not None:
                 return product

@@ -47,7 +47,7 @@ class TextJob:
     """
 
     principal: Principal
-    chosen: ChosenMix
+    selection: ChosenMix
     prompts: Sequence[tuple[int, ...]]
     sampling: Sampling
     choices: int = 1
@@ -59,11 +59,11 @@ class TextJob:
     def requests(self, scope: str = "") -> list[Request]:
         """The engine requests. `scope`: the cache scope from the tenancy."""
         salt = json.dumps([scope, self.cache_salt]) if scope or self.cache_salt else ""
-        principal, served, seed = self.principal, self.chosen.served, self.sampling.seed
+        principal, model, seed = self.principal, self.selection.model, self.sampling.seed
         more: dict[str, Any] = {
             "tenant": principal.tenant,
             "weight": principal.weight,
-            "name": served.name,
+            "name": model.name,
             "salt": salt,
         }
         requests: list[Request] = []
@@ -72,7 +72,7 @@ class TextJob:
                 sampling = self.sampling
                 if k and seed is not None:
                     sampling = replace(sampling, seed=(seed + k) % 2**63)
-                requests.append(Request(prompt, sampling, served.mix, id=f"{self.id}-{len(requests)}", **more))
+                requests.append(Request(prompt, sampling, model.mix, id=f"{self.id}-{len(requests)}", **more))
         return requests
 
 
@@ -130,11 +130,11 @@ async def run(service: Service, job: TextJob) -> AsyncGenerator[IndexedEvent, No
 
     Raises Refused if any of them fails.
     """
-    requests = job.requests(service.tenancy.shares(job.principal, job.chosen.served))
+    requests = job.requests(service.tenancy.shares(job.principal, job.selection.model))
     usages = [Usage(0, 0, 0) for _ in requests]
     admitted = service.tenancy.admitted(
         job.principal,
-        job.chosen.served,
+        job.selection.model,
         request=job.id,
         prompt_tokens=sum(map(len, job.prompts)),
         max_tokens=job.sampling.max_tokens * len(requests),
@@ -186,7 +186,7 @@ async def _pump(
 
     Also keeps its usage so far in `usages`.
     """
-    meter, reason = Meter(service.metrics, job.chosen.label, job.principal.tenant), "abort"
+    meter, reason = Meter(service.metrics, job.selection.label, job.principal.tenant), "abort"
     try:
         events: Any = service.texts(request)
         async with aclosing(events):
@@ -293,9 +293,9 @@ def _shadow(service: Service, job: TextJob, request: Request) -> asyncio.Future[
 
     Set the future to the sent text to compare both.
     """
-    if job.chosen.served.shadow is None:
+    if job.selection.model.shadow is None:
         return None
-    name, mix = job.chosen.served.shadow
+    name, mix = job.selection.model.shadow
     sent: asyncio.Future[_Sent] = asyncio.get_running_loop().create_future()
     fields: dict[str, Any] = {"tenant": BEHIND, "weight": SHADOWS.weight, "name": name}
     behind = replace(request, mix=() if isinstance(mix, Refused) else mix, id=f"{request.id}-shadow", **fields)
@@ -306,7 +306,7 @@ async def _follow(service: Service, job: TextJob, request: Request, shadow: str,
     answer, error = TextAnswer(), ""
     prompt, most = len(request.prompt), request.sampling.max_tokens
     try:
-        async with service.shadows.admitted(job.chosen.served, request=request.id, prompt=prompt, most=most) as bill:
+        async with service.shadows.admitted(job.selection.model, request=request.id, prompt=prompt, most=most) as bill:
             try:
                 events: Any = service.texts(request)
                 async with aclosing(events):
@@ -327,9 +327,9 @@ async def _follow(service: Service, job: TextJob, request: Request, shadow: str,
             ShadowAnswer(
                 job.id,
                 job.principal.tenant,
-                job.chosen.served.name,
+                job.selection.model.name,
                 shadow,
-                job.chosen.served.target,
+                job.selection.model.target,
                 text,
                 answer.text,
                 usage,

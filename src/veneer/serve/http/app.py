@@ -251,9 +251,9 @@ def _add_error_handlers(app: FastAPI, surfaces: dict[str, str]) -> None:
 
     async def http(request: HttpRequest, error: Any) -> Response:
         path = request.scope["path"][:200]
-        what = f"no route {request.method} {path}" if error.status_code == 404 else error.detail
+        message = f"no route {request.method} {path}" if error.status_code == 404 else error.detail
         code = _HTTP_CODES.get(error.status_code, "invalid_request")
-        answer = respond(request, Refused(str(what), status=error.status_code, code=code))
+        answer = respond(request, Refused(str(message), status=error.status_code, code=code))
         answer.headers.update(error.headers or {})
         return answer
 

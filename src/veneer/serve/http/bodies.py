@@ -123,8 +123,8 @@ def read_json(data: bytes) -> Any:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     merged = dict(pairs)
     if len(merged) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        visited: set[str] = set()
+        twice = next(key for key, _ in pairs if key in visited or visited.add(key))  # type: ignore[func-returns-value]
         raise invalid(f"the key {twice[:100]!r} is given twice", twice[:100], "keep one")
     return merged
 
@@ -317,20 +317,20 @@ def problem_text(where: str, problem: Mapping[str, Any]) -> str:
     return f"{where} {text}" if text.startswith(("must ", "is ")) else f"{where}: {text}"
 
 
-def body_error(errors: Iterable[Mapping[str, Any]], known: Iterable[str]) -> Refused:
+def body_error(errors: Iterable[Mapping[str, Any]], known_keys: Iterable[str]) -> Refused:
     """Combine pydantic's errors into one error.
 
-    `known`: the body's keys, to suggest the nearest name for an unknown key.
+    `known_keys`: the body's keys, to suggest the nearest name for an unknown key.
     """
     problems = list(errors)
     texts: list[str] = []
-    names = list(known)
+    names = list(known_keys)
     for problem in problems[:5]:
         inside = problem["loc"][problem["loc"][:1] in (("body",), ("query",)) :]
         where = ".".join(str(part) for part in inside if not str(part).startswith("="))
         if problem["type"] == "extra_forbidden":
-            near = [name for name in nearest(str(problem["loc"][-1]), names, n=1) if name != where]
-            texts.append(f"unknown key {where!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+            suggestions = [name for name in nearest(str(problem["loc"][-1]), names, n=1) if name != where]
+            texts.append(f"unknown key {where!r}" + (f", did you mean {suggestions[0]!r}?" if suggestions else ""))
         elif problem["type"] == "missing" and not where:
             texts.append("the request has no body: a JSON object is expected")
         elif not where and isinstance(problem.get("input"), bytes):
@@ -358,9 +358,9 @@ def keys_of_bodies(endpoint: Any) -> list[str]:
 
 def _keys(models: Iterable[type[BaseModel]]) -> Iterable[str]:
     for model in models:
-        for name, about in model.model_fields.items():
-            yield about.alias or name
-            inner = about.annotation
+        for name, field in model.model_fields.items():
+            yield field.alias or name
+            inner = field.annotation
             if isinstance(inner, type) and issubclass(inner, BaseModel):
                 yield from _keys([inner])
         if issubclass(model, Body):

@@ -147,27 +147,27 @@ KnownErrors = Mapping[type[Exception], Callable[[Any], Refused | None]]
 
 
 @contextmanager
-def answering(what: str, known: KnownErrors = MappingProxyType({})) -> Iterator[None]:
+def answering(resource: str, known_errors: KnownErrors = MappingProxyType({})) -> Iterator[None]:
     """Convert exceptions into client errors.
 
-    `what`: the part of the server in use, for outages and internal errors. `known`: exceptions caused by the
-    request; the first matching type counts.
+    `resource`: the part of the server in use, for outages and internal errors. `known_errors`: exceptions
+    caused by the request; the first matching type counts.
     """
     try:
         yield
     except Refused:
         raise
     except Exception as error:
-        answer = next((known[kind] for kind in known if isinstance(error, kind)), lambda error: None)
-        raise answer(error) or internal_error(what, error) from error
+        answer = next((known_errors[kind] for kind in known_errors if isinstance(error, kind)), lambda error: None)
+        raise answer(error) or internal_error(resource, error) from error
 
 
 async def in_thread(
-    what: str,
+    resource: str,
     do: Callable[[], _T],
     run: Callable[[Callable[[], _T]], Awaitable[_T]] = asyncio.to_thread,
-    known: KnownErrors = MappingProxyType({}),
+    known_errors: KnownErrors = MappingProxyType({}),
 ) -> _T:
     """Run `do` in a thread, by `run`, with errors as in `answering`."""
-    with answering(what, known):
+    with answering(resource, known_errors):
         return await run(do)

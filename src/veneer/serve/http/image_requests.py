@@ -5,8 +5,8 @@
     ask_pictures             a body -> DrawingPlan (PictureRequests), and the engine's events
 
 Requests come from a client or a view, and run under the principal's limits and bill. No field is silently
-ignored: unsupported values are rejected with the reason. An image's size is read from its header before it is decoded,
-and no URL is ever fetched.
+ignored: unsupported values are rejected with the reason. An image's size is read from its header before it is
+decoded, and no URL is ever fetched.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def _mix(value: Any) -> Any:
 
     A form can also contain a single part, or JSON text.
     """
-    listed = _listed(value)
-    return [_part(item) if isinstance(item, str) else item for item in listed] if isinstance(listed, list) else listed
+    parts = _listed(value)
+    return [_part(item) if isinstance(item, str) else item for item in parts] if isinstance(parts, list) else parts
 
 
 def _part(text: str) -> dict[str, Any]:
@@ -106,9 +106,9 @@ def _part(text: str) -> dict[str, Any]:
         parsed = parse_strength(factors) if factors else Strength()
     except ConfigError as error:
         raise PydanticCustomError("strength", "{text}", {"text": f"{error.what}: {error.fix}"}) from error
-    given: dict[str, Any] = {"strength": strength, "blocks": dict(parsed.blocks)}
-    given |= {"steps": [[*at] for at in parsed.steps], "campaign": parsed.campaign}
-    return {"adapter": name} | {key: value for key, value in given.items() if value not in (None, {}, [], "")}
+    settings: dict[str, Any] = {"strength": strength, "blocks": dict(parsed.blocks)}
+    settings |= {"steps": [[*at] for at in parsed.steps], "campaign": parsed.campaign}
+    return {"adapter": name} | {key: value for key, value in settings.items() if value not in (None, {}, [], "")}
 
 
 _Factor = Annotated[float, Field(ge=-10_000, le=10_000, strict=True)]
@@ -223,8 +223,8 @@ def checked_image_body(kind: type[ImageBody], fields: dict[str, Any], most: int)
         body = kind.model_validate({key: value for key, value in fields.items() if value is not None})
     except ValidationError as error:
         problems = error.errors(include_url=False, include_input=False)
-        known = [*kind.model_fields, *PictureMixPart.model_fields, *ControlBody.model_fields]
-        raise body_error([{**p, "loc": ("body", *p["loc"])} for p in problems], known) from error
+        names = [*kind.model_fields, *PictureMixPart.model_fields, *ControlBody.model_fields]
+        raise body_error([{**p, "loc": ("body", *p["loc"])} for p in problems], names) from error
     if body.n > most:
         raise invalid(f"n is {body.n}", "n", f"at most {most}")
     if body.output_compression not in (None, 100) and body.kind == "png":
@@ -273,13 +273,13 @@ def described_body(kind: type[ImageBody]) -> dict[str, Any]:
     schema = kind.model_json_schema()
     defined = schema.pop("$defs", {})
 
-    def whole(part: Any) -> Any:
+    def inlined(part: Any) -> Any:
         if isinstance(part, dict):
             named = str(part.get("$ref", "")).rpartition("/")[2]
-            return whole(defined[named]) if named else {key: whole(value) for key, value in part.items()}
-        return [whole(value) for value in part] if isinstance(part, list) else part
+            return inlined(defined[named]) if named else {key: inlined(value) for key, value in part.items()}
+        return [inlined(value) for value in part] if isinstance(part, list) else part
 
-    content = {"schema": whole(schema)}
+    content = {"schema": inlined(schema)}
     kinds = ("application/json", "multipart/form-data")
     return {"requestBody": {"required": True, "content": dict.fromkeys(kinds, content)}}
 
@@ -297,13 +297,13 @@ async def ask_pictures(
     """
     if service.engine.makes != "pictures":
         raise invalid("this server has a text base", fix="use /v1/chat/completions")
-    chosen, labels, factors = _chosen(service, body, principal)
+    selection, labels, factors = _chosen(service, body, principal)
     if trial:
-        chosen = replace(chosen, served=chosen.served.as_trial())
+        selection = replace(selection, model=selection.model.as_trial())
     engine = cast(PictureEngine, service.engine)
     most = service.settings.max_pixels
-    plan = await asyncio.to_thread(_planned, engine, body, principal, chosen, labels, factors, most)
-    return plan, _run(service, engine, plan, principal, chosen, number)
+    plan = await asyncio.to_thread(_planned, engine, body, principal, selection, labels, factors, most)
+    return plan, _run(service, engine, plan, principal, selection, number)
 
 
 def _chosen(
@@ -312,21 +312,21 @@ def _chosen(
     """The mix, the client's name for each adapter, and factors by block and step, or roles, if any."""
     parts = body.mix
     if parts is None:
-        chosen = service.choose(principal, model=body.model)
-        return chosen, {digest: chosen.served.target for digest, _ in chosen.served.mix}, {}
+        selection = service.choose(principal, model=body.model)
+        return selection, {digest: selection.model.target for digest, _ in selection.model.mix}, {}
     try:
         check_roles((part.adapter, part.factors) for part in parts)
     except VeneerError as error:
         raise invalid(error.what, "mix", error.fix) from error
     mix = [(part.adapter, part.strength) for part in parts]
-    chosen = service.choose(principal, model=body.model, mix=mix)
+    selection = service.choose(principal, model=body.model, mix=mix)
     factors: dict[str, Strength] = {}
-    for part, digest in zip(parts, chosen.served.meant, strict=True):
+    for part, digest in zip(parts, selection.model.digests, strict=True):
         if digest and factors.setdefault(digest, part.factors) != part.factors:
-            what = f"{quoted(part.adapter)} is named twice with different blocks, steps or roles"
-            raise invalid(what, "mix", "name it once")
-    labels = {digest: part.adapter for part, digest in zip(parts, chosen.served.meant, strict=True)}
-    return chosen, labels, {digest: own for digest, own in factors.items() if own != Strength()}
+            message = f"{quoted(part.adapter)} is named twice with different blocks, steps or roles"
+            raise invalid(message, "mix", "name it once")
+    labels = {digest: part.adapter for part, digest in zip(parts, selection.model.digests, strict=True)}
+    return selection, labels, {digest: factor for digest, factor in factors.items() if factor != Strength()}
 
 
 @functools.cache
@@ -336,29 +336,29 @@ def _warn_of_shadow(route: str) -> None:
 
 
 async def _run(
-    service: Service, engine: PictureEngine, plan: DrawingPlan, principal: Principal, chosen: ChosenMix, number: str
+    service: Service, engine: PictureEngine, plan: DrawingPlan, principal: Principal, selection: ChosenMix, number: str
 ) -> AsyncGenerator[IndexedPicture, None]:
     """The engine's events, under the principal's limits.
 
     Completed work is billed however it ends. Shadows compare texts only: a route's shadow is logged and left out.
     """
-    served = chosen.served
-    if served.shadow is not None:
-        _warn_of_shadow(served.name)
+    model = selection.model
+    if model.shadow is not None:
+        _warn_of_shadow(model.name)
     positions = engine.positions(plan.requests[0].settings)
     usages = [Usage(0, 0, 0) for _ in plan.requests]
     admitted = service.tenancy.admitted(
-        principal, served, request=number, prompt_tokens=plan.text_tokens, max_tokens=positions * len(usages)
+        principal, model, request=number, prompt_tokens=plan.text_tokens, max_tokens=positions * len(usages)
     )
     async with admitted as bill:
-        meters = [Meter(service.metrics, chosen.label, principal.tenant) for _ in usages]
+        meters = [Meter(service.metrics, selection.label, principal.tenant) for _ in usages]
         reasons = ["abort"] * len(usages)
         billed = False
         try:
             async with aclosing(engine.events(plan.requests)) as events:
                 async for i, event in events:
                     if isinstance(event, PictureStep):
-                        usages[i] = replace(usages[i], completion=round(positions * event.done / event.of))
+                        usages[i] = replace(usages[i], completion=round(positions * event.done / event.total))
                         meters[i].started()
                     elif isinstance(event, FinishedPicture):
                         usages[i], reasons[i] = event.usage, "stop"
@@ -406,7 +406,7 @@ def _planned(
     engine: PictureEngine,
     body: ImageBody,
     principal: Principal,
-    chosen: ChosenMix,
+    selection: ChosenMix,
     labels: dict[str, str],
     factors: dict[str, Strength],
     most: int,
@@ -417,7 +417,7 @@ def _planned(
     """
     base = engine.base
     notes: list[str] = []
-    for part, digest in zip(body.mix or (), chosen.served.meant, strict=False):
+    for part, digest in zip(body.mix or (), selection.model.digests, strict=False):
         if not digest and part.factors != Strength():
             label = "role" if part.campaign else "blocks and steps"
             notes.append(f"{part.adapter} is the base: its {label} {'has' if part.campaign else 'have'} no effect")
@@ -458,7 +458,7 @@ def _planned(
         body.prompt,
         settings,
         body.negative_prompt,
-        mix=chosen.served.mix,
+        mix=selection.model.mix,
         factors=resolved,
         labels=labels,
         inputs={
@@ -507,16 +507,16 @@ def _denoise(body: ImageBody, image: Image | None, mask: Image | None) -> float:
 def _check_edit(base: ImageBase, body: EditBody) -> None:
     """Raises Refused for options that an editing base does not support."""
     if body.mask is not None and (base.only_edits or "inpaint" not in base.pipelines):
-        what = f"{base.row.label} edits the whole image and accepts no mask"
-        raise invalid(what, "mask", "leave it out, and describe the change in the prompt")
+        message = f"{base.row.label} edits the whole image and accepts no mask"
+        raise invalid(message, "mask", "leave it out, and describe the change in the prompt")
     if body.mask is None and body.denoise is not None:
-        what = f"{base.row.label} edits from noise and always runs all steps"
-        raise invalid(what, "denoise", "leave it out; use adapter strengths")
+        message = f"{base.row.label} edits from noise and always runs all steps"
+        raise invalid(message, "denoise", "leave it out; use adapter strengths")
     if body.mask is None and body.control:
         raise invalid("edits and controls cannot be combined", "control", "leave one out")
     if body.mask is None and len(body.pictures) > base.references:
-        what = f"{len(body.pictures)} images: {base.row.label} accepts at most {base.references}"
-        raise invalid(what, "image", "send fewer, or combine images into one")
+        message = f"{len(body.pictures)} images: {base.row.label} accepts at most {base.references}"
+        raise invalid(message, "image", "send fewer, or combine images into one")
 
 
 def _public(name: str) -> str:
@@ -543,13 +543,13 @@ class _Sent:
         if base.references:
             _check_edit(base, body)
         if body.input_fidelity == "high" and not several:
-            near = "denoise sets how close the result stays to the image"
-            what = f"input_fidelity high needs reference images of an editing base; here {near}"
-            raise invalid(what, "input_fidelity", "leave it out; use a smaller denoise")
+            hint = "denoise sets how close the result stays to the image"
+            message = f"input_fidelity high needs reference images of an editing base; here {hint}"
+            raise invalid(message, "input_fidelity", "leave it out; use a smaller denoise")
         if len(images) > 1 and not several:
             further = "; further ones can be controls" if base.row.control else ", or leave the mask out"
             raise invalid(f"{len(images)} images", "image", f"send one{further}")
-        opened = [flattened(self.opened(one, "image", "the image")) for one in images]
+        opened = [flattened(self.opened(item, "image", "the image")) for item in images]
         if several:
             for picture in opened:
                 if why := aspect_problem(*picture.size):
@@ -590,18 +590,18 @@ class _Sent:
     ) -> tuple[tuple[Control, ...], list[dict[str, Any]]]:
         """(controls for the engine, their entries in the record)."""
         controls, records = [], []
-        for one, picture in images:
-            name, model = engine.control(one.type)
-            if one.begin >= one.end:
-                raise invalid(f"a control from {one.begin:g} to {one.end:g} of the steps", "control")
+        for control, picture in images:
+            name, model = engine.control(control.type)
+            if control.begin >= control.end:
+                raise invalid(f"a control from {control.begin:g} to {control.end:g} of the steps", "control")
             try:
-                image, notes = control_picture(ControlSpec(one.type, "(sent)"), picture, width, height)
+                image, notes = control_picture(ControlSpec(control.type, "(sent)"), picture, width, height)
             except VeneerError as error:
                 raise invalid(error.what, "control", error.fix) from error
             self.notes += notes
-            controls.append(Control(model, image, one.strength, one.begin, one.end))
-            about: dict[str, Any] = {"kind": one.type, "model": _public(name), **self.record(one.image)}
-            records.append(about | {"weight": one.strength, "begin": one.begin, "end": one.end})
+            controls.append(Control(model, image, control.strength, control.begin, control.end))
+            entry: dict[str, Any] = {"kind": control.type, "model": _public(name), **self.record(control.image)}
+            records.append(entry | {"weight": control.strength, "begin": control.begin, "end": control.end})
         return tuple(controls), records
 
     def record(self, data: Data) -> dict[str, str]:

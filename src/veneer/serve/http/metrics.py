@@ -112,11 +112,11 @@ class Metrics:
 
     def label(self, name: str, *, tenant: bool = False) -> str:
         """The label of an adapter or tenant: its name while there is room, else "other"."""
-        known = self._tenants if tenant else self._named
-        if name not in known:
-            if len(known) >= self.limit:
+        names = self._tenants if tenant else self._named
+        if name not in names:
+            if len(names) >= self.limit:
                 return "other"
-            known.add(name)
+            names.add(name)
         return name
 
     def shadow(self, route: str, name: str, outcome: str) -> None:

@@ -75,9 +75,9 @@ class Prompts:
         Called before the text is tokenized.
         """
         if characters > self.most:
-            what = f"the prompt has {characters:,} characters; for a context of {self.context:,} tokens at most "
-            what += f"{self.most:,} are read"
-            raise Refused(what, status=400, code="context_exceeded", param=param, fix="shorten the prompt")
+            message = f"the prompt has {characters:,} characters; for a context of {self.context:,} tokens at most "
+            message += f"{self.most:,} are read"
+            raise Refused(message, status=400, code="context_exceeded", param=param, fix="shorten the prompt")
 
     def encode(self, text: str, *, special: bool = True) -> tuple[int, ...]:
         """Token ids of a text. Blocks: run in an admission thread."""
@@ -146,8 +146,8 @@ class Prompts:
             raise invalid("the prompt has no tokens", param, "write something")
         left = self.context - len(ids)
         if left < 1:
-            what = f"this base's context has {self.context} tokens, and the prompt {len(ids)}"
-            raise Refused(what, status=400, code="context_exceeded", param=param, fix="shorten the prompt")
+            message = f"this base's context has {self.context} tokens, and the prompt {len(ids)}"
+            raise Refused(message, status=400, code="context_exceeded", param=param, fix="shorten the prompt")
         return left
 
     # -- decoding ------------------------------------------------------------------------------------------------------

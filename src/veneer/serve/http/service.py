@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 class ChosenMix:
     """A request's mix. `label`: the adapter's name for metrics, or "mix"."""
 
-    served: ResolvedModel
+    model: ResolvedModel
     label: str
 
 
@@ -62,18 +62,18 @@ class Shadows:
         return True
 
     def admitted(
-        self, served: ResolvedModel, *, request: str, prompt: int, most: int
+        self, model: ResolvedModel, *, request: str, prompt: int, most: int
     ) -> AbstractAsyncContextManager[Bill]:
         """Admit the answer of a route's shadow, under its own bill.
 
         Raises Refused if not possible.
         """
-        assert served.shadow is not None
-        name, mix = served.shadow
+        assert model.shadow is not None
+        name, mix = model.shadow
         if isinstance(mix, Refused):
             raise mix
-        model = ResolvedModel(mix, served.name, name, adapters=(name,) if mix else ())
-        return self.tenancy.admitted(SHADOWS, model, request=request, prompt_tokens=prompt, max_tokens=most)
+        shadow_model = ResolvedModel(mix, model.name, name, adapters=(name,) if mix else ())
+        return self.tenancy.admitted(SHADOWS, shadow_model, request=request, prompt_tokens=prompt, max_tokens=most)
 
     def answered(self, answer: ShadowAnswer) -> None:
         """Record a shadow's answer or failure in the metrics and the tenancy."""
@@ -154,16 +154,16 @@ class Service:
         base = self.catalog.base
         named = model if model and model != base else None
         if mix is None:
-            served = self.catalog.resolve(named or lora_path or model or "", principal)
-            return ChosenMix(served, served.target if served.mix else base)
+            resolved = self.catalog.resolve(named or lora_path or model or "", principal)
+            return ChosenMix(resolved, resolved.target if resolved.mix else base)
         if named or lora_path:
-            ways = [*(["model"] if named else []), "mix", *(["lora_path"] if lora_path else [])]
-            raise invalid(f"adapters are named in {len(ways)} fields: {', '.join(ways)}", "mix", "keep one")
+            fields = [*(["model"] if named else []), "mix", *(["lora_path"] if lora_path else [])]
+            raise invalid(f"adapters are named in {len(fields)} fields: {', '.join(fields)}", "mix", "keep one")
         if not mix:
             return ChosenMix(self.catalog.resolve("", principal), base)
         check_strengths(mix)
-        served = self.catalog.resolve_mix(mix, principal)
-        return ChosenMix(served, "mix" if len(served.mix) > 1 else mix[0][0] if served.mix else base)
+        resolved = self.catalog.resolve_mix(mix, principal)
+        return ChosenMix(resolved, "mix" if len(resolved.mix) > 1 else mix[0][0] if resolved.mix else base)
 
     def texts(self, request: Request) -> AsyncIterator[EngineEvent]:
         """The events of a text answer. Raises Refused (400) on an image server."""
@@ -210,8 +210,8 @@ def client_key(request: HttpRequest) -> str | None:
     kind, _, key = request.headers.get("authorization", "").partition(" ")
     if kind.lower() == "bearer" and key.strip():
         return key.strip()
-    other = request.headers.get("x-api-key")
-    return other.removeprefix("tml-") if other else request.headers.get("api-key")
+    api_key = request.headers.get("x-api-key")
+    return api_key.removeprefix("tml-") if api_key else request.headers.get("api-key")
 
 
 def caller_of(request: HttpRequest, user: str | None = None) -> Principal:

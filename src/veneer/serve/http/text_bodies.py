@@ -355,8 +355,8 @@ def limited(requested: int | None, room: int, service: Service) -> int:
         return max(1, min(room, most))
     if requested > room:
         context = service.prompts.context
-        what = f"{requested} tokens are requested, and the prompt leaves {room} of the context's {context}"
-        raise invalid(what, "max_tokens", "request fewer, or shorten the prompt")
+        message = f"{requested} tokens are requested, and the prompt leaves {room} of the context's {context}"
+        raise invalid(message, "max_tokens", "request fewer, or shorten the prompt")
     if requested > most:
         raise invalid(f"max_tokens is {requested}", "max_tokens", f"at most {most} on this server")
     return requested

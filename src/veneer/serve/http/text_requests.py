@@ -27,7 +27,7 @@ from veneer.serve.request import Refused, Sampling, invalid, not_ready
 async def chat_job(
     service: Service,
     principal: Principal,
-    chosen: ChosenMix,
+    selection: ChosenMix,
     messages: Sequence[dict[str, Any]],
     sampling: Callable[[int], Sampling],
     admitted: AdmittedRequest,
@@ -45,7 +45,7 @@ async def chat_job(
     variables besides messages and tools. `stores`: whether the answer can be stored for feedback. Raises
     Refused: too much at once (429), a prompt that does not fit the context (400).
     """
-    use, variables, served = use or ToolUse(), variables or {}, chosen.served
+    use, variables, model = use or ToolUse(), variables or {}, selection.model
     admitted.take("answers", n)
     prompt = await service.prompts.of_messages(messages, admitted, use.tools, **variables)
     settings = sampling(service.prompts.fits(prompt, "messages"))
@@ -62,12 +62,12 @@ async def chat_job(
             row["tools"] = list(use.tools)
         return lambda texts: keep(row, [message_of_answer(use, start + text) for text in texts])
 
-    keep, keep_shadow = keeping(served, id), None
-    if keep is not None and served.shadow is not None and not isinstance(mix := served.shadow[1], Refused):
-        name = served.shadow[0]
-        behind = ResolvedModel(mix, served.name, name, adapters=(name,) if mix else ())
+    keep, keep_shadow = keeping(model, id), None
+    if keep is not None and model.shadow is not None and not isinstance(mix := model.shadow[1], Refused):
+        name = model.shadow[0]
+        behind = ResolvedModel(mix, model.name, name, adapters=(name,) if mix else ())
         keep_shadow = keeping(behind, shadow_id(id))
-    return TextJob(principal, chosen, [prompt], settings, n, cache_salt, keep, keep_shadow, id)
+    return TextJob(principal, selection, [prompt], settings, n, cache_salt, keep, keep_shadow, id)
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,14 @@ class TextRequest:
 
 
 async def ask_texts(
-    service: Service, principal: Principal, request: TextRequest, served: Callable[[ResolvedModel], None] | None = None
+    service: Service,
+    principal: Principal,
+    request: TextRequest,
+    on_resolved: Callable[[ResolvedModel], None] | None = None,
 ) -> AsyncGenerator[IndexedEvent, None]:
     """(index, event) of `n` answers, as for a chat completion of the principal.
 
-    The request is a trial (see `ResolvedModel`). Closing it cancels what still runs. `served`: called with the
+    The request is a trial (see `ResolvedModel`). Closing it cancels what still runs. `on_resolved`: called with the
     resolved names before the first event. Call on the server's event loop. Raises Refused.
     """
     if service.phase != "ready":
@@ -115,13 +118,15 @@ async def ask_texts(
             )
 
         if len(request.mix) == 1 and request.mix[0][1] == 1:  # as `model`, so that routes apply
-            chosen = service.choose(principal, model=request.mix[0][0])
+            selection = service.choose(principal, model=request.mix[0][0])
         else:
-            chosen = service.choose(principal, mix=list(request.mix))
-        chosen = replace(chosen, served=chosen.served.as_trial())
-        if served is not None:
-            served(chosen.served)
-        job = await chat_job(service, principal, chosen, request.messages, sampling, admitted, request.id, n=request.n)
+            selection = service.choose(principal, mix=list(request.mix))
+        selection = replace(selection, model=selection.model.as_trial())
+        if on_resolved is not None:
+            on_resolved(selection.model)
+        job = await chat_job(
+            service, principal, selection, request.messages, sampling, admitted, request.id, n=request.n
+        )
         async with aclosing(run(service, job)) as events:
             async for event in events:
                 yield event

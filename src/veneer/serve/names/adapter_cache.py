@@ -87,14 +87,14 @@ _Ready = Callable[[Lease[T] | Refused], None]
 class _Entry(Generic[T]):
     """The state of one adapter.
 
-    `adapter`: already read, to be prepared. `thing`: the prepared adapter, once loaded. `dropped`: no name
+    `adapter`: already read, to be prepared. `prepared`: the prepared adapter, once loaded. `dropped`: no name
     refers to it. `used`: counter value of its last use. `since`: when it became resident.
     """
 
     digest: str
     state: Literal["wanted", "loading", "loaded", "resident"] = "wanted"
     adapter: Adapter | None = None
-    thing: T | None = None
+    prepared: T | None = None
     leases: int = 0
     dropped: bool = False
     draining: bool = False
@@ -103,7 +103,7 @@ class _Entry(Generic[T]):
 
     @property
     def size(self) -> int:
-        return 0 if self.thing is None else self.thing.bytes
+        return 0 if self.prepared is None else self.prepared.bytes
 
 
 @dataclass(eq=False)
@@ -258,10 +258,10 @@ class AdapterCache(Generic[T]):
     def _lease(self, mix: DigestMix, entries: Iterable[_Entry[T]]) -> Lease[T]:
         parts = []
         for (_, strength), entry in zip(mix, entries, strict=True):
-            assert entry.thing is not None
+            assert entry.prepared is not None
             entry.leases += 1
             entry.used = next(self._ticks)
-            parts.append((entry.thing, strength))
+            parts.append((entry.prepared, strength))
         return Lease(mix, tuple(parts), self._release)
 
     def _release(self, mix: DigestMix) -> None:
@@ -362,8 +362,10 @@ class AdapterCache(Generic[T]):
             return
         self._drainer = group
         need = sum(e.size for e in new) + self._bytes - self.limit
-        others = [e for e in self._entries.values() if e.state == "resident"]
-        for entry in sorted((e for e in others if e not in group.entries), key=lambda e: (not e.draining, e.since)):
+        resident_entries = [e for e in self._entries.values() if e.state == "resident"]
+        for entry in sorted(
+            (e for e in resident_entries if e not in group.entries), key=lambda e: (not e.draining, e.since)
+        ):
             if need <= 0:
                 break
             entry.draining = True
@@ -385,9 +387,9 @@ class AdapterCache(Generic[T]):
     def _free(self, entry: _Entry[T]) -> None:
         if entry.state == "resident":
             self._bytes -= entry.size
-        if entry.thing is not None and self._freed is not None:
-            self._calls.append(partial(self._freed, entry.thing))
-        entry.state, entry.thing, entry.adapter, entry.draining = "wanted", None, None, False
+        if entry.prepared is not None and self._freed is not None:
+            self._calls.append(partial(self._freed, entry.prepared))
+        entry.state, entry.prepared, entry.adapter, entry.draining = "wanted", None, None, False
         if not self._is_wanted(entry):
             self._entries.pop(entry.digest, None)
 
@@ -399,7 +401,7 @@ class AdapterCache(Generic[T]):
             adapter, entry.adapter = entry.adapter or self._read(entry.digest), None
             if (size := adapter.size_bytes()) > self.limit:
                 raise _over_limit(size, self.limit)
-            thing = self._prepare(adapter, entry.digest)
+            prepared = self._prepare(adapter, entry.digest)
         except Exception as error:
             refused = error if isinstance(error, Refused) else internal_error(f"adapter {entry.digest}", error)
             with self._changing():
@@ -412,12 +414,12 @@ class AdapterCache(Generic[T]):
                 self._advance()
             return
         with self._changing():
-            entry.state, entry.thing = "loaded", thing
-            del thing, adapter
+            entry.state, entry.prepared = "loaded", prepared
+            del prepared, adapter
             self._tidy([entry])
             self._advance()
 
 
 def _over_limit(need: int, limit: int) -> Refused:
-    what = f"too_large: {need:,} bytes; the limit for adapters in memory is {limit:,}"
-    return Refused(what, status=400, code="adapter_unusable")
+    message = f"too_large: {need:,} bytes; the limit for adapters in memory is {limit:,}"
+    return Refused(message, status=400, code="adapter_unusable")

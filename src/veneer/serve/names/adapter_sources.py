@@ -52,8 +52,8 @@ Problems = Callable[[Adapter], list[str]]
 """Reasons why an adapter cannot be served with full effect, one line each; defined by the engine."""
 
 
-def unusable(reason: str, what: str, *, status: int = 400, fix: str | None = None) -> Refused:
-    return Refused(f"{reason}: {what}", status=status, code="adapter_unusable", fix=fix)
+def unusable(reason: str, message: str, *, status: int = 400, fix: str | None = None) -> Refused:
+    return Refused(f"{reason}: {message}", status=status, code="adapter_unusable", fix=fix)
 
 
 @dataclass(frozen=True)
@@ -266,8 +266,8 @@ class AdapterSources:
             raise
         except Exception as error:  # readers can raise anything on a hostile file
             raise self._refusal(location, error) from error
-        if found := problems(adapter):
-            raise _unservable(location, found)
+        if faults := problems(adapter):
+            raise _unservable(location, faults)
         return adapter
 
     def _files(self, location: AdapterLocation) -> Path:
@@ -296,20 +296,20 @@ class AdapterSources:
     def _refusal(self, location: AdapterLocation, error: Exception) -> Refused:
         if is_transient(error):
             return transient_error(location.root, error)
-        what = error.what if isinstance(error, VeneerError) else f"{type(error).__name__}: {error}"
+        message = error.what if isinstance(error, VeneerError) else f"{type(error).__name__}: {error}"
         for hidden, public in self._paths(location).items():
-            what = what.replace(hidden, public)
+            message = message.replace(hidden, public)
         if isinstance(error, UnsafeFileError):
             reason = "unsafe_file"
         elif isinstance(error, MismatchError):
             reason = "wrong_base"
-        elif "NaN" in what or "not finite" in what:
+        elif "NaN" in message or "not finite" in message:
             reason = "not_finite"
-        elif isinstance(error, AdapterError) and "does not state the scale" in what:
-            return unusable("unstated_scale", f"{location.root}: {what}", fix=error.fix)
+        elif isinstance(error, AdapterError) and "does not state the scale" in message:
+            return unusable("unstated_scale", f"{location.root}: {message}", fix=error.fix)
         else:
             reason = "shape_mismatch" if self._sound(location) else "corrupt"
-        return unusable(reason, f"{location.root}: {what}")
+        return unusable(reason, f"{location.root}: {message}")
 
     def _paths(self, location: AdapterLocation) -> dict[str, str]:
         """Local paths that messages can contain, and what clients see instead."""

@@ -46,13 +46,13 @@ _log = logging.getLogger(__name__)
 class _Meaning:
     """A client's name, resolved.
 
-    `target`: the adapter's name, or the one that a route chose. `digest`, `own`: the adapter, and the
+    `target`: the adapter's name, or the one that a route chose. `digest`, `operator_name`: the adapter, and the
     operator's name for it; "" for the base.
     """
 
     target: str
     digest: str = ""
-    own: str = ""
+    operator_name: str = ""
     routed: bool = False
 
 
@@ -123,14 +123,22 @@ class Catalog:
         """
         meaning = self._mean(model, principal)
         shadow: tuple[str, DigestMix | Refused] | None = None
-        if self.routes is not None and meaning.routed and (other := self.routes.shadow(self._word(model), principal)):
+        if (
+            self.routes is not None
+            and meaning.routed
+            and (shadow_name := self.routes.shadow(self._word(model), principal))
+        ):
             try:
-                shadow = (other, _alone(self._adapter(other, other)))
+                shadow = (shadow_name, _alone(self._adapter(shadow_name, shadow_name)))
             except Refused as error:
-                shadow = (other, error)
-                _log.warning("the shadow %r of %r cannot be served: %s", other, model, error.what)
+                shadow = (shadow_name, error)
+                _log.warning("the shadow %r of %r cannot be served: %s", shadow_name, model, error.what)
         return ResolvedModel(
-            _alone(meaning), model or self.base, meaning.target, shadow, (meaning.own,) if meaning.own else ()
+            _alone(meaning),
+            model or self.base,
+            meaning.target,
+            shadow,
+            (meaning.operator_name,) if meaning.operator_name else (),
         )
 
     def resolve_mix(self, parts: Sequence[tuple[str, float]], principal: Principal) -> ResolvedModel:
@@ -140,15 +148,17 @@ class Catalog:
         meanings = [(self._mean(word, principal), strength) for word, strength in parts]
         mix = make_mix([(meaning.digest, strength) for meaning, strength in meanings if meaning.digest])
         # If two names mean one adapter, choose the same name every time.
-        named = [min((m for m, _ in meanings if m.digest == digest), key=lambda m: m.own) for digest, _ in mix]
-        adapters = tuple(meaning.own for meaning in named)
+        named = [
+            min((m for m, _ in meanings if m.digest == digest), key=lambda m: m.operator_name) for digest, _ in mix
+        ]
+        adapters = tuple(meaning.operator_name for meaning in named)
         check_strengths(zip(adapters, (strength for _, strength in mix), strict=True))  # summed client values
         name = "+".join(f"{word}:{strength:g}" for word, strength in parts) or self.base
         target = name if len(mix) > 1 else self.base
         if len(mix) == 1:
             target = next(meaning.target for meaning, _ in meanings if meaning.digest == mix[0][0])
         return ResolvedModel(
-            mix, name, target, adapters=adapters, meant=tuple(meaning.digest for meaning, _ in meanings)
+            mix, name, target, adapters=adapters, digests=tuple(meaning.digest for meaning, _ in meanings)
         )
 
     def _word(self, model: str) -> str:
@@ -223,7 +233,7 @@ class Catalog:
             meaning = self._mean(model, principal)
             version = self.sources.find_version(self._word(model))
             if meaning.digest and version is not None:
-                return ModelCard(model, meaning.own, self.base, _seconds(version.added), meaning.digest)
+                return ModelCard(model, meaning.operator_name, self.base, _seconds(version.added), meaning.digest)
         for card in self.models(principal):
             if card.id == model:
                 return card
@@ -309,16 +319,16 @@ class Catalog:
 
     def _check_free(self, name: str, replace: bool) -> None:
         if name in self._loaded and not replace:
-            what = f"an adapter named {quoted(name)} has already been loaded"
-            raise Refused(what, status=400, code="adapter_exists", param="lora_name", fix="replace it, or unload it")
+            message = f"an adapter named {quoted(name)} has already been loaded"
+            raise Refused(message, status=400, code="adapter_exists", param="lora_name", fix="replace it, or unload it")
 
     def _check_library(self, name: str, digest: str, replace: bool) -> None:
         """Raises Refused if the name would hide a different library adapter.
 
         Allowed with `replace`.
         """
-        known = self.sources.find_version(name, sure=True)
-        if known is None or known.digest == digest:
+        version = self.sources.find_version(name, sure=True)
+        if version is None or version.digest == digest:
             return
         if not replace:
             raise Refused(
@@ -329,7 +339,7 @@ class Catalog:
                 where="library",
                 fix="use another name, or set load_inplace",
             )
-        _log.warning("%r now names the loaded adapter instead of the library's %s", name, known.reference)
+        _log.warning("%r now names the loaded adapter instead of the library's %s", name, version.reference)
 
     def _forget(self, digest: str) -> None:
         """Drop a name's reference to an adapter; frees the adapter if no other name uses it."""
@@ -345,9 +355,9 @@ def _alone(meaning: _Meaning) -> DigestMix:
 
 
 def _missing(model: str) -> Refused:
-    what = f"The model {quoted(model)} does not exist."
+    message = f"The model {quoted(model)} does not exist."
     fix = "GET /v1/fine_tuning/jobs shows its job" if parse_tuned(model) is not None else None
-    return Refused(what, status=404, code="model_not_found", param="model", fix=fix)
+    return Refused(message, status=404, code="model_not_found", param="model", fix=fix)
 
 
 def _seconds(added: str) -> int:

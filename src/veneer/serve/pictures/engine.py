@@ -150,7 +150,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         lease = await self._leased(make_mix((digest, 1.0) for request in requests for digest, _ in request.mix))
         inbox: asyncio.Queue[tuple[int, PictureEvent | Refused]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
-        adapters = {thing.key: thing.adapter for thing, _ in lease.parts}
+        adapters = {prepared.key: prepared.adapter for prepared, _ in lease.parts}
         jobs = [_Job(request, i, adapters, loop, inbox) for i, request in enumerate(requests)]
         try:
             if requests[0].factors:
@@ -265,9 +265,9 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             raise result
         return result
 
-    def _freed(self, thing: _Held) -> None:
+    def _freed(self, prepared: _Held) -> None:
         with self._wake:
-            self._evicted.append(thing.key)
+            self._evicted.append(prepared.key)
             self._wake.notify_all()
 
     def _tidy(self) -> None:
@@ -336,7 +336,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             self._refuse_beyond(len(jobs))
             ahead = len(self._waiting) + len(self._running)
             for job in jobs:
-                self._turns.enter(job.request.tenant, {other.request.tenant for other in self._waiting})
+                self._turns.enter(job.request.tenant, {waiting.request.tenant for waiting in self._waiting})
                 self._waiting.append(job)
             self._wake.notify_all()
         return ahead
@@ -527,7 +527,7 @@ class PictureTurns:
 
     def enter(self, tenant: str, waiting: set[str]) -> None:
         if tenant not in waiting:
-            self._clocks = {other: at for other, at in self._clocks.items() if other in waiting or at > self._present}
+            self._clocks = {name: at for name, at in self._clocks.items() if name in waiting or at > self._present}
             self._clocks[tenant] = max(self._clocks.get(tenant, 0.0), self._present)
 
     def at(self, tenant: str) -> float:

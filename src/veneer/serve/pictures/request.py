@@ -74,7 +74,7 @@ class Queued:
 @dataclass(frozen=True)
 class PictureStep:
     done: int
-    of: int
+    total: int
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class FinishedPicture:
     processes, `decode` the seconds of its batch of `batch` images. `notes`: warnings, such as truncated text.
     """
 
-    made: RecordedPicture
+    picture: RecordedPicture
     usage: Usage
     batch: int
     notes: tuple[str, ...] = ()

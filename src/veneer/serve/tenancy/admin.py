@@ -225,7 +225,7 @@ def _records(router: APIRouter, store: Store, catalog: Catalog) -> None:
         skip: Annotated[int, Query(ge=0)] = 0,
     ) -> dict[str, Any]:
         with store.reading() as c:
-            return {"lines": manage.audit_lines(c, subject=subject, what=what, limit=limit, skip=skip)}
+            return {"lines": manage.audit_lines(c, subject=subject, action=what, limit=limit, skip=skip)}
 
     @router.get("/audit/verify")
     def verify(expect: str = "") -> dict[str, Any]:
@@ -274,9 +274,11 @@ def _line(error: Any, fields: dict[int, set[str]]) -> str:
     return problem_text(key or "body", error)
 
 
-def _unknown(key: str, known: set[str]) -> str:
-    near = nearest(key.rpartition(".")[2], sorted(known), 1)
-    return f"unknown key {key[:100]}: " + (f"did you mean {near[0]}?" if near else f"of {', '.join(sorted(known))}")
+def _unknown(key: str, names: set[str]) -> str:
+    suggestions = nearest(key.rpartition(".")[2], sorted(names), 1)
+    return f"unknown key {key[:100]}: " + (
+        f"did you mean {suggestions[0]}?" if suggestions else f"of {', '.join(sorted(names))}"
+    )
 
 
 def _error(error: Refused) -> JSONResponse:

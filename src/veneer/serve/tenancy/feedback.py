@@ -80,20 +80,20 @@ class StoredAnswers:
         self._holds: dict[str, tuple[QuotaHold, float]] = {}
         self._waiting: Counter[str] = Counter()  # bytes of answers that are not written yet, by tenant
 
-    def keeping(self, principal: Principal, served: ResolvedModel, request: str) -> StoreAnswer | None:
+    def keeping(self, principal: Principal, model: ResolvedModel, request: str) -> StoreAnswer | None:
         """A function that stores the answer to a new request.
 
         None if it is not to be stored.
         """
         settings = self.store.settings
         keeps = settings.stores_answer.get(principal.tenant)
-        names = [name for _, name, _ in served.parts()]
-        if keeps is None or not any(map(keeps, (served.name, *names))):
+        names = [name for _, name, _ in model.parts()]
+        if keeps is None or not any(map(keeps, (model.name, *names))):
             return None
         at, terms = self.wall(), settings.feedback[principal.tenant]
-        whose = user_hash(principal.tenant, principal.user) if principal.user else ""
-        row = {"tenant": principal.tenant, "id": request, "at": at, "expires": at + terms.days * 86400, "whose": whose}
-        row |= {"name": served.name, "adapters": names}
+        user = user_hash(principal.tenant, principal.user) if principal.user else ""
+        row = {"tenant": principal.tenant, "id": request, "at": at, "expires": at + terms.days * 86400, "whose": user}
+        row |= {"name": model.name, "adapters": names}
 
         def store(request_body: Mapping[str, Any], choices: Sequence[Mapping[str, Any]]) -> None:
             text = json.dumps({**row, "asked": request_body, "choices": choices})
@@ -208,8 +208,8 @@ class StoredAnswers:
                 raise self._unknown(tenant, answer)
         a = answer_table.c
         with self.store.reading() as c:
-            known = {*c.scalars(select(a.id).where(a.tenant == tenant, a.id.in_(answers)))}
-        if known != answers:  # one check for all answers
+            stored_ids = {*c.scalars(select(a.id).where(a.tenant == tenant, a.id.in_(answers)))}
+        if stored_ids != answers:  # one check for all answers
             self.flush()
 
     def _choice(self, c: Connection, tenant: str, answer: str, choice: int, param: str) -> tuple[Any, Any]:
@@ -375,10 +375,12 @@ def _rows(engine: Engine, tenant: str, kind: str, adapter: str | None, now: floa
             page = c.execute(query if after is None else query.where(tuple_(*order) > tuple_(*after))).all()
         for r in page:
             if adapter is None or adapter in {n for each in (r.name, *json.loads(r.adapters)) for n in _names(each)}:
-                rejected = [other for other, _ in json.loads(r.rejected or "[]")] if kind == "preference" else []
+                rejected = (
+                    [answer_id for answer_id, _ in json.loads(r.rejected or "[]")] if kind == "preference" else []
+                )
                 with reading(engine) as c:  # one row at a time: an answer can be a megabyte
-                    others = _answers(c, tenant, rejected, now)
-                yield from _rows_of(kind, r, others)
+                    other_answers = _answers(c, tenant, rejected, now)
+                yield from _rows_of(kind, r, other_answers)
         if len(page) < _PAGE:
             return
         after = (page[-1].at, page[-1].answer, page[-1].choice)
@@ -397,7 +399,7 @@ def _answers(c: Connection, tenant: str, ids: Sequence[str], now: float) -> dict
     return answers
 
 
-def _rows_of(kind: str, r: Any, others: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _rows_of(kind: str, r: Any, other_answers: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     request, answer = json.loads(r.asked), json.loads(r.choices)[r.choice]
     corrected = json.loads(r.corrected) if r.corrected else None
     tools = {"tools": request["tools"]} if request.get("tools") else {}
@@ -409,7 +411,11 @@ def _rows_of(kind: str, r: Any, others: Mapping[str, Any]) -> Iterator[dict[str,
             yield {"prompt": request["messages"], "completion": [answer], "label": bool(r.up), **tools}
     else:
         pairs = [] if corrected is None else [(corrected, answer)]
-        pairs += [(answer, others[other][n]) for other, n in json.loads(r.rejected or "[]") if other in others]
-        for chosen, rejected in pairs:
-            if chosen != rejected:
-                yield {"prompt": request["messages"], "chosen": [chosen], "rejected": [rejected], **tools}
+        pairs += [
+            (answer, other_answers[answer_id][n])
+            for answer_id, n in json.loads(r.rejected or "[]")
+            if answer_id in other_answers
+        ]
+        for preferred, rejected in pairs:
+            if preferred != rejected:
+                yield {"prompt": request["messages"], "chosen": [preferred], "rejected": [rejected], **tools}

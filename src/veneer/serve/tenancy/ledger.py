@@ -93,23 +93,23 @@ def post(c: Connection, server: str, owed: Sequence[OwedEntry], now: float, *, u
     """
     if c.dialect.name == "postgresql":  # one writer per server; SQLite locks the whole database anyway
         c.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": int(server, 16) - (1 << 63)})
-    known = _known(c, server, [each.entry.request for each in owed])
+    states = _known(c, server, [each.entry.request for each in owed])
     fresh: list[dict[str, Any]] = []
     changed: list[dict[str, Any]] = []
     by_day: _Deltas = defaultdict(lambda: [0, 0, 0, 0, 0, 0.0, 0.0, 0.0, 0])
     by_slot: _Deltas = defaultdict(lambda: [0, 0])
     done = 0
     for each in owed:
-        before = known.get(each.entry.request)
-        if unique and before is not None and each.state == "open":
+        previous_state = states.get(each.entry.request)
+        if unique and previous_state is not None and each.state == "open":
             raise DuplicateRequest
-        if before in ("done", each.state) or (before is not None and each.state == "open"):
+        if previous_state in ("done", each.state) or (previous_state is not None and each.state == "open"):
             continue
-        known[each.entry.request] = each.state
+        states[each.entry.request] = each.state
         done += each.state == "done"
-        (fresh if before is None else changed).extend(_rows(server, each))
-        _count_day(by_day, each, before)
-        _count_slots(by_slot, server, each, before, now)
+        (fresh if previous_state is None else changed).extend(_rows(server, each))
+        _count_day(by_day, each, previous_state)
+        _count_slots(by_slot, server, each, previous_state, now)
     if fresh:
         c.execute(insert(line_table), fresh)
     if changed:
@@ -145,8 +145,8 @@ def _add_figures(c: Connection, table: Table, deltas: Mapping[tuple[Any, ...], S
         return
     keys = [column.name for column in table.primary_key]
     figures = [column.name for column in table.columns if column.name not in keys]
-    make = postgresql_insert if c.dialect.name == "postgresql" else sqlite_insert
-    statement = make(table)
+    dialect_insert = postgresql_insert if c.dialect.name == "postgresql" else sqlite_insert
+    statement = dialect_insert(table)
     statement = statement.on_conflict_do_update(
         index_elements=keys, set_={name: table.c[name] + statement.excluded[name] for name in figures}
     )
@@ -179,18 +179,18 @@ def _known(c: Connection, server: str, requests: Sequence[str]) -> dict[str, str
 
 def _rows(server: str, owed: OwedEntry) -> list[dict[str, Any]]:
     entry = owed.entry
-    whole = {name: value for name, value in vars(entry).items() if name != "lines"}
-    whole |= {"server": server, "closed": owed.closed, "day": day_of(entry.opened), "state": owed.state}
-    whole |= {name: getattr(owed.usage, name) for name in _FIGURES}
+    shared_columns = {name: value for name, value in vars(entry).items() if name != "lines"}
+    shared_columns |= {"server": server, "closed": owed.closed, "day": day_of(entry.opened), "state": owed.state}
+    shared_columns |= {name: getattr(owed.usage, name) for name in _FIGURES}
     return [
-        whole
+        shared_columns
         | {"part": part, "digest": line.digest, "adapter": line.adapter, "strength": line.strength, "cost": cost}
         | {f"price_{name}": getattr(line.price, name) for name in ("prompt", "cached", "completion")}
         for part, (line, cost) in enumerate(zip(entry.lines, owed.costs(), strict=True))
     ]
 
 
-def _count_day(by_day: _Deltas, owed: OwedEntry, before: str | None) -> None:
+def _count_day(by_day: _Deltas, owed: OwedEntry, previous_state: str | None) -> None:
     """Add the request as a whole, and each of its adapters, to the daily sums."""
     if owed.state == "open":
         return
@@ -200,21 +200,21 @@ def _count_day(by_day: _Deltas, owed: OwedEntry, before: str | None) -> None:
     usage: Usage = owed.usage
     for adapter, cost in costs.items():
         row = by_day[(day_of(owed.entry.opened), owed.entry.tenant, adapter)]
-        changes = [int(owed.state == "done"), int(owed.state == "interrupted") - int(before == "interrupted")]
+        changes = [int(owed.state == "done"), int(owed.state == "interrupted") - int(previous_state == "interrupted")]
         changes += [getattr(usage, name) for name in _FIGURES]
         for i, change in enumerate([*changes, cost]):
             row[i] += change
 
 
-def _count_slots(by_slot: _Deltas, server: str, owed: OwedEntry, before: str | None, now: float) -> None:
+def _count_slots(by_slot: _Deltas, server: str, owed: OwedEntry, previous_state: str | None, now: float) -> None:
     """Add the request, and each adapter that a limit can name, to the slots."""
     entry = owed.entry
-    tokens = owed.tokens() - (OwedEntry(entry).tokens() if before == "open" else 0)
+    tokens = owed.tokens() - (OwedEntry(entry).tokens() if previous_state == "open" else 0)
     for width, window in _SLOT_WIDTHS.items():
         if entry.opened > now - window - width:
             for adapter in {ALL, *(name_of(line.adapter) for line in entry.lines)}:
                 row = by_slot[(width, int(entry.opened // width), server, entry.tenant, adapter)]
-                row[0] += before is None
+                row[0] += previous_state is None
                 row[1] += tokens
 
 
@@ -474,8 +474,8 @@ class Ledger:
 
         Returns the number of lines deleted.
         """
-        before, count = self.wall() - days * 86400, 0
-        expired = (line_table.c.opened < before) & (line_table.c.state != "open")
+        cutoff, count = self.wall() - days * 86400, 0
+        expired = (line_table.c.opened < cutoff) & (line_table.c.state != "open")
         while True:
             with write_transaction(self.store.engine) as c:
                 last = c.scalar(
@@ -577,8 +577,8 @@ def usage(
     """
     for name in by:
         if name not in BY:
-            near = nearest(name, BY)
-            fix = f"did you mean {near[0]}?" if near else f"of {', '.join(BY)}"
+            suggestions = nearest(name, BY)
+            fix = f"did you mean {suggestions[0]}?" if suggestions else f"of {', '.join(BY)}"
             raise ConfigError(f"usage cannot be grouped by {name!r}", where="by", fix=fix)
     apart = "adapter" in by or adapter is not None
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}

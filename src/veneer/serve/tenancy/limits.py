@@ -87,11 +87,11 @@ class Window:
 class ScopeUsage:
     """The usage of one scope.
 
-    `elsewhere`: by other servers, as last read from the ledger.
+    `other_servers`: by other servers, as last read from the ledger.
     """
 
     windows: dict[str, Window] = field(default_factory=lambda: {name: Window(s) for name, s, _ in _WINDOWS})
-    elsewhere: dict[str, Window] = field(default_factory=dict)
+    other_servers: dict[str, Window] = field(default_factory=dict)
     running: int = 0
 
 
@@ -155,16 +155,16 @@ class Limits:
                 taken.append((counter, {name: counter.windows[name].add(now, n) for name, n in amounts.items()}))
         return LimitHold(self, taken, tokens)
 
-    def elsewhere(
-        self, limits: Mapping[_Scope, Limit], window: float, seen: Iterable[tuple[str, str, float, int, int]]
+    def set_other_servers(
+        self, limits: Mapping[_Scope, Limit], window: float, rows: Iterable[tuple[str, str, float, int, int]]
     ) -> None:
         """Replace the usage of other servers in windows of this length.
 
-        seen: (tenant, adapter or ALL for whole requests, seconds ago, requests, tokens).
+        rows: (tenant, adapter or ALL for whole requests, seconds ago, requests, tokens).
         """
         by_scope: dict[_Scope, dict[str, Window]] = {}
         now = self.clock()
-        for tenant, adapter, ago, requests, tokens in sorted(seen, key=lambda row: -row[2]):
+        for tenant, adapter, ago, requests, tokens in sorted(rows, key=lambda row: -row[2]):
             for scope in [(ALL, adapter)] if tenant == ALL else [(ALL, adapter), (tenant, adapter)]:
                 windows = by_scope.setdefault(scope, {n: Window(s) for n, s, _ in _WINDOWS if s == window})
                 for name, window_of_scope in windows.items():
@@ -174,15 +174,15 @@ class Limits:
                 counter = self._counter(scope)
                 for name, length, _ in _WINDOWS:
                     if length == window:
-                        counter.elsewhere[name] = by_scope.get(scope, {}).get(name) or Window(window)
+                        counter.other_servers[name] = by_scope.get(scope, {}).get(name) or Window(window)
 
     def _counter(self, scope: _Scope) -> ScopeUsage:
         return self.counters.setdefault(scope, ScopeUsage())
 
 
 def _limit(limits: Mapping[_Scope, Limit], scope: _Scope) -> Limit | None:
-    own = limits.get(scope)
-    return own if own is not None or scope[0] == ALL else limits.get((EACH, scope[1]))
+    limit = limits.get(scope)
+    return limit if limit is not None or scope[0] == ALL else limits.get((EACH, scope[1]))
 
 
 def _check(scope: _Scope, limit: Limit, counter: ScopeUsage, tokens: int, now: float) -> None:
@@ -202,21 +202,21 @@ def _check(scope: _Scope, limit: Limit, counter: ScopeUsage, tokens: int, now: f
         if amount > maximum:
             message = f"the prompt and max_tokens are {amount:,} tokens; {owner} has {maximum:,} {words}"
             raise invalid(message, "max_tokens", "a shorter prompt or a smaller max_tokens")
-        here, others = counter.windows[name], counter.elsewhere.get(name)
-        over = here.used(now) + (others.used(now) if others else 0) + amount - maximum
+        here, remote = counter.windows[name], counter.other_servers.get(name)
+        over = here.used(now) + (remote.used(now) if remote else 0) + amount - maximum
         if over > 0:
             raise Refused(
                 f"{owner} has used up its {maximum:,} {words}",
                 status=429,
                 code="rate_limited",
-                retry_after=_wait(here, others, now, over),
+                retry_after=_wait(here, remote, now, over),
             )
 
 
-def _wait(own: Window, other: Window | None, now: float, over: int) -> float:
+def _wait(local: Window, remote: Window | None, now: float, over: int) -> float:
     """Seconds until `over` of both windows together has expired."""
-    both = Window(own.seconds)
-    for window in (own, other):
+    both = Window(local.seconds)
+    for window in (local, remote):
         for slot, amount in window.slots if window else ():
             both.put(slot, amount)
     return max(0.001, both.free_in(now, over))

@@ -69,7 +69,7 @@ FIRST_HASH = "0" * 64
 """The first entry's previous hash."""
 
 
-def append_audit(c: Connection, who: str, what: str, subject: str, before: Any, after: Any) -> str:
+def append_audit(c: Connection, actor: str, action: str, subject: str, before: Any, after: Any) -> str:
     """Append an entry within a transaction of `Store.change`.
 
     Returns its hash, the head. `before`, `after`: JSON values; None if there was or is nothing.
@@ -80,8 +80,8 @@ def append_audit(c: Connection, who: str, what: str, subject: str, before: Any, 
     line = {
         "number": last.number + 1 if last else 1,
         "at": datetime.now(UTC).isoformat(timespec="milliseconds"),
-        "who": who,
-        "what": what,
+        "who": actor,
+        "what": action,
         "subject": subject,
         "before": _json(before),
         "after": _json(after),
@@ -93,17 +93,19 @@ def append_audit(c: Connection, who: str, what: str, subject: str, before: Any, 
 
 
 def audit_lines(
-    c: Connection, *, subject: str = "", what: str = "", limit: int = 100, skip: int = 0
+    c: Connection, *, subject: str = "", action: str = "", limit: int = 100, skip: int = 0
 ) -> list[dict[str, Any]]:
     """Entries of the log, newest first.
 
-    `what`: an action or its prefix: key, key.revoke.
+    `action`: an action or its prefix: key, key.revoke.
     """
     query = select(audit_table).order_by(audit_table.c.number.desc()).limit(limit).offset(skip)
     if subject:
         query = query.where(audit_table.c.subject == subject)
-    if what:
-        query = query.where((audit_table.c.what == what) | audit_table.c.what.startswith(f"{what}.", autoescape=True))
+    if action:
+        query = query.where(
+            (audit_table.c.what == action) | audit_table.c.what.startswith(f"{action}.", autoescape=True)
+        )
     rows = [dict(row._mapping) for row in c.execute(query)]
     return [line | {side: json.loads(line[side]) for side in ("before", "after")} for line in rows]
 
@@ -266,12 +268,12 @@ def change_settings(
 
 def grant_namespace(store: Store, tenant: str, *, who: str) -> None:
     """Let a tenant see the adapters in its own namespace."""
-    own = f"{tenant}/*"
+    namespace = f"{tenant}/*"
     with store.change() as c:
         tenant_row(c, tenant)
         patterns = list(c.scalars(select(grant_table.c.pattern).where(grant_table.c.tenant == tenant)))
-        if own not in patterns:
-            before, after = _apply(c, tenant, ALL, {"adapters": [*patterns, own]})
+        if namespace not in patterns:
+            before, after = _apply(c, tenant, ALL, {"adapters": [*patterns, namespace]})
             append_audit(c, who, "settings.change", tenant, before, after)
 
 
@@ -305,9 +307,9 @@ def _apply(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Write checked values; returns them before and after."""
     before: dict[str, Any] = {}
-    if own := {key: values[key] for key in ("weight", "enabled") if key in values}:
-        before |= {key: value for key, value in tenant_row(c, tenant).items() if key in own}
-        c.execute(update(tenant_table).where(tenant_table.c.name == tenant).values(**own))
+    if tenant_values := {key: values[key] for key in ("weight", "enabled") if key in values}:
+        before |= {key: value for key, value in tenant_row(c, tenant).items() if key in tenant_values}
+        c.execute(update(tenant_table).where(tenant_table.c.name == tenant).values(**tenant_values))
     if "adapters" in values:
         here = grant_table.c.tenant == tenant
         before["adapters"] = sorted(c.scalars(select(grant_table.c.pattern).where(here)))
@@ -352,12 +354,12 @@ def _replace(
     this_scope = [table.c[name] == value for name, value in scope.items()]
     stored = c.execute(select(table).where(*this_scope)).first()
     row = dict.fromkeys(columns.values()) if stored is None else {n: stored._mapping[n] for n in columns.values()}
-    before = {key: row[columns[key]] for key in changed}
+    old_values = {key: row[columns[key]] for key in changed}
     after = finish(row | {columns[key]: value for key, value in changed.items()})
     c.execute(delete(table).where(*this_scope))
     if after is not None:
         c.execute(insert(table), scope | after)
-    return before
+    return old_values
 
 
 def _limit_row(row: _Row) -> _Row | None:
@@ -400,12 +402,12 @@ def remove_tenant(store: Store, name: str, *, who: str) -> None:
     Its usage stays in the ledger, and its history in the audit log.
     """
     with store.change() as c:
-        before = tenant_row(c, name)
+        row = tenant_row(c, name)
         for table in _OF_A_TENANT:
             c.execute(delete(table).where(table.c.tenant == name))
         delete_answers(c, name, EVERYTHING, time.time())
         c.execute(delete(tenant_table).where(tenant_table.c.name == name))
-        append_audit(c, who, "tenant.remove", name, before, None)
+        append_audit(c, who, "tenant.remove", name, row, None)
 
 
 # -- keys --------------------------------------------------------------------------------------------------------------
@@ -435,11 +437,11 @@ def list_keys(store: Store, tenant: str | None = None) -> list[KeyRow]:
 def revoke_key(store: Store, key: str, *, tenant: str | None = None, who: str, now: float | None = None) -> KeyRow:
     """Revoke `key` (an id) from the next request on. `tenant`: its required owner."""
     with store.change() as c:
-        before = _key(c, key, tenant)
-        revoked = before.revoked if before.revoked is not None else (time.time() if now is None else now)
+        old_key = _key(c, key, tenant)
+        revoked = old_key.revoked if old_key.revoked is not None else (time.time() if now is None else now)
         c.execute(update(key_table).where(key_table.c.id == key).values(revoked=revoked))
-        after = KeyRow(**{**asdict(before), "revoked": revoked})
-        append_audit(c, who, "key.revoke", before.tenant, show_key(before), show_key(after))
+        after = KeyRow(**{**asdict(old_key), "revoked": revoked})
+        append_audit(c, who, "key.revoke", old_key.tenant, show_key(old_key), show_key(after))
     return after
 
 
@@ -454,15 +456,15 @@ def rotate_key(
     if not 0 <= grace <= 366 * 86400:
         raise ConfigError(f"the grace is {grace} seconds", where="grace", fix="from 0 to a year")
     with store.change() as c:
-        before = _key(c, key, tenant)
-        if before.state(at) != "active":
-            raise ConfigError(f"key {key} is {before.state(at)}", where="key", fix="make a new one")
-        life = None if before.expires is None else at + (before.expires - before.created)
-        new, secret = _new_key(c, before.tenant, before.label, life, at)
-        ends = at + grace if before.expires is None else min(at + grace, before.expires)
+        old_key = _key(c, key, tenant)
+        if old_key.state(at) != "active":
+            raise ConfigError(f"key {key} is {old_key.state(at)}", where="key", fix="make a new one")
+        life = None if old_key.expires is None else at + (old_key.expires - old_key.created)
+        new, secret = _new_key(c, old_key.tenant, old_key.label, life, at)
+        ends = at + grace if old_key.expires is None else min(at + grace, old_key.expires)
         c.execute(update(key_table).where(key_table.c.id == key).values(expires=ends))
-        old = KeyRow(**{**asdict(before), "expires": ends})
-        append_audit(c, who, "key.rotate", before.tenant, show_key(before), [show_key(old), show_key(new)])
+        old = KeyRow(**{**asdict(old_key), "expires": ends})
+        append_audit(c, who, "key.rotate", old_key.tenant, show_key(old_key), [show_key(old), show_key(new)])
     return new, secret
 
 
@@ -492,10 +494,10 @@ def _key(c: Connection, key: str, tenant: str | None) -> KeyRow:
 # -- other changes, and parsing ----------------------------------------------------------------------------------------
 
 
-def note(store: Store, who: str, what: str, subject: str, before: Any = None, after: Any = None) -> None:
+def note(store: Store, actor: str, action: str, subject: str, before: Any = None, after: Any = None) -> None:
     """Write an audit entry for a change made elsewhere: adapter.load, adapter.unload."""
     with store.change() as c:
-        append_audit(c, who, what, subject, before, after)
+        append_audit(c, actor, action, subject, before, after)
 
 
 def when(text: str, now: float) -> float:

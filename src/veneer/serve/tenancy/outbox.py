@@ -144,12 +144,12 @@ class Sender:
     Runs on each `wake`, and after a pause if `step` raised.
     """
 
-    def __init__(self, step: Callable[[], bool], what: str) -> None:
-        """Start the thread. `what`: name for the log, such as "usage"."""
+    def __init__(self, step: Callable[[], bool], label: str) -> None:
+        """Start the thread. `label`: name for the log, such as "usage"."""
         self.away = False
-        self._step, self._what = step, what
+        self._step, self._what = step, label
         self._lock, self._wake, self._closing = threading.Lock(), threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._run, name=f"veneer-{what.replace(' ', '-')}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"veneer-{label.replace(' ', '-')}", daemon=True)
         self._thread.start()
 
     def wake(self) -> None:

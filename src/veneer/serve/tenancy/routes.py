@@ -147,17 +147,17 @@ def owner(runs: Sequence[tuple[str, int]], number: int) -> str:
     raise AssertionError("runs cover all buckets")
 
 
-def assign_buckets(targets: Sequence[tuple[str, int]], before: Sequence[tuple[str, int]] = ()) -> Runs:
+def assign_buckets(targets: Sequence[tuple[str, int]], previous: Sequence[tuple[str, int]] = ()) -> Runs:
     """Assign buckets to targets by weight (largest remainder).
 
-    Moves as few buckets as possible from their owners in `before`.
+    Moves as few buckets as possible from their owners in `previous`.
     """
     total = sum(weight for _, weight in targets)
     quota = {name: weight * BUCKETS // total for name, weight in targets}
     rest = sorted(targets, key=lambda t: (-(t[1] * BUCKETS % total), t[0]))
     for name, _ in rest[: BUCKETS - sum(quota.values())]:
         quota[name] += 1
-    owners: list[str] = [name for name, count in before for _ in range(count)] or [""] * BUCKETS
+    owners: list[str] = [name for name, count in previous for _ in range(count)] or [""] * BUCKETS
     free = []
     for number, name in enumerate(owners):
         if quota.get(name, 0) > 0:
@@ -199,28 +199,28 @@ def moved_buckets(before: Sequence[tuple[str, int]], after: Sequence[tuple[str, 
     return moved
 
 
-def route_change(now: Route | None, wanted: Route) -> str:
-    """Describe what changes for users when `wanted` replaces `now`.
+def route_change(now: Route | None, planned: Route) -> str:
+    """Describe what changes for users when `planned` replaces `now`.
 
-    `wanted`: from `planned_route`, or a move to roll back to. Shares are exact to one of the 10,000 buckets.
+    `planned`: from `planned_route`, or a move to roll back to. Shares are exact to one of the 10,000 buckets.
     """
-    name, ended = wanted.name, not wanted.targets
+    name, ended = planned.name, not planned.targets
     if now is None or not now.targets:
-        text = f"{name} begins: {_shares(wanted)}." if not ended else f"{name} has no targets."
+        text = f"{name} begins: {_shares(planned)}." if not ended else f"{name} has no targets."
     elif ended:
         text = f"{name} ends: requests for it get 404."
-    elif moved := moved_buckets(now.runs, wanted.runs):
+    elif moved := moved_buckets(now.runs, planned.runs):
         most_first = sorted(moved.items(), key=lambda move: -move[1])
         parts = [f"{_percent(n)} move from {old} to {new}" for (old, new), n in most_first]
         text = f"Of the users of {name}, {_listed(parts)}; nobody else changes."
     else:
         text = f"No user of {name} moves."
-    return f"{text}{_shadow_change(now, wanted)}"
+    return f"{text}{_shadow_change(now, planned)}"
 
 
-def _shadow_change(now: Route | None, wanted: Route) -> str:
+def _shadow_change(now: Route | None, planned: Route) -> str:
     before = None if now is None or now.shadow is None else (now.shadow, now.fraction)
-    after = None if wanted.shadow is None else (wanted.shadow, wanted.fraction)
+    after = None if planned.shadow is None else (planned.shadow, planned.fraction)
     if before == after:
         return ""
     if after is None:
@@ -302,22 +302,22 @@ def set_route(
     with store.change() as c:
         if tenant != ALL:
             tenant_row(c, tenant)
-        before = _current(c, tenant, route)
-        if from_move is not None and from_move != (before.move if before else 0):
+        previous = _current(c, tenant, route)
+        if from_move is not None and from_move != (previous.move if previous else 0):
             raise RouteMoved(f"{route} was changed meanwhile", where="route", fix="check the route and try again")
-        runs = assign_buckets(planned.targets, before.runs if before else ())
+        runs = assign_buckets(planned.targets, previous.runs if previous else ())
         spec = {"targets": planned.targets, "runs": runs, "shadow": shadow, "fraction": fraction}
-        return _move(c, tenant, route, spec, before, "route.set", who)
+        return _move(c, tenant, route, spec, previous, "route.set", who)
 
 
 def remove_route(store: Store, route: str, *, tenant: str = ALL, who: str) -> None:
     """Remove a route; its moves stay, so a rollback restores it."""
     with store.change() as c:
-        before = _current(c, tenant, route)
-        if before is None or not before.targets:
+        previous = _current(c, tenant, route)
+        if previous is None or not previous.targets:
             raise _lost(c, tenant, route)
         spec: dict[str, Any] = {"targets": [], "runs": [], "shadow": None, "fraction": 1.0}
-        _move(c, tenant, route, spec, before, "route.remove", who)
+        _move(c, tenant, route, spec, previous, "route.remove", who)
 
 
 def rollback_route(
@@ -338,10 +338,10 @@ def rollback_route(
         _, led = earlier_route(c, route, tenant=tenant, undone=undone)
     _check([name for name, _ in led.targets], led.shadow, check)
     with store.change() as c:
-        now, back = earlier_route(c, route, tenant=tenant, undone=undone)
-        _point(c, tenant, route, back.move)
-        append_audit(c, who, "route.rollback", _subject(tenant, route), _shown(now), _shown(back))
-        return back
+        now, earlier = earlier_route(c, route, tenant=tenant, undone=undone)
+        _point(c, tenant, route, earlier.move)
+        append_audit(c, who, "route.rollback", _subject(tenant, route), _shown(now), _shown(earlier))
+        return earlier
 
 
 def earlier_route(c: Connection, route: str, *, tenant: str = ALL, undone: Collection[int] = ()) -> tuple[Route, Route]:
@@ -391,8 +391,8 @@ def route_history(c: Connection, route: str, *, tenant: str = ALL, limit: int | 
     now = _current(c, tenant, route)
     if now is None:
         raise _lost(c, tenant, route)
-    moves = select(move_table).where(_of(move_table, tenant, route)).order_by(move_table.c.move.desc())
-    rows = c.execute(moves.limit(limit)).all()
+    query = select(move_table).where(_of(move_table, tenant, route)).order_by(move_table.c.move.desc())
+    rows = c.execute(query.limit(limit)).all()
     return [
         {"move": r.move, "before": r.before, "current": r.move == now.move, "at": r.at, "who": r.who}
         | _shown(route_of(r))
@@ -421,8 +421,8 @@ def shadow_summary(c: Connection, *, route: str = "") -> list[dict[str, Any]]:
     s = shadow_table.c
     fell = s.shadow_sha256 == ""
 
-    def count(which: Any) -> Any:
-        return func.sum(case((which, 1), else_=0))
+    def count(condition: Any) -> Any:
+        return func.sum(case((condition, 1), else_=0))
 
     figures = ("target_tokens", "shadow_tokens", "target_seconds", "shadow_seconds")
     query = select(
@@ -455,15 +455,20 @@ def _current(c: Connection, tenant: str, route: str) -> Route | None:
 
 
 def _move(
-    c: Connection, tenant: str, route: str, spec: dict[str, Any], before: Route | None, what: str, who: str
+    c: Connection, tenant: str, route: str, spec: dict[str, Any], previous: Route | None, action: str, actor: str
 ) -> Route:
     number = (c.scalar(select(func.max(move_table.c.move)).where(_of(move_table, tenant, route))) or 0) + 1
-    row: dict[str, Any] = {"tenant": tenant, "route": route, "move": number, "before": before.move if before else None}
-    c.execute(insert(move_table), row | {"at": time.time(), "who": who, "spec": json.dumps(spec)})
+    row: dict[str, Any] = {
+        "tenant": tenant,
+        "route": route,
+        "move": number,
+        "before": previous.move if previous else None,
+    }
+    c.execute(insert(move_table), row | {"at": time.time(), "who": actor, "spec": json.dumps(spec)})
     _point(c, tenant, route, number)
     after = _current(c, tenant, route)
     assert after is not None
-    append_audit(c, who, what, _subject(tenant, route), _shown(before), _shown(after))
+    append_audit(c, actor, action, _subject(tenant, route), _shown(previous), _shown(after))
     return after
 
 
@@ -483,5 +488,5 @@ def _subject(tenant: str, route: str) -> str:
 
 
 def _lost(c: Connection, tenant: str, route: str) -> UnknownName:
-    known = c.scalars(select(route_table.c.route).where(route_table.c.tenant == tenant))
-    return unknown_name(f"route of tenant {tenant}" if tenant else "route", route, known)
+    names = c.scalars(select(route_table.c.route).where(route_table.c.tenant == tenant))
+    return unknown_name(f"route of tenant {tenant}" if tenant else "route", route, names)

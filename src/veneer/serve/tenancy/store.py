@@ -221,12 +221,12 @@ def check_route_name(name: str) -> str:
     return name
 
 
-def check_reference(text: str, what: str = "adapter") -> str:
+def check_reference(text: str, kind: str = "adapter") -> str:
     """The text, if it names an adapter, with or without a version. Raises ConfigError."""
     try:
         parse_reference(text, cased=True)
     except ConfigError as error:
-        raise ConfigError(f"{quoted(text)} cannot name an {what}", where=what, fix=error.fix) from None
+        raise ConfigError(f"{quoted(text)} cannot name an {kind}", where=kind, fix=error.fix) from None
     return text
 
 
@@ -426,11 +426,12 @@ class TenantSettings:
     @cached_property
     def visibility(self) -> dict[str, Callable[[str], bool]]:
         """Tenant -> whether it sees a name: granted, shared, or its own route."""
-        own: dict[str, list[str]] = {}
+        routes_by_tenant: dict[str, list[str]] = {}
         for tenant, route in self.routes:
-            own.setdefault(tenant, []).append(route)
+            routes_by_tenant.setdefault(tenant, []).append(route)
         return {
-            t.name: pattern_matcher((*t.adapters, *self.shared), own.get(t.name, ())) for t in self.tenants.values()
+            t.name: pattern_matcher((*t.adapters, *self.shared), routes_by_tenant.get(t.name, ()))
+            for t in self.tenants.values()
         }
 
 
@@ -441,9 +442,9 @@ class UnknownName(ConfigError):
     """
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownName:
-    near = nearest(name, known)
-    fix = f"did you mean {', '.join(near)}?" if near else None
+def unknown_name(kind: str, name: str, names: Iterable[str]) -> UnknownName:
+    suggestions = nearest(name, names)
+    fix = f"did you mean {', '.join(suggestions)}?" if suggestions else None
     return UnknownName(f"there is no {kind} {name[:100]}", where=kind, fix=fix)
 
 
@@ -588,7 +589,7 @@ def current_moves() -> Select[Any]:
 def route_of(row: Any) -> Route:
     """The route of one of its moves."""
     spec = json.loads(row.spec)
-    pairs = {name: tuple((str(who), int(n)) for who, n in spec[name]) for name in ("targets", "runs")}
+    pairs = {name: tuple((str(target), int(n)) for target, n in spec[name]) for name in ("targets", "runs")}
     return Route(
         row.tenant, row.route, row.move, pairs["targets"], pairs["runs"], spec["shadow"], float(spec["fraction"])
     )

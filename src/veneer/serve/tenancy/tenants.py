@@ -154,20 +154,20 @@ class Tenants(Tenancy):
             _log.warning("the tenants' database does not respond; the settings read last are used: %s", error)
         self._unavailable = True
 
-    def shares(self, principal: Principal, served: ResolvedModel) -> str:
+    def shares(self, principal: Principal, model: ResolvedModel) -> str:
         """The cache scope of a request.
 
         The tenant, or "" if all tenants share the cache of everything in the mix. Prompts are separate by
         default, because a cache hit reveals that somebody sent the same prompt.
         """
         common = self.store.settings.shares_cache
-        return "" if all(common(name) for _, name, _ in served.parts()) else principal.tenant
+        return "" if all(common(name) for _, name, _ in model.parts()) else principal.tenant
 
     # -- usage ---------------------------------------------------------------------------------------------------------
 
     @asynccontextmanager
     async def admitted(
-        self, principal: Principal, served: ResolvedModel, *, request: str, prompt_tokens: int, max_tokens: int
+        self, principal: Principal, model: ResolvedModel, *, request: str, prompt_tokens: int, max_tokens: int
     ) -> AsyncIterator[_Bill]:
         """Reserve limits and record the admission; the block runs the request.
 
@@ -175,15 +175,15 @@ class Tenants(Tenancy):
         limit or a duplicate id, overloaded (503) if the ledger cannot store more.
         """
         settings = self.store.settings
-        training = Price(settings.training_terms(principal.tenant).price) if served.trained else None
+        training = Price(settings.training_terms(principal.tenant).price) if model.trained else None
         lines = tuple(
             LedgerLine(digest, name, strength, training or settings.price(principal.tenant, name_of(name)))
-            for digest, name, strength in served.parts()
+            for digest, name, strength in model.parts()
         )
         names = [name_of(line.adapter) for line in lines]
         reserved = self.limits.take(settings.limits, principal.tenant, names, prompt_tokens, max_tokens)
-        tenant = TRIALS if served.trial and principal.kind != "tenant" else principal.tenant
-        entry = LedgerEntry(request, tenant, served.name, self._wall(), prompt_tokens, max_tokens, lines)
+        tenant = TRIALS if model.trial and principal.kind != "tenant" else principal.tenant
+        entry = LedgerEntry(request, tenant, model.name, self._wall(), prompt_tokens, max_tokens, lines)
         opened = self.ledger.open(entry)
         bill = _Bill(self.ledger, reserved, request)
         try:
@@ -192,14 +192,14 @@ class Tenants(Tenancy):
         finally:
             bill.end(opened)
 
-    def note(self, who: str, what: str, subject: str, before: object = None, after: object = None) -> None:
+    def note(self, actor: str, action: str, subject: str, before: object = None, after: object = None) -> None:
         """Write an audit entry for a change made elsewhere: adapter.load, adapter.unload.
 
         Waits for the disk.
         """
         from veneer.serve.tenancy.manage import note
 
-        note(self.store, who, what, subject, before, after)
+        note(self.store, actor, action, subject, before, after)
 
     def grant_namespace(self, tenant: str) -> None:
         """Grant a tenant its own namespace, with an audit entry the first time only.
@@ -215,8 +215,8 @@ class Tenants(Tenancy):
     def routes(self) -> TenantRoutes:
         return self._routes
 
-    def keeping(self, principal: Principal, served: ResolvedModel, request: str) -> StoreAnswer | None:
-        return self.answers.keeping(principal, served, request)
+    def keeping(self, principal: Principal, model: ResolvedModel, request: str) -> StoreAnswer | None:
+        return self.answers.keeping(principal, model, request)
 
     def record_shadow(self, answer: ShadowAnswer) -> None:
         self._routes.record_shadow(answer)
@@ -248,7 +248,9 @@ class Tenants(Tenancy):
         limits = self.store.settings.limits
         named = {adapter for (_, adapter), limit in limits.items() if limit.in_window(window)}
         if named or self.limits.counters:
-            self.limits.elsewhere(limits, window, self.ledger.usage_of_other_servers(window, named) if named else ())
+            self.limits.set_other_servers(
+                limits, window, self.ledger.usage_of_other_servers(window, named) if named else ()
+            )
 
     def ledger_state(self) -> LedgerState:
         """How far the ledger is behind, for metrics."""

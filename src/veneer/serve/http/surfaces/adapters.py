@@ -100,12 +100,12 @@ class AdapterChange(Body):
     remove_tags: _Names = Field(default_factory=list)
 
 
-def adapter_bodies(staging: UploadStage) -> dict[str, int]:
+def adapter_bodies(stage: UploadStage) -> dict[str, int]:
     """The routes that spool bodies to disk, with their size limit, for `create_app`."""
-    return dict.fromkeys(("/v1/adapters", "/v1/adapter_inspections"), staging.most)
+    return dict.fromkeys(("/v1/adapters", "/v1/adapter_inspections"), stage.most)
 
 
-def adapter_routes(library: Library, staging: UploadStage, tenancy: Tenancy) -> APIRouter:
+def adapter_routes(library: Library, stage: UploadStage, tenancy: Tenancy) -> APIRouter:
     """The routes over a library."""
     router = APIRouter(tags=["adapters"], route_class=BodyRoute, dependencies=[needs("read")])
     uploads, working = SharedQuantity("uploads", _AT_ONCE), FairPool(_THREADS, "veneer-adapters")
@@ -122,13 +122,13 @@ def adapter_routes(library: Library, staging: UploadStage, tenancy: Tenancy) -> 
         principal = caller_of(request)
         uploads.take(principal.tenant, principal.weight, 1)
         try:
-            incoming = await in_thread("the disk", lambda: staging.begin(principal.tenant, filename))
+            incoming = await in_thread("the disk", lambda: stage.begin(principal.tenant, filename))
             try:
                 async for chunk in request.stream():
                     await in_thread("the disk", partial(incoming.write, chunk))
-                yield await worked(principal, incoming.size, lambda: staging.keep(incoming))
+                yield await worked(principal, incoming.size, lambda: stage.keep(incoming))
             except BaseException:
-                await asyncio.to_thread(staging.drop, incoming)
+                await asyncio.to_thread(stage.drop, incoming)
                 raise
         finally:
             uploads.give(principal.tenant, 1)
@@ -167,7 +167,7 @@ def adapter_routes(library: Library, staging: UploadStage, tenancy: Tenancy) -> 
             try:
                 return Json(await worked(principal, staged.size, add))
             finally:
-                await asyncio.to_thread(staging.drop, staged)
+                await asyncio.to_thread(stage.drop, staged)
 
     @router.get("/v1/adapters/{reference:path}", summary="Get an adapter with its relatives.")
     async def show(request: HttpRequest, reference: str) -> Response:
@@ -177,10 +177,10 @@ def adapter_routes(library: Library, staging: UploadStage, tenancy: Tenancy) -> 
             version = _visible_version(library, principal, reference)
             changeable = principal.can_change(version.name)
             relatives = _visible_family(library.family(version.reference), principal)
-            known = (
+            more = (
                 {"checks": library.checks(version.reference), "files": _files(library, version)} if changeable else {}
             )
-            return {**_adapter_json(version, principal), "family": relatives, **known}
+            return {**_adapter_json(version, principal), "family": relatives, **more}
 
         return Json(await _read(show))
 
@@ -226,10 +226,12 @@ def adapter_routes(library: Library, staging: UploadStage, tenancy: Tenancy) -> 
     async def download(request: HttpRequest, reference: str, to: Layout | None = None, base: _Base = "") -> Response:
         principal = caller_of(request)
         version = await _read(lambda: _changeable_version(library, principal, reference))
-        known = version.fingerprint == service_of(request).catalog.fingerprint
+        same_base = version.fingerprint == service_of(request).catalog.fingerprint
         stem = f"{version.name.rpartition('/')[2]}-{version.version}"
         path = await worked(principal, version.size, lambda: library.resolve(version.reference))
-        return await file_of(request, path, version.size, stem, to, service_of(request).catalog.base if known else base)
+        return await file_of(
+            request, path, version.size, stem, to, service_of(request).catalog.base if same_base else base
+        )
 
     @router.post("/v1/adapter_inspections", summary="Report on the posted file.", openapi_extra=_BYTES)
     async def inspect(request: HttpRequest, filename: _Word = "adapter.safetensors") -> Response:
@@ -248,7 +250,7 @@ def adapter_routes(library: Library, staging: UploadStage, tenancy: Tenancy) -> 
 
     @router.get("/v1/adapter_inspections/{id}/file", summary="Download an inspected file, also in another layout.")
     async def inspected_file(request: HttpRequest, id: str, to: Layout | None = None, base: _Base = "") -> Response:
-        staged = staging.get(caller_of(request).tenant, id)
+        staged = stage.get(caller_of(request).tenant, id)
         return await file_of(request, staged.path, staged.size, staged.name.rpartition(".")[0], to, base)
 
     async def file_of(
@@ -326,19 +328,19 @@ def change_adapter(
     Raises Refused (404, 403, and 400 if an alias to remove does not point to the version), and the library's
     errors.
     """
-    before = _changeable_version(library, principal, reference)
-    if missing := sorted(set(change.remove_aliases) - set(before.aliases)):
-        raise invalid(f"no alias {missing[0]!r} points to {before.reference}", "remove_aliases")
+    current = _changeable_version(library, principal, reference)
+    if missing := sorted(set(change.remove_aliases) - set(current.aliases)):
+        raise invalid(f"no alias {missing[0]!r} points to {current.reference}", "remove_aliases")
     for alias in change.remove_aliases:
-        library.remove(f"{before.name}@{alias}")
+        library.remove(f"{current.name}@{alias}")
     if change.remove_tags:
-        library.untag(before.reference, *change.remove_tags)
+        library.untag(current.reference, *change.remove_tags)
     if change.add_tags:
-        library.tag(before.reference, *change.add_tags)
+        library.tag(current.reference, *change.add_tags)
     for alias in change.add_aliases:
-        library.alias(before.reference, alias)
-    after = library.find(before.reference)
-    old, new = ({"aliases": v.aliases, "tags": v.tags} for v in (before, after))
+        library.alias(current.reference, alias)
+    after = library.find(current.reference)
+    old, new = ({"aliases": v.aliases, "tags": v.tags} for v in (current, after))
     tenancy.note(principal.actor, "adapter.change", after.reference, old, new)
     return after
 
@@ -428,7 +430,7 @@ _KNOWN: KnownErrors = {
 
 async def _read(do: Callable[[], T]) -> T:
     """Run `do`, which uses the library, in a thread."""
-    return await in_thread("the library", do, known=_KNOWN)
+    return await in_thread("the library", do, known_errors=_KNOWN)
 
 
 # -- responses ---------------------------------------------------------------------------------------------------------

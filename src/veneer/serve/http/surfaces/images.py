@@ -96,12 +96,12 @@ async def _collected(
     data = []
     for i, request in enumerate(plan.requests):
         file = await asyncio.to_thread(_file, pictures[i], body)
-        one: dict[str, Any] = {"seed": request.seed}
+        item: dict[str, Any] = {"seed": request.seed}
         if body.response_format == "url":
-            one["url"] = f"data:image/{body.kind};base64,{file}"
+            item["url"] = f"data:image/{body.kind};base64,{file}"
         else:
-            one["b64_json"] = file
-        data.append(one | _notes(plan, pictures[i]))
+            item["b64_json"] = file
+        data.append(item | _notes(plan, pictures[i]))
     return _about(body, plan) | {
         "created": int(time.time()),
         "data": data,
@@ -113,7 +113,7 @@ async def _collected(
 
 
 def _file(picture: FinishedPicture, body: ImageBody) -> str:
-    result = picture.made
+    result = picture.picture
     quality = 95 if body.output_compression is None else body.output_compression
     return base64.b64encode(encoded(result.image, result.text, result.record, body.kind, quality)).decode()
 
@@ -152,7 +152,7 @@ async def _lines(
     created = int(time.time())
     async for i, item in events:
         if isinstance(item, PictureStep):
-            yield _sse({"type": f"{event}.progress", "index": i, "step": item.done, "steps": item.of})
+            yield _sse({"type": f"{event}.progress", "index": i, "step": item.done, "steps": item.total})
         elif isinstance(item, FinishedPicture):
             file = await asyncio.to_thread(_file, item, body)
             fields = {"type": f"{event}.completed", "b64_json": file, "seed": plan.requests[i].seed, "index": i}

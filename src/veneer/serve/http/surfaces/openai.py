@@ -91,7 +91,7 @@ def _card(service: Service, card: ModelCard) -> dict[str, Any]:
 async def chat(request: HttpRequest, body: ChatBody) -> Response:
     service, principal = service_of(request), caller_of(request, body.user)
     n = body.choices(service)
-    chosen = service.choose(principal, **body.adapters())
+    selection = service.choose(principal, **body.adapters())
     use = tool_use(body.tools, body.tool_choice, service.prompts.takes_tools)
 
     def sampling(room: int) -> Sampling:
@@ -101,7 +101,7 @@ async def chat(request: HttpRequest, body: ChatBody) -> Response:
     job = await chat_job(
         service,
         principal,
-        chosen,
+        selection,
         [message.model_dump(exclude_none=True) for message in body.messages],
         sampling,
         admission_of(request),
@@ -124,7 +124,7 @@ async def completions(request: HttpRequest, body: CompletionBody) -> Response:
     texts = body.texts(service)
     if body.store:  # only conversations are stored
         body.ignore("store")
-    chosen = service.choose(principal, **body.adapters())
+    selection = service.choose(principal, **body.adapters())
     admitted = admission_of(request)
     admitted.take("answers", len(texts) * n)
     echoes = [text for text in texts if isinstance(text, str)]
@@ -144,7 +144,7 @@ async def completions(request: HttpRequest, body: CompletionBody) -> Response:
         prompt_logprobs=bool(body.echo and body.logprobs is not None) or body.prompt_logprobs is not None,
     )
     job = TextJob(
-        principal, chosen, prompts, settings, n, body.cache_salt or "", id=f"cmpl-{request.scope['veneer.id']}"
+        principal, selection, prompts, settings, n, body.cache_salt or "", id=f"cmpl-{request.scope['veneer.id']}"
     )
     return await _answered(request, service, job, body, _TextFormat(service.prompts, job, body, echoes))
 
@@ -156,8 +156,8 @@ async def _answered(
         answers = await collect(request, service, job)
         usage = total([answer.finished.usage for answer in answers], job.choices)
         choices = [form.choice(i, answer) for i, answer in enumerate(answers)]
-        whole = _head(job, form.whole_kind) | {"choices": choices, "usage": _usage(usage)}
-        return Json(whole, headers=body.headers)
+        response = _head(job, form.whole_kind) | {"choices": choices, "usage": _usage(usage)}
+        return Json(response, headers=body.headers)
     wants_usage = body.stream_options is not None and body.stream_options.include_usage
 
     def error_event(error: Refused) -> bytes:
@@ -176,7 +176,7 @@ def _head(job: TextJob, kind: str) -> dict[str, Any]:
         "id": job.id,
         "object": kind,
         "created": int(time.time()),
-        "model": job.chosen.served.name,
+        "model": job.selection.model.name,
         "system_fingerprint": f"veneer-{__version__}",
     }
 
@@ -212,9 +212,9 @@ async def _chunks(
 
 def _best(token: Token, count: int) -> list[tuple[int, float]]:
     """The `count` most likely tokens, best first; the chosen token competes with them."""
-    known = {id: logprob for id, _, logprob in token.top}
-    known.setdefault(token.id, token.logprob if token.logprob is not None else -9999.0)
-    return sorted(known.items(), key=lambda pair: -pair[1])[:count]
+    logprobs = {id: logprob for id, _, logprob in token.top}
+    logprobs.setdefault(token.id, token.logprob if token.logprob is not None else -9999.0)
+    return sorted(logprobs.items(), key=lambda pair: -pair[1])[:count]
 
 
 def _is_visible(token: Token) -> bool:

@@ -132,7 +132,7 @@ async def info(request: HttpRequest) -> Response:
 
 async def _job(request: HttpRequest, service: Service, body: Generate) -> TextJob:
     parameters, principal = body.parameters, caller_of(request)
-    chosen = service.choose(principal, model=parameters.adapter_id, mix=mix_of(parameters.mix))
+    selection = service.choose(principal, model=parameters.adapter_id, mix=mix_of(parameters.mix))
     # As in TGI, any setting that only affects sampling enables sampling.
     sampled = (
         parameters.do_sample
@@ -157,7 +157,7 @@ async def _job(request: HttpRequest, service: Service, body: Generate) -> TextJo
         logprobs=parameters.top_n_tokens or 0,
         grammar=None if parameters.grammar is None else parameters.grammar.spec(),
     )
-    return TextJob(principal, chosen, [prompt], settings, id=f"gen-{request.scope['veneer.id']}")
+    return TextJob(principal, selection, [prompt], settings, id=f"gen-{request.scope['veneer.id']}")
 
 
 # -- answers -----------------------------------------------------------------------------------------------------------

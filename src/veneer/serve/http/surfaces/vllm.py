@@ -53,9 +53,9 @@ async def load(request: HttpRequest, body: Load) -> Response:
     except Refused as error:
         if error.code != "adapter_exists" or error.where:  # else vLLM's own message applies
             raise
-        what = f"The lora adapter '{body.lora_name}' has already been loaded. "
-        what += "If you want to load the adapter in place, set 'load_inplace' to True."
-        raise Refused(what, status=400, code="adapter_exists", param="lora_name") from error
+        message = f"The lora adapter '{body.lora_name}' has already been loaded. "
+        message += "If you want to load the adapter in place, set 'load_inplace' to True."
+        raise Refused(message, status=400, code="adapter_exists", param="lora_name") from error
     text = f"Success: LoRA adapter '{body.lora_name}' added successfully."
     return PlainTextResponse(text, headers=body.headers)
 
@@ -93,7 +93,7 @@ async def _load(request: HttpRequest, body: Load, missing: str) -> None:
         after = {"digest": card.digest, "root": card.root}
         service.tenancy.note("operator", "adapter.load", name, None, after)
 
-    await in_thread("the server", load, known={VeneerError: _unusable})
+    await in_thread("the server", load, known_errors={VeneerError: _unusable})
 
 
 def _unusable(error: VeneerError) -> Refused | None:
