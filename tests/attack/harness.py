@@ -311,8 +311,8 @@ def tenants_of(url: str, weights: dict[str, float]) -> dict[str, str]:
     tenants = Tenants(url, watch=False)
     keys = {}
     for name, weight in weights.items():
-        manage.add_tenant(tenants.store, name, adapters=["*"], weight=weight, who="test")
-        keys[name] = manage.make_tenant_key(tenants.store, name, who="test")[1]
+        manage.add_tenant(tenants.store, name, adapters=["*"], weight=weight, actor="test")
+        keys[name] = manage.make_tenant_key(tenants.store, name, actor="test")[1]
     tenants.close()
     return keys
 

@@ -92,7 +92,7 @@ def server(tiny_library: tuple[Path, Path], tmp_path_factory: pytest.TempPathFac
     with StudioServer(folder, *tiny_library, "--open", "--tenants", str(folder / "tenants.sqlite")) as server:
         with closing(Store(str(folder / "tenants.sqlite"))) as store:
             for targets in ([("support@2", 1)], [("support@2", 90), (f"{LONG}@1", 10)]):
-                routes.set_route(store, ROUTE, targets, who="test")
+                routes.set_route(store, ROUTE, targets, actor="test")
         yield server
 
 
@@ -101,7 +101,7 @@ def store(server: StudioServer) -> Iterator[Store]:
     """The server's routes, which the test leaves as they were."""
     with closing(Store(str(server.home / "tenants.sqlite"))) as found:
         yield found
-        routes.set_route(found, ROUTE, [("support@2", 90), (f"{LONG}@1", 10)], who="test")
+        routes.set_route(found, ROUTE, [("support@2", 90), (f"{LONG}@1", 10)], actor="test")
 
 
 @pytest.fixture(scope="session")

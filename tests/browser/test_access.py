@@ -108,7 +108,7 @@ def test_views_show_own_objects_until_the_key_is_revoked(chromium: Any, shared: 
         window.open("")
         store = Store(str(shared.server.home / "tenants.sqlite"))
         (key,) = manage.list_keys(store, "acme")
-        manage.revoke_key(store, key.id, who="test")
+        manage.revoke_key(store, key.id, actor="test")
         store.close()
         headers = {"authorization": f"Bearer {shared.key}"}
         wait_for(lambda: httpx.get(f"{shared.server.address}/v1/models", headers=headers).status_code == 401)

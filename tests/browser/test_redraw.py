@@ -80,7 +80,7 @@ def test_live_keeps_a_click_and_changes_of_other_routes(window: Window, store: S
     weight = form.get_by_label("Weight of support@2")
 
     with mouse_down(page, form.get_by_role("button", name="Roll back")):
-        routes.set_route(store, ROUTE, [("support@2", 70), (f"{LONG}@1", 30)], who="test")
+        routes.set_route(store, ROUTE, [("support@2", 70), (f"{LONG}@1", 30)], actor="test")
         form.locator("td", has_text="70 %").first.wait_for(state="attached")
     window.until(f"20 % move from {LONG}@1 to support@2")
     window.keys("Escape")
@@ -88,13 +88,13 @@ def test_live_keeps_a_click_and_changes_of_other_routes(window: Window, store: S
 
     weight.fill("20")
     window.until("move from support@2")
-    routes.set_route(store, "another", TARGETS, who="test")
+    routes.set_route(store, "another", TARGETS, actor="test")
     other = page.get_by_label("Route another", exact=True)
     other.wait_for()
     assert weight.input_value() == "20"
-    routes.remove_route(store, "another", who="test")
+    routes.remove_route(store, "another", actor="test")
     other.wait_for(state="detached")
-    routes.set_route(store, ROUTE, TARGETS, who="test")
+    routes.set_route(store, ROUTE, TARGETS, actor="test")
     window.has_value(weight, "90")
     assert page.get_by_text("move from support@2").count() == 0, "a change of the same route resets the form"
 

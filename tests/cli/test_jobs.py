@@ -35,7 +35,7 @@ def test_command_line_trains_from_config_to_adapter(folder: Path, capsys: pytest
     """A background worker, as of `veneer serve --train`, and its job's process, which finds the tenants' routes."""
     at, tenants = ("--library", str(folder / "library")), str(folder / "tenants.sqlite")
     with tenants_at(tenants) as known:
-        manage.add_tenant(known, "acme", who="test")
+        manage.add_tenant(known, "acme", actor="test")
     after = {
         "evaluate": {"metrics": ["loss"]},
         "route": {"name": "help"},

@@ -143,7 +143,7 @@ def submit_job(folder: Path, config: dict[str, Any]) -> None:
     def work() -> None:
         with open_library(folder / "library") as library:
             with tenants_at(str(folder / "tenants.sqlite")) as database:
-                manage.add_tenant(database, "acme", who="test")
+                manage.add_tenant(database, "acme", actor="test")
             JobStore(library).create("acme", config, name="support", about={"publish": "checkpoints", "after": AFTER})
 
     expect(fork(work), killed=False)

@@ -54,11 +54,11 @@ def test_job_budget_counts_tinker_clients(store: JobStore, tenants: Store, tmp_p
         billed(tenants, adapter, units, tenant, ago)
     account = TrainingAccount(store, tenants)
     assert account.spent("acme") == 4 * UNIT
-    manage.add_tenant(tenants, "acme", who="test")
+    manage.add_tenant(tenants, "acme", actor="test")
     config = small_config(tmp_path)
     for price, state in ((UNIT * UNIT, "failed"), (1, "queued")):
         manage.change_settings(
-            tenants, "acme", {"training_price": price, "training_budget": 4 * UNIT + 1000}, who="test"
+            tenants, "acme", {"training_price": price, "training_budget": 4 * UNIT + 1000}, actor="test"
         )
         store.create("acme", config, name="support")
         lease = taken(store, state="validating")
@@ -120,19 +120,21 @@ def test_jobs_count_reservations_that_the_ledger_lacks(store: JobStore, tenants:
 
 @in_sqlite
 def test_terms_are_current(store: JobStore, tenants: Store) -> None:
-    manage.add_tenant(tenants, "acme", who="test")
+    manage.add_tenant(tenants, "acme", actor="test")
     terms = TrainingAccount(store, tenants).terms
     assert terms("acme") == TrainingTerms()
-    manage.change_settings(tenants, "", {"training_price": 5}, who="test")
+    manage.change_settings(tenants, "", {"training_price": 5}, actor="test")
     assert terms("acme") == TrainingTerms(price=5)
-    manage.change_settings(tenants, "acme", {"training_price": 3, "training_budget": 7, "training_jobs": 1}, who="test")
+    manage.change_settings(
+        tenants, "acme", {"training_price": 3, "training_budget": 7, "training_jobs": 1}, actor="test"
+    )
     assert terms("acme") == TrainingTerms(price=3, budget=7, jobs=1)
     assert terms("") == TrainingTerms()
     assert terms("nobody").jobs == 0
-    manage.change_settings(tenants, "acme", {"enabled": False}, who="test")
+    manage.change_settings(tenants, "acme", {"enabled": False}, actor="test")
     assert terms("acme").jobs == 0
     manage.change_settings(
-        tenants, "acme", {"training_price": None, "training_budget": None, "training_jobs": None}, who="test"
+        tenants, "acme", {"training_price": None, "training_budget": None, "training_jobs": None}, actor="test"
     )
-    manage.remove_tenant(tenants, "acme", who="test")
+    manage.remove_tenant(tenants, "acme", actor="test")
     assert TrainingAccount(store, None).terms("acme") == TrainingTerms()

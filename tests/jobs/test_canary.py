@@ -92,7 +92,7 @@ class Shop:
 def shop(quick: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:  # noqa: F811
     monkeypatch.setenv("VENEER_TENANTS", str(quick / "tenants.sqlite"))
     tenants = Store(str(quick / "tenants.sqlite"))
-    manage.add_tenant(tenants, "acme", who="test")
+    manage.add_tenant(tenants, "acme", actor="test")
     write_folder(Adapter({"layer": Pair(torch.ones(1, 4), torch.ones(4, 1), 1.0)}), quick / "made")
     with open_library(quick / "library") as library:
         for name in ("acme/old", "acme/new"):
@@ -125,7 +125,7 @@ def test_route_follows_the_promotion_rule(
 ) -> None:
     """A job that resumes after a kill moves nothing twice; then a person promotes and rolls back."""
     if before:
-        routes.set_route(shop.tenants, "support", [("acme/old@1", 1)], tenant="acme", who="test")
+        routes.set_route(shop.tenants, "support", [("acme/old@1", 1)], tenant="acme", actor="test")
     job = shop.placed("acme/new@1", scores, {"route": {"name": "support", **route}, **rule})
     assert shop.leads() == leads
     assert len(shop.told(job, "route")) == 1
@@ -141,7 +141,7 @@ def test_route_follows_the_promotion_rule(
 
 
 def test_route_moved_by_another_is_unchanged(shop: Shop) -> None:
-    routes.set_route(shop.tenants, "support", [("acme/old@1", 1)], tenant="acme", who="test")
+    routes.set_route(shop.tenants, "support", [("acme/old@1", 1)], tenant="acme", actor="test")
     after = {"route": {"name": "support"}}
     job = shop.placed("acme/new@1", None, after)
     waiting = shop.placed("acme/new@1", None, after)
@@ -150,7 +150,7 @@ def test_route_moved_by_another_is_unchanged(shop: Shop) -> None:
     assert shop.jobs.get("acme", waiting.id).state == "succeeded"
     with pytest.raises(ConfigError, match="did not move support"):
         rollback_job(shop.jobs, shop.tenants, "acme", waiting.id)
-    routes.set_route(shop.tenants, "support", [("acme/old@1", 5)], tenant="acme", who="test")
+    routes.set_route(shop.tenants, "support", [("acme/old@1", 5)], tenant="acme", actor="test")
     with pytest.raises(ConfigError, match="is not where job"):
         rollback_job(shop.jobs, shop.tenants, "acme", job.id)
     promote_job(shop.jobs, shop.tenants, "acme", job.id)

@@ -86,7 +86,7 @@ def test_files_are_private_to_the_user(quick: Path, monkeypatch: pytest.MonkeyPa
                 jobs, made = JobStore(library), open_files(library)
                 made.add("acme", "a.jsonl", "fine-tune", io.BytesIO(b"{}"))
                 jobs.create("acme", {}, name="x").make_folder()
-                manage.add_tenant(tenants, f"t{again}", who="test")
+                manage.add_tenant(tenants, f"t{again}", actor="test")
                 held = [*quick.glob("*.sqlite*"), *(quick / "library").glob("index.sqlite*")]
                 assert len(held) == 6  # with SQLite's own files beside them
                 assert [stat.S_IMODE(path.stat().st_mode) for path in held] == [0o600] * 6

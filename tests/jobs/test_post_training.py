@@ -49,11 +49,11 @@ def test_rule_without_a_score_is_undecided(rule: Any, holds: bool | None) -> Non
 @pytest.fixture
 def tenants(tmp_path: Path) -> Any:
     store = Store(str(tmp_path / "tenants.sqlite"))
-    manage.add_tenant(store, "acme", who="test")
+    manage.add_tenant(store, "acme", actor="test")
     for name, targets in {"everybodys": [("a@1", 1)]}.items():
-        routes.set_route(store, name, targets, who="test")
+        routes.set_route(store, name, targets, actor="test")
     for name, targets in {"split": [("a@1", 1), ("a@2", 1)], "moving": [("acme/support", 1)]}.items():
-        routes.set_route(store, name, targets, tenant="acme", who="test")
+        routes.set_route(store, name, targets, tenant="acme", actor="test")
     yield store
     store.close()
 

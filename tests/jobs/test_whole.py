@@ -29,8 +29,8 @@ def test_tuned_model_is_served_only_to_its_tenant(tmp_path: Path, monkeypatch: p
     tenants = Store(where)
     keys = {}
     for name in ("acme", "globex"):
-        manage.add_tenant(tenants, name, who="test")
-        _, keys[name] = manage.make_tenant_key(tenants, name, who="test")
+        manage.add_tenant(tenants, name, actor="test")
+        _, keys[name] = manage.make_tenant_key(tenants, name, actor="test")
     tenants.close()
     monkeypatch.setenv("VENEER_LIBRARY", shop.library.location)
     monkeypatch.setenv("VENEER_TENANTS", where)

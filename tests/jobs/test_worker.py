@@ -276,9 +276,9 @@ def test_stopped_worker_lets_processes_save(library: Library, store: JobStore) -
 def test_running_jobs_of_a_tenant_are_limited(library: Library, store: JobStore, tmp_path: Path) -> None:
     tenants = Store(str(tmp_path / "tenants.sqlite"))
     for name in ("acme", "best", "gone"):
-        manage.add_tenant(tenants, name, who="test")
-    manage.change_settings(tenants, "gone", {"enabled": False}, who="test")
-    manage.change_settings(tenants, "acme", {"training_jobs": 2}, who="test")
+        manage.add_tenant(tenants, name, actor="test")
+    manage.change_settings(tenants, "gone", {"enabled": False}, actor="test")
+    manage.change_settings(tenants, "acme", {"training_jobs": 2}, actor="test")
     for tenant in ("acme", "acme", "acme", "best", "gone", ""):
         queued(store, tenant)
     executor = FakeExecutor()

@@ -58,7 +58,7 @@ def test_a_server_with_tenants_asks_for_keys(tmp_path: Path, monkeypatch: pytest
     assert "no tenants yet" in said.pop()
     assert kind(admin_key="an-admin-key-of-some-length") == "Tenants+admin"
     assert kind(keys=("sk-0123456789abcdef",)) == "KeyAccess"
-    manage.add_tenant(store, "acme", who="test")
+    manage.add_tenant(store, "acme", actor="test")
     store.close()
     said.clear()
     assert kind() == "Tenants"

@@ -55,9 +55,9 @@ def tenants_of(folder: Path) -> tuple[str, str]:
     """(the database, a key)"""
     url = str(folder / "tenants.sqlite")
     tenants = Tenants(url, watch=False)
-    manage.add_tenant(tenants.store, "acme", adapters=["*"], who="test")
+    manage.add_tenant(tenants.store, "acme", adapters=["*"], actor="test")
     set_price(tenants.store, *astuple(PRICE))
-    _, key = manage.make_tenant_key(tenants.store, "acme", who="test")
+    _, key = manage.make_tenant_key(tenants.store, "acme", actor="test")
     tenants.close()
     return url, key
 

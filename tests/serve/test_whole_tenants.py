@@ -33,8 +33,8 @@ def test_cache_hits_reveal_nothing_between_tenants(shop: Shop, tmp_path: Path) -
     store = Store(place)
     keys = {}
     for name in ("acme", "globex"):
-        manage.add_tenant(store, name, adapters=["*"], who="me")
-        keys[name] = manage.make_tenant_key(store, name, who="me")[1]
+        manage.add_tenant(store, name, adapters=["*"], actor="me")
+        keys[name] = manage.make_tenant_key(store, name, actor="me")[1]
     for name in ("plain", "rs"):
         shop.library.add(shop.adapters / name, name)
     ids, most = prompt(100), 96
@@ -47,7 +47,7 @@ def test_cache_hits_reveal_nothing_between_tenants(shop: Shop, tmp_path: Path) -
             assert asked(whole, keys["acme"], model, ids, cache_salt="x") == (200, most)
             assert asked(whole, keys["globex"], model, ids, cache_salt="x") == (200, 0)
 
-        manage.change_settings(store, "", {"shared_cache": ["plain", "tiny"]}, who="me")
+        manage.change_settings(store, "", {"shared_cache": ["plain", "tiny"]}, actor="me")
         for model in ("plain", "tiny", "plain@1"):
             asked(whole, keys["acme"], model, ids)
             assert asked(whole, keys["globex"], model, ids) == (200, most)
@@ -55,7 +55,7 @@ def test_cache_hits_reveal_nothing_between_tenants(shop: Shop, tmp_path: Path) -
         both = {"mix": ["plain", "rs"]}
         assert asked(whole, keys["acme"], "", ids, **both) == (200, 0)
         assert asked(whole, keys["globex"], "", ids, **both) == (200, 0), "not all of the mix is shared"
-        manage.change_settings(store, "", {"shared_cache": ["tiny"]}, who="me")
+        manage.change_settings(store, "", {"shared_cache": ["tiny"]}, actor="me")
         assert asked(whole, keys["globex"], "plain", ids) == (200, most), "its own, from before"
         assert asked(whole, keys["acme"], "plain", prompt(100, 2)) == (200, 0)
         assert asked(whole, keys["globex"], "plain", prompt(100, 2)) == (200, 0)

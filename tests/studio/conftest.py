@@ -121,7 +121,7 @@ def tenant_keys(database: Path, **more: list[str]) -> dict[str, str]:
     `more`: tenant -> adapters of others that the tenant sees."""
     tenants, keys = Tenants(str(database), watch=False), {"operator": OPERATOR}
     for name in ("acme", "globex"):
-        manage.add_tenant(tenants.store, name, adapters=[f"{name}/*", *more.get(name, [])], who="test")
-        keys[name] = manage.make_tenant_key(tenants.store, name, who="test")[1]
+        manage.add_tenant(tenants.store, name, adapters=[f"{name}/*", *more.get(name, [])], actor="test")
+        keys[name] = manage.make_tenant_key(tenants.store, name, actor="test")[1]
     tenants.close()
     return keys

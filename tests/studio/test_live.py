@@ -28,9 +28,9 @@ from veneer.studio.routes import curl_command
 @pytest.fixture
 def store(studio: StudioServer) -> Iterator[Store]:
     found = Store(str(studio.home / "tenants.sqlite"))
-    routes.set_route(found, "parcels", [("support@1", 90), ("support@2", 10)], who="test")
+    routes.set_route(found, "parcels", [("support@1", 90), ("support@2", 10)], actor="test")
     yield found
-    routes.remove_route(found, "parcels", who="test")
+    routes.remove_route(found, "parcels", actor="test")
     found.close()
 
 
@@ -58,23 +58,23 @@ def test_change_is_described_then_applied_and_shown_to_others(studio: StudioServ
         other.until("support@1 80 %", "support@2 20 %")
     with store.engine.connect() as c:
         assert routes.route_history(c, "parcels")[0]["who"] == "studio"
-    routes.rollback_route(store, "parcels", who="test")
+    routes.rollback_route(store, "parcels", actor="test")
     assert targets(store) == {"support@1": 90, "support@2": 10}
 
 
 def test_removed_route_can_be_created_again(studio: StudioServer, store: Store) -> None:
-    routes.set_route(store, "again", [("support@1", 1)], who="test")
-    routes.remove_route(store, "again", who="test")
+    routes.set_route(store, "again", [("support@1", 1)], actor="test")
+    routes.remove_route(store, "again", actor="test")
     with open_page(f"{studio.address}/studio/live") as page:
         page.fill("Name", "again")
         page.press("Create route")
         page.until("again is live")
     assert dict(store.look().routes["", "again"].targets) == {studio.base.name: 100}
-    routes.remove_route(store, "again", who="test")
+    routes.remove_route(store, "again", actor="test")
 
 
 def test_linked_version_is_proposed_as_a_canary(studio: StudioServer, store: Store) -> None:
-    routes.set_route(store, "parcels", [("support@2", 100)], who="test")
+    routes.set_route(store, "parcels", [("support@2", 100)], actor="test")
     for name in ("support@1", "acme/tone@1"):
         route = name.partition("@")[0]
         canary = f"{route} begins: 90 % of users get {studio.base.name} and 10 % of users get {name}"
@@ -85,7 +85,7 @@ def test_linked_version_is_proposed_as_a_canary(studio: StudioServer, store: Sto
 
 def test_usage_costs_limits_and_memory_are_shown(studio: StudioServer, store: Store) -> None:
     set_price(store, 3 * 10**11, 0, 7 * 10**11)
-    manage.change_settings(store, EACH, {"requests_per_minute": 5000}, who="test")
+    manage.change_settings(store, EACH, {"requests_per_minute": 5000}, actor="test")
     wait_for(lambda: "<b>each tenant</b>, all adapters: 5,000 requests per minute" in live(studio))
     body = {"model": "support@2", "prompt": "Where is my parcel?", "max_tokens": 2}
     httpx.post(f"{studio.address}/v1/completions", json=body, timeout=60).raise_for_status()
@@ -103,7 +103,7 @@ def test_usage_costs_limits_and_memory_are_shown(studio: StudioServer, store: St
     assert "veneer tenant usage" in page
     assert "live: parcels 10 %" in page_html(httpx.get(f"{studio.address}/studio/?q=support"))
     set_price(store, None, None, None)
-    manage.change_settings(store, EACH, {"requests_per_minute": None}, who="test")
+    manage.change_settings(store, EACH, {"requests_per_minute": None}, actor="test")
 
 
 def test_trials_are_not_billed_to_clients_and_have_no_shadow(studio: StudioServer, store: Store) -> None:
@@ -111,7 +111,7 @@ def test_trials_are_not_billed_to_clients_and_have_no_shadow(studio: StudioServe
         with store.engine.connect() as c:
             return {row["tenant"]: row["requests"] for row in usage(c, by=("tenant",))}
 
-    routes.set_route(store, "parcels", [("support@2", 1)], shadow="support@1", who="test")
+    routes.set_route(store, "parcels", [("support@2", 1)], shadow="support@1", actor="test")
     wait_for(lambda: "support@1 answers 100 % of requests too" in live(studio))
     before = requests()
     with open_page(f"{studio.address}/studio/compare?c=parcels&p=Where&m=2") as page:

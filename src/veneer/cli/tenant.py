@@ -160,7 +160,7 @@ def add(
     """Add a tenant. A tenant sees shared adapters and matches of its patterns."""
     from veneer.serve.tenancy import manage
 
-    row = manage.add_tenant(store, tenant, weight=weight, adapters=see or (), who=_user())
+    row = manage.add_tenant(store, tenant, weight=weight, adapters=see or (), actor=_user())
     return Result(asdict(row), f"{tenant}: veneer tenant key add {tenant}")
 
 
@@ -185,7 +185,7 @@ def set_(
         raise typer.BadParameter("give key=value, as in weight=2")
     changes = {key: _value(key, text) for key, _, text in pairs}
     name = "" if tenant == "all" else tenant
-    settings = manage.change_settings(store, name, changes, adapter=adapter, who=_user())
+    settings = manage.change_settings(store, name, changes, adapter=adapter, actor=_user())
     return Result(settings, "\n".join(_setting_lines(settings)))
 
 
@@ -209,7 +209,7 @@ def remove(store: Store, tenant: Tenant) -> Result:
     The tenant's usage stays in the ledger."""
     from veneer.serve.tenancy import manage
 
-    manage.remove_tenant(store, tenant, who=_user())
+    manage.remove_tenant(store, tenant, actor=_user())
     return Result({"removed": tenant}, f"removed {tenant}")
 
 
@@ -269,7 +269,7 @@ def key_add(
     from veneer.serve.tenancy import manage
 
     until = manage.when(expires, time.time()) if expires else None
-    row, key = manage.make_tenant_key(store, tenant, label=label, expires=until, who=_user())
+    row, key = manage.make_tenant_key(store, tenant, label=label, expires=until, actor=_user())
     return Result({**manage.show_key(row), "key": key}, key)
 
 
@@ -291,7 +291,7 @@ def key_revoke(store: Store, key: KeyId) -> Result:
     """Revoke a key from the next request on."""
     from veneer.serve.tenancy import manage
 
-    row = manage.revoke_key(store, key, who=_user())
+    row = manage.revoke_key(store, key, actor=_user())
     return Result(manage.show_key(row), f"revoked {key} of {row.tenant}")
 
 
@@ -304,7 +304,7 @@ def key_rotate(
     """Replace a key and print the new secret. The secret cannot be shown again."""
     from veneer.serve.tenancy import manage
 
-    row, secret = manage.rotate_key(store, key, grace=manage.when(grace, 0.0), who=_user())
+    row, secret = manage.rotate_key(store, key, grace=manage.when(grace, 0.0), actor=_user())
     return Result({**manage.show_key(row), "key": secret}, secret)
 
 
@@ -485,7 +485,7 @@ def route_set(
     now = store.settings.routes.get((tenant, route))
     planned = routes.planned_route(now, route, pairs, **more)
     if not dry_run:
-        planned = routes.set_route(store, route, pairs, who=_user(), check=_check(library, force), **more)
+        planned = routes.set_route(store, route, pairs, actor=_user(), check=_check(library, force), **more)
     return _moved(routes.route_fields(planned), routes.route_change(now, planned))
 
 
@@ -552,7 +552,7 @@ def route_rollback(
     with store.reading() as c:
         now, earlier = routes.earlier_route(c, route, tenant=tenant)
     if not dry_run:
-        earlier = routes.rollback_route(store, route, tenant=tenant, who=_user(), check=_check(library, force))
+        earlier = routes.rollback_route(store, route, tenant=tenant, actor=_user(), check=_check(library, force))
     return _moved(routes.route_fields(earlier), routes.route_change(now, earlier))
 
 
@@ -561,7 +561,7 @@ def route_remove(store: Store, route: Route, tenant: RouteTenant = "") -> Result
     """Remove a route; `rollback` restores it."""
     from veneer.serve.tenancy import routes
 
-    routes.remove_route(store, route, tenant=tenant, who=_user())
+    routes.remove_route(store, route, tenant=tenant, actor=_user())
     return Result({"removed": route}, f"removed {route}")
 
 

@@ -319,7 +319,7 @@ def promote_job(store: JobStore, tenants: Store | None, tenant: str | None, job_
         if now is not None and now.targets == ((reference, 1),) and now.shadow is None:
             return _route_placement(name, now)
         who = f"job {job.id} by hand"
-        made = routes.set_route(known, name, [(reference, 1)], tenant=job.tenant, who=who, check=library.find)
+        made = routes.set_route(known, name, [(reference, 1)], tenant=job.tenant, actor=who, check=library.find)
         placement = _route_placement(name, made)
     else:
         kind, name = "alias", f"{job.name}@{after.alias}"
@@ -358,9 +358,9 @@ def _roll_back_route(job: Job, route: str, library: Library, tenants: Store) -> 
     while number in own and before[number] is not None:
         number = int(before[number])
     if number in own:
-        routes.remove_route(tenants, route, tenant=job.tenant, who=who)
+        routes.remove_route(tenants, route, tenant=job.tenant, actor=who)
         return _route_placement(route, None)
-    made = routes.rollback_route(tenants, route, tenant=job.tenant, who=who, moves=own, check=library.find)
+    made = routes.rollback_route(tenants, route, tenant=job.tenant, actor=who, moves=own, check=library.find)
     return _route_placement(route, made)
 
 

@@ -193,7 +193,7 @@ class Tenancy(Protocol):
         """How far the ledger is behind, for metrics; None without a ledger."""
         return None
 
-    def note(self, actor: str, action: str, subject: str, before: object = None, after: object = None) -> None:
+    def log_change(self, actor: str, action: str, subject: str, before: object = None, after: object = None) -> None:
         """Write an operator's change to the audit log. May block.
 
         action: adapter.load, adapter.unload.

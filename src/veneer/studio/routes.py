@@ -192,7 +192,7 @@ class RouteForm:
             if self.route is None:
                 with suppress(ConfigError), reading(self.store.engine) as c:  # a removed route has revisions
                     move = routes.route_history(c, planned.name, limit=1)[0]["move"]
-            options.update(who=WHO, check=check, from_move=move)
+            options.update(actor=WHO, check=check, from_move=move)
             routes.set_route(self.store, planned.name, planned.targets, **options)
 
         await asyncio.to_thread(apply)
@@ -230,7 +230,7 @@ class RouteForm:
         assert route is not None
 
         async def do() -> None:
-            await asyncio.to_thread(routes.remove_route, self.store, route.name, tenant=route.tenant, who=WHO)
+            await asyncio.to_thread(routes.remove_route, self.store, route.name, tenant=route.tenant, actor=WHO)
             await self.refresh()
 
         ended = routes.route_change(route, replace(route, targets=(), runs=(), shadow=None))

@@ -88,11 +88,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]
     tenants = str(place / "tenants.sqlite")
     store, keys = Store(tenants), {}
     for name in ("acme", "globex", "idle", "late"):
-        manage.add_tenant(store, name, who="test")
-        keys[name] = manage.make_tenant_key(store, name, who="test")[1]
+        manage.add_tenant(store, name, actor="test")
+        keys[name] = manage.make_tenant_key(store, name, actor="test")[1]
     tokens = sum(len(row) - 1 for row in ROWS)
-    manage.change_settings(store, "globex", {"training_price": 10**6, "training_budget": 2 * tokens}, who="test")
-    manage.change_settings(store, "idle", {"training_jobs": 0}, who="test")
+    manage.change_settings(store, "globex", {"training_price": 10**6, "training_budget": 2 * tokens}, actor="test")
+    manage.change_settings(store, "idle", {"training_jobs": 0}, actor="test")
     base = tiny_base_dir(place)
     with pytest.MonkeyPatch.context() as patch, open_library(place / "library") as library:
         patch.setenv("VENEER_HOME", str(home_with_kernels(place / "home")))
@@ -323,12 +323,12 @@ def test_disabled_training_refuses_existing_sessions(world: SimpleNamespace, cli
     late = client("late")
     model = late.model("tiny-base", 2)
     assert late.result(late.forward(model).json()).status_code == 200
-    manage.change_settings(world.store, "late", {"training_jobs": 0}, who="test")
+    manage.change_settings(world.store, "late", {"training_jobs": 0}, actor="test")
     try:
         answer = late.forward(model)
         assert (answer.status_code, answer.json()["error"]["code"]) == (403, "forbidden")
     finally:
-        manage.change_settings(world.store, "late", {"training_jobs": None}, who="test")
+        manage.change_settings(world.store, "late", {"training_jobs": None}, actor="test")
 
 
 def test_ended_session_is_410(client: Any) -> None:

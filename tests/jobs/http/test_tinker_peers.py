@@ -106,9 +106,9 @@ def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     _offline(made.client_folder)
     store = Store(str(made.folder / "tenants.sqlite"))
     for tenant in ("acme", "globex"):
-        manage.add_tenant(store, tenant, who="test")
-        made.keys[tenant] = manage.make_tenant_key(store, tenant, who="test")[1]
-    manage.change_settings(store, "acme", {"training_price": 2_000_000, "training_budget": 10**9}, who="test")
+        manage.add_tenant(store, tenant, actor="test")
+        made.keys[tenant] = manage.make_tenant_key(store, tenant, actor="test")[1]
+    manage.change_settings(store, "acme", {"training_price": 2_000_000, "training_budget": 10**9}, actor="test")
     store.close()
     made.start()
     yield made

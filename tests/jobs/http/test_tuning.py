@@ -76,7 +76,7 @@ class Catalog(ToyCatalog):
 def serving(place: Path) -> Iterator[Jobs]:
     """Serve over a library of its own."""
     with open_library(place) as library, closing(Store(f"{place}-tenants.sqlite")) as tenants:
-        manage.add_tenant(tenants, "acme", who="test")
+        manage.add_tenant(tenants, "acme", actor="test")
         files, store = open_files(library), JobStore(library)
         routers = [file_routes(files), tuning_routes(TuningQueue(store, files, tenants))]
         more: dict[str, Any] = {"routers": routers, "large": large_bodies(files)}

@@ -45,8 +45,8 @@ def tenants(quick: Path) -> Iterator[Tenants]:  # noqa: F811
 
 @pytest.fixture
 def server(tenants: Tenants) -> Iterator[tuple[Live, str]]:
-    manage.add_tenant(tenants.store, "acme", who="me")
-    _, key = manage.make_tenant_key(tenants.store, "acme", who="me")
+    manage.add_tenant(tenants.store, "acme", actor="me")
+    _, key = manage.make_tenant_key(tenants.store, "acme", actor="me")
     set_price(tenants.store, 10_000_000, 10_000_000, 10_000_000)
     with live(ToyEngine(ToyText(tools=True)), Shadowed(), tenants) as served:
         yield served, key
@@ -137,7 +137,7 @@ def test_a_failed_shadow_is_billed_for_its_tokens(
 
 def test_refused_shadows_are_reported(server: tuple[Live, str], tenants: Tenants) -> None:
     live_one, key = server
-    manage.change_settings(tenants.store, "", {"requests_per_minute": 1}, adapter="polite", who="me")
+    manage.change_settings(tenants.store, "", {"requests_per_minute": 1}, adapter="polite", actor="me")
     asyncio.run(tenants.authenticate(key))
     for _ in range(2):
         ask(live_one, key, "stable")

@@ -73,8 +73,8 @@ def test_the_answers_are_those_of_a_chat_completion(whole: Whole) -> None:
 def test_answers_are_billed_and_kept_by_id(whole: Whole) -> None:
     tenants: Any = whole.built.service.tenancy
     store = tenants.store
-    manage.change_settings(store, "", {"feedback_days": 1.0}, who="me")
-    routes.set_route(store, "support", [("plain", 1)], shadow="rs", who="me")
+    manage.change_settings(store, "", {"feedback_days": 1.0}, actor="me")
+    routes.set_route(store, "support", [("plain", 1)], shadow="rs", actor="me")
     store.look()
     first = TextRequest(MESSAGES).id
     with reading(store.engine) as c:
@@ -91,7 +91,7 @@ def test_answers_are_billed_and_kept_by_id(whole: Whole) -> None:
     with reading(store.engine) as c:
         assert routes.shadow_log(c, route="support") == [], "a trial has no shadow"
     assert answer.finished.usage.completion == len(answer.tokens) <= 4
-    manage.change_settings(store, "", {"feedback_days": None}, who="me")
+    manage.change_settings(store, "", {"feedback_days": None}, actor="me")
 
 
 def test_the_studio_has_no_more_rights_than_a_client(whole: Whole) -> None:
@@ -101,8 +101,8 @@ def test_the_studio_has_no_more_rights_than_a_client(whole: Whole) -> None:
     assert refused(whole, n=1_000).param == "n"
     assert refused(whole, temperature=-1.0).status == 400
     assert refused(whole, max_tokens=1 << 20).param == "max_tokens"
-    manage.add_tenant(tenants.store, "acme", adapters=["plain"], who="me")
-    manage.change_settings(tenants.store, "acme", {"requests_per_minute": 1}, who="me")
+    manage.add_tenant(tenants.store, "acme", adapters=["plain"], actor="me")
+    manage.change_settings(tenants.store, "acme", {"requests_per_minute": 1}, actor="me")
     tenants.store.look()
     assert len(ask(whole, nobody, mix=[("plain", 1.0)], max_tokens=2)) == 1
     assert refused(whole, nobody, mix=[("plain", 1.0)], max_tokens=2).status == 429

@@ -96,8 +96,8 @@ def test_names_are_resolved_without_a_database(
     library.add(folder / "a", "acme/support")
     library.alias("acme/support@1", "prod")
     catalog = make()
-    catalog.sources.names.looked()
-    monkeypatch.setattr(catalog.sources.names, "looked", lambda: None)  # as surfaces leave it to a thread
+    catalog.sources.names.refreshed()
+    monkeypatch.setattr(catalog.sources.names, "refreshed", lambda: None)  # as surfaces leave it to a thread
 
     asked: list[str] = []
     event.listen(library.engine, "before_cursor_execute", lambda c, cursor, statement, *more: asked.append(statement))

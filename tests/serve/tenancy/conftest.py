@@ -26,7 +26,7 @@ class Clock:
 def set_price(store: Store, prompt: int, cached: int, completion: int, tenant: str = "", adapter: str = "") -> None:
     """Set the price of a million tokens."""
     values = {"prompt_price": prompt, "cached_price": cached, "completion_price": completion}
-    manage.change_settings(store, tenant, values, adapter=adapter, who="test")
+    manage.change_settings(store, tenant, values, adapter=adapter, actor="test")
 
 
 @pytest.fixture

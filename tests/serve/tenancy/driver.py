@@ -259,8 +259,8 @@ def prepare(url: str, folder: Path) -> None:
     def make() -> None:
         tenants = opened(url, folder)
         for n in range(3):
-            manage.add_tenant(tenants.store, f"t{n}", who="driver")
-        manage.change_settings(tenants.store, "", PRICES, who="driver")
+            manage.add_tenant(tenants.store, f"t{n}", actor="driver")
+        manage.change_settings(tenants.store, "", PRICES, actor="driver")
         tenants.close()
 
     expect(fork(make), killed=False)

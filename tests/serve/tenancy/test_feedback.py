@@ -34,8 +34,8 @@ def rows(tenants: Tenants, kind: str) -> list[Any]:
 
 
 def test_stored_answers_are_counted_exported_and_removed(tenants: Tenants, clock: Clock) -> None:
-    manage.add_tenant(tenants.store, "acme", who="me")
-    manage.change_settings(tenants.store, "acme", {"feedback_days": 30.0}, who="me")
+    manage.add_tenant(tenants.store, "acme", actor="me")
+    manage.change_settings(tenants.store, "acme", {"feedback_days": 30.0}, actor="me")
     tenants.store.look()
     for n in range(230):  # more than are read or written at once
         keep(tenants, f"a-{n}", f"u-{n % 2}", f"answer {n} \0 \ud83d")
@@ -65,15 +65,15 @@ def test_stored_answers_are_counted_exported_and_removed(tenants: Tenants, clock
     assert tenants.answers.sweep() == 114
     with reading(tenants.store.engine) as c:
         assert set(feedback_counts(c, "acme", 0.0).values()) == {0}
-    manage.remove_tenant(tenants.store, "acme", who="me")
+    manage.remove_tenant(tenants.store, "acme", actor="me")
     with pytest.raises(Refused, match="no answer 'a-0' is stored"):
         tenants.answers.give("acme", AnswerFeedback("a-0", up=True))
 
 
 def test_answers_over_a_tenants_quota_are_not_kept(tenants: Tenants) -> None:
     for name in ("acme", "best"):
-        manage.add_tenant(tenants.store, name, who="me")
-        manage.change_settings(tenants.store, name, {"feedback_days": 30.0}, who="me")
+        manage.add_tenant(tenants.store, name, actor="me")
+        manage.change_settings(tenants.store, name, {"feedback_days": 30.0}, actor="me")
     tenants.store.look()
     tenants.answers.quotas = Quotas(QuotaLimits(files=3))
 

@@ -87,7 +87,7 @@ def test_outboxes_are_private_to_the_user(tmp_path: Path) -> None:
 
 
 def test_limits_count_adapters_in_mixes(tenants: Tenants) -> None:
-    manage.change_settings(tenants.store, "", {"requests_per_minute": 2}, adapter="big", who="me")
+    manage.change_settings(tenants.store, "", {"requests_per_minute": 2}, adapter="big", actor="me")
     tenants.store.look()
     for n, parts in enumerate([(("big@1", 1.0),), (("big@1", 1.0), ("small", 1e-9))]):
         run(mixed(tenants, str(n), Usage(1, 0, 1), *parts))
@@ -431,8 +431,8 @@ def test_requests_continue_while_postgresql_is_stopped(quick: Path, caplog: pyte
         tenants = Tenants(
             url, admin_key=ADMIN, ledger=LedgerSettings(folder=quick / "outbox", room=128 << 10), watch=True
         )
-        manage.add_tenant(tenants.store, "acme", who="me")
-        _, key = manage.make_tenant_key(tenants.store, "acme", who="me")
+        manage.add_tenant(tenants.store, "acme", actor="me")
+        _, key = manage.make_tenant_key(tenants.store, "acme", actor="me")
         served = ResolvedModel((), "tiny", "tiny")
         refusals: list[tuple[int, str, str]] = []
 

@@ -16,19 +16,19 @@ from veneer.serve.tenancy.store import audit_table as table
 
 
 def change_everything(store: Store) -> None:
-    manage.add_tenant(store, "acme", who="ana")
-    row, _ = manage.make_tenant_key(store, "acme", who="ana")
-    manage.rotate_key(store, row.id, who="ana")
-    manage.revoke_key(store, row.id, who="bob")
-    manage.change_settings(store, "acme", {"adapters": ["x"]}, who="ana")
-    manage.change_settings(store, "acme", {"concurrency": 2}, who="ana")
-    manage.change_settings(store, "acme", {"concurrency": 5}, who="ana")
+    manage.add_tenant(store, "acme", actor="ana")
+    row, _ = manage.make_tenant_key(store, "acme", actor="ana")
+    manage.rotate_key(store, row.id, actor="ana")
+    manage.revoke_key(store, row.id, actor="bob")
+    manage.change_settings(store, "acme", {"adapters": ["x"]}, actor="ana")
+    manage.change_settings(store, "acme", {"concurrency": 2}, actor="ana")
+    manage.change_settings(store, "acme", {"concurrency": 5}, actor="ana")
     set_price(store, 1, 2, 3, tenant="acme")
     set_price(store, None, None, None, tenant="acme")
-    routes.set_route(store, "support", [("v1", 1)], who="ana")
-    manage.change_settings(store, "acme", {"weight": 2.0}, who="ana")
-    manage.note(store, "admin", "adapter.load", "v1", None, {"digest": "sha256:3f"})
-    manage.remove_tenant(store, "acme", who="ana")
+    routes.set_route(store, "support", [("v1", 1)], actor="ana")
+    manage.change_settings(store, "acme", {"weight": 2.0}, actor="ana")
+    manage.log_change(store, "admin", "adapter.load", "v1", None, {"digest": "sha256:3f"})
+    manage.remove_tenant(store, "acme", actor="ana")
 
 
 def tamper(store: Store, *statements: object) -> None:
@@ -77,10 +77,10 @@ def test_the_database_refuses_changes_of_audit_lines(store: Store) -> None:
 
 
 def test_a_failed_change_leaves_no_line(store: Store) -> None:
-    manage.add_tenant(store, "acme", who="ana")
+    manage.add_tenant(store, "acme", actor="ana")
     revision = store.look().revision
     with pytest.raises(Exception, match="already"):
-        manage.add_tenant(store, "acme", who="ana")
+        manage.add_tenant(store, "acme", actor="ana")
     assert faults(store)[1] == 1
     assert store.look().revision == revision
 
@@ -110,7 +110,7 @@ def test_a_changed_audit_line_is_detected(store: Store, what: str, words: str) -
 def test_a_truncated_log_is_detected_by_its_head(store: Store, again: bool) -> None:
     change_everything(store)
     head = faults(store)[0]
-    manage.add_tenant(store, "globex", who="ana")
+    manage.add_tenant(store, "globex", actor="ana")
     assert faults(store, head)[2] == []
     tamper(store, delete(table) if again else delete(table).where(table.c.number > 10))
     if again:

@@ -26,7 +26,7 @@ def test_an_open_server_has_all_features_without_a_key(tmp_path: Path) -> None:
 
         assert ask("support").status_code == 404
         set_price(store, 1_000_000, 1_000_000, 1_000_000)
-        routes.set_route(store, "support", [("plain", 1)], shadow="rs", who="me")
+        routes.set_route(store, "support", [("plain", 1)], shadow="rs", actor="me")
         first, second = ask("support").json(), ask("support", "sk-what-a-client-has-to-be-given").json()
         tokens = [a["usage"]["prompt_tokens"] + a["usage"]["completion_tokens"] for a in (first, second)]
 
@@ -42,17 +42,17 @@ def test_an_open_server_has_all_features_without_a_key(tmp_path: Path) -> None:
 
         said = {"id": first["id"], "corrected": "Hello."}
         assert server.http.post("/v1/feedback", json=said).status_code == 400, "nothing is kept unless somebody says so"
-        manage.change_settings(store, "", {"feedback_days": 30.0}, who="me")
+        manage.change_settings(store, "", {"feedback_days": 30.0}, actor="me")
         third = ask("support", temperature=1.0, seed=7, n=2).json()
         for said in ({"corrected": "Hello."}, {"choice": 1, "rejected": [{"choice": 0}]}):
             assert server.http.post("/v1/feedback", json={"id": third["id"], **said}).status_code == 200
         (row,) = server.http.get("/v1/feedback/rows?kind=supervised").text.splitlines()
         assert "Hello." in row
 
-        manage.add_tenant(store, "acme", adapters=["plain"], who="me")
-        row_of, key = manage.make_tenant_key(store, "acme", who="me")
+        manage.add_tenant(store, "acme", adapters=["plain"], actor="me")
+        row_of, key = manage.make_tenant_key(store, "acme", actor="me")
         assert ask("rs").status_code == 200
         assert ask("rs", key).status_code == 404, "a tenant's key is a tenant's"
-        manage.revoke_key(store, row_of.id, who="me")
+        manage.revoke_key(store, row_of.id, actor="me")
         assert ask("plain", key).status_code == 401, "and one that is revoked is not nobody's"
     store.close()

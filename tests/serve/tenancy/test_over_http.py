@@ -25,8 +25,8 @@ def test_every_spelling_of_a_mix_has_the_same_price(tmp_path: Path) -> None:
     shop.library.alias("plain@1", "prod")
     digest = shop.library.find("plain").digest
     store = Store(where)
-    manage.add_tenant(store, "acme", adapters=["plain", "rs", "sha256:*"], who="test")
-    _, key = manage.make_tenant_key(store, "acme", who="test")
+    manage.add_tenant(store, "acme", adapters=["plain", "rs", "sha256:*"], actor="test")
+    _, key = manage.make_tenant_key(store, "acme", actor="test")
     set_price(store, 1_000_000, 1_000_000, 1_000_000)
     set_price(store, 1_000_000_000, 1_000_000_000, 1_000_000_000, adapter="plain")
     both, dear, cheap = 8008, 8000, 8  # of 5 + 3 tokens

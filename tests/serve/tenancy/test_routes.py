@@ -65,7 +65,7 @@ def test_the_described_move_is_what_happens(first: list, second: list) -> None:
 def test_route_changes_are_described(store: Store) -> None:
     begun = routes.planned_route(None, "support", [("v1", 90), ("v2", 10)])
     assert routes.route_change(None, begun) == "support begins: 90 % of users get v1 and 10 % of users get v2."
-    routes.set_route(store, "support", [("v1", 90), ("v2", 10)], who="me")
+    routes.set_route(store, "support", [("v1", 90), ("v2", 10)], actor="me")
     now = store.look().routes["", "support"]
     assert (now.targets, now.runs) == (begun.targets, begun.runs)
     shadowed = routes.planned_route(now, "support", [("v1", 80), ("v2", 20)], shadow="v3", fraction=0.05)
@@ -73,7 +73,7 @@ def test_route_changes_are_described(store: Store) -> None:
         "Of the users of support, 10 % move from v1 to v2; nobody else changes. v3 answers 5 % of requests too, unseen."
     )
     assert routes.route_change(shadowed, now).endswith("v3 no longer answers unseen.")
-    routes.remove_route(store, "support", who="me")
+    routes.remove_route(store, "support", actor="me")
     with reading(store.engine) as c:
         gone, back = routes.earlier_route(c, "support")
     assert routes.route_change(now, gone).startswith("support ends")
@@ -96,7 +96,7 @@ def test_users_are_spread_by_weight_and_stay() -> None:
 
 
 def test_routes_are_sticky_by_user_or_tenant(store: Store) -> None:
-    routes.set_route(store, "support", [("v1", 1), ("v2", 1)], who="me")
+    routes.set_route(store, "support", [("v1", 1), ("v2", 1)], actor="me")
     store.look()
     asked = TenantRoutes(store, lambda *a, **k: Future(), pick=random.Random(1))
     for user in ("ana", "bob", "cem"):
@@ -112,9 +112,9 @@ def test_routes_are_sticky_by_user_or_tenant(store: Store) -> None:
 
 def test_a_tenants_own_route_precedes_a_shared_one(store: Store) -> None:
     for tenant in ("acme", "globex"):
-        manage.add_tenant(store, tenant, who="me")
-    routes.set_route(store, "support", [("everybodys", 1)], who="me")
-    routes.set_route(store, "support", [("acmes", 1)], tenant="acme", who="me")
+        manage.add_tenant(store, tenant, actor="me")
+    routes.set_route(store, "support", [("everybodys", 1)], actor="me")
+    routes.set_route(store, "support", [("acmes", 1)], tenant="acme", actor="me")
     visibility = store.look().visibility
     asked = TenantRoutes(store, lambda *a, **k: Future())
     acme, globex = (Principal("tenant", t, visibility[t]) for t in ("acme", "globex"))
@@ -123,28 +123,28 @@ def test_a_tenants_own_route_precedes_a_shared_one(store: Store) -> None:
     assert not acme.sees("acmes")  # under its own name it stays unseen
     assert asked.choose("support", globex) is None  # everybody's, but not seen
     assert (asked.names(acme), asked.names(globex), asked.names(Principal("open"))) == (["support"], [], ["support"])
-    manage.change_settings(store, "globex", {"adapters": ["support"]}, who="me")
+    manage.change_settings(store, "globex", {"adapters": ["support"]}, actor="me")
     globex = Principal("tenant", "globex", store.look().visibility["globex"])
     assert asked.choose("support", globex) == "everybodys"
     with pytest.raises(UnknownName, match="no tenant acne") as lost:
-        routes.set_route(store, "support", [("v1", 1)], tenant="acne", who="me")
+        routes.set_route(store, "support", [("v1", 1)], tenant="acne", actor="me")
     assert "acme" in str(lost.value.fix)
 
 
 def test_rollback_restores_users_and_keeps_the_history(store: Store) -> None:
-    first = routes.set_route(store, "support", [("v1", 1)], who="ana")
-    second = routes.set_route(store, "support", [("v1", 50), ("v2", 50)], who="ana")
-    third = routes.set_route(store, "support", [("v3", 1)], shadow="v2", fraction=0.5, who="bob")
-    assert routes.rollback_route(store, "support", who="ana") == second
+    first = routes.set_route(store, "support", [("v1", 1)], actor="ana")
+    second = routes.set_route(store, "support", [("v1", 50), ("v2", 50)], actor="ana")
+    third = routes.set_route(store, "support", [("v3", 1)], shadow="v2", fraction=0.5, actor="bob")
+    assert routes.rollback_route(store, "support", actor="ana") == second
     assert store.look().routes["", "support"] == second  # at the next look: who owned what, too
-    assert routes.rollback_route(store, "support", who="ana") == first
+    assert routes.rollback_route(store, "support", actor="ana") == first
     with pytest.raises(ConfigError, match="no earlier revision"):
-        routes.rollback_route(store, "support", who="ana")
-    fourth = routes.set_route(store, "support", [("v4", 1)], who="ana")
-    assert routes.rollback_route(store, "support", who="ana") == first  # what held before the fourth
-    routes.remove_route(store, "support", who="ana")
+        routes.rollback_route(store, "support", actor="ana")
+    fourth = routes.set_route(store, "support", [("v4", 1)], actor="ana")
+    assert routes.rollback_route(store, "support", actor="ana") == first  # what held before the fourth
+    routes.remove_route(store, "support", actor="ana")
     assert ("", "support") not in store.look().routes
-    assert routes.rollback_route(store, "support", who="ana") == first
+    assert routes.rollback_route(store, "support", actor="ana") == first
     with reading(store.engine) as c:
         moves = routes.route_history(c, "support")
         assert routes.route_history(c, "support", limit=2) == moves[:2]
@@ -168,18 +168,18 @@ def test_rollback_restores_users_and_keeps_the_history(store: Store) -> None:
 )  # fmt: skip
 def test_invalid_routes_are_refused(store: Store, targets: list, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        routes.set_route(store, "support", targets, who="me")
+        routes.set_route(store, "support", targets, actor="me")
     with pytest.raises(ConfigError):
-        routes.set_route(store, "../support", [("v1", 1)], who="me")
+        routes.set_route(store, "../support", [("v1", 1)], actor="me")
     with pytest.raises(ConfigError, match="fraction"):
-        routes.set_route(store, "support", [("v1", 1)], fraction=1.5, who="me")
+        routes.set_route(store, "support", [("v1", 1)], fraction=1.5, actor="me")
     with pytest.raises(UnknownName, match="no route"):
-        routes.rollback_route(store, "support", who="me")
+        routes.rollback_route(store, "support", actor="me")
 
 
 def test_shadows_get_their_fraction_and_are_logged_without_texts(tenants: Tenants) -> None:
     store = tenants.store
-    routes.set_route(store, "support", [("v1", 1)], shadow="v2", fraction=0.25, who="me")
+    routes.set_route(store, "support", [("v1", 1)], shadow="v2", fraction=0.25, actor="me")
     store.look()
     asked = TenantRoutes(store, tenants.ledger.writer.put, keep=5, pick=random.Random(0))
     drawn = [asked.shadow("support", Principal("open")) for _ in range(2000)]

@@ -66,8 +66,8 @@ def rows(tenants: Tenants) -> dict[str, Any]:
 
 
 def test_only_the_hash_of_a_key_is_stored(tenants: Tenants, where: str) -> None:
-    manage.add_tenant(tenants.store, "acme", weight=2.5, adapters=["acme/*"], who="me")
-    row, key = manage.make_tenant_key(tenants.store, "acme", label="web", who="me")
+    manage.add_tenant(tenants.store, "acme", weight=2.5, adapters=["acme/*"], actor="me")
+    row, key = manage.make_tenant_key(tenants.store, "acme", label="web", actor="me")
     caller = run(tenants.authenticate(key, "ana"))
     assert (caller.tenant, caller.user, caller.weight, caller.kind) == ("acme", "ana", 2.5, "tenant")
     assert key.startswith(f"vnr-{row.id}-")
@@ -81,8 +81,8 @@ def test_only_the_hash_of_a_key_is_stored(tenants: Tenants, where: str) -> None:
 
 
 def test_all_invalid_keys_get_the_same_error(tenants: Tenants) -> None:
-    manage.add_tenant(tenants.store, "acme", who="me")
-    row, key = manage.make_tenant_key(tenants.store, "acme", who="me")
+    manage.add_tenant(tenants.store, "acme", actor="me")
+    row, key = manage.make_tenant_key(tenants.store, "acme", actor="me")
     other = make_key()[1]
     wrong = [None, "", "x", key[:-1], key[:-1] + ("A" if key[-1] != "A" else "B"), f"vnr-{row.id}{other[14:]}"]
     wrong += [other, f" {key}", f"{key}\n", "vnr-\ud800", ADMIN]
@@ -92,46 +92,46 @@ def test_all_invalid_keys_get_the_same_error(tenants: Tenants) -> None:
 
 def test_expiry_revocation_and_rotation_of_keys(tenants: Tenants, clock: Clock) -> None:
     store, now = tenants.store, 1_800_000_000.0 + clock()
-    manage.add_tenant(store, "acme", who="me")
-    _, key = manage.make_tenant_key(store, "acme", expires=now + 100, who="me", now=now)
-    row, other = manage.make_tenant_key(store, "acme", label="web", who="me", now=now)
+    manage.add_tenant(store, "acme", actor="me")
+    _, key = manage.make_tenant_key(store, "acme", expires=now + 100, actor="me", now=now)
+    row, other = manage.make_tenant_key(store, "acme", label="web", actor="me", now=now)
     assert run(tenants.authenticate(key)).tenant == "acme"
     clock.now += 100
     assert refused(tenants.authenticate(key)).status == 401
-    new, newer = manage.rotate_key(store, row.id, grace=50, who="me", now=now + 100)
+    new, newer = manage.rotate_key(store, row.id, grace=50, actor="me", now=now + 100)
     assert (new.label, new.expires) == ("web", None)
     assert run(tenants.authenticate(newer)).tenant == run(tenants.authenticate(other)).tenant == "acme"
     clock.now += 50
     assert refused(tenants.authenticate(other)).status == 401
     assert run(tenants.authenticate(newer)).tenant == "acme"
-    manage.revoke_key(store, new.id, who="me")
+    manage.revoke_key(store, new.id, actor="me")
     assert refused(tenants.authenticate(newer)).status == 401
     with pytest.raises(ConfigError, match="is revoked"):
-        manage.rotate_key(store, new.id, who="me")
+        manage.rotate_key(store, new.id, actor="me")
     states = [k.state(now + 150) for k in manage.list_keys(store, "acme")]
     assert sorted(states) == ["expired", "expired", "revoked"]
     with pytest.raises(ConfigError, match="expired already"):
-        manage.make_tenant_key(store, "acme", expires=now - 1, who="me", now=now)
+        manage.make_tenant_key(store, "acme", expires=now - 1, actor="me", now=now)
     with pytest.raises(UnknownName, match="no key"):
-        manage.revoke_key(store, row.id, tenant="globex", who="me")
+        manage.revoke_key(store, row.id, tenant="globex", actor="me")
 
 
 def test_changes_of_other_processes_apply_at_the_next_request(tenants: Tenants, where: str) -> None:
     other = Store(where)
-    manage.add_tenant(other, "acme", who="cli")
-    row, key = manage.make_tenant_key(other, "acme", who="cli")
-    routes.set_route(other, "support", [("v1", 1)], tenant="acme", who="cli")
-    routes.set_route(other, "support", [("v2", 1)], tenant="acme", who="cli")
+    manage.add_tenant(other, "acme", actor="cli")
+    row, key = manage.make_tenant_key(other, "acme", actor="cli")
+    routes.set_route(other, "support", [("v1", 1)], tenant="acme", actor="cli")
+    routes.set_route(other, "support", [("v2", 1)], tenant="acme", actor="cli")
     assert tenants.routes.choose("support", run(tenants.authenticate(key))) == "v2"
-    routes.rollback_route(other, "support", tenant="acme", who="cli")
+    routes.rollback_route(other, "support", tenant="acme", actor="cli")
     assert tenants.routes.choose("support", run(tenants.authenticate(key))) == "v1"
-    manage.change_settings(other, "acme", {"enabled": False}, who="cli")
+    manage.change_settings(other, "acme", {"enabled": False}, actor="cli")
     assert refused(tenants.authenticate(key)).status == 401
-    manage.change_settings(other, "acme", {"enabled": True, "weight": 7}, who="cli")
+    manage.change_settings(other, "acme", {"enabled": True, "weight": 7}, actor="cli")
     assert run(tenants.authenticate(key)).weight == 7.0
-    manage.revoke_key(other, row.id, who="cli")
+    manage.revoke_key(other, row.id, actor="cli")
     assert refused(tenants.authenticate(key)).status == 401
-    manage.remove_tenant(other, "acme", who="cli")
+    manage.remove_tenant(other, "acme", actor="cli")
     assert not tenants.store.look().keys
     other.close()
 
@@ -168,12 +168,12 @@ def test_patterns_match_names(patterns: list[str], name: str, expected: bool) ->
 
 def test_a_tenant_sees_its_own_and_what_is_shared(tenants: Tenants) -> None:
     for name in ("acme", "globex"):
-        manage.add_tenant(tenants.store, name, adapters=[f"{name}/*"], who="me")
-    manage.change_settings(tenants.store, "", {"adapters": ["base", "public/*"]}, who="me")
-    _, key = manage.make_tenant_key(tenants.store, "acme", who="me")
+        manage.add_tenant(tenants.store, name, adapters=[f"{name}/*"], actor="me")
+    manage.change_settings(tenants.store, "", {"adapters": ["base", "public/*"]}, actor="me")
+    _, key = manage.make_tenant_key(tenants.store, "acme", actor="me")
     sees = run(tenants.authenticate(key)).sees
     assert [n for n in ("acme/a", "globex/a", "public/b", "base", "other") if sees(n)] == ["acme/a", "public/b", "base"]
-    assert manage.change_settings(tenants.store, "acme", {"adapters": ["x"]}, who="me")["adapters"] == ("x",)
+    assert manage.change_settings(tenants.store, "acme", {"adapters": ["x"]}, actor="me")["adapters"] == ("x",)
     assert sees("acme/a")  # a request keeps what it meant when it came in
     assert not run(tenants.authenticate(key)).sees("acme/a")
 
@@ -185,11 +185,11 @@ def test_no_name_can_escape(quick: Path, name: str) -> None:
     store = Store(str(quick / "t.sqlite"))
     if name not in ("a/./b",):
         with pytest.raises(ConfigError):
-            manage.add_tenant(store, name, who="me")
+            manage.add_tenant(store, name, actor="me")
     for change in (
-        lambda: manage.change_settings(store, "", {"adapters": [name]}, who="me"),
-        lambda: manage.change_settings(store, "", {"concurrency": 1}, adapter=name or "..", who="me"),
-        lambda: routes.set_route(store, name, [("v1", 1)], who="me"),
+        lambda: manage.change_settings(store, "", {"adapters": [name]}, actor="me"),
+        lambda: manage.change_settings(store, "", {"concurrency": 1}, adapter=name or "..", actor="me"),
+        lambda: routes.set_route(store, name, [("v1", 1)], actor="me"),
     ):
         with pytest.raises(ConfigError):
             change()
@@ -201,8 +201,8 @@ def test_no_name_can_escape(quick: Path, name: str) -> None:
 
 def test_unused_reservations_are_returned(tenants: Tenants, clock: Clock) -> None:
     store = tenants.store
-    manage.add_tenant(store, "acme", who="me")
-    manage.change_settings(store, "acme", {"tokens_per_minute": 100, "concurrency": 1}, who="me")
+    manage.add_tenant(store, "acme", actor="me")
+    manage.change_settings(store, "acme", {"tokens_per_minute": 100, "concurrency": 1}, actor="me")
     store.look()
     acme = Principal("tenant", "acme")
 
@@ -233,9 +233,9 @@ def test_unused_reservations_are_returned(tenants: Tenants, clock: Clock) -> Non
 def test_changed_limits_apply_to_mixes_and_tenants(tenants: Tenants) -> None:
     store = tenants.store
     for name in ("acme", "globex"):
-        manage.add_tenant(store, name, who="me")
-    manage.change_settings(store, EACH, {"requests_per_minute": 2}, who="me")
-    manage.change_settings(store, "", {"requests_per_day": 1}, adapter="big", who="me")
+        manage.add_tenant(store, name, actor="me")
+    manage.change_settings(store, EACH, {"requests_per_minute": 2}, actor="me")
+    manage.change_settings(store, "", {"requests_per_day": 1}, adapter="big", actor="me")
     store.look()
     took = Usage(1, 0, 1)
     run(ask(tenants, Principal("tenant", "acme"), "1", took, target="big@3"))
@@ -245,21 +245,21 @@ def test_changed_limits_apply_to_mixes_and_tenants(tenants: Tenants) -> None:
     run(ask(tenants, Principal("tenant", "acme"), "4", took))
     assert "tenant acme" in refused(ask(tenants, Principal("tenant", "acme"), "5", took)).what
     run(ask(tenants, Principal("tenant", "globex"), "6", took))
-    manage.change_settings(store, EACH, {"requests_per_minute": None}, who="me")
+    manage.change_settings(store, EACH, {"requests_per_minute": None}, actor="me")
     store.look()
     run(ask(tenants, Principal("tenant", "acme"), "7", took))
     with pytest.raises(ConfigError, match="request_per_minute"):
-        manage.change_settings(store, "acme", {"request_per_minute": 2}, who="me")
+        manage.change_settings(store, "acme", {"request_per_minute": 2}, actor="me")
     with pytest.raises(ConfigError, match="greater than or equal to 1"):
-        manage.change_settings(store, "acme", {"concurrency": 0}, who="me")
+        manage.change_settings(store, "acme", {"concurrency": 0}, actor="me")
     with pytest.raises(ConfigError, match="one version"):
-        manage.change_settings(store, "acme", {"concurrency": 1}, adapter="big@3", who="me")
+        manage.change_settings(store, "acme", {"concurrency": 1}, adapter="big@3", actor="me")
 
 
 def test_two_servers_share_windows_and_a_restart_forgets_nothing(where: str, quick: Path) -> None:
     first, second = (Tenants(where, ledger=LedgerSettings(folder=quick / f"j{n}"), watch=False) for n in (1, 2))
-    manage.add_tenant(first.store, "acme", who="me")
-    manage.change_settings(first.store, "acme", {"requests_per_day": 5, "tokens_per_minute": 1000}, who="me")
+    manage.add_tenant(first.store, "acme", actor="me")
+    manage.change_settings(first.store, "acme", {"requests_per_day": 5, "tokens_per_minute": 1000}, actor="me")
     for server in (first, second):
         server.store.look()
     for n in range(3):
@@ -283,7 +283,7 @@ def test_two_servers_share_windows_and_a_restart_forgets_nothing(where: str, qui
 
 def test_the_most_specific_price_applies(tenants: Tenants) -> None:
     store = tenants.store
-    manage.add_tenant(store, "acme", who="me")
+    manage.add_tenant(store, "acme", actor="me")
     set_price(store, 150_000, 15_000, 600_000)
     set_price(store, 1_000_000, 0, 2_000_000, adapter="big")
     set_price(store, 1, 1, 1, tenant="acme")

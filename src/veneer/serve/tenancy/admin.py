@@ -101,7 +101,7 @@ def _tenants(router: APIRouter, store: Store) -> None:
 
     @router.post("/tenants", status_code=201)
     def add_tenant(body: NewTenant) -> dict[str, Any]:
-        return asdict(manage.add_tenant(store, body.name, weight=body.weight, adapters=body.adapters, who=_WHO))
+        return asdict(manage.add_tenant(store, body.name, weight=body.weight, adapters=body.adapters, actor=_WHO))
 
     @router.get("/tenants/{tenant}")
     def show_tenant(tenant: str) -> dict[str, Any]:
@@ -110,11 +110,11 @@ def _tenants(router: APIRouter, store: Store) -> None:
     @router.patch("/tenants/{tenant}")
     def change_tenant(tenant: str, body: SettingsBody, adapter: str = ALL) -> dict[str, Any]:
         values = body.model_dump(exclude_unset=True)
-        return manage.change_settings(store, check_tenant(tenant), values, adapter=adapter, who=_WHO)
+        return manage.change_settings(store, check_tenant(tenant), values, adapter=adapter, actor=_WHO)
 
     @router.delete("/tenants/{tenant}")
     def remove_tenant(tenant: str) -> dict[str, Any]:
-        manage.remove_tenant(store, tenant, who=_WHO)
+        manage.remove_tenant(store, tenant, actor=_WHO)
         return {"removed": tenant}
 
     @router.get("/settings")
@@ -125,7 +125,7 @@ def _tenants(router: APIRouter, store: Store) -> None:
     @router.patch("/settings")
     def change_settings(body: SettingsBody, tenant: Literal["all", "*"] = "all", adapter: str = ALL) -> dict[str, Any]:
         values = body.model_dump(exclude_unset=True)
-        return manage.change_settings(store, ALL if tenant == "all" else EACH, values, adapter=adapter, who=_WHO)
+        return manage.change_settings(store, ALL if tenant == "all" else EACH, values, adapter=adapter, actor=_WHO)
 
 
 def _keys(router: APIRouter, store: Store) -> None:
@@ -137,17 +137,17 @@ def _keys(router: APIRouter, store: Store) -> None:
     @router.post("/tenants/{tenant}/keys", status_code=201)
     def make_key(tenant: str, body: NewKey) -> dict[str, Any]:
         expires = manage.when(body.expires, time.time()) if body.expires else None
-        row, key = manage.make_tenant_key(store, tenant, label=body.label, expires=expires, who=_WHO)
+        row, key = manage.make_tenant_key(store, tenant, label=body.label, expires=expires, actor=_WHO)
         return {**manage.show_key(row), "key": key}
 
     @router.post("/tenants/{tenant}/keys/{key}/rotate", status_code=201)
     def rotate_key(tenant: str, key: str, body: Rotation) -> dict[str, Any]:
-        row, secret = manage.rotate_key(store, key, grace=manage.when(body.grace, 0.0), tenant=tenant, who=_WHO)
+        row, secret = manage.rotate_key(store, key, grace=manage.when(body.grace, 0.0), tenant=tenant, actor=_WHO)
         return {**manage.show_key(row), "key": secret}
 
     @router.delete("/tenants/{tenant}/keys/{key}")
     def revoke_key(tenant: str, key: str) -> dict[str, Any]:
-        return manage.show_key(manage.revoke_key(store, key, tenant=tenant, who=_WHO))
+        return manage.show_key(manage.revoke_key(store, key, tenant=tenant, actor=_WHO))
 
 
 def _routes(router: APIRouter, store: Store, catalog: Catalog) -> None:
@@ -167,12 +167,12 @@ def _routes(router: APIRouter, store: Store, catalog: Catalog) -> None:
         route_after = routes.planned_route(now, body.route, targets, **more)
         if not body.dry_run:
             check = None if body.force else catalog.check
-            route_after = routes.set_route(store, body.route, targets, who=_WHO, check=check, **more)
+            route_after = routes.set_route(store, body.route, targets, actor=_WHO, check=check, **more)
         return {**routes.route_fields(route_after), "change": routes.route_change(now, route_after)}
 
     @router.delete("/routes")
     def remove_route(route: str, tenant: str = ALL) -> dict[str, Any]:
-        routes.remove_route(store, route, tenant=tenant, who=_WHO)
+        routes.remove_route(store, route, tenant=tenant, actor=_WHO)
         return {"removed": route, "tenant": tenant}
 
     @router.post("/routes/rollback")
@@ -181,7 +181,7 @@ def _routes(router: APIRouter, store: Store, catalog: Catalog) -> None:
             now, route_after = routes.earlier_route(c, body.route, tenant=body.tenant)
         if not body.dry_run:
             check = None if body.force else catalog.check
-            route_after = routes.rollback_route(store, body.route, tenant=body.tenant, who=_WHO, check=check)
+            route_after = routes.rollback_route(store, body.route, tenant=body.tenant, actor=_WHO, check=check)
         return {**routes.route_fields(route_after), "change": routes.route_change(now, route_after)}
 
     @router.get("/routes/history")

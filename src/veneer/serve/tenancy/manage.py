@@ -1,6 +1,6 @@
 """Every change of settings, for the command line and the routes under /admin.
 
-Each function checks, changes, and writes the audit entry, in one transaction. `who`: the actor, such as
+Each function checks, changes, and writes the audit entry, in one transaction. `actor`: who changed it, such as
 `cli:ana` or `admin`. Raises ConfigError for an unknown name (with the nearest known), a duplicate, or an
 invalid value.
 
@@ -229,7 +229,7 @@ def show_settings(settings: TenantSettings, tenant: str) -> dict[str, Any]:
 
 
 def add_tenant(
-    store: Store, name: str, *, weight: float = 1.0, adapters: Iterable[str] = (), who: str, now: float | None = None
+    store: Store, name: str, *, weight: float = 1.0, adapters: Iterable[str] = (), actor: str, now: float | None = None
 ) -> Tenant:
     """Add a tenant.
 
@@ -243,12 +243,12 @@ def add_tenant(
             raise ConfigError(f"tenant {name} exists already", where="tenant")
         c.execute(insert(tenant_table), row)
         _, after = _apply(c, name, ALL, values)
-        append_audit(c, who, "tenant.add", name, None, row | after)
+        append_audit(c, actor, "tenant.add", name, None, row | after)
     return get_tenant(store, name)
 
 
 def change_settings(
-    store: Store, tenant: str, values: Mapping[str, Any], *, adapter: str = ALL, who: str
+    store: Store, tenant: str, values: Mapping[str, Any], *, adapter: str = ALL, actor: str
 ) -> dict[str, Any]:
     """Set the settings in `values` (see `SettingsChange`) of a tenant, ALL or EACH, with one audit entry.
 
@@ -262,11 +262,11 @@ def change_settings(
             tenant_row(c, tenant)
         before, after = _apply(c, tenant, adapter, values)
         subject = "/".join(filter(None, (tenant or "all", adapter)))
-        append_audit(c, who, "settings.change", subject, before, after)
+        append_audit(c, actor, "settings.change", subject, before, after)
     return show_settings(store.look(), tenant)
 
 
-def grant_namespace(store: Store, tenant: str, *, who: str) -> None:
+def grant_namespace(store: Store, tenant: str, *, actor: str) -> None:
     """Let a tenant see the adapters in its own namespace."""
     namespace = f"{tenant}/*"
     with store.change() as c:
@@ -274,7 +274,7 @@ def grant_namespace(store: Store, tenant: str, *, who: str) -> None:
         patterns = list(c.scalars(select(grant_table.c.pattern).where(grant_table.c.tenant == tenant)))
         if namespace not in patterns:
             before, after = _apply(c, tenant, ALL, {"adapters": [*patterns, namespace]})
-            append_audit(c, who, "settings.change", tenant, before, after)
+            append_audit(c, actor, "settings.change", tenant, before, after)
 
 
 def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -396,7 +396,7 @@ _OF_A_TENANT = (
 )
 
 
-def remove_tenant(store: Store, name: str, *, who: str) -> None:
+def remove_tenant(store: Store, name: str, *, actor: str) -> None:
     """Remove a tenant with its keys, settings, routes and stored answers.
 
     Its usage stays in the ledger, and its history in the audit log.
@@ -407,14 +407,14 @@ def remove_tenant(store: Store, name: str, *, who: str) -> None:
             c.execute(delete(table).where(table.c.tenant == name))
         delete_answers(c, name, EVERYTHING, time.time())
         c.execute(delete(tenant_table).where(tenant_table.c.name == name))
-        append_audit(c, who, "tenant.remove", name, row, None)
+        append_audit(c, actor, "tenant.remove", name, row, None)
 
 
 # -- keys --------------------------------------------------------------------------------------------------------------
 
 
 def make_tenant_key(
-    store: Store, tenant: str, *, label: str = "", expires: float | None = None, who: str, now: float | None = None
+    store: Store, tenant: str, *, label: str = "", expires: float | None = None, actor: str, now: float | None = None
 ) -> tuple[KeyRow, str]:
     """Create a key; returns the stored row and the key itself.
 
@@ -423,7 +423,7 @@ def make_tenant_key(
     with store.change() as c:
         tenant_row(c, tenant)
         row, key = _new_key(c, tenant, label, expires, time.time() if now is None else now)
-        append_audit(c, who, "key.add", tenant, None, show_key(row))
+        append_audit(c, actor, "key.add", tenant, None, show_key(row))
     return row, key
 
 
@@ -434,19 +434,19 @@ def list_keys(store: Store, tenant: str | None = None) -> list[KeyRow]:
     return [k for k in store.look().keys.values() if tenant in (None, k.tenant)]
 
 
-def revoke_key(store: Store, key: str, *, tenant: str | None = None, who: str, now: float | None = None) -> KeyRow:
+def revoke_key(store: Store, key: str, *, tenant: str | None = None, actor: str, now: float | None = None) -> KeyRow:
     """Revoke `key` (an id) from the next request on. `tenant`: its required owner."""
     with store.change() as c:
         old_key = _key(c, key, tenant)
         revoked = old_key.revoked if old_key.revoked is not None else (time.time() if now is None else now)
         c.execute(update(key_table).where(key_table.c.id == key).values(revoked=revoked))
         after = KeyRow(**{**asdict(old_key), "revoked": revoked})
-        append_audit(c, who, "key.revoke", old_key.tenant, show_key(old_key), show_key(after))
+        append_audit(c, actor, "key.revoke", old_key.tenant, show_key(old_key), show_key(after))
     return after
 
 
 def rotate_key(
-    store: Store, key: str, *, grace: float = 0.0, tenant: str | None = None, who: str, now: float | None = None
+    store: Store, key: str, *, grace: float = 0.0, tenant: str | None = None, actor: str, now: float | None = None
 ) -> tuple[KeyRow, str]:
     """Replace `key` (an id) by a new key with its label and lifetime.
 
@@ -464,7 +464,7 @@ def rotate_key(
         ends = at + grace if old_key.expires is None else min(at + grace, old_key.expires)
         c.execute(update(key_table).where(key_table.c.id == key).values(expires=ends))
         old = KeyRow(**{**asdict(old_key), "expires": ends})
-        append_audit(c, who, "key.rotate", old_key.tenant, show_key(old_key), [show_key(old), show_key(new)])
+        append_audit(c, actor, "key.rotate", old_key.tenant, show_key(old_key), [show_key(old), show_key(new)])
     return new, secret
 
 
@@ -494,7 +494,7 @@ def _key(c: Connection, key: str, tenant: str | None) -> KeyRow:
 # -- other changes, and parsing ----------------------------------------------------------------------------------------
 
 
-def note(store: Store, actor: str, action: str, subject: str, before: Any = None, after: Any = None) -> None:
+def log_change(store: Store, actor: str, action: str, subject: str, before: Any = None, after: Any = None) -> None:
     """Write an audit entry for a change made elsewhere: adapter.load, adapter.unload."""
     with store.change() as c:
         append_audit(c, actor, action, subject, before, after)

@@ -288,7 +288,7 @@ def set_route(
     tenant: str = ALL,
     shadow: str | None = None,
     fraction: float = 1.0,
-    who: str,
+    actor: str,
     check: Callable[[str], object] | None = None,
     from_move: int | None = None,
 ) -> Route:
@@ -307,17 +307,17 @@ def set_route(
             raise RouteMoved(f"{route} was changed meanwhile", where="route", fix="check the route and try again")
         runs = assign_buckets(planned.targets, previous.runs if previous else ())
         spec = {"targets": planned.targets, "runs": runs, "shadow": shadow, "fraction": fraction}
-        return _move(c, tenant, route, spec, previous, "route.set", who)
+        return _move(c, tenant, route, spec, previous, "route.set", actor)
 
 
-def remove_route(store: Store, route: str, *, tenant: str = ALL, who: str) -> None:
+def remove_route(store: Store, route: str, *, tenant: str = ALL, actor: str) -> None:
     """Remove a route; its moves stay, so a rollback restores it."""
     with store.change() as c:
         previous = _current(c, tenant, route)
         if previous is None or not previous.targets:
             raise _lost(c, tenant, route)
         spec: dict[str, Any] = {"targets": [], "runs": [], "shadow": None, "fraction": 1.0}
-        _move(c, tenant, route, spec, previous, "route.remove", who)
+        _move(c, tenant, route, spec, previous, "route.remove", actor)
 
 
 def rollback_route(
@@ -325,7 +325,7 @@ def rollback_route(
     route: str,
     *,
     tenant: str = ALL,
-    who: str,
+    actor: str,
     check: Callable[[str], object] | None = None,
     moves: Iterable[int] = (),
 ) -> Route:
@@ -340,7 +340,7 @@ def rollback_route(
     with store.change() as c:
         now, earlier = earlier_route(c, route, tenant=tenant, undone=undone)
         _point(c, tenant, route, earlier.move)
-        append_audit(c, who, "route.rollback", _subject(tenant, route), _shown(now), _shown(earlier))
+        append_audit(c, actor, "route.rollback", _subject(tenant, route), _shown(now), _shown(earlier))
         return earlier
 
 

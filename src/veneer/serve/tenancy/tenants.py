@@ -192,14 +192,14 @@ class Tenants(Tenancy):
         finally:
             bill.end(opened)
 
-    def note(self, actor: str, action: str, subject: str, before: object = None, after: object = None) -> None:
+    def log_change(self, actor: str, action: str, subject: str, before: object = None, after: object = None) -> None:
         """Write an audit entry for a change made elsewhere: adapter.load, adapter.unload.
 
         Waits for the disk.
         """
-        from veneer.serve.tenancy.manage import note
+        from veneer.serve.tenancy.manage import log_change
 
-        note(self.store, actor, action, subject, before, after)
+        log_change(self.store, actor, action, subject, before, after)
 
     def grant_namespace(self, tenant: str) -> None:
         """Grant a tenant its own namespace, with an audit entry the first time only.
@@ -209,7 +209,7 @@ class Tenants(Tenancy):
         from veneer.serve.tenancy.manage import get_tenant, grant_namespace
 
         if f"{tenant}/*" not in get_tenant(self.store, tenant).adapters:
-            grant_namespace(self.store, tenant, who="jobs")
+            grant_namespace(self.store, tenant, actor="jobs")
 
     @property
     def routes(self) -> TenantRoutes:

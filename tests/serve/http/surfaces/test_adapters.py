@@ -45,8 +45,8 @@ class Tenants(ToyTenancy):
             return Principal("operator" if key == "admin" else "key")
         raise Refused("this key is not known", status=401, code="unauthorized")
 
-    def note(self, who: str, what: str, subject: str, before: object = None, after: object = None) -> None:
-        self.noted.append((who, what, subject))
+    def log_change(self, actor: str, action: str, subject: str, before: object = None, after: object = None) -> None:
+        self.noted.append((actor, action, subject))
 
     def grant_namespace(self, tenant: str) -> None:
         self.let.append(tenant)

@@ -72,9 +72,9 @@ def shop(quick: Path, request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     tenants = Tenants(where, ledger=ledger, wall=lambda: at[0], watch=False)
     keys = {}
     for name in ("acme", "globex"):
-        manage.add_tenant(tenants.store, name, adapters=["*"], who="me")
-        _, keys[name] = manage.make_tenant_key(tenants.store, name, who="me")
-    manage.change_settings(tenants.store, "acme", {"feedback_days": 30.0}, who="me")
+        manage.add_tenant(tenants.store, name, adapters=["*"], actor="me")
+        _, keys[name] = manage.make_tenant_key(tenants.store, name, actor="me")
+    manage.change_settings(tenants.store, "acme", {"feedback_days": 30.0}, actor="me")
     routers = [feedback_routes(tenants.answers)]
     with live(ToyEngine(ToyText(tools=True)), ToyCatalog(), tenants, routers=routers) as server:
         yield Shop(server, tenants, at, keys)
@@ -186,11 +186,11 @@ def test_answers_are_kept_on_request_and_only_for_their_tenant(shop: Shop) -> No
 
 
 def test_only_answers_of_chosen_names_are_kept(shop: Shop) -> None:
-    manage.change_settings(shop.tenants.store, "acme", {"feedback_days": 30.0, "feedback_names": ["pol*"]}, who="me")
+    manage.change_settings(shop.tenants.store, "acme", {"feedback_days": 30.0, "feedback_names": ["pol*"]}, actor="me")
     shop.ask("One")
     shop.ask("Two", model="polite")
     assert shop.kept() == 1
-    manage.change_settings(shop.tenants.store, "acme", {"feedback_days": None}, who="me")
+    manage.change_settings(shop.tenants.store, "acme", {"feedback_days": None}, actor="me")
     shop.ask("Three", model="polite")
     assert shop.kept() == 1
 
@@ -246,7 +246,7 @@ def test_expired_answers_are_hidden_and_removed(shop: Shop) -> None:
     assert shop.say(old, thumb="down").status_code == 404, "before any sweep"
     assert len(shop.rows("supervised")) == 1
     assert shop.tenants.answers.sweep() == 1
-    manage.change_settings(shop.tenants.store, "acme", {"feedback_days": 10.0}, who="me")
+    manage.change_settings(shop.tenants.store, "acme", {"feedback_days": 10.0}, actor="me")
     assert shop.kept() == 0, "fewer days apply to kept is too"
     assert shop.tenants.answers.sweep() == 1
     assert shop.rows("supervised") == []

@@ -317,7 +317,7 @@ def add_staged(
 def audit_added(tenancy: Tenancy, principal: Principal, version: Version) -> None:
     """Write the audit entry of a version that was added to the library. Blocks."""
     after = {"digest": version.digest, "aliases": version.aliases}
-    tenancy.note(principal.actor, "adapter.add", version.reference, None, after)
+    tenancy.log_change(principal.actor, "adapter.add", version.reference, None, after)
 
 
 def change_adapter(
@@ -341,7 +341,7 @@ def change_adapter(
         library.alias(current.reference, alias)
     after = library.find(current.reference)
     old, new = ({"aliases": v.aliases, "tags": v.tags} for v in (current, after))
-    tenancy.note(principal.actor, "adapter.change", after.reference, old, new)
+    tenancy.log_change(principal.actor, "adapter.change", after.reference, old, new)
     return after
 
 
@@ -360,7 +360,7 @@ def remove_adapter(
         raise
     except AdapterError as error:
         raise invalid(error.what, "with_aliases", "move them first, or set with_aliases=true") from None
-    tenancy.note(principal.actor, "adapter.remove", reference, removed, None)
+    tenancy.log_change(principal.actor, "adapter.remove", reference, removed, None)
     return removed
 
 

@@ -91,7 +91,7 @@ async def _load(request: HttpRequest, body: Load, missing: str) -> None:
     def load() -> None:
         card = service.catalog.load(name, body.lora_path, replace=body.load_inplace)
         after = {"digest": card.digest, "root": card.root}
-        service.tenancy.note("operator", "adapter.load", name, None, after)
+        service.tenancy.log_change("operator", "adapter.load", name, None, after)
 
     await in_thread("the server", load, known_errors={VeneerError: _unusable})
 
@@ -109,7 +109,7 @@ async def _unload(request: HttpRequest, body: Unload, missing: Refused) -> None:
         raise missing
     service, name = service_of(request), body.lora_name
     await asyncio.to_thread(service.catalog.unload, name)
-    await asyncio.to_thread(service.tenancy.note, "operator", "adapter.unload", name, None, None)
+    await asyncio.to_thread(service.tenancy.log_change, "operator", "adapter.unload", name, None, None)
 
 
 def _loaded(request: HttpRequest) -> Response:
