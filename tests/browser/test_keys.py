@@ -71,7 +71,7 @@ def test_train_and_run_by_keys(window: Window, job: str, tmp_path: Path) -> None
 
 def test_live_by_keys(window: Window, store: Store) -> None:
     def targets() -> dict[str, int]:
-        return dict(store.look().routes["", ROUTE].targets)
+        return dict(store.refresh().routes["", ROUTE].targets)
 
     page = window.open().page
     window.keys("g", "v")

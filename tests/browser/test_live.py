@@ -29,7 +29,7 @@ def windows(chromium: Any, trainer: StudioServer) -> Iterator[tuple[Window, Wind
 
 
 def targets(store: Store) -> dict[str, int]:
-    return dict(store.look().routes["", "parcels"].targets)
+    return dict(store.refresh().routes["", "parcels"].targets)
 
 
 def route(window: Window, name: str) -> Any:

@@ -36,7 +36,7 @@ def test_empty_library_to_a_canary(chromium: Any, tiny_library: tuple[Path, Path
         page.get_by_text("parcels begins: 90 % of users get tiny-base and 10 % of users get parcels@").wait_for()
         window.press("Create route")
         page.get_by_role("region", name="Route parcels").wait_for()
-        ((_, route),) = Store(str(database)).look().routes.items()
+        ((_, route),) = Store(str(database)).refresh().routes.items()
         (old, most), (new, few) = route.targets
         assert (old, most, few) == (base.name, 90, 10)
         assert new.startswith("parcels@")

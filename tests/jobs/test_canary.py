@@ -80,7 +80,7 @@ class Shop:
         return [event for event in self.jobs.events("acme", job.id, limit=10_000)[0] if event.kind == kind]
 
     def leads(self, name: str = "support") -> dict[str, Any] | None:
-        found = self.tenants.look().routes.get(("acme", name))
+        found = self.tenants.refresh().routes.get(("acme", name))
         return None if found is None else {"targets": dict(found.targets), "shadow": found.shadow}
 
     def moves(self, name: str = "support") -> int:

@@ -39,7 +39,7 @@ def live(studio: StudioServer, query: str = "") -> str:
 
 
 def targets(store: Store) -> dict[str, int]:
-    return dict(store.look().routes["", "parcels"].targets)
+    return dict(store.refresh().routes["", "parcels"].targets)
 
 
 def test_change_is_described_then_applied_and_shown_to_others(studio: StudioServer, store: Store) -> None:
@@ -69,7 +69,7 @@ def test_removed_route_can_be_created_again(studio: StudioServer, store: Store) 
         page.fill("Name", "again")
         page.press("Create route")
         page.until("again is live")
-    assert dict(store.look().routes["", "again"].targets) == {studio.base.name: 100}
+    assert dict(store.refresh().routes["", "again"].targets) == {studio.base.name: 100}
     routes.remove_route(store, "again", actor="test")
 
 

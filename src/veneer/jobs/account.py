@@ -35,7 +35,7 @@ class TrainingAccount:
         self.jobs, self.tenants = jobs, tenants
 
     def terms(self, tenant: str) -> TrainingTerms:
-        return TrainingTerms() if self.tenants is None else self.tenants.look().training_terms(tenant)
+        return TrainingTerms() if self.tenants is None else self.tenants.refresh().training_terms(tenant)
 
     def check_allowed(self, tenant: str) -> None:
         """Check that the tenant may train. Raises Refused (403)."""

@@ -263,7 +263,7 @@ def _move_route(
 def _current(tenants: Store, tenant: str, route: str) -> tuple[int, Route | None]:
     """Return (number of the current revision or 0, the route or None)."""
     number = next((int(move["move"]) for move in _history(tenants, tenant, route) if move["current"]), 0)
-    return number, tenants.look().routes.get((tenant, route))
+    return number, tenants.refresh().routes.get((tenant, route))
 
 
 def _history(tenants: Store, tenant: str, route: str) -> list[dict[str, Any]]:

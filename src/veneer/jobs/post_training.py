@@ -195,7 +195,7 @@ def check_after(after: AfterJob, config: RunConfig, name: str, tenant: str, tena
         check_route_name(after.route.name)
         _check_owner(after.route.name, tenant, tenants)
         assert tenants is not None
-        serving_version(tenants.look().routes.get((tenant, after.route.name)), name)
+        serving_version(tenants.refresh().routes.get((tenant, after.route.name)), name)
 
 
 def _check_owner(route: str, tenant: str, tenants: Store | None) -> None:
@@ -206,7 +206,7 @@ def _check_owner(route: str, tenant: str, tenants: Store | None) -> None:
     if tenant and namespace and namespace != tenant:
         fix = f"{tenant}/{route.rpartition('/')[2]}"
         raise ConfigError(f"{quoted(route)} is in the namespace of another tenant than {tenant}", where=where, fix=fix)
-    known = tenants.look().routes
+    known = tenants.refresh().routes
     if tenant and (tenant, route) not in known and (ALL, route) in known:
         what = f"{quoted(route)} is everybody's route, and a job of {tenant} moves only {tenant}'s own"
         raise ConfigError(what, where=where, fix=f"another name, as {tenant}/{route}; or a job of no tenant")

@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol
 
 from veneer.serve.principal import Principal
 from veneer.serve.request import DigestMix, Refused, Usage
-from veneer.serve.tenancy.keys import admin_hash, same
+from veneer.serve.tenancy.keys import admin_hash, matches_hash
 
 SHADOWS = Principal("operator", weight=0.1)
 """The principal of shadow requests: they are billed to the operator and use no tenant's share."""
@@ -264,7 +264,7 @@ class KeyAccess(OpenAccess):
 
     async def authenticate(self, key: str | None, user: str | None = None) -> Principal:
         encoded = (key or "").encode("utf-8", "replace")
-        admin = self.admin_hash is not None and same(key or "", self.admin_hash)
+        admin = self.admin_hash is not None and matches_hash(key or "", self.admin_hash)
         matches = [hmac.compare_digest(encoded, each) for each in self.keys]
         if not key or not (admin or any(matches)):
             raise Refused("no valid API key", status=401, code="unauthorized", fix="Authorization: Bearer KEY")

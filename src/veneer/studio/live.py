@@ -37,7 +37,7 @@ async def live_view(page: ViewPage) -> None:
             Command(command("serve", studio=True, open=True, tenants="tenants.sqlite", base=page.base_argument))
         return
     await page.studio.service.catalog.fresh()  # the link's adapter can be new in the library
-    await asyncio.to_thread(tenancy.store.look)
+    await asyncio.to_thread(tenancy.store.refresh)
     view = _LiveView(page, tenancy)
     await view.refill()
     proposed = view.proposed()
@@ -94,14 +94,14 @@ class _LiveView:
 
     async def refresh(self) -> None:
         """Show a change made on this page at once."""
-        await asyncio.to_thread(self.store.look)
+        await asyncio.to_thread(self.store.refresh)
         await self.refill()
 
     def mark(self) -> object:
         with reading(self.store.engine) as c:
             log = routes.shadow_log(c, limit=1)
         stats = self.page.studio.service.engine.stats()
-        return self.store.look().revision, log[0]["id"] if log else 0, stats.adapters, int(time.time() / 5)
+        return self.store.refresh().revision, log[0]["id"] if log else 0, stats.adapters, int(time.time() / 5)
 
     async def refill(self) -> None:
         settings, catalog = self.store.settings, self.page.studio.service.catalog

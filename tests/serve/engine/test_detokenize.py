@@ -48,7 +48,7 @@ def told(answer: AnswerText, ids: list[int]) -> tuple[str, object]:
         if piece.reason:
             stop = piece.stop if piece.reason == "stop" else "length"
             break
-    return text + answer.rest(), stop
+    return text + answer.flush(), stop
 
 
 def cut(text: str, stops: tuple[str, ...]) -> str:
@@ -118,7 +118,7 @@ def test_an_answer_ends_before_the_first_stop(ids: list[int], stops: list[str]) 
     text, stop = told(answer, ids)
     assert text == cut(decoded(ids), tuple(stops))
     assert (stop is not None) == (text != decoded(ids))
-    assert answer.rest() == ""
+    assert answer.flush() == ""
 
 
 @given(st.text(alphabet="ab", max_size=30), st.lists(st.text(alphabet="ab", min_size=1, max_size=4), max_size=3))
@@ -135,7 +135,7 @@ def test_text_of_a_stop_is_never_sent() -> None:
     answer = AnswerText(TOKENIZER, Sampling(stop=("<end>",)))
     out = [answer.add(t).text for t in bytewise(b"a<en<end>")]
     assert out == ["a", "", "", "", "<en", "", "", "", ""]
-    assert answer.rest() == ""
+    assert answer.flush() == ""
 
 
 def test_held_text_is_sent_when_no_stop_follows() -> None:
@@ -143,15 +143,15 @@ def test_held_text_is_sent_when_no_stop_follows() -> None:
     assert [answer.add(t).text for t in bytewise(b"a<e")] == ["a", "", ""]
     end = answer.add(2)
     assert (end.text, end.reason, end.stop) == ("", "stop", 2)
-    assert answer.rest() == "<e"
-    assert answer.rest() == ""
+    assert answer.flush() == "<e"
+    assert answer.flush() == ""
 
 
 def test_length() -> None:
     answer = AnswerText(TOKENIZER, Sampling(max_tokens=3, stop=("zz",)))
     pieces = [answer.add(t) for t in bytewise(b"abz")]
     assert [p.reason for p in pieces] == [None, None, "length"]
-    assert "".join(p.text for p in pieces) + answer.rest() == "abz"
+    assert "".join(p.text for p in pieces) + answer.flush() == "abz"
 
 
 def test_a_stop_at_the_last_token_is_a_stop() -> None:

@@ -50,8 +50,8 @@ def answer(grammar: Matcher, seed: int = 0, heat: float = 1.0, steps: int = 400)
         text += piece.text
         if piece.reason == "stop":
             assert complete
-            return text + told.rest(), True
-    return text + told.rest(), False
+            return text + told.flush(), True
+    return text + told.flush(), False
 
 
 SCHEMAS: list[dict[str, Any]] = [

@@ -76,7 +76,7 @@ def test_every_row_has_its_own_mix(dtype: torch.dtype, tolerance: float, dora: b
     ]
     x = torch.randn(19, INPUTS, generator=torch.Generator().manual_seed(9)).to(dtype)
     y = before = base_output(layout, x)
-    segments = AdapterBatch.of(layout, spans)
+    segments = AdapterBatch.build(layout, spans)
     y = before.clone()
     (segments.add_reference if reference else segments.add)(0, x, y)
     for first, end, mix in spans:
@@ -99,11 +99,11 @@ def test_a_rows_result_does_not_depend_on_its_batch(threads: int) -> None:
     torch.set_num_threads(threads)
     try:
         together = before.clone()
-        segments = AdapterBatch.of(layout, [(i, i + 1, mix) for i, mix in enumerate(mixes)])
+        segments = AdapterBatch.build(layout, [(i, i + 1, mix) for i, mix in enumerate(mixes)])
         segments.add(0, x, together)
         for i, mix in enumerate(mixes):
             alone = before[i : i + 1].clone()
-            own = AdapterBatch.of(layout, [(0, 1, mix)])
+            own = AdapterBatch.build(layout, [(0, 1, mix)])
             if own is not None:
                 own.add(0, x[i : i + 1].contiguous(), alone)
             assert torch.equal(alone[0], together[i])

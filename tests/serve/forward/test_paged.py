@@ -44,7 +44,7 @@ def test_against_float64(
         for s, n in enumerate(lengths):
             if done[s] < n:
                 rows.append((s, done[s], min(n, done[s] + [1, 5, 30, 17][s])))
-        batch = PackedRows.of([(a, b, tables[s]) for s, a, b in rows], torch.device("cpu"))
+        batch = PackedRows.build([(a, b, tables[s]) for s, a, b in rows], torch.device("cpu"))
         pages.store(1, *(torch.cat([t[s][a:b] for s, a, b in rows]) for t in (k, v)), batch)
         out = pages.attend(1, torch.cat([q[s][a:b].flatten(1) for s, a, b in rows]), batch, 0.3, cap, window)
         for (s, a, b), i in zip(rows, batch.bounds, strict=False):
@@ -66,7 +66,7 @@ def test_rotated_keys_are_stored_as_computed_by_hand(dtype: torch.dtype, normed:
     norms = [torch.rand(d, generator=generator).to(dtype) + 0.5 for _ in range(2)] if normed else [None, None]
     rotary = Rotary(angles.cos(), angles.sin(), *norms, eps=1e-6)
     qkv = torch.randn(n, (heads + 2 * kv) * d, generator=generator).to(dtype)
-    batch = PackedRows.of([(3, 24, [2, 0])], torch.device("cpu"))
+    batch = PackedRows.build([(3, 24, [2, 0])], torch.device("cpu"))
     whole = qkv.double().view(n, -1, d)
 
     def turned(x: Tensor, weight: Tensor | None) -> Tensor:
@@ -91,14 +91,14 @@ def test_a_tokens_result_does_not_depend_on_its_batch() -> None:
     heads, kv, d = 9, 3, 64
     pages = Pages(1, 30, heads, kv, d, torch.bfloat16, torch.device("cpu"))
     rows = [(0, n, list(range(i * 5, i * 5 + 5))) for i, n in enumerate((3, 70, 33, 16, 1, 12))]
-    batch = PackedRows.of(rows, torch.device("cpu"))
+    batch = PackedRows.build(rows, torch.device("cpu"))
     q, k, v = (torch.randn(sum(n for _, n, _ in rows), h * d, generator=generator).bfloat16() for h in (heads, kv, kv))
     pages.store(0, k.view(-1, kv, d), v.view(-1, kv, d), batch)
     together = pages.attend(0, q, batch, 0.125)
     for (_, n, blocks), at in zip(rows, batch.bounds, strict=False):
         for t in {0, n // 2, n - 1}:  # each token by itself
             alone = pages.attend(
-                0, q[at + t : at + t + 1], PackedRows.of([(t, t + 1, blocks)], torch.device("cpu")), 0.125
+                0, q[at + t : at + t + 1], PackedRows.build([(t, t + 1, blocks)], torch.device("cpu")), 0.125
             )
             assert torch.equal(alone[0], together[at + t])
     assert BLOCK == 16

@@ -75,7 +75,7 @@ def test_answers_are_billed_and_kept_by_id(whole: Whole) -> None:
     store = tenants.store
     manage.change_settings(store, "", {"feedback_days": 1.0}, actor="me")
     routes.set_route(store, "support", [("plain", 1)], shadow="rs", actor="me")
-    store.look()
+    store.refresh()
     first = TextRequest(MESSAGES).id
     with reading(store.engine) as c:
         before = sum(row["requests"] for row in usage(c, by=()))
@@ -103,7 +103,7 @@ def test_the_studio_has_no_more_rights_than_a_client(whole: Whole) -> None:
     assert refused(whole, max_tokens=1 << 20).param == "max_tokens"
     manage.add_tenant(tenants.store, "acme", adapters=["plain"], actor="me")
     manage.change_settings(tenants.store, "acme", {"requests_per_minute": 1}, actor="me")
-    tenants.store.look()
+    tenants.store.refresh()
     assert len(ask(whole, nobody, mix=[("plain", 1.0)], max_tokens=2)) == 1
     assert refused(whole, nobody, mix=[("plain", 1.0)], max_tokens=2).status == 429
     whole.built.service.phase = "draining"

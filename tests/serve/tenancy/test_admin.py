@@ -99,7 +99,7 @@ def test_settings_of_all_scopes(call: Call, tenants: Tenants) -> None:
     assert for_all["shared_cache"] == ["base"]
     assert (for_each["tenant"], for_each["tokens_per_day"]) == ("*", 7)
     call("PATCH", "/settings", {"training_price": None, "training_jobs": None, "training_budget": None})
-    settings = tenants.store.look()
+    settings = tenants.store.refresh()
     assert not settings.training
     assert settings.price("acme", "support").cached == 3
     lines = call("GET", "/audit").json()["lines"]
@@ -115,9 +115,9 @@ def test_stored_answers_are_set_and_removed(call: Call, tenants: Tenants) -> Non
     call("POST", "/tenants", {"name": "acme"})
     changed = call("PATCH", "/tenants/acme", {"feedback_days": 7.0, "feedback_names": ["acme/*"]}).json()
     assert changed["feedback_names"] == ["acme/*"]
-    assert tenants.store.look().feedback["acme"].days == 7.0
+    assert tenants.store.refresh().feedback["acme"].days == 7.0
     call("PATCH", "/tenants/acme", {"feedback_days": None})
-    assert not tenants.store.look().feedback
+    assert not tenants.store.refresh().feedback
 
 
 def test_routes_usage_and_audit(call: Call, tenants: Tenants) -> None:
@@ -247,7 +247,7 @@ def test_route_targets_are_checked_before_a_move(tenants: Tenants) -> None:
         assert wrong.status_code == 400
         assert f"the {role} v9 cannot be served" in wrong.json()["error"]["message"]
     assert put("down").status_code == 503
-    assert tenants.store.look().routes["", "support"].targets == (("v1", 1),)
+    assert tenants.store.refresh().routes["", "support"].targets == (("v1", 1),)
     assert put("v2").status_code == 200
     there.remove("v1")
     back = call("POST", "/routes/rollback", {"route": "support"})

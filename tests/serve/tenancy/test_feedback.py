@@ -36,7 +36,7 @@ def rows(tenants: Tenants, kind: str) -> list[Any]:
 def test_stored_answers_are_counted_exported_and_removed(tenants: Tenants, clock: Clock) -> None:
     manage.add_tenant(tenants.store, "acme", actor="me")
     manage.change_settings(tenants.store, "acme", {"feedback_days": 30.0}, actor="me")
-    tenants.store.look()
+    tenants.store.refresh()
     for n in range(230):  # more than are read or written at once
         keep(tenants, f"a-{n}", f"u-{n % 2}", f"answer {n} \0 \ud83d")
     for n in range(230):
@@ -74,7 +74,7 @@ def test_answers_over_a_tenants_quota_are_not_kept(tenants: Tenants) -> None:
     for name in ("acme", "best"):
         manage.add_tenant(tenants.store, name, actor="me")
         manage.change_settings(tenants.store, name, {"feedback_days": 30.0}, actor="me")
-    tenants.store.look()
+    tenants.store.refresh()
     tenants.answers.quotas = Quotas(QuotaLimits(files=3))
 
     def kept(tenant: str) -> int:

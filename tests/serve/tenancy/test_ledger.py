@@ -57,7 +57,7 @@ async def mixed(tenants: Tenants, request: str, took: Usage, *parts: tuple[str, 
 def test_each_part_of_a_mix_has_its_own_price(tenants: Tenants) -> None:
     set_price(tenants.store, 1_000_000, 0, 1_000_000)
     set_price(tenants.store, 1_000_000_000, 0, 1_000_000_000, adapter="big")
-    tenants.store.look()
+    tenants.store.refresh()
     took = Usage(5, 0, 3)
     run(mixed(tenants, "alone", took, ("big@1", 1.0)))
     run(mixed(tenants, "beside", took, ("big@1", 1.0), ("small@2", 1e-9)))
@@ -88,7 +88,7 @@ def test_outboxes_are_private_to_the_user(tmp_path: Path) -> None:
 
 def test_limits_count_adapters_in_mixes(tenants: Tenants) -> None:
     manage.change_settings(tenants.store, "", {"requests_per_minute": 2}, adapter="big", actor="me")
-    tenants.store.look()
+    tenants.store.refresh()
     for n, parts in enumerate([(("big@1", 1.0),), (("big@1", 1.0), ("small", 1e-9))]):
         run(mixed(tenants, str(n), Usage(1, 0, 1), *parts))
     assert "adapter big" in refused(mixed(tenants, "x", Usage(1, 0, 1), ("small", 1.0), ("big@2", 1e-9))).what
@@ -99,7 +99,7 @@ def test_sums_are_exact_in_whole_millionths_however_requests_end(tenants: Tenant
     pick = random.Random(3)
     set_price(tenants.store, 333_333, 33_333, 777_777)
     set_price(tenants.store, 1, 999_999, 123_457, adapter="a")
-    tenants.store.look()
+    tenants.store.refresh()
 
     async def work() -> None:
         for n in range(120):
@@ -149,7 +149,7 @@ def test_sums_are_exact_in_whole_millionths_however_requests_end(tenants: Tenant
 
 def test_pruned_lines_keep_their_sums_and_windows(tenants: Tenants, clock: Clock) -> None:
     set_price(tenants.store, 1_000_000, 0, 1_000_000)
-    tenants.store.look()
+    tenants.store.refresh()
     for n in range(25):
         run(ask(tenants, Principal("tenant", "acme"), f"old{n}", Usage(1, 0, 1)))
     clock.now += 40 * 86400

@@ -78,11 +78,11 @@ def test_the_database_refuses_changes_of_audit_lines(store: Store) -> None:
 
 def test_a_failed_change_leaves_no_line(store: Store) -> None:
     manage.add_tenant(store, "acme", actor="ana")
-    revision = store.look().revision
+    revision = store.refresh().revision
     with pytest.raises(Exception, match="already"):
         manage.add_tenant(store, "acme", actor="ana")
     assert faults(store)[1] == 1
-    assert store.look().revision == revision
+    assert store.refresh().revision == revision
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_route_changes_are_described(store: Store) -> None:
     begun = routes.planned_route(None, "support", [("v1", 90), ("v2", 10)])
     assert routes.route_change(None, begun) == "support begins: 90 % of users get v1 and 10 % of users get v2."
     routes.set_route(store, "support", [("v1", 90), ("v2", 10)], actor="me")
-    now = store.look().routes["", "support"]
+    now = store.refresh().routes["", "support"]
     assert (now.targets, now.runs) == (begun.targets, begun.runs)
     shadowed = routes.planned_route(now, "support", [("v1", 80), ("v2", 20)], shadow="v3", fraction=0.05)
     assert routes.route_change(now, shadowed) == (
@@ -97,7 +97,7 @@ def test_users_are_spread_by_weight_and_stay() -> None:
 
 def test_routes_are_sticky_by_user_or_tenant(store: Store) -> None:
     routes.set_route(store, "support", [("v1", 1), ("v2", 1)], actor="me")
-    store.look()
+    store.refresh()
     asked = TenantRoutes(store, lambda *a, **k: Future(), pick=random.Random(1))
     for user in ("ana", "bob", "cem"):
         assert len({asked.choose("support", Principal("tenant", "acme", user=user)) for _ in range(20)}) == 1
@@ -115,7 +115,7 @@ def test_a_tenants_own_route_precedes_a_shared_one(store: Store) -> None:
         manage.add_tenant(store, tenant, actor="me")
     routes.set_route(store, "support", [("everybodys", 1)], actor="me")
     routes.set_route(store, "support", [("acmes", 1)], tenant="acme", actor="me")
-    visibility = store.look().visibility
+    visibility = store.refresh().visibility
     asked = TenantRoutes(store, lambda *a, **k: Future())
     acme, globex = (Principal("tenant", t, visibility[t]) for t in ("acme", "globex"))
     assert asked.choose("support", acme) == "acmes"
@@ -124,7 +124,7 @@ def test_a_tenants_own_route_precedes_a_shared_one(store: Store) -> None:
     assert asked.choose("support", globex) is None  # everybody's, but not seen
     assert (asked.names(acme), asked.names(globex), asked.names(Principal("open"))) == (["support"], [], ["support"])
     manage.change_settings(store, "globex", {"adapters": ["support"]}, actor="me")
-    globex = Principal("tenant", "globex", store.look().visibility["globex"])
+    globex = Principal("tenant", "globex", store.refresh().visibility["globex"])
     assert asked.choose("support", globex) == "everybodys"
     with pytest.raises(UnknownName, match="no tenant acne") as lost:
         routes.set_route(store, "support", [("v1", 1)], tenant="acne", actor="me")
@@ -136,14 +136,14 @@ def test_rollback_restores_users_and_keeps_the_history(store: Store) -> None:
     second = routes.set_route(store, "support", [("v1", 50), ("v2", 50)], actor="ana")
     third = routes.set_route(store, "support", [("v3", 1)], shadow="v2", fraction=0.5, actor="bob")
     assert routes.rollback_route(store, "support", actor="ana") == second
-    assert store.look().routes["", "support"] == second  # at the next look: who owned what, too
+    assert store.refresh().routes["", "support"] == second  # at the next look: who owned what, too
     assert routes.rollback_route(store, "support", actor="ana") == first
     with pytest.raises(ConfigError, match="no earlier revision"):
         routes.rollback_route(store, "support", actor="ana")
     fourth = routes.set_route(store, "support", [("v4", 1)], actor="ana")
     assert routes.rollback_route(store, "support", actor="ana") == first  # what held before the fourth
     routes.remove_route(store, "support", actor="ana")
-    assert ("", "support") not in store.look().routes
+    assert ("", "support") not in store.refresh().routes
     assert routes.rollback_route(store, "support", actor="ana") == first
     with reading(store.engine) as c:
         moves = routes.route_history(c, "support")
@@ -180,7 +180,7 @@ def test_invalid_routes_are_refused(store: Store, targets: list, words: str) -> 
 def test_shadows_get_their_fraction_and_are_logged_without_texts(tenants: Tenants) -> None:
     store = tenants.store
     routes.set_route(store, "support", [("v1", 1)], shadow="v2", fraction=0.25, actor="me")
-    store.look()
+    store.refresh()
     asked = TenantRoutes(store, tenants.ledger.writer.put, keep=5, pick=random.Random(0))
     drawn = [asked.shadow("support", Principal("open")) for _ in range(2000)]
     assert abs(drawn.count("v2") / 2000 - 0.25) < 0.04

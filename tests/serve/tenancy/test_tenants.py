@@ -132,7 +132,7 @@ def test_changes_of_other_processes_apply_at_the_next_request(tenants: Tenants, 
     manage.revoke_key(other, row.id, actor="cli")
     assert refused(tenants.authenticate(key)).status == 401
     manage.remove_tenant(other, "acme", actor="cli")
-    assert not tenants.store.look().keys
+    assert not tenants.store.refresh().keys
     other.close()
 
 
@@ -203,7 +203,7 @@ def test_unused_reservations_are_returned(tenants: Tenants, clock: Clock) -> Non
     store = tenants.store
     manage.add_tenant(store, "acme", actor="me")
     manage.change_settings(store, "acme", {"tokens_per_minute": 100, "concurrency": 1}, actor="me")
-    store.look()
+    store.refresh()
     acme = Principal("tenant", "acme")
 
     async def work() -> None:
@@ -236,7 +236,7 @@ def test_changed_limits_apply_to_mixes_and_tenants(tenants: Tenants) -> None:
         manage.add_tenant(store, name, actor="me")
     manage.change_settings(store, EACH, {"requests_per_minute": 2}, actor="me")
     manage.change_settings(store, "", {"requests_per_day": 1}, adapter="big", actor="me")
-    store.look()
+    store.refresh()
     took = Usage(1, 0, 1)
     run(ask(tenants, Principal("tenant", "acme"), "1", took, target="big@3"))
     assert "adapter big" in refused(ask(tenants, Principal("tenant", "globex"), "2", took, target="big")).what
@@ -246,7 +246,7 @@ def test_changed_limits_apply_to_mixes_and_tenants(tenants: Tenants) -> None:
     assert "tenant acme" in refused(ask(tenants, Principal("tenant", "acme"), "5", took)).what
     run(ask(tenants, Principal("tenant", "globex"), "6", took))
     manage.change_settings(store, EACH, {"requests_per_minute": None}, actor="me")
-    store.look()
+    store.refresh()
     run(ask(tenants, Principal("tenant", "acme"), "7", took))
     with pytest.raises(ConfigError, match="request_per_minute"):
         manage.change_settings(store, "acme", {"request_per_minute": 2}, actor="me")
@@ -261,7 +261,7 @@ def test_two_servers_share_windows_and_a_restart_forgets_nothing(where: str, qui
     manage.add_tenant(first.store, "acme", actor="me")
     manage.change_settings(first.store, "acme", {"requests_per_day": 5, "tokens_per_minute": 1000}, actor="me")
     for server in (first, second):
-        server.store.look()
+        server.store.refresh()
     for n in range(3):
         run(ask(first, Principal("tenant", "acme"), str(n), Usage(50, 0, 50), prompt=50, most=200))
     assert len(rows(first)) == 3
@@ -288,7 +288,7 @@ def test_the_most_specific_price_applies(tenants: Tenants) -> None:
     set_price(store, 1_000_000, 0, 2_000_000, adapter="big")
     set_price(store, 1, 1, 1, tenant="acme")
     set_price(store, 3_000_000, 1_000_000, 5_000_000, tenant="acme", adapter="big")
-    store.look()
+    store.refresh()
     took = Usage(1000, 200, 300, 0.5, 0.25, 2.0)
     for n, (tenant, target) in enumerate([("x", "v1"), ("x", "big@2"), ("acme", "v1"), ("acme", "big")]):
         run(ask(tenants, Principal("tenant", tenant), str(n), took, target=target))

@@ -109,14 +109,14 @@ class FairPool(ThreadPoolExecutor):
 
     def _start(self) -> None:
         """Submit waiting work while threads are free."""
-        while (work := self._take()) is not None:
+        while (work := self._next_work()) is not None:
             try:
                 super().submit(self._do, *work)
             except RuntimeError as error:  # the pool was shut down
                 work[1].result.set_exception(error)
                 self._end(work[0])
 
-    def _take(self) -> tuple[str, _Work] | None:
+    def _next_work(self) -> tuple[str, _Work] | None:
         with self._order:
             while self._busy.total() < self.threads:
                 ready = [tenant for tenant in self._waiting if self._busy[tenant] < self.most(tenant)]

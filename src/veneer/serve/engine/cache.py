@@ -84,7 +84,7 @@ class Cache:
         if more > self.available:
             return False
         for _ in range(more):
-            table.blocks.append(self._take())
+            table.blocks.append(self._allocate())
         return True
 
     def computed(self, table: BlockTable, tokens: Sequence[int]) -> None:
@@ -130,7 +130,7 @@ class Cache:
             del self._evictable[block]
         self._holders[block] += 1
 
-    def _take(self) -> int:
+    def _allocate(self) -> int:
         if self._free:
             block = self._free.pop()
         else:

@@ -2,7 +2,7 @@
 
     answer = AnswerText(tokenizer, sampling, ends=base_stop_ids)
     piece = answer.add(token)            send piece.text; piece.reason ends the answer
-    answer.rest()                        text that was held back and belongs to the answer
+    answer.flush()                       text that was held back and belongs to the answer
 
 Text is held back while later tokens can change it (a partial character) or a stop text may have begun.
 Depends on the tokenizer's decoder only; no model, no HTTP.
@@ -60,7 +60,7 @@ class AnswerText:
             return Piece(text, "stop", stop)
         return Piece(text, "length" if self.count >= self.sampling.max_tokens else None)
 
-    def rest(self) -> str:
+    def flush(self) -> str:
         """The held-back text, returned once, however the answer ended.
 
         Excludes text after a stop text.

@@ -361,7 +361,7 @@ class TextEngine(Engine[Request, EngineEvent]):
             if (still := self._live.get(chunk.sequence)) is not None:  # else the row failed
                 self.scheduler.computed(chunk)
                 if chunk.last:
-                    self._take(still, choices[id(chunk)], now)
+                    self._append_token(still, choices[id(chunk)], now)
 
     def _choose(self, chunks: list[Chunk], sampled: list[Chunk]) -> list[SampledToken | Refused | None]:
         """The next token of each chunk in `sampled`.
@@ -430,7 +430,7 @@ class TextEngine(Engine[Request, EngineEvent]):
             ends += [at - 1] if chunk.last else []
         return logits[ends]
 
-    def _take(self, live: _Live, choice: SampledToken | Refused | None, now: float) -> None:
+    def _append_token(self, live: _Live, choice: SampledToken | Refused | None, now: float) -> None:
         sequence = live.sequence
         assert sequence is not None
         if isinstance(choice, Refused):
@@ -480,7 +480,7 @@ class TextEngine(Engine[Request, EngineEvent]):
             prefill=(first - began) if first else 0.0,
             decode=(live.last - first) if first and live.last else 0.0,
         )
-        text = live.answer.rest() if reason != "cancelled" else ""
+        text = live.answer.flush() if reason != "cancelled" else ""
         self._emit(live, Finished(reason, usage, stop, text, error))
 
     def _emit(self, live: _Live, event: EngineEvent) -> None:

@@ -120,20 +120,20 @@ class _LiveSampler(Sampler):
         The others then find its cached prefix.
         """
         ahead: dict[tuple[str, tuple[int, ...]], asyncio.Event] = {}
-        many = Counter((one.adapter, one.prompt) for one in requests)
+        uses = Counter((request.adapter, request.prompt) for request in requests)
 
-        async def one(request: CompletionRequest) -> Rollout:
+        async def complete(request: CompletionRequest) -> Rollout:
             key = (request.adapter, request.prompt)
             if key in ahead:
                 await ahead[key].wait()
-                return await self._one(request, mixes[request.adapter], None)
+                return await self._complete(request, mixes[request.adapter], None)
             begun = ahead[key] = asyncio.Event()
             try:
-                return await self._one(request, mixes[request.adapter], begun if many[key] > 1 else None)
+                return await self._complete(request, mixes[request.adapter], begun if uses[key] > 1 else None)
             finally:
                 begun.set()
 
-        tasks = [asyncio.ensure_future(one(request)) for request in requests]
+        tasks = [asyncio.ensure_future(complete(request)) for request in requests]
         try:
             while any(not task.done() for task in tasks):
                 done, _ = await asyncio.wait(tasks, timeout=_LOOK, return_when=asyncio.FIRST_EXCEPTION)
@@ -147,7 +147,7 @@ class _LiveSampler(Sampler):
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _one(self, request: CompletionRequest, mix: DigestMix, begun: asyncio.Event | None) -> Rollout:
+    async def _complete(self, request: CompletionRequest, mix: DigestMix, begun: asyncio.Event | None) -> Rollout:
         how = request.how
         sampling = Sampling(
             max_tokens=how.max_tokens,
@@ -197,7 +197,7 @@ class _LiveSampler(Sampler):
         assert llama is not None
         packed = pack_adapter(self.attachment.adapters[adapter], layout, adapter) if adapter else None
         positions = trained.nonzero()[:, 0].to(input_ids.device)
-        rows = _ReplayedRows.of(lengths, shared)
+        rows = _ReplayedRows.build(lengths, shared)
         return _EngineReplay(llama, packed, self.runner, input_ids, rows, positions)
 
 
@@ -220,7 +220,7 @@ class _ReplayedRows:
         return 1 + max(block for _, _, blocks in self.rows for block in blocks)
 
     @classmethod
-    def of(cls, lengths: Sequence[int], shared: SharedRows | None) -> _ReplayedRows:
+    def build(cls, lengths: Sequence[int], shared: SharedRows | None) -> _ReplayedRows:
         """Build from row lengths.
 
         Full blocks of a prefix shared with an earlier row reuse that row's blocks.
@@ -272,8 +272,8 @@ class _EngineReplay(Replay):
         self.row_indices, self.previous = sent(rows.row_indices, device), sent(rows.previous, device)
         computed = ids[sent(rows.computed_indices, device)]
         spans = [] if packed is None else [(0, len(computed), [(packed, 1.0)])]
-        segments = AdapterBatch.of(self.layout, spans)
-        self._layers = self.llama.each_layer(computed, PackedRows.of(rows.rows, device), segments)
+        segments = AdapterBatch.build(self.layout, spans)
+        self._layers = self.llama.each_layer(computed, PackedRows.build(rows.rows, device), segments)
 
     @torch.no_grad()
     def layer(self) -> Tensor:
@@ -290,7 +290,7 @@ class _EngineReplay(Replay):
             x = hidden[self.previous[chunk]]
             segments = None
             if self.packed is not None and head in self.packed.groups:
-                segments = AdapterBatch.of(self.layout, [(0, len(x), [(self.packed, 1.0)])])
+                segments = AdapterBatch.build(self.layout, [(0, len(x), [(self.packed, 1.0)])])
             logits = self.llama.logits(x, segments)
             tokens = scored(logits, self.ids[chunk], [0] * len(chunk))
             out += [token.logprob or 0.0 for token in tokens]

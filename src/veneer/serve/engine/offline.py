@@ -88,7 +88,7 @@ class EngineAnswers:
         encoded = encode_prompts(self.base, prompts)
         named = make_mix(mix)
 
-        async def one(ids: list[int]) -> Completion:
+        async def complete_prompt(ids: list[int]) -> Completion:
             limit = min(max_new_tokens, self.engine.context - len(ids))
             sampling = Sampling(max_tokens=limit, temperature=0.0)
             request = Request(tuple(ids), sampling, named, name=mix_text(tuple(mix)))
@@ -101,6 +101,6 @@ class EngineAnswers:
             return completion_of(self.base, new, len(ids))
 
         async def all_of() -> list[Completion]:
-            return await asyncio.gather(*map(one, encoded))
+            return await asyncio.gather(*map(complete_prompt, encoded))
 
         return self.thread.submit(asyncio.run, all_of()).result()

@@ -175,7 +175,7 @@ def _sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[SampledToken | R
         warm = [k for k, row in enumerate(changed_rows) if row.sampling.temperature]
         if warm:
             some = put_numbers(device, warm)[0]
-            tokens, logprobs = _draw(scores.index_select(0, some), [changed_rows[k] for k in warm])
+            tokens, logprobs = _sample_warm(scores.index_select(0, some), [changed_rows[k] for k in warm])
             best_ids.index_copy_(0, some, tokens)
             sampled_logprobs.index_copy_(0, at.index_select(0, some), logprobs)
         ids.index_copy_(0, at, best_ids)
@@ -260,7 +260,7 @@ def _numbers(like: Tensor, values: Sequence[float]) -> Tensor:
     return sent(torch.tensor(values, dtype=like.dtype), like.device)
 
 
-def _draw(scores: Tensor, rows: Sequence[SampledRow]) -> tuple[Tensor, Tensor]:
+def _sample_warm(scores: Tensor, rows: Sequence[SampledRow]) -> tuple[Tensor, Tensor]:
     """Sample a token per row from softmax(scores / temperature), within the cuts.
 
     The cuts are top-k, min-p and top-p. Returns the tokens and their logprobs in that distribution; the

@@ -102,7 +102,7 @@ class _PackedB:
     def rank(self) -> int:
         return len(self.B) * (2 if self.B.ndim == 3 else 1)
 
-    def turned(self) -> Tensor:
+    def as_matrix(self) -> Tensor:
         """B as (rank, columns)."""
         return self.B if self.B.ndim == 2 else self.B.permute(0, 2, 1).flatten(0, 1)
 
@@ -266,7 +266,7 @@ class AdapterBatch:
         return sent(torch.tensor(self._strengths, dtype=torch.float32), self.layout.device)
 
     @classmethod
-    def of(
+    def build(
         cls, layout: BaseLayout, spans: Sequence[tuple[int, int, Sequence[tuple[PackedAdapter, float]]]]
     ) -> AdapterBatch | None:
         """Build from spans; None if no row has an adapter."""
@@ -369,7 +369,7 @@ class AdapterBatch:
                 u = self._product(x[rows], _dense(A).t())
                 u = (u * strengths).to(x.dtype)
                 for part in parts:
-                    product = self._product(u[:, part.rank_from : part.rank_from + part.rank], part.turned())
+                    product = self._product(u[:, part.rank_from : part.rank_from + part.rank], part.as_matrix())
                     _add_rows(y[:, part.column : part.column + part.B.shape[1]], rows, product)
 
     def _product(self, x: Tensor, W: Tensor) -> Tensor:

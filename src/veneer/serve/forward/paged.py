@@ -41,7 +41,7 @@ class PackedRows:
     lengths: list[int]
 
     @classmethod
-    def of(cls, rows: Sequence[tuple[int, int, Sequence[int]]], device: torch.device) -> PackedRows:
+    def build(cls, rows: Sequence[tuple[int, int, Sequence[int]]], device: torch.device) -> PackedRows:
         """Build from (first position, end, blocks) of each sequence's tokens in this step."""
         positions: list[int] = []
         slots: list[int] = []

@@ -242,20 +242,20 @@ class Runner:
             for a, b, mix in zip(batch.bounds, batch.bounds[1:], mixes, strict=False)
             if mix
         ]
-        segments = AdapterBatch.of(self.layout, spans)  # type: ignore[arg-type]
+        segments = AdapterBatch.build(self.layout, spans)  # type: ignore[arg-type]
         hidden = llama.hidden(ids, batch, segments)
         row_indices = [i for i, row in enumerate(rows) for _ in range(row.wants)]
         x = hidden[_logit_indices(rows, batch)]
         head = len(self.layout.groups) - 1
         if segments is not None and any(head in a.groups for a in segments.adapters):
             last = [(j, j + 1, [(p.packed, s) for p, s in mixes[i]]) for j, i in enumerate(row_indices)]
-            segments = AdapterBatch.of(self.layout, last)  # type: ignore[arg-type]
+            segments = AdapterBatch.build(self.layout, last)  # type: ignore[arg-type]
         else:
             segments = None
         return llama.logits(x, segments)
 
     def _batch(self, rows: Sequence[RunnerRow]) -> tuple[PackedRows, Tensor]:
-        batch = PackedRows.of([(r.first, r.first + len(r.tokens), r.blocks) for r in rows], self.base.device)
+        batch = PackedRows.build([(r.first, r.first + len(r.tokens), r.blocks) for r in rows], self.base.device)
         return batch, put_numbers(self.base.device, [t for r in rows for t in r.tokens])[0]
 
     def _packed(self, rows: Sequence[RunnerRow]) -> Tensor:
@@ -392,10 +392,10 @@ class Runner:
                 for weight in weights:  # read again only by adapters with no low-rank form
                     memory.page_out(weight)
                 return packed
-            whole = FusedProjection(parts, self._undo).weight if len(parts) > 1 else weights[0]
-            if whole is None:
+            joint_weight = FusedProjection(parts, self._undo).weight if len(parts) > 1 else weights[0]
+            if joint_weight is None:
                 raise NotImplementedError(f"{', '.join(names)} cannot be joined")
-            return Dense(whole)
+            return Dense(joint_weight)
 
         def remembered(names: tuple[str, ...]) -> PrepackedWeight:
             self._weights[names] = packed = joined(names)

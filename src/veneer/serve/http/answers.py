@@ -299,10 +299,12 @@ def _shadow(service: Service, job: TextJob, request: Request) -> asyncio.Future[
     sent: asyncio.Future[_Sent] = asyncio.get_running_loop().create_future()
     fields: dict[str, Any] = {"tenant": BEHIND, "weight": SHADOWS.weight, "name": name}
     behind = replace(request, mix=() if isinstance(mix, Refused) else mix, id=f"{request.id}-shadow", **fields)
-    return sent if service.shadows.follow(lambda: _follow(service, job, behind, name, sent)) else None
+    return sent if service.shadows.start(lambda: _run_shadow(service, job, behind, name, sent)) else None
 
 
-async def _follow(service: Service, job: TextJob, request: Request, shadow: str, sent: asyncio.Future[_Sent]) -> None:
+async def _run_shadow(
+    service: Service, job: TextJob, request: Request, shadow: str, sent: asyncio.Future[_Sent]
+) -> None:
     answer, error = TextAnswer(), ""
     prompt, most = len(request.prompt), request.sampling.max_tokens
     try:

@@ -257,7 +257,7 @@ def _add_error_handlers(app: FastAPI, surfaces: dict[str, str]) -> None:
         answer.headers.update(error.headers or {})
         return answer
 
-    async def left(request: HttpRequest, error: Any) -> Response:
+    async def client_left(request: HttpRequest, error: Any) -> Response:
         return Response(status_code=499)
 
     async def unexpected(request: HttpRequest, error: Exception) -> Response:
@@ -266,8 +266,8 @@ def _add_error_handlers(app: FastAPI, surfaces: dict[str, str]) -> None:
     app.add_exception_handler(Refused, refused)
     app.add_exception_handler(RequestValidationError, invalid_body)
     app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(ClientLeft, left)
-    app.add_exception_handler(ClientDisconnect, left)  # before the whole body arrived
+    app.add_exception_handler(ClientLeft, client_left)
+    app.add_exception_handler(ClientDisconnect, client_left)  # before the whole body arrived
     app.add_exception_handler(Exception, unexpected)
 
 

@@ -118,7 +118,7 @@ class _Connection(H11Protocol):
         return len(oldest)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._rest(None)
+        self._restart_timer(None)
         self._read()
         self.all.waiting.pop(self, None)
         super().connection_lost(exc)
@@ -132,10 +132,10 @@ class _Connection(H11Protocol):
                 self._await_head()
         elif self.conn.their_state is h11.SEND_BODY and self.conn.our_state is h11.DONE:
             if self._timer is None:  # its request is answered, but it still sends
-                self._rest(self.settings.body_time)
+                self._restart_timer(self.settings.body_time)
         else:
             self.all.waiting.pop(self, None)
-            self._rest(None)
+            self._restart_timer(None)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -144,13 +144,13 @@ class _Connection(H11Protocol):
 
     def _await_head(self) -> None:
         self._waits()
-        self._rest(self.settings.head_time)
+        self._restart_timer(self.settings.head_time)
 
     def _waits(self) -> None:
         self.all.waiting.pop(self, None)
         self.all.waiting[self] = self.loop.time()
 
-    def _rest(self, seconds: float | None) -> None:
+    def _restart_timer(self, seconds: float | None) -> None:
         """Restart the timer: close after `seconds`; None stops it."""
         if self._timer is not None:
             self._timer.cancel()

@@ -81,7 +81,7 @@ def _json(value: Any) -> Any:
     return value
 
 
-def _listed(value: Any) -> Any:
+def _as_list(value: Any) -> Any:
     value = _json(value)
     return [value] if isinstance(value, dict | bytes | str) else value
 
@@ -91,7 +91,7 @@ def _mix(value: Any) -> Any:
 
     A form can also contain a single part, or JSON text.
     """
-    parts = _listed(value)
+    parts = _as_list(value)
     return [_part(item) if isinstance(item, str) else item for item in parts] if isinstance(parts, list) else parts
 
 
@@ -183,7 +183,7 @@ class ImageBody(Strict):
     scheduler: str | None = Field(None, max_length=64)
     seed: int | None = Field(None, ge=0, lt=SEEDS)
     mix: Annotated[Annotated[list[PictureMixPart], FAIL_FAST] | None, BeforeValidator(_mix), at_most(64)] = None
-    control: Annotated[list[ControlBody], at_most(4), BeforeValidator(_listed)] = Field(default_factory=list)
+    control: Annotated[list[ControlBody], at_most(4), BeforeValidator(_as_list)] = Field(default_factory=list)
 
     @property
     def kind(self) -> str:
@@ -199,7 +199,7 @@ class EditBody(ImageBody):
     to preserve the input; an editing base always uses all of it.
     """
 
-    image: Annotated[list[Data], FAIL_FAST, at_most(64), BeforeValidator(_listed)] = Field(default_factory=list)
+    image: Annotated[list[Data], FAIL_FAST, at_most(64), BeforeValidator(_as_list)] = Field(default_factory=list)
     images: Annotated[list[ImageReference], FAIL_FAST, at_most(64)] = Field(default_factory=list)
     mask: Annotated[Data | ImageReference | None, BeforeValidator(_json)] = None
     denoise: float | None = Field(None, gt=0, le=1)
@@ -297,7 +297,7 @@ async def ask_pictures(
     """
     if service.engine.makes != "pictures":
         raise invalid("this server has a text base", fix="use /v1/chat/completions")
-    selection, labels, factors = _chosen(service, body, principal)
+    selection, labels, factors = _select(service, body, principal)
     if trial:
         selection = replace(selection, model=selection.model.as_trial())
     engine = cast(PictureEngine, service.engine)
@@ -306,7 +306,7 @@ async def ask_pictures(
     return plan, _run(service, engine, plan, principal, selection, number)
 
 
-def _chosen(
+def _select(
     service: Service, body: ImageBody, principal: Principal
 ) -> tuple[ChosenMix, dict[str, str], dict[str, Strength]]:
     """The mix, the client's name for each adapter, and factors by block and step, or roles, if any."""
@@ -421,14 +421,15 @@ def _planned(
         if not digest and part.factors != Strength():
             label = "role" if part.campaign else "blocks and steps"
             notes.append(f"{part.adapter} is the base: its {label} {'has' if part.campaign else 'have'} no effect")
-    resolved = {digest: engine.in_campaign(own) for digest, own in factors.items()}
-    notes += [campaign_note(labels[d], own, resolved[d]) for d, own in factors.items() if own.campaign]
+    resolved = {digest: engine.in_campaign(factor) for digest, factor in factors.items()}
+    notes += [campaign_note(labels[d], factor, resolved[d]) for d, factor in factors.items() if factor.campaign]
     if "<lora:" in body.prompt:
         notes.append("<lora:…> in a prompt is plain text; name adapters in mix")
     sent = _Sent(most, notes)
     image, mask, sources = sent.edited(base, body) if isinstance(body, EditBody) else (None, None, [])
     control_images = [
-        (one, flattened(sent.opened(one.image, "control", f"the {one.type} picture"))) for one in body.control
+        (control, flattened(sent.opened(control.image, "control", f"the {control.type} picture")))
+        for control in body.control
     ]
     if base.only_edits and not sources and image is None:
         notes.append(
@@ -466,14 +467,16 @@ def _planned(
             "mask": sent.record(edit.mask_data) if edit and edit.mask_data is not None else None,
             "controls": control_records,
         }
-        | ({"references": [sent.record(one) for one in edit.pictures]} if edit and sources else {}),
+        | ({"references": [sent.record(picture) for picture in edit.pictures]} if edit and sources else {}),
         tenant=principal.tenant,
         weight=principal.weight,
     )
     requests = tuple(replace(first, seed=(seed + i) % SEEDS, id=f"{first.id}-{i}") for i in range(body.n))
     texts = [text for text in (body.prompt, body.negative_prompt) if text]
     positions = engine.positions(settings) * ((image is not None) + len(controls))
-    positions += sum(engine.positions(replace(settings, width=one.width, height=one.height)) for one in references)
+    positions += sum(
+        engine.positions(replace(settings, width=image.width, height=image.height)) for image in references
+    )
     return DrawingPlan(requests, tuple(notes), width, height, engine.tokens(*texts), positions)
 
 

@@ -49,7 +49,7 @@ class Shadows:
         self.tenancy, self.metrics, self.most = tenancy, metrics, most
         self.running: set[asyncio.Task[None]] = set()
 
-    def follow(self, work: Callable[[], Coroutine[Any, Any, None]]) -> bool:
+    def start(self, work: Callable[[], Coroutine[Any, Any, None]]) -> bool:
         """Run `work` in the background.
 
         Returns False, and does nothing, if `most` are running.

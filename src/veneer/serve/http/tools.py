@@ -34,11 +34,11 @@ class ToolCall:
     arguments: str
     id: str = field(default_factory=lambda: f"call_{uuid.uuid4().hex[:24]}")
 
-    def whole(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
 
     def delta(self) -> dict[str, Any]:
-        return {"index": self.index, **self.whole()}
+        return {"index": self.index, **self.to_dict()}
 
 
 @dataclass(frozen=True)
@@ -166,6 +166,6 @@ def message_of_answer(use: ToolUse, text: str) -> dict[str, Any]:
     """The assistant's message of a whole answer: its content, and its calls if any."""
     reader = ToolReader(use)
     pieces = [*reader.feed(text), *reader.end()]
-    calls = [piece.whole() for piece in pieces if isinstance(piece, ToolCall)]
+    calls = [piece.to_dict() for piece in pieces if isinstance(piece, ToolCall)]
     content = "".join(piece for piece in pieces if isinstance(piece, str))
     return {"role": "assistant", "content": content, **({"tool_calls": calls} if calls else {})}

@@ -164,7 +164,7 @@ class AdapterCache(Generic[T]):
             resident = [e for e in entries if e is not None and e.state == "resident" and not e.draining]
             if len(resident) == len(mix):
                 return self._lease(mix, resident)
-            self._join(mix, ready)
+            self._enter_group(mix, ready)
         return None
 
     def withdraw(self, ready: _Ready[T]) -> bool:
@@ -196,7 +196,7 @@ class AdapterCache(Generic[T]):
             entry.dropped = False
             if entry.state == "wanted":
                 entry.adapter = adapter
-            self._join(((digest, 1.0),), answers.put)
+            self._enter_group(((digest, 1.0),), answers.put)
         try:
             result = answers.get(timeout=timeout)
         except Empty:
@@ -274,7 +274,7 @@ class AdapterCache(Generic[T]):
             if self._groups:
                 self._advance()
 
-    def _join(self, mix: DigestMix, ready: _Ready[T]) -> None:
+    def _enter_group(self, mix: DigestMix, ready: _Ready[T]) -> None:
         if self._closed:
             self._calls.append(partial(ready, shutting_down()))
             return

@@ -178,12 +178,12 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             if kind not in self._controls:
                 name = self._control_name(kind)
                 if name is None:
-                    known = self.control_kinds()
-                    available = f"there are {', '.join(known)}" if known else "this base has none"
+                    kinds = self.control_kinds()
+                    available = f"there are {', '.join(kinds)}" if kinds else "this base has none"
                     raise invalid(f"no control of type {kind!r}: {available}", "control")
                 try:
-                    same = next((model for known, model in self._controls.values() if known == name), None)
-                    self._controls[kind] = name, same if same is not None else load_control(name, self.base)
+                    loaded = next((model for key, model in self._controls.values() if key == name), None)
+                    self._controls[kind] = name, loaded if loaded is not None else load_control(name, self.base)
                 except VeneerError as error:
                     raise invalid(error.what, "control") from error
             return self._controls[kind]

@@ -96,7 +96,7 @@ def admin_router(tenants: Tenants, catalog: Catalog) -> APIRouter:
 def _tenants(router: APIRouter, store: Store) -> None:
     @router.get("/tenants")
     def list_tenants() -> dict[str, Any]:
-        settings = store.look()
+        settings = store.refresh()
         return {"tenants": [manage.show_settings(settings, name) for name in settings.tenants]}
 
     @router.post("/tenants", status_code=201)
@@ -105,7 +105,7 @@ def _tenants(router: APIRouter, store: Store) -> None:
 
     @router.get("/tenants/{tenant}")
     def show_tenant(tenant: str) -> dict[str, Any]:
-        return manage.show_settings(store.look(), manage.get_tenant(store, tenant).name)
+        return manage.show_settings(store.refresh(), manage.get_tenant(store, tenant).name)
 
     @router.patch("/tenants/{tenant}")
     def change_tenant(tenant: str, body: SettingsBody, adapter: str = ALL) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def _tenants(router: APIRouter, store: Store) -> None:
 
     @router.get("/settings")
     def show_settings() -> dict[str, Any]:
-        settings = store.look()
+        settings = store.refresh()
         return {"settings": [manage.show_settings(settings, ALL), manage.show_settings(settings, EACH)]}
 
     @router.patch("/settings")
@@ -153,7 +153,7 @@ def _keys(router: APIRouter, store: Store) -> None:
 def _routes(router: APIRouter, store: Store, catalog: Catalog) -> None:
     @router.get("/routes")
     def list_routes() -> dict[str, Any]:
-        return {"routes": [routes.route_fields(route) for route in store.look().routes.values()]}
+        return {"routes": [routes.route_fields(route) for route in store.refresh().routes.values()]}
 
     @router.put("/routes")
     def set_route(body: RouteBody) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def _routes(router: APIRouter, store: Store, catalog: Catalog) -> None:
             raise ConfigError(
                 f"{body.route} is the base, whose name no route can have", where="route", fix="another name"
             )
-        now = store.look().routes.get((body.tenant, body.route))
+        now = store.refresh().routes.get((body.tenant, body.route))
         route_after = routes.planned_route(now, body.route, targets, **more)
         if not body.dry_run:
             check = None if body.force else catalog.check

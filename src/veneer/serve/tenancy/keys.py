@@ -43,7 +43,7 @@ def hash_key(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def same(key: str, stored_hash: str) -> bool:
+def matches_hash(key: str, stored_hash: str) -> bool:
     """Whether `stored_hash` is the hash of `key`, compared in constant time."""
     return hmac.compare_digest(hash_key(key), stored_hash)
 

@@ -93,7 +93,7 @@ def post(c: Connection, server: str, owed: Sequence[OwedEntry], now: float, *, u
     """
     if c.dialect.name == "postgresql":  # one writer per server; SQLite locks the whole database anyway
         c.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": int(server, 16) - (1 << 63)})
-    states = _known(c, server, [each.entry.request for each in owed])
+    states = _stored_states(c, server, [each.entry.request for each in owed])
     fresh: list[dict[str, Any]] = []
     changed: list[dict[str, Any]] = []
     by_day: _Deltas = defaultdict(lambda: [0, 0, 0, 0, 0, 0.0, 0.0, 0.0, 0])
@@ -163,7 +163,7 @@ _CHANGE = (
 )
 
 
-def _known(c: Connection, server: str, requests: Sequence[str]) -> dict[str, str]:
+def _stored_states(c: Connection, server: str, requests: Sequence[str]) -> dict[str, str]:
     """Request -> its state, for known requests."""
     states: dict[str, str] = {}
     for i in range(0, len(requests), 500):

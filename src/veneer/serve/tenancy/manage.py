@@ -200,7 +200,7 @@ _OF_TENANTS_ONLY, _OF_ALL_ONLY = {"weight", "enabled"}, {"shared_cache"}
 
 
 def get_tenant(store: Store, name: str) -> Tenant:
-    settings = store.look()
+    settings = store.refresh()
     if name not in settings.tenants:
         raise unknown_name("tenant", name, settings.tenants)
     return settings.tenants[name]
@@ -263,7 +263,7 @@ def change_settings(
         before, after = _apply(c, tenant, adapter, values)
         subject = "/".join(filter(None, (tenant or "all", adapter)))
         append_audit(c, actor, "settings.change", subject, before, after)
-    return show_settings(store.look(), tenant)
+    return show_settings(store.refresh(), tenant)
 
 
 def grant_namespace(store: Store, tenant: str, *, actor: str) -> None:
@@ -431,7 +431,7 @@ def list_keys(store: Store, tenant: str | None = None) -> list[KeyRow]:
     """The keys of a tenant, or of all tenants, oldest first."""
     if tenant is not None:
         get_tenant(store, tenant)
-    return [k for k in store.look().keys.values() if tenant in (None, k.tenant)]
+    return [k for k in store.refresh().keys.values() if tenant in (None, k.tenant)]
 
 
 def revoke_key(store: Store, key: str, *, tenant: str | None = None, actor: str, now: float | None = None) -> KeyRow:

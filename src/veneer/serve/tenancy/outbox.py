@@ -233,7 +233,7 @@ class Outbox:
             private_folder(path.parent)
             path.touch(0o600)
             self.connection = _connect(path, wait=5.0)
-            self._make(synced, size)
+            self._create(synced, size)
         except (OSError, sqlite3.Error) as error:
             for each in _files(path):
                 with contextlib.suppress(OSError):
@@ -294,7 +294,7 @@ class Outbox:
     def _update(self, c: sqlite3.Connection, rows: list[tuple[str, str]]) -> None:
         c.executemany("UPDATE owed SET body = ?, final = 1 WHERE key = ? AND final = 0", rows)
 
-    def _make(self, synced: bool, size: int) -> None:
+    def _create(self, synced: bool, size: int) -> None:
         """Create the table, and free pages in the file.
 
         The log gets the size of the first step of these pages.

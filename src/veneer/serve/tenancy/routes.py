@@ -206,13 +206,13 @@ def route_change(now: Route | None, planned: Route) -> str:
     """
     name, ended = planned.name, not planned.targets
     if now is None or not now.targets:
-        text = f"{name} begins: {_shares(planned)}." if not ended else f"{name} has no targets."
+        text = f"{name} begins: {_describe_shares(planned)}." if not ended else f"{name} has no targets."
     elif ended:
         text = f"{name} ends: requests for it get 404."
     elif moved := moved_buckets(now.runs, planned.runs):
         most_first = sorted(moved.items(), key=lambda move: -move[1])
         parts = [f"{_percent(n)} move from {old} to {new}" for (old, new), n in most_first]
-        text = f"Of the users of {name}, {_listed(parts)}; nobody else changes."
+        text = f"Of the users of {name}, {_join_words(parts)}; nobody else changes."
     else:
         text = f"No user of {name} moves."
     return f"{text}{_shadow_change(now, planned)}"
@@ -228,20 +228,22 @@ def _shadow_change(now: Route | None, planned: Route) -> str:
     return f" {after[0]} answers {_percent(after[1] * BUCKETS)} of requests too, unseen."
 
 
-def _shares(route: Route) -> str:
+def _describe_shares(route: Route) -> str:
     counts: dict[str, int] = {}
     for name, count in route.runs:
         counts[name] = counts.get(name, 0) + count
     if len(counts) == 1:
         return f"all users get {next(iter(counts))}"
-    return _listed([f"{_percent(n)} of users get {name}" for name, n in sorted(counts.items(), key=lambda c: -c[1])])
+    return _join_words(
+        [f"{_percent(n)} of users get {name}" for name, n in sorted(counts.items(), key=lambda c: -c[1])]
+    )
 
 
 def _percent(buckets: float) -> str:
     return f"{buckets * 100 / BUCKETS:.4g} %"
 
 
-def _listed(parts: Sequence[str]) -> str:
+def _join_words(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
@@ -340,7 +342,7 @@ def rollback_route(
     with store.change() as c:
         now, earlier = earlier_route(c, route, tenant=tenant, undone=undone)
         _point(c, tenant, route, earlier.move)
-        append_audit(c, actor, "route.rollback", _subject(tenant, route), _shown(now), _shown(earlier))
+        append_audit(c, actor, "route.rollback", _subject(tenant, route), _audit_fields(now), _audit_fields(earlier))
         return earlier
 
 
@@ -354,7 +356,7 @@ def earlier_route(c: Connection, route: str, *, tenant: str = ALL, undone: Colle
         raise _lost(c, tenant, route)
     if undone and now.move not in undone:
         raise RouteMoved(f"{route} was changed since", where="route", fix=f"veneer tenant route history {route}")
-    of_route = _of(move_table, tenant, route)
+    of_route = _belongs_to(move_table, tenant, route)
     number: int | None = now.move
     while number is not None and number in {now.move, *undone}:
         number = c.scalar(select(move_table.c.before).where(of_route, move_table.c.move == number))
@@ -380,7 +382,7 @@ def _check(targets: Sequence[str], shadow: str | None, check: Callable[[str], ob
 
 
 def route_fields(route: Route) -> dict[str, Any]:
-    return {"route": route.name, "tenant": route.tenant, "move": route.move, **_shown(route)}
+    return {"route": route.name, "tenant": route.tenant, "move": route.move, **_audit_fields(route)}
 
 
 def route_history(c: Connection, route: str, *, tenant: str = ALL, limit: int | None = None) -> list[dict[str, Any]]:
@@ -391,11 +393,11 @@ def route_history(c: Connection, route: str, *, tenant: str = ALL, limit: int | 
     now = _current(c, tenant, route)
     if now is None:
         raise _lost(c, tenant, route)
-    query = select(move_table).where(_of(move_table, tenant, route)).order_by(move_table.c.move.desc())
+    query = select(move_table).where(_belongs_to(move_table, tenant, route)).order_by(move_table.c.move.desc())
     rows = c.execute(query.limit(limit)).all()
     return [
         {"move": r.move, "before": r.before, "current": r.move == now.move, "at": r.at, "who": r.who}
-        | _shown(route_of(r))
+        | _audit_fields(route_of(r))
         for r in rows
     ]
 
@@ -445,19 +447,19 @@ def shadow_summary(c: Connection, *, route: str = "") -> list[dict[str, Any]]:
     return out
 
 
-def _of(table: Table, tenant: str, route: str) -> ColumnElement[bool]:
+def _belongs_to(table: Table, tenant: str, route: str) -> ColumnElement[bool]:
     return (table.c.tenant == tenant) & (table.c.route == route)
 
 
 def _current(c: Connection, tenant: str, route: str) -> Route | None:
-    row = c.execute(current_moves().where(_of(route_table, tenant, route))).first()
+    row = c.execute(current_moves().where(_belongs_to(route_table, tenant, route))).first()
     return None if row is None else route_of(row)
 
 
 def _move(
     c: Connection, tenant: str, route: str, spec: dict[str, Any], previous: Route | None, action: str, actor: str
 ) -> Route:
-    number = (c.scalar(select(func.max(move_table.c.move)).where(_of(move_table, tenant, route))) or 0) + 1
+    number = (c.scalar(select(func.max(move_table.c.move)).where(_belongs_to(move_table, tenant, route))) or 0) + 1
     row: dict[str, Any] = {
         "tenant": tenant,
         "route": route,
@@ -468,16 +470,16 @@ def _move(
     _point(c, tenant, route, number)
     after = _current(c, tenant, route)
     assert after is not None
-    append_audit(c, actor, action, _subject(tenant, route), _shown(previous), _shown(after))
+    append_audit(c, actor, action, _subject(tenant, route), _audit_fields(previous), _audit_fields(after))
     return after
 
 
 def _point(c: Connection, tenant: str, route: str, move: int) -> None:
-    c.execute(delete(route_table).where(_of(route_table, tenant, route)))
+    c.execute(delete(route_table).where(_belongs_to(route_table, tenant, route)))
     c.execute(insert(route_table), {"tenant": tenant, "route": route, "current": move})
 
 
-def _shown(route: Route | None) -> dict[str, Any]:
+def _audit_fields(route: Route | None) -> dict[str, Any]:
     if route is None or not route.targets:
         return {"targets": {}, "shadow": None, "fraction": 1.0}
     return {"targets": dict(route.targets), "shadow": route.shadow, "fraction": route.fraction}

@@ -476,14 +476,14 @@ class Store:
         self.engine = open_engine(where, TENANT_SCHEMA.what, patience)
         migrate(self.engine, TENANT_SCHEMA, where)
         self._settings = TenantSettings(revision=-1)
-        self.look()
+        self.refresh()
 
     @property
     def settings(self) -> TenantSettings:
-        """The settings as of the last `look`."""
+        """The settings as of the last `refresh`."""
         return self._settings
 
-    def look(self) -> TenantSettings:
+    def refresh(self) -> TenantSettings:
         """Refresh: the settings now in the database."""
         with self.reading() as c:
             if int(c.scalar(_REVISION) or 0) == self._settings.revision:

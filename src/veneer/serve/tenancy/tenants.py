@@ -39,7 +39,7 @@ from veneer.serve.request import Refused, Usage
 from veneer.serve.settings import LedgerSettings
 from veneer.serve.tenancy.entry import LedgerEntry, LedgerLine
 from veneer.serve.tenancy.feedback import StoredAnswers
-from veneer.serve.tenancy.keys import admin_hash, hash_key, key_id, same
+from veneer.serve.tenancy.keys import admin_hash, hash_key, key_id, matches_hash
 from veneer.serve.tenancy.ledger import Ledger
 from veneer.serve.tenancy.limits import DAY, MINUTE, LimitHold, Limits
 from veneer.serve.tenancy.routes import TenantRoutes
@@ -103,7 +103,7 @@ class Tenants(Tenancy):
             return Principal("operator", user=user)
         identity = key_id(key) if key else None
         row = settings.keys.get(identity) if identity else None
-        right = same(key or "", row.hash if row else _NOBODY) and row is not None
+        right = matches_hash(key or "", row.hash if row else _NOBODY) and row is not None
         tenant = settings.tenants.get(row.tenant) if row else None
         if not right or row is None or tenant is None or row.state(self._wall()) != "active" or not tenant.enabled:
             raise Refused(
@@ -115,7 +115,7 @@ class Tenants(Tenancy):
         return Principal("tenant", tenant.name, settings.visibility[tenant.name], user, tenant.weight)
 
     def is_admin(self, key: str) -> bool:
-        return self.admin_hash is not None and same(key, self.admin_hash)
+        return self.admin_hash is not None and matches_hash(key, self.admin_hash)
 
     async def _fresh(self) -> TenantSettings:
         """The settings, refreshed after this call.
@@ -142,7 +142,7 @@ class Tenants(Tenancy):
         with self._mutex:
             self._next_refresh = None
         try:
-            settings = self.store.look()
+            settings = self.store.refresh()
         except SQLAlchemyError as error:
             self._log_unavailable(error)
             raise

@@ -102,7 +102,7 @@ async def _collected(
         else:
             item["b64_json"] = file
         data.append(item | _notes(plan, pictures[i]))
-    return _about(body, plan) | {
+    return _settings_fields(body, plan) | {
         "created": int(time.time()),
         "data": data,
         "usage": _usage(plan, sum(picture.usage.completion for picture in pictures.values())),
@@ -118,7 +118,7 @@ def _file(picture: FinishedPicture, body: ImageBody) -> str:
     return base64.b64encode(encoded(result.image, result.text, result.record, body.kind, quality)).decode()
 
 
-def _about(body: ImageBody, plan: DrawingPlan) -> dict[str, Any]:
+def _settings_fields(body: ImageBody, plan: DrawingPlan) -> dict[str, Any]:
     return {
         "background": "opaque",
         "output_format": body.kind,
@@ -157,7 +157,7 @@ async def _lines(
             file = await asyncio.to_thread(_file, item, body)
             fields = {"type": f"{event}.completed", "b64_json": file, "seed": plan.requests[i].seed, "index": i}
             fields |= {"created_at": created, "usage": _usage(plan, item.usage.completion)}
-            yield _sse(fields | _about(body, plan) | _notes(plan, item))
+            yield _sse(fields | _settings_fields(body, plan) | _notes(plan, item))
 
 
 def _error_event(error: Refused) -> bytes:

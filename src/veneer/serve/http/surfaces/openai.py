@@ -233,7 +233,7 @@ class _ChatFormat:
         """The i-th whole answer."""
         reader = self.readers[i]
         pieces = [*reader.feed(answer.text), *reader.end()]
-        calls = [piece.whole() for piece in pieces if isinstance(piece, ToolCall)]
+        calls = [piece.to_dict() for piece in pieces if isinstance(piece, ToolCall)]
         text = "".join(piece for piece in pieces if isinstance(piece, str))
         content = None if calls and not text.strip() else text
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}

@@ -82,7 +82,7 @@ async def generate(request: HttpRequest, body: Generate) -> Response:
     service = service_of(request)
     job = await _job(request, service, body)
     (answer,) = await collect(request, service, job)
-    return Json(_whole(service, job, body, answer), headers=body.parameters.headers)
+    return Json(_response(service, job, body, answer), headers=body.parameters.headers)
 
 
 @tgi_routes.post("/generate_stream", summary="Stream the completion of a text.")
@@ -104,7 +104,7 @@ async def compatible(request: HttpRequest, body: Generate) -> Response:
     service = service_of(request)
     job = await _job(request, service, body)
     (answer,) = await collect(request, service, job)
-    return Json([_whole(service, job, body, answer)])
+    return Json([_response(service, job, body, answer)])
 
 
 @tgi_routes.get("/info", summary="Get the server's model and limits.")
@@ -194,7 +194,7 @@ def _tops(service: Service, token: Token, count: int | None) -> list[dict[str, A
     ]
 
 
-def _whole(service: Service, job: TextJob, body: Generate, answer: TextAnswer) -> dict[str, Any]:
+def _response(service: Service, job: TextJob, body: Generate, answer: TextAnswer) -> dict[str, Any]:
     parameters, end = body.parameters, answer.finished
     body_json: dict[str, Any] = {"generated_text": _text(body, answer)}
     if parameters.details is not False:
