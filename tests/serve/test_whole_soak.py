@@ -187,7 +187,7 @@ def left_over(whole: Whole) -> dict[str, int]:
     assert not service.shadows.running
     assert not engine.runner.sequences
     assert engine.runner.attached <= set(engine.residents.resident())
-    used = sum(each.bytes for each in engine.residents.listed())
+    used = sum(each.bytes for each in engine.residents.resident_adapters())
     assert engine.residents.stats().bytes == used <= engine.residents.limit
     process = psutil.Process()
     time.sleep(2)  # connections that were closed, threads of pools

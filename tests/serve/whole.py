@@ -202,7 +202,7 @@ class Whole:
         """Wait until nothing runs, then: no request, no block, no reference is left."""
         engine = self.engine
         wait_for(lambda: not engine.here)
-        wait_for(lambda: not any(each.leases for each in engine.residents.listed()))
+        wait_for(lambda: not any(each.leases for each in engine.residents.resident_adapters()))
         assert engine.cache.in_use == 0
         assert engine.residents.stats().waiting == 0
         assert not engine.scheduler.running

@@ -209,7 +209,7 @@ class TextBoard(Board):
         if not others:
             raise VeneerError("all columns have the same answer", fix="another prompt, or a temperature")
         rejected = tuple((other.id, i) for other in others)
-        feedback = AnswerFeedback(column.id, i, rejected=rejected, said=frozenset({"rejected"}))
+        feedback = AnswerFeedback(column.id, i, rejected=rejected, changed=frozenset({"rejected"}))
         rows = [preference_row(self._messages(), answer, other.answers[i]) for other in others]
         where = await self._record(feedback, "preference", rows, chosen=answer, rejected=others[-1].answers[i])
         column.element.judged(i, f"Better than {counted(len(others), 'other')}: {where}")
@@ -217,7 +217,7 @@ class TextBoard(Board):
     async def _correct(self, column: Column, event: Sequence[Any]) -> None:
         i, text = int(event[0]), str(event[1])
         row = corrected_row(self._messages(), text)
-        feedback = AnswerFeedback(column.id, i, corrected=row["messages"][-1], said=frozenset({"corrected"}))
+        feedback = AnswerFeedback(column.id, i, corrected=row["messages"][-1], changed=frozenset({"corrected"}))
         where = await self._record(feedback, "messages", [row], answer=text)
         column.element.judged(i, f"Corrected: {where}")
 

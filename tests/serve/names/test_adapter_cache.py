@@ -223,7 +223,7 @@ def test_dropped_and_loaded_again() -> None:
     residents.drop("a")
     residents.load("a")
     lease.release()
-    assert {each.digest: each.bytes for each in residents.listed()} == {"a": UNIT}
+    assert {each.digest: each.bytes for each in residents.resident_adapters()} == {"a": UNIT}
     assert shop.reads == ["a"]
     residents.close()
 
@@ -233,7 +233,7 @@ def test_load_uses_a_read_adapter_and_waits() -> None:
     residents = AdapterCache(shop.read, shop.prepare, limit_bytes=4 * UNIT)
     residents.load("a", shop.read("a"))
     assert shop.reads == ["a"]
-    assert {each.digest: each.bytes for each in residents.listed()} == {"a": UNIT}
+    assert {each.digest: each.bytes for each in residents.resident_adapters()} == {"a": UNIT}
     shop.broken["b"] = AdapterError("no")
     with pytest.raises(Refused):
         residents.load("b")

@@ -40,10 +40,12 @@ def test_stored_answers_are_counted_exported_and_removed(tenants: Tenants, clock
     for n in range(230):  # more than are read or written at once
         keep(tenants, f"a-{n}", f"u-{n % 2}", f"answer {n} \0 \ud83d")
     for n in range(230):
-        tenants.answers.give("acme", AnswerFeedback(f"a-{n}", up=n % 4 != 0, said=frozenset({"up"})))
+        tenants.answers.give("acme", AnswerFeedback(f"a-{n}", up=n % 4 != 0, changed=frozenset({"up"})))
     better = {"role": "assistant", "content": "better"}
-    tenants.answers.give("acme", AnswerFeedback("a-1", corrected=better, said=frozenset({"corrected"})))
-    tenants.answers.give("acme", AnswerFeedback("a-2", rejected=(("a-3", 0), ("a-4", 0)), said=frozenset({"rejected"})))
+    tenants.answers.give("acme", AnswerFeedback("a-1", corrected=better, changed=frozenset({"corrected"})))
+    tenants.answers.give(
+        "acme", AnswerFeedback("a-2", rejected=(("a-3", 0), ("a-4", 0)), changed=frozenset({"rejected"}))
+    )
     with reading(tenants.store.engine) as c:
         counts = feedback_counts(c, "acme", NOW)
     assert counts == {"answers": 230, "up": 172, "down": 58, "corrected": 1, "chosen": 1}

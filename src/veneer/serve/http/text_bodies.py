@@ -174,14 +174,20 @@ class TextBody(Body):
         return {"model": self.model, "mix": mix_of(self.mix), "lora_path": self.lora_path}
 
     def sampling(
-        self, service: Service, *, room: int, max_tokens: int | None, grammar: GrammarSpec | None = None, **more: Any
+        self,
+        service: Service,
+        *,
+        available: int,
+        max_tokens: int | None,
+        grammar: GrammarSpec | None = None,
+        **more: Any,
     ) -> Sampling:
         """The Sampling of a request. `room`: tokens that the context leaves. `more`: logprobs."""
         names = "min_tokens temperature top_p min_p presence_penalty frequency_penalty repetition_penalty seed"
         return sampling_of(
             **{name: getattr(self, name) for name in names.split()},
             **more,
-            max_tokens=limited(max_tokens, room, service),
+            max_tokens=limited(max_tokens, available, service),
             top_k=None if self.top_k is None else max(self.top_k, 0),
             logit_bias=bias_of(self.logit_bias, service.prompts),
             stop=stops_of(self.stop, service.settings.max_stops),
@@ -345,17 +351,17 @@ def _one_grammar(grammars: Sequence[GrammarSpec | None]) -> GrammarSpec | None:
     return present[0] if present else None
 
 
-def limited(requested: int | None, room: int, service: Service) -> int:
+def limited(requested: int | None, available: int, service: Service) -> int:
     """The token limit of an answer. `requested`: as requested; None for as many as possible.
 
     Raises Refused (400) if more is requested than possible.
     """
-    most = service.settings.max_tokens or room
+    most = service.settings.max_tokens or available
     if requested is None:
-        return max(1, min(room, most))
-    if requested > room:
+        return max(1, min(available, most))
+    if requested > available:
         context = service.prompts.context
-        message = f"{requested} tokens are requested, and the prompt leaves {room} of the context's {context}"
+        message = f"{requested} tokens are requested, and the prompt leaves {available} of the context's {context}"
         raise invalid(message, "max_tokens", "request fewer, or shorten the prompt")
     if requested > most:
         raise invalid(f"max_tokens is {requested}", "max_tokens", f"at most {most} on this server")

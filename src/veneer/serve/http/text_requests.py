@@ -109,9 +109,9 @@ async def ask_texts(
     try:
         await service.catalog.fresh()
 
-        def sampling(room: int) -> Sampling:
+        def sampling(available: int) -> Sampling:
             return sampling_of(
-                max_tokens=limited(request.max_tokens, room, service),
+                max_tokens=limited(request.max_tokens, available, service),
                 temperature=request.temperature,
                 seed=request.seed,
                 logprobs=request.logprobs,

@@ -237,7 +237,7 @@ class AdapterCache(Generic[T]):
             entries = sorted((e for e in self._entries.values() if e.state == "resident"), key=lambda e: e.used)
             return {e.digest: ResidentAdapter(e.digest, e.size, e.leases) for e in entries}
 
-    def listed(self) -> list[ResidentAdapter]:
+    def resident_adapters(self) -> list[ResidentAdapter]:
         """The adapters in memory, most recently used first."""
         return [*reversed(self.resident().values())]
 

@@ -136,7 +136,7 @@ class AdapterSources:
         if self.names is not None:
             await self.names.fresh()
 
-    def listed(self, fingerprint: str) -> list[NamedVersion]:
+    def latest_versions(self, fingerprint: str) -> list[NamedVersion]:
         """The latest readable version of each name for the base of this fingerprint."""
         if self.names is None:
             return []

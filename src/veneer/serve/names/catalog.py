@@ -63,7 +63,7 @@ class AdapterMemory(Protocol):
 
     def drop(self, digest: str) -> None: ...
 
-    def listed(self) -> list[ResidentAdapter]: ...
+    def resident_adapters(self) -> list[ResidentAdapter]: ...
 
 
 class NoAdapters:
@@ -74,7 +74,7 @@ class NoAdapters:
 
     def drop(self, digest: str) -> None: ...
 
-    def listed(self) -> list[ResidentAdapter]:
+    def resident_adapters(self) -> list[ResidentAdapter]:
         return []
 
 
@@ -92,13 +92,13 @@ class Catalog:
         self,
         sources: AdapterSources,
         problems: Problems,
-        residents: AdapterMemory,
+        memory: AdapterMemory,
         *,
         name: str = "",
         routes: Routes | None = None,
     ) -> None:
         self.base = name or sources.base.name.rstrip("/").rpartition("/")[2]
-        self.sources, self.problems, self.residents, self.routes = sources, problems, residents, routes
+        self.sources, self.problems, self.residents, self.routes = sources, problems, memory, routes
         self._started = int(time.time())
         self._lock = threading.Lock()
         self._reading = threading.Semaphore(2)  # limits memory: concurrent loads
@@ -110,9 +110,9 @@ class Catalog:
         """The base's fingerprint."""
         return self.sources.base.fingerprint
 
-    def use_base(self, base: AnyBase, problems: Problems, residents: AdapterMemory) -> None:
+    def use_base(self, base: AnyBase, problems: Problems, memory: AdapterMemory) -> None:
         """Serve names over a base that has just been loaded."""
-        self.sources.base, self.problems, self.residents = base, problems, residents
+        self.sources.base, self.problems, self.residents = base, problems, memory
 
     # -- resolving names -----------------------------------------------------------------------------------------------
 
@@ -240,7 +240,7 @@ class Catalog:
         raise _missing(model)
 
     def _library_cards(self) -> list[ModelCard]:
-        versions = self.sources.listed(self.fingerprint)
+        versions = self.sources.latest_versions(self.fingerprint)
         if self._library_models[0] is not versions:
             cards = [ModelCard(v.name, v.reference, self.base, _seconds(v.added), v.digest) for v in versions]
             self._library_models = (versions, cards)
@@ -250,7 +250,7 @@ class Catalog:
         """(the operator's name, the adapter) of each in memory, most recently used first."""
         named = {card.digest: name for name, card in self._loaded.items()}
         adapters = []
-        for each in self.residents.listed():
+        for each in self.residents.resident_adapters():
             version = None if each.digest in named else self.sources.find_version(each.digest)
             adapters.append((named.get(each.digest) or (version.reference if version else each.digest), each))
         return adapters

@@ -305,7 +305,7 @@ def _erase(c: Connection) -> None:
 class AnswerFeedback:
     """Feedback on a choice of an answer.
 
-    `said`: which other fields apply: a value replaces the earlier one, None clears it. `up`: thumb up or
+    `changed`: which other fields apply: a value replaces the earlier one, None clears it. `up`: thumb up or
     down. `corrected`: the message that should have been the answer. `rejected`: (answer, choice) of each
     answer it was preferred to.
     """
@@ -315,14 +315,14 @@ class AnswerFeedback:
     up: bool | None = None
     corrected: Mapping[str, Any] | None = None
     rejected: tuple[tuple[str, int], ...] | None = None
-    said: frozenset[str] = field(default=frozenset({"up", "corrected", "rejected"}))
+    changed: frozenset[str] = field(default=frozenset({"up", "corrected", "rejected"}))
 
     def values(self) -> dict[str, Any]:
-        """The fields in `said` as columns."""
+        """The fields in `changed` as columns."""
         columns: dict[str, Any] = {"up": self.up}
         columns["corrected"] = None if self.corrected is None else json.dumps(self.corrected)
         columns["rejected"] = json.dumps(self.rejected) if self.rejected else None
-        return {name: value for name, value in columns.items() if name in self.said}
+        return {name: value for name, value in columns.items() if name in self.changed}
 
 
 # -- counts and rows ---------------------------------------------------------------------------------------------------

@@ -219,13 +219,13 @@ def route_change(now: Route | None, planned: Route) -> str:
 
 
 def _shadow_change(now: Route | None, planned: Route) -> str:
-    before = None if now is None or now.shadow is None else (now.shadow, now.fraction)
-    after = None if planned.shadow is None else (planned.shadow, planned.fraction)
-    if before == after:
+    old = None if now is None or now.shadow is None else (now.shadow, now.fraction)
+    new = None if planned.shadow is None else (planned.shadow, planned.fraction)
+    if old == new:
         return ""
-    if after is None:
-        return f" {before[0]} no longer answers unseen." if before else ""
-    return f" {after[0]} answers {_percent(after[1] * BUCKETS)} of requests too, unseen."
+    if new is None:
+        return f" {old[0]} no longer answers unseen." if old else ""
+    return f" {new[0]} answers {_percent(new[1] * BUCKETS)} of requests too, unseen."
 
 
 def _describe_shares(route: Route) -> str:

@@ -94,9 +94,9 @@ async def chat(request: HttpRequest, body: ChatBody) -> Response:
     selection = service.choose(principal, **body.adapters())
     use = tool_use(body.tools, body.tool_choice, service.prompts.takes_tools)
 
-    def sampling(room: int) -> Sampling:
+    def sampling(available: int) -> Sampling:
         settings: dict[str, Any] = {"max_tokens": body.limit(), "logprobs": body.alternatives(), "grammar": use.grammar}
-        return body.sampling(service, room=room, **settings)
+        return body.sampling(service, available=available, **settings)
 
     job = await chat_job(
         service,
@@ -138,7 +138,7 @@ async def completions(request: HttpRequest, body: CompletionBody) -> Response:
     counts = [each for each in (body.logprobs, body.prompt_logprobs) if each is not None]
     settings = body.sampling(
         service,
-        room=min(service.prompts.fits(prompt) for prompt in prompts),
+        available=min(service.prompts.fits(prompt) for prompt in prompts),
         max_tokens=body.max_tokens,
         logprobs=max(counts, default=None),
         prompt_logprobs=bool(body.echo and body.logprobs is not None) or body.prompt_logprobs is not None,
