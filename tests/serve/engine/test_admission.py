@@ -40,7 +40,7 @@ def test_flooding_tenants_leave_others_an_equal_share(n: int) -> None:
             share.give(f"t{i}", share.by[f"t{i}"] // 20)
     for i in range(n):
         flood(share, f"t{i}")
-    free = share.total - share.held
+    free = share.total - share.in_use
     assert 0.8 * 1200 / (n + 1) < free
     assert all(abs(held - free) < 0.25 * free for held in share.by.values())
     assert flood(share, "new") >= free // 2 - 1
@@ -64,14 +64,14 @@ def test_released_amounts_are_available_again(steps: list[tuple[str, int, bool]]
         if leaves:
             places[name].leave()
         share = admission.shares["bodies"]
-        assert share.held == sum(p.held["bodies"] for p in places.values()) <= 100
+        assert share.in_use == sum(p.held["bodies"] for p in places.values()) <= 100
     for place in places.values():
         place.leave()
     assert share_is_empty(admission)
 
 
 def share_is_empty(admission: Admission) -> bool:
-    return all(share.held == 0 and not share.by for share in admission.shares.values())
+    return all(share.in_use == 0 and not share.by for share in admission.shares.values())
 
 
 def test_the_tenant_that_received_least_gets_the_thread() -> None:

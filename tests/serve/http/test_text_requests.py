@@ -134,4 +134,4 @@ def test_closing_a_stream_cancels_and_releases_everything(whole: Whole) -> None:
 
     asyncio.run(first_token())
     whole.idle()
-    assert not any(share.held for share in whole.built.service.admission.shares.values())
+    assert not any(share.in_use for share in whole.built.service.admission.shares.values())

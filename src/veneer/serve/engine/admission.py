@@ -40,21 +40,21 @@ class SharedQuantity:
     """
 
     def __init__(self, label: str, total: int) -> None:
-        self.label, self.total, self.held = label, total, 0
+        self.label, self.total, self.in_use = label, total, 0
         self.by: dict[str, int] = {}
 
     def take(self, tenant: str, weight: float, amount: int) -> None:
         """Reserve `amount` units for a tenant. Raises Refused (overloaded, 429)."""
-        used, free = self.by.get(tenant, 0), self.total - self.held - amount
+        used, free = self.by.get(tenant, 0), self.total - self.in_use - amount
         alpha = min(max(weight, LEAST), MOST)
         if free < 0 or (tenant and used + amount > alpha * free):
             message = f"too many {self.label} at once" + (" from this tenant" if free >= 0 else "")
             raise Refused(message, status=429, code="overloaded", retry_after=1.0)
-        self.held += amount
+        self.in_use += amount
         self.by[tenant] = used + amount
 
     def give(self, tenant: str, amount: int) -> None:
-        self.held -= amount
+        self.in_use -= amount
         self.by[tenant] -= amount
         if not self.by[tenant]:
             del self.by[tenant]

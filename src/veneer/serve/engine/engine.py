@@ -370,7 +370,7 @@ class TextEngine(Engine[Request, EngineEvent]):
         """
         rows = [self._row(c) for c in chunks]
         for chunk in sampled:
-            self._live[chunk.sequence].draws.ahead(self._masks.submit)
+            self._live[chunk.sequence].draws.prefetch_mask(self._masks.submit)
         try:
             logits = self._scored(chunks, rows, self.runner.run(rows))
             choices: list[SampledToken | Refused | None] = (

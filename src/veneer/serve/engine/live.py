@@ -119,15 +119,15 @@ class _LiveSampler(Sampler):
 
         The others then find its cached prefix.
         """
-        ahead: dict[tuple[str, tuple[int, ...]], asyncio.Event] = {}
+        started: dict[tuple[str, tuple[int, ...]], asyncio.Event] = {}
         uses = Counter((request.adapter, request.prompt) for request in requests)
 
         async def complete(request: CompletionRequest) -> Rollout:
             key = (request.adapter, request.prompt)
-            if key in ahead:
-                await ahead[key].wait()
+            if key in started:
+                await started[key].wait()
                 return await self._complete(request, mixes[request.adapter], None)
-            begun = ahead[key] = asyncio.Event()
+            begun = started[key] = asyncio.Event()
             try:
                 return await self._complete(request, mixes[request.adapter], begun if uses[key] > 1 else None)
             finally:

@@ -101,7 +101,7 @@ class SampledRow:
         """Whether the next token is the argmax of the model's own scores."""
         return not (self.sampling.temperature or self._changes or self.generated < self.sampling.min_tokens)
 
-    def ahead(self, submit: Callable[[Callable[[], Tensor]], Future[Tensor]]) -> None:
+    def prefetch_mask(self, submit: Callable[[Callable[[], Tensor]], Future[Tensor]]) -> None:
         """Start to compute the next token's grammar mask, in parallel with the model."""
         if self.grammar is not None and self._mask is None:
             self._mask = submit(self.grammar.mask)

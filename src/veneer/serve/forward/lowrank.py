@@ -169,7 +169,7 @@ def pack_adapter(adapter: Adapter, layout: BaseLayout, key: str = "") -> PackedA
             product = pair.low_rank()
             A, B = product.A.to(device), product.B.to(device).float() * product.scale
             if pair.magnitude is not None:
-                scale = _gain(pair, group.weight(i))
+                scale = _dora_scale(pair, group.weight(i))
                 B = B * scale[:, None]
                 gain = torch.zeros(sum(group.sizes), device=device) if gain is None else gain
                 gain[column : column + n] = scale - 1
@@ -231,7 +231,7 @@ def _dense(A: Tensor) -> Tensor:
     return A if A.ndim == 2 else A.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
 
 
-def _gain(pair: Pair, weight: Tensor) -> Tensor:
+def _dora_scale(pair: Pair, weight: Tensor) -> Tensor:
     """DoRA's scale g = m / ‖W + s·B·A‖ in float32: (out,)."""
     assert pair.magnitude is not None
     collapsed = pair.collapsed()

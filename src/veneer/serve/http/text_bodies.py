@@ -182,7 +182,7 @@ class TextBody(Body):
         grammar: GrammarSpec | None = None,
         **more: Any,
     ) -> Sampling:
-        """The Sampling of a request. `room`: tokens that the context leaves. `more`: logprobs."""
+        """The Sampling of a request. `available`: tokens that the context leaves. `more`: logprobs."""
         names = "min_tokens temperature top_p min_p presence_penalty frequency_penalty repetition_penalty seed"
         return sampling_of(
             **{name: getattr(self, name) for name in names.split()},

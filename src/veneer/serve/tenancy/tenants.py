@@ -101,11 +101,11 @@ class Tenants(Tenancy):
         settings = await self._fresh()
         if key and self.is_admin(key):
             return Principal("operator", user=user)
-        identity = key_id(key) if key else None
-        row = settings.keys.get(identity) if identity else None
-        right = matches_hash(key or "", row.hash if row else _NOBODY) and row is not None
+        id = key_id(key) if key else None
+        row = settings.keys.get(id) if id else None
+        matches = matches_hash(key or "", row.hash if row else _NOBODY) and row is not None
         tenant = settings.tenants.get(row.tenant) if row else None
-        if not right or row is None or tenant is None or row.state(self._wall()) != "active" or not tenant.enabled:
+        if not matches or row is None or tenant is None or row.state(self._wall()) != "active" or not tenant.enabled:
             raise Refused(
                 "no valid API key",
                 status=401,
