@@ -49,7 +49,7 @@ def test_command_line_trains_from_config_to_adapter(folder: Path, capsys: pytest
     job = json.loads(ran.out)
     assert (job["state"], job["name"], job["steps"]) == ("queued", "acme/support", STEPS)
     said: list[str] = []
-    with background_worker(library=str(folder / "library"), tenants=tenants, say=said.append):
+    with background_worker(library=str(folder / "library"), tenants=tenants, log=said.append):
         watched = run(capsys, "jobs", *at, "watch", job["id"], "--tenant", "acme")
     assert watched.code == 0, watched.out + job_log(folder, job["id"])
     assert f"step {STEPS} of {STEPS}: loss" in watched.out

@@ -18,7 +18,7 @@ PLAN = {"tokens": 1_000_000, "steps": 10}
 
 
 def taken(store: JobStore, seconds: float = 60, worker: str = "w", **how: Any) -> JobLease:
-    lease = store.take(worker, seconds, **how)
+    lease = store.acquire(worker, seconds, **how)
     assert lease is not None
     return lease
 

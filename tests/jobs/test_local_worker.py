@@ -15,7 +15,7 @@ def test_worker_arguments_have_no_password(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setenv("VENEER_HOME", str(tmp_path))
     before, end = psutil.Process().children(), time.monotonic() + 30
     with background_worker(
-        library=str(tmp_path / "library"), tenants="postgresql://u:secret@h/d", say=lambda text: None
+        library=str(tmp_path / "library"), tenants="postgresql://u:secret@h/d", log=lambda text: None
     ):
         while not (found := [each for each in psutil.Process().children() if each not in before]):
             assert time.monotonic() < end

@@ -26,7 +26,7 @@ def test_errors_name_uploaded_files(quick: Path, data: dict[str, object]) -> Non
     with open_library(quick / "library") as library:
         store = JobStore(library)
         made = store.create("acme", {"base": {"name": "smollm2-135m"}, "data": data}, name="support")
-        lease = store.take("here", 60, "validating", only=made.id)
+        lease = store.acquire("here", 60, "validating", only=made.id)
         where = "/secret/place/a.jsonl" if "train" in data else "/secret/place/drawings"
         event = JobEvent("warn", "preflight", f"{where}:3 is no row", {"findings": [{"text": f"see {where}:3"}]})
         told = str(event_to_openai(made, event))
@@ -53,7 +53,7 @@ def failed_job(quick: Path, method: str = "supervised", **error: str) -> Job:  #
         if method != "supervised":
             asked["hyperparameters"] = {**asked["hyperparameters"], "beta": 0.2}
         made = store.create("acme", config, name="support", about={"openai": asked})
-        lease = store.take("here", 60, "validating", only=made.id)
+        lease = store.acquire("here", 60, "validating", only=made.id)
         return store.finish(lease, error=error)
 
 
@@ -88,9 +88,9 @@ def test_notes_of_a_run_are_hidden_from_clients(quick: Path) -> None:  # noqa: F
     with open_library(quick / "library") as library:
         store = JobStore(library)
         made = store.create("acme", {"base": "tiny"}, name="support")
-        lease = store.take("here", 60, "validating", only=made.id)
+        lease = store.acquire("here", 60, "validating", only=made.id)
         note = JobEvent("info", "note", "peak memory 0.57 GB, 0.02 predicted (+2710%)")
-        store.note(lease, [note, JobEvent("warn", "note", "its process died: killed")])
+        store.record(lease, [note, JobEvent("warn", "note", "its process died: killed")])
         every, for_clients = (store.events("acme", made.id, diagnostics=d)[0] for d in (True, False))
     assert [event.kind for event in every] == ["state", "note", "note"]
     assert [event.level for event in for_clients] == ["info", "warn"]

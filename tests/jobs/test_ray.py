@@ -77,10 +77,10 @@ def connected(address: str) -> RayExecutor:
 
 def leased(store: JobStore, folder: Path, steps: int) -> JobLease:
     made = store.create("acme", small_config(folder, steps), name="support")
-    new = store.take("v", 600, "validating")
+    new = store.acquire("v", 600, "validating")
     assert new is not None
     assert validate_job(store, new, FixedTerms(store), device_of()).state == "queued"
-    lease = store.take("w", 3600)
+    lease = store.acquire("w", 3600)
     assert lease.job.id == made.id
     return lease
 

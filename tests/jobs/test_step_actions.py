@@ -47,7 +47,7 @@ def asked(store: JobStore, device: Device, values: dict[str, Any]) -> Job:
 
 
 def trained(store: JobStore) -> Job:
-    lease = store.take("here", 600)
+    lease = store.acquire("here", 600)
     assert run_job(store.library, lease.job.id, lease.token) == 0
     ended = store.get(None, lease.job.id)
     assert ended.state == "succeeded", ended.error

@@ -95,9 +95,9 @@ def test_job_from_creation_to_bill(store: JobStore) -> None:
     assert "output" not in job.config  # where it goes is the job's own affair
     lease = taken(store)
     loaded = JobEvent("info", "note", "loaded\x00")
-    store.note(lease, [loaded, step(1), step(2)], [JobCheckpoint(2, {"loss": 0.5})], trained=trained(2))
-    store.note(lease, [step(1)], trained=trained(1))  # again, after a kill
-    store.note(lease, [step(2), step(3)], [JobCheckpoint(2), JobCheckpoint(3)], trained=trained(3), place="here")
+    store.record(lease, [loaded, step(1), step(2)], [JobCheckpoint(2, {"loss": 0.5})], trained=trained(2))
+    store.record(lease, [step(1)], trained=trained(1))  # again, after a kill
+    store.record(lease, [step(2), step(3)], [JobCheckpoint(2), JobCheckpoint(3)], trained=trained(3), place="here")
     done = store.finish(lease, result={"reference": "acme/support@1"})
     assert (done.state, done.step, done.tokens, done.place) == ("succeeded", 3, 300_000, "here")
     bill = store.bill("acme", job.id)
@@ -119,10 +119,10 @@ def test_job_from_creation_to_bill(store: JobStore) -> None:
 
 def test_failed_jobs_are_free_and_cancelled_jobs_billed(store: JobStore) -> None:
     lease = running(store, price=1_000_000)
-    store.note(lease, [step(1)], trained=trained(1))
+    store.record(lease, [step(1)], trained=trained(1))
     store.finish(lease, error={"kind": "training", "message": "not finite"})
     lease = running(store, price=1_000_000)
-    store.note(lease, [step(1), step(2)], trained=trained(2))
+    store.record(lease, [step(1), step(2)], trained=trained(2))
     store.cancel("acme", lease.job.id)
     assert store.spent("acme") == 200_000
 
@@ -142,7 +142,7 @@ def test_lost_lease_changes_nothing(store: JobStore) -> None:
         before = store.get("acme", lease.job.id), store.events("acme", lease.job.id)
         tries: list[Callable[[], object]] = [
             lambda: store.renew(lease, 60),  # noqa: B023
-            lambda: store.note(lease, [step(1)], [JobCheckpoint(1)]),  # noqa: B023
+            lambda: store.record(lease, [step(1)], [JobCheckpoint(1)]),  # noqa: B023
             lambda: store.release(lease, "stopped"),  # noqa: B023
             lambda: store.died(lease, "killed"),  # noqa: B023
             lambda: store.finish(lease, result={}),  # noqa: B023
@@ -160,7 +160,7 @@ def test_renewed_lease_stays_and_counts_seconds(store: JobStore) -> None:
     lease = running(store)
     time.sleep(0.05)
     assert store.renew(lease, 60).seconds > 0.04
-    assert store.take("another", 60) is None
+    assert store.acquire("another", 60) is None
     assert store.get_lease(lease.job.id, lease.token).job.worker == "w"
 
 
@@ -180,7 +180,7 @@ def test_many_workers_take_each_job_once(store: JobStore) -> None:
 
     def work(name: str) -> None:
         ready.wait()
-        while (lease := store.take(name, 60)) is not None:
+        while (lease := store.acquire(name, 60)) is not None:
             got.append(lease.job.id)
 
     threads = [threading.Thread(target=work, args=(f"w{n}",)) for n in range(3)]
@@ -197,7 +197,7 @@ def test_tenant_with_fewest_running_jobs_is_next(store: JobStore) -> None:
     limits = {"acme": 2}
     order = [taken(store, at_once=limits.get).job.id for _ in range(3)]
     assert order == [a[0], b[0], a[1]]
-    assert store.take("w", 60, at_once=limits.get) is None
+    assert store.acquire("w", 60, at_once=limits.get) is None
     store.cancel("acme", a[0])
     assert taken(store, at_once=limits.get).job.id == a[2]
 
@@ -206,7 +206,7 @@ def test_job_fails_after_three_dead_processes(store: JobStore) -> None:
     queued(store)
     for _ in range(2):
         assert store.died(taken(store), "killed by signal 9").state == "queued"
-    store.note(lease := taken(store), checkpoints=[JobCheckpoint(1)])  # it came on: counted anew
+    store.record(lease := taken(store), checkpoints=[JobCheckpoint(1)])  # it came on: counted anew
     assert store.died(lease, "killed by signal 9").state == "queued"
     for end in ("queued", "failed"):
         job = store.died(taken(store), "killed by signal 9", fix="more memory")
@@ -219,14 +219,14 @@ def test_job_fails_after_three_lost_workers(store: JobStore) -> None:
     for _ in range(3):
         taken(store, seconds=0.02)
         time.sleep(0.05)
-    assert store.take("w", 60) is None
+    assert store.acquire("w", 60) is None
     (job,), _ = store.jobs("acme")
     assert (job.state, job.error and job.error["kind"]) == ("failed", "lost")
 
 
 def test_budget_counts_bills_and_planned_jobs(store: JobStore) -> None:
     lease = running(store, price=2_000_000, budget=5_000_000)  # planned at 2
-    store.note(lease, [step(1)], trained=trained(1, tokens=500_000))
+    store.record(lease, [step(1)], trained=trained(1, tokens=500_000))
     store.finish(lease, result={})  # 1 was spent
     queued(store, price=2_000_000, budget=5_000_000)
     store.create("acme", CONFIG, name="support")
@@ -259,7 +259,7 @@ OTHERS = ["best", "", "%", "acme%", "acm_", "*", "ACME", "acme' OR '1'='1"]
 
 def test_jobs_of_other_tenants_are_unknown(store: JobStore) -> None:
     lease = running(store, price=1_000_000)
-    store.note(lease, [step(1)], [JobCheckpoint(1)])
+    store.record(lease, [step(1)], [JobCheckpoint(1)])
     job = lease.job.id
     before = store.get("acme", job), store.events("acme", job)
     names = (f"{job}\x00", "%", f"{job}' --", "ftjob-\ud800", "")
@@ -288,7 +288,7 @@ def test_job_name_must_be_in_the_tenants_namespace(store: JobStore) -> None:
 def test_only_old_metrics_are_deleted(store: JobStore) -> None:
     leases = [running(store, tenant=tenant) for tenant in ("acme", "best", "corp")]
     for lease in leases:
-        store.note(lease, [step(1), step(2)], trained=trained(2))
+        store.record(lease, [step(1), step(2)], trained=trained(2))
     for lease in leases[:2]:
         store.finish(lease, result={})
     old, young, runs = (store.get(None, lease.job.id) for lease in leases)

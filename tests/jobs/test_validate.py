@@ -34,7 +34,7 @@ FREE: dict[str, Any] = {}
 
 def looked_at(store: JobStore, config: dict[str, Any], terms: Mapping[str, Any] = FREE, **device: Any) -> Job:
     store.create("acme", config, name="support")
-    lease = store.take("validator", 60, "validating")
+    lease = store.acquire("validator", 60, "validating")
     assert lease is not None
     return validate_job(store, lease, FixedTerms(store, **terms), replace(cpu_device(), **device))
 
@@ -90,7 +90,7 @@ def test_plan_includes_the_evaluations_completions(
     def asked(*metrics: str) -> Job:
         about = {"after": {"evaluate": {"metrics": metrics}, "alias": "prod"}}
         store.create("acme", small_config(folder), name="support", about=about)
-        lease = store.take("validator", 60, "validating")
+        lease = store.acquire("validator", 60, "validating")
         assert lease is not None
         return validate_job(store, lease, FixedTerms(store), cpu_device())
 

@@ -38,10 +38,10 @@ def test_tuned_model_is_served_only_to_its_tenant(tmp_path: Path, monkeypatch: p
 
     def work() -> None:
         """Do a worker's work on the one waiting job."""
-        new = jobs.take("here", 60, "validating")
+        new = jobs.acquire("here", 60, "validating")
         assert new is not None
         validate_job(jobs, new, FixedTerms(jobs), device_of("h100-80gb"))  # what this machine does is not measured
-        if (lease := jobs.take("here", 600)) is not None:
+        if (lease := jobs.acquire("here", 600)) is not None:
             run_job(shop.library, lease.job.id, lease.token)
 
     with (

@@ -252,7 +252,7 @@ def test_folders_of_failed_jobs_are_kept_for_days(
     for job in jobs:
         (job.make_folder() / "process.log").write_text("words")
     store.cancel("acme", jobs[0].id)
-    lease = store.take("w", 60, only=jobs[1].id)
+    lease = store.acquire("w", 60, only=jobs[1].id)
     store.finish(lease, error={"kind": "data", "message": "a broken line"})
     store.pause("acme", jobs[2].id)
     Worker(library, FakeExecutor()).run(until_idle=True)
@@ -293,7 +293,7 @@ def test_job_outlasts_a_database_outage_within_its_lease(library: Library, store
     executor, job, away = FakeExecutor(), queued(store), threading.Event()
     with working(library, executor, lease=0.8) as worker:
         until(lambda: executor.running)
-        real = worker.store.get_lease, worker.store.renew, worker.store.take
+        real = worker.store.get_lease, worker.store.renew, worker.store.acquire
 
         def broken(call: Callable[..., Any]) -> Callable[..., Any]:
             def maybe(*arguments: Any, **named: Any) -> Any:
@@ -303,7 +303,7 @@ def test_job_outlasts_a_database_outage_within_its_lease(library: Library, store
 
             return maybe
 
-        worker.store.get_lease, worker.store.renew, worker.store.take = map(broken, real)
+        worker.store.get_lease, worker.store.renew, worker.store.acquire = map(broken, real)
         away.set()
         time.sleep(0.3)
         assert not executor.asked

@@ -40,9 +40,9 @@ def recorded_job(
         "schedule": {"steps": 4},
     }
     job = store.create(tenant, config, name="lesson")
-    validating = store.take("here", 3600, "validating", only=job.id)
+    validating = store.acquire("here", 3600, "validating", only=job.id)
     store.queue(validating, {"tokens": 100, "steps": 4})
-    lease = store.take("here", 3600, only=job.id)
+    lease = store.acquire("here", 3600, only=job.id)
     measured = {"steps": 4, "tokens": 20, "seconds": 0.5, "memory_bytes": 5 * 10**8, "tokens_per_second": 40.0}
     measured |= {"learning_rate": 1e-4, **(rewards or {})}
     events = [JobEvent("info", "metrics", f"step {n}", {"step": n, "loss": 3 - n, **measured}) for n in (1, 2)]
@@ -54,7 +54,7 @@ def recorded_job(
         JobEvent("warn", "note", f"warning: {HOSTILE}"),
     ]
     points = [JobCheckpoint(1, {"loss": 2.0}), JobCheckpoint(2, {"loss": 1.0}, reference=published)]
-    store.note(lease, events, points, trained=(2, 4, 40))
+    store.record(lease, events, points, trained=(2, 4, 40))
     folder = home / "jobs" / job.id / "attempt-1" / "samples"
     folder.mkdir(parents=True)
     Image.new("RGB", (40, 20), "red").save(folder / "step-2.png")

@@ -238,7 +238,7 @@ def serve_with(
             from veneer.jobs.local_worker import background_worker
 
             extends.append(partial(training, python_graders=python_graders, session_days=session_days))
-            resources.enter_context(background_worker(library=settings.library, tenants=settings.tenants, say=say))
+            resources.enter_context(background_worker(library=settings.library, tenants=settings.tenants, log=say))
         if studio:
             from veneer.studio.access import ROOT
             from veneer.studio.build import check_studio, studio_of

@@ -99,10 +99,10 @@ def _do_once(store: JobStore, lease: JobLease, kind: str, failure: str, do: Call
     except Exception as error:
         if is_retryable(error):
             raise
-        found = error_json(error)
-        text = f"{failure}: {found['message']}" + (f" ({found['fix']})" if "fix" in found else "")
-        event = JobEvent("warn", kind, text, {"error": found})
-    store.note(lease, [event])
+        details = error_json(error)
+        text = f"{failure}: {details['message']}" + (f" ({details['fix']})" if "fix" in details else "")
+        event = JobEvent("warn", kind, text, {"error": details})
+    store.record(lease, [event])
     return event
 
 
@@ -218,15 +218,15 @@ def _version(library: Library, name: str) -> str | None:
 def _move_alias(
     name: str, library: Library, reference: str, compared: Mapping[str, Any] | None, met: bool | None
 ) -> tuple[str, dict[str, Any]]:
-    now, before = _version(library, name), None if compared is None else compared["serving"]
-    if not met and not (met is None and before is None and now in (None, reference)):
+    current, serving = _version(library, name), None if compared is None else compared["serving"]
+    if not met and not (met is None and serving is None and current in (None, reference)):
         return f"{name} stays as it is", {}
-    if now not in (before, reference):  # `reference`: moved before a kill
+    if current not in (serving, reference):  # `reference`: moved before a kill
         fix = "veneer jobs promote, if the alias is to point to the job's adapter"
         raise ConfigError(f"{name} was changed since {reference} was compared", where="after.alias", fix=fix)
     library.alias(reference, name.rpartition("@")[2])
-    text = f"{name} leads to {reference}" + ("" if before is None else f", and not to {before}")
-    return text, {"before": before, "promoted": True}
+    text = f"{name} leads to {reference}" + ("" if serving is None else f", and not to {serving}")
+    return text, {"before": serving, "promoted": True}
 
 
 def _move_route(
@@ -240,8 +240,8 @@ def _move_route(
 ) -> tuple[str, dict[str, Any]]:
     name = route.name
     number, now = _current(tenants, job.tenant, name)
-    if own := _own_revisions(job, _history(tenants, job.tenant, name)):  # moved before a kill
-        return f"{name} was moved", {"move": max(own), "promoted": bool(met)}
+    if revisions := _own_revisions(job, _history(tenants, job.tenant, name)):  # moved before a kill
+        return f"{name} was moved", {"move": max(revisions), "promoted": bool(met)}
     if compared is not None and compared.get("move", number) != number:
         raise routes.RouteMoved(f"{name} was changed since {reference} was compared", where="route")
     serving, shadow = serving_version(now, job.name), None
@@ -256,8 +256,8 @@ def _move_route(
         text = f"{reference} gets {part / _WHOLE:.4g} of the users of {name}, {serving} the others"
         text += f"; {reference} answers unseen too" if shadow else ""
     options: dict[str, Any] = {"shadow": shadow, "who": f"job {job.id}", "from_move": number, "check": library.find}
-    made = routes.set_route(tenants, name, targets, tenant=job.tenant, **options)
-    return text, {"move": made.move, "promoted": bool(met)}
+    revision = routes.set_route(tenants, name, targets, tenant=job.tenant, **options)
+    return text, {"move": revision.move, "promoted": bool(met)}
 
 
 def _current(tenants: Store, tenant: str, route: str) -> tuple[int, Route | None]:
@@ -314,20 +314,22 @@ def promote_job(store: JobStore, tenants: Store | None, tenant: str | None, job_
     reference, library = str(job.result["reference"]), store.library
     data: dict[str, Any] = {"promoted": True}
     if after.route is not None:
-        known, kind, name = _require(tenants), "route", after.route.name
-        _, now = _current(known, job.tenant, name)
-        if now is not None and now.targets == ((reference, 1),) and now.shadow is None:
-            return _route_placement(name, now)
-        who = f"job {job.id} by hand"
-        made = routes.set_route(known, name, [(reference, 1)], tenant=job.tenant, actor=who, check=library.find)
-        placement = _route_placement(name, made)
+        tenant_store, kind, name = _require(tenants), "route", after.route.name
+        _, current = _current(tenant_store, job.tenant, name)
+        if current is not None and current.targets == ((reference, 1),) and current.shadow is None:
+            return _route_placement(name, current)
+        actor = f"job {job.id} by hand"
+        revision = routes.set_route(
+            tenant_store, name, [(reference, 1)], tenant=job.tenant, actor=actor, check=library.find
+        )
+        placement = _route_placement(name, revision)
     else:
         kind, name = "alias", f"{job.name}@{after.alias}"
-        before, placement = _version(library, name), _alias_placement(name, reference)
-        if before == reference:
+        previous, placement = _version(library, name), _alias_placement(name, reference)
+        if previous == reference:
             return placement
         library.alias(reference, name.rpartition("@")[2])
-        data["before"] = before
+        data["before"] = previous
     store.add_event(job.tenant, job.id, JobEvent("info", kind, f"promoted: {placement.text}", {kind: name, **data}))
     return placement
 
@@ -348,20 +350,22 @@ def rollback_job(store: JobStore, tenants: Store | None, tenant: str | None, job
 
 
 def _roll_back_route(job: Job, route: str, library: Library, tenants: Store) -> Placement:
-    who, history = f"job {job.id} taken back", _history(tenants, job.tenant, route)
-    own = _own_revisions(job, history)
+    actor, history = f"job {job.id} taken back", _history(tenants, job.tenant, route)
+    revisions = _own_revisions(job, history)
     number = next((int(move["move"]) for move in history if move["current"]), None)
-    if number not in own:
+    if number not in revisions:
         fix = f"veneer tenant route history {route}" + (f" --tenant {job.tenant}" if job.tenant else "")
-        raise _not_current(job, route, fix, moved=bool(own))
+        raise _not_current(job, route, fix, moved=bool(revisions))
     before = {int(move["move"]): move["before"] for move in history}
-    while number in own and before[number] is not None:
+    while number in revisions and before[number] is not None:
         number = int(before[number])
-    if number in own:
-        routes.remove_route(tenants, route, tenant=job.tenant, actor=who)
+    if number in revisions:
+        routes.remove_route(tenants, route, tenant=job.tenant, actor=actor)
         return _route_placement(route, None)
-    made = routes.rollback_route(tenants, route, tenant=job.tenant, actor=who, moves=own, check=library.find)
-    return _route_placement(route, made)
+    revision = routes.rollback_route(
+        tenants, route, tenant=job.tenant, actor=actor, moves=revisions, check=library.find
+    )
+    return _route_placement(route, revision)
 
 
 def _roll_back_alias(store: JobStore, job: Job, name: str) -> Placement:
@@ -369,17 +373,17 @@ def _roll_back_alias(store: JobStore, job: Job, name: str) -> Placement:
     moved = [event.data for event in store.events_of(None, job.id, "alias") if event.data.get("promoted")]
     if not moved or _version(library, name) != (job.result or {}).get("reference"):
         raise _not_current(job, name, f"veneer library alias, or show {job.name}", moved=bool(moved))
-    before = moved[-1]["before"]
-    if before is None:
+    previous = moved[-1]["before"]
+    if previous is None:
         library.remove(name)
     else:
-        library.alias(before, name.rpartition("@")[2])
-    return _alias_placement(name, before)
+        library.alias(previous, name.rpartition("@")[2])
+    return _alias_placement(name, previous)
 
 
 def _not_current(job: Job, name: str, fix: str, *, moved: bool) -> ConfigError:
-    what = f"{name} is not where job {job.id} moved it" if moved else f"job {job.id} did not move {name}"
-    return ConfigError(what, where="job", fix=fix)
+    message = f"{name} is not where job {job.id} moved it" if moved else f"job {job.id} did not move {name}"
+    return ConfigError(message, where="job", fix=fix)
 
 
 def _job_with_target(store: JobStore, tenant: str | None, job_id: str) -> tuple[Job, AfterJob]:

@@ -46,58 +46,58 @@ def publish_steps(library: Library, job: Job, run: Path) -> dict[int, str]:
     Such folders exist with `checkpoint.adapters`. Returns references by step. Existing versions stay
     unchanged."""
     name = steps_name(job)
-    there = {v.version: v.reference for v in library.search(name=name, all_versions=True) if v.name == name}
-    out: dict[int, str] = {}
+    published = {v.version: v.reference for v in library.search(name=name, all_versions=True) if v.name == name}
+    references: dict[int, str] = {}
     for step, folder in by_step(run / "checkpoints").items():
-        place = folder / "adapter"
-        if not place.is_dir():
+        adapter = folder / "adapter"
+        if not adapter.is_dir():
             continue
-        if step not in there:
-            made = place / "adapter.safetensors"
+        if step not in published:
+            file = adapter / "adapter.safetensors"
             added = library.add(
-                made if made.is_file() else place,
+                file if file.is_file() else adapter,
                 name,
                 tags=[f"{STEPS_TAG}{job.id}"],
                 source=f"step {step} of {job.id}",
                 number=step,
             )
-            there[step] = added.version.reference
-        out[step] = there[step]
-    return out
+            published[step] = added.version.reference
+        references[step] = published[step]
+    return references
 
 
 def publish_checkpoints(
-    library: Library, name: str, run: Path, adapter: Path, note: Callable[[str], None]
+    library: Library, name: str, run: Path, adapter: Path, log: Callable[[str], None]
 ) -> dict[int, str]:
     """Add the run's requested checkpoints that still exist to the library.
 
     Returns references by step. `adapter`: the run's final adapter, with the same tensor names and shapes as
     each checkpoint. Existing versions stay unchanged: after a kill the card's times differ, so the same
-    checkpoint would be added again as the newest version. `note`: called with the reason for each checkpoint
+    checkpoint would be added again as the newest version. `log`: called with the reason for each checkpoint
     whose tensors differ from the adapter's; this checkpoint is skipped."""
-    whole = load_folder(adapter).adapter
-    out: dict[int, str] = {}
-    there = {v.version: v.reference for v in library.search(name=name, all_versions=True) if v.name == name}
+    final = load_folder(adapter).adapter
+    references: dict[int, str] = {}
+    published = {v.version: v.reference for v in library.search(name=name, all_versions=True) if v.name == name}
     for folder in sorted((run / "checkpoints").glob("step-*[0-9]")):
         if is_shared(folder):
             continue
         step = int(folder.name.rpartition("-")[2])
         state, _ = read_tensors(folder / "adapter.safetensors")
-        made = whole.mapped(torch.clone)
-        tensors = dict(made.tensors())
+        checkpoint = final.mapped(torch.clone)
+        tensors = dict(checkpoint.tensors())
         if why := _difference({k: t.shape for k, t in tensors.items()}, {k: t.shape for k, t in state.items()}):
-            note(f"warning: the checkpoint of step {step} was not added to the library: {why}")
+            log(f"warning: the checkpoint of step {step} was not added to the library: {why}")
             continue
         for key, tensor in tensors.items():
             tensor.copy_(state[key])
-        if step not in there:
-            with tempfile.TemporaryDirectory() as place:
-                write_folder(made, Path(place) / "adapter")
-                added = library.add(Path(place) / "adapter", name, source=f"step {step}", number=step)
-            there[step] = added.version.reference
-        library.alias(there[step], checkpoint_alias(step))
-        out[step] = there[step]
-    return out
+        if step not in published:
+            with tempfile.TemporaryDirectory() as temporary:
+                write_folder(checkpoint, Path(temporary) / "adapter")
+                added = library.add(Path(temporary) / "adapter", name, source=f"step {step}", number=step)
+            published[step] = added.version.reference
+        library.alias(published[step], checkpoint_alias(step))
+        references[step] = published[step]
+    return references
 
 
 def _difference(adapter: Mapping[str, torch.Size], state: Mapping[str, torch.Size]) -> str:

@@ -111,13 +111,13 @@ def economics(
     since = since or first
     hours = _hours(since, until, time.time() if now is None else now) if hours is None else hours
 
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    totals: dict[tuple[str, str], dict[str, Any]] = {}
 
     def row(tenant: str, adapter: str) -> dict[str, Any]:
         empty = dict.fromkeys(
             ("jobs", "training_seconds", "training_billed", "requests", "serving_seconds", "billed"), 0
         )
-        return found.setdefault((tenant, name_of(adapter)), empty)
+        return totals.setdefault((tenant, name_of(adapter)), empty)
 
     for r in used:
         each = row(r["tenant"], r["adapter"])
@@ -129,10 +129,17 @@ def economics(
         each["jobs"] += 1
         each["training_seconds"] += bill.seconds
         each["training_billed"] += bill.cost
-    whole = math.fsum(each["serving_seconds"] for each in found.values())
+    served_seconds = math.fsum(each["serving_seconds"] for each in totals.values())
     rows = [
-        _row(key, each, hours * hour * each["serving_seconds"] / whole if whole else 0.0, hours, dedicated, training)
-        for key, each in sorted(found.items())
+        _row(
+            key,
+            each,
+            hours * hour * each["serving_seconds"] / served_seconds if served_seconds else 0.0,
+            hours,
+            dedicated,
+            training,
+        )
+        for key, each in sorted(totals.items())
         if tenant in (None, key[0]) and (each["requests"] or each["jobs"])
     ]
     return Economics(since, until, hours, rows)

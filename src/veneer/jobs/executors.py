@@ -68,9 +68,9 @@ def write_handover(
     AdapterError."""
     job = lease.job
     path = job.make_folder() / f"{_HANDOVER}-{job.attempt}.json"
-    given = {"job": job.id, "token": lease.token, "environment": dict(environment), "validation": validation}
+    content = {"job": job.id, "token": lease.token, "environment": dict(environment), "validation": validation}
     with as_veneer_errors(path):
-        replace_file(path, [json.dumps(given).encode()], mode=0o600)
+        replace_file(path, [json.dumps(content).encode()], mode=0o600)
     return ["-m", "veneer.jobs.process", str(path)]
 
 
@@ -82,18 +82,18 @@ def read_handover(path: Path) -> tuple[str, str, dict[str, Any] | None]:
     Raises ConfigError if the file does not exist: it was read already, or this machine has another veneer
     home."""
     try:
-        given = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
         path.unlink()
-        if given["validation"] is not None:
+        if content["validation"] is not None:
             with contextlib.suppress(OSError):  # a refused job leaves no folder
                 path.parent.rmdir()
     except FileNotFoundError as error:
-        what = "this process has no lease"
+        message = "this process has no lease"
         raise ConfigError(
-            what, where=str(path), fix="use one veneer home that all machines of the queue share"
+            message, where=str(path), fix="use one veneer home that all machines of the queue share"
         ) from error
-    os.environ.update(given["environment"])
-    return given["job"], given["token"], given["validation"]
+    os.environ.update(content["environment"])
+    return content["job"], content["token"], content["validation"]
 
 
 def remove_handovers(job: Job) -> None:

@@ -239,11 +239,11 @@ class Files:
         if isinstance(self.store, LocalStore):
             self.store.fill(path, source, file.sha256)
             return
-        with tempfile.NamedTemporaryFile() as whole:
+        with tempfile.NamedTemporaryFile() as copy:
             for chunk in iter(lambda: source.read(CHUNK), b""):
-                whole.write(chunk)
-            whole.flush()
-            self.store.put(path, Path(whole.name), file.sha256)
+                copy.write(chunk)
+            copy.flush()
+            self.store.put(path, Path(copy.name), file.sha256)
 
     def _transaction(self) -> AbstractContextManager[Connection]:
         return write_transaction(self.engine, _LOCK)

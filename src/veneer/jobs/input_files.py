@@ -64,28 +64,28 @@ def preview_file(files: Files, file: UploadedFile, format: str, columns: Mapping
     if not data:
         return FilePreview(problem=f"The first row has more than {_BEGINNING >> 10} KiB.")
     with tempfile.TemporaryDirectory(prefix="veneer-rows-") as folder:
-        path, found = Path(folder) / file.filename.lstrip("."), tuple[str, ...]()
+        path, names = Path(folder) / file.filename.lstrip("."), tuple[str, ...]()
         path.write_bytes(data)
         try:
             records, _ = read_data_files([str(path)], most)
-            found = tuple(dict.fromkeys(str(name) for record in records for name in record.values))
+            names = tuple(dict.fromkeys(str(name) for record in records for name in record.values))
             rows, about = parse_rows([str(path)], format=format, columns=columns, limit=most)
         except DataError as error:
             where = f"{error.where}: " if error.where else ""
-            return FilePreview(found, problem=f"{where}{error.what}".replace(f"{folder}/", ""))
-    return FilePreview(found, tuple(rows), not cut and len(rows) < most, about)
+            return FilePreview(names, problem=f"{where}{error.what}".replace(f"{folder}/", ""))
+    return FilePreview(names, tuple(rows), not cut and len(rows) < most, about)
 
 
 def _inputs() -> Path:
     return jobs_home() / "inputs"
 
 
-def copy_input(files: Files, id: str, which: str, file: UploadedFile) -> Path:
+def copy_input(files: Files, id: str, part: str, file: UploadedFile) -> Path:
     """Copy a file for one job and return the copy's path.
 
-    `which`: train, validation, or held-out/0 and up. Blocks."""
+    `part`: train, validation, or held-out/0 and up. Blocks."""
     private_folder(jobs_home())
-    folder = _inputs() / id / which
+    folder = _inputs() / id / part
     folder.mkdir(parents=True, exist_ok=True)
     return files.copy_to(file, folder)
 
@@ -124,7 +124,7 @@ def sweep_inputs(jobs: JobStore) -> int:
         page, more = jobs.jobs(None, after=after, limit=1000, states=UNFINISHED)
         needed |= {str(job.about.get("input")) for job in page}
         after = page[-1].id if page else None
-    gone = [each for each in old if each.name not in needed]
-    for each in gone:
+    unused = [each for each in old if each.name not in needed]
+    for each in unused:
         shutil.rmtree(each, ignore_errors=True)
-    return len(gone)
+    return len(unused)

@@ -97,12 +97,12 @@ class KubernetesExecutor(Executor):
         }
 
     def poll(self, handle: str) -> ExitStatus | None:
-        found = self._ask(self._jobs.read_namespaced_job_status, handle, self.namespace, also=404)
-        if found is None:
+        job = self._ask(self._jobs.read_namespaced_job_status, handle, self.namespace, also=404)
+        if job is None:
             return ExitStatus("Kubernetes does not know it (any more)")
-        if not (found.status.succeeded or found.status.failed):
+        if not (job.status.succeeded or job.status.failed):
             return None
-        why = "; ".join(f"{c.reason}: {c.message}" for c in found.status.conditions or () if c.reason)
+        why = "; ".join(f"{c.reason}: {c.message}" for c in job.status.conditions or () if c.reason)
         pods = self._ask(self._pods.list_namespaced_pod, self.namespace, label_selector=f"job-name={handle}", also=404)
         reasons = [
             each.state.terminated.reason
@@ -131,12 +131,12 @@ class KubernetesExecutor(Executor):
         except self._error as error:
             if error.status == also:
                 return None
-            what = f"Kubernetes answered {error.status} {error.reason}"
+            message = f"Kubernetes answered {error.status} {error.reason}"
             if error.status is not None and 400 <= error.status < 500 and error.status not in (408, 429):
                 raise ConfigError(
-                    what, where=f"namespace {self.namespace}", fix="the rights of this worker, or what it asks for"
+                    message, where=f"namespace {self.namespace}", fix="the rights of this worker, or what it asks for"
                 ) from error
-            raise UnavailableError(what, where=f"namespace {self.namespace}") from error
+            raise UnavailableError(message, where=f"namespace {self.namespace}") from error
         except HTTPError as error:
             raise UnavailableError(f"Kubernetes does not answer: {type(error).__name__}") from error
 

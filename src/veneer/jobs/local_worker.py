@@ -1,6 +1,6 @@
 """A worker process next to a server on one machine, with a lower priority.
 
-    with background_worker(library="…", tenants="…", say=print): …       serve
+    with background_worker(library="…", tenants="…", log=print): …       serve
 
 The worker is restarted if it exits, and ends when the server ends for any reason. It then saves its jobs and
 returns them to the queue, so that a restarted server resumes them.
@@ -24,16 +24,14 @@ _PATIENCE = 70.0
 
 @contextmanager
 def background_worker(
-    *, library: str | None, tenants: str | None, say: Callable[[str], None], at_once: int = 1
+    *, library: str | None, tenants: str | None, log: Callable[[str], None], at_once: int = 1
 ) -> Iterator[None]:
     """Run a worker process during the context. `library`, `tenants`: the server's."""
     command = [sys.executable, "-m", "veneer.cli.main", "worker", "--tied", "--nice", str(_NICE)]
     command += ["--at-once", str(at_once)]
-    given = {
-        "VENEER_LIBRARY": library,
-        "VENEER_TENANTS": tenants,
-    }  # in the environment: a database URL contains a password
-    environment = {**os.environ, **{name: value for name, value in given.items() if value is not None}}
+    # In the environment: a database URL contains a password.
+    settings = {"VENEER_LIBRARY": library, "VENEER_TENANTS": tenants}
+    environment = {**os.environ, **{name: value for name, value in settings.items() if value is not None}}
     stopping, children = threading.Event(), list[subprocess.Popen[bytes]]()
 
     def keep() -> None:
@@ -48,7 +46,7 @@ def background_worker(
             if child.stdin is not None:
                 child.stdin.close()
             if not stopping.is_set():
-                say(f"the server's worker exited with code {code}; restarting it in {_AGAIN:g} s")
+                log(f"the server's worker exited with code {code}; restarting it in {_AGAIN:g} s")
                 stopping.wait(_AGAIN)
 
     keeper = threading.Thread(target=keep, name="veneer-worker", daemon=True)

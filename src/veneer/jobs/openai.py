@@ -133,14 +133,14 @@ class Method(Strict):
     def _graded(self) -> Method:
         if self.type == "reinforcement" and self.reinforcement is None:
             raise _clash("reinforcement.grader is required")
-        if others := [each for each in get_args(_Kind) if each != self.type and getattr(self, each) is not None]:
-            raise _clash(f"{others[0]} is given, and type is {self.type}")
+        if unexpected := [each for each in get_args(_Kind) if each != self.type and getattr(self, each) is not None]:
+            raise _clash(f"{unexpected[0]} is given, and type is {self.type}")
         return self
 
     @property
     def hyperparameters(self) -> Hyperparameters | None:
-        own: Any = getattr(self, self.type)
-        return own.hyperparameters if own is not None else None
+        settings: Any = getattr(self, self.type)
+        return settings.hyperparameters if settings is not None else None
 
 
 _PLAIN: dict[str, type[Hyperparameters]] = {
@@ -184,13 +184,13 @@ class TuningBody(Body):
     @property
     def numbers(self) -> Hyperparameters:
         """The method's hyperparameters, else the deprecated top-level hyperparameters."""
-        own = self.hyperparameters if self.method is None else self.method.hyperparameters
-        return own or self.hyperparameters or _PLAIN[self.kind]()
+        chosen_numbers = self.hyperparameters if self.method is None else self.method.hyperparameters
+        return chosen_numbers or self.hyperparameters or _PLAIN[self.kind]()
 
     @model_validator(mode="after")
     def _said_once(self) -> TuningBody:
-        own = self.method and self.method.hyperparameters
-        if self.hyperparameters and (self.kind != "supervised" or own not in (None, self.hyperparameters)):
+        numbers = self.method and self.method.hyperparameters
+        if self.hyperparameters and (self.kind != "supervised" or numbers not in (None, self.hyperparameters)):
             raise _clash(f"hyperparameters must be given only in method.{self.kind}")
         return self
 
@@ -261,8 +261,8 @@ def tuning_config(
     plain, _ = config_from({**config, "output": {"directory": str(train.parent)}})
     assert isinstance(plain, TrainConfig)
     config["base"]["name"] = plain.base.name  # a folder's path becomes absolute
-    own = None if settings is None else settings.learning_rate
-    config["optimizer"] = {"learning_rate": own or plain.optimizer.learning_rate * times}
+    rate = None if settings is None else settings.learning_rate
+    config["optimizer"] = {"learning_rate": rate or plain.optimizer.learning_rate * times}
     return config
 
 
@@ -273,11 +273,11 @@ def _reinforce(config: dict[str, Any], request: Reinforced) -> None:
     where = "method.reinforcement.hyperparameters"
     numbers = request.hyperparameters or ReinforcementHyperparameters()
     if numbers.reasoning_effort != "default":
-        what = f"the base reasons as it does, and knows no effort {numbers.reasoning_effort!r}"
-        raise ConfigError(what, where=f"{where}.reasoning_effort", fix="leave it out")
+        message = f"the base reasons as it does, and knows no effort {numbers.reasoning_effort!r}"
+        raise ConfigError(message, where=f"{where}.reasoning_effort", fix="leave it out")
     if numbers.eval_samples not in ("auto", 1):
-        what = "held-out prompts are answered once, with the likeliest tokens"
-        raise ConfigError(what, where=f"{where}.eval_samples", fix="leave it out")
+        message = "held-out prompts are answered once, with the likeliest tokens"
+        raise ConfigError(message, where=f"{where}.eval_samples", fix="leave it out")
     times = 1.0 if numbers.compute_multiplier == "auto" else numbers.compute_multiplier
     rewards = [{"kind": "grader", "grader": request.grader, "sandbox": True}]
     config["reinforcement"] = {"loss": "grpo", "rewards": rewards, "group": max(2, round(_GROUP * times))}
@@ -297,10 +297,10 @@ def job_to_openai(job: Job, organisation: str, results: Sequence[str] = ()) -> d
     request, config = job.about["openai"], job.config
     numbers = dict(request["hyperparameters"])
     if job.plan is not None:  # resolved `auto` values
-        found = {"batch_size": config["batching"]["rows"], "n_epochs": config["schedule"]["epochs"], "beta": 0.1}
-        found |= {"learning_rate_multiplier": 1.0, "compute_multiplier": 1.0, "eval_samples": 1}
-        found |= {"eval_interval": max(1, job.steps // config["schedule"]["epochs"])}
-        numbers = {key: found[key] if value == "auto" else value for key, value in numbers.items()}
+        resolved = {"batch_size": config["batching"]["rows"], "n_epochs": config["schedule"]["epochs"], "beta": 0.1}
+        resolved |= {"learning_rate_multiplier": 1.0, "compute_multiplier": 1.0, "eval_samples": 1}
+        resolved |= {"eval_interval": max(1, job.steps // config["schedule"]["epochs"])}
+        numbers = {key: resolved[key] if value == "auto" else value for key, value in numbers.items()}
     kind = request["kind"]
     return {
         "object": "fine_tuning.job",
@@ -375,10 +375,10 @@ def _in_one_line(text: str) -> str:
 
     Describes settings in words and drops hints (`fix:`)."""
     head, *lines = text.splitlines() or [""]
-    listed = [line.strip().removeprefix("- ") for line in lines if not line.strip().startswith(("fix:", "…"))]
-    more = f"; and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
-    whole = " ".join([head, "; ".join(listed[:_LISTED]) + more]).strip()
-    return _SETTING.sub(lambda found: _SETTINGS.get(found[0], found[0].partition(".")[2].replace("_", " ")), whole)
+    problems = [line.strip().removeprefix("- ") for line in lines if not line.strip().startswith(("fix:", "…"))]
+    more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+    summary = " ".join([head, "; ".join(problems[:_LISTED]) + more]).strip()
+    return _SETTING.sub(lambda match: _SETTINGS.get(match[0], match[0].partition(".")[2].replace("_", " ")), summary)
 
 
 def _event_text(job: Job, event: JobEvent) -> str:
@@ -390,12 +390,12 @@ def _event_text(job: Job, event: JobEvent) -> str:
         return f"failed: {_OURS[kind]}"
     if event.kind != "preflight":
         return _in_one_line(str(event.data.get("public", event.message)).removeprefix("warning: "))
-    found = [
+    counts = [
         str(each["text"])
         for each in event.data.get("findings") or ()
         if each.get("level", "warn") == "warn" or each.get("check") in _CHECKS
     ]
-    return _in_one_line("the rows were checked" + (f": {'; '.join(found)}" if found else ""))
+    return _in_one_line("the rows were checked" + (f": {'; '.join(counts)}" if counts else ""))
 
 
 _CHECKS = ("format", "learned", "long rows")
@@ -405,12 +405,12 @@ def _paths(job: Job) -> dict[str, str]:
     """Return file path -> request parameter, for the files that a job reads."""
     data = job.config["data"]
     evaluation = (job.about.get("after") or {}).get("evaluate") or {}
-    found = dict.fromkeys(evaluation.get("data") or [], "after.evaluate.data")
+    params = dict.fromkeys(evaluation.get("data") or [], "after.evaluate.data")
     keys = {"validation": "validation_file", "train": "training_file", "pictures": "training_file"}
     for key, param in keys.items():
         files = data.get(key) or ()
-        found |= dict.fromkeys([files] if isinstance(files, str) else files, param)
-    return found
+        params |= dict.fromkeys([files] if isinstance(files, str) else files, param)
+    return params
 
 
 def _plain_text(job: Job, text: str) -> str:
@@ -477,12 +477,12 @@ _COLUMNS = {
 """Column of OpenAI's result file -> name in OpenAI's events."""
 
 
-def result_file(measured: Iterable[JobEvent]) -> bytes:
+def result_file(events: Iterable[JobEvent]) -> bytes:
     """Return a job's result file: CSV with OpenAI's columns, a line per measured step.
 
     Validation metrics are present for steps with a validation."""
     lines: dict[int, dict[str, Any]] = {}
-    for event in measured:
+    for event in events:
         lines.setdefault(int(event.data["step"]), {}).update(_data_of(event))
     rows = [[str(lines[step].get(name, "")) for name in _COLUMNS.values()] for step in sorted(lines)]
     return "".join(",".join(row) + "\n" for row in [[*_COLUMNS], *rows]).encode()
@@ -494,11 +494,15 @@ def checkpoint_id(job: Job, step: int) -> str:
 
 def checkpoint_to_openai(job: Job, point: JobCheckpoint) -> dict[str, Any]:
     """Return a published checkpoint in OpenAI's format."""
-    found = point.metrics
-    own = {"step": point.step, "train_loss": found.get("loss"), "train_mean_token_accuracy": found.get(TOKEN_ACCURACY)}
-    for which in ("valid", "full_valid"):
-        own[f"{which}_loss"] = found.get("validation_loss")
-        own[f"{which}_mean_token_accuracy"] = found.get(f"validation_{TOKEN_ACCURACY}")
+    metrics = point.metrics
+    values = {
+        "step": point.step,
+        "train_loss": metrics.get("loss"),
+        "train_mean_token_accuracy": metrics.get(TOKEN_ACCURACY),
+    }
+    for split in ("valid", "full_valid"):
+        values[f"{split}_loss"] = metrics.get("validation_loss")
+        values[f"{split}_mean_token_accuracy"] = metrics.get(f"validation_{TOKEN_ACCURACY}")
     return {
         "object": "fine_tuning.job.checkpoint",
         "id": checkpoint_id(job, point.step),
@@ -506,5 +510,5 @@ def checkpoint_to_openai(job: Job, point: JobCheckpoint) -> dict[str, Any]:
         "fine_tuned_model_checkpoint": f"{job.about['openai']['tuned']}:ckpt-step-{point.step}",
         "fine_tuning_job_id": job.id,
         "step_number": point.step,
-        "metrics": {key: value for key, value in own.items() if value is not None},
+        "metrics": {key: value for key, value in values.items() if value is not None},
     }

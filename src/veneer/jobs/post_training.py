@@ -95,8 +95,8 @@ class PromotionRule(_Section):
         new, old = scores["new"].get(self.metric), scores[self.against].get(self.metric)
         if new is None or old is None or not (math.isfinite(new) and math.isfinite(old)):
             return None
-        gain = old - new if self.metric in _LOWER_IS_BETTER else new - old
-        return gain >= self.by - _ROUNDING  # 0.51 - 0.5 is slightly below 0.01
+        improvement = old - new if self.metric in _LOWER_IS_BETTER else new - old
+        return improvement >= self.by - _ROUNDING  # 0.51 - 0.5 is slightly below 0.01
 
 
 class AfterJob(_Section):
@@ -156,9 +156,11 @@ def _line(error: Any) -> str:
     loc = [str(part) for part in error["loc"]]
     name = ".".join(["after", *loc])
     if error["type"] == "extra_forbidden":
-        known = list(_MODELS[loc[0] if len(loc) > 1 else ""].model_fields)
-        near = nearest(loc[-1], known, 1)
-        return f"unknown key `{name}`: " + (f"did you mean {near[0]}?" if near else f"there are {first_few(known, 9)}")
+        keys = list(_MODELS[loc[0] if len(loc) > 1 else ""].model_fields)
+        suggestion = nearest(loc[-1], keys, 1)
+        return f"unknown key `{name}`: " + (
+            f"did you mean {suggestion[0]}?" if suggestion else f"there are {first_few(keys, 9)}"
+        )
     return f"`{name}`: {str(error['msg']).removeprefix('Value error, ')}"
 
 
@@ -175,8 +177,8 @@ def check_after(after: AfterJob, config: RunConfig, name: str, tenant: str, tena
         raise ConfigError("a route and an alias: a job moves one of them", where="after", fix="leave one out")
     if after.route is None and after.alias is None and (after.evaluate is None or rule is not None):
         fix = "route: {name: support, weight: 0.1}, or alias: prod"
-        what = "there is no route or alias to promote to" if rule else "there is nothing to do after the job"
-        raise ConfigError(what, where="after", fix=fix)
+        message = "there is no route or alias to promote to" if rule else "there is nothing to do after the job"
+        raise ConfigError(message, where="after", fix=fix)
     if after.evaluate is not None:
         if not isinstance(config, TrainConfig):
             fix = "leave it out, and promote by hand: veneer jobs promote"
@@ -185,9 +187,9 @@ def check_after(after: AfterJob, config: RunConfig, name: str, tenant: str, tena
             one_of(metric, _METRICS, "a metric", "after.evaluate.metrics")
     if rule is not None:
         one_of(rule.metric, _METRICS, "a metric", "after.promote.metric")
-        measured = [] if after.evaluate is None else after.evaluate.metrics
-        if rule.metric not in measured:
-            fix = f"evaluate: {{metrics: [{', '.join([*measured, rule.metric])}]}}"
+        metrics = [] if after.evaluate is None else after.evaluate.metrics
+        if rule.metric not in metrics:
+            fix = f"evaluate: {{metrics: [{', '.join([*metrics, rule.metric])}]}}"
             raise ConfigError(f"{rule.metric} decides and is not measured", where="after.promote", fix=fix)
     if after.alias is not None:
         check_alias(after.alias)
@@ -208,8 +210,8 @@ def _check_owner(route: str, tenant: str, tenants: Store | None) -> None:
         raise ConfigError(f"{quoted(route)} is in the namespace of another tenant than {tenant}", where=where, fix=fix)
     known = tenants.refresh().routes
     if tenant and (tenant, route) not in known and (ALL, route) in known:
-        what = f"{quoted(route)} is everybody's route, and a job of {tenant} moves only {tenant}'s own"
-        raise ConfigError(what, where=where, fix=f"another name, as {tenant}/{route}; or a job of no tenant")
+        message = f"{quoted(route)} is everybody's route, and a job of {tenant} moves only {tenant}'s own"
+        raise ConfigError(message, where=where, fix=f"another name, as {tenant}/{route}; or a job of no tenant")
 
 
 def serving_version(route: Route | None, name: str) -> str | None:
@@ -225,9 +227,9 @@ def serving_version(route: Route | None, name: str) -> str | None:
         raise ConfigError(f"{route.name} is shared out already: {parts}", where="after.route.name", fix=fix)
     target = route.targets[0][0]
     if target in (name, f"{name}@latest"):
-        what = f"{route.name} leads to the newest version of {name}, and would to the job's before it is compared"
+        message = f"{route.name} leads to the newest version of {name}, and would to the job's before it is compared"
         fix = f"a version: veneer tenant route set {route.name} {name}@1"
-        raise ConfigError(what, where="after.route.name", fix=fix)
+        raise ConfigError(message, where="after.route.name", fix=fix)
     return target
 
 

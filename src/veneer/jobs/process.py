@@ -114,7 +114,7 @@ def _publish(store: JobStore, lease: JobLease, result: Mapping[str, Any], base: 
             Path(result["adapter"]),
             lambda text: warnings.append(JobEvent("warn", "note", text)),
         )
-        store.note(lease, warnings, [JobCheckpoint(step, reference=at) for step, at in points.items()])
+        store.record(lease, warnings, [JobCheckpoint(step, reference=at) for step, at in points.items()])
     return reference
 
 
@@ -126,8 +126,8 @@ def _settle(reporter: _JobReporter, error: BaseException) -> int:
         if isinstance(error, Interrupted | KeyboardInterrupt):
             store.release(lease, "stopped, to go on from the last checkpoint")
         elif is_retryable(error):
-            what = error.what if isinstance(error, VeneerError) else f"{type(error).__name__}: {error}"
-            store.died(lease, what, fix=getattr(error, "fix", None) or "")
+            message = error.what if isinstance(error, VeneerError) else f"{type(error).__name__}: {error}"
+            store.died(lease, message, fix=getattr(error, "fix", None) or "")
         else:
             store.finish(lease, error=error_json(error))
             return 0
@@ -158,8 +158,10 @@ def _train(reporter: _JobReporter) -> tuple[dict[str, Any], TextBase | None]:
             from veneer.train.text.task import run_text
 
             if has_evaluation(job):
-                own = config.base
-                base = load_text(own.name, dtype=own.dtype, device=own.device, quantize=own.quantize)
+                settings = config.base
+                base = load_text(
+                    settings.name, dtype=settings.dtype, device=settings.device, quantize=settings.quantize
+                )
             result = run_text(config, base=base, **options, sampler=live_sampler)
     return dict(result.to_dict()), base
 
@@ -167,11 +169,11 @@ def _train(reporter: _JobReporter) -> tuple[dict[str, Any], TextBase | None]:
 def _folder(job: Job) -> Path:
     """Return this lease's folder, renamed from the previous lease's folder if any."""
     job.make_folder()
-    own = job.folder / f"attempt-{job.attempt}"
+    folder = job.folder / f"attempt-{job.attempt}"
     earlier = [(int(p.name.rpartition("-")[2]), p) for p in job.folder.glob("attempt-*[0-9]")]
-    if earlier and not own.exists():
-        os.rename(max(earlier)[1], own)
-    return own
+    if earlier and not folder.exists():
+        os.rename(max(earlier)[1], folder)
+    return folder
 
 
 def _published(library: Library, job: Job, result: Mapping[str, Any]) -> str:
@@ -266,13 +268,13 @@ class _JobReporter:
         from veneer.jobs.checkpoints import publish_steps  # late: a worker needs no torch
 
         try:
-            found = publish_steps(self.store.library, self.lease.job, folder)
+            references = publish_steps(self.store.library, self.lease.job, folder)
         except Exception as error:
             if not is_transient(error):
                 raise
             print(f"checkpoints are published later: {type(error).__name__}", file=sys.stderr, flush=True)
             return
-        for step, reference in found.items():
+        for step, reference in references.items():
             if step not in self.published:
                 self.published.add(step)
                 self.checkpoints.append(JobCheckpoint(step, reference=reference))
@@ -287,7 +289,7 @@ class _JobReporter:
             self.last = time.monotonic()
             try:
                 trained = (self.step, self.steps, self.tokens)
-                self.store.note(self.lease, self.events, self.checkpoints, trained=trained)
+                self.store.record(self.lease, self.events, self.checkpoints, trained=trained)
                 self.events, self.checkpoints = [], []
                 return
             except LeaseLost as error:

@@ -61,15 +61,15 @@ class RayExecutor(Executor):
 
     def poll(self, handle: str) -> ExitStatus | None:
         try:
-            found = self._dashboard.get_job_info(handle)
+            info = self._dashboard.get_job_info(handle)
         except (RuntimeError, OSError) as error:
             if "does not exist" in str(error):
                 return ExitStatus("Ray does not know it (any more)")
             raise self._away(error) from error
-        state = str(getattr(found.status, "value", found.status))
+        state = str(getattr(info.status, "value", info.status))
         if state in _ALIVE:
             return None
-        why = " ".join(str(found.message or "").split())[:500]
+        why = " ".join(str(info.message or "").split())[:500]
         return ExitStatus(f"Ray says {state.lower()}: {why}", memory="OutOfMemory" in why)
 
     def stop(self, handle: str, *, hard: bool = False) -> None:

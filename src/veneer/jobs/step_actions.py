@@ -33,9 +33,9 @@ def keep_step(
         reference = job.result["reference"]
     if reference is None:
         steps = ", ".join(map(str, sorted(references)[-10:]))
-        what = f"the adapter of {'any step' if step is None else f'step {step}'} of {job.id} is not in the library"
+        message = f"the adapter of {'any step' if step is None else f'step {step}'} of {job.id} is not in the library"
         fix = f"the library has steps {steps}" if steps else "train with checkpoint.adapters=true"
-        raise ConfigError(what, where="step", fix=fix)
+        raise ConfigError(message, where="step", fix=fix)
     version = library.find(reference)
     if version.name != job.name:
         source = f"step {version.version} of {job.id}"

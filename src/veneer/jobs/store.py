@@ -18,9 +18,9 @@ have no tenant. None is the operator, who sees every tenant's jobs; a request mu
 
 A worker holds a lease of each of its jobs: a token in the job's row, and an expiry time.
 
-    lease = store.take("worker-1", 60)         the next job, or a job with an expired lease
+    lease = store.acquire("worker-1", 60)      the next job, or a job with an expired lease
     store.renew(lease, 60)                     before the lease expires
-    store.note(lease, …), .queue(…), .release(…), .finish(…)
+    store.record(lease, …), .queue(…), .release(…), .finish(…)
 
 Each of these calls is one transaction that compares the token and changes the row. With another token in the
 row, the call changes nothing and raises LeaseLost, and the worker must stop. So only the current lease's
@@ -291,7 +291,7 @@ class JobStore:
                 fix=f"one without a slash: {tenant}/ is put in front of it",
             )
         check_name(full)
-        given = {key: value for key, value in config.items() if key != "output"}
+        stored_config = {key: value for key, value in config.items() if key != "output"}
         with self._transaction() as (c, now):
             unfinished = job_table.c.tenant == tenant, job_table.c.state.not_in(ENDS)
             if (c.scalar(select(func.count()).select_from(job_table).where(*unfinished)) or 0) >= _MAX_UNFINISHED:
@@ -302,20 +302,20 @@ class JobStore:
                 )
             number = (c.scalar(select(func.max(job_table.c.number))) or 0) + 1
             zeros = dict.fromkeys(("step", "steps", "tokens", "price", "planned", "attempt", "faults"), 0)
-            made = zeros | {
+            row = zeros | {
                 "id": _new_id(),
                 "number": number,
                 "tenant": tenant,
                 "name": full,
                 "state": "validating",
-                "config": _json(given),
+                "config": _json(stored_config),
                 "about": _json(dict(about or {})),
                 "created": now,
                 "seconds": 0.0,
                 "place": "",
             }
-            c.execute(insert(job_table), made)
-            job = self._row(c, tenant, str(made["id"]))
+            c.execute(insert(job_table), row)
+            job = self._row(c, tenant, str(row["id"]))
             _insert_event(c, job, now, JobEvent("info", "state", f"created {job.id}", {"state": "validating"}))
         return job
 
@@ -340,8 +340,8 @@ class JobStore:
         with reading(self.engine) as c:
             if after is not None:
                 query = query.where(job_table.c.number < self._row(c, tenant, after).number)
-            found = [_job(row) for row in c.execute(query)]
-        return found[:limit], len(found) > limit
+            rows = [_job(row) for row in c.execute(query)]
+        return rows[:limit], len(rows) > limit
 
     def unfinished(self, tenant: str) -> int:
         """Return the number of a tenant's unfinished jobs."""
@@ -369,8 +369,8 @@ class JobStore:
             query = query.where(e.number < after if newest else e.number > after)
         if not diagnostics:
             query = query.where(or_(e.kind != "note", e.level != "info"))
-        found = self._events(tenant, job, query)
-        return found[:limit], len(found) > limit
+        rows = self._events(tenant, job, query)
+        return rows[:limit], len(rows) > limit
 
     def events_of(self, tenant: str | None, job: str, *kinds: str) -> list[JobEvent]:
         """Return all events of these kinds, oldest first. Raises UnknownJob."""
@@ -408,8 +408,8 @@ class JobStore:
             jobs, spent = _committed(c, tenant, now), max(posted, _reserved(c, tenant, now))
             if jobs + spent + cost > budget:
                 left = money(max(0, budget - jobs - spent))
-                what = f"this request costs {money(cost)}, but only {left} of this month's training budget is left"
-                raise OverBudget(what, where="budget", fix="raise the budget, or wait until next month")
+                message = f"this request costs {money(cost)}, but only {left} of this month's training budget is left"
+                raise OverBudget(message, where="budget", fix="raise the budget, or wait until next month")
             c.execute(delete(job_reservation_table).where(r.tenant == tenant))
             row = {"tenant": tenant, "month": _day(now)[:7], "spent": spent + cost}
             c.execute(insert(job_reservation_table), row)
@@ -479,18 +479,18 @@ class JobStore:
 
     def _change_state(self, tenant: str | None, job: str, state: _JobState, only: str | None = None) -> Job:
         with self._transaction() as (c, now):
-            found = self._row(c, tenant, job)
-            if found.state == state and state in ("paused", "cancelled"):
-                return found  # repeated request
-            _check_transition(found, state, only)
+            current = self._row(c, tenant, job)
+            if current.state == state and state in ("paused", "cancelled"):
+                return current  # repeated request
+            _check_transition(current, state, only)
             c.execute(update(job_table).where(job_table.c.id == job).values(**_NO_LEASE))
             return self._set_state(
-                c, found, state, now, {"paused": "paused", "queued": "resumed"}.get(state, "cancelled")
+                c, current, state, now, {"paused": "paused", "queued": "resumed"}.get(state, "cancelled")
             )
 
     # -- for workers ---------------------------------------------------------------------------------------------------
 
-    def take(
+    def acquire(
         self,
         worker: str,
         seconds: float,
@@ -508,29 +508,29 @@ class JobStore:
 
         while self.waiting(state, at_once, order, only, limit=1):  # polled often, mostly without a job: takes no lock
             with self._transaction() as (c, now):
-                found = next(iter(self._waiting(c, now, state, at_once, order, only, 1)), None)
-                if found is None:
+                job = next(iter(self._waiting(c, now, state, at_once, order, only, 1)), None)
+                if job is None:
                     return None
-                lost = found.until is not None
-                if lost and found.faults + 1 >= _MAX_FAULTS:
-                    what = f"the job lost its worker {_MAX_FAULTS} times in a row without a new checkpoint"
+                lost = job.until is not None
+                if lost and job.faults + 1 >= _MAX_FAULTS:
+                    message = f"the job lost its worker {_MAX_FAULTS} times in a row without a new checkpoint"
                     fix = "check the workers' memory, then submit the job again"
-                    self._end(c, found, "failed", now, error={"kind": "lost", "message": what, "fix": fix})
+                    self._end(c, job, "failed", now, error={"kind": "lost", "message": message, "fix": fix})
                     continue
                 values: dict[str, Any] = {"token": secrets.token_hex(16), "worker": shown(worker), "renewed": now}
-                values |= {"until": now + seconds, "attempt": found.attempt + (state == "queued")}
-                values |= {"faults": found.faults + lost}
-                if state == "queued" and found.started is None:
+                values |= {"until": now + seconds, "attempt": job.attempt + (state == "queued")}
+                values |= {"faults": job.faults + lost}
+                if state == "queued" and job.started is None:
                     values["started"] = now
-                c.execute(update(job_table).where(job_table.c.id == found.id).values(**values))
+                c.execute(update(job_table).where(job_table.c.id == job.id).values(**values))
                 if state == "queued" and lost:
-                    text = f"{found.worker} was lost: {worker} resumes from the last checkpoint"
+                    text = f"{job.worker} was lost: {worker} resumes from the last checkpoint"
                     data = {"public": "its worker was lost: another worker resumes from the last checkpoint"}
-                    _insert_event(c, found, now, JobEvent("warn", "note", text, data))
+                    _insert_event(c, job, now, JobEvent("warn", "note", text, data))
                 elif state == "queued":
-                    public = "resumed" if found.attempt else "started"
-                    self._set_state(c, found, "running", now, f"{public} by {worker}", public=public)
-                return JobLease(self._row(c, None, found.id), values["token"])
+                    public = "resumed" if job.attempt else "started"
+                    self._set_state(c, job, "running", now, f"{public} by {worker}", public=public)
+                return JobLease(self._row(c, None, job.id), values["token"])
         return None
 
     def waiting(
@@ -541,7 +541,7 @@ class JobStore:
         only: str | None = None,
         limit: int = 100,
     ) -> list[Job]:
-        """Return the jobs that `take` would return, in order."""
+        """Return the jobs that `acquire` would return, in order."""
         with reading(self.engine) as c:
             return self._waiting(c, self._now(c), state, at_once, order, only, limit)
 
@@ -559,24 +559,31 @@ class JobStore:
 
         Among waiting jobs, every tenant's first job comes before any tenant's second; running jobs count, and
         no tenant exceeds `at_once`. Ties go to the tenant with the lowest `order`, then to the oldest job."""
-        j, chosen = job_table.c, () if only is None else (job_table.c.id == only,)
-        held = "running" if state == "queued" else state
-        late = select(job_table).where(j.state == held, j.until <= now, *chosen).order_by(j.number).limit(limit)
-        found = [_job(row) for row in c.execute(late)]
-        if len(found) == limit:
-            return found
-        working = select(j.tenant, func.count()).where(j.state == held, j.token.is_not(None)).group_by(j.tenant)
+        j, condition = job_table.c, () if only is None else (job_table.c.id == only,)
+        working_state = "running" if state == "queued" else state
+        late = (
+            select(job_table)
+            .where(j.state == working_state, j.until <= now, *condition)
+            .order_by(j.number)
+            .limit(limit)
+        )
+        expired = [_job(row) for row in c.execute(late)]
+        if len(expired) == limit:
+            return expired
+        working = (
+            select(j.tenant, func.count()).where(j.state == working_state, j.token.is_not(None)).group_by(j.tenant)
+        )
         running = {tenant: int(count) for tenant, count in c.execute(working)}
-        place = func.row_number().over(partition_by=j.tenant, order_by=j.number).label("place")
-        free = select(j.tenant, j.number, place).where(j.state == state, j.token.is_(None), *chosen).subquery()
+        rank = func.row_number().over(partition_by=j.tenant, order_by=j.number).label("place")
+        free = select(j.tenant, j.number, rank).where(j.state == state, j.token.is_(None), *condition).subquery()
         turns = []
-        for tenant, number, own in c.execute(select(free).where(free.c.place <= limit)):
-            turn, most = running.get(tenant, 0) + own, at_once(tenant)
+        for tenant, number, position in c.execute(select(free).where(free.c.place <= limit)):
+            turn, most = running.get(tenant, 0) + position, at_once(tenant)
             if most is None or turn <= most:
                 turns.append((turn, order(tenant), number))
-        next_ones = [number for _, _, number in sorted(turns)[: limit - len(found)]]
+        next_ones = [number for _, _, number in sorted(turns)[: limit - len(expired)]]
         jobs = {row.number: _job(row) for row in c.execute(select(job_table).where(j.number.in_(next_ones)))}
-        return found + [jobs[number] for number in next_ones]
+        return expired + [jobs[number] for number in next_ones]
 
     def get_lease(self, job: str, token: str) -> JobLease:
         """Return the lease of this job and token. Raises LeaseLost."""
@@ -592,7 +599,7 @@ class JobStore:
             c.execute(update(job_table).where(job_table.c.id == job.id).values(until=now + seconds))
         return job
 
-    def note(
+    def record(
         self,
         lease: JobLease,
         events: Sequence[JobEvent] = (),
@@ -650,8 +657,8 @@ class JobStore:
                 update(job_table).where(job_table.c.id == job.id).values(**values, queued=now, faults=0, **_NO_LEASE)
             )
             cost = f", {money(planned)}" if planned else ""
-            what = f"validated: {counted(int(plan['steps']), 'step')}, {int(plan['tokens']):,} tokens{cost}"
-            return self._set_state(c, job, "queued", now, what)
+            text = f"validated: {counted(int(plan['steps']), 'step')}, {int(plan['tokens']):,} tokens{cost}"
+            return self._set_state(c, job, "queued", now, text)
 
     def release(self, lease: JobLease, why: str, detail: str = "") -> Job:
         """Return a job to the queue, to resume from its last checkpoint.
@@ -671,8 +678,8 @@ class JobStore:
         The job fails the third time in a row without a new checkpoint. Raises LeaseLost."""
         with self._with_lease(lease) as (c, now, job):
             if job.faults + 1 >= _MAX_FAULTS:
-                what = f"its process died {_MAX_FAULTS} times in a row without a new checkpoint: {why}"
-                return self._end(c, job, "failed", now, error={"kind": "died", "message": what, "fix": fix})
+                message = f"its process died {_MAX_FAULTS} times in a row without a new checkpoint: {why}"
+                return self._end(c, job, "failed", now, error={"kind": "died", "message": message, "fix": fix})
             c.execute(update(job_table).where(job_table.c.id == job.id).values(faults=job.faults + 1, **_NO_LEASE))
             _insert_event(
                 c, job, now, JobEvent("warn", "note", f"its process died: {why}", {"public": "its process died"})
@@ -730,10 +737,10 @@ class JobStore:
         )
         if state in ENDS:
             c.execute(update(job_table).where(job_table.c.id == job.id).values(ended=now, **_NO_LEASE))
-            ended = self._row(c, None, job.id)
-            cost = cost_of(ended.tokens, ended.price) if state in _BILLED else 0
-            own = {name: getattr(ended, name) for name in ("tenant", "name", "seconds", "tokens", "price")}
-            bill = own | {"job": job.id, "day": _day(now), "state": state, "at": now, "cost": cost}
+            current = self._row(c, None, job.id)
+            cost = cost_of(current.tokens, current.price) if state in _BILLED else 0
+            values = {name: getattr(current, name) for name in ("tenant", "name", "seconds", "tokens", "price")}
+            bill = values | {"job": job.id, "day": _day(now), "state": state, "at": now, "cost": cost}
             c.execute(insert(job_bill_table), bill)
         return self._row(c, None, job.id)
 
@@ -814,5 +821,5 @@ def _day(at: float) -> str:
 
 def money(millionths: int) -> str:
     """Format an amount with two to six decimals, as many as needed."""
-    whole, part = divmod(millionths, 1_000_000)
-    return f"{whole:,}.{f'{part:06d}'.rstrip('0').ljust(2, '0')}"
+    units, part = divmod(millionths, 1_000_000)
+    return f"{units:,}.{f'{part:06d}'.rstrip('0').ljust(2, '0')}"

@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 
 def after_section(job: Job) -> AfterJob | None:
     """Return a job's `after` section, or None."""
-    found = job.about.get("after")
-    return None if found is None else AfterJob.model_validate(found)
+    section = job.about.get("after")
+    return None if section is None else AfterJob.model_validate(section)
 
 
 def has_evaluation(job: Job) -> bool:
@@ -115,24 +115,24 @@ def submit_job(
     after: AfterJob | None = None,
     tenants: Store | None = None,
     device: Device | None = None,
-    about: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> Job:
     """Create and validate a job; return the job, queued or failed.
 
     name: the adapter's name; default: the output folder's name
     after: actions after training
     tenants: database of tenants' terms and routes
-    about: more data to store with the job
+    metadata: more data to store with the job
 
     Raises the errors of `JobStore.create` and `check_after`."""
-    name, about = name or Path(config.output.directory).name, dict(about or {})
+    name, metadata = name or Path(config.output.directory).name, dict(metadata or {})
     if after is not None:
         check_after(after, config, f"{tenant}/{name}" if tenant else name, tenant, tenants)
-        about["after"] = after.model_dump(mode="json")
-    given = config.model_dump(mode="json", exclude_unset=True, exclude={"output"})
-    job = store.create(tenant, given, name=name, about=about)
+        metadata["after"] = after.model_dump(mode="json")
+    values = config.model_dump(mode="json", exclude_unset=True, exclude={"output"})
+    job = store.create(tenant, values, name=name, about=metadata)
     while (now := store.get(tenant, job.id)).state == "validating":
-        lease = store.take("submit", 600, "validating", only=job.id)
+        lease = store.acquire("submit", 600, "validating", only=job.id)
         if lease is not None:
             return validate_job(store, lease, TrainingAccount(store, tenants), device or device_of())
         time.sleep(0.2)  # a worker already validates the job
@@ -155,12 +155,12 @@ def error_json(error: BaseException) -> dict[str, Any]:
     traceback goes to the log."""
     if not isinstance(error, VeneerError):
         traceback.print_exception(error)
-        what = f"{type(error).__name__}: {error}"
+        message = f"{type(error).__name__}: {error}"
         fix = "please report this bug with the job's log (veneer jobs logs)"
-        return {"kind": "internal", "message": what, "fix": fix}
+        return {"kind": "internal", "message": message, "fix": fix}
     kind = re.sub(r"(?<=.)(Error)$", "", type(error).__name__).lower()
-    found = {"kind": kind, "message": error.what, "where": error.where, "fix": error.fix}
-    return {name: value for name, value in found.items() if value}
+    fields = {"kind": kind, "message": error.what, "where": error.where, "fix": error.fix}
+    return {name: value for name, value in fields.items() if value}
 
 
 def _plan_of_job(job: Job, device: Device, max_memory: int | None) -> dict[str, Any]:
@@ -183,10 +183,10 @@ def _plan_of_job(job: Job, device: Device, max_memory: int | None) -> dict[str, 
     plan = plan_of_config(config, device, **exact)
     if not plan.fits:
         _refuse(plan)
-    own: dict[str, Any] = {"rows": exact.get("rows", plan.job.rows), "counted": exact}
+    values: dict[str, Any] = {"rows": exact.get("rows", plan.job.rows), "counted": exact}
     if held_out is not None and held_out.answered and base is not None and plan.device.kind == "cpu":
-        own["peak_bytes"] = max(plan.peak, _answering_peak(base, plan))
-    return plan.to_dict() | own
+        values["peak_bytes"] = max(plan.peak, _answering_peak(base, plan))
+    return plan.to_dict() | values
 
 
 def _answering_peak(base: TextBase, plan: Plan) -> int:

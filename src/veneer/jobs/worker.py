@@ -154,7 +154,7 @@ class Worker:
             large = size is None or size > _SMALL
             if large and any(each.large for each in now):
                 continue
-            lease = self.store.take(self.name, self.lease, only=job.id, **fair)
+            lease = self.store.acquire(self.name, self.lease, only=job.id, **fair)
             if lease is not None:
                 self._start_validation(lease, large, size)
                 return True
@@ -172,19 +172,19 @@ class Worker:
         bounds = _Validation(large, seconds, begun + seconds, max_memory)
         self._running.append(_Running(self._local, lease, handle, begun + self.lease, validation=bounds))
 
-    def _validation_ended(self, lease: JobLease, bounds: _Validation, ended: ExitStatus, stopping: bool) -> None:
+    def _validation_ended(self, lease: JobLease, bounds: _Validation, status: ExitStatus, stopping: bool) -> None:
         """Settle the job of a validation that has ended.
 
         If the process ended by itself, it settled the job. If the database or a disk was unavailable, the
         lease expires and the job is validated again."""
         error = {"kind": "preflight", "where": "data.train"}
-        if ended.memory:
-            what = f"reading the rows takes more than the limit of {gigabytes(bounds.max_memory)} of memory"
-            self.store.finish(lease, error={**error, "message": what, "fix": "use fewer or shorter rows"})
+        if status.memory:
+            message = f"reading the rows takes more than the limit of {gigabytes(bounds.max_memory)} of memory"
+            self.store.finish(lease, error={**error, "message": message, "fix": "use fewer or shorter rows"})
         elif time.monotonic() > bounds.deadline:
-            what = f"reading the rows takes longer than the limit of {counted(round(bounds.seconds / 60), 'minute')}"
+            message = f"reading the rows takes longer than the limit of {counted(round(bounds.seconds / 60), 'minute')}"
             fix = "use fewer rows, or fewer messages per row: each answer is read with all messages before it"
-            self.store.finish(lease, error={**error, "message": what, "fix": fix})
+            self.store.finish(lease, error={**error, "message": message, "fix": fix})
         elif stopping:
             self.store.release(lease, "")
 
@@ -204,7 +204,7 @@ class Worker:
             validating = sum(running.validation is not None for running in self._running)
             if len(self._running) - validating >= self.at_once or (validate_first and validating):
                 return False
-            lease = self.store.take(self.name, self.lease, at_once=self._max_jobs)
+            lease = self.store.acquire(self.name, self.lease, at_once=self._max_jobs)
             self._away = False
             if lease is None:
                 return False
@@ -236,18 +236,18 @@ class Worker:
         self._running.append(_Running(self.executor, lease, handle, valid_until))
         self.log(f"{job.id} of {job.tenant or 'no tenant'}: {handle}")
         with suppress(LeaseLost):
-            self.store.note(lease, place=handle)
+            self.store.record(lease, place=handle)
 
     def _max_jobs(self, tenant: str) -> int | None:
         return self.account.terms(tenant).jobs
 
     def _check_process(self, running: _Running) -> None:
         now = time.monotonic()
-        ended = running.executor.poll(running.handle)
-        if ended is not None:
+        status = running.executor.poll(running.handle)
+        if status is not None:
             self._running.remove(running)
             with suppress(LeaseLost):  # the process ended the job or returned it to the queue
-                self._process_ended(running, ended)
+                self._process_ended(running, status)
             remove_handovers(running.lease.job)
             self._finish_job(running.lease)
             return
@@ -258,18 +258,18 @@ class Worker:
             running.killed = True
             running.executor.stop(running.handle, hard=True)
 
-    def _process_ended(self, running: _Running, ended: ExitStatus) -> None:
+    def _process_ended(self, running: _Running, status: ExitStatus) -> None:
         """Settle the job of a process that has ended."""
         lease = running.lease
         if running.validation is not None:
-            self._validation_ended(lease, running.validation, ended, running.stopping is not None)
-        elif ended.memory:
+            self._validation_ended(lease, running.validation, status, running.stopping is not None)
+        elif status.memory:
             fix = "smaller batches (batching.micro_rows), shorter rows, or another plan"
-            self.store.finish(lease, error={"kind": "memory", "message": ended.why, "fix": fix})
+            self.store.finish(lease, error={"kind": "memory", "message": status.why, "fix": fix})
         elif running.stopping is not None:  # stopped before it saved its state
             self.store.release(lease, "stopped; resumes from the last checkpoint")
         else:
-            self.store.died(lease, ended.why)
+            self.store.died(lease, status.why)
 
     def _finish_job(self, lease: JobLease) -> None:
         """Report a job's state after its process has ended; drop checkpoints on success."""
@@ -322,6 +322,6 @@ class Worker:
             if not is_transient(error):
                 raise
             if not self._away:
-                what = error.what if isinstance(error, VeneerError) else type(error).__name__
-                self.log(f"the database, a disk or the executor is unavailable; trying again: {what}")
+                message = error.what if isinstance(error, VeneerError) else type(error).__name__
+                self.log(f"the database, a disk or the executor is unavailable; trying again: {message}")
             self._away = True

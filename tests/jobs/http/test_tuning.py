@@ -53,7 +53,7 @@ class Jobs:
         return openai.OpenAI(base_url=f"{self.server.url}/v1", api_key=key, max_retries=0)
 
     def taken(self, state: Any = "queued") -> JobLease:
-        lease = self.store.take("worker", 60, state)
+        lease = self.store.acquire("worker", 60, state)
         assert lease is not None
         return lease
 
@@ -140,7 +140,7 @@ def test_job_from_creation_to_result(jobs: Jobs, client: openai.OpenAI) -> None:
         {"step": 4, "validation_loss": 1.5, "token_accuracy": 0.5},
     ]
     events = [JobEvent("info", kind, "", d) for kind, d in zip(("metrics", "validation"), measured, strict=True)]
-    jobs.store.note(lease, events, [point, JobCheckpoint(8)], trained=(4, 9, 400))
+    jobs.store.record(lease, events, [point, JobCheckpoint(8)], trained=(4, 9, 400))
     job = client.fine_tuning.jobs.retrieve(job.id)
     assert job.status == "running"
     assert job.estimated_finish is not None

@@ -62,10 +62,10 @@ def file_routes(files: Files) -> APIRouter:
     @asynccontextmanager
     async def uploaded_form(request: HttpRequest) -> AsyncIterator[tuple[FormData, UploadFile]]:
         """Yield a form and its file; the file is removed afterwards."""
-        caller = caller_of(request)
+        principal = caller_of(request)
         if not request.headers.get("content-type", "").startswith("multipart/form-data"):
             raise invalid("a form is expected", None, "send multipart/form-data")
-        uploads.take(caller.tenant, caller.weight, 1)
+        uploads.take(principal.tenant, principal.weight, 1)
         try:
             async with request.form(max_files=1, max_fields=8, max_part_size=_FORM_BYTES) as form:
                 file = form.get("file")
@@ -73,13 +73,13 @@ def file_routes(files: Files) -> APIRouter:
                     raise invalid("the form has no file under 'file'", "file")
                 yield form, file
         finally:
-            uploads.give(caller.tenant, 1)
+            uploads.give(principal.tenant, 1)
 
     body = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}}
 
     @router.post("/v1/files", summary="Upload a file of training data", openapi_extra=body)
     async def create(request: HttpRequest) -> Response:
-        caller = caller_of(request)
+        principal = caller_of(request)
         async with uploaded_form(request) as (form, upload):
             if unknown := sorted(set(form) - _FIELDS):
                 raise invalid(f"unknown key {unknown[0][:100]!r}", unknown[0][:100])
@@ -88,13 +88,13 @@ def file_routes(files: Files) -> APIRouter:
                 raise invalid(f"{str(purpose)[:40]!r} is not a purpose of files here", "purpose", fix)
             size = upload.size or 0
             if size > files.max_bytes:
-                what, fix = f"the file has more than {files.max_bytes:,} bytes", "send its rows in several files"
-                raise Refused(what, status=413, code="too_large", param="file", fix=fix)
+                message, fix = f"the file has more than {files.max_bytes:,} bytes", "send its rows in several files"
+                raise Refused(message, status=413, code="too_large", param="file", fix=fix)
             ttl, name = _ttl(form), upload.filename or ""
             file = await in_thread(
                 _DATABASE,
-                lambda: files.add(caller.tenant, name, "fine-tune", upload.file, ttl=ttl),
-                run=lambda work: copying.run(caller.tenant, caller.weight, size, work),
+                lambda: files.add(principal.tenant, name, "fine-tune", upload.file, ttl=ttl),
+                run=lambda work: copying.run(principal.tenant, principal.weight, size, work),
             )
         return Json(_to_openai(file))
 
@@ -107,8 +107,8 @@ def file_routes(files: Files) -> APIRouter:
         purpose: Annotated[str | None, Query(max_length=40)] = None,
     ) -> Any:
         page: dict[str, Any] = {"purpose": purpose, "limit": limit, "after": after, "newest_first": order == "desc"}
-        found, more = files.list(caller_of(request).tenant, **page)
-        return openai_page([_to_openai(file) for file in found], more)
+        page_files, more = files.list(caller_of(request).tenant, **page)
+        return openai_page([_to_openai(file) for file in page_files], more)
 
     @router.get("/v1/files/{id}", summary="Get a file's description")
     def retrieve(request: HttpRequest, id: str) -> Any:

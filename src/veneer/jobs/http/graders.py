@@ -68,12 +68,12 @@ class GraderRunBody(GraderBody):
 ParseGrader = Callable[[Any, str], Any]
 
 
-def grader_of(given: Any, param: str = "grader", sandbox: Sandbox | None = None) -> Any:
+def grader_of(source: Any, param: str = "grader", sandbox: Sandbox | None = None) -> Any:
     """Parse a client's grader. Blocks.
 
     Raises Refused for an invalid grader. Refuses a Python grader without a sandbox before parsing any
     source."""
-    if sandbox is None and has_python(given):
+    if sandbox is None and has_python(source):
         raise Refused(
             "this server runs no Python graders",
             status=403,
@@ -82,7 +82,7 @@ def grader_of(given: Any, param: str = "grader", sandbox: Sandbox | None = None)
             fix="the operator can allow them: veneer serve --train --python-graders",
         )
     try:
-        return parse_grader(given, param)
+        return parse_grader(source, param)
     except ConfigError as error:
         raise invalid(error.what, error.where, error.fix) from error
 
@@ -97,10 +97,10 @@ def grader_routes(limits: QuotaLimits | None = None, *, sandbox: Sandbox | None 
 
     async def helped(request: HttpRequest, do: Callable[[], bytes]) -> Response:
         """Run `do` in a thread of the caller's share; return a response with its bytes."""
-        caller, quotas = caller_of(request), service_of(request).quotas
+        principal, quotas = caller_of(request), service_of(request).quotas
         size = len(await request.body())
-        with quotas.take(caller.tenant, requests=1, memory=size):
-            work = partial(helpers.run, caller.tenant, caller.weight, size)
+        with quotas.take(principal.tenant, requests=1, memory=size):
+            work = partial(helpers.run, principal.tenant, principal.weight, size)
             return Response(await in_thread("the grader", do, work), media_type="application/json")
 
     @router.post("/v1/fine_tuning/alpha/graders/validate", summary="Check a grader without running it")
@@ -115,30 +115,32 @@ def grader_routes(limits: QuotaLimits | None = None, *, sandbox: Sandbox | None 
 
     @router.post("/v1/fine_tuning/alpha/graders/run", summary="Grade one completion")
     async def run_grader(request: HttpRequest, body: GraderRunBody) -> Response:
-        service, caller, loop = service_of(request), caller_of(request), asyncio.get_running_loop()
-        number, place = f"grader-{request.scope['veneer.id']}", admission_of(request)
+        service, principal, loop = service_of(request), caller_of(request), asyncio.get_running_loop()
+        number, admission = f"grader-{request.scope['veneer.id']}", admission_of(request)
 
         def grade() -> bytes:
             began = time.perf_counter()
             with _Timed(request) as timed:
 
-                def ask(questions: Sequence[Question]) -> list[Reply]:
+                def reply_all(questions: Sequence[Question]) -> list[Reply]:
                     """Ask the engine on the server's event loop."""
-                    replies = _ask_all(service, caller, number, questions, place)
+                    replies = _ask_all(service, principal, number, questions, admission)
                     with timed.waiting():
                         return asyncio.run_coroutine_threadsafe(replies, loop).result()
 
                 try:
                     grader = grader_of(body.grader, sandbox=sandbox)
                     functions = sum(isinstance(each, PythonGrader) for each in single_graders(grader).values())
-                    with GraderRun(grader, ask=ask, timeout=_SECONDS / max(1, functions), sandbox=sandbox) as ready:
+                    with GraderRun(
+                        grader, ask=reply_all, timeout=_SECONDS / max(1, functions), sandbox=sandbox
+                    ) as ready:
                         sample = template_sample(Answer((), body.model_sample))
-                        found = ready.grade([(sample, body.item or {})])[0]
+                        result = ready.grade([(sample, body.item or {})])[0]
                 except MissingExtraError as error:
                     raise invalid(error.what, "grader", error.fix) from error
-            if (said := found.errors.get(TOO_LARGE)) is not None:
-                raise Refused(said, status=413, code=TOO_LARGE, param="grader")
-            return json_bytes(_shown(grader, found, time.perf_counter() - began))
+            if (refusal := result.errors.get(TOO_LARGE)) is not None:
+                raise Refused(refusal, status=413, code=TOO_LARGE, param="grader")
+            return json_bytes(_shown(grader, result, time.perf_counter() - began))
 
         return await helped(request, grade)
 
@@ -171,15 +173,19 @@ class _Timed:
 
 
 async def _ask_all(
-    service: Service, caller: Principal, number: str, questions: Sequence[Question], place: AdmittedRequest
+    service: Service, principal: Principal, number: str, questions: Sequence[Question], admission: AdmittedRequest
 ) -> list[Reply]:
     """Return replies to questions. Raises Refused, as for a chat completion."""
-    return [await _ask(service, caller, f"{number}-{i}", question, place) for i, question in enumerate(questions)]
+    return [
+        await _ask(service, principal, f"{number}-{i}", question, admission) for i, question in enumerate(questions)
+    ]
 
 
-async def _ask(service: Service, caller: Principal, number: str, question: Question, place: AdmittedRequest) -> Reply:
-    chosen = service.choose(caller, model=question.model)
-    prompt = await service.prompts.of_messages(question.messages, place)
+async def _ask(
+    service: Service, principal: Principal, number: str, question: Question, admission: AdmittedRequest
+) -> Reply:
+    resolved = service.choose(principal, model=question.model)
+    prompt = await service.prompts.of_messages(question.messages, admission)
     available = service.prompts.fits(prompt, "grader.input")
     sampling = Sampling(
         max_tokens=min(question.tokens, available, service.settings.max_tokens or available),
@@ -189,7 +195,7 @@ async def _ask(service: Service, caller: Principal, number: str, question: Quest
         grammar=question.grammar,
     )
     answer = TextAnswer()
-    async with aclosing(run(service, TextJob(caller, chosen, [prompt], sampling, id=number))) as events:
+    async with aclosing(run(service, TextJob(principal, resolved, [prompt], sampling, id=number))) as events:
         async for _, event in events:
             answer.add(event)
     usage = _usage(total([answer.took(len(prompt))], 1))

@@ -18,8 +18,8 @@ from veneer.serve.request import invalid
 T = TypeVar("T")
 
 
-def thread_route(what: str) -> type[BodyRoute]:
-    """Return a route class; `what` names the resource in errors.
+def thread_route(label: str) -> type[BodyRoute]:
+    """Return a route class; `label` names the resource in errors.
 
     A function that is not a coroutine runs in a thread; it returns JSON values, None (204) or a response.
     ConfigErrors become 400."""
@@ -27,29 +27,29 @@ def thread_route(what: str) -> type[BodyRoute]:
     class ThreadRoute(BodyRoute):
         def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
             if not inspect.iscoroutinefunction(endpoint):
-                endpoint = _threaded(what, endpoint)
+                endpoint = _threaded(label, endpoint)
             super().__init__(path, endpoint, **options | {"response_model": None})
 
     return ThreadRoute
 
 
-def _threaded(what: str, endpoint: Callable[..., Any]) -> Callable[..., Any]:
+def _threaded(label: str, endpoint: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(endpoint)
     async def run(**values: Any) -> Response:
-        found = await blocking(what, partial(endpoint, **values))
-        if isinstance(found, Response):
-            return found
-        return Response(status_code=204) if found is None else Json(found)
+        result = await blocking(label, partial(endpoint, **values))
+        if isinstance(result, Response):
+            return result
+        return Response(status_code=204) if result is None else Json(result)
 
     return run
 
 
 async def blocking(
-    what: str, do: Callable[[], T], run: Callable[[Callable[[], T]], Awaitable[T]] = asyncio.to_thread
+    label: str, do: Callable[[], T], run: Callable[[Callable[[], T]], Awaitable[T]] = asyncio.to_thread
 ) -> T:
     """Call `do` in a thread, with `run`.
 
-    Raises Refused: 400 for a ConfigError, else an outage or an internal error of `what`."""
+    Raises Refused: 400 for a ConfigError, else an outage or an internal error of `label`."""
 
     def call() -> T:
         try:
@@ -57,4 +57,4 @@ async def blocking(
         except ConfigError as error:
             raise invalid(error.what, error.where, error.fix) from error
 
-    return await in_thread(what, call, run)
+    return await in_thread(label, call, run)

@@ -130,10 +130,10 @@ class Call:
         """Check that a base is served here. Raises Refused.
 
         Compares only the last part of the name, because clients name their own folders."""
-        served = self.http.catalog.base
-        if name.rstrip("/").rpartition("/")[2].lower() != served.lower():
-            what, fix = f"The model {quoted(name)} is not served here", f"base_model={served!r}"
-            raise Refused(what, status=400, code="model_not_available", param="base_model", fix=fix)
+        base = self.http.catalog.base
+        if name.rstrip("/").rpartition("/")[2].lower() != base.lower():
+            message, fix = f"The model {quoted(name)} is not served here", f"base_model={base!r}"
+            raise Refused(message, status=400, code="model_not_available", param="base_model", fix=fix)
 
 
 @dataclass(eq=False)
@@ -226,8 +226,8 @@ class TinkerRoutes:
             call.service.check_open(run)
             if not re.fullmatch("0|[1-9][0-9]{0,8}", seq) or int(seq) > run.applied:
                 return NotFound(f"there is no request {quoted(number)}", where="request_id")
-        what = f"the result of {quoted(number)} has expired"
-        return Refused(what, status=410, code="gone", fix="sample again; training requests have been applied")
+        message = f"the result of {quoted(number)} has expired"
+        return Refused(message, status=410, code="gone", fix="sample again; training requests have been applied")
 
     # -- numbered requests ---------------------------------------------------------------------------------------------
 
@@ -333,9 +333,9 @@ def tinker_router(permission: Any = "train") -> APIRouter:
     return APIRouter(prefix="/api/v1", tags=["Tinker"], route_class=TINKER_ROUTE, dependencies=[needs(permission)])
 
 
-def training_routes(own: TinkerRoutes) -> APIRouter:
+def training_routes(state: TinkerRoutes) -> APIRouter:
     """Return the routes of sessions, training clients and numbered requests."""
-    router, current_call = tinker_router(), Depends(own.call)
+    router, current_call = tinker_router(), Depends(state.call)
 
     @router.get("/healthz", summary="Check that the server runs")
     async def health() -> Response:
@@ -362,7 +362,7 @@ def training_routes(own: TinkerRoutes) -> APIRouter:
 
     @router.post("/create_session", summary="Create a session of a ServiceClient")
     def create_session(body: SessionBody, call: Call = current_call) -> Any:
-        own.account.check_allowed(call.tenant)
+        state.account.check_allowed(call.tenant)
         session = call.service.create_session(call.tenant, body.user_metadata, body.display_name)
         return {"type": "create_session", "session_id": session.id}
 
@@ -373,8 +373,8 @@ def training_routes(own: TinkerRoutes) -> APIRouter:
 
     @router.get("/sessions", summary="List the caller's sessions, newest first")
     def sessions(limit: int = Query(20, ge=1, le=1000), offset: int = Query(0, ge=0), call: Call = current_call) -> Any:
-        found = call.service.sessions_of(call.tenant)
-        return {"sessions": [session.id for session in found[offset : offset + limit]]}
+        matches = call.service.sessions_of(call.tenant)
+        return {"sessions": [session.id for session in matches[offset : offset + limit]]}
 
     @router.get("/sessions/{id}", summary="Get a session")
     def session(id: str, call: Call = current_call) -> Any:
@@ -398,7 +398,7 @@ def training_routes(own: TinkerRoutes) -> APIRouter:
         if (config := body.lora_config) is None:
             raise invalid("only adapters are trained here", "lora_config", "create_lora_training_client(…)")
         lora = Lora(config.rank, config.seed, config.train_attn, config.train_mlp, config.train_unembed)
-        return await own.created(call, body.session_id, body.model_seq_id, lora, body.user_metadata)
+        return await state.created(call, body.session_id, body.model_seq_id, lora, body.user_metadata)
 
     @router.post("/get_info", summary="Get a training client's base and rank")
     def info(body: RunBody, call: Call = current_call) -> Any:
@@ -419,8 +419,8 @@ def training_routes(own: TinkerRoutes) -> APIRouter:
         run, result = call.service.run(call.tenant, body.model_id), asyncio.get_running_loop().create_future()
         run.turn, number = 0.0, f"{run.id}:unload"
         result.set_result(FutureResult("json", json.dumps({"type": "unload_model", "model_id": run.id}).encode()))
-        if number not in own.results:
-            own.add(call, number, own.take_quota(call, 0), _wait_for(result))
+        if number not in state.results:
+            state.add(call, number, state.take_quota(call, 0), _wait_for(result))
         return future_response(number, run.id)
 
     @router.post("/forward_backward", summary="Compute log-probabilities and gradients; the body is protobuf")
@@ -428,7 +428,7 @@ def training_routes(own: TinkerRoutes) -> APIRouter:
         data = await request.body()
         head = await tinker_blocking(lambda: read_head(data))
         run = call.service.run(call.tenant, head.model)
-        return await own.submit(call, run, head.seq, "forward", data, head.tokens)
+        return await state.submit(call, run, head.seq, "forward", data, head.tokens)
 
     def numbered(kind: str, summary: str) -> None:
         @router.post(f"/{kind}", summary=summary, name=kind)
@@ -437,12 +437,12 @@ def training_routes(own: TinkerRoutes) -> APIRouter:
             if not isinstance(body, dict):
                 raise invalid("a JSON object is expected")
             if kind == "load_weights" and body.get("session_id") is not None:
-                return await _create_from(own, call, body)
+                return await _create_from(state, call, body)
             run = call.service.run(call.tenant, str(body.get("model_id")))
             seq = body.get("seq_id")
             if type(seq) is not int:
                 raise invalid(f"seq_id is {str(seq)[:50]}", "seq_id", "a whole number from 1 on")
-            return await own.submit(call, run, seq, kind, json.dumps(body).encode(), 0)
+            return await state.submit(call, run, seq, kind, json.dumps(body).encode(), 0)
 
     numbered("optim_step", "Step AdamW with the gradients since the last step")
     numbered("save_weights", "Save a checkpoint to continue from")
@@ -452,7 +452,7 @@ def training_routes(own: TinkerRoutes) -> APIRouter:
     return router
 
 
-async def _create_from(own: TinkerRoutes, call: Call, body: Mapping[str, Any]) -> Response:
+async def _create_from(state: TinkerRoutes, call: Call, body: Mapping[str, Any]) -> Response:
     number, path, session = body.get("model_seq_id"), body.get("path"), str(body["session_id"])
     if type(number) is not int or not 0 <= number < MAX_NUMBER or not isinstance(path, str):
         raise invalid("model_seq_id and path are needed", "path")
@@ -460,7 +460,7 @@ async def _create_from(own: TinkerRoutes, call: Call, body: Mapping[str, Any]) -
         call.check_base(str(body["base_model"]))
     _check_optimizer(body.get("optimizer_config") or {})
     optimizer, metadata = bool(body.get("optimizer")), body.get("user_metadata")
-    return await own.created(call, session, number, path, metadata, optimizer)
+    return await state.created(call, session, number, path, metadata, optimizer)
 
 
 def _check_optimizer(optimizer: Mapping[str, Any]) -> None:

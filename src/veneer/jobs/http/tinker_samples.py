@@ -204,9 +204,9 @@ def _served(call: Call, source: SamplerSource) -> ResolvedModel:
     if not source.digest:
         return catalog.resolve(source.reference or catalog.base, call.caller)
     if not Path(source.folder).is_dir():
-        what = "the weights of this sampling client are kept no more: newer ones of its run took their place"
+        message = "the weights of this sampling client are kept no more: newer ones of its run took their place"
         fix = "save_weights_for_sampler(name) keeps weights until they are deleted"
-        raise Refused(what, status=410, code="gone", fix=fix)
+        raise Refused(message, status=410, code="gone", fix=fix)
     catalog.sources.remember(source.digest, AdapterLocation(source.name, path=Path(source.folder)))
     return ResolvedModel(((source.digest, 1.0),), source.name, source.name, adapters=(source.name,))
 
@@ -232,9 +232,9 @@ def _sample_bytes(body: SampleBody, answers: Sequence[TextAnswer], prompt: int) 
     return sample_bytes(samples, prompt=logprobs, top_prompt=tops, top=count, cached=answers[0].cached)
 
 
-def sampling_routes(own: TinkerRoutes) -> APIRouter:
+def sampling_routes(state: TinkerRoutes) -> APIRouter:
     """Return the routes of sampling and of all requests' results."""
-    router, current_call, sampling = tinker_router(), Depends(own.call), Sampling(own)
+    router, current_call, sampling = tinker_router(), Depends(state.call), Sampling(state)
 
     @router.post("/create_sampling_session", summary="Create a sampling session of the base or a checkpoint")
     def create_sampler(body: SamplerBody, call: Call = current_call) -> Any:
@@ -244,14 +244,14 @@ def sampling_routes(own: TinkerRoutes) -> APIRouter:
             call.check_base(body.base_model)
             call.service.session(call.tenant, body.session_id).set_base_name(body.base_model)
         number = body.sampling_session_seq_id
-        made = call.service.create_sampler(call.tenant, body.session_id, number, body.model_path)
-        return {"type": "create_sampling_session", "sampling_session_id": made.id}
+        sampler_source = call.service.create_sampler(call.tenant, body.session_id, number, body.model_path)
+        return {"type": "create_sampling_session", "sampling_session_id": sampler_source.id}
 
     @router.get("/samplers/{id}", summary="Get a sampling session's weights")
     def sampler(id: str, call: Call = current_call) -> Any:
-        found = call.service.sampler(call.tenant, id)
+        source = call.service.sampler(call.tenant, id)
         name = call.model_name(call.service.session(call.tenant, id.partition(":")[0]).base_name)
-        return {"sampler_id": found.id, "base_model": name, "model_path": found.path}
+        return {"sampler_id": source.id, "base_model": name, "model_path": source.path}
 
     @router.post("/asample", summary="Sample from one prompt")
     async def sample(body: SampleBody, call: Call = current_call) -> Response:
@@ -260,7 +260,7 @@ def sampling_routes(own: TinkerRoutes) -> APIRouter:
     @router.post("/retrieve_future", summary="Get a request's result; 408 while it is pending")
     async def retrieve(body: FutureBody, call: Call = current_call) -> Response:
         number = body.request_id
-        result = await own.result(call, number)
+        result = await state.result(call, number)
         if result is None:
             return Json({"type": "try_again", "request_id": number, "queue_state": "active"}, status_code=408)
         kind = "application/x-protobuf" if result.kind == "proto" else "application/json"
@@ -268,7 +268,7 @@ def sampling_routes(own: TinkerRoutes) -> APIRouter:
 
     @router.post("/cancel_future", summary="Cancel a sample")
     async def cancel(body: FutureBody, call: Call = current_call) -> Response:
-        pending = own.results.get(body.request_id)
+        pending = state.results.get(body.request_id)
         if ":sample:" in body.request_id and pending is not None and pending.tenant == call.tenant:
             pending.task.cancel()
         return Response(status_code=204)

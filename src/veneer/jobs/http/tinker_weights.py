@@ -41,8 +41,8 @@ class TtlBody(Strict):
     ttl_seconds: int | None = Field(default=None, ge=3600, le=10 * 366 * 86400)
 
 
-def weights_routes(own: TinkerRoutes) -> APIRouter:
-    router, current_call = tinker_router(), Depends(own.call)
+def weights_routes(state: TinkerRoutes) -> APIRouter:
+    router, current_call = tinker_router(), Depends(state.call)
 
     def find(call: Call, id: str, checkpoint_id: str) -> tuple[TrainingRun, SavedWeights]:
         run = call.service.run(call.tenant, id)
@@ -66,9 +66,9 @@ def weights_routes(own: TinkerRoutes) -> APIRouter:
 
     @router.get("/training_runs", summary="List the caller's training runs, newest first")
     def runs(limit: int = _LIMIT, offset: int = _OFFSET, call: Call = current_call) -> Any:
-        found = call.service.runs_of(call.tenant)
-        cursor = {"offset": offset, "limit": limit, "total_count": len(found)}
-        return {"training_runs": [_run_json(run, call) for run in found[offset : offset + limit]], "cursor": cursor}
+        matches = call.service.runs_of(call.tenant)
+        cursor = {"offset": offset, "limit": limit, "total_count": len(matches)}
+        return {"training_runs": [_run_json(run, call) for run in matches[offset : offset + limit]], "cursor": cursor}
 
     @router.get("/training_runs/{id}", summary="Get a training run")
     def one(id: str, call: Call = current_call) -> Any:
@@ -89,7 +89,7 @@ def weights_routes(own: TinkerRoutes) -> APIRouter:
     def archive(id: str, kind: str, name: str, call: Call = current_call) -> Response:
         _, checkpoint = find(call, id, f"{kind}/{name}")
         hold = call.http.quotas.take(call.tenant, descriptors=1)
-        tar, named = _Tar(own.library.resolve(checkpoint.reference)), f'attachment; filename="{name}.tar"'
+        tar, named = _Tar(state.library.resolve(checkpoint.reference)), f'attachment; filename="{name}.tar"'
         return file_response(tar, tar.size, named, media_type="application/x-tar", after=hold.release)  # type: ignore[arg-type]
 
     @router.get(f"{_CHECKPOINT}/external_weights_urls", summary="Get a URL for each file of a checkpoint")
@@ -97,9 +97,9 @@ def weights_routes(own: TinkerRoutes) -> APIRouter:
         _, checkpoint = find(call, id, f"{kind}/{name}")
         ends, base = int(time.time() + _SIGNED), str(request.base_url).rstrip("/")
         signed = f"{base}{FILES}/{checkpoint.reference}/{ends}/{_sign(checkpoint.reference, ends)}"
-        files = [path for path in sorted(own.library.resolve(checkpoint.reference).iterdir()) if path.is_file()]
-        made = {path.name: f"{signed}/{path.name}" for path in files}
-        return {"urls": made, "expires": datetime.fromtimestamp(ends, UTC).isoformat()}
+        files = [path for path in sorted(state.library.resolve(checkpoint.reference).iterdir()) if path.is_file()]
+        urls = {path.name: f"{signed}/{path.name}" for path in files}
+        return {"urls": urls, "expires": datetime.fromtimestamp(ends, UTC).isoformat()}
 
     @router.put(f"{_CHECKPOINT}/ttl", summary="Set a checkpoint's time to live")
     def ttl(id: str, kind: str, name: str, body: TtlBody, call: Call = current_call) -> None:
@@ -114,7 +114,7 @@ def weights_routes(own: TinkerRoutes) -> APIRouter:
     return router
 
 
-def signed_routes(own: TinkerRoutes) -> APIRouter:
+def signed_routes(state: TinkerRoutes) -> APIRouter:
     """Return the routes of signed URLs, which need no key."""
     router = tinker_router("public")
 
@@ -123,7 +123,7 @@ def signed_routes(own: TinkerRoutes) -> APIRouter:
         right = hmac.compare_digest(signature.encode(), _sign(reference, ends).encode())
         if not right or ends < time.time():
             raise Refused("this URL is not valid, or not any more", status=403, code="forbidden")
-        folder = own.library.resolve(reference)
+        folder = state.library.resolve(reference)
         if name not in {path.name for path in folder.iterdir()}:
             raise Refused("there is no such file", status=404, code="not_found")
         return FileResponse(folder / name)
@@ -172,7 +172,7 @@ class _Tar:
         self._parts.close()
 
     def _made(self) -> Generator[bytes, None, None]:
-        made = 0
+        sent = 0
         for path, stat in self._files:
             info = tarfile.TarInfo(path.name)
             info.size, info.mtime, info.mode = stat.st_size, int(stat.st_mtime), 0o644
@@ -182,5 +182,5 @@ class _Tar:
                     yield chunk
             if stat.st_size % tarfile.BLOCKSIZE:
                 yield bytes(-stat.st_size % tarfile.BLOCKSIZE)
-            made += len(head) + stat.st_size + -stat.st_size % tarfile.BLOCKSIZE
-        yield bytes(self.size - made)
+            sent += len(head) + stat.st_size + -stat.st_size % tarfile.BLOCKSIZE
+        yield bytes(self.size - sent)

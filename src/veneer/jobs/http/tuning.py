@@ -74,16 +74,16 @@ def tuning_routes(queue: TuningQueue) -> APIRouter:
 
     @router.post("/v1/fine_tuning/jobs", summary="Fine-tune the base or a tuned model on an uploaded file")
     async def create(request: HttpRequest, body: TuningBody) -> Response:
-        caller = caller_of(request)
-        job = await queue.create(service_of(request), caller, body)
-        return Json(job_to_openai(job, organisation_of(caller.tenant)), headers=body.headers)
+        principal = caller_of(request)
+        job = await queue.create(service_of(request), principal, body)
+        return Json(job_to_openai(job, organisation_of(principal.tenant)), headers=body.headers)
 
     @router.get("/v1/fine_tuning/jobs", summary="List the caller's jobs, newest first")
     def listed(request: HttpRequest, limit: _Limit = 20, after: _After = None) -> Any:
         tenant = caller_of(request).tenant
-        found, more = _some(jobs, tenant, after, limit, _metadata(request))
-        shown = [job_to_openai(job, organisation_of(tenant)) for job in found]
-        return {"object": "list", "data": shown, "has_more": more}
+        page_jobs, more = _some(jobs, tenant, after, limit, _metadata(request))
+        data = [job_to_openai(job, organisation_of(tenant)) for job in page_jobs]
+        return {"object": "list", "data": data, "has_more": more}
 
     @router.get("/v1/fine_tuning/jobs/{id}", summary="Get a job")
     def retrieve(request: HttpRequest, id: str) -> Any:
@@ -91,8 +91,8 @@ def tuning_routes(queue: TuningQueue) -> APIRouter:
         job = _job(jobs, tenant, id)
         return job_to_openai(job, organisation_of(tenant), _results(jobs, files, job))
 
-    def changes(what: str, summary: str, change: Callable[[str, str], Job]) -> None:
-        @router.post(f"/v1/fine_tuning/jobs/{{id}}/{what}", summary=summary, name=what)
+    def changes(action: str, summary: str, change: Callable[[str, str], Job]) -> None:
+        @router.post(f"/v1/fine_tuning/jobs/{{id}}/{action}", summary=summary, name=action)
         def changed(request: HttpRequest, id: str) -> Any:
             tenant = caller_of(request).tenant
             _job(jobs, tenant, id)
@@ -114,30 +114,30 @@ def tuning_routes(queue: TuningQueue) -> APIRouter:
         number = 0 if after is None else event_number(job, after)
         if number is None:
             raise invalid(f"the job has no event {quoted(str(after))}", "after")
-        found, more = jobs.events(tenant, id, after=number, limit=limit, newest=True, diagnostics=False)
+        page_events, more = jobs.events(tenant, id, after=number, limit=limit, newest=True, diagnostics=False)
         job = jobs.get(tenant, id)  # after the events: the job decides what they show
-        return {"object": "list", "data": [event_to_openai(job, event) for event in found], "has_more": more}
+        return {"object": "list", "data": [event_to_openai(job, event) for event in page_events], "has_more": more}
 
     @router.get("/v1/fine_tuning/jobs/{id}/checkpoints", summary="List a job's published checkpoints, newest first")
     def checkpoints(request: HttpRequest, id: str, limit: _Limit = 10, after: _After = None) -> Any:
         tenant = caller_of(request).tenant
         job = _job(jobs, tenant, id)
-        found = [point for point in jobs.checkpoints(tenant, id) if point.reference]
-        ids = [checkpoint_id(job, point.step) for point in found]
+        points = [point for point in jobs.checkpoints(tenant, id) if point.reference]
+        ids = [checkpoint_id(job, point.step) for point in points]
         if after is not None and after not in ids:
             raise invalid(f"the job has no checkpoint {quoted(after)}", "after")
         first = 0 if after is None else ids.index(after) + 1
-        shown = [checkpoint_to_openai(job, point) for point in found[first : first + limit]]
-        return openai_page(shown, first + limit < len(found))
+        data = [checkpoint_to_openai(job, point) for point in points[first : first + limit]]
+        return openai_page(data, first + limit < len(points))
 
     @router.delete("/v1/models/{model:path}", summary="Delete a tuned model or one of its checkpoints")
     def remove(request: HttpRequest, model: str) -> Any:
-        caller, library = caller_of(request), jobs.library
-        service_of(request).catalog.card(model, caller)  # 404 if missing or not visible
+        principal, library = caller_of(request), jobs.library
+        service_of(request).catalog.card(model, principal)  # 404 if missing or not visible
         tuned = parse_tuned(model)
-        if tuned is None or tuned.organisation != caller.tenant:
-            what, fix = f"the model {quoted(model)} cannot be deleted here", "only your own that jobs made can: ft:…"
-            raise Refused(what, status=403, code="forbidden", param="model", fix=fix)
+        if tuned is None or tuned.organisation != principal.tenant:
+            message, fix = f"the model {quoted(model)} cannot be deleted here", "only your own that jobs made can: ft:…"
+            raise Refused(message, status=403, code="forbidden", param="model", fix=fix)
         try:
             reference = tuned.reference if tuned.step is None else library.find(tuned.reference).reference
             library.remove(reference, with_aliases=True)
@@ -161,27 +161,27 @@ class TuningQueue:
         self.looking = FairPool(1, "veneer-rows")  # reads the beginnings of files
 
     async def create(
-        self, service: Service, caller: Principal, body: TuningBody, settings: FormSettings | None = None
+        self, service: Service, principal: Principal, body: TuningBody, settings: FormSettings | None = None
     ) -> Job:
         """Queue a job on the caller's uploaded files. Raises Refused.
 
         `settings`: settings of the Studio's form."""
-        start = _start(service, caller, body.model)
+        start = _start(service, principal, body.model)
 
         def do() -> Job:
             grader = None
             if body.reinforced is not None:
                 parsed = self.grader(body.reinforced.grader, "method.reinforcement.grader")
-                grader = _graded_here(service, caller, parsed)
-            return _create(service, caller, self, body, start, grader, settings)
+                grader = _graded_here(service, principal, parsed)
+            return _create(service, principal, self, body, start, grader, settings)
 
-        return await blocking(_TABLE, do, lambda work: self.copying.run(caller.tenant, caller.weight, 1, work))
+        return await blocking(_TABLE, do, lambda work: self.copying.run(principal.tenant, principal.weight, 1, work))
 
 
 # -- jobs --------------------------------------------------------------------------------------------------------------
 
 
-def _start(service: Service, caller: Principal, model: str) -> str | None:
+def _start(service: Service, principal: Principal, model: str) -> str | None:
     """Return the adapter to continue training, or None for the base.
 
     Raises Refused for an unknown model."""
@@ -191,13 +191,13 @@ def _start(service: Service, caller: Principal, model: str) -> str | None:
     if model == base:
         return None
     if (tuned := parse_tuned(model)) is not None and tuned.base == base:
-        return service.catalog.resolve(model, caller).adapters[0]
-    what = f"The model {quoted(model)} is not served here, so it cannot be fine-tuned"
+        return service.catalog.resolve(model, principal).adapters[0]
+    message = f"The model {quoted(model)} is not served here, so it cannot be fine-tuned"
     fix = f"model={base!r}, or a model that was tuned from it"
-    raise Refused(what, status=400, code="model_not_available", param="model", fix=fix)
+    raise Refused(message, status=400, code="model_not_available", param="model", fix=fix)
 
 
-def _graded_here(service: Service, caller: Principal, grader: Any) -> dict[str, Any]:
+def _graded_here(service: Service, principal: Principal, grader: Any) -> dict[str, Any]:
     """Return a job's grader, with models by the names under which a run finds them.
 
     Raises Refused for a model that the caller cannot use."""
@@ -205,31 +205,31 @@ def _graded_here(service: Service, caller: Principal, grader: Any) -> dict[str, 
     def named(each: Any) -> Any:
         if not isinstance(each, ScoreModelGrader):
             return each
-        served = service.catalog.resolve(each.model, caller)
-        return each.model_copy(update={"model": served.adapters[0] if served.mix else BASE_MODEL})
+        resolved = service.catalog.resolve(each.model, principal)
+        return each.model_copy(update={"model": resolved.adapters[0] if resolved.mix else BASE_MODEL})
 
     if isinstance(grader, MultiGrader):
         grader = grader.model_copy(update={"graders": {name: named(each) for name, each in grader.graders.items()}})
-    found: dict[str, Any] = named(grader).model_dump(mode="json", exclude_unset=True)
-    return found
+    values: dict[str, Any] = named(grader).model_dump(mode="json", exclude_unset=True)
+    return values
 
 
 def _create(
     service: Service,
-    caller: Principal,
+    principal: Principal,
     queue: TuningQueue,
     body: TuningBody,
     start: str | None,
     grader: dict[str, Any] | None,
     settings: FormSettings | None,
 ) -> Job:
-    tenant, jobs, files = caller.tenant, queue.jobs, queue.files
+    tenant, jobs, files = principal.tenant, queue.jobs, queue.files
     if jobs.unfinished(tenant) >= (most := service.settings.quotas.jobs):
-        what, fix = (
+        message, fix = (
             f"{most:,} jobs are not finished, which is the limit (jobs)",
             "wait for some of them, or cancel them",
         )
-        raise Refused(what, status=429, code="rate_limit_exceeded", retry_after=60.0, fix=fix)
+        raise Refused(message, status=429, code="rate_limit_exceeded", retry_after=60.0, fix=fix)
     training = _file(files, tenant, body.training_file, "training_file", _LINES if settings is None else LINE_FILES)
     validation = body.validation_file and _file(files, tenant, body.validation_file, "validation_file")
     held_out = _held_out(files, tenant, body.after)
@@ -250,7 +250,7 @@ def _create(
     if body.reinforced is not None and grader is not None:  # stored as requested; the run uses the resolved grader
         request["reinforcement"] = body.reinforced.to_json()
         body.reinforced.grader = grader
-    about: dict[str, Any] = {"openai": request, "input": tuned.id, "bytes": size, "publish": "checkpoints"}
+    metadata: dict[str, Any] = {"openai": request, "input": tuned.id, "bytes": size, "publish": "checkpoints"}
     try:
         train = copy_input(files, tuned.id, "train", training)
         config = tuning_config(
@@ -268,10 +268,10 @@ def _create(
             after = _after(files, tuned.id, body.after, held_out)
             plain, _ = config_from({**config, "output": {"directory": str(train.parent)}})
             check_after(after, plain, name_of(tuned.reference), tenant, queue.tenants)
-            about["after"] = after.model_dump(mode="json")
+            metadata["after"] = after.model_dump(mode="json")
         if tenant:
             service.tenancy.grant_namespace(tenant)
-        return jobs.create(tenant, config, name=tuned.last, about=about)
+        return jobs.create(tenant, config, name=tuned.last, about=metadata)
     except BaseException:
         remove_inputs(tuned.id)
         raise
@@ -285,9 +285,9 @@ def _check_held(jobs: JobStore, tenant: str, more: int, limit: int) -> None:
     unfinished, _ = jobs.jobs(tenant, limit=1000, states=UNFINISHED)
     used = sum(int(job.about.get("bytes", 0)) for job in unfinished)
     if used + more > limit:
-        what = f"jobs that have not ended read {used:,} bytes, and with {more:,} more it would be over {limit:,}"
+        message = f"jobs that have not ended read {used:,} bytes, and with {more:,} more it would be over {limit:,}"
         fix = "wait for some of them, or cancel them"
-        raise Refused(what, status=400, code="storage_full", param="training_file", fix=fix)
+        raise Refused(message, status=400, code="storage_full", param="training_file", fix=fix)
 
 
 def _held_out(files: Files, tenant: str, after: AfterJob | None) -> list[UploadedFile]:
@@ -298,13 +298,13 @@ def _held_out(files: Files, tenant: str, after: AfterJob | None) -> list[Uploade
     return [_file(files, tenant, each, "after.evaluate.data") for each in ids]
 
 
-def _after(files: Files, id: str, after: AfterJob, found: Sequence[UploadedFile]) -> AfterJob:
+def _after(files: Files, id: str, after: AfterJob, uploads: Sequence[UploadedFile]) -> AfterJob:
     """Return the requested `after` section with paths of the copied files.
 
     Raises Refused."""
     if after.alias is not None:
-        what = "each job here has a name of its own, which no alias of another can point to"
-        raise invalid(what, "after.alias", "a route: its name stays, whatever it leads to")
+        message = "each job here has a name of its own, which no alias of another can point to"
+        raise invalid(message, "after.alias", "a route: its name stays, whatever it leads to")
     if after.evaluate is None:
         return after
     for key, most in {"limit": _HELD_ROWS, "max_new_tokens": _HELD_TOKENS}.items():
@@ -314,36 +314,36 @@ def _after(files: Files, id: str, after: AfterJob, found: Sequence[UploadedFile]
     after = after.model_copy(update={"evaluate": held_out})
     if held_out.data is None:
         return after
-    return after.on([str(copy_input(files, id, f"held-out/{n}", file)) for n, file in enumerate(found)])
+    return after.on([str(copy_input(files, id, f"held-out/{n}", file)) for n, file in enumerate(uploads)])
 
 
 def _file(files: Files, tenant: str, id: str, param: str, endings: tuple[str, ...] = _LINES) -> UploadedFile:
     try:
-        found = files.get(tenant, id)
+        upload = files.get(tenant, id)
     except Refused as error:
         if error.status != 404:
             raise
-        what, fix = f"invalid {param}: there is no file {quoted(id)}", "upload it first: POST /v1/files"
-        raise Refused(what, status=400, code="file_not_found", param=param, fix=fix) from error
-    if found.purpose != "fine-tune" or not found.filename.lower().endswith(endings):
-        what, fix = (
-            f"invalid {param}: {quoted(found.filename)} is no file of training data",
+        message, fix = f"invalid {param}: there is no file {quoted(id)}", "upload it first: POST /v1/files"
+        raise Refused(message, status=400, code="file_not_found", param=param, fix=fix) from error
+    if upload.purpose != "fine-tune" or not upload.filename.lower().endswith(endings):
+        message, fix = (
+            f"invalid {param}: {quoted(upload.filename)} is no file of training data",
             "a file of JSON lines: .jsonl",
         )
-        raise Refused(what, status=400, code="invalid_file_format", param=param, fix=fix)
-    return found
+        raise Refused(message, status=400, code="invalid_file_format", param=param, fix=fix)
+    return upload
 
 
 def _job(jobs: JobStore, tenant: str, id: str) -> Job:
     """Return a tenant's job. Raises Refused if this API did not create the job."""
     try:
-        found = jobs.get(tenant, id)
+        job = jobs.get(tenant, id)
     except UnknownJob:
-        found = None
-    if found is None or "openai" not in found.about:
-        what = f"Could not find fine tune: {id[:100]}"
-        raise Refused(what, status=404, code="fine_tune_not_found", param="fine_tune_id")
-    return found
+        job = None
+    if job is None or "openai" not in job.about:
+        message = f"Could not find fine tune: {id[:100]}"
+        raise Refused(message, status=404, code="fine_tune_not_found", param="fine_tune_id")
+    return job
 
 
 def _results(jobs: JobStore, files: Files, job: Job) -> list[str]:
@@ -355,8 +355,8 @@ def _results(jobs: JobStore, files: Files, job: Job) -> list[str]:
     id = f"file-{hashlib.sha256(job.id.encode()).hexdigest()[:24]}"
     if files.exists(job.tenant, id):
         return [id]
-    measured = result_file(jobs.events_of(job.tenant, job.id, *MEASURED))
-    files.add(job.tenant, f"{job.name.replace('/', '-')}.csv", "fine-tune-results", io.BytesIO(measured), id=id)
+    content = result_file(jobs.events_of(job.tenant, job.id, *MEASURED))
+    files.add(job.tenant, f"{job.name.replace('/', '-')}.csv", "fine-tune-results", io.BytesIO(content), id=id)
     return [id]
 
 
@@ -368,13 +368,13 @@ def _some(
     `required`: None for any metadata; empty for jobs without metadata."""
     if after is not None:
         _job(jobs, tenant, after)
-    found: list[Job] = []
+    matches: list[Job] = []
     more = True
-    while more and len(found) <= limit:
+    while more and len(matches) <= limit:
         page, more = jobs.jobs(tenant, after=after, limit=_PAGE)
-        found += [job for job in page if "openai" in job.about and _fits(job.about["openai"]["metadata"], required)]
+        matches += [job for job in page if "openai" in job.about and _fits(job.about["openai"]["metadata"], required)]
         after = page[-1].id if page else after
-    return found[:limit], len(found) > limit
+    return matches[:limit], len(matches) > limit
 
 
 def _fits(metadata: dict[str, str] | None, required: dict[str, str] | None) -> bool:

@@ -80,8 +80,8 @@ def parse_path(path: str) -> tuple[str, str]:
     """Return (run, id) of a tinker:// path. Raises ConfigError."""
     parts = path.removeprefix("tinker://").split("/")
     if not path.startswith("tinker://") or len(parts) != 3 or parts[1] not in _KINDS:
-        what = f"{path[:200]!r} is no path of a checkpoint"
-        raise ConfigError(what, where="path", fix="tinker://RUN/weights/NAME, or sampler_weights in its middle")
+        message = f"{path[:200]!r} is no path of a checkpoint"
+        raise ConfigError(message, where="path", fix="tinker://RUN/weights/NAME, or sampler_weights in its middle")
     return parts[0], f"{parts[1]}/{parts[2]}"
 
 
@@ -93,8 +93,8 @@ class Checkpoints:
 
     def all(self) -> list[SavedWeights]:
         """Return all checkpoints, oldest first."""
-        found = [self._read(path) for path in self.folder.glob("*/*/about.json")]
-        return sorted((each for each in found if each is not None), key=lambda each: (each.made, each.id))
+        checkpoints = [self._read(path) for path in self.folder.glob("*/*/about.json")]
+        return sorted((each for each in checkpoints if each is not None), key=lambda each: (each.made, each.id))
 
     def find(self, id: str) -> SavedWeights | None:
         return self._read(self.folder / id / "about.json") if self._is_valid(id) else None
@@ -106,8 +106,8 @@ class Checkpoints:
     def new_folder(self, kind: str, name: str) -> Path:
         """Return the folder of a new checkpoint. Raises ConfigError for an invalid name."""
         if not self._is_valid(f"{kind}/{name}"):
-            what = f"{name[:100]!r} cannot name a checkpoint"
-            raise ConfigError(what, where="path", fix="letters, digits and . _ - between them, at most 100")
+            message = f"{name[:100]!r} cannot name a checkpoint"
+            raise ConfigError(message, where="path", fix="letters, digits and . _ - between them, at most 100")
         return self.folder / kind / name
 
     def save(
@@ -133,8 +133,8 @@ class Checkpoints:
             added = self.library.add(
                 Path(temporary) / "adapter", self.name, source=f"tinker://{self.run}/{kind}/{name}"
             )
-        now, before = time.time(), self.find(f"{kind}/{name}")
-        made = SavedWeights(
+        now, previous = time.time(), self.find(f"{kind}/{name}")
+        saved = SavedWeights(
             f"{kind}/{name}",
             self.run,
             seq,
@@ -146,31 +146,31 @@ class Checkpoints:
             dict(metadata) if metadata else None,
         )
         folder.mkdir(parents=True, exist_ok=True)
-        self._write(made)
-        if before is not None:
-            self._remove_adapter(before.reference)
-        return made
+        self._write(saved)
+        if previous is not None:
+            self._remove_adapter(previous.reference)
+        return saved
 
     def set_ttl(self, id: str, ttl: int | None) -> None:
         """Set the time to live in seconds from now; None: no expiry.
 
         Raises ConfigError for an unknown checkpoint."""
-        found = self._require(id)
-        self._write(replace(found, expires=None if ttl is None else time.time() + ttl))
+        checkpoint = self._require(id)
+        self._write(replace(checkpoint, expires=None if ttl is None else time.time() + ttl))
 
     def remove(self, id: str) -> None:
         """Remove a checkpoint, and its adapter from the library.
 
         The adapter stays if another checkpoint has the same version, or an alias points to it. Raises
         ConfigError for an unknown checkpoint."""
-        found = self._require(id)
+        checkpoint = self._require(id)
         (self.folder / id / "about.json").unlink(missing_ok=True)
         shutil.rmtree(self.folder / id, ignore_errors=True)
-        self._remove_adapter(found.reference)
+        self._remove_adapter(checkpoint.reference)
 
     def _remove_adapter(self, reference: str) -> None:
         """Remove a version from the library, unless another checkpoint has it."""
-        if all(other.reference != reference for other in self.all()):
+        if all(checkpoint.reference != reference for checkpoint in self.all()):
             with suppress(AdapterError):  # an alias points to it, or it is gone already
                 self.library.remove(reference)
 
@@ -183,10 +183,10 @@ class Checkpoints:
                 self.remove(data.id)
 
     def _require(self, id: str) -> SavedWeights:
-        found = self.find(id)
-        if found is None:
+        checkpoint = self.find(id)
+        if checkpoint is None:
             raise ConfigError(f"the run {self.run} has no checkpoint {id[:200]!r}", where="checkpoint")
-        return found
+        return checkpoint
 
     def _is_valid(self, id: str) -> bool:
         kind, _, name = id.partition("/")
@@ -194,10 +194,10 @@ class Checkpoints:
 
     def _read(self, path: Path) -> SavedWeights | None:
         try:
-            found = SavedWeights(**json.loads(path.read_text(encoding="utf-8")))
+            checkpoint = SavedWeights(**json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
-        return found if found.expires is None or found.expires > time.time() else None
+        return checkpoint if checkpoint.expires is None or checkpoint.expires > time.time() else None
 
-    def _write(self, made: SavedWeights) -> None:
-        atomic_write(self.folder / made.id / "about.json", [json.dumps(asdict(made)).encode()])
+    def _write(self, checkpoint: SavedWeights) -> None:
+        atomic_write(self.folder / checkpoint.id / "about.json", [json.dumps(asdict(checkpoint)).encode()])

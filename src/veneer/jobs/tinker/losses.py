@@ -100,12 +100,12 @@ def needed_inputs(name: str, options: Options) -> tuple[str, ...]:
     if name in _ELSEWHERE:
         raise ConfigError(f"the loss {name} is not here: {_ELSEWHERE[name]}", where="loss_fn", fix=_all())
     if name not in _LOSSES:
-        near = nearest(name, _LOSSES)
-        fix = f"did you mean {near[0]}?" if near else _all()
+        suggestion = nearest(name, _LOSSES)
+        fix = f"did you mean {suggestion[0]}?" if suggestion else _all()
         raise ConfigError(f"there is no loss {name[:50]!r}", where="loss_fn", fix=fix)
-    known = _LOSSES[name][2]
-    if wrong := [key for key in options if key not in known]:
-        has = f"it has {', '.join(known)}" if known else "it has none"
+    allowed = _LOSSES[name][2]
+    if wrong := [key for key in options if key not in allowed]:
+        has = f"it has {', '.join(allowed)}" if allowed else "it has none"
         raise ConfigError(f"{name} has no option {wrong[0][:50]!r}", where="loss_fn_config", fix=has)
     if wrong := [key for key, value in options.items() if isinstance(value, str)]:
         raise ConfigError(f"{wrong[0]} is a number", where="loss_fn_config")

@@ -280,8 +280,8 @@ class TinkerService:
         """Return the memory of an object with metadata. Raises Refused (413)."""
         size, limit = len(json.dumps(metadata)) if metadata else 0, self.quotas.limits.metadata
         if size > limit:
-            what, fix = f"user_metadata is over {limit:,} bytes of JSON (metadata)", "send less metadata"
-            raise Refused(what, status=413, code="too_large", param="user_metadata", fix=fix)
+            message, fix = f"user_metadata is over {limit:,} bytes of JSON (metadata)", "send less metadata"
+            raise Refused(message, status=413, code="too_large", param="user_metadata", fix=fix)
         return _OBJECT_BYTES + size
 
     def session(self, tenant: str, id: str) -> Session:
@@ -323,10 +323,10 @@ class TinkerService:
             session = self.session(tenant, session_id)
             session.use()
             checkpoints = self._checkpoints(tenant, session.id, str(number))
-            if (known := self.runs.get(checkpoints.run)) is not None:
-                if known.lora != lora:
+            if (existing := self.runs.get(checkpoints.run)) is not None:
+                if existing.lora != lora:
                     raise ConfigError(f"the session has another model of the number {number}", where="model_seq_id")
-                return known
+                return existing
             hold = self.quotas.take(tenant, files=1, disk=size, memory=self._object_bytes(metadata))
             id, base_name = checkpoints.run, session.base_name
             run = TrainingRun(id, session.id, tenant, lora, checkpoints, metadata, base_name, hold, weight)
@@ -340,8 +340,8 @@ class TinkerService:
         """Return a run, also after its session if it has checkpoints. Raises NotFound."""
         run = self.runs.get(id)
         if run is None or run.tenant != tenant:
-            what = f"there is no training run {id[:80]!r}"
-            raise NotFound(what, where="model_id", fix=f"a restart of the server ends training clients; {_CONTINUE}")
+            message = f"there is no training run {id[:80]!r}"
+            raise NotFound(message, where="model_id", fix=f"a restart of the server ends training clients; {_CONTINUE}")
         return run
 
     def runs_of(self, tenant: str) -> list[TrainingRun]:
@@ -354,8 +354,8 @@ class TinkerService:
         """Record a use of a run's session. Raises SessionEnded."""
         session = self.sessions.get(run.session)
         if session is None:
-            what = f"the training client {run.id} has ended with its session or by a restart of the server"
-            raise SessionEnded(what, where="model_id", fix=_CONTINUE)
+            message = f"the training client {run.id} has ended with its session or by a restart of the server"
+            raise SessionEnded(message, where="model_id", fix=_CONTINUE)
         session.use()
         run.used = time.time()
 
@@ -415,8 +415,8 @@ class TinkerService:
         """Return a checkpoint with a training state, and its run. Raises NotFound, ConfigError."""
         run, id = parse_path(path)
         if not id.startswith("weights/"):
-            what = f"{path[:200]} is to sample from, and has no training state"
-            raise ConfigError(what, where="path", fix="a path that save_state returned: tinker://RUN/weights/NAME")
+            message = f"{path[:200]} is to sample from, and has no training state"
+            raise ConfigError(message, where="path", fix="a path that save_state returned: tinker://RUN/weights/NAME")
         return self.saved(tenant, path), self.run(tenant, run)
 
     def remove(self, run: TrainingRun, id: str) -> None:
@@ -484,8 +484,8 @@ class TinkerService:
             self._finish(run, FutureResult("json", json.dumps(result).encode()))
             return False
         memory = read_head(request.body).memory
-        others = any(other.unpacked is not None and other.tenant == run.tenant for other in self.runs.values())
-        if others and not self.quotas.fits(run.tenant, memory=memory):
+        evictable = any(other.unpacked is not None and other.tenant == run.tenant for other in self.runs.values())
+        if evictable and not self.quotas.fits(run.tenant, memory=memory):
             return False
         run.unpacked = self.quotas.take(run.tenant)
         run.unpacked.set(memory=memory)
@@ -556,8 +556,8 @@ class TinkerService:
         """Fail requests that waited too long for a missing number."""
         for run in [run for run in self.runs.values() if run.pending and run.next is None]:
             if time.time() - run.used > _GAP_SECONDS:
-                what = f"request {run.applied + 1} of {run.id} never arrived"
-                self._fail_pending(run, ConfigError(what, fix="send the requests after it again"))
+                message = f"request {run.applied + 1} of {run.id} never arrived"
+                self._fail_pending(run, ConfigError(message, fix="send the requests after it again"))
 
     def _fail_pending(self, run: TrainingRun, error: VeneerError) -> None:
         for seq in sorted(run.pending):
@@ -688,8 +688,8 @@ class TinkerService:
             return
         self._next_sweep = now + self._pause
         for session in list(self.sessions.values()):
-            ended = session.ended is not None and now - session.ended > min(_ENDED_SECONDS, limit)
-            if ended or now - session.used > limit:
+            expired = session.ended is not None and now - session.ended > min(_ENDED_SECONDS, limit)
+            if expired or now - session.used > limit:
                 self._remove_session(session)
         for run in list(self.runs.values()):
             try:
@@ -757,13 +757,17 @@ class TinkerService:
     def _evict_others(self, run: TrainingRun) -> None:
         """Move other runs' states to disk until this run's fits, least recently used first."""
         trainer, size = self._ready_trainer(), self._state_bytes(run.lora)
-        others = [other for other in self.runs.values() if other.learner and other.work is None and other is not run]
-        for other in sorted(others, key=lambda other: other.turn):
+        idle = [
+            idle_run
+            for idle_run in self.runs.values()
+            if idle_run.learner and idle_run.work is None and idle_run is not run
+        ]
+        for idle_run in sorted(idle, key=lambda idle_run: idle_run.turn):
             if size + sum(learner.bytes for learner in trainer.learners.values()) <= self.max_memory:
                 return
-            assert other.learner is not None
-            trainer.write(other.learner, self._live_folder(other) / "state", other.applied + 1)
-            self._drop(other)
+            assert idle_run.learner is not None
+            trainer.write(idle_run.learner, self._live_folder(idle_run) / "state", idle_run.applied + 1)
+            self._drop(idle_run)
 
     def _drop(self, run: TrainingRun) -> None:
         """Drop a run's state from memory without writing."""
@@ -780,8 +784,8 @@ def _lock_folder(folder: Path) -> int:
         take_lock(lock)
     except OSError as error:
         os.close(lock)
-        what = "another server on this machine has the training clients of this base"
-        raise ConfigError(what, fix="use that server, or give this one a VENEER_HOME of its own") from error
+        message = "another server on this machine has the training clients of this base"
+        raise ConfigError(message, fix="use that server, or give this one a VENEER_HOME of its own") from error
     return lock
 
 

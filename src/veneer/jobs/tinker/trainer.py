@@ -79,8 +79,8 @@ class Lora:
         groups = (names.attention, self.attention), (names.mlp, self.mlp), (names.head, self.unembed)
         targets = tuple(name for names_, selected in groups if selected for name in names_)
         if not targets:
-            what = "none of train_mlp, train_attn and train_unembed selects anything in this base"
-            raise ConfigError(what, where="lora_config")
+            message = "none of train_mlp, train_attn and train_unembed selects anything in this base"
+            raise ConfigError(message, where="lora_config")
         return LoraSpec(rank=self.rank, alpha=ALPHA, targets=targets)
 
 
@@ -98,8 +98,8 @@ def target_names(model: Any) -> TargetNames:
     linear = [target.name for target in resolve_targets(model, LoraSpec())]
     attends = [any("attn" in part or "attention" in part for part in name.split(".")) for name in linear]
     return TargetNames(
-        tuple(name for name, own in zip(linear, attends, strict=True) if own),
-        tuple(name for name, own in zip(linear, attends, strict=True) if not own),
+        tuple(name for name, is_attention in zip(linear, attends, strict=True) if is_attention),
+        tuple(name for name, is_attention in zip(linear, attends, strict=True) if not is_attention),
         tuple(name for name, module in base_modules(model) if module is head),
     )
 
@@ -189,8 +189,8 @@ def check_rows(
 
 
 def _row(row: WireRow, where: str, loss: str, names: Sequence[str], vocabulary: int, context: int) -> TrainRow:
-    def wrong(what: str, fix: str | None = None) -> ConfigError:
-        return ConfigError(what, where=where, fix=fix)
+    def wrong(message: str, fix: str | None = None) -> ConfigError:
+        return ConfigError(message, where=where, fix=fix)
 
     ids, count = torch.from_numpy(row.tokens), len(row.tokens)
     if row.other:
@@ -199,20 +199,25 @@ def _row(row: WireRow, where: str, loss: str, names: Sequence[str], vocabulary: 
         raise wrong(f"its input has {count} tokens", f"from 1 to {context}, the base's context")
     if "target_tokens" not in row.inputs:
         raise wrong("it has no target_tokens")
-    known = {"target_tokens", *names, *optional_inputs(loss)}
-    if more := [name for name in row.inputs if name not in known]:
-        raise wrong(f"{loss} has no input {more[0][:50]!r}", f"it has {', '.join(sorted(known))}")
-    given = row.inputs["target_tokens"]
-    if given.dtype.kind != "i" or given.ndim not in (1, 2) or len(given) != count or not given.size:
-        raise wrong(f"target_tokens has the shape {given.shape}", f"integers, ({count},) or ({count}, k)")
+    supported = {"target_tokens", *names, *optional_inputs(loss)}
+    if more := [name for name in row.inputs if name not in supported]:
+        raise wrong(f"{loss} has no input {more[0][:50]!r}", f"it has {', '.join(sorted(supported))}")
+    target_tokens = row.inputs["target_tokens"]
+    if (
+        target_tokens.dtype.kind != "i"
+        or target_tokens.ndim not in (1, 2)
+        or len(target_tokens) != count
+        or not target_tokens.size
+    ):
+        raise wrong(f"target_tokens has the shape {target_tokens.shape}", f"integers, ({count},) or ({count}, k)")
     for name, values in row.inputs.items():  # check all shapes before copying any values
-        if name in known and values.shape != given.shape:
-            raise wrong(f"{name} has the shape {values.shape}, target_tokens {given.shape}")
-    targets = torch.tensor(given)
+        if name in supported and values.shape != target_tokens.shape:
+            raise wrong(f"{name} has the shape {values.shape}, target_tokens {target_tokens.shape}")
+    targets = torch.tensor(target_tokens)
     for name, ids_ in (("input", ids), ("target_tokens", targets)):
         if bool((ids_ < 0).any() or (ids_ >= vocabulary).any()):
             raise wrong(f"a token of its {name} is not in this base's vocabulary of {vocabulary:,}")
-    inputs = {name: torch.tensor(row.inputs[name]).float() for name in known if name in row.inputs}
+    inputs = {name: torch.tensor(row.inputs[name]).float() for name in supported if name in row.inputs}
     del inputs["target_tokens"]
     if loss == "cross_entropy":
         inputs.setdefault("weights", torch.ones(targets.shape))
@@ -294,8 +299,8 @@ class Trainer:
         self.attachment.add(name, adapter, trainable=True)
         parameters = self.attachment.parameters(name)
         # The head runs separately on each client's rows.
-        others = {key: pair for key, pair in adapter.pairs.items() if key not in self.names.head}
-        separate_reason = self.all_separate_reason or span_problem(replace(adapter, pairs=others))
+        body_pairs = {key: pair for key, pair in adapter.pairs.items() if key not in self.names.head}
+        separate_reason = self.all_separate_reason or span_problem(replace(adapter, pairs=body_pairs))
         optimizer = make_optimizer(parameters, name="adamw", learning_rate=1.0)
         self.learners[name] = learner = Learner(name, parameters, optimizer, separate_reason)
         return learner
@@ -317,15 +322,15 @@ class Trainer:
 
         The first work has priority. Raises TrainingError for a non-finite loss (the gradients of these works
         must not be used) and ResourceError."""
-        first, *others = works
+        first, *rest = works
         if first.learner.separate_reason:
-            others = []
-        parts = self._parts([first, *(work for work in others if not work.learner.separate_reason)])
+            rest = []
+        parts = self._parts([first, *(work for work in rest if not work.learner.separate_reason)])
         tokens = sum(len(row.ids) for _, rows in parts for row in rows)
         grads = any(work.backward for work, _ in parts)
         with torch.set_grad_enabled(grads), shared(), memory_errors(Micro(tokens, 0, (), lambda: None)):
-            found = self._pass(parts)
-        for (work, _), (logps, loss) in zip(parts, found, strict=True):
+            results = self._pass(parts)
+        for (work, _), (logps, loss) in zip(parts, results, strict=True):
             work.logps += logps
             work.total += loss
             if not math.isfinite(work.total):
@@ -340,11 +345,11 @@ class Trainer:
         """Return each work's rows of the next pass: one row in turn until it is full.
 
         Each learner takes part with one work only."""
-        own: dict[str, PassWork] = {}
+        first_works: dict[str, PassWork] = {}
         for work in works:
-            own.setdefault(work.learner.name, work)
-        taken: dict[str, list[TrainRow]] = {name: [] for name in own}
-        tokens, open_ = 0, dict(own)
+            first_works.setdefault(work.learner.name, work)
+        taken: dict[str, list[TrainRow]] = {name: [] for name in first_works}
+        tokens, open_ = 0, dict(first_works)
         while open_:
             for name, work in list(open_.items()):
                 at = len(work.logps) + len(taken[name])
@@ -353,48 +358,48 @@ class Trainer:
                     continue
                 taken[name].append(work.rows[at])
                 tokens += len(work.rows[at].ids)
-        return [(own[name], rows) for name, rows in taken.items() if rows]
+        return [(first_works[name], rows) for name, rows in taken.items() if rows]
 
     def _pass(self, parts: Sequence[tuple[PassWork, list[TrainRow]]]) -> list[tuple[list[Tensor], float]]:
         """Run forward, and backward if requested; return (logps of rows, loss) per part."""
-        rows = [row for _, own in parts for row in own]
+        rows = [row for _, work_rows in parts for row in work_rows]
         device = self.base.device
         lengths = [len(row.ids) for row in rows]
         starts = torch.tensor([0, *lengths[:-1]]).cumsum(0).tolist()
-        places = torch.cat([torch.arange(at, at + len(row.targets)) for at, row in zip(starts, rows, strict=True)])
+        positions = torch.cat([torch.arange(at, at + len(row.targets)) for at, row in zip(starts, rows, strict=True)])
         spans = None
-        kept = [sum(len(row.targets) for row in own) for _, own in parts]
+        counts = [sum(len(row.targets) for row in work_rows) for _, work_rows in parts]
         if len(parts) > 1:
             generators = [torch.Generator() for _ in parts]
-            spans = LoraSegments([sum(len(row.ids) for row in own) for _, own in parts], kept, generators)
+            spans = LoraSegments([sum(len(row.ids) for row in work_rows) for _, work_rows in parts], counts, generators)
             self.attachment.use_spans([work.learner.name for work, _ in parts], spans)
         else:
             self.attachment.use(parts[0][0].learner.name)
         ids = sent(torch.cat([row.ids for row in rows]), device)
-        hidden = hidden_at(self.model, ids, lengths, sent(places, device), spans)
-        found, losses, wanted = [], [], []
-        for (work, own), part in zip(parts, hidden.split(kept), strict=True):
+        hidden = hidden_at(self.model, ids, lengths, sent(positions, device), spans)
+        all_logps, losses, backward = [], [], []
+        for (work, work_rows), part in zip(parts, hidden.split(counts), strict=True):
             acting: Callable[[], AbstractContextManager[Any]] = nullcontext
             if spans is not None:
                 acting = partial(self.attachment.using, work.learner.name)
-            logps = self._logps(own, part, acting)
+            logps = self._logps(work_rows, part, acting)
             loss = torch.stack(
                 [
                     row_loss(work.loss, p, {name: sent(t, device) for name, t in row.inputs.items()}, work.options)
-                    for p, row in zip(logps, own, strict=True)
+                    for p, row in zip(logps, work_rows, strict=True)
                 ]
             ).sum()
             losses.append(loss)
-            wanted += [loss] if work.backward else []
-            found.append([p.detach() for p in logps])
-        if wanted:
+            backward += [loss] if work.backward else []
+            all_logps.append([p.detach() for p in logps])
+        if backward:
             looking = [p for work, _ in parts if not work.backward for p in work.learner.parameters.values()]
             untouched = [p for p in looking if p.grad is None]
-            torch.stack(wanted).sum().backward()  # type: ignore[no-untyped-call]
+            torch.stack(backward).sum().backward()  # type: ignore[no-untyped-call]
             for parameter in untouched:  # zeros, from other clients' rows
                 parameter.grad = None
         totals = torch.stack(losses).tolist()
-        return [([p.cpu() for p in own], total) for own, total in zip(found, totals, strict=True)]
+        return [([p.cpu() for p in work_rows], total) for work_rows, total in zip(all_logps, totals, strict=True)]
 
     def _logps(
         self, rows: Sequence[TrainRow], hidden: Tensor, acting: Callable[[], AbstractContextManager[Any]]
@@ -461,10 +466,10 @@ class Trainer:
         if not optimizer:
             read_parameters(path, state)
             return
-        before = rng_state()
+        generators = rng_state()
         try:
             restore(path, parameters=state, optimizer=learner.optimizer, identity={})
         finally:
-            rng_restore(before)  # other code uses the global generators
+            rng_restore(generators)  # other code uses the global generators
         for name, gradient in gradients.items():
             learner.parameters[name.removesuffix(_GRADIENT)].grad = gradient

@@ -90,8 +90,8 @@ def read_forward(body: bytes) -> ForwardRequest:
     _head(message)
     options = {entry.name: entry.value for entry in message.old_options}
     if message.options:
-        given = {entry.name: entry.value for entry in message.options}
-        options = {name: each.text if each.HasField("text") else each.number for name, each in given.items()}
+        entries = {entry.name: entry.value for entry in message.options}
+        options = {name: each.text if each.HasField("text") else each.number for name, each in entries.items()}
     try:
         rows = [_row(row) for row in message.rows]
     except ValueError as error:
@@ -143,13 +143,15 @@ def _tensor_bytes(tensor: Any) -> int:
 
 
 def _row(row: Any) -> WireRow:
-    other = ""
+    foreign = ""
     for chunk in row.chunks:
         if not chunk.HasField("text"):
             kinds = {"picture": "a picture", "sound": "sound"}
-            other = next((words for kind, words in kinds.items() if chunk.HasField(kind)), "something that is no text")
+            foreign = next(
+                (words for kind, words in kinds.items() if chunk.HasField(kind)), "something that is no text"
+            )
     tokens = np.frombuffer(b"".join(chunk.text.tokens for chunk in row.chunks), "<i4").astype(np.int64)
-    return WireRow(tokens, {entry.name: _tensor(entry.tensor) for entry in row.inputs}, other)
+    return WireRow(tokens, {entry.name: _tensor(entry.tensor) for entry in row.inputs}, foreign)
 
 
 def _tensor(tensor: Any) -> Array:
@@ -164,8 +166,8 @@ def _tensor(tensor: Any) -> Array:
     starts, columns = np.frombuffer(sparse.starts, "<i8"), np.frombuffer(sparse.columns, "<i8")
     rows, width = shape
     counts = np.diff(starts)
-    whole = len(counts) == rows and counts.sum() == len(values) == len(columns)
-    if not whole or min(counts, default=0) < 0 or (len(columns) and not 0 <= columns.min() <= columns.max() < width):
+    valid = len(counts) == rows and counts.sum() == len(values) == len(columns)
+    if not valid or min(counts, default=0) < 0 or (len(columns) and not 0 <= columns.min() <= columns.max() < width):
         raise ValueError("a sparse tensor whose rows do not fit together")
     out = np.zeros((rows, width), values.dtype)
     out[np.repeat(np.arange(rows), counts), columns] = values
@@ -180,13 +182,13 @@ def forward_bytes(outputs: Sequence[Mapping[str, Array]], metrics: Mapping[str, 
 
     `outputs`: each row's tensors by name, float32. Consecutive rows share a record if each name's tensors
     agree in all sizes but the first."""
-    made, at = _Outputs(kind="ArrayRecord"), 0
+    message, at = _Outputs(kind="ArrayRecord"), 0
     while at < len(outputs):
         shapes = {name: value.shape[1:] for name, value in outputs[at].items()}
         end = at
         while end < len(outputs) and {name: value.shape[1:] for name, value in outputs[end].items()} == shapes:
             end += 1
-        record = made.records.add(kind="ArrayRecord", count=end - at)
+        record = message.records.add(kind="ArrayRecord", count=end - at)
         for name, shape in shapes.items():
             parts = [np.ascontiguousarray(row[name], "<f4") for row in outputs[at:end]]
             offsets = np.cumsum([0, *(part.nbytes for part in parts)], dtype="<i8").tobytes()
@@ -195,8 +197,8 @@ def forward_bytes(outputs: Sequence[Mapping[str, Array]], metrics: Mapping[str, 
             batch.shape.extend(shape)
         at = end
     for name, number in metrics.items():
-        made.metrics.add(name=name, value=number)
-    return bytes(made.SerializeToString())
+        message.metrics.add(name=name, value=number)
+    return bytes(message.SerializeToString())
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,18 +223,18 @@ def sample_bytes(
 
     `prompt`: log p of the prompt's tokens; None for tokens without one. `top`: number of likeliest tokens in
     `top_prompt`, and the minimum in the samples."""
-    made = _Samples(cached=cached)
+    message = _Samples(cached=cached)
     for sample in samples:
-        one = made.sequences.add(stop=0 if sample.stopped else 1)
-        one.tokens = np.array(sample.tokens, "<i4").tobytes()
-        one.logprobs = np.array(sample.logprobs, "<f4").tobytes()
+        sequence = message.sequences.add(stop=0 if sample.stopped else 1)
+        sequence.tokens = np.array(sample.tokens, "<i4").tobytes()
+        sequence.logprobs = np.array(sample.logprobs, "<f4").tobytes()
         if sample.top is not None:
-            _fill(one.top, sample.top)
+            _fill(sequence.top, sample.top)
     if prompt is not None:
-        made.prompt = np.array([np.nan if p is None else p for p in prompt], "<f4").tobytes()
+        message.prompt = np.array([np.nan if p is None else p for p in prompt], "<f4").tobytes()
     if top_prompt is not None and top:
-        _fill(made.top_prompt, top_prompt)
-    return bytes(made.SerializeToString())
+        _fill(message.top_prompt, top_prompt)
+    return bytes(message.SerializeToString())
 
 
 def _fill(table: Any, rows: Sequence[Sequence[tuple[int, float]] | None]) -> None:
@@ -275,19 +277,19 @@ def _classes() -> dict[str, Any]:
     file = FileDescriptorProto(name="tinker.proto", package="tinker", syntax="proto2")
     scalars = {"bytes": 12, "string": 9, "int": 3, "ints": 3, "double": 1, "bool": 8}  # FieldDescriptorProto.Type
     for message, fields in _MESSAGES.items():
-        made = DescriptorProto(name=message)
+        descriptor = DescriptorProto(name=message)
         for number, field_ in enumerate(fields, 1):
             kind, name = field_.split()
             repeated = kind.endswith("*") or kind == "ints"
-            one = made.field.add(name=name, number=number, label=3 if repeated else 1)
+            entry = descriptor.field.add(name=name, number=number, label=3 if repeated else 1)
             if kind in scalars:
-                one.type = scalars[kind]
-                one.options.packed = kind == "ints"
+                entry.type = scalars[kind]
+                entry.options.packed = kind == "ints"
             else:
-                one.type, one.type_name = FieldDescriptorProto.TYPE_MESSAGE, f".tinker.{kind.rstrip('*')}"
+                entry.type, entry.type_name = FieldDescriptorProto.TYPE_MESSAGE, f".tinker.{kind.rstrip('*')}"
             if name == "kind" and kind == "int":
-                one.default_value = str(_FLOAT)
-        file.message_type.append(made)
+                entry.default_value = str(_FLOAT)
+        file.message_type.append(descriptor)
     pool = DescriptorPool()
     pool.Add(file)
     return {name: GetMessageClass(pool.FindMessageTypeByName(f"tinker.{name}")) for name in _MESSAGES}
