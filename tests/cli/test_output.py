@@ -106,7 +106,7 @@ def test_stream_passes_progress_lines_only():
     stream = output.Guarded(inner)
     print("\rstep 1\rstep 2\n\x1b[31mred", file=stream, end="")
     assert inner.getvalue() == "\rstep 1\rstep 2\n\\u001b[31mred"
-    assert output.own(stream) is inner  # type: ignore[arg-type]
+    assert output.unwrapped(stream) is inner  # type: ignore[arg-type]
 
 
 def test_errors_are_escaped():

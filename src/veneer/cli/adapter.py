@@ -43,7 +43,7 @@ def inspect(
     from veneer.adapters.inspect import inspect as inspected
 
     everything(show_all)
-    found = inspected(
+    inspection = inspected(
         name,
         tools=elsewhere,
         from_pickle=from_pickle,
@@ -52,15 +52,15 @@ def inspect(
         alpha=alpha,
     )
     if as_json:
-        print_json(found)
+        print_json(inspection)
     else:
-        _show(found)
-    if not found["verdict"]["use"]:
+        _show(inspection)
+    if not inspection["verdict"]["use"]:
         raise typer.Exit(2)
 
 
-def _show(found: dict[str, Any]) -> None:
-    verdict = found["verdict"]
+def _show(inspection: dict[str, Any]) -> None:
+    verdict = inspection["verdict"]
     if verdict["use"]:
         print("usable")
     else:
@@ -71,25 +71,25 @@ def _show(found: dict[str, Any]) -> None:
         if verdict["fix"]:
             print(f"  fix: {field(verdict['fix'])}")
         print("readable contents:")
-    card, hashes, coverage = found["card"], found["hashes"], found["coverage"]
-    facts = {
-        "adapter": found["adapter"],
-        "format": found["format"],
-        "because": "; ".join(found["reasons"]),
-        "family": found["family"],
-        "digest": found["digest"],
-        "base": found["base"] or "not stated",
-        "fingerprint": found["base_fingerprint"],
-        "holds": f"{found['pairs']} pairs, {found['parameters']:,} parameters, {found['bytes']:,} bytes",
-        "components": _several(found["components"], skip=""),
-        "dtypes": ", ".join(found["dtypes"]),
-        "ranks": _several(found["ranks"]),
-        "alphas": _several(found["alphas"]),
-        "variant": ", ".join(found["variants"]),
-        "dropout": f"{found['dropout']:g}" if found["dropout"] else "",
-        "full copies": ", ".join(cut_list(list(found["full_copies"]))),
-        "token rows": ", ".join(cut_list([f"{n}: {len(ids)}" for n, ids in found["token_rows"].items()])),
-        "triggers": ", ".join(cut_list(found["trigger_words"])),
+    card, hashes, coverage = inspection["card"], inspection["hashes"], inspection["coverage"]
+    fields = {
+        "adapter": inspection["adapter"],
+        "format": inspection["format"],
+        "because": "; ".join(inspection["reasons"]),
+        "family": inspection["family"],
+        "digest": inspection["digest"],
+        "base": inspection["base"] or "not stated",
+        "fingerprint": inspection["base_fingerprint"],
+        "holds": f"{inspection['pairs']} pairs, {inspection['parameters']:,} parameters, {inspection['bytes']:,} bytes",
+        "components": _several(inspection["components"], skip=""),
+        "dtypes": ", ".join(inspection["dtypes"]),
+        "ranks": _several(inspection["ranks"]),
+        "alphas": _several(inspection["alphas"]),
+        "variant": ", ".join(inspection["variants"]),
+        "dropout": f"{inspection['dropout']:g}" if inspection["dropout"] else "",
+        "full copies": ", ".join(cut_list(list(inspection["full_copies"]))),
+        "token rows": ", ".join(cut_list([f"{n}: {len(ids)}" for n, ids in inspection["token_rows"].items()])),
+        "triggers": ", ".join(cut_list(inspection["trigger_words"])),
         "sha256": hashes["sha256"],
         "AutoV1/2/3": f"{hashes['autov1']} / {hashes['autov2']} / {hashes['autov3'] or '-'}",
         "data": card["data_digest"],
@@ -97,31 +97,33 @@ def _show(found: dict[str, Any]) -> None:
         "created": card["created"],
         "tensors": f"{coverage['used']} used, {len(coverage['unused'])} unused, {len(coverage['unpaired'])} unpaired",
     }
-    for key, value in facts.items():
+    for key, value in fields.items():
         if value:
             print(f"{key:<12} {field(value)}")
     for title in ("metrics", "recipe"):
         if card[title]:
             print(f"{title:<12} {json.dumps(card[title], sort_keys=True)}")
-    for form, row in found["deltas"].items():
+    for form, row in inspection["deltas"].items():
         dense = f"; each ΔW is made when it is used, {row['dense_bytes']:,} bytes in all" if row["dense_bytes"] else ""
         print(f"{form:<12} {row['count']} other changes, {row['bytes']:,} bytes{dense}")
-    if found["targets"]:
+    if inspection["targets"]:
         print()
         head = ("target", "kind", "pairs", "rank", "scale", "A", "B", "‖ΔW‖")
-        print_table(head, [_row(leaf, group) for leaf, group in found["targets"].items()])
-    for what in ("unused", "unpaired"):
-        for key in cut_list(coverage[what]):
-            print(f"{what}: {key}")
-    for tool in found.get("elsewhere", ()):
+        print_table(head, [_row(leaf, group) for leaf, group in inspection["targets"].items()])
+    for problem in ("unused", "unpaired"):
+        for key in cut_list(coverage[problem]):
+            print(f"{problem}: {key}")
+    for tool in inspection.get("elsewhere", ()):
         print(f"\n{tool['tool']} ({tool['version']}): {_VERDICTS[tool['verdict']]}")
         for line in tool["why"]:
             print(f"  {field(line)}")
         if tool["verdict"] != "fine":
-            alpha = " --alpha N" if found["assumed_scale"] else ""
-            print(f"  convert it: veneer adapter convert {field(found['adapter'])}{alpha} --to {tool['to']} -o NEW")
+            alpha = " --alpha N" if inspection["assumed_scale"] else ""
+            print(
+                f"  convert it: veneer adapter convert {field(inspection['adapter'])}{alpha} --to {tool['to']} -o NEW"
+            )
     explained = set(verdict["why"].splitlines())
-    for note in cut_list([n for n in found["notes"] if f"  - {n}" not in explained]):
+    for note in cut_list([n for n in inspection["notes"] if f"  - {n}" not in explained]):
         print(f"note: {note}")
 
 
@@ -134,20 +136,20 @@ _VERDICTS = {
 
 def _several(counts: dict[str, int], skip: str | None = None, most: int = 6) -> str:
     """Format value counts as "16 (264), 32 (8)"; a single value has no count."""
-    shown = [(k, n) for k, n in counts.items() if k != skip]
-    if len(shown) == 1:
-        return shown[0][0]
-    return ", ".join(f"{k} ({n})" for k, n in shown[:most]) + (", …" if len(shown) > most else "")
+    entries = [(k, n) for k, n in counts.items() if k != skip]
+    if len(entries) == 1:
+        return entries[0][0]
+    return ", ".join(f"{k} ({n})" for k, n in entries[:most]) + (", …" if len(entries) > most else "")
 
 
-def _row(leaf: str, group: dict[str, Any]) -> tuple[str, ...]:
+def _row(target: str, group: dict[str, Any]) -> tuple[str, ...]:
     def several(values: list[Any]) -> str:
-        shown = [f"{v:g}" if isinstance(v, float) else str(v) for v in values[:3]]
-        return ", ".join(shown) + (", …" if len(values) > 3 else "")
+        texts = [f"{v:g}" if isinstance(v, float) else str(v) for v in values[:3]]
+        return ", ".join(texts) + (", …" if len(values) > 3 else "")
 
     shapes = ["×".join(map(str, s)) for s in group["A"]], ["×".join(map(str, s)) for s in group["B"]]
     values = (several(group["ranks"]), several(group["scales"]), several(shapes[0]), several(shapes[1]))
-    return (leaf, group["kind"], str(group["count"]), *values, f"{group['delta_norm']:.4g}")
+    return (target, group["kind"], str(group["count"]), *values, f"{group['delta_norm']:.4g}")
 
 
 @app.command(epilog="Example: veneer adapter verify runs/tickets --base smollm2-135m")
@@ -176,11 +178,11 @@ def verify(
         from veneer.models.sources import find_base, is_image_base
         from veneer.models.text.base import load_text
 
-        if is_image_base(place := find_base(base, say=say)):
+        if is_image_base(folder := find_base(base, say=say)):
             fix = (
                 f"leave --base out; whether it fits, `veneer image --base {base} --adapter {name}` says before it draws"
             )
-            raise BaseError("this is an image base, and effects are measured on texts", where=str(place), fix=fix)
+            raise BaseError("this is an image base, and effects are measured on texts", where=str(folder), fix=fix)
         loaded = load_text(base, say=say)
     checks = check(name, loaded, from_pickle=from_pickle, moe_layout=moe_layout, adapter_name=adapter_name, alpha=alpha)
     good = all(c.ok is not False for c in checks)

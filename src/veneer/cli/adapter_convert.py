@@ -66,10 +66,10 @@ def convert_command(
     reading, done = converted.reading, converted.written
     left = [*reading.unused, *reading.unpaired]
     if as_json:
-        print_json(_facts(name, reading, done))
+        print_json(_to_dict(name, reading, done))
         return
-    of = f" of {done.family}" if done.family else ""
-    print(f"read {name}: {reading.format}; wrote {done.path}: {done.to}{of}")
+    of_family = f" of {done.family}" if done.family else ""
+    print(f"read {name}: {reading.format}; wrote {done.path}: {done.to}{of_family}")
     print(f"{'ranks':<8} " + (", ".join(f"{rank} ({count} modules)" for rank, count in done.ranks.items()) or "none"))
     print(f"{'digest':<8} {done.digest}")
     for file, digest in done.files.items():
@@ -83,7 +83,7 @@ def convert_command(
         say(f"left out: {len(left)} tensors of {name}: {', '.join(cut_list(left))}")
 
 
-def _facts(name: str, reading: Reading, done: WriteReport) -> dict[str, object]:
+def _to_dict(name: str, reading: Reading, done: WriteReport) -> dict[str, object]:
     return {
         "from": {
             "adapter": name,

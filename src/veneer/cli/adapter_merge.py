@@ -71,7 +71,7 @@ def merge_command(
         raise ConfigError(f"--into {into!r} is not possible", fix="seen or original")
     from veneer.adapters.merge import compare_merges, merge, merge_shards
 
-    seen = _seen(adapters) if into == "seen" or check else ""  # otherwise unused
+    seen = _trained_precision(adapters) if into == "seen" or check else ""  # otherwise unused
     if by_shard:
         if dtype is not None:
             fix = "leave out --dtype, or leave out --by-shard"
@@ -80,7 +80,7 @@ def merge_command(
             raise ConfigError("--check loads the model", fix="leave out --by-shard, and give -o")
         report = merge_shards(base, adapters, output, seed=seed, seen=seen, accept_loss=accept_loss)
         fix = "--stochastic 0 keeps it on average; --dtype float32 without --by-shard keeps it exactly"
-        _say_merged(report, as_json, fix)
+        _print_report(report, as_json, fix)
         return
     from veneer.adapters.use import adapter_path, parse_spec
     from veneer.core.rounding import DTYPES
@@ -92,34 +92,34 @@ def merge_command(
         raise ConfigError(f"there is no dtype {dtype!r}", fix=", ".join(DTYPES))
     for spec in adapters:
         adapter_path(parse_spec(spec)[0])
-    place = find_base(base, say=say)
-    if is_image_base(place):
+    folder = find_base(base, say=say)
+    if is_image_base(folder):
         fix = "--by-shard folds adapters into an image base's folder, a weight at a time"
-        raise BaseError("this is an image base, which is not loaded to be merged", where=str(place), fix=fix)
-    stored = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(stored_dtype(tensor_table(place)), "float16")
+        raise BaseError("this is an image base, which is not loaded to be merged", where=str(folder), fix=fix)
+    stored = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(stored_dtype(tensor_table(folder)), "float16")
     want = dtype or stored
     # Load in the stored dtype if the output has it, else in float32, which represents every stored weight
     # exactly.
     exact = want if want == stored else "float32"
     original = load_text(base, dtype=exact, say=say) if seen and check else None
     first = load_text(base, dtype=exact, quantize=seen or None, say=say)
-    found: dict[str, Difference] = {}
+    differences: dict[str, Difference] = {}
     how: dict[str, Any] = {"dtype": want, "allow_other_base": allow_other_base, "seed": seed}
     if check:
         rows = _held_out(first, check, check_rows)
-        found = compare_merges(first, adapters, rows, original=original, **how)
+        differences = compare_merges(first, adapters, rows, original=original, **how)
         if not as_json:
-            _table(found, seen)
+            _print_differences(differences, seen)
     if output is None:
         if as_json:
-            print_json({name: d.__dict__ | {"kept": d.kept} for name, d in found.items()})
+            print_json({name: d.__dict__ | {"kept": d.kept} for name, d in differences.items()})
         return
     target = original if into == "original" and original is not None else first
-    report = merge(target, adapters, output, difference=found, accept_loss=accept_loss, **how)
-    _say_merged(report, as_json)
+    report = merge(target, adapters, output, difference=differences, accept_loss=accept_loss, **how)
+    _print_report(report, as_json)
 
 
-def _seen(adapters: list[str]) -> str:
+def _trained_precision(adapters: list[str]) -> str:
     """Return the base's quantization during training, from the cards; "" for none.
 
     Raises ConfigError if the adapters' cards differ."""
@@ -134,9 +134,9 @@ def _seen(adapters: list[str]) -> str:
         kind = base.get("quantize", base.get("quantise")) if isinstance(base, dict) else None  # older cards: -ise
         kinds.setdefault(str(kind or ""), []).append(spec)
     if len(kinds) > 1:
-        shown = "; ".join(f"{', '.join(names)}: {kind or '16 bits'}" for kind, names in kinds.items())
+        summary = "; ".join(f"{', '.join(names)}: {kind or '16 bits'}" for kind, names in kinds.items())
         raise ConfigError(
-            f"these adapters were trained over one base in different precisions ({shown})",
+            f"these adapters were trained over one base in different precisions ({summary})",
             fix="merge those of one precision together, or all with --into original and no --check",
         )
     return next(iter(kinds))
@@ -147,28 +147,30 @@ def _held_out(base: TextBase, files: list[str], most: int) -> list[Any]:
     from veneer.train.text.encode import encode_rows
     from veneer.train.text.rows import read_rows
 
-    rows, about = read_rows(files, limit=most)
+    rows, source = read_rows(files, limit=most)
     if not rows:
         raise DataError("there are no rows to check on", where=", ".join(files))
-    say(f"{len(rows)} rows in `{about.format}` format: {about.why}")
+    say(f"{len(rows)} rows in `{source.format}` format: {source.why}")
     return encode_rows(rows, base.tokenizer, DataSection(train="-", max_length=base.context, long_rows="cut")).examples
 
 
 _WAYS = {"seen": "the weights it was trained on", "original": "the 16-bit weights"}
 
 
-def _table(found: Mapping[str, Difference], seen: str) -> None:
-    one = next(iter(found.values()))
-    ways = _WAYS | ({"seen": f"{_WAYS['seen']} ({seen}, in full)"} if seen else {})
-    width = max(len(ways[name]) for name in found)
-    print(f"{one.tokens:,} held-out tokens; loss of the base {one.base_loss:.4f}, unmerged {one.unmerged_loss:.4f}")
+def _print_differences(differences: Mapping[str, Difference], seen: str) -> None:
+    first = next(iter(differences.values()))
+    labels = _WAYS | ({"seen": f"{_WAYS['seen']} ({seen}, in full)"} if seen else {})
+    width = max(len(labels[name]) for name in differences)
+    print(
+        f"{first.tokens:,} held-out tokens; loss of the base {first.base_loss:.4f}, unmerged {first.unmerged_loss:.4f}"
+    )
     print(f"{'merged into':<{width}} {'KL (nats)':>10} {'largest':>9} {'same token':>10} {'loss':>8} {'gain kept':>10}")
-    for name, d in found.items():
+    for name, d in differences.items():
         numbers = f"{d.kl:>10.2e} {d.kl_most:>9.2e} {d.agree:>10.1%} {d.loss:>8.4f} {d.kept:>10.1%}"
-        print(f"{ways[name]:<{width}} {numbers}")
+        print(f"{labels[name]:<{width}} {numbers}")
 
 
-def _say_merged(report: MergeReport, as_json: bool, fix: str = "") -> None:
+def _print_report(report: MergeReport, as_json: bool, fix: str = "") -> None:
     if report.warning:
         say(f"warning: {report.warning}; {fix or '--dtype float32 keeps it exactly, --stochastic 0 on average'}")
     if as_json:

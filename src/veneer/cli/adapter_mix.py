@@ -62,7 +62,7 @@ def mix(
     Reports the relative distance from the exact sum."""
     from veneer.adapters import mix as mixing
 
-    made = mixing.mix_adapters(
+    report = mixing.mix_adapters(
         adapters,
         output,
         method=method,
@@ -76,7 +76,7 @@ def mix(
         dtype=dtype,
         to=to,
     )
-    _say_made(made, as_json)
+    _print_report(report, as_json)
 
 
 def resize(
@@ -93,8 +93,8 @@ def resize(
     """Write the best approximation for one of --rank, --energy and --error."""
     from veneer.adapters import mix as mixing
 
-    made = mixing.resize(name, output, rank=rank, energy=energy, error=error, base=base, dtype=dtype, to=to)
-    _say_made(made, as_json)
+    report = mixing.resize(name, output, rank=rank, energy=energy, error=error, base=base, dtype=dtype, to=to)
+    _print_report(report, as_json)
 
 
 def extract(
@@ -117,29 +117,29 @@ def extract(
     """Extract an adapter from the difference of two full models, a weight at a time."""
     from veneer.adapters import mix as mixing
 
-    made = mixing.extract(
+    report = mixing.extract(
         base, tuned, output, rank=rank, energy=energy, error=error, targets=targets, prefix=prefix, dtype=dtype, to=to
     )
-    _say_made(made, as_json)
+    _print_report(report, as_json)
 
 
 def diff(a: AdapterArgument, b: AdapterArgument, as_json: AsJson = False) -> None:
     """Compare two adapters by module: ‖ΔW‖ of each, and the cosine of both."""
     from veneer.adapters import mix as mixing
 
-    found = mixing.diff(a, b)
+    difference = mixing.diff(a, b)
     if as_json:
-        print_json(found)
+        print_json(difference)
         return
-    width = max((len(n) for n in found["modules"]), default=3)
+    width = max((len(n) for n in difference["modules"]), default=3)
     print(f"{'module':<{width}}  {'‖a‖':>10}  {'‖b‖':>10}  {'cosine':>7}  {'‖a−b‖/‖a‖':>10}")
-    for module, row in [*found["modules"].items(), ("all", found["all"])]:
+    for module, row in [*difference["modules"].items(), ("all", difference["all"])]:
         norms = f"{row['norm_a']:>10.4g}  {row['norm_b']:>10.4g}"
         print(f"{module:<{width}}  {norms}  {row['cosine']:>7.4f}  {row['difference']:>10.4g}")
-    for side, names in found["only"].items():
+    for side, names in difference["only"].items():
         if names:
             print(f"only in {side}: {len(names)} modules")
-    _notes("not compared", found["skipped"])
+    _notes("not compared", difference["skipped"])
 
 
 def strength(
@@ -161,24 +161,24 @@ def strength(
     width = max((len(n) for n in report["blocks"]), default=5)
     print(f"{'block':<{width}}  modules  {'strength':>8}  {'‖ΔW‖':>10}   share")
     for block, row in report["blocks"].items():
-        shown = ", ".join(f"{s:g}" for s in row["strengths"])
-        print(f"{block:<{width}}  {row['modules']:>7}  {shown:>8}  {row['norm']:>10.4g}  {row['share']:>6.1%}")
+        strengths = ", ".join(f"{s:g}" for s in row["strengths"])
+        print(f"{block:<{width}}  {row['modules']:>7}  {strengths:>8}  {row['norm']:>10.4g}  {row['share']:>6.1%}")
     _notes("without a norm", report["skipped"])
     if output is not None:
         print(f"wrote {report['written']['path']}: {report['written']['bytes']:,} bytes")
 
 
-def _say_made(made: MixReport, as_json: bool) -> None:
+def _print_report(report: MixReport, as_json: bool) -> None:
     if as_json:
-        print_json(made.to_dict())
+        print_json(report.to_dict())
         return
-    ranks = ", ".join(f"{n} of rank {r}" for r, n in sorted(made.ranks.items(), key=lambda item: int(item[0])))
-    print(f"wrote {made.path}: {made.bytes:,} bytes, pairs: {ranks or 'none'}")
-    print(f"{made.method}: relative error {made.error:.3%} (‖ΔW‖ {made.norm:.4g})")
-    for module, off in made.worst():
+    ranks = ", ".join(f"{n} of rank {r}" for r, n in sorted(report.ranks.items(), key=lambda item: int(item[0])))
+    print(f"wrote {report.path}: {report.bytes:,} bytes, pairs: {ranks or 'none'}")
+    print(f"{report.method}: relative error {report.error:.3%} (‖ΔW‖ {report.norm:.4g})")
+    for module, off in report.worst():
         print(f"  {module}: {off:.3%}")
-    _notes("left out", made.left)
-    for note in made.notes:
+    _notes("left out", report.left)
+    for note in report.notes:
         print(f"note: {note}")
 
 

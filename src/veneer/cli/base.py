@@ -55,11 +55,11 @@ def show(name: BaseArgument, as_json: AsJson = False) -> None:
     from veneer.models.description import describe_base
     from veneer.models.sources import find_base
 
-    found: dict[str, Any] = describe_base(name, find_base(name, say=say))
+    description: dict[str, Any] = describe_base(name, find_base(name, say=say))
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(description, indent=2))
         return
-    for key, value in found.items():
+    for key, value in description.items():
         if key == "linear_modules":
             print("linear modules (target, times, in -> out):")
             for row in value:

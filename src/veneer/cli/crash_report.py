@@ -52,8 +52,8 @@ def command_line(argv: Sequence[str], commands: Container[str]) -> str:
     words = ["veneer"]
     for i, word in enumerate(argv):
         option = word.partition("=")[0]
-        known = word in commands if i == 0 else option.startswith("-") and len(option) < 32
-        words.append(shown(option) if known else "…")
+        is_name = word in commands if i == 0 else option.startswith("-") and len(option) < 32
+        words.append(shown(option) if is_name else "…")
     return " ".join(words)
 
 

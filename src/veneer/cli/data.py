@@ -76,16 +76,16 @@ def caption(
     def seeing() -> VisionModel:  # loaded when the first picture needs it
         from veneer.models.vision import load_vision
 
-        found = load_vision(model_name, dtype=dtype, device=device, say=say)
-        say(f"{found.name} in {str(found.dtype).removeprefix('torch.')} on {found.device}: {found.dtype_reason}")
-        return found
+        model = load_vision(model_name, dtype=dtype, device=device, say=say)
+        say(f"{model.name} in {str(model.dtype).removeprefix('torch.')} on {model.device}: {model.dtype_reason}")
+        return model
 
     def describe(picture: Image) -> tuple[str, bool]:
         result = seeing().describe(picture, instruction, max_tokens=max_tokens)
         return result.text, result.cut
 
-    def report_caption(one: WrittenCaption) -> None:
-        say(f"{one.picture}: {one.caption}" + (" (cut: it would have gone on)" if one.cut else ""))
+    def report_caption(item: WrittenCaption) -> None:
+        say(f"{item.picture}: {item.caption}" + (" (cut: it would have gone on)" if item.cut else ""))
 
     report = write_captions(
         str(folder),
@@ -95,7 +95,7 @@ def caption(
         on_caption=report_caption,
     )
     if as_json:
-        rows = [asdict(one) | {"file": str(one.file)} for one in report.written]
+        rows = [asdict(item) | {"file": str(item.file)} for item in report.written]
         print(json.dumps({"model": model, "written": rows, "had": report.had, "failed": report.failed}))
     else:
         print(f"{counted(len(report.written), 'caption')} written, {report.had} were there")
@@ -180,23 +180,23 @@ def show(
     verdicts: Any = only or ()
     config = _configured(data, base, overrides)
     if isinstance(config, ImageTrainConfig):
-        every = [one for one in preview_pictures(config) if not verdicts or one.verdict in verdicts]
+        every = [entry for entry in preview_pictures(config) if not verdicts or entry.verdict in verdicts]
         pictures = every[offset : offset + limit]
         if as_json:
             print_json(
-                {"pictures": [asdict(one) | {"path": str(one.path)} for one in pictures], "matching": len(every)}
+                {"pictures": [asdict(entry) | {"path": str(entry.path)} for entry in pictures], "matching": len(every)}
             )
             return
         cells = [
             (
-                one.name,
-                one.verdict,
-                f"{one.width} x {one.height}",
-                f"{one.size[0]} x {one.size[1]}" if one.size else "",
-                one.why,
-                one.caption[:80],
+                entry.name,
+                entry.verdict,
+                f"{entry.width} x {entry.height}",
+                f"{entry.size[0]} x {entry.size[1]}" if entry.size else "",
+                entry.why,
+                entry.caption[:80],
             )
-            for one in pictures
+            for entry in pictures
         ]
         print_table(("picture", "is", "size", "learned at", "why", "caption"), cells)
         return
@@ -204,7 +204,10 @@ def show(
     if as_json:
         print_json({**asdict(page)})
         return
-    rows = [(one.where, one.verdict, str(one.tokens), str(one.learned), one.why, one.said[:80]) for one in page.rows]
+    rows = [
+        (entry.where, entry.verdict, str(entry.tokens), str(entry.learned), entry.why, entry.said[:80])
+        for entry in page.rows
+    ]
     print_table(("row", "is", "tokens", "learned", "why", "begins"), rows)
     total = "" if page.total in (None, page.looked) else f" of {page.total:,}"
     parts = ", ".join(f"{count:,} {verdict}" for verdict, count in page.counts.items())
@@ -267,34 +270,34 @@ def draw(
             where=str(config),
             fix="give distillation.teacher: an adapter, or base",
         )
-    given, data = loaded.distillation, loaded.data
-    if given.url is not None:
+    distillation, data = loaded.distillation, loaded.data
+    if distillation.url is not None:
         raise ConfigError(
             "the teacher is on a server, and draws its own answers",
-            where=f"distillation.url: {given.url}",
+            where=f"distillation.url: {distillation.url}",
             fix="leave distillation.url out for a teacher of this process; a server's are kept by its own client",
         )
     prompts, _ = read_rows(
         data.files("train"), limit=data.limit, format=data.format, columns=data.columns, formats=PROMPT_FORMATS
     )
     base = load_text(
-        given.base or loaded.base.name,
+        distillation.base or loaded.base.name,
         dtype=loaded.base.dtype,
         device=loaded.base.device,
-        quantize=None if given.base else loaded.base.quantize,
+        quantize=None if distillation.base else loaded.base.quantize,
         say=say,
     )
-    name = "" if given.teacher == BASE_MODEL else str(given.teacher)
+    name = "" if distillation.teacher == BASE_MODEL else str(distillation.teacher)
     with attach(base.model) as attachment:
         if name:
             attachment.add(name, load_adapter(base, name))
-        settings = SamplerSettings(rows=given.rows, pack_bytes=PACK_BYTES, exact=False)
+        settings = SamplerSettings(rows=distillation.rows, pack_bytes=PACK_BYTES, exact=False)
         with live_sampler(base, attachment, settings) as sampler:
-            made, left = teacher_rows(prompts, loaded, base, sampler, name)
-    atomic_write(rows, ["".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made).encode()])
+            answer_rows, left = teacher_rows(prompts, loaded, base, sampler, name)
+    atomic_write(rows, ["".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answer_rows).encode()])
     if left:
         say(f"left out: {counted(len(left), 'answer')}\n{bullets(left)}")
     if as_json:
-        print(json.dumps({"rows": str(rows), "written": len(made), "left": left}))
+        print(json.dumps({"rows": str(rows), "written": len(answer_rows), "left": left}))
     else:
-        print(f"{counted(len(made), 'row')} written to {rows}")
+        print(f"{counted(len(answer_rows), 'row')} written to {rows}")

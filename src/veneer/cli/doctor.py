@@ -28,12 +28,12 @@ def command(
     why."""
     checks = list(_checks())
     bad = [check for check in checks if check.ok is False]
-    found: dict[str, Any] = {"checks": [asdict(check) for check in checks]}
+    report: dict[str, Any] = {"checks": [asdict(check) for check in checks]}
     lines = _check_lines(checks, bad)
     if ops:
-        found |= _findings()
-        lines += ["", *_lines(found)]
-    print(json.dumps({"well": not bad, **found}, indent=1) if as_json else "\n".join(lines))
+        report |= _findings()
+        lines += ["", *_lines(report)]
+    print(json.dumps({"well": not bad, **report}, indent=1) if as_json else "\n".join(lines))
     raise SystemExit(1 if bad else 0)
 
 
@@ -66,9 +66,13 @@ def _checks() -> Iterator[_Check]:
     free = shutil.disk_usage(there).free
     fix = "" if free >= _LEAST_DISK else "a base and its runs need a few GB: free some disk space, or set VENEER_HOME"
     yield _Check("disk", free >= _LEAST_DISK, f"{gigabytes(free)} free", fix)
-    made = compiled.kernels() is not None
-    fix = "" if made else "without a compiler, training on the CPU is several times slower: apt install gcc, or clang"
-    yield _Check("compiler", made, compiled.status(), fix)
+    compiled_kernels = compiled.kernels() is not None
+    fix = (
+        ""
+        if compiled_kernels
+        else "without a compiler, training on the CPU is several times slower: apt install gcc, or clang"
+    )
+    yield _Check("compiler", compiled_kernels, compiled.status(), fix)
     yield _Check("card", None, ", ".join(_cards()) or "none that torch can use; veneer uses the CPU")
     yield _extras()
     yield _hub()
@@ -84,14 +88,14 @@ def _cards() -> list[str]:
 def _extras() -> _Check:
     """Report installed extras: an extra counts if all its packages are installed."""
     try:
-        about = metadata.metadata("veneer")
+        package = metadata.metadata("veneer")
     except metadata.PackageNotFoundError:
         return _Check("extras", None, "unknown: veneer was not installed as a package")
-    wanted = metadata.requires("veneer") or []
+    requirements = metadata.requires("veneer") or []
     here, missing = list[str](), list[str]()
-    for extra in {*(about.get_all("Provides-Extra") or [])} - _FOR_DEVELOPERS:
-        asked = [line for line in wanted if f"extra == '{extra}'" in line.replace('"', "'")]
-        names = [re.split(r"[^\w.-]", line)[0] for line in asked if not line.startswith("veneer[")]
+    for extra in {*(package.get_all("Provides-Extra") or [])} - _FOR_DEVELOPERS:
+        lines = [line for line in requirements if f"extra == '{extra}'" in line.replace('"', "'")]
+        names = [re.split(r"[^\w.-]", line)[0] for line in lines if not line.startswith("veneer[")]
         (here if all(map(_installed, names)) else missing).append(extra)
     text = f"installed: {', '.join(sorted(here)) or 'none'}"
     text += f"; missing: {', '.join(sorted(missing))} (pip install 'veneer[NAME]')" if missing else ""
@@ -118,9 +122,9 @@ def _hub() -> _Check:
 
     if constants.HF_HUB_OFFLINE:
         return _Check("hub", None, "not checked: HF_HUB_OFFLINE is set")
-    place = urlsplit(constants.ENDPOINT)
+    endpoint = urlsplit(constants.ENDPOINT)
     try:
-        with socket.create_connection((place.hostname or "", place.port or 443), timeout=2):
+        with socket.create_connection((endpoint.hostname or "", endpoint.port or 443), timeout=2):
             return _Check("hub", True, f"{constants.ENDPOINT} is reachable")
     except OSError as error:
         text = f"{constants.ENDPOINT} is unreachable ({error.strerror or error}); built-in bases and folders work"
@@ -164,7 +168,7 @@ def _findings() -> dict[str, Any]:
         "compiled": compiled.status(),
         "profile": asdict(profile()),
         "ops": {
-            device: {op: one._asdict() for op, one in choices(device).items()}
+            device: {op: choice._asdict() for op, choice in choices(device).items()}
             for device in ("cpu", *(["cuda"] if cards else []))
         },
     }
@@ -179,21 +183,21 @@ def _wrapped(line: str) -> str:
     return textwrap.fill(line, width, subsequent_indent=" " * _INDENT, break_long_words=False, break_on_hyphens=False)
 
 
-def _lines(found: dict[str, Any]) -> list[str]:
+def _lines(report: dict[str, Any]) -> list[str]:
     from veneer.errors import counted
 
-    profile = found["profile"]
+    profile = report["profile"]
     rates = [f"{dtype} {max(shapes.values()):,.0f}" for dtype, shapes in profile["gflops"].items()]
-    threads = counted(found["threads"], "thread")
+    threads = counted(report["threads"], "thread")
     lines = [
-        f"veneer      {found['veneer']}, torch {found['torch']}",
-        f"processor   {found['processor']}; {threads}; torch's kernels for {found['instructions']}",
+        f"veneer      {report['veneer']}, torch {report['torch']}",
+        f"processor   {report['processor']}; {threads}; torch's kernels for {report['instructions']}",
         f"profile     {', '.join(rates)} GFLOP/s; memory {profile['bandwidth']:,.0f} GB/s; rounds within "
         f"{profile['spread']:.0%}; measured {profile['date'][:10]}",
     ]
-    for device, ops in found["ops"].items():
+    for device, ops in report["ops"].items():
         groups: dict[str, list[str]] = {}
-        for op, one in ops.items():
-            groups.setdefault(f"by {one['name']} ({one['reason']})", []).append(op)
+        for op, choice in ops.items():
+            groups.setdefault(f"by {choice['name']} ({choice['reason']})", []).append(op)
         lines += [f"{f'ops {device}':<{_INDENT}}{how}: {', '.join(names)}" for how, names in sorted(groups.items())]
     return [_wrapped(line) for line in lines]

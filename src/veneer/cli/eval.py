@@ -76,12 +76,12 @@ def evaluate(
         raise ConfigError("no base is named", fix="--base smollm2-135m, a folder, a .gguf file or a hub id")
     if not files:
         raise ConfigError("there is nothing to evaluate on", fix="name held-out rows: --data test.jsonl")
-    rows, about = read_rows(files, limit=limit)
-    say(f"{len(rows)} rows in `{about.format}` format: {about.why}")
+    rows, source = read_rows(files, limit=limit)
+    say(f"{len(rows)} rows in `{source.format}` format: {source.why}")
     with errors_only():
-        found = load_text(name, dtype=dtype, device=device, quantize=quantize, say=say)
+        model = load_text(name, dtype=dtype, device=device, quantize=quantize, say=say)
         results = score_mixes(
-            found,
+            model,
             rows,
             mixes,
             max_new_tokens=max_new_tokens,

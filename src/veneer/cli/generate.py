@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from veneer.cli.options import AllowOtherBase, ChosenDevice, LoadedDtype, Quantize, chosen_base, say_loaded
-from veneer.cli.output import own, print_json, say
+from veneer.cli.output import print_json, say, unwrapped
 from veneer.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def _streamed(base: TextBase, framed: list[Prompt], settings: dict[str, Any]) ->
     """Generate one answer and print each token as it arrives."""
     from veneer.models.text.generate import complete
 
-    out = sys.stdout if sys.stdout.isatty() else own(sys.stdout)  # a pipe gets the exact text
+    out = sys.stdout if sys.stdout.isatty() else unwrapped(sys.stdout)  # a pipe gets the exact text
     done = complete(base, framed, on_token=lambda _i, piece: print(piece, end="", flush=True, file=out), **settings)[0]
     print(flush=True)
     _report_cut(done)

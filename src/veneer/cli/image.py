@@ -124,15 +124,15 @@ def make_pictures(
     from veneer.imaging.generate import MOST_COUNT, ImageRequest, Options, generate
 
     uses = tuple(parse_use(spec) for spec in adapter or [])
-    given = _given(size, steps, guidance, true_guidance, scheduler, control, batch_size)
+    option_values = _option_values(size, steps, guidance, true_guidance, scheduler, control, batch_size)
     if image is not None:
-        given["image"] = str(image)
+        option_values["image"] = str(image)
     if mask is not None:
-        given["mask"] = str(mask)
+        option_values["mask"] = str(mask)
     if denoise is not None:
-        given["denoise"] = denoise
+        option_values["denoise"] = denoise
     if reference:
-        given["references"] = [str(path) for path in reference]
+        option_values["references"] = [str(path) for path in reference]
     began = time.perf_counter()
     if from_picture is not None:
         if len(prompts or []) > 1 or count != 1 or batch_size is not None or batch is not None:
@@ -140,7 +140,7 @@ def make_pictures(
             raise ConfigError("--from makes one picture", fix=fix)
         changes = {"prompt": prompts[0] if prompts else None, "negative": negative, "seed": seed, "uses": uses or None}
         changes = {key: value for key, value in changes.items() if value is not None}
-        picture, file = _reproduce(from_picture, out, base, changes, given, dtype, device)
+        picture, file = _reproduce(from_picture, out, base, changes, option_values, dtype, device)
         _report([picture], [file], began, as_json)
         return
     if batch is not None and prompts:
@@ -153,10 +153,10 @@ def make_pictures(
     if not 1 <= count <= MOST_COUNT:
         raise ConfigError(f"--count {count}", fix=f"at least 1, at most {MOST_COUNT:,}")
     shared = ImageRequest("", negative or "", seed or 0, uses)
-    listed = read_batch(batch, shared) if batch else [replace(shared, prompt=prompt) for prompt in prompts or []]
-    requests = [replace(request, seed=request.seed + i) for request in listed for i in range(count)]
+    base_requests = read_batch(batch, shared) if batch else [replace(shared, prompt=prompt) for prompt in prompts or []]
+    requests = [replace(request, seed=request.seed + i) for request in base_requests for i in range(count)]
     files = _files(out or Path("out.png"), len(requests))
-    options = Options(**given)
+    options = Options(**option_values)
     all_uses = tuple(dict.fromkeys(use for request in requests for use in request.uses))
     _check_files(all_uses, options)
     with _pipeline(base, all_uses, dtype, device) as pipeline:
@@ -201,9 +201,9 @@ def grid(
     uses = tuple(parse_use(spec) for spec in adapter or [])
     if strengths is not None and sheet != "strength":
         raise ConfigError(f"--strengths is for a strength sheet, this is {sheet!r}", fix="leave it out")
-    factors = STRENGTHS if strengths is None else _numbers(strengths)
-    plan = layout(sheet, prompts, uses, seeds=_whole_numbers(seeds), strengths=factors, negative=negative or "")
-    options = Options(**_given(size, steps, guidance, true_guidance, scheduler, control, batch_size))
+    strength_values = STRENGTHS if strengths is None else _numbers(strengths)
+    plan = layout(sheet, prompts, uses, seeds=_whole_numbers(seeds), strengths=strength_values, negative=negative or "")
+    options = Options(**_option_values(size, steps, guidance, true_guidance, scheduler, control, batch_size))
     file = _files(out or Path("grid.png"), 1)[0]
     _check_files(uses, options)
     began = time.perf_counter()
@@ -218,7 +218,7 @@ def grid(
         print_json(result)
 
 
-def _given(
+def _option_values(
     size: str | None,
     steps: int | None,
     guidance: float | None,
@@ -230,17 +230,17 @@ def _given(
     """Return the arguments of `Options` that were given."""
     from veneer.imaging.controls import parse_control
 
-    given: dict[str, Any] = {"steps": steps, "guidance": guidance, "true_guidance": true_guidance}
-    given |= {"scheduler": scheduler, "batch_size": batch_size}
+    options: dict[str, Any] = {"steps": steps, "guidance": guidance, "true_guidance": true_guidance}
+    options |= {"scheduler": scheduler, "batch_size": batch_size}
     if control:
-        given["controls"] = tuple(parse_control(spec) for spec in control)
+        options["controls"] = tuple(parse_control(spec) for spec in control)
     if size is not None:
         width, times, height = size.lower().partition("x")
         height = height if times else width
         if not (width.isdecimal() and height.isdecimal()):
             raise ConfigError(f"--size {size}", fix="WIDTHxHEIGHT, as in 1024x768, or one number for both")
-        given |= {"width": int(width), "height": int(height)}
-    return {key: value for key, value in given.items() if value is not None}
+        options |= {"width": int(width), "height": int(height)}
+    return {key: value for key, value in options.items() if value is not None}
 
 
 def _numbers(text: str) -> list[float]:
@@ -306,8 +306,8 @@ def _progress() -> Callable[[int, int], None] | None:
     if not sys.stderr.isatty():
         return None
 
-    def show(done: int, of: int) -> None:
-        print(f"\rstep {done}/{of}", end="\n" if done == of else "", file=sys.stderr, flush=True)
+    def show(done: int, total: int) -> None:
+        print(f"\rstep {done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
     return show
 
@@ -332,21 +332,23 @@ def _reproduce(
     out: Path | None,
     base: str | None,
     changes: dict[str, Any],
-    given: dict[str, Any],
+    option_changes: dict[str, Any],
     dtype: str | None,
     device: str,
 ) -> tuple[RecordedPicture, Path]:
-    """Generate the picture in `source` again, with `changes` of its request and the `given` options."""
+    """Generate the picture in `source` again, with `changes` of its request and options."""
     from veneer.imaging.reproduce import read_recipe, reproduce
 
     recipe = read_recipe(source)
-    _check_files((), replace(recipe.options, **given))
+    _check_files((), replace(recipe.options, **option_changes))
     file = _files(out or source.with_name(f"{source.stem}-again.png"), 1)[0]
 
     def changed(request: ImageRequest, options: Options) -> tuple[ImageRequest, Options]:
-        return replace(request, **changes), replace(options, **given)
+        return replace(request, **changes), replace(options, **option_changes)
 
     with _pipeline(base or recipe.base, (), dtype or recipe.dtype, device) as pipeline:
-        picture = reproduce(pipeline, recipe, changes=changed if changes or given else None, on_step=_progress())
+        picture = reproduce(
+            pipeline, recipe, changes=changed if changes or option_changes else None, on_step=_progress()
+        )
     _save(picture, file)
     return picture, file

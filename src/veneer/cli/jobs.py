@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Submit, watch and stop training jobs.")
 
 _Id = Annotated[str, typer.Argument(metavar="JOB", help="The job's id, ftjob-….", show_default=False)]
-_Whose = Annotated[
+_Tenant = Annotated[
     str | None, typer.Option("--tenant", help="Only jobs of this tenant; '': jobs without a tenant. Default: all jobs.")
 ]
-_place: dict[str, str | None] = {"location": None, "index": None}
+_location: dict[str, str | None] = {"location": None, "index": None}
 
 
 @app.callback()
-def _where(library: JobsLibrary = None, index: LibraryIndex = None) -> None:
+def _set_location(library: JobsLibrary = None, index: LibraryIndex = None) -> None:
     """Manage training jobs of a library.
 
     `veneer worker` or `veneer serve --train` runs the jobs."""
-    _place.update(location=library, index=index)
+    _location.update(location=library, index=index)
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def _opened() -> Iterator[JobStore]:
     from veneer.jobs.store import JobStore
     from veneer.library.library import open_library
 
-    with open_library(_place["location"], _place["index"]) as library:
+    with open_library(_location["location"], _location["index"]) as library:
         yield JobStore(library)
 
 
@@ -59,17 +59,17 @@ def submit(
     from veneer.jobs.validate import submit_job
     from veneer.serve.tenancy.store import tenants_at
 
-    chosen, after = load_job_config(*file_and_settings(words))
-    with _opened() as store, tenants_at(tenants) as known:
-        job = submit_job(store, chosen, tenant=tenant, name=name, after=after, tenants=known)
-    _shown(job, as_json)
+    config, after = load_job_config(*file_and_settings(words))
+    with _opened() as store, tenants_at(tenants) as tenant_store:
+        job = submit_job(store, config, tenant=tenant, name=name, after=after, tenants=tenant_store)
+    _print_job(job, as_json)
     if job.state == "failed":
         raise SystemExit(2)
 
 
 @app.command("list", epilog="Example: veneer jobs list --state running --tenant acme")
 def list_(
-    tenant: _Whose = None,
+    tenant: _Tenant = None,
     state: Annotated[list[str] | None, typer.Option("--state", help="Only jobs in this state; repeatable.")] = None,
     limit: Annotated[int, typer.Option("--limit", min=1, help="Maximum number of jobs.")] = 20,
     after: Annotated[str | None, typer.Option("--after", help="Only jobs created before this job.")] = None,
@@ -77,29 +77,29 @@ def list_(
 ) -> None:
     """List jobs, newest first."""
     with _opened() as store:
-        found, more = store.jobs(tenant, after=after, limit=limit, states=state or ())
+        page, more = store.jobs(tenant, after=after, limit=limit, states=state or ())
     if as_json:
-        print_json({"jobs": [job.to_dict() for job in found], "more": more})
+        print_json({"jobs": [job.to_dict() for job in page], "more": more})
         return
-    rows = [(job.id, job.name, job.state, _progress(job), _day(job.created), _error(job)) for job in found]
+    rows = [(job.id, job.name, job.state, _progress(job), _day(job.created), _error(job)) for job in page]
     print_table(("job", "adapter", "state", "steps", "made", ""), rows) if rows else print("no jobs")
     if more:
-        say(f"more: veneer jobs list --after {found[-1].id}")
+        say(f"more: veneer jobs list --after {page[-1].id}")
 
 
 @app.command(epilog="Example: veneer jobs show ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w")
-def show(job: _Id, tenant: _Whose = None, as_json: AsJson = False) -> None:
+def show(job: _Id, tenant: _Tenant = None, as_json: AsJson = False) -> None:
     """Show a job's state, plan, result or error, checkpoints and bill."""
     with _opened() as store:
-        found = store.get(tenant, job)
+        details = store.get(tenant, job)
         bill, points = store.bill(tenant, job), store.checkpoints(tenant, job)
         after = store.events_of(tenant, job, "evaluation", "route", "alias")
     if as_json:
         more = {"checkpoints": [point.__dict__ for point in points], "bill": None if bill is None else bill.__dict__}
         more["after"] = [event.__dict__ for event in after]
-        print_json(found.to_dict() | more)
+        print_json(details.to_dict() | more)
         return
-    _shown(found, False)
+    _print_job(details, False)
     for event in after:
         print(f"{event.kind:<12} {field(event.message)}")
     if points:
@@ -113,7 +113,7 @@ def show(job: _Id, tenant: _Whose = None, as_json: AsJson = False) -> None:
 
 
 @app.command(epilog="Example: veneer jobs watch ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w")
-def watch(job: _Id, tenant: _Whose = None, as_json: AsJson = False) -> None:
+def watch(job: _Id, tenant: _Tenant = None, as_json: AsJson = False) -> None:
     """Print a job's events until the job ends. Exit code 0 on success, else 2.
 
     With --json, prints one event per line."""
@@ -140,26 +140,26 @@ def watch(job: _Id, tenant: _Whose = None, as_json: AsJson = False) -> None:
 
 
 @app.command(epilog="Example: veneer jobs cancel ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w")
-def cancel(job: _Id, tenant: _Whose = None, as_json: AsJson = False) -> None:
+def cancel(job: _Id, tenant: _Tenant = None, as_json: AsJson = False) -> None:
     """Cancel a job permanently.
 
     Tokens trained so far are billed; checkpoints stay in the job's folder."""
     with _opened() as store:
-        _shown(store.cancel(tenant, job), as_json)
+        _print_job(store.cancel(tenant, job), as_json)
 
 
 @app.command(epilog="Example: veneer jobs pause ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w")
-def pause(job: _Id, tenant: _Whose = None, as_json: AsJson = False) -> None:
+def pause(job: _Id, tenant: _Tenant = None, as_json: AsJson = False) -> None:
     """Pause a job: the worker saves the job's state and takes another job."""
     with _opened() as store:
-        _shown(store.pause(tenant, job), as_json)
+        _print_job(store.pause(tenant, job), as_json)
 
 
 @app.command(epilog="Example: veneer jobs resume ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w")
-def resume(job: _Id, tenant: _Whose = None, as_json: AsJson = False) -> None:
+def resume(job: _Id, tenant: _Tenant = None, as_json: AsJson = False) -> None:
     """Queue a paused job again; training continues from its last checkpoint."""
     with _opened() as store:
-        _shown(store.resume(tenant, job), as_json)
+        _print_job(store.resume(tenant, job), as_json)
 
 
 _Step = Annotated[
@@ -172,7 +172,7 @@ def keep(
     job: _Id,
     step: _Step = None,
     alias: Annotated[str, typer.Option("--alias", help="Alias to point to the new version, such as prod.")] = "",
-    tenant: _Whose = None,
+    tenant: _Tenant = None,
     as_json: AsJson = False,
 ) -> None:
     """Store a step's adapter as the newest version of the job's name."""
@@ -184,7 +184,7 @@ def keep(
 
 
 @app.command(epilog="Example: veneer jobs promote ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w")
-def promote(job: _Id, tenant: _Whose = None, tenants: TenantsDatabase = None, as_json: AsJson = False) -> None:
+def promote(job: _Id, tenant: _Tenant = None, tenants: TenantsDatabase = None, as_json: AsJson = False) -> None:
     """Point the job's route or alias to the job's adapter, for all users."""
     from veneer.jobs.canary import promote_job
 
@@ -192,35 +192,35 @@ def promote(job: _Id, tenant: _Whose = None, tenants: TenantsDatabase = None, as
 
 
 @app.command(epilog="Example: veneer jobs rollback ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w")
-def rollback(job: _Id, tenant: _Whose = None, tenants: TenantsDatabase = None, as_json: AsJson = False) -> None:
+def rollback(job: _Id, tenant: _Tenant = None, tenants: TenantsDatabase = None, as_json: AsJson = False) -> None:
     """Restore the previous targets of the job's route or alias, for the same users."""
     from veneer.jobs.canary import rollback_job
 
     _moved(job, tenant, tenants, as_json, rollback_job)
 
 
-def _moved(job: str, tenant: str | None, place: str | None, as_json: bool, move: Callable[..., Placement]) -> None:
+def _moved(job: str, tenant: str | None, tenants: str | None, as_json: bool, move: Callable[..., Placement]) -> None:
     from veneer.serve.tenancy.store import tenants_at
 
-    with _opened() as store, tenants_at(place) as known:
-        moved = move(store, known, tenant, job)
+    with _opened() as store, tenants_at(tenants) as tenant_store:
+        moved = move(store, tenant_store, tenant, job)
     print_json(moved.json) if as_json else print(field(moved.text))
 
 
 @app.command(epilog="Example: veneer jobs logs ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w")
-def logs(job: _Id, tenant: _Whose = None) -> None:
+def logs(job: _Id, tenant: _Tenant = None) -> None:
     """Print the output of the job's processes, for debugging. See also `watch`."""
     with _opened() as store:
-        found = store.get(tenant, job)
-    if not found.log.is_file():
-        say(f"no process of it has printed anything on this machine ({found.log})")
+        details = store.get(tenant, job)
+    if not details.log.is_file():
+        say(f"no process of it has printed anything on this machine ({details.log})")
         return
-    with found.log.open(encoding="utf-8", errors="replace") as lines:
+    with details.log.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             sys.stdout.write(line)
 
 
-def _shown(job: Job, as_json: bool) -> None:
+def _print_job(job: Job, as_json: bool) -> None:
     if as_json:
         print_json(job.to_dict())
         return
@@ -231,8 +231,8 @@ def _shown(job: Job, as_json: bool) -> None:
 
         cost = f", {money(job.planned)}" if job.planned else ""
         seconds = job.plan.get("seconds")
-        about = "about " if seconds and seconds >= 1 else ""  # `under 1 s` needs no "about"
-        took = f"{about}{rough_duration(seconds)}" if seconds else "for some time"
+        approximately = "about " if seconds and seconds >= 1 else ""  # `under 1 s` needs no "about"
+        took = f"{approximately}{rough_duration(seconds)}" if seconds else "for some time"
         print(f"planned      {job.plan['tokens']:,} tokens, {took}{cost}")
     if job.result is not None:
         print(f"adapter      {field(job.result['reference'])}")

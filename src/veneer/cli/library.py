@@ -30,11 +30,11 @@ Alias = Annotated[str | None, typer.Option(help="Point this alias to the new ver
 Name = Annotated[
     str, typer.Argument(help="Name to store the adapter under: support, acme/support.", show_default=False)
 ]
-_place: dict[str, str | None] = {"location": None, "index": None}
+_location: dict[str, str | None] = {"location": None, "index": None}
 
 
 @app.callback()
-def _where(
+def _set_location(
     location: Annotated[
         str | None,
         typer.Option(
@@ -44,13 +44,13 @@ def _where(
     index: LibraryIndex = None,
 ) -> None:
     """Store adapters with versions, aliases and tags; share and verify adapters."""
-    _place.update(location=location, index=index)
+    _location.update(location=location, index=index)
 
 
 def _open() -> Library:
     from veneer.library.library import open_library
 
-    return open_library(_place["location"], _place["index"])
+    return open_library(_location["location"], _location["index"])
 
 
 library_command = partial(command, app, _open)
@@ -276,7 +276,7 @@ def verify(
             raise ConfigError("--repair and --rebuild are for the whole library", fix="give no adapter")
         with _open() as library:
             return _verify_each(library, references)
-    rebuilt = upkeep.rebuild(_place["location"], _place["index"]) if rebuild else None
+    rebuilt = upkeep.rebuild(_location["location"], _location["index"]) if rebuild else None
     with _open() as library:
         report = upkeep.verify_library(library, repair=repair, say=say)
     ok = report.ok and not (rebuilt and rebuilt.lost)

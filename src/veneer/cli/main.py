@@ -36,7 +36,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from veneer import __version__
 from veneer.cli import crash_report
-from veneer.cli.output import error_text, guard, own
+from veneer.cli.output import error_text, guard, unwrapped
 from veneer.errors import ConfigError, ResourceError, VeneerError, lacks_memory, quoted
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -76,12 +76,12 @@ class LazyGroup(TyperGroup):
         return name, _imported(str(name)) if command is not None else None, rest
 
     def invoke(self, ctx: Any) -> Any:
-        with ended():
+        with exit_on_error():
             return super().invoke(ctx)
 
 
 @contextmanager
-def ended() -> Iterator[None]:
+def exit_on_error() -> Iterator[None]:
     """Turn expected errors into a message and SystemExit; let other errors propagate."""
     try:
         yield
@@ -92,12 +92,12 @@ def ended() -> Iterator[None]:
         _close_pipe()
         raise SystemExit(141) from None
     except Exception as error:
-        known = error if isinstance(error, VeneerError) else _known(error)
-        if known is None:
+        expected = error if isinstance(error, VeneerError) else _expected_error(error)
+        if expected is None:
             raise
-        if not known.already_shown:
-            _print_error(known)
-        raise SystemExit(known.exit_code) from None
+        if not expected.already_shown:
+            _print_error(expected)
+        raise SystemExit(expected.exit_code) from None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -174,7 +174,7 @@ def _finite(call: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def _known(error: Exception) -> VeneerError | None:
+def _expected_error(error: Exception) -> VeneerError | None:
     """Convert an error of the machine's limits to a VeneerError, or return None."""
     text, code = str(error), error.errno if isinstance(error, OSError) else None
     path = error.filename if isinstance(error, OSError) else None
@@ -198,7 +198,7 @@ def _known(error: Exception) -> VeneerError | None:
 
 def _print_error(error: VeneerError) -> None:
     color = sys.stderr.isatty() and "NO_COLOR" not in os.environ
-    print("\033[1;31merror:\033[0m" if color else "error:", end=" ", file=own(sys.stderr))
+    print("\033[1;31merror:\033[0m" if color else "error:", end=" ", file=unwrapped(sys.stderr))
     print(error_text(error), file=sys.stderr)
 
 

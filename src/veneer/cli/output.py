@@ -3,7 +3,7 @@
 Names, metadata and errors can come from untrusted files, and an escape sequence can set a terminal's title,
 overwrite earlier lines or fill the clipboard. `guard` wraps stdout and stderr in a stream that escapes
 control characters with `errors.shown`; line ends, tabs and the carriage return of a progress line pass. A
-library such as rich, which escapes its own text and emits its own sequences, writes to `own(stream)`.
+library such as rich, which escapes its own text and emits its own sequences, writes to `unwrapped(stream)`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Guarded:
         return getattr(self.rich_proxied_file, name)
 
 
-def own(stream: TextIO) -> TextIO:
+def unwrapped(stream: TextIO) -> TextIO:
     """Return the unwrapped stream, for code that escapes its own text."""
     return stream.rich_proxied_file if isinstance(stream, Guarded) else stream
 
@@ -47,12 +47,12 @@ def own(stream: TextIO) -> TextIO:
 @contextmanager
 def guard() -> Iterator[None]:
     """Wrap stdout and stderr in `Guarded`, and restore both afterwards."""
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (cast(TextIO, s if isinstance(s, Guarded) else Guarded(s)) for s in before)
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (cast(TextIO, s if isinstance(s, Guarded) else Guarded(s)) for s in streams)
     try:
         yield
     finally:
-        sys.stdout, sys.stderr = before
+        sys.stdout, sys.stderr = streams
 
 
 def field(value: object) -> str:
@@ -87,19 +87,19 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 
 MOST = 20
 """Items of a list shown without `--all`."""
-_shown: dict[str, bool] = {"everything": False}
+_list_settings: dict[str, bool] = {"everything": False}
 
 
 def everything(on: bool) -> None:
     """Set whether later lists are shown in full (`--all`)."""
-    _shown["everything"] = on
+    _list_settings["everything"] = on
 
 
 def cut_list(items: Sequence[str], most: int = MOST) -> list[str]:
     """Return the first `most` items as fields, and a count of the rest.
 
     With `--all`, returns all items."""
-    few = items if _shown["everything"] or len(items) <= most + 1 else items[:most]
+    few = items if _list_settings["everything"] or len(items) <= most + 1 else items[:most]
     out = [field(item) for item in few]
     return out if len(few) == len(items) else [*out, f"and {len(items) - len(few):,} more (--all shows them)"]
 

@@ -112,16 +112,16 @@ def plan(
     from veneer.train.planning import plan_of_config
 
     if gpu is None or gpu == "cpu":
-        if given := [f"--{name}" for name in ("gpus", "price") if _is_given(context, name)]:
+        if flags := [f"--{name}" for name in ("gpus", "price") if _is_given(context, name)]:
             raise ConfigError(
-                f"{', '.join(given)}: the plan is for this machine's processor", fix="name a card with --gpu"
+                f"{', '.join(flags)}: the plan is for this machine's processor", fix="name a card with --gpu"
             )
         device = cpu_device()
     else:
         device = device_named(gpu, count=gpus, price=price)
     if longest is not None and tokens_per_row is not None and longest < tokens_per_row:
-        what = f"the longest row has {longest} tokens, and rows have {tokens_per_row:g} on average"
-        raise ConfigError(what, where="--longest, --tokens-per-row", fix="leave --longest out, or give the greatest")
+        message = f"the longest row has {longest} tokens, and rows have {tokens_per_row:g} on average"
+        raise ConfigError(message, where="--longest, --tokens-per-row", fix="leave --longest out, or give the greatest")
     settings = list(overrides or [])
     if config is not None and not is_config(str(config)):
         config, settings = None, [str(config), *settings]
@@ -132,12 +132,12 @@ def plan(
     length = prompt if config is not None or tokens_per_row is None else prompt or round(tokens_per_row)
     run = load_config(config, settings)[0]
     of_images = isinstance(run, ImageTrainConfig)
-    unused = [*(_TEXT_ONLY if of_images else ()), *([] if of_images and rows is not None else ["before"])]
-    if given := [f"--{name.replace('_', '-')}" for name in unused if _is_given(context, name)]:
-        what = f"{', '.join(given)}: no effect on {'an image' if of_images else 'a text'} plan"
-        counted = of_images and given == ["--before"]  # without --rows, the data's source images are counted
-        raise ConfigError(what, fix="give --rows too" if counted else "leave the options out")
-    found = plan_of_config(
+    unused = [*(_TEXT_ONLY if of_images else ()), *([] if of_images and rows is not None else ["streams"])]
+    if flags := [f"--{name.replace('_', '-')}" for name in unused if _is_given(context, name)]:
+        message = f"{', '.join(flags)}: no effect on {'an image' if of_images else 'a text'} plan"
+        amount = of_images and flags == ["--streams"]  # without --rows, the data's source images are amount
+        raise ConfigError(message, fix="give --rows too" if amount else "leave the options out")
+    result = plan_of_config(
         run,
         device,
         rows=rows,
@@ -148,9 +148,9 @@ def plan(
         traffic=None if length is None else Traffic(length, answer, together, tenants),
     )
     if as_json:
-        print(json.dumps(found.to_dict()))
+        print(json.dumps(result.to_dict()))
         return
-    print(plan_text(found))
+    print(plan_text(result))
     if device.kind == "cpu":
         import torch
 

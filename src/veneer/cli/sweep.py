@@ -43,7 +43,7 @@ def sweep(
 
     try:
         with errors_only():
-            made = run_sweep(
+            result = run_sweep(
                 config,
                 settings,
                 resume=resume,
@@ -54,16 +54,16 @@ def sweep(
     except Interrupted as error:
         command = shlex.join(["veneer", "sweep", str(config), *settings, "--resume"])
         raise Interrupted(error.what, fix=f"go on with: {command}", signal=error.signal) from None
-    rows = made.rows()
+    rows = result.rows()
     if as_json:
-        print_json(made.to_dict())
+        print_json(result.to_dict())
     else:
-        swept = list(made.combinations[0].swept)
+        swept = list(result.combinations[0].swept)
         cells = [[*(row[key] for key in swept), *(_number(row.get(key)) for key in _COLUMNS)] for row in rows]
         heads = [*swept, *(column.replace("_", " ") for column in _COLUMNS), ""]
-        print_table(heads, [[*own, row.get("ended", "")] for own, row in zip(cells, rows, strict=True)])
-    if made.report:
-        say(f"report   {made.report}")
+        print_table(heads, [[*values, row.get("ended", "")] for values, row in zip(cells, rows, strict=True)])
+    if result.report:
+        say(f"report   {result.report}")
     if all("ended" in row for row in rows):
         raise typer.Exit(2)
 

@@ -100,7 +100,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print which users would
 
 
 @app.callback()
-def _where(
+def _set_database(
     at: Annotated[
         str | None,
         typer.Option(
@@ -249,9 +249,9 @@ def admin_key(as_json: AsJson = False) -> None:
     from veneer.serve.tenancy.keys import hash_key, make_admin_key
 
     key = make_admin_key()
-    kept = f"sha256:{hash_key(key)}"
-    print_json({"key": key, "hash": kept}) if as_json else print(
-        f"VENEER_ADMIN_KEY={key}\nVENEER_ADMIN_KEY_HASH={kept}"
+    key_hash = f"sha256:{hash_key(key)}"
+    print_json({"key": key, "hash": key_hash}) if as_json else print(
+        f"VENEER_ADMIN_KEY={key}\nVENEER_ADMIN_KEY_HASH={key_hash}"
     )
 
 

@@ -73,23 +73,23 @@ def train(
     files: list[Path | None] = [*named] or [None]
     several = len(files) > 1
     loaded = [load_config(file, settings) for file in files]
-    given = {"--force": force, "--verbose": verbose, "--json": as_json}
-    given[f"--devices={devices}"] = devices is not None
-    again = [*map(str, named), *settings, *(flag for flag, on in given.items() if on)]
+    flags = {"--force": force, "--verbose": verbose, "--json": as_json}
+    flags[f"--devices={devices}"] = devices is not None
+    again = [*map(str, named), *settings, *(flag for flag, on in flags.items() if on)]
 
     from veneer.train.devices import launch, leads, started
 
     if several and devices not in (None, 1):
-        what = "several configurations are trained in one pass by one process"
-        raise ConfigError(what, where="--devices", fix="leave it out, or train one configuration at a time")
+        message = "several configurations are trained in one pass by one process"
+        raise ConfigError(message, where="--devices", fix="leave it out, or train one configuration at a time")
     if devices is not None and started() != devices:
         if started() > 1:
             raise ConfigError(
                 f"--devices is {devices}, and {started()} processes were started already",
                 fix="leave --devices out: whoever starts the processes says how many there are",
             )
-        given = {"--resume": resume, "--dry-run": dry_run}
-        again += [flag for flag, on in given.items() if on]
+        flags = {"--resume": resume, "--dry-run": dry_run}
+        again += [flag for flag, on in flags.items() if on]
         raise SystemExit(launch(devices, [sys.executable, "-m", "veneer.cli.main", "train", *again]))
 
     from veneer.models.loading import errors_only
@@ -97,11 +97,11 @@ def train(
 
     listeners = [
         ConsoleView(
-            unit="pictures" if isinstance(chosen, ImageTrainConfig) else "tokens",
+            unit="pictures" if isinstance(config, ImageTrainConfig) else "tokens",
             verbose=verbose,
             name=str(file) if several else "",
         )
-        for file, (chosen, _) in zip(files, loaded, strict=True)
+        for file, (config, _) in zip(files, loaded, strict=True)
     ]
     options: dict[str, Any] = {"resume": resume, "dry_run": dry_run, "force": force}
     try:
@@ -120,12 +120,12 @@ def train(
     failed = {file: result for file, result in zip(files, results, strict=True) if isinstance(result, VeneerError)}
     if as_json:
         objects = [_json_of(result) for result in results]
-        runs = [{"config": str(file), **made} for file, made in zip(files, objects, strict=True)]
+        runs = [{"config": str(file), **summary} for file, summary in zip(files, objects, strict=True)]
         print(json.dumps({"runs": runs} if several else objects[0]))
     else:
-        for result, (chosen, _) in zip(results, loaded, strict=True):
+        for result, (config, _) in zip(results, loaded, strict=True):
             if not isinstance(result, VeneerError):
-                _say(result, chosen)
+                _print_result(result, config)
     for file, why in failed.items():
         say(f"error: {file}: {error_text(why)}")
     if failed:
@@ -137,16 +137,16 @@ def _results(files: list[Path | None], loaded: list[Any], listeners: list[Any], 
     from veneer.train.config.image import ImageTrainConfig
 
     if len(files) == 1:
-        chosen, sources = loaded[0]
+        config, sources = loaded[0]
         options = {**options, "sources": sources, "on_event": listeners[0]}
-        if isinstance(chosen, ImageTrainConfig):
+        if isinstance(config, ImageTrainConfig):
             from veneer.train.image.run import run_images
 
-            return [run_images(chosen, **options)]
+            return [run_images(config, **options)]
         from veneer.serve.engine.live import live_sampler
         from veneer.train.text.task import run_text
 
-        return [run_text(chosen, **options, sampler=live_sampler)]
+        return [run_text(config, **options, sampler=live_sampler)]
     from veneer.train.text.together import run_texts
 
     names, sources = [str(file) for file in files], [sources for _, sources in loaded]
@@ -156,18 +156,18 @@ def _results(files: list[Path | None], loaded: list[Any], listeners: list[Any], 
 def _json_of(result: Any) -> dict[str, Any]:
     if isinstance(result, VeneerError):
         return {"error": result.what, "where": result.where, "fix": result.fix}
-    made: dict[str, Any] = result.to_dict()
-    return made
+    values: dict[str, Any] = result.to_dict()
+    return values
 
 
-def _say(result: Any, config: Any) -> None:
+def _print_result(result: Any, config: Any) -> None:
     """Print the output paths and a command to try next, on stderr."""
     pictures = hasattr(result, "pictures")
     if result.dry_run:
-        counted = f"{result.pictures:,} pictures" if pictures else f"{result.tokens:,} tokens, "
-        counted += "" if pictures else f"{result.learned_tokens:,} of them learned"
-        seen = f"; what the model would see is in {result.sheet}" if pictures else ""
-        print(f"dry run: {result.steps:,} steps, {counted}; nothing was written{seen}", file=sys.stderr)
+        amount = f"{result.pictures:,} pictures" if pictures else f"{result.tokens:,} tokens, "
+        amount += "" if pictures else f"{result.learned_tokens:,} of them learned"
+        preview = f"; what the model would see is in {result.sheet}" if pictures else ""
+        print(f"dry run: {result.steps:,} steps, {amount}; nothing was written{preview}", file=sys.stderr)
         return
     from veneer.formats.card import generate_command, read_card, sample_messages
 

@@ -66,28 +66,28 @@ def worker(
 
     forbid_inspection()
     one_of(executor, ("local", "ray", "kubernetes"), "an executor", "--executor")
-    chosen: Executor
+    selected: Executor
     if executor == "ray":
         from veneer.jobs.ray import RayExecutor
 
-        chosen = RayExecutor(ray_address, gpus=gpus if gpu else 0)
+        selected = RayExecutor(ray_address, gpus=gpus if gpu else 0)
     elif executor == "kubernetes":
         from veneer.jobs.kubernetes import KubernetesExecutor
 
         if not image:
-            what, fix = "Jobs of Kubernetes need a container image", "an image with veneer installed"
-            raise ConfigError(what, where="--image", fix=fix)
-        own: dict[str, Any] = {"namespace": namespace, "claim": claim, "secret": secret, "gpus": gpus if gpu else 0}
-        chosen = KubernetesExecutor(image=image, **own)
+            message, fix = "Jobs of Kubernetes need a container image", "an image with veneer installed"
+            raise ConfigError(message, where="--image", fix=fix)
+        options: dict[str, Any] = {"namespace": namespace, "claim": claim, "secret": secret, "gpus": gpus if gpu else 0}
+        selected = KubernetesExecutor(image=image, **options)
     else:
         from veneer.jobs.executors import LocalExecutor
 
-        chosen = LocalExecutor(nice=nice)
-    with open_library(library, index) as opened, tenants_at(tenants) as known:
-        made = Worker(
+        selected = LocalExecutor(nice=nice)
+    with open_library(library, index) as opened, tenants_at(tenants) as tenant_store:
+        job_worker = Worker(
             opened,
-            chosen,
-            tenants=known,
+            selected,
+            tenants=tenant_store,
             at_once=at_once,
             lease=lease,
             log=say,
@@ -95,6 +95,6 @@ def worker(
             poll=min(0.5, lease / 8),
         )
         if tied:
-            end_with_input(made.stop)
-        say(f"worker {made.name}: jobs of {opened.location}")
-        made.run(until_idle=until_idle)
+            end_with_input(job_worker.stop)
+        say(f"worker {job_worker.name}: jobs of {opened.location}")
+        job_worker.run(until_idle=until_idle)
