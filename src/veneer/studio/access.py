@@ -61,29 +61,29 @@ Vue compiles templates in the browser, which needs eval."""
 class Visitor:
     """The visitor of one page.
 
-    `caller`: the principal at the last action. `sockets`: open sockets of the page."""
+    `principal`: the principal at the last action. `sockets`: open sockets of the page."""
 
     tenancy: Tenancy
     key: str | None
-    caller: Principal
+    principal: Principal
     sockets: int = 0
 
     def same_as(self, other: Visitor) -> bool:
         """Return whether both visitors are the same tenant or have the same key."""
-        mine, theirs = self.caller.tenant, other.caller.tenant
-        return mine == theirs if mine or theirs else self.key == other.key
+        own_tenant, other_tenant = self.principal.tenant, other.principal.tenant
+        return own_tenant == other_tenant if own_tenant or other_tenant else self.key == other.key
 
     async def authenticate(self) -> Principal:
         """Authenticate again and return the principal. Raises Refused (401)."""
-        self.caller = await self.tenancy.authenticate(self.key)
-        return self.caller
+        self.principal = await self.tenancy.authenticate(self.key)
+        return self.principal
 
 
 VISITORS: WeakKeyDictionary[object, Visitor] = WeakKeyDictionary()
 """NiceGUI client of an open page -> its visitor."""
 
 
-async def _caller_with(tenancy: Tenancy, key: str | None) -> Principal | None:
+async def _principal_of(tenancy: Tenancy, key: str | None) -> Principal | None:
     """Return the principal of a key; None for an invalid key."""
     try:
         return await tenancy.authenticate(key)
@@ -98,8 +98,8 @@ async def _visitor_of(tenancy: Tenancy, request: HTTPConnection) -> Visitor | No
 
     A server without keys ignores the cookie, which can belong to another server on this machine."""
     key = None if tenancy.keyless else request.cookies.get(_COOKIE)
-    caller = await _caller_with(tenancy, key)
-    return None if caller is None else Visitor(tenancy, key, caller)
+    principal = await _principal_of(tenancy, key)
+    return None if principal is None else Visitor(tenancy, key, principal)
 
 
 def key_routes(tenancy: Tenancy) -> APIRouter:
@@ -111,7 +111,7 @@ def key_routes(tenancy: Tenancy) -> APIRouter:
         form = await request.form(max_fields=2, max_files=0)
         key, then = str(form.get("key", "")).strip(), str(form.get("then", ""))
         then = then if then.startswith(f"{ROOT}/") else f"{ROOT}/"
-        if await _caller_with(tenancy, key) is None:
+        if await _principal_of(tenancy, key) is None:
             await asyncio.sleep(_DELAY)
             return RedirectResponse(f"{ROOT}/?wrong=1", 303)
         answer = RedirectResponse(then, 303)
@@ -178,14 +178,14 @@ class StudioMiddleware:
         if sum(visitor.same_as(other) for other in VISITORS.values()) >= _PAGES:
             text = f"this key has {_PAGES} pages open, or had them open within the last minute"
             raise Refused(text, status=429, code="overloaded", retry_after=5.0, fix="close some pages")
-        caller = visitor.caller
-        current_owner.set(caller.tenant)
-        self.pages.take(caller.tenant, caller.weight, 1)
+        principal = visitor.principal
+        current_owner.set(principal.tenant)
+        self.pages.take(principal.tenant, principal.weight, 1)
         try:
             async with self.rendering:
                 await self.app({**scope, "veneer.visitor": visitor}, receive, send)
         finally:
-            self.pages.give(caller.tenant, 1)
+            self.pages.give(principal.tenant, 1)
 
     async def _socket(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Accept a socket.

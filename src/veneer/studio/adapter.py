@@ -61,7 +61,7 @@ def _read(page: ViewPage, reference: str) -> _AdapterData:
         version = library.find(reference)
     except (AdapterError, ConfigError) as error:
         raise NotFound("There is no such adapter.", fix=error.fix) from None
-    if not page.caller.can_see(reference, version.reference):
+    if not page.principal.can_see(reference, version.reference):
         raise NotFound("There is no such adapter.")
     name = version.reference
     return _AdapterData(version, library.family(name), library.checks(name), routes_of(page))
@@ -70,7 +70,7 @@ def _read(page: ViewPage, reference: str) -> _AdapterData:
 async def adapter_view(page: ViewPage) -> None:
     data = await asyncio.to_thread(_read, page, page.query.get("ref"))
     version, studio = data.version, page.studio
-    reference, editable = version.reference, page.caller.can_change(version.name)
+    reference, editable = version.reference, page.principal.can_change(version.name)
     same_base = studio.service.catalog.fingerprint == version.fingerprint
     card = card_of(page, version, data.routes)
 
@@ -78,7 +78,7 @@ async def adapter_view(page: ViewPage) -> None:
     line(_summary(card.base, version), "lede")
     with box("div", "row"):
         link("Compare with the base", page.link("compare", c=reference), "button filled", key="c")
-        if same_base and page.caller.can("operate") and studio.tenants is not None:
+        if same_base and page.principal.can("operate") and studio.tenants is not None:
             link("Go live", page.link("live", ref=reference), "button quiet")
         for job in dict.fromkeys(job_of_tag(tag) for tag in version.tags if job_of_tag(tag)):
             link("Training run", page.link("run", job=job), "button quiet")
@@ -135,7 +135,7 @@ async def adapter_view(page: ViewPage) -> None:
     async def change(text: str, word: str, field: str) -> None:
         changes = AdapterChange(**{field: [word]})
         tenancy = studio.service.tenancy
-        await asyncio.to_thread(change_adapter, studio.library, tenancy, page.caller, reference, changes)
+        await asyncio.to_thread(change_adapter, studio.library, tenancy, page.principal, reference, changes)
         await refill()
         page.notify(f"{text} {word}")
 
@@ -190,7 +190,7 @@ def _draw_text(title: str, text: str) -> None:
 
 
 def _use_command(page: ViewPage, version: Version, same_base: bool) -> str:
-    named = version.base if page.caller.can("operate") else version.base.rstrip("/").rpartition("/")[2]
+    named = version.base if page.principal.can("operate") else version.base.rstrip("/").rpartition("/")[2]
     base = page.base_argument if same_base else named or "BASE"
     if version.kind == "image":
         return command("image", "--base", base, "--adapter", version.reference, "a drawing of a fox")
@@ -202,11 +202,11 @@ def _family_values(page: ViewPage, data: _AdapterData) -> dict[str, Any]:
     """Return the values of family.html.j2: only visible versions."""
 
     def visible(versions: list[Version]) -> list[Version]:
-        return [each for each in versions if page.caller.can_see(each.reference)]
+        return [each for each in versions if page.principal.can_see(each.reference)]
 
     family = {
         "parents": visible(data.family.parents),
-        "unknown": data.family.unknown if page.caller.can("operate") else [],
+        "unknown": data.family.unknown if page.principal.can("operate") else [],
         "children": visible(data.family.children),
         "versions": visible(data.family.versions),
     }
@@ -257,7 +257,7 @@ async def _ask_to_remove(page: ViewPage, reference: str) -> None:
 
     async def remove() -> None:
         tenancy = page.studio.service.tenancy
-        await asyncio.to_thread(remove_adapter, library, tenancy, page.caller, reference, with_aliases=True)
+        await asyncio.to_thread(remove_adapter, library, tenancy, page.principal, reference, with_aliases=True)
         await page.go("")
         page.notify(f"Removed {reference}")
 

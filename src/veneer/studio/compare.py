@@ -58,7 +58,7 @@ async def compare_view(page: ViewPage) -> None:
 async def _open_checkpoints(page: ViewPage) -> None:
     """Fill the link with a run's newest checkpoints and a prompt of its rows. Raises NotFound."""
     job = await job_of(page)
-    points = await asyncio.to_thread(page.studio.jobs.checkpoints, page.caller.owner, job.id)
+    points = await asyncio.to_thread(page.studio.jobs.checkpoints, page.principal.owner, job.id)
     names = [point.reference for point in points if point.reference][:_CHECKPOINTS]
     system, prompt = await asyncio.to_thread(_row_prompt, job)
     await page.studio.service.catalog.fresh()  # the newest checkpoint can be new in the library
@@ -125,14 +125,14 @@ class TextBoard(Board):
 
     async def suggest_prompt(self, name: str) -> None:
         """Without a prompt, store the prompt and system message of this adapter's card in the link."""
-        query, caller = self.page.query, self.page.caller
+        query, principal = self.page.query, self.page.principal
         if query.get("p") or query.get("s"):
             return
         try:
             version = await asyncio.to_thread(self.studio.library.find, name)
         except (AdapterError, ConfigError):  # a loaded adapter or a route
             return
-        if caller.can_see(name, version.reference):
+        if principal.can_see(name, version.reference):
             system, text = opening(card_prompt(version.card))
             if text:
                 self.page.set_query(p=text, s=system)
@@ -169,10 +169,10 @@ class TextBoard(Board):
 
         def resolved(model: ResolvedModel) -> None:
             nonlocal names
-            names = " + ".join(name for name in model.adapters if self.page.caller.can_see(name))
+            names = " + ".join(name for name in model.adapters if self.page.principal.can_see(name))
 
         try:
-            async with aclosing(ask_texts(self.studio.service, self.page.caller, request, resolved)) as events:
+            async with aclosing(ask_texts(self.studio.service, self.page.principal, request, resolved)) as events:
                 async for i, event in events:
                     token: TokenInfo
                     if isinstance(event, Token):
@@ -201,18 +201,20 @@ class TextBoard(Board):
     async def _vote(self, column: Column, i: int) -> None:
         """Record a vote: the answer beats the other columns' answers of the same number."""
         answer = column.answers[i]
-        others = [
+        rejected_columns = [
             other
             for other in self.columns
             if other is not column and i < len(other.answers) and other.answers[i].strip() != answer.strip()
         ]
-        if not others:
+        if not rejected_columns:
             raise VeneerError("all columns have the same answer", fix="another prompt, or a temperature")
-        rejected = tuple((other.id, i) for other in others)
+        rejected = tuple((other.id, i) for other in rejected_columns)
         feedback = AnswerFeedback(column.id, i, rejected=rejected, changed=frozenset({"rejected"}))
-        rows = [preference_row(self._messages(), answer, other.answers[i]) for other in others]
-        where = await self._record(feedback, "preference", rows, chosen=answer, rejected=others[-1].answers[i])
-        column.element.judged(i, f"Better than {counted(len(others), 'other')}: {where}")
+        rows = [preference_row(self._messages(), answer, other.answers[i]) for other in rejected_columns]
+        where = await self._record(
+            feedback, "preference", rows, selected=answer, rejected=rejected_columns[-1].answers[i]
+        )
+        column.element.judged(i, f"Better than {counted(len(rejected_columns), 'other')}: {where}")
 
     async def _correct(self, column: Column, event: Sequence[Any]) -> None:
         i, text = int(event[0]), str(event[1])
@@ -228,15 +230,15 @@ class TextBoard(Board):
 
         `options`: of the command that adds the same row. Raises VeneerError for a tenant whose answers are not
         stored: a tenant has no file here."""
-        tenancy, caller = self.studio.service.tenancy, self.page.caller
-        if isinstance(tenancy, Tenants) and caller.tenant in tenancy.store.settings.feedback:
+        tenancy, principal = self.studio.service.tenancy, self.page.principal
+        if isinstance(tenancy, Tenants) and principal.tenant in tenancy.store.settings.feedback:
             try:
-                await asyncio.to_thread(tenancy.answers.give, caller.tenant, feedback)
+                await asyncio.to_thread(tenancy.answers.give, principal.tenant, feedback)
                 return "stored with the answers"
             except Refused as error:
-                if error.status != 404 or not caller.can("operate"):
+                if error.status != 404 or not principal.can("operate"):
                     raise
-        if not caller.can("operate"):
+        if not principal.can("operate"):
             fix = "the operator can change this: veneer tenant feedback keep"
             raise VeneerError("this tenant's answers are not stored, so feedback has no answer to refer to", fix=fix)
         file = judged_file(self.studio.base, format)

@@ -95,7 +95,7 @@ class Board:
         self.columns = [Column(mix) for mix in _parse_columns(page.query.all("c"))]
         try:
             for name in self.adapters():
-                self.studio.service.catalog.resolve(name, page.caller)
+                self.studio.service.catalog.resolve(name, page.principal)
         except Refused as error:
             raise NotFound("Not found.") from error
 
@@ -130,8 +130,8 @@ class Board:
 
     def draw_prompt(self, hint: str) -> None:
         """Draw the prompt of all columns."""
-        ask = permit("infer", self.ask_all)
-        self.prompt = self.text_field("Prompt", "p", hint, kind="area", key="p", on_enter=ask)
+        on_enter = permit("infer", self.ask_all)
+        self.prompt = self.text_field("Prompt", "p", hint, kind="area", key="p", on_enter=on_enter)
 
     # -- columns
 
@@ -173,7 +173,7 @@ class Board:
                     self._draw_strength(column, k, part, strength)
             self.draw_answers(position, column)
             with box("div", "foot"):
-                if position and self.page.caller.can("operate") and (len(column.mix) > 1 or column.mix[0][1] != 1):
+                if position and self.page.principal.can("operate") and (len(column.mix) > 1 or column.mix[0][1] != 1):
                     button("Save mix as adapter", permit("operate", lambda: self._ask_to_save(column)), kind="word")
                 column.command = Command(self._command_text(column))
 
@@ -196,20 +196,20 @@ class Board:
         return new | {str(i): f"the mix {column.name('')}" for i, column in enumerate(self.columns) if i}
 
     async def _search(self, text: str) -> None:
-        catalog, caller, words = self.studio.service.catalog, self.page.caller, text.lower().split()
+        catalog, principal, words = self.studio.service.catalog, self.page.principal, text.lower().split()
         fingerprint = catalog.sources.base.fingerprint
         versions = await asyncio.to_thread(
             self.studio.library.search, text, base=fingerprint, all_versions=True, limit=24
         )
-        names = [version.reference for version in versions if caller.sees(version.name)]
-        known = {name.partition("@")[0] for name in names}
-        loaded = [card.id for card in catalog.models(caller) if card.parent and card.id not in known]
+        names = [version.reference for version in versions if principal.sees(version.name)]
+        names_without_version = {name.partition("@")[0] for name in names}
+        loaded = [card.id for card in catalog.models(principal) if card.parent and card.id not in names_without_version]
         names += [name for name in loaded if all(word in name.lower() for word in words)]
         self.hits.show(hits=names[:24], text=text, base=self.studio.base)
 
     async def _add(self, data: dict[str, str]) -> None:
         name, target = data["ref"], str(self.target.value)
-        await asyncio.to_thread(self.studio.service.catalog.resolve, name, self.page.caller)
+        await asyncio.to_thread(self.studio.service.catalog.resolve, name, self.page.principal)
         if target == "new":
             self.columns.append(Column([(name, 1.0)]))
         else:
@@ -282,15 +282,15 @@ class Board:
             same = Command(command("library", "mix", "NAME", *specs))
 
             def save() -> Any:
-                added, made = keep_mix(self.studio.library, specs, str(name.value or "").strip())
-                audit_added(self.studio.service.tenancy, self.page.caller, added.version)
-                return added, made
+                added, mix = keep_mix(self.studio.library, specs, str(name.value or "").strip())
+                audit_added(self.studio.service.tenancy, self.page.principal, added.version)
+                return added, mix
 
             async def do() -> None:
-                added, made = await asyncio.to_thread(save)
+                added, mix = await asyncio.to_thread(save)
                 close_dialog(window)
                 saved = "saved" if added.new else "is in the library already"
-                self.page.notify(f"{added.version.reference} {saved}; {made.error:.3%} off the sum")
+                self.page.notify(f"{added.version.reference} {saved}; {mix.error:.3%} off the sum")
 
             dialog_buttons(window, "Save", permit("operate", do))
         open_dialog(window)

@@ -94,8 +94,8 @@ class ImageBoard(Board):
     def _spread(self, column: Column) -> None:
         """Replace an adapter's column by one column per strength of `_STRENGTHS`."""
         name = column.mix[0][0]
-        at, others = self.columns.index(column), [each.mix for each in self.columns if each is not column]
-        series = [Column([(name, each)]) for each in _STRENGTHS if [(name, each)] not in others]
+        at, other_mixes = self.columns.index(column), [each.mix for each in self.columns if each is not column]
+        series = [Column([(name, each)]) for each in _STRENGTHS if [(name, each)] not in other_mixes]
         self.columns[at : at + 1] = series or [column]
         del self.columns[MAX_COLUMNS:]
         self.columns_changed()
@@ -119,10 +119,10 @@ class ImageBoard(Board):
 
     async def answer(self, column: Column) -> None:
         images: Images = column.element
-        service, caller = self.studio.service, self.page.caller
+        service, principal = self.studio.service, self.page.principal
         try:
             body = checked_image_body(ImageBody, self._body(column), service.settings.max_pictures)
-            plan, events = await ask_pictures(service, caller, body, f"image-{uuid.uuid4().hex}", trial=True)
+            plan, events = await ask_pictures(service, principal, body, f"image-{uuid.uuid4().hex}", trial=True)
             images.begin([request.seed for request in plan.requests], plan.width, plan.height)
             async with aclosing(events):
                 async for i, event in events:

@@ -50,7 +50,7 @@ async def doctor_view(page: ViewPage) -> None:
         Command(command("adapter", "inspect", "FILE", elsewhere=True))
         return
     try:
-        staged = page.studio.service.staging.get(page.caller.tenant, id)
+        staged = page.studio.service.staging.get(page.principal.tenant, id)
     except Refused as error:
         raise NotFound("This file is no longer available.", fix=error.fix) from None
     page.title(staged.name, f"{size(staged.size)} · deleted after an hour unless you save it")
@@ -90,7 +90,7 @@ async def doctor_view(page: ViewPage) -> None:
         with box("aside", "stack"), panel("Save"):
             if not verdict["use"]:
                 line("This file cannot be used, so it cannot be saved.", "soft")
-            elif not page.caller.can("write"):
+            elif not page.principal.can("write"):
                 line("This key cannot change the library.", "soft")
             else:
                 _draw_save(page, staged)
@@ -168,7 +168,7 @@ def _draw_save(page: ViewPage, staged: StagedAdapter) -> None:
     async def save() -> None:
         name = str(field.value).strip()
         added = await asyncio.to_thread(
-            add_staged, studio.library, service.tenancy, service.quotas, page.caller, staged, name
+            add_staged, studio.library, service.tenancy, service.quotas, page.principal, staged, name
         )
         await page.go("adapter", ref=added.version.reference)
         page.notify(f"Saved {added.version.reference}")

@@ -14,7 +14,7 @@ their values. Uses plain HTML elements, which have accessible names, keys and fo
 
 Handlers: `permit` declares the permission that a handler needs, even if its button is hidden, because a
 browser can send any event. Before each call, the principal is determined again (`Visitor.authenticate`), so
-that `page.caller` is current, and the permission is checked; a handler without a permission is refused.
+that `page.principal` is current, and the permission is checked; a handler without a permission is refused.
 Handlers can be async. The page shows the errors that they raise: a VeneerError as what · where · fix. Work
 that takes more than a millisecond belongs in `await asyncio.to_thread(…)`, because all pages run on the
 engine's event loop.
@@ -152,9 +152,9 @@ def set_text(element: ui.element, text: object) -> None:
 
 
 def set_attributes(element: ui.element, **attributes: Attribute) -> None:
-    before = dict(element.props)
+    previous = dict(element.props)
     _assign(element, attributes)
-    if element.props != before:
+    if element.props != previous:
         element.update()
 
 
@@ -215,8 +215,8 @@ class Field(ui.element, component="field.js"):
 
     def set_options(self, options: Mapping[str, str] | Sequence[str]) -> None:
         """Set the options of a choice."""
-        if (other := _option_pairs(options)) != self.props["options"]:
-            self.props["options"] = other
+        if (pairs := _option_pairs(options)) != self.props["options"]:
+            self.props["options"] = pairs
             self.update()
 
 
@@ -326,7 +326,7 @@ class Fragment(ui.element, component="fragment.js"):
 
             async def clicked(data: dict[str, str]) -> None:
                 if (handler := actions.get(data.get("act", ""))) is not None:
-                    VISITORS[self.client].caller.require(handler.permission)
+                    VISITORS[self.client].principal.require(handler.permission)
                     await _call(handler.callback, data)
 
             self.on("click", event_handler(permit("public", clicked)), js_handler=_CLICKED)
@@ -395,9 +395,9 @@ def dialog(title: str) -> Dialog:
 
 def open_dialog(window: Dialog) -> None:
     """Open a dialog, and delete the page's previous one: a double click opens one dialog."""
-    before = _OPEN.get(window.client)
-    if before is not None and not before.is_deleted:
-        before.delete()
+    previous = _OPEN.get(window.client)
+    if previous is not None and not previous.is_deleted:
+        previous.delete()
     _OPEN[window.client] = window
     window.run_method("showModal")
 

@@ -78,7 +78,7 @@ def routes_of(page: ViewPage) -> dict[str, list[str]]:
     routes: dict[str, list[str]] = {}
     tenants = page.studio.tenants
     for route in tenants.settings.routes.values() if tenants is not None else ():
-        if page.caller.can("operate") or route.tenant in (ALL, page.caller.tenant):
+        if page.principal.can("operate") or route.tenant in (ALL, page.principal.tenant):
             total = sum(weight for _, weight in route.targets)
             for target, weight in route.targets:
                 routes.setdefault(target, []).append(f"{route.name} {_percent(weight / total)}")
@@ -117,7 +117,7 @@ class _Search:
         if "rank" in arguments:
             arguments["rank"] = int(arguments["rank"])
         tags = [self.filters["tag"]] if self.filters["tag"] else []
-        visible = None if page.caller.can("operate") else page.caller.sees
+        visible = None if page.principal.can("operate") else page.principal.sees
         arguments |= {"tags": tags, "order": self.order, "without": self.without, "sees": visible}
         return page.studio.library.browse(self.text, **arguments, limit=limit)
 
@@ -198,7 +198,7 @@ async def library_view(page: ViewPage) -> None:
             (empty, not visible_cards),
             (find, busy),  # an empty library shows only how to add an adapter
             (choices, busy),
-            (train_link, busy and page.caller.can("train")),
+            (train_link, busy and page.principal.can("train")),
             (bar, bool(marked)),
         ):
             set_visible(element, visible)
@@ -233,13 +233,13 @@ def _set_filter_options(page: ViewPage, filters: Mapping[str, Field], search: _S
     for name, choice in filters.items():
         counts = result.facets[name]
         if name == "base":
-            counts = facet_of_bases(counts, page.caller)
+            counts = facet_of_bases(counts, page.principal)
         values = [value for value in list(counts)[:100] if value and not job_of_tag(value)]
         options = {"": "any"} | {value: f"{_value_text(name, value)} ({counts[value]:,})" for value in values}
-        if (chosen := search.filters[name]) and chosen not in options:
-            options[chosen] = f"{_value_text(name, chosen)} (0)"
+        if (selected := search.filters[name]) and selected not in options:
+            options[selected] = f"{_value_text(name, selected)} (0)"
         choice.set_options(options)
-        set_visible(choice, bool(chosen) or len(values) > 1)
+        set_visible(choice, bool(selected) or len(values) > 1)
 
 
 def _value_text(name: str, value: str) -> str:
@@ -262,6 +262,6 @@ def _draw_empty(page: ViewPage, empty: Any, narrowed: bool) -> None:
         base = page.studio.base
         line(f"An adapter is a few megabytes that teach {base} your task; {base} itself does not change.")
         line("Train one, or drop an adapter file anywhere on this page.")
-        offers = suggestions(page.studio) if page.caller.can("operate") else []
+        offers = suggestions(page.studio) if page.principal.can("operate") else []
         for name, settings in offers[:1]:
             link(f"Train on {name}", page.link("train", s=settings), "button filled")

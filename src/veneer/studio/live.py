@@ -71,10 +71,10 @@ class _LiveView:
     def names(self) -> list[str]:
         """Return possible targets: the base, loaded adapters, this base's newest versions, the link's version."""
         catalog, linked = self.page.studio.service.catalog, self.page.query.get("ref")
-        cards = [card for card in catalog.models(self.page.caller) if card.parent is None or card.digest]
+        cards = [card for card in catalog.models(self.page.principal) if card.parent is None or card.digest]
         names = list(dict.fromkeys(card.root if card.digest else card.id for card in cards))[:300]
         with suppress(Refused):
-            if linked not in names and catalog.resolve(linked, self.page.caller).adapters == (linked,):
+            if linked not in names and catalog.resolve(linked, self.page.principal).adapters == (linked,):
                 names.append(linked)
         return names
 

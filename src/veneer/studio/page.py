@@ -14,7 +14,7 @@ and a row of `views` in build.py: path, title, shortcut letter after `g`, and re
 
     elements      only elements.py (`box`, `line`, `button`, `form_field`, `Fragment`, `dialog`, `confirm` …):
                   never `ui.…`, `.props(`, `.style(`, `run_javascript` in a view; a test checks this
-    principal     `page.caller`, determined again before each handler. Query jobs by `page.caller.owner` (None
+    principal     `page.principal`, determined again before each handler. Query jobs by `page.principal.owner` (None
                   for all tenants). An object that is not visible raises `NotFound`, with the same message as
                   an object that does not exist
     slow things   `await asyncio.to_thread(function, …)`. Draw first, then await: after one second the browser
@@ -194,18 +194,18 @@ class ViewPage:
         return self.frame.studio
 
     @property
-    def caller(self) -> Principal:
-        return self.frame.visitor.caller
+    def principal(self) -> Principal:
+        return self.frame.visitor.principal
 
     @property
     def base_argument(self) -> str:
         """This server's base as an argument of a command; only the operator sees the base's path."""
         studio = self.studio
-        return str(studio.service.catalog.sources.base.name) if self.caller.can("operate") else studio.base
+        return str(studio.service.catalog.sources.base.name) if self.principal.can("operate") else studio.base
 
     def name_for(self, filename: str) -> str:
         """Return a library name for a file, in the caller's namespace."""
-        namespace = f"{self.caller.tenant}/" if self.caller.tenant else ""
+        namespace = f"{self.principal.tenant}/" if self.principal.tenant else ""
         return namespace + (likely_name(filename.rpartition(".")[0] or filename) or "adapter")
 
     # -- links
@@ -372,7 +372,7 @@ class Frame:
             self.links = {
                 view.path: elements.link(view.title, f"{self.root}/{view.path}", key=f"g {view.key}")
                 for view in self.studio.views
-                if view.key and self.visitor.caller.can(view.needs)
+                if view.key and self.visitor.principal.can(view.needs)
             }
         self.base = line("", "base", "span", title="The base that this server runs")
         self._show_base()
@@ -403,7 +403,7 @@ class Frame:
         """Replace the current view by the view of a path. Returns the HTTP status."""
         self.leave()
         view = next((view for view in self.studio.views if view.path == path), None)
-        if view is None or not self.visitor.caller.can(view.needs):
+        if view is None or not self.visitor.principal.can(view.needs):
             view = StudioView(path, "Not found", "", _not_found, "public")
         draw_view = _draw_loading if view.uses_base and self.studio.loading else view.draw
         for each, link in self.links.items():
@@ -414,10 +414,10 @@ class Frame:
         page.when_loaded(self._show_base)
         self._add_dropped_adapters(page)
         self.set_title(view.title)
-        before = list(self.content)
+        previous = list(self.content)
         with self.content:
             content = box("div", "view")
-        if before:  # keep the old view until the new one shows something
+        if previous:  # keep the old view until the new one shows something
             elements.set_visible(content, False)
 
         async def draw() -> int:
@@ -434,13 +434,13 @@ class Frame:
             return 200
 
         with content:
-            drawing = page.start_task(draw())
-        done, _ = await asyncio.wait([drawing], timeout=_PATIENCE)
-        for old in before:
+            task = page.start_task(draw())
+        done, _ = await asyncio.wait([task], timeout=_PATIENCE)
+        for old in previous:
             if old in list(self.content):
                 self.content.remove(old)
         elements.set_visible(content, True)
-        return drawing.result() if done and not drawing.cancelled() else 200
+        return task.result() if done and not task.cancelled() else 200
 
     async def _navigate(self, to: str) -> None:
         """Handle a new address in the browser: a link, back or forward."""
@@ -459,7 +459,7 @@ class Frame:
             results = [
                 {"title": view.title, "kind": f"view · g {view.key}", "to": page.link(view.path)}
                 for view in self.studio.views
-                if view.key and page.caller.can(view.needs) and _matches(view.title, words)
+                if view.key and page.principal.can(view.needs) and _matches(view.title, words)
             ]
             results += await asyncio.to_thread(_search_objects, page, str(text)[:200], words) if words else []
             self.call_browser("showResults", text, results)
@@ -510,13 +510,13 @@ class Frame:
         if isinstance(error, Refused) and error.status == 401:
             self.call_browser("reload")
             return 401
-        known = error if isinstance(error, VeneerError) else as_refused(error)
+        reported = error if isinstance(error, VeneerError) else as_refused(error)
         if not isinstance(error, VeneerError):
             _log.error("the Studio failed", exc_info=error)
-        status = known.status if isinstance(known, Refused) else 400
-        if not self.visitor.caller.can("operate"):  # hide paths on the server
-            known = VeneerError(message_of(known))
-        self.error.show(error=known, title="Error" if isinstance(error, VeneerError) else "Internal error")
+        status = reported.status if isinstance(reported, Refused) else 400
+        if not self.visitor.principal.can("operate"):  # hide paths on the server
+            reported = VeneerError(message_of(reported))
+        self.error.show(error=reported, title="Error" if isinstance(error, VeneerError) else "Internal error")
         return status
 
 
@@ -532,14 +532,14 @@ def _parse_answer(event: dict[str, Any]) -> tuple[dict[str, Any], str]:
 
 def _search_objects(page: ViewPage, text: str, words: list[str]) -> list[dict[str, str]]:
     """Return visible adapters, runs and routes with `title`, `kind` and `to` (link)."""
-    studio, caller = page.studio, page.caller
-    visible = None if caller.can("operate") else caller.sees
+    studio, principal = page.studio, page.principal
+    visible = None if principal.can("operate") else principal.sees
     versions = studio.library.browse(text, sees=visible, limit=_HITS).versions
     results = [(v.reference, "adapter", page.link("adapter", ref=v.reference)) for v in versions]
-    jobs = studio.jobs.jobs(caller.owner, limit=100)[0] if caller.can("train") else []
+    jobs = studio.jobs.jobs(principal.owner, limit=100)[0] if principal.can("train") else []
     matching = [job for job in jobs if _matches(f"{job.name} {job.id}", words)][:_HITS]
     results += [(job.name or job.id, f"run · {job.state}", page.link("run", job=job.id)) for job in matching]
-    if studio.tenants is not None and caller.can("operate"):
+    if studio.tenants is not None and principal.can("operate"):
         routes = [each.name for each in studio.tenants.settings.routes.values() if _matches(each.name, words)]
         results += [(name, "route", page.link("live", route=name)) for name in routes[:_HITS]]
     return [{"title": title, "kind": kind, "to": to} for title, kind, to in results]
@@ -566,7 +566,7 @@ async def _draw_loading(page: ViewPage) -> None:
 
     def show_step() -> None:
         seconds = counted(round(time.monotonic() - service.began), "second")
-        step = f"{service.step} " if service.step and page.caller.can("operate") else ""  # steps can name paths
+        step = f"{service.step} " if service.step and page.principal.can("operate") else ""  # steps can name paths
         elements.set_text(status, f"{step}({seconds} since the start)")
 
     show_step()
@@ -581,6 +581,6 @@ async def _not_found(page: ViewPage) -> None:
 def _draw_not_found(page: ViewPage, error: VeneerError) -> None:
     page.title("Not found")
     line("This page does not exist, or you do not have access.", "lede")
-    if error.fix and page.caller.can("operate"):
+    if error.fix and page.principal.can("operate"):
         line(error.fix, "soft")
     elements.link("To the library", page.link(""), "button quiet")

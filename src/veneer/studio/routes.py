@@ -176,9 +176,9 @@ class RouteForm:
         names, base = dict(route.targets), self.page.studio.base
         targets = [f"{name}={weight}" if len(names) > 1 else name for name, weight in route.targets]
         fraction = f"{route.fraction:g}" if route.shadow and route.fraction != 1 else None
-        known = base in BUILTIN or self.page.studio.library.knows_base(base)
+        exists = base in BUILTIN or self.page.studio.library.knows_base(base)
         options = {"tenant": route.tenant, "shadow": route.shadow, "fraction": fraction}
-        return command("tenant", "route", "set", route.name, *targets, **options, force=base in names and not known)
+        return command("tenant", "route", "set", route.name, *targets, **options, force=base in names and not exists)
 
     async def set_route(self) -> None:
         """Apply the change. Raises RouteMoved if the route changed meanwhile, ConfigError."""
@@ -212,7 +212,7 @@ class RouteForm:
             with reading(self.store.engine) as c:
                 return routes.earlier_route(c, route.name, tenant=route.tenant)
 
-        now, before = await asyncio.to_thread(read)
+        now, previous = await asyncio.to_thread(read)
 
         async def do() -> None:
             await asyncio.to_thread(
@@ -222,7 +222,7 @@ class RouteForm:
             self.page.notify(f"{route.name} rolled back")
 
         same = command("tenant", "route", "rollback", route.name, tenant=route.tenant)
-        sentence = routes.route_change(now, before)
+        sentence = routes.route_change(now, previous)
         confirm(f"Roll {route.name} back", sentence, _operate(do), button_text="Roll back", command=same)
 
     def confirm_removal(self) -> None:
@@ -233,9 +233,9 @@ class RouteForm:
             await asyncio.to_thread(routes.remove_route, self.store, route.name, tenant=route.tenant, actor=WHO)
             await self.refresh()
 
-        ended = routes.route_change(route, replace(route, targets=(), runs=(), shadow=None))
+        change = routes.route_change(route, replace(route, targets=(), runs=(), shadow=None))
         same = command("tenant", "route", "remove", route.name, tenant=route.tenant)
-        sentence = f"{ended} A rollback restores the route."
+        sentence = f"{change} A rollback restores the route."
         title = f"Remove {route.name}"
         confirm(title, sentence, _operate(do), button_text="Remove", command=same, danger=True)
 

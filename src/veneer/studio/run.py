@@ -45,7 +45,7 @@ _Events = list[dict[str, Any]]
 async def job_of(page: ViewPage) -> Job:
     """Return the link's job. Raises NotFound for a missing or invisible job."""
     try:
-        return await asyncio.to_thread(page.studio.jobs.get, page.caller.owner, page.query.get("job"))
+        return await asyncio.to_thread(page.studio.jobs.get, page.principal.owner, page.query.get("job"))
     except UnknownJob:
         raise NotFound("There is no such run.", fix="see `veneer jobs list`") from None
 
@@ -75,10 +75,10 @@ class _RunEvents:
         """Read new events; hide server paths from a tenant."""
         more = True
         while more:
-            events, more = page.studio.jobs.events(page.caller.owner, job.id, after=self.last)
+            events, more = page.studio.jobs.events(page.principal.owner, job.id, after=self.last)
             for event in events:
                 self.last = event.number
-                if not page.caller.can("operate") and event.kind not in MEASURED:
+                if not page.principal.can("operate") and event.kind not in MEASURED:
                     visible = event_to_openai(job, event)
                     event = replace(event, message=visible["message"], data=visible["data"])
                 if event.kind == "metrics":
@@ -152,7 +152,7 @@ class _RunEvents:
     def checkpoints(self, page: ViewPage, job: Job) -> dict[str, Any]:
         """Return the values of steps.html.j2."""
         scores = {each["step"]: each[self.score_key] for each in self.scores if self.score_key in each}
-        points = page.studio.jobs.checkpoints(page.caller.owner, job.id)
+        points = page.studio.jobs.checkpoints(page.principal.owner, job.id)
         scored = [point.step for point in points if point.step in scores]
         best = (max if self.rewarded else min)(scored, key=scores.__getitem__, default=None)
         rows = [(point, scores.get(point.step)) for point in points]
@@ -169,7 +169,7 @@ def _score_text(score: float, rewarded: bool) -> str:
 
 async def run_view(page: ViewPage) -> None:
     job, jobs, events = await job_of(page), page.studio.jobs, _RunEvents()
-    images, operator = trains_images(job), page.caller.can("operate")
+    images, operator = trains_images(job), page.principal.can("operate")
     page.title(job.name)
     data = job.config.get("data") or {}
     rows = data.get("train") or data.get("pictures")
@@ -196,23 +196,23 @@ async def run_view(page: ViewPage) -> None:
 
     def read() -> tuple[Job, dict[str, Any], Any]:
         events.read(page, job)
-        return jobs.get(page.caller.owner, job.id), events.checkpoints(page, job), events.charts(images)
+        return jobs.get(page.principal.owner, job.id), events.checkpoints(page, job), events.charts(images)
 
     async def refill() -> None:
         now, checkpoints, chart_list = await asyncio.to_thread(read)
-        ended = now.state in ENDS
+        finished = now.state in ENDS
         published = any(point.reference for point, _ in checkpoints["rows"])
         compare = page.link("compare", job=job.id) if same_base and published else ""
         head_fragment.show(job=now, error=now.error if operator else error_to_openai(now), compare=compare, **head)
         set_progress(bar, now.step / now.steps if now.steps else None)
         for element, visible in (
-            (bar, not ended),
+            (bar, not finished),
             (pause, now.state in ("queued", "running")),
             (resume, now.state == "paused"),
-            (stop, not ended),
+            (stop, not finished),
         ):
             set_visible(element, visible)
-        same.show(text=command("jobs", "show" if ended else "watch", now.id))
+        same.show(text=command("jobs", "show" if finished else "watch", now.id))
         figures.show(figures=events.figures(now))
         charts.show(charts=chart_list)
         table.show(**checkpoints)
@@ -221,19 +221,19 @@ async def run_view(page: ViewPage) -> None:
 
     def show_sheet(step: str) -> None:
         steps = events.samples
-        chosen = int(step) if step.isdecimal() and int(step) in steps else steps[-1] if steps else None
-        page.set_query(sheet=step if step == str(chosen) else None)
-        source = page.api(f"/v1/jobs/{job.id}/samples/{chosen}")
-        sheets.show(steps=steps[-_SHEETS:], chosen=chosen, source=source)
+        selected = int(step) if step.isdecimal() and int(step) in steps else steps[-1] if steps else None
+        page.set_query(sheet=step if step == str(selected) else None)
+        source = page.api(f"/v1/jobs/{job.id}/samples/{selected}")
+        sheets.show(steps=steps[-_SHEETS:], chosen=selected, source=source)
 
     async def change(action: str) -> None:
-        await asyncio.to_thread(jobs.pause if action == "pause" else jobs.resume, page.caller.owner, job.id)
+        await asyncio.to_thread(jobs.pause if action == "pause" else jobs.resume, page.principal.owner, job.id)
         await refill()
         page.notify("Pausing: the run saves its state" if action == "pause" else "Resuming from the last checkpoint")
 
     def ask_to_stop() -> None:
         async def do() -> None:
-            await asyncio.to_thread(jobs.cancel, page.caller.owner, job.id)
+            await asyncio.to_thread(jobs.cancel, page.principal.owner, job.id)
             await refill()
 
         sentence = "The run ends without an adapter. Published steps stay in the library."
@@ -242,8 +242,8 @@ async def run_view(page: ViewPage) -> None:
 
     def ask_to_use(step: int) -> None:
         def keep() -> Version:
-            version = keep_step(jobs, job.id, step, tenant=page.caller.owner)
-            audit_added(page.studio.service.tenancy, page.caller, version)
+            version = keep_step(jobs, job.id, step, tenant=page.principal.owner)
+            audit_added(page.studio.service.tenancy, page.principal, version)
             return version
 
         async def do() -> None:
@@ -256,9 +256,9 @@ async def run_view(page: ViewPage) -> None:
         confirm(f"Use step {step:,}", sentence, permit("train", do), button_text="Use this step", command=same)
 
     def mark() -> object:
-        newest = jobs.events(page.caller.owner, job.id, newest=True, limit=1)[0]
-        points = jobs.checkpoints(page.caller.owner, job.id)
-        return jobs.get(page.caller.owner, job.id), [each.number for each in newest], [p.reference for p in points]
+        newest = jobs.events(page.principal.owner, job.id, newest=True, limit=1)[0]
+        points = jobs.checkpoints(page.principal.owner, job.id)
+        return jobs.get(page.principal.owner, job.id), [each.number for each in newest], [p.reference for p in points]
 
     await refill()  # before any timer: the first timer sends the page
     page.on_change(mark, _POLL, refill)

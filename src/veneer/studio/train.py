@@ -78,7 +78,7 @@ async def train_view(page: ViewPage) -> None:
     studio = page.studio
     page.title("Train", "Choose rows of questions and answers, check them, and start a run.")
     page.when_loaded(lambda: page.reload() if studio.makes_images else None)
-    form = _ServerForm(page) if page.caller.can("operate") else None
+    form = _ServerForm(page) if page.principal.can("operate") else None
     if studio.queue is not None and not studio.makes_images:
         if form is not None:
             heading("From an uploaded file")
@@ -361,11 +361,11 @@ async def _draw_runs(page: ViewPage) -> None:
     runs = Fragment("runs.html.j2")
 
     def newest() -> list[Job]:
-        return page.studio.jobs.jobs(page.caller.owner, limit=_RUNS)[0]
+        return page.studio.jobs.jobs(page.principal.owner, limit=_RUNS)[0]
 
     async def refill() -> None:
         jobs = await asyncio.to_thread(newest)
-        errors = {job.id: job.error if page.caller.can("operate") else error_to_openai(job) for job in jobs}
+        errors = {job.id: job.error if page.principal.can("operate") else error_to_openai(job) for job in jobs}
         runs.show(jobs=jobs, errors=errors, link=page.link)
 
     await refill()

@@ -75,7 +75,7 @@ async def draw_upload_form(page: ViewPage, queue: TuningQueue) -> None:
 
     async def offer_files(selected: str) -> None:
         """Offer the caller's uploaded files, with one selected."""
-        tenant = page.caller.tenant
+        tenant = page.principal.tenant
         files, _ = await asyncio.to_thread(queue.files.list, tenant, purpose="fine-tune", limit=_FILES)
         options = {file.id: f"{file.filename}, {size(file.bytes)}" for file in files}
         file_field.set_options({"": "upload a file, or drop it here"} | options)
@@ -99,14 +99,14 @@ async def draw_upload_form(page: ViewPage, queue: TuningQueue) -> None:
         """Read the file's first rows again; show them unless a newer read has started."""
         nonlocal beginning, newest
         newest = number = newest + 1
-        caller, id, result = page.caller, str(file_field.value or ""), FilePreview()
+        principal, id, result = page.principal, str(file_field.value or ""), FilePreview()
         if id:
-            file, form = await asyncio.to_thread(queue.files.get, caller.tenant, id), settings()
+            file, form = await asyncio.to_thread(queue.files.get, principal.tenant, id), settings()
 
             def parse() -> FilePreview:
                 return preview_file(queue.files, file, form.format, form.columns, _ROWS)
 
-            result = await queue.looking.run(caller.tenant, caller.weight, 1, parse)
+            result = await queue.looking.run(principal.tenant, principal.weight, 1, parse)
         if number == newest:
             beginning = result
             show()
@@ -152,7 +152,7 @@ async def draw_upload_form(page: ViewPage, queue: TuningQueue) -> None:
         }
         body: TuningBody = checked(TuningBody, values, "form")
         form = settings().model_copy(update={"format": result.about.format})
-        job = await queue.create(studio.service, page.caller, body, form)
+        job = await queue.create(studio.service, page.principal, body, form)
         await page.go("run", job=job.id)
         page.notify(f"{job.name} is queued")
 

@@ -107,12 +107,12 @@ class Call:
     """One request of a client: server, principal and training service."""
 
     http: Service
-    caller: Principal
+    principal: Principal
     service: TinkerService
 
     @property
     def tenant(self) -> str:
-        return self.caller.tenant
+        return self.principal.tenant
 
     def model_name(self, client_name: str | None = None) -> str:
         """Return a name with which the client can load the base's tokenizer.
@@ -123,7 +123,7 @@ class Call:
         name = base.name.partition("@")[0]
         if "/" in name and not Path(name).expanduser().exists():
             return name
-        operator = client_name is not None and self.caller.can("operate")
+        operator = client_name is not None and self.principal.can("operate")
         return client_name or (str(base.directory) if operator else str(self.http.catalog.base))
 
     def check_base(self, name: str) -> None:
@@ -296,7 +296,7 @@ class TinkerRoutes:
             self.account.check_allowed(call.tenant)
             if call.tenant:
                 call.http.tenancy.grant_namespace(call.tenant)
-            options: dict[str, Any] = {"weight": call.caller.weight, "optimizer": optimizer}
+            options: dict[str, Any] = {"weight": call.principal.weight, "optimizer": optimizer}
             return call.service.create_run(call.tenant, session, number, start, metadata, **options)
 
         run = await tinker_blocking(do)
@@ -317,7 +317,7 @@ async def tinker_blocking(do: Callable[[], T]) -> T:
 def _training(call: Call, run: TrainingRun, seq: int, tokens: int) -> AbstractAsyncContextManager[Bill]:
     name = trained_name(run.checkpoints.name)
     model, number = ResolvedModel((), name, name, trained=True), f"{run.id}:{seq}-{secrets.token_hex(3)}"
-    return call.http.tenancy.admitted(call.caller, model, request=number, prompt_tokens=tokens, max_tokens=0)
+    return call.http.tenancy.admitted(call.principal, model, request=number, prompt_tokens=tokens, max_tokens=0)
 
 
 def future_response(number: str, model: str | None, sequences: list[str] | None = None) -> Response:
