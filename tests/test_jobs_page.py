@@ -73,7 +73,7 @@ def test_example_of_the_page_reaches_a_canary(
     assert (first, later) == ("support of acme -> acme/support@1 100 %", canary)
     assert "evaluation   on 12 held-out rows: exact_match: base 0, acme/support@1 " in shown
     assert "route        acme/support@2 gets 0.1 of the users of support, acme/support@1 the others" in shown
-    assert told[-2:] == ["support leads to acme/support@2", "support leads to acme/support@1"]
+    assert told[-2:] == ["support points to acme/support@2", "support points to acme/support@1"]
     for section in (by_rule, by_alias):
         parse_after(section["after"], tmp_path)
     (tmp_path / "wrong.yaml").write_text(

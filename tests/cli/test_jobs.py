@@ -57,7 +57,7 @@ def test_command_line_trains_from_config_to_adapter(folder: Path, capsys: pytest
     shown = run(capsys, "jobs", *at, "show", job["id"]).out
     assert "adapter      acme/support@1" in shown
     assert "cost         0.00 for " in shown
-    assert "route        `loss better than base by at least -1` is met: help leads to acme/support@1" in shown
+    assert "route        `loss better than base by at least -1` is met: help points to acme/support@1" in shown
     listed = json.loads(run(capsys, "jobs", *at, "list", "--state", "succeeded", "--json").out)
     assert [(found["id"], found["step"]) for found in listed["jobs"]] == [(job["id"], STEPS)]
     assert "no jobs" in run(capsys, "jobs", *at, "list", "--tenant", "best").out

@@ -85,5 +85,5 @@ def test_veneer_train_exits_with_143_after_sigterm(text_base: Path, tmp_path: Pa
     command = ["-m", "veneer.cli.main", "train", *settings]
     code, said = stopped_after(command, tmp_path / "run" / "log.jsonl", signal.SIGTERM, tmp_path)
     assert code == 143, said
-    assert "go on with: veneer train" in said
+    assert "continue with: veneer train" in said
     assert "Traceback" not in said

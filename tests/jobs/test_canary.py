@@ -229,7 +229,7 @@ def test_alias_follows_the_promotion_rule(
     assert len(shop.told(job, "alias")) == 1
     for _ in range(2):
         place = promote_job(shop.jobs, None, "acme", job.id)
-    assert (points(), place.text) == (2, "acme/support@prod leads to acme/support@2")
+    assert (points(), place.text) == (2, "acme/support@prod points to acme/support@2")
     assert place.json == {"alias": "acme/support@prod", "version": "acme/support@2"}
     rollback_job(shop.jobs, None, "acme", job.id)
     assert points() == before

@@ -89,7 +89,7 @@ def test_tuned_model_is_served_only_to_its_tenant(tmp_path: Path, monkeypatch: p
         told = "".join(event.to_json() for event in acme.fine_tuning.jobs.list_events(job.id, limit=100))
         assert "started" in told
         assert "on 12 held-out rows: loss: base " in told
-        assert f"`loss better than base by at least 0` is met: help leads to acme/support-{model[-8:]}@10" in told
+        assert f"`loss better than base by at least 0` is met: help points to acme/support-{model[-8:]}@10" in told
         assert not any(str(place) in told for place in (tmp_path, veneer_home()))  # nor which machine it was
         assert "by here" not in told
 

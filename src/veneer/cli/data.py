@@ -85,7 +85,7 @@ def caption(
         return result.text, result.cut
 
     def report_caption(item: WrittenCaption) -> None:
-        say(f"{item.picture}: {item.caption}" + (" (cut: it would have gone on)" if item.cut else ""))
+        say(f"{item.picture}: {item.caption}" + (" (cut at the token limit)" if item.cut else ""))
 
     report = write_captions(
         str(folder),
@@ -101,7 +101,9 @@ def caption(
         print(f"{counted(len(report.written), 'caption')} written, {report.had} were there")
     if report.failed:
         problem = f"no caption was written for {counted(len(report.failed), 'picture')}:\n{bullets(report.failed)}"
-        raise DataError(problem, where=str(folder), fix="write NAME.txt beside each, repair or remove them")
+        raise DataError(
+            problem, where=str(folder), fix="write NAME.txt next to each picture, or repair or remove the pictures"
+        )
 
 
 @app.command(epilog="Example: veneer data add votes.jsonl 'Where is my parcel?' --chosen 'By noon.' --rejected 'Soon.'")

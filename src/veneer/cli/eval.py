@@ -140,4 +140,4 @@ def _table(results: dict[str, Scores]) -> None:
                 )
     Console().print(table)
     if all(s.rouge_l is None and s.answers for s in results.values()):
-        say("ROUGE-L and BLEU are there with: pip install 'veneer[metrics]'")
+        say("ROUGE-L and BLEU need: pip install 'veneer[metrics]'")

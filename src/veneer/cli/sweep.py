@@ -53,7 +53,7 @@ def sweep(
             )
     except Interrupted as error:
         command = shlex.join(["veneer", "sweep", str(config), *settings, "--resume"])
-        raise Interrupted(error.what, fix=f"go on with: {command}", signal=error.signal) from None
+        raise Interrupted(error.what, fix=f"continue with: {command}", signal=error.signal) from None
     rows = result.rows()
     if as_json:
         print_json(result.to_dict())

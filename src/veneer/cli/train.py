@@ -86,7 +86,7 @@ def train(
         if started() > 1:
             raise ConfigError(
                 f"--devices is {devices}, and {started()} processes were started already",
-                fix="leave --devices out: whoever starts the processes says how many there are",
+                fix="leave --devices out: the launcher of the processes sets their number",
             )
         flags = {"--resume": resume, "--dry-run": dry_run}
         again += [flag for flag, on in flags.items() if on]
@@ -109,7 +109,7 @@ def train(
             results = _results(files, loaded, listeners, options)
     except Interrupted as error:
         command = shlex.join(["veneer", "train", *again, "--resume"])
-        stopped = Interrupted(error.what, where=error.where, fix=f"go on with: {command}", signal=error.signal)
+        stopped = Interrupted(error.what, where=error.where, fix=f"continue with: {command}", signal=error.signal)
         stopped.already_shown = error.already_shown
         raise stopped from None
     finally:

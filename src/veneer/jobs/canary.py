@@ -81,7 +81,7 @@ def place_job(
     if after is None or (after.route is None and after.alias is None):
         return
     kind = "alias" if after.route is None else "route"
-    place = partial(_place, lease.job, after, store.library, tenants, reference, compared)
+    place = partial(_apply_promotion, lease.job, after, store.library, tenants, reference, compared)
     _do_once(store, lease, kind, f"the {kind} stays as it is", place)
 
 
@@ -178,7 +178,7 @@ def _write_card(folder: Path, data: Mapping[str, Any]) -> None:
     atomic_write(folder / CARD_FILE, [card_bytes(card, digest=there.digest, files=there.files)])
 
 
-def _place(
+def _apply_promotion(
     job: Job,
     after: AfterJob,
     library: Library,
@@ -225,7 +225,7 @@ def _move_alias(
         fix = "veneer jobs promote, if the alias is to point to the job's adapter"
         raise ConfigError(f"{name} was changed since {reference} was compared", where="after.alias", fix=fix)
     library.alias(reference, name.rpartition("@")[2])
-    text = f"{name} leads to {reference}" + ("" if serving is None else f", and not to {serving}")
+    text = f"{name} points to {reference}" + ("" if serving is None else f" instead of {serving}")
     return text, {"before": serving, "promoted": True}
 
 
@@ -247,7 +247,7 @@ def _move_route(
     serving, shadow = serving_version(now, job.name), None
     if met or (serving is None and met is None):
         targets = [(reference, 1)]
-        text = f"{name} leads to {reference}" + ("" if serving is None else f", and not to {serving}")
+        text = f"{name} points to {reference}" + ("" if serving is None else f" instead of {serving}")
     elif serving is None or serving == reference or (met is False and not route.shadow):
         return f"{name} stays as it is", {}
     else:
@@ -291,15 +291,15 @@ class Placement:
 
 
 def _alias_placement(name: str, version: str | None) -> Placement:
-    text = f"{name} leads to {version}" if version else f"{name} is gone, as it was before the job"
+    text = f"{name} points to {version}" if version else f"{name} was removed: it did not exist before the job"
     return Placement(text, {"alias": name, "version": version})
 
 
 def _route_placement(name: str, route: Route | None) -> Placement:
     if route is None:
-        return Placement(f"{name} is gone, as it was before the job", {"route": None})
+        return Placement(f"{name} was removed: it did not exist before the job", {"route": None})
     targets = ", ".join(target for target, _ in route.targets)
-    return Placement(f"{name} leads to {targets}", {"route": routes.route_fields(route)})
+    return Placement(f"{name} points to {targets}", {"route": routes.route_fields(route)})
 
 
 def promote_job(store: JobStore, tenants: Store | None, tenant: str | None, job_id: str) -> Placement:

@@ -36,13 +36,13 @@ _BEGINNING, _QUOTED_LINES = 256 << 10, 200
 
 @dataclass(frozen=True)
 class FilePreview:
-    """The first rows of an uploaded file. `whole`: the file has no further rows.
+    """The first rows of an uploaded file. `complete`: the file has no further rows.
 
     `problem`: why the rows cannot be read; then `about` is None."""
 
     columns: tuple[str, ...] = ()
     rows: tuple[Row | UnusableRow, ...] = ()
-    whole: bool = False
+    complete: bool = False
     about: About | None = None
     problem: str = ""
 

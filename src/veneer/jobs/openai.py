@@ -188,7 +188,7 @@ class TuningBody(Body):
         return chosen_numbers or self.hyperparameters or _PLAIN[self.kind]()
 
     @model_validator(mode="after")
-    def _said_once(self) -> TuningBody:
+    def _check_one_source(self) -> TuningBody:
         numbers = self.method and self.method.hyperparameters
         if self.hyperparameters and (self.kind != "supervised" or numbers not in (None, self.hyperparameters)):
             raise _clash(f"hyperparameters must be given only in method.{self.kind}")
@@ -273,7 +273,7 @@ def _reinforce(config: dict[str, Any], request: Reinforced) -> None:
     where = "method.reinforcement.hyperparameters"
     numbers = request.hyperparameters or ReinforcementHyperparameters()
     if numbers.reasoning_effort != "default":
-        message = f"the base reasons as it does, and knows no effort {numbers.reasoning_effort!r}"
+        message = f"the base has no setting for reasoning effort: {numbers.reasoning_effort!r}"
         raise ConfigError(message, where=f"{where}.reasoning_effort", fix="leave it out")
     if numbers.eval_samples not in ("auto", 1):
         message = "held-out prompts are answered once, with the likeliest tokens"

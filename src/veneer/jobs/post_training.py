@@ -210,7 +210,7 @@ def _check_owner(route: str, tenant: str, tenants: Store | None) -> None:
         raise ConfigError(f"{quoted(route)} is in the namespace of another tenant than {tenant}", where=where, fix=fix)
     known = tenants.refresh().routes
     if tenant and (tenant, route) not in known and (ALL, route) in known:
-        message = f"{quoted(route)} is everybody's route, and a job of {tenant} moves only {tenant}'s own"
+        message = f"{quoted(route)} is everybody's route, and a job of {tenant} can only {tenant}'s routes"
         raise ConfigError(message, where=where, fix=f"another name, as {tenant}/{route}; or a job of no tenant")
 
 
@@ -227,7 +227,9 @@ def serving_version(route: Route | None, name: str) -> str | None:
         raise ConfigError(f"{route.name} is shared out already: {parts}", where="after.route.name", fix=fix)
     target = route.targets[0][0]
     if target in (name, f"{name}@latest"):
-        message = f"{route.name} leads to the newest version of {name}, and would to the job's before it is compared"
+        message = (
+            f"{route.name} points to the newest version of {name}, so it would move to the job's before the comparison"
+        )
         fix = f"a version: veneer tenant route set {route.name} {name}@1"
         raise ConfigError(message, where="after.route.name", fix=fix)
     return target

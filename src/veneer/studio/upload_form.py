@@ -121,7 +121,7 @@ async def draw_upload_form(page: ViewPage, queue: TuningQueue) -> None:
         unusable = [row for row in rows if row[4]]
         summary, problem = "", f"{counted(len(unusable), 'row')} cannot be used." if unusable else ""
         if beginning.about is not None:
-            first = "" if beginning.whole else "the first "
+            first = "" if beginning.complete else "the first "
             reason = "" if mapped else f": {beginning.about.why}"
             summary = f"{first}{counted(len(rows), 'row')}, read as {beginning.about.format}{reason}"
         if beginning.problem:

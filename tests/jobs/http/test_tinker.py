@@ -349,7 +349,7 @@ def test_ended_session_is_410(client: Any) -> None:
         ("create_model", {"lora_config": None}, "only adapters are trained here"),
         ("create_model", {"optimizer_config": {"type": "dimuon"}}, "there is no optimizer 'dimuon' here"),
         ("create_sampling_session", {"model_path": "tinker://a/weights/b"}, "there is no training run 'a'"),
-        ("create_sampling_session", {"model_path": "file:///etc"}, "is no path of a checkpoint"),
+        ("create_sampling_session", {"model_path": "file:///etc"}, "is not a checkpoint path"),
         ("load_weights", {"model_seq_id": 7, "path": "tinker://a/weights/b"}, "there is no training run 'a'"),
         ("create_model", {"model_seq_id": 10**300}, "model_seq_id"),
         ("create_model", {"lora_config": {"rank": 10**6}}, "rank 1000000 is not possible"),

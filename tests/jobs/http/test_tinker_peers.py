@@ -289,7 +289,7 @@ MISTAKES: dict[str, tuple[Callable[..., Any], str]] = {
     "path as a name": (lambda s, t: t.save_state("../../x"), "cannot name a checkpoint"),
     "short time to live": (lambda s, t: t.save_state("y", ttl_seconds=60), "ttl_seconds is 60"),
     "missing state": (lambda s, t: t.load_state(f"tinker://{t.model_id}/weights/none"), "there is no checkpoint"),
-    "invalid path": (lambda s, t: t.load_state("weights/none"), "is no path of a checkpoint"),
+    "invalid path": (lambda s, t: t.load_state("weights/none"), "is not a checkpoint path"),
     "client from a missing state": (
         lambda s, t: s.create_training_client_from_state("tinker://s1:train:0/weights/none"),
         "there is no training run",

@@ -220,7 +220,7 @@ def test_loss_and_gradient_equal_the_formula(name: str) -> None:
         ({"targets": [1, -2]}, "a token of its target_tokens is not"),
         ({"weights": [1.0]}, r"weights has the shape \(1,\), target_tokens \(2,\)"),
         ({"weights": [1.0, float("nan")]}, "weights has a value that is not finite"),
-        ({"other": "a picture"}, "its input has a picture, and only text"),
+        ({"unsupported": "a picture"}, "its input has a picture, and only text"),
         ({"loss": "ppo"}, "ppo has no input 'weights'"),
         ({"loss": "importance"}, "there is no loss 'importance'"),
         ({"loss": "custom"}, "this server runs no losses of clients"),

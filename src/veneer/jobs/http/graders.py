@@ -140,7 +140,7 @@ def grader_routes(limits: QuotaLimits | None = None, *, sandbox: Sandbox | None 
                     raise invalid(error.what, "grader", error.fix) from error
             if (refusal := result.errors.get(TOO_LARGE)) is not None:
                 raise Refused(refusal, status=413, code=TOO_LARGE, param="grader")
-            return json_bytes(_shown(grader, result, time.perf_counter() - began))
+            return json_bytes(_grade_to_openai(grader, result, time.perf_counter() - began))
 
         return await helped(request, grade)
 
@@ -211,7 +211,7 @@ def _usage(usage: Usage) -> dict[str, int]:
     }
 
 
-def _shown(grader: Any, grade: Grade, seconds: float) -> dict[str, Any]:
+def _grade_to_openai(grader: Any, grade: Grade, seconds: float) -> dict[str, Any]:
     """Return a grade in OpenAI's format.
 
     A grader without a value has the reward 0 and the reason in `errors`."""

@@ -195,16 +195,16 @@ def _job(call: Call, source: SamplerSource, body: SampleBody) -> TextJob:
     except ConfigError as error:
         raise invalid(error.what, error.where, error.fix) from error
     return TextJob(
-        call.principal, ChosenMix(_served(call, source), "tinker"), [prompt], sampling, choices=body.num_samples
+        call.principal, ChosenMix(_resolved(call, source), "tinker"), [prompt], sampling, choices=body.num_samples
     )
 
 
-def _served(call: Call, source: SamplerSource) -> ResolvedModel:
+def _resolved(call: Call, source: SamplerSource) -> ResolvedModel:
     catalog = call.http.catalog
     if not source.digest:
         return catalog.resolve(source.reference or catalog.base, call.principal)
     if not Path(source.folder).is_dir():
-        message = "the weights of this sampling client are kept no more: newer ones of its run took their place"
+        message = "the weights of this sampling client were deleted: newer weights of its run replaced them"
         fix = "save_weights_for_sampler(name) keeps weights until they are deleted"
         raise Refused(message, status=410, code="gone", fix=fix)
     catalog.sources.remember(source.digest, AdapterLocation(source.name, path=Path(source.folder)))

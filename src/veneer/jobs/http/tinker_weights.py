@@ -162,7 +162,7 @@ class _Tar:
         self._files = [(path, path.stat()) for path in sorted(folder.iterdir())]
         blocks = sum(1 + -(-stat.st_size // tarfile.BLOCKSIZE) for _, stat in self._files) + 2
         self.size = -(-blocks * tarfile.BLOCKSIZE // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
-        self._parts = self._made()
+        self._parts = self._chunks()
 
     def read(self, size: int) -> bytes:
         """Return the next part, of any size (`size` is ignored); b"" at the end."""
@@ -171,7 +171,7 @@ class _Tar:
     def close(self) -> None:
         self._parts.close()
 
-    def _made(self) -> Generator[bytes, None, None]:
+    def _chunks(self) -> Generator[bytes, None, None]:
         sent = 0
         for path, stat in self._files:
             info = tarfile.TarInfo(path.name)

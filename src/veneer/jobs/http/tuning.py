@@ -303,8 +303,8 @@ def _after(files: Files, id: str, after: AfterJob, uploads: Sequence[UploadedFil
 
     Raises Refused."""
     if after.alias is not None:
-        message = "each job here has a name of its own, which no alias of another can point to"
-        raise invalid(message, "after.alias", "a route: its name stays, whatever it leads to")
+        message = "each job here creates a new adapter, so an alias cannot move between jobs"
+        raise invalid(message, "after.alias", "use a route: its name stays the same")
     if after.evaluate is None:
         return after
     for key, most in {"limit": _HELD_ROWS, "max_new_tokens": _HELD_TOKENS}.items():
@@ -327,7 +327,7 @@ def _file(files: Files, tenant: str, id: str, param: str, endings: tuple[str, ..
         raise Refused(message, status=400, code="file_not_found", param=param, fix=fix) from error
     if upload.purpose != "fine-tune" or not upload.filename.lower().endswith(endings):
         message, fix = (
-            f"invalid {param}: {quoted(upload.filename)} is no file of training data",
+            f"invalid {param}: {quoted(upload.filename)} is not a training file",
             "a file of JSON lines: .jsonl",
         )
         raise Refused(message, status=400, code="invalid_file_format", param=param, fix=fix)

@@ -80,7 +80,7 @@ def parse_path(path: str) -> tuple[str, str]:
     """Return (run, id) of a tinker:// path. Raises ConfigError."""
     parts = path.removeprefix("tinker://").split("/")
     if not path.startswith("tinker://") or len(parts) != 3 or parts[1] not in _KINDS:
-        message = f"{path[:200]!r} is no path of a checkpoint"
+        message = f"{path[:200]!r} is not a checkpoint path"
         raise ConfigError(message, where="path", fix="tinker://RUN/weights/NAME, or sampler_weights in its middle")
     return parts[0], f"{parts[1]}/{parts[2]}"
 

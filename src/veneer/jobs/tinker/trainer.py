@@ -193,8 +193,8 @@ def _row(row: WireRow, where: str, loss: str, names: Sequence[str], vocabulary: 
         return ConfigError(message, where=where, fix=fix)
 
     ids, count = torch.from_numpy(row.tokens), len(row.tokens)
-    if row.other:
-        raise wrong(f"its input has {row.other}, and only text is trained here")
+    if row.unsupported:
+        raise wrong(f"its input has {row.unsupported}, and only text is trained here")
     if not 0 < count <= context:
         raise wrong(f"its input has {count} tokens", f"from 1 to {context}, the base's context")
     if "target_tokens" not in row.inputs:

@@ -41,11 +41,11 @@ _ABSENT = -99999.0
 class WireRow:
     """A row. `tokens`: (n,) input ids; `inputs`: the loss's tensors by name.
 
-    `other`: kind of input that is not text, or ""."""
+    `unsupported`: kind of input that is not text, or ""."""
 
     tokens: Array
     inputs: Mapping[str, Array]
-    other: str = ""
+    unsupported: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +109,7 @@ def _parsed(body: bytes) -> Any:
 
 
 def _no_request(error: Exception) -> Refused:
-    return invalid(f"the body is no forward_backward request in protobuf: {error}")
+    return invalid(f"the body is not a forward_backward request in protobuf: {error}")
 
 
 def _head(message: Any) -> ForwardHead:
@@ -143,15 +143,15 @@ def _tensor_bytes(tensor: Any) -> int:
 
 
 def _row(row: Any) -> WireRow:
-    foreign = ""
+    unsupported = ""
     for chunk in row.chunks:
         if not chunk.HasField("text"):
             kinds = {"picture": "a picture", "sound": "sound"}
-            foreign = next(
-                (words for kind, words in kinds.items() if chunk.HasField(kind)), "something that is no text"
+            unsupported = next(
+                (words for kind, words in kinds.items() if chunk.HasField(kind)), "input that is not text"
             )
     tokens = np.frombuffer(b"".join(chunk.text.tokens for chunk in row.chunks), "<i4").astype(np.int64)
-    return WireRow(tokens, {entry.name: _tensor(entry.tensor) for entry in row.inputs}, foreign)
+    return WireRow(tokens, {entry.name: _tensor(entry.tensor) for entry in row.inputs}, unsupported)
 
 
 def _tensor(tensor: Any) -> Array:
