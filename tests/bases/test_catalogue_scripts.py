@@ -124,7 +124,7 @@ def test_lens_blurs_only_the_background() -> None:
     assert np.abs(np.diff(soft[rows].reshape(-1, 128, 3)[..., 0], axis=1)).max() > 60  # its outline is still a step
 
 
-def test_effect_in_a_stack_is_the_share_of_its_color_change() -> None:
+def test_effect_in_a_stack_is_its_share_of_color_change() -> None:
     from measures import way_gone
 
     r = np.random.default_rng(0)

@@ -248,7 +248,7 @@ def test_merge_refuses_the_adapter_of_another_base_unless_told(capsys, base, mad
     run(capsys, "merge", tmp_path / "a", "--base", base, "-o", tmp_path / "m", "--allow-other-base")
 
 
-def test_a_full_disk_in_the_middle_of_a_merge_leaves_nothing(capsys, base, made, tmp_path, monkeypatch):
+def test_a_full_disk_during_a_merge_leaves_no_files(capsys, base, made, tmp_path, monkeypatch):
     from transformers import PreTrainedModel
 
     real = PreTrainedModel.save_pretrained

@@ -41,7 +41,7 @@ def test_a_merge_follows_the_card_unless_into_original_is_given(
     assert merge().code == 2
 
 
-def test_a_card_with_the_older_spelling_merges_into_the_weights_it_names(
+def test_a_card_with_the_old_spelling_merges_into_its_weights(
     qlora: Qlora, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, adapter, _ = qlora
@@ -55,7 +55,7 @@ def test_a_card_with_the_older_spelling_merges_into_the_weights_it_names(
     assert "merged into the dequantized nf4 weights" in ran.out
 
 
-def test_adapters_of_different_precisions_merge_into_the_weights_before_quantizing_alone(
+def test_adapters_of_different_precisions_merge_into_original_weights_only(
     qlora: Qlora, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, adapter, rows = qlora

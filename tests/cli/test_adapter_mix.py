@@ -76,7 +76,7 @@ def test_what_is_wrong_is_said_without_a_traceback(here, capsys):
         assert not (here / "m").exists()
 
 
-def test_a_strength_and_a_mix_that_no_number_holds_are_said_by_name(here, capsys):
+def test_overflowing_strengths_and_mixes_are_refused_by_name(here, capsys):
     ran = run(capsys, "adapter", "mix", "runs/style:1e300", "runs/product", "-o", "m")
     assert ran.code == 2
     assert "the strength of 'runs/style' is 1e+300" in ran.err

@@ -31,7 +31,7 @@ def plan(base: str, gpu: str, load: Load, *, count: int = 1, **more: object) -> 
 TICKETS = Load((600,) * 3, micros=6)
 
 
-def test_70b_in_16_bits_does_not_fit_80_gb_and_in_4_bits_does() -> None:
+def test_70b_fits_80_gb_in_4_bits_only() -> None:
     found = plan("meta-llama/Llama-3.1-70B", "h100-80gb", TICKETS)
     assert not found.fits
     assert found.changes[0].settings[-1] == "base.quantize=nf4"

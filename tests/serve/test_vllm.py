@@ -188,7 +188,7 @@ def wait(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
         ("patterns", "patterns=patterns@1", "patterns"),  # folded into the cache
     ],
 )
-def test_vllm_finds_a_library_adapter_by_name_and_gives_it_its_full_effect(shop, asked, called, name):
+def test_vllm_serves_library_adapters_by_name_with_full_effect(shop, asked, called, name):
     ids, logprobs, model = shop.ask(asked)
     assert model == called
     shop.check(ids, logprobs, **{name: 1.0})
@@ -199,14 +199,14 @@ def test_vllm_finds_a_library_adapter_by_name_and_gives_it_its_full_effect(shop,
 
 
 @pytest.mark.parametrize("name", ["nothing", "../plain", "/etc", "plain@7", "dora", "foreign"])
-def test_vllm_answers_404_for_what_is_not_there_not_its_bases_or_would_lose_its_effect(shop, name):
+def test_vllm_answers_404_for_missing_foreign_and_unsupported_adapters(shop, name):
     answer = post(f"{shop.urls[0]}/v1/completions", {"model": name, "prompt": [1], "max_tokens": 1})
     assert answer.status_code == 404
     log = (shop.place / "0.log").read_text(errors="replace")
     assert f"veneer does not serve {name!r}" in log
 
 
-def test_a_moved_alias_answers_anew_after_an_unload_prompts_cached_or_not(shop):
+def test_a_moved_alias_takes_effect_after_an_unload(shop):
     shop.check(*shop.ask("plain@prod")[:2], plain=1.0)
     with open_library(shop.place / "library") as library:
         library.add(shop.place / "stable", "plain")

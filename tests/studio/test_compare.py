@@ -96,7 +96,7 @@ def test_adapter_suggests_the_prompt_of_its_card(studio: StudioServer, tiny: tup
             library.remove("doors@1")
 
 
-def test_run_checkpoints_open_as_columns_with_a_prompt_of_the_rows(
+def test_run_checkpoints_open_as_columns_with_a_training_prompt(
     studio: StudioServer, tiny: tuple[Path, Path], tmp_path: Path
 ) -> None:
     file = tmp_path / "rows.jsonl"

@@ -159,7 +159,7 @@ def test_images_are_counted_in_their_folder(tmp_path: Path) -> None:
     assert ", 1,000 times: " in dict(longer.facts)["data"]
 
 
-def test_a_second_base_adds_its_weights_and_one_forward_per_answer() -> None:
+def test_a_second_base_adds_weights_and_one_forward_per_answer() -> None:
     """By hand: SmolLM2-1.7B beside SmolLM2-135M on a card, 32 prompts of 100 tokens and answers of 20, once."""
     card, many = device_named("h100-80gb"), ["distillation.max_tokens=20", "data.split=0", "schedule.steps=2"]
 

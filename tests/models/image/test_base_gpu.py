@@ -21,7 +21,7 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
-def test_a_quantized_base_predicts_nearly_the_same_and_trains_an_adapter(quantize: Any, tmp_path: Path) -> None:
+def test_a_quantized_base_predicts_closely_and_trains_an_adapter(quantize: Any, tmp_path: Path) -> None:
     folder = str(tiny_image_base(tmp_path, "flux1"))
     base = load_image(folder, dtype="bfloat16", device="cuda", quantize=quantize)
     plain = load_image(folder, dtype="bfloat16", device="cuda")
@@ -42,7 +42,7 @@ def test_a_quantized_base_predicts_nearly_the_same_and_trains_an_adapter(quantiz
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
-def test_a_quantized_base_is_on_the_device_that_was_asked_for(quantize: Any, tmp_path: Path) -> None:
+def test_a_quantized_base_is_on_the_requested_device(quantize: Any, tmp_path: Path) -> None:
     base = load_image(str(tiny_image_base(tmp_path, "flux1")), dtype="bfloat16", device="cuda:1", quantize=quantize)
     assert {p.device for p in base.model.parameters()} == {torch.device("cuda:1")}
     x = torch.randn(1, *latent_shape(base, SIZE, SIZE), device="cuda:1")

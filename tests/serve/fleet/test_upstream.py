@@ -308,7 +308,7 @@ def test_a_tenant_with_all_its_mixes_running_gets_429(setup):
     setup.run(FakeVLLM(delay=0.05), work, each=2)
 
 
-def test_the_least_recently_used_folders_over_the_size_limit_are_deleted(setup):
+def test_least_recently_used_folders_over_the_size_limit_are_deleted(setup):
     async def work(engine: Upstream) -> None:
         await answer(engine, weighted(1)[0])
         size = sum(f.stat().st_size for f in next(setup.cache.iterdir()).iterdir())

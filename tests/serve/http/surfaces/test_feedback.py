@@ -260,7 +260,7 @@ def lock_answers(where: str) -> psycopg.Connection[Any]:
 
 
 @pytest.mark.parametrize("shop", ["postgresql"], indirect=True)
-def test_feedback_is_503_and_answers_are_not_stored_while_the_database_is_away(shop: Shop) -> None:
+def test_feedback_is_503_while_the_database_is_unavailable(shop: Shop) -> None:
     locked = lock_answers(shop.tenants.store.where)
     id = shop.ask("One").json()["id"]
     away = shop.say(id, thumb="up")
