@@ -18,13 +18,13 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
 
 @pytest.fixture(scope="session")
 def one_server(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with target(shop, tmp_path_factory.mktemp("home")) as made:
-        yield made
+    with target(shop, tmp_path_factory.mktemp("home")) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
 def server(one_server: Server) -> Server:
-    """It has done with what was asked of it before."""
+    """The server has no request left from earlier tests."""
     one_server.wait(lambda: one_server.series("vllm:num_requests_running") == 0)
     one_server.wait(lambda: one_server.series("vllm:num_requests_waiting") == 0)
     return one_server
@@ -33,5 +33,5 @@ def server(one_server: Server) -> Server:
 @pytest.fixture(scope="session")
 def trainer(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server that also trains."""
-    with target(shop, tmp_path_factory.mktemp("training"), "--train") as made:
-        yield made
+    with target(shop, tmp_path_factory.mktemp("training"), "--train") as server:
+        yield server

@@ -105,10 +105,10 @@ class Server:
     def memory(self) -> int:
         return int(psutil.Process(self.process.pid).memory_info().rss)
 
-    def settled(self, before: int, seconds: float = 10.0) -> int:
-        """Bytes more than `before`, once they are few, or after so many seconds."""
+    def growth_from(self, earlier: int, seconds: float = 10.0) -> int:
+        """Return the growth of memory since `earlier`: once below MEMORY, or after `seconds`."""
         end = time.monotonic() + seconds
-        while (more := self.memory() - before) > MEMORY and time.monotonic() < end:
+        while (more := self.memory() - earlier) > MEMORY and time.monotonic() < end:
             time.sleep(0.1)
         return more
 
@@ -125,9 +125,9 @@ class Server:
             with suppress(BrokenPipeError, ConnectionResetError):  # refused before all was sent: the answer is there
                 connection.request(method, path, raw, self.headers(tenant))
             answer = connection.getresponse()
-            said = answer.read()
+            content = answer.read()
             headers = {k.lower(): v for k, v in answer.getheaders()}
-            return Answer(answer.status, said, time.monotonic() - began, headers)
+            return Answer(answer.status, content, time.monotonic() - began, headers)
         finally:
             connection.close()
 
@@ -137,10 +137,10 @@ class Server:
     def get(self, path: str, tenant: str | None = "a", timeout: float = 120) -> Answer:
         return self.send("GET", path, None, tenant, timeout)
 
-    def together(self, asked: Sequence[Callable[[], Any]]) -> list[Any]:
+    def together(self, requests: Sequence[Callable[[], Any]]) -> list[Any]:
         """All of them at once, each in a thread."""
-        with ThreadPoolExecutor(max(1, len(asked))) as pool:
-            return [each.result() for each in [pool.submit(work) for work in asked]]
+        with ThreadPoolExecutor(max(1, len(requests))) as pool:
+            return [each.result() for each in [pool.submit(work) for work in requests]]
 
     def crowd(self, path: str, body: bytes, times: int, tenant: str = "a") -> list[int]:
         """The statuses of so many POSTs at once, from a process of their own: as threads of this one they would hold up
@@ -151,9 +151,9 @@ class Server:
 
     def raw(self, data: bytes = b"", timeout: float = 30) -> socket.socket:
         """A connection on which `data` was sent."""
-        made = socket.create_connection(("127.0.0.1", self.port), timeout=timeout)
-        made.sendall(data)
-        return made
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=timeout)
+        connection.sendall(data)
+        return connection
 
     def sockets(self) -> list[Any]:
         """Connections that clients have to it."""
@@ -178,7 +178,7 @@ class Server:
 
     def stream(self, tenant: str = "b", ids: Sequence[int] = (), n: int = 8, **more: Any) -> Iterator[float]:
         """The moments at which the events of a stream came, the first being when it was asked for."""
-        body = asked(ids or prompt(9), n, stream=True, **more)
+        body = completion_body(ids or prompt(9), n, stream=True, **more)
         yield time.monotonic()
         with (
             httpx.Client(base_url=self.url, timeout=120) as client,
@@ -291,7 +291,7 @@ class Watch:
         self._ends.wait(0.05)
 
 
-def asked(ids: Sequence[int], n: int, **more: Any) -> dict[str, Any]:
+def completion_body(ids: Sequence[int], n: int, **more: Any) -> dict[str, Any]:
     """A completion of exactly `n` tokens, each with a text."""
     bias = {str(i): -100 for i in range(3)}
     return {

@@ -17,12 +17,12 @@ def filled(head: bytes, item: bytes, tail: bytes) -> bytes:
 
 
 def keys() -> bytes:
-    made, size, n = [b'{"model":"tiny","prompt":"Hi"'], 40, 0
+    parts, size, n = [b'{"model":"tiny","prompt":"Hi"'], 40, 0
     while size < SIZE - 20:
-        made.append(b'"k%d":0' % n)
-        size += len(made[-1]) + 1
+        parts.append(b'"k%d":0' % n)
+        size += len(parts[-1]) + 1
         n += 1
-    return b",".join(made) + b"}"
+    return b",".join(parts) + b"}"
 
 
 BODIES = {
@@ -39,7 +39,7 @@ BODIES = {
 def test_an_expensive_body_does_not_delay_others(server: Server, kind: str) -> None:
     body = BODIES[kind]()
     assert SIZE - 64 < len(body) <= SIZE
-    before = server.memory()
+    initial = server.memory()
     with server.watched() as b:
         answer = server.post("/v1/completions", body)
     assert 400 <= answer.status < 500
@@ -47,4 +47,4 @@ def test_an_expensive_body_does_not_delay_others(server: Server, kind: str) -> N
     assert answer.seconds < SOON
     assert b.worst < GAP
     assert b.health < GAP
-    assert server.settled(before) < MEMORY
+    assert server.growth_from(initial) < MEMORY

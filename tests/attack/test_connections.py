@@ -10,7 +10,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from tests.attack.harness import GAP, SOON, Server, asked, target
+from tests.attack.harness import GAP, SOON, Server, completion_body, target
 from tests.serve.whole import Shop, prompt
 
 MOST = 60
@@ -21,8 +21,8 @@ LIMITS = {"head_seconds": 0.6, "body_seconds": 0.6, "idle_seconds": 1, "stall_se
 def server(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     home = tmp_path_factory.mktemp("home")
     (home / "server.yaml").write_text(json.dumps(LIMITS), encoding="utf-8")
-    with target(shop, home, "--config", str(home / "server.yaml")) as made:
-        yield made
+    with target(shop, home, "--config", str(home / "server.yaml")) as running:
+        yield running
 
 
 def closed_after(connection: socket.socket, send: bytes = b"", every: float = 0.2, most: float = 8.0) -> float:
@@ -54,9 +54,9 @@ def test_a_connection_with_slow_headers_is_closed(server: Server) -> None:
 
 def test_a_kept_connection_is_closed_when_idle_or_slow(server: Server) -> None:
     for send in (b"", b"x"):
-        with server.raw(b"GET /health HTTP/1.1\r\nhost: here\r\n\r\n") as kept:
-            assert b"200 OK" in kept.recv(1 << 16)
-            assert 0.5 < closed_after(kept, send) < 4
+        with server.raw(b"GET /health HTTP/1.1\r\nhost: here\r\n\r\n") as connection:
+            assert b"200 OK" in connection.recv(1 << 16)
+            assert 0.5 < closed_after(connection, send) < 4
 
 
 def test_a_slow_body_is_refused(server: Server) -> None:
@@ -89,7 +89,7 @@ def test_idle_connections_do_not_block_others(server: Server) -> None:
 
 def test_a_client_that_does_not_read_loses_its_rows(server: Server) -> None:
     """Its answer would take a minute and fills every buffer; then its rows are free again."""
-    body = asked(prompt(9), 3000) | {"stream": True, "n": 16, "temperature": 1.0, "logprobs": 20}
+    body = completion_body(prompt(9), 3000) | {"stream": True, "n": 16, "temperature": 1.0, "logprobs": 20}
     with socket.socket() as deaf:
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         deaf.connect(("127.0.0.1", server.port))
@@ -101,5 +101,5 @@ def test_a_client_that_does_not_read_loses_its_rows(server: Server) -> None:
             server.wait(lambda: server.series("vllm:num_requests_running") <= 1, 40)
         assert time.monotonic() - began < 30
     assert b.worst < 2 * GAP
-    made = server.series("vllm:generation_tokens_total")
-    assert made < 16 * 3000
+    tokens = server.series("vllm:generation_tokens_total")
+    assert tokens < 16 * 3000

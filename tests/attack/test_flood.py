@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from tests.attack.harness import GAP, MEMORY, SOON, Server, asked
+from tests.attack.harness import GAP, MEMORY, SOON, Server, completion_body
 from tests.serve.whole import prompt
 
 SIZE = 8 << 20
@@ -12,14 +12,14 @@ SIZE = 8 << 20
 
 def test_tokenizing_long_texts_does_not_delay_others(server: Server) -> None:
     body = b'{"model":"tiny","prompt":"' + b"The printer. " * ((SIZE - 40) // 13) + b'"}'
-    before = server.memory()
+    initial = server.memory()
     with server.watched() as b:
         answers = server.together([lambda: server.post("/tokenize", body)] * 6)
         assert server.first_token() < SOON
     assert all(400 <= answer.status < 500 and answer.seconds < 3 * SOON for answer in answers)
     assert b.worst < GAP
     assert b.health < GAP
-    assert server.settled(before) < MEMORY
+    assert server.growth_from(initial) < MEMORY
 
 
 def test_tokenizing_the_longest_texts_does_not_delay_others(server: Server) -> None:
@@ -36,14 +36,14 @@ def test_tokenizing_the_longest_texts_does_not_delay_others(server: Server) -> N
 
 def test_a_queue_filled_by_one_tenant_admits_others(server: Server) -> None:
     """The five requests for 4 · 64 answers that took all of 1,024 places."""
-    many = asked(prompt(9), 400) | {"prompt": [prompt(9, k) for k in range(4)], "n": 64, "temperature": 1.0}
+    body = completion_body(prompt(9), 400) | {"prompt": [prompt(9, k) for k in range(4)], "n": 64, "temperature": 1.0}
 
     def ask_b() -> list[int]:
-        return [server.post("/v1/completions", asked(prompt(9, k), 4), "b").status for k in range(8)]
+        return [server.post("/v1/completions", completion_body(prompt(9, k), 4), "b").status for k in range(8)]
 
     def ask_a() -> int:
         try:
-            return server.post("/v1/completions", many, timeout=4).status
+            return server.post("/v1/completions", body, timeout=4).status
         except TimeoutError:  # it waits for its answers and disconnects
             return 0
 
@@ -54,11 +54,11 @@ def test_a_queue_filled_by_one_tenant_admits_others(server: Server) -> None:
 
 def test_long_rows_yield_to_another_tenants_first_token(server: Server) -> None:
     """Thirty-two places, all of them A's, and as many of A's wait: B gets one at once."""
-    rows = asked(prompt(9), 3000) | {"n": 32, "temperature": 1.0, "stream": True}
+    rows = completion_body(prompt(9), 3000) | {"n": 32, "temperature": 1.0, "stream": True}
     quiet = sorted(server.first_token(ids=prompt(200, k)) for k in range(5))[2]
     with server.flooding([rows, rows]):
         server.wait(lambda: server.series("vllm:num_requests_running") == 32)
-        before = server.series("vllm:num_preemptions_total")
+        initial = server.series("vllm:num_preemptions_total")
         under = sorted(server.first_token(ids=prompt(200, 100 + k)) for k in range(5))[2]
-        assert server.series("vllm:num_preemptions_total") > before
+        assert server.series("vllm:num_preemptions_total") > initial
     assert under < 1.5 * quiet + 0.25  # a step that is under way, on a machine that does other things too

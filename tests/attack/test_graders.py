@@ -16,8 +16,8 @@ def check(text: str) -> dict[str, Any]:
 
 
 def similar(metric: str) -> dict[str, Any]:
-    own = {"type": "text_similarity", "name": "it", "evaluation_metric": metric}
-    return own | {"input": "{{ sample.output_text }}", "reference": "{{ item.want }}"}
+    fields = {"type": "text_similarity", "name": "it", "evaluation_metric": metric}
+    return fields | {"input": "{{ sample.output_text }}", "reference": "{{ item.want }}"}
 
 
 def words(count: int, step: int = 1) -> str:
@@ -49,7 +49,7 @@ ATTACKS: dict[str, tuple[str, dict[str, Any], int]] = {
 @pytest.mark.parametrize("kind", ATTACKS)
 def test_an_expensive_grader_does_not_delay_others(trainer: Server, kind: str) -> None:
     path, body, status = ATTACKS[kind]
-    before = trainer.memory()
+    initial = trainer.memory()
     with trainer.watched() as b:
         answers = trainer.together([lambda: trainer.post(path, body)] * 4)
     statuses = {answer.status for answer in answers}
@@ -57,13 +57,13 @@ def test_an_expensive_grader_does_not_delay_others(trainer: Server, kind: str) -
     assert max(answer.seconds for answer in answers) < 4 * SOON
     assert b.worst < GAP
     assert b.health < GAP
-    assert trainer.settled(before) < MEMORY
+    assert trainer.growth_from(initial) < MEMORY
 
 
 def test_slow_graders_of_one_tenant_leave_threads_for_others(trainer: Server) -> None:
     slow = {"grader": similar("rouge_l"), "model_sample": words(10_000), "item": {"want": words(10_000, 2)}}
     quick = {"grader": check("y"), "model_sample": "x"}
-    before = trainer.memory()
+    initial = trainer.memory()
 
     def ask_b() -> float:
         return max(trainer.post(RUN, quick, "b").seconds for _ in range(5))
@@ -72,4 +72,4 @@ def test_slow_graders_of_one_tenant_leave_threads_for_others(trainer: Server) ->
     assert {answer.status for answer in a} == {200}
     assert max(answer.seconds for answer in a) > b
     assert b < SOON
-    assert trainer.settled(before) < MEMORY
+    assert trainer.growth_from(initial) < MEMORY

@@ -26,8 +26,8 @@ KEY = "sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
 def server(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     home = tmp_path_factory.mktemp("home")
     (home / "server.yaml").write_text(f"max_connections: {MOST}", encoding="utf-8")
-    with target(shop, home, "--studio", "--config", str(home / "server.yaml")) as made:
-        yield made
+    with target(shop, home, "--studio", "--config", str(home / "server.yaml")) as running:
+        yield running
 
 
 def signed_in(server: Server, tenant: str) -> float:
@@ -41,20 +41,20 @@ def signed_in(server: Server, tenant: str) -> float:
 def test_unauthenticated_sockets_are_refused_and_do_not_block_others(server: Server) -> None:
     with ExitStack() as strangers:
         for n in range(3 * MOST):
-            made = strangers.enter_context(server.raw((SOCKET.format(n=n) + UPGRADE + KEY).encode()))
+            connection = strangers.enter_context(server.raw((SOCKET.format(n=n) + UPGRADE + KEY).encode()))
             if n % MOST == 0:
-                assert b" 403 " in made.recv(1 << 12).partition(b"\r\n")[0]
+                assert b" 403 " in connection.recv(1 << 12).partition(b"\r\n")[0]
         assert server.get("/health", None).status == 200
         assert signed_in(server, "b") < SOON
 
 
 def test_sockets_are_closed_first(server: Server) -> None:
     """With more sockets of signed-in pages than allowed connections, requests are still answered."""
-    with ExitStack() as held:
+    with ExitStack() as sockets:
         for _ in range(MOST // 2):
             page = PageSocket(f"{server.url}/studio/", server.keys["a"])
             for _ in range(4):
-                held.enter_context(connect(page.socket_url, proxy=None, additional_headers=page.cookies))
+                sockets.enter_context(connect(page.socket_url, proxy=None, additional_headers=page.cookies))
         for _ in range(20):
             assert server.get("/health", None).status == 200
         server.wait(lambda: len(server.sockets()) <= MOST, 10)

@@ -46,19 +46,19 @@ def peak(trainer: Server) -> Any:
     thread = threading.Thread(target=watch)
     thread.start()
 
-    def found() -> int:
+    def stop() -> int:
         ends.set()
         thread.join()
         return most[0]
 
-    yield found
-    found()
+    yield stop
+    stop()
 
 
 def test_tensors_of_zeros_take_no_memory(trainer: Server, peak: Any) -> None:
     """Three requests of 7 MB with 25 tensors of 268 MB each are refused by their sizes; requests within the limit are
     unpacked one at a time."""
-    run, before = model(trainer, session(trainer)), trainer.memory()
+    run, initial = model(trainer, session(trainer)), trainer.memory()
     headers = trainer.headers("a") | {"content-type": "application/x-protobuf"}
 
     def send(body: bytes) -> httpx.Response:
@@ -71,40 +71,40 @@ def test_tensors_of_zeros_take_no_memory(trainer: Server, peak: Any) -> None:
             assert "bytes of tensors" in answer.text
         for seq in (1, 2, 3):
             assert send(zeros(run, seq, 900_000, 37)).status_code == 200
-        while (told := trainer.post(f"{API}/retrieve_future", {"request_id": f"{run}:3"})).status == 408:
+        while (refused := trainer.post(f"{API}/retrieve_future", {"request_id": f"{run}:3"})).status == 408:
             pass
-    assert "target_tokens has the shape" in told.body.decode()
-    assert peak() - before < 512 << 20  # 266 MB of one request, and modules loaded by the first
-    assert trainer.settled(before) < MEMORY
+    assert "target_tokens has the shape" in refused.body.decode()
+    assert peak() - initial < 512 << 20  # 266 MB of one request, and modules loaded by the first
+    assert trainer.growth_from(initial) < MEMORY
 
 
 def test_metadata_of_sessions_has_a_limit(trainer: Server) -> None:
-    before = trainer.memory()
+    initial = trainer.memory()
     body = {"tags": [], "sdk_version": "0", "user_metadata": {"x": "y" * (7 << 20)}}
     for _ in range(10):
         answer = trainer.post(f"{API}/create_session", body)
         assert (answer.status, answer.code) == (413, "too_large")
         assert "metadata" in answer.body.decode()
-    assert trainer.settled(before) < MEMORY
+    assert trainer.growth_from(initial) < MEMORY
 
 
 def test_hundreds_of_runs_open_no_files(trainer: Server) -> None:
     owner, process = session(trainer), psutil.Process(trainer.process.pid)
     model(trainer, owner)
-    before = process.num_fds()
+    initial = process.num_fds()
     for number in range(1, 150):
         model(trainer, owner, number)
-    listed = trainer.get(f"{API}/training_runs?limit=1000")
-    assert len(listed.json["training_runs"]) >= 150
-    assert process.num_fds() < before + 20
+    answer = trainer.get(f"{API}/training_runs?limit=1000")
+    assert len(answer.json["training_runs"]) >= 150
+    assert process.num_fds() < initial + 20
 
 
 def test_failed_samples_leave_nothing(trainer: Server) -> None:
     named = {"session_id": session(trainer), "sampling_session_seq_id": 0, "base_model": "tiny"}
     sampler = trainer.post(f"{API}/create_sampling_session", named).json["sampling_session_id"]
     body = {"sampling_session_id": sampler, "prompt": {"chunks": []}, "sampling_params": {}}
-    before = trainer.memory()
+    initial = trainer.memory()
     for i in range(100):
         for more in ({"num_samples": 4096, "seq_id": i}, {"seq_id": 10**4000 + i}, {"seq_id": i}):
             assert trainer.post(f"{API}/asample", {**body, **more}).status == 400
-    assert trainer.settled(before) < MEMORY
+    assert trainer.growth_from(initial) < MEMORY

@@ -23,10 +23,10 @@ Matcher = Callable[[dict[str, Any]], bool]
 
 def page_html(response: httpx.Response) -> str:
     """Return the texts of a page's elements and its fragments as HTML; all of a static page."""
-    found = re.search(r"String\.raw`(.*?)`", response.text, re.DOTALL)
-    if found is None:
+    match = re.search(r"String\.raw`(.*?)`", response.text, re.DOTALL)
+    if match is None:
         return response.text
-    elements = json.loads(html.unescape(found[1])).values()
+    elements = json.loads(html.unescape(match[1])).values()
     return "\n".join(html.escape(e.get("text") or "") + e.get("props", {}).get("html", "") for e in elements)
 
 

@@ -43,9 +43,9 @@ def recorded_job(
     validating = store.acquire("here", 3600, "validating", only=job.id)
     store.queue(validating, {"tokens": 100, "steps": 4})
     lease = store.acquire("here", 3600, only=job.id)
-    measured = {"steps": 4, "tokens": 20, "seconds": 0.5, "memory_bytes": 5 * 10**8, "tokens_per_second": 40.0}
-    measured |= {"learning_rate": 1e-4, **(rewards or {})}
-    events = [JobEvent("info", "metrics", f"step {n}", {"step": n, "loss": 3 - n, **measured}) for n in (1, 2)]
+    metrics = {"steps": 4, "tokens": 20, "seconds": 0.5, "memory_bytes": 5 * 10**8, "tokens_per_second": 40.0}
+    metrics |= {"learning_rate": 1e-4, **(rewards or {})}
+    events = [JobEvent("info", "metrics", f"step {n}", {"step": n, "loss": 3 - n, **metrics}) for n in (1, 2)]
     for n in (0, 1, 2):
         score = {"step": n, "validation_loss": 3.5 - n, "best": n > 0, **(rewards or {})}
         events.append(JobEvent("info", "validation", "", score))

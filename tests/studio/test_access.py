@@ -251,7 +251,7 @@ def test_api_path_leads_to_no_page_and_no_socket(shared: Shared) -> None:
 
 def test_page_messages_write_nothing_to_the_log(shared: Shared) -> None:
     server, keys = shared
-    before = server.log.stat().st_size
+    log_size = server.log.stat().st_size
     with open_page(f"{server.address}/studio/", keys["acme"]) as page:
         id = {"client_id": page.query["client_id"]}
         messages: list[list[Any]] = [
@@ -267,7 +267,7 @@ def test_page_messages_write_nothing_to_the_log(shared: Shared) -> None:
             page.socket.send("42" + json.dumps(each))
         page.type("tone")
         page.until("acme/tone")
-    assert server.log.read_text()[before:] == ""
+    assert server.log.read_text()[log_size:] == ""
 
 
 def test_pages_per_key_are_limited() -> None:

@@ -33,8 +33,8 @@ from veneer.models.text.base import load_text
 
 
 def commands_in(text: str) -> list[str]:
-    found = re.findall(r'data-copy="(veneer [^"]*)"', text)
-    return list(dict.fromkeys(html.unescape(each.replace("&amp;", "&")) for each in found))
+    attributes = re.findall(r'data-copy="(veneer [^"]*)"', text)
+    return list(dict.fromkeys(html.unescape(each.replace("&amp;", "&")) for each in attributes))
 
 
 def commands_of(url: str) -> list[str]:
@@ -56,11 +56,11 @@ class Shell:
 
     def run_new(self, page: PageSocket, count: int = 1) -> list[str]:
         """Run the page's commands that have not run, once there are `count` of them."""
-        while len(found := [c for c in commands_in("".join(page.values("html"))) if c not in self.ran]) < count:
+        while len(commands := [c for c in commands_in("".join(page.values("html"))) if c not in self.ran]) < count:
             page.until("update")
-        for each in found:
+        for each in commands:
             self.run(each)
-        return found
+        return commands
 
     def skip(self, page: PageSocket) -> None:
         """Count the page's current commands as run."""
@@ -133,17 +133,17 @@ def test_run_commands_run(studio: StudioServer, tiny: tuple[Path, Path], tmp_pat
             page.until("veneer jobs keep")
             page.press("Stop…")
             page.until("veneer jobs cancel")
-            found = {each.split()[2]: each for each in commands_in("".join(page.values("html")))}
-    assert found.keys() == {"keep", "cancel", "watch"}
+            commands = {each.split()[2]: each for each in commands_in("".join(page.values("html")))}
+    assert commands.keys() == {"keep", "cancel", "watch"}
     for action, code in (("keep", 0), ("cancel", 0), ("watch", 2)):  # watching a cancelled job fails
-        shell.run(found[action], code)
+        shell.run(commands[action], code)
 
 
 def test_train_commands_run(studio: StudioServer, tiny: tuple[Path, Path], tmp_path: Path, shell: Shell) -> None:
     with open_page(f"{studio.address}/studio/train") as page:
         page.fill(OTHER, f"data.train={parcel_rows(tmp_path)}\nschedule.steps=40\noutput=runs/planned")
-        found = shell.run_new(page, 2)
-    assert [each.split()[1:3] for each in found] == [["jobs", "submit"], ["data", "show"]]
+        commands = shell.run_new(page, 2)
+    assert [each.split()[1:3] for each in commands] == [["jobs", "submit"], ["data", "show"]]
     with open_library(tiny[1]) as library:
         store = JobStore(library)
         (job,) = [each for each in store.jobs(None, limit=20)[0] if each.name == "planned"]

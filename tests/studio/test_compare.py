@@ -35,8 +35,8 @@ def api_answer(studio: StudioServer, mix: dict[str, float]) -> str:
 def column_answers(page: PageSocket, columns: int) -> list[str]:
     """Receive the answers of all columns; return them from the left."""
     texts: dict[int, str] = {}
-    ended = 0
-    while ended < columns:
+    count = 0
+    while count < columns:
         message = str(page.socket.recv(timeout=60))
         kind, data = json.loads(message[2:]) if message.startswith("42[") else ("", {})
         code = str(data["code"]) if kind == "run_javascript" else ""
@@ -45,7 +45,7 @@ def column_answers(page: PageSocket, columns: int) -> list[str]:
                 texts[int(id)] = ""
             elif method == "add":
                 texts[int(id)] += "".join(token[0] for _, token in json.loads(arguments)[0])
-            ended += method == "end"
+            count += method == "end"
     return [texts[id] for id in sorted(texts)]
 
 

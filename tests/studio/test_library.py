@@ -37,7 +37,7 @@ def test_link_filters_the_cards(studio: StudioServer) -> None:
 def test_parents_and_children_link_to_each_other(studio: StudioServer) -> None:
     with open_library(studio.library) as library:
         keep_mix(library, ["support@1", "acme/tone:0.5"], "mixed")
-        made, parent = page_of(studio, "adapter?ref=mixed"), page_of(studio, "adapter?ref=support@1")
+        child, parent = page_of(studio, "adapter?ref=mixed"), page_of(studio, "adapter?ref=support@1")
         library.remove("mixed")
-    assert re.search(r"Made from</dt><dd>.*ref=support%401", made)
+    assert re.search(r"Made from</dt><dd>.*ref=support%401", child)
     assert re.search(r"Derived adapters</dt><dd>.*ref=mixed%401", parent)

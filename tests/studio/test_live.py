@@ -27,11 +27,11 @@ from veneer.studio.routes import curl_command
 
 @pytest.fixture
 def store(studio: StudioServer) -> Iterator[Store]:
-    found = Store(str(studio.home / "tenants.sqlite"))
-    routes.set_route(found, "parcels", [("support@1", 90), ("support@2", 10)], actor="test")
-    yield found
-    routes.remove_route(found, "parcels", actor="test")
-    found.close()
+    tenant_store = Store(str(studio.home / "tenants.sqlite"))
+    routes.set_route(tenant_store, "parcels", [("support@1", 90), ("support@2", 10)], actor="test")
+    yield tenant_store
+    routes.remove_route(tenant_store, "parcels", actor="test")
+    tenant_store.close()
 
 
 def live(studio: StudioServer, query: str = "") -> str:
@@ -45,17 +45,17 @@ def targets(store: Store) -> dict[str, int]:
 def test_change_is_described_then_applied_and_shown_to_others(studio: StudioServer, store: Store) -> None:
     url = f"{studio.address}/studio/live"
     wait_for(lambda: "history parcels" in live(studio))
-    with open_page(url) as one, open_page(url) as other:
-        one.fill("Weight of support@1", 80)
-        one.fill("Weight of support@2", 20)
-        one.until(
+    with open_page(url) as first, open_page(url) as second:
+        first.fill("Weight of support@1", 80)
+        first.fill("Weight of support@2", 20)
+        first.until(
             "Of the users of parcels, 10 % move from support@1 to support@2; nobody else changes.",
             "veneer tenant route set parcels support@1=80 support@2=20",
         )
         assert targets(store) == {"support@1": 90, "support@2": 10}
-        one.press("Apply")
+        first.press("Apply")
         wait_for(lambda: targets(store) == {"support@1": 80, "support@2": 20})
-        other.until("support@1 80 %", "support@2 20 %")
+        second.until("support@1 80 %", "support@2 20 %")
     with store.engine.connect() as c:
         assert routes.route_history(c, "parcels")[0]["who"] == "studio"
     routes.rollback_route(store, "parcels", actor="test")
@@ -113,12 +113,12 @@ def test_trials_are_not_billed_to_clients_and_have_no_shadow(studio: StudioServe
 
     routes.set_route(store, "parcels", [("support@2", 1)], shadow="support@1", actor="test")
     wait_for(lambda: "support@1 answers 100 % of requests too" in live(studio))
-    before = requests()
+    previous = requests()
     with open_page(f"{studio.address}/studio/compare?c=parcels&p=Where&m=2") as page:
         page.press("Ask")
         page.until("support@2 · 2 tokens")
-    wait_for(lambda: requests().get("~studio", 0) == before.get("~studio", 0) + 2)
-    assert requests().get("", 0) == before.get("", 0)
+    wait_for(lambda: requests().get("~studio", 0) == previous.get("~studio", 0) + 2)
+    assert requests().get("", 0) == previous.get("", 0)
     assert "trials in the Studio" in live(studio)
     with store.engine.connect() as c:
         assert not routes.shadow_log(c)

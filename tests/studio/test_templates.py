@@ -24,14 +24,14 @@ def test_clickable_elements_have_an_id(path: Path) -> None:
 
 def classes_by_section(css: str) -> dict[str, set[str]]:
     """Return section -> the classes that its rules begin with, except for narrow windows."""
-    found: dict[str, set[str]] = {}
+    sections: dict[str, set[str]] = {}
     rules_text = css[css.index("*/") :].partition("@media")[0]
     for title, rules in re.findall(r"/\*\s*(.*?)\s*\*/(.*?)(?=/\*|\Z)", rules_text, re.DOTALL):
-        classes = found.setdefault(title.partition(":")[0], set())
+        classes = sections.setdefault(title.partition(":")[0], set())
         for selectors in re.findall(r"([^{}]+)\{[^{}]*\}", rules):
             for selector in re.sub(r"\([^()]*\)", "", selectors).split(","):
                 classes |= set(re.findall(r"\.([\w-]+)", re.split(r"[\s>+~]", selector.strip())[0]))
-    return found
+    return sections
 
 
 def test_views_share_no_class_name() -> None:

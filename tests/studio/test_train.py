@@ -70,8 +70,8 @@ def test_queued_run_publishes_checkpoints(studio: StudioServer, tmp_path: Path, 
             page.press("Start")
         page.until("parcels is queued")
     assert "this run cannot start" not in studio.log.read_text(), "a user's error is not logged"
-    job, *before = store.jobs(None, limit=5)[0]
-    assert "parcels" not in [each.name for each in before]
+    job, *earlier = store.jobs(None, limit=5)[0]
+    assert "parcels" not in [each.name for each in earlier]
     assert (job.name, job.state, job.steps) == ("parcels", "queued", 40)
     assert job.config["checkpoint"] == {"adapters": True, "every": 5}
     assert job.config["evaluation"] == {"every": 5}
@@ -148,10 +148,10 @@ def test_reinforcement_run_shows_rewards_and_no_loss(
 
 def test_sample_images_are_found_by_job_and_step_only(studio: StudioServer, job: Job) -> None:
     url = f"{studio.address}/v1/jobs"
-    found = httpx.get(f"{url}/{job.id}/samples/2")
-    assert found.headers["content-type"] == "image/png"
-    assert found.content[:4] == b"\x89PNG"
-    assert httpx.get(f"{studio.address}/studio/api/v1/jobs/{job.id}/samples/2").content == found.content
+    response = httpx.get(f"{url}/{job.id}/samples/2")
+    assert response.headers["content-type"] == "image/png"
+    assert response.content[:4] == b"\x89PNG"
+    assert httpx.get(f"{studio.address}/studio/api/v1/jobs/{job.id}/samples/2").content == response.content
     for path in (f"{job.id}/samples/3", f"ftjob-{'x' * 24}/samples/2"):
         assert httpx.get(f"{url}/{path}").status_code == 404
     assert httpx.get(f"{url}/{job.id}/samples/..%2f2").status_code in (400, 404, 422)

@@ -100,23 +100,23 @@ def test_unusable_row_is_named_without_server_paths(shop: Shop) -> None:
 
 
 def test_tenant_trains_on_its_own_uploads_only(shop: Shop, tiny: tuple[Path, Path]) -> None:
-    other = shop.upload("globex", "secret.jsonl", PAIRS.replace("It is", "globex-secret"))
-    own = shop.upload("acme", "own.jsonl", PAIRS)
+    foreign_file = shop.upload("globex", "secret.jsonl", PAIRS.replace("It is", "globex-secret"))
+    own_file = shop.upload("acme", "own.jsonl", PAIRS)
     local = shop.server.home / "server.jsonl"
     local.write_text(PAIRS.replace("It is", "server-secret"))
-    before = [job.id for job in shop.jobs.jobs(None)[0]]
-    for file in (other, str(local), f"../{local.name}", "hub:imdb@train", str(tiny[0] / "config.json")):
+    earlier = [job.id for job in shop.jobs.jobs(None)[0]]
+    for file in (foreign_file, str(local), f"../{local.name}", "hub:imdb@train", str(tiny[0] / "config.json")):
         with shop.form(file) as page:
             assert "-secret" not in str(page.elements)
             page.fill("Uploaded file", file)
             assert "-secret" not in train(page, "No such File object")
-    with shop.form(own) as page:
-        page.fill("Uploaded file", other)  # after the preview of its own file
+    with shop.form(own_file) as page:
+        page.fill("Uploaded file", foreign_file)  # after the preview of its own file
         train(page, "No such File object")
-    with shop.form(own) as page:
+    with shop.form(own_file) as page:
         train(page, "is queued")
-    new, *others = shop.jobs.jobs(None)[0]
-    assert [job.id for job in others] == before
+    new, *rest = shop.jobs.jobs(None)[0]
+    assert [job.id for job in rest] == earlier
     assert "-secret" not in Path(shop.newest().config["data"]["train"]).read_text()
     assert new.tenant == "acme"
 
