@@ -131,8 +131,8 @@ def outcome(folder: Path) -> list[bytes]:
         assert (move["targets"], move["current"]) == ({f"{name}@4": 1}, True)
         assert [e.kind for e in events if e.kind in ("evaluation", "route")] == ["evaluation", "route"]
         assert versions[-1].card["metrics"]["held_out"]["rows"] == 4
-        kept = [library.resolve(version.reference) / "adapter_model.safetensors" for version in versions]
-        return [file.read_bytes() for file in kept]
+        files = [library.resolve(version.reference) / "adapter_model.safetensors" for version in versions]
+        return [file.read_bytes() for file in files]
 
 
 def submit_job(folder: Path, config: dict[str, Any]) -> None:
@@ -159,19 +159,19 @@ def checked(folder: Path) -> list[bytes]:
     child = fork(work)
     os.close(there)
     with os.fdopen(here, "rb") as pipe:
-        found = pipe.read()
+        content = pipe.read()
     assert os.waitpid(child, 0)[1] == 0, (folder / "log").read_text()[-3000:]
-    made: list[bytes] = pickle.loads(found)
-    return made
+    outputs: list[bytes] = pickle.loads(content)
+    return outputs
 
 
 def kills(folder: Path, stride: int) -> list[int]:
     """Return the commits at which a machine was killed."""
     config = small_config(folder, checkpoint={"every": 1, "keep": STEPS})
-    whole = folder / "whole"
-    submit_job(whole, config)
-    assert forked(whole, None)
-    expected = checked(whole)
+    undisturbed = folder / "whole"
+    submit_job(undisturbed, config)
+    assert forked(undisturbed, None)
+    expected = checked(undisturbed)
     killed: list[int] = []
     for kill_at in range(stride, 1000, stride):
         handle = folder / f"killed-{kill_at}"

@@ -25,8 +25,8 @@ def taken(store: JobStore, seconds: float = 60, worker: str = "w", **how: Any) -
 
 def queued(store: JobStore, tenant: str = "acme", *, about: Any = None, plan: Any = None, **terms: Any) -> Job:
     """Create and queue a job with a made-up plan. `terms`: price and the tenant's budget."""
-    made = store.create(tenant, CONFIG, name="support", about=about)
-    return store.queue(taken(store, state="validating", only=made.id), PLAN | (plan or {}), **terms)
+    job = store.create(tenant, CONFIG, name="support", about=about)
+    return store.queue(taken(store, state="validating", only=job.id), PLAN | (plan or {}), **terms)
 
 
 class FixedTerms(TrainingAccount):
@@ -67,8 +67,8 @@ class FakeExecutor(LocalExecutor):
         return handle
 
     def poll(self, handle: str) -> ExitStatus | None:
-        known = handle in self.running or handle in self.validating
-        return self.over.get(handle) if known else ExitStatus("it is gone")
+        is_running = handle in self.running or handle in self.validating
+        return self.over.get(handle) if is_running else ExitStatus("it is gone")
 
     def stop(self, handle: str, *, hard: bool = False) -> None:
         if handle in self.running or handle in self.validating:

@@ -15,8 +15,10 @@ def small_config(folder: Path, steps: int = STEPS, **sections: Any) -> dict[str,
     """Create the base and the rows in `folder`, once; return a job's config."""
     rows = folder / "rows.jsonl"
     if not rows.exists():
-        asked = [f"The printer number {i} {'still ' * (i % 3)}does not work." for i in range(12)]
-        lines = [{"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": "it"}]} for a in asked]
+        questions = [f"The printer number {i} {'still ' * (i % 3)}does not work." for i in range(12)]
+        lines = [
+            {"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": "it"}]} for a in questions
+        ]
         rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return {
         "base": str(tiny_base_dir(folder)),

@@ -83,8 +83,8 @@ def test_client_budget_counts_jobs_and_concurrent_clients(store: JobStore, tenan
         try:
             account.reserve("acme", UNIT)
         except Refused as error:
-            said = "this request costs 1.00, but only 0.00 of this month's training budget is left"
-            return error.status != 402 or said not in error.what
+            message = "this request costs 1.00, but only 0.00 of this month's training budget is left"
+            return error.status != 402 or message not in error.what
         return True
 
     with ThreadPoolExecutor(6) as pool:

@@ -22,16 +22,16 @@ def test_expired_files_are_removed_while_serving(tmp_path: Path) -> None:
         files = open_files(library)
         files.clock = lambda: 1e9  # long ago
         old = files.add("", "old.jsonl", "fine-tune", io.BytesIO(b"{}"), ttl=3600)
-        made = build.training(Service(ToyEngine(text), ToyCatalog(), OpenAccess(), text), library)
+        extension = build.training(Service(ToyEngine(text), ToyCatalog(), OpenAccess(), text), library)
 
         async def live() -> None:
-            await made.start()
+            await extension.start()
             async with asyncio.timeout(20):
                 while list(files.store.walk("tenants")):
                     await asyncio.sleep(0.01)
-            await made.stop()
+            await extension.stop()
 
         asyncio.run(live())
         with pytest.raises(Exception, match="No such File"):
             files.get("", old.id)
-    assert {getattr(route, "path", "") for router in made.routers for route in router.routes} >= {"/v1/files"}
+    assert {getattr(route, "path", "") for router in extension.routers for route in router.routes} >= {"/v1/files"}

@@ -39,8 +39,8 @@ class Shop:
     tenants: Store
 
     def submit(self, after: Mapping[str, Any], **sections: Any) -> Job:
-        given = small_config(self.folder, **sections) | {"output": str(self.folder / "out")}
-        config, _ = config_from(given)
+        settings = small_config(self.folder, **sections) | {"output": str(self.folder / "out")}
+        config, _ = config_from(settings)
         return submit_job(
             self.jobs,
             config,
@@ -62,8 +62,8 @@ class Shop:
         """Return a job that pretends to have made `reference` with these scores, next to a serving version."""
         job = queued(self.jobs, about={"after": parse_after(after, self.folder).model_dump()})
         lease = taken(self.jobs)
-        found = {who: {"exact_match": value} for who, value in (scores or {}).items()}
-        compared = {"scores": found, "serving": None if serving is None else f"acme/support@{serving}"}
+        results = {who: {"exact_match": value} for who, value in (scores or {}).items()}
+        compared = {"scores": results, "serving": None if serving is None else f"acme/support@{serving}"}
         for _ in range(2):  # a kill before the job ended, and again
             place_job(self.jobs, lease, self.tenants, reference, scores and compared)
         self.jobs.finish(lease, result={"reference": reference})
@@ -76,14 +76,14 @@ class Shop:
             write_folder(Adapter({"layer": pair}), self.folder / f"version {n}")
             self.library.add(self.folder / f"version {n}", "acme/support")
 
-    def told(self, job: Job, kind: str) -> list[Any]:
+    def events(self, job: Job, kind: str) -> list[Any]:
         return [event for event in self.jobs.events("acme", job.id, limit=10_000)[0] if event.kind == kind]
 
-    def leads(self, name: str = "support") -> dict[str, Any] | None:
+    def targets(self, name: str = "support") -> dict[str, Any] | None:
         found = self.tenants.refresh().routes.get(("acme", name))
         return None if found is None else {"targets": dict(found.targets), "shadow": found.shadow}
 
-    def moves(self, name: str = "support") -> int:
+    def revision(self, name: str = "support") -> int:
         with reading(self.tenants.engine) as c:
             return len(routes.route_history(c, name, tenant="acme"))
 
@@ -127,14 +127,14 @@ def test_route_follows_the_promotion_rule(
     if before:
         routes.set_route(shop.tenants, "support", [("acme/old@1", 1)], tenant="acme", actor="test")
     job = shop.placed("acme/new@1", scores, {"route": {"name": "support", **route}, **rule})
-    assert shop.leads() == leads
-    assert len(shop.told(job, "route")) == 1
-    assert leads == (OLD if before else None) or shop.moves() == 1 + before
+    assert shop.targets() == leads
+    assert len(shop.events(job, "route")) == 1
+    assert leads == (OLD if before else None) or shop.revision() == 1 + before
     promote_job(shop.jobs, shop.tenants, "acme", job.id)
     promote_job(shop.jobs, shop.tenants, "acme", job.id)
-    assert shop.leads() == NEW
+    assert shop.targets() == NEW
     rollback_job(shop.jobs, shop.tenants, "acme", job.id)
-    assert shop.leads() == (OLD if before else None)
+    assert shop.targets() == (OLD if before else None)
     with pytest.raises(ConfigError, match="is not where job") as refused:
         rollback_job(shop.jobs, shop.tenants, "acme", job.id)
     assert refused.value.fix == "veneer tenant route history support --tenant acme"
@@ -145,8 +145,8 @@ def test_route_moved_by_another_is_unchanged(shop: Shop) -> None:
     after = {"route": {"name": "support"}}
     job = shop.placed("acme/new@1", None, after)
     waiting = shop.placed("acme/new@1", None, after)
-    (told,) = shop.told(waiting, "route")
-    assert (told.level, "shared out already" in told.message) == ("warn", True)
+    (event,) = shop.events(waiting, "route")
+    assert (event.level, "shared out already" in event.message) == ("warn", True)
     assert shop.jobs.get("acme", waiting.id).state == "succeeded"
     with pytest.raises(ConfigError, match="did not move support"):
         rollback_job(shop.jobs, shop.tenants, "acme", waiting.id)
@@ -155,7 +155,7 @@ def test_route_moved_by_another_is_unchanged(shop: Shop) -> None:
         rollback_job(shop.jobs, shop.tenants, "acme", job.id)
     promote_job(shop.jobs, shop.tenants, "acme", job.id)
     rollback_job(shop.jobs, shop.tenants, "acme", job.id)  # to theirs, not to what was before it
-    assert shop.leads() == {"targets": {"acme/old@1": 5}, "shadow": None}
+    assert shop.targets() == {"targets": {"acme/old@1": 5}, "shadow": None}
 
 
 def test_job_is_compared_with_the_serving_version(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,9 +164,9 @@ def test_job_is_compared_with_the_serving_version(shop: Shop, monkeypatch: pytes
     from veneer.train.text.evaluate import score_mixes
     from veneer.train.text.rows import read_rows
 
-    held = shop.folder / "held.jsonl"
+    held_out = shop.folder / "held.jsonl"
     small_config(shop.folder)
-    held.write_text("".join((shop.folder / "rows.jsonl").read_text().splitlines(keepends=True)[:3]))
+    held_out.write_text("".join((shop.folder / "rows.jsonl").read_text().splitlines(keepends=True)[:3]))
     after = {
         "evaluate": {"data": "held.jsonl", "metrics": ["loss"]},
         "route": {"name": "support"},
@@ -186,23 +186,23 @@ def test_job_is_compared_with_the_serving_version(shop: Shop, monkeypatch: pytes
         monkeypatch.setattr(f"{module}.load_text", counting)
     shop.work()
     assert loaded == [str(shop.folder / "tiny-base")]
-    assert shop.leads() == {"targets": {"acme/support@1": 1}, "shadow": None}
+    assert shop.targets() == {"targets": {"acme/support@1": 1}, "shadow": None}
     second = shop.submit(after, schedule={"steps": 6})
     shop.work()
-    (told,) = shop.told(second, "evaluation")
+    (event,) = shop.events(second, "evaluation")
     base = load_text(str(shop.folder / "tiny-base"))
     mixes: Any = {"base": [], "serving": ["acme/support@1"], "new": ["acme/support@2"]}
     mixes = {k: [(str(shop.library.resolve(x)), 1.0) for x in v] for k, v in mixes.items()}
-    apart = score_mixes(base, read_rows(str(held))[0], mixes, generate=False)
-    for who, scores in told.data["scores"].items():
-        assert scores["loss"] == pytest.approx(apart[who].loss, rel=1e-5)
-    assert told.data["serving"] == "acme/support@1"
-    assert shop.leads() == {"targets": {"acme/support@2": 1}, "shadow": None}
-    kept = read_card(shop.library.resolve("acme/support@2")).card.metrics["held_out"]
-    assert (kept["adapter"], kept["served"]) == (told.data["scores"]["new"], "acme/support@1")
-    assert json.dumps(kept["serving"]) == json.dumps(told.data["scores"]["serving"])
+    separate = score_mixes(base, read_rows(str(held_out))[0], mixes, generate=False)
+    for side, scores in event.data["scores"].items():
+        assert scores["loss"] == pytest.approx(separate[side].loss, rel=1e-5)
+    assert event.data["serving"] == "acme/support@1"
+    assert shop.targets() == {"targets": {"acme/support@2": 1}, "shadow": None}
+    card_scores = read_card(shop.library.resolve("acme/support@2")).card.metrics["held_out"]
+    assert (card_scores["adapter"], card_scores["served"]) == (event.data["scores"]["new"], "acme/support@1")
+    assert json.dumps(card_scores["serving"]) == json.dumps(event.data["scores"]["serving"])
     rollback_job(shop.jobs, shop.tenants, "acme", second.id)
-    assert shop.leads() == {"targets": {"acme/support@1": 1}, "shadow": None}
+    assert shop.targets() == {"targets": {"acme/support@1": 1}, "shadow": None}
 
 
 @pytest.mark.parametrize(
@@ -218,19 +218,19 @@ def test_alias_follows_the_promotion_rule(
     """A kill moves the alias once; then a person promotes and rolls back."""
 
     def points() -> int | None:
-        found = shop.library.search(name="acme/support", all_versions=True)
-        return next((version.version for version in found if "prod" in version.aliases), None)
+        versions = shop.library.search(name="acme/support", all_versions=True)
+        return next((version.version for version in versions if "prod" in version.aliases), None)
 
     shop.add_versions(2)
     if before is not None:
         shop.library.alias(f"acme/support@{before}", "prod")
     job = shop.placed("acme/support@2", scores, {"alias": "prod", **rule}, serving=before)
     assert points() == now
-    assert len(shop.told(job, "alias")) == 1
+    assert len(shop.events(job, "alias")) == 1
     for _ in range(2):
-        place = promote_job(shop.jobs, None, "acme", job.id)
-    assert (points(), place.text) == (2, "acme/support@prod points to acme/support@2")
-    assert place.json == {"alias": "acme/support@prod", "version": "acme/support@2"}
+        placement = promote_job(shop.jobs, None, "acme", job.id)
+    assert (points(), placement.text) == (2, "acme/support@prod points to acme/support@2")
+    assert placement.json == {"alias": "acme/support@prod", "version": "acme/support@2"}
     rollback_job(shop.jobs, None, "acme", job.id)
     assert points() == before
     with pytest.raises(ConfigError, match="is not where job"):
@@ -241,8 +241,8 @@ def test_alias_moved_by_another_is_unchanged(shop: Shop) -> None:
     shop.add_versions(3)
     shop.library.alias("acme/support@2", "prod")
     job = shop.placed("acme/support@3", BETTER, {"alias": "prod", **RULE}, serving=1)
-    (told,) = shop.told(job, "alias")
-    assert (told.level, "was changed since" in told.message) == ("warn", True)
+    (event,) = shop.events(job, "alias")
+    assert (event.level, "was changed since" in event.message) == ("warn", True)
     assert shop.library.find("acme/support@prod").version == 2
     with pytest.raises(ConfigError, match="did not move acme/support@prod"):
         rollback_job(shop.jobs, None, "acme", job.id)

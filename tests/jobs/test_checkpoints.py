@@ -18,9 +18,9 @@ from veneer.models.text.base import load_text
 
 def test_omitted_checkpoint_is_a_warning_with_the_reason(tmp_path: Path) -> None:
     base = load_text(str(tiny_base_dir(tmp_path)))
-    made = create(base.model, LoraSpec(rank=2, targets="q_proj"), seed=0)
-    peft.write_folder(made, tmp_path / "adapter")
-    tensors = dict(made.tensors())
+    adapter = create(base.model, LoraSpec(rank=2, targets="q_proj"), seed=0)
+    peft.write_folder(adapter, tmp_path / "adapter")
+    tensors = dict(adapter.tensors())
     first = next(iter(tensors))
     states = {
         1: tensors,
@@ -32,11 +32,11 @@ def test_omitted_checkpoint_is_a_warning_with_the_reason(tmp_path: Path) -> None
         folder = tmp_path / "run" / "checkpoints" / f"step-{step:08}"
         folder.mkdir(parents=True)
         write_tensors(folder / "adapter.safetensors", state)
-    told: list[str] = []
+    messages: list[str] = []
     library = open_library(tmp_path / "library")
-    found = publish_checkpoints(library, "job", tmp_path / "run", tmp_path / "adapter", told.append)
-    assert found == {1: "job@1"}
-    lacking, more, other = told
+    references = publish_checkpoints(library, "job", tmp_path / "run", tmp_path / "adapter", messages.append)
+    assert references == {1: "job@1"}
+    lacking, more, different = messages
     assert f"step 2 was not added to the library: the checkpoint lacks {first}" in lacking
     assert "step 3 was not added to the library: the checkpoint has more" in more
-    assert f"step 4 was not added to the library: {first} is (5, 5) in the checkpoint" in other
+    assert f"step 4 was not added to the library: {first} is (5, 5) in the checkpoint" in different

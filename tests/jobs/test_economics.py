@@ -22,7 +22,7 @@ START = 1_793_491_200.0  # 2026-11-01 00:00 UTC
 DAY = 86400.0
 
 
-def served(tenant: str, adapter: str, number: int, prefill: float, decode: float, price: int) -> OwedEntry:
+def owed_entry(tenant: str, adapter: str, number: int, prefill: float, decode: float, price: int) -> OwedEntry:
     """Return a request with 1,000 completion tokens, at a price in units per thousand."""
     lines = (LedgerLine(f"d-{adapter}", adapter, 1.0, Price(0, 0, price * 1000 * UNIT)),)
     entry = LedgerEntry(f"{tenant}{adapter}{number}", tenant, "word", START + number, 0, 1000, lines)
@@ -33,8 +33,8 @@ def served(tenant: str, adapter: str, number: int, prefill: float, decode: float
 def tenants(quick: Path) -> Store:  # noqa: F811
     """Four requests of acme's, 3 s and 27 s each (two versions), at 30; one of globex's, 40 s, at 20."""
     store = Store(str(quick / "tenants.sqlite"))
-    owed = [served("acme", f"acme/support@{1 + n % 2}", n, 3.0, 27.0, 30) for n in range(4)]
-    owed += [served("globex", "base", 0, 40.0, 0.0, 20)]
+    owed = [owed_entry("acme", f"acme/support@{1 + n % 2}", n, 3.0, 27.0, 30) for n in range(4)]
+    owed += [owed_entry("globex", "base", 0, 40.0, 0.0, 20)]
     with write_transaction(store.engine) as c:
         post(c, "00112233aabbccdd", owed, START)
     return store
@@ -58,7 +58,7 @@ def test_economics_equal_hand_arithmetic(store: JobStore, tenants: Store) -> Non
     billed(store, "acme", "support", "failed", 1800.0, 0)
     billed(store, "globex", "draft", "succeeded", 3600.0, 9 * UNIT)
     prices = {"dedicated": UNIT, "training": 32 * UNIT}
-    found = economics(tenants, store, 2 * UNIT, **prices, now=START + 2 * DAY)
+    result = economics(tenants, store, 2 * UNIT, **prices, now=START + 2 * DAY)
     # 48 h at 2 are 96; of 4 · 30 s + 40 s = 160 s three quarters are acme's.
     # acme: 72 for 4 requests, 18 each; it pays 30 each: 12 more. 2 h of training at 32 are 64, 4 of them paid: 60/12.
     # One hour alone costs 1: 24 a day, as much as 24/18 requests that are shared.
@@ -86,15 +86,15 @@ def test_economics_equal_hand_arithmetic(store: JobStore, tenants: Store) -> Non
     draft = EconomicsRow(
         "globex", "globex/draft", 1, 3600.0, 32 * UNIT, 9 * UNIT, 0, 0.0, 0, 0, 48 * UNIT, None, None, None, None
     )
-    assert (found.since, found.hours) == ("2026-11-01", 48.0)
-    assert list(found.rows) == [acme, base, draft]
-    own = economics(tenants, store, 2 * UNIT, **prices, tenant="acme", now=START + 2 * DAY)
-    assert list(own.rows) == [acme], "what others made the machine work counts all the same"
+    assert (result.since, result.hours) == ("2026-11-01", 48.0)
+    assert list(result.rows) == [acme, base, draft]
+    of_acme = economics(tenants, store, 2 * UNIT, **prices, tenant="acme", now=START + 2 * DAY)
+    assert list(of_acme.rows) == [acme], "what others made the machine work counts all the same"
 
 
 def test_economics_use_the_given_hours_and_days(store: JobStore, tenants: Store) -> None:
-    whole = economics(tenants, None, 2 * UNIT, hours=10.0).rows
-    assert sum(row.serving for row in whole) == 20 * UNIT
+    rows = economics(tenants, None, 2 * UNIT, hours=10.0).rows
+    assert sum(row.serving for row in rows) == 20 * UNIT
     day = economics(tenants, None, 2 * UNIT, since="2026-11-01", until="2026-11-01", now=START + 30 * DAY)
     assert day.hours == 24.0
     assert economics(tenants, None, 2 * UNIT, since="2026-11-01", now=START + DAY / 4).hours == 6.0

@@ -23,12 +23,12 @@ def planned(store: JobStore, peak: int, device: str = "cpu") -> Job:
     return queued(store, plan={"peak_bytes": peak, "device": {"name": device}})
 
 
-def ended(executor: LocalExecutor, handle: str) -> ExitStatus:
+def wait_for_exit(executor: LocalExecutor, handle: str) -> ExitStatus:
     end = time.monotonic() + 60
-    while (found := executor.poll(handle)) is None:
+    while (status := executor.poll(handle)) is None:
         assert time.monotonic() < end
         time.sleep(0.01)
-    return found
+    return status
 
 
 @pytest.mark.parametrize(("hard", "signal"), [(False, "SIGTERM"), (True, "SIGKILL")])
@@ -37,7 +37,7 @@ def test_process_is_terminated_or_killed(library: Library, store: JobStore, hard
     handle = executor.start(JobLease(job, "token"), {})
     assert executor.poll(handle) is None
     executor.stop(handle, hard=hard)
-    assert ended(executor, handle) == ExitStatus(f"ended by {signal}")
+    assert wait_for_exit(executor, handle) == ExitStatus(f"ended by {signal}")
     assert executor.poll(handle) == ExitStatus("it is not a process of this worker")
     executor.stop(handle)  # it is gone: nothing to do
 
@@ -49,9 +49,9 @@ def test_process_over_its_plan_is_killed(library: Library, store: JobStore, monk
     handle = executor.start(JobLease(job, "token"), {})
     assert executor.poll(handle) is None
     holds["rss"] += 1
-    found = ended(executor, handle)
-    assert found.memory
-    assert "are the most by its plan" in found.why
+    status = wait_for_exit(executor, handle)
+    assert status.memory
+    assert "are the most by its plan" in status.why
 
 
 def test_process_arguments_have_no_lease(library: Library, store: JobStore) -> None:
@@ -62,7 +62,7 @@ def test_process_arguments_have_no_lease(library: Library, store: JobStore) -> N
     until(lambda: "veneer.jobs.process" in process.cmdline())  # until exec, the child is a fork of this process
     arguments = " ".join(process.cmdline())
     executor.stop(handle, hard=True)
-    ended(executor, handle)
+    wait_for_exit(executor, handle)
     assert "token-of-the-lease" not in arguments
     assert "secret" not in arguments
 

@@ -29,10 +29,10 @@ HOUR = 3600.0
 @pytest.fixture
 def files(library: Library) -> Files:
     """Files whose clock stands still until a test sets another."""
-    made = open_files(library, Quotas(QuotaLimits(disk=2000, files=8)))
-    now = made.clock()
-    made.clock = lambda: now
-    return made
+    opened = open_files(library, Quotas(QuotaLimits(disk=2000, files=8)))
+    now = opened.clock()
+    opened.clock = lambda: now
+    return opened
 
 
 def later(files: Files, seconds: float) -> None:
@@ -40,7 +40,7 @@ def later(files: Files, seconds: float) -> None:
     files.clock = lambda: now
 
 
-def kept(files: Files) -> set[str]:
+def stored_hashes(files: Files) -> set[str]:
     """Return the sha256 of all stored bytes."""
     return {path.rpartition("/")[2] for path, _, _ in files.store.walk("tenants")}
 
@@ -54,13 +54,13 @@ def sha(data: bytes) -> str:
 
 
 def test_file_is_stored_unchanged(files: Files, tmp_path: Path) -> None:
-    made = files.get("acme", add(files, "acme", name="C:\\data\\../support rows.jsonl"))
-    assert (made.filename, made.bytes, made.sha256) == ("support rows.jsonl", len(ROWS), sha(ROWS))
-    with files.open(made) as source:
+    file = files.get("acme", add(files, "acme", name="C:\\data\\../support rows.jsonl"))
+    assert (file.filename, file.bytes, file.sha256) == ("support rows.jsonl", len(ROWS), sha(ROWS))
+    with files.open(file) as source:
         assert source.read() == ROWS
     files.delete("acme", add(files, "acme"))
-    copy = files.copy_to(made, tmp_path)
-    files.delete("acme", made.id)
+    copy = files.copy_to(file, tmp_path)
+    files.delete("acme", file.id)
     assert (copy.parent, copy.name, copy.read_bytes()) == (tmp_path, "support rows.jsonl", ROWS)
 
 
@@ -68,35 +68,35 @@ def test_files_work_in_a_remote_store(quick: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("VENEER_HOME", str(quick / "home"))
     with open_library(f"memory://{quick.name}") as library:
         files = open_files(library)
-        made = files.get("acme", add(files, "acme"))
-        with files.open(made) as source:
+        file = files.get("acme", add(files, "acme"))
+        with files.open(file) as source:
             assert source.read() == ROWS
-        files.delete("acme", made.id)
-        assert kept(files) == set()
+        files.delete("acme", file.id)
+        assert stored_hashes(files) == set()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="rights of POSIX")
 def test_files_are_private_to_the_user(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Databases and folders of tenants, jobs and files; new ones, and existing ones with open permissions."""
     monkeypatch.setenv("VENEER_HOME", str(quick / "home"))
-    before = os.umask(0o022)
+    umask = os.umask(0o022)
     try:
         for again in range(2):
             with open_library(quick / "library") as library, closing(Store(str(quick / "tenants.sqlite"))) as tenants:
-                jobs, made = JobStore(library), open_files(library)
-                made.add("acme", "a.jsonl", "fine-tune", io.BytesIO(b"{}"))
+                jobs, files = JobStore(library), open_files(library)
+                files.add("acme", "a.jsonl", "fine-tune", io.BytesIO(b"{}"))
                 jobs.create("acme", {}, name="x").make_folder()
                 manage.add_tenant(tenants, f"t{again}", actor="test")
-                held = [*quick.glob("*.sqlite*"), *(quick / "library").glob("index.sqlite*")]
-                assert len(held) == 6  # with SQLite's own files beside them
-                assert [stat.S_IMODE(path.stat().st_mode) for path in held] == [0o600] * 6
+                databases = [*quick.glob("*.sqlite*"), *(quick / "library").glob("index.sqlite*")]
+                assert len(databases) == 6  # with SQLite's own files together them
+                assert [stat.S_IMODE(path.stat().st_mode) for path in databases] == [0o600] * 6
                 for folder in (quick / "library" / "uploads", quick / "home" / "jobs"):
                     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
                     folder.chmod(0o755)
                 for path in (quick / "tenants.sqlite", quick / "library" / "index.sqlite"):
                     path.chmod(0o644)
     finally:
-        os.umask(before)
+        os.umask(umask)
 
 
 def test_files_are_private_to_the_tenant(files: Files) -> None:
@@ -120,9 +120,9 @@ def test_files_are_private_to_the_tenant(files: Files) -> None:
 def test_bytes_are_deleted_with_their_last_file(files: Files) -> None:
     first, second = add(files, "acme"), add(files, "acme")
     files.delete("acme", first)
-    assert kept(files) == {sha(ROWS)}
+    assert stored_hashes(files) == {sha(ROWS)}
     files.delete("acme", second)
-    assert kept(files) == set()
+    assert stored_hashes(files) == set()
     with pytest.raises(Refused, match="No such File"):
         files.delete("acme", second)
 
@@ -133,11 +133,11 @@ def test_concurrent_delete_keeps_bytes_of_a_new_file(files: Files) -> None:
     begin, done = files.store.size, []
 
     def size(path: str) -> int | None:
-        found = begin(path)
+        size_now = begin(path)
         if not done:
             done.append(path)
             files.delete("acme", first)
-        return found
+        return size_now
 
     files.store.size = size
     second = add(files, "acme")
@@ -147,40 +147,40 @@ def test_concurrent_delete_keeps_bytes_of_a_new_file(files: Files) -> None:
 
 def test_pages_list_every_file_once(files: Files) -> None:
     ids = [add(files, "acme", b"%d" % n) for n in range(7)]
-    for newest_first, wanted in ((True, ids[::-1]), (False, ids)):
-        seen: list[str] = []
+    for newest_first, expected in ((True, ids[::-1]), (False, ids)):
+        listed: list[str] = []
         more = True
         while more:
-            page, more = files.list("acme", limit=3, after=seen[-1] if seen else None, newest_first=newest_first)
-            seen += [file.id for file in page]
-        assert seen == wanted
+            page, more = files.list("acme", limit=3, after=listed[-1] if listed else None, newest_first=newest_first)
+            listed += [file.id for file in page]
+        assert listed == expected
     assert files.list("acme", purpose="fine-tune-results")[0] == []
 
 
 def test_file_expires_on_time(files: Files) -> None:
-    id, other = add(files, "acme", ttl=HOUR), add(files, "acme", b"kept")
+    id, unlimited = add(files, "acme", ttl=HOUR), add(files, "acme", b"kept")
     later(files, HOUR - 1)
     files.sweep()
     assert files.get("acme", id).id == id
     later(files, 1)
     with pytest.raises(Refused, match="No such File"):
         files.get("acme", id)
-    assert [file.id for file in files.list("acme")[0]] == [other]
+    assert [file.id for file in files.list("acme")[0]] == [unlimited]
     assert files.sweep() == 1
-    assert kept(files) == {sha(b"kept")}
+    assert stored_hashes(files) == {sha(b"kept")}
 
 
 def test_many_files_expire_in_few_transactions(files: Files) -> None:
     """There are more files, each with its own bytes, than a statement can have values."""
     files.quotas, now, count = Quotas(), files.clock(), 1200
-    whole = b"".join(b"%04d" % n for n in range(count))
+    content = b"".join(b"%04d" % n for n in range(count))
     rows: list[dict[str, object]] = []
     for n in range(count):
-        data = whole[4 * n : 4 * n + 4]
+        data = content[4 * n : 4 * n + 4]
         path = f"tenants/acme/blobs/{sha(data)[:2]}/{sha(data)}"
         files.store.put(path, data, sha(data))
-        made = UploadedFile(f"file-{n}", "acme", "a.jsonl", "fine-tune", 4, sha(data), now, now + HOUR)
-        rows.append(vars(made))
+        file = UploadedFile(f"file-{n}", "acme", "a.jsonl", "fine-tune", 4, sha(data), now, now + HOUR)
+        rows.append(vars(file))
     with files.engine.begin() as c:
         for at in range(0, count, 100):
             c.execute(insert(job_file_table), rows[at : at + 100])
@@ -199,7 +199,7 @@ def test_many_files_expire_in_few_transactions(files: Files) -> None:
     assert files.sweep() == count
     assert commits[0] < 100
     assert most[0] < 1000
-    assert kept(files) == {sha(b"0007")}
+    assert stored_hashes(files) == {sha(b"0007")}
 
 
 def test_sweep_removes_only_leftovers_of_a_kill(files: Files) -> None:
@@ -208,7 +208,7 @@ def test_sweep_removes_only_leftovers_of_a_kill(files: Files) -> None:
     class Killed(BaseException):
         pass
 
-    id, before = add(files, "acme"), files.clock
+    id, clock = add(files, "acme"), files.clock
 
     def write() -> None:
         add(files, "acme", b"never said to be there")
@@ -217,12 +217,12 @@ def test_sweep_removes_only_leftovers_of_a_kill(files: Files) -> None:
     with pytest.raises(Refused, match="0"):  # as good as a kill there: the row was not written
         write()
     files.quotas = check
-    assert kept(files) == {sha(ROWS), sha(b"never said to be there")}
+    assert stored_hashes(files) == {sha(ROWS), sha(b"never said to be there")}
     files.sweep()  # perhaps its row is on its way
-    assert len(kept(files)) == 2
-    files.clock = lambda: before() + 2 * HOUR
+    assert len(stored_hashes(files)) == 2
+    files.clock = lambda: clock() + 2 * HOUR
     assert files.sweep() == 1
-    assert kept(files) == {sha(ROWS)}
+    assert stored_hashes(files) == {sha(ROWS)}
     assert files.get("acme", id)
 
 

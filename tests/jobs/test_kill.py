@@ -30,8 +30,8 @@ def test_job_survives_a_kill_at_every_commit(quick: Path, stride: int) -> None: 
     twelfth commit, in the slow test at each."""
     log = quick / "said"
     command = ["-m", "tests.jobs.driver", str(quick), str(stride)]
-    ended = Forked(command, env=os.environ, log=log, cwd=ROOT).wait()
-    assert ended == 0, log.read_text()[-5000:]
+    code = Forked(command, env=os.environ, log=log, cwd=ROOT).wait()
+    assert code == 0, log.read_text()[-5000:]
     assert len(json.loads(log.read_text().splitlines()[-1])) > 1
 
 
@@ -42,21 +42,21 @@ def test_second_worker_continues_a_killed_workers_job(quick: Path) -> None:  # n
     with open_library(quick / "library") as library:
         store = JobStore(library)
         config = small_config(quick, 300, checkpoint={"every": 5})
-        made = store.create("acme", config, name="support")
+        created = store.create("acme", config, name="support")
         command = ["worker", "--library", library.location, "--lease-seconds", "2"]
         worker = subprocess.Popen([sys.executable, "-m", "veneer.cli.main", *command], cwd=ROOT, env=env)
-        until(lambda: len(store.checkpoints("acme", made.id)) > 1, 300)
-        child = int(store.get("acme", made.id).place.rpartition(" ")[2])
+        until(lambda: len(store.checkpoints("acme", created.id)) > 1, 300)
+        child = int(store.get("acme", created.id).place.rpartition(" ")[2])
         worker.kill()
         worker.wait()
         until(lambda: not psutil.pid_exists(child), 300)
         time.sleep(2)
-        before = store.get("acme", made.id)
-        assert (before.state, before.attempt) == ("running", 1)
+        running = store.get("acme", created.id)
+        assert (running.state, running.attempt) == ("running", 1)
         Worker(library, LocalExecutor(), lease=5).run(until_idle=True)
-        job = store.get("acme", made.id)
+        job = store.get("acme", created.id)
         assert (job.state, job.attempt, job.step) == ("succeeded", 2, 300)
-        events, _ = store.events("acme", made.id, limit=10_000)
+        events, _ = store.events("acme", created.id, limit=10_000)
         assert [e.data["step"] for e in events if e.kind == "metrics"] == [*range(1, 301)]
         (resumed,) = [e.message for e in events if e.message.startswith("resuming after step")]
         assert int(resumed.split()[3]) >= 5

@@ -51,9 +51,9 @@ class Cluster:
         if self.refuse:
             return self.refuse, status_of(self.refuse, "Forbidden" if self.refuse == 403 else "InternalError")
         if path.startswith("/api/v1/namespaces/training/pods"):
-            ended = {"exitCode": 137, "reason": self.reason, "startedAt": "2026-11-28T12:00:00Z"}
+            terminated = {"exitCode": 137, "reason": self.reason, "startedAt": "2026-11-28T12:00:00Z"}
             container = {"name": "train", "image": "x", "imageID": "y", "ready": False, "restartCount": 0}
-            container["state"] = {"terminated": ended}
+            container["state"] = {"terminated": terminated}
             pod = {"metadata": {"name": "a-pod"}, "status": {"phase": "Failed", "containerStatuses": [container]}}
             return 200, {"kind": "PodList", "apiVersion": "v1", "metadata": {}, "items": [pod]}
         handle = re.fullmatch(r"/apis/batch/v1/namespaces/training/jobs(?:/([a-z0-9-]+))?(/status)?(?:\?.*)?", path)
@@ -78,13 +78,13 @@ def status_of(code: int, reason: str) -> dict[str, Any]:
 
 @pytest.fixture
 def cluster() -> Iterator[tuple[Cluster, Any]]:
-    kept = Cluster()
+    state = Cluster()
 
     class Handler(BaseHTTPRequestHandler):
         def handle_any(self) -> None:
             length = int(self.headers.get("Content-Length") or 0)
             body = json.loads(self.rfile.read(length)) if length else None
-            code, answer = kept.answer(self.command, self.path, body)
+            code, answer = state.answer(self.command, self.path, body)
             data = json.dumps(answer).encode()
             self.send_response(code)
             self.send_header("Content-Type", "application/json")
@@ -103,7 +103,7 @@ def cluster() -> Iterator[tuple[Cluster, Any]]:
     settings = client.Configuration(host=f"http://127.0.0.1:{server.server_port}")
     settings.retries = False
     with client.ApiClient(settings) as api:
-        yield kept, api
+        yield state, api
     server.shutdown()
     thread.join()
     server.server_close()
@@ -117,16 +117,16 @@ def lease(tmp_path: Path) -> JobLease:
         return taken(store)
 
 
-def made(api: Any, **options: Any) -> KubernetesExecutor:
+def executor_of(api: Any, **options: Any) -> KubernetesExecutor:
     return KubernetesExecutor(image="registry/veneer:1.0", namespace="training", api=api, **options)
 
 
 def test_kubernetes_job_from_start_to_end(cluster: tuple[Cluster, Any], lease: JobLease) -> None:
-    kept, api = cluster
-    executor = made(api, claim="veneer-home", secret="veneer", gpus=1, grace=30)
+    state, api = cluster
+    executor = executor_of(api, claim="veneer-home", secret="veneer", gpus=1, grace=30)
     handle = executor.start(lease, ENVIRONMENT)
     assert executor.start(lease, ENVIRONMENT) == handle  # asked twice, started once
-    body = kept.jobs[handle]
+    body = state.jobs[handle]
     assert re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", handle)  # what may be a name there (RFC 1123)
     assert body["spec"]["backoffLimit"] == 0
     pod = body["spec"]["template"]["spec"]
@@ -134,9 +134,9 @@ def test_kubernetes_job_from_start_to_end(cluster: tuple[Cluster, Any], lease: J
     python, dash, module, file = container["command"]
     assert (python, dash, module) == ("python", "-m", "veneer.jobs.process")
     assert oct(Path(file).stat().st_mode & 0o777) == "0o600"
-    given = json.loads(Path(file).read_text())
-    assert (given["job"], given["token"]) == (lease.job.id, lease.token)
-    assert given["environment"] == {key: ENVIRONMENT[key] for key in ("VENEER_HOME", "VENEER_LIBRARY")}
+    handover = json.loads(Path(file).read_text())
+    assert (handover["job"], handover["token"]) == (lease.job.id, lease.token)
+    assert handover["environment"] == {key: ENVIRONMENT[key] for key in ("VENEER_HOME", "VENEER_LIBRARY")}
     assert container["resources"]["limits"] == {"memory": str((3 << 30) + (512 << 20)), "nvidia.com/gpu": "1"}
     assert (pod["restartPolicy"], pod["terminationGracePeriodSeconds"]) == ("Never", 30)
     assert container["volumeMounts"][0]["mountPath"] == "/veneer"
@@ -144,47 +144,47 @@ def test_kubernetes_job_from_start_to_end(cluster: tuple[Cluster, Any], lease: J
     assert lease.token not in json.dumps(body)
     assert executor.poll(handle) is None
     body["status"] = DONE
-    ended = executor.poll(handle)
-    assert not ended.memory
+    status = executor.poll(handle)
+    assert not status.memory
     body["status"] = FAILED
-    ended = executor.poll(handle)
-    assert "BackoffLimitExceeded: Job has reached the specified backoff limit" in ended.why
-    kept.reason = "OOMKilled"
-    ended = executor.poll(handle)
-    assert ended.memory
+    status = executor.poll(handle)
+    assert "BackoffLimitExceeded: Job has reached the specified backoff limit" in status.why
+    state.reason = "OOMKilled"
+    status = executor.poll(handle)
+    assert status.memory
 
 
 def test_manifest_without_a_secret_has_no_password(cluster: tuple[Cluster, Any], lease: JobLease) -> None:
-    kept, api = cluster
-    handle = made(api).start(lease, ENVIRONMENT)
-    assert "secret@" not in json.dumps(kept.jobs[handle])
-    file = Path(kept.jobs[handle]["spec"]["template"]["spec"]["containers"][0]["command"][-1])
+    state, api = cluster
+    handle = executor_of(api).start(lease, ENVIRONMENT)
+    assert "secret@" not in json.dumps(state.jobs[handle])
+    file = Path(state.jobs[handle]["spec"]["template"]["spec"]["containers"][0]["command"][-1])
     assert json.loads(file.read_text())["environment"] == ENVIRONMENT
 
 
 def test_soft_stop_waits_for_the_pod(cluster: tuple[Cluster, Any], lease: JobLease) -> None:
-    kept, api = cluster
-    executor = made(api)
+    state, api = cluster
+    executor = executor_of(api)
     handle = executor.start(lease, ENVIRONMENT)
     executor.stop(handle)
-    assert "propagationPolicy=Foreground" in kept.asked[-1][1]
-    assert "gracePeriodSeconds" not in kept.asked[-1][1]
-    ended = executor.poll(handle)
-    assert "does not know it" in ended.why
+    assert "propagationPolicy=Foreground" in state.asked[-1][1]
+    assert "gracePeriodSeconds" not in state.asked[-1][1]
+    status = executor.poll(handle)
+    assert "does not know it" in status.why
     executor.stop(handle, hard=True)  # it is gone: nothing to do
-    assert "gracePeriodSeconds=0" in kept.asked[-1][1]
+    assert "gracePeriodSeconds=0" in state.asked[-1][1]
 
 
 def test_errors_of_the_cluster_are_told_apart(cluster: tuple[Cluster, Any], lease: JobLease) -> None:
-    kept, api = cluster
-    executor = made(api)
-    kept.refuse = 403
+    state, api = cluster
+    executor = executor_of(api)
+    state.refuse = 403
     with pytest.raises(ConfigError, match=r"answered 403(.|\n)*the rights of this worker"):
         executor.start(lease, ENVIRONMENT)
-    kept.refuse = 500
+    state.refuse = 500
     with pytest.raises(UnavailableError, match="answered 500"):
         executor.poll("a-place")
     settings = client.Configuration(host="http://127.0.0.1:9")
     settings.retries = False
     with client.ApiClient(settings) as nobody, pytest.raises(UnavailableError, match="does not answer"):
-        made(nobody).poll("a-place")
+        executor_of(nobody).poll("a-place")

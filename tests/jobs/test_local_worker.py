@@ -13,18 +13,18 @@ from veneer.jobs.local_worker import background_worker
 
 def test_worker_arguments_have_no_password(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("VENEER_HOME", str(tmp_path))
-    before, end = psutil.Process().children(), time.monotonic() + 30
+    earlier, end = psutil.Process().children(), time.monotonic() + 30
     with background_worker(
         library=str(tmp_path / "library"), tenants="postgresql://u:secret@h/d", log=lambda text: None
     ):
-        while not (found := [each for each in psutil.Process().children() if each not in before]):
+        while not (started := [each for each in psutil.Process().children() if each not in earlier]):
             assert time.monotonic() < end
             time.sleep(0.01)
         while "veneer.cli.main" not in (
-            arguments := found[0].cmdline()
+            arguments := started[0].cmdline()
         ):  # until exec, the child is a fork of this process
             assert time.monotonic() < end
             time.sleep(0.01)
-        variables = found[0].environ()
+        variables = started[0].environ()
     assert "secret" not in " ".join(arguments)
     assert variables["VENEER_TENANTS"] == "postgresql://u:secret@h/d"

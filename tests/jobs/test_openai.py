@@ -25,14 +25,14 @@ from veneer.library.library import open_library
 def test_errors_name_uploaded_files(quick: Path, data: dict[str, object]) -> None:  # noqa: F811
     with open_library(quick / "library") as library:
         store = JobStore(library)
-        made = store.create("acme", {"base": {"name": "smollm2-135m"}, "data": data}, name="support")
-        lease = store.acquire("here", 60, "validating", only=made.id)
+        job = store.create("acme", {"base": {"name": "smollm2-135m"}, "data": data}, name="support")
+        lease = store.acquire("here", 60, "validating", only=job.id)
         where = "/secret/place/a.jsonl" if "train" in data else "/secret/place/drawings"
         event = JobEvent("warn", "preflight", f"{where}:3 is no row", {"findings": [{"text": f"see {where}:3"}]})
-        told = str(event_to_openai(made, event))
+        text_of_event = str(event_to_openai(job, event))
         failed = store.finish(lease, error={"kind": "data", "message": "no row", "where": f"{where}/x:3"})
         error = str(error_to_openai(failed))
-    for text in (told, error):
+    for text in (text_of_event, error):
         assert "/secret" not in text
         assert Path(where).name in text
 
@@ -49,27 +49,27 @@ def failed_job(quick: Path, method: str = "supervised", **error: str) -> Job:  #
     with open_library(quick / "library") as library:
         store = JobStore(library)
         config = {"base": {"name": "smollm2-135m"}, "data": {"train": "/secret/data.jsonl"}, "seed": 1}
-        asked: dict[str, Any] = {**ASKED, "kind": method}
+        request: dict[str, Any] = {**ASKED, "kind": method}
         if method != "supervised":
-            asked["hyperparameters"] = {**asked["hyperparameters"], "beta": 0.2}
-        made = store.create("acme", config, name="support", about={"openai": asked})
-        lease = store.acquire("here", 60, "validating", only=made.id)
+            request["hyperparameters"] = {**request["hyperparameters"], "beta": 0.2}
+        job = store.create("acme", config, name="support", about={"openai": request})
+        lease = store.acquire("here", 60, "validating", only=job.id)
         return store.finish(lease, error=error)
 
 
 def test_error_is_one_line_without_settings(quick: Path) -> None:  # noqa: F811
     """The error names the wrong rows, without advice about a configuration that the client does not have."""
-    listed = "".join(f"\n  - /secret/data.jsonl:{n}: 9000 tokens" for n in range(1, 21))
-    what = f"20 of 40 rows are longer than data.max_length, 256 tokens:{listed}"
+    problems = "".join(f"\n  - /secret/data.jsonl:{n}: 9000 tokens" for n in range(1, 21))
+    message = f"20 of 40 rows are longer than data.max_length, 256 tokens:{problems}"
     fix = "set data.max_length=9000 (more memory), or data.long_rows=drop or cut"
-    error = error_to_openai(failed_job(quick, kind="data", message=what, fix=fix))
+    error = error_to_openai(failed_job(quick, kind="data", message=message, fix=fix))
     rows = "; ".join(f"data.jsonl:{n}: 9000 tokens" for n in (1, 2, 3))
     assert error["message"] == f"20 of 40 rows are longer than what the base reads, 256 tokens: {rows}; and 17 more"
     assert (error["code"], error["param"]) == ("invalid_training_file", "training_file")
-    kept = error_to_openai(
+    short = error_to_openai(
         failed_job(quick, kind="data", message="no row", where="/secret/data.jsonl:3", fix="send rows")
     )
-    assert kept["message"] == "data.jsonl:3: no row (send rows)"
+    assert short["message"] == "data.jsonl:3: no row (send rows)"
 
 
 def test_preflight_event_is_one_line(quick: Path) -> None:  # noqa: F811
@@ -79,19 +79,19 @@ def test_preflight_event_is_one_line(quick: Path) -> None:  # noqa: F811
         {"level": "ok", "check": "memory", "text": "about 131.1 MB beyond the base", "fix": ""},
     ]
     event = JobEvent("info", "preflight", "one row:\n" * 20, {"findings": findings, "sample": []})
-    shown = event_to_openai(failed_job(quick, kind="data", message="no row"), event)
-    told = "the rows were checked: the whole run is 6 steps; 24 of 638 (4%) tokens are learned, in 12 rows"
-    assert (shown["message"], shown["data"]) == (told, {})
+    public = event_to_openai(failed_job(quick, kind="data", message="no row"), event)
+    expected = "the rows were checked: the whole run is 6 steps; 24 of 638 (4%) tokens are learned, in 12 rows"
+    assert (public["message"], public["data"]) == (expected, {})
 
 
 def test_notes_of_a_run_are_hidden_from_clients(quick: Path) -> None:  # noqa: F811
     with open_library(quick / "library") as library:
         store = JobStore(library)
-        made = store.create("acme", {"base": "tiny"}, name="support")
-        lease = store.acquire("here", 60, "validating", only=made.id)
+        job = store.create("acme", {"base": "tiny"}, name="support")
+        lease = store.acquire("here", 60, "validating", only=job.id)
         note = JobEvent("info", "note", "peak memory 0.57 GB, 0.02 predicted (+2710%)")
         store.record(lease, [note, JobEvent("warn", "note", "its process died: killed")])
-        every, for_clients = (store.events("acme", made.id, diagnostics=d)[0] for d in (True, False))
+        every, for_clients = (store.events("acme", job.id, diagnostics=d)[0] for d in (True, False))
     assert [event.kind for event in every] == ["state", "note", "note"]
     assert [event.level for event in for_clients] == ["info", "warn"]
 

@@ -62,7 +62,7 @@ HELD: dict[str, Any] = {"evaluate": {}}
 
 
 @pytest.mark.parametrize(
-    ("after", "said"),
+    ("after", "message"),
     [
         ({"rout": {"name": "x"}}, "did you mean route"),
         ({"route": {"name": "x", "wight": 0.1}}, "did you mean weight"),
@@ -84,22 +84,24 @@ HELD: dict[str, Any] = {"evaluate": {}}
         ({"route": {"name": "x"}, "alias": "prod"}, "leave one out"), ({"alias": "Prod"}, "cannot be an alias")
     ],
 )  # fmt: skip
-def test_impossible_sections_are_refused_before_training(tenants: Store, tmp_path: Path, after: Any, said: str) -> None:
+def test_impossible_sections_are_refused_before_training(
+    tenants: Store, tmp_path: Path, after: Any, message: str
+) -> None:
     config, _ = config_from(small_config(tmp_path) | {"output": str(tmp_path / "out")})
     with pytest.raises(VeneerError) as error:
         check_after(parse_after(after, tmp_path), config, "acme/support", "acme", tenants)
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 def test_comparison_needs_held_out_rows_and_tenants(tenants: Store, tmp_path: Path) -> None:
-    given = small_config(tmp_path) | {"output": str(tmp_path / "out")}
+    settings = small_config(tmp_path) | {"output": str(tmp_path / "out")}
     after = parse_after({**HELD, "route": {"name": "x"}}, tmp_path)
-    config, _ = config_from(given)
+    config, _ = config_from(settings)
     check_after(after, config, "acme/support", "acme", tenants)
     with pytest.raises(ConfigError, match="no tenants' database"):
         check_after(after, config, "acme/support", "acme", None)
     check_after(parse_after({**HELD, "alias": "prod"}, tmp_path), config, "acme/support", "acme", None)
-    config, _ = config_from(given | {"data": {"train": str(tmp_path / "rows.jsonl"), "split": 0}})
+    config, _ = config_from(settings | {"data": {"train": str(tmp_path / "rows.jsonl"), "split": 0}})
     with pytest.raises(ConfigError, match="no rows are held out"):
         held_out_rows(after.evaluate, config)
 

@@ -76,18 +76,18 @@ def connected(address: str) -> RayExecutor:
 
 
 def leased(store: JobStore, folder: Path, steps: int) -> JobLease:
-    made = store.create("acme", small_config(folder, steps), name="support")
+    job = store.create("acme", small_config(folder, steps), name="support")
     new = store.acquire("v", 600, "validating")
     assert new is not None
     assert validate_job(store, new, FixedTerms(store), device_of()).state == "queued"
     lease = store.acquire("w", 3600)
-    assert lease.job.id == made.id
+    assert lease.job.id == job.id
     return lease
 
 
 def test_ray_gets_neither_password_nor_lease(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    told: list[dict[str, Any]] = []
-    client = SimpleNamespace(submit_job=lambda **job: told.append(job))
+    submitted: list[dict[str, Any]] = []
+    client = SimpleNamespace(submit_job=lambda **job: submitted.append(job))
     module = ModuleType("ray.job_submission")
     monkeypatch.setattr(module, "JobSubmissionClient", lambda address: client, raising=False)
     monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))
@@ -99,7 +99,7 @@ def test_ray_gets_neither_password_nor_lease(monkeypatch: pytest.MonkeyPatch, tm
         queued(store)
         lease = taken(store)
     RayExecutor("http://head:8265", grace=30).start(lease, variables)
-    (job,) = told
+    (job,) = submitted
     assert job["runtime_env"] == {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "30"}}
     assert "secret" not in str(job)
     assert lease.token not in str(job)
@@ -118,10 +118,10 @@ def test_ray_trains_a_job_and_stops_another(address: str, tmp_path: Path) -> Non
         variables = process_environment(library)
         handle = executor.start(lease, variables)
         assert executor.start(lease, variables) == handle
-        while (ended := executor.poll(handle)) is None:
+        while (status := executor.poll(handle)) is None:
             time.sleep(0.5)
         job = store.get("acme", lease.job.id)
-        assert job.state == "succeeded", (ended, job.log.read_text() if job.log.is_file() else "")
+        assert job.state == "succeeded", (status, job.log.read_text() if job.log.is_file() else "")
         assert library.find("acme/support@1").tags == [f"job:{job.id}"]
 
         lease = leased(store, tmp_path, 100_000)
@@ -135,5 +135,5 @@ def test_ray_trains_a_job_and_stops_another(address: str, tmp_path: Path) -> Non
         job = store.get("acme", lease.job.id)
         assert job.state == "queued"  # its process has saved its state, and given the job back
         assert store.checkpoints("acme", job.id)[0].step == max(p.step for p in store.checkpoints("acme", job.id)) >= 2
-    ended = executor.poll("nothing")
-    assert "does not know it" in ended.why
+    status = executor.poll("nothing")
+    assert "does not know it" in status.why

@@ -39,7 +39,7 @@ def device() -> Device:
     return device_of("h100-80gb")  # what this machine does is not measured
 
 
-def asked(store: JobStore, device: Device, values: dict[str, Any]) -> Job:
+def submitted(store: JobStore, device: Device, values: dict[str, Any]) -> Job:
     config, _ = config_from({"output": "runs/support", **values})
     job = submit_job(store, config, device=device)
     assert job.state == "queued", job.error
@@ -49,16 +49,16 @@ def asked(store: JobStore, device: Device, values: dict[str, Any]) -> Job:
 def trained(store: JobStore) -> Job:
     lease = store.acquire("here", 600)
     assert run_job(store.library, lease.job.id, lease.token) == 0
-    ended = store.get(None, lease.job.id)
-    assert ended.state == "succeeded", ended.error
-    return ended
+    job = store.get(None, lease.job.id)
+    assert job.state == "succeeded", job.error
+    return job
 
 
 def test_steps_are_published_during_training(
     store: JobStore, device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     values = small_config(tmp_path, checkpoint={"every": 1, "adapters": True, "keep": 2})
-    asked(store, device, values)
+    submitted(store, device, values)
     add, away = store.library.add, [UnavailableError("the store is away")]
 
     def adding(path: Any, name: str, **options: Any) -> Any:
@@ -69,34 +69,34 @@ def test_steps_are_published_during_training(
     monkeypatch.setattr(store.library, "add", adding)
     job = trained(store)
     events, _ = store.events(None, job.id)
-    told = [(event.kind, event.data["step"]) for event in events if event.kind in ("metrics", "checkpoint")]
+    steps = [(event.kind, event.data["step"]) for event in events if event.kind in ("metrics", "checkpoint")]
     # the first could not be put there at once; none waits for the end
-    assert [step for kind, step in told if kind == "checkpoint"] == [1, 2, 3]
-    assert told.index(("checkpoint", 2)) < told.index(("metrics", 3))
+    assert [step for kind, step in steps if kind == "checkpoint"] == [1, 2, 3]
+    assert steps.index(("checkpoint", 2)) < steps.index(("metrics", 3))
     metrics = next(event.data for event in events if event.kind == "metrics")
     assert metrics["memory_bytes"] > 0
     assert metrics["tokens_per_second"] == pytest.approx(metrics["tokens"] / metrics["seconds"], rel=0.01)
     name = steps_name(job)
     points = store.checkpoints(None, job.id)
     assert [(point.step, point.reference) for point in points] == [(n, f"{name}@{n}") for n in (3, 2, 1)]
-    made = store.library.find("support")
-    assert store.library.find(f"{name}@{STEPS}").digest == made.digest  # what it made is its last state
-    assert store.library.find(f"{name}@1").digest != made.digest
+    result = store.library.find("support")
+    assert store.library.find(f"{name}@{STEPS}").digest == result.digest  # what it made is its last state
+    assert store.library.find(f"{name}@1").digest != result.digest
     first = store.library.find(f"{name}@1")
     assert first.card["metrics"]["steps"] == 1
 
     base = load_text(values["base"])
-    start, ended = (load_adapter(base, str(store.library.resolve(r))) for r in (first.reference, "support"))
-    assert dict(ended.tensors()).keys() == dict(start.tensors()).keys()
+    start, final = (load_adapter(base, str(store.library.resolve(r))) for r in (first.reference, "support"))
+    assert dict(final.tensors()).keys() == dict(start.tensors()).keys()
 
-    shown = run(capsys, "jobs", "--library", store.library.location, "show", job.id).out
-    assert f"published    {name}@3, {name}@2, {name}@1" in shown
+    output = run(capsys, "jobs", "--library", store.library.location, "show", job.id).out
+    assert f"published    {name}@3, {name}@2, {name}@1" in output
     ran = run(capsys, "jobs", "--library", store.library.location, "keep", job.id, "--step", "2", "--json")
     assert json.loads(ran.out) == {"reference": "support@2", "aliases": []}
-    kept = keep_step(store, job.id, 1, alias="prod")
-    assert (kept.name, kept.digest) == ("support", first.digest)
+    version = keep_step(store, job.id, 1, alias="prod")
+    assert (version.name, version.digest) == ("support", first.digest)
     assert store.library.find("support@prod").digest == first.digest
-    assert keep_step(store, job.id).digest == made.digest
+    assert keep_step(store, job.id).digest == result.digest
     with pytest.raises(ConfigError, match=r"(?s)step 9 .*is not in the library.*has steps 1, 2, 3"):
         keep_step(store, job.id, 9)
 
@@ -110,16 +110,16 @@ def test_sample_images_are_available_during_training(store: JobStore, device: De
         schedule={"steps": 4},
         data={"trigger": "sks", "split": 0},
     )
-    asked(store, device, values)
+    submitted(store, device, values)
     job = trained(store)
-    drawn = [event.data["step"] for event in store.events_of(None, job.id, "sample")]
-    assert drawn == [0, 2, 4]
-    for step in drawn:
+    steps = [event.data["step"] for event in store.events_of(None, job.id, "sample")]
+    assert steps == [0, 2, 4]
+    for step in steps:
         with Image.open(sample_file(store, job, step)) as sheet:
             assert min(sheet.size) >= 32
     with pytest.raises(ConfigError, match="after steps 0, 2, 4"):
         sample_file(store, job, 3)
     name = steps_name(job)
     assert [point.reference for point in store.checkpoints(None, job.id)] == [f"{name}@4", f"{name}@2"]
-    found = store.library.find(f"{name}@2")
-    assert (found.kind, found.trigger_words) == ("image", ["sks"])
+    version = store.library.find(f"{name}@2")
+    assert (version.kind, version.trigger_words) == ("image", ["sks"])

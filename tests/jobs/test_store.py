@@ -74,18 +74,18 @@ ASKED: dict[str, tuple[str, Callable[[JobStore, str], Job]]] = {
 def test_pause_resume_cancel_follow_the_transitions(store: JobStore, state: str, asked: str) -> None:
     job = in_state(store, state)
     assert job.state == state
-    after, ask = ASKED[asked]
-    before, _ = store.events("acme", job.id)
+    after, change = ASKED[asked]
+    earlier, _ = store.events("acme", job.id)
     allowed = after in TRANSITIONS[state] and (asked != "resume" or state == "paused")
     again = state == after and asked != "resume"
     if allowed or again:
-        assert ask(store, job.id).state == after
+        assert change(store, job.id).state == after
     else:
         with pytest.raises(WrongState, match=f"is {state} and cannot be"):
-            ask(store, job.id)
+            change(store, job.id)
         assert store.get("acme", job.id) == job
-    told = store.events("acme", job.id)[0][len(before) :]
-    assert [event.data["state"] for event in told] == ([after] if allowed else [])
+    later = store.events("acme", job.id)[0][len(earlier) :]
+    assert [event.data["state"] for event in later] == ([after] if allowed else [])
     assert (store.bill("acme", job.id) is not None) == (store.get("acme", job.id).state in ENDS)
 
 
@@ -139,7 +139,7 @@ def test_lost_lease_changes_nothing(store: JobStore) -> None:
             assert (again.job.attempt, again.job.faults) == (2, 1)
         else:
             ASKED[lose][1](store, lease.job.id)
-        before = store.get("acme", lease.job.id), store.events("acme", lease.job.id)
+        unchanged = store.get("acme", lease.job.id), store.events("acme", lease.job.id)
         tries: list[Callable[[], object]] = [
             lambda: store.renew(lease, 60),  # noqa: B023
             lambda: store.record(lease, [step(1)], [JobCheckpoint(1)]),  # noqa: B023
@@ -151,7 +151,7 @@ def test_lost_lease_changes_nothing(store: JobStore) -> None:
         for attempt in tries:
             with pytest.raises(LeaseLost, match="paused, cancelled, or taken over"):
                 attempt()
-        assert (store.get("acme", lease.job.id), store.events("acme", lease.job.id)) == before
+        assert (store.get("acme", lease.job.id), store.events("acme", lease.job.id)) == unchanged
         assert store.checkpoints("acme", lease.job.id) == []
         store.cancel("acme", lease.job.id)
 
@@ -174,7 +174,7 @@ def test_clock_set_back_subtracts_no_seconds(store: JobStore) -> None:
 
 
 def test_many_workers_take_each_job_once(store: JobStore) -> None:
-    made = [queued(store).id for _ in range(6)]
+    ids = [queued(store).id for _ in range(6)]
     got: list[str] = []
     ready = threading.Barrier(3)
 
@@ -188,7 +188,7 @@ def test_many_workers_take_each_job_once(store: JobStore) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(got) == sorted(made)
+    assert sorted(got) == sorted(ids)
 
 
 def test_tenant_with_fewest_running_jobs_is_next(store: JobStore) -> None:
@@ -240,13 +240,13 @@ def test_budget_counts_bills_and_planned_jobs(store: JobStore) -> None:
 def test_jobs_are_listed_by_page(store: JobStore) -> None:
     ids = [store.create("acme", CONFIG, name="support", about={"n": n}).id for n in range(5)][::-1]
     store.create("best", CONFIG, name="support")
-    seen: list[str] = []
+    listed: list[str] = []
     after, more = None, True
     while more:
         page, more = store.jobs("acme", after=after, limit=2)
-        seen += [job.id for job in page]
-        after = seen[-1]
-    assert seen == ids
+        listed += [job.id for job in page]
+        after = listed[-1]
+    assert listed == ids
     assert store.jobs("acme")[0][0].about == {"n": 4}
     store.cancel("acme", ids[1])
     assert [job.id for job in store.jobs("acme", states=["cancelled"])[0]] == [ids[1]]
@@ -261,19 +261,19 @@ def test_jobs_of_other_tenants_are_unknown(store: JobStore) -> None:
     lease = running(store, price=1_000_000)
     store.record(lease, [step(1)], [JobCheckpoint(1)])
     job = lease.job.id
-    before = store.get("acme", job), store.events("acme", job)
+    unchanged = store.get("acme", job), store.events("acme", job)
     names = (f"{job}\x00", "%", f"{job}' --", "ftjob-\ud800", "")
-    for ask in (store.get, store.events, store.checkpoints, store.bill, store.pause, store.resume, store.cancel):
-        for tenant, name in [*((other, job) for other in OTHERS), *(("acme", name) for name in names)]:
+    for method in (store.get, store.events, store.checkpoints, store.bill, store.pause, store.resume, store.cancel):
+        for tenant, name in [*((stranger, job) for stranger in OTHERS), *(("acme", name) for name in names)]:
             with pytest.raises(UnknownJob, match="there is no job"):
-                ask(tenant, name)
-    for other in OTHERS:
+                method(tenant, name)
+    for stranger in OTHERS:
         with pytest.raises(UnknownJob):
-            store.jobs(other, after=job)
-        assert store.jobs(other) == ([], False)
-    assert (store.get("acme", job), store.events("acme", job)) == before
+            store.jobs(stranger, after=job)
+        assert store.jobs(stranger) == ([], False)
+    assert (store.get("acme", job), store.events("acme", job)) == unchanged
     store.cancel("acme", job)
-    assert {store.spent(other) for other in OTHERS} == {0}
+    assert {store.spent(stranger) for stranger in OTHERS} == {0}
     assert store.get(None, job).tenant == "acme"  # the operator's
 
 
@@ -294,10 +294,10 @@ def test_only_old_metrics_are_deleted(store: JobStore) -> None:
     old, young, runs = (store.get(None, lease.job.id) for lease in leases)
     with write_transaction(store.engine) as c:
         c.execute(text("UPDATE jobs SET ended = ended - 400 * 86400 WHERE id = :id"), {"id": old.id})
-    before = {job.id: store.events(None, job.id)[0] for job in (old, young, runs)}
+    earlier = {job.id: store.events(None, job.id)[0] for job in (old, young, runs)}
     assert store.delete_old_metrics(0) == store.delete_old_metrics(0) + 2 == 2
     after = {job.id: store.events(None, job.id)[0] for job in (old, young, runs)}
-    assert after == before | {old.id: [event for event in before[old.id] if event.kind != "metrics"]}
+    assert after == earlier | {old.id: [event for event in earlier[old.id] if event.kind != "metrics"]}
     assert (store.bill(None, old.id) or young).tokens == store.get(None, old.id).tokens > 0
     assert store.ended_before(365 * 86400, "succeeded") == [old.id]
 

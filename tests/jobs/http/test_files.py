@@ -26,34 +26,34 @@ LARGE = 3 << 20
 
 
 @pytest.fixture(scope="module")
-def _made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Files, Live]]:
+def _running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Files, Live]]:
     """A server whose other bodies are limited to a megabyte."""
     with open_library(tmp_path_factory.mktemp("files") / "library") as library:
         files = open_files(library)
         files.max_bytes = LARGE
         more: dict[str, Any] = {"routers": [file_routes(files)], "large": large_bodies(files)}
         settings = HttpSettings(max_body=1 << 20, body_time=2)
-        with live(ToyEngine(ToyText()), ToyCatalog(), ToyTenancy(), settings, **more) as served:
-            yield files, served
+        with live(ToyEngine(ToyText()), ToyCatalog(), ToyTenancy(), settings, **more) as server:
+            yield files, server
 
 
 @pytest.fixture
-def files(_made: tuple[Files, Live]) -> Iterator[Files]:
-    yield _made[0]
+def files(_running: tuple[Files, Live]) -> Iterator[Files]:
+    yield _running[0]
     for tenant in ("", "acme"):
-        for file in _made[0].list(tenant)[0]:
-            _made[0].delete(tenant, file.id)
+        for file in _running[0].list(tenant)[0]:
+            _running[0].delete(tenant, file.id)
 
 
 @pytest.fixture
-def server(_made: tuple[Files, Live]) -> Live:
-    return _made[1]
+def server(_running: tuple[Files, Live]) -> Live:
+    return _running[1]
 
 
 @pytest.fixture
 def client(server: Live, files: Files) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="acme", max_retries=0) as made:
-        yield made
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="acme", max_retries=0) as opened:
+        yield opened
 
 
 def sent(client: openai.OpenAI, data: bytes = ROWS, name: str = "rows.jsonl", **more: Any) -> Any:
@@ -64,16 +64,21 @@ def test_openai_client_uploads_and_deletes_a_file(client: openai.OpenAI, tmp_pat
     path = tmp_path / "tickets.jsonl"
     path.write_bytes(ROWS)
     with path.open("rb") as opened:
-        made = client.files.create(file=opened, purpose="fine-tune")
-    assert (made.object, made.filename, made.bytes, made.purpose) == ("file", "tickets.jsonl", len(ROWS), "fine-tune")
-    assert made.status == "processed"
-    assert made.expires_at is None
-    assert client.files.retrieve(made.id) == made
-    assert client.files.content(made.id).read() == ROWS
-    assert client.files.wait_for_processing(made.id).id == made.id
-    assert client.files.delete(made.id).deleted
+        uploaded = client.files.create(file=opened, purpose="fine-tune")
+    assert (uploaded.object, uploaded.filename, uploaded.bytes, uploaded.purpose) == (
+        "file",
+        "tickets.jsonl",
+        len(ROWS),
+        "fine-tune",
+    )
+    assert uploaded.status == "processed"
+    assert uploaded.expires_at is None
+    assert client.files.retrieve(uploaded.id) == uploaded
+    assert client.files.content(uploaded.id).read() == ROWS
+    assert client.files.wait_for_processing(uploaded.id).id == uploaded.id
+    assert client.files.delete(uploaded.id).deleted
     with pytest.raises(openai.NotFoundError, match="No such File object"):
-        client.files.retrieve(made.id)
+        client.files.retrieve(uploaded.id)
 
 
 def test_openai_client_lists_files_by_page(client: openai.OpenAI) -> None:
@@ -89,8 +94,8 @@ def test_openai_client_lists_files_by_page(client: openai.OpenAI) -> None:
 
 
 def test_file_expires_after_the_requested_time(client: openai.OpenAI) -> None:
-    made = sent(client, expires_after={"anchor": "created_at", "seconds": 3600})
-    assert made.expires_at == made.created_at + 3600
+    uploaded = sent(client, expires_after={"anchor": "created_at", "seconds": 3600})
+    assert uploaded.expires_at == uploaded.created_at + 3600
     with pytest.raises(openai.BadRequestError, match="expires_after"):
         sent(client, expires_after={"anchor": "created_at", "seconds": 60})
 
@@ -98,26 +103,26 @@ def test_file_expires_after_the_requested_time(client: openai.OpenAI) -> None:
 def test_asynchronous_client_uploads_and_reads(server: Live, files: Files) -> None:
     async def use() -> bytes:
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="acme", max_retries=0) as client:
-            made = await client.files.create(file=("a.jsonl", ROWS), purpose="fine-tune")
-            assert [file.id async for file in client.files.list()] == [made.id]
-            return (await client.files.content(made.id)).read()
+            uploaded = await client.files.create(file=("a.jsonl", ROWS), purpose="fine-tune")
+            assert [file.id async for file in client.files.list()] == [uploaded.id]
+            return (await client.files.content(uploaded.id)).read()
 
     assert asyncio.run(use()) == ROWS
 
 
 def test_files_of_other_tenants_are_404(client: openai.OpenAI, server: Live) -> None:
-    made = sent(client)
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="admin", max_retries=0) as other:
-        assert other.files.list().data == []
+    uploaded = sent(client)
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="admin", max_retries=0) as stranger:
+        assert stranger.files.list().data == []
         for attack in (
-            lambda: other.files.retrieve(made.id),
-            lambda: other.files.content(made.id),
-            lambda: other.files.delete(made.id),
+            lambda: stranger.files.retrieve(uploaded.id),
+            lambda: stranger.files.content(uploaded.id),
+            lambda: stranger.files.delete(uploaded.id),
         ):
             with pytest.raises(openai.NotFoundError):
                 attack()
     assert httpx.get(f"{server.url}/v1/files").status_code == 401
-    assert client.files.retrieve(made.id) == made
+    assert client.files.retrieve(uploaded.id) == uploaded
 
 
 def test_slow_uploads_delay_no_other_tenant(
@@ -130,16 +135,16 @@ def test_slow_uploads_delay_no_other_tenant(
         raise invalid("slow")
 
     monkeypatch.setattr(files, "add", slow)
-    many = 8  # more than the threads that copy
+    count = 8  # more than the threads that copy
 
     def upload(_: int) -> None:
         with pytest.raises(openai.BadRequestError, match="slow"):
             sent(client)
 
-    with ThreadPoolExecutor(many) as posting:
-        answers = posting.map(upload, range(many))
+    with ThreadPoolExecutor(count) as posting:
+        answers = posting.map(upload, range(count))
         try:
-            wait_for(lambda: server.service.inside == many)
+            wait_for(lambda: server.service.inside == count)
             assert httpx.get(f"{server.url}/v1/files", headers={"authorization": "Bearer admin"}).status_code == 200
         finally:
             go.set()

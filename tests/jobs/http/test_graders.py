@@ -36,7 +36,7 @@ def score(says: str, model: str = "toy") -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["python", "no-python"])
-def served(request: pytest.FixtureRequest) -> Iterator[Any]:
+def grading(request: pytest.FixtureRequest) -> Iterator[Any]:
     routes = grader_routes(sandbox=sandbox_or_skip() if request.param else None)
     with (
         live(ToyEngine(ToyText()), ToyCatalog(), ToyTenancy(), routers=[routes]) as server,
@@ -46,41 +46,41 @@ def served(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 
 @pytest.fixture
-def graders(served: Any) -> Any:
-    return served[0].fine_tuning.alpha.graders
+def graders(grading: Any) -> Any:
+    return grading[0].fine_tuning.alpha.graders
 
 
 def test_run(graders: Any) -> None:
-    found = graders.run(grader=CHECK, model_sample="Paris", item={"want": "Paris"})
-    assert found.reward == 1
-    assert (found.metadata.name, found.metadata.type) == ("same", "string_check")
-    assert found.metadata.execution_time >= 0
-    assert not any(found.metadata.errors.to_dict().values())
+    result = graders.run(grader=CHECK, model_sample="Paris", item={"want": "Paris"})
+    assert result.reward == 1
+    assert (result.metadata.name, result.metadata.type) == ("same", "string_check")
+    assert result.metadata.execution_time >= 0
+    assert not any(result.metadata.errors.to_dict().values())
     assert graders.run(grader=CHECK, model_sample="Rome", item={"want": "Paris"}).reward == 0
 
 
 def test_grade_without_a_value_has_a_reason(graders: Any) -> None:
-    found = graders.run(grader=CHECK, model_sample="Paris", item={"wanted": "Paris"})
-    assert found.reward == 0
-    assert found.metadata.errors.invalid_variable_error
-    own = {**CHECK, "input": "{{ sample.output_json.city }}"}
-    assert graders.run(grader=own, model_sample="Paris", item={"want": "x"}).metadata.errors.sample_parse_error
+    result = graders.run(grader=CHECK, model_sample="Paris", item={"wanted": "Paris"})
+    assert result.reward == 0
+    assert result.metadata.errors.invalid_variable_error
+    unparsed = {**CHECK, "input": "{{ sample.output_json.city }}"}
+    assert graders.run(grader=unparsed, model_sample="Paris", item={"want": "x"}).metadata.errors.sample_parse_error
 
 
 def test_score_model_grader_uses_this_servers_model(graders: Any) -> None:
-    found = graders.run(grader=score("8"), model_sample="a poem")
-    assert found.reward == 8
-    usage = found.api_model_grader_token_usage_per_model["toy"]
-    assert usage["prompt_tokens"] + usage["completion_tokens"] == usage["total_tokens"] == found.metadata.token_usage
-    assert found.metadata.sampled_model_name == "toy"
-    found = graders.run(grader=score("lovely"), model_sample="a poem")
-    assert (found.reward, found.metadata.errors.api_model_grader_parse_error) == (0, True)
+    result = graders.run(grader=score("8"), model_sample="a poem")
+    assert result.reward == 8
+    usage = result.api_model_grader_token_usage_per_model["toy"]
+    assert usage["prompt_tokens"] + usage["completion_tokens"] == usage["total_tokens"] == result.metadata.token_usage
+    assert result.metadata.sampled_model_name == "toy"
+    result = graders.run(grader=score("lovely"), model_sample="a poem")
+    assert (result.reward, result.metadata.errors.api_model_grader_parse_error) == (0, True)
     with pytest.raises(openai.NotFoundError):
         graders.run(grader=score("8", model="nobody"), model_sample="a poem")
 
 
-def test_grader_requests_are_limited_and_billed(served: Any) -> None:
-    client = served[0].with_options(api_key="acme")
+def test_grader_requests_are_limited_and_billed(grading: Any) -> None:
+    client = grading[0].with_options(api_key="acme")
     with pytest.raises(openai.RateLimitError):
         client.fine_tuning.alpha.graders.run(grader=score("8"), model_sample="a poem")
     few = {**score("8"), "sampling_params": {"max_completions_tokens": 20}}
@@ -91,9 +91,9 @@ def test_grader_requests_are_limited_and_billed(served: Any) -> None:
 
 def test_multi_grader_combines_its_graders(graders: Any) -> None:
     both = {"type": "multi", "name": "both", "graders": {"a": CHECK, "b": score("4")}, "calculate_output": "a + b / 10"}
-    found = graders.run(grader=both, model_sample="x", item={"want": "x"})
-    assert found.reward == pytest.approx(1.4)
-    assert found.sub_rewards == {"a": 1, "b": 4}
+    result = graders.run(grader=both, model_sample="x", item={"want": "x"})
+    assert result.reward == pytest.approx(1.4)
+    assert result.sub_rewards == {"a": 1, "b": 4}
 
 
 def test_validate_returns_the_grader(graders: Any) -> None:
@@ -115,8 +115,8 @@ def test_invalid_grader_is_400(graders: Any, grader: Any, param: str) -> None:
         assert str(caught.value.param).startswith(param)
 
 
-def test_python_grader_runs_if_the_operator_allows_it(served: Any) -> None:
-    client, allowed = served
+def test_python_grader_runs_if_the_operator_allows_it(grading: Any) -> None:
+    client, allowed = grading
     graders = client.fine_tuning.alpha.graders
     if not allowed:
         for call in (graders.validate, lambda **own: graders.run(model_sample="x", **own)):
@@ -125,10 +125,10 @@ def test_python_grader_runs_if_the_operator_allows_it(served: Any) -> None:
         return
     assert graders.validate(grader=PYTHON).grader.to_dict() == PYTHON
     assert graders.run(grader=PYTHON, model_sample="x", item={"n": 3}).reward == 0.75
-    found = graders.run(grader=PYTHON, model_sample="x", item={})
-    assert found.reward == 0
-    assert found.metadata.errors.python_grader_runtime_error
-    assert "KeyError: 'n'" in found.metadata.errors.python_grader_runtime_error_details
+    result = graders.run(grader=PYTHON, model_sample="x", item={})
+    assert result.reward == 0
+    assert result.metadata.errors.python_grader_runtime_error
+    assert "KeyError: 'n'" in result.metadata.errors.python_grader_runtime_error_details
 
 
 def test_text_over_a_limit_is_named(graders: Any) -> None:
@@ -138,8 +138,8 @@ def test_text_over_a_limit_is_named(graders: Any) -> None:
     assert (caught.value.status_code, caught.value.code) == (413, "too_large")
 
 
-def test_python_is_refused_before_parsing(served: Any) -> None:
-    client, allowed = served
+def test_python_is_refused_before_parsing(grading: Any) -> None:
+    client, allowed = grading
     if allowed:
         return
     broken = {**PYTHON, "source": "def grade(:"}

@@ -36,8 +36,8 @@ class Tinker:
         self.session = self.post("create_session", tags=[], user_metadata=None, sdk_version="0")["session_id"]
         self.seq = 0
 
-    def post(self, what: str, **body: Any) -> Any:
-        answer = self.http.post(f"/{what}", json=body)
+    def post(self, path: str, **body: Any) -> Any:
+        answer = self.http.post(f"/{path}", json=body)
         answer.raise_for_status()
         return answer.json()
 
@@ -67,9 +67,9 @@ class Tinker:
         body = forward_body(model, self.seq, ROWS, only=only)
         return self.http.post("/forward_backward", content=body, headers=headers)
 
-    def numbered(self, what: str, model: str, **body: Any) -> Any:
+    def numbered(self, path: str, model: str, **body: Any) -> Any:
         self.seq += 1
-        return self.result(self.post(what, model_id=model, seq_id=self.seq, **body)).json()
+        return self.result(self.post(path, model_id=model, seq_id=self.seq, **body)).json()
 
     def sample(self, session: str, seq: int, **more: Any) -> httpx.Response:
         prompt = {"chunks": [{"type": "encoded_text", "tokens": ROWS[0][:6]}]}
@@ -83,9 +83,9 @@ class Tinker:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
-    place = tmp_path_factory.mktemp("tinker")
-    (place / "adapters").mkdir()
-    tenants = str(place / "tenants.sqlite")
+    folder = tmp_path_factory.mktemp("tinker")
+    (folder / "adapters").mkdir()
+    tenants = str(folder / "tenants.sqlite")
     store, keys = Store(tenants), {}
     for name in ("acme", "globex", "idle", "late"):
         manage.add_tenant(store, name, actor="test")
@@ -93,13 +93,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]
     tokens = sum(len(row) - 1 for row in ROWS)
     manage.change_settings(store, "globex", {"training_price": 10**6, "training_budget": 2 * tokens}, actor="test")
     manage.change_settings(store, "idle", {"training_jobs": 0}, actor="test")
-    base = tiny_base_dir(place)
-    with pytest.MonkeyPatch.context() as patch, open_library(place / "library") as library:
-        patch.setenv("VENEER_HOME", str(home_with_kernels(place / "home")))
-        shop = SimpleNamespace(base_dir=base, adapters=place / "adapters", library=library)
+    base = tiny_base_dir(folder)
+    with pytest.MonkeyPatch.context() as patch, open_library(folder / "library") as library:
+        patch.setenv("VENEER_HOME", str(home_with_kernels(folder / "home")))
+        shop = SimpleNamespace(base_dir=base, adapters=folder / "adapters", library=library)
         settings: dict[str, Any] = {"tenants": tenants, "queue": 16}
-        with served(shop, extend=training, **settings) as whole:
-            yield SimpleNamespace(url=whole.url, base=str(base), keys=keys, store=store, whole=whole, tokens=tokens)
+        with served(shop, extend=training, **settings) as running:
+            yield SimpleNamespace(
+                url=running.url, base=str(base), keys=keys, store=store, running=running, tokens=tokens
+            )
     store.close()
 
 
@@ -125,9 +127,9 @@ def test_server_folders_are_hidden_from_tenants(world: SimpleNamespace, client: 
     for answer in (acme.post("get_info", model_id=model), acme.http.get("/training_runs").json()):
         assert str(Path(world.base).parent) not in json.dumps(answer)
     assert acme.post("get_info", model_id=model)["model_data"]["tokenizer_id"] == "tiny-base"
-    other = client("acme")
-    model = other.model("/home/acme/tiny-base", 2)
-    assert other.post("get_info", model_id=model)["model_data"]["tokenizer_id"] == "/home/acme/tiny-base"
+    globex = client("acme")
+    model = globex.model("/home/acme/tiny-base", 2)
+    assert globex.post("get_info", model_id=model)["model_data"]["tokenizer_id"] == "/home/acme/tiny-base"
 
 
 def test_training_client_from_session_to_download(world: SimpleNamespace, client: Any) -> None:
@@ -148,15 +150,17 @@ def test_training_client_from_session_to_download(world: SimpleNamespace, client
         losses.append(metrics["loss:sum"])
         assert acme.numbered("optim_step", model, **STEP)["metrics"]["grad_norm"] > 0
     assert losses == sorted(losses, reverse=True)
-    told, _ = read_output(acme.result(acme.forward(model, only=True).json()).content)
+    outputs, _ = read_output(acme.result(acme.forward(model, only=True).json()).content)
 
     live = acme.numbered("save_weights_for_sampler", model, sampling_session_seq_id=0)["sampling_session_id"]
     answer = acme.sample(live, 0, num_samples=2, prompt_logprobs=True, topk_prompt_logprobs=3, topk_sample_logprobs=2)
-    said = fields(answer.content)
-    samples = [dict(fields(value)) for number, value in said if number == 1]
+    sampled = fields(answer.content)
+    samples = [dict(fields(value)) for number, value in sampled if number == 1]
     assert [np.frombuffer(each[2], "<i4").shape for each in samples] == [(4,), (4,)]
-    assert np.frombuffer(dict(said)[2], "<f4")[1:] == pytest.approx(told[0][:5], abs=1e-5)  # the sampler is the trainer
-    top = dict(fields(dict(said)[3]))
+    assert np.frombuffer(dict(sampled)[2], "<f4")[1:] == pytest.approx(
+        outputs[0][:5], abs=1e-5
+    )  # the sampler is the trainer
+    top = dict(fields(dict(sampled)[3]))
     assert (top[3], top[4]) == (3, 6)
     assert acme.sample(live, 0, num_samples=2).content == answer.content
 
@@ -167,10 +171,10 @@ def test_training_client_from_session_to_download(world: SimpleNamespace, client
     )["sampling_session_id"]
     assert dict(fields(fields(acme.sample(session, 0).content)[0][1]))[2] == samples[0][2]  # the same weights and seed
     assert acme.http.get(f"/samplers/{session}").json()["model_path"] == named
-    other = acme.post("load_weights", session_id=acme.session, model_seq_id=1, path=path, optimizer=True)
-    assert acme.result(other).json()["path"] == path
-    found = acme.http.get(f"/training_runs/{model}/checkpoints").json()["checkpoints"]
-    assert [each["tinker_path"] for each in found] == [path, named]
+    loading = acme.post("load_weights", session_id=acme.session, model_seq_id=1, path=path, optimizer=True)
+    assert acme.result(loading).json()["path"] == path
+    listed = acme.http.get(f"/training_runs/{model}/checkpoints").json()["checkpoints"]
+    assert [each["tinker_path"] for each in listed] == [path, named]
     assert acme.post("weights_info", tinker_path=path)["lora_rank"] == 4
     with tarfile.open(fileobj=io.BytesIO(acme.http.get(f"{_at(path)}/archive").content)) as tar:
         assert {"adapter_config.json", "adapter_model.safetensors"} <= set(tar.getnames())
@@ -211,15 +215,15 @@ def test_runs_of_other_tenants_are_404(world: SimpleNamespace, client: Any) -> N
 def test_many_samples_leave_other_tenants_their_share(client: Any) -> None:
     """Another tenant's single sample finishes long before a tenant's last of many."""
     tenants = [client(name) for name in ("acme", "globex")]
-    asked: list[list[Any]] = []
+    promises: list[list[Any]] = []
     for tenant, count in zip(tenants, (24, 1), strict=True):
         named = {"session_id": tenant.session, "sampling_session_seq_id": 0, "base_model": "tiny-base"}
         session = tenant.post("create_sampling_session", **named)["sampling_session_id"]
         prompt = {"chunks": [{"tokens": ROWS[0][:6]}]}
         params = {"max_tokens": 24, "stop": []}
         body = {"sampling_session_id": session, "num_samples": 4, "prompt": prompt, "sampling_params": params}
-        asked.append([tenant.post("asample", seq_id=i, **body) for i in range(count)])
-    (many, few), (acme, globex) = asked, tenants
+        promises.append([tenant.post("asample", seq_id=i, **body) for i in range(count)])
+    (many, few), (acme, globex) = promises, tenants
     assert globex.result(few[0]).headers["content-type"] == "application/x-protobuf"
     with pytest.raises(httpx.ReadTimeout):
         acme.http.post("/retrieve_future", json={"request_id": many[-1]["request_id"]}, timeout=0.05)
@@ -227,17 +231,17 @@ def test_many_samples_leave_other_tenants_their_share(client: Any) -> None:
 
 
 def test_waiting_prompts_are_limited_per_tenant(world: SimpleNamespace, client: Any) -> None:
-    late, globex, quotas = client("late"), client("globex"), world.whole.built.service.quotas
-    asked = [{"seq_id": 0, **_asked(sampler(tenant))} for tenant in (late, globex)]
+    late, globex, quotas = client("late"), client("globex"), world.running.built.service.quotas
+    bodies = [{"seq_id": 0, **_sample_body(sampler(tenant))} for tenant in (late, globex)]
     full = quotas.take("late")
     full.set(memory=quotas.limits.memory - quotas.used("late", "memory") - 1000)
-    refused = late.http.post("/asample", json=asked[0])
+    refused = late.http.post("/asample", json=bodies[0])
     assert refused.status_code == 429
     assert "limit (memory)" in refused.text
     assert float(refused.headers["retry-after"]) > 0
-    assert globex.http.post("/asample", json=asked[1]).status_code == 200
+    assert globex.http.post("/asample", json=bodies[1]).status_code == 200
     full.release()
-    assert late.http.post("/asample", json=asked[0]).status_code == 200
+    assert late.http.post("/asample", json=bodies[0]).status_code == 200
 
 
 def sampler(client: Tinker) -> str:
@@ -251,24 +255,24 @@ def sampler(client: Tinker) -> str:
 )
 def test_invalid_samples_use_no_quota(world: SimpleNamespace, client: Any, more: dict[str, Any], named: str) -> None:
     acme = client("acme")
-    quotas = world.whole.built.service.quotas
-    before = quotas.used("acme", "requests")
+    quotas = world.running.built.service.quotas
+    used = quotas.used("acme", "requests")
     body = {"seq_id": 1, "prompt": {"chunks": [{"tokens": [5]}]}, "sampling_params": {"max_tokens": 1}, **more}
     answer = acme.http.post("/asample", json={"sampling_session_id": sampler(acme), **body})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, named)
-    assert quotas.used("acme", "requests") == before
+    assert quotas.used("acme", "requests") == used
 
 
 def test_fetched_results_are_dropped_first(world: SimpleNamespace, client: Any) -> None:
     """Results count until they are removed; fetched results are removed first, then new samples are refused."""
-    globex, quotas = client("globex"), world.whole.built.service.quotas
+    globex, quotas = client("globex"), world.running.built.service.quotas
     session = sampler(globex)
-    promises = [globex.post("asample", seq_id=i, **_asked(session)) for i in range(8)]
+    promises = [globex.post("asample", seq_id=i, **_sample_body(session)) for i in range(8)]
     for promise in promises[:4]:
         globex.result(promise)
     full = quotas.take("globex")
     full.set(requests=quotas.limits.requests - quotas.used("globex", "requests"))
-    answers = [globex.http.post("/asample", json={"seq_id": i, **_asked(session)}) for i in range(8, 60)]
+    answers = [globex.http.post("/asample", json={"seq_id": i, **_sample_body(session)}) for i in range(8, 60)]
     full.release()
     taken = [answer.status_code for answer in answers].index(429)
     assert taken >= 4
@@ -278,7 +282,7 @@ def test_fetched_results_are_dropped_first(world: SimpleNamespace, client: Any) 
     assert globex.http.post("/retrieve_future", json={"request_id": promises[0]["request_id"]}).status_code == 410
 
 
-def _asked(session: str) -> dict[str, Any]:
+def _sample_body(session: str) -> dict[str, Any]:
     return {
         "sampling_session_id": session,
         "prompt": {"chunks": [{"tokens": [5]}]},
@@ -342,7 +346,7 @@ def test_ended_session_is_410(client: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "said"),
+    ("path", "body", "message"),
     [
         ("create_model", {"base_model": "gpt-9"}, "The model 'gpt-9' is not served here"),
         ("create_model", {"lora_config": {"rank": 0}}, "rank 0 is not possible"),
@@ -357,15 +361,15 @@ def test_ended_session_is_410(client: Any) -> None:
         ("forward_backward", {}, "no forward_backward request in protobuf"),
     ],
 )
-def test_invalid_request_names_the_reason(client: Any, path: str, body: dict[str, Any], said: str) -> None:
+def test_invalid_request_names_the_reason(client: Any, path: str, body: dict[str, Any], message: str) -> None:
     acme = client("acme")
-    whole = {
+    defaults = {
         "create_model": {"model_seq_id": 5, "base_model": "tiny-base", "lora_config": {"rank": 2}},
         "create_sampling_session": {"sampling_session_seq_id": 5},
     }.get(path, {})
-    answer = acme.http.post(f"/{path}", json={"session_id": acme.session, **whole, **body})
+    answer = acme.http.post(f"/{path}", json={"session_id": acme.session, **defaults, **body})
     assert answer.status_code in (400, 404)
-    assert said in answer.json()["error"]["message"]
+    assert message in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("number", [0, -1, True, "1", 1.0, None, 10**30])
@@ -385,8 +389,8 @@ def test_invalid_sample_options_are_the_result(client: Any) -> None:
     for seq, more in enumerate(
         [{"topk_sample_logprobs": 50}, {"prompt_alt_tokens_k": 2}, {"prompt_logprobs_last_n": 3}]
     ):
-        told = acme.sample(id, seq, **more).json()
-        assert next(iter(more)) in told["error"]
-        assert told["category"] == "user"
-    gone = acme.http.post("/retrieve_future", json={"request_id": f"{id}:77"})
-    assert gone.status_code == 410
+        result = acme.sample(id, seq, **more).json()
+        assert next(iter(more)) in result["error"]
+        assert result["category"] == "user"
+    expired = acme.http.post("/retrieve_future", json={"request_id": f"{id}:77"})
+    assert expired.status_code == 410

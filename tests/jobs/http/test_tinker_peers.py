@@ -65,9 +65,9 @@ class Process:
         return str(self.client_folder / MODEL)
 
     def env(self, key: str) -> dict[str, str]:
-        own = {"TINKER_BASE_URL": self.url, "TINKER_API_KEY": f"tml-{key}", "TINKER_TELEMETRY": "0"}
+        settings = {"TINKER_BASE_URL": self.url, "TINKER_API_KEY": f"tml-{key}", "TINKER_TELEMETRY": "0"}
         offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(self.folder / "hub"), "WANDB_MODE": "disabled"}
-        return {**os.environ, **own, **offline}
+        return {**os.environ, **settings, **offline}
 
     def start(self) -> None:
         command = ["serve", "--base", self.base, "--train", "--port", str(self.port), "--dtype", "float32"]
@@ -101,21 +101,21 @@ class Process:
 @pytest.fixture(scope="module")
 def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     pytest.importorskip("tinker")
-    made = Process(tmp_path_factory.mktemp("tinker"))
-    home_with_kernels(made.folder / "home")
-    _offline(made.client_folder)
-    store = Store(str(made.folder / "tenants.sqlite"))
+    server = Process(tmp_path_factory.mktemp("tinker"))
+    home_with_kernels(server.folder / "home")
+    _offline(server.client_folder)
+    store = Store(str(server.folder / "tenants.sqlite"))
     for tenant in ("acme", "globex"):
         manage.add_tenant(store, tenant, actor="test")
-        made.keys[tenant] = manage.make_tenant_key(store, tenant, actor="test")[1]
+        server.keys[tenant] = manage.make_tenant_key(store, tenant, actor="test")[1]
     manage.change_settings(store, "acme", {"training_price": 2_000_000, "training_budget": 10**9}, actor="test")
     store.close()
-    made.start()
-    yield made
-    for each in made.clients:  # its connections
+    server.start()
+    yield server
+    for each in server.clients:  # its connections
         each.holder.run_coroutine_threadsafe(each.holder.aclose()).result()
-    made.running.terminate()
-    made.running.wait(60)
+    server.running.terminate()
+    server.running.wait(60)
 
 
 def _offline(folder: Path) -> None:
@@ -124,11 +124,11 @@ def _offline(folder: Path) -> None:
     (folder / MODEL).parent.mkdir()
     base.rename(folder / MODEL)
     talk = [{"role": "user", "content": "Where is the printer?"}, {"role": "assistant", "content": "On the floor."}]
-    chosen = "\n\nHuman: Where is the printer?\n\nAssistant: On the third floor."
+    dialog = "\n\nHuman: Where is the printer?\n\nAssistant: On the third floor."
     sets: dict[str, tuple[str, dict[str, Any]]] = {
         "HuggingFaceH4/no_robots": ("default", {"messages": talk}),
         "openai/gsm8k": ("main", {"question": "What is 1 + 2?", "answer": "1 + 2 = 3\n#### 3"}),
-        "Anthropic/hh-rlhf": ("default", {"chosen": chosen, "rejected": chosen.replace("third", "first")}),
+        "Anthropic/hh-rlhf": ("default", {"chosen": dialog, "rejected": dialog.replace("third", "first")}),
     }
     for name, (config, row) in sets.items():
         (folder / name).mkdir(parents=True)
@@ -190,14 +190,14 @@ def test_sdk_primitives(process: Process, tmp_path: Path) -> None:
 
     assert training.forward_backward_custom(data[:1], shorter).result().metrics["mine:mean"] == 1.0
     sampler = training.save_weights_and_get_sampling_client().result()
-    said = training.forward(data[:1], "cross_entropy").result().loss_fn_outputs[0]["logprobs"].data
-    asked = sampler.compute_logprobs(types.ModelInput.from_ints(ROWS[0])).result()
-    assert asked[1:] == pytest.approx(said, abs=1e-5)
-    wanted = types.SamplingParams(max_tokens=6, temperature=0.8, seed=1)
+    trained = training.forward(data[:1], "cross_entropy").result().loss_fn_outputs[0]["logprobs"].data
+    prompt_logprobs = sampler.compute_logprobs(types.ModelInput.from_ints(ROWS[0])).result()
+    assert prompt_logprobs[1:] == pytest.approx(trained, abs=1e-5)
+    parameters = types.SamplingParams(max_tokens=6, temperature=0.8, seed=1)
     prompt = types.ModelInput.from_ints(ROWS[0][:5])
-    found = sampler.sample(prompt, 2, wanted, topk_sample_logprobs=2, topk_prompt_logprobs=3).result()
-    assert [len(each.tokens) for each in found.sequences] == [6, 6]
-    assert len(found.topk_prompt_logprobs[1]) == 3
+    samples = sampler.sample(prompt, 2, parameters, topk_sample_logprobs=2, topk_prompt_logprobs=3).result()
+    assert [len(each.tokens) for each in samples.sequences] == [6, 6]
+    assert len(samples.topk_prompt_logprobs[1]) == 3
     path = training.save_state("one").result().path
     again = service.create_training_client_from_state_with_optimizer(path).result()
     both = [each.forward(data, "cross_entropy").result().metrics["loss:sum"] for each in (training, again)]
@@ -267,8 +267,10 @@ _NAN, _ONES = np.array([1, math.nan, 1], np.float32), np.ones(3, np.float32)
 _EMPTY = {"tokens": [], "target_tokens": np.zeros(0, np.int64), "weights": np.zeros(0, np.float32)}
 
 
-def _row_error(said: str, rows: Callable[[], Any], loss: str = "cross_entropy", options: Any = None) -> tuple[Any, str]:
-    return lambda s, t: t.forward_backward(rows(), loss, options), said
+def _row_error(
+    message: str, rows: Callable[[], Any], loss: str = "cross_entropy", options: Any = None
+) -> tuple[Any, str]:
+    return lambda s, t: t.forward_backward(rows(), loss, options), message
 
 
 MISTAKES: dict[str, tuple[Callable[..., Any], str]] = {
@@ -316,8 +318,8 @@ def _sampled(service: Any, prompt: list[int], **params: Any) -> Any:
 def test_sdk_reports_a_mistake_and_continues(mistake: str, process: Process, clumsy: Any) -> None:
     """The error names the mistake, and the client's next request works."""
     service, training = clumsy
-    do, said = MISTAKES[mistake]
-    with pytest.raises(Exception, match=f"(?s){said}"):
+    do, message = MISTAKES[mistake]
+    with pytest.raises(Exception, match=f"(?s){message}"):
         do(service, training).result(timeout=120)
     assert training.forward([datum(ROWS[0])], "cross_entropy").result(timeout=120).metrics["loss:sum"] > 0
 
@@ -351,8 +353,8 @@ def test_tenants_of_different_rank_get_their_own_results(process: Process, ranks
 
     alone = [trained(tenant, rank) for tenant, rank in zip(("acme", "globex"), ranks, strict=True)]
     with ThreadPoolExecutor(2) as pool:
-        beside = list(pool.map(trained, ("acme", "globex"), ranks))
-    for one, other in zip(alone, beside, strict=True):
+        together = list(pool.map(trained, ("acme", "globex"), ranks))
+    for one, other in zip(alone, together, strict=True):
         assert other == pytest.approx(one, rel=1e-5)
     assert alone[0] != alone[1]
 
@@ -384,9 +386,9 @@ def billed(process: Process, run: str) -> int:
     """Return a run's trained tokens in the ledger."""
     store = Store(str(process.folder / "tenants.sqlite"))
     with reading(store.engine) as c:
-        found = usage(c, by=("adapter",), tenant="acme", adapter=trained_name(run))
+        rows = usage(c, by=("adapter",), tenant="acme", adapter=trained_name(run))
     store.close()
-    return sum(row["prompt"] for row in found)
+    return sum(row["prompt"] for row in rows)
 
 
 def test_code_of_the_tinker_page_runs(process: Process, tmp_path: Path) -> None:

@@ -68,20 +68,20 @@ class Catalog(ToyCatalog):
     """A catalog that returns an adapter's name in the library."""
 
     def resolve(self, model: str, caller: Principal) -> ResolvedModel:
-        found = super().resolve(model, caller)
-        return replace(found, adapters=(f"library/{found.target}@1",)) if found.mix else found
+        resolved = super().resolve(model, caller)
+        return replace(resolved, adapters=(f"library/{resolved.target}@1",)) if resolved.mix else resolved
 
 
 @contextmanager
-def serving(place: Path) -> Iterator[Jobs]:
+def serving(folder: Path) -> Iterator[Jobs]:
     """Serve over a library of its own."""
-    with open_library(place) as library, closing(Store(f"{place}-tenants.sqlite")) as tenants:
+    with open_library(folder) as library, closing(Store(f"{folder}-tenants.sqlite")) as tenants:
         manage.add_tenant(tenants, "acme", actor="test")
         files, store = open_files(library), JobStore(library)
         routers = [file_routes(files), tuning_routes(TuningQueue(store, files, tenants))]
         more: dict[str, Any] = {"routers": routers, "large": large_bodies(files)}
-        with live(ToyEngine(ToyText()), Catalog(), ToyTenancy(), **more) as served:
-            yield Jobs(served, store, files, library)
+        with live(ToyEngine(ToyText()), Catalog(), ToyTenancy(), **more) as server:
+            yield Jobs(server, store, files, library)
 
 
 @pytest.fixture(scope="module")
@@ -89,17 +89,17 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VENEER_HOME", str(home))
-        with serving(home / "library") as served:
-            yield served
+        with serving(home / "library") as running:
+            yield running
 
 
 @pytest.fixture
 def client(jobs: Jobs) -> Iterator[openai.OpenAI]:
-    with jobs.client() as made:
-        yield made
-        for job in made.fine_tuning.jobs.list(limit=100):
+    with jobs.client() as opened:
+        yield opened
+        for job in opened.fine_tuning.jobs.list(limit=100):
             if job.status not in ("succeeded", "failed", "cancelled"):
-                made.fine_tuning.jobs.cancel(job.id)
+                opened.fine_tuning.jobs.cancel(job.id)
 
 
 def sent(client: openai.OpenAI, rows: Any = (ROW,), name: str = "tickets.jsonl") -> str:
@@ -107,7 +107,7 @@ def sent(client: openai.OpenAI, rows: Any = (ROW,), name: str = "tickets.jsonl")
     return client.files.create(file=(name, data), purpose="fine-tune").id
 
 
-def made(client: openai.OpenAI, **more: Any) -> Any:
+def created(client: openai.OpenAI, **more: Any) -> Any:
     return client.fine_tuning.jobs.create(**{"model": "toy", "training_file": sent(client), **more})
 
 
@@ -135,11 +135,11 @@ def test_job_from_creation_to_result(jobs: Jobs, client: openai.OpenAI) -> None:
     lease = jobs.taken()
     accuracy = {"token_accuracy": 0.75, "validation_token_accuracy": 0.5}
     point = JobCheckpoint(4, {"loss": 1.25, "validation_loss": 1.5, **accuracy}, "acme/x@1")
-    measured: list[dict[str, Any]] = [
+    metrics_data: list[dict[str, Any]] = [
         {"step": 4, "steps": 9, "tokens": 400, "loss": 1.25, "token_accuracy": 0.75},
         {"step": 4, "validation_loss": 1.5, "token_accuracy": 0.5},
     ]
-    events = [JobEvent("info", kind, "", d) for kind, d in zip(("metrics", "validation"), measured, strict=True)]
+    events = [JobEvent("info", kind, "", d) for kind, d in zip(("metrics", "validation"), metrics_data, strict=True)]
     jobs.store.record(lease, events, [point, JobCheckpoint(8)], trained=(4, 9, 400))
     job = client.fine_tuning.jobs.retrieve(job.id)
     assert job.status == "running"
@@ -165,7 +165,7 @@ def test_job_from_creation_to_result(jobs: Jobs, client: openai.OpenAI) -> None:
     events = list(client.fine_tuning.jobs.list_events(job.id, limit=2))  # pages
     assert len(events) == len({event.id for event in events}) == len(jobs.store.events("acme", job.id)[0])
     assert [event.message for event in events][-1].startswith("created")
-    found, metrics = (event.data for event in events if event.type == "metrics")
+    validation, metrics = (event.data for event in events if event.type == "metrics")
     assert metrics == {
         "step": 4,
         "total_steps": 9,
@@ -174,13 +174,13 @@ def test_job_from_creation_to_result(jobs: Jobs, client: openai.OpenAI) -> None:
         "train_mean_token_accuracy": 0.75,
     }
     full = {"full_valid_loss": 1.5, "full_valid_mean_token_accuracy": 0.5}
-    assert found == {"step": 4, "valid_loss": 1.5, "valid_mean_token_accuracy": 0.5, **full}
+    assert validation == {"step": 4, "valid_loss": 1.5, "valid_mean_token_accuracy": 0.5, **full}
 
 
 def test_dpo_job_has_the_requested_configuration(jobs: Jobs, client: openai.OpenAI) -> None:
-    file, other = sent(client, [PAIR] * 50), sent(client, [PAIR], "held.jsonl")
+    file, held_out = sent(client, [PAIR] * 50), sent(client, [PAIR], "held.jsonl")
     method = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "learning_rate_multiplier": 2, "n_epochs": 4}}}
-    job = made(client, training_file=file, validation_file=other, method=method)
+    job = created(client, training_file=file, validation_file=held_out, method=method)
     assert job.method.type == "dpo"
     assert job.method.dpo.hyperparameters.beta == 0.2
     config, _ = config_from({**jobs.store.get("acme", job.id).config, "output": {"directory": "out"}})
@@ -226,36 +226,38 @@ def test_reinforcement_job_has_the_requested_configuration(jobs: Jobs, client: o
         "batch_size": 4,
     }
     rows = [{"messages": [{"role": "user", "content": f"{n} + 1?"}], "wanted": str(n + 1)} for n in range(50)]
-    file, held = sent(client, rows), sent(client, rows, "held.jsonl")
-    asked = reinforced(both, hyperparameters=numbers, response_format=form)
-    job = made(client, training_file=file, validation_file=held, **asked)
-    shown = job.method.reinforcement.to_dict(warnings=False)  # their class has one grader where several go by names
+    file, held_out = sent(client, rows), sent(client, rows, "held.jsonl")
+    request = reinforced(both, hyperparameters=numbers, response_format=form)
+    job = created(client, training_file=file, validation_file=held_out, **request)
+    method = job.method.reinforcement.to_dict(warnings=False)  # their class has one grader where several go by names
     assert job.method.type == "reinforcement"
-    assert shown["grader"] == both
-    assert shown["response_format"] == form
-    assert shown["hyperparameters"] == {**numbers, "eval_samples": "auto", "reasoning_effort": "default"}
+    assert method["grader"] == both
+    assert method["response_format"] == form
+    assert method["hyperparameters"] == {**numbers, "eval_samples": "auto", "reasoning_effort": "default"}
     config, _ = config_from({**jobs.store.get("acme", job.id).config, "output": {"directory": "out"}})
     assert isinstance(config, TrainConfig)
-    drawn = config.reinforcement
-    assert (drawn.loss, drawn.group, drawn.grammar) == ("grpo", 4, {"json_schema": schema})
-    (reward,) = drawn.rewards
+    reinforcement = config.reinforcement
+    assert (reinforcement.loss, reinforcement.group, reinforcement.grammar) == ("grpo", 4, {"json_schema": schema})
+    (reward,) = reinforcement.rewards
     assert local_judge_models([reward]) == {"base", "library/sql@1"}
     assert reward.sandbox  # type: ignore[attr-defined]
     with build_rewards([reward], ask=lambda questions: [Reply("1")] * len(questions)) as rewards:
         assert rewards.judge([Answer([], "3", {"wanted": "3"})]).values == [2]
     assert (config.schedule.epochs, config.batching.rows, config.evaluation.every) == (2, 4, 7)
-    plain, _ = config_from({"base": "toy", "data": {"train": "x"}, "output": "o", "reinforcement": drawn.model_dump()})
+    plain, _ = config_from(
+        {"base": "toy", "data": {"train": "x"}, "output": "o", "reinforcement": reinforcement.model_dump()}
+    )
     assert config.optimizer.learning_rate == 2 * plain.optimizer.learning_rate
 
 
 def test_grader_cannot_use_an_invisible_model(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="polite"):
-        made(client, **reinforced({**SCORED, "model": "polite"}))
+        created(client, **reinforced({**SCORED, "model": "polite"}))
 
 
 def test_python_grader_of_a_job_needs_permission(client: openai.OpenAI) -> None:
     with pytest.raises(openai.PermissionDeniedError, match="--python-graders"):
-        made(client, **reinforced({"type": "python", "name": "mine", "source": "def grade(sample, item): return 1"}))
+        created(client, **reinforced({"type": "python", "name": "mine", "source": "def grade(sample, item): return 1"}))
 
 
 EXAMPLES: list[dict[str, Any]] = [
@@ -280,7 +282,7 @@ def after(**section: Any) -> dict[str, Any]:
 def test_bodies_of_openais_guides_are_accepted(client: openai.OpenAI, body: dict[str, Any]) -> None:
     file = sent(client)
     body = {key: file if value == "same" else value for key, value in body.items()}
-    assert made(client, training_file=file, **body).status == "validating_files"
+    assert created(client, training_file=file, **body).status == "validating_files"
 
 
 INVALID: list[tuple[dict[str, Any], str | None, str]] = [
@@ -327,42 +329,42 @@ def test_invalid_request_names_parameter_and_reason(
     client: openai.OpenAI, body: Any, param: str, code: str, what: str
 ) -> None:
     with pytest.raises(openai.BadRequestError, match=what) as refused:
-        made(client, **body)
+        created(client, **body)
     assert (refused.value.param, refused.value.code) == (param, code)
     assert not [job for job in client.fine_tuning.jobs.list() if job.status == "validating_files"]
 
 
 def test_missing_objects_have_openais_errors(client: openai.OpenAI) -> None:
-    asked: list[tuple[Any, str | None, str]] = [
+    requests: list[tuple[Any, str | None, str]] = [
         (lambda: client.files.retrieve("file-none"), None, "No such File object: file-none"),
         (lambda: client.fine_tuning.jobs.retrieve("ftjob-none"), "fine_tune_not_found", "fine tune: ftjob-none"),
         (lambda: client.models.delete("ft:toy:acme::none"), "model_not_found", "does not exist"),
     ]
-    for ask, code, what in asked:
+    for request, code, what in requests:
         with pytest.raises(openai.NotFoundError, match=what) as refused:
-            ask()
+            request()
         assert (refused.value.type, refused.value.code) == ("invalid_request_error", code)
 
 
 def test_training_file_must_be_jsonl(client: openai.OpenAI) -> None:
     file = client.files.create(file=("tickets.pdf", b"%PDF"), purpose="fine-tune").id
     with pytest.raises(openai.BadRequestError, match="jsonl") as refused:
-        made(client, training_file=file)
+        created(client, training_file=file)
     assert (refused.value.param, refused.value.code) == ("training_file", "invalid_file_format")
 
 
 def test_failed_job_names_file_and_line(jobs: Jobs, client: openai.OpenAI) -> None:
-    job = made(client, validation_file=sent(client, name="held.jsonl"))
+    job = created(client, validation_file=sent(client, name="held.jsonl"))
     lease = jobs.taken("validating")
     where = f"{lease.job.config['data']['validation']}:3"
     error = {"kind": "data", "message": f"1 of 9 rows are not usable:\n  {where}: no `messages`", "fix": "correct it"}
     jobs.store.finish(lease, error=error)
-    found = client.fine_tuning.jobs.retrieve(job.id)
-    assert found.status == "failed"
-    assert (found.error.param, found.error.code) == ("validation_file", "invalid_validation_file")
-    assert "held.jsonl:3: no `messages`" in found.error.message
-    assert "correct it" in found.error.message
-    assert str(lease.job.folder.parent) not in found.to_json()
+    failed = client.fine_tuning.jobs.retrieve(job.id)
+    assert failed.status == "failed"
+    assert (failed.error.param, failed.error.code) == ("validation_file", "invalid_validation_file")
+    assert "held.jsonl:3: no `messages`" in failed.error.message
+    assert "correct it" in failed.error.message
+    assert str(lease.job.folder.parent) not in failed.to_json()
 
 
 def test_section_after_is_stored_with_copied_files(jobs: Jobs, client: openai.OpenAI) -> None:
@@ -372,41 +374,41 @@ def test_section_after_is_stored_with_copied_files(jobs: Jobs, client: openai.Op
         "route": {"name": "support", "weight": 0.2},
         "promote": {"metric": "exact_match", "against": "serving", "by": 0.01},
     }
-    job = made(client, **after(**section))
+    job = created(client, **after(**section))
     client.files.delete(section["evaluate"]["data"])
     assert job.to_dict()["after"] == section
-    kept = jobs.store.get("acme", job.id).about["after"]
-    (path,) = kept["evaluate"]["data"]
+    stored = jobs.store.get("acme", job.id).about["after"]
+    (path,) = stored["evaluate"]["data"]
     assert Path(path).read_text() == json.dumps(ROW) + "\n"
-    assert (kept["route"], kept["promote"]) == ({**section["route"], "shadow": False}, section["promote"])
+    assert (stored["route"], stored["promote"]) == ({**section["route"], "shadow": False}, section["promote"])
     lease = jobs.taken("validating")
     jobs.store.finish(lease, error={"kind": "data", "message": "no `messages`", "where": f"{path}:1"})
-    found = client.fine_tuning.jobs.retrieve(job.id)
-    assert (found.error.param, found.error.code) == ("after.evaluate.data", "invalid_data")
-    assert found.error.message == "held.jsonl:1: no `messages`"
+    failed = client.fine_tuning.jobs.retrieve(job.id)
+    assert (failed.error.param, failed.error.code) == ("after.evaluate.data", "invalid_data")
+    assert failed.error.message == "held.jsonl:1: no `messages`"
 
 
 @pytest.mark.parametrize("kind", ["internal", "died", "lost"])
 def test_internal_errors_are_hidden_from_clients(jobs: Jobs, client: openai.OpenAI, kind: str) -> None:
     """Neither the job nor its events contain hosts or paths."""
     secret = 'OperationalError: connection to "db.internal" failed: /srv/secret'
-    job = made(client)
+    job = created(client)
     lease = jobs.trained()
     if kind == "died":
         jobs.store.died(lease, secret)
         jobs.store.release(jobs.taken(), "could not be started", secret)
         lease = jobs.taken()
     jobs.store.finish(lease, error={"kind": kind, "message": secret, "fix": f"see {secret}"})
-    found = client.fine_tuning.jobs.retrieve(job.id)
-    assert found.error.code == "server_error"
-    told = [found.to_json(), *(event.to_json() for event in client.fine_tuning.jobs.list_events(job.id))]
-    assert "failed: " in "".join(told)
-    assert "internal" not in "".join(told)
-    assert "secret" not in "".join(told)
+    failed = client.fine_tuning.jobs.retrieve(job.id)
+    assert failed.error.code == "server_error"
+    texts = [failed.to_json(), *(event.to_json() for event in client.fine_tuning.jobs.list_events(job.id))]
+    assert "failed: " in "".join(texts)
+    assert "internal" not in "".join(texts)
+    assert "secret" not in "".join(texts)
 
 
 def test_job_over_the_budget_fails(jobs: Jobs, client: openai.OpenAI) -> None:
-    job = made(client)
+    job = created(client)
     lease = jobs.taken("validating")
     with pytest.raises(OverBudget) as over:
         jobs.store.queue(lease, {"tokens": 900, "steps": 9}, price=10**9, budget=1)
@@ -425,16 +427,16 @@ def test_database_outage_is_503(jobs: Jobs, client: openai.OpenAI, monkeypatch: 
 
     monkeypatch.setattr(jobs.store, "get", away)
     monkeypatch.setattr(jobs.files, "get", away)
-    for ask in (client.fine_tuning.jobs.retrieve, client.files.retrieve):
+    for request in (client.fine_tuning.jobs.retrieve, client.files.retrieve):
         with pytest.raises(openai.InternalServerError) as refused:
-            ask("ftjob-x")
+            request("ftjob-x")
         assert (refused.value.status_code, refused.value.code) == (503, "unavailable")
         assert "internal" not in refused.value.message
         assert "secret" not in refused.value.message
 
 
 def test_pause_resume_cancel(jobs: Jobs, client: openai.OpenAI) -> None:
-    id = made(client).id
+    id = created(client).id
     with pytest.raises(openai.BadRequestError, match="validating") as refused:
         client.fine_tuning.jobs.pause(id)
     assert refused.value.code == "wrong_state"
@@ -453,9 +455,9 @@ def test_pause_resume_cancel(jobs: Jobs, client: openai.OpenAI) -> None:
 
 
 def test_jobs_are_listed_by_page_and_metadata(client: openai.OpenAI) -> None:
-    before = [job.id for job in client.fine_tuning.jobs.list()]
-    ids = [made(client, metadata={"n": str(n % 2), "all": "x"}).id for n in range(5)][::-1]
-    assert [job.id for job in client.fine_tuning.jobs.list(limit=2)] == ids + before
+    earlier = [job.id for job in client.fine_tuning.jobs.list()]
+    ids = [created(client, metadata={"n": str(n % 2), "all": "x"}).id for n in range(5)][::-1]
+    assert [job.id for job in client.fine_tuning.jobs.list(limit=2)] == ids + earlier
     assert [job.id for job in client.fine_tuning.jobs.list(limit=1, metadata={"n": "1"})] == [ids[1], ids[3]]
     assert client.fine_tuning.jobs.list(metadata={"n": "1", "all": "y"}).data == []
     page = client.fine_tuning.jobs.list(extra_query={"metadata": "null"}).data
@@ -464,29 +466,29 @@ def test_jobs_are_listed_by_page_and_metadata(client: openai.OpenAI) -> None:
 
 def test_jobs_of_other_tenants_are_404(jobs: Jobs, client: openai.OpenAI) -> None:
     """Every route with an id of a job, a file or a model."""
-    id = made(client).id
+    id = created(client).id
     file = sent(client)
-    with jobs.client("admin") as other:
-        own = sent(other)
+    with jobs.client("admin") as stranger:
+        own_file = sent(stranger)
         attacks: list[Any] = [
-            other.fine_tuning.jobs.retrieve,
-            other.fine_tuning.jobs.cancel,
-            other.fine_tuning.jobs.pause,
-            other.fine_tuning.jobs.resume,
-            other.fine_tuning.jobs.list_events,
-            other.fine_tuning.jobs.checkpoints.list,
+            stranger.fine_tuning.jobs.retrieve,
+            stranger.fine_tuning.jobs.cancel,
+            stranger.fine_tuning.jobs.pause,
+            stranger.fine_tuning.jobs.resume,
+            stranger.fine_tuning.jobs.list_events,
+            stranger.fine_tuning.jobs.checkpoints.list,
         ]
         for attack in attacks:
             with pytest.raises(openai.NotFoundError) as refused:
                 attack(id)
             assert refused.value.code == "fine_tune_not_found"
         with pytest.raises(openai.NotFoundError):
-            other.fine_tuning.jobs.list(after=id)
-        assert other.fine_tuning.jobs.list().data == []
-        held_out = {"training_file": own, **after(evaluate={"data": [own, file]})}
-        for more in ({"training_file": file}, {"training_file": own, "validation_file": file}, held_out):
+            stranger.fine_tuning.jobs.list(after=id)
+        assert stranger.fine_tuning.jobs.list().data == []
+        held_out = {"training_file": own_file, **after(evaluate={"data": [own_file, file]})}
+        for more in ({"training_file": file}, {"training_file": own_file, "validation_file": file}, held_out):
             with pytest.raises(openai.BadRequestError) as wrong:
-                other.fine_tuning.jobs.create(model="toy", **more)
+                stranger.fine_tuning.jobs.create(model="toy", **more)
             assert wrong.value.code == "file_not_found"
     assert client.fine_tuning.jobs.retrieve(id).status == "validating_files"
 
@@ -497,17 +499,17 @@ def test_unfinished_jobs_of_a_tenant_are_limited(
     service = jobs.server.app.state.service
     limits = replace(service.settings.quotas, jobs=jobs.store.unfinished("acme") + 2)
     monkeypatch.setattr(service, "settings", replace(service.settings, quotas=limits))
-    first = made(client)
-    made(client)
+    first = created(client)
+    created(client)
     with pytest.raises(openai.RateLimitError, match=r"which is the limit \(jobs\)"):
         client.with_options(max_retries=0).fine_tuning.jobs.create(model="toy", training_file=sent(client))
     client.fine_tuning.jobs.cancel(first.id)
-    assert made(client).id
+    assert created(client).id
 
 
 def test_unknown_event_id_is_400(jobs: Jobs, client: openai.OpenAI) -> None:
     """Also for numbers that SQL cannot store."""
-    id = made(client).id
+    id = created(client).id
     first = client.fine_tuning.jobs.list_events(id).data[0].id
     for after in (f"{first.rpartition('-')[0]}-{'9' * 50}", f"{first}x", "ftevent-x-1", ""):
         with pytest.raises(openai.BadRequestError, match="no event"):
@@ -555,21 +557,21 @@ def test_no_generated_request_returns_5xx(jobs: Jobs) -> None:
     statuses: dict[str, set[int]] = {}
     with jobs.client() as client:
         file = sent(client)
-        job = client.fine_tuning.jobs.cancel(made(client, training_file=file).id).id
-    known = {"/v1/files": file, "/v1/fine_tuning": job}
+        job = client.fine_tuning.jobs.cancel(created(client, training_file=file).id).id
+    ids = {"/v1/files": file, "/v1/fine_tuning": job}
 
     def ask(case: Any) -> None:
-        seen = statuses.setdefault(f"{case.method} {case.path}", set())
+        codes = statuses.setdefault(f"{case.method} {case.path}", set())
         case.headers["authorization"] = "Bearer acme"
-        seen.add(case.call(timeout=20).status_code)
+        codes.add(case.call(timeout=20).status_code)
         if "id" in (case.path_parameters or {}):
-            case.path_parameters["id"] = next(id for start, id in known.items() if case.path.startswith(start))
-            seen.add(case.call(timeout=20).status_code)
-        assert max(seen) < 500, (case.path, case.body)
+            case.path_parameters["id"] = next(id for start, id in ids.items() if case.path.startswith(start))
+            codes.add(case.call(timeout=20).status_code)
+        assert max(codes) < 500, (case.path, case.body)
 
-    for found in schemathesis.openapi.from_url(f"{jobs.server.url}/openapi.json").get_all_operations():
-        operation = found.ok()
-        if not operation.path.startswith(tuple(known)):
+    for generated in schemathesis.openapi.from_url(f"{jobs.server.url}/openapi.json").get_all_operations():
+        operation = generated.ok()
+        if not operation.path.startswith(tuple(ids)):
             continue
         for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
             try:
@@ -577,4 +579,4 @@ def test_no_generated_request_returns_5xx(jobs: Jobs) -> None:
             except Unsatisfiable:
                 assert mode is GenerationMode.NEGATIVE
     assert len(statuses) == 13
-    assert sum(200 in seen for seen in statuses.values()) > 6
+    assert sum(200 in codes for codes in statuses.values()) > 6

@@ -234,7 +234,7 @@ def test_invalid_row_is_named(row: dict[str, Any], said: str) -> None:
             "target_tokens": np.array(row.get("targets", [2, 3])),
             "weights": np.array(row.get("weights", [1.0, 1.0]), "f4"),
         },
-        row.get("other", ""),
+        row.get("unsupported", ""),
     )
     with pytest.raises(ConfigError, match=said):
         check_rows([wire], row.get("loss", "cross_entropy"), row.get("options", {}), vocabulary=384, context=256)
