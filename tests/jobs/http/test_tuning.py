@@ -305,7 +305,7 @@ INVALID: list[tuple[dict[str, Any], str | None, str]] = [
     ({"integrations": [{"type": "wandb"}]}, "integrations", "at most 0"),
     ({"extra_body": {"colour": "red"}}, "colour", "colour"),
     (after(rout={}), "after", "rout"),
-    (after(alias="prod"), "after.alias", "a name of its own"),
+    (after(alias="prod"), "after.alias", "each job here creates a new adapter"),
     (after(route={"name": "globex/x"}), "after.route.name", "another tenant"),
     (after(evaluate={}, promote={"metric": "loss"}), "after", "no route"),
     (after(evaluate={"metrics": ["exact_mach"]}), "after.evaluate.metrics", "exact_match"),
