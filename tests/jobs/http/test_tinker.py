@@ -358,7 +358,7 @@ def test_ended_session_is_410(client: Any) -> None:
         ("create_model", {"model_seq_id": 10**300}, "model_seq_id"),
         ("create_model", {"lora_config": {"rank": 10**6}}, "rank 1000000 is not possible"),
         ("create_sampling_session", {"sampling_session_seq_id": 10**300}, "sampling_session_seq_id"),
-        ("forward_backward", {}, "no forward_backward request in protobuf"),
+        ("forward_backward", {}, "not a forward_backward request in protobuf"),
     ],
 )
 def test_invalid_request_names_the_reason(client: Any, path: str, body: dict[str, Any], message: str) -> None:

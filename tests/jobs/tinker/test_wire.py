@@ -37,7 +37,7 @@ def test_sparse_rows_are_read() -> None:
 
 @pytest.mark.parametrize("cut", [1, 9, 40, 41, 60])
 def test_truncated_message_is_refused(cut: int) -> None:
-    with pytest.raises(Refused, match="no forward_backward request"):
+    with pytest.raises(Refused, match="not a forward_backward request"):
         read_forward(forward_body("s1:train:0", 7, ROWS)[:cut] + b"\xff")
 
 
