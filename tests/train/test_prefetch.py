@@ -158,9 +158,9 @@ def test_an_unexpected_request_gets_its_own_batch() -> None:
 
     a, b, c = map(maker, "abc")
     with Prefetcher(str.upper) as ahead:
-        assert ahead.take(a, b) == "A"
-        assert ahead.take(c, a) == "C"
-        assert ahead.take(a) == "A"
+        assert ahead.get(a, b) == "A"
+        assert ahead.get(c, a) == "C"
+        assert ahead.get(a) == "A"
     assert [name for name in made if name != "b"] == ["a", "c", "a"]
 
 
@@ -187,7 +187,7 @@ def test_a_busy_card_computes_on_the_right_batch() -> None:
     busy, sums = torch.randn(4096, 4096, device=device), []
     with Prefetcher(lambda batch: batch.sent(device)) as ahead:
         for i, make in enumerate(makers):
-            batch = ahead.take(make, makers[i + 1] if i + 1 < len(makers) else None)
+            batch = ahead.get(make, makers[i + 1] if i + 1 < len(makers) else None)
             busy = (busy @ busy).clamp(-1, 1)
             sums.append(batch.input_ids.sum())
             del batch

@@ -112,7 +112,7 @@ class _RunEvents:
         title = "Loss, mean squared error" if images else "Reward" if self.rewarded else "Loss"
         legend = [(each.name, each.colour + ("-faint" if each.kind == "faint" else "")) for each in series]
         mark = best[-1] if best else None
-        charts = [Markup(chart(series, wide=wide, mark=mark, label=title)) for wide in (True, False)]
+        charts = [Markup(chart(series, wide=wide, marked=mark, label=title)) for wide in (True, False)]
         out = [(title, charts, legend)]
         for name, key, scale in (
             (f"{'Images' if images else 'Tokens'} per second", "tokens_per_second", 1.0),

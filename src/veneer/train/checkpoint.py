@@ -72,9 +72,9 @@ class Progress:
 
         The validation losses are included if the rows were scored after this step."""
         scored = self.last_loss if self.evaluated == self.step else None
-        found = {"steps": self.step, "training_loss": self.loss, "validation_loss": scored}
-        found |= {"validation_loss_before": self.first_loss if scored is not None else None}
-        return {name: value for name, value in found.items() if value is not None}
+        values = {"steps": self.step, "training_loss": self.loss, "validation_loss": scored}
+        values |= {"validation_loss_before": self.first_loss if scored is not None else None}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 def save(
@@ -143,8 +143,8 @@ def save(
 
 def latest(directory: Path) -> Path | None:
     """Return the newest checkpoint in `directory`, or None."""
-    found = _all(directory)
-    return found[-1] if found else None
+    checkpoints = _all(directory)
+    return checkpoints[-1] if checkpoints else None
 
 
 def by_step(directory: Path) -> dict[int, Path]:
@@ -210,7 +210,7 @@ def restore(
             fix="resume with the settings and data that the run began with, or choose a new output directory",
         )
     tensors = _read_parameters(path, parameters)
-    before = rng_state()
+    previous_rng = rng_state()
     try:
         optimizer_state = _optimizer_state(
             optimizer, parameters, _load(path / "optimizer.safetensors"), state["optimizer"]
@@ -225,7 +225,7 @@ def restore(
         ]
         rng_restore(_load(path / "random.safetensors"))
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        rng_restore(before)
+        rng_restore(previous_rng)
         raise CheckpointError(
             f"the checkpoint cannot be restored: {type(error).__name__}: {error}",
             where=str(path),
@@ -333,7 +333,7 @@ def disk_errors(where: Path) -> Iterator[None]:
 def _after_space(where: Path) -> str:
     """Return advice for a full disk: resume from the newest checkpoint, if any."""
     folders = [folder for p in list(where.parents)[:2] for folder in (p, p / "checkpoints")]
-    newest = next((found for folder in folders if (found := latest(folder)) is not None), None)
+    newest = next((checkpoint for folder in folders if (checkpoint := latest(folder)) is not None), None)
     if newest is None:
         return "free some space, then run the same command again; no checkpoint had been written yet"
     return f"free some space, then run the same command with --resume; {newest.name} is intact"
@@ -352,12 +352,12 @@ def _write(path: Path, chunks: Iterable[bytes | memoryview]) -> str:
     """Write and sync; return the sha256 of the contents."""
     digest = hashlib.sha256()
 
-    def seen() -> Iterator[bytes | memoryview]:
+    def hashed_chunks() -> Iterator[bytes | memoryview]:
         for chunk in chunks:
             digest.update(chunk)
             yield chunk
 
-    replace_file(path, seen())
+    replace_file(path, hashed_chunks())
     return digest.hexdigest()
 
 
@@ -373,8 +373,8 @@ def _load(path: Path) -> dict[str, Tensor]:
 def _all(directory: Path) -> list[Path]:
     if not directory.is_dir():
         return []
-    found = [p for p in directory.iterdir() if p.is_dir() and p.name.startswith(_PREFIX)]
-    return sorted(p for p in found if p.name[len(_PREFIX) :].isdigit())
+    folders = [p for p in directory.iterdir() if p.is_dir() and p.name.startswith(_PREFIX)]
+    return sorted(p for p in folders if p.name[len(_PREFIX) :].isdigit())
 
 
 def _sweep(directory: Path) -> None:
@@ -397,17 +397,17 @@ def _prune(directory: Path, keep: int, newest: int, best_step: int | None) -> No
     """Remove old checkpoints.
 
     The best checkpoint as of every kept one is kept too, because a run resumed from it can need its best."""
-    found = _all(directory)
-    kept = {*[path for path in found if not is_shared(path)][-max(1, keep) :], *found[-newest:]}
+    checkpoints = _all(directory)
+    recent = {*[path for path in checkpoints if not is_shared(path)][-max(1, keep) :], *checkpoints[-newest:]}
     bests = {best_step}
-    for path in kept:
+    for path in recent:
         try:
             bests.add(json.loads((path / "state.json").read_text(encoding="utf-8"))["progress"]["best_step"])
         except (OSError, ValueError, KeyError):
             continue
-    pinned = {f"{_PREFIX}{step:08d}" for step in bests if step is not None}
-    for path in found:
-        if path in kept or path.name in pinned:
+    best_names = {f"{_PREFIX}{step:08d}" for step in bests if step is not None}
+    for path in checkpoints:
+        if path in recent or path.name in best_names:
             continue
         doomed = directory / f".{path.name}.tmp"
         try:

@@ -114,12 +114,12 @@ class Devices:
         """Check that all processes have the same `digest`.
 
         Raises TrainingError in all processes if they differ."""
-        found = self.gather(digest)
-        if len(set(found)) > 1:
-            other = next(rank for rank, d in enumerate(found) if d != found[0])
+        digests = self.gather(digest)
+        if len(set(digests)) > 1:
+            different = next(rank for rank, d in enumerate(digests) if d != digests[0])
             raise TrainingError(
                 f"the processes of this run do not have the same {what}",
-                where=f"process 0 has {found[0][:12]}, process {other} has {found[other][:12]}",
+                where=f"process 0 has {digests[0][:12]}, process {different} has {digests[different][:12]}",
                 fix="give every machine the same files, versions and kind of device; no later state was saved",
             )
 
@@ -177,8 +177,8 @@ def joined(device: str = "auto", *, lockstep: bool = False) -> Iterator[Devices]
         return
     import torch.distributed as dist
 
-    own = not dist.is_initialized()
-    if own:
+    initialized_here = not dist.is_initialized()
+    if initialized_here:
         cuda = device != "cpu" and torch.cuda.is_available()
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_TIMEOUT)
     rank, count, local = dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0"))
@@ -188,7 +188,7 @@ def joined(device: str = "auto", *, lockstep: bool = False) -> Iterator[Devices]
     except Exception as error:
         raise _shared(error, store, rank) from error
     finally:
-        if own:
+        if initialized_here:
             dist.destroy_process_group()
 
 
@@ -232,13 +232,13 @@ def _shared(error: Exception, store: Any, rank: int) -> Exception:
             "another process of this run has ended without a word: killed, or its machine went away",
             fix="go on with the same command and --resume; it says if there is no checkpoint to go on from",
         )
-    own = {"rank": rank, "kind": type(mine).__name__, "what": str(mine)}
+    own_error = {"rank": rank, "kind": type(mine).__name__, "what": str(mine)}
     if isinstance(mine, VeneerError):
-        own |= {"what": mine.what, "where": mine.where, "fix": mine.fix}
+        own_error |= {"what": mine.what, "where": mine.where, "fix": mine.fix}
     if isinstance(mine, Interrupted):
-        own["signal"] = mine.signal
+        own_error["signal"] = mine.signal
     try:
-        first = json.loads(store.compare_set(_ERROR, "", json.dumps(own)))
+        first = json.loads(store.compare_set(_ERROR, "", json.dumps(own_error)))
     except RuntimeError:  # the process with the store has also ended
         return mine
     if first["rank"] == rank:
@@ -247,8 +247,8 @@ def _shared(error: Exception, store: Any, rank: int) -> Exception:
     if kind is None:
         shared: Any = TrainingError(f"process {first['rank']} of this run stopped: {first['kind']}: {first['what']}")
     else:
-        given = {key: first[key] for key in ("where", "fix", "signal") if key in first}
-        shared = kind(first["what"], **given)
+        details = {key: first[key] for key in ("where", "fix", "signal") if key in first}
+        shared = kind(first["what"], **details)
     shared.already_shown = True
     return shared  # type: ignore[no-any-return]
 
@@ -288,9 +288,9 @@ def launch(count: int, command: Sequence[str]) -> int:
 
     with signal_handler(forward, signal.SIGINT, signal.SIGTERM):
         for rank in range(count):
-            own = settings | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            environment = settings | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             # A separate session: Ctrl-C in the terminal reaches the process once, through `forward`.
-            processes.append(subprocess.Popen(list(command), env=own, start_new_session=True))
+            processes.append(subprocess.Popen(list(command), env=environment, start_new_session=True))
         _wait(processes)
     codes = [process.returncode for process in processes]
     for rank, code in enumerate(codes):
@@ -304,12 +304,12 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
     After the first failure the others get time to end, then SIGTERM, then SIGKILL."""
     failed: float | None = None
-    ways = [(2 * PATIENCE, signal.SIGKILL), (PATIENCE, signal.SIGTERM)]
+    signals = [(2 * PATIENCE, signal.SIGKILL), (PATIENCE, signal.SIGTERM)]
     while None in (codes := [process.poll() for process in processes]):
         if failed is None and any(codes):
             failed = time.monotonic()
-        if failed is not None and ways and time.monotonic() - failed > ways[-1][0]:
-            number = ways.pop()[1]
+        if failed is not None and signals and time.monotonic() - failed > signals[-1][0]:
+            number = signals.pop()[1]
             for process in processes:
                 process.send_signal(number)
         time.sleep(0.05)

@@ -157,13 +157,13 @@ def mean_rewards(extra: Mapping[str, float]) -> dict[str, float] | None:
     single reward that equals the sum is not repeated."""
     if "reward_failed" not in extra:
         return None
-    found = {
+    parts = {
         name.removeprefix("reward_"): value
         for name, value in extra.items()
         if name.startswith("reward_") and name != "reward_failed"
     }
     total = {"reward": extra["reward"]} if "reward" in extra else {}
-    return total if list(found.values()) == list(total.values()) else total | found
+    return total if list(parts.values()) == list(total.values()) else total | parts
 
 
 def measure_text(loss: float, extra: Mapping[str, float]) -> str:

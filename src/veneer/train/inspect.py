@@ -140,18 +140,18 @@ def _inspect_text(config: TrainConfig, device: Device, rows: int) -> Report:
     report.add(*(replace(finding, text=first + finding.text) for finding in loaded.findings))
     if not data.train.items:
         return report
-    whole = total is not None and (config.data.limit or total) <= looked
-    known = looked if whole or total is None else min(total, config.data.limit or total)
+    complete = total is not None and (config.data.limit or total) <= looked
+    row_count = looked if complete or total is None else min(total, config.data.limit or total)
     read = planned_rows(config, data.train.items)
-    kept = read["rows"] if whole else max(1, round(known * read["rows"] / looked))
-    report.plan = plan = plan_of_config(config, device, **read | {"rows": kept})
+    used_rows = read["rows"] if complete else max(1, round(row_count * read["rows"] / looked))
+    report.plan = plan = plan_of_config(config, device, **read | {"rows": used_rows})
     steps = math.ceil(plan.job.rows / plan.job.batch)
     subject = RunSubject(base=None, config=config, steps_per_epoch=steps)
     report.add(*(finding for finding in learning_rate(subject) if finding.level != "ok"))
-    if not whole:
-        of = "all of them" if total is None else f"{total:,}"
+    if not complete:
+        total_text = "all of them" if total is None else f"{total:,}"
         report.guesses.append(
-            f"looked at the first {counted(looked, 'row')} of {of}, and the rest is taken to be like them"
+            f"looked at the first {counted(looked, 'row')} of {total_text}, and the rest is taken to be like them"
         )
     if config.adapter.start is not None:
         report.guesses.append(f"the adapter's size, which is that of {config.adapter.start}")
@@ -179,14 +179,14 @@ _SECTIONS: Any = {"base": {"name"}} | dict.fromkeys(
 
 def _key(config: TrainConfig, rows: int) -> _Key:
     """Return the settings that determine how rows are read, and the files' state."""
-    own = config.model_dump_json(include=_SECTIONS, exclude_unset=True)
+    values = config.model_dump_json(include=_SECTIONS, exclude_unset=True)
     stamp = data_stamp([*config.data.files("train"), *config.data.files("validation")])
-    return own, stamp, rows
+    return values, stamp, rows
 
 
-def _config(kind: type[_C], own: str) -> _C:
+def _config(kind: type[_C], key: str) -> _C:
     """Return the configuration in a cache key."""
-    return kind.model_validate_json(json.dumps({**json.loads(own), "output": {"directory": "."}}))
+    return kind.model_validate_json(json.dumps({**json.loads(key), "output": {"directory": "."}}))
 
 
 @functools.lru_cache(maxsize=4)
@@ -197,20 +197,20 @@ def _base(name: str) -> TextBase:
 
 
 @functools.lru_cache(maxsize=8)
-def _sample(own: str, stamp: tuple[tuple[str, int, int], ...], rows: int) -> _Sample:
+def _sample(key: str, stamp: tuple[tuple[str, int, int], ...], rows: int) -> _Sample:
     """Read and check the first rows. Raises DataError, BaseError."""
     from veneer.train.text.data import read_data
     from veneer.train.text.preflight import TextSubject, data_findings, marked_pieces
 
-    config = _config(TrainConfig, own)
+    config = _config(TrainConfig, key)
     base = _base(config.base.name)
     data = read_data(config.model_copy(update={"data": _bounded(config, rows)}), base)
     subject = TextSubject(base=base, config=config, data=data)
-    found = tuple(data_findings(subject))
+    findings = tuple(data_findings(subject))
     encoded = data.train.encoded
     sample = tuple(marked_pieces(encoded.examples[0], base.tokenizer)) if encoded.examples else ()
     looked = len(data.train.rows) + (len(data.held.rows) if config.data.validation is None else 0)
-    return _Sample(data, looked, found, sample)
+    return _Sample(data, looked, findings, sample)
 
 
 def _bounded(config: TrainConfig, rows: int) -> Any:
@@ -264,17 +264,17 @@ class _Table:
         from veneer.train.text.preflight import marked_pieces
         from veneer.train.text.rows import UnusableRow
 
-        found, (verdict, why) = self.found[i], self.verdicts[i]
-        if isinstance(found, UnusableRow):
-            return PreviewRow(found.where, verdict, why, _beginning(str(dict(found.values))))
+        row, (verdict, why) = self.found[i], self.verdicts[i]
+        if isinstance(row, UnusableRow):
+            return PreviewRow(row.where, verdict, why, _beginning(str(dict(row.values))))
         own = [self.encoded.examples[n] for n in self.examples.get(i, ())]
         pieces = [piece for example in own for piece in marked_pieces(example, tokenizer)]
-        said = found.text or " → ".join(str(message["content"]) for message in found.messages)
+        text = row.text or " → ".join(str(message["content"]) for message in row.messages)
         return PreviewRow(
-            found.where,
+            row.where,
             verdict,
             why,
-            _beginning(said),
+            _beginning(text),
             sum(one.tokens for one in own),
             sum(one.learned for one in own),
             tuple(pieces),
@@ -287,12 +287,12 @@ def _beginning(text: str) -> str:
 
 
 @functools.lru_cache(maxsize=4)
-def _table(own: str, stamp: tuple[tuple[str, int, int], ...], most: int) -> _Table:
+def _table(key: str, stamp: tuple[tuple[str, int, int], ...], most: int) -> _Table:
     from veneer.train.text.encode import encode_rows
     from veneer.train.text.preference import answer_rows
     from veneer.train.text.rows import Row, parse_rows, split_rows
 
-    config = _config(TrainConfig, own)
+    config = _config(TrainConfig, key)
     data, loss, draws = config.data, config.preference.loss, config.sampling is not None
     formats = PROMPT_FORMATS if draws else None if loss is None else preference_formats(loss)
     found, about = parse_rows(
@@ -364,18 +364,18 @@ def _picture_key(config: ImageTrainConfig) -> tuple[str, tuple[tuple[str, int, i
     folders = [*config.data.folders, *filter(None, [config.data.validation, config.data.class_folder])]
     files = sorted(path for folder in folders for path in Path(folder).expanduser().rglob("*") if path.is_file())
     stats = [(str(path), path.stat()) for path in files]
-    own = config.model_dump_json(include={"base": {"name"}, "data": True, "seed": True}, exclude_unset=True)
-    return own, tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in stats)
+    values = config.model_dump_json(include={"base": {"name"}, "data": True, "seed": True}, exclude_unset=True)
+    return values, tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in stats)
 
 
 @functools.lru_cache(maxsize=4)
-def _pictures(own: str, stamp: tuple[tuple[str, int, int], ...]) -> _Pictures:
+def _pictures(key: str, stamp: tuple[tuple[str, int, int], ...]) -> _Pictures:
     from veneer.train.image.augmentation import plan_rows
     from veneer.train.image.batches import split_pictures
     from veneer.train.image.checks import check_held_out, check_pictures
     from veneer.train.image.pictures import read_pictures
 
-    config = _config(ImageTrainConfig, own)
+    config = _config(ImageTrainConfig, key)
     settings = config.data
     pictures, summary = read_pictures(settings)
     validation_rows = read_pictures(settings, "validation")[0]
@@ -385,10 +385,10 @@ def _pictures(own: str, stamp: tuple[tuple[str, int, int], ...]) -> _Pictures:
     scale = int(shape.get("vae_scale", 8))
     unit = scale if "down_block_types" in shape else 2 * scale  # U-Nets take single latents, others 2 × 2
     plan = plan_rows(pictures, settings, size=int(shape.get("picture", 1024)), unit=unit)
-    found = check_pictures(pictures, summary, plan, settings)
+    findings = check_pictures(pictures, summary, plan, settings)
     if validation_rows:
-        found += check_held_out(pictures, validation_rows)
-    return _Pictures(pictures, validation_rows, plan.rows, tuple(found))
+        findings += check_held_out(pictures, validation_rows)
+    return _Pictures(pictures, validation_rows, plan.rows, tuple(findings))
 
 
 def preview_pictures(config: ImageTrainConfig) -> tuple[PreviewPicture, ...]:
@@ -400,9 +400,9 @@ def preview_pictures(config: ImageTrainConfig) -> tuple[PreviewPicture, ...]:
     from veneer.train.image.pictures import count_pictures
 
     if (count := count_pictures(config.data)[0]) > _MOST_PICTURES:
-        what = f"{count:,} pictures are more than a sheet shows"
+        problem = f"{count:,} pictures are more than a sheet shows"
         raise DataError(
-            what, where=", ".join(config.data.folders), fix=f"a folder of {_MOST_PICTURES} at most, to look"
+            problem, where=", ".join(config.data.folders), fix=f"a folder of {_MOST_PICTURES} at most, to look"
         )
     loaded = _pictures(*_picture_key(config))
     first: dict[str, PictureRow] = {}
@@ -435,9 +435,9 @@ def _preview(
 
 def preview_picture(config: ImageTrainConfig, id: str) -> PreviewPicture:
     """Return one of `preview_pictures` by its id. Raises DataError for an unknown id."""
-    for one in preview_pictures(config):
-        if one.id == id:
-            return one
+    for picture in preview_pictures(config):
+        if picture.id == id:
+            return picture
     raise DataError("there is no such picture in this run's folders", where="picture", fix="open the sheet again")
 
 

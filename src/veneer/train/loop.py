@@ -355,7 +355,7 @@ class Loop:
         if not coming and self.number < len(self.plan.steps):
             following = [micro for micro in self.plan.steps[self.number].micros if micro.trained]
             coming = [following[i] for i, _ in self.deal(following)]
-        return self.prefetcher.take(micros[index].make, coming[0].make if coming else None)
+        return self.prefetcher.get(micros[index].make, coming[0].make if coming else None)
 
     def deal(self, micros: Sequence[Micro]) -> list[tuple[int, bool]]:
         """Return the micro-batches of this process, in order."""
@@ -384,7 +384,7 @@ def train(
     loops: Sequence[Loop],
     compute: Compute | None = None,
     *,
-    ended: Callable[[Loop, VeneerError | None], None] | None = None,
+    on_end: Callable[[Loop, VeneerError | None], None] | None = None,
 ) -> None:
     """Run each loop, usually one, from its progress to its end, in lockstep.
 
@@ -397,8 +397,8 @@ def train(
     drawing a step or scoring raises. Raises TrainingError naming step and rows if a loss or a gradient is not
     finite, before the optimizer moves and without overwriting the good checkpoint.
 
-    `ended(loop, error)` is called when a loop ends, with None if it finished; the other loops continue.
-    Without `ended`, an error is raised."""
+    `on_end(loop, error)` is called when a loop ends, with None if it finished; the other loops continue.
+    Without `on_end`, an error is raised."""
     active = list(loops)
     interrupted: list[Interrupted] = []
 
@@ -413,12 +413,12 @@ def train(
         except Interrupted as raised:
             interrupted.append(raised)
         except VeneerError as raised:
-            if ended is None:
+            if on_end is None:
                 raise
             error = raised
         active.remove(loop)
-        if ended is not None and (error is not None or loop.progress.stopped):
-            ended(loop, error)
+        if on_end is not None and (error is not None or loop.progress.stopped):
+            on_end(loop, error)
 
     with ExitStack() as stack:
         flag = stack.enter_context(stop_signals())
@@ -453,7 +453,7 @@ def train_step(loop: Loop) -> StepResult | None:
     means: MetricMeans | None = None
     stopped = loop.stop()
     dealt = loop.deal(micros)
-    for place, (index, counts) in enumerate(dealt):
+    for position, (index, counts) in enumerate(dealt):
         stopped = stopped or loop.stop()
         if stopped and not loop.devices.lockstep:
             return None
@@ -461,7 +461,7 @@ def train_step(loop: Loop) -> StepResult | None:
             means = loop.metrics()
         seed_all(*loop.seed(index))
         with shared(), memory_errors(micros[index]):
-            nll = learner.loss(loop.batch(index, [later for later, _ in dealt[place + 1 :]]))
+            nll = learner.loss(loop.batch(index, [later for later, _ in dealt[position + 1 :]]))
             (nll / loop.step.counted if counts else nll * 0.0).backward()  # type: ignore[no-untyped-call]
         if counts:
             parts[index] = nll.detach()
@@ -531,9 +531,9 @@ def _advance(loop: Loop, result: StepResult | VeneerError | None) -> None:
 def _apply(loop: Loop, result: StepResult | None) -> None:
     """Move the optimizer by a step's gradients; raise Interrupted if a signal came."""
     progress, number, began = loop.progress, loop.number, time.perf_counter()
-    shares = loop.devices.gather(result)
-    done = [share for share in shares if share is not None]
-    if len(done) < len(shares):
+    results = loop.devices.gather(result)
+    done = [share for share in results if share is not None]
+    if len(done) < len(results):
         loop.optimizer.zero_grad(set_to_none=True)
         rng_restore(loop.rng)
         _stop(loop)
@@ -541,8 +541,8 @@ def _apply(loop: Loop, result: StepResult | None) -> None:
     loop.devices.add_gradients(parameters, sorted(set().union(*(share.reached for share in done))))
     rate = loop.plan.schedule.apply(loop.optimizer, number)
     norm = float(nn.utils.clip_grad_norm_(parameters, loop.plan.clip or math.inf))
-    found = {index: nll for share in done for index, nll in share.nlls.items()}
-    nlls = [found[index] for index in range(len(micros))]
+    losses = {index: nll for share in done for index, nll in share.nlls.items()}
+    nlls = [losses[index] for index in range(len(micros))]
     _check_finite(number, nlls, norm, micros, progress)
     loop.optimizer.step()
     total, seconds = sum(nlls), time.perf_counter() - began + (0.0 if result is None else result.seconds)
@@ -571,12 +571,12 @@ def _apply(loop: Loop, result: StepResult | None) -> None:
 
 def _check_finite(number: int, nlls: list[float], norm: float, micros: list[Micro], progress: Progress) -> None:
     bad = [micro for nll, micro in zip(nlls, micros, strict=True) if not math.isfinite(nll)]
-    what = f"the loss of step {number} is not finite" if bad else f"the gradient of step {number} is not finite"
+    problem = f"the loss of step {number} is not finite" if bad else f"the gradient of step {number} is not finite"
     if not bad and math.isfinite(norm):
         return
     rows = tuple(row for micro in (bad or micros) for row in micro.rows)
     raise TrainingError(
-        what,
+        problem,
         where=f"rows {first_few(rows, _SHOWN)}",
         fix="look at these rows; lower optimizer.learning_rate, or lengthen schedule.warmup. "
         f"Steps 1 to {progress.step} were good; no later state was saved",
@@ -598,13 +598,13 @@ def _evaluate_if_due(loop: Loop) -> bool:
     began = time.perf_counter()
     # In lockstep no process can leave while others score; the next step handles the signal.
     with shared(), _save_on_error(loop):
-        own = loop.learner.score((lambda: False) if loop.devices.lockstep else loop.stop)
-    scores = loop.devices.gather(own)
-    found = [score for score in scores if score is not None]
-    if len(found) < len(scores):
+        own_score = loop.learner.score((lambda: False) if loop.devices.lockstep else loop.stop)
+    scores = loop.devices.gather(own_score)
+    results = [score for score in scores if score is not None]
+    if len(results) < len(scores):
         _stop(loop)
         return False
-    score = EvalResult.total(found)
+    score = EvalResult.total(results)
     if not math.isfinite(score.loss):
         raise TrainingError(
             f"the validation loss after step {progress.step} is not finite",
@@ -647,13 +647,13 @@ def _save_on_error(loop: Loop) -> Iterator[None]:
 
     For code that changes no weight and can depend on another server (a judge or a teacher), so that no
     progress is lost."""
-    before = rng_state()
+    previous_rng = rng_state()
     try:
         yield
     except VeneerError:
         # saving needs all devices, and one has failed; before step 1 there is nothing to lose
         if loop.devices.count == 1 and loop.save is not None and loop.progress.step:
-            rng_restore(before)
+            rng_restore(previous_rng)
             _save(loop)
             loop.emit(Note(f"the state after step {loop.progress.step} is saved: --resume goes on from there"))
         raise
@@ -678,7 +678,7 @@ def probe(learner: Learner, micros: Iterable[Micro], on_event: Listener) -> Prob
     ResourceError if memory does not suffice, PreflightError if the loss is not finite or no parameter gets a
     gradient."""
     longest = max(micros, key=lambda m: (m.tokens if m.size is None else m.size, m.trained))
-    before, began = rng_state(), time.perf_counter()
+    previous_rng, began = rng_state(), time.perf_counter()
     try:
         with shared(), memory_errors(longest):
             value = learner.loss(longest.make())
@@ -700,7 +700,7 @@ def probe(learner: Learner, micros: Iterable[Micro], on_event: Listener) -> Prob
     finally:
         for parameter in learner.parameters.values():
             parameter.grad = None
-        rng_restore(before)
+        rng_restore(previous_rng)
     event = Probed(longest.tokens, longest.rows, time.perf_counter() - began, peak_memory_bytes(learner.device))
     on_event(event)
     return event

@@ -144,11 +144,11 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.name not in SCHEDULES:
-            near = nearest(self.name, SCHEDULES)
+            suggestions = nearest(self.name, SCHEDULES)
             raise ConfigError(
                 f"unknown schedule {self.name!r}",
                 where="schedule.name",
-                fix=f"use {near[0]}" if near else f"use one of {', '.join(SCHEDULES)}",
+                fix=f"use {suggestions[0]}" if suggestions else f"use one of {', '.join(SCHEDULES)}",
             )
         if self.warmup < 0 or not 0.0 <= self.floor <= 1.0:
             raise ConfigError(

@@ -1,11 +1,11 @@
 """Make the next batch and copy it to the device while the current step runs.
 
     with Prefetcher(send) as prefetcher:
-        batch = prefetcher.take(make, following)     the result of make(), sent; following() starts in the thread
+        batch = prefetcher.get(make_batch, following)     the result of make_batch(), sent; following() starts in the thread
 
-A thread makes one batch at a time, in the order of the calls, so at most one batch waits. The thread has the
-context of the caller, and its errors are raised by `take`. It draws no random numbers, so a run's numbers do
-not depend on it.
+The thread makes one batch at a time, in the order of the calls, so at most one batch waits. The thread has the
+context of the calling code, and `get` raises its errors. The thread draws no random numbers, so a run's numbers
+do not depend on it.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ class Prefetcher:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="next batch")
         self._begun: tuple[_Make, Future[Any]] | None = None
 
-    def take(self, make: _Make, following: _Make | None = None) -> Any:
-        """Return the batch of `make`; start `following` for the next call.
+    def get(self, make_batch: _Make, following: _Make | None = None) -> Any:
+        """Return the batch of `make_batch`; start `following` for the next call.
 
         Waits for the batch if the previous call already started it as `following`."""
         begun, self._begun = self._begun, None
-        if begun is not None and begun[0] is not make:  # the order of batches changed
+        if begun is not None and begun[0] is not make_batch:  # the order of batches changed
             begun[1].cancel()
             begun = None
-        batch = (self._submit(make) if begun is None else begun[1]).result()
+        batch = (self._submit(make_batch) if begun is None else begun[1]).result()
         if following is not None:
             self._begun = following, self._submit(following)
         return batch
 
-    def _submit(self, make: _Make) -> Future[Any]:
-        return self._thread.submit(copy_context().run, lambda: self._send(make()))
+    def _submit(self, make_batch: _Make) -> Future[Any]:
+        return self._thread.submit(copy_context().run, lambda: self._send(make_batch()))
 
     def __enter__(self) -> Prefetcher:
         return self

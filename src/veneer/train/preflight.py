@@ -166,13 +166,13 @@ class RunSubject:
     plan: Plan | None = None
 
 
-def share(part: float, whole: float) -> str:
+def share(part: float, total: float) -> str:
     """Format as `12 of 40 (30%)`, with more digits below 1%."""
-    percent = 100 * part / whole if whole else 0.0
+    percent = 100 * part / total if total else 0.0
     return (
-        f"{part:,} of {whole:,} ({percent:.0f}%)"
+        f"{part:,} of {total:,} ({percent:.0f}%)"
         if percent >= 1 or not part
-        else f"{part:,} of {whole:,} ({percent:.2g}%)"
+        else f"{part:,} of {total:,} ({percent:.2g}%)"
     )
 
 
@@ -186,8 +186,8 @@ def learning_rate(s: RunSubject) -> Iterator[Finding]:
     low, high = _PREFERENCE_WINDOW if preference else _WINDOW
     if s.config.optimizer.name in ("adamw", "adam") and not low <= rate <= high:
         side = "below" if rate < low else "above"
-        what = "preferences are learned" if preference else "LoRA learns"
-        text = f"learning rate {rate:g} is {side} the window {low:g} to {high:g} in which {what}"
+        method = "preferences are learned" if preference else "LoRA learns"
+        text = f"learning rate {rate:g} is {side} the window {low:g} to {high:g} in which {method}"
         fix = "1e-4 to 1e-3 is where sweeps over 27 models found their best"
         yield Finding("warn", "learning rate", text, "5e-6 to 5e-5 is usual" if preference else fix)
     total = steps if steps is not None else s.steps_per_epoch * (s.config.epochs or 0)
@@ -252,8 +252,8 @@ def computes_on(base: Any) -> torch.device:
     if getattr(base, "unread", None) is not None:
         there: torch.device = base.device
         return there
-    own: torch.device = next(base.model.parameters()).device
-    return own
+    device: torch.device = next(base.model.parameters()).device
+    return device
 
 
 def check_output(s: RunSubject) -> Iterator[Finding]:
@@ -381,11 +381,11 @@ def trainable_parameters(model: nn.Module, targets: list[Target], spec: LoraSpec
     """Return the trainable parameters (in pairs, in full modules and token rows)."""
     modules = dict(base_modules(model))
     pairs = sum(_pair_parameters(modules[t.module_name], t, spec) for t in targets)
-    whole = sum(p.numel() for name in full_modules(model, spec) for p in modules[name].parameters())
+    full = sum(p.numel() for name in full_modules(model, spec) for p in modules[name].parameters())
     for name, ids in token_embeddings(model, spec).items():
         weight: Any = modules[name].weight
-        whole += len(ids) * int(weight.shape[1])
-    return pairs, whole
+        full += len(ids) * int(weight.shape[1])
+    return pairs, full
 
 
 def check_factor(parts: Iterable[tuple[nn.Module, Sequence[Target], LoraSpec]]) -> Iterator[Finding]:
@@ -393,7 +393,7 @@ def check_factor(parts: Iterable[tuple[nn.Module, Sequence[Target], LoraSpec]]) 
 
     PEFT's rule then uses the largest divisor below it. Stops a run if the factor divides no weight. `parts`:
     of the base, with their targets."""
-    factor, sides, other = 0, 0, list[str]()
+    factor, sides, indivisible = 0, 0, list[str]()
     for model, targets, spec in parts:
         if spec.kind != "lokr" or not spec.factor:
             continue
@@ -404,14 +404,15 @@ def check_factor(parts: Iterable[tuple[nn.Module, Sequence[Target], LoraSpec]]) 
             shape = _shape_of(modules[target.module_name])[:2]
             missed = [size for size in shape if size % factor]
             sides += len(shape) - len(missed)
-            other += [f"{target.name}, {shape[0]} × {shape[1]}"] if missed else []
-    if other:
+            indivisible += [f"{target.name}, {shape[0]} × {shape[1]}"] if missed else []
+    if indivisible:
         fix = "a divisor of both, as 2, 4 or 8; or leave it out: then both factors are as near in size as can be"
         if sides:
-            text = f"adapter.factor {factor} does not divide both sides of {counted(len(other), 'module')} ({other[0]})"
+            modules_text = f"{counted(len(indivisible), 'module')} ({indivisible[0]})"
+            text = f"adapter.factor {factor} does not divide both sides of {modules_text}"
             yield Finding("warn", "factor", f"{text}: the largest divisor below it is taken there", fix)
         else:
-            text = f"adapter.factor {factor} divides no side of what is trained, as {other[0]}"
+            text = f"adapter.factor {factor} divides no side of what is trained, as {indivisible[0]}"
             yield Finding("stop", "factor", text, fix)
 
 

@@ -41,12 +41,12 @@ def read_data_files(names: Sequence[str], limit: int | None = None) -> tuple[lis
     files = [file for name in names for file in _expand(name)]
     records: list[Record] = []
     for file in files:
-        before = len(records)
+        count_before = len(records)
         left = None if limit is None else limit - len(records)
         if left is not None and left <= 0:
             break
         records += _elsewhere(file, left) if file.startswith(SOURCES) else _file(Path(file), left)[:left]
-        if len(records) == before:
+        if len(records) == count_before:
             raise DataError("there are no rows in this file", where=file, fix="remove it from data.train, or fill it")
     return records, files
 
@@ -56,8 +56,8 @@ def data_stamp(names: Sequence[str]) -> tuple[tuple[str, int, int], ...]:
 
     It has each file's name, time and size. Raises DataError for a missing file."""
     files = [file for name in names for file in _expand(name)]
-    found = [(file, None if file.startswith(SOURCES) else os.stat(file)) for file in files]
-    return tuple((file, 0, 0) if stat is None else (file, stat.st_mtime_ns, stat.st_size) for file, stat in found)
+    stats = [(file, None if file.startswith(SOURCES) else os.stat(file)) for file in files]
+    return tuple((file, 0, 0) if stat is None else (file, stat.st_mtime_ns, stat.st_size) for file, stat in stats)
 
 
 def count_records(names: Sequence[str]) -> int | None:
@@ -99,20 +99,24 @@ def _expand(name: str) -> list[str]:
         return [name]
     path = Path(name).expanduser()
     if os.path.isdir(path):  # no error for a name that is too long
-        found = sorted(str(p) for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
-        if not found:
+        matches = sorted(str(p) for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
+        if not matches:
             raise DataError("this folder holds no data file", where=name, fix=f"known endings: {', '.join(_SUFFIXES)}")
-        return found
+        return matches
     if os.path.exists(path):
         return [str(path)]
     if glob.has_magic(name):
-        found = sorted(glob.glob(str(path), recursive=True))
-        if not found:
+        matches = sorted(glob.glob(str(path), recursive=True))
+        if not matches:
             raise DataError("this pattern matches no file", where=name, fix="check the folder and the ending")
-        return found
+        return matches
     neighbors = [p.name for p in path.parent.iterdir()] if os.path.isdir(path.parent) else []
-    near = nearest(path.name, neighbors, 1)
-    fix = f"did you mean {path.parent / near[0]}?" if near else "give a file, a glob, or a hub data set as hub:ID@SPLIT"
+    suggestions = nearest(path.name, neighbors, 1)
+    fix = (
+        f"did you mean {path.parent / suggestions[0]}?"
+        if suggestions
+        else "give a file, a glob, or a hub data set as hub:ID@SPLIT"
+    )
     missing_folder = "" if os.path.isdir(path.parent) else f" (nor does the folder {path.parent})"
     raise DataError(f"the data file does not exist{missing_folder}", where=name, fix=fix)
 
@@ -182,8 +186,8 @@ def _decoded(raw: bytes, path: Path) -> str:
         return raw.decode(encoding)
     except UnicodeDecodeError as error:
         line = raw[: error.start].decode(encoding, "ignore").count("\n") + 1
-        what = f"not {'UTF-16' if wide else 'UTF-8'} text: bytes {raw[error.start : error.end].hex(' ')}"
-        raise DataError(what, where=f"{path}:{line}", fix=fix) from None
+        problem = f"not {'UTF-16' if wide else 'UTF-8'} text: bytes {raw[error.start : error.end].hex(' ')}"
+        raise DataError(problem, where=f"{path}:{line}", fix=fix) from None
 
 
 def _delimiter(text: str) -> str:
@@ -192,8 +196,8 @@ def _delimiter(text: str) -> str:
     It is a comma, or a semicolon or tab if the header has no comma. Spreadsheets write semicolons in locales
     with decimal commas."""
     header = next(line for line in text.splitlines() if line.strip())
-    counts = {mark: _outside_quotes(header).count(mark) for mark in ",;\t"}
-    return "," if counts[","] or not max(counts.values()) else max(counts, key=lambda mark: counts[mark])
+    counts = {delimiter: _outside_quotes(header).count(delimiter) for delimiter in ",;\t"}
+    return "," if counts[","] or not max(counts.values()) else max(counts, key=lambda delimiter: counts[delimiter])
 
 
 def _outside_quotes(line: str) -> str:

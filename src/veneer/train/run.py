@@ -73,9 +73,9 @@ class Run:
             find_base(base, say=self.note)
         self.devices.gather(None)
 
-    def say(self, report: Report, settled: Iterable[tuple[str, Any, str]]) -> None:
-        """Report the settings and the preflight's findings. `settled`: as in `resolved`."""
-        self.emit(resolved(self.config, self.sources, settled))
+    def say(self, report: Report, decided: Iterable[tuple[str, Any, str]]) -> None:
+        """Report the settings and the preflight's findings. `decided`: as in `resolved`."""
+        self.emit(resolved(self.config, self.sources, decided))
         self.emit(Checked(report.text(), report.to_dict(), report.text(markup=True)))
 
 
@@ -277,14 +277,14 @@ def finished(run: Run, task: Task[_R], report: Report, loop: Loop) -> _R:
     """Restore the state to keep, save it, verify the file, and write the report."""
     devices, progress, emit = run.devices, loop.progress, loop.emit
     task.end(emit)
-    kept, validation = _restore_best(run, task, progress, emit)
+    kept_step, validation = _restore_best(run, task, progress, emit)
     outcome = Outcome(
         steps=progress.step,
         peak_memory_bytes=peak_memory_bytes(task.learner.device),
         loss=progress.loss,
         validation=validation,
         validation_before=progress.first_loss,
-        kept_step=kept,
+        kept_step=kept_step,
         stopped=progress.stopped,
         preflight=report.to_dict(),
     )
@@ -326,8 +326,8 @@ def _restored(run: Run, task: Task[Any], optimizer: Optimizer, identity: Mapping
     for note in restored.notes:
         run.note(note)
     if missing:
-        others = counted(len(missing), "run")
-        run.note(f"trained together with {others} more until here: the run goes on, but may differ in the last bits")
+        runs = counted(len(missing), "run")
+        run.note(f"trained together with {runs} more until here: the run goes on, but may differ in the last bits")
     return restored.progress
 
 
@@ -390,8 +390,8 @@ def _restore_best(run: Run, task: Task[Any], progress: Progress, emit: Listener)
     best, first, last = progress.best_step, progress.first_loss, progress.last_loss
     worse = ""
     if first is not None and last is not None and last > first:
-        before = validation_text(first, task.rewarded).rpartition(" ")[2]
-        worse = f"{validation_text(last, task.rewarded)} after step {progress.step}, {before} before step one"
+        first_text = validation_text(first, task.rewarded).rpartition(" ")[2]
+        worse = f"{validation_text(last, task.rewarded)} after step {progress.step}, {first_text} before step one"
     if run.config.evaluation.keep == "last":
         if worse:
             emit(Note(f"warning: {worse}"))
@@ -420,21 +420,21 @@ def due(every: int | str, ends: Sequence[int], steps: int, *, start: bool) -> se
     return after | {0} if start else after
 
 
-def resolved(config: RunConfig, sources: Mapping[str, Any] | None, settled: Iterable[tuple[str, Any, str]]) -> Resolved:
+def resolved(config: RunConfig, sources: Mapping[str, Any] | None, decided: Iterable[tuple[str, Any, str]]) -> Resolved:
     """Return every setting with its value in this run and its origin.
 
-    `settled`: (key, value, why) for settings that were open, such as `auto`, and are now decided."""
+    `decided`: (key, value, why) of settings that were `auto` or open, and now have a value."""
     dump = config.model_dump(mode="json")
     settings: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for name, key in config_keys(type(config)):
-        section, _, leaf = name.rpartition(".")
-        value = dump[section][leaf] if section else dump[leaf]
+        section, _, short_name = name.rpartition(".")
+        value = dump[section][short_name] if section else dump[short_name]
         plain = list(key.default) if isinstance(key.default, tuple) else key.default
         default = not key.is_required() and value == plain
         settings[name] = value
         origins[name] = str(sources[name]) if sources and name in sources else _origin(default, why(key))
-    for name, value, because in settled:
+    for name, value, because in decided:
         settings[name] = value
         origins[name] = f"{origins[name].split(' (')[0]} → {because}"
     return Resolved(settings, origins)

@@ -54,8 +54,8 @@ class Outcome:
             del values["preflight"]
         return values
 
-    def metrics(self, **counted: Any) -> dict[str, Any]:
-        """Return the card's metrics, with the task's `counted` ones; None is left out."""
+    def metrics(self, **counts: Any) -> dict[str, Any]:
+        """Return the card's metrics, with the task's `counts`; None is left out."""
         common = {
             "training_loss": self.loss,
             "validation_loss": self.validation,
@@ -64,7 +64,7 @@ class Outcome:
             "steps": self.steps,
             "peak_memory_bytes": self.peak_memory_bytes,
         }
-        return {key: value for key, value in {**common, **counted}.items() if value is not None}
+        return {key: value for key, value in {**common, **counts}.items() if value is not None}
 
 
 def prove(
@@ -74,12 +74,12 @@ def prove(
     outputs: Callable[[], Tensor],
     *,
     path: Path,
-    what: str,
+    noun: str,
     rounding: float,
 ) -> str:
     """Attach the saved adapter and compare its `outputs` with the trained one's.
 
-    `name`: the trained adapter. `what`: the outputs in one word, such as logits. Outputs should be equal bit
+    `name`: the trained adapter. `noun`: the outputs in one word, such as logits. Outputs should be equal bit
     for bit; they can differ by `rounding`, as a share of the largest output, if the file has another dtype or
     form. Returns a sentence; raises AdapterError for a larger difference."""
     attachment.add(_RELOADED, saved, trainable=True)  # the same path through the layers as the trained one
@@ -91,14 +91,15 @@ def prove(
                 reloaded = outputs()
     finally:
         attachment.remove(_RELOADED)
-    done = f"saved to {path}, read back and compared: {what} equal"
+    done = f"saved to {path}, read back and compared: {noun} equal"
     if torch.equal(trained, reloaded):
         return f"{done} bit for bit"
-    gap = float((trained.float() - reloaded.float()).abs().max() / trained.float().abs().max().clamp_min(1e-12))
-    if gap <= rounding:
-        return f"{done} but for rounding ({gap:.1e} of the largest)"
+    difference = float((trained.float() - reloaded.float()).abs().max() / trained.float().abs().max().clamp_min(1e-12))
+    if difference <= rounding:
+        return f"{done} but for rounding ({difference:.1e} of the largest)"
     raise AdapterError(
-        f"the saved adapter does not give the {what} of the trained one (they differ by {gap:.1e} of the largest)",
+        f"the saved adapter does not give the {noun} of the trained one "
+        f"(they differ by {difference:.1e} of the largest)",
         where=str(path),
         fix="do not use this file; the last checkpoint holds the trained state. This is a bug: please report it",
     )
@@ -184,7 +185,7 @@ def _reward_cards(result: Outcome, records: Sequence[Mapping[str, Any]]) -> list
     The saved adapter's rewards compared with those before training, and the mean rewards of the last steps.
     """
     scores = {r["step"]: mean_rewards(r["extra"]) or {} for r in records if r.get("event") == "evaluated"}
-    first, kept = scores.get(0, {}), scores.get(result.kept_step, {})
+    first, best = scores.get(0, {}), scores.get(result.kept_step, {})
     where = f" · kept from step {result.kept_step}" if result.kept_step != result.steps else ""
     cards = [
         (
@@ -192,10 +193,10 @@ def _reward_cards(result: Outcome, records: Sequence[Mapping[str, Any]]) -> list
             f"{value:.3f}",
             (f"{first[name]:.3f} before training" if name in first else "") + where * (name == "reward"),
         )
-        for name, value in kept.items()
+        for name, value in best.items()
     ]
-    drawn = [mean_rewards(r["extra"]) for r in records if r.get("event") == "stepped"]
-    values = [each["reward"] for each in drawn if each and "reward" in each][-20:]
+    step_rewards = [mean_rewards(r["extra"]) for r in records if r.get("event") == "stepped"]
+    values = [each["reward"] for each in step_rewards if each and "reward" in each][-20:]
     if values:
         cards.append(
             (
@@ -211,9 +212,9 @@ def _loss_cards(result: Outcome) -> list[tuple[str, str, str]]:
     cards = []
     if result.validation is not None:
         first = result.validation_before
-        before = f"{loss_text(first)} before training" if first is not None else ""
+        first_text = f"{loss_text(first)} before training" if first is not None else ""
         where = f" · kept from step {result.kept_step}" if result.kept_step != result.steps else ""
-        cards.append(("Validation loss", loss_text(result.validation), before + where))
+        cards.append(("Validation loss", loss_text(result.validation), first_text + where))
     if result.loss is not None:
         last = counted(min(20, result.steps), "step")
         cards.append(("Training loss", loss_text(result.loss), f"mean over the last {last}"))
@@ -226,27 +227,31 @@ def _size_cards(result: Outcome, weights: Path | None) -> list[tuple[str, str, s
     predicted, share = numbers.get("predicted_peak_bytes"), ""
     if numbers.get("trainable") and numbers.get("base_parameters"):
         share = f"{numbers['trainable']:,} weights, {numbers['trainable'] / numbers['base_parameters']:.2%} of the base"
-    remark = "the whole process, base included" + ("" if predicted is None else f" · {size(predicted)} predicted")
-    cards = [("Peak memory", size(result.peak_memory_bytes), remark)]
+    detail = "the whole process, base included" + ("" if predicted is None else f" · {size(predicted)} predicted")
+    cards = [("Peak memory", size(result.peak_memory_bytes), detail)]
     return cards if weights is None else [*cards, ("Adapter", size(weights.stat().st_size), share)]
 
 
-def _files(folder: Path, known: Mapping[str, str]) -> list[tuple[str, str, str]]:
+def _files(folder: Path, descriptions: Mapping[str, str]) -> list[tuple[str, str, str]]:
     """Return (name, size, description) of existing files.
 
-    The `known` ones and those of every run."""
-    known = dict(known) | {
+    Those in `descriptions`, and the files of every run."""
+    descriptions = dict(descriptions) | {
         "log.jsonl": "everything that happened, one JSON object a line",
         "veneer.json": "the card: base, data, recipe, results",
         "README.md": "the same for people",
         "report.html": "this page",
     }
-    found = [(n, size((folder / n).stat().st_size), what) for n, what in known.items() if (folder / n).is_file()]
+    rows = [
+        (n, size((folder / n).stat().st_size), description)
+        for n, description in descriptions.items()
+        if (folder / n).is_file()
+    ]
     inside = folder / "checkpoints"
     if inside.is_dir():
         total = sum(f.stat().st_size for f in inside.rglob("*") if f.is_file())
-        found.append(("checkpoints/", size(total), "to resume from; may be deleted"))
-    return found
+        rows.append(("checkpoints/", size(total), "to resume from; may be deleted"))
+    return rows
 
 
 def _today() -> str:

@@ -27,7 +27,7 @@ def signal_handler(handle: Callable[[int], None], *numbers: int, once: bool = Fa
         return
 
     def put_back() -> None:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
     first: float | None = None
@@ -41,7 +41,7 @@ def signal_handler(handle: Callable[[int], None], *numbers: int, once: bool = Fa
             put_back()
             signal.raise_signal(number)
 
-    before = {number: signal.getsignal(number) for number in numbers}
+    previous = {number: signal.getsignal(number) for number in numbers}
     for number in numbers:
         signal.signal(number, come)
     try:

@@ -31,32 +31,32 @@ def hold_out(
     *,
     seed: int,
     default: int,
-    what: str = "rows",
+    noun: str = "rows",
     order: Callable[[bytes], bytes] = _sha256,
 ) -> tuple[list[_AnyKeyed], list[_AnyKeyed]]:
     """Return (training items, held-out items).
 
     `split`: a number (int), a share (float; at least one item), or None for `default`. The choice depends on
     `order`, a seeded hash of each item's content, and not on the order or names of files; identical items are
-    never on both sides. Both sides keep the order. `what`: the items in messages. Raises DataError if no
+    never on both sides. Both sides keep the order. `noun`: the items in messages. Raises DataError if no
     training item would be left."""
     if split is None:
         split = default
-    wanted = split if isinstance(split, int) else max(1, round(split * len(items))) if split > 0 else 0
-    if wanted == 0:
+    count = split if isinstance(split, int) else max(1, round(split * len(items))) if split > 0 else 0
+    if count == 0:
         return list(items), []
-    if wanted >= len(items):
+    if count >= len(items):
         raise DataError(
-            f"data.split: {split} holds out {wanted} {what} of {len(items)}: nothing is left to train on",
+            f"data.split: {split} holds out {count} {noun} of {len(items)}: nothing is left to train on",
             fix="hold out fewer, or give more data",
         )
     groups: dict[str, list[int]] = {}
     for i, item in enumerate(items):
         groups.setdefault(item.key, []).append(i)
-    held: set[int] = set()
+    selected: set[int] = set()
     for key in sorted(groups, key=lambda key: order(f"{seed}|{key}".encode())):
-        if len(held) + len(groups[key]) <= wanted:
-            held.update(groups[key])
-        if len(held) == wanted:
+        if len(selected) + len(groups[key]) <= count:
+            selected.update(groups[key])
+        if len(selected) == count:
             break
-    return [item for i, item in enumerate(items) if i not in held], [items[i] for i in sorted(held)]
+    return [item for i, item in enumerate(items) if i not in selected], [items[i] for i in sorted(selected)]

@@ -252,7 +252,7 @@ def test_ticks_cover_the_range_and_are_few(low: float, span: float, about: int) 
 
 
 def test_a_chart_draws_every_point_inside_its_frame() -> None:
-    svg = chart([Series("a", [(0.0, 1.0), (5.0, 9.0), (10.0, -3.0)], "dots")], mark=(10.0, -3.0))
+    svg = chart([Series("a", [(0.0, 1.0), (5.0, 9.0), (10.0, -3.0)], "dots")], marked=(10.0, -3.0))
     for x, y in re.findall(r'cx="([\d.-]+)" cy="([\d.-]+)"', svg):
         assert 0 <= float(x) <= 900
         assert 0 <= float(y) <= 300

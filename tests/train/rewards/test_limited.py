@@ -127,7 +127,7 @@ def test_repeated_failures_skip_the_rest(function: LimitedFunction) -> None:
 def test_bare_process_has_no_secret_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_KEY", "secret")
     for bare in (True, False):
-        with LimitedFunction("score", source=SOURCE, bare=bare) as made:
+        with LimitedFunction("score", source=SOURCE, minimal_environment=bare) as made:
             assert made.score(asked("key"))[0].value == (not bare)
 
 

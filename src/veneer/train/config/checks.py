@@ -1,6 +1,6 @@
 """Checks of combinations of settings; each check yields one message per problem.
 
-`given` has the keys that the user set, as `section.key`. Uses settings only, neither files nor models.
+`user_keys` has the keys that the user set, as `section.key`. Uses settings only, neither files nor models.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from veneer.train.config.section import BASE_MODEL, SERVER_KEYS, changed_keys
 from veneer.train.config.text import PREFERENCE_KEYS, TrainConfig, layer_indices, preference_formats
 
 
-def text_problems(config: TrainConfig, given: Collection[str]) -> Iterator[str]:
+def text_problems(config: TrainConfig, user_keys: Collection[str]) -> Iterator[str]:
     """Yield what is wrong with a configuration for text."""
     if not config.data.files("train"):
         yield "`data.train` is an empty list: name at least one file"
     yield from _held_out(config, "rows")
     if config.data.validation is not None or config.data.split == 0:
         yield from _unused(config, "data", "`data.split`", "split_seed")
-    yield from _batching(config, given)
+    yield from _batching(config, user_keys)
     yield from _preference(config)
     yield from _reinforcement(config)
     yield from _distillation(config)
@@ -35,11 +35,11 @@ def text_problems(config: TrainConfig, given: Collection[str]) -> Iterator[str]:
     yield from _run(config)
 
 
-def image_problems(config: ImageTrainConfig, given: Collection[str]) -> Iterator[str]:
+def image_problems(config: ImageTrainConfig, user_keys: Collection[str]) -> Iterator[str]:
     """Yield what is wrong with a configuration for pictures.
 
-    `given`: the user's keys, without those of a preset."""
-    yield from (_slider if config.slider.enabled else _pictures)(config, given)
+    `user_keys`: the user's keys, without those of a preset."""
+    yield from (_slider if config.slider.enabled else _pictures)(config, user_keys)
     yield from _samples_and_output(config)
     yield from _kind(config)
     data = config.data
@@ -52,7 +52,9 @@ def image_problems(config: ImageTrainConfig, given: Collection[str]) -> Iterator
         "data.mask_floor": (data.masks != "off", "`data.masks` other than off"),
         "data.bucket_ratio": (data.buckets, "`data.buckets`"),
     }
-    yield from (_does_nothing(key, what) for key, (used, what) in needs.items() if key in given and not used)
+    yield from (
+        _does_nothing(key, condition) for key, (used, condition) in needs.items() if key in user_keys and not used
+    )
     yield from _run(config)
 
 
@@ -82,12 +84,12 @@ def check_group(configs: Sequence[TrainConfig | ImageTrainConfig], names: Sequen
         if len(configs) > 1:
             single = [tracker for tracker in config.report.trackers if tracker in ("wandb", "trackio")]
             problems += [f"report.trackers: {tracker} in {name} keeps one run a process" for tracker in single]
-        own = config.model_dump(mode="json")
+        values = config.model_dump(mode="json")
         problems += [
-            f"{section}.{key}: {value!r} in {names[0]}, {own[section].get(key)!r} in {name}"
+            f"{section}.{key}: {value!r} in {names[0]}, {values[section].get(key)!r} in {name}"
             for section in ("base", "memory")
             for key, value in first[section].items()
-            if own[section].get(key) != value
+            if values[section].get(key) != value
         ]
         folder = config.output.directory
         if folder in folders:
@@ -100,18 +102,18 @@ def check_group(configs: Sequence[TrainConfig | ImageTrainConfig], names: Sequen
         )
 
 
-def _held_out(config: TrainConfig | ImageTrainConfig, what: str) -> Iterator[str]:
+def _held_out(config: TrainConfig | ImageTrainConfig, noun: str) -> Iterator[str]:
     """Check the settings of held-out rows or pictures."""
     data = config.data
     if data.validation is not None and data.split:
-        yield f"`data.validation` and `data.split` both hold {what} out: keep one"
+        yield f"`data.validation` and `data.split` both hold {noun} out: keep one"
     if isinstance(data.split, float) and data.split >= 1:
-        yield f"`data.split: {data.split}` is a share and must be below 1; a whole number counts {what}"
+        yield f"`data.split: {data.split}` is a share and must be below 1; a whole number counts {noun}"
     if config.evaluation.patience is not None and data.validation is None and data.split == 0:
-        yield f"`evaluation.patience` needs held-out {what}: give `data.validation` or `data.split`"
+        yield f"`evaluation.patience` needs held-out {noun}: give `data.validation` or `data.split`"
 
 
-def _batching(config: TrainConfig, given: Collection[str]) -> Iterator[str]:
+def _batching(config: TrainConfig, user_keys: Collection[str]) -> Iterator[str]:
     batching, length = config.batching, config.data.max_length
     if batching.mode == "bucket":
         yield from _unused(config, "batching", "`batching.mode: pack`", "tokens")
@@ -120,7 +122,7 @@ def _batching(config: TrainConfig, given: Collection[str]) -> Iterator[str]:
         yield "`batching.mode: pack` needs `batching.tokens`, the tokens of one step (as 8192)"
     elif batching.tokens < length:
         yield f"`batching.tokens: {batching.tokens}` is less than `data.max_length: {length}`: a row may not fit"
-    if "batching.rows" in given:
+    if "batching.rows" in user_keys:
         yield _does_nothing("batching.rows", "`batching.mode: bucket`")
 
 
@@ -170,8 +172,8 @@ def _distillation(config: TrainConfig) -> Iterator[str]:
     if d.teacher is None:
         yield from _unused(config, "distillation", "`distillation.teacher` (an adapter, or base)")
         return
-    others = {"reinforcement.loss": config.reinforcement.loss, "preference.loss": config.preference.loss}
-    for key in (key for key, loss in others.items() if loss is not None):
+    other_losses = {"reinforcement.loss": config.reinforcement.loss, "preference.loss": config.preference.loss}
+    for key in (key for key, loss in other_losses.items() if loss is not None):
         yield f"`distillation.teacher` and `{key}` are two ways to learn: keep one"
     if d.url is None:
         yield from _unused(
@@ -221,7 +223,7 @@ def _kind(config: TrainConfig | ImageTrainConfig) -> Iterator[str]:
         yield f"`adapter.kind: {kind}` has no place in diffusers' files: set `output.layout` to kohya, or to peft"
 
 
-def _pictures(config: ImageTrainConfig, given: Collection[str]) -> Iterator[str]:
+def _pictures(config: ImageTrainConfig, user_keys: Collection[str]) -> Iterator[str]:
     data = config.data
     if not data.folders:
         yield "`data.pictures` is required: name at least one folder of pictures, or a slider's two prompts"
@@ -234,16 +236,16 @@ def _pictures(config: ImageTrainConfig, given: Collection[str]) -> Iterator[str]
     if data.class_folder is None and not data.class_count:
         yield from _unused(config, "data", "class pictures (`data.class_folder` or `data.class_count`)", "class_prompt")
     for key in type(config.slider).model_fields:
-        if f"slider.{key}" in given and key not in ("positive", "negative"):
+        if f"slider.{key}" in user_keys and key not in ("positive", "negative"):
             yield _does_nothing(f"slider.{key}", "`slider.positive` and `slider.negative`")
 
 
-def _slider(config: ImageTrainConfig, given: Collection[str]) -> Iterator[str]:
+def _slider(config: ImageTrainConfig, user_keys: Collection[str]) -> Iterator[str]:
     """Check a slider's prompts, and keys that apply to pictures only."""
     slider = config.slider
-    for key, other in (("positive", "negative"), ("negative", "positive")):
+    for key, opposite in (("positive", "negative"), ("negative", "positive")):
         if getattr(slider, key) is None:
-            yield f"`slider.{key}` is required beside `slider.{other}`: a direction has two ends"
+            yield f"`slider.{key}` is required beside `slider.{opposite}`: a direction has two ends"
     ends = [" ".join((end or "").lower().split()) for end in (slider.positive, slider.negative)]
     if None not in (slider.positive, slider.negative) and ends[0] == ends[1]:
         yield (
@@ -260,8 +262,8 @@ def _slider(config: ImageTrainConfig, given: Collection[str]) -> Iterator[str]:
     if not isinstance(config.data.resolution, int | None):
         yield "`data.resolution` is one number for a slider: the base draws its scenes in that size"
     of_pictures = {"loss.guidance", "loss.keep_guidance", "evaluation.patience", "preset"}
-    of_pictures |= {key for key in given if key.startswith("data.")} - {"data.resolution", "data.cache"}
-    if idle := sorted(of_pictures & set(given)):
+    of_pictures |= {key for key in user_keys if key.startswith("data.")} - {"data.resolution", "data.cache"}
+    if idle := sorted(of_pictures & set(user_keys)):
         yield f"{', '.join(f'`{key}`' for key in idle)}: a slider learns from no pictures; leave it out"
     if config.adapter.text_encoders:
         yield "`adapter.text_encoders` beside a slider: its direction is of the denoiser alone; leave it out"
@@ -274,10 +276,10 @@ def _samples_and_output(config: ImageTrainConfig) -> Iterator[str]:
     if not (samples.prompts or config.slider.target):  # without a prompt, a slider's target is sampled
         yield from _unused(config, "samples", "`samples.prompts`: what to draw", "every")
     if samples.before and len(samples.before) not in (1, len(samples.prompts)):
-        many = counted(len(samples.prompts), "prompt")
-        yield f"`samples.before`: {len(samples.before)} for {many}; give 1, or as many"
-    shown = {len(paths) for paths in samples.starts}
-    if samples.before and (len(shown) > 1 or 0 in shown):
+        prompt_count = counted(len(samples.prompts), "prompt")
+        yield f"`samples.before`: {len(samples.before)} for {prompt_count}; give 1, or as many"
+    source_counts = {len(paths) for paths in samples.starts}
+    if samples.before and (len(source_counts) > 1 or 0 in source_counts):
         yield "`samples.before`: every prompt is shown as many pictures as the others, one or more"
     if samples.prompts and not samples.seeds:
         yield "`samples.seeds` is empty: give at least one"

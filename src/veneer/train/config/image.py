@@ -179,8 +179,8 @@ class ImageAdapterSection(PairsSection):
 
     def denoiser_targets(self) -> tuple[str, ...]:
         """Return the patterns that `targets` selects."""
-        listed = (self.targets,) if isinstance(self.targets, str) else self.targets
-        return tuple(TARGET_WORDS.get(t, t) for t in listed)
+        targets = (self.targets,) if isinstance(self.targets, str) else self.targets
+        return tuple(TARGET_WORDS.get(t, t) for t in targets)
 
 
 class LossSection(Section):
@@ -264,7 +264,7 @@ class SamplesSection(Section):
     @property
     def starts(self) -> tuple[tuple[str, ...], ...]:
         """Return the files of `before` for each prompt."""
-        each = tuple((one,) if isinstance(one, str) else one for one in self.before)
+        each = tuple((paths,) if isinstance(paths, str) else paths for paths in self.before)
         return each * len(self.prompts) if len(each) == 1 else each or ((),) * len(self.prompts)
 
 

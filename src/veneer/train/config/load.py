@@ -120,13 +120,13 @@ _COMMON = {
 """Settings with command-line options and Train page fields, by short name."""
 
 
-def common_settings(**given: Any) -> list[str]:
+def common_settings(**values: Any) -> list[str]:
     """Return common settings (`_COMMON`) as `section.key=value`.
 
     Omits None, "" and (). `data`: one or several files of rows, or a folder of pictures. An `output` without
     a slash is a folder in `runs`."""
     out = []
-    for name, value in given.items():
+    for name, value in values.items():
         key = _COMMON[name][0]
         if value is None or value in ("", ()):
             continue
@@ -145,14 +145,14 @@ def short_names(settings: Iterable[str]) -> tuple[dict[str, str], list[str]]:
 
     The inverse of `common_settings`."""
     short = {key: name for name, keys in _COMMON.items() for key in keys}
-    found, rest = dict[str, str](), list[str]()
+    common, others = dict[str, str](), list[str]()
     for setting in settings:
         key, _, value = setting.partition("=")
         if key in short and not value.startswith(("[", "{", '"')):
-            found[short[key]] = value
+            common[short[key]] = value
         else:
-            rest.append(setting)
-    return found, rest
+            others.append(setting)
+    return common, others
 
 
 def settings_of(config: Mapping[str, Any]) -> list[str]:
@@ -175,10 +175,12 @@ def _with_output(overrides: list[str]) -> list[str]:
     """Return overrides that include an output.
 
     The default is named after the data: data.train=desk.jsonl is written to runs/desk."""
-    given = {key: value for key, _, value in (override.partition("=") for override in overrides)}
-    if given.keys() & {"output", "output.directory"}:
+    overridden = {key: value for key, _, value in (override.partition("=") for override in overrides)}
+    if overridden.keys() & {"output", "output.directory"}:
         return overrides
-    source = next((given[key] for key in ("data.train", "data.pictures", "slider.positive") if key in given), "")
+    source = next(
+        (overridden[key] for key in ("data.train", "data.pictures", "slider.positive") if key in overridden), ""
+    )
     first = str(source.strip("[] \"'").split(",")[0]).rstrip("/")
     name = re.sub(r"[^a-z0-9]+", "-", Path(first.rpartition(":")[2]).stem.lower()).strip("-")
     return [*overrides, f"output.directory=runs/{name or 'adapter'}"]
@@ -192,14 +194,14 @@ def read_sections(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Mapping
     try:
         text = file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        near = nearest(file.name, [p.name for p in file.parent.glob("*.y*ml")]) if file.parent.is_dir() else []
-        hint = f"did you mean {file.parent / near[0]}?" if near else "give the path of a YAML file"
+        suggestions = nearest(file.name, [p.name for p in file.parent.glob("*.y*ml")]) if file.parent.is_dir() else []
+        hint = f"did you mean {file.parent / suggestions[0]}?" if suggestions else "give the path of a YAML file"
         raise ConfigError("the configuration file does not exist", where=str(file), fix=hint) from None
     except (OSError, UnicodeDecodeError) as error:
         why = "it is no text" if isinstance(error, UnicodeDecodeError) else error.strerror
-        what = f"the configuration file cannot be read: {why}"
+        problem = f"the configuration file cannot be read: {why}"
         fix = "give the path of a YAML file; a base's folder or file is named in it, as `base:`"
-        raise ConfigError(what, where=str(file), fix=fix) from None
+        raise ConfigError(problem, where=str(file), fix=fix) from None
     data, lines = parse_yaml(text, str(file))
     if data is not None and not isinstance(data, dict):
         raise ConfigError(
@@ -223,7 +225,7 @@ def config_from(
     overrides = list(overrides)
     kind = _kind_of(values, overrides)
     raw: dict[str, Any] = {}
-    given: dict[str, SettingSource] = {}
+    key_sources: dict[str, SettingSource] = {}
     problems: list[str] = []
     here = Path.cwd()
     for section, value in values.items():
@@ -235,16 +237,18 @@ def config_from(
         for key in raw[section] if isinstance(raw[section], dict) else [""]:
             at = (lines or {}).get((section, key), line)
             name = f"{section}.{key}" if key else section
-            given[name] = SettingSource("file", f"{file or 'given values'}" + (f":{at}" if at else ""))
+            key_sources[name] = SettingSource("file", f"{file or 'given values'}" + (f":{at}" if at else ""))
             if section in kind.sections and isinstance(raw[section], dict):
                 raw[section][key] = _absolute(kind, name, raw[section][key], file.parent if file else here)
     for override in overrides:
-        _override(kind, raw, given, override, problems, here)
-    _preset(raw, given)
-    _preference_rate(raw, given)
-    config = _validate(kind, raw, given, problems)
-    sources = {name: given.get(name) or SettingSource("default", why=why(f)) for name, f in config_keys(kind.config)}
-    written = {name for name, source in given.items() if source.kind in ("file", "override")}
+        _override(kind, raw, key_sources, override, problems, here)
+    _preset(raw, key_sources)
+    _preference_rate(raw, key_sources)
+    config = _validate(kind, raw, key_sources, problems)
+    sources = {
+        name: key_sources.get(name) or SettingSource("default", why=why(f)) for name, f in config_keys(kind.config)
+    }
+    written = {name for name, source in key_sources.items() if source.kind in ("file", "override")}
     if problems := list(kind.problems(config, written)):
         _raise(problems, kind)
     return config, sources
@@ -257,11 +261,11 @@ def _kind_of(values: Mapping[str, Any], overrides: Iterable[str]) -> _Kind:
     return _IMAGE if named or any(o.startswith(("data.pictures=", "slider.")) for o in overrides) else _TEXT
 
 
-def _preset(raw: dict[str, Any], given: dict[str, SettingSource]) -> None:
+def _preset(raw: dict[str, Any], key_sources: dict[str, SettingSource]) -> None:
     """Set the preset's value for every key that is not given."""
     name = raw.get("preset")
     for key, (value, because) in PRESETS[name].settings.items() if isinstance(name, str) and name in PRESETS else ():
-        _fill(raw, given, key, value, SettingSource("preset", str(name), because))
+        _fill(raw, key_sources, key, value, SettingSource("preset", str(name), because))
 
 
 _PREFERENCE_RATE = (
@@ -270,24 +274,31 @@ _PREFERENCE_RATE = (
 )
 
 
-def _preference_rate(raw: dict[str, Any], given: dict[str, SettingSource]) -> None:
+def _preference_rate(raw: dict[str, Any], key_sources: dict[str, SettingSource]) -> None:
     """Set the learning rate of a preference run, if none is given."""
     preference = raw.get("preference")
     if isinstance(preference, dict) and preference.get("loss") is not None:
         rate, because = _PREFERENCE_RATE
-        _fill(raw, given, "optimizer.learning_rate", rate, SettingSource("default", why=because))
+        _fill(raw, key_sources, "optimizer.learning_rate", rate, SettingSource("default", why=because))
 
 
-def _fill(raw: dict[str, Any], given: dict[str, SettingSource], key: str, value: Any, source: SettingSource) -> None:
-    section, _, leaf = key.partition(".")
+def _fill(
+    raw: dict[str, Any], key_sources: dict[str, SettingSource], key: str, value: Any, source: SettingSource
+) -> None:
+    section, _, name = key.partition(".")
     values = raw[section] = {} if raw.get(section) is None else raw[section]
-    if key not in given and isinstance(values, dict):
-        values[leaf] = value
-        given[key] = source
+    if key not in key_sources and isinstance(values, dict):
+        values[name] = value
+        key_sources[key] = source
 
 
 def _override(
-    kind: _Kind, raw: dict[str, Any], given: dict[str, SettingSource], override: str, problems: list[str], folder: Path
+    kind: _Kind,
+    raw: dict[str, Any],
+    key_sources: dict[str, SettingSource],
+    override: str,
+    problems: list[str],
+    folder: Path,
 ) -> None:
     name, equals, text = override.partition("=")
     name = name.strip()
@@ -301,11 +312,11 @@ def _override(
     key, _, inner = rest.partition(".")
     if section not in kind.sections:
         raw[section] = {rest: value} if rest else value
-        given[name] = SettingSource("override", override)
+        key_sources[name] = SettingSource("override", override)
         return
     if not rest:
-        known = ", ".join(kind.sections[section].model_fields)
-        problems.append(f"`{override}`: `{section}` is a section; write {section}.KEY={text} with one of {known}")
+        valid_keys = ", ".join(kind.sections[section].model_fields)
+        problems.append(f"`{override}`: `{section}` is a section; write {section}.KEY={text} with one of {valid_keys}")
         return
     values = raw.setdefault(section, {})
     if not isinstance(values, dict):
@@ -315,10 +326,12 @@ def _override(
         values[key] = {**(entries if isinstance(entries, Mapping) else {}), inner: value}
     else:
         values[key] = _absolute(kind, f"{section}.{key}", value, folder)
-    given[f"{section}.{key}"] = SettingSource("override", override)
+    key_sources[f"{section}.{key}"] = SettingSource("override", override)
 
 
-def _validate(kind: _Kind, raw: dict[str, Any], given: Mapping[str, SettingSource], problems: list[str]) -> RunConfig:
+def _validate(
+    kind: _Kind, raw: dict[str, Any], key_sources: Mapping[str, SettingSource], problems: list[str]
+) -> RunConfig:
     for name in ("base", "data", "output"):
         raw.setdefault(name, {})
     for name, value in list(raw.items()):  # an empty `adapter:`, as when all its keys are commented out
@@ -328,7 +341,7 @@ def _validate(kind: _Kind, raw: dict[str, Any], given: Mapping[str, SettingSourc
         # Through JSON: strict about types ("16" is not a number, true is not 1), but tuples accept lists.
         config = kind.config.model_validate_json(json.dumps(raw, default=str), strict=True)
     except pydantic.ValidationError as error:
-        _raise(problems + _explain(kind, error, given), kind)
+        _raise(problems + _explain(kind, error, key_sources), kind)
     if problems:
         _raise(problems, kind)
     return config
@@ -349,7 +362,7 @@ _EXPECTED = {
 }
 
 
-def _explain(kind: _Kind, error: pydantic.ValidationError, given: Mapping[str, SettingSource]) -> list[str]:
+def _explain(kind: _Kind, error: pydantic.ValidationError, key_sources: Mapping[str, SettingSource]) -> list[str]:
     """Return one line per key: the expected and the actual value, and the location.
 
     The alternatives of a union are joined."""
@@ -360,7 +373,7 @@ def _explain(kind: _Kind, error: pydantic.ValidationError, given: Mapping[str, S
     for e in error.errors():
         loc = [str(part) for part in e["loc"]]
         name = ".".join(loc[:2]) if loc[0] in kind.sections else loc[0]
-        at = given.get(name) or given.get(loc[0])
+        at = key_sources.get(name) or key_sources.get(loc[0])
         suffix = f" ({at})" if at else ""
         if e["type"] == "extra_forbidden":
             lines.append(_unknown(kind, loc) + suffix)
@@ -382,13 +395,13 @@ def _explain(kind: _Kind, error: pydantic.ValidationError, given: Mapping[str, S
 
 def _unknown(kind: _Kind, loc: list[str]) -> str:
     name, last = ".".join(loc), loc[-1]
-    own = list(kind.sections[loc[0]].model_fields) if len(loc) > 1 else list(kind.config.model_fields)
+    valid = list(kind.sections[loc[0]].model_fields) if len(loc) > 1 else list(kind.config.model_fields)
     prefix = f"{loc[0]}." if len(loc) > 1 else ""
-    named = {key: f"{prefix}{key}" for key in own}
-    for other, _ in config_keys(kind.config):  # the right key in the wrong section
-        named.setdefault(other.rpartition(".")[2], other)
-    near = nearest(last, named, 1)
-    hint = f"did you mean `{named[near[0]]}`?" if near else f"valid keys: {', '.join(own)}"
+    named = {key: f"{prefix}{key}" for key in valid}
+    for full_key, _ in config_keys(kind.config):  # the right key in the wrong section
+        named.setdefault(full_key.rpartition(".")[2], full_key)
+    suggestions = nearest(last, named, 1)
+    hint = f"did you mean `{named[suggestions[0]]}`?" if suggestions else f"valid keys: {', '.join(valid)}"
     return f"unknown key `{name}`; {hint}"
 
 

@@ -225,8 +225,8 @@ def _section(value: Any, n: int) -> RewardSection:
         raise ValueError(f"entry {n} has no kind; there are {', '.join(REWARD_KINDS)}")
     kind = value["kind"]
     if kind not in REWARD_KINDS:
-        near = nearest(kind, REWARD_KINDS, 1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(REWARD_KINDS)}"
+        suggestions = nearest(kind, REWARD_KINDS, 1)
+        hint = f"did you mean {suggestions[0]}?" if suggestions else f"there are {', '.join(REWARD_KINDS)}"
         raise ValueError(f"entry {n}: {quoted(kind)} is not a kind of reward; {hint}")
     model = REWARD_KINDS[kind]
     try:  # tuples accept lists; a quoted number is not a number
@@ -239,8 +239,8 @@ def _section(value: Any, n: int) -> RewardSection:
 def _problem(model: type[RewardSection], error: Any) -> str:
     key = ".".join(map(str, error["loc"][:1]))
     if error["type"] == "extra_forbidden":
-        near = nearest(key, list(model.model_fields), 1)
-        hint = f"did you mean `{near[0]}`?" if near else f"it has {', '.join(model.model_fields)}"
+        suggestions = nearest(key, list(model.model_fields), 1)
+        hint = f"did you mean `{suggestions[0]}`?" if suggestions else f"it has {', '.join(model.model_fields)}"
         return f"unknown key `{key}`; {hint}"
     if error["type"] == "missing":
         return f"`{key}` is required: {model.model_fields[key].description}"

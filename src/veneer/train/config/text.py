@@ -389,9 +389,9 @@ class TrainConfig(Section):
         if self.reinforcement.loss is None:
             del recipe["reinforcement"]
         else:
-            own = recipe["reinforcement"]
-            own["environment"] = file_name(own["environment"])
-            for reward in own["rewards"]:
+            reinforcement = recipe["reinforcement"]
+            reinforcement["environment"] = file_name(reinforcement["environment"])
+            for reward in reinforcement["rewards"]:
                 reward |= {key: file_name(reward[key]) for key in ("file", "model") if key in reward}
         return recipe
 
@@ -432,19 +432,19 @@ def config_keys(config: type[Section] = TrainConfig) -> Iterator[tuple[str, pyda
     """Yield every `section.key` in the order of the reference page.
 
     Keys outside of sections come last."""
-    own = sections(config)
-    for name, model in own.items():
+    models = sections(config)
+    for name, model in models.items():
         for key, f in model.model_fields.items():
             yield f"{name}.{key}", f
     for name, f in config.model_fields.items():
-        if name not in own:
+        if name not in models:
             yield name, f
 
 
 def why(f: pydantic.fields.FieldInfo) -> str:
     """Return the reason for a field's default, or ""."""
-    extra = f.json_schema_extra
-    return str(extra.get("why", "")) if isinstance(extra, dict) else ""
+    schema_extra = f.json_schema_extra
+    return str(schema_extra.get("why", "")) if isinstance(schema_extra, dict) else ""
 
 
 def reference(
@@ -465,15 +465,17 @@ def reference(
     ]
     for name, model in sections(config).items():
         out += [f"## {name}", "", " ".join((model.__doc__ or "").split()), ""]
-        own, shared = dict(model.model_fields), SECTIONS.get(name, Section).model_fields
-        if config is not TrainConfig and (same := [key for key, f in own.items() if _equal(f, shared.get(key))]):
-            keys = ", ".join(f"`{key}`" for key in same)
+        fields, shared = dict(model.model_fields), SECTIONS.get(name, Section).model_fields
+        if config is not TrainConfig and (
+            shared_keys := [key for key, f in fields.items() if _equal(f, shared.get(key))]
+        ):
+            keys = ", ".join(f"`{key}`" for key in shared_keys)
             out += [f"As for [text](config.md#{name}): {keys}.", ""]
-            own = {key: f for key, f in own.items() if key not in same}
-        if not own:
+            fields = {key: f for key, f in fields.items() if key not in shared_keys}
+        if not fields:
             continue
         out += ["| key: default | type | meaning |", "| --- | --- | --- |"]
-        for key, f in own.items():
+        for key, f in fields.items():
             reason = f". Default: {why(f)}" if why(f) else ""
             meaning = f"{f.description}{reason}".replace("|", "\\|")
             out.append(f"| {_key(key, f)} | {_kind(f)} | {meaning} |")
@@ -518,14 +520,14 @@ def _key(key: str, f: pydantic.fields.FieldInfo) -> str:
         return f"`{key}`, required"
     value = f.default
     if value == {}:
-        shown = "{}"
+        default = "{}"
     elif isinstance(value, tuple):
-        shown = str(list(value))
+        default = str(list(value))
     elif isinstance(value, bool):
-        shown = str(value).lower()
+        default = str(value).lower()
     else:
-        shown = "null" if value is None else f'"{value}"' if value == "" or str(value)[:1] == "#" else str(value)
-    return f"`{key}: {shown}`"
+        default = "null" if value is None else f'"{value}"' if value == "" or str(value)[:1] == "#" else str(value)
+    return f"`{key}: {default}`"
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def split_pictures(
     None: from 20 pictures on a tenth, at most 50; none below 20. Class pictures are never held out."""
     candidates = [p for p in pictures if not p.is_class]
     default = min(50, len(candidates) // 10) if len(candidates) >= 20 else 0
-    _, held_out = hold_out(candidates, split, seed=seed, default=default, what="pictures", order=_digest)
+    _, held_out = hold_out(candidates, split, seed=seed, default=default, noun="pictures", order=_digest)
     held_ids = {id(p) for p in held_out}
     return [p for p in pictures if id(p) not in held_ids], held_out
 

@@ -187,7 +187,7 @@ def prove_image_adapter(
         again,
         lambda: predict(base, latents, time, text, sizes=given, references=batch.sources),
         path=path,
-        what="predictions",
+        noun="predictions",
         rounding=rounding,
     )
 

@@ -49,8 +49,8 @@ class JsonLog:
 
     def __init__(self, path: Path, resumed: Progress | None = None) -> None:
         self.path = path
-        kept = [r for r in read_log(path) if _is_before(r, resumed)] if resumed is not None else []
-        lines = "".join(json.dumps(record) + "\n" for record in kept)
+        records = [r for r in read_log(path) if _is_before(r, resumed)] if resumed is not None else []
+        lines = "".join(json.dumps(record) + "\n" for record in records)
         write_atomically(path, lines.encode())
         self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115  open for the length of the run
 
@@ -98,17 +98,19 @@ def _sampling_summary(event: Stepped) -> str:
 
     Names completions without a training signal, the staleness of the adapter, and the sampler-trainer
     mismatch."""
-    found, parts = event.extra, []
-    if "answer_tokens" not in found:
+    metrics, parts = event.extra, []
+    if "answer_tokens" not in metrics:
         return ""
-    if found.get("constant_groups"):
-        parts.append(f"{found['constant_groups']:.0f} of {found['groups']:.0f} groups constant")
-    if found["cut_share"]:
-        parts.append(f"{found['cut_share']:.0%} cut")
-    if found.get("policy_lag") and "drift" in found:
-        parts.append(f"{counted(int(found['policy_lag']), 'step')} off-policy (drift {found['drift']:.2g})")
-    if "gap_mean" in found:
-        parts.append(f"gap {found['gap_mean']:.2g} (most {found['gap_max']:.2g}, {found['gap_share']:.1%} beyond 1%)")
+    if metrics.get("constant_groups"):
+        parts.append(f"{metrics['constant_groups']:.0f} of {metrics['groups']:.0f} groups constant")
+    if metrics["cut_share"]:
+        parts.append(f"{metrics['cut_share']:.0%} cut")
+    if metrics.get("policy_lag") and "drift" in metrics:
+        parts.append(f"{counted(int(metrics['policy_lag']), 'step')} off-policy (drift {metrics['drift']:.2g})")
+    if "gap_mean" in metrics:
+        parts.append(
+            f"gap {metrics['gap_mean']:.2g} (most {metrics['gap_max']:.2g}, {metrics['gap_share']:.1%} beyond 1%)"
+        )
     return "  ".join(parts)
 
 
@@ -155,14 +157,16 @@ class ConsoleView:
             case Stepped():
                 self._step(event)
             case Evaluated():
-                mark = "  (before training)" if event.step == 0 else "  (best so far)" if event.best else ""
-                mark = "  (worse than before training)" if event.worse else mark
+                suffix = "  (before training)" if event.step == 0 else "  (best so far)" if event.best else ""
+                suffix = "  (worse than before training)" if event.worse else suffix
                 perplexity = "" if event.perplexity is None else f", perplexity {event.perplexity:.3f}"
                 rows = "pictures" if self.unit == "pictures" else "rows"
-                extra = "".join(f", {n.replace('_', ' ')} {event.extra[n]:.3f}" for n in _MEASURED if n in event.extra)
+                measured = "".join(
+                    f", {n.replace('_', ' ')} {event.extra[n]:.3f}" for n in _MEASURED if n in event.extra
+                )
                 self._line(
-                    f"step {event.step}: validation {measure_text(event.loss, event.extra)}{perplexity}{extra} "
-                    f"on {event.rows} {rows}{mark}"
+                    f"step {event.step}: validation {measure_text(event.loss, event.extra)}{perplexity}{measured} "
+                    f"on {event.rows} {rows}{suffix}"
                 )
             case Sampled():
                 self._line(f"step {event.step}: samples in {shown(event.path)}")
@@ -195,13 +199,13 @@ class ConsoleView:
             style = "" if source.startswith("default") else "cyan"
             self._line(Text.assemble(f"  {shown(key):<{left}}  ", (f"{value:<{middle}}  ", style), (source, "dim")))
 
-    def _line(self, what: Any, **style: str) -> None:
+    def _line(self, content: Any, **style: str) -> None:
         """Print one line of any length: a terminal wraps it, a pipe does not."""
         name = [f"{shown(self.name)}:"] if self.name else []
-        self.console.print(*name, what, markup=False, soft_wrap=True, **style)  # type: ignore[arg-type]
+        self.console.print(*name, content, markup=False, soft_wrap=True, **style)  # type: ignore[arg-type]
 
     def _step(self, event: Stepped) -> None:
-        counts, drawn = event.extra.get("drawn_tokens"), _sampling_summary(event)
+        counts, sampling = event.extra.get("drawn_tokens"), _sampling_summary(event)
         self._recent = [*self._recent, (event.tokens if counts is None else counts, event.seconds)][-20:]
         seconds = sum(s for _, s in self._recent)
         per_second = sum(t for t, _ in self._recent) / seconds if seconds else 0.0
@@ -213,7 +217,7 @@ class ConsoleView:
                 self._printed = event.step
                 self._line(
                     f"step {event.step}/{event.steps}  {measure_text(event.loss, event.extra)}  {speed}  "
-                    f"memory {size(event.memory_bytes)}  {duration(left)} left" + (f"  {drawn}" if drawn else "")
+                    f"memory {size(event.memory_bytes)}  {duration(left)} left" + (f"  {sampling}" if sampling else "")
                 )
             return
         if self._bar is None:
@@ -227,7 +231,7 @@ class ConsoleView:
             speed=speed,
             memory=size(event.memory_bytes),
             left=duration(left),
-            drawn="  ".join(filter(None, (parts, drawn))),
+            drawn="  ".join(filter(None, (parts, sampling))),
         )
 
     def _speed(self, per_second: float, unit: str) -> str:
@@ -267,12 +271,12 @@ def size(n: float) -> str:
 
 def duration(seconds: float) -> str:
     """Format seconds: 42 s, 3 min 05 s, 2 h 10 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    rounded = round(seconds)
+    if rounded < 60:
+        return f"{rounded} s"
+    if rounded < 3600:
+        return f"{rounded // 60} min {rounded % 60:02d} s"
+    return f"{rounded // 3600} h {rounded % 3600 // 60:02d} min"
 
 
 def short(value: Any) -> str:

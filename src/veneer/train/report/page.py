@@ -169,9 +169,9 @@ def _charts(
 
     The first chart shows the loss, or the rewards if there are any."""
     out = []
-    for i, (title, lines, mark) in enumerate(_curves(steps, scores, page) if steps else ()):
+    for i, (title, lines, marked) in enumerate(_curves(steps, scores, page) if steps else ()):
         from_zero = i > 0 and title not in ("Learning rate", "Loss")
-        svg = chart(lines, wide=i == 0, mark=mark, label=title, from_zero=from_zero)
+        svg = chart(lines, wide=i == 0, marked=marked, label=title, from_zero=from_zero)
         legend = [(s.name, s.colour + "-faint" * (s.kind == "faint")) for s in lines] if len(lines) > 1 else []
         out.append((title, svg, legend))
     return out
@@ -185,19 +185,22 @@ def _curves(
     main = {"reward": _MEASURED["reward"]} if rewards else {"loss": page.loss}
     main |= {f"reward_{name}": f"Reward: {name}" for found in rewards for name in found if name != "reward"}
     for name, title in main.items():
-        own, validation = _points(name, steps), _points(name, scores)
-        weights = [r["learned_tokens"] for r in steps] if name == "loss" else [1.0] * len(own)
-        lines = [Series("training, each step", own, "faint"), Series("training, smoothed", smooth(own, weights))]
+        training, validation = _points(name, steps), _points(name, scores)
+        weights = [r["learned_tokens"] for r in steps] if name == "loss" else [1.0] * len(training)
+        lines = [
+            Series("training, each step", training, "faint"),
+            Series("training, smoothed", smooth(training, weights)),
+        ]
         lines += [Series("validation", validation, "dots", "b")] * bool(validation)
         best = _points(name, [r for r in scores if r.get("best")][-1:])
         yield title, lines, best[0] if best else None
     if rewards:
         yield "Loss", [Series("Loss", _points("loss", steps))], None
-    drawn = any("drawn_tokens" in r.get("extra", {}) for r in steps)
+    sampled = any("drawn_tokens" in r.get("extra", {}) for r in steps)
     for title, value in (
         ("Learning rate", lambda r: r["learning_rate"]),
         ("Gradient norm, before clipping", lambda r: r["gradient_norm"]),
-        (f"{'Drawn ' * drawn}{page.unit} per second".capitalize(), _speed),
+        (f"{'Drawn ' * sampled}{page.unit} per second".capitalize(), _speed),
         ("Peak memory, GB", lambda r: r["memory_bytes"] * 1e-9),
     ):
         yield title, [Series(title, [(float(r["step"]), float(value(r))) for r in steps])], None
@@ -236,10 +239,10 @@ _MEASURED = {
 
 def _speed(record: Mapping[str, Any]) -> float:
     """Return tokens per second: sampled tokens if the step sampled, else all tokens."""
-    drawn = record.get("extra", {}).get("drawn_tokens")
-    if drawn is None:
+    sampled_tokens = record.get("extra", {}).get("drawn_tokens")
+    if sampled_tokens is None:
         return float(record["tokens_per_second"])
-    return float(drawn / record["seconds"]) if record["seconds"] else 0.0
+    return float(sampled_tokens / record["seconds"]) if record["seconds"] else 0.0
 
 
 def smooth(points: Sequence[_Point], weights: Sequence[float]) -> list[_Point]:
@@ -255,9 +258,14 @@ def smooth(points: Sequence[_Point], weights: Sequence[float]) -> list[_Point]:
 
 
 def chart(
-    series: Sequence[Series], *, wide: bool = True, mark: _Point | None = None, label: str = "", from_zero: bool = False
+    series: Sequence[Series],
+    *,
+    wide: bool = True,
+    marked: _Point | None = None,
+    label: str = "",
+    from_zero: bool = False,
 ) -> str:
-    """Return an SVG of lines over steps, with axes, grid and a ring around `mark`.
+    """Return an SVG of lines over steps, with axes, grid and a ring around `marked`.
 
     Colors come from the page's CSS."""
     width, height, left, bottom, top, right = (900, 300, 58, 28, 12, 14) if wide else (430, 190, 54, 26, 10, 12)
@@ -288,23 +296,23 @@ def chart(
             x = at((tick, y0))[0]
             parts.append(f'<text class="tick" x="{x:.1f}" y="{height - 8}" text-anchor="middle">{int(tick)}</text>')
     for s in series:
-        drawn = [at(p) for p in _every_nth(s.points, 2 * width)]
-        path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in drawn)
+        positions = [at(p) for p in _every_nth(s.points, 2 * width)]
+        path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in positions)
         faint = " faint" if s.kind == "faint" else ""
         parts.append(f'<path class="line {s.colour}{faint}" d="{path}"/>')
-        if s.kind == "dots" or len(drawn) == 1:
-            for (x, y), (step, value) in zip(drawn, _every_nth(s.points, 2 * width), strict=True):
+        if s.kind == "dots" or len(positions) == 1:
+            for (x, y), (step, value) in zip(positions, _every_nth(s.points, 2 * width), strict=True):
                 title = f"<title>step {step:.0f}: {loss_text(value)}</title>"
                 parts.append(f'<circle class="dot {s.colour}" cx="{x:.1f}" cy="{y:.1f}" r="3.5">{title}</circle>')
-    if mark is not None:
-        x, y = at(mark)
-        title = f"<title>best: step {mark[0]:.0f}, {loss_text(mark[1])}</title>"
+    if marked is not None:
+        x, y = at(marked)
+        title = f"<title>best: step {marked[0]:.0f}, {loss_text(marked[1])}</title>"
         parts.append(f'<circle class="ring" cx="{x:.1f}" cy="{y:.1f}" r="7">{title}</circle>')
     return "".join([*parts, "</svg>"])
 
 
-def nice_ticks(low: float, high: float, about: int) -> list[float]:
-    """Return around `about` round numbers that cover [low, high].
+def nice_ticks(low: float, high: float, count: int) -> list[float]:
+    """Return about `count` round numbers that cover [low, high].
 
     They are 1, 2, 2.5 or 5 times a power of ten apart."""
     largest = max(abs(low), abs(high))
@@ -312,7 +320,7 @@ def nice_ticks(low: float, high: float, about: int) -> list[float]:
         half = max(largest / 2, 1e-6)
         low, high = low - half, high + half
     span = high - low
-    raw = span / about
+    raw = span / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

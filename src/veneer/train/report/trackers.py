@@ -85,11 +85,11 @@ def tracked(
     if running:
         write_atomically(ids_path, json.dumps(ids).encode())
 
-    def each_does(what: Callable[[Tracker], None]) -> None:
+    def each_does(action: Callable[[Tracker], None]) -> None:
         for each, tracker in list(running.items()):
             try:
                 with redirect_stdout(sys.stderr):
-                    what(tracker)
+                    action(tracker)
             except Exception as error:
                 del running[each]
                 emit(Note(f"warning: {each} failed and gets no more events: {error}"))
@@ -187,8 +187,8 @@ def _mlflow(report: ReportSection, name: str, folder: Path, settings: Mapping[st
 
     client, resumed = MlflowClient(), id is not None
     if id is None:
-        found = client.get_experiment_by_name(report.project)
-        experiment = found.experiment_id if found else client.create_experiment(report.project)
+        existing = client.get_experiment_by_name(report.project)
+        experiment = existing.experiment_id if existing else client.create_experiment(report.project)
         run = client.create_run(experiment, run_name=name, tags=dict.fromkeys(report.tags, "true"))
         id = str(run.info.run_id)
         params = [Param(k, str(v)[:6000]) for k, v in settings.items()]

@@ -50,8 +50,8 @@ def build_rewards(
     MissingExtraError for a missing package; ResourceError if a grader needs a sandbox and no sandbox works on
     this machine."""
     with ExitStack() as opened:
-        made = [NamedReward(each.called, _reward(each, ask, opened), each.weight) for each in sections]
-        return Rewards(made, most_failed=most_failed, close=opened.pop_all().close)
+        rewards = [NamedReward(each.called, _reward(each, ask, opened), each.weight) for each in sections]
+        return Rewards(rewards, most_failed=most_failed, close=opened.pop_all().close)
 
 
 def local_judge_models(sections: Sequence[RewardSection]) -> set[str]:
@@ -74,7 +74,7 @@ def _grader(section: GraderReward) -> Any:
 def _reward(section: RewardSection, ask: AskModel | None, opened: ExitStack) -> Reward:
     """Build one reward. Resources to close are registered with `opened`."""
     if isinstance(section, JudgeReward):
-        return judge_reward(section, _asked(section, ask, opened))
+        return judge_reward(section, _model_of(section, ask, opened))
     if isinstance(section, PythonReward):
         function = LimitedFunction(
             section.function,
@@ -86,15 +86,15 @@ def _reward(section: RewardSection, ask: AskModel | None, opened: ExitStack) -> 
         return _by_function(opened.enter_context(function))
     if isinstance(section, GraderReward):
         grader = _grader(section)
-        own = _asked(section, ask, opened) if grader_models(grader) else None
+        model = _model_of(section, ask, opened) if grader_models(grader) else None
         sandbox = working_sandbox() if section.sandbox and has_python(section.grader) else None
-        return _by_grader(opened.enter_context(GraderRun(grader, ask=own, sandbox=sandbox)))
+        return _by_grader(opened.enter_context(GraderRun(grader, ask=model, sandbox=sandbox)))
     if isinstance(section, ReasoningGymReward):
         return reasoning_gym_reward(section)
     return _RULES[section.kind](section)
 
 
-def _asked(section: AskedModelReward, ask: AskModel | None, opened: ExitStack) -> AskModel:
+def _model_of(section: AskedModelReward, ask: AskModel | None, opened: ExitStack) -> AskModel:
     """Return the function that answers the reward's questions."""
     if section.url is not None:
         return opened.enter_context(ServerJudge(section.url, **server_settings(section)))

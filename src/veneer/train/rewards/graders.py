@@ -187,8 +187,8 @@ def parse_grader(value: Any, where: str = "grader") -> Any:
     """Parse a JSON grader. Raises ConfigError naming the invalid key."""
     kind = value.get("type") if isinstance(value, Mapping) else None
     if kind not in _TYPES:
-        near = nearest(str(kind), _TYPES, 1)
-        hint = f"did you mean {near[0]}?" if near and kind else f"there are {', '.join(_TYPES)}"
+        suggestions = nearest(str(kind), _TYPES, 1)
+        hint = f"did you mean {suggestions[0]}?" if suggestions and kind else f"there are {', '.join(_TYPES)}"
         raise ConfigError(
             f"{quoted(str(kind))} is not a type of grader" if kind else "a grader needs a type", where=where, fix=hint
         )
@@ -252,31 +252,31 @@ def _parse_formula(text: str, names: Mapping[str, Any]) -> Callable[[Mapping[str
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise ValueError(f"calculate_output is not a formula: {quoted(text)}") from None
 
-    def made(node: ast.AST) -> Callable[[Mapping[str, float]], float]:
+    def compiled(node: ast.AST) -> Callable[[Mapping[str, float]], float]:
         if isinstance(node, ast.Constant) and type(node.value) in (int, float):
             value = float(node.value)  # type: ignore[arg-type]
             return lambda values: value
         if isinstance(node, ast.Name):
             if node.id not in names:
-                near = nearest(node.id, names, 1)
-                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+                suggestions = nearest(node.id, names, 1)
+                hint = f"did you mean {suggestions[0]}?" if suggestions else f"there are {', '.join(names)}"
                 raise ValueError(f"calculate_output names {quoted(node.id)}, and no grader is called so; {hint}")
             name = node.id
             return lambda values: values[name]
         if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
-            do, a, b = _OPERATORS[type(node.op)], made(node.left), made(node.right)
+            do, a, b = _OPERATORS[type(node.op)], compiled(node.left), compiled(node.right)
             return lambda values: do(a(values), b(values))
         if isinstance(node, ast.UnaryOp) and type(node.op) in _OPERATORS:
-            do, a = _OPERATORS[type(node.op)], made(node.operand)
+            do, a = _OPERATORS[type(node.op)], compiled(node.operand)
             return lambda values: do(a(values))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args and not node.keywords:
-            function, arguments = _FUNCTIONS.get(node.func.id), [made(each) for each in node.args]
+            function, arguments = _FUNCTIONS.get(node.func.id), [compiled(each) for each in node.args]
             if function is not None and (len(arguments) > 1) == (node.func.id in ("min", "max")):
                 return lambda values: float(function(*(each(values) for each in arguments)))
         raise ValueError(f"calculate_output allows only numbers, graders, + - * / ^ and {', '.join(_FUNCTIONS)}")
 
     try:
-        return made(body)
+        return compiled(body)
     except (RecursionError, OverflowError):
         raise ValueError("calculate_output is nested too deep, or has a number that is too large") from None
 
@@ -311,7 +311,7 @@ class GraderRun:
             raise ConfigError("no model is available for score_model", where=grader.name, fix="name a server: `url`")
         self.grader, self._ask = grader, ask
         sources = {n: each.source for n, each in single_graders(grader).items() if isinstance(each, PythonGrader)}
-        how: dict[str, Any] = {"timeout": timeout, "bare": True, "sandbox": sandbox}
+        how: dict[str, Any] = {"timeout": timeout, "minimal_environment": True, "sandbox": sandbox}
         self._functions = {
             name: LimitedFunction("grade", source=source, memory=_MEMORY / len(sources), **how)
             for name, source in sources.items()
@@ -328,11 +328,13 @@ class GraderRun:
         """Return a grade for each (sample, item).
 
         Raises UnavailableError if the model server is unavailable."""
-        own = {name: self._grades(name, each, inputs) for name, each in single_graders(self.grader).items()}
+        grades_by_name = {name: self._grades(name, each, inputs) for name, each in single_graders(self.grader).items()}
         if not isinstance(self.grader, MultiGrader):
-            return own[""]
+            return grades_by_name[""]
         formula = _parse_formula(self.grader.calculate_output, self.grader.graders)
-        return [_together(formula, {name: grades[i] for name, grades in own.items()}) for i in range(len(inputs))]
+        return [
+            _together(formula, {name: grades[i] for name, grades in grades_by_name.items()}) for i in range(len(inputs))
+        ]
 
     def _grades(self, name: str, grader: Any, inputs: Sequence[ScoreInput]) -> list[Grade]:
         if isinstance(grader, PythonGrader):
@@ -384,16 +386,16 @@ def _question(grader: ScoreModelGrader, sample: Mapping[str, Any], item: Mapping
         messages[0] |= {"content": f"{messages[0]['content']}\n\n{instruction}"}
     else:
         messages.insert(0, {"role": "system", "content": instruction})
-    own = grader.sampling_params or _SamplingParams()
+    sampling = grader.sampling_params or _SamplingParams()
     return Question(
         messages,
         grader.model,
-        tokens=own.max_completions_tokens or 1024,
-        temperature=own.temperature or 0.0,
-        top_p=own.top_p or 1.0,
-        seed=own.seed or 0,
+        tokens=sampling.max_completions_tokens or 1024,
+        temperature=sampling.temperature or 0.0,
+        top_p=sampling.top_p or 1.0,
+        seed=sampling.seed or 0,
         form=form,
-        extra={} if own.reasoning_effort is None else {"reasoning_effort": own.reasoning_effort},
+        extra={} if sampling.reasoning_effort is None else {"reasoning_effort": sampling.reasoning_effort},
     )
 
 
@@ -430,17 +432,17 @@ def _of_texts(
     return {"fuzzy_match": fuzzy, "bleu": bleu, "gleu": gleu}[metric](text, reference)
 
 
-def _together(formula: Callable[[Mapping[str, float]], float], own: Mapping[str, Grade]) -> Grade:
+def _together(formula: Callable[[Mapping[str, float]], float], grades: Mapping[str, Grade]) -> Grade:
     errors: dict[str, str] = {}
     usage: dict[str, Counter[str]] = {}
-    for name, grade in own.items():
+    for name, grade in grades.items():
         for word, text in grade.errors.items():
             errors.setdefault(word, f"{name}: {text}")
         for model, took in grade.usage.items():
             usage.setdefault(model, Counter()).update(took)
-    parts = {name: grade.value for name, grade in own.items() if grade.value is not None}
+    parts = {name: grade.value for name, grade in grades.items() if grade.value is not None}
     value = None
-    if len(parts) == len(own):
+    if len(parts) == len(grades):
         try:
             value = float(formula(parts))
         except (ArithmeticError, ValueError, RecursionError) as error:

@@ -227,9 +227,9 @@ def judge_reward(section: JudgeReward, ask: AskModel) -> Reward:
         )
 
     def reward(answers: Sequence[Answer], /) -> list[RewardScore]:
-        made = [question(answer) for answer in answers]
-        replies = iter(ask_unique(ask, [q for q in made if isinstance(q, Question)]))
-        return [RewardScore(None, q) if isinstance(q, str) else score(next(replies)) for q in made]
+        questions = [question(answer) for answer in answers]
+        replies = iter(ask_unique(ask, [q for q in questions if isinstance(q, Question)]))
+        return [RewardScore(None, q) if isinstance(q, str) else score(next(replies)) for q in questions]
 
     def score(reply: Reply) -> RewardScore:
         value = reply_score(reply, low, high)

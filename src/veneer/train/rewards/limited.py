@@ -9,8 +9,8 @@ next to its file. Its output is discarded. Its random numbers are seeded by the 
 gets the same score.
 
 These limits are for the operator's own functions and do not protect against malice: the process has the
-rights of the parent process, even with `bare`, which removes environment variables. Python from clients runs
-in a `sandbox` (see `sandbox.py` and `working_sandbox`). There, `memory` is for all processes together,
+rights of the parent process, even with `minimal_environment`, which removes environment variables. Python from
+clients runs in a `sandbox` (see `sandbox.py` and `working_sandbox`). There, `memory` is for all processes together,
 leftover processes at an answer end the sandbox, and the sandbox is stopped between calls.
 
 Only the function's own process can answer: on Linux, the kernel identifies the sender of each message,
@@ -98,7 +98,7 @@ class LimitedFunction:
         timeout: float = 10.0,
         memory: float = 2e9,
         at_once: int = 1,
-        bare: bool = False,
+        minimal_environment: bool = False,
         sandbox: Sandbox | None = None,
     ) -> None:
         assert (file is None) != (source is None)
@@ -110,7 +110,12 @@ class LimitedFunction:
             )
         self._first: dict[str, Any] = {"function": function, "memory": int(memory), "timeout": timeout}
         self._first |= {"file": os.path.abspath(file)} if file is not None else {"source": source}
-        self._timeout, self._at_once, self._bare, self._sandbox = timeout, at_once, bare, sandbox
+        self._timeout, self._at_once, self._minimal_environment, self._sandbox = (
+            timeout,
+            at_once,
+            minimal_environment,
+            sandbox,
+        )
         self._idle: queue.LifoQueue[_Child | None] = queue.LifoQueue()
         for _ in range(at_once):
             self._idle.put(None)
@@ -142,7 +147,7 @@ class LimitedFunction:
         Raises the errors of `score`."""
         failed = 0
 
-        def one(pair: ScoreInput) -> Any:
+        def result_of(pair: ScoreInput) -> Any:
             nonlocal failed
             if failed >= _GIVES_UP:
                 return NoAnswer(f"skipped after {_GIVES_UP} consecutive failures")
@@ -151,9 +156,9 @@ class LimitedFunction:
             return value
 
         if self._at_once == 1 or len(inputs) < 2:
-            return [one(pair) for pair in inputs]
+            return [result_of(pair) for pair in inputs]
         with ThreadPoolExecutor(self._at_once, "reward") as pool:
-            return list(pool.map(one, inputs))
+            return list(pool.map(result_of, inputs))
 
     def _value(self, sample: Mapping[str, Any], item: Mapping[str, Any]) -> Any:
         try:
@@ -179,16 +184,16 @@ class LimitedFunction:
         return NoAnswer(why[:2000] if isinstance(why, str) else "the function's process gave no answer")
 
     def _started(self) -> _Child:
-        where, what = str(self._first.get("file") or "the grader's source"), f"the function {self._first['function']}"
+        where, label = str(self._first.get("file") or "the grader's source"), f"the function {self._first['function']}"
         try:
-            child = _Child(int(self._first["memory"]), self._bare, self._sandbox)
+            child = _Child(int(self._first["memory"]), self._minimal_environment, self._sandbox)
             answer = child.ask(self._first, _LOADING, f"took longer than {_LOADING:g} s to be loaded")
         except _Ended as ended:
-            raise ConfigError(f"{what} cannot be loaded: {ended}", where=where) from None
+            raise ConfigError(f"{label} cannot be loaded: {ended}", where=where) from None
         error = answer.get("error") or ("its source left other processes running" if child.ended else "")
         if error:
             child.end()
-            raise ConfigError(f"{what} cannot be loaded: {error}", where=where)
+            raise ConfigError(f"{label} cannot be loaded: {error}", where=where)
         return child
 
 
@@ -196,8 +201,8 @@ def _score_of(value: Any) -> RewardScore:
     parts = {str(key): each for key, each in value.items() if key != "score"} if isinstance(value, dict) else {}
     number = value.get("score") if isinstance(value, dict) else value
     if wrong := [repr(each)[:100] for each in (number, *parts.values()) if not isinstance(each, int | float)]:
-        what = "no number, nor a mapping with `score` and numbers" if number is value else "where a number belongs"
-        return RewardScore(None, f"the function gave {wrong[0]}, {what}")
+        problem = "no number, nor a mapping with `score` and numbers" if number is value else "where a number belongs"
+        return RewardScore(None, f"the function gave {wrong[0]}, {problem}")
     return RewardScore(_float(number), parts={key: _float(each) for key, each in parts.items()})
 
 
@@ -214,23 +219,23 @@ class _Child:
 
     Raises _Ended if the process does not start."""
 
-    def __init__(self, memory: int, bare: bool, sandbox: Sandbox | None) -> None:
+    def __init__(self, memory: int, minimal_environment: bool, sandbox: Sandbox | None) -> None:
         self._memory, self.ended = memory, False
-        self._channel, other = socket.socketpair()
+        self._channel, child_end = socket.socketpair()
         if hasattr(socket, "SO_PASSCRED"):
             self._channel.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._pidfds: list[int] = []
         """In a sandbox: of its first process, with which all others end, and of the function's process."""
-        with other, tempfile.TemporaryFile() as errors:
+        with child_end, tempfile.TemporaryFile() as errors:
             try:
                 if sandbox is None:
-                    self._process = _plain(other, bare)
+                    self._process = _plain(child_end, minimal_environment)
                 else:
-                    self._process = sandbox.start([sys.executable, "-s", "-P", "-B", str(_CHILD)], other, errors)
+                    self._process = sandbox.start([sys.executable, "-s", "-P", "-B", str(_CHILD)], child_end, errors)
             except OSError as error:
                 self._channel.close()
                 raise _Ended(f"its process did not start: {error}") from None
-            other.close()
+            child_end.close()
             self._sender = None if sandbox is not None else self._process.pid
             try:
                 self._receive(time.monotonic() + _LOADING)  # sent by the child's script, before the function's code
@@ -301,13 +306,13 @@ class _Child:
                 raise TimeoutError
             self._channel.settimeout(min(left, _WATCH) if self._pidfds else left)
             try:
-                part, about, *_ = self._channel.recvmsg(count - len(received), socket.CMSG_SPACE(_CREDENTIALS.size))
+                part, ancillary, *_ = self._channel.recvmsg(count - len(received), socket.CMSG_SPACE(_CREDENTIALS.size))
             except TimeoutError:
                 self._check_memory()
                 continue
             if not part:
                 raise EOFError
-            sender = _sender(about)
+            sender = _sender(ancillary)
             self._sender = self._sender or sender
             if sender is None or sender == self._sender:
                 received += part
@@ -347,8 +352,8 @@ class _Child:
         self._process.wait()
 
 
-def _plain(channel: socket.socket, bare: bool) -> subprocess.Popen[bytes]:
-    inherited = {"PATH", "LANG", "LC_ALL", "TMPDIR"} if bare else os.environ.keys()
+def _plain(channel: socket.socket, minimal_environment: bool) -> subprocess.Popen[bytes]:
+    inherited = {"PATH", "LANG", "LC_ALL", "TMPDIR"} if minimal_environment else os.environ.keys()
     environment = {key: value for key, value in os.environ.items() if key in inherited} | {"PYTHONHASHSEED": "0"}
     return subprocess.Popen(
         [sys.executable, "-s", "-P", str(_CHILD)],
@@ -360,9 +365,9 @@ def _plain(channel: socket.socket, bare: bool) -> subprocess.Popen[bytes]:
     )
 
 
-def _sender(about: Sequence[tuple[int, int, bytes]]) -> int | None:
+def _sender(ancillary: Sequence[tuple[int, int, bytes]]) -> int | None:
     """Return the ID of a message's sender; None if the kernel does not report it."""
-    for level, kind, data in about:
+    for level, kind, data in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, getattr(socket, "SCM_CREDENTIALS", None)):
             return int(_CREDENTIALS.unpack(data[: _CREDENTIALS.size])[0])
     return None
@@ -419,7 +424,7 @@ def working_sandbox() -> Sandbox:
         "it has the server's environment variables": set(report["variables"])
         & (os.environ.keys() - SANDBOX_VARIABLES.keys()),
     }
-    if leaked := [what for what, leaks_here in leaks.items() if leaks_here]:
+    if leaked := [leak for leak, leaks_here in leaks.items() if leaks_here]:
         raise sandbox_error(f"the sandbox leaks: {'; '.join(leaked)}")
     return sandbox
 

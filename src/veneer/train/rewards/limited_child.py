@@ -42,7 +42,7 @@ def _main(arguments: list[str]) -> None:
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
     confined = "--confined" in arguments
-    source, sink, own = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(0), "wb"), os.getpid()
+    source, sink, process_id = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(0), "wb"), os.getpid()
     nowhere = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(nowhere, descriptor)
@@ -53,7 +53,7 @@ def _main(arguments: list[str]) -> None:
         os.nice(19)
     else:  # not needed in a sandbox, where no process outlives its parent
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    _write(sink, "{}", own)
+    _write(sink, "{}", process_id)
     first = _read(source)
     assert first is not None
     function, result = None, dict[str, Any]()
@@ -63,8 +63,8 @@ def _main(arguments: list[str]) -> None:
         _limit(resource.RLIMIT_CORE, 0, final=confined)
         function = _loaded(first)
     except BaseException as error:
-        result = {"error": _told(error, first)}
-    _write(sink, json.dumps(result | {"token": first["token"]}), own)
+        result = {"error": _error_text(error, first)}
+    _write(sink, json.dumps(result | {"token": first["token"]}), process_id)
     cores = os.cpu_count() or 1
     while function is not None and (question := _read(source)) is not None:
         # The system ends a child that loses its parent during an endless loop.
@@ -74,8 +74,8 @@ def _main(arguments: list[str]) -> None:
             value = function(question["sample"], question["item"])
             text = json.dumps({"value": value, "token": question["token"]}, default=float)  # numpy's numbers
         except BaseException as error:
-            text = json.dumps({"error": _told(error, first), "token": question["token"]})
-        _write(sink, text, own)
+            text = json.dumps({"error": _error_text(error, first), "token": question["token"]})
+        _write(sink, text, process_id)
 
 
 def _end_with(parent: int) -> None:
@@ -84,11 +84,11 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _limit(which: int, most: int, *, final: bool = False) -> None:
+def _limit(kind: int, most: int, *, final: bool = False) -> None:
     """Set a resource limit. `final`: the function cannot raise the limit again."""
-    hard = resource.getrlimit(which)[1]
+    hard = resource.getrlimit(kind)[1]
     most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-    resource.setrlimit(which, (most, most if final else hard))
+    resource.setrlimit(kind, (most, most if final else hard))
 
 
 def _loaded(first: dict[str, Any]) -> Any:
@@ -122,7 +122,7 @@ def _seed(seed: int) -> None:
         torch.manual_seed(seed)
 
 
-def _told(error: BaseException, first: dict[str, Any]) -> str:
+def _error_text(error: BaseException, first: dict[str, Any]) -> str:
     """Return the error in one line, with the last line of the user's code."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == _name(first)]
     at = f"line {lines[-1]} of {os.path.basename(_name(first))}: " if lines else ""
@@ -135,11 +135,11 @@ def _read(source: BinaryIO) -> Any:
     return json.loads(source.read(struct.unpack(">I", head)[0])) if len(head) == 4 else None
 
 
-def _write(sink: BinaryIO, text: str, own: int) -> None:
+def _write(sink: BinaryIO, text: str, process_id: int) -> None:
     """Write a message.
 
-    `own`: ID of the process that has to answer; a fork of the user's function exits here."""
-    if os.getpid() != own:
+    `process_id`: ID of the process that has to answer; a fork of the user's function exits here."""
+    if os.getpid() != process_id:
         os._exit(0)
     data = text.encode()
     sink.write(struct.pack(">I", len(data)) + data)

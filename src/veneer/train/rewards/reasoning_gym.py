@@ -70,8 +70,8 @@ def _factory(task: str) -> Any:
             "tasks of reasoning-gym need it", where=task, fix="pip install 'veneer[reasoning-gym]'"
         ) from error
     if task not in factory.DATASETS:
-        near = nearest(task, factory.DATASETS, 1)
-        hint = f"did you mean {near[0]}?" if near else "see reasoning_gym.factory.DATASETS"
+        suggestions = nearest(task, factory.DATASETS, 1)
+        hint = f"did you mean {suggestions[0]}?" if suggestions else "see reasoning_gym.factory.DATASETS"
         raise DataError(f"reasoning-gym has no task {quoted(task)}", fix=hint)
     return factory
 

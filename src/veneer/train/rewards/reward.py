@@ -107,12 +107,12 @@ class JudgedAnswers:
                     where = shown(answer.row.get("where") or "")
                     reasons.setdefault(f"{name}: {quoted(shown(score.error), 300)}", []).append(where)
 
-        def told(reason: str, rows: Sequence[str]) -> str:
-            own = [row for row in dict.fromkeys(rows) if row]
-            return f"{counted(len(rows), 'answer')}{f' ({first_few(own, 3)})' if own else ''}: {reason}"
+        def reason_text(reason: str, rows: Sequence[str]) -> str:
+            named_rows = [row for row in dict.fromkeys(rows) if row]
+            return f"{counted(len(rows), 'answer')}{f' ({first_few(named_rows, 3)})' if named_rows else ''}: {reason}"
 
         ranked = sorted(reasons.items(), key=lambda reason_and_rows: -len(reason_and_rows[1]))
-        return [told(reason, rows) for reason, rows in ranked]
+        return [reason_text(reason, rows) for reason, rows in ranked]
 
     def logged(self) -> dict[str, float]:
         """Return means over the answers with a value, and the number of failures.
@@ -154,9 +154,9 @@ class Rewards:
         scores = {each.name: _scored(each.name, each.reward, answers) for each in self.rewards}
         values: list[float | None] = []
         for i in range(len(answers)):
-            own = [(each.weight, scores[each.name][i].value) for each in self.rewards]
-            total = math.fsum(weight * value for weight, value in own if value is not None)
-            values.append(total if all(value is not None for _, value in own) else None)
+            weighted = [(each.weight, scores[each.name][i].value) for each in self.rewards]
+            total = math.fsum(weight * value for weight, value in weighted if value is not None)
+            values.append(total if all(value is not None for _, value in weighted) else None)
         judged = JudgedAnswers(values, scores)
         if judged.failed > max(1, self.most_failed * len(answers)):
             raise _too_many(judged, answers)
@@ -216,11 +216,11 @@ def reward_findings(judged: JudgedAnswers, groups: Sequence[int]) -> dict[str, f
 
 def _constant(values: Sequence[float | None], groups: Sequence[int]) -> int:
     """Return the number of groups whose answers have at most one distinct value."""
-    seen: dict[int, set[float]] = {group: set() for group in groups}
+    distinct: dict[int, set[float]] = {group: set() for group in groups}
     for value, group in zip(values, groups, strict=True):
         if value is not None:
-            seen[group].add(value)
-    return sum(len(values) <= 1 for values in seen.values())
+            distinct[group].add(value)
+    return sum(len(values) <= 1 for values in distinct.values())
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -247,8 +247,10 @@ def column(answer: Answer, name: str) -> Any:
     Raises DataError, with the nearest column, if the row lacks it: every row of a run needs it, so the run
     stops."""
     if name not in answer.row:
-        near = nearest(name, map(str, answer.row), 1)
-        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(map(str, answer.row)) or 'none'}"
+        suggestions = nearest(name, map(str, answer.row), 1)
+        hint = (
+            f"did you mean {suggestions[0]}?" if suggestions else f"it has {', '.join(map(str, answer.row)) or 'none'}"
+        )
         raise DataError(
             f"a reward needs the column {quoted(name)}, which a row lacks",
             where=str(answer.row.get("where") or "") or None,

@@ -66,7 +66,7 @@ def json_schema(section: JsonSchemaReward) -> Reward:
         raise MissingExtraError(
             "a reward by JSON schema needs jsonschema", fix="pip install 'veneer[rewards]'"
         ) from error
-    made: dict[str, Any] = {}
+    validators: dict[str, Any] = {}
 
     def matched(validator: Any, pattern: str, value: Any, _schema: Any) -> Iterator[Any]:
         if isinstance(value, str) and not regex.search(pattern, value, timeout=_PATIENCE):
@@ -76,10 +76,10 @@ def json_schema(section: JsonSchemaReward) -> Reward:
 
     def validator(schema: Any) -> Any:
         key = json.dumps(schema, sort_keys=True)
-        if key not in made:
+        if key not in validators:
             Draft202012Validator.check_schema(schema)
-            made[key] = bounded(schema, registry=Registry())  # an empty registry: nothing is fetched
-        return made[key]
+            validators[key] = bounded(schema, registry=Registry())  # an empty registry: nothing is fetched
+        return validators[key]
 
     def score(answer: Answer) -> RewardScore:
         schema = section.json_schema
@@ -105,8 +105,8 @@ def json_schema(section: JsonSchemaReward) -> Reward:
         try:
             validator(section.json_schema)
         except SchemaError as error:
-            what = f"invalid JSON schema: {error.message}"
-            raise ConfigError(what, where=f"reinforcement.rewards, {section.called}") from error
+            problem = f"invalid JSON schema: {error.message}"
+            raise ConfigError(problem, where=f"reinforcement.rewards, {section.called}") from error
     return each_answer(score)
 
 

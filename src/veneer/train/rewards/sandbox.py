@@ -84,7 +84,7 @@ class Sandbox:
             inside = ["--user", str(secrets.choice(_USERS))]
         else:
             user, inside = ["--unshare-user", "--uid", str(NOBODY), "--gid", str(NOBODY), "--cap-drop", "ALL"], []
-        made = [
+        arguments = [
             "--unshare-ipc",
             "--unshare-pid",
             "--unshare-net",
@@ -96,12 +96,12 @@ class Sandbox:
             "--hostname",
             "sandbox",
         ]
-        made += ["--perms", "1777", "--size", str(_TMP), "--tmpfs", "/tmp", "--perms", "0755", "--dir", "/dev"]
-        made += _mounts(self.paths, self.hidden)
+        arguments += ["--perms", "1777", "--size", str(_TMP), "--tmpfs", "/tmp", "--perms", "0755", "--dir", "/dev"]
+        arguments += _mounts(self.paths, self.hidden)
         for device in ("null", "zero", "full", "random", "urandom"):
-            made += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
-        made += ["--symlink", "/tmp", "/dev/shm", "--remount-ro", "/", "--chdir", "/tmp"]
-        return made, [*inside, "--confined"]
+            arguments += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
+        arguments += ["--symlink", "/tmp", "/dev/shm", "--remount-ro", "/", "--chdir", "/tmp"]
+        return arguments, [*inside, "--confined"]
 
     def start(self, command: Sequence[str], channel: socket.socket, errors: IO[bytes]) -> subprocess.Popen[bytes]:
         """Start a command in a new sandbox with `channel` as standard input.
@@ -160,15 +160,15 @@ def _mounts(paths: Sequence[str], hidden: Sequence[str]) -> list[str]:
     Outer folders come first, so that deeper mounts stay visible. Parent folders of mounts are created
     explicitly, because bubblewrap would make them readable only by their owner."""
     above = {str(folder) for path in paths for folder in Path(path).parents} - {"/", "/tmp"}
-    made = [word for folder in sorted(above) for word in ("--perms", "0755", "--dir", folder)]
+    arguments = [word for folder in sorted(above) for word in ("--perms", "0755", "--dir", folder)]
     for path in sorted({*paths, *hidden}, key=lambda each: (each.count("/"), each)):
         if path in hidden:
-            made += ["--perms", "0555", "--size", "4096", "--tmpfs", path]
+            arguments += ["--perms", "0555", "--size", "4096", "--tmpfs", path]
         elif os.path.islink(path) and path.count("/") == 1:  # such as /lib, a link to usr/lib on most systems
-            made += ["--symlink", os.readlink(path), path]
+            arguments += ["--symlink", os.readlink(path), path]
         else:
-            made += ["--ro-bind", path, path]
-    return made
+            arguments += ["--ro-bind", path, path]
+    return arguments
 
 
 @functools.cache
@@ -275,18 +275,23 @@ def _syscall_filter() -> bytes:
     machine = platform.machine()
     column = list(_MACHINES).index(machine)
 
-    def one(code: int, operand: int, true: int = 0, false: int = 0) -> bytes:
+    def instruction(code: int, operand: int, true: int = 0, false: int = 0) -> bytes:
         return struct.pack("<HBBI", code, true, false, operand)
 
-    made = one(_LOAD, 4) + one(_EQUAL, _MACHINES[machine], 1, 0) + one(_RETURN, _KILL) + one(_LOAD, 0)
+    program = (
+        instruction(_LOAD, 4)
+        + instruction(_EQUAL, _MACHINES[machine], 1, 0)
+        + instruction(_RETURN, _KILL)
+        + instruction(_LOAD, 0)
+    )
     if machine == "x86_64":  # refuse the x32 numbers of the same calls
-        made += one(_AT_LEAST, 0x40000000, 0, 1) + one(_RETURN, _ERROR | _ENOSYS)
+        program += instruction(_AT_LEAST, 0x40000000, 0, 1) + instruction(_RETURN, _ERROR | _ENOSYS)
     for numbers in _REFUSED.values():
         if numbers[column] >= 0:
-            made += one(_EQUAL, numbers[column], 0, 1) + one(_RETURN, _ERROR | _EPERM)
-    made += one(_EQUAL, _CLONE3, 0, 1) + one(
+            program += instruction(_EQUAL, numbers[column], 0, 1) + instruction(_RETURN, _ERROR | _EPERM)
+    program += instruction(_EQUAL, _CLONE3, 0, 1) + instruction(
         _RETURN, _ERROR | _ENOSYS
     )  # its flags cannot be checked; libc falls back to clone
-    made += one(_EQUAL, _CLONE[machine], 0, 3)
-    made += one(_LOAD, 16) + one(_ANY_BIT, _NAMESPACES, 0, 1) + one(_RETURN, _ERROR | _EPERM)
-    return made + one(_RETURN, _ALLOW)
+    program += instruction(_EQUAL, _CLONE[machine], 0, 3)
+    program += instruction(_LOAD, 16) + instruction(_ANY_BIT, _NAMESPACES, 0, 1) + instruction(_RETURN, _ERROR | _EPERM)
+    return program + instruction(_RETURN, _ALLOW)

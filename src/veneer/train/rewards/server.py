@@ -46,13 +46,13 @@ class Unanswered(Exception):
 class AwaitedServer:
     """An HTTP client that retries while its server is unavailable.
 
-    `who`: the server's name in messages. `setting`: the setting of its `patience`. `key`: the environment
+    `name`: the server's name in messages. `setting`: the setting of its `patience`. `key`: the environment
     variable with the API key. `timeout`, `patience`: seconds. `at_once`: concurrent requests."""
 
     def __init__(
         self,
         url: str,
-        who: str,
+        name: str,
         setting: str,
         *,
         key: str | None = None,
@@ -63,26 +63,26 @@ class AwaitedServer:
         try:
             import httpx
         except ImportError as error:
-            raise MissingExtraError(f"a {who} on a server needs httpx", fix="pip install 'veneer[rewards]'") from error
+            raise MissingExtraError(f"a {name} on a server needs httpx", fix="pip install 'veneer[rewards]'") from error
         try:
             parts = urlsplit(url)
         except ValueError as error:
-            raise ConfigError(f"the {who}'s url is invalid: {error}", where=url) from None
+            raise ConfigError(f"the {name}'s url is invalid: {error}", where=url) from None
         if parts.username or parts.password:
             fix = "put the key into a variable of the environment, and name that as `key`"
-            raise ConfigError(f"the {who}'s url holds a name or a password", fix=fix)
+            raise ConfigError(f"the {name}'s url holds a name or a password", fix=fix)
         headers = {}
         if key is not None:
             value = os.environ.get(key, "").strip()
             if not value:
                 raise ConfigError(
-                    f"the variable {key} with the {who}'s key is not set", where=url, fix=f"export {key}=…"
+                    f"the variable {key} with the {name}'s key is not set", where=url, fix=f"export {key}=…"
                 )
             if not (value.isascii() and value.isprintable()):
                 fix = "set it to the key only"
-                raise ConfigError(f"the variable {key} is not a valid key of a {who}", where=url, fix=fix)
+                raise ConfigError(f"the variable {key} is not a valid key of a {name}", where=url, fix=fix)
             headers["Authorization"] = f"Bearer {value}"
-        self.url, self.who, self._setting = url, who, setting
+        self.url, self.name, self._setting = url, name, setting
         self._timeout, self._patience, self._at_once = timeout, patience, at_once
         self._http = httpx.Client(headers=headers, timeout=timeout)
         self._httpx: Any = httpx
@@ -101,21 +101,21 @@ class AwaitedServer:
         self._http.close()
 
     def each(
-        self, ask: Callable[[A], B], items: Sequence[A], interrupted: Callable[[], bool] = lambda: False
+        self, request: Callable[[A], B], items: Sequence[A], interrupted: Callable[[], bool] = lambda: False
     ) -> list[B] | None:
-        """Return `ask` of each item, in order; None as soon as `interrupted()`.
+        """Return `request` of each item, in order; None as soon as `interrupted()`.
 
-        Several items run at once. Raises the errors of `ask`."""
+        Several items run at once. Raises the errors of `request`."""
         self._away_since, self._over = None, threading.Event()
-        pool = ThreadPoolExecutor(self._at_once, self.who)
-        futures = [pool.submit(ask, one) for one in items]
+        pool = ThreadPoolExecutor(self._at_once, self.name)
+        futures = [pool.submit(request, item) for item in items]
         try:
             left = set(futures)
             while left and not interrupted():
-                done, left = wait(left, _LOOKED, "FIRST_EXCEPTION")
-                for one in done:
-                    one.result()
-            return None if left else [one.result() for one in futures]
+                finished, left = wait(left, _LOOKED, "FIRST_EXCEPTION")
+                for future in finished:
+                    future.result()
+            return None if left else [future.result() for future in futures]
         finally:
             self._over.set()  # stop the retries of the other requests
             pool.shutdown(wait=False, cancel_futures=True)
@@ -136,15 +136,15 @@ class AwaitedServer:
             except (self._httpx.ReadTimeout, self._httpx.WriteTimeout, TimeoutError):
                 late += 1
                 if late == _TIMEOUTS:
-                    raise Unanswered(f"the {self.who} gave no answer in time, {_TIMEOUTS} times") from None
+                    raise Unanswered(f"the {self.name} gave no answer in time, {_TIMEOUTS} times") from None
                 continue
             except self._httpx.TransportError as error:
                 reason = f"{type(error).__name__} {shown(str(error))[:200]}".strip()
             except self._httpx.DecodingError as error:
-                raise Unanswered(f"the {self.who}'s answer cannot be read: {shown(str(error))[:100]}") from None
+                raise Unanswered(f"the {self.name}'s answer cannot be read: {shown(str(error))[:100]}") from None
             except self._httpx.InvalidURL as error:
-                raise ConfigError(f"the {self.who}'s url is invalid: {error}", where=self.url) from None
-            self._hold_out(reason, wait)
+                raise ConfigError(f"the {self.name}'s url is invalid: {error}", where=self.url) from None
+            self._wait_or_give_up(reason, wait)
             wait = min(30.0, 2 * wait)
 
     def _read_whole(self, url: str, body: Mapping[str, Any]) -> Any:
@@ -158,33 +158,33 @@ class AwaitedServer:
                 parts.append(part)
                 size += len(part)
                 if size > _LARGEST:
-                    raise Unanswered(f"the {self.who}'s answer has more than {_LARGEST >> 20} MB")
+                    raise Unanswered(f"the {self.name}'s answer has more than {_LARGEST >> 20} MB")
                 if time.monotonic() > ends:
                     raise TimeoutError
             headers = {name: value for name, value in answer.headers.items() if name != "content-encoding"}
             return self._httpx.Response(answer.status_code, headers=headers, content=b"".join(parts))
 
-    def read(self, answer: Any, what: str) -> Any:
+    def read(self, answer: Any, content: str) -> Any:
         """Return the JSON of a response with status 200.
 
-        `what`: the expected content, for messages. Raises Unanswered and ConfigError per the table above."""
+        `content`: the expected content, for messages. Raises Unanswered and ConfigError per the table above."""
         status = answer.status_code
         if status != 200:
             reason = f"HTTP {status}: {shown(answer.text)[:300]}"
             if status in _OF_ONE:
-                raise Unanswered(f"the {self.who} refused the question, {reason}")
+                raise Unanswered(f"the {self.name} refused the question, {reason}")
             raise ConfigError(
-                f"the {self.who} refuses requests: {reason}", where=self.url, fix="check url, key and model"
+                f"the {self.name} refuses requests: {reason}", where=self.url, fix="check url, key and model"
             )
         try:
             return answer.json()
         except ValueError:
-            raise self.unread(answer, what) from None
+            raise self.unread(answer, content) from None
 
-    def unread(self, answer: Any, what: str) -> Unanswered:
-        return Unanswered(f"the {self.who}'s answer is no {what}: {shown(answer.text)[:100]}")
+    def unread(self, answer: Any, content: str) -> Unanswered:
+        return Unanswered(f"the {self.name}'s answer is no {content}: {shown(answer.text)[:100]}")
 
-    def _hold_out(self, reason: str, wait: float) -> None:
+    def _wait_or_give_up(self, reason: str, wait: float) -> None:
         """Wait before a retry. Raises UnavailableError once `patience` is over."""
         now = time.monotonic()
         with self._lock:
@@ -192,7 +192,7 @@ class AwaitedServer:
         left = since + self._patience - now
         if left <= 0 or self._over.wait(min(wait, left)):
             raise UnavailableError(
-                f"the {self.who} has been away for {self._patience:g} s: {reason}",
+                f"the {self.name} has been away for {self._patience:g} s: {reason}",
                 where=self.url,
                 fix=f"start it, and resume the run; or let it wait longer with {self._setting}",
             )

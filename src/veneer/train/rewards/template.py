@@ -48,12 +48,14 @@ def template_sample(answer: Answer) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": answer.text}
     if answer.calls:
         message["tool_calls"] = answer.calls
-    before = answer.prompt[-1].get("content") if answer.prompt else ""
+    input_content = answer.prompt[-1].get("content") if answer.prompt else ""
     sample = {
         "output_text": answer.text,
         "output_tools": list(answer.calls),
         "choices": [{"index": 0, "message": message}],
-        "input_text": before if isinstance(before, str) else json.dumps(before, ensure_ascii=False),
+        "input_text": input_content
+        if isinstance(input_content, str)
+        else json.dumps(input_content, ensure_ascii=False),
     }
     with suppress(ValueError, RecursionError):
         sample["output_json"] = json.loads(answer.text)
@@ -108,12 +110,12 @@ def template_problem(template: str) -> str:
         path = _PATH.fullmatch(path_text)
         if path is None:
             first = inner.partition(".")[0]
-            near = [] if first.split()[:1] in (["sample"], ["item"]) else nearest(first, ["sample", "item"], 1)
-            hint = f"did you mean {near[0]}?" if near else "a path is meant, as item.answer"
+            suggestions = [] if first.split()[:1] in (["sample"], ["item"]) else nearest(first, ["sample", "item"], 1)
+            hint = f"did you mean {suggestions[0]}?" if suggestions else "a path is meant, as item.answer"
             return f"{{{{ {inner[:100]} }}}} is neither of sample nor of item; {hint}"
         step = _STEP.findall(path[2])[0]
         if path[1] == "sample" and step not in _SAMPLE:
-            near = nearest(step, _SAMPLE, 1)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(_SAMPLE)}"
+            suggestions = nearest(step, _SAMPLE, 1)
+            hint = f"did you mean {suggestions[0]}?" if suggestions else f"it has {', '.join(_SAMPLE)}"
             return f"sample has no {quoted(step)}; {hint}"
     return ""

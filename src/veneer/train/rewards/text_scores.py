@@ -65,21 +65,21 @@ def same_field(value: Any, expected: dict[str, Any], key: str) -> bool:
 
 def bleu(answer: str, expected: str) -> float:
     """Return sacrebleu's sentence BLEU, from 0 to 1. Raises MissingExtraError."""
-    return float(_extra("sacrebleu").sentence_bleu(answer, [expected]).score) / 100
+    return float(_import_metric("sacrebleu").sentence_bleu(answer, [expected]).score) / 100
 
 
 def rouge(answer: str, expected: str, measure: str = "rougeL") -> float:
     """Return the F1 of one of rouge-score's measures. Raises MissingExtraError."""
     if measure != "rougeL":
         return float(_rouge_scorer(measure).score(expected, answer)[measure].fmeasure)
-    words = _extra("rouge_score.tokenizers").DefaultTokenizer(use_stemmer=False)
+    words = _import_metric("rouge_score.tokenizers").DefaultTokenizer(use_stemmer=False)
     a, b = words.tokenize(answer), words.tokenize(expected)
     return 2 * _common(a, b) / (len(a) + len(b)) if a and b else 0.0  # rouge-score needs a table of len(a) * len(b)
 
 
 @functools.cache
 def _rouge_scorer(measure: str) -> Any:
-    return _extra("rouge_score.rouge_scorer").RougeScorer([measure])
+    return _import_metric("rouge_score.rouge_scorer").RougeScorer([measure])
 
 
 def fuzzy(a: str, b: str) -> float:
@@ -91,7 +91,7 @@ def fuzzy(a: str, b: str) -> float:
 
 def _common(a: Sequence[str], b: Sequence[str]) -> int:
     """Return the length of a longest common subsequence."""
-    return int(_extra("rapidfuzz.distance").LCSseq.similarity(a, b))
+    return int(_import_metric("rapidfuzz.distance").LCSseq.similarity(a, b))
 
 
 def gleu(answer: str, expected: str) -> float:
@@ -108,7 +108,7 @@ def gleu(answer: str, expected: str) -> float:
     return (ours & theirs).total() / most if most else 0.0
 
 
-def _extra(module: str) -> Any:
+def _import_metric(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:

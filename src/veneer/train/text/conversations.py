@@ -123,40 +123,44 @@ class ConversationSampler:
                     continue
                 conversation.turns += messages
                 first = len(conversation.rollout.tokens)
-                others = (*conversation.rollout.others, (first, first + len(ids)))
+                environment_spans = (*conversation.rollout.others, (first, first + len(ids)))
                 conversation.rollout = replace(
-                    conversation.rollout, tokens=(*conversation.rollout.tokens, *ids), others=others
+                    conversation.rollout, tokens=(*conversation.rollout.tokens, *ids), others=environment_spans
                 )
                 continuing.append(i)
         return continuing
 
-    def _between(self, prompt: Answer, own: Conversation, messages: Sequence[Turn]) -> tuple[int, ...]:
+    def _between(self, prompt: Answer, conversation: Conversation, messages: Sequence[Turn]) -> tuple[int, ...]:
         """Return the tokens between the model's output and its next turn."""
-        marked = [*prompt.prompt, *own.turns[:-1], {"role": "assistant", "content": _MARK}, *messages]
+        marked = [*prompt.prompt, *conversation.turns[:-1], {"role": "assistant", "content": _MARK}, *messages]
         row = with_final_turn(Row("messages", tuple(map(dict, marked)), tools=tuple(prompt.tools)))
         try:
             text = self.renderer.prompt(row)
         except ValueError as error:
             raise DataError(f"the chat template cannot continue a conversation: {error}") from error
-        _, mark, behind = text.rpartition(_MARK)
-        if not mark:
+        _, separator, behind = text.rpartition(_MARK)
+        if not separator:
             raise DataError("the chat template drops an answer that other messages follow")
         tokenizer: Any = self.renderer.tokenizer
-        ended = tokenizer.decode(own.rollout.tokens[-1:], skip_special_tokens=False)
-        return tuple(tokenizer(behind.removeprefix(ended), add_special_tokens=False, verbose=False)["input_ids"])
+        last_text = tokenizer.decode(conversation.rollout.tokens[-1:], skip_special_tokens=False)
+        return tuple(tokenizer(behind.removeprefix(last_text), add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def answer_so_far(prompt: Answer, own: Conversation) -> Answer:
+def answer_so_far(prompt: Answer, conversation: Conversation) -> Answer:
     """Return the conversation in the form for rewards and the environment."""
-    rollout = own.rollout
-    turns = own.turns if len(own.turns) > 1 or (own.turns and own.turns[-1].get("tool_calls")) else ()
+    rollout = conversation.rollout
+    turns = (
+        conversation.turns
+        if len(conversation.turns) > 1 or (conversation.turns and conversation.turns[-1].get("tool_calls"))
+        else ()
+    )
     return replace(
         prompt,
-        text=str(own.turns[-1]["content"]) if own.turns else rollout.text,
+        text=str(conversation.turns[-1]["content"]) if conversation.turns else rollout.text,
         tokens=len(rollout.logps),
         cut=rollout.cut,
         turns=turns,
-        error=own.error,
+        error=conversation.error,
     )
 
 
@@ -178,14 +182,14 @@ def _messages(result: Any) -> list[Turn] | NoAnswer:
         return []
     if isinstance(result, str):
         return [{"role": "user", "content": result}]
-    listed = result if isinstance(result, list) else [result]
-    for message in listed:
+    messages = result if isinstance(result, list) else [result]
+    for message in messages:
         is_text = isinstance(message, Mapping) and isinstance(message.get("content"), str)
         if not is_text or message.get("role") not in ("user", "tool", "system"):
             return NoAnswer(
                 f"the environment returned {shown(result)[:100]}; expected a text or messages of user, tool or system"
             )
-    return listed
+    return messages
 
 
 def _joined(first: Rollout, then: Rollout) -> Rollout:

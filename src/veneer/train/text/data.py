@@ -61,7 +61,7 @@ def read_data(config: TrainConfig, base: TextBase) -> TextData:
         "formats": formats,
         "values": draws,
     }
-    rows, about = read_rows(config.data.files("train"), limit=config.data.limit, **options)
+    rows, metadata = read_rows(config.data.files("train"), limit=config.data.limit, **options)
     if config.data.validation is not None:
         held_rows, _ = read_rows(config.data.files("validation"), **options)
     else:
@@ -72,7 +72,7 @@ def read_data(config: TrainConfig, base: TextBase) -> TextData:
             where=pairs[0].where,
             fix="preference.loss=dpo learns from both; else give rows with prompt and completion",
         )
-    return TextData(encode_split(rows, config, base), encode_split(held_rows, config, base), about)
+    return TextData(encode_split(rows, config, base), encode_split(held_rows, config, base), metadata)
 
 
 def encode_split(rows: list[Row], config: TrainConfig, base: TextBase) -> DataSplit:
@@ -99,14 +99,14 @@ def planned_steps(items: Sequence[Any], config: TrainConfig, rows: Sequence[Row]
     make: Callable[[Any], Batch] = collate if config.preference.loss is None else collate_items
 
     def micro(indices: list[int]) -> Micro:
-        chosen = [items[i] for i in indices]
+        batch_items = [items[i] for i in indices]
         return Micro(
-            tokens=sum(e.tokens for e in chosen),
-            trained=sum(e.learned for e in chosen),
-            rows=tuple(rows[e.row].where if rows else e.row for e in chosen),
-            make=lambda: make(chosen),
-            units=None if config.preference.loss is None else len(chosen),
-            items=tuple(chosen),
+            tokens=sum(e.tokens for e in batch_items),
+            trained=sum(e.learned for e in batch_items),
+            rows=tuple(rows[e.row].where if rows else e.row for e in batch_items),
+            make=lambda: make(batch_items),
+            units=None if config.preference.loss is None else len(batch_items),
+            items=tuple(batch_items),
         )
 
     def of_epoch(epoch: int) -> list[Step]:

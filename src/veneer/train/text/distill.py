@@ -90,19 +90,19 @@ AnyTeacher = Teacher | ServedTeacher
 
 @contextmanager
 def open_teacher(
-    section: DistillationSection, base: TextBase, attachment: Attachment, say: Callable[[str], None] = lambda line: None
+    section: DistillationSection, base: TextBase, attachment: Attachment, log: Callable[[str], None] = lambda line: None
 ) -> Iterator[AnyTeacher]:
     """Yield the configured teacher, loaded or contacted once.
 
     Raises MismatchError for a teacher with another tokenizer or an adapter of another base, and the errors of
     loading and `served_teacher`."""
     if section.url is not None:
-        with served_teacher(section, base) as served:
-            yield served
+        with served_teacher(section, base) as teacher:
+            yield teacher
     elif section.base is not None:
-        other = load_text(section.base, dtype=base.dtype, device=base.device, say=say)
-        _check_tokenizers(base, other)
-        yield Teacher(other)
+        teacher_base = load_text(section.base, dtype=base.dtype, device=base.device, say=log)
+        _check_tokenizers(base, teacher_base)
+        yield Teacher(teacher_base)
     elif section.teacher == BASE_MODEL:
         yield Teacher(base, attachment)
     else:
@@ -172,17 +172,19 @@ class Distillation:
 
         `rows`: the rows of its prompts."""
         prompts = {item.row: item for micro in step.micros for item in micro.items}
-        chosen = [prompts[row] for row in sorted(prompts)]
-        sampled = self._drawn(chosen, rows, self.params, number, self.settings.group, interrupted)
+        step_prompts = [prompts[row] for row in sorted(prompts)]
+        sampled = self._drawn(step_prompts, rows, self.params, number, self.settings.group, interrupted)
         if sampled is None:
             return None
         answers, self.measured, self.failed = sampled
-        factors = length_factors([len(a.rollout.logps) for a in answers], "batch", self.settings.max_tokens)
+        weights = length_factors([len(a.rollout.logps) for a in answers], "batch", self.settings.max_tokens)
         micros = []
         for group in answer_groups([a.tokens for a in answers], self.config):
-            own = [answers[i] for i in group]
-            where = [rows[a.row].where for a in own]
-            micros.append(answers_micro([a.rollout for a in own], where, partial(_batch, own, factors[group])))
+            group_answers = [answers[i] for i in group]
+            where = [rows[a.row].where for a in group_answers]
+            micros.append(
+                answers_micro([a.rollout for a in group_answers], where, partial(_batch, group_answers, weights[group]))
+            )
         return Step(tuple(micros), step.epoch)
 
     def _drawn(
@@ -222,9 +224,9 @@ class Distillation:
             f"{rows[a.row].where}: {why}" for a, why in zip(answers, results, strict=True) if isinstance(why, str)
         ]
         if len(failed) > max(1, self.settings.most_failed * len(answers)) or len(failed) == len(answers) > 0:
-            of = f"{len(failed):,} of {counted(len(answers), 'answer')}"
+            failed_count = f"{len(failed):,} of {counted(len(answers), 'answer')}"
             raise TrainingError(
-                f"the teacher could not read {of}:\n{bullets(failed, 5)}",
+                f"the teacher could not read {failed_count}:\n{bullets(failed, 5)}",
                 where=self.teacher.name,
                 fix="fix the server, or raise distillation.most_failed",
             )
@@ -257,29 +259,33 @@ class Distillation:
             return sampled_divergence(logps, theirs), logps.detach()
         teacher_batch = batch.teacher or batch
         with torch.no_grad(), without_dropout(teacher.base.model), teacher.acting():
-            ids, places = sent(teacher_batch.input_ids, teacher.base.device), _places(teacher_batch, teacher.base)
-            theirs = hidden_at(teacher.base.model, ids, teacher_batch.lengths, places)
-        ids, places = sent(batch.input_ids, self.base.device), _places(batch, self.base)
-        targets = ids[places + 1]
+            ids, positions = sent(teacher_batch.input_ids, teacher.base.device), _places(teacher_batch, teacher.base)
+            theirs = hidden_at(teacher.base.model, ids, teacher_batch.lengths, positions)
+        ids, positions = sent(batch.input_ids, self.base.device), _places(batch, self.base)
+        targets = ids[positions + 1]
 
-        def other(part: slice) -> Tensor:
+        def teacher_logits(part: slice) -> Tensor:
             with teacher.acting():
                 return head_logits(teacher.base.model, theirs[part])
 
-        def compare(ours: Tensor, others: Tensor, part: slice) -> Tensor:
-            kl = divergences(ours, others, self.settings.divergence)
+        def compare(ours: Tensor, theirs_part: Tensor, part: slice) -> Tensor:
+            kl = divergences(ours, theirs_part, self.settings.divergence)
             logps = ours.detach().log_softmax(-1).gather(1, targets[part, None])[:, 0]
             return torch.stack([kl, logps], 1)
 
-        kl, logps = compared_logits(model, hidden_at(model, ids, batch.lengths, places), other, compare).unbind(1)
+        kl, logps = compared_logits(
+            model, hidden_at(model, ids, batch.lengths, positions), teacher_logits, compare
+        ).unbind(1)
         return kl, logps.detach()
 
     def means(self) -> MetricMeans:
         """Return the measurements since `begin`.
 
         Raises TrainingError if the sampler's model differs from the trained one."""
-        gap = self.gap.checked(self.settings, "please report this")
-        return MetricMeans.total([self.seen, MetricMeans(dict(self.measured), dict.fromkeys(self.measured, 1)), gap])
+        mismatch = self.gap.checked(self.settings, "please report this")
+        return MetricMeans.total(
+            [self.seen, MetricMeans(dict(self.measured), dict.fromkeys(self.measured, 1)), mismatch]
+        )
 
     def step_notes(self, number: int) -> Iterator[str]:
         """Yield notes on step `number`."""
@@ -309,9 +315,9 @@ class Distillation:
             with torch.no_grad(), without_dropout(self.base.model):
                 total += float(in_float64(self._compared(batch)[0]).sum())
         reported = ("cut_share", "answer_tokens", "teacher_failed")
-        extra = {key: figures[key] for key in reported if key in figures}
+        metrics = {key: figures[key] for key in reported if key in figures}
         return EvalResult(
-            total / tokens * len(answers), tokens, len(answers), extra, likelihood=False, units=len(answers)
+            total / tokens * len(answers), tokens, len(answers), metrics, likelihood=False, units=len(answers)
         )
 
 
@@ -324,7 +330,7 @@ def _places(batch: Batch, base: TextBase) -> Tensor:
     return sent(batch.trained.nonzero()[:, 0] - 1, base.device)
 
 
-def _batch(answers: Sequence[_TeacherRollout], factors: Tensor) -> PolicyBatch:
+def _batch(answers: Sequence[_TeacherRollout], weights: Tensor) -> PolicyBatch:
     batch = collate([rollout_example(a.rollout) for a in answers])
     logps = torch.tensor([x for a in answers for x in a.logps], dtype=torch.float64)
     differs = not len(logps) and any(a.teacher_prompt != a.rollout.prompt for a in answers)
@@ -334,7 +340,7 @@ def _batch(answers: Sequence[_TeacherRollout], factors: Tensor) -> PolicyBatch:
         batch.trained,
         [len(a.rollout.logps) for a in answers],
         torch.ones(len(answers)),
-        factors,
+        weights,
         torch.tensor([x for a in answers for x in a.rollout.logps], dtype=torch.float64),
         fresh=True,
         reference=logps if len(logps) else None,
@@ -358,21 +364,21 @@ def teacher_rows(
     dropping = config.model_copy(update={"data": config.data.model_copy(update={"long_rows": "drop"})})
     items, _ = prompt_split(rows, dropping, base)
     kept_rows = {item.row for item in items}
-    left = [f"{row.where}: longer than the teacher's context" for i, row in enumerate(rows) if i not in kept_rows]
+    omitted = [f"{row.where}: longer than the teacher's context" for i, row in enumerate(rows) if i not in kept_rows]
     how = SamplingParams(d.max_tokens, d.temperature)
     owners = [item for item in items for _ in range(d.group)]
     requests = [
         CompletionRequest(item.teacher_ids or item.ids, sampling_seed(config.seed, 0, item.row, i % d.group), how, name)
         for i, item in enumerate(owners)
     ]
-    made = []
+    answer_rows = []
     for item, rollout in zip(owners, sampler.draw(requests) or [], strict=True):
         row = rows[item.row]
         if rollout.cut:
-            left.append(f"{row.where}: its answer was cut at {d.max_tokens} tokens")
+            omitted.append(f"{row.where}: its answer was cut at {d.max_tokens} tokens")
             continue
         prompt = with_final_turn(row)
         messages = [dict(message) for message in prompt.messages[: prompt.last_assistant()]]
         tools = {"tools": list(row.tools)} if row.tools else {}
-        made.append({"messages": [*messages, {"role": "assistant", "content": rollout.text}]} | tools)
-    return made, left
+        answer_rows.append({"messages": [*messages, {"role": "assistant", "content": rollout.text}]} | tools)
+    return answer_rows, omitted

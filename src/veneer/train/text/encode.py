@@ -78,11 +78,11 @@ class Counts:
     longest: int = 0
     places: dict[str, list[str]] = field(default_factory=dict)
 
-    def note(self, what: str, where: str, n: int = 1) -> None:
-        setattr(self, what, getattr(self, what) + n)
-        self.places.setdefault(what, [])
-        if len(self.places[what]) < 5:
-            self.places[what].append(where)
+    def note(self, name: str, where: str, n: int = 1) -> None:
+        setattr(self, name, getattr(self, name) + n)
+        self.places.setdefault(name, [])
+        if len(self.places[name]) < 5:
+            self.places[name].append(where)
 
 
 @dataclass
@@ -257,6 +257,6 @@ def _end_ids(renderer: Renderer, rendered: Sequence[Rendered], eos: int | None) 
     return ends
 
 
-def _refuse(lines: Sequence[str], rows: int, what: str, fix: str) -> None:
+def _refuse(lines: Sequence[str], rows: int, problem: str, fix: str) -> None:
     if lines:
-        raise DataError(f"{len(lines)} of {rows} rows {what}:\n{bullets(lines)}", fix=fix)
+        raise DataError(f"{len(lines)} of {rows} rows {problem}:\n{bullets(lines)}", fix=fix)

@@ -131,17 +131,17 @@ def score_mixes(
     expected = [str(row.messages[row.last_assistant()]["content"]) for row in answered]
     specs = {name: [parse_spec(s) for s in mix] for name, mix in mixes.items()}
     names = list(dict.fromkeys(name for mix in specs.values() for name, _ in mix))
-    own = attach_adapters(base, names, attachment=attachment, allow_other_base=allow_other_base)
+    adapters = attach_adapters(base, names, attachment=attachment, allow_other_base=allow_other_base)
     out: dict[str, Scores] = {}
-    before = own.selection
+    previous = adapters.selection
     try:
-        with own.off():
+        with adapters.off():
             base_margins = _margins(base, pairs)
-            answerer = answering(base, own.adapters, rows=batch_size) if answering and answered else nullcontext()
+            answerer = answering(base, adapters.adapters, rows=batch_size) if answering and answered else nullcontext()
             with answerer as answer:  # opened before any scoring, because the engine can change the model
                 for mix, spec in specs.items() if answered else ():
                     began = time.perf_counter()
-                    own.use(*spec)
+                    adapters.use(*spec)
                     out[mix] = Scores(len(rows))
                     out[mix].answers = answers_of(
                         base,
@@ -155,7 +155,7 @@ def score_mixes(
                     out[mix].seconds = time.perf_counter() - began
         for mix, spec in specs.items():
             began = time.perf_counter()
-            own.use(*spec)
+            adapters.use(*spec)
             with fast(base.model):
                 score = score_examples(base.model, examples, base.device)
             assert score is not None
@@ -176,9 +176,9 @@ def score_mixes(
                     scores.reward_margin = _mean(m - b for m, b in zip(margins, base_margins, strict=True))
             scores.seconds += time.perf_counter() - began
     finally:
-        own.selection = before
+        adapters.selection = previous
         if attachment is None:
-            own.detach()
+            adapters.detach()
     return out
 
 
@@ -270,9 +270,9 @@ def score_answers(scores: Scores, expected_answers: Sequence[str]) -> None:
 
 def _prompt(base: TextBase, row: Row, renderer: Renderer) -> Prompt:
     """Return the prompt that inference gives the model before the row's last answer."""
-    before = row.messages[: row.last_assistant()]
+    messages = row.messages[: row.last_assistant()]
     if renderer.template is not None and not row.tools and renderer.template == base.tokenizer.chat_template:
-        return [{k: v for k, v in m.items() if k != "weight"} for m in before]
+        return [{k: v for k, v in m.items() if k != "weight"} for m in messages]
     text = renderer.prompt(row)
     bos = base.tokenizer.bos_token
     if renderer.template is not None and bos and text.startswith(bos):
@@ -283,8 +283,8 @@ def _prompt(base: TextBase, row: Row, renderer: Renderer) -> Prompt:
 
 
 def _mean(values: Any) -> float:
-    listed = [float(v) for v in values]
-    return sum(listed) / len(listed) if listed else math.nan
+    numbers = [float(v) for v in values]
+    return sum(numbers) / len(numbers) if numbers else math.nan
 
 
 def _rouge_l(pairs: Sequence[tuple[str, str]]) -> float | None:

@@ -54,8 +54,8 @@ def judged_file(base: str, kind: Literal["preference", "messages"]) -> Path:
     """Return the file of a kind of rows, in the veneer home, for a base.
 
     For a machine whose owner judges."""
-    own = re.sub(r"[^A-Za-z0-9._-]+", "-", base).strip(".-") or "base"
-    return veneer_home() / "judged" / own / {"preference": "votes.jsonl", "messages": "corrections.jsonl"}[kind]
+    folder = re.sub(r"[^A-Za-z0-9._-]+", "-", base).strip(".-") or "base"
+    return veneer_home() / "judged" / folder / {"preference": "votes.jsonl", "messages": "corrections.jsonl"}[kind]
 
 
 def add_row(file: str | Path, row: Mapping[str, Any]) -> int:
@@ -71,11 +71,11 @@ def add_row(file: str | Path, row: Mapping[str, Any]) -> int:
         raise DataError("rows are added to files of JSON lines", where=str(path), fix="a name that ends in .jsonl")
     count = 0
     if content.strip():
-        rows, about = read_rows([str(path)])
+        rows, metadata = read_rows([str(path)])
         count = len(rows)
-        if (format := "preference" if "chosen" in row else "messages") != about.format:
+        if (format := "preference" if "chosen" in row else "messages") != metadata.format:
             raise DataError(
-                f"this file has rows of {about.format}, and this is one of {format}",
+                f"this file has rows of {metadata.format}, and this is one of {format}",
                 where=str(path),
                 fix="another file",
             )

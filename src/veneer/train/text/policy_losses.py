@@ -52,16 +52,16 @@ def advantages(rewards: Tensor, groups: Sequence[int], *, baseline: _Baseline, s
     parts: dict[int, list[int]] = {}
     for i, group in enumerate(groups):
         parts.setdefault(group, []).append(i)
-    for own in parts.values():
+    for members in parts.values():
         if baseline in ("group", "others"):
-            out[own] = _centred(r[own])
-        if baseline == "others" and len(own) > 1:
-            out[own] *= len(own) / (len(own) - 1)
+            out[members] = _centred(r[members])
+        if baseline == "others" and len(members) > 1:
+            out[members] *= len(members) / (len(members) - 1)
     if baseline == "batch":
         out = _centred(r)
     if scale == "group":
-        for own in parts.values():
-            out[own] /= _spread(r[own])
+        for members in parts.values():
+            out[members] /= _spread(r[members])
     elif scale == "batch":
         out = out / _spread(r)
     return out

@@ -95,8 +95,8 @@ def answer_rows(rows: Sequence[Row]) -> tuple[list[Row], list[int]]:
         ends = [row.messages, row.rejected] if row.rejected else [row.messages]
         shared = row.shared() if row.rejected else 0
         for messages in ends:
-            own = (*unlearned(messages[:shared]), *messages[shared:])
-            out.append(replace(row, messages=own, rejected=(), label=None))
+            answer = (*unlearned(messages[:shared]), *messages[shared:])
+            out.append(replace(row, messages=answer, rejected=(), label=None))
             owners.append(i)
     return out, owners
 
@@ -165,12 +165,12 @@ def mismatched_examples(items: Sequence[Item], max_length: int) -> list[Example]
     firsts = [item.answers[0] for item in items]
     prompts = [e.prompt for e in firsts]
     for i, prompt in enumerate(prompts):
-        others = (firsts[(i + k) % len(firsts)] for k in range(1, len(firsts)))
-        other = next((e for e in others if e.prompt != prompt), None)
-        if other is not None and len(prompt) < max_length:
-            start = len(other.prompt)
-            ids = [*prompt, *other.input_ids[start:]][:max_length]
-            out.append(Example(ids, [False] * len(prompt) + other.trained[start : start + len(ids) - len(prompt)], i))
+        candidates = (firsts[(i + k) % len(firsts)] for k in range(1, len(firsts)))
+        partner = next((e for e in candidates if e.prompt != prompt), None)
+        if partner is not None and len(prompt) < max_length:
+            start = len(partner.prompt)
+            ids = [*prompt, *partner.input_ids[start:]][:max_length]
+            out.append(Example(ids, [False] * len(prompt) + partner.trained[start : start + len(ids) - len(prompt)], i))
     return out
 
 
@@ -199,7 +199,7 @@ class Preference:
             self.attachment.add(self.name, self.start)
             self.reference = (self.name,)
 
-    def know(self, items: Sequence[Item], path: Path, say: Callable[[str], None] = lambda line: None) -> None:
+    def know(self, items: Sequence[Item], path: Path, log: Callable[[str], None] = lambda line: None) -> None:
         """Fill each item's `reference` from the file at `path`.
 
         Computes and appends missing ones."""
@@ -208,7 +208,7 @@ class Preference:
         examples = [e for item in items for e in item.answers]
         start = self.start.digest() if self.start is not None else "base"
         key = f"{self.base.fingerprint}|{self.base.quantized}|{self.base.dtype}|{start}"
-        logps = iter(cached_logps(examples, path, key, self._reference_logps, say, self.devices))
+        logps = iter(cached_logps(examples, path, key, self._reference_logps, log, self.devices))
         for item in items:
             item.reference = tuple(next(logps) for _ in item.answers)
 
@@ -225,9 +225,9 @@ class Preference:
         """Return the measurements of this process's pairs since `begin`."""
         if self.settings.loss != "kto":
             return self.seen
-        own = MetricMeans()
-        own.add(kl=torch.tensor([self.point]))
-        return MetricMeans.total([self.seen, own])
+        point = MetricMeans()
+        point.add(kl=torch.tensor([self.point]))
+        return MetricMeans.total([self.seen, point])
 
     def loss(self, batch: AnswerBatch) -> Tensor:
         """Return Σ loss over the items of the batch.
@@ -251,13 +251,13 @@ class Preference:
             return None
         if not self.devices.first:
             return EvalResult(0.0, 0, 0, likelihood=False, units=0)
-        seen = MetricMeans()
-        total = float(self._losses(torch.tensor(logps, device=self.base.device), items, seen, point).sum())
-        extra = seen.values() | ({"kl": point} if self.settings.loss == "kto" else {})
-        learned = sum(item.learned for item in items)
-        return EvalResult(total, learned, len(items), extra, likelihood=False, units=len(items))
+        means = MetricMeans()
+        total = float(self._losses(torch.tensor(logps, device=self.base.device), items, means, point).sum())
+        metrics = means.values() | ({"kl": point} if self.settings.loss == "kto" else {})
+        trained_tokens = sum(item.learned for item in items)
+        return EvalResult(total, trained_tokens, len(items), metrics, likelihood=False, units=len(items))
 
-    def _losses(self, logps: Tensor, items: Sequence[Item], seen: MetricMeans, point: float) -> Tensor:
+    def _losses(self, logps: Tensor, items: Sequence[Item], means: MetricMeans, point: float) -> Tensor:
         """Return the losses (items,) from the log p of all answers, (Σ answers,)."""
         s, beta = self.settings, self.settings.beta or 0.0
         lengths = logps.new_tensor([e.learned for item in items for e in item.answers])
@@ -267,10 +267,10 @@ class Preference:
             desirable = torch.tensor([bool(item.desirable) for item in items], device=logps.device)
             losses = formulas.kto(ratios, desirable, point, beta=beta, weights=(s.desirable, s.undesirable))
             right = torch.where(desirable, ratios > point, ratios < point)
-            seen.add(reward_accuracy=right)
-            for name, which in (("chosen", desirable), ("rejected", ~desirable)):
-                measured = {"reward": beta * ratios, "logp": logps, "tokens": lengths}
-                seen.add(**{f"{key}_{name}": value[which] for key, value in measured.items()})
+            means.add(reward_accuracy=right)
+            for name, selected in (("chosen", desirable), ("rejected", ~desirable)):
+                values = {"reward": beta * ratios, "logp": logps, "tokens": lengths}
+                means.add(**{f"{key}_{name}": value[selected] for key, value in values.items()})
             return losses
         (chosen, rejected), (w, l) = logps.view(-1, 2).unbind(1), ratios.view(-1, 2).unbind(1)
         n_w, n_l = lengths.view(-1, 2).unbind(1)
@@ -290,7 +290,7 @@ class Preference:
         if s.nll:
             losses = losses - s.nll * mean_w
         good, bad = (w, l) if self.settings.needs_reference else (mean_w, mean_l)
-        seen.add(
+        means.add(
             reward_chosen=beta * good,
             reward_rejected=beta * bad,
             reward_accuracy=good > bad,
@@ -347,15 +347,15 @@ def answer_logps(
     all return the whole result. The model's mode is restored."""
     model = base.model
     groups = grouped([e.tokens for e in examples], micro_tokens)
-    own, stopped = dict[int, float](), False
+    local_logps, stopped = dict[int, float](), False
     with torch.no_grad(), without_dropout(model):
         for number, _ in devices.deal([sum(examples[i].tokens for i in group) for group in groups]):
             if stopped := interrupted():
                 break
             batch = collate([examples[i] for i in groups[number]])
             logps = call(row_logps, model, batch.input_ids.to(base.device), batch.lengths, batch.trained)
-            own.update(zip(groups[number], logps.tolist(), strict=True))
-    parts = devices.gather(None if stopped else own)
+            local_logps.update(zip(groups[number], logps.tolist(), strict=True))
+    parts = devices.gather(None if stopped else local_logps)
     logps_by_index = {i: value for part in parts if part is not None for i, value in part.items()}
     return None if None in parts else [logps_by_index[i] for i in range(len(examples))]
 
@@ -365,7 +365,7 @@ def cached_logps(
     path: Path,
     key: str,
     compute: Callable[[Sequence[Example]], list[float]],
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
     devices: Devices = ALONE,
     chunk: int = 256,
 ) -> list[float]:
@@ -373,7 +373,7 @@ def cached_logps(
 
     A line of the file is ["sha256 of key, tokens and trained-mask", log p], so that a changed row, base or
     adapter has another line and no line is stale. Lines are appended as they are computed, so that an
-    interrupted run keeps them. `key`: identifies base, precision and adapter. `say`: called with progress.
+    interrupted run keeps them. `key`: identifies base, precision and adapter. `log`: called with progress.
     With several devices the first reads and writes the file, and `compute` is called on all. `chunk`:
     examples between two writes.
 
@@ -384,7 +384,7 @@ def cached_logps(
     # Long ones first, so that lack of memory shows at once; similar lengths together.
     order = sorted(missing.items(), key=lambda item: (-item[1].tokens, item[0]))
     total = len(set(names))
-    say(f"reference: log-probabilities of {counted(total, 'answer')}, {total - len(order):,} already computed")
+    log(f"reference: log-probabilities of {counted(total, 'answer')}, {total - len(order):,} already computed")
     for at in range(0, len(order), chunk):
         part = order[at : at + chunk]
         lines = list(zip((name for name, _ in part), compute([e for _, e in part]), strict=True))
@@ -394,7 +394,7 @@ def cached_logps(
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with path.open("a", encoding="utf-8") as file:  # a line begins anew after an incomplete one
                     file.writelines("\n" + json.dumps(line) for line in lines)
-        say(f"reference: {min(at + chunk, len(order)):,} of {len(order):,} computed")
+        log(f"reference: {min(at + chunk, len(order)):,} of {len(order):,} computed")
     return [cached[name] for name in names]
 
 

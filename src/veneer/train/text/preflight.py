@@ -178,14 +178,14 @@ def _end_is_trained(s: TextSubject) -> Iterator[Finding]:
     examples, ends = s.encoded.examples, s.encoded.end_ids
     if not examples:
         return
-    what = "end-of-turn" if s.encoded.chat else "end-of-text"
+    end_kind = "end-of-turn" if s.encoded.chat else "end-of-text"
     if not ends:
         fix = (
             "use a chat template that ends assistant turns with a special token (data.chat_template)"
             if s.encoded.chat
             else "give the tokenizer an eos_token"
         )
-        text = f"no {what} token is written after an answer: the model would learn to never stop"
+        text = f"no {end_kind} token is written after an answer: the model would learn to never stop"
         yield Finding("stop", "end", text, fix)
         return
     names = s.tokens(ends)
@@ -193,13 +193,13 @@ def _end_is_trained(s: TextSubject) -> Iterator[Finding]:
         any(on and token in ends for token, on in zip(e.input_ids, e.trained, strict=True)) for e in examples
     )
     if with_end == 0:
-        text = f"the {what} token {names} is learned in no row: the model would never stop"
+        text = f"the {end_kind} token {names} is learned in no row: the model would never stop"
         yield Finding("stop", "end", text, "check the chat template, data.train_on and data.long_rows")
     elif with_end < 0.9 * len(examples):
-        text = f"the {what} token {names} is learned only in {share(with_end, len(examples))} rows"
+        text = f"the {end_kind} token {names} is learned only in {share(with_end, len(examples))} rows"
         yield Finding("warn", "end", text, "see long rows: cut rows lose their end")
     else:
-        yield Finding("ok", "end", f"the {what} token {names} is learned in {share(with_end, len(examples))} rows")
+        yield Finding("ok", "end", f"the {end_kind} token {names} is learned in {share(with_end, len(examples))} rows")
     if not ends & s.stop_ids:
         stops = s.tokens(s.stop_ids) or "nothing"
         text = f"answers end with {names}, but generation stops at {stops}: answers would run on"
@@ -228,11 +228,16 @@ def _prompts_match_inference(s: TextSubject) -> Iterator[Finding]:
 
     They are compared token by token."""
     data, renderer, chat = s.config.data, s.encoded.renderer, s.encoded.chat
-    own = s.base.tokenizer.chat_template
-    if chat and data.chat_template != "auto" and own and renderer.template != s.base.tokenizer.get_chat_template():
+    base_template = s.base.tokenizer.chat_template
+    if (
+        chat
+        and data.chat_template != "auto"
+        and base_template
+        and renderer.template != s.base.tokenizer.get_chat_template()
+    ):
         text = f"rows use {renderer.source}, not the base's own: prompt the adapter with the same template"
         yield Finding("warn", "template", text, "data.chat_template=auto uses the base's own")
-    if own and not chat and s.data.train.texts and s.data.train.texts[0].messages:
+    if base_template and not chat and s.data.train.texts and s.data.train.texts[0].messages:
         text = "the base has a chat template and rows do not use it: give the adapter plain prompts, not messages"
         yield Finding("warn", "template", text, "data.chat_template=auto")
     wrong: list[str] = []
@@ -357,14 +362,14 @@ def _long_prompts(s: TextSubject) -> Iterator[Finding]:
 
 def _held_out_rows_are_apart(s: TextSubject) -> Iterator[Finding]:
     """Report held-out rows that are also trained on, which distort validation loss."""
-    about = s.data.about
-    if about is not None:
-        yield Finding("ok", "format", f"{counted(about.rows, 'row')} in `{about.format}` format: {about.why}")
-        if about.unused:
-            text = f"columns that nothing uses: {', '.join(about.unused)}"
+    metadata = s.data.about
+    if metadata is not None:
+        yield Finding("ok", "format", f"{counted(metadata.rows, 'row')} in `{metadata.format}` format: {metadata.why}")
+        if metadata.unused:
+            text = f"columns that nothing uses: {', '.join(metadata.unused)}"
             yield Finding("warn", "columns", text, "data.columns names the ones to use, as {prompt: question}")
-        if about.duplicates:
-            text = f"{share(about.duplicates, about.rows)} rows repeat an earlier one exactly"
+        if metadata.duplicates:
+            text = f"{share(metadata.duplicates, metadata.rows)} rows repeat an earlier one exactly"
             yield Finding("warn", "duplicates", text)
     total = len(s.data.held.texts)
     s.numbers.update(held_out=total)
@@ -384,8 +389,8 @@ def _held_out_rows_are_apart(s: TextSubject) -> Iterator[Finding]:
         fix = "remove them from one side; data.split never puts equal rows on both"
         yield Finding(_above_half(leak.identical, total), "held out", text, fix)
     if leak.same_prompt:
-        others = "are also trained on" if s.config.sampling else "also occur in training, with other answers"
-        yield Finding("warn", "held out", f"{share(leak.same_prompt, total)} held-out prompts {others}: {pairs}")
+        overlap = "are also trained on" if s.config.sampling else "also occur in training, with other answers"
+        yield Finding("warn", "held out", f"{share(leak.same_prompt, total)} held-out prompts {overlap}: {pairs}")
     if not leak.identical and not leak.same_prompt:
         yield Finding("ok", "held out", f"{counted(total, 'held-out row')}, none of them trained on")
 
@@ -404,20 +409,20 @@ def _what_is_trained(s: TextSubject) -> Iterator[Finding]:
     try:
         matches = matches_per_pattern(model, spec)
         targets = resolve_targets(model, spec)
-        pairs, whole = trainable_parameters(model, targets, spec)
+        pairs, full = trainable_parameters(model, targets, spec)
     except TargetError as error:
         where = f" ({error.where})" if error.where else ""
         yield Finding("stop", "targets", f"{error.what}{where}", error.fix or "")
         return
     total = sum(p.numel() for p in model.parameters())
-    s.numbers.update(base_parameters=total, trainable=pairs + whole)
+    s.numbers.update(base_parameters=total, trainable=pairs + full)
     matched = ", ".join(f"`{p}` {counted(len(names), 'module')}" for p, names in matches.items())
-    size = gigabytes(4 * (pairs + whole))
-    yield Finding("ok", "targets", f"{matched}; trainable: {share(pairs + whole, total)} parameters, a file of {size}")
+    size = gigabytes(4 * (pairs + full))
+    yield Finding("ok", "targets", f"{matched}; trainable: {share(pairs + full, total)} parameters, a file of {size}")
     yield from check_factor([(model, targets, spec)])
-    if whole > pairs:
+    if full > pairs:
         text = (
-            f"full copies take {share(whole, pairs + whole)} of the adapter, a file of {size}: "
+            f"full copies take {share(full, pairs + full)} of the adapter, a file of {size}: "
             f"{', '.join([*spec.modules_to_save, *spec.token_rows])}"
         )
         fix = "train single rows with adapter.token_rows, or drop adapter.modules_to_save"
@@ -458,10 +463,10 @@ def _experts_are_trained(s: TextSubject) -> Iterator[Finding]:
         reached = {t.name for t in resolve_targets(model, spec)} & set(experts)
     except TargetError:
         return  # reported by _what_is_trained
-    meant = {
+    excluded = {
         n for n in experts if any(target_matches(p, n) or target_matches(p, n.rpartition(".")[0]) for p in spec.exclude)
     }
-    frozen = sorted(set(experts) - reached - meant)
+    frozen = sorted(set(experts) - reached - excluded)
     if frozen:
         part = share(sum(experts[n] for n in frozen), sum(p.numel() for p in model.parameters()))
         text = (
@@ -494,12 +499,12 @@ def _vocabulary(s: TextSubject) -> Iterator[Finding]:
     weight, unread = embedding.weight.detach(), getattr(s.base, "unread", None)
     name = next((n for n, p in s.base.model.named_parameters() if p is embedding.weight), "")
     first = range(min(4096, rows))
-    some, those = (unread.rows(name, at) if unread else weight[list(at)] for at in (first, added))
-    sample, norms = some.float().norm(dim=1), those.float().norm(dim=1)
+    sample_rows, added_rows = (unread.rows(name, at) if unread else weight[list(at)] for at in (first, added))
+    sample, norms = sample_rows.float().norm(dim=1), added_rows.float().norm(dim=1)
     dead = [t for t, norm in zip(added, norms.tolist(), strict=True) if norm < 0.05 * float(sample.median())]
     config = s.config.adapter
-    learned = {i for ids in config.token_rows.values() for i in ids}
-    dead = [t for t in dead if t not in learned]
+    trained_rows = {i for ids in config.token_rows.values() for i in ids}
+    dead = [t for t in dead if t not in trained_rows]
     if dead and not any("embed" in m or "wte" in m for m in config.modules_to_save):
         names = ", ".join(f"`{s.base.tokenizer.convert_ids_to_tokens(t)}` ({t})" for t in dead[:5])
         text = f"{len(dead)} added tokens of the data have embedding rows near zero, never trained: {names}"

@@ -150,13 +150,13 @@ def rollout_example(rollout: Rollout) -> Example:
     return Example([*prompt, *completion], [False] * len(prompt) + rollout.trained, 0)
 
 
-def answers_micro(answers: Sequence[Rollout], where: Sequence[str], make: Callable[[], PolicyBatch]) -> Micro:
+def answers_micro(answers: Sequence[Rollout], where: Sequence[str], make_batch: Callable[[], PolicyBatch]) -> Micro:
     """Return a micro-batch of completions. `where`: the location of each one's row."""
     return Micro(
         tokens=sum(len(r.prompt) + len(r.tokens) for r in answers),
         trained=sum(len(r.logps) for r in answers),
         rows=tuple(dict.fromkeys(where)),
-        make=make,
+        make=make_batch,
         units=len(answers),
     )
 
@@ -179,8 +179,8 @@ def shared_groups(answers: Sequence[tuple[tuple[int, ...], int]], config: TrainC
     most, groups = config.batching.micro_rows or len(answers), [list[int]()]
     free = config.batching.at_once
     previous: tuple[int, ...] = ()
-    for prompt, own in by_prompt.items():
-        for i in own:
+    for prompt, members in by_prompt.items():
+        for i in members:
             takes = answers[i][1] + (0 if previous == prompt else len(prompt))
             if groups[-1] and (takes > free or len(groups[-1]) == most):
                 groups.append([])
@@ -204,13 +204,13 @@ def collate_shared(rollouts: Sequence[Rollout]) -> tuple[Batch, SharedRows]:
         trained.extend(mask)
         return len(ids) - len(tokens)
 
-    for one in rollouts:
-        n, m = len(one.prompt), len(one.tokens)
-        if one.prompt not in prompts:
-            prompts[one.prompt] = append(one.prompt, [False] * n)
-        first, own = prompts[one.prompt], append(one.tokens, one.trained)
-        positions += [*range(first, first + n), *range(own, own + m)]
-    lengths = [len(one.prompt) + len(one.tokens) for one in rollouts]
+    for rollout in rollouts:
+        n, m = len(rollout.prompt), len(rollout.tokens)
+        if rollout.prompt not in prompts:
+            prompts[rollout.prompt] = append(rollout.prompt, [False] * n)
+        first, segment = prompts[rollout.prompt], append(rollout.tokens, rollout.trained)
+        positions += [*range(first, first + n), *range(segment, segment + m)]
+    lengths = [len(rollout.prompt) + len(rollout.tokens) for rollout in rollouts]
     return Batch(torch.tensor(ids), lengths, torch.tensor(trained)), SharedRows.of(torch.tensor(positions))
 
 
@@ -220,16 +220,16 @@ def planned_rollouts(items: Sequence[PromptItem], config: TrainConfig, rows: Seq
     assert r is not None
     shares = config.reinforcement.loss is not None  # in distillation, the teacher can have another prompt
 
-    def micro(chosen: list[PromptItem]) -> Micro:
-        prompts = dict.fromkeys(item.ids for item in chosen) if shares else [item.ids for item in chosen]
-        most = sum(item.most for item in chosen)
+    def micro(batch_items: list[PromptItem]) -> Micro:
+        prompts = dict.fromkeys(item.ids for item in batch_items) if shares else [item.ids for item in batch_items]
+        most = sum(item.most for item in batch_items)
         return Micro(
             tokens=sum(map(len, prompts)) + most,
             trained=most,
-            rows=tuple(dict.fromkeys(rows[item.row].where for item in chosen)),
-            make=lambda: _longest_possible(chosen, shares),
-            units=len(chosen),
-            items=tuple(chosen),
+            rows=tuple(dict.fromkeys(rows[item.row].where for item in batch_items)),
+            make=lambda: _longest_possible(batch_items, shares),
+            units=len(batch_items),
+            items=tuple(batch_items),
         )
 
     def of_epoch(epoch: int) -> list[Step]:

@@ -237,18 +237,20 @@ class Reinforcement:
 
         Answers without effect are left out of the micro-batches but counted."""
         s, answers = self.settings, self.answers
-        factors = length_factors([len(a.rollout.logps) for a in answers], s.length or "answer", s.max_tokens)
+        weights = length_factors([len(a.rollout.logps) for a in answers], s.length or "answer", s.max_tokens)
         moving = [i for i, a in enumerate(answers) if a.advantage or s.kl]
         moving = moving or [min(range(len(answers)), key=lambda i: answers[i].tokens)]  # at least one token
-        factors = factors * (len(moving) / len(answers))  # the loop divides by the number of answers it gets
+        weights = weights * (len(moving) / len(answers))  # the loop divides by the number of answers it gets
         micros = []
         for group in shared_groups(
             [(answers[i].rollout.prompt, len(answers[i].rollout.tokens)) for i in moving], self.config
         ):
-            own = [answers[moving[k]] for k in group]
-            f = factors[[moving[k] for k in group]]
-            where = [rows[a.row].where for a in own]
-            micros.append(answers_micro([a.rollout for a in own], where, partial(_batch, own, f, fresh)))
+            group_answers = [answers[moving[k]] for k in group]
+            f = weights[[moving[k] for k in group]]
+            where = [rows[a.row].where for a in group_answers]
+            micros.append(
+                answers_micro([a.rollout for a in group_answers], where, partial(_batch, group_answers, f, fresh))
+            )
         return Step(tuple(micros), step.epoch)
 
     # -- the loss ------------------------------------------------------------------------------------------------------
@@ -296,9 +298,11 @@ class Reinforcement:
         """Return the measurements since `begin`.
 
         Raises TrainingError if the sampler's model differs from the trained one."""
-        fix = "this is advantage a report" if self.settings.exact else "set reinforcement.exact=true"
-        gap = self.gap.checked(self.settings, fix)
-        return MetricMeans.total([self.seen, MetricMeans(dict(self.measured), dict.fromkeys(self.measured, 1)), gap])
+        fix = "please report this" if self.settings.exact else "set reinforcement.exact=true"
+        mismatch = self.gap.checked(self.settings, fix)
+        return MetricMeans.total(
+            [self.seen, MetricMeans(dict(self.measured), dict.fromkeys(self.measured, 1)), mismatch]
+        )
 
     def step_notes(self, number: int) -> Iterator[str]:
         """Yield warnings on step `number`, if answers were sampled for it.
@@ -306,8 +310,8 @@ class Reinforcement:
         A condition that still holds at the next sampling is not reported again."""
         if number == self.first:
             yield from left_out_notes(number, self.failed)
-            before, self._warned = self._warned, draw_warnings(self.settings, number, self.measured)
-            yield from (text for name, text in self._warned.items() if name not in before)
+            previous, self._warned = self._warned, draw_warnings(self.settings, number, self.measured)
+            yield from (text for name, text in self._warned.items() if name not in previous)
 
     # -- held-out prompts ----------------------------------------------------------------------------------------------
 
@@ -332,9 +336,9 @@ class Reinforcement:
                 fix="fix the reward, or hold out more prompts",
             )
         figures = sampling_metrics(rollouts, 0.0)
-        extra = judged.logged() | {key: figures[key] for key in ("cut_share", "answer_tokens")}
+        metrics = judged.logged() | {key: figures[key] for key in ("cut_share", "answer_tokens")}
         tokens = int(figures["drawn_tokens"])
-        return EvalResult(-sum(values), tokens, len(rollouts), extra, likelihood=False, units=len(values))
+        return EvalResult(-sum(values), tokens, len(rollouts), metrics, likelihood=False, units=len(values))
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
@@ -366,11 +370,11 @@ def _unanswered(row: Row) -> Answer:
     )
 
 
-def _batch(answers: Sequence[_JudgedRollout], factors: Tensor, fresh: bool) -> PolicyBatch:
+def _batch(answers: Sequence[_JudgedRollout], weights: Tensor, fresh: bool) -> PolicyBatch:
     batch, shared = collate_shared([a.rollout for a in answers])
 
     def numbers(values: Sequence[Sequence[float]]) -> Tensor:
-        return torch.tensor([x for own in values for x in own], dtype=torch.float64)
+        return torch.tensor([x for row in values for x in row], dtype=torch.float64)
 
     changed = any(a.rollout.sampling_logps != a.rollout.logps for a in answers)
     return PolicyBatch(
@@ -379,7 +383,7 @@ def _batch(answers: Sequence[_JudgedRollout], factors: Tensor, fresh: bool) -> P
         batch.trained,
         [len(a.rollout.logps) for a in answers],
         torch.tensor([a.advantage for a in answers], dtype=torch.float64),
-        factors,
+        weights,
         numbers([a.rollout.logps for a in answers]),
         numbers([a.rollout.sampling_logps for a in answers]) if changed else None,
         numbers([a.reference for a in answers]) if answers[0].reference else None,
@@ -401,19 +405,19 @@ _MANY_CUT = 0.1
 """The same for truncated completions over the whole run."""
 
 
-def draw_warnings(settings: ReinforcementSection, number: int, measured: Mapping[str, float]) -> dict[str, str]:
+def draw_warnings(settings: ReinforcementSection, number: int, metrics: Mapping[str, float]) -> dict[str, str]:
     """Return the warnings about the answers of step `number`, by name. `measured`: their metrics."""
     warnings = {}
-    if measured["idle"]:
-        mean = f" ({measured['reward']:.3f} on average)" if "reward" in measured else ""
+    if metrics["idle"]:
+        mean = f" ({metrics['reward']:.3f} on average)" if "reward" in metrics else ""
         compared = "to each prompt" if settings.baseline in ("group", "others") else "of the step"
         warnings["idle"] = (
             f"warning: nothing is learned from the rewards of step {number}: all completions {compared} have the "
             f"same reward{mean}; {_EASIER}"
         )
-    if measured["cut_share"] > _MOST:
+    if metrics["cut_share"] > _MOST:
         warnings["cut"] = (
-            f"warning: {measured['cut_share']:.0%} of the completions of step {number} are cut at "
+            f"warning: {metrics['cut_share']:.0%} of the completions of step {number} are cut at "
             f"{settings.max_tokens} tokens; {_LONGER}"
         )
     return warnings
@@ -458,9 +462,9 @@ def sampled_judge(base: TextBase, attachment: Attachment, sampler: Sampler, mode
     support, MismatchError for an adapter of another base."""
     names = {BASE_MODEL: ""}
     for model in sorted(set(models) - {BASE_MODEL}):
-        own = names[model] = f"{model}, as a judge"
-        attachment.add(own, load_adapter(base, model))
-        if problems := sampler.problems(own):
+        name = names[model] = f"{model}, as a judge"
+        attachment.add(name, load_adapter(base, model))
+        if problems := sampler.problems(name):
             raise AdapterError(
                 f"completions cannot be sampled from {model}:\n{bullets(problems)}", where="reinforcement.rewards"
             )

@@ -139,16 +139,16 @@ class Renderer:
         """Return the character range of each assistant turn in `text`.
 
         A range includes the end-of-turn marker."""
-        spans = []
+        ranges = []
         for k in turns:
-            before = self._text(row.messages[:k], row, generate=True) if k else ""
-            if k and not text.startswith(before):
+            prefix = self._text(row.messages[:k], row, generate=True) if k else ""
+            if k and not text.startswith(prefix):
                 raise ValueError(
                     f"the chat template renders what comes before message {k} differently once later turns follow, so "
                     "training would show the model another prompt than inference does; use train_on: last, or end the "
                     "row with that turn"
                 )
-            start = len(before) if k else self._content(row, text, 0)[0]
+            start = len(prefix) if k else self._content(row, text, 0)[0]
             end = len(text)
             if k + 1 < len(row.messages):
                 upto = self._text(row.messages[: k + 1], row)
@@ -166,8 +166,8 @@ class Renderer:
                     out.changed_turns += upto[start:end] != text[start:end]
             if self._tail and text[start:end].endswith(self._tail):
                 end -= len(self._tail) - len(self.end_marker)  # the model writes no line break after the marker
-            spans.append((start, end))
-        return spans
+            ranges.append((start, end))
+        return ranges
 
     def _content(self, row: Row, text: str, k: int) -> tuple[int, int]:
         """Return the range of message k's content in `text`.
@@ -175,11 +175,11 @@ class Renderer:
         Found by replacing the content and comparing the renderings."""
         changed = [dict(m) for m in row.messages]
         changed[k]["content"] = _MARK
-        other = self._text(changed, row)
-        if _MARK not in other:
+        changed_text = self._text(changed, row)
+        if _MARK not in changed_text:
             raise ValueError(f"the chat template leaves out the content of message {k}")
-        start = _common(text, other)
-        end = len(text) - _common(text[start:][::-1], other[start:][::-1])
+        start = _common(text, changed_text)
+        end = len(text) - _common(text[start:][::-1], changed_text[start:][::-1])
         return start, end
 
     def _text(self, messages: Sequence[dict[str, Any]], row: Row, *, generate: bool = False) -> str:

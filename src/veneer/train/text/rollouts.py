@@ -86,10 +86,10 @@ class Rollout:
     @property
     def trained(self) -> list[bool]:
         """Return which of `tokens` were sampled."""
-        own = [True] * len(self.tokens)
+        mask = [True] * len(self.tokens)
         for first, last in self.others:
-            own[first:last] = [False] * (last - first)
-        return own
+            mask[first:last] = [False] * (last - first)
+        return mask
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values, which keep every float."""
@@ -97,8 +97,8 @@ class Rollout:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Rollout:
-        made: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        return cls(**made | {"others": tuple((int(a), int(b)) for a, b in values.get("others", ()))})
+        arguments: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**arguments | {"others": tuple((int(a), int(b)) for a, b in values.get("others", ()))})
 
 
 @dataclass(frozen=True)
@@ -197,10 +197,10 @@ class SamplerMismatch:
         """Add log-probabilities of the same tokens from any devices.
 
         The sampler's are in float64."""
-        own = in_float64(trainer.detach())
-        gap = (own - sampler.to(own.device)).abs()
-        self.worst = max(self.worst, float(gap.max()))
-        self.seen.add(gap_mean=gap, gap_share=gap.expm1() > _BEYOND)
+        trainer_logps = in_float64(trainer.detach())
+        difference = (trainer_logps - sampler.to(trainer_logps.device)).abs()
+        self.worst = max(self.worst, float(difference.max()))
+        self.seen.add(gap_mean=difference, gap_share=difference.expm1() > _BEYOND)
 
     def checked(self, section: ReinforcementSection | DistillationSection, fix: str) -> MetricMeans:
         """Return the measurements, if any. Raises TrainingError if the mean is above the bound."""

@@ -83,8 +83,8 @@ class Row:
         """Return the sha256 of the content before the last assistant turn.
 
         For plain text, of the whole text."""
-        before: Sequence[Any] = self.messages[: self.last_assistant()]
-        return hashlib.sha256(json.dumps([before, self.text], sort_keys=True, default=str).encode()).hexdigest()
+        messages: Sequence[Any] = self.messages[: self.last_assistant()]
+        return hashlib.sha256(json.dumps([messages, self.text], sort_keys=True, default=str).encode()).hexdigest()
 
     def last_assistant(self) -> int:
         """Return the index of the last assistant message, or the number of messages."""
@@ -136,14 +136,14 @@ def read_rows(sources: str | Sequence[str], **options: Any) -> tuple[list[Row], 
 
     `options`: those of `parse_rows`. Raises DataError for a missing or empty file, for unusable rows (all of
     them, up to 20, with line numbers), and if the format cannot be recognized from the columns."""
-    parsed, about = parse_rows(sources, **options)
+    parsed, metadata = parse_rows(sources, **options)
     rows = [row for row in parsed if isinstance(row, Row)]
     if bad := [f"{row.where}: {row.why}" for row in parsed if isinstance(row, UnusableRow)]:
         raise DataError(
-            f"{len(bad)} of {len(parsed)} rows are not usable as `{about.format}`:\n{bullets(bad)}",
-            fix=f"correct or remove them; if they are not `{about.format}`, set data.format",
+            f"{len(bad)} of {len(parsed)} rows are not usable as `{metadata.format}`:\n{bullets(bad)}",
+            fix=f"correct or remove them; if they are not `{metadata.format}`, set data.format",
         )
-    return rows, about
+    return rows, metadata
 
 
 def parse_rows(
@@ -236,12 +236,12 @@ def data_digest(rows: Iterable[Row]) -> str:
 
 
 def _choose(
-    seen: list[str], format: str, columns: dict[str, str], records: Sequence[Record], formats: Collection[str]
+    present: list[str], format: str, columns: dict[str, str], records: Sequence[Record], formats: Collection[str]
 ) -> tuple[str, dict[str, str], str]:
     """Return (format, our column -> the data's column, reason).
 
     Raises DataError if the columns fit no format."""
-    where, have = records[0].where, f"the columns are {', '.join(seen) or 'none'}"
+    where, have = records[0].where, f"the columns are {', '.join(present) or 'none'}"
     names = {c for name in _FORMATS for c in format_columns(name)}
     for ours, theirs in columns.items():
         if ours not in names:
@@ -249,15 +249,15 @@ def _choose(
                 f"data.columns names `{ours}`, which no format has{_hint(ours, names)}",
                 fix=f"the names are {', '.join(sorted(names))}",
             )
-        if theirs not in seen:
+        if theirs not in present:
             raise DataError(
                 f"data.columns says that `{ours}` is in column `{theirs}`, which the data does not have",
                 where=where,
-                fix=f"{have}{_hint(theirs, seen)}",
+                fix=f"{have}{_hint(theirs, present)}",
             )
     for name in [each for each in _FORMATS if each in formats] if format == "auto" else [format]:
         needed = _FORMATS[name].needed
-        mapping = {c: columns.get(c) or present_column(c, seen, set(columns.values())) for c in needed}
+        mapping = {c: columns.get(c) or present_column(c, present, set(columns.values())) for c in needed}
         if all(mapping.values()) and set(columns) <= {*format_columns(name)}:
             mapping = columns | mapping
             renamed = [f"`{theirs}` as {ours}" for ours, theirs in mapping.items() if ours != theirs]
@@ -265,7 +265,7 @@ def _choose(
             return name, mapping, why + (f" ({', '.join(renamed)})" if renamed else "")
     if format != "auto":
         needed = _FORMATS[format].needed
-        missing = [c for c in needed if c not in columns and c not in seen]
+        missing = [c for c in needed if c not in columns and c not in present]
         raise DataError(
             f"data.format is `{format}`, but there is no column {' or '.join(f'`{c}`' for c in missing)}; {have}",
             where=where,
@@ -280,16 +280,16 @@ def _choose(
 
 
 def _hint(name: str, names: Iterable[str]) -> str:
-    near = nearest(name, list(names), 1)
-    return f"; did you mean `{near[0]}`?" if near else ""
+    suggestions = nearest(name, list(names), 1)
+    return f"; did you mean `{suggestions[0]}`?" if suggestions else ""
 
 
-def present_column(column: str, seen: Sequence[str], taken: Collection[str] = ()) -> str:
+def present_column(column: str, present: Sequence[str], taken: Collection[str] = ()) -> str:
     """Return the name of one of our columns in `seen`; "" if it is absent.
 
     The name is its own or a usual alias."""
     for name in (column, *_ALIASES.get(column, ())):
-        if name in seen and name not in taken:
+        if name in present and name not in taken:
             return name
     return ""
 
@@ -300,8 +300,8 @@ def _row(format: str, record: Record, mapping: Mapping[str, str]) -> Row:
     for c in _FORMATS[format].needed:
         if values[c] is None:
             theirs = mapping.get(c, c)
-            near = nearest(theirs, [k for k in record.values if k not in mapping.values()], 1)
-            raise ValueError(f"no `{theirs}`" + (f"; there is `{near[0]}`" if near else ""))
+            suggestions = nearest(theirs, [k for k in record.values if k not in mapping.values()], 1)
+            raise ValueError(f"no `{theirs}`" + (f"; there is `{suggestions[0]}`" if suggestions else ""))
     tools = _decoded(values.get("tools")) or ()
     if not isinstance(tools, list | tuple):
         raise ValueError("`tools` is not a list")
@@ -456,8 +456,8 @@ def _message(m: Any, name: str) -> dict[str, Any]:
         raise ValueError(f"`{name}` should be a mapping with role and content, found {_kind(m)}")
     role, content = m.get("role"), m.get("content")
     if role not in ROLES:
-        near = nearest(str(role), ROLES, 1)
-        hint = f" (did you mean `{near[0]}`?)" if near else ""
+        suggestions = nearest(str(role), ROLES, 1)
+        hint = f" (did you mean `{suggestions[0]}`?)" if suggestions else ""
         raise ValueError(
             f"`{name}.role` is {role!r}{hint}; roles are {', '.join(ROLES)}" if role else f"`{name}` has no role"
         )
@@ -491,10 +491,10 @@ def _tool_calls(value: Any, name: str, role: str) -> list[Any]:
             raise ValueError(f"`{name}[{i}]` has no function with a name")
         arguments = function.get("arguments", {})
         try:
-            whole = isinstance(json.loads(arguments) if isinstance(arguments, str) else arguments, Mapping)
+            is_object = isinstance(json.loads(arguments) if isinstance(arguments, str) else arguments, Mapping)
         except ValueError:
-            whole = False
-        if not whole:
+            is_object = False
+        if not is_object:
             raise ValueError(f"`{name}[{i}].function.arguments` is not a JSON object: {str(arguments)[:60]!r}")
     return list(value)
 

@@ -97,8 +97,8 @@ def text_report(
 
     `seconds`: duration of the steps. `preference`: the preference loss."""
     predicted = result.preflight.get("numbers", {}).get("predicted_seconds")
-    remark = f"{result.tokens:,} tokens in {duration(seconds)}"
-    remark += "" if predicted is None else f" · {duration(predicted)} predicted"
+    detail = f"{result.tokens:,} tokens in {duration(seconds)}"
+    detail += "" if predicted is None else f" · {duration(predicted)} predicted"
     share = f"{result.learned_tokens / max(1, result.tokens):.0%} of all"
     parts = ReportParts(
         base=base.name,
@@ -108,7 +108,7 @@ def text_report(
         cards=[
             *_preference_cards(result),
             ("Steps", f"{result.steps:,}", result.stopped),
-            ("Speed", f"{result.tokens_per_second:,.0f} tokens/s", remark),
+            ("Speed", f"{result.tokens_per_second:,.0f} tokens/s", detail),
             ("Learned tokens", f"{result.learned_tokens:,}", share),
         ],
         files={
@@ -122,10 +122,10 @@ def text_report(
 
 
 def _preference_cards(result: RunResult) -> list[tuple[str, str, str]]:
-    now, before = result.measured, result.measured_before
+    now, first = result.measured, result.measured_before
     if "reward_accuracy" not in now:
         return []
-    likely = f"{before['logp_chosen']:.1f} before training" if "logp_chosen" in before else ""
+    likely = f"{first['logp_chosen']:.1f} before training" if "logp_chosen" in first else ""
     cards = [("Pairs ranked right", f"{now['reward_accuracy']:.1%}", "held-out; by reward over the reference")]
     if "logp_chosen" in now:
         cards.append(("Log p of chosen answers", f"{now['logp_chosen']:.1f}", likely))

@@ -160,29 +160,29 @@ def run_sweep(
     if "seed" in combinations[0].swept and isinstance(common, TrainConfig):  # the same rows are held out
         fixed = [*fixed, f"data.split_seed={common.split_seed}"] if _is_split(common) else fixed
     loaded = []
-    for one in combinations:
-        settings = [*fixed, *(f"{key}={value}" for key, value in one.swept.items())]
-        loaded.append(load_config(file, [*settings, f"output.directory={folder / one.name}"]))
+    for run in combinations:
+        settings = [*fixed, *(f"{key}={value}" for key, value in run.swept.items())]
+        loaded.append(load_config(file, [*settings, f"output.directory={folder / run.name}"]))
     results = run_texts(
         [config for config, _ in loaded],
-        names=[one.name for one in combinations],
+        names=[run.name for run in combinations],
         sources=[sources for _, sources in loaded],
         resume=resume,
         dry_run=dry_run,
         force=force,
         base=base,
-        listeners=[listener(one.name) for one in combinations],
+        listeners=[listener(run.name) for run in combinations],
     )
     sweep = Sweep(combinations, results)
     if not dry_run:
         report = folder / "sweep.html"
         curves = {
-            one.name: [
+            run.name: [
                 (float(r["step"]), float(r["loss"]))
-                for r in read_log(folder / one.name / "log.jsonl")
+                for r in read_log(folder / run.name / "log.jsonl")
                 if r.get("event") == "evaluated"
             ]
-            for one in combinations
+            for run in combinations
         }
         write_sweep_page(report, file.name, sweep.rows(), curves)
         sweep.report = str(report)

@@ -306,13 +306,13 @@ def attached_texts(texts: Sequence[TextRun]) -> Iterator[list[AttachedText]]:
         call: CallWithWeights = call_unsharded
         parted: Sharded | None = None
         if sharded:
-            whole, device = whole_bytes(model), torch.device(devices.device)
+            total, device = whole_bytes(model), torch.device(devices.device)
             call = parted = shard(model, blocks(model), device, base.unread, weights_together(model))
             for adapter in attachment.adapters.values():
                 adapter.move(device)
             local = local_bytes(model)
             read_note = "" if base.unread is None else f", and read {size(base.unread.bytes_read)} for it"
-            run.note(f"sharded over {devices.count} devices: this one holds {size(local)} of {size(whole)}{read_note}")
+            run.note(f"sharded over {devices.count} devices: this one holds {size(local)} of {size(total)}{read_note}")
             texts = [replace(text, base=replace(base, device=device)) for text in texts]
         how = undo.enter_context(fast(model, keep=0 if sharded else keep, pack=pack, sharded=parted))
         run.note(how.summary())
@@ -384,10 +384,10 @@ def _open_sampling(text: TextRun, attachment: Attachment) -> Iterator[_SamplingP
         else:
             teacher = opened.enter_context(open_teacher(r, text.base, attachment, text.run.note))
             if isinstance(teacher, Teacher) and teacher.base.context < longest:
-                what = (
+                label = (
                     f"a prompt and its answer have up to {longest} tokens, and the teacher reads {teacher.base.context}"
                 )
-                raise PreflightError(what, where="distillation.base", fix="lower data.max_length")
+                raise PreflightError(label, where="distillation.base", fix="lower data.max_length")
             yield sampler, teacher
 
 
@@ -498,23 +498,23 @@ class AttachedText:
         )
         if outcome.dry_run or (self.config.preference.loss is None and self.config.sampling is None):
             return result
-        measured = {r["step"]: dict(r["extra"]) for r in self.logged("evaluated")}
-        measured = self.run.devices.gather(measured)[0]
-        return replace(result, measured=measured.get(result.kept_step, {}), measured_before=measured.get(0, {}))
+        by_step = {r["step"]: dict(r["extra"]) for r in self.logged("evaluated")}
+        by_step = self.run.devices.gather(by_step)[0]
+        return replace(result, measured=by_step.get(result.kept_step, {}), measured_before=by_step.get(0, {}))
 
     def logged(self, event: str) -> list[dict[str, Any]]:
         """Return the run's log records of a kind; [] except on the first process."""
         log = read_log(self.run.folder / "log.jsonl") if self.run.devices.first else []
         return [record for record in log if record.get("event") == event]
 
-    def save(self, result: RunResult, progress: Progress, tell: Listener) -> RunResult:
+    def save(self, result: RunResult, progress: Progress, emit: Listener) -> RunResult:
         adapter = self._carded(text_metrics(result))
         if sample := adapter.card.extra.get("sample"):
-            adapter.card.extra = {**adapter.card.extra, "sample": {**sample, **self._answers(sample, tell)}}
+            adapter.card.extra = {**adapter.card.extra, "sample": {**sample, **self._answers(sample, emit)}}
         digest = write_adapter(adapter, self.run.folder, self.base)
         return replace(result, adapter=str(self.run.folder), digest=digest)
 
-    def _answers(self, sample: Mapping[str, Any], tell: Listener) -> dict[str, str]:
+    def _answers(self, sample: Mapping[str, Any], emit: Listener) -> dict[str, str]:
         """Return the answers to the card's prompt, or {} if the card should have none.
 
         A base split over devices would need all devices to answer, and answers to training rows do not show
@@ -525,7 +525,7 @@ class AttachedText:
         try:
             return sample_answers(self.base, self.attachment, self.name, sample["messages"], tokens)
         except VeneerError as error:
-            tell(Note(f"the card keeps no answers: {error.what}"))
+            emit(Note(f"the card keeps no answers: {error.what}"))
             return {}
 
     def write(self, folder: Path, progress: Progress) -> None:
@@ -566,7 +566,7 @@ class AttachedText:
                 peft.read_folder(folder, base.model),
                 logits,
                 path=folder,
-                what="logits",
+                noun="logits",
                 rounding=64 * torch.finfo(base.dtype).eps if rewritten else 0.0,
             )
 
@@ -582,8 +582,10 @@ def _task_of(a: AttachedText, sampling: _SamplingParts | None) -> Task[RunResult
         return _sampling_task(a, sampling)
     if a.config.preference.loss is not None:
         return _preference_task(a)
-    own = a.likelihood
-    return a.make_task(a.learner(own.loss, own.score, begin_step=own.begin_step, metrics=own.metrics))
+    likelihood = a.likelihood
+    return a.make_task(
+        a.learner(likelihood.loss, likelihood.score, begin_step=likelihood.begin_step, metrics=likelihood.metrics)
+    )
 
 
 class Likelihood:
@@ -640,7 +642,7 @@ def _preference_task(a: AttachedText) -> Task[RunResult]:
     name = f"{a.name}, as it began"
     preference = Preference(a.config, a.base, a.attachment, a.data.start, name, a.call, a.run.devices)
 
-    def begin(progress: Progress, tell: Listener) -> None:
+    def begin(progress: Progress, emit: Listener) -> None:
         """Compute the reference's log-probabilities of every pair.
 
         A stop keeps finished ones."""
@@ -650,7 +652,7 @@ def _preference_task(a: AttachedText) -> Task[RunResult]:
         used = {id(item): item for step in a.steps for micro in step.micros for item in micro.items}
         path = a.run.folder / CACHE / "reference.jsonl"
         try:
-            preference.know([*used.values(), *a.held_out], path, lambda line: tell(Note(line)))
+            preference.know([*used.values(), *a.held_out], path, lambda line: emit(Note(line)))
         except KeyboardInterrupt:
             raise Interrupted("stopped before step 1; what was computed of the reference is kept") from None
 
@@ -678,24 +680,24 @@ def _sampling_task(a: AttachedText, sampling: _SamplingParts) -> Task[RunResult]
         if a.data.start is not None and reference:
             a.attachment.add(reference, a.data.start)
         sampled = Reinforcement(config, a.base, a.attachment, a.name, sampler, rewards, reference, conversing)
-    tell = a.run.emit
+    emit = a.run.emit
 
     def begin(progress: Progress, listener: Listener) -> None:
-        nonlocal tell
-        tell = listener
+        nonlocal emit
+        emit = listener
         if isinstance(sampled, Distillation):
             prompts = [item for item in a.data.train.items if isinstance(item, PromptItem)]
             for line in sampled.start_notes(prompts):
-                tell(Note(line))
+                emit(Note(line))
 
     def end_step(number: int) -> None:
         for line in sampled.step_notes(number):
-            tell(Note(line))
+            emit(Note(line))
 
-    def end(tell: Listener) -> None:
+    def end(emit: Listener) -> None:
         if isinstance(sampled, Reinforcement):
             for line in draw_summary(sampled.settings, [record["extra"] for record in a.logged("stepped")]):
-                tell(Note(line))
+                emit(Note(line))
 
     def report(result: RunResult, progress: Progress) -> ReportParts:
         parts, d, logged = a.report(result, progress), config.distillation, a.logged("stepped")

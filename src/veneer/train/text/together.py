@@ -153,7 +153,7 @@ def _trained(texts: Mapping[int, TextRun], newest: Mapping[int, Path | None]) ->
         if members:
             compute = SharedPasses.of({loop: attached[index] for loop, index in members.items()})
 
-            train(list(members), compute, ended=end_loop)
+            train(list(members), compute, on_end=end_loop)
     return results
 
 
@@ -278,7 +278,7 @@ class SharedPasses:
             for (loop, index), micro, nll in zip(parts, micros, sums, strict=True):
                 nlls[loop][index] = nll
                 tokens[loop] += micro.tokens
-        losses = {loop: read_losses(own) for loop, own in nlls.items()}
+        losses = {loop: read_losses(loop_nlls) for loop, loop_nlls in nlls.items()}
         each = (time.perf_counter() - began) / max(1, sum(tokens.values()))
         return {loop: loop.result(losses[loop], each * tokens[loop]) for loop in loops}
 
@@ -287,16 +287,16 @@ class SharedPasses:
 
         All first micro-batches come first, then all second ones; a pass has at most `most` tokens."""
         order = sorted((index, number) for number, loop in enumerate(loops) for index in range(len(loop.micros)))
-        own: list[tuple[Loop, int]] = []
+        part: list[tuple[Loop, int]] = []
         tokens = 0
         for index, number in order:
             more = loops[number].micros[index].tokens
-            if own and tokens + more > self.most:
-                yield own
-                own, tokens = [], 0
-            own.append((loops[number], index))
+            if part and tokens + more > self.most:
+                yield part
+                part, tokens = [], 0
+            part.append((loops[number], index))
             tokens += more
-        yield own
+        yield part
 
     def _pass(self, parts: Sequence[tuple[Loop, int]]) -> list[Tensor]:
         """Run forward and backward of these micro-batches; return Σ NLL of each."""
@@ -304,23 +304,23 @@ class SharedPasses:
         seeds = [loop.seed(index) for loop, index in parts]
         seed_all(*seeds[0])
         tokens, trained = [batch.tokens for batch in batches], [batch.trained_tokens for batch in batches]
-        spans = LoraSegments(tokens, trained, [seeded_generator(*seed) for seed in seeds])
-        self.attachment.use_spans([self.members[loop].name for loop, _ in parts], spans)
+        segments = LoraSegments(tokens, trained, [seeded_generator(*seed) for seed in seeds])
+        self.attachment.use_spans([self.members[loop].name for loop, _ in parts], segments)
         right = torch.empty(sum(trained), dtype=torch.bool, device=self.device)
         nll = rows_nll(
             self.model,
             torch.cat([sent(batch.input_ids, self.device) for batch in batches]),
             [length for batch in batches for length in batch.lengths],
             torch.cat([batch.trained for batch in batches]),
-            spans=spans,
+            spans=segments,
             right=right,
         )
         for (loop, _), part in zip(parts, right.split(trained), strict=True):
             self.members[loop].likelihood.add_accuracy(part)
         sums = [part.sum() for part in nll.split(trained)]
-        losses = [own / loop.step.counted for own, (loop, _) in zip(sums, parts, strict=True)]
+        losses = [loss / loop.step.counted for loss, (loop, _) in zip(sums, parts, strict=True)]
         torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
-        return [own.detach() for own in sums]
+        return [loss.detach() for loss in sums]
 
 
 def reason_not_shared(model: nn.Module) -> str:
@@ -347,27 +347,27 @@ def resume_points(runs: Sequence[Run]) -> list[Path | CheckpointError | None]:
     have = {run.name: checkpoint.by_step(run.folder / "checkpoints") for run in runs}
     group: set[str] = set()
     last = -1
-    for step in sorted({step for found in have.values() for step in found}, reverse=True):
-        for name, found in have.items():
-            if step in found and last < 0:
-                companions = _companions(name, found[step]) & have.keys()
-                if all(step in have[other] for other in companions):
+    for step in sorted({step for steps in have.values() for step in steps}, reverse=True):
+        for name, steps in have.items():
+            if step in steps and last < 0:
+                companions = _companions(name, steps[step]) & have.keys()
+                if all(step in have[companion] for companion in companions):
                     group, last = companions, step
     out: list[Path | CheckpointError | None] = []
     for run in runs:
-        found = have[run.name]
-        newest = found[max(found)] if found else None
+        steps = have[run.name]
+        newest = steps[max(steps)] if steps else None
         companions = set() if newest is None else _companions(run.name, newest) & have.keys()
         if run.name in group:
-            out.append(found[last])
-        elif len(found) == 1 and any(not have[other] for other in companions):
+            out.append(steps[last])
+        elif len(steps) == 1 and any(not have[companion] for companion in companions):
             out.append(None)
         elif newest is None or not companions & group or _ended(newest):
             out.append(newest)
         else:
             out.append(
                 CheckpointError(
-                    f"this run had ended early, after its step {max(found)}; those that it was trained together with "
+                    f"this run had ended early, after its step {max(steps)}; those that it was trained together with "
                     f"are at step {last}",
                     where=str(run.folder),
                     fix="check its data or settings, and resume it alone: veneer train CONFIG.yaml --resume",
@@ -378,8 +378,8 @@ def resume_points(runs: Sequence[Run]) -> list[Path | CheckpointError | None]:
 
 def _companions(name: str, path: Path) -> set[str]:
     """Return the runs that a checkpoint's run was trained together with, including itself."""
-    about = checkpoint.read_checkpoint(path).get("about", {})
-    return {name, *about.get("together", [])}
+    metadata = checkpoint.read_checkpoint(path).get("about", {})
+    return {name, *metadata.get("together", [])}
 
 
 def _ended(path: Path) -> bool:
