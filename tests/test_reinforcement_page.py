@@ -45,7 +45,7 @@ def test_table_of_losses_equals_the_settings() -> None:
     losses = PAGE.partition("\n## Losses\n")[2].partition("\n## ")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in losses.splitlines() if line[:1] == "|"]
     for name, *cells in rows[2:]:
-        settled = ReinforcementSection(loss=name.split()[0]).settled()  # type: ignore[arg-type]
+        settled = ReinforcementSection(loss=name.split()[0]).with_defaults()  # type: ignore[arg-type]
         clip = "none" if settled.clip_low is None else f"{settled.clip_low:g}, {settled.clip_high:g}"
         assert [settled.baseline, settled.scale, settled.ratio, clip, settled.length] == cells
     assert len(rows) == 9

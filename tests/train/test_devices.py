@@ -27,7 +27,7 @@ from veneer.errors import ConfigError
 from veneer.files.safetensors import read_tensors
 from veneer.train import checkpoint, devices
 from veneer.train.config.load import config_from
-from veneer.train.devices import ALONE, Devices, digest_of, launch, shares
+from veneer.train.devices import ALONE, Devices, balance, digest_of, launch
 from veneer.train.events import Event
 from veneer.train.preflight import RunSubject, check_devices
 from veneer.train.report.log import read_log
@@ -41,7 +41,7 @@ SIZES = st.lists(st.integers(1, 500), max_size=40)
 
 @given(SIZES, st.integers(1, 9))
 def test_shares_are_complete_and_balanced(sizes: list[int], count: int) -> None:
-    hands = shares(sizes, count)
+    hands = balance(sizes, count)
     assert sorted(index for hand in hands for index in hand) == list(range(len(sizes)))
     loads = [sum(sizes[i] for i in hand) for hand in hands]
     assert max(loads) - min(loads) <= max(sizes, default=0)  # Graham's bound for the longest first

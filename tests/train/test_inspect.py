@@ -92,7 +92,7 @@ def test_each_row_is_shown_with_its_verdict(base: Path, tmp_path: Path) -> None:
         base, [each for i, each in enumerate(rows) if i not in (5, 7)], tmp_path, max_length=200, long_rows="drop"
     )
     data = read_data(good, load_text(str(base)))
-    assert data.held.rows[0].messages[0]["content"] in held.said  # the same as the run holds out
+    assert data.held_out.rows[0].messages[0]["content"] in held.said  # the same as the run holds out
     assert seen.counts["learned"] == len(data.train.items)
     learned = [one for one in seen.rows if one.verdict == "learned"]
     assert [one.tokens for one in learned] == [item.tokens for item in data.train.items]

@@ -95,7 +95,7 @@ def _train(
     **plan: Any,
 ) -> Progress:
     optimizer = make_optimizer(problem.parameters, name=name, learning_rate=lr)
-    planned = TrainingPlan(steps, Schedule.of("constant", len(steps)), clip, **plan)
+    planned = TrainingPlan(steps, Schedule.create("constant", len(steps)), clip, **plan)
     loop = Loop(problem.learner, planned, optimizer, save=save, emit=on_event or (lambda event: None))
     train([loop])
     return loop.progress

@@ -84,7 +84,7 @@ def test_unknown_and_missing_optimizers_are_named() -> None:
     floor=st.floats(0, 1),
 )
 def test_schedules_rise_then_never_rise_again(name: str, steps: int, warmup: float, floor: float) -> None:
-    schedule = Schedule.of(name, steps, warmup, floor)
+    schedule = Schedule.create(name, steps, warmup, floor)
     factors = [schedule.factor(s) for s in range(1, steps + 1)]
     w = schedule.warmup
     assert all(0 < f <= 1 for f in factors) or floor == 0
@@ -98,19 +98,19 @@ def test_schedules_rise_then_never_rise_again(name: str, steps: int, warmup: flo
 
 
 def test_shapes_by_hand() -> None:
-    assert [Schedule.of("linear", 4).factor(s) for s in (1, 2, 3, 4)] == pytest.approx([1, 0.75, 0.5, 0.25])
-    assert [Schedule.of("cosine", 4).factor(s) for s in (1, 3)] == pytest.approx([1, 0.5])
-    assert [Schedule.of("constant", 4, 2).factor(s) for s in (1, 2, 3, 4)] == pytest.approx([0.5, 1, 1, 1])
-    assert Schedule.of("linear", 100, 0.03).warmup == 3
-    assert Schedule.of("linear", 10, 0.03).warmup == 1
+    assert [Schedule.create("linear", 4).factor(s) for s in (1, 2, 3, 4)] == pytest.approx([1, 0.75, 0.5, 0.25])
+    assert [Schedule.create("cosine", 4).factor(s) for s in (1, 3)] == pytest.approx([1, 0.5])
+    assert [Schedule.create("constant", 4, 2).factor(s) for s in (1, 2, 3, 4)] == pytest.approx([0.5, 1, 1, 1])
+    assert Schedule.create("linear", 100, 0.03).warmup == 3
+    assert Schedule.create("linear", 10, 0.03).warmup == 1
 
 
 def test_apply_scales_each_group_from_its_own_rate() -> None:
     optimizer = make_optimizer(_pair(), learning_rate=0.1, loraplus_ratio=4.0)
-    assert Schedule.of("linear", 2).apply(optimizer, 2) == pytest.approx(0.05)
+    assert Schedule.create("linear", 2).apply(optimizer, 2) == pytest.approx(0.05)
     assert sorted({round(g["lr"], 9) for g in optimizer.param_groups}) == pytest.approx([0.05, 0.2])
 
 
 def test_unknown_schedule_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="cosine"):
-        Schedule.of("cosin", 10)
+        Schedule.create("cosin", 10)

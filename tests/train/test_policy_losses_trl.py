@@ -72,7 +72,7 @@ def test_value_and_gradient_are_trls(name: str, beta: float) -> None:
     g = torch.Generator().manual_seed(4)
     old, reference = (-torch.rand(sum(LENGTHS), generator=g, dtype=torch.float64) * 3 for _ in range(2))
     now = old + 0.4 * torch.randn(len(old), generator=g, dtype=torch.float64)
-    settings = ReinforcementSection(loss=name).settled()  # type: ignore[arg-type]
+    settings = ReinforcementSection(loss=name).with_defaults()  # type: ignore[arg-type]
     rewards = torch.randn(6, generator=g, dtype=torch.float64)
     worth = advantages(rewards, [0, 0, 0, 1, 1, 1], baseline=settings.baseline, scale=settings.scale)  # type: ignore[arg-type]
     groups = rewards.view(2, 3)

@@ -87,7 +87,7 @@ def _run(
     events: list[Event] = []
     optimizer = make_optimizer(learner.parameters, learning_rate=0.1)
     steps = learner.steps() if steps is None else steps
-    plan = TrainingPlan(steps, Schedule.of("constant", len(steps)), seed=5)
+    plan = TrainingPlan(steps, Schedule.create("constant", len(steps)), seed=5)
     loop = Loop(learner.learner, plan, optimizer, progress or Progress(), emit=on_event or events.append)
     train([loop])
     return loop.progress, events

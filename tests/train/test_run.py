@@ -73,7 +73,7 @@ def go(folder: Path, on_event: Listener = lambda event: None, *, slope: float = 
     with opened(config, unit="points", on_event=on_event, sources=sources, **options) as run:
         newest, report = newest_checkpoint(run), Report()
         report.add(Finding("ok", "points", "24 points") if slope else Finding("stop", "points", "flat"))
-        run.say(report, [("base.dtype", "float32", "points are")])
+        run.emit_checks(report, [("base.dtype", "float32", "points are")])
         raise_if_stopped(run, report)
         return carry_out(run, lines(folder, slope), report, newest)
 

@@ -83,10 +83,10 @@ class Devices:
         return out
 
     def deal(self, sizes: Sequence[int]) -> list[tuple[int, bool]]:
-        """Return (index, counts) of this process's parts, in order; see `shares`.
+        """Return (index, counts) of this process's parts, in order; see `balance`.
 
         In lockstep, a process with fewer parts also runs the smallest part, which does not count."""
-        hands = shares(sizes, self.count)
+        hands = balance(sizes, self.count)
         mine = [(index, True) for index in hands[self.rank]]
         if self.lockstep and sizes:
             smallest = min(range(len(sizes)), key=lambda i: (sizes[i], i))
@@ -127,7 +127,7 @@ class Devices:
 ALONE = Devices()
 
 
-def shares(sizes: Sequence[int], count: int) -> list[list[int]]:
+def balance(sizes: Sequence[int], count: int) -> list[list[int]]:
     """Divide `sizes` into `count` parts of about the same sum; returns indices.
 
     The largest come first, each for the part with the smallest sum. Pure, so all processes agree without
@@ -229,8 +229,8 @@ def _shared(error: Exception, store: Any, rank: int) -> Exception:
     mine = error
     if not isinstance(error, VeneerError) and _is_lost(error):
         mine = TrainingError(
-            "another process of this run has ended without a word: killed, or its machine went away",
-            fix="go on with the same command and --resume; it says if there is no checkpoint to go on from",
+            "another process of this run has ended without an error: killed, or its machine is gone",
+            fix="run the same command with --resume; it reports if there is no checkpoint to resume from",
         )
     own_error = {"rank": rank, "kind": type(mine).__name__, "what": str(mine)}
     if isinstance(mine, VeneerError):

@@ -209,7 +209,7 @@ def _sample(key: str, stamp: tuple[tuple[str, int, int], ...], rows: int) -> _Sa
     findings = tuple(data_findings(subject))
     encoded = data.train.encoded
     sample = tuple(marked_pieces(encoded.examples[0], base.tokenizer)) if encoded.examples else ()
-    looked = len(data.train.rows) + (len(data.held.rows) if config.data.validation is None else 0)
+    looked = len(data.train.rows) + (len(data.held_out.rows) if config.data.validation is None else 0)
     return _Sample(data, looked, findings, sample)
 
 

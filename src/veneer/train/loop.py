@@ -77,7 +77,7 @@ class Micro:
     items: tuple[Any, ...] = ()
 
     @property
-    def counted(self) -> int:
+    def divisor(self) -> int:
         """The divisor of a mean loss."""
         return self.trained if self.units is None else self.units
 
@@ -94,8 +94,8 @@ class Step:
         return sum(micro.trained for micro in self.micros)
 
     @property
-    def counted(self) -> int:
-        return sum(micro.counted for micro in self.micros)
+    def divisor(self) -> int:
+        return sum(micro.divisor for micro in self.micros)
 
     @property
     def tokens(self) -> int:
@@ -172,8 +172,8 @@ class EvalResult:
 
     @property
     def loss(self) -> float:
-        counted = self.trained if self.units is None else self.units
-        return self.nll / counted if counted else math.nan
+        divisor = self.trained if self.units is None else self.units
+        return self.nll / divisor if divisor else math.nan
 
     @property
     def perplexity(self) -> float:
@@ -239,9 +239,8 @@ class Learner:
     loss(batch)              Σ NLL in nats over a batch's trained tokens (from `Micro.make`), a scalar with a graph
     send(batch)              copies a batch to a GPU, so that a thread can make the next batch meanwhile; None on a CPU
     score(stop)              evaluates the held-out rows (of several processes, this one's share); None once `stop()`
-    draw(step, number, stop) makes the micro-batches of a step, if they are not known when the step is
-    planned; None
-                             once `stop()`
+    make_step(step, number, stop)  makes the micro-batches of a step that is not fully planned; None once
+                             `stop()`
     begin_step(step), end_step(number)   called around each step; `end_step` comes before evaluation and checkpoint
     metrics()                further measurements of the loss since `begin_step`, for the log
     activate()               selects the learner's adapter, if other runs train adapters on the same base"""
@@ -250,7 +249,7 @@ class Learner:
     loss: Callable[[Any], Tensor]
     send: Callable[[Any], Any] | None = None
     score: Callable[[Stop], EvalResult | None] | None = None
-    draw: Callable[[Step, int, Stop], Step | None] = lambda step, number, stop: step
+    make_step: Callable[[Step, int, Stop], Step | None] = lambda step, number, stop: step
     begin_step: Callable[[Step], None] = _nothing
     end_step: Callable[[int], None] = _nothing
     metrics: Callable[[], MetricMeans] = MetricMeans
@@ -462,7 +461,7 @@ def train_step(loop: Loop) -> StepResult | None:
         seed_all(*loop.seed(index))
         with shared(), memory_errors(micros[index]):
             nll = learner.loss(loop.batch(index, [later for later, _ in dealt[position + 1 :]]))
-            (nll / loop.step.counted if counts else nll * 0.0).backward()  # type: ignore[no-untyped-call]
+            (nll / loop.step.divisor if counts else nll * 0.0).backward()  # type: ignore[no-untyped-call]
         if counts:
             parts[index] = nll.detach()
     if stopped:
@@ -477,7 +476,7 @@ def begin_step(loop: Loop) -> bool:
     Returns False if a signal came before the draw ended."""
     loop.optimizer.zero_grad(set_to_none=True)
     with _save_on_error(loop):
-        step = loop.learner.draw(loop.step, loop.number, loop.stop)
+        step = loop.learner.make_step(loop.step, loop.number, loop.stop)
     if step is None:
         return False
     loop.step = step
@@ -550,13 +549,13 @@ def _apply(loop: Loop, result: StepResult | None) -> None:
     progress.tokens += step.tokens
     progress.trained_tokens += step.trained
     progress.seconds += seconds
-    progress.recent = [*progress.recent, (total, step.counted)][-_RECENT:]
+    progress.recent = [*progress.recent, (total, step.divisor)][-_RECENT:]
     loop.emit(
         Stepped(
             step=number,
             steps=len(loop.plan.steps),
             epoch=step.epoch,
-            loss=total / step.counted,
+            loss=total / step.divisor,
             learning_rate=rate,
             gradient_norm=norm,
             tokens=step.tokens,

@@ -158,7 +158,7 @@ class Schedule:
             )
 
     @classmethod
-    def of(cls, name: str, steps: int, warmup: float = 0.0, floor: float = 0.0) -> Schedule:
+    def create(cls, name: str, steps: int, warmup: float = 0.0, floor: float = 0.0) -> Schedule:
         """Return a schedule with the warm-up in steps.
 
         `warmup` below 1 is a share of `steps`, rounded up; from 1 on it is a number of steps, at most

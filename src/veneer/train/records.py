@@ -45,7 +45,7 @@ def read_data_files(names: Sequence[str], limit: int | None = None) -> tuple[lis
         left = None if limit is None else limit - len(records)
         if left is not None and left <= 0:
             break
-        records += _elsewhere(file, left) if file.startswith(SOURCES) else _file(Path(file), left)[:left]
+        records += _remote_records(file, left) if file.startswith(SOURCES) else _file(Path(file), left)[:left]
         if len(records) == count_before:
             raise DataError("there are no rows in this file", where=file, fix="remove it from data.train, or fill it")
     return records, files
@@ -121,7 +121,7 @@ def _expand(name: str) -> list[str]:
     raise DataError(f"the data file does not exist{missing_folder}", where=name, fix=fix)
 
 
-def _elsewhere(name: str, limit: int | None) -> list[Record]:
+def _remote_records(name: str, limit: int | None) -> list[Record]:
     if name.startswith("hub:"):
         return _hub(name[4:], limit)
     from veneer.train.rewards.reasoning_gym import generated_rows
@@ -213,7 +213,7 @@ def _json_lines(text: str, path: Path) -> list[Record]:
         try:
             value = json.loads(line)
         except json.JSONDecodeError as error:
-            bad.append(f"{where}: not valid JSON: {error.msg} at column {error.colno}: {_near(line, error.pos)}")
+            bad.append(f"{where}: not valid JSON: {error.msg} at column {error.colno}: {_excerpt(line, error.pos)}")
             continue
         except (RecursionError, ValueError) as error:
             bad.append(f"{where}: {_beyond(error)}")
@@ -232,7 +232,7 @@ def _json_array(text: str, path: Path) -> list[Record]:
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
-        bad.append(f"{path}:{error.lineno}: not valid JSON: {error.msg}: {_near(text, error.pos)}")
+        bad.append(f"{path}:{error.lineno}: not valid JSON: {error.msg}: {_excerpt(text, error.pos)}")
     except (RecursionError, ValueError) as error:
         bad.append(f"{path}: {_beyond(error)}")
     for n, value in enumerate(values, 1):
@@ -324,7 +324,7 @@ def _hub(name: str, limit: int | None) -> list[Record]:
     return [Record(row, f"hub:{name} row {n}") for n, row in enumerate(rows, 1)]
 
 
-def _near(text: str, at: int) -> str:
+def _excerpt(text: str, at: int) -> str:
     piece = text[max(0, at - 20) : at + 20].replace("\n", " ")
     return f"near `{piece}`"
 

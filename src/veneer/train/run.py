@@ -73,7 +73,7 @@ class Run:
             find_base(base, say=self.note)
         self.devices.gather(None)
 
-    def say(self, report: Report, decided: Iterable[tuple[str, Any, str]]) -> None:
+    def emit_checks(self, report: Report, decided: Iterable[tuple[str, Any, str]]) -> None:
         """Report the settings and the preflight's findings. `decided`: as in `resolved`."""
         self.emit(resolved(self.config, self.sources, decided))
         self.emit(Checked(report.text(), report.to_dict(), report.text(markup=True)))
@@ -102,7 +102,7 @@ class Task(Generic[_R]):
     - report(result, progress): the task's own parts of the report page
     - check(): raises PreflightError if the base is unusable for the data
     - begin(progress, emit), end(emit): called before the loop (on a dry run too) and after the last step
-    - kept(step), restore(kept): further contents of a step's checkpoint, as JSON values
+    - extra_state(step), restore(state): further contents of a step's checkpoint, as JSON values
     - state: the tensors of a checkpoint, if more than the parameters (moving averages)
     - identity: what a resumed run must have in common, besides the settings, which the preflight compares
     - environment: what bit-for-bit equality depends on, besides what is common to every run (`checkpoint`)
@@ -122,7 +122,7 @@ class Task(Generic[_R]):
     check: Callable[[], None] = _nothing
     begin: Callable[[Progress, Listener], None] = _nothing
     end: Callable[[Listener], None] = _nothing
-    kept: Callable[[int], dict[str, Any]] = lambda step: {}
+    extra_state: Callable[[int], dict[str, Any]] = lambda step: {}
     restore: Callable[[Mapping[str, Any]], None] = _nothing
     state: Mapping[str, Tensor] | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)
@@ -237,7 +237,7 @@ def started(run: Run, task: Task[Any], newest: Path | None) -> Iterator[Loop]:
     _probe(run, task)
     plan = TrainingPlan(
         task.steps,
-        Schedule.of(config.schedule.name, total, config.schedule.warmup, config.schedule.floor),
+        Schedule.create(config.schedule.name, total, config.schedule.warmup, config.schedule.floor),
         o.clip,
         due(e.every, task.ends, total, start=e.at_start) if task.learner.score is not None else None,
         e.patience or 0,
@@ -261,7 +261,7 @@ def started(run: Run, task: Task[Any], newest: Path | None) -> Iterator[Loop]:
                 newest=2 if run.group else 1,
                 shared=bool(run.group) and not own_checkpoint,
                 devices=devices.count,
-                metadata={"recipe": config.recipe(), "together": [*run.group], "kept": task.kept(progress.step)},
+                metadata={"recipe": config.recipe(), "together": [*run.group], "kept": task.extra_state(progress.step)},
                 conditions=task.environment,
                 fill=(lambda folder: task.write(folder / "adapter", progress)) if config.checkpoint.adapters else None,
             )

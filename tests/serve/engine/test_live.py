@@ -59,7 +59,7 @@ def asked(adapter: str = "run", how: SamplingParams = HOW, each: int = 2) -> lis
 
 
 def draw(sampler: Sampler, wanted: list[CompletionRequest]) -> list[Rollout]:
-    drawn = sampler.draw(wanted)
+    drawn = sampler.sample(wanted)
     return drawn
 
 
@@ -177,7 +177,7 @@ def test_grammars_limits_and_interruptions_are_obeyed() -> None:
         for r in draw(sampler, asked(how=SamplingParams(12, grammar=("regex", pattern)))):
             assert re.fullmatch(pattern, r.text)
         assert all(r.cut == (len(r.tokens) == 12) for r in draw(sampler, asked()))
-        assert sampler.draw(asked(how=SamplingParams(100)), lambda: True) is None
+        assert sampler.sample(asked(how=SamplingParams(100)), lambda: True) is None
         assert len(draw(sampler, asked())) == 4
 
 

@@ -62,7 +62,7 @@ def held(
         LimitedFunction("reply", file=str(shared / "reply.py")) as environment,
     ):
         conversing = ConversationSampler(sampler, Renderer(base.tokenizer), environment, turns)
-        actual = conversing.draw(requests, [Answer(PROMPT, "", row) for row in rows], lambda: False)
+        actual = conversing.sample(requests, [Answer(PROMPT, "", row) for row in rows], lambda: False)
     return actual
 
 

@@ -253,7 +253,7 @@ def test_long_rows_are_refused_dropped_or_cut() -> None:
     assert "data.long_rows=drop" in str(caught.value)
     dropped = encode_rows([LONG, TALK], TOKENIZER, data(max_length=64, long_rows="drop"))
     assert (dropped.counts.long_dropped, dropped.counts.kept) == (1, 1)
-    assert dropped.counts.places["long_dropped"] == ["data.jsonl:1"]
+    assert dropped.counts.first_rows["long_dropped"] == ["data.jsonl:1"]
     cut = encode_rows([LONG, TALK], TOKENIZER, data(max_length=64, long_rows="cut"))
     assert (cut.counts.cut, cut.counts.cut_ends, cut.counts.kept) == (1, 0, 2)
     assert len(cut.examples[0].input_ids) == 64

@@ -138,7 +138,7 @@ def test_sampled_divergence_has_the_exact_mean_and_gradient() -> None:
 def test_mismatch_needs_no_float64_on_the_device() -> None:
     gap = SamplerMismatch()
     gap.add(torch.tensor([-1.0, -2.0]).as_subclass(OnMps), torch.tensor([-1.0, -2.5], dtype=torch.float64))
-    assert (gap.worst, gap.seen.sums["gap_mean"], gap.seen.sums["gap_share"]) == (0.5, 0.5, 1.0)
+    assert (gap.worst, gap.metric_means.sums["gap_mean"], gap.metric_means.sums["gap_share"]) == (0.5, 0.5, 1.0)
 
 
 def test_float64_on_the_cpu_keeps_gradients() -> None:

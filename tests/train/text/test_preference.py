@@ -172,13 +172,13 @@ def test_loss_and_gradient_equal_the_formula_in_float64(loss: str, shared: Path,
         attachment.use("run")
         stack.enter_context(fast(base.model))
         preference = Preference(config, base, attachment)
-        preference.know(part.items, tmp_path / "reference.jsonl")
+        preference.load_reference(part.items, tmp_path / "reference.jsonl")
         (step,) = planned_steps(part.items, config, part.rows)
         assert len(step.micros) > 1
         preference.begin(step)
-        total = sum(float(preference.loss(m.make()).detach()) for m in step.micros) / step.counted
+        total = sum(float(preference.loss(m.make()).detach()) for m in step.micros) / step.divisor
         for m in step.micros:
-            (preference.loss(m.make()) / step.counted).backward()
+            (preference.loss(m.make()) / step.divisor).backward()
         got = {n: p.grad.double() for n, p in attachment.parameters("run").items() if p.grad is not None}
         items = [item for m in step.micros for item in m.make().items]
 

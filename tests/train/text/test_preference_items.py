@@ -63,7 +63,7 @@ def test_dropped_answer_drops_its_partner_except_for_kto() -> None:
     pairs, encoded = items(rows, max_length=200, long_rows="drop")
     assert [i.row for i in pairs] == [2]
     assert encoded.counts.partners == 2
-    assert encoded.counts.places["partners"] == ["d:1", "d:2"]
+    assert encoded.counts.first_rows["partners"] == ["d:1", "d:2"]
     assert len(encoded.examples) == encoded.counts.kept == 2
     judged, _ = items(rows, paired=False, max_length=200, long_rows="drop")
     assert [(i.row, i.desirable) for i in judged] == [(0, True), (1, True), (2, True), (2, False)]
@@ -93,7 +93,7 @@ def test_pairs_with_different_prompt_tokens_are_counted() -> None:
     texts, owners = answer_rows(rows := [Row("prompt-completion", ends[0], rejected=ends[1], where="d:1")])
     _, encoded = preference_items(encode_rows(texts, tokenizer, DataSection(train="-")), rows, owners, paired=True)
     assert encoded.counts.other_prompts == 1
-    assert encoded.counts.places["other_prompts"] == ["d:1"]
+    assert encoded.counts.first_rows["other_prompts"] == ["d:1"]
 
 
 def test_answers_of_a_pair_are_adjacent_in_a_batch() -> None:

@@ -17,7 +17,7 @@ from veneer.serve.engine.live import live_sampler
 from veneer.train.config.reinforcement import ReinforcementSection
 from veneer.train.events import Checked, Event, Note
 from veneer.train.report.log import read_log
-from veneer.train.text.reinforce import draw_summary, draw_warnings
+from veneer.train.text.reinforce import sampling_advice, sampling_warnings
 from veneer.train.text.save import RunResult
 from veneer.train.text.task import run_text
 from veneer.train.text.together import run_texts
@@ -226,7 +226,7 @@ REWARDS = ({"kind": "exact_match"}, {"kind": "length", "most": 8})
 
 
 def section(loss: str = "grpo") -> ReinforcementSection:
-    return ReinforcementSection(loss=loss, group=8, max_tokens=48, rewards=REWARDS).settled()
+    return ReinforcementSection(loss=loss, group=8, max_tokens=48, rewards=REWARDS).with_defaults()
 
 
 def step(**own: float) -> dict[str, float]:
@@ -235,20 +235,22 @@ def step(**own: float) -> dict[str, float]:
 
 
 def test_a_run_without_findings_has_no_warnings() -> None:
-    assert list(draw_summary(section(), [step(), step()])) == list(draw_summary(section(), [])) == []
-    assert draw_warnings(section(), 1, step()) == {}
-    assert draw_warnings(section(), 1, step(idle=1.0, cut_share=0.75)).keys() == {"idle", "cut"}
+    assert list(sampling_advice(section(), [step(), step()])) == list(sampling_advice(section(), [])) == []
+    assert sampling_warnings(section(), 1, step()) == {}
+    assert sampling_warnings(section(), 1, step(idle=1.0, cut_share=0.75)).keys() == {"idle", "cut"}
 
 
 def test_a_summary_counts_a_few_and_warns_of_many() -> None:
     later = step(drawn_tokens=0.0, constant_groups=4.0, cut_answers=32.0)  # a later update of the same draw
-    few = list(draw_summary(section(), [step(constant_groups=1.0, cut_answers=2.0, reward_failed=3.0), later, step()]))
+    few = list(
+        sampling_advice(section(), [step(constant_groups=1.0, cut_answers=2.0, reward_failed=3.0), later, step()])
+    )
     groups, cut, failed = few
     assert groups.startswith("1 of 8 groups of completions (12%)")
     assert cut == "2 of 64 completions (3%) were cut at 48 tokens"
     assert failed.startswith("3 of 64 completions could not be scored")
     many = step(constant_groups=4.0, cut_answers=20.0, idle=1.0)
-    groups, cut = draw_summary(section(), [many, step()] + [many] * 2)
+    groups, cut = sampling_advice(section(), [many, step()] + [many] * 2)
     assert groups.startswith("warning: 12 of 16 groups of completions (75%)")
     assert "in 3 of 4 samplings no group" in groups
     assert cut.startswith("warning: 60 of 128 completions (47%)")
@@ -257,5 +259,5 @@ def test_a_summary_counts_a_few_and_warns_of_many() -> None:
 
 def test_summary_names_a_constant_reward() -> None:
     steps = [step(constant_groups=4.0, constant_length=1.0), step(constant_length=1.0, constant_exact_match=1.0)]
-    (text,) = draw_summary(section("reinforce"), steps)
+    (text,) = sampling_advice(section("reinforce"), steps)
     assert text.startswith("the reward length was constant within every group")

@@ -113,7 +113,7 @@ def test_the_gradient_by_hand(whole: Whole, in_process: Any, folder: Path, tmp_p
             drawing = Distillation(read, shop.base, "s", sampler, teacher)
             rows, _ = read_rows(read.data.files("train"))
             items = tuple(PromptItem(tuple(prompt(8 + i, i)), i, 6) for i in range(3))
-            step = drawing.draw_step(Step((Micro(1, 1, (), lambda: None, items=items),)), 1, rows, lambda: False)
+            step = drawing.sample_step(Step((Micro(1, 1, (), lambda: None, items=items),)), 1, rows, lambda: False)
         batches = [micro.make() for micro in step.micros]
         for batch in batches:
             drawing.loss(batch).backward()

@@ -3,7 +3,7 @@ values.
 
     with attach(model) as attachment, live_sampler(base, attachment) as sampler, fast(model):
         attachment.add("run", adapter, trainable=True)
-        answers = sampler.draw([CompletionRequest(prompt, seed, Drawing(), "run"), …])      from the current values
+        answers = sampler.sample([CompletionRequest(prompt, seed, SamplingParams(), "run"), …])     from the current values
 
 Uses the engine's continuous batching, prefix caching for answers that share a prompt, and grammars. It
 multiplies by the base's own weights in place; quantized weights stay quantized. Adapters are identified by
@@ -97,7 +97,7 @@ class _LiveSampler(Sampler):
     def problems(self, adapter: str) -> list[str]:
         return low_rank_problems(self.attachment.adapters[adapter], self.runner.layout)
 
-    def draw(
+    def sample(
         self, requests: Sequence[CompletionRequest], interrupted: Callable[[], bool] = lambda: False
     ) -> list[Rollout] | None:
         mixes: dict[str, DigestMix] = {"": BASE}

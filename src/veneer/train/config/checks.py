@@ -157,14 +157,14 @@ def _reinforcement(config: TrainConfig) -> Iterator[str]:
         yield "`reinforcement.loss` and `preference.loss` are two ways to learn: keep one"
     if not r.rewards:
         yield "`reinforcement.rewards` is empty: name at least one, as - {kind: exact_match}"
-    if r.group == 1 and r.settled().baseline in ("group", "others"):
+    if r.group == 1 and r.with_defaults().baseline in ("group", "others"):
         yield (
             f"`reinforcement.group: 1` leaves {r.loss} nothing to compare an answer with: give 2 or more, or "
             "`reinforcement.baseline: batch`"
         )
     if len(r.grammar) > 1:
         yield f"`reinforcement.grammar` has {len(r.grammar)} kinds: an answer matches one"
-    yield from _drawn(config)
+    yield from _sampling(config)
 
 
 def _distillation(config: TrainConfig) -> Iterator[str]:
@@ -193,10 +193,10 @@ def _distillation(config: TrainConfig) -> Iterator[str]:
             yield "`distillation.divergence: forward` needs the teacher in this process; a server takes `reverse`"
         # reverse KL asks a server about the sampled tokens, which the student samples at temperature 1
         yield from _unused(config, "distillation", "a teacher without `distillation.url`", "temperature")
-    yield from _drawn(config)
+    yield from _sampling(config)
 
 
-def _drawn(config: TrainConfig) -> Iterator[str]:
+def _sampling(config: TrainConfig) -> Iterator[str]:
     """Check the settings of a run that samples completions."""
     data = config.data
     if data.format not in ("auto", *PROMPT_FORMATS):

@@ -358,7 +358,7 @@ class ImageTrainConfig(Section):
         """Return the settings for a card, without output and report.
 
         Paths are reduced to file names."""
-        recipe = self.model_dump(mode="json", exclude={"output", "report"}) | {"adapter": self.adapter.recorded()}
+        recipe = self.model_dump(mode="json", exclude={"output", "report"}) | {"adapter": self.adapter.recipe_values()}
         recipe["data"] = {k: _file_names(v) for k, v in recipe["data"].items()}
         recipe["samples"]["before"] = _file_names(recipe["samples"]["before"])
         recipe["base"]["name"] = file_name(recipe["base"]["name"])

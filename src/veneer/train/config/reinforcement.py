@@ -52,7 +52,7 @@ class ReinforcementSection(Section):
     )
     gap: float = setting(0.05, "maximum mean sampler-trainer mismatch, in nats", gt=0)
 
-    def settled(self) -> ReinforcementSection:
+    def with_defaults(self) -> ReinforcementSection:
         """Return the settings with open keys set to the values of `loss`."""
         if self.loss is None:
             return self

@@ -70,7 +70,7 @@ class PairsSection(Section):
     )
     decompose_both: bool = setting(False, "lokr: decompose the first factor too, if rank is below half")
 
-    def recorded(self) -> dict[str, Any]:
+    def recipe_values(self) -> dict[str, Any]:
         """Return the settings for a recipe.
 
         Omits `kind` for LoRA, as in recipes from before other kinds existed."""
@@ -174,7 +174,7 @@ class PreferenceSection(Section):
         The reference is the base, or the unchanged `adapter.start`."""
         return self.loss in ("dpo", "ipo", "kto")
 
-    def settled(self) -> PreferenceSection:
+    def with_defaults(self) -> PreferenceSection:
         """Return the settings with every None replaced by the default of `loss`."""
         beta = self.beta if self.beta is not None else 2.0 if self.loss == "simpo" else 0.1
         return self.model_copy(
@@ -373,7 +373,7 @@ class TrainConfig(Section):
         """Return the settings for a card, without output and report.
 
         Paths are reduced to file names."""
-        recipe = self.model_dump(mode="json", exclude={"output", "report"}) | {"adapter": self.adapter.recorded()}
+        recipe = self.model_dump(mode="json", exclude={"output", "report"}) | {"adapter": self.adapter.recipe_values()}
         for key in ("train", "validation", "chat_template"):
             value = recipe["data"][key]
             recipe["data"][key] = [file_name(v) for v in value] if isinstance(value, list) else file_name(value)

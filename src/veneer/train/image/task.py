@@ -192,7 +192,7 @@ def _check(image: ImageRun, data: ImageData, previous: Mapping[str, Any] | None)
     if not report.stops:
         report.add(*image.kind.last_findings(image, data))
     if report.stops:
-        run.say(report, _resolved_settings(image, data, _Memory()))
+        run.emit_checks(report, _resolved_settings(image, data, _Memory()))
         if run.dry_run and run.devices.first:
             _write_contact_sheet(run, config, data, run.emit)
     return report
@@ -225,7 +225,7 @@ def attach_images(image: ImageRun, data: ImageData, report: Report) -> Iterator[
             run.note(f"{moved / 1e9:.2f} GB of frozen weights stay on the CPU until needed")
         loss = image.kind.loss(image, data, attachment)
         memory = _measure_memory(image, data, loss, report, memory)
-        run.say(report, _resolved_settings(image, data, memory))
+        run.emit_checks(report, _resolved_settings(image, data, memory))
         report.raise_if_stopped()
         undo.enter_context(recomputing(base) if memory.recompute else nullcontext())
         yield ImageTask(image, data, attachment, loss, memory).task()

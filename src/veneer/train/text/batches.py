@@ -22,7 +22,7 @@ from torch import Tensor
 
 from veneer.ops.device_transfer import sent
 from veneer.train.config.text import BatchingSection
-from veneer.train.devices import shares
+from veneer.train.devices import balance
 from veneer.train.text.encode import Example
 
 
@@ -135,7 +135,7 @@ def _cut(rows: Sequence[int], lengths: Sequence[int], batching: BatchingSection,
     Each part's rows are sorted from long to short and cut before a bound is exceeded. The largest micro-batch
     comes first, so that a step that does not fit in memory fails in its first micro-batch."""
     micro: list[list[int]] = []
-    for piece in shares([lengths[i] for i in rows], pieces):
+    for piece in balance([lengths[i] for i in rows], pieces):
         free = -1
         for i in sorted((rows[at] for at in piece), key=lambda i: (-lengths[i], i)):
             if lengths[i] > free or len(micro[-1]) == batching.micro_rows:

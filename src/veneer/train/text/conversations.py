@@ -3,8 +3,8 @@
 The environment answers each turn (with a tool result or a further question) until it has nothing to say, or
 the turns or tokens are used up.
 
-    draw = Conversing(sampler, renderer, environment, turns=8).draw        replaces `Sampler.draw`
-    held = draw(asked, prompts, interrupted)
+    sampler = ConversationSampler(sampler, renderer, environment, turns=8)
+    conversations = sampler.sample(requests, prompts, interrupted)     replaces `Sampler.sample`
 
 The environment is a function of the user's file, `reply(sample, item)`, in a limited process
 (`rewards.limited`). Its arguments are the model's output, with the conversation so far as `messages`, and the
@@ -59,7 +59,7 @@ class ConversationSampler:
     environment: LimitedFunction
     turns: int
 
-    def draw(
+    def sample(
         self, requests: Sequence[CompletionRequest], prompts: Sequence[Answer], interrupted: Callable[[], bool]
     ) -> list[Conversation] | None:
         """Return the conversations; None once interrupted.
@@ -74,14 +74,14 @@ class ConversationSampler:
             next_requests = [
                 requests[i] if not turn else self._next(requests[i], conversations[i].rollout, turn) for i in active
             ]
-            rollouts = self.sampler.draw(next_requests, interrupted)
+            rollouts = self.sampler.sample(next_requests, interrupted)
             if rollouts is None:
                 return None
             if not turn:
                 conversations = [Conversation(rollout) for rollout in rollouts]
             for i, rollout in zip(active, rollouts, strict=True):
                 conversations[i].rollout = rollout if not turn else _joined(conversations[i].rollout, rollout)
-                conversations[i].turns.append(_said(rollout.text))
+                conversations[i].turns.append(_assistant_turn(rollout.text))
             active = [i for i in active if not conversations[i].rollout.cut]
             if turn + 1 < self.turns:
                 active = self._answered(active, conversations, requests, prompts)
@@ -164,7 +164,7 @@ def answer_so_far(prompt: Answer, conversation: Conversation) -> Answer:
     )
 
 
-def _said(text: str) -> Turn:
+def _assistant_turn(text: str) -> Turn:
     calls = []
     for i, call_text in enumerate(_CALL.findall(text)):
         try:

@@ -43,7 +43,7 @@ class TextData:
     """The data of a run. `start`: the adapter that training starts from."""
 
     train: DataSplit
-    held: DataSplit
+    held_out: DataSplit
     about: About | None
     start: Adapter | None = None
 

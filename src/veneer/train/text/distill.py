@@ -151,12 +151,12 @@ class Distillation:
     name: str
     sampler: Sampler
     teacher: AnyTeacher
-    measured: dict[str, float] = field(default_factory=dict)
+    sample_metrics: dict[str, float] = field(default_factory=dict)
     """Measurements of the answers at sampling."""
     failed: list[str] = field(default_factory=list)
     """Answers of the last sampling that are left out, and why."""
-    seen: MetricMeans = field(default_factory=MetricMeans)
-    gap: SamplerMismatch = field(default_factory=SamplerMismatch)
+    metric_means: MetricMeans = field(default_factory=MetricMeans)
+    mismatch: SamplerMismatch = field(default_factory=SamplerMismatch)
 
     def __post_init__(self) -> None:
         self.settings = self.config.distillation
@@ -167,16 +167,16 @@ class Distillation:
         if self.settings.system and prompts:
             yield f"{_saved(prompts):.0f} tokens a request are saved once they are trained in"
 
-    def draw_step(self, step: Step, number: int, rows: Sequence[Row], interrupted: Callable[[], bool]) -> Step | None:
+    def sample_step(self, step: Step, number: int, rows: Sequence[Row], interrupted: Callable[[], bool]) -> Step | None:
         """Return step `number` on answers sampled for it.
 
         `rows`: the rows of its prompts."""
         prompts = {item.row: item for micro in step.micros for item in micro.items}
         step_prompts = [prompts[row] for row in sorted(prompts)]
-        sampled = self._drawn(step_prompts, rows, self.params, number, self.settings.group, interrupted)
+        sampled = self._sample_answers(step_prompts, rows, self.params, number, self.settings.group, interrupted)
         if sampled is None:
             return None
-        answers, self.measured, self.failed = sampled
+        answers, self.sample_metrics, self.failed = sampled
         weights = length_factors([len(a.rollout.logps) for a in answers], "batch", self.settings.max_tokens)
         micros = []
         for group in answer_groups([a.tokens for a in answers], self.config):
@@ -187,7 +187,7 @@ class Distillation:
             )
         return Step(tuple(micros), step.epoch)
 
-    def _drawn(
+    def _sample_answers(
         self,
         prompts: Sequence[PromptItem],
         rows: Sequence[Row],
@@ -203,7 +203,7 @@ class Distillation:
             for i, item in enumerate(owners)
         ]
         began = time.perf_counter()
-        rollouts = self.sampler.draw(requests, interrupted)
+        rollouts = self.sampler.sample(requests, interrupted)
         if rollouts is None:
             return None
         figures = sampling_metrics(rollouts, time.perf_counter() - began)
@@ -239,15 +239,15 @@ class Distillation:
     # -- the loss ------------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        self.seen, self.gap = MetricMeans(), SamplerMismatch()
+        self.metric_means, self.mismatch = MetricMeans(), SamplerMismatch()
 
     def loss(self, batch: PolicyBatch) -> Tensor:
         """Return Σ loss over the batch's answers; the loop divides by their number."""
         kl, logps = self._compared(batch)
-        self.seen.add(teacher_kl=kl.detach())
+        self.metric_means.add(teacher_kl=kl.detach())
         if batch.old is not None:
-            self.gap.add(logps, batch.old)
-        return (per_token(batch.factors.to(kl), batch.answers) * kl).sum()
+            self.mismatch.add(logps, batch.old)
+        return (per_token(batch.loss_weights.to(kl), batch.answers) * kl).sum()
 
     def _compared(self, batch: PolicyBatch) -> tuple[Tensor, Tensor]:
         """Return the KL of each answer token, and the student's log p without gradient."""
@@ -259,9 +259,9 @@ class Distillation:
             return sampled_divergence(logps, theirs), logps.detach()
         teacher_batch = batch.teacher or batch
         with torch.no_grad(), without_dropout(teacher.base.model), teacher.acting():
-            ids, positions = sent(teacher_batch.input_ids, teacher.base.device), _places(teacher_batch, teacher.base)
+            ids, positions = sent(teacher_batch.input_ids, teacher.base.device), _positions(teacher_batch, teacher.base)
             theirs = hidden_at(teacher.base.model, ids, teacher_batch.lengths, positions)
-        ids, positions = sent(batch.input_ids, self.base.device), _places(batch, self.base)
+        ids, positions = sent(batch.input_ids, self.base.device), _positions(batch, self.base)
         targets = ids[positions + 1]
 
         def teacher_logits(part: slice) -> Tensor:
@@ -282,9 +282,9 @@ class Distillation:
         """Return the measurements since `begin`.
 
         Raises TrainingError if the sampler's model differs from the trained one."""
-        mismatch = self.gap.checked(self.settings, "please report this")
+        mismatch = self.mismatch.checked(self.settings, "please report this")
         return MetricMeans.total(
-            [self.seen, MetricMeans(dict(self.measured), dict.fromkeys(self.measured, 1)), mismatch]
+            [self.metric_means, MetricMeans(dict(self.sample_metrics), dict.fromkeys(self.sample_metrics, 1)), mismatch]
         )
 
     def step_notes(self, number: int) -> Iterator[str]:
@@ -303,7 +303,7 @@ class Distillation:
         sampling = self.params
         if not isinstance(self.teacher, ServedTeacher):
             sampling = replace(sampling, temperature=0.0)
-        sampled = self._drawn(prompts, rows, sampling, 0, 1, interrupted)
+        sampled = self._sample_answers(prompts, rows, sampling, 0, 1, interrupted)
         if sampled is None:
             return None
         answers, figures, _ = sampled
@@ -326,7 +326,7 @@ def _saved(prompts: Sequence[PromptItem]) -> float:
     return sum(len(item.teacher_ids) - len(item.ids) for item in prompts) / max(1, len(prompts))
 
 
-def _places(batch: Batch, base: TextBase) -> Tensor:
+def _positions(batch: Batch, base: TextBase) -> Tensor:
     return sent(batch.trained.nonzero()[:, 0] - 1, base.device)
 
 
@@ -372,7 +372,7 @@ def teacher_rows(
         for i, item in enumerate(owners)
     ]
     answer_rows = []
-    for item, rollout in zip(owners, sampler.draw(requests) or [], strict=True):
+    for item, rollout in zip(owners, sampler.sample(requests) or [], strict=True):
         row = rows[item.row]
         if rollout.cut:
             omitted.append(f"{row.where}: its answer was cut at {d.max_tokens} tokens")

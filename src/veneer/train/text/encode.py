@@ -56,7 +56,7 @@ class Example:
 class Counts:
     """What happened to the rows during encoding.
 
-    `places`: for each count, its first few rows. `cut_ends`: cut rows that lost their end, including the
+    `first_rows`: a few rows of each count. `cut_ends`: cut rows that lost their end, including the
     end-of-turn token. `changed_turns`: turns that render differently once later turns follow. `control`: rows
     whose own text contains the base's control tokens. `longest`: tokens before cutting. For preferences, each
     answer is a row: `partners`, answers dropped because the other answer of the pair was; `other_prompts`,
@@ -76,13 +76,13 @@ class Counts:
     tokens: int = 0
     trained_tokens: int = 0
     longest: int = 0
-    places: dict[str, list[str]] = field(default_factory=dict)
+    first_rows: dict[str, list[str]] = field(default_factory=dict)
 
     def note(self, name: str, where: str, n: int = 1) -> None:
         setattr(self, name, getattr(self, name) + n)
-        self.places.setdefault(name, [])
-        if len(self.places[name]) < 5:
-            self.places[name].append(where)
+        self.first_rows.setdefault(name, [])
+        if len(self.first_rows[name]) < 5:
+            self.first_rows[name].append(where)
 
 
 @dataclass

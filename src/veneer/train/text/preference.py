@@ -6,9 +6,9 @@
               mismatched        KTO: prompts with the answers that belong to others
 
     preference = Preference(config, base, attachment)
-    preference.know(items, path, say)        the reference's log-probabilities, once, before step one
+    preference.load_reference(items, path, log)        the reference's log-probabilities, once, before step one
     preference.loss(batch)                   Σ loss over the batch's pairs (kto: answers)
-    preference.begin(step), .measured()      kto's reference point of the step; values for the log
+    preference.begin(step), .metrics()       kto's reference point of the step; values for the log
     preference.score(items, …)               the same over held-out pairs
 
 The reference is the same base with the adapter off, or with the adapter that the run started from: never a
@@ -113,7 +113,7 @@ def preference_items(
     by_row: dict[int, list[Example]] = {}
     for example in encoded.examples:
         by_row.setdefault(owners[example.row], []).append(example)
-    counts = replace(encoded.counts, places=dict(encoded.counts.places))
+    counts = replace(encoded.counts, first_rows=dict(encoded.counts.first_rows))
     items: list[Item] = []
     for i, answers in by_row.items():
         row = rows[i]
@@ -190,16 +190,16 @@ class Preference:
     devices: Devices = ALONE
     point: float = 0.0
     """kto's z₀ in the current step."""
-    seen: MetricMeans = field(default_factory=MetricMeans)
+    metric_means: MetricMeans = field(default_factory=MetricMeans)
 
     def __post_init__(self) -> None:
-        self.settings = self.config.preference.settled()
+        self.settings = self.config.preference.with_defaults()
         self.reference: tuple[str, ...] = ()
         if self.start is not None and self.settings.needs_reference:
             self.attachment.add(self.name, self.start)
             self.reference = (self.name,)
 
-    def know(self, items: Sequence[Item], path: Path, log: Callable[[str], None] = lambda line: None) -> None:
+    def load_reference(self, items: Sequence[Item], path: Path, log: Callable[[str], None] = lambda line: None) -> None:
         """Fill each item's `reference` from the file at `path`.
 
         Computes and appends missing ones."""
@@ -216,29 +216,29 @@ class Preference:
         """Compute z₀ of all items of the step.
 
         In row order, so that micro-batches do not matter."""
-        self.seen = MetricMeans()
+        self.metric_means = MetricMeans()
         if self.settings.loss == "kto":
             items = [item for micro in step.micros for item in micro.items]
             self.point = self._point(sorted(items, key=lambda item: (item.row, not item.desirable)))
 
-    def measured(self) -> MetricMeans:
+    def metrics(self) -> MetricMeans:
         """Return the measurements of this process's pairs since `begin`."""
         if self.settings.loss != "kto":
-            return self.seen
+            return self.metric_means
         point = MetricMeans()
         point.add(kl=torch.tensor([self.point]))
-        return MetricMeans.total([self.seen, point])
+        return MetricMeans.total([self.metric_means, point])
 
     def loss(self, batch: AnswerBatch) -> Tensor:
         """Return Σ loss over the items of the batch.
 
-        Before `know`, the reference is the policy itself, as at the start."""
+        Before `load_reference`, the reference is the policy itself, as at the start."""
         device = self.base.device
         return self.call(self._loss, sent(batch.input_ids, device), batch, batch.trained)
 
     def _loss(self, ids: Tensor, batch: AnswerBatch, trained: Tensor) -> Tensor:
         logps = row_logps(self.base.model, ids, batch.lengths, trained)
-        return self._losses(logps, batch.items, self.seen, self.point).sum()
+        return self._losses(logps, batch.items, self.metric_means, self.point).sum()
 
     def score(self, items: Sequence[Item], *, interrupted: Callable[[], bool] = lambda: False) -> EvalResult | None:
         """Return the mean loss over `items` and its measures, in eval mode.

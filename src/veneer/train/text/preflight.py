@@ -78,7 +78,7 @@ class TextSubject(RunSubject):
 
     def named(self, count: str) -> str:
         """Return the first rows of one of the encoding's counts."""
-        return ", ".join(self.encoded.counts.places.get(count, ()))
+        return ", ".join(self.encoded.counts.first_rows.get(count, ()))
 
     def tokens(self, ids: set[int]) -> str:
         return ", ".join(f"`{self.base.tokenizer.convert_ids_to_tokens(i)}`" for i in sorted(ids))
@@ -371,7 +371,7 @@ def _held_out_rows_are_apart(s: TextSubject) -> Iterator[Finding]:
         if metadata.duplicates:
             text = f"{share(metadata.duplicates, metadata.rows)} rows repeat an earlier one exactly"
             yield Finding("warn", "duplicates", text)
-    total = len(s.data.held.texts)
+    total = len(s.data.held_out.texts)
     s.numbers.update(held_out=total)
     if not total:
         if s.config.evaluation.patience is not None:
@@ -380,9 +380,9 @@ def _held_out_rows_are_apart(s: TextSubject) -> Iterator[Finding]:
         else:
             yield Finding("warn", "held out", "no rows are held out: over-fitting cannot be seen", "data.split=0.05")
         return
-    if s.data.held.encoded.counts.trained_tokens == 0:
+    if s.data.held_out.encoded.counts.trained_tokens == 0:
         yield Finding("stop", "held out", "the held-out rows have no token to score", "check data.validation's format")
-    leak = leakage(s.data.train.texts, s.data.held.texts)
+    leak = leakage(s.data.train.texts, s.data.held_out.texts)
     pairs = "; ".join(f"{a} is {b}" for a, b in leak.examples)
     if leak.identical:
         text = f"{share(leak.identical, total)} held-out rows are also trained on: {pairs}"
@@ -528,7 +528,7 @@ def _fits_in_memory(s: TextSubject) -> Iterator[Finding]:
             s.base,
             s.data.train.items,
             trainable=int(s.numbers.get("trainable", 0)),
-            held_out=len(s.data.held.encoded.examples),
+            held_out=len(s.data.held_out.encoded.examples),
             checkpointing=recomputed,
             available=free,
         )

@@ -56,7 +56,7 @@ class PromptItem:
 class PolicyBatch(Batch):
     """Prompts with their completions, T completion tokens in total.
 
-    `answers`: tokens of each completion. `advantage`, `factors`: each completion's advantage, and the factor of
+    `answers`: tokens of each completion. `advantage`, `loss_weights`: each completion's advantage, and the weight of
     its tokens' losses. `old`, `sampling_logps`, `reference`: (T,) log-probabilities at sampling time, of the sampling
     distribution, and of the reference; None if absent. `fresh`: whether the adapter is unchanged since
     sampling. `teacher`: the same completions after the teacher's prompt; None for these rows themselves.
@@ -65,7 +65,7 @@ class PolicyBatch(Batch):
 
     answers: list[int]
     advantage: Tensor
-    factors: Tensor
+    loss_weights: Tensor
     old: Tensor | None = None
     sampling_logps: Tensor | None = None
     reference: Tensor | None = None

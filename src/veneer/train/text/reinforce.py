@@ -128,21 +128,21 @@ class Reinforcement:
     first: int = 0
     """The step that the current answers were sampled for; 0 for none."""
     answers: list[_JudgedRollout] = field(default_factory=list)
-    measured: dict[str, float] = field(default_factory=dict)
+    sample_metrics: dict[str, float] = field(default_factory=dict)
     """Measurements of the answers at sampling."""
     failed: list[str] = field(default_factory=list)
     """Answers of the last sampling that are left out, and why."""
-    seen: MetricMeans = field(default_factory=MetricMeans)
-    gap: SamplerMismatch = field(default_factory=SamplerMismatch)
+    metric_means: MetricMeans = field(default_factory=MetricMeans)
+    mismatch: SamplerMismatch = field(default_factory=SamplerMismatch)
 
     def __post_init__(self) -> None:
-        s = self.settings = self.config.reinforcement.settled()
+        s = self.settings = self.config.reinforcement.with_defaults()
         self.params = SamplingParams(s.max_tokens, s.temperature, s.top_p, grammar=s.grammar_text)
         self._warned: dict[str, str] = {}
 
     # -- drawing -------------------------------------------------------------------------------------------------------
 
-    def draw_step(self, step: Step, number: int, rows: Sequence[Row], interrupted: Callable[[], bool]) -> Step | None:
+    def sample_step(self, step: Step, number: int, rows: Sequence[Row], interrupted: Callable[[], bool]) -> Step | None:
         """Return step `number` on answers sampled for it.
 
         `rows`: the rows of its prompts."""
@@ -150,14 +150,14 @@ class Reinforcement:
         if self.first != number - update:
             items = {item.row: item for micro in step.micros for item in micro.items}
             prompts = [items[row] for row in sorted(items)]
-            if not self._draw(prompts, rows, number - update, interrupted):
+            if not self._sample_answers(prompts, rows, number - update, interrupted):
                 return None
-        self.measured["policy_lag"] = float(update)
+        self.sample_metrics["policy_lag"] = float(update)
         if update:  # measured once per sampling
-            self.measured |= {"drawn_tokens": 0.0, "drawn_seconds": 0.0}
+            self.sample_metrics |= {"drawn_tokens": 0.0, "drawn_seconds": 0.0}
         return self._step_of(step, rows, fresh=not update)
 
-    def _draw(
+    def _sample_answers(
         self, prompts: Sequence[PromptItem], rows: Sequence[Row], number: int, interrupted: Callable[[], bool]
     ) -> bool:
         """Sample the answers of step `number`, and judge them. Return False if interrupted."""
@@ -193,8 +193,8 @@ class Reinforcement:
                 where="reinforcement",
                 fix="raise reinforcement.max_tokens, or leave reinforcement.mask_cut out",
             )
-        self.first, self.measured, self.failed = number, metrics, judged.why(answers)
-        self.measured["idle"] = float(not gains.any())
+        self.first, self.sample_metrics, self.failed = number, metrics, judged.why(answers)
+        self.sample_metrics["idle"] = float(not gains.any())
         return True
 
     def _sampled(
@@ -204,9 +204,9 @@ class Reinforcement:
 
         Conversations if there is an environment. None if interrupted."""
         if self.conversing is not None:
-            conversations = self.conversing.draw(requests, prompts, interrupted)
+            conversations = self.conversing.sample(requests, prompts, interrupted)
         else:
-            rollouts = self.sampler.draw(requests, interrupted)
+            rollouts = self.sampler.sample(requests, interrupted)
             conversations = None if rollouts is None else [Conversation(rollout) for rollout in rollouts]
         if conversations is None:
             return None
@@ -256,7 +256,7 @@ class Reinforcement:
     # -- the loss ------------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        self.seen, self.gap = MetricMeans(), SamplerMismatch()
+        self.metric_means, self.mismatch = MetricMeans(), SamplerMismatch()
 
     def loss(self, batch: PolicyBatch) -> Tensor:
         """Return Σ loss over the batch's answers; the loop divides by their number."""
@@ -269,19 +269,21 @@ class Reinforcement:
         if batch.sampling_logps is not None:
             weights = importance_weights(old, batch.sampling_logps.to(logps), s.importance_cap)
             losses = losses * weights
-            self.seen.add(weight=weights)
+            self.metric_means.add(weight=weights)
         if batch.reference is not None:
             kl = kl_estimates(logps, batch.reference.to(logps))
             losses = losses + s.kl * kl
-            self.seen.add(kl=kl)
+            self.metric_means.add(kl=kl)
         if batch.fresh and batch.old is not None:
-            self.gap.add(logps, old)
+            self.mismatch.add(logps, old)
         elif batch.old is not None:
-            self.seen.add(drift=(logps.detach() - old).abs())
+            self.metric_means.add(drift=(logps.detach() - old).abs())
         if s.clip_low is not None and s.clip_high is not None and batch.old is not None:
             r = ratios.detach()
-            self.seen.add(clipped=((r < 1 - s.clip_low) & (advantage < 0)) | ((r > 1 + s.clip_high) & (advantage > 0)))
-        return (per_token(batch.factors.to(logps.device), batch.answers) * losses).sum()
+            self.metric_means.add(
+                clipped=((r < 1 - s.clip_low) & (advantage < 0)) | ((r > 1 + s.clip_high) & (advantage > 0))
+            )
+        return (per_token(batch.loss_weights.to(logps.device), batch.answers) * losses).sum()
 
     def _policy(self, batch: PolicyBatch) -> Tensor:
         if not self.settings.exact:
@@ -299,9 +301,9 @@ class Reinforcement:
 
         Raises TrainingError if the sampler's model differs from the trained one."""
         fix = "please report this" if self.settings.exact else "set reinforcement.exact=true"
-        mismatch = self.gap.checked(self.settings, fix)
+        mismatch = self.mismatch.checked(self.settings, fix)
         return MetricMeans.total(
-            [self.seen, MetricMeans(dict(self.measured), dict.fromkeys(self.measured, 1)), mismatch]
+            [self.metric_means, MetricMeans(dict(self.sample_metrics), dict.fromkeys(self.sample_metrics, 1)), mismatch]
         )
 
     def step_notes(self, number: int) -> Iterator[str]:
@@ -310,7 +312,7 @@ class Reinforcement:
         A condition that still holds at the next sampling is not reported again."""
         if number == self.first:
             yield from left_out_notes(number, self.failed)
-            previous, self._warned = self._warned, draw_warnings(self.settings, number, self.measured)
+            previous, self._warned = self._warned, sampling_warnings(self.settings, number, self.sample_metrics)
             yield from (text for name, text in self._warned.items() if name not in previous)
 
     # -- held-out prompts ----------------------------------------------------------------------------------------------
@@ -342,15 +344,15 @@ class Reinforcement:
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
-    def kept(self, step: int) -> dict[str, Any]:
+    def extra_state(self, step: int) -> dict[str, Any]:
         """Return the answers with updates still to come after `step`."""
         if not self.first or step >= self.first + self.settings.updates - 1:
             return {}
-        return {"first": self.first, "measured": self.measured, "answers": [a.to_dict() for a in self.answers]}
+        return {"first": self.first, "measured": self.sample_metrics, "answers": [a.to_dict() for a in self.answers]}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         if state:
-            self.first, self.measured = int(state["first"]), dict(state["measured"])
+            self.first, self.sample_metrics = int(state["first"]), dict(state["measured"])
             self.answers = [_JudgedRollout.from_dict(values) for values in state["answers"]]
 
 
@@ -405,7 +407,7 @@ _MANY_CUT = 0.1
 """The same for truncated completions over the whole run."""
 
 
-def draw_warnings(settings: ReinforcementSection, number: int, metrics: Mapping[str, float]) -> dict[str, str]:
+def sampling_warnings(settings: ReinforcementSection, number: int, metrics: Mapping[str, float]) -> dict[str, str]:
     """Return the warnings about the answers of step `number`, by name. `measured`: their metrics."""
     warnings = {}
     if metrics["idle"]:
@@ -423,7 +425,7 @@ def draw_warnings(settings: ReinforcementSection, number: int, metrics: Mapping[
     return warnings
 
 
-def draw_summary(settings: ReinforcementSection, steps: Sequence[Mapping[str, float]]) -> Iterator[str]:
+def sampling_advice(settings: ReinforcementSection, steps: Sequence[Mapping[str, float]]) -> Iterator[str]:
     """Yield the summary of a run; nothing if there is nothing to report.
 
     `steps`: the metrics of each step."""
@@ -484,7 +486,7 @@ def sampled_judge(base: TextBase, attachment: Attachment, sampler: Sampler, mode
 
     def ask(questions: Sequence[Question], /) -> list[Reply]:
         requests = [request(question) for question in questions]
-        rollouts = iter(sampler.draw([each for each in requests if isinstance(each, CompletionRequest)]) or ())
+        rollouts = iter(sampler.sample([each for each in requests if isinstance(each, CompletionRequest)]) or ())
         return [reply(each, next(rollouts)) if isinstance(each, CompletionRequest) else each for each in requests]
 
     return ask

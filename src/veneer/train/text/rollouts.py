@@ -1,7 +1,7 @@
 """Answers sampled in training: requests, results and the sampler protocol.
 
     with make(base, attachment, settings) as sampler:        `make` is an argument: sampling is in serve
-        rollouts = sampler.draw([CompletionRequest(prompt, seed, how, "run"), …])
+        rollouts = sampler.sample([CompletionRequest(prompt, seed, how, "run"), …])
         logps = replayed_logps(base.model, ids, lengths, trained, sampler.replay(ids, lengths, trained, "run"))
 
 `SamplerMismatch` measures the mismatch of sampler and trainer. Answers are sampled from the attachment's
@@ -125,7 +125,7 @@ class Sampler(Protocol):
         """Return why an adapter on the attachment cannot be sampled from, one line each."""
 
     @abstractmethod
-    def draw(
+    def sample(
         self, requests: Sequence[CompletionRequest], interrupted: Callable[[], bool] = lambda: False
     ) -> list[Rollout] | None:
         """Return the answers in the order of the requests; None once `interrupted()`.
@@ -190,7 +190,7 @@ class SamplerMismatch:
     Above a run's bound, the sampled model is not the trained model, and the run stops before the optimizer
     step."""
 
-    seen: MetricMeans = field(default_factory=MetricMeans)
+    metric_means: MetricMeans = field(default_factory=MetricMeans)
     worst: float = 0.0
 
     def add(self, trainer: Tensor, sampler: Tensor) -> None:
@@ -200,13 +200,13 @@ class SamplerMismatch:
         trainer_logps = in_float64(trainer.detach())
         difference = (trainer_logps - sampler.to(trainer_logps.device)).abs()
         self.worst = max(self.worst, float(difference.max()))
-        self.seen.add(gap_mean=difference, gap_share=difference.expm1() > _BEYOND)
+        self.metric_means.add(gap_mean=difference, gap_share=difference.expm1() > _BEYOND)
 
     def checked(self, section: ReinforcementSection | DistillationSection, fix: str) -> MetricMeans:
         """Return the measurements, if any. Raises TrainingError if the mean is above the bound."""
-        if "gap_mean" not in self.seen.counts:
-            return self.seen
-        mean = self.seen.sums["gap_mean"] / self.seen.counts["gap_mean"]
+        if "gap_mean" not in self.metric_means.counts:
+            return self.metric_means
+        mean = self.metric_means.sums["gap_mean"] / self.metric_means.counts["gap_mean"]
         if not mean <= section.gap:
             raise TrainingError(
                 f"sampler and trainer disagree: log-probabilities of the sampled tokens differ by {mean:.3g} nats on "
@@ -215,4 +215,4 @@ class SamplerMismatch:
                 fix=f"{fix}; base.dtype=float32 has less rounding; a higher {section.named}.gap trains "
                 "off-policy by that much",
             )
-        return MetricMeans.total([self.seen, MetricMeans({"gap_max": self.worst}, {"gap_max": 1})])
+        return MetricMeans.total([self.metric_means, MetricMeans({"gap_max": self.worst}, {"gap_max": 1})])

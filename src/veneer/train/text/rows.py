@@ -187,7 +187,7 @@ def question_and_answer(row: Row) -> tuple[str, str, str]:
 
     Missing parts are ""."""
 
-    def said(messages: Sequence[Mapping[str, Any]]) -> str:
+    def joined_text(messages: Sequence[Mapping[str, Any]]) -> str:
         texts = [m.get("content") or json.dumps(m.get("tool_calls") or "", ensure_ascii=False) for m in messages]
         texts = [text if isinstance(text, str) else json.dumps(text, ensure_ascii=False) for text in texts]
         if len(messages) == 1:
@@ -195,7 +195,7 @@ def question_and_answer(row: Row) -> tuple[str, str, str]:
         return "\n".join(f"{m['role']}: {text}" for m, text in zip(messages, texts, strict=True))
 
     at = row.shared() if row.rejected else row.last_assistant()
-    return said(row.messages[:at]), row.text or said(row.messages[at:]), said(row.rejected[at:])
+    return joined_text(row.messages[:at]), row.text or joined_text(row.messages[at:]), joined_text(row.rejected[at:])
 
 
 def split_rows(rows: Sequence[Row], split: int | float | None, *, seed: int) -> tuple[list[Row], list[Row]]:

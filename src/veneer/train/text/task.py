@@ -62,7 +62,7 @@ from veneer.train.text.distill import AnyTeacher, Distillation, Teacher, open_te
 from veneer.train.text.evaluate import score_examples
 from veneer.train.text.preference import Preference
 from veneer.train.text.prompts import PromptItem
-from veneer.train.text.reinforce import Reinforcement, draw_summary, sampled_judge
+from veneer.train.text.reinforce import Reinforcement, sampled_judge, sampling_advice
 from veneer.train.text.rollouts import MakeSampler, Sampler, SamplerSettings
 from veneer.train.text.rows import data_digest
 from veneer.train.text.save import RunResult, sample_answers, sample_prompt, text_metrics, text_report, write_adapter
@@ -221,7 +221,7 @@ def checked_text(
         devices=run.devices.count,
         force=run.force,
     )
-    run.say(report, _settled(run, config, base, data, report))
+    run.emit_checks(report, _decided_settings(run, config, base, data, report))
     raise_if_stopped(run, report)
     return TextRun(config, base, run, data, report, name, sampler)
 
@@ -231,7 +231,7 @@ def _recomputes(config: TrainConfig, devices: Devices, report: Report) -> tuple[
     return devices.gather(recomputes(mode, numbers.get("memory_needed"), numbers.get("memory_free")))[0]
 
 
-def _settled(
+def _decided_settings(
     run: Run, config: TrainConfig, base: TextBase, data: TextData, report: Report
 ) -> Iterator[tuple[str, Any, str]]:
     """Yield each setting that was `auto` or open, with its value and the reason."""
@@ -245,7 +245,7 @@ def _settled(
     if config.data.format == "auto" and data.about is not None:
         yield "data.format", data.about.format, data.about.why
     if config.data.split is None and config.data.validation is None:
-        yield "data.split", len(data.held.rows), "5% of the rows, at most 500; none below 20 rows"
+        yield "data.split", len(data.held_out.rows), "5% of the rows, at most 500; none below 20 rows"
     if config.schedule.epochs is None and config.schedule.steps is None:
         because = "3 when neither epochs nor steps are given; the best one is kept"
         yield "schedule.epochs", config.epochs, because
@@ -262,12 +262,12 @@ def _settled(
     if config.memory.activation_checkpointing == "auto":
         yield "memory.activation_checkpointing", "on" if recompute else "off", reason
     if config.preference.loss is not None:
-        settled = config.preference.settled()
+        decided = config.preference.with_defaults()
         for key, losses in PREFERENCE_KEYS.items():
             if getattr(config.preference, key) is None and config.preference.loss in losses:
-                yield f"preference.{key}", getattr(settled, key), f"what {config.preference.loss} takes"
+                yield f"preference.{key}", getattr(decided, key), f"what {config.preference.loss} takes"
     if config.reinforcement.loss is not None:
-        for key, value in config.reinforcement.settled():
+        for key, value in config.reinforcement.with_defaults():
             if value is not None and getattr(config.reinforcement, key) is None:
                 yield f"reinforcement.{key}", value, f"what {config.reinforcement.loss} takes"
 
@@ -363,11 +363,11 @@ def _open_sampling(text: TextRun, attachment: Attachment) -> Iterator[_SamplingP
             fix="train by `veneer train` or veneer.train_text",
         )
     judges = local_judge_models(r.rewards) if isinstance(r, ReinforcementSection) else set()
-    longest = max(item.tokens for split in (text.data.train, text.data.held) for item in split.items)
+    longest = max(item.tokens for split in (text.data.train, text.data.held_out) for item in split.items)
     context = 0 if judges else longest  # the length of judges' prompts is not limited
     exact = isinstance(r, ReinforcementSection) and r.exact
     pack = int(text.report.numbers.get("drawer_packed", 0))
-    rows = sampled_at_once(text.config, len(text.data.held.items[: text.config.evaluation.rows]))
+    rows = sampled_at_once(text.config, len(text.data.held_out.items[: text.config.evaluation.rows]))
     settings = SamplerSettings(rows=rows, context=context, pack_bytes=pack, exact=exact)
     with ExitStack() as opened:
         sampler = opened.enter_context(text.sampler(text.base, attachment, settings))
@@ -440,7 +440,7 @@ class AttachedText:
         self.config, self.base, self.run, self.data, self.name = text.config, text.base, text.run, text.data, text.name
         self.attachment, self.call = attachment, call
         self.steps = planned_steps(self.data.train.items, self.config, self.data.train.rows, self.run.devices.count)
-        self.held_out: Sequence[Any] = self.data.held.items[: self.config.evaluation.rows]
+        self.held_out: Sequence[Any] = self.data.held_out.items[: self.config.evaluation.rows]
         self.likelihood = Likelihood(self)
 
     def learner(
@@ -453,7 +453,7 @@ class AttachedText:
         base, data = self.base, self.data
         identity = {
             "base": {"fingerprint": base.fingerprint, "dtype": str(base.dtype)},
-            "data": {"training rows": data_digest(data.train.rows), "held-out rows": data_digest(data.held.rows)},
+            "data": {"training rows": data_digest(data.train.rows), "held-out rows": data_digest(data.held_out.rows)},
         } | ({"start": data.start.digest()} if data.start is not None else {})
         packed, tokens = fast_report(base.model).room.most, self.config.batching.at_once
         environment = {"tokens of a micro-batch": tokens, "bytes of weights kept packed": packed}
@@ -520,7 +520,7 @@ class AttachedText:
         A base split over devices would need all devices to answer, and answers to training rows do not show
         what was learned."""
         tokens = self.config.evaluation.sampled(len(self.steps))
-        if not tokens or self.run.devices.count > 1 or not sample_prompt(self.data.held.rows):
+        if not tokens or self.run.devices.count > 1 or not sample_prompt(self.data.held_out.rows):
             return {}
         try:
             return sample_answers(self.base, self.attachment, self.name, sample["messages"], tokens)
@@ -543,7 +543,7 @@ class AttachedText:
             metrics=metrics,
             parents=[data.start.digest()] if data.start is not None else [],
         )
-        sample = {} if self.config.evaluation.sample == 0 else sample_prompt([*data.held.rows, *data.train.rows])
+        sample = {} if self.config.evaluation.sample == 0 else sample_prompt([*data.held_out.rows, *data.train.rows])
         if sample:
             card.extra = {**card.extra, "sample": sample}
         return replace(trained, card=card)
@@ -652,7 +652,7 @@ def _preference_task(a: AttachedText) -> Task[RunResult]:
         used = {id(item): item for step in a.steps for micro in step.micros for item in micro.items}
         path = a.run.folder / CACHE / "reference.jsonl"
         try:
-            preference.know([*used.values(), *a.held_out], path, lambda line: emit(Note(line)))
+            preference.load_reference([*used.values(), *a.held_out], path, lambda line: emit(Note(line)))
         except KeyboardInterrupt:
             raise Interrupted("stopped before step 1; what was computed of the reference is kept") from None
 
@@ -660,7 +660,7 @@ def _preference_task(a: AttachedText) -> Task[RunResult]:
         preference.loss,
         lambda stop: preference.score(a.held_out, interrupted=stop),
         begin_step=preference.begin,
-        metrics=preference.measured,
+        metrics=preference.metrics,
     )
     return a.make_task(learner, begin=begin)
 
@@ -696,7 +696,7 @@ def _sampling_task(a: AttachedText, sampling: _SamplingParts) -> Task[RunResult]
 
     def end(emit: Listener) -> None:
         if isinstance(sampled, Reinforcement):
-            for line in draw_summary(sampled.settings, [record["extra"] for record in a.logged("stepped")]):
+            for line in sampling_advice(sampled.settings, [record["extra"] for record in a.logged("stepped")]):
                 emit(Note(line))
 
     def report(result: RunResult, progress: Progress) -> ReportParts:
@@ -713,14 +713,16 @@ def _sampling_task(a: AttachedText, sampling: _SamplingParts) -> Task[RunResult]
 
     learner = a.learner(
         sampled.loss,
-        lambda stop: sampled.score(a.held_out, a.data.held.rows, stop),
+        lambda stop: sampled.score(a.held_out, a.data.held_out.rows, stop),
         send=None,  # the next step's answers are not sampled yet
-        draw=lambda step, number, stop: sampled.draw_step(step, number, rows, stop),
+        make_step=lambda step, number, stop: sampled.sample_step(step, number, rows, stop),
         begin_step=lambda step: sampled.begin(),
         end_step=end_step,
         metrics=sampled.means,
     )
-    more = {"kept": sampled.kept, "restore": sampled.restore} if isinstance(sampled, Reinforcement) else {}
+    more = (
+        {"extra_state": sampled.extra_state, "restore": sampled.restore} if isinstance(sampled, Reinforcement) else {}
+    )
     return a.make_task(
         learner, **more, begin=begin, end=end, report=report, rewarded=isinstance(sampled, Reinforcement)
     )

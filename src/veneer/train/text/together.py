@@ -151,7 +151,7 @@ def _trained(texts: Mapping[int, TextRun], newest: Mapping[int, Path | None]) ->
             except VeneerError as error:
                 end(index, _failed(text.run, error))
         if members:
-            compute = SharedPasses.of({loop: attached[index] for loop, index in members.items()})
+            compute = SharedPasses.create({loop: attached[index] for loop, index in members.items()})
 
             train(list(members), compute, on_end=end_loop)
     return results
@@ -229,7 +229,7 @@ class SharedPasses:
     most: int
 
     @classmethod
-    def of(cls, texts: Mapping[Loop, AttachedText]) -> SharedPasses:
+    def create(cls, texts: Mapping[Loop, AttachedText]) -> SharedPasses:
         """Return the passes of runs, and report which runs have their own passes, and why."""
         first = next(iter(texts.values()))
         together = reason_not_shared(first.base.model)
@@ -318,7 +318,7 @@ class SharedPasses:
         for (loop, _), part in zip(parts, right.split(trained), strict=True):
             self.members[loop].likelihood.add_accuracy(part)
         sums = [part.sum() for part in nll.split(trained)]
-        losses = [loss / loop.step.counted for loss, (loop, _) in zip(sums, parts, strict=True)]
+        losses = [loss / loop.step.divisor for loss, (loop, _) in zip(sums, parts, strict=True)]
         torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
         return [loss.detach() for loss in sums]
 
@@ -362,7 +362,7 @@ def resume_points(runs: Sequence[Run]) -> list[Path | CheckpointError | None]:
             out.append(steps[last])
         elif len(steps) == 1 and any(not have[companion] for companion in companions):
             out.append(None)
-        elif newest is None or not companions & group or _ended(newest):
+        elif newest is None or not companions & group or _has_ended(newest):
             out.append(newest)
         else:
             out.append(
@@ -382,5 +382,5 @@ def _companions(name: str, path: Path) -> set[str]:
     return {name, *metadata.get("together", [])}
 
 
-def _ended(path: Path) -> bool:
+def _has_ended(path: Path) -> bool:
     return checkpoint.read_checkpoint(path)["progress"]["stopped"] in ("finished", "early stopping")
