@@ -3,7 +3,7 @@ values.
 
     with attach(model) as attachment, live_sampler(base, attachment) as sampler, fast(model):
         attachment.add("run", adapter, trainable=True)
-        answers = sampler.sample([CompletionRequest(prompt, seed, SamplingParams(), "run"), …])     from the current values
+        answers = sampler.sample([CompletionRequest(prompt, seed, SamplingParams(), "run"), …])  # from current values
 
 Uses the engine's continuous batching, prefix caching for answers that share a prompt, and grammars. It
 multiplies by the base's own weights in place; quantized weights stay quantized. Adapters are identified by
