@@ -144,7 +144,7 @@ def plan(
         tokens_per_row=tokens_per_row,
         longest=longest,
         trained=trained,
-        before=before,
+        source_images=before,
         traffic=None if length is None else Traffic(length, answer, together, tenants),
     )
     if as_json:

@@ -110,7 +110,7 @@ class Devices:
             for parameter, part in zip(members, flat.split([p.numel() for p in members]), strict=True):
                 parameter.grad = part.view_as(parameter)
 
-    def agree(self, what: str, digest: str) -> None:
+    def agree(self, noun: str, digest: str) -> None:
         """Check that all processes have the same `digest`.
 
         Raises TrainingError in all processes if they differ."""
@@ -118,7 +118,7 @@ class Devices:
         if len(set(digests)) > 1:
             different = next(rank for rank, d in enumerate(digests) if d != digests[0])
             raise TrainingError(
-                f"the processes of this run do not have the same {what}",
+                f"the processes of this run do not have the same {noun}",
                 where=f"process 0 has {digests[0][:12]}, process {different} has {digests[different][:12]}",
                 fix="give every machine the same files, versions and kind of device; no later state was saved",
             )

@@ -150,25 +150,25 @@ def loss_text(loss: float) -> str:
     return f"{round(loss, 4) + 0.0:.4f}"
 
 
-def mean_rewards(extra: Mapping[str, float]) -> dict[str, float] | None:
+def mean_rewards(metrics: Mapping[str, float]) -> dict[str, float] | None:
     """Return the mean rewards of a step or an evaluation: `reward`, then each part.
 
     {} if no answer could be scored; None for steps and evaluations without rewards of sampled answers. A
     single reward that equals the sum is not repeated."""
-    if "reward_failed" not in extra:
+    if "reward_failed" not in metrics:
         return None
     parts = {
         name.removeprefix("reward_"): value
-        for name, value in extra.items()
+        for name, value in metrics.items()
         if name.startswith("reward_") and name != "reward_failed"
     }
-    total = {"reward": extra["reward"]} if "reward" in extra else {}
+    total = {"reward": metrics["reward"]} if "reward" in metrics else {}
     return total if list(parts.values()) == list(total.values()) else total | parts
 
 
-def measure_text(loss: float, extra: Mapping[str, float]) -> str:
+def measure_text(loss: float, metrics: Mapping[str, float]) -> str:
     """Return a result as text: the loss, or the mean reward with parts."""
-    rewards = mean_rewards(extra)
+    rewards = mean_rewards(metrics)
     if rewards is None:
         return f"loss {loss_text(loss)}"
     total, parts = rewards.pop("reward", None), parts_text(rewards)

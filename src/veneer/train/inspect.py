@@ -133,17 +133,17 @@ def inspect_run(
 def _inspect_text(config: TrainConfig, device: Device, rows: int) -> Report:
     total = count_records(config.data.files("train"))
     loaded = _sample(*_key(config, rows))
-    data, looked = loaded.data, loaded.looked
-    bounded = total is None or looked < (config.data.limit or total)
-    report = Report(sample=list(loaded.sample), rows=total, looked=looked)
-    first = f"of the first {counted(looked, 'row')}: " if bounded else ""
+    data, read_rows = loaded.data, loaded.row_count
+    bounded = total is None or read_rows < (config.data.limit or total)
+    report = Report(sample=list(loaded.sample), rows=total, looked=read_rows)
+    first = f"of the first {counted(read_rows, 'row')}: " if bounded else ""
     report.add(*(replace(finding, text=first + finding.text) for finding in loaded.findings))
     if not data.train.items:
         return report
-    complete = total is not None and (config.data.limit or total) <= looked
-    row_count = looked if complete or total is None else min(total, config.data.limit or total)
+    complete = total is not None and (config.data.limit or total) <= read_rows
+    row_count = read_rows if complete or total is None else min(total, config.data.limit or total)
     read = planned_rows(config, data.train.items)
-    used_rows = read["rows"] if complete else max(1, round(row_count * read["rows"] / looked))
+    used_rows = read["rows"] if complete else max(1, round(row_count * read["rows"] / read_rows))
     report.plan = plan = plan_of_config(config, device, **read | {"rows": used_rows})
     steps = math.ceil(plan.job.rows / plan.job.batch)
     subject = RunSubject(base=None, config=config, steps_per_epoch=steps)
@@ -151,7 +151,7 @@ def _inspect_text(config: TrainConfig, device: Device, rows: int) -> Report:
     if not complete:
         total_text = "all of them" if total is None else f"{total:,}"
         report.guesses.append(
-            f"looked at the first {counted(looked, 'row')} of {total_text}, and the rest is taken to be like them"
+            f"looked at the first {counted(read_rows, 'row')} of {total_text}, and the rest is taken to be like them"
         )
     if config.adapter.start is not None:
         report.guesses.append(f"the adapter's size, which is that of {config.adapter.start}")
@@ -166,7 +166,7 @@ def _inspect_text(config: TrainConfig, device: Device, rows: int) -> Report:
 @dataclass(frozen=True)
 class _Sample:
     data: TextData
-    looked: int
+    row_count: int
     findings: tuple[Finding, ...]
     sample: tuple[tuple[str, bool], ...]
 
@@ -209,8 +209,8 @@ def _sample(key: str, stamp: tuple[tuple[str, int, int], ...], rows: int) -> _Sa
     findings = tuple(data_findings(subject))
     encoded = data.train.encoded
     sample = tuple(marked_pieces(encoded.examples[0], base.tokenizer)) if encoded.examples else ()
-    looked = len(data.train.rows) + (len(data.held_out.rows) if config.data.validation is None else 0)
-    return _Sample(data, looked, findings, sample)
+    read_rows = len(data.train.rows) + (len(data.held_out.rows) if config.data.validation is None else 0)
+    return _Sample(data, read_rows, findings, sample)
 
 
 def _bounded(config: TrainConfig, rows: int) -> Any:
@@ -244,7 +244,7 @@ def preview_rows(
     base = _base(config.base.name)
     rows = tuple(loaded.row(i, base.tokenizer) for i in positions[offset : offset + limit])
     total = count_records(config.data.files("train"))
-    return PreviewPage(rows, len(positions), counts, len(loaded.found), total, loaded.about.format)
+    return PreviewPage(rows, len(positions), counts, len(loaded.rows), total, loaded.metadata.format)
 
 
 @dataclass(frozen=True)
@@ -253,8 +253,8 @@ class _Table:
 
     `verdicts`: of each row, with the reason. `owners`: encoded text -> row."""
 
-    found: Sequence[Row | UnusableRow]
-    about: About
+    rows: Sequence[Row | UnusableRow]
+    metadata: About
     verdicts: Sequence[tuple[RowVerdict, str]]
     encoded: EncodedRows
     owners: Sequence[int]
@@ -264,19 +264,19 @@ class _Table:
         from veneer.train.text.preflight import marked_pieces
         from veneer.train.text.rows import UnusableRow
 
-        row, (verdict, why) = self.found[i], self.verdicts[i]
+        row, (verdict, why) = self.rows[i], self.verdicts[i]
         if isinstance(row, UnusableRow):
             return PreviewRow(row.where, verdict, why, _beginning(str(dict(row.values))))
-        own = [self.encoded.examples[n] for n in self.examples.get(i, ())]
-        pieces = [piece for example in own for piece in marked_pieces(example, tokenizer)]
+        examples = [self.encoded.examples[n] for n in self.examples.get(i, ())]
+        pieces = [piece for example in examples for piece in marked_pieces(example, tokenizer)]
         text = row.text or " → ".join(str(message["content"]) for message in row.messages)
         return PreviewRow(
             row.where,
             verdict,
             why,
             _beginning(text),
-            sum(one.tokens for one in own),
-            sum(one.learned for one in own),
+            sum(e.tokens for e in examples),
+            sum(e.trained_tokens for e in examples),
             tuple(pieces),
         )
 
@@ -295,7 +295,7 @@ def _table(key: str, stamp: tuple[tuple[str, int, int], ...], most: int) -> _Tab
     config = _config(TrainConfig, key)
     data, loss, draws = config.data, config.preference.loss, config.sampling is not None
     formats = PROMPT_FORMATS if draws else None if loss is None else preference_formats(loss)
-    found, about = parse_rows(
+    parsed, metadata = parse_rows(
         data.files("train"),
         format=data.format,
         columns=data.columns,
@@ -303,7 +303,7 @@ def _table(key: str, stamp: tuple[tuple[str, int, int], ...], most: int) -> _Tab
         formats=formats,
         values=draws,
     )
-    usable = [(i, row) for i, row in enumerate(found) if isinstance(row, Row)]
+    usable = [(i, row) for i, row in enumerate(parsed) if isinstance(row, Row)]
     validation_rows = set[int]()
     if data.validation is None and usable:
         validation_rows = {
@@ -330,7 +330,7 @@ def _table(key: str, stamp: tuple[tuple[str, int, int], ...], most: int) -> _Tab
             return "cut", f"longer than data.max_length, {data.max_length:,} tokens"
         return "learned", ""
 
-    return _Table(found, about, [verdict(i, row) for i, row in enumerate(found)], encoded, positions, examples)
+    return _Table(parsed, metadata, [verdict(i, row) for i, row in enumerate(parsed)], encoded, positions, examples)
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------
@@ -348,13 +348,13 @@ def _inspect_images(config: ImageTrainConfig, device: Device, rows: int) -> Repo
         return report
     loaded = _pictures(*_picture_key(config))
     report.add(*loaded.findings)
-    report.rows = report.looked = len(loaded.learned) + len(loaded.validation_rows)
+    report.rows = report.looked = len(loaded.pictures) + len(loaded.validation_rows)
     return report
 
 
 @dataclass(frozen=True)
 class _Pictures:
-    learned: Sequence[TrainingPicture]
+    pictures: Sequence[TrainingPicture]
     validation_rows: Sequence[TrainingPicture]
     rows: Sequence[PictureRow]
     findings: tuple[Finding, ...]
@@ -409,7 +409,7 @@ def preview_pictures(config: ImageTrainConfig) -> tuple[PreviewPicture, ...]:
     for row in loaded.rows:
         first.setdefault(row.picture.key, row)
     out = []
-    for picture in loaded.learned:
+    for picture in loaded.pictures:
         at = first.get(picture.key)
         if at is None:
             out.append(_preview(picture, "left out", "smaller than its bucket"))

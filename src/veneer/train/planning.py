@@ -49,7 +49,13 @@ _MANY = 1024
 
 
 def load_of(
-    config: TrainConfig, lengths: Sequence[int], *, trained: float, dtype: str, checkpointing: bool, whole: int = 0
+    config: TrainConfig,
+    lengths: Sequence[int],
+    *,
+    trained: float,
+    dtype: str,
+    checkpointing: bool,
+    full_parameters: int = 0,
 ) -> Load:
     """Return the largest micro-batch of the run. `lengths`: tokens of every row."""
     from veneer.train.text.batches import plan_steps
@@ -66,7 +72,7 @@ def load_of(
         quantize=config.base.quantize,
         checkpointing=checkpointing,
         optimizer=config.optimizer.name,
-        whole=whole,
+        whole=full_parameters,
         inputs_on_host=checkpointing and config.memory.offload_activations,
         compared=config.distillation.teacher is not None and config.distillation.url is None,
     )
@@ -142,10 +148,10 @@ def plan_of_run(
     load = load_of(
         config,
         lengths,
-        trained=sum(item.learned for item in items) / max(1, tokens),
+        trained=sum(item.trained_tokens for item in items) / max(1, tokens),
         checkpointing=checkpointing,
         dtype=dtype,
-        whole=max(0, trainable - pairs),
+        full_parameters=max(0, trainable - pairs),
     )
     job = _job(config, len(items), tokens / max(1, len(items)), held_out)
     rates, process = rates_of(device, dtype), None
@@ -275,16 +281,16 @@ def plan_of_config(
     tokens_per_row: float | None = None,
     longest: int | None = None,
     trained: float = 1.0,
-    before: int | None = None,
+    source_images: int | None = None,
     traffic: Traffic | None = None,
 ) -> Plan:
     """Return the plan of a configuration whose base need not be downloaded.
 
-    Missing arguments are counted in the data's files, with four characters per token. before: source images
+    Missing arguments are counted in the data's files, with four characters per token. source_images: source images
     per image, for `rows` images. Raises ConfigError for
     a base whose config cannot be found, DataError for missing data that must be counted."""
     if not isinstance(config, TrainConfig):
-        return _plan_of_images(config, base_fields(config.base.name), device, rows, before or 0)
+        return _plan_of_images(config, base_fields(config.base.name), device, rows, source_images or 0)
     return _plan_of_text(config, device, rows, tokens_per_row, longest, trained, traffic)
 
 
@@ -337,7 +343,7 @@ def planned_rows(config: TrainConfig, items: Sequence[Any]) -> dict[str, Any]:
         "rows": len(lengths),
         "tokens_per_row": sum(lengths) / len(lengths),
         "longest": max(lengths),
-        "trained": max(0.001, sum(item.learned for item in items) / tokens),
+        "trained": max(0.001, sum(item.trained_tokens for item in items) / tokens),
     }
 
 
@@ -355,11 +361,11 @@ def _with_planned_tokens(config: TrainConfig, shape: TextShape, device: Device) 
 
 
 def _plan_of_images(
-    config: ImageTrainConfig, fields: Mapping[str, Any], device: Device, rows: int | None, before: int
+    config: ImageTrainConfig, fields: Mapping[str, Any], device: Device, rows: int | None, source_images: int
 ) -> Plan:
     from veneer.train.image.pictures import count_pictures
 
-    before, directions = before or len(config.data.source_folders), 1
+    source_images, directions = source_images or len(config.data.source_folders), 1
     base_passes: float = 0 if config.loss.keep_guidance is None else 2
     notes: tuple[str, ...] = ()
     if config.slider.enabled:
@@ -368,7 +374,7 @@ def _plan_of_images(
         notes = (text + "three forwards of the base for both",)
     elif rows is None:
         try:
-            rows, before = count_pictures(config.data)
+            rows, source_images = count_pictures(config.data)
         except DataError as error:
             raise DataError(error.what, where=error.where, fix=f"{error.fix}; or give --rows") from None
     batch = min(config.batching.rows, rows)
@@ -388,7 +394,7 @@ def _plan_of_images(
         checkpointing=config.memory.activation_checkpointing == "on" or config.memory.offload_blocks > 0,
         targets=config.adapter.targets,
         base_passes=base_passes,
-        before=before,
+        before=source_images,
         form=PairForm.of(config.adapter.spec()),
         offload=config.memory.offload_blocks if device.kind == "cuda" else 0,
     )

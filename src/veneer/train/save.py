@@ -110,13 +110,13 @@ class ReportParts:
     """The task's parts of the report page.
 
     `base`: its name. `weights`: the file of tensors. `cards`: (title, value, remark), between the losses and
-    the sizes. `facts`: (name, value). `usage`: (title, commands). `files`: name -> description, for files in
+    the sizes. `details`: (name, value). `usage`: (title, commands). `files`: name -> description, for files in
     the folder. `unit`, `loss`, `sheets`: as in Page."""
 
     base: str = ""
     weights: Path | None = None
     cards: Sequence[tuple[str, str, str]] = ()
-    facts: Sequence[tuple[str, str]] = ()
+    details: Sequence[tuple[str, str]] = ()
     usage: Sequence[tuple[str, str]] = ()
     files: Mapping[str, str] = field(default_factory=dict)
     unit: str = "tokens"
@@ -137,7 +137,7 @@ def write_report(folder: Path, result: Outcome, parts: ReportParts) -> Path:
         settings=resolved["settings"],
         sources=resolved["sources"],
         checks=result.preflight,
-        facts=[("adapter", result.adapter), ("digest", result.digest), *parts.facts],
+        details=[("adapter", result.adapter), ("digest", result.digest), *parts.details],
         usage=list(parts.usage),
         files=_files(folder, parts.files),
         unit=parts.unit,

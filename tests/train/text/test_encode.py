@@ -252,10 +252,10 @@ def test_long_rows_are_refused_dropped_or_cut() -> None:
         encode_rows([LONG, TALK], TOKENIZER, data(max_length=64))
     assert "data.long_rows=drop" in str(caught.value)
     dropped = encode_rows([LONG, TALK], TOKENIZER, data(max_length=64, long_rows="drop"))
-    assert (dropped.counts.long_dropped, dropped.counts.kept) == (1, 1)
+    assert (dropped.counts.long_dropped, dropped.counts.used) == (1, 1)
     assert dropped.counts.first_rows["long_dropped"] == ["data.jsonl:1"]
     cut = encode_rows([LONG, TALK], TOKENIZER, data(max_length=64, long_rows="cut"))
-    assert (cut.counts.cut, cut.counts.cut_ends, cut.counts.kept) == (1, 0, 2)
+    assert (cut.counts.cut, cut.counts.cut_ends, cut.counts.used) == (1, 0, 2)
     assert len(cut.examples[0].input_ids) == 64
     assert learned(cut.examples[0]) == ["answer<|im_end|>"]
     assert cut.counts.longest > 64
@@ -281,7 +281,7 @@ def test_rows_without_targets_are_dropped_and_counted() -> None:
     empty = chat("only a question")
     silent = chat("q", "   ")
     encoded = encode_rows([empty, silent, TALK], TOKENIZER, data())
-    assert (encoded.counts.untrained, encoded.counts.kept) == (2, 1)
+    assert (encoded.counts.untrained, encoded.counts.used) == (2, 1)
     assert [e.row for e in encoded.examples] == [2]
 
 

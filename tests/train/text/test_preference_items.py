@@ -41,8 +41,8 @@ def test_only_the_two_answers_of_a_pair_are_trained() -> None:
     assert learned(rejected, TOKENIZER) == ["There it is!<|im_end|>"]
     assert chosen.prompt == rejected.prompt
     assert TOKENIZER.decode(chosen.prompt).endswith("And now?<|im_end|>\n<|im_start|>assistant\n")
-    assert encoded.counts.kept == 4
-    assert encoded.counts.trained_tokens == sum(i.learned for i in pairs)
+    assert encoded.counts.used == 4
+    assert encoded.counts.trained_tokens == sum(i.trained_tokens for i in pairs)
 
 
 def test_assistant_turns_of_long_answers_are_trained() -> None:
@@ -64,7 +64,7 @@ def test_dropped_answer_drops_its_partner_except_for_kto() -> None:
     assert [i.row for i in pairs] == [2]
     assert encoded.counts.partners == 2
     assert encoded.counts.first_rows["partners"] == ["d:1", "d:2"]
-    assert len(encoded.examples) == encoded.counts.kept == 2
+    assert len(encoded.examples) == encoded.counts.used == 2
     judged, _ = items(rows, paired=False, max_length=200, long_rows="drop")
     assert [(i.row, i.desirable) for i in judged] == [(0, True), (1, True), (2, True), (2, False)]
 

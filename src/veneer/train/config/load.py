@@ -502,8 +502,8 @@ def parse_yaml(text: str, where: str) -> tuple[Any, dict[tuple[str, ...], int]]:
         _walk(node, (), lines, where)
         return loader.construct_document(node), lines
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        at = f"{where}:{mark.line + 1}" if mark else where
+        position = error.problem_mark or error.context_mark
+        at = f"{where}:{position.line + 1}" if position else where
         if (tab := _tab(text, error)) is not None:
             raise ConfigError(
                 "not valid YAML: a tab, where YAML allows only spaces",

@@ -136,8 +136,8 @@ class DataSection(Section):
         "refuse", "longer rows: stop, leave out, or cut (oldest prompt tokens, then the end)"
     )
 
-    def files(self, which: Literal["train", "validation"]) -> tuple[str, ...]:
-        value = getattr(self, which)
+    def files(self, split: Literal["train", "validation"]) -> tuple[str, ...]:
+        value = getattr(self, split)
         return () if value is None else (value,) if isinstance(value, str) else tuple(value)
 
 
@@ -486,13 +486,13 @@ def reference(
     return "\n".join(out)
 
 
-def _equal(f: pydantic.fields.FieldInfo, other: pydantic.fields.FieldInfo | None) -> bool:
+def _equal(f: pydantic.fields.FieldInfo, reference: pydantic.fields.FieldInfo | None) -> bool:
     """Return whether two fields have equal rows in the reference."""
-    return other is not None and (f.description, why(f), _key("", f), _kind(f)) == (
-        other.description,
-        why(other),
-        _key("", other),
-        _kind(other),
+    return reference is not None and (f.description, why(f), _key("", f), _kind(f)) == (
+        reference.description,
+        why(reference),
+        _key("", reference),
+        _kind(reference),
     )
 
 

@@ -207,7 +207,7 @@ def image_report(
             ("Steps", f"{result.steps:,}", result.stopped),
             ("Speed", speed, f"{counted(result.pictures, 'picture')} in {duration(seconds)}"),
         ],
-        facts=[*(("hash", f"{kind}: {value}") for kind, value in result.hashes.items()), *base_facts(base)],
+        details=[*(("hash", f"{kind}: {value}") for kind, value in result.hashes.items()), *base_facts(base)],
         usage=_usage(result, base, config),
         files={adapter.name: "the weights, with their metadata", "pictures.png": "what the model saw of each picture"},
         unit="pictures",

@@ -58,7 +58,7 @@ class Page:
     settings: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     checks: dict[str, Any] = field(default_factory=dict)
-    facts: list[tuple[str, str]] = field(default_factory=list)
+    details: list[tuple[str, str]] = field(default_factory=list)
     usage: list[tuple[str, str]] = field(default_factory=list)
     files: list[tuple[str, str, str]] = field(default_factory=list)
     unit: str = "tokens"
@@ -181,9 +181,9 @@ def _curves(
     steps: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]], page: Page
 ) -> Iterator[tuple[str, list[Series], _Point | None]]:
     """Yield (title, lines, the point to mark with a ring) of each chart."""
-    rewards = [found for r in steps if (found := mean_rewards(r.get("extra", {}))) is not None]
+    rewards = [means for r in steps if (means := mean_rewards(r.get("extra", {}))) is not None]
     main = {"reward": _MEASURED["reward"]} if rewards else {"loss": page.loss}
-    main |= {f"reward_{name}": f"Reward: {name}" for found in rewards for name in found if name != "reward"}
+    main |= {f"reward_{name}": f"Reward: {name}" for means in rewards for name in means if name != "reward"}
     for name, title in main.items():
         training, validation = _points(name, steps), _points(name, scores)
         weights = [r["learned_tokens"] for r in steps] if name == "loss" else [1.0] * len(training)

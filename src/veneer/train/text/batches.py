@@ -143,4 +143,4 @@ def _cut(rows: Sequence[int], lengths: Sequence[int], batching: BatchingSection,
                 free = batching.at_once
             micro[-1].append(i)
             free -= lengths[i]
-    return sorted(micro, key=lambda own: (-lengths[own[0]], own[0]))
+    return sorted(micro, key=lambda members: (-lengths[members[0]], members[0]))

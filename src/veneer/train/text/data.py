@@ -44,7 +44,7 @@ class TextData:
 
     train: DataSplit
     held_out: DataSplit
-    about: About | None
+    metadata: About | None
     start: Adapter | None = None
 
 
@@ -102,7 +102,7 @@ def planned_steps(items: Sequence[Any], config: TrainConfig, rows: Sequence[Row]
         batch_items = [items[i] for i in indices]
         return Micro(
             tokens=sum(e.tokens for e in batch_items),
-            trained=sum(e.learned for e in batch_items),
+            trained=sum(e.trained_tokens for e in batch_items),
             rows=tuple(rows[e.row].where if rows else e.row for e in batch_items),
             make=lambda: make(batch_items),
             units=None if config.preference.loss is None else len(batch_items),

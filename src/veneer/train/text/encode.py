@@ -42,7 +42,7 @@ class Example:
         return len(self.input_ids)
 
     @property
-    def learned(self) -> int:
+    def trained_tokens(self) -> int:
         """Return the number of targets."""
         return sum(self.trained)
 
@@ -63,7 +63,7 @@ class Counts:
     pairs whose two prompts have different tokens."""
 
     rows: int = 0
-    kept: int = 0
+    used: int = 0
     untrained: int = 0
     long_dropped: int = 0
     cut: int = 0
@@ -78,7 +78,7 @@ class Counts:
     longest: int = 0
     first_rows: dict[str, list[str]] = field(default_factory=dict)
 
-    def note(self, name: str, where: str, n: int = 1) -> None:
+    def add(self, name: str, where: str, n: int = 1) -> None:
         setattr(self, name, getattr(self, name) + n)
         self.first_rows.setdefault(name, [])
         if len(self.first_rows[name]) < 5:
@@ -131,13 +131,13 @@ def encode_rows(
     for (i, r), encoding in zip(rendered.items(), _encode_texts(tokenizer, list(rendered.values())), strict=True):
         row, (ids, trained) = rows[i], _tokens(encoding, r, eos)
         if r.changed_turns:
-            counts.note("changed_turns", row.where, r.changed_turns)
+            counts.add("changed_turns", row.where, r.changed_turns)
         if any(renderer.has_control(str(m["content"])) for m in row.messages) or renderer.has_control(row.text):
-            counts.note("control", row.where)
+            counts.add("control", row.where)
         if bos is not None and ids[:2] == [bos, bos]:
-            counts.note("doubled_bos", row.where)
+            counts.add("doubled_bos", row.where)
         if True not in trained:
-            counts.note("untrained", row.where)
+            counts.add("untrained", row.where)
             left[i] = "no token to learn"
             continue
         ids, trained = _without_tail(ids, trained)
@@ -145,14 +145,14 @@ def encode_rows(
         if len(ids) > data.max_length and data.long_rows != "cut":
             long.append(f"{row.where}: {len(ids)} tokens")
             left[i] = f"{len(ids):,} tokens, more than data.max_length, {data.max_length:,}"
-            counts.note("long_dropped", row.where)
+            counts.add("long_dropped", row.where)
             continue
         if len(ids) > data.max_length:
-            counts.note("cut", row.where)
+            counts.add("cut", row.where)
             cut_rows.add(i)
             ids, trained, lost = _cut(ids, trained, data.max_length, bos)
             if lost:
-                counts.note("cut_ends", row.where)
+                counts.add("cut_ends", row.where)
         examples.append(Example(ids, trained, i))
         counts.tokens += len(ids)
         counts.trained_tokens += sum(trained)
@@ -163,7 +163,7 @@ def encode_rows(
             f"are longer than data.max_length, {data.max_length} tokens",
             f"set data.max_length={counts.longest} (more memory), or data.long_rows=drop or cut",
         )
-    counts.kept = len(examples)
+    counts.used = len(examples)
     texts = list(rendered.values())
     chat = any(r.chat for r in texts)
     return EncodedRows(examples, counts, renderer, _end_ids(renderer, texts, eos), chat, cut_rows, left)
@@ -189,7 +189,7 @@ def _tokens(encoding: Any, r: Rendered, eos: int | None) -> tuple[list[int], lis
     """Return (ids, trained) of a text, with the end-of-text token if the text needs one."""
     ids = list(encoding.ids)
     trained = [False] * len(ids)
-    for start, end in r.learned:
+    for start, end in r.trained_spans:
         first, last = _span(encoding, start, end)
         trained[first:last] = [True] * (last - first)
     if r.append_eos and eos is not None:

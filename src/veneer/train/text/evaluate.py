@@ -207,7 +207,7 @@ def score_examples(
     Runs in eval mode without gradients and restores the model's mode. A row longer than `micro_tokens` is a
     separate batch; a row without targets is skipped. With several `devices`, covers this process's share
     only."""
-    examples = [e for e in examples if e.learned]
+    examples = [e for e in examples if e.trained_tokens]
     groups = grouped([e.tokens for e in examples], micro_tokens)
     total, trained, rows, best = 0.0, 0, 0, 0
     with torch.no_grad(), without_dropout(model):

@@ -74,8 +74,8 @@ class Item:
         return sum(e.tokens for e in self.answers)
 
     @property
-    def learned(self) -> int:
-        return sum(e.learned for e in self.answers)
+    def trained_tokens(self) -> int:
+        return sum(e.trained_tokens for e in self.answers)
 
 
 @dataclass
@@ -121,17 +121,17 @@ def preference_items(
             judged = [row.label if row.label is not None else e.row == first[i] for e in answers]
             items += [Item((e,), i, good) for e, good in zip(answers, judged, strict=True)]
         elif len(answers) < 2:
-            counts.note("partners", row.where)
+            counts.add("partners", row.where)
         else:
             chosen, rejected = answers
             if {chosen.row, rejected.row} & encoded.cut_rows:
                 chosen, rejected = _one_prompt(chosen, rejected)
             if chosen.prompt != rejected.prompt:
-                counts.note("other_prompts", row.where)
+                counts.add("other_prompts", row.where)
             items.append(Item((chosen, rejected), i))
     examples = [e for item in items for e in item.answers]
-    counts.kept = len(examples)
-    counts.tokens, counts.trained_tokens = sum(e.tokens for e in examples), sum(e.learned for e in examples)
+    counts.used = len(examples)
+    counts.tokens, counts.trained_tokens = sum(e.tokens for e in examples), sum(e.trained_tokens for e in examples)
     return items, replace(encoded, examples=examples, counts=counts)
 
 
@@ -254,13 +254,13 @@ class Preference:
         means = MetricMeans()
         total = float(self._losses(torch.tensor(logps, device=self.base.device), items, means, point).sum())
         metrics = means.values() | ({"kl": point} if self.settings.loss == "kto" else {})
-        trained_tokens = sum(item.learned for item in items)
+        trained_tokens = sum(item.trained_tokens for item in items)
         return EvalResult(total, trained_tokens, len(items), metrics, likelihood=False, units=len(items))
 
     def _losses(self, logps: Tensor, items: Sequence[Item], means: MetricMeans, point: float) -> Tensor:
         """Return the losses (items,) from the log p of all answers, (Σ answers,)."""
         s, beta = self.settings, self.settings.beta or 0.0
-        lengths = logps.new_tensor([e.learned for item in items for e in item.answers])
+        lengths = logps.new_tensor([e.trained_tokens for item in items for e in item.answers])
         references = [value for item in items for value in item.reference]
         ratios = logps - (logps.new_tensor(references) if references else logps.detach())
         if s.loss == "kto":

@@ -140,7 +140,7 @@ def _above_half(count: int, total: int) -> Level:
 def _something_is_trained(s: TextSubject) -> Iterator[Finding]:
     """Failure class 1: the loss is masked to nothing and the run "succeeds"."""
     c = s.encoded.counts
-    s.numbers.update(rows=c.rows, rows_kept=c.kept, tokens=c.tokens, learned_tokens=c.trained_tokens)
+    s.numbers.update(rows=c.rows, rows_kept=c.used, tokens=c.tokens, learned_tokens=c.trained_tokens)
     fix = "check roles, weights and data.train_on; the learned part is what assistant turns say"
     if c.trained_tokens == 0:
         reasons = [
@@ -152,7 +152,7 @@ def _something_is_trained(s: TextSubject) -> Iterator[Finding]:
     if c.untrained:
         text = f"{share(c.untrained, c.rows)} rows have no token to learn and are left out: {s.named('untrained')}"
         yield Finding(_above_half(c.untrained, c.rows), "learned", text, fix)
-    text = f"{share(c.trained_tokens, c.tokens)} tokens are learned, in {counted(c.kept, 'row')}"
+    text = f"{share(c.trained_tokens, c.tokens)} tokens are learned, in {counted(c.used, 'row')}"
     yield Finding("ok", "learned", text)
 
 
@@ -310,20 +310,20 @@ def _prompts_are_sampled(s: TextSubject) -> Iterator[Finding]:
     """Report what a run samples and learns from."""
     r, c = s.config.sampling, s.encoded.counts
     assert r is not None
-    if not c.kept:
+    if not c.used:
         text = f"no prompt is left: {c.long_dropped:,} of {c.rows:,} rows leave no space for a completion"
         yield Finding("stop", "prompts", text, f"lower {r.named}.max_tokens, or raise data.max_length")
         return
     if s.devices > 1:
         text = f"completions are sampled by one process, and this run has {s.devices}"
         yield Finding("stop", "prompts", text, "run it on one device")
-    each = min(s.config.batching.rows, c.kept)
-    text = f"{counted(c.kept, 'prompt')}; a step samples {each} of them, {counted(r.group, 'completion')} each"
+    each = min(s.config.batching.rows, c.used)
+    text = f"{counted(c.used, 'prompt')}; a step samples {each} of them, {counted(r.group, 'completion')} each"
     yield Finding("ok", "prompts", f"{text}, of {r.max_tokens} tokens at most")
-    if c.kept < max(s.config.batching.rows, _FEW_PROMPTS):
-        every = "every step samples the same one" if c.kept == 1 else "steps repeat the same ones"
+    if c.used < max(s.config.batching.rows, _FEW_PROMPTS):
+        every = "every step samples the same one" if c.used == 1 else "steps repeat the same ones"
         fix = f"add prompts (a few hundred at least), or lower batching.rows ({s.config.batching.rows} here)"
-        yield Finding("warn", "prompts", f"only {counted(c.kept, 'prompt')} to train on: {every}", fix)
+        yield Finding("warn", "prompts", f"only {counted(c.used, 'prompt')} to train on: {every}", fix)
     if s.config.reinforcement.loss is not None:
         yield from _rewards(s)
 
@@ -362,7 +362,7 @@ def _long_prompts(s: TextSubject) -> Iterator[Finding]:
 
 def _held_out_rows_are_apart(s: TextSubject) -> Iterator[Finding]:
     """Report held-out rows that are also trained on, which distort validation loss."""
-    metadata = s.data.about
+    metadata = s.data.metadata
     if metadata is not None:
         yield Finding("ok", "format", f"{counted(metadata.rows, 'row')} in `{metadata.format}` format: {metadata.why}")
         if metadata.unused:
@@ -536,20 +536,20 @@ def _fits_in_memory(s: TextSubject) -> Iterator[Finding]:
     )
     need, less = (remaining_bytes(plan.memory, plan.device) for plan in (plain, again))
     on, _ = recomputes(mode, need, free)
-    s.plan = chosen = again if on else plain
+    s.plan = selected = again if on else plain
     s.numbers.update(memory_needed=need, memory_checkpointed=less, memory_free=free)
-    sampling_packed, training_packed = _packed_bytes(s, chosen, device.type, on)
-    keeps, packs = _dequantized_bytes(s, chosen, device.type), sampling_packed + training_packed
-    peak, parts = chosen.memory.peak + keeps + packs, {**chosen.memory.parts, "packed": packs}
+    sampling_packed, training_packed = _packed_bytes(s, selected, device.type, on)
+    keeps, packs = _dequantized_bytes(s, selected, device.type), sampling_packed + training_packed
+    peak, parts = selected.memory.peak + keeps + packs, {**selected.memory.parts, "packed": packs}
     s.numbers.update(predicted_peak_bytes=peak, predicted_parts=parts)
     s.numbers.update(kept_dequantized=keeps, kept_packed=training_packed, drawer_packed=sampling_packed)
-    if not chosen.changes and chosen.seconds is not None:
-        s.numbers.update(predicted_seconds=round(chosen.seconds, 4))
+    if not selected.changes and selected.seconds is not None:
+        s.numbers.update(predicted_seconds=round(selected.seconds, 4))
     required = (less if on else need) + packs
     longest = f"the largest micro-batch has {s.largest_micro:,} tokens, the longest row {row:,}"
     limited = config.memory.limit_gb is not None and free == int(config.memory.limit_gb * 1e9)
     more = "a higher memory.limit_gb" if limited else "a machine with more memory"
-    fix = suggested_settings(chosen) or f"a smaller base, or {more} (veneer plan shows what it takes)"
+    fix = suggested_settings(selected) or f"a smaller base, or {more} (veneer plan shows what it takes)"
     if required - packs <= free < required:
         fix = "memory.keep_packed_gb=0"
     finding = memory_finding(required, free, longest, fix=fix, force=s.force)
@@ -563,7 +563,7 @@ def _fits_in_memory(s: TextSubject) -> Iterator[Finding]:
     if packs:
         text = f"{gigabytes(packs)} of it are frozen weights kept a second time, in the order of their products"
         yield Finding("ok", "memory", text)
-    yield from _predicted(chosen, packs)
+    yield from _predicted(selected, packs)
 
 
 def _dequantized_bytes(s: TextSubject, plan: Plan, device: str) -> int:

@@ -48,7 +48,7 @@ class PromptItem:
         return max(len(self.ids), len(self.teacher_ids)) + self.most
 
     @property
-    def learned(self) -> int:
+    def trained_tokens(self) -> int:
         return self.most
 
 
@@ -109,7 +109,7 @@ def prompt_split(rows: Sequence[Row], config: TrainConfig, base: TextBase) -> tu
             bad.append(f"{row.where}: the prompt is empty")
         elif longest + section.max_tokens > limit:
             long.append(f"{row.where}: {longest} tokens and {section.max_tokens} of an answer")
-            counts.note("long_dropped", row.where)
+            counts.add("long_dropped", row.where)
         else:
             items.append(PromptItem(ids, i, section.max_tokens, teacher_ids if config.distillation.system else ()))
     if bad:
@@ -121,7 +121,7 @@ def prompt_split(rows: Sequence[Row], config: TrainConfig, base: TextBase) -> tu
             "data.long_rows=drop",
         )
     examples = [Example(list(item.ids), [False] * len(item.ids), item.row) for item in items]
-    counts.kept, counts.tokens = len(items), sum(len(item.ids) for item in items)
+    counts.used, counts.tokens = len(items), sum(len(item.ids) for item in items)
     counts.trained_tokens = section.max_tokens * len(items)
     return items, EncodedRows(examples, counts, renderer, set(base.stop_ids), renderer.template is not None, set())
 
@@ -218,16 +218,18 @@ def planned_rollouts(items: Sequence[PromptItem], config: TrainConfig, rows: Seq
     """Return all steps of the run in order, at their largest possible size."""
     r = config.sampling
     assert r is not None
-    shares = config.reinforcement.loss is not None  # in distillation, the teacher can have another prompt
+    share_prompt = config.reinforcement.loss is not None  # in distillation, the teacher can have another prompt
 
     def micro(batch_items: list[PromptItem]) -> Micro:
-        prompts = dict.fromkeys(item.ids for item in batch_items) if shares else [item.ids for item in batch_items]
+        prompts = (
+            dict.fromkeys(item.ids for item in batch_items) if share_prompt else [item.ids for item in batch_items]
+        )
         most = sum(item.most for item in batch_items)
         return Micro(
             tokens=sum(map(len, prompts)) + most,
             trained=most,
             rows=tuple(dict.fromkeys(rows[item.row].where for item in batch_items)),
-            make=lambda: _longest_possible(batch_items, shares),
+            make=lambda: _longest_possible(batch_items, share_prompt),
             units=len(batch_items),
             items=tuple(batch_items),
         )
@@ -239,7 +241,7 @@ def planned_rollouts(items: Sequence[PromptItem], config: TrainConfig, rows: Seq
             answers = [items[i] for i in prompts for _ in range(r.group)]
             groups = (
                 shared_groups([(item.ids, item.most) for item in answers], config)
-                if shares
+                if share_prompt
                 else answer_groups([item.tokens for item in answers], config)
             )
             micros = tuple(micro([answers[i] for i in group]) for group in groups)
@@ -255,13 +257,15 @@ def first_rollouts(items: Sequence[PromptItem], config: TrainConfig, rows: Seque
     return list(planned_rollouts(items, config.model_copy(update={"schedule": once}), rows))
 
 
-def _longest_possible(items: Sequence[PromptItem], shares: bool) -> PolicyBatch:
+def _longest_possible(items: Sequence[PromptItem], share_prompt: bool) -> PolicyBatch:
     """Return the longest possible completions, filled with the prompts' own tokens."""
     rollouts = []
     for item in items:
         completion = tuple(item.ids[i % len(item.ids)] for i in range(item.most))
         rollouts.append(Rollout(item.ids, completion, (0.0,) * item.most, (0.0,) * item.most, "", cut=True))
-    batch, shared = collate_shared(rollouts) if shares else (collate([rollout_example(r) for r in rollouts]), None)
+    batch, shared = (
+        collate_shared(rollouts) if share_prompt else (collate([rollout_example(r) for r in rollouts]), None)
+    )
     ones = torch.ones(len(items), dtype=torch.float64)
     return PolicyBatch(
         batch.input_ids,

@@ -1,7 +1,7 @@
 """Render a row as its training text, and mark the trained characters.
 
-    text       "<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello<|im_end|>\\n"
-    learned    [(53, 68)]
+    text             "<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello<|im_end|>\\n"
+    trained_spans    [(53, 68)]
 
 With a chat template, the trained part of an assistant turn starts where the generation prompt ends (the text
 that inference shows the model) and ends after the end-of-turn marker. Rendering the conversation up to the
@@ -43,13 +43,13 @@ _MARK = "\ue000\ue001\ue002"  # private use: in no text, so common prefixes and 
 class Rendered:
     """A rendered row.
 
-    `learned`: character ranges [start, end) to train on. `chat`: rendered by a template, which writes all
+    `trained_spans`: character ranges [start, end) to train on. `chat`: rendered by a template, which writes all
     special tokens itself. `append_eos`: the end-of-text token follows and is trained on. `changed_turns`:
     turns that the template renders differently once later turns follow (for example, if it strips earlier
     thinking); they are trained as in `text`."""
 
     text: str
-    learned: list[tuple[int, int]] = field(default_factory=list)
+    trained_spans: list[tuple[int, int]] = field(default_factory=list)
     chat: bool = False
     append_eos: bool = False
     changed_turns: int = 0
@@ -126,13 +126,13 @@ class Renderer:
         text = self._text(row.messages, row)
         out = Rendered(text, chat=True)
         if train_on == "all":
-            out.learned = [(0, len(text))]
+            out.trained_spans = [(0, len(text))]
             unlearned = [i for i, m in enumerate(row.messages) if m["role"] == "assistant" and m.get("weight") == 0]
             for start, end in self._turns(row, text, unlearned, out):
-                at, last = out.learned.pop()
-                out.learned += [(at, start), (end, last)]
+                at, last = out.trained_spans.pop()
+                out.trained_spans += [(at, start), (end, last)]
             return out
-        out.learned = self._turns(row, text, _learned_turns(row, train_on), out)
+        out.trained_spans = self._turns(row, text, _learned_turns(row, train_on), out)
         return out
 
     def _turns(self, row: Row, text: str, turns: Sequence[int], out: Rendered) -> list[tuple[int, int]]:

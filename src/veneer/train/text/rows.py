@@ -161,9 +161,9 @@ def parse_rows(
     unpaired-preference, whose completions a supervised run would learn whatever their label. `values`: keep
     all columns of each row."""
     records, files = read_data_files([sources] if isinstance(sources, str) else list(sources), limit)
-    seen = list(dict.fromkeys(column for record in records for column in record.values))
+    data_columns = list(dict.fromkeys(column for record in records for column in record.values))
     candidates = _UNASKED if formats is None else formats
-    name, mapping, why = _choose(seen, format, dict(columns or {}), records, candidates)
+    name, mapping, why = _choose(data_columns, format, dict(columns or {}), records, candidates)
     rows: list[Row | UnusableRow] = []
     for record in records:
         try:
@@ -173,7 +173,7 @@ def parse_rows(
             rows.append(UnusableRow(record.where, str(error), record.values))
     usable = [row for row in rows if isinstance(row, Row)]
     used = {mapping.get(c, c) for c in format_columns(name)}
-    unused = [] if values else [c for c in seen if c not in used]
+    unused = [] if values else [c for c in data_columns if c not in used]
     return rows, About(name, why, len(usable), files, unused, len(usable) - len({r.key for r in usable}))
 
 
@@ -371,8 +371,10 @@ def _from_pair(values: Mapping[str, Any]) -> Row:
 
     Without a `prompt`, the common beginning is the prompt."""
     prompt = _decoded(values.get("prompt"))
-    (kind, chosen), (other, rejected) = (_conversation(prompt, _decoded(values[c]), c) for c in ("chosen", "rejected"))
-    row = Row(kind if kind == other else "messages", chosen, rejected=rejected)
+    (kind, chosen), (rejected_kind, rejected) = (
+        _conversation(prompt, _decoded(values[c]), c) for c in ("chosen", "rejected")
+    )
+    row = Row(kind if kind == rejected_kind else "messages", chosen, rejected=rejected)
     shared = row.shared()
     if chosen == rejected:
         raise ValueError("`chosen` and `rejected` are the same")

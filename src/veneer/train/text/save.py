@@ -103,7 +103,7 @@ def text_report(
     parts = ReportParts(
         base=base.name,
         weights=folder / TENSOR_FILE,
-        facts=base_facts(base),
+        details=base_facts(base),
         usage=_usage(folder, base),
         cards=[
             *_preference_cards(result),

@@ -60,32 +60,37 @@ def grid(overrides: Sequence[str]) -> list[Combination]:
     """
     parsed = [override.partition("=") for override in overrides]
     values = {key: _values(text) for key, _, text in parsed}
-    swept = {key: own for key, own in values.items() if len(own) > 1}
-    count = math.prod(len(own) for own in swept.values())
+    swept = {key: options for key, options in values.items() if len(options) > 1}
+    count = math.prod(len(options) for options in swept.values())
     if not swept or count > _MOST:
         raise ConfigError(
             f"{count} combinations are too many" if swept else "nothing is swept: no setting has several values",
             fix=f"give settings with commas, up to {_MOST} combinations: adapter.rank=8,16 seed=0,1",
         )
     twice = [key for key in values if sum(key == each for each, *_ in parsed) > 1]
-    twice += [f"{key}={value}" for key, own in swept.items() for value in dict.fromkeys(own) if own.count(value) > 1]
+    twice += [
+        f"{key}={value}"
+        for key, options in swept.items()
+        for value in dict.fromkeys(options)
+        if options.count(value) > 1
+    ]
     if twice:
         raise ConfigError(f"{twice[0]} is given twice", fix="give it once")
     if outputs := swept.keys() & {"output", "output.directory"}:
         fix = "one folder: each combination has its own in it"
         raise ConfigError("the output cannot be swept", where=outputs.pop(), fix=fix)
     leaves = [key.rpartition(".")[2] for key in swept]
-    short = {key: leaf if leaves.count(leaf) == 1 else key for key, leaf in zip(swept, leaves, strict=True)}
+    short = {key: last if leaves.count(last) == 1 else key for key, last in zip(swept, leaves, strict=True)}
     fixed = ["".join(parts) for parts in parsed if parts[0] not in swept]
     out = []
     names: set[str] = set()
-    for n, chosen in enumerate(itertools.product(*swept.values()), 1):
-        own = dict(zip(swept, chosen, strict=True))
-        name = ",".join(f"{short[key]}={re.sub(r'[^A-Za-z0-9._+-]+', '_', value)}" for key, value in own.items())
+    for n, combination in enumerate(itertools.product(*swept.values()), 1):
+        selected = dict(zip(swept, combination, strict=True))
+        name = ",".join(f"{short[key]}={re.sub(r'[^A-Za-z0-9._+-]+', '_', value)}" for key, value in selected.items())
         if len(name) > _NAME or name in names:  # two paths can give equal or too long names
             name = f"{name[:_NAME]},{n}"
         names.add(name)
-        out.append(Combination(name, own, [*fixed, *(f"{key}={value}" for key, value in own.items())]))
+        out.append(Combination(name, selected, [*fixed, *(f"{key}={value}" for key, value in selected.items())]))
     return out
 
 

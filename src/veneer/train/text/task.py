@@ -242,8 +242,8 @@ def _decided_settings(
     if config.base.device == "auto":
         device = devices.device if devices.count > 1 else str(base.device)
         yield "base.device", device, "a GPU if there is one"
-    if config.data.format == "auto" and data.about is not None:
-        yield "data.format", data.about.format, data.about.why
+    if config.data.format == "auto" and data.metadata is not None:
+        yield "data.format", data.metadata.format, data.metadata.why
     if config.data.split is None and config.data.validation is None:
         yield "data.split", len(data.held_out.rows), "5% of the rows, at most 500; none below 20 rows"
     if config.schedule.epochs is None and config.schedule.steps is None:
