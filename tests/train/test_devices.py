@@ -292,7 +292,7 @@ def test_hanging_processes_are_ended(monkeypatch: pytest.MonkeyPatch, capfd: pyt
 
 def test_devices_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert devices.own_device("cpu", 5, 6) == "cpu"
-    with pytest.raises(ConfigError, match="takes a device of its own"):
+    with pytest.raises(ConfigError, match="needs its own device"):
         devices.own_device("cuda:1", 0, 2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ConfigError, match="no CUDA device"):

@@ -201,7 +201,7 @@ def own_device(device: str, local: int, count: int) -> str:
         return "cpu"
     if device not in ("auto", "cuda"):
         raise ConfigError(
-            f"base.device is {device}, and each of the {count} processes takes a device of its own",
+            f"base.device is {device}, and each of the {count} processes needs its own device",
             where="base.device",
             fix="set it to auto, cuda or cpu",
         )

@@ -654,7 +654,7 @@ def _save_on_error(loop: Loop) -> Iterator[None]:
         if loop.devices.count == 1 and loop.save is not None and loop.progress.step:
             rng_restore(previous_rng)
             _save(loop)
-            loop.emit(Note(f"the state after step {loop.progress.step} is saved: --resume goes on from there"))
+            loop.emit(Note(f"the state after step {loop.progress.step} is saved: --resume continues from it"))
         raise
 
 

@@ -327,7 +327,7 @@ def _restored(run: Run, task: Task[Any], optimizer: Optimizer, identity: Mapping
         run.note(note)
     if missing:
         runs = counted(len(missing), "run")
-        run.note(f"trained together with {runs} more until here: the run goes on, but may differ in the last bits")
+        run.note(f"trained together with {runs} more until here: the run continues, but its last bits can differ")
     return restored.progress
 
 
@@ -372,7 +372,7 @@ def _folder_lock(folder: Path) -> Iterator[None]:
         take_lock(descriptor)
     except BlockingIOError as error:
         os.close(descriptor)
-        fix = "wait for its end, or stop it; another run has an output.directory of its own"
+        fix = "wait for its end, or stop it; give another run its own output.directory"
         raise CheckpointError("another run is writing into this folder", where=str(folder), fix=fix) from error
     except OSError:
         pass  # the file system has no locks

@@ -194,11 +194,11 @@ def test_recomputed_activations_have_the_same_strength(shared: Path, tmp_path: P
     ("given", "says"),
     [
         ({"slider": {"negative": " A  red house"}}, "say the same ('a red house'), so there is no direction"),
-        ({"slider": {"positive": None}}, "`slider.positive` is required beside `slider.negative`"),
+        ({"slider": {"positive": None}}, "`slider.positive` is required with `slider.negative`"),
         ({"data": {"pictures": "x"}}, "`data.pictures`: a slider learns from no pictures"),
         ({"slider": {"strengths": []}}, "`slider.strengths` is empty"),
         ({"slider": {"strengths": [1, -20000]}}, "a column of the sample sheets is -20000"),
-        ({"adapter": {"text_encoders": ["text_encoder"]}}, "its direction is of the denoiser alone"),
+        ({"adapter": {"text_encoders": ["text_encoder"]}}, "its direction is of the denoiser only"),
         ({"loss": {"guidance": 2.0}}, "`loss.guidance`: a slider learns from no pictures"),
         ({"data": {"resolution": [32, 64]}}, "`data.resolution` is one number for a slider"),
     ],

@@ -52,7 +52,7 @@ def test_rewards_rise_without_mismatch_and_the_report_shows_them(shared: Path, b
     page = Path(result.report).read_text()
     for title in (
         "Reward: team",
-        "Sampler beside trainer",
+        "Sampler-trainer mismatch",
         "Tokens of an answer",
         "cut at the limit",
         "worth the same",

@@ -29,7 +29,7 @@ def text_problems(config: TrainConfig, user_keys: Collection[str]) -> Iterator[s
     yield from _kind(config)
     named = [f"`adapter.{key}`" for key in changed_keys(config.adapter) if key not in ("start", "dropout")]
     if config.adapter.start is not None and named:
-        yield f"{', '.join(named)} cannot be set beside `adapter.start`, which brings its own"
+        yield f"{', '.join(named)} cannot be set with `adapter.start`, which has its own"
     if config.memory.activation_checkpointing == "off":
         yield from _unused(config, "memory", "`memory.activation_checkpointing`", "offload_activations")
     yield from _run(config)
@@ -98,7 +98,7 @@ def check_group(configs: Sequence[TrainConfig | ImageTrainConfig], names: Sequen
     if problems:
         raise ConfigError(
             f"these configurations cannot be trained in one pass:\n{bullets(problems, None)}",
-            fix="give all the same base and memory, and each an output of its own; or train them one after another",
+            fix="use one base and memory for all and a separate output for each, or train them one after another",
         )
 
 
@@ -245,7 +245,7 @@ def _slider(config: ImageTrainConfig, user_keys: Collection[str]) -> Iterator[st
     slider = config.slider
     for key, opposite in (("positive", "negative"), ("negative", "positive")):
         if getattr(slider, key) is None:
-            yield f"`slider.{key}` is required beside `slider.{opposite}`: a direction has two ends"
+            yield f"`slider.{key}` is required with `slider.{opposite}`: a direction has two ends"
     ends = [" ".join((end or "").lower().split()) for end in (slider.positive, slider.negative)]
     if None not in (slider.positive, slider.negative) and ends[0] == ends[1]:
         yield (
@@ -266,7 +266,7 @@ def _slider(config: ImageTrainConfig, user_keys: Collection[str]) -> Iterator[st
     if idle := sorted(of_pictures & set(user_keys)):
         yield f"{', '.join(f'`{key}`' for key in idle)}: a slider learns from no pictures; leave it out"
     if config.adapter.text_encoders:
-        yield "`adapter.text_encoders` beside a slider: its direction is of the denoiser alone; leave it out"
+        yield "`adapter.text_encoders` cannot be used with a slider, which trains the denoiser only; leave it out"
 
 
 def _samples_and_output(config: ImageTrainConfig) -> Iterator[str]:
