@@ -278,7 +278,7 @@ def verify(
             return _verify_each(library, references)
     rebuilt = upkeep.rebuild(_location["location"], _location["index"]) if rebuild else None
     with _open() as library:
-        report = upkeep.verify_library(library, repair=repair, say=say)
+        report = upkeep.verify_library(library, repair=repair, log=say)
     ok = report.ok and not (rebuilt and rebuilt.lost)
     lines = [f"rebuilt the index: {rebuilt.versions:,} versions of {rebuilt.names:,} names"] if rebuilt else []
     titles = {"LOST": rebuilt.lost if rebuilt else [], "MISSING": report.missing, "CORRUPT": report.corrupt}

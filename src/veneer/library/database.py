@@ -43,7 +43,7 @@ def columns(kind: Any, *names: str, nullable: bool = False, index: bool = False)
     return [Column(name, kind, nullable=nullable, index=index) for name in names]
 
 
-def open_engine(where: str, what: str, patience: float = PATIENCE, *, synced: bool = True) -> Engine:
+def open_engine(where: str, label: str, patience: float = PATIENCE, *, synced: bool = True) -> Engine:
     """Return an engine for a SQLite file or a database URL.
 
     where: a path, or a URL such as postgresql://user@host/database.
@@ -63,17 +63,17 @@ def open_engine(where: str, what: str, patience: float = PATIENCE, *, synced: bo
         return _sqlite(url, patience, synced) if url.startswith("sqlite:") else _postgresql(url, patience)
     except ImportError as error:
         if not url.startswith("postgresql"):
-            raise ConfigError(f"this is not an address of {what}", where=shown_url(where), fix=URL_FIX) from None
+            raise ConfigError(f"this is not an address of {label}", where=shown_url(where), fix=URL_FIX) from None
         raise MissingExtraError(
-            f"{what} needs {error.name or 'a database driver'}",
+            f"{label} needs {error.name or 'a database driver'}",
             where=shown_url(where),
             fix="pip install 'veneer[postgres]'",
         ) from None
     except (ArgumentError, NoSuchModuleError) as error:
-        raise ConfigError(f"this is not an address of {what}: {error}", where=shown_url(where), fix=URL_FIX) from None
+        raise ConfigError(f"this is not an address of {label}: {error}", where=shown_url(where), fix=URL_FIX) from None
     except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
         raise ConfigError(
-            f"cannot create a folder for {what}: {error.strerror}", where=str(error.filename), fix="another place"
+            f"cannot create a folder for {label}: {error.strerror}", where=str(error.filename), fix="another place"
         ) from None
 
 
@@ -227,12 +227,12 @@ _LOCK_TIMEOUT = "55P03"
 def _take_lock(connection: Connection, lock: int) -> None:
     """Take the advisory lock, waiting for other holders."""
     driver: Any = connection.connection.driver_connection
-    own = driver.patience
-    seconds = own if own < PATIENCE else _BUSY_SECONDS
+    patience = driver.patience
+    seconds = patience if patience < PATIENCE else _BUSY_SECONDS
     connection.execute(text(f"SET LOCAL lock_timeout = {int(seconds * 1000)}"))
-    driver.patience = seconds + own
+    driver.patience = seconds + patience
     try:
         connection.execute(text(f"SELECT pg_advisory_xact_lock({lock})"))
     finally:
-        driver.patience = own
+        driver.patience = patience
     connection.execute(text("SET LOCAL lock_timeout = 0"))

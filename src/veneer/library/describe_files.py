@@ -54,9 +54,9 @@ class Gain:
 def gain_of(card: Mapping[str, Any]) -> Gain | None:
     """Return the gain from a card; None if the card has no held-out losses."""
     metrics = _dict(card, "metrics")
-    before, after = (_number(metrics.get(f"validation_loss{when}")) for when in ("_before", ""))
+    initial, final = (_number(metrics.get(f"validation_loss{when}")) for when in ("_before", ""))
     rewarded = "reward_failed" in _dict(metrics, "measured")
-    return None if before is None or after is None else Gain(before, after, rewarded)
+    return None if initial is None or final is None else Gain(initial, final, rewarded)
 
 
 def card_picture(card: Mapping[str, Any]) -> tuple[str, bytes] | None:

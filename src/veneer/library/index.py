@@ -221,9 +221,9 @@ def clear(connection: Connection) -> None:
 
 def many(connection: Connection, table: Table, rows: Iterable[Mapping[str, Any]]) -> None:
     """Insert any number of rows, including none."""
-    listed = [dict(r) for r in rows]
-    if listed:
-        connection.execute(insert(table), listed)
+    values = [dict(r) for r in rows]
+    if values:
+        connection.execute(insert(table), values)
 
 
 def now_text() -> str:
@@ -231,7 +231,7 @@ def now_text() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def add_checks(connection: Connection, found: Iterable[tuple[str, str, bool | None, str]]) -> None:
+def add_checks(connection: Connection, results: Iterable[tuple[str, str, bool | None, str]]) -> None:
     """Record checks that ran now: (entry, name, ok, detail)."""
     at = now_text()
-    many(connection, checks, ({"entry": e, "name": n, "ok": ok, "detail": d, "at": at} for e, n, ok, d in found))
+    many(connection, checks, ({"entry": e, "name": n, "ok": ok, "detail": d, "at": at} for e, n, ok, d in results))

@@ -111,8 +111,8 @@ class Library:
         parsed = parse_reference(reference)
         versions = find_versions(connection, parsed)
         if len(versions) > 1:
-            listed = "\n".join(f"  {v.digest or 'sha256:' + v.entry}  {v.reference}" for v in versions)
-            raise AdapterError(f"{reference} matches several adapters:\n{listed}", where=self.location)
+            lines = "\n".join(f"  {v.digest or 'sha256:' + v.entry}  {v.reference}" for v in versions)
+            raise AdapterError(f"{reference} matches several adapters:\n{lines}", where=self.location)
         if not versions:
             raise self._unknown(connection, reference, parsed.name)
         return versions[0]
@@ -124,8 +124,8 @@ class Library:
             has = ", ".join([f"{name}@{w}" for w in [*sorted(numbers)[-5:], *sorted(pointers)]])
             return NotInLibrary(f"the library has no {reference}", where=self.location, fix=f"it has {has}")
         names = connection.scalars(select(ix.names.c.name).where(ix.names.c.latest.is_not(None))).all() if name else []
-        near = nearest(name, names, 3)
-        fix = f"did you mean {' or '.join(near)}?" if near else "see `veneer library list`"
+        suggestions = nearest(name, names, 3)
+        fix = f"did you mean {' or '.join(suggestions)}?" if suggestions else "see `veneer library list`"
         return NotInLibrary(f"the library has no adapter {reference!r}", where=self.location, fix=fix)
 
     def knows_base(self, name: str) -> bool:
@@ -141,12 +141,12 @@ class Library:
         with reading(self.engine) as connection:
             return search(connection, text, **filters)
 
-    def browse(self, text: str = "", **asked: Any) -> SearchPage:
+    def browse(self, text: str = "", **filters: Any) -> SearchPage:
         """Return a page of matching versions with counts.
 
         See `queries.browse` for filters."""
         with reading(self.engine) as connection:
-            return browse(connection, text, **asked)
+            return browse(connection, text, **filters)
 
     def family(self, reference: str) -> AdapterFamily:
         """Return an adapter's parents, children and versions. Raises as `find`."""
@@ -169,14 +169,14 @@ class Library:
         with reading(self.engine) as connection:
             return checks_of(connection, version.entry)
 
-    def record_checks(self, entry: str, found: Iterable[tuple[str, bool | None, str]]) -> None:
+    def record_checks(self, entry: str, results: Iterable[tuple[str, bool | None, str]]) -> None:
         """Replace the recorded checks of an entry's files: (name, ok, detail) each."""
         e = ix.entries.c
         with ix.index_transaction(self.engine) as connection:
             connection.execute(delete(ix.checks).where(ix.checks.c.entry == entry))
             # otherwise collected meanwhile
             if connection.scalar(select(e.id).where(e.id == entry)) is not None:
-                ix.add_checks(connection, ((entry, *each) for each in found))
+                ix.add_checks(connection, ((entry, *each) for each in results))
 
     def resolve(self, reference: str) -> Path:
         """Return a local read-only path with the adapter's files.
@@ -429,16 +429,16 @@ class Library:
         a, v = ix.name_aliases.c, ix.versions.c
         pointers = connection.execute(select(a.alias, a.version).where(a.name == name, a.version.in_(doomed))).all()
         if pointers and not with_aliases:
-            listed = ", ".join(f"{name}@{p.alias} -> {name}@{p.version}" for p in pointers)
+            aliases = ", ".join(f"{name}@{p.alias} -> {name}@{p.version}" for p in pointers)
             raise AdapterError(
-                f"aliases point there: {listed}", where=self.location, fix="move them first, or --with-aliases"
+                f"aliases point there: {aliases}", where=self.location, fix="move them first, or --with-aliases"
             )
         connection.execute(delete(ix.name_aliases).where(a.name == name, a.version.in_(doomed)))
         entries = set(connection.scalars(select(v.entry).where(v.name == name, v.version.in_(doomed))).all())
         connection.execute(delete(ix.tags).where(ix.tags.c.name == name, ix.tags.c.version.in_(doomed)))
         connection.execute(delete(ix.versions).where(v.name == name, v.version.in_(doomed)))
-        left = connection.scalars(select(v.version).where(v.name == name)).all()
-        connection.execute(update(ix.names).where(ix.names.c.name == name).values(latest=max(left, default=None)))
+        remaining = connection.scalars(select(v.version).where(v.name == name)).all()
+        connection.execute(update(ix.names).where(ix.names.c.name == name).values(latest=max(remaining, default=None)))
         blobs = select(ix.files.c.object).where(ix.files.c.entry.in_(entries))
         o, paths = ix.objects.c, [manifest_path(e) for e in entries]
         connection.execute(update(ix.objects).where(o.path.in_(blobs) | o.path.in_(paths)).values(touched=time.time()))
@@ -469,17 +469,17 @@ def open_library(location: str | Path | None = None, index: str | None = None, *
         index = str(store.root / "index.sqlite" if isinstance(store, LocalStore) else home)
     engine = ix.connect(index)
     try:
-        mark = _mark(store, where) or _begin(store, engine, where)
+        library_id = _mark(store, where) or _begin(store, engine, where)
         with reading(engine) as connection:
-            own = ix.identity(connection)
-        if check and own != mark:
+            index_id = ix.identity(connection)
+        if check and index_id != library_id:
             raise ConfigError(
                 "this index is new, or belongs to another library than these files",
                 where=f"{shown_url(index)} for {where}",
                 fix="give the right one with --index or VENEER_LIBRARY_INDEX. If it is lost: "
                 "`veneer library verify --rebuild` rebuilds it from the files",
             )
-        return Library(where, store, engine, LocalStore(veneer_home() / "cache" / "library" / mark))
+        return Library(where, store, engine, LocalStore(veneer_home() / "cache" / "library" / library_id))
     except BaseException:
         engine.dispose()
         raise
@@ -490,11 +490,11 @@ def _begin(store: LocalStore | RemoteStore, engine: Engine, where: str) -> str:
 
     The index is written first, so that a kill in between does no harm."""
     with ix.index_transaction(engine) as connection:
-        mark = ix.identity(connection) or secrets.token_hex(16)
-        ix.identify(connection, mark)
+        library_id = ix.identity(connection) or secrets.token_hex(16)
+        ix.identify(connection, library_id)
     if _mark(store, where) is None:
-        store.replace(MARK, canonical({"veneer-library": 1, "id": mark}))
-    return _mark(store, where) or mark
+        store.replace(MARK, canonical({"veneer-library": 1, "id": library_id}))
+    return _mark(store, where) or library_id
 
 
 def _mark(store: LocalStore | RemoteStore, where: str) -> str | None:
@@ -502,12 +502,12 @@ def _mark(store: LocalStore | RemoteStore, where: str) -> str | None:
         return None
     try:
         content = json.loads(store.read(MARK))
-        version, mark = content["veneer-library"], content["id"]
+        version, library_id = content["veneer-library"], content["id"]
     except (ValueError, KeyError, TypeError):
-        version = mark = None
-    if version != 1 or not isinstance(mark, str) or not mark.isalnum():
+        version = library_id = None
+    if version != 1 or not isinstance(library_id, str) or not library_id.isalnum():
         raise ConfigError(f"its {MARK} is invalid", where=where, fix="update veneer, or repair the file")
-    return mark
+    return library_id
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:

@@ -151,9 +151,9 @@ def _condemn_strays(library: Library, cutoff: float) -> None:
     o = ix.objects.c
     stored = [f for f in _stored(library) if f[2] < cutoff]
     with ix.index_transaction(library.engine) as connection:
-        known = set(connection.scalars(select(o.path)).all())
+        recorded_paths = set(connection.scalars(select(o.path)).all())
         rows = [{"path": p, "size": size, "touched": at, "generation": ix.CONDEMNED} for p, size, at in stored]
-        ix.many(connection, ix.objects, [row for row in rows if row["path"] not in known])
+        ix.many(connection, ix.objects, [row for row in rows if row["path"] not in recorded_paths])
 
 
 def _stored(library: Library) -> Iterator[tuple[str, int, float]]:
@@ -164,7 +164,7 @@ def _stored(library: Library) -> Iterator[tuple[str, int, float]]:
 # -- checking ----------------------------------------------------------------------------------------------------------
 
 
-def verify_library(library: Library, *, repair: bool = False, say: Callable[[str], None] | None = None) -> VerifyReport:
+def verify_library(library: Library, *, repair: bool = False, log: Callable[[str], None] | None = None) -> VerifyReport:
     """Compare every file with its sha256, and names' records with the index.
 
     Results are stored as the adapters' checks.
@@ -183,8 +183,8 @@ def verify_library(library: Library, *, repair: bool = False, say: Callable[[str
             corrupt.append(path)
         out.files += 1
         out.bytes += size
-        if say is not None and (at + 1) % 1000 == 0:
-            say(f"{at + 1:,} of {len(referenced):,} files")
+        if log is not None and (at + 1) % 1000 == 0:
+            log(f"{at + 1:,} of {len(referenced):,} files")
     if absent or corrupt:  # files collected meanwhile are not faults
         referenced = _referenced(library)
     out.missing = [_with_versions(library, path) for path in absent if path in referenced]
@@ -301,10 +301,10 @@ def rebuild(location: str | Path | None = None, index: str | None = None) -> Reb
     one step ahead of the lost index, never behind."""
     out = RebuildReport()
     with open_library(location, index, check=False) as library:
-        mark = json.loads(library.store.read("library.json"))["id"]
+        library_id = json.loads(library.store.read("library.json"))["id"]
         with ix.index_transaction(library.engine) as connection:
             ix.clear(connection)
-            ix.identify(connection, mark)
+            ix.identify(connection, library_id)
             for path, _, _ in sorted(library.store.walk("names")):
                 try:
                     fields = check_record(json.loads(library.store.read(path)))

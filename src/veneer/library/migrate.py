@@ -52,7 +52,7 @@ class Schema:
         return Table(self.table, MetaData(), Column("version_num", String(32), primary_key=True))
 
 
-def append_only(connection: Connection, tables: Sequence[str], what: str, function: str) -> None:
+def append_only(connection: Connection, tables: Sequence[str], subject: str, function: str) -> None:
     """Make the database refuse to change or delete rows of these tables.
 
     what: as in "the audit log is".
@@ -60,7 +60,7 @@ def append_only(connection: Connection, tables: Sequence[str], what: str, functi
     if connection.dialect.name == "postgresql":
         connection.exec_driver_sql(
             f"CREATE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS "
-            f"$$ BEGIN RAISE EXCEPTION '{what} append-only'; END $$"
+            f"$$ BEGIN RAISE EXCEPTION '{subject} append-only'; END $$"
         )
     for table in tables:
         if connection.dialect.name == "postgresql":
@@ -72,7 +72,7 @@ def append_only(connection: Connection, tables: Sequence[str], what: str, functi
         for verb in ("UPDATE", "DELETE"):
             connection.exec_driver_sql(
                 f"CREATE TRIGGER {table}_no_{verb.lower()} BEFORE {verb} ON {table} "
-                f"BEGIN SELECT RAISE(ABORT, '{what} append-only'); END"
+                f"BEGIN SELECT RAISE(ABORT, '{subject} append-only'); END"
             )
 
 

@@ -68,9 +68,9 @@ class Names:
     """The names at one moment; `find` returns what `queries.find_versions` does."""
 
     def __init__(
-        self, kept: Iterable[NamedVersion] = (), latest: Iterable[tuple[str, int]] = (), aliases: Iterable[Any] = ()
+        self, versions: Iterable[NamedVersion] = (), latest: Iterable[tuple[str, int]] = (), aliases: Iterable[Any] = ()
     ) -> None:
-        self._kept = {(k.name, k.version): k for k in kept}
+        self._kept = {(k.name, k.version): k for k in versions}
         self._latest = dict(latest)
         self._aliases: dict[tuple[str, str], int] = {(name, alias): version for name, alias, version in aliases}
 
@@ -114,14 +114,14 @@ def read(connection: Connection) -> Names:
     """Return the current names."""
     v, e, a, n = ix.versions.c, ix.entries.c, ix.name_aliases.c, ix.names.c
     columns = (v.name, v.version, v.entry, v.added, e.digest, e.format, e.fingerprint, e.base)
-    kept = [
+    versions = [
         NamedVersion(*row)
         for row in connection.execute(select(*columns).join_from(ix.versions, ix.entries, v.entry == e.id))
     ]
     latest = [
         (row.name, row.latest) for row in connection.execute(select(n.name, n.latest).where(n.latest.is_not(None)))
     ]
-    return Names(kept, latest, [tuple(row) for row in connection.execute(select(a.name, a.alias, a.version))])
+    return Names(versions, latest, [tuple(row) for row in connection.execute(select(a.name, a.alias, a.version))])
 
 
 class NameIndex:
@@ -245,12 +245,12 @@ class NameIndex:
         with self._lock:
             requests, self._waiting = self._waiting, []
         try:
-            mark = self._version(driver)
-            if mark != self._mark:
+            version = self._version(driver)
+            if version != self._mark:
                 began = time.monotonic()
                 with reading(self.engine) as connection:
                     self._names = read(connection)
-                self._mark = mark
+                self._mark = version
                 self._complete(requests)
                 self._stop.wait(min(time.monotonic() - began, 5.0))
         finally:

@@ -126,14 +126,14 @@ def parse_reference(text: str, *, cased: bool = False) -> Reference:
         if not _PREFIX.fullmatch(text):
             raise ConfigError(f"{text!r} is not a digest", fix="sha256: and 4 to 64 hexadecimal digits in lower case")
         return Reference(prefix=text)
-    name, at, which = text.partition("@")
+    name, at, selector = text.partition("@")
     check_name(name, cased=cased)
-    if not at or which == "latest":
+    if not at or selector == "latest":
         return Reference(name)
-    if which.isascii() and which.isdigit() and len(which) < 10:
-        return Reference(name, version=int(which))
-    check_alias(which)
-    return Reference(name, alias=which)
+    if selector.isascii() and selector.isdigit() and len(selector) < 10:
+        return Reference(name, version=int(selector))
+    check_alias(selector)
+    return Reference(name, alias=selector)
 
 
 def name_of(reference: str) -> str:

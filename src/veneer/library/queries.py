@@ -218,7 +218,7 @@ def browse(
     health: str = "",
     without: str = "",
     order: Order = "name",
-    sees: Callable[[str], bool] | None = None,
+    can_access: Callable[[str], bool] | None = None,
     limit: int | None = 60,
     offset: int = 0,
     **more: Any,
@@ -228,12 +228,12 @@ def browse(
     text, base, tags and `more` (name, trigger, parent, all_versions): as in `search`.
     kind: text or image. rank: 0 for several ranks. health: sound, faulty or unknown.
     without: exclude versions with a tag that starts with this.
-    sees: reference -> whether the caller can see it; None for all.
+    can_access: reference -> whether the principal can see the version; None for all.
 
     Raises ConfigError for an unknown order or health."""
-    for what, value, known in (("order", order, _ORDERS), ("health", health, ("", *_HEALTHS))):
-        if value not in known:
-            raise ConfigError(f"no {what} is called {quoted(value)}", fix=f"one of {', '.join(filter(None, known))}")
+    for facet, value, allowed in (("order", order, _ORDERS), ("health", health, ("", *_HEALTHS))):
+        if value not in allowed:
+            raise ConfigError(f"no {facet} is called {quoted(value)}", fix=f"one of {', '.join(filter(None, allowed))}")
     v, e, f, t = ix.versions.c, ix.entries.c, ix.figures.c, ix.tags.c
     filters: dict[str, Sequence[ColumnElement[bool]]] = {
         "base": _of_base(base),
@@ -243,23 +243,23 @@ def browse(
         "tag": _tagged(tags),
     }
     flags = [
-        case((and_(*conditions_of), 1), else_=0).label(f"is_{what}")
-        for what, conditions_of in filters.items()
+        case((and_(*conditions_of), 1), else_=0).label(f"is_{facet}")
+        for facet, conditions_of in filters.items()
         if conditions_of
     ]
-    conditions = [*_fitting(text, **more), *([_seen(connection, sees)] if sees is not None else [])]
+    conditions = [*_fitting(text, **more), *([_seen(connection, can_access)] if can_access is not None else [])]
     if without:
         other_tags = ix.tags.alias().c
         excluded = other_tags.tag.startswith(without, autoescape=True)
         conditions.append(~exists().where(other_tags.name == v.name, other_tags.version == v.version, excluded))
-    facets: dict[str, Counter[str]] = {what: Counter() for what in filters}
+    facets: dict[str, Counter[str]] = {facet: Counter() for facet in filters}
     each = _with_content(select(e.base, e.kind, f.rank, _health(), *flags)).where(*conditions).subquery()
     total = 0
-    for *row, many in connection.execute(select(each, func.count()).group_by(*each.c)):
+    for *row, count in connection.execute(select(each, func.count()).group_by(*each.c)):
         missed = {flag.name for flag, fits in zip(flags, row[4:], strict=True) if not fits}
-        total += many * (not missed)
-        for what, value in zip(filters, row[:4], strict=False):
-            facets[what][str(value)] += many * (missed <= {f"is_{what}"})
+        total += count * (not missed)
+        for facet, value in zip(filters, row[:4], strict=False):
+            facets[facet][str(value)] += count * (missed <= {f"is_{facet}"})
     conditions += [condition for conditions_of in filters.values() for condition in conditions_of]
     tagged = _with_content(select(t.tag, func.count().label("many"))).join(
         ix.tags, and_(t.name == v.name, t.version == v.version)
@@ -274,8 +274,8 @@ def browse(
         "rank": (f.rank.desc(),),
     }
     page = _page(connection, conditions, orders[order], limit, offset)
-    ranked = {w: dict(sorted(n.items(), key=lambda of: (-of[1], of[0]))) for w, n in facets.items()}
-    ranked = {w: {value: many for value, many in n.items() if many} for w, n in ranked.items()}
+    ranked = {w: dict(sorted(n.items(), key=lambda item: (-item[1], item[0]))) for w, n in facets.items()}
+    ranked = {w: {value: count for value, count in n.items() if count} for w, n in ranked.items()}
     return SearchPage(page, total, ranked)
 
 
@@ -283,15 +283,18 @@ def family_of(connection: Connection, version: Version) -> AdapterFamily:
     """Return the relatives of a version, by the digests in cards."""
     v, e, p = ix.versions.c, ix.entries.c, ix.parents.c
 
-    def those(condition: ColumnElement[bool]) -> list[Version]:
+    def select_versions(condition: ColumnElement[bool]) -> list[Version]:
         rows = connection.execute(_versions().where(condition).order_by(v.added.desc(), v.name, v.version.desc()))
         return _full(connection, rows.all())
 
-    parents = those(e.digest.in_(version.parents)) if version.parents else []
-    children = those(v.entry.in_(select(p.entry).where(p.parent == version.digest))) if version.digest else []
-    known = {each.digest for each in parents}
+    parents = select_versions(e.digest.in_(version.parents)) if version.parents else []
+    children = select_versions(v.entry.in_(select(p.entry).where(p.parent == version.digest))) if version.digest else []
+    found_digests = {each.digest for each in parents}
     return AdapterFamily(
-        parents, [d for d in version.parents if d not in known], children, those(v.name == version.name)
+        parents,
+        [d for d in version.parents if d not in found_digests],
+        children,
+        select_versions(v.name == version.name),
     )
 
 
@@ -350,13 +353,13 @@ def _of_base(base: str) -> list[ColumnElement[bool]]:
     return [or_(e.base == base, e.base_name == base.lower())] if base else []
 
 
-def _seen(connection: Connection, sees: Callable[[str], bool]) -> ColumnElement[bool]:
-    """Return the condition that `sees` accepts a version.
+def _seen(connection: Connection, can_access: Callable[[str], bool]) -> ColumnElement[bool]:
+    """Return the condition that `can_access` accepts a version.
 
     The accepted references are sent to the database as one value."""
     v = ix.versions.c
     references = (f"{name}@{version}" for name, version in connection.execute(select(v.name, v.version)))
-    visible = json.dumps([reference for reference in references if sees(reference)])
+    visible = json.dumps([reference for reference in references if can_access(reference)])
     values = (
         func.json_array_elements_text(cast(literal(visible, String), JSON)).table_valued("value")
         if connection.dialect.name == "postgresql"

@@ -75,8 +75,8 @@ def open_store(location: str) -> LocalStore | RemoteStore:
     try:
         fs, root = open_remote(location)
     except ImportError as error:
-        extra = {"s3": "pip install 'veneer[s3]'", "s3a": "pip install 'veneer[s3]'"}
-        raise MissingExtraError(str(error), where=location, fix=extra.get(protocol, "install it with pip")) from None
+        commands = {"s3": "pip install 'veneer[s3]'", "s3a": "pip install 'veneer[s3]'"}
+        raise MissingExtraError(str(error), where=location, fix=commands.get(protocol, "install it with pip")) from None
     except ValueError as error:
         raise ConfigError(f"a library cannot be stored here: {error}", where=location) from None
     except OSError as error:
@@ -287,11 +287,13 @@ class RemoteStore:
         size = len(source) if isinstance(source, bytes) else source.stat().st_size
         if self.size(path) == size:
             return
-        if (found := hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else hash_file(source)) != sha256:
-            raise _wrong_bytes(path, found, sha256)
+        if (actual := hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else hash_file(source)) != sha256:
+            raise _wrong_bytes(path, actual, sha256)
         self._send(path, source)
-        if (kept := self.size(path)) not in (size, None):
-            raise AdapterError(f"{size:,} bytes were sent, {kept} are stored", where=self._at(path), fix="try again")
+        if (stored_size := self.size(path)) not in (size, None):
+            raise AdapterError(
+                f"{size:,} bytes were sent, {stored_size} are stored", where=self._at(path), fix="try again"
+            )
 
     def replace(self, path: str, data: bytes) -> None:
         self._send(path, data)
@@ -313,10 +315,10 @@ class RemoteStore:
                 entries = self.fs.find(self._at(prefix), detail=True)
         except FileNotFoundError:
             return
-        for path, about in entries.items():
-            changed = about.get("LastModified") or about.get("mtime") or about.get("created") or 0.0
+        for path, metadata in entries.items():
+            changed = metadata.get("LastModified") or metadata.get("mtime") or metadata.get("created") or 0.0
             when = changed.timestamp() if hasattr(changed, "timestamp") else float(changed)
-            yield path[len(self.root) + 1 :], int(about["size"]), when
+            yield path[len(self.root) + 1 :], int(metadata["size"]), when
 
 
 @contextlib.contextmanager
@@ -346,9 +348,9 @@ def _hashed(chunks: Iterator[bytes], digest: hashlib._Hash) -> Iterator[bytes]:
         yield chunk
 
 
-def _wrong_bytes(path: str, found: str, wanted: str) -> AdapterError:
+def _wrong_bytes(path: str, actual: str, expected: str) -> AdapterError:
     return AdapterError(
-        f"the bytes have sha256 {found}, not {wanted}",
+        f"the bytes have sha256 {actual}, not {expected}",
         where=path,
         fix="try again: the file changed, or the transfer damaged it",
     )

@@ -81,7 +81,7 @@ def push(library: Library, reference: str, location: str, *, public: bool = Fals
 
 def pull(
     library: Library,
-    place: str,
+    location: str,
     name: str = "",
     *,
     tags: Iterable[str] = (),
@@ -93,10 +93,10 @@ def pull(
     from the location's manifest."""
     with tempfile.TemporaryDirectory(prefix="veneer-pull-") as temporary:
         folder = Path(temporary)
-        if place.startswith("hf:"):
-            source, last = _from_hub(place, folder)
+        if location.startswith("hf:"):
+            source, last = _from_hub(location, folder)
         else:
-            source, last = _from_place(place, folder)
+            source, last = _from_place(location, folder)
         only = [p for p in folder.iterdir() if p.name not in PEFT_FILES]
         return library.add(
             only[0] if only else folder,
@@ -143,9 +143,9 @@ def _adapter_files(names: list[str], path: str, location: str) -> list[str]:
     candidates = [n for n in names if n.startswith(inside) and n.endswith(".safetensors")]
     if len(candidates) == 1:
         return candidates
-    listed = ", ".join(candidates[:8])
+    first_names = ", ".join(candidates[:8])
     message = "several files; it is unclear which is the adapter" if candidates else "there is no adapter"
-    raise AdapterError(message, where=location, fix=f"name one: {listed}" if candidates else None)
+    raise AdapterError(message, where=location, fix=f"name one: {first_names}" if candidates else None)
 
 
 def _from_place(location: str, into: Path) -> tuple[str, str]:
@@ -174,7 +174,7 @@ def _from_place(location: str, into: Path) -> tuple[str, str]:
 
 
 @contextlib.contextmanager
-def _client_errors(what: str, location: str) -> Iterator[None]:
+def _client_errors(client: str, location: str) -> Iterator[None]:
     """Convert client errors to veneer's: the location could not be used."""
     try:
         yield
@@ -186,7 +186,7 @@ def _client_errors(what: str, location: str) -> Iterator[None]:
         raise AdapterError(f"there is no file or folder: {error}", where=location) from error
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise AdapterError(f"the {what} cannot be used: {reason}", where=location) from error
+        raise AdapterError(f"the {client} cannot be used: {reason}", where=location) from error
 
 
 # -- export and import -------------------------------------------------------------------------------------------------
@@ -252,24 +252,24 @@ def export_to(library: Library, target: str | Path, references: Iterable[str] = 
 
 def _records(library: Library, references: list[str]) -> list[dict[str, Any]]:
     """Return the records of the chosen versions, by name."""
-    chosen: dict[str, set[str] | None] = {}
+    selected: dict[str, set[str] | None] = {}
     for reference in references:
         version = library.find(reference)
         if parse_reference(reference).name == reference:
-            chosen[version.name] = None
-        elif (numbers := chosen.setdefault(version.name, set())) is not None:
+            selected[version.name] = None
+        elif (numbers := selected.setdefault(version.name, set())) is not None:
             numbers.add(str(version.version))
     with reading(library.engine) as connection:
         if not references:
             n = ix.names.c
-            chosen = dict.fromkeys(connection.scalars(select(n.name).where(n.latest.is_not(None))).all())
+            selected = dict.fromkeys(connection.scalars(select(n.name).where(n.latest.is_not(None))).all())
         out = []
-        for name in sorted(chosen):
-            only, whole = chosen[name], record(connection, name)
+        for name in sorted(selected):
+            only, content = selected[name], record(connection, name)
             if only is not None:
-                whole["versions"] = {k: v for k, v in whole["versions"].items() if k in only}
-                whole["aliases"] = {k: v for k, v in whole["aliases"].items() if str(v) in only}
-            out.append(whole)
+                content["versions"] = {k: v for k, v in content["versions"].items() if k in only}
+                content["aliases"] = {k: v for k, v in content["aliases"].items() if str(v) in only}
+            out.append(content)
     return out
 
 
@@ -354,12 +354,12 @@ def _import_name(
         if added.version.version != int(number):
             out.notes.append(f"{name}@{number} of the export is {added.version.reference} here")
     with reading(library.engine) as connection:
-        own = record(connection, name)["aliases"]
+        aliases_here = record(connection, name)["aliases"]
     for alias, number in sorted(fields["aliases"].items()):
-        if alias not in own and number in numbers:
+        if alias not in aliases_here and number in numbers:
             library.alias(f"{name}@{numbers[number]}", alias)
-        elif alias in own and own[alias] != numbers.get(number):
-            out.notes.append(f"{name}@{alias} stays at {name}@{own[alias]}")
+        elif alias in aliases_here and aliases_here[alias] != numbers.get(number):
+            out.notes.append(f"{name}@{alias} stays at {name}@{aliases_here[alias]}")
 
 
 def _unpack(archive: Mapping[str, Callable[[], IO[bytes]]], files: Mapping[str, tuple[str, int]], into: Path) -> Path:

@@ -8,9 +8,9 @@ from alembic import context
 
 
 def _run() -> None:
-    given = context.config.attributes
+    attributes = context.config.attributes
     context.configure(
-        connection=given["connection"], version_table=given["version_table"], transaction_per_migration=False
+        connection=attributes["connection"], version_table=attributes["version_table"], transaction_per_migration=False
     )
     context.run_migrations()
 
