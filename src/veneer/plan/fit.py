@@ -89,13 +89,13 @@ def _checkpointing(load: AnyLoad, device: Device) -> Iterator[Step]:
 
 
 def _batch(load: AnyLoad, device: Device) -> Iterator[Step]:
-    one: AnyLoad
+    single: AnyLoad
     if isinstance(load, ImageLoad):
-        item, count, one = "picture", load.pictures, replace(load, pictures=1)
+        item, count, single = "picture", load.pictures, replace(load, pictures=1)
     else:
-        item, count, one = "row", len(load.lengths), replace(load, lengths=(load.longest,))
+        item, count, single = "row", len(load.lengths), replace(load, lengths=(load.longest,))
     if count > 1:
-        yield f"one {item} at a time", "batching.micro_rows=1", replace(one, micros=load.micros * count), device
+        yield f"one {item} at a time", "batching.micro_rows=1", replace(single, micros=load.micros * count), device
 
 
 def _length(load: AnyLoad, device: Device) -> Iterator[Step]:

@@ -101,8 +101,8 @@ def is_denoiser(config: Config) -> bool:
 
 def _editing(config: Config) -> list[Editing]:
     """Return how models with this denoiser edit, by whether they take guidance."""
-    ways = [EDITING[name] for name in PLANNED_FAMILIES[kind_of(config)].editors]
-    return [way for way in ways if way.guided == bool(config.get("guidance_embeds"))]
+    modes = [EDITING[name] for name in PLANNED_FAMILIES[kind_of(config)].editors]
+    return [mode for mode in modes if mode.guided == bool(config.get("guidance_embeds"))]
 
 
 def image_counts(config: Config, load: ImageLoad) -> Counts:
@@ -114,9 +114,9 @@ def image_counts(config: Config, load: ImageLoad) -> Counts:
     be planned; TargetError for targets without a match."""
     kind = kind_of(config)
     if kind not in PLANNED_FAMILIES:
-        what = f"veneer plan does not know the denoiser {quoted(kind)}"
-        raise ConfigError(what, fix=f"it knows {', '.join(sorted(PLANNED_FAMILIES))}")
-    most = max((way.references for way in _editing(config)), default=0)
+        message = f"veneer plan does not know the denoiser {quoted(kind)}"
+        raise ConfigError(message, fix=f"it knows {', '.join(sorted(PLANNED_FAMILIES))}")
+    most = max((mode.references for mode in _editing(config)), default=0)
     if load.before > most:
         takes = f"takes at most {counted(most, 'picture')} before each" if most else "edits no pictures"
         fix = "leave some out, or plan for FLUX.2, which takes most"
@@ -124,22 +124,22 @@ def image_counts(config: Config, load: ImageLoad) -> Counts:
         raise ConfigError(f"this base {takes}, and the plan is of {load.before}", where=f"{kind}'s config", fix=fix)
     text = load.text_tokens or int(config.get("text_tokens") or sum(PLANNED_FAMILIES[kind].readers.values()))
     fields = json.dumps(dict(config), sort_keys=True, default=str)
-    listed = (load.targets,) if isinstance(load.targets, str) else load.targets
-    one = _image_counts(fields, (load.height, load.width, text, load.before), listed, load.rank, load.form)
+    targets = (load.targets,) if isinstance(load.targets, str) else load.targets
+    per_picture = _image_counts(fields, (load.height, load.width, text, load.before), targets, load.rank, load.form)
     n = load.pictures
     return replace(
-        one,
-        kept=n * one.kept,
-        inputs=n * one.inputs,
-        block=n * one.block,
-        forward=n * one.forward,
-        backward=n * one.backward,
+        per_picture,
+        kept=n * per_picture.kept,
+        inputs=n * per_picture.inputs,
+        block=n * per_picture.block,
+        forward=n * per_picture.forward,
+        backward=n * per_picture.backward,
     )
 
 
 @functools.lru_cache(maxsize=256)
 def _image_counts(
-    fields: str, image: tuple[int, int, int, int], listed: tuple[str, ...], rank: int, form: PairForm
+    fields: str, image: tuple[int, int, int, int], target_words: tuple[str, ...], rank: int, form: PairForm
 ) -> Counts:
     """Return the counts of one image; `image`: height, width, tokens of text, source images."""
     from veneer.core.adapter import LoraSpec
@@ -147,7 +147,7 @@ def _image_counts(
 
     forward = _forward(fields, *image)
     model, share = forward.model, _KEPT[kind_of(json.loads(fields))]
-    spec = LoraSpec(rank=rank, targets=tuple(TARGET_WORDS.get(word, word) for word in listed))
+    spec = LoraSpec(rank=rank, targets=tuple(TARGET_WORDS.get(word, word) for word in target_words))
     targets = {target.module_name for target in resolve_targets(model, spec)}
     parameters = sum(p.numel() for p in model.parameters())
     counts = Counts(
@@ -159,7 +159,7 @@ def _image_counts(
         forward=forward.attention,
         backward=2 * forward.attention,
     )
-    kept = {block: float(values) for block, values in forward.norms.items()}
+    saved = {block: float(values) for block, values in forward.norms.items()}
     for weight in forward.weights:
         elements, positions = math.prod(weight.shape), weight.positions
         counts.forward += 2.0 * positions * elements
@@ -179,9 +179,9 @@ def _image_counts(
                 values += positions * pair.rank + weight.new * weight.inputs
             else:  # a pair's convolutions run in float32 on copies of their inputs
                 values += 2 * positions * (weight.shape[1] + pair.rank)
-        kept[weight.block] = kept.get(weight.block, 0.0) + values
-    counts.kept = sum(kept.values())
-    counts.block = max((values for block, values in kept.items() if block is not None), default=0.0)
+        saved[weight.block] = saved.get(weight.block, 0.0) + values
+    counts.kept = sum(saved.values())
+    counts.block = max((values for block, values in saved.items() if block is not None), default=0.0)
     return counts
 
 
@@ -225,11 +225,11 @@ def _recorded(config: dict[str, Any], kind: str, height: int, width: int, text: 
     if row.time_ids:
         pooled = fields["projection_class_embeddings_input_dim"] - 6 * fields["addition_time_embed_dim"]
     sides = [(height, width)] * (1 + before)
-    way = next((way for way in _editing(config) if way.references >= before > 0), None)
-    if way is not None and way.encoded:
+    mode = next((mode for mode in _editing(config) if mode.references >= before > 0), None)
+    if mode is not None and mode.encoded:
         # a source image has this size, whatever size is trained; the text encoder reads it in tokens of 28 × 28
-        sides[1:] = [(math.isqrt(way.encoded),) * 2] * before
-        text += before * (math.isqrt(way.read) // 28) ** 2
+        sides[1:] = [(math.isqrt(mode.encoded),) * 2] * before
+        text += before * (math.isqrt(mode.read) // 28) ** 2
 
     def meta(*shape: int) -> Tensor:
         return torch.empty(*shape, device="meta")
@@ -240,8 +240,8 @@ def _recorded(config: dict[str, Any], kind: str, height: int, width: int, text: 
     names = {id(module): name for name, module in model.named_modules()}
     read, entered = dict[int, Tensor](), dict[int, Tensor]()
 
-    def is_new(tensor: Tensor, seen: dict[int, Tensor]) -> bool:
-        return id(tensor) not in seen and seen.setdefault(id(tensor), tensor) is tensor
+    def is_new(tensor: Tensor, visited: dict[int, Tensor]) -> bool:
+        return id(tensor) not in visited and visited.setdefault(id(tensor), tensor) is tensor
 
     def on_weight(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         x, weight = inputs[0], module.weight

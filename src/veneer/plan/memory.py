@@ -238,18 +238,18 @@ def run_memory(counts: Counts, load: RunLoad, device: Device, *, process: int | 
     weights, constants = weight_bytes(counts, load.dtype, load.quantize, load.double)
     weights += e * counts.buffers
     inputs, ends = e * counts.inputs, e * counts.ends
-    kept, block, host = e * counts.kept + ends + 4 * counts.made, e * counts.block, 0
+    saved, block, host = e * counts.kept + ends + 4 * counts.made, e * counts.block, 0
     working = fit.working * block
     if load.checkpointing:
-        kept, working = inputs + ends, working + block
+        saved, working = inputs + ends, working + block
         if load.inputs_on_host and device.kind == "cuda":
             host = round(inputs)
-            kept = min(inputs, inputs / max(1, len(counts.blocks)) * _ON_THEIR_WAY) + ends
+            saved = min(inputs, inputs / max(1, len(counts.blocks)) * _ON_THEIR_WAY) + ends
     if offloaded_blocks := offloaded(counts, load):
         host = e * sum(offloaded_blocks)
         weights -= host - e * max(offloaded_blocks)  # the block in use is on the device
     working = max(0.0, working - counts.logits)  # the logits are freed by then
-    transient, dequantized = kept + counts.logits + working, 0
+    transient, dequantized = saved + counts.logits + working, 0
     if load.quantize:
         dequantized = e * counts.largest + load.kept
     # initial values stay
@@ -260,7 +260,7 @@ def run_memory(counts: Counts, load: RunLoad, device: Device, *, process: int | 
         adapter=(4 * initial_copies + (e if e == 2 else 0)) * trainable,  # the factors are cast for 16-bit products
         gradients=4 * trainable if load.micros > 1 else max(0, 4 * trainable - round(transient)),
         optimizer=_STATES.get(load.optimizer, 8) * trainable,
-        activations=round(kept),
+        activations=round(saved),
         logits=counts.logits,
         working=round(working),
         dequantized=dequantized,
@@ -303,15 +303,15 @@ def text_counts(shape: TextShape, load: Load, device: Device) -> Counts:
     for i, (layer, pairs) in enumerate(zip(shape.layers, layer_pairs(shape, spec, load.rank), strict=True)):
         if shape.keeps and i == len(shape.layers) - 1:
             last_tokens = trained
-        kept = float(tokens * layer.normed)
+        saved = float(tokens * layer.normed)
         for name, parts in layer.products.items():
             n, adapted = tokens if name == "qkv" else last_tokens, [part for part in parts if part.name in pairs]
             values = sum(part.active * part.outputs for part in parts) + parts[0].active * parts[0].inputs * (
                 name != "down"
             )
-            kept += n * values * (1.5 if parts[0].times > 1 else 1)  # experts gather their inputs
+            saved += n * values * (1.5 if parts[0].times > 1 else 1)  # experts gather their inputs
             if dora and adapted and (name != "gate_up" or dropped):  # the input of the DoRA scale
-                kept += n * sum(part.outputs for part in parts)
+                saved += n * sum(part.outputs for part in parts)
             for part in parts:
                 # the dropped input is multiplied by the weight too
                 times = 2 if dropped and part in adapted else 1
@@ -320,7 +320,7 @@ def text_counts(shape: TextShape, load: Load, device: Device) -> Counts:
                 counts.backward += 2.0 * times * n * part.multiplied * (i > 0 or name != "qkv")
             for part in adapted:
                 pair, uses = pairs[part.name], initial_copies * n * part.active
-                kept += uses * pair.rank
+                saved += uses * pair.rank
                 counts.made += pair.made
                 counts.forward += uses * pair.forward
                 counts.backward += uses * (pair.operations - pair.forward)
@@ -329,8 +329,8 @@ def text_counts(shape: TextShape, load: Load, device: Device) -> Counts:
         )
         counts.forward += attention
         counts.backward += 2 * attention
-        counts.kept += kept
-        counts.block = max(counts.block, kept)
+        counts.kept += saved
+        counts.block = max(counts.block, saved)
         counts.blocks.append(layer.matrices + layer.small)
     counts.ends = float(shape.hidden * (2 * last_tokens + trained))
     return counts
@@ -348,8 +348,8 @@ def _logits(shape: TextShape, load: Load, device: Device) -> int:
 
 def visible_keys(length: int, window: int | None = None) -> int:
     """Return Σ over a row's queries of the keys that each query sees."""
-    seen = length if window is None else min(length, window)
-    return seen * (seen + 1) // 2 + (length - seen) * seen
+    visible = length if window is None else min(length, window)
+    return visible * (visible + 1) // 2 + (length - visible) * visible
 
 
 def kept_dequantized(shape: TextShape, memory: Memory, available: int) -> int:
@@ -371,7 +371,7 @@ def packed_weights(shape: TextShape, dtype: str, faster: Callable[[int, int, boo
             if any(part.times > 1 for part in parts):
                 continue
             rows, columns = sum(part.outputs for part in parts), parts[0].inputs
-            ways = (True,) if i == 0 and name == "qkv" else (True, False)
-            count += sum(faster(rows, columns, is_forward) for is_forward in ways) * rows * columns
+            directions = (True,) if i == 0 and name == "qkv" else (True, False)
+            count += sum(faster(rows, columns, is_forward) for is_forward in directions) * rows * columns
     ways_of_head = sum(faster(shape.vocabulary, shape.hidden, is_forward) for is_forward in (True, False))
     return dtype_bytes(dtype) * (count + ways_of_head * shape.vocabulary * shape.hidden)

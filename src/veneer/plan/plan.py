@@ -197,17 +197,17 @@ def _plan(
         changes = cheapest(
             load,
             device,
-            lambda own, where: bytes_per_device(memory_of(own, where), where),
-            lambda own, where: step_seconds(own, where) / max(1, own.size),
+            lambda part_load, where: bytes_per_device(memory_of(part_load, where), where),
+            lambda part_load, where: step_seconds(part_load, where) / max(1, part_load.size),
             limit,
         )
     planned = (load, device) if peak <= limit else (changes[0].load, changes[0].device) if changes else None
     seconds = None
     if planned is not None:
-        own, size = planned[0], max(1, planned[0].size)
-        each = min(job.tokens_per_row, own.longest) if isinstance(own, Load) else 1.0
+        part_load, size = planned[0], max(1, planned[0].size)
+        each = min(job.tokens_per_row, part_load.longest) if isinstance(part_load, Load) else 1.0
         # a step without the backward pass
-        scored = job.held_out * each / size * job.evaluations * (2 / 6 if own.checkpointing else 1 / 2)
+        scored = job.held_out * each / size * job.evaluations * (2 / 6 if part_load.checkpointing else 1 / 2)
         seconds = step_seconds(*planned) * (math.ceil(job.rows * each / size) * job.passes + scored)
     return Plan(
         base=base,
@@ -230,13 +230,13 @@ def _with(plan: Plan, part: str, size: int, seconds: float, fact: tuple[str, str
     """Return the plan with `size` bytes in another part of memory and `seconds` more.
 
     The plan's available bytes exclude them."""
-    own: dict[str, Any] = {part: size}
+    sizes: dict[str, Any] = {part: size}
     return replace(
         plan,
-        memory=replace(plan.memory, **own),
+        memory=replace(plan.memory, **sizes),
         peak=plan.peak + size,
         available=plan.available + size,
-        planned_memory=None if plan.planned_memory is None else replace(plan.planned_memory, **own),
+        planned_memory=None if plan.planned_memory is None else replace(plan.planned_memory, **sizes),
         facts=(*plan.facts, fact),
         seconds=None if plan.seconds is None else plan.seconds + seconds,
     )
@@ -291,15 +291,15 @@ def text_plan(
     rank, quantize = load.spec.rank if load.spec is not None else load.rank, load.quantize
     dequantizable = packable = 0
     if plan.planned is not None and plan.planned_memory is not None:
-        own, where = plan.planned
-        quantize, spare = own.quantize, max(0, plan.available - plan.planned_memory.peak)
+        part_load, where = plan.planned
+        quantize, spare = part_load.quantize, max(0, plan.available - plan.planned_memory.peak)
         if quantize:
             dequantizable = kept_dequantized(shape, plan.planned_memory, plan.available)
         elif where.kind == "cpu":
-            packable = min(packed_weights(shape, own.dtype, lambda *product: True), spare)
-    served = None
+            packable = min(packed_weights(shape, part_load.dtype, lambda *product: True), spare)
+    capacity = None
     if traffic is not None:
-        served = serving(shape, device, rates, traffic, rank=rank, dtype=load.dtype, quantize=quantize)
+        capacity = serving(shape, device, rates, traffic, rank=rank, dtype=load.dtype, quantize=quantize)
     times = f"{counted(job.rows, 'row')} of {job.tokens_per_row:,.0f} tokens, {_times(job.passes)}"
     share = "" if load.trained == 1 else f", {load.trained:.0%} of them learned"
     facts = (
@@ -317,7 +317,7 @@ def text_plan(
         *((("host", f"{gigabytes(plan.memory.host)} in the CPU's memory"),) if plan.memory.host else ()),
         *(("note", note) for note in notes),
     )
-    return replace(plan, dequantizable=dequantizable, packable=packable, serving=served, traffic=traffic, facts=facts)
+    return replace(plan, dequantizable=dequantizable, packable=packable, serving=capacity, traffic=traffic, facts=facts)
 
 
 def image_plan(

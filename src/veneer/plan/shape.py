@@ -67,9 +67,9 @@ class PairForm:
         parts = trained_shapes(self.kind, shape, rank, self.factor, self.both)
         count = sum(map(math.prod, parts.values()))
         if self.kind == "loha":
-            made = rank * rank * (rows + columns)
-            if made <= rows * columns:
-                return PairCosts(count, 2.0 * made, rank**2, made)
+            delta_values = rank * rank * (rows + columns)
+            if delta_values <= rows * columns:
+                return PairCosts(count, 2.0 * delta_values, rank**2, delta_values)
             return PairCosts(count, 2.0 * rows * columns, 0)
         l, m = parts["w1"] if "w1" in parts else (parts["a1"][0], parts["b1"][1])
         return PairCosts(count, 2.0 * (rows // l * columns + m * rows), 0)
@@ -194,10 +194,10 @@ def _pairs(shape: TextShape, spec: LoraSpec | None, rank: int) -> Iterator[tuple
             continue
         for linear in layer.linears:
             name = f"model.layers.{i}.{linear.name}"
-            own = rank if spec is None else _rank(spec, name, linear)
-            if own and (linear.pair or (spec is not None and spec.targets != "all-linear")):
+            module_rank = rank if spec is None else _rank(spec, name, linear)
+            if module_rank and (linear.pair or (spec is not None and spec.targets != "all-linear")):
                 magnitude = linear.outputs if spec is not None and spec.dora else 0
-                costs = form.costs((linear.outputs, linear.inputs), own)
+                costs = form.costs((linear.outputs, linear.inputs), module_rank)
                 yield name, costs, linear.times * (costs.parameters + magnitude)
 
 
@@ -222,8 +222,8 @@ def layer_pairs(shape: TextShape, spec: LoraSpec | None, rank: int) -> list[dict
     Matrices without a pair are omitted."""
     out: list[dict[str, PairCosts]] = [{} for _ in shape.layers]
     for name, costs, _ in _pairs(shape, spec, rank):
-        _, _, index, leaf = name.split(".", 3)
-        out[int(index)][leaf] = costs
+        _, _, index, module_name = name.split(".", 3)
+        out[int(index)][module_name] = costs
     return out
 
 
@@ -245,9 +245,11 @@ def text_shape(config: Mapping[str, Any], where: str = "config.json") -> TextSha
         where = f"{where}: text_config"
     if fields.get("model_type") is None:
         named = fields.get("_class_name")  # diffusers' class
-        other = f"veneer plan does not know the model {quoted(str(named))}"
-        what = other if named else "this config.json names no model family"
-        raise ConfigError(what, where=f"{where}: model_type", fix="give the config.json of the base's language model")
+        unknown = f"veneer plan does not know the model {quoted(str(named))}"
+        message = unknown if named else "this config.json names no model family"
+        raise ConfigError(
+            message, where=f"{where}: model_type", fix="give the config.json of the base's language model"
+        )
     return _built_shape(json.dumps(fields, sort_keys=True, default=str), where)
 
 
@@ -263,18 +265,18 @@ def model_shape(model: Any) -> TextShape:
 def _built_shape(fields: str, where: str) -> TextShape:
     from veneer.models.text.meta_model import meta_text, text_families
 
-    own = json.loads(fields)
-    family = own["model_type"]
+    settings = json.loads(fields)
+    family = settings["model_type"]
     if family not in text_families():
-        near = nearest(str(family), text_families(), 1)
-        meant = f"did you mean {near[0]}? " if near else ""
+        suggestion = nearest(str(family), text_families(), 1)
+        hint = f"did you mean {suggestion[0]}? " if suggestion else ""
         raise ConfigError(
             f"veneer plan does not know the model family {quoted(str(family))}",
             where=f"{where}: model_type",
-            fix=f"{meant}It knows the language models of transformers",
+            fix=f"{hint}It knows the language models of transformers",
         )
     try:
-        return module_shape(meta_text(own))
+        return module_shape(meta_text(settings))
     except Exception as error:  # any type of error: each class parses its own fields
         if lacks_memory(error):
             raise
@@ -307,7 +309,7 @@ def module_shape(model: Any) -> TextShape:
     head = model.get_output_embeddings()
     embedding = model.get_input_embeddings()
     rows, hidden = (int(n) for n in embedding.weight.shape[:2])
-    own = {id(embedding.weight), *([id(head.weight)] if head is not None else [])}
+    vocabulary = {id(embedding.weight), *([id(head.weight)] if head is not None else [])}
     attention = layer_heads(config)
     layers: dict[int, tuple[list[LinearShape], int]] = {i: ([], 0) for i in range(len(attention))}
     normed = [-2 * hidden] * len(attention)  # without the norms before attention and MLP
@@ -316,26 +318,26 @@ def module_shape(model: Any) -> TextShape:
         index = next((int(part) for part in name.split(".") if part.isdigit()), 0)
         index = index if index in layers else 0
         linears, small = layers[index]
-        leaf = name.split(f".{index}.", 1)[-1]
-        if "Norm" in type(module).__name__ and leaf != name:
+        module_name = name.split(f".{index}.", 1)[-1]
+        if "Norm" in type(module).__name__ and module_name != name:
             heads, kv, dim = attention[index]
             of_heads = {"self_attn.q_norm": heads * dim, "self_attn.k_norm": kv * dim}
-            normed[index] += of_heads.get(leaf, sum(p.numel() for p in module.parameters(recurse=False)))
+            normed[index] += of_heads.get(module_name, sum(p.numel() for p in module.parameters(recurse=False)))
         fused = set(expert_parameters(module))
         sizes: Any = module
         for key, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in own:
+            if id(parameter) in vocabulary:
                 continue
             if key in fused:
                 times, a, b = (int(n) for n in parameter.shape)
                 # the hidden size is the input, of down the output; families store either first
                 if ("down" in key) == (a == hidden):
                     a, b = b, a
-                linears.append(LinearShape(f"{leaf}.{key}", a, b, f"experts.{key}", times, min(active, times)))
+                linears.append(LinearShape(f"{module_name}.{key}", a, b, f"experts.{key}", times, min(active, times)))
             elif key == "weight" and hasattr(module, "in_features"):
-                product = _PRODUCTS.get(leaf.rpartition(".")[2], leaf)
+                product = _PRODUCTS.get(module_name.rpartition(".")[2], module_name)
                 inputs, outputs = int(sizes.in_features), int(sizes.out_features)
-                linears.append(LinearShape(leaf, inputs, outputs, product, pair=kind_of(module) == "linear"))
+                linears.append(LinearShape(module_name, inputs, outputs, product, pair=kind_of(module) == "linear"))
             else:
                 small += parameter.numel()
         layers[index] = linears, small

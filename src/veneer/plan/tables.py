@@ -81,21 +81,21 @@ def base_config(name: str) -> dict[str, Any]:
     if len(inside := sorted(path.glob("*.gguf"))) == 1:
         return _gguf_config(inside[0])
     table, names = _bases()
-    known = names.get(name.lower())
-    if known is None:
+    key = names.get(name.lower())
+    if key is None:
         short_names = {n.rpartition("/")[2]: n for n in names}
-        known = names.get(short_names.get(name.lower(), ""))
-    if known is None:
+        key = names.get(short_names.get(name.lower(), ""))
+    if key is None:
         if (name and path.is_dir()) or name.startswith((".", "/", "~")) or path.suffix in (".json", ".gguf"):
-            what = f"there is no config.json in {name}" if path.is_dir() else f"there is no {name}"
-            raise ConfigError(what, where=str(path.absolute()), fix="the folder, config.json or GGUF file of a base")
+            message = f"there is no config.json in {name}" if path.is_dir() else f"there is no {name}"
+            raise ConfigError(message, where=str(path.absolute()), fix="the folder, config.json or GGUF file of a base")
         nearest_names = nearest(name, [*table, *(n.rpartition("/")[2] for n in table)])
         hint = f"did you mean {' or '.join(nearest_names)}? " if nearest_names else ""
         raise ConfigError(
             f"no base {quoted(name)} is in the table",
             fix=f"{hint}`veneer plan --list` names them; any other by its folder or config.json",
         )
-    return dict(table[known]["config"])
+    return dict(table[key]["config"])
 
 
 def _gguf_config(file: Path) -> dict[str, Any]:
@@ -159,19 +159,19 @@ def device_named(name: str, *, count: int = 1, price: float | None = None) -> De
     Raises ConfigError with near names."""
     table = _gpus()
     key = _key(name)
-    known = next((n for n in table if _key(n) == key), None)
-    known = known or next((n for n in table if key and _key(n).startswith(key)), None)
-    if known is None:
+    name_in_table = next((n for n in table if _key(n) == key), None)
+    name_in_table = name_in_table or next((n for n in table if key and _key(n).startswith(key)), None)
+    if name_in_table is None:
         nearest_names = nearest(name, table) or list(table)
         raise ConfigError(f"no GPU {name!r} is in the table", where="--gpu", fix=f"one of {', '.join(nearest_names)}")
-    row = table[known]
+    row = table[name_in_table]
     return Device(
-        known,
+        name_in_table,
         "cuda",
         int(row["memory_mib"] * _MIB),
         row["bf16_tflops"] * 1e12,
         row["bandwidth_gb"] * 1e9,
-        row.get("label", known),
+        row.get("label", name_in_table),
         row.get("price") if price is None else price,
         count,
     )
@@ -181,14 +181,14 @@ def device_of_card(name: str, memory: int) -> Device:
     """Return the device for a card by CUDA's name, with `memory` bytes.
 
     From the table, under the table's name, if it is there; else a guess of 100 TFLOP/s and 800 GB/s."""
-    for known in gpu_names():
-        row = device_named(known)
-        has_name = row.label.lower().split(" (")[0].removeprefix("nvidia ") in name.lower() or _key(known) in _key(name)
+    for gpu in gpu_names():
+        row = device_named(gpu)
+        has_name = row.label.lower().split(" (")[0].removeprefix("nvidia ") in name.lower() or _key(gpu) in _key(name)
         if has_name and abs(row.memory - memory) < 0.1 * memory:
             return row
     similar = [device_named(n) for n in gpu_names() if n.split("-")[0] in name.lower()]
-    same = [row for row in similar if abs(row.memory - memory) < 0.1 * memory]
-    return same[0] if same else Device(name, "cuda", memory, 100e12, 800e9, name)
+    same_memory = [row for row in similar if abs(row.memory - memory) < 0.1 * memory]
+    return same_memory[0] if same_memory else Device(name, "cuda", memory, 100e12, 800e9, name)
 
 
 def cpu_device() -> Device:

@@ -58,8 +58,8 @@ def rates_of(device: Device, dtype: str = "bfloat16") -> Rates:
     if device.kind == "cpu":
         from veneer.ops.profile import profile
 
-        measured = profile()
-        rate, bandwidth = 1e9 * (measured.rate(dtype) or measured.rate("float32")), 1e9 * measured.bandwidth
+        speeds = profile()
+        rate, bandwidth = 1e9 * (speeds.rate(dtype) or speeds.rate("float32")), 1e9 * speeds.bandwidth
         source = f"{_EFFICIENCY:.0%} of {rate / 1e9:,.0f} GFLOP/s and of {bandwidth / 1e9:,.1f} GB/s, measured here"
         return Rates(_EFFICIENCY * rate, _EFFICIENCY * bandwidth, source)
     best = device.flops / (1 if dtype != "float32" else 14)
