@@ -129,16 +129,18 @@ class ImagePipeline:
         if name not in self.sources:
             path = using.adapter_path(name)
             adapter = using.load_adapter(self.base, name, allow_other_base=True)
-            own = adapter.card.base_fingerprint
-            if own and own != self.base.fingerprint:
+            trained_on = adapter.card.base_fingerprint
+            if trained_on and trained_on != self.base.fingerprint:
                 trained = f" ({adapter.card.base})" if adapter.card.base else ""
-                self.say(f"note: {name} was trained on another base of the family{trained}: {own}")
+                self.say(f"note: {name} was trained on another base of the family{trained}: {trained_on}")
             self.attachment.add(name, adapter)
             file = tensor_file(path)
-            found = hashes(file)
-            new = AdapterSource(name, str(path), adapter.digest(), found.sha256, found.autov3, short_hash(file, found))
-            if same := next((s.name for s in self.sources.values() if s.digest == new.digest), None):
-                self.say(f"note: {name} is the same adapter as {same}: in one mix their strengths add up")
+            file_hashes = hashes(file)
+            new = AdapterSource(
+                name, str(path), adapter.digest(), file_hashes.sha256, file_hashes.autov3, short_hash(file, file_hashes)
+            )
+            if twin := next((s.name for s in self.sources.values() if s.digest == new.digest), None):
+                self.say(f"note: {name} is the same adapter as {twin}: in one mix their strengths add up")
             self.sources[name] = new
         return self.sources[name]
 
@@ -200,9 +202,9 @@ def add_divided(attachment: Attachment, name: str, shape: Strength, modules: Seq
     factors. `modules`: the base's. Raises ConfigError for a block that the base does not have."""
     if not shape.blocks:
         return ((name, 1.0),)
-    factors = factors_by_module(shape, modules)
+    factor_of = factors_by_module(shape, modules)
     pieces = []
-    for factor, part in sorted(attachment.adapters[name].divided(lambda module: factors.get(module, 1.0)).items()):
+    for factor, part in sorted(attachment.adapters[name].divided(lambda module: factor_of.get(module, 1.0)).items()):
         piece = f"{name}|{shape}|{factor!r}"
         attachment.add(piece, part, finite=True)  # the whole adapter was checked
         pieces.append((piece, factor))
@@ -211,14 +213,14 @@ def add_divided(attachment: Attachment, name: str, shape: Strength, modules: Seq
 
 def without_effect(adapter: Adapter, strength: Strength, modules: Sequence[str]) -> list[str]:
     """Return the factors without effect, as ends of sentences about the adapter."""
-    own = {key.rpartition(".")[0] for key in adapter.deltas}
-    own |= {*adapter.pairs, *adapter.modules, *adapter.token_rows}
+    modules_of_adapter = {key.rpartition(".")[0] for key in adapter.deltas}
+    modules_of_adapter |= {*adapter.pairs, *adapter.modules, *adapter.token_rows}
     notes = []
-    if strength.steps and any(key.startswith("text_encoder") for key in own):
+    if strength.steps and any(key.startswith("text_encoder") for key in modules_of_adapter):
         notes.append(": its part on the text encoder acts throughout; steps= is about the denoiser")
     for block, _ in strength.blocks:
-        factors = factors_by_module(Strength(1.0, ((block, 0.0),)), modules)
-        if all(factors.get(key, 1.0) for key in own):
+        factor_of = factors_by_module(Strength(1.0, ((block, 0.0),)), modules)
+        if all(factor_of.get(key, 1.0) for key in modules_of_adapter):
             notes.append(f" changes nothing in {block!r}: that factor has no effect")
     return notes
 

@@ -41,8 +41,8 @@ def read_batch(path: str | Path, shared: ImageRequest | None = None) -> list[Ima
             except VeneerError as error:
                 bad.append(f"line {number}: {error.what}" + (f" ({error.fix})" if error.fix else ""))
     if bad:
-        what = f"the batch has {counted(len(bad), 'invalid line')}:\n{bullets(bad)}"
-        raise DataError(what, where=str(path), fix=f"lines like {_EXAMPLE}")
+        message = f"the batch has {counted(len(bad), 'invalid line')}:\n{bullets(bad)}"
+        raise DataError(message, where=str(path), fix=f"lines like {_EXAMPLE}")
     if not requests:
         raise DataError("the batch has no lines", where=str(path), fix=f"a line for each picture: {_EXAMPLE}")
     return requests
@@ -59,8 +59,8 @@ def _parse_line(line: str, shared: ImageRequest) -> ImageRequest:
     if not isinstance(row, dict):
         raise DataError("not a JSON object")
     for key in row.keys() - set(_BATCH_KEYS):
-        near = nearest(key, _BATCH_KEYS, 1)
-        raise DataError(f"unknown key {key!r}" + (f", the nearest is {near[0]!r}" if near else ""))
+        suggestion = nearest(key, _BATCH_KEYS, 1)
+        raise DataError(f"unknown key {key!r}" + (f", the nearest is {suggestion[0]!r}" if suggestion else ""))
     if "prompt" not in row:
         raise DataError("no prompt")
     if "adapters" in row:
@@ -73,8 +73,8 @@ def _parse_line(line: str, shared: ImageRequest) -> ImageRequest:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return the object; raise ValueError for duplicate keys, of which JSON readers would keep the last."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         keys = [key for key, _ in pairs]
         raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} appears twice")
-    return found
+    return fields

@@ -96,10 +96,10 @@ def control_model_of(base: ImageBase, spec: ControlSpec) -> str:
         ):
             if (folder / "config.json").is_file():
                 return str(folder)
-    known = PACKAGED.get(base.name, base.row).controlnets
-    if kind not in known:
+    packaged = PACKAGED.get(base.name, base.row).controlnets
+    if kind not in packaged:
         raise ConfigError(f"no {kind} ControlNet is known for {base.short_name}", fix=f"name one: {spec.kind}@NAME=…")
-    return known[kind]
+    return packaged[kind]
 
 
 def _one_frame(picture: Image, where: str) -> Image:
@@ -117,8 +117,8 @@ def hashed_picture(path: str | Path, paper: str = "white") -> tuple[Image, str]:
     """Return the picture, upright and opaque, and the sha256 of its file.
 
     Raises the errors of `opened_picture`."""
-    with opened_picture(path) as (found, data):
-        return flattened(_one_frame(found, str(path)), paper), hashlib.sha256(data).hexdigest()
+    with opened_picture(path) as (opened, data):
+        return flattened(_one_frame(opened, str(path)), paper), hashlib.sha256(data).hexdigest()
 
 
 def decoded(data: bytes, where: str, *, formats: Sequence[str] | None = None, max_pixels: int | None = None) -> Image:
@@ -128,15 +128,15 @@ def decoded(data: bytes, where: str, *, formats: Sequence[str] | None = None, ma
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(data), formats=None if formats is None else tuple(formats)) as found:
-            if max_pixels is not None and found.width * found.height > max_pixels:
+        with Image.open(io.BytesIO(data), formats=None if formats is None else tuple(formats)) as opened:
+            if max_pixels is not None and opened.width * opened.height > max_pixels:
                 raise DataError(
-                    f"this picture is {found.width}×{found.height}", where=where, fix=f"at most {max_pixels} pixels"
+                    f"this picture is {opened.width}×{opened.height}", where=where, fix=f"at most {max_pixels} pixels"
                 )
-            picture = _one_frame(found, where)
+            picture = _one_frame(opened, where)
     except UnidentifiedImageError as error:
-        known = f", in none of {', '.join(formats)}" if formats else ""
-        raise DataError(f"this is not a picture{known}: cannot identify image file", where=where) from error
+        accepted = f", in none of {', '.join(formats)}" if formats else ""
+        raise DataError(f"this is not a picture{accepted}: cannot identify image file", where=where) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(
             f"this picture has more pixels than veneer opens: {2 * (Image.MAX_IMAGE_PIXELS or 0):,}",

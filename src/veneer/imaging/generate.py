@@ -60,9 +60,9 @@ class ImageRequest:
     uses: tuple[Use, ...] = ()
 
     def __post_init__(self) -> None:
-        for what, text in (("prompt", self.prompt), ("negative prompt", self.negative)):
+        for label, text in (("prompt", self.prompt), ("negative prompt", self.negative)):
             if not isinstance(text, str):
-                raise ConfigError(f"the {what} is {text!r}", fix="a text")
+                raise ConfigError(f"the {label} is {text!r}", fix="a text")
             try:
                 text.encode()
             except UnicodeEncodeError as error:
@@ -70,7 +70,7 @@ class ImageRequest:
                     f"character {error.start + 1}",
                     "write the text again: it was cut or read in another encoding",
                 )
-                raise ConfigError(f"the {what} has half a character, which is none", where=where, fix=fix) from None
+                raise ConfigError(f"the {label} has half a character, which is none", where=where, fix=fix) from None
         check_seed(self.seed)
         check_roles(self.uses)
 
@@ -141,8 +141,8 @@ def image_requests(
     except TypeError:
         raise ConfigError(f"seed {seed!r}", fix="a whole number, or one for each prompt") from None
     if len(seeds) != len(prompts):
-        said = f"{counted(len(prompts), 'prompt')} with {counted(len(seeds), 'seed')}"
-        raise ConfigError(f"{said}: give one for each, or one number for all")
+        counts = f"{counted(len(prompts), 'prompt')} with {counted(len(seeds), 'seed')}"
+        raise ConfigError(f"{counts}: give one for each, or one number for all")
     return [
         ImageRequest(prompt, negative, first + i, tuple(uses))
         for prompt, first in zip(prompts, seeds, strict=True)
@@ -203,9 +203,9 @@ def unread_notes(picture: GeneratedPicture) -> list[str]:
     """Return notes on the unread ends of prompts, each shortened."""
     cuts = (("prompt", picture.cut), ("negative prompt", picture.negative_cut))
     return [
-        f"the text encoder does not read the end of the {what}: …{cut[:_SHOWN_UNREAD]}"
+        f"the text encoder does not read the end of the {label}: …{cut[:_SHOWN_UNREAD]}"
         + (f"… ({len(cut):,} characters)" if len(cut) > _SHOWN_UNREAD else "")
-        for what, cut in cuts
+        for label, cut in cuts
         if cut
     ]
 
@@ -224,8 +224,10 @@ def _prepared(pipeline: ImagePipeline, options: Options) -> tuple[PictureSetting
             "the mask is all black, so nothing would be repainted", where=where, fix="paint the areas to repaint white"
         )
     opened = [(spec, *hashed_picture(spec.path)) for spec in options.controls]
-    shown = [(picture, record) for picture, record in map(_opened, options.references) if picture and record]
-    guide = image or next((picture for _, picture, _ in opened), None) or next((picture for picture, _ in shown), None)
+    references = [(picture, record) for picture, record in map(_opened, options.references) if picture and record]
+    guide = (
+        image or next((picture for _, picture, _ in opened), None) or next((picture for picture, _ in references), None)
+    )
     width, height = size_for(base, options.width, options.height, guide)
 
     def noted(fitted: tuple[Image, str]) -> Image:
@@ -239,10 +241,10 @@ def _prepared(pipeline: ImagePipeline, options: Options) -> tuple[PictureSetting
     for spec, picture, sha in opened:
         name = control_model_of(base, spec)
         model = pipeline.control(name)
-        made, notes = control_picture(spec, picture, width, height)
+        control_image, notes = control_picture(spec, picture, width, height)
         for note in notes:
             pipeline.say(note)
-        controls.append(Control(model, made, spec.weight, spec.begin, spec.end))
+        controls.append(Control(model, control_image, spec.weight, spec.begin, spec.end))
         control_records.append(
             {"kind": spec.kind, "model": name, "path": spec.path, "sha256": sha, "weight": spec.weight}
             | {"begin": spec.begin, "end": spec.end}
@@ -261,13 +263,13 @@ def _prepared(pipeline: ImagePipeline, options: Options) -> tuple[PictureSetting
         mask=mask,
         denoise=denoise,
         controls=tuple(controls),
-        references=tuple(noted(fitted_reference(base, picture, width, height)) for picture, _ in shown),
+        references=tuple(noted(fitted_reference(base, picture, width, height)) for picture, _ in references),
     )
-    if base.only_edits and not shown and image is None:
+    if base.only_edits and not references and image is None:
         usual = "usually it is given a picture to change, as references (--reference photo.png)"
         pipeline.say(f"note: {base.short_name} is an edit base, and gets only a prompt here; {usual}")
     inputs = {"image": image_from, "mask": mask_from, "controls": control_records}
-    return settings, inputs | ({"references": [record for _, record in shown]} if shown else {})
+    return settings, inputs | ({"references": [record for _, record in references]} if references else {})
 
 
 _SAME_PROPORTION = 1 / 15
@@ -296,16 +298,16 @@ def fitted_reference(base: ImageBase, picture: Image, width: int, height: int) -
     return fitted_picture(picture, width, height, "reference picture")
 
 
-def _opened(given: str | Path | Image | None, paper: str = "white") -> tuple[Image | None, dict[str, str] | None]:
+def _opened(source: str | Path | Image | None, paper: str = "white") -> tuple[Image | None, dict[str, str] | None]:
     """Open a picture with `paper` behind transparent parts.
 
     Black for a mask, so that these parts are kept."""
-    if given is None:
+    if source is None:
         return None, None
-    if isinstance(given, str | Path):
-        picture, sha = hashed_picture(given, paper)
-        return picture, {"path": str(given), "sha256": sha}
-    return flattened(given, paper), {"path": "", "sha256": ""}
+    if isinstance(source, str | Path):
+        picture, sha = hashed_picture(source, paper)
+        return picture, {"path": str(source), "sha256": sha}
+    return flattened(source, paper), {"path": "", "sha256": ""}
 
 
 def size_for(base: ImageBase, width: int | None, height: int | None, guide: Image | None) -> tuple[int, int]:
@@ -317,12 +319,12 @@ def size_for(base: ImageBase, width: int | None, height: int | None, guide: Imag
     if guide is None:
         return width or base.size, height or base.size
 
-    def whole(side: float) -> int:
+    def in_units(side: float) -> int:
         return max(base.unit, round(side / base.unit) * base.unit)
 
     ratio = guide.width / guide.height
     if width or height:
-        return width or whole((height or 0) * ratio), height or whole((width or 0) / ratio)
+        return width or in_units((height or 0) * ratio), height or in_units((width or 0) / ratio)
     whole_units = guide.width % base.unit == 0 == guide.height % base.unit
     if whole_units and base.size**2 / 4 <= guide.width * guide.height <= base.size**2:
         return guide.size  # bases generate far smaller pictures badly
@@ -412,11 +414,11 @@ def _infotext(
         fields["Denoising strength"] = _short(settings["denoise"])
     for i, control in enumerate(record["controls"]):
         # The names of sd-webui-controlnet, in which an unprocessed picture has the module "none".
-        found = control["kind"] == "canny"
+        is_canny = control["kind"] == "canny"
         fields[f"ControlNet {i}"] = (
-            f"Module: {'canny' if found else 'none'}, Model: {Path(control['model']).name}, "
+            f"Module: {'canny' if is_canny else 'none'}, Model: {Path(control['model']).name}, "
             f"Weight: {_short(control['weight'])}, "
-            + (f"Threshold A: {CANNY[0]}, Threshold B: {CANNY[1]}, " if found else "")
+            + (f"Threshold A: {CANNY[0]}, Threshold B: {CANNY[1]}, " if is_canny else "")
             + f"Guidance Start: {_short(control['begin'])}, Guidance End: {_short(control['end'])}"
         )
     tags: list[str] = []
@@ -425,8 +427,8 @@ def _infotext(
         source = sources[name]
         by = dict(strength.blocks)
         text = strength.strength * by.get("text", 1.0)
-        rest = strength.strength * by.get(base.row.denoiser, 1.0)
-        both = _short(rest) if text == rest else f"{_short(text)}:{_short(rest)}"
+        unet_strength = strength.strength * by.get(base.row.denoiser, 1.0)
+        both = _short(unet_strength) if text == unet_strength else f"{_short(text)}:{_short(unet_strength)}"
         label = source.label if source.label not in hashes else f"{source.label}-{len(hashes) + 1}"
         tags.append(f" <lora:{label}:{both}>")
         hashes[label] = source.short

@@ -50,8 +50,8 @@ def layout(
     A strength of a `strength` sheet multiplies the strengths of the whole mix. Raises ConfigError for a sheet
     without adapters, or of an unknown kind."""
     if kind not in _SHEETS:
-        near = nearest(kind.lower(), _SHEETS, 1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        suggestion = nearest(kind.lower(), _SHEETS, 1)
+        hint = f"did you mean {suggestion[0]}? " if suggestion else ""
         raise ConfigError(f"there is no sheet {kind!r}", fix=f"{hint}known: {', '.join(_SHEETS)}")
     if not uses:
         raise ConfigError(f"the {kind} sheet needs an adapter", fix="--adapter NAME_OR_PATH")

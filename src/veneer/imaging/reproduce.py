@@ -118,15 +118,19 @@ def reproduce(
             fix="give its own with --base",
         )
     for path, sha in recipe.inputs.items():
-        if (found := hashed_picture(path)[1]) != sha:
-            where = f"sha256 {found[:12]}, then {sha[:12]}"
+        if (file_sha := hashed_picture(path)[1]) != sha:
+            where = f"sha256 {file_sha[:12]}, then {sha[:12]}"
             raise MismatchError(f"{path} is not the picture that was used then", where=where)
     names = {name: _attach(pipeline, name, digest) for name, digest in recipe.digests.items()}
     requests = [replace(r, uses=tuple((names[name], s) for name, s in r.uses)) for r in recipe.requests]
     here = library_versions()
-    other = [f"{name} {had} (here {here.get(name)})" for name, had in recipe.made_by.items() if here.get(name) != had]
-    if other:
-        pipeline.say(f"note: made with {', '.join(other)}: the last bits may differ")
+    differences = [
+        f"{name} {version} (here {here.get(name)})"
+        for name, version in recipe.made_by.items()
+        if here.get(name) != version
+    ]
+    if differences:
+        pipeline.say(f"note: made with {', '.join(differences)}: the last bits may differ")
     if changes is None:
         return generate(pipeline, requests, recipe.options, on_step=on_step)[recipe.index]
     request, options = changes(requests[recipe.index], recipe.options)
