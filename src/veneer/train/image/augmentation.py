@@ -88,8 +88,8 @@ class View:
 
         It is original height and width, crop top and left in the resized picture, target height and width. A
         mirrored crop is `resized width - left - width` from the mirrored picture's left side."""
-        left = self.resized[0] - self.left - self.width if self.flip else self.left
-        return (self.original[1], self.original[0], self.top, left, self.height, self.width)
+        crop_left = self.resized[0] - self.left - self.width if self.flip else self.left
+        return (self.original[1], self.original[0], self.top, crop_left, self.height, self.width)
 
     @property
     def cut(self) -> float:
@@ -243,12 +243,12 @@ def source_view(
     It is the same part at the same position, mirrored alike, for any size of the source image. A source image
     of other proportions is shown whole, in about as many pixels, with sides that are multiples of `unit`.
     `size`: maps (width, height) to the size for the base."""
-    same = same_shape(source.size, view.original)
+    same_aspect = same_shape(source.size, view.original)
     target = (view.width, view.height)
-    if not same:
+    if not same_aspect:
         target = size_in_units(unit, math.isqrt(view.width * view.height), source.size[0] / source.size[1])
     width, height = target if size is None else size(*target)
-    if not same:
+    if not same_aspect:
         return View(width, height, source.size, (width, height), flip=view.flip)
     if (width, height) == target:
         return replace(view, original=source.size)
@@ -348,8 +348,8 @@ def _crop_position(row: PictureRow, seed: int, crop: int) -> tuple[float, float]
     It is the same in every epoch and for every repeat."""
     if crop == 0:
         return None
-    down, right = (_uniform(seed, row.picture.key, row.bucket, crop, axis) for axis in ("down", "right"))
-    return down, right
+    down, across = (_uniform(seed, row.picture.key, row.bucket, crop, axis) for axis in ("down", "right"))
+    return down, across
 
 
 def _row_uniform(seed: int, epoch: int, row: PictureRow, purpose: str) -> float:

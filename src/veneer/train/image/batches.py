@@ -105,29 +105,29 @@ def split_pictures(
 def plan_image_steps(
     rows: Sequence[PictureRow],
     config: ImageTrainConfig,
-    make: Callable[[Sequence[PlannedRow]], ImageBatch],
+    make_batch: Callable[[Sequence[PlannedRow]], ImageBatch],
     devices: int = 1,
 ) -> LazySteps:
     """Return all steps of the run in order, planned one epoch at a time.
 
-    `rows`: those of one epoch. `make`: rows of one shape -> their batch, called when the batch is needed. A
+    `rows`: the rows of one epoch. `make_batch`: rows of one shape -> their batch, called when the batch is needed. A
     step is cut into at least one micro-batch per device, if it has enough pictures."""
-    own = [row for row in rows if not row.picture.is_class]
+    instance_rows = [row for row in rows if not row.picture.is_class]
     classes = [row for row in rows if row.picture.is_class]
     size = config.batching.rows
-    parts = -(-len(own) // size)
+    parts = -(-len(instance_rows) // size)
 
     def of_epoch(epoch: int) -> list[Step]:
         order, class_rows = (
-            _shuffled(own, config.seed, epoch),
-            _cycle_class_pictures(classes, config.seed, epoch * len(own)),
+            _shuffled(instance_rows, config.seed, epoch),
+            _cycle_class_pictures(classes, config.seed, epoch * len(instance_rows)),
         )
         steps = []
         for i in range(parts):
             instances = order[i * size : (i + 1) * size]
             step_rows = [*instances, *islice(class_rows, len(instances))]
             planned = _sample_rows(step_rows, len(instances), config, epoch, epoch * parts + i + 1)
-            steps.append(Step(tuple(_micros(planned, config, make, devices)), epoch + (i + 1) / parts))
+            steps.append(Step(tuple(_micros(planned, config, make_batch, devices)), epoch + (i + 1) / parts))
         return steps
 
     return LazySteps(of_epoch, epochs=config.epochs, steps=config.steps)
@@ -167,7 +167,7 @@ def _cycle_class_pictures(classes: Sequence[PictureRow], seed: int, start: int) 
 def _micros(
     rows: Sequence[PlannedRow],
     config: ImageTrainConfig,
-    make: Callable[[Sequence[PlannedRow]], ImageBatch],
+    make_batch: Callable[[Sequence[PlannedRow]], ImageBatch],
     pieces: int,
 ) -> list[Micro]:
     """Group rows of one shape, the largest shape first.
@@ -184,7 +184,13 @@ def _micros(
             names = tuple(row.picture.name for row in part)
             out.append(
                 Micro(
-                    len(part), len(part), names, partial(make, part), "pictures", len(part) * height * width, items=part
+                    len(part),
+                    len(part),
+                    names,
+                    partial(make_batch, part),
+                    "pictures",
+                    len(part) * height * width,
+                    items=part,
                 )
             )
     return out

@@ -125,10 +125,10 @@ class LatentCache(_Store):
         content += [picture.mask_digest, picture.alpha, settings.mask_floor if has_mask else None]
         key = self._key("latents", content, *_of_view(view))
 
-        def make() -> CacheEntry:
+        def compute() -> CacheEntry:
             return CacheEntry(_encoded(prepare(picture, view, settings), encode))
 
-        tensors = self._get(key, picture.path, make).tensors
+        tensors = self._get(key, picture.path, compute).tensors
         sizes = torch.tensor(view.time_ids, dtype=torch.float32)
         return LatentRow(tensors["latents"], tensors.get("mask"), sizes)
 

@@ -108,12 +108,12 @@ def _list(folder: str) -> list[PictureFile]:
 def _caption_files(file: PictureFile, files: Sequence[PictureFile]) -> list[Path]:
     """Return the files that hold, or will hold, a picture's caption."""
     stem = file.path.with_suffix("")
-    siblings = [other.name for other in files if other.path.with_suffix("") == stem]
+    siblings = [sibling.name for sibling in files if sibling.path.with_suffix("") == stem]
     paths = [place.with_name(place.name + suffix) for place in (stem, file.path) for suffix in CAPTION_SUFFIXES]
     existing = [path for path in paths if path.is_file()]
     if shared := [path.name for path in existing if path.with_suffix("") == stem and len(siblings) > 1]:
-        what = f"{shared[0]} is the caption of {', '.join(siblings)}"
-        raise DataError(what, where=str(file.path), fix="give one of them another name")
+        message = f"{shared[0]} is the caption of {', '.join(siblings)}"
+        raise DataError(message, where=str(file.path), fix="give one of them another name")
     stem_or_name = stem if len(siblings) == 1 else file.path
     return existing or [stem_or_name.with_name(f"{stem_or_name.name}.txt")]
 

@@ -87,8 +87,8 @@ def _captions(
             yield Finding("warn", "trigger", text, "remove the trigger there: class pictures keep the class unchanged")
     classes = {p.caption.lower() for p in pictures if p.is_class} | {(settings.class_prompt or "").lower()}
     classes -= {""}
-    if same := [p.name for p in pictures if not p.is_class and p.caption.lower() in classes]:
-        text = f"{counted(len(same), 'picture')} with the caption of a class picture: {_some(same)}"
+    if shared := [p.name for p in pictures if not p.is_class and p.caption.lower() in classes]:
+        text = f"{counted(len(shared), 'picture')} with the caption of a class picture: {_some(shared)}"
         yield Finding("warn", "captions", text, "set data.trigger, or name in each caption what makes it yours")
     if empty := [p.name for p in pictures if not p.caption]:
         text = f"{counted(len(empty), 'empty caption')}: {_some(empty)}"
@@ -108,19 +108,19 @@ def _buckets(pictures: Sequence[TrainingPicture], plan: PicturePlan, settings: I
         text = f"{counted(len(plan.dropped), 'picture')} smaller than the step of {plan.step} pixels, left out: "
         yield Finding("warn", "small", text + _some(plan.dropped))
     cuts = {row.picture.name: crop_view(row.picture.size, row.bucket).cut for row in plan.rows}
-    much = sorted((name for name, cut in cuts.items() if cut > _MUCH), key=lambda n: -cuts[n])
-    if much:
-        text = f"{share(len(much), len(cuts))} pictures lose more than a quarter to the crop: "
+    cropped = sorted((name for name, cut in cuts.items() if cut > _MUCH), key=lambda n: -cuts[n])
+    if cropped:
+        text = f"{share(len(cropped), len(cuts))} pictures lose more than a quarter to the crop: "
         fix = "crop them by hand, or raise bucket_ratio" if settings.buckets else "data.buckets: true keeps more"
-        yield Finding("warn", "crops", text + _some(f"{name} ({cuts[name]:.0%})" for name in much), fix)
+        yield Finding("warn", "crops", text + _some(f"{name} ({cuts[name]:.0%})" for name in cropped), fix)
 
 
 def _masks(pictures: Sequence[TrainingPicture], plan: PicturePlan, settings: ImageDataSection) -> Iterator[Finding]:
     total = sum(p.mask is not None or p.alpha for p in pictures)
     if not total:
         if settings.masks not in ("auto", "off"):
-            what = "has transparency" if settings.masks == "alpha" else f"has a mask in {settings.masks}"
-            yield Finding("stop", "masks", f"data.masks is `{settings.masks}`, but no picture {what}")
+            requirement = "has transparency" if settings.masks == "alpha" else f"has a mask in {settings.masks}"
+            yield Finding("stop", "masks", f"data.masks is `{settings.masks}`, but no picture {requirement}")
         return
     floor = f"; black has the weight {settings.mask_floor:g}" if settings.mask_floor else ""
     yield Finding("ok", "masks", f"{share(total, len(pictures))} pictures have a loss mask{floor}")
@@ -142,8 +142,8 @@ def _pairs(pictures: Sequence[TrainingPicture], summary: PictureSummary) -> Iter
         text = f"{counted(len(summary.unlike), 'source image')} of other proportions than the result, used whole: "
         fix = "crop both to one proportion if they show the same scene, so that positions match"
         yield Finding("warn", "pairs", text + _some(summary.unlike), fix)
-    if same := [p.name for p in pictures if any(b.digest == p.digest for b in p.sources)]:
-        text = f"{share(len(same), len(pictures))} pictures are the same file before and after: {_some(same)}"
+    if unchanged := [p.name for p in pictures if any(b.digest == p.digest for b in p.sources)]:
+        text = f"{share(len(unchanged), len(pictures))} pictures are the same file before and after: {_some(unchanged)}"
         yield Finding("warn", "pairs", text, "remove them, unless the instruction is to change nothing")
 
 
@@ -158,15 +158,16 @@ def _alike(pictures: Sequence[TrainingPicture]) -> Iterator[Finding]:
     yield Finding("warn", "near-duplicates", text, "remove one of each, unless it should weigh twice as much")
     crossing = {i if pictures[j].is_class else j for i, j in pairs if pictures[i].is_class != pictures[j].is_class}
     if crossing:
-        own = sum(not p.is_class for p in pictures)
-        text = f"{share(len(crossing), own)} pictures are among the class pictures, so prior preservation undoes them: "
+        instances = sum(not p.is_class for p in pictures)
+        text = f"{share(len(crossing), instances)} pictures are among the class pictures, "
+        text += "so prior preservation undoes them: "
         text += _some(pictures[i].name for i in sorted(crossing))
         fix = "give data.class_folder a folder of other things of the class"
-        yield Finding("stop" if len(crossing) > own / 2 else "warn", "class pictures", text, fix)
+        yield Finding("stop" if len(crossing) > instances / 2 else "warn", "class pictures", text, fix)
 
 
 def _looking_alike(
-    pictures: Sequence[TrainingPicture], others: Sequence[TrainingPicture] | None = None
+    pictures: Sequence[TrainingPicture], class_pictures: Sequence[TrainingPicture] | None = None
 ) -> list[tuple[int, int]]:
     """Return the near-duplicates of pictures.
 
@@ -174,14 +175,14 @@ def _looking_alike(
     edit only."""
 
     def alike(side: Callable[[TrainingPicture], TrainingPicture]) -> list[tuple[int, int]]:
-        left, right = ([side(p).perceptual_hash for p in group] for group in (pictures, others or ()))
-        return near_duplicates(left, None if others is None else right)
+        first, second = ([side(p).perceptual_hash for p in group] for group in (pictures, class_pictures or ()))
+        return near_duplicates(first, None if class_pictures is None else second)
 
-    found = alike(lambda p: p)
-    if found and all(p.sources for p in (*pictures, *(others or ()))):
+    pairs = alike(lambda p: p)
+    if pairs and all(p.sources for p in (*pictures, *(class_pictures or ()))):
         sources = set(alike(lambda p: p.sources[0]))
-        found = [pair for pair in found if pair in sources]
-    return found
+        pairs = [pair for pair in pairs if pair in sources]
+    return pairs
 
 
 def _some(names: Iterable[str]) -> str:

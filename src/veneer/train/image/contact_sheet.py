@@ -56,7 +56,9 @@ def contact_sheet(
         x = margin + number % columns * (wide_cell + margin)
         y = margin + number // columns * (height + margin)
         view, caption = sample_row(row, settings, seed=seed, epoch=epoch)
-        pairs = [(before, source_view(view, before)) for before in row.picture.sources] + [(row.picture, view)]
+        pairs = [(source_image, source_view(view, source_image)) for source_image in row.picture.sources] + [
+            (row.picture, view)
+        ]
         for column, (source, part) in enumerate(pairs):
             picture = _fitted(shaded(prepare(source, part, settings)), cell)
             at = (x + (cell + _GAP) * column + (cell - picture.width) // 2, y + (cell - picture.height) // 2)

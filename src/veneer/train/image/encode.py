@@ -67,16 +67,16 @@ class Encoders:
         self.live = bool(config.adapter.text_encoders)
         # SDXL's pipelines use zeros for no text, not an empty text's encoding, unless configured otherwise.
         self.zeros = base.row.time_ids and bool(base.settings.get("force_zeros_for_empty_prompt", True))
-        identity = f"{base.fingerprint}|{str(base.dtype).removeprefix('torch.')}"
-        self.latents = LatentCache(folder and folder / "latents", fingerprint=identity)
+        fingerprint = f"{base.fingerprint}|{str(base.dtype).removeprefix('torch.')}"
+        self.latents = LatentCache(folder and folder / "latents", fingerprint=fingerprint)
         # Quantized text encoders say other things, and a tokenizer is no part of the base's fingerprint.
-        text_identity = f"{identity}|{base.quantized}|{text_length(base)}|{_tokenizers(base)}"
+        text_identity = f"{fingerprint}|{base.quantized}|{text_length(base)}|{_tokenizers(base)}"
         self.texts = TextCache(folder and folder / "texts", fingerprint=text_identity)
 
     def batch(self, rows: Sequence[PlannedRow]) -> ImageBatch:
         """Return the batch of rows of one shape."""
-        before = [self._source_latents(row) for row in rows]
-        return ImageBatch.stack(rows, [self._latents(row) for row in rows], before)
+        sources = [self._source_latents(row) for row in rows]
+        return ImageBatch.stack(rows, [self._latents(row) for row in rows], sources)
 
     def text(self, captions: Sequence[str], rows: Sequence[PlannedRow] = ()) -> Conditioning:
         """Return the denoiser's conditioning on these captions, on the base's device.
@@ -88,7 +88,7 @@ class Encoders:
             text = embed_prompts(self.base, captions)
         else:
             references: list[_References] = [self._prompt_references(row) for row in rows] or [()] * len(captions)
-            each = [self._text(caption, own) for caption, own in zip(captions, references, strict=True)]
+            each = [self._text(caption, pictures) for caption, pictures in zip(captions, references, strict=True)]
             text = Conditioning.cat(each).to(self.base.device)
         return _zeroed(text, [not caption for caption in captions]) if self.zeros and "" in captions else text
 
@@ -153,12 +153,12 @@ def _tokenizers(base: ImageBase) -> str:
         if name.startswith(("tokenizer", "processor")) and part is not None:
             if pictures := getattr(part, "pictures", None):  # Qwen-Image-Edit's processor
                 h.update(pictures.to_json_string().encode())
-            own = getattr(part, "tokenizer", part)  # FLUX.2's tokenizer is a processor
-            backend = getattr(own, "backend_tokenizer", None)
-            content = json.loads(backend.to_str()) if backend is not None else own.get_vocab()
+            tokenizer = getattr(part, "tokenizer", part)  # FLUX.2's tokenizer is a processor
+            backend = getattr(tokenizer, "backend_tokenizer", None)
+            content = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
             for state in ("truncation", "padding"):  # depends on its last call
                 content.pop(state, None)
-            h.update(f"{name}|{own.model_max_length}|{own.chat_template}|{json.dumps(content)}".encode())
+            h.update(f"{name}|{tokenizer.model_max_length}|{tokenizer.chat_template}|{json.dumps(content)}".encode())
     return h.hexdigest()
 
 
@@ -247,8 +247,8 @@ class ImageLoss:
             # trained toward them would undo the guidance. So the base's own guidance step moves the target.
             with torch.no_grad(), self.adapter_off():
                 for guidance, sign in ((keep, 1), (1.0, -1)):
-                    own = predict(base, noisy, times, text, guidance=guidance, **options)
-                    target = target + sign * own.to(target.dtype)
+                    unadapted = predict(base, noisy, times, text, guidance=guidance, **options)
+                    target = target + sign * unadapted.to(target.dtype)
         return row_losses(predicted, target, None if batch.masks is None else to_device(batch.masks))
 
     @torch.no_grad()
@@ -293,8 +293,8 @@ class ImageLoss:
                 generators = [generator("validation", *row.key, k) for row in group]
                 noise = torch.stack([torch.randn(batch.latents.shape[1:], generator=g) for g in generators])
                 sums[k] += float(in_float64(self.row_errors(batch, noise, time.expand(len(group)))).sum())
-        extra = {f"loss at {time:g}": s / max(1, count) for time, s in zip(times.tolist(), sums.tolist(), strict=True)}
-        return EvalResult(float(sums.mean()), count, count, extra, likelihood=False)
+        losses = {f"loss at {time:g}": s / max(1, count) for time, s in zip(times.tolist(), sums.tolist(), strict=True)}
+        return EvalResult(float(sums.mean()), count, count, losses, likelihood=False)
 
 
 def _same_shape(rows: Sequence[PlannedRow], most: int) -> Iterator[list[PlannedRow]]:

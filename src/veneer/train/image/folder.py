@@ -90,8 +90,8 @@ class _Folder:
     def nearest(self, name: Path) -> str:
         """Return the nearest picture by name, as the end of a sentence; one in the same folder if possible."""
         for group in ([p for p in self.pictures if p.parent == name.parent], self.pictures):
-            if near := nearest(name.stem, {p.stem for p in group}, 1):
-                path = next(p for p in group if p.stem == near[0])
+            if suggestion := nearest(name.stem, {p.stem for p in group}, 1):
+                path = next(p for p in group if p.stem == suggestion[0])
                 return f"; the nearest is {path.relative_to(self.root)}"
         return ""
 
@@ -107,11 +107,11 @@ def list_pictures(
     used = {path for paths in named.values() for path in paths}  # not trained on without a row of their own
     files = replace(files, pictures=[p for p in files.pictures if p not in used or p in rows])
     if not files.pictures:
-        others = first_few([f"{n} {suffix}" for suffix, n in files.ignored.most_common()], 12) or "nothing"
+        ignored_types = first_few([f"{n} {suffix}" for suffix, n in files.ignored.most_common()], 12) or "nothing"
         raise DataError(
             "there is no picture in this folder",
             where=str(files.root),
-            fix=f"pictures end in {', '.join(SUFFIXES)}; the folder holds {others}",
+            fix=f"pictures end in {', '.join(SUFFIXES)}; the folder holds {ignored_types}",
         )
     captions, masks_of = _captions(files), _masks(files, masks)
     source_images = _source_images(files, named, used, settings)
@@ -126,22 +126,26 @@ def list_pictures(
         }
         source = next((source for source, caption in sources.items() if caption is not None), "nothing")
         name = path.relative_to(files.root).as_posix()
-        own = tuple(source_images.get(path, ()))
-        out.append(PictureFile(path, name, sources.get(source), source, masks_of.get(path), repeats, own))
+        source_files = tuple(source_images.get(path, ()))
+        out.append(PictureFile(path, name, sources.get(source), source, masks_of.get(path), repeats, source_files))
     return out, files.ignored
 
 
 def sources_per_picture(folders: Mapping[str, Sequence[PictureFile]]) -> int:
     """Return the number of source images per picture. Raises DataError if some have fewer than others."""
-    files = [file for own in folders.values() for file in own]
+    files = [file for files_of_folder in folders.values() for file in files_of_folder]
     most = max((len(file.sources) for file in files), default=0)
     fewer = [f"{f.name}: {len(f.sources) or 'none'}" if most > 1 else f.name for f in files if len(f.sources) < most]
     if fewer:
         example = next(file.name for file in files if len(file.sources) == most)
-        what = "no source image" if most == 1 else f"fewer than the {most} source images of {example}"
+        missing = "no source image" if most == 1 else f"fewer than the {most} source images of {example}"
         raise DataError(
-            f"{len(fewer)} of {len(files)} pictures have {what}:\n{bullets(fewer)}",
-            where=", ".join(folder for folder, own in folders.items() if any(len(f.sources) < most for f in own)),
+            f"{len(fewer)} of {len(files)} pictures have {missing}:\n{bullets(fewer)}",
+            where=", ".join(
+                folder
+                for folder, files_of_folder in folders.items()
+                if any(len(f.sources) < most for f in files_of_folder)
+            ),
             fix="give all the same number (NAME.before.png, or the same name in the before folder), or set "
             "data.before: off to train on captions only",
         )
@@ -177,15 +181,17 @@ def _scan(folder: str, settings: ImageDataSection) -> _Folder:
     subfolder cannot be read."""
     root = Path(folder).expanduser()
     if not os.path.isdir(root):  # no error for a name that is too long
-        what = "this is a file, not a folder of pictures" if os.path.isfile(root) else "the folder does not exist"
-        raise DataError(what, where=str(root), fix="give a folder that holds pictures")
+        message = "this is a file, not a folder of pictures" if os.path.isfile(root) else "the folder does not exist"
+        raise DataError(message, where=str(root), fix="give a folder that holds pictures")
     pictures, captions, masks, source_files, ignored = [], [], [], [], Counter[str]()
     other_folders = [settings.class_folder, settings.validation, settings.cache, str(root / "masks")]
     other_folders += [] if settings.masks in ("auto", "off", "alpha") else [settings.masks]
     other_folders += settings.source_folders or [str(root / "before")]
-    excluded = {Path(other).expanduser().resolve() for other in other_folders if other} - {root.resolve()}
-    for place, folders, names in os.walk(root, onerror=_unread):
-        current = Path(place)
+    excluded = {
+        Path(excluded_folder).expanduser().resolve() for excluded_folder in other_folders if excluded_folder
+    } - {root.resolve()}
+    for directory, folders, names in os.walk(root, onerror=_unread):
+        current = Path(directory)
         folders[:] = sorted(
             f for f in folders if not f.startswith((".", "__")) and (current / f).resolve() not in excluded
         )
@@ -239,10 +245,10 @@ def _masks(folder: _Folder, masks: str) -> dict[Path, Path]:
     """Return picture -> mask file. `masks`: the setting. Raises DataError for a mask without a picture."""
     if masks in ("off", "alpha"):
         return {}
-    place = folder.root / "masks" if masks == "auto" else Path(masks).expanduser()
-    if masks != "auto" and not place.is_dir():
-        raise DataError("the folder of masks does not exist", where=str(place), fix="correct data.masks")
-    matches, bad = _match_files(folder, folder.masks, [(place, _pictures_in(place))])
+    mask_folder = folder.root / "masks" if masks == "auto" else Path(masks).expanduser()
+    if masks != "auto" and not mask_folder.is_dir():
+        raise DataError("the folder of masks does not exist", where=str(mask_folder), fix="correct data.masks")
+    matches, bad = _match_files(folder, folder.masks, [(mask_folder, _pictures_in(mask_folder))])
     _stop(folder, bad, "mask", "name a mask as its picture (cat.mask.png or masks/cat.png), or set data.masks: off")
     return {picture: files[0] for picture, files in matches.items()}
 
@@ -256,15 +262,19 @@ def _source_images(
     if settings.before == "off":
         return {}
     auto = settings.before == "auto"
-    places = [folder.root / "before"] if auto else [Path(given).expanduser() for given in settings.source_folders]
-    listed = [(place, [f for f in _pictures_in(place) if f not in used]) for place in places]
-    if empty := [place for place, files in listed if not files and not auto]:
+    roots = (
+        [folder.root / "before"]
+        if auto
+        else [Path(folder_name).expanduser() for folder_name in settings.source_folders]
+    )
+    files_of_root = [(root, [f for f in _pictures_in(root) if f not in used]) for root in roots]
+    if empty := [root for root, files in files_of_root if not files and not auto]:
         raise DataError("this folder of source images holds no picture", where=str(empty[0]), fix="correct data.before")
-    matches, bad = _match_files(folder, folder.source_files if auto else [], listed)
+    matches, bad = _match_files(folder, folder.source_files if auto else [], files_of_root)
     fix = "name both alike (cat.before.png or before/cat.png for cat.png), or set data.before: off"
     _stop(folder, bad, "source image", fix)
-    own = named if auto else {}
-    return {path: [*own.get(path, ()), *matches.get(path, ())] for path in folder.pictures}
+    from_metadata = named if auto else {}
+    return {path: [*from_metadata.get(path, ()), *matches.get(path, ())] for path in folder.pictures}
 
 
 def _pictures_in(folder: Path) -> list[Path]:
@@ -280,8 +290,8 @@ def _match_files(
     matches: dict[Path, list[Path]] = {}
     bad: list[str] = []
     pairs = [(file, file.with_suffix("").with_suffix("")) for file in suffixed]
-    for place, files in mirrored:
-        pairs += [(file, folder.root / file.relative_to(place).with_suffix("")) for file in files]
+    for root, files in mirrored:
+        pairs += [(file, folder.root / file.relative_to(root).with_suffix("")) for file in files]
     for file, name in pairs:
         owners = folder.owners(name)
         for owner in owners:
@@ -296,10 +306,10 @@ def _metadata(folder: _Folder, settings: ImageDataSection) -> tuple[dict[Path, s
 
     Paths in a file are relative to its folder."""
     rows: dict[Path, str] = {}
-    before: dict[Path, list[Path]] = {}
+    sources: dict[Path, list[Path]] = {}
     bad: list[str] = []
-    for place in sorted({folder.root, *(p.parent for p in folder.pictures)}):
-        for file in (place / name for name in _METADATA_FILES):
+    for directory in sorted({folder.root, *(p.parent for p in folder.pictures)}):
+        for file in (directory / name for name in _METADATA_FILES):
             if not file.is_file():
                 continue
             records, _ = read_data_files([str(file)])
@@ -310,34 +320,36 @@ def _metadata(folder: _Folder, settings: ImageDataSection) -> tuple[dict[Path, s
                 missing, fix = " or ".join(_FILE_COLUMNS), "name the column of pictures so"
                 if file_column is not None:
                     missing, fix = text_column or " or ".join(_CAPTION_COLUMNS), "set data.caption_column"
-                what = f"the metadata has no column {missing}; the columns are {', '.join(columns)}"
-                raise DataError(what, where=str(file), fix=fix)
+                message = f"the metadata has no column {missing}; the columns are {', '.join(columns)}"
+                raise DataError(message, where=str(file), fix=fix)
             for record in records:
                 name, caption, value = (record.values.get(c) for c in (file_column, text_column, "before"))
                 names = value if isinstance(value, list) else [] if value is None else [value]
-                problem = _path_problem(file_column, name, place, folder)
+                problem = _path_problem(file_column, name, directory, folder)
                 if not problem and not isinstance(caption, str):
                     problem = f"`{text_column}` should be text, found {type(caption).__name__}"
-                if not problem and place / str(name) in rows:
+                if not problem and directory / str(name) in rows:
                     problem = f"`{name}` has a row already"
-                problem = problem or next((p for s in names if (p := _path_problem("before", s, place, folder))), "")
+                problem = problem or next(
+                    (p for s in names if (p := _path_problem("before", s, directory, folder))), ""
+                )
                 if problem:
                     bad.append(f"{record.where}: {problem}")
                     continue
-                rows[place / str(name)] = " ".join(str(caption).split())
+                rows[directory / str(name)] = " ".join(str(caption).split())
                 if names:
-                    before[place / str(name)] = [place / source for source in names]
+                    sources[directory / str(name)] = [directory / source for source in names]
     _stop(folder, bad, "metadata row", "correct those rows, or take them out")
-    return rows, before
+    return rows, sources
 
 
-def _path_problem(column: str, name: object, place: Path, folder: _Folder) -> str:
+def _path_problem(column: str, name: object, directory: Path, folder: _Folder) -> str:
     """Return what is wrong with a picture's path in a metadata row, or ""."""
     if not isinstance(name, str) or not name:
         return f"`{column}` should be a picture's path, found {name!r}"
     if os.path.isabs(name) or ".." in Path(name).parts:
         return f"`{column}`: `{name}` leaves the folder"
-    path = place / name
+    path = directory / name
     if path in folder.owners(path) or (column == "before" and path.suffix.lower() in SUFFIXES and path.is_file()):
         return ""
     return f"`{column}`: there is no picture `{name}`" + folder.nearest(path)
@@ -362,5 +374,5 @@ def _kohya_folder(path: Path, root: Path) -> tuple[int, str | None]:
 
 def _stop(folder: _Folder, bad: Sequence[str], kind: str, fix: str) -> None:
     if bad:
-        what = f"{counted(len(bad), kind)} cannot be used:\n{bullets(bad)}"
-        raise DataError(what, where=str(folder.root), fix=fix)
+        message = f"{counted(len(bad), kind)} cannot be used:\n{bullets(bad)}"
+        raise DataError(message, where=str(folder.root), fix=fix)

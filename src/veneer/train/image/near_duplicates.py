@@ -34,7 +34,7 @@ def perceptual_hash(image: Image.Image) -> bytes:
 def near_duplicates(hashes: Sequence[bytes], others: Sequence[bytes] | None = None) -> list[tuple[int, int]]:
     """Return near-duplicates (i, j), i < j within `hashes`.
 
-    With `others`, i is in `hashes` and j in `others`. O(n²), a few seconds for 5,000 pictures."""
+    With `others`, i indexes `hashes` and j indexes `others`. O(n²), a few seconds for 5,000 pictures."""
     bits, colours = _matrices(hashes)
     other_bits, other_colours = _matrices(hashes if others is None else others)
     pairs = []
@@ -42,8 +42,8 @@ def near_duplicates(hashes: Sequence[bytes], others: Sequence[bytes] | None = No
         b, c = bits[start : start + _BLOCK], colours[start : start + _BLOCK]
         squares = (c**2).sum(1)[:, None] - 2 * c @ other_colours.T + (other_colours**2).sum(1)
         alike = (b @ other_bits.T >= _BITS - 2 * _MOST_BITS) & (squares <= 3 * _BITS * _MOST_COLOUR**2)
-        found = zip(*(axis.tolist() for axis in np.nonzero(alike)), strict=True)
-        pairs += [(start + i, j) for i, j in found if others is not None or start + i < j]
+        indices = zip(*(axis.tolist() for axis in np.nonzero(alike)), strict=True)
+        pairs += [(start + i, j) for i, j in indices if others is not None or start + i < j]
     return pairs
 
 

@@ -79,9 +79,9 @@ class PictureSummary:
     unlike: list[str] = field(default_factory=list)
 
 
-def same_shape(size: tuple[int, int], other: tuple[int, int]) -> bool:
+def same_shape(size: tuple[int, int], other_size: tuple[int, int]) -> bool:
     """Return whether two (width, height) have equal proportions, within 1%."""
-    return abs(size[0] * other[1] - size[1] * other[0]) <= _SAME_SHAPE * size[0] * other[1]
+    return abs(size[0] * other_size[1] - size[1] * other_size[0]) <= _SAME_SHAPE * size[0] * other_size[1]
 
 
 def pictures_digest(pictures: Iterable[TrainingPicture]) -> str:
@@ -93,7 +93,7 @@ def pictures_digest(pictures: Iterable[TrainingPicture]) -> str:
 
 
 def read_pictures(
-    settings: ImageDataSection, which: Literal["train", "validation"] = "train"
+    settings: ImageDataSection, part: Literal["train", "validation"] = "train"
 ) -> tuple[list[TrainingPicture], PictureSummary]:
     """Return the pictures of the settings' folders, sorted by name in each.
 
@@ -101,18 +101,20 @@ def read_pictures(
     caption, mask or metadata row without a picture; pictures without a caption (if there is no trigger to use
     instead); a mask of other proportions; incomplete pairs; and unreadable files unless `settings.broken` is
     `drop`. Each error lists all problems, up to 20."""
-    folders = settings.folders if which == "train" else (settings.validation,) if settings.validation else ()
+    folders = settings.folders if part == "train" else (settings.validation,) if settings.validation else ()
     summary = PictureSummary()
-    elsewhere = settings.model_copy(update={"before": "off" if settings.before == "off" else "auto"})
-    own = settings if which == "train" else elsewhere
-    listed = [(folder, list_pictures(folder, own, settings.prompt, settings.masks), False) for folder in folders]
-    if which == "train" and settings.class_folder is not None:
+    without_sources = settings.model_copy(update={"before": "off" if settings.before == "off" else "auto"})
+    part_settings = settings if part == "train" else without_sources
+    files_of_folder = [
+        (folder, list_pictures(folder, part_settings, settings.prompt, settings.masks), False) for folder in folders
+    ]
+    if part == "train" and settings.class_folder is not None:
         masks = "auto" if settings.masks not in ("off", "alpha") else settings.masks
-        classes = list_pictures(settings.class_folder, elsewhere, settings.class_prompt, masks)
-        listed.append((settings.class_folder, classes, True))
-    summary.sources = sources_per_picture({folder: files for folder, (files, _), _ in listed})
+        classes = list_pictures(settings.class_folder, without_sources, settings.class_prompt, masks)
+        files_of_folder.append((settings.class_folder, classes, True))
+    summary.sources = sources_per_picture({folder: files for folder, (files, _), _ in files_of_folder})
     pictures: list[TrainingPicture] = []
-    for folder, (files, ignored), is_class in listed:
+    for folder, (files, ignored), is_class in files_of_folder:
         summary.ignored += ignored
         pictures += _read(files, folder, settings, summary, is_class)
     if folders and all(picture.is_class for picture in pictures):
@@ -158,8 +160,8 @@ def _read(
         (broken, "picture", "repair or remove them, or leave them out with data.broken=drop"),
     ):
         if bad and (kind == "caption" or settings.broken == "refuse"):
-            what = f"{len(bad)} of {counted(len(files), kind)} cannot be used:\n{bullets(bad)}"
-            raise DataError(what, where=folder, fix=fix)
+            message = f"{len(bad)} of {counted(len(files), kind)} cannot be used:\n{bullets(bad)}"
+            raise DataError(message, where=folder, fix=fix)
     summary.broken += broken
     return pictures
 

@@ -87,10 +87,10 @@ def parts_of(base: ImageBase, config: ImageTrainConfig) -> dict[str, tuple[nn.Mo
                 where="adapter.text_encoders",
                 fix=f"it has: {having}",
             )
-        own = replace(
+        part_spec = replace(
             spec, targets=config.adapter.text_targets, exclude=(), layers=None, rank_pattern={}, alpha_pattern={}
         )
-        out[name] = (base.model.get_submodule(name), own)
+        out[name] = (base.model.get_submodule(name), part_spec)
     return out
 
 
@@ -99,26 +99,26 @@ def image_preflight(
     config: ImageTrainConfig,
     data: ImageData,
     *,
-    found: Iterable[Finding] = (),
+    data_findings: Iterable[Finding] = (),
     cut: Mapping[str, Mapping[str, str]],
     **options: Any,
 ) -> Report:
     """Inspect a run before anything is attached or encoded; see `inspect_run`.
 
-    `found`: findings of the data. `cut`: captions, sample prompts, class prompt -> each text that is too long
+    `data_findings`: findings of the data. `cut`: captions, sample prompts, class prompt -> each text that is too long
     -> the part that the base does not read."""
-    own = len([row for row in data.plan.rows if not row.picture.is_class])
+    instances = len([row for row in data.plan.rows if not row.picture.is_class])
     rows = config.batching.rows
     subject = RunSubject(
         base=base,
         config=config,
-        steps_per_epoch=-(-own // rows),
-        largest_micro=config.batching.micro_rows or min(rows, own) * (2 if config.data.class_prompt else 1),
+        steps_per_epoch=-(-instances // rows),
+        largest_micro=config.batching.micro_rows or min(rows, instances) * (2 if config.data.class_prompt else 1),
         unit="picture",
         micros=[len(step.micros) for step in data.steps],
         **options,
     )
-    findings = [*found]
+    findings = [*data_findings]
     if data.held_out:
         findings += check_held_out(data.training, data.held_out)
     for check in (_targets, learning_rate, check_devices, precision, _loss, _distilled, _devices, _apart, check_output):
@@ -140,7 +140,7 @@ def _targets(s: RunSubject) -> Iterator[Finding]:
     """Report the targets in each component."""
     config: Any = s.config
     pairs, total = 0, sum(p.numel() for p in s.base.model.parameters())
-    found: dict[str, int] = {}
+    targets_of: dict[str, int] = {}
     trained = []
     name = s.base.row.denoiser
     try:
@@ -148,15 +148,15 @@ def _targets(s: RunSubject) -> Iterator[Finding]:
             matched = matches_per_pattern(module, spec)
             targets = resolve_targets(module, spec)
             pairs += trainable_parameters(module, targets, spec)[0]
-            found[name] = len(targets)
+            targets_of[name] = len(targets)
             trained.append((module, targets, spec))
             s.numbers.setdefault("matched", {}).update({f"{name} {p}": len(n) for p, n in matched.items()})
     except TargetError as error:
         key = "adapter.targets" if name == s.base.row.denoiser else "adapter.text_targets"
         yield Finding("stop", "targets", f"{error.what} ({error.where or key})", error.fix or "")
         return
-    s.numbers.update(pairs=sum(found.values()), base_parameters=total, trainable=pairs, adapter_bytes=4 * pairs)
-    named = ", ".join(f"{counted(count, 'module')} of the {name}" for name, count in found.items())
+    s.numbers.update(pairs=sum(targets_of.values()), base_parameters=total, trainable=pairs, adapter_bytes=4 * pairs)
+    named = ", ".join(f"{counted(count, 'module')} of the {name}" for name, count in targets_of.items())
     size = gigabytes(4 * pairs if config.output.dtype == "float32" else 2 * pairs)
     yield Finding("ok", "targets", f"{named}; trainable: {share(pairs, total)} parameters, a file of about {size}")
     yield from check_factor(trained)
@@ -192,12 +192,12 @@ def _loss(s: RunSubject) -> Iterator[Finding]:
             "stop", "loss", f"{label}: {named} {'is' if len(wrong) == 1 else 'are'} only for {kind}", "leave it out"
         )
         return
-    given = [f"loss.{key}" for key in ("guidance", "keep_guidance") if getattr(loss, key) not in (None, 1.0)]
-    if given and not s.base.denoiser.config.get("guidance_embeds"):
-        text = f"{s.base.name} takes no guidance as an input, so {' and '.join(given)} would have no effect"
+    guidance_keys = [f"loss.{key}" for key in ("guidance", "keep_guidance") if getattr(loss, key) not in (None, 1.0)]
+    if guidance_keys and not s.base.denoiser.config.get("guidance_embeds"):
+        text = f"{s.base.name} takes no guidance as an input, so {' and '.join(guidance_keys)} would have no effect"
         yield Finding("stop", "loss", text, "leave it out")
         return
-    if len(given) == 2 and (loss.keep_guidance or 0.0) > loss.guidance:
+    if len(guidance_keys) == 2 and (loss.keep_guidance or 0.0) > loss.guidance:
         text = f"loss.keep_guidance {loss.keep_guidance:g} is above loss.guidance {loss.guidance:g}"
         yield Finding("stop", "loss", text, "leave loss.guidance out")
         return
@@ -207,32 +207,32 @@ def _loss(s: RunSubject) -> Iterator[Finding]:
 
 def _pairs(base: ImageBase, config: ImageTrainConfig, data: ImageData) -> Iterator[Finding]:
     """Report problems with pairs: a base that does not edit, held-out pictures, class pictures."""
-    before, folder = data.summary.sources, ", ".join(config.data.folders)
-    if before > base.references:
-        text = f"{folder} has {counted(before, 'source image')} for each picture, and {base.name} "
+    sources, folder = data.summary.sources, ", ".join(config.data.folders)
+    if sources > base.references:
+        text = f"{folder} has {counted(sources, 'source image')} for each picture, and {base.name} "
         text += f"takes {base.references} at most" if base.references else "does not edit pictures"
         fix = "train on FLUX.1 Kontext, FLUX.2 or Qwen-Image-Edit, or on captions only with data.before: off"
         yield Finding("stop", "pairs", text, fix)
-    elif base.only_edits and not before:
+    elif base.only_edits and not sources:
         text = f"{base.name} edits pictures, and {folder} has captions only, without source images"
         fix = "give each picture a source (NAME.before.png, or data.before: FOLDER), or train on another base"
         yield Finding("stop", "pairs", text, fix)
-    elif before and config.data.class_count:
+    elif sources and config.data.class_count:
         fix = "use data.class_folder with pairs"
         yield Finding("stop", "pairs", "generated class pictures have no source images", fix)
-    if other := [p.name for p in data.held_out if len(p.sources) != before]:
-        text = f"held-out pictures have another number of source images than {before}: {other[0]}"
+    if mismatched := [p.name for p in data.held_out if len(p.sources) != sources]:
+        text = f"held-out pictures have another number of source images than {sources}: {mismatched[0]}"
         fix = "give each as many (NAME.before.png, or its name in a before folder), or set data.before: off"
         yield Finding("stop", "held out", text, fix)
 
 
 def _sample_sources(base: ImageBase, config: ImageTrainConfig, data: ImageData) -> Iterator[Finding]:
     """Report sample prompts without source images, and sources that cannot be used."""
-    samples, before = config.samples, data.summary.sources
-    if before and samples.prompts and not samples.before:
+    samples, sources = config.samples, data.summary.sources
+    if sources and samples.prompts and not samples.before:
         fix = "samples.before: a picture for each prompt, or one for all"
         yield Finding("stop", "samples", "sample prompts are instructions, and have no picture to edit", fix)
-    if samples.before and not before:
+    if samples.before and not sources:
         yield Finding(
             "stop", "samples", "samples.before is for pairs, and the pictures have no sources", "leave it out"
         )
@@ -240,7 +240,7 @@ def _sample_sources(base: ImageBase, config: ImageTrainConfig, data: ImageData) 
     if most > base.references > 0:
         text = f"samples.before shows {most} pictures at once, and {base.name} takes {base.references} at most"
         yield Finding("stop", "samples", text, "leave some out")
-    for path in dict.fromkeys(path for shown in samples.starts for path in shown):
+    for path in dict.fromkeys(path for paths in samples.starts for path in paths):
         try:
             size = decode_picture(read_bytes(Path(path))[0], config.data).size
         except UnreadablePicture as error:
@@ -284,18 +284,17 @@ def _devices(s: RunSubject) -> Iterator[Finding]:
 
 def _prompts(cut: Mapping[str, Mapping[str, str]]) -> Iterator[Finding]:
     """Report captions and prompts that the encoders truncate, by their beginnings."""
-    for what, long in cut.items():
+    for kind, long in cut.items():
         if long:
-            shown = "; ".join(
-                f"`{_short(caption)}` from `{_short(rest)}` on ({len(rest):,} characters)"
-                for caption, rest in list(long.items())[:3]
+            examples = "; ".join(
+                f"`{_short(caption)}` from `{_short(unread)}` on ({len(unread):,} characters)"
+                for caption, unread in list(long.items())[:3]
             )
             more = f" and {len(long) - 3} more" if len(long) > 3 else ""
-            text = (
-                f"{counted(len(long), what.removesuffix('s'))} longer than the base reads; not read is of {shown}{more}"
-            )
+            text = f"{counted(len(long), kind.removesuffix('s'))} longer than the base reads; "
+            text += f"unread: of {examples}{more}"
             fix = "shorten them"
-            yield Finding("warn", what, text, fix)
+            yield Finding("warn", kind, text, fix)
 
 
 def _short(text: str, most: int = 40) -> str:
@@ -303,7 +302,7 @@ def _short(text: str, most: int = 40) -> str:
 
 
 def memory_numbers(
-    numbers: Mapping[str, Any], config: ImageTrainConfig, device: torch.device, measured: int, *, pictures: int
+    numbers: Mapping[str, Any], config: ImageTrainConfig, device: torch.device, bytes_per_picture: int, *, pictures: int
 ) -> dict[str, int]:
     """Return the bytes that the run needs in addition to the base, and free bytes.
 
@@ -311,10 +310,10 @@ def memory_numbers(
     the largest micro-batch."""
     trained = 16 * int(numbers.get("trainable", 0))  # float32 weights, gradient, two moments
     trained += 4 * int(numbers.get("trainable", 0)) if config.ema.decay else 0
-    need = trained + measured * pictures
+    need = trained + bytes_per_picture * pictures
     return {
         "memory_needed": need,
         "memory_free": available_memory(config, device),
-        "activations_of_one_picture": measured,
+        "activations_of_one_picture": bytes_per_picture,
         "predicted_peak_bytes": max(peak_memory_bytes(device), used_memory(device) + need),
     }

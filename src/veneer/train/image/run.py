@@ -48,7 +48,7 @@ def run_images(
     with opened(
         config, unit="pictures", on_event=on_event, sources=sources, resume=resume, dry_run=dry_run, force=force
     ) as run:
-        own = base is None
+        owns_base = base is None
         if base is None:
             run.fetch(config.base.name)
             base = load_image(
@@ -60,4 +60,4 @@ def run_images(
             )
         for note in base.notes:
             run.note(note)
-        return train_images(ImageRun(run, config, base, own, kind))
+        return train_images(ImageRun(run, config, base, owns_base, kind))

@@ -45,13 +45,13 @@ def training_layers(base: ImageBase, on: bool) -> Iterator[None]:
 
     The base's own modules are unchanged: their dropout was for training the base."""
     layers = [m for m in base.model.modules() if isinstance(m, Layer)]
-    before = [layer.training for layer in layers]
+    modes = [layer.training for layer in layers]
     for layer in layers:
         layer.training = on
     try:
         yield
     finally:
-        for layer, mode in zip(layers, before, strict=True):
+        for layer, mode in zip(layers, modes, strict=True):
             layer.training = mode
 
 
@@ -92,7 +92,7 @@ def _source_images(base: ImageBase, config: ImageTrainConfig) -> list[tuple[Imag
         size = reference_size(base, *shape)
         return crop_resized(picture, crop_view(picture.size, size) if single else View(*size, picture.size, size))
 
-    return [tuple(source(path, len(shown) == 1) for path in shown) for shown in samples.starts]
+    return [tuple(source(path, len(paths) == 1) for path in paths) for paths in samples.starts]
 
 
 def sample_settings(config: ImageTrainConfig, steps: int) -> PictureSettings:

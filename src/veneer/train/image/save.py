@@ -73,26 +73,26 @@ def save_image_adapter(
     adapter: Adapter,
     base: ImageBase,
     config: ImageTrainConfig,
-    facts: dict[str, Any],
+    training: dict[str, Any],
     thumbnail: str,
     tags: dict[str, dict[str, int]],
 ) -> WriteReport:
     """Write the adapter in the configured layout with full metadata and the card.
 
-    `facts`: the result of `training_facts`, or {}. `thumbnail`: a data URL. `tags`: the result of
+    `training`: the result of `training_facts`, or {}. `thumbnail`: a data URL. `tags`: the result of
     `tag_frequency`."""
     output = config.output
-    extra: dict[str, Any] = {"tag_frequency": tags}
+    card_extra: dict[str, Any] = {"tag_frequency": tags}
     if thumbnail:
-        extra["thumbnail"] = thumbnail
+        card_extra["thumbnail"] = thumbnail
     if base.prediction in ("epsilon", "v"):
-        extra["prediction_type"] = base.prediction
+        card_extra["prediction_type"] = base.prediction
     card = replace(
         adapter.card,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         trigger_words=[config.data.trigger] if config.data.trigger else [],
         licence=output.licence,
-        extra={**adapter.card.extra, **extra},
+        extra={**adapter.card.extra, **card_extra},
     )
     adapter = replace(adapter, card=card)
     path = output_of(config)
@@ -101,7 +101,7 @@ def save_image_adapter(
         path,
         output.layout,
         family=base.family,
-        metadata=training_metadata(facts),
+        metadata=training_metadata(training),
         dtype=None if output.dtype == "float32" else output.dtype,
     )
     if output.layout != "peft":
@@ -112,13 +112,13 @@ def save_image_adapter(
 
 
 def training_facts(
-    config: ImageTrainConfig, base: ImageBase, data: ImageData, *, kept: int, seconds: float
+    config: ImageTrainConfig, base: ImageBase, data: ImageData, *, kept_step: int, seconds: float
 ) -> dict[str, Any]:
     """Return the values of sd-scripts' `ss_` keys, without the prefix; None if inapplicable.
 
-    `kept`: the saved step; `seconds`: duration of the steps."""
+    `kept_step`: the saved step; `seconds`: duration of the steps."""
     now, steps, ends = time.time(), data.steps, data.steps.ends
-    own = [p for p in data.training if not p.is_class]
+    instances = [p for p in data.training if not p.is_class]
     classes = [p for p in data.training if p.is_class]
     side = config.data.resolutions(base.size)[-1]
     buckets = [{"resolution": f"{w}x{h}", "count": count} for (w, h), count in data.plan.sizes.items()]
@@ -128,12 +128,12 @@ def training_facts(
         "learning_rate": config.optimizer.learning_rate,
         "unet_lr": config.optimizer.learning_rate,
         "text_encoder_lr": config.optimizer.text_learning_rate if config.adapter.text_encoders else None,
-        "num_train_images": len(own),
+        "num_train_images": len(instances),
         "num_reg_images": len(classes),
         "num_validation_images": len(data.held_out),
         "num_epochs": math.ceil(steps[-1].epoch),
         "num_batches_per_epoch": ends[0] if ends else len(steps),
-        "steps": kept,
+        "steps": kept_step,
         "max_train_steps": len(steps),
         "total_batch_size": config.batching.rows,
         "resolution": f"({side}, {side})",
@@ -144,7 +144,7 @@ def training_facts(
         "min_snr_gamma": config.loss.snr_gamma,
         "noise_offset": config.loss.noise_offset or None,
         "bucket_info": {"buckets": {str(i): bucket for i, bucket in enumerate(buckets)}},
-        "dataset_dirs": _folders(own),
+        "dataset_dirs": _folders(instances),
         "reg_dataset_dirs": _folders(classes) or None,
     }
 
@@ -178,14 +178,14 @@ def prove_image_adapter(
         start = f"{base.row.denoiser}."
         again = again.renamed(lambda name: name if name.startswith(start) else start + name)
     time = torch.tensor([0.5 if base.prediction == "flow" else 500])
-    latents, given = batch.latents.to(base.device), batch.sizes if base.row.time_ids else None
+    latents, sizes = batch.latents.to(base.device), batch.sizes if base.row.time_ids else None
     # The rounding of the file's and of the base's dtype, through a few layers.
     rounding = 64 * max(torch.finfo(getattr(torch, config.output.dtype)).eps, torch.finfo(base.dtype).eps)
     return prove(
         attachment,
         NAME,
         again,
-        lambda: predict(base, latents, time, text, sizes=given, references=batch.sources),
+        lambda: predict(base, latents, time, text, sizes=sizes, references=batch.sources),
         path=path,
         noun="predictions",
         rounding=rounding,

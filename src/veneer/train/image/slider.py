@@ -60,11 +60,11 @@ def slider_config(config: ImageTrainConfig) -> ImageTrainConfig:
     prompts = slider.model_dump(mode="json", include={"positive", "negative", "target", "preserve"})
     inputs = [config.base.name, prompts, data.resolution, config.samples.guidance, config.seed]
     scenes = cache / "scenes" / hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
-    own = {"pictures": str(scenes), "prompt": slider.target, "split": 0}
+    updates = {"pictures": str(scenes), "prompt": slider.target, "split": 0}
     samples = config.samples
     if not samples.prompts and slider.target:
         samples = samples.model_copy(update={"prompts": (slider.target,)})
-    return config.model_copy(update={"data": data.model_copy(update=own), "samples": samples})
+    return config.model_copy(update={"data": data.model_copy(update=updates), "samples": samples})
 
 
 def _read(image: ImageRun) -> ImageData:
@@ -173,9 +173,9 @@ class SliderLoss(ImageLoss):
             return predict(base, noisy, at, text, sizes=sizes, guidance=self.guidance)
 
         neutral = [slider.target] * len(batch.rows)
-        own, step = self._direction(batch, neutral, predicted)
+        unadapted, step = self._direction(batch, neutral, predicted)
         self.attachment.use((NAME, sign))
-        return row_losses(predicted(neutral), own + sign * slider.guidance * step)
+        return row_losses(predicted(neutral), unadapted + sign * slider.guidance * step)
 
     def _direction(
         self, batch: ImageBatch, neutral: Sequence[str], predicted: Callable[[Sequence[str]], Tensor]
@@ -186,13 +186,13 @@ class SliderLoss(ImageLoss):
         key = tuple(row.key for row in batch.rows)
         if self._last is None or self._last[0] != key:
             pairs = _directions(self.config.slider)
-            chosen = [pairs[int(torch.randint(len(pairs), (), generator=generator("preserve", *k)))] for k in key]
+            sampled = [pairs[int(torch.randint(len(pairs), (), generator=generator("preserve", *k)))] for k in key]
             with torch.no_grad(), self.attachment.off():
-                plus, minus = ([pair[end] for pair in chosen] for end in (0, 1))
-                own, positive, negative = (predicted(prompts).float() for prompts in (neutral, plus, minus))
-            self._last = key, torch.stack([own, positive - negative])
-        own, step = self._last[1]
-        return own, step
+                plus, minus = ([pair[end] for pair in sampled] for end in (0, 1))
+                unadapted, positive, negative = (predicted(prompts).float() for prompts in (neutral, plus, minus))
+            self._last = key, torch.stack([unadapted, positive - negative])
+        unadapted, step = self._last[1]
+        return unadapted, step
 
 
 def _with_scenes(base: ImageBase, config: ImageTrainConfig, run: Run) -> ImageTrainConfig:
@@ -200,8 +200,8 @@ def _with_scenes(base: ImageBase, config: ImageTrainConfig, run: Run) -> ImageTr
 
     A dry run draws one scene, in a folder for temporary files."""
     if base.only_edits:
-        what = f"{base.name} edits pictures, and a slider needs a base that generates from prompts"
-        raise BaseError(what, where="base", fix="train on the base it was made from, as FLUX.1 dev or Qwen-Image")
+        message = f"{base.name} edits pictures, and a slider needs a base that generates from prompts"
+        raise BaseError(message, where="base", fix="train on the base it was made from, as FLUX.1 dev or Qwen-Image")
     for module, spec in parts_of(base, config).values():
         resolve_targets(module, spec)  # nothing is drawn for targets that do not exist
     folder, count = Path(config.data.folders[0]), config.slider.scenes

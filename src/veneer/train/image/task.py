@@ -153,23 +153,23 @@ def read_image_data(image: ImageRun) -> ImageData:
     settings = config.data
     missing = 0
     if settings.class_count:
-        place = class_folder(config, base, image.cache)
-        found = [p for p in place.rglob("*") if p.suffix.lower() in SUFFIXES and not p.stem.endswith(".mask")]
-        missing = max(0, settings.class_count - len(found))
-        settings = settings.model_copy(update={"class_folder": str(place) if found else None})
+        folder = class_folder(config, base, image.cache)
+        class_files = [p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.stem.endswith(".mask")]
+        missing = max(0, settings.class_count - len(class_files))
+        settings = settings.model_copy(update={"class_folder": str(folder) if class_files else None})
     pictures, summary = read_pictures(settings)
-    held = read_pictures(settings, "validation")[0]
+    held_out = read_pictures(settings, "validation")[0]
     if settings.validation is None:
-        pictures, held = split_pictures(pictures, settings.split, config.seed)
+        pictures, held_out = split_pictures(pictures, settings.split, config.seed)
     plan = plan_rows(pictures, settings, size=base.size, unit=base.unit)
     scored = []
-    if held:
-        rows = plan_rows(held, settings, size=base.size, unit=base.unit).rows
+    if held_out:
+        rows = plan_rows(held_out, settings, size=base.size, unit=base.unit).rows
         scored = validation_rows(rows, settings, config.evaluation.rows)
     encoders = Encoders(base, config, None if run.dry_run else image.cache)
     steps = plan_image_steps(plan.rows, config, encoders.batch, run.devices.count)
     tags = tag_frequency(p for p in pictures if not p.is_class)
-    return ImageData(pictures, held, summary, plan, encoders, steps, scored, missing, tags)
+    return ImageData(pictures, held_out, summary, plan, encoders, steps, scored, missing, tags)
 
 
 def _check(image: ImageRun, data: ImageData, previous: Mapping[str, Any] | None) -> Report:
@@ -178,7 +178,9 @@ def _check(image: ImageRun, data: ImageData, previous: Mapping[str, Any] | None)
     # A prompt is read only for its length, so that a dry run and a wrong setting cost no forward passes.
     if base.reads_references and data.summary.sources:  # with source images, nothing is cut
         texts |= {"captions": [], "sample prompts": []}
-    cut = {w: {c: rest for c in dict.fromkeys(said) if (rest := cut_of(base, c))} for w, said in texts.items()}
+    cut = {
+        w: {c: unread for c in dict.fromkeys(prompts) if (unread := cut_of(base, c))} for w, prompts in texts.items()
+    }
     report = inspect_run(
         config,
         base,
@@ -235,13 +237,13 @@ def _with_class_pictures(image: ImageRun, data: ImageData) -> ImageData:
     """Draw missing class pictures with the base, then read all data again."""
     if not data.missing_class_pictures:
         return data
-    run, place = image.run, class_folder(image.config, image.base, image.cache)
+    run, folder = image.run, class_folder(image.config, image.base, image.cache)
     began = time.perf_counter()
     if run.devices.first:
-        generate_class_pictures(image.base, image.config, place, data.missing_class_pictures)
+        generate_class_pictures(image.base, image.config, folder, data.missing_class_pictures)
     run.devices.gather(None)
     seconds = time.perf_counter() - began
-    run.note(f"drew {counted(data.missing_class_pictures, 'class picture')} into {place} in {seconds:.0f} s")
+    run.note(f"drew {counted(data.missing_class_pictures, 'class picture')} into {folder} in {seconds:.0f} s")
     return image.kind.read(image)
 
 
@@ -267,20 +269,20 @@ def _free_encoders(image: ImageRun) -> _Memory:
         return _Memory()
     names = [n for n in base.parts if n.startswith("text_encoder") or n == "vae"]
     names = [n for n in names if base.parts[n] is not None]
-    kept = ""
+    reason = ""
     if config.adapter.text_encoders:
-        kept = "text encoders learn"
+        reason = "text encoders learn"
     elif config.samples.prompts and (base.device.type == "cpu" or base.quantized):
-        kept = "samples draw with them"
+        reason = "samples draw with them"
     elif config.samples.prompts:
         run.note(f"{', '.join(names)} wait on the CPU between sheets: {park(base, names) / 1e6:,.0f} MB")
         return _Memory(parked=tuple(names))
-    if kept:
-        run.note(f"text encoders and VAE stay in memory: {kept}")
-        return _Memory(kept=kept)
-    before = sum(p.numel() * p.element_size() for n in names for p in base.parts[n].parameters())
+    if reason:
+        run.note(f"text encoders and VAE stay in memory: {reason}")
+        return _Memory(kept=reason)
+    freed_bytes = sum(p.numel() * p.element_size() for n in names for p in base.parts[n].parameters())
     release(base, *names)
-    run.note(f"freed {', '.join(names)}: {before / 1e6:,.0f} MB")
+    run.note(f"freed {', '.join(names)}: {freed_bytes / 1e6:,.0f} MB")
     return _Memory()
 
 
@@ -288,16 +290,16 @@ def _create_adapter(base: ImageBase, config: ImageTrainConfig) -> Adapter:
     """Create one adapter over the denoiser and the configured text encoders.
 
     Module names are canonical."""
-    whole = Adapter()
+    combined = Adapter()
     targets: list[str] = []
     spec = config.adapter.spec()
-    for name, (module, own) in parts_of(base, config).items():
-        made = create(module, own, seed=config.seed)
-        whole.pairs |= {f"{name}.{key}": pair for key, pair in made.pairs.items()}
-        whole.deltas |= {f"{name}.{key}": delta for key, delta in made.deltas.items()}
-        targets += [f"{name}: {t}" for t in made.card.targets]
+    for name, (module, part_spec) in parts_of(base, config).items():
+        part = create(module, part_spec, seed=config.seed)
+        combined.pairs |= {f"{name}.{key}": pair for key, pair in part.pairs.items()}
+        combined.deltas |= {f"{name}.{key}": delta for key, delta in part.deltas.items()}
+        targets += [f"{name}: {t}" for t in part.card.targets]
     card = Card(kind="image", rank=spec.rank, alpha=spec.alpha, targets=targets)
-    return replace(whole, card=card, rslora=spec.rslora, dropout=spec.dropout)
+    return replace(combined, card=card, rslora=spec.rslora, dropout=spec.dropout)
 
 
 def _measure_memory(image: ImageRun, data: ImageData, loss: ImageLoss, report: Report, memory: _Memory) -> _Memory:
@@ -306,26 +308,28 @@ def _measure_memory(image: ImageRun, data: ImageData, loss: ImageLoss, report: R
     The picture has the largest shape. Adds a memory finding to the report."""
     config, base = image.config, image.base
     largest = max((m for s in data.steps for m in s.micros), key=lambda m: m.size or 0)
-    one = data.encoders.batch(largest.make().rows[:1])
+    batch = data.encoders.batch(largest.make().rows[:1])
     frozen = list(base.model.parameters())
-    before = checkpoint.rng_state()
+    rng_state = checkpoint.rng_state()
     mode = config.memory.activation_checkpointing
 
     def measure(recompute: bool) -> int:
         with recomputing(base) if recompute else nullcontext(), memory_errors(largest):
-            return measured_activations(lambda: loss(one), frozen)
+            return measured_activations(lambda: loss(batch), frozen)
 
-    kept, free = 0, available_memory(config, base.device)
+    bytes_per_picture, free = 0, available_memory(config, base.device)
     offloads = config.memory.offload_blocks > 0
     recompute, because = mode == "on" or offloads, "memory.offload_blocks needs it" if offloads else ""
     if not recompute:
-        kept = measure(False)
-        need = kept * largest.tokens + 16 * int(report.numbers.get("trainable", 0))
+        bytes_per_picture = measure(False)
+        need = bytes_per_picture * largest.tokens + 16 * int(report.numbers.get("trainable", 0))
         recompute, because = recomputes(mode, need, free)
     if recompute:
-        kept = measure(True)
-    checkpoint.rng_restore(before)
-    report.numbers.update(memory_numbers(report.numbers, config, base.device, kept, pictures=largest.tokens))
+        bytes_per_picture = measure(True)
+    checkpoint.rng_restore(rng_state)
+    report.numbers.update(
+        memory_numbers(report.numbers, config, base.device, bytes_per_picture, pictures=largest.tokens)
+    )
     count = counted(largest.tokens, "picture")
     how = "with activations recomputed" if recompute else "all activations kept"
     less = "" if recompute else "memory.activation_checkpointing=on, "
@@ -369,8 +373,8 @@ def _write_contact_sheet(run: Run, config: ImageTrainConfig, data: ImageData, em
     """Draw the sheet of what the model sees, and return its path.
 
     A dry run writes to a folder for temporary files."""
-    place = Path(tempfile.mkdtemp(prefix="veneer-")) if run.dry_run else run.folder
-    path = str(place / "pictures.png")
+    folder = Path(tempfile.mkdtemp(prefix="veneer-")) if run.dry_run else run.folder
+    path = str(folder / "pictures.png")
     count = contact_sheet(data.plan.rows, config.data, seed=config.seed, path=path)
     emit(Note(f"{count} of the pictures as the model sees them: {path}"))
     return path
@@ -440,12 +444,14 @@ class ImageTask:
             error, zero = self.loss.base_error(row, _TIMES_LOOKED_AT)
         if error <= _WORSE_THAN_ZERO * zero:  # false for NaN
             return
-        what = f"the base predicts the pictures worse than zeros would: error {error:.3g}, against {zero:.3g} for zeros"
+        problem = (
+            f"the base predicts the pictures worse than zeros would: error {error:.3g}, against {zero:.3g} for zeros"
+        )
         if self.run.force:
-            self.run.note(f"warning: {what}")
+            self.run.note(f"warning: {problem}")
             return
         raise PreflightError(
-            what,
+            problem,
             where=self.base.name,
             fix="the base's weights may be damaged, belong to another base, or have scales that veneer did not read; "
             "check its pictures with `veneer generate`, or train anyway with --force",
@@ -486,13 +492,17 @@ class ImageTask:
         with training_layers(base, False):
             picture = self._thumbnail(result.kept_step, progress.step, emit)
         metrics = result.metrics(pictures=result.pictures, pictures_per_second=round(result.pictures_per_second, 3))
-        facts = training_facts(config, base, data, kept=result.kept_step, seconds=progress.seconds)
-        written = save_image_adapter(self._adapter(metrics), base, config, facts, picture, data.tags)
+        metadata = training_facts(config, base, data, kept_step=result.kept_step, seconds=progress.seconds)
+        written = save_image_adapter(self._adapter(metrics), base, config, metadata, picture, data.tags)
         for note in written.notes:
             emit(Note(note))
-        found = {"AutoV2": written.hashes.autov2, "AutoV3": written.hashes.autov3} if written.hashes is not None else {}
+        short_hashes = (
+            {"AutoV2": written.hashes.autov2, "AutoV3": written.hashes.autov3} if written.hashes is not None else {}
+        )
         samples = [str(p) for p in sorted((self.run.folder / "samples").glob("step-*.png"))]
-        return replace(result, adapter=str(output_of(config)), digest=written.digest, hashes=found, samples=samples)
+        return replace(
+            result, adapter=str(output_of(config)), digest=written.digest, hashes=short_hashes, samples=samples
+        )
 
     def write(self, folder: Path, progress: Progress) -> None:
         """Write the current adapter, under the name `adapter` and without a thumbnail."""
@@ -544,18 +554,18 @@ class ImageTask:
         with fetched(self.base, self.memory.parked):
             return generate_samples(self.base, self.attachment, config, self.strengths)
 
-    def _thumbnail(self, kept: int, last: int, emit: Listener) -> str:
+    def _thumbnail(self, kept_step: int, last: int, emit: Listener) -> str:
         samples = self.config.samples
         if not samples.prompts:
             emit(Note("the file has no thumbnail: with samples.prompts the first of them is drawn for it"))
             return ""
-        drawn = self.last_picture
-        if kept != last or drawn is None:  # not the last sheet's state, or resumed at the end
+        sample = self.last_picture
+        if kept_step != last or sample is None:  # not the last sheet's state, or resumed at the end
             first = samples.model_copy(
                 update={"prompts": samples.prompts[:1], "seeds": samples.seeds[:1], "before": samples.before[:1]}
             )
-            drawn = self._draw(self.config.model_copy(update={"samples": first}))[0][self.thumbnail_column]
-        return thumbnail(drawn)
+            sample = self._draw(self.config.model_copy(update={"samples": first}))[0][self.thumbnail_column]
+        return thumbnail(sample)
 
 
 PICTURES = ImageKind(
