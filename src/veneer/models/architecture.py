@@ -32,10 +32,10 @@ NOT_SHAPE = {
 
 @functools.cache
 def _table() -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = json.loads(
+    table: dict[str, dict[str, Any]] = json.loads(
         Path(__file__).with_name("architecture.json").read_text(encoding="utf-8")
     )
-    return found
+    return table
 
 
 def usual_fields(kind: str, installed: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,9 +47,11 @@ def usual_fields(kind: str, installed: Mapping[str, Any]) -> dict[str, Any]:
 def _over(installed: Mapping[str, Any], written: Mapping[str, Any]) -> dict[str, Any]:
     out = {**installed, **written}
     for name, value in written.items():
-        own = installed.get(name)
-        if isinstance(value, dict) and "model_type" in value and isinstance(own, Mapping):  # a config in a config
-            out[name] = _over(own, value)
+        base_value = installed.get(name)
+        if (
+            isinstance(value, dict) and "model_type" in value and isinstance(base_value, Mapping)
+        ):  # a config in a config
+            out[name] = _over(base_value, value)
     return out
 
 

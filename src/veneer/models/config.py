@@ -63,8 +63,8 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _list(of: Callable[[Any], bool], wanted: str, *, empty: bool = True) -> _Rule:
-    return lambda v: isinstance(v, list | tuple) and all(map(of, v)) and (empty or bool(v)), wanted
+def _list(accepts: Callable[[Any], bool], expected: str, *, empty: bool = True) -> _Rule:
+    return lambda v: isinstance(v, list | tuple) and all(map(accepts, v)) and (empty or bool(v)), expected
 
 
 _is_number: Callable[[Any], bool] = _size(least=0)[0]
@@ -143,13 +143,13 @@ def layer_heads(config: Any) -> list[tuple[int, int, int]]:
 
     config: a language model's in transformers. Layers can differ (Gemma 4's full attention has wider heads);
     the config then lists each layer's values."""
-    found = []
+    heads_of_layers = []
     for layer in config.per_layer_config:
         heads = getattr(layer, "num_attention_heads", None) or 1
         kv = getattr(layer, "num_key_value_heads", None) or heads
         size = getattr(layer, "head_dim", None) or layer.hidden_size // heads
-        found.append((int(heads), int(kv), int(size)))
-    return found
+        heads_of_layers.append((int(heads), int(kv), int(size)))
+    return heads_of_layers
 
 
 def _text_part(fields: _Fields) -> dict[str, Any] | None:
@@ -174,8 +174,8 @@ class _Check:
         heads, groups, hidden = get("num_attention_heads"), get("num_key_value_heads"), get("hidden_size")
         if heads is not None and groups is not None and heads % groups:
             self.refuse("num_key_value_heads", f"a number that divides num_attention_heads = {heads}")
-        own = get("head_dim") is not None or kind in _OWN_HEAD_DIM
-        if heads is not None and hidden is not None and not own and hidden % heads:
+        has_head_dim = get("head_dim") is not None or kind in _OWN_HEAD_DIM
+        if heads is not None and hidden is not None and not has_head_dim and hidden % heads:
             self.refuse("num_attention_heads", f"a number that divides hidden_size = {hidden}, or a head_dim")
         experts = get("num_local_experts", get("num_experts"))
         if experts is not None and get("num_experts_per_tok", 1) > experts:
@@ -194,11 +194,11 @@ class _Check:
             )
         self.check("block_out_channels", _WIDTHS)
         widths = get("block_out_channels")
-        for key, (of, example) in _LEVELS.items():
+        for key, (accepts, example) in _LEVELS.items():
             if isinstance(get(key), int) and key != "down_block_types":  # one value for all levels, as in SD1.5
                 self.check(key, _size())
                 continue
-            self.check(key, _list(of, f"a value for each level, as {example}", empty=False))
+            self.check(key, _list(accepts, f"a value for each level, as {example}", empty=False))
             if widths is not None and key in self.fields and len(self.fields[key]) != len(widths):
                 self.refuse(key, f"a value for each of the {len(widths)} widths of block_out_channels")
 
@@ -221,11 +221,11 @@ class _Check:
             if isinstance(each, Mapping):
                 self.rotary(key, each, layers=False)
 
-    def refuse(self, key: str, wanted: str, value: Any = None) -> None:
+    def refuse(self, key: str, expected: str, value: Any = None) -> None:
         text = json.dumps(self.fields[key] if value is None else value, ensure_ascii=False, default=str)
         text = text if len(text) <= 60 else text[:60] + "…"
         raise ConfigError(
-            f"{key} is {text}, where {wanted} is wanted",
+            f"{key} is {text}, where {expected} is wanted",
             where=f"{self.where}: {key}",
             fix="correct the file, or take the base's own config.json again",
         )
@@ -241,14 +241,14 @@ def check_words(fields: _Fields, where: str) -> None:
         return
     for key in _ACTIVATIONS:
         if fields.get(key) is not None:
-            known = sorted(TRANSFORMERS("transformers.activations.ACT2FN"))
-            one_of(str(fields[key]), known, "an activation that transformers has", f"{where}: {key}")
+            activations = sorted(TRANSFORMERS("transformers.activations.ACT2FN"))
+            one_of(str(fields[key]), activations, "an activation that transformers has", f"{where}: {key}")
     scalings = sorted({"default", "mrope", "su", *TRANSFORMERS("transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS")})
     for key in _ROTARY:
         value = fields.get(key)
         if isinstance(value, Mapping):
-            for own in (value, *(each for each in value.values() if isinstance(each, Mapping))):
-                name = own.get("rope_type") or own.get("type")
+            for rope in (value, *(each for each in value.values() if isinstance(each, Mapping))):
+                name = rope.get("rope_type") or rope.get("type")
                 if name is not None:
-                    what = "a rotary scaling that transformers has"
-                    one_of(str(name), scalings, what, f"{where}: {key}.rope_type")
+                    label = "a rotary scaling that transformers has"
+                    one_of(str(name), scalings, label, f"{where}: {key}.rope_type")

@@ -41,10 +41,10 @@ def check_device_name(device: str, where: str) -> None:
 
     `where`: the option. Imports torch for devices other than auto and cpu."""
     if not _DEVICE_NAME.fullmatch(device):
-        near = nearest(device.lower(), ("auto", "cpu", "cuda", "mps"), 1)
-        meant = f"did you mean {near[0]}? " if near else ""
+        suggestion = nearest(device.lower(), ("auto", "cpu", "cuda", "mps"), 1)
+        hint = f"did you mean {suggestion[0]}? " if suggestion else ""
         raise ConfigError(
-            f"{quoted(device)} is not a device", where=where, fix=f"{meant}There are auto, cpu, cuda, cuda:1 and mps"
+            f"{quoted(device)} is not a device", where=where, fix=f"{hint}There are auto, cpu, cuda, cuda:1 and mps"
         )
     if device not in ("auto", "cpu"):
         choose_device(device)
@@ -60,18 +60,18 @@ def choose_device(device: str | torch.device) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        chosen = torch.device(device)
+        selected = torch.device(device)
     except RuntimeError as error:
         raise ConfigError(f"{device!r} is not a device", fix="auto, cpu, cuda, cuda:1 or mps") from error
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+    if selected.type == "cuda" and (selected.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"there is no CUDA device {device!s} ({torch.cuda.device_count()} found)", fix="use device auto or cpu"
         )
-    if chosen.type == "cuda" and chosen.index is None:
-        chosen = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
-    if chosen.type == "mps" and not torch.backends.mps.is_available():
+    if selected.type == "cuda" and selected.index is None:
+        selected = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
+    if selected.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("there is no MPS device", fix="use device auto or cpu")
-    return chosen
+    return selected
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device, stored: str) -> tuple[torch.dtype, str]:
@@ -88,8 +88,8 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device, stored: str) ->
     if dtype != "auto":
         if dtype not in _DTYPES:
             raise ConfigError(f"{dtype!r} is not a dtype", fix="auto, float32, bfloat16 or float16")
-        found: torch.dtype = getattr(torch, _DTYPES[dtype])
-        return found, "as asked for"
+        torch_dtype: torch.dtype = getattr(torch, _DTYPES[dtype])
+        return torch_dtype, "as asked for"
     if stored in ("F32", "F64"):
         return torch.float32, "the weights are stored in float32 (bfloat16 would halve the memory and round them)"
     hardware = _bf16_hardware(device)
@@ -118,8 +118,8 @@ def free_on_gpu(device: torch.device) -> int:
     Free memory plus the memory that torch's allocator keeps for reuse."""
     import torch
 
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0]) + kept
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + cached
 
 
 def check_memory(path: Path, needs: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -155,7 +155,7 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
-    found: list[float] = []
+    limits: list[float] = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
         names = controllers.split(",")
@@ -166,8 +166,8 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
             top = root / "sys/fs/cgroup" / mount
             below = Path(path.strip("/"))
             for folder in (top / below, *(top / parent for parent in below.parents), top):
-                found += _limit(folder)
-    return min(found, default=None)
+                limits += _limit(folder)
+    return min(limits, default=None)
 
 
 def _limit(folder: Path) -> list[float]:
@@ -194,9 +194,9 @@ def thread_count(environment: Mapping[str, str] = os.environ, root: Path = Path(
 
     OMP_NUM_THREADS if set; otherwise the processors of the affinity mask, at most the cgroup's quota, rounded
     up."""
-    given = environment.get("OMP_NUM_THREADS", "").split(",")[0]
-    if given.isdigit() and int(given):
-        return int(given)
+    setting = environment.get("OMP_NUM_THREADS", "").split(",")[0]
+    if setting.isdigit() and int(setting):
+        return int(setting)
     limit = cpu_quota(root)
     return max(1, min(len(_allowed()), math.ceil(limit) if limit is not None else sys.maxsize))
 
@@ -208,6 +208,6 @@ def settle_threads() -> None:
     its quota for the rest of each tenth of a second."""
     import torch
 
-    wanted = thread_count()
-    if wanted < len(_allowed()) == torch.get_num_threads():
-        torch.set_num_threads(wanted)
+    threads = thread_count()
+    if threads < len(_allowed()) == torch.get_num_threads():
+        torch.set_num_threads(threads)

@@ -55,8 +55,8 @@ def fingerprint_parts(parts: Mapping[str, tuple[Mapping[str, Any], list[StoredTe
     for name in sorted(parts):
         fields, table = parts[name]
         h.update(json.dumps({name: fields}, sort_keys=True, separators=(",", ":"), default=str).encode())
-        place = _home_file(table[0].file) if table else None
-        for tensor, digest in zip(table, _cached_digests(table, [place] if place else []), strict=True):
+        cache_file = _home_file(table[0].file) if table else None
+        for tensor, digest in zip(table, _cached_digests(table, [cache_file] if cache_file else []), strict=True):
             h.update(f"\n{tensor.name}|{tensor.dtype}|{tensor.shape}|{digest}".encode())
     return "sha256:" + h.hexdigest()
 
@@ -65,17 +65,17 @@ def file_sha256(file: Path) -> str:
     """Return the sha256 of a whole file, by which other tools identify a checkpoint.
 
     Cached under the veneer home while the file's size and modification time stay the same."""
-    place = _home_file(file).with_suffix(".sha256.json")
-    found = file.stat()
-    state = {"version": _VERSION, "size": found.st_size, "mtime": found.st_mtime_ns}
+    cache_file = _home_file(file).with_suffix(".sha256.json")
+    stat = file.stat()
+    state = {"version": _VERSION, "size": stat.st_size, "mtime": stat.st_mtime_ns}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        kept = json.loads(place.read_text(encoding="utf-8"))
-        if {**kept, **state} == kept:
-            return str(kept["sha256"])
+        cached = json.loads(cache_file.read_text(encoding="utf-8"))
+        if {**cached, **state} == cached:
+            return str(cached["sha256"])
     with file.open("rb") as opened:
         sha = hashlib.file_digest(opened, "sha256").hexdigest()
     with contextlib.suppress(OSError):  # an unwritable cache costs time, not correctness
-        _write(place, json.dumps(state | {"sha256": sha}))
+        _write(cache_file, json.dumps(state | {"sha256": sha}))
     return sha
 
 
@@ -111,31 +111,31 @@ def _is_gguf(value: Any) -> bool:
     return isinstance(value, dict) and value.get("quant_method") == "gguf"
 
 
-def _cached_digests(table: list[StoredTensor], places: list[Path]) -> list[str]:
+def _cached_digests(table: list[StoredTensor], cache_files: list[Path]) -> list[str]:
     """Return the sha256 of each tensor, cached while every weight file is unchanged."""
     files = sorted({tensor.file for tensor in table})
     state = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
-    for place in places:
+    for cache_file in cache_files:
         try:
-            kept = json.loads(place.read_text(encoding="utf-8"))
-            if kept["version"] == _VERSION and kept["files"] == state:
-                return [kept["tensors"][t.name] for t in table]
+            cached = json.loads(cache_file.read_text(encoding="utf-8"))
+            if cached["version"] == _VERSION and cached["files"] == state:
+                return [cached["tensors"][t.name] for t in table]
         except (OSError, ValueError, KeyError, TypeError):
             continue
-    found = digests(table)
-    record = {"version": _VERSION, "files": state, "tensors": {t.name: d for t, d in zip(table, found, strict=True)}}
-    for place in places:
+    values = digests(table)
+    record = {"version": _VERSION, "files": state, "tensors": {t.name: d for t, d in zip(table, values, strict=True)}}
+    for cache_file in cache_files:
         # an unwritable cache costs time, not correctness
         with contextlib.suppress(OSError):
-            _write(place, json.dumps(record))
+            _write(cache_file, json.dumps(record))
             break
-    return found
+    return values
 
 
 def _cache_files(base: Path) -> list[Path]:
     full = base.resolve()
-    beside = full / _CACHE if full.is_dir() else full.with_name(f".{full.name}{_CACHE}")
-    return [beside, _home_file(full)]
+    adjacent = full / _CACHE if full.is_dir() else full.with_name(f".{full.name}{_CACHE}")
+    return [adjacent, _home_file(full)]
 
 
 def _home_file(path: Path) -> Path:
@@ -143,6 +143,6 @@ def _home_file(path: Path) -> Path:
     return veneer_home() / "fingerprints" / f"{key}.json"
 
 
-def _write(place: Path, text: str) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(place, [text.encode()], mode=0o600)
+def _write(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(file, [text.encode()], mode=0o600)

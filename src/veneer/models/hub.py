@@ -18,72 +18,72 @@ _NOT_DRAWN = ["safety_checker/*", "feature_extractor/*", "image_encoder/*", "vae
 
 
 def hub_snapshot(
-    name: str, *, looked: str, ways: str, weights: bool = True, say: Callable[[str], None] | None = None
+    name: str, *, searched: str, hint: str, weights: bool = True, say: Callable[[str], None] | None = None
 ) -> Path:
     """Return the snapshot directory of `org/name[@revision]` in the hub's cache.
 
     Without a connection the cached copy is used. `weights` False: only the small files that identify a base.
-    Variants of an image base (fp16, EMA) are downloaded only if there is nothing else. `looked`: where the
-    base was looked for before; `ways`: other ways to get a base; both for the error. `say`: called with the
+    Variants of an image base (fp16, EMA) are downloaded only if there is nothing else. `searched`: the
+    folders already searched; `hint`: other ways to get a base; both for the error. `say`: called with the
     download and its size, and at each further tenth. Raises BaseError if the hub does not have the base or
     cannot be reached."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     repo, _, revision = name.partition("@")
-    where = f"{looked}, and the hub {constants.ENDPOINT} (cache: {constants.HF_HUB_CACHE})"
+    where = f"{searched}, and the hub {constants.ENDPOINT} (cache: {constants.HF_HUB_CACHE})"
     try:
-        found = snapshot_download(repo, revision=revision or None, allow_patterns=_JSON, ignore_patterns=_NOT)
+        snapshot = snapshot_download(repo, revision=revision or None, allow_patterns=_JSON, ignore_patterns=_NOT)
         if not weights:
-            return Path(found)
+            return Path(snapshot)
         allow, ignore = _FILES, _NOT
         if (
-            Path(found) / "model_index.json"
+            Path(snapshot) / "model_index.json"
         ).exists():  # skip single files at the top and components that generation does not need
             allow, ignore = [*_JSON, "*/*.safetensors"], [*_NOT, *_VARIANTS, *_NOT_DRAWN]
         with _progress(repo, say, revision=revision or None, allow_patterns=allow, ignore_patterns=ignore):
-            found = snapshot_download(repo, revision=revision or None, allow_patterns=allow, ignore_patterns=ignore)
-        if allow is not _FILES and not any(Path(found).glob("*/*.safetensors")):  # only variants exist
-            found = snapshot_download(
+            snapshot = snapshot_download(repo, revision=revision or None, allow_patterns=allow, ignore_patterns=ignore)
+        if allow is not _FILES and not any(Path(snapshot).glob("*/*.safetensors")):  # only variants exist
+            snapshot = snapshot_download(
                 repo, revision=revision or None, allow_patterns=allow, ignore_patterns=[*_NOT, *_NOT_DRAWN]
             )
     except GatedRepoError as error:
         raise BaseError(
             f"{repo} is gated: its owner wants an account that accepted the terms",
             where=where,
-            fix=f"accept them on its page and run `hf auth login`. {ways}",
+            fix=f"accept them on its page and run `hf auth login`. {hint}",
         ) from error
     except RevisionNotFoundError as error:
         raise BaseError(f"{repo} has no revision {revision!r}", where=where) from error
     except RepositoryNotFoundError as error:
-        raise BaseError(f"there is no base {name!r}", where=where, fix=ways) from error
+        raise BaseError(f"there is no base {name!r}", where=where, fix=hint) from error
     except Exception as error:  # offline mode, no route, no DNS, proxies: each HTTP client has its own errors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BaseError(
             f"there is no base {name!r} on this machine, and the hub cannot be reached",
             where=where,
-            fix=f"{ways}. (The hub client said: {reason[:160]})",
+            fix=f"{hint}. (The hub client said: {reason[:160]})",
         ) from error
-    return Path(found)
+    return Path(snapshot)
 
 
 @contextmanager
-def _progress(repo: str, say: Callable[[str], None] | None, **wanted: Any) -> Iterator[None]:
+def _progress(repo: str, say: Callable[[str], None] | None, **options: Any) -> Iterator[None]:
     """Report the missing bytes of a snapshot, and progress inside the with-block."""
-    total = _missing_bytes(repo, **wanted) if say is not None else 0
+    total = _missing_bytes(repo, **options) if say is not None else 0
     if say is None or not total:
         yield
         return
     from huggingface_hub import constants
 
     blobs = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "blobs"
-    before, done = _folder_bytes(blobs), threading.Event()
+    initial, done = _folder_bytes(blobs), threading.Event()
     say(f"getting {repo} ({total / 1e6:,.0f} MB) from the hub")
 
     def watch() -> None:
         tenths = 0
         while not done.wait(1.0):
-            if (now := int(10 * (_folder_bytes(blobs) - before) / total)) > tenths:
+            if (now := int(10 * (_folder_bytes(blobs) - initial) / total)) > tenths:
                 tenths = now
                 say(f"getting {repo}: {min(now, 10)}0% of {total / 1e6:,.0f} MB")
 
@@ -96,12 +96,12 @@ def _progress(repo: str, say: Callable[[str], None] | None, **wanted: Any) -> It
         watcher.join()
 
 
-def _missing_bytes(repo: str, **wanted: Any) -> int:
+def _missing_bytes(repo: str, **options: Any) -> int:
     """Return the bytes of a snapshot still to download; 0 if unknown."""
     from huggingface_hub import snapshot_download
 
     try:
-        return sum(each.file_size for each in snapshot_download(repo, dry_run=True, **wanted) if each.will_download)
+        return sum(each.file_size for each in snapshot_download(repo, dry_run=True, **options) if each.will_download)
     except Exception:  # the download itself reports the error
         return 0
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _one_load = threading.RLock()
 _lock = threading.Lock()
 _inside = 0
-_before = ExitStack()
+_restore = ExitStack()
 
 _LIBRARIES = r"(transformers|diffusers|accelerate|huggingface_hub|torch|bitsandbytes|gguf)(\.|$)"
 
@@ -56,14 +56,14 @@ def errors_only() -> Iterator[None]:
     with _lock:
         _inside += 1
         if _inside == 1:
-            _switch_off(_before)
+            _switch_off(_restore)
     try:
         yield
     finally:
         with _lock:
             _inside -= 1
             if _inside == 0:
-                _before.close()
+                _restore.close()
 
 
 def straight_to(device: torch.device | None) -> dict[str, torch.device] | None:
@@ -83,20 +83,20 @@ def _matters(record: logging.LogRecord) -> bool:
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_matters)
 
 
-def _switch_off(before: ExitStack) -> None:
+def _switch_off(stack: ExitStack) -> None:
     from transformers.utils import logging as theirs
 
     for each in (theirs, sys.modules.get("diffusers.utils.logging")):
         if each is not None:
             if each.is_progress_bar_enabled():
-                before.callback(each.enable_progress_bar)
-            before.callback(each.set_verbosity, each.get_verbosity())
+                stack.callback(each.enable_progress_bar)
+            stack.callback(each.set_verbosity, each.get_verbosity())
             each.set_verbosity_error()
             each.disable_progress_bar()
     # not catch_warnings, whose exit would undo concurrent changes by other threads
-    had = list(warnings.filters)
+    filters = list(warnings.filters)
     warnings.filterwarnings("ignore", module=_LIBRARIES)
-    before.callback(_unfilter, next((f for f in warnings.filters if f not in had), None))
+    stack.callback(_unfilter, next((f for f in warnings.filters if f not in filters), None))
 
 
 def _unfilter(added: Any) -> None:
@@ -122,9 +122,13 @@ def check_loaded(path: Path, info: Mapping[str, Any], harmless: re.Pattern[str] 
             where=str(path),
             fix="use config and weights of one model; a text base is a causal language model, not an encoder",
         )
-    extra = sorted(info.get("unexpected_keys", ()))
-    check_left_out(path, extra, harmless)
-    return (f"{len(extra)} stored tensors have no place in the model, {extra[0]} among them",) if extra else ()
+    unexpected = sorted(info.get("unexpected_keys", ()))
+    check_left_out(path, unexpected, harmless)
+    return (
+        (f"{len(unexpected)} stored tensors have no place in the model, {unexpected[0]} among them",)
+        if unexpected
+        else ()
+    )
 
 
 def check_left_out(path: Path, names: Iterable[str], harmless: re.Pattern[str] | None = None) -> None:

@@ -169,13 +169,13 @@ class FusedProjection:
         self.weight = _as_consecutive_rows(parameters)
         if self.weight is not None or not move:
             return
-        whole = torch.cat([p.detach() for p in parameters])
+        joined = torch.cat([p.detach() for p in parameters])
         at = 0
         for p in parameters:
             memory.page_out(p.detach())
-            p.data = whole[at : at + len(p)]
+            p.data = joined[at : at + len(p)]
             at += len(p)
-        self.weight = whole
+        self.weight = joined
         undo.callback(self._part, parameters)
 
     def _part(self, parameters: list[nn.Parameter]) -> None:
@@ -188,19 +188,19 @@ class FusedProjection:
 
         None if a module must be called."""
         parts = [projection_of(m) for m in self.modules]
-        known = [p for p in parts if p is not None]
-        if len(known) != len(parts) or len({p.dropout for p in known if p.products}) > 1:
+        maps = [p for p in parts if p is not None]
+        if len(maps) != len(parts) or len({p.dropout for p in maps if p.products}) > 1:
             return None
-        if len(known) > 1 and not isinstance(self.weight, Quantized):
+        if len(maps) > 1 and not isinstance(self.weight, Quantized):
             if self.weight is None:
                 return None
             at = 0
-            for p in known:
+            for p in maps:
                 storage, offset = _start_of(p.weight)
                 if storage != _start_of(self.weight)[0] or offset != at * self.weight.shape[1]:
                     return None
                 at += len(p.weight)
-        joined = join_maps(known, self.weight)
+        joined = join_maps(maps, self.weight)
         return joined if self.copies is None else replace(joined, copies=self.copies)
 
 
@@ -208,8 +208,8 @@ def cache_dequantized(report: FastReport, most: int, undo: ExitStack) -> None:
     """Cache dequantized weights, in order of use, up to `most` bytes.
 
     The choice of weights does not matter, because every weight is used equally often."""
-    for join in report.joins:
-        weight = join.weight
+    for projection in report.joins:
+        weight = projection.weight
         if isinstance(weight, Quantized) and weight.kept is None and report.kept + weight.nbytes <= most:
             weight.keep()
             report.kept += weight.nbytes
@@ -220,16 +220,16 @@ def cache_prepacked(model: Any, report: FastReport, most: int, undo: ExitStack) 
     """Prepack weights if prepacked products are clearly faster.
 
     Uses up to `most` bytes of copies. Each copy is made at its first use."""
-    report.room = room = ByteBudget(most)
-    for join in report.joins:
-        parts = [getattr(base_of(m), "weight", None) for m in join.modules]
-        weight = join.weight if len(parts) > 1 else parts[0]
+    report.room = budget = ByteBudget(most)
+    for projection in report.joins:
+        parts = [getattr(base_of(m), "weight", None) for m in projection.modules]
+        weight = projection.weight if len(parts) > 1 else parts[0]
         if weight is not None and not isinstance(weight, Quantized) and not weight.is_inference():
-            join.copies = PrepackedWeights(weight, room, [part for part in parts if part is not None])
-            undo.callback(setattr, join, "copies", None)
+            projection.copies = PrepackedWeights(weight, budget, [part for part in parts if part is not None])
+            undo.callback(setattr, projection, "copies", None)
     head = projection_of(model.get_output_embeddings())
     if head is not None and not isinstance(head.weight, Quantized) and not head.weight.is_inference():
-        report.head = PrepackedWeights(head.weight, room)
+        report.head = PrepackedWeights(head.weight, budget)
         undo.callback(setattr, report, "head", None)
 
 

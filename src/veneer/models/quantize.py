@@ -49,12 +49,12 @@ if TYPE_CHECKING:
 def quantized_weights(model: nn.Module) -> list[str]:
     """Return the names of the parameters of `model` that a quantized load quantizes."""
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
-    found = []
+    names = []
     for name, module in model.named_modules():
         if type(module) is nn.Linear and module is not head:
-            found.append(f"{name}.weight")
-        found += [f"{name}.{key}" for key in expert_parameters(module)]
-    return found
+            names.append(f"{name}.weight")
+        names += [f"{name}.{key}" for key in expert_parameters(module)]
+    return names
 
 
 def put_empty_codes(model: nn.Module, kind: str, dtype: torch.dtype, device: torch.device) -> None:
@@ -115,8 +115,8 @@ def load_quantized(
     try:
         cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     except KeyError:
-        what = f"{config.model_type} is not a causal language model that transformers knows"
-        raise BaseError(what, where=str(path)) from None
+        message = f"{config.model_type} is not a causal language model that transformers knows"
+        raise BaseError(message, where=str(path)) from None
     return load_state(cls, config, lazy_state(table), kind, dtype, device)
 
 
@@ -169,18 +169,18 @@ def load_part(
     with init_empty_weights(include_buffers=False):
         model = cls.from_config(config)
     wide = tuple(getattr(cls, "_keep_in_fp32_modules", None) or ())
-    names, places = set(quantized_weights(model)), {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    names, targets = set(quantized_weights(model)), {**dict(model.named_parameters()), **dict(model.named_buffers())}
     info: dict[str, Any] = {"missing_keys": set(model.state_dict()), "unexpected_keys": set(), "mismatched_keys": set()}
     with memory.returned_memory():
         for name, lazy in lazy_state(table).items():
-            if name not in places:
+            if name not in targets:
                 info["unexpected_keys"].add(name)
                 continue
             info["missing_keys"].discard(name)
             owner, _, key = name.rpartition(".")
             value = lazy[...]
-            if value.shape != places[name].shape:
-                info["mismatched_keys"].add((name, tuple(value.shape), tuple(places[name].shape)))
+            if value.shape != targets[name].shape:
+                info["mismatched_keys"].add((name, tuple(value.shape), tuple(targets[name].shape)))
                 continue
             if value.is_floating_point():
                 value = value.to(torch.float32 if any(part in name.split(".") for part in wide) else dtype)
@@ -210,9 +210,9 @@ def _quantizer(kind: str) -> Any:
     `kind` "": keep the tensors as read."""
     config, quantizer = _quantizer_classes()
     register_quantizer(_METHOD, quantizer, config)
-    asked = config(quant_method=_METHOD)
-    asked.kind = kind
-    return asked
+    settings = config(quant_method=_METHOD)
+    settings.kind = kind
+    return settings
 
 
 _METHOD = "veneer"
@@ -287,10 +287,10 @@ def original_weight(path: Path, stored: Mapping[str, StoredTensor], name: str) -
 
     Raises BaseError if the files store the weight under another name or in parts (transformers joins and
     renames the weights of some families)."""
-    found = stored.get(name)
-    if found is None:
+    tensor = stored.get(name)
+    if tensor is None:
         raise BaseError(f"the files have no weight {name}", where=str(path), fix="use another init than loftq")
-    return read_values(found)
+    return read_values(tensor)
 
 
 # -- bitsandbytes' checkpoints -----------------------------------------------------------------------------------------
@@ -302,12 +302,12 @@ def saved_kind(config: Mapping[str, Any], where: str | None = None) -> str:
     """Return the quantization in a config.json: nf4, fp4, int8, or "" for none.
 
     Raises BaseError for quantizations that veneer does not read."""
-    found = config.get("quantization_config")
-    if not found:
+    settings = config.get("quantization_config")
+    if not settings:
         return ""
-    method = found.get("quant_method")
+    method = settings.get("quant_method")
     if method == "bitsandbytes":
-        return str(found.get("bnb_4bit_quant_type", "fp4")) if found.get("load_in_4bit") else "int8"
+        return str(settings.get("bnb_4bit_quant_type", "fp4")) if settings.get("load_in_4bit") else "int8"
     raise BaseError(
         f"the weights are quantized by {method}, which veneer does not read",
         where=where,
@@ -322,26 +322,28 @@ def lazy_state(table: list[StoredTensor]) -> dict[str, Any]:
     in float32."""
     by_name = {t.name: t for t in table}
     scaled = scaled_weights(table)
-    extra: set[str] = {name for name in by_name if scaled and name.rpartition(".")[2] == _SCALED_MARKER}
+    consumed: set[str] = {name for name in by_name if scaled and name.rpartition(".")[2] == _SCALED_MARKER}
     out: dict[str, Any] = {}
     for name, stored in by_name.items():
         states = [n for n in by_name if n.startswith(name + _STATE)] if stored.dtype == "U8" else []
         scale = name.removesuffix("weight") + "SCB"
         if states:
-            own = [n for n in by_name if n.startswith(f"{name}.")]
-            extra |= set(own)
-            out[name] = LazyTensor("BF16", stored.shape, _blocks_of(stored, states[0], [by_name[n] for n in own]))
+            state_names = [n for n in by_name if n.startswith(f"{name}.")]
+            consumed |= set(state_names)
+            out[name] = LazyTensor(
+                "BF16", stored.shape, _blocks_of(stored, states[0], [by_name[n] for n in state_names])
+            )
         elif stored.dtype == "I8" and scale in by_name:
-            extra |= {scale, f"{name}_format"}
+            consumed |= {scale, f"{name}_format"}
             out[name] = LazyTensor("BF16", stored.shape, _rows_of(stored, by_name[scale]))
         elif name in scaled:
             module = name.removesuffix("weight")
-            extra |= {scaled[name].name, *(f"{module}{end}" for end in _SCALED_EXTRAS)}
-            about = by_name.get(f"{module}{_SCALED_FORMAT}")
-            out[name] = LazyTensor("F32", stored.shape, _scaled_values(stored, scaled[name], about))
+            consumed |= {scaled[name].name, *(f"{module}{end}" for end in _SCALED_EXTRAS)}
+            marker = by_name.get(f"{module}{_SCALED_FORMAT}")
+            out[name] = LazyTensor("F32", stored.shape, _scaled_values(stored, scaled[name], marker))
         else:
             out[name] = LazyTensor(stored.dtype, stored.shape, lambda stored=stored: read_values(stored))  # type: ignore[misc]
-    return {name: value for name, value in out.items() if name not in extra}
+    return {name: value for name, value in out.items() if name not in consumed}
 
 
 _FP8 = ("F8_E4M3", "F8_E5M2")
@@ -359,16 +361,16 @@ def scaled_weights(table: Iterable[StoredTensor]) -> dict[str, StoredTensor]:
     w = stored · scale. ComfyUI writes `scale_weight` with a `scaled_fp8` marker, or `weight_scale` with
     `comfy_quant`."""
     by_name = {t.name: t for t in table}
-    found = {}
+    scales = {}
     for name, stored in by_name.items():
         if stored.dtype in _FP8 and name.rpartition(".")[2] == "weight":
             for end in ("scale_weight", "weight_scale"):
                 if (scale := by_name.get(name.removesuffix("weight") + end)) is not None:
-                    found[name] = scale
-    return found
+                    scales[name] = scale
+    return scales
 
 
-def _scaled_values(weight: StoredTensor, scale: StoredTensor, about: StoredTensor | None) -> Callable[[], Tensor]:
+def _scaled_values(weight: StoredTensor, scale: StoredTensor, marker: StoredTensor | None) -> Callable[[], Tensor]:
     """Return a function that reads stored · scale, rounded once to float32.
 
     The scale is a scalar or has one value per row."""
@@ -383,8 +385,8 @@ def _scaled_values(weight: StoredTensor, scale: StoredTensor, about: StoredTenso
                 where=where,
                 fix=_PLAIN_FIX,
             )
-        if about is not None:
-            kind = json.loads(bytes(read_values(about).tolist())).get("format")
+        if marker is not None:
+            kind = json.loads(bytes(read_values(marker).tolist())).get("format")
             if kind not in ("float8_e4m3fn", "float8_e5m2"):
                 raise BaseError(f"veneer cannot read weights in the format {kind!r}", where=where, fix=_PLAIN_FIX)
         factor = read_values(scale).float().reshape(-1, *[1] * (len(weight.shape) - 1))
@@ -410,26 +412,26 @@ def _blocks_of(packed: StoredTensor, state: str, parts: list[StoredTensor]) -> C
     kind = state.rpartition("__")[2]
 
     def read() -> Tensor:
-        found = {p.name.removeprefix(f"{packed.name}."): read_values(p) for p in parts}
-        about = json.loads(bytes(found[state.removeprefix(f"{packed.name}.")].tolist()))
+        tensors = {p.name.removeprefix(f"{packed.name}."): read_values(p) for p in parts}
+        metadata = json.loads(bytes(tensors[state.removeprefix(f"{packed.name}.")].tolist()))
         where = f"{packed.file}: {packed.name}"
         if kind not in SAVED_KINDS:
             raise BaseError(f"a 4-bit weight in {kind!r}, which bitsandbytes has no table of", where=where)
-        if not torch.equal(found["quant_map"].float(), four_bit_values(kind)):
+        if not torch.equal(tensors["quant_map"].float(), four_bit_values(kind)):
             raise BaseError(f"its table of values is not {kind}'s", where=where)
-        nested = found.get("nested_quant_map")
+        nested = tensors.get("nested_quant_map")
         if nested is not None and not torch.equal(nested.float(), dynamic_map()):
             raise BaseError("the constants are quantized with a map that is not bitsandbytes' own", where=where)
-        mean = torch.tensor(float(about["nested_offset"])) if nested is not None else None
+        mean = torch.tensor(float(metadata["nested_offset"])) if nested is not None else None
         code = Blocks4(
             kind,
-            tuple(about["shape"]),
+            tuple(metadata["shape"]),
             read_values(packed).flatten(),
-            found["absmax"],
-            found.get("nested_absmax"),
+            tensors["absmax"],
+            tensors.get("nested_absmax"),
             mean,
-            int(about["blocksize"]),
-            int(about.get("nested_blocksize") or 256),
+            int(metadata["blocksize"]),
+            int(metadata.get("nested_blocksize") or 256),
         )
         return Quantized(code, torch.bfloat16)
 
@@ -439,8 +441,8 @@ def _blocks_of(packed: StoredTensor, state: str, parts: list[StoredTensor]) -> C
 def check_kind(kind: str) -> None:
     """Raise ConfigError for an unknown kind of quantization."""
     if kind not in KINDS:
-        near = nearest(kind.lower(), [*KINDS, "keep"])
+        suggestion = nearest(kind.lower(), [*KINDS, "keep"])
         raise ConfigError(
-            f"{kind!r} is not a known quantization" + (f"; nearest: {near[0]}" if near else ""),
+            f"{kind!r} is not a known quantization" + (f"; nearest: {suggestion[0]}" if suggestion else ""),
             fix=f"{', '.join(KINDS)}, or keep",
         )

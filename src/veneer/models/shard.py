@@ -65,8 +65,8 @@ class Sharded:
     while the weight is sharded, and has its values again whenever the weight is gathered, including in a
     backward pass."""
 
-    def __init__(self, whole: _Whole, blocks: Mapping[int, _Block]) -> None:
-        self._whole, self._blocks = whole, blocks
+    def __init__(self, root: _Whole, blocks: Mapping[int, _Block]) -> None:
+        self._whole, self._blocks = root, blocks
         self._now: _Block | None = None
 
     def __call__(self, act: Callable[..., T], /, *args: Any) -> T:
@@ -104,7 +104,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
     The largest ModuleList, a decoder's layers."""
     lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
-    return max(lists, key=lambda own: sum(p.numel() for m in own for p in m.parameters()), default=[])
+    return max(lists, key=lambda modules: sum(p.numel() for m in modules for p in m.parameters()), default=[])
 
 
 def shard(
@@ -127,26 +127,26 @@ def shard(
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    whole = _Whole(model)
+    root = _Whole(model)
     inside: set[int] = set()
     names: dict[int, tuple[str, ...]] = {}
     there: dict[int, _Block] = {}
     for prefix, module in base_modules(model):
         for key, p in module.named_parameters(recurse=False):
             names.setdefault(id(p), (f"{prefix}.{key}" if prefix else key,))
-    for group in [*parts, whole]:
+    for group in [*parts, root]:
         owned = [m for m in group.modules() if id(m) not in inside]
         inside.update(map(id, owned))
         joined = _joined(owned, together, names)
-        wanted = _wanted(owned, names) if unread else []
+        unread_weights = _wanted(owned, names) if unread else []
         apart: list[_ShardedCodes | _Joined] = [*_split_codes(owned), *joined]
         fully_shard(group, mesh=mesh, reshard_after_forward=True)
-        for each in wanted:
+        for each in unread_weights:
             assert unread is not None
             each.put(unread.part(each.names, each.weight, mesh.get_local_rank(), mesh.size(), device))
         block = _Block(group, apart)
-        for one in apart:
-            one.leave()
+        for weight in apart:
+            weight.leave()
         if apart:
             # Keep these tensors: a backward pass gathers into the same memory, for weights that autograd
             # saved and for a recomputed forward, without hooks. They are empty in between.
@@ -154,7 +154,7 @@ def shard(
         there.update({id(m): block for m in owned})
     if unread:
         read_buffers(model, unread, device)
-    return Sharded(whole, there)
+    return Sharded(root, there)
 
 
 @dataclass(frozen=True)
@@ -168,32 +168,32 @@ class _Wanted:
     weight: Tensor
     places: list[tuple[nn.Module, str]]
 
-    def put(self, own: Sequence[Tensor]) -> None:
+    def put(self, shards: Sequence[Tensor]) -> None:
         """Store this process's shards where `fully_shard` left meta tensors."""
         from torch.distributed.tensor import DTensor
 
-        places = [self.places]
+        users = [self.places]
         if isinstance(self.weight, Quantized):
             module, key = self.places[0]
-            places = [[(module, name)] for name in _code_names(key, self.weight)]
-        for holders, local in zip(places, own, strict=True):
+            users = [[(module, name)] for name in _code_names(key, self.weight)]
+        for holders, local in zip(users, shards, strict=True):
             module, key = holders[0]
             there = module._parameters[key]
             assert isinstance(there, DTensor)
             how = {"run_check": False, "shape": there.shape, "stride": there.stride()}
             part = DTensor.from_local(local, there.device_mesh, there.placements, **how)
-            made = nn.Parameter(part, requires_grad=False)
+            parameter = nn.Parameter(part, requires_grad=False)
             for module, key in holders:
-                module._parameters[key] = made
+                module._parameters[key] = parameter
 
 
 def _wanted(modules: Sequence[nn.Module], names: Mapping[int, tuple[str, ...]]) -> list[_Wanted]:
-    found: dict[int, _Wanted] = {}
+    weights: dict[int, _Wanted] = {}
     for module in modules:
         for key, weight in module._parameters.items():
             if weight is not None:
-                found.setdefault(id(weight), _Wanted(names[id(weight)], weight, [])).places.append((module, key))
-    return list(found.values())
+                weights.setdefault(id(weight), _Wanted(names[id(weight)], weight, [])).places.append((module, key))
+    return list(weights.values())
 
 
 def _code_names(key: str, weight: Quantized) -> tuple[str, ...]:
@@ -233,22 +233,24 @@ class _ShardedCodes:
 
 
 def _split_codes(modules: Sequence[nn.Module]) -> list[_ShardedCodes]:
-    found: dict[int, _ShardedCodes] = {}
+    sharded: dict[int, _ShardedCodes] = {}
     for module in modules:
         for name, weight in list(module._parameters.items()):
             if not isinstance(weight, Quantized):
                 continue
-            if id(weight) not in found:
+            if id(weight) not in sharded:
                 tensors = weight.stored.tensors()
                 names = _code_names(name, weight)
-                for own, tensor in zip(names, tensors.values(), strict=True):
+                for code_name, tensor in zip(names, tensors.values(), strict=True):
                     # A scalar cannot be sharded: store it as one row.
-                    module.register_parameter(own, nn.Parameter(tensor.reshape(tensor.shape or 1), requires_grad=False))
+                    module.register_parameter(
+                        code_name, nn.Parameter(tensor.reshape(tensor.shape or 1), requires_grad=False)
+                    )
                 absent = weight.like(weight.stored.moved(lambda t: t.to("meta")))
-                found[id(weight)] = _ShardedCodes(absent, module, names, [])
+                sharded[id(weight)] = _ShardedCodes(absent, module, names, [])
             del module._parameters[name]
-            found[id(weight)].places.append((module, name))
-    return list(found.values())
+            sharded[id(weight)].places.append((module, name))
+    return list(sharded.values())
 
 
 @dataclass(frozen=True)
@@ -269,8 +271,8 @@ class _Joined:
         self._put(self.absent)
 
     def _put(self, weight: Tensor) -> None:
-        for module, own in zip(self.modules, weight.split(list(self.rows)), strict=True):
-            module._parameters["weight"] = own  # type: ignore[assignment]
+        for module, rows in zip(self.modules, weight.split(list(self.rows)), strict=True):
+            module._parameters["weight"] = rows  # type: ignore[assignment]
 
 
 _TOGETHER = "weights_together"
@@ -292,12 +294,12 @@ def _joined(
             continue
         if len({(w.dtype, w.shape[1]) for w in plain}) > 1 or len({id(w) for w in plain}) < len(plain):
             continue
-        whole = nn.Parameter(torch.cat([w.detach() for w in plain]), requires_grad=False)
-        names[id(whole)] = tuple(name for w in plain for name in names[id(w)])
+        parameter = nn.Parameter(torch.cat([w.detach() for w in plain]), requires_grad=False)
+        names[id(parameter)] = tuple(name for w in plain for name in names[id(w)])
         for module in modules:
             del module._parameters["weight"]
-        modules[0].register_parameter(_TOGETHER, whole)
-        out.append(_Joined(whole.detach().to("meta"), modules[0], modules, [len(w) for w in plain]))
+        modules[0].register_parameter(_TOGETHER, parameter)
+        out.append(_Joined(parameter.detach().to("meta"), modules[0], modules, [len(w) for w in plain]))
     return out
 
 

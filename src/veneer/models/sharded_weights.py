@@ -66,17 +66,17 @@ class ShardReader:
         It must be read whole if names or shapes differ from the files (transformers renames and joins the
         weights of some families), or if some weights are kept in another dtype."""
         stored = {t.name: t for t in table}
-        own: dict[str, Tensor] = {**dict(model.named_parameters()), **_saved_buffers(model)}
-        for name, tensor in own.items():
-            found = stored.get(name)
-            if found is None:
+        tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **_saved_buffers(model)}
+        for name, tensor in tensors.items():
+            stored_tensor = stored.get(name)
+            if stored_tensor is None:
                 return f"the files have no {name}"
-            if found.shape != tuple(tensor.shape):
+            if stored_tensor.shape != tuple(tensor.shape):
                 return f"{name} has another shape in the files"
-            if found.dtype not in STORED_DTYPES:
-                return f"{name} is stored in {found.dtype}"
-        again = {name for name, _ in model.named_parameters(remove_duplicate=False)} - own.keys()
-        if both := sorted(again & stored.keys()):
+            if stored_tensor.dtype not in STORED_DTYPES:
+                return f"{name} is stored in {stored_tensor.dtype}"
+        tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - tensors.keys()
+        if both := sorted(tied & stored.keys()):
             return f"the files have {both[0]}, which the config ties to another"
         for names in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
             if getattr(model, names, None):
@@ -103,11 +103,11 @@ class ShardReader:
         if not isinstance(weight, Quantized):
             first, last = shard_rows(weight.shape[0], rank, count)
             wide, at, parts = weight.shape[1:].numel(), 0, []
-            for one in names:
-                rows = self.stored[one].shape[0]
+            for source in names:
+                rows = self.stored[source].shape[0]
                 begin, end = max(first - at, 0), min(last - at, rows)
                 if begin < end:
-                    parts.append(self._values(one, begin * wide, end * wide).to(device))
+                    parts.append(self._values(source, begin * wide, end * wide).to(device))
                 at += rows
             values = torch.cat(parts) if parts else torch.empty(0, dtype=weight.dtype, device=device)
             return [self._cast(values).view(last - first, *weight.shape[1:])]
@@ -130,9 +130,9 @@ class ShardReader:
         absmax = packed = torch.empty(0, device=device)
         if first < last:
             values = self._cast(self._values(name, low * BLOCK, min(high * BLOCK, n)).to(device))
-            own = quantize(values, self.kind, double=False).stored
-            assert isinstance(own, Blocks4)
-            packed, absmax = own.packed[first - low * BLOCK // 2 :][: last - first].clone(), own.absmax
+            coded = quantize(values, self.kind, double=False).stored
+            assert isinstance(coded, Blocks4)
+            packed, absmax = coded.packed[first - low * BLOCK // 2 :][: last - first].clone(), coded.absmax
         else:
             packed = packed.to(torch.uint8)
         sizes = [end - start for start, end in itertools.pairwise(starts)]
@@ -165,8 +165,8 @@ def _state(file: Path) -> tuple[int, int, int]:
 
 def _saved_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Return the buffers that a checkpoint stores."""
-    kept = model.state_dict().keys()
-    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    saved = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
 
 def _gathered(mine: Tensor, sizes: Sequence[int]) -> Tensor:

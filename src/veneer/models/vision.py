@@ -89,8 +89,8 @@ class VisionModel:
             if lacks_memory(error):
                 raise
             message = " ".join(str(error).split())[:300] or type(error).__name__
-            what = f"{self.name} ({self.family}) cannot describe this picture: {message}"
-            raise BaseError(what, fix="another --instruction, or another model") from error
+            failure = f"{self.name} ({self.family}) cannot describe this picture: {message}"
+            raise BaseError(failure, fix="another --instruction, or another model") from error
         return _clean(text, cut=len(new) >= max_tokens and new[-1] not in self._stops)
 
     @property
@@ -111,8 +111,8 @@ class VisionModel:
 
 def _clean(text: str, cut: bool) -> Description:
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    if cut and (whole := max(line.rfind(end) for end in _ENDS) + 1):
-        line = line[:whole]
+    if cut and (sentence_end := max(line.rfind(end) for end in _ENDS) + 1):
+        line = line[:sentence_end]
     return Description(line, cut)
 
 
@@ -172,7 +172,7 @@ def load_vision(
 _HERE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
-def _read(what: str, path: Path, read: Callable[[], Any]) -> Any:
+def _read(part: str, path: Path, read: Callable[[], Any]) -> Any:
     try:
         with errors_only():
             return read()
@@ -183,7 +183,7 @@ def _read(what: str, path: Path, read: Callable[[], Any]) -> Any:
         fix = "a newer transformers may know it: pip install -U transformers" if "architecture" in message else None
         if isinstance(error, ImportError):  # torchvision, num2words, …
             fix = "install what it asks for, or take a model that needs none of it"
-        raise BaseError(f"cannot read the {what} of this model: {message}", where=str(path), fix=fix) from error
+        raise BaseError(f"cannot read the {part} of this model: {message}", where=str(path), fix=fix) from error
 
 
 def _no_model(path: Path, why: str) -> BaseError:

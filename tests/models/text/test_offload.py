@@ -17,24 +17,25 @@ LAYERS, SIZE = 7, (5, 64)
 
 
 class InOrder:
-    """No queue: each copy where it is asked for."""
+    """Copies run at once."""
 
-    def out(self, source: Tensor, into: Tensor) -> Any:
+    def to_host(self, source: Tensor, into: Tensor) -> Any:
         into.copy_(source)
 
-    def back(self, source: Tensor, device: torch.device) -> tuple[Tensor, Any]:
+    def to_device(self, source: Tensor, device: torch.device) -> tuple[Tensor, Any]:
         return source.to(device), None
 
-    def wait(self, mark: Any) -> None:
-        """Nothing is on its way."""
+    def wait(self, event: Any) -> None:
+        """Copies are synchronous."""
 
-    def handed_over(self, tensor: Tensor) -> None:
-        """It is nobody else's."""
+    def record_use(self, tensor: Tensor) -> None:
+        """Copies are synchronous."""
 
 
 class Late:
-    """A lane whose copies run only when somebody waits for them, or for a later one: whoever forgets to wait reads
-    what was there before. Counts what is on its way."""
+    """A copy stream whose copies run only when something waits for them or for a later copy.
+
+    Without the wait, a reader gets NaN. Counts the copies that are not complete."""
 
     def __init__(self) -> None:
         self.queue: list[Callable[[], Any]] = []
@@ -42,12 +43,12 @@ class Late:
         self.most_back = self.back_open = 0
         self.log: list[str] = []
 
-    def out(self, source: Tensor, into: Tensor) -> int:
+    def to_host(self, source: Tensor, into: Tensor) -> int:
         self.queue.append(lambda: into.copy_(source))  # which holds its memory, as record_stream does
         self.log.append("out")
         return len(self.queue)
 
-    def back(self, source: Tensor, device: torch.device) -> tuple[Tensor, int]:
+    def to_device(self, source: Tensor, device: torch.device) -> tuple[Tensor, int]:
         into = torch.full_like(source, float("nan"))
         self.queue.append(lambda: into.copy_(source))
         self.log.append("back")
@@ -55,13 +56,13 @@ class Late:
         self.most_back = max(self.most_back, self.back_open)
         return into, len(self.queue)
 
-    def wait(self, mark: int) -> None:
-        while self.done < mark:
+    def wait(self, event: int) -> None:
+        while self.done < event:
             self.queue[self.done]()
             self.done += 1
         self.log.append("wait")
 
-    def handed_over(self, tensor: Tensor) -> None:
+    def record_use(self, tensor: Tensor) -> None:
         assert tensor.isfinite().all(), "read before it came"
         self.back_open -= 1
 
@@ -92,9 +93,9 @@ def gradients(layers: list[Layer], run: Callable[..., Tensor], x: Tensor) -> lis
     return found
 
 
-@pytest.mark.parametrize("lane", [InOrder, Late])
-def test_offloaded_gradients_are_bit_equal(lane: Callable[[], Any]) -> None:
-    layers, store = [Layer(i) for i in range(LAYERS)], ActivationOffloader(lane(), least=1)
+@pytest.mark.parametrize("stream", [InOrder, Late])
+def test_offloaded_gradients_are_bit_equal(stream: Callable[[], Any]) -> None:
+    layers, store = [Layer(i) for i in range(LAYERS)], ActivationOffloader(stream(), least=1)
     for step in range(3):  # later steps use the buffers again
         x = torch.randn(*SIZE, generator=torch.Generator().manual_seed(step))
         plain = gradients(layers, lambda layer, x: layer(x), x)
@@ -102,15 +103,17 @@ def test_offloaded_gradients_are_bit_equal(lane: Callable[[], Any]) -> None:
 
 
 def test_offload_prefetches_with_few_buffers() -> None:
-    lane = Late()
-    layers, store = [Layer(i) for i in range(LAYERS)], ActivationOffloader(lane, least=1)
+    stream = Late()
+    layers, store = [Layer(i) for i in range(LAYERS)], ActivationOffloader(stream, least=1)
     gradients(layers, store.checkpoint, torch.randn(*SIZE))
-    assert lane.log.count("out") == lane.log.count("back") == LAYERS
-    assert lane.most_back == 2  # the one that is wanted, and the one before it
-    forward = lane.log[: lane.log.index("back")]
+    assert stream.log.count("out") == stream.log.count("back") == LAYERS
+    assert stream.most_back == 2  # the one that is wanted, and the one before it
+    forward = stream.log[: stream.log.index("back")]
     assert forward.count("wait") == LAYERS - COPIES_OUT  # the host never runs further ahead
-    first = lane.log.index("back")
-    assert lane.log[first : first + 3] == ["back", "back", "wait"], "the next copy is queued before this one is awaited"
+    first = stream.log.index("back")
+    assert stream.log[first : first + 3] == ["back", "back", "wait"], (
+        "the next copy is queued before this one is awaited"
+    )
 
 
 def test_host_buffers_are_reused_after_release() -> None:
@@ -118,24 +121,24 @@ def test_host_buffers_are_reused_after_release() -> None:
         def __init__(self) -> None:
             self.buffers: list[int] = []
 
-        def out(self, source: Tensor, into: Tensor) -> Any:
+        def to_host(self, source: Tensor, into: Tensor) -> Any:
             self.buffers.append(into.data_ptr())
-            return super().out(source, into)
+            return super().to_host(source, into)
 
-    lane = Seen()
-    layers, store = [Layer(i) for i in range(LAYERS)], ActivationOffloader(lane, least=1)
+    stream = Seen()
+    layers, store = [Layer(i) for i in range(LAYERS)], ActivationOffloader(stream, least=1)
     for _ in range(3):
         gradients(layers, store.checkpoint, torch.randn(*SIZE))
         gc.collect()
-    assert len(lane.buffers) == 3 * LAYERS
-    assert len(set(lane.buffers)) == LAYERS
+    assert len(stream.buffers) == 3 * LAYERS
+    assert len(set(stream.buffers)) == LAYERS
     x = torch.randn(*SIZE, requires_grad=True)
     first, second = (store.checkpoint(layers[0], x) for _ in range(2))  # two that wait at once
-    assert lane.buffers[-1] != lane.buffers[-2]
+    assert stream.buffers[-1] != stream.buffers[-2]
     (first.sum() + second.sum()).backward()
 
 
 def test_small_tensors_are_not_prepacked() -> None:
-    lane = Late()
-    gradients([Layer(0)], ActivationOffloader(lane).checkpoint, torch.randn(*SIZE))
-    assert not lane.log
+    stream = Late()
+    gradients([Layer(0)], ActivationOffloader(stream).checkpoint, torch.randn(*SIZE))
+    assert not stream.log

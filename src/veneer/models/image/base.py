@@ -236,9 +236,9 @@ def default_size(denoiser: Any, vae: Any, scale: int) -> int:
     """Return the default side of a picture in pixels.
 
     The denoiser's if its config has one (U-Nets, SD3), else the VAE's (FLUX), else 1024."""
-    own = denoiser.config.get("sample_size")
-    if own:
-        return int(own if isinstance(own, int) else own[0]) * scale
+    sample_size = denoiser.config.get("sample_size")
+    if sample_size:
+        return int(sample_size if isinstance(sample_size, int) else sample_size[0]) * scale
     return int(vae.config.get("sample_size") or 1024)
 
 
@@ -260,14 +260,17 @@ def size_in_units(unit: int, side: int, ratio: float) -> tuple[int, int]:
 
     Width / height is as close to `ratio` as possible."""
 
-    def whole(length: float) -> int:
+    def units(length: float) -> int:
         return max(unit, round(length / unit) * unit)
 
     long = max(ratio, 1 / ratio)
-    near = whole(side / long**0.5)
+    nearest_units = units(side / long**0.5)
     # Of the short sides near this area, choose the one whose long side rounds closest to the proportion.
-    short = min((near, near + unit, max(unit, near - unit)), key=lambda s: abs(whole(s * long) / s / long - 1))
-    return (whole(short * ratio), short) if ratio >= 1 else (short, whole(short / ratio))
+    short = min(
+        (nearest_units, nearest_units + unit, max(unit, nearest_units - unit)),
+        key=lambda s: abs(units(s * long) / s / long - 1),
+    )
+    return (units(short * ratio), short) if ratio >= 1 else (short, units(short / ratio))
 
 
 def prediction_of(row: ImageFamily, scheduler: Any, path: Path) -> Literal["epsilon", "v", "flow"]:
@@ -303,10 +306,10 @@ def pipeline(base: ImageBase, kind: PipelineKind = "text", controls: Sequence[_C
         return base._pipelines[key]
     table = base.row.controlled if controls else base.pipelines
     if kind not in table:
-        what = {"text": "text-to-image", "image": "image-to-image", "inpaint": "inpainting", "edit": "editing"}[kind]
+        task = {"text": "text-to-image", "image": "image-to-image", "inpaint": "inpainting", "edit": "editing"}[kind]
         having = ", ".join(table) or "none"
         raise BaseError(
-            f"diffusers has no {what} pipeline for {base.row.label}" + (" with a ControlNet" if controls else ""),
+            f"diffusers has no {task} pipeline for {base.row.label}" + (" with a ControlNet" if controls else ""),
             where=base.name,
             fix=f"kinds it has{' with one' if controls else ''}: {having}",
         )
@@ -347,10 +350,12 @@ def _multi_control(base: ImageBase, controls: Sequence[_ControlNet]) -> Any:
     """Combine ControlNets, whose residuals are summed, in diffusers' Multi class."""
     import diffusers
 
-    own = type(controls[0]).__name__
-    if own == "ControlNetModel":
+    class_name = type(controls[0]).__name__
+    if class_name == "ControlNetModel":
         return diffusers.MultiControlNetModel(list(controls))
-    multi = getattr(DIFFUSERS("diffusers.models.controlnets"), own.replace("ControlNetModel", "MultiControlNetModel"))
+    multi = getattr(
+        DIFFUSERS("diffusers.models.controlnets"), class_name.replace("ControlNetModel", "MultiControlNetModel")
+    )
     return multi(list(controls))
 
 
@@ -405,8 +410,8 @@ def release(base: ImageBase, *names: str) -> None:
     have, and for the denoiser."""
     for name in names:
         if name == base.row.denoiser or not isinstance(base.parts.get(name), nn.Module):
-            known = [n for n, p in base.parts.items() if isinstance(p, nn.Module) and n != base.row.denoiser]
-            raise ConfigError(f"{name!r} cannot be released from {base.name}", fix=f"one of {', '.join(known)}")
+            releasable = [n for n, p in base.parts.items() if isinstance(p, nn.Module) and n != base.row.denoiser]
+            raise ConfigError(f"{name!r} cannot be released from {base.name}", fix=f"one of {', '.join(releasable)}")
     for name in names:
         base.parts[name] = None
         if hasattr(base.model, name):

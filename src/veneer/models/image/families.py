@@ -85,8 +85,8 @@ def _kinds(stem: str, image: str = "Img2Img", inpaint: str = "Inpaint") -> dict[
     """Return the pipeline classes by kind, for names like StableDiffusion…Pipeline.
 
     A kind with an empty infix is left out."""
-    given = {"text": "", "image": image, "inpaint": inpaint}
-    return {kind: f"{stem}{infix}Pipeline" for kind, infix in given.items() if infix or kind == "text"}
+    infixes = {"text": "", "image": image, "inpaint": inpaint}
+    return {kind: f"{stem}{infix}Pipeline" for kind, infix in infixes.items() if infix or kind == "text"}
 
 
 _ONE_PROMPT = {"do_classifier_free_guidance": False, "num_images_per_prompt": 1}

@@ -50,8 +50,8 @@ class DenoiserReport(FastReport):
     def summary(self) -> str:
         """Return one line for the user: what was swapped, and what was not and why."""
         parts = [f"{n} × {kind}" for kind, n in sorted(self.swapped.items())]
-        left = [f"; {kind} as diffusers has it ({why})" for kind, why in sorted(self.left.items())]
-        return f"fast paths: {', '.join(parts) or 'none'}{''.join(left)}"
+        skipped = [f"; {kind} as diffusers has it ({why})" for kind, why in sorted(self.left.items())]
+        return f"fast paths: {', '.join(parts) or 'none'}{''.join(skipped)}"
 
 
 @contextmanager
@@ -68,11 +68,11 @@ def fast_denoiser(denoiser: nn.Module) -> Iterator[DenoiserReport]:
 def _swap(denoiser: nn.Module, report: DenoiserReport, undo: ExitStack) -> None:
     for _, module in list(denoiser.named_modules()):
         kind = type(module).__name__
-        make = _SWAPS.get(kind)
-        if make is None:
+        swap_kind = _SWAPS.get(kind)
+        if swap_kind is None:
             continue
         with ExitStack() as attempt:
-            if why := make(module, attempt):
+            if why := swap_kind(module, attempt):
                 report.left[kind] = why
                 continue
             undo.push(attempt.pop_all())
@@ -83,9 +83,9 @@ def _parts(module: Any, *names: str) -> list[nn.Module] | None:
     """Return the linear modules of these names, or None if one is missing.
 
     With or without adapters."""
-    found = [getattr(module, name, None) for name in names]
-    kept = [m for m in found if isinstance(m, nn.Module) and type(base_of(m)) is nn.Linear]
-    return kept if len(kept) == len(names) else None
+    modules = [getattr(module, name, None) for name in names]
+    linear = [m for m in modules if isinstance(m, nn.Module) and type(base_of(m)) is nn.Linear]
+    return linear if len(linear) == len(names) else None
 
 
 def _equal_up_to_rounding(a: Tensor, b: Tensor) -> bool:
@@ -122,23 +122,23 @@ def _swap_if_equal(module: nn.Module, forward: Callable[..., Any], undo: ExitSta
     expected = run()
     replace_forward(module, forward, undo)
     actual = run()
-    same = len(actual) == len(expected) and all(
+    equal = len(actual) == len(expected) and all(
         _equal_up_to_rounding(a.detach(), b.detach()) for a, b in zip(actual, expected, strict=True)
     )
-    return "" if same else "its result differs"
+    return "" if equal else "its result differs"
 
 
-def _product(join: FusedProjection, x: Tensor) -> Tensor | None:
+def _product(projection: FusedProjection, x: Tensor) -> Tensor | None:
     """Return the joined projections of x, or None if the modules must be called.
 
     This is the case if a module has hooks, or if x has another dtype."""
-    joined = _map(join, x)
+    joined = _map(projection, x)
     return None if joined is None else linear(x, joined)
 
 
-def _map(join: FusedProjection, x: Tensor) -> LinearMap | None:
+def _map(projection: FusedProjection, x: Tensor) -> LinearMap | None:
     """Return the joined projections, or None if x cannot be multiplied as it is."""
-    joined = join.linear_map()
+    joined = projection.linear_map()
     return None if joined is None or not same_dtype(x, joined.weight) else joined
 
 
@@ -194,17 +194,19 @@ def _flux_attention(module: Any, undo: ExitStack) -> str:
     if type(module.processor) not in own_processors or getattr(module, "fused_projections", False):
         return f"its processor is {type(module.processor).__name__}"
     two = module.added_kv_proj_dim is not None
-    own, added = _parts(module, "to_q", "to_k", "to_v"), None
+    image_parts, text_parts = _parts(module, "to_q", "to_k", "to_v"), None
     norms = [module.norm_q, module.norm_k]
     if two:
-        added = _parts(module, "add_q_proj", "add_k_proj", "add_v_proj")
+        text_parts = _parts(module, "add_q_proj", "add_k_proj", "add_v_proj")
         norms += [module.norm_added_q, module.norm_added_k]
-    if own is None or (two and added is None):
+    if image_parts is None or (two and text_parts is None):
         return "its projections are not plain linears"
     if not _frozen(norms):
         return _NORMS
-    joins = [FusedProjection(own, undo)] + ([FusedProjection(added, undo)] if added is not None else [])
-    like = base_of(own[0]).weight
+    joins = [FusedProjection(image_parts, undo)] + (
+        [FusedProjection(text_parts, undo)] if text_parts is not None else []
+    )
+    like = base_of(image_parts[0]).weight
     assert isinstance(like, Tensor)
     x = random_input(2, 12, like.shape[1], like=like)
     size = getattr(module, "head_dim", None) or module.inner_dim // module.heads
@@ -212,10 +214,10 @@ def _flux_attention(module: Any, undo: ExitStack) -> str:
     if type(module.processor) is _qwen_processor():  # complex, separate for picture and text
         cos, sin = arguments["image_rotary_emb"]
         arguments["image_rotary_emb"] = torch.complex(cos[:, ::2], sin[:, ::2]).split([12, 3])
-    if added is not None:
-        other = base_of(added[0]).weight
-        assert isinstance(other, Tensor)
-        arguments["encoder_hidden_states"] = random_input(2, 3, other.shape[1], like=other)
+    if text_parts is not None:
+        text_weight = base_of(text_parts[0]).weight
+        assert isinstance(text_weight, Tensor)
+        arguments["encoder_hidden_states"] = random_input(2, 3, text_weight.shape[1], like=text_weight)
     original = type(module).forward
     return _swap_if_equal(module, _flux_forward(original, joins, norms, size), undo, x, **arguments)
 
@@ -244,15 +246,15 @@ class _Rotations:
     def __init__(self) -> None:
         self._last: tuple[Tensor, Tensor] | None = None
 
-    def get(self, given: tuple[Tensor, Tensor] | None) -> Tensor | None:
-        if given is None:
+    def get(self, angles: tuple[Tensor, Tensor] | None) -> Tensor | None:
+        if angles is None:
             return None
-        one, two = given
-        if self._last is None or self._last[0] is not one:
-            if one.is_complex():  # Qwen-Image's, of picture and text; text tokens come first
-                self._last = one, torch.cat([two, one])
+        first, second = angles
+        if self._last is None or self._last[0] is not first:
+            if first.is_complex():  # Qwen-Image's, of picture and text; text tokens come first
+                self._last = first, torch.cat([second, first])
             else:
-                self._last = one, torch.complex(one[:, ::2].float(), two[:, ::2].float()).contiguous()
+                self._last = first, torch.complex(first[:, ::2].float(), second[:, ::2].float()).contiguous()
         return self._last[1]
 
 
@@ -265,9 +267,9 @@ def _flux_forward(
     def weight_of(tokens: list[int]) -> Tensor:
         """w_q, w_k of every token; the text's first, as its queries and keys come first."""
         rows = []
-        for which in (0, 1):
-            own = [norms[which]] if len(tokens) == 1 else [norms[2 + which], norms[which]]
-            rows.append(torch.cat([m.weight.float().expand(n, -1) for m, n in zip(own, tokens, strict=True)]))
+        for side in (0, 1):
+            stream_norms = [norms[side]] if len(tokens) == 1 else [norms[2 + side], norms[side]]
+            rows.append(torch.cat([m.weight.float().expand(n, -1) for m, n in zip(stream_norms, tokens, strict=True)]))
         return torch.stack(rows)[:, None, None]
 
     def forward(
@@ -282,15 +284,15 @@ def _flux_forward(
         streams = [hidden_states] if encoder_hidden_states is None else [encoder_hidden_states, hidden_states]
         products: list[Tensor | None] = []
         if attention_mask is None and not kwargs and len(streams) == len(joins):
-            products = [_product(join, x) for join, x in zip(reversed(joins), streams, strict=True)]
-        known = [p for p in products if p is not None]
-        if len(known) != len(streams):
+            products = [_product(projection, x) for projection, x in zip(reversed(joins), streams, strict=True)]
+        computed = [p for p in products if p is not None]
+        if len(computed) != len(streams):
             kwargs["image_rotary_emb"] = image_rotary_emb
             return original(self, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
         rotation = rotations.get(image_rotary_emb)
-        qkv = known[0] if len(known) == 1 else torch.cat(known, 1)
+        qkv = computed[0] if len(computed) == 1 else torch.cat(computed, 1)
         heads = qkv.view(*qkv.shape[:2], 3, -1, head_dim)
-        out = joint_attention(heads, weight_of([p.shape[1] for p in known]), eps, rotation)
+        out = joint_attention(heads, weight_of([p.shape[1] for p in computed]), eps, rotation)
         if encoder_hidden_states is None:
             return out
         text, picture = out.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
@@ -307,8 +309,8 @@ def _flux2_feed_forward(module: Any, undo: ExitStack) -> str:
     original = type(module).forward
 
     def forward(self: Any, x: Tensor) -> Any:
-        one, two = _map(gate_up, x), _map(down, x)
-        return original(self, x) if one is None or two is None else gated_mlp(x, one, two)
+        gate_up_map, down_map = _map(gate_up, x), _map(down, x)
+        return original(self, x) if gate_up_map is None or down_map is None else gated_mlp(x, gate_up_map, down_map)
 
     like = base_of(first[0]).weight
     assert isinstance(like, Tensor)
@@ -328,7 +330,7 @@ def _flux2_parallel(module: Any, undo: ExitStack) -> str:
         return "its projections are not plain linears"
     if not _frozen(norms):
         return _NORMS
-    join, out, rotations, eps = (
+    projection, out, rotations, eps = (
         FusedProjection(first, undo),
         FusedProjection(last, undo),
         _Rotations(),
@@ -343,16 +345,16 @@ def _flux2_parallel(module: Any, undo: ExitStack) -> str:
         image_rotary_emb: Any = None,
         **kwargs: Any,
     ) -> Any:
-        whole = _map(join, hidden_states) if attention_mask is None and not kwargs else None
-        if whole is None or whole.dropout:
+        full = _map(projection, hidden_states) if attention_mask is None and not kwargs else None
+        if full is None or full.dropout:
             return original(self, hidden_states, attention_mask, image_rotary_emb, **kwargs)
-        of_heads, of_mlp = split_map(whole, 3 * self.inner_dim)
+        of_heads, of_mlp = split_map(full, 3 * self.inner_dim)
         heads = linear(hidden_states, of_heads).view(*hidden_states.shape[:2], 3, -1, self.head_dim)
         weight = torch.stack([norm.weight.float() for norm in norms])[:, None, None, None]
         attended = joint_attention(heads, weight, eps, rotations.get(image_rotary_emb))
         both = torch.cat([attended, swiglu(linear(hidden_states, of_mlp))], dim=-1)
-        made = _product(out, both)
-        return self.to_out(both) if made is None else made
+        result = _product(out, both)
+        return self.to_out(both) if result is None else result
 
     like = base_of(first[0]).weight
     assert isinstance(like, Tensor)
@@ -406,13 +408,13 @@ _BEFORE_SKIP: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 def _up(module: Any, undo: ExitStack) -> str:
     """Record where the skip connection begins in the inputs of up blocks."""
 
-    def before(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def resize(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         skips = kwargs.get("res_hidden_states_tuple") or (args[1] if len(args) > 1 else ())
         for block, skip in zip(module.resnets, reversed(skips), strict=False):
             _BEFORE_SKIP[block] = block.in_channels - skip.shape[1]
 
     undo.callback(lambda: [_BEFORE_SKIP.pop(block, None) for block in module.resnets])
-    undo.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+    undo.callback(module.register_forward_pre_hook(resize, with_kwargs=True).remove)
     return ""
 
 
@@ -452,10 +454,10 @@ def _unet_attention(module: Any, undo: ExitStack) -> str:
         return "its norms or projections are unusual"
     crossed = bool(module.is_cross_attention)
     joins = [FusedProjection(q, undo), FusedProjection(kv, undo)] if crossed else [FusedProjection([*q, *kv], undo)]
-    like, other = base_of(q[0]).weight, base_of(kv[0]).weight
+    like, kv_weight = base_of(q[0]).weight, base_of(kv[0]).weight
     assert isinstance(like, Tensor)
-    assert isinstance(other, Tensor)
-    arguments = {"encoder_hidden_states": random_input(2, 3, other.shape[1], like=other)} if crossed else {}
+    assert isinstance(kv_weight, Tensor)
+    arguments = {"encoder_hidden_states": random_input(2, 3, kv_weight.shape[1], like=kv_weight)} if crossed else {}
     forward = _unet_forward(type(module).forward, joins, FusedProjection(last, undo))
     return _swap_if_equal(module, forward, undo, random_input(2, 12, like.shape[1], like=like), **arguments)
 
@@ -483,8 +485,8 @@ def _unet_forward(
         else:
             k, v = second.view(n, second.shape[1], 2, self.heads, -1).unbind(2)
             out = cross_attention(first.view(n, first.shape[1], self.heads, -1), k, v)
-        made = _product(last, out)
-        return self.to_out[1](self.to_out[0](out) if made is None else made)
+        result = _product(last, out)
+        return self.to_out[1](self.to_out[0](out) if result is None else result)
 
     return forward
 

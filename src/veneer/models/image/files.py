@@ -141,8 +141,8 @@ def read_index(path: Path) -> dict[str, Any]:
                 fix = "`veneer generate` uses it, and data.train is what it learns from"
             elif "ControlNet" in kind:
                 fix = f"use it with --control canny@{path}=PICTURE"
-        what = f"this is not an image base: it has no {_INDEX}" + (f", it is {kind}" if kind else "")
-        raise BaseError(what, where=str(path), fix=fix) from error
+        message = f"this is not an image base: it has no {_INDEX}" + (f", it is {kind}" if kind else "")
+        raise BaseError(message, where=str(path), fix=fix) from error
     except (OSError, ValueError) as error:
         raise BaseError(f"{_INDEX} cannot be read: {error}", where=str(path)) from error
     if not isinstance(index, dict):
@@ -208,10 +208,10 @@ def _flags_of(index: Mapping[str, Any]) -> dict[str, Any]:
 
 def _config_of(folder: Path) -> dict[str, Any]:
     try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BaseError("config.json cannot be read", where=str(folder), fix="copy the base again") from error
-    return found if isinstance(found, dict) else {}
+    return config if isinstance(config, dict) else {}
 
 
 def _has_weights(classname: str) -> bool:
@@ -263,23 +263,23 @@ def _load_component(
         if not any((folder / f"{s}.safetensors{i}").exists() for s in COMPONENT_STEMS for i in ("", ".index.json")):
             options["variant"] = "fp16"
     saved = saved_kind(_config_of(folder), str(folder)) if weights else ""
-    made: Any
+    component: Any
     with loading():
         try:
             if classname in PROCESSORS:
-                made = read_processor(folder)
+                component = read_processor(folder)
             elif saved or (weights and (quantize or scaled_weights(table_of(folder)[0]))):
-                made = _load_quantized(cls, folder, library, quantize or "", dtype)
+                component = _load_quantized(cls, folder, library, quantize or "", dtype)
             else:
-                made = cls.from_pretrained(folder, **options)
+                component = cls.from_pretrained(folder, **options)
         except Exception as error:
             if lacks_memory(error):
                 raise
             raise unreadable(folder, error) from error
     if not weights:
-        _read_small(made)
-        return made, ()
-    model, info = made
+        _read_small(component)
+        return component, ()
+    model, info = component
     notes = check_loaded(folder, info, _HARMLESS)
     return model.to(device), notes
 
@@ -369,10 +369,11 @@ def control_of(name: str, family: ImageFamily, denoiser: Any, dtype: torch.dtype
     if not family.control:
         raise BaseError(f"diffusers has no ControlNet for {family.label}", where=str(folder))
     for size in _CONTROL_SIZES:
-        own, base = config.get(size), denoiser.config.get(size)
-        if own is not None and base is not None and _plain(own) != _plain(base):
+        control_size, base_size = config.get(size), denoiser.config.get(size)
+        if control_size is not None and base_size is not None and _plain(control_size) != _plain(base_size):
             raise BaseError(
-                f"this ControlNet is for another base: its {size} is {own}, the base's {base}", where=str(folder)
+                f"this ControlNet is for another base: its {size} is {control_size}, the base's {base_size}",
+                where=str(folder),
             )
     model, _ = _load_component(folder, "diffusers", classname, dtype, device, None, True)
     control: nn.Module = model.eval()
@@ -422,9 +423,9 @@ def read_single_file(
     if stored and family.denoiser not in stored:
         raise BaseError(f"this file holds no {family.denoiser}: {', '.join(sorted(stored))}", where=str(path))
     pipelines = {**family.pipelines, **_own_pipelines(index)}
-    whole = hasattr(getattr(diffusers, pipelines["text"]), "from_single_file")
+    loads_parts = hasattr(getattr(diffusers, pipelines["text"]), "from_single_file")
     # of the other families, diffusers reads only the denoiser from one file
-    stored = stored & set(classes) | {family.denoiser} if whole else {family.denoiser}
+    stored = stored & set(classes) | {family.denoiser} if loads_parts else {family.denoiser}
     device_of_parts = choose_device(device)
     kind, reason = choose_dtype(dtype, device_of_parts, stored_dtype(table))
     check_memory(path, sum(t.elements for t in table) * kind.itemsize, kind, device_of_parts)
@@ -450,7 +451,7 @@ def read_single_file(
         state = _state_of(path, table, kind)
         try:
             for name in sorted(stored):
-                parts[name] = _read_part(name, *classes[name], state, folder, kind, whole)
+                parts[name] = _read_part(name, *classes[name], state, folder, kind, loads_parts)
         except Exception as error:
             message = " ".join(str(error).split())[:300]
             if "meta tensor" in message:  # no tensor of the file fills this parameter
@@ -467,8 +468,8 @@ def read_single_file(
             part.to(device_of_parts)
     with errors_only():
         unused = _unused(table, {name: parts[name] for name in stored})
-    others = _of_other_parts(unused, stored)
-    check_left_out(path, [name for name in unused if name not in others], _HARMLESS)
+    other_parts = _of_other_parts(unused, stored)
+    check_left_out(path, [name for name in unused if name not in other_parts], _HARMLESS)
     if unused:
         names = first_few(unused, 6)
         notes.append(f"{len(unused)} of the file's {len(table)} tensors have no place and are left out: {names}")
@@ -481,12 +482,18 @@ def read_single_file(
 
 
 def _read_part(
-    name: str, library: str, classname: str, state: dict[str, Tensor], folder: Path, dtype: torch.dtype, whole: bool
+    name: str,
+    library: str,
+    classname: str,
+    state: dict[str, Tensor],
+    folder: Path,
+    dtype: torch.dtype,
+    loads_part: bool,
 ) -> Any:
     """Build a component from a file's tensors, with diffusers' converters and the configs in `folder`.
 
     `whole`: whether diffusers has a single-file pipeline for the family."""
-    if whole:
+    if loads_part:
         read = DIFFUSERS("diffusers.loaders.single_file.load_single_file_sub_model")
         return read(
             library_name=library,
@@ -542,10 +549,10 @@ def components_in(table: Iterable[StoredTensor]) -> set[str]:
 
 def _configs_for(path: Path, config: str | Path | None, table: list[StoredTensor]) -> Path:
     if config is not None:
-        found = find_base(str(config))
-        if found.is_file():
-            raise BaseError("config must be a diffusers directory, and this is a file", where=str(found))
-        return found
+        folder = find_base(str(config))
+        if folder.is_file():
+            raise BaseError("config must be a diffusers directory, and this is a file", where=str(folder))
+        return folder
     from huggingface_hub import snapshot_download
 
     kind_of, paths = (
@@ -633,11 +640,11 @@ def _unused(table: Iterable[StoredTensor], parts: Mapping[str, Any]) -> list[str
     taken: list[Tensor] = []
     for part in parts.values():
         stored = part.state_dict()
-        own = {_plain_name(name): tensor.shape for name, tensor in stored.items()}
+        shapes = {_plain_name(name): tensor.shape for name, tensor in stored.items()}
         for convert in [dict] if stored.keys() <= state.keys() else _converters(part):
             with _Attached():
-                found = convert(dict(state)).items()
-            taken += [t for name, t in found if isinstance(t, Tensor) and own.get(_plain_name(name)) == t.shape]
+                converted = convert(dict(state)).items()
+            taken += [t for name, t in converted if isinstance(t, Tensor) and shapes.get(_plain_name(name)) == t.shape]
     used = torch.autograd.grad([t.sum() for t in taken if t.requires_grad], list(state.values()), allow_unused=True)
     return [name for name, gradient in zip(state, used, strict=True) if gradient is None]
 
@@ -654,16 +661,16 @@ def _converters(part: nn.Module) -> list[_Converter]:
     """Return the diffusers converters that can have read this component.
 
     For text encoders this is all of them; their prefixes separate them."""
-    known = DIFFUSERS("diffusers.loaders.single_file_model.SINGLE_FILE_LOADABLE_CLASSES")
+    loadable = DIFFUSERS("diffusers.loaders.single_file_model.SINGLE_FILE_LOADABLE_CLASSES")
     kind = type(part).__name__
-    if kind in known:
-        convert = known[kind]["checkpoint_mapping_fn"]
+    if kind in loadable:
+        convert = loadable[kind]["checkpoint_mapping_fn"]
         prefix = "model.diffusion_model." if kind in _BARE else ""
 
         def converted(state: dict[str, Tensor]) -> Mapping[str, Any]:
             plain = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-            found: Mapping[str, Any] = convert(checkpoint=plain, config=dict(part.config))  # type: ignore[arg-type]
-            return found
+            result: Mapping[str, Any] = convert(checkpoint=plain, config=dict(part.config))  # type: ignore[arg-type]
+            return result
 
         return [converted]
     if kind.startswith("T5"):

@@ -131,8 +131,8 @@ def check_numbers(settings: Any) -> None:
     `settings`: PictureSettings or an object with the same fields. None is always valid."""
     for name in ("steps", "batch_size", "width", "height"):
         value = getattr(settings, name)
-        whole, most = isinstance(value, Integral), _MOST.get(name, math.inf)
-        if value is not None and not (whole and 1 <= value <= most):
+        is_integer, most = isinstance(value, Integral), _MOST.get(name, math.inf)
+        if value is not None and not (is_integer and 1 <= value <= most):
             fix = f"a whole number, at least 1{f', at most {most:,}' if math.isfinite(most) else ''}"
             raise ConfigError(f"{name} is {value!r}", fix=fix)
     if (settings.width or 1) * (settings.height or 1) > _MOST_PIXELS:
@@ -192,7 +192,7 @@ def default_settings(base: ImageBase) -> tuple[int, float]:
     return 28 if base.prediction == "flow" else 30, float(call[base.row.guidance].default)
 
 
-def fitted_picture(picture: Image, width: int, height: int, what: str) -> tuple[Image, str]:
+def fitted_picture(picture: Image, width: int, height: int, label: str) -> tuple[Image, str]:
     """Return the picture resized to (width, height), and a note if its size differed.
 
     Raises ConfigError if the proportions differ by more than a fifteenth, which small pictures in whole units
@@ -204,10 +204,10 @@ def fitted_picture(picture: Image, width: int, height: int, what: str) -> tuple[
     have, want = picture.width / picture.height, width / height
     if abs(have / want - 1) > 1 / 15:
         raise ConfigError(
-            f"the {what} is {picture.width}×{picture.height}, the pictures are {width}×{height}: another proportion",
+            f"the {label} is {picture.width}×{picture.height}, the pictures are {width}×{height}: another proportion",
             fix=f"crop it, or ask for its own with width and height (--size {picture.width}x{picture.height})",
         )
-    message = f"the {what} was resized from {picture.width}×{picture.height} to {width}×{height}"
+    message = f"the {label} was resized from {picture.width}×{picture.height} to {width}×{height}"
     return picture.resize((width, height), Resampling.LANCZOS), message
 
 
@@ -235,7 +235,7 @@ def generate_images(
     size = 1 if run.single else settings.batch_size
     batches = _batches(rows, size, attachment)
     run.batches = len(batches)
-    before = attachment.selection if attachment is not None else None
+    selection = attachment.selection if attachment is not None else None
     out: list[GeneratedPicture] = []
     try:
         with torch.no_grad():
@@ -246,8 +246,8 @@ def generate_images(
                     if on_picture is not None:
                         on_picture(len(out) - 1, picture)
     finally:
-        if attachment is not None and before is not None:
-            attachment.selection = before
+        if attachment is not None and selection is not None:
+            attachment.selection = selection
     return out
 
 
@@ -304,8 +304,8 @@ class _Run:
     def _guidance(self) -> tuple[bool, dict[str, float]]:
         """Return whether negative prompts act, and the pipeline's guidance arguments."""
         guidance, true = self.guidance, self.settings.true_guidance
-        if (own := self.base.row.guidance) == "true_cfg_scale":
-            return guidance > 1, {own: guidance}
+        if (argument := self.base.row.guidance) == "true_cfg_scale":
+            return guidance > 1, {argument: guidance}
         if self.base.row.true_guidance and true > 1:
             if "true_cfg_scale" not in self.accepts:
                 fix = "leave true guidance and negative prompts out"
@@ -369,12 +369,12 @@ class _Run:
 
     def embeds(self, text: Conditioning, prefix: str) -> dict[str, Any]:
         all_of = text.embeds.shape[:2]  # explicit, because Qwen-Image's pipeline warns without a mask
-        found = {
+        arguments = {
             f"{prefix}prompt_embeds": text.unpadded() if self.base.row.takes_lists else text.embeds,
             f"{prefix}pooled_prompt_embeds": text.pooled,
             f"{prefix}prompt_embeds_mask": text.mask if text.mask is not None else text.embeds.new_ones(all_of).long(),
         }
-        return {key: value for key, value in found.items() if value is not None and key in self.accepts}
+        return {key: value for key, value in arguments.items() if value is not None and key in self.accepts}
 
     def unresized(self, area: int) -> dict[str, Any]:
         """Return arguments that stop a pipeline from resizing inputs.
@@ -398,10 +398,10 @@ class _Run:
         controls = self.settings.controls
         if not controls:
             return {}
-        many = len(controls) > 1
+        several = len(controls) > 1
 
         def each(values: list[Any]) -> Any:
-            return values if many else values[0]
+            return values if several else values[0]
 
         # One picture for all rows is passed as it is; with several ControlNets the pipelines take no lists of
         # pictures.
@@ -517,8 +517,8 @@ def _check(base: ImageBase, rows: Sequence[ImageRow], settings: PictureSettings,
             fix=f"{counted(least, 'step')}, or denoise {math.ceil(1000 / steps) / 1000:g}",
         )
     if settings.denoise < 1 and any(row.image is None for row in rows):
-        what = "denoise is the share of steps taken on a given picture, and there is none"
-        raise ConfigError(what, fix="give image too (--image in.png)")
+        message = "denoise is the share of steps taken on a given picture, and there is none"
+        raise ConfigError(message, fix="give image too (--image in.png)")
     if any(row.mask is not None and row.image is None for row in rows):
         raise ConfigError("a mask needs the picture it belongs to", fix="give image too (--image in.png)")
     if len({(row.image is None, row.mask is None, len(row.controls), len(row.references)) for row in rows}) > 1:
@@ -530,10 +530,10 @@ def _check(base: ImageBase, rows: Sequence[ImageRow], settings: PictureSettings,
     inputs: list[tuple[str, Image | None]] = [("control picture", control.picture) for control in settings.controls]
     for row in rows:
         inputs += [("picture", row.image), ("mask", row.mask), *(("control picture", p) for p in row.controls)]
-    for what, picture in inputs:
+    for label, picture in inputs:
         if picture is not None and picture.size != (width, height):
             raise ConfigError(
-                f"the {what} is {picture.width}×{picture.height}, the pictures are {width}×{height}",
+                f"the {label} is {picture.width}×{picture.height}, the pictures are {width}×{height}",
                 fix="resize it (models.image.generate.fitted_picture)",
             )
     if base.few_steps and settings.guidance:
@@ -554,8 +554,8 @@ def _check_references(base: ImageBase, rows: Sequence[ImageRow], settings: Pictu
         fix = "leave some out, or paste several into one"
         raise ConfigError(f"{base.short_name} takes at most {limit}, and {count} were given", fix=fix)
     if settings.controls or rows[0].image is not None:
-        other = "controls" if settings.controls else "a picture to start from"
-        raise ConfigError(f"references and {other} do not go together", fix="leave one of them out")
+        conflicting = "controls" if settings.controls else "a picture to start from"
+        raise ConfigError(f"references and {conflicting} do not go together", fix="leave one of them out")
     for picture in (picture for row in rows for picture in row.references):
         if why := aspect_problem(*picture.size):
             raise ConfigError(f"a reference picture has {why}", fix="crop it")
@@ -563,6 +563,6 @@ def _check_references(base: ImageBase, rows: Sequence[ImageRow], settings: Pictu
             continue
         least = base.editing.least
         if picture.width % base.unit or picture.height % base.unit or min(picture.size) < least:
-            what = f"a reference picture is {picture.width}×{picture.height}, and {base.short_name} takes sides in "
-            what += f"multiples of {base.unit}" + (f", at least {least}" if least else "")
-            raise ConfigError(what, fix="resize it")
+            message = f"a reference picture is {picture.width}×{picture.height}, and {base.short_name} takes sides in "
+            message += f"multiples of {base.unit}" + (f", at least {least}" if least else "")
+            raise ConfigError(message, fix="resize it")

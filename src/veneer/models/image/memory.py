@@ -28,11 +28,11 @@ def measured_activations(forward: Callable[[], Tensor], parameters: Iterable[Ten
     """Measure the bytes that autograd keeps after `forward()`.
 
     Without those of `parameters`."""
-    own = {storage.data_ptr() for p in parameters for storage in _storages(p)}
+    parameter_storages = {storage.data_ptr() for p in parameters for storage in _storages(p)}
     saved: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
-        saved.update({s.data_ptr(): s.nbytes() for s in _storages(t) if s.data_ptr() not in own})
+        saved.update({s.data_ptr(): s.nbytes() for s in _storages(t) if s.data_ptr() not in parameter_storages})
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
@@ -90,11 +90,11 @@ def offloading(base: ImageBase, count: int) -> Iterator[int]:
     With recomputation a block's forward runs again in the backward pass, and then too its weights come: what autograd
     keeps of them is freed once the block's gradient is there. Weights are never written; afterwards the same tensors
     are where they were. Trainable parameters stay on the device."""
-    chosen = blocks_of(base.denoiser)[-count:] if count else []
+    offloaded = blocks_of(base.denoiser)[-count:] if count else []
     undo: list[Callable[[], None]] = []
     moved = 0
     try:
-        for block in chosen:
+        for block in offloaded:
             weights = []
             for module in block.modules():
                 for name, p in module._parameters.items():

@@ -87,7 +87,7 @@ def embed_prompts(base: ImageBase, prompts: Sequence[str], references: Sequence[
     texts = list(prompts)
     if base.reads_references and any(references):
         return Conditioning.cat(
-            [_embed_with_references(base, text, shown) for text, shown in zip(texts, references, strict=True)]
+            [_embed_with_references(base, text, pictures) for text, pictures in zip(texts, references, strict=True)]
         )
     pipe = pipeline(base)
     row = base.row
@@ -95,7 +95,7 @@ def embed_prompts(base: ImageBase, prompts: Sequence[str], references: Sequence[
         encoded = pipe.encode_prompt(prompt=[*texts], device=base.device, **text_settings(base), **row.encoding)
     cut = [cut_of(base, text) for text in texts]
     if isinstance(encoded[0], list):  # Z-Image's embeddings have different lengths
-        return replace(Conditioning.cat([Conditioning(one[None]) for one in encoded[0]]), cut=cut)
+        return replace(Conditioning.cat([Conditioning(embedding[None]) for embedding in encoded[0]]), cut=cut)
     pooled, mask = (None if at is None else encoded[at] for at in (row.pooled, row.mask))
     return Conditioning(encoded[0], pooled, mask, cut)
 
@@ -142,19 +142,19 @@ def cut_of(base: ImageBase, prompt: str) -> str:
 
 
 def _cut_end(base: ImageBase, prompt: str, tokenizer: Any, limit: int) -> str:
-    before, after, special = _template_of(base)
+    prefix, suffix, special = _template_of(base)
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # FLUX.2's is a processor
     if base.row.template == "pipeline":
         limit += pipeline(base).prompt_template_encode_start_idx  # template tokens the pipeline drops
     with errors_only():  # transformers warns about the length, which is expected here
-        read = tokenizer(before + prompt + after, return_offsets_mapping=True, add_special_tokens=special)
+        read = tokenizer(prefix + prompt + suffix, return_offsets_mapping=True, add_special_tokens=special)
     ids, offsets = read["input_ids"], read["offset_mapping"]
     if len(ids) <= limit:
         return ""
     # A plain encoder keeps its last token, the end token; a template is cut like all other text.
-    ends = 0 if before else 1
+    ends = 0 if prefix else 1
     ends_read = [end for start, end in offsets[: limit - ends] if end > start]
-    at = max(ends_read, default=0) - len(before)
+    at = max(ends_read, default=0) - len(prefix)
     return prompt[max(at, 0) :].strip()
 
 
@@ -166,8 +166,8 @@ def _template_of(base: ImageBase) -> tuple[str, str, bool]:
     placeholder = "\x00"
     template = base.row.template
     if template == "pipeline":
-        before, _, after = pipe.prompt_template_encode.partition("{}")
-        return before, after, False
+        prefix, _, suffix = pipe.prompt_template_encode.partition("{}")
+        return prefix, suffix, False
     if not template:
         return "", "", True
     tokenizer = base.parts["tokenizer"]
@@ -179,8 +179,8 @@ def _template_of(base: ImageBase) -> tuple[str, str, bool]:
         format_input = DIFFUSERS("diffusers.pipelines.flux2.pipeline_flux2.format_input")
         turns = format_input(prompts=[placeholder], system_message=pipe.system_message)[0]
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=False)
-    before, _, after = str(text).partition(placeholder)
-    return before, after, False
+    prefix, _, suffix = str(text).partition(placeholder)
+    return prefix, suffix, False
 
 
 # -- pictures --------------------------------------------------------------------------------------------------------
@@ -283,8 +283,8 @@ def alphas_cumprod(base: ImageBase) -> Tensor:
         raise BaseError(f"{base.row.label} learns a flow; it has no noise schedule", where=base.name)
     from diffusers import DDPMScheduler
 
-    known = DDPMScheduler.from_config(base.parts["scheduler"].config)
-    cumulative: Tensor = known.alphas_cumprod
+    scheduler = DDPMScheduler.from_config(base.parts["scheduler"].config)
+    cumulative: Tensor = scheduler.alphas_cumprod
     return cumulative.to(base.device)
 
 

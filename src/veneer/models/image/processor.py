@@ -43,8 +43,8 @@ class PicturePrompts:
             merged = (encoded["image_grid_thw"].prod(-1) // self.pictures.merge_size**2).tolist()
             counts = iter(merged)
             for i, part_text in enumerate(filled):
-                first, *rest = part_text.split(_PICTURE_TOKEN)
-                filled[i] = first + "".join(_PICTURE_TOKEN * next(counts) + part for part in rest)
+                first, *following = part_text.split(_PICTURE_TOKEN)
+                filled[i] = first + "".join(_PICTURE_TOKEN * next(counts) + part for part in following)
         return BatchFeature({**self.tokenizer(filled, **options), **encoded})
 
 

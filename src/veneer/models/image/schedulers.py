@@ -64,12 +64,12 @@ def scheduler_names(base: ImageBase) -> list[str]:
 
 def scheduler_name(base: ImageBase) -> str:
     """Return the short name of the base's scheduler, or its class name."""
-    own = base.parts["scheduler"]
+    scheduler = base.parts["scheduler"]
     for name in scheduler_names(base):
         kind, settings = NAMES[name]
-        if kind == type(own).__name__ and all(own.config.get(k) == v for k, v in settings.items()):
+        if kind == type(scheduler).__name__ and all(scheduler.config.get(k) == v for k, v in settings.items()):
             return name
-    return type(own).__name__
+    return type(scheduler).__name__
 
 
 def make_scheduler(base: ImageBase, name: str | None = None) -> Any:
@@ -79,21 +79,22 @@ def make_scheduler(base: ImageBase, name: str | None = None) -> Any:
     a class that cannot sample this base."""
     import diffusers
 
-    own = base.parts["scheduler"]
+    scheduler = base.parts["scheduler"]
     if name is None or name == scheduler_name(base):
         with errors_only():
-            return type(own).from_config(own.config)
+            return type(scheduler).from_config(scheduler.config)
     fits = scheduler_names(base)
     full_name = f"flow-{name}" if f"flow-{name}" in fits else name
     if full_name not in fits:
-        near = nearest(name, fits)
+        suggestion = nearest(name, fits)
         why = f" for {base.short_name}, which predicts {base.prediction}" if name in NAMES else ""
         raise ConfigError(
             f"there is no scheduler {name!r}{why}",
-            fix=(f"did you mean {near[0]}? " if near and name not in NAMES else "") + f"known: {', '.join(fits)}",
+            fix=(f"did you mean {suggestion[0]}? " if suggestion and name not in NAMES else "")
+            + f"known: {', '.join(fits)}",
         )
     kind, settings = NAMES[full_name]
-    shared = {k: v for k, v in own.config.items() if not k.startswith("_")}
+    shared = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
     if base.prediction != "flow":
         shared["prediction_type"] = {"epsilon": "epsilon", "v": "v_prediction"}[base.prediction]
     elif "shift" in shared and kind not in ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"):

@@ -42,9 +42,9 @@ def sheet(
     pictures = [cell for row in cells for cell in row if cell is not None]
     if not pictures:
         raise ConfigError("a sheet needs pictures", fix="give one at least")
-    for what, labels, number in (("row", rows, len(cells)), ("column", columns, wide)):
+    for axis, labels, number in (("row", rows, len(cells)), ("column", columns, wide)):
         if labels and len(labels) != number:
-            raise ConfigError(f"{len(labels)} {what} labels for {number} {what}s")
+            raise ConfigError(f"{len(labels)} {axis} labels for {number} {axis}s")
     times = max(1, -(-least // max(max(p.size) for p in pictures)))
     side = tuple(max(p.size[i] for p in pictures) * times for i in (0, 1))
     font, readable = _font([title, *rows, *columns], font_size)

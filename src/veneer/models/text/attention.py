@@ -60,9 +60,9 @@ def divert_attention(model: Any) -> Callable[[], None]:
 
     Return a function that undoes this."""
     register_attention(_NAME, _attention, _mask)
-    before = model.config._attn_implementation
+    previous = model.config._attn_implementation
     model.set_attn_implementation(_NAME)
-    return lambda: model.set_attn_implementation(before)
+    return lambda: model.set_attn_implementation(previous)
 
 
 def restore_attention(model: Any) -> None:
@@ -101,14 +101,14 @@ def _attention(
 ) -> tuple[Tensor, None]:
     if (attend := _now.attend) is None:
         sdpa = TRANSFORMERS("transformers.integrations.sdpa_attention.sdpa_attention_forward")
-        own: Tensor
-        own, _ = sdpa(module, query, key, value, attention_mask, **kwargs)
-        return own, None
+        result: Tensor
+        result, _ = sdpa(module, query, key, value, attention_mask, **kwargs)
+        return result, None
     if query.shape[2] != 1:
         raise NotImplementedError(f"{query.shape[2]} queries in a row")
-    asked = sorted(k for k, v in kwargs.items() if v is not None and k not in _KNOWN)
-    if asked:
-        raise NotImplementedError(f"{type(module).__name__} asks its attention for {', '.join(asked)}")
+    unsupported = sorted(k for k, v in kwargs.items() if v is not None and k not in _KNOWN)
+    if unsupported:
+        raise NotImplementedError(f"{type(module).__name__} asks its attention for {', '.join(unsupported)}")
     window = kwargs.get("sliding_window") or 0
     how = AttentionSettings(
         kwargs.get("scaling"), kwargs.get("softcap") or 0.0, window, kwargs.get("s_aux") is not None

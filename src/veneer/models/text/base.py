@@ -314,13 +314,13 @@ def _unread_model(
     if path.is_file() or (quantized and saved):
         return None, None, f"they are quantized in their files ({quantized or 'GGUF'})"
     model = meta_text_model(config, dtype=dtype, quantize=quantized)
-    found = ShardReader.of(model, table, quantized, dtype)
-    if isinstance(found, str):
-        return None, None, found
+    reader = ShardReader.of(model, table, quantized, dtype)
+    if isinstance(reader, str):
+        return None, None, reader
     if (path / "generation_config.json").is_file():
         with errors_only(), suppress(OSError):
             model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
-    return model, found, ""
+    return model, reader, ""
 
 
 def _without_a_place(unread: ShardReader, model: PreTrainedModel) -> tuple[str, ...]:
@@ -334,7 +334,7 @@ def _size_note(model: PreTrainedModel, quantized: str) -> str:
     return f"{count:,} weights are {quantized}: {size / 1e6:,.0f} MB, {8 * size / max(count, 1):.3f} bits each"
 
 
-def _unreadable(what: str, path: Path, error: Exception) -> BaseError:
+def _unreadable(part: str, path: Path, error: Exception) -> BaseError:
     message = " ".join(str(error).split())[:300] or type(error).__name__
     fix = None
     if "does not recognize this architecture" in message or "is not supported" in message:
@@ -348,9 +348,9 @@ def _unreadable(what: str, path: Path, error: Exception) -> BaseError:
         message, fix = error.what, error.fix
     elif path.suffix == ".gguf" and isinstance(error, struct.error | IndexError | OverflowError | ValueError):
         message, fix = "its header does not add up; the file is cut short or damaged", "download or copy the file again"
-    elif what == "tokenizer":
+    elif part == "tokenizer":
         fix = "put tokenizer.json and tokenizer_config.json of this base next to its config"
-    return BaseError(f"cannot read the {what} of this base: {message}", where=str(path), fix=fix)
+    return BaseError(f"cannot read the {part} of this base: {message}", where=str(path), fix=fix)
 
 
 def _check_vocabulary(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -378,8 +378,8 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
         text = str(tokenizer.apply_chat_template(turns, tokenize=False))
     except Exception:  # a template can raise any error
         return None
-    _, found, after = text.rpartition(answer)
-    ids = tokenizer.encode(after.lstrip(), add_special_tokens=False) if found else []
+    _, separator, ending = text.rpartition(answer)
+    ids = tokenizer.encode(ending.lstrip(), add_special_tokens=False) if separator else []
     return int(ids[0]) if ids and ids[0] in tokenizer.added_tokens_decoder else None
 
 
@@ -403,15 +403,15 @@ def _context(config: Any) -> int:
 
 def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, turn: int | None) -> tuple[int, ...]:
     """Return the stop tokens: end of turn, the tokenizer's eos, then configs' eos."""
-    found: list[int] = []
+    ids: list[int] = []
     configs = {id(c): c for c in (model.config, model.config.get_text_config())}.values()
     named = [getattr(config, "eos_token_id", None) for config in configs]
     for source in (turn, tokenizer.eos_token_id, *named, _generation_eos(model)):
         for token in source if isinstance(source, list | tuple) else [source]:
-            if token is not None and int(token) not in found:
-                found.append(int(token))
+            if token is not None and int(token) not in ids:
+                ids.append(int(token))
     rows = model.get_input_embeddings().weight.shape[0]
-    return tuple(t for t in found if 0 <= t < rows)
+    return tuple(t for t in ids if 0 <= t < rows)
 
 
 def _generation_eos(model: PreTrainedModel) -> Any:

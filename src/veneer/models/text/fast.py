@@ -78,11 +78,11 @@ def fast(model: Any, *, keep: int = 0, pack: int = 0, sharded: Sharded | None = 
         with without_dropout(model):
             undo.enter_context(marked(model, report))
             try:
-                own = (sharded or call_unsharded)(ReferenceForward.of, model)
+                reference = (sharded or call_unsharded)(ReferenceForward.of, model)
             except (AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:
                 report.left["model"] = f"its own forward over padded rows fails: {type(error).__name__}: {error}"
             else:
-                _swap(model, own, report, undo, sharded)
+                _swap(model, reference, report, undo, sharded)
             if keep:
                 cache_dequantized(report, keep, undo)
             if pack:
@@ -90,17 +90,19 @@ def fast(model: Any, *, keep: int = 0, pack: int = 0, sharded: Sharded | None = 
         yield report
 
 
-def _swap(model: Any, own: ReferenceForward, report: FastReport, undo: ExitStack, sharded: Sharded | None) -> None:
+def _swap(
+    model: Any, reference: ReferenceForward, report: FastReport, undo: ExitStack, sharded: Sharded | None
+) -> None:
     """Swap modules and rows; or only modules; or nothing.
 
     Only modules if packed rows do not reproduce the model."""
     call = sharded or call_unsharded
-    found = [module for module in model.modules() if not isinstance(module, LoraLinear)]
+    modules_to_swap = [module for module in model.modules() if not isinstance(module, LoraLinear)]
 
     def modules() -> Iterator[nn.Module]:
         """Yield each module while its weights are present."""
         try:
-            for module in found:
+            for module in modules_to_swap:
                 if sharded is not None:
                     sharded.gather_block(module)
                 yield module
@@ -111,20 +113,20 @@ def _swap(model: Any, own: ReferenceForward, report: FastReport, undo: ExitStack
     with ExitStack() as swapped:
         _swap_norms(modules(), report, swapped)
         _swap_mlps(modules(), report, swapped, move=sharded is None)
-        for kind in route_experts(found if sharded is None else (), swapped):
+        for kind in route_experts(modules_to_swap if sharded is None else (), swapped):
             report.swapped[kind] = report.swapped.get(kind, 0) + 1
         with ExitStack() as attempt:
-            before = dict(report.swapped), len(report.joins)
+            previous = dict(report.swapped), len(report.joins)
             problem = _swap_attention(model, modules(), report, attempt, move=sharded is None)
-            problem = problem or _rows_problem(model, own, call)
+            problem = problem or _rows_problem(model, reference, call)
             if not problem:
                 report.rows = True
                 swapped.push(attempt.pop_all())
-                _swap_last_layer(model, own, report, swapped, call)
+                _swap_last_layer(model, reference, report, swapped, call)
         if problem:
             report.left["rows"] = problem
-            report.swapped, report.joins = before[0], report.joins[: before[1]]
-            problem = own.nll_problem(call(_nll, model, own))
+            report.swapped, report.joins = previous[0], report.joins[: previous[1]]
+            problem = reference.nll_problem(call(_nll, model, reference))
             if report.swapped and problem:
                 report.left["every module"] = problem
                 report.swapped, report.joins = {}, []
@@ -169,19 +171,19 @@ def _swap_mlps(modules: Iterable[nn.Module], report: FastReport, undo: ExitStack
 
     gate_proj and up_proj are separate or in gate_up_proj."""
     for module in modules:
-        found = gate_parts(module)
-        if found is None:
+        matched = gate_parts(module)
+        if matched is None:
             continue
-        kind, (parts, last) = type(module).__name__, found
+        kind, (parts, last) = type(module).__name__, matched
         try:
             act = gate_of(module)
         except OtherKind as why:
             report.left[kind] = str(why)
             continue
-        join, down = FusedProjection(parts, undo, move=move), FusedProjection([last], undo)
-        replace_forward(module, _mlp_forward(type(module).forward, join, down, act), undo)
+        projection, down = FusedProjection(parts, undo, move=move), FusedProjection([last], undo)
+        replace_forward(module, _mlp_forward(type(module).forward, projection, down, act), undo)
         report.swapped[kind] = report.swapped.get(kind, 0) + 1
-        report.joins += [join, down]
+        report.joins += [projection, down]
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -195,10 +197,10 @@ def _weight(module: nn.Module) -> Tensor:
 
 
 def _mlp_forward(
-    original: Callable[..., Any], join: FusedProjection, down: FusedProjection, act: str
+    original: Callable[..., Any], projection: FusedProjection, down: FusedProjection, act: str
 ) -> Callable[..., Tensor]:
     def forward(self: nn.Module, x: Tensor) -> Tensor:
-        first, last = join.linear_map(), down.linear_map()
+        first, last = projection.linear_map(), down.linear_map()
         if first is None or last is None or not same_dtype(x, first.weight):
             out: Tensor = original(self, x)
             return out
@@ -215,10 +217,10 @@ def route_experts(modules: Iterable[nn.Module], undo: ExitStack) -> list[str]:
 
     transformers gives every expert all tokens, most of them as zeros; here an expert gets only its routed
     tokens."""
-    found = [module for module in modules if type(module).__name__ == "Llama4TextMoe"]
-    for module in found:
+    experts = [module for module in modules if type(module).__name__ == "Llama4TextMoe"]
+    for module in experts:
         replace_forward(module, _routed_forward(type(module).forward), undo)
-    return [type(module).__name__ for module in found]
+    return [type(module).__name__ for module in experts]
 
 
 def _routed_forward(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -233,26 +235,26 @@ def _routed_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         if weights is None or torch.is_autocast_enabled(x.device.type):
             return original(self, hidden_states)
         scores, logits = self.router(x)
-        chosen = logits.topk(self.top_k, dim=1).indices
+        expert_ids = logits.topk(self.top_k, dim=1).indices
         out = self.shared_expert(x)
-        for at, own in weights:
-            token, made = routed(self, x, scores, chosen, at, own)
-            out = out.index_add(0, token, made)
+        for at, weights_of_pass in weights:
+            token, outputs = routed(self, x, scores, expert_ids, at, weights_of_pass)
+            out = out.index_add(0, token, outputs)
         return out, logits
 
     def routed(
-        self: Any, x: Tensor, scores: Tensor, chosen: Tensor, at: Tensor | None, own: dict[str, Any]
+        self: Any, x: Tensor, scores: Tensor, expert_ids: Tensor, at: Tensor | None, weights_of_pass: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """Return (token indices, expert outputs for these tokens)."""
         if at is not None:
-            scores, chosen = scores[at], chosen[at]
-        expert, order = chosen.flatten().sort(stable=True)
+            scores, expert_ids = scores[at], expert_ids[at]
+        expert, order = expert_ids.flatten().sort(stable=True)
         counts = torch.zeros(self.num_experts, dtype=torch.int64, device=x.device)
         ends = counts.index_add_(0, expert, torch.ones_like(expert)).cumsum(0)
         token = order // self.top_k if at is None else at[order // self.top_k]
-        given = x[token] * scores.gather(1, chosen).flatten()[order, None]  # weights expert inputs
-        gate, up = expert_product(given, own["gate_up_proj"], ends).chunk(2, dim=-1)
-        return token, expert_product(up * self.experts.act_fn(gate), own["down_proj"], ends)
+        inputs = x[token] * scores.gather(1, expert_ids).flatten()[order, None]  # weights expert inputs
+        gate, up = expert_product(inputs, weights_of_pass["gate_up_proj"], ends).chunk(2, dim=-1)
+        return token, expert_product(up * self.experts.act_fn(gate), weights_of_pass["down_proj"], ends)
 
     return forward
 
@@ -283,18 +285,26 @@ class _UnsupportedAttention(Exception):
 
 
 def _interface(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, own: str, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    implementation: str,
+    **kwargs: Any,
 ) -> tuple[Tensor, Any]:
     """Implement transformers' attention interface.
 
-    Uses varlen attention if a layout is passed; otherwise the model's original implementation `own`, "sdpa"
+    Uses varlen attention if a layout is passed; otherwise the model's original `implementation`, "sdpa"
     or "eager"."""
     layout: RowLayout | None = kwargs.pop("row_layout", None)
-    asked = sorted(k for k, v in kwargs.items() if v is not None and k not in _KNOWN)
-    if asked:
-        raise _UnsupportedAttention(f"{type(module).__name__} asks for {', '.join(asked)}")
+    unsupported = sorted(k for k, v in kwargs.items() if v is not None and k not in _KNOWN)
+    if unsupported:
+        raise _UnsupportedAttention(f"{type(module).__name__} asks for {', '.join(unsupported)}")
     if layout is None:
-        padded: tuple[Tensor, Any] = own_attention(module, own)(module, query, key, value, attention_mask, **kwargs)
+        padded: tuple[Tensor, Any] = own_attention(module, implementation)(
+            module, query, key, value, attention_mask, **kwargs
+        )
         return padded
     causal = kwargs.get("is_causal")
     if not (getattr(module, "is_causal", True) if causal is None else causal):
@@ -315,8 +325,8 @@ def _drops(module: nn.Module) -> bool:
     """Return whether the module has attention dropout.
 
     No kernel here supports it."""
-    found = [getattr(module, name, None) for name in ("attention_dropout", "attn_dropout", "dropout")]
-    return any(p > 0 for p in (getattr(f, "p", f) for f in found) if isinstance(p, float | int))
+    values = [getattr(module, name, None) for name in ("attention_dropout", "attn_dropout", "dropout")]
+    return any(p > 0 for p in (getattr(f, "p", f) for f in values) if isinstance(p, float | int))
 
 
 def _swap_attention(
@@ -325,13 +335,13 @@ def _swap_attention(
     """Swap the attention; return "" or the reason why not.
 
     `_rows_problem` verifies the swap."""
-    before = getattr(model.config, "_attn_implementation", None)
-    if before not in ("sdpa", "eager"):
-        return f"its attention runs on {before}"
-    name = f"{_ATTENTION}_{before}"
-    register_attention(name, functools.partial(_interface, own=before), before)
+    previous = getattr(model.config, "_attn_implementation", None)
+    if previous not in ("sdpa", "eager"):
+        return f"its attention runs on {previous}"
+    name = f"{_ATTENTION}_{previous}"
+    register_attention(name, functools.partial(_interface, implementation=previous), previous)
     model.set_attn_implementation(name)
-    undo.callback(model.set_attn_implementation, before)
+    undo.callback(model.set_attn_implementation, previous)
     if model.config._attn_implementation != name:
         return "its attention does not go through transformers' interface"
     for module in modules:
@@ -341,10 +351,10 @@ def _swap_attention(
             continue
         parts = _attention_parts(module)
         if parts is not None:
-            join, out = FusedProjection(parts[:3], undo, move=move), FusedProjection(parts[3:], undo)
-            replace_forward(module, _attention_forward(type(module).forward, join, out, norms), undo)
+            projection, out = FusedProjection(parts[:3], undo, move=move), FusedProjection(parts[3:], undo)
+            replace_forward(module, _attention_forward(type(module).forward, projection, out, norms), undo)
             report.swapped[kind] = report.swapped.get(kind, 0) + 1
-            report.joins += [join, out]
+            report.joins += [projection, out]
     return ""
 
 
@@ -361,9 +371,9 @@ def weights_together(model: nn.Module) -> list[list[nn.Module]]:
     For a model that will be sharded."""
     out = []
     for module in model.modules():
-        gate = gate_parts(module)
-        if gate is not None:
-            out.append(gate[0])
+        matched = gate_parts(module)
+        if matched is not None:
+            out.append(matched[0])
         elif type(module).__name__ in (*_LLAMA_LIKE, *_WITH_HEAD_NORMS):
             out.append((_attention_parts(module) or [])[:3])
     return [parts for parts in out if len(parts) > 1]
@@ -373,19 +383,21 @@ def _head_norms(module: Any, report: FastReport) -> tuple[list[nn.Module], HeadN
     """Return q_norm and k_norm with their combined parameters.
 
     None unless both were swapped as norms."""
-    own = [module.q_norm, module.k_norm]
-    kinds = [type(norm).__name__ for norm in own]
-    if not all(kind in report.norms and "forward" in norm.__dict__ for kind, norm in zip(kinds, own, strict=True)):
+    head_norms = [module.q_norm, module.k_norm]
+    kinds = [type(norm).__name__ for norm in head_norms]
+    if not all(
+        kind in report.norms and "forward" in norm.__dict__ for kind, norm in zip(kinds, head_norms, strict=True)
+    ):
         return None
-    parts = [norm_parts(norm, report.norms[kind]) for kind, norm in zip(kinds, own, strict=True)]
+    parts = [norm_parts(norm, report.norms[kind]) for kind, norm in zip(kinds, head_norms, strict=True)]
     if parts[0][1] != parts[1][1]:
         return None
-    return own, HeadNorms(torch.stack([weight for weight, _ in parts]), parts[0][1])
+    return head_norms, HeadNorms(torch.stack([weight for weight, _ in parts]), parts[0][1])
 
 
 def _attention_forward(
     original: Callable[..., Any],
-    join: FusedProjection,
+    projection: FusedProjection,
     out: FusedProjection,
     norms: tuple[list[nn.Module], HeadNorms] | None,
 ) -> Callable[..., Any]:
@@ -393,17 +405,17 @@ def _attention_forward(
 
     def untouched(self: Any) -> bool:
         """Return whether q_norm and k_norm are still the modules found, without hooks."""
-        own = [] if norms is None else norms[0]
+        modules = [] if norms is None else norms[0]
         return all(
             norm is now and not norm._forward_hooks and not norm._forward_pre_hooks
-            for norm, now in zip(own, (self.q_norm, self.k_norm) if own else (), strict=True)
+            for norm, now in zip(modules, (self.q_norm, self.k_norm) if modules else (), strict=True)
         )
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         layout: RowLayout | None = kwargs.get("row_layout")
         kept_alone = kwargs.pop("kept_alone", False)
         ours = layout is not None and not args and untouched(self)
-        first, last = (join.linear_map(), out.linear_map()) if ours else (None, None)
+        first, last = (projection.linear_map(), out.linear_map()) if ours else (None, None)
         if first is None or last is None or layout is None or not same_dtype(hidden_states, first.weight):
             return original(self, hidden_states, *args, **kwargs)
         if _drops(self):
@@ -411,7 +423,7 @@ def _attention_forward(
         layout.attended.add(id(self))
         cos, sin = layout.tables(kwargs["position_embeddings"])
         n = hidden_states.shape[1]
-        kv = len(_weight(join.modules[1])) // self.head_dim
+        kv = len(_weight(projection.modules[1])) // self.head_dim
         window = getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
         qkv = linear(hidden_states, first).view(n, -1, self.head_dim)
         heads = rope_varlen_attention(qkv, cos, sin, kv, VarlenSettings(layout, self.scaling, window), head_norms)
@@ -423,7 +435,7 @@ def _attention_forward(
 
 
 def _swap_last_layer(
-    model: Any, own: ReferenceForward, report: FastReport, undo: ExitStack, call: CallWithWeights
+    model: Any, reference: ReferenceForward, report: FastReport, undo: ExitStack, call: CallWithWeights
 ) -> None:
     """Compute the last layer only for tokens that predict a trained token.
 
@@ -437,7 +449,7 @@ def _swap_last_layer(
     with ExitStack() as attempt:
         replace_forward(layer, _kept_forward(type(layer).forward), attempt)
         report.keeps = True
-        report.keeps = not _rows_problem(model, own, call)
+        report.keeps = not _rows_problem(model, reference, call)
         if report.keeps:
             undo.push(attempt.pop_all())
 
@@ -460,21 +472,21 @@ def _kept_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 # -- the whole model ---------------------------------------------------------------------------------------------------
 
 
-def _nll(model: Any, own: ReferenceForward, layout: RowLayout | None = None) -> Tensor:
+def _nll(model: Any, reference: ReferenceForward, layout: RowLayout | None = None) -> Tensor:
     """Return the NLL of the probe's tokens.
 
     For packed rows if `layout` is given, else for padded rows."""
     with torch.no_grad(), short_windows(model):
         if layout is not None:
-            return rows_nll(model, own.ids, LENGTHS, own.trained, layout)
-        return padded_nll(model, own.ids, LENGTHS, own.trained)
+            return rows_nll(model, reference.ids, LENGTHS, reference.trained, layout)
+        return padded_nll(model, reference.ids, LENGTHS, reference.trained)
 
 
-def _rows_problem(model: Any, own: ReferenceForward, call: CallWithWeights) -> str:
+def _rows_problem(model: Any, reference: ReferenceForward, call: CallWithWeights) -> str:
     """Return why packed rows differ from the model's original output, or ""."""
-    layout = RowLayout(LENGTHS, own.ids.device)
+    layout = RowLayout(LENGTHS, reference.ids.device)
     try:
-        nll = call(_nll, model, own, layout)
+        nll = call(_nll, model, reference, layout)
     except _UnsupportedAttention as asked:
         return str(asked)
     except (AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:
@@ -482,4 +494,4 @@ def _rows_problem(model: Any, own: ReferenceForward, call: CallWithWeights) -> s
     layers = model.config.get_text_config().num_hidden_layers
     if len(layout.attended) != layers:
         return f"{layers - len(layout.attended)} of {layers} layers mix tokens in a way of their own"
-    return own.nll_problem(nll)
+    return reference.nll_problem(nll)

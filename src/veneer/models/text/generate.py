@@ -90,8 +90,10 @@ def encode_prompts(base: TextBase, prompts: Sequence[Prompt]) -> list[list[int]]
     encoded = [encode_prompt(base, prompt) for prompt in prompts]
     for i, ids in enumerate(encoded):
         if not 0 < len(ids) < base.context:
-            many = f"has {len(ids):,} tokens; this base takes {base.context:,}" if ids else "is empty"
-            raise DataError(f"prompt {i + 1} of {len(prompts)} {many}", fix="shorten it" if ids else "write something")
+            problem = f"has {len(ids):,} tokens; this base takes {base.context:,}" if ids else "is empty"
+            raise DataError(
+                f"prompt {i + 1} of {len(prompts)} {problem}", fix="shorten it" if ids else "write something"
+            )
     return encoded
 
 
@@ -116,12 +118,12 @@ def rendered(base: TextBase, messages: Sequence[Mapping[str, Any]], **variables:
         )
     turns = [template_turn(m) for m in messages]
     try:
-        made: str = base.tokenizer.apply_chat_template(
+        text: str = base.tokenizer.apply_chat_template(
             turns, tokenize=False, **{"add_generation_prompt": True, **variables}
         )
     except Exception as error:  # templates reject input (a system turn, say) with exceptions of any kind
         raise DataError(f"the chat template of {base.name} refuses these messages: {error}") from error
-    return made
+    return text
 
 
 def _check(max_new_tokens: int, temperature: float, top_p: float, top_k: int, batch_size: int) -> None:
@@ -137,8 +139,8 @@ def _check(max_new_tokens: int, temperature: float, top_p: float, top_k: int, ba
         raise _out_of_range("batch_size", batch_size, "1 or more")
 
 
-def _out_of_range(name: str, value: float, wanted: str) -> ConfigError:
-    return ConfigError(f"{name} is {value}", fix=f"{name} must be {wanted}")
+def _out_of_range(name: str, value: float, expected: str) -> ConfigError:
+    return ConfigError(f"{name} is {value}", fix=f"{name} must be {expected}")
 
 
 def _batches(lengths: list[int], context: int, budget: int, batch_size: int) -> Iterator[tuple[list[int], int]]:
@@ -160,12 +162,12 @@ def _settled(model: PreTrainedModel) -> Iterator[None]:
     transformers takes unset options from the generation config."""
     from transformers import GenerationConfig
 
-    kept, model.generation_config = model.generation_config, GenerationConfig()
+    previous, model.generation_config = model.generation_config, GenerationConfig()
     try:
         with without_dropout(model):
             yield
     finally:
-        model.generation_config = kept
+        model.generation_config = previous
 
 
 def _run(
@@ -194,14 +196,14 @@ def _run(
     texts = [Pieces(base.tokenizer) for _ in rows]
     stream = _Stream(list(rows), texts, set(base.stop_ids), on_token)
     with torch.no_grad(), forwards(base.model):
-        made = base.model.generate(
+        generated = base.model.generate(
             ids.to(base.device),
             attention_mask=mask.to(base.device),
             generation_config=settings,
             logits_processor=LogitsProcessorList([partial(_check_scores, base), *([sampler] if sampler else [])]),
             streamer=stream if on_token else None,
         )
-    new = made[:, width:].tolist()
+    new = generated[:, width:].tolist()
     return {i: completion_of(base, new[r], len(rows[i])) for r, i in enumerate(rows)}
 
 

@@ -75,7 +75,7 @@ def _kept(file: Path, dtype: torch.dtype) -> PreTrainedModel:
     architecture = str(reader.fields["general.architecture"].contents())
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
     names = get_gguf_hf_weights_map(empty, processor)
-    wanted = {n: tuple(empty.get_parameter(n).shape) for n in quantized_weights(empty)}
+    shapes = {n: tuple(empty.get_parameter(n).shape) for n in quantized_weights(empty)}
     stored: dict[str, list[Any]] = {}
     for tensor in reader.tensors:
         key = tensor.name.removesuffix(".weight")  # fused experts have no suffix in the model
@@ -84,8 +84,8 @@ def _kept(file: Path, dtype: torch.dtype) -> PreTrainedModel:
             stored.setdefault(name, []).append(tensor)
     state = {}
     for name, tensors in stored.items():
-        if name in wanted and all(t.tensor_type.name not in _PLAIN for t in tensors):
-            read = partial(_blocks, processor, tensors, wanted[name], dtype)
+        if name in shapes and all(t.tensor_type.name not in _PLAIN for t in tensors):
+            read = partial(_blocks, processor, tensors, shapes[name], dtype)
         else:
             read = partial(_dequantized, processor, tensors, tuple(empty.get_parameter(name).shape), str(file))
         state[name] = LazyTensor("BF16", tuple(empty.get_parameter(name).shape), read)
@@ -108,12 +108,12 @@ def _blocks(processor: Any, tensors: list[Any], shape: tuple[int, ...], dtype: t
     raw = [torch.from_numpy(t.data.copy()) for t in parts]
     types = {t.tensor_type.name for t in parts}
     if len(types) > 1:  # one tensor cannot hold blocks of two types
-        whole = torch.cat([_values(t) for t in parts], 1).view(shape)
-        return whole.to(dtype)
-    one = raw[0] if len(raw) == 1 else torch.cat(raw, 1)
-    if one.ndim == 2 and (order := _row_order(processor, parts[0], shape[0])) is not None:
-        one = one[order]
-    return Quantized(GgmlBlocks(types.pop(), shape, one.reshape(-1, one.shape[-1])), dtype)
+        joined = torch.cat([_values(t) for t in parts], 1).view(shape)
+        return joined.to(dtype)
+    rows = raw[0] if len(raw) == 1 else torch.cat(raw, 1)
+    if rows.ndim == 2 and (order := _row_order(processor, parts[0], shape[0])) is not None:
+        rows = rows[order]
+    return Quantized(GgmlBlocks(types.pop(), shape, rows.reshape(-1, rows.shape[-1])), dtype)
 
 
 def _row_order(processor: Any, tensor: Any, rows: int) -> torch.Tensor | None:
@@ -121,8 +121,8 @@ def _row_order(processor: Any, tensor: Any, rows: int) -> torch.Tensor | None:
 
     Returns None if the orders are equal."""
     numbers = np.arange(rows, dtype=np.float32)[:, None]
-    found = processor.process(weights=numbers, name=tensor.name, tensor_key_mapping={}, parsed_parameters={}).weights
-    order = torch.from_numpy(np.ascontiguousarray(found)).flatten().long()
+    weights = processor.process(weights=numbers, name=tensor.name, tensor_key_mapping={}, parsed_parameters={}).weights
+    order = torch.from_numpy(np.ascontiguousarray(weights)).flatten().long()
     return None if torch.equal(order, torch.arange(rows)) else order
 
 
@@ -137,10 +137,10 @@ def _dequantized(processor: Any, tensors: list[Any], shape: tuple[int, ...], whe
         return torch.cat(values, 1).view(shape)
     name = parts[0].name
     out = processor.process(weights=values[0].numpy(), name=name, tensor_key_mapping={}, parsed_parameters={}).weights
-    made = torch.from_numpy(np.ascontiguousarray(out))
-    if made.numel() != math.prod(shape):
-        raise BaseError(f"{name} is {tuple(made.shape)}, the model has {shape}", where=where)
-    return made.view(shape)
+    tensor = torch.from_numpy(np.ascontiguousarray(out))
+    if tensor.numel() != math.prod(shape):
+        raise BaseError(f"{name} is {tuple(tensor.shape)}, the model has {shape}", where=where)
+    return tensor.view(shape)
 
 
 # -- what transformers reads a file by -------------------------------------------------------------------------------
@@ -190,9 +190,9 @@ def _field(name: str, value: Any, types: tuple[int, ...]) -> ReaderField:
     if isinstance(value, SkippedArray):  # a text array's length, which gives the size of a vocabulary
         texts = types[1] == GGUFValueType.STRING
         return ReaderField(0, name, parts, [0] * value.count if texts else [], [kinds[0], GGUFValueType.BOOL])
-    held = [_bytes(text) for text in value] if types[1] == GGUFValueType.STRING else [*value.reshape(-1, 1)]
+    values = [_bytes(text) for text in value] if types[1] == GGUFValueType.STRING else [*value.reshape(-1, 1)]
     return ReaderField(
-        0, name, parts + held, [*range(len(parts), len(parts) + len(held))], kinds if held else kinds[:1]
+        0, name, parts + values, [*range(len(parts), len(parts) + len(values))], kinds if values else kinds[:1]
     )
 
 
@@ -217,17 +217,17 @@ def merges_of(vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str
     """Return transformers' `generate_merges` in one pass: splits into two tokens.
 
     Sorted by highest score, then by longest left part, then by longest right part."""
-    found: list[tuple[str, str]] = []
+    merges: list[tuple[str, str]] = []
     ordered = sorted(scores.items(), key=lambda item: item[1], reverse=True)
-    for _, same in itertools.groupby(ordered, key=lambda item: item[1]):
+    for _, pairs in itertools.groupby(ordered, key=lambda item: item[1]):
         cuts = [
             (token[:i], token[i:])
-            for token, _ in same
+            for token, _ in pairs
             for i in range(len(token) - 1, 0, -1)
             if token[:i] in vocab and token[i:] in vocab
         ]
-        found += sorted(cuts, key=lambda cut: (len(cut[0]), len(cut[1])), reverse=True)
-    return found
+        merges += sorted(cuts, key=lambda cut: (len(cut[0]), len(cut[1])), reverse=True)
+    return merges
 
 
 def _mapped(path: str) -> np.ndarray:
@@ -291,27 +291,27 @@ def read_gguf_tokenizer(file: Path) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     with fast_headers(vocabulary=True):
-        made: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
     fields = read_gguf_file(file).fields
     tokens = len(fields["tokenizer.ggml.tokens"])
-    backend = made.backend_tokenizer
+    backend = tokenizer.backend_tokenizer
     digits = fields.get("tokenizer.ggml.model") == "gpt2" and fields.get("tokenizer.ggml.pre") in _DIGIT_BY_DIGIT
     if digits:
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
-    if len(made) <= tokens:
-        return made
-    whole = json.loads(backend.to_str())
-    whole["added_tokens"] = [t for t in whole["added_tokens"] if t["id"] < tokens]
-    whole["model"]["vocab"] = {t: i for t, i in whole["model"]["vocab"].items() if i < tokens}
-    own = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(whole)))
+    if len(tokenizer) <= tokens:
+        return tokenizer
+    state = json.loads(backend.to_str())
+    state["added_tokens"] = [t for t in state["added_tokens"] if t["id"] < tokens]
+    state["model"]["vocab"] = {t: i for t, i in state["model"]["vocab"].items() if i < tokens}
+    smaller = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)))
     for kind, key in _SPECIAL.items():
         at = fields.get(f"tokenizer.ggml.{key}")
         if at is not None and at < tokens:
-            setattr(own, kind, own.convert_ids_to_tokens(int(at)))
-    own.chat_template = made.chat_template
-    return own
+            setattr(smaller, kind, smaller.convert_ids_to_tokens(int(at)))
+    smaller.chat_template = tokenizer.chat_template
+    return smaller
 
 
 _SPECIAL = {

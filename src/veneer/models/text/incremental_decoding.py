@@ -61,11 +61,11 @@ class Pieces:
         """Keep the last few tokens that begin a character and decode to the window's end.
 
         If every token starts inside a character, a window four times as long drops the first condition."""
-        held = max(len(now) - self.sent, 0)
+        unsent = max(len(now) - self.sent, 0)
         for n in range(8, 3, -1):
             text = decode_text(self.tokenizer, self.window[-n:])
             if len(self.window) < 4 * _WINDOW and text.startswith(_BROKEN):
                 continue
-            if len(text) >= held and now.endswith(text.lstrip(_BROKEN)):
-                self.window, self.sent = self.window[-n:], len(text) - held
+            if len(text) >= unsent and now.endswith(text.lstrip(_BROKEN)):
+                self.window, self.sent = self.window[-n:], len(text) - unsent
                 return

@@ -57,10 +57,10 @@ def replayed_logps(
             f"this base's layers cannot be given other values: {why}", fix="set reinforcement.exact to false"
         )
     at = trained.nonzero()[:, 0].to(input_ids.device)
-    kept = at - 1 if shared is None else shared.sent(at.device).before[at]
-    with _given(model.model.layers, replay, kept if fast_report(model).keeps else None):
-        own = token_logps(model, input_ids, lengths, trained, shared)
-        return _with_values(own, replay.logps())
+    source_rows = at - 1 if shared is None else shared.sent(at.device).before[at]
+    with _given(model.model.layers, replay, source_rows if fast_report(model).keeps else None):
+        logps = token_logps(model, input_ids, lengths, trained, shared)
+        return _with_values(logps, replay.logps())
 
 
 class _Valued(torch.autograd.Function):
@@ -83,16 +83,16 @@ def _with_values(y: Tensor, values: Tensor) -> Tensor:
 
 
 @contextmanager
-def _given(layers: Sequence[nn.Module], replay: Replay, kept: Tensor | None) -> Iterator[None]:
+def _given(layers: Sequence[nn.Module], replay: Replay, source_rows: Tensor | None) -> Iterator[None]:
     """Give the layers' outputs the replay's values inside the with-block.
 
-    Recomputation in the backward pass, after the block, reads only its inputs. `kept`: the tokens for which
+    Recomputation in the backward pass, after the block, reads only its inputs. `source_rows`: the tokens for which
     the last layer returns an output, if not all."""
 
     def valued(i: int, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
         values = replay.layer()
-        if i == len(layers) - 1 and kept is not None:
-            values = values[kept]
+        if i == len(layers) - 1 and source_rows is not None:
+            values = values[source_rows]
         out: Tensor = _Valued.apply(output, values)  # type: ignore[no-untyped-call]
         return out
 

@@ -32,15 +32,15 @@ from veneer.ops.step_sizes import HEAD_CHUNK, padded_tokens, rounded_sizes
 
 
 def text_loss(
-    model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor, right: Tensor | None = None
+    model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor, correct: Tensor | None = None
 ) -> Tensor:
     """Return the summed negative log-likelihood, float32.
 
     input_ids: (N,) with N = Σ lengths. trained: (N,) bool, best on the CPU, because the host reads it and
-    would otherwise wait for the device. `right`: a bool for each trained token, on the model's device; the
+    would otherwise wait for the device. `correct`: a bool for each trained token, on the model's device; the
     function fills it with whether no other token has a higher probability. Raises ValueError if the lengths
     do not add up to N, or if a row's first token is trained, because nothing predicts it."""
-    return _text_nll(model, input_ids, lengths, trained, right).sum()
+    return _text_nll(model, input_ids, lengths, trained, correct).sum()
 
 
 def row_logps(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def _text_nll(
     input_ids: Tensor,
     lengths: Sequence[int],
     trained: Tensor,
-    right: Tensor | None = None,
+    correct: Tensor | None = None,
     shared: SharedRows | None = None,
 ) -> Tensor:
     """Return the NLL of each trained token, in order: (M,)."""
@@ -79,10 +79,10 @@ def _text_nll(
     if trained[starts.to(trained.device)].any():
         raise ValueError("the first token of a row is marked as trained, but no token before it predicts it")
     if fast_report(model).rows and not _beyond(model, lengths):
-        return rows_nll(model, input_ids, lengths, trained, right=right, shared=shared)
+        return rows_nll(model, input_ids, lengths, trained, correct=correct, shared=shared)
     if shared is not None:
         input_ids, trained = (t[shared.places.to(t.device)] for t in (input_ids, trained))
-    return padded_nll(model, input_ids, lengths, trained, right)
+    return padded_nll(model, input_ids, lengths, trained, correct)
 
 
 def _rounds(weight: Tensor) -> bool:
@@ -97,8 +97,8 @@ def rows_nll(
     trained: Tensor,
     layout: RowLayout | None = None,
     rounded: bool | None = None,
-    spans: LoraSegments | None = None,
-    right: Tensor | None = None,
+    segments: LoraSegments | None = None,
+    correct: Tensor | None = None,
     shared: SharedRows | None = None,
 ) -> Tensor:
     """Return −log p of each trained token, (M,), computed without padding.
@@ -106,31 +106,31 @@ def rows_nll(
     Logits are computed at trained positions only. For models inside `fast`. `layout`: of the same lengths;
     records which layers used it. `rounded`: pad the tokens, and the positions with an output, to one of
     `rounded_sizes`; None: if that is faster. Padding follows real tokens, so dropout and results of real tokens
-    do not change. `spans`: LoRA segments of these tokens, selected in the attachment. `right`: as in
+    do not change. `segments`: LoRA segments of these tokens, selected in the attachment. `correct`: as in
     `text_loss`; `shared`: as in `token_logps`."""
     trained_at = sent(trained.nonzero()[:, 0], input_ids.device)
-    hidden, at = _rows_hidden(model, input_ids, lengths, trained_at, layout, rounded, spans, shared)
-    seen = None if right is None else right.new_empty(len(at))
-    nll = _head_nll(model, hidden, input_ids[at], seen)[: len(trained_at)]
-    if right is not None and seen is not None:
-        right.copy_(seen[: len(right)])
+    hidden, at = _rows_hidden(model, input_ids, lengths, trained_at, layout, rounded, segments, shared)
+    row_correct = None if correct is None else correct.new_empty(len(at))
+    nll = _head_nll(model, hidden, input_ids[at], row_correct)[: len(trained_at)]
+    if correct is not None and row_correct is not None:
+        correct.copy_(row_correct[: len(correct)])
     return nll
 
 
 def hidden_at(
-    model: Any, input_ids: Tensor, lengths: Sequence[int], places: Tensor, spans: LoraSegments | None = None
+    model: Any, input_ids: Tensor, lengths: Sequence[int], positions: Tensor, segments: LoraSegments | None = None
 ) -> Tensor:
-    """Return the head's input at each of `places` in packed rows: (M, d).
+    """Return the head's input at each of `positions` in packed rows: (M, d).
 
     places: M ascending indices into input_ids. Runs without padding inside `fast` if the model supports it;
-    `spans` applies then, as in `rows_nll`."""
+    `segments` applies then, as in `rows_nll`."""
     if fast_report(model).rows and not _beyond(model, lengths):
-        return _rows_hidden(model, input_ids, lengths, places + 1, None, None, spans)[0][: len(places)]
+        return _rows_hidden(model, input_ids, lengths, positions + 1, None, None, segments)[0][: len(positions)]
     rows = nn.utils.rnn.pad_sequence(list(input_ids.split(list(lengths))), batch_first=True)
     mask = sent((torch.arange(rows.shape[1])[None] < torch.tensor(list(lengths))[:, None]).long(), rows.device)
     hidden = _decoder(model)(input_ids=rows, attention_mask=mask, use_cache=False).last_hidden_state
-    wanted: Tensor = hidden[mask.bool()][places]
-    return wanted
+    selected: Tensor = hidden[mask.bool()][positions]
+    return selected
 
 
 def target_logps(
@@ -144,14 +144,17 @@ def target_logps(
         if targets.shape[1] == 1 and _plain_head(model, hidden) is not None:
             return -_head_nll(model, hidden, targets[:, 0])[:, None]
 
-    def part(logits: Tensor, chosen: slice) -> Tensor:
-        return logits.log_softmax(dim=-1).gather(1, targets[chosen])
+    def part(logits: Tensor, rows: slice) -> Tensor:
+        return logits.log_softmax(dim=-1).gather(1, targets[rows])
 
     return chunked_logits(model, hidden, part, acting)
 
 
 def compared_logits(
-    model: Any, hidden: Tensor, other: Callable[[slice], Tensor], compare: Callable[[Tensor, Tensor, slice], Tensor]
+    model: Any,
+    hidden: Tensor,
+    their_logits: Callable[[slice], Tensor],
+    compare: Callable[[Tensor, Tensor, slice], Tensor],
 ) -> Tensor:
     """Return compare(logits, other logits, places), joined over parts of the places.
 
@@ -159,11 +162,11 @@ def compared_logits(
     a gradient. Logits are float32, cut to the ids of both vocabularies (some bases pad theirs), exist for a
     few places at a time, and are recomputed in the backward pass."""
 
-    def part(ours: Tensor, chosen: slice) -> Tensor:
+    def part(ours: Tensor, rows: slice) -> Tensor:
         with torch.no_grad():
-            theirs = other(chosen).to(ours.device)
+            theirs = their_logits(rows).to(ours.device)
         shared = min(ours.shape[-1], theirs.shape[-1])
-        return compare(ours[:, :shared], theirs[:, :shared], chosen)
+        return compare(ours[:, :shared], theirs[:, :shared], rows)
 
     return chunked_logits(model, hidden, part)
 
@@ -171,7 +174,7 @@ def compared_logits(
 def chunked_logits(
     model: Any,
     hidden: Tensor,
-    made: Callable[[Tensor, slice], Tensor],
+    compute: Callable[[Tensor, slice], Tensor],
     acting: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Tensor:
     """Return made(logits, places), joined over parts of the places.
@@ -180,18 +183,18 @@ def chunked_logits(
     places at a time, and are recomputed in the backward pass. A tensor that `made` fills must be in its
     closure: arguments of a checkpoint are saved for the backward pass, which fails if they have changed."""
 
-    def part(chosen: slice, x: Tensor) -> Tensor:
+    def part(rows: slice, x: Tensor) -> Tensor:
         with acting():
             logits = head_logits(model, x)
-        return made(logits, chosen)
+        return compute(logits, rows)
 
     out = []
     for i in range(0, max(1, len(hidden)), HEAD_CHUNK):
-        chosen = slice(i, i + HEAD_CHUNK)
+        rows = slice(i, i + HEAD_CHUNK)
         if torch.is_grad_enabled():
-            out.append(torch.utils.checkpoint.checkpoint(part, chosen, hidden[chosen], use_reentrant=False))
+            out.append(torch.utils.checkpoint.checkpoint(part, rows, hidden[rows], use_reentrant=False))
         else:
-            out.append(part(chosen, hidden[chosen]))
+            out.append(part(rows, hidden[rows]))
     return torch.cat(out)
 
 
@@ -211,7 +214,7 @@ def _rows_hidden(
     at: Tensor,
     layout: RowLayout | None,
     rounded: bool | None,
-    spans: LoraSegments | None,
+    segments: LoraSegments | None,
     shared: SharedRows | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (head inputs that predict the tokens `at`, `at`).
@@ -226,10 +229,10 @@ def _rows_hidden(
         at = torch.cat([at, at[-1:].expand(rounded_sizes(count) - count)]) if count else at
         layout = RowLayout(lengths, device, idle=idle, shared=shared)
     layout = RowLayout(lengths, device, shared=shared) if layout is None else layout
-    before = at - 1 if layout.shared is None else layout.shared.before[at]
-    layout.keep = before if fast_report(model).keeps else None
-    if spans is not None:
-        spans.sizes = len(input_ids), len(at)
+    previous = at - 1 if layout.shared is None else layout.shared.before[at]
+    layout.keep = previous if fast_report(model).keeps else None
+    if segments is not None:
+        segments.sizes = len(input_ids), len(at)
     # transformers passes a 4-d mask on unchanged, which avoids an N × N mask. The attention interface of
     # fast.py uses the layout and ignores the mask.
     untouched = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
@@ -243,7 +246,7 @@ def _rows_hidden(
     hidden = out.last_hidden_state[0]
     # A last layer that an adapter replaces whole returns all positions, always more, as first tokens are not
     # trained.
-    return (hidden if len(hidden) == len(at) else hidden[before]), at
+    return (hidden if len(hidden) == len(at) else hidden[previous]), at
 
 
 def _decoder(model: Any) -> Any:
@@ -255,35 +258,35 @@ def _decoder(model: Any) -> Any:
 
 
 def padded_nll(
-    model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor, right: Tensor | None = None
+    model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor, correct: Tensor | None = None
 ) -> Tensor:
     """Return −log p of each trained token, (M,), by the reference implementation.
 
-    The reference uses padded rows, the model's own forward and float32. `right`: as in `text_loss`."""
+    The reference uses padded rows, the model's own forward and float32. `correct`: as in `text_loss`."""
     rows = nn.utils.rnn.pad_sequence(list(input_ids.split(list(lengths))), batch_first=True)
-    wanted = nn.utils.rnn.pad_sequence(list(trained.split(list(lengths))), batch_first=True)
+    padded = nn.utils.rnn.pad_sequence(list(trained.split(list(lengths))), batch_first=True)
     mask = torch.arange(rows.shape[1])[None] < torch.tensor(list(lengths))[:, None]
     mask = sent(mask.long(), rows.device)
     logits = model(input_ids=rows, attention_mask=mask, use_cache=False).logits
-    row, place = (sent(at, rows.device) for at in wanted[:, 1:].nonzero(as_tuple=True))
-    return _logits_nll(logits[row, place], rows[row, place + 1], right)
+    row, column = (sent(at, rows.device) for at in padded[:, 1:].nonzero(as_tuple=True))
+    return _logits_nll(logits[row, column], rows[row, column + 1], correct)
 
 
-def _logits_nll(logits: Tensor, targets: Tensor, right: Tensor | None) -> Tensor:
-    if right is not None:
-        right.copy_(likeliest(logits.detach(), targets))
+def _logits_nll(logits: Tensor, targets: Tensor, correct: Tensor | None) -> Tensor:
+    if correct is not None:
+        correct.copy_(likeliest(logits.detach(), targets))
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
-def _head_nll(model: Any, hidden: Tensor, targets: Tensor, right: Tensor | None = None) -> Tensor:
+def _head_nll(model: Any, hidden: Tensor, targets: Tensor, correct: Tensor | None = None) -> Tensor:
     """Return −log softmax(head(hidden))[target]: (M,).
 
     hidden: (M, d), targets: (M,), right: (M,) or None."""
     if (weight := _plain_head(model, hidden)) is not None:
-        return token_nll(hidden, weight, targets, copies=fast_report(model).head, right=right)
+        return token_nll(hidden, weight, targets, copies=fast_report(model).head, right=correct)
 
-    def part(logits: Tensor, chosen: slice) -> Tensor:
-        return _logits_nll(logits, targets[chosen], None if right is None else right[chosen])
+    def part(logits: Tensor, rows: slice) -> Tensor:
+        return _logits_nll(logits, targets[rows], None if correct is None else correct[rows])
 
     return chunked_logits(model, hidden, part)
 

@@ -110,6 +110,6 @@ def meta_text(fields: Mapping[str, Any]) -> Any:
     Raises what transformers raises."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    own = dict(fields)
+    settings = dict(fields)
     with loading(), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(CONFIG_MAPPING[own.pop("model_type")](**own))
+        return AutoModelForCausalLM.from_config(CONFIG_MAPPING[settings.pop("model_type")](**settings))

@@ -26,16 +26,16 @@ def copy_modules(base: TextBase) -> TextBase:
     model: Any = base.model
     memo: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
-        same: Any = tensor
+        shared: Any = tensor
         if isinstance(tensor, nn.Parameter) and not isinstance(tensor, Quantized):
-            same = nn.Parameter(tensor.detach(), requires_grad=False)
-        memo[id(tensor)] = same
+            shared = nn.Parameter(tensor.detach(), requires_grad=False)
+        memo[id(tensor)] = shared
     with torch.no_grad():
-        made = copy.deepcopy(model, memo)
-    for module in made.modules():
+        copied = copy.deepcopy(model, memo)
+    for module in copied.modules():
         module.__dict__.pop("forward", None)  # remove another replacement of the forward
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             hooks.clear()
-    restore_attention(made)
-    made.eval()
-    return replace(base, model=made)
+    restore_attention(copied)
+    copied.eval()
+    return replace(base, model=copied)

@@ -1,6 +1,6 @@
 """Keep the inputs of recomputed layers in CPU memory until the backward pass.
 
-    store = ActivationOffloader(CudaLane(device))
+    store = ActivationOffloader(CudaCopyStream(device))
     y = store.checkpoint(layer, x)        like torch.utils.checkpoint; x is on the host until y's gradient
 
 A recomputed layer keeps only its input: e·tokens·hidden bytes. Over all layers these inputs are the memory
@@ -10,7 +10,7 @@ holds at most `COPIES_OUT` outgoing inputs, the current layer's input, the reque
 it. Host buffers are page-locked and reused by later steps once autograd has released them.
 
 Copies on one stream run in order, so a buffer is never overwritten before it was read, and is filled before
-it is copied back. `mark`s (events) order the two streams; device memory that the other stream reads is not
+it is copied back. Events order the two streams; device memory that the other stream reads is not
 freed before (record_stream).
 """
 
@@ -30,60 +30,60 @@ _LEAST = 1 << 20
 """Minimum size in bytes of a tensor to offload."""
 
 
-class Lane(Protocol):
+class CopyStream(Protocol):
     """A copy stream next to the compute stream.
 
-    A returned mark stands for the end of a copy."""
+    A returned event is recorded at the end of a copy."""
 
-    def out(self, source: Tensor, into: Tensor) -> Any:
+    def to_host(self, source: Tensor, into: Tensor) -> Any:
         """Copy to the host after all work issued so far.
 
         The caller can drop `source` at once."""
 
-    def back(self, source: Tensor, device: torch.device) -> tuple[Tensor, Any]:
-        """Copy to the device; return the tensor and its mark.
+    def to_device(self, source: Tensor, device: torch.device) -> tuple[Tensor, Any]:
+        """Copy to the device; return the tensor and its event.
 
-        The tensor can be read after the mark."""
+        The tensor can be read after the event."""
 
-    def wait(self, mark: Any) -> None:
-        """Make subsequent compute wait for the mark."""
+    def wait(self, event: Any) -> None:
+        """Make subsequent compute wait for the event."""
 
-    def handed_over(self, tensor: Tensor) -> None:
-        """Hand a tensor that was copied back to the compute stream."""
+    def record_use(self, tensor: Tensor) -> None:
+        """Keep a copied tensor allocated until the compute stream has used it."""
 
 
-class CudaLane:
+class CudaCopyStream:
     """A copy stream on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._stream = device, torch.cuda.Stream(device)
 
-    def out(self, source: Tensor, into: Tensor) -> Any:
+    def to_host(self, source: Tensor, into: Tensor) -> Any:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             into.copy_(source, non_blocking=True)
         source.record_stream(self._stream)
         return self._stream.record_event()
 
-    def back(self, source: Tensor, device: torch.device) -> tuple[Tensor, Any]:
+    def to_device(self, source: Tensor, device: torch.device) -> tuple[Tensor, Any]:
         with torch.cuda.stream(self._stream):
             out = source.to(device, non_blocking=True)
         return out, self._stream.record_event()
 
-    def wait(self, mark: Any) -> None:
-        torch.cuda.current_stream(self._device).wait_event(mark)
+    def wait(self, event: Any) -> None:
+        torch.cuda.current_stream(self._device).wait_event(event)
 
-    def handed_over(self, tensor: Tensor) -> None:
+    def record_use(self, tensor: Tensor) -> None:
         tensor.record_stream(torch.cuda.current_stream(self._device))
 
 
 class _Waiting:
     """A tensor on the host.
 
-    `before`: the tensor offloaded just before it, which the backward pass needs next."""
+    `previous`: the tensor offloaded just before it, which the backward pass needs next."""
 
-    def __init__(self, held: Tensor, device: torch.device, before: weakref.ref[_Waiting] | None) -> None:
-        self.held, self.device, self.before = held, device, before
+    def __init__(self, host: Tensor, device: torch.device, previous: weakref.ref[_Waiting] | None) -> None:
+        self.host, self.device, self.previous = host, device, previous
         self.coming: tuple[Tensor, Any] | None = None
 
 
@@ -92,8 +92,8 @@ class ActivationOffloader:
 
     `least`: minimum size in bytes of a tensor to offload."""
 
-    def __init__(self, lane: Lane, *, least: int = _LEAST) -> None:
-        self._lane, self._least = lane, least
+    def __init__(self, stream: CopyStream, *, least: int = _LEAST) -> None:
+        self._copies, self._least = stream, least
         self._free: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = defaultdict(list)
         self._out: deque[Any] = deque()
         self._last: weakref.ref[_Waiting] | None = None
@@ -111,30 +111,30 @@ class ActivationOffloader:
         if tensor.nbytes < self._least or not tensor.is_floating_point():
             return tensor
         free = self._free[tensor.shape, tensor.dtype]
-        held = free.pop() if free else _on_host(tensor)
+        host = free.pop() if free else _on_host(tensor)
         if len(self._out) == COPIES_OUT:
-            self._lane.wait(self._out.popleft())
-        self._out.append(self._lane.out(tensor.detach(), held))
-        waiting = _Waiting(held, tensor.device, self._last)
-        weakref.finalize(waiting, free.append, held)
+            self._copies.wait(self._out.popleft())
+        self._out.append(self._copies.to_host(tensor.detach(), host))
+        waiting = _Waiting(host, tensor.device, self._last)
+        weakref.finalize(waiting, free.append, host)
         self._last = weakref.ref(waiting)
         return waiting
 
-    def _unpack(self, kept: Tensor | _Waiting) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
-        tensor, mark = self._coming(kept)
-        kept.coming = None
-        before = kept.before() if kept.before is not None else None
-        if before is not None:
-            self._coming(before)
-        self._lane.wait(mark)
-        self._lane.handed_over(tensor)
+    def _unpack(self, saved: Tensor | _Waiting) -> Tensor:
+        if isinstance(saved, Tensor):
+            return saved
+        tensor, event = self._coming(saved)
+        saved.coming = None
+        previous = saved.previous() if saved.previous is not None else None
+        if previous is not None:
+            self._coming(previous)
+        self._copies.wait(event)
+        self._copies.record_use(tensor)
         return tensor
 
     def _coming(self, waiting: _Waiting) -> tuple[Tensor, Any]:
         if waiting.coming is None:
-            waiting.coming = self._lane.back(waiting.held, waiting.device)
+            waiting.coming = self._copies.to_device(waiting.host, waiting.device)
         return waiting.coming
 
 

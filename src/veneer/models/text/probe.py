@@ -83,8 +83,8 @@ class ReferenceForward:
         real = torch.arange(rows.shape[1], device=device) < torch.tensor(LENGTHS, device=device)[:, None]
         with short_windows(model), _perturbed_rounding(model, len(LENGTHS)):
             out = model(input_ids=rows.repeat(2, 1), attention_mask=real.long().repeat(2, 1), use_cache=False)
-        own, moved = (half[real].float() for half in out.logits.chunk(2))
-        return cls(ids, own, moved, torch.finfo(out.logits.dtype).eps)
+        logits, moved = (half[real].float() for half in out.logits.chunk(2))
+        return cls(ids, logits, moved, torch.finfo(out.logits.dtype).eps)
 
     @property
     def trained(self) -> Tensor:
@@ -98,45 +98,46 @@ class ReferenceForward:
 
         nll: one value for each token of `trained`, computed with short windows."""
         at = self.trained.nonzero()[:, 0]
-        own, moved = (
+        expected, moved = (
             torch.nn.functional.cross_entropy(x[at - 1], self.ids[at], reduction="none")
             for x in (self.logits, self.moved)
         )
         size = self.logits[at - 1].abs().amax(1)
-        return self._problem(nll.detach().float()[:, None], own[:, None], moved[:, None], size, "loss")
+        return self._problem(nll.detach().float()[:, None], expected[:, None], moved[:, None], size, "loss")
 
     def logits_problem(self, logits: Tensor, at: Tensor | None = None) -> str:
         """Return how logits (tokens, vocabulary) differ, or "".
 
         at: the tokens before the logits, by default all."""
-        chosen = slice(None) if at is None else at
-        own = self.logits[chosen]
-        return self._problem(logits.float(), own, self.moved[chosen], own.abs().amax(1), "largest logit")
+        selected = slice(None) if at is None else at
+        expected = self.logits[selected]
+        return self._problem(logits.float(), expected, self.moved[selected], expected.abs().amax(1), "largest logit")
 
-    def _problem(self, got: Tensor, own: Tensor, moved: Tensor, size: Tensor, what: str) -> str:
-        """Compare each row of `got` with `own` by its largest deviation.
+    def _problem(self, got: Tensor, expected: Tensor, moved: Tensor, size: Tensor, quantity: str) -> str:
+        """Compare each row of `got` with `expected` by its largest deviation.
 
         size: (rows,), magnitude of the values that the last rounding applied to."""
-        if got.shape != own.shape or not torch.isfinite(got).all():
-            return f"its {what} is not finite" if got.shape == own.shape else f"it gives {tuple(got.shape)}"
-        off = (got - own).abs().amax(1)
-        explained = _FACTOR * (moved - own).abs().max() + 2 * self.eps * size
+        if got.shape != expected.shape or not torch.isfinite(got).all():
+            return f"its {quantity} is not finite" if got.shape == expected.shape else f"it gives {tuple(got.shape)}"
+        off = (got - expected).abs().amax(1)
+        explained = _FACTOR * (moved - expected).abs().max() + 2 * self.eps * size
         worst = int((off - explained).argmax())
         if off[worst] <= explained[worst]:
             return ""
         return (
-            f"the {what} of token {worst + 1} of {len(off)} is {float(off[worst]):.3g} off, where rounding explains "
+            f"the {quantity} of token {worst + 1} of {len(off)} is {float(off[worst]):.3g} off, "
+            "where rounding explains "
             f"{float(explained[worst]):.2g}"
         )
 
 
-def near_rows(got: Tensor, wanted: Tensor, eps: float) -> bool:
+def near_rows(got: Tensor, expected: Tensor, eps: float) -> bool:
     """Return whether each row agrees up to rounding.
 
     ‖got − wanted‖ ≤ 16·eps·‖wanted‖: a product with another number of rows can sum in another order. `eps`:
     of the dtype in which both were computed."""
-    got, wanted = in_float64(got), in_float64(wanted)
-    return bool(((got - wanted).norm(dim=-1) <= 16 * eps * wanted.norm(dim=-1)).all())
+    got, expected = in_float64(got), in_float64(expected)
+    return bool(((got - expected).norm(dim=-1) <= 16 * eps * expected.norm(dim=-1)).all())
 
 
 @contextmanager
@@ -175,8 +176,8 @@ def norm_parts(module: nn.Module, plus: float) -> tuple[Tensor, float]:
     eps: Any = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, Tensor):
         raise OtherKind("the norm has no weight or no ε")
-    own = weight.detach()
-    return (own if not plus else own.to(torch.promote_types(own.dtype, torch.float32)) + plus), eps
+    values = weight.detach()
+    return (values if not plus else values.to(torch.promote_types(values.dtype, torch.float32)) + plus), eps
 
 
 def norm_of(module: nn.Module) -> float:
@@ -204,19 +205,19 @@ def norm_of(module: nn.Module) -> float:
                 break
         else:
             raise OtherKind("its result differs from both conventions")
-        own = weight.detach()
+        values = weight.detach()
         scale, _ = norm_parts(module, plus)
-        x = x.to(own.device, own.dtype)
+        x = x.to(values.device, values.dtype)
         y, wide = module(x), in_float64(x)
         normed = wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt()
-        if y.dtype != x.dtype or not _close(y, in_float64(scale) * normed, 4 * torch.finfo(own.dtype).eps):
-            raise OtherKind(f"in {own.dtype} its result differs")
+        if y.dtype != x.dtype or not _close(y, in_float64(scale) * normed, 4 * torch.finfo(values.dtype).eps):
+            raise OtherKind(f"in {values.dtype} its result differs")
     return plus
 
 
 def _called_with(module: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
-    own = module.get_parameter("weight")
-    out: Tensor = torch.func.functional_call(module, {"weight": weight.to(own.device)}, (x.to(own.device),))
+    parameter = module.get_parameter("weight")
+    out: Tensor = torch.func.functional_call(module, {"weight": weight.to(parameter.device)}, (x.to(parameter.device),))
     return out.cpu()
 
 
@@ -260,7 +261,7 @@ def gate_of(module: nn.Module) -> str:
 
     small = copy.copy(module)
     small._modules = dict(module._modules)
-    made: dict[str, nn.Linear] = {}
+    linears: dict[str, nn.Linear] = {}
     for name, child in module.named_children():
         if name not in (*_PARTS, "down_proj"):
             continue
@@ -269,19 +270,19 @@ def gate_of(module: nn.Module) -> str:
         linear = nn.Linear(*shape, bias=bias, device="meta", dtype=torch.float64)
         for key, value in linear.named_parameters():
             setattr(linear, key, nn.Parameter(random(*value.shape), requires_grad=False))
-        small._modules[name] = made[name] = linear
+        small._modules[name] = linears[name] = linear
     x = random(1, 7, hidden)
     with torch.no_grad():
         try:
             got = small(x)
         except Exception as error:  # a module of another kind can raise any error at these sizes
             raise OtherKind(f"its formula could not be tried: {type(error).__name__}") from None
-        if "gate_up_proj" in made:
-            gate, up = made["gate_up_proj"](x).chunk(2, dim=-1)
+        if "gate_up_proj" in linears:
+            gate, up = linears["gate_up_proj"](x).chunk(2, dim=-1)
         else:
-            gate, up = made["gate_proj"](x), made["up_proj"](x)
-        wanted = made["down_proj"](_ACTIVATIONS[act](gate) * up)
-    if not isinstance(got, Tensor) or not _close(got, wanted, 1e-6):
+            gate, up = linears["gate_proj"](x), linears["up_proj"](x)
+        expected = linears["down_proj"](_ACTIVATIONS[act](gate) * up)
+    if not isinstance(got, Tensor) or not _close(got, expected, 1e-6):
         raise OtherKind("its result differs from a gated MLP's")
     return act
 
@@ -296,5 +297,5 @@ def _activation(module: nn.Module) -> str | None:
     x = torch.linspace(-40, 40, 1001)  # up to where clipped activations clip
     with torch.no_grad():
         y = function(x)
-        known = _ACTIVATIONS.items()
-        return next((name for name, f in known if y.shape == x.shape and torch.allclose(y, f(x), atol=1e-6)), None)
+        candidates = _ACTIVATIONS.items()
+        return next((name for name, f in candidates if y.shape == x.shape and torch.allclose(y, f(x), atol=1e-6)), None)

@@ -38,7 +38,7 @@ from veneer.models.shard import CallWithWeights, Sharded, blocks, call_unsharded
 from veneer.models.text.base import load_text
 from veneer.models.text.fast import fast, weights_together
 from veneer.models.text.loss import text_loss
-from veneer.models.text.offload import ActivationOffloader, CudaLane
+from veneer.models.text.offload import ActivationOffloader, CudaCopyStream
 from veneer.ops.device_transfer import sent
 from veneer.train.checkpoint import Progress, seed_all
 from veneer.train.config.reinforcement import ReinforcementSection
@@ -338,7 +338,7 @@ def host_store(config: TrainConfig, base: TextBase, run: Run) -> ActivationOfflo
     if computes_on(base).type != "cuda":
         run.note("memory.offload_activations: this device has no other memory, so activations stay where they are")
         return None
-    return ActivationOffloader(CudaLane(computes_on(base)))
+    return ActivationOffloader(CudaCopyStream(computes_on(base)))
 
 
 _REPLY = 30.0
