@@ -167,7 +167,7 @@ def test_exports_are_complete_and_reproducible(own: Library, other: Library, tmp
 
     assert known(other) == known(own)
     again = transfer.import_from(other, target, describe=read_folder)
-    assert (again.new, len(again.known)) == ([], 3)
+    assert (again.new, len(again.existing)) == ([], 3)
     transfer.export_to(own, tmp_path / "twice.tar")
     assert (tmp_path / "twice.tar").read_bytes() == target.read_bytes()
     with pytest.raises(AdapterError, match="the target exists already"):

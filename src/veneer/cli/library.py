@@ -379,5 +379,5 @@ def import_(
     from veneer.library import transfer
 
     done = transfer.import_from(library, source)
-    lines = [f"new: {', '.join(done.new) or 'none'}; here already: {len(done.known):,}"]
+    lines = [f"new: {', '.join(done.new) or 'none'}; here already: {len(done.existing):,}"]
     return Result(vars(done), "\n".join([*lines, *(f"note: {note}" for note in done.notes)]))

@@ -92,12 +92,12 @@ def card_prompt(card: Mapping[str, Any]) -> list[dict[str, str]]:
 class Content:
     """The files of an adapter.
 
-    place: the folder or file.
+    path: the folder or file.
     files: name -> path of the stored files.
     left_out: other files in the folder.
     """
 
-    place: Path
+    path: Path
     files: dict[str, Path]
     left_out: list[str]
 

@@ -171,7 +171,7 @@ def index_transaction(engine: Engine) -> Iterator[Connection]:
         yield connection
 
 
-def identity(connection: Connection) -> str | None:
+def store_id(connection: Connection) -> str | None:
     """Return the id that ties the index to its store; None for a new index."""
     store: str | None = connection.scalar(select(_meta.c.value).where(_meta.c.key == "store"))
     return store
@@ -219,7 +219,7 @@ def clear(connection: Connection) -> None:
             connection.execute(delete(table))
 
 
-def many(connection: Connection, table: Table, rows: Iterable[Mapping[str, Any]]) -> None:
+def insert_rows(connection: Connection, table: Table, rows: Iterable[Mapping[str, Any]]) -> None:
     """Insert any number of rows, including none."""
     values = [dict(r) for r in rows]
     if values:
@@ -234,4 +234,6 @@ def now_text() -> str:
 def add_checks(connection: Connection, results: Iterable[tuple[str, str, bool | None, str]]) -> None:
     """Record checks that ran now: (entry, name, ok, detail)."""
     at = now_text()
-    many(connection, checks, ({"entry": e, "name": n, "ok": ok, "detail": d, "at": at} for e, n, ok, d in results))
+    insert_rows(
+        connection, checks, ({"entry": e, "name": n, "ok": ok, "detail": d, "at": at} for e, n, ok, d in results)
+    )

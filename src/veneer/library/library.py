@@ -272,7 +272,7 @@ class Library:
             check_file_name(file)
         stamps = {file: _stamp(p) for file, p in content.files.items()}
         files = {file: (hash_file(p), p.stat().st_size) for file, p in sorted(content.files.items())}
-        description = describe(content.place)
+        description = describe(content.path)
         manifest = canonical(
             {"veneer-manifest": 1, "files": {n: {"sha256": h, "size": size} for n, (h, size) in files.items()}}
         )
@@ -316,20 +316,20 @@ class Library:
                 {"entry": entry, "name": n, "object": blob_path(h), "sha256": h, "size": s}
                 for n, (h, s) in files.items()
             ]
-            ix.many(connection, ix.files, rows)
+            ix.insert_rows(connection, ix.files, rows)
         elif description.digest and not stored.digest:
             connection.execute(update(ix.entries).where(ix.entries.c.id == entry).values(**values))
             for of_card in (ix.figures, ix.triggers, ix.parents):
                 connection.execute(delete(of_card).where(of_card.c.entry == entry))
         else:
             return
-        ix.many(connection, ix.figures, [{"entry": entry, **description.figures()}])
-        ix.many(
+        ix.insert_rows(connection, ix.figures, [{"entry": entry, **description.figures()}])
+        ix.insert_rows(
             connection,
             ix.triggers,
             [{"entry": entry, "word": w, "lower": w.lower()} for w in description.trigger_words],
         )
-        ix.many(connection, ix.parents, [{"entry": entry, "parent": p} for p in description.parents])
+        ix.insert_rows(connection, ix.parents, [{"entry": entry, "parent": p} for p in description.parents])
 
     def _number(
         self, connection: Connection, name: str, entry: str, source: str, number: int | None
@@ -359,7 +359,9 @@ class Library:
     def _put_tags(self, connection: Connection, name: str, version: int, tags: Iterable[str]) -> None:
         t = ix.tags.c
         have = set(connection.scalars(select(t.tag).where(t.name == name, t.version == version)).all())
-        ix.many(connection, ix.tags, [{"name": name, "version": version, "tag": x} for x in sorted(set(tags) - have)])
+        ix.insert_rows(
+            connection, ix.tags, [{"name": name, "version": version, "tag": x} for x in sorted(set(tags) - have)]
+        )
 
     def tag(self, reference: str, *tags: str) -> Version:
         """Add tags to a version. Raises as `find`, and ConfigError for an invalid tag."""
@@ -469,9 +471,9 @@ def open_library(location: str | Path | None = None, index: str | None = None, *
         index = str(store.root / "index.sqlite" if isinstance(store, LocalStore) else home)
     engine = ix.connect(index)
     try:
-        library_id = _mark(store, where) or _begin(store, engine, where)
+        library_id = _read_mark(store, where) or _begin(store, engine, where)
         with reading(engine) as connection:
-            index_id = ix.identity(connection)
+            index_id = ix.store_id(connection)
         if check and index_id != library_id:
             raise ConfigError(
                 "this index is new, or belongs to another library than these files",
@@ -490,14 +492,14 @@ def _begin(store: LocalStore | RemoteStore, engine: Engine, where: str) -> str:
 
     The index is written first, so that a kill in between does no harm."""
     with ix.index_transaction(engine) as connection:
-        library_id = ix.identity(connection) or secrets.token_hex(16)
+        library_id = ix.store_id(connection) or secrets.token_hex(16)
         ix.identify(connection, library_id)
-    if _mark(store, where) is None:
+    if _read_mark(store, where) is None:
         store.replace(MARK, canonical({"veneer-library": 1, "id": library_id}))
-    return _mark(store, where) or library_id
+    return _read_mark(store, where) or library_id
 
 
-def _mark(store: LocalStore | RemoteStore, where: str) -> str | None:
+def _read_mark(store: LocalStore | RemoteStore, where: str) -> str | None:
     if store.size(MARK) is None:
         return None
     try:

@@ -153,7 +153,7 @@ def _condemn_strays(library: Library, cutoff: float) -> None:
     with ix.index_transaction(library.engine) as connection:
         recorded_paths = set(connection.scalars(select(o.path)).all())
         rows = [{"path": p, "size": size, "touched": at, "generation": ix.CONDEMNED} for p, size, at in stored]
-        ix.many(connection, ix.objects, [row for row in rows if row["path"] not in recorded_paths])
+        ix.insert_rows(connection, ix.objects, [row for row in rows if row["path"] not in recorded_paths])
 
 
 def _stored(library: Library) -> Iterator[tuple[str, int, float]]:
@@ -337,7 +337,7 @@ def _restore(library: Library, connection: Connection, fields: dict[str, Any], o
         library.enter(connection, v["entry"], files, AdapterDescription(v["digest"], v["format"], v["card"]))
         row = {"name": name, "version": int(number), "entry": v["entry"], "added": v["added"], "source": v["source"]}
         connection.execute(ix.versions.insert(), row)
-        ix.many(connection, ix.tags, [{"name": name, "version": int(number), "tag": t} for t in v["tags"]])
+        ix.insert_rows(connection, ix.tags, [{"name": name, "version": int(number), "tag": t} for t in v["tags"]])
         numbers.append(int(number))
     out.names += 1
     out.versions += len(numbers)

@@ -247,7 +247,7 @@ def browse(
         for facet, conditions_of in filters.items()
         if conditions_of
     ]
-    conditions = [*_fitting(text, **more), *([_seen(connection, can_access)] if can_access is not None else [])]
+    conditions = [*_fitting(text, **more), *([_accessible(connection, can_access)] if can_access is not None else [])]
     if without:
         other_tags = ix.tags.alias().c
         excluded = other_tags.tag.startswith(without, autoescape=True)
@@ -353,7 +353,7 @@ def _of_base(base: str) -> list[ColumnElement[bool]]:
     return [or_(e.base == base, e.base_name == base.lower())] if base else []
 
 
-def _seen(connection: Connection, can_access: Callable[[str], bool]) -> ColumnElement[bool]:
+def _accessible(connection: Connection, can_access: Callable[[str], bool]) -> ColumnElement[bool]:
     """Return the condition that `can_access` accepts a version.
 
     The accepted references are sent to the database as one value."""

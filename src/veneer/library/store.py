@@ -233,7 +233,7 @@ class LocalStore:
     def sweep(self, entries: set[str]) -> int:
         """Remove debris in tmp/ and folders of unlisted entries; return the count."""
         count = 0
-        for path in _listed(self.root / "tmp"):
+        for path in _entries(self.root / "tmp"):
             try:
                 fd = os.open(path, os.O_RDONLY)
             except (FileNotFoundError, PermissionError):
@@ -244,7 +244,7 @@ class LocalStore:
                     count += 1
             finally:
                 os.close(fd)
-        for path in _listed(self.root / "folders"):
+        for path in _entries(self.root / "folders"):
             if path.name not in entries:
                 self.drop_folder(path.name)
                 count += 1
@@ -373,7 +373,7 @@ def _lock(fd: int) -> bool:
     return True
 
 
-def _listed(folder: Path) -> list[Path]:
+def _entries(folder: Path) -> list[Path]:
     return list(folder.iterdir()) if folder.is_dir() else []
 
 

@@ -204,10 +204,10 @@ class ExportReport:
 
 @dataclass
 class ImportReport:
-    """The result of `import_from`: new versions, known versions, and differences."""
+    """The result of `import_from`: new versions, existing versions, and differences."""
 
     new: list[str] = field(default_factory=list)
-    known: list[str] = field(default_factory=list)
+    existing: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -238,7 +238,7 @@ def export_to(library: Library, target: str | Path, references: Iterable[str] = 
         with temporary.open("xb") as raw:
             with tarfile.open(fileobj=raw, mode="w", format=tarfile.USTAR_FORMAT) as tar:
                 for path, data in sorted(small.items()):
-                    _put(tar, path, io.BytesIO(data), len(data))
+                    _add_member(tar, path, io.BytesIO(data), len(data))
                 for path, sha256 in sorted(objects.items(), key=lambda item: (item[0].startswith("blobs"), item[0])):
                     total += _copy(library, path, sha256, tar)
             raw.flush()
@@ -279,13 +279,13 @@ def _copy(library: Library, path: str, sha256: str, tar: tarfile.TarFile) -> int
         raise AdapterError("a file is missing in the store", where=path, fix="see `veneer library verify`")
     with library.store.open(path) as file:
         checked = _Hashing(file)
-        _put(tar, path, checked, size)  # type: ignore[arg-type]
+        _add_member(tar, path, checked, size)  # type: ignore[arg-type]
     if checked.digest.hexdigest() != sha256:
         raise AdapterError("a file is damaged in the store", where=path, fix="see `veneer library verify`")
     return size
 
 
-def _put(tar: tarfile.TarFile, path: str, file: IO[bytes], size: int) -> None:
+def _add_member(tar: tarfile.TarFile, path: str, file: IO[bytes], size: int) -> None:
     member = tarfile.TarInfo(path)
     member.size, member.mode = size, 0o644
     tar.addfile(member, file)
@@ -350,7 +350,7 @@ def _import_name(
             files = _unpack(archive, manifests[v["entry"]], Path(temporary))
             added = library.add(files, name, tags=v["tags"], source=v["source"], number=int(number), describe=checked)
         numbers[int(number)] = added.version.version
-        (out.new if added.new else out.known).append(added.version.reference)
+        (out.new if added.new else out.existing).append(added.version.reference)
         if added.version.version != int(number):
             out.notes.append(f"{name}@{number} of the export is {added.version.reference} here")
     with reading(library.engine) as connection:
