@@ -73,7 +73,7 @@ def test_kept_activations_equal_the_count(word: str, name: str, size: int) -> No
         trainable = sum(p.numel() for p in attachment.parameters("a").values())
     counts = image_counts(config, ImageLoad(PICTURES, size, size, text_tokens=TEXT, targets=word))
     assert counts.trainable == trainable
-    assert saved == pytest.approx(2 * counts.kept, rel=0.2)
+    assert saved == pytest.approx(2 * counts.saved, rel=0.2)
 
 
 LARGER: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
@@ -131,7 +131,7 @@ def test_kept_activations_of_diffusers_attention_equal_the_count(kind: str, word
     load = ImageLoad(PICTURES, 8 * side, 8 * side, text_tokens=words, targets=word)
     counts = image_counts({**config, "_class_name": kind}, load)
     assert counts.trainable == trainable
-    assert saved == pytest.approx(2 * counts.kept, rel=0.2)
+    assert saved == pytest.approx(2 * counts.saved, rel=0.2)
 
 
 def test_other_denoisers_and_targets_are_refused() -> None:

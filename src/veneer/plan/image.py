@@ -129,7 +129,7 @@ def image_counts(config: Config, load: ImageLoad) -> Counts:
     n = load.pictures
     return replace(
         per_picture,
-        kept=n * per_picture.kept,
+        saved=n * per_picture.saved,
         inputs=n * per_picture.inputs,
         block=n * per_picture.block,
         forward=n * per_picture.forward,
@@ -174,13 +174,13 @@ def _image_counts(
             counts.trainable += pair.parameters
             counts.forward += positions * pair.forward
             counts.backward += positions * (pair.operations - pair.forward)
-            counts.made += pair.made
+            counts.delta_values += pair.delta_values
             if linear:
                 values += positions * pair.rank + weight.new * weight.inputs
             else:  # a pair's convolutions run in float32 on copies of their inputs
                 values += 2 * positions * (weight.shape[1] + pair.rank)
         saved[weight.block] = saved.get(weight.block, 0.0) + values
-    counts.kept = sum(saved.values())
+    counts.saved = sum(saved.values())
     counts.block = max((values for block, values in saved.items() if block is not None), default=0.0)
     return counts
 
@@ -191,7 +191,7 @@ def _forward(fields: str, height: int, width: int, text: int, before: int) -> _F
     config = json.loads(fields)
     kind = kind_of(config)
     try:
-        return _recorded(config, kind, height, width, text, before)
+        return _record_forward(config, kind, height, width, text, before)
     except Exception as error:  # any type of error: each class parses its own fields
         if lacks_memory(error):
             raise
@@ -203,7 +203,7 @@ def _forward(fields: str, height: int, width: int, text: int, before: int) -> _F
         ) from error
 
 
-def _recorded(config: dict[str, Any], kind: str, height: int, width: int, text: int, before: int) -> _Forward:
+def _record_forward(config: dict[str, Any], kind: str, height: int, width: int, text: int, before: int) -> _Forward:
     import torch
     from torch import Tensor, nn
     from torch.nn import functional

@@ -73,9 +73,9 @@ class RunLoad:
     dtype: of the base.
     quantize: nf4, fp4, int8 or None; `double`: the constants are quantized too.
     inputs_on_host: inputs of recomputed layers stay in CPU memory.
-    kept: bytes of layers that stay dequantized.
+    dequantized: bytes of layers that stay dequantized.
     offload: number of the base's last blocks that stay in CPU memory until needed.
-    bare: forward passes of the base without adapter per step."""
+    base_passes: forward passes of the base without adapter per step."""
 
     micros: int = 1
     rank: int = 16
@@ -85,7 +85,7 @@ class RunLoad:
     checkpointing: bool = False
     optimizer: str = "adamw"
     inputs_on_host: bool = False
-    kept: int = 0
+    dequantized: int = 0
     offload: int = 0
     base_passes: float = 0
 
@@ -100,13 +100,13 @@ class Load(RunLoad):
 
     lengths: tokens of each row in the largest micro-batch.
     trained: the share of these tokens with a loss.
-    whole: parameters trained besides the pairs (full copies, token rows).
+    full: parameters trained besides the pairs (full copies, token rows).
     compared: each token's distribution is compared with another model's."""
 
     lengths: tuple[int, ...]
     trained: float = 1.0
     spec: LoraSpec | None = field(default=None, kw_only=True)
-    whole: int = field(default=0, kw_only=True)
+    full: int = field(default=0, kw_only=True)
     compared: bool = field(default=False, kw_only=True)
 
     @property
@@ -114,7 +114,7 @@ class Load(RunLoad):
         return sum(self.lengths)
 
     @property
-    def wanted(self) -> int:
+    def trained_tokens(self) -> int:
         """Tokens with a loss."""
         return max(1, round(self.trained * self.tokens))
 
@@ -133,9 +133,9 @@ class Counts:
 
     kind: a kind of FITS. buffers: values that are no parameters but take memory.
     matrices: parameters that `quantize` quantizes, with `rows` rows; `largest`: the largest weight that is
-        dequantized at once. In values of the base's dtype: `kept` for the backward pass, `inputs` of all
+        dequantized at once. In values of the base's dtype: `saved` for the backward pass, `inputs` of all
         blocks, `block` kept by the widest block, `ends` kept after the last block.
-    made: float32 values computed from an adapter's parts.
+    delta_values: float32 values computed from an adapter's parts.
     forward, backward: operations.
     head: the head's operations in both.
     logits: bytes. blocks: parameters of each block."""
@@ -147,11 +147,11 @@ class Counts:
     rows: int = 0
     largest: int = 0
     trainable: int = 0
-    kept: float = 0.0
+    saved: float = 0.0
     inputs: float = 0.0
     block: float = 0.0
     ends: float = 0.0
-    made: int = 0
+    delta_values: int = 0
     forward: float = 0.0
     backward: float = 0.0
     head: float = 0.0
@@ -238,7 +238,7 @@ def run_memory(counts: Counts, load: RunLoad, device: Device, *, process: int | 
     weights, constants = weight_bytes(counts, load.dtype, load.quantize, load.double)
     weights += e * counts.buffers
     inputs, ends = e * counts.inputs, e * counts.ends
-    saved, block, host = e * counts.kept + ends + 4 * counts.made, e * counts.block, 0
+    saved, block, host = e * counts.saved + ends + 4 * counts.delta_values, e * counts.block, 0
     working = fit.working * block
     if load.checkpointing:
         saved, working = inputs + ends, working + block
@@ -251,7 +251,7 @@ def run_memory(counts: Counts, load: RunLoad, device: Device, *, process: int | 
     working = max(0.0, working - counts.logits)  # the logits are freed by then
     transient, dequantized = saved + counts.logits + working, 0
     if load.quantize:
-        dequantized = e * counts.largest + load.kept
+        dequantized = e * counts.largest + load.dequantized
     # initial values stay
     initial_copies = 2 if getattr(getattr(load, "spec", None), "init", "") in ("pissa", "olora") else 1
     return Memory(
@@ -286,7 +286,7 @@ def text_counts(shape: TextShape, load: Load, device: Device) -> Counts:
     Operations: 2 per weight and token forward, 2 backward, because frozen weights get no gradient;
     attention 4 forward and 8 backward per visible key and channel. The head runs only on trained tokens,
     and with the fast paths so does the last layer after its attention (`shape.keeps`)."""
-    spec, tokens, trained = load.spec, load.tokens, load.wanted
+    spec, tokens, trained = load.spec, load.tokens, load.trained_tokens
     initial_copies = 2 if spec is not None and spec.init in ("pissa", "olora") else 1
     dora, dropped = spec is not None and spec.dora, spec is not None and spec.dora and spec.dropout > 0
     counts = Counts(
@@ -294,7 +294,7 @@ def text_counts(shape: TextShape, load: Load, device: Device) -> Counts:
         matrices=shape.matrices,
         rows=shape.rows,
         largest=shape.largest,
-        trainable=pair_parameters(shape, spec, rank=load.rank) + load.whole,
+        trainable=pair_parameters(shape, spec, rank=load.rank) + load.full,
         inputs=float(shape.hidden * tokens * len(shape.layers)),
         head=4.0 * trained * shape.vocabulary * shape.hidden,
         logits=_logits(shape, load, device),
@@ -321,7 +321,7 @@ def text_counts(shape: TextShape, load: Load, device: Device) -> Counts:
             for part in adapted:
                 pair, uses = pairs[part.name], initial_copies * n * part.active
                 saved += uses * pair.rank
-                counts.made += pair.made
+                counts.delta_values += pair.delta_values
                 counts.forward += uses * pair.forward
                 counts.backward += uses * (pair.operations - pair.forward)
         attention = (
@@ -329,7 +329,7 @@ def text_counts(shape: TextShape, load: Load, device: Device) -> Counts:
         )
         counts.forward += attention
         counts.backward += 2 * attention
-        counts.kept += saved
+        counts.saved += saved
         counts.block = max(counts.block, saved)
         counts.blocks.append(layer.matrices + layer.small)
     counts.ends = float(shape.hidden * (2 * last_tokens + trained))
@@ -342,8 +342,8 @@ def _logits(shape: TextShape, load: Load, device: Device) -> int:
     To compare two models: the logits and log-softmax of both, and three temporaries for the divergence and
     its gradient, in float32."""
     if load.compared:
-        return 7 * 4 * min(load.wanted, HEAD_CHUNK) * shape.vocabulary
-    return dtype_bytes(load.dtype) * min(load.wanted, logits_chunk(device.kind)) * shape.vocabulary
+        return 7 * 4 * min(load.trained_tokens, HEAD_CHUNK) * shape.vocabulary
+    return dtype_bytes(load.dtype) * min(load.trained_tokens, logits_chunk(device.kind)) * shape.vocabulary
 
 
 def visible_keys(length: int, window: int | None = None) -> int:

@@ -32,12 +32,12 @@ class PairCosts:
 
     forward, operations: operations per token, forward and in both passes.
     rank: kept values per token.
-    made: float32 values computed from the parts and kept, for any number of tokens."""
+    delta_values: float32 values computed from the parts and kept, for any number of tokens."""
 
     parameters: int
     forward: float
     rank: int
-    made: int = 0
+    delta_values: int = 0
 
     @property
     def operations(self) -> float:

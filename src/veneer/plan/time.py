@@ -74,7 +74,7 @@ def run_work(counts: Counts, load: RunLoad, device: Device) -> Work:
     twice, weights are read in every pass; dequantized weights are written and read in every pass."""
     e, forwards = dtype_bytes(load.dtype), load.base_passes + load.checkpointing
     reads = 2 + forwards
-    moved = 4.0 * (e * (counts.kept + counts.ends) + counts.logits)
+    moved = 4.0 * (e * (counts.saved + counts.ends) + counts.logits)
     moved += reads * sum(weight_bytes(counts, load.dtype, load.quantize, load.double))
     moved += 2 * reads * e * counts.matrices if load.quantize else 0
     away = load.checkpointing and load.inputs_on_host and device.kind == "cuda"
@@ -90,7 +90,7 @@ def reading_work(shape: TextShape, load: Load) -> Work:
     """Return operations and bytes of one forward of a base without adapters.
 
     This is a teacher's work to read answers; the head runs only on the trained tokens."""
-    operations = 2.0 * load.wanted * shape.vocabulary * shape.hidden
+    operations = 2.0 * load.trained_tokens * shape.vocabulary * shape.hidden
     for layer in shape.layers:
         operations += sum(2.0 * load.tokens * linear.multiplied for linear in layer.linears)
         operations += 4.0 * layer.heads * layer.head_dim * sum(visible_keys(n, layer.window) for n in load.lengths)

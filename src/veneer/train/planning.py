@@ -72,7 +72,7 @@ def load_of(
         quantize=config.base.quantize,
         checkpointing=checkpointing,
         optimizer=config.optimizer.name,
-        whole=full_parameters,
+        full=full_parameters,
         inputs_on_host=checkpointing and config.memory.offload_activations,
         compared=config.distillation.teacher is not None and config.distillation.url is None,
     )

@@ -272,7 +272,7 @@ def test_plan_counts_tokens_of_source_images() -> None:
     alone, pair = (image_counts(config, ImageLoad(1, 512, 512, targets="attention+ff", before=n)) for n in (0, 1))
     wide = image_counts(config, ImageLoad(1, 512, 1024, targets="attention+ff"))
     assert (pair.parameters, pair.trainable) == (alone.parameters, alone.trainable)
-    assert pair.kept == wide.kept > 1.5 * alone.kept  # as of one picture twice as wide
+    assert pair.saved == wide.saved > 1.5 * alone.saved  # as of one picture twice as wide
     assert pair.forward == wide.forward > 1.5 * alone.forward
 
 
