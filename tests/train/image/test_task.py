@@ -364,7 +364,7 @@ def test_blocks_leave_before_memory_is_looked_at(shared: Path, tmp_path: Path, b
     config, _ = config_from(image_values(shared, tmp_path / "out", memory={"offload_blocks": 1}))
     seen: list[Event] = []
     own = Run(config, tmp_path / "out", ALONE, seen.append, [], dry_run=True)
-    image = ImageRun(own, config, base, own=False, kind=PICTURES)
+    image = ImageRun(own, config, base, owns_base=False, kind=PICTURES)
     with attach_images(image, PICTURES.read(image), Report()):
         notes = [e.text if isinstance(e, Note) else type(e).__name__ for e in seen]
     assert notes.index("Checked") > next(i for i, note in enumerate(notes) if "stay on the CPU" in note)

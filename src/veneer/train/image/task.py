@@ -84,12 +84,12 @@ Random weights have about 1.2, trained bases less than 1."""
 class _Memory:
     """Decisions about memory.
 
-    `because`: why activations are recomputed or not. `kept`: why the encoders stay. `parked`: components on
+    `because`: why activations are recomputed or not. `encoders_stay`: why the encoders stay. `parked`: components on
     the CPU."""
 
     recompute: bool = False
     because: str = ""
-    kept: str = ""
+    encoders_stay: str = ""
     parked: tuple[str, ...] = ()
 
 
@@ -97,13 +97,13 @@ class _Memory:
 class ImageRun:
     """A run on an image base.
 
-    `own`: whether only this run uses the base, so that its encoders can be freed. `kind`: what the run learns
+    `owns_base`: whether only this run uses the base, so that its encoders can be freed. `kind`: what the run learns
     from."""
 
     run: Run
     config: ImageTrainConfig
     base: ImageBase
-    own: bool
+    owns_base: bool
     kind: ImageKind
 
     @property
@@ -265,7 +265,7 @@ def _fill_caches(image: ImageRun, data: ImageData) -> None:
 def _free_encoders(image: ImageRun) -> _Memory:
     """Free or park the components that filled the caches, or return why not."""
     run, base, config = image.run, image.base, image.config
-    if not config.memory.free_encoders or not image.own:
+    if not config.memory.free_encoders or not image.owns_base:
         return _Memory()
     names = [n for n in base.parts if n.startswith("text_encoder") or n == "vae"]
     names = [n for n in names if base.parts[n] is not None]
@@ -279,7 +279,7 @@ def _free_encoders(image: ImageRun) -> _Memory:
         return _Memory(parked=tuple(names))
     if reason:
         run.note(f"text encoders and VAE stay in memory: {reason}")
-        return _Memory(kept=reason)
+        return _Memory(encoders_stay=reason)
     freed_bytes = sum(p.numel() * p.element_size() for n in names for p in base.parts[n].parameters())
     release(base, *names)
     run.note(f"freed {', '.join(names)}: {freed_bytes / 1e6:,.0f} MB")
@@ -365,8 +365,8 @@ def _resolved_settings(image: ImageRun, data: ImageData, memory: _Memory) -> Ite
         yield "schedule.steps", config.steps, "1000 when neither epochs nor steps are given"
     if config.memory.activation_checkpointing == "auto" and memory.because:
         yield "memory.activation_checkpointing", "on" if memory.recompute else "off", memory.because
-    if memory.kept:
-        yield "memory.free_encoders", False, memory.kept
+    if memory.encoders_stay:
+        yield "memory.free_encoders", False, memory.encoders_stay
 
 
 def _write_contact_sheet(run: Run, config: ImageTrainConfig, data: ImageData, emit: Listener) -> str:
@@ -543,14 +543,14 @@ class ImageTask:
             return
         began = time.perf_counter()
         with self.ema.acting() if self.ema and step else nullcontext():
-            cells = self._draw(self.config)
+            cells = self._generate_samples(self.config)
         self.last_picture = cells[0][self.thumbnail_column]
         name = f"samples/step-{step:08d}.png"
         title = "the base, before training" if step == 0 else f"after step {step}"
         write_sample_sheet(cells, self.base, self.config, self.run.folder / name, title, self.strengths)
         self.emit(Sampled(step, name, time.perf_counter() - began))
 
-    def _draw(self, config: ImageTrainConfig) -> list[list[Image]]:
+    def _generate_samples(self, config: ImageTrainConfig) -> list[list[Image]]:
         with fetched(self.base, self.memory.parked):
             return generate_samples(self.base, self.attachment, config, self.strengths)
 
@@ -564,7 +564,7 @@ class ImageTask:
             first = samples.model_copy(
                 update={"prompts": samples.prompts[:1], "seeds": samples.seeds[:1], "before": samples.before[:1]}
             )
-            sample = self._draw(self.config.model_copy(update={"samples": first}))[0][self.thumbnail_column]
+            sample = self._generate_samples(self.config.model_copy(update={"samples": first}))[0][self.thumbnail_column]
         return thumbnail(sample)
 
 
