@@ -61,7 +61,7 @@ def test_changed_file_is_refused(tmp_path: Path) -> None:
     write_tensors(file, values)
     for change in ("replaced", "written"):
         unread = ShardReader({t.name: t for t in tensor_table(tmp_path)}, "", torch.float32)
-        assert torch.equal(unread.whole("weight", torch.device("cpu")), values["weight"])
+        assert torch.equal(unread.read_full("weight", torch.device("cpu")), values["weight"])
         if change == "replaced":
             write_tensors(file, {name: value + 1 for name, value in values.items()})
         else:
@@ -69,7 +69,7 @@ def test_changed_file_is_refused(tmp_path: Path) -> None:
             before = file.stat()
             os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))  # clocks of files may be coarse
         with pytest.raises(BaseError, match="has changed since the base was found"):
-            unread.whole("other", torch.device("cpu"))
+            unread.read_full("other", torch.device("cpu"))
         values = {name: value + 1 for name, value in values.items()}
 
 
@@ -177,7 +177,7 @@ def test_rows_and_whole_weights_are_those_of_the_files(kind: str, tmp_path: Path
     name = "model.embed_tokens.weight"
     own = model.get_parameter(name)
     assert torch.equal(base.unread.rows(name, [3, 0]).float(), own[[3, 0]])
-    assert torch.equal(base.unread.whole(name, torch.device("cpu")), own)
+    assert torch.equal(base.unread.read_full(name, torch.device("cpu")), own)
     quantized = [n for n, p in base.model.named_parameters() if isinstance(p, Quantized)]
     assert quantized == [n for n, p in model.named_parameters() if isinstance(p, Quantized)]
 
@@ -187,9 +187,9 @@ def test_a_model_with_weights_kept_in_float32_is_read_whole(tmp_path: Path) -> N
     model._keep_in_fp32_modules = ["weight"]  # type: ignore[assignment]
     file = tmp_path / "model.safetensors"
     write_tensors(file, {"weight": torch.zeros(2, 2), "bias": torch.zeros(2)})
-    assert "float32" in str(ShardReader.of(model, tensor_table(tmp_path), "", torch.bfloat16))
+    assert "float32" in str(ShardReader.for_model(model, tensor_table(tmp_path), "", torch.bfloat16))
     assert "no bias" in str(
-        ShardReader.of(nn.Linear(2, 2, device="meta"), tensor_table(tmp_path)[1:], "", torch.bfloat16)
+        ShardReader.for_model(nn.Linear(2, 2, device="meta"), tensor_table(tmp_path)[1:], "", torch.bfloat16)
     )
 
 

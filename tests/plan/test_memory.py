@@ -133,7 +133,7 @@ def test_packed_weights_equal_a_step_and_keep_gradients(dtype: torch.dtype) -> N
             with fast(model, pack=most) as how:
                 loss = text_loss(model, ids, [20, 20], trained)
                 results.append([loss, *torch.autograd.grad(loss, list(attachment.parameters("a").values()))])
-                assert how.room.taken == (counted if most else 0)
+                assert how.prepack_budget.taken == (counted if most else 0)
             assert how.head is None
             assert all(join.copies is None for join in how.joins)
     for plain, packed in zip(*results, strict=True):

@@ -93,9 +93,9 @@ def test_the_fast_paths_take_quantized_weights(shared: Path, dtype: torch.dtype,
     (how, loss, grads), (plain, want, wanted) = found
     assert how.swapped == plain.swapped
     assert how.rows
-    assert 0 <= how.kept <= keep
-    assert (how.kept == 0) == (kept == "none")
-    assert how.kept == whole or kept != "all"
+    assert 0 <= how.dequantized_bytes <= keep
+    assert (how.dequantized_bytes == 0) == (kept == "none")
+    assert how.dequantized_bytes == whole or kept != "all"
     assert torch.equal(loss, want)
     for name, grad in grads.items():
         assert torch.equal(grad, wanted[name]), name

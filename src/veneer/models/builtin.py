@@ -139,7 +139,7 @@ def get_builtin(builtin: Builtin, *, source: Path | None = None, say: Callable[[
             if not _is_whole(folder):  # another process can have created it during the wait
                 for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):
                     shutil.rmtree(leftover, ignore_errors=True)
-                _make(builtin, folder, source, say)
+                _create(builtin, folder, source, say)
     except OSError as error:
         raise ResourceError(
             f"cannot write the base {builtin.name}: {error.strerror or error}",
@@ -153,7 +153,7 @@ def _is_whole(folder: Path) -> bool:
     return (folder / "base.json").exists()
 
 
-def _make(builtin: Builtin, folder: Path, source: Path | None, say: Callable[[str], None]) -> None:
+def _create(builtin: Builtin, folder: Path, source: Path | None, say: Callable[[str], None]) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent) as scratch:
         work = Path(scratch)
         if source is None:

@@ -100,7 +100,7 @@ def _image_directory(name: str, path: Path) -> dict[str, Any]:
     scale = vae_scale(vae)
     tree = Components({n: parts[n] for n in (family.denoiser, *family.encoders) if parts.get(n) is not None})
     linear = Counter(
-        (n.partition(".")[0], _leaf(n), m.in_features, m.out_features)
+        (n.partition(".")[0], _last_name(n), m.in_features, m.out_features)
         for n, m in tree.named_modules()
         if isinstance(m, nn.Linear)
     )
@@ -128,7 +128,7 @@ def _image_directory(name: str, path: Path) -> dict[str, Any]:
     }
 
 
-def _leaf(name: str) -> str:
+def _last_name(name: str) -> str:
     """Return the last part of a name, with the part before it if it is a number."""
     parts = name.split(".")
     return ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])

@@ -31,16 +31,16 @@ _MARK = "_veneer_fast"
 class FastReport:
     """What runs on a fast path.
 
-    `swapped`: kind of module -> count. `left`: kind -> why it was not swapped. `active`: inside a with-block
+    `swapped`: kind of module -> count. `skipped`: kind -> why it was not swapped. `active`: inside a with-block
     of `fast`."""
 
     swapped: dict[str, int] = field(default_factory=dict)
-    left: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
     rows: bool = False
     """Whether packed rows without padding reproduce this model (tested on it)."""
-    kept: int = 0
+    dequantized_bytes: int = 0
     """Bytes of cached dequantized weights (`cache_dequantized`)."""
-    room: ByteBudget = field(default_factory=lambda: ByteBudget(0))
+    prepack_budget: ByteBudget = field(default_factory=lambda: ByteBudget(0))
     """Budget for prepacked copies of weights (`cache_prepacked`)."""
     head: PrepackedWeights | None = field(default=None, repr=False)
     """The prepacked head weight."""
@@ -55,17 +55,19 @@ class FastReport:
         """Return one line for the user.
 
         Swapped kinds, kinds not swapped with reasons, and CPU kernels."""
-        return f"{self.ways()}; {compiled.status()}"
+        return f"{self.swaps()}; {compiled.status()}"
 
-    def ways(self) -> str:
+    def swaps(self) -> str:
         """Return what was swapped, and what was not and why."""
         parts = [f"{n} × {kind}" for kind, n in sorted(self.swapped.items())]
         text = "fast paths: " + (", ".join(parts) if parts else "none")
         text += "; rows without padding" if self.rows else "; padded rows"
         text += "; last layer only at trained tokens" if self.keeps else ""
-        text += f"; {self.kept / 1e6:,.0f} MB of weights kept dequantized" if self.kept else ""
-        text += f"; {self.room.most / 1e6:,.0f} MB of weights kept packed" if self.room.most else ""
-        for kind, why in sorted(self.left.items()):
+        text += (
+            f"; {self.dequantized_bytes / 1e6:,.0f} MB of weights kept dequantized" if self.dequantized_bytes else ""
+        )
+        text += f"; {self.prepack_budget.most / 1e6:,.0f} MB of weights kept packed" if self.prepack_budget.most else ""
+        for kind, why in sorted(self.skipped.items()):
             text += f"; {kind} as transformers has it ({why})"
         return text
 
@@ -210,9 +212,9 @@ def cache_dequantized(report: FastReport, most: int, undo: ExitStack) -> None:
     The choice of weights does not matter, because every weight is used equally often."""
     for projection in report.joins:
         weight = projection.weight
-        if isinstance(weight, Quantized) and weight.kept is None and report.kept + weight.nbytes <= most:
+        if isinstance(weight, Quantized) and weight.kept is None and report.dequantized_bytes + weight.nbytes <= most:
             weight.keep()
-            report.kept += weight.nbytes
+            report.dequantized_bytes += weight.nbytes
             undo.callback(setattr, weight, "kept", None)
 
 
@@ -220,7 +222,7 @@ def cache_prepacked(model: Any, report: FastReport, most: int, undo: ExitStack) 
     """Prepack weights if prepacked products are clearly faster.
 
     Uses up to `most` bytes of copies. Each copy is made at its first use."""
-    report.room = budget = ByteBudget(most)
+    report.prepack_budget = budget = ByteBudget(most)
     for projection in report.joins:
         parts = [getattr(base_of(m), "weight", None) for m in projection.modules]
         weight = projection.weight if len(parts) > 1 else parts[0]

@@ -42,7 +42,7 @@ def call_unsharded(act: Callable[..., T], /, *args: Any) -> T:
     return act(*args)
 
 
-class _Whole(nn.Module):
+class _Root(nn.Module):
     """A module that forwards to any function, because FSDP gathers around forwards."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -65,7 +65,7 @@ class Sharded:
     while the weight is sharded, and has its values again whenever the weight is gathered, including in a
     backward pass."""
 
-    def __init__(self, root: _Whole, blocks: Mapping[int, _Block]) -> None:
+    def __init__(self, root: _Root, blocks: Mapping[int, _Block]) -> None:
         self._whole, self._blocks = root, blocks
         self._now: _Block | None = None
 
@@ -127,7 +127,7 @@ def shard(
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    root = _Whole(model)
+    root = _Root(model)
     inside: set[int] = set()
     names: dict[int, tuple[str, ...]] = {}
     there: dict[int, _Block] = {}
@@ -138,12 +138,12 @@ def shard(
         owned = [m for m in group.modules() if id(m) not in inside]
         inside.update(map(id, owned))
         joined = _joined(owned, together, names)
-        unread_weights = _wanted(owned, names) if unread else []
+        unread_weights = _unread_weights(owned, names) if unread else []
         apart: list[_ShardedCodes | _Joined] = [*_split_codes(owned), *joined]
         fully_shard(group, mesh=mesh, reshard_after_forward=True)
         for each in unread_weights:
             assert unread is not None
-            each.put(unread.part(each.names, each.weight, mesh.get_local_rank(), mesh.size(), device))
+            each.store_shards(unread.part(each.names, each.weight, mesh.get_local_rank(), mesh.size(), device))
         block = _Block(group, apart)
         for weight in apart:
             weight.leave()
@@ -158,23 +158,23 @@ def shard(
 
 
 @dataclass(frozen=True)
-class _Wanted:
+class _UnreadWeight:
     """A weight on the meta device that was not read yet.
 
-    `names`: names in the files of the weights whose rows form this one. `places`: (module, name) of each
+    `names`: names in the files of the weights whose rows form this one. `users`: (module, name) of each
     user."""
 
     names: tuple[str, ...]
     weight: Tensor
-    places: list[tuple[nn.Module, str]]
+    users: list[tuple[nn.Module, str]]
 
-    def put(self, shards: Sequence[Tensor]) -> None:
+    def store_shards(self, shards: Sequence[Tensor]) -> None:
         """Store this process's shards where `fully_shard` left meta tensors."""
         from torch.distributed.tensor import DTensor
 
-        users = [self.places]
+        users = [self.users]
         if isinstance(self.weight, Quantized):
-            module, key = self.places[0]
+            module, key = self.users[0]
             users = [[(module, name)] for name in _code_names(key, self.weight)]
         for holders, local in zip(users, shards, strict=True):
             module, key = holders[0]
@@ -187,12 +187,12 @@ class _Wanted:
                 module._parameters[key] = parameter
 
 
-def _wanted(modules: Sequence[nn.Module], names: Mapping[int, tuple[str, ...]]) -> list[_Wanted]:
-    weights: dict[int, _Wanted] = {}
+def _unread_weights(modules: Sequence[nn.Module], names: Mapping[int, tuple[str, ...]]) -> list[_UnreadWeight]:
+    weights: dict[int, _UnreadWeight] = {}
     for module in modules:
         for key, weight in module._parameters.items():
             if weight is not None:
-                weights.setdefault(id(weight), _Wanted(names[id(weight)], weight, [])).places.append((module, key))
+                weights.setdefault(id(weight), _UnreadWeight(names[id(weight)], weight, [])).users.append((module, key))
     return list(weights.values())
 
 
@@ -206,27 +206,27 @@ class _ShardedCodes:
     """A quantized weight whose codes are parameters of `owner`.
 
     Parameters can be sharded. `absent`: the weight on the meta device, visible until the codes are gathered.
-    `places`: (module, name) of each user."""
+    `users`: (module, name) of each user."""
 
     absent: Quantized
     owner: nn.Module
     names: tuple[str, ...]
-    places: list[tuple[nn.Module, str]]
+    users: list[tuple[nn.Module, str]]
 
     def gather(self) -> None:
-        self._put(self._whole())
+        self._assign(self._assembled())
 
     def leave(self) -> None:
-        self._put(self.absent)
+        self._assign(self.absent)
 
-    def _whole(self) -> Quantized:
+    def _assembled(self) -> Quantized:
         codes = [getattr(self.owner, name) for name in self.names]
         shapes = [t.shape for t in self.absent.stored.tensors().values()]
         values = (code.detach().view(shape) for code, shape in zip(codes, shapes, strict=True))
         return self.absent.like(with_tensors(self.absent.stored, values))
 
-    def _put(self, weight: Quantized) -> None:
-        for module, name in self.places:
+    def _assign(self, weight: Quantized) -> None:
+        for module, name in self.users:
             # Not register_parameter: the weight is not a separate parameter and changes with every forward
             # pass.
             module._parameters[name] = weight  # type: ignore[assignment]
@@ -249,7 +249,7 @@ def _split_codes(modules: Sequence[nn.Module]) -> list[_ShardedCodes]:
                 absent = weight.like(weight.stored.moved(lambda t: t.to("meta")))
                 sharded[id(weight)] = _ShardedCodes(absent, module, names, [])
             del module._parameters[name]
-            sharded[id(weight)].places.append((module, name))
+            sharded[id(weight)].users.append((module, name))
     return list(sharded.values())
 
 
@@ -265,12 +265,12 @@ class _Joined:
     rows: Sequence[int]
 
     def gather(self) -> None:
-        self._put(self.owner.get_parameter(_TOGETHER).detach())
+        self._assign(self.owner.get_parameter(_TOGETHER).detach())
 
     def leave(self) -> None:
-        self._put(self.absent)
+        self._assign(self.absent)
 
-    def _put(self, weight: Tensor) -> None:
+    def _assign(self, weight: Tensor) -> None:
         for module, rows in zip(self.modules, weight.split(list(self.rows)), strict=True):
             module._parameters["weight"] = rows  # type: ignore[assignment]
 

@@ -2,7 +2,7 @@
 
 For a model on the meta device.
 
-    unread = ShardReader.of(model, table, kind, dtype)      or, as text, why this model must be read whole
+    unread = ShardReader.for_model(model, table, kind, dtype)      or, as text, why this model must be read whole
     unread.part("model.layers.0.mlp.up_proj.weight", rank, count, device)
 
 Process r of N = `count` gets rows r·⌈n/N⌉ … (r + 1)·⌈n/N⌉ of the n along a tensor's first dimension, like
@@ -60,7 +60,9 @@ class ShardReader:
         self._found = {t.file: _state(t.file) for t in self.stored.values()}
 
     @classmethod
-    def of(cls, model: nn.Module, table: Sequence[StoredTensor], kind: str, dtype: torch.dtype) -> ShardReader | str:
+    def for_model(
+        cls, model: nn.Module, table: Sequence[StoredTensor], kind: str, dtype: torch.dtype
+    ) -> ShardReader | str:
         """Return the weights' locations, or as text why the model must be read whole.
 
         It must be read whole if names or shapes differ from the files (transformers renames and joins the
@@ -89,7 +91,7 @@ class ShardReader:
         wide = stored.elements // stored.shape[0]
         return torch.stack([self._values(name, row * wide, (row + 1) * wide) for row in rows])
 
-    def whole(self, name: str, device: torch.device) -> Tensor:
+    def read_full(self, name: str, device: torch.device) -> Tensor:
         """Return a whole weight, in the dtype it is kept in."""
         stored = self.stored[name]
         return self._cast(self._values(name, 0, stored.elements).view(stored.shape).to(device))
@@ -188,4 +190,4 @@ def read_buffers(model: nn.Module, unread: ShardReader, device: torch.device) ->
         for key, buffer in list(module._buffers.items()):
             if buffer is not None:
                 name = f"{prefix}.{key}" if prefix else key
-                module._buffers[key] = unread.whole(name, device) if name in unread.stored else buffer.to(device)
+                module._buffers[key] = unread.read_full(name, device) if name in unread.stored else buffer.to(device)

@@ -114,7 +114,7 @@ def test_outputs_and_gradients(make: Callable[[], nn.Module]) -> None:
         want = step(attachment)
         with fast_denoiser(model) as how:
             assert how.swapped == counted(model)
-            assert how.left == {}
+            assert how.skipped == {}
             assert same(step(attachment), want, 1e-3)
             with torch.no_grad():
                 assert same([call(model)], want[:1], 1e-4)
@@ -235,7 +235,7 @@ def test_residual_blocks_of_another_kind(changed: str) -> None:
     want = run()
     with fast_denoiser(block) as how:
         assert same(run(), want, 2e-2)
-        assert ("ResnetBlock2D" in how.left) == (changed in ("dropout", "output_scale_factor"))
+        assert ("ResnetBlock2D" in how.skipped) == (changed in ("dropout", "output_scale_factor"))
 
 
 def test_skip_connections_of_frozen_blocks_get_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,5 +306,5 @@ def test_small_channels_beside_large_ones_are_compared_too(dtype: torch.dtype) -
     x = torch.randn(2, 5, 8).to(dtype)
     want = block(x)
     with fast_denoiser(block) as how:
-        assert how.left == {"GEGLU": "its result differs"}
+        assert how.skipped == {"GEGLU": "its result differs"}
         assert torch.equal(block(x), want)

@@ -50,7 +50,7 @@ class DenoiserReport(FastReport):
     def summary(self) -> str:
         """Return one line for the user: what was swapped, and what was not and why."""
         parts = [f"{n} × {kind}" for kind, n in sorted(self.swapped.items())]
-        skipped = [f"; {kind} as diffusers has it ({why})" for kind, why in sorted(self.left.items())]
+        skipped = [f"; {kind} as diffusers has it ({why})" for kind, why in sorted(self.skipped.items())]
         return f"fast paths: {', '.join(parts) or 'none'}{''.join(skipped)}"
 
 
@@ -73,7 +73,7 @@ def _swap(denoiser: nn.Module, report: DenoiserReport, undo: ExitStack) -> None:
             continue
         with ExitStack() as attempt:
             if why := swap_kind(module, attempt):
-                report.left[kind] = why
+                report.skipped[kind] = why
                 continue
             undo.push(attempt.pop_all())
         report.swapped[kind] = report.swapped.get(kind, 0) + 1

@@ -314,7 +314,7 @@ def _unread_model(
     if path.is_file() or (quantized and saved):
         return None, None, f"they are quantized in their files ({quantized or 'GGUF'})"
     model = meta_text_model(config, dtype=dtype, quantize=quantized)
-    reader = ShardReader.of(model, table, quantized, dtype)
+    reader = ShardReader.for_model(model, table, quantized, dtype)
     if isinstance(reader, str):
         return None, None, reader
     if (path / "generation_config.json").is_file():

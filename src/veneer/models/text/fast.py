@@ -78,9 +78,9 @@ def fast(model: Any, *, keep: int = 0, pack: int = 0, sharded: Sharded | None = 
         with without_dropout(model):
             undo.enter_context(marked(model, report))
             try:
-                reference = (sharded or call_unsharded)(ReferenceForward.of, model)
+                reference = (sharded or call_unsharded)(ReferenceForward.compute, model)
             except (AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:
-                report.left["model"] = f"its own forward over padded rows fails: {type(error).__name__}: {error}"
+                report.skipped["model"] = f"its own forward over padded rows fails: {type(error).__name__}: {error}"
             else:
                 _swap(model, reference, report, undo, sharded)
             if keep:
@@ -124,11 +124,11 @@ def _swap(
                 swapped.push(attempt.pop_all())
                 _swap_last_layer(model, reference, report, swapped, call)
         if problem:
-            report.left["rows"] = problem
+            report.skipped["rows"] = problem
             report.swapped, report.joins = previous[0], report.joins[: previous[1]]
             problem = reference.nll_problem(call(_nll, model, reference))
             if report.swapped and problem:
-                report.left["every module"] = problem
+                report.skipped["every module"] = problem
                 report.swapped, report.joins = {}, []
                 return
         undo.push(swapped.pop_all())
@@ -146,10 +146,10 @@ def _swap_norms(modules: Iterable[nn.Module], report: FastReport, undo: ExitStac
             plus = norm_of(module)
             parts = norm_parts(module, plus)
         except OtherKind as why:
-            report.left[kind] = str(why)
+            report.skipped[kind] = str(why)
             continue
         if any(p.requires_grad for p in module.parameters()):
-            report.left[kind] = "it is trained"
+            report.skipped[kind] = "it is trained"
             continue
         replace_forward(module, _norm_forward(*parts), undo)
         report.norms[kind] = plus
@@ -178,7 +178,7 @@ def _swap_mlps(modules: Iterable[nn.Module], report: FastReport, undo: ExitStack
         try:
             act = gate_of(module)
         except OtherKind as why:
-            report.left[kind] = str(why)
+            report.skipped[kind] = str(why)
             continue
         projection, down = FusedProjection(parts, undo, move=move), FusedProjection([last], undo)
         replace_forward(module, _mlp_forward(type(module).forward, projection, down, act), undo)

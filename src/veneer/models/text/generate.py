@@ -75,7 +75,7 @@ def complete(
     _check(max_new_tokens, temperature, top_p, top_k, batch_size)
     encoded = encode_prompts(base, prompts)
     out: dict[int, Completion] = {}
-    with _settled(base.model):
+    with _eval_without_defaults(base.model):
         for batch, budget in _batches([len(ids) for ids in encoded], base.context, max_new_tokens, batch_size):
             rows = {i: encoded[i] for i in batch}
             sampler = _RowSampler(batch, temperature, top_p, top_k, seed) if temperature > 0 else None
@@ -156,7 +156,7 @@ def _batches(lengths: list[int], context: int, budget: int, batch_size: int) -> 
 
 
 @contextmanager
-def _settled(model: PreTrainedModel) -> Iterator[None]:
+def _eval_without_defaults(model: PreTrainedModel) -> Iterator[None]:
     """Set eval mode and an empty generation config.
 
     transformers takes unset options from the generation config."""

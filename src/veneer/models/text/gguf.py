@@ -44,7 +44,7 @@ def load_gguf(file: Path, dtype: torch.dtype, *, keep: bool = False) -> PreTrain
     from transformers import AutoModelForCausalLM, GgufConfig
 
     if keep:
-        return _kept(file, dtype)
+        return _load_in_blocks(file, dtype)
     with fast_headers():
         model = AutoModelForCausalLM.from_pretrained(
             file.parent,
@@ -60,7 +60,7 @@ def load_gguf(file: Path, dtype: torch.dtype, *, keep: bool = False) -> PreTrain
     return model
 
 
-def _kept(file: Path, dtype: torch.dtype) -> PreTrainedModel:
+def _load_in_blocks(file: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Load with linear weights in blocks.
 
     Each tensor is read when the loader asks for it."""

@@ -52,13 +52,13 @@ def replayed_logps(
     Arguments: as in `token_logps`. For models inside `fast` that support packed rows; raises ConfigError for
     others."""
     if not fast_report(model).rows:
-        why = fast_report(model).left.get("rows", "it is not within its fast paths")
+        why = fast_report(model).skipped.get("rows", "it is not within its fast paths")
         raise ConfigError(
             f"this base's layers cannot be given other values: {why}", fix="set reinforcement.exact to false"
         )
     at = trained.nonzero()[:, 0].to(input_ids.device)
     source_rows = at - 1 if shared is None else shared.sent(at.device).before[at]
-    with _given(model.model.layers, replay, source_rows if fast_report(model).keeps else None):
+    with _replayed_outputs(model.model.layers, replay, source_rows if fast_report(model).keeps else None):
         logps = token_logps(model, input_ids, lengths, trained, shared)
         return _with_values(logps, replay.logps())
 
@@ -83,7 +83,7 @@ def _with_values(y: Tensor, values: Tensor) -> Tensor:
 
 
 @contextmanager
-def _given(layers: Sequence[nn.Module], replay: Replay, source_rows: Tensor | None) -> Iterator[None]:
+def _replayed_outputs(layers: Sequence[nn.Module], replay: Replay, source_rows: Tensor | None) -> Iterator[None]:
     """Give the layers' outputs the replay's values inside the with-block.
 
     Recomputation in the backward pass, after the block, reads only its inputs. `source_rows`: the tokens for which

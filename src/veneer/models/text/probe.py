@@ -1,6 +1,6 @@
 """Determine what a language model and its modules compute by running them.
 
-    own = ReferenceForward.of(model)      before any module is replaced
+    reference = ReferenceForward.compute(model)      before any module is replaced
     own.nll_problem(nll)                 "" or which token is off, and by how much
     own.logits_problem(logits)           the same for whole rows of logits
     norm_of(module)                      0 or 1 of an RMS norm  y = (0 + w or 1 + w) ⊙ x / √(mean x² + ε), or why none
@@ -73,7 +73,7 @@ class ReferenceForward:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: Any) -> ReferenceForward:
+    def compute(cls, model: Any) -> ReferenceForward:
         """Run the unmodified model once. Raises the errors of its forward."""
         weight = model.get_input_embeddings().weight
         vocabulary, device = weight.shape[0], weight.device

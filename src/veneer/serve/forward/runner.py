@@ -315,7 +315,7 @@ class Runner:
         paths: list[tuple[str, Callable[[], None]]] = [("fused", self._make_fused), ("packed", self._make_packed)]
         why = ""
         try:
-            reference = ReferenceForward.of(self.model)
+            reference = ReferenceForward.compute(self.model)
         except _UNFIT as error:
             return "alone", f"its own forward does not accept batches ({_first_line(error)})"
         for name, make_path in paths:

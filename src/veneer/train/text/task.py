@@ -455,7 +455,7 @@ class AttachedText:
             "base": {"fingerprint": base.fingerprint, "dtype": str(base.dtype)},
             "data": {"training rows": data_digest(data.train.rows), "held-out rows": data_digest(data.held_out.rows)},
         } | ({"start": data.start.digest()} if data.start is not None else {})
-        packed, tokens = fast_report(base.model).room.most, self.config.batching.at_once
+        packed, tokens = fast_report(base.model).prepack_budget.most, self.config.batching.at_once
         environment = {"tokens of a micro-batch": tokens, "bytes of weights kept packed": packed}
         functions = {"report": self.report} | more
         return Task(
