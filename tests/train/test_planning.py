@@ -180,7 +180,7 @@ def test_a_second_base_adds_weights_and_one_forward_per_answer() -> None:
     # 2 steps of 16 answers of 120 tokens; each token is multiplied by all matrices and looks at those before it
     load = beside.planned[0]
     assert isinstance(load, Load)
-    operations = 2.0 * load.tokens * matrices + 2.0 * load.wanted * vocabulary * d
+    operations = 2.0 * load.tokens * matrices + 2.0 * load.trained_tokens * vocabulary * d
     operations += layers * 4.0 * 32 * 64 * sum(n * (n + 1) / 2 for n in load.lengths)
     one = operations / beside.rates.operations + weights / beside.rates.bandwidth
     assert beside.seconds - away.seconds == pytest.approx(32 * 120 / load.tokens * one, rel=0.02)
