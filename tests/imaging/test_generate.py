@@ -98,8 +98,8 @@ def test_invalid_seed_is_named(seed: Any) -> None:
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"prompt": "a \ud83d cat"}, "the prompt has half a character"),
-        ({"prompt": "a cat", "negative": "\udcff"}, "the negative prompt has half a character"),
+        ({"prompt": "a \ud83d cat"}, "the prompt contains half a surrogate pair"),
+        ({"prompt": "a cat", "negative": "\udcff"}, "the negative prompt contains half a surrogate pair"),
         ({"prompt": b"a cat"}, "the prompt is b'a cat'"),
         ({"prompt": None}, "the prompt is None"),
         ({"prompt": "a cat", "seed": 1.5}, "seed 1.5"),

@@ -118,7 +118,7 @@ def test_other_adapter_is_refused_and_moved_one_found(
     assert levels(found.image, made.image) == 0
     assert next(iter(found.record["adapters"])).startswith("sha256:")
     write(random_adapter(base.model, 7), "mine.safetensors", to="kohya", family="sdxl")
-    with pytest.raises(MismatchError, match="not the one that was used then"):
+    with pytest.raises(MismatchError, match="differs from the one used then"):
         again(base, Path("a.png"))
     Path("mine.safetensors").unlink()
     shutil.rmtree(tmp_path / "home")

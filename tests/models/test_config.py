@@ -80,17 +80,17 @@ def test_configs_written_by_transformers_pass(family: str) -> None:
 
 
 WRONG = [
-    ({"hidden_size": "big"}, 'hidden_size is "big", where a whole number from 1 to'),
-    ({"hidden_size": -1}, "hidden_size is -1, where a whole number from 1 to"),
-    ({"hidden_size": True}, "hidden_size is true, where a whole number"),
-    ({"num_hidden_layers": 0}, "num_hidden_layers is 0, where a whole number from 1 to 10,000 is wanted"),
+    ({"hidden_size": "big"}, 'hidden_size is "big", not a whole number from 1 to'),
+    ({"hidden_size": -1}, "hidden_size is -1, not a whole number from 1 to"),
+    ({"hidden_size": True}, "hidden_size is true, not a whole number"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers is 0, not a whole number from 1 to 10,000"),
     ({"num_attention_heads": -4}, "num_attention_heads is -4"),
-    ({"num_attention_heads": 7, "num_key_value_heads": 7}, "num_attention_heads is 7, where a number that divides"),
-    ({"num_key_value_heads": 3}, "num_key_value_heads is 3, where a number that divides num_attention_heads ="),
-    ({"rope_parameters": "linear"}, 'rope_parameters is "linear", where an object'),
-    ({"rope_parameters": {"rope_type": "linear", "factor": -2}}, "rope_parameters.factor is -2, where a number above"),
-    ({"tie_word_embeddings": "yes"}, 'tie_word_embeddings is "yes", where true or false is wanted'),
-    ({"rms_norm_eps": "small"}, 'rms_norm_eps is "small", where a number above 0'),
+    ({"num_attention_heads": 7, "num_key_value_heads": 7}, "num_attention_heads is 7, not a number that divides"),
+    ({"num_key_value_heads": 3}, "num_key_value_heads is 3, not a number that divides num_attention_heads ="),
+    ({"rope_parameters": "linear"}, 'rope_parameters is "linear", not an object'),
+    ({"rope_parameters": {"rope_type": "linear", "factor": -2}}, "rope_parameters.factor is -2, not a number above"),
+    ({"tie_word_embeddings": "yes"}, 'tie_word_embeddings is "yes", not true or false'),
+    ({"rms_norm_eps": "small"}, 'rms_norm_eps is "small", not a number above 0'),
 ]  # fmt: skip
 WORDS = [
     ({"hidden_act": "sillu"}, "'sillu' is not an activation that transformers has | : hidden_act | did you mean silu?"),

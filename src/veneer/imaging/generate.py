@@ -70,7 +70,9 @@ class ImageRequest:
                     f"character {error.start + 1}",
                     "write the text again: it was cut or read in another encoding",
                 )
-                raise ConfigError(f"the {label} has half a character, which is none", where=where, fix=fix) from None
+                raise ConfigError(
+                    f"the {label} contains half a surrogate pair, which is not text", where=where, fix=fix
+                ) from None
         check_seed(self.seed)
         check_roles(self.uses)
 

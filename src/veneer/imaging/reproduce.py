@@ -149,7 +149,7 @@ def _attach(pipeline: ImagePipeline, name: str, digest: str) -> str:
         source = pipeline.add(digest)
     if source.digest != digest:
         raise MismatchError(
-            f"adapter {name!r} is not the one that was used then\n  then: {digest}\n  now:  {source.digest}",
+            f"adapter {name!r} differs from the one used then\n  then: {digest}\n  now:  {source.digest}",
             where=source.path,
             fix="restore the file, or add the original to the library, where it is found by its digest",
         )

@@ -82,7 +82,7 @@ def card_sample(card: Mapping[str, Any]) -> dict[str, str] | None:
 
 
 def card_prompt(card: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Return the messages of the card's prompt; [] if there is none.
+    """Return the messages of the card's prompt; [] if the card has no prompt.
 
     Includes the row's system message."""
     return sample_messages(_dict(card, "extra"))
@@ -125,7 +125,7 @@ class AdapterDescription:
         """Return the row of the index, without the id."""
         text = {k: str(self.card.get(k) or "") for k in ("base", "base_fingerprint", "kind", "licence", "created")}
         base_name = text["base"].rstrip("/").rpartition("/")[2].lower()
-        # there are many, and nobody searches for them
+        # targets are many and not useful in a search
         searched = {k: v for k, v in self.card.items() if k != "targets"}
         words = " ".join([self.format, *_leaves(searched)]).lower()[:_MAX_WORDS]
         return {

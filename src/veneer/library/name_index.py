@@ -7,7 +7,7 @@
 A thread reloads the names when they change. With SQLite, callers that need current names ask the thread,
 which compares `data_version`, a number that changes when another connection commits. With PostgreSQL the
 thread listens: every change of names increments the index's revision and notifies, and the thread also
-checks the revision each second. While the database does not respond, the last names stay valid and nobody
+checks the revision each second. While the database does not respond, the last names stay valid and no call
 waits.
 
 A reload takes 0.5 s for 100,000 versions; the thread then pauses for the time the reload took. Cards are
@@ -75,7 +75,7 @@ class Names:
         self._aliases: dict[tuple[str, str], int] = {(name, alias): version for name, alias, version in aliases}
 
     def find(self, reference: Reference) -> NamedVersion | None:
-        """Return a version; None if there is none, or a digest's prefix is ambiguous."""
+        """Return a version; None if no version matches, or a digest's prefix is ambiguous."""
         if reference.prefix:
             return self._by_digest(reference.prefix)
         if reference.alias:

@@ -225,7 +225,7 @@ class _Check:
         text = json.dumps(self.fields[key] if value is None else value, ensure_ascii=False, default=str)
         text = text if len(text) <= 60 else text[:60] + "…"
         raise ConfigError(
-            f"{key} is {text}, where {expected} is wanted",
+            f"{key} is {text}, not {expected}",
             where=f"{self.where}: {key}",
             fix="correct the file, or take the base's own config.json again",
         )

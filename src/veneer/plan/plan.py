@@ -259,12 +259,12 @@ def with_teacher(
 ) -> Plan:
     """Return the plan of a run whose teacher, of `shape`, reads each answer once.
 
-    The teacher runs in the same process. beside: bytes of a teacher that is another base."""
+    The teacher runs in the same process. teacher_bytes: size of a teacher that is another base."""
     each = (draws.prompt + draws.answer) / max(1, load.tokens)
     seconds = draws.total * each * plan.rates.seconds(reading_work(shape, load), device.count)
     text = f"reads {counted(draws.total, 'answer')}: {seconds:,.0f} s"
     if teacher_bytes:
-        text += f"; a base of its own, {shape.parameters:,} parameters: {gigabytes(teacher_bytes)}"
+        text += f"; a separate base, {shape.parameters:,} parameters: {gigabytes(teacher_bytes)}"
     return _with(plan, "teacher", teacher_bytes, seconds, ("teacher", text))
 
 
@@ -350,7 +350,7 @@ def image_plan(
     if encoders := sum((config.get("encoders") or {}).values()) + int(config.get("vae") or 0):
         e = dtype_bytes(load.dtype)
         text = f"text encoders and VAE take {encoders * e / 1e9:.1f} GB while pictures and captions are encoded, "
-        text += f"before step one; with the whole denoiser beside them {(plan.parameters + encoders) * e / 1e9:.1f} GB"
+        text += f"before step one; together with the complete denoiser {(plan.parameters + encoders) * e / 1e9:.1f} GB"
         facts.append(("note", text))
     return replace(plan, facts=(*facts, *(("note", note) for note in notes)))
 

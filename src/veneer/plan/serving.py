@@ -34,7 +34,7 @@ class Traffic:
 class Serving:
     """The serving capacity of a device.
 
-    adapters: how many fit beside base and cache.
+    adapters: number that fits in memory with base and cache.
     cache_bytes: of keys and values.
     cents: per thousand requests at full load, None without a price.
     shared, dedicated: dollars per hour of one base for all tenants, and of one model per tenant."""

@@ -180,7 +180,7 @@ def device_named(name: str, *, count: int = 1, price: float | None = None) -> De
 def device_of_card(name: str, memory: int) -> Device:
     """Return the device for a card by CUDA's name, with `memory` bytes.
 
-    From the table, under the table's name, if it is there; else a guess of 100 TFLOP/s and 800 GB/s."""
+    From the table, under the table's name, if listed; else a guess of 100 TFLOP/s and 800 GB/s."""
     for gpu in gpu_names():
         row = device_named(gpu)
         has_name = row.label.lower().split(" (")[0].removeprefix("nvidia ") in name.lower() or _key(gpu) in _key(name)

@@ -106,7 +106,7 @@ def read_directory(
         if _has_weights(classname):
             tables[name], variant = table_of(folders[name])
             if variant:
-                notes.append(f"{name}: only the {variant} weights are there, and they are used")
+                notes.append(f"{name}: only the {variant} weights exist; they are used")
     device_of_parts = choose_device(device)
     kind, reason = choose_dtype(dtype, device_of_parts, stored_dtype(tables[family.denoiser]))
     to_quantize = {

@@ -517,12 +517,12 @@ def _check(base: ImageBase, rows: Sequence[ImageRow], settings: PictureSettings,
             fix=f"{counted(least, 'step')}, or denoise {math.ceil(1000 / steps) / 1000:g}",
         )
     if settings.denoise < 1 and any(row.image is None for row in rows):
-        message = "denoise is the share of steps taken on a given picture, and there is none"
+        message = "denoise below 1 needs a picture to start from"
         raise ConfigError(message, fix="give image too (--image in.png)")
     if any(row.mask is not None and row.image is None for row in rows):
         raise ConfigError("a mask needs the picture it belongs to", fix="give image too (--image in.png)")
     if len({(row.image is None, row.mask is None, len(row.controls), len(row.references)) for row in rows}) > 1:
-        raise ConfigError("some rows have a picture, a mask, controls or references of their own, and others do not")
+        raise ConfigError("some rows have a picture, a mask, controls or references, and others do not")
     _check_references(base, rows, settings)
     if rows[0].controls and len(rows[0].controls) != len(settings.controls):
         pictures = counted(len(rows[0].controls), "picture")

@@ -88,7 +88,7 @@ def offloading(base: ImageBase, count: int) -> Iterator[int]:
     pass. Yields the bytes that leave the device.
 
     With recomputation a block's forward runs again in the backward pass, and then too its weights come: what autograd
-    keeps of them is freed once the block's gradient is there. Weights are never written; afterwards the same tensors
+    keeps of them is freed once the block's gradient is computed. Weights are never written; afterwards the same tensors
     are where they were. Trainable parameters stay on the device."""
     offloaded = blocks_of(base.denoiser)[-count:] if count else []
     undo: list[Callable[[], None]] = []

@@ -153,7 +153,7 @@ def _describe_unknown(data: bytes) -> str:
     if data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc"):
         return "a HEIC picture, which is not read: save it as JPEG or PNG"
     if data.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")):
-        return "damaged: it begins like a picture, but its header does not go on like one"
+        return "damaged: it begins like a picture, but the rest of its header is invalid"
     if data[:4] == b"8BPS":
         return "a Photoshop file, which is not read: save it as PNG"
     return f"not a picture that can be read (it begins with {data[:8]!r})"
