@@ -184,7 +184,7 @@ def test_official_widths_fit_every_block_group(case: str) -> None:
         assert found.family is family, found.reasons
         for group in {re.split(r"\.\d+\.", n)[0] for n in own}:
             some = {n: s for n, s in own.items() if n.startswith(group)}
-            found = choose_family(some, wanted=name)
+            found = choose_family(some, target_family=name)
             assert found.family is family, (group, found.reasons)
 
 

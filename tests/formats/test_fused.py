@@ -13,7 +13,7 @@ from veneer.core.adapter import Pair
 from veneer.core.forms import Delta, change_of, delta_of, part_problems, product_of
 from veneer.core.merge import pair_matrix
 from veneer.errors import AdapterError
-from veneer.formats.fused import join, split, swap_halves, trimmed
+from veneer.formats.fused import join_parts, split, swap_halves, trimmed
 
 QKV = [(0, 1, 3), (1, 2, 3), (2, 3, 3)]
 LINEAR1 = [(0, 1, 7), (1, 2, 7), (2, 3, 7), (3, 7, 7)]
@@ -77,7 +77,7 @@ def test_parts_are_the_rows_and_join_again(form, parts, unit, scale, kernel, mag
             close(
                 change_of(W[rows], product(part), part.magnitude), change_of(W, product(whole), whole.magnitude)[rows]
             )
-    again = join(cut)
+    again = join_parts(cut)
     assert torch.equal(product(again), product(whole))
     assert again.scale == whole.scale
     assert (again.magnitude is None) == (whole.magnitude is None)
@@ -109,7 +109,7 @@ def test_join_and_split_round_trip(form, drawn, magnitude):
         if magnitude and form != "bias":
             part.magnitude = rand(rows, seed=i).abs()
         parts.append(part)
-    whole = join(parts)
+    whole = join_parts(parts)
     want = torch.cat([product(p) for p in parts])
     close(product(whole), want)
     total, at, cuts = sum(rows for rows, _, _ in drawn), 0, []
@@ -127,17 +127,17 @@ def test_join_and_split_round_trip(form, drawn, magnitude):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_power_of_two_scales_fold_exactly(dtype):
     A, B = rand(2, 6).to(dtype), rand(4, 2).to(dtype)
-    whole = join([Pair(A, B, 2.0), Pair(A, B, 2.0 * 3 / 16)])
+    whole = join_parts([Pair(A, B, 2.0), Pair(A, B, 2.0 * 3 / 16)])
     assert whole.scale == 2.0
     assert torch.equal(whole.B[4:].double(), B.double() * 3 / 16)
-    same = join([Pair(A, B, 2.0), Pair(A, B, 2.0)])
+    same = join_parts([Pair(A, B, 2.0), Pair(A, B, 2.0)])
     assert same.B.dtype == dtype
 
 
 def test_equal_a_factors_are_shared_when_joining():
     A, B = rand(2, 6), rand(3, 2)
-    assert join([Pair(A, B, 1.0), Pair(A.clone(), B, 1.0)]).rank == 2
-    other = join([Pair(A, B, 1.0), Pair(A + 1, B, 1.0), Pair(A, B, 1.0)])
+    assert join_parts([Pair(A, B, 1.0), Pair(A.clone(), B, 1.0)]).rank == 2
+    other = join_parts([Pair(A, B, 1.0), Pair(A + 1, B, 1.0), Pair(A, B, 1.0)])
     assert other.rank == 4
     assert torch.equal(other.B[3:6, :2], torch.zeros(3, 2, dtype=torch.float64))
 
@@ -145,7 +145,7 @@ def test_equal_a_factors_are_shared_when_joining():
 @pytest.mark.parametrize("form", ["pair", "dense", "loha"])
 def test_a_part_that_nothing_changes(form):
     part = item_of(form, 4, 0.5)
-    whole = join([None, part, None], rows=[2, 4, 6])
+    whole = join_parts([None, part, None], rows=[2, 4, 6])
     want = torch.zeros(12, 6, dtype=torch.float64)
     want[2:6] = product(part)
     close(product(whole), want)
@@ -156,13 +156,13 @@ def test_gains():
     out = Delta("gain", {"value": rand(6)}, (), 0.5)
     cut = split(out, QKV)
     close(torch.cat([delta_of(w, d) for w, d in zip(W.chunk(3), cut, strict=True)]), delta_of(W, out))
-    close(delta_of(W, join(cut)), delta_of(W, out))
+    close(delta_of(W, join_parts(cut)), delta_of(W, out))
     close(delta_of(W.roll(3, 0), swap_halves(out)), delta_of(W, out).roll(3, 0))
     inputs = Delta("gain", {"value": rand(1, 5)}, (), 0.5)
     assert all(part is inputs for part in split(inputs, QKV))
-    assert join([inputs, inputs]) is inputs
+    assert join_parts([inputs, inputs]) is inputs
     with pytest.raises(AdapterError, match="different gains"):
-        join([inputs, Delta("gain", {"value": rand(1, 5, seed=1)}, (), 0.5)])
+        join_parts([inputs, Delta("gain", {"value": rand(1, 5, seed=1)}, (), 0.5)])
 
 
 @settings(max_examples=40, deadline=None)
@@ -182,18 +182,18 @@ def test_an_origin_is_cut_too():
     pair = Pair(A, B, 0.5, origin=(A0, B0))
     cut = split(pair, QKV)
     close(torch.cat([product(p) for p in cut]), product(pair))
-    close(product(join(cut)), product(pair))
+    close(product(join_parts(cut)), product(pair))
 
 
-def test_neighbouring_rows_of_a_lokr_join():
+def test_neighbouring_rows_of_a_lokr_join_parts():
     whole = item_of("lokr", 12, 0.5)
     q, k, v = split(whole, QKV)
-    close(product(join([k, v])), product(whole)[4:])
-    close(product(split(join([k, v]), [(1, 2, 2)])[0]), product(v))
+    close(product(join_parts([k, v])), product(whole)[4:])
+    close(product(split(join_parts([k, v]), [(1, 2, 2)])[0]), product(v))
     with pytest.raises(AdapterError, match="neighbouring"):
-        join([q, v])
+        join_parts([q, v])
     with pytest.raises(AdapterError, match="neighbouring"):
-        join([q, item_of("lokr", 4, 0.5)])
+        join_parts([q, item_of("lokr", 4, 0.5)])
 
 
 def test_trimming_keeps_one_rank_and_what_is_used():
@@ -216,16 +216,16 @@ INPUTS = Pair(rand(2, 6), rand(6, 2), 1.0, magnitude=rand(1, 6))
         (lambda: split(Pair(rand(2, 6), rand(6, 2), 1.0, "embedding"), QKV), "embedding is not fused"),
         (lambda: swap_halves(item_of("pair", 7, 1.0)), "no halves"),
         (lambda: swap_halves(Delta("kronecker", {"w1": rand(3, 3), "w2": rand(2, 2)}, (6, 6))), "odd"),
-        (lambda: join([item_of("pair", 4, 1.0), item_of("dense", 4, 1.0)]), "different forms"),
-        (lambda: join([item_of("loha", 4, 1.0), item_of("dense", 4, 1.0)]), "different forms"),
-        (lambda: join([INPUTS, INPUTS]), "of its own part"),
-        (lambda: join([item_of("pair", 4, 1.0), Pair(rand(2, 5), rand(4, 2), 1.0)]), "inputs differ"),
+        (lambda: join_parts([item_of("pair", 4, 1.0), item_of("dense", 4, 1.0)]), "different forms"),
+        (lambda: join_parts([item_of("loha", 4, 1.0), item_of("dense", 4, 1.0)]), "different forms"),
+        (lambda: join_parts([INPUTS, INPUTS]), "of its own part"),
+        (lambda: join_parts([item_of("pair", 4, 1.0), Pair(rand(2, 5), rand(4, 2), 1.0)]), "inputs differ"),
         (
-            lambda: join([item_of("pair", 4, 1.0), Pair(rand(2, 6), rand(4, 2), 1.0, magnitude=rand(4))]),
+            lambda: join_parts([item_of("pair", 4, 1.0), Pair(rand(2, 6), rand(4, 2), 1.0, magnitude=rand(4))]),
             "some have none",
         ),
-        (lambda: join([item_of("pair", 4, 1.0), None], rows=[3, 3]), "rows are not"),
-        (lambda: join([item_of("loha", 4, 1, 0, (3, 3)), item_of("loha", 4, 1, 1, (3, 3))]), "different cores"),
+        (lambda: join_parts([item_of("pair", 4, 1.0), None], rows=[3, 3]), "rows are not"),
+        (lambda: join_parts([item_of("loha", 4, 1, 0, (3, 3)), item_of("loha", 4, 1, 1, (3, 3))]), "different cores"),
     ],
 )
 def test_items_that_cannot_be_fused_are_refused(action, words):

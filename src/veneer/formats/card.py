@@ -49,10 +49,10 @@ def file_digest(data: Path | Iterable[bytes | memoryview]) -> str:
     if isinstance(data, Path):
         with data.open("rb") as file:
             return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
-    whole = hashlib.sha256()
+    digest = hashlib.sha256()
     for chunk in data:
-        whole.update(chunk)
-    return "sha256:" + whole.hexdigest()
+        digest.update(chunk)
+    return "sha256:" + digest.hexdigest()
 
 
 def card_bytes(card: Card, *, digest: str = "", files: Mapping[str, str] | None = None) -> bytes:
@@ -120,8 +120,8 @@ def _type_problem(value: Any, default: Any) -> str | None:
     if isinstance(default, list):
         ok = isinstance(value, list) and all(isinstance(v, str) for v in value)
         return None if ok else "a list of texts is expected"
-    wanted = "a mapping" if isinstance(default, dict) else "text"
-    return None if isinstance(value, type(default)) else f"{wanted} is expected"
+    expected = "a mapping" if isinstance(default, dict) else "text"
+    return None if isinstance(value, type(default)) else f"{expected} is expected"
 
 
 def sample_messages(extra: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -169,15 +169,15 @@ def readme_bytes(adapter: Adapter, *, digest: str, base_name: str = "", name: st
 
     card = adapter.card
     base = base_name or card.base
-    own = base.rstrip("/").rsplit("/", 1)[-1] if base.startswith(("/", "~", ".")) else base
-    shown = hub_id(own)
+    short_base = base.rstrip("/").rsplit("/", 1)[-1] if base.startswith(("/", "~", ".")) else base
+    hub_base = hub_id(short_base)
     front: dict[str, Any] = {
         "library_name": "peft",
         "tags": sorted({"lora", "veneer"} | ({"dora"} if _dora(adapter) else set())),
     }
-    if shown:
-        front["base_model"] = shown
-        front["tags"] = [f"base_model:adapter:{shown}", *front["tags"]]
+    if hub_base:
+        front["base_model"] = hub_base
+        front["tags"] = [f"base_model:adapter:{hub_base}", *front["tags"]]
     if card.kind in ("text", "image"):
         front["pipeline_tag"] = {"text": "text-generation", "image": "text-to-image"}[card.kind]
     if card.kind == "image":
@@ -185,8 +185,8 @@ def readme_bytes(adapter: Adapter, *, digest: str, base_name: str = "", name: st
     if card.licence:
         front["license"] = card.licence
     lines = ["---", yaml.safe_dump(front, sort_keys=True, allow_unicode=True).strip(), "---", MARK, "", f"# {name}", ""]
-    lines += [f"A low-rank adapter{f' for `{shown}`' if shown else ''}.", ""]
-    facts = {
+    lines += [f"A low-rank adapter{f' for `{hub_base}`' if hub_base else ''}.", ""]
+    properties = {
         "pairs": len(adapter.pairs),
         "full copies": ", ".join(sorted(adapter.modules)),
         "token rows": sum(len(r.indices) for r in adapter.token_rows.values()) or "",
@@ -201,13 +201,13 @@ def readme_bytes(adapter: Adapter, *, digest: str, base_name: str = "", name: st
         "parents": ", ".join(card.parents),
         "created": card.created,
     }
-    lines += ["| | |", "| --- | --- |", *(f"| {k} | {_cell(v)} |" for k, v in facts.items() if v != ""), ""]
+    lines += ["| | |", "| --- | --- |", *(f"| {k} | {_cell(v)} |" for k, v in properties.items() if v != ""), ""]
     for title, table in (("Results", card.metrics), ("Recipe", card.recipe)):
         if table:
             lines += [f"## {title}", "", "| | |", "| --- | --- |"]
             lines += [f"| {_cell(k)} | {_cell(v)} |" for k, v in sorted(_flat(table).items())] + [""]
     messages = sample_messages(card.extra)
-    lines += _image_use(own or "BASE") if card.kind == "image" else _text_use(own or "BASE", messages)
+    lines += _image_use(short_base or "BASE") if card.kind == "image" else _text_use(short_base or "BASE", messages)
     return ("\n".join(lines) + "\n").encode()
 
 
@@ -215,9 +215,11 @@ def _text_use(base: str, messages: Sequence[Mapping[str, str]]) -> list[str]:
     """Return usage code. `messages`: a prompt in the form of the run's rows."""
     system, _ = opening(messages)
     command = generate_command(base, "FOLDER", messages)
-    about = [f"Its rows had this system message: give it with every prompt.\n\n{_fenced(system)}\n"] if system else []
+    system_note = (
+        [f"Its rows had this system message: give it with every prompt.\n\n{_fenced(system)}\n"] if system else []
+    )
     return [
-        *("## Use", "", *about, _fenced(command, "bash"), ""),
+        *("## Use", "", *system_note, _fenced(command, "bash"), ""),
         *("or with PEFT:", "", "```python"),
         *("from peft import PeftModel", "from transformers import AutoModelForCausalLM", ""),
         f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{hub_id(base)}"), "FOLDER")',

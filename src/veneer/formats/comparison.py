@@ -44,9 +44,9 @@ def differences(source: Adapter, read_back: Adapter) -> list[str]:
                 out.append(f"{name}: {'lost' if d is None else 'a change that nobody wrote'}")
         elif (problem := _delta_problem(c, d)) is not None:
             out.append(f"{name}: {problem}")
-    whole, whole_back = _replaced(source), _replaced(read_back)
-    for name in sorted({*whole, *whole_back}):
-        mine, theirs = whole.get(name), whole_back.get(name)
+    replaced, replaced_back = _replaced(source), _replaced(read_back)
+    for name in sorted({*replaced, *replaced_back}):
+        mine, theirs = replaced.get(name), replaced_back.get(name)
         if mine is None or theirs is None or not torch.equal(mine.double(), theirs.double()):
             out.append(f"{name}: what replaces the base's is not the same")
     return out
@@ -56,7 +56,7 @@ def _replaced(adapter: Adapter) -> dict[str, Tensor]:
     """Return full copies and token rows.
 
     Each name contains everything that must match."""
-    out = {f"{name}.{key}": t for name, own in adapter.modules.items() for key, t in own.items()}
+    out = {f"{name}.{key}": t for name, tensors in adapter.modules.items() for key, t in tensors.items()}
     return out | {f"{name}, rows {rows.indices}": rows.rows for name, rows in adapter.token_rows.items()}
 
 
@@ -85,15 +85,15 @@ def _shape(pair: Pair) -> tuple[int, ...]:
 
 def relative_error(a: Pair, b: Pair) -> float:
     """‖ΔW_a − ΔW_b‖ / ‖ΔW_a‖ (Frobenius); ‖ΔW_b‖ if ΔW_a is zero."""
-    if _same(a, b):
+    if _equal(a, b):
         return 0.0
     (A, B), (C, D) = factors(a), factors(b)
-    whole = distance((A, B))
+    norm = distance((A, B))
     off = distance((torch.cat([A, C], dim=-2), torch.cat([B, -D], dim=-1)))
-    return off / whole if whole else off
+    return off / norm if norm else off
 
 
-def _same(a: Pair, b: Pair) -> bool:
+def _equal(a: Pair, b: Pair) -> bool:
     return a.scale == b.scale and all(
         x.shape == y.shape and x.dtype == y.dtype and torch.equal(x, y) for x, y in ((a.A, b.A), (a.B, b.B))
     )
@@ -105,8 +105,8 @@ def _delta_problem(a: Delta, b: Delta) -> str | None:
     if a.form != b.form and not {a.form, b.form}.isdisjoint(BASED):
         return f"a {a.form} change would come back as a {b.form} one"
     if a.form == "replacement":
-        same = math.isclose(a.scale, b.scale, rel_tol=TOLERANCE) and _same_parts(a, b)
-        return None if same else "the new value is not the same"
+        equal = math.isclose(a.scale, b.scale, rel_tol=TOLERANCE) and _same_parts(a, b)
+        return None if equal else "the new value is not the same"
     if a.form == "gain":
         x, y = (d.parts["value"].double() * d.scale for d in (a, b))
     elif _same_parts(a, b):
@@ -117,13 +117,13 @@ def _delta_problem(a: Delta, b: Delta) -> str | None:
         y = y.reshape(x.shape)
     if x.shape != y.shape:
         return f"a change of {tuple(x.shape)} would come back as one of {tuple(y.shape)}"
-    whole, off = float(x.norm()), float((x - y).norm())
-    error = off / whole if whole else off
+    norm, off = float(x.norm()), float((x - y).norm())
+    error = off / norm if norm else off
     return None if error <= TOLERANCE else f"the change would come back {error:.2g} off"
 
 
 def _same_parts(a: Delta, b: Delta) -> bool:
-    same = a.form == b.form and a.rows == b.rows and a.parts.keys() == b.parts.keys()
-    return same and all(
+    matching = a.form == b.form and a.rows == b.rows and a.parts.keys() == b.parts.keys()
+    return matching and all(
         t.shape == b.parts[k].shape and torch.equal(t.double(), b.parts[k].double()) for k, t in a.parts.items()
     )

@@ -112,7 +112,9 @@ class _File:
     def forms(self) -> Counter[str]:
         """Form -> number of weight changes that are not pairs, and of whole new weights."""
         out = Counter(d.form for name, d in self.adapter.deltas.items() if name.endswith(".weight"))
-        return out + Counter({"whole new weight": sum("weight" in own for own in self.adapter.modules.values())})
+        return out + Counter(
+            {"whole new weight": sum("weight" in tensors for tensors in self.adapter.modules.values())}
+        )
 
     @cached_property
     def dora(self) -> tuple[int, int]:
@@ -156,10 +158,12 @@ def check_tools(path: Path, reading: Reading) -> list[ToolVerdict]:
         ]
     out = []
     for tool, version, to, check in tools:
-        found = list(check(file))
+        problems = list(check(file))
         worst: tuple[_Verdict, ...] = ("refused", "wrong")
-        verdict: _Verdict = next((kind for kind in worst if any(kind == k for k, _ in found)), "fine")
-        out.append(ToolVerdict(tool, version, verdict, tuple(what for kind, what in found if kind == verdict), to))
+        verdict: _Verdict = next((kind for kind in worst if any(kind == k for k, _ in problems)), "fine")
+        out.append(
+            ToolVerdict(tool, version, verdict, tuple(message for kind, message in problems if kind == verdict), to)
+        )
     return out
 
 
@@ -197,7 +201,7 @@ def _diffusers(file: _File) -> _Found:
     alphas = {round(alpha_of(p.scale, p.rank), 6) for p in file.adapter.pairs.values()}
     if len(alphas) > 1 and family in ("sd15", "sd2", "sdxl"):
         yield "wrong", f"of {len(alphas)} different alphas it loses those of attention modules"
-    named = [any(key.startswith(f"lora_unet_{way}_block") for key in file.keys) for way in ("input", "down")]
+    named = [any(key.startswith(f"lora_unet_{side}_block") for key in file.keys) for side in ("input", "down")]
     if all(named):
         yield "wrong", "of names in both styles it loses the tensors named as in the original code"
     if family == "flux1":
@@ -306,8 +310,8 @@ def _tgi(file: _File) -> _Found:
     for name in file.adapter.pairs:
         if (match := _LAYER.fullmatch(name)) is not None:
             layers[match[3]].add(match[2])
-    whole = set().union(*layers.values()) if layers else set()
-    if lacking := sorted(kind for kind, own in layers.items() if own != whole):
+    complete = set().union(*layers.values()) if layers else set()
+    if lacking := sorted(kind for kind, present in layers.items() if present != complete):
         yield "wrong", f"kinds that some layer lacks are dropped in all: {', '.join(lacking)}"
 
 

@@ -166,9 +166,11 @@ def write(
             files, notes = folder.files, [*done.encoded.notes, *folder.notes]
             return WriteReport(path, to, done.family, folder.digest, files, None, _ranks(done), notes)
         write_tensors(path, done.encoded.tensors, done.encoded.metadata)
-    found = hashes(path)
-    files = {path.name: f"sha256:{found.sha256}"}
-    return WriteReport(path, to, done.family, done.back.digest(), files, found, _ranks(done), done.encoded.notes)
+    file_hashes = hashes(path)
+    files = {path.name: f"sha256:{file_hashes.sha256}"}
+    return WriteReport(
+        path, to, done.family, done.read_back.digest(), files, file_hashes, _ranks(done), done.encoded.notes
+    )
 
 
 def layout_ending(to: str) -> str:
@@ -198,7 +200,7 @@ class _Done:
 
     encoded: EncodedAdapter
     written: Adapter
-    back: Adapter
+    read_back: Adapter
     family: str | None
     pairs: list[Pair]
 
@@ -220,10 +222,10 @@ def _prepared(adapter: Adapter, to: str, dtype: str | None) -> tuple[Adapter, li
     return source, notes
 
 
-def _advise(source: Adapter, to: str, family: str | None, make: Callable[[], _Done]) -> _Done:
+def _advise(source: Adapter, to: str, family: str | None, build: Callable[[], _Done]) -> _Done:
     """Return the result of `make`; add a workaround to an error without one."""
     try:
-        return make()
+        return build()
     except AdapterError as error:
         if error.fix is None:
             error = AdapterError(error.what, where=error.where, fix=_other_layouts(source, to, family))
@@ -233,11 +235,11 @@ def _advise(source: Adapter, to: str, family: str | None, make: Callable[[], _Do
 def _other_layouts(source: Adapter, to: str, family: str | None) -> str:
     """Return which other layouts can hold the whole adapter, by trying them."""
     layouts = []
-    for other in ("peft", *_PIPELINES, "vllm"):
+    for layout in ("peft", *_PIPELINES, "vllm"):
         try:
-            if other != to:
-                _encoded(source, other, family, {}, "adapter", [], None)
-                layouts.append(other)
+            if layout != to:
+                _encoded(source, layout, family, {}, "adapter", [], None)
+                layouts.append(layout)
         except AdapterError:
             continue
     return (
@@ -272,11 +274,11 @@ def _encoded(
         written = folded(_servable(source, to))
         notes = [*notes, *vllm_notes(written)]
     config, tensors = peft.encode_folder(written, base_name=written.card.base, task_type="auto")
-    back = peft.interpret(config, tensors).adapter
-    _compare(written if to == "peft" else source, back, to)
+    read_back = peft.interpret(config, tensors).adapter
+    _compare(written if to == "peft" else source, read_back, to)
     _check_reachable(source, tensors, to)
     return _Done(
-        EncodedAdapter(tensors, {"format": "pt"}, config, notes), written, back, None, list(written.pairs.values())
+        EncodedAdapter(tensors, {"format": "pt"}, config, notes), written, read_back, None, list(written.pairs.values())
     )
 
 
@@ -285,11 +287,11 @@ def _folder_digest(source: Adapter, done: _Done) -> str | None:
 
     None if the folder's names are the adapter's own."""
     part = component_of(next(iter(changes_by_module(source)), ""))
-    names = dict.fromkeys(changes_by_module(done.back))
+    names = dict.fromkeys(changes_by_module(done.read_back))
     choice = choose_family(names)
     if not part or any(choice.lookup(name) is None for name in names):
         return None
-    return done.back.renamed(lambda name: f"{part}.{name}").digest()
+    return done.read_back.renamed(lambda name: f"{part}.{name}").digest()
 
 
 def _servable(source: Adapter, to: str) -> Adapter:
@@ -314,13 +316,13 @@ def _gguf(
             "the names in a GGUF file depend on the base's architecture", fix="--base, or --family llama, qwen3, …"
         )
     notes = [*notes, *write_gguf(written, path, architecture=architecture, head_dim=head_dim, name=name)]
-    back = read_gguf(path, head_dim=head_dim).adapter
-    _compare(source, back, "gguf")
+    read_back = read_gguf(path, head_dim=head_dim).adapter
+    _compare(source, read_back, "gguf")
     file = read_gguf_file(path)
     tensors = {key: file.tensor(key) for key in sorted(file.entries)}
     fields = {key: str(value) for key, value in sorted(file.fields.items())}
     encoded = EncodedAdapter(tensors, fields, {}, notes)
-    return _Done(encoded, written, back, architecture, list(written.pairs.values()))
+    return _Done(encoded, written, read_back, architecture, list(written.pairs.values()))
 
 
 def _rounded(adapter: Adapter, dtype: str | None) -> tuple[Adapter, list[str]]:
@@ -353,10 +355,12 @@ def _raise(refused: Refusals, to: str, source: Adapter) -> None:
     raise AdapterError(f"{to} cannot hold this adapter exactly; {count} module(s) are in the way:\n" + "\n".join(lines))
 
 
-def _compare(source: Adapter, back: Adapter, to: str) -> None:
-    if problems := differences(source, back):
-        shown = bullets(problems, None)
-        raise AdapterError(f"written as {to}, the adapter would not come back the same; nothing was written:\n{shown}")
+def _compare(source: Adapter, read_back: Adapter, to: str) -> None:
+    if problems := differences(source, read_back):
+        listing = bullets(problems, None)
+        raise AdapterError(
+            f"written as {to}, the adapter would not come back the same; nothing was written:\n{listing}"
+        )
 
 
 def _check_reachable(source: Adapter, tensors: Mapping[str, Tensor], to: str, family: Family | None = None) -> None:
@@ -388,20 +392,22 @@ def _as_one_model(adapter: Adapter, refused: Refusals) -> Adapter:
 
 def _family(adapter: Adapter, name: str | None, to: str) -> Family:
     """Return the given family, or the one found from modules, widths and card."""
-    known = families()
+    supported = families()
     if name is not None:
-        if name not in known:
-            raise AdapterError(f"there is no family {name!r}", fix=", ".join(known))
-        return known[name]
+        if name not in supported:
+            raise AdapterError(f"there is no family {name!r}", fix=", ".join(supported))
+        return supported[name]
     modules = [*changes_by_module(adapter), *adapter.token_rows]
     if not any(component_of(m) for m in modules):
         raise AdapterError(
             f"{to} is for adapters of image models, and no module here begins with unet, transformer or text_encoder"
         )
-    claim = family_in_metadata({key: str(adapter.card.extra.get(own, "")) for key, own in _CLAIMS.items()})
+    claim = family_in_metadata(
+        {key: str(adapter.card.extra.get(metadata_key, "")) for key, metadata_key in _CLAIMS.items()}
+    )
     choice = choose_family({m: _shape(adapter, m) for m in modules}, claim)
-    if choice.family is None and choice.near:
-        raise AdapterError(choice.reasons[-1], fix=f"--family {choice.near[0]}, if it is that one")
+    if choice.family is None and choice.nearest:
+        raise AdapterError(choice.reasons[-1], fix=f"--family {choice.nearest[0]}, if it is that one")
     if choice.family is None:
         raise AdapterError("no known image model has any of these modules", where=", ".join(modules[:3]))
     return choice.family
@@ -431,7 +437,7 @@ def _for_pipelines(
         tensors, configs = diffusers_tensors(leaves, family, refused)
         if configs:
             extra["lora_adapter_metadata"] = pack_configs(configs)
-        pairs = [leaf.pair for leaf in leaves.values() if leaf.pair is not None]
+        pairs = [changes.pair for changes in leaves.values() if changes.pair is not None]
     else:
         tensors, pairs, more = kohya_tensors(leaves, family, to, refused)
         notes = [*notes, *more]
@@ -447,10 +453,10 @@ def _for_pipelines(
     if any(d.form in ("hadamard", "kronecker", "gain") for d in source.deltas.values()):
         described["ss_network_module"] = "lycoris.kohya"
     described = sealed(tensors, described | dict(metadata))
-    back = read_state_dict(tensors, described, where=to).adapter
-    _compare(source, back, to)
+    read_back = read_state_dict(tensors, described, where=to).adapter
+    _compare(source, read_back, to)
     _check_reachable(source, tensors, to, family)
-    return _Done(EncodedAdapter(tensors, described, {}, notes), source, back, family.name, pairs)
+    return _Done(EncodedAdapter(tensors, described, {}, notes), source, read_back, family.name, pairs)
 
 
 def _own_ranks(leaves: Mapping[str, ModuleChanges], family: Family) -> dict[str, ModuleChanges]:
@@ -459,6 +465,8 @@ def _own_ranks(leaves: Mapping[str, ModuleChanges], family: Family) -> dict[str,
     ΔW stays the same; each part loses the other parts' A."""
     parts = {p.module for targets in family.originals.values() for p in targets if p.part is not None}
     return {
-        module: replace(leaf, pair=trimmed(leaf.pair)) if module in parts and leaf.pair is not None else leaf
-        for module, leaf in leaves.items()
+        module: replace(changes, pair=trimmed(changes.pair))
+        if module in parts and changes.pair is not None
+        else changes
+        for module, changes in leaves.items()
     }

@@ -67,25 +67,25 @@ def diffusers_tensors(
         else:
             parts[component][module] = changes
     configs: dict[str, dict[str, Any]] = {}
-    for component, own in parts.items():
-        if _are_sayable(own, component, refused):
-            known = [m for m in family.modules if m.startswith(f"{component}.")]
-            found, configs[component] = _component(own, component, known)
-            tensors |= found
+    for component, changes_in_part in parts.items():
+        if _are_sayable(changes_in_part, component, refused):
+            names = [m for m in family.modules if m.startswith(f"{component}.")]
+            encoded, configs[component] = _component(changes_in_part, component, names)
+            tensors |= encoded
     return tensors, configs
 
 
 def _is_norm(module: str, changes: ModuleChanges, family: Family) -> bool:
-    known = family.name == "flux1" and module.rpartition(".")[2] in _NORMS
-    return known and set(changes.full) == {"weight"} and changes.pair is None and not changes.deltas
+    named_norm = family.name == "flux1" and module.rpartition(".")[2] in _NORMS
+    return named_norm and set(changes.full) == {"weight"} and changes.pair is None and not changes.deltas
 
 
-def _are_sayable(own: Mapping[str, ModuleChanges], component: str, refused: Refusals) -> bool:
+def _are_sayable(by_module: Mapping[str, ModuleChanges], component: str, refused: Refusals) -> bool:
     """Return whether PEFT's settings can express a component.
 
     Adds reasons to `refused`."""
-    before = sum(map(len, refused.values()))
-    for module, changes in own.items():
+    refused_before = sum(map(len, refused.values()))
+    for module, changes in by_module.items():
         for parameter, delta in changes.deltas.items():
             if not _is_lora_bias(changes, parameter, delta):
                 refused[f"diffusers drops a {delta.form} change of the {parameter}; {_ELSEWHERE}"].append(module)
@@ -95,21 +95,21 @@ def _are_sayable(own: Mapping[str, ModuleChanges], component: str, refused: Refu
             refused[f"diffusers loads no pair of {changes.pair.kind}; merge it into the base"].append(module)
         if changes.pair is not None and changes.pair.magnitude is not None and changes.pair.magnitude.ndim > 1:
             refused[f"PEFT and so diffusers know no magnitude of the inputs; {_ELSEWHERE}"].append(module)
-    pairs = {m: changes for m, changes in own.items() if changes.pair is not None}
+    pairs = {m: changes for m, changes in by_module.items() if changes.pair is not None}
     with_dora = {m for m, changes in pairs.items() if changes.pair is not None and changes.pair.magnitude is not None}
     if with_dora and with_dora != set(pairs):
-        what = f"DoRA is one switch for the whole {component}, and this has no magnitude"
-        refused[f"{what}; {_ELSEWHERE}"] += sorted(set(pairs) - with_dora)
+        problem = f"DoRA is one switch for the whole {component}, and this has no magnitude"
+        refused[f"{problem}; {_ELSEWHERE}"] += sorted(set(pairs) - with_dora)
     biased = {m for m, changes in pairs.items() if "bias" in changes.deltas}
     if biased and biased != set(pairs):
-        what = f"lora_bias is one switch for the whole {component}, and this has no change of the bias"
-        refused[f"{what}; {_ELSEWHERE}"] += sorted(set(pairs) - biased)
+        problem = f"lora_bias is one switch for the whole {component}, and this has no change of the bias"
+        refused[f"{problem}; {_ELSEWHERE}"] += sorted(set(pairs) - biased)
     if biased and with_dora:
         refused[f"PEFT allows no bias change with DoRA; {_ELSEWHERE}"] += sorted(biased)
     if component.startswith("text_encoder") and pairs and not any(m.endswith(_ATTENTION) for m in pairs):
-        what = f"diffusers fails on a {component} without pairs in its attention"
-        refused[f"{what}; {_ELSEWHERE}"] += sorted(pairs)
-    return sum(map(len, refused.values())) == before
+        problem = f"diffusers fails on a {component} without pairs in its attention"
+        refused[f"{problem}; {_ELSEWHERE}"] += sorted(pairs)
+    return sum(map(len, refused.values())) == refused_before
 
 
 def _is_lora_bias(changes: ModuleChanges, parameter: str, delta: Delta) -> bool:
@@ -118,7 +118,7 @@ def _is_lora_bias(changes: ModuleChanges, parameter: str, delta: Delta) -> bool:
 
 
 def _component(
-    own: Mapping[str, ModuleChanges], component: str, known: Sequence[str]
+    by_module: Mapping[str, ModuleChanges], component: str, names: Sequence[str]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return a component's tensors and settings, as a PEFT folder of it.
 
@@ -134,12 +134,12 @@ def _component(
     def short(module: str) -> str:
         return module.removeprefix(lead).removeprefix(f"{component}.")
 
-    for module, changes in own.items():
+    for module, changes in by_module.items():
         full[name := short(module)] = module
         if changes.pair is not None:
             pairs[name] = changes.pair
         deltas |= {f"{name}.{parameter}": delta for parameter, delta in changes.deltas.items()}
-    config, tensors = encode_folder(Adapter(pairs, deltas=deltas), base=[short(m) for m in known])
+    config, tensors = encode_folder(Adapter(pairs, deltas=deltas), base=[short(m) for m in names])
     settings = {key: config[key] for key in _SETTINGS}
     if config.get("lora_bias"):
         settings["lora_bias"] = True

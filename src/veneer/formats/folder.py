@@ -31,16 +31,16 @@ def tensor_file(folder: Path, from_pickle: bool = False) -> Path:
     if (folder / CONFIG_FILE).is_file():
         return _of_peft(folder, from_pickle)
     files = [p for p in sorted(folder.iterdir()) if p.is_file()]
-    found = [p for p in files if p.suffix.lower() in (".safetensors", ".gguf")]
-    found = found or [p for p in files if from_pickle and p.suffix.lower() in PICKLE_SUFFIXES]
-    found = [p for p in found if p.name in _PREFERRED][:1] or found
-    if len(found) == 1:
-        return found[0]
-    names = ", ".join(p.name for p in found)
+    candidates = [p for p in files if p.suffix.lower() in (".safetensors", ".gguf")]
+    candidates = candidates or [p for p in files if from_pickle and p.suffix.lower() in PICKLE_SUFFIXES]
+    candidates = [p for p in candidates if p.name in _PREFERRED][:1] or candidates
+    if len(candidates) == 1:
+        return candidates[0]
+    names = ", ".join(p.name for p in candidates)
     raise AdapterError(
-        f"the folder has {len(found)} adapter files: {names}" if found else "no adapter file in the folder",
+        f"the folder has {len(candidates)} adapter files: {names}" if candidates else "no adapter file in the folder",
         where=str(folder),
-        fix="give the file" if found else "a folder that training wrote, or a .safetensors file",
+        fix="give the file" if candidates else "a folder that training wrote, or a .safetensors file",
     )
 
 

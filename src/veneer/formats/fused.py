@@ -90,21 +90,21 @@ def _cut(item: Pair | Delta, begin: int, end: int) -> Pair | Delta:
     if isinstance(item, Delta) and item.form == "kronecker":
         start = item.rows[0] if item.rows else 0
         m = None if item.magnitude is None else item.magnitude[begin:end]
-        shape, whole = (end - begin, *item.shape[1:]), item.whole or item.shape
-        return replace(item, shape=shape, rows=(start + begin, start + end), whole=whole, magnitude=m)
+        shape, full_shape = (end - begin, *item.shape[1:]), item.whole or item.shape
+        return replace(item, shape=shape, rows=(start + begin, start + end), whole=full_shape, magnitude=m)
     return _on_rows(item, lambda t: t[begin:end])
 
 
-def _on_rows(item: Pair | Delta, take: Callable[[Tensor], Tensor]) -> Pair | Delta:
+def _on_rows(item: Pair | Delta, select: Callable[[Tensor], Tensor]) -> Pair | Delta:
     """Apply `take` to every tensor with one row per row of the weight."""
-    m = item.magnitude if item.magnitude is None or item.magnitude.ndim > 1 else take(item.magnitude)
+    m = item.magnitude if item.magnitude is None or item.magnitude.ndim > 1 else select(item.magnitude)
     if isinstance(item, Pair):
-        origin = None if item.origin is None else (item.origin[0], take(item.origin[1]))
-        return replace(item, B=take(item.B), magnitude=m, origin=origin)
+        origin = None if item.origin is None else (item.origin[0], select(item.origin[1]))
+        return replace(item, B=select(item.B), magnitude=m, origin=origin)
     if _rows(item) is None:
         return item
     on = {"dense": ("value",), "gain": ("value",), "replacement": ("value",), "hadamard": ("a1", "a2")}[item.form]
-    parts = {name: take(t) if name in on else t for name, t in item.parts.items()}
+    parts = {name: select(t) if name in on else t for name, t in item.parts.items()}
     shape = item.shape and (parts[on[0]].shape[0], *item.shape[1:])
     return replace(item, parts=parts, shape=shape, magnitude=m)
 
@@ -141,7 +141,7 @@ def trimmed(pair: Pair) -> Pair:
     return replace(pair, A=pair.A[used], B=pair.B[:, used])
 
 
-def join(parts: Sequence[T | None], rows: Sequence[int] | None = None) -> T:
+def join_parts(parts: Sequence[T | None], rows: Sequence[int] | None = None) -> T:
     """Return one change of the fused projection, ΔW = [ΔW₀; ΔW₁; …].
 
     None is an unchanged part; `rows` then has the number of rows of each part. Raises AdapterError if no pair
@@ -171,15 +171,15 @@ def _not_joinable(items: Sequence[Pair | Delta], why: str) -> AdapterError:
 
 
 def _joined_magnitude(parts: Sequence[Pair | Delta | None]) -> Tensor | None:
-    found = [None if p is None else p.magnitude for p in parts]
+    magnitudes = [None if p is None else p.magnitude for p in parts]
     items = [p for p in parts if p is not None]
-    if all(m is None for m in found):
+    if all(m is None for m in magnitudes):
         return None
-    if any(m is None for m in found):
+    if any(m is None for m in magnitudes):
         raise _not_joinable(items, "some have a magnitude and some have none")
-    if any(m is not None and m.ndim > 1 for m in found):
+    if any(m is not None and m.ndim > 1 for m in magnitudes):
         raise _not_joinable(items, "a magnitude of the inputs is a norm over the rows of its own part")
-    return torch.cat([m for m in found if m is not None])
+    return torch.cat([m for m in magnitudes if m is not None])
 
 
 def _join_pairs(parts: Sequence[Pair | None], sizes: Sequence[int | None], magnitude: Tensor | None) -> Pair:
@@ -228,8 +228,8 @@ def _join_deltas(
     if first.form == "kronecker":
         return _join_rows(have, len(have) == len(parts), magnitude)
     if first.form == "gain" and _rows(first) is None:
-        same = all(p.scale == first.scale and _same(p.parts["value"], first.parts["value"]) for p in have)
-        if not same or len(have) < len(parts):
+        alike = all(p.scale == first.scale and _equal(p.parts["value"], first.parts["value"]) for p in have)
+        if not alike or len(have) < len(parts):
             raise _not_joinable(have, "they are different gains on the same inputs")
         return first
     scale = max((p.scale for p in have), key=abs)
@@ -273,17 +273,17 @@ def _join_rows(have: Sequence[Delta], all_there: bool, magnitude: Tensor | None)
 
     All rows give the product without `rows`."""
     first = have[0]
-    same = all(
+    alike = all(
         p.scale == first.scale and p.whole == first.whole and p.parts.keys() == first.parts.keys() for p in have
-    ) and all(_same(p.parts[k], t) for p in have for k, t in first.parts.items())
+    ) and all(_equal(p.parts[k], t) for p in have for k, t in first.parts.items())
     ranges = [p.rows or (0, p.shape[0]) for p in have]
-    if not same or not all_there or any(a[1] != b[0] for a, b in pairwise(ranges)):
+    if not alike or not all_there or any(a[1] != b[0] for a, b in pairwise(ranges)):
         raise _not_joinable(have, "they are not neighbouring rows of one LoKr")
-    whole = first.whole or first.shape
+    full_shape = first.whole or first.shape
     rows = (ranges[0][0], ranges[-1][1])
-    if rows == (0, whole[0]):
-        return replace(first, shape=whole, rows=None, whole=(), magnitude=magnitude)
-    return replace(first, shape=(rows[1] - rows[0], *whole[1:]), rows=rows, whole=whole, magnitude=magnitude)
+    if rows == (0, full_shape[0]):
+        return replace(first, shape=full_shape, rows=None, whole=(), magnitude=magnitude)
+    return replace(first, shape=(rows[1] - rows[0], *full_shape[1:]), rows=rows, whole=full_shape, magnitude=magnitude)
 
 
 def _folded(t: Tensor, scale: float, into: float) -> Tensor:
@@ -293,24 +293,24 @@ def _folded(t: Tensor, scale: float, into: float) -> Tensor:
     return (t.double() * (scale / into)).to(wide)
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def _equal(a: Tensor, b: Tensor) -> bool:
     return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
 
 
 def _all_same(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
-    return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def _distinct(tensors: Sequence[Tensor]) -> list[Tensor]:
     out: list[Tensor] = []
     for t in tensors:
-        if not any(_same(t, o) for o in out):
+        if not any(_equal(t, o) for o in out):
             out.append(t)
     return out
 
 
 def _index(tensors: Sequence[Tensor], t: Tensor) -> int:
-    return next(i for i, o in enumerate(tensors) if _same(o, t))
+    return next(i for i, o in enumerate(tensors) if _equal(o, t))
 
 
 def _cat(tensors: Sequence[Tensor]) -> Tensor:

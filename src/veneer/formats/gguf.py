@@ -57,8 +57,8 @@ def _names(architecture: str) -> dict[str, str]:
 
     arch = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     table = gguf.get_tensor_name_map(arch, 1)
-    found = {module: table.get_name(module) for module in _MODULES}
-    return {module: name for module, name in found.items() if name}
+    names = {module: table.get_name(module) for module in _MODULES}
+    return {module: name for module, name in names.items() if name}
 
 
 def _to_module(name: str, names: Mapping[str, str]) -> str | None:
@@ -98,14 +98,14 @@ def read_gguf(path: str | Path, *, head_dim: int | None = None) -> GgufAdapter:
     texts = {key: value for key, value in file.fields.items() if isinstance(value, str)}
     architecture = texts.get("general.architecture", "")
     if texts.get("general.type") != "adapter" or texts.get("adapter.type") != "lora":
-        what = f"general.type = {texts.get('general.type')!r}, adapter.type = {texts.get('adapter.type')!r}"
-        raise AdapterError(f"the GGUF file is not a LoRA adapter: {what}", where=where)
+        kinds = f"general.type = {texts.get('general.type')!r}, adapter.type = {texts.get('adapter.type')!r}"
+        raise AdapterError(f"the GGUF file is not a LoRA adapter: {kinds}", where=where)
     if architecture not in GGUF_ARCHITECTURES:
-        near = nearest(architecture, GGUF_ARCHITECTURES)
+        similar = nearest(architecture, GGUF_ARCHITECTURES)
         raise AdapterError(
             f"adapters of the architecture {architecture!r} cannot be read from GGUF",
             where=where,
-            fix=f"known: {', '.join(GGUF_ARCHITECTURES)}" + (f"; nearest: {near[0]}" if near else ""),
+            fix=f"known: {', '.join(GGUF_ARCHITECTURES)}" + (f"; nearest: {similar[0]}" if similar else ""),
         )
     problems: list[str] = []
     if "adapter.alora.invocation_tokens" in file.fields:

@@ -83,39 +83,39 @@ def named_adapters(keys: Iterable[str]) -> Counter[str]:
     """Return adapter name -> number of keys; "" for pairs without a name.
 
     Empty if no key has a name."""
-    found = Counter(match["name"] or "" for key in keys if (match := _NAMED.fullmatch(key)))
-    return found if set(found) - {""} else Counter()
+    counts = Counter(match["name"] or "" for key in keys if (match := _NAMED.fullmatch(key)))
+    return counts if set(counts) - {""} else Counter()
 
 
-def one_adapter(tensors: Mapping[str, T], wanted: str = "", *, where: str = "") -> dict[str, T]:
+def one_adapter(tensors: Mapping[str, T], requested: str = "", *, where: str = "") -> dict[str, T]:
     """Return the tensors of the adapter `wanted`, without its name in the keys.
 
     Keys of other kinds are unchanged. Without `wanted`, the file must hold one adapter, and no key changes.
     Raises AdapterError with all adapter names, for several without `wanted` and for a missing one."""
-    found = named_adapters(tensors)
-    listed = ", ".join(f"{n or '(no name)'} ({count} tensors)" for n, count in sorted(found.items()))
-    if not wanted:
-        if len(found) > 1:
+    counts = named_adapters(tensors)
+    listing = ", ".join(f"{n or '(no name)'} ({count} tensors)" for n, count in sorted(counts.items()))
+    if not requested:
+        if len(counts) > 1:
             raise AdapterError(
-                f"the file holds {len(found)} adapters: {listed}",
+                f"the file holds {len(counts)} adapters: {listing}",
                 where=where,
-                fix=f"--adapter-name {sorted(set(found) - {''})[0]} (adapter_name=) picks one",
+                fix=f"--adapter-name {sorted(set(counts) - {''})[0]} (adapter_name=) picks one",
             )
         return dict(tensors)
-    if wanted not in found:
-        near = nearest(wanted, found, 1)
+    if requested not in counts:
+        similar = nearest(requested, counts, 1)
         raise AdapterError(
-            f"no adapter in the file is called {wanted!r}; there {'is' if len(found) == 1 else 'are'} "
-            + (listed or "no names in its keys"),
+            f"no adapter in the file is called {requested!r}; there {'is' if len(counts) == 1 else 'are'} "
+            + (listing or "no names in its keys"),
             where=where,
-            fix=f"--adapter-name {near[0]}" if near else "leave --adapter-name out" if not found else None,
+            fix=f"--adapter-name {similar[0]}" if similar else "leave --adapter-name out" if not counts else None,
         )
     out: dict[str, T] = {}
     for key, tensor in tensors.items():
         match = _NAMED.fullmatch(key)
         if match is None:
             out[key] = tensor
-        elif match["name"] == wanted:
+        elif match["name"] == requested:
             before = match["before"].removesuffix(".modules_to_save")
             out[before + match["after"]] = tensor
     return out
@@ -159,11 +159,11 @@ def detect_format(keys: Iterable[str], metadata: Mapping[str, str]) -> tuple[str
     counts: Counter[str] = Counter()
     for key in keys:
         counts.update([next((name for name, pattern, _ in _COMPILED if pattern.fullmatch(key)), "unknown")])
-    known = [name for name, _ in counts.most_common() if name != "unknown"]
-    marked = [name for name in known if name in _MARKS]
-    name = (marked or known or ["unknown"])[0]
+    formats = [name for name, _ in counts.most_common() if name != "unknown"]
+    marked = [name for name in formats if name in _MARKS]
+    name = (marked or formats or ["unknown"])[0]
     why = {name: why for name, _, why in _RULES}
-    reasons = [f"{counts[n]} of {len(keys)} tensors: {why[n]}" for n in known]
+    reasons = [f"{counts[n]} of {len(keys)} tensors: {why[n]}" for n in formats]
     if metadata.get("lora_adapter_metadata"):
         reasons.append("lora_adapter_metadata, as diffusers writes it")
     if metadata.get("ss_network_module"):

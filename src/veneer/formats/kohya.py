@@ -30,7 +30,7 @@ from veneer.core.adapter import Pair
 from veneer.core.forms import Delta
 from veneer.errors import AdapterError, nearest
 from veneer.formats.comparison import Refusals
-from veneer.formats.fused import join, swap_halves
+from veneer.formats.fused import join_parts, swap_halves
 from veneer.formats.module_tensors import ModuleChanges, write_module
 from veneer.formats.topology import DENOISERS, Family, ModuleTarget, flat
 
@@ -63,27 +63,29 @@ def _renamed_changes(
     out: dict[str, tuple[ModuleChanges, tuple[str, ...]]] = {}
     denoiser: dict[str, ModuleChanges] = {}
     for module, changes in by_module.items():
-        component, _, rest = module.partition(".")
+        component, _, local_name = module.partition(".")
         if module not in family.modules:
             refused[f"{family.label} has no such module{_hint(module, family)}"].append(module)
         elif component in DENOISERS or component == "text_conditioner":
             denoiser[module] = changes
         elif to == "kohya":
-            out[family.kohya_encoder(component) + flat(rest)] = changes, (module,)
+            out[family.kohya_encoder(component) + flat(local_name)] = changes, (module,)
         else:
-            out[f"text_encoders.{family.comfyui_encoder(component)}.transformer.{rest}"] = changes, (module,)
+            out[f"text_encoders.{family.comfyui_encoder(component)}.transformer.{local_name}"] = changes, (module,)
     if to == "kohya" and family.diffusers_named:
         out |= {"lora_unet_" + flat(m.partition(".")[2]): (changes, (m,)) for m, changes in denoiser.items()}
         return out
-    for name, found in _originals(denoiser, family, refused).items():
-        own = name.startswith(LYCORIS)
-        out[name if own else "lora_unet_" + flat(name) if to == "kohya" else f"diffusion_model.{name}"] = found
+    for name, originals in _originals(denoiser, family, refused).items():
+        is_lycoris = name.startswith(LYCORIS)
+        out[name if is_lycoris else "lora_unet_" + flat(name) if to == "kohya" else f"diffusion_model.{name}"] = (
+            originals
+        )
     return out
 
 
 def _hint(module: str, family: Family) -> str:
-    near = nearest(module, list(family.modules), 1)
-    return f", the nearest is {near[0]}" if near else ""
+    similar = nearest(module, list(family.modules), 1)
+    return f", the nearest is {similar[0]}" if similar else ""
 
 
 def _originals(
@@ -136,17 +138,17 @@ def _fused(parts: Sequence[ModuleChanges | None], targets: Sequence[ModuleTarget
         values = [p.full.get(parameter) if p else None for p in parts]
         if any(v is None for v in values):
             raise AdapterError(f"only some of its parts are replaced by a whole new {parameter}")
-        whole = _joined([None if v is None else Delta("dense", {"value": v}, tuple(v.shape)) for v in values], targets)
-        changes.full[parameter] = whole.parts["value"]
+        joined = _joined([None if v is None else Delta("dense", {"value": v}, tuple(v.shape)) for v in values], targets)
+        changes.full[parameter] = joined.parts["value"]
     return changes
 
 
 def _joined(items: Sequence[T | None], targets: Sequence[ModuleTarget]) -> T:
     units = next(
         (
-            own // (target.part[1] - target.part[0])
+            row_count // (target.part[1] - target.part[0])
             for item, target in zip(items, targets, strict=True)
-            if item is not None and target.part is not None and (own := _rows(item)) is not None
+            if item is not None and target.part is not None and (row_count := _rows(item)) is not None
         ),
         None,
     )
@@ -158,7 +160,7 @@ def _joined(items: Sequence[T | None], targets: Sequence[ModuleTarget]) -> T:
         rows = [units * (p.part[1] - p.part[0]) for p in targets if p.part is not None]
     elif any(i is None for i in items):
         raise AdapterError("only some of its parts are changed, by a gain on the inputs")
-    return join(items, rows)
+    return join_parts(items, rows)
 
 
 def _rows(item: Pair | Delta) -> int | None:
@@ -204,8 +206,8 @@ def _unread(name: str, changes: ModuleChanges, family: Family, to: str) -> list[
         out.append("it cannot hold whole new weights; subtract the base's, or merge it into the base")
     if to == "kohya":
         return out
-    held = [h for h in (changes.pair, changes.deltas.get("weight")) if h is not None]
-    if any(h.magnitude is not None and h.magnitude.ndim == 1 for h in held):
+    present = [h for h in (changes.pair, changes.deltas.get("weight")) if h is not None]
+    if any(h.magnitude is not None and h.magnitude.ndim == 1 for h in present):
         out.append("ComfyUI divides DoRA's outputs by ‖W‖ and not by ‖W + ΔW‖; merge it into the base")
     if any(delta.form == "gain" for delta in changes.deltas.values()):
         out.append("ComfyUI does not support (IA)³; merge it into the base")
@@ -218,7 +220,8 @@ def _rank_notes(
     named: Mapping[str, tuple[ModuleChanges, tuple[str, ...]]], by_module: Mapping[str, ModuleChanges]
 ) -> list[str]:
     ranks = {
-        name: max((p.rank for m in own if (p := by_module[m].pair)), default=0) for name, (_, own) in named.items()
+        name: max((p.rank for m in modules if (p := by_module[m].pair)), default=0)
+        for name, (_, modules) in named.items()
     }
     grown = [n for n, (changes, _) in named.items() if changes.pair is not None and changes.pair.rank > ranks[n]]
     if not grown:

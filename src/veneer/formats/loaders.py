@@ -42,9 +42,9 @@ def _class_names(modules: Iterable[str]) -> dict[str, str]:
     adds it. (No language model has a module `unet`.)"""
     modules = list(modules)
     choice = choose_family(dict.fromkeys(modules))
-    whole = choice.family is not None and all(m in choice.family.modules for m in modules)
-    whole = whole or all(m.startswith("unet.") for m in modules)
-    return {m: m.partition(".")[2] if whole else m for m in modules}
+    is_pipeline = choice.family is not None and all(m in choice.family.modules for m in modules)
+    is_pipeline = is_pipeline or all(m.startswith("unet.") for m in modules)
+    return {m: m.partition(".")[2] if is_pipeline else m for m in modules}
 
 
 def unreachable(modules: Collection[str], keys: Iterable[str], to: str, family: Family | None = None) -> list[str]:
@@ -55,15 +55,15 @@ def unreachable(modules: Collection[str], keys: Iterable[str], to: str, family: 
     loader = _LOADERS.get(to, to)
     if family is None:
         expected: Mapping[str, Collection[str]] = {
-            f"base_model.model.{own}": [m] for m, own in _class_names(modules).items()
+            f"base_model.model.{name}": [m] for m, name in _class_names(modules).items()
         }
         texts = {_module_of(key, expected) for key in keys}
     else:
         expected = _expected_keys(family, to)
         texts = {parts[0] if (parts := split_key(key)) else key for key in keys}
-    found = {module for text in texts for module in expected.get(text, ())}
+    reached = {module for text in texts for module in expected.get(text, ())}
     out = [f"{text}: {loader} asks for no such module" for text in sorted(texts - set(expected))]
-    return out + [f"{module}: {loader} would find nothing for it" for module in sorted(set(modules) - found)]
+    return out + [f"{module}: {loader} would find nothing for it" for module in sorted(set(modules) - reached)]
 
 
 def _module_of(key: str, expected: Mapping[str, Collection[str]]) -> str:
@@ -82,15 +82,15 @@ def _expected_keys(family: Family, to: str) -> Mapping[str, Collection[str]]:
     """Return text -> the canonical modules changed by tensors under it."""
     out: dict[str, list[str]] = defaultdict(list)
     for module in family.modules:
-        component, _, own = module.partition(".")
+        component, _, name = module.partition(".")
         if to == "diffusers":
             out[module].append(module)
         elif component != family.denoiser and to == "kohya":
-            out[family.kohya_encoder(component) + flat(own)].append(module)
+            out[family.kohya_encoder(component) + flat(name)].append(module)
         elif component != family.denoiser:
-            out[f"text_encoders.{family.comfyui_encoder(component)}.transformer.{own}"].append(module)
+            out[f"text_encoders.{family.comfyui_encoder(component)}.transformer.{name}"].append(module)
         elif to == "kohya" and family.diffusers_named:
-            out[f"lora_unet_{flat(own)}"].append(module)
+            out[f"lora_unet_{flat(name)}"].append(module)
     if to != "diffusers" and not (to == "kohya" and family.diffusers_named):
         for original, targets in family.originals.items():
             text = f"lora_unet_{flat(original)}" if to == "kohya" else f"diffusion_model.{original}"

@@ -105,8 +105,8 @@ def trigger_words(metadata: Mapping[str, str]) -> dict[str, str]:
     for folder, counts in (tags if isinstance(tags, dict) else {}).items():
         if not isinstance(counts, dict) or not all(isinstance(n, int | float) for n in counts.values()):
             continue
-        known = folders.get(folder)
-        images = known.get("img_count") if isinstance(known, dict) else None
+        properties = folders.get(folder)
+        images = properties.get("img_count") if isinstance(properties, dict) else None
         if len(counts) == 1:
             images = next(iter(counts.values()))  # ai-toolkit's {"1_word": {"word": 1}}, and folders without captions
         for tag, n in counts.items():
@@ -142,31 +142,36 @@ def card_from_metadata(metadata: Mapping[str, str]) -> Card:
             card.extra[name] = metadata[key]
     if "software" in metadata:
         card.extra["software"] = metadata["software"]
-    card.base = _known(metadata.get("ss_sd_model_name", ""))
+    card.base = _text_unless_none(metadata.get("ss_sd_model_name", ""))
     card.licence = metadata.get("modelspec.license", "")
     card.created = metadata.get("modelspec.date", "") or _moment(metadata.get("ss_training_finished_at", ""))
     card.parents = [p.strip() for p in metadata.get("modelspec.merged_from", "").split(",") if p.strip()]
     card.rank = int(_number(metadata.get("ss_network_dim", "")))
     card.alpha = _number(metadata.get("ss_network_alpha", ""))
-    words, own = trigger_words(metadata), json_value(metadata, "veneer.card")
-    if isinstance(own, dict):  # its author knew the trigger words; no guesses needed
+    words, card_values = trigger_words(metadata), json_value(metadata, "veneer.card")
+    if isinstance(card_values, dict):  # its author knew the trigger words; no guesses needed
         words = {word: key for word, key in words.items() if key in _SAID}
     sure = [w for w, key in words.items() if not key.endswith("?")]
     card.trigger_words = sure or list(words)
     card.recipe = {
         key.removeprefix("ss_"): value
         for key, value in sorted(metadata.items())
-        if key.startswith("ss_") and key not in _BULKY and _known(value)
+        if key.startswith("ss_") and key not in _BULKY and _text_unless_none(value)
     }
-    if isinstance(own, dict):
+    if isinstance(card_values, dict):
         card = replace(
-            card, **{f.name: own[f.name] for f in fields(Card) if own.get(f.name) and _alike(card, f.name, own)}
+            card,
+            **{
+                f.name: card_values[f.name]
+                for f in fields(Card)
+                if card_values.get(f.name) and _alike(card, f.name, card_values)
+            },
         )
     return card
 
 
-def _alike(card: Card, name: str, own: Mapping[str, Any]) -> bool:
-    like, value = getattr(card, name), own[name]
+def _alike(card: Card, name: str, values: Mapping[str, Any]) -> bool:
+    like, value = getattr(card, name), values[name]
     if isinstance(like, float):
         return isinstance(value, int | float) and not isinstance(value, bool)
     if isinstance(like, list):
@@ -174,7 +179,7 @@ def _alike(card: Card, name: str, own: Mapping[str, Any]) -> bool:
     return type(value) is type(like)
 
 
-def _known(text: str) -> str:
+def _text_unless_none(text: str) -> str:
     return "" if text in ("None", "none", "") else text
 
 
@@ -204,10 +209,10 @@ def metadata_of(card: Card, *, family: str | None = None, name: str = "adapter")
     extra = {k: v for k, v in card.extra.items() if isinstance(v, str) and v}
     words = ", ".join(card.trigger_words)
     out = {"format": "pt", "ss_output_name": name}
-    known = MODELSPEC_ARCHITECTURES.get(family or "")
-    architecture = extra.get("architecture") or (f"{known[0]}/lora" if known else "")
-    if known:
-        out |= {"ss_base_model_version": known[2], "ss_v2": str(family == "sd2")}
+    architecture_names = MODELSPEC_ARCHITECTURES.get(family or "")
+    architecture = extra.get("architecture") or (f"{architecture_names[0]}/lora" if architecture_names else "")
+    if architecture_names:
+        out |= {"ss_base_model_version": architecture_names[2], "ss_v2": str(family == "sd2")}
     out["ss_network_module"] = "networks.lora"
     out["ss_network_dim"] = str(card.rank) if card.rank else "Dynamic"
     out["ss_network_alpha"] = f"{card.alpha:g}" if card.alpha else "Dynamic"
@@ -219,7 +224,7 @@ def metadata_of(card: Card, *, family: str | None = None, name: str = "adapter")
         out["ss_tag_frequency"] = json.dumps({f"1_{words}": dict.fromkeys(card.trigger_words, 1)}, ensure_ascii=False)
     if architecture:
         spec = {"sai_model_spec": "1.0.1", "architecture": architecture, "title": extra.get("title") or name}
-        spec["implementation"] = known[1] if known else "diffusers"
+        spec["implementation"] = architecture_names[1] if architecture_names else "diffusers"
         spec |= {key: extra[key] for key in _TEXTS if key in extra}
         spec |= {"date": card.created, "license": card.licence, "trigger_phrase": words}
         spec |= {"merged_from": ", ".join(card.parents)}
@@ -238,7 +243,7 @@ def metadata_of(card: Card, *, family: str | None = None, name: str = "adapter")
     return dict(sorted(out.items()))
 
 
-def training_metadata(facts: Mapping[str, Any]) -> dict[str, str]:
+def training_metadata(values: Mapping[str, Any]) -> dict[str, str]:
     """Return a run's facts under sd-scripts' names.
 
     `facts`: the names without `ss_`; None becomes `None`, as in sd-scripts."""
@@ -246,14 +251,14 @@ def training_metadata(facts: Mapping[str, Any]) -> dict[str, str]:
     def text(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else str(value)
 
-    return {f"ss_{key}": text(value) for key, value in sorted(facts.items())}
+    return {f"ss_{key}": text(value) for key, value in sorted(values.items())}
 
 
 def pack_configs(configs: Mapping[str, Mapping[str, Any]]) -> str:
     """Return diffusers' `lora_adapter_metadata`: PEFT settings by component as JSON.
 
     {"unet.r": 16, "unet.lora_alpha": 8}"""
-    flat = {f"{component}.{key}": value for component, own in configs.items() for key, value in own.items()}
+    flat = {f"{component}.{key}": value for component, config in configs.items() for key, value in config.items()}
     return json.dumps(flat, indent=2, sort_keys=True, allow_nan=False)
 
 

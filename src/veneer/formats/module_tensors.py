@@ -133,9 +133,9 @@ class _Reader:
             self._decompose(changes, magnitude)
         if not (changes.pair or changes.deltas or changes.full or self.have or self.problems):
             self.problems.append(f"{', '.join(sorted(self.suffix)) or 'nothing'}: alone, without what it belongs to")
-        known = ", ".join(sorted(self.suffix.values()))
+        suffixes = ", ".join(sorted(self.suffix.values()))
         for role, tensor in self.have.items():
-            self.problems.append(f"{self.suffix[role]} {tuple(tensor.shape)}: without its partner among {known}")
+            self.problems.append(f"{self.suffix[role]} {tuple(tensor.shape)}: without its partner among {suffixes}")
         for name, delta in changes.deltas.items():
             self.problems += [f"{name}: {p}" for p in part_problems(delta)]
         if self.problems:
@@ -147,24 +147,24 @@ class _Reader:
             self.problems.append(f"two changes of the same {name}: {changes.deltas[name].form} and {delta.form}")
         changes.deltas[name] = delta
 
-    def _take(self, *roles: str) -> list[Tensor] | None:
+    def _pop_all(self, *roles: str) -> list[Tensor] | None:
         """Return all of these tensors, or None without taking any."""
         if any(role not in self.have for role in roles):
             return None
         return [self.have.pop(role) for role in roles]
 
-    def _alpha(self, given: float | None) -> float | None:
+    def _alpha(self, alpha: float | None) -> float | None:
         stored = self.have.pop("alpha", None)
-        if given is None and stored is not None:
+        if alpha is None and stored is not None:
             if stored.numel() != 1:
                 self.problems.append(f"alpha {tuple(stored.shape)}: one number is expected")
                 return None
-            given = float(stored)
-        if given is not None and (not math.isfinite(given) or given == 0):
-            what = "sd-scripts and LyCORIS take it for the rank, others for no effect" if given == 0 else "not finite"
-            self.problems.append(f"alpha = {given:g}: {what}")
+            alpha = float(stored)
+        if alpha is not None and (not math.isfinite(alpha) or alpha == 0):
+            reason = "sd-scripts and LyCORIS take it for the rank, others for no effect" if alpha == 0 else "not finite"
+            self.problems.append(f"alpha = {alpha:g}: {reason}")
             return None
-        return given
+        return alpha
 
     def _scale(self, rank: int) -> float:
         if not 0 < rank <= MAX_RANK:
@@ -184,13 +184,13 @@ class _Reader:
         return 1.0 if scalar is None else float(scalar)
 
     def _pair(self, changes: ModuleChanges) -> None:
-        if rows := self._take("rows A", "rows B"):
+        if rows := self._pop_all("rows A", "rows B"):
             A, B = rows
             changes.pair = Pair(A, B, self._scale(A.shape[0] if A.ndim else 0), "embedding")
             if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
                 self._misfit(A, B)
             return
-        if not (factors := self._take("A", "B")):
+        if not (factors := self._pop_all("A", "B")):
             return
         A, B = factors
         if (mid := self.have.pop("mid", None)) is not None:
@@ -206,7 +206,7 @@ class _Reader:
         changes.pair = Pair(A, B, self._scale(A.shape[0]), "linear" if A.ndim == 2 else "conv")
         if (bias := self.have.pop("bias of B", None)) is not None:
             self._change(changes, "bias", Delta("dense", {"value": bias}, (B.shape[0],), changes.pair.scale))
-        if sparse := self._take("bias_indices", "bias_values", "bias_size"):
+        if sparse := self._pop_all("bias_indices", "bias_values", "bias_size"):
             self._sparse(changes, *sparse)
         if (shape := self.have.pop("reshape_weight", None)) is not None:
             stated, have = shape.reshape(-1)[:16].tolist(), [B.shape[0], *A.shape[1:]]
@@ -250,10 +250,10 @@ class _Reader:
         self._change(changes, "weight", Delta("dense", {"value": value.reshape(shape)}, shape, changes.pair.scale))
 
     def _hadamard(self, changes: ModuleChanges) -> None:
-        if not (parts := self._take("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")):
+        if not (parts := self._pop_all("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")):
             return
         a1, b1, a2, b2 = parts
-        cores = self._take("hada_t1", "hada_t2")
+        cores = self._pop_all("hada_t1", "hada_t2")
         if any(t.ndim != 2 for t in parts) or any(t.ndim < 3 for t in cores or ()):
             self.problems.append(f"LoHa of {', '.join(str(tuple(t.shape)) for t in parts)}: matrices are expected")
             return
@@ -270,11 +270,11 @@ class _Reader:
         named: dict[str, Tensor] = {}
         ranks: list[int] = []
         for n in "12":
-            if whole := self._take(f"lokr_w{n}"):
-                named[f"w{n}"] = whole[0]
-            elif factors := self._take(f"lokr_w{n}_a", f"lokr_w{n}_b"):
+            if full_matrix := self._pop_all(f"lokr_w{n}"):
+                named[f"w{n}"] = full_matrix[0]
+            elif product := self._pop_all(f"lokr_w{n}_a", f"lokr_w{n}_b"):
                 core = self.have.pop("lokr_t2", None) if n == "2" else None
-                a, b = factors
+                a, b = product
                 if core is not None:
                     a, named["t2"] = a.t() if a.ndim == 2 else a, core  # stored (rank, out) with a core
                 named |= {f"a{n}": a, f"b{n}": b}
@@ -302,7 +302,7 @@ class _Reader:
         )
 
     def _gain(self, changes: ModuleChanges) -> None:
-        if not (parts := self._take("gain", "on_input")):
+        if not (parts := self._pop_all("gain", "on_input")):
             return
         value = parts[0].reshape(-1)
         if len(value) != max(parts[0].shape, default=1):
@@ -431,19 +431,19 @@ def _write_pair(pair: Pair, out: dict[str, Tensor], problems: list[str]) -> None
 
 
 def _write_delta(name: str, delta: Delta, changes: ModuleChanges, out: dict[str, Tensor], problems: list[str]) -> None:
-    what = f"a {delta.form} change of the {name} {tuple(delta.shape)}"
+    label = f"a {delta.form} change of the {name} {tuple(delta.shape)}"
     if delta.rows is not None:
-        problems.append(f"{what}, of which only rows {delta.rows[0]} to {delta.rows[1]} count")
+        problems.append(f"{label}, of which only rows {delta.rows[0]} to {delta.rows[1]} count")
     elif delta.form == "dense":
         if name == "weight" and changes.pair is not None:
-            problems.append(f"{what} with a pair")
+            problems.append(f"{label} with a pair")
             return
         weight = changes.deltas.get("weight")
         norm = weight is not None and weight.form == "dense" and len(weight.shape) == 1
         suffix = {"weight": "w_norm", "bias": "b_norm"} if norm else {"weight": "diff", "bias": "diff_b"}
         out[suffix[name]] = _times(delta.parts["value"], delta.scale)
     elif name != "weight" or changes.pair is not None:
-        problems.append(what)
+        problems.append(label)
     elif delta.form == "gain":
         value = _times(delta.parts["value"], delta.scale)
         out["weight"], out["on_input"] = value.reshape(-1), torch.tensor(int(value.ndim > 1))

@@ -51,22 +51,26 @@ def unpacked(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str
 
 
 def _unpack(tensors: dict[str, Tensor]) -> None:
-    found: dict[tuple[str, str], dict[str, Tensor]] = defaultdict(dict)
+    halves: dict[tuple[str, str], dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in tensors.items():
         if (match := _PACKED.fullmatch(key)) and tensor.ndim == 3:
-            found[match["module"], match["leaf"]][match["half"]] = tensor
+            halves[match["module"], match["leaf"]][match["half"]] = tensor
     numbers: dict[tuple[str, str], set[int]] = defaultdict(set)
-    for key in tensors if found else ():
+    for key in tensors if halves else ():
         if match := _ONE.match(key):
             numbers[match["module"], match["leaf"]].add(int(match["index"]))
-    for (module, leaf), own in found.items():
-        shapes = ", ".join(f"{half} {tuple(t.shape)}" for half, t in sorted(own.items()))
+    for (module, leaf), tensors_by_half in halves.items():
+        shapes = ", ".join(f"{half} {tuple(t.shape)}" for half, t in sorted(tensors_by_half.items()))
         indices = numbers.get((module, leaf), set())
-        count = max([len(t) for t in own.values()] + [i + 1 for i in indices])
+        count = max([len(t) for t in tensors_by_half.values()] + [i + 1 for i in indices])
         alone = count == 1 and not indices
-        if alone or any(len(t) not in (1, count) for t in own.values()) or (len(own) == 2 and indices):
+        if (
+            alone
+            or any(len(t) not in (1, count) for t in tensors_by_half.values())
+            or (len(tensors_by_half) == 2 and indices)
+        ):
             raise AdapterError(f"{module}.{leaf}: the number of experts is unknown: {shapes}")
-        for half, tensor in own.items():
+        for half, tensor in tensors_by_half.items():
             for e in range(count):
                 tensors[f"{module}.{e}.{leaf}.lora_{half}.weight"] = tensor[0 if len(tensor) == 1 else e]
             del tensors[f"{module}.{leaf}.lora_{half}.weight"]
@@ -77,33 +81,33 @@ def fuse(pairs: Mapping[str, Pair], base: Structure) -> tuple[dict[str, Pair], l
 
     Returns (pairs, notes, problems). A base with a module for each expert leaves them unchanged. Without a
     base they are fused if the file's own names are those of fused projections (gate_up_proj)."""
-    found: dict[str, dict[str, dict[int, Pair]]] = defaultdict(lambda: defaultdict(dict))
+    experts: dict[str, dict[str, dict[int, Pair]]] = defaultdict(lambda: defaultdict(dict))
     names: dict[str, list[str]] = defaultdict(list)
     for name, pair in pairs.items():
         if (match := _ONE.fullmatch(name)) and pair.kind == "linear" and name not in base.kinds:
-            found[match["module"]][_MIXTRAL.get(match["leaf"], match["leaf"])][int(match["index"])] = pair
+            experts[match["module"]][_MIXTRAL.get(match["leaf"], match["leaf"])][int(match["index"])] = pair
             names[match["module"]].append(name)
     out, problems, count = dict(pairs), [], 0
-    for module, leaves in found.items():
+    for module, leaves in experts.items():
         parameters = base.experts.get(module, ())
         if not base.detailed and "gate_up_proj" in leaves:
             parameters = ("gate_up_proj", "down_proj")
         if not parameters:
             continue
         try:
-            made = _module(module, leaves, parameters, base)
+            fused = _module(module, leaves, parameters, base)
         except AdapterError as error:
             problems.append(f"{module}: {error.what}")
             continue
         count += len(names[module])
         for name in names[module]:
             del out[name]
-        out |= {f"{module}.{parameter}": pair for parameter, pair in made.items()}
-    left = sum(bool(_ONE.fullmatch(name)) for name in out) if not base.kinds else 0
+        out |= {f"{module}.{parameter}": pair for parameter, pair in fused.items()}
+    unfused = sum(bool(_ONE.fullmatch(name)) for name in out) if not base.kinds else 0
     notes = [f"{counted(count, 'pair')} of single experts read onto fused expert weights"] if count else []
-    if left:
+    if unfused:
         notes.append(
-            f"{counted(left, 'pair')} of single experts: on a base that fuses its experts they are fused in reading"
+            f"{counted(unfused, 'pair')} of single experts: on a base that fuses its experts they are fused in reading"
         )
     return out, notes, problems
 
@@ -112,7 +116,7 @@ def _module(
     module: str, leaves: Mapping[str, Mapping[int, Pair]], parameters: Sequence[str], base: Structure
 ) -> dict[str, Pair]:
     """Return the fused pairs of one module by parameter."""
-    if dora := [leaf for leaf, own in leaves.items() if any(p.magnitude is not None for p in own.values())]:
+    if dora := [leaf for leaf, pairs in leaves.items() if any(p.magnitude is not None for p in pairs.values())]:
         raise AdapterError(f"DoRA on single experts ({', '.join(dora)}): fused expert weights have none")
     out: dict[str, Pair] = {}
     sources = {leaf: [leaf] for leaf in leaves if leaf in parameters}
@@ -120,7 +124,7 @@ def _module(
         if "gate_up_proj" in leaves:
             raise AdapterError(f"pairs for gate_up_proj and for {' and '.join(halves)} at once")
         sources["gate_up_proj"] = ["gate_proj", "up_proj"]
-    if homeless := sorted(set(leaves) - {leaf for own in sources.values() for leaf in own}):
+    if homeless := sorted(set(leaves) - {leaf for names in sources.values() for leaf in names}):
         raise AdapterError(f"the base has {', '.join(parameters)}, and no place for {', '.join(homeless)}")
     for parameter, parts in sources.items():
         stored = base.shapes.get(f"{module}.{parameter}")
@@ -171,18 +175,18 @@ def _split_experts(name: str, pair: Pair, find: Callable[[str], str | None]) -> 
     {} if single experts are not stored."""
     module, _, parameter = name.rpartition(".")
     leaves = {"gate_up_proj": ("gate_proj", "up_proj")}.get(parameter, (parameter,))
-    for own in (leaves, [new for leaf in leaves for new, kind in _MIXTRAL.items() if kind == leaf]):
-        first = find(f"{module}.0.{own[0]}.weight") if own else None
-        if first is None or pair.B.shape[1] % len(own):
+    for names in (leaves, [new for leaf in leaves for new, kind in _MIXTRAL.items() if kind == leaf]):
+        first = find(f"{module}.0.{names[0]}.weight") if names else None
+        if first is None or pair.B.shape[1] % len(names):
             continue
-        start = first.removesuffix(f"0.{own[0]}.weight")
-        if find(f"{start}{len(pair.A)}.{own[0]}.weight") is not None:
+        start = first.removesuffix(f"0.{names[0]}.weight")
+        if find(f"{start}{len(pair.A)}.{names[0]}.weight") is not None:
             raise AdapterError(f"{name}: a pair of {len(pair.A)} experts, and the base has more")
-        halves = pair.B.chunk(len(own), dim=1)
+        halves = pair.B.chunk(len(names), dim=1)
         return {
             f"{start}{e}.{leaf}": Pair(pair.A[e], half[e], pair.scale)
             for e in range(len(pair.A))
-            for leaf, half in zip(own, halves, strict=True)
+            for leaf, half in zip(names, halves, strict=True)
         }
     return {}
 
@@ -191,7 +195,7 @@ def _stacked(experts_parts: Sequence[Sequence[Pair | None]], *, interleaved: boo
     """Join the experts' pairs.
 
     `experts_parts`: for each expert the pair of each row part; None: no change."""
-    have = [p for own in experts_parts for p in own if p is not None]
+    have = [p for pairs in experts_parts for p in pairs if p is not None]
     scale = max((p.scale for p in have), key=abs)
     folded = any(p.scale != scale for p in have)
     dtype = have[0].B.dtype
@@ -203,14 +207,14 @@ def _stacked(experts_parts: Sequence[Sequence[Pair | None]], *, interleaved: boo
     if len(sizes) > 1:
         raise AdapterError(f"pairs of unlike shapes (out, in): {', '.join(map(str, sorted(sizes)))}")
     (rows, into), parts = sizes.pop(), len(experts_parts[0])
-    shared = parts > 1 and all(_share(own) for own in experts_parts)
-    ranks = [[p.rank if p is not None else 0 for p in own] for own in experts_parts]
-    rank = max(own[0] if shared else sum(own) for own in ranks)
+    shared = parts > 1 and all(_share(pairs) for pairs in experts_parts)
+    ranks = [[p.rank if p is not None else 0 for p in pairs] for pairs in experts_parts]
+    rank = max(row[0] if shared else sum(row) for row in ranks)
     A = torch.zeros(len(experts_parts), rank, into, dtype=dtype)
     B = torch.zeros(len(experts_parts), parts * rows, rank, dtype=dtype)
-    for e, own in enumerate(experts_parts):
+    for e, pairs in enumerate(experts_parts):
         at = 0
-        for part, pair in enumerate(own):
+        for part, pair in enumerate(pairs):
             if pair is None:
                 continue
             to = slice(part, None, parts) if interleaved else slice(part * rows, (part + 1) * rows)
@@ -220,10 +224,10 @@ def _stacked(experts_parts: Sequence[Sequence[Pair | None]], *, interleaved: boo
     return Pair(A, B, scale, "experts")
 
 
-def _share(own: Sequence[Pair | None]) -> bool:
+def _share(pairs: Sequence[Pair | None]) -> bool:
     """Return whether all parts are changed, with the same A."""
-    As = [p.A for p in own if p is not None]
-    return len(As) == len(own) and all(A.shape == As[0].shape and torch.equal(A, As[0]) for A in As[1:])
+    As = [p.A for p in pairs if p is not None]
+    return len(As) == len(pairs) and all(A.shape == As[0].shape and torch.equal(A, As[0]) for A in As[1:])
 
 
 def _is_reversed(module: str, parameters: Sequence[str], base: Structure) -> bool:

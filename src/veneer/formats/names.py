@@ -52,19 +52,19 @@ def _table(name: str) -> Mapping[str, tuple[ModuleTarget, ...]]:
     denoiser = family.denoiser
     prefixes = {c: tuple(_encoder_prefixes(family, c)) for c in family.components if c != denoiser}
     for module in family.modules:
-        component, _, own = module.partition(".")
+        component, _, local_name = module.partition(".")
         targets: tuple[ModuleTarget, ...] = (ModuleTarget(module),)
-        for text in (own, *_old(own)) if component == denoiser else ():
+        for text in (local_name, *_old(local_name)) if component == denoiser else ():
             out[text] = out[f"{denoiser}.{text}"] = targets
             for prefix in _DENOISER_FLAT:
                 out[prefix + flat(text)] = targets
         if component != denoiser:
-            for text in (own, *_old(own)):
+            for text in (local_name, *_old(local_name)):
                 out[f"{component}.{text}"] = targets
-                if own.startswith("text_model."):  # transformers 5 dropped it from the class
+                if local_name.startswith("text_model."):  # transformers 5 dropped it from the class
                     out[f"{component}.{text.removeprefix('text_model.')}"] = targets
             for prefix in prefixes[component]:
-                out[prefix + (flat(own) if prefix.endswith("_") else own)] = targets
+                out[prefix + (flat(local_name) if prefix.endswith("_") else local_name)] = targets
     for original, targets in family.originals.items():
         for prefix in ("", f"{denoiser}."):
             out.setdefault(prefix + original, targets)
@@ -111,13 +111,13 @@ def _encoder_prefixes(family: Family, component: str) -> Iterator[str]:
 def _xlabs(family: Family) -> Iterator[tuple[str, tuple[ModuleTarget, ...]]]:
     for pattern, original in _XLABS.items():
         i = 0
-        while (found := family.originals.get(original.replace("#", str(i)))) is not None:
-            yield pattern.replace("#", str(i)), found
+        while (targets := family.originals.get(original.replace("#", str(i)))) is not None:
+            yield pattern.replace("#", str(i)), targets
             i += 1
     i = 0
-    while (found := family.originals.get(f"single_blocks.{i}.linear1")) is not None:
+    while (targets := family.originals.get(f"single_blocks.{i}.linear1")) is not None:
         # These pairs cover only q, k and v, without the rows of the feed-forward.
-        qkv = tuple(ModuleTarget(target.module, (n, n + 1, 3)) for n, target in enumerate(found[:3]))
+        qkv = tuple(ModuleTarget(target.module, (n, n + 1, 3)) for n, target in enumerate(targets[:3]))
         yield f"single_blocks.{i}.processor.qkv_lora", qkv
         yield f"single_blocks.{i}.linear1_qkv", qkv
         i += 1
@@ -127,8 +127,8 @@ def lookup(family: Family, text: str) -> tuple[ModuleTarget, ...] | None:
     """Return the targets of the module that a file calls `text`, or None."""
     table = _table(family.name)
     text = text.removeprefix("base_model.model.")
-    if (found := table.get(text)) is not None:
-        return found
+    if (targets := table.get(text)) is not None:
+        return targets
     for prefix in _DENOISER_DOTTED:
         if text.startswith(prefix):
             return table.get(text.removeprefix(prefix))
@@ -153,16 +153,16 @@ def _transformers() -> frozenset[str]:
     return frozenset(_kind(m) for f in _all().values() for m in f.modules if m.startswith("transformer."))
 
 
-def near(family: Family | None, text: str) -> str | None:
+def closest_name(family: Family | None, text: str) -> str | None:
     """Return the known text with the longest common prefix, or None.
 
     The common prefix has at least 8 letters."""
     if family is None:
         return None
     text = text.removeprefix("base_model.model.")
-    known = texts_of(family.name)
-    at = bisect_left(known, text)
-    common, best = max((_common(text, t), t) for t in known[max(at - 1, 0) : at + 1])
+    texts = texts_of(family.name)
+    at = bisect_left(texts, text)
+    common, best = max((_common(text, t), t) for t in texts[max(at - 1, 0) : at + 1])
     return best if common >= 8 else None
 
 
@@ -192,7 +192,7 @@ class FamilyChoice:
     family: Family | None
     covered: int
     reasons: tuple[str, ...] = ()
-    near: tuple[str, ...] = ()
+    nearest: tuple[str, ...] = ()
     fitting: tuple[str, ...] = ()
 
     def lookup(self, text: str) -> tuple[ModuleTarget, ...] | None:
@@ -201,8 +201,8 @@ class FamilyChoice:
         Without a chosen family, the targets on which all fitting families agree."""
         if self.family is not None:
             return lookup(self.family, text)
-        found = {lookup(_all()[name], text) for name in self.fitting}
-        return found.pop() if len(found) == 1 else None
+        targets = {lookup(_all()[name], text) for name in self.fitting}
+        return targets.pop() if len(targets) == 1 else None
 
 
 _CONTEXT = {"sd15": 768, "sd2": 1024, "sdxl": 2048}
@@ -231,58 +231,58 @@ _OTHER_DEPTHS = {
 
 
 def choose_family(
-    shapes: Mapping[str, _Shape | None], claim: str | None = None, wanted: str | None = None
+    shapes: Mapping[str, _Shape | None], claim: str | None = None, target_family: str | None = None
 ) -> FamilyChoice:
     """Choose the family of a file's modules.
 
-    `shapes`: module text -> (out, in) of its weight if known. `claim`: the family in the metadata. `wanted`:
+    `shapes`: module text -> (out, in) of its weight if known. `claim`: the family in the metadata. `target_family`:
     the family of the target base.
 
     A family is chosen only if it has at least half of the names and no known width or depth contradicts it.
     If several families have the names, the one whose shapes and depth uniquely fit is chosen; else the one in
     the metadata, or the base's; else none, and the result lists the near ones. A toy model, whose widths are
     no real model's, gets the family of which it has the largest share, or the more common one."""
-    found = {
+    matches = {
         name: {text: targets for text in shapes if (targets := lookup(family, text)) is not None}
         for name, family in _all().items()
     }
-    most = max(len(f) for f in found.values())
+    most = max(len(f) for f in matches.values())
     if not most:
         return FamilyChoice(
-            None, 0, (f"unknown family, of these shapes: {_shown(shapes)}",) if has_image_names(shapes) else ()
+            None, 0, (f"unknown family, of these shapes: {_shapes_text(shapes)}",) if has_image_names(shapes) else ()
         )
-    tied = [name for name, f in found.items() if len(f) == most]
+    tied = [name for name, f in matches.items() if len(f) == most]
     kinds = {_kind(text.removeprefix("base_model.model.")) for text in shapes}
     alike = {name: len(kinds & _kinds(name)) for name in _all()}
-    known = [name for name in tied if alike[name] == max(alike.values())] or tied
-    others = [name for name in _all() if alike[name] == max(alike.values()) and name not in known]
-    reasons = [f"{most} of {len(shapes)} module names are {_all()[known[0]].label}'s"]
+    selected = [name for name in tied if alike[name] == max(alike.values())] or tied
+    alternatives = [name for name in _all() if alike[name] == max(alike.values()) and name not in selected]
+    reasons = [f"{most} of {len(shapes)} module names are {_all()[selected[0]].label}'s"]
     toy = all(max(shape) < _TOY for shape in shapes.values() if shape)
     wide = {text: shape for text, shape in shapes.items() if shape and shape[1] >= _TOY}
-    possible = [n for n in known if _fits(n, found[n], wide, shapes)]
+    possible = [n for n in selected if _fits(n, matches[n], wide, shapes)]
     if not wide and not possible:  # a toy's proportions can distinguish families, but not exclude them
-        possible = [n for n in known if _fits(n, found[n], {}, dict.fromkeys(shapes))]
-    if len(known) + len(others) > 1 or not possible:
-        fit = [n for n in possible if _depth(_all()[n], found[n].values())]
-        reasons = [f"{most} of {len(shapes)} module names are known to {', '.join([*known, *others])} alike"]
-        shares = {n: _share(_all()[n], found[n].values()) for n in known}
-        fullest = [n for n in fit if toy and shares[n] == max(shares[f] for f in fit) >= 0.5]
+        possible = [n for n in selected if _fits(n, matches[n], {}, dict.fromkeys(shapes))]
+    if len(selected) + len(alternatives) > 1 or not possible:
+        fit = [n for n in possible if _depth(_all()[n], matches[n].values())]
+        reasons = [f"{most} of {len(shapes)} module names are known to {', '.join([*selected, *alternatives])} alike"]
+        coverage = {n: _share(_all()[n], matches[n].values()) for n in selected}
+        fullest = [n for n in fit if toy and coverage[n] == max(coverage[f] for f in fit) >= 0.5]
         for why, keep in (
             ("by its shapes and depth", fit),
             ("by its metadata", _claimed(fit or possible, claim)),
-            ("by its base", [n for n in fit or possible if n == wanted]),
+            ("by its base", [n for n in fit or possible if n == target_family]),
             ("a toy, by its share of the like modules", fullest),
             ("a toy, and the more common", (fullest or fit or possible)[:1] if toy else []),
         ):
             if len(keep) == 1 and keep[0] in families():
-                known = keep
+                selected = keep
                 reasons.append(f"{why}: {keep[0]}")
                 break
         else:
-            near = tuple(fit or possible or known)
-            message = f"unknown family, of these shapes: {_shown(shapes)}; near: " + ", ".join(near)
-            return FamilyChoice(None, most, (*reasons, message), near, tuple(fit or possible))
-    family = _all()[known[0]]
+            candidates = tuple(fit or possible or selected)
+            message = f"unknown family, of these shapes: {_shapes_text(shapes)}; near: " + ", ".join(candidates)
+            return FamilyChoice(None, most, (*reasons, message), candidates, tuple(fit or possible))
+    family = _all()[selected[0]]
     if claim and claim != family.name and not family.name.startswith(f"{claim}-"):
         reasons.append(f"the metadata says {claim}, the tensors do not")
     return FamilyChoice(family, most, tuple(reasons))
@@ -302,8 +302,8 @@ def _kind(text: str) -> str:
 def _kinds(name: str) -> frozenset[str]:
     """Return the texts of a family without block numbers."""
     texts = {_kind(text) for text in _table(name)}
-    own = {t for t in texts if not t.startswith(_DENOISER_FLAT)}
-    return frozenset(texts | {prefix + t for prefix in _DENOISER_DOTTED for t in own})
+    denoiser_texts = {t for t in texts if not t.startswith(_DENOISER_FLAT)}
+    return frozenset(texts | {prefix + t for prefix in _DENOISER_DOTTED for t in denoiser_texts})
 
 
 def has_image_names(texts: Iterable[str]) -> bool:
@@ -313,49 +313,52 @@ def has_image_names(texts: Iterable[str]) -> bool:
     return any(ours.fullmatch(text) for text in texts)
 
 
-def _shown(shapes: Mapping[str, _Shape | None], most: int = 4) -> str:
+def _shapes_text(shapes: Mapping[str, _Shape | None], most: int = 4) -> str:
     """Return each kind of name with its count and a weight shape, as text."""
     by: dict[str, list[_Shape | None]] = defaultdict(list)
     for text, shape in shapes.items():
         by[_kind(text)].append(shape)
-    counts = [f"{len(own)} {kind} {next((s for s in own if s), '')}".strip() for kind, own in sorted(by.items())]
+    counts = [
+        f"{len(shapes_of_kind)} {kind} {next((s for s in shapes_of_kind if s), '')}".strip()
+        for kind, shapes_of_kind in sorted(by.items())
+    ]
     return ", ".join(counts[:most]) + (f" and {len(counts) - most} kinds more" if len(counts) > most else "")
 
 
-def _share(family: Family, found: Collection[tuple[ModuleTarget, ...]]) -> float:
+def _share(family: Family, matches: Collection[tuple[ModuleTarget, ...]]) -> float:
     """Return the share of the family's modules that the file has, among kinds it has.
 
     A kind is a name without block numbers."""
-    have = {target.module for targets in found for target in targets}
+    have = {target.module for targets in matches for target in targets}
     kinds = {_kind(module) for module in have}
     return len(have) / sum(_kind(module) in kinds for module in family.modules)
 
 
 def _fits(
     name: str,
-    found: Mapping[str, tuple[ModuleTarget, ...]],
+    matches: Mapping[str, tuple[ModuleTarget, ...]],
     wide: Mapping[str, _Shape | None],
     shapes: Mapping[str, _Shape | None],
 ) -> bool:
     """Return whether the family has half of the names and fits by shape and depth.
 
     `wide`: the subset of `shapes` whose widths count."""
-    if 2 * len(found) < len(shapes) or _deeper(name, found, shapes):
+    if 2 * len(matches) < len(shapes) or _deeper(name, matches, shapes):
         return False
-    known = [_width(name, targets[0].module, wide.get(text)) for text, targets in found.items()]
-    widths = [ok for ok in known if ok is not None]
+    width_checks = [_width(name, targets[0].module, wide.get(text)) for text, targets in matches.items()]
+    widths = [ok for ok in width_checks if ok is not None]
     ratios = [ok for text, shape in shapes.items() if (ok := _ratio(name, text, shape)) is not None]
-    whole = all(_is_thirds(targets, wide.get(text)) for text, targets in found.items())
-    return whole and all(widths) and (not ratios or any(ratios))
+    is_complete = all(_is_thirds(targets, wide.get(text)) for text, targets in matches.items())
+    return is_complete and all(widths) and (not ratios or any(ratios))
 
 
-def _deeper(name: str, found: Mapping[str, tuple[ModuleTarget, ...]], shapes: Iterable[str]) -> bool:
+def _deeper(name: str, matches: Mapping[str, tuple[ModuleTarget, ...]], shapes: Iterable[str]) -> bool:
     """Return whether the file has a block one beyond the family's last."""
     family = _all()[name]
     return family.denoiser != "unet" and any(
         lookup(family, f"{text[: at.start()]}{int(at[0]) - 1}{text[at.end() :]}") is not None
         for text in shapes
-        if text not in found
+        if text not in matches
         for at in re.finditer(r"(?<=[._])[1-9]\d{0,5}(?=[._])", text)
     )
 
@@ -399,12 +402,12 @@ def _ratio(name: str, text: str, shape: _Shape | None) -> bool | None:
     return None if want is None or shape is None else shape[0] * want[1] == shape[1] * want[0]
 
 
-def _depth(family: Family, found: Iterable[tuple[ModuleTarget, ...]]) -> bool:
+def _depth(family: Family, matches: Iterable[tuple[ModuleTarget, ...]]) -> bool:
     """Return whether every run of blocks from 0 has the family's length.
 
     A subset of the blocks fits any family."""
     ours = _family_blocks(family.name)
-    for group, have in _blocks(p.module for targets in found for p in targets).items():
+    for group, have in _blocks(p.module for targets in matches for p in targets).items():
         count = len(ours.get(group, ()))
         depths = {count, *_OTHER_DEPTHS.get(family.name, {}).get(group.partition(".")[2], ())}
         if len(have) > 1 and have == set(range(len(have))) and len(have) not in depths:

@@ -113,8 +113,8 @@ def open_folder(folder: str | Path, *, file: Path | None = None, from_pickle: bo
     file = file or tensor_file(folder, from_pickle)
     tensors, _ = read_adapter_tensors(file, from_pickle=from_pickle)
     card = read_card(folder).card if (folder / CARD_FILE).is_file() else None
-    if (other := translated(config, tensors)) is not None:
-        return PeftFolder(other.config, other.tensors, card, other.format, other.reason)
+    if (translation := translated(config, tensors)) is not None:
+        return PeftFolder(translation.config, translation.tensors, card, translation.format, translation.reason)
     return PeftFolder(config, tensors, card)
 
 
@@ -151,9 +151,9 @@ def interpret(
     if moe_layout and parsed.b_layout not in ("", moe_layout):
         problems.append(f"the file says lora_B_layout = {parsed.b_layout}, and the caller {moe_layout}")
     outline = structure_of(base) if base is not None else Structure({})
-    other = renaming((key.removeprefix(PREFIX) for key in tensors), outline.kinds)
-    seen = outline.under(other.to_file, other.to_base) if other else outline
-    reader = _Reader(parsed, seen, problems, layout=moe_layout, other=other)
+    wrapper_renaming = renaming((key.removeprefix(PREFIX) for key in tensors), outline.kinds)
+    visible = outline.under(wrapper_renaming.to_file, wrapper_renaming.to_base) if wrapper_renaming else outline
+    reader = _Reader(parsed, visible, problems, layout=moe_layout, renaming=wrapper_renaming)
     if parsed.usable:
         try:
             reader.run(tensors)
@@ -163,9 +163,9 @@ def interpret(
     card = card or cfg.card_from_config(parsed)
     adapter = Adapter(reader.pairs, reader.modules, reader.token_rows, card, deltas=reader.deltas)
     adapter.rslora, adapter.dropout = parsed.rslora, parsed.dropout
-    if other:
-        adapter = adapter.renamed(other.to_base)
-        reader.notes.append(other.note())
+    if wrapper_renaming:
+        adapter = adapter.renamed(wrapper_renaming.to_base)
+        reader.notes.append(wrapper_renaming.describe())
     adapter.card = cfg.with_task(adapter.card, parsed)
     if parsed.stamps:
         adapter.card.extra = {**adapter.card.extra, "adapter_config": parsed.stamps}
@@ -179,14 +179,17 @@ def _lycoris(
     """Interpret a folder of LOHA or LOKR.
 
     With a base, each delta gets its weight's shape, which flat parts do not determine."""
-    adapter, parsed, rest, problems = read_lycoris(config, tensors)
+    adapter, parsed, remaining, problems = read_lycoris(config, tensors)
     reader = _Reader(parsed, base, problems)
     if not problems:
-        reader.read_full_modules(rest)
+        reader.read_full_modules(remaining)
         adapter = replace(adapter, modules=reader.modules)
     for name, delta in adapter.deltas.items():
-        shape, turned = base.shapes.get(name), name.removesuffix(".weight") in base.fan_in_fan_out  # stored (in, out)
-        if shape is not None and math.prod(shape) == math.prod(delta.shape) and not turned:
+        shape, is_transposed = (
+            base.shapes.get(name),
+            name.removesuffix(".weight") in base.fan_in_fan_out,
+        )  # stored (in, out)
+        if shape is not None and math.prod(shape) == math.prod(delta.shape) and not is_transposed:
             adapter.deltas[name] = replace(delta, shape=tuple(shape))
     problems += base.problems(adapter) if base.detailed and not problems else []
     _refuse(problems, where)
@@ -210,7 +213,7 @@ class _Reader:
     base: Structure
     problems: list[str]
     layout: str = ""
-    other: Renaming | None = None
+    renaming: Renaming | None = None
     """Renames the file's modules, if they are those of another class than the base's."""
     notes: list[str] = field(default_factory=list)
     pairs: dict[str, Pair] = field(default_factory=dict)
@@ -221,12 +224,12 @@ class _Reader:
     """Modules in another tool's packing, which target_modules need not name."""
 
     def run(self, tensors: Mapping[str, Tensor]) -> None:
-        given = set(tensors)
+        original_keys = set(tensors)
         tensors, notes, wrong = moe.unpacked(tensors)
-        self.packed = {k.removeprefix(PREFIX).rpartition(".lora_")[0] for k in set(tensors) - given}
+        self.packed = {k.removeprefix(PREFIX).rpartition(".lora_")[0] for k in set(tensors) - original_keys}
         self.notes += notes
         self.problems += wrong
-        sites, rest, tokens, copies = self._sort(tensors)
+        sites, remaining, tokens, copies = self._sort(tensors)
         modules: dict[str, dict[int, dict[str, Tensor]]] = defaultdict(dict)
         for site, parts in sites.items():
             name = site.replace(".base_layer", "")
@@ -239,11 +242,11 @@ class _Reader:
                 self.pairs |= experts.read(name, parameters, depths)
             else:
                 self._pair(name, depths[0])
-        experts.ask()
-        found = _trained_biases(self.config, copies, rest, self.pairs, self.problems, self.notes)
-        self.problems += [f"{n}: lora_bias and a trained bias at once" for n in sorted(set(found) & set(self.deltas))]
-        self.deltas |= found
-        self.read_full_modules(rest)
+        experts.report_unclear()
+        biases = _trained_biases(self.config, copies, remaining, self.pairs, self.problems, self.notes)
+        self.problems += [f"{n}: lora_bias and a trained bias at once" for n in sorted(set(biases) & set(self.deltas))]
+        self.deltas |= biases
+        self.read_full_modules(remaining)
         self._tokens(tokens)
         self._copies(copies)
         self._check_targets()
@@ -261,7 +264,7 @@ class _Reader:
     ) -> tuple[Any, dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
         """Split the keys: pairs by module, full copies, token rows, copies of embeddings."""
         sites: dict[str, dict[str, Tensor]] = defaultdict(dict)
-        rest: dict[str, Tensor] = {}
+        remaining: dict[str, Tensor] = {}
         tokens: dict[str, Tensor] = {}
         copies: dict[str, Tensor] = {}
         if not tensors:
@@ -280,7 +283,7 @@ class _Reader:
                 continue
             suffix = next((s for s in sorted(SUFFIXES, key=len, reverse=True) if path.endswith(s)), None)
             if suffix is None:
-                self._sort_other(key, path, tensor, rest)
+                self._sort_other(key, path, tensor, remaining)
                 continue
             name, part = path.removesuffix(suffix), SUFFIXES[suffix]
             if part in ("tokens", "copy"):
@@ -289,9 +292,9 @@ class _Reader:
                 self.problems.append(f"{key}: a second magnitude for {name}")
             else:
                 sites[name][part] = tensor
-        return sites, rest, tokens, copies
+        return sites, remaining, tokens, copies
 
-    def _sort_other(self, key: str, path: str, tensor: Tensor, rest: dict[str, Tensor]) -> None:
+    def _sort_other(self, key: str, path: str, tensor: Tensor, remaining: dict[str, Tensor]) -> None:
         shape = tuple(tensor.shape)
         if self.config.velora and path.endswith(".lora_velora_embed"):
             if not any(note.startswith("VeLoRA") for note in self.notes):
@@ -306,7 +309,7 @@ class _Reader:
             )
             self.problems.append(f"{key} {shape}: {why or 'not a tensor of plain LoRA or DoRA'}")
         else:
-            rest[path] = tensor
+            remaining[path] = tensor
 
     # -- pairs -------------------------------------------------------------------------------------------------------
 
@@ -360,8 +363,8 @@ class _Reader:
 
     def _magnitude(self, name: str, magnitude: Tensor | None, out: int, ndim: int) -> Tensor | None:
         if (magnitude is not None) != self.config.dora:
-            what = "use_dora is set, but there is no" if magnitude is None else "use_dora is not set, but there is a"
-            self.problems.append(f"{name}: {what} lora_magnitude_vector")
+            reason = "use_dora is set, but there is no" if magnitude is None else "use_dora is not set, but there is a"
+            self.problems.append(f"{name}: {reason} lora_magnitude_vector")
             return None
         if magnitude is None:
             return None
@@ -381,10 +384,10 @@ class _Reader:
 
     # -- biases, full copies, token rows, copies of embeddings ---------------------------------------------------------
 
-    def read_full_modules(self, rest: dict[str, Tensor]) -> None:
+    def read_full_modules(self, remaining: dict[str, Tensor]) -> None:
         entries = self.config.modules_to_save
         used: set[str] = set()
-        for path, tensor in rest.items():
+        for path, tensor in remaining.items():
             parts = path.split(".")
             owners = [".".join(parts[:n]) for n in range(1, len(parts))]
             owner = next((o for o in owners if any(o.endswith(e) for e in entries)), None)
@@ -413,20 +416,20 @@ class _Reader:
 
     def _tokens(self, tokens: dict[str, Tensor]) -> None:
         indices = self.config.token_indices
-        wanted: dict[str, list[int]] = indices if isinstance(indices, dict) else {}
+        ids_by_name: dict[str, list[int]] = indices if isinstance(indices, dict) else {}
         if isinstance(indices, list):
             if len(tokens) == 1:
-                wanted = {next(iter(tokens)): indices}
+                ids_by_name = {next(iter(tokens)): indices}
             else:
                 self.problems.append(
                     f"trainable_token_indices is a list, and the file has rows for {len(tokens)} modules"
                 )
                 return
-        for key, ids in wanted.items():
-            found = [name for name in tokens if name.endswith(key)]
-            if len(found) != 1 and not (not found and self._is_tied(key)):
-                self.problems.append(f"trainable_token_indices names {key!r}: {len(found)} modules have rows for it")
-            for name in found:
+        for key, ids in ids_by_name.items():
+            matches = [name for name in tokens if name.endswith(key)]
+            if len(matches) != 1 and not (not matches and self._is_tied(key)):
+                self.problems.append(f"trainable_token_indices names {key!r}: {len(matches)} modules have rows for it")
+            for name in matches:
                 rows = tokens.pop(name)
                 if rows.ndim != 2 or len(rows) != len(ids):
                     self.problems.append(f"{name}: {len(ids)} token indices, rows of shape {tuple(rows.shape)}")
@@ -446,19 +449,19 @@ class _Reader:
         is redundant; a different one means that the adapter belongs to a base with a changed embedding."""
         for path, tensor in copies.items():
             name = path.rpartition(".base_layer.")[0]
-            own = self.base.weight(name) if path.endswith(".weight") else None
+            weight = self.base.weight(name) if path.endswith(".weight") else None
             shape = tuple(tensor.shape)
             if name not in self.pairs or self.pairs[name].kind not in ("embedding", "linear"):
                 self.problems.append(f"{PREFIX}{path} {shape}: a copy of a base module that carries no pair")
-            elif own is None:
+            elif weight is None:
                 self.notes.append(f"{path} {shape}: a copy of the base's own weight, ignored; not compared with a base")
-            elif tuple(own.shape) != shape:
+            elif tuple(weight.shape) != shape:
                 self.problems.append(
-                    f"{path} {shape}: the base has {tuple(own.shape)}; the adapter was trained on a resized embedding, "
-                    "resize the base's first"
+                    f"{path} {shape}: the base has {tuple(weight.shape)}; the adapter was trained on a resized "
+                    "embedding, resize the base's first"
                 )
-            elif not torch.equal(tensor.to(own), own):
-                changed = int((tensor.to(own) != own).any(dim=-1).sum())
+            elif not torch.equal(tensor.to(weight), weight):
+                changed = int((tensor.to(weight) != weight).any(dim=-1).sum())
                 self.problems.append(
                     f"{path} {shape}: {changed} rows differ from the base's; the adapter was trained on a base with "
                     "another embedding. Use that base, or train the embedding through modules_to_save"
@@ -497,8 +500,8 @@ class _Reader:
             if any(cfg.is_or_ends(name, [entry]) for name in [*self.pairs, *(f"{p}.weight" for p in plain)]):
                 continue
             # PEFT keeps an entry that matches no parameter if the adapter has another target.
-            others = bool(self.pairs) if self.base.detailed else bool(parameters)
-            without = others and not any(cfg.is_or_ends(name, [entry]) for name in self.base.shapes)
+            has_adapters = bool(self.pairs) if self.base.detailed else bool(parameters)
+            without = has_adapters and not any(cfg.is_or_ends(name, [entry]) for name in self.base.shapes)
             message = f"target_parameters names {entry!r}, and there are no tensors for it"
             self.notes.append(f"{message}: it has no effect") if without else self.problems.append(message)
         if self.base.detailed:
@@ -521,7 +524,7 @@ class _Reader:
         for name, kind in self.base.kinds.items():
             if guessed or kind == "other" or name in self.pairs or name in self.modules:
                 continue
-            if self.other and not self.other.concerns(name):
+            if self.renaming and not self.renaming.concerns(name):
                 continue
             if everything and (kind != "linear" or name == self.base.output_embedding):
                 continue
@@ -530,8 +533,8 @@ class _Reader:
                     f"{name}: target_modules selects this {kind} module, and there are no tensors for it"
                 )
         for full in self.base.shapes if self.config.target_parameters else ():
-            found = full in self.pairs or full.removesuffix(".weight") in self.pairs
-            if not found and cfg.names_parameter(self.config, full):
+            is_adapted = full in self.pairs or full.removesuffix(".weight") in self.pairs
+            if not is_adapted and cfg.names_parameter(self.config, full):
                 self.problems.append(
                     f"{full}: target_parameters selects this parameter, and there are no tensors for it"
                 )
@@ -546,13 +549,15 @@ class _Reader:
     def _check_base(self) -> None:
         """Check names against a list of names; names, kinds and shapes against a model."""
         if self.base.detailed:
-            found = Adapter(self.pairs, self.modules, self.token_rows, deltas=self.deltas)
-            self.problems += self.base.problems(found)
+            adapter = Adapter(self.pairs, self.modules, self.token_rows, deltas=self.deltas)
+            self.problems += self.base.problems(adapter)
         elif self.base.kinds:
             owners = {p.module(n) for n, p in self.pairs.items()}
             for name in sorted((owners | set(self.modules) | set(self.token_rows)) - set(self.base.kinds)):
-                near = nearest(name, self.base.kinds, 1)
-                self.problems.append(f"{name}: no such module in the base" + (f"; nearest: {near[0]}" if near else ""))
+                similar = nearest(name, self.base.kinds, 1)
+                self.problems.append(
+                    f"{name}: no such module in the base" + (f"; nearest: {similar[0]}" if similar else "")
+                )
 
 
 # -- biases ------------------------------------------------------------------------------------------------------------
@@ -574,7 +579,7 @@ _WITHIN = re.compile(r"(.+)\.(modules_to_save|original_module)\.((?:.+\.)?bias)"
 def _trained_biases(
     config: PeftConfig,
     copies: dict[str, Tensor],
-    rest: dict[str, Tensor],
+    remaining: dict[str, Tensor],
     pairs: Mapping[str, Pair],
     problems: list[str],
     notes: list[str],
@@ -585,27 +590,27 @@ def _trained_biases(
     modules_to_save belong to its full copy."""
     if config.bias == "none":
         return {}
-    for path in [p for p in rest if _WITHIN.fullmatch(p)]:
+    for path in [p for p in remaining if _WITHIN.fullmatch(p)]:
         match = _WITHIN.fullmatch(path)
         assert match is not None
-        twin = rest.get(f"{match[1]}.{match[3]}")
-        if twin is not None and (match[2] == "original_module" or torch.equal(twin, rest[path])):
-            del rest[path]
+        copy = remaining.get(f"{match[1]}.{match[3]}")
+        if copy is not None and (match[2] == "original_module" or torch.equal(copy, remaining[path])):
+            del remaining[path]
     saved = [f".{entry}." for entry in config.modules_to_save]
-    found: dict[str, Tensor] = {}
+    biases: dict[str, Tensor] = {}
     for path in [p for p in copies if p.endswith(".base_layer.bias")]:
-        found[path.replace(".base_layer.bias", ".bias")] = copies.pop(path)
-    for path in [p for p in rest if p.endswith(".bias") and not any(s in f".{p}" for s in saved)]:
+        biases[path.replace(".base_layer.bias", ".bias")] = copies.pop(path)
+    for path in [p for p in remaining if p.endswith(".bias") and not any(s in f".{p}" for s in saved)]:
         if config.bias == "all" or path.removesuffix(".bias") in pairs:  # no base_layer before PEFT 0.7
-            found[path] = rest.pop(path)
-    if not found:
+            biases[path] = remaining.pop(path)
+    if not biases:
         notes.append(f"bias = {config.bias!r}, but there are no biases in the file: it has no effect")
-    for path, value in found.items():
+    for path, value in biases.items():
         pair = pairs.get(path.removesuffix(".bias"))
         out = None if pair is None or pair.kind not in ("linear", "conv") else pair.B.shape[0]
         if value.ndim != 1 or out not in (None, len(value)):
             problems.append(f"{path} {tuple(value.shape)}: one value for each of {out or 'the'} outputs is expected")
-    return {path: Delta("replacement", {"value": value}, tuple(value.shape)) for path, value in found.items()}
+    return {path: Delta("replacement", {"value": value}, tuple(value.shape)) for path, value in biases.items()}
 
 
 def _bias_switch(adapter: Adapter) -> str:
@@ -668,29 +673,29 @@ class ExpertReader:
         count: the number of parameters in the file."""
         entries = self.config.target_parameters
         leaves = {t.rpartition(".")[2] for t in entries}
-        found = {leaf for leaf in leaves if cfg.names_parameter(self.config, f"{name}.{leaf}")}
+        adapted = {leaf for leaf in leaves if cfg.names_parameter(self.config, f"{name}.{leaf}")}
         if self.base.detailed:
-            own = [key[len(name) + 1 :] for key in self.base.shapes if key.startswith(f"{name}.")]
-            return [p for p in own if p in found]
+            in_base = [key[len(name) + 1 :] for key in self.base.shapes if key.startswith(f"{name}.")]
+            return [p for p in in_base if p in adapted]
         # Without a base, an entry with only a parameter's name fits every module: an entry that names the
         # module counts.
-        named = {leaf for leaf in found if cfg.is_or_ends(f"{name}.{leaf}", [t for t in entries if "." in t])}
-        found = named if 0 < len(named) == count < len(found) else found
-        known = [p for p in _EXPERT_ORDER if p in found]
-        return known + sorted(found - set(known))
+        named = {leaf for leaf in adapted if cfg.is_or_ends(f"{name}.{leaf}", [t for t in entries if "." in t])}
+        adapted = named if 0 < len(named) == count < len(adapted) else adapted
+        ordered = [p for p in _EXPERT_ORDER if p in adapted]
+        return ordered + sorted(adapted - set(ordered))
 
     def read(self, name: str, parameters: list[str], depths: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Pair]:
         """Read the pairs of a module's parameters.
 
         `depths`: number of `.base_layer` -> tensors by part."""
-        listed = ", ".join(
+        listing = ", ".join(
             f"{'base_layer ' * d}{part} {tuple(t.shape)}"
             for d, parts in sorted(depths.items())
             for part, t in parts.items()
         )
         if sorted(depths) != list(range(len(parameters))):
             self.problems.append(
-                f"{name}: tensors for {len(depths)} parameter(s) ({listed}), "
+                f"{name}: tensors for {len(depths)} parameter(s) ({listing}), "
                 f"target_parameters names {len(parameters)} of this module: {', '.join(parameters) or 'none'}"
             )
             return {}
@@ -701,7 +706,7 @@ class ExpertReader:
         for depth, parts in depths.items():
             parameter = parameters[len(parameters) - 1 - depth]
             if set(parts) != {"A", "B"} or any(t.ndim != 2 or 0 in t.shape for t in parts.values()):
-                self.problems.append(f"{name}.{parameter}: A and B, both 2-d, are expected, there is {listed}")
+                self.problems.append(f"{name}.{parameter}: A and B, both 2-d, are expected, there is {listing}")
             else:
                 out |= self._pair(name, parameter, parts["A"], parts["B"])
         return out
@@ -712,12 +717,12 @@ class ExpertReader:
         scale = scale_of(cfg.alpha_of_module(self.config, full), rank, self.config.rslora)
         shapes = f"A {tuple(A.shape)}, B {tuple(B.shape)}"
         stored = self.base.shapes.get(full)
-        experts, left = divmod(A.shape[0], rank)
+        experts, remainder = divmod(A.shape[0], rank)
         plain = parameter == "weight" and experts == 1 and len(stored or (0, 0)) == 2
-        known = stored is None or plain or (len(stored) == 3 and stored[0] == experts)
-        if left or A.shape[0] != B.shape[1] or not known:
-            of = f" and the base has {stored}" if stored else ""
-            self.problems.append(f"{full}: {shapes} do not fit rank {rank} (the config's {source}) per expert{of}")
+        is_supported = stored is None or plain or (len(stored) == 3 and stored[0] == experts)
+        if remainder or A.shape[0] != B.shape[1] or not is_supported:
+            in_base = f" and the base has {stored}" if stored else ""
+            self.problems.append(f"{full}: {shapes} do not fit rank {rank} (the config's {source}) per expert{in_base}")
             return {}
         if plain:
             return {name: Pair(A, B, scale)}  # a weight in target_parameters is a linear pair
@@ -764,7 +769,7 @@ class ExpertReader:
             self.problems.append(f"{full}: {shapes} on a square {stored}: the layout is unknown without peft_version")
         return old and (not transposed or version >= (0, 19, 0))  # type: ignore[operator]
 
-    def ask(self) -> None:
+    def report_unclear(self) -> None:
         """Add one problem for all unclear parameters, with how to resolve it."""
         if self.unclear:
             self.problems.append(
@@ -869,24 +874,24 @@ def encode_folder(
 def _encode(adapter: Adapter, *, base_name: str, base: BaseLike, task_type: str | None, where: str | None) -> _Encoded:
     base_name = hub_id(base_name)  # PEFT, vLLM and the hub do not know veneer's names
     outline = structure_of(base) if base is not None else Structure({})
-    own = adapter.collapsed().mapped(lambda t: t.detach())
-    own = replace(own, pairs={n: _regrouped(p, outline, n) for n, p in own.pairs.items()})
-    lycoris = can_be_lycoris(own)
+    collapsed = adapter.collapsed().mapped(lambda t: t.detach())
+    collapsed = replace(collapsed, pairs={n: _regrouped(p, outline, n) for n, p in collapsed.pairs.items()})
+    lycoris = can_be_lycoris(collapsed)
     if task_type == "auto":
         task_type = adapter.card.extra.get("task_type") or ("CAUSAL_LM" if adapter.card.kind == "text" else None)
-    problems = [] if lycoris else _problems(own, outline)
+    problems = [] if lycoris else _problems(collapsed, outline)
     if not problems:
-        check_finite(dict(own.tensors()), where=where)
+        check_finite(dict(collapsed.tensors()), where=where)
         try:
             if lycoris:
-                names = {name.rpartition(".")[0] for name in own.deltas}
+                names = {name.rpartition(".")[0] for name in collapsed.deltas}
                 targets, notes = _target_modules(names, set(outline.kinds)), list[str]()
-                config, tensors = write_lycoris(own, base_name=base_name, task_type=task_type, targets=targets)
+                config, tensors = write_lycoris(collapsed, base_name=base_name, task_type=task_type, targets=targets)
             else:
-                tensors = _tensors(own, outline)
-                config, notes = _config(own, outline, base_name, task_type)
+                tensors = _tensors(collapsed, outline)
+                config, notes = _config(collapsed, outline, base_name, task_type)
             read = interpret(config, tensors, base if outline.detailed else None).adapter
-            problems = _differences(own, read)
+            problems = _differences(collapsed, read)
         except AdapterError as error:
             problems = [f"PEFT would not read it back: {error.what}"]
     if problems:
@@ -949,8 +954,11 @@ def _delta_problems(adapter: Adapter) -> list[str]:
             out.append(f"{name}: a {delta.form} delta; make pairs of it, or merge it into the base")
         else:
             biased.add(name.removesuffix(".bias"))
-    if biased and (left := sorted(set(adapter.pairs) - biased)):
-        out.append(f"lora_bias is one switch for all pairs, and {len(left)} have no bias ({', '.join(left[:3])})")
+    if biased and (without_bias := sorted(set(adapter.pairs) - biased)):
+        out.append(
+            f"lora_bias is one switch for all pairs, and {len(without_bias)} have no bias "
+            f"({', '.join(without_bias[:3])})"
+        )
     return out
 
 
@@ -1002,8 +1010,8 @@ def _tensors(adapter: Adapter, base: Structure) -> dict[str, Tensor]:
             site = module + ".base_layer" * depth
             out[f"{site}.lora_A.weight"] = pair.A.flatten(0, 1)
             out[f"{site}.lora_B.weight"] = pair.B.permute(1, 2, 0).flatten(1)
-    for name, own in adapter.modules.items():
-        out |= {f"{name}.{key}": tensor for key, tensor in own.items()}
+    for name, full_copy in adapter.modules.items():
+        out |= {f"{name}.{key}": tensor for key, tensor in full_copy.items()}
     for name, rows in adapter.token_rows.items():
         out[f"{name}.token_adapter.trainable_tokens_delta"] = rows.rows
     out |= _bias_tensors(adapter)
@@ -1063,17 +1071,17 @@ def _config(
     return config, notes
 
 
-def _target_modules(names: set[str], known: set[str]) -> list[str] | str:
+def _target_modules(names: set[str], base_names: set[str]) -> list[str] | str:
     """Return `_targets`, or a regular expression.
 
     The latter if a whole name is another module's suffix."""
-    found = _targets(names, known)
-    if any(k.endswith(f".{t}") for t in found for k in known - names):
+    targets = _targets(names, base_names)
+    if any(k.endswith(f".{t}") for t in targets for k in base_names - names):
         return "|".join(re.escape(name) for name in sorted(names))
-    return found
+    return targets
 
 
-def _targets(names: set[str], known: set[str], parts: int = 1) -> list[str]:
+def _targets(names: set[str], base_names: set[str], parts: int = 1) -> list[str]:
     """Return the shortest list of suffixes that select exactly `names` among `known`.
 
     Whole names if `known` is empty or a suffix would select more. `parts`: number of parts of a suffix, not
@@ -1082,28 +1090,28 @@ def _targets(names: set[str], known: set[str], parts: int = 1) -> list[str]:
     out: set[str] = set()
     for name in names:
         split = name.split(".")
-        own = next((n for n in range(parts, len(split)) if re.search("[A-Za-z]", split[-n])), len(split))
-        suffix = ".".join(split[-own:])
-        others = {k for k in known if k == suffix or k.endswith(f".{suffix}")}
-        out.add(suffix if others and others <= names else name)
+        length = next((n for n in range(parts, len(split)) if re.search("[A-Za-z]", split[-n])), len(split))
+        suffix = ".".join(split[-length:])
+        matches = {k for k in base_names if k == suffix or k.endswith(f".{suffix}")}
+        out.add(suffix if matches and matches <= names else name)
     return sorted(out)
 
 
-def _differences(own: Adapter, read: Adapter) -> list[str]:
+def _differences(original: Adapter, read: Adapter) -> list[str]:
     """Return the differences between the adapter and the one read back."""
     out = []
-    mine, theirs = dict(own.tensors()), dict(read.tensors())
+    mine, theirs = dict(original.tensors()), dict(read.tensors())
     for name in sorted(set(mine) | set(theirs)):
         a, b = mine.get(name), theirs.get(name)
         if a is None or b is None or a.dtype != b.dtype or not torch.equal(a, b):
             out.append(f"{name} would come back {'changed' if a is not None and b is not None else 'or go missing'}")
-    for name in set(own.pairs) & set(read.pairs):
-        wanted, got = own.pairs[name].scale, read.pairs[name].scale
-        if not math.isclose(wanted, got, rel_tol=1e-12):
-            out.append(f"{name}: scale {wanted} would come back as {got}")
-    for name in set(own.deltas) & set(read.deltas):
-        if not math.isclose(own.deltas[name].scale, read.deltas[name].scale, rel_tol=1e-12):
+    for name in set(original.pairs) & set(read.pairs):
+        expected, got = original.pairs[name].scale, read.pairs[name].scale
+        if not math.isclose(expected, got, rel_tol=1e-12):
+            out.append(f"{name}: scale {expected} would come back as {got}")
+    for name in set(original.deltas) & set(read.deltas):
+        if not math.isclose(original.deltas[name].scale, read.deltas[name].scale, rel_tol=1e-12):
             out.append(f"{name}: the scale would come back changed")
-    if {n: r.indices for n, r in own.token_rows.items()} != {n: r.indices for n, r in read.token_rows.items()}:
+    if {n: r.indices for n, r in original.token_rows.items()} != {n: r.indices for n, r in read.token_rows.items()}:
         out.append("the token indices would come back changed")
     return out

@@ -132,9 +132,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises AdapterError, or UnsafeFileError if it is too large."""
     path = folder / CONFIG_FILE
     if not folder.is_dir():
-        beside = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
-        near = nearest(folder.name, beside, 1)
-        raise AdapterError("no such adapter folder", where=str(folder), fix=f"nearest: {near[0]}" if near else None)
+        siblings = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+        similar = nearest(folder.name, siblings, 1)
+        raise AdapterError(
+            "no such adapter folder", where=str(folder), fix=f"nearest: {similar[0]}" if similar else None
+        )
     if not path.is_file():
         inside = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG_FILE}"))[:5]
         raise AdapterError(
@@ -176,11 +178,11 @@ def parse_config(raw: Mapping[str, Any]) -> tuple[PeftConfig, list[str]]:
         return PeftConfig(usable=False), [
             f"peft_type is {shown(repr(kind)[:40])}, and only 'LORA' is read. {conversion_advice(kind)}"
         ]
-    known = set(FIELDS) | IGNORED | set(REFUSED) | {"peft_type", "init_lora_weights"}
-    stamps = {key: raw[key] for key in sorted(set(raw) - known) if _STAMP.fullmatch(key)}
-    for i, key in enumerate(sorted(set(raw) - known - set(stamps))):
-        near = nearest(key, known, 1) if i < 20 else []
-        hint = f", did you mean {near[0]!r}?" if near else ""
+    supported = set(FIELDS) | IGNORED | set(REFUSED) | {"peft_type", "init_lora_weights"}
+    stamps = {key: raw[key] for key in sorted(set(raw) - supported) if _STAMP.fullmatch(key)}
+    for i, key in enumerate(sorted(set(raw) - supported - set(stamps))):
+        similar = nearest(key, supported, 1) if i < 20 else []
+        hint = f", did you mean {similar[0]!r}?" if similar else ""
         problems.append(f"unknown key {key!r} = {shown(str(raw[key])[:60])}{hint} (it may change the adapter's effect)")
     for key, reason in REFUSED.items():
         if raw.get(key):
@@ -244,9 +246,9 @@ def _init_problems(value: Any) -> list[str]:
     return [f"init_lora_weights = {value!r} is not understood"]
 
 
-def _expect(ok: bool, what: str) -> None:
+def _expect(ok: bool, requirement: str) -> None:
     if not ok:
-        raise ValueError(f"{what} is expected")
+        raise ValueError(f"{requirement} is expected")
 
 
 def _int(value: Any) -> int:
@@ -284,12 +286,12 @@ def _names_or_regex(value: Any) -> list[str] | str:
 
 
 def _indices(value: Any) -> list[int]:
-    given = [value] if isinstance(value, int) else value
-    whole = isinstance(given, list) and all(type(v) is int and v >= 0 for v in given)
-    _expect(whole, "a list of whole numbers of at least 0")
-    if len(set(given)) != len(given):
+    indices = [value] if isinstance(value, int) else value
+    is_valid = isinstance(indices, list) and all(type(v) is int and v >= 0 for v in indices)
+    _expect(is_valid, "a list of whole numbers of at least 0")
+    if len(set(indices)) != len(indices):
         raise ValueError("an index appears twice")
-    return list(given)
+    return list(indices)
 
 
 def _tokens(value: Any) -> list[int] | dict[str, list[int]]:
@@ -299,19 +301,19 @@ def _tokens(value: Any) -> list[int] | dict[str, list[int]]:
 
 
 def _pattern(check: Callable[[Any], Any]) -> Callable[[Any], dict[str, Any]]:
-    def of(value: Any) -> dict[str, Any]:
+    def parse(value: Any) -> dict[str, Any]:
         _expect(isinstance(value, dict), "a mapping from module names to numbers")
         return {key: check(v) for key, v in value.items()}  # the order counts: the first match wins
 
-    return of
+    return parse
 
 
 def _one_of(words: str, *allowed: str) -> Callable[[Any], str]:
-    def of(value: Any) -> str:
+    def parse(value: Any) -> str:
         _expect(value in allowed, words)
         return str(value)
 
-    return of
+    return parse
 
 
 FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
@@ -337,8 +339,8 @@ FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
 
 
 def _version(value: Any) -> tuple[int, ...] | None:
-    found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", value) if isinstance(value, str) else None
-    return tuple(int(part or 0) for part in found.groups()) if found else None
+    match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", value) if isinstance(value, str) else None
+    return tuple(int(part or 0) for part in match.groups()) if match else None
 
 
 def _pattern_problems(config: PeftConfig) -> list[str]:
@@ -434,14 +436,14 @@ def selects(config: PeftConfig, name: str, entries: Iterable[str] | None = None)
         return False
     if not config.layers:
         return True
-    found: re.Match[str] | None = None
+    match: re.Match[str] | None = None
     if not config.layers_pattern:
-        found = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", name)
+        match = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", name)
     for pattern in config.layers_pattern:
-        found = re.match(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", name)
-        if found:
+        match = re.match(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", name)
+        if match:
             break
-    return found is not None and int(found["idx"]) in config.layers
+    return match is not None and int(match["idx"]) in config.layers
 
 
 def idle_targets(config: PeftConfig, names: Iterable[str]) -> tuple[list[str], bool]:
@@ -457,8 +459,8 @@ def idle_targets(config: PeftConfig, names: Iterable[str]) -> tuple[list[str], b
             ending.setdefault(".".join(parts[at:]), []).append(name)
     idle = []
     for entry in entries:
-        one = [entry] if isinstance(targets, list) else None
-        if not any(selects(config, n, one) for n in (ending.get(entry, []) if one else names)):
+        single = [entry] if isinstance(targets, list) else None
+        if not any(selects(config, n, single) for n in (ending.get(entry, []) if single else names)):
             idle.append(entry)
     return idle, len(idle) == len(entries)
 
@@ -497,12 +499,12 @@ def exact_alpha(scale: float, rank: int, rslora: bool = False) -> float | int:
 
     Prefers whole or short numbers."""
     alpha = alpha_of(scale, rank, rslora)
-    near = [float(round(alpha)), round(alpha, 6), alpha]
+    candidates = [float(round(alpha)), round(alpha, 6), alpha]
     for step in (math.inf, -math.inf):
-        one = math.nextafter(alpha, step)
-        near += [one, math.nextafter(one, step)]
-    found = next((a for a in near if scale_of(a, rank, rslora) == scale), alpha)
-    return int(found) if found == int(found) and abs(found) < 1 << 53 else found
+        neighbor = math.nextafter(alpha, step)
+        candidates += [neighbor, math.nextafter(neighbor, step)]
+    exact = next((a for a in candidates if scale_of(a, rank, rslora) == scale), alpha)
+    return int(exact) if exact == int(exact) and abs(exact) < 1 << 53 else exact
 
 
 def commonest(values: Iterable[Any], default: Any) -> Any:
@@ -523,7 +525,7 @@ def patterns_of(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     for name, value in values.items():
         by_leaf[name.rpartition(".")[2]].add(value)
     for name, value in sorted(values.items()):
-        leaf = name.rpartition(".")[2]
+        last_name = name.rpartition(".")[2]
         if value != default:
-            out[re.escape(leaf) if len(by_leaf[leaf]) == 1 else f"^{re.escape(name)}"] = value
+            out[re.escape(last_name) if len(by_leaf[last_name]) == 1 else f"^{re.escape(name)}"] = value
     return out

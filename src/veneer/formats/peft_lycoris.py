@@ -61,7 +61,7 @@ def read_lycoris(
     problems += [problem.removeprefix("lora_") for problem in wrong]
     if wrong:
         return Adapter(), parsed, {}, problems
-    rest: dict[str, Tensor] = {}
+    remaining: dict[str, Tensor] = {}
     by_module: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in tensors.items():
         module, _, suffix = key.removeprefix(_PREFIX).rpartition(".")
@@ -70,11 +70,11 @@ def read_lycoris(
         elif re.fullmatch(r"(hada|lokr)_\w+", suffix):
             by_module[module][suffix] = tensor
         else:
-            rest[key.removeprefix(_PREFIX)] = tensor
+            remaining[key.removeprefix(_PREFIX)] = tensor
     deltas: dict[str, Delta] = {}
-    for module, own in by_module.items():
+    for module, tensors_of_module in by_module.items():
         try:
-            delta = read_module(own, where=module).deltas["weight"]
+            delta = read_module(tensors_of_module, where=module).deltas["weight"]
             scale = scale_of(cfg.alpha_of_module(parsed, module), cfg.rank_of_module(parsed, module)[0])
         except (AdapterError, cfg.PatternError) as error:
             problems.append(f"{module}: {error.what if isinstance(error, AdapterError) else error}")
@@ -82,7 +82,7 @@ def read_lycoris(
         deltas[f"{module}.weight"] = replace(delta, scale=scale)
     if not deltas and not problems:
         problems.append("there is no tensor in it")
-    return Adapter(deltas=deltas, card=cfg.card_from_config(parsed)), parsed, rest, problems
+    return Adapter(deltas=deltas, card=cfg.card_from_config(parsed)), parsed, remaining, problems
 
 
 def can_be_lycoris(adapter: Adapter) -> bool:
@@ -90,8 +90,8 @@ def can_be_lycoris(adapter: Adapter) -> bool:
 
     Full copies of modules are allowed."""
     forms = {d.form for d in adapter.deltas.values()}
-    others = adapter.pairs or adapter.token_rows
-    return not others and len(forms) == 1 and forms <= set(_FORMS)
+    unsupported = adapter.pairs or adapter.token_rows
+    return not unsupported and len(forms) == 1 and forms <= set(_FORMS)
 
 
 def write_lycoris(
@@ -111,8 +111,8 @@ def write_lycoris(
     if problems:
         raise AdapterError("\n".join(problems))
     names = {name.removesuffix(".weight"): delta for name, delta in adapter.deltas.items()}
-    known = [r for d in names.values() if (r := _rank(d)) is not None]
-    rank = adapter.card.rank or cfg.commonest(known, 8)
+    delta_ranks = [r for d in names.values() if (r := _rank(d)) is not None]
+    rank = adapter.card.rank or cfg.commonest(delta_ranks, 8)
     ranks = {name: _rank_for(delta, rank) for name, delta in names.items()}
     alphas = {name: cfg.exact_alpha(delta.scale, ranks[name]) for name, delta in names.items()}
     alpha = cfg.commonest(alphas.values(), 8.0)
@@ -137,8 +137,8 @@ def write_lycoris(
         for suffix, tensor in write_module(_Leaf(deltas={"weight": replace(delta, scale=1.0)})).items():
             if suffix != "alpha":
                 tensors[f"{_PREFIX}{name}.{suffix}"] = tensor.contiguous()
-    for name, own in adapter.modules.items():
-        tensors |= {f"{_PREFIX}{name}.{key}": tensor.contiguous() for key, tensor in own.items()}
+    for name, module_tensors in adapter.modules.items():
+        tensors |= {f"{_PREFIX}{name}.{key}": tensor.contiguous() for key, tensor in module_tensors.items()}
     return config, tensors
 
 
@@ -166,9 +166,9 @@ def _rank_for(delta: Delta, rank: int) -> int:
     """Return the rank to write: the delta's own.
 
     For two whole factors: the adapter's rank if it keeps them whole, else the smallest that does."""
-    own = _rank(delta)
-    if own is not None:
-        return own
+    rank_of_delta = _rank(delta)
+    if rank_of_delta is not None:
+        return rank_of_delta
     sizes = [n for w in ("w1", "w2") for n in delta.parts[w].shape[:2]]
     return rank if 2 * rank >= max(sizes) else -(-max(sizes) // 2)
 

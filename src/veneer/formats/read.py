@@ -29,7 +29,7 @@ from veneer.formats.fused import split, swap_halves
 from veneer.formats.keys import detect_format, one_adapter, split_key
 from veneer.formats.metadata import card_from_metadata, family_in_metadata, json_value, unpack_configs
 from veneer.formats.module_tensors import ModuleChanges, changes_by_module, fitted, read_module, widened
-from veneer.formats.names import FamilyChoice, choose_family, has_image_names, near
+from veneer.formats.names import FamilyChoice, choose_family, closest_name, has_image_names
 from veneer.formats.reading import Reading
 from veneer.formats.structure import Structure, structure_of
 from veneer.formats.tensors import read_adapter_tensors
@@ -44,11 +44,11 @@ def _canonical_structure(base: Any, family: Family | None) -> Structure:
     """Return the outline of a base under canonical names.
 
     The names of a bare denoiser, which have no component, get one."""
-    found = structure_of(base) if base is not None else Structure({})
-    if family is None or any(name.partition(".")[0] in family.components for name in found.kinds):
-        return found
-    kinds = {f"{family.denoiser}.{name}": kind for name, kind in found.kinds.items()}
-    shapes = {f"{family.denoiser}.{name}": shape for name, shape in found.shapes.items()}
+    structure = structure_of(base) if base is not None else Structure({})
+    if family is None or any(name.partition(".")[0] in family.components for name in structure.kinds):
+        return structure
+    kinds = {f"{family.denoiser}.{name}": kind for name, kind in structure.kinds.items()}
+    shapes = {f"{family.denoiser}.{name}": shape for name, shape in structure.shapes.items()}
     return Structure(kinds, shapes)
 
 
@@ -135,8 +135,8 @@ def _parts(changes: ModuleChanges, targets: Sequence[ModuleTarget], blocks: bool
         for i, (part, pair) in enumerate(zip(out, pairs, strict=True)):
             part.pair = _block(pair, i, len(targets)) if blocks else pair
     for parameter, delta in changes.deltas.items():
-        for part, own in zip(out, split(delta, rows), strict=True):
-            part.deltas[parameter] = own
+        for part, part_delta in zip(out, split(delta, rows), strict=True):
+            part.deltas[parameter] = part_delta
     for parameter, tensor in changes.full.items():
         for part, (begin, end, total) in zip(out, rows, strict=True):
             if len(tensor) % total:
@@ -161,12 +161,12 @@ def _block(pair: Pair, i: int, n: int) -> Pair:
 
     The scale already refers to one part."""
     rank = pair.rank // n
-    own = slice(i * rank, (i + 1) * rank)
-    return replace(pair, A=pair.A[own], B=pair.B[:, own])
+    block_rows = slice(i * rank, (i + 1) * rank)
+    return replace(pair, A=pair.A[block_rows], B=pair.B[:, block_rows])
 
 
 def _split_qkv_alphas(
-    known: Mapping[str, Mapping[str, Tensor]],
+    groups: Mapping[str, Mapping[str, Tensor]],
     targets: Mapping[str, Sequence[ModuleTarget] | None],
     metadata: Mapping[str, str],
     notes: list[str],
@@ -178,16 +178,16 @@ def _split_qkv_alphas(
     if split_setting is False:  # veneer's own files, whose alpha refers to the stored rank
         return {}
     plain = {
-        (float(own["alpha"]), own["lora_down.weight"].shape[0])
-        for text, own in known.items()
-        if {"alpha", "lora_down.weight"} <= set(own) and len(targets[text] or ()) == 1
-        if own["alpha"].numel() == 1 and own["lora_down.weight"].ndim  # reading reports other values
+        (float(tensors["alpha"]), tensors["lora_down.weight"].shape[0])
+        for text, tensors in groups.items()
+        if {"alpha", "lora_down.weight"} <= set(tensors) and len(targets[text] or ()) == 1
+        if tensors["alpha"].numel() == 1 and tensors["lora_down.weight"].ndim  # reading reports other values
     }
     out: dict[str, float] = {}
     unclear: list[str] = []
-    for text, own in known.items():
+    for text, tensors in groups.items():
         n = len(targets[text] or ())
-        down, up, alpha = (own.get(s) for s in ("lora_down.weight", "lora_up.weight", "alpha"))
+        down, up, alpha = (tensors.get(s) for s in ("lora_down.weight", "lora_up.weight", "alpha"))
         if (
             n < 2
             or down is None
@@ -199,9 +199,11 @@ def _split_qkv_alphas(
         ):
             continue
         value, rank = float(alpha), down.shape[0]
-        kept = _as_float(metadata.get("ss_network_alpha"))
-        whole = value == rank or (value / n, rank // n) in plain  # alpha already refers to the stored rank
-        if (value, rank // n) in plain or (split_setting and (kept == value or (kept is None and not whole))):
+        network_alpha = _as_float(metadata.get("ss_network_alpha"))
+        is_whole = value == rank or (value / n, rank // n) in plain  # alpha already refers to the stored rank
+        if (value, rank // n) in plain or (
+            split_setting and (network_alpha == value or (network_alpha is None and not is_whole))
+        ):
             out[text] = value * n
         elif not split_setting and value != rank and not plain:
             unclear.append(text)
@@ -243,9 +245,9 @@ def _is_blocks(up: Tensor, parts: Sequence[tuple[int, int, int] | None]) -> bool
         assert part is not None
         unit = up.shape[0] // part[2]
         used = up[part[0] * unit : part[1] * unit].ne(0)
-        own = torch.zeros(up.shape[1], dtype=torch.bool)
-        own[i * rank : (i + 1) * rank] = True
-        if bool(used[:, ~own].any()):
+        block = torch.zeros(up.shape[1], dtype=torch.bool)
+        block[i * rank : (i + 1) * rank] = True
+        if bool(used[:, ~block].any()):
             return False
     return bool(up.ne(0).any())
 
@@ -283,9 +285,9 @@ def read(
     Pickles are read only with `from_pickle`. Raises one AdapterError listing every tensor that is unused, unpaired, not
     understood, or lands where another has; one for a scale that is neither in the file nor given; UnsafeFileError for
     pickles and headers that lie."""
-    given = Path(path)
+    location = Path(path)
     opened: peft.PeftFolder | None = None
-    path = given if given.is_dir() and (given / CONFIG_FILE).is_file() else tensor_file(given, from_pickle)
+    path = location if location.is_dir() and (location / CONFIG_FILE).is_file() else tensor_file(location, from_pickle)
     if path.is_dir():
         opened = peft.open_folder(path, from_pickle=from_pickle)
     elif path.suffix.lower() == ".gguf":
@@ -301,12 +303,12 @@ def read(
     if opened is not None:
         return _from_peft(opened, path, base, family, moe_layout, adapter_name, alpha)
     tensors = one_adapter(tensors, adapter_name, where=str(path))
-    found = read_state_dict(
+    reading = read_state_dict(
         tensors, metadata, where=str(path), allow_partial=allow_partial, base=base, family=family, alpha=alpha
     )
-    if found.assumed_scale and not assume_scale:
-        raise scale_error(found, given)
-    return found
+    if reading.assumed_scale and not assume_scale:
+        raise scale_error(reading, location)
+    return reading
 
 
 def scale_error(reading: Reading, path: Path) -> AdapterError:
@@ -332,12 +334,12 @@ def _from_gguf(path: Path, base: peft.BaseLike, alpha: float | None) -> Reading:
     from veneer.formats.gguf import read_gguf
 
     _refuse_alpha(alpha, str(path))
-    found = read_gguf(path, head_dim=_head_dim(base))
-    metadata = {key: str(value) for key, value in found.fields.items() if isinstance(value, str | int | float)}
-    reasons = [f"a GGUF file of type adapter for {found.architecture}"]
-    notes = [f"{name}: a norm, which llama.cpp ignores too" for name in found.unused]
-    used: dict[str, list[str]] = {name: [] for name in found.adapter.pairs}
-    return Reading(found.adapter, "gguf", reasons, None, used, found.unused, [], notes, metadata)
+    adapter_file = read_gguf(path, head_dim=_head_dim(base))
+    metadata = {key: str(value) for key, value in adapter_file.fields.items() if isinstance(value, str | int | float)}
+    reasons = [f"a GGUF file of type adapter for {adapter_file.architecture}"]
+    notes = [f"{name}: a norm, which llama.cpp ignores too" for name in adapter_file.unused]
+    used: dict[str, list[str]] = {name: [] for name in adapter_file.adapter.pairs}
+    return Reading(adapter_file.adapter, "gguf", reasons, None, used, adapter_file.unused, [], notes, metadata)
 
 
 def _head_dim(base: peft.BaseLike) -> int | None:
@@ -355,7 +357,7 @@ def _from_peft(
     opened: peft.PeftFolder,
     path: Path,
     base: peft.BaseLike,
-    wanted: str | None,
+    requested: str | None,
     moe_layout: str,
     adapter_name: str,
     alpha: float | None,
@@ -370,16 +372,16 @@ def _from_peft(
     for key in sorted(tensors):
         if parts := split_key(key):
             texts[parts[0]][parts[1]] = key
-    shapes = {text: _shape(tensors, own) for text, own in texts.items()}
-    of_text = wanted is not None and wanted not in families()  # the base is a language model
-    choice = choose_family(shapes, wanted=wanted) if texts and not of_text else FamilyChoice(None, 0)
+    shapes = {text: _shape(tensors, suffixes) for text, suffixes in texts.items()}
+    of_text = requested is not None and requested not in families()  # the base is a language model
+    choice = choose_family(shapes, target_family=requested) if texts and not of_text else FamilyChoice(None, 0)
     targets = {text: choice.lookup(text) for text in texts}
-    placed = bool(texts) and all(found is not None for found in targets.values())
+    placed = bool(texts) and all(target is not None for target in targets.values())
     own_base = None if placed else base
     loaded = peft.interpret(opened.config, tensors, own_base, where=where, card=opened.card, moe_layout=moe_layout)
-    beside = "a folder with" if path.is_dir() else "a file with PEFT's names next to"
-    beside = "a file of veneer's with its" if opened.in_file else beside
-    reasons = [f"{beside} {CONFIG_FILE}", *([opened.reason] if opened.reason else [])]
+    source = "a folder with" if path.is_dir() else "a file with PEFT's names next to"
+    source = "a file of veneer's with its" if opened.in_file else source
+    reasons = [f"{source} {CONFIG_FILE}", *([opened.reason] if opened.reason else [])]
     if not placed:
         used: dict[str, list[str]] = defaultdict(list)
         for key in sorted(tensors):
@@ -389,12 +391,12 @@ def _from_peft(
     adapter = loaded.adapter
     collector = _ChangeCollector(choice.family, _canonical_structure(base, choice.family))
     by_module = changes_by_module(adapter)
-    own = {name: [k for k in tensors if k.startswith(f"base_model.model.{name}.")] for name in by_module}
+    suffixes = {name: [k for k in tensors if k.startswith(f"base_model.model.{name}.")] for name in by_module}
     problems = []
     for name, changes in by_module.items():
-        found = choice.lookup(name)
-        assert found is not None  # every module is covered
-        problems += collector.add(name, changes, found, own[name])
+        target = choice.lookup(name)
+        assert target is not None  # every module is covered
+        problems += collector.add(name, changes, target, suffixes[name])
     problems += collector.misfits()
     adapter.card.kind = adapter.card.kind or "image"
     out = replace(collector.adapter(), card=adapter.card, rslora=adapter.rslora, dropout=adapter.dropout)
@@ -452,14 +454,14 @@ def read_state_dict(
             where=where,
             fix="give the PEFT folder that torchtune wrote next to it: adapter_config.json, adapter_model.safetensors",
         )
-    if tensors and all(suffix in ("weight", "scale") for own in groups.values() for suffix in own):
+    if tensors and all(suffix in ("weight", "scale") for by_suffix in groups.values() for suffix in by_suffix):
         raise AdapterError(
             f"none of the {len(tensors):,} tensors is an adapter's: "
             + ("whole weights, a checkpoint or a part of one" if groups else "no layout known here"),
             where=where,
             fix="give the adapter's file; its tensors are called …lora_A.weight, …lora_up.weight, …lokr_w1 or the like",
         )
-    shapes = {text: _shape(tensors, own) for text, own in groups.items()}
+    shapes = {text: _shape(tensors, by_suffix) for text, by_suffix in groups.items()}
     choice = choose_family(shapes, family_in_metadata(metadata), family)
     targets = {text: choice.lookup(text) for text in groups}
     if fmt in ("peft", "diffusers") and _is_unknown_model(targets):
@@ -467,26 +469,28 @@ def read_state_dict(
     if choice.family is None and not choice.fitting and fmt in ("peft", "diffusers"):
         targets = {text: (ModuleTarget(text.removeprefix("base_model.model.")),) for text in groups}
     collector = _ChangeCollector(choice.family, _canonical_structure(base, choice.family))
-    unknown = {text for text, found in targets.items() if found is None}
+    unknown = {text for text, target in targets.items() if target is None}
     unused += [key for text in sorted(unknown) for key in groups[text].values()]
     problems += [_unknown(key, tensors[key], choice) for key in sorted(unused)]
     configs = _configs(metadata, problems)
-    known = {text: {s: tensors[k] for s, k in own.items()} for text, own in groups.items() if text not in unknown}
-    blocks = _split_qkv_alphas(known, targets, metadata, notes)
+    known_groups = {
+        text: {s: tensors[k] for s, k in by_suffix.items()} for text, by_suffix in groups.items() if text not in unknown
+    }
+    blocks = _split_qkv_alphas(known_groups, targets, metadata, notes)
     unpaired: list[str] = []
     unstated: list[str] = []
-    for text, suffixes in known.items():
-        found, keys = targets[text], sorted(groups[text].values())
-        assert found is not None
+    for text, suffixes in known_groups.items():
+        target, keys = targets[text], sorted(groups[text].values())
+        assert target is not None
         try:
-            own_alpha, rslora = _settings(configs, found[0].module, suffixes, blocks.get(text))
+            own_alpha, rslora = _settings(configs, target[0].module, suffixes, blocks.get(text))
             if own_alpha is None and "alpha" not in suffixes and any(_SCALED.match(s) for s in suffixes):
                 own_alpha = alpha
                 unstated.append(text)
             changes = read_module(suffixes, alpha=own_alpha, rslora=rslora, where=text)
             if base is None and not configs and (swapped := _swapped(changes, metadata)):
                 raise AdapterError(swapped)
-            wrong = collector.add(text, changes, found, keys, blocks=text in blocks)
+            wrong = collector.add(text, changes, target, keys, blocks=text in blocks)
         except AdapterError as error:
             wrong = [f"{text}: {error.what}"]
         if wrong:
@@ -522,15 +526,17 @@ def _is_unknown_model(targets: Mapping[str, Sequence[ModuleTarget] | None]) -> b
 
     This is the case if modules have names as in diffusers' classes, and the known family lacks some of them.
     """
-    own = {text: text.removeprefix("base_model.model.") for text in targets}
-    dotted = all(name.partition(".")[0] in DENOISERS for name in own.values())
-    same = any(found is not None and tuple(found) == (ModuleTarget(own[text]),) for text, found in targets.items())
-    return dotted and same and None in targets.values()
+    names = {text: text.removeprefix("base_model.model.") for text in targets}
+    dotted = all(name.partition(".")[0] in DENOISERS for name in names.values())
+    unchanged = any(
+        target is not None and tuple(target) == (ModuleTarget(names[text]),) for text, target in targets.items()
+    )
+    return dotted and unchanged and None in targets.values()
 
 
 def _without_family(choice: FamilyChoice, targets: Mapping[str, Sequence[ModuleTarget] | None]) -> FamilyChoice:
-    lacking = sorted(text for text, found in targets.items() if found is None)
-    label = choice.family.label if choice.family else " or ".join(choice.near) or "any family known here"
+    lacking = sorted(text for text, target in targets.items() if target is None)
+    label = choice.family.label if choice.family else " or ".join(choice.nearest) or "any family known here"
     message = f"{len(lacking)} module names are none of {label} ({lacking[0]}): read under the file's own names"
     return FamilyChoice(None, choice.covered, (*choice.reasons, message))
 
@@ -563,40 +569,43 @@ def _fill_card(adapter: Adapter, *, text: bool) -> None:
 
 def _unknown(key: str, tensor: Tensor, choice: FamilyChoice) -> str:
     parts, family = split_key(key), choice.family
-    hint = near(family, parts[0]) if parts else None
+    hint = closest_name(family, parts[0]) if parts else None
     if parts is None:
         return f"{key} {tuple(tensor.shape)}: its ending is not that of an adapter's tensor"
-    if choice.near:
+    if choice.nearest:
         differ = "differ in this name" if choice.fitting else "have other names, other widths or fewer blocks"
-        return f"{key} {tuple(tensor.shape)}: unknown family; near: {', '.join(choice.near)}, which {differ}"
+        return f"{key} {tuple(tensor.shape)}: unknown family; near: {', '.join(choice.nearest)}, which {differ}"
     label = family.label if family else "any family known here"
     return f"{key} {tuple(tensor.shape)}: no module of {label}" + (f"; nearest: {hint}" if hint else "")
 
 
 def _shape(tensors: Mapping[str, Tensor], suffixes: Mapping[str, str]) -> tuple[int, int] | None:
     """Return (out, in) of a weight from a pair, LoHa or LoKr; None if unknown."""
-    own = {suffix: tensors[key] for suffix, key in suffixes.items() if tensors[key].ndim >= 2}
-    for suffix, down in own.items():
+    matrices = {suffix: tensors[key] for suffix, key in suffixes.items() if tensors[key].ndim >= 2}
+    for suffix, down in matrices.items():
         if re.fullmatch(r".*down\.weight|lora_A(\..*)?\.weight", suffix):
-            up = own.get(suffix.replace("down", "up").replace("lora_A", "lora_B"))
+            up = matrices.get(suffix.replace("down", "up").replace("lora_A", "lora_B"))
             return None if up is None else (up.shape[0], down.shape[1])
-    if {"hada_w1_a", "hada_w1_b"} <= set(own) and "hada_t1" not in own:
-        return own["hada_w1_a"].shape[0], own["hada_w1_b"].shape[1]
-    factors = []
+    if {"hada_w1_a", "hada_w1_b"} <= set(matrices) and "hada_t1" not in matrices:
+        return matrices["hada_w1_a"].shape[0], matrices["hada_w1_b"].shape[1]
+    sizes = []
     for n in "12":
-        a, b = own.get(f"lokr_w{n}", own.get(f"lokr_w{n}_a")), own.get(f"lokr_w{n}", own.get(f"lokr_w{n}_b"))
-        if a is None or b is None or "lokr_t2" in own:
+        a, b = (
+            matrices.get(f"lokr_w{n}", matrices.get(f"lokr_w{n}_a")),
+            matrices.get(f"lokr_w{n}", matrices.get(f"lokr_w{n}_b")),
+        )
+        if a is None or b is None or "lokr_t2" in matrices:
             return None
-        factors.append((a.shape[0], b.shape[1]))
-    return factors[0][0] * factors[1][0], factors[0][1] * factors[1][1]
+        sizes.append((a.shape[0], b.shape[1]))
+    return sizes[0][0] * sizes[1][0], sizes[0][1] * sizes[1][1]
 
 
 def _configs(metadata: Mapping[str, str], problems: list[str]) -> dict[str, cfg.PeftConfig]:
     """Parse diffusers' lora_adapter_metadata: a PEFT configuration per component."""
     out = {}
     for component, raw in unpack_configs(metadata).items():
-        given: dict[str, Any] = {"peft_type": "LORA", "target_modules": cfg.ALL_LINEAR, **raw}
-        config, wrong = cfg.parse_config({k: v for k, v in given.items() if v is not None or k != "target_modules"})
+        values: dict[str, Any] = {"peft_type": "LORA", "target_modules": cfg.ALL_LINEAR, **raw}
+        config, wrong = cfg.parse_config({k: v for k, v in values.items() if v is not None or k != "target_modules"})
         problems += [f"lora_adapter_metadata, {component}: {w}" for w in wrong]
         out[component] = config
     return out

@@ -59,7 +59,7 @@ def summary(path: Path, reading: Reading, refusal: AdapterError | None) -> dict[
     file = read_card(path) if (path / CARD_FILE).is_file() else CardFile(adapter.card)
     groups: dict[str, list[Pair]] = defaultdict(list)
     for module, pair in sorted(adapter.pairs.items()):
-        groups[_leaf(module)].append(pair)
+        groups[_last_name(module)].append(pair)
     tensors = [t for _, t in adapter.tensors()]
     tensors_at = tensor_file(path, from_pickle=True)
     used = {key for keys in reading.used.values() for key in keys}
@@ -89,9 +89,11 @@ def summary(path: Path, reading: Reading, refusal: AdapterError | None) -> dict[
         "dora": any(m is not None for m in _magnitudes(adapter)),
         "dropout": adapter.dropout,
         "components": _value_counts(component_of(n) for n in [*adapter.pairs, *adapter.deltas, *adapter.modules]),
-        "targets": {leaf: _group(pairs, adapter.rslora) for leaf, pairs in sorted(groups.items())},
+        "targets": {kind: _group(pairs, adapter.rslora) for kind, pairs in sorted(groups.items())},
         "deltas": _deltas(adapter),
-        "full_copies": {n: {k: list(t.shape) for k, t in own.items()} for n, own in sorted(adapter.modules.items())},
+        "full_copies": {
+            n: {k: list(t.shape) for k, t in full_copy.items()} for n, full_copy in sorted(adapter.modules.items())
+        },
         "token_rows": {n: list(r.indices) for n, r in sorted(adapter.token_rows.items())},
         "trigger_words": file.card.trigger_words,
         "card": file.card.to_dict(),
@@ -113,11 +115,11 @@ def _variants(adapter: Adapter) -> list[str]:
     out = ["rsLoRA" if adapter.rslora else "LoRA"] if adapter.pairs else []
     out += list(dict.fromkeys(_FORMS[d.form] for d in adapter.deltas.values()))
     out += ["DoRA"] if any(m is not None for m in _magnitudes(adapter)) else []
-    others = {"full copies": adapter.modules, "token rows": adapter.token_rows}
-    return out + [what for what, own in others.items() if own]
+    extras = {"full copies": adapter.modules, "token rows": adapter.token_rows}
+    return out + [label for label, values in extras.items() if values]
 
 
-def _leaf(module: str) -> str:
+def _last_name(module: str) -> str:
     """Return a name's last part that is not a number, and what follows.
 
     For example `to_out.0`."""
@@ -132,8 +134,8 @@ def _files(path: Path) -> dict[str, int]:
 
 def _value_counts(values: Iterable[Any]) -> dict[str, int]:
     """Return value -> count, sorted by value; numbers to six digits."""
-    shown = Counter(values)
-    return {f"{v:g}" if isinstance(v, float) else str(v): n for v, n in sorted(shown.items())}
+    counts = Counter(values)
+    return {f"{v:g}" if isinstance(v, float) else str(v): n for v, n in sorted(counts.items())}
 
 
 def _magnitudes(adapter: Adapter) -> Iterable[Tensor | None]:

@@ -47,21 +47,21 @@ MERGE = "merge it into the base"
 
 def refuse_unservable(adapter: Adapter, by_module: Mapping[str, ModuleChanges], server: str, refused: Refusals) -> None:
     """Add to `refused` what `server` ("vLLM", "TGI" or "llama.cpp") cannot hold."""
-    for module, leaf in by_module.items():
+    for module, changes in by_module.items():
         if component_of(module):
             refused[f"{server} serves language models, and this is of an image model"].append(module)
-        for parameter, delta in leaf.deltas.items():
+        for parameter, delta in changes.deltas.items():
             refused[f"{server} does not support a {delta.form} change of the {parameter}; {MERGE}"].append(module)
-        if leaf.full:
+        if changes.full:
             refused[f"{server} loads no full copies of modules; {MERGE}"].append(module)
-        if leaf.pair is not None:
-            _refuse_pair(module, leaf.pair, server, refused)
+        if changes.pair is not None:
+            _refuse_pair(module, changes.pair, server, refused)
     for module in adapter.token_rows:
         refused[f"{server} does not support separately trained token rows; {MERGE}"].append(module)
 
 
 def _refuse_pair(module: str, pair: Pair, server: str, refused: Refusals) -> None:
-    leaf = module.rpartition(".")[2]
+    kind = module.rpartition(".")[2]
     if pair.magnitude is not None:
         refused[f"{server} does not support DoRA; {MERGE}"].append(module)
     if pair.kind == "conv":
@@ -76,9 +76,9 @@ def _refuse_pair(module: str, pair: Pair, server: str, refused: Refusals) -> Non
         refused[f"TGI does not support a pair of an embedding; {MERGE}"].append(module)
     if server != "vLLM":
         return
-    if pair.kind == "embedding" and leaf != "embed_tokens":
+    if pair.kind == "embedding" and kind != "embed_tokens":
         refused[f"vLLM knows an embedding only by the name embed_tokens; {MERGE}"].append(module)
-    if leaf in ("embed_tokens", "lm_head"):
+    if kind in ("embed_tokens", "lm_head"):
         rows = pair.A.shape[1] if pair.kind == "embedding" else pair.B.shape[0]
         if rows > _MAX_VLLM_VOCABULARY:
             refused[f"vLLM takes at most {_MAX_VLLM_VOCABULARY:,} rows here; {MERGE}"].append(module)
@@ -110,17 +110,17 @@ def in_every_layer(adapter: Adapter, layers: int) -> tuple[Adapter, int]:
     are unknown because layers differ (Gemma 4)."""
     kinds: dict[str, dict[int, str]] = defaultdict(dict)
     for name in adapter.pairs:
-        found = _TGI_MODULE.fullmatch(name)
-        assert found is not None, name
-        kinds[found[2]][int(found["layer"])] = name
-    beyond = sorted(n for own in kinds.values() for i, n in own.items() if i >= layers)
+        match = _TGI_MODULE.fullmatch(name)
+        assert match is not None, name
+        kinds[match[2]][int(match["layer"])] = name
+    beyond = sorted(n for by_layer in kinds.values() for i, n in by_layer.items() if i >= layers)
     if beyond:
         raise AdapterError(f"the base has {layers} layers, and the adapter has {', '.join(beyond[:3])}")
     pairs = dict(adapter.pairs)
-    for kind, own in kinds.items():
-        like = adapter.pairs[next(iter(own.values()))]
-        missing = sorted(set(range(layers)) - set(own))
-        widths = {(adapter.pairs[n].A.shape[1], adapter.pairs[n].B.shape[0]) for n in own.values()}
+    for kind, by_layer in kinds.items():
+        like = adapter.pairs[next(iter(by_layer.values()))]
+        missing = sorted(set(range(layers)) - set(by_layer))
+        widths = {(adapter.pairs[n].A.shape[1], adapter.pairs[n].B.shape[0]) for n in by_layer.values()}
         if missing and len(widths) > 1:
             raise AdapterError(
                 f"TGI drops {kind} in every layer if one layer lacks it, and a pair of zeros for layer {missing[0]} "
@@ -145,8 +145,8 @@ def _times(B: Tensor, scale: float) -> Tensor:
     if scale == 1:
         return B
     wide = B.double() * scale
-    same = wide.to(B.dtype)
-    return same if torch.equal(same.double(), wide) else wide.to(torch.float32)
+    narrow = wide.to(B.dtype)
+    return narrow if torch.equal(narrow.double(), wide) else wide.to(torch.float32)
 
 
 def vllm_notes(adapter: Adapter) -> list[str]:

@@ -74,8 +74,8 @@ def block_of(module: str) -> str:
     For a U-Net up to the attention or resnet (`unet.down_blocks.1.attentions.0`); the whole name without a
     number."""
     unet = re.match(r"^(.*?(?:down_blocks|up_blocks)\.\d+\.\w+\.\d+|.*?mid_block\.\w+\.\d+)(?:\.|$)", module)
-    found = unet or _INDEX.match(module)
-    return found[1] if found else module
+    match = unet or _INDEX.match(module)
+    return match[1] if match else module
 
 
 def parse_blocks(text: str, modules: Sequence[str]) -> dict[str, float]:
@@ -92,8 +92,8 @@ def parse_blocks(text: str, modules: Sequence[str]) -> dict[str, float]:
         if not equals:
             problems.append(f"{part!r}: expected PATTERN=NUMBER")
             continue
-        wanted = _pattern(pattern.strip())
-        hits = [m for m in modules if pattern == "*" or wanted.search(m)]
+        matcher = _pattern(pattern.strip())
+        hits = [m for m in modules if pattern == "*" or matcher.search(m)]
         if not hits:
             problems.append(f"{pattern!r} fits no module")
         for module in hits:
@@ -170,12 +170,14 @@ class Strength:
                 f"campaign={self.campaign} sets blocks and steps; other factors cannot be added",
                 fix="leave campaign= out, or everything else behind the @",
             )
-        factors, shares = [f for _, f in self.blocks], [f for _, _, f in self.steps]
-        for number in (self.strength, *factors, *shares):
+        factors, step_factors = [f for _, f in self.blocks], [f for _, _, f in self.steps]
+        for number in (self.strength, *factors, *step_factors):
             if not math.isfinite(number):
                 check_strength(f"a part of {self}", number)
-        most = max(map(abs, (1.0, *factors))) * max(map(abs, shares or [1.0]))
-        check_strength(f"the strongest part of {self}" if factors or shares else "the whole", self.strength * most)
+        most = max(map(abs, (1.0, *factors))) * max(map(abs, step_factors or [1.0]))
+        check_strength(
+            f"the strongest part of {self}" if factors or step_factors else "the whole", self.strength * most
+        )
         end = 0.0
         for begin, until, _ in sorted(self.steps):
             if not 0 <= begin < until <= 1:
@@ -254,8 +256,8 @@ def parse_strength(options: str, strength: float = 1.0) -> Strength:
 def _role(text: str) -> str:
     if text in CAMPAIGN_ROLES:
         return text
-    near = nearest(text.lower(), CAMPAIGN_ROLES, 1)
-    hint = f"did you mean {near[0]}? " if near else ""
+    similar = nearest(text.lower(), CAMPAIGN_ROLES, 1)
+    hint = f"did you mean {similar[0]}? " if similar else ""
     raise ConfigError(f"{text!r} is no role of a campaign", fix=f"{hint}roles: {', '.join(CAMPAIGN_ROLES)}")
 
 
@@ -301,9 +303,9 @@ def _number(text: str, part: str) -> float:
 
 
 def _range(text: str) -> tuple[float, float, float]:
-    if (found := _RANGE.fullmatch(text.strip())) is None:
+    if (match := _RANGE.fullmatch(text.strip())) is None:
         raise ConfigError(f"{text!r} is not a range of steps", fix="steps=FROM-TO, shares of the run: steps=0-0.6")
-    return float(found[1]), float(found[2]), 1.0 if found[3] is None else _number(found[3], text)
+    return float(match[1]), float(match[2]), 1.0 if match[3] is None else _number(match[3], text)
 
 
 def factors_by_module(strength: Strength, modules: Sequence[str]) -> dict[str, float]:
@@ -318,10 +320,12 @@ def factors_by_module(strength: Strength, modules: Sequence[str]) -> dict[str, f
         if not any(_fits(p, modules) for p in patterns):
             names = {short for short, long in _SHORT.items() if any(f".{long}." in f".{m}." for m in modules)}
             names |= {"steps", *(["text"] if encoders else []), *(_short(block_of(m)) for m in modules)}
-            near = nearest(key, sorted(names - {key}))
+            similar = nearest(key, sorted(names - {key}))
             raise ConfigError(
                 f"{key!r} names no block of this base",
-                fix=f"did you mean {' or '.join(near)}?" if near else f"its blocks: {', '.join(sorted(names)[:30])}",
+                fix=f"did you mean {' or '.join(similar)}?"
+                if similar
+                else f"its blocks: {', '.join(sorted(names)[:30])}",
             )
         factors += [f"{p}={factor!r}" for p in patterns]
     return parse_blocks(",".join(factors), modules)
@@ -338,7 +342,7 @@ def _fits(pattern: str, modules: Sequence[str]) -> bool:
 def _short(block: str) -> str:
     """Return a block's name in the short form of the table."""
     for short, long in _SHORT.items():
-        whole = long if "." in long else f"unet.{long}"
-        if block == whole or block.startswith(f"{whole}."):
-            return short + block.removeprefix(whole)
+        full_name = long if "." in long else f"unet.{long}"
+        if block == full_name or block.startswith(f"{full_name}."):
+            return short + block.removeprefix(full_name)
     return block

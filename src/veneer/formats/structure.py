@@ -49,26 +49,26 @@ class Structure:
         """Whether kinds and shapes are known, not only names."""
         return bool(self.shapes)
 
-    def under(self, rename: Callable[[str], str], back: Callable[[str], str]) -> Structure:
+    def under(self, rename: Callable[[str], str], restore: Callable[[str], str]) -> Structure:
         """Return the outline under other names.
 
         `rename` is one to one, `back` its inverse."""
         named = {n: rename(n) for n in {*self.kinds, *self.experts, *self.shapes}}
-        one = lambda name: None if name is None else rename(name)  # noqa: E731
+        renamed = lambda name: None if name is None else rename(name)  # noqa: E731
         return replace(
             self,
             kinds={named[n]: kind for n, kind in self.kinds.items()},
             shapes={named[n]: shape for n, shape in self.shapes.items()},
-            experts={named[n]: own for n, own in self.experts.items()},
+            experts={named[n]: parameters for n, parameters in self.experts.items()},
             transposed=frozenset(map(rename, self.transposed)),
             interleaved=frozenset(map(rename, self.interleaved)),
             grouped={rename(n): groups for n, groups in self.grouped.items()},
             fan_in_fan_out=frozenset(map(rename, self.fan_in_fan_out)),
             tied=frozenset(map(rename, self.tied)),
-            input_embedding=one(self.input_embedding),
-            output_embedding=one(self.output_embedding),
-            weight=lambda name: self.weight(back(name)),
-            problems=lambda adapter: self.problems(adapter.renamed(back)),
+            input_embedding=renamed(self.input_embedding),
+            output_embedding=renamed(self.output_embedding),
+            weight=lambda name: self.weight(restore(name)),
+            problems=lambda adapter: self.problems(adapter.renamed(restore)),
         )
 
 
@@ -77,8 +77,8 @@ def structure_of(model: nn.Module | Structure | Iterable[str] | Callable[[], Any
     if isinstance(model, Structure):
         return model
     if not isinstance(model, nn.Module):
-        given = model() if callable(model) else model
-        return Structure({str(name): "unknown" for name in given})
+        source = model() if callable(model) else model
+        return Structure({str(name): "unknown" for name in source})
     modules = dict(base_modules(model))
     embedding, head = _find(model, "get_input_embeddings"), _find(model, "get_output_embeddings")
     names = {id(module): name for name, module in modules.items()}
@@ -86,7 +86,7 @@ def structure_of(model: nn.Module | Structure | Iterable[str] | Callable[[], Any
     return Structure(
         kinds={n: kind_of(m) or "other" for n, m in modules.items() if n},
         shapes={n: tuple(t.shape) for n, t in _tensors(modules)},
-        experts={n: tuple(found) for n, m in modules.items() if (found := expert_parameters(m))},
+        experts={n: tuple(parameters) for n, m in modules.items() if (parameters := expert_parameters(m))},
         transposed=frozenset(n for n, m in modules.items() if getattr(m, "is_transposed", False) is True),
         interleaved=frozenset(n for n, m in modules.items() if getattr(m, "is_concatenated", True) is False),
         grouped={n: m.groups for n, m in modules.items() if kind_of(m) == "conv" and m.groups > 1},  # type: ignore
@@ -111,11 +111,11 @@ def _tensors(modules: dict[str, nn.Module]) -> Iterable[tuple[str, Tensor]]:
 
 def _find(model: nn.Module, method: str) -> nn.Module | None:
     try:
-        found = getattr(model, method)()
+        module = getattr(model, method)()
     except (AttributeError, NotImplementedError):
         return None
-    found = getattr(found, "base", found) if getattr(type(found), "is_veneer_layer", False) else found
-    return found if isinstance(found, nn.Module) else None
+    module = getattr(module, "base", module) if getattr(type(module), "is_veneer_layer", False) else module
+    return module if isinstance(module, nn.Module) else None
 
 
 def _data(module: nn.Module | None) -> Tensor | None:

@@ -304,11 +304,11 @@ def krea2(layers: int, layerwise: int, refiners: int) -> Iterator[ModuleRow]:
         ("text_fusion.refiner_blocks", "txtfusion.refiner_blocks", refiners),
     ):
         for i in range(count):
-            block, own = f"{_TOP}{group}.{i}.", f"{its}.{i}."
-            yield from _rows(f"{block}attn.", "to_q=wq to_k=wk to_v=wv to_out.0=wo to_gate=gate", f"{own}attn.")
-            yield from _rows(f"{block}ff.", "gate up down", f"{own}mlp.")
-            yield from _rows(f"{block}attn.", "norm:norm_q=qnorm norm:norm_k=knorm", f"{own}attn.qknorm.")
-            yield from _rows(block, "norm:norm1=prenorm norm:norm2=postnorm", own)
+            block, original = f"{_TOP}{group}.{i}.", f"{its}.{i}."
+            yield from _rows(f"{block}attn.", "to_q=wq to_k=wk to_v=wv to_out.0=wo to_gate=gate", f"{original}attn.")
+            yield from _rows(f"{block}ff.", "gate up down", f"{original}mlp.")
+            yield from _rows(f"{block}attn.", "norm:norm_q=qnorm norm:norm_k=knorm", f"{original}attn.qknorm.")
+            yield from _rows(block, "norm:norm1=prenorm norm:norm2=postnorm", original)
 
 
 def anima(layers: int, adapter: int) -> Iterator[ModuleRow]:
@@ -324,9 +324,9 @@ def anima(layers: int, adapter: int) -> Iterator[ModuleRow]:
         block, its = f"{_TOP}transformer_blocks.{i}.", f"blocks.{i}."
         for k, part in (("1", "self_attn"), ("2", "cross_attn"), ("3", "mlp")):
             yield from _rows(f"{block}norm{k}.", "linear_1=1 linear_2=2", f"{its}adaln_modulation_{part}.")
-        for attn, own in (("attn1.", "self_attn."), ("attn2.", "cross_attn.")):
+        for attn, original in (("attn1.", "self_attn."), ("attn2.", "cross_attn.")):
             names = "to_q=q_proj to_k=k_proj to_v=v_proj to_out.0=output_proj norm:norm_q=q_norm norm:norm_k=k_norm"
-            yield from _rows(block + attn, names, its + own)
+            yield from _rows(block + attn, names, its + original)
         yield from _rows(f"{block}ff.", "net.0.proj=layer1 net.2=layer2", f"{its}mlp.")
     top, its = "text_conditioner.", "llm_adapter."
     yield from _rows(top, "embedding:embed out_proj norm:norm", its)
@@ -424,7 +424,7 @@ def flat(name: str) -> str:
 def families() -> Mapping[str, Family]:
     """Return all families by name, cached, the more common ones first."""
     l_g_t5 = [*clip("text_encoder", 12, True), *clip("text_encoder_2", 32, True), *t5("text_encoder_3", 24)]
-    made = [
+    supported = [
         _family(
             "sd15",
             "Stable Diffusion 1.x",
@@ -456,17 +456,17 @@ def families() -> Mapping[str, Family]:
             clip="clip_h",
         ),
     ]
-    return MappingProxyType({family.name: family for family in made})
+    return MappingProxyType({family.name: family for family in supported})
 
 
 @cache
 def other_models() -> Mapping[str, Family]:
     """Return models with a family's diffusers names that must not be read as it."""
-    made = [
+    models = [
         _family("hunyuan-video", "Hunyuan Video", attention_blocks(20, 40, joint=True)),
         _family("ltx-video", "LTX Video", attention_blocks(28, 0, joint=False)),
     ]
-    return MappingProxyType({family.name: family for family in made})
+    return MappingProxyType({family.name: family for family in models})
 
 
 def _family(name: str, label: str, *components: Iterable[ModuleRow], **facts: Any) -> Family:
@@ -474,8 +474,8 @@ def _family(name: str, label: str, *components: Iterable[ModuleRow], **facts: An
     originals: dict[str, list[ModuleTarget]] = defaultdict(list)
     for row in chain(*components):
         modules[row.module] = row.kind
-        component, _, own = row.module.partition(".")
+        component, _, original_name = row.module.partition(".")
         if component in DENOISERS or row.original:
-            originals[row.original or own].append(ModuleTarget(row.module, row.part, row.swap))
+            originals[row.original or original_name].append(ModuleTarget(row.module, row.part, row.swap))
     originals_by_name = MappingProxyType({key: tuple(targets) for key, targets in originals.items()})
     return Family(name, label, MappingProxyType(modules), originals_by_name, **facts)

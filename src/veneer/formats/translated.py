@@ -58,10 +58,10 @@ def translated(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tran
     if pairs or "fine_tune_type" in config:
         return _from_mlx(config, tensors)
     modules = {key: _tinker_module(key) for key in tensors if key.startswith(_PREFIX) and ".lora_" in key}
-    own = any(_OWN.fullmatch(module) or _CUT.fullmatch(module) for module in modules.values())
-    own |= any(_EXPERTS.fullmatch(module) and tensors[key].ndim == 3 for key, module in modules.items())
-    bare = "peft_type" not in config and {"r", "lora_alpha"} <= set(config) and modules.keys() == tensors.keys()
-    return _from_tinker(config, tensors) if tensors and (own or bare) else None
+    is_tinker = any(_OWN.fullmatch(module) or _CUT.fullmatch(module) for module in modules.values())
+    is_tinker |= any(_EXPERTS.fullmatch(module) and tensors[key].ndim == 3 for key, module in modules.items())
+    is_plain = "peft_type" not in config and {"r", "lora_alpha"} <= set(config) and modules.keys() == tensors.keys()
+    return _from_tinker(config, tensors) if tensors and (is_tinker or is_plain) else None
 
 
 # -- mlx-lm ------------------------------------------------------------------------------------------------------------
@@ -103,8 +103,8 @@ def _from_mlx(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Trans
 
 def _mlx_numbers(config: Mapping[str, Any], problems: list[str]) -> tuple[int, float, float]:
     """Return rank, scale and dropout of a configuration."""
-    given = config.get("lora_parameters")
-    own: Mapping[str, Any] = given if isinstance(given, dict) else {}
+    parameters = config.get("lora_parameters")
+    own: Mapping[str, Any] = parameters if isinstance(parameters, dict) else {}
     rank, scale, dropout = own.get("rank"), own.get("scale"), own.get("dropout", 0.0)
     if type(rank) is not int or rank < 1:
         problems.append(f"lora_parameters.rank = {str(rank)[:20]}: a whole number of at least 1 is expected")
@@ -151,16 +151,16 @@ def _from_tinker(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tr
         else:
             out[f"{_PREFIX}{_renamed(module)}.lora_{half}"] = tensor
     settings = {**config, "peft_type": "LORA"}
-    for start, own in cut.items():
-        if sorted(own) != ["kA", "kB", "qA", "qB", "vA", "vB"] or any(t.ndim != 2 for t in own.values()):
-            raise AdapterError(f"{start}q, _k and _v are one projection of the base, and the file has {sorted(own)}")
-        out[f"{_PREFIX}{start}qkv.lora_A.weight"] = torch.cat([own[f"{n}A"] for n in "qkv"])
-        out[f"{_PREFIX}{start}qkv.lora_B.weight"] = torch.block_diag(*[own[f"{n}B"] for n in "qkv"])
+    for start, parts in cut.items():
+        if sorted(parts) != ["kA", "kB", "qA", "qB", "vA", "vB"] or any(t.ndim != 2 for t in parts.values()):
+            raise AdapterError(f"{start}q, _k and _v are one projection of the base, and the file has {sorted(parts)}")
+        out[f"{_PREFIX}{start}qkv.lora_A.weight"] = torch.cat([parts[f"{n}A"] for n in "qkv"])
+        out[f"{_PREFIX}{start}qkv.lora_B.weight"] = torch.block_diag(*[parts[f"{n}B"] for n in "qkv"])
     if cut:
-        for pattern, of in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
-            given = config.get(pattern)
-            if isinstance(number := config.get(of), int | float):
-                settings[pattern] = {**(given if isinstance(given, dict) else {}), "in_proj_qkv": 3 * number}
+        for pattern, setting in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+            patterns = config.get(pattern)
+            if isinstance(number := config.get(setting), int | float):
+                settings[pattern] = {**(patterns if isinstance(patterns, dict) else {}), "in_proj_qkv": 3 * number}
     settings["target_modules"] = _targets(out)
     return TranslatedFolder("tinker", "the names of Tinker's archives", settings, out)
 

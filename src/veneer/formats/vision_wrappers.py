@@ -53,17 +53,17 @@ class Renaming:
         """Return whether the file's model has a module's part, under the file's name.
 
         A text model, for example, has no tower."""
-        return any(_is(name, start, rest) for start, rest in self.parts)
+        return any(_is(name, start, pattern) for start, pattern in self.parts)
 
     def to_base(self, name: str) -> str:
         name = _MIXTRAL[0].sub(r"\1.mlp.", name) if self.mixtral else name
-        return next((new + name[len(old) :] for old, new, rest in self.rules if _is(name, old, rest)), name)
+        return next((new + name[len(old) :] for old, new, pattern in self.rules if _is(name, old, pattern)), name)
 
     def to_file(self, name: str) -> str:
         name = _MIXTRAL[1].sub(r"\1.block_sparse_moe.", name) if self.mixtral else name
-        return next((old + name[len(new) :] for old, new, rest in self.rules if _is(name, new, rest)), name)
+        return next((old + name[len(new) :] for old, new, pattern in self.rules if _is(name, new, pattern)), name)
 
-    def note(self) -> str:
+    def describe(self) -> str:
         renames = [f"{old or '(no prefix)'} is {new or '(no prefix)'}" for old, new, _ in self.rules]
         renames += ["block_sparse_moe is mlp"] if self.mixtral else []
         return f"names of another class of the same model, read under the base's: {', '.join(renames)}"
@@ -75,21 +75,21 @@ def renaming(file: Iterable[str], base: Collection[str]) -> Renaming | None:
     `file`, `base`: names of modules or parameters."""
     file = list(file)
     rules, parts = [], []
-    for starts, rest in _PARTS if base else ():
-        theirs, ours = (_start(names, starts, rest) for names in (file, base))
-        parts += [] if theirs is None else [(theirs, rest)]
+    for starts, pattern in _PARTS if base else ():
+        theirs, ours = (_start(names, starts, pattern) for names in (file, base))
+        parts += [] if theirs is None else [(theirs, pattern)]
         if theirs is not None and ours is not None and theirs != ours:
-            rules.append((theirs, ours, rest))
+            rules.append((theirs, ours, pattern))
     mixtral = any(_MIXTRAL[0].search(n) for n in file) and not any(_MIXTRAL[0].search(n) for n in base)
     mixtral = mixtral and any(".mlp.experts" in n for n in base)
     return Renaming(tuple(rules), mixtral, tuple(parts)) if rules or mixtral else None
 
 
-def _is(name: str, start: str, rest: re.Pattern[str]) -> bool:
-    return name.startswith(start) and rest.match(name, len(start)) is not None
+def _is(name: str, start: str, pattern: re.Pattern[str]) -> bool:
+    return name.startswith(start) and pattern.match(name, len(start)) is not None
 
 
-def _start(names: Iterable[str], starts: tuple[str, ...], rest: re.Pattern[str]) -> str | None:
+def _start(names: Iterable[str], starts: tuple[str, ...], pattern: re.Pattern[str]) -> str | None:
     """Return the one prefix that names have; None for no prefix or several."""
-    found = {s for n in names if (s := next((s for s in starts if _is(n, s, rest)), None)) is not None}
-    return found.pop() if len(found) == 1 else None
+    present = {s for n in names if (s := next((s for s in starts if _is(n, s, pattern)), None)) is not None}
+    return present.pop() if len(present) == 1 else None
