@@ -32,7 +32,7 @@ class ConvertedAdapter:
 
 
 def convert_adapter(
-    place: Path,
+    path: Path,
     output: str | Path,
     to: str,
     *,
@@ -40,7 +40,7 @@ def convert_adapter(
     base: str | None = None,
     dtype: str | None = None,
     allow_partial: bool = False,
-    say: Callable[[str], None] | None = None,
+    log: Callable[[str], None] | None = None,
     **how: Unpack[ReadOptions],
 ) -> ConvertedAdapter:
     """Write the adapter at `place` to `output` in layout `to`, exactly or not at all.
@@ -51,14 +51,14 @@ def convert_adapter(
     allow_partial: convert only what can be read.
 
     Raises AdapterError, and ConfigError if the output is the adapter itself."""
-    if Path(output).exists() and Path(output).samefile(place):
+    if Path(output).exists() and Path(output).samefile(path):
         raise ConfigError(
             "the output is the adapter itself, which is not written over", where=str(output), fix="another -o"
         )
-    reading = read(place, allow_partial=allow_partial, family=family if to != "gguf" else None, **how)
+    reading = read(path, allow_partial=allow_partial, family=family if to != "gguf" else None, **how)
     head_dim = layers = None
     if to in ("gguf", "tgi") and base is not None:
-        architecture, head_dim, layers = _of_base(base, say)
+        architecture, head_dim, layers = _of_base(base, log)
         family = family or architecture
     if to != "gguf":
         family = family or reading.family
@@ -66,7 +66,7 @@ def convert_adapter(
     return ConvertedAdapter(reading, written)
 
 
-def _of_base(name: str, say: Callable[[str], None] | None) -> tuple[str, int | None, int]:
+def _of_base(name: str, log: Callable[[str], None] | None) -> tuple[str, int | None, int]:
     """Return a base's llama.cpp architecture, rows per head and number of layers.
 
     Rows per attention head are None if layers differ."""
@@ -74,7 +74,7 @@ def _of_base(name: str, say: Callable[[str], None] | None) -> tuple[str, int | N
     from veneer.models.sources import find_base
     from veneer.models.text.base import read_base_config
 
-    config = read_base_config(find_base(name, say=say)).get_text_config()
+    config = read_base_config(find_base(name, say=log)).get_text_config()
     sizes = {size for _, _, size in layer_heads(config)}
     architecture = _ARCHITECTURES.get(config.model_type, config.model_type)
     return architecture, sizes.pop() if len(sizes) == 1 else None, int(config.num_hidden_layers)

@@ -63,8 +63,8 @@ def inspect(name: str, *, tools: bool = False, **how: Unpack[reader.ReadOptions]
     Raises what reading raises for a file that is not an adapter."""
     path = using.adapter_path(name)
     reading, refusal = _read(path, how)
-    found = summary(path, reading, refusal)
-    return found | ({"elsewhere": [asdict(verdict) for verdict in check_tools(path, reading)]} if tools else {})
+    result = summary(path, reading, refusal)
+    return result | ({"elsewhere": [asdict(verdict) for verdict in check_tools(path, reading)]} if tools else {})
 
 
 def _read(path: Path, how: reader.ReadOptions) -> tuple[Reading, AdapterError | None]:
@@ -73,8 +73,8 @@ def _read(path: Path, how: reader.ReadOptions) -> tuple[Reading, AdapterError | 
     Raises that error if nothing can be read."""
     how = {**how, "assume_scale": True}
     try:
-        found = reader.read(path, **how)
-        return found, reader.scale_error(found, path) if found.assumed_scale else None
+        reading = reader.read(path, **how)
+        return reading, reader.scale_error(reading, path) if reading.assumed_scale else None
     except UnsafeFileError:
         raise
     except AdapterError as error:
@@ -110,14 +110,16 @@ def verify_adapter(name: str, base: TextBase | None = None, **how: Unpack[reader
     adapter = reading.adapter
     parts: dict[str, Sized] = {"pairs": adapter.pairs, "deltas": adapter.deltas, "full copies": adapter.modules}
     parts["sets of token rows"] = adapter.token_rows
-    count = ", ".join(f"{len(own)} {what}" for what, own in parts.items() if own)
+    count = ", ".join(f"{len(tensors)} {label}" for label, tensors in parts.items() if tensors)
     messages = [f"{reading.format}; every tensor is understood and finite: {count}", *reading.notes]
     out.append(AdapterCheck("contents", True, "\n".join(messages)))
     if card is not None and card.digest:
         digest = adapter.digest()
-        same = digest == card.digest
+        matches = digest == card.digest
         out.append(
-            AdapterCheck("digest", same, digest if same else f"the card says {card.digest}, the tensors give {digest}")
+            AdapterCheck(
+                "digest", matches, digest if matches else f"the card says {card.digest}, the tensors give {digest}"
+            )
         )
     out.append(_not_zero(adapter))
     return out if base is None else out + _against(base, name, adapter, card, how)
@@ -132,12 +134,12 @@ def verify_kept(library: Library, reference: str) -> list[AdapterCheck]:
     from veneer.library.store import hash_file
 
     version = library.find(reference)
-    kept = library.files(version.entry)
+    stored = library.files(version.entry)
     try:
-        path = library.place(version.reference, version.entry, version.format, kept)
+        path = library.place(version.reference, version.entry, version.format, stored)
         out = verify_adapter(str(path))
         folder = path if path.is_dir() else path.parent
-        wrong = [name for name, (sha256, _) in kept.items() if hash_file(folder / name) != sha256]
+        wrong = [name for name, (sha256, _) in stored.items() if hash_file(folder / name) != sha256]
         message = f"not the bytes that were added: {', '.join(wrong)}" if wrong else "every file has its sha256"
         out.insert(0, AdapterCheck(FILES_CHECK, not wrong, message))
     except AdapterError as error:
@@ -151,14 +153,14 @@ def _header_hashes(path: Path) -> list[AdapterCheck]:
     if path.is_dir() or path.suffix != ".safetensors":
         return []
     try:
-        found = verify_hashes(path)
+        checks = verify_hashes(path)
     except VeneerError:
         return []  # reading the file reports what is wrong with it
-    if not found:
+    if not checks:
         return [AdapterCheck("header", None, "the header has no hashes of the tensors")]
-    wrong = [f"{c.key}: stored {c.stored}, found {c.found}; {c.note}" for c in found if c.holds is False]
-    unsure = [f"{c.key}: {c.note}" for c in found if c.holds is None]
-    message = "\n".join([*wrong, *unsure]) or ", ".join(c.key for c in found) + " hold"
+    wrong = [f"{c.key}: stored {c.stored}, found {c.found}; {c.note}" for c in checks if c.holds is False]
+    unsure = [f"{c.key}: {c.note}" for c in checks if c.holds is None]
+    message = "\n".join([*wrong, *unsure]) or ", ".join(c.key for c in checks) + " hold"
     return [AdapterCheck("header", not wrong, message)]
 
 
@@ -176,12 +178,12 @@ def _hashes(folder: Path, card: CardFile | None) -> list[AdapterCheck]:
 
 def _not_zero(adapter: Adapter) -> AdapterCheck:
     norms = {n: delta_norm(p) for n, p in adapter.pairs.items()}
-    measured = {n: d for n, d in adapter.deltas.items() if d.form not in BASED and d.magnitude is None}
-    norms |= {n: float(product_of(d).norm()) for n, d in measured.items()}
+    additive = {n: d for n, d in adapter.deltas.items() if d.form not in BASED and d.magnitude is None}
+    norms |= {n: float(product_of(d).norm()) for n, d in additive.items()}
     scaled = {n for n, p in adapter.pairs.items() if p.magnitude is not None}
     alive = [n for n, norm in norms.items() if norm > 0 or n in scaled]
-    others = adapter.modules or adapter.token_rows or len(measured) < len(adapter.deltas)
-    if norms and not alive and not others:
+    has_others = adapter.modules or adapter.token_rows or len(additive) < len(adapter.deltas)
+    if norms and not alive and not has_others:
         return AdapterCheck("not zero", False, "every ΔW is zero: an adapter that was never trained")
     zero = sorted(set(norms) - set(alive))
     message = f"; {len(zero)} of {len(norms)} changes are zero, {zero[0]} among them" if zero else ""
@@ -208,12 +210,12 @@ def _against(
     if rows := [i for r in fitted.token_rows.values() for i in r.indices]:
         ids = torch.cat([ids, torch.tensor([rows[:64]], device=base.device)], dim=1)
     with torch.no_grad(), attach(base.model) as attachment:
-        before = base.model(ids).logits.float()
+        without = base.model(ids).logits.float()
         attachment.add("verified", fitted)
         attachment.use("verified")
         after = base.model(ids).logits.float()
     if not torch.isfinite(after).all():
         return [*out, AdapterCheck("effect", False, "the base's logits under the adapter are not finite")]
-    moved = float((after - before).abs().max())
+    moved = float((after - without).abs().max())
     detail = f"logits move by up to {moved:.4g}" if moved else "no logit moves: the adapter has no effect on this base"
     return [*out, AdapterCheck("effect", moved > 0, detail)]

@@ -140,7 +140,7 @@ def merge(
         report.adapters = [{"name": n, "strength": s, "digest": attachment.adapters[n].digest()} for n, s in strengths]
         model = merged_model(base.model, mix, target, report, seed)
     report.check(accept_loss, "--dtype float32, --stochastic 0")
-    report.difference = {name: asdict(found) for name, found in (difference or {}).items()}
+    report.difference = {name: asdict(values) for name, values in (difference or {}).items()}
     try:
         with as_veneer_errors(folder), new_folder(folder) as temporary, errors_only():
             model.save_pretrained(temporary, max_shard_size="5GB")
@@ -185,8 +185,8 @@ class Difference:
     @property
     def kept(self) -> float:
         """Share of the adapters' gain over the base that the merged model keeps."""
-        gain = self.base_loss - self.unmerged_loss
-        return (self.base_loss - self.loss) / gain if gain else math.nan
+        improvement = self.base_loss - self.unmerged_loss
+        return (self.base_loss - self.loss) / improvement if improvement else math.nan
 
 
 @torch.no_grad()
@@ -206,7 +206,7 @@ def compare_merges(
     "original": ΔW on the weights of `original`, the same base in 16 bits.
 
     seed: as in `merge`. Both models are in memory; rows are computed one at a time."""
-    found: dict[str, Difference] = {}
+    differences: dict[str, Difference] = {}
     rows = [row for row in rows if any(row.trained)]
     if not rows:
         raise ConfigError("the held-out rows have no trained token", fix="give rows with answers")
@@ -223,18 +223,18 @@ def compare_merges(
         merged = [_log_probabilities(model, row, device) for row in rows]
         del model
         kl = torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in zip(exact, merged, strict=True)])
-        same = torch.cat([p.argmax(-1) == q.argmax(-1) for p, q in zip(exact, merged, strict=True)])
+        agreement = torch.cat([p.argmax(-1) == q.argmax(-1) for p, q in zip(exact, merged, strict=True)])
         tokens = len(kl)
-        found[name] = Difference(
+        differences[name] = Difference(
             tokens,
             kl=float(kl.mean()),
             kl_most=float(kl.max()),
-            agree=float(same.float().mean()),
+            agree=float(agreement.float().mean()),
             loss=sum(map(_nll, merged, rows)) / tokens,
             unmerged_loss=sum(map(_nll, exact, rows)) / tokens,
             base_loss=sum(plain) / tokens,
         )
-    return found
+    return differences
 
 
 def _log_probabilities(model: Any, row: HeldOutRow, device: torch.device) -> Tensor:
@@ -248,8 +248,8 @@ def _log_probabilities(model: Any, row: HeldOutRow, device: torch.device) -> Ten
 
 
 def _nll(log_p: Tensor, row: HeldOutRow) -> float:
-    wanted = torch.tensor([t for t, trained in zip(row.input_ids, row.trained, strict=True) if trained])
-    return float(-log_p.gather(1, wanted.to(log_p.device)[:, None]).sum())
+    labels = torch.tensor([t for t, trained in zip(row.input_ids, row.trained, strict=True) if trained])
+    return float(-log_p.gather(1, labels.to(log_p.device)[:, None]).sum())
 
 
 def _check_request(adapters: Sequence[using.AdapterSpec], folder: Path) -> None:
@@ -284,14 +284,14 @@ def merged_model(
     `seed`: as in `merge`. Raises AdapterError if a merged weight is outside `dtype`'s range."""
     report = report or MergeReport()
     report.rounding = _rounding_name(seed)
-    own = model.state_dict()
+    state_dict = model.state_dict()
     tied: dict[Any, list[str]] = {}  # names by memory; tied weights get the same rounding
     rounding, new, bad = Rounding(), {}, []
-    for name, before, exact in exact_weights(model, mix):
-        stored = own[name]  # a tied weight is never quantized
+    for name, weight, exact in exact_weights(model, mix):
+        stored = state_dict[name]  # a tied weight is never quantized
         names = tied.setdefault(name if isinstance(stored, Quantized) else (stored.data_ptr(), stored.shape), [])
         names.append(name)
-        new[name] = _rounded(before, exact, dtype, rounding, seed, f"/{names[0]}")
+        new[name] = _rounded(weight, exact, dtype, rounding, seed, f"/{names[0]}")
         if not torch.isfinite(new[name]).all():
             bad.append(name)
     if bad:
@@ -300,7 +300,7 @@ def merged_model(
             f"{len(bad)} merged weights do not fit into {dtype} under {under}: {first_few(bad, 3)}",
             fix="use dtype bfloat16 or float32, or a smaller strength",
         )
-    state = {n: dequantized(t).to(dtype) if t.is_floating_point() else t for n, t in own.items() if n not in new}
+    state = {n: dequantized(t).to(dtype) if t.is_floating_point() else t for n, t in state_dict.items() if n not in new}
     report.untied = any(not torch.equal(new[names[0]], new[n]) for names in tied.values() for n in names[1:])
     report.tensors = len(new)
     report.count(rounding)
@@ -326,10 +326,10 @@ def merged_model(
 
 
 def _rounded(
-    before: Tensor, exact: Tensor, dtype: torch.dtype, rounding: Rounding, seed: int | None, name: str
+    original: Tensor, exact: Tensor, dtype: torch.dtype, rounding: Rounding, seed: int | None, name: str
 ) -> Tensor:
     after = exact.to(dtype) if seed is None else stochastic(exact, dtype, seeded(seed, name))
-    rounding.add(before, exact, after)
+    rounding.add(original, exact, after)
     return after
 
 
@@ -372,8 +372,8 @@ def merge_shards(
     _check_request(adapters, folder)
     if not base.is_dir():
         raise BaseError("there is no such model folder", where=str(base))
-    chosen = [using.parse_spec(a) for a in adapters]
-    mix = [(using.read_adapter(name).adapter, strength) for name, strength in chosen]
+    selected = [using.parse_spec(a) for a in adapters]
+    mix = [(using.read_adapter(name).adapter, strength) for name, strength in selected]
     parts = checkpoint_parts(base)
     plan = _plan(parts, _as_stored(parts, mix))
     quantized = _seen_weights(base, parts, seen) if seen else frozenset()
@@ -381,7 +381,7 @@ def merge_shards(
     report.rounding = _rounding_name(seed)
     report.adapters = [
         {"name": name, "strength": s, "digest": adapter.digest()}
-        for (name, s), (adapter, _) in zip(chosen, mix, strict=True)
+        for (name, s), (adapter, _) in zip(selected, mix, strict=True)
     ]
     rounding = Rounding()
     with as_veneer_errors(folder), new_folder(folder) as temporary:
@@ -396,14 +396,16 @@ def merge_shards(
         for component, part in parts.items():
             for file in part.files:
                 chunks = _folded(
-                    part, file, plan[component], rounding, seed, component, (seen, quantized), mix_text(tuple(chosen))
+                    part, file, plan[component], rounding, seed, component, (seen, quantized), mix_text(tuple(selected))
                 )
                 atomic_write(temporary / file.relative_to(base), chunks)
                 report.bytes += file.stat().st_size
         report.tensors = sum(map(len, plan.values()))
         report.count(rounding)
         report.dtype = ", ".join(
-            sorted({str(parts[c].entries[n].dtype).removeprefix("torch.") for c, own in plan.items() for n in own})
+            sorted(
+                {str(parts[c].entries[n].dtype).removeprefix("torch.") for c, changes in plan.items() for n in changes}
+            )
         )
         report.check(accept_loss, "--stochastic 0, --dtype float32 without --by-shard")
         report.write(temporary)
@@ -455,25 +457,25 @@ def _plan(parts: dict[str, Checkpoint], mix: list[tuple[Adapter, float]]) -> Pla
     }
     for adapter, strength in mix:
         shapes = parameter_changes(adapter.mapped(lambda t: t.to("meta")))
-        for (name, make), (_, shape_only) in zip(parameter_changes(adapter), shapes, strict=True):
-            component, rest = ("", name) if "" in parts else (name.partition(".")[0], name.partition(".")[2])
+        for (name, change), (_, shape_only) in zip(parameter_changes(adapter), shapes, strict=True):
+            component, name_in_part = ("", name) if "" in parts else (name.partition(".")[0], name.partition(".")[2])
             if component not in parts:
                 problems.append(f"{name}: the base has no component {component!r}, only {', '.join(parts)}")
                 continue
             part, config = parts[component], configs[component]
-            tensor = part.find(rest)
-            weight = tensor or rest
+            tensor = part.find(name_in_part)
+            weight = tensor or name_in_part
             shared = next((group for group in tied[component] if weight in {*group, *group.values()}), {})
             rows = name.removesuffix(".weight") in adapter.token_rows
             if shared and not rows:
-                others = ", ".join(other for other in shared if other != weight)
+                other_names = ", ".join(other_name for other_name in shared if other_name != weight)
                 problems.append(
-                    f"{name}: {others} shares this weight, but the change is for only one; merge the loaded base"
+                    f"{name}: {other_names} shares this weight, but the change is for only one; merge the loaded base"
                 )
                 continue
             if tensor is None:
-                near = nearest(rest, part.entries, 1)
-                problems.append(f"{name}: the base has no such weight" + (f"; nearest {near[0]}" if near else ""))
+                similar = nearest(name_in_part, part.entries, 1)
+                problems.append(f"{name}: the base has no such weight" + (f"; nearest {similar[0]}" if similar else ""))
                 continue
             entry = part.entries[tensor]
             if not entry.dtype.is_floating_point or entry.dtype.itemsize < 2:
@@ -484,7 +486,7 @@ def _plan(parts: dict[str, Checkpoint], mix: list[tuple[Adapter, float]]) -> Pla
                 problems.append(f"{name}: {problem}")
             else:
                 for each in {tensor, *filter(None, shared.values())}:  # token rows also change a head stored separately
-                    plan[component].setdefault(each, []).append((make, strength))
+                    plan[component].setdefault(each, []).append((change, strength))
     if problems:
         raise AdapterError(
             f"the mix does not fit the files of this base ({len(problems)} problems):\n{bullets(problems, None)}"
@@ -523,13 +525,13 @@ def _folded(
         if name in plan:
             exact = weight if weight.dtype == torch.float64 else weight.float()
             start = exact
-            for make, strength in plan[name]:
-                exact = exact + make(start) * strength
+            for change, strength in plan[name]:
+                exact = exact + change(start) * strength
             after = _rounded(weight, exact, weight.dtype, rounding, seed, f"{component}/{name}")
             if not torch.isfinite(after).all():
-                what = f"{name}: the merged weight does not fit into {weight.dtype} under {under}"
+                problem = f"{name}: the merged weight does not fit into {weight.dtype} under {under}"
                 raise AdapterError(
-                    what, where=str(file), fix="use a smaller strength, or a base in bfloat16 or float32"
+                    problem, where=str(file), fix="use a smaller strength, or a base in bfloat16 or float32"
                 )
         if after.numel():
             yield memoryview(after.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

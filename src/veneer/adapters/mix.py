@@ -99,19 +99,19 @@ def mix_adapters(
     dtype: computed tensors are rounded to this dtype; copied tensors keep theirs.
 
     Raises ConfigError for an invalid request, AdapterError that lists everything that cannot be mixed."""
-    chosen = [using.parse_spec(s) for s in specs]
-    if not chosen:
+    selected = [using.parse_spec(s) for s in specs]
+    if not selected:
         raise ConfigError("there is nothing to mix", fix="name at least one adapter")
-    read = [using.read_adapter(name) for name, _ in chosen]
-    parts = [(_by_block(r.adapter, blocks), strength) for r, (_, strength) in zip(read, chosen, strict=True)]
+    read = [using.read_adapter(name) for name, _ in selected]
+    parts = [(_by_block(r.adapter, blocks), strength) for r, (_, strength) in zip(read, selected, strict=True)]
     bound, kind, weights = _bound(rank, energy, error), _dtype(dtype), _weights(base)
     mixed = mix(parts, method, bound, density=density, seed=seed, dtype=kind, weights=weights)
-    _check_finite(mixed, chosen, dtype)
+    _check_finite(mixed, selected, dtype)
     recipe: dict[str, Any] = {"made": "mix", "method": method, **_given(rank=rank, energy=energy, error_bound=error)}
     if method not in ("sum", "svd", "orthogonal"):
         recipe |= {"density": density} | ({"seed": seed} if method.startswith("dare") else {})
     recipe |= {"blocks": blocks} if blocks else {}
-    recipe["strengths"] = dict(chosen)
+    recipe["strengths"] = dict(selected)
     return _write(mixed, out, read, recipe, to=to)
 
 
@@ -132,23 +132,23 @@ def keep_mix(
     base: as in `mix_adapters`.
 
     Raises as `mix_adapters` and Library.add; nothing is added then."""
-    chosen = [using.parse_spec(s) for s in specs]
-    if not chosen:
+    selected = [using.parse_spec(s) for s in specs]
+    if not selected:
         raise ConfigError("there is nothing to mix", fix="name at least one adapter")
     check_name(name)
     if alias is not None:
         check_alias(alias)
-    parts = [(library.find(reference).reference, strength) for reference, strength in chosen]
+    parts = [(library.find(reference).reference, strength) for reference, strength in selected]
     read = [using.read_adapter(library.resolve(reference)) for reference, _ in parts]
     mixed = mix([(r.adapter, strength) for r, (_, strength) in zip(read, parts, strict=True)], weights=_weights(base))
     _check_finite(mixed, parts, "float32")
     recipe: dict[str, Any] = {"made": "mix", "method": "sum", "strengths": dict(parts)}
     with tempfile.TemporaryDirectory() as folder:
-        made = _write(mixed, Path(folder) / "adapter", read, recipe, to="peft")
-        added = library.add(made.path, name, tags=tags)
+        written = _write(mixed, Path(folder) / "adapter", read, recipe, to="peft")
+        added = library.add(written.path, name, tags=tags)
     if alias is not None:
         added.version = library.alias(added.version.reference, alias)
-    return added, replace(made, path=added.version.reference)
+    return added, replace(written, path=added.version.reference)
 
 
 def _check_finite(mixed: Mixed, parts: Sequence[tuple[str, float]], dtype: str) -> None:
@@ -213,30 +213,33 @@ def extract(
         raise ConfigError("an extract needs a size", fix="give one of rank, energy and error")
     kept_dtype = _dtype(dtype)
     try:
-        wanted = re.compile(targets) if targets is not None else None
+        pattern = re.compile(targets) if targets is not None else None
     except re.error as problem:
         raise ConfigError(f"{targets!r} is not a regular expression: {problem}") from None
-    one, two = Checkpoint(base), Checkpoint(tuned)
-    if not set(one.entries) & set(two.entries):
+    base_weights, tuned_weights = Checkpoint(base), Checkpoint(tuned)
+    if not set(base_weights.entries) & set(tuned_weights.entries):
         raise BaseError("the two models share no tensor's name", where=f"{base}, {tuned}")
     mixed = Mixed(Adapter())
-    left = [
-        f"{n}: only in {where}" for where, a, b in (("base", one, two), ("tuned", two, one)) for n in a if n not in b
+    skipped = [
+        f"{n}: only in {where}"
+        for where, a, b in (("base", base_weights, tuned_weights), ("tuned", tuned_weights, base_weights))
+        for n in a
+        if n not in b
     ]
-    for name in two:
-        if name not in one:
+    for name in tuned_weights:
+        if name not in base_weights:
             continue
-        if one.entries[name].shape != two.entries[name].shape:
-            left.append(f"{name}: {one.entries[name].shape} and {two.entries[name].shape}")
+        if base_weights.entries[name].shape != tuned_weights.entries[name].shape:
+            skipped.append(f"{name}: {base_weights.entries[name].shape} and {tuned_weights.entries[name].shape}")
             continue
-        delta = _difference(one.tensor(name), two.tensor(name))
+        delta = _difference(base_weights.tensor(name), tuned_weights.tensor(name))
         if delta is None:
             continue
         module, _, key = name.rpartition(".")
         embedding = module.rpartition(".")[2] in _EMBEDDINGS
-        fits = key == "weight" and delta.ndim >= 2 and (wanted.search(module) if wanted else not embedding)
+        fits = key == "weight" and delta.ndim >= 2 and (pattern.search(module) if pattern else not embedding)
         if not fits:
-            left.append(f"{name}: ‖ΔW‖ {float(delta.double().norm()):.4g}, not among the targets")
+            skipped.append(f"{name}: ‖ΔW‖ {float(delta.double().norm()):.4g}, not among the targets")
             continue
         A, B, cut = low_rank(delta.mT if embedding else delta.flatten(1), bound)
         pair = rebuilt(like(tuple(delta.shape), embedding), A, B, kept_dtype)
@@ -247,17 +250,19 @@ def extract(
         raise BaseError("no target differs between the two models", where=f"{base}, {tuned}", fix="check the targets")
     recipe = {"made": "extract", "base": Path(base).name, "tuned": Path(tuned).name}
     recipe |= _given(rank=rank, energy=energy, error_bound=error, targets=targets)
-    return _write(mixed, out, [], recipe, left=left, to=to)
+    return _write(mixed, out, [], recipe, left=skipped, to=to)
 
 
-def _difference(one: Tensor, two: Tensor) -> Tensor | None:
+def _difference(first: Tensor, second: Tensor) -> Tensor | None:
     """Return W' − W, exact in float32 for 16-bit weights.
 
     None if the difference is zero, or if a tensor is not floating point."""
-    if not (one.is_floating_point() and two.is_floating_point()) or (one.dtype == two.dtype and torch.equal(one, two)):
+    if not (first.is_floating_point() and second.is_floating_point()) or (
+        first.dtype == second.dtype and torch.equal(first, second)
+    ):
         return None
-    wide = torch.float64 if torch.float64 in (one.dtype, two.dtype) else torch.float32
-    delta = two.to(wide) - one.to(wide)
+    wide = torch.float64 if torch.float64 in (first.dtype, second.dtype) else torch.float32
+    delta = second.to(wide) - first.to(wide)
     return delta if delta.any() else None
 
 
@@ -267,20 +272,20 @@ def diff(a: str, b: str) -> dict[str, Any]:
     Per module, and over all comparable modules: ‖ΔW_a‖, ‖ΔW_b‖, their cosine (Frobenius) and ‖ΔW_a −
     ΔW_b‖/‖ΔW_a‖. `only`: modules that one of them lacks. `skipped`: changes that need a base, with the
     reason. Strengths multiply: "a:0.5" is half of a."""
-    (one, s1), (two, s2) = (
+    (first, s1), (second, s2) = (
         (using.read_adapter(name).adapter, strength) for name, strength in map(using.parse_spec, (a, b))
     )
     modules: dict[str, dict[str, float]] = {}
     skipped = [
         f"{n}: full copies and token rows have no change without a base"
-        for x in (one, two)
+        for x in (first, second)
         for n in [*x.modules, *x.token_rows]
     ]
-    have = [set(x.pairs) | {d.rpartition(".")[0] for d in x.deltas} for x in (one, two)]
+    have = [set(x.pairs) | {d.rpartition(".")[0] for d in x.deltas} for x in (first, second)]
     totals = [0.0, 0.0, 0.0]
     for name in sorted(have[0] | have[1]):
         try:
-            values = _compare(_change_of(one, name), _change_of(two, name), s1, s2)
+            values = _compare(_change_of(first, name), _change_of(second, name), s1, s2)
         except AdapterError as error:
             skipped.append(f"{name}: {error.what}")
             continue
@@ -313,17 +318,17 @@ def _change_of(adapter: Adapter, name: str) -> Change:
     return out[0] if out else None
 
 
-def _compare(one: Change, two: Change, s1: float, s2: float) -> tuple[float, float, float]:
+def _compare(first: Change, second: Change, s1: float, s2: float) -> tuple[float, float, float]:
     """Return ‖a‖², ‖b‖², ⟨a, b⟩."""
     if (
-        one is not None
-        and two is not None
-        and (one[0].shape[-1], one[1].shape[-2]) != (two[0].shape[-1], two[1].shape[-2])
+        first is not None
+        and second is not None
+        and (first[0].shape[-1], first[1].shape[-2]) != (second[0].shape[-1], second[1].shape[-2])
     ):
         raise AdapterError("changes of different shapes")
-    aa = s1 * s1 * inner(one, one) if one else 0.0
-    bb = s2 * s2 * inner(two, two) if two else 0.0
-    return aa, bb, s1 * s2 * inner(one, two) if one and two else 0.0
+    aa = s1 * s1 * inner(first, first) if first else 0.0
+    bb = s2 * s2 * inner(second, second) if second else 0.0
+    return aa, bb, s1 * s2 * inner(first, second) if first and second else 0.0
 
 
 def _row(aa: float, bb: float, ab: float) -> dict[str, float]:
@@ -341,17 +346,17 @@ def strength(name: str, out: str | Path | None = None, *, blocks: str = "", to: 
     adapter = read.adapter
     modules = _modules(adapter)
     by = parse_blocks(blocks, modules) if blocks else dict.fromkeys(modules, 1.0)
-    found: dict[str, dict[str, Any]] = {}
+    by_block: dict[str, dict[str, Any]] = {}
     skipped = []
     for module in modules:
-        row = found.setdefault(block_of(module), {"modules": 0, "square": 0.0, "strengths": set()})
+        row = by_block.setdefault(block_of(module), {"modules": 0, "square": 0.0, "strengths": set()})
         row["modules"] += 1
         row["strengths"].add(by[module])
         try:
             row["square"] += _compare(_change_of(adapter, module), None, by[module], 0)[0]
         except AdapterError as error:
             skipped.append(f"{module}: {error.what}")
-    whole = sum(r["square"] for r in found.values())
+    total = sum(r["square"] for r in by_block.values())
     report: dict[str, Any] = {
         "adapter": name,
         "blocks": {
@@ -359,9 +364,9 @@ def strength(name: str, out: str | Path | None = None, *, blocks: str = "", to: 
                 "modules": r["modules"],
                 "strengths": sorted(r["strengths"]),
                 "norm": max(r["square"], 0.0) ** 0.5,
-                "share": r["square"] / whole if whole else 0.0,
+                "share": r["square"] / total if total else 0.0,
             }
-            for block, r in found.items()
+            for block, r in by_block.items()
         },
         "skipped": skipped,
     }
@@ -369,8 +374,8 @@ def strength(name: str, out: str | Path | None = None, *, blocks: str = "", to: 
         if not blocks:
             raise ConfigError("there are no strengths to write", fix="give blocks, as in down_blocks.0=0.5")
         scaled = strengthened(adapter, by.__getitem__)
-        made = _write(Mixed(scaled), out, [read], {"made": "strength", "blocks": blocks}, to=to)
-        report["written"] = {"path": made.path, "digest": made.digest, "bytes": made.bytes}
+        written = _write(Mixed(scaled), out, [read], {"made": "strength", "blocks": blocks}, to=to)
+        report["written"] = {"path": written.path, "digest": written.digest, "bytes": written.bytes}
     return report
 
 
@@ -409,9 +414,11 @@ def _weights(base: str | Path | None) -> Weights | None:
     parts = checkpoint_parts(Path(base))
 
     def weight(name: str) -> Tensor | None:
-        part, rest = (parts[""], name) if "" in parts else (parts.get(name.partition(".")[0]), name.partition(".")[2])
-        found = part.find(rest) if part is not None else None
-        return part.tensor(found) if part is not None and found is not None else None
+        part, name_in_part = (
+            (parts[""], name) if "" in parts else (parts.get(name.partition(".")[0]), name.partition(".")[2])
+        )
+        entry = part.find(name_in_part) if part is not None else None
+        return part.tensor(entry) if part is not None and entry is not None else None
 
     return weight
 

@@ -115,9 +115,11 @@ def adapter_path(name: str | os.PathLike[str]) -> Path:
         raise AdapterError(f"there is no adapter {name!r}", where=str(here.absolute()), fix=fix)
     from veneer.library.library import NotInLibrary, library_location, open_library
 
-    place = library_location()
-    if "://" not in place and not Path(place).is_dir():  # a lookup does not create a library
-        raise AdapterError(f"there is no adapter {name!r}", where=f"{here.absolute()}; no library at {place}", fix=fix)
+    library_path = library_location()
+    if "://" not in library_path and not Path(library_path).is_dir():  # a lookup does not create a library
+        raise AdapterError(
+            f"there is no adapter {name!r}", where=f"{here.absolute()}; no library at {library_path}", fix=fix
+        )
     with open_library() as library:
         try:
             return library.resolve(name)
@@ -136,9 +138,9 @@ def _no_strength(name: str) -> tuple[str, str] | None:
     A version or an alias of the library is not a suffix."""
     if _may_be_kept(name):
         return None
-    for mark in (":", "@"):
-        head, found, behind = name.partition(mark)
-        if found and head and Path(head).expanduser().exists():
+    for separator in (":", "@"):
+        head, separator_found, behind = name.partition(separator)
+        if separator_found and head and Path(head).expanduser().exists():
             return head, behind
     return None
 
@@ -191,7 +193,7 @@ def load_adapter(
     name = os.fspath(name)
     path = adapter_path(name)
     try:
-        found = _read_for(base, path, how)
+        reading = _read_for(base, path, how)
     except UnsafeFileError:
         raise
     except AdapterError as error:
@@ -201,9 +203,9 @@ def load_adapter(
         if card is None or card.base_fingerprint in ("", base.fingerprint):
             raise
         raise _mismatch(name, card.base, card.base_fingerprint, base, _first_lines(error.what)) from error
-    adapter = found.adapter
+    adapter = reading.adapter
     if not allow_other_base:
-        _refuse_other_family(base, name, path, found)
+        _refuse_other_family(base, name, path, reading)
     theirs = adapter.card.base_fingerprint
     if theirs and theirs != base.fingerprint and not allow_other_base:
         raise _mismatch(name, adapter.card.base, theirs, base, "every name and shape fits")
@@ -217,18 +219,18 @@ def _read_for(base: AnyBase, path: Path, how: reader.ReadOptions) -> Reading:
 
 
 def _refuse_other_family(
-    base: AnyBase, name: str, path: Path, found: Reading, why: str = "its names and shapes fit all the same"
+    base: AnyBase, name: str, path: Path, reading: Reading, why: str = "its names and shapes fit all the same"
 ) -> None:
     """Raise MismatchError if the adapter is not of the base's family."""
-    its = found.family
-    if its is None and (not is_image_family(base.family) or found.adapter.card.kind == "image"):
+    its = reading.family
+    if its is None and (not is_image_family(base.family) or reading.adapter.card.kind == "image"):
         return  # language models share names: the first error says which do not fit
     if its is not None and same_family(its, base.family):
         return
     label = family_label(its) if its else "text"
-    own = family_label(base.family) if is_image_family(base.family) else f"a language model ({base.family})"
+    base_label = family_label(base.family) if is_image_family(base.family) else f"a language model ({base.family})"
     raise MismatchError(
-        f"this is {'an' if label == 'SDXL' else 'a'} {label} adapter, the base is {own}\n"
+        f"this is {'an' if label == 'SDXL' else 'a'} {label} adapter, the base is {base_label}\n"
         f"  adapter: {name}\n"
         f"  base:    {base.name}\n"
         f"  {why}",
@@ -254,16 +256,16 @@ def attach_adapters(
         raise ConfigError(f"adapter {twice[0]!r} is named twice", fix="name it once, with the sum of the strengths")
     have = attachment.adapters if attachment else {}
     adapters = {n: load_adapter(base, n, allow_other_base=allow_other_base) for n in names if n not in have}
-    own = attachment or attach(base.model)
+    attached = attachment or attach(base.model)
     try:
         for name, adapter in adapters.items():
-            own.add(name, adapter)
-        own.use(*mix)
+            attached.add(name, adapter)
+        attached.use(*mix)
     except BaseException:
         if attachment is None:
-            own.detach()
+            attached.detach()
         raise
-    return own
+    return attached
 
 
 def _mismatch(name: str, their_base: str, theirs: str, base: AnyBase, detail: str) -> MismatchError:

@@ -57,7 +57,7 @@ def convert_command(
         base=base,
         dtype=dtype,
         allow_partial=allow_partial,
-        say=say,
+        log=say,
         from_pickle=from_pickle,
         moe_layout=moe_layout,
         adapter_name=adapter_name,

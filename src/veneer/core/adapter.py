@@ -48,7 +48,7 @@ float16 (at most 65,504), float32 and bfloat16. Code that computes a product rep
 dtype."""
 
 
-def check_strength(of: str, strength: float) -> float:
+def check_strength(label: str, strength: float) -> float:
     """Return `strength` as a float; raise ConfigError for an invalid strength.
 
     NaN, and values beyond ±`_MOST_STRENGTH`, are invalid.
@@ -57,7 +57,7 @@ def check_strength(of: str, strength: float) -> float:
     number = float(strength)
     if not abs(number) <= _MOST_STRENGTH:
         raise ConfigError(
-            f"the strength of {of} is {number:g}", fix=f"a number from -{_MOST_STRENGTH:.0f} to {_MOST_STRENGTH:.0f}"
+            f"the strength of {label} is {number:g}", fix=f"a number from -{_MOST_STRENGTH:.0f} to {_MOST_STRENGTH:.0f}"
         )
     return number
 
@@ -126,8 +126,8 @@ class Pair:
         """Return s·strength·B·A as one product, with `origin`, without the magnitude.
 
         One product lets the parts that A₀·B₀ and A·B have in common cancel before rounding."""
-        whole = self.collapsed()
-        return LowRank(whole.A, whole.B, self.scale * strength, dropout)
+        collapsed = self.collapsed()
+        return LowRank(collapsed.A, collapsed.B, self.scale * strength, dropout)
 
     def collapsed(self) -> Pair:
         """Return the delta without `origin`: A' = [A; A₀], B' = [B, −B₀], same scale."""
@@ -272,15 +272,15 @@ class Adapter:
         """Return the part for one model of a pipeline, under its own module names.
 
         name: `unet`, `text_encoder`, …; the result is empty if the adapter has nothing for this model."""
-        start, own = f"{name}.", dict[str, Any]()
+        start, tables = f"{name}.", dict[str, Any]()
         for kind in _TABLES:
-            things = getattr(self, kind)
-            own[kind] = {key.removeprefix(start): things[key] for key in things if key.startswith(start)}
-        return replace(self, **own)
+            table = getattr(self, kind)
+            tables[kind] = {key.removeprefix(start): table[key] for key in table if key.startswith(start)}
+        return replace(self, **tables)
 
     def renamed(self, change: Callable[[str], str]) -> Adapter:
         """Return the same adapter under other module names; `change` must be one to one."""
-        named = {kind: {change(n): thing for n, thing in getattr(self, kind).items()} for kind in _TABLES}
+        named = {kind: {change(n): item for n, item in getattr(self, kind).items()} for kind in _TABLES}
         return replace(self, **named)  # type: ignore[arg-type]
 
     def divided(self, by: Callable[[str], float]) -> dict[float, Adapter]:
@@ -290,14 +290,14 @@ class Adapter:
         the tensors, and no scale changes."""
         out: dict[float, Adapter] = {}
         for kind in _TABLES:
-            for name, thing in getattr(self, kind).items():
-                whole = kind == "deltas" or (kind == "pairs" and thing.kind == "experts")
-                number = by(name.rpartition(".")[0] if whole else name)
+            for name, item in getattr(self, kind).items():
+                is_full = kind == "deltas" or (kind == "pairs" and item.kind == "experts")
+                number = by(name.rpartition(".")[0] if is_full else name)
                 if number and number not in out:
                     empty: dict[str, dict[str, Any]] = {k: {} for k in _TABLES}
                     out[number] = replace(self, **empty)  # type: ignore[arg-type]
                 if number:
-                    getattr(out[number], kind)[name] = thing
+                    getattr(out[number], kind)[name] = item
         return out
 
     def collapsed(self) -> Adapter:

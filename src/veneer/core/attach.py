@@ -54,8 +54,8 @@ def attach(model: nn.Module) -> Attachment:
 
 def active_mix(model: nn.Module) -> NamedMix:
     """Return the mix that acts on every row of an attached model; () for the base."""
-    found = _ATTACHED.get(model)
-    attachment = None if found is None else found()
+    reference = _ATTACHED.get(model)
+    attachment = None if reference is None else reference()
     if attachment is None:
         return ()
     names = {id(adapter): name for name, adapter in attachment.adapters.items()}
@@ -107,10 +107,10 @@ class Attachment:
             raise AdapterError(
                 f"adapter {name!r} does not fit this base ({len(problems)} problems):\n{bullets(problems, None)}"
             )
-        own = _on_module_devices(adapter, self._base_modules, trainable)
+        placed = _on_module_devices(adapter, self._base_modules, trainable)
         try:
             self._wrap(self._wrapped_for(adapter))
-            self.adapters[name] = own
+            self.adapters[name] = placed
         finally:
             self._prune()
 
@@ -118,9 +118,9 @@ class Attachment:
         """Remove an adapter, and restore modules that no other adapter changes.
 
         The adapter leaves the selection too."""
-        gone = self._known(name)
-        self.selection = self.selection.without(gone)
-        self.cache.clear(gone)
+        adapter = self._known(name)
+        self.selection = self.selection.without(adapter)
+        self.cache.clear(adapter)
         del self.adapters[name]
         self._prune()
 
@@ -181,9 +181,9 @@ class Attachment:
                 raise AdapterError(
                     f"{name!r} cannot act on a part of the tokens: {why}", fix="use it without other adapters"
                 )
-            if bare := [n for n in adapter.pairs if not isinstance(self._layers[n], LoraLinear)]:
+            if nonlinear := [n for n in adapter.pairs if not isinstance(self._layers[n], LoraLinear)]:
                 raise AdapterError(
-                    f"{name!r} cannot act on a part of the tokens: {bare[0]} is not a linear layer",
+                    f"{name!r} cannot act on a part of the tokens: {nonlinear[0]} is not a linear layer",
                     fix="use it without other adapters",
                 )
         self.selection = Selection(spans=SpanAdapters(adapters, spans))
@@ -191,11 +191,11 @@ class Attachment:
     @contextmanager
     def using(self, *mix: str | tuple[str, float]) -> Iterator[None]:
         """Apply `use` during a with-block; then restore the previous selection."""
-        before, self.selection = self.selection, self._selection(mix)
+        previous, self.selection = self.selection, self._selection(mix)
         try:
             yield
         finally:
-            self.selection = before
+            self.selection = previous
 
     def off(self) -> AbstractContextManager[None]:
         """Select the base without adapters during a with-block."""
@@ -234,8 +234,8 @@ class Attachment:
         """Record the number of rows before the model runs."""
         if self.selection.rows is not None:
             named = [kwargs[key] for key in _BATCHES if isinstance(kwargs.get(key), Tensor)]
-            given = (t for t in (*args, *named, *kwargs.values()) if isinstance(t, Tensor) and t.ndim)
-            self.selection.rows.batch = next((len(t) for t in given), None)
+            tensors = (t for t in (*args, *named, *kwargs.values()) if isinstance(t, Tensor) and t.ndim)
+            self.selection.rows.batch = next((len(t) for t in tensors), None)
 
     def _known(self, name: str) -> Adapter:
         if name not in self.adapters:
@@ -245,22 +245,22 @@ class Attachment:
 
     def _selection(self, mix: tuple[str | tuple[str, float], ...]) -> Selection:
         named = [(m, 1.0) if isinstance(m, str) else (m[0], check_strength(repr(m[0]), m[1])) for m in mix]
-        chosen = [(name, self._known(name), s) for name, s in named if s != 0.0]
-        for name, adapter, strength in chosen:
+        selected = [(name, self._known(name), s) for name, s in named if s != 0.0]
+        for name, adapter, strength in selected:
             if not adapter.modules:
                 continue
             if strength != 1.0:
-                whole = ", ".join(sorted(adapter.modules)[:3])
+                examples = ", ".join(sorted(adapter.modules)[:3])
                 raise AdapterError(
-                    f"{name!r} replaces whole modules ({whole}): a copy is used or not", fix="use it at strength 1.0"
+                    f"{name!r} replaces whole modules ({examples}): a copy is used or not", fix="use it at strength 1.0"
                 )
-            for other, rival, _ in chosen:
+            for rival_name, rival, _ in selected:
                 if rival is not adapter and (both := sorted(set(adapter.modules) & self._wrapped_for(rival))):
                     raise AdapterError(
-                        f"{name!r} replaces {', '.join(both[:3])} whole, which {other!r} changes too",
+                        f"{name!r} replaces {', '.join(both[:3])} whole, which {rival_name!r} changes too",
                         fix="use one of the two",
                     )
-        return Selection(tuple((adapter, s) for _, adapter, s in chosen))
+        return Selection(tuple((adapter, s) for _, adapter, s in selected))
 
     def _wrapped_for(self, adapter: Adapter) -> set[str]:
         """Return the modules that an adapter acts in.
@@ -280,7 +280,9 @@ class Attachment:
             base = self._base_modules[name]
             cls = LoraExperts if expert_parameters(base) else _LAYERS.get(kind_of(base), FullModule)
             sharing = embeddings.get(id(base._parameters.get("weight")), [])
-            self._layers[name] = layer = cls(base, name, self, sorted(sharing, key=lambda other: other != name))
+            self._layers[name] = layer = cls(
+                base, name, self, sorted(sharing, key=lambda sharing_name: sharing_name != name)
+            )
             self._wrapped[name] = base
             for parent, key in slots[id(base)]:
                 parent._modules[key] = layer
@@ -288,10 +290,10 @@ class Attachment:
     def _prune(self) -> None:
         """Restore every module that no adapter acts in."""
         needed: set[str] = set().union(*(self._wrapped_for(a) for a in self.adapters.values()))
-        if not (gone := set(self._layers) - needed):
+        if not (unneeded := set(self._layers) - needed):
             return
         slots = _slots(self.model)
-        for name in gone:
+        for name in unneeded:
             layer = self._layers.pop(name)
             del self._wrapped[name]
             for parent, key in slots.get(id(layer), []):
@@ -328,10 +330,13 @@ def _overlaps(adapters: list[Adapter]) -> list[str]:
     """Return errors for names inside a module that another adapter replaces in full.
 
     Two wrappers, one inside the other, have no clear meaning."""
-    whole = {n for a in adapters for n in a.modules}
+    replaced = {n for a in adapters for n in a.modules}
     names = {n for a in adapters for n in _changed_modules(a)}
     out = [
-        f"{n} lies inside {w}, which is replaced whole" for n in sorted(names) for w in whole if n.startswith(w + ".")
+        f"{n} lies inside {w}, which is replaced whole"
+        for n in sorted(names)
+        for w in replaced
+        if n.startswith(w + ".")
     ]
     for a in adapters:
         twice = set(a.modules) & _changed_modules(replace(a, modules={}))
@@ -366,8 +371,8 @@ def _problems(modules: Mapping[str, nn.Module], adapter: Adapter, finite: bool =
 
 
 def _missing(modules: Mapping[str, nn.Module], name: str) -> str:
-    near = nearest(name, modules)
-    return f"{name}: no such module in the base" + (f"; nearest: {near[0]}" if near else "")
+    similar = nearest(name, modules)
+    return f"{name}: no such module in the base" + (f"; nearest: {similar[0]}" if similar else "")
 
 
 def _pair_problems(modules: Mapping[str, nn.Module], name: str, pair: Pair) -> list[str]:
@@ -377,8 +382,8 @@ def _pair_problems(modules: Mapping[str, nn.Module], name: str, pair: Pair) -> l
     module = modules[owner]
     if parameter is not None and parameter not in expert_parameters(module):
         return [f"{name}: {type(module).__name__} has no 3-d expert parameter {parameter!r}"]
-    bare = pair.kind == "linear" and has_bare_weight(module)
-    if parameter is None and kind_of(module) != pair.kind and not bare:
+    is_bare = pair.kind == "linear" and has_bare_weight(module)
+    if parameter is None and kind_of(module) != pair.kind and not is_bare:
         return [f"{name}: a pair of kind {pair.kind} on a {type(module).__name__}"]
     if pair.kind == "experts" and pair.magnitude is not None:
         return [f"{name}: DoRA is not defined for fused experts"]
@@ -405,25 +410,25 @@ def _shape_problems(module: nn.Module, name: str, pair: Pair, parameter: str | N
                 return [f"{name}: an A that sees all channels needs a rank in multiples of {groups} and no DoRA"]
     else:
         A, B = (rank, matrix.shape[-1]), (out_features, rank)
-    found = [("A", pair.A, A), ("B", pair.B, B)]
+    tensors = [("A", pair.A, A), ("B", pair.B, B)]
     if pair.magnitude is not None and (pair.kind == "embedding" or pair.magnitude.ndim == 1):
-        found.append(("magnitude", pair.magnitude, (out_features,)))
+        tensors.append(("magnitude", pair.magnitude, (out_features,)))
     elif pair.magnitude is not None:
         wide = tuple(weight.shape if pair.kind == "conv" else matrix.shape)
         if problems := _magnitude_problems(name, pair.magnitude, wide):
             return problems
     if pair.origin is not None:
-        found += [("origin A", pair.origin[0], A), ("origin B", pair.origin[1], B)]
-    return [f"{name}: {w} is {tuple(t.shape)}, the base needs {s}" for w, t, s in found if tuple(t.shape) != s]
+        tensors += [("origin A", pair.origin[0], A), ("origin B", pair.origin[1], B)]
+    return [f"{name}: {w} is {tuple(t.shape)}, the base needs {s}" for w, t, s in tensors if tuple(t.shape) != s]
 
 
 def _full_problems(modules: Mapping[str, nn.Module], name: str, tensors: Mapping[str, Tensor]) -> list[str]:
     if name not in modules or not name:
         return [_missing(modules, name)]
-    own = modules[name].state_dict()
-    out = [f"{name}.{k}: no such tensor in {type(modules[name]).__name__}" for k in tensors if k not in own]
-    out += [f"{name}.{k}: missing from the full copy" for k in own if k not in tensors]
-    shapes = [(k, tuple(tensors[k].shape), tuple(own[k].shape)) for k in tensors if k in own]
+    state = modules[name].state_dict()
+    out = [f"{name}.{k}: no such tensor in {type(modules[name]).__name__}" for k in tensors if k not in state]
+    out += [f"{name}.{k}: missing from the full copy" for k in state if k not in tensors]
+    shapes = [(k, tuple(tensors[k].shape), tuple(state[k].shape)) for k in tensors if k in state]
     return out + [f"{name}.{k} is {a}, the base needs {b}" for k, a, b in shapes if a != b]
 
 
@@ -502,14 +507,14 @@ def _on_module_devices(adapter: Adapter, modules: Mapping[str, nn.Module], train
     If the base has no values yet (meta), tensors stay on their device."""
 
     def device(name: str) -> torch.device | None:
-        own = [*modules[name].parameters(), *modules[name].buffers()]
-        return next((t.device for t in own if not t.is_meta), None)
+        tensors = [*modules[name].parameters(), *modules[name].buffers()]
+        return next((t.device for t in tensors if not t.is_meta), None)
 
-    own = adapter.mapped_by_module(lambda name, t: t.detach().to(device(name)))
+    tensors = adapter.mapped_by_module(lambda name, t: t.detach().to(device(name)))
     if not trainable:
-        return own
-    frozen = {name: pair.origin for name, pair in own.pairs.items()}
-    out = own.mapped(lambda t: nn.Parameter(t.clone()) if t.is_floating_point() else t)
+        return tensors
+    frozen = {name: pair.origin for name, pair in tensors.pairs.items()}
+    out = tensors.mapped(lambda t: nn.Parameter(t.clone()) if t.is_floating_point() else t)
     for name, pair in out.pairs.items():
         pair.origin = frozen[name]
     return out

@@ -68,15 +68,15 @@ class AdaptedWeight:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if len(args) > 1 and isinstance(args[1], AdaptedWeight) and isinstance(args[0], Tensor):
-            x, weight, rest = args[0], args[1], args[2:]
+            x, weight, other_args = args[0], args[1], args[2:]
             if name == "linear":
                 parts = [p.transposed() for p in weight.parts]
-                return _add(func(x, weight.weight, *rest, **kwargs), x, parts, torch.matmul)
+                return _add(func(x, weight.weight, *other_args, **kwargs), x, parts, torch.matmul)
             if name in ("matmul", "bmm", "mm", "__matmul__"):
-                return _add(func(x, weight.weight, *rest, **kwargs), x, weight.parts, torch.matmul)
+                return _add(func(x, weight.weight, *other_args, **kwargs), x, weight.parts, torch.matmul)
             if name in ("_grouped_mm", "grouped_mm", "grouped_mm_fallback"):
-                offsets = kwargs["offs"] if "offs" in kwargs else rest[0]
-                return _add_by_expert(func(x, weight.weight, *rest, **kwargs), x, weight.parts, offsets)
+                offsets = kwargs["offs"] if "offs" in kwargs else other_args[0]
+                return _add_by_expert(func(x, weight.weight, *other_args, **kwargs), x, weight.parts, offsets)
         if name in ("matmul", "bmm", "mm") and isinstance(args[0], AdaptedWeight) and isinstance(args[1], Tensor):
             return _left(func, args[0], args[1])
         dense = [a.dense() if isinstance(a, AdaptedWeight) else a for a in args]
@@ -143,11 +143,11 @@ def _grouped(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
     The product requires rows that start at multiples of 16 bytes (8 values)."""
     # For rows without an expert, the device's product and its gradient contain uninitialized memory.
-    known = (torch.arange(len(x), device=x.device) < offsets[-1])[:, None]
-    x = torch.where(known, x, 0)
+    in_group = (torch.arange(len(x), device=x.device) < offsets[-1])[:, None]
+    x = torch.where(in_group, x, 0)
     short, narrow = -x.shape[-1] % 8, -weight.shape[-1] % 8
     if short or narrow:
         x, weight = F.pad(x, (0, short)), F.pad(weight, (0, narrow, 0, short))
     product = getattr(F, "grouped_mm", None) or TORCH("torch._grouped_mm")
     y: Tensor = product(x, weight, offs=offsets.to(torch.int32))
-    return torch.where(known, y[:, : y.shape[-1] - narrow], 0)
+    return torch.where(in_group, y[:, : y.shape[-1] - narrow], 0)

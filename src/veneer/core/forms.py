@@ -76,17 +76,17 @@ def product_of(delta: Delta) -> Tensor:
     import torch
 
     p = {name: t if t.dtype == torch.float64 else t.float() for name, t in delta.parts.items()}
-    whole = delta.whole or delta.shape
+    full_shape = delta.whole or delta.shape
     if delta.form == "dense":
         out = p["value"]
     elif delta.form == "hadamard":
-        out = _factor(p, "1", whole) * _factor(p, "2", whole)
+        out = _factor(p, "1", full_shape) * _factor(p, "2", full_shape)
     elif delta.form == "kronecker":
         w1, w2 = _factor(p, "1"), _factor(p, "2")
         out = torch.kron(w1.reshape(*w1.shape, *[1] * (w2.ndim - w1.ndim)), w2.contiguous())
     else:
         raise ValueError(f"a {delta.form} has no product without W")
-    out = out.reshape(whole)
+    out = out.reshape(full_shape)
     if delta.rows is not None:
         out = out[delta.rows[0] : delta.rows[1]]
     return out * delta.scale
@@ -169,8 +169,8 @@ def norm_along(weight: Tensor, magnitude: Tensor) -> Tensor:
     import torch
 
     axis = 0 if magnitude.ndim == 1 else 1
-    others = [d for d in range(weight.ndim) if d != axis]
-    norm: Tensor = torch.linalg.vector_norm(weight, dim=others, keepdim=True)
+    other_dims = [d for d in range(weight.ndim) if d != axis]
+    norm: Tensor = torch.linalg.vector_norm(weight, dim=other_dims, keepdim=True)
     return norm
 
 
@@ -226,21 +226,23 @@ def _shape_of(delta: Delta) -> tuple[int, ...]:
 
     torch's meta tensors take two seconds on first use."""
     p = {name: tuple(t.shape) for name, t in delta.parts.items()}
-    whole = tuple(delta.whole or delta.shape)
+    full_shape = tuple(delta.whole or delta.shape)
     if delta.form in ("dense", "replacement"):
-        found = [p["value"]]
+        shapes = [p["value"]]
     elif delta.form == "hadamard":
-        found = [_factor_shape(p, "1"), _factor_shape(p, "2")]
+        shapes = [_factor_shape(p, "1"), _factor_shape(p, "2")]
     else:
-        one, two = _factor_shape(p, "1"), _factor_shape(p, "2")
-        if len(one) > len(two):
-            raise ValueError(f"a first factor {one} of more dimensions than the second, {two}")
-        one += (1,) * (len(two) - len(one))
-        found = [tuple(m * n for m, n in zip(one, two, strict=True))]
-    for shape in found:
-        if math.prod(shape) != math.prod(whole):
-            raise ValueError(f"{shape} is no {whole}")
-    return whole if delta.rows is None else (len(range(*slice(*delta.rows).indices(whole[0]))), *whole[1:])
+        first, second = _factor_shape(p, "1"), _factor_shape(p, "2")
+        if len(first) > len(second):
+            raise ValueError(f"a first factor {first} of more dimensions than the second, {second}")
+        first += (1,) * (len(second) - len(first))
+        shapes = [tuple(m * n for m, n in zip(first, second, strict=True))]
+    for shape in shapes:
+        if math.prod(shape) != math.prod(full_shape):
+            raise ValueError(f"{shape} is no {full_shape}")
+    return (
+        full_shape if delta.rows is None else (len(range(*slice(*delta.rows).indices(full_shape[0]))), *full_shape[1:])
+    )
 
 
 def _factor_shape(p: Mapping[str, tuple[int, ...]], n: str) -> tuple[int, ...]:

@@ -89,15 +89,15 @@ def _check(spec: LoraSpec) -> None:
             raise ConfigError(f"alpha {alpha} is not possible", fix="give a positive alpha")
     if not 0.0 <= spec.dropout < 1.0:
         raise ConfigError(f"dropout {spec.dropout} is not possible", fix="give a share from 0 up to, not including, 1")
-    if spec.init not in (known := ("zero-b", "gaussian", "pissa", "olora", "loftq")):
-        raise ConfigError(f"no initialisation named {spec.init!r}", fix=f"choose one of {', '.join(known)}")
+    if spec.init not in (initializers := ("zero-b", "gaussian", "pissa", "olora", "loftq")):
+        raise ConfigError(f"no initialisation named {spec.init!r}", fix=f"choose one of {', '.join(initializers)}")
     if spec.kind not in (kinds := ("lora", "loha", "lokr")):
         raise ConfigError(f"no kind of adapter named {spec.kind!r}", fix=f"choose one of {', '.join(kinds)}")
     if spec.factor is not None and spec.factor < 1:
         raise ConfigError(f"factor {spec.factor} is not possible", fix="give 1 or more, or leave it out")
     of_pairs = {"dora": spec.dora, "dropout": spec.dropout, f"init {spec.init!r}": spec.init != "zero-b"}
-    if spec.kind != "lora" and (given := [name for name, set_ in of_pairs.items() if set_]):
-        raise ConfigError(f"{' and '.join(given)}: only for pairs, and this is {spec.kind}", fix="leave it out")
+    if spec.kind != "lora" and (set_options := [name for name, set_ in of_pairs.items() if set_]):
+        raise ConfigError(f"{' and '.join(set_options)}: only for pairs, and this is {spec.kind}", fix="leave it out")
     if not (spec.targets or spec.modules_to_save or spec.token_rows):
         raise TargetError("nothing to train: no targets, no modules_to_save, no token_rows", fix="try all-linear")
 
@@ -122,8 +122,8 @@ def _pair(
     rank, alpha = _rank_and_alpha(spec, target.name)
     scale = scale_of(alpha, rank, spec.rslora)
     weight = weight_of(module, target.parameter)
-    drawn = spec.init not in ("pissa", "olora", "loftq")
-    if drawn and not spec.dora:  # only the shape is needed
+    is_random = spec.init not in ("pissa", "olora", "loftq")
+    if is_random and not spec.dora:  # only the shape is needed
         matrix = to_matrix(module, target.kind, torch.empty(weight.shape, device="meta"))
     else:
         matrix = to_matrix(module, target.kind, dequantized(weight)).float()
@@ -132,7 +132,7 @@ def _pair(
             f"DoRA is not defined for the fused experts {target.name}",
             fix="exclude them (`exclude: ['*.experts']`) or train without DoRA",
         )
-    if not drawn:
+    if not is_random:
         if rank > min(matrix.shape[-2:]):
             raise TargetError(
                 f"{spec.init} of rank {rank} on {target.name}, whose weight has rank {min(matrix.shape[-2:])} at most",
@@ -164,9 +164,9 @@ def _delta(module: nn.Module, target: Target, spec: LoraSpec, generator: torch.G
     that read its files."""
     assert spec.kind != "lora"
     if target.kind not in ("linear", "conv"):
-        what = "fused experts" if target.kind == "experts" else "embedding"
+        target_kind = "fused experts" if target.kind == "experts" else "embedding"
         raise TargetError(
-            f"{spec.kind} is not defined for the {what} {target.name}",
+            f"{spec.kind} is not defined for the {target_kind} {target.name}",
             fix=f"exclude it (`exclude: ['*{target.name.rpartition('.')[2]}']`), or train with kind: lora",
         )
     rank, alpha = _rank_and_alpha(spec, target.name)
@@ -175,12 +175,12 @@ def _delta(module: nn.Module, target: Target, spec: LoraSpec, generator: torch.G
     if target.kind == "linear":
         shape = tuple(to_matrix(module, "linear", torch.empty(shape, device="meta")).shape)
     parts: dict[str, Tensor] = {}
-    for name, own in trained_shapes(spec.kind, shape, rank, spec.factor, spec.decompose_both).items():
-        t = torch.zeros(own)
+    for name, factor_shape in trained_shapes(spec.kind, shape, rank, spec.factor, spec.decompose_both).items():
+        t = torch.zeros(factor_shape)
         if spec.kind == "loha" and name != "a2":
             t.normal_(std=0.1 if name == "a1" else 1.0, generator=generator)
         elif spec.kind == "lokr" and name not in ("w2", "b2"):
-            bound = 1 / math.sqrt(own[1])
+            bound = 1 / math.sqrt(factor_shape[1])
             t.uniform_(-bound, bound, generator=generator)
         parts[name] = t.to("cpu" if weight.is_meta else weight.device, dtype)
     ranked = "b1" in parts or "b2" in parts
@@ -198,8 +198,8 @@ def _lost(
             where="adapter.init",
             fix="use a base quantized from 16 bits (base.quantize=nf4), quantized targets, or another init",
         )
-    before = original(f"{target.module_name}.{target.parameter or 'weight'}").to(matrix.device)
-    return to_matrix(module, target.kind, before).float() - matrix
+    unquantized = original(f"{target.module_name}.{target.parameter or 'weight'}").to(matrix.device)
+    return to_matrix(module, target.kind, unquantized).float() - matrix
 
 
 def _random(

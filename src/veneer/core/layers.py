@@ -171,12 +171,12 @@ def _with_tensors(module: nn.Module, tensors: Mapping[str, Any], prefix: str = "
     # a forward set on the instance is bound to `module` and would use its tensors
     out.__dict__.pop("forward", None)
     for kind in ("_parameters", "_buffers"):
-        held = dict(getattr(module, kind))
-        for key, old in held.items():
+        table = dict(getattr(module, kind))
+        for key, old in table.items():
             new = tensors.get(prefix + key)
             if new is not None:
-                held[key] = new.to(old.dtype) if isinstance(new, Tensor) else new
-        out.__dict__[kind] = held
+                table[key] = new.to(old.dtype) if isinstance(new, Tensor) else new
+        out.__dict__[kind] = table
     out.__dict__["_modules"] = {
         key: None if child is None else _with_tensors(child, tensors, f"{prefix}{key}.")
         for key, child in module._modules.items()
@@ -222,8 +222,13 @@ class _Lora(Layer):
 
     def _may_use(self, cached: CachedModule, mix: ActiveMix, x: Tensor) -> bool:
         """Return whether the cached module is equivalent to calling the base with x now."""
-        own = self._modules["base"].__dict__
-        if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or (cached.drops and self.training):
+        attributes = self._modules["base"].__dict__
+        if (
+            attributes["_forward_hooks"]
+            or attributes["_forward_pre_hooks"]
+            or "forward" in attributes
+            or (cached.drops and self.training)
+        ):
             return False
         if self.rows(mix):
             return False
@@ -257,24 +262,24 @@ class _Lora(Layer):
         Dropout acts on the input of the pair, as in PEFT."""
         x = x.to(pair.A.dtype) if x.is_floating_point() else x
         dropped = F.dropout(x, dropout) if dropout else x
-        own = self.low_rank(dropped, pair.A, pair.B) * pair.scale
-        back = None if pair.origin is None else self.low_rank(x, *pair.origin) * -pair.scale
+        low_rank_output = self.low_rank(dropped, pair.A, pair.B) * pair.scale
+        origin_output = None if pair.origin is None else self.low_rank(x, *pair.origin) * -pair.scale
         if pair.magnitude is None:
-            return own if back is None else own + back
+            return low_rank_output if origin_output is None else low_rank_output + origin_output
         if pair.magnitude.ndim > 1:
             return self._change_by_input(dropped, pair)
         W = to_matrix(self.base, pair.kind, weight_of(self.base))
-        gain = self.channels(pair.magnitude / adapted_norm(W, pair).to(pair.magnitude.dtype))
+        dora_scale = self.channels(pair.magnitude / adapted_norm(W, pair).to(pair.magnitude.dtype))
         if dropout:
             core = self.product(dropped)
             if pair.origin is not None:
                 core = core - self.low_rank(dropped, *pair.origin) * pair.scale
         else:
             bias = getattr(self.base, "bias", None)
-            core = y.to(own.dtype) if bias is None else y.to(own.dtype) - self.channels(bias)
-            core = core if back is None else core + back
-        out = (gain - 1) * core + gain * own
-        return out if back is None else out + back
+            core = y.to(low_rank_output.dtype) if bias is None else y.to(low_rank_output.dtype) - self.channels(bias)
+            core = core if origin_output is None else core + origin_output
+        out = (dora_scale - 1) * core + dora_scale * low_rank_output
+        return out if origin_output is None else out + origin_output
 
     def _change_by_input(self, x: Tensor, pair: Pair) -> Tensor:
         """Return ΔW·x for a magnitude with one norm per input.
@@ -287,10 +292,10 @@ class _Lora(Layer):
             product = pair_matrix(pair)
             shape = weight.shape if pair.kind == "conv" else matrix.shape
             norm = norm_along((matrix.to(product.dtype) + product).reshape(shape), pair.magnitude).flatten()
-        gain = pair.magnitude.flatten() / norm.to(pair.magnitude.dtype)
-        out = self.product(self.scaled(x, gain - 1))
+        dora_scale = pair.magnitude.flatten() / norm.to(pair.magnitude.dtype)
+        out = self.product(self.scaled(x, dora_scale - 1))
         for A, B, s in [(pair.A, pair.B, pair.scale), *([(*pair.origin, -pair.scale)] if pair.origin else [])]:
-            out = out + self.low_rank(self.scaled(x, gain), A, B) * s
+            out = out + self.low_rank(self.scaled(x, dora_scale), A, B) * s
         return out
 
     def adapted(self, mix: Sequence[tuple[Adapter, float]], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -324,10 +329,10 @@ class _Lora(Layer):
             if self.is_changed_by(share.adapter):
                 at = rows.index(share.rows, len(x), x.device)
                 for change in self.changes(x.index_select(0, at), y.index_select(0, at), share.adapter):
-                    out = _added(out, at, change * rows.strengths(share, change), own=out is not y)
-        for mix, own in rows.segments(lambda adapter: self.adapter_rows(adapter) is not None):
+                    out = _added(out, at, change * rows.strengths(share, change), may_write=out is not y)
+        for mix, segment_rows in rows.segments(lambda adapter: self.adapter_rows(adapter) is not None):
             if mix:
-                at = rows.index(own, len(x), x.device)
+                at = rows.index(segment_rows, len(x), x.device)
                 own_x, own_y, own_out = (t.index_select(0, at) for t in (x, y, out))
                 out = out.index_copy(0, at, self.replaced(own_x, own_y, own_out, self.rows(mix)))
         return out.to(y.dtype)
@@ -344,18 +349,18 @@ class _Lora(Layer):
         """Return what a delta of the parameter `key` adds to the output, at strength 1."""
         if is_trained(delta):
             return self.trained_output(x, delta) * delta.scale
-        made = module_delta(self.base, delta, key)
+        weight_delta = module_delta(self.base, delta, key)
         if key == "bias":
-            return self.channels(made)
-        return self.product(x.to(made.dtype) if x.is_floating_point() else x, made)
+            return self.channels(weight_delta)
+        return self.product(x.to(weight_delta.dtype) if x.is_floating_point() else x, weight_delta)
 
     def trained_output(self, x: Tensor, delta: Delta) -> Tensor:
         """Return P·x of a trainable LoHa or LoKr, without its scale.
 
         Intermediate matrices are not kept: the backward pass recomputes them, at the cost of one more
         product."""
-        own = next(iter(delta.parts.values())).dtype
-        dtype = x.dtype if x.dtype.itemsize == 2 else own
+        delta_dtype = next(iter(delta.parts.values())).dtype
+        dtype = x.dtype if x.dtype.itemsize == 2 else delta_dtype
         x, kernel = x.to(dtype), delta.shape[2:]
         if (low := as_low_rank(delta)) is not None:
             A, B = (t.to(dtype) for t in low)
@@ -366,8 +371,8 @@ class _Lora(Layer):
                 by_factors = self.kronecker(x, *(t.to(dtype) for t in factors))
                 if by_factors is not None:
                     return by_factors
-            whole = product_of(replace(delta, scale=1.0)).to(dtype)
-            return self.product(x, whole if kernel else to_matrix(self.base, "linear", whole))
+            full_product = product_of(replace(delta, scale=1.0)).to(dtype)
+            return self.product(x, full_product if kernel else to_matrix(self.base, "linear", full_product))
 
         out: Tensor = checkpoint(made, use_reentrant=False, preserve_rng_state=False)
         return out
@@ -388,13 +393,13 @@ class _Lora(Layer):
         return out
 
 
-def _added(y: Tensor, at: Tensor, change: Tensor, own: bool) -> Tensor:
+def _added(y: Tensor, at: Tensor, change: Tensor, may_write: bool) -> Tensor:
     """Return y with `change` added to its rows `at`, in the wider of the two dtypes.
 
     own: the caller owns y, so y can be changed in place."""
     wide = torch.promote_types(y.dtype, change.dtype)
     change = change.to(wide)
-    if own and y.dtype == wide and not (y.requires_grad or change.requires_grad):
+    if may_write and y.dtype == wide and not (y.requires_grad or change.requires_grad):
         return y.index_add_(0, at, change)
     return y.to(wide).index_add(0, at, change)
 
@@ -428,8 +433,8 @@ class LoraLinear(_Lora):
             return None
         if base._forward_hooks or base._forward_pre_hooks or (base.bias is not None and base.bias.requires_grad):
             return None
-        if spans is not None and (found := self._products_of(spans)):
-            return LinearMap(base.weight, base.bias, found, spans=spans.spans)
+        if spans is not None and (span_products := self._products_of(spans)):
+            return LinearMap(base.weight, base.bias, span_products, spans=spans.spans)
         if not mix:
             return LinearMap(base.weight, base.bias)
         pairs, deltas = self.pairs(mix), self.deltas(mix)
@@ -451,16 +456,16 @@ class LoraLinear(_Lora):
         if strength != 1.0 or pair.magnitude.ndim > 1:
             return None
         norm = adapted_norm if base.weight.dtype == pair.magnitude.dtype else low_rank_norm
-        gain = pair.magnitude / norm(weight_of(base), pair).to(pair.magnitude.dtype)
-        return LinearMap(base.weight, base.bias, products, gain)
+        dora_scale = pair.magnitude / norm(weight_of(base), pair).to(pair.magnitude.dtype)
+        return LinearMap(base.weight, base.bias, products, dora_scale)
 
     def _products_of(self, spans: SpanAdapters) -> tuple[LowRank, ...]:
         """Return one product per adapter that has a pair here."""
         pairs = (self.pairs([(adapter, 1.0)]) for adapter in spans.adapters)
         return tuple(
             replace(pair.low_rank(strength, dropout), span=span)
-            for span, own in enumerate(pairs)
-            for pair, strength, dropout in own
+            for span, span_pairs in enumerate(pairs)
+            for pair, strength, dropout in span_pairs
         )
 
     def with_spans(self, *args: Any, **kwargs: Any) -> Any:
@@ -507,8 +512,8 @@ class LoraLinear(_Lora):
             index = torch.tensor(token_rows.indices, device=y.device)
             bias = getattr(self.base, "bias", None)
             new = F.linear(x, token_rows.rows.to(x.dtype), None if bias is None else bias[index]).to(y.dtype)
-            old, beside = y.index_select(-1, index), out.index_select(-1, index)
-            out = out.index_copy(-1, index, _replaced_rows(new, old, beside, strength))
+            old, total = y.index_select(-1, index), out.index_select(-1, index)
+            out = out.index_copy(-1, index, _replaced_rows(new, old, total, strength))
         return out
 
 
@@ -614,8 +619,8 @@ class LoraExperts(Layer):
         segments = rows.segments(self.is_changed_by)
         if len(segments) == 1:
             return self.under(segments[0].mix, *args, **kwargs)
-        given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-        if not given or {len(t) for t in given} != {rows.batch or len(rows.mixes)}:
+        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+        if not tensors or {len(t) for t in tensors} != {rows.batch or len(rows.mixes)}:
             raise AdapterError(
                 "fused experts see the tokens of all rows together: no mix for each row there",
                 where=self.name,
@@ -636,13 +641,13 @@ class LoraExperts(Layer):
         mixes = [selection.mix] if segments is None else [mix for mix, _ in segments]
         if any(self.deltas(mix) or any(self.name in a.modules for a, _ in mix) for mix in mixes):
             return None
-        places: list[Tensor | None] = [None]
+        indices: list[Tensor | None] = [None]
         if selection.rows is not None and segments is not None and len(segments) > 1:
             rows, device = selection.rows, next(self.base.parameters()).device
             rows.repeats(tokens, self.name)
-            places = [rows.index(own, tokens, device) for _, own in segments]
+            indices = [rows.index(segment_rows, tokens, device) for _, segment_rows in segments]
         plain = dict(self.base.named_parameters(recurse=False))
-        return [(at, {**plain, **self._adapted(mix)}) for at, mix in zip(places, mixes, strict=True)]
+        return [(at, {**plain, **self._adapted(mix)}) for at, mix in zip(indices, mixes, strict=True)]
 
     def _adapted(self, mix: Sequence[tuple[Adapter, float]]) -> dict[str, AdaptedWeight]:
         flipped = bool(getattr(self.base, "is_transposed", False))

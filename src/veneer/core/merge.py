@@ -102,8 +102,8 @@ def low_rank_norm(matrix: Tensor, pair: Pair) -> Tensor:
         cross = F.linear(W, A.to(W.dtype)).to(A.dtype)
         # quantized values have more digits than their 16-bit form
         exact = W if W is matrix else matrix.to(A.dtype)
-        own = torch.linalg.vector_norm(exact, dim=-1, dtype=A.dtype).square()
-        squared: Tensor = own + ((2 * cross + B @ (A @ A.t())) * B).sum(-1)
+        exact_squared = torch.linalg.vector_norm(exact, dim=-1, dtype=A.dtype).square()
+        squared: Tensor = exact_squared + ((2 * cross + B @ (A @ A.t())) * B).sum(-1)
         return squared.clamp_min(0).sqrt()
 
 
@@ -129,8 +129,8 @@ def delta(module: nn.Module, change: Pair | Delta, parameter: str | None = None)
     (PEFT's form)."""
     with torch.no_grad():
         if isinstance(change, Delta) and parameter not in (None, "weight"):
-            own = module._parameters[str(parameter)]
-            return product_of(change) if own is None else delta_of(own.detach(), change)
+            base_tensor = module._parameters[str(parameter)]
+            return product_of(change) if base_tensor is None else delta_of(base_tensor.detach(), change)
         weight = weight_of(module, parameter)
         kind = "linear" if isinstance(change, Delta) else change.kind
         if isinstance(change, Pair) and kind == "conv" and change.A.flatten(1).shape[1] != weight.flatten(1).shape[1]:
@@ -200,8 +200,8 @@ def parameter_changes(adapter: Adapter) -> Iterator[tuple[str, Callable[[Tensor]
     shape if the change fits."""
     for name, pair in adapter.pairs.items():
         yield (name if pair.kind == "experts" else f"{name}.weight"), partial(_change_in, pair)
-    for name, own in adapter.deltas.items():
-        yield name, partial(_change_in, own)
+    for name, delta in adapter.deltas.items():
+        yield name, partial(_change_in, delta)
     for name, tensors in adapter.modules.items():
         for key, tensor in tensors.items():
             yield f"{name}.{key}", partial(_copy_change, tensor)
@@ -224,14 +224,14 @@ def _token_change(rows: TokenRows, weight: Tensor) -> Tensor:
     return torch.zeros_like(weight).index_copy_(0, index, rows.rows.detach().to(weight.dtype) - weight[index])
 
 
-def change_problem(make: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> str:
+def change_problem(change: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> str:
     """Return why a change does not fit a weight of `shape`; "" if it does.
 
     make: from `parameter_changes` of an adapter on the meta device, so that only shapes are computed."""
     weight = torch.empty(shape, device="meta")
     try:
         with torch.no_grad():
-            got = tuple(make(weight).shape)
+            got = tuple(change(weight).shape)
     except (RuntimeError, IndexError, ValueError) as error:
         return f"it does not fit a weight {tuple(shape)}: {str(error).splitlines()[0]}"
     return "" if got == tuple(shape) else f"it changes {got}, the weight is {tuple(shape)}"
@@ -256,15 +256,15 @@ def exact_weights(model: nn.Module, mix: Iterable[tuple[Adapter, float]]) -> Ite
             stored[f"{name}.{key}" if name else key] = tensor
     makers: dict[str, list[tuple[Callable[[], Tensor], float]]] = {}
     for adapter, strength in mix:
-        for name, make in _changes(modules, stored, adapter):
-            makers.setdefault(name, []).append((make, strength))
+        for name, change in _changes(modules, stored, adapter):
+            makers.setdefault(name, []).append((change, strength))
     for name, parts in makers.items():
         owner, _, key = name.rpartition(".")
         plain = name in stored and key != "weight"
         weight = dequantized(stored[name].detach() if plain else weight_of(modules[owner], key))
         total = _wide(weight)
-        for make, strength in parts:
-            total = total + make() * strength
+        for change, strength in parts:
+            total = total + change() * strength
         yield name, weight, total
         for tied in _tied_names(stored, name):
             if tied not in makers:

@@ -121,24 +121,24 @@ def mix_pairs(
     if method == "svd" and bound is None:
         bound = Bound(rank=max(p.rank for p, _ in pairs))
     if method in ("sum", "svd"):
-        own = truth
+        product = truth
     elif method == "orthogonal":
-        own = _orthogonal(pairs)
+        product = _orthogonal(pairs)
     else:
-        dense = _trimmed([_dense(*stacked([one])) for one in pairs], method, density, seed, name)
-        found = [low_rank(m, _needed(bound, name)) for m in dense.reshape(-1, *dense.shape[-2:])]
-        A, B = _padded([f[0] for f in found], -2), _padded([f[1] for f in found], -1)
+        dense = _trimmed([_dense(*stacked([pair])) for pair in pairs], method, density, seed, name)
+        approximations = [low_rank(m, _needed(bound, name)) for m in dense.reshape(-1, *dense.shape[-2:])]
+        A, B = _padded([f[0] for f in approximations], -2), _padded([f[1] for f in approximations], -1)
         lead = truth[0].shape[:-2]
         out = rebuilt(model, A.reshape(*lead, *A.shape[1:]), B.reshape(*lead, *B.shape[1:]), dtype)
-        cut = math.sqrt(sum(f[2].error ** 2 for f in found))
+        cut = math.sqrt(sum(f[2].error ** 2 for f in approximations))
         return out, MixedModule(out.rank, distance(truth), distance(factors(out), truth), cut)
     if bound is not None:
-        out, report = truncated(*own, model, bound, dtype)
+        out, report = truncated(*product, model, bound, dtype)
         norm, cut = report.norm, math.hypot(report.error, report.rounding)
     else:
-        out = rebuilt(model, *own, dtype)
-        norm, cut = distance(own), rounding(own, out)
-    if own is truth:
+        out = rebuilt(model, *product, dtype)
+        norm, cut = distance(product), rounding(product, out)
+    if product is truth:
         return out, MixedModule(out.rank, norm, cut, cut)
     return out, MixedModule(out.rank, distance(truth), distance(factors(out), truth), cut)
 
@@ -163,7 +163,7 @@ def _padded(parts: list[Tensor], dim: int) -> Tensor:
 
 
 def _orthogonal(pairs: Sequence[tuple[Pair, float]]) -> tuple[Tensor, Tensor]:
-    parts = [thin_svd(*stacked([one])) for one in pairs]
+    parts = [thin_svd(*stacked([pair])) for pair in pairs]
     U = torch.cat([u for u, _, _ in parts], -1)
     S = torch.cat([s for _, s, _ in parts], -1)
     V = torch.cat([v for _, _, v in parts], -2)
@@ -192,16 +192,16 @@ def _trimmed(tau: list[Tensor], method: str, density: float, seed: int, name: st
             f"the density is {density:g}, and has to be above 0 and at most 1", fix="give a share, as 0.5"
         )
     if method.startswith("dare"):
-        kept = [_dropped(t, density, seed, f"{name}/{i}") for i, t in enumerate(tau)]
+        trimmed = [_dropped(t, density, seed, f"{name}/{i}") for i, t in enumerate(tau)]
     else:
-        kept = [_largest(t, density) for t in tau]
-    total = _total(kept)
+        trimmed = [_largest(t, density) for t in tau]
+    total = _total(trimmed)
     if not method.endswith("ties"):
         return total
     sign = total.sign()
     count = torch.zeros_like(total)
     agreed = torch.zeros_like(total)
-    for t in kept:
+    for t in trimmed:
         agrees = (t.sign() == sign) & (t != 0)
         agreed += t * agrees
         count += agrees
@@ -281,8 +281,8 @@ class _Mix:
         for kind in ("pairs", "deltas", "modules", "token_rows"):
             every: dict[str, list[tuple[Any, float]]] = {}
             for adapter, strength in self.adapters:
-                for name, thing in getattr(adapter, kind).items():
-                    every.setdefault(name, []).append((thing, strength))
+                for name, item in getattr(adapter, kind).items():
+                    every.setdefault(name, []).append((item, strength))
             for name in sorted(every):
                 try:
                     getattr(self, f"_{kind}")(name, every[name])
@@ -338,16 +338,16 @@ class _Mix:
         parts: list[Tensor] = []
         shape: tuple[int, ...] = ()
         for adapter, strength in self.adapters:
-            own: list[Tensor] = []
+            terms: list[Tensor] = []
             if (pair := adapter.pairs.get(name)) is not None and any(pair is p for p, _ in pairs):
-                own.append(self._change(name, pair))
+                terms.append(self._change(name, pair))
             if (delta := adapter.deltas.get(f"{name}.weight")) is not None and weight_deltas:
                 change = self._delta(f"{name}.weight", delta)
                 shape = tuple(change.shape)
                 change = change.mT if pairs and pairs[0][0].kind == "embedding" else change
-                own.append(change.flatten(1))
-            if own:
-                parts.append(strength * _total(own))
+                terms.append(change.flatten(1))
+            if terms:
+                parts.append(strength * _total(terms))
         if len({p.shape for p in parts}) > 1:
             raise AdapterError(f"changes of unlike shapes do not add up: {[tuple(p.shape) for p in parts]}")
         truth = _total(parts)
@@ -421,15 +421,15 @@ class _Mix:
         self.out.adapter.deltas[name] = Delta("dense", {"value": value}, tuple(value.shape))
         self.out.parts[name] = MixedModule(0, float(truth.norm()), float((value.double() - truth).norm()))
 
-    def _replacements(self, name: str, given: list[tuple[Delta, float]]) -> None:
+    def _replacements(self, name: str, deltas: list[tuple[Delta, float]]) -> None:
         """Mix replacements: Σ sᵢ·(vᵢ − W) = s·(Σ sᵢ·vᵢ/s − W) with s = Σ sᵢ.
 
         If s = 0, Σ sᵢ·vᵢ."""
-        whole = sum(s for _, s in given)
-        exact = torch.stack([d.parts["value"].double() * s for d, s in given]).sum(0)
-        out = Delta("dense" if abs(whole) < 1e-12 else "replacement", {}, given[0][0].shape)
+        strength_sum = sum(s for _, s in deltas)
+        exact = torch.stack([d.parts["value"].double() * s for d, s in deltas]).sum(0)
+        out = Delta("dense" if abs(strength_sum) < 1e-12 else "replacement", {}, deltas[0][0].shape)
         if out.form == "replacement":
-            out.scale, exact = whole, exact / whole
+            out.scale, exact = strength_sum, exact / strength_sum
         out.parts["value"] = exact.to(self.dtype)
         self.out.adapter.deltas[name] = out
         off = float((out.parts["value"].double() - exact).norm()) * abs(out.scale)
@@ -452,23 +452,23 @@ class _Mix:
         """Return W + Σ strength·(copy − W).
 
         Needs W only if the strengths do not add up to 1."""
-        left = 1 - sum(s for _, s in copies)
+        base_strength = 1 - sum(s for _, s in copies)
         total = torch.stack([s * t.detach().double() for t, s in copies]).sum(0)
-        if abs(left) < 1e-12:
+        if abs(base_strength) < 1e-12:
             return total
-        weight = self._weight(name, f"{why} whose strengths add up to {1 - left:g}")
-        return total + left * (weight if rows is None else weight[rows])
+        weight = self._weight(name, f"{why} whose strengths add up to {1 - base_strength:g}")
+        return total + base_strength * (weight if rows is None else weight[rows])
 
     def _token_rows(self, name: str, rows: list[tuple[TokenRows, float]]) -> None:
         by_index: dict[int, list[tuple[Tensor, float]]] = {}
-        for own, strength in rows:
-            for index, row in zip(own.indices, own.rows, strict=True):
+        for token_rows, strength in rows:
+            for index, row in zip(token_rows.indices, token_rows.rows, strict=True):
                 by_index.setdefault(index, []).append((row, strength))
         indices = tuple(sorted(by_index))
-        found = [
+        mixed_rows = [
             self._blend(f"{name}.weight", [(r[None], s) for r, s in by_index[i]], "token rows", [i]) for i in indices
         ]
-        self.out.adapter.token_rows[name] = TokenRows(indices, torch.cat(found).to(rows[0][0].rows.dtype))
+        self.out.adapter.token_rows[name] = TokenRows(indices, torch.cat(mixed_rows).to(rows[0][0].rows.dtype))
 
 
 def _dense_of(pair: Pair) -> Tensor:
@@ -496,12 +496,12 @@ def strengthened(adapter: Adapter, by: Callable[[str], float]) -> Adapter:
         elif factor:
             out.deltas[name] = replace(delta, scale=delta.scale * factor)
     for kind in ("modules", "token_rows"):
-        for name, thing in getattr(adapter, kind).items():
+        for name, item in getattr(adapter, kind).items():
             factor = by(name)
             if factor not in (0, 1):
                 problems.append(f"{name}: {kind.replace('_', ' ')} at {factor:g}")
             elif factor:
-                getattr(out, kind)[name] = thing
+                getattr(out, kind)[name] = item
     if problems:
         raise AdapterError(
             f"these have no exact multiple without the base:\n{bullets(problems, None)}", fix="use 0 or 1 there"

@@ -118,8 +118,8 @@ class MixCache:
         """Return the entry of module `name` under `mix`, made now if possible.
 
         None: run the mix without the cache."""
-        found = self._seen.get(id(mix))
-        table = found[1] if found is not None else self._table(mix)
+        seen_entry = self._seen.get(id(mix))
+        table = seen_entry[1] if seen_entry is not None else self._table(mix)
         cached = table.made.get(name, self)
         if isinstance(cached, CachedModule):
             if cached.current():
@@ -162,20 +162,20 @@ class MixCache:
         return ("stack", stacks) if stacks <= self._limit else ("", 0)
 
     def _make(self, table: _Table, name: str) -> CachedModule | None:
-        base, made = self.modules.get(name), dict[str, CachedModule | None]()
+        base, built = self.modules.get(name), dict[str, CachedModule | None]()
         with torch.no_grad():
             if table.kind == "copy" and not table.made:
-                made.update(_copied_together(self.modules, table.mix))
-            if name not in made:
-                make = _copied if table.kind == "copy" else _stacked
+                built.update(_copied_together(self.modules, table.mix))
+            if name not in built:
+                build = _copied if table.kind == "copy" else _stacked
                 sources = _sources(name, base, table.mix) if base is not None else []
-                made[name] = make(name, base, table.mix, sources) if sources else None
-        table.made.update(made)
-        table.bytes += sum(cached.bytes() for cached in made.values() if cached is not None)
+                built[name] = build(name, base, table.mix, sources) if sources else None
+        table.made.update(built)
+        table.bytes += sum(cached.bytes() for cached in built.values() if cached is not None)
         while self.bytes > self._limit and len(self._tables) > 1:
             self._tables.popitem(last=False)
             self._seen.clear()
-        return made[name]
+        return built[name]
 
 
 def _sources(name: str, base: nn.Module, mix: ActiveMix) -> list[Tensor]:
@@ -185,7 +185,7 @@ def _sources(name: str, base: nn.Module, mix: ActiveMix) -> list[Tensor]:
     tensor is trained or does not count its versions."""
     if type(base) not in _PLAIN:
         return []
-    own = [t for t in (base._parameters["weight"], base._parameters["bias"]) if t is not None]
+    base_tensors = [t for t in (base._parameters["weight"], base._parameters["bias"]) if t is not None]
     acting: list[Tensor] = []
     for adapter, _ in mix:
         if name in adapter.modules:
@@ -195,8 +195,8 @@ def _sources(name: str, base: nn.Module, mix: ActiveMix) -> list[Tensor]:
         for key in ("weight", "bias") if adapter.deltas else ():
             if (change := adapter.deltas.get(f"{name}.{key}")) is not None:
                 acting += [t for _, t in change.tensors()]
-    out: list[Tensor] = [*own, *acting]
-    if not acting or own[0].dtype.itemsize == 1 or any(t.is_inference() for t in out):
+    out: list[Tensor] = [*base_tensors, *acting]
+    if not acting or base_tensors[0].dtype.itemsize == 1 or any(t.is_inference() for t in out):
         return []
     return [] if any(t.requires_grad for t in acting) else out
 
@@ -240,7 +240,7 @@ def _copied_together(modules: dict[str, nn.Module], mix: ActiveMix) -> dict[str,
             alike.setdefault((weight.shape, weight.dtype, weight.device, shapes), []).append(
                 (name, base, pairs, sources)
             )
-    made: dict[str, CachedModule] = {}
+    modules_by_name: dict[str, CachedModule] = {}
     for group in alike.values():
         if len(group) == 1:
             continue
@@ -258,22 +258,22 @@ def _copied_together(modules: dict[str, nn.Module], mix: ActiveMix) -> dict[str,
         weight.baddbmm_(B.to(weight.dtype), A.to(weight.dtype))
         for copy, (name, base, _, sources) in zip(weight, group, strict=True):
             bias = None if base.bias is None else base.bias.detach()
-            made[name] = _cached(mix, sources, weight=copy.view(base.weight.shape), bias=bias)
-    return made
+            modules_by_name[name] = _cached(mix, sources, weight=copy.view(base.weight.shape), bias=bias)
+    return modules_by_name
 
 
 def _copied(name: str, base: Any, mix: ActiveMix, sources: list[Tensor]) -> CachedModule | None:
     weight, bias = base.weight.detach(), None if base.bias is None else base.bias.detach()
     pairs = [(a.pairs[name], s) for a, s in mix if name in a.pairs]
     plain = [(p, s) for p, s in pairs if p.magnitude is None and p.A[0].numel() == weight[0].numel()]
-    others = [(p, s) for p, s in pairs if all(p is not q for q, _ in plain)]
+    unstacked = [(p, s) for p, s in pairs if all(p is not q for q, _ in plain)]
     changes = [(d, s) for a, s in mix if (d := a.deltas.get(f"{name}.weight")) is not None]
-    total = weight.to(_wide(weight)) if others or changes else weight
+    total = weight.to(_wide(weight)) if unstacked or changes else weight
     if plain:  # the product sums in float32 for every dtype, and rounds once
         stack = _stack(plain, total.dtype)
         total = torch.addmm(total.flatten(1), stack.B.flatten(1), stack.A.flatten(1)).view(weight.shape)
     try:
-        for pair, strength in others:
+        for pair, strength in unstacked:
             total = total + delta(base, pair) * strength
     except AdapterError:  # no weight has this effect: PEFT's grouped convolution
         return None
@@ -281,8 +281,8 @@ def _copied(name: str, base: Any, mix: ActiveMix, sources: list[Tensor]) -> Cach
         total = total + delta(base, change) * strength
     for adapter, strength in mix:
         if (moved := adapter.deltas.get(f"{name}.bias")) is not None:
-            made = delta(base, moved, "bias") * strength
-            bias = made if bias is None else bias.to(_wide(bias)) + made
+            bias_change = delta(base, moved, "bias") * strength
+            bias = bias_change if bias is None else bias.to(_wide(bias)) + bias_change
     bias = None if bias is None else bias.to(weight.dtype)
     return _cached(mix, sources, weight=total.to(weight.dtype), bias=bias)
 

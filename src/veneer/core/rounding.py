@@ -31,19 +31,19 @@ def stochastic(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Ten
     """Round `x` to `dtype` stochastically: one of its two neighbors, with mean x.
 
     Values that `dtype` holds are unchanged; beyond its largest number, values round to nearest."""
-    near = x.to(dtype)
+    nearest = x.to(dtype)
     if dtype == x.dtype:
-        return near
-    off = x - near.to(x.dtype)
-    away = (off > 0) == (near > 0)  # whether the other neighbor is farther from zero
-    bits = near.view(torch.int16 if dtype.itemsize == 2 else torch.int32)
-    other = (bits + torch.where(away, 1, -1).to(bits.dtype)).view(dtype)
+        return nearest
+    off = x - nearest.to(x.dtype)
+    away = (off > 0) == (nearest > 0)  # whether the other neighbor is farther from zero
+    bits = nearest.view(torch.int16 if dtype.itemsize == 2 else torch.int32)
+    neighbor = (bits + torch.where(away, 1, -1).to(bits.dtype)).view(dtype)
     tiny = torch.tensor(1, dtype=bits.dtype, device=x.device).view(dtype)
-    other = torch.where(near == 0, torch.where(off > 0, tiny, -tiny), other)
-    step = (other.to(x.dtype) - near.to(x.dtype)).abs()
+    neighbor = torch.where(nearest == 0, torch.where(off > 0, tiny, -tiny), neighbor)
+    step = (neighbor.to(x.dtype) - nearest.to(x.dtype)).abs()
     chance = torch.where((off != 0) & torch.isfinite(step), off.abs() / step, 0.0)
-    drawn = torch.rand(x.shape, generator=generator, dtype=torch.float32).to(x.device)
-    return torch.where(drawn < chance, other, near)
+    uniform = torch.rand(x.shape, generator=generator, dtype=torch.float32).to(x.device)
+    return torch.where(uniform < chance, neighbor, nearest)
 
 
 @dataclass
@@ -62,10 +62,10 @@ class Rounding:
     size: float = 0.0
     along: float = 0.0
 
-    def add(self, before: Tensor, exact: Tensor, after: Tensor) -> None:
-        delta = exact - before.to(exact.dtype)
+    def add(self, original: Tensor, exact: Tensor, after: Tensor) -> None:
+        delta = exact - original.to(exact.dtype)
         there = delta != 0
-        start = before.to(after.dtype)
+        start = original.to(after.dtype)
         self.weights += int(there.sum())
         self.moved += int(((start != after) & there).sum())
         change = after.to(exact.dtype) - start.to(exact.dtype)

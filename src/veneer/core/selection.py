@@ -59,12 +59,15 @@ class MixBatch:
     @cached_property
     def shares(self) -> tuple[AdapterRows, ...]:
         """Every adapter once, with its rows, so that its products are computed once."""
-        found: dict[int, tuple[Adapter, dict[int, float]]] = {}
+        by_adapter: dict[int, tuple[Adapter, dict[int, float]]] = {}
         for row, mix in enumerate(self.mixes):
             for adapter, strength in mix:
-                own = found.setdefault(id(adapter), (adapter, {}))[1]
-                own[row] = own.get(row, 0.0) + strength
-        return tuple(AdapterRows(adapter, tuple(own), tuple(own.values())) for adapter, own in found.values())
+                row_strengths = by_adapter.setdefault(id(adapter), (adapter, {}))[1]
+                row_strengths[row] = row_strengths.get(row, 0.0) + strength
+        return tuple(
+            AdapterRows(adapter, tuple(row_strengths), tuple(row_strengths.values()))
+            for adapter, row_strengths in by_adapter.values()
+        )
 
     def segments(self, acts: Callable[[Adapter], bool]) -> list[Segment]:
         """Return groups of rows whose mixes are equal, ignoring adapters that do not act.
@@ -76,14 +79,14 @@ class MixBatch:
         return self._segments[acting]
 
     def _segments_of(self, acting: frozenset[int]) -> list[Segment]:
-        found: dict[tuple[tuple[int, float], ...], tuple[ActiveMix, list[int]]] = {}
+        by_mix: dict[tuple[tuple[int, float], ...], tuple[ActiveMix, list[int]]] = {}
         for row, mix in enumerate(self.mixes):
-            own = tuple((a, s) for a, s in mix if id(a) in acting)
-            found.setdefault(tuple((id(a), s) for a, s in own), (own, []))[1].append(row)
-        return [Segment(mix, tuple(rows)) for mix, rows in found.values()]
+            acting_mix = tuple((a, s) for a, s in mix if id(a) in acting)
+            by_mix.setdefault(tuple((id(a), s) for a, s in acting_mix), (acting_mix, []))[1].append(row)
+        return [Segment(mix, tuple(rows)) for mix, rows in by_mix.values()]
 
-    def without(self, gone: Adapter) -> MixBatch:
-        return MixBatch(tuple(tuple((a, s) for a, s in mix if a is not gone) for mix in self.mixes), self.batch)
+    def without(self, adapter: Adapter) -> MixBatch:
+        return MixBatch(tuple(tuple((a, s) for a, s in mix if a is not adapter) for mix in self.mixes), self.batch)
 
     def repeats(self, batch: int, where: str) -> int:
         """Return k of a batch of k·n rows.
@@ -112,8 +115,8 @@ class MixBatch:
         n = len(self.mixes)
         key = (tuple(rows), batch, device)
         if key not in self._indices:
-            places = [row + at for at in range(0, batch, n) for row in rows]
-            self._indices[key] = put_numbers(device, places)[0]
+            positions = [row + at for at in range(0, batch, n) for row in rows]
+            self._indices[key] = put_numbers(device, positions)[0]
         return self._indices[key]
 
     def strengths(self, share: AdapterRows, change: Tensor) -> float | Tensor:
@@ -166,12 +169,12 @@ class Selection:
     rows: MixBatch | None = None
     spans: SpanAdapters | None = None
 
-    def without(self, gone: Adapter) -> Selection:
-        mix = tuple((a, s) for a, s in self.mix if a is not gone)
+    def without(self, removed: Adapter) -> Selection:
+        mix = tuple((a, s) for a, s in self.mix if a is not removed)
         spans = self.spans
-        if spans is not None and any(adapter is gone for adapter in spans.adapters):
+        if spans is not None and any(adapter is removed for adapter in spans.adapters):
             spans = None
-        return Selection(mix, None if self.rows is None else self.rows.without(gone), spans)
+        return Selection(mix, None if self.rows is None else self.rows.without(removed), spans)
 
 
 def run_segments(
@@ -193,18 +196,18 @@ def run_segments(
         raise AdapterError("this module is called without a batch, so no row can have its own mix", where=where)
     batch, device = len(tensors[0]), tensors[0].device
     rows.repeats(batch, where)
-    parts, places = [], []
-    for mix, own in segments:
-        at = rows.index(own, batch, device)
-        take = partial(torch.index_select, dim=0, index=at)
+    parts, positions = [], []
+    for mix, segment_rows in segments:
+        at = rows.index(segment_rows, batch, device)
+        select = partial(torch.index_select, dim=0, index=at)
         if len(tensors) == 1 or all_rows:
-            own_args, own_kwargs = _mapped((args, kwargs), take)
+            own_args, own_kwargs = _mapped((args, kwargs), select)
             parts.append(_mapped(run(mix, *own_args, **own_kwargs), partial(_with_rows, len(at), where)))
         else:
-            parts.append(_mapped(_mapped(run(mix, *args, **kwargs), partial(_with_rows, batch, where)), take))
-        places.append(at)
-    back = torch.cat(places).argsort()
-    joined = iter([torch.cat(same).index_select(0, back) for same in zip(*map(_tensors, parts), strict=True)])
+            parts.append(_mapped(_mapped(run(mix, *args, **kwargs), partial(_with_rows, batch, where)), select))
+        positions.append(at)
+    order = torch.cat(positions).argsort()
+    joined = iter([torch.cat(outputs).index_select(0, order) for outputs in zip(*map(_tensors, parts), strict=True)])
     return _mapped(parts[0], lambda _: next(joined))
 
 

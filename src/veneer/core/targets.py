@@ -50,13 +50,13 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield `model.named_modules()` as without veneer.
 
     An attached layer counts as its base module."""
-    seen: set[int] = set()
+    visited: set[int] = set()
 
     def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
         module = base_of(module)
-        if id(module) in seen:
+        if id(module) in visited:
             return
-        seen.add(id(module))
+        visited.add(id(module))
         yield name, module
         for key, child in module.named_children():
             yield from walk(child, f"{name}.{key}" if name else key)
@@ -153,18 +153,18 @@ def _block(name: str) -> int | None:
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
-def _unmatched(what: str, pattern: str, names: Sequence[str], model: nn.Module) -> TargetError:
-    other = [(n, type(m).__name__) for n, m in base_modules(model) if n and target_matches(pattern, n)]
-    if other and what == "target":
-        shown = ", ".join(f"{n} ({cls})" for n, cls in other[:3])
+def _unmatched(label: str, pattern: str, names: Sequence[str], model: nn.Module) -> TargetError:
+    unsupported = [(n, type(m).__name__) for n, m in base_modules(model) if n and target_matches(pattern, n)]
+    if unsupported and label == "target":
+        listing = ", ".join(f"{n} ({cls})" for n, cls in unsupported[:3])
         return TargetError(
-            f"target {pattern!r} selects only modules that cannot carry a pair: {shown}",
+            f"target {pattern!r} selects only modules that cannot carry a pair: {listing}",
             fix="name linear, embedding or convolution modules or 3-d expert parameters, "
             "or list these under modules_to_save",
         )
     leaves = sorted({n.rsplit(".", 1)[-1] for n in names} - {""})
-    near = nearest(pattern, [*leaves, *names]) or leaves[:8]
-    return TargetError(f"{what} {pattern!r} matches nothing in this model", fix=f"nearest: {', '.join(near)}")
+    similar = nearest(pattern, [*leaves, *names]) or leaves[:8]
+    return TargetError(f"{label} {pattern!r} matches nothing in this model", fix=f"nearest: {', '.join(similar)}")
 
 
 def _inside(name: str, modules: Iterable[str]) -> bool:
@@ -180,8 +180,8 @@ def matches_per_pattern(model: nn.Module, spec: LoraSpec) -> dict[str, list[str]
 
     After `exclude`, `layers` and `modules_to_save`. Raises TargetError for any pattern, exclude, layer
     index, rank pattern or alpha pattern that selects nothing."""
-    found = list(_candidates(model))
-    names = [t.name for t, _ in found]
+    candidates = list(_candidates(model))
+    names = [t.name for t, _ in candidates]
     for pattern in spec.exclude:
         if not any(target_matches(pattern, n) for n in [*names, *(n for n, _ in base_modules(model))]):
             raise _unmatched("exclude", pattern, names, model)
@@ -192,32 +192,34 @@ def matches_per_pattern(model: nn.Module, spec: LoraSpec) -> dict[str, list[str]
             fix=f"its blocks are numbered {min((b for b in blocks if b is not None), default=0)} to "
             f"{max((b for b in blocks if b is not None), default=0)}",
         )
-    whole = full_modules(model, spec)
-    kept = {
+    full = full_modules(model, spec)
+    selectable = {
         n
         for n in names
-        if not _inside(n, whole)
+        if not _inside(n, full)
         and not any(target_matches(p, n) or target_matches(p, n.rsplit(".", 1)[0]) for p in spec.exclude)
         and (spec.layers is None or _block(n) in spec.layers)
     }
     out: dict[str, list[str]] = {}
     for pattern in _patterns(spec):
-        hits = [t.name for t, linear in found if (linear if pattern == ALL_LINEAR else target_matches(pattern, t.name))]
+        hits = [
+            t.name for t, linear in candidates if (linear if pattern == ALL_LINEAR else target_matches(pattern, t.name))
+        ]
         if not hits:
             raise _unmatched("target", pattern, names, model)
-        out[pattern] = [n for n in hits if n in kept]
+        out[pattern] = [n for n in hits if n in selectable]
         if not out[pattern]:
-            many = counted(len(hits), "module")
+            hit_count = counted(len(hits), "module")
             raise TargetError(
-                f"target {pattern!r} selects {many}, and exclude, layers or modules_to_save drop them all",
+                f"target {pattern!r} selects {hit_count}, and exclude, layers or modules_to_save drop them all",
                 where=", ".join(hits[:3]),
                 fix="drop the target, or widen `layers` or narrow `exclude`",
             )
-    chosen = {n for hits in out.values() for n in hits}
-    for what, keys in (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern)):
+    selected = {n for hits in out.values() for n in hits}
+    for label, keys in (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern)):
         for pattern in keys:
-            if not any(target_matches(pattern, n) for n in chosen):
-                raise _unmatched(what, pattern, sorted(chosen), model)
+            if not any(target_matches(pattern, n) for n in selected):
+                raise _unmatched(label, pattern, sorted(selected), model)
     return out
 
 
@@ -225,8 +227,8 @@ def resolve_targets(model: nn.Module, spec: LoraSpec) -> list[Target]:
     """Return the targets of a spec in the model's order.
 
     Raises as `matches_per_pattern`."""
-    chosen = {n for hits in matches_per_pattern(model, spec).values() for n in hits}
-    return [t for t, _ in _candidates(model) if t.name in chosen]
+    selected = {n for hits in matches_per_pattern(model, spec).values() for n in hits}
+    return [t for t, _ in _candidates(model) if t.name in selected]
 
 
 def full_modules(model: nn.Module, spec: LoraSpec) -> list[str]:
@@ -248,16 +250,16 @@ def token_embeddings(model: nn.Module, spec: LoraSpec) -> dict[str, tuple[int, .
     """Return embedding name -> sorted token ids of `token_rows`.
 
     Raises TargetError for a pattern without a match or an id out of range."""
-    found = {n: m for n, m in base_modules(model) if isinstance(m, nn.Embedding)}
+    embeddings = {n: m for n, m in base_modules(model) if isinstance(m, nn.Embedding)}
     out: dict[str, tuple[int, ...]] = {}
     for pattern, ids in spec.token_rows.items():
-        hits = [n for n in found if target_matches(pattern, n)]
+        hits = [n for n in embeddings if target_matches(pattern, n)]
         if not hits:
-            raise _unmatched("token_rows", pattern, list(found), model)
+            raise _unmatched("token_rows", pattern, list(embeddings), model)
         for name in hits:
-            if bad := [i for i in ids if not 0 <= i < found[name].num_embeddings]:
+            if bad := [i for i in ids if not 0 <= i < embeddings[name].num_embeddings]:
                 raise TargetError(
-                    f"token ids {bad[:5]} are outside {name}'s {found[name].num_embeddings} rows",
+                    f"token ids {bad[:5]} are outside {name}'s {embeddings[name].num_embeddings} rows",
                     fix="resize the base's embedding first, or correct the ids",
                 )
             out[name] = tuple(sorted(set(ids) | set(out.get(name, ()))))

@@ -35,9 +35,9 @@ class Bound:
     error: float | None = None
 
     def __post_init__(self) -> None:
-        given = {n: v for n, v in vars(self).items() if v is not None}
-        if len(given) != 1:
-            raise AdapterError(f"{len(given)} bounds on what to keep", fix="give one of rank, energy and error")
+        bounds = {n: v for n, v in vars(self).items() if v is not None}
+        if len(bounds) != 1:
+            raise AdapterError(f"{len(bounds)} bounds on what to keep", fix="give one of rank, energy and error")
         if self.rank is not None and self.rank < 1:
             raise AdapterError(f"rank {self.rank} keeps nothing", fix="a rank of 1 or more")
         if self.energy is not None and not 0 < self.energy <= 1:
@@ -74,14 +74,14 @@ def factors(pair: Pair) -> tuple[Tensor, Tensor]:
     A (…, rank, n), B (…, out, rank), with the scale in B. The leading dimension counts experts, or the
     groups of a convolution whose A reads all channels (PEFT's form): there each block of rows of B
     multiplies its own part of A."""
-    own = pair.collapsed()
-    A, B = own.A.detach().double(), own.B.detach().double()
-    if own.kind == "conv":
+    collapsed = pair.collapsed()
+    A, B = collapsed.A.detach().double(), collapsed.B.detach().double()
+    if collapsed.kind == "conv":
         A, B = A.flatten(1), B.flatten(1)
         if B.shape[1] != A.shape[0]:
             A = A.reshape(-1, B.shape[1], A.shape[1])
             B = B.reshape(len(A), -1, B.shape[1])
-    return A, B * own.scale
+    return A, B * collapsed.scale
 
 
 def rebuilt(model: Pair, A: Tensor, B: Tensor, dtype: torch.dtype = torch.float32) -> Pair:
@@ -113,8 +113,8 @@ def stacked(pairs: Sequence[tuple[Pair, float]]) -> tuple[Tensor, Tensor]:
     parts = [(*factors(pair), strength) for pair, strength in pairs]
     shapes = {(p.kind, A.shape[:-2], A.shape[-1], B.shape[-2]) for (p, _), (A, B, _) in zip(pairs, parts, strict=True)}
     if len(shapes) > 1:
-        shown = "; ".join(f"{kind} {(*lead, out, n)}" for kind, lead, n, out in sorted(shapes, key=str))
-        raise AdapterError(f"changes of unlike shapes do not add up: {shown}")
+        listing = "; ".join(f"{kind} {(*lead, out, n)}" for kind, lead, n, out in sorted(shapes, key=str))
+        raise AdapterError(f"changes of unlike shapes do not add up: {listing}")
     return torch.cat([A for A, _, _ in parts], -2), torch.cat([B * w for _, B, w in parts], -1)
 
 
@@ -225,8 +225,8 @@ def low_rank(matrix: Tensor, bound: Bound, *, oversample: int = 16, most: int = 
     k = rank_for(S, bound)
     root = S[:k].sqrt()
     B, A = U[:, :k] * root, root.unsqueeze(-1) * (V[:k] @ Q.mT)
-    kept = S[:k].square().sum()
-    error = math.sqrt(max(norm**2 - float(kept), 0.0)) if norm else 0.0
+    retained = S[:k].square().sum()
+    error = math.sqrt(max(norm**2 - float(retained), 0.0)) if norm else 0.0
     if k == n:
         error = 0.0
     if error < 1e-6 * norm:  # the difference of squares is not accurate enough here; compute the distance
@@ -261,14 +261,14 @@ def _subspace(D: Tensor, width: int, norm: float, most: int) -> Tensor:
     """Return an orthonormal (n, width) near the leading right singular vectors."""
     generator = torch.Generator().manual_seed(0)
     Q = torch.randn(D.shape[1], width, generator=generator, dtype=torch.float32).to(D.device, D.dtype)
-    before = -1.0
+    previous = -1.0
     for _ in range(most):
         Y = torch.linalg.qr(D @ Q)[0]
         Z = D.mT @ Y
         caught = float(Z.double().square().sum())
         Q = torch.linalg.qr(Z)[0]
-        if caught - before <= 1e-4 * max(norm**2 - caught, 0.0) + 1e-14 * norm**2:
+        if caught - previous <= 1e-4 * max(norm**2 - caught, 0.0) + 1e-14 * norm**2:
             break
-        before = caught
+        previous = caught
     basis: Tensor = torch.linalg.qr(Q.double())[0]
     return basis

@@ -150,12 +150,12 @@ def put_folder(folder: Path, contents: Mapping[str, list[bytes | memoryview]], *
         return
     staged = [Staged.beside(folder / name) for name in sorted(contents, key=lambda name: name == last)]
     try:
-        for one in staged:
-            with as_veneer_errors(one.path):
-                _fill(one.temporary, contents[one.path.name], 0o666)
-        for one in staged:
-            with as_veneer_errors(one.path):
-                one.commit()
+        for staged_file in staged:
+            with as_veneer_errors(staged_file.path):
+                _fill(staged_file.temporary, contents[staged_file.path.name], 0o666)
+        for staged_file in staged:
+            with as_veneer_errors(staged_file.path):
+                staged_file.commit()
     finally:
-        for one in staged:
-            one.discard()
+        for staged_file in staged:
+            staged_file.discard()

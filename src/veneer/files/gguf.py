@@ -111,9 +111,9 @@ class _Cursor:
     def left(self) -> int:
         return len(self.data) - self.at
 
-    def fail(self, what: str) -> UnsafeFileError:
+    def fail(self, problem: str) -> UnsafeFileError:
         return UnsafeFileError(
-            f"the GGUF header does not add up, the file is cut short or damaged: {what} at byte {self.at:,}",
+            f"the GGUF header does not add up, the file is cut short or damaged: {problem} at byte {self.at:,}",
             where=self.where,
             fix="download or copy the file again; if that does not help, it was written wrongly",
         )
@@ -126,11 +126,11 @@ class _Cursor:
         self.at += size
         return value
 
-    def count(self, each: int, what: str) -> int:
+    def count(self, each: int, items: str) -> int:
         """Read a count of items that take at least `each` bytes."""
         n: int = self.take("Q")
         if n * each > self.left():
-            raise self.fail(f"{n:,} {what} are claimed, and {self.left():,} bytes are left")
+            raise self.fail(f"{n:,} {items} are claimed, and {self.left():,} bytes are left")
         return n
 
     def text(self) -> str:
@@ -171,13 +171,13 @@ class _Cursor:
     def _texts(self, n: int) -> list[str] | SkippedArray:
         """Read `n` texts in one pass, for vocabularies of hundreds of thousands."""
         data, at, end, out = memoryview(self.data), self.at, len(self.data), []
-        whole = self._whole(n)
+        is_short = self._whole(n)
         for _ in range(n):
             length = int.from_bytes(data[at : at + 8], "little")
             if length > MAX_TEXT or at + 8 + length > end:
                 self.at = at
                 raise self.fail(f"a text of {length:,} bytes, and {max(end - at - 8, 0):,} are left: truncated")
-            if whole:
+            if is_short:
                 try:
                     out.append(str(data[at + 8 : at + 8 + length], "utf-8"))
                 except UnicodeDecodeError:
@@ -185,7 +185,7 @@ class _Cursor:
                     raise self.fail("a text that is not UTF-8") from None
             at += 8 + length
         self.at = at
-        return out if whole else SkippedArray(n)
+        return out if is_short else SkippedArray(n)
 
 
 def read_gguf_file(path: str | Path, *, long_arrays: bool = True) -> GgufFile:

@@ -73,11 +73,11 @@ def hashes(path: str | Path) -> Hashes:
         start = read_header(path).data_start
     except AdapterError:
         start = None
-    whole, old, tensors, crc, at = hashlib.sha256(), hashlib.sha256(), hashlib.sha256(), 0, 0
+    digest, old, tensors, crc, at = hashlib.sha256(), hashlib.sha256(), hashlib.sha256(), 0, 0
     try:
         with path.open("rb") as file:
             while chunk := file.read(_CHUNK):
-                whole.update(chunk)
+                digest.update(chunk)
                 crc = zlib.crc32(chunk, crc)
                 old.update(_between(chunk, at, *WINDOW))
                 if start is not None:
@@ -85,13 +85,13 @@ def hashes(path: str | Path) -> Hashes:
                 at += len(chunk)
     except OSError as error:
         raise AdapterError(f"cannot read the file: {error.strerror or error}", where=str(path)) from None
-    sha = whole.hexdigest()
+    sha = digest.hexdigest()
     return Hashes(
         sha, old.hexdigest()[:8], sha[:10], tensors.hexdigest()[:12] if start is not None else "", f"{crc:08x}"
     )
 
 
-def short_hash(path: str | Path, found: Hashes) -> str:
+def short_hash(path: str | Path, file_hashes: Hashes) -> str:
     """Return the name of an adapter file in A1111's and Forge's `Lora hashes`.
 
     Both also look files up by this hash (extensions-builtin/Lora, NetworkOnDisk). found: the computed
@@ -100,7 +100,7 @@ def short_hash(path: str | Path, found: Hashes) -> str:
         stated = read_header(path).metadata.get("sshs_model_hash", "")
     except AdapterError:
         stated = ""
-    return stated[:12] if re.fullmatch("[0-9a-f]{12,64}", stated) else found.autov3 or found.sha256[:12]
+    return stated[:12] if re.fullmatch("[0-9a-f]{12,64}", stated) else file_hashes.autov3 or file_hashes.sha256[:12]
 
 
 def _between(chunk: bytes | memoryview, at: int, begin: int, end: int) -> bytes | memoryview:
@@ -172,10 +172,10 @@ def verify_hashes(path: str | Path) -> list[HashCheck]:
                     note = "" if holds else _other_order(file, header, plain)
                     checks.append(HashCheck(key, value, model, holds, note))
                     continue
-                found, sure = _legacy_of(file, header)
-                holds = plain == found
+                legacy, sure = _legacy_of(file, header)
+                holds = plain == legacy
                 note = "" if holds or sure else "the header reaches into the hashed bytes, and its order is lost"
-                checks.append(HashCheck(key, value, found, holds if holds or sure else None, note))
+                checks.append(HashCheck(key, value, legacy, holds if holds or sure else None, note))
     except OSError as error:
         raise AdapterError(f"cannot read the file: {error.strerror or error}", where=str(path)) from None
     return checks

@@ -49,27 +49,27 @@ def read_pickle(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         )
     if start == b"PK":
         _check_archive(path, size)
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     problems: list[str] = []
     for name, value in _walk(_unwrapped(_load(path)), path.name):
         if isinstance(value, Tensor):
             tensor = value.detach()
-            if name in found:
+            if name in tensors:
                 problems.append(f"{name!r} {tuple(tensor.shape)}: a second tensor of this name")
             elif problem := name_problem(name) or _tensor_problem(tensor, size):
                 problems.append(f"{name[:80]!r} {tuple(tensor.shape)}: {problem}")
             else:
-                found[name] = tensor
+                tensors[name] = tensor
         elif value is None or isinstance(value, str | int | float | bool):
             metadata[name] = str(value)
         else:
             problems.append(f"{name[:80]!r}: {type(value).__name__} is neither a tensor, a text nor a number")
     if problems:
         raise AdapterError(f"the pickle holds what no adapter does:\n{bullets(problems)}", where=where)
-    if not found:
+    if not tensors:
         raise AdapterError("the pickle holds no tensors", where=where)
-    return {name: t.contiguous() for name, t in sorted(found.items())}, metadata
+    return {name: t.contiguous() for name, t in sorted(tensors.items())}, metadata
 
 
 def _check_archive(path: Path, size: int) -> None:
@@ -96,11 +96,13 @@ def _load(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = (
+        problem = (
             f"it names {named[1]}, which is not a tensor" if named else "it is not what torch.save writes for tensors"
         )
         raise UnsafeFileError(
-            f"the pickle is refused: {what}. Nothing of it was run", where=str(path), fix="ask for the safetensors file"
+            f"the pickle is refused: {problem}. Nothing of it was run",
+            where=str(path),
+            fix="ask for the safetensors file",
         ) from None
     except Exception as error:  # torch and pickle raise nearly every error type on a damaged file
         raise AdapterError(
@@ -117,8 +119,8 @@ def _unwrapped(value: Any) -> Any:
     if isinstance(value, Mapping):
         for key in _WRAPPERS:
             if isinstance(value.get(key), Mapping):
-                rest = {k: v for k, v in value.items() if k != key and not isinstance(v, Tensor | Mapping | list)}
-                return {**rest, **value[key]}
+                settings = {k: v for k, v in value.items() if k != key and not isinstance(v, Tensor | Mapping | list)}
+                return {**settings, **value[key]}
     return value
 
 

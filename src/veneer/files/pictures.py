@@ -22,15 +22,17 @@ def opened_picture(path: str | Path) -> Iterator[tuple[Image, bytes]]:
     the nearest name if the file does not exist."""
     from PIL import Image, UnidentifiedImageError
 
-    place = Path(path).expanduser()
+    location = Path(path).expanduser()
     try:
-        data = place.read_bytes()
+        data = location.read_bytes()
         with Image.open(io.BytesIO(data)) as picture:
             picture.load()
             yield picture, data
     except FileNotFoundError:
-        near = nearest(place.name, [p.name for p in place.parent.iterdir()], 1) if place.parent.is_dir() else []
-        fix = f"did you mean {place.with_name(near[0])}?" if near else None
+        similar = (
+            nearest(location.name, [p.name for p in location.parent.iterdir()], 1) if location.parent.is_dir() else []
+        )
+        fix = f"did you mean {location.with_name(similar[0])}?" if similar else None
         raise DataError("there is no such picture", where=str(path), fix=fix) from None
     except IsADirectoryError:
         raise DataError("this is a folder, not a picture", where=str(path)) from None

@@ -220,13 +220,15 @@ def _refuse_other_formats(start: bytes, size: int, where: str) -> None:
         )
     if start.startswith(b"GGUF"):
         raise AdapterError("the file is GGUF, not safetensors", where=where, fix="give it its right name, with .gguf")
-    if other := next((what for magic, what in _OTHER_MAGIC.items() if start.startswith(magic)), None):
-        raise AdapterError(f"the file is {other}, not tensors", where=where, fix="give the file of the adapter itself")
+    if other_format := next((label for magic, label in _OTHER_MAGIC.items() if start.startswith(magic)), None):
+        raise AdapterError(
+            f"the file is {other_format}, not tensors", where=where, fix="give the file of the adapter itself"
+        )
     if size < 10:
         raise UnsafeFileError(f"only {size} bytes: too short for a safetensors file", where=where)
     if all(32 <= b < 127 for b in start[:8]):
-        shown = start[:60].decode("ascii", "replace")
-        raise AdapterError(f"the file is text, not tensors; it starts with {shown!r}", where=where)
+        text = start[:60].decode("ascii", "replace")
+        raise AdapterError(f"the file is text, not tensors; it starts with {text!r}", where=where)
 
 
 def _check_table(table: Any, bits: Mapping[str, int], *, data_start: int, size: int, where: str) -> Header:

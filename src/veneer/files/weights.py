@@ -173,13 +173,13 @@ def _digest(tensor: StoredTensor) -> str:
     h = hashlib.sha256()
     with tensor.file.open("rb") as f:
         f.seek(tensor.start)
-        left = tensor.size
-        while left:
-            chunk = f.read(min(left, _CHUNK))
+        remaining = tensor.size
+        while remaining:
+            chunk = f.read(min(remaining, _CHUNK))
             if not chunk:
                 raise BaseError("the file became shorter while it was read", where=str(tensor.file))
             h.update(chunk)
-            left -= len(chunk)
+            remaining -= len(chunk)
     return h.hexdigest()
 
 
@@ -218,10 +218,10 @@ class Checkpoint:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        found = [self.path] if self.path.is_file() else sorted(self.path.glob("*.safetensors"))
-        if not found:
+        paths = [self.path] if self.path.is_file() else sorted(self.path.glob("*.safetensors"))
+        if not paths:
             raise BaseError("no safetensors files here", where=str(path), fix="give a model's folder or file")
-        self.files: dict[Path, Header] = {file: read_header(file) for file in found}
+        self.files: dict[Path, Header] = {file: read_header(file) for file in paths}
         self.entries: dict[str, HeaderEntry] = {}
         self._place: dict[str, Path] = {}
         twice = []
