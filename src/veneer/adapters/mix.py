@@ -107,7 +107,11 @@ def mix_adapters(
     bound, kind, weights = _bound(rank, energy, error), _dtype(dtype), _weights(base)
     mixed = mix(parts, method, bound, density=density, seed=seed, dtype=kind, weights=weights)
     _check_finite(mixed, selected, dtype)
-    recipe: dict[str, Any] = {"made": "mix", "method": method, **_given(rank=rank, energy=energy, error_bound=error)}
+    recipe: dict[str, Any] = {
+        "made": "mix",
+        "method": method,
+        **_set_options(rank=rank, energy=energy, error_bound=error),
+    }
     if method not in ("sum", "svd", "orthogonal"):
         recipe |= {"density": density} | ({"seed": seed} if method.startswith("dare") else {})
     recipe |= {"blocks": blocks} if blocks else {}
@@ -179,7 +183,7 @@ def resize(
         raise ConfigError("a resize needs a size", fix="give one of rank, energy and error")
     read = using.read_adapter(name)
     mixed = mix([(read.adapter, 1.0)], "sum", bound, dtype=_dtype(dtype), weights=_weights(base))
-    recipe = {"made": "resize", **_given(rank=rank, energy=energy, error_bound=error)}
+    recipe = {"made": "resize", **_set_options(rank=rank, energy=energy, error_bound=error)}
     return _write(mixed, out, [read], recipe, to=to)
 
 
@@ -249,7 +253,7 @@ def extract(
     if not mixed.adapter.pairs:
         raise BaseError("no target differs between the two models", where=f"{base}, {tuned}", fix="check the targets")
     recipe = {"made": "extract", "base": Path(base).name, "tuned": Path(tuned).name}
-    recipe |= _given(rank=rank, energy=energy, error_bound=error, targets=targets)
+    recipe |= _set_options(rank=rank, energy=energy, error_bound=error, targets=targets)
     return _write(mixed, out, [], recipe, left=skipped, to=to)
 
 
@@ -391,7 +395,7 @@ def _by_block(adapter: Adapter, blocks: str) -> Adapter:
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def _given(**settings: Any) -> dict[str, Any]:
+def _set_options(**settings: Any) -> dict[str, Any]:
     return {n: v for n, v in settings.items() if v is not None}
 
 

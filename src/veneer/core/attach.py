@@ -118,7 +118,7 @@ class Attachment:
         """Remove an adapter, and restore modules that no other adapter changes.
 
         The adapter leaves the selection too."""
-        adapter = self._known(name)
+        adapter = self._adapter(name)
         self.selection = self.selection.without(adapter)
         self.cache.clear(adapter)
         del self.adapters[name]
@@ -130,14 +130,14 @@ class Attachment:
         `module.A`, `module.B`, `module.magnitude`; `module.weight~a1` and so on for a LoHa or LoKr;
         `module=parameter` for full copies; `embedding#rows`. Raises AdapterError if the adapter was not
         added with trainable=True."""
-        out = {key: t for key, t in self._known(name).tensors() if isinstance(t, nn.Parameter)}
+        out = {key: t for key, t in self._adapter(name).tensors() if isinstance(t, nn.Parameter)}
         if not out:
             raise AdapterError(f"adapter {name!r} is not trainable", fix="add it with trainable=True")
         return out
 
     def adapter(self, name: str) -> Adapter:
         """Return a copy of an adapter: detached, contiguous, `origin` collapsed."""
-        return self._known(name).collapsed().mapped(lambda t: t.detach().clone(memory_format=torch.contiguous_format))
+        return self._adapter(name).collapsed().mapped(lambda t: t.detach().clone(memory_format=torch.contiguous_format))
 
     # -- what acts ---------------------------------------------------------------------------------------------------
 
@@ -175,7 +175,7 @@ class Attachment:
         The rows of the batch do not matter. Between forward and backward, the same rule as for `use`
         holds. Raises AdapterError for an unknown name, and for an adapter with more than plain pairs on
         linear layers (`span_problem`). Reference: each segment's tokens separately with `use`."""
-        adapters = tuple(self._known(name) for name in names)
+        adapters = tuple(self._adapter(name) for name in names)
         for name, adapter in zip(names, adapters, strict=True):
             if why := span_problem(adapter):
                 raise AdapterError(
@@ -237,7 +237,7 @@ class Attachment:
             tensors = (t for t in (*args, *named, *kwargs.values()) if isinstance(t, Tensor) and t.ndim)
             self.selection.rows.batch = next((len(t) for t in tensors), None)
 
-    def _known(self, name: str) -> Adapter:
+    def _adapter(self, name: str) -> Adapter:
         if name not in self.adapters:
             have = ", ".join(sorted(self.adapters)) or "none"
             raise AdapterError(f"no adapter named {name!r} is attached", fix=f"attached: {have}")
@@ -245,7 +245,7 @@ class Attachment:
 
     def _selection(self, mix: tuple[str | tuple[str, float], ...]) -> Selection:
         named = [(m, 1.0) if isinstance(m, str) else (m[0], check_strength(repr(m[0]), m[1])) for m in mix]
-        selected = [(name, self._known(name), s) for name, s in named if s != 0.0]
+        selected = [(name, self._adapter(name), s) for name, s in named if s != 0.0]
         for name, adapter, strength in selected:
             if not adapter.modules:
                 continue

@@ -61,7 +61,7 @@ class AdaptedWeight:
         return getattr(self.dense(), name)
 
     def __matmul__(self, v: Tensor) -> Tensor:
-        return _left(torch.matmul, self, v)
+        return _matmul_left(torch.matmul, self, v)
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -78,7 +78,7 @@ class AdaptedWeight:
                 offsets = kwargs["offs"] if "offs" in kwargs else other_args[0]
                 return _add_by_expert(func(x, weight.weight, *other_args, **kwargs), x, weight.parts, offsets)
         if name in ("matmul", "bmm", "mm") and isinstance(args[0], AdaptedWeight) and isinstance(args[1], Tensor):
-            return _left(func, args[0], args[1])
+            return _matmul_left(func, args[0], args[1])
         dense = [a.dense() if isinstance(a, AdaptedWeight) else a for a in args]
         return func(*dense, **{k: v.dense() if isinstance(v, AdaptedWeight) else v for k, v in kwargs.items()})
 
@@ -110,7 +110,7 @@ def expert_product(x: Tensor, weight: Tensor | AdaptedWeight, offsets: Tensor) -
     return _by_expert(x, weight, offsets)
 
 
-def _left(product: Callable, weight: AdaptedWeight, v: Tensor) -> Tensor:
+def _matmul_left(product: Callable, weight: AdaptedWeight, v: Tensor) -> Tensor:
     """Return W·v + Σ s·B·(A·v)."""
     parts = [replace(p, A=p.B, B=p.A) for p in weight.parts]
     return _add(product(weight.weight, v), v, parts, lambda u, factor: factor @ u)

@@ -312,7 +312,7 @@ class _Lora(Layer):
         """Run the base once for all rows, and each adapter once for the rows it acts on.
 
         Rows without an adapter cost nothing more."""
-        if any(self.name in share.adapter.modules for share in rows.shares) or not args:
+        if any(self.name in share.adapter.modules for share in rows.rows_by_adapter) or not args:
             return super().by_rows(rows, *args, **kwargs)
         segments = rows.segments(self.is_changed_by)
         if len(segments) == 1:
@@ -325,7 +325,7 @@ class _Lora(Layer):
             return run_segments(rows, segments, self.under, args, kwargs, self.name)
         y = self.base(*args, **kwargs)
         out = y
-        for share in rows.shares:
+        for share in rows.rows_by_adapter:
             if self.is_changed_by(share.adapter):
                 at = rows.index(share.rows, len(x), x.device)
                 for change in self.changes(x.index_select(0, at), y.index_select(0, at), share.adapter):

@@ -49,7 +49,7 @@ class CachedModule:
     drops: bool
     sources: list[Tensor]
     versions: int
-    place: int
+    data_pointer: int
 
     def bytes(self) -> int:
         stack = () if self.product is None else (self.product.A, self.product.B)
@@ -59,7 +59,7 @@ class CachedModule:
         """Return whether the source tensors are unchanged.
 
         `sources[0]` is the base's weight."""
-        return _changes(self.sources) == self.versions and self.sources[0].data_ptr() == self.place
+        return _changes(self.sources) == self.versions and self.sources[0].data_ptr() == self.data_pointer
 
 
 @dataclass(eq=False)
@@ -73,7 +73,7 @@ class _Table:
     mix: ActiveMix
     kind: str
     needs: int
-    made: dict[str, CachedModule | None] = field(default_factory=dict)
+    modules: dict[str, CachedModule | None] = field(default_factory=dict)
     bytes: int = 0
 
 
@@ -120,14 +120,14 @@ class MixCache:
         None: run the mix without the cache."""
         seen_entry = self._seen.get(id(mix))
         table = seen_entry[1] if seen_entry is not None else self._table(mix)
-        cached = table.made.get(name, self)
+        cached = table.modules.get(name, self)
         if isinstance(cached, CachedModule):
             if cached.current():
                 return cached
             table.bytes -= cached.bytes()
         elif cached is None or not table.kind:
             return None
-        return self._make(table, name)
+        return self._build(table, name)
 
     def all_copied(self, mixes: Iterable[ActiveMix]) -> bool:
         """Return whether copies for all these mixes fit at once.
@@ -161,16 +161,16 @@ class MixCache:
             return "copy", copies
         return ("stack", stacks) if stacks <= self._limit else ("", 0)
 
-    def _make(self, table: _Table, name: str) -> CachedModule | None:
+    def _build(self, table: _Table, name: str) -> CachedModule | None:
         base, built = self.modules.get(name), dict[str, CachedModule | None]()
         with torch.no_grad():
-            if table.kind == "copy" and not table.made:
+            if table.kind == "copy" and not table.modules:
                 built.update(_copied_together(self.modules, table.mix))
             if name not in built:
                 build = _copied if table.kind == "copy" else _stacked
                 sources = _sources(name, base, table.mix) if base is not None else []
                 built[name] = build(name, base, table.mix, sources) if sources else None
-        table.made.update(built)
+        table.modules.update(built)
         table.bytes += sum(cached.bytes() for cached in built.values() if cached is not None)
         while self.bytes > self._limit and len(self._tables) > 1:
             self._tables.popitem(last=False)

@@ -57,7 +57,7 @@ class MixBatch:
     _segments: dict[frozenset[int], list[Segment]] = field(default_factory=dict, repr=False)
 
     @cached_property
-    def shares(self) -> tuple[AdapterRows, ...]:
+    def rows_by_adapter(self) -> tuple[AdapterRows, ...]:
         """Every adapter once, with its rows, so that its products are computed once."""
         by_adapter: dict[int, tuple[Adapter, dict[int, float]]] = {}
         for row, mix in enumerate(self.mixes):
@@ -73,7 +73,7 @@ class MixBatch:
         """Return groups of rows whose mixes are equal, ignoring adapters that do not act.
 
         Ordered by the first row of each group."""
-        acting = frozenset(id(share.adapter) for share in self.shares if acts(share.adapter))
+        acting = frozenset(id(share.adapter) for share in self.rows_by_adapter if acts(share.adapter))
         if acting not in self._segments:
             self._segments[acting] = self._segments_of(acting)
         return self._segments[acting]

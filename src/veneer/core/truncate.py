@@ -118,25 +118,25 @@ def stacked(pairs: Sequence[tuple[Pair, float]]) -> tuple[Tensor, Tensor]:
     return torch.cat([A for A, _, _ in parts], -2), torch.cat([B * w for _, B, w in parts], -1)
 
 
-def inner(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor]) -> float:
+def inner(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float:
     """Return ⟨B₁·A₁, B₂·A₂⟩ (Frobenius) = tr((B₁ᵀB₂)·(A₂A₁ᵀ)) of factors (A, B)."""
-    (A1, B1), (A2, B2) = one, two
+    (A1, B1), (A2, B2) = first, second
     return float(((B1.mT @ B2) * (A1 @ A2.mT)).sum())
 
 
-def distance(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor] | None = None) -> float:
+def distance(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor] | None = None) -> float:
     """Return ‖B₁·A₁ − B₂·A₂‖ (Frobenius) of factors (A, B); ‖B₁·A₁‖ without `two`.
 
     Computed from Gram matrices, which are accurate down to 1e-6 of the larger norm (their sums cancel);
     below that, from the singular values of the difference."""
-    square = inner(one, one)
-    if two is None:
+    square = inner(first, first)
+    if second is None:
         return math.sqrt(max(square, 0.0))
-    other = inner(two, two)
-    total = square + other - 2 * inner(one, two)
-    if total > 1e-12 * max(square, other):
+    second_square = inner(second, second)
+    total = square + second_square - 2 * inner(first, second)
+    if total > 1e-12 * max(square, second_square):
         return math.sqrt(total)
-    S = singular_values(torch.cat([one[0], two[0]], -2), torch.cat([one[1], -two[1]], -1))
+    S = singular_values(torch.cat([first[0], second[0]], -2), torch.cat([first[1], -second[1]], -1))
     return float(torch.linalg.vector_norm(S))
 
 

@@ -29,7 +29,7 @@ class Staged:
     path: Path
 
     @classmethod
-    def beside(cls, path: Path, ending: str = ".tmp") -> Staged:
+    def next_to(cls, path: Path, ending: str = ".tmp") -> Staged:
         """Return a staged file for `path`; nothing is written yet.
 
         Raises OSError if `path` is a device or a pipe: a file would replace it, which nobody intends for
@@ -65,7 +65,7 @@ def replace_file(path: str | Path, chunks: Iterable[bytes | memoryview], *, mode
     """Run `atomic_write` with the system's OSError.
 
     mode: permissions before the umask."""
-    staged = Staged.beside(Path(path))
+    staged = Staged.next_to(Path(path))
     _fill(staged.temporary, chunks, mode)
     staged.commit()
 
@@ -122,7 +122,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder to fill, renamed to `folder` at the end.
 
     On an error, nothing is left behind. An empty `folder` can exist already. Raises OSError."""
-    temporary = Staged.beside(folder).temporary
+    temporary = Staged.next_to(folder).temporary
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -148,7 +148,7 @@ def put_folder(folder: Path, contents: Mapping[str, list[bytes | memoryview]], *
             for name, chunks in contents.items():
                 atomic_write(temporary / name, chunks)
         return
-    staged = [Staged.beside(folder / name) for name in sorted(contents, key=lambda name: name == last)]
+    staged = [Staged.next_to(folder / name) for name in sorted(contents, key=lambda name: name == last)]
     try:
         for staged_file in staged:
             with as_veneer_errors(staged_file.path):

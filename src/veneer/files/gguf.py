@@ -108,7 +108,7 @@ class _Cursor:
     def __init__(self, data: mmap.mmap, where: str, at: int, long_arrays: bool) -> None:
         self.data, self.where, self.at, self.long_arrays = data, where, at, long_arrays
 
-    def left(self) -> int:
+    def bytes_left(self) -> int:
         return len(self.data) - self.at
 
     def fail(self, problem: str) -> UnsafeFileError:
@@ -118,9 +118,9 @@ class _Cursor:
             fix="download or copy the file again; if that does not help, it was written wrongly",
         )
 
-    def take(self, code: str) -> Any:
+    def read(self, code: str) -> Any:
         size = struct.calcsize("<" + code)
-        if size > self.left():
+        if size > self.bytes_left():
             raise self.fail("it ends in the middle of a value: truncated")
         (value,) = struct.unpack_from("<" + code, self.data, self.at)
         self.at += size
@@ -128,9 +128,9 @@ class _Cursor:
 
     def count(self, each: int, items: str) -> int:
         """Read a count of items that take at least `each` bytes."""
-        n: int = self.take("Q")
-        if n * each > self.left():
-            raise self.fail(f"{n:,} {items} are claimed, and {self.left():,} bytes are left")
+        n: int = self.read("Q")
+        if n * each > self.bytes_left():
+            raise self.fail(f"{n:,} {items} are claimed, and {self.bytes_left():,} bytes are left")
         return n
 
     def text(self) -> str:
@@ -151,33 +151,33 @@ class _Cursor:
         if kind == TEXT:
             return self.text(), (kind,)
         if kind in SCALARS:
-            return self.take(SCALARS[kind]), (kind,)
+            return self.read(SCALARS[kind]), (kind,)
         if kind != ARRAY:
             raise self.fail(f"a value of type {kind}")
-        inner = self.take("I")
+        inner = self.read("I")
         if inner in SCALARS:
             dtype = np.dtype("<" + SCALARS[inner])
             n = self.count(dtype.itemsize, "numbers")
             values = np.frombuffer(self.data, dtype=dtype, count=n, offset=self.at)
             self.at += n * dtype.itemsize
-            return (values if self._whole(n) else SkippedArray(n)), (kind, inner)
+            return (values if self._reads_all(n) else SkippedArray(n)), (kind, inner)
         if inner == TEXT and (n := self.count(8, "texts")) <= MAX_TEXTS:
             return self._texts(n), (kind, inner)
         raise self.fail(f"an array of {'absurdly many texts' if inner == TEXT else f'type {inner}'}")
 
-    def _whole(self, n: int) -> bool:
+    def _reads_all(self, n: int) -> bool:
         return self.long_arrays or n <= _LONG_ARRAY
 
     def _texts(self, n: int) -> list[str] | SkippedArray:
         """Read `n` texts in one pass, for vocabularies of hundreds of thousands."""
         data, at, end, out = memoryview(self.data), self.at, len(self.data), []
-        is_short = self._whole(n)
+        reads_all = self._reads_all(n)
         for _ in range(n):
             length = int.from_bytes(data[at : at + 8], "little")
             if length > MAX_TEXT or at + 8 + length > end:
                 self.at = at
                 raise self.fail(f"a text of {length:,} bytes, and {max(end - at - 8, 0):,} are left: truncated")
-            if is_short:
+            if reads_all:
                 try:
                     out.append(str(data[at + 8 : at + 8 + length], "utf-8"))
                 except UnicodeDecodeError:
@@ -185,7 +185,7 @@ class _Cursor:
                     raise self.fail("a text that is not UTF-8") from None
             at += 8 + length
         self.at = at
-        return out if is_short else SkippedArray(n)
+        return out if reads_all else SkippedArray(n)
 
 
 def read_gguf_file(path: str | Path, *, long_arrays: bool = True) -> GgufFile:
@@ -226,7 +226,7 @@ def read_gguf_file(path: str | Path, *, long_arrays: bool = True) -> GgufFile:
         key = cursor.text()
         if key in fields:
             raise cursor.fail(f"the field {key[:80]!r} appears twice")
-        fields[key], types[key] = cursor.value(cursor.take("I"))
+        fields[key], types[key] = cursor.value(cursor.read("I"))
     alignment = fields.get("general.alignment", ALIGNMENT)
     if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 16 or alignment & (alignment - 1):
         raise cursor.fail(f"general.alignment = {alignment!r}, which is not a power of two")
@@ -240,13 +240,13 @@ def _entry(cursor: _Cursor) -> tuple[str, int, tuple[int, ...], int]:
     name = cursor.text()
     if problem := name_problem(name):
         raise cursor.fail(f"{name[:80]!r}: {problem}")
-    dimensions = cursor.take("I")
+    dimensions = cursor.read("I")
     if not 1 <= dimensions <= 4:
         raise cursor.fail(f"{name!r} has {dimensions:,} dimensions")
-    shape = tuple(cursor.take("Q") for _ in range(dimensions))[::-1]
+    shape = tuple(cursor.read("Q") for _ in range(dimensions))[::-1]
     if math.prod(n for n in shape if n) >= 1 << 60:
         raise cursor.fail(f"{name!r} has the absurd shape {shape}")
-    return name, cursor.take("I"), shape, cursor.take("Q")
+    return name, cursor.read("I"), shape, cursor.read("Q")
 
 
 def _placed(

@@ -151,7 +151,7 @@ def write(
     _check_name(path, to)
     name = path.name if to in _FOLDERS else path.stem
     if to == "gguf":
-        staged = Staged.beside(path, ".gguf")
+        staged = Staged.next_to(path, ".gguf")
         try:
             at = staged.temporary
             done = _advise(source, to, None, lambda: _gguf(source, at, family, head_dim, name, notes))
