@@ -104,7 +104,7 @@ def test_the_profile_decides_what_multiplies_panels(
     monkeypatch: pytest.MonkeyPatch, bfloat16: float, kernel: str
 ) -> None:
     both = Implementation("panel_product", lambda *_: True, "", lambda: "", "compiled")
-    both = both._replace(others=(both._replace(run="amx_panel_product", name="amx"),))
+    both = both._replace(alternatives=(both._replace(run="amx_panel_product", name="amx"),))
     monkeypatch.setattr(module, "implementations", lambda device: {"panel_linear": both})
     monkeypatch.setattr(module, "profile", lambda: _profile(float32=200.0, bfloat16=bfloat16))
     assert dispatch("panel_linear", torch.empty(0, dtype=BF16), 16) == kernel

@@ -163,7 +163,7 @@ def test_token_nll_marks_most_likely_targets(dtype: torch.dtype, chunk: int) -> 
     y[::7] = -100
     W[y[1]] = W[logits[1].argmax()]  # its equal
     right = torch.ones(40, dtype=torch.bool)
-    loss = token_nll(h, W, y, chunk, right=right)
+    loss = token_nll(h, W, y, chunk, correct=right)
     logits = (h @ W.T).detach()
     best = logits.amax(1) == logits.gather(1, y.clamp(min=0)[:, None])[:, 0]
     assert right.tolist() == (best & (y >= 0)).tolist()

@@ -29,12 +29,15 @@ has_panels = pytest.mark.skipif(not compiled.has("panel_product"), reason="no ke
     "pack",
     [
         Dense,
-        Reordered.of,
-        *(pytest.param(of, marks=has_panels) for of in (Panels.of, Panels.int8, Panels.int4)),
+        Reordered.from_weight,
+        *(
+            pytest.param(from_weight, marks=has_panels)
+            for from_weight in (Panels.from_weight, Panels.int8, Panels.int4)
+        ),
     ],
 )
 def test_products_are_those_of_the_dense_weight(pack: Callable[[Tensor], Any], rows: int) -> None:
-    if pack == Reordered.of and not reorders(torch.bfloat16):
+    if pack == Reordered.from_weight and not reorders(torch.bfloat16):
         pytest.skip("this torch packs no weights")
     w = weight()
     matrix = pack(w)
@@ -52,7 +55,7 @@ def test_products_are_those_of_the_dense_weight(pack: Callable[[Tensor], Any], r
 
 def test_weights_without_panels_use_other_layouts() -> None:
     with pytest.raises(ValueError, match="no panels"):
-        Panels.of(weight(41, 96))
+        Panels.from_weight(weight(41, 96))
     w, x = weight(41, 96), torch.ones(3, 96).bfloat16()
     assert (prepack_weight(w)(x).double() - x.double() @ w.double().t()).abs().max() <= 0.05
 
@@ -71,10 +74,10 @@ def test_rounding_is_as_fine_as_the_bits_allow() -> None:
 
 @has_panels
 def test_panels_are_kept_unless_another_layout_is_requested() -> None:
-    assert packing(torch.bfloat16, CPU) == Panels.of
+    assert packing(torch.bfloat16, CPU) == Panels.from_weight
     if reorders(torch.bfloat16):
         with override_ops(weight_layout="onednn"):
-            assert packing(torch.bfloat16, CPU) == Reordered.of
+            assert packing(torch.bfloat16, CPU) == Reordered.from_weight
 
 
 def test_weights_without_other_layouts_are_unchanged() -> None:
@@ -90,6 +93,6 @@ def test_weight_layout_fixes_its_kernel(kernel: str, name: str) -> None:
     if not compiled.has(kernel):
         pytest.skip("this processor has no such kernel")
     with override_ops(panel_linear=name):
-        found = [pack(weight(64, 96)) for pack in (Panels.of, Panels.int8, Panels.int4)]
+        found = [pack(weight(64, 96)) for pack in (Panels.from_weight, Panels.int8, Panels.int4)]
     assert {p.kernel for p in found} == {kernel}
     assert {int(p.pointers[3]) for p in found} == {int(name == "amx")}

@@ -17,7 +17,7 @@ has_panels = pytest.mark.skipif(not compiled.has("panel_product"), reason="no ke
 
 @has_panels
 @pytest.mark.parametrize(("out", "n"), [(16, 32), (80, 4224), (208, 2080)])
-@pytest.mark.parametrize("pack", [Panels.of, Panels.int8, Panels.int4])
+@pytest.mark.parametrize("pack", [Panels.from_weight, Panels.int8, Panels.int4])
 def test_panels_of_any_size(pack: Callable[[Tensor], Panels], out: int, n: int) -> None:
     """Last panels that are not full, sums longer than a block, rows in several blocks; each row by itself as well."""
     g = torch.Generator().manual_seed(0)

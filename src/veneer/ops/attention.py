@@ -53,7 +53,7 @@ class SharedRows:
     before: Tensor
 
     @classmethod
-    def of(cls, places: Tensor) -> SharedRows:
+    def from_indices(cls, places: Tensor) -> SharedRows:
         each = torch.arange(len(places), device=places.device)
         firsts = torch.full((int(places.max()) + 1,), len(places), device=places.device)
         firsts = firsts.scatter_reduce(0, places, each, "amin")
@@ -73,7 +73,7 @@ class RowLayout:
         tokens' device.
     masks: of flex attention, by window.
     shared: rows with common tokens. N then counts each token once; only attention, which is cheap next to
-        the products, has each row in full: `whole` is the layout of the full rows."""
+        the products, has each row in full: `unshared` is the layout of the full rows."""
 
     keep: Tensor | None = None
 
@@ -97,7 +97,7 @@ class RowLayout:
         self._tables: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     @functools.cached_property
-    def whole(self) -> RowLayout:
+    def unshared(self) -> RowLayout:
         """The layout of every row in full, packed."""
         return RowLayout(self.lengths, self.device)
 
@@ -142,8 +142,8 @@ class _Tiled(torch.autograd.Function):
         out, lse = run.forward(qkv, cos, sin, kv, settings)
         ctx.save_for_backward(qkv, cos, sin, out, lse)
         ctx.run, ctx.kv, ctx.settings = run, kv, settings
-        made: Tensor = out
-        return made
+        result: Tensor = out
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -173,12 +173,12 @@ def rope_varlen_attention(
     With norms, also keeps q and k before the norm. Reference for norms: `normed_heads`."""
     layout = settings.layout
     if layout.shared is not None:
-        places, whole = layout.shared.places, settings._replace(layout=layout.whole)
+        places, unshared = layout.shared.places, settings._replace(layout=layout.unshared)
 
-        def attend(own: Tensor) -> Tensor:
-            return rope_varlen_attention(own, cos[places], sin[places], kv, whole, norms)
+        def attend(shared_qkv: Tensor) -> Tensor:
+            return rope_varlen_attention(shared_qkv, cos[places], sin[places], kv, unshared, norms)
 
-        return _each_whole(attend, layout, qkv)
+        return _attend_unshared(attend, layout, qkv)
     if norms is not None:
         qkv = normed_heads(qkv, kv, norms)
     run = dispatch("rope_varlen_attention", qkv, cos, sin)
@@ -206,8 +206,8 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, settings: VarlenSettings) 
     q: (N, heads, dim), k, v: (N, kv heads, dim) → (N, heads, dim)."""
     layout = settings.layout
     if layout.shared is not None:
-        whole = settings._replace(layout=layout.whole)
-        return _each_whole(lambda q, k, v: varlen_attention(q, k, v, whole), layout, q, k, v)
+        unshared = settings._replace(layout=layout.unshared)
+        return _attend_unshared(lambda q, k, v: varlen_attention(q, k, v, unshared), layout, q, k, v)
     run = dispatch("varlen_attention", q, k, v, settings)
     if run is None and not settings.cap and settings.sinks is None and q.device.type == "cpu":
         qkv = torch.cat([q, k, v], 1)
@@ -220,7 +220,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, settings: VarlenSettings) 
     return F.pad(attended, (0, 0, 0, 0, 0, layout.idle)) if layout.idle else attended
 
 
-def _each_whole(attend: Callable[..., Tensor], layout: RowLayout, *parts: Tensor) -> Tensor:
+def _attend_unshared(attend: Callable[..., Tensor], layout: RowLayout, *parts: Tensor) -> Tensor:
     """Run attend(parts) on rows that share tokens, laid out in full.
 
     A shared token is part of each of its rows; its output is the one in the first row. Rows are laid out
@@ -228,15 +228,17 @@ def _each_whole(attend: Callable[..., Tensor], layout: RowLayout, *parts: Tensor
     shared = layout.shared
     assert shared is not None
 
-    def whole(*own: Tensor) -> Tensor:
-        out: Tensor = _Taken.apply(attend(*(_Taken.apply(x, shared.places) for x in own)), shared.firsts)
+    def attend_unshared(*stored: Tensor) -> Tensor:
+        out: Tensor = _Taken.apply(attend(*(_Taken.apply(x, shared.places) for x in stored)), shared.firsts)
         return out
 
     if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
-        made: Tensor = torch.utils.checkpoint.checkpoint(whole, *parts, use_reentrant=False, preserve_rng_state=False)
+        result: Tensor = torch.utils.checkpoint.checkpoint(
+            attend_unshared, *parts, use_reentrant=False, preserve_rng_state=False
+        )
     else:
-        made = whole(*parts)
-    return F.pad(made, (0, 0, 0, 0, 0, layout.idle)) if layout.idle else made
+        result = attend_unshared(*parts)
+    return F.pad(result, (0, 0, 0, 0, 0, layout.idle)) if layout.idle else result
 
 
 class _Taken(torch.autograd.Function):
@@ -259,11 +261,11 @@ class _Taken(torch.autograd.Function):
 def varlen_attention_reference(q: Tensor, k: Tensor, v: Tensor, settings: VarlenSettings) -> Tensor:
     """Compute `varlen_attention` of rows without idle tokens by torch, one row at a time."""
     rows = [t.transpose(0, 1).split(settings.layout.lengths, 1) for t in (q, k, v)]
-    out = [_row_attention(a, b, c, settings) for a, b, c in zip(*rows, strict=True)]
+    out = [_attend_row(a, b, c, settings) for a, b, c in zip(*rows, strict=True)]
     return torch.cat(out, 1).transpose(0, 1)
 
 
-def _row_attention(q: Tensor, k: Tensor, v: Tensor, settings: VarlenSettings) -> Tensor:
+def _attend_row(q: Tensor, k: Tensor, v: Tensor, settings: VarlenSettings) -> Tensor:
     """Return causal attention of one row. q: (heads, n, dim), k, v: (kv heads, n, dim)."""
     _, scale, window, cap, sinks = settings
     heads, n, _ = q.shape
@@ -400,9 +402,9 @@ def _attend_all_backward(
     of_q, of_k, of_v = dq, dk, dv
     q, k, v, g, dq, dk, dv = (_separate_heads(t) for t in (q, k, v, g, dq, dk, dv))
     for at in [slice(None)] if p is not None else _chunks(q):
-        seen = p if p is not None else _probabilities(q[at], k[at])
-        torch.bmm(seen.transpose(1, 2), g[at], out=dv[at])
-        ds = softmax_backward(seen, torch.bmm(g[at], v[at].transpose(1, 2)))
+        probabilities = p if p is not None else _probabilities(q[at], k[at])
+        torch.bmm(probabilities.transpose(1, 2), g[at], out=dv[at])
+        ds = softmax_backward(probabilities, torch.bmm(g[at], v[at].transpose(1, 2)))
         _scaled(ds, k[at], d**-0.5, out=dq[at])
         _scaled(ds.transpose(1, 2), q[at], d**-0.5, out=dk[at])
     for into, flat in ((of_q, dq), (of_k, dk), (of_v, dv)):

@@ -92,7 +92,7 @@ class Implementation(NamedTuple):
     wants: str
     missing: Callable[[], str]
     name: str = "compiled"
-    others: tuple[Implementation, ...] = ()
+    alternatives: tuple[Implementation, ...] = ()
 
 
 class Rule(NamedTuple):
@@ -108,8 +108,8 @@ class Rule(NamedTuple):
 def _panel_kernel(able: list[str], *_: Any) -> str:
     if "amx" not in able:
         return "compiled"
-    found = profile()
-    return "amx" if found.rate("bfloat16") > 3 * found.rate("float32") else "compiled"
+    machine = profile()
+    return "amx" if machine.rate("bfloat16") > 3 * machine.rate("float32") else "compiled"
 
 
 RULES: dict[str, Rule] = {
@@ -134,8 +134,8 @@ def parse_overrides(text: str) -> dict[str, str]:
     Raises ConfigError for a word that is neither an op nor torch."""
     words = [word for word in text.split(",") if word]
     names = dict(word.split("=", 1) for word in words if "=" in word)
-    known = {REFERENCE, *(f"{op}={name}" for op, name in names.items() if op in OPS)}
-    if unknown := [word for word in words if word not in known]:
+    supported = {REFERENCE, *(f"{op}={name}" for op, name in names.items() if op in OPS)}
+    if unknown := [word for word in words if word not in supported]:
         raise ConfigError(
             f"VENEER_OPS has {', '.join(unknown)}, which is neither an op nor torch",
             where="VENEER_OPS",
@@ -154,12 +154,12 @@ def override_ops(**names: str) -> Iterator[None]:
 
     In all threads."""
     global _overrides
-    before = _overrides
-    _overrides = {**before, **names}
+    previous = _overrides
+    _overrides = {**previous, **names}
     try:
         yield
     finally:
-        _overrides = before
+        _overrides = previous
 
 
 # -- dispatch ----------------------------------------------------------------------------------------------------------
@@ -172,23 +172,23 @@ def implementations(device: str) -> Mapping[str, Implementation]:
     return {} if home is None else importlib.import_module(home).IMPLEMENTATIONS
 
 
-def dispatch(op: str, first: Tensor, *given: Any) -> Any:
+def dispatch(op: str, first: Tensor, *args: Any) -> Any:
     """Return the implementation of `op` for these arguments; None for the reference.
 
     The device is the first tensor's. Raises ConfigError if VENEER_OPS names an implementation that the op
     does not have."""
-    own = implementations(first.device.type).get(op)
-    if own is None:
+    implementation = implementations(first.device.type).get(op)
+    if implementation is None:
         return None
-    if not own.others and op not in RULES and not _overrides:
-        return own.run if own.takes(first, *given) else None
-    able = [one for one in (own, *own.others) if one.takes(first, *given)]
+    if not implementation.alternatives and op not in RULES and not _overrides:
+        return implementation.run if implementation.takes(first, *args) else None
+    able = [candidate for candidate in (implementation, *implementation.alternatives) if candidate.takes(first, *args)]
     name = _override_of(op)
     if name is None and op in RULES:
-        name = RULES[op].prefer([one.name for one in able], first, *given)
+        name = RULES[op].prefer([candidate.name for candidate in able], first, *args)
     if not able or name == REFERENCE:
         return None
-    return next((one.run for one in able if one.name == name), able[0].run)
+    return next((candidate.run for candidate in able if candidate.name == name), able[0].run)
 
 
 def _override_of(op: str) -> str | None:
@@ -196,12 +196,20 @@ def _override_of(op: str) -> str | None:
     if op not in _overrides:
         return _overrides.get("*")
     name, homes = _overrides[op], [implementations(device).get(op) for device in HOMES]
-    known = {REFERENCE, *(one.name for own in homes if own is not None for one in (own, *own.others))}
-    if name not in known:
+    available = {
+        REFERENCE,
+        *(
+            candidate.name
+            for implementation in homes
+            if implementation is not None
+            for candidate in (implementation, *implementation.alternatives)
+        ),
+    }
+    if name not in available:
         raise ConfigError(
             f"VENEER_OPS sets {op} to {name!r}, and the op has no implementation of that name",
             where="VENEER_OPS",
-            fix=f"it has: {', '.join(sorted(known))}",
+            fix=f"it has: {', '.join(sorted(available))}",
         )
     return name
 
@@ -224,13 +232,16 @@ def choices(device: str) -> dict[str, Choice]:
 
 
 def _choice(op: str, device: str) -> Choice:
-    own = implementations(device).get(op)
-    if own is None:
+    implementation = implementations(device).get(op)
+    if implementation is None:
         return Choice(REFERENCE, f"{device} has no implementation of its own")
-    here = [one for one in (own, *own.others) if not one.missing()]
+    here = [candidate for candidate in (implementation, *implementation.alternatives) if not candidate.missing()]
     if not here:
-        return Choice(REFERENCE, own.missing())
-    names, wants = [one.name for one in here], "; ".join(dict.fromkeys(one.wants for one in here))
+        return Choice(REFERENCE, implementation.missing())
+    names, wants = (
+        [candidate.name for candidate in here],
+        "; ".join(dict.fromkeys(candidate.wants for candidate in here)),
+    )
     if (name := _override_of(op)) is not None:
         if name == REFERENCE:
             return Choice(name, "set by VENEER_OPS")

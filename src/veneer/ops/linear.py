@@ -88,14 +88,14 @@ def split_map(linear_map: LinearMap, at: int) -> tuple[LinearMap, LinearMap]:
         raise ValueError("low-rank products with dropout cannot be parted: they see one and the same of x")
 
     def rows(first: int, last: int) -> LinearMap:
-        own = slice(first, last)
+        selected = slice(first, last)
         products = tuple(
             replace(p, B=p.B[max(first - p.first, 0) : last - p.first], first=max(p.first - first, 0))
             for p in linear_map.products
             if p.first < last and p.last > first
         )
-        bias, dora_scale = (None if t is None else t[own] for t in (linear_map.bias, linear_map.dora_scale))
-        return LinearMap(linear_map.weight[own], bias, products, dora_scale, spans=linear_map.spans)
+        bias, dora_scale = (None if t is None else t[selected] for t in (linear_map.bias, linear_map.dora_scale))
+        return LinearMap(linear_map.weight[selected], bias, products, dora_scale, spans=linear_map.spans)
 
     return rows(0, at), rows(at, len(linear_map.weight))
 
@@ -191,33 +191,33 @@ class _InSpans:
 
     def __init__(self, x: Tensor, products: Sequence[LowRank], y: Tensor, spans: LoraSegments) -> None:
         members: dict[int, list[int]] = {}
-        for place, product in enumerate(products):
-            members.setdefault(product.span, []).append(place)
-        firsts = {span: products[places[0]] for span, places in members.items()}
+        for index, product in enumerate(products):
+            members.setdefault(product.span, []).append(index)
+        firsts = {span: products[indices[0]] for span, indices in members.items()}
         drops = spans.dropouts({span: first.dropout for span, first in firsts.items() if first.dropout})
-        bounds, self.places = spans.bounds(len(x)), list(members.values())
+        bounds, self.indices = spans.bounds(len(x)), list(members.values())
         self.parts: list[tuple[slice, _Products]] = []
-        for span, places in members.items():
+        for span, indices in members.items():
             at = bounds[span]
-            self.parts.append((at, _made(x[at], tuple(products[i] for i in places), y[at], drops.get(span))))
+            self.parts.append((at, _products_for(x[at], tuple(products[i] for i in indices), y[at], drops.get(span))))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        us = [own.forward(x[at], y[at]) for at, own in self.parts]
+        us = [span_products.forward(x[at], y[at]) for at, span_products in self.parts]
         self.sizes = [u.shape for u in us]
         return torch.cat([u.flatten() for u in us])
 
     def backward(self, g: Tensor, dx: Tensor | None) -> Tensor:
-        dus = [own.backward(g[at], None if dx is None else dx[at]) for at, own in self.parts]
+        dus = [span_products.backward(g[at], None if dx is None else dx[at]) for at, span_products in self.parts]
         return torch.cat([du.flatten() for du in dus])
 
     def gradients(self, g: Tensor, x: Tensor, u: Tensor, du: Tensor) -> list[Tensor]:
         counts = [size.numel() for size in self.sizes]
         out: dict[int, list[Tensor]] = {}
-        parts = zip(self.parts, self.places, self.sizes, u.split(counts), du.split(counts), strict=True)
-        for (at, own), places, size, own_u, own_du in parts:
-            made = own.gradients(g[at], x[at], own_u.view(size), own_du.view(size))
-            out |= {place: made[2 * i : 2 * i + 2] for i, place in enumerate(places)}
-        return [t for place in sorted(out) for t in out[place]]
+        parts = zip(self.parts, self.indices, self.sizes, u.split(counts), du.split(counts), strict=True)
+        for (at, span_products), indices, size, own_u, own_du in parts:
+            gradients = span_products.gradients(g[at], x[at], own_u.view(size), own_du.view(size))
+            out |= {index: gradients[2 * i : 2 * i + 2] for i, index in enumerate(indices)}
+        return [t for index in sorted(out) for t in out[index]]
 
 
 def _products(x: Tensor, linear_map: LinearMap, y: Tensor) -> _Products:
@@ -225,13 +225,13 @@ def _products(x: Tensor, linear_map: LinearMap, y: Tensor) -> _Products:
     if linear_map.spans is not None:
         return _InSpans(x, linear_map.products, y, linear_map.spans)
     drop = Dropout.drawn(linear_map.dropout) if linear_map.dropout else None
-    return _made(x, linear_map.products, y, drop)
+    return _products_for(x, linear_map.products, y, drop)
 
 
-def _made(x: Tensor, products: tuple[LowRank, ...], y: Tensor, drop: Dropout | None) -> _Products:
-    make = dispatch("low_rank", x, y, products) or LowRankProducts
-    made: _Products = make(products, y.shape[1], x.dtype)
-    return made if drop is None else _Dropped(made, drop)
+def _products_for(x: Tensor, products: tuple[LowRank, ...], y: Tensor, drop: Dropout | None) -> _Products:
+    build = dispatch("low_rank", x, y, products) or LowRankProducts
+    built: _Products = build(products, y.shape[1], x.dtype)
+    return built if drop is None else _Dropped(built, drop)
 
 
 def low_rank_tensors(linear_map: LinearMap) -> list[Tensor]:
@@ -297,23 +297,23 @@ def linear_forward(x: Tensor, linear_map: LinearMap) -> LinearOutput:
     y = frozen_linear(x, W, b, copies=copies)
     products = _products(x, linear_map, y)
     assert isinstance(products, _Dropped)
-    left = products.drop(x)
-    plain, own = frozen_linear(left, W, copies=copies), torch.zeros_like(y)
-    u = products.own.forward(left, own)
-    y = (plain * (dora_scale - 1)).add_(own * dora_scale).add_(y).to(y.dtype)
-    return LinearOutput(y, u, plain.add_(own), products, copies)
+    dropped = products.drop(x)
+    plain, low_rank_output = frozen_linear(dropped, W, copies=copies), torch.zeros_like(y)
+    u = products.own.forward(dropped, low_rank_output)
+    y = (plain * (dora_scale - 1)).add_(low_rank_output * dora_scale).add_(y).to(y.dtype)
+    return LinearOutput(y, u, plain.add_(low_rank_output), products, copies)
 
 
 def linear_backward(
-    g: Tensor, weight: Tensor, made: LinearOutput, dora_scale: Tensor | None, need_dx: bool
+    g: Tensor, weight: Tensor, output: LinearOutput, dora_scale: Tensor | None, need_dx: bool
 ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
     """Return dx, the gradient at the products' output, du, and the DoRA scale's.
 
     du is that gradient times s·B."""
-    products, plain = made.products, made.plain
+    products, plain = output.products, output.plain
 
     def back(t: Tensor) -> Tensor:
-        return frozen_linear(t, weight, transposed=False, copies=made.copies)
+        return frozen_linear(t, weight, transposed=False, copies=output.copies)
 
     if dora_scale is None or plain is None or products is None:
         dx = back(g) if need_dx else None
@@ -335,8 +335,8 @@ def scale_outputs(y: Tensor, dora_scale: Tensor, bias: Tensor | None) -> Tensor:
     DoRA scales are near 1, where 16-bit values are 1/256 apart."""
     run = dispatch("dora_scale", dora_scale, y, *([] if bias is None else [bias]))
     if run is not None:
-        made: Tensor = run(y, dora_scale, bias)
-        return made
+        result: Tensor = run(y, dora_scale, bias)
+        return result
     out = y * dora_scale
     return (out if bias is None else out.add_(bias)).to(y.dtype)
 
@@ -345,35 +345,35 @@ def _scale_gradients(g: Tensor, y: Tensor, dora_scale: Tensor) -> tuple[Tensor, 
     """Return the gradients of y, the input of the DoRA scale, and of the scale."""
     run = dispatch("dora_scale_backward", dora_scale, g, y)
     if run is not None:
-        made: tuple[Tensor, Tensor] = run(g, y, dora_scale)
-        return made
+        gradients: tuple[Tensor, Tensor] = run(g, y, dora_scale)
+        return gradients
     return (g * dora_scale).to(g.dtype), (g.to(dora_scale.dtype) * y).sum(0)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, linear_map: LinearMap, dora_scale: Tensor | None, *flat: Tensor) -> Tensor:
-        made = linear_forward(x, linear_map)
+        output = linear_forward(x, linear_map)
         # A and B are saved too, so that autograd detects changes before backward
-        ctx.save_for_backward(x, made.u, made.plain, dora_scale, *flat)
-        ctx.products, ctx.weight, ctx.copies = made.products, linear_map.weight, linear_map.copies
-        return made.y
+        ctx.save_for_backward(x, output.u, output.plain, dora_scale, *flat)
+        ctx.products, ctx.weight, ctx.copies = output.products, linear_map.weight, linear_map.copies
+        return output.y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, u, plain, dora_scale, *_ = ctx.saved_tensors
-        made, g = LinearOutput(g, u, plain, ctx.products, ctx.copies), g.contiguous()
-        dx, inner, du, d_scale = linear_backward(g, ctx.weight, made, dora_scale, ctx.needs_input_grad[0])
-        return (dx, None, d_scale, *low_rank_gradients(made, inner, x, du))
+        output, g = LinearOutput(g, u, plain, ctx.products, ctx.copies), g.contiguous()
+        dx, inner, du, d_scale = linear_backward(g, ctx.weight, output, dora_scale, ctx.needs_input_grad[0])
+        return (dx, None, d_scale, *low_rank_gradients(output, inner, x, du))
 
 
-def low_rank_gradients(made: LinearOutput, g: Tensor, x: Tensor, du: Tensor | None) -> list[Tensor]:
+def low_rank_gradients(output: LinearOutput, g: Tensor, x: Tensor, du: Tensor | None) -> list[Tensor]:
     """Return the gradients of `low_rank_tensors`.
 
     Computed from the results of `linear_backward`."""
-    if made.products is None or made.u is None or du is None:
+    if output.products is None or output.u is None or du is None:
         return []
-    return made.products.gradients(g, x, made.u, du)
+    return output.products.gradients(g, x, output.u, du)
 
 
 def linear(x: Tensor, linear_map: LinearMap) -> Tensor:

@@ -45,15 +45,15 @@ class LoraSegments:
         ends = list(itertools.accumulate(counts, initial=0))
         return [slice(first, end) for first, end in itertools.pairwise(ends)]
 
-    def dropouts(self, shares: Mapping[int, float]) -> dict[int, Dropout]:
+    def dropouts(self, probabilities: Mapping[int, float]) -> dict[int, Dropout]:
         """Return the dropout of a product per segment.
 
         shares: segment -> dropout probability."""
-        if not shares:
+        if not probabilities:
             return {}
         # A recomputed layer draws the same number again, because torch.utils.checkpoint restores its
         # generator.
         ticket = int(torch.randint(1 << 62, (), device="cpu").item())
         if ticket not in self._drawn:
-            self._drawn[ticket] = {i: Dropout.drawn(p, self.generators[i]) for i, p in shares.items()}
+            self._drawn[ticket] = {i: Dropout.drawn(p, self.generators[i]) for i, p in probabilities.items()}
         return self._drawn[ticket]

@@ -39,27 +39,27 @@ class _TokenNll(torch.autograd.Function):
         targets: Tensor,
         chunk: int,
         copies: PrepackedWeights | None,
-        right: Tensor | None,
+        correct: Tensor | None,
     ) -> Tensor:
         run = dispatch("linear_cross_entropy", hidden, weight)
         if run is not None:
-            whole: Tensor
-            whole, grad = run(hidden, weight, targets, ctx.needs_input_grad[0], right)
+            nll_of_kernel: Tensor
+            nll_of_kernel, grad = run(hidden, weight, targets, ctx.needs_input_grad[0], correct)
             ctx.save_for_backward(grad)
-            return whole
+            return nll_of_kernel
         nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for i in range(0, len(hidden), chunk):
             part = slice(i, i + chunk)
             logits = None if copies is None else copies.product(hidden[part], weight)
             logits = hidden[part] @ weight.t() if logits is None else logits
-            nll[part] = _row_nll_(logits, targets[part], grad is not None, None if right is None else right[part])
+            nll[part] = _row_nll_(logits, targets[part], grad is not None, None if correct is None else correct[part])
             if grad is not None:
-                made = None if copies is None else copies.product(logits, weight, transposed=False)
-                if made is None:
+                product = None if copies is None else copies.product(logits, weight, transposed=False)
+                if product is None:
                     torch.mm(logits, weight, out=grad[part])
                 else:
-                    grad[part] = made
+                    grad[part] = product
             del logits  # free them before the next chunk's logits are allocated
         ctx.save_for_backward(grad)
         return nll
@@ -70,7 +70,7 @@ class _TokenNll(torch.autograd.Function):
         return grad * g.to(grad.dtype)[:, None], None, None, None, None, None
 
 
-def _row_nll_(logits: Tensor, targets: Tensor, gradient: bool, right: Tensor | None = None) -> Tensor:
+def _row_nll_(logits: Tensor, targets: Tensor, gradient: bool, correct: Tensor | None = None) -> Tensor:
     """Return −log softmax at the targets, at least float32.
 
     With `gradient`, logits become softmax − onehot in place. A target of −100 is ignored, as in
@@ -79,8 +79,8 @@ def _row_nll_(logits: Tensor, targets: Tensor, gradient: bool, right: Tensor | N
     targets = targets.to(torch.int64).contiguous()
     run = dispatch("token_nll", logits)
     if run is not None:
-        own: Tensor = run(logits, targets, gradient, right)
-        return own
+        nll_of_kernel: Tensor = run(logits, targets, gradient, correct)
+        return nll_of_kernel
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     ignored = targets == _IGNORED
     y = targets.masked_fill(ignored, 0)[:, None]
@@ -88,8 +88,8 @@ def _row_nll_(logits: Tensor, targets: Tensor, gradient: bool, right: Tensor | N
     if y.device.type == "cpu" and bool(((y < 0) | (y >= logits.shape[1])).any()):
         raise IndexError("token_nll: a target is no token of the vocabulary")
     nll = torch.logsumexp(wide, 1, keepdim=True) - wide.gather(1, y)
-    if right is not None:
-        right.copy_(likeliest(wide, y[:, 0]) & ~ignored)
+    if correct is not None:
+        correct.copy_(likeliest(wide, y[:, 0]) & ~ignored)
     if gradient:
         # p − 1 of the target uses the wide value: rounding p near 1 to 16 bits first would lose all of it
         slope = torch.softmax(wide, 1).scatter_(1, y, torch.expm1(-nll))
@@ -110,7 +110,7 @@ def token_nll(
     targets: Tensor,
     chunk: int | None = None,
     copies: PrepackedWeights | None = None,
-    right: Tensor | None = None,
+    correct: Tensor | None = None,
 ) -> Tensor:
     """Return −log softmax(hidden_i·Wᵀ)[target_i] of each i, (M,) float32.
 
@@ -124,7 +124,7 @@ def token_nll(
 
     Raises IndexError for any other invalid target (on a GPU, the device's error). Reference:
     F.cross_entropy((hidden @ W.T).float(), targets, reduction="none")."""
-    out: Tensor = _TokenNll.apply(hidden, weight, targets, chunk or logits_chunk(hidden.device.type), copies, right)
+    out: Tensor = _TokenNll.apply(hidden, weight, targets, chunk or logits_chunk(hidden.device.type), copies, correct)
     return out
 
 
@@ -177,8 +177,8 @@ def kto(
 
     arXiv 2402.01306, eq. 8. ratios: r, log-ratios. desirable: (n,) bool. reference: z₀, see
     `kto_reference`. weights: (λ_D, λ_U)."""
-    gain = beta * (ratios - reference)
-    return torch.where(desirable, weights[0] * torch.sigmoid(-gain), weights[1] * torch.sigmoid(gain))
+    reward = beta * (ratios - reference)
+    return torch.where(desirable, weights[0] * torch.sigmoid(-reward), weights[1] * torch.sigmoid(reward))
 
 
 def kto_reference(ratios: Tensor) -> Tensor:
@@ -198,5 +198,5 @@ def _log_odds(mean: Tensor) -> Tensor:
 
     m = 0 is moved just below 0."""
     m = mean.clamp(max=_CERTAIN)
-    rest = torch.where(m < -0.6931, torch.log1p(-torch.exp(m)), torch.log(-torch.expm1(m)))
-    return m - rest
+    log_complement = torch.where(m < -0.6931, torch.log1p(-torch.exp(m)), torch.log(-torch.expm1(m)))
+    return m - log_complement

@@ -47,8 +47,8 @@ def _gated_backward(dh: Tensor, both: Tensor, act: str) -> tuple[Tensor, Tensor]
     """Return [d_gate | d_up], and act(gate) ⊙ up recomputed."""
     run = dispatch(f"{act}_gate_backward", dh, both)
     if run is not None:
-        made: tuple[Tensor, Tensor] = run(dh, both)
-        return made
+        gradients: tuple[Tensor, Tensor] = run(dh, both)
+        return gradients
     d = torch.empty_like(both)
     gate, up = both.chunk(2, dim=1)
     d_gate, d_up = d.chunk(2, dim=1)
@@ -151,28 +151,28 @@ class _GatedMlp(torch.autograd.Function):
         scale_down: Tensor | None,
         *flat: Tensor,
     ) -> Tensor:
-        one = linear_forward(x, gate_up)
-        two = linear_forward(gated(one.y, act), down)
+        first = linear_forward(x, gate_up)
+        second = linear_forward(gated(first.y, act), down)
         # [gate | up] is then only a scale and a bias away from `plain`
         again = scale is not None and not gate_up.dropout
-        both = None if again else one.y
-        ctx.save_for_backward(x, both, one.u, one.plain, scale, two.u, two.plain, scale_down, *flat)
-        ctx.products, ctx.copies = (one.products, two.products), (gate_up.copies, down.copies)
+        both = None if again else first.y
+        ctx.save_for_backward(x, both, first.u, first.plain, scale, second.u, second.plain, scale_down, *flat)
+        ctx.products, ctx.copies = (first.products, second.products), (gate_up.copies, down.copies)
         ctx.weights, ctx.bias, ctx.act = (gate_up.weight, down.weight), gate_up.bias, act
-        return two.y
+        return second.y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, both, u, plain, scale, u_down, plain_down, scale_down, *_ = ctx.saved_tensors
-        one = LinearOutput(g, u, plain, ctx.products[0], ctx.copies[0])
+        first = LinearOutput(g, u, plain, ctx.products[0], ctx.copies[0])
         two = LinearOutput(g, u_down, plain_down, ctx.products[1], ctx.copies[1])
         dh, inner, du, d_scale_down = linear_backward(g.contiguous(), ctx.weights[1], two, scale_down, True)
         assert dh is not None
         d_both, h = _gated_backward(dh, scale_outputs(plain, scale, ctx.bias) if both is None else both, ctx.act)
         down_pairs = low_rank_gradients(two, inner, h, du)
         del h, dh, inner
-        dx, inner, du, d_scale = linear_backward(d_both, ctx.weights[0], one, scale, ctx.needs_input_grad[0])
-        return (dx, None, None, None, d_scale, d_scale_down, *low_rank_gradients(one, inner, x, du), *down_pairs)
+        dx, inner, du, d_scale = linear_backward(d_both, ctx.weights[0], first, scale, ctx.needs_input_grad[0])
+        return (dx, None, None, None, d_scale, d_scale_down, *low_rank_gradients(first, inner, x, du), *down_pairs)
 
 
 def gated_mlp(x: Tensor, gate_up: LinearMap, down: LinearMap, act: str = "silu") -> Tensor:
@@ -180,6 +180,14 @@ def gated_mlp(x: Tensor, gate_up: LinearMap, down: LinearMap, act: str = "silu")
 
     act: "silu", "gelu" or "gelu_tanh". `gate_up` is [gate; up] joined by rows. Keeps x, gate(x) and up(x);
         their product is recomputed in backward. Reference: the same formula with `linear`."""
-    given = gate_up, down, act, gate_up.dora_scale, down.dora_scale, *low_rank_tensors(gate_up), *low_rank_tensors(down)
-    y: Tensor = _GatedMlp.apply(x.reshape(-1, x.shape[-1]), *given)
+    inputs = (
+        gate_up,
+        down,
+        act,
+        gate_up.dora_scale,
+        down.dora_scale,
+        *low_rank_tensors(gate_up),
+        *low_rank_tensors(down),
+    )
+    y: Tensor = _GatedMlp.apply(x.reshape(-1, x.shape[-1]), *inputs)
     return y.view(*x.shape[:-1], y.shape[-1])

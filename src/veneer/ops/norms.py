@@ -90,8 +90,8 @@ def norm_silu(x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, gro
 
     x: (n, channels, …), shift: (n, channels) or None. The reference is the same formula in torch; it runs
         if anything but x is trained or if there is no kernel."""
-    given = [t for t in (shift, weight, bias) if t is not None]
-    if any(t.requires_grad for t in given) or not x.numel() or dispatch("norm_silu", x, *given) is None:
+    tensors = [t for t in (shift, weight, bias) if t is not None]
+    if any(t.requires_grad for t in tensors) or not x.numel() or dispatch("norm_silu", x, *tensors) is None:
         x = x if shift is None else x + shift.view(*shift.shape, *[1] * (x.ndim - 2))
         return F.silu(F.group_norm(x, groups, weight, bias, eps))
     out: Tensor = _NormSilu.apply(x, shift, weight, bias, groups, eps)

@@ -25,7 +25,7 @@ class ByteBudget:
     def __init__(self, most: int) -> None:
         self.most, self.taken = most, 0
 
-    def take(self, count: int) -> bool:
+    def reserve(self, count: int) -> bool:
         """Reserve `count` bytes; return whether there were enough."""
         fits = self.taken + count <= self.most
         self.taken += count * fits
@@ -35,7 +35,7 @@ class ByteBudget:
 class PrepackedWeights:
     """Copies of one weight (out, in), for x·Wᵀ and for g·W, made at first use.
 
-    A copy is made only if `room` has bytes for it.
+    A copy is made only if `budget` has bytes for it.
 
     parts: the parameters whose values the weight contains, if it joins several.
 
@@ -43,8 +43,8 @@ class PrepackedWeights:
     and torch's version counters of the weight and its parts, as autograd does for saved tensors. After a
     change, the copies are dropped for good. (As in autograd, writes through `.data` are not counted.)"""
 
-    def __init__(self, weight: Tensor, room: ByteBudget, parts: Sequence[Tensor] = ()) -> None:
-        self._room, self._parts = room, tuple(parts)
+    def __init__(self, weight: Tensor, budget: ByteBudget, parts: Sequence[Tensor] = ()) -> None:
+        self._budget, self._parts = budget, tuple(parts)
         self._values = weight.detach()  # while these live, no other tensor can have their address
         self._seen = self._state(weight)
         self._copies: dict[bool, Any] = {}
@@ -55,7 +55,7 @@ class PrepackedWeights:
         return (*at, weight._version, *(part._version for part in self._parts))
 
     def _let_go(self) -> None:
-        self._room.taken -= sum(self._bytes for _ in self._copies)
+        self._budget.taken -= sum(self._bytes for _ in self._copies)
         self._copies.clear()
         self._changed = True
         del self._values
@@ -74,9 +74,9 @@ class PrepackedWeights:
         if not self._changed and self._state(weight) != self._seen:
             self._let_go()
         run = None if self._changed else dispatch("prepacked_linear", x, weight, bias, transposed)
-        if run is None or not (transposed in self._copies or self._room.take(self._bytes)):
+        if run is None or not (transposed in self._copies or self._budget.reserve(self._bytes)):
             return None
         if transposed not in self._copies:
             self._copies[transposed] = run.of(weight if transposed else weight.t(), _ROWS)
-        made: Tensor = self._copies[transposed](x, bias)
-        return made
+        result: Tensor = self._copies[transposed](x, bias)
+        return result

@@ -85,11 +85,11 @@ def profile_for(threads: int, pinned: str) -> Profile:
 
     pinned: the file of VENEER_PROFILE, or ""."""
     if pinned:
-        if (found := _read(Path(pinned))) is None:
+        if (measured := _read(Path(pinned))) is None:
             raise ConfigError(
                 f"VENEER_PROFILE={pinned} is no profile of a machine", where="VENEER_PROFILE", fix="unset it"
             )
-        return found
+        return measured
     from filelock import FileLock
 
     from veneer.ops.cpu.build import processor_features, trusted_folder
@@ -98,14 +98,14 @@ def profile_for(threads: int, pinned: str) -> Profile:
     key = hashlib.sha256("\0".join(machine).encode()).hexdigest()[:16]
     try:
         file = trusted_folder([]) / f"profile-{key}.json"
-        if (found := _read(file, key)) is not None:
-            return found
+        if (measured := _read(file, key)) is not None:
+            return measured
         # otherwise processes disturb each other's timing
         with FileLock(f"{file}.lock", timeout=_LOCK_SECONDS, mode=0o600):
-            if (found := _read(file, key)) is None:
-                found = measure(key)
-                replace_file(file, [(json.dumps(asdict(found), indent=1) + "\n").encode()], mode=0o600)
-            return found
+            if (measured := _read(file, key)) is None:
+                measured = measure(key)
+                replace_file(file, [(json.dumps(asdict(measured), indent=1) + "\n").encode()], mode=0o600)
+            return measured
     except (OSError, NotImplementedError):  # no writable folder; a lock timeout is an OSError
         return measure(key)
 
@@ -113,12 +113,12 @@ def profile_for(threads: int, pinned: str) -> Profile:
 def _read(file: Path, key: str | None = None) -> Profile | None:
     """Read a profile; None if the file is missing, broken or of another machine."""
     try:
-        found = Profile(**json.loads(file.read_text(encoding="utf-8")))
-        rates = [found.bandwidth, *(rate for shapes in found.gflops.values() for rate in shapes.values())]
-        whole = all(isinstance(rate, float) and rate > 0 for rate in rates) and isinstance(found.spread, float)
+        measured = Profile(**json.loads(file.read_text(encoding="utf-8")))
+        rates = [measured.bandwidth, *(rate for shapes in measured.gflops.values() for rate in shapes.values())]
+        is_valid = all(isinstance(rate, float) and rate > 0 for rate in rates) and isinstance(measured.spread, float)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
-    return found if whole and (key is None or found.key == key) else None
+    return measured if is_valid and (key is None or measured.key == key) else None
 
 
 def measure(key: str) -> Profile:

@@ -114,9 +114,9 @@ class Groups:
         size = math.gcd(*(p.size for p in there))
         there = [p.split(size) for p in there]
         zeros = [torch.zeros_like(p.scales) if p.zeros is None else p.zeros for p in there]
-        whole = None if all(p.zeros is None for p in there) else torch.cat(zeros)
+        all_zeros = None if all(p.zeros is None for p in there) else torch.cat(zeros)
         codes, scales = torch.cat([p.codes for p in there]), torch.cat([p.scales for p in there])
-        return Groups(codes, scales, whole, there[0].values)
+        return Groups(codes, scales, all_zeros, there[0].values)
 
 
 @dataclass(frozen=True)
@@ -192,15 +192,15 @@ class Blocks4(_Stored):
     def dense(self, dtype: torch.dtype, first: int, last: int, into: Tensor | None = None) -> Tensor:
         columns = self.shape[-1]
         start, count = first * columns, (last - first) * columns
-        run, made = dispatch("dequantize_blocks4", self.packed, dtype), is_fake(self.packed)
-        if made or run is not None:
+        run, is_fake_weight = dispatch("dequantize_blocks4", self.packed, dtype), is_fake(self.packed)
+        if is_fake_weight or run is not None:
             device = self.packed.device
             out = torch.empty(last - first, columns, dtype=dtype, device=device) if into is None else into
-            if made:  # the tables below are cached by device, so fake tensors must not be cached
+            if is_fake_weight:  # the tables below are cached by device, so fake tensors must not be cached
                 return out
             constants = dynamic_map(out.device), four_bit_values(self.kind, out.device)
-            own = self.absmax, self.absmax2, self.mean
-            run(self.packed, *own, *constants, start, count, self.block, self.nested, out)
+            scales = self.absmax, self.absmax2, self.mean
+            run(self.packed, *scales, *constants, start, count, self.block, self.nested, out)
             return out
         library = gpu_library(self.kind, self.block, self.packed.device.type)
         if library is not None and not start % self.block:
@@ -233,8 +233,8 @@ class Blocks4(_Stored):
         both = self.packed[start // 2 : (start + count) // 2]
         codes = torch.stack([both >> 4, both & 15], 1).view(-1, columns)
         low, high = self._blocks(start, count)
-        of = torch.arange(start, start + count, size, device=both.device) // self.block - low
-        scales = self.absmax_of(low, high)[of].view(len(codes), -1)
+        block_index = torch.arange(start, start + count, size, device=both.device) // self.block - low
+        scales = self.absmax_of(low, high)[block_index].view(len(codes), -1)
         return Groups(codes, scales, None, four_bit_values(self.kind, both.device))
 
     def _blocks(self, start: int, count: int) -> tuple[int, int]:
@@ -242,11 +242,11 @@ class Blocks4(_Stored):
 
     def absmax_of(self, first: int, last: int) -> Tensor:
         """Return the absmax of blocks first … last, float32."""
-        own = self.absmax[first:last]
+        absmax = self.absmax[first:last]
         if self.absmax2 is None or self.mean is None:
-            return own
-        by = self.absmax2[torch.arange(first, last, device=own.device) // self.nested]
-        return dynamic_map(own.device)[own.int()] * by + self.mean
+            return absmax
+        by = self.absmax2[torch.arange(first, last, device=absmax.device) // self.nested]
+        return dynamic_map(absmax.device)[absmax.int()] * by + self.mean
 
 
 def _blocks4(weight: Tensor, kind: str, double: bool) -> Blocks4:
@@ -485,8 +485,8 @@ class StackedRows:
             at += row_count(part)
 
 
-def _put(made: Tensor, into: Tensor | None) -> Tensor:
-    return made if into is None else into.copy_(made)
+def _put(result: Tensor, into: Tensor | None) -> Tensor:
+    return result if into is None else into.copy_(result)
 
 
 def with_tensors(stored: QuantizationFormat, tensors: Iterable[Tensor]) -> QuantizationFormat:

@@ -59,11 +59,11 @@ class Quantized(torch.Tensor):
         if transposed:
             size[-2:] = size[:-3:-1]
         device = next(iter(stored.tensors().values())).device
-        make = TORCH("torch.Tensor._make_wrapper_subclass")
-        made = cast("Quantized", make(cls, size, dtype=dtype, device=device, requires_grad=False))
-        made.stored, made.first, made.transposed, made.kept = stored, first, transposed, kept
-        made.last = row_count(stored) if last is None else last
-        return made
+        make_wrapper = TORCH("torch.Tensor._make_wrapper_subclass")
+        weight = cast("Quantized", make_wrapper(cls, size, dtype=dtype, device=device, requires_grad=False))
+        weight.stored, weight.first, weight.transposed, weight.kept = stored, first, transposed, kept
+        weight.last = row_count(stored) if last is None else last
+        return weight
 
     __torch_function__ = TORCH("torch._C._disabled_torch_function_impl")
 
@@ -129,16 +129,16 @@ class Quantized(torch.Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        own = _OWN.get(func.overloadpacket)
-        if own is not None:
-            out = own(*args, **kwargs)
+        handler = _OWN.get(func.overloadpacket)
+        if handler is not None:
+            out = handler(*args, **kwargs)
             if out is not NotImplemented:
                 return out
         _refuse_writing(func, args, kwargs)
-        made = func(*_dense(args), **_dense(kwargs))
+        result = func(*_dense(args), **_dense(kwargs))
         # a view of the kept weight would allow writing to it; other views are of fresh tensors
         kept = any(isinstance(t, Quantized) and t.kept is not None for t in args)
-        return _mapped(made, Tensor.clone) if kept and _is_view(func) else made
+        return _mapped(result, Tensor.clone) if kept and _is_view(func) else result
 
 
 def _as_parameter(weight: Quantized) -> Quantized:
@@ -158,8 +158,8 @@ def _refuse_writing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     for i, formal in enumerate(func._schema.arguments):
         if formal.alias_info is None or not formal.alias_info.is_write:
             continue
-        given = args[i] if i < len(args) else kwargs.get(formal.name)
-        for weight in given if isinstance(given, list | tuple) else [given]:
+        argument = args[i] if i < len(args) else kwargs.get(formal.name)
+        for weight in argument if isinstance(argument, list | tuple) else [argument]:
             if isinstance(weight, Quantized):
                 raise BaseError(
                     f"{func} would write to a weight in {weight.stored.kind}, {tuple(weight.shape)}: it is frozen",
@@ -217,8 +217,8 @@ def _slice(w: Any, dim: int = 0, start: int | None = None, end: int | None = Non
 def _split(w: Any, size: int | Sequence[int], dim: int = 0) -> Any:
     if dim % w.ndim or w.transposed or w.ndim < 2:
         return NotImplemented
-    whole = w.shape[0]
-    sizes = [min(size, whole - at) for at in range(0, whole, size)] if isinstance(size, int) else size
+    total = w.shape[0]
+    sizes = [min(size, total - at) for at in range(0, total, size)] if isinstance(size, int) else size
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
     return [_slice(w, 0, end - n, end) for n, end in zip(sizes, ends, strict=True)]
 
@@ -249,9 +249,9 @@ def _embedding(w: Any, indices: Any, *args: Any) -> Any:
         or indices.numel() > w.shape[0]
     ):
         return NotImplemented
-    used, place = torch.unique(indices, return_inverse=True)
+    used, inverse = torch.unique(indices, return_inverse=True)
     rows = torch.cat([w.stored.dense(w.dtype, w.first + int(i), w.first + int(i) + 1) for i in used])
-    return rows[place]
+    return rows[inverse]
 
 
 def _mm(x: Any, w: Any, **kwargs: Any) -> Any:
@@ -332,8 +332,8 @@ def quantized_linear(x: Tensor, weight: Quantized, bias: Tensor | None = None) -
     if None in runs.values():
         return None
     y = x.new_empty(len(x), weight.last - weight.first)
-    for part, low, high, own in stored.parts_of(weight.first, weight.last):
-        runs[id(part)](x, part, low, high, None if bias is None else bias[own], y[:, own])
+    for part, low, high, columns in stored.parts_of(weight.first, weight.last):
+        runs[id(part)](x, part, low, high, None if bias is None else bias[columns], y[:, columns])
     return y
 
 

@@ -48,10 +48,10 @@ def micro_tokens(
     if device != "cuda":
         return MICRO_TOKENS
     reach = operations / (_ABOVE_CORNER * corner) - values
-    wanted = min(4 * weights / values, weights / reach if reach > 0 else math.inf)
+    tokens = min(4 * weights / values, weights / reach if reach > 0 else math.inf)
     if code_bytes is not None:
-        wanted = max(wanted, corner * (2 + code_bytes) / 2 / _DEQUANTIZING * weights / operations)
-    return min(_MOST_MICRO_TOKENS, max(MICRO_TOKENS, power_of_2(math.ceil(wanted))))
+        tokens = max(tokens, corner * (2 + code_bytes) / 2 / _DEQUANTIZING * weights / operations)
+    return min(_MOST_MICRO_TOKENS, max(MICRO_TOKENS, power_of_2(math.ceil(tokens))))
 
 
 def logits_chunk(device: str) -> int:
@@ -88,9 +88,9 @@ def rounded_sizes(n: int) -> int:
     return n + -n % step
 
 
-def padded_tokens(tokens: int, wanted: int) -> int:
+def padded_tokens(tokens: int, expected: int) -> int:
     """Return the tokens of a padded batch of which `wanted` outputs are used.
 
     Always more than `rounded_sizes(wanted)`, because the number of outputs tells whether a layer returned all
     tokens or only the used ones."""
-    return max(rounded_sizes(tokens), rounded_sizes(rounded_sizes(wanted) + 1))
+    return max(rounded_sizes(tokens), rounded_sizes(rounded_sizes(expected) + 1))

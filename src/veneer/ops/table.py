@@ -34,19 +34,19 @@ def ops_page() -> str:
     """Return the page."""
     cpu, cuda = implementations("cpu"), implementations("cuda")
     lines = [_HEAD, "| op | computes | CPU | CUDA |", "| --- | --- | --- | --- |"]
-    for op, what in OPS.items():
+    for op, description in OPS.items():
         rule = f"; {RULES[op].why}" if op in RULES else ""
-        lines.append(f"| `{op}` | {_plain(what)} | {_cell(cpu, op)}{rule} | {_cell(cuda, op)} |")
+        lines.append(f"| `{op}` | {_plain(description)} | {_cell(cpu, op)}{rule} | {_cell(cuda, op)} |")
     return "\n".join(lines) + "\n"
 
 
-def _cell(own: Mapping[str, Implementation], op: str) -> str:
+def _cell(implementations: Mapping[str, Implementation], op: str) -> str:
     """Return the implementations of an op in order, and the input that each supports."""
-    if op not in own:
+    if op not in implementations:
         return ""
     names: dict[str, list[str]] = {}
-    for one in (own[op], *own[op].others):
-        names.setdefault(one.wants, []).append(f"`{one.name}`")
+    for implementation in (implementations[op], *implementations[op].alternatives):
+        names.setdefault(implementation.wants, []).append(f"`{implementation.name}`")
     cells = [(", ".join(group), _plain(wants)) for wants, group in names.items()]
     return "; ".join(group if wants == _USUAL else f"{group}: {wants}" for group, wants in cells)
 

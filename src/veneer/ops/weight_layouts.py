@@ -57,7 +57,7 @@ class Reordered:
     weight: Tensor
 
     @classmethod
-    def of(cls, weight: Tensor, rows: int = 8) -> Reordered:
+    def from_weight(cls, weight: Tensor, rows: int = 8) -> Reordered:
         return cls(_mkldnn()._reorder_linear_weight(weight.contiguous(), rows))
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -81,7 +81,7 @@ def reorders(dtype: torch.dtype) -> bool:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return bool(torch.equal(Reordered.of(w)(x), F.linear(x, w)))
+            return bool(torch.equal(Reordered.from_weight(w)(x), F.linear(x, w)))
     except (RuntimeError, AttributeError, NotImplementedError, TypeError):
         return False
 
@@ -102,4 +102,4 @@ def prepack_weight(weight: Tensor) -> PrepackedWeight:
     try:
         return packing(weight.dtype, weight.device)(weight)
     except ValueError:
-        return Reordered.of(weight) if reorders(weight.dtype) else Dense(weight)
+        return Reordered.from_weight(weight) if reorders(weight.dtype) else Dense(weight)

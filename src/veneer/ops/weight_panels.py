@@ -59,7 +59,7 @@ class Panels:
     kernel: str = "panel_product"
 
     @classmethod
-    def of(cls, weight: Tensor) -> Panels:
+    def from_weight(cls, weight: Tensor) -> Panels:
         """Return a weight in bfloat16 panels.
 
         Raises ValueError unless `out` is a multiple of 16 and `in` is even."""
@@ -103,8 +103,8 @@ class Panels:
     @cached_property
     def pointers(self) -> Tensor:
         """Return decoder.c's `matrix`."""
-        own = [0 if t is None else t.data_ptr() for t in (self.codes, self.scales, self.table)]
-        return torch.tensor([self.kind, self.size, self.constants, int(self.kernel == _TILES), *own])
+        addresses = [0 if t is None else t.data_ptr() for t in (self.codes, self.scales, self.table)]
+        return torch.tensor([self.kind, self.size, self.constants, int(self.kernel == _TILES), *addresses])
 
     @property
     def columns(self) -> int:
@@ -118,16 +118,16 @@ class Panels:
         """Return rows first … last as Groups; not for bfloat16."""
         assert self.scales is not None
         panels = slice(first // _WIDTH, -(-last // _WIDTH))
-        own = slice(first % _WIDTH, first % _WIDTH + last - first)
-        back = {_FOUR: _of_halves, _ROWS8: _of_fours}.get(self.kind, _rows)
-        codes = back(self.codes[panels])[own]
+        selected = slice(first % _WIDTH, first % _WIDTH + last - first)
+        unpack = {_FOUR: _of_halves, _ROWS8: _of_fours}.get(self.kind, _rows)
+        codes = unpack(self.codes[panels])[selected]
         if self.kind == _ROWS8:
             return Groups(codes, self.scales[first:last, None])
         scales = self.scales[panels]
         if self.constants == _ONE:
-            return Groups(codes, _by_row(scales)[own], None, self.table)
+            return Groups(codes, _by_row(scales)[selected], None, self.table)
         scale, zero = scales.unbind(3 if self.constants == _PAIR else 2)
-        return Groups(codes, _by_row(scale)[own], _by_row(zero)[own], self.table)
+        return Groups(codes, _by_row(scale)[selected], _by_row(zero)[selected], self.table)
 
     def dense(self) -> Tensor:
         """Return the weight (out, in) in bfloat16."""
@@ -161,8 +161,8 @@ def _kernel(bits: int) -> str:
 
 def _padded(t: Tensor) -> Tensor:
     """Pad and reshape (rows, …) to (⌈rows/64⌉, 64, …)."""
-    whole: Tensor = F.pad(t, (*(0, 0) * (t.ndim - 1), 0, -len(t) % _WIDTH)).unflatten(0, (-1, _WIDTH))
-    return whole
+    padded: Tensor = F.pad(t, (*(0, 0) * (t.ndim - 1), 0, -len(t) % _WIDTH)).unflatten(0, (-1, _WIDTH))
+    return padded
 
 
 def _panels(weight: Tensor) -> Tensor:
@@ -264,21 +264,23 @@ class PanelRows:
         return self.panels.out, self.panels.columns
 
     def tensors(self) -> dict[str, Tensor]:
-        own = {"codes": self.panels.codes, "scales": self.panels.scales, "absmax": self.absmax}
-        return {name: t for name, t in own.items() if t is not None}
+        tensors = {"codes": self.panels.codes, "scales": self.panels.scales, "absmax": self.absmax}
+        return {name: t for name, t in tensors.items() if t is not None}
 
     def moved(self, change: Callable[[Tensor], Tensor]) -> PanelRows:
-        own = {name: change(t) for name, t in self.tensors().items()}
-        panels = replace(self.panels, codes=own["codes"], scales=own["scales"])
-        return PanelRows(panels, self.kind, own.get("absmax"))
+        tensors = {name: change(t) for name, t in self.tensors().items()}
+        panels = replace(self.panels, codes=tensors["codes"], scales=tensors["scales"])
+        return PanelRows(panels, self.kind, tensors.get("absmax"))
 
     def dense(self, dtype: torch.dtype, first: int, last: int, into: Tensor | None = None) -> Tensor:
         groups = self.groups(first, last)
         if self.absmax is None:
-            made = groups.dense().to(dtype)
+            result = groups.dense().to(dtype)
         else:
-            made = Rows8(tuple(groups.codes.shape), groups.codes, self.absmax[first:last]).dense(dtype, 0, last - first)
-        return made if into is None else into.copy_(made)
+            result = Rows8(tuple(groups.codes.shape), groups.codes, self.absmax[first:last]).dense(
+                dtype, 0, last - first
+            )
+        return result if into is None else into.copy_(result)
 
     def groups(self, first: int, last: int) -> Groups:
         return self.panels.groups(first, last)

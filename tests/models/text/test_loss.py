@@ -63,7 +63,7 @@ def test_tokens_that_rows_share_are_computed_once_and_change_nothing(family: str
             places += [*range(first, first + prompt), *range(own, own := own + n)]
             lengths.append(prompt + n)
         first = own
-    shared = SharedRows.of(torch.tensor(places))
+    shared = SharedRows.from_indices(torch.tensor(places))
     ids = torch.randint(3, VOCAB, (first,), generator=torch.Generator().manual_seed(0))
     said = shared.places.bincount() == 1
     with attach(model) as attachment:

@@ -85,7 +85,7 @@ def test_self_test_detects_idle_kernels(whole: Path, case: selftest.Case) -> Non
 @pytest.mark.parametrize("name", ["panel_product", "amx_panel_product"])
 @pytest.mark.parametrize(
     ("out", "n", "pack"),
-    [(112, 326, Panels.of), (80, 1120, Panels.of), (80, 1120, Panels.int8), (80, 1120, Panels.int4)],
+    [(112, 326, Panels.from_weight), (80, 1120, Panels.from_weight), (80, 1120, Panels.int8), (80, 1120, Panels.int4)],
 )
 def test_a_row_has_the_same_bits_in_any_batch(
     whole: Path, name: str, out: int, n: int, pack: Callable[[Tensor], Panels]

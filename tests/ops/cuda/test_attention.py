@@ -15,7 +15,7 @@ from veneer.ops.cuda.implementations import IMPLEMENTATIONS
 from veneer.ops.dispatch import dispatch
 
 VARLEN = IMPLEMENTATIONS["varlen_attention"]
-FLEX = VARLEN.others[0]
+FLEX = VARLEN.alternatives[0]
 LENGTHS = [5, 1, 140, 17]
 
 

@@ -70,8 +70,8 @@ def _recorded(record: Path) -> dict[str, str] | None:
         wrong = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
     except (ValueError, RecursionError):
         return None
-    whole = isinstance(wrong, dict) and all(isinstance(why, str) for why in wrong.values())
-    return wrong if whole else None
+    is_valid = isinstance(wrong, dict) and all(isinstance(why, str) for why in wrong.values())
+    return wrong if is_valid else None
 
 
 def trusted_folder(notes: list[str]) -> Path:
@@ -96,19 +96,19 @@ def distrusted(path: Path) -> str:
     Links are followed. A loaded library runs with all our permissions."""
     if not hasattr(os, "geteuid"):  # on Windows, a profile's folders belong to its user
         return ""
-    found = path.stat()
-    if found.st_uid not in (0, os.geteuid()):
+    status = path.stat()
+    if status.st_uid not in (0, os.geteuid()):
         return "it belongs to another user"
-    return "others may write to it" if found.st_mode & 0o022 else ""
+    return "others may write to it" if status.st_mode & 0o022 else ""
 
 
 def find_compiler(variable: str, names: Sequence[str]) -> tuple[str | None, str]:
     """Return (the first compiler on the path, a note for the user).
 
     variable: an environment variable that takes precedence over `names`."""
-    own = os.environ.get(variable, "")
-    found = next((c for c in (own, *names) if c and shutil.which(c)), None)
-    return found, f"{variable}={own} is not on the path" if own and found != own else ""
+    requested = os.environ.get(variable, "")
+    compiler = next((c for c in (requested, *names) if c and shutil.which(c)), None)
+    return compiler, f"{variable}={requested} is not on the path" if requested and compiler != requested else ""
 
 
 def why_not_compiled(compiler: str, error: Exception) -> str:
@@ -131,16 +131,16 @@ _LAST, _WIDE = 3, 200
 def compile_kernels(compiler: str, sources: Sequence[Path], target: Path, more: Sequence[str] = ()) -> None:
     """Compile to `target`, atomically. `more`: further arguments."""
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        made = Path(scratch) / target.name
+        built = Path(scratch) / target.name
         subprocess.run(
-            [compiler, *_FLAGS, *more, *map(str, sources), "-o", str(made), "-lm"],
+            [compiler, *_FLAGS, *more, *map(str, sources), "-o", str(built), "-lm"],
             capture_output=True,
             text=True,
             check=True,
             timeout=120,
         )
-        made.chmod(0o700)  # whatever the umask
-        made.replace(target)
+        built.chmod(0o700)  # whatever the umask
+        built.replace(target)
 
 
 def left_out(library: Path) -> dict[str, str]:

@@ -145,10 +145,10 @@ def _small_products() -> tuple[int | None, int | None, int | None]:
     processors with bfloat16 products: elsewhere libtorch throws an exception, which C cannot catch. With
     AMX these products run in its tiles, which oneDNN requests from the system (docs/notes/amx.md)."""
     at, folder = "_ZN2at6native7cpublas", Path(torch.__file__).parent / "lib"
-    found = next((folder / name for name in _LIBTORCH if (folder / name).is_file()), None)
-    if found is None:
+    library_path = next((folder / name for name in _LIBTORCH if (folder / name).is_file()), None)
+    if library_path is None:
         return None, None, None
-    library = ctypes.CDLL(str(found))
+    library = ctypes.CDLL(str(library_path))
 
     def place(*names: str) -> int | None:
         there = next((getattr(library, at + name) for name in names if hasattr(library, at + name)), None)
@@ -177,23 +177,25 @@ def kernels() -> Kernels | None:
     if os.environ.get("VENEER_NATIVE", "1") == "0":
         _reason = "turned off by VENEER_NATIVE=0"
         return None
-    compiler, note = find_compiler("CC", ("cc", "gcc", "clang"))
+    compiler, compiler_note = find_compiler("CC", ("cc", "gcc", "clang"))
     if compiler is None:
-        _reason = "; ".join(["no C compiler (cc, gcc or clang) on the path", *([note] if note else []), "install one"])
+        _reason = "; ".join(
+            ["no C compiler (cc, gcc or clang) on the path", *([compiler_note] if compiler_note else []), "install one"]
+        )
         return None
     here = Path(__file__).parent
     try:
-        made = build_kernels(compiler, [here / name for name in SOURCES], [here / name for name in HEADERS])
-        library = bound(made.library, made.wrong)
-        library.wrong = made.wrong
+        build = build_kernels(compiler, [here / name for name in SOURCES], [here / name for name in HEADERS])
+        library = bound(build.library, build.wrong)
+        library.wrong = build.wrong
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         unset = ", or unset CC" if os.environ.get("CC") == compiler else ""
-        way = f"; install a C compiler that works (gcc or clang){unset}"
+        advice = f"; install a C compiler that works (gcc or clang){unset}"
         failed = isinstance(error, subprocess.SubprocessError)  # not a folder problem or a broken build
-        _reason = f"they could not be built: {why_not_compiled(compiler, error)}{way if failed else ''}"
+        _reason = f"they could not be built: {why_not_compiled(compiler, error)}{advice if failed else ''}"
         return None
-    wrong = ", ".join(f"{name} {why}" for name, why in made.wrong.items())
-    parts = [f"compiled by {compiler}", f"left out: {wrong}" if wrong else "", note, *made.notes]
+    wrong = ", ".join(f"{name} {why}" for name, why in build.wrong.items())
+    parts = [f"compiled by {compiler}", f"left out: {wrong}" if wrong else "", compiler_note, *build.notes]
     _reason = "; ".join(part for part in parts if part)
     return library
 
@@ -228,18 +230,18 @@ def why_missing(*names: str) -> str:
     library = kernels()
     if library is None:
         return f"no compiled kernels: {_reason}"
-    gone = [name for name in names if not library.has(name)]
-    if not gone:
+    missing = [name for name in names if not library.has(name)]
+    if not missing:
         return ""
-    if failed := [f"{name} {library.wrong[name]}" for name in gone if name in library.wrong]:
+    if failed := [f"{name} {library.wrong[name]}" for name in missing if name in library.wrong]:
         why = f"the self-test failed ({', '.join(failed)})"
-    elif all(name in _TILES for name in gone):
+    elif all(name in _TILES for name in missing):
         why = "there are no products of libtorch's own for it on this processor"
-    elif all(name in _AMX for name in gone):
+    elif all(name in _AMX for name in missing):
         why = "this processor has no AMX, or the system keeps it"
     else:
         why = "this processor has no AVX512-BF16"
-    return f"no compiled {', '.join(gone)}: {why}"
+    return f"no compiled {', '.join(missing)}: {why}"
 
 
 PAGED = ("store_rows", "rope_and_cache", "paged_attend")
@@ -261,8 +263,8 @@ class _LowRankStruct(ctypes.Structure):
 
 def low_rank_structs(products: Sequence[LowRank]) -> ctypes.Array[Any]:
     """Return the products as C structs of pointers, valid while the tensors live."""
-    made = (_LowRankStruct(p.A.data_ptr(), p.B.data_ptr(), p.first, p.last, len(p.A), p.scale) for p in products)
-    return (_LowRankStruct * len(products))(*made)
+    structs = (_LowRankStruct(p.A.data_ptr(), p.B.data_ptr(), p.first, p.last, len(p.A), p.scale) for p in products)
+    return (_LowRankStruct * len(products))(*structs)
 
 
 def strides(*tensors: Tensor) -> ctypes.Array[ctypes.c_int64]:

@@ -107,8 +107,8 @@ def _dropout(x: Tensor, p: float, seed: int) -> Tensor:
 
 def _takes_dora_scale(name: str) -> Callable[..., bool]:
     def takes(scale: Tensor, *tensors: Tensor) -> bool:
-        own = scale.dtype == torch.float32 and scale.is_contiguous()
-        return own and compiled.usable(name, *tensors) is not None
+        is_usable = scale.dtype == torch.float32 and scale.is_contiguous()
+        return is_usable and compiled.usable(name, *tensors) is not None
 
     return takes
 
@@ -163,10 +163,10 @@ def _geglu_backward(dh: Tensor, both: Tensor) -> Tensor:
 
 
 def _elementwise(name: str) -> Callable[..., Tensor]:
-    def run(*given: Tensor) -> Tensor:
-        made = torch.empty_like(given[0])
-        _kernel(name)(*_at(*given, made), made.numel(), torch.get_num_threads())
-        return made
+    def run(*tensors: Tensor) -> Tensor:
+        result = torch.empty_like(tensors[0])
+        _kernel(name)(*_at(*tensors, result), result.numel(), torch.get_num_threads())
+        return result
 
     return run
 
@@ -239,8 +239,8 @@ class _Tiles:
         n, heads, dim = qkv.shape[0], qkv.shape[1] - 2 * kv, qkv.shape[2]
         out, lse = qkv.new_empty(n, heads, dim), torch.empty(n, heads)
         out[int(settings.layout.starts[-1]) :].zero_()
-        given = self._given(qkv, cos, sin, kv, settings)
-        _kernel(self.names[0])(*given, *_at(out, lse), torch.get_num_threads())
+        arguments = self._given(qkv, cos, sin, kv, settings)
+        _kernel(self.names[0])(*arguments, *_at(out, lse), torch.get_num_threads())
         return out, lse
 
     def backward(
@@ -256,8 +256,8 @@ class _Tiles:
     ) -> Tensor:
         d_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
         d_qkv[int(settings.layout.starts[-1]) :].zero_()
-        given = self._given(qkv, cos, sin, kv, settings)
-        _kernel(self.names[1])(*_at(g, out, lse), *given, d_qkv.data_ptr(), torch.get_num_threads())
+        arguments = self._given(qkv, cos, sin, kv, settings)
+        _kernel(self.names[1])(*_at(g, out, lse), *arguments, d_qkv.data_ptr(), torch.get_num_threads())
         return d_qkv
 
     @staticmethod
@@ -286,15 +286,17 @@ def _takes_rows_of(*dtypes: torch.dtype, names: tuple[str, ...]) -> Callable[...
     return takes
 
 
-def _tiles(name: str, prefix: str, *dtypes: torch.dtype, others: tuple[Implementation, ...] = ()) -> Implementation:
+def _tiles(
+    name: str, prefix: str, *dtypes: torch.dtype, alternatives: tuple[Implementation, ...] = ()
+) -> Implementation:
     run = _Tiles(prefix)
     wants = f"{' or '.join(str(d).removeprefix('torch.') for d in dtypes)} with contiguous heads"
     missing = lambda: compiled.why_missing(*run.names)  # noqa: E731
-    return Implementation(run, _takes_rows_of(*dtypes, names=run.names), wants, missing, name, others)
+    return Implementation(run, _takes_rows_of(*dtypes, names=run.names), wants, missing, name, alternatives)
 
 
 IMPLEMENTATIONS["rope_varlen_attention"] = _tiles(
-    "tiles", "narrow_", torch.bfloat16, others=(_tiles("tiles32", "", torch.bfloat16, torch.float32),)
+    "tiles", "narrow_", torch.bfloat16, alternatives=(_tiles("tiles32", "", torch.bfloat16, torch.float32),)
 )
 
 
@@ -365,7 +367,7 @@ class CompiledLowRank:
 
     def gradients(self, g: Tensor, x: Tensor, u: Tensor, du: Tensor) -> list[Tensor]:
         out = [torch.empty_like(t) for pair in self.factors for t in pair]
-        dA, dB = ((ctypes.c_void_p * self.count)(*_at(*out[which::2])) for which in (0, 1))
+        dA, dB = ((ctypes.c_void_p * self.count)(*_at(*out[offset::2])) for offset in (0, 1))
         sizes = len(g), x.shape[1], g.shape[1], torch.get_num_threads()
         _kernel("lora_weight_gradients")(self.structs, self.count, *_at(g, x, u, du), dA, dB, *sizes)
         return out
@@ -388,10 +390,10 @@ def _takes_logits(logits: Tensor) -> bool:
 
 
 @_implements("token_nll", takes=_takes_logits, wants="contiguous bfloat16 or float32")
-def _token_nll(logits: Tensor, targets: Tensor, gradient: bool, right: Tensor | None) -> Tensor:
+def _token_nll(logits: Tensor, targets: Tensor, gradient: bool, correct: Tensor | None) -> Tensor:
     nll, half = torch.empty(len(logits), dtype=torch.float32), int(logits.dtype == torch.bfloat16)
     sizes = *logits.shape, int(gradient), torch.get_num_threads()
-    _kernel("token_nll")(logits.data_ptr(), half, *_at(targets, nll, right), *sizes)
+    _kernel("token_nll")(logits.data_ptr(), half, *_at(targets, nll, correct), *sizes)
     return nll
 
 
@@ -491,11 +493,11 @@ def _rows_low_rank(x: Tensor, y: Tensor, pointers: Sequence[int]) -> None:
     _kernel("lora_rows")(*at, *pointers, torch.get_num_threads())
 
 
-def _product_of_panels(kernel: str, name: str, *others: Implementation) -> Implementation:
+def _product_of_panels(kernel: str, name: str, *alternatives: Implementation) -> Implementation:
     def takes(probe: Tensor, bits: int) -> bool:
         return compiled.usable(kernel, probe) is not None
 
-    return Implementation(kernel, takes, "bfloat16", lambda: compiled.why_missing(kernel), name, others)
+    return Implementation(kernel, takes, "bfloat16", lambda: compiled.why_missing(kernel), name, alternatives)
 
 
 IMPLEMENTATIONS["panel_linear"] = _product_of_panels(
@@ -513,11 +515,11 @@ def _takes_reordered(probe: Tensor) -> bool:
 
 
 IMPLEMENTATIONS["weight_layout"] = Implementation(
-    Panels.of,
+    Panels.from_weight,
     _takes_panels,
     "bfloat16",
     lambda: compiled.why_missing("panel_product"),
     "panels",
-    (Implementation(Reordered.of, _takes_reordered, "bfloat16", lambda: _no_order(torch.bfloat16), "onednn"),),
+    (Implementation(Reordered.from_weight, _takes_reordered, "bfloat16", lambda: _no_order(torch.bfloat16), "onednn"),),
 )
 """The function that packs a weight."""

@@ -33,7 +33,7 @@ _NEAR = {_BF16: 2**-6, _F32: 1e-4}
 """Largest error, as a share of the largest value of a result, by the dtype of a case."""
 
 
-class Draw:
+class RandomTensors:
     """Random numbers of a case, the same in every dtype, rounded to bfloat16."""
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -47,14 +47,14 @@ class Draw:
         """Return random numbers in at least float32."""
         return self(*shape).to(torch.promote_types(self.dtype, _F32))
 
-    def whole(self, low: int, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    def integers(self, low: int, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.randint(low, high, shape, generator=self._generator).to(dtype)
 
-    def gradients(self, run: Callable[..., Tensor], *given: Tensor) -> list[Tensor]:
+    def gradients(self, run: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
         """Return run(*given), and the gradients of all inputs."""
-        given = tuple(t.detach().requires_grad_() for t in given)
-        made = run(*given)
-        return [made, *torch.autograd.grad(made, given, self(*made.shape))]
+        inputs = tuple(t.detach().requires_grad_() for t in inputs)
+        output = run(*inputs)
+        return [output, *torch.autograd.grad(output, inputs, self(*output.shape))]
 
 
 class Case(NamedTuple):
@@ -63,7 +63,7 @@ class Case(NamedTuple):
     run: returns the results to compare.
     kernels: the kernels it calls; if the case fails, none of them is used."""
 
-    run: Callable[[Draw], Sequence[Tensor]]
+    run: Callable[[RandomTensors], Sequence[Tensor]]
     kernels: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
 
@@ -72,7 +72,7 @@ CASES: list[Case] = []
 
 
 def _case(*kernels: str, dtypes: tuple[torch.dtype, ...] = (_BF16,)) -> Callable[[Any], Any]:
-    def put(run: Callable[[Draw], Sequence[Tensor]]) -> Callable[[Draw], Sequence[Tensor]]:
+    def put(run: Callable[[RandomTensors], Sequence[Tensor]]) -> Callable[[RandomTensors], Sequence[Tensor]]:
         CASES.append(Case(run, kernels, dtypes))
         return run
 
@@ -82,13 +82,13 @@ def _case(*kernels: str, dtypes: tuple[torch.dtype, ...] = (_BF16,)) -> Callable
 @contextmanager
 def _by(library: Kernels | None) -> Iterator[None]:
     """Run ops with these kernels, and fill uninitialized memory with NaN."""
-    before, strict = compiled.kernels, torch.are_deterministic_algorithms_enabled()
+    previous, strict = compiled.kernels, torch.are_deterministic_algorithms_enabled()
     compiled.kernels = lambda: library  # type: ignore[assignment]
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
-        compiled.kernels = before
+        compiled.kernels = previous
         torch.use_deterministic_algorithms(strict)
 
 
@@ -101,15 +101,15 @@ def _library() -> Kernels:
 def wrong(library: Kernels, case: Case) -> str:
     """Return what is wrong with the kernels of a case; "" if nothing is."""
     with _by(library):
-        want = [t.detach().double() for t in case.run(Draw(_F64))]
+        want = [t.detach().double() for t in case.run(RandomTensors(_F64))]
         for dtype in case.dtypes:
             try:
-                got = [t.detach().double() for t in case.run(Draw(dtype))]
+                got = [t.detach().double() for t in case.run(RandomTensors(dtype))]
             except (MemoryError, IndexError, AttributeError, TypeError) as error:
                 return f"{type(error).__name__}: {error}"
-            for one, exact in zip(got, want, strict=True):
+            for result, exact in zip(got, want, strict=True):
                 least = _NEAR[dtype] * exact.abs().amax() if exact.numel() else 0.0
-                if one.shape != exact.shape or not bool(((one - exact).abs() <= least).all()):
+                if result.shape != exact.shape or not bool(((result - exact).abs() <= least).all()):
                     return "disagrees with torch on this machine"
     return ""
 
@@ -127,224 +127,228 @@ def run_checks(arguments: list[str]) -> None:
 
 
 @_case("use_threads")
-def _use_threads(draw: Draw) -> list[Tensor]:
+def _use_threads(random: RandomTensors) -> list[Tensor]:
     """Check that torch and the kernels share one OpenMP."""
-    before = torch.get_num_threads()
-    set_threads = torch.set_num_threads if draw.exact else _library().use_threads
+    previous = torch.get_num_threads()
+    set_threads = torch.set_num_threads if random.exact else _library().use_threads
     set_threads(3)
     now = torch.get_num_threads()
-    set_threads(before)
+    set_threads(previous)
     return [torch.tensor([now, torch.get_num_threads()])]
 
 
 @_case("stay", "meet_asleep")
-def _stay(draw: Draw) -> list[Tensor]:
+def _stay(random: RandomTensors) -> list[Tensor]:
     """Check the calling thread's affinity and how threads wait; both are restored."""
     if not hasattr(os, "sched_getaffinity"):
         return []
-    before, was = sorted(os.sched_getaffinity(0)), torch.tensor([0, 1], dtype=torch.int32)
-    if draw.exact:
-        return [torch.tensor(before[-1:]), torch.tensor(before), was]
-    library, asleep, seen = _library(), torch.full((3,), -1, dtype=torch.int32), list[Tensor]()
-    for processors in (before[-1:], before):
+    allowed, was = sorted(os.sched_getaffinity(0)), torch.tensor([0, 1], dtype=torch.int32)
+    if random.exact:
+        return [torch.tensor(allowed[-1:]), torch.tensor(allowed), was]
+    library, asleep, observed = _library(), torch.full((3,), -1, dtype=torch.int32), list[Tensor]()
+    for processors in (allowed[-1:], allowed):
         library.stay((ctypes.c_int * len(processors))(*processors), len(processors), 2)
-        seen.append(torch.tensor(sorted(os.sched_getaffinity(0))))
-    for i, wanted in enumerate((0, 1, 0)):
-        library.meet_asleep(wanted, asleep[i:].data_ptr())
-    return [*seen, asleep[1:]]
+        observed.append(torch.tensor(sorted(os.sched_getaffinity(0))))
+    for i, asleep_value in enumerate((0, 1, 0)):
+        library.meet_asleep(asleep_value, asleep[i:].data_ptr())
+    return [*observed, asleep[1:]]
 
 
 # -- a training step ---------------------------------------------------------------------------------------------------
 
 
 @_case("rms_norm", "rms_norm_backward")
-def _rms_norm(draw: Draw) -> list[Tensor]:
-    w = draw(74)
-    return draw.gradients(lambda x: norms.rms_norm(x, w, 1e-5), draw(7, 74))
+def _rms_norm(random: RandomTensors) -> list[Tensor]:
+    w = random(74)
+    return random.gradients(lambda x: norms.rms_norm(x, w, 1e-5), random(7, 74))
 
 
 @_case("norm_silu", "norm_silu_backward")
-def _norm_silu(draw: Draw) -> list[Tensor]:
-    w, b, made = draw(6), draw(6), []
-    for shift in (None, draw(2, 6)):
-        made += draw.gradients(lambda x, shift=shift: norms.norm_silu(x, shift, w, b, 3, 1e-5), draw(2, 6, 37))
-    return made
+def _norm_silu(random: RandomTensors) -> list[Tensor]:
+    w, b, results = random(6), random(6), []
+    for shift in (None, random(2, 6)):
+        results += random.gradients(lambda x, shift=shift: norms.norm_silu(x, shift, w, b, 3, 1e-5), random(2, 6, 37))
+    return results
 
 
 @_case("dropped")
-def _dropped(draw: Draw) -> list[Tensor]:
-    return [Dropout(0.25, 0x123456789E3779B9)(draw(1003))]
+def _dropped(random: RandomTensors) -> list[Tensor]:
+    return [Dropout(0.25, 0x123456789E3779B9)(random(1003))]
 
 
 @_case("dora_scale", "dora_scale_backward")
-def _dora_scale(draw: Draw) -> list[Tensor]:
+def _dora_scale(random: RandomTensors) -> list[Tensor]:
     """With and without a bias, in a layer whose low-rank products no kernel takes."""
-    W, made = draw(150, 23) / 4, list[Tensor]()
-    for b in (None, draw(150)):
+    W, results = random(150, 23) / 4, list[Tensor]()
+    for b in (None, random(150)):
 
         def run(x: Tensor, A: Tensor, B: Tensor, scale: Tensor, b: Tensor | None = b) -> Tensor:
             return linear.linear(x, linear.LinearMap(W, b, (LowRank(A, B),), scale))
 
-        made += draw.gradients(run, draw(5, 23), draw.wide(4, 23) / 4, draw.wide(150, 4) / 4, draw.wide(150))
-    return made
+        results += random.gradients(
+            run, random(5, 23), random.wide(4, 23) / 4, random.wide(150, 4) / 4, random.wide(150)
+        )
+    return results
 
 
 @_case("silu_gate", "silu_gate_backward")
-def _silu_gate(draw: Draw) -> list[Tensor]:
+def _silu_gate(random: RandomTensors) -> list[Tensor]:
     """Separately, and in a whole MLP that recomputes its inner values in backward."""
-    up, down = linear.LinearMap(draw(74, 23) / 4), draw(9, 37) / 4
+    up, down = linear.LinearMap(random(74, 23) / 4), random(9, 37) / 4
 
     def run(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return mlp.gated_mlp(x, up, linear.LinearMap(down, None, (LowRank(A, B),)))
 
-    factors = draw.wide(4, 37) / 4, draw.wide(9, 4)
-    return [*draw.gradients(mlp.swiglu, draw(5, 74)), *draw.gradients(run, draw(5, 23), *factors)]
+    factors = random.wide(4, 37) / 4, random.wide(9, 4)
+    return [*random.gradients(mlp.swiglu, random(5, 74)), *random.gradients(run, random(5, 23), *factors)]
 
 
 @_case("geglu", "geglu_backward")
-def _geglu(draw: Draw) -> list[Tensor]:
-    return draw.gradients(mlp.geglu, draw(5, 2 * 37))
+def _geglu(random: RandomTensors) -> list[Tensor]:
+    return random.gradients(mlp.geglu, random(5, 2 * 37))
 
 
 @_case("gelu_tanh", "gelu_tanh_backward")
-def _gelu_tanh(draw: Draw) -> list[Tensor]:
-    return draw.gradients(mlp.gelu_tanh, draw(203))
+def _gelu_tanh(random: RandomTensors) -> list[Tensor]:
+    return random.gradients(mlp.gelu_tanh, random(203))
 
 
-def _attended(draw: Draw, name: str) -> list[Tensor]:
+def _attended(random: RandomTensors, name: str) -> list[Tensor]:
     """Rows of several lengths, six heads over two key heads, of an odd width."""
-    settings, angle = attention.VarlenSettings(attention.RowLayout([70, 1, 33], idle=2), 0.3), draw.wide(106, 9)
-    cos, sin = angle.cos().bfloat16().to(draw.dtype), angle.sin().bfloat16().to(draw.dtype)
+    settings, angle = attention.VarlenSettings(attention.RowLayout([70, 1, 33], idle=2), 0.3), random.wide(106, 9)
+    cos, sin = angle.cos().bfloat16().to(random.dtype), angle.sin().bfloat16().to(random.dtype)
     with override_ops(rope_varlen_attention=name):
-        made = draw.gradients(
-            lambda qkv: attention.rope_varlen_attention(qkv, cos, sin, 2, settings), draw(106, 10, 18)
+        results = random.gradients(
+            lambda qkv: attention.rope_varlen_attention(qkv, cos, sin, 2, settings), random(106, 10, 18)
         )
-        given, narrow = (draw(106, 6, 18), draw(106, 2, 18), draw(106, 2, 18)), settings._replace(window=20)
-        made += draw.gradients(lambda q, k, v: attention.varlen_attention(q, k, v, narrow), *given)
-    return made
+        inputs, narrow = (random(106, 6, 18), random(106, 2, 18), random(106, 2, 18)), settings._replace(window=20)
+        results += random.gradients(lambda q, k, v: attention.varlen_attention(q, k, v, narrow), *inputs)
+    return results
 
 
 @_case("rope_varlen_attention", "rope_varlen_attention_backward", dtypes=(_BF16, _F32))
-def _attended_in_tiles32(draw: Draw) -> list[Tensor]:
-    return _attended(draw, "tiles32")
+def _attended_in_tiles32(random: RandomTensors) -> list[Tensor]:
+    return _attended(random, "tiles32")
 
 
 @_case("narrow_rope_varlen_attention", "narrow_rope_varlen_attention_backward")
-def _attended_in_tiles(draw: Draw) -> list[Tensor]:
-    return _attended(draw, "tiles")
+def _attended_in_tiles(random: RandomTensors) -> list[Tensor]:
+    return _attended(random, "tiles")
 
 
 @_case("attend", "attend_backward")
-def _attend(draw: Draw) -> list[Tensor]:
-    return draw.gradients(attention.cross_attention, draw(2, 70, 3, 40), draw(2, 300, 3, 40), draw(2, 300, 3, 40))
+def _attend(random: RandomTensors) -> list[Tensor]:
+    return random.gradients(
+        attention.cross_attention, random(2, 70, 3, 40), random(2, 300, 3, 40), random(2, 300, 3, 40)
+    )
 
 
 @_case("causal_softmax", "softmax_backward")
-def _kept_probabilities(draw: Draw) -> list[Tensor]:
+def _kept_probabilities(random: RandomTensors) -> list[Tensor]:
     with override_ops(attend="torch"):
-        made: list[Tensor] = _attend(draw)
-    return made
+        results: list[Tensor] = _attend(random)
+    return results
 
 
 @_case("token_nll", dtypes=(_BF16, _F32))
-def _token_nll(draw: Draw) -> list[Tensor]:
+def _token_nll(random: RandomTensors) -> list[Tensor]:
     """Logits that an identity head passes through unchanged."""
-    targets, head = torch.tensor([0, 2074, -100, 1033, 7, 2074]), torch.eye(2075, dtype=draw.dtype)
-    logits, right = 3 * draw(6, 2075), torch.zeros(6, dtype=torch.bool)
+    targets, head = torch.tensor([0, 2074, -100, 1033, 7, 2074]), torch.eye(2075, dtype=random.dtype)
+    logits, correct = 3 * random(6, 2075), torch.zeros(6, dtype=torch.bool)
     logits[3, 1033] = 40
-    made = draw.gradients(lambda x: loss.token_nll(x, head, targets), logits)
-    return [*made, loss.token_nll(logits, head, targets, right=right), right]
+    results = random.gradients(lambda x: loss.token_nll(x, head, targets), logits)
+    return [*results, loss.token_nll(logits, head, targets, correct=correct), correct]
 
 
 @_case("lora_forward", "lora_backward", "lora_weight_gradients")
-def _low_rank(draw: Draw) -> list[Tensor]:
+def _low_rank(random: RandomTensors) -> list[Tensor]:
     """Two pairs of ranks 5 and 16 on columns 0 … 32 and 32 … 112, over 48 inputs."""
-    W = draw(112, 48) / 8
+    W = random(112, 48) / 8
 
     def run(x: Tensor, A: Tensor, B: Tensor, A2: Tensor, B2: Tensor) -> Tensor:
         return linear.linear(x, linear.LinearMap(W, None, (LowRank(A, B, 0.5), LowRank(A2, B2, 2.0, first=32))))
 
-    factors = draw.wide(5, 48) / 4, draw.wide(32, 5), draw.wide(16, 48) / 4, draw.wide(80, 16)
-    return draw.gradients(run, draw(197, 48), *factors)
+    factors = random.wide(5, 48) / 4, random.wide(32, 5), random.wide(16, 48) / 4, random.wide(80, 16)
+    return random.gradients(run, random(197, 48), *factors)
 
 
 # -- quantized weights -------------------------------------------------------------------------------------------------
 
 
 @_case("blocks4_dense", "blocks4_quantize", dtypes=(_BF16, _F32))
-def _blocks4(draw: Draw) -> list[Tensor]:
-    made = list[Tensor]()
+def _blocks4(random: RandomTensors) -> list[Tensor]:
+    results = list[Tensor]()
     for kind, double in (("nf4", True), ("fp4", False)):
-        stored = to_format(draw(35, 74), kind, double)
-        made += [*stored.tensors().values(), stored.dense(draw.dtype, 3, 30)]
-    return made
+        stored = to_format(random(35, 74), kind, double)
+        results += [*stored.tensors().values(), stored.dense(random.dtype, 3, 30)]
+    return results
 
 
 _GGML = {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210}
 """Bytes per block."""
 
 
-def _ggml_blocks(draw: Draw, kind: str) -> GgmlBlocks:
+def _ggml_blocks(random: RandomTensors, kind: str) -> GgmlBlocks:
     """Return a weight of three rows of two blocks with finite scales."""
-    raw = draw.whole(0, 256, 6, _GGML[kind], dtype=torch.uint8)
+    raw = random.integers(0, 256, 6, _GGML[kind], dtype=torch.uint8)
     for at in [208] if kind == "Q6_K" else [0, 2] if kind in ("Q4_1", "Q5_1", "Q4_K", "Q5_K") else [0]:
-        raw[:, at : at + 2] = draw(6, 1).half().view(torch.uint8)
+        raw[:, at : at + 2] = random(6, 1).half().view(torch.uint8)
     return GgmlBlocks(kind, (3, 2 * (256 if kind.endswith("K") else 32)), raw.view(3, -1))
 
 
 @_case("ggml_dense", dtypes=(_BF16, _F32))
-def _ggml_dense(draw: Draw) -> list[Tensor]:
-    stored = [_ggml_blocks(draw, kind) for kind in _GGML]
-    if draw.exact:
+def _ggml_dense(random: RandomTensors) -> list[Tensor]:
+    stored = [_ggml_blocks(random, kind) for kind in _GGML]
+    if random.exact:
         return [groups.dense() for each in stored if (groups := each.groups(0, 3)) is not None]
-    return [each.dense(draw.dtype, 0, 3) for each in stored]
+    return [each.dense(random.dtype, 0, 3) for each in stored]
 
 
 @_case("rows8_dense", dtypes=(_BF16, _F32))
-def _rows8_dense(draw: Draw) -> list[Tensor]:
-    codes, absmax = draw.whole(-127, 128, 5, 37, dtype=torch.int8), draw.wide(5).float().abs()
-    return [Rows8((5, 37), codes, absmax).dense(draw.dtype, 0, 5)]
+def _rows8_dense(random: RandomTensors) -> list[Tensor]:
+    codes, absmax = random.integers(-127, 128, 5, 37, dtype=torch.int8), random.wide(5).float().abs()
+    return [Rows8((5, 37), codes, absmax).dense(random.dtype, 0, 5)]
 
 
 # -- serving, with AVX512-BF16 -----------------------------------------------------------------------------------------
 
 
-def _panel_products(draw: Draw, name: str) -> list[Tensor]:
+def _panel_products(random: RandomTensors, name: str) -> list[Tensor]:
     """All kinds of weights, with partial tiles of inputs.
 
     One, two and more tiles of rows."""
-    made = list[Tensor]()
-    wide = [Panels.of(draw(80, n).bfloat16() / 8) for n in (200, 320)]
+    results = list[Tensor]()
+    wide = [Panels.from_weight(random(80, n).bfloat16() / 8) for n in (200, 320)]
     codes = []
     for groups, bits, zeros in ((1, 8, False), (20, 8, False), (10, 8, True), (40, 4, False)):
-        q = draw.whole(
+        q = random.integers(
             *((-127, 128) if bits == 8 else (0, 16)), 80, 320, dtype=torch.int8 if bits == 8 else torch.uint8
         )
-        scales, zero = draw.wide(80, groups).float().abs() / 100, draw.wide(80, groups).float() if zeros else None
+        scales, zero = random.wide(80, groups).float().abs() / 100, random.wide(80, groups).float() if zeros else None
         codes.append(Groups(q, scales, zero, None if bits == 8 else torch.arange(-8.0, 8.0)))
     with override_ops(panel_linear=name):
-        panels = [*wide, *map(Panels.of_groups, codes), Panels.int4(draw(80, 320).bfloat16())]
-    for own in panels:
+        panels = [*wide, *map(Panels.of_groups, codes), Panels.int4(random(80, 320).bfloat16())]
+    for panel in panels:
         for rows in (1, 3, 17, 70):
-            x, y, b = draw(rows, own.columns), draw(rows, 80), draw(80)
-            if draw.exact:
-                product = x @ own.dense().double().t()
-                made += [product + b, y + product]
+            x, y, b = random(rows, panel.columns), random(rows, 80), random(80)
+            if random.exact:
+                product = x @ panel.dense().double().t()
+                results += [product + b, y + product]
                 continue
             onto = y.clone()
-            own.add_onto(onto, x)
-            made += [own(x, b), onto]
-    return made
+            panel.add_onto(onto, x)
+            results += [panel(x, b), onto]
+    return results
 
 
 @_case("panel_product")
-def _panel_product(draw: Draw) -> list[Tensor]:
-    return _panel_products(draw, "compiled")
+def _panel_product(random: RandomTensors) -> list[Tensor]:
+    return _panel_products(random, "compiled")
 
 
 @_case("amx_panel_product")
-def _amx_panel_product(draw: Draw) -> list[Tensor]:
-    return _panel_products(draw, "amx")
+def _amx_panel_product(random: RandomTensors) -> list[Tensor]:
+    return _panel_products(random, "amx")
 
 
 def _at(*tensors: Tensor | None) -> list[int | None]:
@@ -352,12 +356,12 @@ def _at(*tensors: Tensor | None) -> list[int | None]:
 
 
 @_case("lora_rows")
-def _lora_rows(draw: Draw) -> list[Tensor]:
+def _lora_rows(random: RandomTensors) -> list[Tensor]:
     """Two adapters of rank 16, on five rows and two; one row has both."""
-    x, y, strengths = draw(7, 32), draw(7, 40), draw.wide(7).float()
-    pairs = [(draw(16, 32) / 8, draw(40, 16) / 8) for _ in range(2)]
+    x, y, strengths = random(7, 32), random(7, 40), random.wide(7).float()
+    pairs = [(random(16, 32) / 8, random(40, 16) / 8) for _ in range(2)]
     rows, starts = torch.tensor([0, 2, 5, 6, 1, 2, 3]), torch.tensor([0, 5, 7])
-    if draw.exact:
+    if random.exact:
         for (A, B), first, end in zip(pairs, (0, 5), (5, 7), strict=True):
             for i in range(first, end):
                 y[rows[i]] += strengths[i] * (B @ (A @ x[rows[i]]))
@@ -369,13 +373,13 @@ def _lora_rows(draw: Draw) -> list[Tensor]:
     table, u = torch.zeros(2, 17, dtype=torch.int64), torch.empty(7, 16, dtype=_BF16)
     for record, (A, B) in zip(table, laid, strict=True):
         record[:7] = torch.tensor([A.data_ptr(), 16, B.data_ptr(), 0, 40, 0, 16])
-    own = [*_at(table), 2, *_at(starts, rows, strengths, u), 16]
-    _library().lora_rows(x.data_ptr(), 32, y.data_ptr(), 40, *own, 2)
+    numbers = [*_at(table), 2, *_at(starts, rows, strengths, u), 16]
+    _library().lora_rows(x.data_ptr(), 32, y.data_ptr(), 40, *numbers, 2)
     return [y]
 
 
 @_case("store_rows", "rope_and_cache", "paged_attend", "decode")
-def _paged(draw: Draw) -> list[Tensor]:
+def _paged(random: RandomTensors) -> list[Tensor]:
     """Store and attend in pages.
 
     Two sequences of 35 and 20 tokens, in blocks 4, 1, 3 and 2, 5.
@@ -384,23 +388,23 @@ def _paged(draw: Draw) -> list[Tensor]:
     the last token attended to all. `decode`, which runs a whole layer, is tested against the layers when
     serving a base (serve/forward/runner.py)."""
     heads, kv, d, lengths, tables = 4, 2, 32, (35, 20), torch.tensor([[4, 1, 3], [2, 5, 0]])
-    qkv, weights, angle = draw(55, 8 * d), [draw(d), draw(d)], draw.wide(40, d // 2)
+    qkv, weights, angle = random(55, 8 * d), [random(d), random(d)], random.wide(40, d // 2)
     positions = torch.cat([torch.arange(n) for n in lengths])
     last = torch.cat([torch.arange(28, 35), torch.tensor([54])])
-    if draw.exact:
+    if random.exact:
         q, k, v = qkv.view(55, 8, d).split([heads, kv, kv], 1)
         q, k = (
             attention.rotate(F.rms_norm(t, (d,), w, 1e-5), angle.cos()[positions], angle.sin()[positions])
             for t, w in zip((q, k), weights, strict=True)
         )
         outs = []
-        for one, keys, values in zip(*(t.split(lengths) for t in (q, k, v)), strict=True):
+        for query, keys, values in zip(*(t.split(lengths) for t in (q, k, v)), strict=True):
             keys, values = (t.repeat_interleave(2, 1).transpose(0, 1) for t in (keys, values))
-            scores = 2 * torch.tanh(0.25 * one.transpose(0, 1) @ keys.mT / 2)
-            hidden = torch.ones(len(one), len(one), dtype=torch.bool).triu(1)
+            scores = 2 * torch.tanh(0.25 * query.transpose(0, 1) @ keys.mT / 2)
+            hidden = torch.ones(len(query), len(query), dtype=torch.bool).triu(1)
             outs.append((scores.masked_fill(hidden, -torch.inf).softmax(-1) @ values).transpose(0, 1))
-        same = torch.zeros(6, kv, 16 * d)
-        return [torch.cat([q, k, v], 1).flatten(1), torch.cat(outs).flatten(1)[last], same, same]
+        unused = torch.zeros(6, kv, 16 * d)
+        return [torch.cat([q, k, v], 1).flatten(1), torch.cat(outs).flatten(1)[last], unused, unused]
     library, starts, cos, sin = _library(), torch.tensor([0, 35, 55]), angle.cos(), angle.sin()
     slots = torch.cat([tables[i][torch.arange(n) // 16] * 16 + torch.arange(n) % 16 for i, n in enumerate(lengths)])
     K, V, K2, V2 = (torch.zeros(6, kv, 16 * d, dtype=_BF16) for _ in range(4))
@@ -409,7 +413,7 @@ def _paged(draw: Draw) -> list[Tensor]:
     k, v = (qkv[:, first : first + kv * d].contiguous() for first in (heads * d, (heads + kv) * d))
     library.store_rows(*_at(k), kv * d, *_at(v), kv * d, *_at(slots, starts), 2, kv, d, *_at(K2, V2), 2)
     q, out, ends = qkv[last].contiguous(), torch.empty(8, heads * d, dtype=_BF16), torch.tensor([0, 7, 8])
-    sizes, own = (heads, kv, d), positions[last].contiguous()
-    pages = [*_at(own, ends), 2, *_at(tables), 3, *_at(K, V)]
+    sizes, positions_of_last = (heads, kv, d), positions[last].contiguous()
+    pages = [*_at(positions_of_last, ends), 2, *_at(tables), 3, *_at(K, V)]
     library.paged_attend(q.data_ptr(), 8 * d, out.data_ptr(), *sizes, *pages, 0.25, 2.0, 0, 35, 2)
     return [qkv, out, K - K2, V - V2]

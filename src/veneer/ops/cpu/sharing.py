@@ -75,8 +75,8 @@ class Neighbours:
             return self.present
         seconds = now - then[0]
         each = [(b - a) / seconds for a, b in zip(then[1], self._last[1], strict=True)]
-        others = sum(each) - (self._last[2] - then[2]) / seconds
-        missing = threads - (len(each) - others)
+        used_by_others = sum(each) - (self._last[2] - then[2]) / seconds
+        missing = threads - (len(each) - used_by_others)
         self.present = missing > (_GOES if self.present else _COMES)
         if self.present and min(each) < 0.5:
             self.idle = each.index(min(each))
@@ -85,13 +85,13 @@ class Neighbours:
 
 def worked(processors: Sequence[int], stat: Path = Path("/proc/stat")) -> list[float]:
     """Return seconds that each processor has worked, including steal by other VMs."""
-    found: dict[str, float] = {}
+    seconds: dict[str, float] = {}
     for line in stat.read_text(encoding="ascii").splitlines():
         name, *numbers = line.split()
         if name.startswith("cpu"):
             user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, numbers[:8])
-            found[name] = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-    return [found.get(f"cpu{n}", 0.0) for n in processors]
+            seconds[name] = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    return [seconds.get(f"cpu{n}", 0.0) for n in processors]
 
 
 class Sharing:
@@ -109,29 +109,29 @@ class Sharing:
         with self.lock:
             present = self.neighbours.look(threads)
             self.sleep(present)
-        place = self.neighbours.idle if present and threads == len(self.processors) == 2 else None
-        if place != getattr(self.here, "place", None):
-            self.stay(self.processors if place is None else [self.processors[place]], threads)
-            self.here.place = place
-        elif place is not None:
-            os.sched_setaffinity(0, [self.processors[place]])
+        idle = self.neighbours.idle if present and threads == len(self.processors) == 2 else None
+        if idle != getattr(self.here, "place", None):
+            self.stay(self.processors if idle is None else [self.processors[idle]], threads)
+            self.here.place = idle
+        elif idle is not None:
+            os.sched_setaffinity(0, [self.processors[idle]])
         try:
             yield present
         finally:
-            if place is not None:  # this thread's other work, and its child processes, can run anywhere
+            if idle is not None:  # this thread's other work, and its child processes, can run anywhere
                 os.sched_setaffinity(0, self.processors)
 
     def stay(self, processors: list[int], threads: int) -> None:
         self.native.stay((ctypes.c_int * len(processors))(*processors), len(processors), threads)
 
-    def sleep(self, wanted: bool) -> None:
+    def sleep(self, asleep: bool) -> None:
         """Keep an unused thread pool, or release it."""
-        if self.leave is None and wanted:
+        if self.leave is None and asleep:
             self.leave, begun = threading.Event(), threading.Event()
             threading.Thread(target=self._pool, args=(self.leave, begun), name="veneer-pool", daemon=True).start()
             begun.wait()
             self.native.meet_asleep(1, None)
-        elif self.leave is not None and not wanted:
+        elif self.leave is not None and not asleep:
             self.leave.set()
             self.leave = None
             self.native.meet_asleep(0, None)
@@ -170,12 +170,12 @@ def forwards(model: nn.Module) -> Iterator[None]:
     def end(*_: object) -> None:
         inside.pop().close()
 
-    before, after = model.register_forward_pre_hook(begin), model.register_forward_hook(end, always_call=True)
+    begin_hook, end_hook = model.register_forward_pre_hook(begin), model.register_forward_hook(end, always_call=True)
     try:
         yield
     finally:
-        before.remove()
-        after.remove()
+        begin_hook.remove()
+        end_hook.remove()
 
 
 @cache

@@ -35,9 +35,9 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, settings: VarlenSettings) -> Tensor:
 
     `torch.nn.attention.varlen.varlen_attn`."""
     layout, scale, window, *_ = settings
-    before = -1 if window is None else window - 1
+    look_back = -1 if window is None else window - 1
     longest, grouped = max(layout.lengths, default=0), q.shape[1] != k.shape[1]
-    options: dict[str, Any] = {"scale": scale, "window_size": (before, 0), "enable_gqa": grouped}
+    options: dict[str, Any] = {"scale": scale, "window_size": (look_back, 0), "enable_gqa": grouped}
     out: Tensor = varlen_attention()(q, k, v, layout.ends, layout.ends, longest, longest, **options)
     return out
 
@@ -53,8 +53,8 @@ def takes_flex(q: Tensor, k: Tensor, v: Tensor, settings: VarlenSettings) -> boo
     For capped scores or sinks, with heads of 16 values or more.
 
     Varlen attention supports neither capped scores nor sinks."""
-    extra = bool(settings.cap) or settings.sinks is not None
-    return extra and q.device.type == "cuda" and not is_fake(q) and q.shape[2] >= 16 and not flex_missing()
+    needs_flex = bool(settings.cap) or settings.sinks is not None
+    return needs_flex and q.device.type == "cuda" and not is_fake(q) and q.shape[2] >= 16 and not flex_missing()
 
 
 @functools.cache
@@ -87,8 +87,8 @@ def flex(q: Tensor, k: Tensor, v: Tensor, settings: VarlenSettings) -> Tensor:
     )
     if sinks is not None:
         out = out * torch.sigmoid(aux.lse - sinks[:, None].to(aux.lse.dtype)).to(out.dtype)[..., None]
-    made: Tensor = out[0].transpose(0, 1)
-    return made
+    result: Tensor = out[0].transpose(0, 1)
+    return result
 
 
 def _block_mask(layout: RowLayout, window: int | None) -> Any:

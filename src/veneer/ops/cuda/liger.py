@@ -36,11 +36,11 @@ def _trouble_on(index: int) -> str:
     """Return why Liger's functions fail on this GPU; "" if a test norm was right."""
     try:
         x = torch.full((2, 32), 3.0, device=torch.device("cuda", index))
-        right = torch.allclose(rms_norm(x, x[0], 0.0), x)
+        is_correct = torch.allclose(rms_norm(x, x[0], 0.0), x)
     except Exception as error:  # Triton's, the C compiler's that Triton calls, or the driver's
         first_line = (str(error).strip().splitlines() or [""])[0]
         return f"a small norm failed: {type(error).__name__}: {first_line}"
-    return "" if right else "a small norm gave wrong numbers"
+    return "" if is_correct else "a small norm gave wrong numbers"
 
 
 def _runs_on(*tensors: Tensor) -> bool:
@@ -83,8 +83,8 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     q: (N, heads, dim), k: (N, kv heads, dim), cos, sin: (N, dim/2). Liger rotates in place, so it gets
         copies; with tables in float32 the results are rounded once."""
     rotation = LIGER("liger_kernel.ops.rope.LigerRopeFunction")
-    given = (x.clone(memory_format=torch.contiguous_format)[None].transpose(1, 2) for x in (q, k))
-    rotated = rotation.apply(*given, cos.float(), sin.float(), None, 1, q.shape[2])
+    inputs = (x.clone(memory_format=torch.contiguous_format)[None].transpose(1, 2) for x in (q, k))
+    rotated = rotation.apply(*inputs, cos.float(), sin.float(), None, 1, q.shape[2])
     q, k = (x.transpose(1, 2)[0] for x in rotated)
     return q, k
 
@@ -98,7 +98,7 @@ def takes_loss(hidden: Tensor, weight: Tensor) -> bool:
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, gradient: bool, right: Tensor | None
+    hidden: Tensor, weight: Tensor, targets: Tensor, gradient: bool, correct: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Return −log softmax(hidden·Wᵀ) at the targets, (M,) float32, and row gradients.
 
@@ -116,8 +116,8 @@ def linear_cross_entropy(
         reduction="none",
         compute_gradients=gradient,
         weight_requires_grad=False,
-        return_predicted_tokens=right is not None,
+        return_predicted_tokens=correct is not None,
     )
-    if right is not None:
-        right.copy_(predicted == targets)
+    if correct is not None:
+        correct.copy_(predicted == targets)
     return nll, grad if gradient else None

@@ -244,7 +244,7 @@ class _ReplayedRows:
             )
             computed_indices.append(indices[full_blocks * BLOCK :])
         computed = torch.cat(computed_indices)
-        row_indices = SharedRows.of(computed).firsts
+        row_indices = SharedRows.from_indices(computed).firsts
         return cls(rows, computed, row_indices, row_indices - 1 if shared is None else row_indices[shared.before.cpu()])
 
 

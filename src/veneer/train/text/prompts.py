@@ -211,7 +211,7 @@ def collate_shared(rollouts: Sequence[Rollout]) -> tuple[Batch, SharedRows]:
         first, segment = prompts[rollout.prompt], append(rollout.tokens, rollout.trained)
         positions += [*range(first, first + n), *range(segment, segment + m)]
     lengths = [len(rollout.prompt) + len(rollout.tokens) for rollout in rollouts]
-    return Batch(torch.tensor(ids), lengths, torch.tensor(trained)), SharedRows.of(torch.tensor(positions))
+    return Batch(torch.tensor(ids), lengths, torch.tensor(trained)), SharedRows.from_indices(torch.tensor(positions))
 
 
 def planned_rollouts(items: Sequence[PromptItem], config: TrainConfig, rows: Sequence[Row]) -> LazySteps:
