@@ -29,7 +29,7 @@ def with_dropout(products: tuple[LowRank, ...], dropout: float) -> tuple[LowRank
 def mask_of_next(p: float, *shape: int, dtype: torch.dtype) -> Tensor:
     """What the next dropout of that shape multiplies by, drawn without moving torch's generator on."""
     state = torch.random.get_rng_state()
-    drop = Dropout.drawn(p)
+    drop = Dropout.sample(p)
     torch.random.set_rng_state(state)
     return (drop(torch.ones(*shape, dtype=dtype)) != 0).double() / (1 - p)
 

@@ -16,7 +16,7 @@ def seed_of(generator: int) -> int:
     """As a run draws it. (Of 0, 1, 2 … torch's own generator makes sequences that are alike.)"""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator)
-        return Dropout.drawn(0.1).seed
+        return Dropout.sample(0.1).seed
 
 
 SEEDS = st.integers(0, 2**62 - 1).map(seed_of)
@@ -60,9 +60,9 @@ def test_masks_of_two_seeds_agree_by_chance_alone(dtype: torch.dtype, seed: int,
 def test_drawn_comes_from_torchs_generator() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        one, two = Dropout.drawn(0.1), Dropout.drawn(0.1)
+        one, two = Dropout.sample(0.1), Dropout.sample(0.1)
         torch.manual_seed(3)
-        assert Dropout.drawn(0.1) == one != two
+        assert Dropout.sample(0.1) == one != two
 
 
 def test_not_contiguous_and_contiguous_drop_the_same_places() -> None:

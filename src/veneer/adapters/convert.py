@@ -43,7 +43,7 @@ def convert_adapter(
     log: Callable[[str], None] | None = None,
     **how: Unpack[ReadOptions],
 ) -> ConvertedAdapter:
-    """Write the adapter at `place` to `output` in layout `to`, exactly or not at all.
+    """Write the adapter at `path` to `output` in layout `to`, exactly or not at all.
 
     to: one of formats.convert.TARGETS.
     family: the image model's family, or gguf's architecture, if it cannot be detected.

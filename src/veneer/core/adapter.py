@@ -53,7 +53,7 @@ def check_strength(label: str, strength: float) -> float:
 
     NaN, and values beyond ±`_MOST_STRENGTH`, are invalid.
 
-    of: what has the strength, for the error message. No other function validates strengths."""
+    label: the object with the strength, for the error message. No other function validates strengths."""
     number = float(strength)
     if not abs(number) <= _MOST_STRENGTH:
         raise ConfigError(

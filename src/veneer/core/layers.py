@@ -396,7 +396,7 @@ class _Lora(Layer):
 def _added(y: Tensor, at: Tensor, change: Tensor, may_write: bool) -> Tensor:
     """Return y with `change` added to its rows `at`, in the wider of the two dtypes.
 
-    own: the caller owns y, so y can be changed in place."""
+    may_write: whether y can be changed in place."""
     wide = torch.promote_types(y.dtype, change.dtype)
     change = change.to(wide)
     if may_write and y.dtype == wide and not (y.requires_grad or change.requires_grad):

@@ -227,7 +227,7 @@ def _token_change(rows: TokenRows, weight: Tensor) -> Tensor:
 def change_problem(change: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> str:
     """Return why a change does not fit a weight of `shape`; "" if it does.
 
-    make: from `parameter_changes` of an adapter on the meta device, so that only shapes are computed."""
+    change: from `parameter_changes` of an adapter on the meta device, so that only shapes are computed."""
     weight = torch.empty(shape, device="meta")
     try:
         with torch.no_grad():

@@ -68,7 +68,7 @@ class _Table:
 
     how: "copy", "stack" or "" for neither.
     needs: bytes of all entries.
-    made: module -> entry, None if it cannot be made."""
+    modules: module -> entry, None if the module cannot be cached."""
 
     mix: ActiveMix
     kind: str

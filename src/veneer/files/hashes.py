@@ -94,7 +94,7 @@ def hashes(path: str | Path) -> Hashes:
 def short_hash(path: str | Path, file_hashes: Hashes) -> str:
     """Return the name of an adapter file in A1111's and Forge's `Lora hashes`.
 
-    Both also look files up by this hash (extensions-builtin/Lora, NetworkOnDisk). found: the computed
+    Both also look files up by this hash (extensions-builtin/Lora, NetworkOnDisk). file_hashes: the computed
     hashes, used if the header states no valid hash."""
     try:
         stated = read_header(path).metadata.get("sshs_model_hash", "")

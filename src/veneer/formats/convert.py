@@ -195,7 +195,7 @@ def _check_name(path: Path, to: str) -> None:
 class _Done:
     """The result of an encoding.
 
-    `written`: the adapter in the shape in which it was written. `back`: the adapter read back. `pairs`: the
+    `written`: the adapter in the shape in which it was written. `read_back`: the adapter read back. `pairs`: the
     layout's pairs."""
 
     encoded: EncodedAdapter
@@ -223,7 +223,7 @@ def _prepared(adapter: Adapter, to: str, dtype: str | None) -> tuple[Adapter, li
 
 
 def _advise(source: Adapter, to: str, family: str | None, build: Callable[[], _Done]) -> _Done:
-    """Return the result of `make`; add a workaround to an error without one."""
+    """Return the result of `build`; add a workaround to an error without one."""
     try:
         return build()
     except AdapterError as error:

@@ -122,7 +122,7 @@ def _component(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return a component's tensors and settings, as a PEFT folder of it.
 
-    `known`: all modules of the component, so that target_modules matches exactly the adapter's. transformers'
+    `names`: all modules of the component, so that target_modules matches exactly the adapter's. transformers'
     CLIP text models have dropped the `text_model.` that adapter files still have, and diffusers removes it if
     necessary: unanchored settings without it match both. A text encoder's magnitude is only found under its
     name in memory, with `.weight`; without, transformers ignores it silently."""

@@ -96,7 +96,7 @@ def _cut(item: Pair | Delta, begin: int, end: int) -> Pair | Delta:
 
 
 def _on_rows(item: Pair | Delta, select: Callable[[Tensor], Tensor]) -> Pair | Delta:
-    """Apply `take` to every tensor with one row per row of the weight."""
+    """Apply `select` to every tensor with one row per row of the weight."""
     m = item.magnitude if item.magnitude is None or item.magnitude.ndim > 1 else select(item.magnitude)
     if isinstance(item, Pair):
         origin = None if item.origin is None else (item.origin[0], select(item.origin[1]))
@@ -130,7 +130,7 @@ def _describe(item: Pair | Delta) -> str:
 def trimmed(pair: Pair) -> Pair:
     """Return the pair without ranks that B multiplies by zero; keeps at least one.
 
-    ΔW and scale stay the same. Restores the own rank of a part of a block-diagonal B (of `join`, or of
+    ΔW and scale stay the same. Restores the rank of a part of a block-diagonal B (of `join_parts`, or of
     sd-scripts' `split_qkv`)."""
     if pair.kind not in ("linear", "conv") or pair.origin is not None:
         return pair

@@ -88,10 +88,10 @@ def named_adapters(keys: Iterable[str]) -> Counter[str]:
 
 
 def one_adapter(tensors: Mapping[str, T], requested: str = "", *, where: str = "") -> dict[str, T]:
-    """Return the tensors of the adapter `wanted`, without its name in the keys.
+    """Return the tensors of the adapter `requested`, without its name in the keys.
 
-    Keys of other kinds are unchanged. Without `wanted`, the file must hold one adapter, and no key changes.
-    Raises AdapterError with all adapter names, for several without `wanted` and for a missing one."""
+    Keys of other kinds are unchanged. Without `requested`, the file must hold one adapter, and no key changes.
+    Raises AdapterError with all adapter names, for several without `requested` and for a missing one."""
     counts = named_adapters(tensors)
     listing = ", ".join(f"{n or '(no name)'} ({count} tensors)" for n, count in sorted(counts.items()))
     if not requested:

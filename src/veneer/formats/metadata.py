@@ -244,9 +244,9 @@ def metadata_of(card: Card, *, family: str | None = None, name: str = "adapter")
 
 
 def training_metadata(values: Mapping[str, Any]) -> dict[str, str]:
-    """Return a run's facts under sd-scripts' names.
+    """Return a run's values under sd-scripts' names.
 
-    `facts`: the names without `ss_`; None becomes `None`, as in sd-scripts."""
+    `values`: by names without `ss_`; None becomes `None`, as in sd-scripts."""
 
     def text(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else str(value)

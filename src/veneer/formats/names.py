@@ -186,7 +186,7 @@ _Shape = tuple[int, int]
 class FamilyChoice:
     """The chosen family, the number of names its tables cover, and the reasons.
 
-    `near`: without a chosen family, the families with these names, for messages only. `fitting`: those whose
+    `nearest`: without a chosen family, the families with these names, for messages only. `fitting`: those whose
     widths and depth also fit; if they all map the names to the same modules, the names can still be read."""
 
     family: Family | None

@@ -586,7 +586,7 @@ def _trained_biases(
 ) -> dict[str, Delta]:
     """Return the changes of biases by name (`….bias`).
 
-    Removes them from `copies` and `rest` (paths in the file without PEFT's prefix). Biases inside a module in
+    Removes them from `copies` and `remaining` (paths in the file without PEFT's prefix). Biases inside a module in
     modules_to_save belong to its full copy."""
     if config.bias == "none":
         return {}
@@ -1082,11 +1082,11 @@ def _target_modules(names: set[str], base_names: set[str]) -> list[str] | str:
 
 
 def _targets(names: set[str], base_names: set[str], parts: int = 1) -> list[str]:
-    """Return the shortest list of suffixes that select exactly `names` among `known`.
+    """Return the shortest list of suffixes that select exactly `names` among `base_names`.
 
-    Whole names if `known` is empty or a suffix would select more. `parts`: number of parts of a suffix, not
+    Whole names if `base_names` is empty or a suffix would select more. `parts`: number of parts of a suffix, not
     counting bare numbers: PEFT matches `2`, the end of `net.2`, with the block `layers.2` too, which is no
-    module and need not be in `known`."""
+    module and need not be in `base_names`."""
     out: set[str] = set()
     for name in names:
         split = name.split(".")

@@ -52,7 +52,7 @@ class Structure:
     def under(self, rename: Callable[[str], str], restore: Callable[[str], str]) -> Structure:
         """Return the outline under other names.
 
-        `rename` is one to one, `back` its inverse."""
+        `rename` is one to one, `restore` its inverse."""
         named = {n: rename(n) for n in {*self.kinds, *self.experts, *self.shapes}}
         renamed = lambda name: None if name is None else rename(name)  # noqa: E731
         return replace(

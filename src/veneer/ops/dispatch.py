@@ -85,7 +85,7 @@ class Implementation(NamedTuple):
     wants: the same in words.
     missing: why it cannot run here; "" if it can.
     name: for VENEER_OPS and reports.
-    others: further implementations of the op, in order."""
+    alternatives: further implementations of the op, in order."""
 
     run: Any
     takes: Callable[..., bool]

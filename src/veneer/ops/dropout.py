@@ -30,7 +30,7 @@ class Dropout(NamedTuple):
     seed: int
 
     @classmethod
-    def drawn(cls, p: float, generator: torch.Generator | None = None) -> Dropout:
+    def sample(cls, p: float, generator: torch.Generator | None = None) -> Dropout:
         """Return a Dropout with a seed from a CPU generator.
 
         By default torch's global generator.
@@ -50,10 +50,10 @@ class Dropout(NamedTuple):
         y, flat = torch.empty_like(x), x.view(-1)
         for start in range(0, len(flat), _CHUNK):
             part = flat[start : start + _CHUNK]
-            y.view(-1)[start : start + _CHUNK] = (part / (1 - self.p)).where(self._kept(start, part), 0)
+            y.view(-1)[start : start + _CHUNK] = (part / (1 - self.p)).where(self._mask(start, part), 0)
         return y
 
-    def _kept(self, start: int, part: Tensor) -> Tensor:
+    def _mask(self, start: int, part: Tensor) -> Tensor:
         """Return which positions of `part`, starting at `start`, are kept."""
         h = torch.arange(start, start + len(part), device=part.device).bitwise_and_(_WORD)
         h ^= self.seed & _WORD

@@ -167,21 +167,21 @@ class LowRankProducts:
 class _Dropped:
     """Low-rank products of a dropped x, with the same mask in forward and backward."""
 
-    def __init__(self, own: _Products, drop: Dropout) -> None:
-        self.own, self.drop = own, drop
+    def __init__(self, products: _Products, drop: Dropout) -> None:
+        self.products, self.drop = products, drop
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.own.forward(self.drop(x), y)
+        return self.products.forward(self.drop(x), y)
 
     def backward(self, g: Tensor, dx: Tensor | None) -> Tensor:
-        back = None if dx is None else torch.zeros_like(dx)
-        du = self.own.backward(g, back)
-        if dx is not None and back is not None:
-            dx.add_(self.drop(back))
+        dropped_dx = None if dx is None else torch.zeros_like(dx)
+        du = self.products.backward(g, dropped_dx)
+        if dx is not None and dropped_dx is not None:
+            dx.add_(self.drop(dropped_dx))
         return du
 
     def gradients(self, g: Tensor, x: Tensor, u: Tensor, du: Tensor) -> list[Tensor]:
-        return self.own.gradients(g, self.drop(x), u, du)
+        return self.products.gradients(g, self.drop(x), u, du)
 
 
 class _InSpans:
@@ -224,7 +224,7 @@ def _products(x: Tensor, linear_map: LinearMap, y: Tensor) -> _Products:
     """Return the low-rank products of a map, by the chosen implementation."""
     if linear_map.spans is not None:
         return _InSpans(x, linear_map.products, y, linear_map.spans)
-    drop = Dropout.drawn(linear_map.dropout) if linear_map.dropout else None
+    drop = Dropout.sample(linear_map.dropout) if linear_map.dropout else None
     return _products_for(x, linear_map.products, y, drop)
 
 
@@ -299,7 +299,7 @@ def linear_forward(x: Tensor, linear_map: LinearMap) -> LinearOutput:
     assert isinstance(products, _Dropped)
     dropped = products.drop(x)
     plain, low_rank_output = frozen_linear(dropped, W, copies=copies), torch.zeros_like(y)
-    u = products.own.forward(dropped, low_rank_output)
+    u = products.products.forward(dropped, low_rank_output)
     y = (plain * (dora_scale - 1)).add_(low_rank_output * dora_scale).add_(y).to(y.dtype)
     return LinearOutput(y, u, plain.add_(low_rank_output), products, copies)
 
@@ -312,18 +312,18 @@ def linear_backward(
     du is that gradient times s·B."""
     products, plain = output.products, output.plain
 
-    def back(t: Tensor) -> Tensor:
+    def input_gradient(t: Tensor) -> Tensor:
         return frozen_linear(t, weight, transposed=False, copies=output.copies)
 
     if dora_scale is None or plain is None or products is None:
-        dx = back(g) if need_dx else None
+        dx = input_gradient(g) if need_dx else None
         return dx, g, None if products is None else products.backward(g, dx), None
     inner, d_scale = _scale_gradients(g, plain, dora_scale)
     if not isinstance(products, _Dropped):
-        dx = back(inner) if need_dx else None
+        dx = input_gradient(inner) if need_dx else None
         return dx, inner, products.backward(inner, dx), d_scale
-    dx, dropped = (back(g), back(inner - g)) if need_dx else (None, None)
-    du = products.own.backward(inner, dropped)
+    dx, dropped = (input_gradient(g), input_gradient(inner - g)) if need_dx else (None, None)
+    du = products.products.backward(inner, dropped)
     if dx is not None and dropped is not None:
         dx.add_(products.drop(dropped))
     return dx, inner, du, d_scale

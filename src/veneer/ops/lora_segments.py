@@ -31,7 +31,7 @@ class LoraSegments:
     kept: Sequence[int]
     generators: Sequence[torch.Generator]
     sizes: tuple[int, int] = (0, 0)
-    _drawn: dict[int, dict[int, Dropout]] = field(default_factory=dict, repr=False)
+    _dropouts: dict[int, dict[int, Dropout]] = field(default_factory=dict, repr=False)
 
     def bounds(self, rows: int) -> list[slice]:
         """Return each adapter's slice of `rows` rows.
@@ -48,12 +48,12 @@ class LoraSegments:
     def dropouts(self, probabilities: Mapping[int, float]) -> dict[int, Dropout]:
         """Return the dropout of a product per segment.
 
-        shares: segment -> dropout probability."""
+        probabilities: segment -> dropout probability."""
         if not probabilities:
             return {}
         # A recomputed layer draws the same number again, because torch.utils.checkpoint restores its
         # generator.
         ticket = int(torch.randint(1 << 62, (), device="cpu").item())
-        if ticket not in self._drawn:
-            self._drawn[ticket] = {i: Dropout.drawn(p, self.generators[i]) for i, p in probabilities.items()}
-        return self._drawn[ticket]
+        if ticket not in self._dropouts:
+            self._dropouts[ticket] = {i: Dropout.sample(p, self.generators[i]) for i, p in probabilities.items()}
+        return self._dropouts[ticket]

@@ -74,7 +74,7 @@ def _row_nll_(logits: Tensor, targets: Tensor, gradient: bool, correct: Tensor |
     """Return −log softmax at the targets, at least float32.
 
     With `gradient`, logits become softmax − onehot in place. A target of −100 is ignored, as in
-    F.cross_entropy: loss 0, no gradient. `right`: as in `token_nll`. Raises IndexError for any other
+    F.cross_entropy: loss 0, no gradient. `correct`: as in `token_nll`. Raises IndexError for any other
     invalid target."""
     targets = targets.to(torch.int64).contiguous()
     run = dispatch("token_nll", logits)
@@ -120,7 +120,7 @@ def token_nll(
 
     chunk: positions per chunk; None: `logits_chunk` of the device.
     copies: the weight's prepacked copies.
-    right: (M,) bool, filled with `likeliest` of the logits.
+    correct: (M,) bool, filled with `likeliest` of the logits.
 
     Raises IndexError for any other invalid target (on a GPU, the device's error). Reference:
     F.cross_entropy((hidden @ W.T).float(), targets, reduction="none")."""

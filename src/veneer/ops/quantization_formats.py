@@ -204,11 +204,11 @@ class Blocks4(_Stored):
             return out
         library = gpu_library(self.kind, self.block, self.packed.device.type)
         if library is not None and not start % self.block:
-            return _put(self._by_bitsandbytes(library, dtype, start, count).view(-1, columns), into)
+            return _copy_into(self._by_bitsandbytes(library, dtype, start, count).view(-1, columns), into)
         parts = [
             self._reference(at, min(_CHUNK, start + count - at)).to(dtype) for at in range(start, start + count, _CHUNK)
         ]
-        return _put(torch.cat(parts).view(-1, columns), into)
+        return _copy_into(torch.cat(parts).view(-1, columns), into)
 
     def _reference(self, start: int, count: int) -> Tensor:
         """Return weights start … start + count in float32, with torch's operations."""
@@ -307,7 +307,7 @@ class Rows8(_Stored):
         codes, absmax = self.codes[first:last], self.absmax[first:last]
         run = dispatch("dequantize_rows8", codes, dtype)
         if run is None:
-            return _put((codes.float() * absmax[:, None] * 7.874015718698502e-3).to(dtype), into)
+            return _copy_into((codes.float() * absmax[:, None] * 7.874015718698502e-3).to(dtype), into)
         out = torch.empty(codes.shape, dtype=dtype, device=codes.device) if into is None else into
         run(codes, absmax, out)
         return out
@@ -368,7 +368,7 @@ class GgmlBlocks(_Stored):
         rows = self.raw[first:last]
         run = dispatch("dequantize_ggml", rows, dtype, self.kind)
         if run is None:
-            return _put(self._reference(rows).to(rows.device, dtype), into)
+            return _copy_into(self._reference(rows).to(rows.device, dtype), into)
         out = torch.empty(last - first, self.shape[-1], dtype=dtype, device=rows.device) if into is None else into
         run(rows, self.kind, out)
         return out
@@ -485,7 +485,7 @@ class StackedRows:
             at += row_count(part)
 
 
-def _put(result: Tensor, into: Tensor | None) -> Tensor:
+def _copy_into(result: Tensor, into: Tensor | None) -> Tensor:
     return result if into is None else into.copy_(result)
 
 

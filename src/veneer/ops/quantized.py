@@ -186,7 +186,7 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-def _same(w: Any, *args: Any, **kwargs: Any) -> Any:
+def _unchanged(w: Any, *args: Any, **kwargs: Any) -> Any:
     out = w.like(w.stored)
     out.kept = w.kept
     return out
@@ -268,9 +268,9 @@ def _addmm(bias: Any, x: Any, w: Any, **kwargs: Any) -> Any:
 
 _aten = torch.ops.aten
 _OWN: dict[Any, Callable[..., Any]] = {
-    _aten.detach: _same,
-    _aten.alias: _same,
-    _aten.lift_fresh: _same,
+    _aten.detach: _unchanged,
+    _aten.alias: _unchanged,
+    _aten.lift_fresh: _unchanged,
     _aten.t: _transpose,
     _aten.transpose: _transpose,
     _aten.select: _select,

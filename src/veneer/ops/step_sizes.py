@@ -89,8 +89,8 @@ def rounded_sizes(n: int) -> int:
 
 
 def padded_tokens(tokens: int, expected: int) -> int:
-    """Return the tokens of a padded batch of which `wanted` outputs are used.
+    """Return the tokens of a padded batch of which `expected` outputs are used.
 
-    Always more than `rounded_sizes(wanted)`, because the number of outputs tells whether a layer returned all
+    Always more than `rounded_sizes(expected)`, because the number of outputs tells whether a layer returned all
     tokens or only the used ones."""
     return max(rounded_sizes(tokens), rounded_sizes(rounded_sizes(expected) + 1))

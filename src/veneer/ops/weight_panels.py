@@ -67,7 +67,7 @@ class Panels:
 
     @classmethod
     def int8(cls, weight: Tensor) -> Panels:
-        """Return W ≈ scale ⊙ q, see `rounded8`; raises as `of`."""
+        """Return W ≈ scale ⊙ q, see `rounded8`; raises as `from_weight`."""
         q, scale = rounded8(weight)
         return cls.of_groups(Groups(q, scale.float()[:, None]))
 

@@ -33,7 +33,7 @@ class Machine:
         self.now += seconds
         self.busy = [b + seconds * share for b, share in zip(self.busy, busy, strict=True)]
         self.own += seconds * own
-        return self.neighbours.look(threads)
+        return self.neighbours.refresh(threads)
 
 
 def test_own_work_is_not_a_neighbor() -> None:

@@ -55,14 +55,14 @@ def build_kernels(compiler: str, sources: Sequence[Path], headers: Sequence[Path
     if not library.exists():
         record.unlink(missing_ok=True)
         compile_kernels(compiler, sources, library)
-    wrong = _recorded(record)
+    wrong = _read_record(record)
     if wrong is None:
         wrong = left_out(library)
         replace_file(record, [json.dumps(wrong).encode()], mode=0o600)
     return BuiltKernels(library, wrong, notes)
 
 
-def _recorded(record: Path) -> dict[str, str] | None:
+def _read_record(record: Path) -> dict[str, str] | None:
     """Return the kernels that an earlier process rejected.
 
     None if the record is missing or broken, so that all kernels are tested again."""

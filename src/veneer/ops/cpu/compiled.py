@@ -150,16 +150,16 @@ def _small_products() -> tuple[int | None, int | None, int | None]:
         return None, None, None
     library = ctypes.CDLL(str(library_path))
 
-    def place(*names: str) -> int | None:
+    def address(*names: str) -> int | None:
         there = next((getattr(library, at + name) for name in names if hasattr(library, at + name)), None)
         return None if there is None else ctypes.cast(there, ctypes.c_void_p).value
 
     # int64_t is a long on Linux and a long long on macOS
-    wide = place("6brgemmEllllllbPKfS3_Pfb", "6brgemmExxxxxxbPKfS3_Pfb")
-    narrow = place("6brgemmEllllllbPKN3c108BFloat16ES5_Pfb", "6brgemmExxxxxxbPKN3c108BFloat16ES5_Pfb")
+    wide = address("6brgemmEllllllbPKfS3_Pfb", "6brgemmExxxxxxbPKfS3_Pfb")
+    narrow = address("6brgemmEllllllbPKN3c108BFloat16ES5_Pfb", "6brgemmExxxxxxbPKN3c108BFloat16ES5_Pfb")
     has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # true wherever there is AMX, too
     has_narrow = has_bf16 and torch.backends.mkldnn.is_available()
-    return wide, narrow if has_narrow else None, place("14brgemm_releaseEb")
+    return wide, narrow if has_narrow else None, address("14brgemm_releaseEb")
 
 
 def _checked(result: int, function: Any, arguments: Any) -> int:

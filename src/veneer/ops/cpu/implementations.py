@@ -36,11 +36,11 @@ def _implements(
     def fits(*tensors: Tensor) -> bool:
         return compiled.usable(needed, *tensors) is not None
 
-    def put(run: Any) -> Any:
+    def register(run: Any) -> Any:
         IMPLEMENTATIONS[op] = Implementation(run, takes or fits, wants, lambda: compiled.why_missing(*needed))
         return run
 
-    return put
+    return register
 
 
 def _kernel(name: str) -> Any:
@@ -134,7 +134,7 @@ def _dora_scale_backward(g: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, T
     return dy, d_scale
 
 
-def _gate(name: str) -> Callable[[Tensor], Tensor]:
+def _gate_function(name: str) -> Callable[[Tensor], Tensor]:
     def run(both: Tensor) -> Tensor:
         h = both.new_empty(*both.shape[:-1], both.shape[-1] // 2)
         width = h.shape[-1]
@@ -144,8 +144,8 @@ def _gate(name: str) -> Callable[[Tensor], Tensor]:
     return run
 
 
-_implements("silu_gate")(_gate("silu_gate"))
-_implements("geglu")(_gate("geglu"))
+_implements("silu_gate")(_gate_function("silu_gate"))
+_implements("geglu")(_gate_function("geglu"))
 
 
 @_implements("silu_gate_backward")
@@ -239,7 +239,7 @@ class _Tiles:
         n, heads, dim = qkv.shape[0], qkv.shape[1] - 2 * kv, qkv.shape[2]
         out, lse = qkv.new_empty(n, heads, dim), torch.empty(n, heads)
         out[int(settings.layout.starts[-1]) :].zero_()
-        arguments = self._given(qkv, cos, sin, kv, settings)
+        arguments = self._arguments(qkv, cos, sin, kv, settings)
         _kernel(self.names[0])(*arguments, *_at(out, lse), torch.get_num_threads())
         return out, lse
 
@@ -256,12 +256,12 @@ class _Tiles:
     ) -> Tensor:
         d_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
         d_qkv[int(settings.layout.starts[-1]) :].zero_()
-        arguments = self._given(qkv, cos, sin, kv, settings)
+        arguments = self._arguments(qkv, cos, sin, kv, settings)
         _kernel(self.names[1])(*_at(g, out, lse), *arguments, d_qkv.data_ptr(), torch.get_num_threads())
         return d_qkv
 
     @staticmethod
-    def _given(qkv: Tensor, cos: Tensor | None, sin: Tensor | None, kv: int, settings: VarlenSettings) -> list[Any]:
+    def _arguments(qkv: Tensor, cos: Tensor | None, sin: Tensor | None, kv: int, settings: VarlenSettings) -> list[Any]:
         per, starts = (qkv.shape[1] - 2 * kv) // kv, settings.layout.starts
         sizes = (
             len(starts) - 1,

@@ -57,19 +57,19 @@ def _allocator(setting: dict[int, int]) -> Iterator[None]:
         yield
         return
 
-    def put() -> None:
+    def apply_settings() -> None:
         for option, value in (_settings[-1] if _settings else _AFTER).items():
             mallopt(option, value)
 
     with _settings_lock:
         _settings.append(setting)
-        put()
+        apply_settings()
     try:
         yield
     finally:
         with _settings_lock:
             del _settings[len(_settings) - 1 - _settings[::-1].index(setting)]
-            put()
+            apply_settings()
             last = not _settings
         if last:
             gc.collect()

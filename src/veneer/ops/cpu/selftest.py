@@ -72,11 +72,11 @@ CASES: list[Case] = []
 
 
 def _case(*kernels: str, dtypes: tuple[torch.dtype, ...] = (_BF16,)) -> Callable[[Any], Any]:
-    def put(run: Callable[[RandomTensors], Sequence[Tensor]]) -> Callable[[RandomTensors], Sequence[Tensor]]:
+    def register(run: Callable[[RandomTensors], Sequence[Tensor]]) -> Callable[[RandomTensors], Sequence[Tensor]]:
         CASES.append(Case(run, kernels, dtypes))
         return run
 
-    return put
+    return register
 
 
 @contextmanager

@@ -55,22 +55,22 @@ class Neighbours:
 
     Checked at most every quarter second.
 
-    worked: seconds that each processor has worked, for any process; own: seconds of this process."""
+    worked: seconds that each processor has worked, for any process; cpu_seconds: seconds of this process."""
 
     worked: Callable[[], list[float]]
-    own: Callable[[], float] = time.process_time
+    cpu_seconds: Callable[[], float] = time.process_time
     clock: Callable[[], float] = time.perf_counter
     present: bool = False
     idle: int = 0
     """The least busy processor."""
     _last: tuple[float, list[float], float] | None = field(default=None, repr=False)
 
-    def look(self, threads: int) -> bool:
+    def refresh(self, threads: int) -> bool:
         """Return whether other processes leave less than one processor per thread."""
         now = self.clock()
         if self._last is not None and now - self._last[0] < _WINDOW:
             return self.present
-        then, self._last = self._last, (now, self.worked(), self.own())
+        then, self._last = self._last, (now, self.worked(), self.cpu_seconds())
         if then is None:
             return self.present
         seconds = now - then[0]
@@ -107,7 +107,7 @@ class Sharing:
     @contextmanager
     def work(self, threads: int) -> Iterator[bool]:
         with self.lock:
-            present = self.neighbours.look(threads)
+            present = self.neighbours.refresh(threads)
             self.sleep(present)
         idle = self.neighbours.idle if present and threads == len(self.processors) == 2 else None
         if idle != getattr(self.here, "place", None):

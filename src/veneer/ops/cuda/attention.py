@@ -99,9 +99,9 @@ def _block_mask(layout: RowLayout, window: int | None) -> Any:
         n = sum(layout.lengths)
         row = torch.searchsorted(layout.ends[1:], torch.arange(n, device=layout.device, dtype=torch.int32), right=True)
 
-        def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        def can_attend(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             inside = (row[query] == row[key]) & (query >= key)
             return inside if window is None else inside & (query - key < window)
 
-        layout.masks[window] = create_block_mask(sees, None, None, n, n, device=layout.device)
+        layout.masks[window] = create_block_mask(can_attend, None, None, n, n, device=layout.device)
     return layout.masks[window]

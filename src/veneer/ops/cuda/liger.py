@@ -104,7 +104,7 @@ def linear_cross_entropy(
 
     With `gradient`, each row's gradient of its own loss, (M, d). Liger chooses how many logits exist at once.
 
-    right: filled with whether the target is the first of the most likely tokens."""
+    correct: filled with whether the target is the first of the most likely tokens."""
     loss = LIGER("liger_kernel.ops.fused_linear_cross_entropy.fused_linear_cross_entropy_forward")
     targets = targets.long().contiguous()
     # Liger would read beyond the logits; index_select fails on a GPU for an index out of range
