@@ -366,7 +366,7 @@ class _Lora(Layer):
             A, B = (t.to(dtype) for t in low)
             return self.low_rank(x, A.view(-1, *delta.shape[1:]), B.view(*B.shape, *[1] * len(kernel)))
 
-        def made() -> Tensor:
+        def compute() -> Tensor:
             if (factors := kronecker_factors(delta)) is not None:
                 by_factors = self.kronecker(x, *(t.to(dtype) for t in factors))
                 if by_factors is not None:
@@ -374,7 +374,7 @@ class _Lora(Layer):
             full_product = product_of(replace(delta, scale=1.0)).to(dtype)
             return self.product(x, full_product if kernel else to_matrix(self.base, "linear", full_product))
 
-        out: Tensor = checkpoint(made, use_reentrant=False, preserve_rng_state=False)
+        out: Tensor = checkpoint(compute, use_reentrant=False, preserve_rng_state=False)
         return out
 
     def kronecker(self, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor | None:

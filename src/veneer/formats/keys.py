@@ -116,8 +116,8 @@ def one_adapter(tensors: Mapping[str, T], requested: str = "", *, where: str = "
         if match is None:
             out[key] = tensor
         elif match["name"] == requested:
-            before = match["before"].removesuffix(".modules_to_save")
-            out[before + match["after"]] = tensor
+            prefix = match["before"].removesuffix(".modules_to_save")
+            out[prefix + match["after"]] = tensor
     return out
 
 

@@ -289,9 +289,9 @@ class _Reader:
             return
         if self.alpha is not None and len(set(ranks)) > 1:
             self.problems.append(f"LoKr factors of ranks {ranks[0]} and {ranks[1]}: alpha counts for one rank only")
-        one, two = named.get("w1"), named.get("w2")
-        s1 = tuple(one.shape) if one is not None else (named["a1"].shape[0], named["b1"].shape[1])
-        s2 = tuple(two.shape) if two is not None else (named["a2"].shape[0], named["b2"].shape[1])
+        first, second = named.get("w1"), named.get("w2")
+        s1 = tuple(first.shape) if first is not None else (named["a1"].shape[0], named["b1"].shape[1])
+        s2 = tuple(second.shape) if second is not None else (named["a2"].shape[0], named["b2"].shape[1])
         s2 += tuple(named["t2"].shape[2:]) if "t2" in named else ()
         if len(s1) != 2 or len(s2) < 2:
             self.problems.append(f"LoKr factors {s1} and {s2}: a matrix and a matrix or kernel are expected")

@@ -29,9 +29,9 @@ from veneer.core.adapter import Pair
 from veneer.errors import AdapterError, counted
 from veneer.formats.structure import Structure
 
-_LEAF = "gate_proj|up_proj|down_proj|gate_up_proj|w1|w2|w3"
-_ONE = re.compile(rf"(?P<module>.+\.experts)\.(?P<index>\d{{1,6}})\.(?P<leaf>{_LEAF})")
-_PACKED = re.compile(rf"(?P<module>.+\.experts)\.(?P<leaf>{_LEAF})\.lora_(?P<half>[AB])\.weight")
+_PROJECTION = "gate_proj|up_proj|down_proj|gate_up_proj|w1|w2|w3"
+_ONE = re.compile(rf"(?P<module>.+\.experts)\.(?P<index>\d{{1,6}})\.(?P<projection>{_PROJECTION})")
+_PACKED = re.compile(rf"(?P<module>.+\.experts)\.(?P<projection>{_PROJECTION})\.lora_(?P<half>[AB])\.weight")
 _MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
@@ -54,14 +54,14 @@ def _unpack(tensors: dict[str, Tensor]) -> None:
     halves: dict[tuple[str, str], dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in tensors.items():
         if (match := _PACKED.fullmatch(key)) and tensor.ndim == 3:
-            halves[match["module"], match["leaf"]][match["half"]] = tensor
+            halves[match["module"], match["projection"]][match["half"]] = tensor
     numbers: dict[tuple[str, str], set[int]] = defaultdict(set)
     for key in tensors if halves else ():
         if match := _ONE.match(key):
-            numbers[match["module"], match["leaf"]].add(int(match["index"]))
-    for (module, leaf), tensors_by_half in halves.items():
+            numbers[match["module"], match["projection"]].add(int(match["index"]))
+    for (module, projection), tensors_by_half in halves.items():
         shapes = ", ".join(f"{half} {tuple(t.shape)}" for half, t in sorted(tensors_by_half.items()))
-        indices = numbers.get((module, leaf), set())
+        indices = numbers.get((module, projection), set())
         count = max([len(t) for t in tensors_by_half.values()] + [i + 1 for i in indices])
         alone = count == 1 and not indices
         if (
@@ -69,11 +69,11 @@ def _unpack(tensors: dict[str, Tensor]) -> None:
             or any(len(t) not in (1, count) for t in tensors_by_half.values())
             or (len(tensors_by_half) == 2 and indices)
         ):
-            raise AdapterError(f"{module}.{leaf}: the number of experts is unknown: {shapes}")
+            raise AdapterError(f"{module}.{projection}: the number of experts is unknown: {shapes}")
         for half, tensor in tensors_by_half.items():
             for e in range(count):
-                tensors[f"{module}.{e}.{leaf}.lora_{half}.weight"] = tensor[0 if len(tensor) == 1 else e]
-            del tensors[f"{module}.{leaf}.lora_{half}.weight"]
+                tensors[f"{module}.{e}.{projection}.lora_{half}.weight"] = tensor[0 if len(tensor) == 1 else e]
+            del tensors[f"{module}.{projection}.lora_{half}.weight"]
 
 
 def fuse(pairs: Mapping[str, Pair], base: Structure) -> tuple[dict[str, Pair], list[str], list[str]]:
@@ -85,17 +85,17 @@ def fuse(pairs: Mapping[str, Pair], base: Structure) -> tuple[dict[str, Pair], l
     names: dict[str, list[str]] = defaultdict(list)
     for name, pair in pairs.items():
         if (match := _ONE.fullmatch(name)) and pair.kind == "linear" and name not in base.kinds:
-            experts[match["module"]][_MIXTRAL.get(match["leaf"], match["leaf"])][int(match["index"])] = pair
+            experts[match["module"]][_MIXTRAL.get(match["projection"], match["projection"])][int(match["index"])] = pair
             names[match["module"]].append(name)
     out, problems, count = dict(pairs), [], 0
-    for module, leaves in experts.items():
+    for module, projections in experts.items():
         parameters = base.experts.get(module, ())
-        if not base.detailed and "gate_up_proj" in leaves:
+        if not base.detailed and "gate_up_proj" in projections:
             parameters = ("gate_up_proj", "down_proj")
         if not parameters:
             continue
         try:
-            fused = _module(module, leaves, parameters, base)
+            fused = _module(module, projections, parameters, base)
         except AdapterError as error:
             problems.append(f"{module}: {error.what}")
             continue
@@ -113,26 +113,28 @@ def fuse(pairs: Mapping[str, Pair], base: Structure) -> tuple[dict[str, Pair], l
 
 
 def _module(
-    module: str, leaves: Mapping[str, Mapping[int, Pair]], parameters: Sequence[str], base: Structure
+    module: str, projections: Mapping[str, Mapping[int, Pair]], parameters: Sequence[str], base: Structure
 ) -> dict[str, Pair]:
     """Return the fused pairs of one module by parameter."""
-    if dora := [leaf for leaf, pairs in leaves.items() if any(p.magnitude is not None for p in pairs.values())]:
+    if dora := [
+        projection for projection, pairs in projections.items() if any(p.magnitude is not None for p in pairs.values())
+    ]:
         raise AdapterError(f"DoRA on single experts ({', '.join(dora)}): fused expert weights have none")
     out: dict[str, Pair] = {}
-    sources = {leaf: [leaf] for leaf in leaves if leaf in parameters}
-    if "gate_up_proj" in parameters and (halves := [h for h in ("gate_proj", "up_proj") if h in leaves]):
-        if "gate_up_proj" in leaves:
+    sources = {projection: [projection] for projection in projections if projection in parameters}
+    if "gate_up_proj" in parameters and (halves := [h for h in ("gate_proj", "up_proj") if h in projections]):
+        if "gate_up_proj" in projections:
             raise AdapterError(f"pairs for gate_up_proj and for {' and '.join(halves)} at once")
         sources["gate_up_proj"] = ["gate_proj", "up_proj"]
-    if homeless := sorted(set(leaves) - {leaf for names in sources.values() for leaf in names}):
+    if homeless := sorted(set(projections) - {projection for names in sources.values() for projection in names}):
         raise AdapterError(f"the base has {', '.join(parameters)}, and no place for {', '.join(homeless)}")
     for parameter, parts in sources.items():
         stored = base.shapes.get(f"{module}.{parameter}")
-        indices = {i for leaf in parts for i in leaves.get(leaf, {})}
+        indices = {i for projection in parts for i in projections.get(projection, {})}
         experts = stored[0] if stored else max(indices) + 1
         if max(indices) >= experts or (stored is None and len(indices) < experts):
             raise AdapterError(f"pairs of experts {min(indices)} to {max(indices)}, and there are {experts} experts")
-        experts_parts = [[leaves.get(leaf, {}).get(e) for leaf in parts] for e in range(experts)]
+        experts_parts = [[projections.get(projection, {}).get(e) for projection in parts] for e in range(experts)]
         pair = _stacked(experts_parts, interleaved=module in base.interleaved and len(parts) > 1)
         if stored is not None and _is_reversed(module, parameters, base):
             pair = Pair(pair.B.transpose(1, 2).contiguous(), pair.A.transpose(1, 2).contiguous(), pair.scale, "experts")
@@ -174,8 +176,11 @@ def _split_experts(name: str, pair: Pair, find: Callable[[str], str | None]) -> 
 
     {} if single experts are not stored."""
     module, _, parameter = name.rpartition(".")
-    leaves = {"gate_up_proj": ("gate_proj", "up_proj")}.get(parameter, (parameter,))
-    for names in (leaves, [new for leaf in leaves for new, kind in _MIXTRAL.items() if kind == leaf]):
+    projections = {"gate_up_proj": ("gate_proj", "up_proj")}.get(parameter, (parameter,))
+    for names in (
+        projections,
+        [new for projection in projections for new, kind in _MIXTRAL.items() if kind == projection],
+    ):
         first = find(f"{module}.0.{names[0]}.weight") if names else None
         if first is None or pair.B.shape[1] % len(names):
             continue
@@ -184,9 +189,9 @@ def _split_experts(name: str, pair: Pair, find: Callable[[str], str | None]) -> 
             raise AdapterError(f"{name}: a pair of {len(pair.A)} experts, and the base has more")
         halves = pair.B.chunk(len(names), dim=1)
         return {
-            f"{start}{e}.{leaf}": Pair(pair.A[e], half[e], pair.scale)
+            f"{start}{e}.{projection}": Pair(pair.A[e], half[e], pair.scale)
             for e in range(len(pair.A))
-            for leaf, half in zip(names, halves, strict=True)
+            for projection, half in zip(names, halves, strict=True)
         }
     return {}
 

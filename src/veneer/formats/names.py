@@ -89,13 +89,13 @@ def _cut(text: str) -> str:
 
 def _old(name: str) -> Iterator[str]:
     """Yield the names of an attention projection in diffusers before PEFT."""
-    parent, _, leaf = name.removesuffix(".0").rpartition(".")
-    if re.fullmatch(r"to_[qkv]|to_out|to_add_out|add_[qkv]_proj", leaf):
-        yield f"{parent}.processor.{leaf}_lora"
-        yield f"{parent}.{leaf}_lora"
+    parent, _, projection = name.removesuffix(".0").rpartition(".")
+    if re.fullmatch(r"to_[qkv]|to_out|to_add_out|add_[qkv]_proj", projection):
+        yield f"{parent}.processor.{projection}_lora"
+        yield f"{parent}.{projection}_lora"
         yield f"{parent}.processor.{name[len(parent) + 1 :]}"
     elif parent.endswith(".self_attn"):
-        yield f"{parent}.to_{leaf.removesuffix('_proj')}_lora"
+        yield f"{parent}.to_{projection.removesuffix('_proj')}_lora"
 
 
 def _encoder_prefixes(family: Family, component: str) -> Iterator[str]:

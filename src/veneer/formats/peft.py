@@ -673,13 +673,17 @@ class ExpertReader:
         count: the number of parameters in the file."""
         entries = self.config.target_parameters
         leaves = {t.rpartition(".")[2] for t in entries}
-        adapted = {leaf for leaf in leaves if cfg.names_parameter(self.config, f"{name}.{leaf}")}
+        adapted = {parameter for parameter in leaves if cfg.names_parameter(self.config, f"{name}.{parameter}")}
         if self.base.detailed:
             in_base = [key[len(name) + 1 :] for key in self.base.shapes if key.startswith(f"{name}.")]
             return [p for p in in_base if p in adapted]
         # Without a base, an entry with only a parameter's name fits every module: an entry that names the
         # module counts.
-        named = {leaf for leaf in adapted if cfg.is_or_ends(f"{name}.{leaf}", [t for t in entries if "." in t])}
+        named = {
+            parameter
+            for parameter in adapted
+            if cfg.is_or_ends(f"{name}.{parameter}", [t for t in entries if "." in t])
+        }
         adapted = named if 0 < len(named) == count < len(adapted) else adapted
         ordered = [p for p in _EXPERT_ORDER if p in adapted]
         return ordered + sorted(adapted - set(ordered))

@@ -196,8 +196,8 @@ class Strength:
 
     def idle(self, steps: int) -> list[str]:
         """Return the ranges that contain no step of a run with this many steps."""
-        shares = [i / steps for i in range(steps)]
-        ranges = [(begin, end) for begin, end, _ in self.steps if not any(begin <= share < end for share in shares)]
+        fractions = [i / steps for i in range(steps)]
+        ranges = [(begin, end) for begin, end, _ in self.steps if not any(begin <= share < end for share in fractions)]
         return [f"{_text(begin)}-{_text(end)}" for begin, end in ranges]
 
     @property
@@ -315,8 +315,8 @@ def factors_by_module(strength: Strength, modules: Sequence[str]) -> dict[str, f
     encoders = sorted({m.partition(".")[0] for m in modules if m.startswith("text_encoder")})
     factors = []
     for key, factor in strength.blocks:
-        head, dot, rest = key.partition(".")
-        patterns = encoders if key == "text" else [_SHORT.get(head, head) + dot + rest]
+        head, dot, block = key.partition(".")
+        patterns = encoders if key == "text" else [_SHORT.get(head, head) + dot + block]
         if not any(_fits(p, modules) for p in patterns):
             names = {short for short, long in _SHORT.items() if any(f".{long}." in f".{m}." for m in modules)}
             names |= {"steps", *(["text"] if encoders else []), *(_short(block_of(m)) for m in modules)}

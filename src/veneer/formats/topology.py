@@ -469,7 +469,7 @@ def other_models() -> Mapping[str, Family]:
     return MappingProxyType({family.name: family for family in models})
 
 
-def _family(name: str, label: str, *components: Iterable[ModuleRow], **facts: Any) -> Family:
+def _family(name: str, label: str, *components: Iterable[ModuleRow], **fields: Any) -> Family:
     modules: dict[str, str] = {}
     originals: dict[str, list[ModuleTarget]] = defaultdict(list)
     for row in chain(*components):
@@ -478,4 +478,4 @@ def _family(name: str, label: str, *components: Iterable[ModuleRow], **facts: An
         if component in DENOISERS or row.original:
             originals[row.original or original_name].append(ModuleTarget(row.module, row.part, row.swap))
     originals_by_name = MappingProxyType({key: tuple(targets) for key, targets in originals.items()})
-    return Family(name, label, MappingProxyType(modules), originals_by_name, **facts)
+    return Family(name, label, MappingProxyType(modules), originals_by_name, **fields)

@@ -104,8 +104,8 @@ def _from_mlx(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Trans
 def _mlx_numbers(config: Mapping[str, Any], problems: list[str]) -> tuple[int, float, float]:
     """Return rank, scale and dropout of a configuration."""
     parameters = config.get("lora_parameters")
-    own: Mapping[str, Any] = parameters if isinstance(parameters, dict) else {}
-    rank, scale, dropout = own.get("rank"), own.get("scale"), own.get("dropout", 0.0)
+    numbers: Mapping[str, Any] = parameters if isinstance(parameters, dict) else {}
+    rank, scale, dropout = numbers.get("rank"), numbers.get("scale"), numbers.get("dropout", 0.0)
     if type(rank) is not int or rank < 1:
         problems.append(f"lora_parameters.rank = {str(rank)[:20]}: a whole number of at least 1 is expected")
         rank = 1
@@ -114,9 +114,9 @@ def _mlx_numbers(config: Mapping[str, Any], problems: list[str]) -> tuple[int, f
             problems.append(f"lora_parameters.{name} = {str(value)[:20]}: a number is expected")
     if problems:
         return rank, 1.0, 0.0
-    if "lora_layers" in config and own.get("alpha", rank) != rank:
+    if "lora_layers" in config and numbers.get("alpha", rank) != rank:
         problems.append(
-            f"lora_parameters has scale {scale:g} and alpha {own['alpha']}: mlx-lm of before 2024-09 scaled by "
+            f"lora_parameters has scale {scale:g} and alpha {numbers['alpha']}: mlx-lm of before 2024-09 scaled by "
             f"scale·alpha/rank, later versions by scale only. Remove alpha, with the scale that was used as `scale`"
         )
     return rank, float(scale), float(dropout)  # type: ignore[arg-type]

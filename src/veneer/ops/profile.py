@@ -85,11 +85,11 @@ def profile_for(threads: int, pinned: str) -> Profile:
 
     pinned: the file of VENEER_PROFILE, or ""."""
     if pinned:
-        if (measured := _read(Path(pinned))) is None:
+        if (result := _read(Path(pinned))) is None:
             raise ConfigError(
                 f"VENEER_PROFILE={pinned} is no profile of a machine", where="VENEER_PROFILE", fix="unset it"
             )
-        return measured
+        return result
     from filelock import FileLock
 
     from veneer.ops.cpu.build import processor_features, trusted_folder
@@ -98,14 +98,14 @@ def profile_for(threads: int, pinned: str) -> Profile:
     key = hashlib.sha256("\0".join(machine).encode()).hexdigest()[:16]
     try:
         file = trusted_folder([]) / f"profile-{key}.json"
-        if (measured := _read(file, key)) is not None:
-            return measured
+        if (result := _read(file, key)) is not None:
+            return result
         # otherwise processes disturb each other's timing
         with FileLock(f"{file}.lock", timeout=_LOCK_SECONDS, mode=0o600):
-            if (measured := _read(file, key)) is None:
-                measured = measure(key)
-                replace_file(file, [(json.dumps(asdict(measured), indent=1) + "\n").encode()], mode=0o600)
-            return measured
+            if (result := _read(file, key)) is None:
+                result = measure(key)
+                replace_file(file, [(json.dumps(asdict(result), indent=1) + "\n").encode()], mode=0o600)
+            return result
     except (OSError, NotImplementedError):  # no writable folder; a lock timeout is an OSError
         return measure(key)
 
@@ -113,12 +113,12 @@ def profile_for(threads: int, pinned: str) -> Profile:
 def _read(file: Path, key: str | None = None) -> Profile | None:
     """Read a profile; None if the file is missing, broken or of another machine."""
     try:
-        measured = Profile(**json.loads(file.read_text(encoding="utf-8")))
-        rates = [measured.bandwidth, *(rate for shapes in measured.gflops.values() for rate in shapes.values())]
-        is_valid = all(isinstance(rate, float) and rate > 0 for rate in rates) and isinstance(measured.spread, float)
+        result = Profile(**json.loads(file.read_text(encoding="utf-8")))
+        rates = [result.bandwidth, *(rate for shapes in result.gflops.values() for rate in shapes.values())]
+        is_valid = all(isinstance(rate, float) and rate > 0 for rate in rates) and isinstance(result.spread, float)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
-    return measured if is_valid and (key is None or measured.key == key) else None
+    return result if is_valid and (key is None or result.key == key) else None
 
 
 def measure(key: str) -> Profile:
