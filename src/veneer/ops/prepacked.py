@@ -77,6 +77,6 @@ class PrepackedWeights:
         if run is None or not (transposed in self._copies or self._budget.reserve(self._bytes)):
             return None
         if transposed not in self._copies:
-            self._copies[transposed] = run.of(weight if transposed else weight.t(), _ROWS)
+            self._copies[transposed] = run.from_weight(weight if transposed else weight.t(), _ROWS)
         result: Tensor = self._copies[transposed](x, bias)
         return result
