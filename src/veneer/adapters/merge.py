@@ -54,7 +54,7 @@ class MergeReport:
     changed: share of the weights with a nonzero exact delta that differ from the base after rounding.
     delta_error: ‖(W'−W) − Δ‖/‖Δ‖ over all of them, W' and W rounded to `dtype`: 0 means the delta is
         intact, 1 that it is about as wrong as no delta.
-    delta_kept: ⟨W'−W, Δ⟩/‖Δ‖²; 1 means that all of the delta is there, on average.
+    delta_kept: ⟨W'−W, Δ⟩/‖Δ‖²; 1 means all of the delta, on average.
     untied: the head no longer shares the embedding's weight, because the mix changes only one of them.
     rounding: the rounding method.
     seen: nf4, … if the base's weights are dequantized.

@@ -239,7 +239,7 @@ def _shape_of(delta: Delta) -> tuple[int, ...]:
         shapes = [tuple(m * n for m, n in zip(first, second, strict=True))]
     for shape in shapes:
         if math.prod(shape) != math.prod(full_shape):
-            raise ValueError(f"{shape} is no {full_shape}")
+            raise ValueError(f"{shape} is not {full_shape}")
     return (
         full_shape if delta.rows is None else (len(range(*slice(*delta.rows).indices(full_shape[0]))), *full_shape[1:])
     )

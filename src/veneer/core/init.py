@@ -194,7 +194,7 @@ def _lost(
     """Return W − W̃, the quantization error, as a matrix."""
     if not isinstance(weight, Quantized) or original is None:
         raise ConfigError(
-            f"loftq starts from what quantizing lost, and {target.name} lost nothing that is known",
+            f"loftq starts from the error of quantization, and no error of {target.name} is known",
             where="adapter.init",
             fix="use a base quantized from 16 bits (base.quantize=nf4), quantized targets, or another init",
         )

@@ -319,7 +319,7 @@ class _Lora(Layer):
             return self.under(segments[0].mix, *args, **kwargs)
         x: Tensor = args[0]
         if x.ndim < self.min_dims():
-            raise AdapterError(f"an input {tuple(x.shape)} has no rows to give a mix each", where=self.name)
+            raise AdapterError(f"an input {tuple(x.shape)} has no rows to assign mixes to", where=self.name)
         rows.repeats(len(x), self.name)
         if not torch.is_grad_enabled() and self.owner.cache.all_copied(mix for mix, _ in segments):
             return run_segments(rows, segments, self.under, args, kwargs, self.name)
@@ -473,7 +473,7 @@ class LoraLinear(_Lora):
         if spans is None or not self._products_of(spans):
             return self.base(*args, **kwargs)
         if plain is None or x.dtype != plain.weight.dtype or torch.is_autocast_enabled(x.device.type):
-            raise AdapterError("what this layer computes now cannot be done for a part of the tokens", where=self.name)
+            raise AdapterError("this layer cannot apply its adapters to only a part of the tokens", where=self.name)
         return linear(x, plain)
 
     def adapted(self, mix: Sequence[tuple[Adapter, float]], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -146,7 +146,7 @@ def mix_pairs(
 def _needed(bound: Bound | None, name: str) -> Bound:
     if bound is None:
         raise AdapterError(
-            "the answer has full rank", where=name or None, fix="give a rank, an energy or an error to keep"
+            "the result has full rank", where=name or None, fix="give a rank, an energy or an error to keep"
         )
     return bound
 

@@ -97,7 +97,7 @@ class MixBatch:
         rows = n if self.batch is None else self.batch
         if rows % n or not 1 <= rows // n <= MAX_REPEATS:
             raise AdapterError(
-                f"{n} mixes, one a row, and a batch of {rows}",
+                f"{n} mixes for a batch of {rows} rows",
                 where=where,
                 fix=f"a mix for each row: {n} rows, or that list 2 to {MAX_REPEATS} times over as guidance has it",
             )

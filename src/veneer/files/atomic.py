@@ -35,7 +35,7 @@ class Staged:
         Raises OSError if `path` is a device or a pipe: a file would replace it, which nobody intends for
         /dev/null."""
         if path.exists() and not (path.is_file() or path.is_dir()):
-            raise OSError(errno.EINVAL, "a device or a pipe is there, not a file", str(path))
+            raise OSError(errno.EINVAL, "the path is a device or a pipe, not a file", str(path))
         return cls(path.with_name(f".{path.name}.{secrets.token_hex(6)}{ending}"), path)
 
     def commit(self) -> None:

@@ -66,7 +66,7 @@ def read_pickle(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         else:
             problems.append(f"{name[:80]!r}: {type(value).__name__} is neither a tensor, a text nor a number")
     if problems:
-        raise AdapterError(f"the pickle holds what no adapter does:\n{bullets(problems)}", where=where)
+        raise AdapterError(f"the pickle holds objects that adapters do not have:\n{bullets(problems)}", where=where)
     if not tensors:
         raise AdapterError("the pickle holds no tensors", where=where)
     return {name: t.contiguous() for name, t in sorted(tensors.items())}, metadata
@@ -100,7 +100,7 @@ def _load(path: Path) -> Any:
             f"it names {named[1]}, which is not a tensor" if named else "it is not what torch.save writes for tensors"
         )
         raise UnsafeFileError(
-            f"the pickle is refused: {problem}. Nothing of it was run",
+            f"the pickle is refused: {problem}. No code of the file was run",
             where=str(path),
             fix="ask for the safetensors file",
         ) from None

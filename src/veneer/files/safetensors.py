@@ -57,7 +57,7 @@ _OTHER_MAGIC = {
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 PICKLE_FIX = (
     "ask for the safetensors file; or, for an adapter file by itself, ask for `--from-pickle` (in Python "
-    "`from_pickle=True`): torch's weights-only loader builds its tensors and runs nothing of it"
+    "`from_pickle=True`): torch's weights-only loader builds its tensors and runs none of its code"
 )
 
 
@@ -252,7 +252,7 @@ def _check_table(table: Any, bits: Mapping[str, int], *, data_start: int, size: 
     problems += _coverage_problems(entries, size - data_start) if not problems else []
     if problems:
         raise UnsafeFileError(
-            f"the header does not add up, so nothing of it is trusted:\n{bullets(problems)}",
+            f"the header does not add up, so the file is not read:\n{bullets(problems)}",
             where=where,
             fix="download or copy the file again; if that does not help, it was written wrongly",
         )

@@ -190,7 +190,7 @@ def _diffusers(file: _File) -> _Found:
         )
         return
     if any(key.startswith("diffusion_model.") for key in file.keys) and family in ("sd15", "sd2", "sdxl", "flux1"):
-        yield "wrong", "it asks for names that begin with unet. or transformer., and finds none: nothing acts"
+        yield "wrong", "it reads only names that begin with unet. or transformer., and the file has none: nothing acts"
         return
     if forms := file.forms_text(*(("kronecker",) if family in ("flux2", "z-image") else ())):
         yield "wrong", f"it does not load what is no pair: {forms}"
@@ -237,19 +237,19 @@ def _comfyui(file: _File) -> _Found:
     stated = {key.removesuffix(".alpha") for key in file.keys if key.endswith(".alpha")}
     scaled = [name for name, pair in file.adapter.pairs.items() if pair.scale != 1]
     if scaled and not stated and json_value(file.reading.metadata, "lora_adapter_metadata"):
-        where = f"{counted(len(scaled), 'module')}, whose scales stand in lora_adapter_metadata"
-        yield "wrong", f"it takes 1 for every scale that no alpha says: wrong in {where}"
+        where = f"{counted(len(scaled), 'module')}, whose scales are only in lora_adapter_metadata"
+        yield "wrong", f"it takes a scale without an alpha for 1: wrong in {where}"
 
 
 def _kohya(file: _File) -> _Found:
     if file.is_gguf or file.is_folder or not file.is_flat:
-        yield "refused", "it asks for names that begin with lora_unet_ and lora_te, and finds none of its own here"
+        yield "refused", "it reads only names that begin with lora_unet_ or lora_te, and the file has none"
         return
     if (name := file.reading.family) and (family := families().get(name)) is not None:
         modules = set(changes_by_module(file.adapter))
         lost = [line for line in unreachable(modules, file.keys, "kohya", family) if line.endswith("nothing for it")]
         if len(lost) >= len(modules):
-            yield "refused", "none of its modules is under a name that sd-scripts asks for"
+            yield "refused", "no module has a name that sd-scripts reads"
             return
         if lost:
             yield "wrong", f"sd-scripts finds nothing for {len(lost)} of {counted(len(modules), 'module')}"

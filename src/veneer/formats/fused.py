@@ -67,8 +67,8 @@ def _swap_kronecker(delta: Delta) -> Delta:
     first = "w1" if "w1" in delta.parts else "a1"
     if delta.rows is not None or delta.parts[first].shape[0] % 2:
         raise AdapterError(
-            "the halves of a LoKr change places with those of its first factor, whose rows are odd here, or "
-            "it is a part already",
+            "the halves of a LoKr cannot be swapped: its first factor has an odd number of rows, or it is "
+            "already a part",
             where=_describe(delta),
         )
     m = delta.magnitude

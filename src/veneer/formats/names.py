@@ -240,7 +240,7 @@ def choose_family(
 
     A family is chosen only if it has at least half of the names and no known width or depth contradicts it.
     If several families have the names, the one whose shapes and depth uniquely fit is chosen; else the one in
-    the metadata, or the base's; else none, and the result lists the near ones. A toy model, whose widths are
+    the metadata, or the base's; else none, and the result lists the nearest families. A toy model, whose widths are
     no real model's, gets the family of which it has the largest share, or the more common one."""
     matches = {
         name: {text: targets for text in shapes if (targets := lookup(family, text)) is not None}

@@ -52,11 +52,11 @@ REFUSED: dict[str, str] = {  # a value other than null or false changes what the
     "save the adapter without layer_replication",
     "megatron_config": "Megatron's parallel layers are not supported. Save the adapter from the unsharded model",
     "monteclora_config": "MonteCLoRA samples the weights at random. Save its mean as plain LoRA",
-    "nvfp4_merge_aware": "it was trained on the base rounded to NVFP4 after every merge, Q(W + s·B·A), so beside an "
-    "unrounded base it is another model. Merge it with Axolotl (`axolotl merge-lora`) and use the result as a base",
+    "nvfp4_merge_aware": "it was trained on the base rounded to NVFP4 after every merge, Q(W + s·B·A), so on an "
+    "unrounded base the model differs. Merge it with Axolotl (`axolotl merge-lora`) and use the result as a base",
     "nvfp4_merge_aware_latent_mix": "see nvfp4_merge_aware",
-    "paca_config": "PaCA trains columns of the base's own weights, and which is not in the pairs. Merge it with PEFT",
-    "use_paca": "PaCA trains columns of the base's own weights, and which is not in the pairs. Merge it with PEFT",
+    "paca_config": "PaCA trains columns of the base's own weights, and the pairs do not say which. Merge it with PEFT",
+    "use_paca": "PaCA trains columns of the base's own weights, and the pairs do not say which. Merge it with PEFT",
     "nora_config": "NoRA normalises A anew in every forward, so the pairs are not B·A. Merge it with PEFT",
     "use_nora": "NoRA normalises A anew in every forward, so the pairs are not B·A. Merge it with PEFT",
     "use_bdlora": "BD-LoRA stores blocks of A and B. Convert it to plain LoRA with PEFT (`convert_to_lora`)",

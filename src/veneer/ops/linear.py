@@ -85,7 +85,7 @@ def split_map(linear_map: LinearMap, at: int) -> tuple[LinearMap, LinearMap]:
 
     Raises ValueError with dropout: each part would sample its own mask."""
     if any(p.dropout for p in linear_map.products):
-        raise ValueError("low-rank products with dropout cannot be parted: they see one and the same of x")
+        raise ValueError("low-rank products with dropout cannot be split: their parts share one dropped x")
 
     def rows(first: int, last: int) -> LinearMap:
         selected = slice(first, last)

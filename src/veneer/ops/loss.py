@@ -86,7 +86,7 @@ def _row_nll_(logits: Tensor, targets: Tensor, gradient: bool, correct: Tensor |
     y = targets.masked_fill(ignored, 0)[:, None]
     # a GPU reports this itself, later
     if y.device.type == "cpu" and bool(((y < 0) | (y >= logits.shape[1])).any()):
-        raise IndexError("token_nll: a target is no token of the vocabulary")
+        raise IndexError("token_nll: a target is not a token of the vocabulary")
     nll = torch.logsumexp(wide, 1, keepdim=True) - wide.gather(1, y)
     if correct is not None:
         correct.copy_(likeliest(wide, y[:, 0]) & ~ignored)

@@ -1,6 +1,6 @@
 """The profile of this machine: rates of products and memory.
 
-    found = profile()                   measured once, in about two seconds, and stored beside the compiled kernels
+    found = profile()                   measured once, in about two seconds, and stored next to the compiled kernels
     found.rate("bfloat16")              GFLOP/s of the fastest of the measured shapes
     found.bandwidth                     GB/s read from memory
 
@@ -87,7 +87,7 @@ def profile_for(threads: int, pinned: str) -> Profile:
     if pinned:
         if (result := _read(Path(pinned))) is None:
             raise ConfigError(
-                f"VENEER_PROFILE={pinned} is no profile of a machine", where="VENEER_PROFILE", fix="unset it"
+                f"VENEER_PROFILE={pinned} is not a profile of a machine", where="VENEER_PROFILE", fix="unset it"
             )
         return result
     from filelock import FileLock

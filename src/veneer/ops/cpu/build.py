@@ -87,7 +87,7 @@ def trusted_folder(notes: list[str]) -> Path:
         if not (why := distrusted(folder)):
             return folder
         notes.append(f"{folder} is not used: {why}")
-    raise OSError("; ".join(["there is no folder to keep them in that only you can write to", *notes]))
+    raise OSError("; ".join(["there is no folder for the kernels that only you can write to", *notes]))
 
 
 def distrusted(path: Path) -> str:

@@ -164,9 +164,9 @@ def _small_products() -> tuple[int | None, int | None, int | None]:
 
 def _checked(result: int, function: Any, arguments: Any) -> int:
     if result == 1:
-        raise MemoryError(f"{function.__name__}: no memory for what it works with")
+        raise MemoryError(f"{function.__name__}: out of memory for its temporary buffers")
     if result == 2:
-        raise IndexError(f"{function.__name__}: a target is no token of the vocabulary")
+        raise IndexError(f"{function.__name__}: a target is not a token of the vocabulary")
     return result
 
 

@@ -1,6 +1,6 @@
 """How threads wait for each other on processors that other processes also use.
 
-    with shared(): …        a piece of work (a micro-batch, a step of decoding) that stays fast beside busy processes
+    with shared(): …        a piece of work (a micro-batch, a step of decoding) that stays fast next to busy processes
     with forwards(model):   each forward of the model is such a piece
 
 OpenMP's threads synchronize some thousand times per training step. On an idle machine, spinning is the
@@ -15,7 +15,7 @@ busy:
     on two processors, both threads stay on one and take turns, and the other process has the other.
 
 The number of threads is constant, and with it the division of work and every bit of the result: other
-processes cannot change an adapter. (One thread instead would be a tenth faster beside a busy process, but
+processes cannot change an adapter. (One thread instead would be a tenth faster next to a busy process, but
 matrix products of one thread and of two differ in their last bits.)
 
 The user's OMP_WAIT_POLICY, GOMP_SPINCOUNT, OMP_PROC_BIND, OMP_PLACES or GOMP_CPU_AFFINITY takes
