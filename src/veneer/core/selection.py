@@ -103,7 +103,7 @@ class MixBatch:
             )
         if batch != rows:
             raise AdapterError(
-                f"{n} mixes, one a row, and a batch of {batch} in this module, where the model has {rows} rows",
+                f"{n} mixes for a batch of {batch} in this module, where the model has {rows} rows",
                 where=where,
                 fix="a module whose first dimension is not the batch cannot have a mix for each row: run each mix by "
                 "itself, or use adapters that do not change this module",
