@@ -71,7 +71,7 @@ def but(**changes) -> Adapter:
     ("got", "line"),
     [
         (but(pairs={}), "m: lost"),
-        (but(pairs={"m": pair(), "x": pair()}), "x: a pair that nobody wrote"),
+        (but(pairs={"m": pair(), "x": pair()}), "x: an unexpected pair"),
         (but(pairs={"m": pair(scale=0.6)}), "m: ΔW would come back 0.2 off"),
         (but(pairs={"m": Pair(pair().A, pair().B, 0.5, magnitude=ONES)}), "m: the magnitude is not the same"),
         (
@@ -79,16 +79,16 @@ def but(**changes) -> Adapter:
             "m: a delta of (8, 6) would come back as one of (8, 3)",
         ),
         (but(deltas={"g.weight": MEANT.deltas["g.weight"]}), "m.bias: lost"),
-        (but(deltas=MEANT.deltas | {"x.bias": dense(ONES)}), "x.bias: a change that nobody wrote"),
+        (but(deltas=MEANT.deltas | {"x.bias": dense(ONES)}), "x.bias: an unexpected change"),
         (but(deltas=MEANT.deltas | {"m.bias": dense(ONES, 2.0)}), "m.bias: the scale is not the same"),
         (but(deltas=MEANT.deltas | {"m.bias": dense(ONES * 2)}), "m.bias: the change would come back 1 off"),
         (
             but(deltas=MEANT.deltas | {"g.weight": dense(ONES)}),
             "g.weight: a gain change would come back as a dense one",
         ),
-        (but(modules={"n": {"weight": ONES * 2}}), "n.weight: what replaces the base's is not the same"),
-        (but(modules={}), "n.weight: what replaces the base's is not the same"),
-        (but(token_rows={}), "e, rows (1,): what replaces the base's is not the same"),
+        (but(modules={"n": {"weight": ONES * 2}}), "n.weight: the replacement is not the same"),
+        (but(modules={}), "n.weight: the replacement is not the same"),
+        (but(token_rows={}), "e, rows (1,): the replacement is not the same"),
     ],
 )
 def test_every_difference_has_a_line(got, line):

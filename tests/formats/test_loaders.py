@@ -89,4 +89,4 @@ def test_image_names_are_checked_against_loaders(family, to):
     keys = list(convert.encode(Adapter(pairs), to, family=family).tensors)
     assert unreachable(modules, keys, to, known) == []
     assert any("would find nothing" in p for p in unreachable(modules, map(LEVELS[to], keys), to, known))
-    assert any("asks for no such module" in p for p in unreachable(modules, map(LEVELS[to], keys), to, known))
+    assert any("reads no such module" in p for p in unreachable(modules, map(LEVELS[to], keys), to, known))

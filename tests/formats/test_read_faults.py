@@ -84,7 +84,7 @@ def test_a_fused_projection_beside_one_of_its_parts() -> None:
     layout = small()
     other = Layout(seed=1000)
     other.lora("transformer.transformer_blocks.3.attn.to_k", (ModuleTarget("x"),), (UNIT, INTO), naming="peft")
-    with pytest.raises(AdapterError, match=r"lands on transformer\.transformer_blocks\.3\.attn\.to_k, where"):
+    with pytest.raises(AdapterError, match=r"lands on transformer\.transformer_blocks\.3\.attn\.to_k, like"):
         read_state_dict(layout.tensors | other.tensors, {})
 
 

@@ -75,5 +75,5 @@ def test_veneer_profile_names_the_file_to_use(kernels: Path, monkeypatch: pytest
     assert profile().rate("bfloat16") == 400
     assert not kernels.exists()
     monkeypatch.setenv("VENEER_PROFILE", str(kernels / "none"))
-    with pytest.raises(ConfigError, match="no profile of a machine"):
+    with pytest.raises(ConfigError, match="not a profile of a machine"):
         profile()

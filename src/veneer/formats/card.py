@@ -63,7 +63,7 @@ def card_bytes(card: Card, *, digest: str = "", files: Mapping[str, str] | None 
     try:
         text = json.dumps(body, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise AdapterError(f"the card holds something that JSON cannot: {error}", where=CARD_FILE) from None
+        raise AdapterError(f"the card holds a value that JSON cannot represent: {error}", where=CARD_FILE) from None
     return text.encode() + b"\n"
 
 

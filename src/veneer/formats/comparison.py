@@ -34,21 +34,21 @@ def differences(source: Adapter, read_back: Adapter) -> list[str]:
             assert only is not None
             if b is not None and distance(factors(only)) == 0:
                 continue
-            out.append(f"{name}: {'lost' if b is None else 'a pair that nobody wrote'}")
+            out.append(f"{name}: {'lost' if b is None else 'an unexpected pair'}")
         elif (problem := _pair_problem(a.collapsed(), b)) is not None:
             out.append(f"{name}: {problem}")
     for name in sorted({*source.deltas, *read_back.deltas}):
         c, d = source.deltas.get(name), read_back.deltas.get(name)
         if c is None or d is None:
             if d is None or d.form in BASED or bool(product_of(d).any()):
-                out.append(f"{name}: {'lost' if d is None else 'a change that nobody wrote'}")
+                out.append(f"{name}: {'lost' if d is None else 'an unexpected change'}")
         elif (problem := _delta_problem(c, d)) is not None:
             out.append(f"{name}: {problem}")
     replaced, replaced_back = _replaced(source), _replaced(read_back)
     for name in sorted({*replaced, *replaced_back}):
         mine, theirs = replaced.get(name), replaced_back.get(name)
         if mine is None or theirs is None or not torch.equal(mine.double(), theirs.double()):
-            out.append(f"{name}: what replaces the base's is not the same")
+            out.append(f"{name}: the replacement is not the same")
     return out
 
 

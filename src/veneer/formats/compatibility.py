@@ -172,7 +172,7 @@ def check_tools(path: Path, reading: Reading) -> list[ToolVerdict]:
 
 def _peft(file: _File) -> _Found:
     if not file.is_folder:
-        yield "refused", f"it loads a folder with {CONFIG_FILE}, where ranks and scales stand; {file.folder_problem}"
+        yield "refused", f"it loads a folder with {CONFIG_FILE}, which has the ranks and scales; {file.folder_problem}"
     elif file.is_image:
         yield "fine", "of an image model's denoiser: PeftModel.from_pretrained(pipe.unet or pipe.transformer, FOLDER)"
 
@@ -193,7 +193,7 @@ def _diffusers(file: _File) -> _Found:
         yield "wrong", "it reads only names that begin with unet. or transformer., and the file has none: nothing acts"
         return
     if forms := file.forms_text(*(("kronecker",) if family in ("flux2", "z-image") else ())):
-        yield "wrong", f"it does not load what is no pair: {forms}"
+        yield "wrong", f"it loads only pairs, and not: {forms}"
     if n := file.has("dora_scale"):
         yield "wrong", f"it leaves dora_scale out, with a warning: DoRA is lost in {counted(n, 'module')}"
     if not file.is_flat:
@@ -221,7 +221,7 @@ def _comfyui(file: _File) -> _Found:
         yield "refused", "it reads no GGUF adapters"
         return
     if file.is_folder:
-        yield "refused", f"it loads single files, and nothing of {CONFIG_FILE}, where the scales stand"
+        yield "refused", f"it loads single files, and ignores {CONFIG_FILE}, which has the scales"
         return
     outputs, _ = file.dora
     if n := file.has("lora_magnitude_vector", "lora_magnitude_vector.weight"):
@@ -305,7 +305,10 @@ def _tgi(file: _File) -> _Found:
     rank = int(file.config.get("r") or 1)
     padded = max(8, rank) if rank <= 8 else rank + -rank % TGI_RANK
     if padded != rank:
-        yield "wrong", f"after the first kind of module the scale is {rank}/{padded} of what is meant: ranks are padded"
+        yield (
+            "wrong",
+            f"after the first kind of module the scale is {rank}/{padded} of the intended one: ranks are padded",
+        )
     layers: dict[str, set[str]] = defaultdict(set)
     for name in file.adapter.pairs:
         if (match := _LAYER.fullmatch(name)) is not None:

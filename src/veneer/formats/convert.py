@@ -368,7 +368,7 @@ def _check_reachable(source: Adapter, tensors: Mapping[str, Tensor], to: str, fa
     owners = {n.rpartition(".")[0] if n in source.pairs and source.pairs[n].kind == "experts" else n for n in modules}
     if problems := unreachable(owners, tensors, to, family):
         raise AdapterError(
-            f"written as {to}, it would not be loaded whole; nothing was written:\n{bullets(problems, None)}"
+            f"written as {to}, it would not be loaded completely; nothing was written:\n{bullets(problems, None)}"
         )
 
 

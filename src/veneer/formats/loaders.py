@@ -62,7 +62,7 @@ def unreachable(modules: Collection[str], keys: Iterable[str], to: str, family: 
         expected = _expected_keys(family, to)
         texts = {parts[0] if (parts := split_key(key)) else key for key in keys}
     reached = {module for text in texts for module in expected.get(text, ())}
-    out = [f"{text}: {loader} asks for no such module" for text in sorted(texts - set(expected))]
+    out = [f"{text}: {loader} reads no such module" for text in sorted(texts - set(expected))]
     return out + [f"{module}: {loader} would find nothing for it" for module in sorted(set(modules) - reached)]
 
 

@@ -239,7 +239,7 @@ def metadata_of(card: Card, *, family: str | None = None, name: str = "adapter")
         body = {k: v for k, v in body.items() if v}
         out["veneer.card"] = json.dumps(body, sort_keys=True, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise AdapterError(f"the card holds something that JSON cannot: {error}", where=name) from None
+        raise AdapterError(f"the card holds a value that JSON cannot represent: {error}", where=name) from None
     return dict(sorted(out.items()))
 
 

@@ -132,7 +132,9 @@ class _Reader:
         if magnitude is not None:
             self._decompose(changes, magnitude)
         if not (changes.pair or changes.deltas or changes.full or self.have or self.problems):
-            self.problems.append(f"{', '.join(sorted(self.suffix)) or 'nothing'}: alone, without what it belongs to")
+            self.problems.append(
+                f"{', '.join(sorted(self.suffix)) or 'nothing'}: without the tensors that belong to it"
+            )
         suffixes = ", ".join(sorted(self.suffix.values()))
         for role, tensor in self.have.items():
             self.problems.append(f"{self.suffix[role]} {tuple(tensor.shape)}: without its partner among {suffixes}")
@@ -341,7 +343,7 @@ class _Reader:
                 delta.shape = _unflattened(delta.shape, stored.shape[1])
             delta.magnitude = self._along(stored, delta.shape)
         else:
-            self.problems.append(f"dora_scale {tuple(stored.shape)}: without a change it belongs to")
+            self.problems.append(f"dora_scale {tuple(stored.shape)}: without a change to scale")
 
     def _along(self, stored: Tensor, shape: tuple[int, ...]) -> Tensor | None:
         if stored.ndim and stored.numel() == stored.shape[0] == shape[0]:

@@ -486,7 +486,7 @@ class _Reader:
             pair = plain[name]
             self.problems.append(
                 f"{name}: A {tuple(pair.A.shape)}, B {tuple(pair.B.shape)} are in the file, but target_modules "
-                "omits this module, so PEFT would leave them out without a word"
+                "omits this module, so PEFT would leave them out silently"
             )
         idle, all_of_them = cfg.idle_targets(config, plain)
         all_of_them = all_of_them and not parameters  # PEFT requires only one match of target_parameters
@@ -766,7 +766,7 @@ class ExpertReader:
         transposed = name in self.base.transposed
         want = stored[1:] if transposed else stored[:0:-1]
         if got not in (want, want[::-1]):
-            self.problems.append(f"{full}: {shapes} fit neither way round on the base's {stored}")
+            self.problems.append(f"{full}: {shapes} fit the base's {stored} in neither layout")
         if want[0] != want[1]:
             return got != want
         if version is None:

@@ -80,9 +80,7 @@ class _ChangeCollector:
     ) -> list[str]:
         """Add a module's changes at their targets, or return all problems and add nothing."""
         problems = [
-            f"{text}: lands on {p.module}, where {self.owner[p.module]} has landed"
-            for p in targets
-            if p.module in self.owner
+            f"{text}: lands on {p.module}, like {self.owner[p.module]}" for p in targets if p.module in self.owner
         ]
         try:
             parts = _parts(changes, targets, blocks)

@@ -137,7 +137,7 @@ def _pattern(text: str) -> re.Pattern[str]:
     if span:
         first, last = int(span[2]), int(span[3])
         if not 0 <= last - first < _LONGEST_RUN:
-            raise ConfigError(f"{text!r} is no run of blocks", fix=f"FROM-TO, at most {_LONGEST_RUN} of them")
+            raise ConfigError(f"{text!r} is not a range of blocks", fix=f"FROM-TO, at most {_LONGEST_RUN} of them")
         body = f"{re.escape(span[1])}(?:{'|'.join(map(str, range(first, last + 1)))})"
     return re.compile(rf"(?:^|\.){body}(?:\.|$)")
 
@@ -258,7 +258,7 @@ def _role(text: str) -> str:
         return text
     similar = nearest(text.lower(), CAMPAIGN_ROLES, 1)
     hint = f"did you mean {similar[0]}? " if similar else ""
-    raise ConfigError(f"{text!r} is no role of a campaign", fix=f"{hint}roles: {', '.join(CAMPAIGN_ROLES)}")
+    raise ConfigError(f"{text!r} is not a role of a campaign", fix=f"{hint}roles: {', '.join(CAMPAIGN_ROLES)}")
 
 
 def check_roles(uses: Iterable[tuple[str, Strength]]) -> None:

@@ -79,7 +79,7 @@ def test_unused_kernel_folder_is_reported(tmp_path: Path, said: Callable[[], str
     (tmp_path / "cache" / "veneer" / "kernels").chmod(0o777)
     status = said()
     assert status.startswith("torch's own operations")
-    assert "no folder to keep them in that only you can write to" in status
+    assert "no folder for the kernels that only you can write to" in status
 
 
 def test_a_library_that_is_not_ours_is_not_loaded(
