@@ -84,7 +84,7 @@ torch.set_num_threads(2)
 x = torch.ones(1 << 18)
 def act(present):
     there = sharing.thread_sharing()
-    there.neighbours.look = lambda threads: present
+    there.neighbours.refresh = lambda threads: present
     return sharing.shared()
 """
 
