@@ -68,9 +68,9 @@ def test_example_of_the_page_reaches_a_canary(
         assert ran.code == 0, f"{line}\n{ran.out}{ran.err}"
         job = ran.out.split()[0] if words[2] == "submit" else job
         told.append(ran.out.strip())
-    canary = "support of acme -> acme/support@1 90 %, acme/support@2 10 %; shadow acme/support@2 for 100 %"
+    canary = "support of acme -> acme/support@1 90%, acme/support@2 10%; shadow acme/support@2 for 100%"
     first, later, shown = told[2], told[4], told[5]
-    assert (first, later) == ("support of acme -> acme/support@1 100 %", canary)
+    assert (first, later) == ("support of acme -> acme/support@1 100%", canary)
     assert "evaluation   on 12 held-out rows: exact_match: base 0, acme/support@1 " in shown
     assert "route        acme/support@2 gets 0.1 of the users of support, acme/support@1 the others" in shown
     assert told[-2:] == ["support points to acme/support@2", "support points to acme/support@1"]

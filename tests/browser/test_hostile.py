@@ -42,7 +42,7 @@ def test_hostile_links_are_harmless(window: Window, job: str) -> None:
 
 def test_hostile_rows_prompts_and_file_names_are_harmless(window: Window, tmp_path: Path) -> None:
     page = window.open("train").page
-    page.get_by_label("File of rows").fill(str(parcel_rows(tmp_path)))
+    page.get_by_label("Data file").fill(str(parcel_rows(tmp_path)))
     page.get_by_label("Steps", exact=True).fill("4")
     page.locator(".rows", has_text="onerror=alert(1)").first.wait_for()
     assert_harmless(window)

@@ -116,7 +116,7 @@ def test_run_shows_samples_and_its_adapter_an_image(chromium: Any, drawing: Stud
     settings = ["adapter.rank=2", "schedule.steps=4", "samples.every=2", "samples.prompts=[a red cat]"]
     with new_window(chromium, drawing.address) as window:
         page = window.open("train").page
-        page.get_by_label("Folder of images").fill(str(tmp_path))
+        page.get_by_label("Image folder").fill(str(tmp_path))
         page.get_by_label("Name", exact=True).fill("cats")
         page.get_by_label("Other settings").fill("\n".join([*settings, "checkpoint.every=2"]))
         page.locator(".sheet li").nth(3).wait_for()

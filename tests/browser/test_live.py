@@ -71,13 +71,13 @@ def test_route_is_changed_promoted_and_rolled_back_in_two_browsers(
 
     form = route(one, "parcels")
     form.get_by_label("Add a target").select_option(OTHER)
-    one.until(f"Of the users of parcels, 10 % move from {FIRST} to {OTHER}; nobody else changes.")
+    one.until(f"Of the users of parcels, 10% move from {FIRST} to {OTHER}; nobody else changes.")
     one.press("Apply")
     weights(other, **{FIRST: "90", OTHER: "10"})
 
     for name, weight in ((FIRST, "60"), (OTHER, "40")):
         form.get_by_label(f"Weight of {name}").fill(weight)
-    one.until(f"Of the users of parcels, 30 % move from {FIRST} to {OTHER}; nobody else changes.")
+    one.until(f"Of the users of parcels, 30% move from {FIRST} to {OTHER}; nobody else changes.")
     one.until(f"veneer tenant route set parcels {FIRST}=60 {OTHER}=40")
     assert targets(store) == {FIRST: 90, OTHER: 10}, "the change is not applied yet"
     one.press("Cancel")
@@ -89,12 +89,12 @@ def test_route_is_changed_promoted_and_rolled_back_in_two_browsers(
     assert targets(store) == {FIRST: 60, OTHER: 40}
 
     other.press(f"Promote {OTHER}")
-    other.until(f"60 % move from {FIRST} to {OTHER}")
+    other.until(f"60% move from {FIRST} to {OTHER}")
     other.press("Apply")
     weights(one, **{OTHER: "100"})
     assert targets(store).keys() == {OTHER}
     one.press("Roll back")
-    one.until(f"60 % move from {OTHER} to {FIRST}")
+    one.until(f"60% move from {OTHER} to {FIRST}")
     one.confirm("Roll back")
     weights(other, **{FIRST: "60", OTHER: "40"})
     assert targets(store) == {FIRST: 60, OTHER: 40}
@@ -107,7 +107,7 @@ def test_shadow_answers_are_compared(windows: tuple[Window, Window], trainer: St
     page = window.page
     create(window, "quiet")
     route(window, "quiet").get_by_label("Shadow").select_option(OTHER)
-    window.until(f"{OTHER} answers 100 % of requests too")
+    window.until(f"{OTHER} also answers 100% of requests")
     window.press("Apply")
     window.until("quiet changed")
     messages = [{"role": "user", "content": f"Where is my parcel? {HOSTILE}"}]

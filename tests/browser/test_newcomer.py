@@ -33,7 +33,7 @@ def test_empty_library_to_a_canary(chromium: Any, tiny_library: tuple[Path, Path
         window.confirm("Use this step")
         window.until("is step")
         page.get_by_role("link", name="Go live").click()
-        page.get_by_text("parcels begins: 90 % of users get tiny-base and 10 % of users get parcels@").wait_for()
+        page.get_by_text("parcels begins: 90% of users get tiny-base and 10% of users get parcels@").wait_for()
         window.press("Create route")
         page.get_by_role("region", name="Route parcels").wait_for()
         ((_, route),) = Store(str(database)).refresh().routes.items()

@@ -38,10 +38,10 @@ def mouse_down(page: Any, button: Any) -> Iterator[None]:
 def test_library_keeps_a_click(window: Window, server: StudioServer) -> None:
     page = window.open().page
     with open_library(server.library) as library:
-        with mouse_down(page, page.get_by_role("button", name="Mark support@2")):
+        with mouse_down(page, page.get_by_role("button", name="Select support@2")):
             library.alias("support@2", "meanwhile")
             page.locator(".chip", has_text="meanwhile").wait_for()
-        window.until("1 marked")
+        window.until("1 selected")
         library.remove("support@meanwhile")
     page.locator(".chip", has_text="meanwhile").wait_for(state="detached")
 

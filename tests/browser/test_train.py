@@ -43,7 +43,7 @@ def newest(jobs: JobStore) -> Job:
 def test_settings_to_a_kept_step(window: Window, trainer: StudioServer, tmp_path: Path, jobs: JobStore) -> None:
     page = window.open("train").page
     other = page.get_by_label("Other settings")
-    page.get_by_label("File of rows").fill(str(parcel_rows(tmp_path)))
+    page.get_by_label("Data file").fill(str(parcel_rows(tmp_path)))
     page.get_by_label("Steps", exact=True).fill("50000")
     page.get_by_label("Name", exact=True).fill("parcels")
     other.fill("adapter.rank=2\ndata.split=4\nadapter.rnak=3")

@@ -76,7 +76,7 @@ def test_text_output_and_error_messages_are_helpful(capsys: Any, tmp_path: Path)
     assert key[4:14] in listed
     assert key not in listed
     run(capsys, "tenant", "route", "set", "support", "a=3", "b=1", "--shadow", "c", "--fraction", "0.1", "--force")
-    assert run(capsys, "tenant", "route", "list").out.strip() == "support -> a 75 %, b 25 %; shadow c for 10 %"
+    assert run(capsys, "tenant", "route", "list").out.strip() == "support -> a 75%, b 25%; shadow c for 10%"
     lost = run(capsys, "tenant", "set", "acne", "weight=2")
     assert (lost.code, "did you mean acme?" in lost.err) == (2, True)
     assert run(capsys, "tenant", "add", "../acme").code == 2
@@ -106,7 +106,7 @@ def test_route_targets_must_be_in_the_library(capsys: Any, tmp_path: Path) -> No
         refused = run(capsys, "tenant", "route", "set", "support", *wrong)
         assert refused.code == 2
         assert "cannot be served" in refused.err
-        assert run(capsys, "tenant", "route", "list").out.strip() == "support -> support@1 100 %"
+        assert run(capsys, "tenant", "route", "list").out.strip() == "support -> support@1 100%"
     assert "support@2" in run(capsys, "tenant", "route", "set", "support", "support@3").err, "it says what there is"
     assert run(capsys, "tenant", "route", "set", "support", "support@2").code == 0
     with open_library() as library:

@@ -39,5 +39,5 @@ def test_parents_and_children_link_to_each_other(studio: StudioServer) -> None:
         keep_mix(library, ["support@1", "acme/tone:0.5"], "mixed")
         child, parent = page_of(studio, "adapter?ref=mixed"), page_of(studio, "adapter?ref=support@1")
         library.remove("mixed")
-    assert re.search(r"Made from</dt><dd>.*ref=support%401", child)
+    assert re.search(r"Derived from</dt><dd>.*ref=support%401", child)
     assert re.search(r"Derived adapters</dt><dd>.*ref=mixed%401", parent)

@@ -77,10 +77,10 @@ def test_linked_version_is_proposed_as_a_canary(studio: StudioServer, store: Sto
     routes.set_route(store, "parcels", [("support@2", 100)], actor="test")
     for name in ("support@1", "acme/tone@1"):
         route = name.partition("@")[0]
-        canary = f"{route} begins: 90 % of users get {studio.base.name} and 10 % of users get {name}"
+        canary = f"{route} begins: 90% of users get {studio.base.name} and 10% of users get {name}"
         wait_for(lambda name=name, canary=canary: canary in live(studio, f"?ref={name}"))
     for name in ("support@3", "nothing@1", "parcels", "support@prod"):
-        assert "begins: 90 %" not in live(studio, f"?ref={name}"), name
+        assert "begins: 90%" not in live(studio, f"?ref={name}"), name
 
 
 def test_usage_costs_limits_and_memory_are_shown(studio: StudioServer, store: Store) -> None:
@@ -101,7 +101,7 @@ def test_usage_costs_limits_and_memory_are_shown(studio: StudioServer, store: St
     assert re.search("".join(f'<td class="n"[^>]*>{re.escape(figure)}</td>' for figure in row), page)
     assert re.search(r"Adapters in memory.*<td>support@2</td>", page, re.DOTALL)
     assert "veneer tenant usage" in page
-    assert "live: parcels 10 %" in page_html(httpx.get(f"{studio.address}/studio/?q=support"))
+    assert "live: parcels 10%" in page_html(httpx.get(f"{studio.address}/studio/?q=support"))
     set_price(store, None, None, None)
     manage.change_settings(store, EACH, {"requests_per_minute": None}, actor="test")
 

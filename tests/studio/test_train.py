@@ -52,7 +52,7 @@ def test_settings_are_planned_and_rows_shown_while_typing(studio: StudioServer, 
         lines = rows.read_text().splitlines(keepends=True)
         rows.write_text("".join(lines[:-1]))
         page.fill(OTHER, f"{settings}\nseed=1")
-        words = ("<mark>Shelf", "read as prompt-completion", "learned 28", ESCAPED, "free now")
+        words = ("<mark>Shelf", "read as prompt-completion", "trained 28", ESCAPED, "free now")
         received = page.until("is learned in", *words)
         assert "onerror=alert(1)>" not in received.replace(ESCAPED, "")
         rows.write_text("".join(lines))
@@ -63,7 +63,7 @@ def test_queued_run_publishes_checkpoints(studio: StudioServer, tmp_path: Path, 
     with open_page(f"{studio.address}/studio/train") as page:
         page.press("Start")
         page.until("this run cannot start yet")
-        for label, value in {"File of rows": str(file), "Steps": "40", "Name": "parcels"}.items():
+        for label, value in {"Data file": str(file), "Steps": "40", "Name": "parcels"}.items():
             page.fill(label, value)
         page.until("read as prompt-completion")
         for _ in range(3):  # repeated clicks
@@ -81,7 +81,7 @@ def test_queued_run_publishes_checkpoints(studio: StudioServer, tmp_path: Path, 
 def test_start_uses_the_settings_typed_last(studio: StudioServer, tmp_path: Path, store: JobStore, by: str) -> None:
     """Also before their preview is complete."""
     with open_page(f"{studio.address}/studio/train") as page:
-        page.fill("File of rows", str(parcel_rows(tmp_path)))
+        page.fill("Data file", str(parcel_rows(tmp_path)))
         page.fill("Name", by)
         if by == "click":
             page.press("Start")
@@ -139,7 +139,7 @@ def test_reinforcement_run_shows_rewards_and_no_loss(
     job = recorded_job(store, tiny[0], parcel_rows(tmp_path), tmp_path, rewards=rewards)
     with open_page(f"{studio.address}/studio/run?job={job.id}") as page:
         text = html.unescape(str(page.elements))
-    for words in ("Held-out reward", ">0.750<", "0.750 before", "label 0.500, length 1.000", "0.7500"):
+    for words in ("Held-out reward", ">0.750<", "0.750 before training", "label 0.500, length 1.000", "0.7500"):
         assert words in text
     assert "Held-out loss" not in text
     assert text.count("highest") == 1

@@ -146,4 +146,4 @@ def test_tenant_events_add_no_other_keys(shop: Shop, label: str, value: object, 
 def test_only_the_operator_sees_the_form_for_server_files(shop: Shop) -> None:
     for key, count in (("acme", 0), ("operator", 1)):
         with shop.form(key=key) as page:
-            assert sum(map(has_label("File of rows"), page.elements.values())) == count
+            assert sum(map(has_label("Data file"), page.elements.values())) == count

@@ -522,8 +522,8 @@ def _check(location: str | None, force: bool) -> Callable[[str], None] | None:
 
 def _line(fields: dict[str, Any]) -> str:
     total = sum(fields["targets"].values())
-    parts = ", ".join(f"{name} {100 * weight / total:.3g} %" for name, weight in fields["targets"].items())
-    shadow = f"; shadow {fields['shadow']} for {100 * fields['fraction']:.3g} %" if fields["shadow"] else ""
+    parts = ", ".join(f"{name} {100 * weight / total:.3g}%" for name, weight in fields["targets"].items())
+    shadow = f"; shadow {fields['shadow']} for {100 * fields['fraction']:.3g}%" if fields["shadow"] else ""
     owner = f" of {fields['tenant']}" if fields.get("tenant") else ""
     return f"{fields['route']}{owner} -> {parts or 'nothing'}{shadow}"
 

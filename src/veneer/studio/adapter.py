@@ -82,15 +82,15 @@ async def adapter_view(page: ViewPage) -> None:
             link("Go live", page.link("live", ref=reference), "button quiet")
         for job in dict.fromkeys(job_of_tag(tag) for tag in version.tags if job_of_tag(tag)):
             link("Training run", page.link("run", job=job), "button quiet")
-        link("To the library", page.link(""), "button quiet")
+        link("Back to library", page.link(""), "button quiet")
     with box("div", "split"):
         with box("div"):
             _draw_content(page, version, card)
             heading("Use")
             Command(_use_command(page, version, same_base))
             if same_base:
-                line(f"On this server, name {reference} as the model of a request.", "soft small")
-            heading("Family")
+                line(f"On this server, set `model` to {reference} in requests.", "soft small")
+            heading("Lineage")
             family = Fragment("family.html.j2")
             if editable:
                 _draw_downloads(page, version, studio.base if same_base else version.base)
@@ -170,7 +170,7 @@ def _draw_content(page: ViewPage, version: Version, card: LibraryCard) -> None:
         with box("div", "row level"):
             if card.gain:
                 line(card.gain, "number", "span")
-            line(f"held-out loss: {gain.before:.3g} of the base, {gain.after:.3g} with the adapter", "soft")
+            line(f"held-out loss: {gain.before:.3g} (base), {gain.after:.3g} (with adapter)", "soft")
     if card.picture:
         box("img", "preview", src=card.picture, alt=f"Sample image of {version.reference}")
     if card.sample is not None:
@@ -262,7 +262,9 @@ async def _ask_to_remove(page: ViewPage, reference: str) -> None:
         page.notify(f"Removed {reference}")
 
     pointing = f" and its aliases {', '.join(aliases)}" if aliases else ""
-    sentence = f"Removes the name{pointing}. The next clean-up deletes the files, unless another name uses them."
+    sentence = (
+        f"Removes the name{pointing}. The next `veneer library gc` deletes the files, unless another name uses them."
+    )
     same = command("library", "remove", reference, with_aliases=bool(aliases))
     title, handler = f"Remove {reference}?", permit("write", remove)
     confirm(title, sentence, handler, button_text="Remove", danger=True, command=same)

@@ -26,7 +26,7 @@ function different(a, b) {
 }
 const share = (logprob) => {
   const p = 100 * Math.exp(logprob);
-  return p >= 99.95 ? "100 %" : p >= 1 ? `${p.toFixed(0)} %` : p >= 0.01 ? `${p.toFixed(2)} %` : "under 0.01 %";
+  return p >= 99.95 ? "100%" : p >= 1 ? `${p.toFixed(0)}%` : p >= 0.01 ? `${p.toFixed(2)}%` : "under 0.01%";
 };
 const shown = (text) => (text.trim() === "" ? JSON.stringify(text).slice(1, -1).replace(/ /g, "␣") || "∅" : text.replace(/^ /, ""));
 
@@ -120,7 +120,7 @@ export default {
       const token = one.tokens[this.at.k];
       if (!token || token[1] === null) return one.note;
       const rest = token[2].filter(([text]) => text !== token[0]).slice(0, 3);
-      const instead = rest.length ? " · else " + rest.map(([text, p]) => `“${shown(text)}” ${share(p)}`).join(", ") : "";
+      const instead = rest.length ? " · alternatives: " + rest.map(([text, p]) => `“${shown(text)}” ${share(p)}`).join(", ") : "";
       return `“${shown(token[0])}” ${share(token[1])}, log-probability ${Math.min(0, token[1]).toFixed(2).replace("-", "−")}${instead}`;
     },
     mend(i) {

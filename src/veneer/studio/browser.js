@@ -116,7 +116,7 @@ export default {
       const at = document.querySelector("[data-theme=next]");
       if (!at) return;
       at.textContent = `◐ ${themes[now]}`;
-      at.setAttribute("aria-label", `Light or dark: ${themes[now]}`);
+      at.setAttribute("aria-label", `Color scheme: ${themes[now]}`);
     },
     // -- keys: data-key of an element is the key that presses the element, or focuses a field
     pressed(e) {

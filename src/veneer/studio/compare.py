@@ -100,7 +100,7 @@ class TextBoard(Board):
             with box("div", "row"):
                 button("Ask", permit("infer", self.ask_all), kind="filled", key="ctrl+enter")
                 button("Stop", permit("infer", self.stop), kind="word", key="Escape")
-                keys = "Ctrl+Enter asks; press a column's number to vote for its answer."
+                keys = "Ctrl+Enter sends the prompt; press a column's number to vote for its answer."
                 line(keys, "soft small by-keys", "span")
         self.draw_board()
         self.judgement = Command()
@@ -252,6 +252,6 @@ def _note(event: Finished, first: float, seconds: float, names: str) -> str:
     """Return a note on a finished answer. `names`: the versions that answered."""
     count = event.usage.completion
     speed = f"{(count - 1) / (seconds - first):.0f} tokens/s" if count > 1 and seconds > first else ""
-    reason = {"length": "cut at the maximum", "stop": ""}.get(event.reason, "interrupted")
-    parts = (names, counted(count, "token"), f"first after {first:.2f} s", speed, reason)
+    reason = {"length": "stopped at the token limit", "stop": ""}.get(event.reason, "interrupted")
+    parts = (names, counted(count, "token"), f"first token after {first:.2f} s", speed, reason)
     return " · ".join(part for part in parts if part)

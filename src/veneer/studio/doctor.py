@@ -91,7 +91,7 @@ async def doctor_view(page: ViewPage) -> None:
             if not verdict["use"]:
                 line("This file cannot be used, so it cannot be saved.", "soft")
             elif not page.principal.can("write"):
-                line("This key cannot change the library.", "soft")
+                line("Your key cannot change the library.", "soft")
             else:
                 _draw_save(page, staged)
 
@@ -110,7 +110,7 @@ def _facts(report: _Report) -> list[tuple[str, str]]:
         ("format", report["format"]),
         ("evidence", "; ".join(report["reasons"][:4])),
         ("family", family.label if family is not None else report["family"]),
-        ("base", report["base"] or "not named"),
+        ("base", report["base"] or "not stated"),
         ("kind", ", ".join(report["variants"]) + dropout),
         ("size", f"{counted(report['pairs'], 'pair')}, {report['parameters']:,} parameters in {dtypes}"),
         ("rank", several(report["ranks"])),

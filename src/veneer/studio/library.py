@@ -37,7 +37,7 @@ _BATCH, _MAX_CARDS, _MAX_MARKED = 60, 600, 8
 _ORDERS = {
     "added": "newest first",
     "name": "by name",
-    "gain": "largest gain first",
+    "gain": "largest loss reduction first",
     "rank": "highest rank first",
     "size": "largest first",
 }
@@ -64,7 +64,7 @@ def card_of(page: ViewPage, version: Version, routes: Mapping[str, list[str]]) -
     names = [version.reference, version.name, *(f"{version.name}@{alias}" for alias in version.aliases)]
     return LibraryCard(
         version,
-        _short_base(version.base) or "base not named",
+        _short_base(version.base) or "base not stated",
         "" if share is None else f"{'−' if share < 0 else '+'}{_percent(abs(share))}",
         card_sample(version.card),
         page.api(f"/v1/adapter_previews/{version.reference}") if card_picture(version.card) else "",
@@ -74,7 +74,7 @@ def card_of(page: ViewPage, version: Version, routes: Mapping[str, list[str]]) -
 
 
 def routes_of(page: ViewPage) -> dict[str, list[str]]:
-    """Return adapter name -> its visible routes: "live 90 %", "live (shadow)"."""
+    """Return adapter name -> its visible routes: "live 90%", "live (shadow)"."""
     routes: dict[str, list[str]] = {}
     tenants = page.studio.tenants
     for route in tenants.settings.routes.values() if tenants is not None else ():
@@ -92,7 +92,7 @@ def _short_base(base: str) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{share:.0%}".replace("%", " %")
+    return f"{share:.0%}"
 
 
 class _Search:
@@ -185,8 +185,8 @@ async def library_view(page: ViewPage) -> None:
         set_text(
             count, f"{counted(result.total, 'adapter')}{' found' if search.narrowed else ''}" if shown_count else ""
         )
-        set_text(rest, f"{_MAX_CARDS} of {result.total:,} are shown_count: narrow the search to see others.")
-        set_text(marked_count, f"{len(marked)} marked")
+        set_text(rest, f"Showing {_MAX_CARDS} of {result.total:,}. Narrow the search to see others.")
+        set_text(marked_count, f"{len(marked)} selected")
         _set_filter_options(page, filters, search, result)
         reason = "" if visible_cards else "no match" if search.narrowed else "no adapter"
         if reason and reason != shown_reason:

@@ -55,8 +55,8 @@ class _LiveView:
         opened = bool(page.query.get("ref")) or not self.store.settings.routes
         with details("New route", open=opened):
             line(
-                "A route is a name that clients request as their model. Its versions can change without a change "
-                "of the clients: start with a few of the users, then promote the version or roll back.",
+                "A route is a name that clients request as their model. You can change its versions without changing "
+                "clients. Start with a few users, then promote the version or roll back.",
                 "soft small",
             )
             self.new = RouteForm(page, self.store, self.refresh)
@@ -155,7 +155,7 @@ class _LiveView:
 
 
 def _tenant_text(tenant: str) -> str:
-    return {ALL: "everyone", EACH: "each tenant", TRIALS: "trials in the Studio"}.get(tenant, tenant)
+    return {ALL: "everyone", EACH: "each tenant", TRIALS: "Studio requests"}.get(tenant, tenant)
 
 
 def _limit_text(limit: Limit) -> str:

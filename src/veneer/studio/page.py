@@ -476,7 +476,7 @@ class Frame:
             ref = str(answer.get("id", ""))
             if self.files == 1:
                 await page.go("adapter", ref=ref)
-            page.notify(f"Added {ref}" if answer.get("new", True) else f"{ref} is in the library already")
+            page.notify(f"Added {ref}" if answer.get("new", True) else f"{ref} is already in the library")
 
         page.on_drop("Drop to add to the library", url, done)
 
@@ -583,4 +583,4 @@ def _draw_not_found(page: ViewPage, error: VeneerError) -> None:
     line("This page does not exist, or you do not have access.", "lede")
     if error.fix and page.principal.can("operate"):
         line(error.fix, "soft")
-    elements.link("To the library", page.link(""), "button quiet")
+    elements.link("Back to library", page.link(""), "button quiet")

@@ -184,7 +184,7 @@ class RouteForm:
         """Apply the change. Raises RouteMoved if the route changed meanwhile, ConfigError."""
         planned, check = self._planned(), self.page.studio.service.catalog.check
         if self.route is None and (ALL, planned.name) in self.store.settings.routes:
-            raise ConfigError(f"the route {planned.name} exists already", fix="change its weights above")
+            raise ConfigError(f"the route {planned.name} already exists", fix="change its weights above")
         options: dict[str, Any] = {"tenant": planned.tenant, "shadow": planned.shadow, "fraction": planned.fraction}
 
         def apply() -> None:
@@ -245,7 +245,11 @@ def _content(route: Route) -> object:
 
 
 def _shadow_text(route: Route) -> str:
-    return f"{route.shadow} answers {route.fraction * 100:.4g} % of requests too, unseen." if route.shadow else ""
+    return (
+        f"{route.shadow} also answers {route.fraction * 100:.4g}% of requests; clients never see these answers."
+        if route.shadow
+        else ""
+    )
 
 
 def curl_command(page: ViewPage, model: str) -> str:

@@ -138,7 +138,7 @@ class _RunEvents:
         if scores := [each for each in self.scores if self.score_key in each]:
             first, last = (_score_text(each[self.score_key], self.rewarded) for each in (scores[0], scores[-1]))
             name = "Held-out reward" if self.rewarded else "Held-out loss"
-            out.append((name, last, f"{first} before" if scores[0]["step"] == 0 else ""))
+            out.append((name, last, f"{first} before training" if scores[0]["step"] == 0 else ""))
         if self.steps and "memory_bytes" in self.steps[-1]:
             newest, unit = self.steps[-1], "images" if trains_images(job) else "tokens"
             out.append(("Memory", size(int(newest["memory_bytes"])), "peak so far"))
@@ -236,7 +236,7 @@ async def run_view(page: ViewPage) -> None:
             await asyncio.to_thread(jobs.cancel, page.principal.owner, job.id)
             await refill()
 
-        sentence = "The run ends without an adapter. Published steps stay in the library."
+        sentence = "The run ends without a final adapter. Published checkpoints stay in the library."
         same = command("jobs", "cancel", job.id)
         confirm(f"Stop {job.name}?", sentence, permit("train", do), button_text="Stop", command=same, danger=True)
 
@@ -251,7 +251,7 @@ async def run_view(page: ViewPage) -> None:
             await page.go("adapter", ref=version.reference)
             page.notify(f"{version.reference} is step {step:,} of the run")
 
-        sentence = f"The step becomes the newest version of {job.name}."
+        sentence = f"This checkpoint becomes the newest version of {job.name}."
         same = command("jobs", "keep", job.id, step=step)
         confirm(f"Use step {step:,}", sentence, permit("train", do), button_text="Use this step", command=same)
 

@@ -76,7 +76,7 @@ def _device() -> Device:
 
 async def train_view(page: ViewPage) -> None:
     studio = page.studio
-    page.title("Train", "Choose rows of questions and answers, check them, and start a run.")
+    page.title("Train", "Choose training data, check it, and start a run.")
     page.when_loaded(lambda: page.reload() if studio.makes_images else None)
     form = _ServerForm(page) if page.principal.can("operate") else None
     if studio.queue is not None and not studio.makes_images:
@@ -84,7 +84,7 @@ async def train_view(page: ViewPage) -> None:
             heading("From an uploaded file")
         await draw_upload_form(page, studio.queue)
     elif form is None:
-        line("This server does not train on uploaded rows; its operator can start it with --train.", "soft")
+        line("This server does not accept uploads for training. The operator can enable this with --train.", "soft")
     await _draw_runs(page)
     if form is not None:
         page.start_task(form.changed())
@@ -123,10 +123,10 @@ class _ServerForm:
                 with box("div", "row foot"):
                     self.fields = {
                         "base": field("base", "Base", default=page.base_argument),
-                        "data": field("data", "Folder of images", "photos", key="/")
+                        "data": field("data", "Image folder", "photos", key="/")
                         if images
-                        else field("data", "File of rows", "tickets.jsonl", key="/"),
-                        "output": field("output", "Name", "the data's name"),
+                        else field("data", "Data file", "tickets.jsonl", key="/"),
+                        "output": field("output", "Name", "default: the data file's name"),
                     }
                 with box("div", "row foot"):
                     self.fields |= {
@@ -144,7 +144,7 @@ class _ServerForm:
                 self.same = Command()
             self.plan = Fragment("plan.html.j2", classes="side")
             with box("div", "under"):
-                self.bar = progress("Reading the rows")
+                self.bar = progress("Reading the data")
                 self.findings = Fragment("findings.html.j2")
         self.rows = Fragment("rows.html.j2", actions={"only": permit("operate", self._filter)})
         self.images = Fragment("sheet.html.j2", actions={"caption": permit("operate", self._edit)})
@@ -224,7 +224,7 @@ class _ServerForm:
         if error is not None:
             reason = error.what
         elif preview is not None and not preview.starts:
-            reason = "fix the findings first"
+            reason = "fix the errors under Findings first"
         self.error.show(error=error)
         enable(self.button, not reason, reason)
         self.plan.show(preview=preview, plan=preview.plan if preview else None, texts=_plan_texts, busy=busy)

@@ -141,7 +141,7 @@ async def draw_upload_form(page: ViewPage, queue: TuningQueue) -> None:
         studio.service.need_base()
         result = await read()  # with the current fields
         if result.about is None or any(isinstance(row, UnusableRow) for row in result.rows):
-            raise ConfigError("there are no usable rows yet", fix="upload a file, and see the preview")
+            raise ConfigError("the file has no rows or has unusable rows", fix="upload a file and see the preview")
         method = _method(result.about)
         hyperparameters = {"n_epochs": "auto" if epochs.value is None else epochs.value}
         values = {

@@ -54,12 +54,12 @@ def test_the_described_move_is_what_happens(first: list, second: list) -> None:
     moved = Counter((a, b) for n in range(BUCKETS) if (a := owner(now.runs, n)) != (b := owner(wanted.runs, n)))
     assert routes.moved_buckets(now.runs, wanted.runs) == moved
     for (a, b), count in moved.items():
-        assert f"{count / 100:g} % move from {a} to {b}" in said
+        assert f"{count / 100:g}% move from {a} to {b}" in said
     assert said.count(" move from ") == len(moved)
     if not moved:
         assert said == "No user of support moves."
     back = routes.route_change(wanted, now)
-    assert all(f"{count / 100:g} % move from {b} to {a}" in back for (a, b), count in moved.items())
+    assert all(f"{count / 100:g}% move from {b} to {a}" in back for (a, b), count in moved.items())
 
 
 def test_route_changes_are_described(store: Store) -> None:
@@ -70,7 +70,8 @@ def test_route_changes_are_described(store: Store) -> None:
     assert (now.targets, now.runs) == (begun.targets, begun.runs)
     shadowed = routes.planned_route(now, "support", [("v1", 80), ("v2", 20)], shadow="v3", fraction=0.05)
     assert routes.route_change(now, shadowed) == (
-        "Of the users of support, 10 % move from v1 to v2; nobody else changes. v3 answers 5 % of requests too, unseen."
+        "Of the users of support, 10% move from v1 to v2; nobody else changes. "
+        "v3 also answers 5% of requests; clients never see these answers."
     )
     assert routes.route_change(shadowed, now).endswith("v3 no longer answers unseen.")
     routes.remove_route(store, "support", actor="me")

@@ -1,4 +1,4 @@
-"""Routes: names with weighted targets, so `support` can answer with v1 for 90 % of users and v2 for 10 %.
+"""Routes: names with weighted targets, so `support` can answer with v1 for 90% of users and v2 for 10%.
 
 A user always gets the same target. A shadow's answer is compared and never sent. A rollback undoes the last
 move.
@@ -240,7 +240,7 @@ def _describe_shares(route: Route) -> str:
 
 
 def _percent(buckets: float) -> str:
-    return f"{buckets * 100 / BUCKETS:.4g} %"
+    return f"{buckets * 100 / BUCKETS:.4g}%"
 
 
 def _join_words(parts: Sequence[str]) -> str:
