@@ -86,9 +86,9 @@ def test_verify_of_a_sound_adapter(capsys, made, base):
 
 def test_an_image_base_is_told_the_way_out(capsys, made, tmp_path):
     (tmp_path / "model_index.json").write_text("{}")
-    assert "leave --base out" in run(capsys, "verify", made / "a", "--base", tmp_path, code=2)
+    assert "omit --base" in run(capsys, "verify", made / "a", "--base", tmp_path, code=2)
     said = run(capsys, "merge", made / "a", "--base", tmp_path, "-o", tmp_path / "out", code=2)
-    assert "--by-shard folds adapters" in said
+    assert "image bases need --by-shard" in said
 
 
 def test_verify_without_a_card_says_that_it_cannot_compare(capsys, made, tmp_path):

@@ -28,7 +28,7 @@ def test_caption_writes_what_training_reads(capsys: Any, tmp_path: Path) -> None
     }
     before = (folder / "a.txt").read_bytes()
     again = run(capsys, *command)
-    assert (again.code, again.out) == (0, "0 captions written, 2 were there\n")
+    assert (again.code, again.out) == (0, "0 captions written, 2 already existed\n")
     assert "float32" not in again.err, "nothing is loaded where nothing is to be said"
     assert run(capsys, *command, "--overwrite").code == 0
     assert (folder / "a.txt").read_bytes() == before, "the same model says the same"

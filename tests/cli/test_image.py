@@ -231,7 +231,7 @@ def test_prompt_can_be_the_word_grid(capsys: Any, place: Path, folder: Path) -> 
         (["--from", "none.png"], "no such picture"),
         (["--from", "none.png", "--batch", "b.jsonl"], "makes one picture"),
         (["--batch", "b.jsonl"], "no such batch file"),
-        (["a", "--batch", "b.jsonl"], "--batch has its own prompts, and 'a' is one more"),
+        (["a", "--batch", "b.jsonl"], "--batch and a prompt cannot be combined: 'a'"),
         (["a", "b", "--from", "none.png"], "makes one picture"),
     ],
 )
@@ -258,7 +258,7 @@ def test_invalid_sheets_are_refused(capsys: Any, place: Path, folder: Path) -> N
         (["strength", "a", "-a", "brand.safetensors", "--seeds", "1,x"], "not a list of seeds"),
         (["strength", "a", "-a", "brand.safetensors", "--seeds", "1-100000000"], "at most 1000"),
         (["adapter", "a", "-a", "brand.safetensors"], "did you mean adapters?"),
-        (["adapters", "a", "-a", "brand.safetensors", "--strengths", "0,1"], "for a strength sheet"),
+        (["adapters", "a", "-a", "brand.safetensors", "--strengths", "0,1"], "for a strength grid"),
     ]:
         ran = run(capsys, "image", "grid", *options, "--base", str(place))
         assert ran.code == 2

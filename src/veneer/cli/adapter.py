@@ -180,7 +180,7 @@ def verify(
 
         if is_image_base(folder := find_base(base, say=say)):
             fix = (
-                f"leave --base out; whether it fits, `veneer image --base {base} --adapter {name}` says before it draws"
+                f"omit --base out; whether it fits, `veneer image --base {base} --adapter {name}` says before it draws"
             )
             raise BaseError("this is an image base, and effects are measured on texts", where=str(folder), fix=fix)
         loaded = load_text(base, say=say)

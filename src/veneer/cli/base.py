@@ -44,9 +44,9 @@ def list_(as_json: AsJson = False) -> None:
         print(json.dumps({"bases": rows}, indent=2))
         return
     for b in bases:
-        print(f"{b.name:<16} {'here' if b.here else 'to get':<7} {b.summary}")
-    print("\nA directory as transformers or diffusers saves it, a .gguf file, an image model's .safetensors file")
-    print("or a hub id is a base too.")
+        print(f"{b.name:<16} {'downloaded' if b.here else 'not downloaded':<14} {b.summary}")
+    print("\nAlso accepted as a base: a directory saved by transformers or diffusers, a .gguf file, an image model's")
+    print(".safetensors file, or a hub id.")
 
 
 @app.command(epilog="Example: veneer base show smollm2-135m")

@@ -59,14 +59,14 @@ def caption(
 
     if text is not None:
         if folder.is_dir() or model is not None:
-            problem = "a caption that is given is one picture's, and no model is asked for it"
+            problem = "give one image and its caption, without --model"
             raise ConfigError(problem, where=str(folder), fix="veneer data caption drawings/cat.png 'a cat on a wall'")
         done = write_caption(folder, text)
         print(json.dumps(asdict(done) | {"file": str(done.file)}) if as_json else f"{done.file}: {done.caption}")
         return
     if model is None:
-        fix = "--model HuggingFaceTB/SmolVLM-500M-Instruct, or the caption of one picture behind it"
-        raise ConfigError("nothing says what is on the pictures", where="--model", fix=fix)
+        fix = "give --model (as HuggingFaceTB/SmolVLM-500M-Instruct), or a caption after one image"
+        raise ConfigError("no captioning model given", where="--model", fix=fix)
     model_name = model
 
     check_dtype_name(dtype, "--dtype")
@@ -85,7 +85,7 @@ def caption(
         return result.text, result.cut
 
     def report_caption(item: WrittenCaption) -> None:
-        say(f"{item.picture}: {item.caption}" + (" (cut at the token limit)" if item.cut else ""))
+        say(f"{item.picture}: {item.caption}" + (" (cut at a token limit)" if item.cut else ""))
 
     report = write_captions(
         str(folder),
@@ -98,11 +98,11 @@ def caption(
         rows = [asdict(item) | {"file": str(item.file)} for item in report.written]
         print(json.dumps({"model": model, "written": rows, "had": report.had, "failed": report.failed}))
     else:
-        print(f"{counted(len(report.written), 'caption')} written, {report.had} were there")
+        print(f"{counted(len(report.written), 'caption')} written, {report.had} already existed")
     if report.failed:
         problem = f"no caption was written for {counted(len(report.failed), 'picture')}:\n{bullets(report.failed)}"
         raise DataError(
-            problem, where=str(folder), fix="write NAME.txt next to each picture, or repair or remove the pictures"
+            problem, where=str(folder), fix="add NAME.txt next to each picture, or repair or remove a pictures"
         )
 
 
@@ -156,7 +156,7 @@ def _configured(data: str, base: str | None, overrides: list[str] | None) -> Run
     if "=" in data and not Path(data).exists():
         return load_config(None, [*common_settings(base=base), data, *settings])[0]
     if base is None:
-        raise ConfigError("nothing says for which base", where="--base", fix=f"veneer data show {data} --base NAME")
+        raise ConfigError("no base given", where="--base", fix=f"veneer data show {data} --base NAME")
     return load_config(None, [*common_settings(base=base, data=data), *settings])[0]
 
 
@@ -275,9 +275,9 @@ def draw(
     distillation, data = loaded.distillation, loaded.data
     if distillation.url is not None:
         raise ConfigError(
-            "the teacher is on a server, and draws its own answers",
+            "a teacher is on the server, and draws its own answers",
             where=f"distillation.url: {distillation.url}",
-            fix="leave distillation.url out for a teacher of this process; a server's are kept by its own client",
+            fix="omit distillation.url to run the teacher of this process; the server's are kept by its own client",
         )
     prompts, _ = read_rows(
         data.files("train"), limit=data.limit, format=data.format, columns=data.columns, formats=PROMPT_FORMATS

@@ -252,7 +252,7 @@ def _answer(
         del turns[:2]
         dropped += 1
     if dropped:
-        say(f"(the context is full: the oldest {dropped} exchange{'s' * (dropped > 1)} left it)")
+        say(f"(the context is full: the oldest {dropped} exchange{'s were' if dropped > 1 else ' was'} dropped)")
     try:
         done = _streamed(base, [[*opening, *turns, question]], settings)
     except KeyboardInterrupt:

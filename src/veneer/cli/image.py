@@ -1,4 +1,4 @@
-"""`veneer image`: generate images; `veneer image grid`: labelled image grids."""
+"""`veneer image`: generate images; `veneer image grid`: labeled image grids."""
 
 from __future__ import annotations
 
@@ -144,7 +144,9 @@ def make_pictures(
         _report([picture], [file], began, as_json)
         return
     if batch is not None and prompts:
-        raise ConfigError(f"--batch has its own prompts, and {prompts[0]!r} is one more", fix="give it a line there")
+        raise ConfigError(
+            f"--batch and a prompt cannot be combined: {prompts[0]!r}", fix="add the prompt to the batch file"
+        )
     if batch is None and not prompts:
         fix = 'veneer image "a fox" -o fox.png, --batch FILE, or --from PICTURE'
         raise ConfigError("there is no prompt", fix=fix)
@@ -189,7 +191,7 @@ def grid(
     device: ChosenDevice = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Generate a labelled grid: prompts and seeds by strength, or by adapter.
+    """Generate a labeled grid: prompts and seeds by strength, or by adapter.
 
     Cells with the same seed start from the same noise."""
     from veneer.files.atomic import atomic_write
@@ -266,7 +268,7 @@ def _files(out: Path, number: int) -> list[Path]:
 
     Raises ConfigError for an invalid path, before a base loads."""
     if out.suffix.lower() != ".png":
-        raise ConfigError(f"{out} is not a .png file", fix="PNG keeps how a picture was made")
+        raise ConfigError(f"{out} is not a .png file", fix="PNG stores the settings")
     if out.is_dir():
         raise ConfigError(f"{out} is a folder", fix="write elsewhere, or move it away")
     if not out.parent.is_dir():

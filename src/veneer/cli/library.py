@@ -94,7 +94,7 @@ def mix(
 
     added, mixed = keep_mix(library, adapters, name, alias=alias, tags=tag or (), base=base)
     value = {"new": added.new, "version": added.version.to_dict(), "mix": mixed.to_dict()}
-    return Result(value, f"{_added(added).text}\n{mixed.error:.3%} off the true change (‖ΔW‖ {mixed.norm:.4g})")
+    return Result(value, f"{_added(added).text}\nrelative error {mixed.error:.3%} (‖ΔW‖ {mixed.norm:.4g})")
 
 
 def _added(added: Added) -> Result:
@@ -180,10 +180,14 @@ def show(library: Library, reference: Reference) -> Result:
     more = {
         "gain": str(gain_of(version.card) or ""),
         **{f"made from {n}": r for n, r in enumerate([*(v.reference for v in family.parents), *family.unknown], 1)},
-        "made of it": [v.reference for v in family.children],
+        "children": [v.reference for v in family.children],
         **{f"check {c['name']}": f"{_MARKS[c['ok']]}, {c['at']}: {c['detail']}" for c in checks},
         "system": opening(card_prompt(version.card))[0],
-        **({"asked": sample["prompt"], "base said": sample["base"], "it said": sample["adapter"]} if sample else {}),
+        **(
+            {"asked": sample["prompt"], "base said": sample["base"], "adapter said": sample["adapter"]}
+            if sample
+            else {}
+        ),
         "path": path,
         **{f"file {n}": f"sha256:{h}, {size:,} bytes" for n, (h, size) in files.items()},
     }
@@ -284,9 +288,7 @@ def verify(
     titles = {"LOST": rebuilt.lost if rebuilt else [], "MISSING": report.missing, "CORRUPT": report.corrupt}
     titles |= {"RECORD": report.records, "repaired": report.repaired}
     lines += [f"{title:<9} {line}" for title, each in titles.items() for line in each]
-    lines.append(
-        f"{report.files:,} files read, {report.bytes:,} bytes; {len(report.orphans):,} that no adapter has (see gc)"
-    )
+    lines.append(f"{report.files:,} files read, {report.bytes:,} bytes; {len(report.orphans):,} unreferenced (see gc)")
     value = {"ok": ok, **vars(report), "rebuilt": vars(rebuilt) if rebuilt else None}
     return Result(value, "\n".join(lines), 0 if ok else 2)
 
@@ -319,7 +321,9 @@ def gc(
 
     done = upkeep.gc(library, grace=grace, dry_run=dry_run)
     would = "would remove" if dry_run else "removed"
-    text = f"{would} {done.entries:,} adapters, {done.files:,} files, {done.bytes:,} bytes; debris: {done.debris:,}"
+    text = (
+        f"{would} {done.entries:,} adapters, {done.files:,} files, {done.bytes:,} bytes, {done.debris:,} leftover files"
+    )
     return Result({**vars(done), "dry_run": dry_run}, text)
 
 

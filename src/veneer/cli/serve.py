@@ -82,7 +82,7 @@ def serve(
     ] = False,
     upstream: Annotated[
         list[str] | None,
-        typer.Option("--upstream", help="URL of a vLLM, or of a router before several, that computes."),
+        typer.Option("--upstream", help="Run inference on this vLLM server, or on a router in front of several."),
     ] = None,
     max_batch: Annotated[
         int, typer.Option("--max-batch", min=1, max=1 << 16, help="Maximum requests in a batch.")
@@ -135,7 +135,7 @@ def serve(
     if tenants is not None and api_keys is not None:
         raise ConfigError("--tenants and --api-keys cannot be combined", fix="keep one")
     if upstream and len(upstream) > 1:
-        raise ConfigError("there can be one --upstream", fix="the URL of a router before these servers")
+        raise ConfigError("there can be one --upstream", fix="the URL of a router in front of these servers")
     if open_to_all and api_keys is not None:
         raise ConfigError("--open and --api-keys cannot be combined", fix="keep one")
     for folder in allow_folder or []:

@@ -177,7 +177,8 @@ def set_(
 
     Keys: weight, enabled, adapters, requests_per_minute, requests_per_day, tokens_per_minute, tokens_per_day,
     concurrency, prompt_price, cached_price, completion_price (per million tokens), training_price,
-    training_budget (per month), training_jobs, feedback_days, feedback_names, shared_cache. Lists have commas."""
+    training_budget (per month), training_jobs, feedback_days, feedback_names, shared_cache. Separate list items with
+    commas."""
     from veneer.serve.tenancy import manage
 
     pairs = [text.partition("=") for text in values]
@@ -318,7 +319,7 @@ def _millionths(*figures: str) -> list[int]:
     except InvalidOperation:
         raise ConfigError(f"not a price: {' '.join(figures)}", fix="as in 0.15") from None
     if any(not m.is_finite() or m != int(m) for m in millionths):
-        raise ConfigError(f"finer than a millionth: {' '.join(figures)}", fix="at most six digits after the point")
+        raise ConfigError(f"more than six decimal places: {' '.join(figures)}", fix="use at most six decimal places")
     return [*map(int, millionths)]
 
 
@@ -504,7 +505,7 @@ def _check(location: str | None, force: bool) -> Callable[[str], None] | None:
 
     def check(name: str) -> None:
         folder = location or library_location()
-        fix = "veneer library add PATH NAME; --library says where else they are; --force where a server loads it itself"
+        fix = "add it with `veneer library add PATH NAME`, set --library, or use --force"
         if "://" not in folder and not Path(folder).expanduser().is_dir():  # a check does not create a library
             raise AdapterError(f"there is no library at {folder}", fix=fix)
         with open_library(folder) as library:

@@ -135,7 +135,7 @@ class LedgerSettings:
 class FleetSettings:
     """Settings of a server before a vLLM.
 
-    `upstream`: URL of the vLLM, or of a router before several; None to compute locally. `key`: sent to the
+    `upstream`: URL of a vLLM server, or of a router in front of several; None to compute locally. `key`: sent to the
     upstream as a bearer token. `mixes`: weighted mixes per tenant. `mix_bytes`: size of all mixes on disk.
     """
 

@@ -265,7 +265,7 @@ def check_output(s: RunSubject) -> Iterator[Finding]:
     used = folder.is_dir() and any(p.name != CACHE for p in folder.iterdir())
     if used and not s.resume:
         text = f"{folder} already holds a run or other files; nothing is overwritten"
-        yield Finding("stop", "output", text, "go on with --resume, or give another output.directory")
+        yield Finding("stop", "output", text, "continue with --resume, or set another output.directory")
     if s.resume and s.previous is not None:
         changes = differences(_compared(s.previous), _compared(s.config.recipe()))
         if changes:

@@ -156,7 +156,7 @@ def opened(
         try:
             yield Run(config, folder, devices, fan_out(view or listener, early.append), early, **options)
         except Interrupted as error:
-            fix = "go on with the same command and --resume (in Python: resume=True)"
+            fix = "run the same command with --resume (in Python: resume=True)"
             raise Interrupted(error.what, where=str(folder / "checkpoints"), fix=fix, signal=error.signal) from None
         finally:
             if view is not None:

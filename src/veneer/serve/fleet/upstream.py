@@ -1,4 +1,4 @@
-"""A vLLM, or a router before several, that computes for this server, as an `Engine`.
+"""A vLLM server, or a router in front of several, that runs inference for this server, as an `Engine`.
 
     upstream = Upstream("http://router:8000", mixes=Mixes(…), decode=…)
     await upstream.begin()
