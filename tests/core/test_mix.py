@@ -140,7 +140,7 @@ def test_drops_are_seeded_and_right_on_average():
     close(dense(mix_pairs(*args, density=1.0)[0])[0], truth)
 
 
-def test_trimming_needs_a_bound_and_a_share():
+def test_ties_requires_a_rank_limit_and_positive_density():
     with pytest.raises(AdapterError, match="full rank"):
         mix_pairs([(linear(2, 0), 1.0)], "ties")
     with pytest.raises(AdapterError, match="above 0 and at most 1"):

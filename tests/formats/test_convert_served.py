@@ -26,14 +26,14 @@ EMBED, HEAD = "model.embed_tokens", "lm_head"
 PATTERNS = LoraSpec(rank=4, alpha=6, rank_pattern={"q_proj": 2, "down_proj": 3}, alpha_pattern={"v_proj": 7})
 
 
-def mixed(net: torch.nn.Module) -> Adapter:
-    """Ranks 2 to 4, scales of all sorts."""
+def mixed_rank_adapter(net: torch.nn.Module) -> Adapter:
+    """Return a random adapter with ranks 2 to 4 and varied scales."""
     return random_adapter(create(net, PATTERNS, seed=0)).mapped(lambda t: t.to(next(net.parameters()).dtype))
 
 
 def test_vllm_folder_has_one_rank_and_scale_one(tmp_path):
     net = model("llama3")
-    adapter = mixed(net)
+    adapter = mixed_rank_adapter(net)
     written = write(adapter, tmp_path / "it", "vllm")
     config = json.loads((tmp_path / "it" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["use_rslora"], config["use_dora"]) == (4, 4, False, False)
@@ -115,7 +115,7 @@ def test_vllms_own_limits(pair, name, why):
 
 def test_gguf_is_of_one_rank_and_comes_back(tmp_path):
     net = model("llama3", torch.float32)
-    adapter = mixed(net)
+    adapter = mixed_rank_adapter(net)
     adapter.pairs[EMBED] = Pair(numbers((3, 160), "A"), numbers((32, 3), "B"), 0.75, "embedding")
     out = tmp_path / "it.gguf"
     written = write(adapter, out, "gguf", family="llama", head_dim=8)

@@ -233,7 +233,7 @@ def test_one_adapter_under_two_names_is_said(base: ImageBase, files: Path, tmp_p
     assert any("the same adapter as brand.safetensors" in line for line in said)
 
 
-def test_source_hash_is_of_the_loaded_file(base: ImageBase, files: Path, tmp_path: Path) -> None:
+def test_source_hash_matches_the_loaded_file(base: ImageBase, files: Path, tmp_path: Path) -> None:
     shutil.copy(files / "brand.safetensors", tmp_path / "pytorch_lora_weights.safetensors")
     shutil.copy(files / "look.safetensors", tmp_path / "a-checkpoint.safetensors")
     with ImagePipeline(base) as mixer:

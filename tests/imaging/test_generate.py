@@ -126,7 +126,7 @@ def test_invalid_request_is_refused_at_once(given: dict[str, Any], says: str) ->
         {"denoise": "all"},
     ],
 )
-def test_invalid_number_is_named(given: dict[str, Any]) -> None:
+def test_error_names_the_invalid_option(given: dict[str, Any]) -> None:
     ((key, value),) = given.items()
     with pytest.raises(ConfigError, match=re.escape(f"{key} is {value!r}")):
         Options(**given)

@@ -26,7 +26,8 @@ def test_a_mix_is_what_set_adapters_makes(family: str, tmp_path: Path, monkeypat
     base, pipe = load_image(str(place)), diffusers_pipeline(place)
     for i, name in enumerate(("brand", "look")):
         held = random_adapter(base.model, i + 1)
-        second = {"flux1": "text_encoder_2.", "sd3": "text_encoder_3."}.get(family, "no")  # diffusers loads none there
+        # diffusers loads no LoRA into this text encoder
+        second = {"flux1": "text_encoder_2.", "sd3": "text_encoder_3."}.get(family, "no")
         own = Adapter({n: p for n, p in held.pairs.items() if not n.startswith(second)})
         write(own, f"{name}.safetensors", to="diffusers", family=family)
         with errors_only():

@@ -187,7 +187,7 @@ def test_rows_in_tiles_do_not_depend_on_threads() -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
-def test_heads_that_are_normed_before_they_are_turned(dtype: torch.dtype) -> None:
+def test_head_norms_before_rope_match_reference(dtype: torch.dtype) -> None:
     lengths, heads, kv, dim, gen = [5, 70], 4, 2, 16, torch.Generator().manual_seed(0)
     shapes = (75, heads + 2 * kv, dim), (75, dim // 2), (75, heads, dim), (2, dim)
     x, angles, g, weight = (torch.randn(*shape, dtype=torch.float64, generator=gen) for shape in shapes)

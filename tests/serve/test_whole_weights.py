@@ -60,7 +60,7 @@ def scored(shop: Shop, ids: list[int], **settings: Any) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_quantized_server_answers_like_the_library(shop: Shop, kind: str) -> None:
-    """The weights are `load_text(quantize=…)`'s, which are QLoRA's own; computed in float32 on both sides."""
+    """Compare with `load_text(quantize=…)`, which quantizes as QLoRA does; both compute in float32."""
     ids = prompt(40)
     quantized = load_text(str(shop.base_dir), dtype="float32", quantize=kind).model
     values = {name: dequantized(quantized.get_parameter(name)) for name in quantized_weights(quantized)}

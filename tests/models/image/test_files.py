@@ -1,4 +1,4 @@
-"""Image bases in one file of original weights, read with configs that are on this machine."""
+"""Load image bases from single original-format checkpoint files, using local configs."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def test_offload_prefetches_with_few_buffers() -> None:
     layers, store = [Layer(i) for i in range(LAYERS)], ActivationOffloader(stream, least=1)
     gradients(layers, store.checkpoint, torch.randn(*SIZE))
     assert stream.log.count("out") == stream.log.count("back") == LAYERS
-    assert stream.most_back == 2  # the one that is wanted, and the one before it
+    assert stream.most_back == 2  # the one layer is s, and the one before it
     forward = stream.log[: stream.log.index("back")]
     assert forward.count("wait") == LAYERS - COPIES_OUT  # the host never runs further ahead
     first = stream.log.index("back")

@@ -81,7 +81,7 @@ def test_changes_need_the_servers_own_origin(tenancy: Tenancy) -> None:
     assert statuses(requests, tenancy, settings) == [200, 200, 200, 403, 403, 403, 403, 200, 403, 200]
 
 
-def test_any_origin_needs_keys_and_never_allows_cookies() -> None:
+def test_wildcard_origin_requires_keys_and_refuses_cookies() -> None:
     settings, key = HttpSettings(allowed_origins=("*",)), {"authorization": f"Bearer {KEY}"}
     requests = [asked(origin=EVIL, **key), asked(origin=EVIL, cookie="a=b", **key)]
     assert statuses(requests, KeyAccess([KEY]), settings) == [200, 403]

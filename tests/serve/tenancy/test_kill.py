@@ -31,7 +31,8 @@ def drive(*arguments: str) -> dict[str, int]:
 def test_the_ledger_agrees_with_clients_after_kills(where: str, quick: Path, request: pytest.FixtureRequest) -> None:
     """The driver checks every run. Kills are random, so runs repeat until both kinds have occurred."""
     remote = where.startswith("postgresql")
-    seen = {"interrupted": 0, **({"from_outbox": 0} if remote else {})}  # answered, and killed before the commit
+    # answered requests whose ledger commit the kill prevented
+    seen = {"interrupted": 0, **({"from_outbox": 0} if remote else {})}
     for seed in range(1, 7):
         folder = quick / str(seed)  # an empty database and an empty journal for each run
         folder.mkdir()

@@ -236,7 +236,7 @@ def test_picture_can_be_source_and_result(tmp_path: Path) -> None:
     assert "sketch.png" not in sources(tmp_path)
 
 
-def test_off_ignores_source_images(tmp_path: Path) -> None:
+def test_before_off_ignores_source_images(tmp_path: Path) -> None:
     put(tmp_path, "cat.png")
     put(tmp_path, "cat.before.png", None)
     pictures, summary = read_pictures(settings(tmp_path, before="off"))

@@ -173,7 +173,7 @@ def test_missing_layers(run: Run) -> None:
 
 
 @pytest.mark.parametrize("family", MOE_FAMILIES)
-def test_frozen_experts(family: str, run: Run) -> None:
+def test_frozen_experts_stop_the_run_unless_excluded(family: str, run: Run) -> None:
     run.base.model = FAMILIES[family]()
     run.base.model.resize_token_embeddings(384, mean_resizing=False)
     run.base.model.generation_config.eos_token_id = 2

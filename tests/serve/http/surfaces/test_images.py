@@ -113,9 +113,7 @@ def one(client: openai.OpenAI, **more: Any) -> Image.Image:
 # -- generations -------------------------------------------------------------------------------------------------------
 
 
-def test_openais_client_gets_pictures_with_their_parameters(
-    client: openai.OpenAI, shelf: Shelf, tmp_path: Path
-) -> None:
+def test_openai_client_gets_images_with_metadata(client: openai.OpenAI, shelf: Shelf, tmp_path: Path) -> None:
     found = client.images.generate(
         prompt="a red cat", model="brand", n=2, size=f"{SIZE}x{2 * SIZE}", quality="low", extra_body={"seed": 7}
     )
