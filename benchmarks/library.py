@@ -74,7 +74,7 @@ def fill(library: Library, count: int, work: Path) -> float:
                 (work / "library" / at).parent.mkdir(parents=True, exist_ok=True)
                 (work / "library" / at).write_bytes(content)
             ix.claim(c, {at: len(content) for at, content in contents.items()})
-            library.enter(c, entry, files, told)
+            library.upsert_entry(c, entry, files, told)
             ix.many(c, ix.names, [{"name": name(n), "latest": 1, "next": 2}])
             row = {"name": name(n), "version": 1, "entry": entry, "added": "2026-01-01T00:00:00Z", "source": ""}
             ix.many(c, ix.versions, [row])

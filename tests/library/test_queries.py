@@ -107,7 +107,7 @@ def test_search_counts_only_visible_adapters(library: Library, tmp_path: Path) -
         return reference.startswith("acme/") and reference.endswith("@1")
 
     mine = [v for v in library.search() if sees(v.reference)]
-    found = library.browse(can_access=sees)
+    found = library.browse(can_access=is_visible)
     assert [v.reference for v in found.versions] == [v.reference for v in mine] != []
     assert (found.total, found.facets["kind"]) == (len(mine), Counter(v.kind for v in mine))
     assert library.browse("n", can_access=lambda reference: False).total == 0

@@ -170,7 +170,7 @@ def test_exports_are_complete_and_reproducible(own: Library, other: Library, tmp
     assert (again.new, len(again.existing)) == ([], 3)
     transfer.export_to(own, tmp_path / "twice.tar")
     assert (tmp_path / "twice.tar").read_bytes() == target.read_bytes()
-    with pytest.raises(AdapterError, match="the target exists already"):
+    with pytest.raises(AdapterError, match="the target already exists"):
         transfer.export_to(own, target)
     with pytest.raises(ConfigError, match=r"out\.tar"):
         transfer.export_to(own, tmp_path / "out")

@@ -161,8 +161,8 @@ def test_a_download_says_its_size_and_progress(home: Path, monkeypatch: pytest.M
     find_base("some/base", say=said.append)
     assert said == [
         "looking for some/base on the hub",
-        "getting some/base (2,500 MB) from the hub",
-        "getting some/base: 50% of 2,500 MB",
+        "downloading some/base (2,500 MB) from the hub",
+        "downloading some/base: 50% of 2,500 MB",
     ]
 
 

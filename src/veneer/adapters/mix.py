@@ -438,7 +438,7 @@ def _write(
 ) -> MixReport:
     path = Path(out)
     if path.is_file() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
-        raise ConfigError("the output exists already", where=str(path), fix="give a new one with -o")
+        raise ConfigError("the output already exists", where=str(path), fix="give a new one with -o")
     cards = [r.adapter.card for r in parents]
     bases = {(c.base, c.base_fingerprint) for c in cards if c.base_fingerprint or c.base}
     prints = {f for _, f in bases if f}

@@ -246,9 +246,9 @@ def exact_weights(model: nn.Module, mix: Iterable[tuple[Adapter, float]]) -> Ite
     """Yield (name, W, W') for every weight the mix changes, one at a time.
 
     W is as stored, W' = W + Σ strength·ΔW in float32. `model` can be attached; its weights do not change.
-    Weights tied to a changed weight are listed too, each with its own value: the head follows token rows,
-    but keeps the base's values under a pair on the embedding. A caller that loads the result must untie
-    the two if they differ."""
+    Weights tied to a changed weight are listed too, each with its own value. If token rows change the
+    embedding, the tied head changes too; if a LoRA pair does, the head keeps the base's values. A caller that
+    loads the result must untie the two if they differ."""
     modules = dict(base_modules(model))
     stored: dict[str, Tensor] = {}
     for name, module in modules.items():

@@ -164,13 +164,13 @@ def _row(
         round(dedicated),
         serving_thousand=round(1000 * serving / n) if n else None,
         dedicated_thousand=round(1000 * dedicated / n) if n else None,
-        dedicated_from=_up(24 * dedicated_hour / (serving / n)) if n and serving else None,
-        paid_back_after=0 if not owed else _up(owed / margin) if margin > 0 else None,
+        dedicated_from=_ceil(24 * dedicated_hour / (serving / n)) if n and serving else None,
+        paid_back_after=0 if not owed else _ceil(owed / margin) if margin > 0 else None,
     )
 
 
-def _up(number: float) -> int:
-    """Round up, except for a relative rounding error of 1e-9."""
+def _ceil(number: float) -> int:
+    """Round up, ignoring a relative excess of up to 1e-9."""
     return math.ceil(number - 1e-9 * abs(number))
 
 

@@ -183,9 +183,11 @@ class JobEvent:
 
     level: info, warn or error
     kind: state, note, preflight, metrics, validation, sample, checkpoint, evaluation, route or alias
-    data: metrics: step, steps and the metrics; sample: `file`, in the run's folder; checkpoint: `reference`,
-        the adapter in the library. `public`: text for the tenant, if the message names workers or quotes a
-        driver.
+    data: by kind:
+        metrics: step, total steps, metrics
+        sample: `file`, in the run's folder
+        checkpoint: `reference`, the adapter in the library
+        any kind: `public`, text for the tenant, if the message names workers or quotes a driver
     number: from 1, without gaps"""
 
     level: str

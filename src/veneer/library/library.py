@@ -295,14 +295,14 @@ class Library:
                 # collection is blocked here: the store itself lost the file
                 if self.store.size(target) is None:
                     raise AdapterError("the store lost a file", where=f"{self.location}: {target}")
-            self.enter(connection, entry, files, description)
+            self.upsert_entry(connection, entry, files, description)
             number, new = self._number(connection, name, entry, source, number)
             self._put_tags(connection, name, number, tags)
             self._write_record(connection, name)
             version = find_versions(connection, Reference(name, version=number))[0]
         return Added(version, new, content.left_out)
 
-    def enter(
+    def upsert_entry(
         self, connection: Connection, entry: str, files: Mapping[str, tuple[str, int]], description: AdapterDescription
     ) -> None:
         """Insert or update an entry's rows.

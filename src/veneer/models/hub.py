@@ -78,14 +78,14 @@ def _progress(repo: str, say: Callable[[str], None] | None, **options: Any) -> I
 
     blobs = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "blobs"
     initial, done = _folder_bytes(blobs), threading.Event()
-    say(f"getting {repo} ({total / 1e6:,.0f} MB) from the hub")
+    say(f"downloading {repo} ({total / 1e6:,.0f} MB) from the hub")
 
     def watch() -> None:
         tenths = 0
         while not done.wait(1.0):
             if (now := int(10 * (_folder_bytes(blobs) - initial) / total)) > tenths:
                 tenths = now
-                say(f"getting {repo}: {min(now, 10)}0% of {total / 1e6:,.0f} MB")
+                say(f"downloading {repo}: {min(now, 10)}0% of {total / 1e6:,.0f} MB")
 
     watcher = threading.Thread(target=watch, name="veneer-hub", daemon=True)
     watcher.start()

@@ -210,7 +210,7 @@ def _application(
             add_images(app)
         await service.engine.begin()
         await asyncio.to_thread(preload)
-        service.ready()
+        service.mark_ready()
 
     async def stop() -> None:
         for each in reversed(extensions):

@@ -267,7 +267,7 @@ def check_output(s: RunSubject) -> Iterator[Finding]:
         text = f"{folder} already holds a run or other files; nothing is overwritten"
         yield Finding("stop", "output", text, "continue with --resume, or set another output.directory")
     if s.resume and s.previous is not None:
-        changes = differences(_compared(s.previous), _compared(s.config.recipe()))
+        changes = differences(_fixed_settings(s.previous), _fixed_settings(s.config.recipe()))
         if changes:
             text = f"the run in {folder} was started with other settings: {'; '.join(changes)}"
             yield Finding(
@@ -289,10 +289,10 @@ def check_output(s: RunSubject) -> Iterator[Finding]:
         )
 
 
-def _compared(recipe: Mapping[str, Any]) -> dict[str, Any]:
+def _fixed_settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a recipe that a resumed run cannot change, as JSON values.
 
-    Of a server only its presence counts, not its address."""
+    For server URLs, compares only whether one is set."""
     out: dict[str, Any] = {}
     for section, values in recipe.items():
         settings = values if isinstance(values, Mapping) else {"": values}

@@ -397,9 +397,8 @@ def _restore_best(run: Run, task: Task[Any], progress: Progress, emit: Listener)
             emit(Note(f"warning: {worse}"))
         return progress.step, last
     if best is None and worse:
-        beyond = "above" if task.rewarded else "below"
         raise NoGain(
-            f"nothing was learned that holds: {worse}, and never {beyond} that",
+            f"training never improved the validation {'reward' if task.rewarded else 'loss'}: {worse}",
             where=str(run.folder),
             fix=f"lower optimizer.learning_rate ({run.config.optimizer.learning_rate:g} here), or look at the "
             "data; to have the last adapter all the same: --resume evaluation.keep=last",

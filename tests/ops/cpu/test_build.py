@@ -108,7 +108,7 @@ def test_damaged_self_test_record_is_rewritten(content: str, tmp_path: Path, mon
     made = build.build_kernels(COMPILER, [HERE / "native.c"], [])
     (record,) = made.library.parent.glob("*.json")
     record.write_text(content)
-    assert build.build_kernels(COMPILER, [HERE / "native.c"], []).wrong == {"one": "is wrong"}
+    assert build.build_kernels(COMPILER, [HERE / "native.c"], []).rejected == {"one": "is wrong"}
     assert record.read_text() == '{"one": "is wrong"}'
 
 
@@ -122,7 +122,7 @@ def test_new_torch_version_reruns_the_self_test(tmp_path: Path, monkeypatch: pyt
     for version in ("2.13.0", "2.14.0", "2.13.0"):
         monkeypatch.setattr(torch, "__version__", version)
         monkeypatch.setattr(build, "left_out", lambda library, version=version: {"one": f"is wrong in {version}"})
-        assert build.build_kernels(COMPILER, [HERE / "native.c"], []).wrong == {"one": f"is wrong in {version}"}
+        assert build.build_kernels(COMPILER, [HERE / "native.c"], []).rejected == {"one": f"is wrong in {version}"}
     assert len(compiled_now) == 1
 
 

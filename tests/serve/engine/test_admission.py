@@ -60,7 +60,7 @@ def test_released_amounts_are_available_again(steps: list[tuple[str, int, bool]]
     places = {name: admission.enter(name) for name in "abc"}
     for name, amount, leaves in steps:
         with suppress(Refused):
-            places[name].take("bodies", amount)
+            places[name].reserve("bodies", amount)
         if leaves:
             places[name].leave()
         share = admission.shares["bodies"]

@@ -19,7 +19,7 @@ from veneer.ops.dispatch import override_ops
 from veneer.ops.quantized import Quantized, dequantized
 from veneer.ops.weight_panels import PanelRows, Panels
 from veneer.serve.forward.runner import Runner, RunnerRow
-from veneer.serve.forward.weights import Coded
+from veneer.serve.forward.weights import QuantizedWeights
 
 KINDS = ("nf4", "fp4", "int8", "Q8_0")
 
@@ -98,7 +98,7 @@ def test_no_projection_has_a_dense_copy() -> None:
                 assert isinstance(module.weight.stored, PanelRows)
                 assert module.weight.stored.panels is held
             else:
-                assert isinstance(held, Coded)
+                assert isinstance(held, QuantizedWeights)
                 assert all(isinstance(p, Quantized) for p in held.parts)
     runner.close()
 

@@ -393,7 +393,7 @@ def test_worse_runs_save_nothing(shared: Path, base: TextBase, tmp_path: Path, m
     monkeypatch.setattr(run, "score_examples", lambda *args, **options: loop.EvalResult(next(losses), 1, 1))
     events: list[Event] = []
     evaluation = {"every": 5}
-    with pytest.raises(NoGain, match=r"20\.4000 after step 10, 2\.6000 before step one") as error:
+    with pytest.raises(NoGain, match=r"20\.4000 after step 10, 2\.6000 before training") as error:
         train(shared, tmp_path / "wild", base, on_event=events.append, evaluation=evaluation)
     assert error.value.exit_code == 3
     scored = [e for e in events if isinstance(e, Evaluated)]

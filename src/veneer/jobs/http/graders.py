@@ -95,13 +95,13 @@ def grader_routes(limits: QuotaLimits | None = None, *, sandbox: Sandbox | None 
     limits = limits or QuotaLimits()
     helpers = FairPool(limits.helpers, "veneer-graders", limits.helper_share)
 
-    async def helped(request: HttpRequest, do: Callable[[], bytes]) -> Response:
-        """Run `do` in a thread of the caller's share; return a response with its bytes."""
+    async def run_in_pool(request: HttpRequest, work: Callable[[], bytes]) -> Response:
+        """Run `work` in a thread of the caller's share; return a response with its bytes."""
         principal, quotas = caller_of(request), service_of(request).quotas
         size = len(await request.body())
         with quotas.take(principal.tenant, requests=1, memory=size):
-            work = partial(helpers.run, principal.tenant, principal.weight, size)
-            return Response(await in_thread("the grader", do, work), media_type="application/json")
+            run = partial(helpers.run, principal.tenant, principal.weight, size)
+            return Response(await in_thread("the grader", work, run), media_type="application/json")
 
     @router.post("/v1/fine_tuning/alpha/graders/validate", summary="Check a grader without running it")
     async def validate(request: HttpRequest, body: GraderBody) -> Response:
@@ -111,7 +111,7 @@ def grader_routes(limits: QuotaLimits | None = None, *, sandbox: Sandbox | None 
                     {"grader": grader_of(body.grader, sandbox=sandbox).model_dump(mode="json", exclude_unset=True)}
                 )
 
-        return await helped(request, read)
+        return await run_in_pool(request, read)
 
     @router.post("/v1/fine_tuning/alpha/graders/run", summary="Grade one completion")
     async def run_grader(request: HttpRequest, body: GraderRunBody) -> Response:
@@ -142,7 +142,7 @@ def grader_routes(limits: QuotaLimits | None = None, *, sandbox: Sandbox | None 
                 raise Refused(refusal, status=413, code=TOO_LARGE, param="grader")
             return json_bytes(_grade_to_openai(grader, result, time.perf_counter() - began))
 
-        return await helped(request, grade)
+        return await run_in_pool(request, grade)
 
     return router
 

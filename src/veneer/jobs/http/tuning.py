@@ -166,7 +166,7 @@ class TuningQueue:
         """Queue a job on the caller's uploaded files. Raises Refused.
 
         `settings`: settings of the Studio's form."""
-        start = _start(service, principal, body.model)
+        start = _initial_adapter(service, principal, body.model)
 
         def do() -> Job:
             grader = None
@@ -181,7 +181,7 @@ class TuningQueue:
 # -- jobs --------------------------------------------------------------------------------------------------------------
 
 
-def _start(service: Service, principal: Principal, model: str) -> str | None:
+def _initial_adapter(service: Service, principal: Principal, model: str) -> str | None:
     """Return the adapter to continue training, or None for the base.
 
     Raises Refused for an unknown model."""

@@ -64,7 +64,7 @@ _WRAPS = "~"
 
 @dataclass(frozen=True)
 class Lora:
-    """A client's LoRA configuration. `seed`: None for 0."""
+    """A client's LoRA configuration. `seed`: None means 0."""
 
     rank: int
     seed: int | None = None

@@ -30,11 +30,11 @@ class BuiltKernels:
     """A built library.
 
     library: the file.
-    wrong: kernel -> why it must not be used.
+    rejected: kernel -> why it must not be used.
     notes: messages for the user."""
 
-    def __init__(self, library: Path, wrong: dict[str, str], notes: list[str]) -> None:
-        self.library, self.wrong, self.notes = library, wrong, notes
+    def __init__(self, library: Path, rejected: dict[str, str], notes: list[str]) -> None:
+        self.library, self.rejected, self.notes = library, rejected, notes
 
 
 def build_kernels(compiler: str, sources: Sequence[Path], headers: Sequence[Path]) -> BuiltKernels:

@@ -186,16 +186,16 @@ def kernels() -> Kernels | None:
     here = Path(__file__).parent
     try:
         build = build_kernels(compiler, [here / name for name in SOURCES], [here / name for name in HEADERS])
-        library = bound(build.library, build.wrong)
-        library.wrong = build.wrong
+        library = bound(build.library, build.rejected)
+        library.rejected = build.rejected
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         unset = ", or unset CC" if os.environ.get("CC") == compiler else ""
         advice = f"; install a C compiler that works (gcc or clang){unset}"
         failed = isinstance(error, subprocess.SubprocessError)  # not a folder problem or a broken build
         _reason = f"they could not be built: {why_not_compiled(compiler, error)}{advice if failed else ''}"
         return None
-    wrong = ", ".join(f"{name} {why}" for name, why in build.wrong.items())
-    parts = [f"compiled by {compiler}", f"left out: {wrong}" if wrong else "", compiler_note, *build.notes]
+    rejected = ", ".join(f"{name} {why}" for name, why in build.rejected.items())
+    parts = [f"compiled by {compiler}", f"left out: {rejected}" if rejected else "", compiler_note, *build.notes]
     _reason = "; ".join(part for part in parts if part)
     return library
 

@@ -1,8 +1,8 @@
 """Admission: limits how much work a server holds at once, and how much of it belongs to one tenant.
 
     place = admission.enter(tenant, weight)      a request arrives
-    place.take("bodies", bytes)                  before its body is read
-    place.take("answers", prompts · n)           before any work on it
+    place.reserve("bodies", bytes)                  before its body is read
+    place.reserve("answers", prompts · n)           before any work on it
     await place.work(size, tokenise)             in a thread pool; the least served tenant runs next
     place.leave()                                the request has ended: release everything
 
@@ -185,30 +185,30 @@ class AdmittedRequest:
     admission: Admission
     tenant: str = ""
     weight: float = 1.0
-    held: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    reserved: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
-    def take(self, resource: str, amount: int) -> None:
+    def reserve(self, resource: str, amount: int) -> None:
         """Reserve `amount` units. Raises Refused (overloaded, 429) if they are not free."""
         self.admission.shares[resource].take(self.tenant, self.weight, amount)
-        self.held[resource] += amount
+        self.reserved[resource] += amount
 
-    def give(self, resource: str, amount: int) -> None:
+    def release(self, resource: str, amount: int) -> None:
         self.admission.shares[resource].give(self.tenant, amount)
-        self.held[resource] -= amount
+        self.reserved[resource] -= amount
 
     async def work(self, size: int, do: Callable[[], T]) -> T:
         """Call `do`, work on `size` characters or bytes, in a thread.
 
         The size counts against `texts` meanwhile.
         """
-        self.take("texts", size)
+        self.reserve("texts", size)
         try:
             return await self.admission.pool(size).run(self.tenant, self.weight, size, do)
         finally:
-            self.give("texts", size)
+            self.release("texts", size)
 
     def leave(self) -> None:
-        for resource, amount in self.held.items():
+        for resource, amount in self.reserved.items():
             if amount:
                 self.admission.shares[resource].give(self.tenant, amount)
-        self.held.clear()
+        self.reserved.clear()

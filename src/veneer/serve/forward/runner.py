@@ -43,7 +43,7 @@ from veneer.ops.weight_panels import panels_here, panels_of_codes
 from veneer.serve.forward.llama import LlamaForward, layout_of, llama_forward, static_positions
 from veneer.serve.forward.lowrank import AdapterBatch, PackedAdapter, low_rank_problems, pack_adapter
 from veneer.serve.forward.paged import BLOCK, PackedRows, Pages
-from veneer.serve.forward.weights import ROWS, Coded
+from veneer.serve.forward.weights import ROWS, QuantizedWeights
 
 
 @dataclass(eq=False)
@@ -386,7 +386,7 @@ class Runner:
             parts = [modules[n] for n in names]
             weights = tuple(m.weight.detach() for m in parts)
             if any(isinstance(w, Quantized) for w in weights):
-                return Coded(weights)
+                return QuantizedWeights(weights)
             if packs:
                 packed = prepack_weight(torch.cat(weights))
                 for weight in weights:  # read again only by adapters with no low-rank form
@@ -420,7 +420,7 @@ class Runner:
         self.llama, any_laid = None, False
         with memory.returned_memory():
             for names, weight in self._weights.items():
-                if isinstance(weight, Coded) and (laid := panels_of_codes(weight.parts)) is not None:
+                if isinstance(weight, QuantizedWeights) and (laid := panels_of_codes(weight.parts)) is not None:
                     self._weights[names], any_laid = laid[0], True
                     for name, weight_codes in zip(names, laid[1], strict=True):
                         modules[name].weight = nn.Parameter(weight_codes, requires_grad=False)
@@ -437,7 +437,9 @@ class Runner:
         static_positions(config)
         chunk = getattr(config, "attention_chunk_size", None)
         if chunk is not None and self.context > chunk:  # pages support windows, not chunks
-            raise NotImplementedError(f"its attention goes by chunks of {chunk} tokens, and a sequence may have more")
+            raise NotImplementedError(
+                f"the base uses chunked attention; context {self.context} exceeds its chunk of {chunk} tokens"
+            )
         self._undo.callback(self._second.close)
         route_experts(self.model.modules(), self._second)
         self._second.callback(divert_attention(self.model))

@@ -48,12 +48,11 @@ class Blocks:
 
 
 @dataclass(frozen=True, eq=False)
-class Coded:
+class QuantizedWeights:
     """Stacked weights of a quantized base, some of which may be plain; used in place.
 
-    A few rows are multiplied by the codes if the device supports it; otherwise the weight is dequantized for
-    the duration of one product, which all rows of a step share. `rows`: see `in_blocks`; the product by codes
-    is not blocked.
+    Small batches use the quantized kernel if the device has one; otherwise the weight is dequantized once per
+    step. `rows`: see `in_blocks`; the quantized kernel does not use blocks.
     """
 
     parts: tuple[Tensor, ...]
@@ -77,6 +76,6 @@ class Coded:
 
 def invariant(weight: PrepackedWeight, rows: int) -> PrepackedWeight:
     """A weight whose products are batch-invariant; `Panels` already are."""
-    if isinstance(weight, Coded):  # dequantized once, not per block
+    if isinstance(weight, QuantizedWeights):  # dequantized once, not per block
         return replace(weight, rows=rows)
     return weight if isinstance(weight, Panels) or not rows else Blocks(weight, rows)

@@ -130,11 +130,11 @@ class AuthMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        scope["veneer.id"] = number = uuid.uuid4().hex
+        scope["veneer.id"] = request_id = uuid.uuid4().hex
 
-        async def numbered(message: Message) -> None:
+        async def send_with_request_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", number.encode())]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
             await send(message)
 
         request = HttpRequest(scope)
@@ -153,12 +153,12 @@ class AuthMiddleware:
             if (admitted := scope.get("veneer.admitted")) is not None:
                 admitted.leave()
             self.service.metrics.refused.labels(refused.code).inc()
-            return await answer_error(refused, surface)(scope, receive, numbered)
+            return await answer_error(refused, surface)(scope, receive, send_with_request_id)
         working = request.method not in ("GET", "HEAD", "OPTIONS")
         self.service.inside += working
         incoming = _Body(receive, request.scope["veneer.admitted"], self.service.settings, large)
         try:
-            await self.app(scope, incoming.receive, numbered)
+            await self.app(scope, incoming.receive, send_with_request_id)
         finally:
             self.service.inside -= working
             incoming.admitted.leave()
@@ -193,7 +193,7 @@ class AuthMiddleware:
         admitted.tenant, admitted.weight = principal.tenant, principal.weight
         current_owner.set(principal.tenant)
         if large is None:
-            admitted.take("bodies", size)
+            admitted.reserve("bodies", size)
         await service.catalog.fresh()
         if service.phase != ("ready" if service.loaded else "loading") and request.method == "POST":
             raise not_ready(service.phase)
@@ -223,8 +223,8 @@ class _Body:
         most = self.settings.max_body if self.large is None else self.large
         if self.received > most:
             raise _too_large(most)
-        if self.large is None and (more := self.received - self.admitted.held["bodies"]) > 0:
-            self.admitted.take("bodies", more)
+        if self.large is None and (more := self.received - self.admitted.reserved["bodies"]) > 0:
+            self.admitted.reserve("bodies", more)
         self.whole = not message.get("more_body", False)
         return message
 

@@ -127,8 +127,8 @@ class Service:
         if settings != self.settings:
             self.settings, self.admission = settings, _admission(settings)
 
-    def ready(self) -> None:
-        """Accept requests from now on."""
+    def mark_ready(self) -> None:
+        """Start accepting requests."""
         self.loaded = True
         if self.phase == "loading":
             self.phase = "ready"

@@ -46,7 +46,7 @@ async def chat_job(
     Refused: too much at once (429), a prompt that does not fit the context (400).
     """
     use, variables, model = use or ToolUse(), variables or {}, selection.model
-    admitted.take("answers", n)
+    admitted.reserve("answers", n)
     prompt = await service.prompts.of_messages(messages, admitted, use.tools, **variables)
     settings = sampling(service.prompts.fits(prompt, "messages"))
     continued = bool(variables.get("continue_final_message"))

@@ -161,9 +161,10 @@ class SettingsChange(BaseModel):
     weight: share of the server while requests queue
     enabled: whether the tenant's keys are accepted
     adapters: patterns of visible adapters; of ALL: visible to every tenant
-    requests_per_minute … concurrency: limits; of ALL: of all tenants together; of EACH: of each tenant that
-    has no limits of its own
-    prompt_price, cached_price, completion_price: of a million tokens; a new cached_price is the prompt_price
+    requests_per_minute … concurrency: limits. ALL: total over all tenants. EACH: default for tenants without
+        their own.
+    prompt_price, cached_price, completion_price: price per million tokens; an unset cached_price defaults to
+        prompt_price
     training_price: of a million trained tokens; training_budget: of a calendar month in UTC; training_jobs:
     running at once; of ALL: of each tenant without values of its own
     feedback_days: days for which chats are stored; feedback_names: patterns of routes and adapters, [] for
@@ -240,7 +241,7 @@ def add_tenant(
     row = {"name": name, "weight": 1.0, "enabled": True, "created": time.time() if now is None else now}
     with store.change() as c:
         if c.scalar(select(tenant_table.c.name).where(tenant_table.c.name == name)):
-            raise ConfigError(f"tenant {name} exists already", where="tenant")
+            raise ConfigError(f"tenant {name} already exists", where="tenant")
         c.execute(insert(tenant_table), row)
         _, after = _apply(c, name, ALL, values)
         append_audit(c, actor, "tenant.add", name, None, row | after)

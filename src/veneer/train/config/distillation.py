@@ -37,7 +37,7 @@ class DistillationSection(Section):
     group: int = setting(1, "completions per prompt", ge=1)
     max_tokens: int = setting(256, "maximum completion tokens; longer ones are cut and counted", gt=0)
     temperature: float = setting(1.0, "sampling temperature; distributions stay", gt=0, le=100)
-    rows: int = setting(64, "completions sampled at once; the result stays", gt=0)
+    rows: int = setting(64, "completions sampled at once; does not change the result", gt=0)
     gap: float = setting(
         0.2, "maximum mean sampler-trainer mismatch, in nats", "bfloat16 rounds to 0.05 and more", gt=0
     )

@@ -203,7 +203,7 @@ class LossSection(Section):
     )
     keep_guidance: float | None = setting(
         None,
-        "distilled base: keep what this guidance adds; trains at the larger of both",
+        "distilled base: preserve the effect of this guidance value; trains at the larger of this and `guidance`",
         "off; two more forward passes a step",
         gt=1,
     )
@@ -213,7 +213,7 @@ class ImageBatchingSection(Section):
     """Steps (one optimizer update) and micro-batches (in memory at once)."""
 
     rows: int = setting(4, "pictures per step", "1 to 8 for tens of pictures", gt=0)
-    micro_rows: int | None = setting(None, "maximum pictures of a micro-batch; the result stays", gt=0)
+    micro_rows: int | None = setting(None, "maximum pictures of a micro-batch; does not change the result", gt=0)
 
 
 class ImageOptimizerSection(OptimizerSection):

@@ -28,7 +28,7 @@ class ReinforcementSection(Section):
     grammar: dict[Literal["json_schema", "json_object", "regex"], Any] = setting(
         {}, "{json_schema: {…}}, {json_object: true} or {regex: TEXT} for completions"
     )
-    rows: int = setting(64, "completions sampled at once; the result stays", gt=0)
+    rows: int = setting(64, "completions sampled at once; does not change the result", gt=0)
     environment: str | None = setting(
         None, "FILE or FILE:FUNCTION with reply(sample, item), which answers the model", "single turn"
     )
@@ -46,7 +46,7 @@ class ReinforcementSection(Section):
     )
     kl: float = setting(0.0, "KL penalty to the reference", "none", ge=0)
     importance_cap: float = setting(2.0, "maximum importance weight of a token", gt=0)
-    mask_cut: bool = setting(False, "leave cut completions out (DAPO's overlong filtering)")
+    mask_cut: bool = setting(False, "exclude truncated completions from the loss (DAPO's overlong filtering)")
     exact: bool = setting(
         True, "trainer's logprobs equal the sampler's; false: faster kernels, a mismatch", "no mismatch"
     )

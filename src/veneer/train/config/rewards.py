@@ -68,7 +68,11 @@ class JsonSchemaReward(RewardSection):
     column: str | None = setting(None, "column of the row with its own schema")
 
     def problem(self) -> str:
-        return "" if (self.json_schema is None) != (self.column is None) else "give one of `json_schema` and `column`"
+        return (
+            ""
+            if (self.json_schema is None) != (self.column is None)
+            else "set exactly one of `json_schema` and `column`"
+        )
 
 
 class JsonFieldsReward(_Compared):

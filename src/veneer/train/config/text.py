@@ -212,10 +212,10 @@ class BatchingSection(Section):
     )
     rows: int = setting(16, "rows per step (bucket)", "large batches hurt LoRA (TRL: below 32)", gt=0)
     tokens: int | None = setting(None, "tokens per step (pack)", gt=0)
-    micro_rows: int | None = setting(None, "maximum rows of a micro-batch; the result stays", gt=0)
+    micro_rows: int | None = setting(None, "maximum rows of a micro-batch; does not change the result", gt=0)
     micro_tokens: int | None = setting(
         None,
-        "maximum tokens of a micro-batch; the result stays",
+        "maximum tokens of a micro-batch; does not change the result",
         "CPU 2,048; GPU 2,048 to 16,384, by speed and memory",
         gt=0,
     )

@@ -135,7 +135,7 @@ class Sandbox:
 def bubblewrap(script: Path) -> Sandbox:
     """Return this machine's sandbox without testing it.
 
-    `script`: another visible file. Raises ResourceError with the reason if there is no sandbox."""
+    `script`: file to make visible inside the sandbox. Raises ResourceError with the reason if there is no sandbox."""
     if sys.platform != "linux" or platform.machine() not in _MACHINES:
         raise sandbox_error(f"the sandbox needs Linux on {' or '.join(_MACHINES)}")
     command = shutil.which("bwrap")

@@ -144,7 +144,7 @@ class _TeacherRollout:
 
 @dataclass
 class Distillation:
-    """A run's distillation. `name`: of the trained adapter."""
+    """State of a distillation run. `name`: the trained adapter's name."""
 
     config: TrainConfig
     base: TextBase

@@ -360,7 +360,7 @@ def _long_prompts(s: TextSubject) -> Iterator[Finding]:
     yield Finding(_above_half(c.long_dropped, c.rows), "long rows", f"{text}: {s.named('long_dropped')}", fix)
 
 
-def _held_out_rows_are_apart(s: TextSubject) -> Iterator[Finding]:
+def _check_rows(s: TextSubject) -> Iterator[Finding]:
     """Report held-out rows that are also trained on, which distort validation loss."""
     metadata = s.data.metadata
     if metadata is not None:
@@ -622,9 +622,9 @@ _DATA_CHECKS: _Checks = (
     _prompts_match_inference,
     _turns_and_control_tokens,
     _answers_compare,
-    _held_out_rows_are_apart,
+    _check_rows,
 )
-_PROMPT_CHECKS: _Checks = (_prompts_are_sampled, _long_prompts, _bos_once, _held_out_rows_are_apart)
+_PROMPT_CHECKS: _Checks = (_prompts_are_sampled, _long_prompts, _bos_once, _check_rows)
 _BASE_CHECKS: _Checks = (
     _what_is_trained,
     _experts_are_trained,

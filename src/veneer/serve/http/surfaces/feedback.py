@@ -98,7 +98,7 @@ def feedback_routes(answers: StoredAnswers) -> APIRouter:
         adapter: Annotated[str | None, Query(max_length=512)] = None,
     ) -> Response:
         tenant = _tenant(request, store)
-        admission_of(request).take("answers", 1)  # held until all rows are sent; each tenant has a share
+        admission_of(request).reserve("answers", 1)  # held until all rows are sent; each tenant has a share
         found_rows = feedback_rows(store.engine, tenant, kind, adapter=adapter, now=answers.wall())
         first = await in_thread(_DATABASE, lambda: next(found_rows, None))  # so that an outage has its own status
 

@@ -126,7 +126,7 @@ async def completions(request: HttpRequest, body: CompletionBody) -> Response:
         body.ignore("store")
     selection = service.choose(principal, **body.adapters())
     admitted = admission_of(request)
-    admitted.take("answers", len(texts) * n)
+    admitted.reserve("answers", len(texts) * n)
     echoes = [text for text in texts if isinstance(text, str)]
     if echoes:
         prompts = await service.prompts.of_parts(echoes, admitted, special=body.add_special_tokens)

@@ -141,7 +141,7 @@ async def _job(request: HttpRequest, service: Service, body: Generate) -> TextJo
         or parameters.top_p not in (None, 1)
     )
     admitted = admission_of(request)
-    admitted.take("answers", 1)
+    admitted.reserve("answers", 1)
     (prompt,) = await service.prompts.of_parts([body.inputs], admitted)
     most = limited(parameters.max_new_tokens, service.prompts.fits(prompt, "inputs"), service)
     settings = sampling_of(

@@ -147,7 +147,7 @@ async def tokenize(request: HttpRequest, body: Tokenize) -> Response:
         raise invalid("send either prompt or messages", "prompt")
     service.choose(caller_of(request), model=body.model)  # an unknown model is an error here too
     admitted = admission_of(request)
-    admitted.take("answers", 1)
+    admitted.reserve("answers", 1)
     if body.messages is not None:
         variables = template_variables(
             body.chat_template_kwargs, body.add_generation_prompt, body.continue_final_message
@@ -169,6 +169,6 @@ async def detokenize(request: HttpRequest, body: Detokenize) -> Response:
     service = service_of(request)
     service.choose(caller_of(request), model=body.model)
     admitted = admission_of(request)
-    admitted.take("answers", 1)
+    admitted.reserve("answers", 1)
     text = await service.prompts.decode(service.prompts.of_ids(body.tokens, "tokens"), admitted)
     return Json({"prompt": text})
