@@ -301,7 +301,7 @@ def text_plan(
     if traffic is not None:
         capacity = serving(shape, device, rates, traffic, rank=rank, dtype=load.dtype, quantize=quantize)
     times = f"{counted(job.rows, 'row')} of {job.tokens_per_row:,.0f} tokens, {_times(job.passes)}"
-    share = "" if load.trained == 1 else f", {load.trained:.0%} of them learned"
+    share = "" if load.trained == 1 else f", {load.trained:.0%} of them trained on"
     facts = (
         ("base", f"{base}: {shape.parameters:,} parameters, {load.quantize or load.dtype}"),
         (

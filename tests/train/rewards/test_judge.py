@@ -195,7 +195,7 @@ def test_endless_response_is_bounded() -> None:
 
     with serving(says) as server:
         bad, fine = judged(server, "bad", "good")
-    assert "the judge's answer has more than 64 MB" in bad.error
+    assert "the judge's response exceeds 64 MB" in bad.error
     assert bad.value is None
     assert fine.value == 0.5
 
