@@ -202,7 +202,7 @@ def test_many_files_expire_in_few_transactions(files: Files) -> None:
     assert stored_hashes(files) == {sha(b"0007")}
 
 
-def test_sweep_removes_only_leftovers_of_a_kill(files: Files) -> None:
+def test_sweep_removes_only_leftovers_of_a_kill(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kill comes after the bytes were written, and before the row."""
 
     class Killed(BaseException):
@@ -210,12 +210,12 @@ def test_sweep_removes_only_leftovers_of_a_kill(files: Files) -> None:
 
     id, clock = add(files, "acme"), files.clock
 
-    def write() -> None:
-        add(files, "acme", b"never said to be there")
+    def kill(table: object) -> None:
+        raise Killed
 
     check, files.quotas = files.quotas, Quotas(QuotaLimits(disk=0))
     with pytest.raises(Refused, match="0"):  # as good as a kill there: the row was not written
-        write()
+        kill()
     files.quotas = check
     assert stored_hashes(files) == {sha(ROWS), sha(b"never said to be there")}
     files.sweep()  # perhaps its row is on its way
@@ -231,6 +231,7 @@ def test_file_quotas_and_names_are_checked(files: Files) -> None:
     with pytest.raises(Refused) as refused:
         add(files, "acme", bytes(150))
     assert (refused.value.status, refused.value.code) == (400, "storage_full")
+    assert kept(files) == {sha(bytes(1900))}
     made_here = files.add("acme", "a.csv", "fine-tune-results", io.BytesIO(bytes(150)), id="file-own")
     assert files.get("acme", made_here.id) == made_here  # else a job could not be looked at any more
     for _ in range(8):

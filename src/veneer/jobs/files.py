@@ -109,6 +109,9 @@ class Files:
         expires = None if ttl is None else now + ttl
         file_id = id or f"file-{secrets.token_hex(12)}"
         file = UploadedFile(file_id, tenant, _base_name(filename), purpose, size, sha256, now, expires)
+        if id is None:
+            with reading(self.engine) as c:  # a tenant over its quota writes nothing to the store
+                self._check_quota(c, tenant, size)
         self._write_missing(file, source)
         with self._transaction() as c:
             if id is None:
