@@ -458,6 +458,7 @@ async def _create_from(state: TinkerRoutes, call: Call, body: Mapping[str, Any])
         raise invalid("model_seq_id and path are needed", "path")
     if body.get("base_model") is not None:
         call.check_base(str(body["base_model"]))
+        call.service.session(call.tenant, session).set_base_name(str(body["base_model"]))
     _check_optimizer(body.get("optimizer_config") or {})
     optimizer, metadata = bool(body.get("optimizer")), body.get("user_metadata")
     return await state.created(call, session, number, path, metadata, optimizer)
