@@ -254,6 +254,14 @@ def test_checkpoint_is_a_library_adapter(tmp_path: Path) -> None:
             service.library.find(saved.reference)
 
 
+def test_invalid_time_to_live_writes_nothing(tmp_path: Path) -> None:
+    with small_service(tmp_path) as service:
+        run = begun(service)
+        refused = result(service, run, 1, "save_weights", b'{"path": "one", "ttl_seconds": 5}')
+        assert "ttl_seconds is 5" in json.loads(refused.data)["error"]
+        assert not run.checkpoints.folder.exists()
+
+
 def test_unused_sessions_are_removed_and_checkpoints_stay(tmp_path: Path) -> None:
     with small_service(tmp_path, days=2 / 86400) as service:
         saver, idle = begun(service), begun(service)

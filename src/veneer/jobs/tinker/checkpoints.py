@@ -103,8 +103,8 @@ class Checkpoints:
         """Return the folder of a checkpoint's training state."""
         return self.folder / id / "state"
 
-    def new_folder(self, kind: str, name: str) -> Path:
-        """Return the folder of a new checkpoint. Raises ConfigError for an invalid name."""
+    def new_folder(self, kind: str, name: str, ttl: int | None = None) -> Path:
+        """Return the folder of a new checkpoint. Raises ConfigError for an invalid name or time to live."""
         if not self._is_valid(f"{kind}/{name}"):
             message = f"{name[:100]!r} cannot name a checkpoint"
             raise ConfigError(message, where="path", fix="letters, digits and . _ - between them, at most 100")
@@ -124,9 +124,7 @@ class Checkpoints:
         """Save a checkpoint and add its adapter to the library.
 
         The checkpoint is complete when this call returns."""
-        folder = self.new_folder(kind, name)
-        if ttl is not None and not 3600 <= ttl <= _YEARS:
-            raise ConfigError(f"ttl_seconds is {ttl}", where="ttl_seconds", fix="from an hour to ten years")
+        folder = self.new_folder(kind, name, ttl)
         with tempfile.TemporaryDirectory() as temporary:
             digest = write_adapter(adapter, Path(temporary) / "adapter", base)
             size = sum(path.stat().st_size for path in (Path(temporary) / "adapter").iterdir())

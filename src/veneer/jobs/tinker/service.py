@@ -590,11 +590,12 @@ class TinkerService:
         """Save a run's weights as a checkpoint of `kind`; `weights` has a training state."""
         with_state, metadata, seq = kind == "weights", _value(body, "user_metadata", dict), run.applied + 1
         name = _value(body, "path", str) or (f"{seq:06d}" if with_state else "")
-        folder, existing = run.checkpoints.new_folder(kind, name), run.checkpoints.find(f"{kind}/{name}")
+        ttl = _value(body, "ttl_seconds", int)
+        folder, existing = run.checkpoints.new_folder(kind, name, ttl), run.checkpoints.find(f"{kind}/{name}")
         if existing is not None and not (with_state and body.get("overwrite")):
             raise ConfigError(f"there is a checkpoint {existing.path} already", where="path", fix="another name")
         self._object_bytes(metadata)
-        learner, ttl, size = self._learner(run), _value(body, "ttl_seconds", int), self._state_bytes(run.lora)
+        learner, size = self._learner(run), self._state_bytes(run.lora)
         with self._storing(run, files=1, disk=size // 4 + with_state * size):
             self._describe(run)
             if with_state:
