@@ -14,8 +14,10 @@ from tests.jobs.fakes import until
 from tests.jobs.tinker.small import ROWS, forward_body, read_output, result, small_base, small_service
 from veneer.adapters.use import load_adapter
 from veneer.errors import ConfigError
+from veneer.jobs.tinker.checkpoints import Checkpoints
 from veneer.jobs.tinker.service import FutureResult, NotFound, SessionEnded, TinkerService, TrainingRun
 from veneer.jobs.tinker.trainer import Lora
+from veneer.library.library import open_library
 from veneer.serve.quota import Quotas
 from veneer.serve.request import Refused
 from veneer.serve.settings import QuotaLimits
@@ -260,6 +262,19 @@ def test_invalid_time_to_live_writes_nothing(tmp_path: Path) -> None:
         refused = result(service, run, 1, "save_weights", b'{"path": "one", "ttl_seconds": 5}')
         assert "ttl_seconds is 5" in json.loads(refused.data)["error"]
         assert not run.checkpoints.folder.exists()
+
+
+def test_sweep_passes_over_checkpoints_that_vanish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def vanish(checkpoints: Checkpoints, path: Path) -> None:
+        shutil.rmtree(path.parent)
+
+    folder = tmp_path / "run" / "weights" / "one"
+    folder.mkdir(parents=True)
+    (folder / "about.json").write_text("{}")
+    with open_library(tmp_path / "library") as library:
+        monkeypatch.setattr(Checkpoints, "_read", vanish)
+        Checkpoints("s:train:0", tmp_path / "run", "acme/run", library).sweep()
+    assert not folder.exists()
 
 
 def test_unused_sessions_are_removed_and_checkpoints_stay(tmp_path: Path) -> None:

@@ -176,9 +176,8 @@ class Checkpoints:
         """Remove expired checkpoints."""
         for path in self.folder.glob("*/*/about.json"):
             if self._read(path) is None:
-                data = SavedWeights(**json.loads(path.read_text(encoding="utf-8")))
-                self._write(replace(data, expires=None))
-                self.remove(data.id)
+                with suppress(FileNotFoundError):  # a request removed the checkpoint meanwhile
+                    self._discard(SavedWeights(**json.loads(path.read_text(encoding="utf-8"))))
 
     def _require(self, id: str) -> SavedWeights:
         checkpoint = self.find(id)

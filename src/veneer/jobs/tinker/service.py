@@ -30,7 +30,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -644,7 +644,7 @@ class TinkerService:
         """Set the quota hold to a run's files, its adapters in the library, and its state on disk."""
         saved, live = run.checkpoints.all(), run.session in self.sessions
         folders = run.checkpoints.folder, self._live_folder(run) / "snapshots"
-        size = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
+        size = sum(_file_bytes(folder) for folder in folders)
         size += sum(each.bytes for each in saved) + (self._state_bytes(run.lora) if live else 0)
         run.hold.set(files=live + len(saved), disk=size)
 
@@ -788,6 +788,16 @@ def _lock_folder(folder: Path) -> int:
         message = "another server on this machine has the training clients of this base"
         raise ConfigError(message, fix="use that server, or give this one a VENEER_HOME of its own") from error
     return lock
+
+
+def _file_bytes(folder: Path) -> int:
+    """Return the bytes of a folder's files. Other threads can remove files meanwhile."""
+    size = 0
+    for path, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                size += (Path(path) / name).stat().st_size
+    return size
 
 
 def _value(body: Mapping[str, Any], name: str, kind: type[_T]) -> _T | None:
