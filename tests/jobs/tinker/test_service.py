@@ -154,6 +154,28 @@ def test_restart_keeps_checkpoints_and_ends_clients(tmp_path: Path) -> None:
         assert left - {"live"} == {"lock", run.session}
 
 
+def test_unreadable_run_is_skipped_and_a_failed_start_can_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with small_service(tmp_path) as service:
+        broken, run = begun(service), begun(service)
+        for each in (broken, run):
+            result(service, each, 1, "save_weights", b'{"path": "one"}')
+    about = broken.checkpoints.folder / "weights" / "one" / "about.json"
+    about.write_text("{")
+    with monkeypatch.context() as patch:
+        patch.setattr(TinkerService, "_read_runs", _no_disk)
+        with pytest.raises(OSError, match="no disk"), small_service(tmp_path):
+            pass
+    with small_service(tmp_path) as service:
+        assert list(service.runs) == [run.id]
+        assert about.exists()
+
+
+def _no_disk(service: TinkerService) -> None:
+    raise OSError("no disk")
+
+
 def test_eviction_changes_no_result(tmp_path: Path) -> None:
     """Memory fits one of two clients: their states move to disk and back."""
     with small_service(tmp_path / "wide") as service:

@@ -219,7 +219,11 @@ class TinkerService:
         self.runs: dict[str, TrainingRun] = {}
         self.passes = self.shared_passes = 0
         self._live = folder / "live"
-        self._read_runs()
+        try:
+            self._read_runs()
+        except BaseException:
+            os.close(self._lock)
+            raise
         self._served: Counter[str] = Counter()
         """Tenant -> tokens of its passes, by weight, since the service was last idle."""
         self._changed = threading.Condition()
@@ -245,21 +249,32 @@ class TinkerService:
         """Read the runs that have checkpoints; remove what else an earlier process left."""
         shutil.rmtree(self._live, ignore_errors=True)
         for path in self.folder.glob("*/session.json"):
-            tenant = json.loads(path.read_text(encoding="utf-8"))["tenant"]
+            try:
+                tenant = json.loads(path.read_text(encoding="utf-8"))["tenant"]
+            except Exception:
+                _log.exception("the runs of %s are not available: session.json cannot be read", path.parent)
+                continue
             for folder in path.parent.glob("train-*"):
-                checkpoints = self._checkpoints(tenant, path.parent.name, folder.name.removeprefix("train-"))
-                if not checkpoints.all() or not (folder / "run.json").is_file():
-                    shutil.rmtree(folder)
-                    continue
-                data = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-                lora, hold, base_name = Lora(**data["lora"]), self.quotas.take(tenant), data.get("base_name", "")
-                id, session = checkpoints.run, path.parent.name
-                run = TrainingRun(id, session, tenant, lora, checkpoints, data["metadata"], base_name, hold)
-                run.used = (folder / "run.json").stat().st_mtime
-                self.runs[id] = run
-                self._measure(run)
+                try:
+                    self._read_run(tenant, folder)
+                except Exception:  # continue with the other runs
+                    _log.exception("the run in %s is not available: its files cannot be read", folder)
             if not any(path.parent.glob("train-*")):
                 shutil.rmtree(path.parent)
+
+    def _read_run(self, tenant: str, folder: Path) -> None:
+        """Read a run, or remove its folder if it has no checkpoints."""
+        session = folder.parent.name
+        checkpoints = self._checkpoints(tenant, session, folder.name.removeprefix("train-"))
+        if not checkpoints.all() or not (folder / "run.json").is_file():
+            shutil.rmtree(folder)
+            return
+        data = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        lora, hold, base_name = Lora(**data["lora"]), self.quotas.take(tenant), data.get("base_name", "")
+        run = TrainingRun(checkpoints.run, session, tenant, lora, checkpoints, data["metadata"], base_name, hold)
+        run.used = (folder / "run.json").stat().st_mtime
+        self._measure(run)
+        self.runs[run.id] = run
 
     def _checkpoints(self, tenant: str, session: str, number: str) -> Checkpoints:
         name = f"{tenant}/tinker-{session}-{number}" if tenant else f"tinker-{session}-{number}"
