@@ -569,7 +569,7 @@ class TinkerService:
 
     def _fail_gaps(self) -> None:
         """Fail requests that waited too long for a missing number."""
-        for run in [run for run in self.runs.values() if run.pending and run.next is None]:
+        for run in [run for run in list(self.runs.values()) if run.pending and run.next is None]:
             if time.time() - run.used > _GAP_SECONDS:
                 message = f"request {run.applied + 1} of {run.id} never arrived"
                 self._fail_pending(run, ConfigError(message, fix="send the requests after it again"))
@@ -712,7 +712,8 @@ class TinkerService:
                 run.checkpoints.sweep()
                 self._measure(run)
                 if run.session not in self.sessions and not run.checkpoints.all():
-                    del self.runs[run.id]
+                    with self._changed:
+                        del self.runs[run.id]
                     run.hold.release()
                     shutil.rmtree(run.checkpoints.folder.parent, ignore_errors=True)
             except Exception:  # continue with the other runs
@@ -725,7 +726,7 @@ class TinkerService:
             for id in session.samplers:
                 del self.samplers[id]
         session.hold.release()
-        for run in [run for run in self.runs.values() if run.session == session.id]:
+        for run in [run for run in list(self.runs.values()) if run.session == session.id]:
             self._fail_pending(run, ConfigError("the session ended before this request was executed", fix=_CONTINUE))
             self._drop(run)
             shutil.rmtree(self._live_folder(run), ignore_errors=True)
