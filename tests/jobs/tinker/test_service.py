@@ -16,7 +16,7 @@ from veneer.adapters.use import load_adapter
 from veneer.errors import ConfigError
 from veneer.jobs.tinker.checkpoints import Checkpoints
 from veneer.jobs.tinker.service import FutureResult, NotFound, SessionEnded, TinkerService, TrainingRun
-from veneer.jobs.tinker.trainer import Lora
+from veneer.jobs.tinker.trainer import Lora, PassWork, Trainer, state_bytes, target_names
 from veneer.library.library import open_library
 from veneer.serve.quota import Quotas
 from veneer.serve.request import Refused
@@ -191,6 +191,32 @@ def test_eviction_changes_no_result(tmp_path: Path) -> None:
         assert found == alone
         with pytest.raises(ConfigError, match=f"rank 4096 needs .* clients have {max_memory:,}"):
             begun(service, rank=4096)
+
+
+def test_pending_forwards_of_many_clients_stay_within_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory fits two small clients or the large client: all take turns, and none waits for the end of the others."""
+    resident, step = [], Trainer.step
+
+    def measured(trainer: Trainer, works: list[PassWork]) -> list[PassWork]:
+        resident.append(sum(learner.bytes for learner in trainer.learners.values()))
+        return step(trainer, works)
+
+    monkeypatch.setattr(Trainer, "step", measured)
+    max_memory = state_bytes(small_base().model, Lora(4).spec(target_names(small_base().model)))
+    with small_service(tmp_path, max_memory=max_memory) as service:
+        runs, finished = [begun(service, rank=rank) for rank in (2, 2, 2, 4)], []
+        for run in runs:
+            run.created.result(60)
+        with service._changed:  # all are ready at the same time
+            for run in runs:
+                for seq in (1, 2, 3):
+                    future = service.submit(run, seq, "forward", forward_body(run.id, seq, ROWS))
+                    future.add_done_callback(lambda _, seq=seq: finished.append(seq))
+        until(lambda: len(finished) == 12)
+    assert max(resident) <= max_memory
+    assert finished[:4] == [1, 1, 1, 1]
 
 
 def _parameters(service: TinkerService) -> list[torch.Tensor]:

@@ -463,19 +463,37 @@ class TinkerService:
     def _ready(self) -> list[TrainingRun]:
         """Return runs with pending work; the tenant that received the least comes first."""
         ready = [run for run in self.runs.values() if run.next is not None]
-        return sorted(ready, key=lambda run: self._served[run.tenant])
+        return sorted(ready, key=lambda run: (self._served[run.tenant], run.turn))
 
     def _round(self, ready: list[TrainingRun]) -> None:
-        """Execute each run's requests that need no pass, then one pass for runs with rows."""
-        training = []
+        """Execute each run's requests that need no pass, then one pass for runs with rows.
+
+        A run whose state does not fit in memory waits, and with it all later runs that need memory."""
+        training, waiting = [], False
         for run in ready:
             try:
-                if run.work is not None or self._begin(run):
+                if self._needs_memory(run) and (waiting or not self._has_memory(run)):
+                    waiting = True
+                elif run.work is not None or self._begin(run):
                     training.append(run)
             except Exception as error:
                 self._fail(run, error)
         if training:
             self._pass(training)
+
+    def _needs_memory(self, run: TrainingRun) -> bool:
+        """Return whether the next request begins a pass or reads the state into memory."""
+        if run.work is not None or run.next is None or run.next.kind in ("create_model", "refused"):
+            return False
+        return run.next.kind == "forward" or run.learner is None
+
+    def _has_memory(self, run: TrainingRun) -> bool:
+        """Return whether a run's state fits in memory besides the states of unfinished passes."""
+        used = [each.learner.bytes for each in list(self.runs.values()) if each.work is not None and each.learner]
+        if not used:
+            return True
+        size = self._state_bytes(run.lora) if run.learner is None else run.learner.bytes
+        return sum(used) + size <= self.max_memory
 
     def _begin(self, run: TrainingRun) -> bool:
         """Execute the next request, or begin a forward request and return True.
