@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import tarfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +23,10 @@ from tests.jobs.tinker.small import ROWS, fields, forward_body, read_output
 from tests.serve.whole import served
 from tests.tiny_base import tiny_base_dir
 from veneer.jobs.build import training
+from veneer.jobs.http.tinker import TinkerRoutes
+from veneer.jobs.tinker.service import FutureResult
 from veneer.library.library import open_library
+from veneer.serve.quota import Quotas
 from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.store import Store
 
@@ -333,6 +338,28 @@ def test_disabled_training_refuses_existing_sessions(world: SimpleNamespace, cli
         assert (answer.status_code, answer.json()["error"]["code"]) == (403, "forbidden")
     finally:
         manage.change_settings(world.store, "late", {"training_jobs": None}, actor="test")
+
+
+def test_stop_waits_for_requests_that_give_back_their_budget() -> None:
+    stopped: Future[None] = Future()
+    given_back = []
+
+    async def request() -> FutureResult:
+        await asyncio.wrap_future(stopped)
+        await asyncio.sleep(0.05)
+        given_back.append(True)
+        return FutureResult("failed", b"{}")
+
+    async def live() -> None:
+        service: Any = SimpleNamespace(close=lambda: stopped.set_result(None))
+        call: Any = SimpleNamespace(tenant="acme")
+        nothing: Any = None
+        routes = TinkerRoutes(nothing, nothing, nothing, _service=service)
+        routes.add(call, "1", Quotas().take("acme"), request())
+        await routes.stop()
+
+    asyncio.run(live())
+    assert given_back == [True]
 
 
 def test_ended_session_is_410(client: Any) -> None:

@@ -176,6 +176,16 @@ def _no_disk(service: TinkerService) -> None:
     raise OSError("no disk")
 
 
+def test_stop_fails_waiting_requests(tmp_path: Path) -> None:
+    with small_service(tmp_path) as service:
+        run = begun(service)
+        run.created.result(60)
+        late = service.submit(run, 2, "optim_step", STEP)
+    assert "the server stops" in json.loads(late.result(0).data)["error"]
+    with pytest.raises(SessionEnded, match="the server stops"):
+        service.submit(run, 3, "optim_step", STEP)
+
+
 def test_eviction_changes_no_result(tmp_path: Path) -> None:
     """Memory fits one of two clients: their states move to disk and back."""
     with small_service(tmp_path / "wide") as service:

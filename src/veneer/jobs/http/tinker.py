@@ -48,6 +48,7 @@ T = TypeVar("T")
 
 _WAIT = 20.0
 _RESULT_SECONDS = 600.0
+_STOP_SECONDS = 5.0
 _REQUEST_BYTES = 2048
 """Memory of a request besides its body or result."""
 MAX_NUMBER = 10**9
@@ -167,10 +168,12 @@ class TinkerRoutes:
         return Call(service_of(request), caller_of(request), self._service)
 
     async def stop(self) -> None:
-        """Stop training and cancel pending requests."""
+        """Stop training, wait briefly until failed requests have given back their budget, and cancel others."""
         if self._service is not None:
             await asyncio.to_thread(self._service.close)
         tasks = [pending.task for pending in self.results.values() if not pending.task.done()]
+        if tasks:
+            await asyncio.wait(tasks, timeout=_STOP_SECONDS)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -387,6 +387,8 @@ class TinkerService:
         A request of kind `refused` fails with the error in its body, so that no number is missing. Raises
         SessionEnded."""
         with self._changed:
+            if self._closed:
+                raise SessionEnded("the server stops", where="model_id", fix=_CONTINUE)
             self.check_open(run)
             request = run.pending[seq] = _Request(kind, body)
             self._changed.notify_all()
@@ -457,6 +459,8 @@ class TinkerService:
                 _log.exception("a round of training failed")
                 for run in ready:
                     self._fail(run, error)
+        for run in list(self.runs.values()):
+            self._fail_pending(run, ConfigError("the server stops", fix=_CONTINUE))
         if self._trainer is not None:
             self._trainer.close()
 
