@@ -57,7 +57,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
 
 
 def sign_in(window: Window, key: str, path: str) -> None:
-    """Sign in by keys only, and follow the link."""
+    """Sign in with the keyboard only, and open `path`."""
     window.page.goto(f"{window.address}/studio/{path}")
     window.until("Sign in")
     window.page.keyboard.type(key)  # the field has the focus

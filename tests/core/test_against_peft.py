@@ -17,7 +17,7 @@ from veneer.core import Adapter, LoraSpec, Pair, TokenRows, attach, create, merg
 from veneer.ops import linear
 
 RTOL = 1e-5
-# PEFT asks transformers a question under its old name
+# PEFT reads transformers' deprecated `is_gradient_checkpointing`
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 

@@ -127,8 +127,7 @@ def changed(tensors: dict[str, Tensor], how: list[tuple[str, int, Any]]) -> dict
 
 
 def used(path: Path, **how: Any) -> None:
-    """Read, looked at, checked, and (what of it is read) written in every layout that is one file, and as PEFT's
-    folder."""
+    """Inspect, verify and read the file; write the result in every single-file layout and as a PEFT folder."""
     for action in (inspect, verify_adapter):
         with contextlib.suppress(VeneerError):
             action(str(path))

@@ -65,7 +65,7 @@ FAULTS: list[tuple[str, dict[str, Tensor], list[str]]] = [
     ("", OTHER, ["model.layers.0.self_attn.o_proj: A (2, 4), B (4, 2)", "target_modules omits"]),
     (KEY + "lora_B", {}, ["model.layers.0.self_attn.q_proj: B missing, only A (2, 4)"]),
     ("", {B: torch.ones(4, 3)}, ["A and B do not fit each other", "A (2, 4), B (4, 3)"]),
-    ("", {"base_model.model.model.norm.base_layer.weight": torch.ones(4)}, ["carries no pair"]),
+    ("", {"base_model.model.model.norm.base_layer.weight": torch.ones(4)}, ["the file has no pair"]),
     ("", {A: torch.ones(2, 4, dtype=torch.int8)}, ["dtype torch.int8"]),
     ("", {A: torch.full((2, 4), float("nan"))}, ["NaN or infinity", KEY]),
     ("base_model", {}, ["no tensors in the file"]),

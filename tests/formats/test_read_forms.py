@@ -41,7 +41,7 @@ def test_loha_on_plain_fused_and_swapped_modules(prefix: str) -> None:
 
 
 def test_lokr_on_plain_and_fused_modules() -> None:
-    """Two whole factors: alpha does not count."""
+    """With two undecomposed factors, alpha is ignored."""
     layout = Layout()
     for i, (text, places, out, into) in enumerate(flux(QKV, LINEAR1, "single_blocks.37.modulation.lin")):
         w1, a, b = layout.random(out // 2, 2), layout.random(2, 1), layout.random(1, into // 2)

@@ -41,7 +41,7 @@ def test_a_mix_is_what_set_adapters_makes(family: str, tmp_path: Path, monkeypat
 
 
 def test_block_strengths_equal_set_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of attention layers alone: diffusers leaves all others at the adapter's own strength."""
+    """Attention layers only: diffusers does not apply block strengths to others."""
     monkeypatch.chdir(tmp_path)
     place = tiny_image_base(tmp_path, "sdxl")
     base, pipe = load_image(str(place)), diffusers_pipeline(place)

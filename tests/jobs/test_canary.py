@@ -59,7 +59,7 @@ class Shop:
     def placed(
         self, reference: str, scores: Mapping[str, float] | None, after: Mapping[str, Any], serving: int | None = None
     ) -> Job:
-        """Return a job that pretends to have made `reference` with these scores, next to a serving version."""
+        """Return a finished job whose result is `reference`, with these scores for it and the serving version."""
         job = queued(self.jobs, about={"after": parse_after(after, self.folder).model_dump()})
         lease = taken(self.jobs)
         results = {who: {"exact_match": value} for who, value in (scores or {}).items()}

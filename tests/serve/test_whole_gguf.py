@@ -1,4 +1,4 @@
-"""A GGUF file as they come, of many types, served by its own codes: `veneer serve --quantize keep` over real HTTP."""
+"""A GGUF file of mixed quantization types, served without requantizing: `veneer serve --quantize keep` by HTTP."""
 
 from __future__ import annotations
 

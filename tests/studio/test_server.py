@@ -1,4 +1,4 @@
-"""The page on a real server: its socket, its paths besides the API's, errors, loading."""
+"""The Studio page on a real server: socket, non-API paths, errors, loading."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def test_a_digest_knows_names_bits_and_shapes() -> None:
 @pytest.mark.parametrize(
     ("count", "micros", "shard", "level", "said"),
     [
-        (2, [2, 3, 4], False, "ok", "2 devices share each step, at most 1 to 2 micro-batches for one"),
+        (2, [2, 3, 4], False, "ok", "2 devices share each step, at most 1 to 2 micro-batches per device"),
         (2, [2, 2], True, "ok", "each holds a part of the frozen weights"),
         (4, [4] * 20 + [1], False, "ok", "4 devices share"),
         (4, [2, 2, 4], False, "warn", "2 of 3 steps have fewer micro-batches than the 4 devices"),

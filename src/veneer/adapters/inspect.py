@@ -126,9 +126,9 @@ def verify_adapter(name: str, base: TextBase | None = None, **how: Unpack[reader
 
 
 def verify_kept(library: Library, reference: str) -> list[AdapterCheck]:
-    """Check a library's adapter as `verify_adapter` does, and its files' bytes.
+    """Run `verify_adapter` on a library's adapter, and check its files' hashes.
 
-    The bytes must be those that were added. The result is stored in the library as the adapter's health.
+    The result is stored in the library as the adapter's health.
     Raises NotInLibrary."""
     from veneer.library.maintenance import FILES_CHECK
     from veneer.library.store import hash_file

@@ -99,7 +99,7 @@ def adapter_path(name: str | os.PathLike[str]) -> Path:
         raise AdapterError(
             f"there is no adapter {name!r}; what is behind the @, {factors!r}, is for pictures on an image base",
             where=str(here.absolute()),
-            fix=f"elsewhere an adapter has one strength: {split_strength(head)[0]}:0.8",
+            fix=f"on a text base, give one strength: {split_strength(head)[0]}:0.8",
         )
     if behind := _no_strength(name):
         raise AdapterError(

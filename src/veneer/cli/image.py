@@ -304,7 +304,7 @@ def _pipeline(base: str | None, uses: tuple[Use, ...], dtype: str | None, device
 
 
 def _progress() -> Callable[[int, int], None] | None:
-    """Return a callback that prints a step counter, or None if stderr is no terminal."""
+    """Return a callback that prints a step counter, or None if stderr is not a terminal."""
     if not sys.stderr.isatty():
         return None
 

@@ -100,7 +100,7 @@ class Layer(nn.Module):
     def with_spans(self, *args: Any, **kwargs: Any) -> Any:
         """Return the output with one adapter per segment.
 
-        Only linear layers have pairs then."""
+        In this mode only linear layers have pairs."""
         return self.base(*args, **kwargs)
 
     def is_changed_by(self, adapter: Adapter) -> bool:

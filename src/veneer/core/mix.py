@@ -188,9 +188,7 @@ def _dense(A: Tensor, B: Tensor) -> Tensor:
 def _trimmed(tau: list[Tensor], method: str, density: float, seed: int, name: str) -> Tensor:
     """Apply an entrywise method to the scaled changes strength·ΔW."""
     if not 0 < density <= 1:
-        raise AdapterError(
-            f"the density is {density:g}, and has to be above 0 and at most 1", fix="give a share, as 0.5"
-        )
+        raise AdapterError(f"density {density:g} must be above 0 and at most 1", fix="give a fraction, for example 0.5")
     if method.startswith("dare"):
         trimmed = [_dropped(t, density, seed, f"{name}/{i}") for i, t in enumerate(tau)]
     else:

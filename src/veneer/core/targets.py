@@ -72,7 +72,9 @@ def _is_linear(module: nn.Module) -> bool:
     A subclass with its own forward (a router that returns scores) is not, unless its class is named
     Linear…, as the quantized classes are."""
     cls = type(module)
-    if cls.__name__ == "NonDynamicallyQuantizableLinear":  # torch's attention reads its weight and never calls it
+    if (
+        cls.__name__ == "NonDynamicallyQuantizableLinear"
+    ):  # torch's attention reads this module's weight and never calls the module
         return False
     if isinstance(module, nn.Linear) and cls.forward is nn.Linear.forward:
         return True

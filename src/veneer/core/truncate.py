@@ -42,7 +42,7 @@ class Bound:
             raise AdapterError(f"rank {self.rank} keeps nothing", fix="a rank of 1 or more")
         if self.energy is not None and not 0 < self.energy <= 1:
             raise AdapterError(
-                f"the energy is {self.energy:g}, and has to be above 0 and at most 1", fix="give a share, as 0.95"
+                f"energy {self.energy:g} must be above 0 and at most 1", fix="give a fraction, for example 0.95"
             )
         if self.error is not None and not 0 <= self.error < 1:
             raise AdapterError(

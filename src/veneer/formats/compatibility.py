@@ -231,7 +231,7 @@ def _comfyui(file: _File) -> _Found:
     if n := file.forms["gain"]:
         yield "wrong", f"it does not support (IA)³, in {counted(n, 'module')}"
     if n := file.has("lora_B.bias"):
-        yield "wrong", f"it does not read lora_B.bias, of {counted(n, 'module')}"
+        yield "wrong", f"it ignores lora_B.bias in {counted(n, 'module')}"
     if file.split:
         yield "wrong", "fused projections act at a third or a quarter: their alpha is for one part, their rank for all"
     stated = {key.removesuffix(".alpha") for key in file.keys if key.endswith(".alpha")}

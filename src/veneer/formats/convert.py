@@ -283,9 +283,9 @@ def _encoded(
 
 
 def _folder_digest(source: Adapter, done: _Done) -> str | None:
-    """Return the folder's digest under canonical names, as a reader gets it.
+    """Return the written folder's digest with canonical module names.
 
-    None if the folder's names are the adapter's own."""
+    None if a reader would not rename its modules."""
     part = component_of(next(iter(changes_by_module(source)), ""))
     names = dict.fromkeys(changes_by_module(done.read_back))
     choice = choose_family(names)

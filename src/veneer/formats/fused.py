@@ -271,7 +271,7 @@ def _join_deltas(
 def _join_rows(have: Sequence[Delta], all_there: bool, magnitude: Tensor | None) -> Delta:
     """Join neighboring rows of one LoKr product.
 
-    All rows give the product without `rows`."""
+    If the ranges cover all rows, the result has `rows=None`."""
     first = have[0]
     alike = all(
         p.scale == first.scale and p.whole == first.whole and p.parts.keys() == first.parts.keys() for p in have

@@ -646,8 +646,8 @@ def _bias_tensors(adapter: Adapter) -> dict[str, Tensor]:
 #     B (out, r·E): rank_major          rank 0 expert 0, rank 0 expert 1, …   PEFT, and Unsloth since 2026-09-17
 #                   grouped_by_expert   expert 0 rank 0, expert 0 rank 1, …   Unsloth before
 #
-# Both layouts of B have the same shapes, and Unsloth's files have no version: since that day it writes
-# `lora_B_layout` into the configuration.
+# Both layouts of B have the same shapes, and Unsloth's files state no version; since 2026-09-17 Unsloth
+# writes `lora_B_layout` into the configuration.
 
 _EXPERT_ORDER = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 _SWAPPED_SINCE = (0, 19, 1)

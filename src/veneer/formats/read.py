@@ -520,7 +520,7 @@ def read_state_dict(
 
 
 def _is_unknown_model(targets: Mapping[str, Sequence[ModuleTarget] | None]) -> bool:
-    """Return whether the file is an unknown model's with diffusers' class names.
+    """Return whether the file is for an unknown model that uses diffusers' class names.
 
     This is the case if modules have names as in diffusers' classes, and the known family lacks some of them.
     """

@@ -189,7 +189,7 @@ class Strength:
             end = until
 
     def at(self, share: float) -> float:
-        """Return the factor at this share of the steps."""
+        """Return the factor at this fraction of the steps."""
         if not self.steps:
             return 1.0
         return next((f for begin, end, f in self.steps if begin <= share < end), 0.0)

@@ -145,9 +145,9 @@ class ImagePipeline:
         return self.sources[name]
 
     def resolved(self, uses: Sequence[str | tuple[str, float | Strength]]) -> tuple[Use, ...]:
-        """Return the adapters with campaign roles replaced by their meaning on this base.
+        """Return the adapters with each campaign role replaced by its blocks and steps on this base.
 
-        Reports each meaning with `say`. Raises ConfigError if two adapters have one role."""
+        Reports each replacement with `say`. Raises ConfigError if two adapters have the same role."""
         parsed = [parse_use(use) for use in uses]
         check_roles(parsed)
         resolved = []
@@ -226,8 +226,10 @@ def without_effect(adapter: Adapter, strength: Strength, modules: Sequence[str])
 
 
 def campaign_note(label: str, requested: Strength, resolved: Strength) -> str:
-    """Return a note on what a role means on the base (`in_campaign`)."""
-    return f"{label} is the campaign's {requested.campaign}: {str(resolved).partition('@')[2] or 'in the plain sum'}"
+    """Return a note saying which blocks and steps a role selects (`in_campaign`)."""
+    return (
+        f"{label} is the campaign's {requested.campaign}: {str(resolved).partition('@')[2] or 'all blocks and steps'}"
+    )
 
 
 def idle_ranges(uses: Sequence[Use], steps: int) -> list[str]:

@@ -313,9 +313,7 @@ def _opened(source: str | Path | Image | None, paper: str = "white") -> tuple[Im
 
 
 def size_for(base: ImageBase, width: int | None, height: int | None, guide: Image | None) -> tuple[int, int]:
-    """Return the requested (width, height), or one in the guide's proportion.
-
-    Of the base's default area."""
+    """Return the requested (width, height), or a size with the guide's aspect ratio and the base's default area."""
     if width and height:
         return width, height
     if guide is None:

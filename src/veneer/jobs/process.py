@@ -75,7 +75,7 @@ def _validate_job(library: Library, job: str, token: str, device: Device, max_me
 
 
 def run_job(library: Library, job: str, token: str) -> int:
-    """Train and end the token's job; return 0, or 75 if the job returned to the queue."""
+    """Train the job leased under `token` and record its end; return 0, or 75 if the job returned to the queue."""
     store = JobStore(library)
     try:
         lease = store.get_lease(job, token)

@@ -72,7 +72,7 @@ objects = _table(
     *key_columns("path"),
     *columns(BigInteger, "size"),
     *columns(Float, "touched"),  # when a process last needed it; seconds since 1970
-    *columns(String, "generation"),  # changes if the object can have been deleted in between
+    *columns(String, "generation"),  # changes if the object might have been deleted since
 )
 entries = _table(
     "entries",
@@ -178,7 +178,7 @@ def store_id(connection: Connection) -> str | None:
 
 
 def identify(connection: Connection, store: str) -> None:
-    """Tie the index to a store."""
+    """Record which store this index belongs to."""
     connection.execute(delete(_meta).where(_meta.c.key == "store"))
     connection.execute(insert(_meta), {"key": "store", "value": store})
 

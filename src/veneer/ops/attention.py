@@ -223,8 +223,8 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, settings: VarlenSettings) 
 def _attend_unshared(attend: Callable[..., Tensor], layout: RowLayout, *parts: Tensor) -> Tensor:
     """Run attend(parts) on rows that share tokens, laid out in full.
 
-    A shared token is part of each of its rows; its output is the one in the first row. Rows are laid out
-    in full during the call only, and again in backward."""
+    A shared token's output comes from its first row. The copies exist during the call only, and are made again
+    in backward."""
     shared = layout.shared
     assert shared is not None
 

@@ -73,14 +73,14 @@ def _assumed(plan: Plan) -> Iterator[str]:
 def _answer(plan: Plan) -> Iterator[str]:
     where = plan.device.name if plan.device.count == 1 else f"{plan.device.count} × {plan.device.name}"
     if plan.fits:
-        yield f"It fits: {gigabytes(plan.peak)} of the {gigabytes(plan.available)} that may be taken on {where}."
+        yield f"It fits: {gigabytes(plan.peak)} of the {gigabytes(plan.available)} available on {where}."
     elif plan.changes:
         change = plan.changes[0]
-        available = f"{gigabytes(plan.available)} may be taken on {where}"
+        available = f"{gigabytes(plan.available)} is available on {where}"
         yield f"It does not fit as given: {gigabytes(plan.peak)}, and {available}."
         yield f"It fits with {change.text}."
     else:
-        yield f"It does not fit: {gigabytes(plan.peak)}, and {gigabytes(plan.available)} may be taken on {where};"
+        yield f"It does not fit: {gigabytes(plan.peak)}, and {gigabytes(plan.available)} is available on {where};"
         yield "no three changes together make it fit."
     if plan.seconds is not None:
         money = "" if plan.cost is None else f", ${plan.cost:,.2f} at ${plan.device.price:g} an hour"

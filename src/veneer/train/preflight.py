@@ -225,7 +225,7 @@ def check_devices(s: RunSubject) -> Iterator[Finding]:
         yield Finding("warn", "devices", text, f"batching.rows of {n} or more, or fewer devices")
     each = f"{-(-least // n)} to {-(-most // n)}" if -(-least // n) != -(-most // n) else f"{-(-most // n)}"
     how = "each holds a part of the frozen weights" if sharded else "each holds the whole base"
-    text = f"{n} devices share each step, at most {each} micro-batches for one; {how}"
+    text = f"{n} devices share each step, at most {each} micro-batches per device; {how}"
     yield Finding("ok", "devices", text)
 
 
@@ -412,7 +412,7 @@ def check_factor(parts: Iterable[tuple[nn.Module, Sequence[Target], LoraSpec]]) 
             text = f"adapter.factor {factor} does not divide both sides of {modules_text}"
             yield Finding("warn", "factor", f"{text}: the largest divisor below it is taken there", fix)
         else:
-            text = f"adapter.factor {factor} divides no side of what is trained, as {indivisible[0]}"
+            text = f"adapter.factor {factor} divides no dimension of what is trained, as {indivisible[0]}"
             yield Finding("stop", "factor", text, fix)
 
 

@@ -166,7 +166,7 @@ def test_generation_config_and_config_add_their_stops(tmp_path: Path) -> None:
     _config(folder, eos_token_id=[2, 9])
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [11, 2, 5000]}))
     base = load_text(str(folder))
-    assert base.stop_ids == (2, 9, 11)  # end of turn first; 5000 is no token of this model
+    assert base.stop_ids == (2, 9, 11)  # end of turn first; 5000 is not in the vocabulary
 
 
 def test_eos_ends_a_turn_without_template(tmp_path: Path) -> None:

@@ -373,7 +373,7 @@ def test_sampled_answers_depend_on_their_seed_alone() -> None:
 
 
 def recurrent() -> Any:
-    """A base whose layers carry a state on."""
+    """Return a model whose layers carry state between tokens."""
     from transformers import AutoModelForCausalLM, Lfm2Config
 
     with torch.random.fork_rng(devices=[]):

@@ -26,5 +26,5 @@ def server(_served: Live) -> Live:
     _served.engine = service.engine = ToyEngine(_served.engine.text)
     _served.catalog = service.catalog = ToyCatalog()
     service.phase = "ready"
-    service.__post_init__()  # metrics and numbers from zero
+    service.__post_init__()  # reset metrics and counters
     return _served

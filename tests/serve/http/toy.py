@@ -52,7 +52,7 @@ TOOL_TEMPLATE = (
 
 
 class ToyText(TokenizedBase):
-    """A base that reads prompts by the tiny tokenizer."""
+    """A base that tokenizes prompts with the tiny tokenizer."""
 
     def __init__(self, tools: bool = False, context: int = 512) -> None:
         tokenizer = tiny_tokenizer()

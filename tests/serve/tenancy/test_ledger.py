@@ -144,7 +144,7 @@ def test_sums_are_exact_in_whole_millionths_however_requests_end(tenants: Tenant
     assert costs == exact
 
 
-# -- what is kept ------------------------------------------------------------------------------------------------------
+# -- retention ---------------------------------------------------------------------------------------------------------
 
 
 def test_pruned_lines_keep_their_sums_and_windows(tenants: Tenants, clock: Clock) -> None:
@@ -347,7 +347,9 @@ def test_a_start_on_a_full_disk_states_the_needed_space(
         while file.write(b"x" * 100_000):
             pass
     kept = LedgerSettings(folder=small_disk / "outbox", room=4 << 20)
-    with pytest.raises(ResourceError, match=rf"(?s)there is no room for the ledger.*fix: {needed} MiB of free space"):
+    with pytest.raises(
+        ResourceError, match=rf"(?s)not enough disk space for the ledger.*fix: {needed} MiB of free space"
+    ):
         Tenants(where, ledger=kept, watch=False)
     assert list((small_disk / "outbox").iterdir()) == []
     (small_disk / "ballast").unlink()

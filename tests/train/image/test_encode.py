@@ -65,7 +65,7 @@ def config_of(shared: Path, family: str, **sections: Any) -> Any:
 
 
 def step_of(base: ImageBase, config: Any) -> tuple[ImageLoss, ImageBatch]:
-    """The loss of a run, and its first batch."""
+    """Return a run's loss and the run's first batch."""
     pictures, _ = read_pictures(config.data)
     encoders = Encoders(base, config, None)
     rows = plan_rows(pictures, config.data, size=SIDE, unit=base.unit).rows
@@ -214,8 +214,9 @@ UNREAD: dict[str, tuple[str, ...]] = {
     "family", [pytest.param(f, marks=pytest.mark.slow) if f in ("sd3-large", "klein") else f for f in SCRIPTS]
 )
 def test_loss_and_gradients_equal_diffusers_script_with_peft(family: str, shared: Path) -> None:
-    """A pair on every linear module of the denoiser, by the fast paths, as runs go. Of few blocks: that all of a base's
-    learn is in models/image/test_base_real."""
+    """Pairs on every linear module of a small denoiser, through the fast paths.
+
+    models/image/test_base_real checks that all modules of real bases learn."""
     base = load_image(str(tiny_image_base(shared, family)))
     config = config_of(shared, family, adapter={"targets": "all-linear", "rank": 2, "dropout": 0.0})
     loss, batch = step_of(base, config)

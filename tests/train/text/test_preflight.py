@@ -406,7 +406,7 @@ def test_warmup_longer_than_the_run(run: Run) -> None:
 def test_lokr_factor_that_divides_no_side(run: Run) -> None:
     kind = ("adapter.kind=lokr", "adapter.dropout=0")
     none = stopped(run(*kind, "adapter.factor=1009"), "factor")
-    assert "adapter.factor 1009 divides no side of what is trained, as " in none
+    assert "adapter.factor 1009 divides no dimension of any trained module, for example " in none
     rows, columns = (int(size) for size in none.partition("\n")[0].rpartition(", ")[2].split(" × "))
     some = warned(run(*kind, f"adapter.factor={max(rows, columns)}"), "factor")
     assert "the largest divisor below it is taken there" in some

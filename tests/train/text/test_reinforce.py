@@ -59,7 +59,7 @@ def test_rewards_rise_without_mismatch_and_the_report_shows_them(shared: Path, b
     ):
         assert title in page
     (checked,) = [e for e in events if isinstance(e, Checked)]
-    assert "10 prompts; a step samples 2 of them, 6 completions each, of 8 tokens at most" in checked.text
+    assert "10 prompts; a step samples 2 of them, 6 completions for each, at most 8 tokens each" in checked.text
 
 
 def test_fewer_prompts_than_a_step_takes_are_a_warning(shared: Path, base: TextBase, tmp_path: Path) -> None:

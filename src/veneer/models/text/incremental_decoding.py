@@ -58,7 +58,7 @@ class Pieces:
         return new
 
     def _shorten(self, now: str) -> None:
-        """Keep the last few tokens that begin a character and decode to the window's end.
+        """Shorten the window to a few last tokens that start at a character boundary and decode to the window's end.
 
         If every token starts inside a character, a window four times as long drops the first condition."""
         unsent = max(len(now) - self.sent, 0)

@@ -142,7 +142,7 @@ def _tokenizer(tokenizer: Any, vocabulary: int, ends: tuple[int, ...]) -> LLToke
 _WORDS = {
     "NoExtensionBias": "nothing can begin to match it: does it refer to itself and to nothing else?",
     "LexerTooComplex": "its expressions are too large to follow",
-    "ParserTooComplex": "it branches too much to follow",
+    "ParserTooComplex": "the grammar has too many alternatives",
     "InternalError": "it cannot be followed",
 }
 """Explanations of the reasons for which an llguidance matcher stops."""

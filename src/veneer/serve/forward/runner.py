@@ -445,7 +445,7 @@ class Runner:
         self._second.callback(divert_attention(self.model))
 
     def only_pairs(self) -> None:
-        """Declare that no adapter without a low-rank form will be used.
+        """Declare that all adapters used will have a low-rank form.
 
         On a fused base this restores the model's modules, so that a trainer's fast paths
         (models/text/fast.py) can use them.

@@ -163,7 +163,7 @@ class _Connection(H11Protocol):
         self.all.waiting.pop(self, None)
         super().timeout_keep_alive_handler()
         if self._unread is None:
-            self.pause_writing()  # earlier writes must be read, too
+            self.pause_writing()  # start the stall timeout for data already written
 
     # -- slow readers --------------------------------------------------------------------------------------------------
 

@@ -129,7 +129,7 @@ class Metrics:
 class Meter:
     """Measures one answer; call `end` once, however it ended.
 
-    `tenant`: "" on a server without tenants, which has no series for them.
+    `tenant`: with "", no per-tenant metrics are recorded.
     """
 
     def __init__(self, metrics: Metrics, adapter: str, tenant: str = "") -> None:

@@ -1,6 +1,6 @@
-"""The bodies of the text surfaces, and their sampling parameters as `Sampling`.
+"""Request bodies of the text APIs, converted to `Sampling`.
 
-A value out of range is Refused (400), under the client's key.
+An out-of-range value raises Refused (400) naming the request field.
 """
 
 from __future__ import annotations

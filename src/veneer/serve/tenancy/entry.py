@@ -22,7 +22,7 @@ _NOTHING = Usage(0, 0, 0)
 class LedgerLine:
     """One part of a mix. `digest`: "" for the base.
 
-    `adapter`: the operator's name for it.
+    `adapter`: the operator's name for the adapter.
     """
 
     digest: str

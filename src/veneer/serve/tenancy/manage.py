@@ -296,7 +296,7 @@ def _check_scope(tenant: str, adapter: str, keys: Iterable[str]) -> None:
         check_reference(adapter)
         if adapter != name_of(adapter):
             message = f"{adapter} is one version of an adapter"
-            raise ConfigError(message, where="adapter", fix=f"{name_of(adapter)}, for all of them")
+            raise ConfigError(message, where="adapter", fix=f"use {name_of(adapter)}, which covers all versions")
     for key in keys:
         if key not in allowed:
             scope = f"adapter {adapter}" if adapter else {ALL: "all", EACH: "each tenant"}.get(tenant, "a tenant")
@@ -449,7 +449,7 @@ def revoke_key(store: Store, key: str, *, tenant: str | None = None, actor: str,
 def rotate_key(
     store: Store, key: str, *, grace: float = 0.0, tenant: str | None = None, actor: str, now: float | None = None
 ) -> tuple[KeyRow, str]:
-    """Replace `key` (an id) by a new key with its label and lifetime.
+    """Replace `key` (an id) with a new key that has the same label and lifetime.
 
     The old key expires after `grace` seconds, or at its own expiry if that is earlier.
     """

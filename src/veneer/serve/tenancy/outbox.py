@@ -333,9 +333,9 @@ class Outbox:
 
 def no_room(folder: Path, needed: int, error: Exception) -> ResourceError:
     return ResourceError(
-        f"there is no room for the ledger: {error}",
+        f"not enough disk space for the ledger: {error}",
         where=str(folder),
-        fix=f"{needed >> 20} MiB of free space on a local disk, or less room",
+        fix=f"{needed >> 20} MiB of free space on a local disk, or a smaller ledger_room",
     )
 
 

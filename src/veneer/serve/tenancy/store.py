@@ -587,7 +587,7 @@ def current_moves() -> Select[Any]:
 
 
 def route_of(row: Any) -> Route:
-    """The route of one of its moves."""
+    """Return the route at one of the route's revisions."""
     spec = json.loads(row.spec)
     pairs = {name: tuple((str(target), int(n)) for target, n in spec[name]) for name in ("targets", "runs")}
     return Route(

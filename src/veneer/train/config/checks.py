@@ -29,7 +29,7 @@ def text_problems(config: TrainConfig, user_keys: Collection[str]) -> Iterator[s
     yield from _kind(config)
     named = [f"`adapter.{key}`" for key in changed_keys(config.adapter) if key not in ("start", "dropout")]
     if config.adapter.start is not None and named:
-        yield f"{', '.join(named)} cannot be set with `adapter.start`, which has its own"
+        yield f"{', '.join(named)} cannot be combined with `adapter.start`, which has its own"
     if config.memory.activation_checkpointing == "off":
         yield from _unused(config, "memory", "`memory.activation_checkpointing`", "offload_activations")
     yield from _run(config)

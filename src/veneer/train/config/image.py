@@ -239,7 +239,7 @@ class ImageEvaluationSection(Section):
     patience: int | None = setting(None, "stop after this many evaluations without improvement", "never", gt=0)
     rows: int | None = setting(None, "maximum held-out pictures to score", "all", gt=0)
     times: int = setting(4, "timesteps at which each picture is scored", gt=0)
-    at_start: bool = setting(True, "score the base before step one", "the baseline")
+    at_start: bool = setting(True, "score the base before step one, as the baseline")
     keep: Literal["best", "last"] = setting(
         "best", "save the adapter of lowest held-out loss, or the last; a style grows after that"
     )

@@ -262,7 +262,7 @@ class EvaluationSection(Section):
     every: int | Literal["epoch"] = setting("epoch", "steps between evaluations, or `epoch`")
     patience: int | None = setting(None, "stop after this many evaluations without improvement", "never", gt=0)
     rows: int | None = setting(None, "maximum held-out rows to score", "all", gt=0)
-    at_start: bool = setting(True, "score the base before step one", "the baseline")
+    at_start: bool = setting(True, "score the base before step one, as the baseline")
     keep: Literal["best", "last"] = setting("best", "save the adapter of lowest held-out loss, or the last")
     sample: int | None = setting(
         None,

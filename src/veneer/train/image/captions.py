@@ -54,9 +54,9 @@ def write_captions(
     overwrite: bool = False,
     on_caption: Callable[[WrittenCaption], None] | None = None,
 ) -> CaptionReport:
-    """Write a caption for each picture without one, in the order of names; with `overwrite` for all.
+    """Caption the uncaptioned pictures (all with `overwrite`), sorted by name.
 
-    `describe`: (text, whether it is truncated) of an RGB picture. `trigger`: put in front of texts without
+    `describe`: returns (text, truncated) for an RGB picture. `trigger`: put in front of texts without
     it. Unreadable pictures and empty descriptions are in the report. Raises DataError for a folder that
     `read_pictures` would refuse, and if overwriting would change another picture's caption; ResourceError for
     a full disk."""
@@ -85,7 +85,7 @@ def write_captions(
 
 
 def write_caption(picture: Path, text: str, folder: str | None = None) -> WrittenCaption:
-    """Write the caption of one picture to its caption file, which comes before metadata.
+    """Write the caption of one picture to its caption file, which takes precedence over metadata.
 
     `folder`: the training folder, by default the picture's own. Raises DataError for an unknown picture, an
     empty text, and if writing would change another picture's caption."""

@@ -44,7 +44,8 @@ _MOST_REPEATS = 1000
 class PictureFile:
     """A picture file and its related files.
 
-    `source`: where its caption is from; `caption`: None without one. `sources`: source images of an edit."""
+    `caption`: None if the picture has none. `source`: where the caption is from. `sources`: source images of
+    an edit."""
 
     path: Path
     name: str

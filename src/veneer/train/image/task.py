@@ -488,7 +488,7 @@ class ImageTask:
         config, base, data = self.config, self.base, self.data
         if self.ema is not None:
             self.ema.apply()
-            emit(Note(f"saved is the transient average (decay {self.ema.decay:g}), which is what was scored"))
+            emit(Note(f"saved the moving average of the weights (decay {self.ema.decay:g}), which was scored"))
         with training_layers(base, False):
             picture = self._thumbnail(result.kept_step, progress.step, emit)
         metrics = result.metrics(pictures=result.pictures, pictures_per_second=round(result.pictures_per_second, 3))

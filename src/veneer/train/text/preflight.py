@@ -336,7 +336,7 @@ def _rewards(s: TextSubject) -> Iterator[Finding]:
     settings = {"temperature": r.temperature != 1, "top_p": r.top_p != 1, "grammar": bool(r.grammar)}
     if changed := [name for name, is_changed in settings.items() if is_changed]:
         text = f"tokens are sampled from another distribution than the trained one ({', '.join(changed)})"
-        yield Finding("warn", "sampling", f"{text}: each is weighted by the ratio, {r.importance_cap:g} at most")
+        yield Finding("warn", "sampling", f"{text}: tokens get importance weights, capped at {r.importance_cap:g}")
     yield Finding("ok", "rewards", ", ".join(f"{reward.weight:g} × {reward.called}" for reward in r.rewards))
     if r.kl:
         yield Finding("ok", "reference", f"compared with: {_reference(s)}")

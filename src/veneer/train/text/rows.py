@@ -395,7 +395,7 @@ def _conversation(prompt: Any, answer: Any, name: str) -> tuple[str, tuple[dict[
         if prompt is None or (isinstance(prompt, str) and messages[0] == {"role": "user", "content": prompt}):
             return "messages", messages
     elif prompt is None:
-        raise ValueError(f"no `prompt`, which rows whose `{name}` is text need")
+        raise ValueError(f"`prompt` is required if `{name}` is text")
     else:
         messages = (_assistant(_text(answer, name, empty=True)),)
     if isinstance(prompt, list):

@@ -611,7 +611,7 @@ class Likelihood:
         return nll
 
     def add_accuracy(self, right: Tensor) -> None:
-        """Count this step's trained tokens with their position's top probability."""
+        """Count this step's trained tokens, and those the model ranks first."""
         self._right.append(right.sum())
         self._seen += len(right)
 
