@@ -24,7 +24,7 @@ def test_it_says_what_it_measures() -> None:
     assert "share of the floor" in run("--help").stdout
 
 
-def test_without_the_rows_it_says_what_is_missing(tmp_path: Path) -> None:
+def test_missing_rows_are_reported(tmp_path: Path) -> None:
     ran = run("--banking77", str(tmp_path))
     assert ran.returncode != 0
     assert "needs the banking77 rows" in ran.stderr

@@ -80,7 +80,7 @@ def test_olora_is_an_orthonormal_basis_of_the_first_columns() -> None:
     torch.testing.assert_close((pair.B @ pair.A)[:, :3], model[0].weight.detach()[:, :3])
 
 
-def test_experts_start_from_every_experts_own_weight() -> None:
+def test_pissa_starts_each_expert_from_its_own_weight() -> None:
     model = FAMILIES["mixtral"]()
     adapter = create(model, LoraSpec(rank=3, targets=("experts.down_proj",), init="pissa"), seed=0)
     pair = adapter.pairs["model.layers.0.mlp.experts.down_proj"]

@@ -167,7 +167,7 @@ def test_gains():
 
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from(FORMS), st.integers(1, 4), kernels, st.booleans())
-def test_swap_halves(form, half, kernel, magnitude):
+def test_swap_halves_rolls_outputs_by_half(form, half, kernel, magnitude):
     whole = item_of(form, 2 * half, 0.5, kernel=kernel)
     if magnitude and form != "bias":
         whole.magnitude = rand(2 * half)

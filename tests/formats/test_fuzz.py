@@ -126,7 +126,7 @@ def changed(tensors: dict[str, Tensor], how: list[tuple[str, int, Any]]) -> dict
     return out
 
 
-def used(path: Path, **how: Any) -> None:
+def exercise(path: Path, **how: Any) -> None:
     """Inspect, verify and read the file; write the result in every single-file layout and as a PEFT folder."""
     for action in (inspect, verify_adapter):
         with contextlib.suppress(VeneerError):
@@ -149,7 +149,7 @@ def test_a_file(tmp_path, made, how, metadata):
     except (VeneerError, UnicodeEncodeError):  # names that no file can have
         return
     (tmp_path / "x.safetensors").write_bytes(b"".join(chunks))
-    used(tmp_path / "x.safetensors")
+    exercise(tmp_path / "x.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +187,7 @@ def test_a_peft_folder(tmp_path, folder, how, settings_, with_base, card):
     (tmp_path / peft.TENSOR_FILE).write_bytes(b"".join(chunks))
     (tmp_path / peft.CONFIG_FILE).write_text(json.dumps(config))
     (tmp_path / CARD_FILE).write_text(card.encode("utf-8", "replace").decode())
-    used(tmp_path)
+    exercise(tmp_path)
     if with_base:
         with contextlib.suppress(VeneerError):
             read(tmp_path, base=OUTLINE)

@@ -137,7 +137,7 @@ def test_a_sparse_part_beside_the_pair():
         read_module(parts, where="x")
 
 
-def test_a_sparse_part_of_a_wide_weight_has_wrapped_indices():
+def test_wrapped_int16_sparse_indices_are_restored():
     flat = torch.zeros(2, 40_000)
     flat[1, 39_999] = 1.5
     sparse = flat.to_sparse().coalesce()

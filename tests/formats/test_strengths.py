@@ -80,9 +80,9 @@ def test_a_name_and_its_strength(text: str, wanted: tuple[str, float | None]) ->
 
 def test_steps_act_within_their_ranges() -> None:
     some = parse_strength("steps=0-0.3:0.2+0.6-1")
-    assert [some.at(i / 10) for i in range(10)] == [0.2] * 3 + [0.0] * 3 + [1.0] * 4
+    assert [some.factor_at(i / 10) for i in range(10)] == [0.2] * 3 + [0.0] * 3 + [1.0] * 4
     assert some.edges == (0.0, 0.3, 0.6)
-    assert Strength().at(0.5) == 1.0
+    assert Strength().factor_at(0.5) == 1.0
     assert Strength().edges == (0.0,)
 
 

@@ -56,7 +56,7 @@ class Shop:
         assert run_job(self.library, lease.job.id, lease.token) == 0
         return self.jobs.get("acme", lease.job.id)
 
-    def placed(
+    def finished_job(
         self, reference: str, scores: Mapping[str, float] | None, after: Mapping[str, Any], serving: int | None = None
     ) -> Job:
         """Return a finished job whose result is `reference`, with these scores for it and the serving version."""
@@ -126,7 +126,7 @@ def test_route_follows_the_promotion_rule(
     """A job that resumes after a kill moves nothing twice; then a person promotes and rolls back."""
     if before:
         routes.set_route(shop.tenants, "support", [("acme/old@1", 1)], tenant="acme", actor="test")
-    job = shop.placed("acme/new@1", scores, {"route": {"name": "support", **route}, **rule})
+    job = shop.finished_job("acme/new@1", scores, {"route": {"name": "support", **route}, **rule})
     assert shop.targets() == leads
     assert len(shop.events(job, "route")) == 1
     assert leads == (OLD if before else None) or shop.revision() == 1 + before
@@ -143,8 +143,8 @@ def test_route_follows_the_promotion_rule(
 def test_route_moved_by_another_is_unchanged(shop: Shop) -> None:
     routes.set_route(shop.tenants, "support", [("acme/old@1", 1)], tenant="acme", actor="test")
     after = {"route": {"name": "support"}}
-    job = shop.placed("acme/new@1", None, after)
-    waiting = shop.placed("acme/new@1", None, after)
+    job = shop.finished_job("acme/new@1", None, after)
+    waiting = shop.finished_job("acme/new@1", None, after)
     (event,) = shop.events(waiting, "route")
     assert (event.level, "shared out already" in event.message) == ("warn", True)
     assert shop.jobs.get("acme", waiting.id).state == "succeeded"
@@ -224,7 +224,7 @@ def test_alias_follows_the_promotion_rule(
     shop.add_versions(2)
     if before is not None:
         shop.library.alias(f"acme/support@{before}", "prod")
-    job = shop.placed("acme/support@2", scores, {"alias": "prod", **rule}, serving=before)
+    job = shop.finished_job("acme/support@2", scores, {"alias": "prod", **rule}, serving=before)
     assert points() == now
     assert len(shop.events(job, "alias")) == 1
     for _ in range(2):
@@ -240,7 +240,7 @@ def test_alias_follows_the_promotion_rule(
 def test_alias_moved_by_another_is_unchanged(shop: Shop) -> None:
     shop.add_versions(3)
     shop.library.alias("acme/support@2", "prod")
-    job = shop.placed("acme/support@3", BETTER, {"alias": "prod", **RULE}, serving=1)
+    job = shop.finished_job("acme/support@3", BETTER, {"alias": "prod", **RULE}, serving=1)
     (event,) = shop.events(job, "alias")
     assert (event.level, "was changed since" in event.message) == ("warn", True)
     assert shop.library.find("acme/support@prod").version == 2

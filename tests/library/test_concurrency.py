@@ -31,12 +31,12 @@ def test_processes_that_add_move_collect_and_die(place: str, index: str | None, 
     assert done["operations"] > 0
 
 
-def test_a_kill_at_many_steps_keeps_the_library_whole(quick: Path) -> None:
+def test_library_stays_consistent_after_kills(quick: Path) -> None:
     assert drive("points", str(quick), "5")["steps"] > 30
 
 
 @pytest.mark.slow
-def test_a_kill_at_each_step_keeps_the_library_whole(quick: Path) -> None:
+def test_library_stays_consistent_after_a_kill_at_each_step(quick: Path) -> None:
     assert drive("points", str(quick), "1")["steps"] > 30
 
 

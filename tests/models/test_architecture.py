@@ -32,7 +32,7 @@ def test_unrecorded_fields_and_kinds_have_installed_defaults() -> None:
     assert usual_fields("a kind of tomorrow", later) == later
 
 
-def test_a_config_in_a_config_keeps_its_written_defaults() -> None:
+def test_nested_config_keeps_explicit_defaults() -> None:
     installed = Mistral3Config().to_dict()
     text = installed["text_config"]
     changed = installed | {"text_config": text | {"hidden_size": text["hidden_size"] + 1, "later": 5}}

@@ -38,7 +38,7 @@ def test_signals_are_handled_inside_and_restored_afterwards(before: object) -> N
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_the_second_signal_acts_as_usual_without_echoes() -> None:
+def test_second_signal_runs_previous_handler_unless_immediate() -> None:
     """`timeout` sends its signal to the process and to its group."""
     found: list[int] = []
     with signal_handler(found.append, signal.SIGTERM, once=True):

@@ -125,7 +125,7 @@ def verify_adapter(name: str, base: TextBase | None = None, **how: Unpack[reader
     return out if base is None else out + _against(base, name, adapter, card, how)
 
 
-def verify_kept(library: Library, reference: str) -> list[AdapterCheck]:
+def verify_stored(library: Library, reference: str) -> list[AdapterCheck]:
     """Run `verify_adapter` on a library's adapter, and check its files' hashes.
 
     The result is stored in the library as the adapter's health.

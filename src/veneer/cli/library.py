@@ -294,9 +294,9 @@ def verify(
 
 
 def _verify_each(library: Library, references: list[str]) -> Result:
-    from veneer.adapters.inspect import verify_kept
+    from veneer.adapters.inspect import verify_stored
 
-    checked = {library.find(r).reference: verify_kept(library, r) for r in references}
+    checked = {library.find(r).reference: verify_stored(library, r) for r in references}
     good = {reference: all(c.ok is not False for c in checks) for reference, checks in checked.items()}
     each = {r: {"ok": good[r], "checks": [vars(c) for c in checks]} for r, checks in checked.items()}
     lines = [

@@ -224,11 +224,11 @@ def _text_use(base: str, messages: Sequence[Mapping[str, str]]) -> list[str]:
         *("from peft import PeftModel", "from transformers import AutoModelForCausalLM", ""),
         f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{hub_id(base)}"), "FOLDER")',
         "```",
-        *(_own_copy(base) if hub_id(base) != base else []),
+        *(_quantized_copy_lines(base) if hub_id(base) != base else []),
     ]
 
 
-def _own_copy(base: str) -> list[str]:
+def _quantized_copy_lines(base: str) -> list[str]:
     """Return where to get the exact weights that the adapter was trained on."""
     copy = f"It was trained on veneer's copy of `{hub_id(base)}`, called `{base}`, whose weights were quantized once."
     return ["", f"{copy} `veneer base get {base}` prints the folder of the copy, which `from_pretrained` takes too."]

@@ -188,7 +188,7 @@ class Strength:
                 raise ConfigError(f"the ranges of steps overlap at {begin:g}", fix="let one begin where another ends")
             end = until
 
-    def at(self, share: float) -> float:
+    def factor_at(self, share: float) -> float:
         """Return the factor at this fraction of the steps."""
         if not self.steps:
             return 1.0

@@ -144,7 +144,7 @@ class ImagePipeline:
             self.sources[name] = new
         return self.sources[name]
 
-    def resolved(self, uses: Sequence[str | tuple[str, float | Strength]]) -> tuple[Use, ...]:
+    def resolve_roles(self, uses: Sequence[str | tuple[str, float | Strength]]) -> tuple[Use, ...]:
         """Return the adapters with each campaign role replaced by its blocks and steps on this base.
 
         Reports each replacement with `say`. Raises ConfigError if two adapters have the same role."""
@@ -162,7 +162,7 @@ class ImagePipeline:
 
         Raises the errors of `add`; ConfigError for an adapter named twice, a role used twice, or a block that
         the base does not have."""
-        parsed = self.resolved(uses)
+        parsed = self.resolve_roles(uses)
         names = [name for name, _ in parsed]
         if twice := sorted({n for n in names if names.count(n) > 1}):
             raise ConfigError(f"adapter {twice[0]!r} is named twice", fix="name it once, with the sum of the strengths")
@@ -247,7 +247,7 @@ def mix_plan(parts: Sequence[tuple[Strength, NamedMix]]) -> MixPlan:
     Each adapter is given as attached parts (`add_divided`)."""
     phases: list[tuple[float, NamedMix]] = []
     for edge in sorted({0.0, *(edge for strength, _ in parts for edge in strength.edges)}):
-        mix = _scaled([(part, strength.strength * strength.at(edge)) for strength, part in parts])
+        mix = _scaled([(part, strength.strength * strength.factor_at(edge)) for strength, part in parts])
         if not phases or phases[-1][1] != mix:
             phases.append((edge, mix))
     return MixPlan(_scaled([(part, strength.strength) for strength, part in parts]), tuple(phases))

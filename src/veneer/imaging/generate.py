@@ -166,7 +166,7 @@ def generate(
     called as soon as a picture is finished, so that an interrupted call leaves its pictures. Raises
     ConfigError, DataError, AdapterError and MismatchError before the first step."""
     base, options = pipeline.base, options or Options()
-    resolved = {uses: pipeline.resolved(uses) for uses in dict.fromkeys(request.uses for request in requests)}
+    resolved = {uses: pipeline.resolve_roles(uses) for uses in dict.fromkeys(request.uses for request in requests)}
     # a record has the meanings of roles
     requests = [replace(request, uses=resolved[request.uses]) for request in requests]
     plans: dict[tuple[Use, ...], MixPlan] = {}

@@ -177,7 +177,7 @@ def store_id(connection: Connection) -> str | None:
     return store
 
 
-def identify(connection: Connection, store: str) -> None:
+def set_store_id(connection: Connection, store: str) -> None:
     """Record which store this index belongs to."""
     connection.execute(delete(_meta).where(_meta.c.key == "store"))
     connection.execute(insert(_meta), {"key": "store", "value": store})

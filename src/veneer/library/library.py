@@ -493,7 +493,7 @@ def _begin(store: LocalStore | RemoteStore, engine: Engine, where: str) -> str:
     The index is written first, so that a kill in between does no harm."""
     with ix.index_transaction(engine) as connection:
         library_id = ix.store_id(connection) or secrets.token_hex(16)
-        ix.identify(connection, library_id)
+        ix.set_store_id(connection, library_id)
     if _read_mark(store, where) is None:
         store.replace(MARK, canonical({"veneer-library": 1, "id": library_id}))
     return _read_mark(store, where) or library_id

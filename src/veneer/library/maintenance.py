@@ -304,7 +304,7 @@ def rebuild(location: str | Path | None = None, index: str | None = None) -> Reb
         library_id = json.loads(library.store.read("library.json"))["id"]
         with ix.index_transaction(library.engine) as connection:
             ix.clear(connection)
-            ix.identify(connection, library_id)
+            ix.set_store_id(connection, library_id)
             for path, _, _ in sorted(library.store.walk("names")):
                 try:
                     fields = check_record(json.loads(library.store.read(path)))

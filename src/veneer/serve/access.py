@@ -145,14 +145,14 @@ StoreAnswer = Callable[[Mapping[str, Any], Sequence[Mapping[str, Any]]], None]
 class LedgerState:
     """How far the ledger is behind.
 
-    `owed`: requests in the outbox, running ones included; with SQLite, ends being written. `lag`: seconds
-    since the end of the oldest ended request that the database does not have. `away`: the database is
-    unavailable or slow.
+    `pending`: requests in the outbox, including running ones; with SQLite, finished requests being written.
+    `lag`: age in seconds of the oldest finished request missing from the database. `unavailable`: the database
+    does not answer, or is slow.
     """
 
-    owed: int
+    pending: int
     lag: float
-    away: bool
+    unavailable: bool
 
 
 class Tenancy(Protocol):

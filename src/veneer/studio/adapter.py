@@ -140,9 +140,9 @@ async def adapter_view(page: ViewPage) -> None:
         page.notify(f"{text} {word}")
 
     async def check() -> None:
-        from veneer.adapters.inspect import verify_kept
+        from veneer.adapters.inspect import verify_stored
 
-        await asyncio.to_thread(verify_kept, studio.library, reference)
+        await asyncio.to_thread(verify_stored, studio.library, reference)
         await refill()
         page.notify(f"Checked {reference}")
 

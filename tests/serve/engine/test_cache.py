@@ -15,7 +15,7 @@ BLOCK = 4
 def filled(cache: Cache, root: bytes, tokens: list[int]) -> BlockTable:
     table = cache.open(root, tokens)
     assert cache.grow(table, len(tokens))
-    cache.computed(table, tokens)
+    cache.mark_computed(table, tokens)
     return table
 
 
@@ -81,7 +81,7 @@ class Blocks(RuleBasedStateMachine):
         if self.cache.grow(table, len(tokens)):
             for i in range(found, len(table.blocks)):
                 self.written[table.blocks[i]] = (root, tuple(tokens[: (i + 1) * BLOCK]))
-            self.cache.computed(table, tokens)
+            self.cache.mark_computed(table, tokens)
         entry = (table, tokens)
         self.open_tables.append(entry)
         return entry

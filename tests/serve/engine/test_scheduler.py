@@ -28,7 +28,7 @@ def advance(scheduler: Scheduler) -> list[Sequence]:
         s = chunk.sequence
         assert s in scheduler.running
         assert chunk.start == s.computed < chunk.end <= len(s.table.blocks) * scheduler.cache.block
-        scheduler.computed(chunk)
+        scheduler.mark_computed(chunk)
         if chunk.last:
             scheduler.appended(s, 7)
             if s.generated == s.request.sampling.max_tokens:
@@ -141,7 +141,7 @@ def test_long_prompts_wait_for_another_tenants_first_token() -> None:
             n += 1
             chunks = scheduler.step()
             for chunk in chunks:
-                scheduler.computed(chunk)
+                scheduler.mark_computed(chunk)
                 if chunk.last:
                     scheduler.appended(chunk.sequence, 7)
             if mine.generated:

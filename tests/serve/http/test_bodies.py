@@ -123,7 +123,7 @@ def test_only_a_few_errors_of_a_body_are_listed(small: Live, path: str, body: An
 
 
 @pytest.mark.parametrize("path", SURFACES)
-def test_a_client_that_disconnects_mid_body_is_no_server_error(path: str) -> None:
+def test_disconnect_mid_body_is_not_a_server_error(path: str) -> None:
     """Nothing is raised into the server's log, nothing counted as refused, and its place is free again."""
     app = toy_app(ToyEngine(ToyText()), ToyCatalog())
     service, answers = app.state.service, []

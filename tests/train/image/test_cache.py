@@ -129,7 +129,7 @@ def test_any_damaged_bit_of_the_cache_is_recomputed(tmp_path: Path) -> None:
         assert again.latents.dtype == good.latents.dtype
 
 
-def test_texts(tmp_path: Path) -> None:
+def test_prompt_embeddings_are_cached_by_fingerprint(tmp_path: Path) -> None:
     calls = []
 
     def encode(prompt: str) -> CacheEntry:

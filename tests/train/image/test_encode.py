@@ -64,7 +64,7 @@ def config_of(shared: Path, family: str, **sections: Any) -> Any:
     return config_from(image_values(shared, shared / "out", family, **{"data": data, **sections}))[0]
 
 
-def step_of(base: ImageBase, config: Any) -> tuple[ImageLoss, ImageBatch]:
+def loss_and_first_batch(base: ImageBase, config: Any) -> tuple[ImageLoss, ImageBatch]:
     """Return a run's loss and the run's first batch."""
     pictures, _ = read_pictures(config.data)
     encoders = Encoders(base, config, None)
@@ -219,7 +219,7 @@ def test_loss_and_gradients_equal_diffusers_script_with_peft(family: str, shared
     models/image/test_base_real checks that all modules of real bases learn."""
     base = load_image(str(tiny_image_base(shared, family)))
     config = config_of(shared, family, adapter={"targets": "all-linear", "rank": 2, "dropout": 0.0})
-    loss, batch = step_of(base, config)
+    loss, batch = loss_and_first_batch(base, config)
     adapter = moved(create(*parts_of(base, config)["transformer"], seed=0))
     pipe = diffusers_pipeline(base.directory)
     twin = peft_twin(pipe.transformer, adapter)

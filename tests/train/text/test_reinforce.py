@@ -38,7 +38,7 @@ def train(
     return run_drawn(config(shared, output, **own), base, on_event, resume)
 
 
-def test_rewards_rise_without_mismatch_and_the_report_shows_them(shared: Path, base: TextBase, tmp_path: Path) -> None:
+def test_rewards_rise_and_sampler_matches_trainer(shared: Path, base: TextBase, tmp_path: Path) -> None:
     events: list[Event] = []
     result = train(shared, tmp_path, base, events.append, schedule={"steps": 20}, evaluation={"keep": "last"})
     metrics = measured(tmp_path)

@@ -87,7 +87,7 @@ class Cache:
             table.blocks.append(self._allocate())
         return True
 
-    def computed(self, table: BlockTable, tokens: Sequence[int]) -> None:
+    def mark_computed(self, table: BlockTable, tokens: Sequence[int]) -> None:
         """Record that the table holds the keys and values of all these tokens.
 
         Its full blocks can be found from now on. If another sequence has computed the same block meanwhile,

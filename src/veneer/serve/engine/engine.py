@@ -133,7 +133,7 @@ class TextEngine(Engine[Request, EngineEvent]):
         self._steps = self._prompt_tokens = self._generated_tokens = 0
         self._texts: dict[int, str] = {}
         self._compiles, self._masks = FairPool(2, "grammar"), ThreadPoolExecutor(2, thread_name_prefix="mask")
-        self._beat, self._lost = time.monotonic(), 0
+        self._heartbeat, self._lost = time.monotonic(), 0
         self._thread = threading.Thread(target=copy_context().run, args=(self._work,), name="engine", daemon=True)
 
     # -- lifecycle -----------------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ class TextEngine(Engine[Request, EngineEvent]):
             return ""
         if not self._thread.is_alive():
             return "the engine's thread has ended"
-        if (seconds := time.monotonic() - self._beat) > self.settings.stuck_seconds:
+        if (seconds := time.monotonic() - self._heartbeat) > self.settings.stuck_seconds:
             return f"the engine's step has not ended for {seconds:.0f} s"
         return f"the last {self._lost} steps failed for all their requests" if self._lost >= _LOST else ""
 
@@ -283,10 +283,10 @@ class TextEngine(Engine[Request, EngineEvent]):
 
     def _work(self) -> None:
         while self._state != "closed":
-            self._beat = time.monotonic()
+            self._heartbeat = time.monotonic()
             try:
-                self._read_notes(wait=not self.scheduler.running and not self._startable())
-                self._beat = time.monotonic()
+                self._run_callbacks(wait=not self.scheduler.running and not self._startable())
+                self._heartbeat = time.monotonic()
                 self._step()
             except Exception as error:  # an internal error: fail the current requests, keep serving
                 self._lost += 1
@@ -301,7 +301,7 @@ class TextEngine(Engine[Request, EngineEvent]):
     def _startable(self) -> bool:
         return any(live.lease is not None or live.request.mix == BASE for live in self._live.values())
 
-    def _read_notes(self, wait: bool) -> None:
+    def _run_callbacks(self, wait: bool) -> None:
         """Run all queued callbacks.
 
         `wait`: block for the first, because there is no other work.
@@ -359,7 +359,7 @@ class TextEngine(Engine[Request, EngineEvent]):
         now = time.monotonic()
         for chunk in chunks:
             if (still := self._live.get(chunk.sequence)) is not None:  # else the row failed
-                self.scheduler.computed(chunk)
+                self.scheduler.mark_computed(chunk)
                 if chunk.last:
                     self._append_token(still, choices[id(chunk)], now)
 

@@ -69,7 +69,7 @@ def live_sampler(
     now: dict[str, Adapter] = {}
     with attachment.off(), without_dropout(base.model):
         engine = TextEngine(base, lambda digest, _: now[digest], engine_settings, pack_bytes=settings.pack_bytes)
-        engine.runner.only_pairs()  # `problems` rejects other adapters
+        engine.runner.require_low_rank()  # `problems` rejects other adapters
     with engine, ThreadPoolExecutor(1, thread_name_prefix="rollouts") as thread:
         yield _LiveSampler(attachment, settings, engine, thread, now)
 

@@ -186,12 +186,12 @@ class Scheduler:
             if size and chunks[-1].last and following.generated == 0:
                 first = following.request.tenant
 
-    def computed(self, chunk: Chunk) -> None:
+    def mark_computed(self, chunk: Chunk) -> None:
         """Record that the chunk's keys and values are in the cache."""
         sequence = chunk.sequence
         assert sequence.table is not None
         sequence.computed = chunk.end
-        self.cache.computed(sequence.table, sequence.tokens[: chunk.end])
+        self.cache.mark_computed(sequence.table, sequence.tokens[: chunk.end])
         new = min(chunk.end, sequence.prompt) - max(sequence.charged, sequence.cached)
         tenant = self._tenants[sequence.request.tenant]
         if new > 0:  # recomputed tokens are not charged again

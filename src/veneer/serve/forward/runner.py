@@ -444,7 +444,7 @@ class Runner:
         route_experts(self.model.modules(), self._second)
         self._second.callback(divert_attention(self.model))
 
-    def only_pairs(self) -> None:
+    def require_low_rank(self) -> None:
         """Declare that all adapters used will have a low-rank form.
 
         On a fused base this restores the model's modules, so that a trainer's fast paths

@@ -53,9 +53,9 @@ _COUNTERS = {
     "veneer:adapter_evictions": ("Adapters evicted from memory.", "evictions"),
 }
 _LEDGER_GAUGES = {
-    "veneer:ledger_owed": ("Requests that the ledger's database does not have yet.", "owed"),
+    "veneer:ledger_owed": ("Requests that the ledger's database does not have yet.", "pending"),
     "veneer:ledger_lag_seconds": ("Seconds since the end of the oldest of these requests.", "lag"),
-    "veneer:ledger_away": ("1 while the ledger's database does not answer.", "away"),
+    "veneer:ledger_away": ("1 while the ledger's database does not answer.", "unavailable"),
 }
 """Series -> its help text, and the attribute of EngineStats or LedgerState."""
 

@@ -110,7 +110,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         self._turns = PictureTurns()
         self._closing = False
         self._steps = self._lost = 0
-        self._beat = time.monotonic()
+        self._heartbeat = time.monotonic()
         self._thread = threading.Thread(target=copy_context().run, args=(self._loop,), name="pictures", daemon=True)
         self._thread.start()
 
@@ -234,7 +234,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             return ""
         if not self._thread.is_alive():
             return "the engine's thread has ended"
-        if self._running and (seconds := time.monotonic() - self._beat) > self.stuck_seconds:
+        if self._running and (seconds := time.monotonic() - self._heartbeat) > self.stuck_seconds:
             return f"the engine's step has not ended for {seconds:.0f} s"
         return f"the last {self._lost} pictures failed" if self._lost >= _LOST else ""
 
@@ -399,7 +399,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         if not jobs:
             return
         settings = replace(jobs[0].request.settings, image=None, mask=None, references=(), batch_size=len(jobs))
-        began = self._beat = time.monotonic()
+        began = self._heartbeat = time.monotonic()
         try:
             pictures = generate_images(
                 self.base,
@@ -455,7 +455,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         if self._closing or all(job.abandoned for job in jobs):
             raise _Left
         self._steps += 1
-        self._beat = time.monotonic()
+        self._heartbeat = time.monotonic()
         for job in jobs[moment.start : moment.start + len(moment.rows)]:
             if not job.abandoned:
                 job.deliver(PictureStep(moment.done, moment.of))

@@ -300,7 +300,7 @@ class Ledger:
         """Log that requests are rejected, at most once in ten seconds."""
         if time.monotonic() - self._logged > 10.0:
             self._logged = time.monotonic()
-            pending = self.state().owed
+            pending = self.state().pending
             _log.error("requests are refused because the ledger cannot record them: %s (%d pending)", error, pending)
             self._sender.wake()
 
@@ -525,7 +525,7 @@ class Ledger:
         self.writer.close()
         sent = self._sender.close() and self._leave()
         if not sent:
-            _log.error("%d requests wait for the next start", self.state().owed)
+            _log.error("%d requests wait for the next start", self.state().pending)
         if self.outbox:
             self.outbox.close()
         elif self.reserve:

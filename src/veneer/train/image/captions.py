@@ -62,7 +62,7 @@ def write_captions(
     a full disk."""
     settings = ImageDataSection(pictures=folder)
     files = _list(folder)
-    captioned = [file for file in files if file.source in ("caption files", "metadata")]
+    captioned = [file for file in files if file.caption_source in ("caption files", "metadata")]
     todo = [file for file in files if overwrite or file not in captioned]
     report = CaptionReport(had=len(files) - len(todo))
     targets = {file.path: _caption_files(file, files) for file in todo}

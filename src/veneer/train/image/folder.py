@@ -44,13 +44,13 @@ _MOST_REPEATS = 1000
 class PictureFile:
     """A picture file and its related files.
 
-    `caption`: None if the picture has none. `source`: where the caption is from. `sources`: source images of
+    `caption`: None if the picture has none. `caption_source`: where the caption is from. `sources`: source images of
     an edit."""
 
     path: Path
     name: str
     caption: str | None
-    source: str
+    caption_source: str
     mask: Path | None
     repeats: int
     sources: tuple[Path, ...] = ()

@@ -153,7 +153,7 @@ def _read(
         except UnreadablePicture as error:
             broken.append(f"{file.name}: {error}")
             continue
-        summary.captions[file.source] += 1
+        summary.captions[file.caption_source] += 1
         summary.triggers.update([change] if change else [])
     for bad, kind, fix in (
         (placeholders, "caption", "set data.trigger, or correct them"),

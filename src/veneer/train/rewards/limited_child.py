@@ -42,11 +42,11 @@ def _main(arguments: list[str]) -> None:
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
     confined = "--confined" in arguments
-    source, sink, process_id = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(0), "wb"), os.getpid()
-    nowhere = os.open(os.devnull, os.O_RDWR)
+    caption_source, sink, process_id = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(0), "wb"), os.getpid()
+    devnull = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
-        os.dup2(nowhere, descriptor)
-    os.close(nowhere)
+        os.dup2(devnull, descriptor)
+    os.close(devnull)
     if confined:
         _limit(resource.RLIMIT_NPROC, _PROCESSES, final=True)
         _limit(resource.RLIMIT_NOFILE, _FILES, final=True)

@@ -184,7 +184,7 @@ def test_other_formats_hold_the_infotext(client: openai.OpenAI, kind: Any) -> No
     assert comment.startswith(b"UNICODE\0" + "a red cat\nSteps: ".encode("utf-16-be"))
 
 
-def test_a_negative_prompt_works_with_true_guidance(client: openai.OpenAI) -> None:
+def test_negative_prompt_changes_the_image_with_true_cfg(client: openai.OpenAI) -> None:
     plain, guided = one(client, true_cfg_scale=4.0), one(client, true_cfg_scale=4.0, negative_prompt="a blue dog")
     assert levels(plain, guided) > 0
     assert "Negative prompt: a blue dog" in guided.info["parameters"]
@@ -618,7 +618,7 @@ class Tenants(OpenAccess):
         yield Bill()
 
 
-def test_tenants_have_their_models_limits_and_costs(base: ImageBase, engine: PictureEngine, names: Names) -> None:
+def test_images_respect_tenant_access_limits_and_billing(base: ImageBase, engine: PictureEngine, names: Names) -> None:
     tenants = Tenants()
     with served(picture_app(engine, names, tenants)) as at:
 
