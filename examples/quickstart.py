@@ -24,7 +24,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 import veneer
-from veneer.cli.main import ended
+from veneer.cli.main import exit_on_error
 from veneer.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -197,5 +197,5 @@ def shown(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    with ended():
+    with exit_on_error():
         main()

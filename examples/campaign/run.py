@@ -32,7 +32,7 @@ from rich.markup import escape
 from scenes import Scene
 
 import veneer
-from veneer.cli.main import ended
+from veneer.cli.main import exit_on_error
 from veneer.errors import ConfigError
 from veneer.models.image.sheet import sheet
 
@@ -134,5 +134,5 @@ def line(text: Any) -> None:
 
 
 if __name__ == "__main__":
-    with ended():
+    with exit_on_error():
         main()

@@ -231,7 +231,7 @@ def test_file_quotas_and_names_are_checked(files: Files) -> None:
     with pytest.raises(Refused) as refused:
         add(files, "acme", bytes(150))
     assert (refused.value.status, refused.value.code) == (400, "storage_full")
-    assert kept(files) == {sha(bytes(1900))}
+    assert stored_hashes(files) == {sha(bytes(1900))}
     made_here = files.add("acme", "a.csv", "fine-tune-results", io.BytesIO(bytes(150)), id="file-own")
     assert files.get("acme", made_here.id) == made_here  # else a job could not be looked at any more
     for _ in range(8):

@@ -103,10 +103,10 @@ def test_sort_by_added_puts_the_newest_first(library: Library, tmp_path: Path) -
 def test_search_counts_only_visible_adapters(library: Library, tmp_path: Path) -> None:
     fill(library, tmp_path)
 
-    def sees(reference: str) -> bool:
+    def is_visible(reference: str) -> bool:
         return reference.startswith("acme/") and reference.endswith("@1")
 
-    mine = [v for v in library.search() if sees(v.reference)]
+    mine = [v for v in library.search() if is_visible(v.reference)]
     found = library.browse(can_access=is_visible)
     assert [v.reference for v in found.versions] == [v.reference for v in mine] != []
     assert (found.total, found.facets["kind"]) == (len(mine), Counter(v.kind for v in mine))

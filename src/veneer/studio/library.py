@@ -117,8 +117,8 @@ class _Search:
         if "rank" in arguments:
             arguments["rank"] = int(arguments["rank"])
         tags = [self.filters["tag"]] if self.filters["tag"] else []
-        visible = None if page.principal.can("operate") else page.principal.is_visible
-        arguments |= {"tags": tags, "order": self.order, "without": self.without, "is_visible": visible}
+        visible = None if page.principal.can("operate") else page.principal.can_see
+        arguments |= {"tags": tags, "order": self.order, "without": self.without, "can_access": visible}
         return page.studio.library.browse(self.text, **arguments, limit=limit)
 
     def command(self) -> str:

@@ -533,7 +533,7 @@ def _parse_answer(event: dict[str, Any]) -> tuple[dict[str, Any], str]:
 def _search_objects(page: ViewPage, text: str, words: list[str]) -> list[dict[str, str]]:
     """Return visible adapters, runs and routes with `title`, `kind` and `to` (link)."""
     studio, principal = page.studio, page.principal
-    visible = None if principal.can("operate") else principal.can_access
+    visible = None if principal.can("operate") else principal.can_see
     versions = studio.library.browse(text, can_access=visible, limit=_HITS).versions
     results = [(v.reference, "adapter", page.link("adapter", ref=v.reference)) for v in versions]
     jobs = studio.jobs.jobs(principal.owner, limit=100)[0] if principal.can("train") else []

@@ -1,7 +1,7 @@
 """Make the next batch and copy it to the device while the current step runs.
 
     with Prefetcher(send) as prefetcher:
-        batch = prefetcher.get(make_batch, following)     the result of make_batch(), sent; following() starts in the thread
+        batch = prefetcher.get(make_batch, following)     make_batch() after send(); starts following()
 
 The thread makes one batch at a time, in the order of the calls, so at most one batch waits. The thread has the
 context of the calling code, and `get` raises its errors. The thread draws no random numbers, so a run's numbers

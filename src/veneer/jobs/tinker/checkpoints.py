@@ -161,10 +161,12 @@ class Checkpoints:
 
         The adapter stays if another checkpoint has the same version, or an alias points to it. Raises
         ConfigError for an unknown checkpoint."""
-        checkpoint = self._require(id)
-        (self.folder / id / "about.json").unlink(missing_ok=True)
-        shutil.rmtree(self.folder / id, ignore_errors=True)
-        self._remove_adapter(checkpoint.reference)
+        self._discard(self._require(id))
+
+    def _discard(self, saved: SavedWeights) -> None:
+        (self.folder / saved.id / "about.json").unlink(missing_ok=True)
+        shutil.rmtree(self.folder / saved.id, ignore_errors=True)
+        self._remove_adapter(saved.reference)
 
     def _remove_adapter(self, reference: str) -> None:
         """Remove a version from the library, unless another checkpoint has it."""

@@ -281,9 +281,9 @@ def _logits_nll(logits: Tensor, targets: Tensor, correct: Tensor | None) -> Tens
 def _head_nll(model: Any, hidden: Tensor, targets: Tensor, correct: Tensor | None = None) -> Tensor:
     """Return −log softmax(head(hidden))[target]: (M,).
 
-    hidden: (M, d), targets: (M,), right: (M,) or None."""
+    hidden: (M, d), targets: (M,), correct: (M,) or None."""
     if (weight := _plain_head(model, hidden)) is not None:
-        return token_nll(hidden, weight, targets, copies=fast_report(model).head, right=correct)
+        return token_nll(hidden, weight, targets, copies=fast_report(model).head, correct=correct)
 
     def part(logits: Tensor, rows: slice) -> Tensor:
         return _logits_nll(logits, targets[rows], None if correct is None else correct[rows])

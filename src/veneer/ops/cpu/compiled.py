@@ -187,7 +187,7 @@ def kernels() -> Kernels | None:
     try:
         build = build_kernels(compiler, [here / name for name in SOURCES], [here / name for name in HEADERS])
         library = bound(build.library, build.rejected)
-        library.rejected = build.rejected
+        library.wrong = build.rejected
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         unset = ", or unset CC" if os.environ.get("CC") == compiler else ""
         advice = f"; install a C compiler that works (gcc or clang){unset}"

@@ -42,7 +42,7 @@ def _main(arguments: list[str]) -> None:
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
     confined = "--confined" in arguments
-    caption_source, sink, process_id = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(0), "wb"), os.getpid()
+    source, sink, process_id = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(0), "wb"), os.getpid()
     devnull = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(devnull, descriptor)

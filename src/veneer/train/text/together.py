@@ -312,8 +312,8 @@ class SharedPasses:
             torch.cat([sent(batch.input_ids, self.device) for batch in batches]),
             [length for batch in batches for length in batch.lengths],
             torch.cat([batch.trained for batch in batches]),
-            spans=segments,
-            right=right,
+            segments=segments,
+            correct=right,
         )
         for (loop, _), part in zip(parts, right.split(trained), strict=True):
             self.members[loop].likelihood.add_accuracy(part)
