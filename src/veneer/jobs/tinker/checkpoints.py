@@ -108,6 +108,8 @@ class Checkpoints:
         if not self._is_valid(f"{kind}/{name}"):
             message = f"{name[:100]!r} cannot name a checkpoint"
             raise ConfigError(message, where="path", fix="letters, digits and . _ - between them, at most 100")
+        if ttl is not None and not 3600 <= ttl <= _YEARS:
+            raise ConfigError(f"ttl_seconds is {ttl}", where="ttl_seconds", fix="from an hour to ten years")
         return self.folder / kind / name
 
     def save(

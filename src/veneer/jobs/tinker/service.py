@@ -466,7 +466,7 @@ class TinkerService:
 
     def _ready(self) -> list[TrainingRun]:
         """Return runs with pending work; the tenant that received the least comes first."""
-        ready = [run for run in self.runs.values() if run.next is not None]
+        ready = [run for run in list(self.runs.values()) if run.next is not None]
         return sorted(ready, key=lambda run: (self._served[run.tenant], run.turn))
 
     def _round(self, ready: list[TrainingRun]) -> None:
@@ -521,7 +521,7 @@ class TinkerService:
             self._finish(run, FutureResult("json", json.dumps(result).encode()))
             return False
         memory = read_head(request.body).memory
-        evictable = any(other.unpacked is not None and other.tenant == run.tenant for other in self.runs.values())
+        evictable = any(other.unpacked is not None and other.tenant == run.tenant for other in list(self.runs.values()))
         if evictable and not self.quotas.fits(run.tenant, memory=memory):
             return False
         run.unpacked = self.quotas.take(run.tenant)
@@ -798,7 +798,7 @@ class TinkerService:
         trainer, size = self._ready_trainer(), self._state_bytes(run.lora)
         idle = [
             idle_run
-            for idle_run in self.runs.values()
+            for idle_run in list(self.runs.values())
             if idle_run.learner and idle_run.work is None and idle_run is not run
         ]
         for idle_run in sorted(idle, key=lambda idle_run: idle_run.turn):
