@@ -262,8 +262,8 @@ def test_help_is_fast_and_loads_no_torch(arguments: list[str]) -> None:
 
 
 LINES = {
-    "files": 1_150, "ops": 3_850, "core": 2_800, "formats": 6_200, "models": 6_500, "library": 2_450, "plan": 2_000,
-    "adapters": 1_200, "train": 16_100, "imaging": 1_150, "serve": 13_700, "jobs": 6_800, "studio": 4_050, "cli": 4_200,
+    "files": 1_150, "ops": 3_600, "core": 2_750, "formats": 5_800, "models": 6_300, "library": 2_400, "plan": 1_450,
+    "adapters": 1_150, "train": 14_750, "imaging": 950, "serve": 12_500, "jobs": 6_000, "studio": 3_150, "cli": 3_700,
 }  # fmt: skip
 """Budgets: lines of code of each package, without blank lines, comments and docstrings. Only an issue raises one."""
 
@@ -305,11 +305,11 @@ def test_serve_keeps_its_budget_of_options() -> None:
     from veneer.cli import serve
 
     options = [name for name in inspect.signature(serve.serve).parameters if name != "ctx"]
-    assert len(options) <= 24, options
+    assert len(options) <= 23, options
 
 
 @pytest.mark.parametrize(
-    ("module", "config", "most"), [("text", "TrainConfig", 122), ("image", "ImageTrainConfig", 116)]
+    ("module", "config", "most"), [("text", "TrainConfig", 118), ("image", "ImageTrainConfig", 109)]
 )
 def test_configurations_keep_their_budget_of_keys(module: str, config: str, most: int) -> None:
     sections = getattr(importlib.import_module(f"veneer.train.config.{module}"), config).model_fields.values()
