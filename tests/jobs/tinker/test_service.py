@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from tests.jobs.fakes import until
 from tests.jobs.tinker.small import ROWS, forward_body, read_output, result, small_base, small_service
 from veneer.adapters.use import load_adapter
 from veneer.errors import ConfigError
-from veneer.jobs.tinker.checkpoints import Checkpoints
+from veneer.jobs.tinker.checkpoints import Checkpoints, SavedWeights
 from veneer.jobs.tinker.service import FutureResult, NotFound, SessionEnded, TinkerService, TrainingRun
 from veneer.jobs.tinker.trainer import Lora, PassWork, Trainer, state_bytes, target_names
 from veneer.library.library import open_library
@@ -164,7 +166,7 @@ def test_unreadable_run_is_skipped_and_a_failed_start_can_be_repeated(
     about = broken.checkpoints.folder / "weights" / "one" / "about.json"
     about.write_text("{")
     with monkeypatch.context() as patch:
-        patch.setattr(TinkerService, "_read_runs", _no_disk)
+        patch.setattr(shutil, "rmtree", _no_disk)
         with pytest.raises(OSError, match="no disk"), small_service(tmp_path):
             pass
     with small_service(tmp_path) as service:
@@ -172,7 +174,7 @@ def test_unreadable_run_is_skipped_and_a_failed_start_can_be_repeated(
         assert about.exists()
 
 
-def _no_disk(service: TinkerService) -> None:
+def _no_disk(path: Path, **how: Any) -> None:
     raise OSError("no disk")
 
 
@@ -207,9 +209,10 @@ def test_pending_forwards_of_many_clients_stay_within_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Memory fits two small clients or the large client: all take turns, and none waits for the end of the others."""
-    resident, step = [], Trainer.step
+    resident, step, submitted = [], Trainer.step, Event()
 
     def measured(trainer: Trainer, works: list[PassWork]) -> list[PassWork]:
+        submitted.wait(60)  # then all are ready at the same time
         resident.append(sum(learner.bytes for learner in trainer.learners.values()))
         return step(trainer, works)
 
@@ -219,11 +222,11 @@ def test_pending_forwards_of_many_clients_stay_within_the_memory(
         runs, finished = [begun(service, rank=rank) for rank in (2, 2, 2, 4)], []
         for run in runs:
             run.created.result(60)
-        with service._changed:  # all are ready at the same time
-            for run in runs:
-                for seq in (1, 2, 3):
-                    future = service.submit(run, seq, "forward", forward_body(run.id, seq, ROWS))
-                    future.add_done_callback(lambda _, seq=seq: finished.append(seq))
+        for run in runs:
+            for seq in (1, 2, 3):
+                future = service.submit(run, seq, "forward", forward_body(run.id, seq, ROWS))
+                future.add_done_callback(lambda _, seq=seq: finished.append(seq))
+        submitted.set()
         until(lambda: len(finished) == 12)
     assert max(resident) <= max_memory
     assert finished[:4] == [1, 1, 1, 1]
@@ -323,14 +326,20 @@ def test_invalid_time_to_live_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_sweep_passes_over_checkpoints_that_vanish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def vanish(checkpoints: Checkpoints, path: Path) -> None:
-        shutil.rmtree(path.parent)
+    read_text = Path.read_text
+
+    def read_and_remove(path: Path, encoding: str | None = None) -> str:
+        text = read_text(path, encoding=encoding)
+        if path.name == "about.json":
+            shutil.rmtree(path.parent)
+        return text
 
     folder = tmp_path / "run" / "weights" / "one"
     folder.mkdir(parents=True)
-    (folder / "about.json").write_text("{}")
+    expired = SavedWeights("weights/one", "s:train:0", 1, "acme/run@1", "", 0, 0.0, expires=1.0)
+    (folder / "about.json").write_text(json.dumps(asdict(expired)))
     with open_library(tmp_path / "library") as library:
-        monkeypatch.setattr(Checkpoints, "_read", vanish)
+        monkeypatch.setattr(Path, "read_text", read_and_remove)
         Checkpoints("s:train:0", tmp_path / "run", "acme/run", library).sweep()
     assert not folder.exists()
 
