@@ -39,7 +39,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield f"  {'peak':<26}" + "".join(f"{gigabytes(memory.peak):>12}" for _, memory in columns)
     if plan.device.count > 1:
         yield f"  {'of each device':<26}{gigabytes(plan.peak):>12}"
-    yield f"  {'may be taken':<26}{gigabytes(plan.available):>12}"
+    yield f"  {'available':<26}{gigabytes(plan.available):>12}"
     if plan.dequantizable:
         yield f"  {'may stay dequantized':<26}{gigabytes(plan.dequantizable):>12}   faster, in what is left over"
     if plan.packable:

@@ -235,7 +235,7 @@ def test_pairs_under_other_names_and_among_other_columns(tmp_path: Path) -> None
     ("row", "message"),
     [
         ({"prompt": "Hi", "chosen": "Hello", "rejected": "Hello"}, "are the same"),
-        ({"chosen": "Hello", "rejected": "Bye"}, "no `prompt`"),
+        ({"chosen": "Hello", "rejected": "Bye"}, "`prompt` is required if `chosen` is text"),
         ({"chosen": [BYE], "rejected": TURNS}, "do not begin with the same prompt"),
         ({"chosen": TURNS, "rejected": [*TURNS, *TURNS]}, "is the beginning of the other"),
         ({"prompt": "", "chosen": "Hello", "rejected": "Bye"}, "`prompt` is empty"),
