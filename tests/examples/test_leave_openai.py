@@ -13,7 +13,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.jobs.http.test_tuning import PAIR, ROW, Jobs, made, sent, serving
+from tests.jobs.http.test_tuning import PAIR, ROW, Jobs, created, sent, serving
 from tests.scripts import script_module
 from tests.test_readme import ROOT
 from veneer.train.config.load import config_from
@@ -54,7 +54,7 @@ def test_the_pages_script_runs(servers: tuple[Jobs, Jobs], tmp_path: Path, capsy
 
 
 def finished(theirs: Jobs, client: openai.OpenAI, **asked: Any) -> Any:
-    job = made(client, **asked)
+    job = created(client, **asked)
     theirs.store.finish(theirs.trained(), result={"reference": "x@1"})
     return client.fine_tuning.jobs.retrieve(job.id)
 
@@ -77,7 +77,7 @@ def test_files_and_jobs_are_moved_once(
         gone = finished(theirs, there, training_file=sent(there, name="gone.jsonl"))
         there.files.delete(gone.training_file)
         broken = finished(theirs, there, training_file=sent(there, [ROW, {"messages": "Hi"}], "broken.jsonl"))
-        made(there)  # has not succeeded, and is let be
+        created(there)  # has not succeeded, and is let be
 
         assert run("--to", to, "--list") == 0
         listed = capsys.readouterr().out
