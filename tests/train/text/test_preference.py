@@ -357,7 +357,7 @@ def test_pairs_without_a_partner_are_reported(shared: Path, base: TextBase, tmp_
         ({"data": {"format": "text"}}, "nothing that dpo can compare"),
         ({"data": {"format": "unpaired-preference"}}, "nothing that dpo can compare"),
         ({"preference": {"loss": "kto"}, "batching": {"rows": 1}}, "no other prompt"),
-        ({"adapter": {"start": "x"}}, "`adapter.rank` cannot be set with `adapter.start`"),
+        ({"adapter": {"start": "x"}}, "`adapter.rank` cannot be combined with `adapter.start`"),
     ],
     ids=str,
 )
