@@ -101,13 +101,13 @@ def test_embedding_and_head(family: str, dora: bool) -> None:
     compare(model, noisy(create(model, spec, seed=0)), logits, use_dora=dora)
 
 
-class TorchsDropout:
+class TorchDropout:
     """core.dropout's, with the mask that F.dropout draws."""
 
     def __init__(self, p: float) -> None:
         self.p, self.mask = p, torch.empty(0)
 
-    drawn = classmethod(lambda cls, p: cls(p))
+    sample = classmethod(lambda cls, p: cls(p))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if not self.mask.numel():
@@ -118,7 +118,7 @@ class TorchsDropout:
 @pytest.mark.parametrize("dora", [False, True])
 def test_dropout_while_training(dora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Entries that PEFT drops, when both take torch's mask; DoRA's norm part sees the dropped input as PEFT's does."""
-    monkeypatch.setattr(linear, "Dropout", TorchsDropout)
+    monkeypatch.setattr(linear, "Dropout", TorchDropout)
     model = FAMILIES["mistral"]().train()
     adapter = noisy(create(model, LoraSpec(rank=3, dropout=0.3, dora=dora), seed=0))
     compare(model, adapter, logits, use_dora=dora, lora_dropout=0.3)

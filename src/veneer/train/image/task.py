@@ -185,7 +185,7 @@ def _check(image: ImageRun, data: ImageData, previous: Mapping[str, Any] | None)
         config,
         base,
         data,
-        found=image.kind.findings(image, data),
+        data_findings=image.kind.findings(image, data),
         cut=cut,
         resume=run.resume,
         previous=previous,

@@ -158,7 +158,7 @@ class AwaitedServer:
                 parts.append(part)
                 size += len(part)
                 if size > _LARGEST:
-                    raise Unanswered(f"the {self.name}'s answer has more than {_LARGEST >> 20} MB")
+                    raise Unanswered(f"the {self.name}'s response exceeds {_LARGEST >> 20} MB")
                 if time.monotonic() > ends:
                     raise TimeoutError
             headers = {name: value for name, value in answer.headers.items() if name != "content-encoding"}
