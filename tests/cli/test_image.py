@@ -258,7 +258,7 @@ def test_invalid_sheets_are_refused(capsys: Any, place: Path, folder: Path) -> N
         (["strength", "a", "-a", "brand.safetensors", "--seeds", "1,x"], "not a list of seeds"),
         (["strength", "a", "-a", "brand.safetensors", "--seeds", "1-100000000"], "at most 1000"),
         (["adapter", "a", "-a", "brand.safetensors"], "did you mean adapters?"),
-        (["adapters", "a", "-a", "brand.safetensors", "--strengths", "0,1"], "for a strength grid"),
+        (["adapters", "a", "-a", "brand.safetensors", "--strengths", "0,1"], "for a strength sheet"),
     ]:
         ran = run(capsys, "image", "grid", *options, "--base", str(place))
         assert ran.code == 2

@@ -198,7 +198,7 @@ def test_recomputed_activations_have_the_same_strength(shared: Path, tmp_path: P
         ({"data": {"pictures": "x"}}, "`data.pictures`: a slider learns from no pictures"),
         ({"slider": {"strengths": []}}, "`slider.strengths` is empty"),
         ({"slider": {"strengths": [1, -20000]}}, "a column of the sample sheets is -20000"),
-        ({"adapter": {"text_encoders": ["text_encoder"]}}, "its direction is of the denoiser only"),
+        ({"adapter": {"text_encoders": ["text_encoder"]}}, "a slider, which trains the denoiser only"),
         ({"loss": {"guidance": 2.0}}, "`loss.guidance`: a slider learns from no pictures"),
         ({"data": {"resolution": [32, 64]}}, "`data.resolution` is one number for a slider"),
     ],
