@@ -196,7 +196,7 @@ def test_unauthenticated_requests_learn_nothing_of_an_outage(
 ) -> None:
     app = served(tenants)
     assert ask(app, "/v1/models").status_code == 401
-    monkeypatch.setattr(tenants.store, "look", away)
+    monkeypatch.setattr(tenants.store, "refresh", away)
     for path in ("/v1/models", "/metrics"):
         answer = ask(app, path, key="vnr-aaaaaaaaaa-never-seen-before")  # what was read last holds
         assert answer.status_code == 401
@@ -212,7 +212,7 @@ def test_operator_routes_are_503_during_an_outage(
         raise ResourceError(f"another process has been writing to {SECRET}", fix="use PostgreSQL")
 
     app = served(tenants)
-    monkeypatch.setattr(tenants.store, "look", error or locked)
+    monkeypatch.setattr(tenants.store, "refresh", error or locked)
     told(ask(app, "/admin/tenants", ADMIN), caplog.text)
     assert ask(app, "/admin/tenants", "no key").status_code == (
         401 if error else 503
@@ -228,7 +228,7 @@ def test_an_internal_error_is_500_with_a_logged_id(
         raise RuntimeError(SECRET)
 
     monkeypatch.setattr(app.state.service.catalog, "models", broken)
-    monkeypatch.setattr(tenants.store, "look", broken)
+    monkeypatch.setattr(tenants.store, "refresh", broken)
     for path in ("/v1/models", "/admin/tenants"):
         answer = ask(app, path, ADMIN)
         assert answer.status_code == 500

@@ -64,7 +64,7 @@ def test_released_amounts_are_available_again(steps: list[tuple[str, int, bool]]
         if leaves:
             places[name].leave()
         share = admission.shares["bodies"]
-        assert share.in_use == sum(p.held["bodies"] for p in places.values()) <= 100
+        assert share.in_use == sum(p.reserved["bodies"] for p in places.values()) <= 100
     for place in places.values():
         place.leave()
     assert share_is_empty(admission)

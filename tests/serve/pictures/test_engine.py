@@ -218,7 +218,7 @@ def test_an_error_fails_only_its_picture(base: ImageBase, shelf: Shelf) -> None:
         ({"width": 320, "height": 320}, "pixels"),
         ({"negative": "a dog"}, "no effect"),
         ({"scheduler": "euler-q"}, "euler-q"),
-        ({"image": noise(1), "denoise": 0.1}, "takes none"),
+        ({"image": noise(1), "denoise": 0.1}, "runs none"),
     ],
 )
 def test_invalid_requests_never_wait(engine: PictureEngine, changes: dict[str, Any], said: str) -> None:
