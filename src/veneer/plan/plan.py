@@ -88,12 +88,12 @@ class Plan:
     """A plan of one run.
 
     memory: of the run as given, on one device.
-    peak: bytes of it on each device, of the `available` available.
+    peak: bytes of it on each device, of `available`.
     changes: changes that make it fit, if it does not.
     planned, planned_memory: the load and device of `seconds` and `cost`: as given, or with the first of
         `changes`; None if nothing helps.
-    keeps: bytes of a quantized base's layers that can stay dequantized in the remaining memory.
-    packs: bytes of prepacked weight copies of a plain base in the remaining memory, on a CPU whose
+    dequantizable: bytes of a quantized base's layers that can stay dequantized in the remaining memory.
+    packable: bytes of prepacked weight copies of a plain base in the remaining memory, on a CPU whose
         products are all faster with copies.
     facts: what was planned, for the user."""
 
