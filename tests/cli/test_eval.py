@@ -96,7 +96,7 @@ def test_a_foreign_adapter_is_refused_with_both_fingerprints(
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [([], "no base"), (["--base", "x"], "no evaluation rows"), (["--base", "x", "--data", "no.jsonl"], "no.jsonl")],
+    [([], "no base"), (["--base", "x"], "nothing to evaluate on"), (["--base", "x", "--data", "no.jsonl"], "no.jsonl")],
 )
 def test_what_is_missing_is_said(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(*arguments) == 2

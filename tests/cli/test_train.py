@@ -143,7 +143,7 @@ def test_processes_of_another_launcher_are_not_restarted(
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert call("train", str(config), "--devices", "2") == 2
-    assert "3 processes are already running" in capsys.readouterr().err
+    assert "3 processes were started already" in capsys.readouterr().err
 
 
 def test_several_configurations_are_trained_in_one_pass(

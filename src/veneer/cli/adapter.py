@@ -179,9 +179,7 @@ def verify(
         from veneer.models.text.base import load_text
 
         if is_image_base(folder := find_base(base, say=say)):
-            fix = (
-                f"omit --base out; whether it fits, `veneer image --base {base} --adapter {name}` says before it draws"
-            )
+            fix = f"omit --base; whether it fits, `veneer image --base {base} --adapter {name}` says before it draws"
             raise BaseError("this is an image base, and effects are measured on texts", where=str(folder), fix=fix)
         loaded = load_text(base, say=say)
     checks = check(name, loaded, from_pickle=from_pickle, moe_layout=moe_layout, adapter_name=adapter_name, alpha=alpha)

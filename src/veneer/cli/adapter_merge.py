@@ -94,8 +94,8 @@ def merge_command(
         adapter_path(parse_spec(spec)[0])
     folder = find_base(base, say=say)
     if is_image_base(folder):
-        fix = "--by-shard folds adapters into an image base's folder, a weight at a time"
-        raise BaseError("this is an image base, which is not loaded to be merged", where=str(folder), fix=fix)
+        fix = "--by-shard merges adapters into the base's folder, one weight at a time"
+        raise BaseError("image bases need --by-shard", where=str(folder), fix=fix)
     stored = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(stored_dtype(tensor_table(folder)), "float16")
     want = dtype or stored
     # Load in the stored dtype if the output has it, else in float32, which represents every stored weight

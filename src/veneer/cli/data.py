@@ -102,7 +102,7 @@ def caption(
     if report.failed:
         problem = f"no caption was written for {counted(len(report.failed), 'picture')}:\n{bullets(report.failed)}"
         raise DataError(
-            problem, where=str(folder), fix="add NAME.txt next to each picture, or repair or remove a pictures"
+            problem, where=str(folder), fix="add NAME.txt next to each picture, or repair or remove the pictures"
         )
 
 
@@ -275,7 +275,7 @@ def draw(
     distillation, data = loaded.distillation, loaded.data
     if distillation.url is not None:
         raise ConfigError(
-            "a teacher is on the server, and draws its own answers",
+            "the teacher is on a server, and draws its own answers",
             where=f"distillation.url: {distillation.url}",
             fix="omit distillation.url to run the teacher of this process; the server's are kept by its own client",
         )

@@ -213,7 +213,7 @@ def logs(job: _Id, tenant: _Tenant = None) -> None:
     with _opened() as store:
         details = store.get(tenant, job)
     if not details.log.is_file():
-        say(f"no output of it has printed anything on this machine ({details.log})")
+        say(f"no process of it has printed anything on this machine ({details.log})")
         return
     with details.log.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
@@ -231,7 +231,7 @@ def _print_job(job: Job, as_json: bool) -> None:
 
         cost = f", {money(job.planned)}" if job.planned else ""
         seconds = job.plan.get("seconds")
-        approximately = "about " if seconds and seconds >= 1 else ""  # `under 1 machine` needs no "about"
+        approximately = "about " if seconds and seconds >= 1 else ""  # `under 1 s` needs no "about"
         took = f"{approximately}{rough_duration(seconds)}" if seconds else "for some time"
         print(f"planned      {job.plan['tokens']:,} tokens, {took}{cost}")
     if job.result is not None:

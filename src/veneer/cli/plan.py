@@ -121,7 +121,7 @@ def plan(
         device = device_named(gpu, count=gpus, price=price)
     if longest is not None and tokens_per_row is not None and longest < tokens_per_row:
         message = f"the longest row has {longest} tokens, and rows have {tokens_per_row:g} on average"
-        raise ConfigError(message, where="--longest, --tokens-per-row", fix="omit --longest out, or give the average")
+        raise ConfigError(message, where="--longest, --tokens-per-row", fix="omit --longest, or give the greatest")
     settings = list(overrides or [])
     if config is not None and not is_config(str(config)):
         config, settings = None, [str(config), *settings]

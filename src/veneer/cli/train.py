@@ -86,7 +86,7 @@ def train(
         if started() > 1:
             raise ConfigError(
                 f"--devices is {devices}, and {started()} processes were started already",
-                fix="omit --devices out: the launcher of the processes sets their number",
+                fix="omit --devices: the launcher of the processes sets their number",
             )
         flags = {"--resume": resume, "--dry-run": dry_run}
         again += [flag for flag, on in flags.items() if on]
