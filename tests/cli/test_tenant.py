@@ -82,7 +82,7 @@ def test_text_output_and_error_messages_are_helpful(capsys: Any, tmp_path: Path)
     assert run(capsys, "tenant", "add", "../acme").code == 2
     assert "did you mean concurrency?" in run(capsys, "tenant", "set", "acme", "concurency=1").err
     assert "key=value" in run(capsys, "tenant", "set", "acme", "concurrency").err
-    assert "millionth" in run(capsys, "tenant", "set", "all", "prompt_price=1e-7").err
+    assert "six decimal places" in run(capsys, "tenant", "set", "all", "prompt_price=1e-7").err
     for wrong in ("prompt_price=x", "concurrency=0", "concurrency=many", "weight=nan", "adapters=../x"):
         assert run(capsys, "tenant", "set", "acme", wrong).code == 2
     assert run(capsys, "tenant", "route", "set", "s", "a=x").code == 2
