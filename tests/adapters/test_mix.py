@@ -94,7 +94,7 @@ def test_invalid_requests_are_refused(two, tmp_path):
     *_, fa, fb = two
     with pytest.raises(ConfigError, match="nothing to mix"):
         mix_adapters([], tmp_path / "m")
-    with pytest.raises(ConfigError, match="the output exists"):
+    with pytest.raises(ConfigError, match="the output already exists"):
         mix_adapters([fa], fb)
     with pytest.raises(AdapterError, match="2 bounds"):
         resize(fa, tmp_path / "m", rank=1, error=0.1)

@@ -229,7 +229,7 @@ def _shared(error: Exception, store: Any, rank: int) -> Exception:
     mine = error
     if not isinstance(error, VeneerError) and _is_lost(error):
         mine = TrainingError(
-            "another process of this run has ended without an error: killed, or its machine is gone",
+            "another process of this run ended without reporting an error; it was killed, or its machine is gone",
             fix="run the same command with --resume; it reports if there is no checkpoint to resume from",
         )
     own_error = {"rank": rank, "kind": type(mine).__name__, "what": str(mine)}
