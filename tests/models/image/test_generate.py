@@ -340,7 +340,7 @@ def test_input_of_another_size_is_resized_with_a_note() -> None:
         ({"image": noise(), "denoise": float("nan")}, "denoise is nan"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"mask": noise()}, "needs the picture"),
-        ({"denoise": 0.5}, "share of steps"),
+        ({"denoise": 0.5}, "denoise below 1 needs a picture"),
         ({"image": noise(), "denoise": 0.0}, "denoise is 0"),
         ({"image": noise(), "denoise": 0.2}, "none of 4 steps"),
         ({"image": noise(64)}, "64×64"),
