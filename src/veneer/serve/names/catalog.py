@@ -81,7 +81,7 @@ class NoAdapters:
 class Catalog:
     """Resolves names, and loads and unloads adapters.
 
-    `problems`: reasons why an adapter cannot be served with full effect, one line each. `residents`: where
+    `problems`: reasons why an adapter cannot be served with full effect, one line each. `memory`: where
     loaded adapters are kept. `name`: the base's served name; by default the last part of its own name.
     Thread-safe; only `load` and `check` read files.
 

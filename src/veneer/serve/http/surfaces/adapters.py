@@ -136,7 +136,7 @@ def adapter_routes(library: Library, stage: UploadStage, tenancy: Tenancy) -> AP
     @router.get("/v1/adapters", summary="Search the library.")
     async def browse(request: HttpRequest, query: Annotated[AdapterQuery, Query()]) -> Response:
         principal = caller_of(request)
-        filters = query.model_dump() | {"sees": None if principal.can("operate") else principal.sees}
+        filters = query.model_dump() | {"can_access": None if principal.can("operate") else principal.sees}
         page = await in_thread("the library", lambda: library.browse(**filters))
         data = [_adapter_json(v, principal) for v in page.versions]
         more = query.offset + len(data) < page.total
