@@ -73,7 +73,7 @@ HELD: dict[str, Any] = {"evaluate": {}}
         ({"route": None}, "`after.route.name`"),
         ({**HELD, "promote": {"metric": "loss"}}, "no route"), ({"route": {"name": "No Route"}}, "cannot name a route"),
         ({"route": {"name": "globex/x"}}, "the namespace of another tenant"),
-        ({"route": {"name": "everybodys"}}, "a route of all tenants"),
+        ({"route": {"name": "everybodys"}}, "everybody's route"),
         ({"route": {"name": "split"}}, "shared out already"),
         ({"route": {"name": "moving"}}, "the newest version"),
         ({"route": {"name": "x"}, "promote": {"metric": "loss"}}, "loss decides and is not measured"),
