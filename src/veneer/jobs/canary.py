@@ -255,7 +255,7 @@ def _move_route(
         targets, shadow = [(serving, _WHOLE - part), (reference, part)], reference if route.shadow else None
         text = f"{reference} gets {part / _WHOLE:.4g} of the users of {name}, {serving} the others"
         text += f"; {reference} answers unseen too" if shadow else ""
-    options: dict[str, Any] = {"shadow": shadow, "who": f"job {job.id}", "from_move": number, "check": library.find}
+    options: dict[str, Any] = {"shadow": shadow, "actor": f"job {job.id}", "from_move": number, "check": library.find}
     revision = routes.set_route(tenants, name, targets, tenant=job.tenant, **options)
     return text, {"move": revision.move, "promoted": bool(met)}
 
