@@ -206,7 +206,7 @@ class RouteForm:
     async def confirm_rollback(self) -> None:
         route, check = self.route, self.page.studio.service.catalog.check
         assert route is not None
-        options: dict[str, Any] = {"tenant": route.tenant, "who": WHO}
+        options: dict[str, Any] = {"tenant": route.tenant, "actor": WHO}
 
         def read() -> tuple[Route, Route]:
             with reading(self.store.engine) as c:
