@@ -85,7 +85,7 @@ def test_example_of_the_page_reaches_a_canary(
 
 def _work() -> None:
     with open_library() as library:
-        lease = JobStore(library).take("here", 600)
+        lease = JobStore(library).acquire("here", 600)
         assert lease is not None
         assert run_job(library, lease.job.id, lease.token) == 0
 

@@ -332,7 +332,7 @@ def test_a_failed_process_ends_all_with_one_message(
     assert said.count("error:") == 1, said
     assert "Traceback" not in said
     if fault == "kill":
-        for words in ("another process of this run has ended", "process 1 of 2 was ended by SIGKILL", "--resume"):
+        for words in ("another process of this run ended", "process 1 of 2 was ended by SIGKILL", "--resume"):
             assert words in said
     else:
         assert "out of memory on a batch of" in said
