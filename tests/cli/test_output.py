@@ -125,6 +125,6 @@ def test_console_and_report_escape_text():
     ConsoleView(Console(file=seen, force_terminal=True, color_system=None, width=300))(Note(text=EVIL))
     assert ESCAPES.search(seen.getvalue()) is None
     assert "[bold red]x[/]" in seen.getvalue()
-    page = render_page(Page(title=EVIL, facts=[(EVIL, "<script>")], records=[{"event": "note", "text": EVIL}]))
+    page = render_page(Page(title=EVIL, cards=[(EVIL, "<script>", "")], records=[{"event": "note", "text": EVIL}]))
     assert ESCAPES.search(page) is None
     assert "<script>" not in page

@@ -132,11 +132,11 @@ def plan(
     length = prompt if config is not None or tokens_per_row is None else prompt or round(tokens_per_row)
     run = load_config(config, settings)[0]
     of_images = isinstance(run, ImageTrainConfig)
-    unused = [*(_TEXT_ONLY if of_images else ()), *([] if of_images and rows is not None else ["streams"])]
+    unused = [*(_TEXT_ONLY if of_images else ()), *([] if of_images and rows is not None else ["before"])]
     if flags := [f"--{name.replace('_', '-')}" for name in unused if _is_given(context, name)]:
         message = f"{', '.join(flags)}: no effect on {'an image' if of_images else 'a text'} plan"
-        amount = of_images and flags == ["--streams"]  # without --rows, the data's source images are amount
-        raise ConfigError(message, fix="give --rows too" if amount else "leave the options out")
+        counted = of_images and flags == ["--before"]  # without --rows, the data's source images are counted
+        raise ConfigError(message, fix="give --rows too" if counted else "leave the options out")
     result = plan_of_config(
         run,
         device,

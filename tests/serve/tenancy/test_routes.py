@@ -64,7 +64,7 @@ def test_the_described_move_is_what_happens(first: list, second: list) -> None:
 
 def test_route_changes_are_described(store: Store) -> None:
     begun = routes.planned_route(None, "support", [("v1", 90), ("v2", 10)])
-    assert routes.route_change(None, begun) == "support begins: 90 % of users get v1 and 10 % of users get v2."
+    assert routes.route_change(None, begun) == "support begins: 90% of users get v1 and 10% of users get v2."
     routes.set_route(store, "support", [("v1", 90), ("v2", 10)], actor="me")
     now = store.refresh().routes["", "support"]
     assert (now.targets, now.runs) == (begun.targets, begun.runs)
