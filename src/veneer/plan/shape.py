@@ -267,7 +267,7 @@ def _built_shape(fields: str, where: str) -> TextShape:
 
     settings = json.loads(fields)
     family = settings["model_type"]
-    if family not in text_families():
+    if not isinstance(family, str) or family not in text_families():
         suggestion = nearest(str(family), text_families(), 1)
         hint = f"did you mean {suggestion[0]}? " if suggestion else ""
         raise ConfigError(

@@ -225,7 +225,7 @@ def _shadow_change(now: Route | None, planned: Route) -> str:
         return ""
     if new is None:
         return f" {old[0]} no longer answers unseen." if old else ""
-    return f" {new[0]} answers {_percent(new[1] * BUCKETS)} of requests too, unseen."
+    return f" {new[0]} also answers {_percent(new[1] * BUCKETS)} of requests; clients never see these answers."
 
 
 def _describe_shares(route: Route) -> str:
