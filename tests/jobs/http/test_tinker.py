@@ -72,9 +72,9 @@ class Tinker:
         body = forward_body(model, self.seq, ROWS, only=only)
         return self.http.post("/forward_backward", content=body, headers=headers)
 
-    def numbered(self, path: str, model: str, **body: Any) -> Any:
+    def numbered(self, route: str, model: str, **body: Any) -> Any:
         self.seq += 1
-        return self.result(self.post(path, model_id=model, seq_id=self.seq, **body)).json()
+        return self.result(self.post(route, model_id=model, seq_id=self.seq, **body)).json()
 
     def sample(self, session: str, seq: int, **more: Any) -> httpx.Response:
         prompt = {"chunks": [{"type": "encoded_text", "tokens": ROWS[0][:6]}]}

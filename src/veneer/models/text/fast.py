@@ -495,5 +495,5 @@ def _rows_problem(model: Any, reference: ReferenceForward, call: CallWithWeights
         return f"it does not take them: {type(error).__name__}"
     layers = model.config.get_text_config().num_hidden_layers
     if len(layout.attended) != layers:
-        return f"{layers - len(layout.attended)} of {layers} layers do not use a way of their own"
+        return f"{layers - len(layout.attended)} of {layers} layers do not use a supported attention function"
     return reference.nll_problem(nll)
