@@ -49,13 +49,13 @@ def test_change_is_described_then_applied_and_shown_to_others(studio: StudioServ
         first.fill("Weight of support@1", 80)
         first.fill("Weight of support@2", 20)
         first.until(
-            "Of the users of parcels, 10 % move from support@1 to support@2; nobody else changes.",
+            "Of the users of parcels, 10% move from support@1 to support@2; nobody else changes.",
             "veneer tenant route set parcels support@1=80 support@2=20",
         )
         assert targets(store) == {"support@1": 90, "support@2": 10}
         first.press("Apply")
         wait_for(lambda: targets(store) == {"support@1": 80, "support@2": 20})
-        second.until("support@1 80 %", "support@2 20 %")
+        second.until("support@1 80%", "support@2 20%")
     with store.engine.connect() as c:
         assert routes.route_history(c, "parcels")[0]["who"] == "studio"
     routes.rollback_route(store, "parcels", actor="test")
@@ -112,7 +112,7 @@ def test_trials_are_not_billed_to_clients_and_have_no_shadow(studio: StudioServe
             return {row["tenant"]: row["requests"] for row in usage(c, by=("tenant",))}
 
     routes.set_route(store, "parcels", [("support@2", 1)], shadow="support@1", actor="test")
-    wait_for(lambda: "support@1 answers 100 % of requests too" in live(studio))
+    wait_for(lambda: "support@1 also answers 100% of requests" in live(studio))
     previous = requests()
     with open_page(f"{studio.address}/studio/compare?c=parcels&p=Where&m=2") as page:
         page.press("Ask")
