@@ -81,8 +81,8 @@ def test_live_keeps_a_click_and_changes_of_other_routes(window: Window, store: S
 
     with mouse_down(page, form.get_by_role("button", name="Roll back")):
         routes.set_route(store, ROUTE, [("support@2", 70), (f"{LONG}@1", 30)], actor="test")
-        form.locator("td", has_text="70 %").first.wait_for(state="attached")
-    window.until(f"20 % move from {LONG}@1 to support@2")
+        form.locator("td", has_text="70%").first.wait_for(state="attached")
+    window.until(f"20% move from {LONG}@1 to support@2")
     window.keys("Escape")
     page.locator("dialog[open]").wait_for(state="detached")
 

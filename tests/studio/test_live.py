@@ -119,7 +119,7 @@ def test_trials_are_not_billed_to_clients_and_have_no_shadow(studio: StudioServe
         page.until("support@2 · 2 tokens")
     wait_for(lambda: requests().get("~studio", 0) == previous.get("~studio", 0) + 2)
     assert requests().get("", 0) == previous.get("", 0)
-    assert "trials in the Studio" in live(studio)
+    assert "Studio requests" in live(studio)
     with store.engine.connect() as c:
         assert not routes.shadow_log(c)
 
