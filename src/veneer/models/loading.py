@@ -2,6 +2,7 @@
 
     with loading():             a model is created, loaded or converted
     with errors_only():         a config, a tokenizer or a scheduler is read: nothing with weights
+    with build_errors(…):       a model is built from a user's configuration
 
 `check_loaded` and the callers check the result and report important facts.
 """
@@ -18,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.errors import BaseError, bullets, counted, first_few
+from veneer.errors import BaseError, ConfigError, bullets, counted, first_few, lacks_memory
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +41,20 @@ def loading() -> Iterator[None]:
     (transformers.initialization.no_tie_weights, 5.24)."""
     with _one_load, errors_only():
         yield
+
+
+@contextmanager
+def build_errors(action: str, *, where: str, fix: str) -> Iterator[None]:
+    """Raise ConfigError for any error of a library that builds a model from a configuration.
+
+    `action`: as in "transformers cannot build a model". Errors of missing memory stay as they are."""
+    try:
+        yield
+    except Exception as error:  # any type of error: each class parses its own fields
+        if lacks_memory(error):
+            raise
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(f"{action} from this configuration: {why:.300}", where=where, fix=fix) from error
 
 
 @contextmanager

@@ -17,9 +17,10 @@ from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
-from veneer.errors import ConfigError, counted, lacks_memory, quoted
+from veneer.errors import ConfigError, counted, quoted
 from veneer.models.config import PLANNED_DENOISERS
 from veneer.models.image.families import EDITING, PLANNED_FAMILIES, TARGET_WORDS, Editing, denoiser_family
+from veneer.models.loading import build_errors
 from veneer.plan.memory import Counts, RunLoad
 from veneer.plan.shape import PAIRS, PairForm
 
@@ -190,17 +191,9 @@ def _forward(fields: str, height: int, width: int, text: int, before: int) -> _F
     """Build the denoiser of a config on the meta device, and record one forward pass on one image."""
     config = json.loads(fields)
     kind = kind_of(config)
-    try:
+    fix = "give the whole config.json; of U-Nets those of SD1.5 and SDXL can be planned"
+    with build_errors("diffusers cannot build and call a denoiser", where=f"{kind}'s config", fix=fix):
         return _record_forward(config, kind, height, width, text, before)
-    except Exception as error:  # any type of error: each class parses its own fields
-        if lacks_memory(error):
-            raise
-        why = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ConfigError(
-            f"diffusers cannot build and call a denoiser from this configuration: {why:.300}",
-            where=f"{kind}'s config",
-            fix="give the whole config.json; of U-Nets those of SD1.5 and SDXL can be planned",
-        ) from error
 
 
 def _record_forward(config: dict[str, Any], kind: str, height: int, width: int, text: int, before: int) -> _Forward:

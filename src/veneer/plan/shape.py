@@ -18,9 +18,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from veneer.core.forms import trained_shapes
-from veneer.errors import ConfigError, lacks_memory, nearest, quoted
+from veneer.errors import ConfigError, nearest, quoted
 from veneer.models.compat_transformers import PRE_NORM_LAYERS
 from veneer.models.config import layer_heads
+from veneer.models.loading import build_errors
 
 if TYPE_CHECKING:
     from veneer.core.adapter import LoraSpec
@@ -275,17 +276,9 @@ def _built_shape(fields: str, where: str) -> TextShape:
             where=f"{where}: model_type",
             fix=f"{hint}It knows the language models of transformers",
         )
-    try:
+    fix = "take the base's own config.json again"
+    with build_errors("transformers cannot build a model", where=where, fix=fix):
         return module_shape(meta_text(settings))
-    except Exception as error:  # any type of error: each class parses its own fields
-        if lacks_memory(error):
-            raise
-        why = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ConfigError(
-            f"transformers cannot build a model from this configuration: {why:.300}",
-            where=where,
-            fix="take the base's own config.json again",
-        ) from error
 
 
 _PRODUCTS = {

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from veneer.errors import BaseError, ConfigError, lacks_memory
+from veneer.errors import BaseError
 from veneer.files.safetensors import strict_json
 from veneer.files.weights import tensor_table
-from veneer.models.loading import loading
+from veneer.models.loading import build_errors, loading
 from veneer.models.quantize import loop_over_experts, put_empty_codes
 
 if TYPE_CHECKING:
@@ -48,17 +48,9 @@ def _built(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
     Raises ConfigError if transformers rejects the config."""
     from transformers import AutoModelForCausalLM
 
-    try:
+    where, fix = f"a {config.model_type} model", "take the base's own config.json again"
+    with build_errors("transformers cannot build a model", where=where, fix=fix):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except Exception as error:  # any type of error: each class parses its own fields
-        if lacks_memory(error):
-            raise
-        why = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ConfigError(
-            f"transformers cannot build a model from this configuration: {why:.300}",
-            where=f"a {config.model_type} model",
-            fix="take the base's own config.json again",
-        ) from error
 
 
 def tied_weights(folder: Path) -> list[list[str]]:
