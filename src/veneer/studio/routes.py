@@ -164,7 +164,7 @@ class RouteForm:
             planned = self._planned()
             text = routes.route_change(route, planned)
             if route and _content(planned) == _content(route):
-                changed, text = False, _shadow_text(route)
+                changed, text = False, routes.shadow_text(route)
         except ConfigError as error:
             text = error.what if route or self.name.value else "The route needs a name."
         set_text(self.sentence, text)
@@ -242,14 +242,6 @@ class RouteForm:
 
 def _content(route: Route) -> object:
     return route.targets, route.shadow, route.fraction
-
-
-def _shadow_text(route: Route) -> str:
-    return (
-        f"{route.shadow} also answers {route.fraction * 100:.4g}% of requests; clients never see these answers."
-        if route.shadow
-        else ""
-    )
 
 
 def curl_command(page: ViewPage, model: str) -> str:

@@ -225,7 +225,15 @@ def _shadow_change(now: Route | None, planned: Route) -> str:
         return ""
     if new is None:
         return f" {old[0]} no longer answers unseen." if old else ""
-    return f" {new[0]} also answers {_percent(new[1] * BUCKETS)} of requests; clients never see these answers."
+    return f" {shadow_text(planned)}"
+
+
+def shadow_text(route: Route) -> str:
+    """Return a sentence about a route's shadow; "" without one."""
+    if not route.shadow:
+        return ""
+    share = _percent(route.fraction * BUCKETS)
+    return f"{route.shadow} also answers {share} of requests; clients never see these answers."
 
 
 def _describe_shares(route: Route) -> str:
