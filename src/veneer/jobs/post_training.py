@@ -210,7 +210,7 @@ def _check_owner(route: str, tenant: str, tenants: Store | None) -> None:
         raise ConfigError(f"{quoted(route)} is in the namespace of another tenant than {tenant}", where=where, fix=fix)
     known = tenants.refresh().routes
     if tenant and (tenant, route) not in known and (ALL, route) in known:
-        message = f"{quoted(route)} is everybody's route, and a job of {tenant} can only {tenant}'s routes"
+        message = f"{quoted(route)} is everybody's route, and a job of {tenant} can change only {tenant}'s routes"
         raise ConfigError(message, where=where, fix=f"another name, as {tenant}/{route}; or a job of no tenant")
 
 

@@ -1,8 +1,8 @@
 """Transient errors: a database, store, disk or upstream that cannot be used now.
 
-    is_transient(error)             whether an error or one of its causes is transient
-    transient_error(what, error)    503, to be retried; details go to the log under the id in the answer
-    internal_error(what, error)     the same for a transient error, 500 for any other
+    is_transient(error)               whether an error or one of its causes is transient
+    transient_error(resource, error)  503, to be retried; details go to the log under the id in the answer
+    internal_error(resource, error)   the same for a transient error, 500 for any other
 
 Driver messages contain hosts, paths and addresses, so they never reach a client.
 """

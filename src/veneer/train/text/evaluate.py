@@ -255,7 +255,7 @@ def answers_of(
 
 
 def score_answers(scores: Scores, expected_answers: Sequence[str]) -> None:
-    """Set the scores that compare `scores.answers` with the fields answers."""
+    """Set the scores that compare `scores.answers` with the expected answers."""
     pairs = list(zip(scores.answers, expected_answers, strict=True))
     scores.exact_match = _mean(same_text(answer, expected_answer) for answer, expected_answer in pairs)
     scores.valid_json = _mean(isinstance(as_json(answer), dict | list) for answer, _ in pairs)
