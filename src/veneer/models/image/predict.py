@@ -261,17 +261,6 @@ def _statistics(base: ImageBase, vae: Any, like: Tensor) -> tuple[Tensor | float
     return float(config.get("shift_factor") or 0.0), scale, 1.0
 
 
-def _unpacked_latents(base: ImageBase, latents: Tensor, width: int, height: int) -> Tensor:
-    """Convert a pipeline's latents to the shape of `decode_latents`.
-
-    They can be tokens. width, height: of the pictures in pixels."""
-    if latents.ndim != 3:
-        return latents
-    side = 2 * base.vae_scale
-    x = latents.transpose(1, 2).unflatten(2, (height // side, width // side))
-    return x if base.row.patched else F.pixel_shuffle(x, 2)
-
-
 # -- the denoiser ----------------------------------------------------------------------------------------------------
 
 
