@@ -41,8 +41,8 @@ class Tinker:
         self.session = self.post("create_session", tags=[], user_metadata=None, sdk_version="0")["session_id"]
         self.seq = 0
 
-    def post(self, path: str, **body: Any) -> Any:
-        answer = self.http.post(f"/{path}", json=body)
+    def post(self, route: str, **body: Any) -> Any:
+        answer = self.http.post(f"/{route}", json=body)
         answer.raise_for_status()
         return answer.json()
 
