@@ -72,7 +72,7 @@ def _parse_line(line: str, shared: ImageRequest) -> ImageRequest:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the object; raise ValueError for duplicate keys, of which JSON readers would keep the last."""
+    """Return the object. Raises ValueError for duplicate keys: JSON readers would silently keep the last."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         keys = [key for key, _ in pairs]

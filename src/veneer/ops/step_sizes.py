@@ -89,7 +89,7 @@ def rounded_sizes(n: int) -> int:
 
 
 def padded_tokens(tokens: int, expected: int) -> int:
-    """Return the tokens of a padded batch of which `expected` outputs are used.
+    """Return the tokens of a padded batch; `expected` of its outputs are used.
 
     Always more than `rounded_sizes(expected)`, because the number of outputs tells whether a layer returned all
     tokens or only the used ones."""

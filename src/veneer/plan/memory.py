@@ -131,7 +131,7 @@ class Load(RunLoad):
 class Counts:
     """A base, and one micro-batch on it.
 
-    kind: a kind of FITS. buffers: values that are no parameters but take memory.
+    kind: a kind of FITS. buffers: values in memory that are not parameters.
     matrices: parameters that `quantize` quantizes, with `rows` rows; `largest`: the largest weight that is
         dequantized at once. In values of the base's dtype: `saved` for the backward pass, `inputs` of all
         blocks, `block` kept by the widest block, `ends` kept after the last block.

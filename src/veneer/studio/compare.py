@@ -37,7 +37,7 @@ _PAUSE = 1 / 30
 _SAMPLES, _TOKENS = 8, 160
 """Maximum answers per column; default of the maximum tokens."""
 _CHECKPOINTS = 5
-"""Number of a run's newest checkpoints that are compared."""
+"""How many of a run's newest checkpoints the view compares."""
 _LONGEST = 2000
 """Maximum characters of a suggested prompt."""
 

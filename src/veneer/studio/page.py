@@ -23,7 +23,7 @@ and a row of `views` in build.py: path, title, shortcut letter after `g`, and re
                   a key); read everything else from the library, the jobs, the tenants
     other views   `link("Compare", page.link("compare", c=["a@1", "b@2"]))`; `await page.go("run", job=id)` in
                   a handler
-    dropped files `page.on_drop(words, url, done)` for files that are not for the library; `page.pick_file()`
+    dropped files `page.on_drop(words, url, done)` for files that the view itself uses; `page.pick_file()`
                   opens the picker
     lists         `data-step` on the items that j and k step through; `data-own="x"` on a card's button that
                   the letter x presses while the card has the focus; `data-id` on list items and selectable

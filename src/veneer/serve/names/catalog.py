@@ -46,8 +46,8 @@ _log = logging.getLogger(__name__)
 class _Meaning:
     """A client's name, resolved.
 
-    `target`: the adapter's name, or the one that a route chose. `digest`, `operator_name`: the adapter, and the
-    operator's name for it; "" for the base.
+    `target`: the adapter's name; for a route, the name that the route chose. `digest`, `operator_name`: the adapter,
+    and the operator's name for the adapter; "" for the base.
     """
 
     target: str

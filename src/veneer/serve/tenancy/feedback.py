@@ -78,7 +78,7 @@ class StoredAnswers:
         self.quotas = quotas or Quotas()
         self._logged, self._lock = -10.0, threading.Lock()
         self._holds: dict[str, tuple[QuotaHold, float]] = {}
-        self._waiting: Counter[str] = Counter()  # bytes of answers that are not written yet, by tenant
+        self._waiting: Counter[str] = Counter()  # tenant -> bytes of unwritten answers
 
     def keeping(self, principal: Principal, model: ResolvedModel, request: str) -> StoreAnswer | None:
         """A function that stores the answer to a new request.
