@@ -296,8 +296,8 @@ PAIR = {"lora_down.weight": rand(2, 3), "lora_up.weight": rand(4, 2)}
 @pytest.mark.parametrize(
     ("parts", "words"),
     [
-        ({}, "nothing: alone"),
-        ({"alpha": torch.tensor(1.0)}, "alone"),
+        ({}, "nothing: without the tensors that belong to it"),
+        ({"alpha": torch.tensor(1.0)}, "alpha: without the tensors that belong to it"),
         ({"lora_down.weight": rand(2, 3)}, r"lora_down.weight \(2, 3\): without its partner"),
         ({"lora_up.weight": rand(3, 2), "alpha": torch.tensor(1.0)}, r"lora_up.weight \(3, 2\): without"),
         ({"lora_down.weight": rand(2, 3), "lora_up.weight": rand(4, 3)}, r"A \(2, 3\) and B \(4, 3\)"),

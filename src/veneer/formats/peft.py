@@ -452,7 +452,7 @@ class _Reader:
             weight = self.base.weight(name) if path.endswith(".weight") else None
             shape = tuple(tensor.shape)
             if name not in self.pairs or self.pairs[name].kind not in ("embedding", "linear"):
-                self.problems.append(f"{PREFIX}{path} {shape}: a copy of a base module that carries no pair")
+                self.problems.append(f"{PREFIX}{path} {shape}: a copy of a base module for which the file has no pair")
             elif weight is None:
                 self.notes.append(f"{path} {shape}: a copy of the base's own weight, ignored; not compared with a base")
             elif tuple(weight.shape) != shape:

@@ -412,7 +412,7 @@ def check_factor(parts: Iterable[tuple[nn.Module, Sequence[Target], LoraSpec]]) 
             text = f"adapter.factor {factor} does not divide both sides of {modules_text}"
             yield Finding("warn", "factor", f"{text}: the largest divisor below it is taken there", fix)
         else:
-            text = f"adapter.factor {factor} divides no dimension of what is trained, as {indivisible[0]}"
+            text = f"adapter.factor {factor} divides no dimension of any trained module, for example {indivisible[0]}"
             yield Finding("stop", "factor", text, fix)
 
 

@@ -391,7 +391,7 @@ def _restore_best(run: Run, task: Task[Any], progress: Progress, emit: Listener)
     worse = ""
     if first is not None and last is not None and last > first:
         first_text = validation_text(first, task.rewarded).rpartition(" ")[2]
-        worse = f"{validation_text(last, task.rewarded)} after step {progress.step}, {first_text} before step one"
+        worse = f"{validation_text(last, task.rewarded)} after step {progress.step}, {first_text} before training"
     if run.config.evaluation.keep == "last":
         if worse:
             emit(Note(f"warning: {worse}"))

@@ -191,8 +191,11 @@ def _distillation(config: TrainConfig) -> Iterator[str]:
             yield "`distillation.base` is in this process, and with `distillation.url` the teacher is on a server"
         if d.divergence == "forward":
             yield "`distillation.divergence: forward` needs the teacher in this process; a server takes `reverse`"
-        # reverse KL asks a server about the sampled tokens, which the student samples at temperature 1
-        yield from _unused(config, "distillation", "a teacher without `distillation.url`", "temperature")
+        if d.temperature != 1:
+            yield (
+                "`distillation.temperature`: a server scores only the sampled tokens, so the student has to sample its "
+                "own distribution; leave it at 1"
+            )
     yield from _sampling(config)
 
 

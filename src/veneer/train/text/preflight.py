@@ -318,8 +318,8 @@ def _prompts_are_sampled(s: TextSubject) -> Iterator[Finding]:
         text = f"completions are sampled by one process, and this run has {s.devices}"
         yield Finding("stop", "prompts", text, "run it on one device")
     each = min(s.config.batching.rows, c.used)
-    text = f"{counted(c.used, 'prompt')}; a step samples {each} of them, {counted(r.group, 'completion')} each"
-    yield Finding("ok", "prompts", f"{text}, of {r.max_tokens} tokens at most")
+    text = f"{counted(c.used, 'prompt')}; a step samples {each} of them, {counted(r.group, 'completion')} for each"
+    yield Finding("ok", "prompts", f"{text}, at most {r.max_tokens} tokens each")
     if c.used < max(s.config.batching.rows, _FEW_PROMPTS):
         every = "every step samples the same one" if c.used == 1 else "steps repeat the same ones"
         fix = f"add prompts (a few hundred at least), or lower batching.rows ({s.config.batching.rows} here)"
