@@ -17,8 +17,8 @@ NEW_ENOUGH := import sys, venv; sys.exit(sys.version_info < (3, 11))
 TEST_FLAGS ?=
 ATTACKS := tests/attack $(addprefix tests/serve/,test_whole_bad.py test_whole_kill.py test_outages.py tenancy/test_kill.py tenancy/test_ledger.py)
 LIGHT := tests/test_errors.py tests/files/test_atomic.py tests/files/test_header.py tests/files/test_rights.py tests/formats/test_strengths.py \
-  tests/train/config/test_rewards.py tests/train/config/test_image.py tests/plan/test_plan.py tests/library/test_names.py
-LIGHT_BUT := postgresql or words_for_targets
+  tests/train/config/test_rewards.py tests/train/config/test_image.py tests/library/test_names.py
+LIGHT_BUT := postgresql or target_words
 AT_ONCE := -n 2 --dist loadfile
 BENCH ?= text_training
 BENCH_FLAGS ?=
