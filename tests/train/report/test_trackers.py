@@ -22,19 +22,9 @@ from veneer.train.report.trackers import check_trackers, tracked
 SETTINGS = Resolved({"adapter.rank": 8, "adapter.targets": ["q_proj"]}, {})
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """MLflow's, whose tables take seconds to make."""
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
-
-
 @pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, database: str) -> None:
-    monkeypatch.chdir(tmp_path)  # MLflow keeps files in ./mlruns
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
-    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
 
 
 def _run(name: str, folder: Path, steps: range, *, resumed: bool = False, **given: Any) -> list[Event]:
@@ -114,59 +104,27 @@ def _wandb_records(file: Path) -> Iterator[Any]:
             whole = b""
 
 
-def test_mlflow_has_each_step_once_after_resuming(tmp_path: Path) -> None:
-    from mlflow import MlflowClient
-
-    _run("mlflow", tmp_path, range(1, 4))
-    _run("mlflow", tmp_path, range(3, 6), resumed=True)
-    client = MlflowClient()
-    experiment = client.get_experiment_by_name("support")
-    (run,) = client.search_runs([experiment.experiment_id])
-    history = client.get_metric_history(run.info.run_id, "train/loss")
-    assert [(m.step, m.value) for m in history] == [(n, 1 / n) for n in range(1, 6)]
-    assert run.info.status == "FINISHED"
-    assert run.data.params["adapter.rank"] == "8"
-    assert [f.path for f in client.list_artifacts(run.info.run_id, "samples")] == ["samples/step-2.png"]
-
-
-def test_trackio_keeps_a_run_on_this_machine(tmp_path: Path) -> None:
-    import sqlite3
-
-    _run("trackio", tmp_path, range(1, 4))
-    _run("trackio", tmp_path, range(4, 6), resumed=True)
-    (database,) = (tmp_path / "trackio").glob("support*.db")
-    with sqlite3.connect(database) as connection:
-        rows = connection.execute("SELECT run_name, step, metrics FROM metrics ORDER BY step").fetchall()
-    losses = {n: json.loads(m)["train/loss"] for _, n, m in rows if "train/loss" in json.loads(m)}
-    assert losses == {n: 1 / n for n in range(1, 6)}
-    assert len({name for name, _, _ in rows}) == 1
-
-
 def test_a_failing_tracker_is_reported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlflow import MlflowClient
+    import wandb
 
     def down(*given: Any, **more: Any) -> None:
         raise ConnectionError("no route to the tracking server")
 
-    monkeypatch.setattr(MlflowClient, "log_batch", down)
-    monkeypatch.setattr(MlflowClient, "log_artifact", down)
-    report = ReportSection(trackers=("mlflow", "tensorboard"))
+    monkeypatch.setattr(wandb.Run, "log", down)
     heard: list[Event] = []
-    settings = Resolved({}, {})
-    with tracked(report, tmp_path, settings, False, heard.append) as tell:
+    report = ReportSection(trackers=("wandb", "tensorboard"))
+    with tracked(report, tmp_path, SETTINGS, False, heard.append) as tell:
         for n in range(1, 4):
             tell(step(n))
-    assert [e.text for e in heard if isinstance(e, Note)] == [
-        "warning: mlflow failed and gets no more events: no route to the tracking server"
-    ]
+    assert heard == [Note("warning: wandb failed and gets no more events: no route to the tracking server")]
     assert list((tmp_path / "tensorboard").iterdir())
 
 
-def test_a_tracker_that_cannot_start_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://nowhere")
+def test_a_tracker_that_cannot_start_stops_the_run(tmp_path: Path) -> None:
+    report = ReportSection(trackers=("wandb",), tags=("x" * 100,))
     with (
-        pytest.raises(ConfigError, match="mlflow could not start"),
-        tracked(ReportSection(trackers=("mlflow",)), tmp_path, SETTINGS, False, lambda event: None),
+        pytest.raises(ConfigError, match="wandb could not start"),
+        tracked(report, tmp_path, SETTINGS, False, lambda event: None),
     ):
         pass
     assert not (tmp_path / "trackers.json").exists()
@@ -174,6 +132,6 @@ def test_a_tracker_that_cannot_start_stops_the_run(tmp_path: Path, monkeypatch: 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match="wandb, trackio") as caught:
-        check_trackers(ReportSection(trackers=("wandb", "trackio")))
-    assert "veneer[wandb,trackio]" in (caught.value.fix or "")
+    with pytest.raises(MissingExtraError, match="wandb, tensorboard") as caught:
+        check_trackers(ReportSection(trackers=("wandb", "tensorboard")))
+    assert "veneer[wandb,tensorboard]" in (caught.value.fix or "")

@@ -81,9 +81,6 @@ def check_group(configs: Sequence[TrainConfig | ImageTrainConfig], names: Sequen
             problems.append(f"{name} is for pictures")
         elif len(configs) > 1 and config.sampling is not None:
             problems.append(f"{config.sampling.named}: {name} draws answers, which the others would wait for")
-        if len(configs) > 1:
-            single = [tracker for tracker in config.report.trackers if tracker in ("wandb", "trackio")]
-            problems += [f"report.trackers: {tracker} in {name} keeps one run a process" for tracker in single]
         values = config.model_dump(mode="json")
         problems += [
             f"{section}.{key}: {value!r} in {names[0]}, {values[section].get(key)!r} in {name}"

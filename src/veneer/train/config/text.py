@@ -316,12 +316,8 @@ class OutputSection(Section):
 class ReportSection(Section):
     """Experiment trackers, besides the log and report."""
 
-    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = setting(
-        (), "experiment trackers; each is an extra"
-    )
-    project: str = setting(
-        "veneer", "W&B and Trackio project, MLflow experiment; `team/project` sets W&B's entity", min_length=1
-    )
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = setting((), "experiment trackers; each is an extra")
+    project: str = setting("veneer", "W&B project; `team/project` sets the entity", min_length=1)
     name: str | None = setting(None, "run name", "the output folder's")
     tags: tuple[str, ...] = setting((), "run tags")
 

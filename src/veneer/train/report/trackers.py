@@ -1,24 +1,21 @@
-"""Trackers for `report.trackers`: TensorBoard, W&B, MLflow and Trackio.
+"""Trackers for `report.trackers`: TensorBoard and W&B.
 
 They receive a run's scalars and sample sheets.
 
     | name        | package, an extra of the same name | destination |
-    | tensorboard | tensorboard   | OUTPUT/tensorboard |
-    | wandb       | wandb         | set by `wandb login` and WANDB_MODE; files in OUTPUT/wandb |
-    | mlflow      | mlflow-skinny | set by MLFLOW_TRACKING_URI |
-    | trackio     | trackio       | this machine (TRACKIO_DIR), or set by its variables |
+    | tensorboard | tensorboard | OUTPUT/tensorboard |
+    | wandb       | wandb       | set by `wandb login` and WANDB_MODE; files in OUTPUT/wandb |
 
-A resumed run continues its tracker run, whose ID is in OUTPUT/trackers.json. The steps since the checkpoint
-run again with the same values, so a tracker that already has them loses nothing. If a tracker cannot start,
-the run stops before step one; a tracker that fails later is reported once, and the run continues without it.
+A resumed run continues its tracker run: the ID of W&B's is in OUTPUT/trackers.json. The steps since the
+checkpoint run again with the same values, so a tracker that already has them loses nothing. If a tracker cannot
+start, the run stops before step one; a tracker that fails later is reported once, and the run continues without
+it.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
-import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -39,7 +36,6 @@ class Tracker:
 
     log(step, values), picture(step, path), finish(failed)."""
 
-    id: str
     log: Callable[[int, dict[str, float]], Any]
     picture: Callable[[int, str], Any]
     finish: Callable[[bool], Any]
@@ -65,34 +61,16 @@ def tracked(
 
     `folder`: the run's output. `emit`: receives a note about a tracker that fails. Raises ConfigError with
     the tracker's message if a tracker cannot start."""
-    ids_path = folder / "trackers.json"
-    ids: dict[str, str] = json.loads(ids_path.read_text()) if resumed and ids_path.is_file() else {}
-    name = report.name or folder.resolve().name
     running: dict[str, Tracker] = {}
-    for each in report.trackers:
-        try:
-            with redirect_stdout(sys.stderr):  # trackers print greetings; stdout is for programs
-                running[each] = _TRACKERS[each](report, name, folder, settings.settings, ids.get(each))
-        except Exception as error:
-            for begun in running.values():
-                begun.finish(True)
-            raise ConfigError(
-                f"{each} could not start: {error}",
-                where="report.trackers",
-                fix=f"correct this, or remove {each} from report.trackers",
-            ) from error
-        ids[each] = running[each].id
-    if running:
-        write_atomically(ids_path, json.dumps(ids).encode())
 
     def each_does(action: Callable[[Tracker], None]) -> None:
-        for each, tracker in list(running.items()):
+        for name, tracker in list(running.items()):
             try:
                 with redirect_stdout(sys.stderr):
                     action(tracker)
             except Exception as error:
-                del running[each]
-                emit(Note(f"warning: {each} failed and gets no more events: {error}"))
+                del running[name]
+                emit(Note(f"warning: {name} failed and gets no more events: {error}"))
 
     def listener(event: Event) -> None:
         if isinstance(event, Sampled):
@@ -103,6 +81,17 @@ def tracked(
 
     failed = True
     try:
+        for name in report.trackers:
+            start = _tensorboard if name == "tensorboard" else _wandb
+            try:
+                with redirect_stdout(sys.stderr):  # trackers print greetings; stdout is for programs
+                    running[name] = start(report, folder, settings.settings, resumed)
+            except Exception as error:
+                raise ConfigError(
+                    f"{name} could not start: {error}",
+                    where="report.trackers",
+                    fix=f"correct this, or remove {name} from report.trackers",
+                ) from error
         yield listener
         failed = False
     finally:
@@ -126,9 +115,7 @@ def scalars(event: Stepped | Evaluated) -> dict[str, float]:
     return values | {f"validation/{name}": value for name, value in event.extra.items()}
 
 
-def _tensorboard(
-    report: ReportSection, name: str, folder: Path, settings: Mapping[str, Any], id: str | None
-) -> Tracker:
+def _tensorboard(report: ReportSection, folder: Path, settings: Mapping[str, Any], resumed: bool) -> Tracker:
     from torch.utils.tensorboard import SummaryWriter
 
     opened: list[Any] = []
@@ -153,87 +140,31 @@ def _tensorboard(
         for each in opened:
             each.close()
 
-    return Tracker("tensorboard", log, picture, finish)
+    return Tracker(log, picture, finish)
 
 
-def _wandb(report: ReportSection, name: str, folder: Path, settings: Mapping[str, Any], id: str | None) -> Tracker:
+def _wandb(report: ReportSection, folder: Path, settings: Mapping[str, Any], resumed: bool) -> Tracker:
     import wandb
 
+    ids = folder / "trackers.json"
+    id = json.loads(ids.read_text())["wandb"] if resumed and ids.is_file() else uuid.uuid4().hex[:8]
     entity, _, project = report.project.rpartition("/")
-    id = id or uuid.uuid4().hex[:8]
     folder.mkdir(parents=True, exist_ok=True)
     run = wandb.init(
         entity=entity or None,
         project=project,
-        name=name,
+        name=report.name or folder.resolve().name,
         id=id,
         resume="allow",
+        reinit="create_new",
         dir=str(folder),
         config=dict(settings),
         tags=list(report.tags) or None,
         settings=wandb.Settings(silent=True, console="off"),
     )
+    write_atomically(ids, json.dumps({"wandb": id}).encode())
     return Tracker(
-        id,
         lambda step, values: run.log(values, step=step),  # W&B drops older steps, whose values are the same
         lambda step, path: run.log({"samples": wandb.Image(path)}, step=step),
         lambda failed: run.finish(exit_code=int(failed)),
     )
-
-
-def _mlflow(report: ReportSection, name: str, folder: Path, settings: Mapping[str, Any], id: str | None) -> Tracker:
-    from mlflow import MlflowClient
-    from mlflow.entities import Metric, Param
-
-    client, resumed = MlflowClient(), id is not None
-    if id is None:
-        existing = client.get_experiment_by_name(report.project)
-        experiment = existing.experiment_id if existing else client.create_experiment(report.project)
-        run = client.create_run(experiment, run_name=name, tags=dict.fromkeys(report.tags, "true"))
-        id = str(run.info.run_id)
-        params = [Param(k, str(v)[:6000]) for k, v in settings.items()]
-        for i in range(0, len(params), 100):  # the maximum per request
-            client.log_batch(id, params=params[i : i + 100])
-    else:
-        client.set_terminated(id, "RUNNING")
-
-    @functools.cache
-    def last_step(key: str) -> int:
-        """Return the last step of a metric that an earlier part of the run wrote."""
-        history = client.get_metric_history(id, key) if resumed else []
-        return max((m.step for m in history), default=-1)
-
-    def log(step: int, values: dict[str, float]) -> None:
-        now = int(time.time() * 1000)
-        if new := [Metric(k, v, now, step) for k, v in values.items() if step > last_step(k)]:
-            client.log_batch(id, metrics=new)
-
-    return Tracker(
-        id,
-        log,
-        lambda step, path: client.log_artifact(id, path, "samples"),
-        lambda failed: client.set_terminated(id, "FAILED" if failed else "FINISHED"),
-    )
-
-
-def _trackio(report: ReportSection, name: str, folder: Path, settings: Mapping[str, Any], id: str | None) -> Tracker:
-    import trackio
-
-    resume = "allow" if id else "never"
-    id = id or f"{name}-{uuid.uuid4().hex[:8]}"
-    project = report.project.rpartition("/")[2]
-    run = trackio.init(project=project, name=id, config=dict(settings), resume=resume, embed=False)
-    return Tracker(
-        id,
-        lambda step, values: run.log(values, step=step),
-        lambda step, path: run.log({"samples": trackio.Image(path)}, step=step),
-        lambda failed: run.finish(),
-    )
-
-
-_TRACKERS: dict[str, Callable[..., Tracker]] = {
-    "tensorboard": _tensorboard,
-    "wandb": _wandb,
-    "mlflow": _mlflow,
-    "trackio": _trackio,
-}
