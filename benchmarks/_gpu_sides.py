@@ -395,7 +395,7 @@ def _train(task: Task, base: Any, load: Any, steps: int, others: Sequence[tuple[
 
     where, (device, rates, probed) = task.sizes.device, _planned_for(task)
     shape = text_shape(_config(base))
-    plan = text_plan("", shape, load, device, rates, TrainingJob(len(load.lengths), load.longest))
+    plan = text_plan("", shape, load, device, TrainingJob(len(load.lengths), load.longest))
     load, why = settled(plan)
     if load is None:
         return {"left_out": why}
@@ -858,10 +858,10 @@ def flux(task: Task) -> dict[str, Any]:
     from veneer.plan.image import ImageLoad, image_counts
     from veneer.plan.plan import TrainingJob, image_plan
 
-    s, (device, rates, _) = task.sizes, _planned_for(task)
+    s, (device, _, _) = task.sizes, _planned_for(task)
     config = {**_config(s.denoiser), **s.more}
     load = ImageLoad(pictures=1, height=s.picture, width=s.picture, rank=RANK)
-    plan = image_plan("", config, load, device, rates, TrainingJob(1))
+    plan = image_plan("", config, load, device, TrainingJob(1))
     load, why = settled(plan)
     if load is None:
         return {"left_out": why}

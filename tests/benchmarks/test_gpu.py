@@ -25,7 +25,6 @@ from veneer.plan.memory import Load
 from veneer.plan.plan import TrainingJob, text_plan
 from veneer.plan.shape import text_shape
 from veneer.plan.tables import base_config, device_named
-from veneer.plan.time import rates_of
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURE = {"metric": "training", "value": 100.0, "unit": "tokens/s", "roofline": 400.0, "planned": 80.0}
@@ -302,7 +301,7 @@ def test_bars_cover_the_sides_that_ran(gpu: Any) -> None:
 
 def plan_of(base: str, card: str, load: Load) -> Any:
     device = device_named(card)
-    return text_plan("", text_shape(base_config(base)), load, device, rates_of(device), TrainingJob(1))
+    return text_plan("", text_shape(base_config(base)), load, device, TrainingJob(1))
 
 
 def test_a_side_runs_the_planned_settings(gpu: Any) -> None:

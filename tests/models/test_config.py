@@ -24,7 +24,6 @@ from veneer.plan.render import plan_text
 from veneer.plan.serving import Traffic
 from veneer.plan.shape import text_shape
 from veneer.plan.tables import base_config, base_names, device_named
-from veneer.plan.time import rates_of
 
 GPU = device_named("h100-80gb")
 TEXTS = {str(base_config(name).get("model_type")): base_config(name) for name in base_names()}
@@ -48,11 +47,11 @@ SCALARS = st.one_of(
 def planned(config: dict[str, Any]) -> str:
     """What `veneer plan` does with a config.json's fields."""
     check_config(config, "a/config.json")
-    job, rates = TrainingJob(100, 50.0, 1.0, 4), rates_of(GPU)
+    job = TrainingJob(100, 50.0, 1.0, 4)
     if is_denoiser(config):
-        return plan_text(image_plan("base", config, ImageLoad(height=64, width=64), GPU, rates, job))
+        return plan_text(image_plan("base", config, ImageLoad(height=64, width=64), GPU, job))
     shape = text_shape(config)
-    return plan_text(text_plan("base", shape, Load((50,)), GPU, rates, job, traffic=Traffic(50, 10, 4, 3)))
+    return plan_text(text_plan("base", shape, Load((50,)), GPU, job, traffic=Traffic(50, 10, 4, 3)))
 
 
 @given(base=st.sampled_from(BASES), changes=st.dictionaries(st.sampled_from(KEYS), SCALARS, min_size=1, max_size=3))

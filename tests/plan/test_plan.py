@@ -23,9 +23,7 @@ from veneer.plan.time import rates_of
 
 def plan(base: str, gpu: str, load: Load, *, count: int = 1, **more: object) -> Plan:
     device = device_named(gpu, count=count, price=2.5)
-    return text_plan(
-        base, text_shape(base_config(base)), load, device, rates_of(device), TrainingJob(5000, 600, 3), **more
-    )  # type: ignore[arg-type]
+    return text_plan(base, text_shape(base_config(base)), load, device, TrainingJob(5000, 600, 3), **more)  # type: ignore[arg-type]
 
 
 TICKETS = Load((600,) * 3, micros=6)
@@ -85,9 +83,7 @@ def test_a_plan_is_json() -> None:
 
 def test_flux_fits_24_gb_with_recomputing_and_nf4() -> None:
     device = device_named("rtx-4090")
-    found = image_plan(
-        "flux.1-dev", base_config("flux.1-dev"), ImageLoad(), device, rates_of(device), TrainingJob(20, 1, 35, 1)
-    )
+    found = image_plan("flux.1-dev", base_config("flux.1-dev"), ImageLoad(), device, TrainingJob(20, 1, 35, 1))
     assert set(found.changes[0].settings) == {"memory.activation_checkpointing=on", "base.quantize=nf4"}
     assert "text encoders and VAE" in plan_text(found)
 
@@ -114,7 +110,7 @@ def test_time_grows_with_rows_and_with_recomputing() -> None:
     shape, device = text_shape(base_config("smollm2-135m")), device_named("rtx-4090")
 
     def seconds(load: Load, rows: int = 100) -> float:
-        found = text_plan("b", shape, load, device, rates_of(device), TrainingJob(rows, 512, 1)).seconds
+        found = text_plan("b", shape, load, device, TrainingJob(rows, 512, 1)).seconds
         assert found is not None
         return found
 
@@ -156,7 +152,7 @@ def test_a_card_is_recognized_by_its_cuda_name(name: str, mib: int, found: str) 
 
 def test_a_plan_for_a_card_names_its_assumptions() -> None:
     shape, device = text_shape(base_config("meta-llama/Llama-3.1-70B")), device_named("h100-80gb")
-    made = text_plan("b", shape, Load((600,) * 3), device, rates_of(device), TrainingJob(5000, 600.0))
+    made = text_plan("b", shape, Load((600,) * 3), device, TrainingJob(5000, 600.0))
     text = plan_text(made)
     assert "both assumed" in text
     assert "its allocator cannot place are assumed" in text
@@ -166,19 +162,15 @@ def test_a_plan_for_a_card_names_its_assumptions() -> None:
         base_config("flux.1-dev"),
         ImageLoad(checkpointing=True),
         device,
-        rates_of(device),
         TrainingJob(20, 1, 35, 1),
         available=20 * 10**9,
     )
     assert any("memory.offload_blocks=" in change.text for change in pictures.changes)
     assert "from the CPU's memory, assumed" in plan_text(pictures)
-    own = rates_of(device)
-    small = text_plan("b", shape, Load((600,), quantize="nf4"), device, own, TrainingJob(5000, 600.0))
+    small = text_plan("b", shape, Load((600,), quantize="nf4"), device, TrainingJob(5000, 600.0))
     assert "from the CPU's memory, assumed" not in plan_text(small)
     away = Load((600,), quantize="nf4", checkpointing=True, inputs_on_host=True)
-    assert "from the CPU's memory, assumed" in plan_text(
-        text_plan("b", shape, away, device, own, TrainingJob(5000, 600.0))
-    )
+    assert "from the CPU's memory, assumed" in plan_text(text_plan("b", shape, away, device, TrainingJob(5000, 600.0)))
 
 
 def test_a_cpu_is_as_fast_as_its_profile() -> None:

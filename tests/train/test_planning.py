@@ -13,7 +13,6 @@ from veneer.plan.memory import Load
 from veneer.plan.plan import Plan, TrainingJob, text_plan
 from veneer.plan.shape import text_shape
 from veneer.plan.tables import Device, base_config, cpu_device, device_named
-from veneer.plan.time import rates_of
 from veneer.train.config.load import TrainConfig, config_from, load_config
 from veneer.train.planning import load_of, plan_of_config, sampled_at_once, suggested_settings
 
@@ -46,7 +45,7 @@ def test_special_pairs_are_planned_with_their_spec() -> None:
 
 def plan(load: Load, device: Device, room: int) -> Plan:
     shape = text_shape(base_config("meta-llama/Llama-3.1-8B"))
-    return text_plan("b", shape, load, device, rates_of(device), TrainingJob(100, 500, 1), available=room)
+    return text_plan("b", shape, load, device, TrainingJob(100, 500, 1), available=room)
 
 
 def test_suggested_settings_are_configuration_keys() -> None:

@@ -1,7 +1,7 @@
 """A plan: memory, time and cost of a run, from a base's config and a few numbers.
 
-    plan = text_plan("meta-llama/Llama-3.1-70B", shape, load, device, rates, job)
-    plan = image_plan("flux.1-dev", config, load, device, rates, job)
+    plan = text_plan("meta-llama/Llama-3.1-70B", shape, load, device, job)
+    plan = image_plan("flux.1-dev", config, load, device, job)
     plan.fits · plan.changes[0] · plan.seconds · plan.cost
 
 If the run does not fit, its time and cost are those of the first change that makes it fit.
@@ -30,7 +30,10 @@ from veneer.plan.memory import (
 from veneer.plan.serving import Serving, Traffic, cache_bytes, serving
 from veneer.plan.shape import PairForm, TextShape
 from veneer.plan.tables import Device
-from veneer.plan.time import Rates, reading_work, run_work
+from veneer.plan.time import Rates, rates_of, reading_work, run_work
+
+_MOST_CACHE = 1 << 30
+"""Maximum bytes of keys and values while a run samples."""
 
 
 @dataclass(frozen=True)
@@ -41,18 +44,19 @@ class SamplingLoad:
     group: answers per prompt, which is computed once.
     together: sampled at once.
     total: in the whole run.
-    available: the most bytes of keys and values."""
+    teacher: a model in the same process that reads each answer once, with `teacher_bytes` of its own."""
 
     prompt: int
     answer: int
     group: int
     together: int
     total: int
-    available: int = 1 << 30
+    teacher: TextShape | None = None
+    teacher_bytes: int = 0
 
     def cache(self, shape: TextShape, dtype: str) -> int:
         """Return bytes of keys and values of all answers sampled at once."""
-        return min(self.available, self.together * (self.prompt + self.answer) * cache_bytes(shape, dtype))
+        return min(_MOST_CACHE, self.together * (self.prompt + self.answer) * cache_bytes(shape, dtype))
 
 
 @dataclass(frozen=True)
@@ -175,14 +179,14 @@ def _plan(
     counts_of: Callable[[Any, Device], Counts],
     load: AnyLoad,
     device: Device,
-    rates: Rates,
     job: TrainingJob,
-    available: int | None,
+    limit: int,
     process: int | None = None,
 ) -> Plan:
     """Return a plan without its facts.
 
-    available: usable bytes of each device, by default `usable_memory`."""
+    limit: usable bytes of each device."""
+    rates = rates_of(device, load.dtype)
 
     def memory_of(load: AnyLoad, device: Device) -> Memory:
         return run_memory(counts_of(load, device), load, device, process=process)
@@ -191,7 +195,7 @@ def _plan(
         return rates.seconds(run_work(counts_of(load, device), load, device), device.count)
 
     counts = counts_of(load, device)
-    memory, limit = memory_of(load, device), usable_memory(device) if available is None else available
+    memory = memory_of(load, device)
     peak, changes = bytes_per_device(memory, device), []
     if peak > limit:
         changes = cheapest(
@@ -226,46 +230,40 @@ def _plan(
     )
 
 
-def _with(plan: Plan, part: str, size: int, seconds: float, fact: tuple[str, str]) -> Plan:
-    """Return the plan with `size` bytes in another part of memory and `seconds` more.
+def _with_sampling(plan: Plan, shape: TextShape, load: Load, device: Device, sampled: SamplingLoad) -> Plan:
+    """Return the plan of a run that learns from its own answers.
 
-    The plan's available bytes exclude them."""
-    sizes: dict[str, Any] = {part: size}
+    Adds the answers' keys and values, the time to sample them (`serving`), and a teacher that reads them. The
+    plan's available bytes exclude them."""
+    rank = load.spec.rank if load.spec is not None else load.rank
+    shared = Traffic(max(1, sampled.prompt // sampled.group), sampled.answer, sampled.together, 1)
+    each = serving(shape, device, plan.rates, shared, rank=rank, dtype=load.dtype, quantize=load.quantize)
+    cache, seconds = sampled.cache(shape, load.dtype), sampled.total / each.requests_per_second
+    text = f"{sampled.total:,} drawn, {sampled.together} at once: {gigabytes(cache)} of keys and values"
+    facts = [*plan.facts, ("answers", f"{text}, {seconds:,.0f} s")]
+    total = None if plan.seconds is None else plan.seconds + seconds
+    if sampled.teacher is not None:
+        # another base is not quantized, whatever the trained one is
+        plain = replace(load, quantize=None) if sampled.teacher_bytes else load
+        passes = sampled.total * (sampled.prompt + sampled.answer) / max(1, load.tokens)
+        seconds = passes * plan.rates.seconds(reading_work(sampled.teacher, plain), device.count)
+        text = f"reads {counted(sampled.total, 'answer')}: {seconds:,.0f} s"
+        if sampled.teacher_bytes:
+            text += f"; a separate base, {sampled.teacher.parameters:,} parameters: {gigabytes(sampled.teacher_bytes)}"
+        facts.append(("teacher", text))
+        total = None if total is None else total + seconds
+    sizes: dict[str, Any] = {"cache": cache, "teacher": sampled.teacher_bytes}
+    more = cache + sampled.teacher_bytes
+    planned = None if plan.planned_memory is None else replace(plan.planned_memory, **sizes)
     return replace(
         plan,
         memory=replace(plan.memory, **sizes),
-        peak=plan.peak + size,
-        available=plan.available + size,
-        planned_memory=None if plan.planned_memory is None else replace(plan.planned_memory, **sizes),
-        facts=(*plan.facts, fact),
-        seconds=None if plan.seconds is None else plan.seconds + seconds,
+        peak=plan.peak + more,
+        available=plan.available + more,
+        planned_memory=planned,
+        facts=tuple(facts),
+        seconds=total,
     )
-
-
-def with_sampling(plan: Plan, shape: TextShape, load: Load, device: Device, draws: SamplingLoad) -> Plan:
-    """Return the plan of a run that learns from its own answers.
-
-    Adds the answers' keys and values, and the time to sample them (`serving`)."""
-    shared = Traffic(max(1, draws.prompt // draws.group), draws.answer, draws.together, 1)
-    rank = load.spec.rank if load.spec is not None else load.rank
-    each = serving(shape, device, plan.rates, shared, rank=rank, dtype=load.dtype, quantize=load.quantize)
-    cache, seconds = draws.cache(shape, load.dtype), draws.total / each.requests_per_second
-    text = f"{draws.total:,} drawn, {draws.together} at once: {gigabytes(cache)} of keys and values, {seconds:,.0f} s"
-    return _with(plan, "cache", cache, seconds, ("answers", text))
-
-
-def with_teacher(
-    plan: Plan, shape: TextShape, load: Load, device: Device, draws: SamplingLoad, teacher_bytes: int
-) -> Plan:
-    """Return the plan of a run whose teacher, of `shape`, reads each answer once.
-
-    The teacher runs in the same process. teacher_bytes: size of a teacher that is another base."""
-    each = (draws.prompt + draws.answer) / max(1, load.tokens)
-    seconds = draws.total * each * plan.rates.seconds(reading_work(shape, load), device.count)
-    text = f"reads {counted(draws.total, 'answer')}: {seconds:,.0f} s"
-    if teacher_bytes:
-        text += f"; a separate base, {shape.parameters:,} parameters: {gigabytes(teacher_bytes)}"
-    return _with(plan, "teacher", teacher_bytes, seconds, ("teacher", text))
 
 
 def text_plan(
@@ -273,9 +271,9 @@ def text_plan(
     shape: TextShape,
     load: Load,
     device: Device,
-    rates: Rates,
     job: TrainingJob,
     *,
+    sampled: SamplingLoad | None = None,
     process: int | None = None,
     available: int | None = None,
     traffic: Traffic | None = None,
@@ -283,11 +281,13 @@ def text_plan(
 ) -> Plan:
     """Return the plan of a run on text.
 
+    sampled: the answers of a run that learns from its own.
     available: usable bytes of each device, by default `usable_memory`.
     process: bytes of the process before the base is loaded, if known (CPU)."""
-    plan = _plan(
-        base, lambda load, device: text_counts(shape, load, device), load, device, rates, job, available, process
-    )
+    limit = usable_memory(device) if available is None else available
+    if sampled is not None:
+        limit -= sampled.cache(shape, load.dtype) + sampled.teacher_bytes
+    plan = _plan(base, lambda load, device: text_counts(shape, load, device), load, device, job, limit, process)
     rank, quantize = load.spec.rank if load.spec is not None else load.rank, load.quantize
     dequantizable = packable = 0
     if plan.planned is not None and plan.planned_memory is not None:
@@ -299,7 +299,7 @@ def text_plan(
             packable = min(packed_weights(shape, part_load.dtype, lambda *product: True), spare)
     capacity = None
     if traffic is not None:
-        capacity = serving(shape, device, rates, traffic, rank=rank, dtype=load.dtype, quantize=quantize)
+        capacity = serving(shape, device, plan.rates, traffic, rank=rank, dtype=load.dtype, quantize=quantize)
     times = f"{counted(job.rows, 'row')} of {job.tokens_per_row:,.0f} tokens, {_times(job.passes)}"
     share = "" if load.trained == 1 else f", {load.trained:.0%} of them trained on"
     facts = (
@@ -317,7 +317,8 @@ def text_plan(
         *((("host", f"{gigabytes(plan.memory.host)} in the CPU's memory"),) if plan.memory.host else ()),
         *(("note", note) for note in notes),
     )
-    return replace(plan, dequantizable=dequantizable, packable=packable, serving=capacity, traffic=traffic, facts=facts)
+    plan = replace(plan, dequantizable=dequantizable, packable=packable, serving=capacity, traffic=traffic, facts=facts)
+    return plan if sampled is None else _with_sampling(plan, shape, load, device, sampled)
 
 
 def image_plan(
@@ -325,7 +326,6 @@ def image_plan(
     config: Mapping[str, Any],
     load: ImageLoad,
     device: Device,
-    rates: Rates,
     job: TrainingJob,
     *,
     available: int | None = None,
@@ -335,7 +335,8 @@ def image_plan(
 
     config: of the denoiser, see `image_counts`."""
     load = replace(load, blocks=len(image_counts(config, load).blocks))
-    plan = _plan(base, lambda load, device: image_counts(config, load), load, device, rates, job, available)
+    limit = usable_memory(device) if available is None else available
+    plan = _plan(base, lambda load, device: image_counts(config, load), load, device, job, limit)
     words = load.targets if isinstance(load.targets, str) else ", ".join(load.targets)
     pairs = f", each with {load.before} before it" if load.before else ""
     facts = [

@@ -1,8 +1,8 @@
 """Plan a text run: from its configuration to the inputs of veneer.plan.
 
-plan_of_run(config, base, …) with the loaded base and encoded rows: exact lengths
-plan_of_config(config, …)    without them: rows are counted, tokens estimated from characters
-rows_as_planned(config, …)   the arguments of plan_of_config for rows already read
+plan_of_config(config, device)              rows are counted, tokens estimated from characters
+plan_of_config(config, device, rows=…)      with counted rows and tokens: `planned_rows` of rows already read
+plan_of_config(config, base=…, items=…)     with the loaded base and its encoded rows: exact lengths
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from veneer.errors import DataError, counted
 from veneer.ops.cpu.memory import unread_bytes
@@ -20,19 +20,10 @@ from veneer.ops.step_sizes import MICRO_TOKENS
 from veneer.plan.fit import fitting_micro_tokens, memory_after_base, usable_memory
 from veneer.plan.image import ImageLoad
 from veneer.plan.memory import CPU_LATER, FITS, Load, weight_bytes
-from veneer.plan.plan import (
-    Plan,
-    SamplingLoad,
-    TrainingJob,
-    image_plan,
-    text_plan,
-    with_sampling,
-    with_teacher,
-)
+from veneer.plan.plan import Plan, SamplingLoad, TrainingJob, image_plan, text_plan
 from veneer.plan.serving import Traffic
 from veneer.plan.shape import PairForm, TextShape, model_shape, pair_parameters, text_shape
 from veneer.plan.tables import Device, base_config, device_here
-from veneer.plan.time import rates_of
 from veneer.train.config.reinforcement import PROMPT_FORMATS
 from veneer.train.config.text import TrainConfig
 from veneer.train.preflight import available_memory, computes_on, used_memory
@@ -101,70 +92,31 @@ def micro_tokens_of_run(config: TrainConfig, base: Any, free: int | None) -> int
     where = computes_on(base)
     if where.type != "cuda":
         return MICRO_TOKENS
-    shape = model_shape(base.model)
-    device = device_here(where)
-    dtype = str(base.dtype).removeprefix("torch.")
-    available = available_memory(config, where, free) - _teacher(config, shape, dtype, find_base=True).extra_bytes
-    return _micro_tokens_of(config, shape, device, available, dtype, base.quantized or None)
+    available, dtype = available_memory(config, where, free), str(base.dtype).removeprefix("torch.")
+    shape, device = model_shape(base.model), device_here(where)
+    return _micro_tokens(config, shape, device, available, dtype, base.quantized or None, loaded=True)
 
 
-def _micro_tokens_of(
-    config: TrainConfig, shape: TextShape, device: Device, available: int, dtype: str, quantize: str | None
+def _micro_tokens(
+    config: TrainConfig,
+    shape: TextShape,
+    device: Device,
+    available: int,
+    dtype: str,
+    quantize: str | None,
+    loaded: bool = False,
 ) -> int:
-    """Compute with rows of maximum length whose tokens are all learned."""
+    """Compute with rows of maximum length whose tokens are all learned.
+
+    `available`: bytes beyond the base. `loaded`: as in `_teacher`."""
     on = config.memory.recomputing == "on"
     rows = [config.data.max_length] * _MANY
+    available -= _teacher(config, shape, dtype, loaded)[1]
 
     def load(tokens: int) -> Load:
         return load_of(with_micro_tokens(config, tokens), rows, trained=1.0, dtype=dtype, checkpointing=on)
 
     return fitting_micro_tokens(shape, device, quantize, available, load)
-
-
-def plan_of_run(
-    config: TrainConfig,
-    base: Any,
-    items: Sequence[Any],
-    *,
-    trainable: int,
-    held_out: int,
-    checkpointing: bool,
-    available: int,
-) -> Plan:
-    """Return the plan of a run about to start.
-
-    `items`: the contents of a step. `trainable`: parameters. `held_out`: rows. `available`: free bytes, besides
-    the memory in use."""
-
-    sampling, config, items = config, _on_completions(config), [*items] * _completions_per_prompt(config)
-    lengths = [item.tokens for item in items]
-    tokens = sum(lengths)
-    shape = model_shape(base.model)
-    weight = next(base.model.parameters())
-    where = computes_on(base)
-    device = device_here(where)
-    dtype = str(getattr(base, "dtype", weight.dtype)).removeprefix("torch.")
-    pairs = pair_parameters(shape, _special_spec(config), rank=config.adapter.rank)
-    load = load_of(
-        config,
-        lengths,
-        trained=sum(item.trained_tokens for item in items) / max(1, tokens),
-        checkpointing=checkpointing,
-        dtype=dtype,
-        full_parameters=max(0, trainable - pairs),
-    )
-    job = _job(config, len(items), tokens / max(1, len(items)), held_out)
-    rates, process = rates_of(device, dtype), None
-    if device.kind == "cpu":  # libraries and rows are in memory already: their size is known
-        weights = sum(weight_bytes(shape, dtype, load.quantize))
-        weights -= sum(unread_bytes(weight) for weight in base.model.parameters() if not isinstance(weight, Quantized))
-        process = max(FITS["cpu", "text"].process, used_memory(where) - weights + CPU_LATER)
-    memory = text_plan("", shape, load, device, rates, job, process=process, available=1 << 62).memory
-    teacher = _teacher(config, shape, dtype, find_base=True)
-    sampled = _sampling_load(sampling, job, max(lengths, default=1))
-    limit = available + memory.peak - remaining_bytes(memory, device) - _other_bytes(sampled, teacher, shape, dtype)
-    plan = text_plan(config.base.name, shape, load, device, rates, job, process=process, available=limit)
-    return _with_sampling(plan, sampled, shape, load, device, teacher)
 
 
 def sampled_at_once(config: TrainConfig, held_out: int) -> int:
@@ -175,75 +127,23 @@ def sampled_at_once(config: TrainConfig, held_out: int) -> int:
     return 0 if r is None else min(r.rows, max(config.batching.rows * r.group, held_out))
 
 
-def _completions_per_prompt(config: TrainConfig) -> int:
-    return 1 if config.sampling is None else config.sampling.group
+def _teacher(config: TrainConfig, shape: TextShape, dtype: str, loaded: bool) -> tuple[TextShape | None, int]:
+    """Return a teacher in this process, or None, and the bytes of a base of its own.
 
-
-def _on_completions(config: TrainConfig) -> TrainConfig:
-    """Return the configuration of a run whose rows are its sampled answers."""
-    r, schedule = config.sampling, config.schedule
-    if r is None:
-        return config
-    batching = config.batching.model_copy(update={"rows": config.batching.rows * r.group})
-    if config.epochs is not None:
-        schedule = schedule.model_copy(update={"epochs": config.epochs * r.updates})
-    return config.model_copy(update={"batching": batching, "schedule": schedule})
-
-
-def _sampling_load(config: TrainConfig, job: TrainingJob, longest: int) -> SamplingLoad | None:
-    """Return what a run samples, or None.
-
-    `longest`: tokens of a prompt and its answer."""
-    r = config.sampling
-    if r is None:
-        return None
-    total = math.ceil(job.total_steps / r.updates) * job.batch + job.held_out * job.evaluations
-    prompt = max(1, longest - r.max_tokens)
-    return SamplingLoad(prompt, r.max_tokens, r.group, sampled_at_once(config, job.held_out), total)
-
-
-def _other_bytes(sampled: SamplingLoad | None, teacher: _Teacher, shape: TextShape, dtype: str) -> int:
-    """Return the bytes of the KV cache of sampling and of a teacher's own base."""
-    return teacher.extra_bytes + (0 if sampled is None else sampled.cache(shape, dtype))
-
-
-def _with_sampling(
-    plan: Plan, sampled: SamplingLoad | None, shape: TextShape, load: Load, device: Device, teacher: _Teacher
-) -> Plan:
-    if sampled is None:
-        return plan
-    plan = with_sampling(plan, shape, load, device, sampled)
-    if teacher.shape is None:
-        return plan
-    # as loaded: it is not quantized, whatever the trained base is
-    plain = replace(load, quantize=None if teacher.extra_bytes else load.quantize)
-    return with_teacher(plan, teacher.shape, plain, device, sampled, teacher.extra_bytes)
-
-
-class _Teacher(NamedTuple):
-    """A teacher in this process; None for none. `extra_bytes`: bytes of a base of its own."""
-
-    shape: TextShape | None
-    extra_bytes: int = 0
-
-
-def _teacher(config: TrainConfig, shape: TextShape, dtype: str, *, find_base: bool = False) -> _Teacher:
-    """Return the teacher of a run on a base of `shape`, in the base's dtype.
-
-    `find_base`: for a run that is about to load the teacher, wherever it is found. Raises ConfigError, BaseError
-    for a teacher that cannot be found."""
+    `shape`, `dtype`: of the trained base. `loaded`: for a run that is about to load the teacher, wherever it is
+    found. Raises ConfigError, BaseError for a teacher that cannot be found."""
     d = config.distillation
     if d.teacher is None or d.url is not None:
-        return _Teacher(None)
+        return None, 0
     if d.base is None:
-        return _Teacher(shape)
+        return shape, 0
     name: str | Path = d.base
-    if find_base:
+    if loaded:
         from veneer.models.sources import base_outline
 
         name = base_outline(d.base) or name
     teacher = text_shape(base_fields(str(name)), d.base)
-    return _Teacher(teacher, sum(weight_bytes(teacher, dtype, None)))
+    return teacher, sum(weight_bytes(teacher, dtype, None))
 
 
 def remaining_bytes(memory: Any, device: Device) -> int:
@@ -270,13 +170,16 @@ def suggested_settings(plan: Plan) -> str:
     return ""
 
 
-# -- from the configuration alone --------------------------------------------------------------------------------------
-
-
 def plan_of_config(
     config: RunConfig,
-    device: Device,
+    device: Device | None = None,
     *,
+    base: Any = None,
+    items: Sequence[Any] = (),
+    trainable: int = 0,
+    held_out: int = 0,
+    checkpointing: bool = False,
+    available: int = 0,
     rows: int | None = None,
     tokens_per_row: float | None = None,
     longest: int | None = None,
@@ -284,53 +187,79 @@ def plan_of_config(
     source_images: int | None = None,
     traffic: Traffic | None = None,
 ) -> Plan:
-    """Return the plan of a configuration whose base need not be downloaded.
+    """Return the plan of a configuration for `device`, or of a text run about to start on its loaded `base`.
 
-    Missing arguments are counted in the data's files, with four characters per token. source_images: source images
-    per image, for `rows` images. Raises ConfigError for
-    a base whose config cannot be found, DataError for missing data that must be counted."""
+    Without `base`, which need not be downloaded: missing numbers are counted in the data's files, with four
+    characters per token; `source_images`: source images per image, for `rows` images. Raises ConfigError for a
+    base whose config cannot be found, DataError for missing data that must be counted.
+
+    With `base`: `items` are the contents of a step. `trainable`: parameters. `held_out`: rows.
+    `checkpointing`: whether activations are recomputed. `available`: free bytes, besides the memory in use."""
     if not isinstance(config, TrainConfig):
+        assert device is not None
         return _plan_of_images(config, base_fields(config.base.name), device, rows, source_images or 0)
-    return _plan_of_text(config, device, rows, tokens_per_row, longest, trained, traffic)
-
-
-def _plan_of_text(
-    config: TrainConfig,
-    device: Device,
-    rows: int | None = None,
-    tokens_per_row: float | None = None,
-    longest: int | None = None,
-    trained: float = 1.0,
-    traffic: Traffic | None = None,
-) -> Plan:
-    shape = text_shape(base_fields(config.base.name), config.base.name)
-    dtype = _planned_dtype(config)
-    config = _with_planned_tokens(config, shape, device)
-    notes: tuple[str, ...] = ()
-    lengths: list[int] = []
-    if rows is None or tokens_per_row is None:
-        lengths = _estimated_lengths(config)
-        notes = (f"tokens guessed from characters, {_CHARACTERS} to one; --tokens-per-row says it exactly",)
-    rows = rows or len(lengths)
-    mean = tokens_per_row or sum(lengths) / max(1, len(lengths))
-    if tokens_per_row is not None:
-        lengths = [round(tokens_per_row)] * min(rows, _MANY)
-    if longest is not None:
-        lengths = [longest, *lengths[1:]]
-    sampling, config = config, _on_completions(config)
-    if sampling.sampling is not None:
-        most, each = sampling.sampling.max_tokens, sampling.sampling.group
-        lengths, rows, mean = [n + most for n in lengths] * each, rows * each, mean + most
-    lengths = [min(n, config.data.max_length) for n in lengths]
-    rates = rates_of(device, dtype)
-    load = load_of(config, lengths, trained=trained, dtype=dtype, checkpointing=config.memory.recomputing == "on")
-    job, teacher = _job(config, rows, mean, 0), _teacher(config, shape, dtype)
-    sampled = _sampling_load(sampling, job, max(lengths, default=1))
-    available = usable_memory(device) - _other_bytes(sampled, teacher, shape, dtype)
-    plan = text_plan(
-        config.base.name, shape, load, device, rates, job, available=available, traffic=traffic, notes=notes
+    r, notes, process, full = config.sampling, (), None, 0
+    answer = 0 if r is None else r.max_tokens
+    lengths: Sequence[int]
+    if base is not None:
+        shape, where = model_shape(base.model), computes_on(base)
+        device = device_here(where)
+        dtype = str(getattr(base, "dtype", next(base.model.parameters()).dtype)).removeprefix("torch.")
+        lengths = [item.tokens for item in items]
+        rows, mean = len(items), sum(lengths) / max(1, len(items))
+        trained = sum(item.trained_tokens for item in items) / max(1, sum(lengths))
+        full = max(0, trainable - pair_parameters(shape, _special_spec(config), rank=config.adapter.rank))
+        weights, process = sum(weight_bytes(shape, dtype, config.base.quantize)), FITS[device.kind, "text"].process
+        if device.kind == "cpu":  # libraries and rows are in memory already: their size is known
+            unread = sum(unread_bytes(w) for w in base.model.parameters() if not isinstance(w, Quantized))
+            process = max(process, used_memory(where) - (weights - unread) + CPU_LATER)
+            available -= CPU_LATER
+        available += weights + process
+    else:
+        assert device is not None
+        shape = text_shape(base_fields(config.base.name), config.base.name)
+        dtype, quantize = _planned_dtype(config), config.base.quantize
+        if config.batching.micro_tokens is None:
+            spare = memory_after_base(shape, device, dtype, quantize)
+            config = with_micro_tokens(config, _micro_tokens(config, shape, device, spare, dtype, quantize))
+        if rows is None or tokens_per_row is None:
+            lengths = _estimated_lengths(config)
+            notes = (f"tokens guessed from characters, {_CHARACTERS} to one; --tokens-per-row says it exactly",)
+        rows = rows or len(lengths)
+        if tokens_per_row is not None:
+            lengths = [round(tokens_per_row)] * min(rows, _MANY)
+        mean = (tokens_per_row or sum(lengths) / max(1, len(lengths))) + answer
+        if longest is not None:
+            lengths = [longest, *lengths[1:]]
+        lengths = [min(n + answer, config.data.max_length) for n in lengths]
+        checkpointing, available = config.memory.recomputing == "on", usable_memory(device)
+    steps = config  # of optimizer steps: a sampling run's are on its answers
+    if r is not None:
+        batching = config.batching.model_copy(update={"rows": config.batching.rows * r.group})
+        schedule = config.schedule
+        if config.epochs is not None:
+            schedule = schedule.model_copy(update={"epochs": config.epochs * r.updates})
+        steps = config.model_copy(update={"batching": batching, "schedule": schedule})
+        lengths, rows = [*lengths] * r.group, rows * r.group
+    load = load_of(steps, lengths, trained=trained, dtype=dtype, checkpointing=checkpointing, full_parameters=full)
+    job, sampled = _job(steps, rows, mean, held_out), None
+    if r is not None:
+        total = math.ceil(job.total_steps / r.updates) * job.batch + job.held_out * job.evaluations
+        prompt, together = max(1, max(lengths, default=1) - answer), sampled_at_once(config, job.held_out)
+        teacher = _teacher(config, shape, dtype, base is not None)
+        sampled = SamplingLoad(prompt, answer, r.group, together, total, *teacher)
+    return text_plan(
+        config.base.name,
+        shape,
+        load,
+        device,
+        job,
+        sampled=sampled,
+        process=process,
+        available=available,
+        traffic=traffic,
+        notes=notes,
     )
-    return _with_sampling(plan, sampled, shape, load, device, teacher)
 
 
 def planned_rows(config: TrainConfig, items: Sequence[Any]) -> dict[str, Any]:
@@ -347,17 +276,8 @@ def planned_rows(config: TrainConfig, items: Sequence[Any]) -> dict[str, Any]:
     }
 
 
-def _planned_dtype(config: TrainConfig) -> str:
+def _planned_dtype(config: RunConfig) -> str:
     return config.base.dtype if config.base.dtype != "auto" else "bfloat16"
-
-
-def _with_planned_tokens(config: TrainConfig, shape: TextShape, device: Device) -> TrainConfig:
-    """Return the configuration with a planned micro-batch size, unless it sets one."""
-    if config.batching.micro_tokens is not None:
-        return config
-    dtype, quantize = _planned_dtype(config), config.base.quantize
-    available = memory_after_base(shape, device, dtype, quantize) - _teacher(config, shape, dtype).extra_bytes
-    return with_micro_tokens(config, _micro_tokens_of(config, shape, device, available, dtype, quantize))
 
 
 def _plan_of_images(
@@ -381,15 +301,13 @@ def _plan_of_images(
     at_once = config.batching.micro_rows or batch
     resolution = config.data.resolution or int(fields.get("picture", 1024))
     side = resolution if isinstance(resolution, int) else max(resolution)
-    dtype = config.base.dtype if config.base.dtype != "auto" else "bfloat16"
-    rates = rates_of(device, dtype)
     load = ImageLoad(
         at_once,
         side,
         side,
         micros=directions * -(-batch // at_once),
         rank=config.adapter.rank,
-        dtype=dtype,
+        dtype=_planned_dtype(config),
         quantize=config.base.quantize,
         checkpointing=config.memory.activation_checkpointing == "on" or config.memory.offload_blocks > 0,
         targets=config.adapter.targets,
@@ -399,7 +317,7 @@ def _plan_of_images(
         offload=config.memory.offload_blocks if device.kind == "cuda" else 0,
     )
     job = TrainingJob(rows, 1.0, directions * float(config.schedule.epochs or 1), directions * batch, config.steps)
-    return image_plan(config.base.name, fields, load, device, rates, job, notes=notes)
+    return image_plan(config.base.name, fields, load, device, job, notes=notes)
 
 
 def base_fields(name: str) -> dict[str, Any]:

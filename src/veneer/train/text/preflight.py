@@ -21,7 +21,7 @@ from veneer.plan.plan import Plan
 from veneer.plan.render import rough_duration
 from veneer.plan.shape import model_shape
 from veneer.train.config.text import TrainConfig
-from veneer.train.planning import plan_of_run, remaining_bytes, suggested_settings
+from veneer.train.planning import plan_of_config, remaining_bytes, suggested_settings
 from veneer.train.preflight import (
     Finding,
     Level,
@@ -523,10 +523,10 @@ def _fits_in_memory(s: TextSubject) -> Iterator[Finding]:
     free = available_memory(config, device, s.free_memory)
     mode = config.memory.recomputing
     plain, again = (
-        plan_of_run(
+        plan_of_config(
             config,
-            s.base,
-            s.data.train.items,
+            base=s.base,
+            items=s.data.train.items,
             trainable=int(s.numbers.get("trainable", 0)),
             held_out=len(s.data.held_out.encoded.examples),
             checkpointing=recomputed,
