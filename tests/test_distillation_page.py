@@ -10,7 +10,6 @@ import yaml
 from tests.how_to import run_commands
 from tests.test_readme import ROOT, blocks
 from tests.tiny_base import tiny_base_dir
-from veneer.train.config.load import load_config
 
 PAGE = (ROOT / "docs" / "how-to" / "distillation.md").read_text(encoding="utf-8")
 
@@ -22,14 +21,11 @@ def test_commands_of_the_page_train_an_adapter(
     (rows,), values, (commands,) = (blocks(PAGE, kind) for kind in ("json", "yaml", "bash"))
     Path("tickets.jsonl").write_text(rows * 5)
     base = str(tiny_base_dir(tmp_path))
-    large, small, served, told = (yaml.safe_load(text) for text in values)
+    large, small, told = (yaml.safe_load(text) for text in values)
     short = {"base": base, "schedule": {"steps": 2}}
     Path("teacher.yaml").write_text(yaml.safe_dump(large | short))
     Path("distill.yaml").write_text(yaml.safe_dump(small | short | {"evaluation": {"every": 1, "keep": "last"}}))
     told["distillation"]["max_tokens"] = 8
-    Path("served.yaml").write_text(yaml.safe_dump(small | short | served))
-    read, _ = load_config(Path("served.yaml"), [])
-    assert read.distillation.url == "http://localhost:8000/v1"
     Path("told.yaml").write_text(yaml.safe_dump(small | short | told | {"output": "runs/told"}))
     told_last = run_commands(capsys, (*commands.splitlines(), "veneer train told.yaml --dry-run"), base)[-1]
     assert "tokens a request are saved" in told_last

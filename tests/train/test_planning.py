@@ -167,7 +167,9 @@ def test_a_second_base_adds_weights_and_one_forward_per_answer() -> None:
 
     name = "distillation.base=HuggingFaceTB/SmolLM2-1.7B-Instruct"
     beside = planned("distillation.teacher=base", name)
-    away = planned("distillation.teacher=wise", "distillation.url=http://localhost:8000/v1")
+    one_each = ("reinforcement.loss=reinforce", "reinforcement.group=1", "reinforcement.exact=false")
+    rewarded = ("reinforcement.rewards=[{kind: exact_match}]", "reinforcement.max_tokens=20", *many[1:])
+    away = plan_of_config(config(*one_each, *rewarded), card, rows=32, tokens_per_row=100)
     # config.json: 24 layers of 2048, 32 heads of 64 and as many of keys, 8192 within, 49152 tokens, the head is tied
     d, inner, vocabulary, layers = 2048, 8192, 49152, 24
     matrices = layers * (4 * d * d + 3 * d * inner)

@@ -273,12 +273,6 @@ def draw(
             fix="give distillation.teacher: an adapter, or base",
         )
     distillation, data = loaded.distillation, loaded.data
-    if distillation.url is not None:
-        raise ConfigError(
-            "the teacher is on a server, and draws its own answers",
-            where=f"distillation.url: {distillation.url}",
-            fix="omit distillation.url to run the teacher of this process; the server's are kept by its own client",
-        )
     prompts, _ = read_rows(
         data.files("train"), limit=data.limit, format=data.format, columns=data.columns, formats=PROMPT_FORMATS
     )

@@ -65,7 +65,7 @@ def load_of(
         optimizer=config.optimizer.name,
         full=full_parameters,
         inputs_on_host=checkpointing and config.memory.offload_activations,
-        compared=config.distillation.teacher is not None and config.distillation.url is None,
+        compared=config.distillation.teacher is not None,
     )
 
 
@@ -133,7 +133,7 @@ def _teacher(config: TrainConfig, shape: TextShape, dtype: str, loaded: bool) ->
     `shape`, `dtype`: of the trained base. `loaded`: for a run that is about to load the teacher, wherever it is
     found. Raises ConfigError, BaseError for a teacher that cannot be found."""
     d = config.distillation
-    if d.teacher is None or d.url is not None:
+    if d.teacher is None:
         return None, 0
     if d.base is None:
         return shape, 0

@@ -40,8 +40,7 @@ _FREE_TO_CHANGE = {"evaluation", "checkpoint", "memory", "samples"}  # sections 
 _FREE_KEYS = {"batching.micro_rows", "batching.micro_tokens", "base.device", "data.train", "data.validation"}
 _FREE_KEYS |= {"data.pictures", "data.class_folder", "data.cache"}  # locations; their contents are compared
 _FREE_KEYS |= {f"{section}.{key}" for section in ("reinforcement", "distillation") for key in ("rows", "gap")}
-_FREE_KEYS |= {"reinforcement.most_failed", "distillation.most_failed"}
-_FREE_KEYS |= {f"distillation.{key}" for key in SERVER_KEYS}
+_FREE_KEYS |= {"reinforcement.most_failed"}
 _FREE_OF_REWARDS = {*SERVER_KEYS, "memory_gb"}
 
 Level = Literal["stop", "warn", "ok"]
@@ -298,9 +297,7 @@ def _fixed_settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
         settings = values if isinstance(values, Mapping) else {"": values}
         for key, value in settings.items():
             name = f"{section}.{key}" if key else section
-            if name == "distillation.url":
-                value = value is not None
-            elif name == "reinforcement.rewards":
+            if name == "reinforcement.rewards":
                 value = [
                     {k: v is not None if k == "url" else v for k, v in reward.items() if k not in _FREE_OF_REWARDS}
                     for reward in value or ()

@@ -13,13 +13,11 @@ from veneer.ops.device_transfer import in_float64
 from veneer.train.text.policy_losses import (
     advantages,
     clipped,
-    divergences,
     importance_weights,
     kl_estimates,
     length_factors,
     per_token,
     policy_ratios,
-    sampled_divergence,
 )
 from veneer.train.text.rollouts import SamplerMismatch
 
@@ -118,21 +116,6 @@ def test_kl_estimates_have_the_mean_of_kl() -> None:
 def test_importance_weights_are_capped() -> None:
     p, q = torch.tensor([0.5, 0.1, 0.9]).log(), torch.tensor([0.25, 0.4, 0.1]).log()
     torch.testing.assert_close(importance_weights(p, q, 3.0), torch.tensor([2.0, 0.25, 3.0]))
-
-
-def test_sampled_divergence_has_the_exact_mean_and_gradient() -> None:
-    """Every token of a small vocabulary, weighted by how often it is drawn, beside the divergence of whole
-    distributions, value and gradient, in float64."""
-    generator = torch.Generator().manual_seed(0)
-    ours, theirs = (torch.randn(6, generator=generator, dtype=torch.float64) for _ in range(2))
-    x, y = ours.clone().requires_grad_(), ours.clone().requires_grad_()
-    whole = divergences(x[None], theirs[None], "reverse").sum()
-    whole.backward()
-    p, q = y.log_softmax(-1), theirs.log_softmax(-1)
-    sampling = (p.exp().detach() * sampled_divergence(p, q)).sum()
-    sampling.backward()
-    assert float(sampling.detach()) == pytest.approx(float(whole.detach()), abs=1e-12)
-    assert torch.allclose(x.grad, y.grad, atol=1e-12)
 
 
 def test_mismatch_needs_no_float64_on_the_device() -> None:

@@ -11,7 +11,7 @@ from veneer.core.adapter import check_strength
 from veneer.errors import ConfigError, bullets, counted
 from veneer.train.config.image import ImageTrainConfig
 from veneer.train.config.reinforcement import PROMPT_FORMATS
-from veneer.train.config.section import BASE_MODEL, SERVER_KEYS, changed_keys
+from veneer.train.config.section import BASE_MODEL, changed_keys
 from veneer.train.config.text import PREFERENCE_KEYS, TrainConfig, layer_indices, preference_formats
 
 
@@ -172,27 +172,13 @@ def _distillation(config: TrainConfig) -> Iterator[str]:
     other_losses = {"reinforcement.loss": config.reinforcement.loss, "preference.loss": config.preference.loss}
     for key in (key for key, loss in other_losses.items() if loss is not None):
         yield f"`distillation.teacher` and `{key}` are two ways to learn: keep one"
-    if d.url is None:
-        yield from _unused(
-            config, "distillation", "`distillation.url`, a teacher on a server", *SERVER_KEYS, "most_failed"
+    if d.base is not None and d.teacher != BASE_MODEL:
+        yield "`distillation.base` is a teacher without adapters: give `distillation.teacher: base`"
+    if d.teacher == BASE_MODEL and d.base is None and not d.system and config.adapter.start is None:
+        yield (
+            "`distillation.teacher: base` is what a fresh adapter is already: give `distillation.system`, "
+            "`distillation.base`, or `adapter.start`"
         )
-        if d.base is not None and d.teacher != BASE_MODEL:
-            yield "`distillation.base` is a teacher without adapters: give `distillation.teacher: base`"
-        if d.teacher == BASE_MODEL and d.base is None and not d.system and config.adapter.start is None:
-            yield (
-                "`distillation.teacher: base` is what a fresh adapter is already: give `distillation.system`, "
-                "`distillation.base`, or `adapter.start`"
-            )
-    else:
-        if d.base is not None:
-            yield "`distillation.base` is in this process, and with `distillation.url` the teacher is on a server"
-        if d.divergence == "forward":
-            yield "`distillation.divergence: forward` needs the teacher in this process; a server takes `reverse`"
-        if d.temperature != 1:
-            yield (
-                "`distillation.temperature`: a server scores only the sampled tokens, so the student has to sample its "
-                "own distribution; leave it at 1"
-            )
     yield from _sampling(config)
 
 

@@ -15,21 +15,8 @@ class DistillationSection(Section):
     named: ClassVar[str] = "distillation"
     updates: ClassVar[int] = 1
 
-    teacher: str | None = setting(None, "adapter (library name or folder), base, or with `url` a served model")
+    teacher: str | None = setting(None, "adapter (library name or folder), or base")
     base: str | None = setting(None, "the teacher's base, also in memory", "the trained base")
-    url: str | None = setting(
-        None,
-        "teacher's server, as http://localhost:8000/v1, with prompt logprobs",
-        "this process",
-        pattern=r"^https?://\S+$",
-    )
-    key: str | None = setting(None, "environment variable with the server's key", "none", pattern=r"^[A-Za-z_]\w*$")
-    timeout: float = setting(120.0, "seconds per request", gt=0)
-    patience: float = setting(600.0, "seconds of outage before the run stops", "survives a restart", ge=0)
-    at_once: int = setting(8, "concurrent requests", gt=0, le=256)
-    most_failed: float = setting(
-        0.1, "maximum share of a step's completions that the server fails to score", ge=0, le=1
-    )
     system: str = setting("", "system message for the teacher only")
     divergence: Literal["reverse", "forward"] = setting(
         "reverse", "KL(student ‖ teacher), mode-seeking, or KL(teacher ‖ student), covering", "arXiv 2306.08543"

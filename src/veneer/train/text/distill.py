@@ -5,14 +5,12 @@
     L = 1/T Σ_t KL_t        T tokens of the step's answers; KL over the whole vocabulary, reverse or forward
 
 The teacher is an adapter on the same base, the base without adapter, or another base with the same tokenizer,
-in this process; or a model on a server (`served_teacher`), whose reverse KL is measured by its
-log-probabilities of the sampled tokens. The teacher reads the same answers after its own prompt, which can
+in this process. The teacher reads the same answers after its own prompt, which can
 contain more (`distillation.system`): the additional instructions are trained into the student, whose prompt
 does not have them. Sampler and trainer are one model as in `reinforce`, and their mismatch (gap) is measured
 in the same way. Answers are sampled anew for every step, and not stored in checkpoints. Logged for each step:
 
     teacher_kl                         mean KL of a token
-    teacher_failed, teacher_seconds    answers a server could not read, left out; its reading time
     answer_tokens, drawn_…, cut_…, prompt_cached, gap_…      as in `reinforce`
     saved_tokens                       tokens of the teacher's prompts beyond the student's, mean
 """
@@ -21,7 +19,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -30,15 +28,15 @@ import torch
 from torch import Tensor
 
 from veneer.adapters.use import load_adapter
-from veneer.errors import MismatchError, TrainingError, bullets, counted
+from veneer.errors import MismatchError
 from veneer.models.patching import without_dropout
 from veneer.models.text.base import load_text
-from veneer.models.text.loss import compared_logits, head_logits, hidden_at, token_logps
+from veneer.models.text.loss import compared_logits, head_logits, hidden_at
 from veneer.ops.device_transfer import in_float64, sent
 from veneer.train.config.section import BASE_MODEL
 from veneer.train.loop import EvalResult, MetricMeans, Step
 from veneer.train.text.batches import Batch, collate
-from veneer.train.text.policy_losses import divergences, length_factors, per_token, sampled_divergence
+from veneer.train.text.policy_losses import divergences, length_factors, per_token
 from veneer.train.text.prompts import (
     PolicyBatch,
     PromptItem,
@@ -54,12 +52,10 @@ from veneer.train.text.rollouts import (
     Sampler,
     SamplerMismatch,
     SamplingParams,
-    left_out_notes,
     sampling_metrics,
     sampling_seed,
 )
 from veneer.train.text.rows import Row
-from veneer.train.text.served_teacher import ServedTeacher, served_teacher
 
 if TYPE_CHECKING:
     from veneer.core.attach import Attachment
@@ -84,31 +80,22 @@ class Teacher:
         return self.attachment.using(*([self.name] if self.name else []))
 
 
-AnyTeacher = Teacher | ServedTeacher
-"""A teacher in this process, or on a server."""
-
-
-@contextmanager
 def open_teacher(
     section: DistillationSection, base: TextBase, attachment: Attachment, log: Callable[[str], None] = lambda line: None
-) -> Iterator[AnyTeacher]:
-    """Yield the configured teacher, loaded or contacted once.
+) -> Teacher:
+    """Return the configured teacher.
 
     Raises MismatchError for a teacher with another tokenizer or an adapter of another base, and the errors of
-    loading and `served_teacher`."""
-    if section.url is not None:
-        with served_teacher(section, base) as teacher:
-            yield teacher
-    elif section.base is not None:
+    loading."""
+    if section.base is not None:
         teacher_base = load_text(section.base, dtype=base.dtype, device=base.device, say=log)
         _check_tokenizers(base, teacher_base)
-        yield Teacher(teacher_base)
-    elif section.teacher == BASE_MODEL:
-        yield Teacher(base, attachment)
-    else:
-        name = f"{section.teacher}, as the teacher"
-        attachment.add(name, load_adapter(base, str(section.teacher)))
-        yield Teacher(base, attachment, name)
+        return Teacher(teacher_base)
+    if section.teacher == BASE_MODEL:
+        return Teacher(base, attachment)
+    name = f"{section.teacher}, as the teacher"
+    attachment.add(name, load_adapter(base, str(section.teacher)))
+    return Teacher(base, attachment, name)
 
 
 def _check_tokenizers(base: TextBase, teacher: TextBase) -> None:
@@ -129,17 +116,15 @@ def _check_tokenizers(base: TextBase, teacher: TextBase) -> None:
 class _TeacherRollout:
     """An answer with its teacher's prompt.
 
-    `teacher_prompt`: the prompt's token ids. `row`: of the prompt. `logps`: log q of its tokens, from a server."""
+    `teacher_prompt`: the prompt's token ids. `row`: of the prompt."""
 
     rollout: Rollout
     teacher_prompt: tuple[int, ...]
     row: int
-    logps: tuple[float, ...] = ()
 
     @property
     def tokens(self) -> int:
-        prompts = [self.rollout.prompt] if self.logps else [self.rollout.prompt, self.teacher_prompt]
-        return max(map(len, prompts)) + len(self.rollout.tokens)
+        return max(len(self.rollout.prompt), len(self.teacher_prompt)) + len(self.rollout.tokens)
 
 
 @dataclass
@@ -150,11 +135,9 @@ class Distillation:
     base: TextBase
     name: str
     sampler: Sampler
-    teacher: AnyTeacher
+    teacher: Teacher
     sample_metrics: dict[str, float] = field(default_factory=dict)
     """Measurements of the answers at sampling."""
-    failed: list[str] = field(default_factory=list)
-    """Answers of the last sampling that are left out, and why."""
     metric_means: MetricMeans = field(default_factory=MetricMeans)
     mismatch: SamplerMismatch = field(default_factory=SamplerMismatch)
 
@@ -173,10 +156,10 @@ class Distillation:
         `rows`: the rows of its prompts."""
         prompts = {item.row: item for micro in step.micros for item in micro.items}
         step_prompts = [prompts[row] for row in sorted(prompts)]
-        sampled = self._sample_answers(step_prompts, rows, self.params, number, self.settings.group, interrupted)
+        sampled = self._sample_answers(step_prompts, self.params, number, self.settings.group, interrupted)
         if sampled is None:
             return None
-        answers, self.sample_metrics, self.failed = sampled
+        answers, self.sample_metrics = sampled
         weights = length_factors([len(a.rollout.logps) for a in answers], "batch", self.settings.max_tokens)
         micros = []
         for group in answer_groups([a.tokens for a in answers], self.config):
@@ -190,13 +173,12 @@ class Distillation:
     def _sample_answers(
         self,
         prompts: Sequence[PromptItem],
-        rows: Sequence[Row],
         how: SamplingParams,
         number: int,
         group: int,
         interrupted: Callable[[], bool],
-    ) -> tuple[list[_TeacherRollout], dict[str, float], list[str]] | None:
-        """Return (answers, measurements, reasons for omissions)."""
+    ) -> tuple[list[_TeacherRollout], dict[str, float]] | None:
+        """Return (answers, measurements)."""
         owners = [item for item in prompts for _ in range(group)]
         requests = [
             CompletionRequest(item.ids, sampling_seed(self.config.seed, number, item.row, i % group), how, self.name)
@@ -212,29 +194,7 @@ class Distillation:
         answers = [
             _TeacherRollout(r, item.teacher_ids or item.ids, item.row) for r, item in zip(rollouts, owners, strict=True)
         ]
-        if not isinstance(self.teacher, ServedTeacher):
-            return answers, figures, []
-        began = time.perf_counter()
-        results = self.teacher.read(
-            [((*a.teacher_prompt, *a.rollout.tokens), len(a.rollout.tokens)) for a in answers], interrupted
-        )
-        if results is None:
-            return None
-        failed = [
-            f"{rows[a.row].where}: {why}" for a, why in zip(answers, results, strict=True) if isinstance(why, str)
-        ]
-        if len(failed) > max(1, self.settings.most_failed * len(answers)) or len(failed) == len(answers) > 0:
-            failed_count = f"{len(failed):,} of {counted(len(answers), 'answer')}"
-            raise TrainingError(
-                f"the teacher could not read {failed_count}:\n{bullets(failed, 5)}",
-                where=self.teacher.name,
-                fix="fix the server, or raise distillation.most_failed",
-            )
-        figures |= {"teacher_seconds": time.perf_counter() - began, "teacher_failed": float(len(failed))}
-        read_by_teacher = [
-            replace(a, logps=logps) for a, logps in zip(answers, results, strict=True) if not isinstance(logps, str)
-        ]
-        return read_by_teacher, figures, failed
+        return answers, figures
 
     # -- the loss ------------------------------------------------------------------------------------------------------
 
@@ -252,11 +212,6 @@ class Distillation:
     def _compared(self, batch: PolicyBatch) -> tuple[Tensor, Tensor]:
         """Return the KL of each answer token, and the student's log p without gradient."""
         model, teacher = self.base.model, self.teacher
-        if isinstance(teacher, ServedTeacher):
-            logps = token_logps(model, sent(batch.input_ids, self.base.device), batch.lengths, batch.trained)
-            # the longest batch is tried before there is any answer
-            theirs = torch.zeros_like(logps) if batch.reference is None else batch.reference.to(logps)
-            return sampled_divergence(logps, theirs), logps.detach()
         teacher_batch = batch.teacher or batch
         with torch.no_grad(), without_dropout(teacher.base.model), teacher.acting():
             ids, positions = sent(teacher_batch.input_ids, teacher.base.device), _positions(teacher_batch, teacher.base)
@@ -287,26 +242,16 @@ class Distillation:
             [self.metric_means, MetricMeans(dict(self.sample_metrics), dict.fromkeys(self.sample_metrics, 1)), mismatch]
         )
 
-    def step_notes(self, number: int) -> Iterator[str]:
-        """Yield notes on step `number`."""
-        return left_out_notes(number, self.failed)
-
     # -- held-out prompts ----------------------------------------------------------------------------------------------
 
     def score(
         self, prompts: Sequence[PromptItem], rows: Sequence[Row], interrupted: Callable[[], bool]
     ) -> EvalResult | None:
-        """Return the mean KL of a token of greedy answers.
-
-        If KL is measured by sampled tokens, answers are sampled with fixed seeds. None once `interrupted()`.
-        """
-        sampling = self.params
-        if not isinstance(self.teacher, ServedTeacher):
-            sampling = replace(sampling, temperature=0.0)
-        sampled = self._sample_answers(prompts, rows, sampling, 0, 1, interrupted)
+        """Return the mean KL of a token of greedy answers. None once `interrupted()`."""
+        sampled = self._sample_answers(prompts, replace(self.params, temperature=0.0), 0, 1, interrupted)
         if sampled is None:
             return None
-        answers, figures, _ = sampled
+        answers, figures = sampled
         total, tokens = 0.0, sum(len(a.rollout.logps) for a in answers)
         for group in answer_groups([a.tokens for a in answers], self.config):
             if interrupted():
@@ -314,8 +259,7 @@ class Distillation:
             batch = _batch([answers[i] for i in group], torch.ones(len(group)))
             with torch.no_grad(), without_dropout(self.base.model):
                 total += float(in_float64(self._compared(batch)[0]).sum())
-        reported = ("cut_share", "answer_tokens", "teacher_failed")
-        metrics = {key: figures[key] for key in reported if key in figures}
+        metrics = {key: figures[key] for key in ("cut_share", "answer_tokens")}
         return EvalResult(
             total / tokens * len(answers), tokens, len(answers), metrics, likelihood=False, units=len(answers)
         )
@@ -332,8 +276,7 @@ def _positions(batch: Batch, base: TextBase) -> Tensor:
 
 def _batch(answers: Sequence[_TeacherRollout], weights: Tensor) -> PolicyBatch:
     batch = collate([rollout_example(a.rollout) for a in answers])
-    logps = torch.tensor([x for a in answers for x in a.logps], dtype=torch.float64)
-    differs = not len(logps) and any(a.teacher_prompt != a.rollout.prompt for a in answers)
+    differs = any(a.teacher_prompt != a.rollout.prompt for a in answers)
     return PolicyBatch(
         batch.input_ids,
         batch.lengths,
@@ -343,7 +286,6 @@ def _batch(answers: Sequence[_TeacherRollout], weights: Tensor) -> PolicyBatch:
         weights,
         torch.tensor([x for a in answers for x in a.rollout.logps], dtype=torch.float64),
         fresh=True,
-        reference=logps if len(logps) else None,
         teacher=collate([rollout_example(replace(a.rollout, prompt=a.teacher_prompt)) for a in answers])
         if differs
         else None,

@@ -124,18 +124,6 @@ def divergences(logits: Tensor, teacher: Tensor, direction: Literal["reverse", "
     return (ours.exp() * (ours - theirs)).sum(-1)
 
 
-def sampled_divergence(logps: Tensor, teacher: Tensor) -> Tensor:
-    """KL(p ‖ q) by the tokens y sampled from p: (T,) log p(y) and log q(y) -> (T,).
-
-        value      d = log p(y) − log q(y)        its mean over y ~ p is KL(p ‖ q); one can be below 0
-        gradient   d · ∇ log p(y)                 its mean is KL's, because the mean of ∇ log p(y) is 0
-
-    Needs only one number per token from the teacher; the policy gradient with reward −d (Lu and Thinking
-    Machines Lab 2025, "On-policy distillation")."""
-    d = (logps - teacher).detach()
-    return d + d * (logps - logps.detach())
-
-
 def length_factors(lengths: Sequence[int], how: _Lengths, limit: int) -> Tensor:
     """f_i, float64: (N,).
 

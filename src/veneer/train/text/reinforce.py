@@ -72,7 +72,6 @@ from veneer.train.text.rollouts import (
     Sampler,
     SamplerMismatch,
     SamplingParams,
-    left_out_notes,
     sampling_metrics,
     sampling_seed,
 )
@@ -311,7 +310,9 @@ class Reinforcement:
 
         A condition that still holds at the next sampling is not reported again."""
         if number == self.first:
-            yield from left_out_notes(number, self.failed)
+            yield from (f"step {number}, left out: {line}" for line in self.failed[:3])
+            if len(self.failed) > 3:
+                yield f"step {number}, left out: … and {len(self.failed) - 3} more"
             previous, self._warned = self._warned, sampling_warnings(self.settings, number, self.sample_metrics)
             yield from (text for name, text in self._warned.items() if name not in previous)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 _BEYOND = 0.01
 """Relative difference of probabilities from which `gap_share` counts a token."""
-_NAMED = 3
-"""Maximum lines about the dropped completions of a step."""
 
 
 @dataclass(frozen=True)
@@ -169,15 +167,6 @@ def sampling_metrics(rollouts: Sequence[Rollout], seconds: float) -> dict[str, f
 def sampling_seed(*key: int | str) -> int:
     """Return a seed of 63 bits, the same on every machine."""
     return int.from_bytes(hashlib.blake2b("|".join(map(str, key)).encode(), digest_size=8).digest()) >> 1
-
-
-def left_out_notes(number: int, failed: Sequence[str]) -> Iterator[str]:
-    """Yield why completions of step `number` were dropped, with their rows.
-
-    They could not be scored, or the teacher did not read their tokens."""
-    yield from (f"step {number}, left out: {line}" for line in failed[:_NAMED])
-    if len(failed) > _NAMED:
-        yield f"step {number}, left out: … and {len(failed) - _NAMED} more"
 
 
 @dataclass

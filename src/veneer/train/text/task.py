@@ -58,7 +58,7 @@ from veneer.train.save import Outcome, ReportParts, prove
 from veneer.train.text.batches import Batch
 from veneer.train.text.conversations import ConversationSampler
 from veneer.train.text.data import TextData, planned_steps, read_data
-from veneer.train.text.distill import AnyTeacher, Distillation, Teacher, open_teacher
+from veneer.train.text.distill import Distillation, Teacher, open_teacher
 from veneer.train.text.evaluate import score_examples
 from veneer.train.text.preference import Preference
 from veneer.train.text.prompts import PromptItem
@@ -344,7 +344,7 @@ def host_store(config: TrainConfig, base: TextBase, run: Run) -> ActivationOfflo
 _REPLY = 30.0
 """Seconds that an environment can take to reply."""
 
-_SamplingParts = tuple[Sampler, Rewards, ConversationSampler | None] | tuple[Sampler, AnyTeacher]
+_SamplingParts = tuple[Sampler, Rewards, ConversationSampler | None] | tuple[Sampler, Teacher]
 
 
 @contextmanager
@@ -382,8 +382,8 @@ def _open_sampling(text: TextRun, attachment: Attachment) -> Iterator[_SamplingP
             rewards = opened.enter_context(build_rewards(r.rewards, ask=ask, most_failed=r.most_failed))
             yield sampler, rewards, _conversing(text, sampler, opened)
         else:
-            teacher = opened.enter_context(open_teacher(r, text.base, attachment, text.run.note))
-            if isinstance(teacher, Teacher) and teacher.base.context < longest:
+            teacher = open_teacher(r, text.base, attachment, text.run.note)
+            if teacher.base.context < longest:
                 label = (
                     f"a prompt and its answer have up to {longest} tokens, and the teacher reads {teacher.base.context}"
                 )
@@ -691,7 +691,7 @@ def _sampling_task(a: AttachedText, sampling: _SamplingParts) -> Task[RunResult]
                 emit(Note(line))
 
     def end_step(number: int) -> None:
-        for line in sampled.step_notes(number):
+        for line in sampled.step_notes(number) if isinstance(sampled, Reinforcement) else ():
             emit(Note(line))
 
     def end(emit: Listener) -> None:
