@@ -21,7 +21,7 @@ from veneer.train.config.load import config_from
     new=st.integers(0, 100),
     serving=st.integers(0, 100),
     by=st.integers(-9, 9),
-    metric=st.sampled_from(["bleu", "loss"]),
+    metric=st.sampled_from(["valid_json", "loss"]),
 )
 def test_rule_compares_in_the_metrics_direction(new: int, serving: int, by: int, metric: str) -> None:
     """In hundredths, where arithmetic is exact: a float difference of 0.01 counts as 0.01."""
@@ -34,13 +34,13 @@ def test_rule_compares_in_the_metrics_direction(new: int, serving: int, by: int,
     ("rule", "holds"),
     [
         ({"metric": "loss", "against": "base", "by": 0.5}, True), ({"metric": "loss", "by": 0.6}, False),
-        ({"metric": "loss"}, True), ({"metric": "rouge_l"}, None), ({"metric": "exact_match"}, None)
+        ({"metric": "loss"}, True), ({"metric": "valid_json"}, None), ({"metric": "exact_match"}, None)
     ],
 )  # fmt: skip
 def test_rule_without_a_score_is_undecided(rule: Any, holds: bool | None) -> None:
     scores: Any = {
-        "new": {"loss": 1.5, "exact_match": 0.5, "rouge_l": None},
-        "serving": {"loss": 2.0, "rouge_l": 0.1},
+        "new": {"loss": 1.5, "exact_match": 0.5, "valid_json": None},
+        "serving": {"loss": 2.0, "valid_json": 0.1},
         "base": {"loss": 2.0},
     }
     assert PromotionRule(**rule).holds(scores) is holds
@@ -77,7 +77,7 @@ HELD: dict[str, Any] = {"evaluate": {}}
         ({"route": {"name": "split"}}, "shared out already"),
         ({"route": {"name": "moving"}}, "the newest version"),
         ({"route": {"name": "x"}, "promote": {"metric": "loss"}}, "loss decides and is not measured"),
-        ({**HELD, "route": {"name": "x"}, "promote": {"metric": "bleu"}}, "metrics: [exact_match, loss, bleu]"),
+        ({**HELD, "route": {"name": "x"}, "promote": {"metric": "valid_json"}}, "[exact_match, loss, valid_json]"),
         ({"promote": {"metric": "exact_mach"}, "alias": "x"}, "did you mean exact_match"),
         ({"promote": {"metric": "loss", "against": "servin"}}, "`after.promote.against`"),
         ({"promote": {"metric": "loss", "buy": 1}}, "did you mean by"), ({"promote": "loss < base"}, "`after.promote`"),

@@ -102,7 +102,7 @@ def test_plan_includes_the_evaluations_completions(
     assert answered["peak_bytes"] == max(scored["peak_bytes"], memory["context"] + memory["weights"] + beside)
     monkeypatch.setattr("veneer.serve.engine.offline.answering_bytes", lambda *given: 1 << 50)
     assert asked("loss").state == "queued"
-    failed = asked("bleu")
+    failed = asked("exact_match")
     assert failed.state == "failed"
     assert "metrics: [loss]" in str(failed.error)
 

@@ -54,8 +54,8 @@ def evaluate(
 ) -> None:
     """Score the base and each adapter on held-out rows.
 
-    Metrics: exact match, valid JSON, loss, perplexity, ROUGE-L and BLEU; for preference pairs, how often the
-    chosen answer is preferred."""
+    Metrics: exact match, valid JSON, loss and perplexity; for preference pairs, how often the chosen answer is
+    preferred."""
     specs = adapter or []
     mixes = {"base": [], **{spec: [spec] for spec in specs}, **{m: m.split("+") for m in mix or []}}
     files = [*(data or []), *(data_argument or [])]
@@ -120,8 +120,6 @@ def _table(results: dict[str, Scores]) -> None:
         ("chosen is likelier", "likelier", share),
         ("chosen gained on rejected", "reward_accuracy", share),
         ("by, in nats", "reward_margin", "{:.2f}".format),
-        ("ROUGE-L", "rouge_l", "{:.3f}".format),
-        ("BLEU", "bleu", "{:.1f}".format),
         ("seconds", "seconds", "{:.1f}".format),
     ]
     table = Table(box=box.SIMPLE_HEAD)
@@ -139,5 +137,3 @@ def _table(results: dict[str, Scores]) -> None:
                     f"  {escape(field(key))} right", *(share(s.json_fields.get(key, 0.0)) for s in results.values())
                 )
     Console().print(table)
-    if all(s.rouge_l is None and s.answers for s in results.values()):
-        say("ROUGE-L and BLEU need: pip install 'veneer[metrics]'")

@@ -30,13 +30,10 @@ from veneer.train.config.section import SOURCES
 from veneer.train.config.text import TrainConfig, preference_formats
 from veneer.train.text.rows import Row, read_rows, split_rows
 
-_METRICS = (
-    "exact_match", "valid_json", "rouge_l", "bleu", "likelier", "reward_accuracy",
-    "loss", "perplexity", "reward_margin",
-)  # fmt: skip
+_METRICS = ("exact_match", "valid_json", "likelier", "reward_accuracy", "loss", "perplexity", "reward_margin")
 """Metrics of `train.text.evaluate`."""
 _LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
-_ANSWERED = frozenset({"exact_match", "valid_json", "rouge_l", "bleu"})
+_ANSWERED = frozenset({"exact_match", "valid_json"})
 """Metrics that need generated answers."""
 _ROUNDING = 1e-9
 

@@ -49,7 +49,6 @@ def test_rewards_round_trip_through_json() -> None:
         ({"kind": "length", "least": 9, "most": 3}, "`most` is below `least`"),
         ({"kind": "length", "most": "3"}, "`most` should be a valid integer"),
         ({"kind": "json_schema"}, "one of `json_schema` and `column`"),
-        ({"kind": "rouge", "measure": "rougeX"}, "'rougeL'"),
         ({"kind": "judge", "prompt": "x", "key": "KEY"}, "`key` belongs to a server: give its `url`"),
         ({"kind": "judge", "prompt": "x", "timeout": 5, "at_once": 2}, "`timeout`, `at_once` belong to a server"),
         ({"kind": "judge", "prompt": "x", "range": [1, 1]}, "lowest number first"),
@@ -64,13 +63,18 @@ def test_invalid_rewards_are_refused_with_a_correction(entry: Any, said: str) ->
 
 
 def test_two_of_a_kind_need_names() -> None:
-    with pytest.raises(pydantic.ValidationError, match="2 rewards are called 'bleu'"):
-        read({"kind": "bleu"}, {"kind": "bleu", "column": "other"})
-    assert len(read({"kind": "bleu"}, {"kind": "bleu", "name": "other"}).rewards) == 2
+    with pytest.raises(pydantic.ValidationError, match="2 rewards are called 'exact_match'"):
+        read({"kind": "exact_match"}, {"kind": "exact_match", "column": "other"})
+    assert len(read({"kind": "exact_match"}, {"kind": "exact_match", "name": "other"}).rewards) == 2
 
 
 def test_paths_are_the_files_folder_s(tmp_path: Path) -> None:
-    entries = [{"kind": "python", "file": "score.py"}, {"kind": "python", "file": "/a/b.py"}, {"kind": "bleu"}, 3]
+    entries = [
+        {"kind": "python", "file": "score.py"},
+        {"kind": "python", "file": "/a/b.py"},
+        {"kind": "exact_match"},
+        3,
+    ]
     own = {"kind": "python", "file": str(tmp_path / "score.py")}
     assert rooted_rewards(entries, tmp_path) == [own, *entries[1:]]
 

@@ -177,27 +177,6 @@ def test_fields_are_scored_if_expected() -> None:
     assert scores.json_fields == {"team": pytest.approx(1 / 3), "n": pytest.approx(1 / 2)}
 
 
-def test_rouge_and_bleu_equal_the_libraries() -> None:
-    pytest.importorskip("rouge_score")
-    sacrebleu = pytest.importorskip("sacrebleu")
-    answers, expected = ["the cat sat on the mat today", "no"], ["the cat sat on a mat today", "no"]
-    scores = Scores(2, answers=answers)
-    score_answers(scores, expected)
-    # rougeL by hand: 6 of 7 words in order, both ways, is F1 6/7; the second answer is equal.
-    assert scores.rouge_l == pytest.approx((6 / 7 + 1) / 2)
-    assert scores.bleu == pytest.approx(sacrebleu.corpus_bleu(answers, [expected]).score)
-
-
-def test_rouge_and_bleu_need_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
-    monkeypatch.setitem(sys.modules, "rouge_score.tokenizers", None)
-    monkeypatch.setitem(sys.modules, "sacrebleu", None)
-    scores = Scores(1, answers=["a"])
-    score_answers(scores, ["a"])
-    assert (scores.rouge_l, scores.bleu) == (None, None)
-
-
 def test_pairs_are_scored_by_logprob_margins(base: TextBase, adapter: Path) -> None:
     texts = [("It is in the mail.", "No."), ("Soon.", "Never, and do not ask again."), ("Here", "There it is")]
     pairs = []

@@ -57,7 +57,6 @@ class ExactMatchReward(_Compared):
     Ignores outer white space; compares JSON by value."""
 
     kind: Literal["exact_match"]
-    ignore_case: bool = setting(False, "ignore case")
 
 
 class JsonSchemaReward(RewardSection):
@@ -103,10 +102,9 @@ class RegexReward(RewardSection):
 
 
 class LengthReward(RewardSection):
-    """1 from `least` to `most`, falling linearly to 0 at distance `slack`."""
+    """1 from `least` to `most` tokens, falling linearly to 0 at distance `slack`."""
 
     kind: Literal["length"]
-    unit: Literal["tokens", "characters", "words"] = setting("tokens", "what is counted", "what is paid for")
     least: int = setting(0, "shortest answer with score 1", ge=0)
     most: int | None = setting(None, "longest answer with score 1", ge=0)
     slack: int = setting(0, "distance at which the score is 0", "0 outside the range", ge=0)
@@ -115,19 +113,6 @@ class LengthReward(RewardSection):
         if self.most is None and not self.least:
             return "give `least`, `most` or both"
         return "`most` is below `least`" if self.most is not None and self.most < self.least else ""
-
-
-class BleuReward(_Compared):
-    """sacrebleu's sentence BLEU, from 0 to 1."""
-
-    kind: Literal["bleu"]
-
-
-class RougeReward(_Compared):
-    """F1 of rouge-score's measure, from 0 to 1."""
-
-    kind: Literal["rouge"]
-    measure: Literal["rouge1", "rouge2", "rouge3", "rouge4", "rouge5", "rougeL"] = setting("rougeL", "which measure")
 
 
 class AskedModelReward(RewardSection):
@@ -201,8 +186,6 @@ REWARD_KINDS: dict[str, type[RewardSection]] = {
     "json_fields": JsonFieldsReward,
     "regex": RegexReward,
     "length": LengthReward,
-    "bleu": BleuReward,
-    "rouge": RougeReward,
     "judge": JudgeReward,
     "python": PythonReward,
     "grader": GraderReward,

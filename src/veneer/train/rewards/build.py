@@ -36,8 +36,6 @@ _RULES: dict[str, Callable[[Any], Reward]] = {
     "json_fields": rules.json_fields,
     "regex": rules.regular_expression,
     "length": rules.length,
-    "bleu": rules.sentence_bleu,
-    "rouge": rules.rouge_f1,
 }
 
 

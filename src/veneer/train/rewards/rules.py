@@ -4,8 +4,7 @@
     json_schema   1 if the answer is JSON and matches the schema               parts: json, 1 if it is JSON
     json_fields   |{k : answer[k] = wanted[k]}| / |k|, k: the wanted keys      parts: one per key
     regex         1 if the pattern matches, and its group equals the wanted value
-    length        max(0, 1 − max(0, least − n, n − most) / slack);  without slack 0 beyond either
-    bleu, rouge   see `text_scores`
+    length        max(0, 1 − max(0, least − n, n − most) / slack) of n tokens;  without slack 0 beyond either
 
 Each function takes its section of the configuration and returns a reward. A missing column or an invalid
 schema stops the run with a DataError, because it affects every answer.
@@ -14,45 +13,28 @@ schema stops the run with a DataError, because it affects every answer.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import regex  # type: ignore[import-untyped]
 
 from veneer.errors import ConfigError, DataError, MissingExtraError
 from veneer.train.config.rewards import (
-    BleuReward,
     ExactMatchReward,
     JsonFieldsReward,
     JsonSchemaReward,
     LengthReward,
     RegexReward,
-    RougeReward,
 )
 from veneer.train.rewards.reward import Answer, Reward, RewardScore, column, each_answer
-from veneer.train.rewards.text_scores import as_json, bleu, rouge, same_field, same_text
+from veneer.train.rewards.text_scores import as_json, same_field, same_text
 
 _PATIENCE = 1.0
 """Maximum seconds for a regular expression on one answer: some patterns never end."""
 
 
-def _expected_text(answer: Answer, name: str) -> str:
-    """Return a column as text; other values as JSON."""
-    value = column(answer, name)
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
 def exact_match(section: ExactMatchReward) -> Reward:
-    def score(answer: Answer) -> float:
-        text, expected = answer.text, column(answer, section.column)
-        if section.ignore_case:
-            text = text.casefold()
-            expected = (
-                expected if isinstance(expected, int | float) else _expected_text(answer, section.column).casefold()
-            )
-        return float(same_text(text, expected))
-
-    return each_answer(score)
+    return each_answer(lambda answer: float(same_text(answer.text, column(answer, section.column))))
 
 
 def json_schema(section: JsonSchemaReward) -> Reward:
@@ -161,23 +143,8 @@ def regular_expression(section: RegexReward) -> Reward:
 
 
 def length(section: LengthReward) -> Reward:
-    count: dict[str, Callable[[Answer], int]] = {
-        "tokens": lambda a: a.tokens,
-        "characters": lambda a: len(a.text),
-        "words": lambda a: len(a.text.split()),
-    }
-
     def score(answer: Answer) -> float:
-        n = count[section.unit](answer)
-        over = max(0, section.least - n, 0 if section.most is None else n - section.most)
+        over = max(0, section.least - answer.tokens, 0 if section.most is None else answer.tokens - section.most)
         return max(0.0, 1 - over / section.slack) if section.slack else float(not over)
 
     return each_answer(score)
-
-
-def sentence_bleu(section: BleuReward) -> Reward:
-    return each_answer(lambda answer: bleu(answer.text, _expected_text(answer, section.column)))
-
-
-def rouge_f1(section: RougeReward) -> Reward:
-    return each_answer(lambda answer: rouge(answer.text, _expected_text(answer, section.column), section.measure))

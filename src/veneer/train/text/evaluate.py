@@ -11,7 +11,6 @@
     likelier     pairs: share whose chosen answer has a higher log p than the rejected one
     reward_…     pairs: accuracy, the share whose log p(chosen) − log p(rejected) is above the base's; margin,
                  the mean difference in nats: dpo's reward with β = 1
-    rouge_l      mean F1 of rouge-score's rougeL;   bleu: sacrebleu's corpus BLEU, 0 to 100  (extra `metrics`)
 
 Rows of plain text have no answer: they get loss and perplexity only. For pairs, loss and answers are those of
 the chosen side.
@@ -32,7 +31,7 @@ import torch
 from torch import Tensor
 
 from veneer.core.adapter import mix_text
-from veneer.errors import AdapterError, DataError, MissingExtraError
+from veneer.errors import AdapterError, DataError
 from veneer.models.patching import without_dropout
 from veneer.models.text.fast import fast
 from veneer.models.text.generate import Completion, Prompt, complete
@@ -40,7 +39,7 @@ from veneer.models.text.loss import text_loss
 from veneer.train.config.text import DataSection
 from veneer.train.devices import ALONE, Devices
 from veneer.train.loop import EvalResult
-from veneer.train.rewards.text_scores import as_json, rouge, same_field, same_text
+from veneer.train.rewards.text_scores import as_json, same_field, same_text
 from veneer.train.text.batches import collate, grouped
 from veneer.train.text.encode import Example, encode_rows
 from veneer.train.text.preference import Item, answer_logps, answer_rows, preference_items
@@ -77,8 +76,6 @@ class Scores:
     loss: float | None = None
     perplexity: float | None = None
     json_fields: dict[str, float] = field(default_factory=dict)
-    rouge_l: float | None = None
-    bleu: float | None = None
     likelier: float | None = None
     reward_accuracy: float | None = None
     reward_margin: float | None = None
@@ -265,7 +262,6 @@ def score_answers(scores: Scores, expected_answers: Sequence[str]) -> None:
         for key in fields if isinstance(fields, dict) else ():
             right.setdefault(key, []).append(same_field(value, fields, key))
     scores.json_fields = {key: _mean(values) for key, values in right.items()}
-    scores.rouge_l, scores.bleu = _rouge_l(pairs), _bleu(pairs)
 
 
 def _prompt(base: TextBase, row: Row, renderer: Renderer) -> Prompt:
@@ -285,18 +281,3 @@ def _prompt(base: TextBase, row: Row, renderer: Renderer) -> Prompt:
 def _mean(values: Any) -> float:
     numbers = [float(v) for v in values]
     return sum(numbers) / len(numbers) if numbers else math.nan
-
-
-def _rouge_l(pairs: Sequence[tuple[str, str]]) -> float | None:
-    try:
-        return _mean(rouge(answer, expected) for answer, expected in pairs)
-    except MissingExtraError:
-        return None
-
-
-def _bleu(pairs: Sequence[tuple[str, str]]) -> float | None:
-    try:
-        from sacrebleu import corpus_bleu
-    except ImportError:
-        return None
-    return float(corpus_bleu([answer for answer, _ in pairs], [[expected for _, expected in pairs]]).score)
