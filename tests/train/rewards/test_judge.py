@@ -18,8 +18,9 @@ from jsonschema import Draft202012Validator
 from veneer.errors import ConfigError, UnavailableError
 from veneer.train.config.rewards import JudgeReward
 from veneer.train.rewards.build import build_rewards
-from veneer.train.rewards.judge import Question, Reply, ServerJudge
+from veneer.train.rewards.judge import Question, Reply
 from veneer.train.rewards.reward import Answer, RewardScore
+from veneer.train.rewards.server import ServerJudge
 from veneer.train.rewards.template import FILLED
 
 Says = Callable[[dict[str, Any], int], tuple[int, Any]]
@@ -225,7 +226,7 @@ def test_key_is_stripped_and_validated(monkeypatch: pytest.MonkeyPatch) -> None:
         judged(server, "x", key="JUDGE_KEY")
         assert server.keys == ["Bearer secret"]
         monkeypatch.setenv("JUDGE_KEY", "se\ncret")
-        with pytest.raises(ConfigError, match="is not a valid key of a judge") as caught:
+        with pytest.raises(ConfigError, match="does not hold a judge's key") as caught:
             judged(server, "x", key="JUDGE_KEY")
     assert "cret" not in str(caught.value)
 
@@ -287,7 +288,7 @@ def test_unsupported_settings_are_omitted() -> None:
 
 def test_key_is_sent_and_never_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
-    with pytest.raises(ConfigError, match=r"JUDGE_KEY .* is not set"):
+    with pytest.raises(ConfigError, match="JUDGE_KEY does not hold a judge's key"):
         ServerJudge("http://127.0.0.1:9/v1", key="JUDGE_KEY")
     with pytest.raises(ConfigError, match="holds a name or a password") as caught:
         ServerJudge("http://me:secret-word@127.0.0.1:9/v1")

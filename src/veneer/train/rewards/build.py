@@ -24,10 +24,11 @@ from veneer.train.config.rewards import (
 from veneer.train.config.section import server_settings
 from veneer.train.rewards import rules
 from veneer.train.rewards.graders import Grade, GraderRun, grader_models, has_python, parse_grader
-from veneer.train.rewards.judge import AskModel, ServerJudge, judge_reward
+from veneer.train.rewards.judge import AskModel, judge_reward
 from veneer.train.rewards.limited import LimitedFunction, working_sandbox
 from veneer.train.rewards.reasoning_gym import reasoning_gym_reward
 from veneer.train.rewards.reward import Answer, NamedReward, Reward, Rewards, RewardScore
+from veneer.train.rewards.server import ServerJudge
 from veneer.train.rewards.template import template_sample
 
 _RULES: dict[str, Callable[[Any], Reward]] = {

@@ -6,14 +6,7 @@ Every question asks for JSON, `{"steps": [...], "result": n}`, and includes the 
 constrained decoding. `reply_score` reads the reply; a truncated or ambiguous reply has no score.
 
 `AskModel` answers many questions at once. It is the engine of this process, passed by its owner, or a server
-with OpenAI's chat completions:
-
-    with ServerJudge("https://api.openai.com/v1", key="OPENAI_API_KEY") as server:
-        replies = server([Question([{"role": "user", "content": "…"}], model="gpt-4o-mini")])
-
-An unavailable server is retried, and a question without an answer has no score (`rewards.server`). Equal
-questions of one call are asked once. Temperature 0 and a fixed seed give equal answers to equal questions if
-the server supports it.
+(`rewards.server`). A question without an answer has no score. Equal questions of one call are asked once.
 """
 
 from __future__ import annotations
@@ -27,12 +20,9 @@ from typing import Any, Literal
 from veneer.errors import shown
 from veneer.train.config.rewards import JudgeReward
 from veneer.train.rewards.reward import Answer, Reward, RewardScore
-from veneer.train.rewards.server import AwaitedServer, Unanswered
 from veneer.train.rewards.template import NoValue, TextTooLong, filled, template_sample
 from veneer.train.rewards.text_scores import as_json
 
-_SETTINGS = ("max_tokens", "temperature", "top_p", "seed", "response_format")
-_USAGE = ("prompt_tokens", "completion_tokens", "total_tokens")
 _NUMBER = re.compile(r"(?<![\w.])[-+\u2212]?(?:\d+(?:\.\d+)?|\.\d+)(?!\w|\.\d)")
 
 
@@ -79,84 +69,11 @@ AskModel = Callable[[Sequence[Question]], Sequence[Reply]]
 """Answers questions in order; raises UnavailableError if the model is away."""
 
 
-class ServerJudge:
-    """An `AskModel` over HTTP.
-
-    `how`: key, timeout, patience and at_once of `AwaitedServer`."""
-
-    def __init__(self, url: str, **how: Any) -> None:
-        self._server = AwaitedServer(url, "judge", "the reward's `patience`", **how)
-        self._without: frozenset[str] = frozenset()
-
-    def __enter__(self) -> ServerJudge:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.close()
-
-    def __call__(self, questions: Sequence[Question]) -> list[Reply]:
-        """Return the replies. Raises the errors of `AwaitedServer`."""
-        return self._server.each(self._ask, questions) or []
-
-    def _ask(self, question: Question) -> Reply:
-        """Ask a question, again without each setting that the server's error names.
-
-        If the error names none, ask without `response_format`, which many servers lack. Settings that had to
-        be omitted are omitted from later questions."""
-        without = self._without
-        try:
-            while True:
-                body = self._body(question, without)
-                answer = self._server.response("/chat/completions", body)
-                if answer.status_code not in (400, 422):
-                    self._without |= without
-                    return self._read(answer)
-                setting = _refused_setting(answer) or "response_format"
-                if setting not in _SETTINGS or setting not in body:
-                    return self._read(answer)
-                without |= {setting}
-        except Unanswered as error:
-            return Reply(error=str(error))
-
-    def _body(self, question: Question, without: frozenset[str]) -> dict[str, Any]:
-        settings: dict[str, Any] = {
-            "max_tokens": question.tokens,
-            "temperature": question.temperature,
-            "top_p": question.top_p,
-            "seed": question.seed,
-            **question.extra,
-        }
-        if question.form is not None:
-            form = {"name": "score", "strict": True, "schema": question.form}
-            settings["response_format"] = {"type": "json_schema", "json_schema": form}
-        if "max_tokens" in without:
-            settings["max_completion_tokens"] = question.tokens
-        used = {key: value for key, value in settings.items() if key not in without}
-        return {"model": question.model, "messages": list(question.messages), **used}
-
-    def _read(self, answer: Any) -> Reply:
-        body = self._server.read(answer, "chat completion")
-        try:
-            choice = body["choices"][0]
-            message, cut = choice["message"], choice.get("finish_reason") == "length"
-            text, refusal = message.get("content"), message.get("refusal")
-            usage = {key: n for key, n in (body.get("usage") or {}).items() if key in _USAGE and isinstance(n, int)}
-        except (LookupError, TypeError, AttributeError):
-            raise self._server.unread(answer, "chat completion") from None
-        if cut:
-            return Reply(text if isinstance(text, str) else "", usage, cut=True)
-        if not isinstance(text, str) or not text.strip():
-            reason = f": {shown(refusal)[:200]}" if refusal else ""
-            return Reply("", usage, f"the judge's reply is empty{reason}", bool(refusal))
-        return Reply(text, usage)
-
-
 def ask_unique(ask: AskModel, questions: Sequence[Question]) -> list[Reply]:
     """Return the replies, asking equal questions once."""
-    keys = [json.dumps([vars(q)], sort_keys=True, default=str) for q in questions]
-    first = {key: i for i, key in reversed(list(enumerate(keys)))}
-    order = sorted(first.values())
-    replies = dict(zip((keys[i] for i in order), ask([questions[i] for i in order]), strict=True)) if order else {}
+    keys = [json.dumps(vars(question), sort_keys=True, default=str) for question in questions]
+    unique = dict(zip(keys, questions, strict=True))
+    replies = dict(zip(unique, ask(list(unique.values())), strict=True)) if unique else {}
     return [replies[key] for key in keys]
 
 
@@ -198,16 +115,6 @@ def reply_score(reply: Reply, low: float, high: float) -> float | str:
     if not low <= numbers[0] <= high:  # also true for NaN
         return f"the judge gave {str(numbers[0])[:50]}, which is outside {low:g} to {high:g}"
     return float(numbers[0])
-
-
-def _refused_setting(answer: Any) -> str:
-    """Return the setting that a server's error names; "" if it names none.
-
-    Read from the error's `param`, as at OpenAI."""
-    try:
-        return str(answer.json()["error"]["param"] or "").partition(".")[0]
-    except (ValueError, LookupError, TypeError):
-        return ""
 
 
 def judge_reward(section: JudgeReward, ask: AskModel) -> Reward:

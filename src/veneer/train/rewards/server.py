@@ -1,9 +1,7 @@
-"""A client of a model server over HTTP that can be unavailable for a while.
+"""A judge on a server with OpenAI's chat completions, which can be unavailable for a while.
 
-Judges and teachers use it:
-
-    with AwaitedServer(url, "judge", "the reward's `patience`", key="OPENAI_API_KEY") as server:
-        found = server.each(ask, questions)   # ask(question): server.response("/chat/completions", body)
+    with ServerJudge("https://api.openai.com/v1", key="OPENAI_API_KEY") as ask:
+        replies = ask([Question([{"role": "user", "content": "…"}], model="gpt-4o-mini")])
 
     refused connections,               retried after 0.5, 1, 2 … 30 s, until the server
     408, 409, 425, 429, 5xx            has been unavailable for `patience`; then UnavailableError
@@ -19,15 +17,12 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from veneer.errors import ConfigError, MissingExtraError, UnavailableError, shown
-
-A = TypeVar("A")
-B = TypeVar("B")
+from veneer.train.rewards.judge import Question, Reply
 
 _AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 _OF_ONE = {400, 413, 422}
@@ -35,100 +30,109 @@ _TIMEOUTS = 3
 """Attempts for a request that times out."""
 _LARGEST = 64 << 20
 """Maximum bytes of an answer."""
-_LOOKED = 0.2
-"""Seconds between checks of whether a run was asked to stop."""
+_SETTINGS = ("max_tokens", "temperature", "top_p", "seed", "response_format")
+_USAGE = ("prompt_tokens", "completion_tokens", "total_tokens")
 
 
-class Unanswered(Exception):
+class _Unanswered(Exception):
     """Raised if a single question has no answer; `str` is the reason."""
 
 
-class AwaitedServer:
-    """An HTTP client that retries while its server is unavailable.
+class ServerJudge:
+    """An `AskModel` over HTTP that retries while its server is unavailable.
 
-    `name`: the server's name in messages. `setting`: the setting of its `patience`. `key`: the environment
-    variable with the API key. `timeout`, `patience`: seconds. `at_once`: concurrent requests."""
+    `key`: the environment variable with the API key. `timeout`, `patience`: seconds. `at_once`: concurrent
+    requests."""
 
     def __init__(
-        self,
-        url: str,
-        name: str,
-        setting: str,
-        *,
-        key: str | None = None,
-        timeout: float = 60.0,
-        patience: float = 600.0,
-        at_once: int = 8,
+        self, url: str, *, key: str | None = None, timeout: float = 60.0, patience: float = 600.0, at_once: int = 8
     ) -> None:
         try:
             import httpx
         except ImportError as error:
-            raise MissingExtraError(f"a {name} on a server needs httpx", fix="pip install 'veneer[rewards]'") from error
+            raise MissingExtraError("a judge on a server needs httpx", fix="pip install 'veneer[rewards]'") from error
         try:
-            parts = urlsplit(url)
-        except ValueError as error:
-            raise ConfigError(f"the {name}'s url is invalid: {error}", where=url) from None
-        if parts.username or parts.password:
+            has_password = bool(httpx.URL(url).userinfo)
+        except httpx.InvalidURL as error:
+            raise ConfigError(f"the judge's url is invalid: {error}", where=url) from None
+        if has_password:
             fix = "put the key into a variable of the environment, and name that as `key`"
-            raise ConfigError(f"the {name}'s url holds a name or a password", fix=fix)
+            raise ConfigError("the judge's url holds a name or a password", fix=fix)
         headers = {}
         if key is not None:
             value = os.environ.get(key, "").strip()
-            if not value:
-                raise ConfigError(
-                    f"the variable {key} with the {name}'s key is not set", where=url, fix=f"export {key}=…"
-                )
-            if not (value.isascii() and value.isprintable()):
-                fix = "set it to the key only"
-                raise ConfigError(f"the variable {key} is not a valid key of a {name}", where=url, fix=fix)
+            if not (value and value.isascii() and value.isprintable()):
+                fix = f"export {key}=…"
+                raise ConfigError(f"the variable {key} does not hold a judge's key", where=url, fix=fix)
             headers["Authorization"] = f"Bearer {value}"
-        self.url, self.name, self._setting = url, name, setting
-        self._timeout, self._patience, self._at_once = timeout, patience, at_once
+        self.url, self._timeout, self._patience, self._at_once = url, timeout, patience, at_once
         self._http = httpx.Client(headers=headers, timeout=timeout)
         self._httpx: Any = httpx
         self._lock = threading.Lock()
-        self._over = threading.Event()
+        self._stopped = threading.Event()
         self._away_since: float | None = None
+        self._without: frozenset[str] = frozenset()
+        """Settings that the server does not support."""
 
-    def __enter__(self) -> AwaitedServer:
+    def __enter__(self) -> ServerJudge:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._over.set()
+        self._stopped.set()
         self._http.close()
 
-    def each(
-        self, request: Callable[[A], B], items: Sequence[A], interrupted: Callable[[], bool] = lambda: False
-    ) -> list[B] | None:
-        """Return `request` of each item, in order; None as soon as `interrupted()`.
-
-        Several items run at once. Raises the errors of `request`."""
-        self._away_since, self._over = None, threading.Event()
-        pool = ThreadPoolExecutor(self._at_once, self.name)
-        futures = [pool.submit(request, item) for item in items]
+    def __call__(self, questions: Sequence[Question]) -> list[Reply]:
+        """Return the replies in order; several questions are asked at once."""
+        self._away_since, self._stopped = None, threading.Event()
+        pool = ThreadPoolExecutor(self._at_once, "judge")
         try:
-            left = set(futures)
-            while left and not interrupted():
-                finished, left = wait(left, _LOOKED, "FIRST_EXCEPTION")
-                for future in finished:
-                    future.result()
-            return None if left else [future.result() for future in futures]
+            return list(pool.map(self._ask, questions))
         finally:
-            self._over.set()  # stop the retries of the other requests
+            self._stopped.set()  # stop the retries of the other requests
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def response(self, path: str, body: Mapping[str, Any]) -> Any:
-        """Return the server's response to a POST, of any status.
+    def _ask(self, question: Question) -> Reply:
+        """Ask a question, again without each setting that the server's error names.
 
-        Retries while the server is unavailable. Raises Unanswered and UnavailableError per the table above,
-        and ConfigError for an invalid URL."""
+        If the error names none, ask without `response_format`, which many servers lack. Settings that had to
+        be omitted are omitted from later questions."""
+        without = self._without
+        try:
+            while True:
+                body = self._body(question, without)
+                answer = self._response(body)
+                if answer.status_code not in (400, 422):
+                    self._without |= without
+                    return self._reply(answer)
+                setting = _refused_setting(answer) or "response_format"
+                if setting not in _SETTINGS or setting not in body:
+                    return self._reply(answer)
+                without |= {setting}
+        except _Unanswered as error:
+            return Reply(error=str(error))
+
+    def _body(self, question: Question, without: frozenset[str]) -> dict[str, Any]:
+        settings: dict[str, Any] = {
+            "max_tokens": question.tokens,
+            "temperature": question.temperature,
+            "top_p": question.top_p,
+            "seed": question.seed,
+            **question.extra,
+        }
+        if question.form is not None:
+            form = {"name": "score", "strict": True, "schema": question.form}
+            settings["response_format"] = {"type": "json_schema", "json_schema": form}
+        if "max_tokens" in without:
+            settings["max_completion_tokens"] = question.tokens
+        used = {key: value for key, value in settings.items() if key not in without}
+        return {"model": question.model, "messages": list(question.messages), **used}
+
+    def _response(self, body: Mapping[str, Any]) -> Any:
+        """Return the server's response, of any status; retry while the server is unavailable."""
         late, wait = 0, 0.5
         while True:
             try:
-                answer = self._read_whole(f"{self.url.rstrip('/')}{path}", body)
+                answer = self._read_whole(body)
                 if answer.status_code not in _AGAIN:
                     self._away_since = None
                     return answer
@@ -136,53 +140,30 @@ class AwaitedServer:
             except (self._httpx.ReadTimeout, self._httpx.WriteTimeout, TimeoutError):
                 late += 1
                 if late == _TIMEOUTS:
-                    raise Unanswered(f"the {self.name} gave no answer in time, {_TIMEOUTS} times") from None
+                    raise _Unanswered(f"the judge gave no answer in time, {_TIMEOUTS} times") from None
                 continue
             except self._httpx.TransportError as error:
                 reason = f"{type(error).__name__} {shown(str(error))[:200]}".strip()
             except self._httpx.DecodingError as error:
-                raise Unanswered(f"the {self.name}'s answer cannot be read: {shown(str(error))[:100]}") from None
-            except self._httpx.InvalidURL as error:
-                raise ConfigError(f"the {self.name}'s url is invalid: {error}", where=self.url) from None
+                raise _Unanswered(f"the judge's answer cannot be read: {shown(str(error))[:100]}") from None
             self._wait_or_give_up(reason, wait)
             wait = min(30.0, 2 * wait)
 
-    def _read_whole(self, url: str, body: Mapping[str, Any]) -> Any:
+    def _read_whole(self, body: Mapping[str, Any]) -> Any:
         """Return a response with its complete content.
 
         Raises TimeoutError if the content arrives for longer than `timeout`, as from servers that send white
-        space while they work; Unanswered if it exceeds the size limit."""
-        ends, parts, size = time.monotonic() + self._timeout, list[bytes](), 0
-        with self._http.stream("POST", url, json=body) as answer:
+        space while they work; _Unanswered if it exceeds the size limit."""
+        ends, content = time.monotonic() + self._timeout, bytearray()
+        with self._http.stream("POST", f"{self.url.rstrip('/')}/chat/completions", json=body) as answer:
             for part in answer.iter_bytes():
-                parts.append(part)
-                size += len(part)
-                if size > _LARGEST:
-                    raise Unanswered(f"the {self.name}'s response exceeds {_LARGEST >> 20} MB")
+                content += part
+                if len(content) > _LARGEST:
+                    raise _Unanswered(f"the judge's response exceeds {_LARGEST >> 20} MB")
                 if time.monotonic() > ends:
                     raise TimeoutError
             headers = {name: value for name, value in answer.headers.items() if name != "content-encoding"}
-            return self._httpx.Response(answer.status_code, headers=headers, content=b"".join(parts))
-
-    def read(self, answer: Any, content: str) -> Any:
-        """Return the JSON of a response with status 200.
-
-        `content`: the expected content, for messages. Raises Unanswered and ConfigError per the table above."""
-        status = answer.status_code
-        if status != 200:
-            reason = f"HTTP {status}: {shown(answer.text)[:300]}"
-            if status in _OF_ONE:
-                raise Unanswered(f"the {self.name} refused the question, {reason}")
-            raise ConfigError(
-                f"the {self.name} refuses requests: {reason}", where=self.url, fix="check url, key and model"
-            )
-        try:
-            return answer.json()
-        except ValueError:
-            raise self.unread(answer, content) from None
-
-    def unread(self, answer: Any, content: str) -> Unanswered:
-        return Unanswered(f"the {self.name}'s answer is no {content}: {shown(answer.text)[:100]}")
+            return self._httpx.Response(answer.status_code, headers=headers, content=bytes(content))
 
     def _wait_or_give_up(self, reason: str, wait: float) -> None:
         """Wait before a retry. Raises UnavailableError once `patience` is over."""
@@ -190,9 +171,42 @@ class AwaitedServer:
         with self._lock:
             since = self._away_since = now if self._away_since is None else self._away_since
         left = since + self._patience - now
-        if left <= 0 or self._over.wait(min(wait, left)):
+        if left <= 0 or self._stopped.wait(min(wait, left)):
             raise UnavailableError(
-                f"the {self.name} has been away for {self._patience:g} s: {reason}",
+                f"the judge has been away for {self._patience:g} s: {reason}",
                 where=self.url,
-                fix=f"start it, and resume the run; or let it wait longer with {self._setting}",
+                fix="start it, and resume the run; or let it wait longer with the reward's `patience`",
             )
+
+    def _reply(self, answer: Any) -> Reply:
+        """Read a chat completion. Raises _Unanswered and ConfigError as in the table above."""
+        if answer.status_code != 200:
+            reason = f"HTTP {answer.status_code}: {shown(answer.text)[:300]}"
+            if answer.status_code in _OF_ONE:
+                raise _Unanswered(f"the judge refused the question, {reason}")
+            fix = "check url, key and model"
+            raise ConfigError(f"the judge refuses requests: {reason}", where=self.url, fix=fix)
+        try:
+            body = answer.json()
+            choice = body["choices"][0]
+            text, refusal = choice["message"].get("content"), choice["message"].get("refusal")
+            usage = {key: n for key, n in (body.get("usage") or {}).items() if key in _USAGE and isinstance(n, int)}
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise _Unanswered(f"the judge's answer is no chat completion: {shown(answer.text)[:100]}") from None
+        text = text if isinstance(text, str) else ""
+        if choice.get("finish_reason") == "length":
+            return Reply(text, usage, cut=True)
+        if not text.strip():
+            reason = f": {shown(refusal)[:200]}" if refusal else ""
+            return Reply("", usage, f"the judge's reply is empty{reason}", bool(refusal))
+        return Reply(text, usage)
+
+
+def _refused_setting(answer: Any) -> str:
+    """Return the setting that a server's error names; "" if it names none.
+
+    Read from the error's `param`, as at OpenAI."""
+    try:
+        return str(answer.json()["error"]["param"] or "").partition(".")[0]
+    except (ValueError, LookupError, TypeError):
+        return ""
