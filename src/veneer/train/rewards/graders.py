@@ -311,11 +311,8 @@ class GraderRun:
             raise ConfigError("no model is available for score_model", where=grader.name, fix="name a server: `url`")
         self.grader, self._ask = grader, ask
         sources = {n: each.source for n, each in single_graders(grader).items() if isinstance(each, PythonGrader)}
-        how: dict[str, Any] = {"timeout": timeout, "minimal_environment": True, "sandbox": sandbox}
-        self._functions = {
-            name: LimitedFunction("grade", source=source, memory=_MEMORY / len(sources), **how)
-            for name, source in sources.items()
-        }
+        how: dict[str, Any] = {"timeout": timeout, "memory": _MEMORY / max(1, len(sources)), "sandbox": sandbox}
+        self._functions = {name: LimitedFunction("grade", source=source, **how) for name, source in sources.items()}
 
     def __enter__(self) -> GraderRun:
         return self

@@ -9,9 +9,9 @@ next to its file. Its output is discarded. Its random numbers are seeded by the 
 gets the same score.
 
 These limits are for the operator's own functions and do not protect against malice: the process has the
-rights of the parent process, even with `minimal_environment`, which removes environment variables. Python from
-clients runs in a `sandbox` (see `sandbox.py` and `working_sandbox`). There, `memory` is for all processes together,
-leftover processes at an answer end the sandbox, and the sandbox is stopped between calls.
+rights of the parent process. Python from clients runs in a `sandbox` (see `sandbox.py` and
+`working_sandbox`). There, `memory` is for all processes together, leftover processes at an answer end the
+sandbox, and the sandbox is stopped between calls.
 
 Only the function's own process can answer: on Linux, the kernel identifies the sender of each message,
 messages from other processes are dropped, and an answer repeats the token of its question.
@@ -39,9 +39,8 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from veneer.errors import ConfigError
 from veneer.models.home import veneer_home
@@ -72,15 +71,8 @@ ScoreInput = tuple[Mapping[str, Any], Mapping[str, Any]]
 """(sample, item), as in OpenAI's graders."""
 
 
-class _Ended(Exception):
-    """The process has ended or was killed; the text is the reason."""
-
-
-@dataclass(frozen=True)
-class NoAnswer:
-    """No result of a function; `why` is the reason."""
-
-    why: str
+class NoAnswer(Exception):
+    """Raised or returned if a function has no result; `str` is the reason."""
 
 
 class LimitedFunction:
@@ -98,24 +90,15 @@ class LimitedFunction:
         timeout: float = 10.0,
         memory: float = 2e9,
         at_once: int = 1,
-        minimal_environment: bool = False,
         sandbox: Sandbox | None = None,
     ) -> None:
-        assert (file is None) != (source is None)
-        # files on this machine are the operator's and run without a sandbox
-        assert sandbox is None or source is not None
         if file is not None and not Path(file).is_file():
             raise ConfigError(
                 f"the file of the function {function} does not exist", where=file, fix="give a Python file"
             )
         self._first: dict[str, Any] = {"function": function, "memory": int(memory), "timeout": timeout}
         self._first |= {"file": os.path.abspath(file)} if file is not None else {"source": source}
-        self._timeout, self._at_once, self._minimal_environment, self._sandbox = (
-            timeout,
-            at_once,
-            minimal_environment,
-            sandbox,
-        )
+        self._timeout, self._at_once, self._sandbox = timeout, at_once, sandbox
         self._idle: queue.LifoQueue[_Child | None] = queue.LifoQueue()
         for _ in range(at_once):
             self._idle.put(None)
@@ -139,7 +122,7 @@ class LimitedFunction:
         The function returns a number, or a mapping with `score` and numeric parts. Raises ConfigError as
         above."""
         results = self.call(inputs)
-        return [RewardScore(None, each.why) if isinstance(each, NoAnswer) else _score_of(each) for each in results]
+        return [RewardScore(None, str(each)) if isinstance(each, NoAnswer) else _score_of(each) for each in results]
 
     def call(self, inputs: Sequence[ScoreInput]) -> list[Any]:
         """Return the function's JSON result for each question; NoAnswer if there is none.
@@ -155,8 +138,6 @@ class LimitedFunction:
             failed = failed + 1 if isinstance(value, NoAnswer) else 0
             return value
 
-        if self._at_once == 1 or len(inputs) < 2:
-            return [result_of(pair) for pair in inputs]
         with ThreadPoolExecutor(self._at_once, "reward") as pool:
             return list(pool.map(result_of, inputs))
 
@@ -173,8 +154,8 @@ class LimitedFunction:
                 child = None
                 child = self._started()
             answer = child.ask(message, self._timeout, f"took longer than {self._timeout:g} s")
-        except _Ended as ended:
-            return NoAnswer(str(ended))
+        except NoAnswer as error:
+            return error
         finally:
             self._idle.put(child)
         # user code can have forged the answer
@@ -186,9 +167,9 @@ class LimitedFunction:
     def _started(self) -> _Child:
         where, label = str(self._first.get("file") or "the grader's source"), f"the function {self._first['function']}"
         try:
-            child = _Child(int(self._first["memory"]), self._minimal_environment, self._sandbox)
+            child = _Child(self._first["memory"], self._sandbox)
             answer = child.ask(self._first, _LOADING, f"took longer than {_LOADING:g} s to be loaded")
-        except _Ended as ended:
+        except NoAnswer as ended:
             raise ConfigError(f"{label} cannot be loaded: {ended}", where=where) from None
         error = answer.get("error") or ("its source left other processes running" if child.ended else "")
         if error:
@@ -217,40 +198,39 @@ def _float(number: Any) -> float:
 class _Child:
     """A child process and this side's end of its socket; used by one thread at a time.
 
-    Raises _Ended if the process does not start."""
+    Raises NoAnswer if the process does not start."""
 
-    def __init__(self, memory: int, minimal_environment: bool, sandbox: Sandbox | None) -> None:
+    def __init__(self, memory: int, sandbox: Sandbox | None) -> None:
         self._memory, self.ended = memory, False
         self._channel, child_end = socket.socketpair()
         if hasattr(socket, "SO_PASSCRED"):
             self._channel.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        self._sender: int | None = None
+        """The process that answers; None if the kernel does not report senders."""
         self._pidfds: list[int] = []
         """In a sandbox: of its first process, with which all others end, and of the function's process."""
+        command = [sys.executable, "-s", "-P", "-B", str(_CHILD)]
         with child_end, tempfile.TemporaryFile() as errors:
             try:
-                if sandbox is None:
-                    self._process = _plain(child_end, minimal_environment)
-                else:
-                    self._process = sandbox.start([sys.executable, "-s", "-P", "-B", str(_CHILD)], child_end, errors)
+                self._process = (sandbox.start if sandbox else _start)(command, child_end, errors)
             except OSError as error:
                 self._channel.close()
-                raise _Ended(f"its process did not start: {error}") from None
+                raise NoAnswer(f"its process did not start: {error}") from None
             child_end.close()
-            self._sender = None if sandbox is not None else self._process.pid
             try:
                 self._receive(time.monotonic() + _LOADING)  # sent by the child's script, before the function's code
                 if sandbox is not None and self._sender is not None:
                     init = descendants(self._process.pid)[0]
                     self._pidfds = [os.pidfd_open(init), os.pidfd_open(self._sender)]
-            except (OSError, EOFError, ValueError, IndexError, RecursionError, _Ended):
-                self._code()
+            except (OSError, EOFError, ValueError, IndexError, RecursionError, NoAnswer):
+                self._wait()
                 self.end()
                 errors.seek(0)
                 messages = errors.read(1000).decode(errors="replace").strip()
-                raise _Ended(f"its process did not start{': ' if messages else ''}{messages}") from None
+                raise NoAnswer(f"its process did not start{': ' if messages else ''}{messages}") from None
 
     def ask(self, message: Mapping[str, Any], seconds: float, late: str) -> dict[str, Any]:
-        """Send a message and return the process's answer. Raises _Ended, and ends the process, if there is none.
+        """Send a message and return the process's answer. Raises NoAnswer, and ends the process, if there is none.
 
         Ends a sandbox in which other processes than the function's are left."""
         ends, token = time.monotonic() + seconds, secrets.token_hex(16)
@@ -262,7 +242,7 @@ class _Child:
             self._channel.sendall(struct.pack(">I", len(data)) + data)
             answer = self._receive(ends)
             if not isinstance(answer, dict) or answer.pop("token", None) != token:
-                raise _Ended("the function wrote to the channel of its answers")
+                raise NoAnswer("the function wrote to the channel of its answers")
             if self._pidfds and descendants(self._process.pid)[1:] != [self._sender]:
                 self.end()
             self._signal(signal.SIGSTOP)
@@ -270,15 +250,15 @@ class _Child:
         except TimeoutError:
             why = f"the function {late}"
         except (OSError, EOFError):
-            code = self._code()
+            code = self._wait()
             how = "" if code is None else f", by {signal.Signals(-code).name}" if code < 0 else f", with code {code}"
             why = f"the function's process ended{how}"
         except (ValueError, RecursionError):
             why = "the function's process gave no JSON"
-        except _Ended as ended:
+        except NoAnswer as ended:
             why = str(ended)
         self.end()
-        raise _Ended(why)
+        raise NoAnswer(why)
 
     def _signal(self, number: signal.Signals) -> None:
         """Send a signal to the function's process in a sandbox."""
@@ -291,14 +271,14 @@ class _Child:
         Raises EOFError at the end, TimeoutError, and ValueError for invalid JSON."""
         size = struct.unpack(">I", self._received(4, ends))[0]
         if size > _ANSWER:
-            raise _Ended("the function's answer is over the size limit")
+            raise NoAnswer("the function's answer is over the size limit")
         return json.loads(self._received(size, ends))
 
     def _received(self, count: int, ends: float) -> bytes:
         """Return bytes from the function's process.
 
         Drops bytes from other processes that hold its descriptors. The kernel never combines bytes of two
-        senders in one part. Raises _Ended for a sandbox over its memory limit."""
+        senders in one part. Raises NoAnswer for a sandbox over its memory limit."""
         received = bytearray()
         while len(received) < count:
             left = ends - time.monotonic()
@@ -308,26 +288,21 @@ class _Child:
             try:
                 part, ancillary, *_ = self._channel.recvmsg(count - len(received), socket.CMSG_SPACE(_CREDENTIALS.size))
             except TimeoutError:
-                self._check_memory()
+                processes = descendants(self._process.pid) if self._pidfds else []
+                if self._sender and processes and sandbox_memory(processes, self._sender) > self._memory:
+                    raise NoAnswer(f"its processes used more than {self._memory / 1e9:g} GB in total") from None
                 continue
             if not part:
                 raise EOFError
-            sender = _sender(ancillary)
+            credentials = [data for _, kind, data in ancillary if kind == socket.SCM_CREDENTIALS]
+            sender = _CREDENTIALS.unpack(credentials[0])[0] if credentials else None
             self._sender = self._sender or sender
-            if sender is None or sender == self._sender:
+            if sender == self._sender:
                 received += part
         return bytes(received)
 
-    def _check_memory(self) -> None:
-        if not self._pidfds or self._sender is None:
-            return
-        if sandbox_memory(descendants(self._process.pid), self._sender) > self._memory:
-            raise _Ended(f"its processes used more than {self._memory / 1e9:g} GB in total")
-
-    def _code(self) -> int | None:
-        """Return the exit code of a process that has closed its socket.
-
-        None if the process is still running."""
+    def _wait(self) -> int | None:
+        """Return the exit code of a process that has closed its socket; None if the process is still running."""
         with suppress(subprocess.TimeoutExpired):
             return self._process.wait(timeout=1)
         return None
@@ -352,25 +327,16 @@ class _Child:
         self._process.wait()
 
 
-def _plain(channel: socket.socket, minimal_environment: bool) -> subprocess.Popen[bytes]:
-    inherited = {"PATH", "LANG", "LC_ALL", "TMPDIR"} if minimal_environment else os.environ.keys()
-    environment = {key: value for key, value in os.environ.items() if key in inherited} | {"PYTHONHASHSEED": "0"}
+def _start(command: Sequence[str], channel: socket.socket, errors: IO[bytes]) -> subprocess.Popen[bytes]:
+    """Start a command with `channel` as standard input, as `Sandbox.start` does in a sandbox."""
     return subprocess.Popen(
-        [sys.executable, "-s", "-P", str(_CHILD)],
+        command,
         stdin=channel.fileno(),
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=environment,
+        stderr=errors,
+        env={**os.environ, "PYTHONHASHSEED": "0"},
         start_new_session=True,
     )
-
-
-def _sender(ancillary: Sequence[tuple[int, int, bytes]]) -> int | None:
-    """Return the ID of a message's sender; None if the kernel does not report it."""
-    for level, kind, data in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, getattr(socket, "SCM_CREDENTIALS", None)):
-            return int(_CREDENTIALS.unpack(data[: _CREDENTIALS.size])[0])
-    return None
 
 
 # -- testing this machine's sandbox ------------------------------------------------------------------------------------
@@ -415,7 +381,7 @@ def working_sandbox() -> Sandbox:
             except ConfigError as error:
                 raise sandbox_error(error.what) from None
     if isinstance(report, NoAnswer):
-        raise sandbox_error(report.why)
+        raise sandbox_error(str(report))
     leaks = {
         "it runs as the server's user": report["user"] in (0, os.getuid()) and os.getuid() != NOBODY,
         f"it sees {', '.join(report['seen'][:3])}": report["seen"],

@@ -115,7 +115,7 @@ class ConversationSampler:
             conversation = conversations[i]
             messages = result if isinstance(result, NoAnswer) else _messages(result)
             if isinstance(messages, NoAnswer):
-                conversation.error = messages.why
+                conversation.error = str(messages)
             elif messages:
                 ids = self._between(prompts[i], conversation, messages)
                 if len(conversation.rollout.tokens) + len(ids) >= requests[i].how.max_tokens:
