@@ -101,7 +101,7 @@ class Task(Generic[_R]):
       AdapterError
     - report(result, progress): the task's own parts of the report page
     - check(): raises PreflightError if the base is unusable for the data
-    - begin(progress, emit), end(emit): called before the loop (on a dry run too) and after the last step
+    - begin(progress, emit): called before the loop (on a dry run too)
     - extra_state(step), restore(state): further contents of a step's checkpoint, as JSON values
     - state: the tensors of a checkpoint, if more than the parameters (moving averages)
     - identity: what a resumed run must have in common, besides the settings, which the preflight compares
@@ -121,7 +121,6 @@ class Task(Generic[_R]):
     report: Callable[[_R, Progress], ReportParts] = lambda result, progress: ReportParts()
     check: Callable[[], None] = _nothing
     begin: Callable[[Progress, Listener], None] = _nothing
-    end: Callable[[Listener], None] = _nothing
     extra_state: Callable[[int], dict[str, Any]] = lambda step: {}
     restore: Callable[[Mapping[str, Any]], None] = _nothing
     state: Mapping[str, Tensor] | None = None
@@ -276,7 +275,6 @@ def started(run: Run, task: Task[Any], newest: Path | None) -> Iterator[Loop]:
 def finished(run: Run, task: Task[_R], report: Report, loop: Loop) -> _R:
     """Restore the state to keep, save it, verify the file, and write the report."""
     devices, progress, emit = run.devices, loop.progress, loop.emit
-    task.end(emit)
     kept_step, validation = _restore_best(run, task, progress, emit)
     outcome = Outcome(
         steps=progress.step,

@@ -17,7 +17,7 @@ from veneer.serve.engine.live import live_sampler
 from veneer.train.config.reinforcement import ReinforcementSection
 from veneer.train.events import Checked, Event, Note
 from veneer.train.report.log import read_log
-from veneer.train.text.reinforce import sampling_advice, sampling_warnings
+from veneer.train.text.reinforce import sampling_warnings
 from veneer.train.text.save import RunResult
 from veneer.train.text.task import run_text
 from veneer.train.text.together import run_texts
@@ -109,16 +109,8 @@ def test_run_without_a_training_signal_warns(shared: Path, base: TextBase, tmp_p
     assert [x["idle"] for x in measured(tmp_path)] == [1.0] * 6
     assert [x["drawn_tokens"] > 0 for x in measured(tmp_path)] == [True, False] * 3  # an update more draws nothing
     warnings = [e.text for e in events if isinstance(e, Note) and "adapter.start" in e.text]
-    assert [e.text for e in events if isinstance(e, Note)][-1:] != warnings[-1:]  # reported before the run is saved
-    logged = [r["text"] for r in read_log(tmp_path / "log.jsonl") if "adapter.start" in r.get("text", "")]
-    assert logged == warnings
-    first, last = warnings
-    assert "rewards of step 1: " in first
-    assert "6 of 6 groups of completions (100%)" in last
-    assert "in 3 of 3 samplings no group" in last
-    cut = sum(x["cut_answers"] for x in measured(tmp_path)[::2])
-    assert cut
-    assert any(f"{cut:.0f} of 36 completions (" in e.text for e in events if isinstance(e, Note))
+    (warning,) = warnings
+    assert "rewards of step 1: " in warning
 
 
 def test_stale_samplers_stop(shared: Path, base: TextBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,44 +212,10 @@ def test_unjudged_held_out_completions_stop_the_run(shared: Path, base: TextBase
     assert "prompts.jsonl:" in str(error.value)
 
 
-# -- warnings and the summary ------------------------------------------------------------------------------------------
-
-REWARDS = ({"kind": "exact_match"}, {"kind": "length", "most": 8})
+# -- warnings ----------------------------------------------------------------------------------------------------------
 
 
-def section(loss: str = "grpo") -> ReinforcementSection:
-    return ReinforcementSection(loss=loss, group=8, max_tokens=48, rewards=REWARDS).with_defaults()
-
-
-def step(**own: float) -> dict[str, float]:
-    none = dict.fromkeys(("constant_groups", "cut_answers", "cut_share", "reward_failed", "idle"), 0.0)
-    return {**none, "drawn_tokens": 640.0, "groups": 4.0, "reward": 0.5, **own}
-
-
-def test_a_run_without_findings_has_no_warnings() -> None:
-    assert list(sampling_advice(section(), [step(), step()])) == list(sampling_advice(section(), [])) == []
-    assert sampling_warnings(section(), 1, step()) == {}
-    assert sampling_warnings(section(), 1, step(idle=1.0, cut_share=0.75)).keys() == {"idle", "cut"}
-
-
-def test_a_summary_counts_a_few_and_warns_of_many() -> None:
-    later = step(drawn_tokens=0.0, constant_groups=4.0, cut_answers=32.0)  # a later update of the same draw
-    few = list(
-        sampling_advice(section(), [step(constant_groups=1.0, cut_answers=2.0, reward_failed=3.0), later, step()])
-    )
-    groups, cut, failed = few
-    assert groups.startswith("1 of 8 groups of completions (12%)")
-    assert cut == "2 of 64 completions (3%) were cut at 48 tokens"
-    assert failed.startswith("3 of 64 completions could not be scored")
-    many = step(constant_groups=4.0, cut_answers=20.0, idle=1.0)
-    groups, cut = sampling_advice(section(), [many, step()] + [many] * 2)
-    assert groups.startswith("warning: 12 of 16 groups of completions (75%)")
-    assert "in 3 of 4 samplings no group" in groups
-    assert cut.startswith("warning: 60 of 128 completions (47%)")
-    assert "raise reinforcement.max_tokens" in cut
-
-
-def test_summary_names_a_constant_reward() -> None:
-    steps = [step(constant_groups=4.0, constant_length=1.0), step(constant_length=1.0, constant_exact_match=1.0)]
-    (text,) = sampling_advice(section("reinforce"), steps)
-    assert text.startswith("the reward length was constant within every group")
+def test_idle_and_cut_steps_are_warned_of() -> None:
+    section = ReinforcementSection(loss="grpo").with_defaults()
+    assert sampling_warnings(section, 1, {"idle": 0.0, "cut_share": 0.25}) == {}
+    assert sampling_warnings(section, 1, {"idle": 1.0, "cut_share": 0.75}).keys() == {"idle", "cut"}

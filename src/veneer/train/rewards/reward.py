@@ -200,27 +200,16 @@ def _too_many(judged: JudgedAnswers, answers: Sequence[Answer]) -> TrainingError
 
 
 def reward_findings(judged: JudgedAnswers, groups: Sequence[int]) -> dict[str, float]:
-    """Count the groups of answers without a training signal, for the log.
+    """Count the groups of answers, and those without a training signal, for the log.
 
-    `groups`: the group of each answer.
-
-        groups                            number of groups
-        constant_groups, constant_share   groups whose answers all have the same sum: no advantage
-        constant_NAME                     1 if this reward is constant within each group; else 0"""
-    count, constant = len(set(groups)), _constant(judged.values, groups)
-    metrics = {"groups": float(count), "constant_groups": float(constant), "constant_share": constant / max(1, count)}
-    for name, scores in judged.scores.items():
-        metrics[f"constant_{name}"] = float(_constant([s.value for s in scores], groups) == count)
-    return metrics
-
-
-def _constant(values: Sequence[float | None], groups: Sequence[int]) -> int:
-    """Return the number of groups whose answers have at most one distinct value."""
+    `groups`: the group of each answer. The answers of a constant group all have the same sum: no advantage."""
     distinct: dict[int, set[float]] = {group: set() for group in groups}
-    for value, group in zip(values, groups, strict=True):
+    for value, group in zip(judged.values, groups, strict=True):
         if value is not None:
             distinct[group].add(value)
-    return sum(len(values) <= 1 for values in distinct.values())
+    constant = sum(len(values) <= 1 for values in distinct.values())
+    share = constant / max(1, len(distinct))
+    return {"groups": float(len(distinct)), "constant_groups": float(constant), "constant_share": share}
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -403,9 +403,7 @@ _EASIER = (
 )
 _LONGER = "raise reinforcement.max_tokens, or reward short answers (kind: length)"
 _MOST = 0.5
-"""Share of a step's completions, or of a run's groups, above which to give advice."""
-_MANY_CUT = 0.1
-"""The same for truncated completions over the whole run."""
+"""Share of truncated completions above which to give advice."""
 
 
 def sampling_warnings(settings: ReinforcementSection, number: int, metrics: Mapping[str, float]) -> dict[str, str]:
@@ -424,34 +422,6 @@ def sampling_warnings(settings: ReinforcementSection, number: int, metrics: Mapp
             f"{settings.max_tokens} tokens; {_LONGER}"
         )
     return warnings
-
-
-def sampling_advice(settings: ReinforcementSection, steps: Sequence[Mapping[str, float]]) -> Iterator[str]:
-    """Yield the summary of a run; nothing if there is nothing to report.
-
-    `steps`: the metrics of each step."""
-    draws = [metrics for metrics in steps if metrics.get("drawn_tokens")]
-    groups, constant, cut, failed = (
-        round(sum(metrics.get(key, 0.0) for metrics in draws))
-        for key in ("groups", "constant_groups", "cut_answers", "reward_failed")
-    )
-    idle, answers = sum(bool(metrics.get("idle")) for metrics in draws), groups * settings.group
-    if constant and settings.baseline in ("group", "others"):
-        text = (
-            f"{constant:,} of {groups:,} groups of completions ({constant / groups:.0%}) had a constant reward and "
-            f"taught nothing; in {idle:,} of {len(draws):,} samplings no group taught anything"
-        )
-        yield f"warning: {text}: {_EASIER}" if constant > _MOST * groups else text
-    elif idle:
-        yield f"all completions of a step had the same reward in {idle:,} of {len(draws):,} samplings: {_EASIER}"
-    for reward in settings.rewards if len(settings.rewards) > 1 else ():
-        if draws and all(metrics.get(f"constant_{reward.called}") for metrics in draws):
-            yield f"the reward {reward.called} was constant within every group and had no effect"
-    if cut:
-        text = f"{cut:,} of {answers:,} completions ({cut / answers:.0%}) were cut at {settings.max_tokens} tokens"
-        yield f"warning: {text}: {_LONGER}" if cut > _MANY_CUT * answers else text
-    if failed:
-        yield f"{failed:,} of {answers:,} completions could not be scored and were left out"
 
 
 # -- a judge in this process -------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ from veneer.train.text.distill import Distillation, Teacher, open_teacher
 from veneer.train.text.evaluate import score_examples
 from veneer.train.text.preference import Preference
 from veneer.train.text.prompts import PromptItem
-from veneer.train.text.reinforce import Reinforcement, sampled_judge, sampling_advice
+from veneer.train.text.reinforce import Reinforcement, sampled_judge
 from veneer.train.text.rollouts import MakeSampler, Sampler, SamplerSettings
 from veneer.train.text.rows import data_digest
 from veneer.train.text.save import RunResult, sample_answers, sample_prompt, text_metrics, text_report, write_adapter
@@ -694,11 +694,6 @@ def _sampling_task(a: AttachedText, sampling: _SamplingParts) -> Task[RunResult]
         for line in sampled.step_notes(number) if isinstance(sampled, Reinforcement) else ():
             emit(Note(line))
 
-    def end(emit: Listener) -> None:
-        if isinstance(sampled, Reinforcement):
-            for line in sampling_advice(sampled.settings, [record["extra"] for record in a.logged("stepped")]):
-                emit(Note(line))
-
     def report(result: RunResult, progress: Progress) -> ReportParts:
         parts, d, logged = a.report(result, progress), config.distillation, a.logged("stepped")
         tokens = sum(record["extra"].get("drawn_tokens", 0.0) for record in logged)
@@ -723,6 +718,4 @@ def _sampling_task(a: AttachedText, sampling: _SamplingParts) -> Task[RunResult]
     more = (
         {"extra_state": sampled.extra_state, "restore": sampled.restore} if isinstance(sampled, Reinforcement) else {}
     )
-    return a.make_task(
-        learner, **more, begin=begin, end=end, report=report, rewarded=isinstance(sampled, Reinforcement)
-    )
+    return a.make_task(learner, **more, begin=begin, report=report, rewarded=isinstance(sampled, Reinforcement))
