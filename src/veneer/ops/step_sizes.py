@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import math
 
-COPIES_OUT = 2
-"""Copies of activations to the host in flight at once; more would only hold memory while the link is the
-bottleneck."""
 MICRO_TOKENS = 2048
 """Default tokens of a micro-batch: on a CPU, products reach full speed at about this n; on a GPU, the
 minimum (`micro_tokens`)."""

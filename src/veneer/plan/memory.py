@@ -62,7 +62,7 @@ CPU_LATER = 130_000_000
 """The part of a CPU's `process` that the first steps add: oneDNN's compiled products, and heap around them.
 """
 _ON_THEIR_WAY = 4
-"""Layer inputs on the device at once, if inputs are offloaded to CPU memory (models/text/offload.py)."""
+"""Layer inputs on the device at once, if inputs are offloaded to CPU memory."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from tests.forks import Forked
-from tests.models.text.test_offload import InOrder
 from tests.tiny_base import tiny_base_dir
 from tests.train.stopping import interrupt_at
 from tests.train.text.tiny_runs import TENSORS, train, values_of, write_rows
@@ -32,7 +31,6 @@ from veneer.files.safetensors import read_tensors
 from veneer.formats import peft
 from veneer.formats.card import read_card
 from veneer.models.text.base import TextBase, load_text
-from veneer.models.text.offload import ActivationOffloader
 from veneer.train import checkpoint, loop
 from veneer.train.config.load import config_from
 from veneer.train.devices import ALONE
@@ -42,7 +40,7 @@ from veneer.train.run import Run
 from veneer.train.text import task as run
 from veneer.train.text.batches import Batch
 from veneer.train.text.save import RunResult
-from veneer.train.text.task import host_store, recompute_activations, run_text
+from veneer.train.text.task import offloads_activations, recompute_activations, run_text
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -410,21 +408,22 @@ def test_worse_runs_save_nothing(shared: Path, base: TextBase, tmp_path: Path, m
     assert (tmp_path / "wild" / "adapter_model.safetensors").exists()
 
 
-def test_activations_leave_the_device_of_the_base(
-    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One card without a launcher: the run's device is `auto`."""
-    streams: list[Any] = []
-    monkeypatch.setattr("torch.cuda.Stream", streams.append)
-    base = load_text(str(shared / "tiny-base"))
+def test_offloaded_activations_leave_gradients_bit_equal(shared: Path, tmp_path: Path) -> None:
+    ids = torch.randint(3, 300, (2, 20), generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for offload in (False, True):
+        model = load_text(str(shared / "tiny-base")).model.train().requires_grad_(True)
+        recompute_activations(model, offload=offload)
+        model(ids).logits.square().sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
     config, _ = config_from(
         {"base": "b", "data": {"train": "d.jsonl"}, "output": "o", "memory": {"offload_activations": True}}
     )
-    own = Run(config, tmp_path, ALONE, lambda event: None, [])
-    assert host_store(config, base, own) is None  # on a CPU, there is no other memory to offload to
+    run, base = Run(config, tmp_path, ALONE, lambda event: None, []), load_text(str(shared / "tiny-base"))
+    assert not offloads_activations(config, base, run)  # on a CPU, there is no other memory
     base.unread, base.device = object(), torch.device("cuda", 1)  # type: ignore[assignment]
-    assert isinstance(host_store(config, base, own), ActivationOffloader)
-    assert streams == [torch.device("cuda", 1)]
+    assert offloads_activations(config, base, run)
 
 
 def test_offload_refuses_layers_without_a_checkpoint_function() -> None:
@@ -433,5 +432,5 @@ def test_offload_refuses_layers_without_a_checkpoint_function() -> None:
             """As of a model whose layers call torch's own function."""
 
     with pytest.raises(ConfigError, match="another place") as error:
-        recompute_activations(Keeps(2, 2), ActivationOffloader(InOrder()))
+        recompute_activations(Keeps(2, 2), offload=True)
     assert error.value.where == "memory.offload_activations"

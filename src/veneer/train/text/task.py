@@ -38,7 +38,6 @@ from veneer.models.shard import CallWithWeights, Sharded, blocks, call_unsharded
 from veneer.models.text.base import load_text
 from veneer.models.text.fast import fast, weights_together
 from veneer.models.text.loss import text_loss
-from veneer.models.text.offload import ActivationOffloader, CudaCopyStream
 from veneer.ops.device_transfer import sent
 from veneer.train.checkpoint import Progress, seed_all
 from veneer.train.config.reinforcement import ReinforcementSection
@@ -299,10 +298,7 @@ def attached_texts(texts: Sequence[TextRun]) -> Iterator[list[AttachedText]]:
         ]  # before weights are joined
         if recompute:
             undo.callback(model.activation_checkpointing_disable)
-            store = host_store(config, base, run)
-            if store is not None:
-                undo.callback(store.release)
-            recompute_activations(model, store)
+            recompute_activations(model, offload=offloads_activations(config, base, run))
         call: CallWithWeights = call_unsharded
         parted: Sharded | None = None
         if sharded:
@@ -331,14 +327,12 @@ def _fresh_adapter(text: TextRun) -> Adapter:
     return create(base.model, config.adapter.spec(), seed=config.seed, original=base.original)
 
 
-def host_store(config: TrainConfig, base: TextBase, run: Run) -> ActivationOffloader | None:
-    """Return the offloader of recomputed layers' inputs, if configured and on a GPU."""
-    if not config.memory.offload_activations:
-        return None
-    if computes_on(base).type != "cuda":
+def offloads_activations(config: TrainConfig, base: TextBase, run: Run) -> bool:
+    """Return whether recomputed layers keep their inputs in CPU memory: if configured, on a GPU."""
+    if config.memory.offload_activations and computes_on(base).type != "cuda":
         run.note("memory.offload_activations: this device has no other memory, so activations stay where they are")
-        return None
-    return ActivationOffloader(CudaCopyStream(computes_on(base)))
+        return False
+    return config.memory.offload_activations
 
 
 _REPLY = 30.0
@@ -403,8 +397,8 @@ def _conversing(text: TextRun, sampler: Sampler, opened: ExitStack) -> Conversat
     return ConversationSampler(sampler, renderer, environment, r.turns)
 
 
-def recompute_activations(model: Any, store: ActivationOffloader | None = None) -> None:
-    """Make layers keep only their inputs, in `store` if given.
+def recompute_activations(model: Any, *, offload: bool = False) -> None:
+    """Make layers keep only their inputs, in CPU memory with `offload`.
 
     Replaces the checkpoint function of transformers' `GradientCheckpointingLayer`s. Raises ConfigError for a
     model without support."""
@@ -416,7 +410,7 @@ def recompute_activations(model: Any, store: ActivationOffloader | None = None) 
             where="memory.activation_checkpointing",
             fix="set it to off, and batching.micro_rows lower",
         ) from error
-    if store is None:
+    if not offload:
         return
     layers = [module for module in model.modules() if hasattr(module, "_gradient_checkpointing_func")]
     if not layers:
@@ -426,7 +420,12 @@ def recompute_activations(model: Any, store: ActivationOffloader | None = None) 
             fix="set it to false",
         )
     for layer in layers:
-        layer._gradient_checkpointing_func = store.checkpoint
+        layer._gradient_checkpointing_func = _offloaded_checkpoint
+
+
+def _offloaded_checkpoint(function: Callable[..., Any], *args: Any) -> Any:
+    with torch.autograd.graph.save_on_cpu(pin_memory=True):
+        return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)
 
 
 class AttachedText:
