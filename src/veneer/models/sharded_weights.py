@@ -6,18 +6,15 @@ For a model on the meta device.
     unread.part("model.layers.0.mlp.up_proj.weight", rank, count, device)
 
 Process r of N = `count` gets rows r·⌈n/N⌉ … (r + 1)·⌈n/N⌉ of the n along a tensor's first dimension, like
-torch.chunk and FSDP2. Rows in safetensors are consecutive, so a shard is one range of a file; no other byte
-is read, and the host holds one shard of one tensor at a time.
+torch.chunk and FSDP2. Rows in safetensors are consecutive, so the shard of an unquantized weight is one range of
+a file, and no other byte is read.
 
-In 4 bits, the shard is a range of code bytes and can begin inside a block of 64 weights: both neighbors read
-the blocks at the boundary. The block constants are quantized again over the whole weight, around its mean. So
-each process computes the constants of its blocks, all processes gather all of them (1/32 of the 16-bit
-bytes), and codes and constants are equal bit for bit to those of a weight quantized whole.
+A weight to be quantized is read and quantized whole, one at a time, because its constants depend on the whole
+weight. So codes and constants are equal bit for bit to those of a weight quantized without sharding.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +26,6 @@ from veneer.core.targets import base_modules
 from veneer.errors import BaseError
 from veneer.files.safetensors import STORED_DTYPES
 from veneer.files.weights import StoredTensor, read_values
-from veneer.ops.quantization_formats import BLOCK, Blocks4, doubled
 from veneer.ops.quantized import Quantized, quantize
 
 
@@ -100,8 +96,7 @@ class ShardReader:
         """Return this process's shard of a weight on `device`.
 
         For a quantized weight, returns the shard of each of its tensors, in order. `names`: the weights in
-        the files whose rows form the weight; only one if quantized. `weight`: the tensor on the meta device.
-        All processes must request the same weights in the same order: in 4 bits they wait for each other."""
+        the files whose rows form the weight; only one if quantized. `weight`: the tensor on the meta device."""
         if not isinstance(weight, Quantized):
             first, last = shard_rows(weight.shape[0], rank, count)
             wide, at, parts = weight.shape[1:].numel(), 0, []
@@ -114,34 +109,9 @@ class ShardReader:
             values = torch.cat(parts) if parts else torch.empty(0, dtype=weight.dtype, device=device)
             return [self._cast(values).view(last - first, *weight.shape[1:])]
         (name,) = names
-        if self.kind == "int8":
-            columns = weight.shape[-1]
-            first, last = shard_rows(weight.numel() // columns, rank, count)
-            values = self._values(name, first * columns, last * columns).view(-1, columns).to(device)
-            if first == last:
-                return [torch.empty(0, columns, dtype=torch.int8, device=device), torch.empty(0, device=device)]
-            return list(quantize(self._cast(values), self.kind).stored.tensors().values())
-        return self._blocks(name, weight.numel(), rank, count, device)
-
-    def _blocks(self, name: str, n: int, rank: int, count: int, device: torch.device) -> list[Tensor]:
-        """Return packed, absmax, absmax2 and mean of a 4-bit weight of n values."""
-        bounds = [shard_rows(-(-n // 2), each, count) for each in range(count)]  # in bytes, two codes each
-        starts = [min(-(-2 * first // BLOCK), -(-n // BLOCK)) for first, _ in bounds] + [-(-n // BLOCK)]
-        first, last = bounds[rank]
-        low, high = 2 * first // BLOCK, starts[rank + 1]  # blocks whose codes are needed
-        absmax = packed = torch.empty(0, device=device)
-        if first < last:
-            values = self._cast(self._values(name, low * BLOCK, min(high * BLOCK, n)).to(device))
-            coded = quantize(values, self.kind, double=False).stored
-            assert isinstance(coded, Blocks4)
-            packed, absmax = coded.packed[first - low * BLOCK // 2 :][: last - first].clone(), coded.absmax
-        else:
-            packed = packed.to(torch.uint8)
-        sizes = [end - start for start, end in itertools.pairwise(starts)]
-        mine = absmax[starts[rank] - low :][: sizes[rank]] if sizes[rank] else absmax[:0]
-        constants = doubled(_gathered(mine, sizes))
-        parts = (t.reshape(t.shape or 1) for t in constants)
-        return [packed, *(t[slice(*shard_rows(len(t), rank, count))].clone() for t in parts)]
+        parts = quantize(self.read_full(name, device), self.kind).stored.tensors().values()
+        rows = (t.reshape(t.shape or 1) for t in parts)
+        return [t[slice(*shard_rows(len(t), rank, count))].clone() for t in rows]
 
     def _values(self, name: str, first: int, last: int) -> Tensor:
         stored = self.stored[name]
@@ -169,19 +139,6 @@ def _saved_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Return the buffers that a checkpoint stores."""
     saved = model.state_dict().keys()
     return {name: buffer for name, buffer in model.named_buffers() if name in saved}
-
-
-def _gathered(mine: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Concatenate the processes' values; the result is the same on all.
-
-    sizes: number of values of each process."""
-    import torch.distributed as dist
-
-    padded = torch.zeros(max(sizes), dtype=mine.dtype, device=mine.device)
-    padded[: len(mine)] = mine
-    out = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(out, padded)
-    return torch.cat([each[:size] for each, size in zip(out, sizes, strict=True)])
 
 
 def read_buffers(model: nn.Module, unread: ShardReader, device: torch.device) -> None:
