@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from transformers import modeling_gguf_pytorch_utils as reader
 from transformers.tokenization_utils_base import generate_merges
 
 from tests.tiny_base import tiny_base_dir, tiny_tokenizer
@@ -202,15 +201,10 @@ def test_skipped_arrays_keep_counts_per_thread(tmp_path: Path) -> None:
     assert len(fields["tokenizer.ggml.tokens"].data) == 5000
     assert not fields["tokenizer.ggml.scores"].data
     assert fields["llama.some"].contents() == [1, 2, 3]
-    before = gguf.dequantize, reader.tqdm
-    values, kind = np.zeros((1, 2), np.float32), gguf.GGMLQuantizationType.F32
+    before = gguf.GGUFReader
     with fast_headers(), ThreadPoolExecutor(1) as other:
-        bar = other.submit(lambda: reader.tqdm([1], disable=True)).result()
-        assert isinstance(bar, before[1])
-        assert reader.tqdm([1]) == [1]
-        assert np.array_equal(other.submit(gguf.dequantize, values, kind).result(), before[0](values, kind))
         elsewhere = other.submit(lambda: gguf.GGUFReader(str(file)).fields).result()
         assert isinstance(gguf.GGUFReader(str(file)), GgufReader)
-    assert (gguf.dequantize, reader.tqdm) == before
+    assert gguf.GGUFReader is before
     assert elsewhere["tokenizer.ggml.tokens"].contents()[4999] == "t4999"
     assert elsewhere["tokenizer.ggml.scores"].contents() == [0.5] * 5000

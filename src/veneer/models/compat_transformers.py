@@ -27,7 +27,6 @@ TRANSFORMERS = Internals(
         "transformers.modeling_gguf_pytorch_utils.TENSOR_PROCESSORS",
         "transformers.modeling_gguf_pytorch_utils.TensorProcessor",
         "transformers.modeling_gguf_pytorch_utils.get_gguf_hf_weights_map",
-        "transformers.modeling_gguf_pytorch_utils.tqdm",
         "transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS",
         "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS.register",
         "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil",

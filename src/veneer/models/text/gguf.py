@@ -1,7 +1,7 @@
 """Load GGUF files as bases, dequantized or in GGUF blocks, and their tokenizers.
 
 transformers reads headers with the gguf package, which takes 12 seconds for a vocabulary of 262,144.
-`fast_headers` makes transformers use the reader in files/gguf.py, and the dequantization here.
+`fast_headers` makes transformers use the reader in files/gguf.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from veneer.errors import BaseError
 from veneer.files.gguf import SCALARS, SkippedArray, read_gguf_file
 from veneer.models.compat_transformers import TRANSFORMERS
 from veneer.models.loading import loading
-from veneer.models.quantize import LazyTensor, forget_quantizer, load_state, quantized_weights
+from veneer.models.quantize import LazyTensor, load_state, quantized_weights
 from veneer.ops.quantization_formats import GgmlBlocks
 from veneer.ops.quantized import Quantized
 
@@ -38,44 +38,21 @@ if TYPE_CHECKING:
 def load_gguf(file: Path, dtype: torch.dtype, *, keep: bool = False) -> PreTrainedModel:
     """Load the model of a GGUF file as an ordinary module that computes in `dtype`.
 
-    Every weight is dequantized: exactly in float32, rounded once in bfloat16. `keep`: linear weights and
-    fused experts stay in their blocks (a `Quantized` of `GgmlBlocks`), with the same results. Raises
-    transformers' errors, and BaseError for missing tensors."""
-    from transformers import AutoModelForCausalLM, GgufConfig
-
-    if keep:
-        return _load_in_blocks(file, dtype)
-    with fast_headers():
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            gguf_file=file.name,
-            dtype=dtype,
-            quantization_config=GgufConfig(dequantize=True),
-            local_files_only=True,
-            trust_remote_code=False,
-        )
-    # The weights are dequantized, but transformers marks the model as quantized and refuses to save it.
-    model.config.__dict__.pop("_model_name_or_path", None)
-    forget_quantizer(model)
-    return model
-
-
-def _load_in_blocks(file: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Load with linear weights in blocks.
-
-    Each tensor is read when the loader asks for it."""
+    Each tensor is read when the loader asks for it, and dequantized: exactly in float32, rounded once in
+    bfloat16. `keep`: linear weights and fused experts stay in their blocks (a `Quantized` of `GgmlBlocks`),
+    with the same results. Raises transformers' errors, and BaseError for missing tensors."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
     reader = GgufReader(str(file), long_arrays=False)
+    architecture = str(reader.fields["general.architecture"].contents())
     with fast_headers():
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
-    with loading(), torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config)
-    architecture = str(reader.fields["general.architecture"].contents())
-    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
-    names = get_gguf_hf_weights_map(empty, processor)
-    shapes = {n: tuple(empty.get_parameter(n).shape) for n in quantized_weights(empty)}
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config)
+        processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
+        names = get_gguf_hf_weights_map(empty, processor)
+    in_blocks = set(quantized_weights(empty)) if keep else set()
     stored: dict[str, list[Any]] = {}
     for tensor in reader.tensors:
         key = tensor.name.removesuffix(".weight")  # fused experts have no suffix in the model
@@ -84,12 +61,14 @@ def _load_in_blocks(file: Path, dtype: torch.dtype) -> PreTrainedModel:
             stored.setdefault(name, []).append(tensor)
     state = {}
     for name, tensors in stored.items():
-        if name in shapes and all(t.tensor_type.name not in _PLAIN for t in tensors):
-            read = partial(_blocks, processor, tensors, shapes[name], dtype)
+        shape = tuple(empty.get_parameter(name).shape)
+        if name in in_blocks and all(t.tensor_type.name not in _PLAIN for t in tensors):
+            read = partial(_blocks, processor, tensors, shape, dtype)
         else:
-            read = partial(_dequantized, processor, tensors, tuple(empty.get_parameter(name).shape), str(file))
-        state[name] = LazyTensor("BF16", tuple(empty.get_parameter(name).shape), read)
+            read = partial(_dequantized, processor, tensors, shape, str(file))
+        state[name] = LazyTensor("BF16", shape, read)
     model, info = load_state(type(empty), config, state, "", dtype)
+    model.config.__dict__.pop("_model_name_or_path", None)
     if missing := sorted(info["missing_keys"]):
         raise BaseError(
             f"{len(missing)} tensors of the model are not in the file, {missing[0]} among them", where=str(file)
@@ -205,7 +184,7 @@ def dequantize(data: np.ndarray, kind: Any) -> np.ndarray:
 
     (…, bytes of a row) -> (…, values of a row) float32."""
     if kind.name in _PLAIN:
-        return np.asarray(_dequantize(data, kind))
+        return np.asarray(gguf.dequantize(data, kind))
     block, size = gguf.GGML_QUANT_SIZES[kind]
     rows = torch.from_numpy(np.array(data).reshape(-1, data.shape[-1]))
     shape = (*data.shape[:-1], data.shape[-1] // size * block)
@@ -234,9 +213,6 @@ def _mapped(path: str) -> np.ndarray:
     return np.memmap(path, mode="r", dtype=np.uint8).view(np.ndarray)
 
 
-_dequantize = gguf.dequantize
-
-
 @contextmanager
 def fast_headers(*, vocabulary: bool = False) -> Iterator[None]:
     """Replace transformers' GGUF header functions by faster equivalents.
@@ -246,10 +222,7 @@ def fast_headers(*, vocabulary: bool = False) -> Iterator[None]:
     with loading(), ExitStack() as undo:
         ours: dict[str, Callable[..., Any]] = {
             "gguf.GGUFReader": partial(GgufReader, long_arrays=False),
-            "gguf.dequantize": dequantize,
             "gguf.get_tensor_name_map": lru_cache(2)(gguf.get_tensor_name_map),  # called for each module of a model
-            # uses tqdm directly, so transformers' switch for progress bars has no effect
-            "transformers.modeling_gguf_pytorch_utils.tqdm": lambda items, **_: items,
             **(_OF_A_VOCABULARY if vocabulary else dict[str, Callable[..., Any]]()),
         }
         for name, function in ours.items():
