@@ -24,9 +24,9 @@ from veneer.models.text.base import load_text
 
 
 def downloaded(window: Window, tool: str, folder: Path) -> Path:
-    """Click a tool's button; return the downloaded file, or the folder in a downloaded zip."""
+    """Click a layout's link; return the downloaded file, or the folder in a downloaded zip."""
     with window.page.expect_download() as download:
-        window.press(f"Download for {tool}")
+        window.page.get_by_role("link", name=f"for {tool}", exact=True).click()
     file = folder / download.value.suggested_filename
     download.value.save_as(file)
     if file.suffix != ".zip":
@@ -49,7 +49,7 @@ def test_image_adapter_is_converted_and_saved(window: Window, server: StudioServ
     page.set_input_files("input[type=file]", str(style))
     window.heading("Zelda_Style.safetensors")
     window.until("Stable Diffusion XL")
-    for tool in ("ComfyUI", "diffusers", "sd-scripts and A1111", "PEFT"):
+    for tool in ("comfyui", "diffusers", "kohya", "peft"):
         assert_same(changes(read(downloaded(window, tool, tmp_path)).adapter), changes(adapter), 1e-6)
     page.get_by_label("Name", exact=True).fill("zelda")
     window.press("Save to library")  # at once: the typed name counts
@@ -68,9 +68,9 @@ def test_text_adapter_is_converted_for_servers(window: Window, server: StudioSer
             packed.write(each, f"polite/{each.name}")
     window.open("doctor").page.set_input_files("input[type=file]", str(tmp_path / "polite.zip"))
     window.heading("polite.zip")
-    for tool in ("PEFT", "vLLM", "TGI"):
+    for tool in ("peft", "vllm"):
         assert_same(changes(read(downloaded(window, tool, tmp_path)).adapter), changes(adapter), 1e-6)
-    file = gguf.GGUFReader(downloaded(window, "llama.cpp", tmp_path))
+    file = gguf.GGUFReader(downloaded(window, "gguf", tmp_path))
     assert file.fields["general.type"].contents() == "adapter"
     assert len(file.tensors) == 2 * len(adapter.pairs)
 

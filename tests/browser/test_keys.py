@@ -102,7 +102,7 @@ def test_doctor_by_keys(window: Window, server: StudioServer, tmp_path: Path) ->
         window.keys("o")
     chooser.value.set_files(file)
     window.heading("drawn.safetensors")
-    window.tab_to("Download for ComfyUI")
+    window.tab_to("for comfyui")
     with page.expect_download():
         window.keys("Enter")
     window.tab_to("Save to library")

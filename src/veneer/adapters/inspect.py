@@ -6,7 +6,7 @@ Nothing here changes a file or a base.
 from __future__ import annotations
 
 from collections.abc import Sized
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -20,7 +20,6 @@ from veneer.errors import AdapterError, UnsafeFileError, VeneerError
 from veneer.files.hashes import verify_hashes
 from veneer.formats import read as reader
 from veneer.formats.card import CARD_FILE, CardFile, file_digest, read_card
-from veneer.formats.compatibility import check_tools
 from veneer.formats.reading import Reading, delta_norm, summary
 
 if TYPE_CHECKING:
@@ -39,11 +38,10 @@ class AdapterCheck:
     detail: str = ""
 
 
-def inspect(name: str, *, tools: bool = False, **how: Unpack[reader.ReadOptions]) -> dict[str, Any]:
+def inspect(name: str, **how: Unpack[reader.ReadOptions]) -> dict[str, Any]:
     """Return the content of the adapter `name`, ready for JSON.
 
     name: a folder, a file or a name in the library.
-    tools: include how other tools would read it, as `check_tools`.
     how: options of `formats.read.read`.
 
     Keys of the result:
@@ -63,8 +61,7 @@ def inspect(name: str, *, tools: bool = False, **how: Unpack[reader.ReadOptions]
     Raises what reading raises for a file that is not an adapter."""
     path = using.adapter_path(name)
     reading, refusal = _read(path, how)
-    result = summary(path, reading, refusal)
-    return result | ({"elsewhere": [asdict(verdict) for verdict in check_tools(path, reading)]} if tools else {})
+    return summary(path, reading, refusal)
 
 
 def _read(path: Path, how: reader.ReadOptions) -> tuple[Reading, AdapterError | None]:

@@ -27,12 +27,6 @@ def inspect(
     moe_layout: MoeLayout = "",
     adapter_name: AdapterName = "",
     alpha: Alpha = None,
-    elsewhere: Annotated[
-        bool,
-        typer.Option(
-            "--elsewhere", help="Also report which other tools misread the adapter, and the correct conversion."
-        ),
-    ] = False,
     show_all: ShowAll = False,
     as_json: AsJson = False,
 ) -> None:
@@ -45,7 +39,6 @@ def inspect(
     everything(show_all)
     inspection = inspected(
         name,
-        tools=elsewhere,
         from_pickle=from_pickle,
         moe_layout=moe_layout,
         adapter_name=adapter_name,
@@ -113,25 +106,9 @@ def _show(inspection: dict[str, Any]) -> None:
     for problem in ("unused", "unpaired"):
         for key in cut_list(coverage[problem]):
             print(f"{problem}: {key}")
-    for tool in inspection.get("elsewhere", ()):
-        print(f"\n{tool['tool']} ({tool['version']}): {_VERDICTS[tool['verdict']]}")
-        for line in tool["why"]:
-            print(f"  {field(line)}")
-        if tool["verdict"] != "fine":
-            alpha = " --alpha N" if inspection["assumed_scale"] else ""
-            print(
-                f"  convert it: veneer adapter convert {field(inspection['adapter'])}{alpha} --to {tool['to']} -o NEW"
-            )
     explained = set(verdict["why"].splitlines())
     for note in cut_list([n for n in inspection["notes"] if f"  - {n}" not in explained]):
         print(f"note: {note}")
-
-
-_VERDICTS = {
-    "fine": "no known problem",
-    "wrong": "loads it with a different effect",
-    "refused": "does not load it",
-}
 
 
 def _several(counts: dict[str, int], skip: str | None = None, most: int = 6) -> str:

@@ -34,7 +34,7 @@ from veneer.studio.library import LibraryCard, card_of, routes_of
 from veneer.studio.page import NotFound, ViewPage
 from veneer.train.report.log import size
 
-_TARGETS = {
+TARGETS = {
     "text": ("peft", "vllm", "tgi", "gguf"),
     "image": ("kohya", "comfyui", "diffusers", "peft"),
 }
@@ -236,7 +236,7 @@ def _draw_downloads(page: ViewPage, version: Version, base: str) -> None:
     with box("div", "row"):
         path = f"/v1/adapter_files/{version.reference}"
         link("Original file", page.api(path), "button quiet", download=True)
-        for to in _TARGETS.get(version.kind, ()):
+        for to in TARGETS.get(version.kind, ()):
             link(f"for {to}", page.api(path, to=to, base=base), "button quiet", download=True)
 
 

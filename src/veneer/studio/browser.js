@@ -24,7 +24,7 @@ export default {
         <ul id="results" role="listbox" aria-label="Results"><li v-for="(each, n) in results" :key="n" :id="'find-' + n" role="option" :aria-selected="n === at" @click="take(each)">
           <span>{{ each.title }}</span><span class="soft small">{{ each.kind }}</span></li></ul></dialog>
     </div>`,
-  emits: ["navigate", "search", "dropped", "sent", "fetched"],
+  emits: ["navigate", "search", "dropped", "sent"],
   data() {
     return { over: false, sending: "", share: 0, known: [], searched: "", results: [], at: 0 };
   },
@@ -227,23 +227,6 @@ export default {
     ended(n, status, text) {
       this.sending = "";
       this.$emit("sent", { n, status, text: text.slice(0, 200000) });
-    },
-    // save the file that a route returns, or report the error
-    async fetchFile(url) {
-      let status = 0, text = "";
-      try {
-        const answer = await fetch(url);
-        status = answer.status;
-        if (answer.ok) {
-          const name = /filename="([^"]+)"/.exec(answer.headers.get("content-disposition"))?.[1] || "";
-          const link = Object.assign(document.createElement("a"), { href: URL.createObjectURL(await answer.blob()), download: name });
-          link.click();
-          setTimeout(() => URL.revokeObjectURL(link.href), 60000);
-        } else text = (await answer.text()).slice(0, 200000);
-      } catch {
-        status = 0;
-      }
-      this.$emit("fetched", { url, status, text });
     },
     // -- keep the focus after a redraw; press [data-more] at the end of a list
     changed() {

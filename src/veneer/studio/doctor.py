@@ -5,25 +5,24 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from veneer.errors import AdapterError, counted
+from veneer.errors import counted
 from veneer.formats.topology import families
 from veneer.serve.http.surfaces.adapters import add_staged, staged_report
 from veneer.serve.request import Refused
 from veneer.serve.upload_stage import StagedAdapter
+from veneer.studio.adapter import TARGETS
 from veneer.studio.elements import (
     Command,
     Fragment,
     box,
     button,
     command,
-    enable,
     form_field,
     heading,
     line,
+    link,
     panel,
     permit,
-    progress,
-    set_visible,
 )
 from veneer.studio.page import NotFound, ViewPage
 from veneer.train.report.log import size
@@ -47,7 +46,7 @@ async def doctor_view(page: ViewPage) -> None:
             heading("Drop a file anywhere on this page")
             line("A .safetensors or .gguf file of any tool, or a .zip of a PEFT folder; deleted after an hour.")
             button("Choose a file", permit("read", page.pick_file), kind="filled", key="o")
-        Command(command("adapter", "inspect", "FILE", elsewhere=True))
+        Command(command("adapter", "inspect", "FILE"))
         return
     try:
         staged = page.studio.service.staging.get(page.principal.tenant, id)
@@ -73,20 +72,14 @@ async def doctor_view(page: ViewPage) -> None:
             )
             heading("Other tools")
             if assumed:
-                line("The original file. To convert it, give the alpha that it was trained with:")
+                line("To convert the file, give the alpha that it was trained with:")
                 Command(command("adapter", "convert", staged.name, alpha="N", to="peft", output="NEW"))
-            else:
-                line("The original file, and the same adapter in each tool's layout.", "soft small")
-            for tool in report["elsewhere"]:
-                with box("section", "panel"):
-                    Fragment("tool.html.j2", tool=tool)
-                    if not assumed:
-                        with box("div", "row") as row:
-                            _draw_conversion(page, staged, report, tool, row)
+            elif verdict["use"]:
+                _draw_downloads(page, staged, report)
             if report["targets"]:
                 heading("Target modules")
                 Fragment("targets.html.j2", targets=report["targets"])
-            Command(command("adapter", "inspect", staged.name, elsewhere=True))
+            Command(command("adapter", "inspect", staged.name))
         with box("aside", "stack"), panel("Save"):
             if not verdict["use"]:
                 line("This file cannot be used, so it cannot be saved.", "soft")
@@ -124,31 +117,14 @@ def _facts(report: _Report) -> list[tuple[str, str]]:
     return [(name, value) for name, value in facts if value]
 
 
-def _draw_conversion(page: ViewPage, staged: StagedAdapter, report: _Report, tool: _Report, row: Any) -> None:
-    """Draw a button that converts the adapter for a tool and downloads the result, or shows why not."""
-    to, name, base = tool["to"], tool["tool"], _server_base(page, report)
-
-    def done(error: str) -> None:
-        set_visible(bar, False)
-        if error:
-            row.clear()
-            with row:
-                line("\n".join(error.splitlines()[:_FEW]), "answer bad", role="alert")
-        else:
-            enable(convert, True)
-            page.notify(f"Converted for {name}, exactly")
-
-    def start() -> None:
-        if to in ("gguf", "tgi") and not base:
-            fix = command("adapter", "convert", staged.name, to=to, base="BASE", output="NEW")
-            raise AdapterError(f"{to} depends on the base, and this server runs {page.studio.base}", fix=fix)
-        enable(convert, False, "converting")
-        set_visible(bar, True)
-        page.download(page.api(f"/v1/adapter_inspections/{staged.id}/file", to=to, base=base), done)
-
-    convert = button(f"Download for {name}", permit("read", start))
-    bar = progress(f"Converting for {name}")
-    set_visible(bar, False)
+def _draw_downloads(page: ViewPage, staged: StagedAdapter, report: _Report) -> None:
+    """Draw a link for each layout that the adapter can be converted to here."""
+    base, kind = _server_base(page, report), "image" if any(report["components"]) or report["family"] else "text"
+    with box("div", "row"):
+        for to in TARGETS[kind]:
+            if base or to not in ("gguf", "tgi"):  # these depend on the base, which must be this server's
+                url = page.api(f"/v1/adapter_inspections/{staged.id}/file", to=to, base=base)
+                link(f"for {to}", url, "button quiet", download=True)
 
 
 def _server_base(page: ViewPage, report: _Report) -> str:

@@ -269,13 +269,6 @@ class ViewPage:
         self.frame.upload_url, self.frame.uploaded, self.frame.upload_form = url, done, form
         elements.set_attributes(self.frame.browser, words=words)
 
-    def download(self, url: str, done: Callable[[str], Any]) -> None:
-        """Download the response of a route. `url`: from `api`.
-
-        `done`: called with "", or with the reason for a failure."""
-        self.frame.downloads[url] = done
-        self.frame.call_browser("fetchFile", url)
-
     # -- tasks
 
     def start_task(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
@@ -344,7 +337,6 @@ class Frame:
         self.page: ViewPage | None = None
         self.files = 0
         """Number of files in the last drop."""
-        self.downloads: dict[str, Callable[[str], Any]] = {}
         self.client = ui.context.client
         VISITORS[self.client] = visitor
         self.client.on_exception(self.show_error)
@@ -364,7 +356,6 @@ class Frame:
         self.browser.on("search", event_handler(permit("read", self._search)))
         self.browser.on("dropped", event_handler(permit("read", self._send_files)))
         self.browser.on("sent", event_handler(permit("read", self._file_sent)))
-        self.browser.on("fetched", event_handler(permit("read", self._file_fetched)))
 
     def _draw_top(self) -> None:
         elements.link("veneer", f"{self.root}/", "brand")
@@ -490,11 +481,6 @@ class Frame:
         if event["status"] not in (200, 201):
             raise VeneerError(message or "the upload failed")
         await _awaited(self.uploaded(answer))
-
-    def _file_fetched(self, event: dict[str, Any]) -> None:
-        done = self.downloads.pop(str(event["url"]), None)
-        if done is not None:
-            done("" if event["status"] == 200 else _parse_answer(event)[1] or "the download failed")
 
     # -- errors
 

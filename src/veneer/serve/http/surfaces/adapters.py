@@ -5,7 +5,7 @@ Subresources have separate paths, because names contain slashes.
     GET, POST /v1/adapters               browse; add a posted file
     GET, PATCH, DELETE /v1/adapters/acme/support@2
     GET /v1/adapter_previews/…, /v1/adapter_files/…?to=kohya
-    POST /v1/adapter_inspections         report on a file, and how other tools would read it; kept for an hour
+    POST /v1/adapter_inspections         report on a file, which is kept for an hour
     GET /v1/adapter_inspections/{id}/file?to=comfyui
 
 A tenant finds adapters visible to it (`Principal.can_see`), and can add, change, remove and download adapters
@@ -367,11 +367,11 @@ def remove_adapter(
 def staged_report(staged: StagedAdapter) -> dict[str, Any]:
     """The report of `adapters.inspect.inspect` on an upload, shortened. Blocks.
 
-    Includes how other tools read the file. Raises AdapterError for a file that is not an adapter.
+    Raises AdapterError for a file that is not an adapter.
     """
     from veneer.adapters.inspect import inspect
 
-    report: dict[str, Any] = _bounded({**inspect(str(staged.path), tools=True), "adapter": staged.name})
+    report: dict[str, Any] = _bounded({**inspect(str(staged.path)), "adapter": staged.name})
     return report
 
 
