@@ -112,10 +112,10 @@ def test_a_mix_is_exact_without_the_base(tmp_path):
     torch.testing.assert_close(peft_outputs(qwen2(), tmp_path / "out"), want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("to", ["vllm", "tgi", "gguf"])
+@pytest.mark.parametrize("to", ["vllm", "gguf"])
 def test_a_target_that_cannot_hold_them_is_refused(tmp_path, to):
     peft_folder(qwen2(), tmp_path / "in", target_modules=["q_proj"], bias="lora_only")
-    given = {"layers": 2} if to == "tgi" else {"family": "qwen2"} if to == "gguf" else {}
+    given = {"family": "qwen2"} if to == "gguf" else {}
     with pytest.raises(AdapterError, match="does not support a replacement change of the bias; merge it into the base"):
         write(read(tmp_path / "in").adapter, tmp_path / "out.gguf" if to == "gguf" else tmp_path / "out", to, **given)
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from tests.serve.http.toy import free_port
+from veneer.adapters.convert import convert_adapter
 from veneer.core.adapter import Adapter, LoraSpec
 from veneer.core.attach import attach
 from veneer.core.init import create
@@ -26,7 +27,6 @@ from veneer.formats import peft
 from veneer.library.library import open_library
 from veneer.models.sources import find_base
 from veneer.models.text.base import TextBase, load_text
-from veneer.serve.fleet.export import export
 from veneer.serve.fleet.mixes import Mixes, served_name
 from veneer.serve.fleet.upstream import Upstream
 from veneer.serve.request import DigestMix, Refused, Request, Sampling, Token, make_mix
@@ -314,8 +314,8 @@ def test_vllm_loads_an_adapter_again_after_an_unload(shop):
 
 @pytest.mark.parametrize("name", ["plain", "patterns"])
 def test_vllm_loads_an_exported_folder_as_it_is(shop, name):
-    done = export(str(shop.place / name), "vllm", shop.place / f"exported-{name}")
-    body = {"lora_name": f"exported-{name}", "lora_path": str(done.folder)}
+    done = convert_adapter(shop.place / name, shop.place / f"exported-{name}", "vllm")
+    body = {"lora_name": f"exported-{name}", "lora_path": str(done.written.path)}
     answered = post(f"{shop.urls[1]}/v1/load_lora_adapter", body)
     assert answered.status_code == 200, answered.text
     shop.check(*shop.ask(f"exported-{name}", which=1)[:2], **{name: 1.0})

@@ -47,7 +47,7 @@ def convert_adapter(
 
     to: one of formats.convert.TARGETS.
     family: the image model's family, or gguf's architecture, if it cannot be detected.
-    base: for gguf and tgi, the name of the base; they need its head size and number of layers.
+    base: for gguf, the name of the base, whose architecture and head size it needs.
     allow_partial: convert only what can be read.
 
     Raises AdapterError, and ConfigError if the output is the adapter itself."""
@@ -56,20 +56,18 @@ def convert_adapter(
             "the output is the adapter itself, which is not written over", where=str(output), fix="another -o"
         )
     reading = read(path, allow_partial=allow_partial, family=family if to != "gguf" else None, **how)
-    head_dim = layers = None
-    if to in ("gguf", "tgi") and base is not None:
-        architecture, head_dim, layers = _of_base(base, log)
+    head_dim = None
+    if to == "gguf" and base is not None:
+        architecture, head_dim = _of_base(base, log)
         family = family or architecture
     if to != "gguf":
         family = family or reading.family
-    written = write(reading.adapter, output, to, family=family, dtype=dtype, head_dim=head_dim, layers=layers)
+    written = write(reading.adapter, output, to, family=family, dtype=dtype, head_dim=head_dim)
     return ConvertedAdapter(reading, written)
 
 
-def _of_base(name: str, log: Callable[[str], None] | None) -> tuple[str, int | None, int]:
-    """Return a base's llama.cpp architecture, rows per head and number of layers.
-
-    Rows per attention head are None if layers differ."""
+def _of_base(name: str, log: Callable[[str], None] | None) -> tuple[str, int | None]:
+    """Return a base's llama.cpp architecture and rows per head; None if layers differ."""
     from veneer.models.config import layer_heads
     from veneer.models.sources import find_base
     from veneer.models.text.base import read_base_config
@@ -77,4 +75,4 @@ def _of_base(name: str, log: Callable[[str], None] | None) -> tuple[str, int | N
     config = read_base_config(find_base(name, say=log)).get_text_config()
     sizes = {size for _, _, size in layer_heads(config)}
     architecture = _ARCHITECTURES.get(config.model_type, config.model_type)
-    return architecture, sizes.pop() if len(sizes) == 1 else None, int(config.num_hidden_layers)
+    return architecture, sizes.pop() if len(sizes) == 1 else None

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 def convert_command(
     name: Annotated[str, typer.Argument(metavar="IN", help="An adapter's file, folder or name.", show_default=False)],
-    to: Annotated[str, typer.Option("--to", help="peft, kohya, diffusers, comfyui, gguf, vllm or tgi.")],
+    to: Annotated[str, typer.Option("--to", help="peft, kohya, diffusers, comfyui, gguf or vllm.")],
     output: Annotated[
         str,
-        typer.Option("-o", "--output", help="File to write; for peft, vllm and tgi a folder.", show_default=False),
+        typer.Option("-o", "--output", help="File to write; for peft and vllm a folder.", show_default=False),
     ],
     family: Annotated[
         str | None,
@@ -28,7 +28,7 @@ def convert_command(
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option("--base", help="For gguf and tgi: the base, to read the head size or number of layers."),
+        typer.Option("--base", help="For gguf: the base, to read its architecture and head size."),
     ] = None,
     dtype: WrittenDtype = None,
     allow_partial: Annotated[

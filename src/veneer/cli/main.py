@@ -56,7 +56,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "worker": ("veneer.cli.worker", "Run training jobs, here or on a cluster."),
     "tenant": ("veneer.cli.tenant", "Manage a server's tenants: keys, limits, prices, routes, usage."),
     "doctor": ("veneer.cli.doctor", "Report this machine's hardware, libraries and active code paths."),
-    "export": ("veneer.cli.export", "Export an adapter as a directory for vLLM or TGI."),
 }
 """Command -> (module, its line in `veneer --help`)."""
 

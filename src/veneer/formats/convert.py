@@ -7,7 +7,6 @@
 | comfyui   | one .safetensors, lora_A, lora_B, alpha    | formats/kohya.py        | gains, DoRA of the outputs    |
 | diffusers | one .safetensors, scales in metadata       | diffusers', canonical   | formats/diffusers.py          |
 | vllm      | PEFT folder of one rank, scale 1           | the model's own         | DoRA, deltas, full copies     |
-| tgi       | the same, in every layer of the base       | the model's own         | the same, embeddings, lm_head |
 | gguf      | one llama.cpp LoRA                         | llama.cpp's             | the same                      |
 
 Fused projections are joined at the same rank if their parts share A, otherwise block-diagonally, with zero
@@ -45,21 +44,13 @@ from veneer.formats.metadata import family_in_metadata, metadata_of, pack_config
 from veneer.formats.module_tensors import ModuleChanges, changes_by_module
 from veneer.formats.names import choose_family, component_of
 from veneer.formats.read import read_state_dict
-from veneer.formats.server_export import (
-    MERGE,
-    TGI_RANK,
-    folded,
-    in_every_layer,
-    refuse_unservable,
-    tgi_notes,
-    vllm_notes,
-)
+from veneer.formats.server_export import MERGE, folded, refuse_unservable, vllm_notes
 from veneer.formats.tensors import check_finite
 from veneer.formats.topology import Family, families
 
-TARGETS = ("peft", "kohya", "diffusers", "comfyui", "gguf", "vllm", "tgi")
+TARGETS = ("peft", "kohya", "diffusers", "comfyui", "gguf", "vllm")
 
-_FOLDERS = ("peft", "vllm", "tgi")
+_FOLDERS = ("peft", "vllm")
 _PIPELINES = ("kohya", "diffusers", "comfyui")
 
 
@@ -111,7 +102,6 @@ def encode(
     metadata: Mapping[str, str] | None = None,
     dtype: str | None = None,
     head_dim: int | None = None,
-    layers: int | None = None,
 ) -> EncodedAdapter:
     """Encode `adapter` in layout `to`, and check it by reading back.
 
@@ -119,16 +109,14 @@ def encode(
     `topology.families()`, by default found from modules, widths and card; for gguf llama.cpp's name of the
     architecture. `metadata`: overrides metadata from the card, in the three layouts with metadata. `dtype`:
     every tensor is rounded to it first. `head_dim`: the base's rows per head, needed by gguf for Llama's q
-    and k. `layers`: the base's number of layers, needed by tgi. Raises one AdapterError listing every module
-    that `to` cannot express, with the reason and the closest alternative."""
+    and k. Raises one AdapterError listing every module that `to` cannot express, with the reason and the
+    closest alternative."""
     source, notes = _prepared(adapter, to, dtype)
     if to == "gguf":
         with TemporaryDirectory() as folder:
             path = Path(folder) / "adapter.gguf"
             return _advise(source, to, None, lambda: _gguf(source, path, family, head_dim, "adapter", notes)).encoded
-    return _advise(
-        source, to, family, lambda: _encoded(source, to, family, metadata or {}, "adapter", notes, layers)
-    ).encoded
+    return _advise(source, to, family, lambda: _encoded(source, to, family, metadata or {}, "adapter", notes)).encoded
 
 
 def write(
@@ -140,11 +128,10 @@ def write(
     metadata: Mapping[str, str] | None = None,
     dtype: str | None = None,
     head_dim: int | None = None,
-    layers: int | None = None,
 ) -> WriteReport:
     """Write `adapter` to `out` in layout `to`.
 
-    A folder for peft, vllm and tgi, one file for the others. Arguments: as in `encode`. Writes atomically;
+    A folder for peft and vllm, one file for the others. Arguments: as in `encode`. Writes atomically;
     equal adapters give equal bytes. Raises the errors of `encode`, and ResourceError for a full disk."""
     path = Path(out)
     source, notes = _prepared(adapter, to, dtype)
@@ -160,7 +147,7 @@ def write(
         finally:
             staged.discard()
     else:
-        done = _advise(source, to, family, lambda: _encoded(source, to, family, metadata or {}, name, notes, layers))
+        done = _advise(source, to, family, lambda: _encoded(source, to, family, metadata or {}, name, notes))
         if to in _FOLDERS:
             folder = peft.write_folder(done.written, path, digest=_folder_digest(source, done))
             files, notes = folder.files, [*done.encoded.notes, *folder.notes]
@@ -238,7 +225,7 @@ def _other_layouts(source: Adapter, to: str, family: str | None) -> str:
     for layout in ("peft", *_PIPELINES, "vllm"):
         try:
             if layout != to:
-                _encoded(source, layout, family, {}, "adapter", [], None)
+                _encoded(source, layout, family, {}, "adapter", [])
                 layouts.append(layout)
         except AdapterError:
             continue
@@ -250,13 +237,7 @@ def _other_layouts(source: Adapter, to: str, family: str | None) -> str:
 
 
 def _encoded(
-    source: Adapter,
-    to: str,
-    family: str | None,
-    metadata: Mapping[str, str],
-    name: str,
-    notes: list[str],
-    layers: int | None,
+    source: Adapter, to: str, family: str | None, metadata: Mapping[str, str], name: str, notes: list[str]
 ) -> _Done:
     if to in _PIPELINES:
         return _for_pipelines(source, to, _family(source, family, to), metadata, name, notes)
@@ -264,12 +245,6 @@ def _encoded(
         refused: Refusals = defaultdict(list)
         written = _as_one_model(source, refused)
         _raise(refused, to, source)
-    elif to == "tgi":
-        if layers is None:
-            raise AdapterError("how many layers the base has decides what TGI needs", fix="name the base: --base")
-        source, filled = in_every_layer(_servable(source, to), layers)
-        written = folded(source, TGI_RANK)
-        notes = [*notes, *tgi_notes(written, filled)]
     else:
         written = folded(_servable(source, to))
         notes = [*notes, *vllm_notes(written)]
@@ -299,9 +274,7 @@ def _servable(source: Adapter, to: str) -> Adapter:
 
     Raises one AdapterError listing what the server cannot hold."""
     refused: Refusals = defaultdict(list)
-    refuse_unservable(
-        source, changes_by_module(source), {"vllm": "vLLM", "tgi": "TGI", "gguf": "llama.cpp"}[to], refused
-    )
+    refuse_unservable(source, changes_by_module(source), {"vllm": "vLLM", "gguf": "llama.cpp"}[to], refused)
     _raise(refused, to, source)
     return source
 

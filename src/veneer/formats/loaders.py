@@ -7,7 +7,6 @@ reader accepts it.
 | target    | rule of                                                    | key for module m of the model              |
 | peft      | PeftModel.load_adapter (load_state_dict, not strict)       | base_model.model.m                         |
 | vllm      | parse_fine_tuned_lora_name, get_lora(m) for each m         | base_model.model.m                         |
-| tgi       | adapters/lora.py, map_weights_for_model                    | base_model.model.m                         |
 | diffusers | load_lora_weights: keys by a component's prefix, then PEFT | unet.m, transformer.m, text_encoder(_2).m  |
 | kohya     | LoRANetwork.create_modules of sd-scripts and musubi-tuner  | lora_unet_, lora_te(1, 2, 3)_ + m, _ for . |
 | comfyui   | comfy/lora.py, model_lora_keys_unet and _clip              | diffusion_model.m, text_encoders.NAME.m    |
@@ -28,7 +27,7 @@ from veneer.formats.kohya import LYCORIS
 from veneer.formats.names import choose_family
 from veneer.formats.topology import Family, flat
 
-_LOADERS = {"peft": "PEFT", "vllm": "vLLM", "tgi": "TGI", "kohya": "sd-scripts", "comfyui": "ComfyUI"}
+_LOADERS = {"peft": "PEFT", "vllm": "vLLM", "kohya": "sd-scripts", "comfyui": "ComfyUI"}
 _PEFT_KEY = re.compile(
     r"(?P<module>.+?)(\.base_layer)*\.(lora_[AB]\.(weight|bias)|lora_embedding_[AB]|lora_magnitude_vector(\.weight)?"
     r"|token_adapter\.trainable_tokens_delta|base_layer\.(weight|bias)|bias)"

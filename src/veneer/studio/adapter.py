@@ -35,7 +35,7 @@ from veneer.studio.page import NotFound, ViewPage
 from veneer.train.report.log import size
 
 TARGETS = {
-    "text": ("peft", "vllm", "tgi", "gguf"),
+    "text": ("peft", "vllm", "gguf"),
     "image": ("kohya", "comfyui", "diffusers", "peft"),
 }
 """Kind of adapter -> layouts to convert to."""

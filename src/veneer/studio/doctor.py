@@ -122,7 +122,7 @@ def _draw_downloads(page: ViewPage, staged: StagedAdapter, report: _Report) -> N
     base, kind = _server_base(page, report), "image" if any(report["components"]) or report["family"] else "text"
     with box("div", "row"):
         for to in TARGETS[kind]:
-            if base or to not in ("gguf", "tgi"):  # these depend on the base, which must be this server's
+            if base or to != "gguf":  # a GGUF file depends on the base, which must be this server's
                 url = page.api(f"/v1/adapter_inspections/{staged.id}/file", to=to, base=base)
                 link(f"for {to}", url, "button quiet", download=True)
 

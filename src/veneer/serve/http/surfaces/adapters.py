@@ -54,11 +54,11 @@ from veneer.serve.request import Refused, invalid
 from veneer.serve.upload_stage import StagedAdapter, UploadStage
 
 T = TypeVar("T")
-Layout = Literal["peft", "kohya", "diffusers", "comfyui", "gguf", "vllm", "tgi"]
+Layout = Literal["peft", "kohya", "diffusers", "comfyui", "gguf", "vllm"]
 _Names = Annotated[list[Annotated[str, Field(max_length=100)]], at_most(64)]
 _Text = Annotated[str, Field(max_length=512)]
 _Word = Annotated[str, Query(max_length=512)]
-_Base = Annotated[str, Query(max_length=512, description="for gguf and tgi: the base that the adapter is of")]
+_Base = Annotated[str, Query(max_length=512, description="for gguf: the base that the adapter is of")]
 
 _AT_ONCE = 16
 _THREADS = 2
@@ -261,7 +261,7 @@ def adapter_routes(library: Library, stage: UploadStage, tenancy: Tenancy) -> AP
         `base`: the adapter's base, as stated by the client or the library.
         """
         principal, catalog = caller_of(request), service_of(request).catalog
-        if to in ("gguf", "tgi"):
+        if to == "gguf":
             service_of(request).need_base()
             if base != catalog.base:
                 fix = f"base={catalog.base}, if it is of that one; else veneer adapter convert --to {to} --base BASE"
