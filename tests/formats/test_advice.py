@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from importlib import import_module
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -20,7 +18,6 @@ from veneer.errors import AdapterError
 from veneer.files.safetensors import write_tensors
 from veneer.formats import peft
 from veneer.formats.convert import encode, write
-from veneer.formats.peft_config import CONVERTIBLE, NO_WEIGHTS, conversion_advice
 from veneer.formats.read import read, read_state_dict
 from veneer.formats.topology import families
 
@@ -77,23 +74,6 @@ def test_allow_partial_is_advised_only_if_useful():
     assert refusal.value.fix is None
 
 
-SWAPPED = {f"{TO_Q}.lora_A.weight": torch.ones(320, 4), f"{TO_Q}.lora_B.weight": torch.ones(4, 320)}
-
-
-def test_swapped_factors_are_named():
-    with pytest.raises(AdapterError, match=r"rank 320 on a weight of 4 × 4: A and B have changed places"):
-        read_state_dict(SWAPPED, {})
-    right = {f"{TO_Q}.lora_A.weight": torch.ones(4, 320), f"{TO_Q}.lora_B.weight": torch.ones(320, 4)}
-    assert read_state_dict(right, {}).adapter.pairs[TO_Q].rank == 4
-
-
-def test_stated_rank_is_trusted(tmp_path):
-    assert read_state_dict(SWAPPED, {"ss_network_dim": "320"}).adapter.pairs[TO_Q].rank == 320
-    tiny = linear_pairs(["a.q_proj"], rank=9, width=4)
-    peft.write_folder(tiny, tmp_path / "a")
-    assert read(tmp_path / "a").adapter.digest() == tiny.digest()
-
-
 def test_swapped_factors_of_a_peft_folder_are_named(tmp_path):
     peft.write_folder(linear_pairs(["a.q_proj"], rank=2, width=6), tmp_path / "a")
     swapped = {
@@ -133,25 +113,6 @@ def test_advised_layout_can_hold_the_adapter(adapter, to):
         elif other != to:
             with pytest.raises(AdapterError):
                 encode(adapter, other)
-
-
-def test_convert_to_lora_is_advised_if_peft_supports_it():
-    from peft import PeftType
-    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    default = BaseTunerLayer.supports_lora_conversion
-    for kind in PeftType:
-        told = conversion_advice(kind.value)
-        tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(kind)
-        place = tuner.__module__.replace(".model", ".layer") if tuner else ""
-        layers = vars(import_module(place)).values() if place and find_spec(place) else ()
-        can = any(getattr(layer, "supports_lora_conversion", default) is not default for layer in layers)
-        if kind.value in CONVERTIBLE:
-            assert can, kind
-        assert ("(`peft.convert_to_lora`), or" in told) == (kind.value in CONVERTIBLE)
-        if kind.value in NO_WEIGHTS:
-            assert "merge_and_unload" not in told
 
 
 def test_variants_are_named(tmp_path, capsys):

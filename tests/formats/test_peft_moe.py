@@ -20,7 +20,6 @@ from tests.formats import twins
 from tests.formats.twins import our_outputs, outputs, peft_folder, peft_outputs
 from veneer.errors import AdapterError
 from veneer.formats import peft
-from veneer.formats.read import read
 
 HEAD = "base_model.model."
 EXPERTS = {
@@ -249,24 +248,16 @@ def test_unsloth_layout_in_config_is_used(made, tmp_path):
 def test_unsloth_file_without_layout_is_refused(made, tmp_path, marks):
     net = model("mixtral")
     path = grouped(copy(made, tmp_path / "a"), **MARKS[marks])
-    with pytest.raises(AdapterError, match="--moe-layout grouped_by_expert if that Unsloth trained it"):
+    with pytest.raises(AdapterError, match='"lora_B_layout": "grouped_by_expert" if that Unsloth trained it'):
         peft.read_folder(path, net)
-    told = read(path, base=net, moe_layout="grouped_by_expert").adapter
+    told = peft.read_folder(grouped(copy(made, tmp_path / "c"), lora_B_layout="grouped_by_expert", **MARKS[marks]), net)
     torch.testing.assert_close(our_outputs(net, told), made[1], rtol=1e-9, atol=1e-9)
-    other = read(path, base=net, moe_layout="rank_major").adapter
-    assert not torch.allclose(our_outputs(net, other), made[1], atol=1e-3)
-    peft.write_folder(told, tmp_path / "b", base=net)  # needs no word, and PEFT reads it right
+    peft.write_folder(told, tmp_path / "b", base=net)
     torch.testing.assert_close(our_outputs(net, peft.read_folder(tmp_path / "b", net)), made[1], rtol=1e-9, atol=1e-9)
     settings = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
     assert settings.pop("lora_B_layout", None) == ("rank_major" if marks == "base" else None)
     (tmp_path / "b" / "adapter_config.json").write_text(json.dumps(settings))  # PEFT warns of a key it does not know
     torch.testing.assert_close(peft_outputs(model("mixtral"), tmp_path / "b"), made[1], rtol=1e-9, atol=1e-9)
-
-
-def test_moe_layout_contradicting_the_file_is_refused(made, tmp_path):
-    path = grouped(copy(made, tmp_path / "a"), lora_B_layout="grouped_by_expert")
-    with pytest.raises(AdapterError, match="the file says lora_B_layout = grouped_by_expert"):
-        read(path, base=model("mixtral"), moe_layout="rank_major")
 
 
 # -- routers -----------------------------------------------------------------------------------------------------------

@@ -58,29 +58,6 @@ def test_two_adapters_in_one_file_are_refused_with_both_names(tmp_path, case, ki
     with pytest.raises(AdapterError) as caught:
         read(path)
     assert "holds 2 adapters: a (" in str(caught.value)
-    assert "--adapter-name" in str(caught.value)
-    if case.startswith("A of one"):
-        with pytest.raises(AdapterError, match=r"missing|without its partner"):
-            read(path, adapter_name="a")
-        return
-    found = read(path, adapter_name="b", alpha=ALPHA if kind == "file" else None)
-    (name,) = found.adapter.pairs
-    layer = 0 if "one module" in case else 1
-    want = pair(layer, seed=2)
-    assert name == AT.format(layer).removeprefix("base_model.model.")
-    assert torch.equal(found.adapter.pairs[name].A, want[f"{AT.format(layer)}.lora_A.weight"])
-    assert torch.equal(found.adapter.pairs[name].B, want[f"{AT.format(layer)}.lora_B.weight"])
-    assert found.adapter.pairs[name].scale == ALPHA / R
-
-
-def test_unknown_adapter_error_lists_known_ones(tmp_path):
-    path = tmp_path / "both.safetensors"
-    save_file(SEVERAL["two on one module"], path)
-    with pytest.raises(AdapterError, match=r"called 'c'; there are a \(2 tensors\), b \(2 tensors\)"):
-        read(path, adapter_name="c")
-    save_file(pair(0), path)
-    with pytest.raises(AdapterError, match="no names in its keys"):
-        read(path, adapter_name="c")
 
 
 def test_a_named_adapter_beside_one_without_a_name_is_two(tmp_path):
@@ -123,13 +100,11 @@ def test_torchtune_checkpoint_is_refused_with_a_fix(tmp_path):
 def test_the_options_reach_the_reader_from_the_command_line(tmp_path, capsys):
     from tests.cli.run import run
 
-    path = tmp_path / "both.safetensors"
-    save_file(SEVERAL["two on disjoint modules"], path)
-    seen = run(capsys, "adapter", "inspect", str(path))
-    assert seen.code == 2
-    assert "holds 2 adapters" in seen.out + seen.err
+    path = tmp_path / "alone.safetensors"
+    save_file(pair(0), path)
+    assert run(capsys, "adapter", "inspect", str(path)).code == 2
     for command in (("inspect",), ("verify",), ("convert", "--to", "peft", "-o", str(tmp_path / "out"))):
-        seen = run(capsys, "adapter", command[0], str(path), *command[1:], "--adapter-name", "a", "--alpha", "2")
+        seen = run(capsys, "adapter", command[0], str(path), *command[1:], "--alpha", "2")
         assert seen.code == 0, seen.out + seen.err
     folder(tmp_path / "p", pair(0), "adapter_model.bin")
     for name in ("inspect", "verify"):

@@ -13,7 +13,7 @@ import typer
 from veneer.cli import adapter_mix
 from veneer.cli.adapter_convert import convert_command
 from veneer.cli.adapter_merge import merge_command
-from veneer.cli.options import AdapterArgument, AdapterName, Alpha, AsJson, FromPickle, MoeLayout, ShowAll
+from veneer.cli.options import AdapterArgument, Alpha, AsJson, FromPickle, ShowAll
 from veneer.cli.output import cut_list, everything, field, print_json, print_table, say
 from veneer.errors import BaseError
 
@@ -24,8 +24,6 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help="Inspect, ver
 def inspect(
     name: AdapterArgument,
     from_pickle: FromPickle = False,
-    moe_layout: MoeLayout = "",
-    adapter_name: AdapterName = "",
     alpha: Alpha = None,
     show_all: ShowAll = False,
     as_json: AsJson = False,
@@ -40,8 +38,6 @@ def inspect(
     inspection = inspected(
         name,
         from_pickle=from_pickle,
-        moe_layout=moe_layout,
-        adapter_name=adapter_name,
         alpha=alpha,
     )
     if as_json:
@@ -136,8 +132,6 @@ def verify(
         str | None, typer.Option("--base", help="Also check that the adapter fits this base and changes its output.")
     ] = None,
     from_pickle: FromPickle = False,
-    moe_layout: MoeLayout = "",
-    adapter_name: AdapterName = "",
     alpha: Alpha = None,
     show_all: ShowAll = False,
     as_json: AsJson = False,
@@ -159,7 +153,7 @@ def verify(
             fix = f"omit --base; whether it fits, `veneer image --base {base} --adapter {name}` says before it draws"
             raise BaseError("this is an image base, and effects are measured on texts", where=str(folder), fix=fix)
         loaded = load_text(base, say=say)
-    checks = check(name, loaded, from_pickle=from_pickle, moe_layout=moe_layout, adapter_name=adapter_name, alpha=alpha)
+    checks = check(name, loaded, from_pickle=from_pickle, alpha=alpha)
     good = all(c.ok is not False for c in checks)
     if as_json:
         rows = [{"check": c.name, "ok": c.ok, "detail": c.detail} for c in checks]

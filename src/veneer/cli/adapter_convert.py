@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from veneer.cli.options import AdapterName, Alpha, AsJson, FromPickle, MoeLayout, ShowAll, WrittenDtype
+from veneer.cli.options import Alpha, AsJson, FromPickle, ShowAll, WrittenDtype
 from veneer.cli.output import cut_list, everything, print_json, say
 
 if TYPE_CHECKING:
@@ -35,8 +35,6 @@ def convert_command(
         bool, typer.Option("--allow-partial", help="Convert the readable tensors, and list the others.")
     ] = False,
     from_pickle: FromPickle = False,
-    moe_layout: MoeLayout = "",
-    adapter_name: AdapterName = "",
     alpha: Alpha = None,
     show_all: ShowAll = False,
     as_json: AsJson = False,
@@ -59,8 +57,6 @@ def convert_command(
         allow_partial=allow_partial,
         log=say,
         from_pickle=from_pickle,
-        moe_layout=moe_layout,
-        adapter_name=adapter_name,
         alpha=alpha,
     )
     reading, done = converted.reading, converted.written

@@ -26,11 +26,6 @@ AdapterArguments = Annotated[
 FromPickle = Annotated[
     bool, typer.Option("--from-pickle", help="Also read .bin and .pt files, with torch's weights-only loader.")
 ]
-MoeLayout = Annotated[
-    str,
-    typer.Option("--moe-layout", help="Layout of experts' B in Unsloth files: rank_major or grouped_by_expert."),
-]
-AdapterName = Annotated[str, typer.Option("--adapter-name", help="Adapter to use, if a file contains several.")]
 Alpha = Annotated[
     float | None,
     typer.Option("--alpha", help="Alpha of training, if the file does not state it; for rsLoRA alpha × √rank."),

@@ -1,8 +1,8 @@
 """Parse tensor names: module and suffix, adapter name, and the tool's layout.
 
     key = module text + suffix    `split_key`: all tools' suffixes, by role; leaves.py has their meaning
-    lora_A.NAME.weight            `one_adapter`: before saving, PEFT's keys have the adapter's name; a state dict
-                                  taken from a model has such keys, and can hold several adapters
+    lora_A.NAME.weight            `check_one_adapter`: before saving, PEFT's keys have the adapter's name; a state
+                                  dict taken from a model has such keys, and can hold several adapters
     layout                        `detect_format`: the tool, and why. For information only: a file with
                                   names of several tools is read all the same
 
@@ -26,9 +26,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import TypeVar
 
-from veneer.errors import AdapterError, nearest
+from veneer.errors import AdapterError
 
 ROLES: dict[str, str] = {
     "A": r"lora_A(?:\.[^.]+)?\.weight|(?:lora_|lora\.|lora_linear_layer\.)?down\.weight",
@@ -71,54 +70,19 @@ def split_key(key: str) -> tuple[str, str] | None:
     return None if match is None else (match["module"], match["suffix"])
 
 
-T = TypeVar("T")
-
 _NAMED = re.compile(
-    r"(?P<before>.+\.(?:lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|modules_to_save))"
-    r"(?:\.(?!weight$|bias$)(?P<name>[^.]+))?(?P<after>(?:\.[^.]+)*)"
+    r".+\.(?:lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|modules_to_save)"
+    r"(?:\.(?!weight$|bias$)(?P<name>[^.]+))?(?:\.[^.]+)*"
 )
 
 
-def named_adapters(keys: Iterable[str]) -> Counter[str]:
-    """Return adapter name -> number of keys; "" for pairs without a name.
-
-    Empty if no key has a name."""
+def check_one_adapter(keys: Iterable[str], *, where: str = "") -> None:
+    """Raise AdapterError with all adapter names if the keys are those of several adapters."""
     counts = Counter(match["name"] or "" for key in keys if (match := _NAMED.fullmatch(key)))
-    return counts if set(counts) - {""} else Counter()
-
-
-def one_adapter(tensors: Mapping[str, T], requested: str = "", *, where: str = "") -> dict[str, T]:
-    """Return the tensors of the adapter `requested`, without its name in the keys.
-
-    Keys of other kinds are unchanged. Without `requested`, the file must hold one adapter, and no key changes.
-    Raises AdapterError with all adapter names, for several without `requested` and for a missing one."""
-    counts = named_adapters(tensors)
-    listing = ", ".join(f"{n or '(no name)'} ({count} tensors)" for n, count in sorted(counts.items()))
-    if not requested:
-        if len(counts) > 1:
-            raise AdapterError(
-                f"the file holds {len(counts)} adapters: {listing}",
-                where=where,
-                fix=f"--adapter-name {sorted(set(counts) - {''})[0]} (adapter_name=) picks one",
-            )
-        return dict(tensors)
-    if requested not in counts:
-        similar = nearest(requested, counts, 1)
-        raise AdapterError(
-            f"no adapter in the file is called {requested!r}; there {'is' if len(counts) == 1 else 'are'} "
-            + (listing or "no names in its keys"),
-            where=where,
-            fix=f"--adapter-name {similar[0]}" if similar else "leave --adapter-name out" if not counts else None,
-        )
-    out: dict[str, T] = {}
-    for key, tensor in tensors.items():
-        match = _NAMED.fullmatch(key)
-        if match is None:
-            out[key] = tensor
-        elif match["name"] == requested:
-            prefix = match["before"].removesuffix(".modules_to_save")
-            out[prefix + match["after"]] = tensor
-    return out
+    if len(counts) > 1:
+        listing = ", ".join(f"{n or '(no name)'} ({count} tensors)" for n, count in sorted(counts.items()))
+        fix = "save each adapter to its own file, as PEFT's save_pretrained does"
+        raise AdapterError(f"the file holds {len(counts)} adapters: {listing}", where=where, fix=fix)
 
 
 _RULES: tuple[tuple[str, str, str], ...] = (

@@ -139,21 +139,15 @@ def interpret(
     *,
     where: str | None = None,
     card: Card | None = None,
-    moe_layout: str = "",
 ) -> PeftAdapter:
-    """Interpret a configuration and tensors.
-
-    `moe_layout`: the layout of expert pairs' B, if the file does not state it (see the comment on expert
-    parameters). Raises the errors of `read_folder`."""
+    """Interpret a configuration and tensors. Raises the errors of `read_folder`."""
     if is_lycoris(config):
         return _lycoris(config, tensors, structure_of(base) if base is not None else Structure({}), where, card)
     parsed, problems = cfg.parse_config(config)
-    if moe_layout and parsed.b_layout not in ("", moe_layout):
-        problems.append(f"the file says lora_B_layout = {parsed.b_layout}, and the caller {moe_layout}")
     outline = structure_of(base) if base is not None else Structure({})
     wrapper_renaming = renaming((key.removeprefix(PREFIX) for key in tensors), outline.kinds)
     visible = outline.under(wrapper_renaming.to_file, wrapper_renaming.to_base) if wrapper_renaming else outline
-    reader = _Reader(parsed, visible, problems, layout=moe_layout, renaming=wrapper_renaming)
+    reader = _Reader(parsed, visible, problems, wrapper_renaming)
     if parsed.usable:
         try:
             reader.run(tensors)
@@ -212,7 +206,6 @@ class _Reader:
     config: cfg.PeftConfig
     base: Structure
     problems: list[str]
-    layout: str = ""
     renaming: Renaming | None = None
     """Renames the file's modules, if they are those of another class than the base's."""
     notes: list[str] = field(default_factory=list)
@@ -234,7 +227,7 @@ class _Reader:
         for site, parts in sites.items():
             name = site.replace(".base_layer", "")
             modules[name][site.count(".base_layer")] = parts
-        experts = ExpertReader(self.config, self.base, self.problems, self.layout)
+        experts = ExpertReader(self.config, self.base, self.problems)
         for name in sorted(modules):
             depths = modules[name]
             parameters = [] if self._is_plain(name, depths) else experts.parameters(name, len(depths))
@@ -296,7 +289,7 @@ class _Reader:
 
     def _sort_other(self, key: str, path: str, tensor: Tensor, remaining: dict[str, Tensor]) -> None:
         shape = tuple(tensor.shape)
-        if self.config.velora and path.endswith(".lora_velora_embed"):
+        if path.endswith(".lora_velora_embed"):
             if not any(note.startswith("VeLoRA") for note in self.notes):
                 self.notes.append("VeLoRA's lora_velora_embed, which only the backward pass reads, is ignored")
         elif ".lora_" in path:
@@ -658,14 +651,13 @@ _SWAPPED_SINCE = (0, 19, 1)
 class ExpertReader:
     """Reads pairs of expert parameters.
 
-    `layout`: the caller's layout of B's columns, "" if unknown. `problems` collects faults."""
+    `problems` collects faults."""
 
     config: cfg.PeftConfig
     base: Structure
     problems: list[str]
-    layout: str = ""
     unclear: list[str] = field(default_factory=list)
-    """Parameters whose layout of B only the caller knows."""
+    """Parameters whose layout of B the file does not state."""
 
     def parameters(self, name: str, count: int) -> list[str]:
         """Return the parameters of module `name` in target_parameters, in PEFT's order.
@@ -736,13 +728,10 @@ class ExpertReader:
         return {full: Pair(A3.contiguous(), B3.contiguous(), scale, "experts")}
 
     def _by_expert(self, full: str, B: Tensor, experts: int, rank: int) -> Tensor:
-        """(out, r·E) -> (E, out, r), in the layout of the file or the caller.
-
-        Default: PEFT's layout."""
-        message = self.config.b_layout or self.layout
-        if experts > 1 and rank > 1 and not message and self.config.unsloth:
+        """(out, r·E) -> (E, out, r), in the file's layout, by default PEFT's."""
+        if experts > 1 and rank > 1 and not self.config.b_layout and self.config.unsloth:
             self.unclear.append(full)
-        if message == cfg.GROUPED:
+        if self.config.b_layout == cfg.GROUPED:
             return B.view(B.shape[0], experts, rank).permute(1, 0, 2)
         return B.view(B.shape[0], rank, experts).permute(2, 0, 1)
 
@@ -779,9 +768,8 @@ class ExpertReader:
             self.problems.append(
                 f"{len(self.unclear)} expert parameter(s) ({', '.join(self.unclear[:3])}, …) of a file with Unsloth's "
                 f"marks ({self.config.unsloth}) and without lora_B_layout: Unsloth before 2026-09-17 grouped B's "
-                "columns by expert, later versions and PEFT by rank, with the same shapes. Say which: "
-                f"--moe-layout {cfg.GROUPED} if that Unsloth trained it, --moe-layout {cfg.RANK_MAJOR} otherwise "
-                "(`veneer adapter convert --to peft` with it writes a file that says it itself)"
+                f"columns by expert, later versions and PEFT by rank, with the same shapes. Add to {CONFIG_FILE}: "
+                f'"lora_B_layout": "{cfg.GROUPED}" if that Unsloth trained it, "{cfg.RANK_MAJOR}" otherwise'
             )
 
 

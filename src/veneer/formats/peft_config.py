@@ -40,45 +40,14 @@ GROUPED, RANK_MAJOR = "grouped_by_expert", "rank_major"
 
 See formats/peft.py."""
 
-REFUSED: dict[str, str] = {  # a value other than null or false changes what the adapter does
-    "alora_invocation_tokens": "aLoRA switches the adapter on in the middle of a text, at its invocation tokens; "
-    "no fixed change of weights does that. Train it as plain LoRA",
-    "arrow_config": "Arrow routes between several adapters by token. Use its adapters one by one, or as a mix",
-    "enable_lora": "a MergedLinear of PEFT before 0.3 trains some of a fused projection's parts. Load and save it with "
-    "that PEFT's `merge_and_unload`, and use the result as a base",
-    "kasa_config": "KaSA cuts the smallest singular values out of the base, so the adapter does not fit the untouched "
-    "base. Merge it with PEFT (`merge_and_unload`) and use the result as a base",
-    "layer_replication": "the adapter expects a base whose layers are repeated. Build that base first, save it, and "
-    "save the adapter without layer_replication",
-    "megatron_config": "Megatron's parallel layers are not supported. Save the adapter from the unsharded model",
-    "monteclora_config": "MonteCLoRA samples the weights at random. Save its mean as plain LoRA",
-    "nvfp4_merge_aware": "it was trained on the base rounded to NVFP4 after every merge, Q(W + s·B·A), so on an "
-    "unrounded base the model differs. Merge it with Axolotl (`axolotl merge-lora`) and use the result as a base",
-    "nvfp4_merge_aware_latent_mix": "see nvfp4_merge_aware",
-    "paca_config": "PaCA trains columns of the base's own weights, and the pairs do not say which. Merge it with PEFT",
-    "use_paca": "PaCA trains columns of the base's own weights, and the pairs do not say which. Merge it with PEFT",
-    "nora_config": "NoRA normalises A anew in every forward, so the pairs are not B·A. Merge it with PEFT",
-    "use_nora": "NoRA normalises A anew in every forward, so the pairs are not B·A. Merge it with PEFT",
-    "use_bdlora": "BD-LoRA stores blocks of A and B. Convert it to plain LoRA with PEFT (`convert_to_lora`)",
-    "use_qalora": "QA-LoRA pools the inputs in front of A. Merge it with PEFT (`merge_and_unload`)",
-}
+UNSUPPORTED = {  # a value other than null or false changes what the adapter does
+    "alora_invocation_tokens", "arrow_config", "enable_lora", "kasa_config", "layer_replication", "megatron_config",
+    "monteclora_config", "nora_config", "nvfp4_merge_aware", "nvfp4_merge_aware_latent_mix", "paca_config",
+    "use_bdlora", "use_nora", "use_paca", "use_qalora",
+}  # fmt: skip
 
 _MUTATING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq", "astra")
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
-
-
-CONVERTIBLE = frozenset(
-    {"C3A", "DELORA", "FOURIERFT", "GRALORA", "LOHA", "LOKR", "MISS", "PSOFT", "RANDLORA", "TINYLORA", "UNILORA"}
-    | {"VBLORA", "VERA", "WAVEFT"}
-)
-"""Types that PEFT 0.21 can convert.
-
-Their `supports_lora_conversion` is not False."""
-NO_WEIGHTS = frozenset(
-    {"ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "POLY", "PREFIX_TUNING"}
-    | {"PROMPT_TUNING", "SHADOW", "XLORA"}
-)
-"""Types that change activations or route between adapters."""
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 """Modules that PEFT adds to modules_to_save for a task.
 
@@ -117,10 +86,6 @@ class PeftConfig:
     """Layout of expert pairs' B, if the file states it: RANK_MAJOR or GROUPED."""
     unsloth: str = ""
     """What shows that Unsloth wrote the configuration."""
-    velora: bool = False
-    """VeLoRA compressed saved activations in training.
-
-    Its group means are not part of the adapter."""
     stamps: dict[str, Any] = field(default_factory=dict)
     usable: bool = True
     """False if a pattern does not compile, so that nothing can be matched."""
@@ -156,39 +121,29 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def conversion_advice(kind: Any) -> str:
-    """Return what PEFT can do with an adapter of another type."""
-    merge = "merge it with PEFT (`merge_and_unload`) and use the merged model as a base"
-    if not isinstance(kind, str):
-        return "Give the folder that PEFT's `save_pretrained` wrote"
-    if kind in CONVERTIBLE:
-        return f"Convert it with PEFT (`peft.convert_to_lora`), or {merge}"
-    if kind in NO_WEIGHTS:
-        return "It changes no weights that a pair or a merge could hold: serve it with PEFT, or train a LoRA instead"
-    if kind == "LILY":
-        return "PEFT can neither convert nor merge it: serve it with PEFT, or train a LoRA instead"
-    return f"PEFT's `convert_to_lora` does not take it: {merge}"
-
-
 def parse_config(raw: Mapping[str, Any]) -> tuple[PeftConfig, list[str]]:
     """Return the configuration and a list of problems, one line each."""
     problems: list[str] = []
     kind = raw.get("peft_type")
     if kind != "LORA":
         return PeftConfig(usable=False), [
-            f"peft_type is {shown(repr(kind)[:40])}, and only 'LORA' is read. {conversion_advice(kind)}"
+            f"peft_type is {shown(repr(kind)[:40])}, and only LORA, LOHA and LOKR are read. Convert it with PEFT "
+            "(`peft.convert_to_lora`), or merge it (`merge_and_unload`)"
         ]
-    supported = set(FIELDS) | IGNORED | set(REFUSED) | {"peft_type", "init_lora_weights"}
+    supported = set(FIELDS) | IGNORED | UNSUPPORTED | {"peft_type", "init_lora_weights"}
     stamps = {key: raw[key] for key in sorted(set(raw) - supported) if _STAMP.fullmatch(key)}
     for i, key in enumerate(sorted(set(raw) - supported - set(stamps))):
         similar = nearest(key, supported, 1) if i < 20 else []
         hint = f", did you mean {similar[0]!r}?" if similar else ""
         problems.append(f"unknown key {key!r} = {shown(str(raw[key])[:60])}{hint} (it may change the adapter's effect)")
-    for key, reason in REFUSED.items():
+    for key in sorted(UNSUPPORTED):
         if raw.get(key):
-            problems.append(f"{key} = {shown(str(raw[key])[:60])}: {reason}")
+            problems.append(
+                f"{key} = {shown(str(raw[key])[:60])}: not supported, and it changes the adapter's effect. Merge the "
+                "adapter with the tool that trained it, or train it as plain LoRA"
+            )
     problems += _init_problems(raw.get("init_lora_weights", True))
-    config = PeftConfig(stamps=stamps, unsloth=unsloth_marks(raw), velora=bool(raw.get("velora_config")))
+    config = PeftConfig(stamps=stamps, unsloth=unsloth_marks(raw))
     for key, (attribute, check) in FIELDS.items():
         if key not in raw or (raw[key] is None and key not in ("r", "lora_alpha")):
             continue

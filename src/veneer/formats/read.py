@@ -26,7 +26,7 @@ from veneer.formats import peft
 from veneer.formats import peft_config as cfg
 from veneer.formats.folder import CONFIG_FILE, CONFIG_KEY, tensor_file
 from veneer.formats.fused import split, swap_halves
-from veneer.formats.keys import detect_format, one_adapter, split_key
+from veneer.formats.keys import check_one_adapter, detect_format, split_key
 from veneer.formats.metadata import card_from_metadata, family_in_metadata, json_value, unpack_configs
 from veneer.formats.module_tensors import ModuleChanges, changes_by_module, fitted, read_module, widened
 from veneer.formats.names import FamilyChoice, choose_family, closest_name, has_image_names
@@ -254,8 +254,6 @@ class ReadOptions(TypedDict, total=False):
     """Facts about a file that the caller can provide: see `read`."""
 
     from_pickle: bool
-    moe_layout: str
-    adapter_name: str
     alpha: float | None
     assume_scale: bool
 
@@ -267,22 +265,18 @@ def read(
     from_pickle: bool = False,
     base: peft.BaseLike = None,
     family: str | None = None,
-    moe_layout: str = "",
-    adapter_name: str = "",
     alpha: float | None = None,
     assume_scale: bool = False,
 ) -> Reading:
     """Read the adapter in a file or folder of any tool.
 
     `base` (a model, its outline, or module names) is checked against, and gives flat LoHa and LoKr their shapes.
-    `family`: the base's, taken where the names are those of several families alike. `moe_layout`: how expert pairs' B
-    is laid out, where a file does not say (formats/peft.py). `adapter_name`: the one to take of several in one
-    file. A file in PEFT's names with an adapter_config.json beside it is read by that; without one, its scale is
-    `alpha`'s. `alpha`: the trained one, of modules whose alpha the file does not state. `assume_scale`: take alpha for
-    the rank there and list the modules in `Reading.assumed_scale`; for reports, never to use the adapter.
-    Pickles are read only with `from_pickle`. Raises one AdapterError listing every tensor that is unused, unpaired, not
-    understood, or lands where another has; one for a scale that is neither in the file nor given; UnsafeFileError for
-    pickles and headers that lie."""
+    `family`: the base's, taken where the names are those of several families alike. A file in PEFT's names with an
+    adapter_config.json beside it is read by that; without one, its scale is `alpha`'s. `alpha`: the trained one, of
+    modules whose alpha the file does not state. `assume_scale`: take alpha for the rank there and list the modules
+    in `Reading.assumed_scale`; for reports, never to use the adapter. Pickles are read only with `from_pickle`.
+    Raises one AdapterError listing every tensor that is unused, unpaired, not understood, or lands where another
+    has; one for a scale that is neither in the file nor given; UnsafeFileError for pickles and headers that lie."""
     location = Path(path)
     opened: peft.PeftFolder | None = None
     path = location if location.is_dir() and (location / CONFIG_FILE).is_file() else tensor_file(location, from_pickle)
@@ -299,8 +293,8 @@ def read(
         if isinstance(config := json_value(metadata, CONFIG_KEY), dict):
             opened = peft.PeftFolder(config, dict(tensors), None, in_file=True)
     if opened is not None:
-        return _from_peft(opened, path, base, family, moe_layout, adapter_name, alpha)
-    tensors = one_adapter(tensors, adapter_name, where=str(path))
+        return _from_peft(opened, path, base, family, alpha)
+    check_one_adapter(tensors, where=str(path))
     reading = read_state_dict(
         tensors, metadata, where=str(path), allow_partial=allow_partial, base=base, family=family, alpha=alpha
     )
@@ -356,8 +350,6 @@ def _from_peft(
     path: Path,
     base: peft.BaseLike,
     requested: str | None,
-    moe_layout: str,
-    adapter_name: str,
     alpha: float | None,
 ) -> Reading:
     """Read a PEFT folder by PEFT's rules.
@@ -365,7 +357,8 @@ def _from_peft(
     If its names are those of an image family's denoiser, returns canonical names."""
     where = str(path)
     _refuse_alpha(alpha, where)
-    tensors = one_adapter(opened.tensors, adapter_name, where=where)
+    tensors = opened.tensors
+    check_one_adapter(tensors, where=where)
     texts: dict[str, dict[str, str]] = defaultdict(dict)
     for key in sorted(tensors):
         if parts := split_key(key):
@@ -376,7 +369,7 @@ def _from_peft(
     targets = {text: choice.lookup(text) for text in texts}
     placed = bool(texts) and all(target is not None for target in targets.values())
     own_base = None if placed else base
-    loaded = peft.interpret(opened.config, tensors, own_base, where=where, card=opened.card, moe_layout=moe_layout)
+    loaded = peft.interpret(opened.config, tensors, own_base, where=where, card=opened.card)
     source = "a folder with" if path.is_dir() else "a file with PEFT's names next to"
     source = "a file of veneer's with its" if opened.in_file else source
     reasons = [f"{source} {CONFIG_FILE}", *([opened.reason] if opened.reason else [])]
@@ -486,8 +479,6 @@ def read_state_dict(
                 own_alpha = alpha
                 unstated.append(text)
             changes = read_module(suffixes, alpha=own_alpha, rslora=rslora, where=text)
-            if base is None and not configs and (swapped := _swapped(changes, metadata)):
-                raise AdapterError(swapped)
             wrong = collector.add(text, changes, target, keys, blocks=text in blocks)
         except AdapterError as error:
             wrong = [f"{text}: {error.what}"]
@@ -537,23 +528,6 @@ def _without_family(choice: FamilyChoice, targets: Mapping[str, Sequence[ModuleT
     label = choice.family.label if choice.family else " or ".join(choice.nearest) or "any family known here"
     message = f"{len(lacking)} module names are none of {label} ({lacking[0]}): read under the file's own names"
     return FamilyChoice(None, choice.covered, (*choice.reasons, message))
-
-
-def _swapped(changes: ModuleChanges, metadata: Mapping[str, str]) -> str | None:
-    """Return a problem if a pair's A and B seem exchanged, else None.
-
-    The sign of this is a rank above the weight's rows and columns, both equal. A file that states its rank,
-    or that veneer wrote, is trusted."""
-    pair = changes.pair
-    if pair is None or pair.kind != "linear" or "veneer.card" in metadata:
-        return None
-    (rank, into), out = pair.A.shape, pair.B.shape[0]
-    if into != out or rank <= out or metadata.get("ss_network_dim") == str(rank):
-        return None
-    return (
-        f"A {tuple(pair.A.shape)}, B {tuple(pair.B.shape)}: rank {rank} on a weight of {out} × {into}: A and B have "
-        "changed places, or the file does not say its rank (ss_network_dim)"
-    )
 
 
 def _fill_card(adapter: Adapter, *, text: bool) -> None:
