@@ -62,12 +62,10 @@ def test_every_subcommand_gives_json(capsys: Any, adapters: list[Path], tmp_path
     assert result(capsys, "pull", str(tmp_path / "there"), "copy")["version"]["digest"] == found_digest(
         capsys, "support"
     )
-    assert result(capsys, "export", "all.tar")["versions"] == ["copy@1", "support@1", "support@2"]
     assert result(capsys, "remove", "support@1")["removed"] == ["support@1"]
     assert result(capsys, "gc", "--grace", "0", "--dry-run")["entries"] == 2
     assert result(capsys, "gc", "--grace", "0")["entries"] == 2
     assert result(capsys, "verify")["ok"] is True
-    assert result(capsys, "--at", "other", "import", "all.tar")["new"] == ["copy@1", "support@1", "support@2"]
 
 
 def found_digest(capsys: Any, reference: str) -> str:
@@ -152,7 +150,7 @@ def test_help_loads_no_database_and_shows_an_example(capsys: Any) -> None:
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     names = ["add", "list", "show", "search", "tag", "untag", "alias", "mix", "remove", "verify", "gc", "pull", "push"]
-    for name in [*names, "export", "import"]:
+    for name in names:
         assert f"Example: veneer library {name}" in run(capsys, "library", name, "--help").out
 
 

@@ -22,7 +22,6 @@ from veneer.library.names import (
     parse_tuned,
     tuned_of,
 )
-from veneer.library.transfer import export_to, import_from
 
 NOT_NAMES = ["", "A", "../x", "a/b/c", "/a", "a/", "a//b", "./a", "a/.b", "A/b", "x.json/a", "con/a", "a..b/c"]
 NOT_NAMES += ["a..b", ".a", "a.", "-a", "a:1", "con", "ü", "a" * 101, "a\n", "a b", "~"]
@@ -101,10 +100,6 @@ def test_names_in_namespaces_are_separate_names(library: Library, tmp_path: Path
         library.find("acne/support")
     assert "acme/support" in str(near.value.fix)
     assert verify_library(library).ok
-    export_to(library, tmp_path / "out.tar", ["acme/support"])
-    with open_library(tmp_path / "other") as other:
-        assert import_from(other, tmp_path / "out.tar", describe=read_made).new == ["acme/support@1", "acme/support@2"]
-        assert other.find("acme/support@prod").entry == entries["acme/support@prod"]
     rebuild(library.location, str(library.engine.url.render_as_string(hide_password=False)))
     assert {r: library.find(r).entry for r in entries} == entries
     assert library.remove("acme/support", with_aliases=True) == [

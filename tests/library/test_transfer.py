@@ -1,19 +1,16 @@
-"""Push, pull, export, import. The hub is a fake in place of huggingface_hub's HfApi: folders, one commit id each."""
+"""Push and pull. The hub is a fake in place of huggingface_hub's HfApi: folders, one commit id each."""
 
 from __future__ import annotations
 
-import hashlib
-import io
 import shutil
-import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tests.library.made import adapter_bytes, made, open_made, read_made
+from tests.library.made import made, open_made, read_made
 from veneer.errors import AdapterError, ConfigError
 from veneer.library import transfer
 from veneer.library.describe_files import AdapterDescription
@@ -133,118 +130,6 @@ def test_an_interrupted_push_is_refused(own: Library, other: Library, tmp_path: 
         transfer.pull(other, str(tmp_path / "there"), describe=read_folder)
     with pytest.raises(AdapterError, match="there is no file or folder"):
         transfer.pull(other, str(tmp_path / "nowhere"))
-
-
-def filled(library: Library, tmp_path: Path) -> None:
-    library.add(peft_like(tmp_path / "in"), "support", tags=["t"], describe=read_folder)
-    library.add(made(tmp_path / "1", 1, name="My Style.safetensors"), "support", describe=read_folder)
-    library.add(made(tmp_path / "2", 2), "other", describe=read_folder)
-    library.alias("support@1", "prod")
-
-
-def rewritten(source: Path, change: Callable[[str, bytes], bytes | None]) -> Path:
-    """A copy of a tar file in which `change` gives the bytes of each member, None for no such member."""
-    target = source.with_name(f"changed-{source.name}")
-    with tarfile.open(source) as old, tarfile.open(target, "w") as new:
-        for member in old.getmembers():
-            data = change(member.name, old.extractfile(member).read())
-            if data is not None:
-                member.size = len(data)
-                new.addfile(member, io.BytesIO(data))
-    return target
-
-
-def test_exports_are_complete_and_reproducible(own: Library, other: Library, tmp_path: Path) -> None:
-    filled(own, tmp_path)
-    target = tmp_path / "out.tar"
-    transfer.export_to(own, target)
-    done = transfer.import_from(other, target, describe=read_folder)
-    assert done.new == ["other@1", "support@1", "support@2"]
-    assert done.notes == []
-
-    def known(library: Library) -> list[tuple[object, ...]]:
-        return [(v.reference, v.entry, v.digest, v.tags, v.aliases) for v in library.search(all_versions=True)]
-
-    assert known(other) == known(own)
-    again = transfer.import_from(other, target, describe=read_folder)
-    assert (again.new, len(again.existing)) == ([], 3)
-    transfer.export_to(own, tmp_path / "twice.tar")
-    assert (tmp_path / "twice.tar").read_bytes() == target.read_bytes()
-    with pytest.raises(AdapterError, match="the target already exists"):
-        transfer.export_to(own, target)
-    with pytest.raises(ConfigError, match=r"out\.tar"):
-        transfer.export_to(own, tmp_path / "out")
-
-
-def test_an_export_of_some_versions(own: Library, other: Library, tmp_path: Path) -> None:
-    filled(own, tmp_path)
-    done = transfer.export_to(own, tmp_path / "some.tar", ["support@prod"])
-    assert done.versions == ["support@1"]
-    transfer.import_from(other, tmp_path / "some.tar", describe=read_folder)
-    assert [v.aliases for v in other.search()] == [["prod"]]
-
-
-def test_an_import_renumbers_and_moves_no_alias(own: Library, other: Library, tmp_path: Path) -> None:
-    filled(own, tmp_path)
-    transfer.export_to(own, tmp_path / "x.tar", ["support"])
-    other.add(made(tmp_path / "9", 9), "support", describe=read_folder)
-    other.alias("support@1", "prod")
-    done = transfer.import_from(other, tmp_path / "x.tar", describe=read_folder)
-    assert done.new == ["support@2", "support@3"]
-    assert "support@prod stays at support@1" in done.notes
-    assert "support@1 of the export is support@2 here" in done.notes
-    assert transfer.import_from(other, tmp_path / "x.tar", describe=read_folder).new == []
-
-
-def test_a_changed_or_missing_file_of_an_export_is_refused(own: Library, other: Library, tmp_path: Path) -> None:
-    filled(own, tmp_path)
-    transfer.export_to(own, tmp_path / "x.tar")
-    h = hashlib.sha256(adapter_bytes(2)).hexdigest()
-    for instead, why in ((adapter_bytes(3), f"not {h}"), (None, "missing in the export")):
-        wrong = rewritten(tmp_path / "x.tar", lambda name, data, new=instead: new if name.endswith(h) else data)
-        with pytest.raises(AdapterError, match=why):
-            transfer.import_from(other, wrong, describe=read_folder)
-        assert other.search() == []
-
-
-def test_a_digest_that_differs_is_refused(own: Library, other: Library, tmp_path: Path) -> None:
-    filled(own, tmp_path)
-    transfer.export_to(own, tmp_path / "x.tar", ["other"])
-    digest = own.find("other").digest.encode()
-    wrong = rewritten(tmp_path / "x.tar", lambda name, data: data.replace(digest, b"sha256:" + b"0" * 64))
-    with pytest.raises(AdapterError, match="the export says sha256:000"):
-        transfer.import_from(other, wrong, describe=read_folder)
-    assert other.search() == []
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        (b'"name":"other"', b'"name":"../../x"'),
-        (b'"entry":"', b'"entry":"../'),
-        (b'"tags":[]', b'"tags":["a b"]'),
-        (b"{", b"["),
-    ],
-)
-def test_an_unsafe_record_is_refused(own: Library, other: Library, tmp_path: Path, old: bytes, new: bytes) -> None:
-    filled(own, tmp_path)
-    transfer.export_to(own, tmp_path / "x.tar", ["other"])
-    wrong = rewritten(
-        tmp_path / "x.tar", lambda name, data: data.replace(old, new, 1) if name.startswith("names/") else data
-    )
-    assert wrong.read_bytes() != (tmp_path / "x.tar").read_bytes()
-    with pytest.raises((AdapterError, ConfigError)):
-        transfer.import_from(other, wrong, describe=read_folder)
-    assert other.search() == []
-
-
-def test_other_tar_files_are_refused_and_not_extracted(other: Library, tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "evil.tar", "w") as tar:
-        tar.add(made(tmp_path, 1), "../../escaped")
-    for path in (tmp_path / "evil.tar", made(tmp_path, 2, name="noise.tar"), tmp_path / "none.tar"):
-        with pytest.raises(AdapterError):
-            transfer.import_from(other, path)
-    assert not list(tmp_path.parent.parent.glob("escaped"))
 
 
 def test_a_peft_folder_is_described_by_its_reader(tmp_path: Path) -> None:

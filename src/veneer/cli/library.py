@@ -354,34 +354,3 @@ def push(
 
     where = transfer.push(library, reference, place, public=public)
     return Result({"reference": reference, "place": where}, where)
-
-
-@library_command("export", "veneer library export adapters.tar support billing@prod")
-def export(
-    library: Library,
-    target: Annotated[Path, typer.Argument(help="A new .tar file.", show_default=False)],
-    references: Annotated[
-        list[str] | None, typer.Argument(help="Names or versions; default: everything.", show_default=False)
-    ] = None,
-) -> Result:
-    """Write adapters with names, tags and aliases to one file.
-
-    Equal content gives equal bytes."""
-    from veneer.library import transfer
-
-    done = transfer.export_to(library, target, references or ())
-    text = f"{done.path}: {len(done.versions):,} versions, {done.files:,} files, {done.bytes:,} bytes"
-    return Result({**vars(done), "path": str(done.path)}, text)
-
-
-@library_command("import", "veneer library import adapters.tar")
-def import_(
-    library: Library,
-    source: Annotated[Path, typer.Argument(help="A file from `veneer library export`.", show_default=False)],
-) -> Result:
-    """Add the adapters of an export, and verify each file."""
-    from veneer.library import transfer
-
-    done = transfer.import_from(library, source)
-    lines = [f"new: {', '.join(done.new) or 'none'}; here already: {len(done.existing):,}"]
-    return Result(vars(done), "\n".join([*lines, *(f"note: {note}" for note in done.notes)]))
