@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -57,8 +56,7 @@ class MergeReport:
     delta_kept: ⟨W'−W, Δ⟩/‖Δ‖²; 1 means all of the delta, on average.
     untied: the head no longer shares the embedding's weight, because the mix changes only one of them.
     rounding: the rounding method.
-    seen: nf4, … if the base's weights are dequantized.
-    difference: the result of `compare_merges`."""
+    seen: nf4, … if the base's weights are dequantized."""
 
     folder: str = ""
     base: str = ""
@@ -72,7 +70,6 @@ class MergeReport:
     untied: bool = False
     rounding: str = "nearest"
     seen: str = ""
-    difference: dict[str, Any] = field(default_factory=dict, repr=False)
     bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -111,7 +108,6 @@ def merge(
     *,
     dtype: str | None = None,
     allow_other_base: bool = False,
-    difference: Mapping[str, Difference] | None = None,
     seed: int | None = None,
     accept_loss: bool = True,
 ) -> MergeReport:
@@ -124,7 +120,6 @@ def merge(
         which an adapter trained over that base has seen.
     adapters: folders, files or names, each optionally with ":strength".
     dtype: float32, bfloat16 or float16; by default the dtype in which the base is loaded.
-    difference: the result of `compare_merges`, for the report.
     seed: round stochastically, without bias (core.rounding), with this seed.
     accept_loss: if False, refuse a merge in which rounding loses half of the change or more.
 
@@ -140,7 +135,6 @@ def merge(
         report.adapters = [{"name": n, "strength": s, "digest": attachment.adapters[n].digest()} for n, s in strengths]
         model = merged_model(base.model, mix, target, report, seed)
     report.check(accept_loss, "--dtype float32, --stochastic 0")
-    report.difference = {name: asdict(values) for name, values in (difference or {}).items()}
     try:
         with as_veneer_errors(folder), new_folder(folder) as temporary, errors_only():
             model.save_pretrained(temporary, max_shard_size="5GB")
@@ -152,104 +146,6 @@ def merge(
             raise ResourceError("no room to write; nothing was changed", where=str(folder)) from error
         raise
     return report
-
-
-# -- what a merge loses ------------------------------------------------------------------------------------------------
-
-
-class HeldOutRow(Protocol):
-    """A held-out row: its tokens, and which of them are answers."""
-
-    @property
-    def input_ids(self) -> Sequence[int]: ...
-    @property
-    def trained(self) -> Sequence[bool]: ...
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A merged model compared with the unmerged adapters on their base.
-
-    Measured on `tokens` trained tokens of held-out rows. kl: mean KL(unmerged ‖ merged) in nats per token.
-    kl_most: the largest. agree: share of tokens with the same most likely token. loss, unmerged_loss,
-    base_loss: nats per token; base_loss is without adapters."""
-
-    tokens: int
-    kl: float
-    kl_most: float
-    agree: float
-    loss: float
-    unmerged_loss: float
-    base_loss: float
-
-    @property
-    def kept(self) -> float:
-        """Share of the adapters' gain over the base that the merged model keeps."""
-        improvement = self.base_loss - self.unmerged_loss
-        return (self.base_loss - self.loss) / improvement if improvement else math.nan
-
-
-@torch.no_grad()
-def compare_merges(
-    base: TextBase,
-    adapters: Sequence[using.AdapterSpec],
-    rows: Sequence[HeldOutRow],
-    *,
-    original: TextBase | None = None,
-    seed: int | None = None,
-    dtype: str | None = None,
-    allow_other_base: bool = False,
-) -> dict[str, Difference]:
-    """Compare each way to merge with not merging, on held-out rows of tokens.
-
-    Keys of the result: "seen": ΔW on the weights of `base` as loaded, dequantized if it is quantized.
-    "original": ΔW on the weights of `original`, the same base in 16 bits.
-
-    seed: as in `merge`. Both models are in memory; rows are computed one at a time."""
-    differences: dict[str, Difference] = {}
-    rows = [row for row in rows if any(row.trained)]
-    if not rows:
-        raise ConfigError("the held-out rows have no trained token", fix="give rows with answers")
-    device, target = base.device, _target(base, dtype)
-    with using.attach_adapters(base, adapters, allow_other_base=allow_other_base) as attachment:
-        exact = [_log_probabilities(base.model, row, device) for row in rows]
-        with attachment.off():
-            plain = [_nll(_log_probabilities(base.model, row, device), row) for row in rows]
-    for name, into in (("seen", base), ("original", original)):
-        if into is None:
-            continue
-        with using.attach_adapters(into, adapters, allow_other_base=allow_other_base) as attachment:
-            model = merged_model(into.model, attachment.selection.mix, target, seed=seed).eval()
-        merged = [_log_probabilities(model, row, device) for row in rows]
-        del model
-        kl = torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in zip(exact, merged, strict=True)])
-        agreement = torch.cat([p.argmax(-1) == q.argmax(-1) for p, q in zip(exact, merged, strict=True)])
-        tokens = len(kl)
-        differences[name] = Difference(
-            tokens,
-            kl=float(kl.mean()),
-            kl_most=float(kl.max()),
-            agree=float(agreement.float().mean()),
-            loss=sum(map(_nll, merged, rows)) / tokens,
-            unmerged_loss=sum(map(_nll, exact, rows)) / tokens,
-            base_loss=sum(plain) / tokens,
-        )
-    return differences
-
-
-def _log_probabilities(model: Any, row: HeldOutRow, device: torch.device) -> Tensor:
-    """Return log p of every token at a row's trained positions.
-
-    (trained, vocabulary), float32."""
-    ids = torch.tensor(row.input_ids, device=device)[None]
-    at = [i - 1 for i, trained in enumerate(row.trained) if trained]
-    logits = model(input_ids=ids, use_cache=False).logits[0, at]
-    return torch.log_softmax(logits.float(), -1)
-
-
-def _nll(log_p: Tensor, row: HeldOutRow) -> float:
-    labels = torch.tensor([t for t, trained in zip(row.input_ids, row.trained, strict=True) if trained])
-    return float(-log_p.gather(1, labels.to(log_p.device)[:, None]).sum())
 
 
 def _check_request(adapters: Sequence[using.AdapterSpec], folder: Path) -> None:

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from veneer.cli.options import AdapterArguments, AsJson
 from veneer.cli.output import print_json, say
-from veneer.errors import BaseError, ConfigError, DataError
+from veneer.errors import BaseError, ConfigError
 
 if TYPE_CHECKING:
-    from veneer.adapters.merge import Difference, MergeReport
-    from veneer.models.text.base import TextBase
+    from veneer.adapters.merge import MergeReport
 
 
 def merge_command(
     adapters: AdapterArguments,
     base: Annotated[str, typer.Option("--base", help="Base to merge into; the base itself is not changed.")],
-    output: Annotated[
-        str | None, typer.Option("-o", "--output", help="New folder for the merged model.", show_default=False)
-    ] = None,
+    output: Annotated[str, typer.Option("-o", "--output", help="New folder for the merged model.", show_default=False)],
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; default: the base's stored dtype.")
     ] = None,
@@ -33,11 +29,6 @@ def merge_command(
             "`original` into the weights before quantization.",
         ),
     ] = "seen",
-    check: Annotated[
-        list[str] | None,
-        typer.Option("--check", help="Held-out rows: compare the loss of each way to merge before writing."),
-    ] = None,
-    check_rows: Annotated[int, typer.Option(help="Number of --check rows to use, from the first.", min=1)] = 64,
     accept_loss: Annotated[
         bool,
         typer.Option(
@@ -61,23 +52,16 @@ def merge_command(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Merge adapters into a new full model: summed in float32, rounded once.
-
-    With --check, first prints how each way to merge differs from the unmerged adapters. Without -o, writes
-    nothing."""
-    if output is None and not check:
-        raise ConfigError("there is nothing to do", fix="a folder for the merged model with -o, or --check ROWS")
+    """Merge adapters into a new full model: summed in float32, rounded once."""
     if into not in ("seen", "original"):
         raise ConfigError(f"--into {into!r} is not possible", fix="seen or original")
-    from veneer.adapters.merge import compare_merges, merge, merge_shards
+    from veneer.adapters.merge import merge, merge_shards
 
-    seen = _trained_precision(adapters) if into == "seen" or check else ""  # otherwise unused
+    seen = _trained_precision(adapters) if into == "seen" else ""
     if by_shard:
         if dtype is not None:
             fix = "leave out --dtype, or leave out --by-shard"
             raise ConfigError("--by-shard keeps the dtype that is stored", fix=fix)
-        if check or output is None:
-            raise ConfigError("--check loads the model", fix="leave out --by-shard, and give -o")
         report = merge_shards(base, adapters, output, seed=seed, seen=seen, accept_loss=accept_loss)
         fix = "--stochastic 0 keeps it on average; --dtype float32 without --by-shard keeps it exactly"
         _print_report(report, as_json, fix)
@@ -101,22 +85,9 @@ def merge_command(
     # Load in the stored dtype if the output has it, else in float32, which represents every stored weight
     # exactly.
     exact = want if want == stored else "float32"
-    original = load_text(base, dtype=exact, say=say) if seen and check else None
-    first = load_text(base, dtype=exact, quantize=seen or None, say=say)
-    differences: dict[str, Difference] = {}
+    loaded = load_text(base, dtype=exact, quantize=seen or None, say=say)
     how: dict[str, Any] = {"dtype": want, "allow_other_base": allow_other_base, "seed": seed}
-    if check:
-        rows = _held_out(first, check, check_rows)
-        differences = compare_merges(first, adapters, rows, original=original, **how)
-        if not as_json:
-            _print_differences(differences, seen)
-    if output is None:
-        if as_json:
-            print_json({name: d.__dict__ | {"kept": d.kept} for name, d in differences.items()})
-        return
-    target = original if into == "original" and original is not None else first
-    report = merge(target, adapters, output, difference=differences, accept_loss=accept_loss, **how)
-    _print_report(report, as_json)
+    _print_report(merge(loaded, adapters, output, accept_loss=accept_loss, **how), as_json)
 
 
 def _trained_precision(adapters: list[str]) -> str:
@@ -137,37 +108,9 @@ def _trained_precision(adapters: list[str]) -> str:
         summary = "; ".join(f"{', '.join(names)}: {kind or '16 bits'}" for kind, names in kinds.items())
         raise ConfigError(
             f"these adapters were trained over one base in different precisions ({summary})",
-            fix="merge those of one precision together, or all with --into original and no --check",
+            fix="merge those of one precision together, or all with --into original",
         )
     return next(iter(kinds))
-
-
-def _held_out(base: TextBase, files: list[str], most: int) -> list[Any]:
-    from veneer.train.config.text import DataSection
-    from veneer.train.text.encode import encode_rows
-    from veneer.train.text.rows import read_rows
-
-    rows, source = read_rows(files, limit=most)
-    if not rows:
-        raise DataError("there are no rows to check on", where=", ".join(files))
-    say(f"{len(rows)} rows in `{source.format}` format: {source.why}")
-    return encode_rows(rows, base.tokenizer, DataSection(train="-", max_length=base.context, long_rows="cut")).examples
-
-
-_WAYS = {"seen": "the weights it was trained on", "original": "the 16-bit weights"}
-
-
-def _print_differences(differences: Mapping[str, Difference], seen: str) -> None:
-    first = next(iter(differences.values()))
-    labels = _WAYS | ({"seen": f"{_WAYS['seen']} ({seen}, in full)"} if seen else {})
-    width = max(len(labels[name]) for name in differences)
-    print(
-        f"{first.tokens:,} held-out tokens; loss of the base {first.base_loss:.4f}, unmerged {first.unmerged_loss:.4f}"
-    )
-    print(f"{'merged into':<{width}} {'KL (nats)':>10} {'largest':>9} {'same token':>10} {'loss':>8} {'gain kept':>10}")
-    for name, d in differences.items():
-        numbers = f"{d.kl:>10.2e} {d.kl_most:>9.2e} {d.agree:>10.1%} {d.loss:>8.4f} {d.kept:>10.1%}"
-        print(f"{labels[name]:<{width}} {numbers}")
 
 
 def _print_report(report: MergeReport, as_json: bool, fix: str = "") -> None:
