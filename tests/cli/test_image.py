@@ -223,7 +223,6 @@ def test_prompt_can_be_the_word_grid(capsys: Any, place: Path, folder: Path) -> 
         (["a", "--seed", "-1"], "seed -1"),
         (["a", "--seed", str(2**64)], "a whole number from 0"),
         (["a", "--size", "32x0"], "height is 0"),
-        (["a", "--guidance", "nan"], "--guidance: nan is not a finite number"),
         (["a", "-i", "none.png"], "no such picture"),
         (["a", "--mask", "none.png"], "a mask needs the picture"),
         (["--from", "none.png", "--batch-size", "2"], "makes one picture"),

@@ -14,7 +14,7 @@ The file is imported when its command runs.
 | Ctrl-C                          | "stopped"                                   | 130 |
 | a full disk, no memory, no rights | the cause and a fix                     | 2 |
 | a closed pipe                   | nothing                                     | 141 |
-| anything else: an internal error | what to report (cli/crash_report.py)           | 70 |
+| anything else: an internal error | the traceback                               | 70 |
 
 `cli/output.py` wraps stdout and stderr: text from files never reaches the terminal as an escape sequence.
 """
@@ -22,12 +22,11 @@ The file is imported when its command runs.
 from __future__ import annotations
 
 import errno
-import functools
 import importlib
-import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -35,7 +34,6 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from veneer import __version__
-from veneer.cli import crash_report
 from veneer.cli.output import error_text, guard, unwrapped
 from veneer.errors import ConfigError, ResourceError, VeneerError, lacks_memory, quoted
 
@@ -107,9 +105,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with guard():
         try:
             program()(args=arguments, prog_name="veneer")
-        except Exception as error:
-            print(crash_report.report(error, arguments, COMMANDS), file=sys.stderr)
-            raise SystemExit(crash_report.EXIT_CODE) from None
+        except Exception:
+            traceback.print_exc()
+            print("This is a bug in veneer, not a mistake of yours. Please report the lines above.", file=sys.stderr)
+            raise SystemExit(70) from None  # EX_SOFTWARE of sysexits.h
 
 
 def program() -> Any:
@@ -146,31 +145,9 @@ def _imported(name: str) -> Any:
         app = typer.Typer(add_completion=False)
         app.command(name)(module.command)
     app.pretty_exceptions_enable = False  # plain text in help and errors, as in the group's
-    _refuse_nan(app)
     command = typer.main.get_command(app)
     command.name = name
     return command
-
-
-def _refuse_nan(app: typer.Typer) -> None:
-    """Make every command of `app` refuse nan and infinity: click's ranges accept nan."""
-    for group in app.registered_groups:
-        if group.typer_instance is not None:
-            _refuse_nan(group.typer_instance)
-    for command in app.registered_commands:
-        if command.callback is not None and not hasattr(command.callback, "__wrapped__"):  # once per process
-            command.callback = _finite(command.callback)
-
-
-def _finite(call: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(call)
-    def checked(*args: Any, **options: Any) -> Any:
-        for name, value in options.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise typer.BadParameter(f"{value} is not a finite number.", param_hint=f"--{name.replace('_', '-')}")
-        return call(*args, **options)
-
-    return checked
 
 
 def _expected_error(error: Exception) -> VeneerError | None:
