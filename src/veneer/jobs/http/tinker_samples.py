@@ -207,7 +207,7 @@ def _resolved(call: Call, source: SamplerSource) -> ResolvedModel:
         message = "the weights of this sampling client were deleted: newer weights of its run replaced them"
         fix = "save_weights_for_sampler(name) keeps weights until they are deleted"
         raise Refused(message, status=410, code="gone", fix=fix)
-    catalog.sources.remember(source.digest, AdapterLocation(source.name, path=Path(source.folder)))
+    catalog.sources.keep(source.digest, AdapterLocation(source.name, path=Path(source.folder)))
     return ResolvedModel(((source.digest, 1.0),), source.name, source.name, adapters=(source.name,))
 
 

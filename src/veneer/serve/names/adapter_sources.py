@@ -2,7 +2,7 @@
 
     sources = AdapterSources(base, library=open_library())
     location = sources.locate("support@2")         a library reference, or a path in an allowed folder
-    sources.remember(digest, location)
+    sources.keep(digest, location)
     adapter = sources.read(digest, problems)       from disk, fully checked
 
 Adapters that cannot be served raise Refused (adapter_unusable) with a message that starts with a reason:
@@ -45,8 +45,7 @@ from veneer.models.sources import short_name
 from veneer.serve.request import Refused, not_ready
 from veneer.serve.transient import internal_error, is_transient, transient_error
 
-MOST_LOCATIONS = 4096
-"""Maximum number of adapter locations kept for running requests; most are in the library anyway."""
+_MOST_LOCATIONS = 1 << 16
 
 Problems = Callable[[Adapter], list[str]]
 """Reasons why an adapter cannot be served with full effect, one line each; defined by the engine."""
@@ -107,8 +106,6 @@ class AdapterSources:
         self._folders = [_folder(folder) for folder in folders]
         self.names = None if library is None else NameIndex(library)
         self._loaded: dict[str, AdapterLocation] = {}
-        self._recent: dict[str, AdapterLocation] = {}
-        """Recently used locations, newest last."""
         self._lock = threading.Lock()
         self._listed: tuple[object, list[NamedVersion]] = (None, [])
 
@@ -199,34 +196,17 @@ class AdapterSources:
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
-    def remember(self, digest: str, location: AdapterLocation) -> None:
-        """Read the adapter with this digest from `location` for running requests.
-
-        Keep the newest `MOST_LOCATIONS`. A location in the library is preferred to a path.
-        """
-        with self._lock:
-            old = self._recent.pop(digest, location)
-            self._recent[digest] = old if old.reference and not location.reference else location
-            if len(self._recent) > MOST_LOCATIONS:
-                del self._recent[next(iter(self._recent))]
-
     def keep(self, digest: str, location: AdapterLocation) -> None:
-        """Read the adapter with this digest from `location` until `release`.
+        """Read the adapter with this digest from `location` unless the library has the adapter.
 
-        Used for adapters that a loaded name refers to.
+        Used for adapters that are not in the library, and for loaded names; the newest `_MOST_LOCATIONS`.
+        Running requests can read them after an unload.
         """
         with self._lock:
+            self._loaded.pop(digest, None)
             self._loaded[digest] = location
-
-    def release(self, digest: str) -> None:
-        """Record that no loaded name refers to this adapter.
-
-        Running requests still find its location.
-        """
-        with self._lock:
-            location = self._loaded.pop(digest, None)
-        if location is not None:
-            self.remember(digest, location)
+            if len(self._loaded) > _MOST_LOCATIONS:
+                del self._loaded[next(iter(self._loaded))]
 
     def read(self, digest: str, problems: Problems = lambda adapter: []) -> Adapter:
         """The adapter with this digest, read from its known location. Raises Refused."""
@@ -237,10 +217,8 @@ class AdapterSources:
         return self._files(self._location(digest))
 
     def _location(self, digest: str) -> AdapterLocation:
-        with self._lock:
-            location = self._recent.get(digest) or self._loaded.get(digest)
-        if location is None and (version := self.find_version(digest)) is not None:
-            location = location_of(version)
+        version = self.find_version(digest)
+        location = self._loaded.get(digest) if version is None else location_of(version)
         if location is None:
             raise unusable("not_found", f"no adapter has the digest {digest}", status=404)
         return location
