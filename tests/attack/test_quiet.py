@@ -15,5 +15,5 @@ def test_a_quiet_server_answers_at_once(server: Server) -> None:
 
 
 def test_an_invalid_key_is_refused(server: Server) -> None:
-    for path in ("/v1/completions", "/tokenize", "/generate"):
+    for path in ("/v1/completions", "/generate"):
         assert server.post(path, {"prompt": "Hi"}, None).status == 401

@@ -108,23 +108,12 @@ def test_tenants_have_series_up_to_the_cap(text: ToyText) -> None:
     assert found["veneer:tenant_generation_tokens_total", "t0"] == 9
 
 
-def test_metrics_list_running_and_waiting_adapters(server: Live) -> None:
-    with server.client.stream(
-        "POST",
-        "/v1/completions",
-        json={"model": "sql", "prompt": "SLOW " + "x " * 30, "max_tokens": 60, "stream": True},
-    ) as slow:
-        answer = slow.iter_raw()  # kept: collecting the iterator closes the connection, which cancels the request
-        next(answer)
-        assert 'running_lora_adapters="sql"' in server.get("/metrics").text
-
-
 # -- tenants -----------------------------------------------------------------------------------------------------------
 
 
 def test_keys(text: ToyText) -> None:
     with live(ToyEngine(text), ToyCatalog(), ToyTenancy()) as server:
-        for path in ("/v1/chat/completions", "/generate", "/tokenize", "/nothing"):
+        for path in ("/v1/chat/completions", "/generate", "/nothing"):
             for key in (None, "wrong"):
                 answer = server.post(path, {"nonsense": 1}, key)
                 assert answer.status_code == 401, path
@@ -266,8 +255,6 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}]},
     "/v1/completions": {"prompt": "Hi"},
     "/generate": {"inputs": "Hi"},
-    "/tokenize": {"prompt": "Hi"},
-    "/detokenize": {"tokens": [5]},
     "/v1/load_lora_adapter": {"lora_name": "x", "lora_path": "lib/cat"},
 }
 
@@ -281,8 +268,6 @@ def test_no_value_of_any_key_makes_the_server_fail(text: ToyText, path: str) -> 
         "/v1/chat/completions": openai.ChatBody,
         "/v1/completions": openai.CompletionBody,
         "/generate": tgi.Parameters,
-        "/tokenize": vllm.Tokenize,
-        "/detokenize": vllm.Detokenize,
         "/v1/load_lora_adapter": vllm.Load,
     }
     model = models[path]
@@ -352,7 +337,7 @@ def test_no_body_makes_the_server_fail(text: ToyText, tmp_path: Path) -> None:
                     assert mode is GenerationMode.NEGATIVE  # a route that takes nothing has nothing wrong either
         reached = len(server.engine.seen)
     staging.close()
-    assert len(statuses) >= 25
+    assert len(statuses) >= 22
     assert reached > 50  # 96 with schemathesis 4.32; what it makes up changes with its version
 
 
@@ -365,7 +350,6 @@ def test_the_openapi_description_is_complete(server: Live) -> None:
         "/v1/load_lora_adapter",
         "/generate",
         "/generate_stream",
-        "/tokenize",
         "/metrics",
         "/ready",
     ):

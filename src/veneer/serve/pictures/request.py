@@ -1,7 +1,7 @@
 """The requests and events of the image engine, as `serve.request` for text.
 
 surface -> PictureRequest -> PictureEngine
-        -> Queued, PictureStep …, FinishedPicture -> surface
+        -> PictureStep …, FinishedPicture -> surface
 """
 
 from __future__ import annotations
@@ -65,13 +65,6 @@ class PictureRequest:
 
 
 @dataclass(frozen=True)
-class Queued:
-    """The request is queued. `ahead`: images waiting or running."""
-
-    ahead: int
-
-
-@dataclass(frozen=True)
 class PictureStep:
     done: int
     total: int
@@ -91,7 +84,7 @@ class FinishedPicture:
     notes: tuple[str, ...] = ()
 
 
-PictureEvent = Queued | PictureStep | FinishedPicture
+PictureEvent = PictureStep | FinishedPicture
 
 
 def picture_error(error: BaseException) -> Refused:
