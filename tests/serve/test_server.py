@@ -24,15 +24,20 @@ from veneer.serve.settings import ServeSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = """
-import sys, time
+import asyncio, sys
 from veneer.serve.server import serve
 from veneer.serve.settings import ServeSettings
 
 def make():
-    time.sleep(0.2)
     from tests.serve.http.toy import ToyCatalog, ToyEngine, ToyText, toy_app
     from veneer.serve.build import Application
-    return Application(toy_app(ToyEngine(ToyText()), ToyCatalog()))
+    app = toy_app(ToyEngine(ToyText()), ToyCatalog())
+    service = app.state.service
+    service.phase, service.loaded = "loading", False
+    async def load():
+        await asyncio.sleep(1)
+        service.mark_ready()
+    return Application(app, load=load)
 
 serve(ServeSettings("toy", port=int(sys.argv[1]), drain=20), print, make)
 print("ended")
