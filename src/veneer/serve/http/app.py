@@ -23,9 +23,10 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from veneer import __version__
+from veneer.ops.cpu.memory import give_back
 from veneer.serve.engine.admission import AdmittedRequest
 from veneer.serve.http.answers import ClientLeft
-from veneer.serve.http.bodies import LARGE_BODY, BodyRoute, body_error, check_guarded
+from veneer.serve.http.bodies import BodyRoute, body_error, check_guarded
 from veneer.serve.http.errors import Json, answer_error, as_refused
 from veneer.serve.http.guard import check_content_type, check_source, needs
 from veneer.serve.http.service import Service, client_key, service_of
@@ -49,6 +50,8 @@ OPEN = ("/health", "/ping", "/ready", "/version", "/docs", "/openapi.json", "/re
 _NO_BASE = ("/v1/adapters", "/v1/adapter_", "/v1/files", "/v1/jobs/")
 """Prefixes of paths that work while the base is loading, for pages of the Studio; all others return 503."""
 
+_GIVEN_BACK = 1 << 20
+"""Bytes from which a body's memory is returned to the system, because the C library would keep it."""
 _LARGE_PACE = 256 << 10
 """Minimum bytes per second of a large body: its time limit grows with its size."""
 
@@ -162,8 +165,8 @@ class AuthMiddleware:
         finally:
             self.service.inside -= working
             incoming.admitted.leave()
-            if incoming.received >= LARGE_BODY:
-                self.service.tidy()
+            if incoming.received >= _GIVEN_BACK:
+                asyncio.get_running_loop().run_in_executor(None, give_back)
 
     def _large(self, request: HttpRequest) -> int | None:
         """The size limit of a body that does not count against memory.

@@ -4,13 +4,10 @@
     body      see app.AuthMiddleware; data still sent after a response must end within `body_time`
     idle      a connection is kept for `idle` seconds after a response
     unread    if a client reads nothing for `stall` seconds, its connection is closed, its requests cancelled
-    many      above `connections`, the server closes the oldest WebSockets first (pages reconnect), and then
-              the connections that have waited longest for a request
+    many      above `connections`, the server closes the oldest WebSocket (pages reconnect), or else the
+              connection that has waited longest for a request
 
 Each connection has one timer, for whichever of these applies.
-
-In a burst of connections, it is unknown which ones will send a request. So connections younger than
-`_PATIENCE` seconds are kept while at most `_BEYOND` are surplus.
 """
 
 from __future__ import annotations
@@ -25,8 +22,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from veneer.serve.settings import HttpSettings
 
-_PATIENCE = 0.25
-_BEYOND = 256
+_OTHER_FILES = 512
+"""Open files besides connections: libraries, databases, logs."""
 
 
 def protocols_of(settings: HttpSettings, sockets: bool) -> tuple[type[asyncio.Protocol], type[asyncio.Protocol] | str]:
@@ -61,7 +58,7 @@ def many_files(count: int) -> None:
         import resource
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        need = count + 2 * _BEYOND
+        need = count + _OTHER_FILES
         if soft != resource.RLIM_INFINITY and soft < need:
             most = need if hard == resource.RLIM_INFINITY else min(need, hard)
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
@@ -72,12 +69,11 @@ class _All:
     """All open connections.
 
     `waiting`: connections waiting for a request -> start of the wait, longest first. `sockets`: WebSockets,
-    oldest first. `timer`: the timer after which surplus connections are closed.
+    oldest first.
     """
 
     waiting: dict[_Connection, float] = field(default_factory=dict)
     sockets: dict[Any, None] = field(default_factory=dict)
-    timer: asyncio.TimerHandle | None = None
 
 
 class _Connection(H11Protocol):
@@ -89,33 +85,12 @@ class _Connection(H11Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(cast(asyncio.Transport, transport))
         self._await_head()
-        if len(self.connections) > self.settings.connections + _BEYOND:
-            if not self._close_sockets(1):
+        if len(self.connections) > self.settings.connections:
+            if socket := next(iter(self.all.sockets), None):
+                del self.all.sockets[socket]
+                socket.shutdown()
+            else:
                 next(iter(self.all.waiting))._close()
-        elif len(self.connections) > self.settings.connections and self.all.timer is None:
-            self.all.timer = self.loop.call_later(_PATIENCE, self._make_room)
-
-    def _make_room(self) -> None:
-        """Close surplus connections that have waited long enough.
-
-        Check again later for the rest.
-        """
-        self.all.timer = None
-        too_many = len(self.connections) - self.settings.connections
-        too_many -= self._close_sockets(too_many)
-        for connection, since in list(self.all.waiting.items())[: max(0, too_many)]:
-            if (more := since + _PATIENCE - self.loop.time()) > 0:
-                self.all.timer = self.loop.call_later(more, self._make_room)
-                return
-            connection._close()
-
-    def _close_sockets(self, most: int) -> int:
-        """Close up to `most` of the oldest WebSockets; returns how many were closed."""
-        oldest = list(self.all.sockets)[: max(0, most)]
-        for socket in oldest:
-            self.all.sockets.pop(socket, None)
-            socket.shutdown()
-        return len(oldest)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._restart_timer(None)

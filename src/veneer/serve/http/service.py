@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from starlette.requests import Request as HttpRequest
 
-from veneer.ops.cpu.memory import give_back
 from veneer.serve.access import SHADOWS, Bill, ResolvedModel, ShadowAnswer, Tenancy
 from veneer.serve.engine.admission import Admission, AdmittedRequest
 from veneer.serve.http.errors import log
@@ -107,7 +106,6 @@ class Service:
     shared_quotas: Quotas | None = None
     step: str = ""
     began: float = field(default_factory=time.monotonic)
-    _tidies: bool = False
 
     def __post_init__(self) -> None:
         s = self.settings
@@ -174,20 +172,6 @@ class Service:
     def trouble(self) -> str:
         """Why new requests should go elsewhere for now; "" if none."""
         return self.engine.problem() or self.engine.trouble()
-
-    def tidy(self) -> None:
-        """Schedule returning freed memory of large bodies to the system.
-
-        Concurrent calls schedule it once. The C library keeps freed memory between blocks that are still in
-        use.
-        """
-        if not self._tidies:
-            self._tidies = True
-            asyncio.get_running_loop().call_later(1.0, self._tidy)
-
-    def _tidy(self) -> None:
-        self._tidies = False
-        asyncio.get_running_loop().run_in_executor(None, give_back)
 
 
 def _admission(settings: HttpSettings) -> Admission:
