@@ -99,7 +99,7 @@ def main() -> None:
             fill(store, asked.rows)
         if asked.fill:
             return
-        ledger = Ledger(store, Path(folder) / "outbox", lambda: NOW)
+        ledger = Ledger(store, Path(folder) / "journals", lambda: NOW)
         print(f"{store.engine.dialect.name}, {asked.rows:,} lines of one day, 100 tenants, 10 adapters")
         for what, named in (("tenants", [""]), ("tenants and one adapter", ["", "adapter1"])):
             print(f"window of a day, limits of {what}  {timed(lambda: ledger.usage_of_other_servers(86400.0, named))}")  # noqa: B023

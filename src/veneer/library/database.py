@@ -43,7 +43,7 @@ def columns(kind: Any, *names: str, nullable: bool = False, index: bool = False)
     return [Column(name, kind, nullable=nullable, index=index) for name in names]
 
 
-def open_engine(where: str, label: str, patience: float = PATIENCE, *, synced: bool = True) -> Engine:
+def open_engine(where: str, label: str, patience: float = PATIENCE) -> Engine:
     """Return an engine for a SQLite file or a database URL.
 
     where: a path, or a URL such as postgresql://user@host/database.
@@ -53,14 +53,13 @@ def open_engine(where: str, label: str, patience: float = PATIENCE, *, synced: b
     what: names the database in errors.
     patience: seconds after which an unresponsive PostgreSQL is unavailable; if less than the default, also
         the seconds that a writer waits for SQLite's lock.
-    synced: SQLite's commits survive a power loss.
 
     Raises ConfigError for an invalid address, MissingExtraError without psycopg."""
     url = where if "://" in where else f"sqlite:///{where}"
     if url.startswith(("postgresql://", "postgres://")):
         url = "postgresql+psycopg://" + url.partition("://")[2]
     try:
-        return _sqlite(url, patience, synced) if url.startswith("sqlite:") else _postgresql(url, patience)
+        return _sqlite(url, patience) if url.startswith("sqlite:") else _postgresql(url, patience)
     except ImportError as error:
         if not url.startswith("postgresql"):
             raise ConfigError(f"this is not an address of {label}", where=shown_url(where), fix=URL_FIX) from None
@@ -83,7 +82,7 @@ def shown_url(where: str) -> str:
     return f"{head.rpartition(':')[0] if head.count(':') > 1 else head}{at}{host}"
 
 
-def _sqlite(url: str, patience: float, synced: bool) -> Engine:
+def _sqlite(url: str, patience: float) -> Engine:
     Path(url.removeprefix("sqlite:///")).expanduser().parent.mkdir(parents=True, exist_ok=True)
     engine = create_engine(url, connect_args={"timeout": patience if patience < PATIENCE else _BUSY_SECONDS})
 
@@ -91,7 +90,7 @@ def _sqlite(url: str, patience: float, synced: bool) -> Engine:
     def prepare(connection: Any, _: Any) -> None:
         connection.isolation_level = None  # transactions begin below, not where the driver guesses
         _wal(connection)
-        connection.execute(f"PRAGMA synchronous={'FULL' if synced else 'NORMAL'}")
+        connection.execute("PRAGMA synchronous=FULL")
         connection.execute("PRAGMA foreign_keys=ON")
 
     @event.listens_for(engine, "begin")

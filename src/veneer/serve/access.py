@@ -145,9 +145,8 @@ StoreAnswer = Callable[[Mapping[str, Any], Sequence[Mapping[str, Any]]], None]
 class LedgerState:
     """How far the ledger is behind.
 
-    `pending`: requests in the outbox, including running ones; with SQLite, finished requests being written.
-    `lag`: age in seconds of the oldest finished request missing from the database. `unavailable`: the database
-    does not answer, or is slow.
+    `pending`: finished requests missing from the database. `lag`: age in seconds of the oldest. `unavailable`: the
+    database does not answer, or is slow.
     """
 
     pending: int

@@ -119,7 +119,7 @@ class EngineSettings:
 class LedgerSettings:
     """Settings of the ledger.
 
-    `days`: retention of lines; daily sums are kept. `folder`: for outboxes or reserves, on a local disk;
+    `days`: retention of lines; daily sums are kept. `folder`: for journals, on a local disk;
     None: next to the SQLite file, or in the veneer home. `room`: bytes reserved by this server, allocated at
     start. `synced`: usage survives a power loss, not only a kill.
     """

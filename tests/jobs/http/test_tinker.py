@@ -318,7 +318,7 @@ def test_training_budget_limits_forward_passes(client: Any) -> None:
     model = globex.model("tiny-base", 2)
     for _ in range(2):
         assert globex.result(globex.forward(model).json()).headers["content-type"] == "application/x-protobuf"
-    for _ in range(200):  # a bill is in the ledger a moment after its outbox
+    for _ in range(200):  # a bill is in the ledger a moment after its journal
         answer = globex.forward(model, only=True)
         if answer.status_code == 402:
             break

@@ -49,7 +49,7 @@ def store(where: str) -> Iterator[Store]:
 
 @pytest.fixture
 def tenants(where: str, quick: Path, clock: Clock) -> Iterator[Tenants]:  # noqa: F811
-    kept = LedgerSettings(folder=quick / "outbox", room=1 << 20)
+    kept = LedgerSettings(folder=quick / "journals", room=1 << 20)
     opened = Tenants(where, ledger=kept, clock=clock, wall=lambda: 1_800_000_000.0 + clock(), watch=False)
     yield opened
     opened.close()

@@ -53,7 +53,7 @@ def tenant_of(request: str) -> str:
 
 
 def opened(url: str, folder: Path, *, watch: bool = False) -> Tenants:
-    return Tenants(url, ledger=LedgerSettings(folder=folder / "outbox", room=1 << 20), watch=watch)
+    return Tenants(url, ledger=LedgerSettings(folder=folder / "journals", room=1 << 20), watch=watch)
 
 
 async def serve_one(tenants: Tenants, request: str, say: Callable[[dict[str, Any]], Any], pause: float) -> None:
@@ -153,8 +153,8 @@ def run_load(url: str, folder: Path, kills: int, seed: int) -> dict[str, int]:
         end = signal.SIGTERM if last else signal.SIGKILL
         asyncio.run(clients(socket, f"{seed}-{n}", lambda: os.kill(child, end), pick.uniform(0.05, 0.6), saw))  # noqa: B023
         expect(child, killed=not last)
-    from_outbox = sum(map(int, (folder / "recovered").read_text().split()))
-    return {"kills": kills, "from_outbox": from_outbox, **balance(url, folder, saw)}
+    from_journal = sum(map(int, (folder / "recovered").read_text().split()))
+    return {"kills": kills, "from_journal": from_journal, **balance(url, folder, saw)}
 
 
 # -- every step of one scenario ----------------------------------------------------------------------------------------
@@ -176,32 +176,12 @@ def dying(step: int) -> Callable[[Any], Any]:
     return stepping
 
 
-class Statements:
-    """A connection to an outbox whose statements are steps."""
-
-    def __init__(self, c: Any, stepping: Any) -> None:
-        self.c, self.execute, self.executemany = c, stepping(c.execute), stepping(c.executemany)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.c, name)
-
-
-def step_through(tenants: Tenants, stepping: Any) -> None:
-    """Make a step of each statement to an outbox, and of each statement and commit of the database."""
-    if outbox := tenants.ledger.outbox:
-        outbox.connection = Statements(outbox.connection, stepping)  # type: ignore[assignment]
-    for name in ("execute", "commit"):
-        setattr(Connection, name, stepping(getattr(Connection, name)))
-
-
 def scenario(url: str, folder: Path, told: int, step: int) -> None:
-    """Three requests, in a process that dies before its `step`th statement to the outbox or the database, commit,
-    word to a client or unlink."""
+    """Three requests, in a process that dies before its `step`th write to the journal, statement to the database,
+    commit, word to a client or unlink."""
     tenants, stepping = opened(url, folder), dying(step)
-
-    step_through(tenants, stepping)
-    for name in ("write", "unlink"):
-        setattr(os, name, stepping(getattr(os, name)))
+    for owner, name in ((Connection, "execute"), (Connection, "commit"), (os, "pwrite"), (os, "write"), (os, "unlink")):
+        setattr(owner, name, stepping(getattr(owner, name)))
 
     async def say(line: dict[str, Any]) -> None:
         os.write(told, (json.dumps(line) + "\n").encode())
@@ -305,7 +285,7 @@ def balance(url: str, folder: Path, saw: dict[str, list[Any]]) -> dict[str, int]
     assert totals[0]["completion"] == sum(t.completion for t in done)
     assert totals[0]["cost"] == sum(PRICE.cost(t.prompt, t.cached, t.completion) for t in done)
     assert sum(r["cost"] for r in by_tenant) == totals[0]["cost"]
-    assert not [path for path in (folder / "outbox").iterdir() if path.stat().st_size], "debris"
+    assert not [path for path in (folder / "journals").iterdir() if path.stat().st_size], "debris"
     interrupted = sum(r.state == "interrupted" for r in rows)
     return {"answered": finals, "done": len(done), "interrupted": interrupted}
 

@@ -334,7 +334,7 @@ def test_an_id_is_admitted_once_and_billed_once(tenants: Tenants, caplog: pytest
 
 
 def test_a_cancelled_admission_leaves_no_open_row(tenants: Tenants) -> None:
-    slow = (tenants.ledger.outbox or tenants.ledger).writer.put(lambda c, _: time.sleep(0.2))
+    slow = tenants.ledger.journal.writer.put(lambda c, _: time.sleep(0.2))
 
     async def work() -> None:
         asking = asyncio.create_task(ask(tenants, Principal("tenant", "acme"), "a", None))
@@ -349,7 +349,7 @@ def test_a_cancelled_admission_leaves_no_open_row(tenants: Tenants) -> None:
 
 
 def test_writes_are_committed_in_groups(tenants: Tenants) -> None:
-    writer: Any = (tenants.ledger.outbox or tenants.ledger).writer
+    writer: Any = tenants.ledger.journal.writer
     commits, transaction = [], writer.transaction
 
     @contextmanager

@@ -6,7 +6,7 @@
     manage      every change of the settings, with its audit entry
     limits      windows and counters in memory
     entry       a request as the ledger records it
-    outbox      how usage and answers reach the database: directly (SQLite), or from a local disk (PostgreSQL)
+    journal     how usage reaches the database, from a file on a local disk
     ledger      a line for each part of a request, settled once; daily sums, and usage reports
     feedback    stored answers, users' feedback on them, training rows
     tenants     all of it as the server's Tenancy

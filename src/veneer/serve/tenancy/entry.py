@@ -64,12 +64,13 @@ class OwedEntry:
             return self.entry.asked_prompt + self.entry.asked_completion
         return self.usage.prompt + self.usage.completion
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), ensure_ascii=False, separators=(",", ":"))
+    def to_line(self) -> bytes:
+        """The entry as a line of JSON."""
+        return f"{json.dumps(asdict(self), separators=(',', ':'))}\n".encode()
 
     @classmethod
-    def from_json(cls, text: str) -> OwedEntry:
-        """The inverse of `to_json`."""
+    def from_line(cls, text: bytes) -> OwedEntry:
+        """The inverse of `to_line`."""
         fields: dict[str, Any] = json.loads(text)
         entry = fields["entry"]
         lines = tuple(LedgerLine(**{**line, "price": Price(**line["price"])}) for line in entry.pop("lines"))

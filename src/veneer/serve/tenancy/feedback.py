@@ -43,7 +43,7 @@ from veneer.serve.access import ResolvedModel, StoreAnswer, shadow_id
 from veneer.serve.principal import Principal
 from veneer.serve.quota import QuotaHold, Quotas
 from veneer.serve.request import Refused, invalid
-from veneer.serve.tenancy.outbox import Writer
+from veneer.serve.tenancy.journal import Writer
 from veneer.serve.tenancy.store import Store, answer_table, deletion_table, feedback_table
 
 _log = logging.getLogger("veneer.serve.tenancy")

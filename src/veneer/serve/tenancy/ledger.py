@@ -1,17 +1,14 @@
 """The ledger: a line for each part of each admitted request, settled once.
 
-    SQLite        a thread writes each admission and each end directly into the database, in groups
-    PostgreSQL    both go to an outbox on the local disk, and a thread sends them to the database from there
-
-A request is served once its admission is written, and its last event is sent once its usage is written: a
-kill loses no usage. While PostgreSQL is unavailable, requests continue and the outbox stores what is owed, up
-to its size; then no request is admitted. While SQLite's disk is full or its file is locked, no request is
-admitted; the reserve keeps space for the ends of requests admitted before.
+Each admission and each end goes to a journal on the local disk, and a thread posts both to the database from
+there. A request is served once its admission is in the journal, and its last event is sent once its usage is:
+a kill loses no usage. While the database is unavailable, locked or on a full disk, requests continue, until
+the journal has no more space; then no request is admitted.
 
 "Exactly once": a request is identified by (server, request), and a server is one run of one process. Posting
 a request sets its state and never adds to it, so a repeated post changes nothing; states go open,
 interrupted, done, and never back. The next server on the same folder settles what a dead server left: the
-entries of its outbox, and `interrupted` (no tokens, no cost) for the rest. If the folder is lost too, the
+lines of its journal, and `interrupted` (no tokens, no cost) for the rest. If the folder is lost too, the
 server's open requests become interrupted after ten minutes; if that server returns, its usage still counts.
 
 Daily sums, and slots of the last minute and day, change in the same transaction by exactly what changed. They
@@ -26,7 +23,6 @@ import io
 import logging
 import re
 import secrets
-import sqlite3
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -42,25 +38,14 @@ from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.exc import SQLAlchemyError
 
 from veneer.errors import ConfigError, ResourceError, nearest
-from veneer.library.database import database_clock, open_engine, reading, write_transaction
+from veneer.library.database import database_clock, reading, write_transaction
 from veneer.library.names import name_of
 from veneer.serve.access import LedgerState
 from veneer.serve.request import Refused, Usage, invalid
 from veneer.serve.tenancy.entry import EntryState, LedgerEntry, LedgerLine, OwedEntry, day_of
-from veneer.serve.tenancy.outbox import (
-    Outbox,
-    Reserve,
-    Sender,
-    Writer,
-    hold_dead_reserve,
-    outboxes,
-    read_dead_outbox,
-    reserves,
-    write_all,
-)
+from veneer.serve.tenancy.journal import Journal, Sender, Writer, dead_journal, write_all
 from veneer.serve.tenancy.store import (
     ALL,
-    SERVING_PATIENCE,
     Price,
     Store,
     line_table,
@@ -80,16 +65,10 @@ _FIGURES = ("prompt", "cached", "completion", "queued", "prefill", "decode")
 _Deltas = dict[tuple[Any, ...], list[Any]]
 
 
-class DuplicateRequest(Exception):
-    """Raised for a request whose id the ledger already has."""
-
-
-def post(c: Connection, server: str, owed: Sequence[OwedEntry], now: float, *, unique: bool = False) -> int:
+def post(c: Connection, server: str, owed: Sequence[OwedEntry], now: float) -> int:
     """Write requests and their states within a transaction.
 
     Returns how many became done.
-
-    unique: raise DuplicateRequest for an admission that the database has; otherwise it changes nothing.
     """
     if c.dialect.name == "postgresql":  # one writer per server; SQLite locks the whole database anyway
         c.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": int(server, 16) - (1 << 63)})
@@ -101,8 +80,6 @@ def post(c: Connection, server: str, owed: Sequence[OwedEntry], now: float, *, u
     done = 0
     for each in owed:
         previous_state = states.get(each.entry.request)
-        if unique and previous_state is not None and each.state == "open":
-            raise DuplicateRequest
         if previous_state in ("done", each.state) or (previous_state is not None and each.state == "open"):
             continue
         states[each.entry.request] = each.state
@@ -225,6 +202,8 @@ _BATCH = 1000
 """Requests in one transaction."""
 _GONE_SECONDS = 600.0
 _LATE_SECONDS = 2.0
+_PAD = 300
+"""Bytes by which the line of an end can be longer than the line of its admission."""
 
 
 class Ledger:
@@ -235,65 +214,50 @@ class Ledger:
     ) -> None:
         """Open the ledger, and settle what dead servers left in `folder`.
 
-        Raises ResourceError if the disk is full. `folder`: on a local disk, for outboxes and reserves.
-        `room`: bytes for this server. `synced`: usage survives a power loss.
+        Raises ResourceError if the disk is full. `folder`: on a local disk, for journals. `room`: bytes for
+        this server. `synced`: usage survives a power loss.
         """
         self.store, self.wall, self.folder = store, wall, folder
         self.server = secrets.token_hex(8)
-        self.outbox = self.reserve = None
-        if store.engine.dialect.name == "postgresql":
-            self.outbox = Outbox(folder / f"{self.server}.sqlite", synced=synced, size=room)
-            self._engine = store.engine
-        else:
-            self.reserve = Reserve(folder, self.server, room)
-            self._engine = open_engine(store.where, "the ledger", SERVING_PATIENCE, synced=synced)
+        self.journal = Journal(folder, self.server, room, synced=synced)
         self._open: dict[str, LedgerEntry] = {}  # running requests
         self._ended: dict[str, float] = {}  # end times of requests that the database lacks, oldest first
-        self._unwritten: dict[str, OwedEntry] = {}  # ends that could not be written
         self._sending_since, self._logged = 0.0, -10.0
         try:
             self.beat()
             self.recovered = self.recover()
         except BaseException:
-            (self.outbox or self.reserve).close()  # type: ignore[union-attr]
+            self.journal.close()
             raise
-        self.writer: Writer[Connection] = Writer(lambda: write_transaction(self._engine), "veneer-ledger")
+        self.writer: Writer[Connection] = Writer(lambda: write_transaction(store.engine), "veneer-ledger")
+        """For other tables of the same database."""
         self._sender = Sender(self._send, "usage")
 
     def open(self, entry: LedgerEntry) -> Future[None]:
         """Record an admission; the future completes when it is written.
 
-        Its error is Refused: 400 if the ledger has a request with that id, 503 if no more can be written.
+        Its error is Refused: 400 if a request with that id is running, 503 if no more can be written.
         """
         opened: Future[None] = Future()
 
         def written(future: Future[None]) -> None:
             error = future.exception()
             if error is None:
-                self._wake()
+                self._sender.wake()
                 opened.set_result(None)
                 return
-            if isinstance(error, sqlite3.IntegrityError | DuplicateRequest):
-                refused = _duplicate(entry.request)
-            else:
-                self._log_refusal(error)
-                message = "usage cannot be recorded at the moment"
-                refused = Refused(message, status=503, code="overloaded", retry_after=5.0)
+            self._log_refusal(error)
             self._open.pop(entry.request, None)
-            opened.set_exception(refused)
+            message = "usage cannot be recorded at the moment"
+            opened.set_exception(Refused(message, status=503, code="overloaded", retry_after=5.0))
 
         if entry.request in self._open:
-            opened.set_exception(_duplicate(entry.request))
+            message = f"the id {entry.request} is used by a running request"
+            opened.set_exception(invalid(message, fix="a new id for each request"))
             return opened
         self._open[entry.request] = entry
-        if self._unwritten or (self.reserve and self.reserve.freed):
-            full: Future[None] = Future()
-            full.set_exception(ResourceError("the ends of requests cannot be written"))
-            written(full)
-        elif self.outbox:
-            self.outbox.add(entry.request, OwedEntry(entry).to_json()).add_done_callback(written)
-        else:
-            self.writer.put(self._write, OwedEntry(entry)).add_done_callback(written)
+        line = OwedEntry(entry).to_line()
+        self.journal.admit(entry.request, line, len(line) + _PAD).add_done_callback(written)
         return opened
 
     def _log_refusal(self, error: BaseException) -> None:
@@ -302,7 +266,6 @@ class Ledger:
             self._logged = time.monotonic()
             pending = self.state().pending
             _log.error("requests are refused because the ledger cannot record them: %s (%d pending)", error, pending)
-            self._sender.wake()
 
     def settle(self, request: str, usage: Usage) -> Future[None]:
         """Record a request's usage.
@@ -322,60 +285,33 @@ class Ledger:
             recorded.set_result(None)
             return recorded
         now = self.wall()
-        owed = OwedEntry(entry, state, now, usage)
+        line = OwedEntry(entry, state, now, usage).to_line()
         self._ended[request] = now
 
-        def written(future: Future[None], retry: bool = True) -> None:
-            error = future.exception()
-            if error is None and not self.outbox:
+        def written(future: Future[None]) -> None:
+            if error := future.exception():
                 self._ended.pop(request, None)
-            elif error is not None and retry and self.reserve:
-                self.reserve.free()
-                self.writer.put(self._write, owed).add_done_callback(lambda future: written(future, False))
-                return
-            elif error is not None:
-                _log.error("the end of request %s is only in memory: %s", request, error)
-                self._unwritten[request] = owed
-            self._wake()
+                _log.error("the end of a request is in this log alone: %s: %s", error, line.decode())
+            self._sender.wake()
             recorded.set_result(None)
 
-        if self.outbox:
-            self.outbox.end(request, owed.to_json()).add_done_callback(written)
-        else:
-            self.writer.put(self._write, owed).add_done_callback(written)
+        self.journal.end(request, line).add_done_callback(written)
         return recorded
 
     # -- into the database ---------------------------------------------------------------------------------------------
 
-    def _wake(self) -> None:
-        """Wake the sender if it has work."""
-        if self.outbox or self._unwritten or (self.reserve and self.reserve.freed):
-            self._sender.wake()
-
-    def _write(self, c: Connection, owed: Sequence[OwedEntry]) -> None:
-        """Post requests of this process directly."""
-        post(c, self.server, owed, self.wall(), unique=True)
-
     def _send(self) -> bool:
-        """Send a batch of what the database lacks; returns whether there can be more."""
-        if self.reserve and self.reserve.freed and not self._ended:
-            with suppress(OSError):
-                self.reserve.claim()
-        taken = self.outbox.take(_BATCH) if self.outbox else []
-        late = list(self._unwritten.values())[:_BATCH]
-        owed = [OwedEntry.from_json(body) for _, body, _ in taken] + late
+        """Post a batch of the journal's lines; returns whether there can be more."""
+        owed = [OwedEntry.from_line(line) for line in self.journal.lines[:_BATCH]]
         if not owed:
             return False
         self._sending_since = time.monotonic()
         self._post(self.server, owed)
         self._sending_since = 0.0
-        if self.outbox:
-            ended = [key for key, _, final in taken if final] + [each.entry.request for each in late]
-            self.outbox.sent([key for key, _, _ in taken], ended)
+        self.journal.remove(len(owed))
         for each in owed:
             if each.state != "open":
                 self._ended.pop(each.entry.request, None)
-                self._unwritten.pop(each.entry.request, None)
         return True
 
     def _post(self, server: str, owed: Sequence[OwedEntry]) -> int:
@@ -385,7 +321,7 @@ class Ledger:
             return post(c, server, owed, self.wall())
 
         lost = "a request, which is in this log alone: {}".format
-        return write_all(lambda: write_transaction(self._engine), write, owed, lost)
+        return write_all(lambda: write_transaction(self.store.engine), write, owed, lost)
 
     def flush(self, seconds: float = 10.0) -> bool:
         """Wait until the database has everything that was recorded.
@@ -393,8 +329,8 @@ class Ledger:
         Returns whether it has.
         """
         deadline = time.monotonic() + seconds
-        (self.outbox.writer if self.outbox else self.writer).flush(seconds)
-        while self._unwritten or (self.outbox and self.outbox.take(1)):
+        self.journal.writer.flush(seconds)
+        while self.journal.lines:
             if time.monotonic() > deadline:
                 return False
             self._sender.wake()
@@ -406,50 +342,51 @@ class Ledger:
         oldest = next(iter(self._ended.copy().values()), None)
         lag = 0.0 if oldest is None else max(0.0, self.wall() - oldest)
         late = self._sending_since != 0.0 and time.monotonic() - self._sending_since > _LATE_SECONDS
-        owed = self.outbox.owed if self.outbox else len(self._ended)
-        return LedgerState(owed, lag, self._sender.away or late)
+        return LedgerState(len(self._ended), lag, self._sender.away or late)
 
     # -- recovery of dead servers --------------------------------------------------------------------------------------
 
     def recover(self) -> dict[str, int]:
         """Settle what dead servers left.
 
-        Returns {"done": from their outboxes, "interrupted": the rest}.
+        Returns {"done": from their journals, "interrupted": the rest}.
         """
         counts = {"done": 0, "interrupted": 0}
-        for path in outboxes(self.folder):
-            if not (self.outbox and path == self.outbox.path):
-                self._recover_outbox(path, counts)
-        for path in reserves(self.folder):
-            if not (self.reserve and path == self.reserve.path):
-                with suppress(BlockingIOError, FileNotFoundError), hold_dead_reserve(path):
+        for path in sorted(self.folder.glob("*.journal")):
+            if re.fullmatch(r"[0-9a-f]{16}", path.stem) and path != self.journal.path:
+                with suppress(BlockingIOError, FileNotFoundError), dead_journal(path) as lines:
+                    self._recover_lines(path.stem, lines, counts)
                     counts["interrupted"] += self._interrupt_all(path.stem)
-        alive = select(server_table.c.server).where(server_table.c.seen > database_clock(self._engine) - _GONE_SECONDS)
+        alive = select(server_table.c.server).where(
+            server_table.c.seen > database_clock(self.store.engine) - _GONE_SECONDS
+        )
         line = line_table.c
         dead = select(line.server).where(line.state == "open", line.server != self.server, line.server.not_in(alive))
-        with reading(self._engine) as c:
+        with reading(self.store.engine) as c:
             servers = list(c.scalars(dead.distinct()))
         for server in servers:
             counts["interrupted"] += self._interrupt_all(server)
         return counts
 
-    def _recover_outbox(self, path: Path, counts: dict[str, int]) -> None:
-        try:
-            with read_dead_outbox(path) as batches:
-                for bodies in batches:
-                    owed = [OwedEntry.from_json(body) for body in bodies]
-                    ended = [each if each.state != "open" else self._interrupted(each.entry) for each in owed]
-                    counts["done"] += self._post(path.stem, ended)
-                    counts["interrupted"] += sum(each.state == "interrupted" for each in ended)
-        except (BlockingIOError, FileNotFoundError):
-            return  # its process is alive, or another has just settled it
-        except sqlite3.DatabaseError as error:
-            _log.error("%s cannot be read: %s; its open requests are marked as interrupted", path, error)
-            path.replace(path.with_suffix(".damaged"))
-        counts["interrupted"] += self._interrupt_all(path.stem)
+    def _recover_lines(self, server: str, lines: Sequence[bytes], counts: dict[str, int]) -> None:
+        last: dict[str, OwedEntry] = {}
+        for line in lines:
+            try:
+                owed = OwedEntry.from_line(line)
+            except (ValueError, LookupError, TypeError):
+                _log.warning("the journal of %s has a line that was not completely written", server)
+                continue
+            if owed.state != "open":
+                last[owed.entry.request] = owed
+            else:
+                last.setdefault(owed.entry.request, self._interrupted(owed.entry))
+        ended = list(last.values())
+        for i in range(0, len(ended), _BATCH):
+            counts["done"] += self._post(server, ended[i : i + _BATCH])
+        counts["interrupted"] += sum(each.state == "interrupted" for each in ended)
 
     def _interrupt_all(self, server: str) -> int:
-        with write_transaction(self._engine) as c:
+        with write_transaction(self.store.engine) as c:
             owed = [self._interrupted(entry) for entry in _open_entries(c, server)]
             post(c, server, owed, self.wall())
             c.execute(delete(server_table).where(server_table.c.server == server))
@@ -520,30 +457,15 @@ class Ledger:
         """
         for request in list(self._open):
             self.interrupt(request)
-        if self.outbox:
-            self.outbox.writer.flush()
         self.writer.close()
-        sent = self._sender.close() and self._leave()
-        if not sent:
+        self.journal.writer.close()
+        self._sender.close()
+        if self.journal.lines:
             _log.error("%d requests wait for the next start", self.state().pending)
-        if self.outbox:
-            self.outbox.close()
-        elif self.reserve:
-            if sent:  # else the next server finds the reserve and interrupts what is open
-                self.reserve.close()
-            self._engine.dispose()
-
-    def _leave(self) -> bool:
-        try:
-            with write_transaction(self._engine) as c:
+        else:
+            with suppress(SQLAlchemyError, ResourceError), write_transaction(self.store.engine) as c:
                 c.execute(delete(server_table).where(server_table.c.server == self.server))
-        except (SQLAlchemyError, ResourceError):
-            return False
-        return not self._unwritten and not (self.outbox and self.outbox.take(1))
-
-
-def _duplicate(request: str) -> Refused:
-    return invalid(f"the id {request} was used by an earlier request", fix="a new id for each request")
+        self.journal.close()
 
 
 # -- usage reports -----------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ admitted in the last day. So a window holds across processes except for what oth
 restart forgets nothing. `concurrency` is per process.
 
 While the database is unavailable, requests continue: keys, names and limits are those last read, windows
-count this process only, and the outbox stores ledger entries. Changes apply once the database is back.
+count this process only, and the journal stores ledger entries. Changes apply once the database is back.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Tenants(Tenancy):
         self.store = Store(where, patience=SERVING_PATIENCE) if isinstance(where, str) else where
         self._wall, self.keep_days = wall, ledger.days
         self.limits = Limits(clock)
-        folder = ledger.folder or _outbox_folder(self.store.where)
+        folder = ledger.folder or _journal_folder(self.store.where)
         try:
             self.ledger = Ledger(self.store, folder, wall, synced=ledger.synced, room=ledger.room)
         except BaseException:
@@ -313,7 +313,7 @@ class _Bill:
                 self._settled = self._ledger.interrupt(self._request)
 
 
-def _outbox_folder(where: str) -> Path:
+def _journal_folder(where: str) -> Path:
     if where.startswith(("postgresql:", "postgres:")):
         return veneer_home() / "ledger" / hashlib.sha256(shown_url(where).encode()).hexdigest()[:16]
     path = Path(where.removeprefix("sqlite:///")).expanduser()

@@ -68,7 +68,7 @@ def shop(quick: Path, request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     remote = getattr(request, "param", "sqlite") == "postgresql"
     where = request.getfixturevalue("postgres")() if remote else str(quick / "tenants.sqlite")
     monkeypatch.setattr("veneer.serve.tenancy.tenants.SERVING_PATIENCE", 0.5)
-    ledger = LedgerSettings(folder=quick / "outbox", room=1 << 20)
+    ledger = LedgerSettings(folder=quick / "journals", room=1 << 20)
     tenants = Tenants(where, ledger=ledger, wall=lambda: at[0], watch=False)
     keys = {}
     for name in ("acme", "globex"):

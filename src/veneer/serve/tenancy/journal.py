@@ -1,0 +1,301 @@
+"""Delivers usage to the database, despite failures of process, disk or database.
+
+    Writer     a thread that commits other threads' items, in groups
+    Journal    lines that the database does not have yet, in a file on a local disk
+    Sender     a thread that empties the journal into the database, and retries while the database is unavailable
+
+A lock on a journal shows that its process is alive: the lock ends with the process, however it dies. The next
+server on the folder settles what an unlocked journal contains.
+
+Committed means written to the operating system: a commit survives a killed process. `synced`: written to
+disk: a commit also survives a power loss, at the cost of one fsync per group.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from veneer.errors import ResourceError
+from veneer.files.locks import take_lock
+from veneer.files.rights import private_folder
+from veneer.serve.transient import is_transient
+
+_log = logging.getLogger("veneer.serve.tenancy")
+
+_BATCH = 1000
+"""Items in one transaction."""
+
+C = TypeVar("C")
+T = TypeVar("T")
+Write = Callable[[C, list[Any]], object]
+"""Writes items within a transaction. Can be called several times, of which one is committed."""
+
+
+# -- threads -----------------------------------------------------------------------------------------------------------
+
+
+class Writer(Generic[C]):
+    """A thread that commits items in groups, in order.
+
+    `transaction`: commits at its end.
+    """
+
+    def __init__(self, transaction: Callable[[], AbstractContextManager[C]], name: str) -> None:
+        self.transaction = transaction
+        self._items: queue.SimpleQueue[tuple[Write[C], Any, Future[None]] | None] = queue.SimpleQueue()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def put(self, write: Write[C], item: Any = None) -> Future[None]:
+        """Queue an item, from any thread.
+
+        The future completes after the commit, or with the error of `write`.
+        """
+        done: Future[None] = Future()
+        done.set_running_or_notify_cancel()  # from here on it cannot be cancelled
+        if self._closing:
+            done.set_exception(ResourceError("the ledger is closed"))
+        else:
+            self._items.put((write, item, done))
+        return done
+
+    def flush(self, seconds: float = 10.0) -> None:
+        """Wait until everything queued before is committed."""
+        self.put(lambda c, items: None).result(seconds)
+
+    def close(self, seconds: float = 10.0) -> None:
+        """Commit what is queued and stop."""
+        self._closing = True
+        self._items.put(None)
+        self._thread.join(seconds)
+
+    def _run(self) -> None:
+        closing = False
+        while not (closing and self._items.empty()):
+            batch = [self._items.get()]
+            while len(batch) < _BATCH and not self._items.empty():
+                batch.append(self._items.get())
+            closing = closing or None in batch
+            if items := [item for item in batch if item is not None]:
+                self._commit(items)
+
+    def _commit(self, batch: Sequence[tuple[Write[C], Any, Future[None]]]) -> None:
+        """Commit a batch in one transaction.
+
+        If that fails, each item separately, so only bad items fail.
+        """
+        try:
+            with self.transaction() as c:
+                for write, items in groupby(batch, key=lambda each: each[0]):
+                    write(c, [item for _, item, _ in items])
+        except Exception as error:
+            if len(batch) > 1 and not is_transient(error):
+                for each in batch:
+                    self._commit([each])
+                return
+            for _, _, done in batch:  # an unavailable database fails all of them
+                done.set_exception(error)
+            return
+        for _, _, done in batch:
+            done.set_result(None)
+
+
+def write_all(
+    transaction: Callable[[], AbstractContextManager[C]],
+    write: Callable[[C, Sequence[T]], int],
+    items: Sequence[T],
+    describe: Callable[[T], str],
+) -> int:
+    """Write items in one transaction; returns the sum of what `write` returns.
+
+    If the database rejects an item, log it as `describe` says and write the others. Raises the error if the database
+    is unavailable.
+    """
+    try:
+        with transaction() as c:
+            return write(c, items)
+    except Exception as error:
+        if is_transient(error):
+            raise
+        if len(items) == 1:
+            _log.error("the database refuses %s: %s", describe(items[0]), error)
+            return 0
+        return sum(write_all(transaction, write, [item], describe) for item in items)
+
+
+class Sender:
+    """A thread that calls `step` until it returns False.
+
+    Runs on each `wake`, and after a pause if `step` raised.
+    """
+
+    def __init__(self, step: Callable[[], bool], label: str) -> None:
+        """Start the thread. `label`: name for the log, such as "usage"."""
+        self.away = False
+        self._step, self._what = step, label
+        self._lock, self._wake, self._closing = threading.Lock(), threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"veneer-{label.replace(' ', '-')}", daemon=True)
+        self._thread.start()
+
+    def wake(self) -> None:
+        self._wake.set()
+
+    def drain(self) -> None:
+        """Call `step` from this thread until it returns False.
+
+        Raises the errors of `step`.
+        """
+        with self._lock:
+            while self._step():
+                pass
+
+    def close(self) -> bool:
+        """Send what is queued and stop; returns whether the thread ended."""
+        self._closing.set()
+        self._wake.set()
+        self._thread.join(15)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        pause = 0.0
+        while True:
+            self._wake.wait(pause or None)
+            self._wake.clear()
+            last = self._closing.is_set()  # items queued before it was set are sent below
+            try:
+                self.drain()
+                pause, self.away = 0.0, False
+            except Exception as error:  # nothing is lost, whatever the error
+                if not self.away:
+                    _log.warning("%s stays on this machine until the database responds: %s", self._what, error)
+                self.away, pause = True, min(5.0, pause * 2 or 0.2)
+                self._closing.wait(pause)
+            if last:
+                return
+
+
+# -- the journal -------------------------------------------------------------------------------------------------------
+
+
+class NoRoom(Exception):
+    """Raised for one item; the other items of its group are written."""
+
+
+@dataclass
+class _Group:
+    """Lines of one write. `reserved`: request -> bytes kept free for the end of the request."""
+
+    free: int
+    reserved: dict[str, int]
+    lines: list[bytes] = field(default_factory=list)
+
+
+class Journal:
+    """Lines that the database does not have yet. Thread-safe; no method waits for the database.
+
+    The file has its full size from the start, and an admission keeps space for its request's end: a full disk never
+    prevents writing the end of an admitted request. `lines`: the lines, oldest first; the file has them too, between
+    zeros or older lines, which the database has already."""
+
+    def __init__(self, folder: Path, server: str, size: int, *, synced: bool = False) -> None:
+        """Create the file. Raises ResourceError if the disk does not have `size` bytes."""
+        self.path, self.lines, self._size, self._synced = folder / f"{server}.journal", list[bytes](), size, synced
+        self._end, self._reserved, self._mutex = 0, dict[str, int](), threading.Lock()
+        private_folder(folder)
+        new = self.path.with_suffix(".new")
+        self._fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            take_lock(self._fd)
+            for at in range(0, size, 1 << 20):
+                self._write_at(bytes(min(1 << 20, size - at)), at)
+            new.replace(self.path)  # the file never appears without its lock
+        except OSError as error:
+            os.close(self._fd)
+            new.unlink(missing_ok=True)
+            message, fix = f"not enough disk space for the ledger: {error}", f"{size >> 20} MiB of free space on a "
+            raise ResourceError(message, where=str(folder), fix=f"{fix}local disk, or a smaller ledger_room") from error
+        self.writer = Writer(self._group, "veneer-journal")
+
+    def admit(self, request: str, line: bytes, end_bytes: int) -> Future[None]:
+        """Add the line of an admission, and keep `end_bytes` free for the request's end.
+
+        The future completes when the line is written; its error is NoRoom, or the disk's."""
+        return self.writer.put(self._add, (request, line, end_bytes))
+
+    def end(self, request: str, line: bytes) -> Future[None]:
+        """Add the line of an admitted request's end. The future completes when the line is written."""
+        return self.writer.put(self._add, (request, line, 0))
+
+    def remove(self, count: int) -> None:
+        """Remove the oldest lines, which the database has."""
+        with self._mutex:
+            del self.lines[:count]
+            rest, end = b"".join(self.lines), self._end
+            if 2 * len(rest) <= end:  # the rest fits before itself, so a kill in between leaves it complete
+                self._write_at(rest, 0)
+                self._write_at(bytes(end - len(rest)), len(rest))
+                self._end = len(rest)
+
+    def close(self) -> None:
+        """Stop, and delete the file if the database has all of it."""
+        self.writer.close()
+        if not self.lines:
+            self.path.unlink(missing_ok=True)
+        os.close(self._fd)
+
+    def _add(self, group: _Group, items: Sequence[tuple[str, bytes, int]]) -> None:
+        for request, line, end_bytes in items:
+            kept = group.reserved.pop(request, None)
+            if not end_bytes and kept is None:
+                continue  # its admission had no room
+            group.free += (kept or 0) - len(line) - end_bytes
+            if end_bytes:
+                if group.free < 0:
+                    raise NoRoom("the journal has no room for one more request")
+                group.reserved[request] = end_bytes
+            group.lines.append(line)
+
+    @contextmanager
+    def _group(self) -> Iterator[_Group]:
+        with self._mutex:
+            group = _Group(self._size - self._end - sum(self._reserved.values()), dict(self._reserved))
+            yield group
+            data = b"".join(group.lines)
+            self._write_at(data, self._end)
+            self.lines += group.lines
+            self._end += len(data)
+            self._reserved = group.reserved
+
+    def _write_at(self, data: bytes, at: int) -> None:
+        if os.pwrite(self._fd, data, at) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if self._synced:
+            os.fsync(self._fd)
+
+
+@contextmanager
+def dead_journal(path: Path) -> Iterator[list[bytes]]:
+    """The lines in a dead process's journal, of which the database can have some.
+
+    The file is deleted after the block, unless the block raises. Raises BlockingIOError if the process is alive,
+    FileNotFoundError if there is no such file.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        take_lock(fd)
+        yield [line for line in path.read_bytes().replace(b"\0", b"").split(b"\n") if line]
+        path.unlink(missing_ok=True)
+    finally:
+        os.close(fd)
