@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import json
-import tarfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -158,15 +156,13 @@ def test_training_client_from_session_to_download(world: SimpleNamespace, client
     outputs, _ = read_output(acme.result(acme.forward(model, only=True).json()).content)
 
     live = acme.numbered("save_weights_for_sampler", model, sampling_session_seq_id=0)["sampling_session_id"]
-    answer = acme.sample(live, 0, num_samples=2, prompt_logprobs=True, topk_prompt_logprobs=3, topk_sample_logprobs=2)
+    answer = acme.sample(live, 0, num_samples=2, prompt_logprobs=True)
     sampled = fields(answer.content)
     samples = [dict(fields(value)) for number, value in sampled if number == 1]
     assert [np.frombuffer(each[2], "<i4").shape for each in samples] == [(4,), (4,)]
     assert np.frombuffer(dict(sampled)[2], "<f4")[1:] == pytest.approx(
         outputs[0][:5], abs=1e-5
     )  # the sampler is the trainer
-    top = dict(fields(dict(sampled)[3]))
-    assert (top[3], top[4]) == (3, 6)
     assert acme.sample(live, 0, num_samples=2).content == answer.content
 
     path = acme.numbered("save_weights", model, path="0001", type="save_weights")["path"]
@@ -181,8 +177,6 @@ def test_training_client_from_session_to_download(world: SimpleNamespace, client
     listed = acme.http.get(f"/training_runs/{model}/checkpoints").json()["checkpoints"]
     assert [each["tinker_path"] for each in listed] == [path, named]
     assert acme.post("weights_info", tinker_path=path)["lora_rank"] == 4
-    with tarfile.open(fileobj=io.BytesIO(acme.http.get(f"{_at(path)}/archive").content)) as tar:
-        assert {"adapter_config.json", "adapter_model.safetensors"} <= set(tar.getnames())
     urls = acme.http.get(f"{_at(path)}/external_weights_urls").json()["urls"]
     assert httpx.get(urls["adapter_config.json"]).json()["r"] == 4
     other_file = urls["adapter_config.json"].replace("adapter_config", "../adapter_config")
@@ -212,7 +206,6 @@ def test_runs_of_other_tenants_are_404(world: SimpleNamespace, client: Any) -> N
     ):
         assert globex.http.post(f"/{path}", json=body).status_code == 404, path
     assert httpx.post(f"{world.url}/api/v1/get_info", json={"model_id": model}).status_code == 401
-    assert client("acme").http.get("/sessions").json()["sessions"][-1] != globex.session
     with pytest.raises(httpx.HTTPStatusError, match="403"):
         client("idle")
 
@@ -414,7 +407,7 @@ def test_invalid_sample_options_are_the_result(client: Any) -> None:
     )
     id = base["sampling_session_id"]
     for seq, more in enumerate(
-        [{"topk_sample_logprobs": 50}, {"prompt_alt_tokens_k": 2}, {"prompt_logprobs_last_n": 3}]
+        [{"topk_sample_logprobs": 5}, {"prompt_alt_tokens_k": 2}, {"prompt_logprobs_last_n": 3}]
     ):
         result = acme.sample(id, seq, **more).json()
         assert next(iter(more)) in result["error"]

@@ -96,12 +96,9 @@ def test_messages_equal_the_sdks() -> None:
     made = response_conv.deserialize_forward_backward_output(forward_bytes(outputs, {"loss:sum": 2.5}))
     assert [each["logprobs"].to_numpy().tolist() for each in made.loss_fn_outputs] == [[0, 1, 2], [[0, 1], [2, 3]]]
     assert made.metrics == {"loss:sum": 2.5}
-    sample = WireSample([5, 6], [-0.5, -1.0], True, [[(5, -0.5), (7, -2.0)], [(6, -1.0)]])
-    told = response_conv.deserialize_sample_response(
-        sample_bytes([sample], prompt=[None, -3.0], top_prompt=[None, [(4, -3.0)]], top=1, cached=16)
-    )
+    sample = WireSample([5, 6], [-0.5, -1.0], True)
+    told = response_conv.deserialize_sample_response(sample_bytes([sample], prompt=[None, -3.0], cached=16))
     assert told.sequences[0].tokens == [5, 6]
     assert told.sequences[0].stop_reason == "stop"
     assert told.prompt_logprobs == [None, -3.0]
-    assert told.topk_prompt_logprobs == [None, [(4, -3.0)]]
     assert told.prompt_cache_hit_tokens == 16

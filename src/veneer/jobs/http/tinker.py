@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fastapi import APIRouter, Depends, Query
+from fastapi import APIRouter, Depends
 from pydantic import Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -31,7 +31,7 @@ from starlette.responses import Response
 from veneer.errors import quoted
 from veneer.jobs.account import TrainingAccount, trained_name
 from veneer.jobs.http.route import blocking, thread_route
-from veneer.jobs.tinker.service import FutureResult, NotFound, TinkerService, TrainingRun
+from veneer.jobs.tinker.service import FutureResult, TinkerService, TrainingRun, not_found
 from veneer.jobs.tinker.trainer import Lora
 from veneer.jobs.tinker.wire import read_head
 from veneer.library.library import Library
@@ -63,11 +63,13 @@ class TinkerBody(Strict):
 
 
 class SessionBody(TinkerBody):
+    """`create_session`. Everything that describes the session is ignored."""
+
     tags: list[str] = Field(default_factory=list)
     user_metadata: dict[str, Any] | None = None
     sdk_version: str = ""
     project_id: str | None = None
-    display_name: str | None = Field(default=None, max_length=500)
+    display_name: str | None = None
 
 
 class HeartbeatBody(TinkerBody):
@@ -222,13 +224,13 @@ class TinkerRoutes:
         return pending.task.result()
 
     def _missing(self, call: Call, number: str) -> Refused:
-        """Return the error for a request without a result. Raises NotFound, SessionEnded."""
+        """Return the error for a request without a result. Raises Refused."""
         id, _, seq = number.rpartition(":")
         if ":sample:" not in number:
             run = call.service.run(call.tenant, id)
             call.service.check_open(run)
             if not re.fullmatch("0|[1-9][0-9]{0,8}", seq) or int(seq) > run.applied:
-                return NotFound(f"there is no request {quoted(number)}", where="request_id")
+                return not_found(f"there is no request {quoted(number)}", "request_id")
         message = f"the result of {quoted(number)} has expired"
         return Refused(message, status=410, code="gone", fix="sample again; training requests have been applied")
 
@@ -357,7 +359,7 @@ def training_routes(state: TinkerRoutes) -> APIRouter:
 
     @router.post("/client/dynamic_config", summary="Get the part of the SDK's configuration that can change")
     async def dynamic() -> Response:
-        return Json({"sample_cancel_enabled": True})
+        return Json({"sample_cancel_enabled": False})
 
     @router.post("/telemetry", summary="Accept and ignore the SDK's telemetry")
     async def telemetry() -> Response:
@@ -366,28 +368,13 @@ def training_routes(state: TinkerRoutes) -> APIRouter:
     @router.post("/create_session", summary="Create a session of a ServiceClient")
     def create_session(body: SessionBody, call: Call = current_call) -> Any:
         state.account.check_allowed(call.tenant)
-        session = call.service.create_session(call.tenant, body.user_metadata, body.display_name)
+        session = call.service.create_session(call.tenant)
         return {"type": "create_session", "session_id": session.id}
 
     @router.post("/session_heartbeat", summary="Keep a session alive")
     def heartbeat(body: HeartbeatBody, call: Call = current_call) -> Any:
         call.service.session(call.tenant, body.session_id).use()
         return {"type": "session_heartbeat"}
-
-    @router.get("/sessions", summary="List the caller's sessions, newest first")
-    def sessions(limit: int = Query(20, ge=1, le=1000), offset: int = Query(0, ge=0), call: Call = current_call) -> Any:
-        matches = call.service.sessions_of(call.tenant)
-        return {"sessions": [session.id for session in matches[offset : offset + limit]]}
-
-    @router.get("/sessions/{id}", summary="Get a session")
-    def session(id: str, call: Call = current_call) -> Any:
-        found = call.service.session(call.tenant, id)
-        return {
-            "training_run_ids": sorted(run.id for run in call.service.runs_of(call.tenant) if run.session == id),
-            "sampler_ids": found.samplers,
-            "user_metadata": found.metadata or None,
-            "display_name": found.name,
-        }
 
     @router.post("/sessions/{id}/finish", summary="End a session; saved checkpoints stay")
     def finish(id: str, call: Call = current_call) -> None:
@@ -416,15 +403,6 @@ def training_routes(state: TinkerRoutes) -> APIRouter:
             "model_name": name,
             "optimizer_config": {"type": "adamw"},
         }
-
-    @router.post("/unload_model", summary="Let a training client's state leave memory")
-    async def unload(body: RunBody, call: Call = current_call) -> Response:
-        run, result = call.service.run(call.tenant, body.model_id), asyncio.get_running_loop().create_future()
-        run.turn, number = 0.0, f"{run.id}:unload"
-        result.set_result(FutureResult("json", json.dumps({"type": "unload_model", "model_id": run.id}).encode()))
-        if number not in state.results:
-            state.add(call, number, state.take_quota(call, 0), _wait_for(result))
-        return future_response(number, run.id)
 
     @router.post("/forward_backward", summary="Compute log-probabilities and gradients; the body is protobuf")
     async def forward(request: HttpRequest, call: Call = current_call) -> Response:

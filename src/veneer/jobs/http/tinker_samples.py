@@ -40,9 +40,13 @@ from veneer.serve.quota import QuotaHold
 from veneer.serve.request import Refused, invalid
 from veneer.serve.request import Sampling as SamplingParams
 
-_SAMPLE, _PROMPT_TOKEN, _ANSWER_TOKEN, _TOP_TOKEN = 2048, 64, 400, 100
-"""Bytes per waiting sample, prompt token, sampled token and top-k logprob."""
-_TOP = 20
+_SAMPLE, _PROMPT_TOKEN, _ANSWER_TOKEN = 2048, 64, 400
+"""Bytes per waiting sample, prompt token and sampled token."""
+_REFUSED = (
+    "topk_prompt_logprobs", "topk_sample_logprobs", "prompt_logprobs_last_n", "target_prompt_logprobs",
+    "prompt_alt_tokens_k", "record_stability_info",
+)  # fmt: skip
+"""Options of the SDK that this server does not have."""
 
 
 class SamplerBody(TinkerBody):
@@ -77,8 +81,8 @@ class SampleBody(TinkerBody):
     sampling_session_id: str
     seq_id: int = Field(ge=0, lt=MAX_NUMBER)
     prompt_logprobs: bool | None = None
-    topk_prompt_logprobs: int = Field(default=0, ge=0)
-    topk_sample_logprobs: int = Field(default=0, ge=0)
+    topk_prompt_logprobs: int = 0
+    topk_sample_logprobs: int = 0
     prompt_logprobs_last_n: int | None = None
     target_prompt_logprobs: dict[str, Any] | None = None
     prompt_alt_tokens_k: int = 0
@@ -119,7 +123,7 @@ class Sampling:
         try:
             job = await asyncio.to_thread(_job, call, source, body)
             tokens = job.sampling.max_tokens or call.http.reader.context
-            memory = _SAMPLE + count * tokens * (_ANSWER_TOKEN + _TOP_TOKEN * (job.sampling.logprobs or 0))
+            memory = _SAMPLE + count * tokens * _ANSWER_TOKEN
 
             def fits() -> bool:
                 tenants = sum(waiting > 0 for waiting in self.requests.values())
@@ -134,7 +138,7 @@ class Sampling:
                 self.running[tenant] -= count
                 async with self._turn:
                     self._turn.notify_all()
-            return FutureResult("proto", await asyncio.to_thread(_sample_bytes, body, answers, len(job.prompts[0])))
+            return FutureResult("proto", await asyncio.to_thread(_sample_bytes, body, answers))
         except Exception as error:
             refused = as_refused(error)
             category = "server" if refused.status >= 500 else "user"
@@ -168,16 +172,10 @@ async def _answers(http: Service, job: TextJob, hold: QuotaHold, memory: int) ->
 def _job(call: Call, source: SamplerSource, body: SampleBody) -> TextJob:
     """Convert a sampling request to a TextJob. Raises Refused."""
     params, context = body.sampling_params, call.http.reader.context
-    for name in ("target_prompt_logprobs", "prompt_alt_tokens_k", "record_stability_info"):
-        if getattr(body, name) not in (None, 0):
+    for name in _REFUSED:
+        if getattr(body, name) not in (None, False, 0):
             raise invalid(f"this server does not know {name}", name, "leave it out")
-    for name in ("topk_prompt_logprobs", "topk_sample_logprobs"):
-        if getattr(body, name) > _TOP:
-            raise invalid(f"{name} is {getattr(body, name)}", name, f"at most {_TOP}")
     prompt = tuple(token for chunk in body.prompt.chunks for token in chunk.tokens)
-    last = body.prompt_logprobs_last_n
-    if last is not None and not (body.prompt_logprobs and 1 <= last < len(prompt)):
-        raise invalid(f"prompt_logprobs_last_n is {last}", "prompt_logprobs_last_n", "below the prompt's length")
     stop = [params.stop] if isinstance(params.stop, str) else list(params.stop or [])
     try:
         sampling = SamplingParams(
@@ -189,8 +187,8 @@ def _job(call: Call, source: SamplerSource, body: SampleBody) -> TextJob:
             stop=tuple(text for text in stop if isinstance(text, str)),
             stop_ids=tuple(token for token in stop if isinstance(token, int)),
             ignore_eos=params.stop == [],
-            logprobs=max(body.topk_prompt_logprobs, body.topk_sample_logprobs),
-            prompt_logprobs=bool(body.prompt_logprobs or body.topk_prompt_logprobs),
+            logprobs=0,
+            prompt_logprobs=bool(body.prompt_logprobs),
         )
     except ConfigError as error:
         raise invalid(error.what, error.where, error.fix) from error
@@ -211,25 +209,18 @@ def _resolved(call: Call, source: SamplerSource) -> ResolvedModel:
     return ResolvedModel(((source.digest, 1.0),), source.name, source.name, adapters=(source.name,))
 
 
-def _sample_bytes(body: SampleBody, answers: Sequence[TextAnswer], prompt: int) -> bytes:
-    def top(tokens: Sequence[Any], count: int) -> list[list[tuple[int, float]]]:
-        return [[(i, p) for i, _, p in token.top[:count]] for token in tokens]
-
+def _sample_bytes(body: SampleBody, answers: Sequence[TextAnswer]) -> bytes:
     samples = [
         WireSample(
             [token.id for token in answer.tokens],
             [token.logprob or 0.0 for token in answer.tokens],
             answer.finished.reason == "stop",
-            top(answer.tokens, body.topk_sample_logprobs) if body.topk_sample_logprobs else None,
         )
         for answer in answers
     ]
-    read = next((answer.tokens[0].prompt for answer in answers if answer.tokens), ())
-    first = 1 if body.prompt_logprobs_last_n is None else prompt - body.prompt_logprobs_last_n
-    logprobs = [token.logprob if i >= first else None for i, token in enumerate(read)] if body.prompt_logprobs else None
-    count = body.topk_prompt_logprobs
-    tops = [row if i >= first else None for i, row in enumerate(top(read, count))] if count else None
-    return sample_bytes(samples, prompt=logprobs, top_prompt=tops, top=count, cached=answers[0].cached)
+    prompt = next((answer.tokens[0].prompt for answer in answers if answer.tokens), ())
+    logprobs = [token.logprob if i else None for i, token in enumerate(prompt)] if body.prompt_logprobs else None
+    return sample_bytes(samples, prompt=logprobs, cached=answers[0].cached)
 
 
 def sampling_routes(state: TinkerRoutes) -> APIRouter:
@@ -265,12 +256,5 @@ def sampling_routes(state: TinkerRoutes) -> APIRouter:
             return Json({"type": "try_again", "request_id": number, "queue_state": "active"}, status_code=408)
         kind = "application/x-protobuf" if result.kind == "proto" else "application/json"
         return Response(result.data, media_type=kind)
-
-    @router.post("/cancel_future", summary="Cancel a sample")
-    async def cancel(body: FutureBody, call: Call = current_call) -> Response:
-        pending = state.results.get(body.request_id)
-        if ":sample:" in body.request_id and pending is not None and pending.tenant == call.tenant:
-            pending.task.cancel()
-        return Response(status_code=204)
 
     return router

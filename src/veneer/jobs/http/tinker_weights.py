@@ -5,11 +5,8 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-import tarfile
 import time
-from collections.abc import Generator
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Depends, Query
@@ -19,10 +16,8 @@ from starlette.responses import FileResponse, Response
 
 from veneer.jobs.http.tinker import Call, TinkerRoutes, tinker_router
 from veneer.jobs.tinker.checkpoints import SavedWeights, parse_path
-from veneer.jobs.tinker.service import NotFound, TrainingRun
-from veneer.library.store import CHUNK
+from veneer.jobs.tinker.service import TrainingRun, not_found
 from veneer.serve.http.bodies import Strict
-from veneer.serve.http.downloads import file_response
 from veneer.serve.request import Refused
 
 FILES = "/api/v1/files"
@@ -48,7 +43,7 @@ def weights_routes(state: TinkerRoutes) -> APIRouter:
         run = call.service.run(call.tenant, id)
         checkpoint = run.checkpoints.find(checkpoint_id)
         if checkpoint is None:
-            raise NotFound(f"{id} has no checkpoint {checkpoint_id[:100]!r}", where="checkpoint_id")
+            raise not_found(f"{id} has no checkpoint {checkpoint_id[:100]!r}", "checkpoint_id")
         return run, checkpoint
 
     @router.post("/weights_info", summary="Get what a client needs to continue from a checkpoint")
@@ -84,13 +79,6 @@ def weights_routes(state: TinkerRoutes) -> APIRouter:
         saved.sort(key=lambda each: each.made, reverse=True)
         cursor = {"offset": offset, "limit": limit, "total_count": len(saved)}
         return {"checkpoints": [each.to_json() for each in saved[offset : offset + limit]], "cursor": cursor}
-
-    @router.get(f"{_CHECKPOINT}/archive", summary="Download a checkpoint as a tar of PEFT files")
-    def archive(id: str, kind: str, name: str, call: Call = current_call) -> Response:
-        _, checkpoint = find(call, id, f"{kind}/{name}")
-        hold = call.http.quotas.take(call.tenant, descriptors=1)
-        tar, named = _Tar(state.library.resolve(checkpoint.reference)), f'attachment; filename="{name}.tar"'
-        return file_response(tar, tar.size, named, media_type="application/x-tar", after=hold.release)  # type: ignore[arg-type]
 
     @router.get(f"{_CHECKPOINT}/external_weights_urls", summary="Get a URL for each file of a checkpoint")
     def urls(request: HttpRequest, id: str, kind: str, name: str, call: Call = current_call) -> Any:
@@ -153,34 +141,3 @@ def _run_json(run: TrainingRun, call: Call) -> dict[str, Any]:
         "last_sampler_checkpoint": newest("sampler_weights"),
         "user_metadata": run.metadata,
     }
-
-
-class _Tar:
-    """A folder as a tar archive, generated while it is read. `size`: its bytes."""
-
-    def __init__(self, folder: Path) -> None:
-        self._files = [(path, path.stat()) for path in sorted(folder.iterdir())]
-        blocks = sum(1 + -(-stat.st_size // tarfile.BLOCKSIZE) for _, stat in self._files) + 2
-        self.size = -(-blocks * tarfile.BLOCKSIZE // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
-        self._parts = self._chunks()
-
-    def read(self, size: int) -> bytes:
-        """Return the next part, of any size (`size` is ignored); b"" at the end."""
-        return next(self._parts, b"")
-
-    def close(self) -> None:
-        self._parts.close()
-
-    def _chunks(self) -> Generator[bytes, None, None]:
-        sent = 0
-        for path, stat in self._files:
-            info = tarfile.TarInfo(path.name)
-            info.size, info.mtime, info.mode = stat.st_size, int(stat.st_mtime), 0o644
-            yield (head := info.tobuf(tarfile.GNU_FORMAT))
-            with path.open("rb") as file:
-                while chunk := file.read(CHUNK):
-                    yield chunk
-            if stat.st_size % tarfile.BLOCKSIZE:
-                yield bytes(-stat.st_size % tarfile.BLOCKSIZE)
-            sent += len(head) + stat.st_size + -stat.st_size % tarfile.BLOCKSIZE
-        yield bytes(self.size - sent)

@@ -11,6 +11,7 @@ file in the run's folder maps the checkpoint to the version. A checkpoint expire
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 import tempfile
@@ -28,6 +29,8 @@ from veneer.files.atomic import atomic_write
 from veneer.library.library import Library
 from veneer.models.text.base import TextBase
 from veneer.train.text.save import write_adapter
+
+_log = logging.getLogger("veneer.tinker")
 
 _KINDS = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
 """Part of a path -> Tinker's checkpoint type."""
@@ -57,6 +60,10 @@ class SavedWeights:
     @property
     def path(self) -> str:
         return f"tinker://{self.run}/{self.id}"
+
+    @property
+    def expired(self) -> bool:
+        return self.expires is not None and self.expires <= time.time()
 
     def to_json(self) -> dict[str, Any]:
         """Return the checkpoint in Tinker's format."""
@@ -93,11 +100,16 @@ class Checkpoints:
 
     def all(self) -> list[SavedWeights]:
         """Return all checkpoints, oldest first."""
-        checkpoints = [self._read(path) for path in self.folder.glob("*/*/about.json")]
-        return sorted((each for each in checkpoints if each is not None), key=lambda each: (each.made, each.id))
+        return sorted((each for each in self._stored() if not each.expired), key=lambda each: (each.made, each.id))
+
+    @property
+    def empty(self) -> bool:
+        """Whether the folder has no checkpoint, not even one that cannot be read."""
+        return not any(self.folder.glob("*/*/about.json"))
 
     def find(self, id: str) -> SavedWeights | None:
-        return self._read(self.folder / id / "about.json") if self._is_valid(id) else None
+        saved = self._read(self.folder / id / "about.json") if self._is_valid(id) else None
+        return None if saved is None or saved.expired else saved
 
     def state(self, id: str) -> Path:
         """Return the folder of a checkpoint's training state."""
@@ -178,10 +190,13 @@ class Checkpoints:
 
     def sweep(self) -> None:
         """Remove expired checkpoints."""
-        for path in self.folder.glob("*/*/about.json"):
-            if self._read(path) is None:
-                with suppress(FileNotFoundError):  # a request removed the checkpoint meanwhile
-                    self._discard(SavedWeights(**json.loads(path.read_text(encoding="utf-8"))))
+        for saved in self._stored():
+            if saved.expired:
+                self._discard(saved)
+
+    def _stored(self) -> list[SavedWeights]:
+        stored = [self._read(path) for path in self.folder.glob("*/*/about.json")]
+        return [saved for saved in stored if saved is not None]
 
     def _require(self, id: str) -> SavedWeights:
         checkpoint = self.find(id)
@@ -195,10 +210,12 @@ class Checkpoints:
 
     def _read(self, path: Path) -> SavedWeights | None:
         try:
-            checkpoint = SavedWeights(**json.loads(path.read_text(encoding="utf-8")))
+            return SavedWeights(**json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
-        return checkpoint if checkpoint.expires is None or checkpoint.expires > time.time() else None
+        except (ValueError, TypeError):
+            _log.error("the checkpoint in %s is not available: about.json cannot be read", path.parent)
+            return None
 
     def _write(self, checkpoint: SavedWeights) -> None:
         atomic_write(self.folder / checkpoint.id / "about.json", [json.dumps(asdict(checkpoint)).encode()])

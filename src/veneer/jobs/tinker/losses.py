@@ -8,9 +8,8 @@ over tokens:
     ppo                    −min(r·A, clip(r, low, high)·A)
     cispo                  −sg[clip(r, low, high)]·A·log p
     dro                    −(A·log p − β/2·(log p − log q)²)
-    gspo                   ppo with r_t = sg[s]·p_t/sg[p_t], log s the mean of log r over `sequence_ratio_mask`
 
-low and high are 0.8 and 1.2 (`clip_low_threshold`, `clip_high_threshold`: an option, or a tensor), β is 0.05
+low and high are 0.8 and 1.2 (`clip_low_threshold`, `clip_high_threshold`), β is 0.05
 (`beta`). sg stops gradients. Source: https://tinker-docs.thinkingmachines.ai/tinker/losses A custom loss is
 cross_entropy with the weights −∂loss/∂log p, which the SDK computes.
 """
@@ -38,36 +37,22 @@ def _importance_sampling(logps: Tensor, row: Inputs, options: Options) -> Tensor
 
 
 def _ppo(logps: Tensor, row: Inputs, options: Options) -> Tensor:
-    return _clipped(torch.exp(logps - row["logprobs"]), row, options)
+    ratio, advantages = torch.exp(logps - row["logprobs"]), row["advantages"]
+    return -torch.minimum(ratio * advantages, _clip(ratio, options) * advantages)
 
 
-def _clipped(ratio: Tensor, row: Inputs, options: Options) -> Tensor:
-    advantages = row["advantages"]
-    return -torch.minimum(ratio * advantages, _clip(ratio, row, options) * advantages)
-
-
-def _clip(ratio: Tensor, row: Inputs, options: Options) -> Tensor:
-    low, high = (
-        row[name] if name in row else torch.as_tensor(options.get(name, usual), dtype=ratio.dtype, device=ratio.device)
-        for name, usual in zip(_CLIPS, (0.8, 1.2), strict=True)
-    )
-    return torch.maximum(torch.minimum(ratio, high), low)
+def _clip(ratio: Tensor, options: Options) -> Tensor:
+    return ratio.clamp(float(options.get("clip_low_threshold", 0.8)), float(options.get("clip_high_threshold", 1.2)))
 
 
 def _cispo(logps: Tensor, row: Inputs, options: Options) -> Tensor:
     ratio = torch.exp(logps.detach() - row["logprobs"])
-    return -_clip(ratio, row, options) * row["advantages"] * logps
+    return -_clip(ratio, options) * row["advantages"] * logps
 
 
 def _dro(logps: Tensor, row: Inputs, options: Options) -> Tensor:
     beta = float(options.get("beta", 0.05))
     return -(logps * row["advantages"] - 0.5 * beta * (logps - row["logprobs"]) ** 2)
-
-
-def _gspo(logps: Tensor, row: Inputs, options: Options) -> Tensor:
-    still = logps.detach()
-    mean = (still - row["logprobs"])[row["sequence_ratio_mask"] != 0].mean()
-    return _clipped(torch.exp(mean + logps - still), row, options)
 
 
 _SAMPLED = ("logprobs", "advantages")
@@ -77,7 +62,6 @@ _LOSSES: Mapping[str, tuple[Callable[[Tensor, Inputs, Options], Tensor], tuple[s
     "ppo": (_ppo, _SAMPLED, _CLIPS),
     "cispo": (_cispo, _SAMPLED, _CLIPS),
     "dro": (_dro, _SAMPLED, ("beta",)),
-    "gspo": (_gspo, (*_SAMPLED, "sequence_ratio_mask"), _CLIPS),
 }
 """Loss -> (function, tensors required of a row besides its targets, options)."""
 _ELSEWHERE = {
@@ -110,11 +94,6 @@ def needed_inputs(name: str, options: Options) -> tuple[str, ...]:
     if wrong := [key for key, value in options.items() if isinstance(value, str)]:
         raise ConfigError(f"{wrong[0]} is a number", where="loss_fn_config")
     return _LOSSES[name][1]
-
-
-def optional_inputs(name: str) -> tuple[str, ...]:
-    """Return the options of a loss that a row can also give as tensors."""
-    return tuple(key for key in _LOSSES[name][2] if key in _CLIPS)
 
 
 def _all() -> str:

@@ -65,30 +65,26 @@ _SNAPSHOTS = 16
 """Number of newest unnamed sampler weights to keep per run."""
 _SWEEP_SECONDS, _ENDED_SECONDS = 3600.0, 3600.0
 """Seconds between sweeps; seconds for which an ended session can still be queried."""
-_GAP_SECONDS, _MAX_AHEAD = 400.0, 10_000
-"""Seconds that requests wait for a missing earlier number; maximum distance to that number."""
+_MAX_AHEAD = 10_000
+"""Maximum distance of a request's number to the last executed one."""
 _LARGE_BYTES = 1 << 20
 """Size of a body after which freed memory is returned to the system."""
 _OBJECT_BYTES = 2000
-"""Memory of a session, a run or a sampler besides its metadata."""
+"""Memory of a session, a run or a sampler besides a run's metadata."""
 _CONTINUE = "create_training_client_from_state continues from a saved checkpoint"
 
 _T = TypeVar("_T")
 _TYPE_NAMES = {str: "a text", int: "a whole number", dict: "an object"}
 
 
-class NotFound(Refused):
-    """The tenant has no such session, run or sampler (404)."""
-
-    def __init__(self, what: str, *, where: str, fix: str | None = None) -> None:
-        super().__init__(what, status=404, code="not_found", param=where, where=where, fix=fix)
+def not_found(what: str, where: str, fix: str | None = None) -> Refused:
+    """The error for a session, run or sampler that the tenant does not have (404)."""
+    return Refused(what, status=404, code="not_found", param=where, where=where, fix=fix)
 
 
-class SessionEnded(Refused):
-    """The session or run has ended (410)."""
-
-    def __init__(self, what: str, *, where: str, fix: str | None = None) -> None:
-        super().__init__(what, status=410, code="gone", param=where, where=where, fix=fix)
+def ended(what: str, where: str, fix: str | None = None) -> Refused:
+    """The error for a session or run that has ended (410)."""
+    return Refused(what, status=410, code="gone", param=where, where=where, fix=fix)
 
 
 @dataclass(frozen=True)
@@ -103,26 +99,23 @@ class FutureResult:
 class Session:
     """Everything that one ServiceClient of a tenant created.
 
-    created, used: seconds since 1970
+    used: seconds since 1970
     ended: time at which the client ended the session, or None
     base_name: the client's last name for the base, if that was a path or hub ID; else ""
     hold: quota of the session and its samplers"""
 
     id: str
     tenant: str
-    metadata: dict[str, Any] | None
-    name: str | None
     hold: QuotaHold
-    created: float = field(default_factory=time.time)
     used: float = field(default_factory=time.time)
     ended: float | None = None
     base_name: str = ""
     samplers: list[str] = field(default_factory=list)
 
     def use(self) -> None:
-        """Record a use of the session. Raises SessionEnded."""
+        """Record a use of the session. Raises Refused (410)."""
         if self.ended is not None:
-            raise SessionEnded(f"the session {self.id} has ended", where="session_id", fix="make a new ServiceClient")
+            raise ended(f"the session {self.id} has ended", "session_id", "make a new ServiceClient")
         self.used = time.time()
 
     def set_base_name(self, name: str) -> None:
@@ -135,7 +128,7 @@ class SamplerSource:
     """The weights of a sampling session.
 
     A `reference` of the library; or unnamed weights of the run `name`, by their digest in `folder`; with
-    neither, the base. `follows`: a run whose newest unnamed weights the session uses for each request."""
+    neither, the base."""
 
     id: str
     tenant: str
@@ -144,7 +137,6 @@ class SamplerSource:
     digest: str = ""
     folder: str = ""
     name: str = ""
-    follows: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +155,6 @@ class TrainingRun:
     applied: number of the last executed request; request 0 creates the client
     created: the result of request 0
     turn: time of the state's last use in memory; 0 to leave memory first
-    newest: newest weights for samplers that follow the run
     hold: quota of the client's memory, its state and its checkpoints"""
 
     id: str
@@ -184,7 +175,6 @@ class TrainingRun:
     learner: Learner | None = None
     work: PassWork | None = None
     unpacked: QuotaHold | None = None
-    newest: SamplerSource | None = None
 
     @property
     def next(self) -> _Request | None:
@@ -266,7 +256,8 @@ class TinkerService:
         """Read a run, or remove its folder if it has no checkpoints."""
         session = folder.parent.name
         checkpoints = self._checkpoints(tenant, session, folder.name.removeprefix("train-"))
-        if not checkpoints.all() or not (folder / "run.json").is_file():
+        checkpoints.sweep()
+        if checkpoints.empty or not (folder / "run.json").is_file():
             shutil.rmtree(folder)
             return
         data = json.loads((folder / "run.json").read_text(encoding="utf-8"))
@@ -283,16 +274,15 @@ class TinkerService:
 
     # -- sessions, runs and samplers -----------------------------------------------------------------------------------
 
-    def create_session(self, tenant: str, metadata: dict[str, Any] | None, name: str | None = None) -> Session:
+    def create_session(self, tenant: str) -> Session:
         """Create a session. Raises Refused if a quota is exceeded."""
-        hold = self.quotas.take(tenant, memory=self._object_bytes(metadata))
-        session = Session(f"s{secrets.token_hex(6)}", tenant, metadata, name, hold)
+        session = Session(f"s{secrets.token_hex(6)}", tenant, self.quotas.take(tenant, memory=_OBJECT_BYTES))
         with self._changed:
             self.sessions[session.id] = session
         return session
 
     def _object_bytes(self, metadata: dict[str, Any] | None) -> int:
-        """Return the memory of an object with metadata. Raises Refused (413)."""
+        """Return the memory of a run or checkpoint with metadata. Raises Refused (413)."""
         size, limit = len(json.dumps(metadata)) if metadata else 0, self.quotas.limits.metadata
         if size > limit:
             message, fix = f"user_metadata is over {limit:,} bytes of JSON (metadata)", "send less metadata"
@@ -300,21 +290,15 @@ class TinkerService:
         return _OBJECT_BYTES + size
 
     def session(self, tenant: str, id: str) -> Session:
-        """Return a session. Raises NotFound."""
+        """Return a session. Raises Refused (404)."""
         session = self.sessions.get(id)
         if session is None or session.tenant != tenant:
-            raise NotFound(f"there is no session {id[:60]!r}", where="session_id", fix="make a new ServiceClient")
+            raise not_found(f"there is no session {id[:60]!r}", "session_id", "make a new ServiceClient")
         return session
 
     def end_session(self, tenant: str, id: str) -> None:
-        """End a session: no further requests are accepted. Raises NotFound."""
+        """End a session: no further requests are accepted. Raises Refused (404)."""
         self.session(tenant, id).ended = time.time()
-
-    def sessions_of(self, tenant: str) -> list[Session]:
-        """Return a tenant's sessions, newest first."""
-        with self._changed:
-            sessions = [session for session in self.sessions.values() if session.tenant == tenant]
-        return sorted(sessions, key=lambda session: session.created, reverse=True)
 
     def create_run(
         self,
@@ -330,8 +314,8 @@ class TinkerService:
         """Create a run, or return the session's existing run of this number.
 
         `start`: a new adapter's configuration, or the path of a checkpoint to continue from; `optimizer`: with
-        its optimizer state. Raises NotFound, SessionEnded, ConfigError for modules that the base lacks or an
-        invalid path, and Refused if a quota is exceeded."""
+        its optimizer state. Raises ConfigError for modules that the base lacks or an invalid path, and Refused:
+        404, 410, or over a quota."""
         lora = start if isinstance(start, Lora) else self.saved_state(tenant, start)[1].lora
         size = self._state_bytes(lora)
         with self._changed:
@@ -352,11 +336,11 @@ class TinkerService:
         return run
 
     def run(self, tenant: str, id: str) -> TrainingRun:
-        """Return a run, also after its session if it has checkpoints. Raises NotFound."""
+        """Return a run, also after its session if it has checkpoints. Raises Refused (404)."""
         run = self.runs.get(id)
         if run is None or run.tenant != tenant:
             message = f"there is no training run {id[:80]!r}"
-            raise NotFound(message, where="model_id", fix=f"a restart of the server ends training clients; {_CONTINUE}")
+            raise not_found(message, "model_id", f"a restart of the server ends training clients; {_CONTINUE}")
         return run
 
     def runs_of(self, tenant: str) -> list[TrainingRun]:
@@ -366,16 +350,16 @@ class TinkerService:
         return sorted(runs, key=lambda run: run.used, reverse=True)
 
     def check_open(self, run: TrainingRun) -> None:
-        """Record a use of a run's session. Raises SessionEnded."""
+        """Record a use of a run's session. Raises Refused (410)."""
         session = self.sessions.get(run.session)
         if session is None:
             message = f"the training client {run.id} has ended with its session or by a restart of the server"
-            raise SessionEnded(message, where="model_id", fix=_CONTINUE)
+            raise ended(message, "model_id", _CONTINUE)
         session.use()
         run.used = time.time()
 
     def is_new(self, run: TrainingRun, seq: int) -> bool:
-        """Return whether a request has not been accepted yet. Raises SessionEnded, ConfigError."""
+        """Return whether a request has not been accepted yet. Raises Refused (410), ConfigError."""
         self.check_open(run)
         if not 1 <= seq <= run.applied + _MAX_AHEAD:
             raise ConfigError(f"seq_id is {seq}", where="seq_id", fix="from 1 on, one more for each request")
@@ -385,19 +369,17 @@ class TinkerService:
         """Accept a new request, to execute after all earlier numbers.
 
         A request of kind `refused` fails with the error in its body, so that no number is missing. Raises
-        SessionEnded."""
+        Refused (410)."""
         with self._changed:
             if self._closed:
-                raise SessionEnded("the server stops", where="model_id", fix=_CONTINUE)
+                raise ended("the server stops", "model_id", _CONTINUE)
             self.check_open(run)
             request = run.pending[seq] = _Request(kind, body)
             self._changed.notify_all()
         return request.result
 
     def create_sampler(self, tenant: str, session: str, number: int, path: str | None) -> SamplerSource:
-        """Create a sampling session.
-
-        Raises NotFound, SessionEnded, and ConfigError for an unknown path."""
+        """Create a sampling session. Raises Refused (404, 410), and ConfigError for an unknown path."""
         owner = self.session(tenant, session)
         owner.use()
         reference = "" if path is None else self.saved(tenant, path).reference
@@ -412,24 +394,23 @@ class TinkerService:
         return sampler
 
     def sampler(self, tenant: str, id: str) -> SamplerSource:
-        """Return a sampling session with its current weights. Raises NotFound, SessionEnded."""
+        """Return a sampling session. Raises Refused (404, 410)."""
         sampler = self.samplers.get(id)
         if sampler is None or sampler.tenant != tenant:
-            raise NotFound(f"there is no sampling session {id[:80]!r}", where="sampling_session_id")
+            raise not_found(f"there is no sampling session {id[:80]!r}", "sampling_session_id")
         self.session(tenant, id.partition(":")[0]).use()
-        newest = self.run(tenant, sampler.follows).newest if sampler.follows else None
-        return sampler if newest is None else replace(newest, id=id)
+        return sampler
 
     def saved(self, tenant: str, path: str) -> SavedWeights:
-        """Return the checkpoint of a tinker:// path. Raises NotFound, ConfigError."""
+        """Return the checkpoint of a tinker:// path. Raises Refused (404), ConfigError."""
         run, id = parse_path(path)
         saved = self.run(tenant, run).checkpoints.find(id)
         if saved is None:
-            raise NotFound(f"there is no checkpoint {path[:200]!r}", where="path", fix="it may have expired")
+            raise not_found(f"there is no checkpoint {path[:200]!r}", "path", "it may have expired")
         return saved
 
     def saved_state(self, tenant: str, path: str) -> tuple[SavedWeights, TrainingRun]:
-        """Return a checkpoint with a training state, and its run. Raises NotFound, ConfigError."""
+        """Return a checkpoint with a training state, and its run. Raises Refused (404), ConfigError."""
         run, id = parse_path(path)
         if not id.startswith("weights/"):
             message = f"{path[:200]} is to sample from, and has no training state"
@@ -454,7 +435,6 @@ class TinkerService:
                         self._changed.wait(min(30.0, self._pause))
                     ready = [] if self._closed else self._ready()
                 self._round(ready)
-                self._fail_gaps()
             except Exception as error:  # a bug: waiting clients get the error, and the thread continues
                 _log.exception("a round of training failed")
                 for run in ready:
@@ -589,13 +569,6 @@ class TinkerService:
             text = "the server failed at this request; the server's log has the reason"
         self._finish(run, FutureResult("failed", json.dumps({"error": text, "category": category}).encode()))
 
-    def _fail_gaps(self) -> None:
-        """Fail requests that waited too long for a missing number."""
-        for run in [run for run in list(self.runs.values()) if run.pending and run.next is None]:
-            if time.time() - run.used > _GAP_SECONDS:
-                message = f"request {run.applied + 1} of {run.id} never arrived"
-                self._fail_pending(run, ConfigError(message, fix="send the requests after it again"))
-
     def _fail_pending(self, run: TrainingRun, error: VeneerError) -> None:
         for seq in sorted(run.pending):
             run.applied = seq - 1
@@ -651,6 +624,8 @@ class TinkerService:
         if body.get("path") is not None:
             path = self._save_checkpoint(run, body, "sampler_weights").path
             return {"path": path, "type": "save_weights_for_sampler"}
+        if body.get("kind") not in (None, "snapshot"):
+            raise ConfigError("sampling clients here have fixed weights", where="kind", fix="kind='snapshot'")
         number = _value(body, "sampling_session_seq_id", int)
         if number is None or not 0 <= number < 10**9:
             raise ConfigError("the request has neither path nor a valid sampling_session_seq_id", where="path")
@@ -659,8 +634,6 @@ class TinkerService:
         with self._storing(run, disk=self._state_bytes(run.lora) // 4):
             digest = write_adapter(self._adapter(run), folder, self.base)
             source = SamplerSource(id, run.tenant, digest=digest, folder=str(folder), name=run.checkpoints.name)
-            if body.get("kind") == "inflight":
-                run.newest, source = source, SamplerSource(id, run.tenant, follows=run.id)
             self._add_sampler(self.session(run.tenant, run.session), source)
             for old in sorted(snapshots.iterdir(), key=lambda path: int(path.name))[:-_SNAPSHOTS]:
                 shutil.rmtree(old)
@@ -693,14 +666,7 @@ class TinkerService:
                 where="path",
                 fix="create_training_client_from_state makes a client that fits",
             )
-        trainer = self._ready_trainer()
-        self._evict_others(run)
-        learner = trainer.create(f"{run.id}:{run.applied + 1}", run.lora)
-        try:
-            trainer.read(learner, source.checkpoints.state(saved.id), bool(body.get("optimizer")))
-        except BaseException:
-            trainer.drop(learner)
-            raise
+        learner = self._read_learner(run, source.checkpoints.state(saved.id), bool(body.get("optimizer")))
         learner.forget_gradients()
         self._drop(run)
         run.learner = learner
@@ -733,7 +699,7 @@ class TinkerService:
             try:
                 run.checkpoints.sweep()
                 self._measure(run)
-                if run.session not in self.sessions and not run.checkpoints.all():
+                if run.session not in self.sessions and run.checkpoints.empty:
                     with self._changed:
                         del self.runs[run.id]
                     run.hold.release()
@@ -770,17 +736,21 @@ class TinkerService:
         """Return a run's adapter in memory; can move other runs' states to disk."""
         run.turn = time.monotonic()
         if run.learner is None:
-            self._evict_others(run)
-            learner = self._ready_trainer().create(f"{run.id}:{run.applied + 1}", run.lora)
-            state = self._live_folder(run) / "state"
-            if state.is_dir():
-                try:
-                    self._ready_trainer().read(learner, state)
-                except BaseException:
-                    self._ready_trainer().drop(learner)
-                    raise
-            run.learner = learner
+            run.learner = self._read_learner(run, self._live_folder(run) / "state")
         return run.learner
+
+    def _read_learner(self, run: TrainingRun, state: Path, optimizer: bool = True) -> Learner:
+        """Create a run's adapter in memory, with the state of a folder if it exists."""
+        self._evict_others(run)
+        trainer = self._ready_trainer()
+        learner = trainer.create(f"{run.id}:{run.applied + 1}", run.lora)
+        try:
+            if state.is_dir():
+                trainer.read(learner, state, optimizer)
+        except BaseException:
+            trainer.drop(learner)
+            raise
+        return learner
 
     def _state_bytes(self, lora: Lora) -> int:
         """Return a client's bytes of memory. Raises ConfigError if they exceed `max_memory`."""

@@ -37,7 +37,7 @@ from veneer.core.init import create
 from veneer.core.selection import span_problem
 from veneer.core.targets import base_modules, base_of, resolve_targets
 from veneer.errors import CheckpointError, ConfigError, TrainingError
-from veneer.jobs.tinker.losses import needed_inputs, optional_inputs, row_loss
+from veneer.jobs.tinker.losses import needed_inputs, row_loss
 from veneer.jobs.tinker.wire import WireRow
 from veneer.models.text.base import TextBase
 from veneer.models.text.fast import fast
@@ -199,7 +199,7 @@ def _row(row: WireRow, where: str, loss: str, names: Sequence[str], vocabulary: 
         raise wrong(f"its input has {count} tokens", f"from 1 to {context}, the base's context")
     if "target_tokens" not in row.inputs:
         raise wrong("it has no target_tokens")
-    supported = {"target_tokens", *names, *optional_inputs(loss)}
+    supported = {"target_tokens", *names}
     if more := [name for name in row.inputs if name not in supported]:
         raise wrong(f"{loss} has no input {more[0][:50]!r}", f"it has {', '.join(sorted(supported))}")
     target_tokens = row.inputs["target_tokens"]
@@ -227,8 +227,6 @@ def _row(row: WireRow, where: str, loss: str, names: Sequence[str], vocabulary: 
     for name, numbers in inputs.items():
         if not bool(numbers.isfinite().all()):
             raise wrong(f"{name} has a value that is not finite")
-    if "sequence_ratio_mask" in inputs and not bool(inputs["sequence_ratio_mask"].any()):
-        raise wrong("sequence_ratio_mask marks no token")
     flat = targets.ndim == 1
     targets = targets.long()[:, None] if flat else targets.long()
     return TrainRow(torch.cat([ids, targets[-1, :1]]) if count < context else ids, targets, inputs, flat)

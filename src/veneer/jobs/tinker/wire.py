@@ -33,8 +33,6 @@ _FIELDS = 1 << 18
 """Maximum fields of a request, including nested messages."""
 _ROW, _COPIES = 512, 3
 """Bytes of memory per row besides tensors; copies of the tensors during checks."""
-_ABSENT = -99999.0
-"""Log-probability of padding in a top-k table."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,10 +86,8 @@ def read_forward(body: bytes) -> ForwardRequest:
     Raises Refused like `read_head`, before any tensor is created."""
     message = _parsed(body)
     _head(message)
-    options = {entry.name: entry.value for entry in message.old_options}
-    if message.options:
-        entries = {entry.name: entry.value for entry in message.options}
-        options = {name: each.text if each.HasField("text") else each.number for name, each in entries.items()}
+    values = {entry.name: entry.value for entry in message.options}
+    options = {name: each.text if each.HasField("text") else each.number for name, each in values.items()}
     try:
         rows = [_row(row) for row in message.rows]
     except ValueError as error:
@@ -203,47 +199,27 @@ def forward_bytes(outputs: Sequence[Mapping[str, Array]], metrics: Mapping[str, 
 
 @dataclass(frozen=True, eq=False)
 class WireSample:
-    """A sample. `top`: (token, log p) of likeliest tokens per position, if requested."""
+    """A sample. `stopped`: ended by a stop token or text."""
 
     tokens: Sequence[int]
     logprobs: Sequence[float]
     stopped: bool
-    top: Sequence[Sequence[tuple[int, float]]] | None = None
 
 
 def sample_bytes(
-    samples: Sequence[WireSample],
-    *,
-    prompt: Sequence[float | None] | None = None,
-    top_prompt: Sequence[Sequence[tuple[int, float]] | None] | None = None,
-    top: int = 0,
-    cached: int = 0,
+    samples: Sequence[WireSample], *, prompt: Sequence[float | None] | None = None, cached: int = 0
 ) -> bytes:
     """Return the result of a sampling request.
 
-    `prompt`: log p of the prompt's tokens; None for tokens without one. `top`: number of likeliest tokens in
-    `top_prompt`, and the minimum in the samples."""
+    `prompt`: log p of the prompt's tokens; None for tokens without one."""
     message = _Samples(cached=cached)
     for sample in samples:
         sequence = message.sequences.add(stop=0 if sample.stopped else 1)
         sequence.tokens = np.array(sample.tokens, "<i4").tobytes()
         sequence.logprobs = np.array(sample.logprobs, "<f4").tobytes()
-        if sample.top is not None:
-            _fill(sequence.top, sample.top)
     if prompt is not None:
         message.prompt = np.array([np.nan if p is None else p for p in prompt], "<f4").tobytes()
-    if top_prompt is not None and top:
-        _fill(message.top_prompt, top_prompt)
     return bytes(message.SerializeToString())
-
-
-def _fill(table: Any, rows: Sequence[Sequence[tuple[int, float]] | None]) -> None:
-    width = max((len(row) for row in rows if row), default=0)
-    ids, logprobs = np.zeros((len(rows), width), "<i4"), np.full((len(rows), width), _ABSENT, "<f4")
-    for i, row in enumerate(rows):
-        for j, (token, logprob) in enumerate(row or ()):
-            ids[i, j], logprobs[i, j] = token, logprob
-    table.ids, table.logprobs, table.width, table.rows = ids.tobytes(), logprobs.tobytes(), width, len(rows)
 
 
 # -- the format --------------------------------------------------------------------------------------------------------
@@ -264,9 +240,8 @@ _MESSAGES = {
     "Named": ["string name", "Batch batch"],
     "Record": ["string kind", "Named* arrays", "int count"],
     "Outputs": ["string kind", "Record* records", "Number* metrics"],
-    "Table": ["bytes ids", "bytes logprobs", "int width", "int rows"],
-    "Sequence": ["int stop", "bytes tokens", "bytes logprobs", "Table top"],
-    "Samples": ["Sequence* sequences", "bytes prompt", "Table top_prompt", "int cached"],
+    "Sequence": ["int stop", "bytes tokens", "bytes logprobs"],
+    "Samples": ["Sequence* sequences", "bytes prompt", "bytes top_prompt", "int cached"],
 }  # fmt: skip
 """Fields of each message, numbered from 1; `*` and `ints` are repeated."""
 _NESTED = {3: {1: {1: {}}, 2: {2: {2: {}}}}, 5: {}, 7: {2: {}}}
