@@ -1,13 +1,12 @@
 """Read data files as records with their file and line.
 
 Reads JSONL, JSON, CSV, TSV, Parquet, hub data sets, and rows that reasoning-gym generates.
-Byte-order marks (also UTF-16's, which Excel and Notepad write), CRLF, blank lines, and semicolons or tabs
-between CSV cells are accepted. Callers interpret the columns: text as rows, pictures as captions.
+A byte-order mark, CRLF, blank lines, and semicolons or tabs between CSV cells are accepted. Callers interpret
+the columns: text as rows, pictures as captions.
 """
 
 from __future__ import annotations
 
-import codecs
 import csv
 import glob
 import io
@@ -68,8 +67,8 @@ def count_records(names: Sequence[str]) -> int | None:
     for file in (file for name in names for file in _expand(name)):
         if file.startswith(SOURCES):
             return None
-        plain = Path(file).suffix.lower() in _LINES and not _is_wide(Path(file))
-        total += count_lines(Path(file)) if plain else len(_file(Path(file)))
+        is_lines = Path(file).suffix.lower() in _LINES
+        total += count_lines(Path(file)) if is_lines else len(_file(Path(file)))
     return total
 
 
@@ -155,11 +154,7 @@ def _file(path: Path, most: int | None = None) -> list[Record]:
 
 
 def _first_lines(path: Path, most: int) -> bytes:
-    """Return the first `most` nonblank lines.
-
-    Returns a UTF-16 file whole, because its line ends are encoded differently."""
-    if _is_wide(path):
-        return path.read_bytes()
+    """Return the first `most` nonblank lines."""
     lines: list[bytes] = []
     with path.open("rb") as file:
         for line in file:
@@ -170,24 +165,13 @@ def _first_lines(path: Path, most: int) -> bytes:
     return b"".join(lines)
 
 
-def _is_wide(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-
-
 def _decoded(raw: bytes, path: Path) -> str:
-    """Decode UTF-8, or UTF-16 with a byte-order mark."""
-    wide = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    fix = "save the file as UTF-8"
-    if not wide and b"\0" in raw[:4]:
-        raise DataError("not UTF-8 text; it looks like UTF-16 without its byte-order mark", where=str(path), fix=fix)
-    encoding = "utf-16" if wide else "utf-8-sig"
     try:
-        return raw.decode(encoding)
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = raw[: error.start].decode(encoding, "ignore").count("\n") + 1
-        problem = f"not {'UTF-16' if wide else 'UTF-8'} text: bytes {raw[error.start : error.end].hex(' ')}"
-        raise DataError(problem, where=f"{path}:{line}", fix=fix) from None
+        line = raw[: error.start].count(b"\n") + 1
+        problem = f"not UTF-8 text: bytes {raw[error.start : error.end].hex(' ')}"
+        raise DataError(problem, where=f"{path}:{line}", fix="save the file as UTF-8") from None
 
 
 def _delimiter(text: str) -> str:
@@ -196,12 +180,8 @@ def _delimiter(text: str) -> str:
     It is a comma, or a semicolon or tab if the header has no comma. Spreadsheets write semicolons in locales
     with decimal commas."""
     header = next(line for line in text.splitlines() if line.strip())
-    counts = {delimiter: _outside_quotes(header).count(delimiter) for delimiter in ",;\t"}
-    return "," if counts[","] or not max(counts.values()) else max(counts, key=lambda delimiter: counts[delimiter])
-
-
-def _outside_quotes(line: str) -> str:
-    return "".join(line.split('"')[::2])
+    unquoted = "".join(header.split('"')[::2])
+    return "," if "," in unquoted else max(",;\t", key=unquoted.count)
 
 
 def _json_lines(text: str, path: Path) -> list[Record]:
@@ -209,39 +189,38 @@ def _json_lines(text: str, path: Path) -> list[Record]:
     for n, line in enumerate(text.split("\n"), 1):  # not splitlines: a JSON string can contain U+2028
         if not line.strip():
             continue
-        where = f"{path}:{n}"
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            bad.append(f"{where}: not valid JSON: {error.msg} at column {error.colno}: {_excerpt(line, error.pos)}")
-            continue
-        except (RecursionError, ValueError) as error:
-            bad.append(f"{where}: {_beyond(error)}")
-            continue
-        if why := _unusable(value, line, "a JSON object per line"):
-            bad.append(f"{where}: {why}")
+        value, _, why = _parsed(line)
+        if why := why or _unusable(value, line, "a JSON object per line"):
+            bad.append(f"{path}:{n}: {why}")
         else:
-            records.append(Record(value, where))
+            records.append(Record(value, f"{path}:{n}"))
     _refuse(bad, path, "each line must be one JSON object; for a JSON array name the file .json")
     return records
 
 
 def _json_array(text: str, path: Path) -> list[Record]:
-    records, bad = list[Record](), list[str]()
-    values: list[Any] = []
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        bad.append(f"{path}:{error.lineno}: not valid JSON: {error.msg}: {_excerpt(text, error.pos)}")
-    except (RecursionError, ValueError) as error:
-        bad.append(f"{path}: {_beyond(error)}")
-    for n, value in enumerate(values, 1):
+    values, line, invalid = _parsed(text)
+    records, bad = list[Record](), [f"{path}:{line}: {invalid}"] if invalid else []
+    for n, value in enumerate(values or [], 1):
         if why := _unusable(value, json.dumps(value), "a JSON object"):
             bad.append(f"{path} row {n}: {why}")
         else:
             records.append(Record(value, f"{path} row {n}"))
     _refuse(bad, path, "the file must be one array of objects")
     return records
+
+
+def _parsed(text: str) -> tuple[Any, int, str]:
+    """Return the value of a JSON text; or None, the line of what is wrong, and what it is."""
+    try:
+        return json.loads(text), 1, ""
+    except json.JSONDecodeError as error:
+        near = text[max(0, error.pos - 20) : error.pos + 20].replace("\n", " ")
+        return None, error.lineno, f"not valid JSON: {error.msg} at column {error.colno}: near `{near}`"
+    except RecursionError:
+        return None, 1, "nested too deeply"
+    except ValueError:
+        return None, 1, "a number of too many digits"
 
 
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
@@ -257,11 +236,6 @@ def _unusable(value: Any, text: str, expected: str) -> str:
         except UnicodeEncodeError:
             return "half of a surrogate pair (as `\\ud83d` alone), which is no character: a text was cut within one"
     return ""
-
-
-def _beyond(error: Exception) -> str:
-    """Return why valid JSON cannot be parsed."""
-    return "nested too deeply" if isinstance(error, RecursionError) else "a number of too many digits"
 
 
 def _csv(text: str, path: Path, delimiter: str) -> list[Record]:
@@ -322,11 +296,6 @@ def _hub(name: str, limit: int | None) -> list[Record]:
         ) from None
     rows = data.select(range(min(limit, len(data)))) if limit is not None else data
     return [Record(row, f"hub:{name} row {n}") for n, row in enumerate(rows, 1)]
-
-
-def _excerpt(text: str, at: int) -> str:
-    piece = text[max(0, at - 20) : at + 20].replace("\n", " ")
-    return f"near `{piece}`"
 
 
 def _refuse(bad: list[str], path: Path, fix: str) -> None:
