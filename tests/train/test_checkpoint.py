@@ -89,17 +89,6 @@ def test_random_generators_come_back() -> None:
     assert draw() == first
 
 
-def test_a_full_disk_without_checkpoint_promises_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: Any, **kwargs: Any) -> Any:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "replace_file", full)
-    with pytest.raises(ResourceError, match="disk is full") as error:
-        _save(tmp_path / "checkpoints", 1)
-    assert "no checkpoint" in str(error.value.fix)
-    assert "--resume" not in str(error.value.fix)
-
-
 @pytest.mark.parametrize("function", ["fsync", "rename", "mkdir", "write"])
 def test_a_full_disk_keeps_the_last_checkpoint(function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = _save(tmp_path, 1)

@@ -324,19 +324,11 @@ def disk_errors(where: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            raise ResourceError("the disk is full", where=str(where), fix=_after_space(where)) from error
+            fix = "free some space, then run the same command with --resume; whole checkpoints are intact"
+            raise ResourceError("the disk is full", where=str(where), fix=fix) from error
         raise CheckpointError(
             f"cannot write: {error}", where=str(where), fix="check the path and its rights"
         ) from error
-
-
-def _after_space(where: Path) -> str:
-    """Return advice for a full disk: resume from the newest checkpoint, if any."""
-    folders = [folder for p in list(where.parents)[:2] for folder in (p, p / "checkpoints")]
-    newest = next((checkpoint for folder in folders if (checkpoint := latest(folder)) is not None), None)
-    if newest is None:
-        return "free some space, then run the same command again; no checkpoint had been written yet"
-    return f"free some space, then run the same command with --resume; {newest.name} is intact"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
