@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from tests.families import FAMILIES, MOE_FAMILIES
-from veneer.core.adapter import LoraSpec
 from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.core.targets import resolve_targets
@@ -16,17 +15,11 @@ from veneer.train.preflight import (
     Finding,
     Report,
     available_memory,
-    check_factor,
     free_memory,
     memory_finding,
     recomputes,
     trainable_parameters,
 )
-
-
-def test_a_factor_is_not_checked_for_experts() -> None:
-    model, spec = FAMILIES["mixtral"](), LoraSpec(targets=("experts.down_proj",), kind="lokr", factor=1009)
-    assert not list(check_factor([(model, resolve_targets(model, spec), spec)]))
 
 
 def test_the_gravest_come_first_whenever_they_were_found() -> None:

@@ -38,11 +38,10 @@ class Resolved(Event):
 class Checked(Event):
     """The preflight's findings.
 
-    `text`: for the user; `markup`: the text with rich markup. `data`: as JSON values."""
+    `text`: for the user. `data`: as JSON values."""
 
     text: str
     data: dict[str, Any] = field(default_factory=dict)
-    markup: str = ""
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,6 @@ def silent(event: Event) -> None:
 def to_record(event: Event) -> dict[str, Any]:
     """Return a JSON object: `event` is the lower-case class name, then the fields."""
     record = {"event": type(event).__name__.lower(), **asdict(event)}  # type: ignore[call-overload]
-    record.pop("markup", None)
     if isinstance(event, Stepped):
         record["tokens_per_second"] = round(event.tokens_per_second, 2)
     return record

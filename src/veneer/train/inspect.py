@@ -16,8 +16,9 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
@@ -25,8 +26,7 @@ from veneer.errors import DataError, counted
 from veneer.plan.tables import Device, cpu_device
 from veneer.train.config.image import ImageTrainConfig
 from veneer.train.config.load import RunConfig
-from veneer.train.config.reinforcement import PROMPT_FORMATS
-from veneer.train.config.text import TrainConfig, preference_formats
+from veneer.train.config.text import TrainConfig
 from veneer.train.planning import base_fields, plan_of_config, planned_rows
 from veneer.train.preflight import Finding, Report, RunSubject, learning_rate
 from veneer.train.records import count_records, data_stamp
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from veneer.train.image.augmentation import PictureRow
     from veneer.train.image.pictures import TrainingPicture
     from veneer.train.text.data import TextData
-    from veneer.train.text.encode import EncodedRows
-    from veneer.train.text.rows import About, Row, UnusableRow
+    from veneer.train.text.encode import Example
+    from veneer.train.text.rows import Row, UnusableRow
 
 _C = TypeVar("_C", TrainConfig, ImageTrainConfig)
 _MOST_ROWS = 5000
@@ -103,56 +103,58 @@ class PreviewPicture:
 
 
 def inspect_run(
-    config: RunConfig, base: Any = None, rows: Any = None, *, device: Device | None = None, **options: Any
+    config: RunConfig,
+    base: Any = None,
+    data: Any = None,
+    *,
+    device: Device | None = None,
+    rows: int = 200,
+    **options: Any,
 ) -> Report:
     """Inspect a run.
 
-    Without `base`: reads the first `rows` rows (200) and plans for `device` (this machine). Raises
-    ConfigError and BaseError for a base that cannot be found; problems of the data are findings.
+    Without `base`: reads the first `rows` rows and plans for `device` (this machine). Raises ConfigError and
+    BaseError for a base that cannot be found; problems of the data are findings.
 
-    With `base`: `rows` is the data, TextData or ImageData, as the run has read it; `options` are
-    `RunSubject`'s. Raises no errors of its own: see `Report.raise_if_stopped`."""
+    With `base`: `data` is TextData or ImageData, as the run has read it; `options` are `RunSubject`'s. Raises no
+    errors of its own: see `Report.raise_if_stopped`."""
     if base is None:
-        if device is None:
-            device = cpu_device()
-        inspect = _inspect_images if isinstance(config, ImageTrainConfig) else _inspect_text
+        inspect: Any = _inspect_images if isinstance(config, ImageTrainConfig) else _inspect_text
         try:
-            return inspect(config, device, 200 if rows is None else rows)  # type: ignore[arg-type]
+            return inspect(config, device or cpu_device(), rows)  # type: ignore[no-any-return]
         except DataError as error:
             where = f"{error.where}: " if error.where else ""
             return Report([Finding("stop", "data", f"{where}{error.what}", error.fix or "")], looked=0)
     if isinstance(config, ImageTrainConfig):
         from veneer.train.image.preflight import image_preflight
 
-        return image_preflight(base, config, rows, **options)
+        return image_preflight(base, config, data, **options)
     from veneer.train.text.preflight import text_preflight
 
-    return text_preflight(base, config, rows, **options)
+    return text_preflight(base, config, data, **options)
 
 
 def _inspect_text(config: TrainConfig, device: Device, rows: int) -> Report:
     total = count_records(config.data.files("train"))
-    loaded = _sample(*_key(config, rows))
-    data, read_rows = loaded.data, loaded.row_count
-    bounded = total is None or read_rows < (config.data.limit or total)
-    report = Report(sample=list(loaded.sample), rows=total, looked=read_rows)
-    first = f"of the first {counted(read_rows, 'row')}: " if bounded else ""
-    report.add(*(replace(finding, text=first + finding.text) for finding in loaded.findings))
+    data, looked, findings, sample = _sample(*_key(config, rows))
+    report = Report(sample=list(sample), rows=total, looked=looked)
+    wanted = None if total is None else min(total, config.data.limit or total)
+    complete = wanted is not None and wanted <= looked
+    first = "" if complete else f"of the first {counted(looked, 'row')}: "
+    report.add(*(replace(finding, text=first + finding.text) for finding in findings))
     if not data.train.items:
         return report
-    complete = total is not None and (config.data.limit or total) <= read_rows
-    row_count = read_rows if complete or total is None else min(total, config.data.limit or total)
     read = planned_rows(config, data.train.items)
-    used_rows = read["rows"] if complete else max(1, round(row_count * read["rows"] / read_rows))
-    report.plan = plan = plan_of_config(config, device, **read | {"rows": used_rows})
+    if not complete:
+        read["rows"] = max(1, round((wanted or looked) * read["rows"] / looked))
+        total_text = "all of them" if total is None else f"{total:,}"
+        report.guesses.append(
+            f"looked at the first {counted(looked, 'row')} of {total_text}, and the rest is taken to be like them"
+        )
+    report.plan = plan = plan_of_config(config, device, **read)
     steps = math.ceil(plan.job.rows / plan.job.batch)
     subject = RunSubject(base=None, config=config, steps_per_epoch=steps)
     report.add(*(finding for finding in learning_rate(subject) if finding.level != "ok"))
-    if not complete:
-        total_text = "all of them" if total is None else f"{total:,}"
-        report.guesses.append(
-            f"looked at the first {counted(read_rows, 'row')} of {total_text}, and the rest is taken to be like them"
-        )
     if config.adapter.start is not None:
         report.guesses.append(f"the adapter's size, which is that of {config.adapter.start}")
     if config.sampling is not None:
@@ -161,14 +163,6 @@ def _inspect_text(config: TrainConfig, device: Device, rows: int) -> Report:
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Sample:
-    data: TextData
-    row_count: int
-    findings: tuple[Finding, ...]
-    sample: tuple[tuple[str, bool], ...]
 
 
 _Key = tuple[str, tuple[tuple[str, int, int], ...], int]
@@ -197,20 +191,20 @@ def _base(name: str) -> TextBase:
 
 
 @functools.lru_cache(maxsize=8)
-def _sample(key: str, stamp: tuple[tuple[str, int, int], ...], rows: int) -> _Sample:
-    """Read and check the first rows. Raises DataError, BaseError."""
+def _sample(key: str, stamp: object, rows: int) -> tuple[TextData, int, tuple[Finding, ...], list[tuple[str, bool]]]:
+    """Return the first rows, their number, the findings about them, and one as pieces.
+
+    Raises DataError, BaseError."""
     from veneer.train.text.data import read_data
     from veneer.train.text.preflight import TextSubject, data_findings, marked_pieces
 
     config = _config(TrainConfig, key)
     base = _base(config.base.name)
     data = read_data(config.model_copy(update={"data": _bounded(config, rows)}), base)
-    subject = TextSubject(base=base, config=config, data=data)
-    findings = tuple(data_findings(subject))
-    encoded = data.train.encoded
-    sample = tuple(marked_pieces(encoded.examples[0], base.tokenizer)) if encoded.examples else ()
-    read_rows = len(data.train.rows) + (len(data.held_out.rows) if config.data.validation is None else 0)
-    return _Sample(data, read_rows, findings, sample)
+    examples = data.train.encoded.examples
+    sample = marked_pieces(examples[0], base.tokenizer) if examples else []
+    looked = len(data.train.rows) + (len(data.held_out.rows) if config.data.validation is None else 0)
+    return data, looked, tuple(data_findings(TextSubject(base=base, config=config, data=data))), sample
 
 
 def _bounded(config: TrainConfig, rows: int) -> Any:
@@ -236,49 +230,18 @@ def preview_rows(
 
     `verdicts`: only rows with one of these. `most`: maximum number of rows read. Raises DataError for files
     that cannot be read, ConfigError and BaseError for the base."""
-    loaded = _table(*_key(config, most))
-    positions = [i for i, verdict in enumerate(loaded.verdicts) if not verdicts or verdict[0] in verdicts]
-    counts: dict[str, int] = {}
-    for verdict, _ in loaded.verdicts:
-        counts[verdict] = counts.get(verdict, 0) + 1
-    base = _base(config.base.name)
-    rows = tuple(loaded.row(i, base.tokenizer) for i in positions[offset : offset + limit])
+    from veneer.train.text.preflight import marked_pieces
+
+    rows, examples, format = _table(*_key(config, most))
+    tokenizer = _base(config.base.name).tokenizer
+    positions = [i for i, row in enumerate(rows) if not verdicts or row.verdict in verdicts]
+    page = []
+    for i in positions[offset : offset + limit]:
+        pieces = [piece for example in examples.get(i, ()) for piece in marked_pieces(example, tokenizer)]
+        page.append(replace(rows[i], pieces=tuple(pieces)))
+    counts = Counter[str](row.verdict for row in rows)
     total = count_records(config.data.files("train"))
-    return PreviewPage(rows, len(positions), counts, len(loaded.rows), total, loaded.metadata.format)
-
-
-@dataclass(frozen=True)
-class _Table:
-    """The rows of a table.
-
-    `verdicts`: of each row, with the reason. `owners`: encoded text -> row."""
-
-    rows: Sequence[Row | UnusableRow]
-    metadata: About
-    verdicts: Sequence[tuple[RowVerdict, str]]
-    encoded: EncodedRows
-    owners: Sequence[int]
-    examples: dict[int, list[int]] = field(default_factory=dict)
-
-    def row(self, i: int, tokenizer: Any) -> PreviewRow:
-        from veneer.train.text.preflight import marked_pieces
-        from veneer.train.text.rows import UnusableRow
-
-        row, (verdict, why) = self.rows[i], self.verdicts[i]
-        if isinstance(row, UnusableRow):
-            return PreviewRow(row.where, verdict, why, _beginning(str(dict(row.values))))
-        examples = [self.encoded.examples[n] for n in self.examples.get(i, ())]
-        pieces = [piece for example in examples for piece in marked_pieces(example, tokenizer)]
-        text = row.text or " → ".join(str(message["content"]) for message in row.messages)
-        return PreviewRow(
-            row.where,
-            verdict,
-            why,
-            _beginning(text),
-            sum(e.tokens for e in examples),
-            sum(e.trained_tokens for e in examples),
-            tuple(pieces),
-        )
+    return PreviewPage(tuple(page), len(positions), dict(counts), len(rows), total, format)
 
 
 def _beginning(text: str) -> str:
@@ -287,50 +250,48 @@ def _beginning(text: str) -> str:
 
 
 @functools.lru_cache(maxsize=4)
-def _table(key: str, stamp: tuple[tuple[str, int, int], ...], most: int) -> _Table:
+def _table(key: str, stamp: object, most: int) -> tuple[list[PreviewRow], dict[int, list[Example]], str]:
+    """Return the first rows without their pieces, their examples by number, and their format."""
+    from veneer.train.text.data import row_options
     from veneer.train.text.encode import encode_rows
     from veneer.train.text.preference import answer_rows
     from veneer.train.text.rows import Row, parse_rows, split_rows
 
     config = _config(TrainConfig, key)
-    data, loss, draws = config.data, config.preference.loss, config.sampling is not None
-    formats = PROMPT_FORMATS if draws else None if loss is None else preference_formats(loss)
-    parsed, metadata = parse_rows(
-        data.files("train"),
-        format=data.format,
-        columns=data.columns,
-        limit=min(most, data.limit or most),
-        formats=formats,
-        values=draws,
-    )
+    data = config.data
+    parsed, metadata = parse_rows(data.files("train"), limit=min(most, data.limit or most), **row_options(config))
     usable = [(i, row) for i, row in enumerate(parsed) if isinstance(row, Row)]
-    validation_rows = set[int]()
+    held_out = set[int]()
     if data.validation is None and usable:
-        validation_rows = {
-            id(row) for row in split_rows([row for _, row in usable], data.split, seed=config.split_seed)[1]
-        }
+        held_out = {id(row) for row in split_rows([row for _, row in usable], data.split, seed=config.split_seed)[1]}
     texts, owners = answer_rows([row for _, row in usable])
-    settings = data.model_copy(update={"train_on": "all"}) if draws else data
+    settings = data if config.sampling is None else data.model_copy(update={"train_on": "all"})
     encoded = encode_rows(texts, _base(config.base.name).tokenizer, settings, refuse=False)
     positions = [usable[owner][0] for owner in owners]
     why = {positions[n]: reason for n, reason in encoded.left.items()}
     cut = {positions[n] for n in encoded.cut_rows}
-    examples: dict[int, list[int]] = {}
-    for n, example in enumerate(encoded.examples):
-        examples.setdefault(positions[example.row], []).append(n)
+    examples: dict[int, list[Example]] = {}
+    for example in encoded.examples:
+        examples.setdefault(positions[example.row], []).append(example)
 
-    def verdict(i: int, row: Row | UnusableRow) -> tuple[RowVerdict, str]:
+    def preview(i: int, row: Row | UnusableRow) -> PreviewRow:
         if not isinstance(row, Row):
-            return "unusable", row.why
+            return PreviewRow(row.where, "unusable", row.why, _beginning(str(dict(row.values))))
+        verdict: RowVerdict = "learned"
+        reason = ""
         if i in why:
-            return "left out", why[i]
-        if id(row) in validation_rows:
-            return "held out", "never trained on: the loss on it says whether the run has learned too much"
-        if i in cut:
-            return "cut", f"longer than data.max_length, {data.max_length:,} tokens"
-        return "learned", ""
+            verdict, reason = "left out", why[i]
+        elif id(row) in held_out:
+            verdict = "held out"
+            reason = "never trained on: the loss on it says whether the run has learned too much"
+        elif i in cut:
+            verdict, reason = "cut", f"longer than data.max_length, {data.max_length:,} tokens"
+        text = row.text or " → ".join(str(message["content"]) for message in row.messages)
+        found = examples.get(i, ())
+        tokens, learned = sum(e.tokens for e in found), sum(e.trained_tokens for e in found)
+        return PreviewRow(row.where, verdict, reason, _beginning(text), tokens, learned)
 
-    return _Table(parsed, metadata, [verdict(i, row) for i, row in enumerate(parsed)], encoded, positions, examples)
+    return [preview(i, row) for i, row in enumerate(parsed)], examples, metadata.format
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------
@@ -346,18 +307,10 @@ def _inspect_images(config: ImageTrainConfig, device: Device, rows: int) -> Repo
         unopened = f"{counted(plan.job.rows, 'picture')} were counted by their names, and none was opened"
         report.guesses.insert(0, unopened)
         return report
-    loaded = _pictures(*_picture_key(config))
-    report.add(*loaded.findings)
-    report.rows = report.looked = len(loaded.pictures) + len(loaded.validation_rows)
+    pictures, held_out, _, findings = _pictures(*_picture_key(config))
+    report.add(*findings)
+    report.rows = report.looked = len(pictures) + len(held_out)
     return report
-
-
-@dataclass(frozen=True)
-class _Pictures:
-    pictures: Sequence[TrainingPicture]
-    validation_rows: Sequence[TrainingPicture]
-    rows: Sequence[PictureRow]
-    findings: tuple[Finding, ...]
 
 
 def _picture_key(config: ImageTrainConfig) -> tuple[str, tuple[tuple[str, int, int], ...]]:
@@ -369,7 +322,10 @@ def _picture_key(config: ImageTrainConfig) -> tuple[str, tuple[tuple[str, int, i
 
 
 @functools.lru_cache(maxsize=4)
-def _pictures(key: str, stamp: tuple[tuple[str, int, int], ...]) -> _Pictures:
+def _pictures(
+    key: str, stamp: object
+) -> tuple[Sequence[TrainingPicture], Sequence[TrainingPicture], Sequence[PictureRow], list[Finding]]:
+    """Return pictures, held-out pictures, the rows of an epoch, and findings."""
     from veneer.train.image.augmentation import plan_rows
     from veneer.train.image.batches import split_pictures
     from veneer.train.image.checks import check_held_out, check_pictures
@@ -378,17 +334,17 @@ def _pictures(key: str, stamp: tuple[tuple[str, int, int], ...]) -> _Pictures:
     config = _config(ImageTrainConfig, key)
     settings = config.data
     pictures, summary = read_pictures(settings)
-    validation_rows = read_pictures(settings, "validation")[0]
+    held_out = read_pictures(settings, "validation")[0]
     if settings.validation is None:
-        pictures, validation_rows = split_pictures(pictures, settings.split, config.seed)
+        pictures, held_out = split_pictures(pictures, settings.split, config.seed)
     shape = base_fields(config.base.name)
     scale = int(shape.get("vae_scale", 8))
     unit = scale if "down_block_types" in shape else 2 * scale  # U-Nets take single latents, others 2 × 2
     plan = plan_rows(pictures, settings, size=int(shape.get("picture", 1024)), unit=unit)
     findings = check_pictures(pictures, summary, plan, settings)
-    if validation_rows:
-        findings += check_held_out(pictures, validation_rows)
-    return _Pictures(pictures, validation_rows, plan.rows, tuple(findings))
+    if held_out:
+        findings += check_held_out(pictures, held_out)
+    return pictures, held_out, plan.rows, findings
 
 
 def preview_pictures(config: ImageTrainConfig) -> tuple[PreviewPicture, ...]:
@@ -404,33 +360,29 @@ def preview_pictures(config: ImageTrainConfig) -> tuple[PreviewPicture, ...]:
         raise DataError(
             problem, where=", ".join(config.data.folders), fix=f"a folder of {_MOST_PICTURES} at most, to look"
         )
-    loaded = _pictures(*_picture_key(config))
+    pictures, held_out, rows, _ = _pictures(*_picture_key(config))
     first: dict[str, PictureRow] = {}
-    for row in loaded.rows:
+    for row in rows:
         first.setdefault(row.picture.key, row)
+
+    def preview(picture: TrainingPicture, verdict: RowVerdict, why: str, **learned: Any) -> PreviewPicture:
+        digest = picture.digest.rpartition(":")[2][:24]
+        return PreviewPicture(
+            digest, picture.name, picture.path, picture.caption, *picture.size, verdict, why, **learned
+        )
+
     out = []
-    for picture in loaded.pictures:
+    for picture in pictures:
         at = first.get(picture.key)
         if at is None:
-            out.append(_preview(picture, "left out", "smaller than its bucket"))
+            out.append(preview(picture, "left out", "smaller than its bucket"))
             continue
         view, _ = sample_row(at, config.data, seed=config.seed, epoch=0)
         wide, high = view.resized
         crop = (view.left / wide, view.top / high, view.width / wide, view.height / high)
         cut = f"{view.cut:.0%} lies outside the crop" if view.cut >= 0.005 else ""
-        out.append(_preview(picture, "cut" if cut else "learned", cut, crop, (view.width, view.height)))
-    return (*out, *(_preview(picture, "held out", "never trained on") for picture in loaded.validation_rows))
-
-
-def _preview(
-    picture: TrainingPicture,
-    verdict: RowVerdict,
-    why: str,
-    crop: tuple[float, float, float, float] | None = None,
-    size: tuple[int, int] | None = None,
-) -> PreviewPicture:
-    digest = picture.digest.rpartition(":")[2][:24]
-    return PreviewPicture(digest, picture.name, picture.path, picture.caption, *picture.size, verdict, why, crop, size)
+        out.append(preview(picture, "cut" if cut else "learned", cut, crop=crop, size=(view.width, view.height)))
+    return (*out, *(preview(picture, "held out", "never trained on") for picture in held_out))
 
 
 def preview_picture(config: ImageTrainConfig, id: str) -> PreviewPicture:

@@ -24,7 +24,6 @@ from veneer.plan.plan import Plan, SamplingLoad, TrainingJob, image_plan, text_p
 from veneer.plan.serving import Traffic
 from veneer.plan.shape import PairForm, TextShape, model_shape, pair_parameters, text_shape
 from veneer.plan.tables import Device, base_config, device_here
-from veneer.train.config.reinforcement import PROMPT_FORMATS
 from veneer.train.config.text import TrainConfig
 from veneer.train.preflight import available_memory, computes_on, used_memory
 
@@ -334,16 +333,11 @@ def base_fields(name: str) -> dict[str, Any]:
 
 
 def _estimated_lengths(config: TrainConfig) -> list[int]:
+    from veneer.train.text.data import row_options
     from veneer.train.text.rows import read_rows
 
     try:
-        rows, _ = read_rows(
-            config.data.files("train"),
-            format=config.data.format,
-            columns=config.data.columns,
-            limit=config.data.limit,
-            formats=None if config.sampling is None else PROMPT_FORMATS,
-        )
+        rows, _ = read_rows(config.data.files("train"), limit=config.data.limit, **row_options(config))
     except DataError as error:
         raise DataError(error.what, where=error.where, fix="or give --rows and --tokens-per-row") from None
 

@@ -1,7 +1,7 @@
 """Preflight: predict a run before step one, in stops, warnings and numbers.
 
     report = inspect_run(config, base, data)        train/inspect.py
-    print(report.text())           also report.text(markup=True) for rich, report.to_dict() for JSON
+    print(report.text())           also report.to_dict() for JSON
     report.raise_if_stopped()      PreflightError with everything that must change
 
 A finding stops the run if the run would train nothing, train the wrong thing, or not fit. Settings that can
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -104,26 +104,18 @@ class Report:
             lines = "\n".join(f"  - {f.text}" + (f"\n    fix: {f.fix}" if f.fix else "") for f in stops)
             raise PreflightError(f"{len(stops)} things would make this run fail or teach nothing:\n{lines}")
 
-    def text(self, *, markup: bool = False) -> str:
-        """Return the sample and the findings as plain text, or with rich markup.
+    def text(self) -> str:
+        """Return the sample and the findings as text.
 
-        Learned tokens are between ⟦ and ⟧, or bold and green. The most severe finding comes last, where a
-        terminal shows it."""
-        from rich.markup import escape
-
-        styles = {"stop": "bold red", "warn": "yellow", "ok": "green"}
-        words = {"stop": "STOP", "warn": "warn", "ok": "ok"}
-        opening, closing = ("[bold green]", "[/]") if markup else ("⟦", "⟧")
-        plain = escape if markup else str
-        lines = []
-        for f in reversed(self.findings):
-            level = f"[{styles[f.level]}]{f.level:>4}[/]" if markup else f"{words[f.level]:>4}"
-            lines.append(f"{level}  {plain(f.text)}" + (f"\n      fix: {plain(f.fix)}" if f.fix else ""))
+        Learned tokens are between ⟦ and ⟧. The most severe finding comes last, where a terminal shows it."""
+        words = {"stop": "STOP", "warn": "warn", "ok": "  ok"}
+        lines = [
+            f"{words[f.level]}  {f.text}" + (f"\n      fix: {f.fix}" if f.fix else "") for f in reversed(self.findings)
+        ]
         if not self.sample:
             return "\n".join(lines)
-        row = "".join(f"{opening}{plain(p)}{closing}" if learned else plain(p) for p, learned in self.sample)
-        head = "[bold green]learned tokens[/] marked" if markup else "learned tokens between ⟦ and ⟧"
-        return "\n".join([f"one row, {head}:", row, "", *lines])
+        row = "".join(f"⟦{piece}⟧" if learned else piece for piece, learned in self.sample)
+        return "\n".join(["one row, learned tokens between ⟦ and ⟧:", row, "", *lines])
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values.
@@ -209,23 +201,20 @@ def learning_rate(s: RunSubject) -> Iterator[Finding]:
 
 def check_devices(s: RunSubject) -> Iterator[Finding]:
     """Check how the work of a step is distributed over several devices."""
-    n = s.devices
-    sharded = getattr(s.config.memory, "shard", False)
-    if n == 1:
-        if sharded:
-            text = "memory.shard splits the weights over several devices, and this run has one"
-            yield Finding("warn", "devices", text, "start it with --devices N, or leave memory.shard out")
-        return
-    least, most = min(s.micros, default=0), max(s.micros, default=0)
-    s.numbers.update(devices=n, micro_batches=[least, most])
-    idle = sum(count < n for count in s.micros)
-    if 10 * idle > len(s.micros):  # an epoch's last step can be small
-        text = f"{idle} of {len(s.micros)} steps have fewer micro-batches than the {n} devices: some of them wait"
-        yield Finding("warn", "devices", text, f"batching.rows of {n} or more, or fewer devices")
-    each = f"{-(-least // n)} to {-(-most // n)}" if -(-least // n) != -(-most // n) else f"{-(-most // n)}"
-    how = "each holds a part of the frozen weights" if sharded else "each holds the whole base"
-    text = f"{n} devices share each step, at most {each} micro-batches per device; {how}"
-    yield Finding("ok", "devices", text)
+    n, sharded = s.devices, getattr(s.config.memory, "shard", False)
+    if n > 1:
+        least, most = min(s.micros, default=0), max(s.micros, default=0)
+        s.numbers.update(devices=n, micro_batches=[least, most])
+        how = "each holds a part of the frozen weights" if sharded else "each holds the whole base"
+        text = f"{n} devices share each step, at most {-(-most // n)} micro-batches per device; {how}"
+        yield Finding("ok", "devices", text)
+        idle = sum(count < n for count in s.micros)
+        if 10 * idle > len(s.micros):  # an epoch's last step can be small
+            text = f"{idle} of {len(s.micros)} steps have fewer micro-batches than the {n} devices: some of them wait"
+            yield Finding("warn", "devices", text, f"batching.rows of {n} or more, or fewer devices")
+    elif sharded:
+        text = "memory.shard splits the weights over several devices, and this run has one"
+        yield Finding("warn", "devices", text, "start it with --devices N, or leave memory.shard out")
 
 
 def precision(s: RunSubject) -> Iterator[Finding]:
@@ -240,8 +229,6 @@ def precision(s: RunSubject) -> Iterator[Finding]:
         )
         fix = "base.dtype=bfloat16 (or float32)"
         yield Finding("stop" if device.type == "cpu" else "warn", "precision", text, fix)
-    elif len(kinds) > 1:
-        yield Finding("warn", "precision", f"the base mixes {' and '.join(kinds)}", "base.dtype=bfloat16 (or float32)")
     else:
         yield Finding("ok", "precision", f"base in {', '.join(kinds)} on {device.type}, pairs and optimizer in float32")
 
@@ -383,34 +370,6 @@ def trainable_parameters(model: nn.Module, targets: list[Target], spec: LoraSpec
         weight: Any = modules[name].weight
         full += len(ids) * int(weight.shape[1])
     return pairs, full
-
-
-def check_factor(parts: Iterable[tuple[nn.Module, Sequence[Target], LoraSpec]]) -> Iterator[Finding]:
-    """Report an `adapter.factor` that does not divide a weight's rows or columns.
-
-    PEFT's rule then uses the largest divisor below it. Stops a run if the factor divides no weight. `parts`:
-    of the base, with their targets."""
-    factor, sides, indivisible = 0, 0, list[str]()
-    for model, targets, spec in parts:
-        if spec.kind != "lokr" or not spec.factor:
-            continue
-        factor, modules = spec.factor, dict(base_modules(model))
-        for target in targets:
-            if target.kind not in ("linear", "conv"):  # no LoKr, which is reported on creation
-                continue
-            shape = _shape_of(modules[target.module_name])[:2]
-            missed = [size for size in shape if size % factor]
-            sides += len(shape) - len(missed)
-            indivisible += [f"{target.name}, {shape[0]} × {shape[1]}"] if missed else []
-    if indivisible:
-        fix = "a divisor of both, as 2, 4 or 8; or leave it out: then both factors are as near in size as can be"
-        if sides:
-            modules_text = f"{counted(len(indivisible), 'module')} ({indivisible[0]})"
-            text = f"adapter.factor {factor} does not divide both sides of {modules_text}"
-            yield Finding("warn", "factor", f"{text}: the largest divisor below it is taken there", fix)
-        else:
-            text = f"adapter.factor {factor} divides no dimension of any trained module, for example {indivisible[0]}"
-            yield Finding("stop", "factor", text, fix)
 
 
 def _shape_of(module: Any) -> tuple[int, ...]:

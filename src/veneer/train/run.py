@@ -76,7 +76,7 @@ class Run:
     def emit_checks(self, report: Report, decided: Iterable[tuple[str, Any, str]]) -> None:
         """Report the settings and the preflight's findings. `decided`: as in `resolved`."""
         self.emit(resolved(self.config, self.sources, decided))
-        self.emit(Checked(report.text(), report.to_dict(), report.text(markup=True)))
+        self.emit(Checked(report.text(), report.to_dict()))
 
 
 _R = TypeVar("_R", bound=Outcome)

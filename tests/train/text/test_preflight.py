@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,6 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from rich.console import Console
-from rich.text import Text
 
 from tests.families import FAMILIES, MOE_FAMILIES
 from tests.tiny_base import tiny_base_dir, tiny_model, tiny_tokenizer
@@ -180,11 +177,8 @@ def test_frozen_experts_stop_the_run_unless_excluded(family: str, run: Run) -> N
     text = stopped(run("adapter.targets=[q_proj, v_proj]"), "experts")
     assert "expert weights get no pair and stay frozen" in text
     assert "add down_proj, gate_up_proj to adapter.targets (or all-linear)" in text
-    message = run("adapter.targets=[q_proj, v_proj]", "adapter.exclude=['*experts*']")
-    assert not message.stops
-    everything = run()
-    assert not everything.stops
-    assert "expert weights get a pair for each expert" in everything.text()
+    assert not run("adapter.targets=[q_proj, v_proj]", "adapter.exclude=['*experts*']").stops
+    assert not run().stops
 
 
 # 6: the wrong template
@@ -338,11 +332,6 @@ def test_half_precision_on_a_cpu(run: Run) -> None:
     assert "the base is float16 on cpu" in stopped(run(), "precision")
 
 
-def test_mixed_precision(run: Run) -> None:
-    run.base.model.model.layers[0].to(torch.bfloat16)
-    assert "the base mixes bfloat16 and float32" in warned(run(), "precision")
-
-
 # 11: resuming into something else, writing over something
 
 
@@ -403,16 +392,6 @@ def test_warmup_longer_than_the_run(run: Run) -> None:
     assert "the learning rate never reaches its peak" in stopped(run("schedule.warmup=100"), "schedule")
 
 
-def test_lokr_factor_that_divides_no_side(run: Run) -> None:
-    kind = ("adapter.kind=lokr", "adapter.dropout=0")
-    none = stopped(run(*kind, "adapter.factor=1009"), "factor")
-    assert "adapter.factor 1009 divides no dimension of any trained module, for example " in none
-    rows, columns = (int(size) for size in none.partition("\n")[0].rpartition(", ")[2].split(" × "))
-    some = warned(run(*kind, f"adapter.factor={max(rows, columns)}"), "factor")
-    assert "the largest divisor below it is taken there" in some
-    assert not [f for f in run(*kind, "adapter.factor=2").findings if f.check == "factor"]
-
-
 def test_a_run_of_few_steps(run: Run) -> None:
     assert "the whole run is 3 steps" in warned(run("schedule.epochs=1"), "schedule")
 
@@ -467,16 +446,6 @@ def test_the_sample_is_the_first_row_with_its_answer_marked(run: Run) -> None:
     text = report.text()
     assert "<|im_start|>user\nQuestion 0?<|im_end|>\n<|im_start|>assistant\n⟦Answer 0.<|im_end|>⟧" in text
     assert "".join(piece for piece, _ in report.sample) in text.replace("⟦", "").replace("⟧", "")
-    shown = Text.from_markup(report.text(markup=True)).plain
-    assert "Answer 0.<|im_end|>" in shown
-    Console(file=io.StringIO()).print(report.text(markup=True))
-
-
-def test_markup_in_the_data_is_escaped(run: Run) -> None:
-    report = run(rows=[talk("[red]a[/red] [/]", "[bold]b", f"data.jsonl:{i}") for i in range(20)])
-    shown = Text.from_markup(report.text(markup=True)).plain
-    assert "[red]a[/red] [/]" in shown
-    assert "[bold]b<|im_end|>" in shown
 
 
 def test_preflight_changes_nothing(run: Run, tmp_path: Path) -> None:

@@ -59,9 +59,6 @@ def _files(
     text = counted(len(pictures) - classes, "picture")
     if classes:
         text += f" and {counted(classes, 'class picture')} (weight {settings.class_weight:g})"
-    repeats = {p.path.parent.name: p.repeats for p in pictures if p.repeats > 1}
-    if repeats:
-        text += ", repeated " + _some(f"{n} times in {folder}" for folder, n in sorted(repeats.items()))
     yield Finding("ok", "pictures", f"{text}: {counted(len(plan.rows), 'row')} an epoch")
     if summary.broken:
         broken = share(len(summary.broken), summary.captions.total() + len(summary.broken))
@@ -86,8 +83,7 @@ def _captions(
             text = f"{counted(len(named), 'class caption')} with the trigger: {_some(named)}"
             yield Finding("warn", "trigger", text, "remove the trigger there: class pictures keep the class unchanged")
     classes = {p.caption.lower() for p in pictures if p.is_class} | {(settings.class_prompt or "").lower()}
-    classes -= {""}
-    if shared := [p.name for p in pictures if not p.is_class and p.caption.lower() in classes]:
+    if shared := [p.name for p in pictures if not p.is_class and p.caption and p.caption.lower() in classes]:
         text = f"{counted(len(shared), 'picture')} with the caption of a class picture: {_some(shared)}"
         yield Finding("warn", "captions", text, "set data.trigger, or name in each caption what makes it yours")
     if empty := [p.name for p in pictures if not p.caption]:

@@ -1,6 +1,4 @@
-"""Preflight of a picture run: data, trained modules, loss settings, and memory.
-
-    numbers = memory_numbers(report.numbers, …)          after one picture's activations have been measured
+"""Preflight of a picture run: data, trained modules, and loss settings.
 
 The data's checks are in checks, those for all runs in train.preflight. Changes nothing.
 """
@@ -12,10 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
-from veneer.core.targets import matches_per_pattern, resolve_targets
+from veneer.core.targets import resolve_targets
 from veneer.errors import ConfigError, TargetError, counted, gigabytes
 from veneer.models.image.base import aspect_problem
 from veneer.models.image.generate import ImageRow, check_rows
@@ -26,20 +23,17 @@ from veneer.train.image.decode import UnreadablePicture, decode_picture, read_by
 from veneer.train.image.encode import Encoders
 from veneer.train.image.pictures import PictureSummary, TrainingPicture
 from veneer.train.image.samples import sample_settings
-from veneer.train.loop import LazySteps, peak_memory_bytes
+from veneer.train.loop import LazySteps
 from veneer.train.preflight import (
     Finding,
     Report,
     RunSubject,
-    available_memory,
     check_devices,
-    check_factor,
     check_output,
     learning_rate,
     precision,
     share,
     trainable_parameters,
-    used_memory,
 )
 
 if TYPE_CHECKING:
@@ -124,8 +118,7 @@ def image_preflight(
     for check in (_targets, learning_rate, check_devices, precision, _loss, _distilled, _devices, _apart, check_output):
         findings += check(subject)
     findings += _pairs(base, config, data)
-    findings += _sample_sources(base, config, data)
-    findings += _samples(base, config)
+    findings += _samples(base, config, data)
     findings += _prompts(cut)
     if data.missing_class_pictures:
         wanting = counted(data.missing_class_pictures, "class picture")
@@ -141,25 +134,20 @@ def _targets(s: RunSubject) -> Iterator[Finding]:
     config: Any = s.config
     pairs, total = 0, sum(p.numel() for p in s.base.model.parameters())
     targets_of: dict[str, int] = {}
-    trained = []
     name = s.base.row.denoiser
     try:
         for name, (module, spec) in parts_of(s.base, config).items():
-            matched = matches_per_pattern(module, spec)
             targets = resolve_targets(module, spec)
             pairs += trainable_parameters(module, targets, spec)[0]
             targets_of[name] = len(targets)
-            trained.append((module, targets, spec))
-            s.numbers.setdefault("matched", {}).update({f"{name} {p}": len(n) for p, n in matched.items()})
     except TargetError as error:
         key = "adapter.targets" if name == s.base.row.denoiser else "adapter.text_targets"
         yield Finding("stop", "targets", f"{error.what} ({error.where or key})", error.fix or "")
         return
-    s.numbers.update(pairs=sum(targets_of.values()), base_parameters=total, trainable=pairs, adapter_bytes=4 * pairs)
+    s.numbers.update(base_parameters=total, trainable=pairs)
     named = ", ".join(f"{counted(count, 'module')} of the {name}" for name, count in targets_of.items())
     size = gigabytes(4 * pairs if config.output.dtype == "float32" else 2 * pairs)
     yield Finding("ok", "targets", f"{named}; trainable: {share(pairs, total)} parameters, a file of about {size}")
-    yield from check_factor(trained)
 
 
 def _apart(s: RunSubject) -> Iterator[Finding]:
@@ -181,28 +169,24 @@ def _loss(s: RunSubject) -> Iterator[Finding]:
     config: Any = s.config
     loss, flow = config.loss, s.base.prediction == "flow"
     label = f"{s.base.name} predicts {'a flow' if flow else 'noise' if s.base.prediction == 'epsilon' else 'v'}"
-    wrong = [key for key in ("snr_gamma", "noise_offset") if getattr(loss, key)] if flow else []
-    if not flow:
-        wrong += ["timesteps"] if loss.timesteps == "logit-normal" else []
-        wrong += ["shift"] if loss.shift not in ("auto", 1.0) else []
+    wrong = [f"loss.{key}" for key in ("snr_gamma", "noise_offset") if flow and getattr(loss, key)]
+    if not flow and loss.timesteps == "logit-normal":
+        wrong.append("loss.timesteps")
+    if not flow and loss.shift not in ("auto", 1.0):
+        wrong.append("loss.shift")
+    guidance = [f"loss.{key}" for key in ("guidance", "keep_guidance") if getattr(loss, key) not in (None, 1.0)]
     if wrong:
-        kind = "noise (epsilon, v)" if flow else "flow"
-        named = " and ".join(f"loss.{key}" for key in wrong)
-        yield Finding(
-            "stop", "loss", f"{label}: {named} {'is' if len(wrong) == 1 else 'are'} only for {kind}", "leave it out"
-        )
-        return
-    guidance_keys = [f"loss.{key}" for key in ("guidance", "keep_guidance") if getattr(loss, key) not in (None, 1.0)]
-    if guidance_keys and not s.base.denoiser.config.get("guidance_embeds"):
-        text = f"{s.base.name} takes no guidance as an input, so {' and '.join(guidance_keys)} would have no effect"
+        only = f"{'is' if len(wrong) == 1 else 'are'} only for {'noise (epsilon, v)' if flow else 'flow'}"
+        yield Finding("stop", "loss", f"{label}: {' and '.join(wrong)} {only}", "leave it out")
+    elif guidance and not s.base.denoiser.config.get("guidance_embeds"):
+        text = f"{s.base.name} takes no guidance as an input, so {' and '.join(guidance)} would have no effect"
         yield Finding("stop", "loss", text, "leave it out")
-        return
-    if len(guidance_keys) == 2 and (loss.keep_guidance or 0.0) > loss.guidance:
+    elif len(guidance) == 2 and (loss.keep_guidance or 0.0) > loss.guidance:
         text = f"loss.keep_guidance {loss.keep_guidance:g} is above loss.guidance {loss.guidance:g}"
         yield Finding("stop", "loss", text, "leave loss.guidance out")
-        return
-    weights = f", min-SNR {loss.snr_gamma:g}" if loss.snr_gamma else ""
-    yield Finding("ok", "loss", f"{label}: mean squared error{weights}")
+    else:
+        weights = f", min-SNR {loss.snr_gamma:g}" if loss.snr_gamma else ""
+        yield Finding("ok", "loss", f"{label}: mean squared error{weights}")
 
 
 def _pairs(base: ImageBase, config: ImageTrainConfig, data: ImageData) -> Iterator[Finding]:
@@ -226,16 +210,15 @@ def _pairs(base: ImageBase, config: ImageTrainConfig, data: ImageData) -> Iterat
         yield Finding("stop", "held out", text, fix)
 
 
-def _sample_sources(base: ImageBase, config: ImageTrainConfig, data: ImageData) -> Iterator[Finding]:
-    """Report sample prompts without source images, and sources that cannot be used."""
+def _samples(base: ImageBase, config: ImageTrainConfig, data: ImageData) -> Iterator[Finding]:
+    """Report samples that this base cannot draw, before a run would end with them."""
     samples, sources = config.samples, data.summary.sources
     if sources and samples.prompts and not samples.before:
         fix = "samples.before: a picture for each prompt, or one for all"
         yield Finding("stop", "samples", "sample prompts are instructions, and have no picture to edit", fix)
     if samples.before and not sources:
-        yield Finding(
-            "stop", "samples", "samples.before is for pairs, and the pictures have no sources", "leave it out"
-        )
+        text = "samples.before is for pairs, and the pictures have no sources"
+        yield Finding("stop", "samples", text, "leave it out")
     most = max(map(len, samples.starts), default=0)
     if most > base.references > 0:
         text = f"samples.before shows {most} pictures at once, and {base.name} takes {base.references} at most"
@@ -248,17 +231,11 @@ def _sample_sources(base: ImageBase, config: ImageTrainConfig, data: ImageData) 
             continue
         if most > 1 and (why := aspect_problem(*size)):  # a single picture is cropped
             yield Finding("stop", "samples", f"{path} has {why}", "crop it")
-
-
-def _samples(base: ImageBase, config: ImageTrainConfig) -> Iterator[Finding]:
-    """Report samples that this base cannot draw, before a run would end with it."""
-    samples = config.samples
-    if not samples.prompts:
-        return
-    try:
-        check_rows(base, [ImageRow(samples.prompts[0], samples.negative)], sample_settings(config, samples.steps))
-    except ConfigError as error:
-        yield Finding("stop", "samples", f"samples cannot be drawn: {error.what}", error.fix or "")
+    if samples.prompts:
+        try:
+            check_rows(base, [ImageRow(samples.prompts[0], samples.negative)], sample_settings(config, samples.steps))
+        except ConfigError as error:
+            yield Finding("stop", "samples", f"samples cannot be drawn: {error.what}", error.fix or "")
 
 
 def _distilled(s: RunSubject) -> Iterator[Finding]:
@@ -286,34 +263,11 @@ def _prompts(cut: Mapping[str, Mapping[str, str]]) -> Iterator[Finding]:
     """Report captions and prompts that the encoders truncate, by their beginnings."""
     for kind, long in cut.items():
         if long:
-            examples = "; ".join(
-                f"`{_short(caption)}` from `{_short(unread)}` on ({len(unread):,} characters)"
-                for caption, unread in list(long.items())[:3]
-            )
-            more = f" and {len(long) - 3} more" if len(long) > 3 else ""
+            caption, unread = next(iter(long.items()))
             text = f"{counted(len(long), kind.removesuffix('s'))} longer than the base reads; "
-            text += f"unread: of {examples}{more}"
-            fix = "shorten them"
-            yield Finding("warn", kind, text, fix)
+            text += f"unread: of `{_short(caption)}` from `{_short(unread)}` on ({len(unread):,} characters)"
+            yield Finding("warn", kind, text + (f" and {len(long) - 1} more" if len(long) > 1 else ""), "shorten them")
 
 
 def _short(text: str, most: int = 40) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
-
-
-def memory_numbers(
-    numbers: Mapping[str, Any], config: ImageTrainConfig, device: torch.device, bytes_per_picture: int, *, pictures: int
-) -> dict[str, int]:
-    """Return the bytes that the run needs in addition to the base, and free bytes.
-
-    `measured`: bytes that one picture of the largest shape keeps for its backward pass; `pictures`: number in
-    the largest micro-batch."""
-    trained = 16 * int(numbers.get("trainable", 0))  # float32 weights, gradient, two moments
-    trained += 4 * int(numbers.get("trainable", 0)) if config.ema.decay else 0
-    need = trained + bytes_per_picture * pictures
-    return {
-        "memory_needed": need,
-        "memory_free": available_memory(config, device),
-        "activations_of_one_picture": bytes_per_picture,
-        "predicted_peak_bytes": max(peak_memory_bytes(device), used_memory(device) + need),
-    }

@@ -43,7 +43,7 @@ from veneer.train.image.contact_sheet import contact_sheet
 from veneer.train.image.decode import SUFFIXES
 from veneer.train.image.encode import Encoders, ImageLoss, times_of
 from veneer.train.image.pictures import pictures_digest, read_pictures
-from veneer.train.image.preflight import ImageData, memory_numbers, parts_of
+from veneer.train.image.preflight import ImageData, parts_of
 from veneer.train.image.samples import (
     class_folder,
     generate_class_pictures,
@@ -63,9 +63,9 @@ from veneer.train.image.save import (
     training_facts,
 )
 from veneer.train.inspect import inspect_run
-from veneer.train.loop import EvalResult, Learner, Micro, memory_errors, sender
+from veneer.train.loop import EvalResult, Learner, Micro, memory_errors, peak_memory_bytes, sender
 from veneer.train.optim import Ema
-from veneer.train.preflight import CACHE, Finding, Report, available_memory, memory_finding, recomputes
+from veneer.train.preflight import CACHE, Finding, Report, available_memory, memory_finding, recomputes, used_memory
 from veneer.train.run import NAME, Run, Task, carry_out, due, newest_checkpoint, raise_if_stopped, recipe_of
 from veneer.train.save import Outcome, ReportParts
 
@@ -318,25 +318,31 @@ def _measure_memory(image: ImageRun, data: ImageData, loss: ImageLoss, report: R
             return measured_activations(lambda: loss(batch), frozen)
 
     bytes_per_picture, free = 0, available_memory(config, base.device)
+    # float32 weights, gradient, two moments, and a moving average
+    trained = (20 if config.ema.decay else 16) * int(report.numbers.get("trainable", 0))
     offloads = config.memory.offload_blocks > 0
     recompute, because = mode == "on" or offloads, "memory.offload_blocks needs it" if offloads else ""
     if not recompute:
         bytes_per_picture = measure(False)
-        need = bytes_per_picture * largest.tokens + 16 * int(report.numbers.get("trainable", 0))
+        need = bytes_per_picture * largest.tokens + trained
         recompute, because = recomputes(mode, need, free)
     if recompute:
         bytes_per_picture = measure(True)
     checkpoint.rng_restore(rng_state)
+    need = trained + bytes_per_picture * largest.tokens
     report.numbers.update(
-        memory_numbers(report.numbers, config, base.device, bytes_per_picture, pictures=largest.tokens)
+        memory_needed=need,
+        memory_free=free,
+        activations_of_one_picture=bytes_per_picture,
+        predicted_peak_bytes=max(peak_memory_bytes(base.device), used_memory(base.device) + need),
     )
     count = counted(largest.tokens, "picture")
     how = "with activations recomputed" if recompute else "all activations kept"
     less = "" if recompute else "memory.activation_checkpointing=on, "
     report.add(
         memory_finding(
-            report.numbers["memory_needed"],
-            report.numbers["memory_free"],
+            need,
+            free,
             f"{how}, at most {count} at once",
             fix=f"{less}batching.micro_rows=1, or a lower data.resolution",
             force=image.run.force,

@@ -142,10 +142,18 @@ class ConsoleView:
             case Checked():
                 self.console.print()
                 self._line("Checked before step one", style="bold")
-                # without color, `text` has brackets
-                coloured = bool(event.markup) and self.console.is_terminal
-                text = event.markup if coloured else event.text
-                self.console.print(shown(text, lines=True), markup=coloured, soft_wrap=True)
+                from rich.text import Text
+
+                text = Text(shown(event.text, lines=True))
+                styles = {
+                    "(?m)^STOP": "bold red",
+                    "(?m)^warn": "yellow",
+                    "(?m)^  ok": "green",
+                    "(?s)⟦.*?⟧": "bold green",
+                }
+                for pattern, style in styles.items():
+                    text.highlight_regex(pattern, style)
+                self.console.print(text, soft_wrap=True)
                 self.console.print()
             case Note():
                 self._line(shown(event.text, lines=True))

@@ -52,15 +52,7 @@ def read_data(config: TrainConfig, base: TextBase) -> TextData:
     """Read, split and encode the rows.
 
     Raises DataError for rows that do not fit the loss, and the errors of reading."""
-    loss = config.preference.loss
-    draws = config.sampling is not None
-    formats = PROMPT_FORMATS if draws else None if loss is None else preference_formats(loss)
-    options: dict[str, Any] = {
-        "format": config.data.format,
-        "columns": config.data.columns,
-        "formats": formats,
-        "values": draws,
-    }
+    loss, options = config.preference.loss, row_options(config)
     rows, metadata = read_rows(config.data.files("train"), limit=config.data.limit, **options)
     if config.data.validation is not None:
         held_rows, _ = read_rows(config.data.files("validation"), **options)
@@ -73,6 +65,13 @@ def read_data(config: TrainConfig, base: TextBase) -> TextData:
             fix="preference.loss=dpo learns from both; else give rows with prompt and completion",
         )
     return TextData(encode_split(rows, config, base), encode_split(held_rows, config, base), metadata)
+
+
+def row_options(config: TrainConfig) -> dict[str, Any]:
+    """Return the options with which a run's rows are read."""
+    loss, samples = config.preference.loss, config.sampling is not None
+    formats = PROMPT_FORMATS if samples else None if loss is None else preference_formats(loss)
+    return {"format": config.data.format, "columns": config.data.columns, "formats": formats, "values": samples}
 
 
 def encode_split(rows: list[Row], config: TrainConfig, base: TextBase) -> DataSplit:

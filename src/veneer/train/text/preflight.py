@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from veneer.core.adapter import Adapter
-from veneer.core.targets import base_modules, expert_parameters, matches_per_pattern, resolve_targets, target_matches
+from veneer.core.targets import matches_per_pattern, resolve_targets, target_matches
 from veneer.errors import TargetError, counted, gigabytes
 from veneer.ops.linear import keeps_copy
 from veneer.ops.weight_panels import panels_here
 from veneer.plan.memory import packed_weights
 from veneer.plan.plan import Plan
 from veneer.plan.render import rough_duration
-from veneer.plan.shape import model_shape
+from veneer.plan.shape import layer_pairs, model_shape
 from veneer.train.config.text import TrainConfig
 from veneer.train.planning import plan_of_config, remaining_bytes, suggested_settings
 from veneer.train.preflight import (
@@ -29,7 +29,6 @@ from veneer.train.preflight import (
     RunSubject,
     available_memory,
     check_devices,
-    check_factor,
     check_output,
     computes_on,
     learning_rate,
@@ -76,9 +75,17 @@ class TextSubject(RunSubject):
             tokens.update(ids if isinstance(ids, list | tuple | set) else [] if ids is None else [ids])
         return tokens
 
-    def named(self, count: str) -> str:
-        """Return the first rows of one of the encoding's counts."""
-        return ", ".join(self.encoded.counts.first_rows.get(count, ()))
+    def rows_with(
+        self, count: str, check: str, text: str, fix: str = "", *, stops: bool = False, total: int | None = None
+    ) -> Iterator[Finding]:
+        """Yield a finding about the rows that one of the encoding's counts has, with the first of them.
+
+        `stops`: stop the run if they are more than half of `total` (the rows). `text`: what is wrong with them."""
+        counts = self.encoded.counts
+        number, total = getattr(counts, count), counts.rows if total is None else total
+        if number:
+            text, names = f"{share(number, total)} {text}", counts.first_rows.get(count, ())
+            yield Finding(_level(number, total, stops), check, ": ".join(filter(None, (text, ", ".join(names)))), fix)
 
     def tokens(self, ids: set[int]) -> str:
         return ", ".join(f"`{self.base.tokenizer.convert_ids_to_tokens(i)}`" for i in sorted(ids))
@@ -132,9 +139,9 @@ def marked_pieces(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 
-def _above_half(count: int, total: int) -> Level:
+def _level(count: int, total: int, stops: bool = True) -> Level:
     """Return the level of a finding about `count` of `total` rows: stop above half of them, else warn."""
-    return "stop" if count > total / 2 else "warn"
+    return "stop" if stops and count > total / 2 else "warn"
 
 
 def _something_is_trained(s: TextSubject) -> Iterator[Finding]:
@@ -149,9 +156,8 @@ def _something_is_trained(s: TextSubject) -> Iterator[Finding]:
         text = f"no row is left to train on: of {c.rows:,} rows {' and '.join(reasons) or 'none could be used'}"
         yield Finding("stop", "learned", text, fix)
         return
-    if c.untrained:
-        text = f"{share(c.untrained, c.rows)} rows have no token to learn and are left out: {s.named('untrained')}"
-        yield Finding(_above_half(c.untrained, c.rows), "learned", text, fix)
+    text = "rows have no token to learn and are left out"
+    yield from s.rows_with("untrained", "learned", text, fix, stops=True)
     text = f"{share(c.trained_tokens, c.tokens)} tokens are learned, in {counted(c.used, 'row')}"
     yield Finding("ok", "learned", text)
 
@@ -160,15 +166,12 @@ def _long_rows(s: TextSubject) -> Iterator[Finding]:
     """Report rows that are dropped or cut, with their number and names."""
     c, limit = s.encoded.counts, s.config.data.max_length
     fix = f"data.max_length={c.longest} keeps them whole"
-    if c.long_dropped:
-        text = f"{share(c.long_dropped, c.rows)} rows are longer than {limit} tokens and dropped"
-        yield Finding(_above_half(c.long_dropped, c.rows), "long rows", f"{text}: {s.named('long_dropped')}", fix)
-    if c.cut:
-        text = f"{share(c.cut, c.rows)} rows are cut to {limit} tokens, the oldest prompt tokens first"
-        yield Finding("warn", "long rows", f"{text}: {s.named('cut')}", fix)
-    if c.cut_ends:
-        text = f"{share(c.cut_ends, c.rows)} cut rows lose the end of their answer, and with it the token that stops it"
-        yield Finding(_above_half(c.cut_ends, c.rows), "long rows", text, fix)
+    text = f"rows are longer than {limit} tokens and dropped"
+    yield from s.rows_with("long_dropped", "long rows", text, fix, stops=True)
+    text = f"rows are cut to {limit} tokens, the oldest prompt tokens first"
+    yield from s.rows_with("cut", "long rows", text, fix)
+    text = "cut rows lose the end of their answer, and with it the token that stops it"
+    yield from s.rows_with("cut_ends", "long rows", text, fix, stops=True)
     if not c.long_dropped and not c.cut:
         yield Finding("ok", "long rows", f"longest row: {c.longest:,} tokens of {limit:,}; none dropped or cut")
 
@@ -208,14 +211,12 @@ def _end_is_trained(s: TextSubject) -> Iterator[Finding]:
 
 def _bos_once(s: TextSubject) -> Iterator[Finding]:
     """Report BOS twice, if text and tokenizer both write it; or never."""
-    c, tokenizer, examples = s.encoded.counts, s.base.tokenizer, s.encoded.examples
+    tokenizer, examples = s.base.tokenizer, s.encoded.examples
     bos = tokenizer.bos_token_id
     if bos is None or not examples:
         return
-    if c.doubled_bos:
-        text = f"{share(c.doubled_bos, c.rows)} rows begin with {tokenizer.bos_token} twice: {s.named('doubled_bos')}"
-        fix = f"remove {tokenizer.bos_token} from the rows or from the chat template"
-        yield Finding(_above_half(c.doubled_bos, c.rows), "begin", text, fix)
+    fix = f"remove {tokenizer.bos_token} from the rows or from the chat template"
+    yield from s.rows_with("doubled_bos", "begin", f"rows begin with {tokenizer.bos_token} twice", fix, stops=True)
     missing = sum(e.input_ids[0] != bos for e in examples) if tokenizer("a")["input_ids"][:1] == [bos] else 0
     if missing:
         rows = share(missing, len(examples))
@@ -255,7 +256,7 @@ def _prompts_match_inference(s: TextSubject) -> Iterator[Finding]:
     if wrong:
         text = f"{share(len(wrong), checked)} prompts are other tokens in training than at inference"
         fix = "end prompts without a space and begin completions with it, so that no token spans both"
-        yield Finding(_above_half(len(wrong), checked), "template", f"{text}: {', '.join(wrong[:3])}", fix)
+        yield Finding(_level(len(wrong), checked), "template", f"{text}: {', '.join(wrong[:3])}", fix)
     elif checked:
         text = f"prompts at inference match training token for token ({counted(checked, 'row')} checked)"
         yield Finding("ok", "template", text)
@@ -264,46 +265,34 @@ def _prompts_match_inference(s: TextSubject) -> Iterator[Finding]:
 def _turns_and_control_tokens(s: TextSubject) -> Iterator[Finding]:
     c = s.encoded.counts
     if c.changed_turns:
-        text = (
-            f"{c.changed_turns:,} earlier turns are trained without what the template shows only in a last turn "
-            f"(thinking, mostly): {s.named('changed_turns')}"
-        )
+        text = f"{c.changed_turns:,} earlier turns are trained without what the template shows only in a last turn "
+        text += f"(thinking, mostly): {', '.join(c.first_rows.get('changed_turns', ()))}"
         yield Finding("warn", "turns", text, "data.train_on=last learns only turns as inference writes them")
-    if c.control:
-        text = f"{share(c.control, c.rows)} rows hold the base's own control tokens as text: {s.named('control')}"
-        yield Finding("warn", "control tokens", text, "remove them unless they are meant to act as such")
+    fix = "remove them unless they are meant to act as such"
+    yield from s.rows_with("control", "control tokens", "rows hold the base's own control tokens as text", fix)
 
 
 def _answers_compare(s: TextSubject) -> Iterator[Finding]:
-    """Report what a preference run compares, and with which reference."""
-    loss, c = s.config.preference.loss, s.encoded.counts
+    """Report what a preference run compares."""
+    loss = s.config.preference.loss
     items = [item for item in s.data.train.items if isinstance(item, Item)]
     if loss is None or not items:
         return
+    text = f"{counted(len(items), 'pair')}, two rows each"
     if loss == "kto":
         good = sum(bool(item.desirable) for item in items)
         text = f"{counted(len(items), 'answer')}, {good:,} desirable and {len(items) - good:,} not"
         if good in (0, len(items)):
-            text += ": there is nothing to tell apart"
-            yield Finding("stop", "preferences", text, "give answers of both kinds")
-        else:
-            yield Finding("ok", "preferences", text)
-    else:
-        yield Finding("ok", "preferences", f"{counted(len(items), 'pair')}, two rows each")
-    if c.partners:
-        text = f"{share(c.partners, c.rows)} answers are left out because the other answer of their pair is"
-        yield Finding("warn", "preferences", f"{text}: {s.named('partners')}")
-    if c.other_prompts:
-        text = f"the two prompts of {share(c.other_prompts, len(items))} pairs are not the same tokens"
-        fix = "end prompts without a space and begin answers with it, so that no token spans both"
-        level = _above_half(c.other_prompts, len(items))
-        yield Finding(level, "preferences", f"{text}: {s.named('other_prompts')}", fix)
-    reference = f"none, {loss} has none" if loss in ("orpo", "simpo") else _reference(s)
-    yield Finding("ok", "reference", f"compared with: {reference}")
-
-
-def _reference(s: TextSubject) -> str:
-    return "the base with the adapter off" if s.data.start is None else f"{s.config.adapter.start} as it is now"
+            yield Finding(
+                "stop", "preferences", f"{text}: there is nothing to tell apart", "give answers of both kinds"
+            )
+            return
+    yield Finding("ok", "preferences", text)
+    text = "answers are left out because the other answer of their pair is"
+    yield from s.rows_with("partners", "preferences", text)
+    fix = "end prompts without a space and begin answers with it, so that no token spans both"
+    text = "pairs have two prompts that are not the same tokens"
+    yield from s.rows_with("other_prompts", "preferences", text, fix, stops=True, total=len(items))
 
 
 def _prompts_are_sampled(s: TextSubject) -> Iterator[Finding]:
@@ -321,25 +310,9 @@ def _prompts_are_sampled(s: TextSubject) -> Iterator[Finding]:
     text = f"{counted(c.used, 'prompt')}; a step samples {each} of them, {counted(r.group, 'completion')} for each"
     yield Finding("ok", "prompts", f"{text}, at most {r.max_tokens} tokens each")
     if c.used < max(s.config.batching.rows, _FEW_PROMPTS):
-        every = "every step samples the same one" if c.used == 1 else "steps repeat the same ones"
         fix = f"add prompts (a few hundred at least), or lower batching.rows ({s.config.batching.rows} here)"
-        yield Finding("warn", "prompts", f"only {counted(c.used, 'prompt')} to train on: {every}", fix)
-    if s.config.reinforcement.loss is not None:
-        yield from _rewards(s)
-
-
-def _rewards(s: TextSubject) -> Iterator[Finding]:
-    r = s.config.reinforcement
-    if r.group == 1:
-        text = "groups of one: what an answer is compared with is other prompts' answers"
-        yield Finding("warn", "prompts", text, "reinforcement.group=8")
-    settings = {"temperature": r.temperature != 1, "top_p": r.top_p != 1, "grammar": bool(r.grammar)}
-    if changed := [name for name, is_changed in settings.items() if is_changed]:
-        text = f"tokens are sampled from another distribution than the trained one ({', '.join(changed)})"
-        yield Finding("warn", "sampling", f"{text}: tokens get importance weights, capped at {r.importance_cap:g}")
-    yield Finding("ok", "rewards", ", ".join(f"{reward.weight:g} × {reward.called}" for reward in r.rewards))
-    if r.kl:
-        yield Finding("ok", "reference", f"compared with: {_reference(s)}")
+        text = f"only {counted(c.used, 'prompt')} to train on: steps repeat them"
+        yield Finding("warn", "prompts", text, fix)
 
 
 def _long_prompts(s: TextSubject) -> Iterator[Finding]:
@@ -350,14 +323,11 @@ def _long_prompts(s: TextSubject) -> Iterator[Finding]:
     if not c.long_dropped:
         text = f"longest prompt: {c.longest:,} tokens of {limit:,}, answers have up to {r.max_tokens:,}; none dropped"
         yield Finding("ok", "long rows", text)
-        return
-    text = (
-        f"{share(c.long_dropped, c.rows)} prompts leave no space for a completion in {limit:,} tokens, and are dropped"
+    fix = (
+        f"shorten them, lower {r.named}.max_tokens, or raise data.max_length (the base reads {s.base.context:,} tokens)"
     )
-    fix = f"shorten them, or lower {r.named}.max_tokens"
-    if data.max_length < s.base.context:
-        fix += f"; the base reads {s.base.context:,} tokens: raise data.max_length"
-    yield Finding(_above_half(c.long_dropped, c.rows), "long rows", f"{text}: {s.named('long_dropped')}", fix)
+    text = f"prompts leave no space for a completion in {limit:,} tokens, and are dropped"
+    yield from s.rows_with("long_dropped", "long rows", text, fix, stops=True)
 
 
 def _check_rows(s: TextSubject) -> Iterator[Finding]:
@@ -387,7 +357,7 @@ def _check_rows(s: TextSubject) -> Iterator[Finding]:
     if leak.identical:
         text = f"{share(leak.identical, total)} held-out rows are also trained on: {pairs}"
         fix = "remove them from one side; data.split never puts equal rows on both"
-        yield Finding(_above_half(leak.identical, total), "held out", text, fix)
+        yield Finding(_level(leak.identical, total), "held out", text, fix)
     if leak.same_prompt:
         overlap = "are also trained on" if s.config.sampling else "also occur in training, with other answers"
         yield Finding("warn", "held out", f"{share(leak.same_prompt, total)} held-out prompts {overlap}: {pairs}")
@@ -419,7 +389,6 @@ def _what_is_trained(s: TextSubject) -> Iterator[Finding]:
     matched = ", ".join(f"`{p}` {counted(len(names), 'module')}" for p, names in matches.items())
     size = gigabytes(4 * (pairs + full))
     yield Finding("ok", "targets", f"{matched}; trainable: {share(pairs + full, total)} parameters, a file of {size}")
-    yield from check_factor([(model, targets, spec)])
     if full > pairs:
         text = (
             f"full copies take {share(full, pairs + full)} of the adapter, a file of {size}: "
@@ -444,40 +413,25 @@ def _continues_adapter(s: TextSubject, start: Adapter) -> Iterator[Finding]:
 
 def _experts_are_trained(s: TextSubject) -> Iterator[Finding]:
     """Failure class 4: experts, most of a mixture model's weights, silently frozen."""
+    spec, shape = s.config.adapter.spec(), model_shape(s.base.model)
     if s.data.start is not None:
         return  # it trains the modules of its adapter
-    model, spec = s.base.model, s.config.adapter.spec()
-    experts: dict[str, int] = {}
-    for name, module in base_modules(model):
-        for parameter in expert_parameters(module):
-            if parameter.endswith("proj") or "Experts" in type(module).__name__:
-                experts[f"{name}.{parameter}"] = int(getattr(module, parameter).numel())
-        if ".experts." in name and hasattr(module, "in_features"):
-            experts[name] = int(module.in_features) * int(module.out_features)  # type: ignore[arg-type, call-overload]
-    if spec.layers is not None:
-        inside = {str(layer) for layer in spec.layers}
-        experts = {n: size for n, size in experts.items() if inside & set(n.split("."))}
-    if not experts:
-        return
-    try:
-        reached = {t.name for t in resolve_targets(model, spec)} & set(experts)
-    except TargetError:
-        return  # reported by _what_is_trained
-    excluded = {
-        n for n in experts if any(target_matches(p, n) or target_matches(p, n.rpartition(".")[0]) for p in spec.exclude)
-    }
-    frozen = sorted(set(experts) - reached - excluded)
+    frozen: dict[str, int] = {}
+    for i, (layer, pairs) in enumerate(zip(shape.layers, layer_pairs(shape, spec, spec.rank), strict=True)):
+        for part in layer.linears:
+            name = f"model.layers.{i}.{part.name}"
+            is_chosen = part.name in pairs or any(target_matches(p, name) for p in spec.exclude)
+            is_chosen = is_chosen or (spec.layers is not None and i not in spec.layers)
+            if ".experts." in name and not is_chosen:
+                frozen[name] = part.parameters
     if frozen:
-        part = share(sum(experts[n] for n in frozen), sum(p.numel() for p in model.parameters()))
         text = (
-            f"{len(frozen)} of {len(experts)} expert weights get no pair and stay frozen, {part} of the base's "
-            f"parameters: {', '.join(frozen[:2])}"
+            f"{len(frozen)} expert weights get no pair and stay frozen, {share(sum(frozen.values()), shape.parameters)}"
         )
-        names = sorted({n.rpartition(".")[2] for n in frozen})
+        names = sorted({name.rpartition(".")[2] for name in frozen})
         fix = f"add {', '.join(names)} to adapter.targets (or all-linear), or say adapter.exclude: ['*experts*']"
+        text += f" of the base's parameters: {', '.join(list(frozen)[:2])}"
         yield Finding("stop", "experts", text, fix)
-    elif reached:
-        yield Finding("ok", "experts", f"{len(reached)} expert weights get a pair for each expert")
 
 
 def _vocabulary(s: TextSubject) -> Iterator[Finding]:
@@ -513,15 +467,13 @@ def _vocabulary(s: TextSubject) -> Iterator[Finding]:
 
 def _fits_in_memory(s: TextSubject) -> Iterator[Finding]:
     """Failure class 8: out of memory hours into a run, at the longest rows."""
-    model, config = s.base.model, s.config
-    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    config, device = s.config, computes_on(s.base)
+    context = getattr(getattr(s.base.model, "config", None), "max_position_embeddings", None)
     row = max((e.tokens for e in s.encoded.examples), default=0)
     if context and row > context:
         text = f"the longest row has {row:,} tokens and the base reads {context:,}"
         yield Finding("stop", "memory", text, f"data.max_length={context} with data.long_rows=cut or drop")
-    device = computes_on(s.base)
-    free = available_memory(config, device, s.free_memory)
-    mode = config.memory.recomputing
+    free, mode = available_memory(config, device, s.free_memory), config.memory.recomputing
     plain, again = (
         plan_of_config(
             config,
@@ -536,34 +488,33 @@ def _fits_in_memory(s: TextSubject) -> Iterator[Finding]:
     )
     need, less = (remaining_bytes(plan.memory, plan.device) for plan in (plain, again))
     on, _ = recomputes(mode, need, free)
-    s.plan = selected = again if on else plain
+    s.plan = plan = again if on else plain
+    sampling_packed, training_packed = _packed_bytes(s, plan, device.type, on)
+    keeps, packs = _dequantized_bytes(s, plan, device.type), sampling_packed + training_packed
     s.numbers.update(memory_needed=need, memory_checkpointed=less, memory_free=free)
-    sampling_packed, training_packed = _packed_bytes(s, selected, device.type, on)
-    keeps, packs = _dequantized_bytes(s, selected, device.type), sampling_packed + training_packed
-    peak, parts = selected.memory.peak + keeps + packs, {**selected.memory.parts, "packed": packs}
-    s.numbers.update(predicted_peak_bytes=peak, predicted_parts=parts)
+    s.numbers.update(predicted_peak_bytes=plan.memory.peak + keeps + packs)
+    s.numbers.update(predicted_parts={**plan.memory.parts, "packed": packs})
     s.numbers.update(kept_dequantized=keeps, kept_packed=training_packed, drawer_packed=sampling_packed)
-    if not selected.changes and selected.seconds is not None:
-        s.numbers.update(predicted_seconds=round(selected.seconds, 4))
     required = (less if on else need) + packs
     longest = f"the largest micro-batch has {s.largest_micro:,} tokens, the longest row {row:,}"
+    if packs:
+        longest += f"; {gigabytes(packs)} of it are frozen weights kept a second time, in the order of their products"
     limited = config.memory.limit_gb is not None and free == int(config.memory.limit_gb * 1e9)
     more = "a higher memory.limit_gb" if limited else "a machine with more memory"
-    fix = suggested_settings(selected) or f"a smaller base, or {more} (veneer plan shows what it takes)"
+    fix = suggested_settings(plan) or f"a smaller base, or {more} (veneer plan shows what it takes)"
     if required - packs <= free < required:
         fix = "memory.keep_packed_gb=0"
     finding = memory_finding(required, free, longest, fix=fix, force=s.force)
-    if required <= free and required > 0.9 * free and mode == "off":
-        finding = Finding(
-            "warn", "memory", f"this run may not fit: {finding.text}", "memory.activation_checkpointing=auto"
-        )
+    if 0.9 * free < required <= free and mode == "off":
+        text, fix = f"this run may not fit: {finding.text}", "memory.activation_checkpointing=auto"
+        finding = Finding("warn", "memory", text, fix)
     elif required <= free and on and mode == "auto":
         finding = replace(finding, text=f"activations will be recomputed to save memory: {finding.text}")
     yield finding
-    if packs:
-        text = f"{gigabytes(packs)} of it are frozen weights kept a second time, in the order of their products"
-        yield Finding("ok", "memory", text)
-    yield from _predicted(selected, packs)
+    if plan.seconds is not None and not plan.changes:
+        s.numbers.update(predicted_seconds=round(plan.seconds, 4))
+        takes = f"{rough_duration(plan.seconds)} of training ({plan.rates.source})"
+        yield Finding("ok", "plan", f"plan: a peak of {gigabytes(plan.memory.peak + packs)}, {takes}")
 
 
 def _dequantized_bytes(s: TextSubject, plan: Plan, device: str) -> int:
@@ -601,15 +552,6 @@ def _packed_bytes(s: TextSubject, plan: Plan, device: str, recomputed: bool) -> 
     free = 8 * (plan.available - plan.memory.peak) // 10
     sampling *= sampling <= free
     return sampling, training * (sampling + training <= free)
-
-
-def _predicted(plan: Plan, packs: int) -> Iterator[Finding]:
-    """Report the plan: the process's peak memory and the training time."""
-    if plan.seconds is None or plan.changes:
-        return
-    takes = f"{rough_duration(plan.seconds)} of training ({plan.rates.source})"
-    text = f"plan: a peak of {gigabytes(plan.memory.peak + packs)}, {takes}"
-    yield Finding("ok", "plan", text)
 
 
 _Checks = tuple[Callable[[TextSubject], Iterator[Finding]], ...]
