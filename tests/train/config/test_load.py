@@ -110,16 +110,16 @@ def test_on_and_off_are_words(tmp_path: Path) -> None:
         ("adapter: {kind: loha, factor: 8}", "`adapter.factor` needs `adapter.kind: lokr`"),
         ("adapter: {kind: lokr, modules_to_save: [x]}", "`adapter.modules_to_save` needs `adapter.kind: lora`"),
         ("adapter: {kind: lokr}\noptimizer: {loraplus_ratio: 4.0}", "`optimizer.loraplus_ratio` needs A and B"),
-        ("adapter: {rank: '16'}", "`adapter.rank` should be a whole number, found the text '16'"),
-        ("adapter: {rank: 1.5}", "`adapter.rank` should be a whole number, found 1.5"),
-        ("adapter: {rank: true}", "`adapter.rank` should be a whole number, found true"),
+        ("adapter: {rank: '16'}", '`adapter.rank` should be a valid integer, found "16"'),
+        ("adapter: {rank: 1.5}", "`adapter.rank` should be a valid integer, found 1.5"),
+        ("adapter: {rank: true}", "`adapter.rank` should be a valid integer, found true"),
         ("adapter: {rank: 0}", "`adapter.rank` should be greater than 0, found 0"),
-        ("adapter: {targets: 5}", "`adapter.targets` should be text or a list, found 5"),
-        ("adapter: {dora: yes}", "`adapter.dora` should be true or false, found the text 'yes'"),
+        ("adapter: {targets: 5}", "`adapter.targets` should be a valid string or a list, found 5"),
+        ("adapter: {dora: yes}", '`adapter.dora` should be a valid boolean, found "yes"'),
         ("adapter: {layers: 3-1}", "`adapter.layers: 3-1` is not a list of block numbers or ranges"),
-        ("optimizer: {learning_rate: fast}", "`optimizer.learning_rate` should be a number, found the text 'fast'"),
+        ("optimizer: {learning_rate: fast}", '`optimizer.learning_rate` should be a valid number, found "fast"'),
         ("optimizer: {learning_rate: .nan}", "`optimizer.learning_rate` should be"),
-        ("optimizer: {name: lion}", "`optimizer.name` should be one of 'adamw', 'adam'"),
+        ("optimizer: {name: lion}", "`optimizer.name` should be 'adamw', 'adam'"),
         ("optimizer: 3", "`optimizer` should be a section"),
         ("optimizer: {betas: [0.9, 1.0]}", "must each be at least 0 and below 1"),
         ("optimizer: {momentum: 0.9}", "`optimizer.momentum` needs `optimizer.name: sgd`"),
@@ -131,31 +131,12 @@ def test_on_and_off_are_words(tmp_path: Path) -> None:
         ("schedule: {warmup: 1.5}", "`schedule.warmup: 1.5` is a share of all steps"),
         ("schedule: {warmup: 10, steps: 10}", "never ends within `schedule.steps: 10`"),
         ("checkpoint: {every: 0}", "`checkpoint.every: 0` should be at least 1 step, or `epoch`"),
-        ("evaluation: {every: sometimes}", "`evaluation.every` should be a whole number or one of 'epoch', found"),
+        ("evaluation: {every: sometimes}", "`evaluation.every` should be a valid integer or 'epoch', found"),
         ("seed: -1", "`seed` should be greater than or equal to 0"),
     ],
 )
 def test_invalid_settings_are_named_with_their_location(tmp_path: Path, line: str, says: str) -> None:
     assert says in error(tmp_path, MINIMAL + line + "\n")
-
-
-@pytest.mark.parametrize(("text", "line"), [("data:\n\ttrain: x\n", 2), ("data:\n  train:\tx\n", 2)])
-def test_a_tab_in_yaml_is_named(tmp_path: Path, text: str, line: int) -> None:
-    file = tmp_path / "tab.yaml"
-    file.write_text(text)
-    with pytest.raises(ConfigError, match="a tab") as error:
-        load_config(file)
-    assert str(error.value.where).endswith(f"tab.yaml:{line}")
-
-
-@pytest.mark.skipif(os.name == "nt", reason="there it is a path")
-@pytest.mark.parametrize("key", ["output", "data.train"])
-def test_a_windows_path_creates_no_folder(tmp_path: Path, key: str) -> None:
-    file = tmp_path / "run.yaml"
-    file.write_text(MINIMAL)
-    with pytest.raises(ConfigError, match="is a Windows path") as error:
-        load_config(file, [rf"{key}='C:\Users\ann\rows.jsonl'"])
-    assert "/mnt/c/Users/ann/rows.jsonl" in str(error.value.fix)
 
 
 @pytest.mark.parametrize("key", ["output", "data.train"])

@@ -35,7 +35,7 @@ import yaml
 from veneer.errors import ConfigError, bullets, nearest
 from veneer.train.config.checks import image_problems, text_problems
 from veneer.train.config.image import PRESETS, ImageTrainConfig
-from veneer.train.config.rewards import rooted_rewards
+from veneer.train.config.rewards import reward_problem, rooted_rewards
 from veneer.train.config.section import SOURCES
 from veneer.train.config.text import TrainConfig, config_keys, sections, why
 
@@ -61,12 +61,12 @@ class SettingSource:
 class _Kind:
     """A kind of configuration.
 
-    `page`: its reference. `paths`: keys with paths. `problems`: yields invalid combinations, given the user's
-    keys."""
+    `page`: its reference. `paths`: keys with paths -> words that are not paths. `problems`: yields invalid
+    combinations, given the user's keys."""
 
     config: type[TrainConfig] | type[ImageTrainConfig]
     page: str
-    paths: frozenset[str]
+    paths: Mapping[str, tuple[str, ...]]
     problems: Callable[[Any, Collection[str]], Iterator[str]]
 
     @property
@@ -74,23 +74,18 @@ class _Kind:
         return sections(self.config)
 
 
-_TEXT = _Kind(TrainConfig, "config.md", frozenset({"data.train", "data.validation"}), text_problems)
-_IMAGE = _Kind(
-    ImageTrainConfig,
-    "image-config.md",
-    frozenset(
-        {
-            "data.pictures",
-            "data.validation",
-            "data.class_folder",
-            "data.masks",
-            "data.before",
-            "data.cache",
-            "samples.before",
-        }
-    ),
-    image_problems,
-)
+_TEXT_PATHS = {
+    **dict.fromkeys(("data.train", "data.validation", "output.directory", "reinforcement.environment"), ()),
+    "data.chat_template": ("auto", "none"),
+}
+_IMAGE_PATHS = {
+    **dict.fromkeys(("data.pictures", "data.validation", "data.class_folder", "data.cache"), ()),
+    **dict.fromkeys(("samples.before", "output.directory"), ()),
+    "data.masks": ("auto", "off", "alpha"),
+    "data.before": ("auto", "off"),
+}
+_TEXT = _Kind(TrainConfig, "config.md", _TEXT_PATHS, text_problems)
+_IMAGE = _Kind(ImageTrainConfig, "image-config.md", _IMAGE_PATHS, image_problems)
 _SHORT = {"base": "name", "output": "directory"}
 
 
@@ -190,25 +185,20 @@ def read_sections(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Mapping
     """Return the sections of a YAML file, and the line of each key.
 
     Raises ConfigError."""
-    file = Path(path)
+    file, fix = Path(path), "give the path of a YAML file; a base's folder or file is named in it, as `base:`"
     try:
         text = file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        suggestions = nearest(file.name, [p.name for p in file.parent.glob("*.y*ml")]) if file.parent.is_dir() else []
-        hint = f"did you mean {file.parent / suggestions[0]}?" if suggestions else "give the path of a YAML file"
+        suggestions = nearest(file.name, [p.name for p in file.parent.glob("*.y*ml")])
+        hint = f"did you mean {file.parent / suggestions[0]}?" if suggestions else fix
         raise ConfigError("the configuration file does not exist", where=str(file), fix=hint) from None
     except (OSError, UnicodeDecodeError) as error:
         why = "it is no text" if isinstance(error, UnicodeDecodeError) else error.strerror
-        problem = f"the configuration file cannot be read: {why}"
-        fix = "give the path of a YAML file; a base's folder or file is named in it, as `base:`"
-        raise ConfigError(problem, where=str(file), fix=fix) from None
+        raise ConfigError(f"the configuration file cannot be read: {why}", where=str(file), fix=fix) from None
     data, lines = parse_yaml(text, str(file))
     if data is not None and not isinstance(data, dict):
-        raise ConfigError(
-            f"expected sections such as `base:` and `data:`, found {_described(data)}",
-            where=str(file),
-            fix="see examples/",
-        )
+        problem = f"expected sections such as `base:` and `data:`, found {_described(data)}"
+        raise ConfigError(problem, where=str(file), fix="see examples/")
     return data or {}, lines
 
 
@@ -242,8 +232,7 @@ def config_from(
                 raw[section][key] = _absolute(kind, name, raw[section][key], file.parent if file else here)
     for override in overrides:
         _override(kind, raw, key_sources, override, problems, here)
-    _preset(raw, key_sources)
-    _preference_rate(raw, key_sources)
+    _fill(raw, key_sources)
     config = _validate(kind, raw, key_sources, problems)
     sources = {
         name: key_sources.get(name) or SettingSource("default", why=why(f)) for name, f in config_keys(kind.config)
@@ -261,35 +250,27 @@ def _kind_of(values: Mapping[str, Any], overrides: Iterable[str]) -> _Kind:
     return _IMAGE if named or any(o.startswith(("data.pictures=", "slider.")) for o in overrides) else _TEXT
 
 
-def _preset(raw: dict[str, Any], key_sources: dict[str, SettingSource]) -> None:
-    """Set the preset's value for every key that is not given."""
-    name = raw.get("preset")
-    for key, (value, because) in PRESETS[name].settings.items() if isinstance(name, str) and name in PRESETS else ():
-        _fill(raw, key_sources, key, value, SettingSource("preset", str(name), because))
-
-
 _PREFERENCE_RATE = (
     2e-5,
     "a preference run: about a tenth of what a supervised one takes (TRL's LoRA example for dpo has 5e-6)",
 )
 
 
-def _preference_rate(raw: dict[str, Any], key_sources: dict[str, SettingSource]) -> None:
-    """Set the learning rate of a preference run, if none is given."""
-    preference = raw.get("preference")
+def _fill(raw: dict[str, Any], key_sources: dict[str, SettingSource]) -> None:
+    """Set the keys that are not given to the preset's values, and to a preference run's learning rate."""
+    name, preference = raw.get("preset"), raw.get("preference")
+    values: dict[str, tuple[Any, SettingSource]] = {}
+    if isinstance(name, str) and name in PRESETS:
+        settings = PRESETS[name].settings.items()
+        values = {key: (value, SettingSource("preset", name, because)) for key, (value, because) in settings}
     if isinstance(preference, dict) and preference.get("loss") is not None:
         rate, because = _PREFERENCE_RATE
-        _fill(raw, key_sources, "optimizer.learning_rate", rate, SettingSource("default", why=because))
-
-
-def _fill(
-    raw: dict[str, Any], key_sources: dict[str, SettingSource], key: str, value: Any, source: SettingSource
-) -> None:
-    section, _, name = key.partition(".")
-    values = raw[section] = {} if raw.get(section) is None else raw[section]
-    if key not in key_sources and isinstance(values, dict):
-        values[name] = value
-        key_sources[key] = source
+        values["optimizer.learning_rate"] = rate, SettingSource("default", why=because)
+    for key, (value, source) in values.items():
+        section, _, key_name = key.partition(".")
+        given = raw[section] = {} if raw.get(section) is None else raw[section]
+        if key not in key_sources and isinstance(given, dict):
+            given[key_name], key_sources[key] = value, source
 
 
 def _override(
@@ -347,19 +328,7 @@ def _validate(
     return config
 
 
-_EXPECTED = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "string_type": "text",
-    "bool_type": "true or false",
-    "tuple_type": "a list",
-    "dict_type": "a mapping (key: value)",
-    "model_type": "a section (key: value)",
-    "model_attributes_type": "a section (key: value)",
-    "none_required": "nothing",
-}
+_EXPECTED = {"model_type": "a section", "model_attributes_type": "a section", "tuple_type": "a list"}
 
 
 def _explain(kind: _Kind, error: pydantic.ValidationError, key_sources: Mapping[str, SettingSource]) -> list[str]:
@@ -375,18 +344,17 @@ def _explain(kind: _Kind, error: pydantic.ValidationError, key_sources: Mapping[
         name = ".".join(loc[:2]) if loc[0] in kind.sections else loc[0]
         at = key_sources.get(name) or key_sources.get(loc[0])
         suffix = f" ({at})" if at else ""
-        if e["type"] == "extra_forbidden":
+        if name == "reinforcement.rewards" and len(loc) > 2:
+            lines.append(f"`{name}` {reward_problem(loc[2:], e)}{suffix}")
+        elif e["type"] == "extra_forbidden":
             lines.append(_unknown(kind, loc) + suffix)
         elif e["type"] == "missing":
             lines.append(f"`{name}` is required: {described[name].description or ''}")
         elif e["type"] == "value_error":  # a message of our own validators
             lines.append(f"`{name}`: {str(e['msg']).removeprefix('Value error, ')}{suffix}")
         else:
-            context = e.get("ctx") or {}
-            want = _EXPECTED.get(e["type"])
-            if e["type"] == "literal_error":
-                want = "one of " + str(context["expected"]).replace(" or ", ", ")
-            expected.setdefault(name, []).append(want or str(e["msg"]).removeprefix("Input should be "))
+            want = _EXPECTED.get(e["type"]) or str(e["msg"]).removeprefix("Input should be ")
+            expected.setdefault(name, []).append(want)
             values.setdefault(name, f"{_described(e['input'])}{suffix}")
     for name, kinds in expected.items():
         lines.append(f"`{name}` should be {' or '.join(dict.fromkeys(kinds))}, found {values[name]}")
@@ -406,8 +374,9 @@ def _unknown(kind: _Kind, loc: list[str]) -> str:
 
 
 _HUB = re.compile(r"[\w.-]+/[\w.-]+(@[\w\[\]:%+-]+)?")
-_WINDOWS = re.compile(r"[A-Za-z]:[\\/]")
 _SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet")
+_MODELS = ("base.name", "adapter.start", "distillation.teacher", "distillation.base")
+"""Keys with a name, or a path that exists or begins with a dot or `~`."""
 
 
 def _absolute(kind: _Kind, name: str, value: Any, folder: Path) -> Any:
@@ -418,47 +387,23 @@ def _absolute(kind: _Kind, name: str, value: Any, folder: Path) -> Any:
         return [_absolute(kind, name, v, folder) for v in value]
     if name == "reinforcement.rewards" and isinstance(value, list | tuple):
         return rooted_rewards(value, folder)
-    if not isinstance(value, str) or value.startswith(SOURCES):
+    if not isinstance(value, str) or value.startswith(SOURCES) or value in kind.paths.get(name, ()):
         return value
-    if os.name != "nt" and _WINDOWS.match(value):
-        drive, rest = value[0].lower(), value[3:].replace("\\", "/")
-        raise ConfigError(
-            f"`{name}` is a Windows path, {value!r}, and this is another system",
-            fix=f"give a path of this machine (in WSL: /mnt/{drive}/{rest})",
-        )
-    if not value.strip() and (name in kind.paths or name == "output.directory"):
+    resolved = os.path.normpath(folder.resolve() / os.path.expanduser(value))
+    if name in _MODELS:
+        return resolved if value.startswith((".", "~")) or os.path.exists(resolved) else value
+    if name not in kind.paths:
+        return value
+    if not value.strip():
         raise ConfigError(f"`{name}` is an empty text, and would be the folder {folder.resolve()}", fix="name a path")
-    path = os.path.expanduser(value)
-    resolved = os.path.normpath(folder.resolve() / path)
-    if kind is _TEXT and name in kind.paths:
-        hub = _HUB.fullmatch(value) and not value.endswith(_SUFFIXES) and not glob.glob(resolved)
-        return f"hub:{value}" if hub else resolved
-    words = {
-        "data.chat_template": ("auto", "none"),
-        "data.masks": ("auto", "off", "alpha"),
-        "data.before": ("auto", "off"),
-    }
-    if name in ("output.directory", "reinforcement.environment") or (
-        (name in kind.paths or name in words) and value not in words.get(name, ())
-    ):
-        return resolved
-    if name in ("base.name", "adapter.start", "distillation.teacher", "distillation.base") and (
-        value.startswith((".", "~")) or os.path.exists(resolved)
-    ):
-        return resolved
-    return value
+    is_rows = kind is _TEXT and name in ("data.train", "data.validation")
+    if is_rows and _HUB.fullmatch(value) and not value.endswith(_SUFFIXES) and not glob.glob(resolved):
+        return f"hub:{value}"
+    return resolved
 
 
 def _described(value: Any) -> str:
-    if isinstance(value, dict):
-        return "a section"
-    if value is None:
-        return "nothing"
-    return (
-        f"the text {value!r}"
-        if isinstance(value, str)
-        else f"{value!r}".replace("True", "true").replace("False", "false")
-    )
+    return "a section" if isinstance(value, dict) else json.dumps(value, default=str, ensure_ascii=False)
 
 
 def _raise(problems: list[str], kind: _Kind) -> NoReturn:
@@ -504,28 +449,12 @@ def parse_yaml(text: str, where: str) -> tuple[Any, dict[tuple[str, ...], int]]:
     except yaml.MarkedYAMLError as error:
         position = error.problem_mark or error.context_mark
         at = f"{where}:{position.line + 1}" if position else where
-        if (tab := _tab(text, error)) is not None:
-            raise ConfigError(
-                "not valid YAML: a tab, where YAML allows only spaces",
-                where=f"{where}:{tab}",
-                fix="replace it by spaces",
-            ) from None
-        raise ConfigError(
-            f"not valid YAML: {error.problem}", where=at, fix="check the indentation and quotes"
-        ) from None
+        fix = "check the indentation and quotes"
+        raise ConfigError(f"not valid YAML: {error.problem}", where=at, fix=fix) from None
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"not valid YAML: {error}", where=where) from None
     finally:
         loader.dispose()
-
-
-def _tab(text: str, error: yaml.MarkedYAMLError) -> int | None:
-    """Return the 1-based line of the tab that a YAML error is about, else None."""
-    if error.problem_mark is None:
-        return None
-    line = error.problem_mark.line
-    indented = any("\t" in each[: len(each) - len(each.lstrip())] for each in text.splitlines()[line : line + 1])
-    return line + 1 if indented or "'\\t'" in str(error.problem) else None
 
 
 def _walk(node: yaml.Node, path: tuple[str, ...], lines: dict[tuple[str, ...], int], where: str) -> None:

@@ -4,19 +4,19 @@
       - {kind: exact_match, column: answer}
       - {kind: length, most: 200, slack: 50, weight: 0.2}
 
-`REWARD_KINDS` has the section of each kind. `RewardList` is the type of the field; it validates every entry
-strictly and suggests the nearest name for an unknown kind or key. train/rewards computes the rewards.
+`REWARD_KINDS` has the section of each kind. `RewardList` is the type of the field. train/rewards computes the
+rewards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import pydantic
 import regex  # type: ignore[import-untyped]
-from pydantic import BeforeValidator, SerializeAsAny
 
 from veneer.errors import nearest, quoted
 from veneer.train.config.section import BASE_MODEL, SERVER_KEYS, Section, changed_keys, setting
@@ -180,63 +180,48 @@ class ReasoningGymReward(RewardSection):
     )
 
 
+AnyReward = Annotated[
+    ExactMatchReward
+    | JsonSchemaReward
+    | JsonFieldsReward
+    | RegexReward
+    | LengthReward
+    | JudgeReward
+    | PythonReward
+    | GraderReward
+    | ReasoningGymReward,
+    pydantic.Field(discriminator="kind"),
+]
 REWARD_KINDS: dict[str, type[RewardSection]] = {
-    "exact_match": ExactMatchReward,
-    "json_schema": JsonSchemaReward,
-    "json_fields": JsonFieldsReward,
-    "regex": RegexReward,
-    "length": LengthReward,
-    "judge": JudgeReward,
-    "python": PythonReward,
-    "grader": GraderReward,
-    "reasoning_gym": ReasoningGymReward,
+    get_args(model.model_fields["kind"].annotation)[0]: model for model in get_args(get_args(AnyReward)[0])
 }
 
 
-def _read(value: Any) -> tuple[RewardSection, ...]:
-    if not isinstance(value, list | tuple):
-        raise ValueError("should be a list, each entry with a kind: - {kind: exact_match}")
-    sections = tuple(_section(each, n) for n, each in enumerate(value, 1))
-    names = [section.called for section in sections]
-    for name in dict.fromkeys(names):
-        if names.count(name) > 1:
-            raise ValueError(f"{names.count(name)} rewards are called {quoted(name)}; give them names of their own")
-    return sections
+def _distinct(rewards: tuple[RewardSection, ...]) -> tuple[RewardSection, ...]:
+    for name, count in Counter(reward.called for reward in rewards).items():
+        if count > 1:
+            raise ValueError(f"{count} rewards are called {quoted(name)}; give them names of their own")
+    return rewards
 
 
-def _section(value: Any, n: int) -> RewardSection:
-    """Return one entry as its section. Raises ValueError with all problems."""
-    if isinstance(value, RewardSection):
-        return value
-    if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
-        raise ValueError(f"entry {n} has no kind; there are {', '.join(REWARD_KINDS)}")
-    kind = value["kind"]
-    if kind not in REWARD_KINDS:
-        suggestions = nearest(kind, REWARD_KINDS, 1)
-        hint = f"did you mean {suggestions[0]}?" if suggestions else f"there are {', '.join(REWARD_KINDS)}"
-        raise ValueError(f"entry {n}: {quoted(kind)} is not a kind of reward; {hint}")
-    model = REWARD_KINDS[kind]
-    try:  # tuples accept lists; a quoted number is not a number
-        return model.model_validate_json(pydantic.TypeAdapter(Any).dump_json(value), strict=True)
-    except pydantic.ValidationError as error:
-        problems = "; ".join(_problem(model, e) for e in error.errors())
-        raise ValueError(f"entry {n} ({kind}): {problems}") from None
+RewardList = Annotated[tuple[AnyReward, ...], pydantic.AfterValidator(_distinct)]
+"""The rewards of a configuration."""
 
 
-def _problem(model: type[RewardSection], error: Any) -> str:
-    key = ".".join(map(str, error["loc"][:1]))
+def reward_problem(loc: Sequence[str], error: Mapping[str, Any]) -> str:
+    """Return an error of an entry as text. `loc`: the entry's number, kind and key, as far as known."""
+    message, key = str(error["msg"]).removeprefix("Value error, "), loc[2] if len(loc) > 2 else ""
+    if len(loc) == 1:
+        return f"entry {int(loc[0]) + 1}: {message}"
+    fields = REWARD_KINDS[loc[1]].model_fields
     if error["type"] == "extra_forbidden":
-        suggestions = nearest(key, list(model.model_fields), 1)
-        hint = f"did you mean `{suggestions[0]}`?" if suggestions else f"it has {', '.join(model.model_fields)}"
-        return f"unknown key `{key}`; {hint}"
-    if error["type"] == "missing":
-        return f"`{key}` is required: {model.model_fields[key].description}"
-    message = str(error["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
-    return f"`{key}` should be {message}" if key else message
-
-
-RewardList = Annotated[tuple[SerializeAsAny[RewardSection], ...], BeforeValidator(_read)]
-"""The rewards of a configuration, validated strictly."""
+        suggestions = [f"did you mean `{name}`?" for name in nearest(key, list(fields), 1)]
+        message = f"unknown key `{key}`; {(suggestions or ['it has ' + ', '.join(fields)])[0]}"
+    elif error["type"] == "missing":
+        message = f"`{key}` is required: {fields[key].description}"
+    elif key:
+        message = f"`{key}` should be {message.removeprefix('Input should be ')}"
+    return f"entry {int(loc[0]) + 1} ({loc[1]}): {message}"
 
 
 def rooted_rewards(entries: Sequence[Any], folder: Path) -> list[Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_origin
 
 import pydantic
 
@@ -495,6 +495,8 @@ def _equal(f: pydantic.fields.FieldInfo, reference: pydantic.fields.FieldInfo | 
 def _kind(f: pydantic.fields.FieldInfo) -> str:
     """Return the types of a key in YAML's words; null only if it is not the default."""
     annotation = f.annotation
+    if get_origin(annotation) is tuple:
+        return "list"
     text = str(annotation) if not isinstance(annotation, type) else annotation.__name__
     literals = re.findall(r"Literal\[([^\]]*)\]", text)
     text = re.sub(r"(typing\.)?Literal\[[^\]]*\]", "LITERAL", text)
