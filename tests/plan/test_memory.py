@@ -106,7 +106,7 @@ def test_dequantized_bytes_are_whole_layers_within_the_limit() -> None:
 
 def test_packed_weights_are_two_copies_except_without_gradient() -> None:
     plain = LLAMA.matrices + LLAMA.vocabulary * LLAMA.hidden
-    first = sum(linear.parameters for linear in LLAMA.layers[0].product("qkv"))
+    first = sum(linear.parameters for linear in LLAMA.layers[0].products["qkv"])
     assert packed_weights(LLAMA, "bfloat16", lambda *product: True) == 2 * (2 * plain - first)
     assert packed_weights(LLAMA, "float32", lambda rows, columns, turned: turned) == 4 * plain
     assert packed_weights(LLAMA, "float32", lambda *product: False) == 0

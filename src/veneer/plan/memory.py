@@ -73,7 +73,6 @@ class RunLoad:
     dtype: of the base.
     quantize: nf4, fp4, int8 or None; `double`: the constants are quantized too.
     inputs_on_host: inputs of recomputed layers stay in CPU memory.
-    dequantized: bytes of layers that stay dequantized.
     offload: number of the base's last blocks that stay in CPU memory until needed.
     base_passes: forward passes of the base without adapter per step."""
 
@@ -85,7 +84,6 @@ class RunLoad:
     checkpointing: bool = False
     optimizer: str = "adamw"
     inputs_on_host: bool = False
-    dequantized: int = 0
     offload: int = 0
     base_passes: float = 0
 
@@ -164,7 +162,7 @@ class Memory:
     """Peak bytes of one device.
 
     constants: quantization constants.
-    dequantized: the one weight that is in full precision at a time, and layers kept so.
+    dequantized: the one weight that is in full precision at a time.
     working: gradients inside a block.
     context: the process (CPU) or CUDA itself.
     rounding: lost to fragmentation.
@@ -249,9 +247,7 @@ def run_memory(counts: Counts, load: RunLoad, device: Device, *, process: int | 
         host = e * sum(offloaded_blocks)
         weights -= host - e * max(offloaded_blocks)  # the block in use is on the device
     working = max(0.0, working - counts.logits)  # the logits are freed by then
-    transient, dequantized = saved + counts.logits + working, 0
-    if load.quantize:
-        dequantized = e * counts.largest + load.dequantized
+    transient, dequantized = saved + counts.logits + working, e * counts.largest if load.quantize else 0
     # initial values stay
     initial_copies = 2 if getattr(getattr(load, "spec", None), "init", "") in ("pissa", "olora") else 1
     return Memory(

@@ -147,12 +147,7 @@ class Plan:
             "memory": {**self.memory.parts, "host": self.memory.host},
             "planned_memory": None if self.planned_memory is None else self.planned_memory.parts,
             "changes": [
-                {
-                    "names": list(c.names),
-                    "settings": list(c.settings),
-                    "peak_bytes": c.peak,
-                    "slower": round(c.slower, 3),
-                }
+                {"names": [*c.names], "settings": [*c.settings], "peak_bytes": c.peak, "slower": round(c.slower, 3)}
                 for c in self.changes
             ],
             "kept_dequantized_bytes": self.dequantizable,
@@ -162,11 +157,7 @@ class Plan:
             "tokens": self.job.tokens,
             "steps": self.job.total_steps,
             "device": {"name": self.device.name, "count": self.device.count, "price": self.device.price},
-            "rates": {
-                "operations": self.rates.operations,
-                "bandwidth": self.rates.bandwidth,
-                "source": self.rates.source,
-            },
+            "rates": asdict(self.rates),
             "trainable": self.trainable,
             "adapter_bytes": self.adapter_bytes,
             "serving": None if self.serving is None else asdict(self.serving),

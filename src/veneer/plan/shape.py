@@ -125,12 +125,12 @@ class LayerShape:
     def matrices(self) -> int:
         return sum(linear.parameters for linear in self.linears)
 
-    def product(self, name: str) -> tuple[LinearShape, ...]:
-        return tuple(linear for linear in self.linears if linear.product == name)
-
     @cached_property
     def products(self) -> Mapping[str, tuple[LinearShape, ...]]:
-        return {name: self.product(name) for name in dict.fromkeys(linear.product for linear in self.linears)}
+        out: dict[str, tuple[LinearShape, ...]] = {}
+        for linear in self.linears:
+            out[linear.product] = (*out.get(linear.product, ()), linear)
+        return out
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,6 @@ class TextShape:
     vocabulary: int
     layers: tuple[LayerShape, ...]
     tied: bool
-    context: int | None = None
     keeps: bool = False
 
     @property
@@ -345,12 +344,5 @@ def module_shape(model: Any) -> TextShape:
         for i, (linears, small) in layers.items()
     )
     tied = head is None or head.weight is embedding.weight
-    return TextShape(
-        str(config.model_type),
-        hidden,
-        rows,
-        built,
-        tied,
-        getattr(config, "max_position_embeddings", None),
-        keeps=str(config.model_type) in PRE_NORM_LAYERS,
-    )
+    family = str(config.model_type)
+    return TextShape(family, hidden, rows, built, tied, keeps=family in PRE_NORM_LAYERS)

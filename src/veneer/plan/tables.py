@@ -5,8 +5,7 @@ The files name the source of each number.
     base_config("meta-llama/Llama-3.1-70B")      fields of its config.json
     device_named("h100-80gb")                    what a plan needs of a GPU
 
-Both are data files in this folder. `$VENEER_HOME/gpus.json` adds GPUs and changes fields of known ones, as
-{"gpus": {"h100-80gb": {"price": 1.99}}}.
+Both are data files in this folder.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 from veneer.errors import ConfigError, counted, nearest, quoted
 from veneer.models.config import read_config_json
 from veneer.models.device import thread_count
-from veneer.models.home import veneer_home
 
 if TYPE_CHECKING:
     import torch
@@ -127,25 +125,9 @@ def _picture(base: Path, config: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
+@functools.cache
 def _gpus() -> dict[str, Any]:
     table: dict[str, Any] = json.loads(Path(__file__).with_name("gpus.json").read_text(encoding="utf-8"))["gpus"]
-    user_file = veneer_home() / "gpus.json"
-    if not user_file.is_file():
-        return table
-    try:
-        user_gpus = json.loads(user_file.read_text(encoding="utf-8"))["gpus"]
-        for name, fields in user_gpus.items():
-            table[name] = {"label": name, "price": None, **table.get(name, {}), **fields}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"the table of GPUs cannot be read: {error!r}",
-            where=str(user_file),
-            fix='{"gpus": {"h100-80gb": {"price": 1.99}}}',
-        ) from None
-    required = {"memory_mib", "bandwidth_gb", "bf16_tflops"}
-    for name, fields in table.items():
-        if missing := required - set(fields):
-            raise ConfigError(f"{name} has no {', '.join(sorted(missing))}", where=str(user_file))
     return table
 
 
@@ -171,8 +153,8 @@ def device_named(name: str, *, count: int = 1, price: float | None = None) -> De
         int(row["memory_mib"] * _MIB),
         row["bf16_tflops"] * 1e12,
         row["bandwidth_gb"] * 1e9,
-        row.get("label", name_in_table),
-        row.get("price") if price is None else price,
+        row["label"],
+        row["price"] if price is None else price,
         count,
     )
 
