@@ -117,7 +117,7 @@ def test_loss_and_gradient_are_trl_s(case: str, tmp_path: Path, monkeypatch: pyt
         attachment.add("run", adapter, trainable=True)
         attachment.use("run")
         preference = Preference(config, base, attachment)
-        preference.load_reference(part.items, tmp_path / "reference.jsonl")
+        preference.load_reference(part.items)
         (step,) = planned_steps(part.items, config, part.rows)
         preference.begin(step)
         loss = sum(preference.loss(m.make()) for m in step.micros) / step.divisor

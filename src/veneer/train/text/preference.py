@@ -6,7 +6,7 @@
               mismatched        KTO: prompts with the answers that belong to others
 
     preference = Preference(config, base, attachment)
-    preference.load_reference(items, path, log)        the reference's log-probabilities, once, before step one
+    preference.load_reference(items, log)    the reference's log-probabilities, once, before step one
     preference.loss(batch)                   Σ loss over the batch's pairs (kto: answers)
     preference.begin(step), .metrics()       kto's reference point of the step; values for the log
     preference.score(items, …)               the same over held-out pairs
@@ -29,9 +29,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,7 +41,6 @@ from veneer.models.shard import CallWithWeights, call_unsharded
 from veneer.models.text.loss import row_logps
 from veneer.ops import loss as formulas
 from veneer.ops.device_transfer import sent
-from veneer.train.checkpoint import disk_errors
 from veneer.train.config.text import TrainConfig
 from veneer.train.devices import ALONE, Devices
 from veneer.train.loop import EvalResult, MetricMeans, Step
@@ -83,6 +80,10 @@ class AnswerBatch(Batch):
     """The answers of some items, in order; those of a pair are consecutive."""
 
     items: list[Item]
+
+
+_CHUNK = 256
+"""Answers between two messages about the reference."""
 
 
 def answer_rows(rows: Sequence[Row]) -> tuple[list[Row], list[int]]:
@@ -199,18 +200,22 @@ class Preference:
             self.attachment.add(self.name, self.start)
             self.reference = (self.name,)
 
-    def load_reference(self, items: Sequence[Item], path: Path, log: Callable[[str], None] = lambda line: None) -> None:
-        """Fill each item's `reference` from the file at `path`.
-
-        Computes and appends missing ones."""
+    def load_reference(self, items: Sequence[Item], log: Callable[[str], None] = lambda line: None) -> None:
+        """Fill each item's `reference`. Equal answers are computed once."""
         if not self.settings.needs_reference:
             return
-        examples = [e for item in items for e in item.answers]
         start = self.start.digest() if self.start is not None else "base"
-        key = f"{self.base.fingerprint}|{self.base.quantized}|{self.base.dtype}|{start}"
-        logps = iter(cached_logps(examples, path, key, self._reference_logps, log, self.devices))
+        run = f"{self.base.fingerprint}|{self.base.quantized}|{self.base.dtype}|{start}"
+        examples = {_digest(run, example): example for item in items for example in item.answers}
+        # Long ones first, so that lack of memory shows at once; the order is independent of that of the rows.
+        order = sorted(examples, key=lambda key: (-examples[key].tokens, key))
+        logps: dict[str, float] = {}
+        for at in range(0, len(order), _CHUNK):
+            chunk = order[at : at + _CHUNK]
+            logps |= zip(chunk, self._reference_logps([examples[key] for key in chunk]), strict=True)
+            log(f"reference: log-probabilities of {len(logps):,} of {counted(len(order), 'answer')}")
         for item in items:
-            item.reference = tuple(next(logps) for _ in item.answers)
+            item.reference = tuple(logps[_digest(run, example)] for example in item.answers)
 
     def begin(self, step: Step) -> None:
         """Compute z₀ of all items of the step.
@@ -360,54 +365,6 @@ def answer_logps(
     return None if None in parts else [logps_by_index[i] for i in range(len(examples))]
 
 
-def cached_logps(
-    examples: Sequence[Example],
-    path: Path,
-    key: str,
-    compute: Callable[[Sequence[Example]], list[float]],
-    log: Callable[[str], None] = lambda line: None,
-    devices: Devices = ALONE,
-    chunk: int = 256,
-) -> list[float]:
-    """Return log p of each example, cached in the file at `path`.
-
-    A line of the file is ["sha256 of key, tokens and trained-mask", log p], so that a changed row, base or
-    adapter has another line and no line is stale. Lines are appended as they are computed, so that an
-    interrupted run keeps them. `key`: identifies base, precision and adapter. `log`: called with progress.
-    With several devices the first reads and writes the file, and `compute` is called on all. `chunk`:
-    examples between two writes.
-
-    Equal examples are computed once. Raises ResourceError for a full disk and the errors of `compute`."""
-    cached = devices.gather(_read_logps(path) if devices.first else {})[0]
-    names = [_digest(key, e) for e in examples]
-    missing = {name: e for name, e in zip(names, examples, strict=True) if name not in cached}
-    # Long ones first, so that lack of memory shows at once; similar lengths together.
-    order = sorted(missing.items(), key=lambda item: (-item[1].tokens, item[0]))
-    total = len(set(names))
-    log(f"reference: log-probabilities of {counted(total, 'answer')}, {total - len(order):,} already computed")
-    for at in range(0, len(order), chunk):
-        part = order[at : at + chunk]
-        lines = list(zip((name for name, _ in part), compute([e for _, e in part]), strict=True))
-        cached.update(lines)
-        if devices.first:
-            with disk_errors(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with path.open("a", encoding="utf-8") as file:  # a line begins anew after an incomplete one
-                    file.writelines("\n" + json.dumps(line) for line in lines)
-        log(f"reference: {min(at + chunk, len(order)):,} of {len(order):,} computed")
-    return [cached[name] for name in names]
-
-
-def _digest(key: str, example: Example) -> str:
-    content = json.dumps([key, example.input_ids, [int(t) for t in example.trained]], separators=(",", ":"))
+def _digest(run: str, example: Example) -> str:
+    content = json.dumps([run, example.input_ids, [int(t) for t in example.trained]], separators=(",", ":"))
     return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _read_logps(path: Path) -> dict[str, float]:
-    """Return the file's entries, without incomplete lines."""
-    entries: dict[str, float] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        with suppress(ValueError, TypeError):
-            name, value = json.loads(line)
-            entries[str(name)] = float(value)
-    return entries

@@ -4,14 +4,12 @@
 
 load the base → rows → tokens → settings with their sources → preflight → attach → longest batch first → loop
 → save → reload and compare logits → report. A dry run does everything before the loop, and leaves no file. If
-answers are compared with a reference, its log-probabilities are computed, or read from the cache, before step
-one.
+answers are compared with a reference, its log-probabilities are computed before step one.
 
     output/
       adapter_config.json, adapter_model.safetensors, veneer.json, README.md      the adapter
       report.html, log.jsonl                                                      report and log of the run
       checkpoints/                                                                to resume from; deletable later
-      cache/                                                                      reference of preferences; deletable
 """
 
 from __future__ import annotations
@@ -47,7 +45,7 @@ from veneer.train.events import TOKEN_ACCURACY, Listener, Note
 from veneer.train.inspect import inspect_run
 from veneer.train.loop import EvalResult, Learner, MetricMeans, Step, Stop, sender
 from veneer.train.planning import micro_tokens_of_run, sampled_at_once, with_micro_tokens
-from veneer.train.preflight import CACHE, Report, computes_on, free_memory, recomputes
+from veneer.train.preflight import Report, computes_on, free_memory, recomputes
 from veneer.train.report.log import duration, read_log, size
 from veneer.train.rewards.build import build_rewards, local_judge_models
 from veneer.train.rewards.limited import LimitedFunction
@@ -642,18 +640,15 @@ def _preference_task(a: AttachedText) -> Task[RunResult]:
     preference = Preference(a.config, a.base, a.attachment, a.data.start, name, a.call, a.run.devices)
 
     def begin(progress: Progress, emit: Listener) -> None:
-        """Compute the reference's log-probabilities of every pair.
-
-        A stop keeps finished ones."""
+        """Compute the reference's log-probabilities of every pair."""
         if a.run.dry_run:
             return
         # a short run does not use every pair
         used = {id(item): item for step in a.steps for micro in step.micros for item in micro.items}
-        path = a.run.folder / CACHE / "reference.jsonl"
         try:
-            preference.load_reference([*used.values(), *a.held_out], path, lambda line: emit(Note(line)))
+            preference.load_reference([*used.values(), *a.held_out], lambda line: emit(Note(line)))
         except KeyboardInterrupt:
-            raise Interrupted("stopped before step 1; what was computed of the reference is kept") from None
+            raise Interrupted("stopped before step 1") from None
 
     learner = a.learner(
         preference.loss,
