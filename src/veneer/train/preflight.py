@@ -42,6 +42,9 @@ _FREE_KEYS |= {"data.pictures", "data.class_folder", "data.cache"}  # locations;
 _FREE_KEYS |= {f"{section}.{key}" for section in ("reinforcement", "distillation") for key in ("rows", "gap")}
 _FREE_KEYS |= {"reinforcement.most_failed"}
 _FREE_OF_REWARDS = {*SERVER_KEYS, "memory_gb"}
+# keys of earlier versions, in their checkpoints
+_FREE_KEYS |= {"reinforcement.turns", *(f"distillation.{key}" for key in (*SERVER_KEYS, "most_failed"))}
+_FREE_OF_REWARDS |= {"ignore_case", "unit"}
 
 Level = Literal["stop", "warn", "ok"]
 

@@ -71,11 +71,3 @@ def test_a_filled_template_has_a_limit() -> None:
         filled("{{ item.a }}" * (FILLED // 1000 + 1), {}, item)
     with pytest.raises(NoValue):
         filled(f"{{{{ item.b[{'9' * 5000}] }}}}", {}, item)
-
-
-def test_tool_calls_are_available() -> None:
-    call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": {"x": 1}}}
-    turns = [{"role": "assistant", "content": "", "tool_calls": [call]}]
-    assert (
-        filled("{{ sample.output_tools[0].function.name }}", template_sample(Answer([], "", turns=turns)), {}) == "look"
-    )

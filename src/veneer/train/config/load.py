@@ -75,7 +75,7 @@ class _Kind:
 
 
 _TEXT_PATHS = {
-    **dict.fromkeys(("data.train", "data.validation", "output.directory", "reinforcement.environment"), ()),
+    **dict.fromkeys(("data.train", "data.validation", "output.directory"), ()),
     "data.chat_template": ("auto", "none"),
 }
 _IMAGE_PATHS = {

@@ -29,10 +29,6 @@ class ReinforcementSection(Section):
         {}, "{json_schema: {…}}, {json_object: true} or {regex: TEXT} for completions"
     )
     rows: int = setting(64, "completions sampled at once; does not change the result", gt=0)
-    environment: str | None = setting(
-        None, "FILE or FILE:FUNCTION with reply(sample, item), which answers the model", "single turn"
-    )
-    turns: int = setting(8, "maximum model turns with an environment", gt=1)
     updates: int = setting(1, "optimizer steps per batch of samples", "ratio 1, no clipping", gt=0)
     baseline: Literal["group", "others", "batch", "none"] | None = setting(
         None, "reward baseline: mean of group, others in it, or batch", "from `loss`"

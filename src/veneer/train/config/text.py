@@ -385,9 +385,7 @@ class TrainConfig(Section):
         if self.reinforcement.loss is None:
             del recipe["reinforcement"]
         else:
-            reinforcement = recipe["reinforcement"]
-            reinforcement["environment"] = file_name(reinforcement["environment"])
-            for reward in reinforcement["rewards"]:
+            for reward in recipe["reinforcement"]["rewards"]:
                 reward |= {key: file_name(reward[key]) for key in ("file", "model") if key in reward}
         return recipe
 

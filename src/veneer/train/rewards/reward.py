@@ -27,8 +27,6 @@ from typing import Any, Protocol
 
 from veneer.errors import DataError, TrainingError, bullets, counted, first_few, nearest, quoted, shown
 
-Turn = Mapping[str, Any]
-
 _LARGEST = 1e30
 """Maximum absolute score: squares of scores, and their sums, stay finite."""
 
@@ -37,25 +35,14 @@ _LARGEST = 1e30
 class Answer:
     """A model's answer to a prompt.
 
-    prompt: the messages before the answer. text: the last text of the model. row: the columns of the prompt's
-    row; if the row's conversation ends in an assistant's turn, `answer` is that turn's text. tokens: number
-    of all the model's tokens. cut: the answer was truncated at a limit. turns: in a multi-turn conversation,
-    every message after the prompt, including tool results. tools: the available tools. error: why the answer
-    cannot be judged."""
+    prompt: the messages before the answer. text: the model's text. row: the columns of the prompt's row; if
+    the row's conversation ends in an assistant's turn, `answer` is that turn's text. tokens: number of the
+    model's tokens."""
 
-    prompt: Sequence[Turn]
+    prompt: Sequence[Mapping[str, Any]]
     text: str
     row: Mapping[str, Any] = field(default_factory=dict)
     tokens: int = 0
-    cut: bool = False
-    turns: Sequence[Turn] = ()
-    tools: Sequence[Mapping[str, Any]] = ()
-    error: str = ""
-
-    @property
-    def calls(self) -> list[Mapping[str, Any]]:
-        """Return the tool calls of the last message, in chat template form."""
-        return list((self.turns[-1].get("tool_calls") if self.turns else None) or ())
 
 
 @dataclass(frozen=True)
@@ -167,15 +154,12 @@ def _scored(name: str, reward: Reward, answers: Sequence[Answer]) -> list[Reward
     """Return the scores of one reward, with unusable scores replaced by a reason.
 
     A score is unusable if it or a part is infinite, NaN or above `_LARGEST`."""
-    valid = [answer for answer in answers if not answer.error]
-    raw = list(reward(valid)) if valid else []
-    if len(raw) != len(valid):
+    scores = reward(answers)
+    if len(scores) != len(answers):
         raise TrainingError(
-            f"the reward {name} gave {counted(len(raw), 'score')} for {counted(len(valid), 'answer')}",
+            f"the reward {name} gave {counted(len(scores), 'score')} for {counted(len(answers), 'answer')}",
             fix="it has to give one for each, in their order",
         )
-    rest = iter(raw)
-    scores = [RewardScore(None, answer.error) if answer.error else next(rest) for answer in answers]
     return [_usable(score) for score in scores]
 
 

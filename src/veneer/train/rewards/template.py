@@ -3,7 +3,7 @@
     filled("{{ item.city }}: {{ sample.output_json.total }}", sample, item)
     sample_of(answer)         the content of `sample`, below
 
-    sample.output_text    the model's answer                 sample.output_tools   its tool calls
+    sample.output_text    the model's answer                 sample.output_tools   empty: answers are texts
     sample.output_json    the answer as JSON, if it is JSON  sample.choices        as in chat completions
     sample.input_text     the last message before it (veneer's own)
 
@@ -45,14 +45,11 @@ class NoValue(Exception):
 
 
 def template_sample(answer: Answer) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "assistant", "content": answer.text}
-    if answer.calls:
-        message["tool_calls"] = answer.calls
     input_content = answer.prompt[-1].get("content") if answer.prompt else ""
     sample = {
         "output_text": answer.text,
-        "output_tools": list(answer.calls),
-        "choices": [{"index": 0, "message": message}],
+        "output_tools": [],
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": answer.text}}],
         "input_text": input_content
         if isinstance(input_content, str)
         else json.dumps(input_content, ensure_ascii=False),

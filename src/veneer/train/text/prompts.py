@@ -146,8 +146,8 @@ def _with_system(row: Row, system: str, renderer: Renderer) -> Row:
 
 def rollout_example(rollout: Rollout) -> Example:
     """Return a prompt with its completion; the sampled tokens are the targets."""
-    prompt, completion = list(rollout.prompt), list(rollout.tokens)
-    return Example([*prompt, *completion], [False] * len(prompt) + rollout.trained, 0)
+    trained = [False] * len(rollout.prompt) + [True] * len(rollout.tokens)
+    return Example([*rollout.prompt, *rollout.tokens], trained, 0)
 
 
 def answers_micro(answers: Sequence[Rollout], where: Sequence[str], make_batch: Callable[[], PolicyBatch]) -> Micro:
@@ -208,7 +208,7 @@ def collate_shared(rollouts: Sequence[Rollout]) -> tuple[Batch, SharedRows]:
         n, m = len(rollout.prompt), len(rollout.tokens)
         if rollout.prompt not in prompts:
             prompts[rollout.prompt] = append(rollout.prompt, [False] * n)
-        first, segment = prompts[rollout.prompt], append(rollout.tokens, rollout.trained)
+        first, segment = prompts[rollout.prompt], append(rollout.tokens, [True] * m)
         positions += [*range(first, first + n), *range(segment, segment + m)]
     lengths = [len(rollout.prompt) + len(rollout.tokens) for rollout in rollouts]
     return Batch(torch.tensor(ids), lengths, torch.tensor(trained)), SharedRows.from_indices(torch.tensor(positions))

@@ -48,7 +48,6 @@ from veneer.train.loop import EvalResult, MetricMeans, Step
 from veneer.train.rewards.judge import AskModel, Question, Reply
 from veneer.train.rewards.reward import Answer, Rewards, reward_findings
 from veneer.train.text.batches import Batch
-from veneer.train.text.conversations import Conversation, ConversationSampler, answer_so_far
 from veneer.train.text.policy_losses import (
     advantages,
     clipped,
@@ -113,8 +112,7 @@ class _JudgedRollout:
 class Reinforcement:
     """A run's reinforcement learning.
 
-    `name`: of the trained adapter. `reference`: of the reference adapter, "" for the base without adapter.
-    `conversing`: answers the model in multi-turn runs."""
+    `name`: of the trained adapter. `reference`: of the reference adapter, "" for the base without adapter."""
 
     config: TrainConfig
     base: TextBase
@@ -123,7 +121,6 @@ class Reinforcement:
     sampler: Sampler
     rewards: Rewards
     reference: str = ""
-    conversing: ConversationSampler | None = None
     first: int = 0
     """The step that the current answers were sampled for; 0 for none."""
     answers: list[_JudgedRollout] = field(default_factory=list)
@@ -169,10 +166,10 @@ class Reinforcement:
             for i, item in enumerate(owners)
         ]
         began = time.perf_counter()
-        sampled = self._sampled(requests, [_unanswered(rows[item.row]) for item in owners], interrupted)
-        if sampled is None:
+        rollouts = self.sampler.sample(requests, interrupted)
+        if rollouts is None:
             return False
-        rollouts, answers = sampled
+        answers = _answers(rollouts, owners, rows)
         seconds = time.perf_counter() - began
         judged, groups = self.rewards.judge(answers), [item.row for item in owners]
         metrics = judged.logged() | reward_findings(judged, groups) | sampling_metrics(rollouts, seconds)
@@ -195,22 +192,6 @@ class Reinforcement:
         self.first, self.sample_metrics, self.failed = number, metrics, judged.why(answers)
         self.sample_metrics["idle"] = float(not gains.any())
         return True
-
-    def _sampled(
-        self, requests: Sequence[CompletionRequest], prompts: Sequence[Answer], interrupted: Callable[[], bool]
-    ) -> tuple[list[Rollout], list[Answer]] | None:
-        """Return rollouts, and the answers or conversations that rewards judge.
-
-        Conversations if there is an environment. None if interrupted."""
-        if self.conversing is not None:
-            conversations = self.conversing.sample(requests, prompts, interrupted)
-        else:
-            rollouts = self.sampler.sample(requests, interrupted)
-            conversations = None if rollouts is None else [Conversation(rollout) for rollout in rollouts]
-        if conversations is None:
-            return None
-        answers = [answer_so_far(prompt, each) for prompt, each in zip(prompts, conversations, strict=True)]
-        return [each.rollout for each in conversations], answers
 
     def _references(self, rollouts: Sequence[Rollout]) -> list[tuple[float, ...]]:
         """Return log p of each answer's tokens under the reference."""
@@ -326,10 +307,10 @@ class Reinforcement:
         None once `interrupted()`."""
         greedy = replace(self.params, temperature=0.0, top_p=1.0)
         requests = [CompletionRequest(item.ids, 0, greedy, self.name) for item in prompts]
-        sampled = self._sampled(requests, [_unanswered(rows[item.row]) for item in prompts], interrupted)
-        if sampled is None:
+        rollouts = self.sampler.sample(requests, interrupted)
+        if rollouts is None:
             return None
-        rollouts, answers = sampled
+        answers = _answers(rollouts, prompts, rows)
         judged = self.rewards.judge(answers)
         values = [value for value in judged.values if value is not None]
         if not values:
@@ -357,20 +338,19 @@ class Reinforcement:
             self.answers = [_JudgedRollout.from_dict(values) for values in state["answers"]]
 
 
-def _unanswered(row: Row) -> Answer:
-    """Return a prompt in the form that rewards read."""
-    end = row.last_assistant()
-    columns = dict(row.values)
-    if end < len(row.messages):
-        columns.setdefault("answer", row.messages[end]["content"])
-    columns.setdefault("where", row.where)
-    prompt = with_final_turn(row)
-    return Answer(
-        list(prompt.messages[: prompt.last_assistant()]),
-        "",
-        columns,
-        tools=[tool for tool in row.tools if isinstance(tool, Mapping)],
-    )
+def _answers(rollouts: Sequence[Rollout], prompts: Sequence[PromptItem], rows: Sequence[Row]) -> list[Answer]:
+    """Return the sampled answers in the form that rewards read."""
+    answers = []
+    for rollout, item in zip(rollouts, prompts, strict=True):
+        row = rows[item.row]
+        end, columns = row.last_assistant(), dict(row.values)
+        if end < len(row.messages):
+            columns.setdefault("answer", row.messages[end]["content"])
+        columns.setdefault("where", row.where)
+        prompt = with_final_turn(row)
+        messages = list(prompt.messages[: prompt.last_assistant()])
+        answers.append(Answer(messages, rollout.text, columns, len(rollout.tokens)))
+    return answers
 
 
 def _batch(answers: Sequence[_JudgedRollout], weights: Tensor, fresh: bool) -> PolicyBatch:

@@ -69,8 +69,7 @@ class Rollout:
     `tokens`: including the stop token. `logps`: log-probability of each token in nats, in the model's
     distribution at temperature 1 without changes; `sampling_logps`: in the distribution it was sampled from. `text`:
     without the stop token. `cut`: whether it ended at `max_tokens`. `cached`: tokens of the prompt found in
-    the KV cache. `others`: ranges (from, to) of `tokens` that come from an environment and were not sampled:
-    they are not in `logps` and `sampling_logps`."""
+    the KV cache."""
 
     prompt: tuple[int, ...]
     tokens: tuple[int, ...]
@@ -79,15 +78,6 @@ class Rollout:
     text: str
     cut: bool
     cached: int = 0
-    others: tuple[tuple[int, int], ...] = ()
-
-    @property
-    def trained(self) -> list[bool]:
-        """Return which of `tokens` were sampled."""
-        mask = [True] * len(self.tokens)
-        for first, last in self.others:
-            mask[first:last] = [False] * (last - first)
-        return mask
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values, which keep every float."""
@@ -96,7 +86,8 @@ class Rollout:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Rollout:
         arguments: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        return cls(**arguments | {"others": tuple((int(a), int(b)) for a, b in values.get("others", ()))})
+        arguments.pop("others", None)  # of earlier versions
+        return cls(**arguments)
 
 
 @dataclass(frozen=True)

@@ -48,12 +48,10 @@ from veneer.train.planning import micro_tokens_of_run, sampled_at_once, with_mic
 from veneer.train.preflight import Report, computes_on, free_memory, recomputes
 from veneer.train.report.log import duration, read_log, size
 from veneer.train.rewards.build import build_rewards, local_judge_models
-from veneer.train.rewards.limited import LimitedFunction
 from veneer.train.rewards.reward import Rewards
 from veneer.train.run import NAME, Run, Task, carry_out, newest_checkpoint, opened, raise_if_stopped, recipe_of
 from veneer.train.save import Outcome, ReportParts, prove
 from veneer.train.text.batches import Batch
-from veneer.train.text.conversations import ConversationSampler
 from veneer.train.text.data import TextData, planned_steps, read_data
 from veneer.train.text.distill import Distillation, Teacher, open_teacher
 from veneer.train.text.evaluate import score_examples
@@ -333,10 +331,7 @@ def offloads_activations(config: TrainConfig, base: TextBase, run: Run) -> bool:
     return config.memory.offload_activations
 
 
-_REPLY = 30.0
-"""Seconds that an environment can take to reply."""
-
-_SamplingParts = tuple[Sampler, Rewards, ConversationSampler | None] | tuple[Sampler, Teacher]
+_SamplingParts = tuple[Sampler, Rewards | Teacher]
 
 
 @contextmanager
@@ -371,8 +366,7 @@ def _open_sampling(text: TextRun, attachment: Attachment) -> Iterator[_SamplingP
             )
         if isinstance(r, ReinforcementSection):
             ask = sampled_judge(text.base, attachment, sampler, judges) if judges else None
-            rewards = opened.enter_context(build_rewards(r.rewards, ask=ask, most_failed=r.most_failed))
-            yield sampler, rewards, _conversing(text, sampler, opened)
+            yield sampler, opened.enter_context(build_rewards(r.rewards, ask=ask, most_failed=r.most_failed))
         else:
             teacher = open_teacher(r, text.base, attachment, text.run.note)
             if teacher.base.context < longest:
@@ -381,18 +375,6 @@ def _open_sampling(text: TextRun, attachment: Attachment) -> Iterator[_SamplingP
                 )
                 raise PreflightError(label, where="distillation.base", fix="lower data.max_length")
             yield sampler, teacher
-
-
-def _conversing(text: TextRun, sampler: Sampler, opened: ExitStack) -> ConversationSampler | None:
-    """Return the environment that answers the model in multi-turn runs, or None."""
-    r = text.config.reinforcement
-    if r.environment is None:
-        return None
-    file, _, function = r.environment.partition(".py:")
-    file, function = (f"{file}.py", function) if function else (r.environment, "reply")
-    environment = opened.enter_context(LimitedFunction(function, file=file, timeout=_REPLY))
-    renderer = text.data.train.encoded.renderer
-    return ConversationSampler(sampler, renderer, environment, r.turns)
 
 
 def recompute_activations(model: Any, *, offload: bool = False) -> None:
@@ -666,14 +648,14 @@ def _sampling_task(a: AttachedText, sampling: _SamplingParts) -> Task[RunResult]
     adapter, or the adapter that the run started from."""
     config, rows, r = a.config, a.data.train.rows, a.config.reinforcement
     sampled: Distillation | Reinforcement
-    if len(sampling) == 2:
-        sampled = Distillation(config, a.base, a.name, *sampling)
+    sampler, judge = sampling
+    if isinstance(judge, Teacher):
+        sampled = Distillation(config, a.base, a.name, sampler, judge)
     else:
-        sampler, rewards, conversing = sampling
         reference = f"{a.name}, as it began" if a.data.start is not None and r.kl else ""
         if a.data.start is not None and reference:
             a.attachment.add(reference, a.data.start)
-        sampled = Reinforcement(config, a.base, a.attachment, a.name, sampler, rewards, reference, conversing)
+        sampled = Reinforcement(config, a.base, a.attachment, a.name, sampler, judge, reference)
     emit = a.run.emit
 
     def begin(progress: Progress, listener: Listener) -> None:
