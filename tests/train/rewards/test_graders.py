@@ -217,8 +217,11 @@ def test_as_a_reward() -> None:
         assert rewards.judge(answers).values == [1, 0]
         with pytest.raises(DataError, match=r"item\.want has no value"):
             rewards.judge([Answer([], "x", {"wanted": "x"})])
-    with pytest.raises(ConfigError, match=r"reinforcement\.rewards, grader\.operation"):
-        build_rewards([GraderReward(kind="grader", grader={"name": "it", **check("is")})])
+    with (
+        pytest.raises(ConfigError, match=r"reinforcement\.rewards, grader\.operation"),
+        build_rewards([GraderReward(kind="grader", grader={"name": "it", **check("is")})]),
+    ):
+        pass
 
 
 def test_score_model_on_a_server_respects_patience() -> None:

@@ -154,5 +154,8 @@ def test_as_a_reward_of_a_file(tmp_path: Path) -> None:
         assert rewards.judge(answers).values == [7, 2]
         with pytest.raises(TrainingError, match=r"line 10 of mine\.py: KeyError: 'output_json'"):
             rewards.judge([Answer([], "no json", {"wanted": True})] * 3)
-    with pytest.raises(ConfigError, match="the file of the function score does not exist"):
-        build_rewards([PythonReward(kind="python", file=str(tmp_path / "none.py"))])
+    with (
+        pytest.raises(ConfigError, match="the file of the function score does not exist"),
+        build_rewards([PythonReward(kind="python", file=str(tmp_path / "none.py"))]),
+    ):
+        pass

@@ -27,8 +27,8 @@ numbers = st.lists(st.tuples(st.floats(-9, 9), st.floats(-9, 9)), min_size=1, ma
 @given(numbers, st.floats(-3, 3))
 def test_values_are_weighted_sums(pairs: list[tuple[float, float]], weight: float) -> None:
     a, b = [p[0] for p in pairs], [p[1] for p in pairs]
-    with Rewards([NamedReward("a", giving(*a)), NamedReward("b", giving(*b), weight)]) as rewards:
-        judged = rewards.judge(answers(*"x" * len(pairs)))
+    rewards = Rewards([NamedReward("a", giving(*a)), NamedReward("b", giving(*b), weight)])
+    judged = rewards.judge(answers(*"x" * len(pairs)))
     assert judged.values == pytest.approx([x + weight * y for x, y in pairs])
     assert [s.value for s in judged.scores["b"]] == b
     logged = judged.logged()
@@ -39,8 +39,7 @@ def test_values_are_weighted_sums(pairs: list[tuple[float, float]], weight: floa
 
 @pytest.mark.parametrize("bad", [None, math.nan, math.inf, -math.inf, 1e300])
 def test_non_finite_scores_are_left_out(bad: float | None) -> None:
-    with Rewards([NamedReward("a", giving(1.0, bad)), NamedReward("b", giving(2.0, 2.0))]) as rewards:
-        judged = rewards.judge(answers("x", "y"))
+    judged = Rewards([NamedReward("a", giving(1.0, bad)), NamedReward("b", giving(2.0, 2.0))]).judge(answers("x", "y"))
     assert judged.values == [3.0, None]
     assert judged.failed == 1
     assert judged.scores["a"][1].error
@@ -52,40 +51,28 @@ def test_non_finite_part_is_a_failure(bad: float) -> None:
     def given(answers: Sequence[Answer], /) -> list[RewardScore]:
         return [RewardScore(1.0, parts={"fine": 0.5, "odd": 2.0 if a.text == "x" else bad}) for a in answers]
 
-    with Rewards([NamedReward("a", given)]) as rewards:
-        judged = rewards.judge(answers("x", "y"))
+    judged = Rewards([NamedReward("a", given)]).judge(answers("x", "y"))
     assert judged.values == [1.0, None]
     assert "its part odd is" in judged.scores["a"][1].error
     assert judged.logged() == {"reward": 1, "reward_a": 1, "reward_a_fine": 0.5, "reward_a_odd": 2, "reward_failed": 1}
 
 
 def test_too_many_failures_stop_the_run_and_say_why() -> None:
-    with (
-        Rewards([NamedReward("mine", giving(None, None, 1.0, 1.0))], most_failed=0.25) as rewards,
-        pytest.raises(TrainingError, match=r"2 of 4 answers could not be judged(.|\n)*mine: 'it broke'"),
-    ):
-        rewards.judge(answers(*"wxyz"))
+    rewards = [NamedReward("mine", giving(None, None, 1.0, 1.0))]
     rows = [Answer([], text, {"where": f"rows.jsonl:{n}"}) for n, text in enumerate("wxyz", 1)]
-    with (
-        Rewards([NamedReward("mine", giving(None, None, 1.0, 1.0))], most_failed=0.25) as rewards,
-        pytest.raises(TrainingError, match=r"2 answers \(rows.jsonl:1, rows.jsonl:2\): mine: 'it broke'"),
-    ):
-        rewards.judge(rows)
-    with Rewards([NamedReward("mine", giving(None, None, 1.0, 1.0))], most_failed=0.5) as rewards:
-        assert rewards.judge(answers(*"wxyz")).failed == 2
+    with pytest.raises(TrainingError, match=r"2 of 4 answers could not be judged(.|\n)*mine: 'it broke'") as caught:
+        Rewards(rewards, most_failed=0.25).judge(rows)
+    assert "2 answers (rows.jsonl:1, rows.jsonl:2): mine: 'it broke'" in str(caught.value)
+    assert Rewards(rewards, most_failed=0.5).judge(rows).failed == 2
 
 
 def test_a_reward_gives_as_many_scores_as_there_are_answers() -> None:
-    with (
-        Rewards([NamedReward("short", giving(1.0))]) as rewards,
-        pytest.raises(TrainingError, match="short gave 1 score"),
-    ):
-        rewards.judge(answers("x", "y"))
+    with pytest.raises(TrainingError, match="short gave 1 score"):
+        Rewards([NamedReward("short", giving(1.0))]).judge(answers("x", "y"))
 
 
 def test_constant_groups_are_counted() -> None:
-    with Rewards([NamedReward("a", giving(1, 1, 0, 1, None, 2))]) as rewards:
-        judged = rewards.judge(answers(*"uvwxyz"))
+    judged = Rewards([NamedReward("a", giving(1, 1, 0, 1, None, 2))]).judge(answers(*"uvwxyz"))
     actual = reward_findings(judged, [0, 0, 1, 1, 2, 2])
     assert (actual["groups"], actual["constant_groups"]) == (3, 2)  # the third has one answer that was judged
     assert actual["constant_share"] == 2 / 3

@@ -413,8 +413,11 @@ def test_a_job_grader_runs_only_in_a_sandbox(untried: None, monkeypatch: pytest.
     with build_rewards([GraderReward(kind="grader", grader=grader)]) as rewards:  # the operator's own
         assert rewards.judge([answer]).values == [1]
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(ResourceError, match="is not installed"):
-        build_rewards([GraderReward(kind="grader", grader=grader, sandbox=True)])
+    with (
+        pytest.raises(ResourceError, match="is not installed"),
+        build_rewards([GraderReward(kind="grader", grader=grader, sandbox=True)]),
+    ):
+        pass
 
 
 @linux

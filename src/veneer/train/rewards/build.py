@@ -1,6 +1,6 @@
 """Build the rewards of a configuration from `reinforcement.rewards`.
 
-    with rewards_of(config.reinforcement.rewards, ask=ask) as rewards: …
+    with build_rewards(config.reinforcement.rewards, ask=ask) as rewards: …
 
 `ask` answers questions to models of this process, the base and adapters by name (`judge.AskModel`); the owner
 of the engine passes it. A judge with a `url` needs no `ask`.
@@ -8,8 +8,8 @@ of the engine passes it. A judge with a `url` needs no `ask`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from veneer.errors import ConfigError, DataError
@@ -40,17 +40,18 @@ _RULES: dict[str, Callable[[Any], Reward]] = {
 }
 
 
+@contextmanager
 def build_rewards(
     sections: Sequence[RewardSection], *, ask: AskModel | None = None, most_failed: float = 0.1
-) -> Rewards:
-    """Build the rewards of a configuration.
+) -> Iterator[Rewards]:
+    """Build the rewards of a configuration; close their processes and connections at the end.
 
     Raises ConfigError for an invalid schema, grader or file, and for a judge without a model to ask;
     MissingExtraError for a missing package; ResourceError if a grader needs a sandbox and no sandbox works on
     this machine."""
     with ExitStack() as opened:
         rewards = [NamedReward(each.called, _reward(each, ask, opened), each.weight) for each in sections]
-        return Rewards(rewards, most_failed=most_failed, close=opened.pop_all().close)
+        yield Rewards(rewards, most_failed)
 
 
 def local_judge_models(sections: Sequence[RewardSection]) -> set[str]:
@@ -75,14 +76,11 @@ def _reward(section: RewardSection, ask: AskModel | None, opened: ExitStack) -> 
     if isinstance(section, JudgeReward):
         return judge_reward(section, _model_of(section, ask, opened))
     if isinstance(section, PythonReward):
-        function = LimitedFunction(
-            section.function,
-            file=section.file,
-            timeout=section.timeout,
-            memory=section.memory_gb * 1e9,
-            at_once=section.at_once,
+        limits = {"timeout": section.timeout, "memory": section.memory_gb * 1e9, "at_once": section.at_once}
+        function = opened.enter_context(LimitedFunction(section.function, file=section.file, **limits))
+        return lambda answers: function.score(
+            [(template_sample(answer) | {"messages": list(answer.prompt)}, answer.row) for answer in answers]
         )
-        return _by_function(opened.enter_context(function))
     if isinstance(section, GraderReward):
         grader = _grader(section)
         model = _model_of(section, ask, opened) if grader_models(grader) else None
@@ -104,13 +102,6 @@ def _model_of(section: AskedModelReward, ask: AskModel | None, opened: ExitStack
             fix="give the `url` of a server",
         )
     return ask
-
-
-def _by_function(function: LimitedFunction) -> Reward:
-    def reward(answers: Sequence[Answer], /) -> list[RewardScore]:
-        return function.score([(template_sample(a) | {"messages": list(a.prompt)}, a.row) for a in answers])
-
-    return reward
 
 
 def _by_grader(run: GraderRun) -> Reward:

@@ -1,10 +1,9 @@
 """Rewards: functions that score many answers at once; several form a weighted sum.
 
-    with Rewards([NamedReward("exact_match", exact, 1.0), NamedReward("length", short, 0.2)]) as rewards:
-        judged = rewards.judge(answers)
-        judged.values                the sum for each answer; None if one of its rewards failed
-        judged.scores["length"]      a reward's scores, for the log
-        reward_findings(judged, groups)     counts of groups without a training signal
+    judged = Rewards([NamedReward("exact_match", exact, 1.0), NamedReward("length", short, 0.2)]).judge(answers)
+    judged.values                       the sum for each answer; None if one of its rewards failed
+    judged.scores["length"]             a reward's scores, for the log
+    reward_findings(judged, groups)     counts of groups without a training signal
 
     value(answer) = Σ weight · score(answer), over the rewards;  None as soon as one of them is None
 
@@ -20,7 +19,6 @@ Independent of models and servers.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -94,12 +92,11 @@ class JudgedAnswers:
                     where = shown(answer.row.get("where") or "")
                     reasons.setdefault(f"{name}: {quoted(shown(score.error), 300)}", []).append(where)
 
-        def reason_text(reason: str, rows: Sequence[str]) -> str:
-            named_rows = [row for row in dict.fromkeys(rows) if row]
-            return f"{counted(len(rows), 'answer')}{f' ({first_few(named_rows, 3)})' if named_rows else ''}: {reason}"
-
-        ranked = sorted(reasons.items(), key=lambda reason_and_rows: -len(reason_and_rows[1]))
-        return [reason_text(reason, rows) for reason, rows in ranked]
+        lines = []
+        for reason, rows in sorted(reasons.items(), key=lambda reason_and_rows: -len(reason_and_rows[1])):
+            named = [row for row in dict.fromkeys(rows) if row]
+            lines.append(f"{counted(len(rows), 'answer')}{f' ({first_few(named, 3)})' if named else ''}: {reason}")
+        return lines
 
     def logged(self) -> dict[str, float]:
         """Return means over the answers with a value, and the number of failures.
@@ -114,24 +111,14 @@ class JudgedAnswers:
         return numbers | {"reward_failed": float(self.failed)}
 
 
+@dataclass(frozen=True)
 class Rewards:
     """A weighted sum of rewards.
 
-    `most_failed`: maximum share of answers without a value in one call; one such answer is always allowed.
-    `close`: releases the rewards' resources, such as processes."""
+    `most_failed`: maximum share of answers without a value in one call; one such answer is always allowed."""
 
-    def __init__(
-        self, rewards: Sequence[NamedReward], *, most_failed: float = 0.1, close: Callable[[], None] = lambda: None
-    ) -> None:
-        twice = [name for name, count in Counter(each.name for each in rewards).items() if count > 1]
-        assert not twice, f"two rewards are called {twice[0]}"
-        self.rewards, self.most_failed, self.close = list(rewards), most_failed, close
-
-    def __enter__(self) -> Rewards:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    rewards: Sequence[NamedReward]
+    most_failed: float = 0.1
 
     def judge(self, answers: Sequence[Answer]) -> JudgedAnswers:
         """Score the answers.
@@ -146,7 +133,11 @@ class Rewards:
             values.append(total if all(value is not None for _, value in weighted) else None)
         judged = JudgedAnswers(values, scores)
         if judged.failed > max(1, self.most_failed * len(answers)):
-            raise _too_many(judged, answers)
+            failed = f"{judged.failed} of {counted(len(answers), 'answer')}"
+            raise TrainingError(
+                f"{failed} could not be judged:\n{bullets(judged.why(answers), 5)}",
+                fix="fix the reward, or raise reinforcement.most_failed",
+            )
         return judged
 
 
@@ -171,13 +162,6 @@ def _usable(score: RewardScore) -> RewardScore:
             parts = {key: part for key, part in score.parts.items() if abs(part) <= _LARGEST}
             return RewardScore(None, f"{name} is {number:g}, and {why}", parts)
     return score
-
-
-def _too_many(judged: JudgedAnswers, answers: Sequence[Answer]) -> TrainingError:
-    return TrainingError(
-        f"{judged.failed} of {counted(len(answers), 'answer')} could not be judged:\n{bullets(judged.why(answers), 5)}",
-        fix="fix the reward, or raise reinforcement.most_failed",
-    )
 
 
 # -- groups without a training signal ----------------------------------------------------------------------------------
@@ -221,12 +205,7 @@ def column(answer: Answer, name: str) -> Any:
     stops."""
     if name not in answer.row:
         suggestions = nearest(name, map(str, answer.row), 1)
-        hint = (
-            f"did you mean {suggestions[0]}?" if suggestions else f"it has {', '.join(map(str, answer.row)) or 'none'}"
-        )
-        raise DataError(
-            f"a reward needs the column {quoted(name)}, which a row lacks",
-            where=str(answer.row.get("where") or "") or None,
-            fix=hint,
-        )
+        hint = f"did you mean {suggestions[0]}?" if suggestions else f"it has {', '.join(map(str, answer.row))}"
+        where = str(answer.row.get("where") or "") or None
+        raise DataError(f"a reward needs the column {quoted(name)}, which a row lacks", where=where, fix=hint)
     return answer.row[name]
