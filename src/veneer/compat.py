@@ -1,8 +1,7 @@
 """Undocumented names of other libraries that veneer relies on.
 
 Looking a name up through its list gives an error that names both versions if the installed version lacks
-the name, instead of an AttributeError. The lists of torch, bitsandbytes and Liger-Kernel are here; those
-of transformers and diffusers are in models/compat_*.py.
+the name, instead of an AttributeError.
 """
 
 from __future__ import annotations

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import BaseError, ConfigError, one_of
-from veneer.models.compat_transformers import TRANSFORMERS
 
 _Fields = Mapping[str, Any]
 
@@ -235,15 +234,18 @@ def check_words(fields: _Fields, where: str) -> None:
     """Raise ConfigError for an activation or rotary scaling unknown to transformers.
 
     Imports transformers."""
+    from transformers.activations import ACT2FN
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     if (inner := _text_part(fields)) is not None:
         check_words(inner, f"{where}: text_config")
     if fields.get("model_type") not in TEXT_TYPES:
         return
     for key in _ACTIVATIONS:
         if fields.get(key) is not None:
-            activations = sorted(TRANSFORMERS("transformers.activations.ACT2FN"))
+            activations = sorted(ACT2FN)
             one_of(str(fields[key]), activations, "an activation that transformers has", f"{where}: {key}")
-    scalings = sorted({"default", "mrope", "su", *TRANSFORMERS("transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS")})
+    scalings = sorted({"default", "mrope", "su", *ROPE_INIT_FUNCTIONS})
     for key in _ROTARY:
         value = fields.get(key)
         if isinstance(value, Mapping):

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from veneer.core.targets import expert_parameters
 from veneer.errors import BaseError, ConfigError, nearest
 from veneer.files.weights import StoredTensor, read_values
-from veneer.models.compat_transformers import TRANSFORMERS, register_quantizer
 from veneer.models.loading import loading, straight_to
 from veneer.ops.cpu import memory
 from veneer.ops.quantization_formats import (
@@ -208,8 +207,10 @@ def _quantizer(kind: str) -> Any:
     """Return transformers' config object for our quantizer.
 
     `kind` "": keep the tensors as read."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
     config, quantizer = _quantizer_classes()
-    register_quantizer(_METHOD, quantizer, config)
+    AUTO_QUANTIZATION_CONFIG_MAPPING[_METHOD], AUTO_QUANTIZER_MAPPING[_METHOD] = config, quantizer
     settings = config(quant_method=_METHOD)
     settings.kind = kind
     return settings
@@ -223,21 +224,14 @@ def _quantizer_classes() -> tuple[Any, Any]:
     """Return our (config, quantizer), subclasses of transformers'.
 
     The `kind` is stored in the config, because several loads can run at the same time."""
-    operation: Any = TRANSFORMERS("transformers.core_model_loading.ConversionOps")
-    mixin: Any = TRANSFORMERS("transformers.utils.quantization_config.QuantizationConfigMixin")
-    for name in (
-        "_process_model_before_weight_loading",
-        "get_quantize_ops",
-        "param_needs_quantization",
-        "param_element_size",
-    ):
-        TRANSFORMERS(f"transformers.quantizers.base.HfQuantizer.{name}")
+    from transformers.core_model_loading import ConversionOps
     from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
 
-    class Config(mixin):  # type: ignore[misc]
+    class Config(QuantizationConfigMixin):  # type: ignore[misc]
         kind = ""
 
-    class Quantize(operation):  # type: ignore[misc]
+    class Quantize(ConversionOps):  # type: ignore[misc]
         def __init__(self, kind: str) -> None:
             self.kind = kind
 

@@ -109,9 +109,9 @@ class ShardReader:
             values = torch.cat(parts) if parts else torch.empty(0, dtype=weight.dtype, device=device)
             return [self._cast(values).view(last - first, *weight.shape[1:])]
         (name,) = names
-        parts = quantize(self.read_full(name, device), self.kind).stored.tensors().values()
-        rows = (t.reshape(t.shape or 1) for t in parts)
-        return [t[slice(*shard_rows(len(t), rank, count))].clone() for t in rows]
+        codes = quantize(self.read_full(name, device), self.kind).stored.tensors().values()
+        flat = (t.reshape(t.shape or 1) for t in codes)
+        return [t[slice(*shard_rows(len(t), rank, count))].clone() for t in flat]
 
     def _values(self, name: str, first: int, last: int) -> Tensor:
         stored = self.stored[name]

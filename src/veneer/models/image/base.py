@@ -23,7 +23,6 @@ from torch import nn
 
 from veneer.errors import BaseError, ConfigError
 from veneer.models.builtin import BUILTIN, PACKAGED
-from veneer.models.compat_diffusers import DIFFUSERS
 from veneer.models.device import settle_threads
 from veneer.models.image.families import EDITING, FAMILIES, Editing, ImageFamily, topology_name
 from veneer.models.image.files import LoadedParts, control_of, read_directory, read_single_file, require_diffusers
@@ -348,15 +347,10 @@ def _accepted_arguments(cls: type, available: dict[str, Any]) -> dict[str, Any]:
 
 def _multi_control(base: ImageBase, controls: Sequence[_ControlNet]) -> Any:
     """Combine ControlNets, whose residuals are summed, in diffusers' Multi class."""
-    import diffusers
+    from diffusers.models import controlnets
 
     class_name = type(controls[0]).__name__
-    if class_name == "ControlNetModel":
-        return diffusers.MultiControlNetModel(list(controls))
-    multi = getattr(
-        DIFFUSERS("diffusers.models.controlnets"), class_name.replace("ControlNetModel", "MultiControlNetModel")
-    )
-    return multi(list(controls))
+    return getattr(controlnets, class_name.replace("ControlNetModel", "MultiControlNetModel"))(list(controls))
 
 
 def _check_control(base: ImageBase, control: _ControlNet) -> None:

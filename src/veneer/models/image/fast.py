@@ -28,7 +28,6 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core.targets import base_of
-from veneer.models.compat_diffusers import DIFFUSERS
 from veneer.models.patching import (
     FastReport,
     FusedProjection,
@@ -186,13 +185,9 @@ def _dropout(module: Any, undo: ExitStack) -> str:
 
 
 def _flux_attention(module: Any, undo: ExitStack) -> str:
-    own_processors = (
-        DIFFUSERS("diffusers.models.transformers.transformer_flux.FluxAttnProcessor"),
-        DIFFUSERS("diffusers.models.transformers.transformer_flux2.Flux2AttnProcessor"),
-        _qwen_processor(),
-    )
-    if type(module.processor) not in own_processors or getattr(module, "fused_projections", False):
-        return f"its processor is {type(module.processor).__name__}"
+    processor = type(module.processor).__name__
+    if processor not in _FLUX_PROCESSORS or getattr(module, "fused_projections", False):
+        return f"its processor is {processor}"
     two = module.added_kv_proj_dim is not None
     image_parts, text_parts = _parts(module, "to_q", "to_k", "to_v"), None
     norms = [module.norm_q, module.norm_k]
@@ -211,7 +206,7 @@ def _flux_attention(module: Any, undo: ExitStack) -> str:
     x = random_input(2, 12, like.shape[1], like=like)
     size = getattr(module, "head_dim", None) or module.inner_dim // module.heads
     arguments: dict[str, Any] = {"image_rotary_emb": _positions(15 if two else 12, size, like)}
-    if type(module.processor) is _qwen_processor():  # complex, separate for picture and text
+    if processor == _QWEN_PROCESSOR:  # complex, separate for picture and text
         cos, sin = arguments["image_rotary_emb"]
         arguments["image_rotary_emb"] = torch.complex(cos[:, ::2], sin[:, ::2]).split([12, 3])
     if text_parts is not None:
@@ -222,10 +217,8 @@ def _flux_attention(module: Any, undo: ExitStack) -> str:
     return _swap_if_equal(module, _flux_forward(original, joins, norms, size), undo, x, **arguments)
 
 
-def _qwen_processor() -> type:
-    return DIFFUSERS("diffusers.models.transformers.transformer_qwenimage.QwenDoubleStreamAttnProcessor2_0")  # type: ignore[no-any-return]
-
-
+_QWEN_PROCESSOR = "QwenDoubleStreamAttnProcessor2_0"
+_FLUX_PROCESSORS = ("FluxAttnProcessor", "Flux2AttnProcessor", _QWEN_PROCESSOR)
 _NORMS = "its norms are trained, without weights or of different ε"
 
 
@@ -322,8 +315,7 @@ def _flux2_parallel(module: Any, undo: ExitStack) -> str:
 
     [q; k; v; gate; up] of x, then one projection of both results. The first product is split into [q; k; v]
     and [gate; up], so that each result is contiguous and its gradient needs no copy or zero fill."""
-    processor = DIFFUSERS("diffusers.models.transformers.transformer_flux2.Flux2ParallelSelfAttnProcessor")
-    if type(module.processor) is not processor:
+    if type(module.processor).__name__ != "Flux2ParallelSelfAttnProcessor":
         return f"its processor is {type(module.processor).__name__}"
     first, last, norms = _parts(module, "to_qkv_mlp_proj"), _parts(module, "to_out"), [module.norm_q, module.norm_k]
     if first is None or last is None or type(module.mlp_act_fn).__name__ != "Flux2SwiGLU":
@@ -441,7 +433,7 @@ def _convolved(conv: Any, x: Tensor, live: int) -> Tensor:
 
 
 def _unet_attention(module: Any, undo: ExitStack) -> str:
-    if type(module.processor) is not DIFFUSERS("diffusers.models.attention_processor.AttnProcessor2_0"):
+    if type(module.processor).__name__ != "AttnProcessor2_0":
         return f"its processor is {type(module.processor).__name__}"
     plain = (
         all(getattr(module, name, None) is None for name in ("spatial_norm", "group_norm", "norm_q", "norm_k"))
@@ -493,7 +485,8 @@ def _unet_forward(
 
 def _attention(module: Any, undo: ExitStack) -> str:
     """Swap attention; diffusers uses this class name for UNets and Qwen-Image."""
-    return (_flux_attention if type(module.processor) is _qwen_processor() else _unet_attention)(module, undo)
+    swap = _flux_attention if type(module.processor).__name__ == _QWEN_PROCESSOR else _unet_attention
+    return swap(module, undo)
 
 
 _SWAPS: dict[str, Callable[[Any, ExitStack], str]] = {

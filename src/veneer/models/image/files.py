@@ -31,7 +31,6 @@ from torch.overrides import TorchFunctionMode
 from veneer.errors import BaseError, MissingExtraError, first_few, lacks_memory
 from veneer.files.weights import COMPONENT_STEMS, StoredTensor, component_files, file_table, stored_dtype
 from veneer.models.architecture import usual_fields
-from veneer.models.compat_diffusers import DIFFUSERS
 from veneer.models.config import LOADED_BYTES
 from veneer.models.device import check_memory, choose_device, choose_dtype
 from veneer.models.fingerprint import fingerprint_parts, shaping_fields
@@ -494,8 +493,9 @@ def _read_part(
 
     `whole`: whether diffusers has a single-file pipeline for the family."""
     if loads_part:
-        read = DIFFUSERS("diffusers.loaders.single_file.load_single_file_sub_model")
-        return read(
+        from diffusers.loaders.single_file import load_single_file_sub_model
+
+        return load_single_file_sub_model(
             library_name=library,
             class_name=classname,
             name=name,
@@ -553,17 +553,13 @@ def _configs_for(path: Path, config: str | Path | None, table: list[StoredTensor
         if folder.is_file():
             raise BaseError("config must be a diffusers directory, and this is a file", where=str(folder))
         return folder
+    from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS, infer_diffusers_model_type
     from huggingface_hub import snapshot_download
 
-    kind_of, paths = (
-        DIFFUSERS(f"diffusers.loaders.single_file_utils.{name}")
-        for name in ("infer_diffusers_model_type", "DIFFUSERS_DEFAULT_PIPELINE_PATHS")
-    )
     fix = "config= a diffusers directory of the same kind of model (its configs and tokenizers are enough)"
     try:
         shapes = {t.name: torch.empty(t.shape, device="meta") for t in table}
-        kind = kind_of(shapes)
-        repo = paths[kind]["pretrained_model_name_or_path"]
+        repo = DIFFUSERS_DEFAULT_PIPELINE_PATHS[infer_diffusers_model_type(shapes)]["pretrained_model_name_or_path"]
         if any(name.endswith("txt_norm.weight") for name in shapes):  # diffusers mistakes it for SD 1
             repo = "Qwen/Qwen-Image"
     except (KeyError, IndexError, RuntimeError, ValueError) as error:
@@ -653,7 +649,6 @@ def _plain_name(name: str) -> str:
     return name.removeprefix("text_model.")  # a level that one of transformers' CLIP classes has
 
 
-_SINGLE_FILE = "diffusers.loaders.single_file_utils"
 _Converter = Callable[[dict[str, Tensor]], Mapping[str, Any]]
 
 
@@ -661,10 +656,12 @@ def _converters(part: nn.Module) -> list[_Converter]:
     """Return the diffusers converters that can have read this component.
 
     For text encoders this is all of them; their prefixes separate them."""
-    loadable = DIFFUSERS("diffusers.loaders.single_file_model.SINGLE_FILE_LOADABLE_CLASSES")
+    from diffusers.loaders import single_file_utils
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
     kind = type(part).__name__
-    if kind in loadable:
-        convert = loadable[kind]["checkpoint_mapping_fn"]
+    if kind in SINGLE_FILE_LOADABLE_CLASSES:
+        convert = SINGLE_FILE_LOADABLE_CLASSES[kind]["checkpoint_mapping_fn"]
         prefix = "model.diffusion_model." if kind in _BARE else ""
 
         def converted(state: dict[str, Tensor]) -> Mapping[str, Any]:
@@ -674,8 +671,8 @@ def _converters(part: nn.Module) -> list[_Converter]:
 
         return [converted]
     if kind.startswith("T5"):
-        return [DIFFUSERS(f"{_SINGLE_FILE}.convert_sd3_t5_checkpoint_to_diffusers")]
-    ldm, open_clip = (DIFFUSERS(f"{_SINGLE_FILE}.convert_{kind}_clip_checkpoint") for kind in ("ldm", "open"))
+        return [single_file_utils.convert_sd3_t5_checkpoint_to_diffusers]
+    ldm, open_clip = single_file_utils.convert_ldm_clip_checkpoint, single_file_utils.convert_open_clip_checkpoint
     return [
         ldm,
         *(lambda state, p=p: ldm(state, p) for p in _CLIP),

@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from veneer.errors import BaseError
-from veneer.models.compat_diffusers import DIFFUSERS
 from veneer.models.image.base import ImageBase, pipeline, readers, text_settings
 from veneer.models.loading import errors_only
 from veneer.ops.device_transfer import sent
@@ -120,10 +119,9 @@ def _embed_with_references(base: ImageBase, prompt: str, references: Sequence[Im
 
 def _qwen_size(base: ImageBase, size: tuple[int, int], area: int) -> tuple[int, int]:
     """Return (width, height) of a reference in Qwen-Image-Edit: about `area` pixels."""
-    plus = "_plus" if base.references > 1 else ""
     with errors_only():  # without torchvision, its import logs a fallback
-        module = DIFFUSERS(f"diffusers.pipelines.qwenimage.pipeline_qwenimage_edit{plus}")
-    width, height = module.calculate_dimensions(area, size[0] / size[1])[:2]
+        from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit import calculate_dimensions
+    width, height = calculate_dimensions(area, size[0] / size[1])[:2]
     return width, height
 
 
@@ -176,7 +174,8 @@ def _template_of(base: ImageBase) -> tuple[str, str, bool]:
         options = {"add_generation_prompt": True, "enable_thinking": template == "thinking"}
         text = tokenizer.apply_chat_template(turns, tokenize=False, **options)
     else:
-        format_input = DIFFUSERS("diffusers.pipelines.flux2.pipeline_flux2.format_input")
+        from diffusers.pipelines.flux2.pipeline_flux2 import format_input
+
         turns = format_input(prompts=[placeholder], system_message=pipe.system_message)[0]
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=False)
     prefix, _, suffix = str(text).partition(placeholder)

@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.models.compat_transformers import TRANSFORMERS
-
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -51,9 +49,9 @@ class PicturePrompts:
 def read_processor(folder: Path) -> PicturePrompts:
     """Load a component's folder with preprocessor_config.json and a tokenizer."""
     from transformers import AutoTokenizer
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    kind = TRANSFORMERS("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil")
     return PicturePrompts(
-        kind.from_pretrained(folder, local_files_only=True),
+        Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True),
         AutoTokenizer.from_pretrained(folder, local_files_only=True),
     )

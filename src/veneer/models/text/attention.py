@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from veneer.models.compat_transformers import TRANSFORMERS, register_attention
+from veneer.models.compat_transformers import own_attention, register_attention
 
 _NAME = "veneer_diverted"
 
@@ -74,7 +74,9 @@ def restore_attention(model: Any) -> None:
 
 
 def _mask(*args: Any, **kwargs: Any) -> Any:
-    return None if _now.attend is not None else TRANSFORMERS("transformers.masking_utils.sdpa_mask")(*args, **kwargs)
+    from transformers.masking_utils import sdpa_mask
+
+    return None if _now.attend is not None else sdpa_mask(*args, **kwargs)
 
 
 @contextmanager
@@ -100,9 +102,8 @@ def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     if (attend := _now.attend) is None:
-        sdpa = TRANSFORMERS("transformers.integrations.sdpa_attention.sdpa_attention_forward")
         result: Tensor
-        result, _ = sdpa(module, query, key, value, attention_mask, **kwargs)
+        result, _ = own_attention(module, "sdpa")(module, query, key, value, attention_mask, **kwargs)
         return result, None
     if query.shape[2] != 1:
         raise NotImplementedError(f"{query.shape[2]} queries in a row")

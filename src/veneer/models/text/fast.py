@@ -337,11 +337,14 @@ def _swap_attention(
     """Swap the attention; return "" or the reason why not.
 
     `_rows_problem` verifies the swap."""
+    from transformers.masking_utils import eager_mask
+
     previous = getattr(model.config, "_attn_implementation", None)
     if previous not in ("sdpa", "eager"):
         return f"its attention runs on {previous}"
     name = f"{_ATTENTION}_{previous}"
-    register_attention(name, functools.partial(_interface, implementation=previous), previous)
+    attention = functools.partial(_interface, implementation=previous)
+    register_attention(name, attention, eager_mask if previous == "eager" else None)
     model.set_attn_implementation(name)
     undo.callback(model.set_attn_implementation, previous)
     if model.config._attn_implementation != name:

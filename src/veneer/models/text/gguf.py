@@ -25,7 +25,6 @@ from gguf.gguf_reader import ReaderField, ReaderTensor
 
 from veneer.errors import BaseError
 from veneer.files.gguf import SCALARS, SkippedArray, read_gguf_file
-from veneer.models.compat_transformers import TRANSFORMERS
 from veneer.models.loading import loading
 from veneer.models.quantize import LazyTensor, load_state, quantized_weights
 from veneer.ops.quantization_formats import GgmlBlocks
@@ -226,8 +225,6 @@ def fast_headers(*, vocabulary: bool = False) -> Iterator[None]:
             **(_OF_A_VOCABULARY if vocabulary else dict[str, Callable[..., Any]]()),
         }
         for name, function in ours.items():
-            if name.startswith("transformers."):
-                TRANSFORMERS(name)  # raises if the name does not exist
             module, _, last = name.rpartition(".")
             holder = importlib.import_module(module)
             theirs = getattr(holder, last)
