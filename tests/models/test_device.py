@@ -77,10 +77,6 @@ def machine(root: Path, groups: str, files: dict[str, str]) -> Path:
         ("0::/", {}, None),
         ("0::/a/b", {"a/cpu.max": "200000 100000", "a/b/cpu.max": "max 100000"}, 2.0),
         ("0::/a/b", {"a/cpu.max": "50000 100000", "a/b/cpu.max": "200000 100000"}, 0.5),
-        ("3:cpu,cpuacct:/", {"cpu,cpuacct/cpu.cfs_quota_us": "300000", "cpu,cpuacct/cpu.cfs_period_us": "100000"}, 3.0),
-        ("3:cpu:/x", {"cpu/x/cpu.cfs_quota_us": "-1", "cpu/x/cpu.cfs_period_us": "100000"}, None),
-        # As Docker shows version 1: the path is the host's, the files are at the mount's top.
-        ("3:cpu:/docker/ab", {"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "100000"}, 1.0),
         ("5:memory:/\n0::/", {"memory/cpu.max": "1 100000", "cpu.max": "100000 100000"}, 1.0),
         ("0::/", {"cpu.max": "nonsense"}, None),
     ],

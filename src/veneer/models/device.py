@@ -5,6 +5,7 @@ Uses devices, the environment, the affinity mask and cgroups; imports torch only
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -147,40 +148,18 @@ def check_memory(path: Path, needs: int, dtype: torch.dtype, device: torch.devic
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
-    """Return the number of processors in the cgroup limits, or None without a limit.
+    """Return the number of processors in the limits of cgroup 2, or None without a limit.
 
-    The minimum over the process's cgroup and its parents. Reads cgroup 2's cpu.max, and version 1's
-    cpu.cfs_quota_us over cpu.cfs_period_us."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    limits: list[float] = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        names = controllers.split(",")
-        if controllers and "cpu" not in names:
-            continue
-        mounts = [controllers, "cpu"] if controllers else ["", "unified"]
-        for mount in dict.fromkeys(mounts):
-            top = root / "sys/fs/cgroup" / mount
-            below = Path(path.strip("/"))
-            for folder in (top / below, *(top / parent for parent in below.parents), top):
-                limits += _limit(folder)
+    The minimum over the process's cgroup and its parents."""
+    limits = []
+    with contextlib.suppress(OSError, ValueError):
+        group = (root / "proc/self/cgroup").read_text(encoding="utf-8").strip().rpartition("0::/")[2]
+        below, top = Path(group), root / "sys/fs/cgroup"
+        for folder in {top / below, *(top / parent for parent in below.parents), top}:
+            if (folder / "cpu.max").is_file():
+                most, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
+                limits += [] if most == "max" else [int(most) / int(period)]
     return min(limits, default=None)
-
-
-def _limit(folder: Path) -> list[float]:
-    try:
-        if (folder / "cpu.max").is_file():
-            most, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
-            return [] if most == "max" else [int(most) / int(period)]
-        most, period = (
-            (folder / name).read_text(encoding="utf-8") for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")
-        )
-        return [int(most) / int(period)] if int(most) > 0 else []
-    except (OSError, ValueError, ZeroDivisionError):
-        return []
 
 
 def _allowed() -> list[int]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from veneer.errors import BaseError
 
@@ -24,8 +22,8 @@ def hub_snapshot(
 
     Without a connection the cached copy is used. `weights` False: only the small files that identify a base.
     Variants of an image base (fp16, EMA) are downloaded only if there is nothing else. `searched`: the
-    folders already searched; `hint`: other ways to get a base; both for the error. `say`: called with the
-    download and its size, and at each further tenth. Raises BaseError if the hub does not have the base or
+    folders already searched; `hint`: other ways to get a base; both for the error. `say`: called with the size of
+    a download. Raises BaseError if the hub does not have the base or
     cannot be reached."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
@@ -41,8 +39,14 @@ def hub_snapshot(
             Path(snapshot) / "model_index.json"
         ).exists():  # skip single files at the top and components that generation does not need
             allow, ignore = [*_JSON, "*/*.safetensors"], [*_NOT, *_VARIANTS, *_NOT_DRAWN]
-        with _progress(repo, say, revision=revision or None, allow_patterns=allow, ignore_patterns=ignore):
-            snapshot = snapshot_download(repo, revision=revision or None, allow_patterns=allow, ignore_patterns=ignore)
+        if say is not None:
+            with suppress(Exception):  # the download itself reports the error
+                files = snapshot_download(
+                    repo, revision=revision or None, allow_patterns=allow, ignore_patterns=ignore, dry_run=True
+                )
+                if missing := sum(file.file_size for file in files if file.will_download):
+                    say(f"downloading {repo} ({missing / 1e6:,.0f} MB) from the hub")
+        snapshot = snapshot_download(repo, revision=revision or None, allow_patterns=allow, ignore_patterns=ignore)
         if allow is not _FILES and not any(Path(snapshot).glob("*/*.safetensors")):  # only variants exist
             snapshot = snapshot_download(
                 repo, revision=revision or None, allow_patterns=allow, ignore_patterns=[*_NOT, *_NOT_DRAWN]
@@ -65,53 +69,3 @@ def hub_snapshot(
             fix=f"{hint}. (The hub client said: {reason[:160]})",
         ) from error
     return Path(snapshot)
-
-
-@contextmanager
-def _progress(repo: str, say: Callable[[str], None] | None, **options: Any) -> Iterator[None]:
-    """Report the missing bytes of a snapshot, and progress inside the with-block."""
-    total = _missing_bytes(repo, **options) if say is not None else 0
-    if say is None or not total:
-        yield
-        return
-    from huggingface_hub import constants
-
-    blobs = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "blobs"
-    initial, done = _folder_bytes(blobs), threading.Event()
-    say(f"downloading {repo} ({total / 1e6:,.0f} MB) from the hub")
-
-    def watch() -> None:
-        tenths = 0
-        while not done.wait(1.0):
-            if (now := int(10 * (_folder_bytes(blobs) - initial) / total)) > tenths:
-                tenths = now
-                say(f"downloading {repo}: {min(now, 10)}0% of {total / 1e6:,.0f} MB")
-
-    watcher = threading.Thread(target=watch, name="veneer-hub", daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        done.set()
-        watcher.join()
-
-
-def _missing_bytes(repo: str, **options: Any) -> int:
-    """Return the bytes of a snapshot still to download; 0 if unknown."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return sum(each.file_size for each in snapshot_download(repo, dry_run=True, **options) if each.will_download)
-    except Exception:  # the download itself reports the error
-        return 0
-
-
-def _folder_bytes(folder: Path) -> int:
-    """Return the bytes of the files in a folder, which can change meanwhile."""
-    total = 0
-    for path in folder.glob("*"):
-        try:
-            total += path.stat().st_size
-        except OSError:  # renamed
-            continue
-    return total
