@@ -80,8 +80,7 @@ class ImageDataSection(Section):
     mask_floor: float = setting(0.0, "loss weight of black; white is 1", "not trained", ge=0, le=1)
     before: str | tuple[str, ...] = setting(
         "auto",
-        "source images of edits: auto (NAME.before.png, a `before` folder, metadata), off, or folders (one per "
-        "reference)",
+        "source images of edits: auto (NAME.before.png, a `before` folder), off, or folders (one per reference)",
         "used if present",
     )
     background: str = setting("#ffffff", "color behind transparency: #rrggbb, white, black or grey")

@@ -6,11 +6,10 @@
 | caption       | first of NAME.txt or NAME.caption, metadata.jsonl (.csv, .parquet), kohya's folder        |
 |               | `N_words`, the configured prompt                                                          |
 | mask          | NAME.mask.png, or the same path in the folder `masks` or in the configured one            |
-| source images | its metadata row's `before`, NAME.before.png, the same path in `before` or the configured |
-|               | folders                                                                                   |
+| source images | NAME.before.png, the same path in `before` or in the configured folders                   |
 
-A kohya folder repeats each picture N times per epoch. A file or row without a picture is an error that names
-the nearest picture. Opens only captions and metadata, no pictures.
+A kohya folder repeats each picture N times per epoch. A file or row without a picture is an error.
+Opens only captions and metadata, no pictures.
 """
 
 from __future__ import annotations
@@ -19,19 +18,19 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import NoReturn
 
-from veneer.errors import DataError, bullets, counted, first_few, nearest
+from veneer.errors import DataError, bullets, counted, first_few
 from veneer.train.config.image import ImageDataSection
 from veneer.train.image.decode import SUFFIXES
 from veneer.train.records import read_data_files
 
 CAPTION_SUFFIXES = (".txt", ".caption")
 _CAPTION_COLUMNS = ("text", "caption", "prompt", "instruction")
-_FILE_COLUMNS = ("file_name", "after")
+_FILE_COLUMN = "file_name"
 _METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 # pictures that no allowed decoder reads: reported as broken, not skipped
 _UNREAD = (".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".tga", ".ico", ".exr", ".cr2", ".nef", ".arw", ".dng")
@@ -81,20 +80,9 @@ class _Folder:
         """Return the pictures of this path, without its suffix or with it."""
         return self._names.get(name, [])
 
-    def unowned(self, file: Path, name: Path) -> str:
-        """Return the message about a file that belongs to no picture.
-
-        `name`: the path that its picture would have."""
-        path = file.relative_to(self.root) if file.is_relative_to(self.root) else file
-        return f"{path}: no picture of this name{self.nearest(name)}"
-
-    def nearest(self, name: Path) -> str:
-        """Return the nearest picture by name, as the end of a sentence; one in the same folder if possible."""
-        for group in ([p for p in self.pictures if p.parent == name.parent], self.pictures):
-            if suggestion := nearest(name.stem, {p.stem for p in group}, 1):
-                path = next(p for p in group if p.stem == suggestion[0])
-                return f"; the nearest is {path.relative_to(self.root)}"
-        return ""
+    def unowned(self, file: Path) -> str:
+        """Return the message about a file that belongs to no picture."""
+        return f"{file.relative_to(self.root) if file.is_relative_to(self.root) else file}: no picture of this name"
 
 
 def list_pictures(
@@ -104,9 +92,6 @@ def list_pictures(
 
     `prompt`, `masks`: the settings, which differ for class pictures. Raises DataError."""
     files = _scan(folder, settings)
-    rows, named = _metadata(files, settings)
-    used = {path for paths in named.values() for path in paths}  # not trained on without a row of their own
-    files = replace(files, pictures=[p for p in files.pictures if p not in used or p in rows])
     if not files.pictures:
         ignored_types = first_few([f"{n} {suffix}" for suffix, n in files.ignored.most_common()], 12) or "nothing"
         raise DataError(
@@ -114,8 +99,8 @@ def list_pictures(
             where=str(files.root),
             fix=f"pictures end in {', '.join(SUFFIXES)}; the folder holds {ignored_types}",
         )
-    captions, masks_of = _captions(files), _masks(files, masks)
-    source_images = _source_images(files, named, used, settings)
+    captions, rows, masks_of = _captions(files), _metadata(files, settings), _masks(files, masks)
+    source_images = _source_images(files, settings)
     out = []
     for path in files.pictures:
         repeats, words = _kohya_folder(path, files.root)
@@ -229,7 +214,7 @@ def _captions(folder: _Folder) -> dict[Path, str]:
     for file in folder.captions:
         name, owners = file.relative_to(folder.root), folder.owners(file.with_suffix(""))
         if not owners:
-            bad.append(folder.unowned(file, file))
+            bad.append(folder.unowned(file))
             continue
         try:
             text = " ".join(file.read_bytes().decode("utf-8-sig").split())
@@ -254,12 +239,10 @@ def _masks(folder: _Folder, masks: str) -> dict[Path, Path]:
     return {picture: files[0] for picture, files in matches.items()}
 
 
-def _source_images(
-    folder: _Folder, named: Mapping[Path, Sequence[Path]], used: set[Path], settings: ImageDataSection
-) -> dict[Path, list[Path]]:
+def _source_images(folder: _Folder, settings: ImageDataSection) -> dict[Path, list[Path]]:
     """Return picture -> its source images, in the order of the sources.
 
-    `named`: those in metadata rows; `used`: all of these. Raises DataError for files without a picture."""
+    Raises DataError for files without a picture."""
     if settings.before == "off":
         return {}
     auto = settings.before == "auto"
@@ -268,14 +251,13 @@ def _source_images(
         if auto
         else [Path(folder_name).expanduser() for folder_name in settings.source_folders]
     )
-    files_of_root = [(root, [f for f in _pictures_in(root) if f not in used]) for root in roots]
+    files_of_root = [(root, _pictures_in(root)) for root in roots]
     if empty := [root for root, files in files_of_root if not files and not auto]:
         raise DataError("this folder of source images holds no picture", where=str(empty[0]), fix="correct data.before")
     matches, bad = _match_files(folder, folder.source_files if auto else [], files_of_root)
     fix = "name both alike (cat.before.png or before/cat.png for cat.png), or set data.before: off"
     _stop(folder, bad, "source image", fix)
-    from_metadata = named if auto else {}
-    return {path: [*from_metadata.get(path, ()), *matches.get(path, ())] for path in folder.pictures}
+    return matches
 
 
 def _pictures_in(folder: Path) -> list[Path]:
@@ -298,16 +280,15 @@ def _match_files(
         for owner in owners:
             matches.setdefault(owner, []).append(file)
         if not owners:
-            bad.append(folder.unowned(file, name.with_name(name.name + file.suffix)))
+            bad.append(folder.unowned(file))
     return matches, bad
 
 
-def _metadata(folder: _Folder, settings: ImageDataSection) -> tuple[dict[Path, str], dict[Path, list[Path]]]:
-    """Return (picture -> caption, picture -> source images) of all metadata files.
+def _metadata(folder: _Folder, settings: ImageDataSection) -> dict[Path, str]:
+    """Return picture -> caption of all metadata files.
 
     Paths in a file are relative to its folder."""
     rows: dict[Path, str] = {}
-    sources: dict[Path, list[Path]] = {}
     bad: list[str] = []
     for directory in sorted({folder.root, *(p.parent for p in folder.pictures)}):
         for file in (directory / name for name in _METADATA_FILES):
@@ -316,44 +297,35 @@ def _metadata(folder: _Folder, settings: ImageDataSection) -> tuple[dict[Path, s
             records, _ = read_data_files([str(file)])
             columns = list(dict.fromkeys(c for record in records for c in record.values))
             text_column = settings.caption_column or next((c for c in _CAPTION_COLUMNS if c in columns), None)
-            file_column = next((c for c in _FILE_COLUMNS if c in columns), None)
-            if file_column is None or text_column not in columns:
-                missing, fix = " or ".join(_FILE_COLUMNS), "name the column of pictures so"
-                if file_column is not None:
+            if _FILE_COLUMN not in columns or text_column not in columns:
+                missing, fix = _FILE_COLUMN, "name the column of pictures so"
+                if _FILE_COLUMN in columns:
                     missing, fix = text_column or " or ".join(_CAPTION_COLUMNS), "set data.caption_column"
                 message = f"the metadata has no column {missing}; the columns are {', '.join(columns)}"
                 raise DataError(message, where=str(file), fix=fix)
             for record in records:
-                name, caption, value = (record.values.get(c) for c in (file_column, text_column, "before"))
-                names = value if isinstance(value, list) else [] if value is None else [value]
-                problem = _path_problem(file_column, name, directory, folder)
+                name, caption = record.values.get(_FILE_COLUMN), record.values.get(text_column)
+                problem = _path_problem(name, directory, folder)
                 if not problem and not isinstance(caption, str):
                     problem = f"`{text_column}` should be text, found {type(caption).__name__}"
                 if not problem and directory / str(name) in rows:
                     problem = f"`{name}` has a row already"
-                problem = problem or next(
-                    (p for s in names if (p := _path_problem("before", s, directory, folder))), ""
-                )
                 if problem:
                     bad.append(f"{record.where}: {problem}")
                     continue
                 rows[directory / str(name)] = " ".join(str(caption).split())
-                if names:
-                    sources[directory / str(name)] = [directory / source for source in names]
     _stop(folder, bad, "metadata row", "correct those rows, or take them out")
-    return rows, sources
+    return rows
 
 
-def _path_problem(column: str, name: object, directory: Path, folder: _Folder) -> str:
+def _path_problem(name: object, directory: Path, folder: _Folder) -> str:
     """Return what is wrong with a picture's path in a metadata row, or ""."""
     if not isinstance(name, str) or not name:
-        return f"`{column}` should be a picture's path, found {name!r}"
+        return f"`{_FILE_COLUMN}` should be a picture's path, found {name!r}"
     if os.path.isabs(name) or ".." in Path(name).parts:
-        return f"`{column}`: `{name}` leaves the folder"
+        return f"`{_FILE_COLUMN}`: `{name}` leaves the folder"
     path = directory / name
-    if path in folder.owners(path) or (column == "before" and path.suffix.lower() in SUFFIXES and path.is_file()):
-        return ""
-    return f"`{column}`: there is no picture `{name}`" + folder.nearest(path)
+    return "" if path in folder.owners(path) else f"`{_FILE_COLUMN}`: there is no picture `{name}`"
 
 
 def _kohya_folder(path: Path, root: Path) -> tuple[int, str | None]:
