@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from tests.bnb_checkpoint import CONFIG, saved_tensors
 from tests.tiny_image_base import tiny_image_base
@@ -104,20 +104,6 @@ def test_output_folder_has_every_file(whole: Whole, base: ImageBase) -> None:
     assert "perplexity" not in page
     assert (folder / "pictures.png").is_file()
     assert [Path(p).name for p in result.samples] == [f"step-{n:08d}.png" for n in (0, 3, 6)]
-
-
-@pytest.mark.parametrize("size", [60.0, float("nan")])
-def test_a_base_that_predicts_worse_than_zeros_is_refused(size: float, tmp_path: Path) -> None:
-    folder = tiny_image_base(tmp_path, "flux1")
-    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
-    tensors = load_file(file)
-    save_file(tensors | {"proj_out.weight": tensors["proj_out.weight"] * size}, file, {"format": "pt"})
-    with pytest.raises(PreflightError, match="worse than zeros would"):
-        run(tmp_path, tmp_path / "out")
-    if size == size:
-        seen: list[Event] = []
-        run(tmp_path, tmp_path / "forced", on_event=seen.append, force=True)
-        assert any(isinstance(e, Note) and "worse than zeros" in e.text for e in seen)
 
 
 def test_file_has_the_metadata_that_readers_expect(whole: Whole) -> None:
@@ -463,7 +449,6 @@ def test_encoders_are_freed_after_caching(shared: Path, tmp_path: Path, base: Im
 
     first = run(shared, tmp_path / "one", on_event=listen, schedule={"steps": 2})
     assert any(t.startswith("freed text_encoder, text_encoder_2, vae") or t.startswith("freed vae") for t in texts)
-    assert any("no thumbnail" in t for t in texts)
     second = run(shared, tmp_path / "two", base=base, schedule={"steps": 2})
     assert base.parts["vae"] is not None
     assert first.digest == second.digest

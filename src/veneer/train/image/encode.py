@@ -252,26 +252,6 @@ class ImageLoss:
         return row_losses(predicted, target, None if batch.masks is None else to_device(batch.masks))
 
     @torch.no_grad()
-    def base_error(self, row: PlannedRow, times: int) -> tuple[float, float]:
-        """Return the mean squared errors of the base's prediction for a row and of 0.
-
-        Averages over `times` timesteps in the middles of equal parts of the range."""
-        base, batch = self.base, self.encoders.batch([row])
-        text = self.encoders.text([row.caption], [row])
-        sizes = sent(batch.sizes, base.device) if base.row.time_ids else None
-        references = [sent(x, base.device) for x in batch.sources]
-        errors = []
-        for k, time in enumerate(quantile_times(times, base.prediction, self.times.steps)):
-            noise = torch.randn(batch.latents.shape, generator=generator("base", *row.key, k))
-            latents = sent(batch.latents, base.device)
-            noisy, target = noised(latents, sent(noise, base.device), time[None], base.prediction, self.alphas)
-            options: dict[str, Any] = {"guidance": self.guidance, "sizes": sizes, "references": references}
-            predicted = predict(base, noisy, sent(time[None], base.device), text, **options)
-            errors.append(torch.cat([row_losses(predicted, target), row_losses(torch.zeros_like(target), target)]))
-        error, zero = in_float64(torch.stack(errors)).mean(0).tolist()
-        return error, zero
-
-    @torch.no_grad()
     def score(
         self, rows: Sequence[PlannedRow], stopped: Callable[[], bool] = lambda: False, devices: Devices = ALONE
     ) -> EvalResult | None:

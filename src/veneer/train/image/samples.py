@@ -35,9 +35,6 @@ if TYPE_CHECKING:
     from veneer.models.image.base import ImageBase
     from veneer.train.config.image import ImageTrainConfig
 
-_THUMBNAIL = 256
-_MOST_THUMBNAIL = 65_536  # bytes: the thumbnail is in every header
-
 
 @contextmanager
 def training_layers(base: ImageBase, on: bool) -> Iterator[None]:
@@ -145,17 +142,6 @@ def write_sample_sheet(
     image = sheet(cells, rows=rows, columns=columns, title=title)
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, [picture_bytes(image)])
-
-
-def thumbnail(image: Image) -> str:
-    """Return the picture as a data URL of at most 256 x 256 pixels, for modelspec."""
-    small = image.convert("RGB")
-    small.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    for quality in (90, 75, 50, 25):
-        data = picture_bytes(small, "JPEG", quality=quality)
-        if len(data) <= _MOST_THUMBNAIL:
-            break
-    return jpeg_url(data)
 
 
 def jpeg_url(data: bytes) -> str:

@@ -30,12 +30,16 @@ from veneer.train.run import NAME
 from veneer.train.save import Outcome, ReportParts, base_facts, prove, run_records
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from veneer.formats.convert import WriteReport
     from veneer.models.image.base import ImageBase
     from veneer.train.config.image import ImageTrainConfig
     from veneer.train.image.batches import ImageBatch
     from veneer.train.image.pictures import TrainingPicture
     from veneer.train.image.preflight import ImageData
+
+_THUMBNAIL = 256
 
 
 @dataclass
@@ -74,17 +78,19 @@ def save_image_adapter(
     base: ImageBase,
     config: ImageTrainConfig,
     training: dict[str, Any],
-    thumbnail: str,
+    picture: Image | None,
     tags: dict[str, dict[str, int]],
 ) -> WriteReport:
     """Write the adapter in the configured layout with full metadata and the card.
 
-    `training`: the result of `training_facts`, or {}. `thumbnail`: a data URL. `tags`: the result of
+    `training`: the result of `training_facts`, or {}. `picture`: for the thumbnail. `tags`: the result of
     `tag_frequency`."""
     output = config.output
     card_extra: dict[str, Any] = {"tag_frequency": tags}
-    if thumbnail:
-        card_extra["thumbnail"] = thumbnail
+    if picture is not None:
+        small = picture.convert("RGB")
+        small.thumbnail((_THUMBNAIL, _THUMBNAIL))
+        card_extra["thumbnail"] = jpeg_url(picture_bytes(small, "JPEG", quality=90))
     if base.prediction in ("epsilon", "v"):
         card_extra["prediction_type"] = base.prediction
     card = replace(

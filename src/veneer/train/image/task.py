@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from veneer.core.adapter import Adapter, Card
 from veneer.core.attach import Attachment, attach
 from veneer.core.init import create
-from veneer.errors import PreflightError, counted
+from veneer.errors import counted
 from veneer.models.image.base import ImageBase, release
 from veneer.models.image.fast import fast_denoiser
 from veneer.models.image.memory import fetched, measured_activations, offloading, park, recomputing
@@ -48,7 +48,6 @@ from veneer.train.image.samples import (
     class_folder,
     generate_class_pictures,
     generate_samples,
-    thumbnail,
     training_layers,
     write_sample_sheet,
 )
@@ -71,13 +70,6 @@ from veneer.train.save import Outcome, ReportParts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-
-_TIMES_LOOKED_AT = 4
-_WORSE_THAN_ZERO = 1.5
-"""Limit as a multiple of the error of predicting 0.
-
-Random weights have about 1.2, trained bases less than 1."""
 
 
 @dataclass(frozen=True)
@@ -428,7 +420,6 @@ class ImageTask:
             write=self.write,
             prove=self.prove,
             report=self.report,
-            check=self.check_base,
             begin=self.begin,
             state={**self.parameters, **(self.ema.averages if self.ema else {})},
             identity={
@@ -439,28 +430,6 @@ class ImageTask:
                 },
             },
             rates={f"{name}.": rate for name in self.config.adapter.text_encoders},
-        )
-
-    def check_base(self) -> None:
-        """Raise PreflightError if the base is much worse than predicting 0.
-
-        Or if its error is not finite. Training on such a base is useless. Only warns with `force`."""
-        row = next(planned_rows(self.data.steps))
-        with training_layers(self.base, False), memory_errors(Micro(1, 0, (0,), lambda: None)):
-            error, zero = self.loss.base_error(row, _TIMES_LOOKED_AT)
-        if error <= _WORSE_THAN_ZERO * zero:  # false for NaN
-            return
-        problem = (
-            f"the base predicts the pictures worse than zeros would: error {error:.3g}, against {zero:.3g} for zeros"
-        )
-        if self.run.force:
-            self.run.note(f"warning: {problem}")
-            return
-        raise PreflightError(
-            problem,
-            where=self.base.name,
-            fix="the base's weights may be damaged, belong to another base, or have scales that veneer did not read; "
-            "check its pictures with `veneer generate`, or train anyway with --force",
         )
 
     def begin(self, progress: Progress, emit: Listener) -> None:
@@ -495,11 +464,9 @@ class ImageTask:
         if self.ema is not None:
             self.ema.apply()
             emit(Note(f"saved the moving average of the weights (decay {self.ema.decay:g}), which was scored"))
-        with training_layers(base, False):
-            picture = self._thumbnail(result.kept_step, progress.step, emit)
         metrics = result.metrics(pictures=result.pictures, pictures_per_second=round(result.pictures_per_second, 3))
         metadata = training_facts(config, base, data, kept_step=result.kept_step, seconds=progress.seconds)
-        written = save_image_adapter(self._adapter(metrics), base, config, metadata, picture, data.tags)
+        written = save_image_adapter(self._adapter(metrics), base, config, metadata, self.last_picture, data.tags)
         for note in written.notes:
             emit(Note(note))
         short_hashes = (
@@ -517,7 +484,7 @@ class ImageTask:
             adapter = self._adapter(progress.metrics())
         folder.mkdir()
         config = self.config.model_copy(update={"output": output})
-        save_image_adapter(adapter, self.base, config, {}, "", self.data.tags)
+        save_image_adapter(adapter, self.base, config, {}, None, self.data.tags)
 
     def _adapter(self, metrics: dict[str, Any]) -> Adapter:
         """Return the current adapter with its card."""
@@ -548,30 +515,13 @@ class ImageTask:
         if not self.run.devices.first:
             return
         began = time.perf_counter()
-        with self.ema.acting() if self.ema and step else nullcontext():
-            cells = self._generate_samples(self.config)
+        with self.ema.acting() if self.ema and step else nullcontext(), fetched(self.base, self.memory.parked):
+            cells = generate_samples(self.base, self.attachment, self.config, self.strengths)
         self.last_picture = cells[0][self.thumbnail_column]
         name = f"samples/step-{step:08d}.png"
         title = "the base, before training" if step == 0 else f"after step {step}"
         write_sample_sheet(cells, self.base, self.config, self.run.folder / name, title, self.strengths)
         self.emit(Sampled(step, name, time.perf_counter() - began))
-
-    def _generate_samples(self, config: ImageTrainConfig) -> list[list[Image]]:
-        with fetched(self.base, self.memory.parked):
-            return generate_samples(self.base, self.attachment, config, self.strengths)
-
-    def _thumbnail(self, kept_step: int, last: int, emit: Listener) -> str:
-        samples = self.config.samples
-        if not samples.prompts:
-            emit(Note("the file has no thumbnail: with samples.prompts the first of them is drawn for it"))
-            return ""
-        sample = self.last_picture
-        if kept_step != last or sample is None:  # not the last sheet's state, or resumed at the end
-            first = samples.model_copy(
-                update={"prompts": samples.prompts[:1], "seeds": samples.seeds[:1], "before": samples.before[:1]}
-            )
-            sample = self._generate_samples(self.config.model_copy(update={"samples": first}))[0][self.thumbnail_column]
-        return thumbnail(sample)
 
 
 PICTURES = ImageKind(
