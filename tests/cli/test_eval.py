@@ -39,20 +39,8 @@ def call(*arguments: str) -> int:
 
 def test_json_has_base_and_each_mix(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mine, held = str(folder / "mine"), str(folder / "held.jsonl")
-    code = call(
-        "--base",
-        str(folder / "tiny-base"),
-        "--adapter",
-        mine,
-        "--adapter",
-        f"{mine}:0.5",
-        "--data",
-        held,
-        "-n",
-        "4",
-        "--json",
-        "--answers",
-    )
+    options = ["--base", str(folder / "tiny-base"), "--adapter", mine, "--adapter", f"{mine}:0.5", "--data", held]
+    code = call(*options, "-n", "4", "--json", "--answers")
     out, err = capsys.readouterr()
     assert code == 0, err
     result = json.loads(out)
@@ -72,9 +60,9 @@ def test_the_base_defaults_to_the_adapters(folder: Path, capsys: pytest.CaptureF
     assert "exact match" not in out
 
 
-def test_base_and_data_may_stand_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_answers_are_scored_by_field(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mine, held = str(folder / "mine"), str(folder / "held.jsonl")
-    assert call(str(folder / "tiny-base"), held, "--mix", f"{mine}:0.3", "-n", "3", "--limit", "2") == 0
+    assert call("--adapter", f"{mine}:0.3", "--data", held, "-n", "3", "--limit", "2") == 0
     out = capsys.readouterr().out
     assert "exact match" in out
     assert "team right" in out

@@ -1,4 +1,4 @@
-"""`veneer generate`: one prompt, several, a file, a pipe, a conversation; with adapters; as JSON."""
+"""`veneer generate`: one prompt, several, a pipe, a conversation; with adapters; as JSON."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ import pytest
 from tests.adapters.test_use import adapter_for
 from tests.cli.run import run
 from tests.tiny_base import tiny_base_dir
-from veneer.cli.generate import read_prompts
-from veneer.errors import DataError
 from veneer.formats import peft
 from veneer.models.text import generate as engine
 from veneer.models.text.base import TextBase, load_text
@@ -70,15 +68,14 @@ def test_system_and_sampling_options_reach_the_model(capsys: Any, folder: Path, 
     assert ran.out == texts(base, [chat_of("hi", system="be kind")], **how)[0] + "\n"
 
 
-def test_several_prompts_a_file_and_a_pipe_in_order(
-    capsys: Any, folder: Path, base: TextBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_several_prompts_and_a_pipe_in_order(
+    capsys: Any, folder: Path, base: TextBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "p.txt").write_text("three\n\nfour\n")
     say(monkeypatch, "five\nsix\n")
     few = ["-n", "16", "--base", str(folder)]
-    ran = run(capsys, "generate", "one", "two", "-", "--file", str(tmp_path / "p.txt"), *few, "--json")
+    ran = run(capsys, "generate", "one", "two", "-", *few, "--json")
     told = json.loads(ran.out)
-    prompts = ["one", "two", "three", "four", "five\nsix"]
+    prompts = ["one", "two", "five\nsix"]
     assert [r["prompt"] for r in told["results"]] == prompts
     assert [r["text"] for r in told["results"]] == texts(base, [chat_of(p) for p in prompts], max_new_tokens=16)
     assert told["base_fingerprint"] == base.fingerprint
@@ -177,23 +174,6 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(capsys: Any, folder: Path, monk
     ran = run(capsys, "generate", "--chat", "--base", str(folder), "-n", "3")
     assert ran.code == 0
     assert calls == [chat_of("one"), chat_of("two")]  # the stopped answer is not kept
-
-
-def test_files_of_prompts(tmp_path: Path) -> None:
-    messages = [{"role": "user", "content": "b"}]
-    file = tmp_path / "p.jsonl"
-    file.write_text('"a"\n\n' + json.dumps({"messages": messages}) + "\n" + '{"prompt": "c"}\n')
-    assert read_prompts(file) == ["a", messages, "c"]
-    for bad, says in [('{"text": "x"}', ":2"), ("{", ":2"), ('{"messages": [{"role": 1}]}', ":2"), ("3", ":2")]:
-        file.write_text('"a"\n' + bad + "\n")
-        with pytest.raises(DataError) as caught:
-            read_prompts(file)
-        assert (caught.value.where or "").endswith(says)
-    file.write_text("\n")
-    with pytest.raises(DataError, match="no prompts"):
-        read_prompts(file)
-    with pytest.raises(DataError, match="cannot read"):
-        read_prompts(tmp_path / "missing.txt")
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,6 @@ def test_layouts_of_other_tools_have_equal_digests(capsys: Any, adapters: list[P
         added = result(capsys, "add", str(tmp_path / file), layout)["version"]
         assert (added["digest"], added["format"]) == (adapter.digest(), layout)
         assert added["trigger_words"] == ["inkwash"]
-    found = result(capsys, "search", "--trigger", "INKWASH")["versions"]
+    found = result(capsys, "search", "INKWASH")["versions"]
     assert [v["name"] for v in found] == ["diffusers", "kohya", "peft"]
     assert run(capsys, "library", "show", adapter.digest()[:15]).code == 0

@@ -74,8 +74,6 @@ def test_a_configuration_is_planned_from_its_data(capsys: pytest.CaptureFixture[
         ([*SMALL, "--quantize", "nf5"], "nf5"),
         ([*SMALL, "--dtype", "float61"], "float61"),
         ([*SMALL, "--gpus", "2"], "--gpus: the plan is for this machine's processor"),
-        ([*SMALL, "--longest", "5"], "the longest row has 5 tokens, and rows have 9 on average"),
-        ([*SMALL, "--longest", "99999999999"], "--longest"),
         (["plan", "--base", "./nowhere", "--rows", "5"], "there is no ./nowhere"),
         (["plan", "--base", ".", "--rows", "5"], "there is no config.json in ."),
         (["plan", "--base", "", "--rows", "5"], "no base '' is in the table"),
@@ -114,8 +112,8 @@ def test_the_tables_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         (
-            ["--base", "catalogue-flux", "--rows", "9", "--longest", "90", "--trained", "0.5"],
-            "--longest, --trained: no effect",
+            ["--base", "catalogue-flux", "--rows", "9", "--tokens-per-row", "90"],
+            "--tokens-per-row: no effect",
         ),
         (["--base", "smollm2-135m", "--rows", "9", "--tokens-per-row", "90", "--before", "1"], "--before: no effect"),
     ],

@@ -169,7 +169,6 @@ def show(
         list[str] | None,
         typer.Option("--only", help="Only learned, cut, 'held out', 'left out' or unusable rows; repeatable."),
     ] = None,
-    offset: Annotated[int, typer.Option("--offset", min=0, help="Rows to skip.")] = 0,
     limit: Annotated[int, typer.Option("--limit", min=1, max=1000, help="Maximum rows to show.")] = 20,
     as_json: AsJson = False,
 ) -> None:
@@ -183,7 +182,7 @@ def show(
     config = _configured(data, base, overrides)
     if isinstance(config, ImageTrainConfig):
         every = [entry for entry in preview_pictures(config) if not verdicts or entry.verdict in verdicts]
-        pictures = every[offset : offset + limit]
+        pictures = every[:limit]
         if as_json:
             print_json(
                 {"pictures": [asdict(entry) | {"path": str(entry.path)} for entry in pictures], "matching": len(every)}
@@ -202,7 +201,7 @@ def show(
         ]
         print_table(("picture", "is", "size", "learned at", "why", "caption"), cells)
         return
-    page = preview_rows(config, offset=offset, limit=limit, verdicts=verdicts)
+    page = preview_rows(config, limit=limit, verdicts=verdicts)
     if as_json:
         print_json({**asdict(page)})
         return

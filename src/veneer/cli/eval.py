@@ -21,20 +21,10 @@ app = typer.Typer(add_completion=False)
 
 @app.command("eval", epilog="Example: veneer eval --adapter runs/support --adapter runs/polite:0.5 --data test.jsonl")
 def evaluate(
-    base_argument: Annotated[
-        str | None, typer.Argument(metavar="[BASE]", help="Same as --base.", show_default=False)
-    ] = None,
-    data_argument: Annotated[
-        list[str] | None, typer.Argument(metavar="[DATA]...", help="Same as --data.", show_default=False)
-    ] = None,
     base: Annotated[str | None, typer.Option("--base", help="Base model. Default: the first adapter's base.")] = None,
     adapter: Annotated[
         list[str] | None,
         typer.Option("--adapter", "-a", help="NAME_OR_PATH[:strength]: one column of the table; repeatable."),
-    ] = None,
-    mix: Annotated[
-        list[str] | None,
-        typer.Option("--mix", help="Adapters to mix in one column, joined by +: runs/a:0.7+runs/b:0.3; repeatable."),
     ] = None,
     data: Annotated[
         list[str] | None, typer.Option("--data", help="Held-out rows: files, globs or hub:ID@SPLIT.")
@@ -57,12 +47,7 @@ def evaluate(
     Metrics: exact match, valid JSON, loss and perplexity; for preference pairs, how often the chosen answer is
     preferred."""
     specs = adapter or []
-    mixes = {"base": [], **{spec: [spec] for spec in specs}, **{m: m.split("+") for m in mix or []}}
-    files = [*(data or []), *(data_argument or [])]
-    if base is not None and base_argument is not None:
-        files.insert(0, base_argument)
-        base_argument = None
-    named = [spec for group in mixes.values() for spec in group]
+    mixes = {"base": [], **{spec: [spec] for spec in specs}}
 
     from veneer.adapters.use import parse_spec
     from veneer.models.loading import errors_only
@@ -71,12 +56,12 @@ def evaluate(
     from veneer.train.text.evaluate import score_mixes
     from veneer.train.text.rows import read_rows
 
-    name = chosen_base(base or base_argument, [parse_spec(spec)[0] for spec in named])
+    name = chosen_base(base, [parse_spec(spec)[0] for spec in specs])
     if not name:
         raise ConfigError("no base is named", fix="--base smollm2-135m, a folder, a .gguf file or a hub id")
-    if not files:
+    if not data:
         raise ConfigError("there is nothing to evaluate on", fix="name held-out rows: --data test.jsonl")
-    rows, source = read_rows(files, limit=limit)
+    rows, source = read_rows(data, limit=limit)
     say(f"{len(rows)} rows in `{source.format}` format: {source.why}")
     with errors_only():
         model = load_text(name, dtype=dtype, device=device, quantize=quantize, say=say)

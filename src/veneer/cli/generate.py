@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -35,10 +33,6 @@ def generate(
     adapter: Annotated[
         list[str] | None, typer.Option("--adapter", "-a", help="NAME_OR_PATH[:strength]; repeatable.")
     ] = None,
-    file: Annotated[
-        Path | None,
-        typer.Option("--file", "-f", help="File of prompts, one per line, or .jsonl rows with `prompt` or `messages`."),
-    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Start an interactive conversation.")] = False,
     system: Annotated[str | None, typer.Option("--system", help="System message before every prompt.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text without the chat template.")] = False,
@@ -63,9 +57,9 @@ def generate(
         "top_k": top_k,
         "seed": seed,
     }
-    if chat and (prompts or file or as_json or raw):
-        raise ConfigError("--chat takes no prompts, --file, --raw or --json", fix="start it and type")
-    texts: list[Any] = [] if chat else _all_prompts(prompts or [], file)
+    if chat and (prompts or as_json or raw):
+        raise ConfigError("--chat takes no prompts, --raw or --json", fix="start it and type")
+    texts = [] if chat else _all_prompts(prompts or [])
 
     from veneer.adapters.use import attach_adapters, parse_spec
     from veneer.models.text.base import load_text
@@ -91,78 +85,35 @@ def generate(
             from veneer.models.text.generate import complete
 
             for text, done in zip(texts, complete(loaded, framed, batch_size=batch_size, **settings), strict=True):
-                print(f"> {text if isinstance(text, str) else text[-1]['content']}\n{done.text}\n", flush=True)
+                print(f"> {text}\n{done.text}\n", flush=True)
                 _report_cut(done)
 
 
 # -- prompts -----------------------------------------------------------------------------------------------------------
 
 
-def _all_prompts(prompts: list[str], file: Path | None) -> list[Any]:
-    """Return the prompts of the command line, the file and stdin, in this order."""
-    texts: list[Any] = [p for p in prompts if p != "-"]
-    if file is not None:
-        texts += read_prompts(file)
+def _all_prompts(prompts: list[str]) -> list[str]:
+    """Return the prompts of the command line, then of stdin."""
+    texts = [p for p in prompts if p != "-"]
     if "-" in prompts or (not texts and not sys.stdin.isatty()):
         piped = sys.stdin.read().strip()
         texts += [piped] if piped else []
     if not texts:
-        raise DataError("there is no prompt", fix='veneer generate "…", --file FILE, a pipe, or --chat')
+        raise DataError("there is no prompt", fix='veneer generate "…", a pipe, or --chat')
     return texts
 
 
-def read_prompts(file: Path) -> list[Any]:
-    """Return the prompts of a file, one per line.
-
-    A .jsonl or .ndjson row has `prompt` (text) or `messages` (role and content). Empty lines are skipped.
-    Raises DataError with the line number."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read the prompts: {error}", where=str(file)) from error
-    if file.suffix not in (".jsonl", ".ndjson"):
-        prompts: list[Any] = [line for line in lines if line.strip()]
-    else:
-        prompts = [_prompt_of(line, f"{file}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
-    if not prompts:
-        raise DataError("the file has no prompts", where=str(file))
-    return prompts
-
-
-def _prompt_of(line: str, where: str) -> str | list[dict[str, str]]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"not JSON: {error}", where=where) from error
-    if isinstance(row, str):
-        return row
-    if isinstance(row, dict) and isinstance(row.get("prompt"), str):
-        return str(row["prompt"])
-    messages = row.get("messages") if isinstance(row, dict) else None
-    if isinstance(messages, list) and messages and all(_is_message(m) for m in messages):
-        return [{"role": m["role"], "content": m["content"]} for m in messages]
-    raise DataError("a row needs `prompt` (text) or `messages` (a list of role and content)", where=where)
-
-
-def _is_message(m: Any) -> bool:
-    return isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-
-
-def _framed(base: TextBase, prompt: Any, system: str | None, raw: bool) -> Prompt:
+def _framed(base: TextBase, prompt: str, system: str | None, raw: bool) -> Prompt:
     """Return the model's input: messages if the base has a chat template, else text.
 
     With `raw`, returns the text. Raises ConfigError."""
-    if raw or (isinstance(prompt, str) and not base.has_chat_template):
-        if not isinstance(prompt, str):
-            raise ConfigError("--raw takes texts, and this prompt is a conversation", fix="leave --raw out")
+    if raw or not base.has_chat_template:
         if system is not None:
             why = "with --raw" if raw else f"because {base.name} has no chat template"
             raise ConfigError(f"--system cannot be used {why}", fix="write it into the prompt")
         return prompt
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    if system is not None and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
-    return messages
+    opening = [] if system is None else [{"role": "system", "content": system}]
+    return [*opening, {"role": "user", "content": prompt}]
 
 
 # -- answers -----------------------------------------------------------------------------------------------------------
@@ -185,7 +136,7 @@ def _report_cut(done: Completion) -> None:
 
 
 def _print_json(
-    base: TextBase, attachment: Any, specs: list[str], texts: list[Any], framed: list[Prompt], settings: dict[str, Any]
+    base: TextBase, attachment: Any, specs: list[str], texts: list[str], framed: list[Prompt], settings: dict[str, Any]
 ) -> None:
     from veneer.adapters.use import parse_spec
     from veneer.models.text.generate import complete

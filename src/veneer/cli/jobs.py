@@ -72,19 +72,18 @@ def list_(
     tenant: _Tenant = None,
     state: Annotated[list[str] | None, typer.Option("--state", help="Only jobs in this state; repeatable.")] = None,
     limit: Annotated[int, typer.Option("--limit", min=1, help="Maximum number of jobs.")] = 20,
-    after: Annotated[str | None, typer.Option("--after", help="Only jobs created before this job.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """List jobs, newest first."""
     with _opened() as store:
-        page, more = store.jobs(tenant, after=after, limit=limit, states=state or ())
+        page, more = store.jobs(tenant, limit=limit, states=state or ())
     if as_json:
         print_json({"jobs": [job.to_dict() for job in page], "more": more})
         return
     rows = [(job.id, job.name, job.state, _progress(job), _day(job.created), _error(job)) for job in page]
     print_table(("job", "adapter", "state", "steps", "made", ""), rows) if rows else print("no jobs")
     if more:
-        say(f"more: veneer jobs list --after {page[-1].id}")
+        say("there are more: --limit")
 
 
 @app.command(epilog="Example: veneer jobs show ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w")

@@ -119,8 +119,6 @@ def search(
     kind: Annotated[str, typer.Option("--kind", help="text or image.")] = "",
     rank: Annotated[int | None, typer.Option("--rank", min=0, help="Rank; 0: adapters with several ranks.")] = None,
     health: Annotated[str, typer.Option("--health", help="Result of verify: sound, faulty or unknown.")] = "",
-    trigger: Annotated[str, typer.Option("--trigger", help="A trigger word.")] = "",
-    parent: Annotated[str, typer.Option("--parent", help="Digest of a parent adapter.")] = "",
     without: Annotated[
         str, typer.Option("--without", help="Exclude adapters with a tag of this prefix: `steps-of:`.")
     ] = "",
@@ -137,7 +135,7 @@ def search(
 
     JSON also has the counts by base, kind, rank, tag and health."""
     filters: dict[str, Any] = {"name": name, "tags": tag or (), "base": base, "kind": kind, "rank": rank}
-    filters |= {"health": health, "trigger": trigger, "parent": parent, "without": without}
+    filters |= {"health": health, "without": without}
     page = library.browse(text, order=sort, all_versions=all_versions, limit=limit, offset=skip, **filters)
     more = page.total - skip - len(page.versions)
     versions = [v.to_dict() for v in page.versions]

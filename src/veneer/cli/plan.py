@@ -16,7 +16,6 @@ app = typer.Typer(add_completion=False)
 _EXAMPLE = (
     "Example: veneer plan --base meta-llama/Llama-3.1-70B --gpu h100-80gb --rows 5000 --tokens-per-row 600 --epochs 3"
 )
-_TEXT_ONLY = ("tokens_per_row", "longest", "trained", "prompt", "answer", "together", "tenants")
 _KEYS = {
     "base": "base.name",
     "dtype": "base.dtype",
@@ -25,7 +24,6 @@ _KEYS = {
     "targets": "adapter.targets",
     "epochs": "schedule.epochs",
     "batch": "batching.rows",
-    "micro_tokens": "batching.micro_tokens",
     "micro_pictures": "batching.micro_rows",
     "size": "data.resolution",
 }
@@ -52,20 +50,8 @@ def plan(
     tokens_per_row: Annotated[
         float | None, typer.Option("--tokens-per-row", min=2, max=_TOKENS, help="Average tokens per row.")
     ] = None,
-    longest: Annotated[
-        int | None, typer.Option("--longest", min=2, max=_TOKENS, help="Tokens in the longest row.")
-    ] = None,
-    trained: Annotated[
-        float, typer.Option("--trained", min=0.001, max=1, help="Fraction of tokens that count in the loss.")
-    ] = 1.0,
     epochs: Annotated[int, typer.Option("--epochs", min=1, help="Passes over the data.")] = 3,
     batch: Annotated[int, typer.Option("--batch", min=1, max=_MANY, help="Rows per optimizer step.")] = 16,
-    micro_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--micro-tokens", min=1, max=_TOKENS, help="Tokens per micro-batch; default: what fits the device."
-        ),
-    ] = None,
     size: Annotated[
         int | None, typer.Option("--size", min=64, max=1 << 14, help="Side of an image, in pixels.")
     ] = None,
@@ -90,10 +76,6 @@ def plan(
         bool, typer.Option("--checkpointing", help="Activation checkpointing: less memory, more time.")
     ] = False,
     price: Annotated[float | None, typer.Option("--price", min=0, help="US dollars per GPU-hour.")] = None,
-    tenants: Annotated[int, typer.Option("--tenants", min=1, help="Serving: number of adapters.")] = 100,
-    prompt: Annotated[int | None, typer.Option("--prompt", min=1, help="Serving: prompt tokens per request.")] = None,
-    answer: Annotated[int, typer.Option("--answer", min=1, help="Serving: completion tokens per request.")] = 100,
-    together: Annotated[int, typer.Option("--together", min=1, help="Serving: concurrent requests.")] = 32,
     list_: Annotated[bool, typer.Option("--list", help="List known GPUs and bases, and exit.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -119,20 +101,17 @@ def plan(
         device = cpu_device()
     else:
         device = device_named(gpu, count=gpus, price=price)
-    if longest is not None and tokens_per_row is not None and longest < tokens_per_row:
-        message = f"the longest row has {longest} tokens, and rows have {tokens_per_row:g} on average"
-        raise ConfigError(message, where="--longest, --tokens-per-row", fix="omit --longest, or give the greatest")
     settings = list(overrides or [])
     if config is not None and not is_config(str(config)):
         config, settings = None, [str(config), *settings]
     settings += [f"{key}={context.params[name]}" for name, key in _KEYS.items() if _is_given(context, name)]
     settings += ["memory.activation_checkpointing=on"] * checkpointing
     if config is None:
-        settings = [*_assumed_settings(base, rows, longest or tokens_per_row), *settings]
-    length = prompt if config is not None or tokens_per_row is None else prompt or round(tokens_per_row)
+        settings = [*_assumed_settings(base, rows, tokens_per_row), *settings]
+    traffic = Traffic(round(tokens_per_row)) if config is None and tokens_per_row is not None else None
     run = load_config(config, settings)[0]
     of_images = isinstance(run, ImageTrainConfig)
-    unused = [*(_TEXT_ONLY if of_images else ()), *([] if of_images and rows is not None else ["before"])]
+    unused = [*(["tokens_per_row"] if of_images else []), *([] if of_images and rows is not None else ["before"])]
     if flags := [f"--{name.replace('_', '-')}" for name in unused if _is_given(context, name)]:
         message = f"{', '.join(flags)}: no effect on {'an image' if of_images else 'a text'} plan"
         counted = of_images and flags == ["--before"]  # without --rows, the data's source images are counted
@@ -142,10 +121,8 @@ def plan(
         device,
         rows=rows,
         tokens_per_row=tokens_per_row,
-        longest=longest,
-        trained=trained,
         source_images=before,
-        traffic=None if length is None else Traffic(length, answer, together, tenants),
+        traffic=traffic,
     )
     if as_json:
         print(json.dumps(result.to_dict()))
