@@ -265,11 +265,7 @@ def test_help_shows_an_example(capsys):
 
 
 def test_an_adapter_of_everything_is_described(capsys, tmp_path):
-    adapter = Adapter(
-        linear_pairs(["a.q_proj"]).pairs,
-        {"norm": {"weight": torch.ones(4)}},
-        card=Card(licence="mit"),
-    )
+    adapter = Adapter(linear_pairs(["a.q_proj"]).pairs, {"norm": {"weight": torch.ones(4)}}, card=Card(licence="mit"))
     peft.write_folder(adapter, tmp_path / "a")
     raw = json.loads((tmp_path / "a" / "veneer.json").read_text()) | {"mood": "good"}
     (tmp_path / "a" / "veneer.json").write_text(json.dumps(raw))

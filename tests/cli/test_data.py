@@ -39,11 +39,7 @@ def test_what_goes_wrong_is_told(capsys: Any, tmp_path: Path) -> None:
     folder = tmp_path / "pictures"
     put(folder, "a.png", None)
     (folder / "b.png").write_bytes(b"")
-    wrong = {
-        ("--model", str(tmp_path)): "no config.json",
-        ("--dtype", "float7"): "float7",
-        ("--device", "tpu"): "tpu",
-    }
+    wrong = {("--model", str(tmp_path)): "no config.json", ("--dtype", "float7"): "float7", ("--device", "tpu"): "tpu"}
     for options, said in wrong.items():
         ran = run(capsys, "data", "caption", str(folder), "--model", "x/y", *options)
         assert ran.code == 2

@@ -111,10 +111,7 @@ def test_the_tables_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            ["--base", "catalogue-flux", "--rows", "9", "--tokens-per-row", "90"],
-            "--tokens-per-row: no effect",
-        ),
+        (["--base", "catalogue-flux", "--rows", "9", "--tokens-per-row", "90"], "--tokens-per-row: no effect"),
         (["--base", "smollm2-135m", "--rows", "9", "--tokens-per-row", "90", "--before", "1"], "--before: no effect"),
     ],
 )

@@ -50,10 +50,7 @@ def shop(tiny: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> I
     folder = tmp_path_factory.mktemp("shop")
     keys = tenant_keys(folder / "tenants.sqlite")
     options = ("--tenants", str(folder / "tenants.sqlite"), "--admin-key", OPERATOR, "--train")
-    with (
-        StudioServer(folder, tiny[0], folder / "library", *options) as server,
-        open_library(server.library) as library,
-    ):
+    with StudioServer(folder, tiny[0], folder / "library", *options) as server, open_library(server.library) as library:
         yield Shop(server, keys, JobStore(library))
 
 

@@ -35,11 +35,7 @@ def inspect(
     from veneer.adapters.inspect import inspect as inspected
 
     everything(show_all)
-    inspection = inspected(
-        name,
-        from_pickle=from_pickle,
-        alpha=alpha,
-    )
+    inspection = inspected(name, from_pickle=from_pickle, alpha=alpha)
     if as_json:
         print_json(inspection)
     else:

@@ -19,16 +19,13 @@ def convert_command(
     name: Annotated[str, typer.Argument(metavar="IN", help="An adapter's file, folder or name.", show_default=False)],
     to: Annotated[str, typer.Option("--to", help="peft, kohya, diffusers, comfyui, gguf or vllm.")],
     output: Annotated[
-        str,
-        typer.Option("-o", "--output", help="File to write; for peft and vllm a folder.", show_default=False),
+        str, typer.Option("-o", "--output", help="File to write; for peft and vllm a folder.", show_default=False)
     ],
     family: Annotated[
-        str | None,
-        typer.Option("--family", help="Image model family or GGUF architecture, if it cannot be detected."),
+        str | None, typer.Option("--family", help="Image model family or GGUF architecture, if it cannot be detected.")
     ] = None,
     base: Annotated[
-        str | None,
-        typer.Option("--base", help="For gguf: the base, to read its architecture and head size."),
+        str | None, typer.Option("--base", help="For gguf: the base, to read its architecture and head size.")
     ] = None,
     dtype: WrittenDtype = None,
     allow_partial: Annotated[

@@ -30,11 +30,7 @@ def merge_command(
         ),
     ] = "seen",
     accept_loss: Annotated[
-        bool,
-        typer.Option(
-            "--accept-loss",
-            help="Write a merge in which rounding loses half of the change or more.",
-        ),
+        bool, typer.Option("--accept-loss", help="Write a merge in which rounding loses half of the change or more.")
     ] = False,
     allow_other_base: Annotated[
         bool,

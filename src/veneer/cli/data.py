@@ -87,13 +87,7 @@ def caption(
     def report_caption(item: WrittenCaption) -> None:
         say(f"{item.picture}: {item.caption}" + (" (cut at a token limit)" if item.cut else ""))
 
-    report = write_captions(
-        str(folder),
-        describe,
-        trigger=trigger,
-        overwrite=overwrite,
-        on_caption=report_caption,
-    )
+    report = write_captions(str(folder), describe, trigger=trigger, overwrite=overwrite, on_caption=report_caption)
     if as_json:
         rows = [asdict(item) | {"file": str(item.file)} for item in report.written]
         print(json.dumps({"model": model, "written": rows, "had": report.had, "failed": report.failed}))
@@ -241,8 +235,7 @@ def draw(
     config: Annotated[Path, typer.Argument(help="A configuration with distillation.teacher.", show_default=False)],
     rows: Annotated[Path, typer.Argument(help="JSONL file to write.", show_default=False)],
     overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[section.key=value]...", help="Settings that override the file's."),
+        list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Settings that override the file's.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

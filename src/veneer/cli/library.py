@@ -78,8 +78,7 @@ def mix(
     library: Library,
     name: Name,
     adapters: Annotated[
-        list[str],
-        typer.Argument(metavar="ADAPTER[:STRENGTH]...", help="Adapters in the library.", show_default=False),
+        list[str], typer.Argument(metavar="ADAPTER[:STRENGTH]...", help="Adapters in the library.", show_default=False)
     ],
     tag: Tags = None,
     alias: Alias = None,

@@ -117,12 +117,7 @@ def plan(
         counted = of_images and flags == ["--before"]  # without --rows, the data's source images are counted
         raise ConfigError(message, fix="give --rows too" if counted else "leave the options out")
     result = plan_of_config(
-        run,
-        device,
-        rows=rows,
-        tokens_per_row=tokens_per_row,
-        source_images=before,
-        traffic=traffic,
+        run, device, rows=rows, tokens_per_row=tokens_per_row, source_images=before, traffic=traffic
     )
     if as_json:
         print(json.dumps(result.to_dict()))

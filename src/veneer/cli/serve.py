@@ -44,9 +44,7 @@ def serve(
     adapter: Annotated[
         list[str] | None,
         typer.Option(
-            "--adapter",
-            "-a",
-            help="NAME[=REFERENCE]: load this adapter before the server is ready; repeatable.",
+            "--adapter", "-a", help="NAME[=REFERENCE]: load this adapter before the server is ready; repeatable."
         ),
     ] = None,
     allow_folder: Annotated[
@@ -76,8 +74,7 @@ def serve(
     open_to_all: Annotated[
         bool,
         typer.Option(
-            "--open",
-            help="Accept requests without a key even if tenants exist (routes of tenants: localhost only).",
+            "--open", help="Accept requests without a key even if tenants exist (routes of tenants: localhost only)."
         ),
     ] = False,
     upstream: Annotated[
@@ -98,16 +95,14 @@ def serve(
         typer.Option("--quantize", help="Quantize the base: nf4, fp4 or int8; keep: a GGUF file's own types."),
     ] = None,
     batch_invariant: Annotated[
-        bool,
-        typer.Option("--batch-invariant", help="Make answers independent of the batch, bit for bit; slower."),
+        bool, typer.Option("--batch-invariant", help="Make answers independent of the batch, bit for bit; slower.")
     ] = False,
     dtype: LoadedDtype = ServeSettings.dtype,
     device: ChosenDevice = ServeSettings.device,
     allowed_origin: Annotated[
         list[str] | None,
         typer.Option(
-            "--allowed-origin",
-            help="CORS origin whose web pages can use this server; repeatable; * needs keys.",
+            "--allowed-origin", help="CORS origin whose web pages can use this server; repeatable; * needs keys."
         ),
     ] = None,
     train: Annotated[
@@ -184,10 +179,7 @@ def serve(
             stall=more.stall_seconds,
         ),
         ledger=LedgerSettings(
-            days=more.ledger_days,
-            folder=more.ledger_folder,
-            room=more.bytes("ledger_room"),
-            synced=more.ledger_sync,
+            days=more.ledger_days, folder=more.ledger_folder, room=more.bytes("ledger_room"), synced=more.ledger_sync
         ),
         fleet=FleetSettings(
             upstream=upstream[0] if upstream else None,

@@ -362,8 +362,7 @@ def economics(
     store: Store,
     tenant: AnyTenant = None,
     hour: Annotated[
-        str,
-        typer.Option(envvar="VENEER_MACHINE_HOUR", help="Hourly cost of all serving machines.", show_default=False),
+        str, typer.Option(envvar="VENEER_MACHINE_HOUR", help="Hourly cost of all serving machines.", show_default=False)
     ] = "",
     dedicated_hour: Annotated[
         str, typer.Option(help="Hourly cost of a machine dedicated to one adapter; default: --hour.")

@@ -346,11 +346,7 @@ def _head_dim(base: peft.BaseLike) -> int | None:
 
 
 def _from_peft(
-    opened: peft.PeftFolder,
-    path: Path,
-    base: peft.BaseLike,
-    requested: str | None,
-    alpha: float | None,
+    opened: peft.PeftFolder, path: Path, base: peft.BaseLike, requested: str | None, alpha: float | None
 ) -> Reading:
     """Read a PEFT folder by PEFT's rules.
 

@@ -34,10 +34,7 @@ from veneer.studio.library import LibraryCard, card_of, routes_of
 from veneer.studio.page import NotFound, ViewPage
 from veneer.train.report.log import size
 
-TARGETS = {
-    "text": ("peft", "vllm", "gguf"),
-    "image": ("kohya", "comfyui", "diffusers", "peft"),
-}
+TARGETS = {"text": ("peft", "vllm", "gguf"), "image": ("kohya", "comfyui", "diffusers", "peft")}
 """Kind of adapter -> layouts to convert to."""
 
 
