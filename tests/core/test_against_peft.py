@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tests.core.peft_twin import gradients, twin
 from tests.families import FAMILIES
-from veneer.core import Adapter, LoraSpec, Pair, TokenRows, attach, create, merged_state, resolve_targets
+from veneer.core import Adapter, LoraSpec, TokenRows, attach, create, merged_state, resolve_targets
 from veneer.ops import linear
 
 RTOL = 1e-5
@@ -158,16 +158,6 @@ def test_convolutions(make: Callable[[], nn.Module], dora: bool) -> None:
     compare(model, adapter, lambda m: m(x), use_dora=dora)
 
 
-@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups > 1:UserWarning")
-def test_grouped_convolution_as_peft_has_it() -> None:
-    """PEFT's A sees the channels of all groups; such a pair is accepted as it is."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2))
-    adapter = Adapter(pairs={"0": Pair(torch.randn(4, 4, 3, 3), torch.randn(6, 2, 1, 1), 0.7, "conv")})
-    x = torch.randn(2, 4, 7, 7)
-    compare(model, adapter, lambda m: m(x))
-
-
 @pytest.mark.parametrize("family", ["llama3", "gemma3", "qwen3", "mistral"])
 def test_token_rows(family: str) -> None:
     """Tied (the first three): the replaced rows act in the head too."""
@@ -281,7 +271,7 @@ def test_experts_by_hand_in_float64(family: str, implementation: str) -> None:
 def test_dilation_is_kept_where_peft_forgets_it() -> None:
     """PEFT's down convolution ignores dilation and padding mode; ours equals the merged float64 convolution."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(4, 6, 3, dilation=2, padding=1, padding_mode="reflect", groups=2))
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, dilation=2, padding=1, padding_mode="reflect"))
     adapter = noisy(create(model, LoraSpec(rank=3, targets=("0",)), seed=0), amount=0.5)
     x = torch.randn(2, 4, 9, 9)
     exact = copy.deepcopy(model).double()

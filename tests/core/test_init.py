@@ -16,7 +16,7 @@ from veneer.errors import ConfigError, TargetError
 def zoo() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Linear(40, 30), nn.Embedding(50, 20), nn.Conv2d(8, 12, 3), nn.Conv1d(8, 12, 5, groups=2), nn.Linear(30, 40)
+        nn.Linear(40, 30), nn.Embedding(50, 20), nn.Conv2d(8, 12, 3), nn.Conv1d(8, 12, 5), nn.Linear(30, 40)
     )
 
 

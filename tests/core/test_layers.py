@@ -206,23 +206,6 @@ def test_experts_never_make_the_dense_sum(family: str, monkeypatch: pytest.Monke
             model(IDS).logits.sum().backward()
 
 
-def test_grouped_convolution_equals_its_merged_weight() -> None:
-    torch.manual_seed(0)
-    for make in (lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1), lambda: nn.Conv1d(6, 6, 3, groups=6, stride=2)):
-        model = nn.Sequential(make())
-        x = torch.randn(2, model[0].in_channels, *([7] * (model[0].weight.ndim - 2)))
-        for dora in (False, True):
-            adapter = trained(model, LoraSpec(rank=2, targets=("0",), dora=dora), amount=0.5)
-            assert adapter.pairs["0"].A.shape[1] == model[0].weight.shape[1]
-            with attach(model) as attachment:
-                attachment.add("a", adapter)
-                attachment.use("a")
-                y = model(x)
-            change = delta(model[0], adapter.pairs["0"])
-            expected = model[0]._conv_forward(x, model[0].weight + change, model[0].bias)
-            torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
-
-
 def test_expert_dropout_has_the_right_mean() -> None:
     """On average over many draws the output is the one without dropout; outside training there is none."""
     model = FAMILIES["mixtral"]()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tests.core.test_layers import IDS, trained
 from tests.families import FAMILIES
-from veneer.core import Adapter, LoraSpec, Pair, attach, delta, merged_state
+from veneer.core import LoraSpec, Pair, attach, delta, merged_state
 from veneer.core.merge import adapted_norm, low_rank_norm
 from veneer.errors import AdapterError
 from veneer.ops.quantized import quantize
@@ -151,13 +151,6 @@ def test_rounded_once_to_the_bases_dtype(dtype: torch.dtype) -> None:
     else:
         # at most a float32 sum away from the nearest number of the dtype
         assert (got != exact.to(dtype)).float().mean() < 0.01
-
-
-def test_merging_an_all_channel_grouped_pair_is_refused() -> None:
-    model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2))
-    adapter = Adapter(pairs={"0": Pair(torch.randn(4, 4, 3, 3), torch.randn(6, 2, 1, 1), 0.7, "conv")})
-    with pytest.raises(AdapterError, match="unmerged"):
-        merged_state(model, [(adapter, 1.0)])
 
 
 def test_delta_of_each_kind_by_hand() -> None:

@@ -40,7 +40,7 @@ class Net(nn.Module):
         self.first = nn.Linear(6, 6)
         self.norm = nn.LayerNorm(6)
         self.gate = Gate()
-        self.conv = nn.Conv2d(6, 4, 3, padding=1, groups=2)
+        self.conv = nn.Conv2d(6, 4, 3, padding=1)
         self.line = nn.Conv1d(4, 6, 1)
         self.head = nn.Linear(6, 12, bias=False)
         self.head.weight = self.words.weight

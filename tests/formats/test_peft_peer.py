@@ -62,7 +62,6 @@ FROM_PEFT = {
     "gaussian": ("llama3", {"target_modules": Q_V, "init_lora_weights": "gaussian"}),
     "convolutions": ("conv", {"target_modules": ["conv1", "conv2", "point", "out", "table"], "r": 3}),
     "dora on convolutions": ("conv", {"target_modules": ["conv1", "conv2", "point", "out"], "use_dora": True}),
-    "grouped convolution": ("conv-grouped", {"target_modules": ["conv1", "conv2"], "r": 4}),
     "mixtral experts": ("mixtral", {"target_modules": ["q_proj"], "target_parameters": FUSED, "r": 3}),
     "mixtral, one parameter": ("mixtral", {"target_modules": ["q_proj"], "target_parameters": ["down_proj"]}),
     "mixtral, other parameter": ("mixtral", {"target_modules": [], "target_parameters": ["experts.gate_up_proj"]}),
@@ -83,7 +82,7 @@ FROM_PEFT = {
 
 @pytest.mark.parametrize("case", FROM_PEFT)
 def test_peft_folders_round_trip_with_equal_outputs(tmp_path, case):
-    """A base is not needed to read, except for the groups of a convolution."""
+    """A base is not needed to read."""
     name, config = FROM_PEFT[case]
     want = peft_folder(model(name), tmp_path / "a", **config)
     net = model(name)
@@ -92,9 +91,8 @@ def test_peft_folders_round_trip_with_equal_outputs(tmp_path, case):
     assert (want - plain).abs().max() > 1e-3, "the adapter must matter"
     torch.testing.assert_close(our_outputs(net, adapter), want, rtol=TOLERANCE, atol=TOLERANCE)
     assert torch.equal(outputs(net), plain)
-    if name != "conv-grouped":
-        for base in (None, [n for n, _ in net.named_modules() if n]):
-            assert peft.read_folder(tmp_path / "a", base).digest() == adapter.digest()
+    for base in (None, [n for n, _ in net.named_modules() if n]):
+        assert peft.read_folder(tmp_path / "a", base).digest() == adapter.digest()
     peft.write_folder(adapter, tmp_path / "b", base=net, task_type=None)
     torch.testing.assert_close(peft_outputs(model(name), tmp_path / "b"), want, rtol=TOLERANCE, atol=TOLERANCE)
     assert {peft.read_folder(tmp_path / "b", base).digest() for base in (net, None)} == {adapter.digest()}
@@ -130,7 +128,6 @@ SPECS = {
     "token rows alone": ("llama3", LoraSpec(targets=(), token_rows={"embed_tokens": (4,)})),
     "convolutions": ("conv", LoraSpec(rank=3, alpha=5, targets=("conv1", "conv2", "point", "table", "out"))),
     "dora on convolutions": ("conv", LoraSpec(rank=3, alpha=5, targets=("conv1", "conv2", "out"), dora=True)),
-    "grouped convolution": ("conv-grouped", LoraSpec(rank=3, alpha=5, targets=("conv1", "conv2"))),
     "mixtral": ("mixtral", LoraSpec(rank=3, alpha=6)),
     "mixtral, one parameter": ("mixtral", LoraSpec(rank=3, alpha=6, targets=("experts.down_proj",))),
     "mixtral, one layer of one": ("mixtral", LoraSpec(rank=3, alpha=6, targets=("layers.1.mlp.experts.gate_up_proj",))),
@@ -147,8 +144,6 @@ SPECS = {
 @pytest.mark.parametrize("case", SPECS)
 def test_written_folders_have_equal_outputs_in_peft(tmp_path, case, with_base):
     name, spec = SPECS[case]
-    if case == "grouped convolution" and not with_base:
-        pytest.skip("the number of groups is the base's to say")
     net = model(name)
     adapter = random_adapter(create(net, spec, seed=0, dtype=torch.float64))
     want = our_outputs(net, adapter)

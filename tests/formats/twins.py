@@ -15,12 +15,12 @@ from veneer.core.attach import attach
 
 
 class Conv(nn.Module):
-    """Convolutions, one and two dimensions, strided, padded and grouped, with an embedding and a linear at the ends."""
+    """Convolutions, one and two dimensions, strided and padded, with an embedding and a linear at the ends."""
 
-    def __init__(self, groups: int = 1) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.table = nn.Embedding(12, 8)
-        self.conv1 = nn.Conv1d(8, 12, 3, stride=2, padding=1, groups=groups)
+        self.conv1 = nn.Conv1d(8, 12, 3, stride=2, padding=1)
         self.conv2 = nn.Conv2d(4, 6, (3, 1), padding=(1, 0), bias=False)
         self.point = nn.Conv2d(6, 4, 1)
         self.out = nn.Linear(4 * 3 * 4, 5)
@@ -33,10 +33,10 @@ class Conv(nn.Module):
 
 def model(name: str, dtype: torch.dtype = torch.float64, **changes: Any) -> nn.Module:
     """The same model on every call, eval mode."""
-    if name.startswith("conv"):
+    if name == "conv":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(3)
-            return Conv(groups=2 if name == "conv-grouped" else 1).to(dtype).eval()
+            return Conv().to(dtype).eval()
     from tests.families import FAMILIES, OTHERS
 
     net = {**FAMILIES, **OTHERS}[name](**changes).to(dtype).eval()

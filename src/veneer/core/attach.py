@@ -403,11 +403,6 @@ def _shape_problems(module: nn.Module, name: str, pair: Pair, parameter: str | N
     elif pair.kind == "conv":
         ones = (1,) * (weight.ndim - 2)
         A, B = (rank, *weight.shape[1:]), (out_features, rank, *ones)
-        groups = int(module.groups)  # type: ignore[arg-type]
-        if groups > 1 and pair.A.ndim == weight.ndim and pair.A.shape[1] == module.in_channels:
-            A, B = (rank, pair.A.shape[1], *weight.shape[2:]), (out_features, rank // groups, *ones)
-            if pair.magnitude is not None or rank % groups:
-                return [f"{name}: an A that sees all channels needs a rank in multiples of {groups} and no DoRA"]
     else:
         A, B = (rank, matrix.shape[-1]), (out_features, rank)
     tensors = [("A", pair.A, A), ("B", pair.B, B)]

@@ -5,7 +5,7 @@
 | layer         | low-rank products                                                                    |
 | LoraLinear    | s·(x·Aᵀ)·Bᵀ; and the logits of replaced token rows in a head tied to an embedding    |
 | LoraEmbedding | s·Aᵀ[ids]·Bᵀ, times the base's `embed_scale`; and replaced token rows                |
-| LoraConv      | s·conv₁(conv(x, A), B), 1-d and 2-d, with groups                                     |
+| LoraConv      | s·conv₁(conv(x, A), B), 1-d and 2-d                                                  |
 | LoraExperts   | the base's own forward with weights that multiply as W + s·B·A, never materialized   |
 | FullModule    | none: full copies, which every layer supports, and changes of its parameters         |
 
@@ -368,18 +368,16 @@ class _Lora(Layer):
 
         def compute() -> Tensor:
             if (factors := kronecker_factors(delta)) is not None:
-                by_factors = self.kronecker(x, *(t.to(dtype) for t in factors))
-                if by_factors is not None:
-                    return by_factors
+                return self.kronecker(x, *(t.to(dtype) for t in factors))
             full_product = product_of(replace(delta, scale=1.0)).to(dtype)
             return self.product(x, full_product if kernel else to_matrix(self.base, "linear", full_product))
 
         out: Tensor = checkpoint(compute, use_reentrant=False, preserve_rng_state=False)
         return out
 
-    def kronecker(self, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor | None:
-        """Return (w1 ⊗ w2)·x without that matrix; None if this layer cannot."""
-        return None
+    def kronecker(self, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+        """Return (w1 ⊗ w2)·x without that matrix."""
+        raise NotImplementedError
 
     def min_dims(self) -> int:
         """Return the least number of dimensions of an input with rows."""
@@ -551,24 +549,14 @@ class LoraEmbedding(_Lora):
 
 
 class LoraConv(_Lora):
-    """A convolution with low-rank pairs.
-
-    A: (rank, in/groups, k…): each group runs the same A on its own channels, so that ΔW has W's shape.
-    A: (rank, in, k…) with B: (out, rank/groups, 1…), PEFT's form for grouped convolutions, reads all
-        channels."""
+    """A convolution, without groups, with low-rank pairs."""
 
     def min_dims(self) -> int:
         return weight_of(self.base).ndim
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        conv, groups = self.base, self.base.groups
         up = F.conv1d if A.ndim == 3 else F.conv2d
-        if groups > 1 and A.shape[1] == conv.in_channels:
-            conv = copy.copy(conv)  # shares everything but this number
-            conv.groups = 1
-        elif groups > 1:
-            A = A.repeat(groups, *[1] * (A.ndim - 1))
-        return up(conv._conv_forward(x, A, None), B, groups=groups)
+        return up(self.base._conv_forward(x, A, None), B)
 
     def by_cache(self, cached: CachedModule, x: Tensor) -> Tensor:
         conv = self.base
@@ -581,12 +569,8 @@ class LoraConv(_Lora):
     def channels(self, v: Tensor) -> Tensor:
         return v.view(-1, *[1] * (weight_of(self.base).ndim - 2))
 
-    def kronecker(self, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor | None:
-        """Convolve each of the m channel parts by w2, then mix by w1; None with groups.
-
-        Groups would cut through the parts."""
-        if self.base.groups > 1:
-            return None
+    def kronecker(self, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+        """Convolve each of the m channel parts by w2, then mix by w1."""
         if w2.ndim < weight_of(self.base).ndim:  # the kernel's dimensions are flattened in w2
             w2 = w2.unflatten(1, (-1, *weight_of(self.base).shape[2:]))
         parts = x.unflatten(1, (w1.shape[1], w2.shape[1])).flatten(0, 1)
@@ -596,7 +580,7 @@ class LoraConv(_Lora):
 
     def scaled(self, x: Tensor, v: Tensor) -> Tensor:
         dims = weight_of(self.base).ndim - 2
-        return x * v.repeat(self.base.groups).view(-1, *[1] * dims).to(x.dtype)
+        return x * v.view(-1, *[1] * dims).to(x.dtype)
 
     def product(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         stored = weight_of(self.base) if weight is None else weight

@@ -123,21 +123,13 @@ def delta_of(weight: Tensor, change: Pair | Delta) -> Tensor:
 
 
 def delta(module: nn.Module, change: Pair | Delta, parameter: str | None = None) -> Tensor:
-    """Return ΔW of `change` on a parameter of `module` (default: weight), as stored.
-
-    Raises AdapterError if no weight has this effect: a grouped convolution whose A reads all channels
-    (PEFT's form)."""
+    """Return ΔW of `change` on a parameter of `module` (default: weight), as stored."""
     with torch.no_grad():
         if isinstance(change, Delta) and parameter not in (None, "weight"):
             base_tensor = module._parameters[str(parameter)]
             return product_of(change) if base_tensor is None else delta_of(base_tensor.detach(), change)
         weight = weight_of(module, parameter)
         kind = "linear" if isinstance(change, Delta) else change.kind
-        if isinstance(change, Pair) and kind == "conv" and change.A.flatten(1).shape[1] != weight.flatten(1).shape[1]:
-            raise AdapterError(
-                "a pair whose A sees all channels of a grouped convolution has no weight of the base's shape",
-                fix="use the adapter attached, unmerged",
-            )
         if kind == "embedding" or weight.ndim < 2 or not _flipped(module, kind):
             return delta_of(weight, change)
         return delta_of(weight.transpose(-1, -2), change).transpose(-1, -2)

@@ -370,8 +370,8 @@ class _Mix:
         product = _dense_of(replace(pair, magnitude=None))
         if pair.magnitude is None:
             return product
-        if pair.kind == "experts" or product.ndim > 2:
-            raise AdapterError("DoRA on experts or groups has no low-rank form here")
+        if pair.kind == "experts":
+            raise AdapterError("DoRA on experts has no low-rank form here")
         weight = self._weight(f"{name}.weight", "a pair with a magnitude (DoRA)")
         weight = weight.mT if pair.kind == "embedding" else weight
         if weight.flatten(1).shape != product.shape:

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from veneer.core.adapter import Adapter, Pair
 from veneer.core.merge import delta
 from veneer.core.selection import ActiveMix
-from veneer.errors import AdapterError
 from veneer.ops.device_transfer import sent
 from veneer.ops.lowrank import LowRank
 
@@ -262,7 +261,7 @@ def _copied_together(modules: dict[str, nn.Module], mix: ActiveMix) -> dict[str,
     return modules_by_name
 
 
-def _copied(name: str, base: Any, mix: ActiveMix, sources: list[Tensor]) -> CachedModule | None:
+def _copied(name: str, base: Any, mix: ActiveMix, sources: list[Tensor]) -> CachedModule:
     weight, bias = base.weight.detach(), None if base.bias is None else base.bias.detach()
     pairs = [(a.pairs[name], s) for a, s in mix if name in a.pairs]
     plain = [(p, s) for p, s in pairs if p.magnitude is None and p.A[0].numel() == weight[0].numel()]
@@ -272,11 +271,8 @@ def _copied(name: str, base: Any, mix: ActiveMix, sources: list[Tensor]) -> Cach
     if plain:  # the product sums in float32 for every dtype, and rounds once
         stack = _stack(plain, total.dtype)
         total = torch.addmm(total.flatten(1), stack.B.flatten(1), stack.A.flatten(1)).view(weight.shape)
-    try:
-        for pair, strength in unstacked:
-            total = total + delta(base, pair) * strength
-    except AdapterError:  # no weight has this effect: PEFT's grouped convolution
-        return None
+    for pair, strength in unstacked:
+        total = total + delta(base, pair) * strength
     for change, strength in changes:
         total = total + delta(base, change) * strength
     for adapter, strength in mix:
@@ -290,7 +286,7 @@ def _copied(name: str, base: Any, mix: ActiveMix, sources: list[Tensor]) -> Cach
 def _stacked(name: str, base: Any, mix: ActiveMix, sources: list[Tensor]) -> CachedModule | None:
     """Return a stack; None if a change here is not a plain pair."""
     pairs = [(a.pairs[name], s) for a, s in mix if name in a.pairs]
-    if any(p.magnitude is not None for p, _ in pairs) or getattr(base, "groups", 1) != 1:
+    if any(p.magnitude is not None for p, _ in pairs):
         return None
     if any(f"{name}.{key}" in a.deltas for a, _ in mix for key in ("weight", "bias")):
         return None

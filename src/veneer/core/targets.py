@@ -89,8 +89,8 @@ def kind_of(module: nn.Module) -> PairKind | None:
     For fused experts see `expert_parameters`."""
     if isinstance(module, nn.Embedding):
         return "embedding"
-    if isinstance(module, nn.Conv1d | nn.Conv2d) and not isinstance(module, nn.modules.conv._ConvTransposeNd):
-        return "conv"
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        return "conv" if module.groups == 1 else None
     return "linear" if _is_linear(module) else None
 
 

@@ -71,16 +71,11 @@ class Cut:
 def factors(pair: Pair) -> tuple[Tensor, Tensor]:
     """Return (A, B) in float64 with s·B·A the change without a magnitude.
 
-    A (…, rank, n), B (…, out, rank), with the scale in B. The leading dimension counts experts, or the
-    groups of a convolution whose A reads all channels (PEFT's form): there each block of rows of B
-    multiplies its own part of A."""
+    A (…, rank, n), B (…, out, rank), with the scale in B. The leading dimension counts experts."""
     collapsed = pair.collapsed()
     A, B = collapsed.A.detach().double(), collapsed.B.detach().double()
     if collapsed.kind == "conv":
         A, B = A.flatten(1), B.flatten(1)
-        if B.shape[1] != A.shape[0]:
-            A = A.reshape(-1, B.shape[1], A.shape[1])
-            B = B.reshape(len(A), -1, B.shape[1])
     return A, B * collapsed.scale
 
 
@@ -89,8 +84,7 @@ def rebuilt(model: Pair, A: Tensor, B: Tensor, dtype: torch.dtype = torch.float3
 
     A, B: in the form of `factors(model)`."""
     if model.kind == "conv":
-        A = A.flatten(0, -2).reshape(-1, *model.A.shape[1:])
-        B = B.flatten(0, -2)
+        A = A.reshape(-1, *model.A.shape[1:])
         B = B.reshape(*B.shape, *[1] * (model.A.ndim - 2))
     return Pair(A.to(dtype).contiguous(), B.to(dtype).contiguous(), 1.0, model.kind)
 

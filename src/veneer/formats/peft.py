@@ -6,7 +6,7 @@ r"""Read and write PEFT's adapter folders strictly.
 
 | on a module       | suffix and shape                                                                                |
 | linear            | .lora_A.weight (r, in)   .lora_B.weight (out, r)                                                |
-| convolution       | .lora_A.weight (r, in, k…)   .lora_B.weight (out, r/groups, 1…)                                 |
+| convolution       | .lora_A.weight (r, in, k…)   .lora_B.weight (out, r, 1…)                                        |
 | embedding         | .lora_embedding_A (r, rows)   .lora_embedding_B (dim, r)                                        |
 | DoRA, each        | .lora_magnitude_vector (out,), for a convolution (1, out, 1…)                                   |
 | expert parameters | .lora_A.weight (E·r, in)   .lora_B.weight (out, r·E); A counts experts first, B ranks first.    |
@@ -320,10 +320,7 @@ class _Reader:
         A, B, magnitude = parts[a], parts[b], parts.get("magnitude")
         kind: PairKind = "embedding" if rows else "linear" if A.ndim == 2 else "conv"
         rank, source = cfg.rank_of_module(self.config, name)
-        groups = B.shape[1] and A.shape[0] // B.shape[1] if kind == "conv" and B.ndim > 1 else 1
-        sound = (
-            A.ndim >= 2 and B.ndim == A.ndim and A.shape[0] == B.shape[1] * groups and all(n == 1 for n in B.shape[2:])
-        )
+        sound = A.ndim >= 2 and B.ndim == A.ndim and A.shape[0] == B.shape[1] and all(n == 1 for n in B.shape[2:])
         if not sound or A.ndim > 5 or (rows and A.ndim != 2) or 0 in A.shape or 0 in B.shape:
             self.problems.append(f"{name}: A and B do not fit each other ({shapes})")
             return
@@ -867,7 +864,6 @@ def _encode(adapter: Adapter, *, base_name: str, base: BaseLike, task_type: str 
     base_name = hub_id(base_name)  # PEFT, vLLM and the hub do not know veneer's names
     outline = structure_of(base) if base is not None else Structure({})
     collapsed = adapter.collapsed().mapped(lambda t: t.detach())
-    collapsed = replace(collapsed, pairs={n: _regrouped(p, outline, n) for n, p in collapsed.pairs.items()})
     lycoris = can_be_lycoris(collapsed)
     if task_type == "auto":
         task_type = adapter.card.extra.get("task_type") or ("CAUSAL_LM" if adapter.card.kind == "text" else None)
@@ -889,21 +885,6 @@ def _encode(adapter: Adapter, *, base_name: str, base: BaseLike, task_type: str 
     if problems:
         raise AdapterError(f"the adapter cannot be written as a PEFT folder:\n{bullets(problems, None)}", where=where)
     return _Encoded(config, tensors, read, notes)
-
-
-def _regrouped(pair: Pair, base: Structure, name: str) -> Pair:
-    """Convert a grouped convolution's pair to an equal pair that PEFT supports.
-
-    In veneer each group applies A to its own channels; PEFT's A sees all channels, at `groups` times the
-    rank."""
-    groups = base.grouped.get(name, 1)
-    shape = base.shapes.get(f"{name}.weight", ())
-    if groups == 1 or pair.kind != "conv" or pair.magnitude is not None or pair.A.shape[1] != shape[1]:
-        return pair
-    A = pair.A.new_zeros(groups * pair.rank, groups * shape[1], *pair.A.shape[2:])
-    for g in range(groups):
-        A[g * pair.rank : (g + 1) * pair.rank, g * shape[1] : (g + 1) * shape[1]] = pair.A
-    return Pair(A, pair.B, pair.scale, "conv")
 
 
 def _problems(adapter: Adapter, base: Structure) -> list[str]:

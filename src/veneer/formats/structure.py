@@ -25,16 +25,14 @@ class Structure:
     `kinds`: every module name -> linear, embedding, conv, other, or unknown if only names were given.
     `shapes`: state-dict name -> shape. `experts`: module -> its 3-d parameters in declaration order.
     `transposed`: modules that set `is_transposed`. `interleaved`: expert modules whose gate_up_proj
-    alternates rows of gate and up (`is_concatenated` is false). `grouped`: convolution -> its number of
-    groups, if more than one. `fan_in_fan_out`: linears stored (in, out). `tied`: modules that use the input
-    embedding's weight."""
+    alternates rows of gate and up (`is_concatenated` is false). `fan_in_fan_out`: linears stored (in, out).
+    `tied`: modules that use the input embedding's weight."""
 
     kinds: dict[str, str]
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     experts: dict[str, tuple[str, ...]] = field(default_factory=dict)
     transposed: frozenset[str] = frozenset()
     interleaved: frozenset[str] = frozenset()
-    grouped: dict[str, int] = field(default_factory=dict)
     fan_in_fan_out: frozenset[str] = frozenset()
     tied: frozenset[str] = frozenset()
     input_embedding: str | None = None
@@ -62,7 +60,6 @@ class Structure:
             experts={named[n]: parameters for n, parameters in self.experts.items()},
             transposed=frozenset(map(rename, self.transposed)),
             interleaved=frozenset(map(rename, self.interleaved)),
-            grouped={rename(n): groups for n, groups in self.grouped.items()},
             fan_in_fan_out=frozenset(map(rename, self.fan_in_fan_out)),
             tied=frozenset(map(rename, self.tied)),
             input_embedding=renamed(self.input_embedding),
@@ -89,7 +86,6 @@ def structure_of(model: nn.Module | Structure | Iterable[str] | Callable[[], Any
         experts={n: tuple(parameters) for n, m in modules.items() if (parameters := expert_parameters(m))},
         transposed=frozenset(n for n, m in modules.items() if getattr(m, "is_transposed", False) is True),
         interleaved=frozenset(n for n, m in modules.items() if getattr(m, "is_concatenated", True) is False),
-        grouped={n: m.groups for n, m in modules.items() if kind_of(m) == "conv" and m.groups > 1},  # type: ignore
         fan_in_fan_out=frozenset(n for n, m in modules.items() if type(m).__name__ == "Conv1D"),
         tied=frozenset(
             n for n, m in modules.items() if m is not embedding and m._parameters.get("weight") is shared is not None
