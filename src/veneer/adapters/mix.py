@@ -82,7 +82,6 @@ def mix_adapters(
     energy: float | None = None,
     error: float | None = None,
     density: float = 0.5,
-    seed: int = 0,
     dtype: str = "float32",
     blocks: str = "",
     base: str | Path | None = None,
@@ -105,15 +104,14 @@ def mix_adapters(
     read = [using.read_adapter(name) for name, _ in selected]
     parts = [(_by_block(r.adapter, blocks), strength) for r, (_, strength) in zip(read, selected, strict=True)]
     bound, kind, weights = _bound(rank, energy, error), _dtype(dtype), _weights(base)
-    mixed = mix(parts, method, bound, density=density, seed=seed, dtype=kind, weights=weights)
+    mixed = mix(parts, method, bound, density=density, dtype=kind, weights=weights)
     _check_finite(mixed, selected, dtype)
     recipe: dict[str, Any] = {
         "made": "mix",
         "method": method,
         **_set_options(rank=rank, energy=energy, error_bound=error),
     }
-    if method not in ("sum", "svd", "orthogonal"):
-        recipe |= {"density": density} | ({"seed": seed} if method.startswith("dare") else {})
+    recipe |= {"density": density} if method == "ties" else {}
     recipe |= {"blocks": blocks} if blocks else {}
     recipe["strengths"] = dict(selected)
     return _write(mixed, out, read, recipe, to=to)

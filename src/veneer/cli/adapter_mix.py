@@ -43,14 +43,11 @@ def mix(
         list[str], typer.Argument(metavar="ADAPTER[:STRENGTH]...", help="Two or more adapters.", show_default=False)
     ],
     output: _Output,
-    method: Annotated[
-        str, typer.Option("--method", help="sum, svd, ties, dare_linear, dare_ties, magnitude_prune or orthogonal.")
-    ] = "sum",
+    method: Annotated[str, typer.Option("--method", help="sum, svd, ties or orthogonal.")] = "sum",
     rank: _Rank = None,
     energy: _Energy = None,
     error: _Error = None,
-    density: Annotated[float, typer.Option("--density", help="Share of entries that trimming keeps.")] = 0.5,
-    seed: Annotated[int, typer.Option("--seed", help="Random seed of the entries that DARE drops.")] = 0,
+    density: Annotated[float, typer.Option("--density", help="Share of entries that ties keeps.")] = 0.5,
     blocks: _Blocks = "",
     base: _Base = None,
     dtype: _Dtype = "float32",
@@ -70,7 +67,6 @@ def mix(
         energy=energy,
         error=error,
         density=density,
-        seed=seed,
         blocks=blocks,
         base=base,
         dtype=dtype,

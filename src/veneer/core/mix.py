@@ -1,16 +1,14 @@
 """Mix several adapters into one: Σ strengthᵢ·ΔWᵢ, exactly or approximately.
 
-| method          | result, with τᵢ = strengthᵢ·ΔWᵢ; entry by entry for pruning, TIES and DARE      | source           |
-| sum             | Σ τᵢ: ranks concatenated, then the bound if one is given                        | exact            |
-| svd             | the same, at the largest rank among the adapters unless a bound is given        | Eckart-Young     |
-| magnitude_prune | Σ keep(τᵢ): keep the share `density` of largest |entries|, zero the rest        |                  |
-| ties            | keep; elect each entry's sign by Σ keep(τᵢ); mean of the entries with that sign | arXiv 2306.01708 |
-| dare_linear     | Σ drop(τᵢ): keep each entry with probability `density`, divided by it           | arXiv 2311.03099 |
-| dare_ties       | drop, then elect and mean as in ties                                            | both             |
-| orthogonal      | U⊥·diag(S)·V⊥: the singular vectors of all τᵢ concatenated, made orthogonal     | arXiv 2412.00081 |
+| method     | result, with τᵢ = strengthᵢ·ΔWᵢ                                                  | source           |
+| sum        | Σ τᵢ: ranks concatenated, then the bound if one is given                         | exact            |
+| svd        | the same, at the largest rank among the adapters unless a bound is given         | Eckart-Young     |
+| ties       | keep the share `density` of largest |entries|; elect each entry's sign by their  | arXiv 2306.01708 |
+|            | sum; mean of the kept entries with that sign                                     |                  |
+| orthogonal | U⊥·diag(S)·V⊥: the singular vectors of all τᵢ concatenated, made orthogonal      | arXiv 2412.00081 |
 
-The entries are those of the true ΔW, one module at a time; `low_rank` turns the result back into a pair.
-Trimming A and B instead, as is common, trims neither. `orthogonal` is for image adapters that compete for
+The entries of TIES are those of the true ΔW, one module at a time; `low_rank` turns the result back into a
+pair. Trimming A and B instead, as is common, trims neither. `orthogonal` is for image adapters that compete for
 the same directions, the aim of ZipLoRA (2311.13600), but needs no data: it replaces [U₁ U₂ …] by the
 nearest matrix with orthonormal columns, U·(UᵀU)^(-1/2), and V likewise. Adapters without common directions
 stay unchanged; two equal adapters give their mean.
@@ -33,7 +31,6 @@ from torch import Tensor
 
 from veneer.core.adapter import Adapter, Pair, TokenRows
 from veneer.core.forms import BASED, Delta, change_of, delta_of, product_of
-from veneer.core.rounding import seeded
 from veneer.core.truncate import (
     Bound,
     distance,
@@ -48,8 +45,7 @@ from veneer.core.truncate import (
 )
 from veneer.errors import AdapterError, bullets, first_few
 
-METHODS = ("sum", "svd", "magnitude_prune", "ties", "dare_linear", "dare_ties", "orthogonal")
-_ENTRYWISE = ("magnitude_prune", "ties", "dare_linear", "dare_ties")
+METHODS = ("sum", "svd", "ties", "orthogonal")
 
 Weights = Callable[[str], Tensor | None]
 """Parameter name -> the base's weight as (out, in, …), an embedding's as (rows, dim); None if not available.
@@ -103,7 +99,6 @@ def mix_pairs(
     bound: Bound | None = None,
     *,
     density: float = 0.5,
-    seed: int = 0,
     name: str = "",
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Pair, MixedModule]:
@@ -111,9 +106,9 @@ def mix_pairs(
 
     method: see the table above.
 
-    density, seed, name: for the methods that trim; `name` gives each module its own random drops.
+    density: the share of entries that TIES keeps. name: of the module, for errors.
 
-    Raises AdapterError for unlike shapes, a magnitude, or a method that trims without a bound."""
+    Raises AdapterError for unlike shapes, a magnitude, or TIES without a bound."""
     if any(p.magnitude is not None for p, _ in pairs):
         raise AdapterError("a pair with a magnitude (DoRA) is not low rank without its base", where=name or None)
     model = pairs[0][0]
@@ -125,7 +120,7 @@ def mix_pairs(
     elif method == "orthogonal":
         product = _orthogonal(pairs)
     else:
-        dense = _trimmed([_dense(*stacked([pair])) for pair in pairs], method, density, seed, name)
+        dense = _ties([_dense(*stacked([pair])) for pair in pairs], density)
         approximations = [low_rank(m, _needed(bound, name)) for m in dense.reshape(-1, *dense.shape[-2:])]
         A, B = _padded([f[0] for f in approximations], -2), _padded([f[1] for f in approximations], -1)
         lead = truth[0].shape[:-2]
@@ -185,20 +180,13 @@ def _dense(A: Tensor, B: Tensor) -> Tensor:
     return B.float() @ A.float()
 
 
-def _trimmed(tau: list[Tensor], method: str, density: float, seed: int, name: str) -> Tensor:
-    """Apply an entrywise method to the scaled changes strength·ΔW."""
+def _ties(tau: list[Tensor], density: float) -> Tensor:
+    """Apply TIES to the scaled changes strength·ΔW."""
     if not 0 < density <= 1:
         raise AdapterError(f"density {density:g} must be above 0 and at most 1", fix="give a fraction, for example 0.5")
-    if method.startswith("dare"):
-        trimmed = [_dropped(t, density, seed, f"{name}/{i}") for i, t in enumerate(tau)]
-    else:
-        trimmed = [_largest(t, density) for t in tau]
-    total = _total(trimmed)
-    if not method.endswith("ties"):
-        return total
-    sign = total.sign()
-    count = torch.zeros_like(total)
-    agreed = torch.zeros_like(total)
+    trimmed = [_largest(t, density) for t in tau]
+    sign = _total(trimmed).sign()
+    count, agreed = torch.zeros_like(sign), torch.zeros_like(sign)
     for t in trimmed:
         agrees = (t.sign() == sign) & (t != 0)
         agreed += t * agrees
@@ -222,11 +210,6 @@ def _largest(t: Tensor, density: float) -> Tensor:
     return torch.where(t.abs() >= edge, t, 0.0)
 
 
-def _dropped(t: Tensor, density: float, seed: int, name: str) -> Tensor:
-    keep = torch.rand(t.shape, generator=seeded(seed, name)).to(t.device) < density
-    return torch.where(keep, t / density, 0.0)
-
-
 # -- whole adapters ----------------------------------------------------------------------------------------------------
 
 
@@ -236,7 +219,6 @@ def mix(
     bound: Bound | None = None,
     *,
     density: float = 0.5,
-    seed: int = 0,
     dtype: torch.dtype = torch.float32,
     weights: Weights | None = None,
 ) -> Mixed:
@@ -244,7 +226,7 @@ def mix(
 
     Ranks, scales and targets can differ. Pairs of one module become one pair. A delta that only one
     adapter has keeps its form; several deltas of one parameter add up, gains of one axis to a gain and all
-    others to a dense delta. With a bound, or a method that trims, every delta of a weight is folded into
+    others to a dense delta. With a bound, or TIES, every delta of a weight is folded into
     its module's pair. Full copies and token rows are mixed as W + Σ strength·(copy − W), which needs no W
     if the strengths add up to 1. Learned words are copied, at strength 1 only.
 
@@ -254,7 +236,7 @@ def mix(
         raise AdapterError(f"there is no method {method!r}", fix=", ".join(METHODS))
     if not adapters:
         raise AdapterError("there is nothing to mix", fix="name at least one adapter")
-    return _Mix(adapters, method, bound, density, seed, dtype, weights or (lambda name: None)).run()
+    return _Mix(adapters, method, bound, density, dtype, weights or (lambda name: None)).run()
 
 
 @dataclass
@@ -263,7 +245,6 @@ class _Mix:
     method: str
     bound: Bound | None
     density: float
-    seed: int
     dtype: torch.dtype
     weights: Weights
     out: Mixed = field(default_factory=lambda: Mixed(Adapter()))
@@ -273,7 +254,7 @@ class _Mix:
     @property
     def folds(self) -> bool:
         """Whether every change of a weight becomes part of its module's pair."""
-        return self.bound is not None or self.method in _ENTRYWISE
+        return self.bound is not None or self.method == "ties"
 
     def run(self) -> Mixed:
         for kind in ("pairs", "deltas", "modules", "token_rows"):
@@ -325,8 +306,7 @@ class _Mix:
         if weight_deltas or any(p.magnitude is not None for p, _ in pairs):
             self._dense_pair(name, pairs, weight_deltas)
             return
-        how: dict[str, Any] = {"density": self.density, "seed": self.seed, "dtype": self.dtype}
-        out, part = mix_pairs(pairs, self.method, self.bound, name=name, **how)
+        out, part = mix_pairs(pairs, self.method, self.bound, density=self.density, name=name, dtype=self.dtype)
         self.out.adapter.pairs[name], self.out.parts[name] = out, part
 
     def _dense_pair(self, name: str, pairs: list[tuple[Pair, float]], weight_deltas: list[tuple[Delta, float]]) -> None:
@@ -352,8 +332,8 @@ class _Mix:
         if self.method == "orthogonal" and len(parts) > 1:
             raise AdapterError("the method orthogonal takes low-rank changes only", fix="use sum with a bound, or ties")
         answer = truth
-        if self.method in _ENTRYWISE:
-            answer = _trimmed(parts, self.method, self.density, self.seed, name)
+        if self.method == "ties":
+            answer = _ties(parts, self.density)
         if self.bound is None and len(pairs) == 1 and self.method == "svd":
             bound = Bound(rank=pairs[0][0].rank)
         else:
@@ -394,7 +374,7 @@ class _Mix:
                 self._dense_pair(module, [], deltas)
             return
         first, strength = deltas[0]
-        as_is = self.method not in _ENTRYWISE and (strength == 1 or first.magnitude is None)
+        as_is = self.method != "ties" and (strength == 1 or first.magnitude is None)
         if len(deltas) == 1 and as_is:
             out = replace(first, scale=first.scale * strength)
             based = out.form in BASED or out.magnitude is not None
@@ -402,19 +382,19 @@ class _Mix:
             self.out.adapter.deltas[name], self.out.parts[name] = out, MixedModule(0, norm, 0.0)
             return
         axes = {d.parts["value"].ndim for d, _ in deltas if d.form == "gain"}
-        if all(d.form == "gain" for d, _ in deltas) and len(axes) == 1 and self.method not in _ENTRYWISE:
+        if all(d.form == "gain" for d, _ in deltas) and len(axes) == 1 and self.method != "ties":
             value = torch.stack([d.parts["value"].double() * (d.scale * s) for d, s in deltas]).sum(0)
             self.out.adapter.deltas[name] = Delta("gain", {"value": value.to(self.dtype)}, first.shape)
             self.out.parts[name] = MixedModule(0, 0.0, 0.0)
             return
-        if all(d.form == "replacement" for d, _ in deltas) and self.method not in _ENTRYWISE:
+        if all(d.form == "replacement" for d, _ in deltas) and self.method != "ties":
             self._replacements(name, [(d, d.scale * s) for d, s in deltas])
             return
         parts = [self._delta(name, d) * s for d, s in deltas]
         truth = _total(parts)
         answer = truth
-        if self.method in _ENTRYWISE:
-            answer = _trimmed(parts, self.method, self.density, self.seed, name)
+        if self.method == "ties":
+            answer = _ties(parts, self.density)
         value = answer.to(self.dtype)
         self.out.adapter.deltas[name] = Delta("dense", {"value": value}, tuple(value.shape))
         self.out.parts[name] = MixedModule(0, float(truth.norm()), float((value.double() - truth).norm()))
