@@ -184,7 +184,7 @@ def left_over(whole: Whole) -> dict[str, int]:
     whole.idle()
     engine, service = whole.engine, whole.built.service
     wait_for(lambda: engine.residents.stats().waiting == 0)
-    assert not service.shadows.running
+    assert not service.shadows
     assert not engine.runner.sequences
     assert engine.runner.attached <= set(engine.residents.resident())
     used = sum(each.bytes for each in engine.residents.resident_adapters())

@@ -50,6 +50,11 @@ class ResolvedModel:
     trained: bool = False
     trial: bool = False
 
+    @property
+    def label(self) -> str:
+        """The name in metrics: the adapter's, or "mix"."""
+        return "mix" if len(self.mix) > 1 else self.target
+
     def as_trial(self) -> ResolvedModel:
         """The same, as a trial in the Studio."""
         return replace(self, trial=True, shadow=None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from tests.serve.http.toy import Live, Noting, ToyCatalog, ToyEngine, ToyTenancy
 from veneer.library.library import open_library
 from veneer.serve.access import ModelCard, OpenAccess, ShadowAnswer
 from veneer.serve.http.surfaces.adapters import adapter_bodies, adapter_routes
-from veneer.serve.principal import Principal
 from veneer.serve.request import Finished, Request, Usage
 from veneer.serve.settings import HttpSettings
 from veneer.serve.upload_stage import UploadStage
@@ -86,26 +84,6 @@ def test_adapters_beyond_the_cap_are_counted_as_other(text: ToyText) -> None:
     names = {labels.split(",")[0] for name, labels in found if name == "veneer:adapter_requests_total"}
     assert names == {"a0", "a1", "a2", "a3", "a4", "other"}
     assert found["veneer:adapter_requests_total", "other,stop"] == 18
-
-
-@dataclass
-class Crowd(ToyTenancy):
-    """Each key is a tenant; `admin` is the operator's."""
-
-    async def authenticate(self, key: str | None, user: str | None = None) -> Principal:
-        return Principal("operator") if key == "admin" else Principal("tenant" if key else "open", key or "", user=user)
-
-
-def test_tenants_have_series_up_to_the_cap(text: ToyText) -> None:
-    with live(ToyEngine(text), ToyCatalog(), Crowd(), settings=HttpSettings(metric_adapters=3)) as server:
-        for n in range(7):
-            assert server.post("/v1/chat/completions", {**CHAT, "max_tokens": 9}, f"t{n}").status_code == 200
-        found = samples(server.get("/metrics", "admin").text)
-    assert {labels for name, labels in found if name == "veneer:tenant_requests_total"} == {
-        f"length,{t}" for t in ("t0", "t1", "t2", "other")
-    }
-    assert found["veneer:tenant_requests_total", "length,other"] == 4
-    assert found["veneer:tenant_generation_tokens_total", "t0"] == 9
 
 
 # -- tenants -----------------------------------------------------------------------------------------------------------
@@ -218,7 +196,7 @@ def test_an_interrupted_shadow_counts_as_failed(text: ToyText) -> None:
     class Breaks(ToyEngine):
         async def events(self, request: Request) -> Any:
             async for event in super().events(request):
-                if request.id.endswith("-shadow"):
+                if "-shadow" in request.id:
                     yield Finished("cancelled", Usage(1, 0, 0))
                     return
                 yield event
@@ -233,8 +211,8 @@ def test_an_interrupted_shadow_counts_as_failed(text: ToyText) -> None:
     with live(engine, ToyCatalog(), Kept()) as server:
         assert server.post("/v1/chat/completions", {**CHAT, "model": "stable", "max_tokens": 9}, "acme").is_success
         wait_for(lambda: answers)
-    assert answers[0].error == "its answer was cancelled"
-    by = {request.id.endswith("-shadow"): request for request in engine.seen}
+    assert answers[0].error == "the server is shutting down"
+    by = {"-shadow" in request.id: request for request in engine.seen}
     assert (by[False].tenant, by[False].weight) == ("acme", 1.0)
     assert by[True].tenant != "acme"
     assert by[True].weight < 1

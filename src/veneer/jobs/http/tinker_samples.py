@@ -34,7 +34,7 @@ from veneer.serve.access import ResolvedModel
 from veneer.serve.http.answers import TextAnswer, TextJob, run
 from veneer.serve.http.bodies import Strict
 from veneer.serve.http.errors import Json, as_refused, message_of
-from veneer.serve.http.service import ChosenMix, Service
+from veneer.serve.http.service import Service
 from veneer.serve.names.adapter_sources import AdapterLocation
 from veneer.serve.quota import QuotaHold
 from veneer.serve.request import Refused, invalid
@@ -192,9 +192,8 @@ def _job(call: Call, source: SamplerSource, body: SampleBody) -> TextJob:
         )
     except ConfigError as error:
         raise invalid(error.what, error.where, error.fix) from error
-    return TextJob(
-        call.principal, ChosenMix(_resolved(call, source), "tinker"), [prompt], sampling, choices=body.num_samples
-    )
+    model, n = _resolved(call, source), body.num_samples
+    return TextJob(call.principal, model, [prompt], sampling, choices=n, label="tinker")
 
 
 def _resolved(call: Call, source: SamplerSource) -> ResolvedModel:

@@ -20,13 +20,24 @@ from typing import Any, Generic, TypeVar
 
 from starlette.requests import Request as HttpRequest
 
-from veneer.serve.access import BEHIND, SHADOWS, ShadowAnswer
-from veneer.serve.http.errors import as_refused, message_of, problem_of
+from veneer.serve.access import BEHIND, SHADOWS, ResolvedModel, ShadowAnswer, shadow_id
+from veneer.serve.http.errors import as_refused, log, problem_of
 from veneer.serve.http.metrics import Meter
-from veneer.serve.http.service import ChosenMix, Service
+from veneer.serve.http.service import Service
 from veneer.serve.http.sse import EventStream, client_left
 from veneer.serve.principal import Principal
-from veneer.serve.request import EngineEvent, Finished, Refused, Request, Sampling, Started, Token, Usage, shutting_down
+from veneer.serve.request import (
+    DigestMix,
+    EngineEvent,
+    Finished,
+    Refused,
+    Request,
+    Sampling,
+    Started,
+    Token,
+    Usage,
+    shutting_down,
+)
 
 T = TypeVar("T")
 IndexedEvent = tuple[int, EngineEvent]
@@ -43,11 +54,12 @@ class TextJob:
 
     One answer for each (prompt, sampling), in order. `choices`: answers to each prompt; answer i belongs to
     prompt i // choices. `cache_salt`: the client's salt; only prompts with the same salt share cached blocks.
-    `keep`: gets the texts of all answers once complete; `keep_shadow`: the shadow's.
+    `keep`: gets the texts of all answers once complete; `keep_shadow`: the shadow's. `label`: the name in metrics,
+    if not the model's.
     """
 
     principal: Principal
-    selection: ChosenMix
+    model: ResolvedModel
     prompts: Sequence[tuple[int, ...]]
     sampling: Sampling
     choices: int = 1
@@ -55,15 +67,16 @@ class TextJob:
     keep: Callable[[Sequence[str]], None] | None = None
     keep_shadow: Callable[[Sequence[str]], None] | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    label: str = ""
 
     def requests(self, scope: str = "") -> list[Request]:
         """The engine requests. `scope`: the cache scope from the tenancy."""
         salt = json.dumps([scope, self.cache_salt]) if scope or self.cache_salt else ""
-        principal, model, seed = self.principal, self.selection.model, self.sampling.seed
+        principal, seed = self.principal, self.sampling.seed
         more: dict[str, Any] = {
-            "tenant": principal.tenant,
+            "tenant": BEHIND if principal is SHADOWS else principal.tenant,
             "weight": principal.weight,
-            "name": model.name,
+            "name": self.model.name,
             "salt": salt,
         }
         requests: list[Request] = []
@@ -72,7 +85,7 @@ class TextJob:
                 sampling = self.sampling
                 if k and seed is not None:
                     sampling = replace(sampling, seed=(seed + k) % 2**63)
-                requests.append(Request(prompt, sampling, model.mix, id=f"{self.id}-{len(requests)}", **more))
+                requests.append(Request(prompt, sampling, self.model.mix, id=f"{self.id}-{len(requests)}", **more))
         return requests
 
 
@@ -130,11 +143,11 @@ async def run(service: Service, job: TextJob) -> AsyncGenerator[IndexedEvent, No
 
     Raises Refused if any of them fails.
     """
-    requests = job.requests(service.tenancy.shares(job.principal, job.selection.model))
+    requests = job.requests(service.tenancy.shares(job.principal, job.model))
     usages = [Usage(0, 0, 0) for _ in requests]
     admitted = service.tenancy.admitted(
         job.principal,
-        job.selection.model,
+        job.model,
         request=job.id,
         prompt_tokens=sum(map(len, job.prompts)),
         max_tokens=job.sampling.max_tokens * len(requests),
@@ -142,7 +155,7 @@ async def run(service: Service, job: TextJob) -> AsyncGenerator[IndexedEvent, No
     async with admitted as bill:
         queue: asyncio.Queue[tuple[int, EngineEvent | Exception]] = asyncio.Queue()
         tasks = [asyncio.create_task(_pump(service, job, r, i, queue, usages)) for i, r in enumerate(requests)]
-        shadow = _shadow(service, job, requests[0])
+        shadow = _shadow(service, job, requests[0].salt)
         texts = [""] * len(requests)
         going = len(requests)
         billed = False
@@ -186,7 +199,9 @@ async def _pump(
 
     Also keeps its usage so far in `usages`.
     """
-    meter, reason = Meter(service.metrics, job.selection.label, job.principal.tenant), "abort"
+    reason, meter = "abort", None
+    if job.principal is not SHADOWS:
+        meter = Meter(service.metrics, job.label or job.model.label)
     try:
         events: Any = service.texts(request)
         async with aclosing(events):
@@ -195,7 +210,8 @@ async def _pump(
                     usages[i] = Usage(len(request.prompt), event.cached, 0)
                 elif isinstance(event, Token):
                     usages[i] = replace(usages[i], completion=usages[i].completion + 1)
-                    meter.token()
+                    if meter is not None:
+                        meter.token()
                 else:
                     usages[i] = event.usage
                     reason = {"cancelled": "abort"}.get(event.reason, event.reason)
@@ -207,7 +223,8 @@ async def _pump(
         reason = "error"
         queue.put_nowait((i, error))
     finally:
-        meter.end(reason, usages[i])
+        if meter is not None:
+            meter.end(reason, usages[i])
 
 
 async def collect(request: HttpRequest, service: Service, job: TextJob) -> list[TextAnswer]:
@@ -287,54 +304,40 @@ _Sent = tuple[str, Usage]
 # -- shadows -----------------------------------------------------------------------------------------------------------
 
 
-def _shadow(service: Service, job: TextJob, request: Request) -> asyncio.Future[_Sent] | None:
-    """Start the shadow's answer to the first prompt.
+def _shadow(service: Service, job: TextJob, salt: str) -> asyncio.Future[_Sent] | None:
+    """Start the shadow's answer to the first prompt, unless too many are running.
 
     Set the future to the sent text to compare both.
     """
-    if job.selection.model.shadow is None:
+    if job.model.shadow is None or len(service.shadows) >= service.settings.shadows:
         return None
-    name, mix = job.selection.model.shadow
     sent: asyncio.Future[_Sent] = asyncio.get_running_loop().create_future()
-    fields: dict[str, Any] = {"tenant": BEHIND, "weight": SHADOWS.weight, "name": name}
-    behind = replace(request, mix=() if isinstance(mix, Refused) else mix, id=f"{request.id}-shadow", **fields)
-    return sent if service.shadows.start(lambda: _run_shadow(service, job, behind, name, sent)) else None
+    task = asyncio.create_task(_run_shadow(service, job, salt, *job.model.shadow, sent))
+    service.shadows.add(task)
+    task.add_done_callback(service.shadows.discard)
+    return sent
 
 
 async def _run_shadow(
-    service: Service, job: TextJob, request: Request, shadow: str, sent: asyncio.Future[_Sent]
+    service: Service, job: TextJob, salt: str, name: str, mix: DigestMix | Refused, sent: asyncio.Future[_Sent]
 ) -> None:
+    """Answer with a route's shadow, under its own bill, and record how its answer compares with the sent one."""
     answer, error = TextAnswer(), ""
-    prompt, most = len(request.prompt), request.sampling.max_tokens
     try:
-        async with service.shadows.admitted(job.selection.model, request=request.id, prompt=prompt, most=most) as bill:
-            try:
-                events: Any = service.texts(request)
-                async with aclosing(events):
-                    async for event in events:
-                        answer.add(event)
-            finally:
-                await bill.used(answer.took(len(request.prompt)))
-        if answer.end is None or answer.end.reason in ("error", "cancelled"):
-            why = answer.end.error if answer.end is not None else None
-            error = message_of(why) if why is not None else "its answer was cancelled"
+        if isinstance(mix, Refused):
+            raise mix
+        model = ResolvedModel(mix, job.model.name, name, adapters=(name,) if mix else ())
+        shadow = TextJob(SHADOWS, model, job.prompts[:1], job.sampling, 1, salt, job.keep_shadow, id=shadow_id(job.id))
+        async with aclosing(run(service, shadow)) as events:
+            async for _, event in events:
+                answer.add(event)
     except Exception as problem:  # a shadow never disturbs its request
         error = problem_of(problem)
+        log.warning("the shadow %s of %s failed (%s): %s", name, job.model.name, job.id, error)
     with suppress(asyncio.CancelledError):
         text, usage = await sent
-        if job.keep_shadow is not None and not error:
-            job.keep_shadow([answer.text])
-        service.shadows.answered(
-            ShadowAnswer(
-                job.id,
-                job.principal.tenant,
-                job.selection.model.name,
-                shadow,
-                job.selection.model.target,
-                text,
-                answer.text,
-                usage,
-                answer.took(len(request.prompt)),
-                error,
-            )
-        )
+        own = answer.took(len(job.prompts[0]))
+        names = (job.id, job.principal.tenant, job.model.name, name, job.model.target)
+        compared = ShadowAnswer(*names, text, answer.text, usage, own, error)
+        service.metrics.shadow(job.model.name, name, compared.outcome)
+        service.tenancy.record_shadow(compared)

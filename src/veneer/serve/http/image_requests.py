@@ -44,10 +44,11 @@ from veneer.models.image.generate import (
     default_settings,
     fitted_picture,
 )
+from veneer.serve.access import ResolvedModel
 from veneer.serve.http.bodies import FAIL_FAST, MixPart, Strict, at_most, body_error, read_body, read_json
 from veneer.serve.http.guard import media_type
 from veneer.serve.http.metrics import Meter
-from veneer.serve.http.service import ChosenMix, Service, service_of
+from veneer.serve.http.service import Service, service_of
 from veneer.serve.pictures.engine import PictureEngine
 from veneer.serve.pictures.request import FinishedPicture, PictureEvent, PictureRequest, PictureStep
 from veneer.serve.principal import Principal
@@ -261,36 +262,36 @@ async def ask_pictures(
     """
     if service.engine.makes != "pictures":
         raise invalid("this server has a text base", fix="use /v1/chat/completions")
-    selection, labels, factors = _select(service, body, principal)
+    model, labels, factors = _select(service, body, principal)
     if trial:
-        selection = replace(selection, model=selection.model.as_trial())
+        model = model.as_trial()
     engine = cast(PictureEngine, service.engine)
     most = service.settings.max_pixels
-    plan = await asyncio.to_thread(_planned, engine, body, principal, selection, labels, factors, most)
-    return plan, _run(service, engine, plan, principal, selection, number)
+    plan = await asyncio.to_thread(_planned, engine, body, principal, model, labels, factors, most)
+    return plan, _run(service, engine, plan, principal, model, number)
 
 
 def _select(
     service: Service, body: ImageBody, principal: Principal
-) -> tuple[ChosenMix, dict[str, str], dict[str, Strength]]:
+) -> tuple[ResolvedModel, dict[str, str], dict[str, Strength]]:
     """The mix, the client's name for each adapter, and factors by block and step, or roles, if any."""
     parts = body.mix
     if parts is None:
-        selection = service.choose(principal, model=body.model)
-        return selection, {digest: selection.model.target for digest, _ in selection.model.mix}, {}
+        model = service.choose(principal, model=body.model)
+        return model, {digest: model.target for digest, _ in model.mix}, {}
     try:
         check_roles((part.adapter, part.factors) for part in parts)
     except VeneerError as error:
         raise invalid(error.what, "mix", error.fix) from error
     mix = [(part.adapter, part.strength) for part in parts]
-    selection = service.choose(principal, model=body.model, mix=mix)
+    model = service.choose(principal, model=body.model, mix=mix)
     factors: dict[str, Strength] = {}
-    for part, digest in zip(parts, selection.model.digests, strict=True):
+    for part, digest in zip(parts, model.digests, strict=True):
         if digest and factors.setdefault(digest, part.factors) != part.factors:
             message = f"{quoted(part.adapter)} is named twice with different blocks, steps or roles"
             raise invalid(message, "mix", "name it once")
-    labels = {digest: part.adapter for part, digest in zip(parts, selection.model.digests, strict=True)}
-    return selection, labels, {digest: factor for digest, factor in factors.items() if factor != Strength()}
+    labels = {digest: part.adapter for part, digest in zip(parts, model.digests, strict=True)}
+    return model, labels, {digest: factor for digest, factor in factors.items() if factor != Strength()}
 
 
 @functools.cache
@@ -300,13 +301,12 @@ def _warn_of_shadow(route: str) -> None:
 
 
 async def _run(
-    service: Service, engine: PictureEngine, plan: DrawingPlan, principal: Principal, selection: ChosenMix, number: str
+    service: Service, engine: PictureEngine, plan: DrawingPlan, principal: Principal, model: ResolvedModel, number: str
 ) -> AsyncGenerator[IndexedPicture, None]:
     """The engine's events, under the principal's limits.
 
     Completed work is billed however it ends. Shadows compare texts only: a route's shadow is logged and left out.
     """
-    model = selection.model
     if model.shadow is not None:
         _warn_of_shadow(model.name)
     positions = engine.positions(plan.requests[0].settings)
@@ -315,7 +315,7 @@ async def _run(
         principal, model, request=number, prompt_tokens=plan.text_tokens, max_tokens=positions * len(usages)
     )
     async with admitted as bill:
-        meters = [Meter(service.metrics, selection.label, principal.tenant) for _ in usages]
+        meters = [Meter(service.metrics, model.label) for _ in usages]
         reasons = ["abort"] * len(usages)
         billed = False
         try:
@@ -369,7 +369,7 @@ def _planned(
     engine: PictureEngine,
     body: ImageBody,
     principal: Principal,
-    selection: ChosenMix,
+    model: ResolvedModel,
     labels: dict[str, str],
     factors: dict[str, Strength],
     most: int,
@@ -380,7 +380,7 @@ def _planned(
     """
     base = engine.base
     notes: list[str] = []
-    for part, digest in zip(body.mix or (), selection.model.digests, strict=False):
+    for part, digest in zip(body.mix or (), model.digests, strict=False):
         if not digest and part.factors != Strength():
             label = "role" if part.campaign else "blocks and steps"
             notes.append(f"{part.adapter} is the base: its {label} {'has' if part.campaign else 'have'} no effect")
@@ -422,7 +422,7 @@ def _planned(
         body.prompt,
         settings,
         body.negative_prompt,
-        mix=selection.model.mix,
+        mix=model.mix,
         factors=resolved,
         labels=labels,
         inputs={

@@ -1,7 +1,7 @@
 """Prometheus metrics: vLLM's names where the meaning is the same, and a few per adapter.
 
-An adapter's name is a label only for the first `adapters` names, likewise tenants; the rest are counted as
-"other", and requests with several adapters as "mix". So the number of series is bounded.
+An adapter's name is a label only for the first `adapters` names; the rest are counted as "other", and
+requests with several adapters as "mix". So the number of series is bounded.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Metrics:
     ) -> None:
         """Create the series. `ledger`: its state, on a server that has a ledger."""
         self.registry = registry = CollectorRegistry()
-        self.limit, self._named, self._tenants = adapters, set[str](), set[str]()
+        self.limit, self._named = adapters, set[str]()
         self.labels = (model, "0")
         registry.register(_Engine(self, stats, ledger))
         self.histograms = {
@@ -83,7 +83,13 @@ class Metrics:
         )
         for reason in ("stop", "length", "abort", "error"):
             self.ended.labels(*self.labels, reason)
-        self.by_adapter, self.by_tenant = self._counters("adapter"), self._counters("tenant")
+        self.answers = Counter(
+            "veneer:adapter_requests", "Answers, by adapter.", ("adapter", "reason"), registry=registry
+        )
+        self.prompts, self.generated = (
+            Counter(f"veneer:adapter_{kind}", f"{text}, by adapter.", ("adapter",), registry=registry)
+            for kind, text in (("prompt_tokens", "Prompt tokens"), ("generation_tokens", "Generated tokens"))
+        )
         self.first_by_adapter = Histogram(
             "veneer:adapter_time_to_first_token_seconds",
             "Seconds to the first token, of each adapter.",
@@ -97,24 +103,12 @@ class Metrics:
             "veneer:requests_refused", "Requests answered with an error.", ("code",), registry=registry
         )
 
-    def _counters(self, label: str) -> tuple[Counter, Counter, Counter]:
-        """Counters of answers (also by finish reason), prompt tokens and generated tokens."""
-        answers = Counter(
-            f"veneer:{label}_requests", f"Answers, by {label}.", (label, "reason"), registry=self.registry
-        )
-        prompts, generated = (
-            Counter(f"veneer:{label}_{kind}", f"{text}, by {label}.", (label,), registry=self.registry)
-            for kind, text in (("prompt_tokens", "Prompt tokens"), ("generation_tokens", "Generated tokens"))
-        )
-        return answers, prompts, generated
-
-    def label(self, name: str, *, tenant: bool = False) -> str:
-        """The label of an adapter or tenant: its name while there is room, else "other"."""
-        names = self._tenants if tenant else self._named
-        if name not in names:
-            if len(names) >= self.limit:
+    def label(self, name: str) -> str:
+        """The label of an adapter: its name while there is room, else "other"."""
+        if name not in self._named:
+            if len(self._named) >= self.limit:
                 return "other"
-            names.add(name)
+            self._named.add(name)
         return name
 
     def shadow(self, route: str, name: str, outcome: str) -> None:
@@ -125,16 +119,10 @@ class Metrics:
 
 
 class Meter:
-    """Measures one answer; call `end` once, however it ended.
+    """Measures one answer; call `end` once, however it ended."""
 
-    `tenant`: with "", no per-tenant metrics are recorded.
-    """
-
-    def __init__(self, metrics: Metrics, adapter: str, tenant: str = "") -> None:
+    def __init__(self, metrics: Metrics, adapter: str) -> None:
         self.metrics, self.adapter = metrics, metrics.label(adapter)
-        self.counters = [(self.adapter, metrics.by_adapter)]
-        if tenant:
-            self.counters.append((metrics.label(tenant, tenant=True), metrics.by_tenant))
         self.arrived = self.last = time.perf_counter()
         self.first: float | None = None
         self.tokens = 0
@@ -153,10 +141,9 @@ class Meter:
     def end(self, reason: str, usage: Usage) -> None:
         metrics = self.metrics
         metrics.ended.labels(*metrics.labels, reason).inc()
-        for name, (answers, prompts, generated) in self.counters:
-            answers.labels(name, reason).inc()
-            prompts.labels(name).inc(usage.prompt)
-            generated.labels(name).inc(usage.completion)
+        metrics.answers.labels(self.adapter, reason).inc()
+        metrics.prompts.labels(self.adapter).inc(usage.prompt)
+        metrics.generated.labels(self.adapter).inc(usage.completion)
         if reason not in ("stop", "length"):
             return
         observed = {

@@ -4,82 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from starlette.requests import Request as HttpRequest
 
-from veneer.serve.access import SHADOWS, Bill, ResolvedModel, ShadowAnswer, Tenancy
+from veneer.serve.access import ResolvedModel, Tenancy
 from veneer.serve.engine.admission import Admission, AdmittedRequest
-from veneer.serve.http.errors import log
 from veneer.serve.http.guard import principal_of
 from veneer.serve.http.metrics import Metrics
 from veneer.serve.http.prompts import Prompts, TokenizedBase
 from veneer.serve.principal import Principal
 from veneer.serve.quota import Quotas
-from veneer.serve.request import Engine, EngineEvent, Refused, Request, check_strengths, invalid, not_ready
+from veneer.serve.request import Engine, EngineEvent, Request, check_strengths, invalid, not_ready
 from veneer.serve.settings import HttpSettings
 from veneer.serve.upload_stage import UploadStage
 
 if TYPE_CHECKING:
     from veneer.serve.names.catalog import Catalog
-
-
-# -- parts -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ChosenMix:
-    """A request's mix. `label`: the adapter's name for metrics, or "mix"."""
-
-    model: ResolvedModel
-    label: str
-
-
-class Shadows:
-    """Runs shadow requests.
-
-    `most`: shadow answers at a time; beyond that, requests run without a shadow.
-    """
-
-    def __init__(self, tenancy: Tenancy, metrics: Metrics, most: int) -> None:
-        self.tenancy, self.metrics, self.most = tenancy, metrics, most
-        self.running: set[asyncio.Task[None]] = set()
-
-    def start(self, work: Callable[[], Coroutine[Any, Any, None]]) -> bool:
-        """Run `work` in the background.
-
-        Returns False, and does nothing, if `most` are running.
-        """
-        if len(self.running) >= self.most:
-            return False
-        task = asyncio.create_task(work())
-        self.running.add(task)
-        task.add_done_callback(self.running.discard)
-        return True
-
-    def admitted(
-        self, model: ResolvedModel, *, request: str, prompt: int, most: int
-    ) -> AbstractAsyncContextManager[Bill]:
-        """Admit the answer of a route's shadow, under its own bill.
-
-        Raises Refused if not possible.
-        """
-        assert model.shadow is not None
-        name, mix = model.shadow
-        if isinstance(mix, Refused):
-            raise mix
-        shadow_model = ResolvedModel(mix, model.name, name, adapters=(name,) if mix else ())
-        return self.tenancy.admitted(SHADOWS, shadow_model, request=request, prompt_tokens=prompt, max_tokens=most)
-
-    def answered(self, answer: ShadowAnswer) -> None:
-        """Record a shadow's answer or failure in the metrics and the tenancy."""
-        self.metrics.shadow(answer.name, answer.shadow, answer.outcome)
-        if answer.error:  # failures are in the shadow log; this log has the reason
-            log.warning("the shadow %s of %s failed (%s): %s", answer.shadow, answer.name, answer.request, answer.error)
-        self.tenancy.record_shadow(answer)
 
 
 # -- the service -------------------------------------------------------------------------------------------------------
@@ -116,7 +59,7 @@ class Service:
             self.catalog.base, lambda: self.engine.stats(), s.metric_adapters, self.tenancy.ledger_state
         )
         self.admission = _admission(s)
-        self.shadows = Shadows(self.tenancy, self.metrics, s.shadows)
+        self.shadows: set[asyncio.Task[None]] = set()
         self.staging = UploadStage(s.max_adapter)
 
     def use_base(self, engine: Engine[Any, Any], reader: TokenizedBase, settings: HttpSettings) -> None:
@@ -143,25 +86,22 @@ class Service:
         model: str | None = None,
         mix: Sequence[tuple[str, float]] | None = None,
         lora_path: str | None = None,
-    ) -> ChosenMix:
+    ) -> ResolvedModel:
         """The mix that a body names: `model`, `mix`, or SGLang's `lora_path`.
 
         An empty `mix` is the base. `mix` with another name is rejected, and an unknown name is 404, never the
         base. A `model` that names an adapter takes precedence over `lora_path`, as in SGLang.
         """
-        base = self.catalog.base
-        named = model if model and model != base else None
+        named = model if model and model != self.catalog.base else None
         if mix is None:
-            resolved = self.catalog.resolve(named or lora_path or model or "", principal)
-            return ChosenMix(resolved, resolved.target if resolved.mix else base)
+            return self.catalog.resolve(named or lora_path or model or "", principal)
         if named or lora_path:
             fields = [*(["model"] if named else []), "mix", *(["lora_path"] if lora_path else [])]
             raise invalid(f"adapters are named in {len(fields)} fields: {', '.join(fields)}", "mix", "keep one")
         if not mix:
-            return ChosenMix(self.catalog.resolve("", principal), base)
+            return self.catalog.resolve("", principal)
         check_strengths(mix)
-        resolved = self.catalog.resolve_mix(mix, principal)
-        return ChosenMix(resolved, "mix" if len(resolved.mix) > 1 else mix[0][0] if resolved.mix else base)
+        return self.catalog.resolve_mix(mix, principal)
 
     def texts(self, request: Request) -> AsyncIterator[EngineEvent]:
         """The events of a text answer. Raises Refused (400) on an image server."""

@@ -11,13 +11,13 @@ from __future__ import annotations
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from veneer.serve.access import ResolvedModel, shadow_id
 from veneer.serve.engine.admission import AdmittedRequest
 from veneer.serve.http.answers import IndexedEvent, TextJob, run
-from veneer.serve.http.service import ChosenMix, Service
+from veneer.serve.http.service import Service
 from veneer.serve.http.text_bodies import limited, sampling_of
 from veneer.serve.http.tools import ToolUse, message_of_answer
 from veneer.serve.principal import Principal
@@ -27,7 +27,7 @@ from veneer.serve.request import Refused, Sampling, invalid, not_ready
 async def chat_job(
     service: Service,
     principal: Principal,
-    selection: ChosenMix,
+    model: ResolvedModel,
     messages: Sequence[dict[str, Any]],
     sampling: Callable[[int], Sampling],
     admitted: AdmittedRequest,
@@ -45,7 +45,7 @@ async def chat_job(
     variables besides messages and tools. `stores`: whether the answer can be stored for feedback. Raises
     Refused: too much at once (429), a prompt that does not fit the context (400).
     """
-    use, variables, model = use or ToolUse(), variables or {}, selection.model
+    use, variables = use or ToolUse(), variables or {}
     admitted.reserve("answers", n)
     prompt = await service.prompts.of_messages(messages, admitted, use.tools, **variables)
     settings = sampling(service.prompts.fits(prompt, "messages"))
@@ -67,7 +67,7 @@ async def chat_job(
         name = model.shadow[0]
         behind = ResolvedModel(mix, model.name, name, adapters=(name,) if mix else ())
         keep_shadow = keeping(behind, shadow_id(id))
-    return TextJob(principal, selection, [prompt], settings, n, cache_salt, keep, keep_shadow, id)
+    return TextJob(principal, model, [prompt], settings, n, cache_salt, keep, keep_shadow, id)
 
 
 @dataclass(frozen=True)
@@ -118,15 +118,13 @@ async def ask_texts(
             )
 
         if len(request.mix) == 1 and request.mix[0][1] == 1:  # as `model`, so that routes apply
-            selection = service.choose(principal, model=request.mix[0][0])
+            model = service.choose(principal, model=request.mix[0][0])
         else:
-            selection = service.choose(principal, mix=list(request.mix))
-        selection = replace(selection, model=selection.model.as_trial())
+            model = service.choose(principal, mix=list(request.mix))
+        model = model.as_trial()
         if on_resolved is not None:
-            on_resolved(selection.model)
-        job = await chat_job(
-            service, principal, selection, request.messages, sampling, admitted, request.id, n=request.n
-        )
+            on_resolved(model)
+        job = await chat_job(service, principal, model, request.messages, sampling, admitted, request.id, n=request.n)
         async with aclosing(run(service, job)) as events:
             async for event in events:
                 yield event

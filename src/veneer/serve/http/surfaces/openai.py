@@ -91,7 +91,7 @@ def _card(service: Service, card: ModelCard) -> dict[str, Any]:
 async def chat(request: HttpRequest, body: ChatBody) -> Response:
     service, principal = service_of(request), caller_of(request, body.user)
     n = body.choices(service)
-    selection = service.choose(principal, **body.adapters())
+    model = service.choose(principal, **body.adapters())
     use = tool_use(body.tools, body.tool_choice, service.prompts.takes_tools)
 
     def sampling(available: int) -> Sampling:
@@ -101,7 +101,7 @@ async def chat(request: HttpRequest, body: ChatBody) -> Response:
     job = await chat_job(
         service,
         principal,
-        selection,
+        model,
         [message.model_dump(exclude_none=True) for message in body.messages],
         sampling,
         admission_of(request),
@@ -124,7 +124,7 @@ async def completions(request: HttpRequest, body: CompletionBody) -> Response:
     texts = body.texts(service)
     if body.store:  # only conversations are stored
         body.ignore("store")
-    selection = service.choose(principal, **body.adapters())
+    model = service.choose(principal, **body.adapters())
     admitted = admission_of(request)
     admitted.reserve("answers", len(texts) * n)
     echoes = [text for text in texts if isinstance(text, str)]
@@ -144,7 +144,7 @@ async def completions(request: HttpRequest, body: CompletionBody) -> Response:
         prompt_logprobs=bool(body.echo and body.logprobs is not None) or body.prompt_logprobs is not None,
     )
     job = TextJob(
-        principal, selection, prompts, settings, n, body.cache_salt or "", id=f"cmpl-{request.scope['veneer.id']}"
+        principal, model, prompts, settings, n, body.cache_salt or "", id=f"cmpl-{request.scope['veneer.id']}"
     )
     return await _answered(request, service, job, body, _TextFormat(service.prompts, job, body, echoes))
 
@@ -176,7 +176,7 @@ def _head(job: TextJob, kind: str) -> dict[str, Any]:
         "id": job.id,
         "object": kind,
         "created": int(time.time()),
-        "model": job.selection.model.name,
+        "model": job.model.name,
         "system_fingerprint": f"veneer-{__version__}",
     }
 

@@ -108,7 +108,7 @@ async def compatible(request: HttpRequest, body: Generate) -> Response:
 
 async def _job(request: HttpRequest, service: Service, body: Generate) -> TextJob:
     parameters, principal = body.parameters, caller_of(request)
-    selection = service.choose(principal, model=parameters.adapter_id, mix=mix_of(parameters.mix))
+    model = service.choose(principal, model=parameters.adapter_id, mix=mix_of(parameters.mix))
     # As in TGI, any setting that only affects sampling enables sampling.
     sampled = (
         parameters.do_sample
@@ -133,7 +133,7 @@ async def _job(request: HttpRequest, service: Service, body: Generate) -> TextJo
         logprobs=0,
         grammar=None if parameters.grammar is None else parameters.grammar.spec(),
     )
-    return TextJob(principal, selection, [prompt], settings, id=f"gen-{request.scope['veneer.id']}")
+    return TextJob(principal, model, [prompt], settings, id=f"gen-{request.scope['veneer.id']}")
 
 
 # -- answers -----------------------------------------------------------------------------------------------------------
