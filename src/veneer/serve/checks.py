@@ -17,7 +17,6 @@ from typing import Literal, get_args
 
 from veneer.errors import ConfigError, one_of, quoted
 from veneer.library.library import Library, open_library
-from veneer.library.names import check_name
 from veneer.models.config import read_config_json
 from veneer.models.device import check_device_name, check_dtype_name
 from veneer.models.sources import base_outline, is_image_base
@@ -109,7 +108,6 @@ def check_settings(settings: ServeSettings, *, page: bool = False) -> Opened:
         refuse_idle(settings, kind)
     if _tenants_address(settings) is None:
         refuse_ledger(settings.ledger)
-    _check_names(settings)
     opened = open_stores(settings)
     try:
         _check_keyless(settings, opened.store, page)
@@ -200,24 +198,6 @@ def _check_upstream(settings: ServeSettings) -> None:
     if settings.folders:
         purpose = "the upstream reads the library, not folders"
         raise ConfigError(purpose, where="--allow-folder", fix="veneer library add")
-
-
-def _check_names(settings: ServeSettings) -> None:
-    """Raises ConfigError for invalid adapter names.
-
-    Whether adapters fit the base is checked when they are loaded.
-    """
-    names = [each.name for each in settings.preload]
-    base_name = settings.base.rstrip("/").rpartition("/")[2]
-    for name in names:
-        check_name(name, cased=True)
-        if names.count(name) > 1:
-            raise ConfigError(
-                f"{quoted(name)} is named twice", where="--adapter", fix="NAME=REFERENCE with another name"
-            )
-        if name == base_name:
-            message = f"{quoted(name)} is the name of the base"
-            raise ConfigError(message, where=f"--adapter {name}", fix=f"--adapter NAME={name} with another name")
 
 
 def _find(library: Library, reference: str) -> None:
