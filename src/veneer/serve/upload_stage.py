@@ -54,21 +54,10 @@ class StagedAdapter:
     tenant: str
     name: str
     path: Path
-    size: int
-    until: float
-
-
-@dataclass
-class IncomingAdapter:
-    """A file being uploaded."""
-
-    id: str
-    tenant: str
-    name: str
-    path: Path
     file: IO[bytes]
     most: int
     size: int = 0
+    until: float = 0.0
 
     def write(self, chunk: bytes) -> None:
         """Append a chunk. Blocks. Raises Refused (413) beyond `most`."""
@@ -91,7 +80,7 @@ class UploadStage:
     _folder: Path | None = None
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
-    def begin(self, tenant: str, filename: str) -> IncomingAdapter:
+    def begin(self, tenant: str, filename: str) -> StagedAdapter:
         """Start an upload. Blocks. Raises Refused (400) for a file name that no adapter has."""
         last = re.split(r"[/\\]", filename)[-1]
         stem = re.sub(r"[^A-Za-z0-9._-]+", "_", last).strip("._-")
@@ -107,27 +96,26 @@ class UploadStage:
         id = secrets.token_hex(16)
         path = self._home() / id / name
         path.parent.mkdir()
-        return IncomingAdapter(id, tenant, name, path, path.open("wb"), self.most)
+        return StagedAdapter(id, tenant, name, path, path.open("wb"), self.most)
 
-    def keep(self, incoming: IncomingAdapter) -> StagedAdapter:
+    def keep(self, staged: StagedAdapter) -> StagedAdapter:
         """Finish an upload, dropping the tenant's oldest files if needed. Blocks.
 
         Raises Refused (400) for an archive without an adapter.
         """
-        incoming.file.close()
-        if not incoming.size:
+        staged.file.close()
+        if not staged.size:
             raise invalid("the body is empty", None, "send the file as the body")
-        path, size = incoming.path, incoming.size
-        if incoming.name.lower().endswith(".zip"):
-            path = incoming.path.parent / "adapter"
-            path.mkdir()
-            size = _unpack(incoming.path, path, self.most)
-            incoming.path.unlink()
-        staged = StagedAdapter(incoming.id, incoming.tenant, incoming.name, path, size, self.clock() + _LIFETIME)
+        if staged.name.lower().endswith(".zip"):
+            archive, staged.path = staged.path, staged.path.parent / "adapter"
+            staged.path.mkdir()
+            staged.size = _unpack(archive, staged.path, self.most)
+            archive.unlink()
+        staged.until = self.clock() + _LIFETIME
         with self._lock:
             same_tenant = [each for each in self._staged.values() if each.tenant == staged.tenant]
             self._staged[staged.id] = staged
-        while same_tenant and sum(each.size for each in same_tenant) + size > _TENANTS_ROOM * self.most:
+        while same_tenant and sum(each.size for each in same_tenant) + staged.size > _TENANTS_ROOM * self.most:
             self.drop(same_tenant.pop(0))
         return staged
 
@@ -140,13 +128,12 @@ class UploadStage:
             raise Refused("there is no such file", status=404, code="not_found", fix=fix)
         return staged
 
-    def drop(self, upload: StagedAdapter | IncomingAdapter) -> None:
+    def drop(self, upload: StagedAdapter) -> None:
         """Delete an upload. Blocks."""
         with self._lock:
             self._staged.pop(upload.id, None)
             folder = self._folder
-        if isinstance(upload, IncomingAdapter):
-            upload.file.close()
+        upload.file.close()
         if folder is not None:
             shutil.rmtree(folder / upload.id, ignore_errors=True)
 
