@@ -139,24 +139,12 @@ def _tokenizer(tokenizer: Any, vocabulary: int, ends: tuple[int, ...]) -> LLToke
     return LLTokenizer(raw.to_str(), n_vocab=vocabulary, eos_token=list(ends) or tokenizer.eos_token_id)
 
 
-_WORDS = {
-    "NoExtensionBias": "nothing can begin to match it: does it refer to itself and to nothing else?",
-    "LexerTooComplex": "its expressions are too large to follow",
-    "ParserTooComplex": "the grammar has too many alternatives",
-    "InternalError": "it cannot be followed",
-}
-"""Explanations of the reasons for which an llguidance matcher stops."""
-
-
 def _refused(message: str) -> Refused:
-    """An error with llguidance's first line or our own explanation.
-
-    Excludes llguidance's internal state.
-    """
-    first = message.strip().splitlines()[0].strip()[:300] if message.strip() else "it cannot be followed"
+    """An error with llguidance's first line, without llguidance's internal state."""
+    first = [*message.strip().splitlines(), ""][0].partition("<")[0].strip()[:300]
+    if not first or first.isalnum():  # llguidance's name for a reason
+        first = "it cannot be followed"
     if "regex parse error:" in first:
         why = re.search(r"^error: (.+)$", message, re.MULTILINE)
         first = f"a regular expression in it cannot be read{': ' + why[1][:200] if why else ''}"
-    first = next((ours for theirs, ours in _WORDS.items() if theirs in message.partition("<grammar>")[0]), first)
-    message = first.partition("<state>")[0].strip()
-    return invalid(f"the grammar cannot be used: {message}", "response_format")
+    return invalid(f"the grammar cannot be used: {first}", "response_format")
