@@ -40,7 +40,7 @@ from veneer.errors import AdapterError, ConfigError, UnsafeFileError, quoted
 from veneer.formats.convert import layout_ending
 from veneer.library.describe_files import card_picture, card_prompt, card_sample, gain_of
 from veneer.library.library import Added, Library, NotInLibrary
-from veneer.library.queries import AdapterFamily, Order, Version
+from veneer.library.queries import Order, Version
 from veneer.serve.access import Tenancy
 from veneer.serve.engine.admission import FairPool, SharedQuantity
 from veneer.serve.http.bodies import Body, BodyRoute, at_most
@@ -162,20 +162,12 @@ def adapter_routes(library: Library, stage: UploadStage, tenancy: Tenancy) -> AP
             finally:
                 await asyncio.to_thread(stage.drop, staged)
 
-    @router.get("/v1/adapters/{reference:path}", summary="Get an adapter with its relatives.")
+    @router.get("/v1/adapters/{reference:path}", summary="Get an adapter.")
     async def show(request: HttpRequest, reference: str) -> Response:
         principal = caller_of(request)
 
-        def show() -> dict[str, Any]:
-            version = _visible_version(library, principal, reference)
-            changeable = principal.can_change(version.name)
-            relatives = _visible_family(library.family(version.reference), principal)
-            more = (
-                {"checks": library.checks(version.reference), "files": _files(library, version)} if changeable else {}
-            )
-            return {**_adapter_json(version, principal), "family": relatives, **more}
-
-        return Json(await _read(show))
+        version = await _read(lambda: _visible_version(library, principal, reference))
+        return Json(_adapter_json(version, principal))
 
     @router.patch(
         "/v1/adapters/{reference:path}",
@@ -482,21 +474,6 @@ def _bounded(value: Any) -> Any:
         more = [f"… and {len(value) - _ITEMS} more"] if len(value) > _ITEMS else []
         return [*map(_bounded, value[:_ITEMS]), *more]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _visible_family(family: AdapterFamily, principal: Principal) -> dict[str, list[str]]:
-    return {
-        relation: [
-            each
-            for each in names
-            if principal.can_see(each) and (principal.can("operate") or relation != "unknown_parents")
-        ]
-        for relation, names in family.names().items()
-    }
-
-
-def _files(library: Library, version: Version) -> dict[str, dict[str, Any]]:
-    return {n: {"sha256": sha256, "bytes": size} for n, (sha256, size) in library.files(version.entry).items()}
 
 
 def _one_file(source: Path, folder: Path, stem: str, to: Layout | None, base: str) -> Path:
