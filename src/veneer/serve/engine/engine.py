@@ -242,14 +242,8 @@ class TextEngine(Engine[Request, EngineEvent]):
         if not prompt:
             raise invalid("the prompt is empty", "prompt")
         if prompt + most > self.context:
-            raise Refused(
-                f"This model's maximum context length is {self.context} tokens. However, you requested "
-                f"{prompt + most} tokens ({prompt} in the messages, {most} in the completion).",
-                status=400,
-                code="context_exceeded",
-                param="messages",
-                fix="shorten the prompt or max_tokens",
-            )
+            message = f"the context has {self.context} tokens; the prompt has {prompt}, and max_tokens is {most}"
+            raise Refused(message, status=400, code="context_exceeded", fix="shorten the prompt or max_tokens")
         if wrong := [t for t in request.prompt if not 0 <= t < self.vocabulary]:
             raise invalid(f"token {wrong[0]} is not in this base's vocabulary of {self.vocabulary:,}", "prompt")
         if self.here - len(self.scheduler.running) >= self.settings.queue:

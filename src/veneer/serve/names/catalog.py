@@ -318,8 +318,9 @@ class Catalog:
 
     def _check_free(self, name: str, replace: bool) -> None:
         if name in self._loaded and not replace:
-            message = f"an adapter named {quoted(name)} has already been loaded"
-            raise Refused(message, status=400, code="adapter_exists", param="lora_name", fix="replace it, or unload it")
+            message = f"The lora adapter '{name}' has already been loaded. "  # as in vLLM
+            message += "If you want to load the adapter in place, set 'load_inplace' to True."
+            raise Refused(message, status=400, code="adapter_exists", param="lora_name")
 
     def _check_library(self, name: str, digest: str, replace: bool) -> None:
         """Raises Refused if the name would hide a different library adapter.
@@ -335,7 +336,6 @@ class Catalog:
                 status=400,
                 code="adapter_exists",
                 param="lora_name",
-                where="library",
                 fix="use another name, or set load_inplace",
             )
         _log.warning("%r now names the loaded adapter instead of the library's %s", name, version.reference)

@@ -47,14 +47,7 @@ class Unload(Body):
     summary="Serve an adapter from the library under a name.",
 )
 async def load(request: HttpRequest, body: Load) -> Response:
-    try:
-        await _load(request, body, "Both 'lora_name' and 'lora_path' must be provided.")
-    except Refused as error:
-        if error.code != "adapter_exists" or error.where:  # else vLLM's own message applies
-            raise
-        message = f"The lora adapter '{body.lora_name}' has already been loaded. "
-        message += "If you want to load the adapter in place, set 'load_inplace' to True."
-        raise Refused(message, status=400, code="adapter_exists", param="lora_name") from error
+    await _load(request, body, "Both 'lora_name' and 'lora_path' must be provided.")
     text = f"Success: LoRA adapter '{body.lora_name}' added successfully."
     return PlainTextResponse(text, headers=body.headers)
 
