@@ -197,10 +197,9 @@ class AdapterSources:
     # -- reading -----------------------------------------------------------------------------------------------------
 
     def keep(self, digest: str, location: AdapterLocation) -> None:
-        """Read the adapter with this digest from `location` unless the library has the adapter.
+        """Read the adapter with this digest from `location`, also after its name is unloaded or removed.
 
-        Used for adapters that are not in the library, and for loaded names; the newest `_MOST_LOCATIONS`.
-        Running requests can read them after an unload.
+        Keeps the newest `_MOST_LOCATIONS`.
         """
         with self._lock:
             self._loaded.pop(digest, None)
@@ -217,8 +216,9 @@ class AdapterSources:
         return self._files(self._location(digest))
 
     def _location(self, digest: str) -> AdapterLocation:
-        version = self.find_version(digest)
-        location = self._loaded.get(digest) if version is None else location_of(version)
+        location = self._loaded.get(digest)
+        if location is None and (version := self.find_version(digest)) is not None:
+            location = location_of(version)
         if location is None:
             raise unusable("not_found", f"no adapter has the digest {digest}", status=404)
         return location

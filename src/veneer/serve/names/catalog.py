@@ -32,7 +32,7 @@ from veneer.errors import ConfigError, quoted
 from veneer.library.names import check_name, name_of, parse_tuned
 from veneer.serve.access import ModelCard, ResolvedModel, Routes
 from veneer.serve.names.adapter_cache import ResidentAdapter
-from veneer.serve.names.adapter_sources import AdapterSources, Problems, unusable
+from veneer.serve.names.adapter_sources import AdapterSources, Problems, location_of, unusable
 from veneer.serve.principal import Principal
 from veneer.serve.request import DigestMix, Refused, check_strengths, invalid, make_mix, not_ready
 
@@ -200,6 +200,7 @@ class Catalog:
             raise unusable("corrupt", f"{quoted(name)} could not be read when it was added to the library")
         if version.fingerprint not in ("", self.fingerprint):
             raise unusable("wrong_base", f"{quoted(name)} belongs to {version.base or version.fingerprint}")
+        self.sources.keep(version.digest, location_of(version))
         return _Meaning(name, version.digest, version.reference)
 
     def check(self, name: str) -> None:
