@@ -69,13 +69,6 @@ class Shop:
         self.jobs.finish(lease, result={"reference": reference})
         return job
 
-    def add_versions(self, count: int) -> None:
-        """Add versions of acme/support, each with another adapter."""
-        for n in range(count):
-            pair = Pair(torch.full((1, 4), 2.0 + n), torch.ones(4, 1), 1.0)
-            write_folder(Adapter({"layer": pair}), self.folder / f"version {n}")
-            self.library.add(self.folder / f"version {n}", "acme/support")
-
     def events(self, job: Job, kind: str) -> list[Any]:
         return [event for event in self.jobs.events("acme", job.id, limit=10_000)[0] if event.kind == kind]
 
@@ -203,46 +196,3 @@ def test_job_is_compared_with_the_serving_version(shop: Shop, monkeypatch: pytes
     assert json.dumps(card_scores["serving"]) == json.dumps(event.data["scores"]["serving"])
     rollback_job(shop.jobs, shop.tenants, "acme", second.id)
     assert shop.targets() == {"targets": {"acme/support@1": 1}, "shadow": None}
-
-
-@pytest.mark.parametrize(
-    ("before", "rule", "scores", "now"),
-    [
-        (1, {}, None, 1), (1, RULE, BETTER, 2), (1, RULE, WORSE, 1), (1, RULE, None, 1),
-        (None, {}, None, 2), (None, RULE, BETTER, 2), (None, RULE, WORSE, None)
-    ],
-)  # fmt: skip
-def test_alias_follows_the_promotion_rule(
-    shop: Shop, before: int | None, rule: Any, scores: Any, now: int | None
-) -> None:
-    """A kill moves the alias once; then a person promotes and rolls back."""
-
-    def points() -> int | None:
-        versions = shop.library.search(name="acme/support", all_versions=True)
-        return next((version.version for version in versions if "prod" in version.aliases), None)
-
-    shop.add_versions(2)
-    if before is not None:
-        shop.library.alias(f"acme/support@{before}", "prod")
-    job = shop.finished_job("acme/support@2", scores, {"alias": "prod", **rule}, serving=before)
-    assert points() == now
-    assert len(shop.events(job, "alias")) == 1
-    for _ in range(2):
-        placement = promote_job(shop.jobs, None, "acme", job.id)
-    assert (points(), placement.text) == (2, "acme/support@prod points to acme/support@2")
-    assert placement.json == {"alias": "acme/support@prod", "version": "acme/support@2"}
-    rollback_job(shop.jobs, None, "acme", job.id)
-    assert points() == before
-    with pytest.raises(ConfigError, match="is not where job"):
-        rollback_job(shop.jobs, None, "acme", job.id)
-
-
-def test_alias_moved_by_another_is_unchanged(shop: Shop) -> None:
-    shop.add_versions(3)
-    shop.library.alias("acme/support@2", "prod")
-    job = shop.finished_job("acme/support@3", BETTER, {"alias": "prod", **RULE}, serving=1)
-    (event,) = shop.events(job, "alias")
-    assert (event.level, "was changed since" in event.message) == ("warn", True)
-    assert shop.library.find("acme/support@prod").version == 2
-    with pytest.raises(ConfigError, match="did not move acme/support@prod"):
-        rollback_job(shop.jobs, None, "acme", job.id)

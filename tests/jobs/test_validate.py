@@ -88,7 +88,7 @@ def test_plan_includes_the_evaluations_completions(
     """On a CPU, the plan has sampling's peak if training's is lower; a peak over the memory is refused."""
 
     def asked(*metrics: str) -> Job:
-        about = {"after": {"evaluate": {"metrics": metrics}, "alias": "prod"}}
+        about = {"after": {"evaluate": {"metrics": metrics}, "alias": None}}
         store.create("acme", small_config(folder), name="support", about=about)
         lease = store.acquire("validator", 60, "validating")
         assert lease is not None

@@ -13,7 +13,6 @@ from fastapi import APIRouter, FastAPI
 
 from tests.serve.http.toy import ToyCatalog, ToyEngine, ToyText, toy_app
 from veneer.jobs.http.files import file_routes
-from veneer.jobs.http.graders import grader_routes
 from veneer.jobs.http.samples import sample_routes
 from veneer.jobs.http.tinker import training_routes
 from veneer.jobs.http.tinker_samples import sampling_routes
@@ -84,7 +83,6 @@ def app() -> Iterator[FastAPI]:
         file_routes(nothing),
         tuning_routes(nothing),
         sample_routes(nothing),
-        grader_routes(),
         training_routes(nothing),
         sampling_routes(nothing),
         weights_routes(nothing),

@@ -92,7 +92,7 @@ def show(job: _Id, tenant: _Tenant = None, as_json: AsJson = False) -> None:
     with _opened() as store:
         details = store.get(tenant, job)
         bill, points = store.bill(tenant, job), store.checkpoints(tenant, job)
-        after = store.events_of(tenant, job, "evaluation", "route", "alias")
+        after = store.events_of(tenant, job, "evaluation", "route")
     if as_json:
         more = {"checkpoints": [point.__dict__ for point in points], "bill": None if bill is None else bill.__dict__}
         more["after"] = [event.__dict__ for event in after]
@@ -184,7 +184,7 @@ def keep(
 
 @app.command(epilog="Example: veneer jobs promote ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w")
 def promote(job: _Id, tenant: _Tenant = None, tenants: TenantsDatabase = None, as_json: AsJson = False) -> None:
-    """Point the job's route or alias to the job's adapter, for all users."""
+    """Point the job's route to the job's adapter, for all users."""
     from veneer.jobs.canary import promote_job
 
     _moved(job, tenant, tenants, as_json, promote_job)
@@ -192,7 +192,7 @@ def promote(job: _Id, tenant: _Tenant = None, tenants: TenantsDatabase = None, a
 
 @app.command(epilog="Example: veneer jobs rollback ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w")
 def rollback(job: _Id, tenant: _Tenant = None, tenants: TenantsDatabase = None, as_json: AsJson = False) -> None:
-    """Restore the previous targets of the job's route or alias, for the same users."""
+    """Restore the previous targets of the job's route, for the same users."""
     from veneer.jobs.canary import rollback_job
 
     _moved(job, tenant, tenants, as_json, rollback_job)

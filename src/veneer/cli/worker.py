@@ -31,11 +31,8 @@ def worker(
     ] = None,
     gpus: Annotated[int, typer.Option("--gpus", min=1, help="GPUs per job.")] = 1,
     executor: Annotated[
-        str, typer.Option("--executor", help="Where jobs run: local (this machine), ray or kubernetes.")
+        str, typer.Option("--executor", help="Where jobs run: local (this machine) or kubernetes.")
     ] = "local",
-    ray_address: Annotated[
-        str, typer.Option("--ray-address", envvar="RAY_ADDRESS", help="With ray: URL of the Ray dashboard.")
-    ] = "http://127.0.0.1:8265",
     image: Annotated[str, typer.Option("--image", help="With kubernetes: container image with veneer installed.")] = "",
     namespace: Annotated[str, typer.Option("--namespace", help="With kubernetes: namespace of the Jobs.")] = "default",
     claim: Annotated[
@@ -65,13 +62,9 @@ def worker(
     from veneer.serve.tenancy.store import tenants_at
 
     forbid_inspection()
-    one_of(executor, ("local", "ray", "kubernetes"), "an executor", "--executor")
+    one_of(executor, ("local", "kubernetes"), "an executor", "--executor")
     selected: Executor
-    if executor == "ray":
-        from veneer.jobs.ray import RayExecutor
-
-        selected = RayExecutor(ray_address, gpus=gpus if gpu else 0)
-    elif executor == "kubernetes":
+    if executor == "kubernetes":
         from veneer.jobs.kubernetes import KubernetesExecutor
 
         if not image:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import suppress
-from functools import partial
 from typing import TYPE_CHECKING
 
 from veneer.errors import ConfigError
@@ -38,7 +37,6 @@ def training(
     from veneer.jobs.account import TrainingAccount
     from veneer.jobs.files import open_files
     from veneer.jobs.http.files import file_routes, large_bodies
-    from veneer.jobs.http.graders import grader_of, grader_routes
     from veneer.jobs.http.samples import sample_routes
     from veneer.jobs.http.tinker import TinkerRoutes, training_routes
     from veneer.jobs.http.tinker_samples import sampling_routes
@@ -67,9 +65,8 @@ def training(
             with suppress(asyncio.CancelledError):
                 await task
 
-    queue = TuningQueue(jobs, files, tenants, partial(grader_of, sandbox=sandbox))
-    routers = [file_routes(files), tuning_routes(queue)]
-    routers += [sample_routes(jobs), grader_routes(service.settings.quotas, sandbox=sandbox)]
+    queue = TuningQueue(jobs, files, tenants, sandbox)
+    routers = [file_routes(files), tuning_routes(queue), sample_routes(jobs)]
     routers += [training_routes(tinker), sampling_routes(tinker)]
     routers += [weights_routes(tinker), signed_routes(tinker)]
     return Extension(routers, large_bodies(files), (FILES,), start, stop)

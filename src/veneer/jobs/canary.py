@@ -1,7 +1,7 @@
-"""Canary release: compare a job's adapter, move its route or alias, roll back.
+"""Canary release: compare a job's adapter, move its route, roll back.
 
     compared = compare_job(store, lease, tenants, result, base)     scores of base, serving, new; on the card
-    place_job(store, lease, tenants, reference, compared)           moves the route or alias, as the rule says
+    place_job(store, lease, tenants, reference, compared)           moves the route, as the rule says
 
     promote_job(store, tenants, "acme", job)                        manually: all users
     rollback_job(store, tenants, "acme", job)                       restores the targets from before the job
@@ -11,8 +11,7 @@
 | met            | all users |
 | not met        | no user; with `shadow` it answers as a shadow; the serving version stays |
 
-Without a serving version, the comparison uses the base, and the first accepted version gets all users. An
-alias points to one version: without a rule, a person moves it, unless the alias does not exist yet.
+Without a serving version, the comparison uses the base, and the first accepted version gets all users.
 
 Each action is an event of the job, written before the next action, and the route's history says which
 revisions are the job's, so that a worker can continue after a kill. An action that fails (the route was moved
@@ -35,7 +34,7 @@ from veneer.jobs.post_training import AfterJob, CanaryRoute, HeldOut, held_out_r
 from veneer.jobs.store import Job, JobEvent, JobLease, JobStore, LeaseLost, WrongState
 from veneer.jobs.validate import after_section, error_json, is_retryable, job_config
 from veneer.library.database import reading
-from veneer.library.library import Library, NotInLibrary
+from veneer.library.library import Library
 from veneer.serve.tenancy import routes
 from veneer.serve.tenancy.store import Route, Store, UnknownName
 from veneer.train.config.text import TrainConfig
@@ -74,15 +73,14 @@ def compare_job(
 def place_job(
     store: JobStore, lease: JobLease, tenants: Store | None, reference: str, compared: Mapping[str, Any] | None
 ) -> None:
-    """Move the job's route or alias once, for the adapter `reference`.
+    """Move the job's route once, for the adapter `reference`.
 
     Raises LeaseLost and transient errors."""
     after = after_section(lease.job)
-    if after is None or (after.route is None and after.alias is None):
+    if after is None or after.route is None:
         return
-    kind = "alias" if after.route is None else "route"
-    place = partial(_apply_promotion, lease.job, after, store.library, tenants, reference, compared)
-    _do_once(store, lease, kind, f"the {kind} stays as it is", place)
+    place = partial(_apply_promotion, lease.job, after, after.route, store.library, tenants, reference, compared)
+    _do_once(store, lease, "route", "the route stays as it is", place)
 
 
 def _do_once(store: JobStore, lease: JobLease, kind: str, failure: str, do: Callable[[], JobEvent]) -> JobEvent:
@@ -129,8 +127,6 @@ def _compare(
         serving = serving_version(route, job.name)
         data |= {"route": after.route.name, "move": number}
         data["serving"] = None if serving is None else library.find(serving).reference
-    elif after.alias is not None:
-        data["serving"] = _version(library, f"{job.name}@{after.alias}")
     mixes: dict[str, list[tuple[str, float]]] = {"base": [], "new": [(str(adapter), 1.0)]}
     if data["serving"] is not None:
         mixes["serving"] = [(str(library.resolve(data["serving"])), 1.0)]
@@ -181,13 +177,13 @@ def _write_card(folder: Path, data: Mapping[str, Any]) -> None:
 def _apply_promotion(
     job: Job,
     after: AfterJob,
+    route: CanaryRoute,
     library: Library,
     tenants: Store | None,
     reference: str,
     compared: Mapping[str, Any] | None,
 ) -> JobEvent:
-    """Move the route or alias as the promotion rule says, and return the event."""
-    kind, name = ("alias", f"{job.name}@{after.alias}") if after.route is None else ("route", after.route.name)
+    """Move the route as the promotion rule says, and return the event."""
     rule, met, text, refusal = after.promote, None, "", ""
     if after.evaluate is not None and compared is None:
         refusal = "it was not compared"
@@ -195,38 +191,11 @@ def _apply_promotion(
         met = None if compared is None else rule.holds(compared["scores"])
         text = f"`{rule}` is {'met' if met else 'not met'}: "
         refusal = f"`{rule}` could not be decided" if met is None else ""
-    data: dict[str, Any] = {}
+    data: dict[str, Any] = {"route": route.name, "reference": reference, "promoted": False}
     if refusal:
-        text = f"{refusal}: {name} stays as it is"
-    elif after.route is None:
-        action, data = _move_alias(name, library, reference, compared, met)
-        text += action
-    else:
-        action, data = _move_route(job, after.route, library, _require(tenants), reference, compared, met)
-        text += action
-    return JobEvent("info", kind, text, {kind: name, "reference": reference, "promoted": False, **data})
-
-
-def _version(library: Library, name: str) -> str | None:
-    """Return the reference that an alias points to; None if the alias does not exist."""
-    try:
-        return library.find(name).reference
-    except NotInLibrary:
-        return None
-
-
-def _move_alias(
-    name: str, library: Library, reference: str, compared: Mapping[str, Any] | None, met: bool | None
-) -> tuple[str, dict[str, Any]]:
-    current, serving = _version(library, name), None if compared is None else compared["serving"]
-    if not met and not (met is None and serving is None and current in (None, reference)):
-        return f"{name} stays as it is", {}
-    if current not in (serving, reference):  # `reference`: moved before a kill
-        fix = "veneer jobs promote, if the alias is to point to the job's adapter"
-        raise ConfigError(f"{name} was changed since {reference} was compared", where="after.alias", fix=fix)
-    library.alias(reference, name.rpartition("@")[2])
-    text = f"{name} points to {reference}" + ("" if serving is None else f" instead of {serving}")
-    return text, {"before": serving, "promoted": True}
+        return JobEvent("info", "route", f"{refusal}: {route.name} stays as it is", data)
+    action, moved = _move_route(job, route, library, _require(tenants), reference, compared, met)
+    return JobEvent("info", "route", text + action, data | moved)
 
 
 def _move_route(
@@ -284,18 +253,13 @@ def _own_revisions(job: Job, history: list[dict[str, Any]]) -> set[int]:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a job's route or alias points, as text and as JSON values."""
+    """Where a job's route points, as text and as JSON values."""
 
     text: str
     json: Mapping[str, Any]
 
 
-def _alias_placement(name: str, version: str | None) -> Placement:
-    text = f"{name} points to {version}" if version else f"{name} was removed: it did not exist before the job"
-    return Placement(text, {"alias": name, "version": version})
-
-
-def _route_placement(name: str, route: Route | None) -> Placement:
+def _placement(name: str, route: Route | None) -> Placement:
     if route is None:
         return Placement(f"{name} was removed: it did not exist before the job", {"route": None})
     targets = ", ".join(target for target, _ in route.targets)
@@ -303,48 +267,32 @@ def _route_placement(name: str, route: Route | None) -> Placement:
 
 
 def promote_job(store: JobStore, tenants: Store | None, tenant: str | None, job_id: str) -> Placement:
-    """Point the job's route or alias to the job's adapter, for all users.
+    """Point the job's route to the job's adapter, for all users.
 
     Raises UnknownJob, WrongState, ConfigError."""
-    job, after = _job_with_target(store, tenant, job_id)
+    job, name = _job_and_route(store, tenant, job_id)
     if job.result is None:
-        raise WrongState(
-            f"job {job.id} is {job.state}", where="job", fix="only a job that has succeeded can be promoted"
-        )
-    reference, library = str(job.result["reference"]), store.library
-    data: dict[str, Any] = {"promoted": True}
-    if after.route is not None:
-        tenant_store, kind, name = _require(tenants), "route", after.route.name
-        _, current = _current(tenant_store, job.tenant, name)
-        if current is not None and current.targets == ((reference, 1),) and current.shadow is None:
-            return _route_placement(name, current)
-        actor = f"job {job.id} by hand"
-        revision = routes.set_route(
-            tenant_store, name, [(reference, 1)], tenant=job.tenant, actor=actor, check=library.find
-        )
-        placement = _route_placement(name, revision)
-    else:
-        kind, name = "alias", f"{job.name}@{after.alias}"
-        previous, placement = _version(library, name), _alias_placement(name, reference)
-        if previous == reference:
-            return placement
-        library.alias(reference, name.rpartition("@")[2])
-        data["before"] = previous
-    store.add_event(job.tenant, job.id, JobEvent("info", kind, f"promoted: {placement.text}", {kind: name, **data}))
+        fix = "only a job that has succeeded can be promoted"
+        raise WrongState(f"job {job.id} is {job.state}", where="job", fix=fix)
+    reference, tenant_store = str(job.result["reference"]), _require(tenants)
+    _, current = _current(tenant_store, job.tenant, name)
+    if current is not None and current.targets == ((reference, 1),) and current.shadow is None:
+        return _placement(name, current)
+    options: dict[str, Any] = {"actor": f"job {job.id} by hand", "check": store.library.find}
+    placement = _placement(name, routes.set_route(tenant_store, name, [(reference, 1)], tenant=job.tenant, **options))
+    event = JobEvent("info", "route", f"promoted: {placement.text}", {"route": name, "promoted": True})
+    store.add_event(job.tenant, job.id, event)
     return placement
 
 
 def rollback_job(store: JobStore, tenants: Store | None, tenant: str | None, job_id: str) -> Placement:
-    """Restore the targets of the job's route or alias from before the job.
+    """Restore the targets of the job's route from before the job.
 
-    A route keeps its users. A route or alias that did not exist before the job is removed. Raises UnknownJob,
-    WrongState, and ConfigError if the job did not move the route or alias, or if it was moved again since."""
-    job, after = _job_with_target(store, tenant, job_id)
-    if after.route is not None:
-        kind, placement = "route", _roll_back_route(job, after.route.name, store.library, _require(tenants))
-    else:
-        kind, placement = "alias", _roll_back_alias(store, job, f"{job.name}@{after.alias}")
-    event = JobEvent("info", kind, f"rolled back: {placement.text}", {"promoted": False})
+    The route keeps its users. A route that did not exist before the job is removed. Raises UnknownJob,
+    WrongState, and ConfigError if the job did not move the route, or if it was moved again since."""
+    job, name = _job_and_route(store, tenant, job_id)
+    placement = _roll_back_route(job, name, store.library, _require(tenants))
+    event = JobEvent("info", "route", f"rolled back: {placement.text}", {"promoted": False})
     store.add_event(job.tenant, job.id, event)
     return placement
 
@@ -354,45 +302,28 @@ def _roll_back_route(job: Job, route: str, library: Library, tenants: Store) -> 
     revisions = _own_revisions(job, history)
     number = next((int(move["move"]) for move in history if move["current"]), None)
     if number not in revisions:
+        message = f"{route} is not where job {job.id} moved it" if revisions else f"job {job.id} did not move {route}"
         fix = f"veneer tenant route history {route}" + (f" --tenant {job.tenant}" if job.tenant else "")
-        raise _not_current(job, route, fix, moved=bool(revisions))
+        raise ConfigError(message, where="job", fix=fix)
     before = {int(move["move"]): move["before"] for move in history}
     while number in revisions and before[number] is not None:
         number = int(before[number])
     if number in revisions:
         routes.remove_route(tenants, route, tenant=job.tenant, actor=actor)
-        return _route_placement(route, None)
+        return _placement(route, None)
     revision = routes.rollback_route(
         tenants, route, tenant=job.tenant, actor=actor, moves=revisions, check=library.find
     )
-    return _route_placement(route, revision)
+    return _placement(route, revision)
 
 
-def _roll_back_alias(store: JobStore, job: Job, name: str) -> Placement:
-    library = store.library
-    moved = [event.data for event in store.events_of(None, job.id, "alias") if event.data.get("promoted")]
-    if not moved or _version(library, name) != (job.result or {}).get("reference"):
-        raise _not_current(job, name, f"veneer library alias, or show {job.name}", moved=bool(moved))
-    previous = moved[-1]["before"]
-    if previous is None:
-        library.remove(name)
-    else:
-        library.alias(previous, name.rpartition("@")[2])
-    return _alias_placement(name, previous)
+def _job_and_route(store: JobStore, tenant: str | None, job_id: str) -> tuple[Job, str]:
+    """Return a job and the name of its `after` section's route.
 
-
-def _not_current(job: Job, name: str, fix: str, *, moved: bool) -> ConfigError:
-    message = f"{name} is not where job {job.id} moved it" if moved else f"job {job.id} did not move {name}"
-    return ConfigError(message, where="job", fix=fix)
-
-
-def _job_with_target(store: JobStore, tenant: str | None, job_id: str) -> tuple[Job, AfterJob]:
-    """Return a job and its `after` section, which has a route or an alias.
-
-    Raises UnknownJob, and WrongState if the section has neither."""
+    Raises UnknownJob, and WrongState without a route."""
     job = store.get(tenant, job_id)
     after = after_section(job)
-    if after is None or (after.route is None and after.alias is None):
-        fix = "a section `after` with a route in its file; or veneer tenant route set, veneer library alias"
-        raise WrongState(f"job {job.id} has no route and no alias", where="job", fix=fix)
-    return job, after
+    if after is None or after.route is None:
+        fix = "a section `after` with a route in its file; or veneer tenant route set"
+        raise WrongState(f"job {job.id} has no route", where="job", fix=fix)
+    return job, after.route.name

@@ -5,7 +5,7 @@
     executor.stop(place), .stop(place, hard=True)       SIGTERM, to save and exit; SIGKILL
 
 An executor starts, polls and stops processes. The queue manages leases. This module schedules nothing across
-machines: use Ray or Kubernetes for several machines.
+machines: use Kubernetes for several machines.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ The section is validated before training.
       evaluate: {data: held-out.jsonl, metrics: [exact_match, loss]}     default data: the validation rows
       route: {name: acme/support, weight: 0.1, shadow: true}             canary next to the serving version
       promote: {metric: exact_match, against: serving, by: 0.01}         without: promote manually
-      alias: prod                                                        instead of a route: support@prod
 
 A new version is promoted if its metric is better than the metric of `against` (serving or base) by at least
 `by`, in the metric's own unit. `jobs.canary` executes the section.
@@ -23,7 +22,6 @@ from typing import Any, Literal
 import pydantic
 
 from veneer.errors import ConfigError, bullets, first_few, nearest, one_of, quoted
-from veneer.library.names import check_alias
 from veneer.serve.tenancy.store import ALL, Route, Store, check_route_name
 from veneer.train.config.load import RunConfig, config_from, load_config, read_sections
 from veneer.train.config.section import SOURCES
@@ -97,11 +95,10 @@ class PromotionRule(_Section):
 
 
 class AfterJob(_Section):
-    """The section `after`. `alias`: alias of the adapter's name, instead of a route."""
+    """The section `after`."""
 
     evaluate: HeldOut | None = None
     route: CanaryRoute | None = None
-    alias: str | None = None
     promote: PromotionRule | None = None
 
     def on(self, data: list[str]) -> AfterJob:
@@ -170,12 +167,9 @@ def check_after(after: AfterJob, config: RunConfig, name: str, tenant: str, tena
     `name`: name of the job's adapter. Raises ConfigError if an action would fail after training, whatever the
     rows."""
     rule = after.promote
-    if after.route is not None and after.alias is not None:
-        raise ConfigError("a route and an alias: a job moves one of them", where="after", fix="leave one out")
-    if after.route is None and after.alias is None and (after.evaluate is None or rule is not None):
-        fix = "route: {name: support, weight: 0.1}, or alias: prod"
-        message = "there is no route or alias to promote to" if rule else "there is nothing to do after the job"
-        raise ConfigError(message, where="after", fix=fix)
+    if after.route is None and (after.evaluate is None or rule is not None):
+        message = "there is no route to promote on" if rule else "there is nothing to do after the job"
+        raise ConfigError(message, where="after", fix="route: {name: support, weight: 0.1}")
     if after.evaluate is not None:
         if not isinstance(config, TrainConfig):
             fix = "leave it out, and promote by hand: veneer jobs promote"
@@ -188,8 +182,6 @@ def check_after(after: AfterJob, config: RunConfig, name: str, tenant: str, tena
         if rule.metric not in metrics:
             fix = f"evaluate: {{metrics: [{', '.join([*metrics, rule.metric])}]}}"
             raise ConfigError(f"{rule.metric} decides and is not measured", where="after.promote", fix=fix)
-    if after.alias is not None:
-        check_alias(after.alias)
     if after.route is not None:
         check_route_name(after.route.name)
         _check_owner(after.route.name, tenant, tenants)

@@ -182,7 +182,7 @@ class JobEvent:
     """An event of a job.
 
     level: info, warn or error
-    kind: state, note, preflight, metrics, validation, sample, checkpoint, evaluation, route or alias
+    kind: state, note, preflight, metrics, validation, sample, checkpoint, evaluation or route
     data: by kind:
         metrics: step, total steps, metrics
         sample: `file`, in the run's folder

@@ -44,7 +44,9 @@ if TYPE_CHECKING:
 def after_section(job: Job) -> AfterJob | None:
     """Return a job's `after` section, or None."""
     section = job.about.get("after")
-    return None if section is None else AfterJob.model_validate(section)
+    if section is None:
+        return None
+    return AfterJob.model_validate({key: value for key, value in section.items() if key != "alias"})  # of older jobs
 
 
 def has_evaluation(job: Job) -> bool:

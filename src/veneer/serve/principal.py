@@ -26,7 +26,7 @@ from veneer.serve.request import Refused
 Permission = Literal["public", "infer", "read", "metrics", "feedback", "write", "train", "operate", "administer"]
 """public: health, sign in. infer: use the base and visible adapters. read: browse visible adapters in the
 library. metrics: /metrics. feedback: rate answers. write: add, change and remove the principal's own
-adapters. train: the principal's own files, jobs, graders and Tinker sessions. operate: change the server for
+adapters. train: the principal's own files, jobs and Tinker sessions. operate: change the server for
 everybody, read the server's own files. administer: tenants, keys, limits, prices and the audit log.
 """
 _Kind = Literal["stranger", "key", "tenant", "open", "operator"]

@@ -305,7 +305,7 @@ INVALID: list[tuple[dict[str, Any], str | None, str]] = [
     ({"integrations": [{"type": "wandb"}]}, "integrations", "at most 0"),
     ({"extra_body": {"colour": "red"}}, "colour", "colour"),
     (after(rout={}), "after", "rout"),
-    (after(alias="prod"), "after.alias", "each job here creates a new adapter"),
+    (after(alias="prod"), "after", "alias"),
     (after(route={"name": "globex/x"}), "after.route.name", "another tenant"),
     (after(evaluate={}, promote={"metric": "loss"}), "after", "no route"),
     (after(evaluate={"metrics": ["exact_mach"]}), "after.evaluate.metrics", "exact_match"),
@@ -454,14 +454,12 @@ def test_pause_resume_cancel(jobs: Jobs, client: openai.OpenAI) -> None:
     assert missing.value.code == "model_not_found"
 
 
-def test_jobs_are_listed_by_page_and_metadata(client: openai.OpenAI) -> None:
+def test_jobs_are_listed_by_page(client: openai.OpenAI) -> None:
     earlier = [job.id for job in client.fine_tuning.jobs.list()]
-    ids = [created(client, metadata={"n": str(n % 2), "all": "x"}).id for n in range(5)][::-1]
+    ids = [created(client).id for _ in range(5)][::-1]
     assert [job.id for job in client.fine_tuning.jobs.list(limit=2)] == ids + earlier
-    assert [job.id for job in client.fine_tuning.jobs.list(limit=1, metadata={"n": "1"})] == [ids[1], ids[3]]
-    assert client.fine_tuning.jobs.list(metadata={"n": "1", "all": "y"}).data == []
-    page = client.fine_tuning.jobs.list(extra_query={"metadata": "null"}).data
-    assert not {job.id for job in page} & set(ids)
+    with pytest.raises(openai.BadRequestError, match="not filtered"):
+        client.fine_tuning.jobs.list(metadata={"n": "1"})
 
 
 def test_jobs_of_other_tenants_are_404(jobs: Jobs, client: openai.OpenAI) -> None:

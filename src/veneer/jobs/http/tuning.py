@@ -21,10 +21,9 @@ from fastapi import APIRouter, Query
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from veneer.errors import quoted
+from veneer.errors import ConfigError, quoted
 from veneer.jobs.files import Files, UploadedFile
 from veneer.jobs.http.files import openai_page
-from veneer.jobs.http.graders import ParseGrader, grader_of
 from veneer.jobs.http.route import blocking, thread_route
 from veneer.jobs.input_files import LINE_FILES, copy_input, remove_inputs
 from veneer.jobs.openai import (
@@ -55,7 +54,8 @@ from veneer.serve.tenancy.store import Store
 from veneer.train.config.load import config_from
 from veneer.train.config.section import BASE_MODEL
 from veneer.train.records import count_lines
-from veneer.train.rewards.graders import MultiGrader, ScoreModelGrader
+from veneer.train.rewards.graders import MultiGrader, ScoreModelGrader, has_python, parse_grader
+from veneer.train.rewards.sandbox import Sandbox
 
 _TABLE = "the table of jobs"
 _PAGE = 100
@@ -81,7 +81,9 @@ def tuning_routes(queue: TuningQueue) -> APIRouter:
     @router.get("/v1/fine_tuning/jobs", summary="List the caller's jobs, newest first")
     def listed(request: HttpRequest, limit: _Limit = 20, after: _After = None) -> Any:
         tenant = caller_of(request).tenant
-        page_jobs, more = _some(jobs, tenant, after, limit, _metadata(request))
+        if any(key.startswith("metadata") for key in request.query_params):
+            raise invalid("jobs are not filtered by metadata here", "metadata")
+        page_jobs, more = _some(jobs, tenant, after, limit)
         data = [job_to_openai(job, organisation_of(tenant)) for job in page_jobs]
         return {"object": "list", "data": data, "has_more": more}
 
@@ -151,12 +153,12 @@ def tuning_routes(queue: TuningQueue) -> APIRouter:
 class TuningQueue:
     """Queues jobs of OpenAI's route and of the Studio's form.
 
-    `grader`: parses a client's grader."""
+    `sandbox`: runs Python graders; None refuses them."""
 
     def __init__(
-        self, jobs: JobStore, files: Files, tenants: Store | None = None, grader: ParseGrader = grader_of
+        self, jobs: JobStore, files: Files, tenants: Store | None = None, sandbox: Sandbox | None = None
     ) -> None:
-        self.jobs, self.files, self.tenants, self.grader = jobs, files, tenants, grader
+        self.jobs, self.files, self.tenants, self.sandbox = jobs, files, tenants, sandbox
         self.copying = FairPool(1, "veneer-inputs")  # copies inputs: gigabytes, possibly from a remote store
         self.looking = FairPool(1, "veneer-rows")  # reads the beginnings of files
 
@@ -171,8 +173,7 @@ class TuningQueue:
         def do() -> Job:
             grader = None
             if body.reinforced is not None:
-                parsed = self.grader(body.reinforced.grader, "method.reinforcement.grader")
-                grader = _graded_here(service, principal, parsed)
+                grader = _graded_here(service, principal, _parse_grader(body.reinforced.grader, self.sandbox))
             return _create(service, principal, self, body, start, grader, settings)
 
         return await blocking(_TABLE, do, lambda work: self.copying.run(principal.tenant, principal.weight, 1, work))
@@ -195,6 +196,24 @@ def _initial_adapter(service: Service, principal: Principal, model: str) -> str 
     message = f"The model {quoted(model)} is not served here, so it cannot be fine-tuned"
     fix = f"model={base!r}, or a model that was tuned from it"
     raise Refused(message, status=400, code="model_not_available", param="model", fix=fix)
+
+
+def _parse_grader(source: Any, sandbox: Sandbox | None) -> Any:
+    """Parse a client's grader. Blocks.
+
+    Raises Refused for an invalid grader. Refuses a Python grader without a sandbox before parsing any
+    source."""
+    param = "method.reinforcement.grader"
+    if sandbox is None and has_python(source):
+        message, fix = (
+            "this server runs no Python graders",
+            "the operator can allow them: veneer serve --train --python-graders",
+        )
+        raise Refused(message, status=403, code="grader_not_allowed", param=f"{param}.type", fix=fix)
+    try:
+        return parse_grader(source, param)
+    except ConfigError as error:
+        raise invalid(error.what, error.where, error.fix) from error
 
 
 def _graded_here(service: Service, principal: Principal, grader: Any) -> dict[str, Any]:
@@ -302,9 +321,6 @@ def _after(files: Files, id: str, after: AfterJob, uploads: Sequence[UploadedFil
     """Return the requested `after` section with paths of the copied files.
 
     Raises Refused."""
-    if after.alias is not None:
-        message = "each job here creates a new adapter, so an alias cannot move between jobs"
-        raise invalid(message, "after.alias", "use a route: its name stays the same")
     if after.evaluate is None:
         return after
     for key, most in {"limit": _HELD_ROWS, "max_new_tokens": _HELD_TOKENS}.items():
@@ -360,37 +376,14 @@ def _results(jobs: JobStore, files: Files, job: Job) -> list[str]:
     return [id]
 
 
-def _some(
-    jobs: JobStore, tenant: str, after: str | None, limit: int, required: dict[str, str] | None
-) -> tuple[list[Job], bool]:
-    """Return (jobs with this metadata, whether more exist).
-
-    `required`: None for any metadata; empty for jobs without metadata."""
+def _some(jobs: JobStore, tenant: str, after: str | None, limit: int) -> tuple[list[Job], bool]:
+    """Return (jobs that this API created, whether more exist)."""
     if after is not None:
         _job(jobs, tenant, after)
     matches: list[Job] = []
     more = True
     while more and len(matches) <= limit:
         page, more = jobs.jobs(tenant, after=after, limit=_PAGE)
-        matches += [job for job in page if "openai" in job.about and _fits(job.about["openai"]["metadata"], required)]
+        matches += [job for job in page if "openai" in job.about]
         after = page[-1].id if page else after
     return matches[:limit], len(matches) > limit
-
-
-def _fits(metadata: dict[str, str] | None, required: dict[str, str] | None) -> bool:
-    if required is None:
-        return True
-    return required.items() <= (metadata or {}).items() if required else not metadata
-
-
-def _metadata(request: HttpRequest) -> dict[str, str] | None:
-    """Return the metadata filter of a query: `metadata[key]=value`, `metadata=null`.
-
-    `metadata=null` selects jobs without metadata. None: no filter."""
-    parameters = request.query_params
-    if parameters.get("metadata") == "null":
-        return {}
-    required = {
-        key[9:-1]: value for key, value in parameters.items() if key.startswith("metadata[") and key.endswith("]")
-    }
-    return required or None

@@ -62,7 +62,7 @@ from veneer.train.image.save import (
     training_facts,
 )
 from veneer.train.inspect import inspect_run
-from veneer.train.loop import EvalResult, Learner, Micro, memory_errors, peak_memory_bytes, sender
+from veneer.train.loop import EvalResult, Learner, memory_errors, peak_memory_bytes, sender
 from veneer.train.optim import Ema
 from veneer.train.preflight import CACHE, Finding, Report, available_memory, memory_finding, recomputes, used_memory
 from veneer.train.run import NAME, Run, Task, carry_out, due, newest_checkpoint, raise_if_stopped, recipe_of
