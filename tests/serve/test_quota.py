@@ -12,7 +12,7 @@ from veneer.serve.quota import FairThreads, Quotas, current_owner
 from veneer.serve.request import Refused
 from veneer.serve.settings import QuotaLimits
 
-SMALL = QuotaLimits(memory=100, disk=1000, files=3, descriptors=1, requests=2, helper_seconds=10)
+SMALL = QuotaLimits(memory=100, disk=1000, files=3, descriptors=1, requests=2)
 
 
 def test_an_amount_over_a_limit_names_the_limit() -> None:
@@ -65,18 +65,6 @@ def test_threads_never_pass_a_limit_together() -> None:
 
     with ThreadPoolExecutor(8) as pool:
         assert sum(pool.map(take, range(200))) == 50
-
-
-def test_seconds_of_helpers_come_back_with_time() -> None:
-    now = [0.0]
-    quotas = Quotas(SMALL, clock=lambda: now[0])
-    quotas.spend("a", 10.5)
-    quotas.check_helpers("b")
-    with pytest.raises(Refused, match="helper_seconds") as error:
-        quotas.check_helpers("a")
-    assert (error.value.status, error.value.code) == (429, "rate_limited")
-    now[0] += error.value.retry_after + 0.01
-    quotas.check_helpers("a")
 
 
 def test_a_hold_changes_to_an_amount_or_stays() -> None:

@@ -2,16 +2,14 @@
 
     with quotas.take("acme", memory=size, requests=1):    before a body is unpacked, a file stored, work begun
         ...
-    quotas.spend("acme", 2.5)                             seconds that a helper worked for the owner
 
 An owner is a tenant's name, or "" for the operator and for everyone on a server without tenants.
 `QuotaLimits` sets the same limits for every owner. `take` raises Refused and takes nothing if a limit would
-be exceeded, and `check_helpers` raises the last of these:
+be exceeded:
 
     413 too_large         the amount alone is over the limit: it can never be taken
     400 storage_full      no room on disk: the owner has to remove something
     429 overloaded        memory, requests or open files that other requests of the owner release
-    429 rate_limited      the helper seconds of the last ten minutes are used up
 
 Uploaded files and the library's adapters are counted in their databases; `check_stored` compares them with
 the same limits. All blocking work runs in the executor `FairThreads`, which tenants share.
@@ -20,7 +18,6 @@ the same limits. All blocking work runs in the executor `FairThreads`, which ten
 from __future__ import annotations
 
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -31,7 +28,6 @@ from typing import Any, Literal
 from veneer.serve.engine.admission import FairPool
 from veneer.serve.request import Refused
 from veneer.serve.settings import QuotaLimits
-from veneer.serve.tenancy.limits import Window
 
 _Resource = Literal["memory", "disk", "files", "descriptors", "requests"]
 
@@ -40,21 +36,15 @@ _WORDS = {
     "requests": "requests",
 }  # fmt: skip
 _STORED = ("disk", "files")
-_WINDOW = 600.0
-"""Length in seconds of the window in which helper seconds are counted."""
 
 
 class Quotas:
-    """The quotas of one server. Thread-safe; no method blocks.
+    """The quotas of one server. Thread-safe; no method blocks."""
 
-    `clock`: a monotonic clock in seconds.
-    """
-
-    def __init__(self, limits: QuotaLimits | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self.limits, self.clock = limits or QuotaLimits(), clock
+    def __init__(self, limits: QuotaLimits | None = None) -> None:
+        self.limits = limits or QuotaLimits()
         self._lock = threading.Lock()
         self._used: dict[str, Counter[str]] = {}
-        self._helpers: dict[str, Window] = {}
 
     def take(self, owner: str, **amounts: int) -> QuotaHold:
         """Reserve amounts of resources for an owner: all of them, or none with Refused."""
@@ -79,30 +69,6 @@ class Quotas:
     def used(self, owner: str, resource: _Resource) -> int:
         with self._lock:
             return self._used.get(owner, Counter())[resource]
-
-    def spend(self, owner: str, seconds: float) -> None:
-        """Count seconds that a helper (a separate process or thread) worked for an owner."""
-        with self._lock:
-            window = self._helpers.setdefault(owner, Window(_WINDOW))
-            window.add(self.clock(), round(seconds * 1000))
-
-    def check_helpers(self, owner: str) -> None:
-        """Raises Refused (429 rate_limited) if the owner has no helper seconds left."""
-        most = round(self.limits.helper_seconds * 1000)
-        with self._lock:
-            window, now = self._helpers.get(owner), self.clock()
-            over = window.used(now) - most if window else -1
-            wait = window.free_in(now, over + 1) if window and over >= 0 else 0.0
-            for idle in [owner_name for owner_name, each in self._helpers.items() if not each.used(now)]:
-                del self._helpers[idle]
-        if over >= 0:
-            message = f"{_owner(owner)} has used its {self.limits.helper_seconds:,.0f} helper seconds"
-            raise Refused(
-                f"{message} (helper_seconds) in the last {_WINDOW / 60:.0f} minutes",
-                status=429,
-                code="rate_limited",
-                retry_after=wait,
-            )
 
     def _refusal(self, owner: str, amounts: dict[str, int], total: dict[str, int]) -> Refused | None:
         """The error of raising a hold by `amounts` to `total`.

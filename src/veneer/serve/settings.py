@@ -27,9 +27,7 @@ class QuotaLimits:
     for feedback
     files: uploaded files; training clients, their checkpoints and answers stored for feedback
     descriptors: concurrent archive downloads
-    requests: Tinker requests and graders that run, wait, or have a result to fetch
-    helper_seconds: seconds of graders in ten minutes
-    helpers: graders running at once for all owners; `helper_share`: for one owner
+    requests: Tinker requests that run, wait, or have a result to fetch
     threads: threads for blocking work (databases, disks) for all owners; `thread_share`: for one tenant
     jobs: training jobs that are not finished, queued by clients
     metadata: bytes of JSON that a client can attach to a session, a run or a checkpoint
@@ -40,9 +38,6 @@ class QuotaLimits:
     files: int = 100_000
     descriptors: int = 64
     requests: int = 16_384
-    helper_seconds: float = 600.0
-    helpers: int = 8
-    helper_share: int = 2
     threads: int = 32
     thread_share: int = 8
     jobs: int = 1000
