@@ -8,19 +8,17 @@ A copy stays until its job has ended, so a client can delete a file once a job e
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from veneer.errors import DataError
 from veneer.files.rights import private_folder
 from veneer.jobs.files import Files, UploadedFile
-from veneer.jobs.store import UNFINISHED, Job, JobStore, jobs_home
+from veneer.jobs.store import UNFINISHED, JobStore, jobs_home
 from veneer.train.records import read_data_files
 from veneer.train.text.rows import About, Row, UnusableRow, parse_rows
 
@@ -88,23 +86,6 @@ def copy_input(files: Files, id: str, part: str, file: UploadedFile) -> Path:
     folder = _inputs() / id / part
     folder.mkdir(parents=True, exist_ok=True)
     return files.copy_to(file, folder)
-
-
-def input_bytes(job: Job) -> int | None:
-    """Return the total bytes of the files that validating a job reads.
-
-    Returns None if one is not a file on this machine."""
-    data, after = job.config.get("data"), job.about.get("after") or {}
-    sections: list[Any] = [data, after.get("evaluate")]
-    names: list[Any] = []
-    for section in sections:
-        for key in ("train", "validation", "data"):
-            value = section.get(key) if isinstance(section, dict) else None
-            names += [value] if isinstance(value, str) else value if isinstance(value, list | tuple) else []
-    try:
-        return sum(os.stat(str(name)).st_size for name in names)
-    except (OSError, ValueError):
-        return None
 
 
 def remove_inputs(id: str) -> None:

@@ -47,7 +47,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from sqlalchemy import ColumnElement, Connection, Select, case, delete, func, insert, or_, select, update
+from sqlalchemy import Connection, Select, case, delete, func, insert, or_, select, update
 
 from veneer.errors import ConfigError, VeneerError, counted, one_of, quoted, shown
 from veneer.files.rights import private_folder
@@ -87,7 +87,6 @@ _BILLED = frozenset({"succeeded", "cancelled"})
 
 _MAX_UNFINISHED = 1000
 """Maximum number of a tenant's unfinished jobs."""
-_MONTH = 30 * 86400.0
 _MAX_FAULTS = 3
 """Consecutive lost workers or processes without a new checkpoint that fail a job."""
 
@@ -435,21 +434,17 @@ class JobStore:
     def ended_before(self, seconds: float, *states: str) -> list[str]:
         """Return ids of jobs that ended in `states` more than `seconds` ago."""
         with reading(self.engine) as c:
-            return [*c.scalars(select(job_table.c.id).where(*self._ended_before(c, seconds, states)))]
+            ended = job_table.c.state.in_(states), job_table.c.ended < self._now(c) - seconds
+            return [*c.scalars(select(job_table.c.id).where(*ended))]
 
-    def delete_old_metrics(self, seconds: float) -> int:
-        """Delete old metrics events, and return how many.
+    def delete_old_metrics(self, seconds: float) -> None:
+        """Delete metrics events of jobs that ended more than `seconds` ago.
 
-        Deletes events of jobs that ended more than `seconds` ago.
-        The minimum is 30 days, which the database enforces. The job, its other events, checkpoints and bill
-        stay."""
+        The job, its other events, checkpoints and bill stay."""
         e = job_event_table.c
-        with self._transaction() as (c, _):
-            jobs = select(job_table.c.id).where(*self._ended_before(c, max(seconds, _MONTH), ENDS))
-            return c.execute(delete(job_event_table).where(e.kind == "metrics", e.job.in_(jobs))).rowcount
-
-    def _ended_before(self, c: Connection, seconds: float, states: Iterable[str]) -> tuple[ColumnElement[bool], ...]:
-        return job_table.c.state.in_([*states]), job_table.c.ended < self._now(c) - seconds
+        with self._transaction() as (c, now):
+            jobs = select(job_table.c.id).where(job_table.c.ended < now - seconds)
+            c.execute(delete(job_event_table).where(e.kind == "metrics", e.job.in_(jobs)))
 
     def spent(self, tenant: str, since: str = "") -> int:
         """Return the cost in millionths of a tenant's jobs that ended on `since` or later.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import BigInteger, Column, Connection, Float, ForeignKey, Index, Integer, MetaData, Table, Text
+from sqlalchemy import BigInteger, Column, Float, ForeignKey, Index, Integer, MetaData, Table, Text
 
 from veneer.library.database import Key
 from veneer.library.migrate import Schema, append_only
@@ -95,39 +95,12 @@ job_file_table = Table(
 )
 
 
-_FIXED = "events and bills of jobs are append-only"
-_OLD = "OLD.kind = 'metrics' AND EXISTS (SELECT 1 FROM jobs WHERE id = OLD.job AND ended < {now} - 30 * 86400)"
-
-
-def _add_triggers(c: Connection) -> None:
-    """Make events and bills append-only, except metrics 30 days after a job's end."""
-    append_only(c, ("job_events", "job_bills"), "events and bills of jobs are", "job_records_fixed")
-    if c.dialect.name == "postgresql":
-        old = _OLD.format(now="EXTRACT(EPOCH FROM clock_timestamp())")
-        c.exec_driver_sql(
-            "CREATE FUNCTION job_events_fixed() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
-            f"IF TG_OP = 'DELETE' AND {old} THEN RETURN OLD; END IF; RAISE EXCEPTION '{_FIXED}'; END $$"
-        )
-        c.exec_driver_sql("DROP TRIGGER job_events_fixed ON job_events")
-        c.exec_driver_sql(
-            "CREATE TRIGGER job_events_fixed BEFORE UPDATE OR DELETE ON job_events "
-            "FOR EACH ROW EXECUTE FUNCTION job_events_fixed()"
-        )
-        return
-    old = _OLD.format(now="(julianday('now') - 2440587.5) * 86400.0")
-    c.exec_driver_sql("DROP TRIGGER job_events_no_delete")
-    c.exec_driver_sql(
-        f"CREATE TRIGGER job_events_no_delete BEFORE DELETE ON job_events WHEN NOT ({old}) "
-        f"BEGIN SELECT RAISE(ABORT, '{_FIXED}'); END"
-    )
-
-
 JOB_SCHEMA = Schema(
     "the tables of jobs",
     _TABLES,
     Path(__file__).parent / "versions",
     "job_version",
     0x6A6F6273,
-    _add_triggers,
+    lambda c: append_only(c, ("job_bills",), "bills of jobs are", "job_records_fixed"),
     private=True,  # events quote training rows; the preflight event quotes one in full
 )

@@ -10,8 +10,7 @@ valid.
 
 New jobs are validated in separate processes on this machine, while other jobs are trained. A validation has
 limits on memory and time and stops if its job is cancelled. No tenant has more than one validation at a time,
-and the tenant that has waited longest is next. One slot is reserved for jobs with small files, so that large
-files never delay them.
+and the tenant that has waited longest is next.
 """
 
 from __future__ import annotations
@@ -30,7 +29,6 @@ from typing import Any
 from veneer.errors import VeneerError, counted, gigabytes
 from veneer.jobs.account import TrainingAccount
 from veneer.jobs.executors import Executor, ExitStatus, LocalExecutor, remove_handovers
-from veneer.jobs.input_files import input_bytes
 from veneer.jobs.process import process_environment
 from veneer.jobs.store import JobLease, JobStore, LeaseLost, jobs_home
 from veneer.jobs.validate import device_of
@@ -44,12 +42,9 @@ _SWEEP = 3600.0
 """Seconds between two cleanups of ended jobs' files."""
 KEEP_DAYS = {"failed": 30.0, "cancelled": 30.0, "succeeded": 365.0}
 """End state -> days to keep a job's folder; metrics of each step stay as long as folders of succeeded jobs."""
-_VALIDATIONS = 2
-"""Concurrent validations, of which one can have large files."""
-_SMALL = 4 << 20
-"""Total bytes from which a job's files count as large."""
-_SHORTEST, _LONGEST, _RATE = 180.0, 1800.0, 50_000
-"""Seconds of a validation: minimum, maximum; bytes per second above the minimum."""
+_VALIDATIONS = 4
+"""Concurrent validations."""
+_VALIDATION_SECONDS = 1800.0
 
 
 @dataclass
@@ -72,14 +67,8 @@ class _Running:
 
 @dataclass(frozen=True)
 class _Validation:
-    """Limits of a validation.
+    """Limits of a validation: its end on the monotonic clock, and bytes of memory."""
 
-    large: the job's files are large
-    seconds, deadline: time limit, and its end on the monotonic clock
-    max_memory: memory limit in bytes"""
-
-    large: bool
-    seconds: float
     deadline: float
     max_memory: int
 
@@ -144,33 +133,23 @@ class Worker:
 
     def _validate_next(self) -> bool:
         """Start one validation if a slot is free; return whether one was started."""
-        now = [each.validation for each in self._running if each.validation is not None]
-        if len(now) >= _VALIDATIONS:
+        if sum(each.validation is not None for each in self._running) >= _VALIDATIONS:
             return False
         fair: dict[str, Any] = {"state": "validating", "at_once": lambda tenant: 1}
         fair["order"] = lambda tenant: self._served.get(tenant, 0.0)
-        for job in self.store.waiting(**fair):
-            size = input_bytes(job)
-            large = size is None or size > _SMALL
-            if large and any(each.large for each in now):
-                continue
-            lease = self.store.acquire(self.name, self.lease, only=job.id, **fair)
-            if lease is not None:
-                self._start_validation(lease, large, size)
-                return True
-        return False
-
-    def _start_validation(self, lease: JobLease, large: bool, size: int | None) -> None:
+        lease = self.store.acquire(self.name, self.lease, **fair)
+        if lease is None:
+            return False
         import psutil
 
         begun = time.monotonic()
         self._served[lease.job.tenant] = begun
-        seconds = _LONGEST if size is None else min(_LONGEST, _SHORTEST + size / _RATE)
         max_memory = max(1 << 30, int(psutil.virtual_memory().available) // 2)
         self.device = self.device or device_of()
         handle = self._local.start_validation(lease, self.environment, self.device, max_memory)
-        bounds = _Validation(large, seconds, begun + seconds, max_memory)
+        bounds = _Validation(begun + _VALIDATION_SECONDS, max_memory)
         self._running.append(_Running(self._local, lease, handle, begun + self.lease, validation=bounds))
+        return True
 
     def _validation_ended(self, lease: JobLease, bounds: _Validation, status: ExitStatus, stopping: bool) -> None:
         """Settle the job of a validation that has ended.
@@ -182,7 +161,9 @@ class Worker:
             message = f"reading the rows takes more than the limit of {gigabytes(bounds.max_memory)} of memory"
             self.store.finish(lease, error={**error, "message": message, "fix": "use fewer or shorter rows"})
         elif time.monotonic() > bounds.deadline:
-            message = f"reading the rows takes longer than the limit of {counted(round(bounds.seconds / 60), 'minute')}"
+            message = (
+                f"reading the rows takes longer than the limit of {counted(round(_VALIDATION_SECONDS / 60), 'minute')}"
+            )
             fix = "use fewer rows, or fewer messages per row: each answer is read with all messages before it"
             self.store.finish(lease, error={**error, "message": message, "fix": fix})
         elif stopping:

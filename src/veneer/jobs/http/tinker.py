@@ -236,19 +236,25 @@ class TinkerRoutes:
 
     # -- numbered requests ---------------------------------------------------------------------------------------------
 
-    async def submit(self, call: Call, run: TrainingRun, seq: int, kind: str, body: bytes, tokens: int) -> Response:
-        """Accept one numbered request, unless it was accepted before."""
+    async def submit(
+        self, call: Call, run: TrainingRun, seq: int, kind: str, body: bytes, tokens: int = 0, memory: int = 0
+    ) -> Response:
+        """Accept one numbered request, unless it was accepted before.
+
+        `memory`: bytes that the body takes unpacked."""
         async with run.lock:
             if await tinker_blocking(lambda: call.service.is_new(run, seq)):
-                await self._accept(call, run, seq, kind, body, tokens)
+                await self._accept(call, run, seq, kind, body, tokens, memory)
         return future_response(f"{run.id}:{seq}", run.id)
 
-    async def _accept(self, call: Call, run: TrainingRun, seq: int, kind: str, body: bytes, tokens: int) -> None:
+    async def _accept(
+        self, call: Call, run: TrainingRun, seq: int, kind: str, body: bytes, tokens: int, memory: int
+    ) -> None:
         """Reserve what a request costs, and submit the request. Raises Refused."""
         if not kind.startswith("save_"):  # a tenant can still save what it has trained
             await tinker_blocking(lambda: self.account.check_allowed(call.tenant))
         async with AsyncExitStack() as undo:
-            hold = self.take_quota(call, len(body))
+            hold = self.take_quota(call, len(body) + memory)
             undo.callback(hold.release)
             cost = await tinker_blocking(lambda: self.account.reserve(call.tenant, tokens)) if tokens else 0
             undo.push_async_callback(self._give_back, call.tenant, cost)
@@ -409,7 +415,7 @@ def training_routes(state: TinkerRoutes) -> APIRouter:
         data = await request.body()
         head = await tinker_blocking(lambda: read_head(data))
         run = call.service.run(call.tenant, head.model)
-        return await state.submit(call, run, head.seq, "forward", data, head.tokens)
+        return await state.submit(call, run, head.seq, "forward", data, head.tokens, head.memory)
 
     def numbered(kind: str, summary: str) -> None:
         @router.post(f"/{kind}", summary=summary, name=kind)
@@ -423,7 +429,7 @@ def training_routes(state: TinkerRoutes) -> APIRouter:
             seq = body.get("seq_id")
             if type(seq) is not int:
                 raise invalid(f"seq_id is {str(seq)[:50]}", "seq_id", "a whole number from 1 on")
-            return await state.submit(call, run, seq, kind, json.dumps(body).encode(), 0)
+            return await state.submit(call, run, seq, kind, json.dumps(body).encode())
 
     numbered("optim_step", "Step AdamW with the gradients since the last step")
     numbered("save_weights", "Save a checkpoint to continue from")

@@ -30,7 +30,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -51,7 +51,7 @@ from veneer.jobs.tinker.trainer import (
     state_bytes,
     target_names,
 )
-from veneer.jobs.tinker.wire import forward_bytes, read_forward, read_head
+from veneer.jobs.tinker.wire import forward_bytes, read_forward
 from veneer.library.library import Library
 from veneer.models.text.base import TextBase
 from veneer.ops.cpu.memory import give_back
@@ -174,7 +174,6 @@ class TrainingRun:
     turn: float = 0.0
     learner: Learner | None = None
     work: PassWork | None = None
-    unpacked: QuotaHold | None = None
 
     @property
     def next(self) -> _Request | None:
@@ -480,9 +479,7 @@ class TinkerService:
         return sum(used) + size <= self.max_memory
 
     def _begin(self, run: TrainingRun) -> bool:
-        """Execute the next request, or begin a forward request and return True.
-
-        A tenant's memory quota limits its unpacked requests: others wait."""
+        """Execute the next request, or begin a forward request and return True."""
         request = run.next
         assert request is not None
         if request.kind == "refused":
@@ -500,12 +497,6 @@ class TinkerService:
             result = handlers[request.kind](run, body)
             self._finish(run, FutureResult("json", json.dumps(result).encode()))
             return False
-        memory = read_head(request.body).memory
-        evictable = any(other.unpacked is not None and other.tenant == run.tenant for other in list(self.runs.values()))
-        if evictable and not self.quotas.fits(run.tenant, memory=memory):
-            return False
-        run.unpacked = self.quotas.take(run.tenant)
-        run.unpacked.set(memory=memory)
         message, trainer = read_forward(request.body), self._ready_trainer()
         limits = {"vocabulary": trainer.vocabulary, "context": trainer.base.context}
         rows = check_rows(message.rows, message.loss, message.options, **limits)
@@ -544,9 +535,6 @@ class TinkerService:
 
     def _finish(self, run: TrainingRun, result: FutureResult) -> None:
         run.work = None
-        if run.unpacked is not None:
-            run.unpacked.release()
-            run.unpacked = None
         with self._changed:
             run.applied += 1
             request = run.pending.pop(run.applied)
@@ -651,12 +639,12 @@ class TinkerService:
             self._measure(run)
 
     def _measure(self, run: TrainingRun) -> None:
-        """Set the quota hold to a run's files, its adapters in the library, and its state on disk."""
-        saved, live = run.checkpoints.all(), run.session in self.sessions
-        folders = run.checkpoints.folder, self._live_folder(run) / "snapshots"
-        size = sum(_file_bytes(folder) for folder in folders)
-        size += sum(each.bytes for each in saved) + (self._state_bytes(run.lora) if live else 0)
-        run.hold.set(files=live + len(saved), disk=size)
+        """Set the quota hold to a run's checkpoints, states and unnamed weights."""
+        saved, live, state = run.checkpoints.all(), run.session in self.sessions, self._state_bytes(run.lora)
+        states = live + sum(each.id.startswith("weights/") for each in saved)
+        snapshots = len([*(self._live_folder(run) / "snapshots").glob("*")])
+        disk = states * state + snapshots * state // 4 + sum(each.bytes for each in saved)
+        run.hold.set(files=live + len(saved), disk=disk)
 
     def _load(self, run: TrainingRun, body: Mapping[str, Any]) -> dict[str, Any]:
         saved, source = self.saved_state(run.tenant, _value(body, "path", str) or "")
@@ -796,16 +784,6 @@ def _lock_folder(folder: Path) -> int:
         message = "another server on this machine has the training clients of this base"
         raise ConfigError(message, fix="use that server, or give this one a VENEER_HOME of its own") from error
     return lock
-
-
-def _file_bytes(folder: Path) -> int:
-    """Return the bytes of a folder's files. Other threads can remove files meanwhile."""
-    size = 0
-    for path, _, names in os.walk(folder):
-        for name in names:
-            with suppress(FileNotFoundError):
-                size += (Path(path) / name).stat().st_size
-    return size
 
 
 def _value(body: Mapping[str, Any], name: str, kind: type[_T]) -> _T | None:
