@@ -44,7 +44,7 @@ def hub_snapshot(
                 files = snapshot_download(
                     repo, revision=revision or None, allow_patterns=allow, ignore_patterns=ignore, dry_run=True
                 )
-                if missing := sum(file.file_size for file in files if file.will_download):
+                if missing := sum(file.file_size or 0 for file in files if file.will_download):
                     say(f"downloading {repo} ({missing / 1e6:,.0f} MB) from the hub")
         snapshot = snapshot_download(repo, revision=revision or None, allow_patterns=allow, ignore_patterns=ignore)
         if allow is not _FILES and not any(Path(snapshot).glob("*/*.safetensors")):  # only variants exist

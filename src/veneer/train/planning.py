@@ -197,7 +197,8 @@ def plan_of_config(
     if not isinstance(config, TrainConfig):
         assert device is not None
         return _plan_of_images(config, base_fields(config.base.name), device, rows, source_images or 0)
-    r, notes, process, full = config.sampling, (), None, 0
+    r, process, full = config.sampling, None, 0
+    notes: tuple[str, ...] = ()
     answer = 0 if r is None else r.max_tokens
     lengths: Sequence[int]
     if base is not None:

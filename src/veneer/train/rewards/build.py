@@ -76,8 +76,14 @@ def _reward(section: RewardSection, ask: AskModel | None, opened: ExitStack) -> 
     if isinstance(section, JudgeReward):
         return judge_reward(section, _model_of(section, ask, opened))
     if isinstance(section, PythonReward):
-        limits = {"timeout": section.timeout, "memory": section.memory_gb * 1e9, "at_once": section.at_once}
-        function = opened.enter_context(LimitedFunction(section.function, file=section.file, **limits))
+        process = LimitedFunction(
+            section.function,
+            file=section.file,
+            timeout=section.timeout,
+            memory=section.memory_gb * 1e9,
+            at_once=section.at_once,
+        )
+        function = opened.enter_context(process)
         return lambda answers: function.score(
             [(template_sample(answer) | {"messages": list(answer.prompt)}, answer.row) for answer in answers]
         )
