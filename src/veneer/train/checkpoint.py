@@ -426,8 +426,7 @@ def _read_parameters(path: Path, parameters: Mapping[str, Tensor]) -> dict[str, 
     ]
     if wrong:
         raise CheckpointError(
-            f"the checkpoint's parameters are not the run's:\n{bullets(wrong, None)}",
-            where=str(path),
+            f"the checkpoint's parameters are not the run's:\n{bullets(wrong, None)}", where=str(path)
         )
     return tensors
 

@@ -199,19 +199,12 @@ def own_device(device: str, local: int, count: int) -> str:
     Raises ConfigError if there is none."""
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return "cpu"
-    if device not in ("auto", "cuda"):
-        raise ConfigError(
-            f"base.device is {device}, and each of the {count} processes needs its own device",
-            where="base.device",
-            fix="set it to auto, cuda or cpu",
-        )
     having = torch.cuda.device_count()
-    if not having:
-        raise ConfigError(
-            f"base.device is {device}, and this machine has no CUDA device",
-            where="base.device",
-            fix="set it to auto or cpu",
-        )
+    named = device not in ("auto", "cuda")
+    if named or not having:
+        problem = "each process needs its own device" if named else "this machine has no CUDA device"
+        text = f"base.device is {device}, the run has {count} processes, and {problem}"
+        raise ConfigError(text, where="base.device", fix="set it to auto, cuda or cpu")
     if local >= having:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))
         raise ConfigError(

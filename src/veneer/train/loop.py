@@ -166,9 +166,9 @@ class EvalResult:
     @property
     def measures(self) -> dict[str, float]:
         """`extra`, and `token_accuracy` for likelihoods."""
-        return self.extra | (
-            {TOKEN_ACCURACY: self.right / self.trained} if self.right is not None and self.trained else {}
-        )
+        if self.right is None or not self.trained:
+            return self.extra
+        return self.extra | {TOKEN_ACCURACY: self.right / self.trained}
 
     @property
     def loss(self) -> float:
@@ -570,29 +570,23 @@ def _apply(loop: Loop, result: StepResult | None) -> None:
 
 def _check_finite(number: int, nlls: list[float], norm: float, micros: list[Micro], progress: Progress) -> None:
     bad = [micro for nll, micro in zip(nlls, micros, strict=True) if not math.isfinite(nll)]
-    problem = f"the loss of step {number} is not finite" if bad else f"the gradient of step {number} is not finite"
-    if not bad and math.isfinite(norm):
-        return
-    rows = tuple(row for micro in (bad or micros) for row in micro.rows)
-    raise TrainingError(
-        problem,
-        where=f"rows {first_few(rows, _SHOWN)}",
-        fix="look at these rows; lower optimizer.learning_rate, or lengthen schedule.warmup. "
-        f"Steps 1 to {progress.step} were good; no later state was saved",
-    )
+    if bad or not math.isfinite(norm):
+        rows = tuple(row for micro in (bad or micros) for row in micro.rows)
+        raise TrainingError(
+            f"the {'loss' if bad else 'gradient'} of step {number} is not finite",
+            where=f"rows {first_few(rows, _SHOWN)}",
+            fix="look at these rows; lower optimizer.learning_rate, or lengthen schedule.warmup. "
+            f"Steps 1 to {progress.step} were good; no later state was saved",
+        )
 
 
 def _evaluate_if_due(loop: Loop) -> bool:
     """Score the validation rows if due; return True for a new lowest loss."""
     progress = loop.progress
-    if (
-        loop.plan.evaluate_at is None
-        or loop.learner.score is None
-        or progress.evaluated == progress.step
-        or progress.stopped
-    ):
+    due = loop.plan.evaluate_at
+    if due is None or loop.learner.score is None or progress.evaluated == progress.step or progress.stopped:
         return False
-    if progress.step != len(loop.plan.steps) and progress.step not in loop.plan.evaluate_at:
+    if progress.step != len(loop.plan.steps) and progress.step not in due:
         return False
     began = time.perf_counter()
     # In lockstep no process can leave while others score; the next step handles the signal.
@@ -663,11 +657,9 @@ def _stop(loop: Loop) -> None:
     _save(loop)
     loop.emit(Stopped(loop.progress.step, "interrupted"))
     came = max(loop.devices.gather(loop.stop.signal))  # a signal can reach only one process
-    raise Interrupted(
-        f"stopped after step {loop.progress.step} of {len(loop.plan.steps)}"
-        + ("; the state is saved" if loop.save is not None else "; nothing was asked to be saved"),
-        signal=came or signal.SIGINT,
-    )
+    end = "the state is saved" if loop.save is not None else "nothing was asked to be saved"
+    where = f"stopped after step {loop.progress.step} of {len(loop.plan.steps)}"
+    raise Interrupted(f"{where}; {end}", signal=came or signal.SIGINT)
 
 
 def probe(learner: Learner, micros: Iterable[Micro], on_event: Listener) -> Probed:

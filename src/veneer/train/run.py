@@ -34,7 +34,7 @@ from veneer.train.optim import Schedule, make_optimizer
 from veneer.train.preflight import Report
 from veneer.train.report.log import ConsoleView, JsonLog
 from veneer.train.report.trackers import check_trackers, tracked
-from veneer.train.save import Outcome, ReportParts, predicted_and_actual, write_report
+from veneer.train.save import Outcome, ReportParts, write_report
 
 NAME = "run"
 """The adapter's name on the base while it trains."""
@@ -292,9 +292,6 @@ def finished(run: Run, task: Task[_R], report: Report, loop: Loop) -> _R:
     result = devices.gather(result)[0]
     if devices.first or devices.lockstep:
         emit(Note(task.prove()))
-    predicted = predicted_and_actual(report.numbers, result.peak_memory_bytes, progress.seconds)
-    if predicted and not run.group:  # only for a single run
-        emit(Note(predicted))
     if devices.first:
         page = write_report(run.folder, result, task.report(result, progress))
         result = replace(result, report=str(page))
@@ -395,11 +392,12 @@ def _restore_best(run: Run, task: Task[Any], progress: Progress, emit: Listener)
             emit(Note(f"warning: {worse}"))
         return progress.step, last
     if best is None and worse:
+        rate = run.config.optimizer.learning_rate
         raise NoGain(
             f"training never improved the validation {'reward' if task.rewarded else 'loss'}: {worse}",
             where=str(run.folder),
-            fix=f"lower optimizer.learning_rate ({run.config.optimizer.learning_rate:g} here), or look at the "
-            "data; to have the last adapter all the same: --resume evaluation.keep=last",
+            fix=f"lower optimizer.learning_rate ({rate:g} here), or look at the data; to have the last adapter all the "
+            "same: --resume evaluation.keep=last",
         )
     if best is None or best == progress.step:
         return progress.step, last
@@ -426,16 +424,13 @@ def resolved(config: RunConfig, sources: Mapping[str, Any] | None, decided: Iter
     origins: dict[str, str] = {}
     for name, key in config_keys(type(config)):
         section, _, short_name = name.rpartition(".")
-        value = dump[section][short_name] if section else dump[short_name]
+        value = settings[name] = dump[section][short_name] if section else dump[short_name]
         plain = list(key.default) if isinstance(key.default, tuple) else key.default
-        default = not key.is_required() and value == plain
-        settings[name] = value
-        origins[name] = str(sources[name]) if sources and name in sources else _origin(default, why(key))
+        origin = "default" + (f" ({why(key)})" if why(key) else "")
+        if key.is_required() or value != plain:
+            origin = "given"
+        origins[name] = str(sources[name]) if sources and name in sources else origin
     for name, value, because in decided:
         settings[name] = value
         origins[name] = f"{origins[name].split(' (')[0]} → {because}"
     return Resolved(settings, origins)
-
-
-def _origin(default: bool, reason: str) -> str:
-    return ("default" + (f" ({reason})" if reason else "")) if default else "given"

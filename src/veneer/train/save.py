@@ -14,7 +14,6 @@ from torch import Tensor
 from veneer.core.adapter import Adapter
 from veneer.core.attach import Attachment
 from veneer.errors import AdapterError, counted
-from veneer.plan.render import rough_duration
 from veneer.train.checkpoint import write_atomically
 from veneer.train.events import loss_text, mean_rewards
 from veneer.train.report.log import read_log, size
@@ -147,17 +146,6 @@ def write_report(folder: Path, result: Outcome, parts: ReportParts) -> Path:
     path = folder / "report.html"
     write_atomically(path, render_page(page).encode())
     return path
-
-
-def predicted_and_actual(numbers: Mapping[str, Any], peak: int, seconds: float) -> str:
-    """Return predicted and actual values as a sentence; "" for a run without a plan."""
-    parts = []
-    if predicted := numbers.get("predicted_peak_bytes"):
-        parts.append(f"peak memory {peak / 1e9:.2f} GB, {predicted / 1e9:.2f} predicted ({peak / predicted - 1:+.0%})")
-    if (predicted := numbers.get("predicted_seconds")) and seconds:
-        share = f"({seconds / predicted - 1:+.0%})"
-        parts.append(f"training {rough_duration(seconds)}, {rough_duration(predicted)} predicted {share}")
-    return "; ".join(parts)
 
 
 def run_records(folder: Path) -> list[dict[str, Any]]:
