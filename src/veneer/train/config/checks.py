@@ -42,19 +42,6 @@ def image_problems(config: ImageTrainConfig, user_keys: Collection[str]) -> Iter
     yield from (_slider if config.slider.enabled else _pictures)(config, user_keys)
     yield from _samples_and_output(config)
     yield from _kind(config)
-    data = config.data
-    classes = data.class_folder is not None or data.class_count > 0
-    needs = {
-        "optimizer.text_learning_rate": (bool(config.adapter.text_encoders), "`adapter.text_encoders`"),
-        "adapter.text_targets": (bool(config.adapter.text_encoders), "`adapter.text_encoders`"),
-        "data.class_weight": (classes, "class pictures (`data.class_folder` or `data.class_count`)"),
-        "data.keep_tags": (data.shuffle_tags, "`data.shuffle_tags`"),
-        "data.mask_floor": (data.masks != "off", "`data.masks` other than off"),
-        "data.bucket_ratio": (data.buckets, "`data.buckets`"),
-    }
-    yield from (
-        _does_nothing(key, condition) for key, (used, condition) in needs.items() if key in user_keys and not used
-    )
     yield from _run(config)
 
 
@@ -257,8 +244,6 @@ def _slider(config: ImageTrainConfig, user_keys: Collection[str]) -> Iterator[st
 
 def _samples_and_output(config: ImageTrainConfig) -> Iterator[str]:
     output, memory, samples = config.output, config.memory, config.samples
-    if isinstance(config.loss.shift, float) and config.loss.shift <= 0:
-        yield f"`loss.shift: {config.loss.shift}` should be above 0, auto or resolution"
     if not (samples.prompts or config.slider.target):  # without a prompt, a slider's target is sampled
         yield from _unused(config, "samples", "`samples.prompts`: what to draw", "every")
     if samples.before and len(samples.before) not in (1, len(samples.prompts)):
@@ -288,17 +273,10 @@ def _run(config: TrainConfig | ImageTrainConfig) -> Iterator[str]:
         yield f"`schedule.warmup: {warmup}` is a share of all steps and must be below 1; a whole number counts steps"
     if isinstance(warmup, int) and schedule.steps is not None and warmup >= schedule.steps:
         yield f"`schedule.warmup: {warmup}` never ends within `schedule.steps: {schedule.steps}`"
-    for name, every in (("evaluation", config.evaluation.every), ("checkpoint", config.checkpoint.every)):
-        if isinstance(every, int) and every < 1:
-            yield f"`{name}.every: {every}` should be at least 1 step, or `epoch`"
     if optimizer.name != "sgd":
         yield from _unused(config, "optimizer", "`optimizer.name: sgd`", "momentum")
-    if any(not 0 <= beta < 1 for beta in optimizer.betas):
-        yield f"`optimizer.betas: {list(optimizer.betas)}` must each be at least 0 and below 1"
     if not _are_blocks(adapter.layers):
         yield f"`adapter.layers: {adapter.layers}` is not a list of block numbers or ranges such as 0-3,28-29"
-    if any(rank <= 0 for rank in adapter.rank_pattern.values()):
-        yield "`adapter.rank_pattern` has a rank below 1"
 
 
 def _are_blocks(layers: str | tuple[int, ...] | None) -> bool:

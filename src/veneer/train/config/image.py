@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import pydantic
+from pydantic import PositiveFloat, PositiveInt
 
 from veneer.models.image.families import TARGET_WORDS
 from veneer.train.config.section import Section, setting
@@ -192,7 +193,7 @@ class LossSection(Section):
     timesteps: Literal["auto", "uniform", "logit-normal"] = setting(
         "auto", "sampling of timesteps", "flow: logit-normal; epsilon and v: uniform"
     )
-    shift: float | Literal["auto", "resolution"] = setting(
+    shift: PositiveFloat | Literal["auto", "resolution"] = setting(
         "auto",
         "flow: timestep shift, s·u / (1 + (s − 1)·u); resolution: FLUX's exp(μ)",
         "the base's fixed shift (SD3 3, Z-Image 6), else 1",
@@ -234,7 +235,7 @@ class ImageScheduleSection(ScheduleSection):
 class ImageEvaluationSection(Section):
     """Scoring of held-out pictures, at the same noise and timesteps in every run."""
 
-    every: int | Literal["epoch"] = setting(100, "steps between evaluations, or `epoch`")
+    every: PositiveInt | Literal["epoch"] = setting(100, "steps between evaluations, or `epoch`")
     patience: int | None = setting(None, "stop after this many evaluations without improvement", "never", gt=0)
     rows: int | None = setting(None, "maximum held-out pictures to score", "all", gt=0)
     times: int = setting(4, "timesteps at which each picture is scored", gt=0)
@@ -247,8 +248,8 @@ class ImageEvaluationSection(Section):
 class SamplesSection(Section):
     """Sample sheets (prompts by seeds) for the report."""
 
-    every: int | Literal["epoch"] | None = setting(
-        None, "steps between sheets, or `epoch`", "at the end, if there are prompts", gt=0
+    every: PositiveInt | Literal["epoch"] | None = setting(
+        None, "steps between sheets, or `epoch`", "at the end, if there are prompts"
     )
     prompts: tuple[str, ...] = setting((), "prompts, with the trigger")
     before: tuple[str | tuple[str, ...], ...] = setting(

@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Literal, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin
 
 import pydantic
+from pydantic import Field, PositiveInt
 
 from veneer.ops.step_sizes import MICRO_TOKENS
 from veneer.train.config.distillation import DistillationSection
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from veneer.core.adapter import LoraSpec
 
 
+_Decay = Annotated[float, Field(ge=0, lt=1)]
 _SAMPLE_TOKENS, _SAMPLE_FROM = 40, 100
 """Maximum tokens of a card's sample answers, and steps from which a card has them."""
 
@@ -54,7 +56,7 @@ class PairsSection(Section):
     )
     exclude: tuple[str, ...] = setting((), "targets to leave out")
     layers: str | tuple[int, ...] | None = setting(None, "layers to adapt: indices, or ranges as 0-3,28-29", "all")
-    rank_pattern: dict[str, int] = setting({}, "target: rank; the first match wins")
+    rank_pattern: dict[str, PositiveInt] = setting({}, "target: rank; the first match wins")
     alpha_pattern: dict[str, float] = setting({}, "target: alpha; the first match wins")
     rslora: bool = setting(False, "scale by alpha / sqrt(rank) (arXiv 2312.03732)")
     dora: bool = setting(False, "train magnitudes (arXiv 2402.09353); a quarter slower")
@@ -236,7 +238,7 @@ class OptimizerSection(Section):
     learning_rate: float = setting(
         2e-4, "peak learning rate; useful: 1e-4 to 1e-3", "QLoRA's; 10x full fine-tuning's (LoRA Without Regret)", gt=0
     )
-    betas: tuple[float, float] = setting((0.9, 0.999), "decay of moments (adam family)")
+    betas: tuple[_Decay, _Decay] = setting((0.9, 0.999), "decay of moments (adam family)")
     eps: float = setting(1e-8, "denominator term (adam family)", gt=0)
     momentum: float = setting(0.0, "momentum (sgd)", ge=0, lt=1)
     weight_decay: float = setting(0.0, "weight decay of the adapter", "decaying B undoes training", ge=0)
@@ -259,7 +261,7 @@ class ScheduleSection(Section):
 class EvaluationSection(Section):
     """Scoring of held-out rows."""
 
-    every: int | Literal["epoch"] = setting("epoch", "steps between evaluations, or `epoch`")
+    every: PositiveInt | Literal["epoch"] = setting("epoch", "steps between evaluations, or `epoch`")
     patience: int | None = setting(None, "stop after this many evaluations without improvement", "never", gt=0)
     rows: int | None = setting(None, "maximum held-out rows to score", "all", gt=0)
     at_start: bool = setting(True, "score the base before step one, as the baseline")
@@ -280,7 +282,7 @@ class EvaluationSection(Section):
 class CheckpointSection(Section):
     """Checkpoints to resume from."""
 
-    every: int | Literal["epoch"] = setting(100, "steps between checkpoints, or `epoch`")
+    every: PositiveInt | Literal["epoch"] = setting(100, "steps between checkpoints, or `epoch`")
     keep: int = setting(2, "newest checkpoints to keep, besides the best", gt=0)
     adapters: bool = setting(False, "save a loadable adapter in each checkpoint; jobs add it to the library")
 
@@ -495,7 +497,9 @@ def _kind(f: pydantic.fields.FieldInfo) -> str:
     annotation = f.annotation
     if get_origin(annotation) is tuple:
         return "list"
+    # PositiveInt is Annotated[int, Gt(gt=0)]
     text = str(annotation) if not isinstance(annotation, type) else annotation.__name__
+    text = re.sub(r"(typing\.)?Annotated\[(\w+), [^\]]*\]", r"\2", text)
     literals = re.findall(r"Literal\[([^\]]*)\]", text)
     text = re.sub(r"(typing\.)?Literal\[[^\]]*\]", "LITERAL", text)
     text = re.sub(r"typing\.Optional\[(.*)\]", r"\1 | None", text)
