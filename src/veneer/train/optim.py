@@ -17,8 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.errors import ConfigError, MissingExtraError
-
 _OPTIMIZERS: dict[str, Any] = {
     "adamw": torch.optim.AdamW,
     "adam": torch.optim.Adam,
@@ -26,11 +24,6 @@ _OPTIMIZERS: dict[str, Any] = {
     "adafactor": torch.optim.Adafactor,
 }
 """Our name -> torch's class."""
-
-_OPTIMIZERS_8BIT = {"adamw-8bit": "AdamW8bit", "paged-adamw": "PagedAdamW", "paged-adamw-8bit": "PagedAdamW8bit"}
-"""Our name -> bitsandbytes' class, for CUDA only.
-
-Moments are in 8 bits, or in memory that is paged out to the host."""
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -51,34 +44,17 @@ def make_optimizer(
 
     `rates`: start of a name -> the learning rate of such parameters, instead of `learning_rate`. Parameters
     whose name ends in `.B` learn at `loraplus_ratio · learning_rate`. Vectors (DoRA's magnitude, biases) get
-    no weight decay. Each group has `base_lr`, which the loop multiplies by the schedule's factor.
-
-    Raises ConfigError for an optimizer that needs a GPU; MissingExtraError if bitsandbytes is missing."""
-    kind = _OPTIMIZERS[name] if name in _OPTIMIZERS else _bitsandbytes(name, parameters)
+    no weight decay. Each group has `base_lr`, which the loop multiplies by the schedule's factor."""
     options: dict[str, Any] = {"lr": learning_rate}
     if name == "sgd":
         options["momentum"] = momentum
     elif name != "adafactor":
         options |= {"betas": tuple(betas), "eps": eps}
-    if name in {"adamw", "adam", "sgd"}:
+    if name != "adafactor":
         options["fused"] = True
     groups = _groups(parameters, learning_rate, weight_decay, loraplus_ratio, rates or {})
-    optimizer: torch.optim.Optimizer = kind(groups, **options)
+    optimizer: torch.optim.Optimizer = _OPTIMIZERS[name](groups, **options)
     return optimizer
-
-
-def _bitsandbytes(name: str, parameters: Mapping[str, nn.Parameter]) -> Any:
-    if any(t.device.type != "cuda" for t in parameters.values()):
-        raise ConfigError(
-            f"{name} runs on CUDA alone, and this adapter is on the CPU",
-            where="optimizer.name",
-            fix="adamw: an adapter's moments are small, so that it loses nothing",
-        )
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise MissingExtraError(f"{name} needs bitsandbytes", fix="pip install 'veneer[quant]'") from error
-    return getattr(bitsandbytes.optim, _OPTIMIZERS_8BIT[name])
 
 
 def _groups(

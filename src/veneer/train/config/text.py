@@ -232,8 +232,8 @@ class BatchingSection(Section):
 class OptimizerSection(Section):
     """The optimizer."""
 
-    name: Literal["adamw", "adam", "adafactor", "sgd", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"] = setting(
-        "adamw", "optimizer; 8-bit and paged: bitsandbytes, on CUDA", "the evidence below uses it"
+    name: Literal["adamw", "adam", "adafactor", "sgd"] = setting(
+        "adamw", "optimizer", "the evidence below uses it; an adapter's moments are small"
     )
     learning_rate: float = setting(
         2e-4, "peak learning rate; useful: 1e-4 to 1e-3", "QLoRA's; 10x full fine-tuning's (LoRA Without Regret)", gt=0
