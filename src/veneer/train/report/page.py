@@ -144,7 +144,6 @@ def render_page(page: Page) -> str:
         scores=_score_table(scores),
         notes=notes,
         sections=_sections(page),
-        numbers=_numbers(page.checks),
     )
 
 
@@ -356,13 +355,3 @@ def _sections(page: Page) -> list[tuple[str, list[tuple[str, str, str, bool]]]]:
         source = page.sources.get(key, "")
         out.setdefault(section or "run", []).append((name, short(value), source, source.startswith("default")))
     return list(out.items())
-
-
-def _numbers(checks: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the preflight's plain numbers with readable names."""
-    out = []
-    for key, value in checks.get("numbers", {}).items():
-        if isinstance(value, (str, int, float)) and not isinstance(value, bool):
-            text = f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else value
-            out.append((str(key).replace("_", " "), text))
-    return out
