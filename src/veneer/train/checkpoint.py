@@ -4,7 +4,7 @@
       step-00000040/
         adapter.safetensors      the trained parameters by name, in their own dtype
         optimizer.safetensors    every tensor of the optimizer, keyed "<parameter>|<entry>"
-        random.safetensors       torch's, Python's and numpy's generators (and each CUDA device's)
+        random.safetensors       torch's and Python's generators (and each CUDA device's)
         adapter/                 the adapter in its own format, with checkpoint.adapters
         state.json               the rest: progress, optimizer scalars, identity, and a sha256 of each file
                                  above
@@ -21,7 +21,6 @@ import json
 import os
 import random
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -276,7 +275,7 @@ def _seed_of(key: tuple[int | str, ...]) -> int:
 
 
 def rng_state() -> dict[str, Tensor]:
-    """Return the state of torch's, Python's and (if imported) numpy's generators."""
+    """Return the state of torch's and Python's generators."""
     version, words, gauss = random.getstate()
     state = {
         "torch": torch.get_rng_state(),
@@ -285,12 +284,6 @@ def rng_state() -> dict[str, Tensor]:
     }
     if torch.cuda.is_available():
         state |= {f"cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        legacy = numpy.random.get_state(legacy=False)
-        state["numpy"] = torch.tensor(legacy["state"]["key"].astype("int64"))
-        state["numpy.at"] = torch.tensor([legacy["state"]["pos"], legacy["has_gauss"]], dtype=torch.int64)
-        state["numpy.gauss"] = torch.tensor([legacy["gauss"]], dtype=torch.float64)
     return state
 
 
@@ -304,12 +297,6 @@ def rng_restore(state: Mapping[str, Tensor]) -> None:
         for i in range(torch.cuda.device_count()):
             if f"cuda.{i}" in state:
                 torch.cuda.set_rng_state(state[f"cuda.{i}"], i)
-    if "numpy" in state:
-        import numpy
-
-        at, has_gauss = state["numpy.at"].tolist()
-        key = numpy.array(state["numpy"].tolist(), dtype="uint32")
-        numpy.random.set_state(("MT19937", key, at, has_gauss, state["numpy.gauss"].item()))
 
 
 # --- files ------------------------------------------------------------------------------------------------------

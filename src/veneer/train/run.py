@@ -33,8 +33,9 @@ from veneer.train.loop import Learner, Loop, Step, TrainingPlan, forget_peaks, p
 from veneer.train.optim import Schedule, make_optimizer
 from veneer.train.preflight import Report
 from veneer.train.report.log import ConsoleView, JsonLog
+from veneer.train.report.page import Page
 from veneer.train.report.trackers import check_trackers, tracked
-from veneer.train.save import Outcome, ReportParts, write_report
+from veneer.train.save import Outcome, write_report
 
 NAME = "run"
 """The adapter's name on the base while it trains."""
@@ -118,7 +119,7 @@ class Task(Generic[_R]):
     save: Callable[[_R, Progress, Listener], _R]
     prove: Callable[[], str]
     write: Callable[[Path, Progress], None] = _nothing
-    report: Callable[[_R, Progress], ReportParts] = lambda result, progress: ReportParts()
+    report: Callable[[_R, Progress], Page] = lambda result, progress: Page()
     check: Callable[[], None] = _nothing
     begin: Callable[[Progress, Listener], None] = _nothing
     extra_state: Callable[[int], dict[str, Any]] = lambda step: {}
@@ -218,17 +219,8 @@ def started(run: Run, task: Task[Any], newest: Path | None) -> Iterator[Loop]:
     config, devices = run.config, run.devices
     o, e, total = config.optimizer, config.evaluation, len(task.steps)
     task.check()
-    optimizer = make_optimizer(
-        task.learner.parameters,
-        name=o.name,
-        learning_rate=o.learning_rate,
-        betas=o.betas,
-        eps=o.eps,
-        momentum=o.momentum,
-        weight_decay=o.weight_decay,
-        loraplus_ratio=o.loraplus_ratio,
-        rates=task.rates,
-    )
+    settings = o.model_dump(exclude={"clip", "text_learning_rate"})
+    optimizer = make_optimizer(task.learner.parameters, **settings, rates=task.rates)
     identity = {**task.identity, "seed": config.seed, "steps": total}
     progress = _restored(run, task, optimizer, identity, newest) if newest is not None else Progress()
     devices.agree("settings, data and base", digest_of({}, config.recipe(), identity, progress.step))

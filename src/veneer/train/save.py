@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,44 +104,22 @@ def prove(
     )
 
 
-@dataclass(frozen=True)
-class ReportParts:
-    """The task's parts of the report page.
-
-    `base`: its name. `weights`: the file of tensors. `cards`: (title, value, remark), between the losses and
-    the sizes. `details`: (name, value). `usage`: (title, commands). `files`: name -> description, for files in
-    the folder. `unit`, `loss`, `sheets`: as in Page."""
-
-    base: str = ""
-    weights: Path | None = None
-    cards: Sequence[tuple[str, str, str]] = ()
-    details: Sequence[tuple[str, str]] = ()
-    usage: Sequence[tuple[str, str]] = ()
-    files: Mapping[str, str] = field(default_factory=dict)
-    unit: str = "tokens"
-    loss: str = "Loss, nats per trained token"
-    sheets: Sequence[tuple[str, str]] = ()
-
-
-def write_report(folder: Path, result: Outcome, parts: ReportParts) -> Path:
-    """Write `report.html` from log, result and `parts`; return its path."""
+def write_report(folder: Path, result: Outcome, page: Page) -> Path:
+    """Write `report.html` from log, result and the task's parts of `page`; return its path."""
     records = run_records(folder)
     resolved = next(record for record in reversed(records) if record.get("event") == "resolved")
     headline = _reward_cards(result, records) or _loss_cards(result)
-    page = Page(
+    page = replace(
+        page,
         title=folder.resolve().name,
-        subtitle=f"A LoRA adapter for {parts.base}, {_today()}",
+        subtitle=f"A LoRA adapter for {page.base}, {_today()}",
         records=records,
-        cards=[*headline, *parts.cards, *_size_cards(result, parts.weights)],
+        cards=[*headline, *page.cards, *_size_cards(result, page.weights)],
         settings=resolved["settings"],
         sources=resolved["sources"],
         checks=result.preflight,
-        details=[("adapter", result.adapter), ("digest", result.digest), *parts.details],
-        usage=list(parts.usage),
-        files=_files(folder, parts.files),
-        unit=parts.unit,
-        loss=parts.loss,
-        sheets=list(parts.sheets),
+        details=[("adapter", result.adapter), ("digest", result.digest), *page.details],
+        files=_files(folder, page.files),
     )
     path = folder / "report.html"
     write_atomically(path, render_page(page).encode())
@@ -220,20 +198,18 @@ def _size_cards(result: Outcome, weights: Path | None) -> list[tuple[str, str, s
     return cards if weights is None else [*cards, ("Adapter", size(weights.stat().st_size), share)]
 
 
-def _files(folder: Path, descriptions: Mapping[str, str]) -> list[tuple[str, str, str]]:
-    """Return (name, size, description) of existing files.
-
-    Those in `descriptions`, and the files of every run."""
-    descriptions = dict(descriptions) | {
-        "log.jsonl": "everything that happened, one JSON object a line",
-        "veneer.json": "the card: base, data, recipe, results",
-        "README.md": "the same for people",
-        "report.html": "this page",
-    }
+def _files(folder: Path, files: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    """Return `files` and those of every run with their sizes, if they exist."""
+    of_every_run = [
+        ("log.jsonl", "", "everything that happened, one JSON object a line"),
+        ("veneer.json", "", "the card: base, data, recipe, results"),
+        ("README.md", "", "the same for people"),
+        ("report.html", "", "this page"),
+    ]
     rows = [
-        (n, size((folder / n).stat().st_size), description)
-        for n, description in descriptions.items()
-        if (folder / n).is_file()
+        (name, size((folder / name).stat().st_size), description)
+        for name, _, description in (*files, *of_every_run)
+        if (folder / name).is_file()
     ]
     inside = folder / "checkpoints"
     if inside.is_dir():

@@ -26,8 +26,9 @@ from veneer.train.checkpoint import write_atomically
 from veneer.train.image.samples import jpeg_url
 from veneer.train.preflight import Finding
 from veneer.train.report.log import duration
+from veneer.train.report.page import Page
 from veneer.train.run import NAME
-from veneer.train.save import Outcome, ReportParts, base_facts, prove, run_records
+from veneer.train.save import Outcome, base_facts, prove, run_records
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -198,15 +199,13 @@ def prove_image_adapter(
     )
 
 
-def image_report(
-    result: ImageResult, folder: Path, base: ImageBase, config: ImageTrainConfig, seconds: float
-) -> ReportParts:
+def image_report(result: ImageResult, folder: Path, base: ImageBase, config: ImageTrainConfig, seconds: float) -> Page:
     """Return the picture-specific parts of the report.
 
     `seconds`: duration of the steps."""
     adapter = Path(result.adapter)
     speed = f"{result.pictures_per_second:,.3g} pictures/s"
-    return ReportParts(
+    return Page(
         base=base.name,
         weights=adapter if adapter.is_file() else adapter / "adapter_model.safetensors",
         cards=[
@@ -215,7 +214,10 @@ def image_report(
         ],
         details=[*(("hash", f"{kind}: {value}") for kind, value in result.hashes.items()), *base_facts(base)],
         usage=_usage(result, base, config),
-        files={adapter.name: "the weights, with their metadata", "pictures.png": "what the model saw of each picture"},
+        files=[
+            (adapter.name, "", "the weights, with their metadata"),
+            ("pictures.png", "", "what the model saw of each picture"),
+        ],
         unit="pictures",
         loss="Loss, mean squared error",
         sheets=_sheets(folder),

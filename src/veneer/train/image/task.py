@@ -65,8 +65,9 @@ from veneer.train.inspect import inspect_run
 from veneer.train.loop import EvalResult, Learner, memory_errors, peak_memory_bytes, sender
 from veneer.train.optim import Ema
 from veneer.train.preflight import CACHE, Finding, Report, available_memory, memory_finding, recomputes, used_memory
+from veneer.train.report.page import Page
 from veneer.train.run import NAME, Run, Task, carry_out, due, newest_checkpoint, raise_if_stopped, recipe_of
-from veneer.train.save import Outcome, ReportParts
+from veneer.train.save import Outcome
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -508,7 +509,7 @@ class ImageTask:
             text = encoders.text([row.caption], [row])
             return prove_image_adapter(self.attachment, self.base, self.config, text, batch)
 
-    def report(self, result: ImageResult, progress: Progress) -> ReportParts:
+    def report(self, result: ImageResult, progress: Progress) -> Page:
         return image_report(result, self.run.folder, self.base, self.config, progress.seconds)
 
     def _sample(self, step: int) -> None:

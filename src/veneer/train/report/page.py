@@ -46,13 +46,16 @@ class Series:
 class Page:
     """The content of a report.
 
-    `records`: the run's log. `cards`: headline numbers as (label, value, note). `settings`: (section, [(key,
-    value, source, is a default)]). `checks`: a preflight report as JSON values. `usage`: (title, commands).
-    `unit`: what is counted, tokens or pictures. `loss`: the loss in words. `sheets`: (title, picture as a
-    data URL), in the order of the run."""
+    `base`: its name. `weights`: the file of tensors. `cards`: headline numbers as (label, value, note).
+    `records`: the run's log. `settings`: (section, [(key, value, source, is a default)]). `checks`: a preflight
+    report as JSON values. `usage`: (title, commands). `files`: (name, size, description). `unit`: what is counted,
+    tokens or pictures. `loss`: the loss in words. `sheets`: (title, picture as a data URL), in the order of the
+    run."""
 
-    title: str
+    title: str = ""
     subtitle: str = ""
+    base: str = ""
+    weights: Path | None = None
     cards: list[tuple[str, str, str]] = field(default_factory=list)
     records: list[dict[str, Any]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)

@@ -16,7 +16,8 @@ from veneer.formats.card import generate_command, opening, read_card, sample_mes
 from veneer.formats.folder import CONFIG_FILE, TENSOR_FILE
 from veneer.models.text.generate import complete
 from veneer.train.report.log import duration
-from veneer.train.save import Outcome, ReportParts, base_facts
+from veneer.train.report.page import Page
+from veneer.train.save import Outcome, base_facts
 from veneer.train.text.rows import Row
 
 if TYPE_CHECKING:
@@ -90,9 +91,7 @@ def sample_answers(
     return answers
 
 
-def text_report(
-    result: RunResult, folder: Path, base: TextBase, seconds: float, preference: str | None = None
-) -> ReportParts:
+def text_report(result: RunResult, folder: Path, base: TextBase, seconds: float, preference: str | None = None) -> Page:
     """Return the text-specific parts of the report.
 
     `seconds`: duration of the steps. `preference`: the preference loss."""
@@ -100,7 +99,7 @@ def text_report(
     detail = f"{result.tokens:,} tokens in {duration(seconds)}"
     detail += "" if predicted is None else f" · {duration(predicted)} predicted"
     share = f"{result.learned_tokens / max(1, result.tokens):.0%} of all"
-    parts = ReportParts(
+    parts = Page(
         base=base.name,
         weights=folder / TENSOR_FILE,
         details=base_facts(base),
@@ -111,10 +110,10 @@ def text_report(
             ("Speed", f"{result.tokens_per_second:,.0f} tokens/s", detail),
             ("Learned tokens", f"{result.learned_tokens:,}", share),
         ],
-        files={
-            TENSOR_FILE: "the weights, in PEFT's format",
-            CONFIG_FILE: "ranks, scales and modules, in PEFT's format",
-        },
+        files=[
+            (TENSOR_FILE, "", "the weights, in PEFT's format"),
+            (CONFIG_FILE, "", "ranks, scales and modules, in PEFT's format"),
+        ],
     )
     if preference is None:
         return parts

@@ -47,10 +47,11 @@ from veneer.train.loop import EvalResult, Learner, MetricMeans, Step, Stop, send
 from veneer.train.planning import micro_tokens_of_run, sampled_at_once, with_micro_tokens
 from veneer.train.preflight import Report, computes_on, free_memory, recomputes
 from veneer.train.report.log import duration, read_log, size
+from veneer.train.report.page import Page
 from veneer.train.rewards.build import build_rewards, local_judge_models
 from veneer.train.rewards.reward import Rewards
 from veneer.train.run import NAME, Run, Task, carry_out, newest_checkpoint, opened, raise_if_stopped, recipe_of
-from veneer.train.save import Outcome, ReportParts, prove
+from veneer.train.save import Outcome, prove
 from veneer.train.text.batches import Batch
 from veneer.train.text.data import TextData, planned_steps, read_data
 from veneer.train.text.distill import Distillation, Teacher, open_teacher
@@ -552,7 +553,7 @@ class AttachedText:
         with without_dropout(base.model):
             return self.call(proven)
 
-    def report(self, result: RunResult, progress: Progress) -> ReportParts:
+    def report(self, result: RunResult, progress: Progress) -> Page:
         return text_report(result, self.run.folder, self.base, progress.seconds, self.config.preference.loss)
 
 
@@ -670,7 +671,7 @@ def _sampling_task(a: AttachedText, sampling: _SamplingParts) -> Task[RunResult]
         for line in sampled.step_notes(number) if isinstance(sampled, Reinforcement) else ():
             emit(Note(line))
 
-    def report(result: RunResult, progress: Progress) -> ReportParts:
+    def report(result: RunResult, progress: Progress) -> Page:
         parts, d, logged = a.report(result, progress), config.distillation, a.logged("stepped")
         tokens = sum(record["extra"].get("drawn_tokens", 0.0) for record in logged)
         seconds = sum(record["seconds"] for record in logged)
