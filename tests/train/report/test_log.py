@@ -66,14 +66,6 @@ def test_a_resumed_log_has_each_step_once(tmp_path: Path) -> None:
     assert found == [("stepped", 1), ("stepped", 2), ("stopped", 2), ("evaluated", 2), ("stepped", 3)]
 
 
-def test_a_new_run_begins_a_new_log(tmp_path: Path) -> None:
-    for _ in range(2):
-        log = JsonLog(tmp_path / "log.jsonl")
-        log(step(1))
-        log.close()
-    assert len(read_log(tmp_path / "log.jsonl")) == 1
-
-
 def _shown(events: list[Event], *, terminal: bool, verbose: bool = False) -> str:
     out = io.StringIO()
     view = ConsoleView(Console(file=out, force_terminal=terminal, width=100, highlight=False), verbose=verbose)

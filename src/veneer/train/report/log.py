@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -34,7 +33,7 @@ from veneer.train.events import (
 )
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import Console
     from rich.progress import Progress as Bar
 
 _MEASURED = ("reward_accuracy", "reward_margin", "logp_chosen", "cut_share")
@@ -229,44 +228,24 @@ class ConsoleView:
                 )
             return
         if self._bar is None:
-            self._start(event)
-        assert self._bar is not None
+            self._bar = _progress_bar(self.console)
+            self._bar.start()
+            self._task = self._bar.add_task("", total=event.steps)
         parts = parts_text(mean_rewards(event.extra) or {})
-        self._bar.update(
-            self._task,
-            completed=event.step,
-            loss=_headline(event),
-            speed=speed,
-            memory=size(event.memory_bytes),
-            left=duration(left),
-            drawn="  ".join(filter(None, (parts, sampling))),
-        )
+        below = "  ".join(filter(None, (parts, sampling)))
+        text = f"{_headline(event)} {speed} {size(event.memory_bytes)} {duration(left)} left"
+        self._bar.update(self._task, completed=event.step, description=text + (f"\n{below}" if below else ""))
 
     def _speed(self, per_second: float, unit: str) -> str:
         return f"{per_second:,.0f} {unit}/s" if per_second >= 10 else f"{per_second:.2f} {unit}/s"
 
-    def _start(self, event: Stepped) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-        from rich.progress import Progress as Bar
-        from rich.text import Text
 
-        class TwoLines(Bar):
-            def get_renderables(self) -> Iterable[RenderableType]:
-                yield self.make_tasks_table(self.tasks)
-                yield from (Text(f"  {task.fields['drawn']}", "dim") for task in self.tasks if task.fields["drawn"])
+def _progress_bar(console: Console) -> Bar:
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import Progress as Bar
 
-        self._bar = TwoLines(
-            TextColumn("training"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[loss]}"),
-            TextColumn("{task.fields[speed]}"),
-            TextColumn("{task.fields[memory]}"),
-            TextColumn("{task.fields[left]} left"),
-            console=self.console,
-        )
-        self._bar.start()
-        self._task = self._bar.add_task("training", total=event.steps, loss="", speed="", memory="", left="", drawn="")
+    text = TextColumn("{task.description}", markup=False)
+    return Bar(TextColumn("training"), BarColumn(bar_width=None), MofNCompleteColumn(), text, console=console)
 
 
 def size(n: float) -> str:
