@@ -330,15 +330,6 @@ def test_out_of_memory_names_the_rows_and_a_fix(error: Exception) -> None:
     assert "activation_checkpointing" in str(caught.value.fix)
 
 
-def test_other_runtime_errors_pass_through() -> None:
-    def loss(rows: list[int]) -> Tensor:
-        raise RuntimeError("shapes do not match")
-
-    problem = Other(loss)
-    with pytest.raises(RuntimeError, match="shapes"):
-        probe(problem.learner, [problem.micro([0])], lambda e: None)
-
-
 @pytest.mark.parametrize(("length", "count", "ends"), [({"epochs": 3}, 9, [2, 5, 9]), ({"steps": 6}, 6, [2, 5])])
 def test_steps_are_planned_an_epoch_at_a_time(length: dict[str, int], count: int, ends: list[int]) -> None:
     planned: list[int] = []

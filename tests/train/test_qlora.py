@@ -23,7 +23,7 @@ from veneer.models.text.base import TextBase, load_text
 from veneer.models.text.fast import fast
 from veneer.models.text.loss import text_loss
 from veneer.ops.quantized import Quantized
-from veneer.train.events import Event, Note, Stepped
+from veneer.train.events import Event, Stepped
 from veneer.train.text.save import RunResult
 
 
@@ -108,12 +108,6 @@ def test_activations_can_be_recomputed_over_codes(shared: Path, tmp_path: Path) 
     _run(shared, tmp_path / "a", on_event=seen.append)
     _run(shared, tmp_path / "b", on_event=again.append, memory={"activation_checkpointing": "on"})
     assert _losses(seen) == pytest.approx(_losses(again), rel=1e-6)
-
-
-def test_the_report_names_the_bits_of_the_base(shared: Path, tmp_path: Path) -> None:
-    seen: list[Event] = []
-    _run(shared, tmp_path / "a", on_event=seen.append)
-    assert any("nf4" in e.text and "bits each" in e.text for e in seen if isinstance(e, Note))
 
 
 def test_loftq_starts_where_quantizing_left_off(shared: Path, tmp_path: Path) -> None:

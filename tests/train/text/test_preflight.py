@@ -103,7 +103,9 @@ def test_valid_run_has_no_warning(run: Run) -> None:
 
 def test_nothing_learned(run: Run) -> None:
     silent = [talk(f"q{i}", "an answer", f"data.jsonl:{i}", weight=0) for i in range(20)]
-    assert "no row is left to train on: of 20 rows 20 with nothing to learn" in stopped(run(rows=silent), "learned")
+    assert "no row is left to train on: of 20 rows, 20 have nothing to learn and 0 are too long" in stopped(
+        run(rows=silent), "learned"
+    )
 
 
 def test_most_rows_unlearned(run: Run) -> None:
@@ -116,7 +118,7 @@ def test_most_rows_unlearned(run: Run) -> None:
 
 def test_every_row_too_long(run: Run) -> None:
     report = run("data.max_length=4", "data.long_rows=drop", held=[])
-    assert "no row is left to train on: of 40 rows 40 too long" in report.text()
+    assert "no row is left to train on: of 40 rows, 0 have nothing to learn and 40 are too long" in report.text()
     assert {f.check for f in report.stops} == {"learned", "long rows"}
 
 
@@ -132,7 +134,7 @@ def test_a_template_without_an_end_of_turn(run: Run) -> None:
 def test_end_token_cut_from_every_row(run: Run) -> None:
     rows = [talk("q", "word " * 200, f"data.jsonl:{i}") for i in range(20)]
     report = run("data.max_length=50", "data.long_rows=cut", rows=rows)
-    assert "the end-of-turn token `<|im_end|>` is learned in no row: the model would never stop" in report.text()
+    assert "`<|im_end|>` is learned in 0 of 20 (0%) rows: the model would never stop" in report.text()
     assert "20 of 20 (100%) cut rows lose the end of their answer" in report.text()
     assert {f.check for f in report.stops} == {"end", "long rows"}
 
@@ -153,17 +155,24 @@ def test_plain_rows_without_an_end_of_text(run: Run) -> None:
     assert "no end-of-text token is written after an answer" in stopped(run(rows=rows, held=[]), "end")
 
 
-# 3: an adapter that reaches nothing
+# settings and limits that stop a run, or are warned of
 
 
-def test_target_without_a_match(run: Run) -> None:
-    text = stopped(run("adapter.targets=[q_porj]"), "targets")
-    assert "target 'q_porj' matches nothing in this model" in text
-    assert "q_proj" in text
-
-
-def test_missing_layers(run: Run) -> None:
-    assert "layers [7] do not exist" in stopped(run("adapter.layers=[7]"), "targets")
+@pytest.mark.parametrize(
+    ("level", "check", "override", "text"),
+    [
+        ("stop", "targets", "adapter.targets=[q_porj]", "target 'q_porj' matches nothing in this model"),
+        ("stop", "targets", "adapter.layers=[7]", "layers [7] do not exist"),
+        ("stop", "schedule", "schedule.warmup=100", "the learning rate never reaches its peak"),
+        ("warn", "schedule", "schedule.epochs=1", "the whole run is 3 steps"),
+        ("warn", "learning rate", "optimizer.learning_rate=2e-6", "is below the window"),
+        ("warn", "learning rate", "optimizer.learning_rate=0.1", "is above the window"),
+        ("warn", "size", "adapter.modules_to_save=[embed_tokens, lm_head]", "full copies take"),
+    ],
+)
+def test_unsuitable_settings_are_named(run: Run, level: str, check: str, override: str, text: str) -> None:
+    report = run(override, "adapter.rank=1")
+    assert text in (stopped(report, check) if level == "stop" else warned(report, check))
 
 
 # 4: experts silently frozen
@@ -298,17 +307,23 @@ def test_weights_are_packed_if_faster_and_if_they_fit(run: Run, monkeypatch: pyt
     monkeypatch.setattr(preflight, "keeps_copy", lambda dtype, rows, columns, turned: True)
     every = packed_weights(model_shape(run.base.model), "float32", lambda *product: True)
     report = run()
-    assert report.numbers["kept_packed"] == report.numbers["predicted_parts"]["packed"] == every
-    assert report.numbers["predicted_peak_bytes"] == sum(report.numbers["predicted_parts"].values())
+    numbers, needed = report.numbers, report.numbers["memory_needed"]
+    assert numbers["kept_packed"] == numbers["predicted_parts"]["packed"] == every
+    assert numbers["predicted_peak_bytes"] == sum(numbers["predicted_parts"].values())
     assert "frozen weights kept a second time" in report.text()
-    needed = report.numbers["memory_needed"]
-    assert run(free_memory=int(1.05 * needed)).numbers["kept_packed"] == 0  # where activations are made again
     off = "memory.activation_checkpointing=off"
-    assert run(off, free_memory=needed + every).numbers["kept_packed"] == 0  # some is left to what nobody counts
-    assert run(off, free_memory=needed + 2 * every).numbers["kept_packed"] == every
-    assert run(off, f"memory.limit_gb={(needed + every) / 1e9}").numbers["kept_packed"] == 0
-    assert run("memory.keep_packed_gb=0").numbers["kept_packed"] == 0
-    assert run(f"memory.keep_packed_gb={every / 2e9}").numbers["kept_packed"] == every // 2
+    for overrides, free, kept in (
+        ([], int(1.05 * needed), 0),  # where activations are made again
+        ([off], needed + every, 0),  # some is left to what nobody counts
+        ([off], needed + 2 * every, every),
+        ([off, f"memory.limit_gb={(needed + every) / 1e9}"], None, 0),
+        (["memory.keep_packed_gb=0"], None, 0),
+        ([f"memory.keep_packed_gb={every / 2e9}"], None, every // 2),
+    ):
+        assert run(*overrides, free_memory=free).numbers["kept_packed"] == kept, (overrides, free)
+    too_much = run("memory.keep_packed_gb=1", off, free_memory=needed)
+    assert "this run does not fit" in stopped(too_much, "memory")
+    assert "fix: memory.keep_packed_gb=0" in too_much.text()
     monkeypatch.setattr(preflight, "panels_here", lambda bits, dtype: True)
     monkeypatch.setattr(run.base, "context", 512, raising=False)
     sampling = ("reinforcement.loss=grpo", "reinforcement.rewards=[{kind: exact_match}]")
@@ -318,10 +333,6 @@ def test_weights_are_packed_if_faster_and_if_they_fit(run: Run, monkeypatch: pyt
     monkeypatch.setattr(preflight, "keeps_copy", lambda dtype, rows, columns, turned: False)
     assert run(*sampling).numbers["drawer_packed"] == both["drawer_packed"]  # whatever training's products take
     assert run(*sampling, "memory.keep_packed_gb=0").numbers["drawer_packed"] == 0
-    monkeypatch.setattr(preflight, "keeps_copy", lambda dtype, rows, columns, turned: True)
-    too_much = run("memory.keep_packed_gb=1", off, free_memory=needed)
-    assert "this run does not fit" in stopped(too_much, "memory")
-    assert "fix: memory.keep_packed_gb=0" in too_much.text()
 
 
 # 10: dtypes
@@ -360,15 +371,6 @@ def test_a_disk_too_small(run: Run) -> None:
     assert "checkpoints and adapter need" in stopped(run(free_disk=1000), "disk")
 
 
-# 12: huge adapter files
-
-
-def test_full_copies_are_weighed(run: Run) -> None:
-    text = warned(run("adapter.modules_to_save=[embed_tokens, lm_head]", "adapter.rank=1"), "size")
-    assert "full copies take" in text
-    assert "of the adapter, a file of" in text
-
-
 # 15: truncation
 
 
@@ -380,20 +382,7 @@ def test_cut_and_dropped_rows_are_counted_and_named(run: Run) -> None:
     assert "1 of 41 (2%) rows are longer than 80 tokens and dropped: data.jsonl:41" in dropped
 
 
-# settings and splits
-
-
-@pytest.mark.parametrize(("rate", "side"), [("2e-6", "below"), ("0.1", "above")])
-def test_learning_rates_outside_the_window(run: Run, rate: str, side: str) -> None:
-    assert f"is {side} the window" in warned(run(f"optimizer.learning_rate={rate}"), "learning rate")
-
-
-def test_warmup_longer_than_the_run(run: Run) -> None:
-    assert "the learning rate never reaches its peak" in stopped(run("schedule.warmup=100"), "schedule")
-
-
-def test_a_run_of_few_steps(run: Run) -> None:
-    assert "the whole run is 3 steps" in warned(run("schedule.epochs=1"), "schedule")
+# splits
 
 
 def test_held_out_rows_leak_into_training(run: Run) -> None:

@@ -150,10 +150,8 @@ def _something_is_trained(s: TextSubject) -> Iterator[Finding]:
     s.numbers.update(rows=c.rows, rows_kept=c.used, tokens=c.tokens, learned_tokens=c.trained_tokens)
     fix = "check roles, weights and data.train_on; the learned part is what assistant turns say"
     if c.trained_tokens == 0:
-        reasons = [
-            f"{n:,} {why}" for n, why in ((c.untrained, "with nothing to learn"), (c.long_dropped, "too long")) if n
-        ]
-        text = f"no row is left to train on: of {c.rows:,} rows {' and '.join(reasons) or 'none could be used'}"
+        text = f"no row is left to train on: of {c.rows:,} rows, {c.untrained:,} have nothing to learn and "
+        text += f"{c.long_dropped:,} are too long"
         yield Finding("stop", "learned", text, fix)
         return
     text = "rows have no token to learn and are left out"
@@ -183,11 +181,7 @@ def _end_is_trained(s: TextSubject) -> Iterator[Finding]:
         return
     end_kind = "end-of-turn" if s.encoded.chat else "end-of-text"
     if not ends:
-        fix = (
-            "use a chat template that ends assistant turns with a special token (data.chat_template)"
-            if s.encoded.chat
-            else "give the tokenizer an eos_token"
-        )
+        fix = "use a chat template (data.chat_template) or a tokenizer that ends answers with a special token"
         text = f"no {end_kind} token is written after an answer: the model would learn to never stop"
         yield Finding("stop", "end", text, fix)
         return
@@ -195,14 +189,14 @@ def _end_is_trained(s: TextSubject) -> Iterator[Finding]:
     with_end = sum(
         any(on and token in ends for token, on in zip(e.input_ids, e.trained, strict=True)) for e in examples
     )
+    text = f"the {end_kind} token {names} is learned in {share(with_end, len(examples))} rows"
     if with_end == 0:
-        text = f"the {end_kind} token {names} is learned in no row: the model would never stop"
-        yield Finding("stop", "end", text, "check the chat template, data.train_on and data.long_rows")
+        fix = "check the chat template, data.train_on and data.long_rows"
+        yield Finding("stop", "end", f"{text}: the model would never stop", fix)
     elif with_end < 0.9 * len(examples):
-        text = f"the {end_kind} token {names} is learned only in {share(with_end, len(examples))} rows"
         yield Finding("warn", "end", text, "see long rows: cut rows lose their end")
     else:
-        yield Finding("ok", "end", f"the {end_kind} token {names} is learned in {share(with_end, len(examples))} rows")
+        yield Finding("ok", "end", text)
     if not ends & s.stop_ids:
         stops = s.tokens(s.stop_ids) or "nothing"
         text = f"answers end with {names}, but generation stops at {stops}: answers would run on"
@@ -229,13 +223,9 @@ def _prompts_match_inference(s: TextSubject) -> Iterator[Finding]:
 
     They are compared token by token."""
     data, renderer, chat = s.config.data, s.encoded.renderer, s.encoded.chat
-    base_template = s.base.tokenizer.chat_template
-    if (
-        chat
-        and data.chat_template != "auto"
-        and base_template
-        and renderer.template != s.base.tokenizer.get_chat_template()
-    ):
+    tokenizer = s.base.tokenizer
+    base_template = tokenizer.chat_template
+    if chat and base_template and data.chat_template != "auto" and renderer.template != tokenizer.get_chat_template():
         text = f"rows use {renderer.source}, not the base's own: prompt the adapter with the same template"
         yield Finding("warn", "template", text, "data.chat_template=auto uses the base's own")
     if base_template and not chat and s.data.train.texts and s.data.train.texts[0].messages:
@@ -247,7 +237,7 @@ def _prompts_match_inference(s: TextSubject) -> Iterator[Finding]:
         row = s.data.train.texts[example.row]
         if row.format == "text" or data.train_on == "all" or row.last_assistant() in (0, len(row.messages)):
             continue
-        prompt = s.base.tokenizer(renderer.prompt(row), add_special_tokens=not chat, verbose=False)["input_ids"]
+        prompt = tokenizer(renderer.prompt(row), add_special_tokens=not chat, verbose=False)["input_ids"]
         if example.row in s.encoded.cut_rows or len(prompt) >= len(example.input_ids):
             continue  # cut, or its last turn is not trained on
         checked += 1
