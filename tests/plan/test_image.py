@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -53,6 +54,21 @@ def denoiser(name: str) -> tuple[Any, dict[str, Any]]:
     return model, json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
+def check_activations(model: Any, config: dict[str, Any], load: ImageLoad, forward: Callable[[], torch.Tensor]) -> None:
+    """Compare what autograd keeps and what is trained with the counts of the plan."""
+    spec = LoraSpec(rank=16, targets=(TARGET_WORDS[str(load.targets)],))
+    with attach(model) as attachment:
+        attachment.add("a", create(model, spec, seed=0), trainable=True)
+        attachment.use("a")
+        pairs = attachment.parameters("a").values()
+        with fast_denoiser(model):
+            saved = measured_activations(forward, [*model.parameters(), *pairs])
+        trainable = sum(p.numel() for p in pairs)
+    counts = image_counts(config, load)
+    assert counts.trainable == trainable
+    assert saved == pytest.approx(2 * counts.saved, rel=0.2)
+
+
 @pytest.mark.skipif(
     not compiled.has("attend", "attend_backward"), reason="counted for the compiled attention (AVX512-BF16)"
 )
@@ -62,18 +78,8 @@ def denoiser(name: str) -> tuple[Any, dict[str, Any]]:
 def test_kept_activations_equal_the_count(word: str, name: str, size: int) -> None:
     torch.manual_seed(0)
     model, config = denoiser(name)
-    inputs = given(name, size)
-    spec = LoraSpec(rank=16, targets=(TARGET_WORDS[word],))
-    with attach(model) as attachment:
-        attachment.add("a", create(model, spec, seed=0), trainable=True)
-        attachment.use("a")
-        known = [*model.parameters(), *attachment.parameters("a").values()]
-        with fast_denoiser(model):
-            saved = measured_activations(lambda: model(**inputs, return_dict=False)[0].float().sum(), known)
-        trainable = sum(p.numel() for p in attachment.parameters("a").values())
-    counts = image_counts(config, ImageLoad(PICTURES, size, size, text_tokens=TEXT, targets=word))
-    assert counts.trainable == trainable
-    assert saved == pytest.approx(2 * counts.saved, rel=0.2)
+    inputs, load = given(name, size), ImageLoad(PICTURES, size, size, text_tokens=TEXT, targets=word)
+    check_activations(model, config, load, lambda: model(**inputs, return_dict=False)[0].float().sum())
 
 
 LARGER: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
@@ -120,18 +126,8 @@ def test_kept_activations_of_diffusers_attention_equal_the_count(kind: str, word
             made = model(x, embeds, pooled, t * 1000, return_dict=False)[0]
         return made.float().sum()
 
-    spec = LoraSpec(rank=16, targets=(TARGET_WORDS[word],))
-    with attach(model) as attachment:
-        attachment.add("a", create(model, spec, seed=0), trainable=True)
-        attachment.use("a")
-        known = [*model.parameters(), *attachment.parameters("a").values()]
-        with fast_denoiser(model):
-            saved = measured_activations(forward, known)
-        trainable = sum(p.numel() for p in attachment.parameters("a").values())
     load = ImageLoad(PICTURES, 8 * side, 8 * side, text_tokens=words, targets=word)
-    counts = image_counts({**config, "_class_name": kind}, load)
-    assert counts.trainable == trainable
-    assert saved == pytest.approx(2 * counts.saved, rel=0.2)
+    check_activations(model, {**config, "_class_name": kind}, load, forward)
 
 
 def test_other_denoisers_and_targets_are_refused() -> None:
