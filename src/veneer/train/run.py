@@ -26,7 +26,7 @@ from veneer.models.sources import find_base
 from veneer.train import checkpoint
 from veneer.train.checkpoint import Progress
 from veneer.train.config.load import RunConfig
-from veneer.train.config.text import config_keys, why
+from veneer.train.config.text import config_keys, default_source
 from veneer.train.devices import Devices, digest_of, joined
 from veneer.train.events import Checked, Event, Listener, Note, Resolved, fan_out, silent, validation_text
 from veneer.train.loop import Learner, Loop, Step, TrainingPlan, forget_peaks, peak_memory_bytes, probe, train
@@ -418,10 +418,8 @@ def resolved(config: RunConfig, sources: Mapping[str, Any] | None, decided: Iter
         section, _, short_name = name.rpartition(".")
         value = settings[name] = dump[section][short_name] if section else dump[short_name]
         plain = list(key.default) if isinstance(key.default, tuple) else key.default
-        origin = "default" + (f" ({why(key)})" if why(key) else "")
-        if key.is_required() or value != plain:
-            origin = "given"
-        origins[name] = str(sources[name]) if sources and name in sources else origin
+        origin = "given" if key.is_required() or value != plain else default_source(key)
+        origins[name] = sources[name] if sources and name in sources else origin
     for name, value, because in decided:
         settings[name] = value
         origins[name] = f"{origins[name].split(' (')[0]} → {because}"

@@ -27,7 +27,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import pydantic
 import yaml
@@ -37,24 +37,9 @@ from veneer.train.config.checks import image_problems, text_problems
 from veneer.train.config.image import PRESETS, ImageTrainConfig
 from veneer.train.config.rewards import reward_problem, rooted_rewards
 from veneer.train.config.section import SOURCES
-from veneer.train.config.text import TrainConfig, config_keys, sections, why
+from veneer.train.config.text import TrainConfig, config_keys, default_source, sections
 
 RunConfig = TrainConfig | ImageTrainConfig
-
-
-@dataclass(frozen=True)
-class SettingSource:
-    """The origin of a setting.
-
-    `where`: file:line, the override's text, or the preset. `why`: its reason."""
-
-    kind: Literal["file", "override", "preset", "default"]
-    where: str = ""
-    why: str = ""
-
-    def __str__(self) -> str:
-        words = {"file": self.where, "override": f"override `{self.where}`", "preset": f"from preset {self.where}"}
-        return words.get(self.kind, "default") + (f" ({self.why})" if self.why else "")
 
 
 @dataclass(frozen=True)
@@ -89,14 +74,12 @@ _IMAGE = _Kind(ImageTrainConfig, "image-config.md", _IMAGE_PATHS, image_problems
 _SHORT = {"base": "name", "output": "directory"}
 
 
-def load_config(
-    path: str | os.PathLike[str] | None, overrides: Iterable[str] = ()
-) -> tuple[RunConfig, dict[str, SettingSource]]:
+def load_config(path: str | os.PathLike[str] | None, overrides: Iterable[str] = ()) -> tuple[RunConfig, dict[str, str]]:
     """Load a configuration from a YAML file and `section.key=value` overrides.
 
     Override values are YAML. Without a file (None), the output is `runs/NAME`, named after the data, unless
-    an override gives one. Returns the configuration, for text or for pictures, and the source of each value
-    under its `section.key`. Raises ConfigError with the file and line, the override, and a correction."""
+    an override gives one. Returns the configuration, for text or for pictures, and the source of each value as
+    text, under its `section.key`. Raises ConfigError with the file and line, the override, and a correction."""
     if path is None:
         return config_from({}, _with_output(list(overrides)))
     values, lines = read_sections(path)
@@ -208,14 +191,14 @@ def config_from(
     *,
     file: Path | None = None,
     lines: Mapping[tuple[str, ...], int] | None = None,
-) -> tuple[RunConfig, dict[str, SettingSource]]:
+) -> tuple[RunConfig, dict[str, str]]:
     """Return the configuration for parsed values, like `load_config`.
 
     For example {"base": "smollm2-135m", "data": {"train": …}, "output": …}."""
     overrides = list(overrides)
     kind = _kind_of(values, overrides)
     raw: dict[str, Any] = {}
-    key_sources: dict[str, SettingSource] = {}
+    key_sources: dict[str, str] = {}
     problems: list[str] = []
     here = Path.cwd()
     for section, value in values.items():
@@ -227,17 +210,15 @@ def config_from(
         for key in raw[section] if isinstance(raw[section], dict) else [""]:
             at = (lines or {}).get((section, key), line)
             name = f"{section}.{key}" if key else section
-            key_sources[name] = SettingSource("file", f"{file or 'given values'}" + (f":{at}" if at else ""))
+            key_sources[name] = f"{file or 'given values'}" + (f":{at}" if at else "")
             if section in kind.sections and isinstance(raw[section], dict):
                 raw[section][key] = _absolute(kind, name, raw[section][key], file.parent if file else here)
     for override in overrides:
         _override(kind, raw, key_sources, override, problems, here)
+    written = set(key_sources)
     _fill(raw, key_sources)
     config = _validate(kind, raw, key_sources, problems)
-    sources = {
-        name: key_sources.get(name) or SettingSource("default", why=why(f)) for name, f in config_keys(kind.config)
-    }
-    written = {name for name, source in key_sources.items() if source.kind in ("file", "override")}
+    sources = {name: key_sources.get(name) or default_source(f) for name, f in config_keys(kind.config)}
     if problems := list(kind.problems(config, written)):
         _raise(problems, kind)
     return config, sources
@@ -256,16 +237,16 @@ _PREFERENCE_RATE = (
 )
 
 
-def _fill(raw: dict[str, Any], key_sources: dict[str, SettingSource]) -> None:
+def _fill(raw: dict[str, Any], key_sources: dict[str, str]) -> None:
     """Set the keys that are not given to the preset's values, and to a preference run's learning rate."""
     name, preference = raw.get("preset"), raw.get("preference")
-    values: dict[str, tuple[Any, SettingSource]] = {}
+    values: dict[str, tuple[Any, str]] = {}
     if isinstance(name, str) and name in PRESETS:
         settings = PRESETS[name].settings.items()
-        values = {key: (value, SettingSource("preset", name, because)) for key, (value, because) in settings}
+        values = {key: (value, f"from preset {name} ({because})") for key, (value, because) in settings}
     if isinstance(preference, dict) and preference.get("loss") is not None:
         rate, because = _PREFERENCE_RATE
-        values["optimizer.learning_rate"] = rate, SettingSource("default", why=because)
+        values["optimizer.learning_rate"] = rate, f"default ({because})"
     for key, (value, source) in values.items():
         section, _, key_name = key.partition(".")
         given = raw[section] = {} if raw.get(section) is None else raw[section]
@@ -276,7 +257,7 @@ def _fill(raw: dict[str, Any], key_sources: dict[str, SettingSource]) -> None:
 def _override(
     kind: _Kind,
     raw: dict[str, Any],
-    key_sources: dict[str, SettingSource],
+    key_sources: dict[str, str],
     override: str,
     problems: list[str],
     folder: Path,
@@ -293,7 +274,7 @@ def _override(
     key, _, inner = rest.partition(".")
     if section not in kind.sections:
         raw[section] = {rest: value} if rest else value
-        key_sources[name] = SettingSource("override", override)
+        key_sources[name] = f"override `{override}`"
         return
     if not rest:
         valid_keys = ", ".join(kind.sections[section].model_fields)
@@ -307,12 +288,10 @@ def _override(
         values[key] = {**(entries if isinstance(entries, Mapping) else {}), inner: value}
     else:
         values[key] = _absolute(kind, f"{section}.{key}", value, folder)
-    key_sources[f"{section}.{key}"] = SettingSource("override", override)
+    key_sources[f"{section}.{key}"] = f"override `{override}`"
 
 
-def _validate(
-    kind: _Kind, raw: dict[str, Any], key_sources: Mapping[str, SettingSource], problems: list[str]
-) -> RunConfig:
+def _validate(kind: _Kind, raw: dict[str, Any], key_sources: Mapping[str, str], problems: list[str]) -> RunConfig:
     for name in ("base", "data", "output"):
         raw.setdefault(name, {})
     for name, value in list(raw.items()):  # an empty `adapter:`, as when all its keys are commented out
@@ -331,7 +310,7 @@ def _validate(
 _EXPECTED = {"model_type": "a section", "model_attributes_type": "a section", "tuple_type": "a list"}
 
 
-def _explain(kind: _Kind, error: pydantic.ValidationError, key_sources: Mapping[str, SettingSource]) -> list[str]:
+def _explain(kind: _Kind, error: pydantic.ValidationError, key_sources: Mapping[str, str]) -> list[str]:
     """Return one line per key: the expected and the actual value, and the location.
 
     The alternatives of a union are joined."""

@@ -443,6 +443,11 @@ def why(f: pydantic.fields.FieldInfo) -> str:
     return str(schema_extra.get("why", "")) if isinstance(schema_extra, dict) else ""
 
 
+def default_source(f: pydantic.fields.FieldInfo) -> str:
+    """Return the origin of a field's default as text."""
+    return f"default ({why(f)})" if why(f) else "default"
+
+
 def reference(
     config: type[Section] = TrainConfig,
     made_by: str = "python -m veneer.train.config.text > docs/reference/config.md",
