@@ -44,7 +44,7 @@ _FREE_KEYS |= {"reinforcement.most_failed"}
 _FREE_OF_REWARDS = {*SERVER_KEYS, "memory_gb"}
 # keys of earlier versions, in their checkpoints
 _FREE_KEYS |= {"reinforcement.turns", *(f"distillation.{key}" for key in (*SERVER_KEYS, "most_failed"))}
-_FREE_OF_REWARDS |= {"ignore_case", "unit"}
+_FREE_OF_REWARDS |= {"ignore_case", "unit", "fields"}
 
 Level = Literal["stop", "warn", "ok"]
 

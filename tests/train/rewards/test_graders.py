@@ -182,9 +182,9 @@ def test_a_bad_answer_scores_zero_and_a_bad_row_nothing() -> None:
 @pytest.mark.parametrize(
     ("grader", "message"),
     [
-        ({}, "a grader needs a type"), ({"type": "string_chek"}, "did you mean string_check?"),
+        ({}, "a grader needs a type"), ({"type": "string_chek"}, "there are string_check"),
         ({**check("eq"), "operation": "is"}, "'eq', 'ne', 'like' or 'ilike'"), (check("eq", extra=1), "grader.extra"),
-        (check("eq", input="{{ items.x }}"), "did you mean item?"), ({"type": "python", "source": "x ="}, "line 1"),
+        (check("eq", input="{{ items.x }}"), "not a path"), ({"type": "python", "source": "x ="}, "line 1"),
         ({"type": "python", "source": "def score(a, b): ..."}, "no function grade"),
         (multi("a + c"), "no grader is called so"),
         (multi("a +"), "not a formula"), (multi("a.real"), "allows only"), (multi("__import__('os')"), "allows only"),

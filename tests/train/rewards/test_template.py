@@ -46,8 +46,8 @@ def test_non_json_answer_has_no_output_json() -> None:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{{ items.x }}", "did you mean item?"), ("{{ sample.output_txt }}", "did you mean output_text?"),
-        ("{{ item }}", "a path is meant"), ("{{ item.x | upper }}", "a path is meant"), ("{{ 1 + 1 }}", "neither"),
+        ("{{ items.x }}", "not a path"), ("{{ sample.output_txt }}", "sample has no 'output_txt'; it has output_text"),
+        ("{{ item }}", "not a path"), ("{{ item.x | upper }}", "not a path"), ("{{ 1 + 1 }}", "not a path"),
         ("{{ item.x ", "no matching }}"),
     ],
 )  # fmt: skip

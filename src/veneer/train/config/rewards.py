@@ -78,7 +78,6 @@ class JsonFieldsReward(_Compared):
     """The share of the expected JSON object's keys with equal values in the answer."""
 
     kind: Literal["json_fields"]
-    fields: tuple[str, ...] = setting((), "keys to compare", "every key of the wanted object")
 
 
 class RegexReward(RewardSection):

@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
-from veneer.errors import ConfigError, nearest, quoted
+from veneer.errors import ConfigError, quoted
 from veneer.train.config.section import Section
 from veneer.train.rewards.judge import AskModel, Question, Reply, ask_unique, reply_score, score_form
 from veneer.train.rewards.limited import LimitedFunction, ScoreInput
@@ -187,11 +187,8 @@ def parse_grader(value: Any, where: str = "grader") -> Any:
     """Parse a JSON grader. Raises ConfigError naming the invalid key."""
     kind = value.get("type") if isinstance(value, Mapping) else None
     if kind not in _TYPES:
-        suggestions = nearest(str(kind), _TYPES, 1)
-        hint = f"did you mean {suggestions[0]}?" if suggestions and kind else f"there are {', '.join(_TYPES)}"
-        raise ConfigError(
-            f"{quoted(str(kind))} is not a type of grader" if kind else "a grader needs a type", where=where, fix=hint
-        )
+        problem = f"{quoted(str(kind))} is not a type of grader" if kind else "a grader needs a type"
+        raise ConfigError(problem, where=where, fix=f"there are {', '.join(_TYPES)}")
     try:
         return _ADAPTER.validate_python(value)
     except pydantic.ValidationError as error:
@@ -258,9 +255,10 @@ def _parse_formula(text: str, names: Mapping[str, Any]) -> Callable[[Mapping[str
             return lambda values: value
         if isinstance(node, ast.Name):
             if node.id not in names:
-                suggestions = nearest(node.id, names, 1)
-                hint = f"did you mean {suggestions[0]}?" if suggestions else f"there are {', '.join(names)}"
-                raise ValueError(f"calculate_output names {quoted(node.id)}, and no grader is called so; {hint}")
+                have = ", ".join(names)
+                raise ValueError(
+                    f"calculate_output names {quoted(node.id)}, and no grader is called so; there are {have}"
+                )
             name = node.id
             return lambda values: values[name]
         if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:

@@ -102,15 +102,8 @@ def json_fields(section: JsonFieldsReward) -> Reward:
                 where=str(answer.row.get("where") or "") or None,
                 fix="leave the row out, or name another column",
             )
-        keys = section.fields or tuple(expected)
-        if missing := [key for key in keys if key not in expected]:
-            raise DataError(
-                f"the reward {section.called} needs the key {missing[0]}, and a row's {section.column} has none",
-                where=str(answer.row.get("where") or "") or None,
-                fix="name keys in `fields` that every row has",
-            )
         value = as_json(answer.text)
-        parts = {key: float(same_field(value, expected, key)) for key in keys}
+        parts = {key: float(same_field(value, expected, key)) for key in expected}
         return RewardScore(sum(parts.values()) / len(parts) if parts else float(isinstance(value, dict)), parts=parts)
 
     return each_answer(score)
@@ -121,23 +114,21 @@ def regular_expression(section: RegexReward) -> Reward:
     group: str | int = "answer" if "answer" in pattern.groupindex else 1
 
     def score(answer: Answer) -> RewardScore:
-        compared = section.column is not None
         expected = None if section.column is None else column(answer, section.column)
         try:
             if section.whole:
                 match = pattern.fullmatch(answer.text.strip(), timeout=_PATIENCE)
-            elif not compared:
+            elif section.column is None:
                 match = pattern.search(answer.text, timeout=_PATIENCE)
             else:
-                matches = list(pattern.finditer(answer.text, timeout=_PATIENCE))
-                match = matches[-1] if matches else None
+                *_, match = None, *pattern.finditer(answer.text, timeout=_PATIENCE)  # the last one
         except TimeoutError:
             return RewardScore(None, f"the pattern took longer than {_PATIENCE:g} s over an answer")
-        text_of_group = match.group(group) if match is not None and compared else None
-        right = match is not None and (
-            not compared or (text_of_group is not None and same_text(text_of_group, expected))
-        )
-        return RewardScore(float(right), parts={"matched": float(match is not None)} if compared else {})
+        matched = float(match is not None)
+        if match is None or section.column is None:
+            return RewardScore(matched, parts={} if section.column is None else {"matched": matched})
+        text = match.group(group)
+        return RewardScore(float(text is not None and same_text(text, expected)), parts={"matched": matched})
 
     return each_answer(score)
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
-from veneer.errors import nearest, quoted
+from veneer.errors import quoted
 from veneer.train.rewards.reward import Answer
 
 FILLED = 1 << 20
@@ -103,16 +103,10 @@ def template_problem(template: str) -> str:
     for text, path_text in _split(template):
         if path_text is None:
             return "a {{ has no matching }}" if "{{" in text else ""
-        inner = path_text.strip()
         path = _PATH.fullmatch(path_text)
         if path is None:
-            first = inner.partition(".")[0]
-            suggestions = [] if first.split()[:1] in (["sample"], ["item"]) else nearest(first, ["sample", "item"], 1)
-            hint = f"did you mean {suggestions[0]}?" if suggestions else "a path is meant, as item.answer"
-            return f"{{{{ {inner[:100]} }}}} is neither of sample nor of item; {hint}"
+            return f"{{{{ {path_text.strip()[:100]} }}}} is not a path of sample or item, such as item.answer"
         step = _STEP.findall(path[2])[0]
         if path[1] == "sample" and step not in _SAMPLE:
-            suggestions = nearest(step, _SAMPLE, 1)
-            hint = f"did you mean {suggestions[0]}?" if suggestions else f"it has {', '.join(_SAMPLE)}"
-            return f"sample has no {quoted(step)}; {hint}"
+            return f"sample has no {quoted(step)}; it has {', '.join(_SAMPLE)}"
     return ""
