@@ -255,10 +255,7 @@ def _parse_formula(text: str, names: Mapping[str, Any]) -> Callable[[Mapping[str
             return lambda values: value
         if isinstance(node, ast.Name):
             if node.id not in names:
-                have = ", ".join(names)
-                raise ValueError(
-                    f"calculate_output names {quoted(node.id)}, and no grader is called so; there are {have}"
-                )
+                raise ValueError(f"calculate_output names {quoted(node.id)}, and no grader is called so")
             name = node.id
             return lambda values: values[name]
         if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
