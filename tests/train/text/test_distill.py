@@ -112,13 +112,19 @@ def test_equal_teacher_has_zero_divergence(shared: Path, base: TextBase, teacher
 
 
 def test_student_learns_the_system_message(shared: Path, base: TextBase, tmp_path: Path) -> None:
-    own = {"teacher": "base", "system": "Answer in one word: billing, it or hr. " * 3}
+    system = "Answer in one word: billing, it or hr. " * 3
+    own = {"teacher": "base", "system": system}
     train(shared, tmp_path, base, distillation=own, schedule={"steps": 8})
     metrics = measured(tmp_path)
     assert metrics[0]["teacher_kl"] > 0
     assert metrics[-1]["teacher_kl"] < metrics[0]["teacher_kl"]
     (note,) = [r["text"] for r in read_log(tmp_path / "log.jsonl") if "are saved" in r.get("text", "")]
-    assert note.startswith(f"{metrics[0]['saved_tokens']:.0f} tokens a request")
+    ask = {"role": "user", "content": "The printer number 3 does not answer."}
+    student, teacher = (
+        base.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        for messages in ([ask], [{"role": "system", "content": system}, ask])
+    )
+    assert note.startswith(f"{len(teacher) - len(student)} tokens a request")
 
 
 def test_cache_fits_the_completions_sampled_at_once(shared: Path, base: TextBase, tmp_path: Path) -> None:

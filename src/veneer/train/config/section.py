@@ -29,11 +29,6 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=False)
 
 
-def server_settings(section: Section) -> dict[str, Any]:
-    """Return the values of `SERVER_KEYS` in the section of a model on a server."""
-    return {key: getattr(section, key) for key in SERVER_KEYS}
-
-
 def changed_keys(section: Section) -> list[str]:
     """Return the keys whose values differ from the default."""
     return [key for key, f in type(section).model_fields.items() if getattr(section, key) != f.default]

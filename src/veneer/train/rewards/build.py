@@ -21,7 +21,7 @@ from veneer.train.config.rewards import (
     ReasoningGymReward,
     RewardSection,
 )
-from veneer.train.config.section import server_settings
+from veneer.train.config.section import SERVER_KEYS
 from veneer.train.rewards import rules
 from veneer.train.rewards.graders import Grade, GraderRun, grader_models, has_python, parse_grader
 from veneer.train.rewards.judge import AskModel, judge_reward
@@ -100,7 +100,8 @@ def _reward(section: RewardSection, ask: AskModel | None, opened: ExitStack) -> 
 def _model_of(section: AskedModelReward, ask: AskModel | None, opened: ExitStack) -> AskModel:
     """Return the function that answers the reward's questions."""
     if section.url is not None:
-        return opened.enter_context(ServerJudge(section.url, **server_settings(section)))
+        settings = {key: getattr(section, key) for key in SERVER_KEYS}
+        return opened.enter_context(ServerJudge(section.url, **settings))
     if ask is None:
         raise ConfigError(
             f"the reward {section.called} asks a model of this process, and no model is available",

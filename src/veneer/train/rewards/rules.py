@@ -121,7 +121,7 @@ def regular_expression(section: RegexReward) -> Reward:
             elif section.column is None:
                 match = pattern.search(answer.text, timeout=_PATIENCE)
             else:
-                *_, match = None, *pattern.finditer(answer.text, timeout=_PATIENCE)  # the last one
+                match = [None, *pattern.finditer(answer.text, timeout=_PATIENCE)][-1]
         except TimeoutError:
             return RewardScore(None, f"the pattern took longer than {_PATIENCE:g} s over an answer")
         matched = float(match is not None)

@@ -12,7 +12,6 @@ in the same way. Answers are sampled anew for every step, and not stored in chec
 
     teacher_kl                         mean KL of a token
     answer_tokens, drawn_…, cut_…, prompt_cached, gap_…      as in `reinforce`
-    saved_tokens                       tokens of the teacher's prompts beyond the student's, mean
 """
 
 from __future__ import annotations
@@ -148,7 +147,8 @@ class Distillation:
     def start_notes(self, prompts: Sequence[PromptItem]) -> Iterator[str]:
         """Yield notes on the teacher's prompts before sampling."""
         if self.settings.system and prompts:
-            yield f"{_saved(prompts):.0f} tokens a request are saved once they are trained in"
+            saved = sum(len(item.teacher_ids) - len(item.ids) for item in prompts) / len(prompts)
+            yield f"{saved:.0f} tokens a request are saved once they are trained in"
 
     def sample_step(self, step: Step, number: int, rows: Sequence[Row], interrupted: Callable[[], bool]) -> Step | None:
         """Return step `number` on answers sampled for it.
@@ -189,8 +189,6 @@ class Distillation:
         if rollouts is None:
             return None
         figures = sampling_metrics(rollouts, time.perf_counter() - began)
-        if self.settings.system:
-            figures["saved_tokens"] = _saved(prompts)
         answers = [
             _TeacherRollout(r, item.teacher_ids or item.ids, item.row) for r, item in zip(rollouts, owners, strict=True)
         ]
@@ -263,11 +261,6 @@ class Distillation:
         return EvalResult(
             total / tokens * len(answers), tokens, len(answers), metrics, likelihood=False, units=len(answers)
         )
-
-
-def _saved(prompts: Sequence[PromptItem]) -> float:
-    """Return the mean tokens of the teacher's prompts beyond the student's."""
-    return sum(len(item.teacher_ids) - len(item.ids) for item in prompts) / max(1, len(prompts))
 
 
 def _positions(batch: Batch, base: TextBase) -> Tensor:

@@ -168,22 +168,18 @@ def _free_memory(base: TextBase, devices: Devices) -> int | None:
 class TextRun:
     """A text run with its data read and checked.
 
-    `name`: its adapter's name on the attachment. `sampler`: makes the sampler of answers, if the run learns
-    from sampled answers (`reinforcement.loss`, `distillation.teacher`)."""
+    `recompute`: whether activations are recomputed, and why. `name`: its adapter's name on the attachment.
+    `sampler`: makes the sampler of answers, if the run learns from sampled answers (`reinforcement.loss`,
+    `distillation.teacher`)."""
 
     config: TrainConfig
     base: TextBase
     run: Run
     data: TextData
     report: Report
-    name: str = NAME
-    sampler: MakeSampler | None = None
-
-    def recomputes(self) -> tuple[bool, str]:
-        """Return whether activations are recomputed, and why.
-
-        The first process decides."""
-        return _recomputes(self.config, self.run.devices, self.report)
+    recompute: tuple[bool, str]
+    name: str
+    sampler: MakeSampler | None
 
 
 def checked_text(
@@ -217,22 +213,18 @@ def checked_text(
         devices=run.devices.count,
         force=run.force,
     )
-    run.emit_checks(report, _decided_settings(run, config, base, data, report))
+    needed, free = (report.numbers.get(key) for key in ("memory_needed", "memory_free"))
+    recompute = run.devices.gather(recomputes(config.memory.recomputing, needed, free))[0]  # the first process decides
+    text = TextRun(config, base, run, data, report, recompute, name, sampler)
+    run.emit_checks(report, _decided_settings(text))
     raise_if_stopped(run, report)
-    return TextRun(config, base, run, data, report, name, sampler)
+    return text
 
 
-def _recomputes(config: TrainConfig, devices: Devices, report: Report) -> tuple[bool, str]:
-    mode, numbers = config.memory.recomputing, report.numbers
-    return devices.gather(recomputes(mode, numbers.get("memory_needed"), numbers.get("memory_free")))[0]
-
-
-def _decided_settings(
-    run: Run, config: TrainConfig, base: TextBase, data: TextData, report: Report
-) -> Iterator[tuple[str, Any, str]]:
+def _decided_settings(text: TextRun) -> Iterator[tuple[str, Any, str]]:
     """Yield each setting that was `auto` or open, with its value and the reason."""
+    config, base, run, data, report = text.config, text.base, text.run, text.data, text.report
     devices = run.devices
-    recompute, reason = _recomputes(config, devices, report)
     if config.base.dtype == "auto":
         yield "base.dtype", str(base.dtype).removeprefix("torch."), base.dtype_reason
     if config.base.device == "auto":
@@ -256,7 +248,7 @@ def _decided_settings(
         packed = sum(int(report.numbers.get(key, 0)) for key in ("kept_packed", "drawer_packed"))
         yield "memory.keep_packed_gb", packed / 1e9, because
     if config.memory.activation_checkpointing == "auto":
-        yield "memory.activation_checkpointing", "on" if recompute else "off", reason
+        yield "memory.activation_checkpointing", "on" if text.recompute[0] else "off", text.recompute[1]
     if config.preference.loss is not None:
         decided = config.preference.with_defaults()
         for key, losses in PREFERENCE_KEYS.items():
@@ -278,7 +270,7 @@ def attached_texts(texts: Sequence[TextRun]) -> Iterator[list[AttachedText]]:
     config, base, run = first.config, first.base, first.run
     model, devices = base.model, run.devices
     sharded = config.memory.shard and devices.count > 1
-    recompute = any(text.recomputes()[0] for text in texts)
+    recompute = any(text.recompute[0] for text in texts)
     keep, pack = (
         min(int(text.report.numbers.get(key, 0)) for text in texts) for key in ("kept_dequantized", "kept_packed")
     )

@@ -201,7 +201,7 @@ def _check_memory(texts: Sequence[TextRun]) -> None:
     each, tokens, most = 0.0, 0, 0
     for text, state in zip(texts, states, strict=True):
         numbers = text.report.numbers
-        key = "memory_checkpointed" if text.recomputes()[0] else "memory_needed"
+        key = "memory_checkpointed" if text.recompute[0] else "memory_needed"
         need, largest = numbers.get(key), numbers["largest_micro_batch"]
         if need is None or not largest:
             return
