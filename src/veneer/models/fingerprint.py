@@ -24,16 +24,14 @@ from veneer.models.home import veneer_home
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-_CACHE = ".veneer-fingerprint.json"
 _VERSION = 1
 
 
 def fingerprint(base: Path, config: PreTrainedConfig, table: list[StoredTensor] | None = None) -> str:
     """Return the fingerprint of a base directory or GGUF file as `sha256:<hex>`.
 
-    Hashing reads every weight once. The result is cached next to the base, or under the veneer home if the
-    base's folder is read-only, and used while the size and modification time of every weight file stay the
-    same."""
+    Hashing reads every weight once. The result is cached under the veneer home, and used while the size and
+    modification time of every weight file stay the same."""
     table = tensor_table(base) if table is None else table
     fields = shaping_fields(config)
     if fields.get("tie_word_embeddings"):
@@ -41,7 +39,7 @@ def fingerprint(base: Path, config: PreTrainedConfig, table: list[StoredTensor] 
         table = [t for t in table if t.name != "lm_head.weight"] or table
     h = hashlib.sha256(b"veneer-base-1\n")
     h.update(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode())
-    for tensor, digest in zip(table, _cached_digests(table, _cache_files(base)), strict=True):
+    for tensor, digest in zip(table, _cached_digests(table), strict=True):
         h.update(f"\n{tensor.name}|{tensor.dtype}|{tensor.shape}|{digest}".encode())
     return "sha256:" + h.hexdigest()
 
@@ -49,14 +47,12 @@ def fingerprint(base: Path, config: PreTrainedConfig, table: list[StoredTensor] 
 def fingerprint_parts(parts: Mapping[str, tuple[Mapping[str, Any], list[StoredTensor]]]) -> str:
     """Return the fingerprint of a base with several components.
 
-    parts: name -> (fields that shape the component, its stored tensors). Digests are cached under the veneer
-    home only, because the directory can belong to a package or a hub cache."""
+    parts: name -> (fields that shape the component, its stored tensors)."""
     h = hashlib.sha256(b"veneer-image-1\n")
     for name in sorted(parts):
         fields, table = parts[name]
         h.update(json.dumps({name: fields}, sort_keys=True, separators=(",", ":"), default=str).encode())
-        cache_file = _home_file(table[0].file) if table else None
-        for tensor, digest in zip(table, _cached_digests(table, [cache_file] if cache_file else []), strict=True):
+        for tensor, digest in zip(table, _cached_digests(table), strict=True):
             h.update(f"\n{tensor.name}|{tensor.dtype}|{tensor.shape}|{digest}".encode())
     return "sha256:" + h.hexdigest()
 
@@ -74,8 +70,7 @@ def file_sha256(file: Path) -> str:
             return str(cached["sha256"])
     with file.open("rb") as opened:
         sha = hashlib.file_digest(opened, "sha256").hexdigest()
-    with contextlib.suppress(OSError):  # an unwritable cache costs time, not correctness
-        _write(cache_file, json.dumps(state | {"sha256": sha}))
+    _write(cache_file, json.dumps(state | {"sha256": sha}))
     return sha
 
 
@@ -111,31 +106,21 @@ def _is_gguf(value: Any) -> bool:
     return isinstance(value, dict) and value.get("quant_method") == "gguf"
 
 
-def _cached_digests(table: list[StoredTensor], cache_files: list[Path]) -> list[str]:
-    """Return the sha256 of each tensor, cached while every weight file is unchanged."""
+def _cached_digests(table: list[StoredTensor]) -> list[str]:
+    """Return the sha256 of each tensor, cached under the veneer home while every weight file is unchanged."""
     files = sorted({tensor.file for tensor in table})
+    if not files:
+        return []
+    cache_file = _home_file(files[0])
     state = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
-    for cache_file in cache_files:
-        try:
-            cached = json.loads(cache_file.read_text(encoding="utf-8"))
-            if cached["version"] == _VERSION and cached["files"] == state:
-                return [cached["tensors"][t.name] for t in table]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        cached = json.loads(cache_file.read_text(encoding="utf-8"))
+        if cached["version"] == _VERSION and cached["files"] == state:
+            return [cached["tensors"][t.name] for t in table]
     values = digests(table)
     record = {"version": _VERSION, "files": state, "tensors": {t.name: d for t, d in zip(table, values, strict=True)}}
-    for cache_file in cache_files:
-        # an unwritable cache costs time, not correctness
-        with contextlib.suppress(OSError):
-            _write(cache_file, json.dumps(record))
-            break
+    _write(cache_file, json.dumps(record))
     return values
-
-
-def _cache_files(base: Path) -> list[Path]:
-    full = base.resolve()
-    adjacent = full / _CACHE if full.is_dir() else full.with_name(f".{full.name}{_CACHE}")
-    return [adjacent, _home_file(full)]
 
 
 def _home_file(path: Path) -> Path:
@@ -144,5 +129,7 @@ def _home_file(path: Path) -> Path:
 
 
 def _write(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(file, [text.encode()], mode=0o600)
+    """Write a cache file. An unwritable cache costs time, not correctness."""
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(file, [text.encode()], mode=0o600)

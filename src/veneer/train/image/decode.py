@@ -36,7 +36,7 @@ Others are not used: EPS starts Ghostscript, PSD and ICO have several pictures."
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 _ORIENTATION = 274
 _SRGB = ImageCms.createProfile("sRGB")
-_SPACES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab ": "LAB"}
+_SPACES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 
 
 class UnreadablePicture(Exception):
@@ -102,8 +102,7 @@ def mask_of(data: bytes, settings: ImageDataSection) -> Image.Image:
     image, alpha = _split_alpha(_decoded(data, settings, []))
     if alpha is not None and alpha.getextrema() != (255, 255):
         return alpha
-    image = _eight_bit(image, [])
-    return (image.convert("RGB") if image.mode == "LAB" else image).convert("L")
+    return _eight_bit(image, []).convert("L")
 
 
 def _decoded(data: bytes, settings: ImageDataSection, notes: list[str]) -> Image.Image:
@@ -145,18 +144,9 @@ def _decoded(data: bytes, settings: ImageDataSection, notes: list[str]) -> Image
 
 
 def _describe_unknown(data: bytes) -> str:
-    start = data.lstrip()[:15].lower()
-    if start.startswith((b"<!doctype", b"<html")):
-        return "a web page, not a picture"
-    if start.startswith((b"<svg", b"<?xml")):
-        return "a vector drawing (SVG), not pixels: render it to PNG"
     if data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc"):
         return "a HEIC picture, which is not read: save it as JPEG or PNG"
-    if data.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")):
-        return "damaged: it begins like a picture, but the rest of its header is invalid"
-    if data[:4] == b"8BPS":
-        return "a Photoshop file, which is not read: save it as PNG"
-    return f"not a picture that can be read (it begins with {data[:8]!r})"
+    return f"not a picture that can be read (it begins with {data[:16]!r})"
 
 
 def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
@@ -198,7 +188,7 @@ def _to_srgb(image: Image.Image, notes: list[str]) -> Image.Image:
 
 
 def _eight_bit(image: Image.Image, notes: list[str]) -> Image.Image:
-    """Convert to 8-bit L, RGB, CMYK or LAB, for color management and resizing."""
+    """Convert to 8-bit L, RGB or CMYK, for color management and resizing."""
     mode = image.mode
     if mode.startswith("I"):
         import numpy as np
@@ -210,9 +200,9 @@ def _eight_bit(image: Image.Image, notes: list[str]) -> Image.Image:
         return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
     if mode == "F":
         raise UnreadablePicture("floating-point pixels, whose white is not known: save it with 8 or 16 bits a channel")
-    if mode in ("L", "RGB", "CMYK", "LAB"):
+    if mode in ("L", "RGB", "CMYK"):
         return image
-    return image.convert("L" if mode == "1" else "RGB")  # 1, P, YCbCr, HSV, RGBX
+    return image.convert("L" if mode == "1" else "RGB")  # 1, P, YCbCr, LAB, HSV, RGBX
 
 
 def _by_profile(image: Image.Image, data: bytes) -> Image.Image | None:
@@ -226,10 +216,8 @@ def _by_profile(image: Image.Image, data: bytes) -> Image.Image | None:
     if (ImageCms.getProfileDescription(profile) or "").strip().lower().startswith("srgb"):
         return None
     if image.mode != mode:
-        if "CMYK" in (image.mode, mode) or image.mode == "LAB" or mode == "LAB":
+        if "CMYK" in (image.mode, mode) or mode == "L":  # a gray profile does not define a color picture's primaries
             raise ValueError(f"a {mode} profile in a {image.mode} picture")
-        if mode == "L":  # a gray profile does not define the primaries of a color picture
-            raise ValueError("a grey profile in a colour picture")
         image = image.convert(mode)
     intent: Any = ImageCms.getDefaultIntent(profile)
     return ImageCms.profileToProfile(image, profile, _SRGB, renderingIntent=intent, outputMode="RGB")

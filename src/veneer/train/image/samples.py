@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from veneer.core.layers import Layer
-from veneer.errors import DataError, ResourceError
+from veneer.errors import DataError
 from veneer.files.atomic import atomic_write
 from veneer.files.pictures import picture_bytes
 from veneer.models.image.base import size_in_units
@@ -159,19 +159,6 @@ def class_folder(config: ImageTrainConfig, base: ImageBase, cache: Path) -> Path
     return cache / "class" / hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
 
 
-def create_folder(folder: Path) -> Path:
-    """Create the folder if necessary and return it. Raises ResourceError on failure."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ResourceError(
-            f"there can be no folder for pictures that the base draws: {error.strerror}",
-            where=str(folder),
-            fix="data.cache, or data.class_folder: a folder that can be written",
-        ) from error
-    return folder
-
-
 def generate_missing(
     base: ImageBase, config: ImageTrainConfig, rows: Mapping[Path, ImageRow], steps: int, *, at_once: int = 4
 ) -> None:
@@ -179,6 +166,8 @@ def generate_missing(
 
     A stopped run resumes with the missing pictures."""
     files = list(rows)
+    for folder in {file.parent for file in files}:
+        folder.mkdir(parents=True, exist_ok=True)
     for start in range(0, len(files), at_once):
         batch = files[start : start + at_once]
         images = generate_rows(base, None, config, [rows[file] for file in batch], 1, steps)
@@ -190,7 +179,6 @@ def generate_class_pictures(base: ImageBase, config: ImageTrainConfig, folder: P
     """Draw `missing` pictures of `data.class_prompt` into `folder`.
 
     Each has its own seed."""
-    create_folder(folder)
     files = ((seed, folder / f"class-{seed:05d}.png") for seed in count())
     new = islice(((seed, file) for seed, file in files if not file.exists()), missing)
     rows = {file: ImageRow(config.data.class_prompt or "", "", seed) for seed, file in new}

@@ -40,7 +40,7 @@ from veneer.train.image.batches import ImageBatch
 from veneer.train.image.encode import ImageLoss
 from veneer.train.image.loss import generator, noised, row_losses
 from veneer.train.image.preflight import ImageData, parts_of
-from veneer.train.image.samples import create_folder, generate_missing
+from veneer.train.image.samples import generate_missing
 from veneer.train.image.task import ImageKind, ImageRun, image_prompts, read_image_data
 from veneer.train.loop import LazySteps, Micro, Step
 from veneer.train.preflight import CACHE, Finding
@@ -219,7 +219,6 @@ def _generate_scenes(base: ImageBase, config: ImageTrainConfig, folder: Path, co
     """Draw the first `count` scenes missing in `folder`, each with its own seed.
 
     Returns the number of scenes drawn."""
-    create_folder(folder)
     size = config.data.resolution if isinstance(config.data.resolution, int) else base.size
     sized = config.model_copy(update={"samples": config.samples.model_copy(update={"size": size})})
     target, pairs = config.slider.target, _directions(config.slider)
