@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +10,7 @@ import pytest
 import torch
 
 import veneer.models.image.base as image_models
-from veneer.imaging.adapters import ImagePipeline
-from veneer.imaging.controls import parse_control
-from veneer.imaging.generate import ImageRequest, Options, generate
 from veneer.models.builtin import packaged_folder
-from veneer.models.loading import errors_only
 
 BASES = ("catalogue-flux", "catalogue-sdxl")
 CONTROLS = tuple(f"{name}-control" for name in BASES)
@@ -136,76 +130,3 @@ def test_the_controlnet_holds_to_lines_and_to_distances(name: str) -> None:
     alone = agreement(lines, 0.0)
     assert agreement(lines, 1.0) > alone + 0.2
     assert agreement(depth, 1.0) > alone + 0.2
-
-
-@pytest.mark.parametrize("name", BASES)
-def test_a_controlled_picture_is_diffusers_own(name: str, tmp_path: Path) -> None:
-    """Call by call, from the files alone: the ControlNet and the denoiser are told the same at every step. FLUX'
-    pipeline scales a picture to -1 … 1 and takes a tensor as it is; SDXL's wants both in 0 … 1."""
-    import diffusers
-    import numpy as np
-    from PIL import Image, ImageDraw
-
-    lines = Image.new("RGB", (128, 128), "black")
-    ImageDraw.Draw(lines).ellipse((24, 24, 104, 104), outline="white")
-    lines.save(tmp_path / "lines.png")
-    flux, prompt = name == "catalogue-flux", SCENE.format("red balloon")
-    net = diffusers.FluxControlNetModel if flux else diffusers.ControlNetModel
-    kind = diffusers.FluxControlNetPipeline if flux else diffusers.StableDiffusionXLControlNetPipeline
-    with errors_only():
-        control = net.from_pretrained(packaged_folder() / f"{name}-control")
-        theirs = kind.from_pretrained(packaged_folder() / name, controlnet=control).to(torch.float32)
-    theirs.set_progress_bar_config(disable=True)
-
-    def run(given: Any) -> tuple[torch.Tensor, list[dict[str, Any]]]:
-        with told(theirs.controlnet, theirs.transformer if flux else theirs.unet) as heard:
-            more = {"control_image" if flux else "image": given, "controlnet_conditioning_scale": 0.8}
-            return draw(theirs, prompt, 4, **more), heard
-
-    base = image_models.load_image(name, dtype="float32", device="cpu")
-    spec = parse_control(f"edges={tmp_path / 'lines.png'}:0.8")
-    with ImagePipeline(base) as mixer, told(mixer.control(f"{name}-control"), base.denoiser) as ours:
-        options = Options(steps=4, guidance=3.0, controls=(spec,))
-        made = (
-            torch.from_numpy(np.array(generate(mixer, [ImageRequest(prompt, seed=3)], options)[0].image)).permute(
-                2, 0, 1
-            )
-            / 255
-        )
-    pixels = torch.from_numpy(np.array(lines)).permute(2, 0, 1)[None] / 255
-    for given in (lines, pixels * 2 - 1 if flux else pixels):
-        picture, heard = run(given)
-        assert len(heard) == len(ours) == 8
-        for i, (one, other) in enumerate(zip(heard, ours, strict=True)):
-            assert one.keys() == other.keys()
-            for key, value in one.items():
-                assert torch.allclose(value, other[key], atol=1e-5), f"call {i}: {key}"
-        assert (picture - made).abs().max() <= 1 / 255
-    wrong, heard = run(pixels if flux else pixels * 2 - 1)
-    assert not torch.allclose(heard[0]["controlnet_cond"], ours[0]["controlnet_cond"], atol=0.1)
-    assert (wrong - made).abs().max() > 0.1
-
-
-@contextmanager
-def told(*models: torch.nn.Module) -> Iterator[list[dict[str, Any]]]:
-    """Every tensor that the models are called with, in the order of the calls."""
-    heard: list[dict[str, Any]] = []
-
-    def hook(model: Any, args: Any, kwargs: Any) -> None:
-        named = dict(enumerate(args)) | kwargs
-        heard.append({str(key): value.clone() for key, value in flat(named) if isinstance(value, torch.Tensor)})
-
-    def flat(value: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
-        for key, item in value.items():
-            if isinstance(item, dict | list | tuple):
-                within = item if isinstance(item, dict) else dict(enumerate(item))
-                yield from ((f"{key}.{inner}", leaf) for inner, leaf in flat(within))
-            else:
-                yield str(key), item
-
-    hooks = [model.register_forward_pre_hook(hook, with_kwargs=True) for model in models]
-    try:
-        yield heard
-    finally:
-        for each in hooks:
-            each.remove()

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
 from tests.image_twins import diffusers_pipeline, fold, latent_shape, levels, random_adapter
 from tests.tiny_image_base import EDITING, LENGTH, qwen_edit_pipeline, small_references, tiny_image_base
@@ -20,7 +19,7 @@ from veneer.core.attach import attach
 from veneer.errors import BaseError, ConfigError
 from veneer.models.image.base import ImageBase, load_image
 from veneer.models.image.generate import ImageRow, MixPlan, PictureSettings, generate_images
-from veneer.models.image.predict import Conditioning, embed_prompts, encode_pictures, predict, reference_size
+from veneer.models.image.predict import embed_prompts, encode_pictures, predict, reference_size
 
 pytest.importorskip("diffusers")
 pytestmark = [pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")]
@@ -99,41 +98,8 @@ def test_rows_of_a_batch_edit_separate_pictures(family: str, bases: dict[str, Im
     assert levels(together[0], together[1]) > 1
 
 
-def by_diffusers(base: ImageBase, x: Tensor, shown: list[Tensor], t: Tensor, text: Conditioning) -> Tensor:
-    """The denoiser as the pipelines call it, by their own helpers."""
-    from diffusers import Flux2Pipeline, FluxKontextPipeline, QwenImageEditPipeline
-
-    given: dict[str, Any] = {"timestep": t, "encoder_hidden_states": text.embeds, "return_dict": False}
-    given["guidance"] = torch.ones(len(x)) if base.denoiser.config.get("guidance_embeds") else None
-    n, c, h, w = x.shape
-    if base.family == "qwen-image":
-        tokens = [QwenImageEditPipeline._pack_latents(y, n, c, *y.shape[2:]) for y in (x, *shown)]
-        shapes = [(1, y.shape[2] // 2, y.shape[3] // 2) for y in (x, *shown)]
-        given |= {"img_shapes": [shapes] * n, "encoder_hidden_states_mask": text.mask}
-        out = base.denoiser(hidden_states=torch.cat(tokens, 1), **given)[0][:, : tokens[0].shape[1]]
-        unpacked: Tensor = QwenImageEditPipeline._unpack_latents(out, h * 4, w * 4, 4)
-        return unpacked[:, :, 0]
-    if base.family == "flux1":
-        pack, ids_of = FluxKontextPipeline._pack_latents, FluxKontextPipeline._prepare_latent_image_ids
-        tokens = [pack(y, n, c, *y.shape[2:]) for y in (x, *shown)]
-        ids = [ids_of(n, y.shape[2] // 2, y.shape[3] // 2, "cpu", torch.float32) for y in (x, *shown)]
-        for other in ids[1:]:
-            other[..., 0] = 1
-        given |= {"pooled_projections": text.pooled, "txt_ids": torch.zeros(text.embeds.shape[1], 3)}
-        out = base.denoiser(hidden_states=torch.cat(tokens, 1), img_ids=torch.cat(ids), **given)[0]
-        made: Tensor = FluxKontextPipeline._unpack_latents(out[:, : tokens[0].shape[1]], h * 4, w * 4, 4)
-        return made
-    own, others = Flux2Pipeline._prepare_latent_ids(x), Flux2Pipeline._prepare_image_ids([y[:1] for y in shown])
-    tokens = [Flux2Pipeline._pack_latents(y) for y in (x, *shown)]
-    given |= {"txt_ids": Flux2Pipeline._prepare_text_ids(text.embeds)}
-    ids_all = torch.cat([own, others.expand(n, -1, -1)], 1)
-    out = base.denoiser(hidden_states=torch.cat(tokens, 1), img_ids=ids_all, **given)[0][:, : tokens[0].shape[1]]
-    whole: Tensor = out.transpose(1, 2).unflatten(2, (h, w))
-    return whole
-
-
 @pytest.mark.parametrize("family", EDITING)
-def test_predictions_and_gradients_equal_diffusers_with_peft(family: str, places: Path) -> None:
+def test_predictions_and_gradients_equal_pefts(family: str, places: Path) -> None:
     """A and B of every block get PEFT's gradients, through the references' tokens too."""
     peft = pytest.importorskip("peft")
     place = str(tiny_image_base(places, family))
@@ -159,7 +125,7 @@ def test_predictions_and_gradients_equal_diffusers_with_peft(family: str, places
         attachment.use("it")
         got = predict(ours, x, t, text, references=shown)
         (got - target).square().mean().backward()
-        want = by_diffusers(twin, x, shown, t, text)
+        want = predict(twin, x, t, text, references=shown)
         (want - target).square().mean().backward()
         assert torch.allclose(got, want, atol=1e-5)
         trained = attachment.adapters["it"].pairs

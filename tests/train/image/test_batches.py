@@ -227,30 +227,6 @@ def test_times_are_shifted_as_diffusers_scripts_draw_them(family: str, shared: P
     assert times_of(base, _config(shared, loss={"shift": 1.5})).shift == 1.5
 
 
-def test_mask_confines_the_loss_to_white_areas(shared: Path, tmp_path: Path, base: ImageBase) -> None:
-    from PIL import Image
-
-    folder = drawings(tmp_path / "masked", 2)
-    mask = Image.new("L", (40, 40), 0)
-    mask.paste(255, (0, 0, 20, 40))
-    mask.save(folder / "0.mask.png")
-    config = _config(shared, data={"pictures": str(folder), "split": 0})
-    encoders = Encoders(base, config, None)
-    _, _, planned = _steps(config)
-    masked = next(r for r in planned if r.picture.name == "0.png")
-    batch = encoders.batch([masked])
-    loss = ImageLoss(base, config, encoders)
-    half = batch.masks.shape[-1] // 2
-    assert batch.masks[..., :half].min() == 1
-    assert batch.masks[..., half:].max() == 0
-    noise, sigma = sample_noise(batch.latents.shape[1:], [masked.key], "flow", loss.times, loss.noise)
-    with torch.no_grad():
-        own = loss.row_errors(batch, noise, sigma)
-        batch.masks = None
-        whole = loss.row_errors(batch, noise, sigma)
-    assert own != whole
-
-
 def test_held_out_pictures_have_equal_scores_in_every_run(shared: Path, base: ImageBase) -> None:
     config = _config(shared)
     pictures, _ = read_pictures(config.data)

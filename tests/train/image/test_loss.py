@@ -117,17 +117,6 @@ def test_times_have_the_stated_distributions() -> None:
     assert abs(whole.mean() - 499.5) < 20
 
 
-def test_logit_normal_is_diffusers_density() -> None:
-    from diffusers.training_utils import compute_density_for_timestep_sampling
-
-    mine = sample_noise((1, 2, 2), [(1, 1, i) for i in range(4000)], "flow", Times("logit-normal"))[1]
-    theirs = compute_density_for_timestep_sampling(
-        "logit_normal", 4000, logit_mean=0.0, logit_std=1.0, generator=torch.Generator().manual_seed(0)
-    )
-    grid = torch.linspace(0.05, 0.95, 10)
-    torch.testing.assert_close(mine.quantile(grid), theirs.quantile(grid), rtol=0, atol=0.02)
-
-
 def test_the_resolution_dependent_shift_is_flux_own() -> None:
     """calculate_shift, and time_shift of FlowMatchEulerDiscreteScheduler."""
     from diffusers import FlowMatchEulerDiscreteScheduler

@@ -33,7 +33,12 @@ def test_broken_files_are_listed_with_reasons(tmp_path: Path) -> None:
     put(tmp_path, "phone.png").rename(tmp_path / "phone.heic")
     message = read_error(tmp_path)
     assert "4 of 6 pictures cannot be used" in message  # phone.heic holds a PNG, which is read
-    for words in ("empty.png: an empty file", "page.jpg: a web page", "lfs.png: a Git LFS pointer", "cut.png: damaged"):
+    for words in (
+        "empty.png: an empty file",
+        "page.jpg: not a picture",
+        "lfs.png: a Git LFS pointer",
+        "cut.png: damaged",
+    ):
         assert words in message
     pictures, summary = read_pictures(settings(tmp_path, broken="drop"))
     assert [p.name for p in pictures] == ["good.png", "phone.heic"]

@@ -23,7 +23,6 @@ from veneer.formats.read import read
 from veneer.models.image.base import ImageBase, load_image
 from veneer.models.image.generate import ImageRow, PictureSettings, default_settings, generate_images
 from veneer.models.image.predict import cut_of
-from veneer.ops.quantized import Quantized
 from veneer.train.config.load import config_from
 from veneer.train.devices import ALONE
 from veneer.train.events import Checked, Evaluated, Event, Note, Probed, Resolved, Sampled, Stepped
@@ -184,43 +183,6 @@ def test_every_family_trains_through_the_same_loop(family: str, shared: Path, tm
     assert len(result.samples) == 1
 
 
-def _slow_where_its_codes_are_held_alone(family: str) -> Any:
-    """By models/image/test_base: what they compute and the gradients through them; or by flux2, which is klein too."""
-    return pytest.param(family, marks=pytest.mark.slow) if family in ("sd3", "z-image", "klein") else family
-
-
-@pytest.mark.parametrize(
-    "family", [*map(_slow_where_its_codes_are_held_alone, ("sd3", "z-image", "flux2", "klein", "qwen-image"))]
-)
-def test_training_on_nf4_equals_training_on_its_values(family: str, shared: Path, tmp_path: Path) -> None:
-    """Computed in 16 bits, text encoders in 4 as well; every linear module learns."""
-    for name in ("codes", "values"):
-        base = load_image(str(tiny_image_base(shared, family)), dtype="bfloat16", quantize="nf4")
-        held = [
-            (m, key)
-            for m in base.parts.values()
-            if isinstance(m, torch.nn.Module)
-            for m in m.modules()
-            for key, w in m._parameters.items()
-            if isinstance(w, Quantized)
-        ]
-        assert len(held) > 10
-        for module, key in held if name == "values" else []:
-            weight: Any = module._parameters[key]
-            module._parameters[key] = torch.nn.Parameter(weight.dense().clone(), requires_grad=False)
-        result = run(
-            shared,
-            tmp_path / name,
-            family,
-            base=base,
-            adapter={"targets": "all-linear"},
-            schedule={"steps": 2},
-            optimizer={"learning_rate": 0.05},
-        )
-        assert result.validation != result.validation_before
-    assert _bytes(tmp_path / "codes") == _bytes(tmp_path / "values")
-
-
 def test_ctrl_c_saves_and_resuming_ends_in_the_same_bits(whole: Whole, shared: Path, tmp_path: Path) -> None:
     with pytest.raises(Interrupted, match="after step 4 of 6"):
         run(shared, tmp_path / "whole", on_event=interrupt_at(4), **WITH_ALL)
@@ -254,32 +216,6 @@ def test_sd3_without_t5_reads_77_tokens(shared: Path, tmp_path: Path) -> None:
     assert cut_of(base, long)
     with pytest.raises(PreflightError, match="it has: text_encoder, text_encoder_2"):
         run(shared, tmp_path / "no", "sd3", base=base, adapter={"text_encoders": ["text_encoder_3"]})
-
-
-@pytest.mark.parametrize(
-    ("family", "guidance"),
-    [pytest.param("flux2", None, marks=pytest.mark.slow), ("qwen-image", None), ("z-image", 0.0)],
-)
-def test_later_families_resume_to_equal_bits(family: str, guidance: float | None, shared: Path, tmp_path: Path) -> None:
-    """With dropout, captions of two lengths, some left empty, and sheets drawn on the way, which are the same too."""
-    folder = drawings(tmp_path / "drawings")
-    (folder / "0.txt").write_text("a blue cat with a hat in the red house, in the style of a flat tree")
-    more: dict[str, Any] = {
-        "data": {"pictures": str(folder), "caption_dropout": 0.4, "cache": str(tmp_path / "cache")},
-        "schedule": {"steps": 3},
-        "samples": {"prompts": ["a cat"], "every": 1, "steps": 2, "size": 32},
-    }
-    if guidance is not None:
-        more["samples"]["guidance"] = guidance
-    run(shared, tmp_path / "whole" / "run", family, **more)
-    with pytest.raises(Interrupted, match="after step 2 of 3"):
-        run(shared, tmp_path / "parts" / "run", family, on_event=interrupt_at(2), **more)
-    run(shared, tmp_path / "parts" / "run", family, resume=True, **more)
-    assert _bytes(tmp_path / "parts" / "run") == _bytes(tmp_path / "whole" / "run")
-    places = (tmp_path / one / "run" / "samples" for one in ("whole", "parts"))
-    whole, parts = ([p.read_bytes() for p in sorted(place.glob("*.png"))] for place in places)
-    assert len(set(whole)) == 4
-    assert whole == parts
 
 
 def test_resuming_with_other_settings_or_pictures_is_refused(whole: Whole, shared: Path, tmp_path: Path) -> None:

@@ -293,16 +293,13 @@ def prediction_of(row: ImageFamily, scheduler: Any, path: Path) -> Literal["epsi
 def pipeline(base: ImageBase, kind: PipelineKind = "text", controls: Sequence[_ControlNet] = ()) -> Any:
     """Return diffusers' pipeline of this kind over the base's components.
 
-    Pipelines are cached by kind; with ControlNets, only the few most recently used pipelines are cached, with
-    their ControlNets. Nothing is copied: an adapter attached to `base.model` acts in every pipeline.
-    Pipelines share one scheduler; set `pipe.scheduler` to use another. Raises BaseError if diffusers has no
-    such pipeline for the family, or if a component was released."""
+    Pipelines without ControlNets are cached by kind. Nothing is copied: an adapter attached to `base.model` acts in
+    every pipeline. Pipelines share one scheduler; set `pipe.scheduler` to use another. Raises BaseError if diffusers
+    has no such pipeline for the family, or if a component was released."""
     import diffusers
 
-    key = "|".join([kind, *(str(id(c)) for c in controls)])
-    if key in base._pipelines:
-        base._pipelines[key] = base._pipelines.pop(key)  # most recently used last
-        return base._pipelines[key]
+    if kind in base._pipelines and not controls:
+        return base._pipelines[kind]
     table = base.row.controlled if controls else base.pipelines
     if kind not in table:
         task = {"text": "text-to-image", "image": "image-to-image", "inpaint": "inpainting", "edit": "editing"}[kind]
@@ -324,15 +321,9 @@ def pipeline(base: ImageBase, kind: PipelineKind = "text", controls: Sequence[_C
     with errors_only():
         pipe = cls(**_accepted_arguments(cls, {**parts, **base.settings, **base.row.settings}))
     pipe.set_progress_bar_config(disable=True)
-    base._pipelines[key] = pipe
-    controlled = [key for key in base._pipelines if "|" in key]
-    for old in controlled[:-_CONTROLLED_KEPT]:
-        del base._pipelines[old]
+    if not controls:
+        base._pipelines[kind] = pipe
     return pipe
-
-
-_CONTROLLED_KEPT = 4
-"""Most cached pipelines with ControlNets; each keeps its ControlNets in memory."""
 
 
 def _accepted_arguments(cls: type, available: dict[str, Any]) -> dict[str, Any]:
