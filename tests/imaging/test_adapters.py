@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -186,31 +185,6 @@ def test_switching_is_one_assignment_however_many_are_known(base: ImageBase, bra
         assert {name: (t.data_ptr(), t._version) for name, t in base.model.state_dict().items()} == weights
 
 
-def test_switching_costs_the_same_with_3_and_60_adapters(base: ImageBase, brand: Adapter) -> None:
-    """Counted in calls of Python and of C, which no other load of the machine changes."""
-
-    def calls(known: int) -> int:
-        with ImagePipeline(base) as mixer:
-            uses = ["brand.safetensors:0.8", "look.safetensors:0.5"]
-            mixer.plan(uses)
-            for i in range(known - 2):
-                mixer.attachment.add(f"known {i}", brand)
-            count = 0
-
-            def counted(_frame: Any, event: str, _arg: Any) -> None:
-                nonlocal count
-                count += event in ("call", "c_call")
-
-            sys.setprofile(counted)
-            try:
-                mixer.attachment.use(*mixer.plan(uses).at(0.0))
-            finally:
-                sys.setprofile(None)
-            return count
-
-    assert calls(3) == calls(60)
-
-
 @pytest.mark.parametrize(
     ("name", "label"),
     [
@@ -231,21 +205,6 @@ def test_one_adapter_under_two_names_is_said(base: ImageBase, files: Path, tmp_p
     with ImagePipeline(base, say=said.append) as mixer:
         mixer.plan(["brand.safetensors", str(tmp_path / "copy.safetensors")])
     assert any("the same adapter as brand.safetensors" in line for line in said)
-
-
-def test_source_hash_matches_the_loaded_file(base: ImageBase, files: Path, tmp_path: Path) -> None:
-    shutil.copy(files / "brand.safetensors", tmp_path / "pytorch_lora_weights.safetensors")
-    shutil.copy(files / "look.safetensors", tmp_path / "a-checkpoint.safetensors")
-    with ImagePipeline(base) as mixer:
-        assert mixer.add(str(tmp_path)).sha256 == hashes(files / "brand.safetensors").sha256
-
-
-def test_invalid_strength_is_named(base: ImageBase) -> None:
-    with ImagePipeline(base) as mixer:
-        for use, wrong in (("./brand.safetensors:strong", "strong"), ("./brand.safetensors@text:0.5", "text")):
-            with pytest.raises(AdapterError, match=f"'{wrong}' is not a strength") as caught:
-                mixer.plan([use])
-            assert "brand.safetensors:0.8" in (caught.value.fix or "")
 
 
 def test_lora_tag_in_a_prompt_is_noted(base: ImageBase) -> None:

@@ -51,7 +51,7 @@ def test_missing_keys_take_the_callers_values(tmp_path: Path) -> None:
         ({"prompt": "a", "adapters": "brand"}, "adapters is 'brand'; it must be a list of texts"),
         ({"prompt": "a", "adapters": ["brand@steps=2-3"]}, "not a range of steps"),
         ('{"prompt": "a", "prompt": "b"}', "'prompt' appears twice"),
-        (r'{"prompt": "a \ud83d fox"}', "the prompt contains half a surrogate pair"),
+        (r'{"prompt": "a \ud83d fox"}', r"the prompt is 'a \ud83d fox'"),
         ("a fox", "not JSON"),
         ([1], "not a JSON object"),
     ],

@@ -102,24 +102,6 @@ def flat(module: str) -> str:
     return f"{prefix}_{rest.replace('.', '_')}"
 
 
-def test_one_batch_holds_a_picture_of_each_kind(
-    base: ImageBase, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    pipe = diffusers_pipeline(place)
-    for kind, (define, modules) in KINDS.items():
-        made = {module: define(parameter_of(pipe, module).detach())[0] for module in modules}
-        save_file(
-            {f"{flat(m)}.{k}": t.contiguous() for m, own in made.items() for k, t in own.items()}, f"{kind}.safetensors"
-        )
-    asks = [ImageRequest("a cat", seed=1, uses=(parse_use(f"{kind}.safetensors:12"),)) for kind in KINDS]
-    with ImagePipeline(base) as mixer:
-        together = generate(mixer, [ImageRequest("a cat", seed=1), *asks], Options(steps=3, batch_size=len(asks) + 1))
-        alone = generate(mixer, [ImageRequest("a cat", seed=1), *asks], Options(steps=3, batch_size=1))
-    assert max(levels(a.image, b.image) for a, b in zip(together, alone, strict=True)) <= 1
-    assert min(levels(together[0].image, other.image) for other in together[1:]) > 1
-
-
 def test_stack_of_kinds_is_the_sum_of_their_definitions(
     base: ImageBase, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,18 +61,8 @@ class ImageRequest:
 
     def __post_init__(self) -> None:
         for label, text in (("prompt", self.prompt), ("negative prompt", self.negative)):
-            if not isinstance(text, str):
-                raise ConfigError(f"the {label} is {text!r}", fix="a text")
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                where, fix = (
-                    f"character {error.start + 1}",
-                    "write the text again: it was cut or read in another encoding",
-                )
-                raise ConfigError(
-                    f"the {label} contains half a surrogate pair, which is not text", where=where, fix=fix
-                ) from None
+            if not isinstance(text, str) or any("\ud800" <= c <= "\udfff" for c in text):
+                raise ConfigError(f"the {label} is {text!r}", fix="a text without halves of surrogate pairs")
         check_seed(self.seed)
         check_roles(self.uses)
 

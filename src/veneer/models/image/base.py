@@ -142,7 +142,8 @@ class Components(nn.Module):
     def __init__(self, parts: dict[str, nn.Module]) -> None:
         super().__init__()
         for name, part in parts.items():
-            self.add_module(name, part if _canonical(part) else _TextModelLevel(part))
+            canonical = type(part).__name__ != "CLIPTextModel" or hasattr(part, "text_model")
+            self.add_module(name, part if canonical else _TextModelLevel(part))
 
 
 class _TextModelLevel(nn.Module):
@@ -153,10 +154,6 @@ class _TextModelLevel(nn.Module):
     def __init__(self, text_model: nn.Module) -> None:
         super().__init__()
         self.text_model = text_model
-
-
-def _canonical(part: nn.Module) -> bool:
-    return type(part).__name__ != "CLIPTextModel" or hasattr(part, "text_model")
 
 
 def load_image(
@@ -214,14 +211,9 @@ def _base(name: str, path: Path, read: LoadedParts, quantize: str | None) -> Ima
         pipelines={**row.pipelines, **read.pipelines},
         settings=read.settings,
         notes=tuple(read.notes),
-        quantized=quantize or _quantized_as(denoiser),
+        quantized=quantize or next((p.stored.kind for p in denoiser.parameters() if isinstance(p, Quantized)), None),
         _scale=scale,
     )
-
-
-def _quantized_as(denoiser: nn.Module) -> str | None:
-    """Return the format of the denoiser's quantized weights, or None."""
-    return next((p.stored.kind for p in denoiser.parameters() if isinstance(p, Quantized)), None)
 
 
 def vae_scale(vae: Any) -> int:
@@ -314,10 +306,11 @@ def pipeline(base: ImageBase, kind: PipelineKind = "text", controls: Sequence[_C
     with errors_only():  # without torchvision, its import logs a fallback
         cls = getattr(diffusers, table[kind])
     parts: dict[str, Any] = dict(base.parts)
+    for control in controls:
+        if type(control).__name__ != base.row.control:
+            raise BaseError(f"{type(control).__name__} is not a ControlNet for {base.row.label}", where=base.name)
     if controls:
-        for control in controls:
-            _check_control(base, control)
-        parts["controlnet"] = controls[0] if len(controls) == 1 else _multi_control(base, controls)
+        parts["controlnet"] = controls[0] if len(controls) == 1 else _multi_control(controls)
     with errors_only():
         pipe = cls(**_accepted_arguments(cls, {**parts, **base.settings, **base.row.settings}))
     pipe.set_progress_bar_config(disable=True)
@@ -336,17 +329,12 @@ def _accepted_arguments(cls: type, available: dict[str, Any]) -> dict[str, Any]:
     return missing | {n: v for n, v in available.items() if n in parameters}
 
 
-def _multi_control(base: ImageBase, controls: Sequence[_ControlNet]) -> Any:
+def _multi_control(controls: Sequence[_ControlNet]) -> Any:
     """Combine ControlNets, whose residuals are summed, in diffusers' Multi class."""
     from diffusers.models import controlnets
 
     class_name = type(controls[0]).__name__
     return getattr(controlnets, class_name.replace("ControlNetModel", "MultiControlNetModel"))(list(controls))
-
-
-def _check_control(base: ImageBase, control: _ControlNet) -> None:
-    if type(control).__name__ != base.row.control:
-        raise BaseError(f"{type(control).__name__} is not a ControlNet for {base.row.label}", where=base.name)
 
 
 def load_control(name: str | Path, base: ImageBase) -> _ControlNet:

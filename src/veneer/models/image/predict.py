@@ -217,7 +217,9 @@ def encode_pictures(base: ImageBase, pixels: Tensor, generator: torch.Generator 
             x = x[:, :, None]
         posterior = vae.encode(x).latent_dist
         z = posterior.mode() if generator is None else posterior.sample(generator)
-        return _normalise(base, vae, z).to(base.dtype)
+        mean, scale, std = _statistics(base, vae, z)
+        latents: Tensor = ((F.pixel_unshuffle(z, 2) if base.row.patched else z) - mean) * scale / std
+        return (latents[:, :, 0] if base.row.frames else latents).to(base.dtype)
 
 
 @torch.no_grad()
@@ -226,22 +228,13 @@ def decode_latents(base: ImageBase, latents: Tensor) -> Tensor:
 
     latents: as `encode_pictures` returns them."""
     with _vae_of(base) as vae:
-        z = _denormalise(base, vae, latents.to(base.device, vae.dtype))
+        x = latents.to(base.device, vae.dtype)
+        x = x[:, :, None] if base.row.frames else x
+        mean, scale, std = _statistics(base, vae, x)
+        z = x * std / scale + mean
+        z = F.pixel_shuffle(z, 2) if base.row.patched else z
         out: Tensor = vae.decode(z, return_dict=False)[0]
         return out[:, :, 0] if base.row.frames else out
-
-
-def _normalise(base: ImageBase, vae: Any, z: Tensor) -> Tensor:
-    mean, scale, std = _statistics(base, vae, z)
-    x = ((F.pixel_unshuffle(z, 2) if base.row.patched else z) - mean) * scale / std
-    return x[:, :, 0] if base.row.frames else x
-
-
-def _denormalise(base: ImageBase, vae: Any, x: Tensor) -> Tensor:
-    x = x[:, :, None] if base.row.frames else x
-    mean, scale, std = _statistics(base, vae, x)
-    z = x * std / scale + mean
-    return F.pixel_shuffle(z, 2) if base.row.patched else z
 
 
 def _statistics(base: ImageBase, vae: Any, like: Tensor) -> tuple[Tensor | float, float, Tensor | float]:

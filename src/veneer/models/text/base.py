@@ -125,7 +125,8 @@ def load_text(
         notes = (*notes, f"each process reads all of the weights: {why}") if why else notes
         model.to(where)  # type: ignore[arg-type]
     else:
-        notes = _without_a_place(unread, model)
+        unexpected = unread.stored.keys() - model.state_dict().keys()
+        notes = check_loaded(Path(), {"unexpected_keys": unexpected})
     model.eval()
     model.requires_grad_(False)
     _check_vocabulary(path, model, tokenizer)
@@ -323,11 +324,6 @@ def _unread_model(
     return model, reader, ""
 
 
-def _without_a_place(unread: ShardReader, model: PreTrainedModel) -> tuple[str, ...]:
-    """Return notes on stored weights that the model does not have (`check_loaded`)."""
-    return check_loaded(Path(), {"unexpected_keys": unread.stored.keys() - model.state_dict().keys()})
-
-
 def _size_note(model: PreTrainedModel, quantized: str) -> str:
     weights = [p for p in model.parameters() if isinstance(p, Quantized)]
     count, size = sum(p.numel() for p in weights), sum(p.bytes for p in weights)
@@ -404,15 +400,11 @@ def _context(config: Any) -> int:
 def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, turn: int | None) -> tuple[int, ...]:
     """Return the stop tokens: end of turn, the tokenizer's eos, then configs' eos."""
     ids: list[int] = []
-    configs = {id(c): c for c in (model.config, model.config.get_text_config())}.values()
+    configs = (model.config, model.config.get_text_config(), model.generation_config)
     named = [getattr(config, "eos_token_id", None) for config in configs]
-    for source in (turn, tokenizer.eos_token_id, *named, _generation_eos(model)):
+    for source in (turn, tokenizer.eos_token_id, *named):
         for token in source if isinstance(source, list | tuple) else [source]:
             if token is not None and int(token) not in ids:
                 ids.append(int(token))
     rows = model.get_input_embeddings().weight.shape[0]
     return tuple(t for t in ids if 0 <= t < rows)
-
-
-def _generation_eos(model: PreTrainedModel) -> Any:
-    return getattr(model.generation_config, "eos_token_id", None)

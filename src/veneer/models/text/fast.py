@@ -151,16 +151,10 @@ def _swap_norms(modules: Iterable[nn.Module], report: FastReport, undo: ExitStac
         if any(p.requires_grad for p in module.parameters()):
             report.skipped[kind] = "it is trained"
             continue
-        replace_forward(module, _norm_forward(*parts), undo)
+        weight, eps = parts
+        replace_forward(module, lambda self, x, weight=weight, eps=eps: rms_norm(x, weight, eps), undo)
         report.norms[kind] = plus
         report.swapped[kind] = report.swapped.get(kind, 0) + 1
-
-
-def _norm_forward(weight: Tensor, eps: float) -> Callable[..., Tensor]:
-    def forward(self: nn.Module, x: Tensor) -> Tensor:
-        return rms_norm(x, weight, eps)
-
-    return forward
 
 
 # -- gated MLPs --------------------------------------------------------------------------------------------------------
@@ -184,16 +178,6 @@ def _swap_mlps(modules: Iterable[nn.Module], report: FastReport, undo: ExitStack
         replace_forward(module, _mlp_forward(type(module).forward, projection, down, act), undo)
         report.swapped[kind] = report.swapped.get(kind, 0) + 1
         report.joins += [projection, down]
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return type(base_of(module)) is nn.Linear
-
-
-def _weight(module: nn.Module) -> Tensor:
-    weight = base_of(module).weight
-    assert isinstance(weight, Tensor)
-    return weight
 
 
 def _mlp_forward(
@@ -367,7 +351,7 @@ def _attention_parts(module: nn.Module) -> list[nn.Module] | None:
     """Return the linear projections q, k, v and o of an attention module, or None."""
     children = dict(module.named_children())
     parts = [children[n] for n in ("q_proj", "k_proj", "v_proj", "o_proj") if n in children]
-    return parts if len(parts) == 4 and all(map(_is_linear, parts)) else None
+    return parts if len(parts) == 4 and all(type(base_of(m)) is nn.Linear for m in parts) else None
 
 
 def weights_together(model: nn.Module) -> list[list[nn.Module]]:
@@ -428,7 +412,7 @@ def _attention_forward(
         layout.attended.add(id(self))
         cos, sin = layout.tables(kwargs["position_embeddings"])
         n = hidden_states.shape[1]
-        kv = len(_weight(projection.modules[1])) // self.head_dim
+        kv = base_of(projection.modules[1]).out_features // self.head_dim
         window = getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
         qkv = linear(hidden_states, first).view(n, -1, self.head_dim)
         heads = rope_varlen_attention(qkv, cos, sin, kv, VarlenSettings(layout, self.scaling, window), head_norms)

@@ -127,20 +127,15 @@ def rendered(base: TextBase, messages: Sequence[Mapping[str, Any]], **variables:
 
 
 def _check(max_new_tokens: int, temperature: float, top_p: float, top_k: int, batch_size: int) -> None:
-    if max_new_tokens < 1:
-        raise _out_of_range("max_new_tokens", max_new_tokens, "1 or more")
-    if not 0 <= temperature < float("inf"):
-        raise _out_of_range("temperature", temperature, "0 (greedy) or more")
-    if not 0 < top_p <= 1:
-        raise _out_of_range("top_p", top_p, "above 0, at most 1")
-    if top_k < 0:
-        raise _out_of_range("top_k", top_k, "0 (all) or more")
-    if batch_size < 1:
-        raise _out_of_range("batch_size", batch_size, "1 or more")
-
-
-def _out_of_range(name: str, value: float, expected: str) -> ConfigError:
-    return ConfigError(f"{name} is {value}", fix=f"{name} must be {expected}")
+    for name, value, valid, expected in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
+        ("temperature", temperature, 0 <= temperature < float("inf"), "0 (greedy) or more"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0, at most 1"),
+        ("top_k", top_k, top_k >= 0, "0 (all) or more"),
+        ("batch_size", batch_size, batch_size >= 1, "1 or more"),
+    ):
+        if not valid:
+            raise ConfigError(f"{name} is {value}", fix=f"{name} must be {expected}")
 
 
 def _batches(lengths: list[int], context: int, budget: int, batch_size: int) -> Iterator[tuple[list[int], int]]:

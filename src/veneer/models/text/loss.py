@@ -85,11 +85,6 @@ def _text_nll(
     return padded_nll(model, input_ids, lengths, trained, correct)
 
 
-def _rounds(weight: Tensor) -> bool:
-    """Return whether oneDNN computes products of this weight: 16 bits on the CPU."""
-    return weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16)
-
-
 def rows_nll(
     model: Any,
     input_ids: Tensor,
@@ -222,7 +217,8 @@ def _rows_hidden(
     Both are padded at the end if rounded. The last position can be the end of the rows."""
     device, count = input_ids.device, len(at)
     if rounded is None:
-        rounded = layout is None and _rounds(model.get_input_embeddings().weight)
+        weight = model.get_input_embeddings().weight  # oneDNN computes products of 16 bits on the CPU
+        rounded = layout is None and device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16)
     if rounded:
         idle = padded_tokens(len(input_ids), count) - len(input_ids)
         input_ids = torch.cat([input_ids, input_ids[:1].expand(idle)])
@@ -294,15 +290,9 @@ def _head_nll(model: Any, hidden: Tensor, targets: Tensor, correct: Tensor | Non
 def _plain_head(model: Any, hidden: Tensor) -> Tensor | None:
     """Return the head's weight if logits are a plain product with it, else None."""
     plain = projection_of(model.get_output_embeddings())
-    weight = plain.weight if plain is not None and not plain.products and plain.bias is None else None
-    return (
-        weight if weight is not None and not _transforms_logits(model.config) and weight.dtype == hidden.dtype else None
-    )
-
-
-def _transforms_logits(config: Any) -> bool:
-    """Return whether the family transforms the logits after the head."""
-    return bool(getattr(config, "final_logit_softcapping", None))
+    if plain is None or plain.products or plain.bias is not None or plain.weight.dtype != hidden.dtype:
+        return None
+    return None if getattr(model.config, "final_logit_softcapping", None) else plain.weight
 
 
 def _beyond(model: Any, lengths: Sequence[int]) -> bool:

@@ -212,11 +212,7 @@ def _shuffled(rows: Sequence[PictureRow], seed: int, epoch: int) -> list[Picture
     """Order rows by a hash of their content.
 
     The order is the same in every version of every library, and for any order of files."""
-    return sorted(rows, key=lambda row: _hash(seed, epoch, row.picture.key, row.bucket, row.repeat))
-
-
-def _hash(*parts: object) -> bytes:
-    return _digest("|".join(map(str, parts)).encode())
+    return sorted(rows, key=lambda row: _digest(f"{seed}|{epoch}|{row.picture.key}|{row.bucket}|{row.repeat}".encode()))
 
 
 def _digest(text: bytes) -> bytes:

@@ -28,7 +28,7 @@ from torch import Tensor
 from veneer.errors import AdapterError, DataError, ResourceError
 from veneer.files.safetensors import read_tensors, write_tensors
 from veneer.train.config.image import ImageDataSection
-from veneer.train.image.augmentation import View, ViewTensors, latent_mask, prepare
+from veneer.train.image.augmentation import View, latent_mask, prepare
 from veneer.train.image.pictures import TrainingPicture
 
 _VERSION = 1  # version of the format and of pixel processing; a change invalidates all entries
@@ -125,8 +125,13 @@ class LatentCache(_Store):
         content += [picture.mask_digest, picture.alpha, settings.mask_floor if has_mask else None]
         key = self._key("latents", content, *_of_view(view))
 
+        @torch.no_grad()
         def compute() -> CacheEntry:
-            return CacheEntry(_encoded(prepare(picture, view, settings), encode))
+            prepared = prepare(picture, view, settings)
+            out = {"latents": encode(prepared.pixels[None])[0]}
+            if prepared.mask is not None:
+                out["mask"] = latent_mask(prepared.mask, *out["latents"].shape[-2:])
+            return CacheEntry(out)
 
         tensors = self._get(key, picture.path, compute).tensors
         sizes = torch.tensor(view.time_ids, dtype=torch.float32)
@@ -157,15 +162,6 @@ class TextCache(_Store):
 
 def _of_view(view: View) -> tuple[Any, ...]:
     return view.resized, view.top, view.left, view.width, view.height, view.flip
-
-
-def _encoded(tensors: ViewTensors, encode: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    with torch.no_grad():
-        latents = encode(tensors.pixels[None])[0]
-    out = {"latents": latents}
-    if tensors.mask is not None:
-        out["mask"] = latent_mask(tensors.mask, latents.shape[-2], latents.shape[-1])
-    return out
 
 
 def _refuse_not_finite(entry: CacheEntry, label: object) -> None:

@@ -66,7 +66,9 @@ def contact_sheet(
             pen.rectangle((at[0] - 1, at[1] - 1, at[0] + picture.width, at[1] + picture.height), outline="#888888")
         characters = max(8, int(wide_cell / (_FONT * 0.52)))
         pen.text((x, y + cell + 4), _describe_view(row, view), fill="#0044aa", font=font)
-        pen.text((x, y + cell + 4 + line), _shorten_start(row.picture.name, characters), fill="#888888", font=font)
+        name = row.picture.name
+        name = name if len(name) <= characters else "…" + name[-characters + 1 :]  # the end tells more
+        pen.text((x, y + cell + 4 + line), name, fill="#888888", font=font)
         words = textwrap.wrap(caption, characters, max_lines=_LINES, placeholder=" …") or [
             "(caption dropped)" if row.picture.caption else "(no caption)"
         ]
@@ -94,11 +96,6 @@ def _describe_view(row: PictureRow, view: View) -> str:
     if view.cut >= 0.005:
         text += f", {view.cut:.0%} cut"
     return text + (", mirrored" if view.flip else "") + (", class" if row.picture.is_class else "")
-
-
-def _shorten_start(name: str, characters: int) -> str:
-    """Return the end of a path, which is more informative than its beginning."""
-    return name if len(name) <= characters else "…" + name[-characters + 1 :]
 
 
 def _fitted(image: Image.Image, cell: int) -> Image.Image:

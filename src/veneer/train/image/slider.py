@@ -21,7 +21,7 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -76,11 +76,6 @@ def _read(image: ImageRun) -> ImageData:
     return replace(data, steps=_signed(data.steps), tags={})
 
 
-def _texts(image: ImageRun, data: ImageData) -> dict[str, Iterable[str]]:
-    ends = [end for pair in _directions(image.config.slider) for end in pair]
-    return {**image_prompts(image, data), "slider prompts": ends}
-
-
 def _findings(image: ImageRun, data: ImageData) -> Iterator[Finding]:
     slider = image.config.slider
     preserved = f", and is not to bring {', '.join(slider.preserve)} along" if slider.preserve else ""
@@ -101,11 +96,19 @@ def _same_prompts(image: ImageRun, data: ImageData) -> Iterator[Finding]:
             yield Finding("stop", "slider", text, "other words: it may not know these, or not read so far")
 
 
-def _loss(image: ImageRun, data: ImageData, attachment: Attachment) -> SliderLoss:
-    return SliderLoss(image.base, image.config, data.encoders, adapter_off=attachment.using, attachment=attachment)
-
-
-SLIDER = ImageKind(_read, _texts, _findings, _same_prompts, _loss, lambda config: config.slider.strengths)
+SLIDER = ImageKind(
+    read=_read,
+    texts=lambda image, data: {
+        **image_prompts(image, data),
+        "slider prompts": [end for pair in _directions(image.config.slider) for end in pair],
+    },
+    findings=_findings,
+    last_findings=_same_prompts,
+    loss=lambda image, data, attachment: SliderLoss(
+        image.base, image.config, data.encoders, adapter_off=attachment.using, attachment=attachment
+    ),
+    strengths=lambda config: config.slider.strengths,
+)
 """Scenes drawn by the base, learned at both signs of the strength.
 
 The configuration is the result of `slider_config`."""
@@ -132,13 +135,10 @@ def _signed(steps: LazySteps) -> LazySteps:
     """Return the steps with each micro-batch twice, at +1 and at −1."""
 
     def both(step: Step) -> Step:
-        return replace(step, micros=tuple(_with_sign(micro, sign) for micro in step.micros for sign in (1.0, -1.0)))
+        signs = ((micro, sign) for micro in step.micros for sign in (1.0, -1.0))
+        return replace(step, micros=tuple(replace(micro, make=partial(_signed_batch, micro, s)) for micro, s in signs))
 
     return steps.mapped(both)
-
-
-def _with_sign(micro: Micro, sign: float) -> Micro:
-    return replace(micro, make=partial(_signed_batch, micro, sign))
 
 
 def _signed_batch(micro: Micro, sign: float) -> SignedBatch:
