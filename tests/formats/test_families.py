@@ -57,8 +57,7 @@ def test_hunyuan_video_is_not_qwen_image() -> None:
     assert look(pairs(attention(range(60), 3072))).family == "qwen-image"
 
 
-def test_attention_only_krea_2_is_not_sd3_large() -> None:
-    assert look(pairs(attention(range(28), 6144))).family == "krea2"
+def test_other_widths_and_depths_are_not_sd3_large() -> None:
     unknown(look(pairs(attention(range(30), 6144))), "sd3-large")
     assert look(pairs(attention(range(38), 2432))).family == "sd3-large"
 
@@ -71,15 +70,6 @@ def test_wan_and_ltx_in_diffusers_names_are_no_text_adapters() -> None:
         found = look(pairs(shapes))
         unknown(found)
         assert set(found.adapter.pairs) == set(shapes)
-
-
-def test_ltx_and_anima_are_distinguished_by_context_width() -> None:
-    own = {f"transformer.transformer_blocks.{i}.attn1.to_q": (2048, 2048) for i in range(28)}
-    unknown(look(pairs(own)), "anima", "ltx-video")
-    for context, family in ((1024, "anima"), (2048, None)):
-        cross = {f"transformer.transformer_blocks.{i}.attn2.to_k": (2048, context) for i in range(28)}
-        assert look(pairs(own | cross)).family == family
-    assert look(pairs(own), ss_base_model_version="anima").family == "anima"
 
 
 def folder(path: Path, shapes: dict[str, tuple[int, int]]) -> Path:
@@ -150,8 +140,6 @@ OFFICIAL = {
     "FLUX.2 klein 4B": ("flux2", "Flux2Transformer2DModel", KLEIN_4B),
     "Qwen-Image": ("qwen-image", "QwenImageTransformer2DModel", {}),
     "Z-Image": ("z-image", "ZImageTransformer2DModel", {}),
-    "Krea 2": ("krea2", "Krea2Transformer2DModel", {}),
-    "Anima": ("anima", "CosmosTransformer3DModel", {"num_attention_heads": 16}),
     "SD 3.5 medium": ("sd3", "SD3Transformer2DModel", SD3 | {"dual_attention_layers": tuple(range(13))}),
     "SD 3.5 large": ("sd3-large", "SD3Transformer2DModel", SD3_LARGE),
     "SD 1.5": ("sd15", "UNet2DConditionModel", {"cross_attention_dim": 768}),
@@ -163,7 +151,7 @@ OFFICIAL = {
 
 @pytest.mark.parametrize("case", OFFICIAL)
 def test_official_widths_fit_every_block_group(case: str) -> None:
-    """All linears at once, and each group of blocks alone (refiners, text fusion), in diffusers' and original names."""
+    """All linears at once, and each group of blocks alone, in diffusers' and original names."""
     diffusers = pytest.importorskip("diffusers")
     name, kind, settings = OFFICIAL[case]
     family = families()[name]
@@ -229,35 +217,6 @@ def test_onetrainers_split_of_bfls_projections() -> None:
         for own, module in places.items():
             got = delta(found.adapter, f"transformer.{module}")
             torch.testing.assert_close(got, by_hand(tensors, name(own)), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("prefix", ["diffusion_model.", "base_model.model."])
-@pytest.mark.parametrize("name", ["krea2", "anima"])
-def test_krea_2_and_anima_names_match_diffusers(name, prefix) -> None:
-    conversion = pytest.importorskip("diffusers.loaders.lora_conversion_utils")
-    if (name, prefix) == ("anima", "base_model.model."):
-        pytest.skip("diffusers' converter knows Anima under diffusion_model. alone")
-    family = families()[name]
-    linears = {o: p[0].module for o, p in family.originals.items() if family.modules[p[0].module] == "linear"}
-    tensors = random_pairs([prefix + o for o in linears], (8, 8), "peft")
-    want = getattr(conversion, f"_convert_non_diffusers_{name}_lora_to_diffusers")(dict(tensors))
-    found = look(tensors)
-    assert found.family == name
-    assert set(found.adapter.pairs) == set(linears.values())
-    for module, pair in found.adapter.pairs.items():
-        assert torch.equal(pair.A, want[f"{module}.lora_A.weight"]), module
-        assert torch.equal(pair.B, want[f"{module}.lora_B.weight"]), module
-
-
-def test_flux_2_truncated_names_map_as_in_diffusers() -> None:
-    conversion = pytest.importorskip("diffusers.loaders.lora_conversion_utils")
-    names = [f"sformer_blocks.{i}.attn.{p}" for i in range(8) for p in ("to_q", "add_k_proj", "to_out.0")]
-    tensors = random_pairs([f"diffusion_model.{n}" for n in [*names, "single_blocks.0.linear2"]], (8, 8), "peft")
-    want = conversion._convert_non_diffusers_flux2_lora_to_diffusers(dict(tensors))
-    found = look(tensors)
-    assert found.family == "flux2"
-    assert {f"{m}.lora_{ab}.weight" for m in found.adapter.pairs for ab in "AB"} == set(want)
-    assert all(torch.equal(p.B, want[f"{m}.lora_B.weight"]) for m, p in found.adapter.pairs.items())
 
 
 def test_uso_names_cover_qkv_rows_only() -> None:

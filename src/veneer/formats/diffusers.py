@@ -34,10 +34,13 @@ from veneer.formats.peft import PREFIX, encode_folder
 from veneer.formats.topology import Family
 
 LOADABLE: dict[str, tuple[str, ...]] = {
-    "anima": ("transformer", "text_conditioner"), "sd15": ("unet", "text_encoder"), "sd2": ("unet", "text_encoder"),
-    "sdxl": ("unet", "text_encoder", "text_encoder_2"), "sd3": ("transformer", "text_encoder", "text_encoder_2"),
-    "sd3-large": ("transformer", "text_encoder", "text_encoder_2"), "flux1": ("transformer", "text_encoder"),
-}  # fmt: skip
+    "sd15": ("unet", "text_encoder"),
+    "sd2": ("unet", "text_encoder"),
+    "sdxl": ("unet", "text_encoder", "text_encoder_2"),
+    "sd3": ("transformer", "text_encoder", "text_encoder_2"),
+    "sd3-large": ("transformer", "text_encoder", "text_encoder_2"),
+    "flux1": ("transformer", "text_encoder"),
+}
 """The components into which a family's pipeline loads an adapter; of other families only the transformer."""
 
 _SETTINGS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_dora", "use_rslora")

@@ -9,7 +9,6 @@
 | kohya: FLUX.1          | lora_unet_ + BFL's name, flat                     | lora_te1_ (CLIP-L), lora_te3_ (T5)|
 | kohya: FLUX.2          | lora_unet_ + BFL's name, flat (musubi-tuner)      | none                              |
 | kohya: Qwen-, Z-Image  | lora_unet_ + diffusers' name, flat (musubi-tuner) | none                              |
-| kohya: Krea 2, Anima   | lora_unet_ + original name, flat                  | none; Anima's llm_adapter as well |
 | both: parts of a LoKr  | lycoris_ + diffusers' name, flat                  | as above                          |
 | ComfyUI: all           | diffusion_model. + original name                  | text_encoders.NAME.transformer. + |
 |                        |                                                   | transformers' name                |
@@ -66,7 +65,7 @@ def _renamed_changes(
         component, _, local_name = module.partition(".")
         if module not in family.modules:
             refused[f"{family.label} has no such module{_hint(module, family)}"].append(module)
-        elif component in DENOISERS or component == "text_conditioner":
+        elif component in DENOISERS:
             denoiser[module] = changes
         elif to == "kohya":
             out[family.kohya_encoder(component) + flat(local_name)] = changes, (module,)

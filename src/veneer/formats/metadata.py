@@ -31,8 +31,6 @@ MODELSPEC_ARCHITECTURES: dict[str, tuple[str, str, str]] = {
     "flux2": ("Flux.2-dev", "https://github.com/black-forest-labs/flux2", "flux2"),
     "qwen-image": ("Qwen-Image", "https://github.com/QwenLM/Qwen-Image", "qwen_image"),
     "z-image": ("Z-Image", "https://github.com/Tongyi-MAI/Z-Image", "zimage"),
-    "krea2": ("Krea-2", "https://github.com/krea-ai/krea-2", "krea2"),
-    "anima": ("anima-preview", "https://huggingface.co/circlestone-labs/Anima", "anima"),
 }
 """Family -> (architecture without `/lora`, implementation, base model version).
 
@@ -46,7 +44,7 @@ _FAMILIES = [
     ("stablediffusion35large", "sd3-large"), ("sd35large", "sd3-large"), ("35large", "sd3-large"),
     ("stablediffusion3", "sd3"), ("stablediffusionv3", "sd3"), ("sd3", "sd3"), ("35medium", "sd3"), ("3medium", "sd3"),
     ("flux2", "flux2"), ("flux1", "flux1"), ("fluxkontext", "flux1"), ("qwenimage", "qwen-image"),
-    ("zimage", "z-image"), ("krea2", "krea2"), ("anima", "anima"),
+    ("zimage", "z-image"),
 ]  # fmt: skip
 
 # Keys with explicit trigger words; values are JSON lists or comma-separated texts.

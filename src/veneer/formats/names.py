@@ -11,7 +11,6 @@
 | ….attn1.processor.to_q_lora, ….self_attn.to_out_lora             | aliases, of diffusers before PEFT                 |
 | double_blocks.0.processor.qkv_lora1 …                            | aliases, of XLabs                                 |
 | single_blocks.0.linear1_qkv                                      | an alias of FLUX.1, of ComfyUI (USO)              |
-| sformer_blocks.0.…                                               | an alias of FLUX.2, of files cut by diffusers     |
 
 For FLUX.1's T5, kohya uses lora_te3_ and OneTrainer lora_te2_. A `_` is never converted to a `.`, because
 flattening is not invertible. Uses names; no tensors.
@@ -77,14 +76,7 @@ def _table(name: str) -> Mapping[str, tuple[ModuleTarget, ...]]:
                 out.setdefault(f"{prefix}{flat(original)}_{i}", (ModuleTarget(target.module),))
     if name == "flux1":
         out.update(_xlabs(family))
-    if name == "flux2":
-        out.update({_cut(text): targets for text, targets in out.items() if text.startswith("transformer_blocks.")})
     return out
-
-
-def _cut(text: str) -> str:
-    """Return a double block's name in FLUX.2 files with a wrongly cut prefix."""
-    return text.replace("transformer_blocks.", "sformer_blocks.", 1)
 
 
 def _old(name: str) -> Iterator[str]:
@@ -144,7 +136,7 @@ def component_of(module: str) -> str:
     if first == "transformer":
         name = _kind(module)
         return first if {name, name.rpartition(".")[0]} & _transformers() else ""
-    return first if first in DENOISERS or first.startswith(("text_encoder", "text_conditioner")) else ""
+    return first if first in DENOISERS or first.startswith("text_encoder") else ""
 
 
 @cache
@@ -208,13 +200,10 @@ class FamilyChoice:
 _CONTEXT = {"sd15": 768, "sd2": 1024, "sdxl": 2048}
 _CLIP = {"sd15": 768, "sd2": 1024, "sdxl": 768}
 _HIDDEN = {
-    **{"flux1": {3072}, "flux2": {3072, 4096, 6144}, "qwen-image": {3072}, "z-image": {3840}, "krea2": {6144}},
-    **{"sd3": {1536}, "sd3-large": {2432}, "anima": {2048}},
+    **{"flux1": {3072}, "flux2": {3072, 4096, 6144}, "qwen-image": {3072}, "z-image": {3840}},
+    **{"sd3": {1536}, "sd3-large": {2432}},
     **{"hunyuan-video": {3072}, "ltx-video": {2048}},
 }
-_TEXT_FUSION = 2560
-"""Width of Krea 2's text_fusion blocks, unlike the other blocks."""
-_CROSS = {"anima": 1024, "ltx-video": 2048}
 _HIDDEN_INPUTS = re.compile(
     r"^transformer\..*(blocks|layers|refiner)\.\d+\.((attn\d?|attention)\.(to_[qkv]|add_[qkv]_proj)|"
     r"ff(_context)?\.net\.0\.proj|feed_forward\.w[13])$"
@@ -379,11 +368,7 @@ def _width(name: str, module: str, shape: _Shape | None) -> bool | None:
         return shape[1] == _CONTEXT.get(name)
     if re.search(r"^text_encoder\..*\.self_attn\.._proj$", module) and name in _CLIP:
         return shape[1] == _CLIP[name]
-    if name in _CROSS and re.search(r"^transformer\..*\.attn2\.to_[kv]$", module):
-        return shape[1] == _CROSS[name]
     if _HIDDEN_INPUTS.search(module):
-        if module.startswith("transformer.text_fusion."):
-            return shape[1] == _TEXT_FUSION
         return name in _HIDDEN and shape[1] in _HIDDEN[name]
     return None
 

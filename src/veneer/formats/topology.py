@@ -10,8 +10,6 @@
 | flux2      | transformer (dev; klein has fewer blocks of the same)     | BFL                                       |
 | qwen-image | transformer                                               | the same                                  |
 | z-image    | transformer                                               | fused qkv                                 |
-| krea2      | transformer                                               | krea-ai/krea-2                            |
-| anima      | transformer (Cosmos Predict 2), text_conditioner          | blocks, llm_adapter                       |
 
 Canonical name = component + "." + the name in diffusers' or transformers' class. SD3's two sizes are two
 families: their last blocks differ, and so does the place of the last context modulation. Counts are the
@@ -289,55 +287,6 @@ def z_image(layers: int, refiners: int) -> Iterator[ModuleRow]:
                 yield ModuleRow(f"{block}adaLN_modulation.0")
 
 
-def krea2(layers: int, layerwise: int, refiners: int) -> Iterator[ModuleRow]:
-    """Yield Krea2Transformer2DModel, whose modulations are tables, not modules."""
-    yield from _rows(
-        _TOP,
-        "norm:txt_in.norm=txtmlp.0 norm:final_layer.norm=last.norm img_in=first final_layer.linear=last.linear "
-        "text_fusion.projector=txtfusion.projector time_embed.linear_1=tmlp.0 time_embed.linear_2=tmlp.2 "
-        "time_mod_proj=tproj.1 txt_in.linear_1=txtmlp.1 txt_in.linear_2=txtmlp.3",
-        "",
-    )
-    for group, its, count in (
-        ("transformer_blocks", "blocks", layers),
-        ("text_fusion.layerwise_blocks", "txtfusion.layerwise_blocks", layerwise),
-        ("text_fusion.refiner_blocks", "txtfusion.refiner_blocks", refiners),
-    ):
-        for i in range(count):
-            block, original = f"{_TOP}{group}.{i}.", f"{its}.{i}."
-            yield from _rows(f"{block}attn.", "to_q=wq to_k=wk to_v=wv to_out.0=wo to_gate=gate", f"{original}attn.")
-            yield from _rows(f"{block}ff.", "gate up down", f"{original}mlp.")
-            yield from _rows(f"{block}attn.", "norm:norm_q=qnorm norm:norm_k=knorm", f"{original}attn.qknorm.")
-            yield from _rows(block, "norm:norm1=prenorm norm:norm2=postnorm", original)
-
-
-def anima(layers: int, adapter: int) -> Iterator[ModuleRow]:
-    """Yield Anima's CosmosTransformer3DModel and AnimaTextConditioner.
-
-    The original calls the latter llm_adapter."""
-    yield from _rows(_TOP, "patch_embed.proj=x_embedder.proj.1", "")
-    for n in "12":
-        yield from _rows(_TOP, f"time_embed.t_embedder.linear_{n}=t_embedder.1.linear_{n}", "")
-        yield from _rows(_TOP, f"norm_out.linear_{n}=final_layer.adaln_modulation.{n}", "")
-    yield from _rows(_TOP, "norm:time_embed.norm=t_embedding_norm proj_out=final_layer.linear", "")
-    for i in range(layers):
-        block, its = f"{_TOP}transformer_blocks.{i}.", f"blocks.{i}."
-        for k, part in (("1", "self_attn"), ("2", "cross_attn"), ("3", "mlp")):
-            yield from _rows(f"{block}norm{k}.", "linear_1=1 linear_2=2", f"{its}adaln_modulation_{part}.")
-        for attn, original in (("attn1.", "self_attn."), ("attn2.", "cross_attn.")):
-            names = "to_q=q_proj to_k=k_proj to_v=v_proj to_out.0=output_proj norm:norm_q=q_norm norm:norm_k=k_norm"
-            yield from _rows(block + attn, names, its + original)
-        yield from _rows(f"{block}ff.", "net.0.proj=layer1 net.2=layer2", f"{its}mlp.")
-    top, its = "text_conditioner.", "llm_adapter."
-    yield from _rows(top, "embedding:embed out_proj norm:norm", its)
-    for i in range(adapter):
-        for attn in ("self_attn", "cross_attn"):
-            inner = f"blocks.{i}.{attn}."
-            yield from _rows(top + inner, "q_proj k_proj v_proj o_proj norm:q_norm norm:k_norm", its + inner)
-        names = "norm:norm_self_attn norm:norm_cross_attn norm:norm_mlp mlp.0 mlp.2"
-        yield from _rows(f"{top}blocks.{i}.", names, f"{its}blocks.{i}.")
-
-
 def attention_blocks(double: int, single: int, *, joint: bool) -> Iterator[ModuleRow]:
     """Yield attention and feed-forward by diffusers' names.
 
@@ -443,8 +392,6 @@ def families() -> Mapping[str, Family]:
         _family("flux2", "FLUX.2", flux2(8, 48, True)),
         _family("qwen-image", "Qwen-Image", qwen_image(60), diffusers_named=True),
         _family("z-image", "Z-Image", z_image(30, 2), diffusers_named=True),
-        _family("krea2", "Krea 2", krea2(28, 2, 2)),
-        _family("anima", "Anima", anima(28, 6)),
         _family("sd3", "Stable Diffusion 3 and 3.5 medium", sd3(24, range(13)), l_g_t5),
         _family("sd3-large", "Stable Diffusion 3.5 large", sd3(38, ()), l_g_t5),
         _family(
