@@ -76,7 +76,7 @@ def _show(inspection: dict[str, Any]) -> None:
         "token rows": ", ".join(cut_list([f"{n}: {len(ids)}" for n, ids in inspection["token_rows"].items()])),
         "triggers": ", ".join(cut_list(inspection["trigger_words"])),
         "sha256": hashes["sha256"],
-        "AutoV1/2/3": f"{hashes['autov1']} / {hashes['autov2']} / {hashes['autov3'] or '-'}",
+        "AutoV2/3": f"{hashes['autov2']} / {hashes['autov3'] or '-'}",
         "data": card["data_digest"],
         "licence": card["licence"],
         "created": card["created"],

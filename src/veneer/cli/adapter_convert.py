@@ -68,7 +68,7 @@ def convert_command(
     for file, digest in done.files.items():
         print(f"{'file':<8} {file} {digest}")
     if done.hashes is not None:
-        kinds = {"AutoV1": done.hashes.autov1, "AutoV2": done.hashes.autov2, "AutoV3": done.hashes.autov3}
+        kinds = {"AutoV2": done.hashes.autov2, "AutoV3": done.hashes.autov3}
         print(f"{'hashes':<8} " + ", ".join(f"{kind} {value}" for kind, value in kinds.items() if value))
     for note in cut_list([*reading.notes, *done.notes]):
         print(f"note: {note}")
