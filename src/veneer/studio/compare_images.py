@@ -1,6 +1,6 @@
 """The Compare view on an image base.
 
-Images of equal seeds for base, adapters and mixes; a series of strengths; a control image."""
+Images of equal seeds for base, adapters and mixes; a series of strengths."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from veneer.serve.pictures.engine import PictureEngine
 from veneer.serve.pictures.request import FinishedPicture, PictureStep
 from veneer.serve.request import Refused
 from veneer.studio.compare_board import MAX_COLUMNS, Board, Column
-from veneer.studio.components import ImagePicker, Images
-from veneer.studio.elements import Field, box, button, command, details, form_field, line, permit
+from veneer.studio.components import Images
+from veneer.studio.elements import box, button, command, details, line, permit
 from veneer.studio.page import ViewPage
 
 _SEEDS = 4
@@ -32,7 +32,6 @@ class ImageBoard(Board):
     def __init__(self, page: ViewPage) -> None:
         super().__init__(page)
         self.engine = cast(PictureEngine, page.studio.service.engine)
-        self.control_image = ""
 
     def draw(self) -> None:
         page, (steps, guidance) = self.page, default_settings(self.engine.base)
@@ -46,25 +45,11 @@ class ImageBoard(Board):
                 self.guidance = self.number_field("Guidance", "guidance", guidance, low=0, high=50, step=0.5)
                 self.size = self.text_field("Size", "size", "auto, or 512x512")
                 self.negative = self.text_field("Negative prompt", "not")
-                self._draw_control()
             with box("div", "row"):
                 button("Generate", permit("infer", self.ask_all), kind="filled", key="ctrl+enter")
                 button("Stop", permit("infer", self.stop), kind="word", key="Escape")
                 line("Ctrl+Enter generates.", "soft small by-keys", "span")
         self.draw_board()
-
-    def _draw_control(self) -> None:
-        """Draw the control image's fields, if the base has ControlNets."""
-        self.control: Field | None = None
-        if kinds := self.engine.control_kinds():
-            kind = self.page.query.get("control", kinds[0])
-            self.control = form_field("Control", kind, self.store("control"), kind="choice", options=kinds)
-            self.control_strength = self.number_field("Control strength", "hold", 1.0, low=0, high=2, step=0.05)
-
-            def picked(data: str) -> None:
-                self.control_image = data
-
-            ImagePicker("Control image", permit("infer", picked))
 
     def draw_answers(self, position: int, column: Column) -> None:
         with box("div"):  # one row of the column's grid
@@ -73,9 +58,6 @@ class ImageBoard(Board):
                 button("Compare five strengths", permit("infer", lambda: self._spread(column)), kind="word")
 
     def equivalent_command(self, column: Column) -> str:
-        control = None
-        if self.control is not None and self.control_image:
-            control = f"{self.control.value}=IMAGE:{self.control_strength.value:g}"
         return command(
             "image",
             str(self.prompt.value),
@@ -87,7 +69,6 @@ class ImageBoard(Board):
             guidance=self.guidance.value,
             size=self.size.value,
             negative=self.negative.value,
-            control=control,
             out="image.png",
         )
 
@@ -102,7 +83,7 @@ class ImageBoard(Board):
 
     def _body(self, column: Column) -> dict[str, Any]:
         """Return the fields of a client's request body."""
-        body: dict[str, Any] = {
+        return {
             "prompt": str(self.prompt.value),
             "negative_prompt": str(self.negative.value or ""),
             "mix": [{"adapter": name, "strength": strength} for name, strength in column.mix],
@@ -112,10 +93,6 @@ class ImageBoard(Board):
             "guidance_scale": self.guidance.value,
             "size": str(self.size.value or "auto").lower().replace("×", "x"),
         }
-        if self.control is not None and self.control_image:
-            strength = self.control_strength.value
-            body["control"] = [{"type": self.control.value, "image": self.control_image, "strength": strength}]
-        return body
 
     async def answer(self, column: Column) -> None:
         images: Images = column.element

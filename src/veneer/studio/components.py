@@ -61,12 +61,3 @@ class Images(ui.element, component="images.js"):
     def show(self, index: int, source: str, note: str) -> None:
         """Show an image. `source`: a data: URL that this process created."""
         self.run_method("show", index, source, note)
-
-
-class ImagePicker(ui.element, component="image_picker.js"):
-    """A picker for an image file. `picked(data)`: a data: URL, or "" after removal."""
-
-    def __init__(self, label: str, picked: Handler) -> None:
-        super().__init__()
-        self.props["label"] = label
-        self.on("picked", event_handler(picked))
