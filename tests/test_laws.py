@@ -24,7 +24,7 @@ class Case:
     Laws of arithmetic hold to 1e-9, laws of identity bit for bit."""
 
     def __init__(self, draw: Any) -> None:
-        self.kind = draw(st.sampled_from(["linear", "embedding", "conv1d", "conv2d", "grouped", "experts"]))
+        self.kind = draw(st.sampled_from(["linear", "embedding", "conv1d", "conv2d", "experts"]))
         self.rank = draw(st.integers(1, 4))
         self.dora = self.kind != "experts" and draw(st.booleans())
         self.by_input = self.dora and self.kind != "embedding" and draw(st.booleans())
@@ -40,12 +40,9 @@ class Case:
         elif self.kind == "conv1d":
             module = nn.Conv1d(i, o, 2, stride=draw(st.integers(1, 2)), bias=bias)
             self.x = torch.randn(2, i, 6, generator=g, dtype=torch.float64)
-        elif self.kind in ("conv2d", "grouped"):
-            groups = 2 if self.kind == "grouped" else 1
-            module = nn.Conv2d(
-                i * groups, o * groups, (2, 1), dilation=draw(st.integers(1, 2)), groups=groups, bias=bias
-            )
-            self.x = torch.randn(2, i * groups, 5, 4, generator=g, dtype=torch.float64)
+        elif self.kind == "conv2d":
+            module = nn.Conv2d(i, o, (2, 1), dilation=draw(st.integers(1, 2)), bias=bias)
+            self.x = torch.randn(2, i, 5, 4, generator=g, dtype=torch.float64)
         elif self.kind == "experts":
             module = Experts(3, i, o, flipped=draw(st.booleans()))
             self.x = torch.randn(3, 2, i, generator=g, dtype=torch.float64)
@@ -179,21 +176,6 @@ def test_mix_is_linear_in_its_strengths(case: Case, s: float, t: float) -> None:
 
 
 @given(cases)
-def test_switching_adapters_back_restores_the_output(case: Case) -> None:
-    with attach(case.model) as attachment:
-        for name in ("a", "b"):
-            attachment.add(name, case.trained())
-        attachment.use("a")
-        first = case()
-        attachment.use("b")
-        case()
-        attachment.use()
-        case()
-        attachment.use("a")
-        assert torch.equal(case(), first)
-
-
-@given(cases)
 def test_collapsed_adapter_has_the_same_delta_and_digest(case: Case) -> None:
     adapter = case.trained()
     small = adapter.collapsed()
@@ -247,21 +229,6 @@ def test_gradients_equal_those_of_the_merged_weight(case: Case, strength: float)
 def _call(case: Case, key: str, weight: Tensor) -> Tensor:
     out: Tensor = torch.func.functional_call(case.model["m"], {key.removeprefix("m."): weight}, (case.x,))
     return out
-
-
-@given(cases, st.integers(0, 5))
-def test_detach_restores_the_base_in_any_order(case: Case, order: int) -> None:
-    base = case()
-    module = case.model["m"]
-    with attach(case.model) as attachment:
-        for name in "abc":
-            attachment.add(name, case.trained())
-        attachment.use("b", ("c", -1.0))
-        for name in (("abc", "acb", "bac", "bca", "cab", "cba")[order])[: 1 + order % 3]:
-            attachment.remove(name)
-        case()
-    assert case.model["m"] is module
-    assert torch.equal(case(), base)
 
 
 @given(st.integers(1, 512), st.floats(0.1, 1000), st.booleans())

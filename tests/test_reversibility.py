@@ -1,8 +1,7 @@
 """Any sequence of operations on adapters leaves the base bit for bit the same.
 
 A state machine runs random sequences of attach, add, use, mix, merge, remove, failures during forward and add, and
-detach, over a small bfloat16 base with every kind of module. Adding to the weights and subtracting again changes 16.5%
-of bfloat16 weights in 20 cycles; the last test shows this on the same base."""
+detach, over a small bfloat16 base with every kind of module."""
 
 from __future__ import annotations
 
@@ -207,15 +206,3 @@ class Use(RuleBasedStateMachine):
 
 TestUse = Use.TestCase
 TestUse.settings = settings(max_examples=40, stateful_step_count=30, deadline=None, derandomize=True)
-
-
-def test_adding_and_subtracting_changes_weights() -> None:
-    """Why adapters are never merged in place: 20 cycles of W += Δ, W −= Δ in bfloat16 leave other weights behind."""
-    g = torch.Generator().manual_seed(0)
-    W = torch.randn(256, 256, generator=g).mul(0.05).to(DTYPE)
-    delta = (torch.randn(256, 4, generator=g) @ torch.randn(4, 256, generator=g) * 0.01).to(DTYPE)
-    new = W.clone()
-    for _ in range(20):
-        new += delta
-        new -= delta
-    assert float((new != W).float().mean()) > 0.1

@@ -46,13 +46,16 @@ def reference(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float,
     return torch.cat(out)
 
 
-def test_idle_tokens_get_nothing_and_give_nothing() -> None:
+@pytest.mark.parametrize("name", ["torch", "tiles", "tiles32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_idle_tokens_get_nothing_and_give_nothing(name: str, dtype: torch.dtype) -> None:
     lengths, idle, gen = [5, 3], 4, torch.Generator().manual_seed(0)
     n = sum(lengths) + idle
-    x, cos, sin, g = (torch.randn(n, *shape, generator=gen) for shape in ((4, 8), (4,), (4,), (2, 8)))
+    x, cos, sin, g = (torch.randn(n, *shape, generator=gen).to(dtype) for shape in ((4, 16), (8,), (8,), (2, 16)))
     plain, padded = (x[:-idle].clone().requires_grad_(), x.clone().requires_grad_())
-    out = rope_varlen_attention(plain, cos[:-idle], sin[:-idle], 1, VarlenSettings(RowLayout(lengths), 0.5))
-    more = rope_varlen_attention(padded, cos, sin, 1, VarlenSettings(RowLayout(lengths, idle=idle), 0.5))
+    with override_ops(rope_varlen_attention=name):
+        out = rope_varlen_attention(plain, cos[:-idle], sin[:-idle], 1, VarlenSettings(RowLayout(lengths), 0.5))
+        more = rope_varlen_attention(padded, cos, sin, 1, VarlenSettings(RowLayout(lengths, idle=idle), 0.5))
     out.backward(g[:-idle])
     more.backward(g)
     for short, long in ((out, more), (plain.grad, padded.grad)):
@@ -123,20 +126,6 @@ def test_no_row_sees_another_and_no_token_a_later_one() -> None:
     allowed = (row[:, None] == row[None]) & torch.ones(n, n, dtype=torch.bool).tril()
     assert (jacobian[~allowed] == 0).all()
     assert (jacobian[allowed] != 0).all()
-
-
-@pytest.mark.parametrize("name", ["torch", "tiles", "tiles32"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tokens_after_the_rows_attend_to_nothing(name: str, dtype: torch.dtype) -> None:
-    gen = torch.Generator().manual_seed(1)
-    qkv = torch.randn(24, 4, 16, generator=gen).to(dtype).requires_grad_()
-    q, k, v = qkv.split([2, 1, 1], 1)
-    with override_ops(rope_varlen_attention=name):
-        out = varlen_attention(q, k, v, VarlenSettings(RowLayout([7, 12], idle=5), 0.25))
-        (grad,) = torch.autograd.grad(out, qkv, torch.ones_like(out))
-    assert (out[19:] == 0).all()
-    assert (grad[19:] == 0).all()
-    assert (out[:19] != 0).any(1).all()
 
 
 @pytest.mark.parametrize("name", ["tiles", "tiles32"])
