@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -30,13 +29,11 @@ import httpx
 import psutil
 
 from tests.forks import Forked
-from tests.homes import home_with_kernels
-from tests.serve.http.toy import free_port, wait_for
-from tests.serve.whole import Shop, prompt
+from tests.serve.http.toy import wait_for
+from tests.serve.whole import Shop, process, prompt
 from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.tenants import Tenants
 
-ROOT = Path(__file__).resolve().parents[2]
 GAP = 0.25
 """Maximum delay of another tenant's stream, in seconds."""
 SOON = 1.0
@@ -324,48 +321,6 @@ def target(
     """A server that is ready. `options`: further ones of `veneer serve`; `tenants`: name -> weight."""
     database = str(home / "tenants.sqlite")
     keys = tenants_of(database, tenants or {"a": 1.0, "b": 1.0})
-    port = free_port()
-    env = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT / "src"),
-        "VENEER_HOME": str(home_with_kernels(home)),
-        "OMP_NUM_THREADS": str(threads),
-        "VENEER_ADMIN_KEY": ADMIN,
-        "PYTHONUNBUFFERED": "1",
-    }
-    command = [
-        "-c",
-        "from veneer.cli.main import main; main()",
-        "serve",
-        "--base",
-        str(shop.base_dir),
-        "--port",
-        str(port),
-        "--library",
-        shop.library.location,
-        "--tenants",
-        database,
-        "--cache-memory",
-        "64M",
-        "--dtype",
-        "float32",
-        "--device",
-        "cpu",
-        *options,
-    ]
-    process = Forked(command, env=env, log=home / "log")
-    server = Server(process, port, keys, home, shop, database)
-    try:
-        wait_for(lambda: process.poll() is not None or is_ready(server), 120)
-        assert process.poll() is None, server.log[-3000:]
-        yield server
-    finally:
-        process.kill()
-        process.wait()
-
-
-def is_ready(server: Server) -> bool:
-    try:
-        return server.get("/ready", None, timeout=5).status == 200
-    except OSError:
-        return False
+    more = {"OMP_NUM_THREADS": str(threads), "VENEER_ADMIN_KEY": ADMIN, "PYTHONUNBUFFERED": "1"}
+    with process(shop, home, database, "--cache-memory", "64M", *options, **more) as (server, address):
+        yield Server(server, int(address.rpartition(":")[2]), keys, home, shop, database)

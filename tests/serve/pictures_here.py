@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import uvicorn
 from fastapi import FastAPI
 
 from tests.image_twins import random_adapter
@@ -127,20 +123,3 @@ def picture_app(
 ) -> FastAPI:
     limits = settings or HttpSettings(max_body=64 << 20)
     return create_app(Service(engine, names, tenancy or OpenAccess(), ToyText(), limits))
-
-
-@contextmanager
-def served(app: FastAPI) -> Iterator[str]:
-    """The address of a server of this app on a free port."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", ws="none", lifespan="off"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        until = time.monotonic() + 30
-        while not server.started:
-            assert time.monotonic() < until
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()

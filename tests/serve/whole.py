@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import math
+import os
 import threading
 import warnings
 import weakref
@@ -25,11 +26,13 @@ from typing import Any
 import httpx
 import openai
 import torch
-import uvicorn
 
 from tests.families import llama3
+from tests.forks import Forked
+from tests.homes import home_with_kernels
 from tests.serve.forward.test_runner import trained
-from tests.serve.http.toy import wait_for
+from tests.serve.http.toy import free_port, wait_for
+from tests.serve.http.toy import served as listening
 from tests.tiny_base import VOCAB_SIZE, tiny_tokenizer
 from veneer.core.adapter import Card
 from veneer.core.attach import attach
@@ -41,6 +44,7 @@ from veneer.serve.checks import check_settings
 from veneer.serve.engine.engine import TextEngine
 from veneer.serve.settings import EngineSettings, ServeSettings
 
+ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = 1e-4
 """Of log-probabilities, in float32, between the server's and PEFT's."""
 CONTEXT = 4096
@@ -246,23 +250,41 @@ def served(shop: Shop, **settings: Any) -> Iterator[Whole]:
         await built.load()
 
     asyncio.run(begin())
-    config = uvicorn.Config(built.app, port=0, log_level="critical", ws="none", timeout_graceful_shutdown=2)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    wait_for(lambda: server.started)
-    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     try:
         with (
+            listening(built.app) as url,
             openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
             httpx.Client(base_url=url, timeout=60) as http,
         ):
             yield Whole(shop, url, built, client, http)
     finally:
-        server.should_exit = True
-        thread.join(20)
         asyncio.run(built.stop())
-        assert not thread.is_alive()
+
+
+@contextmanager
+def process(shop: Shop, home: Path, tenants: str, *options: str, **env: str) -> Iterator[tuple[Forked, str]]:
+    """`veneer serve` over the shop with this tenants' database as a ready process, and its address."""
+    port = free_port()
+    settings = {"PYTHONPATH": str(ROOT / "src"), "VENEER_HOME": str(home_with_kernels(home)), "OMP_NUM_THREADS": "1"}
+    command = ["-c", "from veneer.cli.main import main; main()", "serve", "--base", str(shop.base_dir)]
+    command += ["--port", str(port), "--library", shop.library.location, "--tenants", tenants]
+    command += ["--dtype", "float32", "--device", "cpu", *options]
+    server = Forked(command, env=os.environ | settings | env, log=home / "log")
+    address = f"http://127.0.0.1:{port}"
+    try:
+        wait_for(lambda: server.poll() is not None or is_ready(address), 120)
+        assert server.poll() is None, (home / "log").read_text(errors="replace")[-3000:]
+        yield server, address
+    finally:
+        server.kill()
+        server.wait()
+
+
+def is_ready(address: str) -> bool:
+    try:
+        return httpx.get(f"{address}/ready", timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 @contextmanager

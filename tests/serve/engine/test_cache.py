@@ -19,15 +19,6 @@ def filled(cache: Cache, root: bytes, tokens: list[int]) -> BlockTable:
     return table
 
 
-def test_only_the_same_mix_finds_a_shared_prefix() -> None:
-    cache = Cache(16, BLOCK)
-    one = filled(cache, b"", list(range(10)))
-    again = cache.open(b"", [*range(10), 99])
-    assert again.blocks == one.blocks[:2]
-    assert cache.open(b"other mix", list(range(10))).blocks == []
-    assert cache.open(b"", [7, *range(1, 10)]).blocks == []
-
-
 def test_the_last_token_is_always_computed() -> None:
     cache = Cache(16, BLOCK)
     filled(cache, b"", list(range(8)))

@@ -211,13 +211,6 @@ def test_matchers_are_independent() -> None:
     assert not two.mask()[b]
 
 
-def test_a_copied_matcher_advances_to_its_end() -> None:
-    here = compiled("regex", "a").copy()
-    assert here.mask().shape == (PADDED,)
-    here.advance(TOKENIZER.convert_tokens_to_ids("a"))
-    assert here.done
-
-
 def test_without_a_fast_tokenizer() -> None:
     class Slow:
         eos_token_id = 0

@@ -374,8 +374,3 @@ def test_a_row_samples_the_same_token_on_a_gpu() -> None:
     for step in range(8):
         want, got = ids(scores.roll(step, 0), here), ids(scores.roll(step, 0).cuda(), there)
         assert sum(a != b for a, b in zip(want, got, strict=True)) <= 1  # a tie within rounding
-
-
-def test_rows_and_logits_must_match() -> None:
-    with pytest.raises(ValueError):
-        sample(logits(2), [SampledRow(Sampling(), vocabulary=V)])

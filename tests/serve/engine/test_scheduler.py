@@ -186,17 +186,6 @@ def test_rows_that_wait_for_an_adapter_are_skipped() -> None:
     assert scheduler.waiting == 1
 
 
-def test_short_memory_preempts_without_failures() -> None:
-    scheduler = Scheduler(Cache(12, 4), rows=8, budget=32)
-    all_of_them = [scheduler.add(request(4, 30, salt=i)) for i in range(8)]
-    done: list[Sequence] = []
-    for _ in range(2000):
-        done += advance(scheduler)
-    assert {id(s) for s in done} == {id(s) for s in all_of_them}
-    assert scheduler.preemptions > 0
-    assert scheduler.cache.in_use == 0
-
-
 @settings(max_examples=150, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12), st.sampled_from("abc"), st.integers(0, 3)), max_size=25),

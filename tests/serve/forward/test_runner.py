@@ -22,6 +22,9 @@ from veneer.models.text.base import TextBase
 from veneer.serve.forward.paged import BLOCK
 from veneer.serve.forward.runner import Prepared, Runner, RunnerRow
 
+MIXES: list[list[tuple[str, float]]] = [
+    [], [("a", 1.0)], [("b", -0.5)], [("a", 0.7), ("b", 0.4)], [("c", 1.0)], [("c", 0.5), ("a", 1.0)],
+]  # fmt: skip
 WAYS = {"gemma3": "packed", "llama4": "alone", "mixtral": "packed", "qwen3_moe": "packed"}
 
 
@@ -85,21 +88,40 @@ def same(got: Tensor, want: Tensor, tolerance: float = 2e-5) -> None:
     assert (got.double() - want.double()).abs().max() <= tolerance * want.double().abs().max()
 
 
+Mixes = list[list[tuple[str, float]]]
+
+
+def check_rows(
+    model: Any,
+    adapters: dict[str, Adapter],
+    mixes: Mixes,
+    ids: list[list[int]],
+    cuts: list[int],
+    *,
+    served: Any = None,
+    how: str = "",
+    tolerance: float = 2e-5,
+) -> tuple[Runner, dict[str, Prepared]]:
+    """Serve all sequences together and compare each with the sequence alone. `served`: the model, if another's."""
+    want = [reference(model, adapters, mix, p) for mix, p in zip(mixes, ids, strict=True)]
+    runner = Runner(base_of(model if served is None else served), cache_bytes=1 << 20)
+    assert how in ("", runner.how), runner.why
+    assert not any(runner.problems(a) for a in adapters.values())
+    ready = {name: runner.prepare(a, name) for name, a in adapters.items()}
+    got = serve(runner, [(p, [(ready[n], s) for n, s in mix]) for p, mix in zip(ids, mixes, strict=True)], cuts)
+    for g, w in zip(got, want, strict=True):
+        same(g, w, tolerance)
+    return runner, ready
+
+
 def test_llama_4_runs_packed_within_one_chunk() -> None:
     """Its experts get the tokens that are routed to them, those of rows under one mix together."""
     model, other = FAMILIES["llama4"](), FAMILIES["llama4"]()
     for one in (model, other):
         one.config.get_text_config().attention_chunk_size = 256
     adapters = {"a": trained(model, 1), "b": trained(model, 2, exclude=("*.experts",))}
-    mixes: list[list[tuple[str, float]]] = [[], [("a", 1.0)], [("b", 0.5)], [("a", 0.7), ("b", 0.4)]]
-    ids = prompts([1, 20, 33, 17])
-    want = [reference(other, adapters, mix, p) for mix, p in zip(mixes, ids, strict=True)]
-    runner = Runner(base_of(model), cache_bytes=1 << 18)
-    assert runner.how == "packed", runner.why
-    ready = {name: runner.prepare(a, name) for name, a in adapters.items()}
-    got = serve(runner, [(p, [(ready[n], s) for n, s in mix]) for p, mix in zip(ids, mixes, strict=True)], [7, 16])
-    for g, w in zip(got, want, strict=True):
-        same(g, w)
+    mixes: Mixes = [[], [("a", 1.0)], [("b", 0.5)], [("a", 0.7), ("b", 0.4)]]
+    runner, _ = check_rows(other, adapters, mixes, prompts([1, 20, 33, 17]), [7, 16], served=model, how="packed")
     runner.close()
 
 
@@ -111,26 +133,9 @@ def test_each_rows_result_equals_the_row_alone(family: str) -> None:
         "b": trained(model, 2, rank=5, rslora=True),
         "c": trained(model, 3, dora=True, exclude=("*.experts",) if family in MOE_FAMILIES else ()),
     }
-    mixes: list[list[tuple[str, float]]] = [
-        [],
-        [("a", 1.0)],
-        [("b", -0.5)],
-        [("a", 0.7), ("b", 0.4)],
-        [("c", 1.0)],
-        [("c", 0.5), ("a", 1.0)],
-    ]
-    ids = prompts([1, 20, 33, 17, 40, 16])
-    want = [reference(model, adapters, mix, p) for mix, p in zip(mixes, ids, strict=True)]
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    runner = Runner(base_of(model), cache_bytes=1 << 20)
-    assert runner.how == WAYS.get(family, "fused"), runner.why
-    assert not any(runner.problems(a) for a in adapters.values())
-    ready = {name: runner.prepare(a, name) for name, a in adapters.items()}
-    got = serve(
-        runner, [(p, [(ready[n], s) for n, s in mix]) for p, mix in zip(ids, mixes, strict=True)], [7, 16, 1, 30]
-    )
-    for g, w in zip(got, want, strict=True):
-        same(g, w)
+    ids = prompts([1, 20, 33, 17, 40, 16])
+    runner, _ = check_rows(model, adapters, MIXES, ids, [7, 16, 1, 30], how=WAYS.get(family, "fused"))
     runner.close()
     assert model.config._attn_implementation == "sdpa"
     after = model.state_dict()
@@ -162,13 +167,7 @@ def test_full_rank_and_low_rank_adapters_share_a_batch(family: str) -> None:
     mixes = [[(n, s)] for n, s in zip(adapters, [1.0, 1.0, 1.0, 1.0, -0.8], strict=False)]
     mixes += [[("plain", 0.5), ("loha", 0.5)], []]
     ids = [[5, 9, *p] for p in prompts([3, 17, 20, 35, 8, 11, 30][: len(mixes)])]
-    want = [reference(model, adapters, mix, p) for mix, p in zip(mixes, ids, strict=True)]
-    runner = Runner(base_of(model), cache_bytes=1 << 20)
-    ready = {name: runner.prepare(a, name) for name, a in adapters.items()}
-    prepared_ones = [(p, [(ready[n], s) for n, s in mix]) for p, mix in zip(ids, mixes, strict=True)]
-    got = serve(runner, prepared_ones, [9, 2, 16])
-    for g_, w in zip(got, want, strict=True):
-        same(g_, w)
+    runner, ready = check_rows(model, adapters, mixes, ids, [9, 2, 16])
     assert runner.attached == set(ready)
     for name in ready:
         runner.drop(name)
@@ -180,14 +179,8 @@ def test_embedding_and_head_have_low_rank_forms() -> None:
     model = FAMILIES["qwen3"]()
     adapters = {"ends": trained(model, 2, targets=("embed_tokens", "lm_head")), "plain": trained(model, 1)}
     mixes = [[("ends", 0.5), ("plain", 1.0)], [("plain", 1.0)], [], [("ends", 1.0)]]
-    ids = prompts([19, 3, 18, 33])
-    want = [reference(model, adapters, mix, p) for mix, p in zip(mixes, ids, strict=True)]
-    runner = Runner(base_of(model), cache_bytes=1 << 20)
-    ready = {name: runner.prepare(a, name) for name, a in adapters.items()}
+    runner, ready = check_rows(model, adapters, mixes, prompts([19, 3, 18, 33]), [9, 2, 16])
     assert all(p.packed is not None for p in ready.values())
-    got = serve(runner, [(p, [(ready[n], s) for n, s in mix]) for p, mix in zip(ids, mixes, strict=True)], [9, 2, 16])
-    for g, w in zip(got, want, strict=True):
-        same(g, w)
     runner.close()
 
 
@@ -225,17 +218,9 @@ def test_recurrent_layers_run_each_sequence_alone() -> None:
             max_position_embeddings=256,
         )
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    adapters = {"a": trained(model, 1)}
-    mixes: list[list[tuple[str, float]]] = [[], [("a", 1.0)]]
-    ids = prompts([20, 33])
-    want = [reference(model, adapters, mix, p) for mix, p in zip(mixes, ids, strict=True)]
-    runner = Runner(base_of(model), cache_bytes=1 << 20)
-    assert runner.how == "alone"
+    mixes: Mixes = [[], [("a", 1.0)]]
+    runner, _ = check_rows(model, {"a": trained(model, 1)}, mixes, prompts([20, 33]), [7, 16, 1], how="alone")
     assert not runner.shares
-    ready = {name: runner.prepare(a, name) for name, a in adapters.items()}
-    got = serve(runner, [(p, [(ready[n], s) for n, s in mix]) for p, mix in zip(ids, mixes, strict=True)], [7, 16, 1])
-    for g, w in zip(got, want, strict=True):
-        same(g, w)
     runner.close()
 
 
@@ -265,18 +250,6 @@ def test_batch_invariant_results_equal_those_alone(family: str) -> None:
     runner.close()
 
 
-def test_default_results_are_within_rounding_of_batch_invariant() -> None:
-    model = FAMILIES["llama3"](hidden_size=64, intermediate_size=96).bfloat16()
-    work = [(ids, []) for ids in prompts([41, 5])]
-    both = []
-    for invariant in (False, True):
-        runner = Runner(base_of(model), cache_bytes=1 << 20, batch_invariant=invariant)
-        both.append(serve(runner, work, [9]))  # type: ignore[arg-type]
-        runner.close()
-    for plain, same in zip(*both, strict=True):
-        assert (plain.double() - same.double()).norm() <= 2**-4 * same.double().norm()
-
-
 def test_bases_that_cannot_be_batch_invariant_are_refused() -> None:
     with pytest.raises(ConfigError, match="a base of the Llama architecture; this one runs packed"):
         Runner(base_of(FAMILIES["gemma3"]()), cache_bytes=1 << 20, batch_invariant=True)
@@ -291,28 +264,17 @@ def test_bases_that_cannot_be_batch_invariant_are_refused() -> None:
 @pytest.mark.parametrize("family", OTHERS)
 def test_sinks_caps_and_states_equal_the_models(family: str, dtype: torch.dtype) -> None:
     model = OTHERS[family]().to(dtype)
-    ids = prompts([1, 20, 33, 40])
-    want = [reference(model, {}, [], p) for p in ids]
-    runner = Runner(base_of(model), cache_bytes=1 << 20)
-    assert runner.how == ("alone" if family in ("gpt_oss", "qwen3_next", "deepseek_v3") else "packed"), runner.why
-    got = serve(runner, [(p, []) for p in ids], [7, 16, 1, 30])
-    for g, w in zip(got, want, strict=True):
-        same(g, w, 2e-5 if dtype == torch.float32 else 0.05)
+    how = "alone" if family in ("gpt_oss", "qwen3_next", "deepseek_v3") else "packed"
+    ids, tolerance = prompts([1, 20, 33, 40]), 2e-5 if dtype == torch.float32 else 0.05
+    runner, _ = check_rows(model, {}, [[]] * 4, ids, [7, 16, 1, 30], how=how, tolerance=tolerance)
     runner.close()
 
 
 def test_heads_of_two_sizes_serve_mixed_adapters() -> None:
     model = OTHERS["gemma4"]()
     adapters = {str(i): trained(model, i) for i in range(2)}
-    mixes: list[list[tuple[str, float]]] = [[], [("0", 1.0)], [("0", 0.5), ("1", -1.0)]]
-    ids = prompts([9, 40, 33])
-    want = [reference(model, adapters, mix, p) for p, mix in zip(ids, mixes, strict=True)]
-    runner = Runner(base_of(model), cache_bytes=1 << 20)
-    ready = {name: runner.prepare(adapter, name) for name, adapter in adapters.items()}
-    work = [(p, [(ready[n], s) for n, s in mix]) for p, mix in zip(ids, mixes, strict=True)]
-    assert runner.how == "packed", runner.why
-    for got, own in zip(serve(runner, work, [7, 16, 1, 30]), want, strict=True):
-        same(got, own, 2e-5)
+    mixes: Mixes = [[], [("0", 1.0)], [("0", 0.5), ("1", -1.0)]]
+    runner, _ = check_rows(model, adapters, mixes, prompts([9, 40, 33]), [7, 16, 1, 30], how="packed")
     runner.close()
 
 

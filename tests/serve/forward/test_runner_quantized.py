@@ -10,7 +10,18 @@ from torch import Tensor, nn
 
 from tests.families import FAMILIES, MOE_FAMILIES
 from tests.ops.draws import coded
-from tests.serve.forward.test_runner import WAYS, base_of, loha, prompts, reference, same, serve, trained
+from tests.serve.forward.test_runner import (
+    MIXES,
+    WAYS,
+    base_of,
+    check_rows,
+    loha,
+    prompts,
+    reference,
+    same,
+    serve,
+    trained,
+)
 from veneer.core.adapter import Adapter
 from veneer.core.merge import merged_state
 from veneer.models.quantize import quantized_weights
@@ -53,11 +64,6 @@ def adapters_of(model: Any, family: str) -> dict[str, Adapter]:
     }
 
 
-MIXES: list[list[tuple[str, float]]] = [
-    [], [("a", 1.0)], [("b", -0.5)], [("a", 0.7), ("b", 0.4)], [("c", 1.0)], [("c", 0.5), ("a", 1.0)],
-]  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("family", "kind"),
     [*(("llama3", kind) for kind in KINDS), ("qwen3", "nf4"), ("gemma3", "nf4"), ("mixtral", "nf4")],
@@ -66,16 +72,9 @@ def test_each_row_equals_the_row_alone_over_dequantized_weights(family: str, kin
     model = model_in(kind, family)
     plain = plain_of(model, family)
     adapters = adapters_of(plain, family)
-    ids = prompts([1, 20, 33, 17, 40, 16])
-    want = [reference(plain, adapters, mix, p) for mix, p in zip(MIXES, ids, strict=True)]
     codes = {n: [t.clone() for t in p.stored.tensors().values()] for n, p in quantized_of(model)}
-    runner = Runner(base_of(model), cache_bytes=1 << 20)
-    assert runner.how == WAYS.get(family, "fused"), runner.why
-    assert not any(runner.problems(a) for a in adapters.values())
-    ready = {name: runner.prepare(a, name) for name, a in adapters.items()}
-    work = [(p, [(ready[n], s) for n, s in mix]) for p, mix in zip(ids, MIXES, strict=True)]
-    for g, w in zip(serve(runner, work, [7, 16, 1, 30]), want, strict=True):
-        same(g, w)
+    ids, how = prompts([1, 20, 33, 17, 40, 16]), WAYS.get(family, "fused")
+    runner, _ = check_rows(plain, adapters, MIXES, ids, [7, 16, 1, 30], served=model, how=how)
     runner.close()
     for name, weight in quantized_of(model):  # the base is unchanged and has no dense copy
         assert weight.kept is None
@@ -173,13 +172,7 @@ def test_full_rank_and_low_rank_adapters_share_a_batch() -> None:
     q = "model.layers.1.self_attn.q_proj"
     adapters = {"a": trained(plain, 1), "loha": Adapter(deltas={f"{q}.weight": loha(plain.get_submodule(q), 7)})}
     mixes = [[("a", 1.0)], [("loha", -0.8)], [("a", 0.5), ("loha", 0.5)], []]
-    ids = prompts([17, 20, 3, 30])
-    want = [reference(plain, adapters, mix, p) for mix, p in zip(mixes, ids, strict=True)]
-    runner = Runner(base_of(model), cache_bytes=1 << 20)
-    ready = {name: runner.prepare(a, name) for name, a in adapters.items()}
-    work = [(p, [(ready[n], s) for n, s in mix]) for p, mix in zip(ids, mixes, strict=True)]
-    for g, w in zip(serve(runner, work, [9, 2, 16]), want, strict=True):
-        same(g, w)
+    runner, _ = check_rows(plain, adapters, mixes, prompts([17, 20, 3, 30]), [9, 2, 16], served=model)
     runner.close()
 
 

@@ -13,7 +13,8 @@ import httpx
 import pytest
 from PIL import Image
 
-from tests.serve.pictures_here import Names, picture_app, served, shelf_of
+from tests.serve.http.toy import served
+from tests.serve.pictures_here import Names, picture_app, shelf_of
 from tests.tiny_image_base import tiny_image_base
 from veneer.models.image.base import load_image
 from veneer.serve.http.image_requests import ImageBody, ask_pictures, checked_image_body

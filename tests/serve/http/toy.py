@@ -40,7 +40,6 @@ from veneer.serve.request import (
     Token,
     Usage,
     make_mix,
-    mix_digest,
 )
 from veneer.serve.settings import HttpSettings
 
@@ -361,15 +360,20 @@ def live(
     **options: Any,
 ) -> Iterator[Live]:
     app = toy_app(engine, catalog, tenancy, settings, **options)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", ws="none", timeout_graceful_shutdown=2))
+    with served(app) as url, httpx.Client(base_url=url, timeout=30) as client:
+        yield Live(url, app, engine, catalog, client)
+
+
+@contextmanager
+def served(app: Any) -> Iterator[str]:
+    """The address of a server of this app on a free port, in a thread."""
+    config = uvicorn.Config(app, port=0, log_level="critical", ws="none", lifespan="off", timeout_graceful_shutdown=2)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     wait_for(lambda: server.started, 20)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
     try:
-        with httpx.Client(base_url=url, timeout=30) as client:
-            yield Live(url, app, engine, catalog, client)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join(20)
@@ -388,18 +392,3 @@ def wait_for(ready: Any, seconds: float = 30.0) -> None:
     while not ready():
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.01)
-
-
-__all__ = [
-    "Live",
-    "Noting",
-    "ToyCatalog",
-    "ToyEngine",
-    "ToyTenancy",
-    "ToyText",
-    "free_port",
-    "live",
-    "mix_digest",
-    "toy_app",
-    "wait_for",
-]

@@ -24,13 +24,6 @@ def test_the_first_request_waits_and_the_next_does_not() -> None:
     assert (stats.bytes, stats.adapters, sorted(shop.reads)) == (2 * UNIT, 2, ["a", "b"])
 
 
-def test_the_base_alone_needs_nothing() -> None:
-    residents = Shop({}).residents(0)
-    lease = residents.acquire((), lambda result: pytest.fail("asked twice"))
-    assert lease.parts == ()
-    lease.release()
-
-
 def test_a_lease_has_the_mixes_strengths() -> None:
     shop = Shop(LETTERS)
     got: list[Lease[Thing] | Refused] = []
@@ -39,30 +32,6 @@ def test_a_lease_has_the_mixes_strengths() -> None:
     residents.acquire((("a", 1.5), ("b", 3.0)), got.append)
     shop.run()
     assert [[s for _, s in lease.parts] for lease in got if isinstance(lease, Lease)] == [[0.5, -2.0], [1.5, 3.0]]
-
-
-def test_requests_for_one_adapter_share_one_load() -> None:
-    shop = Shop(LETTERS)
-    residents = shop.residents(4)
-    asked = [Asked(residents, "a") for _ in range(5)] + [Asked(residents, "a", "b")]
-    shop.run()
-    assert all(a.lease for a in asked)
-    assert sorted(shop.reads) == ["a", "b"]
-
-
-def test_an_adapter_in_use_is_not_evicted() -> None:
-    shop = Shop(LETTERS)
-    residents = shop.residents(2)
-    running = [Asked(residents, "a"), Asked(residents, "b")]
-    shop.run()
-    waiting = Asked(residents, "c")
-    shop.run()
-    assert waiting.told == []
-    assert set(residents.resident()) == {"a", "b"}
-    running[1].end()
-    shop.run()
-    assert waiting.names() == ["c"]
-    assert set(residents.resident()) == {"a", "c"}
 
 
 def test_memory_is_granted_in_order_of_requests() -> None:
@@ -198,21 +167,6 @@ def test_a_failed_preparation_takes_no_memory() -> None:
         Asked(residents, name)
     shop.run()
     assert residents.stats().bytes == 4 * UNIT
-
-
-def test_a_request_cancelled_while_waiting_leaves_nothing() -> None:
-    shop = Shop(LETTERS)
-    residents = shop.residents(1)
-    running = Asked(residents, "a")
-    shop.run()
-    left, stays = Asked(residents, "b"), Asked(residents, "c")
-    assert residents.withdraw(left.ready)
-    assert not residents.withdraw(left.ready)
-    running.end()
-    shop.run()
-    assert left.told == []
-    assert stays.lease
-    assert not residents.withdraw(stays.ready)
 
 
 def test_dropped_and_loaded_again() -> None:

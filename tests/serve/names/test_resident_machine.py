@@ -7,7 +7,6 @@ import random
 import threading
 import weakref
 from collections.abc import Callable
-from queue import SimpleQueue
 from typing import ClassVar
 
 from hypothesis import settings
@@ -190,25 +189,6 @@ def test_many_threads() -> None:
     for digest in sizes:
         residents.drop(digest)
     assert residents.stats().bytes == 0
-
-
-def test_a_slow_disk_delays_only_its_requests() -> None:
-    shop, gate = Shop(LETTERS), threading.Event()
-
-    def read(digest: str) -> Adapter:
-        if digest == "a":
-            assert gate.wait(30)
-        return shop.read(digest)
-
-    residents = AdapterCache(read, shop.prepare, limit_bytes=4 * UNIT)
-    slow: SimpleQueue[Lease[Thing] | Refused] = SimpleQueue()
-    assert residents.acquire((("a", 1.0),), slow.put) is None
-    residents.load("b")  # another loader
-    assert residents.acquire((("b", 1.0),), slow.put) is not None
-    assert slow.empty()
-    gate.set()
-    assert isinstance(slow.get(timeout=30), Lease)
-    residents.close()
 
 
 def test_memory_is_released() -> None:

@@ -23,7 +23,8 @@ from PIL import Image
 
 from tests.image_twins import infotext_of, levels, random_adapter
 from tests.serve.http.test_app import samples
-from tests.serve.pictures_here import Names, Shelf, picture_app, served, shelf_of
+from tests.serve.http.toy import served
+from tests.serve.pictures_here import Names, Shelf, picture_app, shelf_of
 from tests.tiny_image_base import SIZE, tiny_control, tiny_image_base
 from veneer.core.adapter import Adapter, Pair
 from veneer.formats.convert import write
