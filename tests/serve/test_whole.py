@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.serve.whole import KINDS, Shop, Whole, asking, make_shop, prompt, said, served
+from tests.serve.whole import KINDS, Shop, Whole, asking, make_shop, prompt, served
 from veneer.core.adapter import Adapter
 from veneer.formats import peft
 from veneer.serve.settings import HttpSettings
@@ -60,31 +60,6 @@ def test_mixes_equal_core_and_peft(whole: Whole, shop: Shop) -> None:
     for parts, answer in zip(others, got[len(exact) :], strict=True):
         assert answer.same(shop.wanted([(name, s) for name, s in parts.items() if s], ids, 12)), parts
     whole.idle()
-
-
-def test_sampled_answers_in_a_batch_equal_those_alone(whole: Whole) -> None:
-    asked = [
-        asking(name, prompt(9, seed), 20, temperature=0.9, top_p=0.95, seed=seed)
-        for seed, name in enumerate(["tiny", *KINDS, *KINDS])
-    ]
-    alone = [said(whole.client.completions.create(**each)) for each in asked]
-    assert all(a.same(b) for a, b in zip(whole.together(asked), alone, strict=True))
-    assert len({answer.text for answer in alone}) > 8
-
-
-def test_streamed_and_whole_chat_answers_are_equal(whole: Whole) -> None:
-    asked: dict[str, Any] = {
-        "messages": [{"role": "user", "content": "The link has expired."}],
-        "model": "patterns",
-        "max_tokens": 30,
-        "temperature": 0,
-        "extra_body": {"ignore_eos": True},
-    }
-    answer = whole.client.chat.completions.create(**asked)
-    chunks = list(whole.client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
-    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == answer.choices[0].message.content
-    assert chunks[-1].usage is not None
-    assert chunks[-1].usage.completion_tokens == 30
 
 
 def test_the_engines_queue_is_the_servers(shop: Shop) -> None:

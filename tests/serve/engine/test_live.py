@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from tests import families
 from tests.serve.forward.test_runner import base_of, trained
 from tests.tiny_base import VOCAB_SIZE
-from veneer.core.adapter import Adapter
 from veneer.core.attach import Attachment, attach
 from veneer.errors import ConfigError
 from veneer.models.text.base import TextBase
@@ -140,17 +139,6 @@ def test_sampling_uses_the_values_of_the_last_step() -> None:
         assert after[0].cached == 0
         assert after[0].logps != before[0].logps
         assert torch.equal(sampler.replay(*rows(after), "run").logps(), logps(after))
-
-
-def test_a_prefix_of_older_values_changes_the_log_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
-    with drawing() as (_, attachment, sampler):
-        monkeypatch.setattr(Adapter, "digest", lambda self: "one and the same")  # what keeps it from being found
-        draw(sampler, asked())
-        with torch.no_grad():
-            for parameter in attachment.parameters("run").values():
-                parameter += 0.05
-        stale = draw(sampler, asked())
-        assert float((sampler.replay(*rows(stale), "run").logps() - logps(stale)).abs().mean()) > 1e-3
 
 
 def test_sampled_and_model_log_probabilities_are_both_reported() -> None:

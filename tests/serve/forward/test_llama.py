@@ -83,14 +83,6 @@ def test_a_dora_does_not_change_other_rows() -> None:
     assert all(torch.equal(alone[i], mixed[i]) for i in (0, 1, 3))
 
 
-def test_single_layers_equal_one_call_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    runner, _, adapters = runner_of("llama")
-    together = answers(runner, adapters)
-    line_by_line(runner, monkeypatch)
-    apart = answers(runner, adapters)
-    assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
-
-
 def test_results_do_not_depend_on_the_thread_count() -> None:
     runner, _, adapters = runner_of("llama")
     found: dict[int, list[Tensor]] = {}

@@ -11,11 +11,10 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.serve.http.toy import Live, Noting, ToyCatalog, ToyEngine, ToyTenancy, ToyText, live, toy_app, wait_for
+from tests.serve.http.toy import Live, ToyCatalog, ToyEngine, ToyTenancy, ToyText, live, toy_app, wait_for
 from veneer.library.library import open_library
-from veneer.serve.access import ModelCard, OpenAccess, ShadowAnswer
+from veneer.serve.access import ModelCard, OpenAccess
 from veneer.serve.http.surfaces.adapters import adapter_bodies, adapter_routes
-from veneer.serve.request import Finished, Request, Usage
 from veneer.serve.settings import HttpSettings
 from veneer.serve.upload_stage import UploadStage
 
@@ -179,43 +178,6 @@ def test_the_end_user_reaches_the_catalog(text: ToyText) -> None:
     with live(ToyEngine(text), Watching()) as server:
         server.post("/v1/chat/completions", {**CHAT, "user": "u-17"})
     assert users == ["u-17"]
-
-
-def test_a_shadow_answers_and_is_never_sent(text: ToyText) -> None:
-    tenancy = Noting()
-    answers = tenancy.answers
-    with live(ToyEngine(text), ToyCatalog(), tenancy) as server:
-        said = server.post("/v1/chat/completions", {**CHAT, "model": "stable"}).json()
-        assert said["choices"][0]["message"]["content"] == "[d-sql*1] Hi"
-        wait_for(lambda: answers)
-    assert (answers[0].name, answers[0].shadow) == ("stable", "polite")
-    assert (answers[0].sent, answers[0].answer) == ("[d-sql*1] Hi", "[d-polite*1] Hi")
-
-
-def test_an_interrupted_shadow_counts_as_failed(text: ToyText) -> None:
-    class Breaks(ToyEngine):
-        async def events(self, request: Request) -> Any:
-            async for event in super().events(request):
-                if "-shadow" in request.id:
-                    yield Finished("cancelled", Usage(1, 0, 0))
-                    return
-                yield event
-
-    answers: list[ShadowAnswer] = []
-
-    class Kept(ToyTenancy):
-        def record_shadow(self, answer: ShadowAnswer) -> None:
-            answers.append(answer)
-
-    engine = Breaks(text)
-    with live(engine, ToyCatalog(), Kept()) as server:
-        assert server.post("/v1/chat/completions", {**CHAT, "model": "stable", "max_tokens": 9}, "acme").is_success
-        wait_for(lambda: answers)
-    assert answers[0].error == "the server is shutting down"
-    by = {"-shadow" in request.id: request for request in engine.seen}
-    assert (by[False].tenant, by[False].weight) == ("acme", 1.0)
-    assert by[True].tenant != "acme"
-    assert by[True].weight < 1
 
 
 def test_pages_of_other_origins(text: ToyText) -> None:

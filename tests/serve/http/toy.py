@@ -23,7 +23,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from tests.tiny_base import tiny_tokenizer
-from veneer.serve.access import ModelCard, NoWait, OpenAccess, ResolvedModel, ShadowAnswer, Tenancy
+from veneer.serve.access import ModelCard, NoWait, OpenAccess, ResolvedModel, Tenancy
 from veneer.serve.http.app import create_app
 from veneer.serve.http.prompts import TokenizedBase
 from veneer.serve.http.service import Service
@@ -339,16 +339,6 @@ def toy_app(
 ) -> FastAPI:
     service = Service(engine, catalog, tenancy or OpenAccess(), engine.text, settings or HttpSettings())
     return create_app(service, **options)
-
-
-class Noting(OpenAccess):
-    """Keeps how answers of shadows compared."""
-
-    def __init__(self) -> None:
-        self.answers: list[ShadowAnswer] = []
-
-    def record_shadow(self, answer: ShadowAnswer) -> None:
-        self.answers.append(answer)
 
 
 @contextmanager

@@ -283,13 +283,6 @@ def test_adapters_of_other_tenants_are_not_looked_up(make: Make, monkeypatch: py
         assert refused(lambda w=word: catalog.resolve(w, Principal("key", sees=lambda name: False))).status == 404
 
 
-def test_a_grant_of_a_name_includes_its_versions(make: Make, base: TextBase, folder: Path, library: Library) -> None:
-    digest = saved(base, folder / "a")
-    library.add(folder / "a", "support")
-    caller = Principal("key", sees=lambda name: name == "support")
-    assert make().resolve("support@1", caller).mix == of(digest)
-
-
 def test_namespaces_work_in_every_way_to_name_adapters(
     make: Make, base: TextBase, folder: Path, library: Library
 ) -> None:

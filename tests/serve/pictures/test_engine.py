@@ -311,11 +311,6 @@ def test_a_picture_can_be_repeated_from_the_library(base: ImageBase, shelf: Shel
         assert levels(reproduce(mixer, wanted).image, made.image) == 0
 
 
-def test_ignored_words_of_a_prompt_are_reported(engine: PictureEngine) -> None:
-    made = drawn(engine, ask(1, prompt="a red cat " * 30))[0]
-    assert "does not read the end of the prompt" in made.notes[0]
-
-
 def refused_by(engine: PictureEngine) -> None:
     with pytest.raises(Refused):
         asyncio.run(collect(engine, ask(2)))
