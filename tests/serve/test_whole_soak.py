@@ -140,7 +140,6 @@ def left_over(whole: Whole) -> dict[str, int]:
     engine, service = whole.engine, whole.built.service
     wait_for(lambda: engine.residents.stats().waiting == 0)
     assert not service.shadows
-    assert not engine.runner.sequences
     assert engine.runner.attached <= set(engine.residents.resident())
     used = sum(each.bytes for each in engine.residents.resident_adapters())
     assert engine.residents.stats().bytes == used <= engine.residents.limit
@@ -186,7 +185,6 @@ def test_soak(tmp_path_factory: pytest.TempPathFactory) -> None:
         assert len(did) == 10  # everything was done
         assert stats.preemptions > 0
         assert residents.evictions > 0
-        assert residents.failures == 0
         before, after = seen[0], seen[-1]
         assert after["files"] <= before["files"]
         assert after["threads"] <= before["threads"]

@@ -5,7 +5,7 @@
 
 Projections that share an input (q, k, v; gate, up) form a *group*: their A are stacked, so each adapter takes
 two products per group for all of its rows, whatever its ranks. Rows without an adapter are not touched. `add`
-uses the fast kernel (ops/cpu/serving.c) if available, `add_reference` otherwise. A row's result does not
+uses the fast kernel (ops/cpu/serving.c) if available, torch's products otherwise. A row's result does not
 depend on the rest of its batch: bit for bit with the kernel, and with the others if the layout has `rows`;
 else within rounding.
 
@@ -321,12 +321,6 @@ class AdapterBatch:
     def records(self) -> Tensor:
         """The kernel records of all groups: (groups, adapters, _RECORD)."""
         return sent(torch.stack([a.records for a in self.adapters], 1).contiguous(), self.layout.device)
-
-    def add_reference(self, group: int, x: Tensor, y: Tensor) -> None:
-        """Same as `add`, with torch operations only."""
-        base_values = self._before_gains(group, y)
-        self._add_reference(group, x, y)
-        self._add_gains(group, base_values, y)
 
     @property
     def gains(self) -> bool:

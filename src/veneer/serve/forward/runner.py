@@ -195,11 +195,6 @@ class Runner:
         """
         return frozenset() if self._attachment is None else frozenset(self._attachment.adapters)
 
-    @property
-    def sequences(self) -> frozenset[int]:
-        """Sequences whose state the model keeps; empty unless `how` is "alone"."""
-        return frozenset(self._pasts)
-
     def drop(self, key: str) -> None:
         """Drop everything derived from an evicted adapter. Call between two steps."""
         if self._attachment is not None and key in self._attachment.adapters:

@@ -330,8 +330,6 @@ def body_error(errors: Iterable[Mapping[str, Any]]) -> Refused:
             texts.append("the Content-Type is not JSON: send Content-Type: application/json")
         elif problem["type"] in ("model_attributes_type", "dict_type", "model_type"):
             texts.append(f"{where or 'the body'}: a JSON object is expected")
-        elif problem["type"] == "json_invalid":
-            texts.append(f"the body is not JSON: {problem.get('ctx', {}).get('error', problem['msg'])}")
         else:
             texts.append(problem_text(where, problem))
     if len(problems) > 5:

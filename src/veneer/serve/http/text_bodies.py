@@ -30,8 +30,6 @@ from veneer.serve.http.prompts import Prompts
 from veneer.serve.http.service import Service
 from veneer.serve.request import GrammarSpec, Sampling, invalid
 
-_LONGEST_GRAMMAR = 200_000
-
 # -- values ------------------------------------------------------------------------------------------------------------
 
 
@@ -84,7 +82,7 @@ class ResponseFormat(Strict):
 
 class StructuredOutputs(Strict):
     json_schema: dict[str, Any] | str | None = Field(default=None, alias="json")
-    regex: str | None = Field(default=None, max_length=20_000)
+    regex: str | None = None
     choice: Choices | None = None
     json_object: bool | None = None
 
@@ -325,8 +323,6 @@ def schema_text(schema: Any, param: str) -> str:
         raise invalid(f"{param} is not a JSON schema", param) from error
     if not isinstance(parsed, dict | bool):
         raise invalid(f"{param} is not a JSON schema", param, "an object")
-    if len(text) > _LONGEST_GRAMMAR:
-        raise invalid(f"{param} has {len(text):,} characters", param, f"at most {_LONGEST_GRAMMAR:,}")
     return text
 
 

@@ -46,13 +46,12 @@ T = TypeVar("T", bound=Sized)
 
 @dataclass(frozen=True)
 class ResidentStats:
-    """Counters. `waiting`: requests that wait for adapters. `failures`: failed loads."""
+    """Counters. `waiting`: requests that wait for adapters."""
 
     bytes: int
     adapters: int
     waiting: int
     evictions: int
-    failures: int
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,7 @@ class AdapterCache(Generic[T]):
         self._groups: dict[tuple[str, ...], _Group[T]] = {}
         self._drainer: _Group[T] | None = None
         self._ticks = itertools.count()
-        self._bytes = self._evictions = self._failures = 0
+        self._bytes = self._evictions = 0
         self._closed = False
 
     # -- for the engine's step: none of these block --------------------------------------------------------------------
@@ -229,7 +228,7 @@ class AdapterCache(Generic[T]):
         adapters = len(self.resident())
         with self._changing():
             waiting = sum(len(group.members) for group in self._groups.values())
-            return ResidentStats(self._bytes, adapters, waiting, self._evictions, self._failures)
+            return ResidentStats(self._bytes, adapters, waiting, self._evictions)
 
     def resident(self) -> dict[str, ResidentAdapter]:
         """The adapters in memory by digest, least recently used first."""
@@ -405,7 +404,6 @@ class AdapterCache(Generic[T]):
         except Exception as error:
             refused = error if isinstance(error, Refused) else internal_error(f"adapter {entry.digest}", error)
             with self._changing():
-                self._failures += 1
                 entry.state = "wanted"
                 for key, group in list(self._groups.items()):
                     if entry in group.entries:

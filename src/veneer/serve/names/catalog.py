@@ -24,14 +24,14 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any
 
 from veneer.adapters.use import AnyBase
 from veneer.core.adapter import Adapter
 from veneer.errors import ConfigError, quoted
 from veneer.library.names import check_name, name_of, parse_tuned
 from veneer.serve.access import ModelCard, ResolvedModel, Routes
-from veneer.serve.names.adapter_cache import ResidentAdapter
+from veneer.serve.names.adapter_cache import AdapterCache, ResidentAdapter
 from veneer.serve.names.adapter_sources import AdapterSources, Problems, location_of, unusable
 from veneer.serve.principal import Principal
 from veneer.serve.request import DigestMix, Refused, check_strengths, invalid, make_mix, not_ready
@@ -54,16 +54,6 @@ class _Meaning:
     digest: str = ""
     operator_name: str = ""
     routed: bool = False
-
-
-class AdapterMemory(Protocol):
-    """Where loaded adapters are kept: `AdapterCache`, or nowhere with an upstream."""
-
-    def load(self, digest: str, adapter: Adapter | None = None) -> None: ...
-
-    def drop(self, digest: str) -> None: ...
-
-    def resident_adapters(self) -> list[ResidentAdapter]: ...
 
 
 class NoAdapters:
@@ -92,7 +82,7 @@ class Catalog:
         self,
         sources: AdapterSources,
         problems: Problems,
-        memory: AdapterMemory,
+        memory: AdapterCache[Any] | NoAdapters,
         *,
         name: str = "",
         routes: Routes | None = None,
@@ -110,7 +100,7 @@ class Catalog:
         """The base's fingerprint."""
         return self.sources.base.fingerprint
 
-    def use_base(self, base: AnyBase, problems: Problems, memory: AdapterMemory) -> None:
+    def use_base(self, base: AnyBase, problems: Problems, memory: AdapterCache[Any] | NoAdapters) -> None:
         """Serve names over a base that has just been loaded."""
         self.sources.base, self.problems, self.residents = base, problems, memory
 

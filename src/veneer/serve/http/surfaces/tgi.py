@@ -35,8 +35,8 @@ class Grammar(Strict):
     def spec(self) -> GrammarSpec:
         if self.type == "json":
             return "json_schema", schema_text(self.value, "grammar")
-        if not isinstance(self.value, str) or len(self.value) > 20_000:
-            raise invalid("grammar.value is not a regular expression of at most 20,000 characters", "grammar")
+        if not isinstance(self.value, str):
+            raise invalid("grammar.value is not a regular expression", "grammar")
         return "regex", self.value
 
 
