@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from tests.families import FAMILIES, VOCAB
-from tests.serve.forward.test_runner import base_of, trained
+from tests.serve.forward.test_runner import base_of, recurrent, trained
 from veneer.core.adapter import Adapter
 from veneer.core.attach import attach
 from veneer.errors import AdapterError
@@ -370,25 +370,6 @@ def test_sampled_answers_depend_on_their_seed_alone() -> None:
         many = run(several(12))
         assert run(several(3)) == many[:3]
         assert len({tuple(ids) for ids in many}) > 6
-
-
-def recurrent() -> Any:
-    """Return a model whose layers carry state between tokens."""
-    from transformers import AutoModelForCausalLM, Lfm2Config
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config = Lfm2Config(
-            vocab_size=VOCAB,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            layer_types=["conv", "full_attention", "conv"],
-            max_position_embeddings=256,
-        )
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
 @pytest.mark.parametrize("make", [recurrent, fresh])

@@ -202,7 +202,8 @@ def test_bfloat16_is_about_as_exact_as_attached_adapters() -> None:
     runner.close()
 
 
-def test_recurrent_layers_run_each_sequence_alone() -> None:
+def recurrent() -> Any:
+    """A model whose layers carry state between tokens."""
     from transformers import AutoModelForCausalLM, Lfm2Config
 
     with torch.random.fork_rng(devices=[]):
@@ -217,7 +218,11 @@ def test_recurrent_layers_run_each_sequence_alone() -> None:
             layer_types=["conv", "full_attention", "conv"],
             max_position_embeddings=256,
         )
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def test_recurrent_layers_run_each_sequence_alone() -> None:
+    model = recurrent()
     mixes: Mixes = [[], [("a", 1.0)]]
     runner, _ = check_rows(model, {"a": trained(model, 1)}, mixes, prompts([20, 33]), [7, 16, 1], how="alone")
     assert not runner.shares

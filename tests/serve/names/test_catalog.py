@@ -127,27 +127,8 @@ def test_a_load_under_a_library_name_is_refused(
     catalog.load("support", "b", replace=True)
     assert "instead of the library's support@1" in caplog.text
     assert catalog.resolve("support", OPERATOR).mix == of(two)
-
-
-def test_the_index_tells_an_adapters_base(
-    make: Make, base: TextBase, folder: Path, library: Library, tmp_path: Path
-) -> None:
-    saved(base, folder / "a", base_fingerprint="sha256:" + "0" * 64)
-    library.add(folder / "a", "support")
-    error = refused(lambda: make().resolve("support", OPERATOR))
-    assert (reason(error), error.status) == ("wrong_base", 400)
-
-
-def test_a_loaded_name_overrides_the_library(make: Make, base: TextBase, folder: Path, library: Library) -> None:
-    one, two = saved(base, folder / "a", 1), saved(base, folder / "b", 2)
-    library.add(folder / "a", "support")
-    catalog = make()
-    catalog.load("support", "b", replace=True)
-    assert catalog.resolve("support", OPERATOR).mix == of(two)
     catalog.unload("support")
     assert catalog.resolve("support", OPERATOR).mix == of(one)
-    catalog.load("mine", "support@1")
-    assert catalog.models(OPERATOR)[1].root == "support@1"
 
 
 def test_a_mix(make: Make, base: TextBase, folder: Path) -> None:

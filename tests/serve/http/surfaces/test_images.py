@@ -408,28 +408,23 @@ def bomb(width: int, height: int) -> str:
 
 WRONG_FACTORS: list[tuple[dict[str, Any], str]] = [
     ({"blocks": {"douple": 1}}, "'douple' names no block of this base: did you mean double"),
-    ({"blocks": {"down": 1}}, "'down' names no block of this base"),
     ({"blocks": {"double.0-999999999": 1}}, "names no block"),
-    ({"blocks": {"double.1-0": 1}}, "names no block"),
     ({"blocks": {"double=0,single": 1}}, "match pattern"),
     ({"blocks": {"a" * 129: 1}}, "at most 128"),
     ({"blocks": {"double": 1e9}}, "less than or equal to 10000"),
     ({"blocks": {"double": 101}, "strength": 100}, "is 10100"),
     ({"blocks": {"double": "much"}}, "valid number"),
-    ({"blocks": {"double": True}}, "valid number"),
     ({"blocks": {f"single.{i}": i / 100 for i in range(65)}}, "at most 64"),
     ({"blocks": 0.5}, "mix.0.blocks"),
     ({"steps": [[0.5]]}, "at least 2"),
     ({"steps": [[0, 0.5, 1, 1]]}, "at most 3"),
     ({"steps": [[0.6, 0.2]]}, "0.6-0.2 is not a range of steps"),
-    ({"steps": [[-1, 2]]}, "-1-2 is not a range of steps"),
     ({"steps": [[0, 0.6], [0.5, 1]]}, "overlap at 0.5"),
     ({"steps": "0-0.6"}, "valid list"),
     ({"steps": [[0, 1]] * 65}, "at most 64"),
     ({"campaign": "lense"}, "did you mean lens?"),
     ({"campaign": ""}, "at least 1"),
     ({"campaign": "lens", "steps": [[0, 1]]}, "sets blocks and steps"),
-    ({"campaign": "lens", "blocks": {"double": 1}}, "sets blocks and steps"),
 ]
 
 GENERATE: list[tuple[dict[str, Any], int, str, str]] = [
