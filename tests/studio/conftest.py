@@ -13,7 +13,7 @@ from tests.forks import Forked
 from tests.homes import home_with_kernels
 from tests.serve.http.toy import free_port, wait_for
 from tests.serve.saved_adapters import saved
-from tests.serve.test_whole_kill import is_ready
+from tests.serve.whole import is_ready
 from tests.tiny_base import tiny_base_dir
 from veneer.library.library import open_library
 from veneer.models.sources import find_base, is_image_base

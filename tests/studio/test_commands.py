@@ -19,7 +19,7 @@ from tests.forks import Forked
 from tests.formats.image_adapters import random_adapter
 from tests.serve.http.toy import free_port, wait_for
 from tests.serve.saved_adapters import saved
-from tests.serve.test_whole_kill import is_ready
+from tests.serve.whole import is_ready
 from tests.studio.conftest import ROOT, StudioServer
 from tests.studio.page_socket import PageSocket, has_label, open_page, page_html
 from tests.studio.recorded_jobs import parcel_rows, recorded_job

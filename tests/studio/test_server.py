@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 
 from tests.serve.http.toy import wait_for
-from tests.serve.test_whole_kill import is_ready
+from tests.serve.whole import is_ready
 from tests.studio.conftest import OPERATOR, StudioServer
 from tests.studio.page_socket import open_page, page_html
 from veneer.jobs.store import JobStore

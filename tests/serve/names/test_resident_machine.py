@@ -1,10 +1,9 @@
-"""Adapters in memory under any sequence of requests, ends, jobs and drops, and under threads."""
+"""Adapters in memory under any sequence of requests, ends, jobs and drops."""
 
 from __future__ import annotations
 
 import gc
 import random
-import threading
 import weakref
 from collections.abc import Callable
 from typing import ClassVar
@@ -13,11 +12,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from tests.serve.shop import LETTERS, UNIT, Asked, Shop, Thing
+from tests.serve.shop import LETTERS, UNIT, Asked, Shop
 from veneer.core.adapter import Adapter
 from veneer.errors import AdapterError
-from veneer.serve.names.adapter_cache import AdapterCache, Lease
-from veneer.serve.request import Refused, make_mix
+from veneer.serve.names.adapter_cache import AdapterCache
 
 
 class Freed(list[str]):
@@ -140,55 +138,6 @@ def test_adapters_are_evicted_in_order_of_use() -> None:
         one.end()
         recent = [n for n in recent if n != name] + [name]
         assert list(residents.resident()) == recent[-5:]
-
-
-def test_many_threads() -> None:
-    """Requests from many threads over real loaders: limits hold, all are served, nothing is left behind."""
-    sizes = {str(i): 1 + i % 3 for i in range(12)}
-    shop = Shop(sizes)
-    residents = AdapterCache(shop.read, shop.prepare, limit_bytes=8 * UNIT, patience=0.001)
-    served, errors = [0] * 6, list[BaseException]()
-
-    def client(n: int) -> None:
-        rng = random.Random(n)
-        try:
-            for _ in range(150):
-                done, got = threading.Event(), list[Lease[Thing] | Refused]()
-
-                def ready(result, got=got, done=done) -> None:  # type: ignore[no-untyped-def]
-                    got.append(result)
-                    done.set()
-
-                mix = make_mix((d, 1.0) for d in rng.sample(sorted(sizes), rng.choice([1, 1, 2])))
-                lease = residents.acquire(mix, ready)
-                if lease is None:
-                    if rng.random() < 0.1 and residents.withdraw(ready):
-                        continue
-                    assert done.wait(30)
-                    assert isinstance(got[0], Lease)
-                    lease = got[0]
-                assert [t.name for t, _ in lease.parts] == [d for d, _ in mix]
-                assert residents.stats().bytes <= 8 * UNIT
-                if rng.random() < 0.1:
-                    residents.drop(rng.choice(sorted(sizes)))
-                lease.release()
-                served[n] += 1
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=client, args=(n,)) for n in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not errors
-    assert min(served) > 100
-    residents.close()
-    stats = residents.stats()
-    assert stats.waiting == 0
-    for digest in sizes:
-        residents.drop(digest)
-    assert residents.stats().bytes == 0
 
 
 def test_memory_is_released() -> None:
