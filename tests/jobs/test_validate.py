@@ -7,10 +7,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 
 from tests.jobs.fakes import FixedTerms
@@ -158,19 +156,6 @@ def test_job_that_does_not_fit_is_refused(store: JobStore, folder: Path) -> None
     assert (job.error["kind"], "budget of" in job.error["message"]) == ("overbudget", True)
     job = looked_at(store, small_config(folder), {"jobs": 0})
     assert "cannot train: " in job.error["message"]
-
-
-@in_sqlite
-def test_rows_over_the_memory_limit_are_not_read(
-    store: JobStore, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Reading them would end the worker, and with it other tenants' jobs."""
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 15, total=1 << 34))
-    job = looked_at(store, small_config(folder))
-    assert (job.state, job.error["kind"]) == ("failed", "preflight")
-    assert "are free" in job.error["message"]
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 18, total=1 << 34))
-    assert looked_at(store, small_config(folder)).state == "queued"  # counted, and few
 
 
 def test_gpu_has_the_same_name_as_in_a_plan() -> None:

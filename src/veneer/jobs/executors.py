@@ -1,11 +1,10 @@
-"""Executors run jobs' processes: the protocol, and the executor of this machine.
+"""The executor runs jobs' processes on this machine.
 
     place = executor.start(lease, environment)          starts a `jobs.process` process for the lease
-    executor.look(place)                                None while the process runs, else how it ended
+    executor.poll(place)                                None while the process runs, else how it ended
     executor.stop(place), .stop(place, hard=True)       SIGTERM, to save and exit; SIGKILL
 
-An executor starts, polls and stops processes. The queue manages leases. This module schedules nothing across
-machines: use Kubernetes for several machines.
+The executor starts, polls and stops processes. The queue manages leases. Several machines run a worker each.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 from veneer.errors import ConfigError
 from veneer.files.atomic import as_veneer_errors, replace_file
@@ -39,33 +38,15 @@ class ExitStatus:
     memory: bool = False
 
 
-class Executor(Protocol):
-    """Starts, polls and stops jobs' processes.
-
-    A place without a process counts as ended and raises no error."""
-
-    def start(self, lease: JobLease, environment: Mapping[str, str]) -> str:
-        """Start a process for this lease and return its place. Raises ResourceError."""
-
-    def poll(self, handle: str) -> ExitStatus | None:
-        """Return None while the process runs or is starting, else how it ended."""
-
-    def stop(self, handle: str, *, hard: bool = False) -> None:
-        """Ask the process to save and exit, like SIGTERM, without waiting.
-
-        `hard`: kill the process, like SIGKILL."""
-
-
 def write_handover(
     lease: JobLease, environment: Mapping[str, str], validation: Mapping[str, Any] | None = None
 ) -> list[str]:
     """Write the handover file of a lease; return Python's arguments for the process.
 
     The file holds the lease's token and the environment variables, which can contain passwords, so that
-    neither appears in the command or in a cluster's dashboard. The file is in the job's folder and readable
+    neither appears in the command. The file is in the job's folder and readable
     by this user only; the process reads the file once and removes it. `validation`: for a process that only
-    validates its job, the `device` to plan for and `room`, its memory limit in bytes. Raises ResourceError and
-    AdapterError."""
+    validates its job, the device to plan for. Raises ResourceError and AdapterError."""
     job = lease.job
     path = job.make_folder() / f"{_HANDOVER}-{job.attempt}.json"
     content = {"job": job.id, "token": lease.token, "environment": dict(environment), "validation": validation}
@@ -118,10 +99,11 @@ def memory_of(job: Job) -> int:
     return int(planned * _BEYOND) + _BESIDE if planned else 0
 
 
-class LocalExecutor(Executor):
+class LocalExecutor:
     """Runs jobs as child processes on this machine.
 
-    The children end with this process. A child that exceeds its plan's memory limit is killed."""
+    A handle without a process counts as ended and raises no error. The children end with this process. A child
+    that exceeds its plan's memory limit is killed."""
 
     def __init__(self, *, nice: int = 0) -> None:
         """Create the executor. `nice`: niceness of the child processes."""
@@ -129,6 +111,7 @@ class LocalExecutor(Executor):
         self._children: dict[str, tuple[subprocess.Popen[bytes], int]] = {}
 
     def start(self, lease: JobLease, environment: Mapping[str, str]) -> str:
+        """Start a process for this lease and return its handle. Raises ResourceError."""
         job = lease.job
         job.make_folder()
         with open(job.log, "ab") as log:
@@ -139,10 +122,8 @@ class LocalExecutor(Executor):
 
         The process is killed if it uses more than `max_memory` bytes. It writes its log to this process's output,
         so that a refused job leaves no folder."""
-        validation = {"device": asdict(device), "room": max_memory}
-        return self._process(
-            f"{lease.job.id}-validation", lease, None, environment, max_memory, _VALIDATION_NICE, validation
-        )
+        name = f"{lease.job.id}-validation"
+        return self._process(name, lease, None, environment, max_memory, _VALIDATION_NICE, asdict(device))
 
     def _process(
         self,
@@ -165,6 +146,7 @@ class LocalExecutor(Executor):
         return handle
 
     def poll(self, handle: str) -> ExitStatus | None:
+        """Return None while the process runs, else how it ended."""
         if handle not in self._children:
             return ExitStatus("it is not a process of this worker")
         child, max_memory = self._children[handle]

@@ -19,10 +19,9 @@ import os
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import IO, Literal
 
@@ -43,10 +42,8 @@ _Purpose = Literal["fine-tune", "fine-tune-results"]
 _LOCK = 0x66696C6573  # "files": key of PostgreSQL's advisory lock
 _GRACE = 3600.0
 """Seconds to keep bytes without a row: the row may be about to be written."""
-_BATCH = 500
-"""Rows per statement and deletion: databases limit the values of a statement."""
-_LOCK_SECONDS = 0.25
-"""Maximum seconds for which one batch of removals holds the lock."""
+_BATCH = 50
+"""Files per transaction, so that none holds the lock for long."""
 
 
 @dataclass(frozen=True)
@@ -205,25 +202,22 @@ class Files:
                 break
         if isinstance(self.store, LocalStore):
             self.store.sweep(set())
-        old = (_content(path) for path, _, changed in self.store.walk("tenants") if changed <= now - _GRACE)
-        while batch := [*islice(old, _BATCH)]:
-            count += self._delete_unused(batch)
-        return count
+        old = [_content(path) for path, _, changed in self.store.walk("tenants") if changed <= now - _GRACE]
+        with reading(self.engine) as c:  # most contents have a row
+            used = {tuple(row) for row in c.execute(select(t.tenant, t.sha256))}
+        return count + self._delete_unused(content for content in old if content not in used)
 
     def _delete_unused(self, contents: Iterable[tuple[str, str]]) -> int:
         """Remove contents (tenant, sha256) without a row; return how many."""
-        count, candidates = 0, sorted(set(contents))
-        with reading(self.engine) as c:  # most contents still have a row and need no lock
-            used = _used(c, candidates)
-        unused = [content for content in candidates if content not in used]
-        while unused:
+        count, candidates, t = 0, sorted(set(contents)), job_file_table.c
+        for at in range(0, len(candidates), _BATCH):
+            batch = candidates[at : at + _BATCH]
             with self._transaction() as c:
-                end = time.monotonic() + _LOCK_SECONDS
-                used = _used(c, unused)
-                while unused and time.monotonic() < end:
-                    if (content := unused.pop()) not in used:
-                        self.store.delete(_path(*content))
-                        count += 1
+                rows = c.execute(select(t.tenant, t.sha256).where(t.sha256.in_([sha256 for _, sha256 in batch])))
+                unused = set(batch) - {(row.tenant, row.sha256) for row in rows}
+                for content in unused:
+                    self.store.delete(_path(*content))
+            count += len(unused)
         return count
 
     def _check_quota(self, c: Connection, tenant: str, size: int) -> None:
@@ -268,18 +262,6 @@ def _content(path: str) -> tuple[str, str]:
     """Return the (tenant, sha256) of a `_path`."""
     tenant, sha256 = path.split("/")[1], path.rpartition("/")[2]
     return "" if tenant == "_" else tenant, sha256
-
-
-def _used(c: Connection, contents: Sequence[tuple[str, str]]) -> set[tuple[str, str]]:
-    """Return the contents (tenant, sha256) that a file has."""
-    used: set[tuple[str, str]] = set()
-    t = job_file_table.c
-    for tenant in {tenant for tenant, _ in contents}:
-        hashes = [sha256 for owner, sha256 in contents if owner == tenant]
-        for at in range(0, len(hashes), _BATCH):
-            query = select(t.sha256).where(t.tenant == tenant, t.sha256.in_(hashes[at : at + _BATCH]))
-            used |= {(tenant, sha256) for sha256 in c.scalars(query)}
-    return used
 
 
 def _measure(source: IO[bytes]) -> tuple[str, int]:

@@ -57,13 +57,13 @@ _AGAIN = 2.0
 """Seconds before a retry when the database is unavailable."""
 
 
-def _validate_job(library: Library, job: str, token: str, device: Device, max_memory: int) -> int:
+def _validate_job(library: Library, job: str, token: str, device: Device) -> int:
     """Validate one job in this process; return 0, or 75 to validate the job again."""
     store = JobStore(library)
     try:
         lease = store.get_lease(job, token)
         with tenants_at(os.environ.get("VENEER_TENANTS")) as tenants:
-            validate_job(store, lease, TrainingAccount(store, tenants), device, max_memory=max_memory)
+            validate_job(store, lease, TrainingAccount(store, tenants), device)
         return 0
     except LeaseLost as error:
         print(error, file=sys.stderr)
@@ -353,7 +353,7 @@ def main(arguments: list[str]) -> int:
         job, token, validation = read_handover(Path(path))
         with open_library() as library:
             if validation is not None:
-                return _validate_job(library, job, token, Device(**validation["device"]), validation["room"])
+                return _validate_job(library, job, token, Device(**validation))
             return run_job(library, job, token)
     except VeneerError as error:  # the library or database is unavailable
         print(error, file=sys.stderr)

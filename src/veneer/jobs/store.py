@@ -503,10 +503,15 @@ class JobStore:
         None for no limit. For `validating`, jobs being validated count as running. `only`: consider this job
         only. A job that lost its worker _FAULTS times in a row fails here."""
 
-        while self.waiting(state, at_once, order, only, limit=1):  # polled often, mostly without a job: takes no lock
+        def next_job(c: Connection) -> Job | None:
+            return self._next(c, self._now(c), state, at_once, order, only)
+
+        while True:
+            with reading(self.engine) as c:  # polled often, mostly without a job: takes no lock
+                if next_job(c) is None:
+                    return None
             with self._transaction() as (c, now):
-                job = next(iter(self._waiting(c, now, state, at_once, order, only, 1)), None)
-                if job is None:
+                if (job := next_job(c)) is None:
                     return None
                 lost = job.until is not None
                 if lost and job.faults + 1 >= _MAX_FAULTS:
@@ -528,21 +533,8 @@ class JobStore:
                     public = "resumed" if job.attempt else "started"
                     self._set_state(c, job, "running", now, f"{public} by {worker}", public=public)
                 return JobLease(self._row(c, None, job.id), values["token"])
-        return None
 
-    def waiting(
-        self,
-        state: _Waiting = "queued",
-        at_once: Callable[[str], int | None] = lambda tenant: None,
-        order: Callable[[str], float] = lambda tenant: 0.0,
-        only: str | None = None,
-        limit: int = 100,
-    ) -> list[Job]:
-        """Return the jobs that `acquire` would return, in order."""
-        with reading(self.engine) as c:
-            return self._waiting(c, self._now(c), state, at_once, order, only, limit)
-
-    def _waiting(
+    def _next(
         self,
         c: Connection,
         now: float,
@@ -550,37 +542,27 @@ class JobStore:
         at_once: Callable[[str], int | None],
         order: Callable[[str], float],
         only: str | None,
-        limit: int,
-    ) -> list[Job]:
-        """Return the next jobs: jobs with an expired lease first, then waiting jobs.
+    ) -> Job | None:
+        """Return the next job: a job with an expired lease, else a waiting job.
 
         Among waiting jobs, every tenant's first job comes before any tenant's second; running jobs count, and
         no tenant exceeds `at_once`. Ties go to the tenant with the lowest `order`, then to the oldest job."""
         j, condition = job_table.c, () if only is None else (job_table.c.id == only,)
         working_state = "running" if state == "queued" else state
-        late = (
-            select(job_table)
-            .where(j.state == working_state, j.until <= now, *condition)
-            .order_by(j.number)
-            .limit(limit)
-        )
-        expired = [_job(row) for row in c.execute(late)]
-        if len(expired) == limit:
-            return expired
-        working = (
-            select(j.tenant, func.count()).where(j.state == working_state, j.token.is_not(None)).group_by(j.tenant)
-        )
-        running = {tenant: int(count) for tenant, count in c.execute(working)}
-        rank = func.row_number().over(partition_by=j.tenant, order_by=j.number).label("place")
-        free = select(j.tenant, j.number, rank).where(j.state == state, j.token.is_(None), *condition).subquery()
+        late = select(job_table).where(j.state == working_state, j.until <= now, *condition).order_by(j.number)
+        if (expired := c.execute(late.limit(1)).first()) is not None:
+            return _job(expired)
+        working = select(j.tenant, func.count()).where(j.state == working_state, j.token.is_not(None))
+        running = {tenant: int(count) for tenant, count in c.execute(working.group_by(j.tenant))}
+        oldest = select(j.tenant, func.min(j.number)).where(j.state == state, j.token.is_(None), *condition)
         turns = []
-        for tenant, number, position in c.execute(select(free).where(free.c.place <= limit)):
-            turn, most = running.get(tenant, 0) + position, at_once(tenant)
-            if most is None or turn <= most:
-                turns.append((turn, order(tenant), number))
-        next_ones = [number for _, _, number in sorted(turns)[: limit - len(expired)]]
-        jobs = {row.number: _job(row) for row in c.execute(select(job_table).where(j.number.in_(next_ones)))}
-        return expired + [jobs[number] for number in next_ones]
+        for tenant, number in c.execute(oldest.group_by(j.tenant)):
+            count, most = running.get(tenant, 0), at_once(tenant)
+            if most is None or count < most:
+                turns.append((count, order(tenant), number))
+        if not turns:
+            return None
+        return _job(c.execute(select(job_table).where(j.number == min(turns)[2])).one())
 
     def get_lease(self, job: str, token: str) -> JobLease:
         """Return the lease of this job and token. Raises LeaseLost."""

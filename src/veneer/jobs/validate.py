@@ -27,7 +27,7 @@ from veneer.errors import (
     gigabytes,
 )
 from veneer.jobs.account import TrainingAccount
-from veneer.jobs.post_training import AfterJob, HeldOut, check_after, held_out_rows
+from veneer.jobs.post_training import AfterJob, check_after, held_out_rows
 from veneer.jobs.store import Job, JobLease, JobStore, LeaseLost
 from veneer.plan.plan import Plan
 from veneer.plan.tables import Device
@@ -35,7 +35,6 @@ from veneer.serve.tenancy.store import Store
 from veneer.serve.transient import is_transient
 from veneer.train.config.load import RunConfig, config_from
 from veneer.train.config.text import TrainConfig
-from veneer.train.records import count_lines
 
 if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
@@ -75,19 +74,11 @@ def device_of(gpu: str | None = None, count: int = 1) -> Device:
     return cpu_device()
 
 
-def validate_job(
-    store: JobStore,
-    lease: JobLease,
-    account: TrainingAccount,
-    device: Device,
-    *,
-    max_memory: int | None = None,
-) -> Job:
+def validate_job(store: JobStore, lease: JobLease, account: TrainingAccount, device: Device) -> Job:
     """Validate a job and queue it, or end it as failed; return the job.
 
-    `max_memory`: bytes of memory that this process can use; default: all free memory. Raises LeaseLost, and
-    transient errors that the job did not cause (a disk or database outage); the job then stays in
-    validation."""
+    Raises LeaseLost, and transient errors that the job did not cause (a disk or database outage); the job then
+    stays in validation."""
     terms = account.terms(lease.job.tenant)
     try:
         if terms.jobs == 0:
@@ -97,7 +88,7 @@ def validate_job(
                 where="tenant",
                 fix="see veneer tenant list, and veneer tenant show",
             )
-        plan = _plan_of_job(lease.job, device, max_memory)
+        plan = _plan_of_job(lease.job, device)
         spent = 0 if terms.budget is None else account.spent(lease.job.tenant)
         return store.queue(lease, plan, price=terms.price, budget=terms.budget, spent=spent)
     except LeaseLost:
@@ -165,7 +156,7 @@ def error_json(error: BaseException) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value}
 
 
-def _plan_of_job(job: Job, device: Device, max_memory: int | None) -> dict[str, Any]:
+def _plan_of_job(job: Job, device: Device) -> dict[str, Any]:
     """Return the job's plan by its actual rows: `Plan.to_dict`, `rows` and `counted`.
 
     Raises ConfigError, DataError, BaseError, PreflightError."""
@@ -177,7 +168,6 @@ def _plan_of_job(job: Job, device: Device, max_memory: int | None) -> dict[str, 
     after, base = after_section(job), None
     held_out = None if after is None else after.evaluate
     if isinstance(config, TrainConfig):
-        _check_size(config, held_out, max_memory)
         base = text_without_weights(config.base.name)
         exact = _rows_of(config, base)
         if held_out is not None:
@@ -224,38 +214,6 @@ def _rows_of(config: TrainConfig, base: TextBase) -> Mapping[str, Any]:
     report.add(*data_findings(subject))
     report.raise_if_stopped()
     return planned_rows(config, data.train.items)
-
-
-_ROW, _BYTE = 3000, 8
-"""Memory of a row: minimum bytes, and bytes per byte of its file.
-
-Measured: a row of 90 bytes takes 37 times as much memory."""
-
-
-def _check_size(config: TrainConfig, held_out: HeldOut | None, max_memory: int | None) -> None:
-    """Check that the rows fit into `max_memory` bytes and this machine's free memory.
-
-    Raises PreflightError."""
-    import psutil
-
-    names = [
-        *config.data.files("train"),
-        *config.data.files("validation"),
-        *(held_out.files if held_out is not None else ()),
-    ]
-    files = [Path(name) for name in names if Path(name).is_file()]
-    size, free = sum(path.stat().st_size for path in files), int(psutil.virtual_memory().available)
-    free = free if max_memory is None else min(free, max_memory)
-    if size * (_BYTE + _ROW) < free:  # even if every row had one byte
-        return
-    needed = size * _BYTE + sum(count_lines(path, 1 + free // _ROW) for path in files) * _ROW
-    if needed > free:
-        raise PreflightError(
-            f"the rows have {gigabytes(size)}, to read them takes about {gigabytes(needed)}, and {gigabytes(free)} "
-            "are free",
-            where=str(files[0]),
-            fix="fewer rows, or a machine with more memory",
-        )
 
 
 def _refuse(plan: Plan) -> None:

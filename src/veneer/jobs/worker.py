@@ -1,4 +1,4 @@
-"""A worker: validates new jobs, and trains queued jobs with its executor.
+"""A worker: validates new jobs, and trains queued jobs, in processes of their own.
 
     Worker(library, LocalExecutor(), tenants=store).run()         until SIGTERM or Ctrl-C
 
@@ -28,7 +28,7 @@ from typing import Any
 
 from veneer.errors import VeneerError, counted, gigabytes
 from veneer.jobs.account import TrainingAccount
-from veneer.jobs.executors import Executor, ExitStatus, LocalExecutor, remove_handovers
+from veneer.jobs.executors import ExitStatus, LocalExecutor, remove_handovers
 from veneer.jobs.process import process_environment
 from veneer.jobs.store import JobLease, JobStore, LeaseLost, jobs_home
 from veneer.jobs.validate import device_of
@@ -49,13 +49,12 @@ _VALIDATION_SECONDS = 1800.0
 
 @dataclass
 class _Running:
-    """A process of `executor`.
+    """A running process.
 
     sure: monotonic time until which the lease is certainly valid
     stopping: monotonic time at which the process was asked to stop
     validation: set if the process validates its job"""
 
-    executor: Executor
     lease: JobLease
     handle: str
     valid_until: float
@@ -86,7 +85,7 @@ class Worker:
     def __init__(
         self,
         library: Library,
-        executor: Executor,
+        executor: LocalExecutor,
         *,
         tenants: Store | None = None,
         name: str = "",
@@ -106,7 +105,6 @@ class Worker:
         self.lease, self.poll, self.grace = lease, poll, grace
         self._swept: float | None = None
         self._running: list[_Running] = []
-        self._local = executor if isinstance(executor, LocalExecutor) else LocalExecutor()
         self._served: dict[str, float] = {}
         """Tenant -> monotonic time of this worker's last validation."""
         self._stop = threading.Event()
@@ -146,9 +144,9 @@ class Worker:
         self._served[lease.job.tenant] = begun
         max_memory = max(1 << 30, int(psutil.virtual_memory().available) // 2)
         self.device = self.device or device_of()
-        handle = self._local.start_validation(lease, self.environment, self.device, max_memory)
+        handle = self.executor.start_validation(lease, self.environment, self.device, max_memory)
         bounds = _Validation(begun + _VALIDATION_SECONDS, max_memory)
-        self._running.append(_Running(self._local, lease, handle, begun + self.lease, validation=bounds))
+        self._running.append(_Running(lease, handle, begun + self.lease, validation=bounds))
         return True
 
     def _validation_ended(self, lease: JobLease, bounds: _Validation, status: ExitStatus, stopping: bool) -> None:
@@ -214,7 +212,7 @@ class Worker:
             with suppress(LeaseLost):
                 self.store.release(lease, "could not be started", error.what)
             raise
-        self._running.append(_Running(self.executor, lease, handle, valid_until))
+        self._running.append(_Running(lease, handle, valid_until))
         self.log(f"{job.id} of {job.tenant or 'no tenant'}: {handle}")
         with suppress(LeaseLost):
             self.store.record(lease, place=handle)
@@ -224,7 +222,7 @@ class Worker:
 
     def _check_process(self, running: _Running) -> None:
         now = time.monotonic()
-        status = running.executor.poll(running.handle)
+        status = self.executor.poll(running.handle)
         if status is not None:
             self._running.remove(running)
             with suppress(LeaseLost):  # the process ended the job or returned it to the queue
@@ -233,11 +231,11 @@ class Worker:
             self._finish_job(running.lease)
             return
         if running.validation is not None and now > running.validation.deadline:
-            running.executor.stop(running.handle, hard=True)
+            self.executor.stop(running.handle, hard=True)
         self._renew(running, now)
         if running.stopping is not None and not running.killed and now - running.stopping > self.grace:
             running.killed = True
-            running.executor.stop(running.handle, hard=True)
+            self.executor.stop(running.handle, hard=True)
 
     def _process_ended(self, running: _Running, status: ExitStatus) -> None:
         """Settle the job of a process that has ended."""
@@ -281,7 +279,7 @@ class Worker:
     def _request_stop(self, running: _Running) -> None:
         if running.stopping is None:
             running.stopping = time.monotonic()
-            running.executor.stop(running.handle)
+            self.executor.stop(running.handle)
 
     def _end_all(self) -> None:
         """Ask all processes to save their state, and return their jobs to the queue."""
