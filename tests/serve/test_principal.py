@@ -16,7 +16,7 @@ from veneer.jobs.http.files import file_routes
 from veneer.jobs.http.samples import sample_routes
 from veneer.jobs.http.tinker import training_routes
 from veneer.jobs.http.tinker_samples import sampling_routes
-from veneer.jobs.http.tinker_weights import signed_routes, weights_routes
+from veneer.jobs.http.tinker_weights import weights_routes
 from veneer.jobs.http.tuning import tuning_routes
 from veneer.serve.access import OpenAccess
 from veneer.serve.http.bodies import BodyRoute
@@ -86,7 +86,6 @@ def app() -> Iterator[FastAPI]:
         training_routes(nothing),
         sampling_routes(nothing),
         weights_routes(nothing),
-        signed_routes(nothing),
         key_routes(ByName()),
         images_routes,
     ]

@@ -40,7 +40,7 @@ def training(
     from veneer.jobs.http.samples import sample_routes
     from veneer.jobs.http.tinker import TinkerRoutes, training_routes
     from veneer.jobs.http.tinker_samples import sampling_routes
-    from veneer.jobs.http.tinker_weights import FILES, signed_routes, weights_routes
+    from veneer.jobs.http.tinker_weights import weights_routes
     from veneer.jobs.http.tuning import TuningQueue, tuning_routes
     from veneer.jobs.store import JobStore
     from veneer.serve.build import Extension
@@ -53,7 +53,7 @@ def training(
     tenancy = service.tenancy
     tenants = tenancy.store if isinstance(tenancy, Tenants) else None
     account = TrainingAccount(jobs, tenants)
-    tinker = TinkerRoutes(lambda: _tinker(service, library, session_days), account, library)
+    tinker = TinkerRoutes(lambda: _tinker(service, library, session_days), account)
 
     async def start() -> None:
         sweeping.append(asyncio.create_task(_sweep(files, jobs)))
@@ -67,9 +67,8 @@ def training(
 
     queue = TuningQueue(jobs, files, tenants, sandbox)
     routers = [file_routes(files), tuning_routes(queue), sample_routes(jobs)]
-    routers += [training_routes(tinker), sampling_routes(tinker)]
-    routers += [weights_routes(tinker), signed_routes(tinker)]
-    return Extension(routers, large_bodies(files), (FILES,), start, stop)
+    routers += [training_routes(tinker), sampling_routes(tinker), weights_routes(tinker)]
+    return Extension(routers, large_bodies(files), (), start, stop)
 
 
 def _tinker(service: Service, library: Library, days: float) -> TinkerService:

@@ -12,7 +12,6 @@
     beta                       0.1
     compute_multiplier         1: 8 completions per prompt
     eval_interval              an epoch
-    eval_samples               1: one greedy completion per held-out prompt
 
 Without a validation file, every row is trained on, as at OpenAI. Rows longer than the context are refused.
 """
@@ -30,7 +29,6 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from veneer.errors import ConfigError
 from veneer.jobs.post_training import AfterJob
 from veneer.jobs.store import ENDS, Job, JobCheckpoint, JobEvent, jobs_home
 from veneer.serve.http.bodies import Body, Strict, at_most
@@ -86,8 +84,6 @@ class DpoHyperparameters(Hyperparameters):
 class ReinforcementHyperparameters(Hyperparameters):
     compute_multiplier: _Compute = "auto"
     eval_interval: _Count = "auto"
-    eval_samples: _Count = "auto"
-    reasoning_effort: Literal["default", "low", "medium", "high"] = "default"
 
 
 class _ResponseSchema(Strict):
@@ -267,17 +263,8 @@ def tuning_config(
 
 
 def _reinforce(config: dict[str, Any], request: Reinforced) -> None:
-    """Add the reinforcement method to a configuration.
-
-    Raises ConfigError for unsupported hyperparameters."""
-    where = "method.reinforcement.hyperparameters"
+    """Add the reinforcement method to a configuration."""
     numbers = request.hyperparameters or ReinforcementHyperparameters()
-    if numbers.reasoning_effort != "default":
-        message = f"the base has no setting for reasoning effort: {numbers.reasoning_effort!r}"
-        raise ConfigError(message, where=f"{where}.reasoning_effort", fix="leave it out")
-    if numbers.eval_samples not in ("auto", 1):
-        message = "held-out prompts are answered once, with the likeliest tokens"
-        raise ConfigError(message, where=f"{where}.eval_samples", fix="leave it out")
     times = 1.0 if numbers.compute_multiplier == "auto" else numbers.compute_multiplier
     rewards = [{"kind": "grader", "grader": request.grader, "sandbox": True}]
     config["reinforcement"] = {"loss": "grpo", "rewards": rewards, "group": max(2, round(_GROUP * times))}
@@ -298,7 +285,7 @@ def job_to_openai(job: Job, organisation: str, results: Sequence[str] = ()) -> d
     numbers = dict(request["hyperparameters"])
     if job.plan is not None:  # resolved `auto` values
         resolved = {"batch_size": config["batching"]["rows"], "n_epochs": config["schedule"]["epochs"], "beta": 0.1}
-        resolved |= {"learning_rate_multiplier": 1.0, "compute_multiplier": 1.0, "eval_samples": 1}
+        resolved |= {"learning_rate_multiplier": 1.0, "compute_multiplier": 1.0}
         resolved |= {"eval_interval": max(1, job.steps // config["schedule"]["epochs"])}
         numbers = {key: resolved[key] if value == "auto" else value for key, value in numbers.items()}
     kind = request["kind"]

@@ -202,9 +202,6 @@ SCORED: dict[str, Any] = {
 }  # fmt: skip
 
 
-NUMBERS = "method.reinforcement.hyperparameters"
-
-
 def reinforced(grader: Any = GRADER, **more: Any) -> dict[str, Any]:
     return {"method": {"type": "reinforcement", "reinforcement": {"grader": grader, **more}}}
 
@@ -233,7 +230,7 @@ def test_reinforcement_job_has_the_requested_configuration(jobs: Jobs, client: o
     assert job.method.type == "reinforcement"
     assert method["grader"] == both
     assert method["response_format"] == form
-    assert method["hyperparameters"] == {**numbers, "eval_samples": "auto", "reasoning_effort": "default"}
+    assert method["hyperparameters"] == numbers
     config, _ = config_from({**jobs.store.get("acme", job.id).config, "output": {"directory": "out"}})
     assert isinstance(config, TrainConfig)
     reinforcement = config.reinforcement
@@ -299,8 +296,8 @@ INVALID: list[tuple[dict[str, Any], str | None, str]] = [
     ({"method": {"type": "reinforced"}}, "method", "supervised"),
     (reinforced({**GRADER, "operation": "is"}), "method.reinforcement.grader.operation", "eq"),
     (reinforced({**GRADER, "input": "{{ x }}"}), "method.reinforcement.grader", "path"),
-    (reinforced(hyperparameters={"reasoning_effort": "high"}), f"{NUMBERS}.reasoning_effort", "effort"),
-    (reinforced(hyperparameters={"eval_samples": 4}), f"{NUMBERS}.eval_samples", "once"),
+    (reinforced(hyperparameters={"reasoning_effort": "high"}), "method", "effort"),
+    (reinforced(hyperparameters={"eval_samples": 4}), "method", "eval_samples"),
     (reinforced(hyperparameters={"compute_multiplier": 11}), "method", "10"),
     ({"integrations": [{"type": "wandb"}]}, "integrations", "at most 0"),
     ({"extra_body": {"colour": "red"}}, "colour", "colour"),

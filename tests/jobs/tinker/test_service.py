@@ -32,6 +32,11 @@ def begun(service: TinkerService, tenant: str = "acme", **lora: Any) -> Training
     return service.create_run(tenant, session.id, 0, Lora(**({"rank": 2, "seed": 1} | lora)))
 
 
+def expire(run: TrainingRun, name: str) -> None:
+    about = run.checkpoints.folder / "weights" / name / "about.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"expires": 1.0}))
+
+
 def loss(answer: FutureResult) -> float:
     assert answer.kind == "proto", answer.data
     return read_output(answer.data)[1]["loss:sum"]
@@ -307,7 +312,7 @@ def test_checkpoint_is_a_library_adapter(tmp_path: Path) -> None:
                 service.saved("acme", f"tinker://{run.id}/weights/{name}")
             with pytest.raises(ConfigError):
                 run.checkpoints.new_folder("weights", name)
-        run.checkpoints.set_ttl("weights/one", -1)
+        expire(run, "one")
         assert run.checkpoints.all() == []
         run.checkpoints.sweep()
         with pytest.raises(Exception, match=r"no adapter|has no"):
@@ -357,7 +362,7 @@ def test_unused_sessions_are_removed_and_checkpoints_stay(tmp_path: Path) -> Non
         session = service.create_session("acme")
         again = service.create_run("acme", session.id, 0, path, optimizer=True)
         assert json.loads(again.created.result(60).data)["path"] == path
-        saver.checkpoints.set_ttl("weights/one", -1)
+        expire(saver, "one")
         until(lambda: saver.id not in service.runs)
 
 

@@ -34,7 +34,6 @@ from veneer.jobs.http.route import blocking, thread_route
 from veneer.jobs.tinker.service import FutureResult, TinkerService, TrainingRun, not_found
 from veneer.jobs.tinker.trainer import Lora
 from veneer.jobs.tinker.wire import read_head
-from veneer.library.library import Library
 from veneer.serve.access import Bill, ResolvedModel
 from veneer.serve.http.bodies import Strict, read_body
 from veneer.serve.http.errors import Json, answering, log, message_of
@@ -158,7 +157,6 @@ class TinkerRoutes:
 
     make: Callable[[], TinkerService]
     account: TrainingAccount
-    library: Library
     results: dict[str, _Pending] = field(default_factory=dict)
     _service: TinkerService | None = None
     _making: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -340,8 +338,8 @@ def future_response(number: str, model: str | None, sequences: list[str] | None 
 # -- routes ------------------------------------------------------------------------------------------------------------
 
 
-def tinker_router(permission: Any = "train") -> APIRouter:
-    return APIRouter(prefix="/api/v1", tags=["Tinker"], route_class=TINKER_ROUTE, dependencies=[needs(permission)])
+def tinker_router() -> APIRouter:
+    return APIRouter(prefix="/api/v1", tags=["Tinker"], route_class=TINKER_ROUTE, dependencies=[needs("train")])
 
 
 def training_routes(state: TinkerRoutes) -> APIRouter:
@@ -434,7 +432,6 @@ def training_routes(state: TinkerRoutes) -> APIRouter:
     numbered("optim_step", "Step AdamW with the gradients since the last step")
     numbered("save_weights", "Save a checkpoint to continue from")
     numbered("save_weights_for_sampler", "Save weights to sample from")
-    numbered("save_weights_external", "Save weights to download")
     numbered("load_weights", "Load a checkpoint, or create a client from a checkpoint")
     return router
 

@@ -1,39 +1,22 @@
-"""Tinker's routes of saved weights: runs, their checkpoints, and downloads."""
+"""Tinker's routes of saved weights: runs and their checkpoints."""
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-import secrets
-import time
 from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import APIRouter, Depends, Query
-from pydantic import Field
-from starlette.requests import Request as HttpRequest
-from starlette.responses import FileResponse, Response
 
 from veneer.jobs.http.tinker import Call, TinkerRoutes, tinker_router
 from veneer.jobs.tinker.checkpoints import SavedWeights, parse_path
 from veneer.jobs.tinker.service import TrainingRun, not_found
 from veneer.serve.http.bodies import Strict
-from veneer.serve.request import Refused
 
-FILES = "/api/v1/files"
-"""The prefix of signed URLs, under which files of exported weights need no key."""
-_SIGNED = 3600.0
-_SECRET = secrets.token_bytes(32)
 _LIMIT, _OFFSET = Query(20, ge=1, le=1000), Query(0, ge=0)
-_CHECKPOINT = "/training_runs/{id}/checkpoints/{kind}/{name}"
 
 
 class PathBody(Strict):
     tinker_path: str
-
-
-class TtlBody(Strict):
-    ttl_seconds: int | None = Field(default=None, ge=3600, le=10 * 366 * 86400)
 
 
 def weights_routes(state: TinkerRoutes) -> APIRouter:
@@ -80,47 +63,12 @@ def weights_routes(state: TinkerRoutes) -> APIRouter:
         cursor = {"offset": offset, "limit": limit, "total_count": len(saved)}
         return {"checkpoints": [each.to_json() for each in saved[offset : offset + limit]], "cursor": cursor}
 
-    @router.get(f"{_CHECKPOINT}/external_weights_urls", summary="Get a URL for each file of a checkpoint")
-    def urls(request: HttpRequest, id: str, kind: str, name: str, call: Call = current_call) -> Any:
-        _, checkpoint = find(call, id, f"{kind}/{name}")
-        ends, base = int(time.time() + _SIGNED), str(request.base_url).rstrip("/")
-        signed = f"{base}{FILES}/{checkpoint.reference}/{ends}/{_sign(checkpoint.reference, ends)}"
-        files = [path for path in sorted(state.library.resolve(checkpoint.reference).iterdir()) if path.is_file()]
-        urls = {path.name: f"{signed}/{path.name}" for path in files}
-        return {"urls": urls, "expires": datetime.fromtimestamp(ends, UTC).isoformat()}
-
-    @router.put(f"{_CHECKPOINT}/ttl", summary="Set a checkpoint's time to live")
-    def ttl(id: str, kind: str, name: str, body: TtlBody, call: Call = current_call) -> None:
-        run, checkpoint = find(call, id, f"{kind}/{name}")
-        run.checkpoints.set_ttl(checkpoint.id, body.ttl_seconds)
-
-    @router.delete(_CHECKPOINT, summary="Delete a checkpoint")
+    @router.delete("/training_runs/{id}/checkpoints/{kind}/{name}", summary="Delete a checkpoint")
     def remove(id: str, kind: str, name: str, call: Call = current_call) -> None:
         run, checkpoint = find(call, id, f"{kind}/{name}")
         call.service.remove(run, checkpoint.id)
 
     return router
-
-
-def signed_routes(state: TinkerRoutes) -> APIRouter:
-    """Return the routes of signed URLs, which need no key."""
-    router = tinker_router("public")
-
-    @router.get("/files/{reference:path}/{ends}/{signature}/{name}", summary="Download a file by its signed URL")
-    def file(reference: str, ends: int, signature: str, name: str) -> Response:
-        right = hmac.compare_digest(signature.encode(), _sign(reference, ends).encode())
-        if not right or ends < time.time():
-            raise Refused("this URL is not valid, or not any more", status=403, code="forbidden")
-        folder = state.library.resolve(reference)
-        if name not in {path.name for path in folder.iterdir()}:
-            raise Refused("there is no such file", status=404, code="not_found")
-        return FileResponse(folder / name)
-
-    return router
-
-
-def _sign(reference: str, ends: int) -> str:
-    return hmac.new(_SECRET, f"{reference} {ends}".encode(), hashlib.sha256).hexdigest()
 
 
 def _run_json(run: TrainingRun, call: Call) -> dict[str, Any]:

@@ -2,10 +2,9 @@
 
     tinker://<run>/weights/<name>              training state on the server's disk, with optimizer state
     tinker://<run>/sampler_weights/<name>      weights to sample from
-    tinker://<run>/external_weights/<name>     weights to download
 
-Each checkpoint is also an adapter in the library, a version of the run's name, and downloads as PEFT files. A
-file in the run's folder maps the checkpoint to the version. A checkpoint expires after its time to live.
+Each checkpoint is also an adapter in the library, a version of the run's name. A file in the run's folder maps
+the checkpoint to the version. A checkpoint expires after its time to live.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from veneer.train.text.save import write_adapter
 _log = logging.getLogger("veneer.tinker")
 
 _KINDS = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
-"""Part of a path -> Tinker's checkpoint type."""
+"""Part of a path -> Tinker's checkpoint type. None is saved as external weights any more."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _YEARS = 10 * 366 * 86400
 
@@ -162,13 +161,6 @@ class Checkpoints:
         if previous is not None:
             self._remove_adapter(previous.reference)
         return saved
-
-    def set_ttl(self, id: str, ttl: int | None) -> None:
-        """Set the time to live in seconds from now; None: no expiry.
-
-        Raises ConfigError for an unknown checkpoint."""
-        checkpoint = self._require(id)
-        self._write(replace(checkpoint, expires=None if ttl is None else time.time() + ttl))
 
     def remove(self, id: str) -> None:
         """Remove a checkpoint, and its adapter from the library.

@@ -491,7 +491,6 @@ class TinkerService:
                 "optim_step": self._optimize,
                 "save_weights": self._save,
                 "save_weights_for_sampler": self._save_for_sampler,
-                "save_weights_external": self._export,
                 "load_weights": self._load,
             }
             result = handlers[request.kind](run, body)
@@ -577,12 +576,6 @@ class TinkerService:
 
     def _save(self, run: TrainingRun, body: Mapping[str, Any]) -> dict[str, Any]:
         return {"path": self._save_checkpoint(run, body, "weights").path, "type": "save_weights"}
-
-    def _export(self, run: TrainingRun, body: Mapping[str, Any]) -> dict[str, Any]:
-        if body.get("age_encryption_recipients"):
-            raise ConfigError("weights are not encrypted here", where="age_encryption_recipients", fix="leave it out")
-        saved = self._save_checkpoint(run, body, "external_weights")
-        return {"path": saved.path, "size_bytes": saved.bytes, "type": "save_weights_external"}
 
     def _save_checkpoint(self, run: TrainingRun, body: Mapping[str, Any], kind: str) -> SavedWeights:
         """Save a run's weights as a checkpoint of `kind`; `weights` has a training state."""
