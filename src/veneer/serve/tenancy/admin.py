@@ -2,7 +2,7 @@
 
     app.include_router(admin_router(tenants, catalog))
 
-Bodies are strict: an unknown key is an error that names the nearest. Errors have OpenAI's format. Names are
+Bodies are strict: an unknown key is an error. Errors have OpenAI's format. Names are
 in bodies and queries as well as in paths, because a route's name can contain a slash.
 """
 
@@ -14,13 +14,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.exc import SQLAlchemyError
 
-from veneer.errors import ConfigError, VeneerError, nearest
-from veneer.serve.http.bodies import BodyRoute, problem_text
+from veneer.errors import ConfigError, VeneerError
+from veneer.serve.http.bodies import BodyRoute
 from veneer.serve.http.guard import needs
 from veneer.serve.request import Refused, invalid
 from veneer.serve.tenancy import manage, routes
@@ -235,55 +234,24 @@ def _records(router: APIRouter, store: Store, catalog: Catalog) -> None:
 
 
 class AdminRoute(BodyRoute):
-    """An operator's route that returns all errors in one format."""
+    """An operator's route, which refuses unknown query parameters."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         inner = super().get_route_handler()
-        queries = {str(p.alias) for p in self.dependant.query_params}
+        queries = sorted(str(p.alias) for p in self.dependant.query_params)
 
         async def handle(request: Request) -> Response:
             for name in request.query_params:
                 if name not in queries:
-                    return _error(invalid(_unknown(name, queries), name))
+                    raise invalid(f"unknown key {name[:100]}", name, f"of {', '.join(queries)}")
             try:
                 return await inner(request)
-            except RequestValidationError as error:
-                problems = error.errors()
-                lines = [_line(e, self._fields()) for e in problems]
-                return _error(invalid("; ".join(lines), str(problems[0]["loc"][-1])))
-            except Refused as error:
-                return _error(error)
+            except Refused:
+                raise
             except (VeneerError, SQLAlchemyError, OSError) as error:
                 if not isinstance(error, VeneerError) or is_transient(error):
-                    return _error(internal_error("the tenants' database", error))
+                    raise internal_error("the tenants' database", error) from error
                 status, code = (404, "not_found") if isinstance(error, UnknownName) else (400, "invalid_request")
-                return _error(Refused(error.what, status=status, code=code, param=error.where, fix=error.fix))
+                raise Refused(error.what, status=status, code=code, param=error.where, fix=error.fix) from error
 
         return handle
-
-    def _fields(self) -> dict[int, set[str]]:
-        """The keys that the body can have, by depth."""
-        bodies = [p.field_info.annotation for p in self.dependant.body_params]
-        return {2: {name for b in bodies for name in getattr(b, "model_fields", ())}, 4: set(Target.model_fields)}
-
-
-def _line(error: Any, fields: dict[int, set[str]]) -> str:
-    key = ".".join(str(part) for part in error["loc"][1:])
-    if error["type"] == "extra_forbidden":
-        return _unknown(key, fields.get(len(error["loc"]), set()))
-    return problem_text(key or "body", error)
-
-
-def _unknown(key: str, names: set[str]) -> str:
-    suggestions = nearest(key.rpartition(".")[2], sorted(names), 1)
-    return f"unknown key {key[:100]}: " + (
-        f"did you mean {suggestions[0]}?" if suggestions else f"of {', '.join(sorted(names))}"
-    )
-
-
-def _error(error: Refused) -> JSONResponse:
-    status, message = error.status, f"{error.what} ({error.fix})" if error.fix else error.what
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    headers = {"Retry-After": "2"} if status == 503 else None
-    body = {"message": message, "type": kind, "param": error.param, "code": error.code}
-    return JSONResponse({"error": body}, status, headers)
