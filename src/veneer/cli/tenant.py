@@ -296,19 +296,6 @@ def key_revoke(store: Store, key: KeyId) -> Result:
     return Result(manage.show_key(row), f"revoked {key} of {row.tenant}")
 
 
-@key_command("rotate", "veneer tenant key rotate 3f9a0c21d4 --grace 24h")
-def key_rotate(
-    store: Store,
-    key: KeyId,
-    grace: Annotated[str, typer.Option(help="How long the old key still works: 24h, 30m.")] = "0m",
-) -> Result:
-    """Replace a key and print the new secret. The secret cannot be shown again."""
-    from veneer.serve.tenancy import manage
-
-    row, secret = manage.rotate_key(store, key, grace=manage.when(grace, 0.0), actor=_user())
-    return Result({**manage.show_key(row), "key": secret}, secret)
-
-
 def _millionths(*figures: str) -> list[int]:
     from decimal import Decimal, InvalidOperation
 

@@ -90,7 +90,7 @@ def test_all_invalid_keys_get_the_same_error(tenants: Tenants) -> None:
     assert seen == {(401, "unauthorized", "no valid API key")}
 
 
-def test_expiry_revocation_and_rotation_of_keys(tenants: Tenants, clock: Clock) -> None:
+def test_expiry_and_revocation_of_keys(tenants: Tenants, clock: Clock) -> None:
     store, now = tenants.store, 1_800_000_000.0 + clock()
     manage.add_tenant(store, "acme", actor="me")
     _, key = manage.make_tenant_key(store, "acme", expires=now + 100, actor="me", now=now)
@@ -98,22 +98,14 @@ def test_expiry_revocation_and_rotation_of_keys(tenants: Tenants, clock: Clock) 
     assert run(tenants.authenticate(key)).tenant == "acme"
     clock.now += 100
     assert refused(tenants.authenticate(key)).status == 401
-    new, newer = manage.rotate_key(store, row.id, grace=50, actor="me", now=now + 100)
-    assert (new.label, new.expires) == ("web", None)
-    assert run(tenants.authenticate(newer)).tenant == run(tenants.authenticate(other)).tenant == "acme"
-    clock.now += 50
-    assert refused(tenants.authenticate(other)).status == 401
-    assert run(tenants.authenticate(newer)).tenant == "acme"
-    manage.revoke_key(store, new.id, actor="me")
-    assert refused(tenants.authenticate(newer)).status == 401
-    with pytest.raises(ConfigError, match="is revoked"):
-        manage.rotate_key(store, new.id, actor="me")
-    states = [k.state(now + 150) for k in manage.list_keys(store, "acme")]
-    assert sorted(states) == ["expired", "expired", "revoked"]
-    with pytest.raises(ConfigError, match="expired already"):
-        manage.make_tenant_key(store, "acme", expires=now - 1, actor="me", now=now)
+    assert run(tenants.authenticate(other)).tenant == "acme"
     with pytest.raises(UnknownName, match="no key"):
         manage.revoke_key(store, row.id, tenant="globex", actor="me")
+    manage.revoke_key(store, row.id, actor="me")
+    assert refused(tenants.authenticate(other)).status == 401
+    assert sorted(k.state(now + 150) for k in manage.list_keys(store, "acme")) == ["expired", "revoked"]
+    with pytest.raises(ConfigError, match="expired already"):
+        manage.make_tenant_key(store, "acme", expires=now - 1, actor="me", now=now)
 
 
 def test_changes_of_other_processes_apply_at_the_next_request(tenants: Tenants, where: str) -> None:

@@ -55,10 +55,6 @@ class NewKey(_Body):
     expires: str | None = Field(None, description="90d, 12h, 30m, or a day such as 2027-01-31")
 
 
-class Rotation(_Body):
-    grace: str = Field("0m", description="how long the old key still works: 24h")
-
-
 class Target(_Body):
     adapter: str
     weight: int = 1
@@ -138,11 +134,6 @@ def _keys(router: APIRouter, store: Store) -> None:
         expires = manage.when(body.expires, time.time()) if body.expires else None
         row, key = manage.make_tenant_key(store, tenant, label=body.label, expires=expires, actor=_WHO)
         return {**manage.show_key(row), "key": key}
-
-    @router.post("/tenants/{tenant}/keys/{key}/rotate", status_code=201)
-    def rotate_key(tenant: str, key: str, body: Rotation) -> dict[str, Any]:
-        row, secret = manage.rotate_key(store, key, grace=manage.when(body.grace, 0.0), tenant=tenant, actor=_WHO)
-        return {**manage.show_key(row), "key": secret}
 
     @router.delete("/tenants/{tenant}/keys/{key}")
     def revoke_key(tenant: str, key: str) -> dict[str, Any]:

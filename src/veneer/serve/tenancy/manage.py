@@ -423,7 +423,14 @@ def make_tenant_key(
     """
     with store.change() as c:
         tenant_row(c, tenant)
-        row, key = _new_key(c, tenant, label, expires, time.time() if now is None else now)
+        created = time.time() if now is None else now
+        if expires is not None and expires <= created:
+            raise ConfigError("the key would have expired already", where="expires", fix="a time in the future")
+        if len(label) > 200:
+            raise ConfigError("the label is longer than 200 characters", where="label")
+        identity, key = make_key()
+        row = KeyRow(identity, tenant, hash_key(key), label, created, expires, None)
+        c.execute(insert(key_table), asdict(row))
         append_audit(c, actor, "key.add", tenant, None, show_key(row))
     return row, key
 
@@ -446,43 +453,9 @@ def revoke_key(store: Store, key: str, *, tenant: str | None = None, actor: str,
     return after
 
 
-def rotate_key(
-    store: Store, key: str, *, grace: float = 0.0, tenant: str | None = None, actor: str, now: float | None = None
-) -> tuple[KeyRow, str]:
-    """Replace `key` (an id) with a new key that has the same label and lifetime.
-
-    The old key expires after `grace` seconds, or at its own expiry if that is earlier.
-    """
-    at = time.time() if now is None else now
-    if not 0 <= grace <= 366 * 86400:
-        raise ConfigError(f"the grace is {grace} seconds", where="grace", fix="from 0 to a year")
-    with store.change() as c:
-        old_key = _key(c, key, tenant)
-        if old_key.state(at) != "active":
-            raise ConfigError(f"key {key} is {old_key.state(at)}", where="key", fix="make a new one")
-        life = None if old_key.expires is None else at + (old_key.expires - old_key.created)
-        new, secret = _new_key(c, old_key.tenant, old_key.label, life, at)
-        ends = at + grace if old_key.expires is None else min(at + grace, old_key.expires)
-        c.execute(update(key_table).where(key_table.c.id == key).values(expires=ends))
-        old = KeyRow(**{**asdict(old_key), "expires": ends})
-        append_audit(c, actor, "key.rotate", old_key.tenant, show_key(old_key), [show_key(old), show_key(new)])
-    return new, secret
-
-
 def show_key(key: KeyRow) -> dict[str, Any]:
     """The fields of a key that can be shown."""
     return {name: value for name, value in asdict(key).items() if name != "hash"}
-
-
-def _new_key(c: Connection, tenant: str, label: str, expires: float | None, now: float) -> tuple[KeyRow, str]:
-    if expires is not None and expires <= now:
-        raise ConfigError("the key would have expired already", where="expires", fix="a time in the future")
-    if len(label) > 200:
-        raise ConfigError("the label is longer than 200 characters", where="label")
-    identity, key = make_key()
-    row = KeyRow(identity, tenant, hash_key(key), label, now, expires, None)
-    c.execute(insert(key_table), asdict(row))
-    return row, key
 
 
 def _key(c: Connection, key: str, tenant: str | None) -> KeyRow:
