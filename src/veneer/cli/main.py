@@ -41,6 +41,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "base": ("veneer.cli.base", "Download, list and describe base models."),
     "data": ("veneer.cli.data", "Caption images, and collect a teacher's answers as rows."),
     "train": ("veneer.cli.train", "Train an adapter from a configuration file."),
+    "sweep": ("veneer.cli.sweep", "Train every combination of some settings at once."),
     "plan": ("veneer.cli.plan", "Estimate a run's memory, time and cost."),
     "eval": ("veneer.cli.eval", "Compare the base and adapters on held-out rows."),
     "generate": ("veneer.cli.generate", "Generate text, or chat, with a base and any adapters."),

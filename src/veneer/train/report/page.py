@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.errors import shown
+from veneer.train.checkpoint import write_atomically
 from veneer.train.events import TOKEN_ACCURACY, loss_text, mean_rewards
 from veneer.train.report.log import duration, short, size
 
@@ -66,6 +67,37 @@ class Page:
     unit: str = "tokens"
     loss: str = "Loss, nats per trained token"
     sheets: list[tuple[str, str]] = field(default_factory=list)
+
+
+def write_sweep_page(
+    path: Path, title: str, rows: Sequence[Mapping[str, Any]], curves: Mapping[str, Sequence[_Point]]
+) -> None:
+    """Write one page about many runs, atomically.
+
+    `rows`: the `name` and values of each run, the best first. `curves`: name -> validation loss by step."""
+    from markupsafe import Markup
+
+    best = rows[0]["name"]
+    series = [Series(name, points, "faint", "b") for name, points in curves.items() if name != best and points]
+    series += [Series(best, curves[best], "dots")] if curves.get(best) else []
+    heads = [*dict.fromkeys(key for row in rows for key in row if key != "name")]
+    cells = [[_cell(row.get(head)) for head in heads] for row in rows]
+    page = (
+        escaping("veneer.train.report")
+        .get_template("sweep.html.j2")
+        .render(
+            title=title,
+            rows=rows,
+            chart=Markup(chart(series, label="validation loss")),
+            cells=cells,
+            heads=[head.replace("_", " ") for head in heads],
+        )
+    )
+    write_atomically(path, page.encode())
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def palette() -> str:

@@ -1,0 +1,54 @@
+"""`veneer sweep`: the table and the object, and what a grid that is none gets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_base import tiny_base_dir
+from veneer.cli.main import main
+
+
+def call(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as end:
+        main(list(arguments))
+    return int(end.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sweep")
+    tiny_base_dir(folder)
+    rows = [{"prompt": f"Where is parcel {i}?", "completion": f"Shelf {i % 7}."} for i in range(24)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (folder / "run.yaml").write_text(
+        "base: ./tiny-base\ndata: {train: rows.jsonl, split: 4}\noutput: out\nbatching: {rows: 4}\n"
+        "schedule: {steps: 2}\noptimizer: {learning_rate: 1e-2}\n"
+    )
+    return folder / "run.yaml"
+
+
+def test_a_table_of_what_came_out(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("sweep", str(config), "adapter.rank=2,3", f"output={tmp_path}") == 0
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[0].split() == ["adapter.rank", "validation", "loss", "kept", "step"]
+    assert sorted(line.split()[0] for line in lines[1:]) == ["2", "3"]
+    assert f"report   {tmp_path / 'sweep.html'}" in err
+    assert "rank=3: step 2/2" in err
+    made = json.loads((tmp_path / "sweep.json").read_text())
+    assert [run["adapter"] for run in made["runs"]] == [str(tmp_path / run["name"]) for run in made["runs"]]
+    assert all((tmp_path / run["name"] / "adapter_model.safetensors").is_file() for run in made["runs"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"), [(["adapter.rank=2"], "nothing is swept"), (["base.dtype=float32,bfloat16"], "base.dtype")]
+)
+def test_a_grid_that_is_none_is_told(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: list[str], says: str
+) -> None:
+    assert call("sweep", str(config), *settings, f"output={tmp_path}") == 2
+    assert says in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
