@@ -119,7 +119,6 @@ def write_report(folder: Path, result: Outcome, page: Page) -> Path:
         sources=resolved["sources"],
         checks=result.preflight,
         details=[("adapter", result.adapter), ("digest", result.digest), *page.details],
-        files=_files(folder, page.files),
     )
     path = folder / "report.html"
     write_atomically(path, render_page(page).encode())
@@ -196,26 +195,6 @@ def _size_cards(result: Outcome, weights: Path | None) -> list[tuple[str, str, s
     detail = "the whole process, base included" + ("" if predicted is None else f" · {size(predicted)} predicted")
     cards = [("Peak memory", size(result.peak_memory_bytes), detail)]
     return cards if weights is None else [*cards, ("Adapter", size(weights.stat().st_size), share)]
-
-
-def _files(folder: Path, files: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
-    """Return `files` and those of every run with their sizes, if they exist."""
-    of_every_run = [
-        ("log.jsonl", "", "everything that happened, one JSON object a line"),
-        ("veneer.json", "", "the card: base, data, recipe, results"),
-        ("README.md", "", "the same for people"),
-        ("report.html", "", "this page"),
-    ]
-    rows = [
-        (name, size((folder / name).stat().st_size), description)
-        for name, _, description in (*files, *of_every_run)
-        if (folder / name).is_file()
-    ]
-    inside = folder / "checkpoints"
-    if inside.is_dir():
-        total = sum(f.stat().st_size for f in inside.rglob("*") if f.is_file())
-        rows.append(("checkpoints/", size(total), "to resume from; may be deleted"))
-    return rows
 
 
 def _today() -> str:

@@ -194,7 +194,6 @@ def test_the_page_stands_alone_and_is_well_formed(tmp_path: Path) -> None:
         },
         details=[("base", "tiny")],
         usage=[("CLI", "veneer generate")],
-        files=[("a", "1 kB", "x")],
         cards=[("Loss", "0.5", "")],
     )
     text = render_page(page)
@@ -219,7 +218,6 @@ def test_data_in_the_report_is_escaped() -> None:
         details=[(evil, evil)],
         usage=[(evil, evil)],
         cards=[(evil, evil, evil)],
-        files=[(evil, evil, evil)],
         subtitle=evil,
     )
     page.title = evil

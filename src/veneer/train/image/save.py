@@ -214,10 +214,6 @@ def image_report(result: ImageResult, folder: Path, base: ImageBase, config: Ima
         ],
         details=[*(("hash", f"{kind}: {value}") for kind, value in result.hashes.items()), *base_facts(base)],
         usage=_usage(result, base, config),
-        files=[
-            (adapter.name, "", "the weights, with their metadata"),
-            ("pictures.png", "", "what the model saw of each picture"),
-        ],
         unit="pictures",
         loss="Loss, mean squared error",
         sheets=_sheets(folder),

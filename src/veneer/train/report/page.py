@@ -48,9 +48,8 @@ class Page:
 
     `base`: its name. `weights`: the file of tensors. `cards`: headline numbers as (label, value, note).
     `records`: the run's log. `settings`: (section, [(key, value, source, is a default)]). `checks`: a preflight
-    report as JSON values. `usage`: (title, commands). `files`: (name, size, description). `unit`: what is counted,
-    tokens or pictures. `loss`: the loss in words. `sheets`: (title, picture as a data URL), in the order of the
-    run."""
+    report as JSON values. `usage`: (title, commands). `unit`: what is counted, tokens or pictures. `loss`: the loss
+    in words. `sheets`: (title, picture as a data URL), in the order of the run."""
 
     title: str = ""
     subtitle: str = ""
@@ -63,7 +62,6 @@ class Page:
     checks: dict[str, Any] = field(default_factory=dict)
     details: list[tuple[str, str]] = field(default_factory=list)
     usage: list[tuple[str, str]] = field(default_factory=list)
-    files: list[tuple[str, str, str]] = field(default_factory=list)
     unit: str = "tokens"
     loss: str = "Loss, nats per trained token"
     sheets: list[tuple[str, str]] = field(default_factory=list)

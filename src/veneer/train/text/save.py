@@ -13,7 +13,7 @@ from veneer.core.adapter import Adapter
 from veneer.core.attach import Attachment
 from veneer.formats import peft
 from veneer.formats.card import generate_command, opening, read_card, sample_messages
-from veneer.formats.folder import CONFIG_FILE, TENSOR_FILE
+from veneer.formats.folder import TENSOR_FILE
 from veneer.models.text.generate import complete
 from veneer.train.report.log import duration
 from veneer.train.report.page import Page
@@ -109,10 +109,6 @@ def text_report(result: RunResult, folder: Path, base: TextBase, seconds: float,
             ("Steps", f"{result.steps:,}", result.stopped),
             ("Speed", f"{result.tokens_per_second:,.0f} tokens/s", detail),
             ("Learned tokens", f"{result.learned_tokens:,}", share),
-        ],
-        files=[
-            (TENSOR_FILE, "", "the weights, in PEFT's format"),
-            (CONFIG_FILE, "", "ranks, scales and modules, in PEFT's format"),
         ],
     )
     if preference is None:
