@@ -105,8 +105,6 @@ def test_every_loss_learns_the_preference(loss: str, whole: Whole) -> None:
         assert "40 answers, 20 desirable and 20 not" in actual
     else:
         assert "20 pairs" in actual
-    assert ("none, " + loss in actual) == (loss in ("orpo", "simpo"))
-    assert ("the base with the adapter off" in actual) == (loss in ("dpo", "ipo", "kto"))
 
 
 def likelihoods(base: TextBase, model: Any, rows: list[dict[str, str]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

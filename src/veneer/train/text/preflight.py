@@ -313,9 +313,9 @@ def _long_prompts(s: TextSubject) -> Iterator[Finding]:
     if not c.long_dropped:
         text = f"longest prompt: {c.longest:,} tokens of {limit:,}, answers have up to {r.max_tokens:,}; none dropped"
         yield Finding("ok", "long rows", text)
-    fix = (
-        f"shorten them, lower {r.named}.max_tokens, or raise data.max_length (the base reads {s.base.context:,} tokens)"
-    )
+    fix = f"shorten them, or lower {r.named}.max_tokens"
+    if data.max_length < s.base.context:
+        fix += f"; the base reads {s.base.context:,} tokens: raise data.max_length"
     text = f"prompts leave no space for a completion in {limit:,} tokens, and are dropped"
     yield from s.rows_with("long_dropped", "long rows", text, fix, stops=True)
 
