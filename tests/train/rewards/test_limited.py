@@ -41,8 +41,8 @@ def score(sample, item):
         return random.random()
     if said == "nan":
         return float("nan")
-    if said == "parts":
-        return {"score": 1, "short": True, "long": 0.5}
+    if said == "mapping":
+        return {"score": 1}
     if said == "fork":
         os.fork()
         return 7
@@ -68,17 +68,16 @@ def function() -> object:
         yield made
 
 
-def test_scores_and_parts(function: LimitedFunction) -> None:
-    scores = function.score([*asked("four", "parts"), ({"output_text": ""}, {"more": 2})])
-    assert [s.value for s in scores] == [4, 1, 2]
-    assert scores[1].parts == {"short": 1, "long": 0.5}
+def test_scores_are_the_functions_numbers(function: LimitedFunction) -> None:
+    scores = function.score([*asked("four"), ({"output_text": ""}, {"more": 2})])
+    assert [s.value for s in scores] == [4, 2]
 
 
 @pytest.mark.parametrize(
     ("text", "error"),
     [
         ("raise", "line 13 of source: ValueError: no such thing"),
-        ("nothing", "gave None, no number"), ("text", "gave '1', no number"),
+        ("nothing", "gave None, no number"), ("text", "gave '1', no number"), ("mapping", "{'score': 1}, no number"),
         ("end", "ended, with code 3"), ("memory", "MemoryError"),
     ],
 )  # fmt: skip

@@ -40,7 +40,6 @@ def test_reasoning_gym_scores_as_it_does(task: str) -> None:
         final: list[Any] = [expected, expected, "7", "", expected + "!"]
         scores = judged(ReasoningGymReward(kind="reasoning_gym"), dict(record.values), *message)
         assert [s.value for s in scores] == [made.score_answer(text, entry) for text in final]
-        assert [s.parts["found"] for s in scores] == [1, 0, 1, 0, 0]
 
 
 def test_reasoning_gym_rows_are_rows_to_train_on() -> None:

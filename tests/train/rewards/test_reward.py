@@ -18,7 +18,7 @@ def answers(*texts: str) -> list[Answer]:
 
 
 def giving(*values: float | None) -> Callable[[Sequence[Answer]], list[RewardScore]]:
-    return lambda prompts: [RewardScore(v, "" if v is not None else "it broke", {"half": (v or 0) / 2}) for v in values]
+    return lambda prompts: [RewardScore(v, "" if v is not None else "it broke") for v in values]
 
 
 numbers = st.lists(st.tuples(st.floats(-9, 9), st.floats(-9, 9)), min_size=1, max_size=5)
@@ -33,7 +33,6 @@ def test_values_are_weighted_sums(pairs: list[tuple[float, float]], weight: floa
     assert [s.value for s in judged.scores["b"]] == b
     logged = judged.logged()
     assert logged["reward_b"] == pytest.approx(math.fsum(b) / len(b))
-    assert logged["reward_b_half"] == pytest.approx(math.fsum(b) / len(b) / 2)
     assert logged["reward_failed"] == 0
 
 
@@ -44,17 +43,6 @@ def test_non_finite_scores_are_left_out(bad: float | None) -> None:
     assert judged.failed == 1
     assert judged.scores["a"][1].error
     assert judged.logged()["reward"] == 3.0
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -1e300])
-def test_non_finite_part_is_a_failure(bad: float) -> None:
-    def given(answers: Sequence[Answer], /) -> list[RewardScore]:
-        return [RewardScore(1.0, parts={"fine": 0.5, "odd": 2.0 if a.text == "x" else bad}) for a in answers]
-
-    judged = Rewards([NamedReward("a", given)]).judge(answers("x", "y"))
-    assert judged.values == [1.0, None]
-    assert "its part odd is" in judged.scores["a"][1].error
-    assert judged.logged() == {"reward": 1, "reward_a": 1, "reward_a_fine": 0.5, "reward_a_odd": 2, "reward_failed": 1}
 
 
 def test_too_many_failures_stop_the_run_and_say_why() -> None:

@@ -154,7 +154,7 @@ class PythonReward(RewardSection):
 
     kind: Literal["python"]
     file: str = setting(..., "Python file", min_length=1)
-    function: str = setting("score", "function in it: (sample, item) -> number, or a mapping with `score` and parts")
+    function: str = setting("score", "function in it: (sample, item) -> number")
     timeout: float = setting(10.0, "seconds for one answer", gt=0)
     memory_gb: float = setting(2.0, "memory of the process, in GB", gt=0)
     at_once: int = setting(1, "processes, each within the limits", gt=0, le=64)

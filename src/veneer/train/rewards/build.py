@@ -117,7 +117,7 @@ def _by_grader(run: GraderRun) -> Reward:
             where = str(answer.row.get("where") or "") or None
             raise DataError(f"a grader's template: {message}, and a row lacks it", where=where)
         error = "; ".join(f"{word}: {text}" for word, text in grade.errors.items())
-        return RewardScore(grade.value, error, grade.parts)
+        return RewardScore(grade.value, error)
 
     def reward(answers: Sequence[Answer], /) -> list[RewardScore]:
         grades = run.grade([(template_sample(answer), answer.row) for answer in answers])

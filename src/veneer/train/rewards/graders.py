@@ -356,7 +356,7 @@ class GraderRun:
         except ConfigError as error:  # the source cannot be loaded, whatever the sample
             return [Grade(None, {"python_grader_runtime_error": error.what})] * len(inputs)
         return [
-            Grade(score.value, {}, score.parts)
+            Grade(score.value)
             if score.value is not None and math.isfinite(score.value)
             else Grade(None, {"python_grader_runtime_error": score.error or f"it gave {score.value}"})
             for score in scores

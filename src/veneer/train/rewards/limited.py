@@ -119,8 +119,7 @@ class LimitedFunction:
     def score(self, inputs: Sequence[ScoreInput]) -> list[RewardScore]:
         """Return a score for each question, in order, or the reason for a missing score.
 
-        The function returns a number, or a mapping with `score` and numeric parts. Raises ConfigError as
-        above."""
+        The function returns a number. Raises ConfigError as above."""
         results = self.call(inputs)
         return [RewardScore(None, str(each)) if isinstance(each, NoAnswer) else _score_of(each) for each in results]
 
@@ -178,21 +177,13 @@ class LimitedFunction:
         return child
 
 
-def _score_of(value: Any) -> RewardScore:
-    parts = {str(key): each for key, each in value.items() if key != "score"} if isinstance(value, dict) else {}
-    number = value.get("score") if isinstance(value, dict) else value
-    if wrong := [repr(each)[:100] for each in (number, *parts.values()) if not isinstance(each, int | float)]:
-        problem = "no number, nor a mapping with `score` and numbers" if number is value else "where a number belongs"
-        return RewardScore(None, f"the function gave {wrong[0]}, {problem}")
-    return RewardScore(_float(number), parts={key: _float(each) for key, each in parts.items()})
-
-
-def _float(number: Any) -> float:
-    """Convert a JSON number to float; JSON integers have any size."""
+def _score_of(number: Any) -> RewardScore:
+    if not isinstance(number, int | float):
+        return RewardScore(None, f"the function gave {repr(number)[:100]}, no number")
     try:
-        return float(number)
-    except OverflowError:
-        return math.inf if number > 0 else -math.inf
+        return RewardScore(float(number))
+    except OverflowError:  # JSON integers have any size
+        return RewardScore(math.inf if number > 0 else -math.inf)
 
 
 class _Child:

@@ -94,7 +94,7 @@ def reasoning_gym_reward(section: ReasoningGymReward) -> Reward:
         entry = {"question": answer.row.get("prompt", ""), "answer": column(answer, "answer"), "metadata": metadata}
         score_answer = score_of(task)
         try:
-            return RewardScore(float(score_answer(final, entry)), parts={"found": float(bool(matches))})
+            return RewardScore(float(score_answer(final, entry)))
         except Exception as error:  # the task's own arithmetic on arbitrary model output
             return RewardScore(None, f"{task}: {type(error).__name__}: {error}")
 

@@ -47,12 +47,10 @@ class Answer:
 class RewardScore:
     """A reward's score of an answer.
 
-    `value`: a finite number, or None, with the reason in `error`. `parts`: components of the score, whose
-    means are logged."""
+    `value`: a finite number, or None, with the reason in `error`."""
 
     value: float | None
     error: str = ""
-    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 class Reward(Protocol):
@@ -101,14 +99,13 @@ class JudgedAnswers:
     def logged(self) -> dict[str, float]:
         """Return means over the answers with a value, and the number of failures.
 
-        The means are of the sum, of each reward and of its parts."""
-        means = {"reward": _mean(self.values)}
-        for name, scores in self.scores.items():
-            means[f"reward_{name}"] = _mean([s.value for s in scores])
-            parts = dict.fromkeys(part for s in scores for part in s.parts)
-            means |= {f"reward_{name}_{part}": _mean([s.parts.get(part) for s in scores]) for part in parts}
-        numbers = {name: value for name, value in means.items() if value is not None}
-        return numbers | {"reward_failed": float(self.failed)}
+        The means are of the sum and of each reward."""
+        values = {"reward": self.values} | {
+            f"reward_{name}": [score.value for score in scores] for name, scores in self.scores.items()
+        }
+        numbers = {name: [value for value in each if value is not None] for name, each in values.items()}
+        means = {name: math.fsum(each) / len(each) for name, each in numbers.items() if each}
+        return means | {"reward_failed": float(self.failed)}
 
 
 @dataclass(frozen=True)
@@ -142,9 +139,7 @@ class Rewards:
 
 
 def _scored(name: str, reward: Reward, answers: Sequence[Answer]) -> list[RewardScore]:
-    """Return the scores of one reward, with unusable scores replaced by a reason.
-
-    A score is unusable if it or a part is infinite, NaN or above `_LARGEST`."""
+    """Return the scores of one reward, with a reason for those that are infinite, NaN or above `_LARGEST`."""
     scores = reward(answers)
     if len(scores) != len(answers):
         raise TrainingError(
@@ -155,13 +150,10 @@ def _scored(name: str, reward: Reward, answers: Sequence[Answer]) -> list[Reward
 
 
 def _usable(score: RewardScore) -> RewardScore:
-    numbers = {"it": score.value, **{f"its part {name}": part for name, part in score.parts.items()}}
-    for name, number in numbers.items():
-        if number is not None and not abs(number) <= _LARGEST:
-            why = f"more than {_LARGEST:g}" if math.isfinite(number) else "no number"
-            parts = {key: part for key, part in score.parts.items() if abs(part) <= _LARGEST}
-            return RewardScore(None, f"{name} is {number:g}, and {why}", parts)
-    return score
+    if score.value is None or abs(score.value) <= _LARGEST:
+        return score
+    why = f"more than {_LARGEST:g}" if math.isfinite(score.value) else "no number"
+    return RewardScore(None, f"it is {score.value:g}, and {why}")
 
 
 # -- groups without a training signal ----------------------------------------------------------------------------------
@@ -178,11 +170,6 @@ def reward_findings(judged: JudgedAnswers, groups: Sequence[int]) -> dict[str, f
     constant = sum(len(values) <= 1 for values in distinct.values())
     share = constant / max(1, len(distinct))
     return {"groups": float(len(distinct)), "constant_groups": float(constant), "constant_share": share}
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    numbers = [value for value in values if value is not None]
-    return math.fsum(numbers) / len(numbers) if numbers else None
 
 
 # -- helpers for rewards -----------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Rewards that are deterministic formulas of the answer and its row.
 
     exact_match   1 if answer = wanted, by `text_scores.same_text`
-    json_schema   1 if the answer is JSON and matches the schema               parts: json, 1 if it is JSON
-    json_fields   |{k : answer[k] = wanted[k]}| / |k|, k: the wanted keys      parts: one per key
+    json_schema   1 if the answer is JSON and matches the schema
+    json_fields   |{k : answer[k] = wanted[k]}| / |k|, k: the wanted keys
     regex         1 if the pattern matches, and its group equals the wanted value
     length        max(0, 1 − max(0, least − n, n − most) / slack) of n tokens;  without slack 0 beyond either
 
@@ -73,8 +73,8 @@ def json_schema(section: JsonSchemaReward) -> Reward:
                 value = json.loads(answer.text)
             except (ValueError, RecursionError):
                 validator(schema)
-                return RewardScore(0.0, parts={"json": 0.0})
-            return RewardScore(float(validator(schema).is_valid(value)), parts={"json": 1.0})
+                return RewardScore(0.0)
+            return RewardScore(float(validator(schema).is_valid(value)))
         except TimeoutError:
             return RewardScore(None, f"a pattern of the schema took longer than {_PATIENCE:g} s over an answer")
         except RecursionError:
@@ -93,7 +93,7 @@ def json_schema(section: JsonSchemaReward) -> Reward:
 
 
 def json_fields(section: JsonFieldsReward) -> Reward:
-    def score(answer: Answer) -> RewardScore:
+    def score(answer: Answer) -> float:
         row_value = column(answer, section.column)
         expected = as_json(row_value) if isinstance(row_value, str) else row_value
         if not isinstance(expected, dict):
@@ -103,8 +103,8 @@ def json_fields(section: JsonFieldsReward) -> Reward:
                 fix="leave the row out, or name another column",
             )
         value = as_json(answer.text)
-        parts = {key: float(same_field(value, expected, key)) for key in expected}
-        return RewardScore(sum(parts.values()) / len(parts) if parts else float(isinstance(value, dict)), parts=parts)
+        right = sum(same_field(value, expected, key) for key in expected)
+        return right / len(expected) if expected else float(isinstance(value, dict))
 
     return each_answer(score)
 
@@ -124,11 +124,10 @@ def regular_expression(section: RegexReward) -> Reward:
                 match = [None, *pattern.finditer(answer.text, timeout=_PATIENCE)][-1]
         except TimeoutError:
             return RewardScore(None, f"the pattern took longer than {_PATIENCE:g} s over an answer")
-        matched = float(match is not None)
         if match is None or section.column is None:
-            return RewardScore(matched, parts={} if section.column is None else {"matched": matched})
+            return RewardScore(float(match is not None))
         text = match.group(group)
-        return RewardScore(float(text is not None and same_text(text, expected)), parts={"matched": matched})
+        return RewardScore(float(text is not None and same_text(text, expected)))
 
     return each_answer(score)
 
