@@ -141,10 +141,7 @@ class LimitedFunction:
             return list(pool.map(result_of, inputs))
 
     def _value(self, sample: Mapping[str, Any], item: Mapping[str, Any]) -> Any:
-        try:
-            text = json.dumps([sample, item], sort_keys=True, default=str)
-        except (TypeError, ValueError) as error:
-            return NoAnswer(f"the row cannot be handed to a process: {error}")
+        text = json.dumps([sample, item], sort_keys=True, default=str)
         seed = int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:7], "big")
         message = dict(zip(("sample", "item"), json.loads(text), strict=True)) | {"seed": seed}
         child = self._idle.get()

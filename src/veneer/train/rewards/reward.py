@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from veneer.errors import DataError, TrainingError, bullets, counted, first_few, nearest, quoted, shown
 
@@ -53,10 +53,8 @@ class RewardScore:
     error: str = ""
 
 
-class Reward(Protocol):
-    """Scores many answers, in order; raises UnavailableError if a server is away."""
-
-    def __call__(self, answers: Sequence[Answer], /) -> Sequence[RewardScore]: ...
+Reward = Callable[[Sequence[Answer]], Sequence[RewardScore]]
+"""Scores many answers, in order; raises UnavailableError if a server is away."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,6 @@ class JudgedAnswers:
                 if score.value is None:
                     where = shown(answer.row.get("where") or "")
                     reasons.setdefault(f"{name}: {quoted(shown(score.error), 300)}", []).append(where)
-
         lines = []
         for reason, rows in sorted(reasons.items(), key=lambda reason_and_rows: -len(reason_and_rows[1])):
             named = [row for row in dict.fromkeys(rows) if row]
@@ -178,11 +175,11 @@ def reward_findings(judged: JudgedAnswers, groups: Sequence[int]) -> dict[str, f
 def each_answer(score: Callable[[Answer], RewardScore | float]) -> Reward:
     """Return a reward that scores one answer at a time."""
 
-    def reward(answers: Sequence[Answer], /) -> list[RewardScore]:
-        scores = [score(answer) for answer in answers]
-        return [each if isinstance(each, RewardScore) else RewardScore(float(each)) for each in scores]
+    def scored(answer: Answer) -> RewardScore:
+        value = score(answer)
+        return value if isinstance(value, RewardScore) else RewardScore(value)
 
-    return reward
+    return lambda answers: [scored(answer) for answer in answers]
 
 
 def column(answer: Answer, name: str) -> Any:

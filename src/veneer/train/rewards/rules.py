@@ -69,12 +69,12 @@ def json_schema(section: JsonSchemaReward) -> Reward:
             schema = column(answer, section.column)
             schema = as_json(schema) if isinstance(schema, str) else schema
         try:
+            matches = validator(schema).is_valid
             try:
                 value = json.loads(answer.text)
             except (ValueError, RecursionError):
-                validator(schema)
                 return RewardScore(0.0)
-            return RewardScore(float(validator(schema).is_valid(value)))
+            return RewardScore(float(matches(value)))
         except TimeoutError:
             return RewardScore(None, f"a pattern of the schema took longer than {_PATIENCE:g} s over an answer")
         except RecursionError:
