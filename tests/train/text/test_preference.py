@@ -98,7 +98,7 @@ def test_every_loss_learns_the_preference(loss: str, whole: Whole) -> None:
     json.dumps(result.to_dict(), allow_nan=False)
     assert read_card(folder).card.metrics["measured"] == result.measured
     page = (folder / "report.html").read_text()
-    for piece in ("Pairs ranked right", "Reward of chosen over rejected", f"Loss, {loss}"):
+    for piece in ("Share of pairs ranked right", "Reward of chosen over rejected", f"Loss, {loss}"):
         assert piece in page
     actual = next(e.text for e in events if isinstance(e, Checked))
     if loss == "kto":

@@ -105,7 +105,6 @@ def text_report(result: RunResult, folder: Path, base: TextBase, seconds: float,
         details=base_facts(base),
         usage=_usage(folder, base),
         cards=[
-            *_preference_cards(result),
             ("Steps", f"{result.steps:,}", result.stopped),
             ("Speed", f"{result.tokens_per_second:,.0f} tokens/s", detail),
             ("Learned tokens", f"{result.learned_tokens:,}", share),
@@ -114,17 +113,6 @@ def text_report(result: RunResult, folder: Path, base: TextBase, seconds: float,
     if preference is None:
         return parts
     return replace(parts, loss=f"Loss, {preference}, mean over {'answers' if preference == 'kto' else 'pairs'}")
-
-
-def _preference_cards(result: RunResult) -> list[tuple[str, str, str]]:
-    now, first = result.measured, result.measured_before
-    if "reward_accuracy" not in now:
-        return []
-    likely = f"{first['logp_chosen']:.1f} before training" if "logp_chosen" in first else ""
-    cards = [("Pairs ranked right", f"{now['reward_accuracy']:.1%}", "held-out; by reward over the reference")]
-    if "logp_chosen" in now:
-        cards.append(("Log p of chosen answers", f"{now['logp_chosen']:.1f}", likely))
-    return cards
 
 
 def _usage(folder: Path, base: TextBase) -> list[tuple[str, str]]:
