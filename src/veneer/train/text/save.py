@@ -91,15 +91,15 @@ def sample_answers(
     return answers
 
 
-def text_report(result: RunResult, folder: Path, base: TextBase, seconds: float, preference: str | None = None) -> Page:
+def text_report(result: RunResult, folder: Path, base: TextBase, seconds: float, loss: str) -> Page:
     """Return the text-specific parts of the report.
 
-    `seconds`: duration of the steps. `preference`: the preference loss."""
+    `seconds`: duration of the steps. `loss`: what the loss is."""
     predicted = result.preflight.get("numbers", {}).get("predicted_seconds")
     detail = f"{result.tokens:,} tokens in {duration(seconds)}"
     detail += "" if predicted is None else f" · {duration(predicted)} predicted"
     share = f"{result.learned_tokens / max(1, result.tokens):.0%} of all"
-    parts = Page(
+    return Page(
         base=base.name,
         weights=folder / TENSOR_FILE,
         details=base_facts(base),
@@ -109,10 +109,8 @@ def text_report(result: RunResult, folder: Path, base: TextBase, seconds: float,
             ("Speed", f"{result.tokens_per_second:,.0f} tokens/s", detail),
             ("Learned tokens", f"{result.learned_tokens:,}", share),
         ],
+        loss=f"Loss, {loss}",
     )
-    if preference is None:
-        return parts
-    return replace(parts, loss=f"Loss, {preference}, mean over {'answers' if preference == 'kto' else 'pairs'}")
 
 
 def _usage(folder: Path, base: TextBase) -> list[tuple[str, str]]:

@@ -46,7 +46,7 @@ from veneer.train.inspect import inspect_run
 from veneer.train.loop import EvalResult, Learner, MetricMeans, Step, Stop, sender
 from veneer.train.planning import micro_tokens_of_run, sampled_at_once, with_micro_tokens
 from veneer.train.preflight import Report, computes_on, free_memory, recomputes
-from veneer.train.report.log import duration, read_log, size
+from veneer.train.report.log import read_log, size
 from veneer.train.report.page import Page
 from veneer.train.rewards.build import build_rewards, local_judge_models
 from veneer.train.rewards.reward import Rewards
@@ -429,7 +429,6 @@ class AttachedText:
         } | ({"start": data.start.digest()} if data.start is not None else {})
         packed, tokens = fast_report(base.model).prepack_budget.most, self.config.batching.at_once
         environment = {"tokens of a micro-batch": tokens, "bytes of weights kept packed": packed}
-        functions = {"report": self.report} | more
         return Task(
             learner=learner,
             steps=self.steps,
@@ -438,9 +437,10 @@ class AttachedText:
             save=self.save,
             write=self.write,
             prove=self.prove,
+            report=self.report,
             identity=identity,
             environment=environment,
-            **functions,
+            **more,
         )
 
     def activate(self) -> None:
@@ -546,7 +546,15 @@ class AttachedText:
             return self.call(proven)
 
     def report(self, result: RunResult, progress: Progress) -> Page:
-        return text_report(result, self.run.folder, self.base, progress.seconds, self.config.preference.loss)
+        preference, d, r = self.config.preference.loss, self.config.distillation, self.config.reinforcement.loss
+        loss = "nats per trained token"
+        if preference is not None:
+            loss = f"{preference}, mean over {'answers' if preference == 'kto' else 'pairs'}"
+        elif d.teacher is not None:
+            loss = f"{d.divergence} KL from the teacher, nats per token"
+        elif r is not None:
+            loss = f"{r}, mean over answers; held out: minus the mean reward"
+        return text_report(result, self.run.folder, self.base, progress.seconds, loss)
 
 
 def _task_of(a: AttachedText, sampling: _SamplingParts | None) -> Task[RunResult]:
@@ -663,18 +671,6 @@ def _sampling_task(a: AttachedText, sampling: _SamplingParts) -> Task[RunResult]
         for line in sampled.step_notes(number) if isinstance(sampled, Reinforcement) else ():
             emit(Note(line))
 
-    def report(result: RunResult, progress: Progress) -> Page:
-        parts, d, logged = a.report(result, progress), config.distillation, a.logged("stepped")
-        tokens = sum(record["extra"].get("drawn_tokens", 0.0) for record in logged)
-        seconds = sum(record["seconds"] for record in logged)
-        text = f"{tokens:,.0f} tokens of answers in {duration(seconds)}, drawing, judging and training"
-        speed = ("Speed", f"{tokens / max(seconds, 1e-9):,.0f} drawn tokens/s", text)
-        cards = [speed if card[0] == "Speed" else card for card in parts.cards]
-        loss = f"{r.loss}, mean over answers; held out: minus the mean reward"
-        if d.teacher is not None:
-            loss = f"{d.divergence} KL from the teacher, nats per token"
-        return replace(parts, cards=cards, loss=f"Loss, {loss}")
-
     learner = a.learner(
         sampled.loss,
         lambda stop: sampled.score(a.held_out, a.data.held_out.rows, stop),
@@ -687,4 +683,4 @@ def _sampling_task(a: AttachedText, sampling: _SamplingParts) -> Task[RunResult]
     more = (
         {"extra_state": sampled.extra_state, "restore": sampled.restore} if isinstance(sampled, Reinforcement) else {}
     )
-    return a.make_task(learner, **more, begin=begin, report=report, rewarded=isinstance(sampled, Reinforcement))
+    return a.make_task(learner, **more, begin=begin, rewarded=isinstance(sampled, Reinforcement))
