@@ -180,7 +180,6 @@ def test_adapters_fill_the_memory_that_the_base_leaves() -> None:
     assert found.cache_bytes == 2 * 32 * 8 * 128 * 2 * 700 * 32  # keys and values of every layer, context and request
     held = 2 * shape.parameters + found.cache_bytes + found.adapters * found.adapter_bytes
     assert held <= device.memory < held + 0.1 * device.memory
-    assert found.dedicated == 100 * found.shared  # type: ignore[operator]
     quantized = serving(shape, device, rates_of(device), Traffic(), quantize="nf4")
     assert quantized.adapters > found.adapters
 
@@ -199,7 +198,6 @@ def test_a_large_base_is_served_by_several_devices() -> None:
     device = device_named("h100-80gb", price=2.5)
     found = serving(text_shape(base_config("meta-llama/Llama-3.1-70B")), device, rates_of(device), Traffic())
     assert found.devices == 2
-    assert found.shared == 5.0
 
 
 def test_usable_memory_leaves_a_margin() -> None:

@@ -97,12 +97,6 @@ def _serving(plan: Plan) -> Iterator[str]:
     base_and_cache = f"the base and {gigabytes(s.cache_bytes)} of keys and values"
     yield f"  {counted(s.adapters, 'adapter')} of {gigabytes(s.adapter_bytes)} fit in memory with {base_and_cache}"
     yield f"  {s.tokens_per_second:,.0f} tokens/s, {s.requests_per_second:,.1f} requests/s at best"
-    if s.cents is not None and s.shared is not None and s.dedicated is not None:
-        yield f"  {s.cents:,.2f} cents per thousand requests at full load"
-        yield (
-            f"  {counted(t.tenants, 'tenant')}: ${s.shared:,.2f} an hour on one shared base, "
-            f"${s.dedicated:,.2f} with one model for each"
-        )
 
 
 def rough_duration(seconds: float) -> str:

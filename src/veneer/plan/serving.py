@@ -1,4 +1,4 @@
-"""Serving capacity of a device: adapters, tokens per second, cents per request.
+"""Serving capacity of a device: adapters and tokens per second.
 
     one step of b requests      time = max(bytes read / bandwidth, operations / rate)
                                 bytes: weights that are multiplied + keys and values of b contexts + b adapters
@@ -36,17 +36,13 @@ class Serving:
 
     adapters: number that fits in memory with base and cache.
     cache_bytes: of keys and values.
-    cents: per thousand requests at full load, None without a price.
-    shared, dedicated: dollars per hour of one base for all tenants, and of one model per tenant."""
+    devices: as many as the base needs."""
 
     adapter_bytes: int
     cache_bytes: int
     adapters: int
     tokens_per_second: float
     requests_per_second: float
-    cents: float | None
-    shared: float | None
-    dedicated: float | None
     devices: int
 
 
@@ -65,9 +61,7 @@ def serving(
     dtype: str = "bfloat16",
     quantize: str | None = None,
 ) -> Serving:
-    """Return the serving capacity by the roofline above.
-
-    `devices` of the result: as many as the base needs; each dedicated model needs as many."""
+    """Return the serving capacity by the roofline above."""
     e = dtype_bytes(dtype)
     weights, constants = weight_bytes(shape, dtype, quantize)
     adapter = e * pair_parameters(shape, rank=rank)
@@ -88,11 +82,7 @@ def serving(
     step = max(read / rates.bandwidth, operations / rates.operations) / devices
     prompt = 2 * shape.active_parameters * (1 + rank_share) * traffic.prompt / rates.operations / devices
     seconds = traffic.answer * step / traffic.together + prompt
-    price = device.price
-    cents = None if price is None else 100 * 1000 * seconds * devices * price / 3600
-    shared = None if price is None else devices * price
-    dedicated = None if shared is None else traffic.tenants * shared
-    return Serving(adapter, cache, adapters, traffic.answer / seconds, 1 / seconds, cents, shared, dedicated, devices)
+    return Serving(adapter, cache, adapters, traffic.answer / seconds, 1 / seconds, devices)
 
 
 def _read(shape: TextShape, e: int, weights: int, together: int) -> float:
