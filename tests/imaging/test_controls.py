@@ -46,14 +46,10 @@ def test_invalid_control_spec_is_refused(text: str) -> None:
         parse_control(text)
 
 
-def test_controlnet_comes_from_a_neighbor_folder_or_the_hub(tmp_path: Path) -> None:
+def test_controlnet_is_the_bases_own_or_the_hubs(tmp_path: Path) -> None:
     base = veneer.load_image_base(str(tiny_image_base(tmp_path, "sdxl")))
     depth = parse_control("depth=d.png")
     assert control_model_of(base, depth) == "diffusers/controlnet-depth-sdxl-1.0"
-    beside = base.directory.with_name(f"{base.directory.name}-depth")
-    beside.mkdir()
-    (beside / "config.json").write_text("{}")
-    assert control_model_of(base, depth) == str(beside)
     assert control_model_of(base, parse_control("edges=d.png")) == "diffusers/controlnet-canny-sdxl-1.0"
     assert control_model_of(base, parse_control("depth@other=d.png")) == "other"
     catalogue = veneer.load_image_base("catalogue-sdxl")
@@ -61,8 +57,10 @@ def test_controlnet_comes_from_a_neighbor_folder_or_the_hub(tmp_path: Path) -> N
     qwen = veneer.load_image_base(str(tiny_image_base(tmp_path, "qwen-image")))
     with pytest.raises(ConfigError, match="no depth ControlNet is known for"):
         control_model_of(qwen, depth)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text("{}")
     with pytest.raises(BaseError, match="this is not a ControlNet: its config says nothing"):
-        load_control(str(beside), base)
+        load_control(str(tmp_path / "empty"), base)
     klein = load_image(str(tiny_image_base(tmp_path, "klein")))
     with pytest.raises(ConfigError, match="diffusers has no ControlNet for FLUX"):
         control_model_of(klein, depth)

@@ -81,21 +81,13 @@ def parse_control(spec: str | ControlSpec) -> ControlSpec:
 def control_model_of(base: ImageBase, spec: ControlSpec) -> str:
     """Return the ControlNet's name to load.
 
-    A built-in base's ControlNet, one inside or next to the base's folder, or one on the hub. Raises
-    ConfigError if none is known."""
+    A built-in base's ControlNet, or one on the hub. Raises ConfigError if none is known."""
     if spec.model:
         return spec.model
     kind = OWN_KINDS[spec.kind]
     if not base.row.control:
         fix = "leave controls out" + ("; it takes pictures as references (--reference)" if base.references else "")
         raise ConfigError(f"diffusers has no ControlNet for {base.row.label}", where=base.name, fix=fix)
-    if base.name not in PACKAGED:
-        for folder in (
-            base.directory / f"controlnet-{kind}",
-            base.directory.with_name(f"{base.directory.name}-{kind}"),
-        ):
-            if (folder / "config.json").is_file():
-                return str(folder)
     packaged = PACKAGED.get(base.name, base.row).controlnets
     if kind not in packaged:
         raise ConfigError(f"no {kind} ControlNet is known for {base.short_name}", fix=f"name one: {spec.kind}@NAME=…")
