@@ -2,7 +2,6 @@
 
     fields = read_config_json(folder / "config.json")     the file's object, checked
     check_config(fields, where)                      the same for an object
-    check_words(fields, where)                       activations and rotary scalings, which need transformers
     layer_heads(config)                              the attention heads of each layer, from transformers' config
 
 Only the families and denoisers named in this module are checked; others are left to transformers and
@@ -18,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import BaseError, ConfigError, one_of
+from veneer.errors import BaseError, ConfigError
 
 _Fields = Mapping[str, Any]
 
@@ -228,29 +227,3 @@ class _Check:
             where=f"{self.where}: {key}",
             fix="correct the file, or take the base's own config.json again",
         )
-
-
-def check_words(fields: _Fields, where: str) -> None:
-    """Raise ConfigError for an activation or rotary scaling unknown to transformers.
-
-    Imports transformers."""
-    from transformers.activations import ACT2FN
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    if (inner := _text_part(fields)) is not None:
-        check_words(inner, f"{where}: text_config")
-    if fields.get("model_type") not in TEXT_TYPES:
-        return
-    for key in _ACTIVATIONS:
-        if fields.get(key) is not None:
-            activations = sorted(ACT2FN)
-            one_of(str(fields[key]), activations, "an activation that transformers has", f"{where}: {key}")
-    scalings = sorted({"default", "mrope", "su", *ROPE_INIT_FUNCTIONS})
-    for key in _ROTARY:
-        value = fields.get(key)
-        if isinstance(value, Mapping):
-            for rope in (value, *(each for each in value.values() if isinstance(each, Mapping))):
-                name = rope.get("rope_type") or rope.get("type")
-                if name is not None:
-                    label = "a rotary scaling that transformers has"
-                    one_of(str(name), scalings, label, f"{where}: {key}.rope_type")

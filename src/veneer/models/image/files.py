@@ -132,16 +132,8 @@ def read_index(path: Path) -> dict[str, Any]:
     try:
         index = json.loads((path / _INDEX).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        kind, fix = "", None
-        if (path / "config.json").exists():
-            kind = str(_config_of(path).get("_class_name") or "a text base")
-            fix = "give the folder around it"
-            if kind == "a text base":
-                fix = "`veneer generate` uses it, and data.train is what it learns from"
-            elif "ControlNet" in kind:
-                fix = f"use it with --control canny@{path}=PICTURE"
-        message = f"this is not an image base: it has no {_INDEX}" + (f", it is {kind}" if kind else "")
-        raise BaseError(message, where=str(path), fix=fix) from error
+        fix = "a folder as diffusers saves it; text bases are for `veneer generate`, a ControlNet for --control"
+        raise BaseError(f"this is not an image base: it has no {_INDEX}", where=str(path), fix=fix) from error
     except (OSError, ValueError) as error:
         raise BaseError(f"{_INDEX} cannot be read: {error}", where=str(path)) from error
     if not isinstance(index, dict):

@@ -118,7 +118,6 @@ def check_seed(seed: int) -> None:
         raise ConfigError(f"seed {seed!r}", fix=f"a whole number from 0 to {SEEDS - 1}; the same one, the same picture")
 
 
-_MOST = {"steps": 10_000, "width": 1 << 16, "height": 1 << 16}
 _MOST_PIXELS = 1 << 27
 """Maximum pixels.
 
@@ -129,25 +128,22 @@ def check_numbers(settings: Any) -> None:
     """Raise ConfigError for PictureSettings numbers invalid for every base.
 
     `settings`: PictureSettings or an object with the same fields. None is always valid."""
-    for name in ("steps", "batch_size", "width", "height"):
+    for name, most in (("steps", 10_000), ("batch_size", math.inf), ("width", 1 << 16), ("height", 1 << 16)):
         value = getattr(settings, name)
-        is_integer, most = isinstance(value, Integral), _MOST.get(name, math.inf)
-        if value is not None and not (is_integer and 1 <= value <= most):
+        if value is not None and not (isinstance(value, Integral) and 1 <= value <= most):
             fix = f"a whole number, at least 1{f', at most {most:,}' if math.isfinite(most) else ''}"
             raise ConfigError(f"{name} is {value!r}", fix=fix)
     if (settings.width or 1) * (settings.height or 1) > _MOST_PIXELS:
         size = f"{settings.width}×{settings.height}"
         raise ConfigError(f"{size} is larger than any picture that is drawn", fix=f"at most {_MOST_PIXELS:,} pixels")
-    for name, least in (("guidance", 0), ("true_guidance", 1)):
+    for name, valid, expected in (
+        ("guidance", lambda number: 0 <= number < math.inf, "a number from 0 on"),
+        ("true_guidance", lambda number: 1 <= number < math.inf, "a number from 1 on"),
+        ("denoise", lambda number: 0 < number <= 1, "above 0, at most 1, as in 0.6"),
+    ):
         value = getattr(settings, name)
-        real = isinstance(value, Real)
-        if value is not None and not (real and least <= value < math.inf):
-            message = f"{value:g}" if real else repr(value)
-            raise ConfigError(f"{name} is {message}", fix=f"a number from {least} on")
-    share = settings.denoise
-    real = isinstance(share, Real)
-    if share is not None and not (real and 0 < share <= 1):
-        raise ConfigError(f"denoise is {f'{share:g}' if real else repr(share)}", fix="above 0, at most 1, as in 0.6")
+        if value is not None and not (isinstance(value, Real) and valid(value)):
+            raise ConfigError(f"{name} is {value!r}", fix=expected)
     if settings.mask is not None and settings.image is None:
         raise ConfigError("a mask needs the picture it belongs to", fix="give image too (--image in.png)")
 
