@@ -147,18 +147,6 @@ def test_pixels_without_resizing_are_the_file_s(tmp_path: Path) -> None:
     assert mirrored.sizes.tolist() == [32, 48, 5, 48 - 7 - 24, 16, 24]
 
 
-def test_a_halved_picture_keeps_its_places(tmp_path: Path) -> None:
-    one = picture(tmp_path, corners(96, 64))
-    seen = prepare(one, crop_view(one.size, (48, 32)), settings())
-    for (y, x), colour in {
-        (4, 4): (1, -1, -1),
-        (4, 40): (-1, 1, -1),
-        (28, 4): (-1, -1, 1),
-        (28, 40): (1, 1, 1),
-    }.items():
-        assert seen.pixels[:, y, x].tolist() == pytest.approx(colour, abs=0.02)
-
-
 def test_an_upright_picture_has_upright_time_ids(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[274] = 6  # stored 40 wide and 24 high, shown 24 wide and 40 high

@@ -89,14 +89,6 @@ def test_pictures_of_one_name_have_separate_captions(tmp_path: Path) -> None:
         write_captions(str(tmp_path), colour, overwrite=True)
 
 
-def test_trigger_is_added_once(tmp_path: Path) -> None:
-    put(tmp_path, "a.png", None)
-    put(tmp_path, "b.png", None)
-    texts = iter(["an SKS cat", "a dog"])
-    write_captions(str(tmp_path), lambda picture: (next(texts), False), trigger="sks")
-    assert read(tmp_path) == {"a.png": "an SKS cat", "b.png": "sks, a dog"}
-
-
 def test_failures_are_reported_and_the_others_written(tmp_path: Path) -> None:
     put(tmp_path, "a.png", None)
     put(tmp_path, "c.png", None)

@@ -54,21 +54,6 @@ def test_pipe_is_neither_opened_nor_a_picture(tmp_path: Path) -> None:
     assert "before/b.png: is no file" in read_error(tmp_path)
 
 
-def test_unreadable_subfolder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put(tmp_path, "a.png")
-    put(tmp_path, "locked/b.png")
-    scan = os.scandir
-
-    def scandir(place: str) -> object:
-        if str(place).endswith("locked"):
-            raise PermissionError(13, "Permission denied", str(place))
-        return scan(place)
-
-    monkeypatch.setattr(os, "scandir", scandir)
-    assert f"{tmp_path / 'locked'}" in (error := read_error(tmp_path))
-    assert "this folder cannot be read: Permission denied" in error
-
-
 def test_captions_come_from_text_files(tmp_path: Path) -> None:
     put(tmp_path, "b.png", "\ufeffa red\r\n  fox \n")
     put(tmp_path, "a.jpg", "ein Füchslein")

@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from tests.bnb_checkpoint import CONFIG, saved_tensors
 from tests.tiny_image_base import tiny_image_base
 from tests.train.stopping import interrupt_at
 from tests.train.tiny_pictures import drawings, image_values, run
@@ -263,23 +261,6 @@ def test_preflight_stops(sections: dict[str, Any], says: str, shared: Path, tmp_
         run(shared, tmp_path / "out", base=base, **sections)
     assert says in str(error.value)
     assert not (tmp_path / "out").exists(), "the same command can be run again"
-
-
-def test_offloading_blocks_of_a_four_bit_base_is_refused(tmp_path: Path) -> None:
-    folder = tiny_image_base(tmp_path, "flux1")
-    saved = load_image(str(folder), dtype="bfloat16", quantize="nf4").denoiser.state_dict()
-    place = folder / "transformer"
-    save_file(saved_tensors(saved), place / f"{STEM}.safetensors")
-    found = json.loads((place / "config.json").read_text())
-    found["quantization_config"] = CONFIG
-    (place / "config.json").write_text(json.dumps(found))
-    base = load_image(str(folder))
-    assert base.quantized == "nf4"
-    with pytest.raises(PreflightError, match="this run is on the CPU"):
-        run(tmp_path, tmp_path / "out", base=base, memory={"offload_blocks": 1})
-    base.device = torch.device("cuda", 0)
-    with pytest.raises(PreflightError, match="this base is saved in nf4"):
-        run(tmp_path, tmp_path / "out", base=base, memory={"offload_blocks": 1})
 
 
 def test_blocks_leave_before_memory_is_looked_at(shared: Path, tmp_path: Path, base: ImageBase) -> None:
