@@ -14,11 +14,11 @@ tensors that are read on demand.
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -219,7 +219,7 @@ def _quantizer(kind: str) -> Any:
 _METHOD = "veneer"
 
 
-@functools.cache
+@cache
 def _quantizer_classes() -> tuple[Any, Any]:
     """Return our (config, quantizer), subclasses of transformers'.
 
@@ -322,55 +322,49 @@ def lazy_state(table: list[StoredTensor]) -> dict[str, Any]:
         if states:
             state_names = [n for n in by_name if n.startswith(f"{name}.")]
             consumed |= set(state_names)
-            out[name] = LazyTensor(
-                "BF16", stored.shape, _blocks_of(stored, states[0], [by_name[n] for n in state_names])
-            )
+            read = partial(_blocks, stored, states[0], [by_name[n] for n in state_names])
+            out[name] = LazyTensor("BF16", stored.shape, read)
         elif stored.dtype == "I8" and scale in by_name:
             consumed |= {scale, f"{name}_format"}
-            out[name] = LazyTensor("BF16", stored.shape, _rows_of(stored, by_name[scale]))
+            out[name] = LazyTensor("BF16", stored.shape, partial(_rows, stored, by_name[scale]))
         else:
-            out[name] = LazyTensor(stored.dtype, stored.shape, lambda stored=stored: read_values(stored))  # type: ignore[misc]
+            out[name] = LazyTensor(stored.dtype, stored.shape, partial(read_values, stored))
     return {name: value for name, value in out.items() if name not in consumed}
 
 
-def _rows_of(codes: StoredTensor, scale: StoredTensor) -> Callable[[], Tensor]:
-    return lambda: Quantized(
-        Rows8(codes.shape, read_values(codes), read_values(scale).float().flatten()), torch.bfloat16
-    )
+def _rows(codes: StoredTensor, scale: StoredTensor) -> Tensor:
+    code = Rows8(codes.shape, read_values(codes), read_values(scale).float().flatten())
+    return Quantized(code, torch.bfloat16)
 
 
-def _blocks_of(packed: StoredTensor, state: str, parts: list[StoredTensor]) -> Callable[[], Tensor]:
-    """Return a reader of a bitsandbytes 4-bit weight.
+def _blocks(packed: StoredTensor, state: str, parts: list[StoredTensor]) -> Tensor:
+    """Read a bitsandbytes 4-bit weight.
 
     Codes are in `weight`, constants in weight.absmax etc.; values that are not tensors are JSON in the bytes
     of a tensor."""
     kind = state.rpartition("__")[2]
-
-    def read() -> Tensor:
-        tensors = {p.name.removeprefix(f"{packed.name}."): read_values(p) for p in parts}
-        metadata = json.loads(bytes(tensors[state.removeprefix(f"{packed.name}.")].tolist()))
-        where = f"{packed.file}: {packed.name}"
-        if kind not in SAVED_KINDS:
-            raise BaseError(f"a 4-bit weight in {kind!r}, which bitsandbytes has no table of", where=where)
-        if not torch.equal(tensors["quant_map"].float(), four_bit_values(kind)):
-            raise BaseError(f"its table of values is not {kind}'s", where=where)
-        nested = tensors.get("nested_quant_map")
-        if nested is not None and not torch.equal(nested.float(), dynamic_map()):
-            raise BaseError("the constants are quantized with a map that is not bitsandbytes' own", where=where)
-        mean = torch.tensor(float(metadata["nested_offset"])) if nested is not None else None
-        code = Blocks4(
-            kind,
-            tuple(metadata["shape"]),
-            read_values(packed).flatten(),
-            tensors["absmax"],
-            tensors.get("nested_absmax"),
-            mean,
-            int(metadata["blocksize"]),
-            int(metadata.get("nested_blocksize") or 256),
-        )
-        return Quantized(code, torch.bfloat16)
-
-    return read
+    tensors = {p.name.removeprefix(f"{packed.name}."): read_values(p) for p in parts}
+    metadata = json.loads(bytes(tensors[state.removeprefix(f"{packed.name}.")].tolist()))
+    where = f"{packed.file}: {packed.name}"
+    if kind not in SAVED_KINDS:
+        raise BaseError(f"a 4-bit weight in {kind!r}, which bitsandbytes has no table of", where=where)
+    if not torch.equal(tensors["quant_map"].float(), four_bit_values(kind)):
+        raise BaseError(f"its table of values is not {kind}'s", where=where)
+    nested = tensors.get("nested_quant_map")
+    if nested is not None and not torch.equal(nested.float(), dynamic_map()):
+        raise BaseError("the constants are quantized with a map that is not bitsandbytes' own", where=where)
+    mean = torch.tensor(float(metadata["nested_offset"])) if nested is not None else None
+    code = Blocks4(
+        kind,
+        tuple(metadata["shape"]),
+        read_values(packed).flatten(),
+        tensors["absmax"],
+        tensors.get("nested_absmax"),
+        mean,
+        int(metadata["blocksize"]),
+        int(metadata.get("nested_blocksize") or 256),
+    )
+    return Quantized(code, torch.bfloat16)
 
 
 def check_kind(kind: str) -> None:

@@ -34,7 +34,7 @@ from veneer.models.architecture import usual_fields
 from veneer.models.config import LOADED_BYTES
 from veneer.models.device import check_memory, choose_device, choose_dtype
 from veneer.models.fingerprint import fingerprint_parts, shaping_fields
-from veneer.models.image.families import FAMILIES, OWN_PIPELINES, ImageFamily, denoiser_family, family_label
+from veneer.models.image.families import FAMILIES, OWN_PIPELINES, ImageFamily, denoiser_family
 from veneer.models.image.processor import PROCESSORS, read_processor
 from veneer.models.loading import check_left_out, check_loaded, errors_only, loading
 from veneer.models.quantize import lazy_state, load_part, load_state, saved_kind
@@ -344,21 +344,18 @@ def control_of(name: str, family: ImageFamily, denoiser: Any, dtype: torch.dtype
     except BaseError as error:
         fix = "a folder as diffusers saves one, or a hub id; canny=PICTURE takes the base's own"
         raise BaseError(f"ControlNet {name!r}: {error.what}", where=error.where, fix=fix) from error
-    if folder.is_file():
-        raise BaseError("a ControlNet is a directory with config.json", where=str(folder))
     if not (folder / "config.json").exists():
         raise BaseError("this is not a ControlNet: it has no config.json", where=str(folder))
     config = _config_of(folder)
     classname = str(config.get("_class_name", ""))
-    control_family = _control_family(classname, config)
-    if control_family is None:
+    if classname == "ControlNetModel":
+        row = denoiser_family("UNet2DConditionModel", config)
+    else:
+        row = next((f for f in FAMILIES.values() if f.control and f.control == classname), None)
+    if row is None:
         raise BaseError(f"this is not a ControlNet: its config says {classname or 'nothing'}", where=str(folder))
-    if control_family != family.name and {control_family, family.name} != {"sd15", "sd2"}:
-        raise BaseError(
-            f"this is a ControlNet for {family_label(control_family)}, the base is {family.label}", where=str(folder)
-        )
-    if not family.control:
-        raise BaseError(f"diffusers has no ControlNet for {family.label}", where=str(folder))
+    if row.name != family.name and {row.name, family.name} != {"sd15", "sd2"}:
+        raise BaseError(f"this is a ControlNet for {row.label}, the base is {family.label}", where=str(folder))
     for size in _CONTROL_SIZES:
         control_size, base_size = config.get(size), denoiser.config.get(size)
         if control_size is not None and base_size is not None and _plain(control_size) != _plain(base_size):
@@ -375,13 +372,6 @@ _CONTROL_SIZES = (
     *("cross_attention_dim", "block_out_channels", "joint_attention_dim", "num_attention_heads"),
     *("attention_head_dim", "caption_projection_dim", "pooled_projection_dim"),
 )
-
-
-def _control_family(classname: str, config: Mapping[str, Any]) -> str | None:
-    if classname == "ControlNetModel":
-        row = denoiser_family("UNet2DConditionModel", config)
-        return row.name if row else None
-    return next((f.name for f in FAMILIES.values() if f.control and f.control == classname), None)
 
 
 # -- one file of original weights --------------------------------------------------------------------------------------
@@ -461,8 +451,8 @@ def read_single_file(
             part.to(device_of_parts)
     with errors_only():
         unused = _unused(table, {name: parts[name] for name in stored})
-    other_parts = _of_other_parts(unused, stored)
-    check_left_out(path, [name for name in unused if name not in other_parts], _HARMLESS)
+    other_parts = tuple(prefix for prefix, parts in _PREFIXES.items() if not parts & stored)
+    check_left_out(path, [name for name in unused if not name.startswith(other_parts)], _HARMLESS)
     if unused:
         names = first_few(unused, 6)
         notes.append(f"{len(unused)} of the file's {len(table)} tensors have no place and are left out: {names}")
@@ -576,12 +566,6 @@ _HARMLESS = re.compile(
 
 Any other unused tensor is an error, because an ignored tensor can change every picture, such as the scales of
 8-bit weights."""
-
-
-def _of_other_parts(unused: Iterable[str], stored: set[str]) -> set[str]:
-    """Return the unused tensors of components that the directory provides."""
-    prefixes = tuple(prefix for prefix, parts in _PREFIXES.items() if not parts & stored)
-    return {name for name in unused if name.startswith(prefixes)}
 
 
 def _check_prediction(path: Path, unused: Iterable[str], scheduler: Any) -> None:

@@ -209,11 +209,13 @@ def sample_row(row: PictureRow, settings: ImageDataSection, *, seed: int, epoch:
 
     A pure function of its arguments. A random crop is one of four per picture and bucket, so that latents can
     be cached."""
-    crop = 0
-    if settings.crop == "random":
+    at = None
+    if settings.crop == "random":  # the same four positions in every epoch and for every repeat
         crop = int(_row_uniform(seed, epoch, row, "crop") * _CROPS) + 1
+        down, across = (_uniform(seed, row.picture.key, row.bucket, crop, axis) for axis in ("down", "right"))
+        at = down, across
     flip = settings.flip and _row_uniform(seed, epoch, row, "flip") < 0.5
-    view = crop_view(row.picture.size, row.bucket, flip=flip, at=_crop_position(row, seed, crop))
+    view = crop_view(row.picture.size, row.bucket, flip=flip, at=at)
     return view, sample_caption(row, settings, seed=seed, epoch=epoch)
 
 
@@ -291,10 +293,12 @@ def prepare(picture: TrainingPicture, view: View, settings: ImageDataSection) ->
     mask = opened.alpha if picture.alpha else None
     if picture.mask is not None:
         mask = mask_of(_read_unchanged(picture.mask, picture.mask_digest), settings)
-    pixels = torch.from_numpy(_cropped(opened.colour, view, Image.Resampling.LANCZOS)).permute(2, 0, 1) / 127.5 - 1
+    colour = np.array(crop_resized(opened.colour, view), dtype=np.float32)
+    pixels = torch.from_numpy(colour).permute(2, 0, 1) / 127.5 - 1
     weights = None
     if mask is not None:
-        values = torch.from_numpy(_cropped(mask, view, Image.Resampling.BOX))[None] / 255
+        grey = np.array(crop_resized(mask, view, Image.Resampling.BOX), dtype=np.float32)
+        values = torch.from_numpy(grey)[None] / 255
         weights = settings.mask_floor + (1 - settings.mask_floor) * values
     return ViewTensors(pixels.contiguous(), weights, torch.tensor(view.time_ids, dtype=torch.float32))
 
@@ -324,10 +328,6 @@ def crop_resized(image: Image.Image, view: View, filter: Image.Resampling = Imag
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if view.flip else image
 
 
-def _cropped(image: Image.Image, view: View, filter: Image.Resampling) -> np.ndarray:
-    return np.array(crop_resized(image, view, filter), dtype=np.float32)
-
-
 def _read_unchanged(path: Path, digest: str) -> bytes:
     try:
         data, now = read_bytes(path)
@@ -340,16 +340,6 @@ def _read_unchanged(path: Path, digest: str) -> bytes:
             fix="start the run again: it computes the latents of this picture again",
         )
     return data
-
-
-def _crop_position(row: PictureRow, seed: int, crop: int) -> tuple[float, float] | None:
-    """Return the position of crop number `crop`; None (the center) for 0.
-
-    It is the same in every epoch and for every repeat."""
-    if crop == 0:
-        return None
-    down, across = (_uniform(seed, row.picture.key, row.bucket, crop, axis) for axis in ("down", "right"))
-    return down, across
 
 
 def _row_uniform(seed: int, epoch: int, row: PictureRow, purpose: str) -> float:

@@ -15,6 +15,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,27 +110,20 @@ class Encoders:
         return len(views), len(captions)
 
     def _latents(self, row: PlannedRow) -> tuple[Tensor, Tensor | None, Tensor]:
-        entry = self.latents.get(row.picture, row.view, self.config.data, lambda x: encode_pictures(self.base, x))
+        entry = self.latents.get(row.picture, row.view, self.config.data, partial(encode_pictures, self.base))
         return entry.latents.float(), entry.mask, entry.sizes
 
     def _sources(self, row: PlannedRow) -> _References:
         """Return a row's source images in the sizes for the base."""
-        base = self.base
-
-        def size(width: int, height: int) -> tuple[int, int]:
-            return reference_size(base, width, height)
-
-        return tuple((b, source_view(row.view, b, base.unit, size)) for b in row.picture.sources)
+        size = partial(reference_size, self.base)
+        return tuple((b, source_view(row.view, b, self.base.unit, size)) for b in row.picture.sources)
 
     def _prompt_references(self, row: PlannedRow) -> _References:
         """Return the pictures that are encoded together with the row's caption."""
         return self._sources(row) if self.base.reads_references else ()
 
     def _source_latents(self, row: PlannedRow) -> list[Tensor]:
-        def encode(x: Tensor) -> Tensor:
-            return encode_pictures(self.base, x)
-
-        data, latents = self.config.data, self.latents
+        data, latents, encode = self.config.data, self.latents, partial(encode_pictures, self.base)
         return [latents.get(b, view, data, encode).latents.float() for b, view in self._sources(row)]
 
     def _text(self, caption: str, references: _References = ()) -> Conditioning:
