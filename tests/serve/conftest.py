@@ -64,7 +64,7 @@ def make(base: TextBase, library: Library, folder: Path) -> Iterator[Make]:
 
     def build(limit: int = 1 << 30, servable: Any = None, **options: Any) -> Catalog:
         places = {"library": library, "folders": [folder]}
-        places |= {k: options.pop(k) for k in ("library", "folders", "max_bytes") if k in options}
+        places |= {k: options.pop(k) for k in ("library", "folders") if k in options}
         shelf, problems = AdapterSources(base, **places), servable or (lambda a: fit_problems(base.model, a))
         residents: AdapterCache[Ready] = AdapterCache(
             lambda digest: shelf.read(digest, problems),

@@ -397,7 +397,6 @@ def test_an_adapter_larger_than_memory_leaves_nothing(make: Make, base: TextBase
     error = refused(lambda: catalog.load("x", "a"))
     assert reason(error) == "too_large"
     assert len(catalog.models(OPERATOR)) == 1
-    assert reason(refused(lambda: make(max_bytes=100).load("x", "a"))) == "too_large"
 
 
 def test_loads_of_one_name_at_once(make: Make, base: TextBase, folder: Path) -> None:

@@ -100,14 +100,12 @@ class AdapterSources:
         *,
         library: Library | None = None,
         folders: Sequence[str | Path] = (),
-        max_bytes: int = 8 << 30,
     ) -> None:
-        self.base, self.library, self.max_bytes = base, library, max_bytes
+        self.base, self.library = base, library
         self._folders = [_folder(folder) for folder in folders]
         self.names = None if library is None else NameIndex(library)
         self._loaded: dict[str, AdapterLocation] = {}
         self._lock = threading.Lock()
-        self._listed: tuple[object, list[NamedVersion]] = (None, [])
 
     # -- looking up references -----------------------------------------------------------------------------------------
 
@@ -135,12 +133,7 @@ class AdapterSources:
 
     def latest_versions(self, fingerprint: str) -> list[NamedVersion]:
         """The latest readable version of each name for the base of this fingerprint."""
-        if self.names is None:
-            return []
-        now = self.names.now
-        if self._listed[0] is not now:
-            self._listed = (now, [version for version in now.latest(fingerprint) if version.digest])
-        return self._listed[1]
+        return [] if self.names is None else [v for v in self.names.now.latest(fingerprint) if v.digest]
 
     def close(self) -> None:
         if self.names is not None:
@@ -181,18 +174,13 @@ class AdapterSources:
         return None
 
     def _check_inside(self, real: Path, folder: Path) -> None:
-        """Raises Refused for a link out of the allowed folder, or too many bytes."""
+        """Raises Refused for a link out of the allowed folder."""
         inner = real / "adapter"
         parts = (
             [real] if real.is_file() else [p for d in (real, inner) if d.is_dir() for p in islice(d.iterdir(), 5000)]
         )
         if any(not p.resolve().is_relative_to(folder) for p in parts):
             raise unusable("unsafe_file", f"a link in {real.name} leads out of the allowed folder")
-        self._check_size(sum(p.stat().st_size for p in parts if p.is_file()))
-
-    def _check_size(self, size: int) -> None:
-        if size > self.max_bytes:
-            raise unusable("too_large", f"{size:,} bytes; the limit is {self.max_bytes:,}")
 
     # -- reading -----------------------------------------------------------------------------------------------------
 

@@ -103,6 +103,7 @@ class Catalog:
     def use_base(self, base: AnyBase, problems: Problems, memory: AdapterCache[Any] | NoAdapters) -> None:
         """Serve names over a base that has just been loaded."""
         self.sources.base, self.problems, self.residents = base, problems, memory
+        self._library_models = (None, [])
 
     # -- resolving names -----------------------------------------------------------------------------------------------
 
@@ -230,10 +231,11 @@ class Catalog:
         raise _missing(model)
 
     def _library_cards(self) -> list[ModelCard]:
-        versions = self.sources.latest_versions(self.fingerprint)
-        if self._library_models[0] is not versions:
+        now = None if self.sources.names is None else self.sources.names.now
+        if self._library_models[0] is not now:
+            versions = self.sources.latest_versions(self.fingerprint)
             cards = [ModelCard(v.name, v.reference, self.base, _seconds(v.added), v.digest) for v in versions]
-            self._library_models = (versions, cards)
+            self._library_models = (now, cards)
         return self._library_models[1]
 
     def in_memory(self) -> list[tuple[str, ResidentAdapter]]:
