@@ -99,7 +99,7 @@ class Names:
     def resolve(self, model: str, caller: Principal) -> ResolvedModel:
         name = model.removeprefix("tiny:")
         if name in ("", "tiny"):
-            return ResolvedModel((), model, name)
+            return ResolvedModel((), model, self.base)
         if name in self.files:
             try:
                 load_adapter(self.of, self.files[name])

@@ -247,28 +247,30 @@ Objects = Annotated[list[dict[str, Any]], FAIL_FAST, at_most(ITEMS)]
 
 
 class MixPart(Strict):
+    """An adapter with its strength, also as a text such as "name:0.8"."""
+
     adapter: str = Field(min_length=1, max_length=512)
     strength: float = 1.0
 
+    @model_validator(mode="before")
+    @classmethod
+    def _parse_text(cls, value: Any) -> Any:
+        try:
+            return cls.fields_of(value) if isinstance(value, str) else value
+        except ConfigError as error:
+            raise PydanticCustomError("strength", "{text}", {"text": f"{error.what}: {error.fix}"}) from error
 
-def _parts(value: Any) -> Any:
-    """Parse the parts of a mix: objects, or texts such as "name:0.8"."""
-    return [_part(item) if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
-
-
-def _part(text: str) -> dict[str, Any]:
-    try:
+    @classmethod
+    def fields_of(cls, text: str) -> dict[str, Any]:
+        """The fields that a text stands for. Raises ConfigError."""
         name, strength = split_strength(text)
-    except ConfigError as error:
-        raise PydanticCustomError("strength", "{text}", {"text": f"{error.what}: {error.fix}"}) from error
-    return {"adapter": name} if strength is None else {"adapter": name, "strength": strength}
+        return {"adapter": name} if strength is None else {"adapter": name, "strength": strength}
 
 
 MixField = Annotated[
     list[MixPart],
     FAIL_FAST,
     Field(max_length=64, description='[{"adapter": name, "strength": 0.8}] or ["name:0.8"]'),
-    BeforeValidator(_parts),
     at_most(64),
 ]
 

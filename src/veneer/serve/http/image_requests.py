@@ -32,7 +32,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 
 from veneer.errors import ConfigError, VeneerError, quoted
-from veneer.formats.strengths import Strength, check_roles, parse_strength, split_factors, split_strength
+from veneer.formats.strengths import Strength, check_roles, parse_strength, split_factors
 from veneer.imaging.adapters import campaign_note
 from veneer.imaging.controls import ControlSpec, control_picture, decoded, flattened
 from veneer.imaging.generate import fitted_reference, size_for
@@ -87,31 +87,6 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, dict | bytes | str) else value
 
 
-def _mix(value: Any) -> Any:
-    """Parse the parts of a mix: objects, or texts such as "name:0.8@FACTORS".
-
-    A form can also contain a single part, or JSON text.
-    """
-    parts = _as_list(value)
-    return [_part(item) if isinstance(item, str) else item for item in parts] if isinstance(parts, list) else parts
-
-
-def _part(text: str) -> dict[str, Any]:
-    """Parse a part in the syntax of `veneer image --adapter`.
-
-    Never read as a local path.
-    """
-    head, factors = split_factors(text)
-    try:
-        name, strength = split_strength(head)
-        parsed = parse_strength(factors) if factors else Strength()
-    except ConfigError as error:
-        raise PydanticCustomError("strength", "{text}", {"text": f"{error.what}: {error.fix}"}) from error
-    settings: dict[str, Any] = {"strength": strength, "blocks": dict(parsed.blocks)}
-    settings |= {"steps": [[*at] for at in parsed.steps], "campaign": parsed.campaign}
-    return {"adapter": name} | {key: value for key, value in settings.items() if value not in (None, {}, [], "")}
-
-
 _Factor = Annotated[float, Field(ge=-10_000, le=10_000, strict=True)]
 _Block = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^(\*|[\w.-]+)$")]
 _Range = Annotated[list[_Factor], Field(min_length=2, max_length=3)]
@@ -128,6 +103,14 @@ class PictureMixPart(MixPart):
     blocks: Annotated[dict[_Block, _Factor] | None, at_most(64), BeforeValidator(_json)] = None
     steps: Annotated[Annotated[list[_Range], FAIL_FAST] | None, at_most(64), BeforeValidator(_json)] = None
     campaign: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+
+    @classmethod
+    def fields_of(cls, text: str) -> dict[str, Any]:
+        """The fields of a text in the syntax of `veneer image --adapter`; never read as a local path."""
+        head, factors = split_factors(text)
+        parsed = parse_strength(factors) if factors else Strength()
+        settings = {"blocks": dict(parsed.blocks), "steps": [[*at] for at in parsed.steps], "campaign": parsed.campaign}
+        return super().fields_of(head) | {key: value for key, value in settings.items() if value}
 
     @property
     def factors(self) -> Strength:
@@ -179,7 +162,7 @@ class ImageBody(Strict):
     true_cfg_scale: float | None = Field(None, ge=1, le=1000)
     scheduler: str | None = Field(None, max_length=64)
     seed: int | None = Field(None, ge=0, lt=SEEDS)
-    mix: Annotated[Annotated[list[PictureMixPart], FAIL_FAST] | None, BeforeValidator(_mix), at_most(64)] = None
+    mix: Annotated[Annotated[list[PictureMixPart], FAIL_FAST] | None, BeforeValidator(_as_list), at_most(64)] = None
     control: Annotated[list[ControlBody], at_most(4), BeforeValidator(_as_list)] = Field(default_factory=list)
 
     @property

@@ -404,7 +404,7 @@ def test_completions_stream_with_several_prompts(client: openai.OpenAI) -> None:
         ({"messages": []}, "messages"),
         ({"mix": [{"adapter": "sql", "strength": 1e9}]}, "the strength of 'sql' is 1e+09"),
         ({"mix": ["sql:-10001"]}, "the strength of 'sql' is -10001"),
-        ({"mix": ["sql:nan"]}, "mix: the strength of 'sql' is nan"),
+        ({"mix": ["sql:nan"]}, "mix.0: the strength of 'sql' is nan"),
         ({"mix": [{"adapter": "sql", "campaign": "lens"}]}, "unknown key 'mix.0.campaign'"),
         ({"seed": 2**70}, "seed"),
         ({"user": "u" * 600}, "user"),
