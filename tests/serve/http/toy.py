@@ -13,7 +13,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -368,6 +368,29 @@ def served(app: Any) -> Iterator[str]:
         server.should_exit = True
         thread.join(20)
         assert not thread.is_alive()
+
+
+def fuzzed(url: str, ask: Callable[[Any], None], starts: tuple[str, ...] = ("/",)) -> None:
+    """Call `ask` with cases that schemathesis makes up for each documented route below one of `starts`."""
+    import schemathesis
+    from hypothesis import HealthCheck, Phase, given, settings
+    from hypothesis.errors import Unsatisfiable
+    from schemathesis import GenerationMode
+
+    limits = settings(
+        max_examples=10,
+        deadline=None,
+        phases=[Phase.generate],
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    for found in schemathesis.openapi.from_url(f"{url}/openapi.json").get_all_operations():
+        for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE) if found.ok().path.startswith(starts) else ():
+            try:
+                limits(given(case=found.ok().as_strategy(generation_mode=mode))(ask))()
+            except Unsatisfiable:
+                assert mode is GenerationMode.NEGATIVE  # a route that takes nothing has nothing wrong either
 
 
 def free_port() -> int:

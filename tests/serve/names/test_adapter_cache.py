@@ -53,37 +53,6 @@ def test_memory_is_granted_in_order_of_requests() -> None:
     assert small.lease
 
 
-def test_an_adapter_in_use_for_long_is_drained() -> None:
-    """Two adapters that are never without a request, room for them alone, and a third that wants in."""
-    shop = Shop(LETTERS)
-    residents = shop.residents(2)
-    running = {"a": Asked(residents, "a"), "b": Asked(residents, "b")}
-    shop.run()
-    third = Asked(residents, "c")
-    shop.run()
-
-    def renew(name: str) -> Asked:
-        new = Asked(residents, name)
-        running[name].end()
-        running[name] = new
-        return new
-
-    for _ in range(5):  # within its patience: the others go on
-        shop.now += 0.1
-        assert renew("a").at_once
-        assert renew("b").at_once
-    shop.now += 1
-    renew("b")  # any event here checks the waiting time
-    again = [renew("a"), renew("b")]
-    assert [bool(a.at_once) for a in again] == [False, True]  # the one that was there longest takes no more
-    shop.run()
-    assert third.lease
-    assert again[0].told == []
-    third.end()
-    shop.run()
-    assert again[0].lease, "and has its turn again"
-
-
 def test_twice_as_many_as_fit_take_turns() -> None:
     """Every adapter always has a request that waits or runs: all are served, about equally, with few loads."""
     shop = Shop({str(i): 1 for i in range(8)})
