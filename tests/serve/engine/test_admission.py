@@ -129,7 +129,6 @@ def test_short_work_never_waits_for_long_work() -> None:
         with pytest.raises(ZeroDivisionError):
             await place.work(1, lambda: 1 // 0)
         assert share_is_empty(admission)
-        admission.close()
         return took
 
     assert asyncio.run(everything()) < 1.0

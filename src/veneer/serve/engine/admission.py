@@ -173,10 +173,6 @@ class Admission:
     def pool(self, size: int) -> FairPool:
         return self._short if size < _LONG else self._long
 
-    def close(self) -> None:
-        self._short.close()
-        self._long.close()
-
 
 @dataclass(eq=False)
 class AdmittedRequest:

@@ -14,9 +14,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import functools
 import hashlib
-import logging
 import re
 import secrets
 from collections.abc import AsyncGenerator, Sequence
@@ -53,8 +51,6 @@ from veneer.serve.pictures.engine import PictureEngine
 from veneer.serve.pictures.request import FinishedPicture, PictureEvent, PictureRequest, PictureStep
 from veneer.serve.principal import Principal
 from veneer.serve.request import Refused, Usage, invalid
-
-log = logging.getLogger("veneer.serve")
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -277,21 +273,13 @@ def _select(
     return model, labels, {digest: factor for digest, factor in factors.items() if factor != Strength()}
 
 
-@functools.cache
-def _warn_of_shadow(route: str) -> None:
-    """Log once for each route that its shadow has no effect."""
-    log.warning("the route %r has a shadow, which image requests do not use: shadows compare texts only", route)
-
-
 async def _run(
     service: Service, engine: PictureEngine, plan: DrawingPlan, principal: Principal, model: ResolvedModel, number: str
 ) -> AsyncGenerator[IndexedPicture, None]:
     """The engine's events, under the principal's limits.
 
-    Completed work is billed however it ends. Shadows compare texts only: a route's shadow is logged and left out.
+    Completed work is billed however it ends. Shadows compare texts only.
     """
-    if model.shadow is not None:
-        _warn_of_shadow(model.name)
     positions = engine.positions(plan.requests[0].settings)
     usages = [Usage(0, 0, 0) for _ in plan.requests]
     admitted = service.tenancy.admitted(

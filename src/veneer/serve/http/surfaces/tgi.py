@@ -78,10 +78,7 @@ class Generate(Body):
 
 @tgi_routes.post("/generate", summary="Complete a text.")
 async def generate(request: HttpRequest, body: Generate) -> Response:
-    service = service_of(request)
-    job = await _job(request, service, body)
-    (answer,) = await collect(request, service, job)
-    return Json(_response(service, job, body, answer), headers=body.parameters.headers)
+    return Json(await _whole(request, body), headers=body.parameters.headers)
 
 
 @tgi_routes.post("/generate_stream", summary="Stream the completion of a text.")
@@ -98,12 +95,7 @@ async def generate_stream(request: HttpRequest, body: Generate) -> Response:
 
 @tgi_routes.post("/", summary="Complete a text, streamed if `stream` is true.")
 async def compatible(request: HttpRequest, body: Generate) -> Response:
-    if body.stream:
-        return await generate_stream(request, body)
-    service = service_of(request)
-    job = await _job(request, service, body)
-    (answer,) = await collect(request, service, job)
-    return Json([_response(service, job, body, answer)])
+    return await generate_stream(request, body) if body.stream else Json([await _whole(request, body)])
 
 
 async def _job(request: HttpRequest, service: Service, body: Generate) -> TextJob:
@@ -157,10 +149,13 @@ def _token(service: Service, token: Token, text: str | None = None) -> dict[str,
     return {"id": token.id, "text": text, "logprob": finite_logprob(token.logprob), "special": token.special}
 
 
-def _response(service: Service, job: TextJob, body: Generate, answer: TextAnswer) -> dict[str, Any]:
-    parameters, end = body.parameters, answer.finished
+async def _whole(request: HttpRequest, body: Generate) -> dict[str, Any]:
+    service = service_of(request)
+    job = await _job(request, service, body)
+    (answer,) = await collect(request, service, job)
+    end = answer.finished
     body_json: dict[str, Any] = {"generated_text": _text(body, answer)}
-    if parameters.details is not False:
+    if body.parameters.details is not False:
         body_json["details"] = {
             "finish_reason": _reason(end),
             "generated_tokens": end.usage.completion,
