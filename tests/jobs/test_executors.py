@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from tests.jobs.fakes import queued, until
-from veneer.errors import ConfigError
-from veneer.jobs.executors import ExitStatus, LocalExecutor, memory_of, read_handover, write_handover
+from veneer.jobs.executors import ExitStatus, LocalExecutor, memory_of
 from veneer.jobs.store import Job, JobLease, JobStore
 from veneer.library.library import Library
 
@@ -65,17 +62,6 @@ def test_process_arguments_have_no_lease(library: Library, store: JobStore) -> N
     wait_for_exit(executor, handle)
     assert "token-of-the-lease" not in arguments
     assert "secret" not in arguments
-
-
-def test_handover_is_read_once(library: Library, store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VENEER_TEST_HANDED", "")
-    *_, file = write_handover(JobLease(planned(store, 1 << 30), "token"), {"VENEER_TEST_HANDED": "a secret"})
-    (job,) = [job.id for job in store.jobs(None)[0]]
-    assert read_handover(Path(file)) == (job, "token", None)
-    assert os.environ["VENEER_TEST_HANDED"] == "a secret"
-    assert not Path(file).exists()
-    with pytest.raises(ConfigError, match=r"this process has no lease(.|\n)*one veneer home that all machines"):
-        read_handover(Path(file))
 
 
 def test_gpu_plan_sets_no_host_memory_limit(library: Library, store: JobStore) -> None:

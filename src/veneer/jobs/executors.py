@@ -17,15 +17,16 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-from veneer.errors import ConfigError
-from veneer.files.atomic import as_veneer_errors, replace_file
 from veneer.jobs.store import Job, JobLease
 from veneer.plan.tables import Device
 
 _VALIDATION_NICE = 10
+JOB_VARIABLE = "veneer_job"
+"""Environment variable with a job's id, its lease's token and, to validate the job, the device to plan for.
+
+No other user can read a process's environment, unlike its arguments."""
 
 
 @dataclass(frozen=True)
@@ -36,54 +37,6 @@ class ExitStatus:
 
     why: str
     memory: bool = False
-
-
-def write_handover(
-    lease: JobLease, environment: Mapping[str, str], validation: Mapping[str, Any] | None = None
-) -> list[str]:
-    """Write the handover file of a lease; return Python's arguments for the process.
-
-    The file holds the lease's token and the environment variables, which can contain passwords, so that
-    neither appears in the command. The file is in the job's folder and readable
-    by this user only; the process reads the file once and removes it. `validation`: for a process that only
-    validates its job, the device to plan for. Raises ResourceError and AdapterError."""
-    job = lease.job
-    path = job.make_folder() / f"{_HANDOVER}-{job.attempt}.json"
-    content = {"job": job.id, "token": lease.token, "environment": dict(environment), "validation": validation}
-    with as_veneer_errors(path):
-        replace_file(path, [json.dumps(content).encode()], mode=0o600)
-    return ["-m", "veneer.jobs.process", str(path)]
-
-
-def read_handover(path: Path) -> tuple[str, str, dict[str, Any] | None]:
-    """Read and remove a file of `write_handover`; return (job, token, `validation`).
-
-    Sets the file's environment variables.
-
-    Raises ConfigError if the file does not exist: it was read already, or this machine has another veneer
-    home."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        path.unlink()
-        if content["validation"] is not None:
-            with contextlib.suppress(OSError):  # a refused job leaves no folder
-                path.parent.rmdir()
-    except FileNotFoundError as error:
-        message = "this process has no lease"
-        raise ConfigError(
-            message, where=str(path), fix="use one veneer home that all machines of the queue share"
-        ) from error
-    os.environ.update(content["environment"])
-    return content["job"], content["token"], content["validation"]
-
-
-def remove_handovers(job: Job) -> None:
-    """Remove handover files that no process has read, after the process has ended."""
-    for path in job.folder.glob(f"{_HANDOVER}-*.json"):
-        path.unlink(missing_ok=True)
-
-
-_HANDOVER = "handover"
 
 
 _BEYOND, _BESIDE = 1.5, 512 << 20
@@ -123,7 +76,7 @@ class LocalExecutor:
         The process is killed if it uses more than `max_memory` bytes. It writes its log to this process's output,
         so that a refused job leaves no folder."""
         name = f"{lease.job.id}-validation"
-        return self._process(name, lease, None, environment, max_memory, _VALIDATION_NICE, asdict(device))
+        return self._process(name, lease, None, environment, max_memory, _VALIDATION_NICE, device)
 
     def _process(
         self,
@@ -133,13 +86,19 @@ class LocalExecutor:
         environment: Mapping[str, str],
         max_memory: int,
         nice: int = 0,
-        validation: Mapping[str, Any] | None = None,
+        device: Device | None = None,
     ) -> str:
-        command = [sys.executable, *write_handover(lease, environment, validation), "--tied"]
+        content = {"job": lease.job.id, "token": lease.token, "device": device and asdict(device)}
+        command = [sys.executable, "-m", "veneer.jobs.process"]
         if (nice := max(nice, self.nice)) and os.name == "posix":
             command = ["nice", "-n", str(nice), *command]
         child = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=log, stderr=log and subprocess.STDOUT, start_new_session=True
+            command,
+            stdin=subprocess.PIPE,  # its end ends the process
+            stdout=log,
+            stderr=log and subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, **environment, JOB_VARIABLE: json.dumps(content)},
         )
         handle = f"{name}, process {child.pid}"  # the system can reuse a pid
         self._children[handle] = child, max_memory

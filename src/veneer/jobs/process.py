@@ -1,10 +1,10 @@
 """A job's process: train, report to the queue, publish the adapter, end the job.
 
-    python -m veneer.jobs.process FILE [--tied]
+    veneer_job=… python -m veneer.jobs.process
 
 The starting process (`executors`) holds and renews the lease; this process writes under the lease's token.
-`FILE`: from `executors.write_handover`, with the job's token and the queue's addresses. `--tied`: end as soon as
-standard input ends, which happens when the starting process ends.
+`veneer_job`: see `executors.JOB_VARIABLE`. The process ends as soon as standard input ends, which happens when
+the starting process ends.
 
 Each lease has its own folder, `attempt-N`. This process renames the previous lease's folder, with its
 checkpoints, so that a process that was wrongly considered dead never writes to its successor's folder. The
@@ -22,6 +22,7 @@ interruption.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import signal
@@ -36,7 +37,7 @@ from veneer.errors import CheckpointError, Interrupted, VeneerError
 from veneer.files.rights import forbid_inspection
 from veneer.jobs.account import TrainingAccount
 from veneer.jobs.canary import compare_job, place_job
-from veneer.jobs.executors import read_handover
+from veneer.jobs.executors import JOB_VARIABLE
 from veneer.jobs.store import Job, JobCheckpoint, JobEvent, JobLease, JobStore, LeaseLost
 from veneer.jobs.validate import error_json, has_evaluation, is_retryable, job_config, validate_job
 from veneer.library.library import Library, open_library
@@ -344,16 +345,15 @@ def end_with_input(end: Callable[[], object]) -> None:
     threading.Thread(target=wait, name="veneer-tied", daemon=True).start()
 
 
-def main(arguments: list[str]) -> int:
+def main() -> int:
     forbid_inspection()
-    (path,) = [word for word in arguments if word != "--tied"]
-    if "--tied" in arguments:
-        end_with_input(lambda: os._exit(75))
+    end_with_input(lambda: os._exit(75))
+    content = json.loads(os.environ.pop(JOB_VARIABLE))
+    job, token, device = content["job"], content["token"], content["device"]
     try:
-        job, token, validation = read_handover(Path(path))
         with open_library() as library:
-            if validation is not None:
-                return _validate_job(library, job, token, Device(**validation))
+            if device is not None:
+                return _validate_job(library, job, token, Device(**device))
             return run_job(library, job, token)
     except VeneerError as error:  # the library or database is unavailable
         print(error, file=sys.stderr)
@@ -372,4 +372,4 @@ def process_environment(library: Library, tenants: str | None = None) -> Mapping
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(main())

@@ -28,7 +28,7 @@ from typing import Any
 
 from veneer.errors import VeneerError, counted, gigabytes
 from veneer.jobs.account import TrainingAccount
-from veneer.jobs.executors import ExitStatus, LocalExecutor, remove_handovers
+from veneer.jobs.executors import ExitStatus, LocalExecutor
 from veneer.jobs.process import process_environment
 from veneer.jobs.store import JobLease, JobStore, LeaseLost, jobs_home
 from veneer.jobs.validate import device_of
@@ -208,9 +208,9 @@ class Worker:
             self.executor.stop(job.place, hard=True)
         try:
             handle = self.executor.start(lease, self.environment)
-        except VeneerError as error:
+        except (VeneerError, OSError) as error:
             with suppress(LeaseLost):
-                self.store.release(lease, "could not be started", error.what)
+                self.store.release(lease, "could not be started", str(getattr(error, "what", error)))
             raise
         self._running.append(_Running(lease, handle, valid_until))
         self.log(f"{job.id} of {job.tenant or 'no tenant'}: {handle}")
@@ -227,7 +227,6 @@ class Worker:
             self._running.remove(running)
             with suppress(LeaseLost):  # the process ended the job or returned it to the queue
                 self._process_ended(running, status)
-            remove_handovers(running.lease.job)
             self._finish_job(running.lease)
             return
         if running.validation is not None and now > running.validation.deadline:
