@@ -127,24 +127,6 @@ def test_a_window_agrees_with_a_list_of_amounts(steps: list) -> None:
         assert expected >= sum(a for s, a in kept if s * 1.0 > now - 60.0)
 
 
-def test_scopes_are_counted_separately() -> None:
-    clock = Clock()
-    limits = Limits(clock)
-    rules = {("acme", "big"): Limit(requests_per_day=1), ("acme", ALL): Limit(requests_per_minute=3)}
-    limits.take(rules, "acme", ["big"], 1, 1)
-    for _ in range(5):
-        with pytest.raises(Refused, match="tenant acme with adapter big has used up its 1 requests a day"):
-            limits.take(rules, "acme", ["big"], 1, 1)
-    limits.take(rules, "acme", ["small"], 1, 1)
-    limits.take(rules, "globex", ["big"], 1, 1)
-    with pytest.raises(Refused, match="big"):
-        limits.take(rules, "acme", ["small", "big"], 1, 1)  # a mix is each of its adapters
-    limits.take(rules, "acme", ["small"], 1, 1)
-    with pytest.raises(Refused, match="3 requests a minute") as refused:
-        limits.take(rules, "acme", ["small"], 1, 1)
-    assert refused.value.retry_after == pytest.approx(61.0)
-
-
 def test_a_tenants_own_limit_replaces_the_default() -> None:
     limits = Limits(Clock())
     rules = {(EACH, ALL): Limit(concurrency=1), ("acme", ALL): Limit(concurrency=2)}
