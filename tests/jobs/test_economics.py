@@ -9,7 +9,7 @@ from sqlalchemy import text
 
 from tests.library.conftest import quick  # noqa: F401
 from veneer.errors import ConfigError
-from veneer.jobs.economics import EconomicsRow, economics
+from veneer.jobs.economics import economics
 from veneer.jobs.store import JobStore
 from veneer.library.database import write_transaction
 from veneer.serve.request import Usage
@@ -62,46 +62,45 @@ def test_economics_equal_hand_arithmetic(store: JobStore, tenants: Store) -> Non
     # 48 h at 2 are 96; of 4 · 30 s + 40 s = 160 s three quarters are acme's.
     # acme: 72 for 4 requests, 18 each; it pays 30 each: 12 more. 2 h of training at 32 are 64, 4 of them paid: 60/12.
     # One hour alone costs 1: 24 a day, as much as 24/18 requests that are shared.
-    acme = EconomicsRow(
-        "acme",
-        "acme/support",
-        2,
-        7200.0,
-        64 * UNIT,
-        4 * UNIT,
-        4,
-        120.0,
-        72 * UNIT,
-        120 * UNIT,
-        48 * UNIT,
-        18_000 * UNIT,
-        12_000 * UNIT,
-        2,
-        5,
-    )
+    acme = ["acme", "acme/support", 2, 7200.0, 64 * UNIT, 4 * UNIT, 4, 120.0, 72 * UNIT, 120 * UNIT, 48 * UNIT]
+    acme += [18_000 * UNIT, 12_000 * UNIT, 2, 5]
     # globex's one request costs 24 and brings 20; nothing of its training is open, for the draft was never asked.
-    base = EconomicsRow(
-        "globex", "base", 0, 0.0, 0, 0, 1, 40.0, 24 * UNIT, 20 * UNIT, 48 * UNIT, 24_000 * UNIT, 48_000 * UNIT, 1, 0
-    )
-    draft = EconomicsRow(
-        "globex", "globex/draft", 1, 3600.0, 32 * UNIT, 9 * UNIT, 0, 0.0, 0, 0, 48 * UNIT, None, None, None, None
-    )
-    assert (result.since, result.hours) == ("2026-11-01", 48.0)
-    assert list(result.rows) == [acme, base, draft]
+    base = [
+        "globex",
+        "base",
+        0,
+        0.0,
+        0,
+        0,
+        1,
+        40.0,
+        24 * UNIT,
+        20 * UNIT,
+        48 * UNIT,
+        24_000 * UNIT,
+        48_000 * UNIT,
+        1,
+        0,
+    ]
+    draft = ["globex", "globex/draft", 1, 3600.0, 32 * UNIT, 9 * UNIT, 0, 0.0, 0, 0, 48 * UNIT, None, None, None, None]
+    assert (result["since"], result["hours"]) == ("2026-11-01", 48.0)
+    assert [list(row.values()) for row in result["rows"]] == [acme, base, draft]
     of_acme = economics(tenants, store, 2 * UNIT, **prices, tenant="acme", now=START + 2 * DAY)
-    assert list(of_acme.rows) == [acme], "what others made the machine work counts all the same"
+    assert [list(row.values()) for row in of_acme["rows"]] == [acme], (
+        "what others made the machine work counts all the same"
+    )
 
 
 def test_economics_use_the_given_hours_and_days(store: JobStore, tenants: Store) -> None:
-    rows = economics(tenants, None, 2 * UNIT, hours=10.0).rows
-    assert sum(row.serving for row in rows) == 20 * UNIT
+    rows = economics(tenants, None, 2 * UNIT, hours=10.0)["rows"]
+    assert sum(row["serving"] for row in rows) == 20 * UNIT
     day = economics(tenants, None, 2 * UNIT, since="2026-11-01", until="2026-11-01", now=START + 30 * DAY)
-    assert day.hours == 24.0
-    assert economics(tenants, None, 2 * UNIT, since="2026-11-01", now=START + DAY / 4).hours == 6.0
+    assert day["hours"] == 24.0
+    assert economics(tenants, None, 2 * UNIT, since="2026-11-01", now=START + DAY / 4)["hours"] == 6.0
     later = economics(tenants, store, 2 * UNIT, since="2026-11-02", now=START + 3 * DAY)
-    assert (later.hours, list(later.rows)) == (48.0, [])
-    free = economics(tenants, None, 0, now=START + DAY).rows[0]
-    assert (free.serving, free.dedicated_from, free.paid_back_after) == (0, None, 0)
+    assert (later["hours"], later["rows"]) == (48.0, [])
+    free = economics(tenants, None, 0, now=START + DAY)["rows"][0]
+    assert (free["serving"], free["dedicated_from"], free["paid_back_after"]) == (0, None, 0)
 
 
 def test_invalid_days_and_prices_are_refused(tenants: Store) -> None:

@@ -378,16 +378,17 @@ def economics(
         report = measure(store, jobs, serving, since=since, until=until, **more)
     rows = [
         (
-            *(r.tenant, r.adapter, _cents(r.training), _cents(r.training_billed), f"{r.requests:,}"),
-            *(_cents(r.serving_thousand), _cents(round(1000 * r.billed / r.requests) if r.requests else None)),
-            *(_cents(r.dedicated_thousand), _count(r.dedicated_from), _count(r.paid_back_after)),
+            *(r["tenant"], r["adapter"], _cents(r["training"]), _cents(r["training_billed"]), f"{r['requests']:,}"),
+            _cents(r["serving_thousand"]),
+            _cents(round(1000 * r["billed"] / r["requests"]) if r["requests"] else None),
+            *(_cents(r["dedicated_thousand"]), _count(r["dedicated_from"]), _count(r["paid_back_after"])),
         )
-        for r in report.rows
+        for r in report["rows"]
     ]
     head = ["tenant", "adapter", "training", "billed", "requests", "1,000 cost", "1,000 revenue", "1,000 dedicated"]
     head += ["break-even a day", "paid back after"]
-    period = f"{report.hours:,.1f} hours from {report.since} to {report.until or 'now'}"
-    return Result(asdict(report), f"{table(head, rows)}\n{period}" if rows else "no usage or training")
+    period = f"{report['hours']:,.1f} hours from {report['since']} to {report['until'] or 'now'}"
+    return Result(report, f"{table(head, rows)}\n{period}" if rows else "no usage or training")
 
 
 @contextmanager

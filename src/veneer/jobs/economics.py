@@ -1,6 +1,6 @@
 """Cost and revenue of tenants' adapters, from the ledger and the jobs' bills.
 
-    for row in economics(store, jobs, 2_500_000).rows: …
+    for row in economics(store, jobs, 2_500_000)["rows"]: …
 
 One row per tenant and adapter, over all versions; the base has rows of its own. Money is in millionths. P is
 the given price of a machine-hour, H the hours of the period; s is the row's seconds of prefill and decoding,
@@ -26,8 +26,6 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -37,39 +35,6 @@ from veneer.library.database import reading
 from veneer.library.names import name_of
 from veneer.serve.tenancy.ledger import usage
 from veneer.serve.tenancy.store import Store
-
-
-@dataclass(frozen=True)
-class EconomicsRow:
-    """One tenant's use of one adapter; see the module. Money is in millionths.
-
-    Seconds are machine time."""
-
-    tenant: str
-    adapter: str
-    jobs: int
-    training_seconds: float
-    training: int
-    training_billed: int
-    requests: int
-    serving_seconds: float
-    serving: int
-    billed: int
-    dedicated: int
-    serving_thousand: int | None
-    dedicated_thousand: int | None
-    dedicated_from: int | None
-    paid_back_after: int | None
-
-
-@dataclass(frozen=True)
-class Economics:
-    """A report by tenant and adapter. `hours`: paid hours of the shared machine."""
-
-    since: str
-    until: str
-    hours: float
-    rows: Sequence[EconomicsRow]
 
 
 def economics(
@@ -84,8 +49,10 @@ def economics(
     until: str = "",
     hours: float | None = None,
     now: float | None = None,
-) -> Economics:
-    """Return cost and revenue of each tenant's adapters.
+) -> dict[str, Any]:
+    """Return cost and revenue of each tenant's adapters: since, until, hours and rows.
+
+    hours of the result: paid hours of the shared machine. rows: see the module; seconds are machine time
 
     jobs: None if nothing is trained
     hour: hourly price of all serving machines together, in millionths
@@ -129,44 +96,38 @@ def economics(
         each["jobs"] += 1
         each["training_seconds"] += bill.seconds
         each["training_billed"] += bill.cost
-    served_seconds = math.fsum(each["serving_seconds"] for each in totals.values())
+    served_seconds = math.fsum(each["serving_seconds"] for each in totals.values()) or 1.0
     rows = [
-        _row(
-            key,
-            each,
-            hours * hour * each["serving_seconds"] / served_seconds if served_seconds else 0.0,
-            hours,
-            dedicated,
-            training,
-        )
+        _row(key, each, hours * hour * each["serving_seconds"] / served_seconds, hours, dedicated, training)
         for key, each in sorted(totals.items())
         if tenant in (None, key[0]) and (each["requests"] or each["jobs"])
     ]
-    return Economics(since, until, hours, rows)
+    return {"since": since, "until": until, "hours": hours, "rows": rows}
 
 
 def _row(
     key: tuple[str, str], each: dict[str, Any], serving: float, hours: float, dedicated_hour: int, training_hour: int
-) -> EconomicsRow:
+) -> dict[str, Any]:
     n, billed = each["requests"], each["billed"]
     dedicated, training = hours * dedicated_hour, each["training_seconds"] / 3600 * training_hour
     owed, margin = max(0.0, training - each["training_billed"]), (billed - serving) / n if n else 0.0
-    return EconomicsRow(
-        *key,
-        each["jobs"],
-        float(each["training_seconds"]),
-        round(training),
-        each["training_billed"],
-        n,
-        float(each["serving_seconds"]),
-        round(serving),
-        billed,
-        round(dedicated),
-        serving_thousand=round(1000 * serving / n) if n else None,
-        dedicated_thousand=round(1000 * dedicated / n) if n else None,
-        dedicated_from=_ceil(24 * dedicated_hour / (serving / n)) if n and serving else None,
-        paid_back_after=0 if not owed else _ceil(owed / margin) if margin > 0 else None,
-    )
+    return {
+        "tenant": key[0],
+        "adapter": key[1],
+        "jobs": each["jobs"],
+        "training_seconds": float(each["training_seconds"]),
+        "training": round(training),
+        "training_billed": each["training_billed"],
+        "requests": n,
+        "serving_seconds": float(each["serving_seconds"]),
+        "serving": round(serving),
+        "billed": billed,
+        "dedicated": round(dedicated),
+        "serving_thousand": round(1000 * serving / n) if n else None,
+        "dedicated_thousand": round(1000 * dedicated / n) if n else None,
+        "dedicated_from": _ceil(24 * dedicated_hour / (serving / n)) if n and serving else None,
+        "paid_back_after": 0 if not owed else _ceil(owed / margin) if margin > 0 else None,
+    }
 
 
 def _ceil(number: float) -> int:
