@@ -72,12 +72,17 @@ def test_requests_run_in_the_order_of_their_numbers(tmp_path: Path) -> None:
         assert json.loads(late.result(60).data)["metrics"]["grad_norm"] > 0
 
 
-def test_a_refused_request_leaves_no_gap(tmp_path: Path) -> None:
+def test_requests_after_a_missing_number_fail_in_the_end(tmp_path: Path) -> None:
+    """The client can continue with later numbers; a refused request leaves no gap."""
     with small_service(tmp_path) as service:
-        run = begun(service)
-        refused = result(service, run, 1, "refused", b"more tokens than the limit of a minute")
+        run, other = begun(service), begun(service, "globex")
+        late = service.submit(run, 2, "optim_step", STEP)
+        run.used -= 1000
+        result(service, other, 1, "forward", forward_body(other.id, 1, ROWS))
+        assert f"request 1 of {run.id} never arrived" in json.loads(late.result(60).data)["error"]
+        refused = result(service, run, 3, "refused", b"more tokens than the limit of a minute")
         assert json.loads(refused.data)["error"] == "more tokens than the limit of a minute"
-        assert steps(service, run, 2, 4)[0] > 0
+        assert steps(service, run, 4, 6)[0] > 0
 
 
 def small_quotas(**limits: int) -> Quotas:

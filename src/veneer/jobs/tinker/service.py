@@ -65,8 +65,8 @@ _SNAPSHOTS = 16
 """Number of newest unnamed sampler weights to keep per run."""
 _SWEEP_SECONDS, _ENDED_SECONDS = 3600.0, 3600.0
 """Seconds between sweeps; seconds for which an ended session can still be queried."""
-_MAX_AHEAD = 10_000
-"""Maximum distance of a request's number to the last executed one."""
+_GAP_SECONDS, _MAX_AHEAD = 400.0, 10_000
+"""Seconds that requests wait for a missing earlier number; maximum distance to that number."""
 _LARGE_BYTES = 1 << 20
 """Size of a body after which freed memory is returned to the system."""
 _OBJECT_BYTES = 2000
@@ -434,6 +434,7 @@ class TinkerService:
                         self._changed.wait(min(30.0, self._pause))
                     ready = [] if self._closed else self._ready()
                 self._round(ready)
+                self._fail_gaps()
             except Exception as error:  # a bug: waiting clients get the error, and the thread continues
                 _log.exception("a round of training failed")
                 for run in ready:
@@ -555,6 +556,13 @@ class TinkerService:
             _log.error("request %d of %s failed", run.applied + 1, run.id, exc_info=error)
             text = "the server failed at this request; the server's log has the reason"
         self._finish(run, FutureResult("failed", json.dumps({"error": text, "category": category}).encode()))
+
+    def _fail_gaps(self) -> None:
+        """Fail requests that waited too long for a missing number."""
+        for run in [run for run in list(self.runs.values()) if run.pending and run.next is None]:
+            if time.time() - run.used > _GAP_SECONDS:
+                message = f"request {run.applied + 1} of {run.id} never arrived"
+                self._fail_pending(run, ConfigError(message, fix="send the requests after it again"))
 
     def _fail_pending(self, run: TrainingRun, error: VeneerError) -> None:
         for seq in sorted(run.pending):
