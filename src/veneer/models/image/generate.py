@@ -130,7 +130,7 @@ def check_numbers(settings: Any) -> None:
     `settings`: PictureSettings or an object with the same fields. None is always valid."""
     for name, most in (("steps", 10_000), ("batch_size", math.inf), ("width", 1 << 16), ("height", 1 << 16)):
         value = getattr(settings, name)
-        if value is not None and not (isinstance(value, Integral) and 1 <= value <= most):
+        if value is not None and not (isinstance(value, Integral) and 1 <= int(value) <= most):
             fix = f"a whole number, at least 1{f', at most {most:,}' if math.isfinite(most) else ''}"
             raise ConfigError(f"{name} is {value!r}", fix=fix)
     if (settings.width or 1) * (settings.height or 1) > _MOST_PIXELS:
