@@ -17,19 +17,6 @@ CONTROLS = tuple(f"{name}-control" for name in BASES)
 SCENE = "a {} on a white table, blue wall, soft daylight, front view"
 
 
-def millions(folder: Path) -> float:
-    from safetensors import safe_open
-
-    total = 0
-    for file in folder.rglob("*.safetensors"):
-        with safe_open(file, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118
-                part = opened.get_slice(name)
-                assert part.get_dtype() == "BF16", f"{file}: {name}"
-                total += torch.Size(part.get_shape()).numel()
-    return total / 1e6
-
-
 def test_everything_together_is_at_most_45_megabytes() -> None:
     files = [f for name in (*BASES, *CONTROLS) for f in (packaged_folder() / name).rglob("*") if f.is_file()]
     assert sum(f.stat().st_size for f in files) <= 45e6
@@ -39,12 +26,6 @@ def test_everything_together_is_at_most_45_megabytes() -> None:
 @pytest.mark.parametrize("file", sorted(packaged_folder().rglob("*.json")), ids=lambda f: "/".join(f.parts[-3:]))
 def test_configs_contain_no_local_paths(file: Path) -> None:
     assert not json.loads(file.read_text(encoding="utf-8")).get("_name_or_path")
-
-
-@pytest.mark.parametrize("name", [*BASES, *CONTROLS])
-def test_catalogue_models_have_expected_sizes(name: str) -> None:
-    least, most = (8, 11) if name in BASES else (1, 3)
-    assert least <= millions(packaged_folder() / name) <= most
 
 
 @pytest.mark.parametrize("name", [*BASES, *CONTROLS])

@@ -14,7 +14,7 @@ import transformers
 from PIL import Image
 
 from tests.tiny_base import tiny_base_dir
-from tests.tiny_vision import VISION_FAMILIES, tiny_vision
+from tests.tiny_vision import tiny_vision
 from veneer.errors import BaseError, ConfigError, VeneerError
 from veneer.models.loading import errors_only
 from veneer.models.vision import INSTRUCTION, Description, VisionModel, load_vision
@@ -136,9 +136,3 @@ def test_unsupported_model_is_refused(place: Path, tmp_path: Path) -> None:
         load_vision(str(whole), dtype="float7")
     with pytest.raises(BaseError, match="cannot describe this picture"):
         load_vision(str(tiny_vision(place, "florence2"))).describe(noise(1), "words and <MORE_DETAILED_CAPTION>")
-
-
-def test_every_family_is_loaded_in_16_bits_too(place: Path) -> None:
-    for family in VISION_FAMILIES:
-        model = load_vision(str(tiny_vision(place, family)), dtype="bfloat16")
-        assert model.describe(noise(5), max_tokens=4).text

@@ -33,20 +33,7 @@ def test_a_directory_loads_frozen_and_as_transformers_loads_it(tmp_path: Path) -
     assert base.notes == ()
 
 
-def test_loading_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    folder = tiny_base_dir(tmp_path)
-    capfd.readouterr()
-    load_text(str(folder))
-    assert capfd.readouterr() == ("", "")
-
-
 # -- dtype -------------------------------------------------------------------------------------------------------------
-
-
-def test_requested_dtype_is_used(tmp_path: Path) -> None:
-    base = load_text(str(tiny_base_dir(tmp_path)), dtype="bfloat16", device="cpu")
-    assert {p.dtype for p in base.model.parameters()} == {torch.bfloat16}
-    assert base.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("setting", [{"dtype": "float8"}, {"device": "abacus"}, {"device": "cuda:99"}])
