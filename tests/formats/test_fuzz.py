@@ -23,6 +23,7 @@ from veneer.errors import VeneerError
 from veneer.files.safetensors import encode_tensors
 from veneer.formats import convert, peft
 from veneer.formats.card import CARD_FILE
+from veneer.formats.peft_config import FIELDS, IGNORED, UNSUPPORTED
 from veneer.formats.read import read
 from veneer.formats.structure import structure_of
 from veneer.formats.topology import families
@@ -172,13 +173,13 @@ VALUES = st.one_of(
 
 
 @fuzzing
-@given(CHANGES, st.dictionaries(st.integers(0, 60), VALUES, max_size=3), st.booleans(), texts)
+@given(CHANGES, st.dictionaries(st.integers(0, 200), VALUES, max_size=3), st.booleans(), texts)
 def test_a_peft_folder(tmp_path, folder, how, settings_, with_base, card):
     from veneer.files.safetensors import read_tensors
 
     tensors, metadata = read_tensors(folder / peft.TENSOR_FILE)
     config = json.loads((folder / peft.CONFIG_FILE).read_text())
-    names = sorted(config)
+    names = sorted({*config, *FIELDS, *IGNORED, *UNSUPPORTED, "a_new_key"})
     config |= {names[i % len(names)]: value for i, value in settings_.items()}
     try:
         chunks = encode_tensors(changed(tensors, how), metadata)

@@ -22,7 +22,7 @@ def command(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Check home, disk, compiler, extras, Hub and port. Exit code 1 on a problem.
+    """Check home, disk, compiler, extras and Hub. Exit code 1 on a problem.
 
     With --ops: show the processor's FLOP/s and memory bandwidth, and which implementation of each op runs and
     why."""
@@ -49,8 +49,6 @@ class _Check:
 
 _FOR_DEVELOPERS = {"dev", "browser", "peers", "drawings"}
 _LEAST_DISK = 2e9
-_PORT = 8000
-"""The port of `veneer serve` and `veneer studio`, unless --port names another."""
 
 
 def _checks() -> Iterator[_Check]:
@@ -76,7 +74,6 @@ def _checks() -> Iterator[_Check]:
     yield _Check("card", None, ", ".join(_cards()) or "none that torch can use; veneer uses the CPU")
     yield _extras()
     yield _hub()
-    yield _port()
 
 
 def _cards() -> list[str]:
@@ -129,12 +126,6 @@ def _hub() -> _Check:
     except OSError as error:
         text = f"{constants.ENDPOINT} is unreachable ({error.strerror or error}); built-in bases and folders work"
         return _Check("hub", None, text)
-
-
-def _port() -> _Check:
-    with socket.socket() as probe:
-        taken = probe.connect_ex(("127.0.0.1", _PORT)) == 0
-    return _Check("port", None, f"{_PORT} is {'in use: choose another with --port' if taken else 'free'}")
 
 
 def _check_lines(checks: list[_Check], bad: list[_Check]) -> list[str]:
