@@ -259,11 +259,6 @@ def test_a_full_disk_during_a_merge_leaves_no_files(capsys, base, made, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_help_shows_an_example(capsys):
-    for command in ("inspect", "verify", "merge"):
-        assert f"Example: veneer adapter {command}" in run(capsys, command, "--help")
-
-
 def test_an_adapter_of_everything_is_described(capsys, tmp_path):
     adapter = Adapter(linear_pairs(["a.q_proj"]).pairs, {"norm": {"weight": torch.ones(4)}}, card=Card(licence="mit"))
     peft.write_folder(adapter, tmp_path / "a")

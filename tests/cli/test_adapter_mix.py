@@ -43,12 +43,6 @@ def test_every_command_on_the_page_runs(here, capsys):
         assert ran.out.strip()
 
 
-@pytest.mark.parametrize("verb", ["mix", "resize", "extract", "diff", "strength"])
-def test_help_has_an_example(capsys, verb):
-    out = run(capsys, "adapter", verb, "--help").out
-    assert f"Example: veneer adapter {verb}" in out
-
-
 def test_json_is_one_object_with_the_errors(here, capsys):
     made = json.loads(run(capsys, "adapter", "mix", "runs/style:0.8", "runs/product:-0.5", "-o", "m", "--json").out)
     assert made["error"] < 1e-6

@@ -184,15 +184,6 @@ def test_grid_writes_a_sheet(capsys: Any, place: Path, folder: Path) -> None:
     assert "a sheet of several" in again.err
 
 
-def test_help_has_an_example_and_names_the_sheets(capsys: Any) -> None:
-    ran = run(capsys, "image", "--help")
-    assert ran.code == 0
-    assert "Example: veneer image" in ran.out
-    assert "veneer image grid" in ran.out
-    assert "steps=0-0.6" in ran.out
-    assert "Example: veneer image grid" in run(capsys, "image", "grid", "--help").out
-
-
 def test_prompt_can_be_the_word_grid(capsys: Any, place: Path, folder: Path) -> None:
     ran = run(capsys, "image", "--base", str(place), "--steps", "1", "-o", "a.png", "--", "grid")
     assert ran.code == 0, ran.err

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -141,17 +139,6 @@ def test_the_commands_of_the_docs_page_run(capsys: Any, adapters: list[Path], tm
             assert done.code == 0, f"{line}\n{done.err}"
             ran += 1
     assert ran >= 12
-
-
-def test_help_loads_no_database_and_shows_an_example(capsys: Any) -> None:
-    code = "import sys; from veneer.cli.main import main\n"
-    code += "try: main(['library', 'add', '--help'])\nexcept SystemExit: pass\n"
-    code += "assert not {'sqlalchemy', 'fsspec', 'torch', 'huggingface_hub'} & set(sys.modules)"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    names = ["add", "list", "show", "search", "tag", "untag", "alias", "mix", "remove", "verify", "gc", "pull", "push"]
-    for name in names:
-        assert f"Example: veneer library {name}" in run(capsys, "library", name, "--help").out
 
 
 def test_an_empty_list_explains_why(capsys: Any, adapters: list[Path]) -> None:

@@ -15,7 +15,10 @@ from typing import Annotated, Any
 
 import typer
 
+app = typer.Typer(add_completion=False)
 
+
+@app.command("doctor", epilog="Example: veneer doctor --ops")
 def command(
     ops: Annotated[
         bool, typer.Option("--ops", help="Show this machine's profile and which implementation of each op runs.")
