@@ -19,7 +19,7 @@ from veneer.serve.engine.admission import AdmittedRequest
 from veneer.serve.http.answers import IndexedEvent, TextJob, run
 from veneer.serve.http.service import Service
 from veneer.serve.http.text_bodies import limited, sampling_of
-from veneer.serve.http.tools import ToolUse, message_of_answer
+from veneer.serve.http.tools import ToolReader, ToolUse, message_of_answer
 from veneer.serve.principal import Principal
 from veneer.serve.request import Refused, Sampling, invalid, not_ready
 
@@ -60,7 +60,7 @@ async def chat_job(
         row: dict[str, Any] = {"messages": list(messages[:-1] if continued else messages)}
         if use.tools:
             row["tools"] = list(use.tools)
-        return lambda texts: keep(row, [message_of_answer(use, start + text) for text in texts])
+        return lambda texts: keep(row, [message_of_answer(ToolReader(use), start + text) for text in texts])
 
     keep, keep_shadow = keeping(model, id), None
     if keep is not None and model.shadow is not None and not isinstance(mix := model.shadow[1], Refused):

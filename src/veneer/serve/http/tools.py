@@ -162,9 +162,8 @@ class ToolReader:
         return ToolCall(self.calls - 1, name, text)
 
 
-def message_of_answer(use: ToolUse, text: str) -> dict[str, Any]:
+def message_of_answer(reader: ToolReader, text: str) -> dict[str, Any]:
     """The assistant's message of a whole answer: its content, and its calls if any."""
-    reader = ToolReader(use)
     pieces = [*reader.feed(text), *reader.end()]
     calls = [piece.to_dict() for piece in pieces if isinstance(piece, ToolCall)]
     content = "".join(piece for piece in pieces if isinstance(piece, str))

@@ -35,7 +35,7 @@ from veneer.serve.http.service import Service, admission_of, caller_of, service_
 from veneer.serve.http.sse import data
 from veneer.serve.http.text_bodies import ChatBody, CompletionBody, TextBody
 from veneer.serve.http.text_requests import chat_job
-from veneer.serve.http.tools import ToolCall, ToolReader, ToolUse, tool_use
+from veneer.serve.http.tools import ToolCall, ToolReader, ToolUse, message_of_answer, tool_use
 from veneer.serve.principal import Principal
 from veneer.serve.request import EngineEvent, Finished, Refused, Sampling, Started, Token, Usage, invalid
 
@@ -231,14 +231,9 @@ class _ChatFormat:
 
     def choice(self, i: int, answer: TextAnswer) -> dict[str, Any]:
         """The i-th whole answer."""
-        reader = self.readers[i]
-        pieces = [*reader.feed(answer.text), *reader.end()]
-        calls = [piece.to_dict() for piece in pieces if isinstance(piece, ToolCall)]
-        text = "".join(piece for piece in pieces if isinstance(piece, str))
-        content = None if calls and not text.strip() else text
-        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-        if calls:
-            message["tool_calls"] = calls
+        message = message_of_answer(self.readers[i], answer.text) | {"refusal": None}
+        if "tool_calls" in message and not message["content"].strip():
+            message["content"] = None
         logprobs = None if self.count is None else self.logprobs([t for t in answer.tokens if _is_visible(t)])
         return {"index": i, "message": message, "logprobs": logprobs, **self.ending(i, answer.finished)}
 
