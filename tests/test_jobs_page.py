@@ -50,7 +50,7 @@ def test_example_of_the_page_reaches_a_canary(
     """The page's commands and its configuration, on the tiny base; what waits is carried out as a worker's process
     does it."""
     monkeypatch.chdir(tmp_path)
-    by_hand, by_rule, by_alias = (yaml.safe_load(block) for block in blocks(PAGE, "yaml"))
+    by_hand, by_rule = (yaml.safe_load(block) for block in blocks(PAGE, "yaml"))
     small = small_config(tmp_path)
     (tmp_path / "rows.jsonl").rename(tmp_path / "tickets.jsonl")
     shutil.copy(tmp_path / "tickets.jsonl", tmp_path / "held-out.jsonl")
@@ -74,8 +74,7 @@ def test_example_of_the_page_reaches_a_canary(
     assert "evaluation   on 12 held-out rows: exact_match: base 0, acme/support@1 " in shown
     assert "route        acme/support@2 gets 0.1 of the users of support, acme/support@1 the others" in shown
     assert told[-2:] == ["support points to acme/support@2", "support points to acme/support@1"]
-    for section in (by_rule, by_alias):
-        parse_after(section["after"], tmp_path)
+    parse_after(by_rule["after"], tmp_path)
     (tmp_path / "wrong.yaml").write_text(
         yaml.safe_dump(given | {"after": {**by_rule["after"], "promote": {"metric": "exact_mach"}}})
     )

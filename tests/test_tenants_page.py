@@ -141,7 +141,7 @@ def test_page_names_every_admin_route(tmp_path: Path) -> None:
     tenants = Tenants(str(tmp_path / "t.sqlite"), admin_key=make_admin_key(), watch=False)
     routes = [route.path for route in admin_router(tenants, ToyCatalog()).routes if isinstance(route, APIRoute)]
     tenants.close()
-    assert len(routes) == 21
+    assert len(routes) == 20
     for path in routes:
         last = path.rsplit("/", 1)[-1].strip("{}")
         assert last in PAGE or last in ("tenant", "key"), f"{path} is not on the page"
