@@ -169,6 +169,7 @@ def serve(
         ),
         http=HttpSettings(
             max_tokens=more.max_tokens,
+            slots=max_batch,
             allowed_origins=tuple(allowed_origin or []),
             allowed_hosts=(host.lower(), *map(str.lower, more.allowed_hosts)),
             queue=more.queue,

@@ -74,6 +74,7 @@ class HttpSettings:
     stall: float = 60.0
     metric_adapters: int = 100
     shadows: int = 16
+    slots: int = 256
     allowed_origins: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
     quotas: QuotaLimits = field(default_factory=QuotaLimits)

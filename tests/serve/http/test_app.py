@@ -85,12 +85,23 @@ def test_adapters_beyond_the_cap_are_counted_as_other(text: ToyText) -> None:
     assert found["veneer:adapter_requests_total", "other,stop"] == 18
 
 
+def test_metrics_list_running_and_waiting_adapters(server: Live) -> None:
+    with server.client.stream(
+        "POST",
+        "/v1/completions",
+        json={"model": "sql", "prompt": "SLOW " + "x " * 30, "max_tokens": 60, "stream": True},
+    ) as slow:
+        answer = slow.iter_raw()  # kept: collecting the iterator closes the connection, which cancels the request
+        next(answer)
+        assert 'running_lora_adapters="sql"' in server.get("/metrics").text
+
+
 # -- tenants -----------------------------------------------------------------------------------------------------------
 
 
 def test_keys(text: ToyText) -> None:
     with live(ToyEngine(text), ToyCatalog(), ToyTenancy()) as server:
-        for path in ("/v1/chat/completions", "/generate", "/nothing"):
+        for path in ("/v1/chat/completions", "/generate", "/tokenize", "/nothing"):
             answer = server.post(path, {"nonsense": 1}, "wrong")
             assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer"), path
         assert server.client.get("/v1/models", headers={"x-api-key": "acme"}).status_code == 200
@@ -187,6 +198,8 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}]},
     "/v1/completions": {"prompt": "Hi"},
     "/generate": {"inputs": "Hi"},
+    "/tokenize": {"prompt": "Hi"},
+    "/detokenize": {"tokens": [5]},
     "/v1/load_lora_adapter": {"lora_name": "x", "lora_path": "lib/cat"},
 }
 
@@ -200,6 +213,8 @@ def test_no_value_of_any_key_makes_the_server_fail(text: ToyText, path: str) -> 
         "/v1/chat/completions": openai.ChatBody,
         "/v1/completions": openai.CompletionBody,
         "/generate": tgi.Parameters,
+        "/tokenize": vllm.Tokenize,
+        "/detokenize": vllm.Detokenize,
         "/v1/load_lora_adapter": vllm.Load,
     }
     model = models[path]
@@ -264,6 +279,7 @@ def test_the_openapi_description_is_complete(server: Live) -> None:
         "/v1/load_lora_adapter",
         "/generate",
         "/generate_stream",
+        "/tokenize",
         "/metrics",
         "/ready",
     ):

@@ -16,7 +16,10 @@ from veneer.serve.http.bodies import CHUNK, DEPTH, VALUES, count_values, read_js
 from veneer.serve.request import Refused
 from veneer.serve.settings import HttpSettings
 
-SURFACES = {"/v1/completions": "prompt", "/v1/chat/completions": "messages", "/generate": "inputs"}
+SURFACES = {
+    "/v1/completions": "prompt", "/v1/chat/completions": "messages", "/generate": "inputs",
+    "/tokenize": "prompt",
+}  # fmt: skip
 VALUE = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text('"\\[{,:a', max_size=6), inner, max_size=5),
@@ -108,6 +111,8 @@ def test_a_repeated_key_is_an_error(small: Live, path: str) -> None:
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], "tools": [1] * 60_000}),
         ("/generate", {"inputs": "Hi", "parameters": {"stop": [1] * 60_000}}),
         ("/generate", {"inputs": "Hi", "parameters": {"mix": [{"adapter": 1}] * 20_000}}),
+        ("/tokenize", {"messages": [{"role": "x"}] * 20_000}),
+        ("/detokenize", {"tokens": [-1] * 60_000}),
     ],
 )
 def test_only_a_few_errors_of_a_body_are_listed(small: Live, path: str, body: Any) -> None:
@@ -189,7 +194,7 @@ def test_errors_name_the_bodys_fields_and_no_internals(small: Live, path: str, b
     answer = sent(small, path, body if isinstance(body, bytes) else json.dumps(body).encode())
     assert answer.status_code in (400, 422)
     assert says in answer.text
-    assert not re.search(r"function-|list\[|=\w", answer.text), answer.text
+    assert not re.search(r"function-|list\[|=\w|did you mean 'adapter_id'", answer.text), answer.text
 
 
 def test_a_body_needs_the_json_content_type(small: Live) -> None:

@@ -28,7 +28,7 @@ from veneer.library.library import open_library
 from veneer.models.image.base import ImageBase, load_image
 from veneer.serve.pictures import engine as pictures
 from veneer.serve.pictures.engine import PictureEngine, PictureTurns
-from veneer.serve.pictures.request import FinishedPicture, PictureStep
+from veneer.serve.pictures.request import FinishedPicture, PictureStep, Queued
 from veneer.serve.request import Refused
 
 
@@ -107,6 +107,7 @@ def test_steps_are_reported(engine: PictureEngine) -> None:
     events: list[tuple[int, Any]] = []
     asyncio.run(collect(engine, ask(1, steps=8), ask(2, steps=8), on_event=lambda i, event: events.append((i, event))))
     own = [event for i, event in events if i == 0]
+    assert isinstance(own[0], Queued)
     assert [event.done for event in own if isinstance(event, PictureStep)] == list(range(1, 9))
 
 

@@ -208,6 +208,7 @@ async def _pump(
             async for event in events:
                 if isinstance(event, Started):
                     usages[i] = Usage(len(request.prompt), event.cached, 0)
+                    meter.started()
                 elif isinstance(event, Token):
                     usages[i] = replace(usages[i], completion=usages[i].completion + 1)
                     if meter is not None:

@@ -26,7 +26,7 @@ from veneer import __version__
 from veneer.ops.cpu.memory import give_back
 from veneer.serve.engine.admission import AdmittedRequest
 from veneer.serve.http.answers import ClientLeft
-from veneer.serve.http.bodies import BodyRoute, body_error, check_guarded
+from veneer.serve.http.bodies import BodyRoute, body_error, check_guarded, keys_of_bodies
 from veneer.serve.http.errors import Json, answer_error, as_refused
 from veneer.serve.http.guard import check_content_type, check_source, needs
 from veneer.serve.http.service import Service, client_key, service_of
@@ -250,7 +250,7 @@ def _add_error_handlers(app: FastAPI, surfaces: dict[str, str]) -> None:
         return respond(request, error)
 
     async def invalid_body(request: HttpRequest, error: Any) -> Response:
-        return respond(request, body_error(error.errors()))
+        return respond(request, body_error(error.errors(), keys_of_bodies(request.scope.get("endpoint"))))
 
     async def http(request: HttpRequest, error: Any) -> Response:
         path = request.scope["path"][:200]

@@ -9,7 +9,8 @@ bytes in memory. So values and depth are counted in the bytes (numpy, without th
 parsed in a thread. A duplicate key is an error.
 
 A key is a field, and applied; or in `ignored`, harmless, and listed in the response's `x-veneer-ignored`
-header; or in `refused`, where any value but null and a neutral one is an error; or unknown, an error.
+header; or in `refused`, where any value but null and a neutral one is an error; or unknown, an error with the
+nearest name.
 
 Validation work is bounded: an object has at most `KEYS` keys, a list has a bound (`at_most`) and stops at its
 first error, and of a union only the type that the value looks like is checked.
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import json
 import re
+import typing
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
@@ -30,7 +32,7 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
 
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, nearest
 from veneer.formats.strengths import split_strength
 from veneer.serve.http.guard import media_type, permissions_of, principal_of
 from veneer.serve.principal import Permission
@@ -317,15 +319,20 @@ def problem_text(where: str, problem: Mapping[str, Any]) -> str:
     return f"{where} {text}" if text.startswith(("must ", "is ")) else f"{where}: {text}"
 
 
-def body_error(errors: Iterable[Mapping[str, Any]]) -> Refused:
-    """Combine pydantic's errors into one error."""
+def body_error(errors: Iterable[Mapping[str, Any]], known_keys: Iterable[str]) -> Refused:
+    """Combine pydantic's errors into one error.
+
+    `known_keys`: the body's keys, to suggest the nearest name for an unknown key.
+    """
     problems = list(errors)
     texts: list[str] = []
+    names = list(known_keys)
     for problem in problems[:5]:
         inside = problem["loc"][problem["loc"][:1] in (("body",), ("query",)) :]
         where = ".".join(str(part) for part in inside if not str(part).startswith("="))
         if problem["type"] == "extra_forbidden":
-            texts.append(f"unknown key {where!r}")
+            suggestions = [name for name in nearest(str(problem["loc"][-1]), names, n=1) if name != where]
+            texts.append(f"unknown key {where!r}" + (f", did you mean {suggestions[0]!r}?" if suggestions else ""))
         elif problem["type"] == "missing" and not where:
             texts.append("the request has no body: a JSON object is expected")
         elif not where and isinstance(problem.get("input"), bytes):
@@ -338,3 +345,23 @@ def body_error(errors: Iterable[Mapping[str, Any]]) -> Refused:
         texts.append(f"and {len(problems) - 5} more")
     first = next((str(part) for p in problems for part in p["loc"][1:2] if isinstance(part, str)), None)
     return invalid("; ".join(dict.fromkeys(texts)) or "the body is not valid", first)
+
+
+def keys_of_bodies(endpoint: Any) -> list[str]:
+    """Every key that a route's body can have, to suggest the nearest name."""
+    try:
+        kinds = typing.get_type_hints(endpoint).values()
+    except (NameError, TypeError):
+        return []
+    return sorted(set(_keys(k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel))))
+
+
+def _keys(models: Iterable[type[BaseModel]]) -> Iterable[str]:
+    for model in models:
+        for name, field in model.model_fields.items():
+            yield field.alias or name
+            inner = field.annotation
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                yield from _keys([inner])
+        if issubclass(model, Body):
+            yield from (*model.ignored, *model.refused)

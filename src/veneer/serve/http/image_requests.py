@@ -127,6 +127,10 @@ Data = bytes | str
 """An image: an uploaded file's bytes; in JSON, base64 or a data: URL."""
 
 
+class ImageReference(Strict):
+    image_url: str
+
+
 class ControlBody(Strict):
     """A control image. `begin`, `end`: fractions of the steps in which it is active."""
 
@@ -170,12 +174,24 @@ class ImageBody(Strict):
 class EditBody(ImageBody):
     """A request to edit images.
 
-    `denoise`: how far to move from the image, the fraction of steps taken.
+    `image`, or OpenAI's JSON form `images`; `pictures` has both, `mask_data` the mask in either form.
+    `denoise`: how far to move from the image, the fraction of steps taken. `input_fidelity`: OpenAI's effort
+    to preserve the input; an editing base always uses all of it.
     """
 
     image: Annotated[list[Data], FAIL_FAST, at_most(64), BeforeValidator(_as_list)] = Field(default_factory=list)
-    mask: Data | None = None
+    images: Annotated[list[ImageReference], FAIL_FAST, at_most(64)] = Field(default_factory=list)
+    mask: Annotated[Data | ImageReference | None, BeforeValidator(_json)] = None
     denoise: float | None = Field(None, gt=0, le=1)
+    input_fidelity: Literal["low", "high"] | None = None
+
+    @property
+    def pictures(self) -> list[Data]:
+        return [*self.image, *(reference.image_url for reference in self.images)]
+
+    @property
+    def mask_data(self) -> Data | None:
+        return self.mask.image_url if isinstance(self.mask, ImageReference) else self.mask
 
 
 def checked_image_body(kind: type[ImageBody], fields: dict[str, Any], most: int) -> ImageBody:
@@ -187,7 +203,8 @@ def checked_image_body(kind: type[ImageBody], fields: dict[str, Any], most: int)
         body = kind.model_validate({key: value for key, value in fields.items() if value is not None})
     except ValidationError as error:
         problems = error.errors(include_url=False, include_input=False)
-        raise body_error([{**p, "loc": ("body", *p["loc"])} for p in problems]) from error
+        names = [*kind.model_fields, *PictureMixPart.model_fields, *ControlBody.model_fields]
+        raise body_error([{**p, "loc": ("body", *p["loc"])} for p in problems], names) from error
     if body.n > most:
         raise invalid(f"n is {body.n}", "n", f"at most {most}")
     if body.output_compression not in (None, 100) and body.kind == "png":
@@ -226,6 +243,25 @@ def _merged(items: Sequence[tuple[str, Data]]) -> dict[str, Any]:
         else:
             out[name] = value
     return out
+
+
+def described_body(kind: type[ImageBody]) -> dict[str, Any]:
+    """A route's body for /openapi.json.
+
+    FastAPI cannot describe a body that is JSON or a form.
+    """
+    schema = kind.model_json_schema()
+    defined = schema.pop("$defs", {})
+
+    def inlined(part: Any) -> Any:
+        if isinstance(part, dict):
+            named = str(part.get("$ref", "")).rpartition("/")[2]
+            return inlined(defined[named]) if named else {key: inlined(value) for key, value in part.items()}
+        return [inlined(value) for value in part] if isinstance(part, list) else part
+
+    content = {"schema": inlined(schema)}
+    kinds = ("application/json", "multipart/form-data")
+    return {"requestBody": {"required": True, "content": dict.fromkeys(kinds, content)}}
 
 
 # -- running -----------------------------------------------------------------------------------------------------------
@@ -294,6 +330,7 @@ async def _run(
                 async for i, event in events:
                     if isinstance(event, PictureStep):
                         usages[i] = replace(usages[i], completion=round(positions * event.done / event.total))
+                        meters[i].started()
                     elif isinstance(event, FinishedPicture):
                         usages[i], reasons[i] = event.usage, "stop"
                         if reasons.count("stop") == len(reasons):  # before the last image is sent
@@ -397,11 +434,11 @@ def _planned(
         factors=resolved,
         labels=labels,
         inputs={
-            "image": sent.record(edit.image[0]) if edit and image else None,
-            "mask": sent.record(edit.mask) if edit and edit.mask is not None else None,
+            "image": sent.record(edit.pictures[0]) if edit and image else None,
+            "mask": sent.record(edit.mask_data) if edit and edit.mask_data is not None else None,
             "controls": control_records,
         }
-        | ({"references": [sent.record(picture) for picture in edit.image]} if edit and sources else {}),
+        | ({"references": [sent.record(picture) for picture in edit.pictures]} if edit and sources else {}),
         tenant=principal.tenant,
         weight=principal.weight,
     )
@@ -451,8 +488,8 @@ def _check_edit(base: ImageBase, body: EditBody) -> None:
         raise invalid(message, "denoise", "leave it out; use adapter strengths")
     if body.mask is None and body.control:
         raise invalid("edits and controls cannot be combined", "control", "leave one out")
-    if body.mask is None and len(body.image) > base.references:
-        message = f"{len(body.image)} images: {base.row.label} accepts at most {base.references}"
+    if body.mask is None and len(body.pictures) > base.references:
+        message = f"{len(body.pictures)} images: {base.row.label} accepts at most {base.references}"
         raise invalid(message, "image", "send fewer, or combine images into one")
 
 
@@ -473,12 +510,16 @@ class _Sent:
         White in the mask is regenerated. Without a mask, an editing base gets all images as sources, and
         starts from none.
         """
-        images, mask = body.image, body.mask
+        images, mask = body.pictures, body.mask_data
         several = bool(base.references) and mask is None
         if not images:
             raise invalid("there is no image to edit", "image", "send one")
         if base.references:
             _check_edit(base, body)
+        if body.input_fidelity == "high" and not several:
+            hint = "denoise sets how close the result stays to the image"
+            message = f"input_fidelity high needs reference images of an editing base; here {hint}"
+            raise invalid(message, "input_fidelity", "leave it out; use a smaller denoise")
         if len(images) > 1 and not several:
             further = "; further ones can be controls" if base.row.control else ", or leave the mask out"
             raise invalid(f"{len(images)} images", "image", f"send one{further}")

@@ -7,6 +7,7 @@ requests with several adapters as "mix". So the number of series is bounded.
 from __future__ import annotations
 
 import time
+from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -73,6 +74,7 @@ class Metrics:
         self.registry = registry = CollectorRegistry()
         self.limit, self._named = adapters, set[str]()
         self.labels = (model, "0")
+        self.running, self.waiting = Tally[str](), Tally[str]()
         registry.register(_Engine(self, stats, ledger))
         self.histograms = {
             name: Histogram(name, text, _ENGINE, registry=registry, buckets=buckets).labels(*self.labels)
@@ -126,6 +128,11 @@ class Meter:
         self.arrived = self.last = time.perf_counter()
         self.first: float | None = None
         self.tokens = 0
+        self._state = metrics.waiting
+        self._state[self.adapter] += 1
+
+    def started(self) -> None:
+        self._move(self.metrics.running)
 
     def token(self) -> None:
         now = time.perf_counter()
@@ -140,6 +147,7 @@ class Meter:
 
     def end(self, reason: str, usage: Usage) -> None:
         metrics = self.metrics
+        self._move(Tally())
         metrics.ended.labels(*metrics.labels, reason).inc()
         metrics.answers.labels(self.adapter, reason).inc()
         metrics.prompts.labels(self.adapter).inc(usage.prompt)
@@ -158,6 +166,13 @@ class Meter:
             observed[_PER_TOKEN] = (self.last - self.first) / (self.tokens - 1)
         for name, value in observed.items():
             metrics.histograms[name].observe(value)
+
+    def _move(self, state: Tally[str]) -> None:
+        if self._state is not state:
+            self._state[self.adapter] -= 1
+            self._state += Tally()  # drops zeros
+            self._state = state
+            state[self.adapter] += 1
 
 
 class _Engine(Collector):
@@ -182,3 +197,11 @@ class _Engine(Collector):
                 metric = family(name, text, labels=_ENGINE)
                 metric.add_metric(self.metrics.labels, float(getattr(values, attribute)))
                 yield metric
+        # Read by LoRA-aware routers: comma-joined names of running and waiting adapters; the value is the
+        # time.
+        labels = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
+        info = GaugeMetricFamily("vllm:lora_requests_info", "Running and waiting adapters.", labels=labels)
+        hidden = {self.metrics.labels[0], "other", "mix"}
+        names = [",".join(sorted(set(tally) - hidden)) for tally in (self.metrics.running, self.metrics.waiting)]
+        info.add_metric(("0", *names), time.time())
+        yield info

@@ -249,12 +249,7 @@ class ChatBody(TextBody):
         """The template's variables besides messages and tools."""
         if self.continue_final_message and self.messages[-1].role != "assistant":
             raise invalid("the last message is not the assistant's", "continue_final_message")
-        variables = dict(self.chat_template_kwargs or {})
-        if self.continue_final_message:
-            variables["continue_final_message"] = True
-        if self.continue_final_message or not self.add_generation_prompt:
-            variables["add_generation_prompt"] = False
-        return variables
+        return template_variables(self.chat_template_kwargs, self.add_generation_prompt, self.continue_final_message)
 
 
 class CompletionBody(TextBody):
@@ -278,6 +273,18 @@ class CompletionBody(TextBody):
         if len(prompts) * (self.n or 1) > most:
             raise invalid(f"{len(prompts)} prompts with {self.n} answers each", "n", f"at most {most} answers")
         return prompts
+
+
+def template_variables(
+    kwargs: dict[str, Any] | None, add_generation_prompt: bool, continue_final_message: bool
+) -> dict[str, Any]:
+    """The chat template's variables besides messages and tools, from a body's keys."""
+    variables = dict(kwargs or {})
+    if continue_final_message:
+        variables["continue_final_message"] = True
+    if continue_final_message or not add_generation_prompt:
+        variables["add_generation_prompt"] = False
+    return variables
 
 
 # -- conversion --------------------------------------------------------------------------------------------------------

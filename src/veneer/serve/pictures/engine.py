@@ -1,7 +1,7 @@
 """Image engine: batches image requests of many callers through one image base.
 
     events([request, …]) -> check, lease adapters -> queue -> fairest batch -> attach, denoise, watch
-                         -> PictureStep …, FinishedPicture for each
+                         -> Queued, PictureStep …, FinishedPicture for each
 
 Images with the same settings are denoised together, each with its own mix and noise, so no image depends on
 its batch. One thread denoises; nothing else touches the base or its attachment. Independent of HTTP.
@@ -33,6 +33,7 @@ from veneer.serve.pictures.request import (
     PictureEvent,
     PictureRequest,
     PictureStep,
+    Queued,
     picture_error,
 )
 from veneer.serve.request import DigestMix, Engine, EngineStats, Refused, Usage, invalid, make_mix, shutting_down
@@ -139,9 +140,10 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
     async def events(self, requests: Sequence[PictureRequest]) -> AsyncGenerator[tuple[int, PictureEvent], None]:
         """Generate images; yields (request index, event).
 
-        Steps, then FinishedPicture as each request's last event. All requests are accepted or none. Closing
-        the iterator cancels them: waiting images leave the queue, and an abandoned batch ends at its next
-        step. Raises Refused, before the first event if possible; the first failure ends all.
+        Queued for each request, then steps. FinishedPicture is each request's last event. All
+        requests are accepted or none. Closing the iterator cancels them: waiting images leave the queue, and
+        an abandoned batch ends at its next step. Raises Refused, before the first event if possible; the
+        first failure ends all.
         """
         self._refuse_beyond(len(requests))
         await asyncio.to_thread(self._check, requests)
@@ -153,7 +155,9 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         try:
             if requests[0].factors:
                 jobs[0].notes = await asyncio.to_thread(self._without_effect, requests[0], adapters)
-            self._submit(jobs)
+            ahead = self._submit(jobs)
+            for job in jobs:
+                yield job.index, Queued(ahead + job.index)
             left = len(jobs)
             while left:
                 index, event = await inbox.get()
@@ -326,13 +330,16 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
                 fix="try again later",
             )
 
-    def _submit(self, jobs: Sequence[_Job]) -> None:
+    def _submit(self, jobs: Sequence[_Job]) -> int:
+        """Queue jobs; returns how many images are ahead."""
         with self._wake:
             self._refuse_beyond(len(jobs))
+            ahead = len(self._waiting) + len(self._running)
             for job in jobs:
                 self._turns.enter(job.request.tenant, {waiting.request.tenant for waiting in self._waiting})
                 self._waiting.append(job)
             self._wake.notify_all()
+        return ahead
 
     def _leave(self, jobs: Sequence[_Job]) -> None:
         with self._wake:

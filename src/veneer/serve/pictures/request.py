@@ -1,7 +1,7 @@
 """The requests and events of the image engine, as `serve.request` for text.
 
 surface -> PictureRequest -> PictureEngine
-        -> PictureStep …, FinishedPicture -> surface
+        -> Queued, PictureStep …, FinishedPicture -> surface
 """
 
 from __future__ import annotations
@@ -65,6 +65,13 @@ class PictureRequest:
 
 
 @dataclass(frozen=True)
+class Queued:
+    """The request is queued. `ahead`: images waiting or running."""
+
+    ahead: int
+
+
+@dataclass(frozen=True)
 class PictureStep:
     done: int
     total: int
@@ -84,7 +91,7 @@ class FinishedPicture:
     notes: tuple[str, ...] = ()
 
 
-PictureEvent = PictureStep | FinishedPicture
+PictureEvent = Queued | PictureStep | FinishedPicture
 
 
 def picture_error(error: BaseException) -> Refused:

@@ -210,7 +210,7 @@ def test_an_edit_changes_what_the_mask_opens(client: openai.OpenAI, url: str) ->
     assert levels(made.crop((0, 0, SIZE // 2, SIZE)), given.crop((0, 0, SIZE // 2, SIZE))) > 8
     assert "Denoising strength: 1" in made.info["parameters"]
     assert found.usage.input_tokens_details.image_tokens == 16
-    body = more | {"prompt": "a red cat", "image": f"data:image/png;base64,{b64(given)}"}
+    body = more | {"prompt": "a red cat", "images": [{"image_url": f"data:image/png;base64,{b64(given)}"}]}
     as_json = httpx.post(f"{url}/v1/images/edits", json=body | {"mask": b64(mask)}).json()
     assert levels(picture(as_json["data"][0]["b64_json"]), made) == 0
     white = mask.getchannel("A").point(lambda a: 255 - a)
@@ -223,6 +223,7 @@ def test_an_edit_without_a_mask_starts_from_the_picture(client: openai.OpenAI) -
         image=[("in.jpg", file_of(noise(2 * SIZE, SIZE), "JPEG"))],
         prompt="a cat",
         stream=True,
+        input_fidelity="low",
         extra_body={"denoise": 0.5, "seed": 1},
     ) as stream:
         events: list[Any] = list(stream)
@@ -258,7 +259,9 @@ def test_an_editing_base_edits_like_veneer_image(family: str, tmp_path_factory: 
     ):
         size, more = f"{2 * SIZE}x{2 * SIZE}", FEW | guidance
         files = [("in.png", file_of(image)) for image in given]
-        found = client.images.edit(model="brand", image=files, prompt="make it red", n=2, size=size, extra_body=more)
+        found = client.images.edit(
+            model="brand", image=files, prompt="make it red", n=2, size=size, input_fidelity="high", extra_body=more
+        )
 
         def post(route: str, body: dict[str, Any]) -> httpx.Response:
             return httpx.post(f"{url}/v1/images/{route}", json=body, timeout=120)
@@ -275,6 +278,7 @@ def test_an_editing_base_edits_like_veneer_image(family: str, tmp_path_factory: 
                 {"image": b64(noise(90, 2))},
                 {"control": [{"type": "canny", "image": b64(noise())}]},
                 {"mask": b64(left_open()), "image": body["image"][:1] * 2},
+                {"mask": b64(left_open()), "image": body["image"][:1], "input_fidelity": "high"},
             )
         ]
     with ImagePipeline(base) as mixer:
@@ -296,6 +300,7 @@ def test_an_editing_base_edits_like_veneer_image(family: str, tmp_path_factory: 
     assert "the image has 90×2 pixels" in refused[3]
     assert "controls cannot be combined" in refused[4]
     assert "leave the mask out" in refused[5] if family == "klein" else "accepts no mask" in refused[5]
+    assert "denoise sets how close" in refused[6] if family == "klein" else "accepts no mask" in refused[6]
     assert (family == "klein") != ("edits images" in str(drawn["data"][0].get("notes")))
 
 
@@ -399,6 +404,21 @@ def test_options_without_effect_are_reported_in_notes(client: openai.OpenAI) -> 
     assert "brand: steps=0.7-1 holds none of the 3 steps taken: it has no effect" in notes
 
 
+def test_the_description_has_the_bodies(url: str) -> None:
+    paths = httpx.get(f"{url}/openapi.json").json()["paths"]
+    for path, key in (("generations", "mix"), ("edits", "mask")):
+        content = paths[f"/v1/images/{path}"]["post"]["requestBody"]["content"]
+        assert set(content) == {"application/json", "multipart/form-data"}
+        schema = content["application/json"]["schema"]
+        assert key in schema["properties"]
+        assert "$ref" not in json.dumps(schema)
+        part = next(kind for kind in schema["properties"]["mix"]["anyOf"] if "items" in kind)["items"]
+        assert set(part["properties"]) == {"adapter", "strength", "blocks", "steps", "campaign"}
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
 def bomb(width: int, height: int) -> str:
     """A small PNG whose header gives a large size."""
     chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
@@ -422,6 +442,7 @@ WRONG_FACTORS: list[tuple[dict[str, Any], str]] = [
     ({"steps": [[0, 0.6], [0.5, 1]]}, "overlap at 0.5"),
     ({"steps": "0-0.6"}, "valid list"),
     ({"steps": [[0, 1]] * 65}, "at most 64"),
+    ({"stpes": [[0, 1]]}, "did you mean 'steps'"),
     ({"campaign": "lense"}, "did you mean lens?"),
     ({"campaign": ""}, "at least 1"),
     ({"campaign": "lens", "steps": [[0, 1]]}, "sets blocks and steps"),
@@ -434,6 +455,7 @@ GENERATE: list[tuple[dict[str, Any], int, str, str]] = [
     ({"model": "brand", "mix": ["look"]}, 400, "invalid_request", "model, mix"),
     ({"mix": [{"adapter": "brand", "path": "/etc"}]}, 400, "invalid_request", "unknown key 'mix.0.path'"),
     ({"mix": {"brand": 1}}, 400, "invalid_request", "unknown key 'mix.0.brand'"),
+    ({"mix": [{"adapter": "brand", "strenght": 1}]}, 400, "invalid_request", "did you mean 'strength'"),
     *(({"mix": [{"adapter": "brand"} | wrong]}, 400, "invalid_request", said) for wrong, said in WRONG_FACTORS),
     ({"mix": [{"strength": 1}]}, 400, "invalid_request", "mix.0.adapter"),
     ({"mix": ["brand@double=x"]}, 400, "invalid_request", "'x' is not a strength"),
@@ -442,7 +464,7 @@ GENERATE: list[tuple[dict[str, Any], int, str, str]] = [
     ({"mix": ["brand@double=0", "tiny:brand:0.5"]}, 400, "invalid_request", "named twice with different blocks, steps"),
     ({"mix": ["brand@campaign=lens", "look@campaign=lens"]}, 400, "invalid_request", "given twice: brand, look"),
     ({"mix": 7}, 400, "invalid_request", "mix must be a valid list"),
-    ({"guidence_scale": 1}, 400, "invalid_request", "unknown key 'guidence_scale'"),
+    ({"guidence_scale": 1}, 400, "invalid_request", "did you mean 'guidance_scale'"),
     ({"prompt": ""}, 400, "invalid_request", "prompt"),
     ({"n": 11}, 400, "invalid_request", "at most 10"),
     ({"size": "33x32"}, 400, "invalid_request", "multiples of"),
@@ -487,6 +509,8 @@ EDIT: list[tuple[dict[str, Any], str]] = [
     ({"image": b64(noise()), "mask": b64(Image.new("RGBA", (SIZE, SIZE), "black"))}, "selects nothing"),
     ({"image": b64(noise()), "mask": b64(left_open().resize((SIZE, 2 * SIZE)))}, "another proportion"),
     ({"image": b64(noise()), "denoise": 2}, "denoise"),
+    ({"image": b64(noise()), "input_fidelity": "high"}, "denoise sets how close"),
+    ({"image": b64(noise()), "input_fidelity": "hgih"}, "input_fidelity"),
     ({"image": b64(noise()), "size": "64x32"}, "another proportion"),
 ]
 

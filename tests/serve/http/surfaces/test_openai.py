@@ -373,7 +373,7 @@ def test_completions_stream_with_several_prompts(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
-        ({"temprature": 1}, "unknown key 'temprature'"),
+        ({"temprature": 1}, "unknown key 'temprature', did you mean 'temperature'"),
         ({"messages": [{"role": "user", "content": "x", "extra": 1}]}, "unknown key"),
         ({"temperature": -1}, "temperature must be greater than or equal to 0"),
         ({"temperature": 9}, "temperature must be less than or equal to 2"),
@@ -422,7 +422,7 @@ def test_bad_requests(server: Live, extra: Any, words: str) -> None:
 
 @pytest.mark.parametrize("body", [b"{", b"[]", b"null", b'"x"', b"\xff", b"[" * 100_000, b'{"model": NaN}', b""])
 def test_malformed_bodies_are_refused(server: Live, body: bytes) -> None:
-    for path in ("/v1/chat/completions", "/generate"):
+    for path in ("/v1/chat/completions", "/generate", "/tokenize"):
         answer = server.client.post(path, content=body, headers={"content-type": "application/json"})
         assert answer.status_code in (400, 422), (path, answer.text)
         assert "error" in answer.json()

@@ -14,13 +14,14 @@ def generate(server: Live, inputs: str = "Hi", **parameters: Any) -> Any:
 
 
 def test_generate(server: Live) -> None:
-    found = generate(server, adapter_id="sql").json()
+    found = generate(server, adapter_id="sql", top_n_tokens=2).json()
     assert found["generated_text"] == "[d-sql*1] Hi"
     details = found["details"]
     assert details["finish_reason"] == "eos_token"
     assert details["generated_tokens"] == len(details["tokens"])
     assert set(details["tokens"][0]) == {"id", "text", "logprob", "special"}
     assert details["tokens"][-1]["special"] is True
+    assert [len(top) for top in details["top_tokens"][:-1]] == [2] * (len(details["tokens"]) - 1)
     assert details["prefill"] == []
     assert "details" not in generate(server, details=False).json()
     assert server.engine.seen[0].sampling.temperature == 0
@@ -49,11 +50,12 @@ def test_a_mix_is_a_list(server: Live) -> None:
 
 
 def test_the_stream(server: Live) -> None:
-    body = {"inputs": "one two three", "parameters": {"max_new_tokens": 60, "seed": 5}}
+    body = {"inputs": "one two three", "parameters": {"max_new_tokens": 60, "seed": 5, "top_n_tokens": 1}}
     events = server.events("/generate_stream", body)
     assert [e["index"] for e in events] == list(range(1, len(events) + 1))
     assert "".join(e["token"]["text"] for e in events) == "[base] one two three"
     assert all(e["generated_text"] is None and e["details"] is None for e in events[:-1])
+    assert all(len(e["top_tokens"]) == 1 for e in events[:-1])
     last = events[-1]
     assert last["generated_text"] == "[base] one two three"
     assert last["token"]["special"] is True
@@ -93,7 +95,6 @@ def test_statuses(server: Live) -> None:
         {"watermark": True},
         {"truncate": 10},
         {"best_of": 2},
-        {"top_n_tokens": 2},
         {"stop": ["x"] * 20},
         {"adapter_source": "hub"},
         {"api_token": "secret"},
@@ -102,6 +103,9 @@ def test_statuses(server: Live) -> None:
     ):
         answer = server.post("/generate", {"inputs": "Hi", "parameters": parameters})
         assert (answer.status_code, answer.json()["error_type"]) == (422, "validation"), parameters
+    assert (
+        "did you mean 'temperature'" in server.post("/generate", {"inputs": "x", "parameters": {"tempature": 1}}).text
+    )
     assert server.post("/generate", {"inputs": ""}).status_code == 422
     assert server.post("/generate", {}).status_code == 422
     failed = generate(server, "FAIL now please")
@@ -134,3 +138,8 @@ def test_full_text_and_grammar(server: Live) -> None:
 def test_the_root_accepts_streamed_and_whole_requests(server: Live) -> None:
     assert server.post("/", {"inputs": "Hi"}).json()[0]["generated_text"] == "[base] Hi"
     assert server.events("/", {"inputs": "Hi", "stream": True})[-1]["generated_text"] == "[base] Hi"
+
+
+def test_info(server: Live) -> None:
+    found = server.get("/info").json()
+    assert (found["model_id"], found["max_total_tokens"], found["max_input_tokens"]) == ("toy", 512, 511)

@@ -1,4 +1,4 @@
-"""vLLM's and SGLang's own tests of adapters that come and go, as black boxes; version."""
+"""vLLM's and SGLang's own tests of adapters that come and go, as black boxes; tokens; version."""
 
 from __future__ import annotations
 
@@ -117,6 +117,23 @@ def test_sglang_update_script(server: Live) -> None:
     assert say(server, "toy", lora_path="cat").status_code == 404
     assert step("/unload_lora_adapter", {"lora_name": "cat"}, 400)["error_message"]
     assert step("/load_lora_adapter", {"lora_name": "x"}, 400)["success"] is False
+
+
+def test_tokenize_and_detokenize(server: Live) -> None:
+    tokenizer = server.engine.text.tokenizer
+    ids = tokenizer.encode("Hi 🎉", add_special_tokens=False)
+    found = server.post("/tokenize", {"model": "sql", "prompt": "Hi 🎉", "return_token_strs": True}).json()
+    assert (found["tokens"], found["count"], found["max_model_len"]) == (ids, len(ids), 512)
+    assert len(found["token_strs"]) == len(ids)
+    chat = server.post("/tokenize", {"messages": [{"role": "user", "content": "Hi"}]}).json()
+    assert tokenizer.decode(chat["tokens"]) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    chat = server.post("/tokenize", {"messages": [{"role": "user", "content": "Hi"}], "add_generation_prompt": False})
+    assert tokenizer.decode(chat.json()["tokens"]) == "<|im_start|>user\nHi<|im_end|>\n"
+    assert server.post("/detokenize", {"tokens": ids}).json() == {"prompt": "Hi 🎉"}
+    assert server.post("/tokenize", {"prompt": "x", "model": "nobody"}).status_code == 404
+    assert server.post("/tokenize", {}).status_code == 400
+    assert server.post("/tokenize", {"prompt": "x", "messages": [{"role": "user", "content": "y"}]}).status_code == 400
+    assert server.post("/detokenize", {"tokens": [10**6]}).status_code == 400
 
 
 def test_version(server: Live) -> None:

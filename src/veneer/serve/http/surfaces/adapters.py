@@ -65,6 +65,12 @@ _THREADS = 2
 """Threads that read, convert and hash adapters."""
 _LINES, _ITEMS = 40, 500
 """Maximum lines of a file's error, and maximum items of any list in a report."""
+_BYTES = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
 
 
 class AdapterQuery(BaseModel):
@@ -141,6 +147,7 @@ def adapter_routes(library: Library, stage: UploadStage, tenancy: Tenancy) -> AP
         "/v1/adapters",
         dependencies=[needs("write")],
         summary="Add the posted file to the library under a name.",
+        openapi_extra=_BYTES,
     )
     async def add(
         request: HttpRequest,
@@ -218,7 +225,7 @@ def adapter_routes(library: Library, stage: UploadStage, tenancy: Tenancy) -> AP
             request, path, version.size, stem, to, service_of(request).catalog.base if same_base else base
         )
 
-    @router.post("/v1/adapter_inspections", summary="Report on the posted file.")
+    @router.post("/v1/adapter_inspections", summary="Report on the posted file.", openapi_extra=_BYTES)
     async def inspect(request: HttpRequest, filename: _Word = "adapter.safetensors") -> Response:
         async with posted(request, filename) as staged:
             report = await worked(caller_of(request), staged.size, lambda: staged_report(staged))

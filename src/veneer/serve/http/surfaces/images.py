@@ -38,6 +38,7 @@ from veneer.serve.http.image_requests import (
     IndexedPicture,
     ask_pictures,
     checked_image_body,
+    described_body,
     image_fields,
 )
 from veneer.serve.http.service import caller_of, service_of
@@ -52,7 +53,9 @@ _QUALITY = {"auto": "medium", "standard": "medium", "hd": "high"}
 # -- the two routes ----------------------------------------------------------------------------------------------------
 
 
-@images_routes.post("/v1/images/generations", summary="Generate images from a prompt.")
+@images_routes.post(
+    "/v1/images/generations", summary="Generate images from a prompt.", openapi_extra=described_body(ImageBody)
+)
 async def generations(request: HttpRequest) -> Response:
     return await _answered(request, ImageBody, "image_generation")
 
@@ -60,6 +63,7 @@ async def generations(request: HttpRequest) -> Response:
 @images_routes.post(
     "/v1/images/edits",
     summary="Edit images by a prompt, or generate from an image, in its mask or everywhere.",
+    openapi_extra=described_body(EditBody),
 )
 async def edits(request: HttpRequest) -> Response:
     return await _answered(request, EditBody, "image_edit")

@@ -1,4 +1,4 @@
-"""TGI's and LoRAX's routes: /generate, /generate_stream.
+"""TGI's and LoRAX's routes: /generate, /generate_stream, /info.
 
 `adapter_id` names one adapter, `mix` several. TGI serves the base for an unknown adapter_id; here that is
 404.
@@ -16,6 +16,7 @@ from pydantic import Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from veneer import __version__
 from veneer.serve.http.answers import IndexedEvent, OpenStream, TextAnswer, TextJob, collect, finite_logprob, stream
 from veneer.serve.http.bodies import FAIL_FAST, ITEMS, Body, BodyRoute, MixField, Strict, at_most, mix_of, unsupported
 from veneer.serve.http.errors import Json, error_body
@@ -47,7 +48,6 @@ class Parameters(Body):
         "adapter_source": "local",
         "typical_p": 1.0,
         "return_k_alternatives": 0,
-        "top_n_tokens": 0,
         "best_of": 1,
     }
     adapter_id: str | None = Field(default=None, max_length=512)
@@ -64,6 +64,7 @@ class Parameters(Body):
     stop: Annotated[list[str], FAIL_FAST, at_most(ITEMS)] | None = None
     details: bool | None = True
     seed: Seed | None = None
+    top_n_tokens: int | None = Field(default=None, ge=0, le=20)
     grammar: Grammar | None = None
 
 
@@ -98,6 +99,29 @@ async def compatible(request: HttpRequest, body: Generate) -> Response:
     return await generate_stream(request, body) if body.stream else Json([await _whole(request, body)])
 
 
+@tgi_routes.get("/info", summary="Get the server's model and limits.")
+async def info(request: HttpRequest) -> Response:
+    service = service_of(request)
+    return Json(
+        {
+            "model_id": service.catalog.base,
+            "model_sha": None,
+            "model_pipeline_tag": "text-generation",
+            "max_concurrent_requests": service.settings.slots,
+            "max_best_of": 1,
+            "max_stop_sequences": service.settings.max_stops,
+            "max_input_tokens": service.prompts.context - 1,
+            "max_total_tokens": service.prompts.context,
+            "validation_workers": 1,
+            "max_client_batch_size": 1,
+            "router": "veneer",
+            "version": __version__,
+            "sha": None,
+            "docker_label": None,
+        }
+    )
+
+
 async def _job(request: HttpRequest, service: Service, body: Generate) -> TextJob:
     parameters, principal = body.parameters, caller_of(request)
     model = service.choose(principal, model=parameters.adapter_id, mix=mix_of(parameters.mix))
@@ -122,7 +146,7 @@ async def _job(request: HttpRequest, service: Service, body: Generate) -> TextJo
         seed=parameters.seed,
         stop=stops_of(parameters.stop, service.settings.max_stops),
         ignore_eos=parameters.ignore_eos_token,
-        logprobs=0,
+        logprobs=parameters.top_n_tokens or 0,
         grammar=None if parameters.grammar is None else parameters.grammar.spec(),
     )
     return TextJob(principal, model, [prompt], settings, id=f"gen-{request.scope['veneer.id']}")
@@ -149,9 +173,23 @@ def _token(service: Service, token: Token, text: str | None = None) -> dict[str,
     return {"id": token.id, "text": text, "logprob": finite_logprob(token.logprob), "special": token.special}
 
 
+def _tops(service: Service, token: Token, count: int | None) -> list[dict[str, Any]]:
+    best = sorted(token.top, key=lambda t: -t[2])[: count or 0]
+    return [
+        {
+            "id": i,
+            "text": service.prompts.piece(i)[0],
+            "logprob": finite_logprob(p),
+            "special": service.prompts.special(i),
+        }
+        for i, _, p in best
+    ]
+
+
 async def _whole(request: HttpRequest, body: Generate) -> dict[str, Any]:
     service = service_of(request)
     job = await _job(request, service, body)
+    parameters = body.parameters
     (answer,) = await collect(request, service, job)
     end = answer.finished
     body_json: dict[str, Any] = {"generated_text": _text(body, answer)}
@@ -163,6 +201,10 @@ async def _whole(request: HttpRequest, body: Generate) -> dict[str, Any]:
             "prefill": [],
             "tokens": [_token(service, token) for token in answer.tokens],
         }
+        if parameters.top_n_tokens:
+            body_json["details"]["top_tokens"] = [
+                _tops(service, token, parameters.top_n_tokens) for token in answer.tokens
+            ]
     return body_json
 
 
@@ -201,4 +243,6 @@ async def _lines(
 
 def _line(service: Service, body: Generate, index: int, token: Token, more: str = "") -> dict[str, Any]:
     line: dict[str, Any] = {"index": index, "token": _token(service, token, token.text + more)}
+    if body.parameters.top_n_tokens:
+        line["top_tokens"] = _tops(service, token, body.parameters.top_n_tokens)
     return line | {"generated_text": None, "details": None}

@@ -1,4 +1,4 @@
-"""vLLM's and SGLang's routes besides OpenAI's: loading and unloading adapters.
+"""vLLM's and SGLang's routes besides OpenAI's: loading and unloading adapters, tokens, version.
 
 The catalog checks the source that a client names: a library reference, or a path in an allowed folder.
 """
@@ -6,7 +6,7 @@ The catalog checks the source that a client names: a library reference, or a pat
 from __future__ import annotations
 
 import asyncio
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter
 from pydantic import Field
@@ -14,10 +14,11 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import PlainTextResponse, Response
 
 from veneer.errors import VeneerError
-from veneer.serve.http.bodies import Body, BodyRoute
+from veneer.serve.http.bodies import FAIL_FAST, ITEMS, Body, BodyRoute, Objects, at_most
 from veneer.serve.http.errors import Json, in_thread, log, message_of
 from veneer.serve.http.guard import needs
-from veneer.serve.http.service import caller_of, service_of
+from veneer.serve.http.service import admission_of, caller_of, service_of
+from veneer.serve.http.text_bodies import Ids, Message, template_variables
 from veneer.serve.request import Refused, invalid
 from veneer.serve.transient import is_transient
 
@@ -108,3 +109,59 @@ def _loaded(request: HttpRequest) -> Response:
     cards = service_of(request).catalog.models(caller_of(request))
     loaded = {card.id: card.root for card in cards if card.parent is not None}
     return Json({"success": True, "error_message": None, "loaded_adapters": loaded})
+
+
+# -- tokens ------------------------------------------------------------------------------------------------------------
+
+
+class Tokenize(Body):
+    """Tokenizes a text (`prompt`) or a conversation (`messages`)."""
+
+    prompt: str | None = None
+    messages: Annotated[list[Message], FAIL_FAST, at_most(ITEMS)] | None = Field(default=None, min_length=1)
+    model: str = Field(default="", max_length=512)
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    tools: Annotated[Objects, at_most(128)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class Detokenize(Body):
+    tokens: Ids
+    model: str = Field(default="", max_length=512)
+
+
+@vllm_routes.post("/tokenize", summary="Tokenize a text or a conversation.")
+async def tokenize(request: HttpRequest, body: Tokenize) -> Response:
+    service, prompts = service_of(request), service_of(request).prompts
+    if (body.prompt is None) == (body.messages is None):
+        raise invalid("send either prompt or messages", "prompt")
+    service.choose(caller_of(request), model=body.model)  # an unknown model is an error here too
+    admitted = admission_of(request)
+    admitted.reserve("answers", 1)
+    if body.messages is not None:
+        variables = template_variables(
+            body.chat_template_kwargs, body.add_generation_prompt, body.continue_final_message
+        )
+        messages = [message.model_dump(exclude_none=True) for message in body.messages]
+        ids = await prompts.of_messages(messages, admitted, body.tools, **variables)
+    else:
+        (ids,) = await prompts.of_parts([body.prompt or ""], admitted, special=body.add_special_tokens)
+
+    def answer() -> Response:
+        texts = [prompts.piece(i)[0] for i in ids] if body.return_token_strs else None
+        return Json({"count": len(ids), "max_model_len": prompts.context, "tokens": ids, "token_strs": texts})
+
+    return await admitted.work(len(ids), answer)
+
+
+@vllm_routes.post("/detokenize", summary="Convert tokens to text.")
+async def detokenize(request: HttpRequest, body: Detokenize) -> Response:
+    service = service_of(request)
+    service.choose(caller_of(request), model=body.model)
+    admitted = admission_of(request)
+    admitted.reserve("answers", 1)
+    text = await service.prompts.decode(service.prompts.of_ids(body.tokens, "tokens"), admitted)
+    return Json({"prompt": text})
