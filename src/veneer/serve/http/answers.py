@@ -208,7 +208,8 @@ async def _pump(
             async for event in events:
                 if isinstance(event, Started):
                     usages[i] = Usage(len(request.prompt), event.cached, 0)
-                    meter.started()
+                    if meter is not None:
+                        meter.started()
                 elif isinstance(event, Token):
                     usages[i] = replace(usages[i], completion=usages[i].completion + 1)
                     if meter is not None:
