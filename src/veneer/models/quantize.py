@@ -312,9 +312,11 @@ def saved_kind(config: Mapping[str, Any], where: str | None = None) -> str:
 def lazy_state(table: list[StoredTensor]) -> dict[str, Any]:
     """Return every weight by name, read when indexed.
 
-    The parts of a quantized weight are joined."""
+    The parts of a quantized weight are joined, and scaled 8-bit float weights are multiplied by their scales,
+    in float32."""
     by_name = {t.name: t for t in table}
-    consumed: set[str] = set()
+    scaled = scaled_weights(table)
+    consumed: set[str] = {name for name in by_name if scaled and name.rpartition(".")[2] == _SCALED_MARKER}
     out: dict[str, Any] = {}
     for name, stored in by_name.items():
         states = [n for n in by_name if n.startswith(name + _STATE)] if stored.dtype == "U8" else []
@@ -327,6 +329,11 @@ def lazy_state(table: list[StoredTensor]) -> dict[str, Any]:
         elif stored.dtype == "I8" and scale in by_name:
             consumed |= {scale, f"{name}_format"}
             out[name] = LazyTensor("BF16", stored.shape, partial(_rows, stored, by_name[scale]))
+        elif name in scaled:
+            module = name.removesuffix("weight")
+            consumed |= {scaled[name].name, *(f"{module}{end}" for end in _SCALED_EXTRAS)}
+            marker = by_name.get(f"{module}{_SCALED_FORMAT}")
+            out[name] = LazyTensor("F32", stored.shape, partial(_scaled_values, stored, scaled[name], marker))
         else:
             out[name] = LazyTensor(stored.dtype, stored.shape, partial(read_values, stored))
     return {name: value for name, value in out.items() if name not in consumed}
@@ -335,6 +342,46 @@ def lazy_state(table: list[StoredTensor]) -> dict[str, Any]:
 def _rows(codes: StoredTensor, scale: StoredTensor) -> Tensor:
     code = Rows8(codes.shape, read_values(codes), read_values(scale).float().flatten())
     return Quantized(code, torch.bfloat16)
+
+
+_FP8 = ("F8_E4M3", "F8_E5M2")
+_SCALED_MARKER = "scaled_fp8"
+_SCALED_FORMAT = "comfy_quant"
+_SCALED_EXTRAS = ("scale_input", "input_scale", _SCALED_FORMAT)
+"""Tensors stored with a scaled weight: the range of its inputs, for 8-bit products only, and the format."""
+_PLAIN_FIX = "use the 16-bit weights of this base"
+
+
+def scaled_weights(table: Iterable[StoredTensor]) -> dict[str, StoredTensor]:
+    """Return weight name -> scale of scaled 8-bit float weights: w = stored · scale.
+
+    ComfyUI writes `scale_weight` with a `scaled_fp8` marker, or `weight_scale` with `comfy_quant`."""
+    by_name = {t.name: t for t in table}
+    scales = {}
+    for name, stored in by_name.items():
+        if stored.dtype in _FP8 and name.rpartition(".")[2] == "weight":
+            for end in ("scale_weight", "weight_scale"):
+                if (scale := by_name.get(name.removesuffix("weight") + end)) is not None:
+                    scales[name] = scale
+    return scales
+
+
+def _scaled_values(weight: StoredTensor, scale: StoredTensor, marker: StoredTensor | None) -> Tensor:
+    """Read stored · scale, rounded once to float32. The scale is a scalar or has one value per row."""
+    where = f"{weight.file}: {weight.name}"
+    if scale.elements not in (1, weight.shape[0]) or (scale.shape or (1,))[0] != scale.elements:
+        raise BaseError(
+            f"a weight of shape {weight.shape} has scales of shape {scale.shape}; veneer reads one scale per weight, "
+            "or one per row",
+            where=where,
+            fix=_PLAIN_FIX,
+        )
+    if marker is not None:
+        kind = json.loads(bytes(read_values(marker).tolist())).get("format")
+        if kind not in ("float8_e4m3fn", "float8_e5m2"):
+            raise BaseError(f"veneer cannot read weights in the format {kind!r}", where=where, fix=_PLAIN_FIX)
+    factor = read_values(scale).float().reshape(-1, *[1] * (len(weight.shape) - 1))
+    return (read_values(weight).float() * factor).view(weight.shape)
 
 
 def _blocks(packed: StoredTensor, state: str, parts: list[StoredTensor]) -> Tensor:

@@ -97,18 +97,76 @@ def test_only_harmless_tensors_may_be_unused(family: str, bases: Path, tmp_path:
         load_image(str(tmp_path / "more.safetensors"), config=folder)
 
 
-@pytest.mark.parametrize("scale", ["scale_weight", "weight_scale"])
-def test_scales_of_eight_bit_floats_are_refused(scale: str, bases: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(tiny_image_base(bases, "klein"), tmp_path / "base"))
+def _in_fp8(state: dict[str, torch.Tensor], scale: str, per_row: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return (the file with its matrices in 8-bit floats and their scales, the values that it represents)."""
+    stored, plain = dict(state), dict(state)
+    for name, weight in state.items():
+        if weight.ndim == 2 and name.endswith("weight"):
+            most = weight.abs().amax(dim=1, keepdim=True) if per_row else weight.abs().amax()
+            factor = most.clamp_min(1e-12) / 448
+            stored[name] = (weight / factor).to(torch.float8_e4m3fn)
+            stored[name.removesuffix("weight") + scale] = factor
+            plain[name] = stored[name].float() * factor
+    return stored, plain
+
+
+@pytest.mark.parametrize(
+    ("family", "scale", "per_row"),
+    [
+        ("sd15", "scale_weight", False),
+        ("klein", "weight_scale", False),
+        ("z-image", "weight_scale", True),
+    ],
+)
+def test_scales_of_eight_bit_floats_are_applied_exactly(
+    family: str, scale: str, per_row: bool, bases: Path, tmp_path: Path
+) -> None:
+    folder = tiny_image_base(bases, family, full=family == "sd15")
+    stored, plain = _in_fp8(original(load_image(str(folder)), family == "sd15"), scale, per_row)
+    marker = "scaled_fp8" if scale == "scale_weight" else "x.comfy_quant"
+    about = torch.zeros(2).to(torch.float8_e4m3fn)
+    if scale == "weight_scale":
+        marker = next(n for n in stored if n.endswith("." + scale)).removesuffix(scale) + "comfy_quant"
+        about = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+    save_file({**stored, marker: about}, tmp_path / "scaled.safetensors")
+    save_file(plain, tmp_path / "plain.safetensors")
+    got, want = (
+        load_image(str(tmp_path / f"{name}.safetensors"), config=folder, dtype="float32")
+        for name in ("scaled", "plain")
+    )
+    assert not any("no place" in note for note in got.notes)
+    for name in (got.row.denoiser, *got.row.encoders):
+        theirs = want.parts[name].state_dict()
+        assert [n for n, t in got.parts[name].state_dict().items() if not torch.equal(t, theirs[n])] == [], name
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_scales_in_a_directory_are_applied_too(quantize: Any, bases: Path, tmp_path: Path) -> None:
+    folders = [Path(shutil.copytree(tiny_image_base(bases, "flux1"), tmp_path / name)) for name in ("scaled", "plain")]
+    file = "transformer/diffusion_pytorch_model.safetensors"
+    states = _in_fp8(load_file(folders[0] / file), "scale_weight", False)
+    for folder, state in zip(folders, states, strict=True):
+        save_file(state, folder / file, {"format": "pt"})
+    got, want = (load_image(str(folder), dtype="float32", quantize=quantize).denoiser for folder in folders)
+    for name, parameter in want.named_parameters():
+        one, two = (p.dense() if quantize and hasattr(p, "dense") else p for p in (got.get_parameter(name), parameter))
+        assert torch.equal(one, two), name
+
+
+def test_scales_that_cannot_be_applied_are_refused(bases: Path, tmp_path: Path) -> None:
+    folder = tiny_image_base(bases, "klein")
     state = original(load_image(str(folder)), prefix="")
-    name = next(n for n in state if n.endswith("weight"))
-    save_file({**state, name.removesuffix("weight") + scale: torch.ones(1)}, tmp_path / "one.safetensors")
-    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
-    parts = load_file(file)
-    save_file({**parts, next(iter(parts)).removesuffix("weight") + scale: torch.ones(1)}, file, {"format": "pt"})
-    for path, config in ((tmp_path / "one.safetensors", tiny_image_base(bases, "klein")), (folder, None)):
-        with pytest.raises(BaseError, match="1 scale of quantized weights would be ignored"):
-            load_image(str(path), config=config)
+    stored, _ = _in_fp8(state, "weight_scale", False)
+    name = next(n for n in stored if n.endswith("weight_scale"))
+    weight = name.removesuffix("_scale")
+    for more, said in (
+        ({name: torch.ones(2, 2)}, r"scales of shape \(2, 2\)"),
+        ({weight: stored[weight].view(torch.int8)}, "1 scale of quantized weights would be ignored"),
+        ({f"{weight}_2": torch.ones(1), f"{weight}_scale_2": torch.ones(1)}, "1 scale of quantized weights would"),
+    ):
+        save_file({**stored, **more}, tmp_path / "one.safetensors")
+        with pytest.raises(BaseError, match=said):
+            load_image(str(tmp_path / "one.safetensors"), config=folder)
 
 
 def test_v_prediction_file_needs_a_v_prediction_scheduler(bases: Path, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ from veneer.models.fingerprint import fingerprint_parts, shaping_fields
 from veneer.models.image.families import FAMILIES, OWN_PIPELINES, ImageFamily, denoiser_family
 from veneer.models.image.processor import PROCESSORS, read_processor
 from veneer.models.loading import check_left_out, check_loaded, errors_only, loading
-from veneer.models.quantize import lazy_state, load_part, load_state, saved_kind
+from veneer.models.quantize import lazy_state, load_part, load_state, saved_kind, scaled_weights
 from veneer.models.sources import find_base
 
 _INDEX = "model_index.json"
@@ -259,7 +259,7 @@ def _load_component(
         try:
             if classname in PROCESSORS:
                 component = read_processor(folder)
-            elif saved or (weights and quantize):
+            elif saved or (weights and (quantize or scaled_weights(table_of(folder)[0]))):
                 component = _load_quantized(cls, folder, library, quantize or "", dtype)
             else:
                 component = cls.from_pretrained(folder, **options)
@@ -388,10 +388,8 @@ def read_single_file(
     encoders and VAE) come from `config`, or from the hub cache of the repository that diffusers uses for this
     kind of checkpoint."""
     import diffusers
-    from safetensors.torch import load_file
 
     table = file_table([path])
-    check_left_out(path, [t.name for t in table])
     if any(t.name.endswith(_OF_ADAPTERS) for t in table):
         raise BaseError("this is an adapter, not a base", where=str(path), fix=f"name its base, and --adapter {path}")
     if quantize:
@@ -431,7 +429,7 @@ def read_single_file(
         )
         notes += [f"{name}: {note}" for note in more]
     with loading():
-        state = load_file(path)
+        state = _state_of(path, table, kind)
         try:
             for name in sorted(stored):
                 parts[name] = _read_part(name, *classes[name], state, folder, kind, loads_parts)
@@ -495,6 +493,19 @@ def _read_part(
     plain = {n.removeprefix("model.diffusion_model."): tensor for n, tensor in state.items()}
     options = {"config": str(folder), "subfolder": name, "local_files_only": True, "torch_dtype": dtype}
     return getattr(diffusers, classname).from_single_file(plain, **options)
+
+
+def _state_of(path: Path, table: list[StoredTensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the file's tensors by name.
+
+    Floats are in `dtype`, and scaled weights are multiplied by their scales."""
+    from safetensors.torch import load_file
+
+    if not scaled_weights(table):
+        plain: dict[str, Tensor] = load_file(path)
+        return plain
+    state = {name: lazy[...] for name, lazy in lazy_state(table).items()}
+    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
 
 
 _PREFIXES = {
