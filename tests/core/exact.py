@@ -1,4 +1,4 @@
-"""What tests against float64 share: dtypes with their tolerances, seeded draws, and the comparison."""
+"""Helpers of float64 tests: dtypes with tolerances, seeded random tensors, and the comparison."""
 
 from __future__ import annotations
 

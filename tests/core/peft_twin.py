@@ -1,4 +1,5 @@
-"""The same adapter in PEFT: a PEFT model over a copy of the base, its tensors set to ours, its gradients read back."""
+"""The same adapter in PEFT: a PEFT model on a copy of the base, with veneer's tensors; returns PEFT's
+gradients."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ PREFIX = "base_model.model."
 
 
 def twin(model: nn.Module, adapter: Adapter, **config: Any) -> nn.Module:
-    """`adapter` on a copy of `model` by PEFT. `config`: more LoraConfig fields (use_dora, lora_dropout, …)."""
+    """Return a copy of `model` with `adapter` applied by PEFT.
+
+    `config`: more LoraConfig fields (use_dora, …)."""
     linear = [n for n, p in adapter.pairs.items() if p.kind != "experts"]
     experts = [n for n, p in adapter.pairs.items() if p.kind == "experts"]
     ranks = {n: p.rank for n, p in adapter.pairs.items()}
@@ -31,8 +34,9 @@ def twin(model: nn.Module, adapter: Adapter, **config: Any) -> nn.Module:
     } | config
     base = copy.deepcopy(model)
     if getattr(base, "config", None) is not None:
-        # PEFT takes gate_proj and up_proj on a mixture of experts for names from transformers 4 and moves them to the
-        # experts, which leaves dense layers of those names without a pair (Qwen3-MoE's mlp_only_layers)
+        # PEFT takes gate_proj and up_proj of a mixture of experts for names of transformers 4 and moves them
+        # to the experts, which leaves dense layers with these names without a pair (Qwen3-MoE's
+        # mlp_only_layers).
         base.config.model_type = "as it is"
     out = peft.get_peft_model(base, peft.LoraConfig(**config))
     out.train(model.training)
@@ -46,7 +50,7 @@ def twin(model: nn.Module, adapter: Adapter, **config: Any) -> nn.Module:
 
 
 def gradients(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
-    """PEFT's gradients under our names and in our shapes."""
+    """Return PEFT's gradients under veneer's names and in veneer's shapes."""
     out = {}
     for name, mine, theirs in _tensors(model, adapter):
         grad = theirs.grad if theirs.grad is not None else torch.zeros_like(theirs)
@@ -65,7 +69,7 @@ def _layer(model: nn.Module, name: str, pair: Pair) -> Any:
 
 
 def _tensors(model: nn.Module, adapter: Adapter) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(our name, our tensor in PEFT's shape, PEFT's tensor)"""
+    """Yield (veneer's name, veneer's tensor in PEFT's shape, PEFT's tensor)."""
     for name, pair in adapter.pairs.items():
         layer = _layer(model, name, pair)
         if pair.kind == "experts":

@@ -1,4 +1,4 @@
-"""Every family and every kind of module: outputs and gradients equal PEFT's on the same tensors, in float32."""
+"""For every family and kind of module, outputs and gradients equal PEFT's on the same tensors, in float32."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 
 def noisy(adapter: Adapter, seed: int = 0, amount: float = 0.1) -> Adapter:
-    """The adapter as if trained: every tensor moved."""
+    """Return the adapter with noise added to every tensor, as if trained."""
     g = torch.Generator().manual_seed(seed)
     return adapter.mapped(lambda t: t + amount * torch.randn(t.shape, generator=g))
 
 
 def close(ours: Tensor, theirs: Tensor, what: str = "") -> None:
-    """Equal to RTOL of the largest entry: sums of both signs lose more than their own last digits."""
+    """Assert equality to RTOL of the largest entry: sums of both signs lose more than their own last
+    digits."""
     torch.testing.assert_close(
         ours, theirs, rtol=RTOL, atol=RTOL * theirs.abs().max().item(), msg=lambda m: f"{what}: {m}"
     )
 
 
 def compare(model: nn.Module, adapter: Adapter, run: Callable[[nn.Module], Tensor], **config: object) -> None:
-    """Outputs, and gradients of every tensor of the adapter, on `model` by veneer and by PEFT."""
+    """Compare outputs, and gradients of every tensor of the adapter, of veneer and PEFT on `model`."""
     model.requires_grad_(False)
     theirs = twin(model, adapter, **config)
     with attach(model) as attachment:
@@ -79,7 +80,7 @@ def test_all_linear_reaches_what_peft_reaches(family: str) -> None:
     ours = resolve_targets(model, LoraSpec())
     config = peft.LoraConfig(target_modules="all-linear")
     theirs = peft.tuners.tuners_utils._maybe_include_all_linear_layers(config, copy.deepcopy(model)).target_modules
-    # a pair on Llama 4's router breaks PEFT: it returns two tensors
+    # PEFT fails with a pair on Llama 4's router, which returns two tensors
     assert {t.name for t in ours if t.kind == "linear"} == {n for n in theirs if not n.endswith("router")}
     experts = {n for n, p in model.named_parameters() if ".experts." in n}
     assert {t.name for t in ours if t.kind == "experts"} == experts
@@ -95,14 +96,14 @@ def test_dora_on_linear_modules(family: str) -> None:
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("family", ["mistral", "gemma3"])
 def test_embedding_and_head(family: str, dora: bool) -> None:
-    """Gemma scales what it looks up, which the pair must follow."""
+    """Gemma scales its embeddings, and the pair must apply the same scale."""
     model = FAMILIES[family](tie_word_embeddings=False)
     spec = LoraSpec(rank=3, targets=("embed_tokens", "lm_head", "q_proj"), dora=dora)
     compare(model, noisy(create(model, spec, seed=0)), logits, use_dora=dora)
 
 
 class TorchDropout:
-    """core.dropout's, with the mask that F.dropout draws."""
+    """Dropout of core.dropout with the mask of F.dropout."""
 
     def __init__(self, p: float) -> None:
         self.p, self.mask = p, torch.empty(0)
@@ -117,7 +118,8 @@ class TorchDropout:
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_dropout_while_training(dora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Entries that PEFT drops, when both take torch's mask; DoRA's norm part sees the dropped input as PEFT's does."""
+    """Both use torch's mask, so the same entries are dropped; DoRA's norm part uses the dropped input, as in
+    PEFT."""
     monkeypatch.setattr(linear, "Dropout", TorchDropout)
     model = FAMILIES["mistral"]().train()
     adapter = noisy(create(model, LoraSpec(rank=3, dropout=0.3, dora=dora), seed=0))
@@ -160,7 +162,7 @@ def test_convolutions(make: Callable[[], nn.Module], dora: bool) -> None:
 
 @pytest.mark.parametrize("family", ["llama3", "gemma3", "qwen3", "mistral"])
 def test_token_rows(family: str) -> None:
-    """Tied (the first three): the replaced rows act in the head too."""
+    """The first three are tied: replaced rows act in the head too."""
     model = FAMILIES[family]()
     hit = tuple(sorted({int(i) for i in ids().flatten()[:3]} | {159}))
     adapter = noisy(create(model, LoraSpec(rank=3, targets=("q_proj",), token_rows={"embed_tokens": hit}), seed=0))
@@ -198,7 +200,7 @@ def test_full_copies(modules: tuple[str, ...]) -> None:
 
 
 def test_rank_alpha_patterns_and_rslora() -> None:
-    """The scale that PEFT derives from the same settings."""
+    """Compares with the scale that PEFT derives from the same settings."""
     model = FAMILIES["mistral"]()
     targets = ("q_proj", "v_proj", "down_proj")
     patterns = {"rank_pattern": {"v_proj": 2, "layers.1.mlp.down_proj": 3}, "alpha_pattern": {"down_proj": 5.0}}
@@ -214,7 +216,9 @@ def test_rank_alpha_patterns_and_rslora() -> None:
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_pissa_and_olora_train_like_peft_on_unchanged_base(init: str) -> None:
-    """PEFT subtracts s·B·A from W in place; here an origin does. Outputs agree before and after one same update."""
+    """PEFT subtracts s·B·A from W in place; veneer subtracts an origin.
+
+    Outputs agree before and after an equal update."""
     model = FAMILIES["mistral"]()
     model.requires_grad_(False)
     before = {n: p.clone() for n, p in model.named_parameters()}
@@ -244,10 +248,12 @@ def test_pissa_and_olora_train_like_peft_on_unchanged_base(init: str) -> None:
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "llama4"])
 def test_experts_by_hand_in_float64(family: str, implementation: str) -> None:
-    """W + s·B·A written into the weights of a float64 model: the truth for the thin products of the float32 one,
-    whichever way transformers runs the experts. (PEFT makes the whole sum of every expert at each step.)"""
+    """The reference writes W + s·B·A into a float64 model; veneer uses low-rank products in float32.
+
+    Holds for every experts implementation of transformers. (PEFT materializes all experts' sums at each
+    step.)"""
     model = FAMILIES[family]()
-    if family != "llama4":  # it has one way only
+    if family != "llama4":  # Llama 4 has a single implementation
         model.set_experts_implementation(implementation)
     elif implementation != "eager":
         pytest.skip("Llama 4 has one implementation")
@@ -269,7 +275,8 @@ def test_experts_by_hand_in_float64(family: str, implementation: str) -> None:
 
 
 def test_dilation_is_kept_where_peft_forgets_it() -> None:
-    """PEFT's down convolution ignores dilation and padding mode; ours equals the merged float64 convolution."""
+    """PEFT's down convolution ignores dilation and padding mode; veneer's equals the merged float64
+    convolution."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(4, 6, 3, dilation=2, padding=1, padding_mode="reflect"))
     adapter = noisy(create(model, LoraSpec(rank=3, targets=("0",)), seed=0), amount=0.5)

@@ -31,7 +31,7 @@ def logits(model: nn.Module) -> Tensor:
 
 
 class Witness:
-    """What a model is: its module objects, its tensors by identity and bit for bit, its state's keys, its answers."""
+    """Snapshot of a model: module objects, tensors by identity and bits, state-dict keys, and outputs."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -244,7 +244,7 @@ def test_parameters_are_own_and_snapshots_are_copies(model: PreTrainedModel, att
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("family", ["llama3", "mixtral", "llama4"])
 def test_gradient_checkpointing(family: str, reentrant: bool) -> None:
-    """The same gradients, dropout included, with the activations made again in backward."""
+    """Gradients, dropout included, are equal if the backward pass recomputes activations."""
     grads = []
     for checkpointing in (False, True):
         model = FAMILIES[family]().train()

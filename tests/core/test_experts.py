@@ -1,4 +1,4 @@
-"""AdaptedWeight answers every product like the dense sum."""
+"""AdaptedWeight computes every product like the dense sum."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_low_rank_weights_answer_torchs_products(flipped: bool) -> None:
         (right.mT @ x.mT, dense.mT @ x.mT),
         (torch.bmm(right.transpose(-1, -2)[index], x.mT), dense.mT[index] @ x.mT),
         (nn.functional.linear(x[0], right[1].mT, torch.ones(out)), x[0] @ dense[1] + 1),
-        (torch.einsum("eni,eio->eno", x, right), x @ dense),  # one it does not know: through the dense sum
+        (torch.einsum("eni,eio->eno", x, right), x @ dense),  # an unknown product uses the dense sum
         (right.sum(), dense.sum()),
     ]:
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)

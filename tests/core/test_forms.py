@@ -75,7 +75,7 @@ def test_gain_by_output_and_by_input() -> None:
 
 @pytest.mark.parametrize("shape", [(3, 4), (3, 4, 2, 2)])
 def test_dora_sets_row_or_column_norms(shape: tuple[int, ...]) -> None:
-    """By its definition: after the change every row (or column) of W' has the norm m, and the direction of W + P."""
+    """By definition: every row (or column) of W' has norm m and the direction of W + P."""
     W, P = made(*shape), made(*shape)
     m = made(3).abs()
     new = W + change_of(W, P, m)

@@ -33,7 +33,7 @@ def test_every_init_starts_at_zero_delta(init: str, dora: bool) -> None:
     for name, pair in adapter.pairs.items():
         change = delta(model[int(name)], pair)
         assert change.shape == model[int(name)].weight.shape
-        # DoRA divides by the norm that it multiplies by
+        # DoRA divides by the norm and multiplies by it again
         assert change.abs().max() <= (1e-6 if dora else 0.0)
         assert pair.A.dtype == pair.B.dtype == torch.float32
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())

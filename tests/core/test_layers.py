@@ -42,7 +42,7 @@ def test_the_fast_path_equals_the_reference(
             if not fast:
                 monkeypatch.setattr(LoraLinear, "linear_map", lambda self: None)
             y = model(x)
-            y.mul_(torch.linspace(1, 2, 4))  # what some models do to a module's output
+            y.mul_(torch.linspace(1, 2, 4))  # as some models do with a module's output
             grads = torch.autograd.grad(y.square().sum(), [x, *attachment.parameters("a").values()])
             results.append([y, *grads])
     for fast_value, reference in zip(*results, strict=True):
@@ -73,7 +73,7 @@ def test_a_base_that_trains_keeps_its_gradient() -> None:
 
 @pytest.mark.parametrize("family", ["llama3", "gemma3", "mixtral"])
 def test_a_bf16_base_under_a_float32_adapter(family: str) -> None:
-    """Outputs stay bf16 and near the float32 model's; gradients come back in float32."""
+    """Outputs stay bf16 and close to the float32 model's; gradients are float32."""
     exact = FAMILIES[family]().requires_grad_(False)
     adapter = trained(exact, LoraSpec(rank=3, targets=("all-linear", "embed_tokens", "lm_head")))
     outs = []
@@ -89,7 +89,7 @@ def test_a_bf16_base_under_a_float32_adapter(family: str) -> None:
             outs.append(y)
     assert outs[1].dtype == torch.bfloat16
     error = (outs[1].float() - outs[0]).norm() / outs[0].norm()
-    assert error < 0.1  # 8 bits of mantissa through two layers; routing may differ for a token
+    assert error < 0.1  # 8 bits of mantissa through two layers; a token's routing can differ
 
 
 def test_autocast() -> None:
@@ -123,7 +123,8 @@ def test_transposed_linear_of_gpt2() -> None:
 
 
 def test_linear_with_a_packed_weight_is_read_by_identity() -> None:
-    """A quantized base: the layer calls it, and DoRA and merging read its weight off by the identity."""
+    """A quantized base: the layer calls the module; DoRA and merging read the weight as its output for the
+    identity."""
 
     class LinearPacked(nn.Module):
         def __init__(self, linear: nn.Linear) -> None:
@@ -193,7 +194,8 @@ def test_experts_never_make_the_dense_sum(family: str, monkeypatch: pytest.Monke
 
 
 def test_expert_dropout_has_the_right_mean() -> None:
-    """On average over many draws the output is the one without dropout; outside training there is none."""
+    """Averaged over many samples, the output equals the one without dropout; outside training there is no
+    dropout."""
     model = FAMILIES["mixtral"]()
     experts = model.model.layers[0].mlp.experts
     adapter = trained(model, LoraSpec(rank=2, targets=("experts.down_proj",), dropout=0.5))

@@ -1,4 +1,4 @@
-"""Trained LoHa and LoKr: forward and gradients equal PEFT's."""
+"""Trained LoHa and LoKr: outputs and gradients equal PEFT's."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
 
 
 def learned(model: nn.Module, dtype: torch.dtype = torch.float64, **spec: Any) -> Adapter:
-    """As if trained for long: every part drawn."""
+    """Return an adapter with random values in every part, as if trained."""
     made = create(model, LoraSpec(alpha=2.0 * spec["rank"], targets=NAMES, **spec), seed=0, dtype=dtype)
     g = torch.Generator().manual_seed(1)
     return made.mapped(lambda t: torch.randn(t.shape, generator=g, dtype=dtype))
 
 
 def peft_twin(model: nn.Module, adapter: Adapter, spec: dict[str, Any]) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    """PEFT's model with the same numbers, and its parameters under our names."""
+    """Return PEFT's model with the same values, and its parameters under veneer's names."""
     rank, both, factor = spec["rank"], spec.get("decompose_both", False), spec.get("factor") or -1
     common: dict[str, Any] = {"r": rank, "alpha": 2 * rank, "target_modules": list(NAMES)}
     config = (
@@ -101,7 +101,7 @@ def test_forward_and_gradients_are_pefts(way: str) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_trained_lycoris_equals_its_merge(way: str) -> None:
-    """Strength and all: y under −0.7 is y of the weights that are merged at −0.7."""
+    """At strength −0.7, y equals y of weights merged at −0.7."""
     torch.manual_seed(0)
     model, given = Sums().double(), inputs()
     adapter = learned(model, **WAYS[way])

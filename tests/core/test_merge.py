@@ -17,7 +17,7 @@ from veneer.ops.quantized import quantize
 
 
 def loaded(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
-    """A copy of the model with new weights; where tied weights now differ, untied."""
+    """Return a copy of the model with new weights; tied weights that differ are untied."""
     out = copy.deepcopy(model)
     for name, tensor in state.items():
         owner, _, key = name.rpartition(".")
@@ -86,7 +86,7 @@ BESIDE_ROWS = {
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 @pytest.mark.parametrize("beside", BESIDE_ROWS)
 def test_token_rows_add_up_with_what_else_changes_their_weight(beside: str, strength: float) -> None:
-    """W + s·(rows − W) + ΔW, attached on every row, attached by rows, and merged."""
+    """W + s·(rows − W) + ΔW: attached for all rows, attached per row, and merged."""
     model = FAMILIES["llama3"]()
     ids = IDS.clone()
     ids[:, :4] = torch.tensor([5, 77, 9, 3])
@@ -149,7 +149,7 @@ def test_rounded_once_to_the_bases_dtype(dtype: torch.dtype) -> None:
     if dtype == torch.float64:
         torch.testing.assert_close(got, exact, rtol=1e-6, atol=1e-6)
     else:
-        # at most a float32 sum away from the nearest number of the dtype
+        # differs from the nearest number of the dtype by at most one float32 sum
         assert (got != exact.to(dtype)).float().mean() < 0.01
 
 
@@ -172,7 +172,7 @@ def test_delta_of_each_kind_by_hand() -> None:
 
 @pytest.mark.parametrize(("kind", "within"), [(None, 1e-4), ("nf4", 1e-4), ("float64", 1e-12)])
 def test_low_rank_norm_equals_adapted_norm(kind: str | None, within: float) -> None:
-    """Beside a float32 pair with a 16-bit W, quantized too; and exact where nothing is rounded."""
+    """For a float32 pair on a 16-bit W, also quantized; exact if nothing is rounded."""
     g = torch.Generator().manual_seed(0)
     dtype = torch.float64 if kind == "float64" else torch.float32
     W = (0.05 * torch.randn(96, 256, generator=g)).to(torch.float64 if kind == "float64" else torch.bfloat16)

@@ -165,7 +165,7 @@ def test_orthogonal_of_disjoint_and_equal_adapters():
 
 
 def peft_mix(pairs: list[Pair], weights: list[float], kind: str, **how: Any) -> np.ndarray:
-    """ΔW as PEFT's add_weighted_adapter makes it."""
+    """Return ΔW of PEFT's add_weighted_adapter."""
     from peft import LoraConfig, get_peft_model
 
     class Net(nn.Module):
@@ -191,7 +191,7 @@ def test_peft_s_cat_and_svd_are_ours():
     given_ = list(zip(pairs, weights, strict=True))
     close(dense(mix_pairs(given_)[0])[0], peft_mix(pairs, weights, "cat"), 1e-5)
     close(dense(mix_pairs(given_, "svd", Bound(rank=3))[0])[0], peft_mix(pairs, weights, "svd", svd_rank=3), 1e-5)
-    close(dense(mix_pairs(given_, "svd")[0])[0], peft_mix(pairs, weights, "svd"), 1e-5)  # the largest rank
+    close(dense(mix_pairs(given_, "svd")[0])[0], peft_mix(pairs, weights, "svd"), 1e-5)  # PEFT uses the largest rank
 
 
 def test_trimming_matches_peft_svd_variants():
@@ -200,7 +200,7 @@ def test_trimming_matches_peft_svd_variants():
     close(dense(got)[0], peft_mix(pairs, [1.0, 1.0], "ties_svd", density=0.5, svd_rank=9), 1e-5)
 
 
-# -- whole adapters ----------------------------------------------------------------------------------------------------
+# -- full adapters -----------------------------------------------------------------------------------------------------
 
 
 def test_single_adapter_modules_are_copied_exactly():

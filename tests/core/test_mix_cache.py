@@ -95,7 +95,8 @@ def test_bf16_cache_is_as_exact_as_the_reference(wide: bool) -> None:
 def test_grouped_copies_equal_single_copies(
     strengths: list[float], dtype: torch.dtype, order: torch.memory_format
 ) -> None:
-    """Modules of one shape: other scales and ranks, with and without biases, with one adapter or two, one with DoRA."""
+    """Modules of one shape with different scales and ranks, with and without biases, one or two adapters, one
+    with DoRA."""
     torch.manual_seed(0)
     parts: dict[str, nn.Module] = {f"l{i}": nn.Linear(24, 20, bias=i % 2 == 0) for i in range(5)}
     parts |= {f"c{i}": nn.Conv2d(3, 7, 3) for i in range(5)}
@@ -132,7 +133,7 @@ def test_grouped_copies_equal_single_copies(
         for name in model:
             base, own = attachment.cache.modules[name], {}
             if any(name in adapter.pairs for adapter, _ in mix):
-                alone = MixCache({name: base}, 1 << 30).get(name, mix)  # no other module to be made with
+                alone = MixCache({name: base}, 1 << 30).get(name, mix)  # no other module to group with
                 assert alone is not None
                 assert alone.weight is not None
                 own = {"weight": alone.weight} | ({} if alone.bias is None else {"bias": alone.bias})
@@ -166,7 +167,7 @@ X = torch.linspace(-1, 1, 12).view(2, 6)
 
 
 def fresh(attachment: Attachment) -> Tensor:
-    """What the reference gives now."""
+    """Return the reference's current result."""
     with torch.enable_grad():
         out: Tensor = attachment.model(X)
     return out.detach()

@@ -12,7 +12,7 @@ VALUES = [0.1, -0.1, 1.003, -1.003, 3e-5, -3e-5, 1e-9, -1e-9, 300.7, -1.9999, 6.
 
 
 def neighbours(x: float, dtype: torch.dtype) -> tuple[float, float]:
-    """The two numbers of `dtype` around x, by walking over all of them."""
+    """Return the two numbers of `dtype` around x, by enumerating all of them."""
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).double()
     every = every[torch.isfinite(every)]
     return float(every[every <= x].max()), float(every[every >= x].min())
@@ -30,7 +30,9 @@ def test_the_mean_is_the_number_itself(dtype, x):
     spread = (high - low) * (p * (1 - p) / count) ** 0.5
     assert abs(float(got.mean()) - exact) < 5 * spread + 1e-6 * (high - low)
     nearest = float(torch.tensor(x).to(dtype))
-    assert abs(nearest - exact) > 10 * spread or p < 0.02 or p > 0.98  # which rounding to the nearest does not have
+    assert (
+        abs(nearest - exact) > 10 * spread or p < 0.02 or p > 0.98
+    )  # rounding to nearest does not have the right mean
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
@@ -59,4 +61,4 @@ def test_stochastic_rounding_keeps_small_deltas_on_average():
     drawn.add(W, exact, stochastic(exact, torch.bfloat16, seeded(0, "w")))
     assert (near.changed, near.kept, near.error) == (0.0, 0.0, 1.0)
     assert drawn.kept == pytest.approx(1.0, abs=0.15)
-    assert drawn.error > near.error  # the price: each single weight is further off
+    assert drawn.error > near.error  # the cost: each single weight has a larger error

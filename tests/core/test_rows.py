@@ -1,4 +1,4 @@
-"""A mix per row equals each row separately."""
+"""A mix per row equals each row computed separately."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Mix = tuple[tuple[str, float], ...]
 
 
 class Gate(nn.Module):
-    """A module called with two tensors, of which a full copy can be trained."""
+    """A module with two input tensors that can have a trained full copy."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,8 @@ class Gate(nn.Module):
 
 
 class Net(nn.Module):
-    """Every kind of layer on one path: embedding (its head tied), linear, convolutions, norms, a gate of two inputs."""
+    """Every kind of layer in sequence: embedding (tied head), linear, convolutions, norms, a two-input
+    gate."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,7 +95,7 @@ def net() -> Iterator[Attachment]:
 
 
 def close(got: Tensor, want: Tensor) -> None:
-    """Equal within what float32 rounds away over a few layers."""
+    """Assert equality within the rounding of float32 over a few layers."""
     assert got.shape == want.shape
     assert (got - want).norm() <= 1e-5 * want.norm()
 
@@ -119,7 +120,7 @@ def test_a_batch_equals_its_rows_one_by_one(net: Attachment, mixes: list[Mix], r
     net.use_rows(mixes)
     want = alone(net, mixes, ids)
     close(net.model(ids), want)
-    with torch.no_grad():  # by copies on the side, see core.ready
+    with torch.no_grad():  # prepared copies are used, see core.ready
         close(net.model(ids), want)
 
 
@@ -215,8 +216,8 @@ def test_module_without_batch_rows_is_an_error() -> None:
         attachment.use_rows([["a", "n"], []])
         for name, x in [
             ("linear", torch.ones(6)),  # a vector: its first dimension is the features
-            ("conv", torch.ones(6, 4, 4)),  # a picture without a batch
-            ("linear", torch.ones(2 * 77, 6)),  # tokens of all rows together
+            ("conv", torch.ones(6, 4, 4)),  # a picture without a batch dimension
+            ("linear", torch.ones(2 * 77, 6)),  # tokens of all rows, flattened
             ("norm", torch.ones(2 * 77, 6)),
             ("norm", torch.ones(3, 6)),
         ]:
@@ -228,7 +229,7 @@ def test_module_without_batch_rows_is_an_error() -> None:
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4])
 def test_shared_expert_with_flattened_rows(tokens: int) -> None:
-    """It sees (rows · tokens, dim): as many entries as rows that are repeated, in another order."""
+    """The shared expert gets (rows · tokens, dim): as many entries as repeated rows, in another order."""
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
     torch.manual_seed(0)
@@ -259,7 +260,7 @@ def test_shared_expert_with_flattened_rows(tokens: int) -> None:
 
 
 def test_rows_of_a_pipeline_are_those_of_the_called_part() -> None:
-    """An image base's parts hang on a module that is never called."""
+    """An image base's parts are children of a module that is never called."""
     torch.manual_seed(0)
     parts = nn.ModuleDict({"unet": nn.Sequential(nn.Linear(6, 6)), "text": nn.Sequential(nn.Linear(6, 6))})
     parts.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Truncation through thin factors equals the SVD of the dense change."""
+"""Truncation through low-rank factors equals the SVD of the dense change."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tor
 
 
 def pair_of(kind: str, rank: int = 5, seed: int = 0) -> Pair:
-    """Falling singular values, so that every rank cuts something else."""
+    """Return a pair with decreasing singular values, so that every rank truncates a different part."""
     fall = 0.5 ** torch.arange(rank, dtype=torch.float32)
     if kind == "conv":
         A, B = noise(rank, 4, 3, 3, seed=seed), noise(9, rank, 1, 1, seed=seed + 1)

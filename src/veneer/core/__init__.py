@@ -1,7 +1,7 @@
-"""The math of adapters, on torch only: pairs, layers, targets, attach, merge.
+"""Low-rank adapter math, on torch only: pairs, layers, targets, attaching, merging.
 
-Read adapter.py, layers.py and attach.py in this order. Names are imported when first used. adapter.py and
-forms.py load torch only when they compute, so that code which reads a file's header does not need torch.
+Start with adapter.py, layers.py and attach.py. Names are imported lazily. adapter.py and forms.py import
+torch only inside functions that compute, so code that reads only a file's header does not need torch.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ __all__ = [
 
 
 class _Core(ModuleType):
-    """Keeps `attach` the function after the module `core.attach` is imported.
+    """Module class that keeps `core.attach` bound to the function, not the submodule.
 
-    Importing a submodule sets it as an attribute of the package; the setter ignores this."""
+    Importing the submodule `core.attach` assigns the submodule to this attribute; the setter ignores the
+    assignment."""
 
     @property
     def attach(self) -> Any:

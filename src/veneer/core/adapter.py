@@ -2,7 +2,7 @@
 
     y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ        W: (out, in) frozen    A: (rank, in)    B: (out, rank)    s = scale_of(alpha, rank)
 
-This module knows tensors and names; it does not know about files, models or training.
+This module works on tensors and names, and does not depend on files, models or training.
 """
 
 from __future__ import annotations
@@ -23,37 +23,38 @@ if TYPE_CHECKING:
 
 PairKind = Literal["linear", "embedding", "conv", "experts"]
 NamedMix = tuple[tuple[str, float], ...]
-"""Adapters that act together: (adapter name, strength) each."""
+"""Adapters applied together, as (adapter name, strength) tuples."""
 _TABLES = ("pairs", "modules", "token_rows", "deltas")
 
 
 def scale_of(alpha: float, rank: int, rslora: bool = False) -> float:
-    """Return the factor s of s·B·A.
+    """Return the scale s of s·B·A.
 
-    alpha/rank (LoRA, arXiv 2106.09685), or alpha/√rank (rsLoRA, arXiv 2312.03732). No other function turns
-    alpha and rank into a scale."""
+    alpha/rank for LoRA (arXiv 2106.09685), or alpha/√rank for rsLoRA (arXiv 2312.03732). All code that turns
+    alpha and rank into a scale calls this function."""
     return alpha / math.sqrt(rank) if rslora else alpha / rank
 
 
 def alpha_of(scale: float, rank: int, rslora: bool = False) -> float:
-    """Return alpha for a scale, the inverse of `scale_of`.
+    """Return the alpha that gives `scale`; the inverse of `scale_of`.
 
-    For formats that store alpha."""
+    Used to write file formats that store alpha instead of the scale."""
     return scale * math.sqrt(rank) if rslora else scale * rank
 
 
 _MOST_STRENGTH = 1e4
-"""The largest |strength|: far beyond any use. Times an adapter's own scale, the strength still fits in
-float16 (at most 65,504), float32 and bfloat16. Code that computes a product reports an overflow of its
-dtype."""
+"""Largest accepted |strength|, far above any practical value. The product of the strength and an adapter's
+own scale still fits in float16 (at most 65,504), float32 and bfloat16. Code that multiplies by the strength
+reports an overflow of its own dtype."""
 
 
 def check_strength(label: str, strength: float) -> float:
-    """Return `strength` as a float; raise ConfigError for an invalid strength.
+    """Return `strength` as a float, or raise ConfigError if the strength is invalid.
 
-    NaN, and values beyond ±`_MOST_STRENGTH`, are invalid.
+    NaN, and values beyond ±`_MOST_STRENGTH`, are invalid. All code that validates a strength calls this
+    function.
 
-    label: the object with the strength, for the error message. No other function validates strengths."""
+    label: what the strength applies to, for the error message."""
     number = float(strength)
     if not abs(number) <= _MOST_STRENGTH:
         raise ConfigError(
@@ -68,9 +69,10 @@ def mix_text(mix: NamedMix) -> str:
 
 
 def all_finite(t: Tensor) -> bool:
-    """Return whether no entry is NaN or infinite.
+    """Return whether every entry is finite (no NaN, no infinity).
 
-    Any NaN or infinity shows in the minimum or maximum, which take one pass and no extra tensor."""
+    Checks only the minimum and the maximum, which any NaN or infinity affects: one pass, no temporary
+    tensor."""
     import torch
 
     if not t.numel() or t.is_complex() or t.dtype.itemsize == 1:
@@ -81,7 +83,7 @@ def all_finite(t: Tensor) -> bool:
 
 @dataclass
 class Pair:
-    """A, B and the resolved scale for one module.
+    """The low-rank factors A and B of one module, with the resolved scale.
 
     | kind      | A                      | B                    | delta                                 |
     | linear    | (rank, in)             | (out, rank)          | weight (out, in): s·B·A               |
@@ -89,17 +91,17 @@ class Pair:
     | conv      | (rank, in/g, k…)       | (out, rank, 1…)      | weight (out, in/g, k…)                |
     | experts   | (experts, rank, in)    | (experts, out, rank) | 3-d parameter, one delta per expert   |
 
-    A fused expert parameter is (experts, out, in), or (experts, in, out) if its module sets
-    `is_transposed`. PEFT reads experts this way, so only shapes decide how to read its files. Llama 4
-    stores the transpose without setting `is_transposed`: there A is (experts, rank, last dimension), and
-    s·B·A is still a delta of the right shape.
+    A fused expert parameter has the shape (experts, out, in), or (experts, in, out) if its module sets
+    `is_transposed`. PEFT uses the same convention, so the shapes alone tell how to read PEFT's files. Llama 4
+    stores the transpose without setting `is_transposed`. There, A is (experts, rank, last dimension), and
+    s·B·A still has the parameter's shape.
 
-    `magnitude`: DoRA's m (arXiv 2402.09353). (out,): one norm per output, as in the paper's code and PEFT;
-        or (1, in, 1…): one norm per input, as LyCORIS and OneTrainer have written it (core.forms).
+    `magnitude`: DoRA's m (arXiv 2402.09353). The shape is (out,), one norm per output, as in the paper's code
+        and PEFT; or (1, in, 1…), one norm per input, as in files of LyCORIS and OneTrainer (core.forms).
 
-    `origin`: a frozen (A₀, B₀) whose product is subtracted, so that an initialization from W (PiSSA,
-        OLoRA) starts at delta zero on an unchanged base: ΔW = s·(B·A − B₀·A₀). `collapsed()` returns the
-        same delta as one pair of twice the rank."""
+    `origin`: frozen factors (A₀, B₀), whose product is subtracted: ΔW = s·(B·A − B₀·A₀). An initialization
+        from W (PiSSA, OLoRA) therefore starts at a delta of zero on an unchanged base. `collapsed()` returns
+        the same delta as one pair of twice the rank."""
 
     A: Tensor
     B: Tensor
@@ -117,20 +119,22 @@ class Pair:
         return self.A.shape[1] if self.kind == "experts" else self.A.shape[0]
 
     def module(self, name: str) -> str:
-        """Return the module that this pair changes.
+        """Return the name of the module that this pair changes.
 
         name: the pair's name in the adapter."""
         return name.rpartition(".")[0] if self.kind == "experts" else name
 
     def low_rank(self, strength: float = 1.0, dropout: float = 0.0) -> LowRank:
-        """Return s·strength·B·A as one product, with `origin`, without the magnitude.
+        """Return s·strength·B·A as one product, with `origin` and without the magnitude.
 
-        One product lets the parts that A₀·B₀ and A·B have in common cancel before rounding."""
+        With one product, the common parts of A₀·B₀ and A·B cancel before rounding."""
         collapsed = self.collapsed()
         return LowRank(collapsed.A, collapsed.B, self.scale * strength, dropout)
 
     def collapsed(self) -> Pair:
-        """Return the delta without `origin`: A' = [A; A₀], B' = [B, −B₀], same scale."""
+        """Return the same delta as a pair without `origin`, with the same scale.
+
+        A' = [A; A₀], B' = [B, −B₀]."""
         if self.origin is None:
             return self
         import torch
@@ -150,12 +154,12 @@ class Pair:
 
 @dataclass
 class TokenRows:
-    """Rows that replace rows of an embedding: weight[indices] = rows.
+    """Replacement rows of an embedding: weight[indices] = rows.
 
     rows: (len(indices), dim).
 
     In a mix with other changes of the same weight, token rows count as the change rows − W[indices], and
-    the changes add up."""
+    all changes are summed."""
 
     indices: tuple[int, ...]
     rows: Tensor
@@ -165,7 +169,7 @@ class TokenRows:
 class Card:
     """Metadata of an adapter, stored as JSON next to the adapter.
 
-    Every field can be empty; adapters from other tools have few."""
+    Every field can be empty; adapters from other tools fill in few fields."""
 
     base: str = ""
     base_fingerprint: str = ""
@@ -190,25 +194,25 @@ _HUB_IDS = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 
 def hub_id(base: str) -> str:
-    """Return the ID by which hubs and other tools know a base.
+    """Return the Hugging Face Hub ID of a base.
 
-    A built-in base's hub ID, else the name itself."""
+    For a built-in base, the hub ID of its weights; otherwise `base` itself."""
     return _HUB_IDS.get(base, base)
 
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """A new adapter's modules, ranks and initialization.
+    """The target modules, ranks and initialization of a new adapter.
 
     `targets`, `exclude`: see core.targets.
-    `layers`: indices of the repeated blocks, None for all.
+    `layers`: indices of the repeated blocks, or None for all blocks.
     `rank_pattern`, `alpha_pattern`: target pattern -> value; the first match wins.
     `init`: "zero-b" (A Kaiming-uniform, B zero), "gaussian" (A normal with std 1/rank, B zero), "pissa",
-        "olora", "loftq" (from the quantization error of the base).
-    `kind`: "lora" makes pairs; "loha" and "lokr" make deltas of those forms (core.forms), with LyCORIS'
-        initialization. `factor` and `decompose_both` are passed to `trained_shapes` for these.
+        "olora", or "loftq" (from the quantization error of the base).
+    `kind`: "lora" creates pairs; "loha" and "lokr" create deltas of these forms (core.forms) with LyCORIS'
+        initialization. `factor` and `decompose_both` apply to these forms (see `forms.trained_shapes`).
     `modules_to_save`: modules trained in full, as copies.
-    `token_rows`: embedding name -> ids of the only tokens trained."""
+    `token_rows`: embedding name -> ids of the tokens to train; other tokens stay frozen."""
 
     rank: int = 16
     alpha: float = 32.0
@@ -236,7 +240,7 @@ class Adapter:
     `modules`: module name -> {parameter name: tensor}, full copies that replace the base's tensors while
         attached.
     `deltas`: parameter name (`….weight`, `….bias`) -> a change that is not a pair. A module can have both
-        a pair and a delta; each is relative to the base's weight, and they add up."""
+        a pair and a delta. Each is relative to the base's weight, and the two are summed."""
 
     pairs: dict[str, Pair] = field(default_factory=dict)
     modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -269,9 +273,9 @@ class Adapter:
                 yield f"{name}~{part}", tensor
 
     def component(self, name: str) -> Adapter:
-        """Return the part for one model of a pipeline, under its own module names.
+        """Return the part for one model of a pipeline, under the model's own module names.
 
-        name: `unet`, `text_encoder`, …; the result is empty if the adapter has nothing for this model."""
+        name: `unet`, `text_encoder`, …. The result is empty if the adapter has nothing for this model."""
         start, tables = f"{name}.", dict[str, Any]()
         for kind in _TABLES:
             table = getattr(self, kind)
@@ -279,15 +283,15 @@ class Adapter:
         return replace(self, **tables)
 
     def renamed(self, change: Callable[[str], str]) -> Adapter:
-        """Return the same adapter under other module names; `change` must be one to one."""
+        """Return the same adapter with module names mapped by `change`, a one-to-one function."""
         named = {kind: {change(n): item for n, item in getattr(self, kind).items()} for kind in _TABLES}
         return replace(self, **named)  # type: ignore[arg-type]
 
     def divided(self, by: Callable[[str], float]) -> dict[float, Adapter]:
-        """Split the adapter by the number that `by` gives for a module's name; drop 0.
+        """Split the adapter by the strength that `by` gives for each module's name.
 
-        Σ number·part is the adapter with a strength per module, exactly and in every form: the parts share
-        the tensors, and no scale changes."""
+        Modules of strength 0 are dropped. Σ strength·part equals the adapter with a strength per module,
+        exactly and in every form: the parts share the tensors, and scales do not change."""
         out: dict[float, Adapter] = {}
         for kind in _TABLES:
             for name, item in getattr(self, kind).items():
@@ -301,15 +305,15 @@ class Adapter:
         return out
 
     def collapsed(self) -> Adapter:
-        """Return the same adapter without any `origin`.
+        """Return the same adapter with every `origin` collapsed into its pair.
 
-        Files store this form, and `digest` hashes it."""
+        Files store this form, and `digest` hashes this form."""
         return replace(self, pairs={name: pair.collapsed() for name, pair in self.pairs.items()})
 
     def move(self, device: torch.device) -> None:
         """Move every tensor to `device` in place.
 
-        Parameters stay the same objects, so that an optimizer stays valid."""
+        Parameters stay the same objects, so an optimizer that holds them stays valid."""
 
         def moved(t: Tensor) -> Tensor:
             t.data = t.data.to(device)
@@ -345,10 +349,10 @@ class Adapter:
         return sum(t.numel() * t.element_size() for _, t in self.tensors())
 
     def digest(self) -> str:
-        """Return the sha256 of names, shapes, dtypes, values and scales.
+        """Return the SHA-256 of names, shapes, dtypes, values and scales.
 
-        Equal digests mean equal effects on equal bases. The digest is that of the collapsed adapter, so an
-        adapter with an `origin` has the digest of the file it is written to."""
+        Equal digests mean equal effects on equal bases. The digest is computed on the collapsed adapter, so
+        an adapter with an `origin` has the same digest as its file."""
         h = hashlib.sha256()
         for name, tensor in self.collapsed().tensors():
             h.update(f"{name}|{tensor.dtype!s}|{tuple(tensor.shape)}\0".encode())
@@ -364,7 +368,7 @@ class Adapter:
 
 
 def _tensor_bytes(tensor: Tensor) -> bytes:
-    """Return the tensor's values as bytes, as a file stores them."""
+    """Return the bytes of the tensor's values, as stored in a file."""
     if not tensor.numel():
         return b""
     import torch

@@ -1,10 +1,10 @@
-"""Attach adapters to a base, select which adapters act, and detach them.
+"""Attach adapters to a base, select the active ones, and detach them.
 
-One Attachment per model owns the adapters and the current selection. `add` wraps a module when the first
-adapter that changes the module is added; `remove` restores the module with the last one. Selecting is one
-assignment, whatever the number of adapters and modules. The base's tensors are never written to, and
-`detach` restores every module. This package knows modules; it does not know about files, training or
-models by name.
+Each model has one Attachment, which owns the adapters and the current selection. `add` wraps a module when
+the first adapter that changes the module is added; `remove` restores the module with the last one. Changing
+the selection is one assignment, whatever the number of adapters and modules. The base's tensors are never
+written to, and `detach` restores every module. This module does not depend on files, training or particular
+models.
 """
 
 from __future__ import annotations
@@ -31,16 +31,17 @@ from veneer.ops.lora_segments import LoraSegments
 
 _LAYERS: dict[str | None, type[Layer]] = {"linear": LoraLinear, "embedding": LoraEmbedding, "conv": LoraConv}
 _SPARE_BYTES = 256 << 20
-"""Least byte limit of the mix cache; larger bases get 1/32 of their size."""
+"""Minimum byte limit of the mix cache. For larger bases the limit is 1/32 of the base's size."""
 _BATCHES = ("input_ids", "inputs_embeds", "hidden_states", "sample", "pixel_values")
-"""Argument names that models use for their batch; other arguments can be positions or masks without rows."""
+"""Argument names that models use for their batch. Other tensor arguments can lack a batch dimension, such as
+positions or masks."""
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attachment]] = weakref.WeakKeyDictionary()
 
 
 def attach(model: nn.Module) -> Attachment:
-    """Return an Attachment for `model`; nothing changes until an adapter is added.
+    """Return an Attachment for `model`; the model does not change until an adapter is added.
 
-    Raises AdapterError if the model, or a part of it, is already attached."""
+    Raises AdapterError if the model, or a part of the model, is already attached."""
     if any(m in _ATTACHED or isinstance(m, Layer) for m in model.modules()):
         raise AdapterError(
             "this model is attached already",
@@ -53,7 +54,7 @@ def attach(model: nn.Module) -> Attachment:
 
 
 def active_mix(model: nn.Module) -> NamedMix:
-    """Return the mix that acts on every row of an attached model; () for the base."""
+    """Return the mix that is active on every row of an attached model; () for the base."""
     reference = _ATTACHED.get(model)
     attachment = None if reference is None else reference()
     if attachment is None:
@@ -63,14 +64,14 @@ def active_mix(model: nn.Module) -> NamedMix:
 
 
 class Attachment:
-    """The adapters of one base, and which of them act.
+    """The adapters of one base, and the current selection.
 
     adapters: name -> adapter.
-    selection: what acts now; empty at first.
+    selection: the active adapters; empty at first.
     cache.limit: byte limit for cached weights of mixes used without gradients (core.mix_cache); 0 disables
         the cache.
 
-    Use as a context manager to detach at its end."""
+    As a context manager, detaches on exit."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -87,15 +88,16 @@ class Attachment:
     # -- adapters ----------------------------------------------------------------------------------------------------
 
     def add(self, name: str, adapter: Adapter, trainable: bool = False, *, finite: bool = False) -> None:
-        """Add `adapter` to the base as `name`, without selecting it.
+        """Add `adapter` to the base as `name`, without selecting the adapter.
 
-        Tensors move to the device of their module.
+        Each tensor moves to the device of its module.
 
-        trainable: copy the tensors as new parameters; otherwise they are used as given, without gradient.
-        finite: the caller knows that all tensors are finite; checking would wait for their device.
+        trainable: copy the tensors as new parameters; otherwise the tensors are used as given, without
+            gradient.
+        finite: set if all tensors are known to be finite, to skip a check that synchronizes with the device.
 
-        Raises one AdapterError that lists every missing module and every shape that does not fit; nothing
-        has changed then."""
+        Raises one AdapterError that lists every missing module and every shape that does not fit; the base
+        and the attachment are then unchanged."""
         if not self._open:
             raise AdapterError("this attachment is detached", fix="call attach(model) again")
         if name in self.adapters:
@@ -117,7 +119,7 @@ class Attachment:
     def remove(self, name: str) -> None:
         """Remove an adapter, and restore modules that no other adapter changes.
 
-        The adapter leaves the selection too."""
+        The adapter is also removed from the selection."""
         adapter = self._adapter(name)
         self.selection = self.selection.without(adapter)
         self.cache.clear(adapter)
@@ -128,21 +130,23 @@ class Attachment:
         """Return the trainable tensors of an adapter under stable names.
 
         `module.A`, `module.B`, `module.magnitude`; `module.weight~a1` and so on for a LoHa or LoKr;
-        `module=parameter` for full copies; `embedding#rows`. Raises AdapterError if the adapter was not
-        added with trainable=True."""
+        `module=parameter` for full copies; `embedding#rows` for token rows. Raises AdapterError if the
+        adapter was not added with trainable=True."""
         out = {key: t for key, t in self._adapter(name).tensors() if isinstance(t, nn.Parameter)}
         if not out:
             raise AdapterError(f"adapter {name!r} is not trainable", fix="add it with trainable=True")
         return out
 
     def adapter(self, name: str) -> Adapter:
-        """Return a copy of an adapter: detached, contiguous, `origin` collapsed."""
+        """Return a detached, contiguous copy of an adapter with `origin` collapsed."""
         return self._adapter(name).collapsed().mapped(lambda t: t.detach().clone(memory_format=torch.contiguous_format))
 
-    # -- what acts ---------------------------------------------------------------------------------------------------
+    # -- selection ---------------------------------------------------------------------------------------------------
 
     def use(self, *mix: str | tuple[str, float]) -> None:
-        """Select the mix for every row: names, or (name, strength); nothing for the base.
+        """Select one mix for every row; without arguments, select the base.
+
+        mix: adapter names, or (name, strength).
 
         The cost does not depend on the number of adapters or modules. With activation checkpointing, do
         not change the selection between a forward and its backward: the recomputation would use the new
@@ -151,14 +155,13 @@ class Attachment:
         self.selection = self._selection(mix)
 
     def use_rows(self, mixes: Sequence[Sequence[str | tuple[str, float]]]) -> None:
-        """Select one mix per row of a batch.
+        """Select one mix per row of a batch; () is the base.
 
-        Row i (first dimension) gets mixes[i]; () is the base.
-
-        A batch of k·n rows repeats the list, as guidance does: [negative…, positive…]. The rows are the
-        first dimension of the model's input. If an adapter changes a module whose input has another number
-        of rows, or changes fused experts, calling that module raises AdapterError. A module called
-        directly has n rows. Otherwise as `use`. Reference: each row separately with `use`."""
+        Row i (first dimension) gets mixes[i]. With n mixes, a batch of k·n rows repeats the list, as
+        classifier-free guidance does: [negative…, positive…]. The rows are the first dimension of the model's
+        input; a module called directly must get n rows. Calling a module raises AdapterError if an adapter
+        changes the module and the module's input has another number of rows, or if an adapter changes fused
+        experts. Otherwise as `use`. Reference: `use` on each row separately."""
         if not mixes:
             raise AdapterError("no rows", fix="give a mix for each row of the batch, () for the base")
         if not self._watched:
@@ -168,13 +171,12 @@ class Attachment:
         self.selection = Selection(rows=MixBatch(tuple(self._selection(tuple(mix)).mix for mix in mixes)))
 
     def use_spans(self, names: Sequence[str], spans: LoraSegments) -> None:
-        """Select one adapter per segment of the tokens, at strength 1.
+        """Select one adapter per segment of the tokens that linear layers receive, at strength 1.
 
-        The tokens are those given to linear layers.
-
-        The rows of the batch do not matter. Between forward and backward, the same rule as for `use`
-        holds. Raises AdapterError for an unknown name, and for an adapter with more than plain pairs on
-        linear layers (`span_problem`). Reference: each segment's tokens separately with `use`."""
+        Segments are independent of the rows of the batch. As with `use`, do not change the selection between
+        a forward and its backward. Raises AdapterError for an unknown name, and for an adapter with more than
+        plain pairs on linear layers (`span_problem`). Reference: `use` on each segment's tokens
+        separately."""
         adapters = tuple(self._adapter(name) for name in names)
         for name, adapter in zip(names, adapters, strict=True):
             if why := span_problem(adapter):
@@ -190,7 +192,7 @@ class Attachment:
 
     @contextmanager
     def using(self, *mix: str | tuple[str, float]) -> Iterator[None]:
-        """Apply `use` during a with-block; then restore the previous selection."""
+        """Select `mix` inside a with-block, then restore the previous selection."""
         previous, self.selection = self.selection, self._selection(mix)
         try:
             yield
@@ -198,7 +200,7 @@ class Attachment:
             self.selection = previous
 
     def off(self) -> AbstractContextManager[None]:
-        """Select the base without adapters during a with-block."""
+        """Select the base without adapters inside a with-block."""
         return self.using()
 
     def merged(self, *mix: str | tuple[str, float]) -> dict[str, Tensor]:
@@ -207,10 +209,10 @@ class Attachment:
         See `merge.merged_state`."""
         return merged_state(self.model, self._selection(mix).mix)
 
-    # -- off again ---------------------------------------------------------------------------------------------------
+    # -- detaching ---------------------------------------------------------------------------------------------------
 
     def detach(self) -> None:
-        """Restore every module and forget the adapters.
+        """Restore every module and drop the adapters.
 
         Can be called at any time, any number of times."""
         self.selection = Selection()
@@ -228,10 +230,10 @@ class Attachment:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.detach()
 
-    # -- inside ------------------------------------------------------------------------------------------------------
+    # -- internals ---------------------------------------------------------------------------------------------------
 
     def _record_rows(self, _module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        """Record the number of rows before the model runs."""
+        """Record the batch size in the selection; a forward pre-hook of the model."""
         if self.selection.rows is not None:
             named = [kwargs[key] for key in _BATCHES if isinstance(kwargs.get(key), Tensor)]
             tensors = (t for t in (*args, *named, *kwargs.values()) if isinstance(t, Tensor) and t.ndim)
@@ -263,9 +265,9 @@ class Attachment:
         return Selection(tuple((adapter, s) for _, adapter, s in selected))
 
     def _wrapped_for(self, adapter: Adapter) -> set[str]:
-        """Return the modules that an adapter acts in.
+        """Return the names of the modules that need a wrapper for `adapter`.
 
-        Includes heads tied to the weight of its token rows."""
+        Includes heads that are tied to an embedding with token rows."""
         shared = {id(self._base_modules[n].weight) for n in adapter.token_rows}
         heads = {n for n, m in self._base_modules.items() if id(m._parameters.get("weight")) in shared}
         return _changed_modules(adapter) | heads
@@ -288,7 +290,7 @@ class Attachment:
                 parent._modules[key] = layer
 
     def _prune(self) -> None:
-        """Restore every module that no adapter acts in."""
+        """Restore every module that no adapter needs."""
         needed: set[str] = set().union(*(self._wrapped_for(a) for a in self.adapters.values()))
         if not (unneeded := set(self._layers) - needed):
             return
@@ -301,18 +303,16 @@ class Attachment:
 
 
 def _batch_modules(model: nn.Module) -> list[nn.Module]:
-    """Return the modules that receive a batch.
-
-    The model, or its parts if it has no forward."""
+    """Return the modules that receive a batch: the model, or its parts if it has no forward."""
     if type(model).forward is not nn.Module.forward:
         return [model] if model._modules else []
     return [entrance for part in model.children() for entrance in _batch_modules(part)]
 
 
 def _slots(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Return id -> every (parent, key) of each module.
+    """Return the id of each module -> every (parent, key) that holds the module.
 
-    A layer's reference to its own base does not count."""
+    A layer's reference to its own base is not included."""
     out: dict[int, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
         for key, child in parent._modules.items():
@@ -327,9 +327,10 @@ def _changed_modules(adapter: Adapter) -> set[str]:
 
 
 def _overlaps(adapters: list[Adapter]) -> list[str]:
-    """Return errors for names inside a module that another adapter replaces in full.
+    """Return an error for each conflict between full copies and other changes.
 
-    Two wrappers, one inside the other, have no clear meaning."""
+    Covers changed modules inside a module that an adapter replaces in full, because nested wrappers are
+    ambiguous, and modules that one adapter changes in two ways."""
     replaced = {n for a in adapters for n in a.modules}
     names = {n for a in adapters for n in _changed_modules(a)}
     out = [
@@ -348,14 +349,14 @@ def _overlaps(adapters: list[Adapter]) -> list[str]:
 def fit_problems(model: nn.Module, adapter: Adapter) -> list[str]:
     """Return every reason why `adapter` does not fit `model`, one line each.
 
-    Changes nothing. `model` can be attached."""
+    Does not change `model`. `model` can already be attached."""
     return _problems(dict(base_modules(model)), adapter)
 
 
 def _problems(modules: Mapping[str, nn.Module], adapter: Adapter, finite: bool = False) -> list[str]:
     """Return every reason why `adapter` does not fit these modules, one line each.
 
-    finite: the adapter's tensors are known to be finite."""
+    finite: set if all tensors of the adapter are known to be finite."""
     out: list[str] = []
     for name, pair in adapter.pairs.items():
         out += _pair_problems(modules, name, pair)
@@ -451,9 +452,9 @@ def _delta_problems(modules: Mapping[str, nn.Module], name: str, delta: Delta) -
 
 
 def _untrainable(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[str]:
-    """Return errors for deltas that cannot be trained.
+    """Return an error for each delta that cannot be trained.
 
-    Only a whole LoHa or LoKr without DoRA can be."""
+    Only a LoHa or LoKr of a whole parameter, without DoRA, can be trained."""
     out = []
     for name, delta in adapter.deltas.items():
         owner, _, key = name.rpartition(".")
@@ -464,9 +465,9 @@ def _untrainable(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[str
 
 
 def _magnitude_problems(name: str, magnitude: Tensor | None, shape: tuple[int, ...]) -> list[str]:
-    """Check the shape of DoRA's m on a weight (out, in, k…).
+    """Return the errors in the shape of DoRA's m for a weight of shape (out, in, k…).
 
-    One norm per output, or (1, in, 1…): one per input."""
+    Valid are one norm per output, (out,), and one norm per input, (1, in, 1…)."""
     if magnitude is None or magnitude.shape == shape[:1]:
         return []
     by_input = (1, *shape[1:2], *[1] * (len(shape) - 2))
@@ -495,11 +496,11 @@ def _rows_problems(modules: Mapping[str, nn.Module], name: str, rows: TokenRows)
 
 
 def _on_module_devices(adapter: Adapter, modules: Mapping[str, nn.Module], trainable: bool) -> Adapter:
-    """Return the attachment's copy of an adapter, on the base's device.
+    """Return a copy of an adapter for the attachment, on the devices of the base's modules.
 
-    Trainable on request.
+    If the base has no values yet (meta), the tensors stay on their device.
 
-    If the base has no values yet (meta), tensors stay on their device."""
+    trainable: copy the tensors as new parameters."""
 
     def device(name: str) -> torch.device | None:
         tensors = [*modules[name].parameters(), *modules[name].buffers()]

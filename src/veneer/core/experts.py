@@ -1,10 +1,10 @@
-"""Fused expert weights: multiply by W + Σ s·B·A without materializing it.
+"""Fused expert weights: multiply by W + Σ s·B·A without materializing the sum.
 
     x·(W + Σ s·B·A) = x·W + Σ s·(x·B)·A        W: (…, m, n) frozen    B: (…, m, r)    A: (…, r, n)
 
-Each expert implementation multiplies its weights in its own way inside the module's forward (a loop of
-linears, batched or grouped products). An AdaptedWeight replaces such a weight and implements torch's
-products, so that the model's own forward runs. This module does not know about pairs, modules or models.
+Expert implementations differ in how the module's forward multiplies the weights: a loop of linears, batched
+products, or grouped products. An AdaptedWeight replaces the weight and overrides these torch operations, so
+the model's own forward runs unchanged. This module does not depend on pairs, modules or models.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from veneer.ops.lowrank import LowRank
 class AdaptedWeight:
     """The weight W + Σ s·B·A, multiplied as x·W + Σ s·(x·B)·A and never materialized.
 
-    Implements linear, matmul, bmm, and the grouped products for which transformers sorts tokens by expert.
-    Any other operation gets the sum as a dense tensor, which is correct but large."""
+    Overrides linear, matmul, bmm, and the grouped products that transformers calls with tokens sorted by
+    expert. Any other operation receives the sum as a dense tensor, which is correct but needs more memory."""
 
     def __init__(self, weight: Tensor, parts: Sequence[LowRank]) -> None:
         self.weight, self.parts = weight, parts
@@ -33,7 +33,7 @@ class AdaptedWeight:
         self.is_cuda, self.requires_grad = weight.is_cuda, weight.requires_grad
 
     def __getitem__(self, index: Any) -> AdaptedWeight:
-        """Select experts by number, mask or list: the first dimension only."""
+        """Select experts by number, mask or list; indexes the first dimension only."""
         return AdaptedWeight(self.weight[index], [replace(p, A=p.A[index], B=p.B[index]) for p in self.parts])
 
     def transpose(self, first: int, second: int) -> AdaptedWeight:
@@ -94,17 +94,15 @@ def _add(y: Tensor, x: Tensor, parts: Sequence[LowRank], mul: Callable[[Tensor, 
 
 
 def _add_by_expert(y: Tensor, x: Tensor, parts: Sequence[LowRank], offsets: Tensor) -> Tensor:
-    if has_grouped_product(x):  # as in ops.linear: products in x's dtype, gradients in their own
+    if has_grouped_product(x):  # as in ops.linear: products run in x's dtype, gradients in the parameter's dtype
         parts = [replace(p, A=p.A.to(x.dtype), B=p.B.to(x.dtype)) for p in parts]
     return _add(y, x, parts, lambda u, v: _by_expert(u, v, offsets))
 
 
 def expert_product(x: Tensor, weight: Tensor | AdaptedWeight, offsets: Tensor) -> Tensor:
-    """Multiply rows of x by their expert's weight (experts, in, out).
+    """Multiply rows of x, sorted by expert, by their expert's weight (experts, in, out).
 
-    Rows are sorted by expert.
-
-    Rows up to offsets[0] use weight[0], rows from there up to offsets[1] use weight[1], and so on."""
+    Rows before offsets[0] use weight[0], rows offsets[0] to offsets[1] use weight[1], and so on."""
     if isinstance(weight, AdaptedWeight):
         return _add_by_expert(_by_expert(x, weight.weight, offsets), x, weight.parts, offsets)
     return _by_expert(x, weight, offsets)
@@ -117,7 +115,7 @@ def _matmul_left(product: Callable, weight: AdaptedWeight, v: Tensor) -> Tensor:
 
 
 def _by_expert(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """Multiply rows of x up to offsets[e] by weight[e], for any rank and dtype.
+    """Multiply the rows of x that end at offsets[e] by weight[e], for any rank and dtype.
 
     Rows after the last offset belong to no expert and give zero."""
     if has_grouped_product(x):
@@ -132,17 +130,17 @@ def _by_expert(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
 
 def has_grouped_product(x: Tensor) -> bool:
-    """Return whether the device has a grouped product.
+    """Return whether x's device and dtype support a grouped product.
 
-    With one, the host does not need to know how many rows each expert has."""
+    With a grouped product, the host does not need the number of rows per expert."""
     return x.device.type == "cuda" and x.dtype == torch.bfloat16
 
 
 def _grouped(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """Run `_by_expert` with the device's grouped product.
 
-    The product requires rows that start at multiples of 16 bytes (8 values)."""
-    # For rows without an expert, the device's product and its gradient contain uninitialized memory.
+    The grouped product requires rows that start at multiples of 16 bytes (8 values)."""
+    # For rows without an expert, the grouped product and its gradient contain uninitialized memory.
     in_group = (torch.arange(len(x), device=x.device) < offsets[-1])[:, None]
     x = torch.where(in_group, x, 0)
     short, narrow = -x.shape[-1] % 8, -weight.shape[-1] % 8

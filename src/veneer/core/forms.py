@@ -10,10 +10,10 @@
 
     ΔW = s·P        with a magnitude m:  ΔW = m/‖W + s·P‖ · (W + s·P) − W
 
-A core t (p, q, k…) of a convolution stands for Σ_pq a[o,p]·t[p,q,k…]·b[q,i]. m is (out,): one norm per
-output, over the rest; or (1, in, …): one norm per input. Sources: LyCORIS (arXiv 2309.14859), LoHa (arXiv
-2108.06098), LoKr (arXiv 2212.10650), (IA)³ (arXiv 2205.05638), DoRA (arXiv 2402.09353). This module knows
-tensors; it does not know about modules or files.
+A core t (p, q, k…) of a convolution stands for Σ_pq a[o,p]·t[p,q,k…]·b[q,i]. m is (out,), one norm per output
+over all other dimensions, or (1, in, …), one norm per input. Sources: LyCORIS (arXiv 2309.14859), LoHa (arXiv
+2108.06098), LoKr (arXiv 2212.10650), (IA)³ (arXiv 2205.05638), DoRA (arXiv 2402.09353). This module works on
+tensors, and does not depend on modules or files.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ _PARTS: Mapping[_Form, list[set[str]]] = {
 class Delta:
     """A change of one parameter.
 
-    shape: the parameter's shape; () for a gain, which fits any.
-    rows: use only rows [begin, end) of the product, for one part of a fused projection whose form cannot
+    shape: the parameter's shape; () for a gain, which fits any shape.
+    rows: use only rows [begin, end) of the product. Set for one part of a fused projection if the form cannot
         be split.
     whole: the shape before `rows` was applied; () without `rows`."""
 
@@ -70,7 +70,7 @@ def tucker(a: Tensor, core: Tensor, b: Tensor) -> Tensor:
 
 
 def product_of(delta: Delta) -> Tensor:
-    """Return s·P in `delta.shape`, float32 (float64 for float64 parts).
+    """Return s·P in the shape `delta.shape`, as float32 (float64 for float64 parts).
 
     Raises ValueError for the `BASED` forms, which have no product without W."""
     import torch
@@ -103,15 +103,16 @@ def _factor(p: Mapping[str, Tensor], n: str, shape: tuple[int, ...] | None = Non
 def trained_shapes(
     kind: Literal["loha", "lokr"], shape: tuple[int, ...], rank: int, factor: int | None = None, both: bool = False
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the parts of a LoHa or LoKr to train.
+    """Return the shapes of the trainable parts of a LoHa or LoKr.
 
-    shape: (out, in, k…), of the weight.
+    shape: the weight's shape, (out, in, k…).
 
-    By PEFT's rule, which is LyCORIS'. The kernel is flattened in b1 and b2, as in both tools without their
-    core options.
+    The rule is that of PEFT and LyCORIS. The kernel dimensions are flattened in b1 and b2, as in both tools
+    when their core options are off.
 
         loha    a1, a2 (out, r)    b1, b2 (r, in·k…)
-        lokr    out = l·k, in = m·n, `factor`: l and m if it divides them, else the largest divisor below it and √
+        lokr    out = l·k, in = m·n. l is `factor` if `factor` divides out, m is `factor` if `factor` divides in;
+                otherwise the largest divisor that is at most `factor` and at most the square root
                 w1 (l, m), with `both` and r < max(l, m)/2 a1 (l, r) and b1 (r, m)
                 w2 (k, n, k…), or if r < max(k, n)/2 a2 (k, r) and b2 (r, n·k…)"""
     rows, columns, kernel = shape[0], shape[1], shape[2:]
@@ -144,8 +145,8 @@ def as_low_rank(delta: Delta) -> tuple[Tensor, Tensor] | None:
 
         Σ_pq (a1_p ⊙ a2_q)·(b1_p ⊙ b2_q)
 
-    None for anything else, and if A and B have more entries than the weight, so that materializing it is
-    cheaper."""
+    Return None for other deltas, and if A and B have more entries than the weight: materializing the weight
+    is then cheaper."""
     if delta.form != "hadamard" or set(delta.parts) != {"a1", "b1", "a2", "b2"} or delta.rows or delta.whole:
         return None
     a1, b1, a2, b2 = (delta.parts[name] for name in ("a1", "b1", "a2", "b2"))
@@ -156,16 +157,16 @@ def as_low_rank(delta: Delta) -> tuple[Tensor, Tensor] | None:
 
 
 def kronecker_factors(delta: Delta) -> tuple[Tensor, Tensor] | None:
-    """Return w1 and w2 of a whole LoKr without DoRA; None for anything else."""
+    """Return w1 and w2 of a LoKr of a whole parameter without DoRA; None for other deltas."""
     if delta.form != "kronecker" or delta.magnitude is not None or delta.rows or delta.whole:
         return None
     return _factor(delta.parts, "1"), _factor(delta.parts, "2")
 
 
 def norm_along(weight: Tensor, magnitude: Tensor) -> Tensor:
-    """Return ‖weight‖ along the magnitude's axis, in a shape that divides the weight.
+    """Return ‖weight‖ along the magnitude's axis, broadcastable against the weight.
 
-    One norm per output if the magnitude is (out,), one per input if it is (1, in, …)."""
+    One norm per output if the magnitude is (out,), one per input if the magnitude is (1, in, …)."""
     import torch
 
     axis = 0 if magnitude.ndim == 1 else 1
@@ -175,9 +176,9 @@ def norm_along(weight: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def change_of(weight: Tensor, product: Tensor, magnitude: Tensor | None) -> Tensor:
-    """Return ΔW of W and s·P, all (out, in, k…).
+    """Return ΔW, given W and s·P, all of shape (out, in, k…).
 
-    s·P itself, or with a magnitude DoRA's m/‖W + s·P‖·(W + s·P) − W."""
+    Without a magnitude, ΔW = s·P. With a magnitude (DoRA), ΔW = m/‖W + s·P‖·(W + s·P) − W."""
     if magnitude is None:
         return product
     W = weight.to(product.dtype)
@@ -188,7 +189,7 @@ def change_of(weight: Tensor, product: Tensor, magnitude: Tensor | None) -> Tens
 
 
 def delta_of(weight: Tensor, delta: Delta) -> Tensor:
-    """Return ΔW of `delta` on W, in W's shape, float32."""
+    """Return ΔW of `delta` on W, in W's shape and float32 (float64 for float64 tensors)."""
     import torch
 
     if delta.form == "gain":
@@ -203,7 +204,7 @@ def delta_of(weight: Tensor, delta: Delta) -> Tensor:
 
 
 def part_problems(delta: Delta) -> list[str]:
-    """Return the errors in a delta's own parts, one line each."""
+    """Return the errors in the parts of a delta, one line each."""
     have = set(delta.parts)
     if have not in _PARTS[delta.form]:
         want = " or ".join(", ".join(sorted(p)) for p in _PARTS[delta.form])
@@ -224,7 +225,7 @@ def part_problems(delta: Delta) -> list[str]:
 def _shape_of(delta: Delta) -> tuple[int, ...]:
     """Return the shape of `product_of` by arithmetic.
 
-    torch's meta tensors take two seconds on first use."""
+    Meta tensors would give the same shape, but torch takes two seconds to load them on first use."""
     p = {name: tuple(t.shape) for name, t in delta.parts.items()}
     full_shape = tuple(delta.whole or delta.shape)
     if delta.form in ("dense", "replacement"):

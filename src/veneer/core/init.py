@@ -1,6 +1,6 @@
 """Create untrained adapters on any kind of module, without changing the base.
 
-All initializations except loftq start with delta zero.
+All initializations except loftq start with a delta of zero.
 
     zero-b      A ~ U(−1/√in, 1/√in), B = 0           (embedding: A = 0, B ~ N(0, 1), as in the first LoRA code)
     gaussian    A ~ N(0, 1/rank²), B = 0              (embedding: as above)
@@ -12,11 +12,11 @@ All initializations except loftq start with delta zero.
     LoHa        a1 ~ N(0, 0.1²), b1, b2 ~ N(0, 1), a2 = 0                                LyCORIS, arXiv 2309.14859
     LoKr        w2 or b2 = 0; w1, a1, b1, a2 ~ U(−1/√n, 1/√n), n their columns           LyCORIS (PEFT: "lycoris")
 
-PiSSA and OLoRA as published subtract s·B·A from the base; here `origin` subtracts it, so that the base is
-unchanged. LoftQ as published alternates between quantizing W − s·B·A and fitting; here the base is
-unchanged and the first fit is used, which is the best fit for this base. Its delta is the quantization
-error, so a loftq adapter is only for this quantized base. This module knows models by their modules; it
-does not know how an adapter is attached, trained or written.
+The published PiSSA and OLoRA subtract s·B·A from the base. Here `origin` subtracts s·B·A, so the base stays
+unchanged. The published LoftQ alternates between quantizing W − s·B·A and fitting A and B. Here the base
+stays unchanged and only the first fit is used, which is the best fit for this quantized base. The delta of a
+loftq adapter is the quantization error, so the adapter works only on this quantized base. This module does
+not depend on how adapters are attached, trained or written.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def create(
 ) -> Adapter:
     """Return the untrained adapter that `spec` describes; deterministic in `seed`.
 
-    Tensors are on the modules' devices, or on the CPU if the modules have no values yet (meta). Full
-    copies and token rows start as the base's values in `dtype`.
+    Tensors are created on the modules' devices, or on the CPU if the modules have no values yet (meta). Full
+    copies and token rows start with the base's values in `dtype`.
 
-    original: parameter name -> the weight before quantization, which loftq needs.
+    original: parameter name -> the weight before quantization; required by loftq.
 
     Raises ConfigError for impossible numbers; TargetError for patterns without a match, or modules that
     the chosen initialization does not support."""
@@ -107,7 +107,7 @@ def _first(patterns: Mapping[str, T], name: str, default: T) -> T:
 
 
 def _rank_and_alpha(spec: LoraSpec, name: str) -> tuple[int, float]:
-    """Return a target's rank and alpha: the first matching pattern's, or the spec's."""
+    """Return the rank and alpha of a target: from the first matching pattern, or the spec."""
     return _first(spec.rank_pattern, name, spec.rank), float(_first(spec.alpha_pattern, name, spec.alpha))
 
 
@@ -149,7 +149,7 @@ def _pair(
         pair = Pair(A, B, scale, target.kind, origin=None if spec.init == "loftq" else (A.clone(), B.clone()))
     else:
         A, B = _random(matrix, weight, target, rank, spec.init, generator)
-        # a base whose weights are loaded later
+        # The weights of a meta base are loaded later.
         where = torch.device("cpu") if weight.is_meta else weight.device
         pair = Pair(A.to(where, dtype), B.to(where, dtype), scale, target.kind)
     if spec.dora:
@@ -160,8 +160,8 @@ def _pair(
 def _delta(module: nn.Module, target: Target, spec: LoraSpec, generator: torch.Generator, dtype: torch.dtype) -> Delta:
     """Return an untrained LoHa or LoKr.
 
-    If both factors of a LoKr are whole, no rank is left and the scale is 1, as in LyCORIS and the tools
-    that read its files."""
+    If neither factor of a LoKr is decomposed, there is no rank and the scale is 1, as in LyCORIS and in tools
+    that read LyCORIS files."""
     assert spec.kind != "lora"
     if target.kind not in ("linear", "conv"):
         target_kind = "fused experts" if target.kind == "experts" else "embedding"

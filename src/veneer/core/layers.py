@@ -43,20 +43,21 @@ from veneer.ops.lowrank import LowRank
 
 
 class Owner(Protocol):
-    """The part of the attachment that a layer uses."""
+    """The attributes of an Attachment that a layer uses."""
 
     selection: Selection
     cache: MixCache
 
 
 class Layer(nn.Module):
-    """A replacement for the module `base`.
+    """A module that replaces the base's module `base`.
 
-    embeddings: names of embeddings that share this module's weight, including the module itself if it is
-        an embedding. Token rows for any of these names apply here (T5 ties three embeddings and the head)."""
+    embeddings: names of embeddings that share this module's weight, including the module's own name if the
+        module is an embedding. Token rows for any of these names apply to this layer (T5 ties three
+        embeddings and the head)."""
 
     is_veneer_layer = True
-    base: Any  # an nn.Module; its attributes depend on its class
+    base: Any  # an nn.Module; its attributes depend on the module's class
 
     def __init__(self, base: nn.Module, name: str, owner: Owner, embeddings: Sequence[str] = ()) -> None:
         super().__init__()
@@ -91,16 +92,16 @@ class Layer(nn.Module):
     def by_rows(self, rows: MixBatch, *args: Any, **kwargs: Any) -> Any:
         """Return the output with one mix per row.
 
-        Reference: each row separately, with `under`."""
+        Reference: `under` on each row separately."""
         segments = rows.segments(self.is_changed_by)
         if len(segments) == 1:
             return self.under(segments[0].mix, *args, **kwargs)
         return run_segments(rows, segments, self.under, args, kwargs, self.name)
 
     def with_spans(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the output with one adapter per segment.
+        """Return the output with one adapter per segment of the tokens.
 
-        In this mode only linear layers have pairs."""
+        Only linear layers have pairs in this mode."""
         return self.base(*args, **kwargs)
 
     def is_changed_by(self, adapter: Adapter) -> bool:
@@ -115,7 +116,7 @@ class Layer(nn.Module):
         return self.base(*args, **kwargs)
 
     def pairs(self, mix: Sequence[tuple[Adapter, float]], name: str | None = None) -> list[tuple[Pair, float, float]]:
-        """Return (pair, strength, dropout) of each pair of the mix here.
+        """Return (pair, strength, dropout) for each pair of the mix on this module.
 
         Dropout is 0 outside training."""
         key = name or self.name
@@ -123,7 +124,7 @@ class Layer(nn.Module):
         return [(a.pairs[key], s, a.dropout if drop else 0.0) for a, s in mix if key in a.pairs]
 
     def deltas(self, mix: Sequence[tuple[Adapter, float]]) -> list[tuple[str, Delta, float]]:
-        """Return (parameter, delta, strength) of each delta of the mix in this module."""
+        """Return (parameter, delta, strength) for each delta of the mix on this module."""
         having = [(a.deltas, s) for a, s in mix if a.deltas]
         keys = self.base._parameters if having else ()
         return [(k, d[f"{self.name}.{k}"], s) for d, s in having for k in keys if f"{self.name}.{k}" in d]
@@ -138,9 +139,9 @@ class Layer(nn.Module):
         return next((adapter.token_rows[name] for name in self.embeddings if name in adapter.token_rows), None)
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """Return the base's state under its own names.
+        """Return the base module's state dict, under the base's names.
 
-        An attached model therefore saves as the base."""
+        Saving an attached model therefore saves the base."""
         return self.base.state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
 
     def __getattr__(self, name: str) -> Any:
@@ -157,18 +158,18 @@ def _selected(layer: Layer, *args: Any, **kwargs: Any) -> Any:
     return layer.selected(*args, **kwargs)
 
 
-# A compiled model calls layers uncompiled: if the selection were compiled in, each switch would
-# recompile. (torch.compiler.disable is the public name, but imports the compiler at once.)
+# Layers run uncompiled inside a compiled model: a compiled-in selection would force a recompile at each
+# change of the selection. (torch.compiler.disable is the public name, but imports the compiler at once.)
 _uncompiled = TORCH("torch._disable_dynamo")(_selected)
 
 
 def _with_tensors(module: nn.Module, tensors: Mapping[str, Any], prefix: str = "") -> nn.Module:
-    """Return `module` with some tensors replaced, as a module that shares the rest.
+    """Return a copy of `module` with some tensors replaced; other tensors are shared.
 
-    The base is not written to, not even during a call. Replacements are cast to the dtype of the tensors
+    The base is never written to, not even during a call. Replacements are cast to the dtype of the tensors
     they replace."""
     out = copy.copy(module)
-    # a forward set on the instance is bound to `module` and would use its tensors
+    # A forward set on the instance is bound to `module` and would use the original tensors.
     out.__dict__.pop("forward", None)
     for kind in ("_parameters", "_buffers"):
         table = dict(getattr(module, kind))
@@ -185,9 +186,9 @@ def _with_tensors(module: nn.Module, tensors: Mapping[str, Any], prefix: str = "
 
 
 class FullModule(Layer):
-    """A module that no other layer class covers, usually a norm or a router.
+    """A module that no other layer class supports, usually a norm or a router.
 
-    Deltas of its parameters, and pairs on its `weight`, are added in float32 and rounded once."""
+    Deltas of its parameters, and pairs on its `weight`, are summed in float32 and rounded once."""
 
     def adapted(self, mix: Sequence[tuple[Adapter, float]], *args: Any, **kwargs: Any) -> Any:
         sums: dict[str, Tensor] = {}
@@ -209,9 +210,9 @@ def _wide(t: Tensor) -> Tensor:
 
 
 class _Lora(Layer):
-    """The reference y = base(x) + Σ strength·ΔW·x.
+    """The reference implementation, y = base(x) + Σ strength·ΔW·x.
 
-    For layers whose ΔW acts on one input."""
+    Base class of the layers with a single input."""
 
     def under(self, mix: ActiveMix, *args: Any, **kwargs: Any) -> Any:
         if mix and len(args) == 1 and not kwargs and not torch.is_grad_enabled():
@@ -221,7 +222,7 @@ class _Lora(Layer):
         return super().under(mix, *args, **kwargs)
 
     def _may_use(self, cached: CachedModule, mix: ActiveMix, x: Tensor) -> bool:
-        """Return whether the cached module is equivalent to calling the base with x now."""
+        """Return whether the cached module can replace the base and the adapters for this x."""
         attributes = self._modules["base"].__dict__
         if (
             attributes["_forward_hooks"]
@@ -235,7 +236,9 @@ class _Lora(Layer):
         return x.dtype == cached.dtype and not torch.is_autocast_enabled(x.device.type)
 
     def by_cache(self, cached: CachedModule, x: Tensor) -> Tensor:
-        """Return the output from a cached copy or stack. Reference: `adapted`."""
+        """Return the output from a cached copy or stack.
+
+        Reference: `adapted`."""
         raise NotImplementedError
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -243,23 +246,23 @@ class _Lora(Layer):
         raise NotImplementedError
 
     def channels(self, v: Tensor) -> Tensor:
-        """Return a vector (out,) in a shape that multiplies the output."""
+        """Return a vector (out,) in a shape that broadcasts against the output."""
         return v
 
     def scaled(self, x: Tensor, v: Tensor) -> Tensor:
-        """Return x with each of its channels times v: (in,)."""
+        """Return x with each channel multiplied by the matching entry of v: (in,)."""
         return x * v.to(x.dtype)
 
     def product(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """Return W·x without the bias, in x's dtype.
 
-        weight: replaces W, in W's stored shape."""
+        weight: used instead of W, in W's stored shape."""
         raise NotImplementedError
 
     def change(self, x: Tensor, y: Tensor, pair: Pair, dropout: float = 0.0) -> Tensor:
         """Return ΔW·x of one pair, given y = base(x).
 
-        Dropout acts on the input of the pair, as in PEFT."""
+        Dropout is applied to the input of the pair, as in PEFT."""
         x = x.to(pair.A.dtype) if x.is_floating_point() else x
         dropped = F.dropout(x, dropout) if dropout else x
         low_rank_output = self.low_rank(dropped, pair.A, pair.B) * pair.scale
@@ -284,7 +287,7 @@ class _Lora(Layer):
     def _change_by_input(self, x: Tensor, pair: Pair) -> Tensor:
         """Return ΔW·x for a magnitude with one norm per input.
 
-        (W + ΔP)·(g ⊙ x) − W·x, g = m/‖W + ΔP‖."""
+        ΔW·x = (W + ΔP)·(g ⊙ x) − W·x, with g = m/‖W + ΔP‖."""
         weight = weight_of(self.base)
         assert pair.magnitude is not None
         matrix = to_matrix(self.base, pair.kind, weight)
@@ -309,9 +312,9 @@ class _Lora(Layer):
         return self.replaced(x, y, out, self.rows(mix)).to(y.dtype)
 
     def by_rows(self, rows: MixBatch, *args: Any, **kwargs: Any) -> Any:
-        """Run the base once for all rows, and each adapter once for the rows it acts on.
+        """Run the base once for all rows, and each adapter once on the rows that use the adapter.
 
-        Rows without an adapter cost nothing more."""
+        Rows without an adapter add no cost."""
         if any(self.name in share.adapter.modules for share in rows.rows_by_adapter) or not args:
             return super().by_rows(rows, *args, **kwargs)
         segments = rows.segments(self.is_changed_by)
@@ -338,7 +341,7 @@ class _Lora(Layer):
         return out.to(y.dtype)
 
     def changes(self, x: Tensor, y: Tensor, adapter: Adapter) -> Iterator[Tensor]:
-        """Yield what one adapter at strength 1 adds to y = base(x), in y's shape."""
+        """Yield the terms that one adapter at strength 1 adds to y = base(x), in y's shape."""
         for pair, _, dropout in self.pairs([(adapter, 1.0)]):
             yield self.change(x, y, pair, dropout)
         for key, delta, _ in self.deltas([(adapter, 1.0)]):
@@ -346,7 +349,7 @@ class _Lora(Layer):
             yield delta_output.expand_as(y) if key == "bias" else delta_output
 
     def delta_output(self, x: Tensor, key: str, delta: Delta) -> Tensor:
-        """Return what a delta of the parameter `key` adds to the output, at strength 1."""
+        """Return the output of a delta of the parameter `key`, at strength 1."""
         if is_trained(delta):
             return self.trained_output(x, delta) * delta.scale
         weight_delta = module_delta(self.base, delta, key)
@@ -357,8 +360,8 @@ class _Lora(Layer):
     def trained_output(self, x: Tensor, delta: Delta) -> Tensor:
         """Return P·x of a trainable LoHa or LoKr, without its scale.
 
-        Intermediate matrices are not kept: the backward pass recomputes them, at the cost of one more
-        product."""
+        Intermediate matrices are not saved for backward; the backward pass recomputes them, at the cost of
+        one more product."""
         delta_dtype = next(iter(delta.parts.values())).dtype
         dtype = x.dtype if x.dtype.itemsize == 2 else delta_dtype
         x, kernel = x.to(dtype), delta.shape[2:]
@@ -380,21 +383,21 @@ class _Lora(Layer):
         raise NotImplementedError
 
     def min_dims(self) -> int:
-        """Return the least number of dimensions of an input with rows."""
+        """Return the minimum number of dimensions of an input that has rows."""
         return 2
 
     def replaced(self, x: Tensor, y: Tensor, out: Tensor, rows: Sequence[tuple[TokenRows, float]]) -> Tensor:
-        """Return out + Σ strength·(new − y), the token rows' change of y = base(x).
+        """Return out + Σ strength·(new − y), the change of y = base(x) by token rows.
 
-        Only replaced rows change, in out's dtype. Other changes of the weight add up with this one, as in
-        a merge."""
+        Only the replaced rows change. The sum is in out's dtype. Other changes of the same weight are added
+        to this change, as in a merge."""
         return out
 
 
 def _added(y: Tensor, at: Tensor, change: Tensor, may_write: bool) -> Tensor:
     """Return y with `change` added to its rows `at`, in the wider of the two dtypes.
 
-    may_write: whether y can be changed in place."""
+    may_write: y can be changed in place."""
     wide = torch.promote_types(y.dtype, change.dtype)
     change = change.to(wide)
     if may_write and y.dtype == wide and not (y.requires_grad or change.requires_grad):
@@ -412,13 +415,11 @@ def _replaced_rows(new: Tensor, old: Tensor, out: Tensor, strength: float) -> Te
 
 class LoraLinear(_Lora):
     def linear_map(self) -> LinearMap | None:
-        """Return this layer as a frozen weight with at most one product, or None.
+        """Return this layer as a frozen weight with at most one product, or None if unsupported.
 
-        None if the layer computes more.
-
-        A LoHa that is trained and small enough (`as_low_rank`) counts as a product. None for: several
-        products, another delta, a mix per row, DoRA with an origin or at a strength other than 1, an
-        origin with dropout, a full copy, replaced rows, a hooked or trained base."""
+        A trainable LoHa counts as a product if it is small enough (`as_low_rank`). Unsupported are: several
+        products, other deltas, a mix per row, DoRA with an origin or at a strength other than 1, an origin
+        with dropout, a full copy, replaced rows, and a base with hooks or trainable parameters."""
         base, selection = self.base, self.owner.selection
         mix: Sequence[tuple[Adapter, float]] = selection.mix
         spans = selection.spans
@@ -446,11 +447,11 @@ class LoraLinear(_Lora):
             return LinearMap(base.weight, base.bias)
         pair, strength, dropout = pairs[0]
         if pair.origin is not None and (dropout or pair.magnitude is not None):
-            return None  # the origin's product uses all of x, dropout only the pair's
+            return None  # the product of the origin uses all of x; only the pair's input is dropped
         products = (pair.low_rank(strength, dropout),)
         if pair.magnitude is None:
             return LinearMap(base.weight, base.bias, products)
-        # y = x·Wᵀ + strength·ΔW·x: at a strength other than 1 this is not a DoRA scale times one product
+        # y = x·Wᵀ + strength·ΔW·x: at a strength other than 1, y is not a DoRA scale times one product
         if strength != 1.0 or pair.magnitude.ndim > 1:
             return None
         norm = adapted_norm if base.weight.dtype == pair.magnitude.dtype else low_rank_norm
@@ -458,7 +459,7 @@ class LoraLinear(_Lora):
         return LinearMap(base.weight, base.bias, products, dora_scale)
 
     def _products_of(self, spans: SpanAdapters) -> tuple[LowRank, ...]:
-        """Return one product per adapter that has a pair here."""
+        """Return one product per adapter that has a pair on this module."""
         pairs = (self.pairs([(adapter, 1.0)]) for adapter in spans.adapters)
         return tuple(
             replace(pair.low_rank(strength, dropout), span=span)
@@ -498,7 +499,7 @@ class LoraLinear(_Lora):
         return F.linear(x, to_matrix(self.base, "linear", stored).to(x.dtype))
 
     def kronecker(self, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-        """Multiply factor by factor: x as a matrix X (m, n), then w1·X·w2ᵀ, (l, k).
+        """Multiply by one factor at a time: with x as a matrix X (m, n), w1·X·w2ᵀ (l, k).
 
         Takes about 1/l of the operations of ΔW·x."""
         parts = x.unflatten(-1, (w1.shape[1], w2.shape[1]))
@@ -530,12 +531,12 @@ class LoraEmbedding(_Lora):
 
     @property
     def _scale(self) -> Tensor | None:
-        """Gemma's factor on embedding rows, applied after the lookup."""
+        """Gemma's `embed_scale`, which multiplies embedding rows after the lookup."""
         scale = getattr(self.base, "embed_scale", None)
         return torch.as_tensor(scale) if scale is not None else None
 
     def change(self, x: Tensor, y: Tensor, pair: Pair, dropout: float = 0.0) -> Tensor:
-        return super().change(x, y, pair)  # an index input cannot be dropped
+        return super().change(x, y, pair)  # dropout does not apply to token ids
 
     def replaced(self, x: Tensor, y: Tensor, out: Tensor, rows: Sequence[tuple[TokenRows, float]]) -> Tensor:
         for token_rows, strength in rows:
@@ -589,7 +590,7 @@ class LoraConv(_Lora):
 
 
 class LoraExperts(Layer):
-    """Runs the base's forward with each adapted weight as an `AdaptedWeight`."""
+    """Fused experts; runs the base's forward with each changed weight as an `AdaptedWeight`."""
 
     def is_changed_by(self, adapter: Adapter) -> bool:
         return super().is_changed_by(adapter) or any(
@@ -599,7 +600,7 @@ class LoraExperts(Layer):
     def by_rows(self, rows: MixBatch, *args: Any, **kwargs: Any) -> Any:
         """Run the tokens of each mix through the experts separately.
 
-        Possible only if every row is one token, routed on its own."""
+        Requires that every row is one token; raises AdapterError otherwise."""
         segments = rows.segments(self.is_changed_by)
         if len(segments) == 1:
             return self.under(segments[0].mix, *args, **kwargs)
@@ -618,8 +619,8 @@ class LoraExperts(Layer):
     def weights(self, tokens: int) -> list[tuple[Tensor | None, dict[str, Any]]] | None:
         """Return the base's parameters under the current selection, for `tokens` tokens.
 
-        A list of (index of the tokens, or None for all; parameters). With a mix per row, every token is a
-        row. None if the selection has more than pairs on the parameters: full copies, deltas."""
+        A list of (token indices, or None for all tokens; parameters). With a mix per row, every token is a
+        row. None if the selection changes the module by full copies or deltas."""
         selection = self.owner.selection
         segments = None if selection.rows is None else selection.rows.segments(self.is_changed_by)
         mixes = [selection.mix] if segments is None else [mix for mix, _ in segments]
@@ -646,7 +647,7 @@ class LoraExperts(Layer):
 def _parts(pair: Pair, strength: float, dropout: float) -> list[LowRank]:
     """Return the products of a pair of fused experts.
 
-    The origin is a separate product because dropout does not apply to it."""
+    The origin is a separate product because dropout does not apply to the origin."""
     s = pair.scale * strength
     out = [LowRank(pair.A, pair.B, s, dropout)]
     return out if pair.origin is None else [*out, LowRank(*pair.origin, -s)]

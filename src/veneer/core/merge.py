@@ -1,13 +1,13 @@
-"""Weights as matrices: the change of a pair, and weights with a mix merged in.
+"""Changes as dense matrices: ΔW of a pair or delta, and weights with a mix merged in.
 
     linear, embedding, conv, experts:   ΔW = s·(B·A − B₀·A₀)                        (out, in), experts (E, out, in)
     DoRA:                               ΔW = m/‖W+sBA‖·(W+sBA) − W                  ‖·‖ over `in`, arXiv 2402.09353
     deltas:                             ΔW of their form                            core.forms
     mix:                                W' = W + Σ strengthᵢ·ΔWᵢ                    float32, rounded once
 
-Every kind is treated as such a matrix: an embedding (rows, dim) as its transpose, a convolution with its
-last dimensions flattened, experts as stored, or transposed if the module sets `is_transposed`. Nothing is
-changed in place. This module knows modules and pairs; it does not know about attachments.
+Every weight is treated as a matrix (out, in): an embedding (rows, dim) is transposed, a convolution's last
+dimensions are flattened, and experts are used as stored, or transposed if the module sets `is_transposed`.
+Nothing is changed in place. This module depends on modules and pairs, not on attachments.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from veneer.ops.quantized import dequantized
 
 
 def _wide(t: Tensor) -> Tensor:
-    """Return `t` in the dtype used for sums: float64 if it already is, else float32."""
+    """Return `t` in the dtype used for sums: float64 for float64, otherwise float32."""
     t = dequantized(t)
     return t if t.dtype == torch.float64 else t.float()
 
@@ -36,7 +36,7 @@ def _wide(t: Tensor) -> Tensor:
 def weight_of(module: nn.Module, parameter: str | None = None) -> Tensor:
     """Return the weight of `module` as stored.
 
-    A quantized linear's weight is computed by passing the identity through the module."""
+    The weight of a quantized linear is computed by passing the identity through the module."""
     weight = getattr(module, parameter or "weight", None)
     features = getattr(module, "in_features", None)
     shaped = features is None or getattr(weight, "shape", None) == (module.out_features, features)
@@ -64,9 +64,9 @@ def to_matrix(module: nn.Module, kind: PairKind, weight: Tensor) -> Tensor:
 
 
 def pair_matrix(pair: Pair) -> Tensor:
-    """Return s·(B·A − B₀·A₀) without the magnitude.
+    """Return s·(B·A − B₀·A₀), without the magnitude.
 
-    In float32, or float64 for float64 pairs."""
+    The result is float32, or float64 for float64 pairs."""
     total: Tensor | None = None
     for A, B, sign in [(pair.A, pair.B, 1.0), *([(*pair.origin, -1.0)] if pair.origin else [])]:
         A, B = _wide(A), _wide(B)
@@ -81,7 +81,7 @@ def pair_matrix(pair: Pair) -> Tensor:
 def adapted_norm(matrix: Tensor, pair: Pair) -> Tensor:
     """Return ‖W + s·(B·A − B₀·A₀)‖ over `in`: (out,).
 
-    Without gradient, as in the paper."""
+    Computed without gradient, as in the paper."""
     with torch.no_grad():
         product = pair_matrix(pair)
         norm: Tensor = torch.linalg.vector_norm(matrix.to(product.dtype) + product, dim=-1)
@@ -89,18 +89,18 @@ def adapted_norm(matrix: Tensor, pair: Pair) -> Tensor:
 
 
 def low_rank_norm(matrix: Tensor, pair: Pair) -> Tensor:
-    """Return `adapted_norm` without making W + s·B·A.
+    """Return `adapted_norm` without materializing W + s·B·A.
 
     For a linear pair without an origin.
 
         √( ‖W‖² + Σ_r (2s·(W·Aᵀ) + s²·B·(A·Aᵀ)) ⊙ B )
 
-    Takes a tenth of the time for a 16-bit W. The error is that of W·Aᵀ rounded to 16 bits, about 10⁻⁵.
-    With B = 0 the result equals `adapted_norm`, so that an untrained DoRA's scales are 1."""
+    Takes a tenth of the time for a 16-bit W. The error is about 10⁻⁵, from rounding W·Aᵀ to 16 bits.
+    With B = 0 the result equals `adapted_norm`, so the scales of an untrained DoRA are exactly 1."""
     with torch.no_grad():
         W, A, B = dequantized(matrix), pair.A, pair.B * pair.scale
         cross = F.linear(W, A.to(W.dtype)).to(A.dtype)
-        # quantized values have more digits than their 16-bit form
+        # Dequantized values are more precise than their 16-bit form.
         exact = W if W is matrix else matrix.to(A.dtype)
         exact_squared = torch.linalg.vector_norm(exact, dim=-1, dtype=A.dtype).square()
         squared: Tensor = exact_squared + ((2 * cross + B @ (A @ A.t())) * B).sum(-1)
@@ -110,8 +110,8 @@ def low_rank_norm(matrix: Tensor, pair: Pair) -> Tensor:
 def delta_of(weight: Tensor, change: Pair | Delta) -> Tensor:
     """Return ΔW of a pair or a delta on W, in W's shape.
 
-    Float32, or float64 if W or the change is. W is (out, in) for a linear, (rows, dim) for an embedding,
-    (E, out, in) for experts."""
+    The result is float32, or float64 if W or the change is float64. W is (out, in) for a linear, (rows, dim)
+    for an embedding, (E, out, in) for experts."""
     if isinstance(change, Delta):
         return form_delta(weight, change)
     out = pair_matrix(change)
@@ -138,8 +138,8 @@ def delta(module: nn.Module, change: Pair | Delta, parameter: str | None = None)
 def parameter_shape(module: nn.Module, key: str) -> tuple[int, ...]:
     """Return the shape of a delta of this parameter.
 
-    A linear's weight counts as (out, in). A bias has a shape even if the module has none, because its
-    output can still be shifted."""
+    A linear's weight counts as (out, in). For a missing bias, returns the shape a bias would have, because a
+    delta can add a bias to the output."""
     if key == "weight":
         weight = weight_of(module)
         return tuple(weight.t().shape if _flipped(module, "linear") and weight.ndim == 2 else weight.shape)
@@ -186,10 +186,8 @@ def _changes(
 def parameter_changes(adapter: Adapter) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
     """Yield (parameter name, function W -> ΔW) for every change of an adapter.
 
-    Needs no modules.
-
-    W is a linear's (out, in), an embedding's (rows, dim), experts' (E, out, in). ΔW has W's dtype, and W's
-    shape if the change fits."""
+    Does not need the base's modules. W is (out, in) for a linear, (rows, dim) for an embedding, (E, out, in)
+    for experts. ΔW has W's dtype, and W's shape if the change fits."""
     for name, pair in adapter.pairs.items():
         yield (name if pair.kind == "experts" else f"{name}.weight"), partial(_change_in, pair)
     for name, delta in adapter.deltas.items():
@@ -217,7 +215,7 @@ def _token_change(rows: TokenRows, weight: Tensor) -> Tensor:
 
 
 def change_problem(change: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> str:
-    """Return why a change does not fit a weight of `shape`; "" if it does.
+    """Return why a change does not fit a weight of `shape`, or "" if the change fits.
 
     change: from `parameter_changes` of an adapter on the meta device, so that only shapes are computed."""
     weight = torch.empty(shape, device="meta")
@@ -235,12 +233,12 @@ def _tied_names(stored: Mapping[str, Tensor], name: str) -> list[str]:
 
 
 def exact_weights(model: nn.Module, mix: Iterable[tuple[Adapter, float]]) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield (name, W, W') for every weight the mix changes, one at a time.
+    """Yield (name, W, W') for every weight that the mix changes, one at a time.
 
     W is as stored, W' = W + Σ strength·ΔW in float32. `model` can be attached; its weights do not change.
-    Weights tied to a changed weight are listed too, each with its own value. If token rows change the
-    embedding, the tied head changes too; if a LoRA pair does, the head keeps the base's values. A caller that
-    loads the result must untie the two if they differ."""
+    Weights tied to a changed weight are included, each with its own value. If token rows change the
+    embedding, the tied head changes too; if a LoRA pair changes the embedding, the head keeps the base's
+    values. A caller that loads the result must untie the two weights if they differ."""
     modules = dict(base_modules(model))
     stored: dict[str, Tensor] = {}
     for name, module in modules.items():
@@ -264,5 +262,5 @@ def exact_weights(model: nn.Module, mix: Iterable[tuple[Adapter, float]]) -> Ite
 
 
 def merged_state(model: nn.Module, mix: Iterable[tuple[Adapter, float]]) -> dict[str, Tensor]:
-    """Return all of `exact_weights`, each rounded once to W's dtype."""
+    """Return the merged weights of `exact_weights` by name, each rounded once to W's dtype."""
     return {name: total.to(weight.dtype, copy=True) for name, weight, total in exact_weights(model, mix)}

@@ -8,8 +8,8 @@
 | orthogonal | U⊥·diag(S)·V⊥: the singular vectors of all τᵢ concatenated, made orthogonal      | arXiv 2412.00081 |
 
 The entries of TIES are those of the true ΔW, one module at a time; `low_rank` turns the result back into a
-pair. Trimming A and B instead, as is common, trims neither. `orthogonal` is for image adapters that compete for
-the same directions, the aim of ZipLoRA (2311.13600), but needs no data: it replaces [U₁ U₂ …] by the
+pair. Trimming A and B instead, as is common, trims neither. `orthogonal` is for image adapters that compete
+for the same directions, the aim of ZipLoRA (2311.13600), but needs no data: it replaces [U₁ U₂ …] by the
 nearest matrix with orthonormal columns, U·(UᵀU)^(-1/2), and V likewise. Adapters without common directions
 stay unchanged; two equal adapters give their mean.
 
@@ -48,21 +48,20 @@ from veneer.errors import AdapterError, bullets, first_few
 METHODS = ("sum", "svd", "ties", "orthogonal")
 
 Weights = Callable[[str], Tensor | None]
-"""Parameter name -> the base's weight as (out, in, …), an embedding's as (rows, dim); None if not available.
-"""
+"""Function from a parameter name to the base's weight, (out, in, …) or (rows, dim) for an embedding; None if
+the weight is not available."""
 
 
 @dataclass(frozen=True)
 class MixedModule:
-    """One module of a result, with its norms and errors.
+    """One module of a mix, with its norm and errors.
 
     rank: 0 if the result is not a pair.
     norm: ‖Σ strength·ΔW‖.
     error: ‖result − Σ strength·ΔW‖ after rounding.
-    cut: the part of `error` that comes from the bound and from rounding, ‖result − the method's exact
-        answer‖.
+    cut: the part of `error` caused by the bound and by rounding, ‖result − exact result of the method‖.
 
-    Changes without a norm unless the base is known count as 0 (gains) or as ‖s·B·A‖ (copied DoRA)."""
+    Without the base, the norm of some changes is unknown: gains count as 0, a copied DoRA as ‖s·B·A‖."""
 
     rank: int
     norm: float
@@ -72,7 +71,7 @@ class MixedModule:
 
 @dataclass
 class Mixed:
-    """A mix as one adapter, with the distance of each module from the true sum."""
+    """A mix as one adapter, with the distance of each module from the exact sum."""
 
     adapter: Adapter
     parts: dict[str, MixedModule] = field(default_factory=dict)
@@ -147,7 +146,7 @@ def _needed(bound: Bound | None, name: str) -> Bound:
 
 
 def _padded(parts: list[Tensor], dim: int) -> Tensor:
-    """Stack matrices, padding lower ranks with zeros."""
+    """Stack matrices, padding those of lower rank with zeros."""
     most = max(t.shape[dim] for t in parts)
     out = []
     for t in parts:
@@ -168,7 +167,8 @@ def _orthogonal(pairs: Sequence[tuple[Pair, float]]) -> tuple[Tensor, Tensor]:
 def _whitened(U: Tensor, S: Tensor) -> Tensor:
     """Return U·(UᵀU)^(-1/2), the nearest matrix with orthonormal columns.
 
-    Stays within the span of U if columns are dependent. Directions of singular value zero are ignored."""
+    If columns are dependent, the result stays within the span of U. Directions with a singular value of zero
+    are ignored."""
     U = U * (1e-12 * S.amax(-1, keepdim=True) < S).unsqueeze(-2)
     values, E = torch.linalg.eigh(U.mT @ U)
     inverse = torch.where(values > 1e-10, values.clamp_min(1e-10).rsqrt(), 0.0)
@@ -202,7 +202,7 @@ def _total(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _largest(t: Tensor, density: float) -> Tensor:
-    """Keep the round(density·n) largest |entries|, zero the rest."""
+    """Return `t` with all but the round(density·n) largest |entries| set to zero."""
     count = max(1, round(density * t.numel()))
     if count >= t.numel():
         return t
@@ -249,11 +249,11 @@ class _Mix:
     weights: Weights
     out: Mixed = field(default_factory=lambda: Mixed(Adapter()))
     problems: dict[str, list[str]] = field(default_factory=dict)
-    """Reason -> names of what cannot be mixed."""
+    """Reason -> names of the changes that cannot be mixed."""
 
     @property
     def folds(self) -> bool:
-        """Whether every change of a weight becomes part of its module's pair."""
+        """Whether every change of a weight is folded into its module's pair."""
         return self.bound is not None or self.method == "ties"
 
     def run(self) -> Mixed:
@@ -280,10 +280,10 @@ class _Mix:
         return weight.detach().double()
 
     def _narrow(self, t: Tensor) -> Tensor:
-        """Return `t` unchanged if the requested dtype holds its values, else converted."""
+        """Return `t`, converted to the requested dtype if `t` has a wider dtype."""
         return t if torch.promote_types(t.dtype, self.dtype) == self.dtype else t.to(self.dtype)
 
-    # Dense changes of a module's weight that are folded into its pair.
+    # Deltas of a module's weight that are folded into the module's pair.
     def _weight_deltas(self, name: str) -> list[tuple[Delta, float]]:
         key = f"{name}.weight"
         if not self.folds:
@@ -310,9 +310,9 @@ class _Mix:
         self.out.adapter.pairs[name], self.out.parts[name] = out, part
 
     def _dense_pair(self, name: str, pairs: list[tuple[Pair, float]], weight_deltas: list[tuple[Delta, float]]) -> None:
-        """Mix a module with changes that are not low rank.
+        """Mix one module as dense matrices, then turn the result into a pair.
 
-        The changes are mixed as dense matrices, then turned into a pair."""
+        Used if a change of the module is not low rank."""
         parts: list[Tensor] = []
         shape: tuple[int, ...] = ()
         for adapter, strength in self.adapters:
@@ -402,7 +402,7 @@ class _Mix:
     def _replacements(self, name: str, deltas: list[tuple[Delta, float]]) -> None:
         """Mix replacements: Σ sᵢ·(vᵢ − W) = s·(Σ sᵢ·vᵢ/s − W) with s = Σ sᵢ.
 
-        If s = 0, Σ sᵢ·vᵢ."""
+        If s = 0, the sum is Σ sᵢ·vᵢ."""
         strength_sum = sum(s for _, s in deltas)
         exact = torch.stack([d.parts["value"].double() * s for d, s in deltas]).sum(0)
         out = Delta("dense" if abs(strength_sum) < 1e-12 else "replacement", {}, deltas[0][0].shape)
@@ -427,9 +427,7 @@ class _Mix:
         self.out.notes.append(f"{name}: a full copy, mixed and rounded to its dtype")
 
     def _blend(self, name: str, copies: list[tuple[Tensor, float]], why: str, rows: list[int] | None = None) -> Tensor:
-        """Return W + Σ strength·(copy − W).
-
-        Needs W only if the strengths do not add up to 1."""
+        """Return W + Σ strength·(copy − W); needs W only if the strengths do not sum to 1."""
         base_strength = 1 - sum(s for _, s in copies)
         total = torch.stack([s * t.detach().double() for t, s in copies]).sum(0)
         if abs(base_strength) < 1e-12:
@@ -455,10 +453,11 @@ def _dense_of(pair: Pair) -> Tensor:
 
 
 def strengthened(adapter: Adapter, by: Callable[[str], float]) -> Adapter:
-    """Return the adapter with each module's change times `by(module)`, exactly.
+    """Return the adapter with each module's change multiplied by `by(module)`, exactly.
 
-    Scales change, tensors do not; modules at 0 are left out. Raises AdapterError for a strength other than
-    0 or 1 on a change that has no multiple without the base: a magnitude (DoRA), full copies, token rows."""
+    Only scales change, not tensors. Modules with a factor of 0 are dropped. Raises AdapterError for a factor
+    other than 0 or 1 on changes that cannot be scaled without the base: a magnitude (DoRA), full copies,
+    token rows."""
     problems = []
     out = replace(adapter, pairs={}, deltas={}, modules={}, token_rows={})
     for name, pair in adapter.pairs.items():

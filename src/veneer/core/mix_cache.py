@@ -3,14 +3,16 @@
     copy      W' = W + Σ strength·ΔW            one product, as on the base; any kind of change, DoRA and forms too
     stack     A = [s₁·A₁; s₂·A₂; …]    B = [B₁, B₂, …]        y = x·Wᵀ + (x·Aᵀ)·Bᵀ, two low-rank products for any mix
 
-Copies are used if those of all modules fit in `limit` bytes; else stacks if they fit; else neither. Small
-bases therefore run a mix at the base's own cost, and large bases never hold a second set of weights. W' is
-summed in float32 from the base's W, which is never written to, and rounded once; low-rank products round
-the base's output a second time instead. Both are equally far from exact (docs/notes/image-speed.md).
+The cache uses copies if the copies of all modules fit in `limit` bytes, stacks if only the stacks fit, and
+nothing otherwise. A small base therefore runs a mix at the base's own cost, and a large base never holds a
+second set of weights. W' is summed in float32 from the base's W, which is never written to, and rounded once;
+low-rank products round the base's output a second time instead. Both are equally far from exact
+(docs/notes/image-speed.md).
 
-Entries are made at the first call, not at the switch, keyed by the mix's content; the oldest are dropped
-first. An entry is used only while its source tensors are unchanged. Trained tensors change at every step,
-so mixes with them are not cached. This module knows bases and adapters; it does not know about layers.
+An entry is created at the first call after a switch, not at the switch. Entries are keyed by the mix's
+content; the oldest are dropped first. An entry is used only while its source tensors are unchanged. Mixes
+with tensors in training are not cached, because these tensors change at every step. This module depends on
+bases and adapters, not on layers.
 """
 
 from __future__ import annotations
@@ -63,9 +65,9 @@ class CachedModule:
 
 @dataclass(eq=False)
 class _Table:
-    """Everything cached for one mix.
+    """The cache entries of one mix.
 
-    how: "copy", "stack" or "" for neither.
+    kind: "copy", "stack", or "" for no cache.
     needs: bytes of all entries.
     modules: module -> entry, None if the module cannot be cached."""
 
@@ -77,10 +79,10 @@ class _Table:
 
 
 class MixCache:
-    """The cached tables of one attachment.
+    """The cache tables of one attachment, one per mix.
 
     modules: name -> base of each wrapped module.
-    limit: bytes for all tables together."""
+    limit: byte limit for all tables together."""
 
     def __init__(self, modules: dict[str, nn.Module], limit: int) -> None:
         self.modules, self._limit = modules, limit
@@ -101,22 +103,20 @@ class MixCache:
         return sum(t.bytes for t in self._tables.values())
 
     def kinds(self) -> list[str]:
-        """Return how each cached mix is kept, oldest first.
-
-        "copy", "stack", or "" for neither."""
+        """Return the kind of each cached mix, oldest first: "copy", "stack", or "" for no cache."""
         return [table.kind for table in self._tables.values()]
 
     def clear(self, having: Adapter | None = None) -> None:
-        """Drop every table, or those of mixes that contain one adapter."""
+        """Drop every table, or only the tables of mixes that contain the adapter `having`."""
         for key, table in list(self._tables.items()):
             if having is None or any(a is having for a, _ in table.mix):
                 del self._tables[key]
         self._seen.clear()
 
     def get(self, name: str, mix: ActiveMix) -> CachedModule | None:
-        """Return the entry of module `name` under `mix`, made now if possible.
+        """Return the entry of module `name` under `mix`, creating the entry if possible.
 
-        None: run the mix without the cache."""
+        None if the mix must run without the cache."""
         seen_entry = self._seen.get(id(mix))
         table = seen_entry[1] if seen_entry is not None else self._table(mix)
         cached = table.modules.get(name, self)
@@ -129,9 +129,9 @@ class MixCache:
         return self._build(table, name)
 
     def all_copied(self, mixes: Iterable[ActiveMix]) -> bool:
-        """Return whether copies for all these mixes fit at once.
+        """Return whether the copies of all these mixes fit in the cache at the same time.
 
-        Rows of one batch need them together."""
+        A batch with a mix per row needs all copies together."""
         tables = [self._seen[id(m)][1] if id(m) in self._seen else self._table(m) for m in mixes if m]
         return all(t.kind == "copy" for t in tables) and sum(t.needs for t in tables) <= self._limit
 
@@ -143,11 +143,11 @@ class MixCache:
         self._tables.move_to_end(key)
         if len(self._seen) > 64:
             self._seen.clear()
-        self._seen[id(mix)] = mix, table  # holds the tuple, so that its id stays valid
+        self._seen[id(mix)] = mix, table  # keeps the tuple alive, so that its id stays valid
         return table
 
     def _choose_kind(self, mix: ActiveMix) -> tuple[str, int]:
-        """Return "copy", "stack" or "", by the bytes each would take, and those bytes."""
+        """Return "copy", "stack" or "" for a mix, and the bytes that its entries need."""
         copies = stacks = 0
         for name, base in self.modules.items():
             ranks = [a.pairs[name].rank for a, _ in mix if name in a.pairs]
@@ -180,8 +180,8 @@ class MixCache:
 def _sources(name: str, base: nn.Module, mix: ActiveMix) -> list[Tensor]:
     """Return the tensors that W' depends on, the base's weight first.
 
-    Empty if no entry can be made: the base is not a plain linear or convolution, a full copy acts, or a
-    tensor is trained or does not count its versions."""
+    Empty if the module cannot be cached: the base is not a plain linear or convolution, a full copy is
+    active, a tensor is being trained, or a tensor has no version counter (inference tensors)."""
     if type(base) not in _PLAIN:
         return []
     base_tensors = [t for t in (base._parameters["weight"], base._parameters["bias"]) if t is not None]
@@ -203,7 +203,7 @@ def _sources(name: str, base: nn.Module, mix: ActiveMix) -> list[Tensor]:
 def _stack(pairs: Iterable[tuple[Pair, float]], dtype: torch.dtype) -> LowRank:
     """Return all pairs as one product.
 
-    A (Σ rank, …) with strengths and scales, B (out, Σ rank, …)."""
+    A is (Σ rank, …) and includes strengths and scales; B is (out, Σ rank, …)."""
     parts = [(p.collapsed(), s) for p, s in pairs]
     A = torch.cat([p.A for p, _ in parts])
     precise = torch.promote_types(torch.promote_types(A.dtype, dtype), torch.float32)
@@ -214,7 +214,7 @@ def _stack(pairs: Iterable[tuple[Pair, float]], dtype: torch.dtype) -> LowRank:
 
 @lru_cache(maxsize=64)
 def _by_row(scales: tuple[tuple[float, int], ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return a vector with each scale repeated for each row of its rank."""
+    """Return a vector with each scale repeated once per row of its rank."""
     return sent(torch.tensor([s for s, rank in scales for _ in range(rank)], dtype=dtype), device)
 
 
@@ -223,9 +223,10 @@ def _wide(t: Tensor) -> torch.dtype:
 
 
 def _copied_together(modules: dict[str, nn.Module], mix: ActiveMix) -> dict[str, CachedModule]:
-    """Copy modules of equal shape with only plain pairs in one product per group.
+    """Create copies of modules with equal shapes and only plain pairs, by grouped products.
 
-    A small base has hundreds of modules; one product each would cost more in calls than in arithmetic."""
+    A small base has hundreds of modules; with one product per module, call overhead would exceed
+    arithmetic."""
     if any(adapter.deltas for adapter, _ in mix):
         return {}
     alike: dict[Any, list[tuple[str, Any, list[tuple[Pair, float]], list[Tensor]]]] = {}
@@ -243,8 +244,7 @@ def _copied_together(modules: dict[str, nn.Module], mix: ActiveMix) -> dict[str,
     for group in alike.values():
         if len(group) == 1:
             continue
-        # Flatten before stacking: flattening afterwards would copy a weight in another memory format
-        # (channels last).
+        # Flatten before stacking: flattening a stack of channels-last weights would copy the stack.
         weight = torch.stack([base.weight.detach().flatten(1) for _, base, _, _ in group])
         precise = torch.promote_types(weight.dtype, torch.float32)
         each = range(len(group[0][2]))
@@ -252,8 +252,8 @@ def _copied_together(modules: dict[str, nn.Module], mix: ActiveMix) -> dict[str,
         B = torch.cat([torch.stack([pairs[k][0].B for _, _, pairs, _ in group]) for k in each], dim=2).flatten(2)
         scales = [[p.scale * s for p, s in pairs for _ in range(p.rank)] for _, _, pairs, _ in group]
         A = A * sent(torch.tensor(scales, dtype=precise), A.device)[:, :, None]
-        # As in `_copied`, the product sums in float32 and rounds once. The product runs in place, so that
-        # nothing is held twice.
+        # As in `_copied`, the product sums in float32 and rounds once. The product runs in place to avoid a
+        # second copy of the weights.
         weight.baddbmm_(B.to(weight.dtype), A.to(weight.dtype))
         for copy, (name, base, _, sources) in zip(weight, group, strict=True):
             bias = None if base.bias is None else base.bias.detach()
@@ -284,7 +284,7 @@ def _copied(name: str, base: Any, mix: ActiveMix, sources: list[Tensor]) -> Cach
 
 
 def _stacked(name: str, base: Any, mix: ActiveMix, sources: list[Tensor]) -> CachedModule | None:
-    """Return a stack; None if a change here is not a plain pair."""
+    """Return a stack, or None if a change of this module is not a plain pair."""
     pairs = [(a.pairs[name], s) for a, s in mix if name in a.pairs]
     if any(p.magnitude is not None for p, _ in pairs):
         return None
@@ -307,5 +307,5 @@ def _cached(
 
 
 def _changes(tensors: list[Tensor]) -> int:
-    """Return the total version count of the tensors, which only grows with writes."""
+    """Return the sum of the tensors' version counters, which grows with every write."""
     return sum(map(_VERSION, tensors))

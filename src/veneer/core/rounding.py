@@ -1,10 +1,10 @@
-"""Rounding to 16 bits, to nearest or stochastic, and how much of a delta is left.
+"""Rounding to 16 bits, to nearest or stochastic, and how much of a delta survives.
 
-    to nearest         deltas below half a step vanish, or count double: the error of one weight is at most half a step
-    stochastic         up with probability (x − below)/(above − below): E[rounded] = x, so that sums keep what single
-                       weights lose; the error of one weight is below a step (arXiv 1502.02551)
+    to nearest         a delta below half a step vanishes or doubles; the error per weight is at most half a step
+    stochastic         up with probability (x − below)/(above − below): E[rounded] = x, so sums keep what single
+                       weights lose; the error per weight is below one step (arXiv 1502.02551)
 
-This module knows only tensors.
+This module depends only on tensors.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ import torch
 from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""User-facing name -> dtype that a result can be rounded to."""
+"""Dtypes that a result can be rounded to, by their user-facing names."""
 
 
 def seeded(seed: int, name: str) -> torch.Generator:
-    """Return a generator for (seed, name).
+    """Return a random generator seeded by (seed, name).
 
-    Results then do not depend on the order of work."""
+    A generator per name makes results independent of the order of work."""
     word = hashlib.sha256(f"{seed}|{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(word[:7], "little"))
 
 
 def stochastic(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Round `x` to `dtype` stochastically: one of its two neighbors, with mean x.
+    """Round `x` to `dtype` stochastically: to one of the two neighbors of x, with mean x.
 
-    Values that `dtype` holds are unchanged; beyond its largest number, values round to nearest."""
+    Values that `dtype` represents exactly are unchanged. Values beyond its largest number round to
+    nearest."""
     nearest = x.to(dtype)
     if dtype == x.dtype:
         return nearest
@@ -48,13 +49,13 @@ def stochastic(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Ten
 
 @dataclass
 class Rounding:
-    """How much of the deltas is left after rounding, over everything added.
+    """How much of the deltas survives rounding, over all tensors added.
 
     Computed in float64.
 
-    changed: share of the weights with a nonzero exact delta that moved.
+    changed: share of the weights with a nonzero exact delta that changed after rounding.
     error: ‖(W'−W) − Δ‖/‖Δ‖.
-    kept: ⟨W'−W, Δ⟩/‖Δ‖², the share of the delta in the written weights; 1 means all of it, on average."""
+    kept: ⟨W'−W, Δ⟩/‖Δ‖², the share of the delta in the rounded weights; 1 means all of it, on average."""
 
     moved: int = 0
     weights: int = 0

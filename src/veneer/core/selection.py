@@ -1,9 +1,9 @@
-"""The selection: one mix for all rows, one per row, or an adapter per segment.
+"""The selection: one mix for all rows, one mix per row, or one adapter per segment.
 
-Rows are the first dimension of a module's input. A batch of k·n rows under n mixes repeats the mixes k
-times, as guidance arranges rows: [negative…, positive…]. The call of the model sets the number of rows of
-a batch; a module inside with another first dimension (a shared expert that gets the tokens of all rows
-together) has no rows. This module knows adapters; it does not know about modules.
+Rows are the first dimension of a module's input. A batch of k·n rows under n mixes repeats the mixes k times,
+in the order of classifier-free guidance: [negative…, positive…]. The number of rows of a batch is recorded
+when the model is called. An inner module whose input has another first dimension has no rows, for example a
+shared expert that gets the tokens of all rows together. This module depends on adapters, not on modules.
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ from veneer.ops.device_transfer import put_numbers, sent
 from veneer.ops.lora_segments import LoraSegments
 
 ActiveMix = tuple[tuple[Adapter, float], ...]
-"""(adapter, strength) in order; the adapters are the attachment's own."""
+"""(adapter, strength) tuples in order; the adapters are the attachment's own objects."""
 
 MAX_REPEATS = 4
-"""How many times a batch can repeat the list of mixes. Guidance doubles a batch; its variants triple it."""
+"""How many times a batch can repeat the list of mixes. Classifier-free guidance doubles a batch; variants of
+guidance triple the batch."""
 
 
 class Segment(NamedTuple):
-    """Rows under the same mix; the same rows of the other repeats belong to it too."""
+    """Rows under the same mix; their repeats in a repeated batch are included implicitly."""
 
     mix: ActiveMix
     rows: tuple[int, ...]
 
 
 class AdapterRows(NamedTuple):
-    """The rows that one adapter acts on, with its strength on each."""
+    """The rows that use one adapter, with the adapter's strength on each row."""
 
     adapter: Adapter
     rows: tuple[int, ...]
@@ -45,11 +46,11 @@ class AdapterRows(NamedTuple):
 
 @dataclass(eq=False)
 class MixBatch:
-    """A mix per row: row i of a batch is under mixes[i]; n = len(mixes).
+    """A mix per row: row i of a batch uses mixes[i]; n = len(mixes).
 
-    In a repeated batch, rows i + n, i + 2n, … are under mixes[i] too.
+    In a repeated batch, rows i + n, i + 2n, … use mixes[i] too.
 
-    batch: the number of rows of the model's last call; n if a module was called directly."""
+    batch: the number of rows of the model's last call; None (n rows) if a module was called directly."""
 
     mixes: tuple[ActiveMix, ...]
     batch: int | None = None
@@ -58,7 +59,7 @@ class MixBatch:
 
     @cached_property
     def rows_by_adapter(self) -> tuple[AdapterRows, ...]:
-        """Every adapter once, with its rows, so that its products are computed once."""
+        """Each adapter once, with all of its rows, so that its products are computed once."""
         by_adapter: dict[int, tuple[Adapter, dict[int, float]]] = {}
         for row, mix in enumerate(self.mixes):
             for adapter, strength in mix:
@@ -70,9 +71,9 @@ class MixBatch:
         )
 
     def segments(self, acts: Callable[[Adapter], bool]) -> list[Segment]:
-        """Return groups of rows whose mixes are equal, ignoring adapters that do not act.
+        """Return groups of rows with equal mixes, ordered by the first row of each group.
 
-        Ordered by the first row of each group."""
+        acts: whether an adapter is taken into account; other adapters are ignored."""
         acting = frozenset(id(share.adapter) for share in self.rows_by_adapter if acts(share.adapter))
         if acting not in self._segments:
             self._segments[acting] = self._segments_of(acting)
@@ -89,10 +90,10 @@ class MixBatch:
         return MixBatch(tuple(tuple((a, s) for a, s in mix if a is not adapter) for mix in self.mixes), self.batch)
 
     def repeats(self, batch: int, where: str) -> int:
-        """Return k of a batch of k·n rows.
+        """Return k for a batch of k·n rows.
 
         Raises AdapterError for any other number of rows, and for a number that differs from the model's
-        own: the flattened tokens of k-token rows are k·n too."""
+        own batch size: flattened tokens can number k·n too."""
         n = len(self.mixes)
         rows = n if self.batch is None else self.batch
         if rows % n or not 1 <= rows // n <= MAX_REPEATS:
@@ -111,7 +112,7 @@ class MixBatch:
         return batch // n
 
     def index(self, rows: Sequence[int], batch: int, device: torch.device) -> Tensor:
-        """Return the indices of these rows and their repeats in a batch of k·n."""
+        """Return the indices of these rows and of their repeats in a batch of k·n rows."""
         n = len(self.mixes)
         key = (tuple(rows), batch, device)
         if key not in self._indices:
@@ -120,9 +121,9 @@ class MixBatch:
         return self._indices[key]
 
     def strengths(self, share: AdapterRows, change: Tensor) -> float | Tensor:
-        """Return the factor on the change of an adapter's rows.
+        """Return the factors that multiply the change of an adapter's rows.
 
-        One number if all strengths are equal."""
+        A single number if all strengths are equal."""
         if len(set(share.strengths)) == 1:
             return share.strengths[0]
         repeats = len(change) // len(share.rows)
@@ -135,16 +136,14 @@ class MixBatch:
 
 @dataclass(frozen=True, eq=False)
 class SpanAdapters:
-    """One adapter per segment of the tokens, trained in one pass.
-
-    The tokens are those given to linear layers."""
+    """One adapter per segment of the tokens that linear layers receive, trained in one pass."""
 
     adapters: tuple[Adapter, ...]
     spans: LoraSegments
 
 
 def span_problem(adapter: Adapter) -> str:
-    """Return why an adapter cannot act on a segment of tokens; "" if it can."""
+    """Return why an adapter cannot apply to a segment of tokens, or "" if the adapter can."""
     if adapter.modules or adapter.token_rows:
         return "it has full copies or rows of an embedding"
     if adapter.deltas:
@@ -161,9 +160,9 @@ def span_problem(adapter: Adapter) -> str:
 
 @dataclass(frozen=True)
 class Selection:
-    """The acting adapters: `spans` or `rows` if not None, else `mix` on every row.
+    """The active adapters: `spans` or `rows` if not None, else `mix` on every row.
 
-    An empty mix is the base, at the base's cost."""
+    An empty mix selects the base, at the base's cost."""
 
     mix: ActiveMix = ()
     rows: MixBatch | None = None
@@ -188,9 +187,9 @@ def run_segments(
 ) -> Any:
     """Run each segment's rows separately and restore the batch's order.
 
-    Calls run(mix, *args, **kwargs). If the inputs have several tensors and `all_rows` is false, it is
-    unknown which have rows: each segment then runs on all of them, and its rows are taken from the result.
-    Raises AdapterError if there are no rows."""
+    Calls run(mix, *args, **kwargs). If the inputs contain several tensors and `all_rows` is false, it is
+    unknown which tensors have rows. Each segment then runs on all rows, and the segment's rows are selected
+    from the result. Raises AdapterError if there are no rows."""
     tensors = list(_tensors((args, kwargs)))
     if not tensors or not tensors[0].ndim:
         raise AdapterError("this module is called without a batch, so no row can have its own mix", where=where)

@@ -1,4 +1,4 @@
-"""Targets: which modules of a model can carry a pair, and which a spec names.
+"""Targets: the modules of a model that support a pair, and the patterns that select them.
 
 | pattern      | selects                                                                                              |
 | name, .name  | the module of exactly that name, or every module whose name ends in `.name` (as PEFT's lists do)     |
@@ -6,10 +6,10 @@
 | `re:REGEX`   | every name that the expression matches in full                                                       |
 | `all-linear` | every linear module, quantized ones too, and every fused expert parameter, but not the output head   |
 
-A fused expert parameter is named `module.parameter`. No pattern selects a router: transformers' routers are bare
-parameters or return two tensors, and a pair on a router changes which expert is chosen. A file can still contain a
-pair for a router (`has_bare_weight`). This module knows modules by their class and attributes; it does not know about
-pairs' tensors, adapters or transformers.
+A fused expert parameter is named `module.parameter`. No pattern selects a router: transformers' routers are
+bare parameters or return two tensors, and a pair on a router changes which expert is chosen. A file can still
+contain a pair for a router (`has_bare_weight`). This module identifies modules by class and attributes, and
+does not depend on tensors of pairs, adapters or transformers.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True)
 class Target:
-    """A place for a pair.
+    """A module or expert parameter that receives a pair.
 
-    `name` is its key in `Adapter.pairs`; `parameter` is set only for experts."""
+    `name` is the pair's key in `Adapter.pairs`; `parameter` is set only for experts."""
 
     name: str
     kind: PairKind
@@ -41,15 +41,15 @@ class Target:
 
 
 def base_of(module: nn.Module) -> nn.Module:
-    """Return the base's module inside an attached layer; any other module itself."""
+    """Return the base's module if `module` is an attached layer, otherwise `module`."""
     base: nn.Module = module.base if getattr(type(module), "is_veneer_layer", False) else module  # type: ignore[assignment]
     return base
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield `model.named_modules()` as without veneer.
+    """Yield the same names and modules as `model.named_modules()` before attaching.
 
-    An attached layer counts as its base module."""
+    Each attached layer is replaced by its base module."""
     visited: set[int] = set()
 
     def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
@@ -67,10 +67,9 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _is_linear(module: nn.Module) -> bool:
     """Return whether a module is linear.
 
-    nn.Linear, transformers' Conv1D and quantized linears are.
-
-    A subclass with its own forward (a router that returns scores) is not, unless its class is named
-    Linear…, as the quantized classes are."""
+    nn.Linear, transformers' Conv1D and quantized linears are linear. A subclass of nn.Linear with its own
+    forward (a router that returns scores) is not, unless its class name contains Linear, as the names of the
+    quantized classes do."""
     cls = type(module)
     if (
         cls.__name__ == "NonDynamicallyQuantizableLinear"
@@ -84,7 +83,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def kind_of(module: nn.Module) -> PairKind | None:
-    """Return the kind of pair that `module` can carry, or None.
+    """Return the kind of pair that `module` supports, or None.
 
     For fused experts see `expert_parameters`."""
     if isinstance(module, nn.Embedding):
@@ -97,7 +96,7 @@ def kind_of(module: nn.Module) -> PairKind | None:
 def has_bare_weight(module: nn.Module) -> bool:
     """Return whether `module` is not linear but has a 2-d `weight`, as routers have.
 
-    A linear pair named in a file can change this weight; no target spec selects the module."""
+    An adapter file can contain a linear pair for this weight; no target pattern selects the module."""
     weight = module._parameters.get("weight")
     if weight is None or weight.ndim != 2 or not weight.is_floating_point() or kind_of(module) is not None:
         return False
@@ -105,9 +104,9 @@ def has_bare_weight(module: nn.Module) -> bool:
 
 
 def expert_parameters(module: nn.Module) -> list[str]:
-    """Return the names of 3-d parameters: fused experts' weights.
+    """Return the names of a module's 3-d parameters, which are fused experts' weights.
 
-    Linears, convolutions and embeddings have none."""
+    Empty for linears, convolutions and embeddings."""
     if kind_of(module) is not None or isinstance(module, nn.modules.conv._ConvNd):
         return []
     return [n for n, p in module.named_parameters(recurse=False) if p.ndim == 3 and p.is_floating_point()]
@@ -123,9 +122,7 @@ def _output_head(model: nn.Module) -> nn.Module | None:
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[Target, bool]]:
-    """Yield every possible target, and whether `all-linear` includes it.
-
-    In the model's order."""
+    """Yield every possible target in the model's order, and whether `all-linear` includes it."""
     head = _output_head(model)
     for name, module in base_modules(model):
         kind = kind_of(module)
@@ -137,9 +134,7 @@ def _candidates(model: nn.Module) -> Iterator[tuple[Target, bool]]:
 
 
 def target_matches(pattern: str, name: str) -> bool:
-    """Return whether a pattern of the table above selects `name`.
-
-    Not for `all-linear`."""
+    """Return whether a pattern of the table above, other than `all-linear`, selects `name`."""
     if pattern.startswith("re:"):
         try:
             return re.fullmatch(pattern[3:], name) is not None
@@ -151,7 +146,7 @@ def target_matches(pattern: str, name: str) -> bool:
 
 
 def _block(name: str) -> int | None:
-    """Return the index of the repeated block in a name: its first numeric part."""
+    """Return the index of the repeated block in a module's name: the first numeric part."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
@@ -178,10 +173,10 @@ def _patterns(spec: LoraSpec) -> tuple[str, ...]:
 
 
 def matches_per_pattern(model: nn.Module, spec: LoraSpec) -> dict[str, list[str]]:
-    """Return the names each target pattern selects.
+    """Return the names that each target pattern selects.
 
-    After `exclude`, `layers` and `modules_to_save`. Raises TargetError for any pattern, exclude, layer
-    index, rank pattern or alpha pattern that selects nothing."""
+    `exclude`, `layers` and `modules_to_save` are already applied. Raises TargetError for any pattern,
+    exclude, layer index, rank pattern or alpha pattern that selects nothing."""
     candidates = list(_candidates(model))
     names = [t.name for t, _ in candidates]
     for pattern in spec.exclude:
@@ -228,13 +223,13 @@ def matches_per_pattern(model: nn.Module, spec: LoraSpec) -> dict[str, list[str]
 def resolve_targets(model: nn.Module, spec: LoraSpec) -> list[Target]:
     """Return the targets of a spec in the model's order.
 
-    Raises as `matches_per_pattern`."""
+    Raises the same errors as `matches_per_pattern`."""
     selected = {n for hits in matches_per_pattern(model, spec).values() for n in hits}
     return [t for t, _ in _candidates(model) if t.name in selected]
 
 
 def full_modules(model: nn.Module, spec: LoraSpec) -> list[str]:
-    """Return the modules that `modules_to_save` names, outermost only.
+    """Return the modules that `modules_to_save` selects, without their submodules.
 
     Raises TargetError for a pattern without a match."""
     names = [n for n, m in base_modules(model) if n and any(True for _ in m.parameters())]
@@ -249,7 +244,7 @@ def full_modules(model: nn.Module, spec: LoraSpec) -> list[str]:
 
 
 def token_embeddings(model: nn.Module, spec: LoraSpec) -> dict[str, tuple[int, ...]]:
-    """Return embedding name -> sorted token ids of `token_rows`.
+    """Return embedding name -> sorted token ids, from the spec's `token_rows`.
 
     Raises TargetError for a pattern without a match or an id out of range."""
     embeddings = {n: m for n, m in base_modules(model) if isinstance(m, nn.Embedding)}

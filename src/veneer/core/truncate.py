@@ -1,12 +1,12 @@
-"""Singular values of low-rank changes, and low-rank parts of dense changes.
+"""Singular values of low-rank changes, and low-rank approximations of dense changes.
 
     s·B·A = Q_B·(s·R_B·R_Aᵀ)·Q_Aᵀ        B = Q_B·R_B, Aᵀ = Q_A·R_A (thin QR);  the core is rank × rank
           = U·diag(S)·V                  its singular value decomposition, exact, in O((out + in)·rank²)
     ‖s·B·A − best of rank k‖ = √(Σ_{i>k} Sᵢ²)                        Eckart and Young, Psychometrika 1936
 
-All computations run in float64: a truncation's error is a small difference of large sums, and the terms of
-a mix can cancel. The rank is low, so float64 costs little. Results are rounded once, to the requested
-dtype. This module knows pairs and matrices; it does not know about adapters, modules or files.
+All computations run in float64: a truncation error is a small difference of large sums, and the terms of a
+mix can cancel. The rank is low, so float64 costs little. Results are rounded once, to the requested dtype.
+This module works on pairs and matrices, and does not depend on adapters, modules or files.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from veneer.errors import AdapterError
 
 @dataclass(frozen=True)
 class Bound:
-    """How much to keep; set exactly one field, otherwise AdapterError.
+    """A limit on the rank or error of a truncation; exactly one field must be set.
 
     rank: at most this rank.
     energy: the smallest rank that keeps this share of ‖Δ‖².
-    error: the smallest rank with ‖Δ − kept‖/‖Δ‖ at most this."""
+    error: the smallest rank with ‖Δ − kept‖/‖Δ‖ at most this value.
+
+    Raises AdapterError unless exactly one field is set, within its range."""
 
     rank: int | None = None
     energy: float | None = None
@@ -54,9 +56,9 @@ class Bound:
 class Cut:
     """The result of a truncation, in Frobenius norms.
 
-    norm: ‖Δ‖ before.
-    error: ‖Δ − kept‖.
-    rank: the rank kept.
+    norm: ‖Δ‖ before truncation.
+    error: ‖Δ − truncated Δ‖.
+    rank: the remaining rank.
     rounding: the error from rounding to the dtype, nearly orthogonal to `error`."""
 
     norm: float
@@ -82,7 +84,7 @@ def factors(pair: Pair) -> tuple[Tensor, Tensor]:
 def rebuilt(model: Pair, A: Tensor, B: Tensor, dtype: torch.dtype = torch.float32) -> Pair:
     """Return a pair of scale 1 from factors, in `model`'s kind and shapes.
 
-    A, B: in the form of `factors(model)`."""
+    A, B: factors as returned by `factors(model)`."""
     if model.kind == "conv":
         A = A.reshape(-1, *model.A.shape[1:])
         B = B.reshape(*B.shape, *[1] * (model.A.ndim - 2))
@@ -92,7 +94,7 @@ def rebuilt(model: Pair, A: Tensor, B: Tensor, dtype: torch.dtype = torch.float3
 def like(shape: tuple[int, ...], embedding: bool = False) -> Pair:
     """Return an empty pair of the kind that changes a weight of `shape`.
 
-    shape: (out, in), (out, in, k…), or (rows, dim) of an embedding."""
+    shape: (out, in), (out, in, k…), or (rows, dim) for an embedding."""
     if embedding:
         return Pair(torch.empty(0, shape[0]), torch.empty(shape[1], 0), 1.0, "embedding")
     kernel = shape[2:]
@@ -103,7 +105,7 @@ def like(shape: tuple[int, ...], embedding: bool = False) -> Pair:
 def stacked(pairs: Sequence[tuple[Pair, float]]) -> tuple[Tensor, Tensor]:
     """Return the factors (A, B) of Σ strength·ΔW, with ranks concatenated.
 
-    Raises AdapterError for changes of unlike shapes."""
+    Raises AdapterError if the shapes of the changes differ."""
     parts = [(*factors(pair), strength) for pair, strength in pairs]
     shapes = {(p.kind, A.shape[:-2], A.shape[-1], B.shape[-2]) for (p, _), (A, B, _) in zip(pairs, parts, strict=True)}
     if len(shapes) > 1:
@@ -119,10 +121,10 @@ def inner(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float:
 
 
 def distance(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor] | None = None) -> float:
-    """Return ‖B₁·A₁ − B₂·A₂‖ (Frobenius) of factors (A, B); ‖B₁·A₁‖ without `two`.
+    """Return ‖B₁·A₁ − B₂·A₂‖ (Frobenius) of factors (A, B), or ‖B₁·A₁‖ without `second`.
 
-    Computed from Gram matrices, which are accurate down to 1e-6 of the larger norm (their sums cancel);
-    below that, from the singular values of the difference."""
+    Computed from Gram matrices, which are accurate down to 1e-6 of the larger norm. A smaller distance is
+    computed from the singular values of the difference, because the Gram sums cancel."""
     square = inner(first, first)
     if second is None:
         return math.sqrt(max(square, 0.0))
@@ -135,7 +137,7 @@ def distance(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor] | None 
 
 
 def rounding(exact: tuple[Tensor, Tensor], pair: Pair) -> float:
-    """Return ‖B'·A' − B·A‖ of factors (A, B) and the pair they were rounded to.
+    """Return ‖B'·A' − B·A‖ for factors (A, B) and the pair rounded from them.
 
     Computed as (B'−B)·A' + B·(A'−A), in which no large sums cancel."""
     (A, B), (A1, B1) = exact, factors(pair)
@@ -147,7 +149,7 @@ def rounding(exact: tuple[Tensor, Tensor], pair: Pair) -> float:
 
 
 def thin_svd(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(U, S, V) with B·A = U·diag(S)·V: U (…, out, k), S (…, k) falling, V (…, k, n), k = min(rank, out, n), float64.
+    """Return the singular value decomposition (U, S, V), B·A = U·diag(S)·V, in float64.
 
     A: (…, rank, n), B: (…, out, rank). U (…, out, k), S (…, k) descending, V (…, k, n), k = min(rank, out,
         n). Exact: thin QR of both factors and the decomposition of the small core."""
@@ -158,14 +160,14 @@ def thin_svd(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def singular_values(A: Tensor, B: Tensor) -> Tensor:
-    """S of `thin_svd`, without its vectors."""
+    """Return S of `thin_svd` without computing the singular vectors."""
     RB, RA = (torch.linalg.qr(t.double(), mode="r")[1] for t in (B, A.mT))
     values: Tensor = torch.linalg.svdvals(RB @ RA.mT)
     return values
 
 
 def rank_for(S: Tensor, bound: Bound) -> int:
-    """Return the rank that `bound` keeps of singular values S (…, k), at least 1.
+    """Return the rank that `bound` allows for singular values S (…, k), at least 1.
 
     For a batch, the largest rank that any matrix needs."""
     if bound.rank is not None:
@@ -173,7 +175,7 @@ def rank_for(S: Tensor, bound: Bound) -> int:
     square = S.double().square()
     total = square.sum(-1, keepdim=True)
     dropped = total - square.cumsum(-1)
-    # summed from the small end, so that nothing cancels
+    # Sum from the small end, so that nothing cancels.
     dropped[..., :-1] = square.flip(-1).cumsum(-1).flip(-1)[..., 1:]
     dropped[..., -1] = 0
     allowed = (1 - bound.energy) if bound.energy is not None else (bound.error or 0.0) ** 2
@@ -181,8 +183,10 @@ def rank_for(S: Tensor, bound: Bound) -> int:
 
 
 def truncated(A: Tensor, B: Tensor, model: Pair, bound: Bound, dtype: torch.dtype) -> tuple[Pair, Cut]:
-    """The best pair of B·A within `bound` (like `model`, of scale 1, A and B balanced: U·√S and √S·V), and what was
-    cut. `Cut.error` is that of the singular values dropped; rounding to `dtype` comes on top."""
+    """Return the best pair for B·A within `bound`, and the truncation error.
+
+    The pair has scale 1 and the kind of `model`, with balanced factors U·√S and √S·V. `Cut.error` covers the
+    dropped singular values; rounding to `dtype` is reported separately as `Cut.rounding`."""
     U, S, V = thin_svd(A, B)
     k = rank_for(S, bound)
     root = S[..., :k].sqrt()
@@ -198,12 +202,14 @@ def truncated(A: Tensor, B: Tensor, model: Pair, bound: Bound, dtype: torch.dtyp
 def low_rank(matrix: Tensor, bound: Bound, *, oversample: int = 16, most: int = 30) -> tuple[Tensor, Tensor, Cut]:
     """Return (A, B, Cut) with B·A close to a dense `matrix` (out, n), within `bound`.
 
-    The factors are float64 and balanced. For a rank far below both sides: subspace iteration from a fixed
-    random start (Halko, Martinsson and Tropp, arXiv 0909.4061), in the matrix's dtype, until the captured
-    part of ‖Δ‖² grows by less than 1e-4 of the remainder; then an exact decomposition inside the subspace.
-    Otherwise: eigenvectors of the smaller Gram matrix in float64, which give the best approximation for
-    singular values above 1e-8 of the largest. In both cases `Cut.error` is the true distance, because the
-    result is a projection: ‖Δ − QQᵀΔ‖² = ‖Δ‖² − ‖QᵀΔ‖²."""
+    The factors are float64 and balanced. If the rank is far below both dimensions, the method is subspace
+    iteration from a fixed random start (Halko, Martinsson and Tropp, arXiv 0909.4061), in the matrix's dtype,
+    until the captured part of ‖Δ‖² grows by less than 1e-4 of the remainder, and then an exact decomposition
+    inside the subspace. Otherwise the method is an eigendecomposition of the smaller Gram matrix in float64,
+    which gives the best approximation for singular values above 1e-8 of the largest. In both cases
+    `Cut.error` is the true distance, because the result is a projection: ‖Δ − QQᵀΔ‖² = ‖Δ‖² − ‖QᵀΔ‖².
+
+    most: maximum number of iterations."""
     D = matrix if matrix.dtype == torch.float64 else matrix.float()
     flip = D.shape[0] < D.shape[1]
     D = D.mT if flip else D  # tall: out ≥ n
@@ -229,7 +235,7 @@ def low_rank(matrix: Tensor, bound: Bound, *, oversample: int = 16, most: int = 
 
 
 def _columns(caught: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Decompose D·Q for Q all eigenvectors of DᵀD.
+    """Return the singular value decomposition of D·Q, where Q holds all eigenvectors of DᵀD.
 
     The columns of D·Q are already orthogonal."""
     S = torch.linalg.vector_norm(caught, dim=0)
@@ -239,7 +245,7 @@ def _columns(caught: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _gram(D: Tensor, rows: int = 4096) -> Tensor:
-    """Return DᵀD in float64, computed in blocks of rows, so that D is not copied."""
+    """Return DᵀD in float64, computed in blocks of rows to avoid a copy of D."""
     out = torch.zeros(D.shape[1], D.shape[1], dtype=torch.float64, device=D.device)
     for at in range(0, len(D), rows):
         block = D[at : at + rows].double()
@@ -252,7 +258,7 @@ def _double_product(D: Tensor, Q: Tensor, rows: int = 4096) -> Tensor:
 
 
 def _subspace(D: Tensor, width: int, norm: float, most: int) -> Tensor:
-    """Return an orthonormal (n, width) near the leading right singular vectors."""
+    """Return an orthonormal basis (n, width) close to the leading right singular vectors."""
     generator = torch.Generator().manual_seed(0)
     Q = torch.randn(D.shape[1], width, generator=generator, dtype=torch.float32).to(D.device, D.dtype)
     previous = -1.0
