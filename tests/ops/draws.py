@@ -1,4 +1,5 @@
-"""What the tests of fused products draw: adapters' factors, weights in codes, and the mask of the next dropout."""
+"""Random inputs for tests of fused products: adapter factors, quantized weights, and the next dropout
+mask."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from veneer.ops.quantized import Quantized, quantize
 
 
 def factors(dtype: torch.dtype, *shapes: tuple[int, int]) -> list[Tensor]:
-    """A and B as training holds them: float32 beside a 16-bit base."""
+    """Return A and B in training's dtypes: float32 for a 16-bit base."""
     kept = torch.float64 if dtype == torch.float64 else torch.float32
     return [draw(*s, dtype=kept, scale=0.3).requires_grad_() for s in shapes]
 
@@ -27,7 +28,7 @@ def with_dropout(products: tuple[LowRank, ...], dropout: float) -> tuple[LowRank
 
 
 def mask_of_next(p: float, *shape: int, dtype: torch.dtype) -> Tensor:
-    """What the next dropout of that shape multiplies by, drawn without moving torch's generator on."""
+    """Return the multiplier of the next dropout of this shape, without advancing torch's generator."""
     state = torch.random.get_rng_state()
     drop = Dropout.sample(p)
     torch.random.set_rng_state(state)
@@ -35,8 +36,8 @@ def mask_of_next(p: float, *shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def coded(weight: Tensor, kind: str) -> Quantized:
-    """A weight in codes of a kind; in the K-quants of ggml, which its package reads and does not write, a weight of
-    codes that are drawn, and scales of about its size."""
+    """Return a quantized weight. ggml's package cannot write K-quants, so these get random codes and suitable
+    scales."""
     if kind in KINDS:
         return quantize(weight, kind)
     rows, columns = weight.reshape(-1, weight.shape[-1]).shape
@@ -47,7 +48,7 @@ def coded(weight: Tensor, kind: str) -> Quantized:
         block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
         g = torch.Generator().manual_seed(rows)
         made = torch.randint(0, 256, (rows, columns // block, size), generator=g, dtype=torch.uint8)
-        for at in {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)}.get(kind, (0, 2)):  # scales in float16
+        for at in {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)}.get(kind, (0, 2)):  # float16 scales
             halves = torch.rand(rows, columns // block, 1, generator=g) * float(weight.abs().amax()) / 1024
             made[..., at : at + 2] = halves.half().view(torch.uint8)
         made = made.flatten(1)

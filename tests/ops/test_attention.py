@@ -28,7 +28,7 @@ from veneer.ops.attention import (
 from veneer.ops.dispatch import dispatch, override_ops
 
 BLOCK = 64
-"""Near the tiles' sizes."""
+"""Close to the tiles' sizes."""
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2e-2}
 
 
@@ -106,12 +106,12 @@ def test_rows_attend_to_themselves(dtype: torch.dtype, lengths: list[int], windo
 )
 def test_any_rows_heads_and_windows(lengths: list[int], heads: tuple[int, int], dim: int, window: int | None) -> None:
     check(torch.float32, lengths, *heads, dim, window)
-    # two dimensions make scores whose rounding alone moves a softmax by several percent
+    # with two dimensions, rounding of the scores alone moves a softmax by several percent
     check(torch.bfloat16, lengths, *heads, dim, window, slack=5.0)
 
 
 def test_no_row_sees_another_and_no_token_a_later_one() -> None:
-    """The Jacobian is zero outside each row's lower triangle: exactly, not nearly."""
+    """The Jacobian is exactly zero outside each row's lower triangle."""
     lengths, n = [4, 3, 6], 13
     gen = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(n, 1, 4, generator=gen) for _ in range(3))
@@ -130,7 +130,8 @@ def test_no_row_sees_another_and_no_token_a_later_one() -> None:
 
 @pytest.mark.parametrize("name", ["tiles", "tiles32"])
 def test_large_scores_and_non_finite_values(name: str) -> None:
-    """A key far above the others takes all, first or last; NaN and infinity come out as such where they are seen."""
+    """One dominant key takes all weight, first or last in the row; NaN and infinity propagate to rows that
+    see them."""
     q, k = torch.full((300, 1, 16), 8.0).bfloat16(), torch.full((300, 1, 16), -8.0).bfloat16()
     v = torch.arange(300.0).bfloat16()[:, None, None].expand(300, 1, 16).contiguous()
     with override_ops(rope_varlen_attention=name):
@@ -148,7 +149,7 @@ def test_large_scores_and_non_finite_values(name: str) -> None:
 
 
 def test_without_onednn_rows_go_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """libtorch then has no small products of bfloat16."""
+    """Without oneDNN, libtorch has no small bfloat16 products."""
     qkv = torch.randn(40, 4, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     q, k, v = qkv.split([2, 1, 1], 1)
     want = varlen_attention(q, k, v, VarlenSettings(RowLayout([40]), 0.25))
@@ -257,7 +258,7 @@ def test_probabilities_made_again(chunk: int, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_reference_is_what_flux_does() -> None:
-    """q̂ = rope(rms_norm(q)) as diffusers' FluxAttention has it, with torch's own norm."""
+    """q̂ = rope(rms_norm(q)) as in diffusers' FluxAttention, with torch's own norm."""
     from diffusers.models.embeddings import apply_rotary_emb
 
     g = torch.Generator().manual_seed(1)
@@ -313,8 +314,9 @@ tiled = pytest.mark.skipif(
      (2, 130, 257, 1, 80), (1, 300, 513, 1, 128)],
 )  # fmt: skip
 def test_tiles_against_float64(n: int, S: int, T: int, heads: int, d: int, together: bool) -> None:
-    """Tiles are of 48 queries and 256 keys in panels of 64, all in steps of 4 and 16: at, below and above each. Heads
-    may lie apart, or side by side in what one projection made. As near as torch's own."""
+    """Sizes at, below and above tiles of 48 queries and 256 keys in panels of 64, in steps of 4 and 16.
+
+    Heads are separate or adjacent in one projection's output. As accurate as torch's own attention."""
     g = torch.Generator().manual_seed(S)
     q, out_gradient = (torch.randn(n, S, heads, d, generator=g).bfloat16() for _ in range(2))
     k, v = torch.randn(n, T, 2, heads, d, generator=g).bfloat16().unbind(2)
@@ -334,7 +336,7 @@ def test_tiles_against_float64(n: int, S: int, T: int, heads: int, d: int, toget
 
 @tiled
 def test_tiles_bear_scores_of_any_size() -> None:
-    """One key far above the others, late enough that what was summed before it vanishes; and equal scores."""
+    """One dominant key that comes late, so that earlier sums vanish; and equal scores."""
     q, k = torch.full((1, 50, 1, 16), 8.0).bfloat16(), torch.full((1, 600, 1, 16), -8.0).bfloat16()
     k[0, 500] = 8.0
     v = torch.arange(600.0).bfloat16()[None, :, None, None].expand(1, 600, 1, 16).contiguous()
@@ -349,7 +351,7 @@ def test_tiles_bear_scores_of_any_size() -> None:
 @pytest.mark.parametrize("norms", [False, True])
 def test_joint_attention_of_many_tokens_in_tiles(norms: bool, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "KEPT_TOKENS", 0)
-    monkeypatch.setattr(torch, "bmm", None)  # what runs without a kernel
+    monkeypatch.setattr(torch, "bmm", None)  # used by the implementation without a kernel
     monkeypatch.setattr(attention, "CHUNK_BYTES", 0)
     g = torch.Generator().manual_seed(5)
     qkv = torch.randn(rows, 70, 3, 3, 16, generator=g).bfloat16()

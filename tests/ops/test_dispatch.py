@@ -47,7 +47,7 @@ def test_input_that_no_kernel_takes_runs_the_reference() -> None:
 def test_torch_runs_without_kernels_and_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "kernels", lambda: None)
     found = choices("cpu")
-    by_compiled = set(IMPLEMENTATIONS) - {"prepacked_linear", "weight_layout"}  # which oneDNN has a part in
+    by_compiled = set(IMPLEMENTATIONS) - {"prepacked_linear", "weight_layout"}  # oneDNN takes part in these
     assert all(found[op].reason.startswith("no compiled kernels: ") for op in by_compiled)
     assert dispatch("rms_norm", torch.ones(3, 16, dtype=BF16), torch.ones(16, dtype=BF16)) is None
 
@@ -59,7 +59,7 @@ def _implementation(name: str, *others: Implementation, here: bool = True) -> Im
 
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch) -> dict[str, Implementation]:
-    """The implementations of the CPU."""
+    """Return the CPU's implementations."""
     made = {"gelu_tanh": _implementation("first", _implementation("second"))}
     monkeypatch.setattr(module, "implementations", lambda device: made if device == "cpu" else {})
     return made

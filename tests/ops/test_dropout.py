@@ -13,7 +13,7 @@ from veneer.ops.dropout import Dropout
 
 
 def seed_of(generator: int) -> int:
-    """As a run draws it. (Of 0, 1, 2 … torch's own generator makes sequences that are alike.)"""
+    """Sample a seed as a run does. (torch's generators with seeds 0, 1, 2 … give similar sequences.)"""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator)
         return Dropout.sample(0.1).seed
@@ -22,7 +22,7 @@ def seed_of(generator: int) -> int:
 SEEDS = st.integers(0, 2**62 - 1).map(seed_of)
 N = 200_000
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-"""The compiled kernel's, where there is one, and torch's own."""
+"""The dtypes of the compiled kernel, if there is one, and of torch's own dropout."""
 
 
 def mask(p: float, seed: int, dtype: torch.dtype, n: int = N) -> torch.Tensor:
@@ -30,7 +30,7 @@ def mask(p: float, seed: int, dtype: torch.dtype, n: int = N) -> torch.Tensor:
 
 
 def near(share: float, wanted: float, n: int) -> bool:
-    """Within six standard deviations of n draws."""
+    """Return whether a share is within six standard deviations of n samples."""
     return abs(share - wanted) <= 6 * math.sqrt(wanted * (1 - wanted) / n)
 
 
@@ -48,7 +48,7 @@ def test_offload_moves_the_requested_share(dtype: torch.dtype, p: float, seed: i
 @DTYPES
 @given(seed=SEEDS, other=SEEDS, shift=st.integers(0, 1000))
 def test_masks_of_two_seeds_agree_by_chance_alone(dtype: torch.dtype, seed: int, other: int, shift: int) -> None:
-    """Also where one is shifted against the other, and a mask against itself shifted."""
+    """Also for masks shifted against each other, and a mask against itself shifted."""
     p, n = 0.3, N - shift
     a, b = mask(p, seed, dtype), mask(p, other, dtype)
     if seed != other:

@@ -1,5 +1,5 @@
-"""Linear maps with low-rank products against the same formula in plain torch, in float64 where it can be, values and
-every gradient."""
+"""Linear maps with low-rank products against the same formula in plain torch, in float64 if possible: values
+and every gradient."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_joined_projections_are_the_projections_one_by_one(dtype: torch.dtype, b
     x = draw(3, 5, 32, dtype=dtype).requires_grad_()
     W, b = draw(24 + 8 + 16, 32, dtype=dtype), draw(48, dtype=dtype) if bias else None
     A1, B1, A2, B2 = ab = factors(dtype, (4, 32), (24, 4), (2, 32), (16, 2))
-    pairs = (LowRank(A1, B1, 2.0), LowRank(A2, B2, 0.3, first=32))  # rows 24 … 32 carry no pair
+    pairs = (LowRank(A1, B1, 2.0), LowRank(A2, B2, 0.3, first=32))  # rows 24 … 32 have no pair
     y = linear(x, LinearMap(W, b, pairs))
     g = draw(*y.shape, dtype=dtype)
     got = [y, *torch.autograd.grad(y, [x, *ab], g)]
@@ -43,7 +43,7 @@ def test_dropout_acts_on_pairs_only(dtype: torch.dtype) -> None:
     pairs = (LowRank(A1, B1, 2.0), LowRank(A2, B2, 0.3, first=24))
     mask = mask_of_next(0.4, 3, 5, 32, dtype=dtype)
     y = linear(x, LinearMap(W, None, with_dropout(pairs, 0.4)))
-    torch.randint(9, ())  # whatever else draws meanwhile
+    torch.randint(9, ())  # other uses of the generator must not matter
     g = draw(*y.shape, dtype=dtype)
     got = [y, *torch.autograd.grad(y, [x, *ab], g)]
 
@@ -84,8 +84,9 @@ def test_pairs_with_different_dropouts_are_no_one_product() -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_gain_multiplies_all_but_the_bias(dtype: torch.dtype, bias: bool, dropout: float) -> None:
-    """DoRA's m/‖W + s·B·A‖ on the first projection of two, the second has none. With dropout as PEFT has it: x·Wᵀ of
-    all of x, and of what is left of it what gain and pair add."""
+    """DoRA's m/‖W + s·B·A‖ on the first of two projections; the second has none.
+
+    Dropout as in PEFT: x·Wᵀ uses all of x, the additions of scale and pair use the dropped x."""
     kept = torch.float64 if dtype == torch.float64 else torch.float32
     x = draw(7, 32, dtype=dtype).requires_grad_()
     A1, B1, A2, B2 = ab = factors(dtype, (4, 32), (24, 4), (2, 32), (16, 2))
@@ -133,7 +134,7 @@ def test_a_frozen_input_gets_no_gradient_and_costs_no_product() -> None:
 
     with Count():
         torch.autograd.grad(y.sum(), [A, B])
-    assert products == 3  # du, dA, dB and nothing with W
+    assert products == 3  # du, dA, dB, and no product with W
 
 
 def test_linear_output_is_writable() -> None:
@@ -148,7 +149,7 @@ def test_linear_output_is_writable() -> None:
 
 @pytest.mark.parametrize("rows", [1, 47, 50, 130])
 def test_low_rank_products_in_compiled_calls(rows: int) -> None:
-    """Tiles are of 48 rows in steps of 4, ranks in steps of 16, panels of 64 and 256 columns: beside torch's own."""
+    """Tiles of 48 rows in steps of 4, ranks in steps of 16, panels of 64 and 256 columns, against torch."""
     x, g = draw(rows, 96, dtype=torch.bfloat16), draw(rows, 400, dtype=torch.bfloat16)
     ab = [t.detach() for t in factors(torch.bfloat16, (4, 96), (304, 4), (20, 96), (80, 20))]
     pairs = (LowRank(ab[0], ab[1], 2.0), LowRank(ab[2], ab[3], 0.5, first=320))
@@ -166,7 +167,8 @@ def test_low_rank_products_in_compiled_calls(rows: int) -> None:
 
 @pytest.mark.parametrize("at", [8, 24, 30])
 def test_a_map_in_two_parts_is_the_map(at: int) -> None:
-    """A cut through a product, between two and through the other; values and every gradient. Weights are views."""
+    """A cut through the first product, between two products, and through the second; values and all
+    gradients."""
     dtype = torch.float64
     x = draw(3, 5, 32, dtype=dtype).requires_grad_()
     W, b = draw(40, 32, dtype=dtype), draw(40, dtype=dtype)

@@ -23,8 +23,8 @@ def generator(span: int) -> torch.Generator:
 
 
 def test_each_span_is_what_it_is_by_itself() -> None:
-    """Values and gradients of two joined projections, the second adapter on one of them alone, with padding behind the
-    rows; masks are those that an adapter draws where it is alone."""
+    """Values and gradients of two fused projections, the second adapter on one of them only, with padding
+    after the rows; dropout masks equal those of a separate run."""
     torch.manual_seed(0)
     weights = [torch.randn(n, INPUTS, dtype=torch.float64) for n in OUTPUTS]
     pairs = [{(span, at): factors(span, n) for at, n in enumerate(OUTPUTS) if span != 1 or at} for span in range(3)]
@@ -74,7 +74,7 @@ def test_each_span_is_what_it_is_by_itself() -> None:
 
 
 def test_non_finite_values_are_preserved() -> None:
-    """NaN and infinities of one adapter's rows reach nothing of the other's."""
+    """NaN and infinities in one adapter's rows do not reach the other's."""
     torch.manual_seed(0)
     pairs = [factors(span, 4) for span in range(2)]
     spans = LoraSegments((3, 3), (1, 1), [generator(0), generator(1)], sizes=(6, 2))

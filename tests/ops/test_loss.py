@@ -129,11 +129,11 @@ def test_orpo_s_odds_ratio_is_trl_s(monkeypatch: pytest.MonkeyPatch) -> None:
 
     w, l = torch.tensor([-0.5, -2.0, -0.1]), torch.tensor([-1.5, -0.4, -0.11])
     trainer = SimpleNamespace(beta=0.1, accelerator=SimpleNamespace(device="cpu"))
-    wanted = ORPOTrainer.odds_ratio_loss(trainer, w, l)[0]  # TRL subtracts it
+    wanted = ORPOTrainer.odds_ratio_loss(trainer, w, l)[0]  # TRL subtracts this value
     torch.testing.assert_close(orpo(w, l, beta=0.1), -wanted)
 
 
-# -- of tokens ---------------------------------------------------------------------------------------------------------
+# -- token losses ------------------------------------------------------------------------------------------------------
 
 
 @DTYPES
@@ -141,7 +141,7 @@ def test_orpo_s_odds_ratio_is_trl_s(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_token_nll(dtype: torch.dtype, chunk: int) -> None:
     h, W = draw(18, 32, dtype=dtype).requires_grad_(), draw(1000, 32, dtype=dtype)
     y = torch.randint(0, 1000, (18,))
-    weights = torch.linspace(-1, 2, 18, dtype=torch.float64)  # a token of its own weight each, as preferences want
+    weights = torch.linspace(-1, 2, 18, dtype=torch.float64)  # one weight per token, as preference losses use
     loss = token_nll(h, W, y, chunk)
     (got,) = torch.autograd.grad(loss @ weights.float(), h)
     hd = wide(h)
@@ -149,14 +149,15 @@ def test_token_nll(dtype: torch.dtype, chunk: int) -> None:
     (grad,) = torch.autograd.grad(wanted @ weights, hd)
     assert loss.shape == (18,)
     torch.testing.assert_close(loss.double(), wanted, rtol=max(TOLERANCE[dtype], 1e-6), atol=0.0)
-    same([got], [grad], TOLERANCE[dtype] if dtype != torch.float64 else 1e-7)  # what comes back is float32
+    same([got], [grad], TOLERANCE[dtype] if dtype != torch.float64 else 1e-7)  # the returned loss is float32
 
 
 @DTYPES
 @pytest.mark.parametrize("chunk", [4, 100])
 def test_token_nll_marks_most_likely_targets(dtype: torch.dtype, chunk: int) -> None:
-    """As argmax of the same logits; a target that has its equals counts, one that is none does not. The loss and its
-    gradient are what they are without."""
+    """Agrees with argmax of the logits; a tied target counts, an ignored one does not.
+
+    Loss and gradient are unchanged."""
     h, W = draw(40, 32, dtype=dtype).requires_grad_(), draw(300, 32, dtype=dtype)
     logits = (h @ W.T).detach()
     y = torch.where(torch.arange(40) % 2 == 0, logits.argmax(1), torch.randint(0, 300, (40,)))
@@ -176,7 +177,8 @@ def test_token_nll_marks_most_likely_targets(dtype: torch.dtype, chunk: int) -> 
 
 
 def test_token_nll_gradient_of_near_certain_token() -> None:
-    """p = 1 − 1.2e-4: rounded to bfloat16 before 1 is taken off, the whole gradient of the target would be lost."""
+    """p = 1 − 1.2e-4: rounding p to bfloat16 before subtracting it from 1 would lose the target's
+    gradient."""
     h = torch.tensor([[9.0]], dtype=torch.bfloat16, requires_grad=True)
     W = torch.tensor([[1.0], [0.0]], dtype=torch.bfloat16)
     token_nll(h, W, torch.tensor([0])).sum().backward()
@@ -186,7 +188,7 @@ def test_token_nll_gradient_of_near_certain_token() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ignored_and_invalid_targets(dtype: torch.dtype) -> None:
-    """By the compiled kernel and by torch's own operations; int32 targets are targets too."""
+    """With the compiled kernel and torch's own operations; int32 targets are valid too."""
     hidden = torch.randn(6, 16).to(dtype).requires_grad_()
     weight = torch.randn(40, 16).to(dtype)
     targets = torch.tensor([3, -100, 0, 39, -100, 7], dtype=torch.int32)

@@ -1,5 +1,5 @@
-"""Gated MLPs and activations against the same formula in plain torch, in float64 where it can be, values and every
-gradient."""
+"""Gated MLPs and activations against the same formula in plain torch, in float64 if possible: values and
+every gradient."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_gated_mlp(dtype: torch.dtype, act: str) -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-3)])
 @pytest.mark.parametrize("name", ["geglu", "gelu_tanh"])
 def test_activations_against_float64(name: str, dtype: torch.dtype, tolerance: float) -> None:
-    """Over all of where gelu bends, and far outside."""
+    """Over the whole range in which gelu bends, and far outside."""
     gate = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([-1e4, -88.0, 0.0, 88.0, 1e4])]).to(dtype)
     up = torch.randn(len(gate), generator=torch.Generator().manual_seed(0)).to(dtype)
     g = torch.randn(1, len(gate), generator=torch.Generator().manual_seed(1)).to(dtype)

@@ -1,4 +1,4 @@
-"""Each norm against the same formula in plain torch, in float64 where it can be, values and every gradient."""
+"""Each norm against the same formula in plain torch, in float64 if possible: values and every gradient."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_rms_norm(dtype: torch.dtype) -> None:
 
 @DTYPES
 def test_a_norm_whose_weight_has_more_bits_than_x(dtype: torch.dtype) -> None:
-    """Rounded once: 1 + w of Gemma's norms, which 16 bits do not hold."""
+    """Rounds once: 16 bits cannot represent 1 + w of Gemma's norms."""
     weight = torch.promote_types(dtype, torch.float32)
     x, w, g = draw(9, 72, dtype=dtype).requires_grad_(), 1 + draw(72, dtype=weight), draw(9, 72, dtype=dtype)
     y = rms_norm(x, w, 1e-5)
@@ -56,7 +56,8 @@ def test_norm_silu(dtype: torch.dtype, shifted: bool, places: tuple[int, ...]) -
 
 
 def test_norm_silu_of_far_values_and_of_a_trained_norm() -> None:
-    """Where e^-z leaves float32; and a norm's own gradients, which the kernel does not make."""
+    """Covers values for which e^-z overflows float32, and gradients of the norm's weight, which the kernel
+    lacks."""
     x = torch.linspace(-1, 1, 128).view(1, 2, 64).bfloat16().requires_grad_()
     w, b = torch.tensor([400.0, -400.0]).bfloat16().requires_grad_(), torch.zeros(2).bfloat16()
     want = F.silu(F.group_norm(x.double(), 1, w.double(), b.double(), 1e-5))

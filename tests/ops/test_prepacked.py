@@ -1,4 +1,4 @@
-"""Prepacked products against float64; changed weights invalidate copies."""
+"""Prepacked products against float64; changed weights invalidate prepacked copies."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from veneer.ops.mlp import gated_mlp
 from veneer.ops.prepacked import ByteBudget, PrepackedWeights
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-"""Those that copies are of."""
+"""Dtypes that can be prepacked."""
 OUT, IN = 326, 262
-"""Large enough for a copy, and no multiple of a block."""
+"""Large enough to be prepacked, and no multiple of a block."""
 
 
 @pytest.fixture(autouse=True)
 def copies() -> Iterator[None]:
-    """Where there are any: copies, whatever was measured."""
+    """Prepack every weight that can be, regardless of the profile."""
     with override_ops(prepacked_linear="onednn"):
         yield
 
@@ -114,7 +114,7 @@ def _move(W: nn.Parameter) -> None:
 
 
 def _there_and_back(W: nn.Parameter) -> None:
-    """As nn.Module.to does it; the freed values' place may be taken by the new ones."""
+    """Move a parameter away and back as nn.Module.to does; the new values can reuse the freed memory."""
     W.data = W.data.to(torch.float64) * 2
     W.data = W.data.to(torch.float32)
 
@@ -132,7 +132,7 @@ def _optimise(W: nn.Parameter) -> None:
      (_write, True), (_load, True), (_optimise, True)],
 )  # fmt: skip
 def test_changed_weight_invalidates_its_copy(change: Callable[[nn.Parameter], None], joined: bool) -> None:
-    """`joined`: the parameter is a part of what is multiplied (that it lies elsewhere now models/patching.py sees)."""
+    """`joined`: the parameter is part of a fused weight; models/patching.py detects that it moved."""
     x, W = draw(5, IN, dtype=torch.float32), nn.Parameter(draw(OUT, IN, dtype=torch.float32), requires_grad=False)
     whole: Tensor = W
     if joined:
@@ -145,13 +145,13 @@ def test_changed_weight_invalidates_its_copy(change: Callable[[nn.Parameter], No
     after = linear(x, own)
     same([after], [x.double() @ whole.double().T], TOLERANCE[torch.float32])
     assert not torch.allclose(before, after)
-    assert room.taken == 0  # and what they took is given back
+    assert room.taken == 0  # the copies' memory is released too
 
 
 def test_a_change_between_forward_and_backward_is_seen() -> None:
     x, W = draw(5, IN, dtype=torch.float32).requires_grad_(), draw(OUT, IN, dtype=torch.float32)
     y = linear(x, LinearMap(W, copies=PrepackedWeights(W, ByteBudget(2 * W.nbytes))))
-    torch.autograd.grad(y.sum(), x, retain_graph=True)  # both copies are there
+    torch.autograd.grad(y.sum(), x, retain_graph=True)  # both copies exist
     W.mul_(3)
     (dx,) = torch.autograd.grad(y.sum(), x)
     same([dx], [W.double().sum(0).expand(5, -1)], TOLERANCE[torch.float32])

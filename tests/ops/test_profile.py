@@ -16,7 +16,7 @@ from veneer.ops.profile import SHAPES, profile
 
 @pytest.fixture
 def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder of a home of its own, in which nothing was measured."""
+    """The kernels' folder of a new home without a profile."""
     monkeypatch.setenv("VENEER_HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("VENEER_PROFILE")

@@ -16,7 +16,7 @@ HALVES = {
     "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q4_K": (0, 2), "Q5_K": (0, 2),
     "Q6_K": (208,), "Q2_K": (80, 82), "Q3_K": (108,), "IQ4_NL": (0,),
 }  # fmt: skip
-"""Where a block's float16 scales are; the rest of its bytes may be anything."""
+"""Offsets of a block's float16 scales; the other bytes can have any value."""
 
 
 def blocks(kind: str, rows: int, columns: int) -> np.ndarray:
@@ -68,7 +68,7 @@ def test_rows_of_stacked_weights_are_those_of_each(kind: str, native: bool, monk
 
 @pytest.mark.parametrize("kind", [*(k for k in HALVES if k not in ("Q2_K", "Q3_K", "IQ4_NL")), "nf4", "fp4", "int8"])
 def test_groups_equal_the_dequantized_weight(kind: str) -> None:
-    """Of int8 but for the last bit: its scale is one number there, and two, one after another, here."""
+    """For int8 up to the last bit: the reference multiplies by one scale, veneer by two in turn."""
     for columns in (512,) if kind in HALVES else (512, 96, 40):
         if kind in HALVES:
             code: QuantizationFormat = GgmlBlocks(kind, (7, columns), torch.from_numpy(blocks(kind, 7, columns)))

@@ -35,7 +35,7 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nf4_table_has_normal_quantiles() -> None:
-    """QLoRA, appendix E: eight quantiles above zero and seven below, out to an offset, over the largest, and zero."""
+    """QLoRA, appendix E: eight quantiles above zero and seven below, plus zero, normalized by the largest."""
     normal = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64))
     offset = 0.9677083
     above = normal.icdf(torch.linspace(offset, 0.5, 9, dtype=torch.float64))[:-1]
@@ -49,7 +49,7 @@ def test_fp4_table_has_one_sign_two_exponent_bits() -> None:
     want = torch.tensor([*values, 0.0]) / values[-1]
     have = four_bit_values("fp4")
     assert torch.equal(have[:8], -have[8:])
-    # all but the smallest are exact; bitsandbytes has 1/192 for the one subnormal
+    # all but the smallest are exact; bitsandbytes uses 1/192 for the one subnormal
     assert {round(float(v), 5) for v in want} <= {round(float(v), 5) for v in have[:8]} | {0.0}
     assert float(have[1]) == pytest.approx(1 / 192)
 
@@ -116,7 +116,8 @@ def test_the_compiled_kernels_give_the_bits_of_the_reference(
 
 
 def test_bits_a_weight_are_accounted_for() -> None:
-    """4 + 8/64 + 32/(64·256) = 4.127 with double quantization, 4.5 without; 8 and a scale a row for int8."""
+    """4 + 8/64 + 32/(64·256) = 4.127 bits with double quantization, 4.5 without; int8: 8, plus one scale per
+    row."""
     w = weight(1024, 1024, dtype=torch.bfloat16)
     assert 8 * quantize(w, "nf4").bytes / w.numel() == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=1e-4)
     assert 8 * quantize(w, "nf4", double=False).bytes / w.numel() == 4.5
@@ -226,7 +227,7 @@ def test_backward_keeps_codes_and_no_dense_weight() -> None:
         layer(layer(x)[:, :96] @ torch.zeros(96, 128, dtype=torch.bfloat16)).sum().backward()
     weights = [t for t in kept if t.shape in ((96, 128), (128, 96)) and not isinstance(t, Quantized)]
     assert any(isinstance(t, Quantized) for t in kept)
-    assert len(weights) <= 1  # the matrix of zeros above
+    assert len(weights) <= 1  # the zero matrix above
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
@@ -318,7 +319,8 @@ def test_a_kept_weight_is_the_same_weight() -> None:
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_frozen_weight_is_not_written_to(kind: str, kept: bool) -> None:
-    """An in-place operation would change a temporary, and be lost, or the kept copy, and change the base."""
+    """An in-place operation would change a temporary and be lost, or change a prepacked copy and thus the
+    base."""
     q = quantize(weight(4, 32, 64, dtype=torch.bfloat16), kind)
     if kept:
         q.keep()
@@ -344,7 +346,7 @@ def test_a_frozen_weight_is_not_written_to(kind: str, kept: bool) -> None:
             with pytest.raises(BaseError, match=f"write to a weight in {kind}"):
                 write()
         for view in (q.view(-1), q.flatten(), q[:, :, :5], q.unsqueeze(0), q.permute(2, 1, 0)):
-            view.add_(1)  # a tensor of its own
+            view.add_(1)  # a separate tensor
     assert torch.equal(q.dense(), want)
     other.copy_(q)
     assert torch.equal(other, want), "it is read by operations that write elsewhere"
@@ -364,7 +366,7 @@ def test_loading_over_a_quantized_weight_raises() -> None:
 
 
 def test_only_what_bitsandbytes_has_is_left_to_its_gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """dequantize_4bit on CUDA takes whatever is not fp4 for nf4."""
+    """dequantize_4bit on CUDA treats every kind except fp4 as nf4."""
     monkeypatch.setattr(blocks, "bitsandbytes_operators", lambda: "bitsandbytes")
     asked = {kind: blocks.gpu_library(kind, 64, "cuda") for kind in KINDS}
     assert asked == {"nf4": "bitsandbytes", "fp4": "bitsandbytes", "int8": None}

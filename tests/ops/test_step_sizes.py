@@ -1,4 +1,4 @@
-"""Sizes of a step's work."""
+"""Sizes of a step's micro-batches."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CARDS = ("a100-80gb", "h100-80gb", "l40s-48gb", "rtx-4090-24gb")
 
 @given(st.sampled_from(CARDS), st.integers(6, 15), st.sampled_from([None, 0.5, 1.0]))
 def test_gpu_micro_batch_reaches_the_roofline_corner(card: str, power: int, code: float | None) -> None:
-    """For one square weight: operations a byte, in corners of the roof; and dequantizing beside the product."""
+    """For one square weight: operations per byte at the roofline's corner, and the cost of dequantizing."""
     device, d = device_named(card), 1 << power
     corner = device.flops / device.bandwidth
     n = micro_tokens("cuda", corner, weights=d * d, operations=d * d, values=2 * d, code_bytes=code)

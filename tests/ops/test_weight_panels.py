@@ -19,7 +19,7 @@ has_panels = pytest.mark.skipif(not compiled.has("panel_product"), reason="no ke
 @pytest.mark.parametrize(("out", "n"), [(16, 32), (80, 4224), (208, 2080)])
 @pytest.mark.parametrize("pack", [Panels.from_weight, Panels.int8, Panels.int4])
 def test_panels_of_any_size(pack: Callable[[Tensor], Panels], out: int, n: int) -> None:
-    """Last panels that are not full, sums longer than a block, rows in several blocks; each row by itself as well."""
+    """Partial last panels, sums longer than a block, rows in several blocks; and each row separately."""
     g = torch.Generator().manual_seed(0)
     w, x, bias = torch.randn(out, n, generator=g), torch.randn(131, n, generator=g), torch.randn(out, generator=g)
     w, x, bias = w.bfloat16(), x.bfloat16(), bias.bfloat16()
@@ -38,8 +38,10 @@ KINDS = ("nf4", "fp4", "int8", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "
 
 
 def rounding(x: Tensor, w: Tensor, kind: str) -> Tensor:
-    """What sums of float32 and one rounding of the result to bfloat16 may make of x·wᵀ; and a rounding of each weight
-    where those of the kernel are rounded otherwise: scale and zero are one rounding there."""
+    """Return the error bound of x·wᵀ: float32 sums, one rounding of the result to bfloat16, and one of each
+    weight.
+
+    The kernel rounds scale and zero point together, so its weights can differ by one rounding."""
     size, otherwise = x.abs() @ w.abs().t(), kind in ("Q4_1", "Q5_1", "Q4_K", "Q5_K")
     return 2**-8 * (x @ w.t()).abs() + (2**-8 if otherwise else 2**-16) * size
 
@@ -48,8 +50,9 @@ def rounding(x: Tensor, w: Tensor, kind: str) -> Tensor:
 @pytest.mark.parametrize(("out", "n"), [(16, 256), (80, 512), (208, 1280)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_by_codes_are_those_of_the_dequantized_weight(kind: str, out: int, n: int) -> None:
-    """Of float64, one row or forty, in int8 before it is rounded to bfloat16; a row by itself has the same bits, and
-    the codes are as they were."""
+    """Against float64, for one row and forty, in int8 before rounding to bfloat16.
+
+    A single row has the same bits as in a batch, and the codes are unchanged."""
     g = torch.Generator().manual_seed(1)
     first, second = (coded(torch.randn(k, n, generator=g).bfloat16() / 8, kind) for k in (out, 32))
     dense = torch.cat([first.dense(), second.dense()])

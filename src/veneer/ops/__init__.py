@@ -1,4 +1,4 @@
-"""Ops of training and serving steps, each with a reference in torch in its file.
+"""Ops of training and serving steps, each with a torch reference in the same file.
 
     linear          y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ over the `LinearMap`s and `LowRank` products of a layer
     mlp             gated MLPs and their activations
@@ -7,6 +7,6 @@
     quantized       frozen weights in 4 and 8 bits; quantization_formats: their stored forms
     weight_layouts, weight_panels, prepacked     frozen weights in the order in which products read them
 
-dispatch.py chooses implementations, from profile.py's measurements of the machine; cpu/ and cuda/ contain
-the compiled implementations. device_transfer.py detects fake tensors. This package knows raw tensors; it
-does not know about modules, adapter names or models."""
+dispatch.py chooses implementations from profile.py's measurements of the machine. cpu/ and cuda/ contain the
+compiled implementations. device_transfer.py detects fake tensors. This package works on raw tensors, and does
+not depend on modules, adapter names or models."""

@@ -5,12 +5,12 @@
     joint_attention                    o = softmax(q̂·k̂ᵀ/√d)·v    q̂ = rope(w_q ⊙ q/rms(q)), k̂ alike; both optional
     cross_attention                    o = softmax(q·kᵀ/√d)·v over other tokens' keys
 
-The compiled tiles (ops/cpu/tiles.c) keep qkv, the output and log Σ exp of packed rows; without them,
-torch's F.scaled_dot_product_attention runs row by row. A denoiser's attention uses the compiled kernel if
-there is one (half the time of torch's flash attention on the CPU), which keeps only log Σ exp; otherwise
-probabilities are kept if they are hardly larger than q, k and v, or recomputed in backward for some heads at
-a time. References: `varlen_attention_reference` and `joint_attention_reference`. This module does not know
-about models.
+For packed rows, the compiled kernel (ops/cpu/tiles.c) saves qkv, the output and log Σ exp for backward;
+without the kernel, torch's F.scaled_dot_product_attention runs row by row. For denoisers, the compiled kernel
+takes half the time of torch's flash attention on the CPU, and saves only log Σ exp in addition to its inputs
+and output. Without the kernel, probabilities are saved if they are hardly larger than q, k and v; otherwise
+backward recomputes them for a few heads at a time. References: `varlen_attention_reference` and
+`joint_attention_reference`. This module does not depend on models.
 """
 
 from __future__ import annotations
@@ -32,19 +32,17 @@ from veneer.ops.device_transfer import sent
 from veneer.ops.dispatch import dispatch
 from veneer.ops.norms import rms_norm
 
-# -- rows that lie one after another -----------------------------------------------------------------------------------
+# -- packed rows -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class SharedRows:
-    """Rows with common tokens, each token stored once.
+    """Rows with common tokens, each token stored once; for example completions of one prompt.
 
-    Answers share their prompt, for example.
+    The N tokens are in the order in which the rows first use them. A token depends only on the tokens before
+    it, so the common tokens are a prefix, which is computed once.
 
-    The N tokens are in the order in which the rows first use them. A token depends only on tokens before
-    it, so the common part is a prefix, which is computed once.
-
-    places: (Σ lengths,) int64, index among the N tokens of each token of each row.
+    places: (Σ lengths,) int64, for each token of each row, its index among the N tokens.
     firsts: (N,), index of each token's first use among the rows' tokens.
     before: (N,), index of each token's predecessor; undefined for a row's first token."""
 
@@ -64,16 +62,18 @@ class SharedRows:
 
 
 class RowLayout:
-    """How packed rows of the given lengths, N = Σ lengths tokens, are attended to.
+    """The layout of packed rows for attention: the rows' lengths, N = Σ lengths tokens.
 
-    idle: tokens after the rows that belong to no row: they attend to nothing, and their output is zero.
-    keep: tokens whose output is needed at the end of a model, None for all; optional for layers to use.
+    idle: number of tokens after the last row that belong to no row. They attend to nothing, and their output
+        is zero.
+    keep: indices of the tokens whose output is needed at the end of a model, None for all. Layers can use
+        `keep` to skip work.
     attended: the layers that have used this layout so far.
-    starts: (rows + 1,), start of each row, and the end, on the CPU; `ends`: the same as int32 on the
-        tokens' device.
-    masks: of flex attention, by window.
-    shared: rows with common tokens. N then counts each token once; only attention, which is cheap next to
-        the products, has each row in full: `unshared` is the layout of the full rows."""
+    starts: (rows + 1,) on the CPU, start of each row, followed by the end of the last row.
+    ends: `starts` as int32 on the tokens' device.
+    masks: masks of flex attention, by window.
+    shared: set for rows with common tokens. N then counts each common token once. Only attention, which is
+        cheap compared with the products, runs on full rows, with the layout `unshared`."""
 
     keep: Tensor | None = None
 
@@ -98,18 +98,18 @@ class RowLayout:
 
     @functools.cached_property
     def unshared(self) -> RowLayout:
-        """The layout of every row in full, packed."""
+        """The layout of the same rows in full, without shared tokens."""
         return RowLayout(self.lengths, self.device)
 
     def tables(self, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return cos and sin of (1, N, dim) with equal halves, as (N, dim/2).
+        """Return cos and sin, given as (1, N, dim) with equal halves, as (N, dim/2).
 
-        Computed once for all layers of a forward with the same tables."""
+        The result is cached for all layers of a forward that pass the same tables."""
         key = id(position_embeddings[0])
         if key not in self._tables:
             half = position_embeddings[0].shape[-1] // 2
             cos, sin = (t[0, :, :half].contiguous() for t in position_embeddings)
-            self._tables[key] = position_embeddings[0], cos, sin  # held, so that its id is not reused
+            self._tables[key] = position_embeddings[0], cos, sin  # keeps the tensor alive, so that its id is not reused
         return self._tables[key][1], self._tables[key][2]
 
 
@@ -117,10 +117,11 @@ class VarlenSettings(NamedTuple):
     """Settings of packed-row attention.
 
     layout: the rows.
-    scale: the factor of scores.
-    window: how many tokens a query sees, including itself (None: all before it).
-    cap: scores become cap·tanh(score/cap); 0 leaves them unchanged.
-    sinks: (heads,), a score per head that takes its share of the softmax and adds nothing."""
+    scale: factor of the scores.
+    window: number of tokens that a query attends to, including itself (None: all tokens up to itself).
+    cap: scores become cap·tanh(score/cap); 0 disables the cap.
+    sinks: (heads,), an extra score per head that takes a share of the softmax but adds nothing to the
+        output."""
 
     layout: RowLayout
     scale: float
@@ -130,10 +131,10 @@ class VarlenSettings(NamedTuple):
 
 
 class _Tiled(torch.autograd.Function):
-    """Attention of qkv: (N, heads + 2·kv, dim) by an implementation of "rope_varlen_attention".
+    """Autograd function around an implementation of "rope_varlen_attention".
 
-    cos, sin rotate q and k; None leaves them unrotated. Keeps qkv, the output and log Σ exp; no
-    probabilities."""
+    qkv: (N, heads + 2·kv, dim). cos, sin rotate q and k; None disables the rotation. Saves qkv, the output
+    and log Σ exp for backward, but no probabilities."""
 
     @staticmethod
     def forward(
@@ -153,7 +154,7 @@ class _Tiled(torch.autograd.Function):
 
 
 class HeadNorms(NamedTuple):
-    """RMS norms of each head of q and k before rotation.
+    """RMS norms of each head of q and k, applied before rotation.
 
     weight: w_q, w_k, frozen, as (2, dim)."""
 
@@ -164,13 +165,15 @@ class HeadNorms(NamedTuple):
 def rope_varlen_attention(
     qkv: Tensor, cos: Tensor, sin: Tensor, kv: int, settings: VarlenSettings, norms: HeadNorms | None = None
 ) -> Tensor:
-    """Return attention of [q | k | v] heads with rotary positions in q and k, without cap and sinks.
+    """Return attention of the heads [q | k | v] with rotary positions in q and k.
+
+    The cap and sinks of `settings` are not supported.
 
     qkv: (N, heads + 2·kv, dim) → (N, heads, dim).
     cos, sin: (N, dim/2).
 
-    With tiles, keeps qkv, the output and log Σ exp for backward; otherwise what torch's attention keeps.
-    With norms, also keeps q and k before the norm. Reference for norms: `normed_heads`."""
+    With the compiled kernel, saves qkv, the output and log Σ exp for backward; otherwise what torch's
+    attention saves. With norms, also saves q and k before the norm. Reference for norms: `normed_heads`."""
     layout = settings.layout
     if layout.shared is not None:
         places, unshared = layout.shared.places, settings._replace(layout=layout.unshared)
@@ -192,9 +195,7 @@ def rope_varlen_attention(
 
 
 def normed_heads(qkv: Tensor, kv: int, norms: HeadNorms) -> Tensor:
-    """Return [w_q ⊙ q/rms(q) | w_k ⊙ k/rms(k) | v] of [q | k | v].
-
-    (N, heads + 2·kv, dim)."""
+    """Return [w_q ⊙ q/rms(q) | w_k ⊙ k/rms(k) | v] of [q | k | v] (N, heads + 2·kv, dim)."""
     q, k, v = qkv.split([qkv.shape[1] - 2 * kv, kv, kv], dim=1)
     q, k = (rms_norm(x, w, norms.eps) for x, w in zip((q, k), norms.weight, strict=True))
     return torch.cat([q, k, v], dim=1)
@@ -221,10 +222,10 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, settings: VarlenSettings) 
 
 
 def _attend_unshared(attend: Callable[..., Tensor], layout: RowLayout, *parts: Tensor) -> Tensor:
-    """Run attend(parts) on rows that share tokens, laid out in full.
+    """Run attend(parts) on rows that share tokens, with the rows laid out in full.
 
-    A shared token's output comes from its first row. The copies exist during the call only, and are made again
-    in backward."""
+    The output of a shared token is taken from its first row. The full rows exist only during the call, and
+    are recomputed in backward."""
     shared = layout.shared
     assert shared is not None
 
@@ -242,7 +243,7 @@ def _attend_unshared(attend: Callable[..., Tensor], layout: RowLayout, *parts: T
 
 
 class _Taken(torch.autograd.Function):
-    """x[at] with rows taken any number of times; gradients are summed in float32."""
+    """x[at], where rows can repeat; gradients are summed in float32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, at: Tensor) -> Tensor:
@@ -259,14 +260,16 @@ class _Taken(torch.autograd.Function):
 
 
 def varlen_attention_reference(q: Tensor, k: Tensor, v: Tensor, settings: VarlenSettings) -> Tensor:
-    """Compute `varlen_attention` of rows without idle tokens by torch, one row at a time."""
+    """Compute `varlen_attention` with torch, one row at a time, for rows without idle tokens."""
     rows = [t.transpose(0, 1).split(settings.layout.lengths, 1) for t in (q, k, v)]
     out = [_attend_row(a, b, c, settings) for a, b, c in zip(*rows, strict=True)]
     return torch.cat(out, 1).transpose(0, 1)
 
 
 def _attend_row(q: Tensor, k: Tensor, v: Tensor, settings: VarlenSettings) -> Tensor:
-    """Return causal attention of one row. q: (heads, n, dim), k, v: (kv heads, n, dim)."""
+    """Return causal attention of one row.
+
+    q: (heads, n, dim), k, v: (kv heads, n, dim)."""
     _, scale, window, cap, sinks = settings
     heads, n, _ = q.shape
     position = torch.arange(n, device=q.device)
@@ -288,7 +291,7 @@ def _attend_row(q: Tensor, k: Tensor, v: Tensor, settings: VarlenSettings) -> Te
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate by rotary positions in halves (arXiv 2104.09864, in Llama's layout).
+    """Return x with rotary positions applied in halves (arXiv 2104.09864, Llama's layout).
 
     x: (N, heads, dim), cos, sin: (N, dim/2). y₁ = x₁·cos − x₂·sin, y₂ = x₂·cos + x₁·sin. The reference for
         the rotation inside `rope_varlen_attention`."""
@@ -300,32 +303,35 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # -- denoisers ---------------------------------------------------------------------------------------------------------
 
 KEPT_BYTES = 64 << 20
-"""Bytes of probabilities that one call of `cross_attention` can keep."""
+"""Maximum bytes of probabilities that one call of `cross_attention` saves for backward."""
 
 KEPT_TOKENS = 8
-"""Tokens per value of a head up to which `joint_attention` keeps probabilities for backward: they are then
-hardly larger than q, k and v."""
+"""`joint_attention` saves probabilities for backward up to this many tokens per value of a head. Up to this
+number, probabilities are hardly larger than q, k and v."""
 
 CHUNK_BYTES = 8 << 20
-"""Bytes of probabilities at a time if `joint_attention` does not keep them. A head that needs more uses
-torch's attention, unless there is a kernel, which needs no more for a thousand tokens than for ten."""
+"""Maximum bytes of probabilities computed at a time if `joint_attention` does not save them. A head that
+needs more uses torch's attention, unless the compiled kernel is available; memory of the kernel does not grow
+with the number of tokens."""
 
 
 def _rotate_pairs(x: Tensor, turn: Tensor) -> Tensor:
-    """Multiply neighboring pairs of x as complex numbers by `turn`.
+    """Return x with neighboring pairs multiplied as complex numbers by `turn`.
 
-    x: (…, S, d) float32, turn: (S, d/2)."""
+    x: (…, S, d) float32, turn: (S, d/2) complex64."""
     return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
 
 
 def _chunks(q: Tensor) -> list[slice]:
-    """Return slices of heads whose probabilities stay small. q: (n·heads, S, d)."""
+    """Return slices of heads with at most CHUNK_BYTES of probabilities per slice.
+
+    q: (n·heads, S, d)."""
     step = max(1, CHUNK_BYTES // (q.shape[1] ** 2 * q.element_size()))
     return [slice(i, i + step) for i in range(0, len(q), step)]
 
 
 def _scaled(a: Tensor, b: Tensor, by: float, out: Tensor | None = None) -> Tensor:
-    """Return by·a·b of batches of matrices, in one pass."""
+    """Return by·a·b for batches of matrices, in one pass."""
     return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=by, out=out)
 
 
@@ -334,33 +340,35 @@ def _probabilities(q: Tensor, k: Tensor) -> Tensor:
     run = dispatch("causal_softmax", scores)
     if run is None:
         return torch.softmax(scores, -1)
-    keys = scores.shape[-1]  # treated as queries at the end of a causal row, which see every key
+    keys = scores.shape[-1]  # every query is the last of its row, so it attends to every key
     out: Tensor = run(scores, 1, 1, scores.numel() // keys, keys, keys - 1, 0, 0)
     return out
 
 
 def softmax_backward(p: Tensor, dp: Tensor) -> Tensor:
-    """Return p ⊙ (dp − Σ p⊙dp); dp is overwritten."""
+    """Return p ⊙ (dp − Σ p⊙dp); overwrites dp."""
     run = dispatch("softmax_backward", p, dp)
     out: Tensor = TORCH("torch._softmax_backward_data")(dp, p, -1, p.dtype) if run is None else run(p, dp)
     return out
 
 
 def _has_tiles(x: Tensor) -> bool:
-    """Return whether there is a kernel for heads of this dtype and last dimension."""
+    """Return whether a compiled attention kernel supports this dtype and head size."""
     return dispatch("attend", x.new_empty(1, x.shape[-1])) is not None
 
 
 def _separate_heads(x: Tensor) -> Tensor:
-    """Return (n, S, heads, d) as (n·heads, S, d), contiguous; a view if S is 1."""
+    """Return (n, S, heads, d) as contiguous (n·heads, S, d); a view if S is 1."""
     return x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3]).contiguous()
 
 
 def _attend_all(q: Tensor, k: Tensor, v: Tensor, keep: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return softmax(q·kᵀ/√d)·v of (n, tokens, heads, d), as (n, S, heads·d).
+    """Return softmax(q·kᵀ/√d)·v (n, S, heads·d), log Σ exp or None, and probabilities or None.
 
-    Also log Σ exp of the scores, (n, heads, S) float32, if computed in tiles; otherwise the probabilities,
-    if `keep`."""
+    q, k, v: (n, tokens, heads, d).
+
+    The compiled kernel returns log Σ exp of the scores, (n, heads, S) float32. Without the kernel, `keep`
+    selects whether the probabilities are returned."""
     n, S = q.shape[:2]
     run = dispatch("attend", q, k, v)
     if run is not None:
@@ -390,7 +398,9 @@ def _attend_all_backward(
     dk: Tensor,
     dv: Tensor,
 ) -> None:
-    """Write the gradients of `_attend_all` to dq, dk, dv. g, out: (n, S, heads·d)."""
+    """Write the gradients of `_attend_all` to dq, dk and dv.
+
+    g, out: (n, S, heads·d)."""
     n, _, heads, d = q.shape
     g, out = g.unflatten(2, (heads, d)), out.unflatten(2, (heads, d))
     if lse is not None:
@@ -428,10 +438,11 @@ class _Cross(torch.autograd.Function):
 
 
 def cross_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return softmax(q·kᵀ/√d)·v. q: (n, S, heads, d), k, v: (n, T, heads, d).
+    """Return softmax(q·kᵀ/√d)·v: (n, S, heads·d).
 
-    The result is (n, S, heads·d). Probabilities are kept if all of them take at most KEPT_BYTES and there
-    is no kernel."""
+    q: (n, S, heads, d), k, v: (n, T, heads, d).
+
+    Without a compiled kernel, probabilities are saved for backward if they take at most KEPT_BYTES."""
     n, S, heads, _ = q.shape
     keep = n * S * heads * k.shape[1] * q.element_size() <= KEPT_BYTES
     if q.device.type != "cpu" or not torch.is_grad_enabled() or not (keep or _has_tiles(q)):
@@ -482,9 +493,9 @@ class _Joint(torch.autograd.Function):
 
 
 def joint_attention(qkv: Tensor, weight: Tensor | None = None, eps: float = 1e-6, turn: Tensor | None = None) -> Tensor:
-    """Return attention of tokens over themselves. qkv: (n, S, 3, heads, d).
+    """Return self-attention of the tokens: (n, S, heads·d).
 
-    The result is (n, S, heads·d).
+    qkv: (n, S, 3, heads, d).
     weight: frozen w_q, w_k as (2, 1, 1, S or 1, d) float32, None without norms.
     turn: rotary positions (S, d/2) complex64, on neighboring pairs as in FLUX; None without rotation."""
     S = qkv.shape[1]
@@ -497,7 +508,7 @@ def joint_attention(qkv: Tensor, weight: Tensor | None = None, eps: float = 1e-6
 def joint_attention_reference(
     qkv: Tensor, weight: Tensor | None = None, eps: float = 1e-6, turn: Tensor | None = None
 ) -> Tensor:
-    """Compute `joint_attention` directly, with torch's operations."""
+    """Compute `joint_attention` with torch's operations."""
     q, k, v = qkv.unbind(2)
     if weight is not None or turn is not None:
         x = qkv[:, :, :2].permute(2, 0, 3, 1, 4).float()
@@ -511,6 +522,6 @@ def joint_attention_reference(
 def _over_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return softmax(q·kᵀ/√d)·v by torch, in the given dtype.
 
-    (n, tokens, heads, d) → (n, S, heads·d)."""
+    q, k, v: (n, tokens, heads, d) → (n, S, heads·d)."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)

@@ -1,4 +1,4 @@
-"""Transfers between CPU and device without waiting; detection of fake tensors."""
+"""Asynchronous transfers between CPU and device, and detection of fake tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Return whether a tensor has no values: a meta tensor, or a fake one as torch.compile traces with."""
+    """Return whether a tensor has no values: a meta tensor, or a fake tensor of torch.compile."""
     return isinstance(tensor, FakeTensor) or tensor.is_meta
 
 
@@ -21,22 +21,22 @@ def put_numbers(device: torch.device, *lists: Sequence[int]) -> list[Tensor]:
 
 
 def in_float64(tensor: Tensor) -> Tensor:
-    """Return `tensor` in float64, keeping gradients; on the CPU if the device is MPS.
+    """Return `tensor` in float64, differentiably; on the CPU if the device is MPS.
 
-    MPS lacks float64."""
+    MPS does not support float64."""
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 def pinned(tensor: Tensor) -> Tensor:
-    """Return a CPU tensor in page-locked memory; unchanged if torch has no GPU."""
+    """Return a CPU tensor in page-locked memory, or the same tensor if torch has no GPU."""
     return tensor.pin_memory() if torch.cuda.is_available() else tensor
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a tensor on a device, without waiting for the copy.
 
-    Copies to a GPU use page-locked memory, so that they are queued behind earlier work while the CPU
-    continues; torch keeps the memory until the copy is done. Copies from a GPU must be waited for."""
+    Copies to a GPU use page-locked memory, so they are queued behind earlier work while the CPU continues;
+    torch keeps the memory until the copy is done. A copy from a GPU waits until the copy is done."""
     if device.type == "cpu":
         return tensor.to(device)
     if is_fake(tensor):

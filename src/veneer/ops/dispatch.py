@@ -1,15 +1,16 @@
 """Choose the implementation of an op.
 
-Every op of this package has a reference in torch. A device can have faster implementations, in its module
-of HOMES, each with a condition on its input. An op calls `dispatch` and runs its reference if the result
-is None:
+Every op of this package has a torch reference. A device can have faster implementations, in the device's
+module in HOMES, each with a condition on its inputs. An op calls `dispatch`, and runs its reference if the
+result is None:
 
     run = dispatch("rms_norm", x, weight)
     y = F.rms_norm(x, …) if run is None else run(x, weight, eps)
 
-The first implementation that takes the input runs. For the few ops whose fastest implementation depends on
-the machine or on the dtype, RULES chooses, from the profile of the machine (profile.py). Nothing is timed
-while an op runs: the same profile gives the same bits. VENEER_OPS overrides the choice:
+The first implementation that supports the inputs runs. For a few ops, the fastest implementation depends on
+the machine or on the dtype; RULES chooses among their implementations, using the machine's profile
+(profile.py). Nothing is timed while an op runs, so the same profile gives the same bits. VENEER_OPS overrides
+the choice:
 
     VENEER_OPS=torch                        references only
     VENEER_OPS=rms_norm=torch,attend=torch  these ops by these implementations, all others as usual
@@ -31,10 +32,10 @@ from veneer.errors import ConfigError
 from veneer.ops.profile import profile
 
 HOMES = {"cpu": "veneer.ops.cpu.implementations", "cuda": "veneer.ops.cuda.implementations"}
-"""Device type -> the module with its IMPLEMENTATIONS: op -> Implementation."""
+"""Device type -> the module that defines IMPLEMENTATIONS (op -> Implementation)."""
 
 REFERENCE = "torch"
-"""The name of every op's reference."""
+"""Name of every op's torch reference."""
 
 OPS = {
     "attend": "softmax(q·kᵀ/√d)·v",
@@ -74,17 +75,17 @@ OPS = {
     "token_nll": "−log softmax at targets, with gradient",
     "weight_layout": "weight layout for serving",
 }
-"""Ops that a device can implement, and what each computes."""
+"""Ops that a device can implement, with a description of each."""
 
 
 class Implementation(NamedTuple):
     """An implementation of an op.
 
-    run: the function, or an object with the functions, that the op calls instead of its reference.
-    takes: whether it runs on the op's arguments.
-    wants: the same in words.
-    missing: why it cannot run here; "" if it can.
-    name: for VENEER_OPS and reports.
+    run: the function, or an object with several functions, that the op calls instead of its reference.
+    takes: whether the implementation supports the op's arguments.
+    wants: the condition of `takes` in words.
+    missing: function that returns why the implementation cannot run on this machine; "" if it can.
+    name: used in VENEER_OPS and in reports.
     alternatives: further implementations of the op, in order."""
 
     run: Any
@@ -96,10 +97,10 @@ class Implementation(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """A choice between implementations.
+    """A rule that chooses between implementations.
 
-    prefer: (names of the implementations that take the input, the op's arguments) -> the one to run.
-    why: the reason in words."""
+    prefer: (names of the implementations that support the inputs, the op's arguments) -> the name to run.
+    why: the rule in words."""
 
     prefer: Callable[..., str]
     why: str
@@ -113,25 +114,26 @@ def _panel_kernel(able: list[str], *_: Any) -> str:
 
 
 RULES: dict[str, Rule] = {
-    # AVX512-BF16 doubles float32's rate, AMX's tiles multiply it by eight and more.
+    # AVX512-BF16 runs at twice the rate of float32, AMX at eight times or more.
     "panel_linear": Rule(_panel_kernel, "amx if bfloat16 is over 3 times as fast as float32"),
-    # torch's float32 product lays the weight out anew at each call: 1.1 to 1.2 times as fast without, by a copy of the
-    # weight. In 16 bits 1.00 to 1.06 times, with AMX as well, which is not worth the memory.
+    # torch's float32 product reorders the weight at each call. A prepacked copy makes the product 1.1 to 1.2
+    # times as fast. In 16 bits (also with AMX), the gain is only 1.00 to 1.06 times, which is not worth the
+    # memory.
     "prepacked_linear": Rule(
         lambda able, x, *_: "onednn" if x.dtype == torch.float32 else REFERENCE, "onednn in float32"
     ),
 }
-"""op -> rule that chooses among its implementations. An op without a rule runs the first that takes its
-input."""
+"""op -> rule that chooses among its implementations. An op without a rule runs the first implementation that
+supports the inputs."""
 
 
 # -- VENEER_OPS --------------------------------------------------------------------------------------------------------
 
 
 def parse_overrides(text: str) -> dict[str, str]:
-    """Read VENEER_OPS: op -> implementation ("*": all other ops).
+    """Return VENEER_OPS parsed as op -> implementation ("*": all other ops).
 
-    Raises ConfigError for a word that is neither an op nor torch."""
+    Raises ConfigError for an item that is neither `torch` nor a known op's setting."""
     words = [word for word in text.split(",") if word]
     names = dict(word.split("=", 1) for word in words if "=" in word)
     supported = {REFERENCE, *(f"{op}={name}" for op, name in names.items() if op in OPS)}
@@ -150,9 +152,7 @@ _overrides = parse_overrides(os.environ.get("VENEER_OPS", ""))
 
 @contextmanager
 def override_ops(**names: str) -> Iterator[None]:
-    """Run these ops by the named implementations during a with-block.
-
-    In all threads."""
+    """Run these ops by the named implementations inside a with-block, in all threads."""
     global _overrides
     previous = _overrides
     _overrides = {**previous, **names}
@@ -167,16 +167,16 @@ def override_ops(**names: str) -> Iterator[None]:
 
 @functools.cache
 def implementations(device: str) -> Mapping[str, Implementation]:
-    """Return op -> Implementation of a device type."""
+    """Return the implementations of a device type, by op."""
     home = HOMES.get(device)
     return {} if home is None else importlib.import_module(home).IMPLEMENTATIONS
 
 
 def dispatch(op: str, first: Tensor, *args: Any) -> Any:
-    """Return the implementation of `op` for these arguments; None for the reference.
+    """Return the implementation of `op` for these arguments, or None for the reference.
 
-    The device is the first tensor's. Raises ConfigError if VENEER_OPS names an implementation that the op
-    does not have."""
+    The first tensor determines the device. Raises ConfigError if VENEER_OPS names an implementation that the
+    op does not have."""
     implementation = implementations(first.device.type).get(op)
     if implementation is None:
         return None
@@ -192,7 +192,7 @@ def dispatch(op: str, first: Tensor, *args: Any) -> Any:
 
 
 def _override_of(op: str) -> str | None:
-    """Return the implementation that VENEER_OPS sets for an op; None if it sets none."""
+    """Return the implementation that VENEER_OPS sets for an op, or None."""
     if op not in _overrides:
         return _overrides.get("*")
     name, homes = _overrides[op], [implementations(device).get(op) for device in HOMES]
@@ -218,8 +218,8 @@ class Choice(NamedTuple):
     """The chosen implementation of an op.
 
     name: one implementation, or several in order.
-    reason: why.
-    wants: the inputs they take, if not all; the reference runs everything else."""
+    reason: why they were chosen.
+    wants: the inputs that they support, if not all inputs; the reference runs all others."""
 
     name: str
     reason: str
@@ -227,7 +227,7 @@ class Choice(NamedTuple):
 
 
 def choices(device: str) -> dict[str, Choice]:
-    """Return op -> its implementation on a device type ("cpu", "cuda"), and why."""
+    """Return the choice of implementation for every op on a device type ("cpu", "cuda")."""
     return {op: _choice(op, device) for op in OPS}
 
 

@@ -1,8 +1,8 @@
 """Frozen linear maps with low-rank products: y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ.
 
-A `LinearMap` is one projection, or several joined projections of the same x; `linear` multiplies by it.
-The frozen weight never gets a gradient. A and B can be float32 with 16-bit x and W: they are cast for the
-products, and their gradients are float32. This module does not know about modules, adapter names or
+A `LinearMap` is one projection, or several fused projections of the same x; `linear` multiplies by the map.
+The frozen weight never gets a gradient. A and B can be float32 while x and W are 16-bit: A and B are cast for
+the products, and their gradients are float32. This module does not depend on modules, adapter names or
 models.
 """
 
@@ -27,14 +27,14 @@ from veneer.ops.prepacked import PrepackedWeights
 class LinearMap:
     """A frozen weight (out, in) with low-rank products on its rows.
 
-    One projection, or several of the same x joined by rows.
+    One projection, or several projections of the same x, concatenated by rows.
 
     bias: (out,).
     dora_scale: (out,) float32, DoRA's factor of each output, applied before the bias.
-    products: all see the same dropped x: one dropout, as in loralib's MergedLinear.
+    products: the low-rank products. All use the same dropout mask on x, as in loralib's MergedLinear.
     copies: prepacked copies of the weight, if any.
-    spans: each product sees only the rows of its own segment, with that segment's dropout; there is no
-        DoRA scale then."""
+    spans: token segments. Each product then applies only to its own segment's rows of x, with that segment's
+        dropout. Not supported together with a DoRA scale."""
 
     weight: Tensor
     bias: Tensor | None = None
@@ -45,16 +45,16 @@ class LinearMap:
 
     @property
     def dropout(self) -> float:
-        """The dropout of all rows."""
+        """The dropout rate of all products."""
         return self.products[0].dropout if self.products and self.spans is None else 0.0
 
 
 def join_maps(parts: Sequence[LinearMap], weight: Tensor | None = None) -> LinearMap:
-    """Join projections of one x into one product.
+    """Return one map of several projections of the same x.
 
-    weight: the parts' weights concatenated by rows, if they already are.
+    weight: the parts' weights concatenated by rows, if already available.
 
-    Raises ValueError for products with different dropouts, because joined products see the same dropped x."""
+    Raises ValueError for products with different dropouts, because fused products use one dropout mask."""
     dropouts = sorted({part.dropout for part in parts if part.products})
     if len(dropouts) > 1:
         raise ValueError(f"low-rank products with dropouts {dropouts} cannot be joined into one")
@@ -79,11 +79,11 @@ def join_maps(parts: Sequence[LinearMap], weight: Tensor | None = None) -> Linea
 
 
 def split_map(linear_map: LinearMap, at: int) -> tuple[LinearMap, LinearMap]:
-    """Split a map into its outputs before row `at` and from `at` on.
+    """Split a map into the outputs before row `at` and the outputs from row `at` on.
 
-    Weights are views.
+    The weights of both parts are views.
 
-    Raises ValueError with dropout: each part would sample its own mask."""
+    Raises ValueError with dropout, because each part would sample its own mask."""
     if any(p.dropout for p in linear_map.products):
         raise ValueError("low-rank products with dropout cannot be split: their parts share one dropped x")
 
@@ -101,28 +101,26 @@ def split_map(linear_map: LinearMap, at: int) -> tuple[LinearMap, LinearMap]:
 
 
 class _Products(Protocol):
-    """An implementation of the op "low_rank".
-
-    Made from (products, weight rows, dtype)."""
+    """An implementation of the op "low_rank", built from (products, weight rows, dtype)."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Add s·(x·Aᵀ)·Bᵀ to each product's columns of y; return u = x·Aᵀ."""
 
     def backward(self, g: Tensor, dx: Tensor | None) -> Tensor:
-        """Add du·A to dx, if given; return du = g·s·B."""
+        """Add du·A to dx, if dx is given; return du = g·s·B."""
 
     def gradients(self, g: Tensor, x: Tensor, u: Tensor, du: Tensor) -> list[Tensor]:
-        """Return [dA₁, dB₁, dA₂, …] from the output gradient g: (N, rows), and du."""
+        """Return [dA₁, dB₁, dA₂, …], given the output gradient g: (N, rows), and du."""
 
 
 class LowRankProducts:
-    """Low-rank products of one x, stacked.
+    """Low-rank products of one x, stacked; the reference of the op "low_rank".
 
     A is (Σ rank, in); s·B is block-diagonal, (rows, Σ rank).
 
-    u = x·Aᵀ and du = g·s·B read x and g once for all products. Products that would multiply by the zeros
-    of s·B run one by one (two pairs of 1536 × 16: u·(s·B)ᵀ 0.87 against 0.60 ms, gᵀ·u 1.23 against 0.81).
-    This is the reference of the op "low_rank"."""
+    u = x·Aᵀ and du = g·s·B read x and g once for all products. The other products run one block at a time,
+    because the full product would multiply by the zeros of s·B (two pairs of 1536 × 16: u·(s·B)ᵀ 0.87 against
+    0.60 ms, gᵀ·u 1.23 against 0.81)."""
 
     def __init__(self, products: Sequence[LowRank], rows: int, dtype: torch.dtype) -> None:
         self.scales = [p.scale for p in products]
@@ -148,14 +146,14 @@ class LowRankProducts:
         return u
 
     def backward(self, g: Tensor, dx: Tensor | None) -> Tensor:
-        """Add du·A to dx, if given; return du."""
+        """Add du·A to dx, if dx is given; return du."""
         du = g @ self.sB
         if dx is not None:
             dx.addmm_(du, self.A)
         return du
 
     def gradients(self, g: Tensor, x: Tensor, u: Tensor, du: Tensor) -> list[Tensor]:
-        """Return [dA₁, dB₁, dA₂, …] from g: (N, Σ out), and du = g·s·B: (N, Σ rank)."""
+        """Return [dA₁, dB₁, dA₂, …], given g: (N, Σ out) and du = g·s·B: (N, Σ rank)."""
         dA = du.t() @ x
         out = []
         for scale, (of_A, of_B), (rows, columns) in zip(self.scales, self.dtypes, self.blocks, strict=True):
@@ -185,9 +183,9 @@ class _Dropped:
 
 
 class _InSpans:
-    """Products of several adapters, each on its own rows.
+    """Products of several adapters, each on the rows of its own segment.
 
-    u and du are concatenated, flat."""
+    u and du are flattened and concatenated."""
 
     def __init__(self, x: Tensor, products: Sequence[LowRank], y: Tensor, spans: LoraSegments) -> None:
         members: dict[int, list[int]] = {}
@@ -221,7 +219,7 @@ class _InSpans:
 
 
 def _products(x: Tensor, linear_map: LinearMap, y: Tensor) -> _Products:
-    """Return the low-rank products of a map, by the chosen implementation."""
+    """Return the low-rank products of a map, by the chosen implementation of "low_rank"."""
     if linear_map.spans is not None:
         return _InSpans(x, linear_map.products, y, linear_map.spans)
     drop = Dropout.sample(linear_map.dropout) if linear_map.dropout else None
@@ -235,16 +233,16 @@ def _products_for(x: Tensor, products: tuple[LowRank, ...], y: Tensor, drop: Dro
 
 
 def low_rank_tensors(linear_map: LinearMap) -> list[Tensor]:
-    """Return [A₁, B₁, A₂, …], the tensors of a map that autograd tracks."""
+    """Return [A₁, B₁, A₂, …], the tensors of a map that can require gradients."""
     return [t for p in linear_map.products for t in (p.A, p.B)]
 
 
 class LinearOutput(NamedTuple):
-    """`y`, and what its backward pass needs.
+    """The output `y` of a linear map, and the tensors that its backward pass needs.
 
     u: x·Aᵀ.
     plain: the input of the DoRA scale.
-    products: the low-rank products, which are cheaper to keep than to rebuild for small layers.
+    products: the low-rank products, saved because rebuilding them is expensive for small layers.
     copies: the weight's prepacked copies."""
 
     y: Tensor
@@ -261,7 +259,7 @@ def frozen_linear(
     transposed: bool = True,
     copies: PrepackedWeights | None = None,
 ) -> Tensor:
-    """Return x·Wᵀ + b, or x·W if not `transposed`; without autograd.
+    """Return x·Wᵀ + b, or x·W if not `transposed`, without autograd.
 
     x: (N, in) or (N, out).
     copies: the weight's prepacked copies."""
@@ -271,11 +269,9 @@ def frozen_linear(
 
 
 def keeps_copy(dtype: torch.dtype, rows: int, columns: int, transposed: bool) -> bool:
-    """Return whether this product would use a prepacked copy here.
+    """Return whether this product would use a prepacked copy, for memory estimates.
 
-    For memory estimates.
-
-    transposed: x·Wᵀ."""
+    transposed: whether the product is x·Wᵀ."""
     weight = torch.empty(1, dtype=dtype).expand(rows, columns)
     x = torch.empty(1, columns if transposed else rows, dtype=dtype)
     return dispatch("prepacked_linear", x, weight, None, transposed) is not None
@@ -293,7 +289,8 @@ def linear_forward(x: Tensor, linear_map: LinearMap) -> LinearOutput:
         products = _products(x, linear_map, plain)
         u = products.forward(x, plain)
         return LinearOutput(scale_outputs(plain, dora_scale, b), u, plain, products, copies)
-    # PEFT's DoRA with dropout: x·Wᵀ + b + (dora_scale − 1) ⊙ d·Wᵀ + dora_scale ⊙ s·(d·Aᵀ)·Bᵀ, d the dropped x
+    # PEFT's DoRA with dropout: x·Wᵀ + b + (dora_scale − 1) ⊙ d·Wᵀ + dora_scale ⊙ s·(d·Aᵀ)·Bᵀ, with d the
+    # dropped x
     y = frozen_linear(x, W, b, copies=copies)
     products = _products(x, linear_map, y)
     assert isinstance(products, _Dropped)
@@ -307,9 +304,9 @@ def linear_forward(x: Tensor, linear_map: LinearMap) -> LinearOutput:
 def linear_backward(
     g: Tensor, weight: Tensor, output: LinearOutput, dora_scale: Tensor | None, need_dx: bool
 ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """Return dx, the gradient at the products' output, du, and the DoRA scale's.
+    """Return dx, g', du, and the gradient of the DoRA scale.
 
-    du is that gradient times s·B."""
+    g' is the gradient of the products' output; du = g'·s·B."""
     products, plain = output.products, output.plain
 
     def input_gradient(t: Tensor) -> Tensor:
@@ -332,7 +329,7 @@ def linear_backward(
 def scale_outputs(y: Tensor, dora_scale: Tensor, bias: Tensor | None) -> Tensor:
     """Return dora_scale ⊙ y + b, rounded once.
 
-    DoRA scales are near 1, where 16-bit values are 1/256 apart."""
+    DoRA scales are near 1, where neighboring bfloat16 values differ by 1/128 or 1/256."""
     run = dispatch("dora_scale", dora_scale, y, *([] if bias is None else [bias]))
     if run is not None:
         result: Tensor = run(y, dora_scale, bias)
@@ -342,7 +339,7 @@ def scale_outputs(y: Tensor, dora_scale: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _scale_gradients(g: Tensor, y: Tensor, dora_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of y, the input of the DoRA scale, and of the scale."""
+    """Return the gradients of y (the input of the DoRA scale) and of the scale."""
     run = dispatch("dora_scale_backward", dora_scale, g, y)
     if run is not None:
         gradients: tuple[Tensor, Tensor] = run(g, y, dora_scale)
@@ -354,7 +351,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, linear_map: LinearMap, dora_scale: Tensor | None, *flat: Tensor) -> Tensor:
         output = linear_forward(x, linear_map)
-        # A and B are saved too, so that autograd detects changes before backward
+        # A and B are saved too, so that autograd detects changes to them before backward.
         ctx.save_for_backward(x, output.u, output.plain, dora_scale, *flat)
         ctx.products, ctx.weight, ctx.copies = output.products, linear_map.weight, linear_map.copies
         return output.y
@@ -368,22 +365,20 @@ class _Linear(torch.autograd.Function):
 
 
 def low_rank_gradients(output: LinearOutput, g: Tensor, x: Tensor, du: Tensor | None) -> list[Tensor]:
-    """Return the gradients of `low_rank_tensors`.
-
-    Computed from the results of `linear_backward`."""
+    """Return the gradients of `low_rank_tensors`, from the results of `linear_backward`."""
     if output.products is None or output.u is None or du is None:
         return []
     return output.products.gradients(g, x, output.u, du)
 
 
 def linear(x: Tensor, linear_map: LinearMap) -> Tensor:
-    """Return y = x·Wᵀ + b plus s·(x·Aᵀ)·Bᵀ on each product's columns.
+    """Return y = x·Wᵀ + b, with s·(x·Aᵀ)·Bᵀ added to each product's columns.
 
-    x: (…, in) → (…, Σ out). The DoRA scale applies to everything but b. Keeps x, the narrow x·Aᵀ and, with
-        a DoRA scale, its input. Reference: F.linear(x, W, b) with s·F.linear(F.linear(x, A), B) added to
-        its columns, with Dropout's mask on the products' input."""
+    x: (…, in) → (…, Σ out). The DoRA scale applies to everything except b. Saves x, the narrow x·Aᵀ and, with
+        a DoRA scale, the scale's input for backward. Reference: F.linear(x, W, b) with s·F.linear(F.linear(x,
+        A), B) added to the products' columns, with Dropout's mask on the products' input."""
     y: Tensor = _Linear.apply(
         x.reshape(-1, x.shape[-1]), linear_map, linear_map.dora_scale, *low_rank_tensors(linear_map)
     )
-    # outside the Function, because callers can write into the result
+    # This view is outside the Function because callers can write into the result.
     return y.view(*x.shape[:-1], y.shape[-1])

@@ -1,17 +1,17 @@
 """Losses: −log p of each token in chunks of logits, and preference losses.
 
-`token_nll` reads logits once and computes its gradient in the same pass. The others are pure functions of
-log-probabilities, with one loss per pair or per answer:
+`token_nll` reads logits once and computes its gradient in the same pass. The preference losses are pure
+functions of log-probabilities, with one loss per pair or per completion y:
 
-| loss   | value of each answer                           | loss of a pair (w: chosen, l: rejected)                   |
+| loss   | value of each completion                       | loss of a pair (w: chosen, l: rejected)                   |
 | dpo    | r = log π(y|x) − log π_ref(y|x)                | −log σ(β·(r_w − r_l))                                     |
 | ipo    | r, by default divided by |y|                   | (r_w − r_l − 1/(2β))²                                     |
 | orpo   | m = log π(y|x) / |y|                           | −β·log σ(log odds(m_w) − log odds(m_l))                   |
 | simpo  | m                                              | −log σ(β·(m_w − m_l) − γ)                                 |
-| kto    | r, and whether the answer is desirable         | λ·(1 − σ(±β·(r − z₀))), per answer                        |
+| kto    | r, and whether the completion is desirable     | λ·(1 − σ(±β·(r − z₀))), per completion                    |
 
-All have shape (n,) and are differentiable; nothing is summed or averaged here. This module knows neither
-models nor data.
+All losses have shape (n,) and are differentiable; no loss is summed or averaged here. This module does not
+depend on models or data.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from veneer.ops.prepacked import PrepackedWeights
 from veneer.ops.step_sizes import logits_chunk
 
 _IGNORED = -100
-_CERTAIN = -1e-7  # the largest mean log p that float32 distinguishes from 0, whose odds are infinite
+_CERTAIN = -1e-7  # the largest mean log p that float32 distinguishes from 0; at 0 the odds are infinite
 
 
 class _TokenNll(torch.autograd.Function):
@@ -60,7 +60,7 @@ class _TokenNll(torch.autograd.Function):
                     torch.mm(logits, weight, out=grad[part])
                 else:
                     grad[part] = product
-            del logits  # free them before the next chunk's logits are allocated
+            del logits  # free the logits before the next chunk allocates its own
         ctx.save_for_backward(grad)
         return nll
 
@@ -71,10 +71,12 @@ class _TokenNll(torch.autograd.Function):
 
 
 def _row_nll_(logits: Tensor, targets: Tensor, gradient: bool, correct: Tensor | None = None) -> Tensor:
-    """Return −log softmax at the targets, at least float32.
+    """Return −log softmax at the targets, in float32 or wider.
 
-    With `gradient`, logits become softmax − onehot in place. A target of −100 is ignored, as in
-    F.cross_entropy: loss 0, no gradient. `correct`: as in `token_nll`. Raises IndexError for any other
+    gradient: also overwrite `logits` with softmax − onehot.
+    correct: as in `token_nll`.
+
+    A target of −100 is ignored, as in F.cross_entropy: loss 0, no gradient. Raises IndexError for any other
     invalid target."""
     targets = targets.to(torch.int64).contiguous()
     run = dispatch("token_nll", logits)
@@ -84,21 +86,21 @@ def _row_nll_(logits: Tensor, targets: Tensor, gradient: bool, correct: Tensor |
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     ignored = targets == _IGNORED
     y = targets.masked_fill(ignored, 0)[:, None]
-    # a GPU reports this itself, later
+    # A GPU reports an invalid index itself, asynchronously.
     if y.device.type == "cpu" and bool(((y < 0) | (y >= logits.shape[1])).any()):
         raise IndexError("token_nll: a target is not a token of the vocabulary")
     nll = torch.logsumexp(wide, 1, keepdim=True) - wide.gather(1, y)
     if correct is not None:
         correct.copy_(likeliest(wide, y[:, 0]) & ~ignored)
     if gradient:
-        # p − 1 of the target uses the wide value: rounding p near 1 to 16 bits first would lose all of it
+        # Compute p − 1 of the target from the wide value: rounding p near 1 to 16 bits first would give 0.
         slope = torch.softmax(wide, 1).scatter_(1, y, torch.expm1(-nll))
         logits.copy_(slope.masked_fill_(ignored[:, None], 0))
     return nll[:, 0].masked_fill_(ignored, 0)
 
 
 def likeliest(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return whether no logit is above the target's: (M,) bool.
+    """Return whether each target's logit is the largest: (M,) bool.
 
     logits: (M, vocabulary), targets: (M,)."""
     return logits.gather(1, targets[:, None])[:, 0] >= logits.amax(1)
@@ -112,7 +114,7 @@ def token_nll(
     copies: PrepackedWeights | None = None,
     correct: Tensor | None = None,
 ) -> Tensor:
-    """Return −log softmax(hidden_i·Wᵀ)[target_i] of each i, (M,) float32.
+    """Return −log softmax(hidden_i·Wᵀ)[target_i] for each i, (M,) float32.
 
     hidden: (M, d), weight: (vocabulary, d) frozen. A target of −100 is ignored: loss 0, no gradient. The
         gradient is computed in the forward pass, chunk by chunk, so that at most chunk × vocabulary logits
@@ -120,7 +122,7 @@ def token_nll(
 
     chunk: positions per chunk; None: `logits_chunk` of the device.
     copies: the weight's prepacked copies.
-    correct: (M,) bool, filled with `likeliest` of the logits.
+    correct: (M,) bool, overwritten with `likeliest` of the logits.
 
     Raises IndexError for any other invalid target (on a GPU, the device's error). Reference:
     F.cross_entropy((hidden @ W.T).float(), targets, reduction="none")."""
@@ -142,30 +144,30 @@ def dpo(chosen: Tensor, rejected: Tensor, *, beta: float, smoothing: float = 0.0
 
 
 def ipo(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
-    """Return (chosen − rejected − 1/(2β))².
+    """Return the IPO loss (chosen − rejected − 1/(2β))².
 
     arXiv 2310.12036, eq. 17; β is the paper's τ.
 
-    chosen, rejected: log-ratios. The paper defines them for whole answers; its authors' results, and TRL,
-        divide them by the answers' lengths."""
+    chosen, rejected: log-ratios. The paper defines them for whole completions; the authors' experiments, and
+        TRL, divide them by the completions' lengths."""
     return (chosen - rejected - 1 / (2 * beta)).square()
 
 
 def orpo(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
-    """Return −β·log σ(log odds(chosen) − log odds(rejected)).
+    """Return the ORPO odds-ratio term −β·log σ(log odds(chosen) − log odds(rejected)).
 
-    odds(m) = e^m / (1 − e^m).
+    odds(m) = e^m / (1 − e^m). β is the paper's λ (arXiv 2403.07691, eq. 4 and 7). The full ORPO loss adds the
+    negative log-likelihood of the chosen completion, −chosen.
 
-    β is the paper's λ. chosen, rejected: mean log-probabilities of an answer's tokens. This is the
-    odds-ratio term only (arXiv 2403.07691, eq. 4 and 7): ORPO adds the likelihood of the chosen answer,
-    −chosen."""
+    chosen, rejected: mean log-probabilities of a completion's tokens."""
     return -beta * F.logsigmoid(_log_odds(chosen) - _log_odds(rejected))
 
 
 def simpo(chosen: Tensor, rejected: Tensor, *, beta: float, gamma: float, smoothing: float = 0.0) -> Tensor:
     """Return −log σ(β·(chosen − rejected) − γ) (arXiv 2405.14734, eq. 6).
 
-    chosen, rejected: mean log-probabilities of an answer's tokens. γ: the target margin of a pair.
+    chosen, rejected: mean log-probabilities of a completion's tokens.
+    gamma: γ, the target margin of a pair.
     smoothing: as in `dpo`."""
     return _preferred(beta * (chosen - rejected) - gamma, smoothing)
 
@@ -175,16 +177,22 @@ def kto(
 ) -> Tensor:
     """Return λ_D·(1 − σ(β·(r − z₀))) if desirable, else λ_U·(1 − σ(β·(z₀ − r))).
 
-    arXiv 2402.01306, eq. 8. ratios: r, log-ratios. desirable: (n,) bool. reference: z₀, see
-    `kto_reference`. weights: (λ_D, λ_U)."""
+    The KTO loss (arXiv 2402.01306, eq. 8).
+
+    ratios: r, log-ratios.
+    desirable: (n,) bool.
+    reference: z₀, see `kto_reference`.
+    weights: (λ_D, λ_U)."""
     reward = beta * (ratios - reference)
     return torch.where(desirable, weights[0] * torch.sigmoid(-reward), weights[1] * torch.sigmoid(reward))
 
 
 def kto_reference(ratios: Tensor) -> Tensor:
-    """Return z₀ = max(0, mean r) over prompts paired with other prompts' answers.
+    """Return z₀ = max(0, mean r), the paper's estimate of KL(π ‖ π_ref).
 
-    The paper's estimate of KL(π ‖ π_ref). Without gradient; 0 for empty input."""
+    ratios: log-ratios of prompts paired with other prompts' completions.
+
+    The result has no gradient. It is 0 for empty input."""
     return ratios.detach().mean().clamp(min=0.0) if len(ratios) else ratios.new_zeros(())
 
 
@@ -194,9 +202,7 @@ def _preferred(margin: Tensor, smoothing: float) -> Tensor:
 
 
 def _log_odds(mean: Tensor) -> Tensor:
-    """Return m − log(1 − e^m), numerically stable.
-
-    m = 0 is moved just below 0."""
+    """Return m − log(1 − e^m), computed stably; m is clamped to just below 0."""
     m = mean.clamp(max=_CERTAIN)
     log_complement = torch.where(m < -0.6931, torch.log1p(-torch.exp(m)), torch.log(-torch.expm1(m)))
     return m - log_complement

@@ -1,4 +1,4 @@
-"""One low-rank product next to a frozen weight."""
+"""A low-rank product added to a frozen weight."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class LowRank:
-    """s·B·A next to a frozen weight W, never materialized.
+    """s·B·A, added to a frozen weight W without materializing the sum.
 
         y = x·Wᵀ + s·(drop(x)·Aᵀ)·Bᵀ
 
     A: (…, rank, in), B: (…, out, rank).
     scale: s, including an adapter's strength.
     dropout: dropout probability of the product's x, 0 outside training.
-    first: the row of W of B's first row, if W is several weights concatenated; `last` is one past B's last
-        row.
-    span: the segment of x's rows that the product sees, if there are several adapters
-        (ops/lora_segments.py); otherwise it sees all rows.
+    first: the row of W where B's first row is added, if W is several weights concatenated; `last` is one past
+        the row of B's last row.
+    span: the segment of x's rows that the product applies to, if there are several adapters
+        (ops/lora_segments.py); otherwise the product applies to all rows.
 
-    Layers, ops, compiled kernels and serving all take a pair in this form; core.adapter.Pair makes it."""
+    Layers, ops, compiled kernels and serving use this form of a pair; `core.adapter.Pair.low_rank` creates
+    it."""
 
     A: Tensor
     B: Tensor
@@ -37,7 +38,7 @@ class LowRank:
         return self.first + len(self.B)
 
     def below(self, rows: int) -> LowRank:
-        """Return the product shifted down by `rows` rows of other weights."""
+        """Return the product with `first` moved down by `rows` rows of other weights."""
         return replace(self, first=self.first + rows) if rows else self
 
     def dense(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Gated MLPs and activations that keep only their inputs.
+"""Gated MLPs and activations that save only their inputs for backward.
 
     gated_mlp    y = down(act(gate(x)) ⊙ up(x))
     gated        act(gate) ⊙ up from [gate | up], and its gradients
@@ -6,7 +6,7 @@
     geglu        up ⊙ gelu(gate) from [up | gate]
     gelu_tanh    tanh approximation of gelu
 
-The reference of each is the same formula in torch's operations.
+The reference of each function is the same formula in torch's operations.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def gated(both: Tensor, act: str) -> Tensor:
 
 
 def _gated_backward(dh: Tensor, both: Tensor, act: str) -> tuple[Tensor, Tensor]:
-    """Return [d_gate | d_up], and act(gate) ⊙ up recomputed."""
+    """Return the gradient [d_gate | d_up], and act(gate) ⊙ up recomputed."""
     run = dispatch(f"{act}_gate_backward", dh, both)
     if run is not None:
         gradients: tuple[Tensor, Tensor] = run(dh, both)
@@ -79,7 +79,9 @@ class _Swiglu(torch.autograd.Function):
 
 
 def swiglu(both: Tensor) -> Tensor:
-    """Return silu(gate) ⊙ up from [gate | up]. (…, 2f) → (…, f). Keeps its input."""
+    """Return silu(gate) ⊙ up from [gate | up], (…, 2f) → (…, f).
+
+    Saves only its input for backward."""
     h: Tensor = _Swiglu.apply(both.reshape(-1, both.shape[-1]).contiguous())
     return h.view(*both.shape[:-1], h.shape[-1])
 
@@ -109,9 +111,9 @@ class _Geglu(torch.autograd.Function):
 
 
 def geglu(both: Tensor) -> Tensor:
-    """Return up ⊙ gelu(gate) from [up | gate], diffusers' order. (…, 2f) → (…, f).
+    """Return up ⊙ gelu(gate) from [up | gate] (diffusers' order), (…, 2f) → (…, f).
 
-    Keeps its input."""
+    Saves only its input for backward."""
     h: Tensor = _Geglu.apply(both.contiguous())
     return h
 
@@ -134,7 +136,7 @@ class _GeluTanh(torch.autograd.Function):
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """Return F.gelu(x, approximate="tanh"), keeping x."""
+    """Return F.gelu(x, approximate="tanh"), saving only x for backward."""
     y: Tensor = _GeluTanh.apply(x.contiguous())
     return y
 
@@ -153,7 +155,7 @@ class _GatedMlp(torch.autograd.Function):
     ) -> Tensor:
         first = linear_forward(x, gate_up)
         second = linear_forward(gated(first.y, act), down)
-        # [gate | up] is then only a scale and a bias away from `plain`
+        # [gate | up] can then be recomputed from `plain` with the scale and the bias.
         again = scale is not None and not gate_up.dropout
         both = None if again else first.y
         ctx.save_for_backward(x, both, first.u, first.plain, scale, second.u, second.plain, scale_down, *flat)
@@ -176,10 +178,13 @@ class _GatedMlp(torch.autograd.Function):
 
 
 def gated_mlp(x: Tensor, gate_up: LinearMap, down: LinearMap, act: str = "silu") -> Tensor:
-    """Return y = down(act(gate(x)) ⊙ up(x)). x: (…, d) → (…, d).
+    """Return y = down(act(gate(x)) ⊙ up(x)), x: (…, d) → (…, d).
 
-    act: "silu", "gelu" or "gelu_tanh". `gate_up` is [gate; up] joined by rows. Keeps x, gate(x) and up(x);
-        their product is recomputed in backward. Reference: the same formula with `linear`."""
+    act: "silu", "gelu" or "gelu_tanh".
+    gate_up: [gate; up] concatenated by rows.
+
+    Saves x, gate(x) and up(x) for backward, which recomputes act(gate(x)) ⊙ up(x). Reference: the same
+    formula with `linear`."""
     inputs = (
         gate_up,
         down,

@@ -1,9 +1,9 @@
-"""Norms that read their input once and keep only it.
+"""Norms that read their input once and save only their input for backward.
 
     rms_norm     y = w ⊙ x / √(mean x² + ε)
     norm_silu    y = silu(w ⊙ x̂ + b), x̂ over groups of channels of x plus a shift of each channel
 
-Frozen weights never get a gradient. Each norm has a slow reference.
+Frozen weights never get a gradient. Each norm has a torch reference.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Run torch's norm in the wider of the two dtypes and round once."""
+    """Return torch's norm, computed in the wider of the two dtypes and rounded once."""
     wide = torch.promote_types(x.dtype, weight.dtype)
     return F.rms_norm(x.to(wide), x.shape[-1:], weight.to(wide), eps).to(x.dtype)
 
@@ -46,7 +46,7 @@ class _RmsNorm(torch.autograd.Function):
 def _norm_gradient(g: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return dx = r·(w⊙g) − x·r³·mean(w⊙g⊙x), r = 1/√(mean x² + ε).
 
-    In at least float32."""
+    Computed in float32 or wider."""
     run = dispatch("rms_norm_backward", g, x, weight)
     if run is not None:
         dx: Tensor = run(g, x, weight, eps)
@@ -59,10 +59,10 @@ def _norm_gradient(g: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Return y = w ⊙ x / √(mean x² + ε) over the last dimension, keeping only x.
+    """Return y = w ⊙ x / √(mean x² + ε) over the last dimension, saving only x.
 
-    The frozen w gets no gradient. w has the dtype of x, or is float32 if fewer bits would change it
-    (Gemma's 1 + w); y has the dtype of x. Reference: F.rms_norm."""
+    The frozen w gets no gradient. w has the dtype of x, or is float32 if rounding would change w (Gemma's
+    1 + w). y has the dtype of x. Reference: F.rms_norm."""
     x = x.contiguous()
     run = dispatch("rms_norm_autograd", x, weight)
     out: Tensor = _RmsNorm.apply(x, weight, eps) if run is None else run(x, weight, eps)
@@ -86,10 +86,10 @@ class _NormSilu(torch.autograd.Function):
 
 
 def norm_silu(x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-    """Return silu(F.group_norm(x + shift)), reading x once and keeping only x.
+    """Return silu(F.group_norm(x + shift)), reading x once and saving only x.
 
-    x: (n, channels, …), shift: (n, channels) or None. The reference is the same formula in torch; it runs
-        if anything but x is trained or if there is no kernel."""
+    x: (n, channels, …), shift: (n, channels) or None. The torch reference runs if anything other than x needs
+        a gradient, or if no kernel is available."""
     tensors = [t for t in (shift, weight, bias) if t is not None]
     if any(t.requires_grad for t in tensors) or not x.numel() or dispatch("norm_silu", x, *tensors) is None:
         x = x if shift is None else x + shift.view(*shift.shape, *[1] * (x.ndim - 2))

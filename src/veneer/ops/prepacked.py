@@ -1,9 +1,9 @@
-"""A second copy of a frozen weight, in the order in which products read it.
+"""Second copies of a frozen weight, in the order in which products read the weight.
 
-A library's product repacks its weight at each call, in blocks that fill a vector or a tile of AMX. If that
-takes enough time to be worth the memory (the rule of the op "prepacked_linear" decides),
-`PrepackedWeights` packs the weight once per direction, for the length of a run. `linear` and `token_nll`
-use the copies.
+A library's product repacks its weight at each call, into blocks that fill a vector or an AMX tile. If
+repacking takes enough time to justify the memory (decided by the rule of the op "prepacked_linear"),
+`PrepackedWeights` packs the weight once per direction and keeps the copies for the whole run. `linear` and
+`token_nll` use the copies.
 """
 
 from __future__ import annotations
@@ -16,36 +16,36 @@ from torch import Tensor
 from veneer.ops.dispatch import dispatch
 
 _ROWS = 1024
-"""Number of rows of x for which copies are packed."""
+"""The number of rows of x that copies are optimized for."""
 
 
 class ByteBudget:
-    """A byte limit for copies of weights: `most` in total, `taken` so far."""
+    """A byte limit for copies of weights: `most` in total, of which `taken` are in use."""
 
     def __init__(self, most: int) -> None:
         self.most, self.taken = most, 0
 
     def reserve(self, count: int) -> bool:
-        """Reserve `count` bytes; return whether there were enough."""
+        """Reserve `count` bytes, and return whether enough bytes were left."""
         fits = self.taken + count <= self.most
         self.taken += count * fits
         return fits
 
 
 class PrepackedWeights:
-    """Copies of one weight (out, in), for x·Wᵀ and for g·W, made at first use.
+    """Packed copies of one weight (out, in), for x·Wᵀ and for g·W, created at first use.
 
-    A copy is made only if `budget` has bytes for it.
+    A copy is created only if `budget` has enough bytes left.
 
-    parts: the parameters whose values the weight contains, if it joins several.
+    parts: the parameters that `weight` was concatenated from, if any.
 
-    A copy is never used after the weight can have changed: each use compares the address of the values,
-    and torch's version counters of the weight and its parts, as autograd does for saved tensors. After a
-    change, the copies are dropped for good. (As in autograd, writes through `.data` are not counted.)"""
+    A copy is never used after a change of the weight. Each use compares the address of the values and torch's
+    version counters of the weight and its parts, as autograd does for saved tensors. After a change, the
+    copies are dropped permanently. (As in autograd, writes through `.data` are not detected.)"""
 
     def __init__(self, weight: Tensor, budget: ByteBudget, parts: Sequence[Tensor] = ()) -> None:
         self._budget, self._parts = budget, tuple(parts)
-        self._values = weight.detach()  # while these live, no other tensor can have their address
+        self._values = weight.detach()  # while these values are alive, no other tensor can have their address
         self._seen = self._state(weight)
         self._copies: dict[bool, Any] = {}
         self._changed = False
@@ -62,15 +62,15 @@ class PrepackedWeights:
 
     @property
     def _bytes(self) -> int:
-        """Bytes of one copy."""
+        """The size of one copy in bytes."""
         return self._values.numel() * self._values.element_size()
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = True) -> Tensor | None:
-        """Return x·Wᵀ + b, or x·W if not `transposed`, by a copy.
+        """Return x·Wᵀ + b, or x·W if not `transposed`, computed with a copy.
 
-        None: use the weight itself.
+        Return None if no copy can be used; the caller then uses the weight itself.
 
-        weight: its current state."""
+        weight: the weight in its current state."""
         if not self._changed and self._state(weight) != self._seen:
             self._let_go()
         run = None if self._changed else dispatch("prepacked_linear", x, weight, bias, transposed)

@@ -1,13 +1,13 @@
-"""The profile of this machine: rates of products and memory.
+"""The profile of this machine: measured rates of matrix products and memory.
 
     found = profile()                   measured once, in about two seconds, and stored next to the compiled kernels
     found.rate("bfloat16")              GFLOP/s of the fastest of the measured shapes
     found.bandwidth                     GB/s read from memory
 
-The file is named by the processor, its flags, the number of threads and torch's version. A broken file, or
-one of another machine, is measured again. If no folder is writable, the profile lasts as long as the
-process. VENEER_PROFILE names a file to use instead; nothing is measured then, and tests give the same bits
-everywhere.
+The file is named by the processor, its flags, the number of threads and torch's version. An invalid file, or
+a file of another machine, is replaced by a new measurement. If no folder is writable, the profile is kept
+only in this process. VENEER_PROFILE names a profile file to use instead of measuring; with such a file, tests
+give the same bits on every machine.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from veneer.errors import ConfigError
 from veneer.files.atomic import replace_file
 
 SHAPES = ((16, 1024, 1024), (256, 1024, 1024), (1024, 1024, 1024))
-"""(rows, inputs, outputs) of the measured products: decoding, a short prompt, a training step."""
+"""(rows, inputs, outputs) of the measured products: decoding, a short prompt and a training step."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 _READ_BYTES = 1 << 28
 SECONDS = 2.0
@@ -43,7 +43,7 @@ _LOCK_SECONDS = 30.0
 class Profile:
     """Measured rates.
 
-    gflops: dtype -> "rows x inputs x outputs" -> GFLOP/s; dtypes without products are missing.
+    gflops: dtype -> "rows x inputs x outputs" -> GFLOP/s; dtypes that torch cannot multiply are missing.
     bandwidth: GB/s.
     spread: how much slower the median round was than the fastest, for the noisiest measurement."""
 
@@ -57,12 +57,12 @@ class Profile:
     spread: float
 
     def rate(self, dtype: str) -> float:
-        """Return GFLOP/s of a dtype at its best shape; 0 if torch has no such product."""
+        """Return GFLOP/s of a dtype at its fastest shape; 0 if torch cannot multiply this dtype."""
         return max(self.gflops.get(dtype, {}).values(), default=0.0)
 
 
 def processor_name() -> str:
-    """Return the processor's name and the number of its cores on this system."""
+    """Return the processor's name and the number of logical processors, as text."""
     name = platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -74,16 +74,16 @@ def processor_name() -> str:
 def profile() -> Profile:
     """Return the profile for the current number of threads.
 
-    From the file of VENEER_PROFILE, the stored file, or measured now. Raises ConfigError if VENEER_PROFILE
-    is not a profile."""
+    The profile comes from the file that VENEER_PROFILE names, from the stored file, or from a new
+    measurement. Raises ConfigError if VENEER_PROFILE does not name a valid profile."""
     return profile_for(torch.get_num_threads(), os.environ.get("VENEER_PROFILE", ""))
 
 
 @cache
 def profile_for(threads: int, pinned: str) -> Profile:
-    """Return the profile for a number of threads; raises as `profile`.
+    """Return the profile for a number of threads; raises the same errors as `profile`.
 
-    pinned: the file of VENEER_PROFILE, or ""."""
+    pinned: the value of VENEER_PROFILE, or ""."""
     if pinned:
         if (result := _read(Path(pinned))) is None:
             raise ConfigError(
@@ -100,18 +100,18 @@ def profile_for(threads: int, pinned: str) -> Profile:
         file = trusted_folder([]) / f"profile-{key}.json"
         if (result := _read(file, key)) is not None:
             return result
-        # otherwise processes disturb each other's timing
+        # The lock keeps concurrent processes from disturbing each other's timing.
         with FileLock(f"{file}.lock", timeout=_LOCK_SECONDS, mode=0o600):
             if (result := _read(file, key)) is None:
                 result = measure(key)
                 replace_file(file, [(json.dumps(asdict(result), indent=1) + "\n").encode()], mode=0o600)
             return result
-    except (OSError, NotImplementedError):  # no writable folder; a lock timeout is an OSError
+    except (OSError, NotImplementedError):  # no folder is writable, or the lock timed out (an OSError)
         return measure(key)
 
 
 def _read(file: Path, key: str | None = None) -> Profile | None:
-    """Read a profile; None if the file is missing, broken or of another machine."""
+    """Return the profile in a file; None if missing, invalid or from another machine."""
     try:
         result = Profile(**json.loads(file.read_text(encoding="utf-8")))
         rates = [result.bandwidth, *(rate for shapes in result.gflops.values() for rate in shapes.values())]
@@ -122,7 +122,7 @@ def _read(file: Path, key: str | None = None) -> Profile | None:
 
 
 def measure(key: str) -> Profile:
-    """Measure this machine now, for about two seconds."""
+    """Return a new measurement of this machine, which takes about two seconds."""
     works: dict[tuple[str, str], tuple[float, Callable[[], object]]] = {("", "read"): (_READ_BYTES / 1e9, _reading())}
     for dtype in _DTYPES:
         for rows, inputs, outputs in SHAPES:
@@ -130,7 +130,7 @@ def measure(key: str) -> Profile:
             name = str(dtype).removeprefix("torch."), f"{rows}x{inputs}x{outputs}"
             works[name] = size, _product(dtype, rows, inputs, outputs)
     rounds: dict[tuple[str, str], list[float]] = {}
-    # In its own thread, so that no autograd or dispatch mode of the caller applies.
+    # A new thread, so that no autograd or dispatch mode of the caller applies.
     thread = threading.Thread(target=_run_rounds, args=(works, rounds), name="veneer-profile")
     thread.start()
     thread.join()
@@ -161,9 +161,9 @@ def _product(dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> Callab
 def _run_rounds(
     works: Mapping[tuple[str, str], tuple[float, Callable[[], object]]], rounds: dict[tuple[str, str], list[float]]
 ) -> None:
-    """Run all measurements in turn until the time is over; the first turn warms up.
+    """Run all measurements in turn until the time is up; the first round is a warm-up.
 
-    A measurement that raises is left out."""
+    A measurement that raises an exception is dropped."""
     alive = dict(works)
     began = time.perf_counter()
     for turn in range(1000):

@@ -1,16 +1,14 @@
-"""Quantization formats: frozen weights in 4 and 8 bits.
-
-In the layouts of bitsandbytes and ggml.
+"""Quantization formats of frozen 4-bit and 8-bit weights, from bitsandbytes and ggml.
 
     nf4, fp4         w = table[code]·absmax                 a block of 64 weights has one absmax
     double quant     absmax = map[code₈]·absmax₂ + mean     a block of 256 absmax has one absmax₂; 4.127 bits a weight
     int8             w = code·absmax / 127                  one absmax a row
     Q4_K, Q8_0, …    the blocks of a GGUF file, unchanged
 
-Products and sums run in float32, each rounded separately, with one rounding at the end: codes, constants
-and values of the first three are bit-identical to bitsandbytes' (QLoRA, arXiv 2305.14314; blocks and the
-8-bit map, arXiv 2110.02861). Compiled kernels run on the CPU and on CUDA (bitsandbytes' where ours cannot
-run); torch's operations, the reference, run elsewhere.
+Products and sums run in float32, each rounded separately, and the result is rounded once. Codes, constants
+and values of the first three formats are bit-identical to bitsandbytes' (QLoRA, arXiv 2305.14314; blocks and
+the 8-bit map, arXiv 2110.02861). Compiled kernels dequantize on the CPU, and bitsandbytes' kernels dequantize
+nf4 and fp4 on CUDA. Everything else uses torch's operations, which are the reference.
 """
 
 from __future__ import annotations
@@ -32,13 +30,13 @@ KINDS = ("nf4", "fp4", "int8")
 SAVED_KINDS = ("nf4", "fp4")
 """The 4-bit kinds that bitsandbytes' kernels and checkpoints support."""
 BLOCK, NESTED = 64, 256
-_CHUNK = 1 << 20  # weights per chunk of the reference, whose temporaries are several times as large
+_CHUNK = 1 << 20  # weights per chunk of the reference; limits the size of its temporary tensors
 
 
 class QuantizationFormat(Protocol):
-    """The stored form of a weight; `shape` is the weight's.
+    """The stored form of a quantized weight; `shape` is the shape of the weight.
 
-    A weight is treated as rows of its last dimension."""
+    The weight is treated as a matrix of rows, with the last dimension as columns."""
 
     @property
     def kind(self) -> str: ...
@@ -47,27 +45,26 @@ class QuantizationFormat(Protocol):
     def dense(self, dtype: torch.dtype, first: int, last: int, into: Tensor | None = None) -> Tensor:
         """Return the dequantized rows first … last: (last − first, columns).
 
-        Written to `into`, if given."""
+        into: a tensor to write the result to."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every stored tensor."""
 
     def moved(self, change: Callable[[Tensor], Tensor]) -> QuantizationFormat:
-        """Return a copy with `change` applied to each tensor (copied, moved to a device)."""
+        """Return a copy with `change` applied to each tensor, for example to copy or move it."""
 
     def groups(self, first: int, last: int) -> Groups | None:
-        """Return rows first … last as Groups; None if the format has no such form."""
+        """Return rows first … last as Groups; None if the format cannot be expressed as Groups."""
 
 
 @dataclass(frozen=True)
 class Groups:
-    """A weight (rows, columns) as codes and scales, the form that all formats share.
+    """A weight (rows, columns) as codes and scales, a common form for all formats.
 
         w = values[code]·scale + zero
 
-    codes: (rows, columns) uint8, indices into `values` (16,) float32; or int8, each its own value, if
-        `values` is None. scales, and zeros if any: (rows, columns / size), one per `size` columns of a
-        row."""
+    codes: (rows, columns), uint8 indices into `values` (16,) float32; or int8 values if `values` is None.
+    scales, zeros: (rows, columns / size), one per `size` columns of a row; `zeros` is optional."""
 
     codes: Tensor
     scales: Tensor
@@ -79,13 +76,13 @@ class Groups:
         return self.codes.shape[1] // self.scales.shape[1]
 
     def dense(self) -> Tensor:
-        """Return the weight (rows, columns) float32; product and sum round separately."""
+        """Return the weight (rows, columns) in float32; product and sum are rounded separately."""
         values = self.codes.float() if self.values is None else self.values[self.codes.int()]
         out: Tensor = values.unflatten(1, (-1, self.size)) * self.scales[..., None].float()
         return (out if self.zeros is None else out + self.zeros[..., None].float()).flatten(1)
 
     def split(self, size: int) -> Groups:
-        """Return the same with a scale per `size` columns.
+        """Return the same weight with one scale per `size` columns.
 
         `size` must divide the current size."""
         times = self.size // size
@@ -93,9 +90,9 @@ class Groups:
         return replace(self, scales=self.scales.repeat_interleave(times, 1), zeros=zeros)
 
     def _widened(self) -> Groups | None:
-        """Return the same with codes as their own values, or None.
+        """Return the same weight with int8 codes that are their own values.
 
-        None unless the values are integers."""
+        None if `values` are not integers."""
         if self.values is None:
             return self
         if not torch.equal(self.values, self.values.round()):
@@ -104,7 +101,7 @@ class Groups:
 
     @staticmethod
     def joined(parts: Sequence[Groups | None]) -> Groups | None:
-        """Concatenate weights of one width by rows; None if they have no common form."""
+        """Concatenate weights with equal columns by rows; None if they have no common form."""
         there = [p for p in parts if p is not None]
         tables = [p.values for p in there]
         if any(v is None or not torch.equal(v, there[0].values) for v in tables):  # type: ignore[arg-type]
@@ -121,7 +118,7 @@ class Groups:
 
 @dataclass(frozen=True)
 class _Stored:
-    """Methods shared by formats whose tensors are fields."""
+    """Common methods of formats that store their tensors as dataclass fields."""
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -134,35 +131,36 @@ class _Stored:
 # -- 4 bits ------------------------------------------------------------------------------------------------------------
 
 _TABLES = {
-    # quantiles of the normal distribution, bins of equal probability, with an exact zero (QLoRA, appendix E)
+    # quantiles of the normal distribution: bins of equal probability, with an exact zero (QLoRA, appendix E)
     "nf4": (
         -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
         -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
         0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
     ),
-    # bitsandbytes' float: a sign, two bits of exponent, one of mantissa, over the largest, with one subnormal
+    # bitsandbytes' 4-bit float: sign, two exponent bits, one mantissa bit, one subnormal; divided by its
+    # maximum
     "fp4": tuple(s * v / 12 for s in (1, -1) for v in (0, 0.0625, 8, 12, 4, 6, 2, 3)),
 }  # fmt: skip
 
 
 @functools.cache
 def four_bit_values(kind: str, device: torch.device | None = None) -> Tensor:
-    """Return the sixteen values of a 4-bit kind by code: (16,) float32 in −1 … 1."""
+    """Return the sixteen values of a 4-bit kind, indexed by code: (16,) float32 in −1 … 1."""
     return torch.tensor(_TABLES[kind], dtype=torch.float32, device=device)
 
 
 @functools.cache
 def code_bounds(kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return (bounds, order): a value above k of the 15 bounds has the code order[k]."""
+    """Return (bounds, order): a value that exceeds k of the 15 bounds has the code order[k]."""
     values, order = four_bit_values(kind).sort(stable=True)
     return ((values[:-1] + values[1:]) / 2).to(device), order.to(device, torch.int32)
 
 
 @functools.cache
 def dynamic_map(device: torch.device | None = None) -> Tensor:
-    """Return the signed 8-bit dynamic data type: (256,) float32, sorted.
+    """Return the values of the signed 8-bit dynamic data type: (256,) float32, sorted.
 
-    A code has a decade, and a linear fraction in the remaining bits (arXiv 1511.04561)."""
+    A code consists of a decimal exponent and a linear fraction in the remaining bits (arXiv 1511.04561)."""
     values = [0.0, 1.0]
     for decade in range(7):
         edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
@@ -176,8 +174,8 @@ def dynamic_map(device: torch.device | None = None) -> Tensor:
 class Blocks4(_Stored):
     """4-bit codes in blocks.
 
-    packed: (⌈n/2⌉,) uint8, two codes a byte, the first in the high half.
-    absmax: (⌈n/64⌉,) float32; or double-quantized: (⌈n/64⌉,) uint8 with absmax2 (⌈n/16384⌉,) and mean (),
+    packed: (⌈n/2⌉,) uint8, two codes per byte, the first code in the high half.
+    absmax: (⌈n/64⌉,) float32. Double-quantized: (⌈n/64⌉,) uint8, with absmax2 (⌈n/16384⌉,) and mean (),
         float32."""
 
     kind: str
@@ -196,7 +194,7 @@ class Blocks4(_Stored):
         if is_fake_weight or run is not None:
             device = self.packed.device
             out = torch.empty(last - first, columns, dtype=dtype, device=device) if into is None else into
-            if is_fake_weight:  # the tables below are cached by device, so fake tensors must not be cached
+            if is_fake_weight:  # fake tensors must not enter the tables below, which are cached by device
                 return out
             constants = dynamic_map(out.device), four_bit_values(self.kind, out.device)
             scales = self.absmax, self.absmax2, self.mean
@@ -211,7 +209,7 @@ class Blocks4(_Stored):
         return _copy_into(torch.cat(parts).view(-1, columns), into)
 
     def _reference(self, start: int, count: int) -> Tensor:
-        """Return weights start … start + count in float32, with torch's operations."""
+        """Return `count` weights from index `start` on, in float32, with torch's operations."""
         at = torch.arange(start // 2, (start + count + 1) // 2, device=self.packed.device)
         both = self.packed[at]
         codes = torch.stack([both >> 4, both & 15], 1).flatten()[start % 2 :][:count]
@@ -220,7 +218,7 @@ class Blocks4(_Stored):
         return four_bit_values(self.kind, self.packed.device)[codes.int()] * self.absmax_of(first, last)[blocks]
 
     def _by_bitsandbytes(self, library: Any, dtype: torch.dtype, start: int, count: int) -> Tensor:
-        """Return the same with bitsandbytes' GPU kernels."""
+        """Return the same weights in `dtype`, with bitsandbytes' GPU kernels."""
         absmax, packed = self.absmax_of(*self._blocks(start, count)), self.packed[start // 2 : (start + count + 1) // 2]
         out: Tensor = library.dequantize_4bit(packed[:, None], absmax, self.block, self.kind, (1, count), dtype)
         return out.flatten()
@@ -241,7 +239,7 @@ class Blocks4(_Stored):
         return start // self.block, -(-(start + count) // self.block)
 
     def absmax_of(self, first: int, last: int) -> Tensor:
-        """Return the absmax of blocks first … last, float32."""
+        """Return the absmax of blocks first … last in float32."""
         absmax = self.absmax[first:last]
         if self.absmax2 is None or self.mean is None:
             return absmax
@@ -273,13 +271,13 @@ def _blocks4(weight: Tensor, kind: str, double: bool) -> Blocks4:
 
 
 def doubled(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (8-bit absmax, absmax2, mean) of all blocks' absmax, float32."""
+    """Return the double-quantized absmax of all blocks: (8-bit codes, absmax2, mean)."""
     mean = absmax.mean()
     return *_blocks8(absmax - mean), mean
 
 
 def _blocks8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (codes of the dynamic map, absmax of each block of 256)."""
+    """Return the codes of the dynamic map, and the absmax of each block of 256."""
     blocks = torch.nn.functional.pad(x, (0, -len(x) % NESTED)).view(-1, NESTED)
     most = blocks.abs().amax(1)
     values = dynamic_map(x.device)
@@ -292,9 +290,7 @@ def _blocks8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Rows8(_Stored):
-    """8-bit codes with one scale per row.
-
-    bitsandbytes' "vector-wise" weights, CB and SCB.
+    """8-bit codes with one scale per row: bitsandbytes' "vector-wise" weights, CB and SCB.
 
     codes: (rows, columns) int8, absmax: (rows,) float32."""
 
@@ -313,7 +309,7 @@ class Rows8(_Stored):
         return out
 
     def groups(self, first: int, last: int) -> Groups:
-        """Return Groups; their scales are rounded once more than in `dense`."""
+        """Return rows first … last as Groups; scales are rounded once more than in `dense`."""
         return Groups(self.codes[first:last], self.absmax[first:last, None] * 7.874015718698502e-3)
 
 
@@ -334,7 +330,9 @@ def to_format(weight: Tensor, kind: str, double: bool) -> QuantizationFormat:
 
 
 def empty_format(shape: Sequence[int], kind: str, device: torch.device) -> QuantizationFormat:
-    """Return a double-quantized format for a weight of this shape, with unset values."""
+    """Return a format with uninitialized values for a weight of this shape.
+
+    4-bit kinds are double-quantized."""
     n, columns = math.prod(shape), shape[-1]
     if kind == "int8":
         codes = torch.empty(n // columns, columns, dtype=torch.int8, device=device)
@@ -357,8 +355,10 @@ def empty_format(shape: Sequence[int], kind: str, device: torch.device) -> Quant
 class GgmlBlocks(_Stored):
     """Blocks of a GGUF file; a row is a sequence of blocks, each with its own scales.
 
-    gguf-py's `quants` has the formulas of every type, and is the reference. raw: (rows, bytes of a row)
-    uint8. kind: ggml's name, such as Q4_K."""
+    gguf-py's `quants` defines the formulas of every type and is the reference.
+
+    raw: (rows, bytes per row) uint8.
+    kind: ggml's name, such as Q4_K."""
 
     kind: str
     shape: tuple[int, ...]
@@ -385,17 +385,19 @@ class GgmlBlocks(_Stored):
 
 
 def _half(blocks: Tensor, at: int) -> Tensor:
-    """Return the float16 at a byte of each block: (rows, blocks, 1) float32."""
+    """Return the float16 at byte `at` of each block, as (rows, blocks, 1) float32."""
     return blocks[..., at : at + 2].contiguous().view(torch.float16).float()
 
 
 def _bits(words: Tensor, width: int, count: int) -> Tensor:
-    """Unpack (…, n) bytes to (…, n, count): `width` bits each, lowest first."""
+    """Unpack bytes (…, n) to (…, n, count) values of `width` bits each, lowest bits first."""
     return words[..., None] >> torch.arange(0, width * count, width, dtype=torch.uint8) & (1 << width) - 1
 
 
 def _groups_of_32(kind: str, raw: Tensor) -> Groups:
-    """Read Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0: a scale, for *_1 a zero, then codes."""
+    """Return Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0 blocks as Groups.
+
+    A block stores a scale, a zero for the *_1 types, and 32 codes."""
     five, zero = kind[1] == "5", kind.endswith("1")
     blocks = raw.unflatten(1, (-1, {"Q4": 18, "Q5": 22, "Q8": 34}[kind[:2]] + 2 * zero))
     scales, zeros = _half(blocks, 0).flatten(1), _half(blocks, 2).flatten(1) if zero else None
@@ -409,7 +411,9 @@ def _groups_of_32(kind: str, raw: Tensor) -> Groups:
 
 
 def _groups_of_256(kind: str, raw: Tensor) -> Groups:
-    """Read Q4_K and Q5_K: eight scaled 6-bit scales and minima, for 32 codes each."""
+    """Return Q4_K or Q5_K blocks as Groups.
+
+    A block stores eight scaled 6-bit scales and minima, each for 32 codes."""
     blocks = raw.unflatten(1, (-1, 144 if kind == "Q4_K" else 176))
     low, middle, high = blocks[..., 4:16].split(4, -1)
     scale = torch.cat([low & 63, high & 15 | low >> 6 << 4], -1).float()
@@ -423,7 +427,9 @@ def _groups_of_256(kind: str, raw: Tensor) -> Groups:
 
 
 def _groups_of_16(kind: str, raw: Tensor) -> Groups:
-    """Read Q6_K: sixteen scaled 8-bit scales; codes in 4 bits and 2."""
+    """Return Q6_K blocks as Groups.
+
+    A block stores sixteen scaled 8-bit scales, and codes split into 4 and 2 bits."""
     blocks = raw.unflatten(1, (-1, 210))
     four = _bits(blocks[..., :128].unflatten(-1, (2, 64)), 4, 2).mT.unflatten(-1, (2, 32)).flatten(-3, -2)
     two = _bits(blocks[..., 128:192].unflatten(-1, (2, 32)), 2, 4).mT
@@ -439,12 +445,12 @@ _GGML_GROUPS: dict[str, Callable[[str, Tensor], Groups]] = {
 }
 
 
-# -- several of one width below one another ----------------------------------------------------------------------------
+# -- weights concatenated by rows --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class StackedRows:
-    """Weights (rows, columns) of one width, concatenated by rows."""
+    """Weights (rows, columns) with equal columns, concatenated by rows."""
 
     parts: tuple[QuantizationFormat, ...]
 
@@ -463,7 +469,7 @@ class StackedRows:
         return StackedRows(tuple(p.moved(change) for p in self.parts))
 
     def dense(self, dtype: torch.dtype, first: int, last: int, into: Tensor | None = None) -> Tensor:
-        if into is None:  # one allocation: joining the parts afterwards would hold them twice
+        if into is None:  # write into one allocation: concatenating afterwards would hold the parts twice
             device = next(iter(self.tensors().values())).device
             into = torch.empty(last - first, self.shape[-1], dtype=dtype, device=device)
         for part, low, high, rows in self.parts_of(first, last):
@@ -476,7 +482,7 @@ class StackedRows:
     def parts_of(self, first: int, last: int) -> Iterator[tuple[QuantizationFormat, int, int, slice]]:
         """Yield the parts that contain rows first … last.
 
-        (part, its first row, its last row, slice of first … last)."""
+        Each item is (part, its first row, its last row, slice of the output rows)."""
         at = 0
         for part in self.parts:
             low, high = max(first - at, 0), min(last - at, row_count(part))
@@ -490,28 +496,28 @@ def _copy_into(result: Tensor, into: Tensor | None) -> Tensor:
 
 
 def with_tensors(stored: QuantizationFormat, tensors: Iterable[Tensor]) -> QuantizationFormat:
-    """Return the same format over other tensors, in the order of `stored.tensors()`."""
+    """Return the same format with other tensors, in the order of `stored.tensors()`."""
     values = iter(tensors)
     return stored.moved(lambda _: next(values))
 
 
 def row_count(stored: QuantizationFormat) -> int:
-    """Return the number of rows of a weight, as rows of its last dimension."""
+    """Return the number of rows of a weight, with the last dimension as columns."""
     return math.prod(stored.shape[:-1])
 
 
 def gpu_library(kind: str, block: int, device: str) -> Any:
-    """Return bitsandbytes' operators if they can decode this weight; else None.
+    """Return bitsandbytes' operators if they can dequantize this weight, else None.
 
-    Only nf4 and fp4 on CUDA (bitsandbytes treats any other kind as nf4), in block sizes that its kernels
-    have."""
+    Supported are nf4 and fp4 on CUDA (bitsandbytes treats any other kind as nf4), in the block sizes of its
+    kernels."""
     theirs = device == "cuda" and kind in SAVED_KINDS and block in (64, 128, 256, 512, 1024, 2048, 4096)
     return bitsandbytes_operators() if theirs else None
 
 
 @functools.cache
 def bitsandbytes_operators() -> Any:
-    """Return bitsandbytes' operators; None if it is not installed."""
+    """Return bitsandbytes' operators, or None if bitsandbytes is not installed."""
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:

@@ -1,12 +1,12 @@
-"""Frozen weights in 4 and 8 bits: a tensor of codes that acts as the weight.
+"""Frozen weights in 4 and 8 bits: a tensor subclass that stores codes.
 
-`quantize` makes a `Quantized` from a weight; quantization_formats.py defines how values are stored. To the
-rest of torch a `Quantized` is a frozen weight of `dtype` with the dequantized values, rounded once to that
-dtype: every operation gives the result that it would give with this weight. Products dequantize the
-weight, use it and free it, except products of a few rows if the device multiplies by codes; under autograd
-a product keeps the codes and dequantizes again in backward. Row views, a transpose and a move to another
-device stay quantized; any other operation runs on the dequantized weight and returns a plain tensor. A
-`Quantized` cannot be written to.
+`quantize` makes a `Quantized` from a weight; quantization_formats.py defines how values are stored. For the
+rest of torch, a `Quantized` is a frozen weight of `dtype` with the dequantized values, rounded once to this
+dtype: every operation gives the result that it would give with this weight. A product dequantizes the weight,
+uses it and frees it, except for a product with few rows on a device that can multiply by codes. Under
+autograd, a product saves the codes and dequantizes again in backward. Row views, a transpose and a copy on
+another device stay quantized; any other operation runs on the dequantized weight and returns a plain tensor.
+A `Quantized` cannot be written to.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ from veneer.ops.quantization_formats import (
 
 
 class Quantized(torch.Tensor):
-    """A weight stored as codes; see the module.
+    """A weight stored as codes; see the module's description.
 
-    Rows first … last of `stored`, (…, columns); with `transposed`, the last two dimensions are swapped.
-    kept: the dequantized weight, after `keep`."""
+    Consists of rows first … last of `stored`, (…, columns); with `transposed`, the last two dimensions are
+    swapped.
+    kept: the dequantized weight, set by `keep`."""
 
     stored: QuantizationFormat
     first: int
@@ -72,11 +73,11 @@ class Quantized(torch.Tensor):
 
     @property
     def bytes(self) -> int:
-        """Bytes of codes and constants, of the whole tensor that this can be a part of."""
+        """Bytes of codes and constants of `stored`, which can contain more rows than this weight."""
         return sum(t.numel() * t.element_size() for t in self.stored.tensors().values())
 
     def dense(self) -> Tensor:
-        """Return the dequantized weight. Do not write to it: it can be the kept one."""
+        """Return the dequantized weight, which must not be written to: it can be the cached one."""
         if self.kept is not None:
             return self.kept
         out = self.stored.dense(self.dtype, self.first, self.last)
@@ -85,13 +86,13 @@ class Quantized(torch.Tensor):
         return out.view(*self.shape[:-2], self.shape[-1], self.shape[-2]).transpose(-1, -2)
 
     def keep(self) -> None:
-        """Keep the dequantized weight from now on.
+        """Keep the dequantized weight in memory from now on.
 
-        Saves dequantizing; a 16-bit weight takes two or four times the bytes of its codes."""
+        Saves dequantizing. A 16-bit weight takes two or four times the bytes of its codes."""
         self.kept = self.dense()
 
     def part(self, first: int, last: int, shape: Sequence[int]) -> Quantized:
-        """Return rows first … last of this weight, as `shape`."""
+        """Return rows first … last of this weight, in the shape `shape`."""
         at = self.first
         kept = None if self.kept is None else self.kept.reshape(-1, self.shape[-1])[first:last].view(tuple(shape))
         return Quantized(self.stored, self.dtype, shape, at + first, at + last, False, kept)
@@ -102,10 +103,10 @@ class Quantized(torch.Tensor):
 
     @property
     def _stored_shape(self) -> tuple[int, ...]:
-        """The shape before `transposed`."""
+        """The shape without `transposed`."""
         return tuple(self.shape) if not self.transposed else (*self.shape[:-2], self.shape[-1], self.shape[-2])
 
-    # module.to(…) swaps the inner tensors through these two methods; without them it would keep the old codes
+    # module.to(…) swaps the inner tensors through these two methods; otherwise it would keep the old codes.
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         inner = {f"code_{name.replace('.', '_')}": t for name, t in self.stored.tensors().items()}
         self.__dict__.update(inner)
@@ -136,7 +137,7 @@ class Quantized(torch.Tensor):
                 return out
         _refuse_writing(func, args, kwargs)
         result = func(*_dense(args), **_dense(kwargs))
-        # a view of the kept weight would allow writing to it; other views are of fresh tensors
+        # A view of the kept weight would allow writing to it. Other views are views of new tensors.
         kept = any(isinstance(t, Quantized) and t.kept is not None for t in args)
         return _mapped(result, Tensor.clone) if kept and _is_view(func) else result
 
@@ -240,7 +241,7 @@ def _clone(w: Any, **kwargs: Any) -> Any:
 
 
 def _embedding(w: Any, indices: Any, *args: Any) -> Any:
-    """Return rows of a quantized table; dequantize only these rows if they are fewer."""
+    """Return rows of a quantized embedding, dequantizing only these rows if that is less work."""
     if (
         not isinstance(w, Quantized)
         or w.transposed
@@ -287,12 +288,12 @@ _OWN: dict[Any, Callable[..., Any]] = {
 
 
 def quantize(weight: Tensor, kind: str, *, double: bool = True, dtype: torch.dtype | None = None) -> Quantized:
-    """Quantize `weight` (…, columns), float32, bfloat16 or float16, to one of KINDS.
+    """Quantize `weight` (…, columns) in float32, bfloat16 or float16 to one of KINDS.
 
     double: store the absmax of 4-bit kinds in 8 bits.
     dtype: the result's compute dtype, by default the weight's.
 
-    Raises ValueError for another kind, and for weights that are not finite, which codes cannot represent."""
+    Raises ValueError for another kind, and for weights with NaN or infinity, which codes cannot represent."""
     if kind not in KINDS:
         raise ValueError(f"{kind!r} is not one of {', '.join(KINDS)}")
     weight = weight.detach()
@@ -305,11 +306,9 @@ def quantize(weight: Tensor, kind: str, *, double: bool = True, dtype: torch.dty
 
 
 def stacked_rows(parts: Sequence[Quantized]) -> Quantized:
-    """Concatenate weights (rows, columns) by rows, without copying codes.
+    """Concatenate weights (rows, columns) with equal columns by rows, without copying codes.
 
-    All have the same width.
-
-    Also joins adjacent parts of one weight."""
+    Adjacent parts of one weight become one part."""
     first = parts[0]
     if len(parts) == 1:
         return first
@@ -320,7 +319,7 @@ def stacked_rows(parts: Sequence[Quantized]) -> Quantized:
 
 
 def quantized_linear(x: Tensor, weight: Quantized, bias: Tensor | None = None) -> Tensor | None:
-    """Return x·Wᵀ + b of a few rows x (n, in) from the codes, rounded once.
+    """Return x·Wᵀ + b for a few rows x (n, in), computed from the codes, rounded once.
 
     None if the device cannot multiply by these codes, or if the weight is kept dequantized."""
     if weight.kept is not None:
@@ -338,5 +337,5 @@ def quantized_linear(x: Tensor, weight: Quantized, bias: Tensor | None = None) -
 
 
 def dequantized(weight: Tensor) -> Tensor:
-    """Return the values of a weight: its own, or dequantized."""
+    """Return the dequantized values of a quantized weight, or any other weight unchanged."""
     return weight.dense() if isinstance(weight, Quantized) else weight

@@ -1,9 +1,9 @@
-"""Write docs/reference/ops.md, the page of every op and its implementations.
+"""Write docs/reference/ops.md, the reference page of all ops and their implementations.
 
     python -m veneer.ops.table > docs/reference/ops.md
 
-The page shows the package's implementations for any machine; `veneer doctor --ops` shows what runs on this
-machine.
+The page lists the package's implementations for all machines; `veneer doctor --ops` shows the implementations
+in use on this machine.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _USUAL = "contiguous bfloat16"
 
 
 def ops_page() -> str:
-    """Return the page."""
+    """Return the page as Markdown."""
     cpu, cuda = implementations("cpu"), implementations("cuda")
     lines = [_HEAD, "| op | computes | CPU | CUDA |", "| --- | --- | --- | --- |"]
     for op, description in OPS.items():
@@ -41,7 +41,7 @@ def ops_page() -> str:
 
 
 def _cell(implementations: Mapping[str, Implementation], op: str) -> str:
-    """Return the implementations of an op in order, and the input that each supports."""
+    """Return a table cell with an op's implementations and their supported inputs."""
     if op not in implementations:
         return ""
     names: dict[str, list[str]] = {}

@@ -1,10 +1,8 @@
-"""Layouts of frozen weights for serving: y = x·Wᵀ + b, W (out, in).
+"""Layouts of frozen weights for serving: y = x·Wᵀ + b, W (out, in), for few rows of x.
 
-For few rows of x at a time.
-
-Every product repacks a plain weight, which takes most of the time of a few rows. `packing` chooses a
-prepacked layout: panels if a kernel multiplies by them, else oneDNN's, else the weight's own. A weight is
-stored once; products of prompts are within a few percent of each other in every layout.
+Every product repacks a plain weight, which takes most of the time of a product with few rows. `packing`
+chooses a prepacked layout: panels if a kernel supports panels, else oneDNN's layout, else the weight's own. A
+weight is stored once; for prompts, the speed of products is within a few percent in every layout.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from veneer.ops.dispatch import dispatch
 
 class PrepackedWeight(Protocol):
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return x·Wᵀ + b: x (rows, in) -> (rows, out)."""
+        """Return x·Wᵀ + b, x (rows, in) -> (rows, out)."""
         ...
 
     def add_onto(self, y: Tensor, x: Tensor, bias: Tensor | None = None) -> None:
@@ -34,7 +32,7 @@ class PrepackedWeight(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """A weight in the base's dtype and order."""
+    """A weight in the base's dtype, not repacked."""
 
     weight: Tensor
 
@@ -49,10 +47,10 @@ class Dense:
 
 @dataclass(frozen=True, eq=False)
 class Reordered:
-    """A copy in oneDNN's packed order.
+    """A copy of a weight in oneDNN's packed order.
 
-    Plain weights are repacked at every call, which dominates for few rows: with a packed weight, one row
-    takes half as long, 32 two thirds, 256 nearly the same."""
+    oneDNN repacks a plain weight at every call, which dominates for few rows. With a packed weight, a product
+    with one row takes half the time, with 32 rows two thirds, with 256 rows nearly the same time."""
 
     weight: Tensor
 
@@ -74,9 +72,9 @@ def _mkldnn() -> Any:
 
 @functools.cache
 def reorders(dtype: torch.dtype) -> bool:
-    """Return whether this torch supports oneDNN's packed order, by trying it.
+    """Return whether this torch supports oneDNN's packed order, by trying a small product.
 
-    The operations are internal to torch's compiler."""
+    The operations are internals of torch's compiler."""
     x, w = torch.ones(3, 32, dtype=dtype), torch.eye(48, 32, dtype=dtype)
     try:
         with warnings.catch_warnings():
@@ -87,18 +85,19 @@ def reorders(dtype: torch.dtype) -> bool:
 
 
 def packing(dtype: torch.dtype, device: torch.device) -> Callable[[Tensor], PrepackedWeight]:
-    """Return the function that packs weights of `dtype` best on this device; `Dense` if there is no other layout.
+    """Return the function that packs weights of `dtype` for this device.
 
-    The function raises ValueError for a shape that the layout does not support."""
+    `Dense` if no packed layout is available. The function raises ValueError for a shape that the layout does
+    not support."""
     pack: Callable[[Tensor], PrepackedWeight] | None
     pack = dispatch("weight_layout", torch.empty(0, dtype=dtype, device=device))
     return pack or Dense
 
 
 def prepack_weight(weight: Tensor) -> PrepackedWeight:
-    """Pack a weight as `packing` does, or in the best layout that supports its shape.
+    """Return a packed weight, in a layout that supports its shape.
 
-    A vocabulary of 50,257, for example, has no panels."""
+    Uses the layout of `packing` if possible. For example, panels do not support a vocabulary of 50,257."""
     try:
         return packing(weight.dtype, weight.device)(weight)
     except ValueError:

@@ -1,14 +1,13 @@
-"""Weights in the layout of ops/cpu/decoder.c: panels of 64 rows of W.
+"""Weights in panels of 64 rows of W: the layout of ops/cpu/decoder.c.
 
-In bfloat16 or as codes.
+Panels store bfloat16 or codes. Codes are converted to bfloat16 a few at a time, in the first-level cache,
+once for all rows of a step, so that a step reads only the codes from memory. The values are the dequantized
+values, rounded once to bfloat16. With int8 codes and one scale per row, the codes are multiplied exactly, and
+the sum is multiplied by the scale.
 
-Codes are converted to bfloat16 a few at a time, in the first-level cache, once for all rows of a step, so
-that a step reads only the codes from memory. The values are the dequantized ones, rounded once to
-bfloat16; for int8 with one scale per row, codes are multiplied exactly and the sum by the scale.
-
-Two functions multiply by panels, in AVX-512 and in AMX tiles. Their sums have different orders, so a
-weight uses one of them for any number of rows, and a row's bits do not depend on other rows. Which one is
-measured once per machine, op "panel_linear".
+Two kernels multiply by panels: one in AVX-512, one in AMX tiles. They sum in different orders, so a weight
+uses the same kernel for any number of rows, and a row's bits do not depend on other rows. The kernel is
+chosen by the machine's profile (op "panel_linear").
 """
 
 from __future__ import annotations
@@ -28,26 +27,27 @@ from veneer.ops.quantization_formats import Groups, QuantizationFormat, Rows8
 from veneer.ops.quantized import Quantized
 
 _WIDTH = 64
-"""Rows of W per panel."""
+"""Number of rows of W per panel."""
 GROUP = 32
-"""Inputs that share a scale and a zero in `Panels.int4`."""
+"""Number of inputs that share a scale and a zero in `Panels.int4`."""
 _DENSE, _ROWS8, _EIGHT, _FOUR = range(4)
 _ONE, _TWO, _PAIR = range(3)
 _TILES = "amx_panel_product"
 _SIZES = (8, 16, 32, 64)
-"""decoder.c's kinds and constants, and the group sizes that it supports."""
+"""Group sizes that decoder.c supports, for its kinds and constants above."""
 
 
 @dataclass(frozen=True, eq=False)
 class Panels:
-    """W (out, in) in panels, of decoder.c's `kind`.
+    """W (out, in) in panels of a kind defined in decoder.c.
 
-    `size` inputs share a scale; `constants` is the layout of the scales. The last panel has zeros for rows
-    beyond W.
+    `size` inputs share a scale; `constants` holds the scales and zeros in decoder.c's layout. The last panel
+    is padded with zero rows.
 
     codes: bfloat16 or int8 (⌈out/64⌉, in/2, 64, 2), int8 with one scale per row (⌈out/64⌉, in/4, 256), 4
         bits (⌈out/64⌉, in/8, 4, 16, 4) uint8.
-    kernel: the function that multiplies by them. A row's product does not depend on other rows."""
+    kernel: name of the kernel that multiplies by the panels. A row's product does not depend on other
+        rows."""
 
     out: int
     kind: int
@@ -67,13 +67,15 @@ class Panels:
 
     @classmethod
     def int8(cls, weight: Tensor) -> Panels:
-        """Return W ≈ scale ⊙ q, see `rounded8`; raises as `from_weight`."""
+        """Return W ≈ scale ⊙ q in panels, see `rounded8`; raises the errors of `from_weight`."""
         q, scale = rounded8(weight)
         return cls.of_groups(Groups(q, scale.float()[:, None]))
 
     @classmethod
     def int4(cls, weight: Tensor) -> Panels:
-        """Return W ≈ scale·(q - 8) + zero, see `rounded4`; raises as `rounded4`."""
+        """Return W ≈ scale·(q - 8) + zero in panels, see `rounded4`.
+
+        Raises the errors of `rounded4`."""
         q, scales = rounded4(weight)
         return cls.of_groups(Groups(q, scales[..., 0], scales[..., 1], torch.arange(-8.0, 8.0)))
 
@@ -81,7 +83,7 @@ class Panels:
     def of_groups(cls, groups: Groups) -> Panels:
         """Return a quantized weight in panels.
 
-        Raises ValueError if its codes have no panels."""
+        Raises ValueError if panels do not support its codes."""
         rows, columns = groups.codes.shape
         by_row = groups.values is None and groups.zeros is None and groups.size == columns
         if by_row and int(groups.codes.min()) > -128:
@@ -102,7 +104,7 @@ class Panels:
 
     @cached_property
     def pointers(self) -> Tensor:
-        """Return decoder.c's `matrix`."""
+        """Return the addresses and sizes that form decoder.c's `matrix`."""
         addresses = [0 if t is None else t.data_ptr() for t in (self.codes, self.scales, self.table)]
         return torch.tensor([self.kind, self.size, self.constants, int(self.kernel == _TILES), *addresses])
 
@@ -115,7 +117,7 @@ class Panels:
         return sum(t.nbytes for t in (self.codes, self.scales) if t is not None)
 
     def groups(self, first: int, last: int) -> Groups:
-        """Return rows first … last as Groups; not for bfloat16."""
+        """Return rows first … last as Groups; not supported for bfloat16."""
         assert self.scales is not None
         panels = slice(first // _WIDTH, -(-last // _WIDTH))
         selected = slice(first % _WIDTH, first % _WIDTH + last - first)
@@ -151,7 +153,7 @@ class Panels:
 
 
 def panels_here(bits: int, dtype: torch.dtype = torch.bfloat16) -> bool:
-    """Return whether a kernel multiplies by panels of this many bits per weight."""
+    """Return whether this machine has a kernel for panels of this many bits per weight."""
     return dispatch("panel_linear", torch.empty(0, dtype=dtype), bits) is not None
 
 
@@ -160,7 +162,7 @@ def _kernel(bits: int) -> str:
 
 
 def _padded(t: Tensor) -> Tensor:
-    """Pad and reshape (rows, …) to (⌈rows/64⌉, 64, …)."""
+    """Return (rows, …) padded and reshaped to (⌈rows/64⌉, 64, …)."""
     padded: Tensor = F.pad(t, (*(0, 0) * (t.ndim - 1), 0, -len(t) % _WIDTH)).unflatten(0, (-1, _WIDTH))
     return padded
 
@@ -173,71 +175,71 @@ def _panels(weight: Tensor) -> Tensor:
 
 
 def _rows(panels: Tensor) -> Tensor:
-    """Invert `_panels`, including the padding rows."""
+    """Return the rows of panels, including the padding rows; the inverse of `_panels`."""
     return panels.transpose(1, 2).reshape(-1, 2 * panels.shape[1])
 
 
 def _halves(codes: Tensor) -> Tensor:
-    """Pack 4-bit codes (out, in) in decoder.c's FOUR layout."""
+    """Return 4-bit codes (out, in) packed in decoder.c's FOUR layout."""
     out, n = codes.shape
     if out % 16 or n % 8:
         raise ValueError(f"a weight {tuple(codes.shape)} has no panels of 4 bits")
-    split = _padded(codes).view(-1, 4, 2, 8, n // 8, 4, 2)  # sixteen, half, column, eight inputs, pair, input
+    split = _padded(codes).view(-1, 4, 2, 8, n // 8, 4, 2)  # panel, 16 rows, half, row, 8 inputs, pair, input
     low, high = split.permute(0, 4, 1, 3, 6, 5, 2).unbind(-1)
     return (low | high << 4).flatten(3, 4)
 
 
 def _of_halves(halves: Tensor) -> Tensor:
-    """Invert `_halves`, including the padding rows."""
+    """Return the codes of packed halves, including the padding rows; the inverse of `_halves`."""
     both: Tensor = torch.stack([halves & 15, halves >> 4], -1).unflatten(3, (8, 2))
     return both.permute(0, 2, 6, 3, 1, 5, 4).flatten(4).flatten(0, 3)
 
 
 def _fours(codes: Tensor) -> Tensor:
-    """Pack int8 codes (out, in) in decoder.c's ROWS8 layout."""
+    """Return int8 codes (out, in) packed in decoder.c's ROWS8 layout."""
     out, n = codes.shape
     if out % 16 or n % 4:
         raise ValueError(f"a weight {tuple(codes.shape)} has no panels of 8 bits")
-    split = _padded(codes).view(-1, 4, 4, 4, n // 4, 2, 2)  # sixteen, four, column, four inputs, pair, input
+    split = _padded(codes).view(-1, 4, 4, 4, n // 4, 2, 2)  # panel, 16 rows, 4 rows, row, 4 inputs, pair, input
     return split.permute(0, 4, 1, 2, 5, 3, 6).flatten(2)
 
 
 def _of_fours(fours: Tensor) -> Tensor:
-    """Invert `_fours`, including the padding rows."""
+    """Return the codes of packed fours, including the padding rows; the inverse of `_fours`."""
     split: Tensor = fours.unflatten(2, (4, 4, 2, 4, 2))
     return split.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(0, 3)
 
 
 @functools.cache
 def _bytes_of_bf16() -> Tensor:
-    """Return the low bytes of bfloat16 0 … 127, then the high bytes, (256,)."""
+    """Return a table (256,): the low bytes of bfloat16 0 … 127, then the high bytes."""
     return torch.arange(128.0).bfloat16().view(torch.uint8).view(128, 2).t().flatten()
 
 
 def _constants(t: Tensor) -> Tensor:
-    """Reshape (out, groups) to (⌈out/64⌉, groups, 64)."""
+    """Return (out, groups) reshaped to (⌈out/64⌉, groups, 64)."""
     return _padded(t).transpose(1, 2).contiguous()
 
 
 def _by_row(t: Tensor) -> Tensor:
-    """Invert `_constants`, including the padding rows."""
+    """Return the constants by row, including the padding rows; the inverse of `_constants`."""
     return t.transpose(1, 2).flatten(0, 1)
 
 
 def rounded8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return q (out, in) int8 and scale (out,), max|row| / 127: W ≈ scale ⊙ q.
+    """Return q (out, in) int8 and scale (out,), max|row| / 127, with W ≈ scale ⊙ q.
 
-    scale has the weight's dtype."""
+    `scale` has the weight's dtype."""
     scale = (weight.float().abs().amax(1) / 127).clamp_min(1e-12).to(weight.dtype)
     q = (weight.float() / scale.float()[:, None]).round_().clamp_(-127, 127)
     return q.to(torch.int8), scale
 
 
 def rounded4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return q (out, in), 0 … 15, and scale and zero (out, in / GROUP, 2).
+    """Return q (out, in), 0 … 15, and (scale, zero) (out, in / GROUP, 2).
 
-    W ≈ scale·(q - 8) + zero over GROUP inputs of a row, scale = (max - min)/15, zero = min + 8 scale.
-    Raises ValueError unless `in` is a multiple of GROUP and `out` of 16."""
+    W ≈ scale·(q - 8) + zero, with one scale and zero per GROUP inputs of a row: scale = (max - min)/15,
+    zero = min + 8 scale. Raises ValueError unless `in` is a multiple of GROUP and `out` of 16."""
     rows, n = weight.shape
     if n % GROUP or rows % 16:
         raise ValueError(f"a weight {tuple(weight.shape)} has no int4 form")
@@ -251,9 +253,11 @@ def rounded4(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class PanelRows:
-    """A quantized base's weights stored only in panels, as a format of `Quantized`.
+    """The weights of a quantized base, stored only as panels; a format of `Quantized`.
 
-    The dequantized values are bit-identical. absmax: of an int8 base."""
+    The dequantized values are bit-identical to those of the original format.
+
+    absmax: the scales of an int8 base."""
 
     panels: Panels
     kind: str
@@ -287,11 +291,9 @@ class PanelRows:
 
 
 def panels_of_codes(weights: Sequence[Tensor]) -> tuple[Panels, list[Quantized]] | None:
-    """Join weights of a quantized base in panels, and return views of the panels.
+    """Return weights of a quantized base joined in panels, and one view per weight.
 
-    One view per weight.
-
-    The weights are matrices, concatenated by rows. None if they have no panels."""
+    The weights are matrices, concatenated by rows. None if panels do not support the weights."""
     codes = [w for w in weights if isinstance(w, Quantized) and not w.transposed and w.ndim == 2]
     if len(codes) < len(weights):
         return None
@@ -304,7 +306,7 @@ def panels_of_codes(weights: Sequence[Tensor]) -> tuple[Panels, list[Quantized]]
         return None
     rows8 = [absmax[w.first : w.last] for w in codes if (absmax := _absmax(w.stored)) is not None]
     absmax = torch.cat(rows8) if len(rows8) == len(codes) else None
-    # one object, so that the parts can be joined again
+    # All parts share one format object, so that they can be joined again.
     stored = {w.stored.kind: PanelRows(panels, w.stored.kind, absmax) for w in codes}
     views, at = [], 0
     for w in codes:

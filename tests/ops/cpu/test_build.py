@@ -1,4 +1,4 @@
-"""The compiled library is ours and for this processor."""
+"""The compiled library is built from these sources, for this processor."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(not COMPILER or not hasattr(os, "geteuid"), reas
 
 @pytest.fixture(scope="module")
 def copying(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A compiler that hands out what the real one made before: compiling takes seconds each time."""
+    """A compiler that returns the real compiler's earlier output: compiling takes seconds each time."""
     made = compiled.kernels()
     if made is None:
         pytest.skip(compiled.status())  # VENEER_NATIVE=0
@@ -41,8 +41,9 @@ if [ "$1" = -o ]; then cp {shlex.quote(str(made.path))} "$2" && chmod 777 "$2"; 
 
 @pytest.fixture
 def said(tmp_path: Path, copying: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
-    """What is said of the kernels by who looks for them now, with folders of its own. They are not tried once more:
-    test_selftest.py does it."""
+    """Return a function that reports the kernels' status with separate folders.
+
+    test_selftest.py runs the kernels; they are not run again here."""
     monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("CC", copying)
@@ -113,7 +114,9 @@ def test_damaged_self_test_record_is_rewritten(content: str, tmp_path: Path, mon
 
 
 def test_new_torch_version_reruns_the_self_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels call libtorch: what they gave with one says nothing of another. The library stays."""
+    """Kernels call libtorch, so a result with one version says nothing about another.
+
+    The library is reused."""
     monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
     compiled_now: list[Path] = []
     monkeypatch.setattr(
@@ -139,7 +142,7 @@ def test_failed_kernel_is_reported_as_such(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_each_kind_of_processor_has_a_library_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By what the compiler resolves -march=native to: ARM's /proc/cpuinfo has no line of flags."""
+    """The key is what the compiler resolves -march=native to: ARM's /proc/cpuinfo has no flags line."""
     compiler = tmp_path / "cc"
     found = []
     monkeypatch.setattr(build, "left_out", lambda library: {})

@@ -15,7 +15,7 @@ from veneer.ops.cpu import compiled, memory
 
 
 def status(tmp_path: Path, **environment: str) -> str:
-    """What is said by who looks for the kernels in this environment, with an empty cache."""
+    """Return the kernels' status in this environment, with an empty cache."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"VENEER_HOME": str(tmp_path), **environment}.items():
             patch.setenv(name, value)
@@ -70,7 +70,7 @@ def test_results_do_not_depend_on_the_number_of_threads(library: object) -> None
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_nan_and_infinity_stay_visible(library: object, dtype: torch.dtype) -> None:
-    """The loop stops a run whose loss is not finite: no kernel may turn one into a number."""
+    """The loop stops a run with a non-finite loss, so no kernel may turn NaN or infinity into a number."""
     logits = torch.zeros(3, 40, dtype=dtype)
     logits[0, 3], logits[1, 5] = float("nan"), float("inf")
     nll = torch.empty(3)
@@ -121,7 +121,8 @@ print(libc.sbrk(0) > before)
 
 
 def test_kept_memory_is_restored_after_the_last_block() -> None:
-    """Afterwards: blocks above 32 MB are mapped, and 64 MB may lie free, where glibc's own rule ends."""
+    """Afterwards, blocks above 32 MB are mapped and 64 MB can stay free, the upper end of glibc's own
+    rule."""
     if platform.libc_ver()[0] != "glibc":
         pytest.skip("mallopt is glibc's")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
@@ -136,7 +137,7 @@ def test_mapped_memory_is_resident_after_use(tmp_path: Path) -> None:
     mapped = torch.from_file(str(tmp_path / "file"), size=1 << 20)
     assert memory.unread_bytes(mapped) == 4 << 20
     mapped[: 1 << 19].sum()
-    assert (1 << 20) < memory.unread_bytes(mapped) <= 2 << 20  # the kernel reads on a little
+    assert (1 << 20) < memory.unread_bytes(mapped) <= 2 << 20  # the kernel reads ahead a little
     mapped.sum()
     assert memory.unread_bytes(mapped) == memory.unread_bytes(torch.ones(1 << 20)) == 0
 

@@ -27,8 +27,9 @@ pytestmark = pytest.mark.skipif(not COMPILER, reason="no C compiler")
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All kernels, AVX512-BF16's made of plain AVX-512 where the processor has no more, AMX's of C; as many as there
-    can be. Compiled in half the time, since these are tried alone; what runs here is tried below."""
+    """Compile all kernels, with AVX512-BF16 emulated in AVX-512 and AMX in C if the processor lacks them.
+
+    Compiled with fewer optimizations, because only results matter here."""
     target = tmp_path_factory.mktemp("whole") / "native.so"
     build.compile_kernels(COMPILER, SOURCES, target, ["-O1", *(EMULATED if "AVX512BW" in torch_features() else [])])
     return target
@@ -76,7 +77,7 @@ def test_a_kernel_agrees_with_float64_and_writes_nothing_else(
 @cases
 def test_self_test_detects_idle_kernels(whole: Path, case: selftest.Case) -> None:
     for name in case.kernels:
-        if name != "decode":  # which whoever serves a base holds to the model's own output
+        if name != "decode":  # decode is compared with the model's own output when a base is served
             library = loaded(whole, case)
             setattr(library, name, lambda *arguments: 0)
             assert selftest.wrong(library, case) == "disagrees with torch on this machine", name
@@ -90,7 +91,7 @@ def test_self_test_detects_idle_kernels(whole: Path, case: selftest.Case) -> Non
 def test_a_row_has_the_same_bits_in_any_batch(
     whole: Path, name: str, out: int, n: int, pack: Callable[[Tensor], Panels]
 ) -> None:
-    """Last panels and tiles that are not full, sums of several pieces of codes; one, two and more tiles of rows."""
+    """Partial last panels and tiles, sums of several code blocks, and one, two or more row tiles."""
     library = compiled.bound(whole)
     if not library.has(name):
         pytest.skip("not compiled for this processor")
@@ -113,7 +114,7 @@ def test_a_row_has_the_same_bits_in_any_batch(
 
 
 def test_every_available_kernel_passes_the_self_test() -> None:
-    """Compiled as it is for users, and tried when it was built, by the same checks."""
+    """Compiled as for users, and tested by the same checks as after a build."""
     library = compiled.kernels()
     if library is None:
         pytest.skip(compiled.status())
@@ -127,7 +128,7 @@ BROKEN: dict[str, Callable[[str], str]] = {
 
 
 def test_failing_kernels_are_excluded_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that is wrong on this processor, and one that ends the process that tries it."""
+    """Covers a kernel that is wrong on this processor, and one that crashes the process that tests it."""
     source = (HERE / "native.c").read_text()
     for change in BROKEN.values():
         changed = change(source)
@@ -157,7 +158,7 @@ def test_failing_kernels_are_excluded_by_name(tmp_path: Path, monkeypatch: pytes
         torch.testing.assert_close(rms_norm(x, w, 1e-5).float(), want, rtol=2**-7, atol=1e-3)
         up, gate = x.float().chunk(2, -1)
         torch.testing.assert_close(geglu(x).float(), up * torch.nn.functional.gelu(gate), rtol=2**-7, atol=1e-3)
-        # what was found is kept: no second process tries them
+        # the result is stored, so no second process runs the test
         monkeypatch.setattr(build, "left_out", lambda library: pytest.fail("tried again"))
         compiled.kernels.cache_clear()
         assert all(says in compiled.status() for says in BROKEN)
@@ -165,12 +166,12 @@ def test_failing_kernels_are_excluded_by_name(tmp_path: Path, monkeypatch: pytes
         compiled.kernels.cache_clear()
 
 
-# -- what cannot be done is an error -----------------------------------------------------------------------------------
+# -- invalid arguments are errors --------------------------------------------------------------------------------------
 
 FAR = 1 << 48
-"""Elements that no machine has."""
+"""More elements than any machine can store."""
 _ROWS_OF_NONE = torch.tensor([0, 1])
-"""Where a row of one token begins and ends."""
+"""Start and end of a row with one token."""
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Threads beside other processes: detection, waiting, unchanged bits."""
+"""Threads on a busy machine: detection, waiting, unchanged bits."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ able = pytest.mark.skipif(
 
 
 class Machine:
-    """Two processors on a clock that is moved by hand."""
+    """Two processors on a clock that the test moves."""
 
     def __init__(self) -> None:
         self.now, self.busy, self.own = 0.0, [0.0, 0.0], 0.0
         self.neighbours = Neighbours(lambda: list(self.busy), lambda: self.own, lambda: self.now)
 
     def passes(self, seconds: float, busy: tuple[float, float], own: float, threads: int = 2) -> bool:
-        """Shares of the time that each processor worked, and processors' worth of our own work."""
+        """Advance the clock.
+
+        busy: share of time that each processor worked
+        own: processor time of this process, in processors"""
         self.now += seconds
         self.busy = [b + seconds * share for b, share in zip(self.busy, busy, strict=True)]
         self.own += seconds * own
@@ -56,7 +59,7 @@ def test_neighbor_is_ignored_with_spare_processors() -> None:
 
 
 def test_idle_processor_is_chosen() -> None:
-    """Both threads stay on one; a neighbour that is bound to it too leaves the other idle."""
+    """Both threads stay on one processor; a neighbor bound to that processor leaves the other idle."""
     machine = Machine()
     machine.passes(1.0, (1.0, 1.0), 2.0)
     machine.passes(1.0, (1.0, 0.1), 0.5)
@@ -105,7 +108,7 @@ def in_two_threads(program: str) -> dict[str, float]:
 
 @able
 def test_waiting_threads_sleep_only_beside_neighbors() -> None:
-    """What a process uses of the processor while it does nothing between two regions is its threads' waiting."""
+    """Processor time that a process uses between two parallel regions is its threads' waiting."""
     found = in_two_threads("""
 def waiting():
     used = time.process_time()
@@ -144,7 +147,7 @@ print(json.dumps({"same": same, "threads": torch.get_num_threads()}))
 
 @able
 def test_affinity_is_restored_after_sharing() -> None:
-    """So may every process that it starts."""
+    """Processes that it starts can use all processors too."""
     found = in_two_threads("""
 before = sorted(os.sched_getaffinity(0))
 with act(True):

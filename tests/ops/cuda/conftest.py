@@ -1,4 +1,4 @@
-"""Where the tests of libraries' kernels have their tensors: on a CPU in Triton's interpreter, and compiled on a GPU."""
+"""Fixtures: the device for tests of libraries' kernels. CPU: Triton's interpreter; GPU: compiled."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def liger(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Liger-Kernel, or a skip. On a CPU: what Triton's interpreter lacks, numbers that are floats and libdevice."""
+    """Load Liger-Kernel or skip.
+
+    On a CPU, add what Triton's interpreter lacks: float scalars and libdevice."""
     pytest.importorskip("triton", reason="Liger-Kernel needs it")
     pytest.importorskip("liger_kernel", reason="pip install 'veneer[gpu]'")
     if device != "cpu":

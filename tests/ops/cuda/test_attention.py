@@ -1,4 +1,4 @@
-"""Attention of packed rows by torch's varlen and flex attention, against a row at a time in float64."""
+"""Attention of packed rows by torch's varlen and flex attention, against float64 row by row."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def as_documented(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor, key_starts: Tensor, *_: int, scale: float,
     window_size: tuple[int, int], enable_gqa: bool,
 ) -> Tensor:  # fmt: skip
-    """torch's varlen_attn by its documentation: query i sees the keys i − left … i + right; −1 is no bound."""
+    """Implement torch's varlen_attn by its documentation: query i sees keys i − left … i + right; −1 means
+    unbounded."""
     assert torch.equal(starts, key_starts)
     assert enable_gqa == (q.shape[1] != k.shape[1])
     left, right = window_size
@@ -59,7 +60,7 @@ def test_flex_has_caps_windows_and_sinks(window: int | None, cap: float, sunk: b
     sinks = torch.tensor([0.5, -1.0, 2.0, 0.0]) if sunk else None
     settings = VarlenSettings(RowLayout(LENGTHS), 0.3, window, cap, sinks)
     want = varlen_attention_reference(q.double(), k.double(), v.double(), settings)
-    for _ in range(2):  # the second layer finds the first one's mask
+    for _ in range(2):  # the second layer reuses the first one's mask
         got = FLEX.run(q, k, v, settings)
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
     assert list(settings.layout.masks) == [window]

@@ -46,7 +46,7 @@ def test_rms_norm_and_its_gradient(
 @DTYPES
 @pytest.mark.parametrize("tokens", [1, 7])
 def test_rope_and_its_gradient(liger: None, device: str, dtype: torch.dtype, tolerance: float, tokens: int) -> None:
-    """Of heads that lie side by side in a projection's output, which stays as it was."""
+    """Heads are adjacent in a projection's output, which must not change."""
     qkv = random(0, tokens, 8, 16, dtype=dtype, device=device).requires_grad_()
     before, angles = qkv.detach().clone(), random(1, tokens, 8, dtype=torch.float32, device=device)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
@@ -65,7 +65,7 @@ def test_rope_and_its_gradient(liger: None, device: str, dtype: torch.dtype, tol
 @DTYPES
 @pytest.mark.parametrize("gradient", [False, True])
 def test_linear_cross_entropy(liger: None, device: str, dtype: torch.dtype, tolerance: float, gradient: bool) -> None:
-    """A loss and a gradient for each token by itself; a target of −100 has neither."""
+    """A separate loss and gradient per token; a target of −100 has neither."""
     hidden, weight = (random(i, n, 24, dtype=dtype, device=device) for i, n in enumerate((9, 50)))
     targets = torch.arange(0, 45, 5, device=device)
     right = torch.zeros(9, dtype=torch.bool, device=device)

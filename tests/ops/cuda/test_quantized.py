@@ -1,4 +1,5 @@
-"""Products with 4-bit weights by bitsandbytes, on a CPU by its own reference, against the dequantized weight."""
+"""Products with 4-bit weights by bitsandbytes, against the dequantized weight; on a CPU by its own
+reference."""
 
 from __future__ import annotations
 

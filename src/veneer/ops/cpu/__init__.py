@@ -1,1 +1,1 @@
-"""CPU implementations: C sources, bindings, self-test; memory and threads."""
+"""CPU implementations: C sources, bindings, self-test, memory and threads."""

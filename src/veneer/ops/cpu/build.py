@@ -22,14 +22,14 @@ import torch
 from veneer.files.atomic import replace_file
 
 _FLAGS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c11", "-fno-math-errno", "-fno-trapping-math"]
-"""Without -ffast-math: NaN and infinity keep their meaning, which training relies on to stop a diverged run.
-"""
+"""Compiler flags. -ffast-math is not used, so that NaN and infinity keep their meaning: training uses them to
+detect a diverged run."""
 
 
 class BuiltKernels:
-    """A built library.
+    """A compiled kernel library.
 
-    library: the file.
+    library: path of the file.
     rejected: kernel -> why it must not be used.
     notes: messages for the user."""
 
@@ -38,9 +38,10 @@ class BuiltKernels:
 
 
 def build_kernels(compiler: str, sources: Sequence[Path], headers: Sequence[Path]) -> BuiltKernels:
-    """Compile and test the kernels, unless already done.
+    """Compile and test the kernels, unless a build for this machine already exists.
 
-    Raises OSError or subprocess.SubprocessError if they cannot be built, or if no folder can be trusted."""
+    Raises OSError or subprocess.SubprocessError if the kernels cannot be built, or if no folder can be
+    trusted."""
     texts = [path.read_text() for path in (*sources, *headers, Path(__file__).parent / "selftest.py")]
     key = hashlib.sha256("\0".join([*texts, *machine_of(compiler), *_FLAGS]).encode()).hexdigest()[:16]
     notes: list[str] = []
@@ -63,9 +64,9 @@ def build_kernels(compiler: str, sources: Sequence[Path], headers: Sequence[Path
 
 
 def _read_record(record: Path) -> dict[str, str] | None:
-    """Return the kernels that an earlier process rejected.
+    """Return the kernels that an earlier process rejected, with reasons.
 
-    None if the record is missing or broken, so that all kernels are tested again."""
+    None if the record is missing or invalid; all kernels must then be tested again."""
     try:
         wrong = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
     except (ValueError, RecursionError):
@@ -77,7 +78,7 @@ def _read_record(record: Path) -> dict[str, str] | None:
 def trusted_folder(notes: list[str]) -> Path:
     """Return the first build folder that no other user can write to.
 
-    Rejected folders are added to `notes`. Raises OSError if there is none."""
+    Reasons for rejecting a folder are added to `notes`. Raises OSError if every folder is rejected."""
     for folder in _folders():
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -91,10 +92,10 @@ def trusted_folder(notes: list[str]) -> Path:
 
 
 def distrusted(path: Path) -> str:
-    """Return why another user can have written `path`; "" if only we and root can.
+    """Return why another user could have written `path`; "" if only this user and root could.
 
-    Links are followed. A loaded library runs with all our permissions."""
-    if not hasattr(os, "geteuid"):  # on Windows, a profile's folders belong to its user
+    Follows links. A loaded library runs with all permissions of this process."""
+    if not hasattr(os, "geteuid"):  # on Windows, a profile's folders belong to that user
         return ""
     status = path.stat()
     if status.st_uid not in (0, os.geteuid()):
@@ -103,7 +104,7 @@ def distrusted(path: Path) -> str:
 
 
 def find_compiler(variable: str, names: Sequence[str]) -> tuple[str | None, str]:
-    """Return (the first compiler on the path, a note for the user).
+    """Return the first compiler on the path, and a note for the user.
 
     variable: an environment variable that takes precedence over `names`."""
     requested = os.environ.get(variable, "")
@@ -112,9 +113,9 @@ def find_compiler(variable: str, names: Sequence[str]) -> tuple[str | None, str]
 
 
 def why_not_compiled(compiler: str, error: Exception) -> str:
-    """Return one line: how the compiler ended, and the last lines it printed.
+    """Return one line on a failed build: exit code and last lines of compiler output.
 
-    The command itself is pages long."""
+    The compiler command itself is left out, because it is very long."""
     if isinstance(error, subprocess.TimeoutExpired):
         return f"{compiler} was stopped after {error.timeout:.0f} s"
     if not isinstance(error, subprocess.CalledProcessError):
@@ -125,11 +126,13 @@ def why_not_compiled(compiler: str, error: Exception) -> str:
 
 
 _LAST, _WIDE = 3, 200
-"""Lines of compiler output to report, and characters of each."""
+"""Number of lines of compiler output to report, and maximum characters per line."""
 
 
 def compile_kernels(compiler: str, sources: Sequence[Path], target: Path, more: Sequence[str] = ()) -> None:
-    """Compile to `target`, atomically. `more`: further arguments."""
+    """Compile `sources` to `target`, atomically.
+
+    more: additional compiler arguments."""
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         built = Path(scratch) / target.name
         subprocess.run(
@@ -139,15 +142,15 @@ def compile_kernels(compiler: str, sources: Sequence[Path], target: Path, more: 
             check=True,
             timeout=120,
         )
-        built.chmod(0o700)  # whatever the umask
+        built.chmod(0o700)  # regardless of the umask
         built.replace(target)
 
 
 def left_out(library: Path) -> dict[str, str]:
     """Return kernel -> reason for each kernel that fails its self-test.
 
-    A subprocess tests the kernels; a kernel that crashes the process is skipped in the next one. Raises
-    OSError if no kernel could be tested."""
+    A subprocess tests the kernels. If a kernel crashes the subprocess, a new subprocess tests the others.
+    Raises OSError if no kernel could be tested."""
     wrong: dict[str, str] = {}
     code = "import sys; from veneer.ops.cpu.selftest import run_checks; run_checks(sys.argv[1:])"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "VENEER_NATIVE": "0"}
@@ -171,10 +174,10 @@ def _folders() -> list[Path]:
 
 
 def machine_of(compiler: str) -> list[str]:
-    """Return what determines the generated instructions.
+    """Return everything that determines the generated instructions.
 
-    The compiler's resolution of -march=native, and the processor's feature list; for unlike cores, the
-    lists of all."""
+    Includes the compiler's resolution of -march=native and the processor's feature lists (one list per kind
+    of core)."""
     resolve = [compiler, "-march=native"]
     macros = subprocess.run(
         [*resolve, "-dM", "-E", "-x", "c", os.devnull], capture_output=True, text=True, check=True, timeout=60
@@ -184,9 +187,9 @@ def machine_of(compiler: str) -> list[str]:
 
 
 def processor_features() -> list[str]:
-    """Return the lines of /proc/cpuinfo that list instructions, of all unlike cores.
+    """Return the distinct lines of /proc/cpuinfo that list instruction sets.
 
-    x86, ARM and RISC-V."""
+    Supports x86, ARM and RISC-V. Cores of different kinds have different lines. Empty outside Linux."""
     features = ("flags", "features", "isa", "cpu implementer", "cpu part")
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []

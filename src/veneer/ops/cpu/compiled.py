@@ -1,10 +1,11 @@
-"""The compiled kernels: signatures, loading, and which of them can be used here.
+"""The compiled kernels: signatures, loading, and availability on this machine.
 
-Optional: without a C compiler everything runs on torch's operations, slower and with the same results
-within bfloat16 rounding. `status()` reports which and why; VENEER_NATIVE=0 disables the compiled kernels.
-The sources are built once on the user's machine (build.py) and called through ctypes. Every kernel is
-tested against its formula once per build (selftest.py); a kernel that fails is reported and torch's
-operations replace it. Callers look a kernel up by name first: `usable("rms_norm", x, w)`.
+The kernels are optional: without a C compiler, everything runs on torch's operations, slower and with the
+same results within bfloat16 rounding. `status()` reports whether the kernels are used and why;
+VENEER_NATIVE=0 disables them. The sources are built once on the user's machine (build.py) and called through
+ctypes. Every kernel is tested against its formula once per build (selftest.py); a kernel that fails is
+reported and replaced by torch's operations. Callers look up a kernel by name first: `usable("rms_norm", x,
+w)`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from veneer.ops.lowrank import LowRank
 
 _pointer, _int64, _float, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _LETTERS = {"p": _pointer, "l": _int64, "f": _float, "i": _int, "u": ctypes.c_uint32}
-"""Letters of a signature: the argument types of a C function."""
+"""Argument types of the C functions, by the letters used in signatures."""
 _EVERYWHERE = {
     "use_threads": "i",
     "stay": "pii",
@@ -67,28 +68,28 @@ _AVX512_BF16 = {
 }
 """Kernels that require AVX512-BF16."""
 _AMX = ("amx_panel_product",)
-"""Kernels that also require AMX, which the system grants a process on request."""
+"""Kernels that also require AMX, which a process must request from the operating system."""
 _TILES = {
     "rope_varlen_attention": "plpppllllflippi",
     "rope_varlen_attention_backward": "pppplpppllllflipi",
     "narrow_rope_varlen_attention": "plpppllllflippi",
     "narrow_rope_varlen_attention_backward": "pppplpppllllflipi",
 }
-"""Kernels that use libtorch's small products, of float32 and of bfloat16."""
+"""Kernels that use libtorch's small matrix products, in float32 or bfloat16."""
 _WIDE = ("rope_varlen_attention", "rope_varlen_attention_backward")
-"""The float32 kernels."""
+"""Kernels of `_TILES` that work in float32."""
 SIGNATURES = _EVERYWHERE | _AVX512_BF16 | _TILES
-"""Every possible kernel: C function name -> letters of its arguments."""
+"""All kernels: C function name -> letters of its argument types."""
 SOURCES = ("native.c", "quantized.c", "serving.c", "decoder.c", "threads.c", "tiles.c")
 HEADERS = ("bf16.h", "serving.h", "amx.h")
 _reason = "not looked for yet"
 
 
 class Kernels:
-    """The usable kernels, each an attribute; `compiled` has all kernels.
+    """The usable kernels, as attributes; `compiled` is the whole library.
 
-    wrong: kernel -> how it failed its self-test. A kernel raises MemoryError if it has no memory, or
-        IndexError for an invalid target."""
+    wrong: kernel -> how it failed its self-test. A kernel raises MemoryError if its temporary buffers cannot
+        be allocated, and IndexError for an invalid target."""
 
     def __init__(self, compiled: ctypes.CDLL, path: Path) -> None:
         self.compiled, self.path = compiled, path
@@ -105,11 +106,11 @@ _FALLIBLE = {
     *("norm_silu", "norm_silu_backward", "causal_softmax", "token_nll", "attend", "attend_backward", "lora_forward"),
     *("lora_backward", "lora_weight_gradients", "paged_attend", "decode", *_TILES),
 }
-"""Kernels that report failure (bf16.h)."""
+"""Kernels that return an error code (bf16.h)."""
 
 
 def bound(path: str | Path, without: Iterable[str] = ()) -> Kernels:
-    """Load a compiled library without the kernels in `without`.
+    """Load a compiled library, leaving out the kernels in `without`.
 
     Raises OSError for an invalid file."""
     compiled = ctypes.CDLL(str(path))
@@ -137,13 +138,12 @@ _LIBTORCH = ("libtorch_cpu.so", "libtorch_cpu.dylib")
 
 @functools.cache
 def _small_products() -> tuple[int | None, int | None, int | None]:
-    """Return addresses of libtorch's small products, and of their release.
+    """Return addresses of libtorch's small matrix products and of their release.
 
-    at::native::cpublas::brgemm for float32 and for bfloat16.
-
-    Looked up by mangled C++ names (CPUBlas.h); None for what is missing. The bfloat16 one is only for
-    processors with bfloat16 products: elsewhere libtorch throws an exception, which C cannot catch. With
-    AMX these products run in its tiles, which oneDNN requests from the system (docs/notes/amx.md)."""
+    The products, float32 and bfloat16, are at::native::cpublas::brgemm, looked up by their mangled C++ names
+    (CPUBlas.h); None for a missing function. The bfloat16 product is used only on processors with bfloat16
+    instructions: on others, libtorch throws an exception, which C cannot catch. With AMX, these products run
+    on AMX tiles, which oneDNN requests from the operating system (docs/notes/amx.md)."""
     at, folder = "_ZN2at6native7cpublas", Path(torch.__file__).parent / "lib"
     library_path = next((folder / name for name in _LIBTORCH if (folder / name).is_file()), None)
     if library_path is None:
@@ -157,7 +157,7 @@ def _small_products() -> tuple[int | None, int | None, int | None]:
     # int64_t is a long on Linux and a long long on macOS
     wide = address("6brgemmEllllllbPKfS3_Pfb", "6brgemmExxxxxxbPKfS3_Pfb")
     narrow = address("6brgemmEllllllbPKN3c108BFloat16ES5_Pfb", "6brgemmExxxxxxbPKN3c108BFloat16ES5_Pfb")
-    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # true wherever there is AMX, too
+    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # also true on every processor with AMX
     has_narrow = has_bf16 and torch.backends.mkldnn.is_available()
     return wide, narrow if has_narrow else None, address("14brgemm_releaseEb")
 
@@ -172,7 +172,7 @@ def _checked(result: int, function: Any, arguments: Any) -> int:
 
 @functools.cache
 def kernels() -> Kernels | None:
-    """Return the compiled kernels, or None. Loaded once per process."""
+    """Return the compiled kernels, or None if unavailable. Loaded once per process."""
     global _reason
     if os.environ.get("VENEER_NATIVE", "1") == "0":
         _reason = "turned off by VENEER_NATIVE=0"
@@ -191,7 +191,7 @@ def kernels() -> Kernels | None:
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         unset = ", or unset CC" if os.environ.get("CC") == compiler else ""
         advice = f"; install a C compiler that works (gcc or clang){unset}"
-        failed = isinstance(error, subprocess.SubprocessError)  # not a folder problem or a broken build
+        failed = isinstance(error, subprocess.SubprocessError)  # rather than a folder problem or a broken build
         _reason = f"they could not be built: {why_not_compiled(compiler, error)}{advice if failed else ''}"
         return None
     rejected = ", ".join(f"{name} {why}" for name, why in build.rejected.items())
@@ -201,7 +201,7 @@ def kernels() -> Kernels | None:
 
 
 def status() -> str:
-    """Return one line for a report: which kernels run and why."""
+    """Return one line for a report: whether the compiled kernels run, and why."""
     return (
         f"native CPU kernels: {_reason}"
         if kernels() is not None
@@ -210,9 +210,9 @@ def status() -> str:
 
 
 def usable(names: str | tuple[str, ...], *tensors: Tensor) -> Kernels | None:
-    """Return the library if it has these kernels for contiguous bfloat16 CPU tensors.
+    """Return the library if it can run these kernels on these tensors, otherwise None.
 
-    None otherwise."""
+    The tensors must be contiguous bfloat16 CPU tensors."""
     if all(t.dtype == torch.bfloat16 and t.device.type == "cpu" and t.is_contiguous() for t in tensors):
         library = kernels()
         return library if library is not None and library.has(*([names] if isinstance(names, str) else names)) else None
@@ -220,13 +220,13 @@ def usable(names: str | tuple[str, ...], *tensors: Tensor) -> Kernels | None:
 
 
 def has(*names: str) -> bool:
-    """Return whether compiled kernels exist and include these."""
+    """Return whether the compiled kernels are available and include these names."""
     library = kernels()
     return library is not None and library.has(*names)
 
 
 def why_missing(*names: str) -> str:
-    """Return why these kernels cannot be used, in one line; "" if they can."""
+    """Return one line on why these kernels cannot be used; "" if they can."""
     library = kernels()
     if library is None:
         return f"no compiled kernels: {_reason}"
@@ -245,11 +245,11 @@ def why_missing(*names: str) -> str:
 
 
 PAGED = ("store_rows", "rope_and_cache", "paged_attend")
-"""The kernels for paged caches in their own layout; used all together or not at all."""
+"""The kernels for paged caches, which use their own cache layout. Either all of them are used, or none."""
 
 
 class _LowRankStruct(ctypes.Structure):
-    """A low-rank product for the kernels; A and B point to contiguous float32."""
+    """A low-rank product as the kernels read it; A and B point to contiguous float32."""
 
     _fields_ = (
         ("A", _pointer),
@@ -262,14 +262,12 @@ class _LowRankStruct(ctypes.Structure):
 
 
 def low_rank_structs(products: Sequence[LowRank]) -> ctypes.Array[Any]:
-    """Return the products as C structs of pointers, valid while the tensors live."""
+    """Return the products as C structs, which are valid while the tensors are alive."""
     structs = (_LowRankStruct(p.A.data_ptr(), p.B.data_ptr(), p.first, p.last, len(p.A), p.scale) for p in products)
     return (_LowRankStruct * len(products))(*structs)
 
 
 def strides(*tensors: Tensor) -> ctypes.Array[ctypes.c_int64]:
-    """Return all strides but the last of each tensor.
-
-    For kernels that take any layout."""
+    """Return all strides except the last of each tensor, for kernels that accept any layout."""
     flat = [step for t in tensors for step in t.stride()[:-1]]
     return (_int64 * len(flat))(*flat)

@@ -1,7 +1,7 @@
 """Implementations of ops by the compiled kernels.
 
-`veneer.ops.dispatch` reads IMPLEMENTATIONS on a CPU. All round once if their reference does, and take
-contiguous bfloat16 unless they say otherwise; the ops define references and formulas.
+`veneer.ops.dispatch` reads IMPLEMENTATIONS on a CPU. Each implementation rounds as often as its reference,
+and requires contiguous bfloat16 tensors unless stated otherwise. The ops define references and formulas.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from veneer.ops.weight_layouts import Reordered, reorders
 from veneer.ops.weight_panels import Panels
 
 IMPLEMENTATIONS: dict[str, Implementation] = {}
-"""op -> its implementation by the compiled kernels."""
+"""op -> its implementation with the compiled kernels."""
 
 
 def _implements(
     op: str, *names: str, takes: Callable[..., bool] | None = None, wants: str = "contiguous bfloat16"
 ) -> Callable[[Any], Any]:
-    """Register an implementation.
+    """Return a decorator that registers an implementation.
 
-    names: the kernels it calls, by default the op's name."""
+    names: the kernels that the implementation calls, by default the op's name.
+    takes: whether the implementation supports given tensors; `wants`: the same condition in words."""
     needed = names or (op,)
 
     def fits(*tensors: Tensor) -> bool:
@@ -69,7 +70,7 @@ def _rms_norm_backward(g: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tens
 
 
 class _NormSilu:
-    """Forward and backward, used together or not at all."""
+    """Forward and backward of norm_silu; either both kernels are used, or neither."""
 
     @staticmethod
     def forward(x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
@@ -102,7 +103,7 @@ def _dropout(x: Tensor, p: float, seed: int) -> Tensor:
     return y
 
 
-# -- gains, activations ------------------------------------------------------------------------------------------------
+# -- DoRA scales, activations ------------------------------------------------------------------------------------------
 
 
 def _takes_dora_scale(name: str) -> Callable[..., bool]:
@@ -223,9 +224,9 @@ def _attend_backward(
 
 
 class _Tiles:
-    """Forward and backward of tiles.c, for float32, or by `prefix` for bfloat16.
+    """Forward and backward of the attention in tiles.c: float32, or bfloat16 by `prefix`.
 
-    Tokens after the last row belong to no row: their output is zero."""
+    The output of tokens after the last row is zero."""
 
     def __init__(self, prefix: str) -> None:
         self.names = f"{prefix}rope_varlen_attention", f"{prefix}rope_varlen_attention_backward"
@@ -233,9 +234,7 @@ class _Tiles:
     def forward(
         self, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, kv: int, settings: VarlenSettings
     ) -> tuple[Tensor, Tensor]:
-        """Return the output (N, heads, dim) and log Σ exp of the scores.
-
-        log Σ exp is (N, heads) float32."""
+        """Return the output (N, heads, dim), and log Σ exp of the scores (N, heads) float32."""
         n, heads, dim = qkv.shape[0], qkv.shape[1] - 2 * kv, qkv.shape[2]
         out, lse = qkv.new_empty(n, heads, dim), torch.empty(n, heads)
         out[int(settings.layout.starts[-1]) :].zero_()
@@ -280,7 +279,7 @@ def _takes_rows_of(*dtypes: torch.dtype, names: tuple[str, ...]) -> Callable[...
         tables = [t for t in (cos, sin) if t is not None]
         flat = qkv.stride(2) == 1 and qkv.stride(1) == qkv.shape[2] and qkv.shape[2] % 2 == 0 and qkv.dtype in dtypes
         fits = flat and all(t.dtype == qkv.dtype and t.is_contiguous() for t in tables) and compiled.has(*names)
-        # without oneDNN, libtorch rejects small bfloat16 products with an exception that C cannot catch
+        # Without oneDNN, libtorch rejects small bfloat16 products with an exception that C cannot catch.
         return fits and (not names[0].startswith("narrow") or bool(torch.backends.mkldnn.enabled))  # type: ignore[attr-defined]
 
     return takes
@@ -303,7 +302,7 @@ IMPLEMENTATIONS["rope_varlen_attention"] = _tiles(
 # -- products with a frozen weight -------------------------------------------------------------------------------------
 
 _LEAST = 256
-"""Least rows, columns and reduction length for which packing the weight pays off."""
+"""Minimum rows, columns and reduction length for which prepacking the weight pays off."""
 
 
 def _takes_prepacked(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> bool:
@@ -341,12 +340,10 @@ def _takes_low_rank(x: Tensor, y: Tensor, products: Sequence[LowRank]) -> bool:
 
 
 class CompiledLowRank:
-    """ops.linear.LowRankProducts in three compiled calls.
+    """ops.linear.LowRankProducts in three kernel calls, which cast and stack internally.
 
-    The calls cast and stack internally.
-
-    u and du have ranks padded to 16. For the few hundred tokens of a small image, dispatching a dozen
-    operations takes several times as long as these calls."""
+    The ranks of u and du are padded to 16. For the few hundred tokens of a small image, calling a dozen torch
+    operations would take several times as long as these three calls."""
 
     def __init__(self, products: Sequence[LowRank], rows: int, dtype: torch.dtype) -> None:
         self.count, self.factors = len(products), [(p.A, p.B) for p in products]
@@ -464,7 +461,7 @@ def _dequantize_rows8(codes: Tensor, absmax: Tensor, out: Tensor) -> None:
 
 
 _GGML = {"Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14}
-"""Types that quantized.c supports -> ggml's numbers."""
+"""Block types that quantized.c supports -> ggml's type numbers."""
 
 
 def _takes_ggml(raw: Tensor, dtype: torch.dtype, kind: str) -> bool:
@@ -486,9 +483,9 @@ def _takes_rows(x: Tensor, y: Tensor) -> bool:
 
 @_implements("rows_low_rank", "lora_rows", takes=_takes_rows, wants="contiguous bfloat16, even columns")
 def _rows_low_rank(x: Tensor, y: Tensor, pointers: Sequence[int]) -> None:
-    """Add low-rank products per row.
+    """Add each row's low-rank products to y.
 
-    pointers: rows and adapters as serving.c reads them."""
+    pointers: the rows and adapters, in the form that serving.c reads."""
     at = x.data_ptr(), x.shape[1], y.data_ptr(), y.shape[1]
     _kernel("lora_rows")(*at, *pointers, torch.get_num_threads())
 
@@ -503,7 +500,7 @@ def _product_of_panels(kernel: str, name: str, *alternatives: Implementation) ->
 IMPLEMENTATIONS["panel_linear"] = _product_of_panels(
     "panel_product", "compiled", _product_of_panels("amx_panel_product", "amx")
 )
-"""By the kernel's name, which a weight stores when it is packed."""
+"""`run` is the name of a kernel; a weight stores the name when it is packed."""
 
 
 def _takes_panels(probe: Tensor) -> bool:
@@ -522,4 +519,4 @@ IMPLEMENTATIONS["weight_layout"] = Implementation(
     "panels",
     (Implementation(Reordered.from_weight, _takes_reordered, "bfloat16", lambda: _no_order(torch.bfloat16), "onednn"),),
 )
-"""The function that packs a weight."""
+"""`run` packs a weight."""

@@ -1,4 +1,4 @@
-"""Memory of the process: allocator policy, file-backed pages and peak usage."""
+"""Memory of the process: allocator settings, file-backed pages and peak usage."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from typing import Any
 
 from torch import Tensor
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # malloc.h of glibc
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # from glibc's malloc.h
 _KEPT = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1}
 _RETURNED = {_M_MMAP_MAX: 65536, _M_MMAP_THRESHOLD: 1 << 17, _M_TRIM_THRESHOLD: 1 << 17}
 _AFTER = {_M_MMAP_MAX: 65536, _M_MMAP_THRESHOLD: 1 << 25, _M_TRIM_THRESHOLD: 1 << 26}
-"""Settings to restore. mallopt has no getter, and after its first call glibc no longer adapts its
-thresholds. By default glibc raises them with every larger freed block, up to these values, and never
-lowers them: a process that has trained or loaded a model would be at these values anyway."""
+"""Settings to restore. mallopt cannot read settings, and after its first call glibc no longer adapts its
+thresholds. By default glibc raises the thresholds when a larger block is freed, up to these values, and never
+lowers them. A process that has trained or loaded a model would have reached these values anyway."""
 _settings: list[dict[int, int]] = []
 _settings_lock = threading.Lock()
 
@@ -30,7 +30,7 @@ _SET_BY_USERS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMA
 
 
 def _c_function(name: str) -> Any:
-    """Return a function of the process's C library; None if there is none (Windows)."""
+    """Return a function of the process's C library, or None if unavailable (Windows)."""
     try:
         return getattr(ctypes.CDLL(None), name, None)
     except (OSError, TypeError):
@@ -38,19 +38,19 @@ def _c_function(name: str) -> Any:
 
 
 def give_back() -> None:
-    """Return freed memory to the system, if the C library supports it."""
+    """Return freed memory to the operating system, if the C library supports this."""
     if (trim := _c_function("malloc_trim")) is not None:
         trim(0)
 
 
 @contextmanager
 def _allocator(setting: dict[int, int]) -> Iterator[None]:
-    """Configure glibc's malloc during a with-block.
+    """Configure glibc's malloc inside a with-block.
 
-    Blocks can overlap; the latest open block's settings apply.
+    Blocks can overlap; the settings of the latest open block apply.
 
-    malloc belongs to the whole process, so settings from the environment (MALLOC_…, GLIBC_TUNABLES) win. Does nothing
-    if the C library has no mallopt."""
+    malloc is shared by the whole process, so settings from the environment (MALLOC_…, GLIBC_TUNABLES) take
+    precedence. Does nothing if the C library has no mallopt."""
     mallopt, trim = _c_function("mallopt"), _c_function("malloc_trim")
     set_by_user = any(name in os.environ for name in _SET_BY_USERS) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
     if mallopt is None or trim is None or set_by_user:
@@ -77,33 +77,33 @@ def _allocator(setting: dict[int, int]) -> Iterator[None]:
 
 
 def kept_memory() -> AbstractContextManager[None]:
-    """Keep freed memory in the process during a with-block, then return it.
+    """Keep freed memory in the process inside a with-block, then return it to the system.
 
-    By default glibc maps every block above 32 MB (and many above 128 kB) anew and unmaps it when freed;
-    the kernel zeroes the pages each time. A training step allocates and frees the same activations
-    repeatedly: keeping them saves a measured 8% of a step."""
+    By default glibc maps every block above 32 MB (and many above 128 kB) from the system and unmaps it when
+    freed; the kernel zeroes the pages each time. A training step allocates and frees the same activations
+    repeatedly. Keeping them mapped saved 8% of a step."""
     return _allocator(_KEPT)
 
 
 def returned_memory() -> AbstractContextManager[None]:
-    """Return freed memory to the system at once, during a with-block.
+    """Return freed memory to the system at once inside a with-block.
 
-    The opposite of `kept_memory`. Once a large block was freed, glibc takes blocks of this size from its
-    heap, and allocations between them keep the heap from shrinking: quantizing weight after weight left a
-    tenth of the model in holes."""
+    The opposite of `kept_memory`. After a large block was freed, glibc allocates blocks of this size from its
+    heap, and small allocations between them prevent the heap from shrinking. When weights were quantized one
+    after another, a tenth of the model's size was lost to this fragmentation."""
     return _allocator(_RETURNED)
 
 
 def peak_resident() -> int:
     """Return the peak resident memory of this process, in bytes.
 
-    On Linux this is not ru_maxrss, which starts at the parent's value."""
+    On Linux, ru_maxrss is not used because it starts at the parent's value."""
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
     try:
         import resource
-    except ImportError:  # Windows has no resource module
+    except ImportError:  # the resource module does not exist on Windows
         import psutil
 
         return int(psutil.Process().memory_info().rss)
@@ -112,7 +112,7 @@ def peak_resident() -> int:
 
 
 def forget_peak_resident() -> None:
-    """Reset the peak to the currently resident memory.
+    """Reset the peak to the current resident memory.
 
     Does nothing outside Linux, or without permission."""
     with contextlib.suppress(OSError):
@@ -120,9 +120,10 @@ def forget_peak_resident() -> None:
 
 
 def unread_bytes(tensor: Tensor) -> int:
-    """Return the bytes of a tensor that are not in memory yet.
+    """Return how many bytes of a tensor are not in memory yet.
 
-    Pages of a memory map are read at first use. 0 if unknown: not on Linux, or on a device."""
+    Pages of a memory map are read at first use. Returns 0 if unknown: outside Linux, or for a device
+    tensor."""
     if sys.platform != "linux" or tensor.device.type != "cpu":
         return 0
     size = tensor.numel() * tensor.element_size()
@@ -141,10 +142,10 @@ _MADV_PAGEOUT = 21  # Linux 5.4
 
 
 def page_out(tensor: Tensor) -> None:
-    """Hint that this memory will not be read soon, to drop file-backed pages.
+    """Hint to the system that this memory will not be read soon, to drop file-backed pages.
 
-    Weights read through a memory map stay resident while any of the file's tensors lives. The hint changes
-    no content: a touched page is read again. Does nothing outside Linux, or on a device."""
+    Weights in a memory map stay resident while any tensor of the file is alive. The hint changes no content:
+    a dropped page is read again on access. Does nothing outside Linux, or for a device tensor."""
     if sys.platform != "linux" or tensor.device.type != "cpu":
         return
     madvise = _c_function("madvise")

@@ -1,9 +1,9 @@
-"""Self-test: every compiled kernel against torch's operations in float64.
+"""Self-test: compares every compiled kernel with torch's operations in float64.
 
 Runs once per build on the target processor, in a subprocess (build.py), so that a crash ends only the
-subprocess. A case runs ops of this package twice on the same numbers: in the kernels' dtypes, and in
-float64, which only the references take. The results must agree. Uninitialized memory is filled with NaN,
-so that a kernel which writes nothing is detected. Sizes are not multiples of any vector length.
+subprocess. A case runs ops of this package twice on the same numbers: in the kernels' dtypes, and in float64,
+which only the references support. The results must agree. Uninitialized memory is filled with NaN, so that
+missing writes are detected. Sizes are not multiples of any vector length.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from veneer.ops.weight_panels import Panels
 
 _BF16, _F32, _F64 = torch.bfloat16, torch.float32, torch.float64
 _NEAR = {_BF16: 2**-6, _F32: 1e-4}
-"""Largest error, as a share of the largest value of a result, by the dtype of a case."""
+"""Maximum error relative to the largest value of a result, by the dtype of a case."""
 
 
 class RandomTensors:
-    """Random numbers of a case, the same in every dtype, rounded to bfloat16."""
+    """Random tensors for a case: the same values in every dtype, rounded to bfloat16."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype, self.exact = dtype, dtype == _F64
@@ -44,14 +44,14 @@ class RandomTensors:
         return torch.randn(shape, generator=self._generator).bfloat16().to(self.dtype)
 
     def wide(self, *shape: int) -> Tensor:
-        """Return random numbers in at least float32."""
+        """Return random numbers in float32 or wider."""
         return self(*shape).to(torch.promote_types(self.dtype, _F32))
 
     def integers(self, low: int, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.randint(low, high, shape, generator=self._generator).to(dtype)
 
     def gradients(self, run: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
-        """Return run(*given), and the gradients of all inputs."""
+        """Return run(*inputs), followed by the gradients of all inputs."""
         inputs = tuple(t.detach().requires_grad_() for t in inputs)
         output = run(*inputs)
         return [output, *torch.autograd.grad(output, inputs, self(*output.shape))]
@@ -61,7 +61,7 @@ class Case(NamedTuple):
     """One comparison.
 
     run: returns the results to compare.
-    kernels: the kernels it calls; if the case fails, none of them is used."""
+    kernels: the kernels that `run` calls; if the case fails, all of them are rejected."""
 
     run: Callable[[RandomTensors], Sequence[Tensor]]
     kernels: tuple[str, ...]
@@ -81,7 +81,7 @@ def _case(*kernels: str, dtypes: tuple[torch.dtype, ...] = (_BF16,)) -> Callable
 
 @contextmanager
 def _by(library: Kernels | None) -> Iterator[None]:
-    """Run ops with these kernels, and fill uninitialized memory with NaN."""
+    """Run ops with this library, and fill uninitialized memory with NaN, inside a with-block."""
     previous, strict = compiled.kernels, torch.are_deterministic_algorithms_enabled()
     compiled.kernels = lambda: library  # type: ignore[assignment]
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -99,7 +99,7 @@ def _library() -> Kernels:
 
 
 def wrong(library: Kernels, case: Case) -> str:
-    """Return what is wrong with the kernels of a case; "" if nothing is."""
+    """Return how the kernels of a case fail; "" if the case passes."""
     with _by(library):
         want = [t.detach().double() for t in case.run(RandomTensors(_F64))]
         for dtype in case.dtypes:
@@ -115,9 +115,11 @@ def wrong(library: Kernels, case: Case) -> str:
 
 
 def run_checks(arguments: list[str]) -> None:
-    """Print a line of JSON before and after each case. `arguments`: PATH SKIPPED…
+    """Print a line of JSON before and after each case.
 
-    Cases run if the library has their kernels and none is skipped."""
+    A case runs if the library has all of its kernels.
+
+    arguments: path of the library, then the names of kernels to skip."""
     path, *skipped = arguments
     library = bound(path, skipped)
     for case in CASES:
@@ -128,7 +130,7 @@ def run_checks(arguments: list[str]) -> None:
 
 @_case("use_threads")
 def _use_threads(random: RandomTensors) -> list[Tensor]:
-    """Check that torch and the kernels share one OpenMP."""
+    """Check that torch and the kernels use the same OpenMP runtime."""
     previous = torch.get_num_threads()
     set_threads = torch.set_num_threads if random.exact else _library().use_threads
     set_threads(3)
@@ -139,7 +141,7 @@ def _use_threads(random: RandomTensors) -> list[Tensor]:
 
 @_case("stay", "meet_asleep")
 def _stay(random: RandomTensors) -> list[Tensor]:
-    """Check the calling thread's affinity and how threads wait; both are restored."""
+    """Check that the kernels set and restore the thread's affinity and the way threads wait."""
     if not hasattr(os, "sched_getaffinity"):
         return []
     allowed, was = sorted(os.sched_getaffinity(0)), torch.tensor([0, 1], dtype=torch.int32)
@@ -178,7 +180,7 @@ def _dropped(random: RandomTensors) -> list[Tensor]:
 
 @_case("dora_scale", "dora_scale_backward")
 def _dora_scale(random: RandomTensors) -> list[Tensor]:
-    """With and without a bias, in a layer whose low-rank products no kernel takes."""
+    """With and without a bias, in a layer whose low-rank products no kernel supports."""
     W, results = random(150, 23) / 4, list[Tensor]()
     for b in (None, random(150)):
 
@@ -193,7 +195,7 @@ def _dora_scale(random: RandomTensors) -> list[Tensor]:
 
 @_case("silu_gate", "silu_gate_backward")
 def _silu_gate(random: RandomTensors) -> list[Tensor]:
-    """Separately, and in a whole MLP that recomputes its inner values in backward."""
+    """The activation alone, and in an MLP that recomputes intermediate values in backward."""
     up, down = linear.LinearMap(random(74, 23) / 4), random(9, 37) / 4
 
     def run(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -214,7 +216,7 @@ def _gelu_tanh(random: RandomTensors) -> list[Tensor]:
 
 
 def _attended(random: RandomTensors, name: str) -> list[Tensor]:
-    """Rows of several lengths, six heads over two key heads, of an odd width."""
+    """Rows of several lengths, with six query heads, two key heads and an unusual head size."""
     settings, angle = attention.VarlenSettings(attention.RowLayout([70, 1, 33], idle=2), 0.3), random.wide(106, 9)
     cos, sin = angle.cos().bfloat16().to(random.dtype), angle.sin().bfloat16().to(random.dtype)
     with override_ops(rope_varlen_attention=name):
@@ -252,7 +254,7 @@ def _kept_probabilities(random: RandomTensors) -> list[Tensor]:
 
 @_case("token_nll", dtypes=(_BF16, _F32))
 def _token_nll(random: RandomTensors) -> list[Tensor]:
-    """Logits that an identity head passes through unchanged."""
+    """Logits equal to the hidden states: the head is the identity."""
     targets, head = torch.tensor([0, 2074, -100, 1033, 7, 2074]), torch.eye(2075, dtype=random.dtype)
     logits, correct = 3 * random(6, 2075), torch.zeros(6, dtype=torch.bool)
     logits[3, 1033] = 40
@@ -285,11 +287,11 @@ def _blocks4(random: RandomTensors) -> list[Tensor]:
 
 
 _GGML = {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210}
-"""Bytes per block."""
+"""Bytes per block of each type."""
 
 
 def _ggml_blocks(random: RandomTensors, kind: str) -> GgmlBlocks:
-    """Return a weight of three rows of two blocks with finite scales."""
+    """Return a weight of three rows, two blocks per row, with finite scales."""
     raw = random.integers(0, 256, 6, _GGML[kind], dtype=torch.uint8)
     for at in [208] if kind == "Q6_K" else [0, 2] if kind in ("Q4_1", "Q5_1", "Q4_K", "Q5_K") else [0]:
         raw[:, at : at + 2] = random(6, 1).half().view(torch.uint8)
@@ -314,9 +316,7 @@ def _rows8_dense(random: RandomTensors) -> list[Tensor]:
 
 
 def _panel_products(random: RandomTensors, name: str) -> list[Tensor]:
-    """All kinds of weights, with partial tiles of inputs.
-
-    One, two and more tiles of rows."""
+    """All kinds of weights, with partial tiles of inputs, and one, two and more row tiles."""
     results = list[Tensor]()
     wide = [Panels.from_weight(random(80, n).bfloat16() / 8) for n in (200, 320)]
     codes = []
@@ -357,7 +357,7 @@ def _at(*tensors: Tensor | None) -> list[int | None]:
 
 @_case("lora_rows")
 def _lora_rows(random: RandomTensors) -> list[Tensor]:
-    """Two adapters of rank 16, on five rows and two; one row has both."""
+    """Two adapters of rank 16, one on five rows and one on two; one row uses both."""
     x, y, strengths = random(7, 32), random(7, 40), random.wide(7).float()
     pairs = [(random(16, 32) / 8, random(40, 16) / 8) for _ in range(2)]
     rows, starts = torch.tensor([0, 2, 5, 6, 1, 2, 3]), torch.tensor([0, 5, 7])
@@ -380,13 +380,12 @@ def _lora_rows(random: RandomTensors) -> list[Tensor]:
 
 @_case("store_rows", "rope_and_cache", "paged_attend", "decode")
 def _paged(random: RandomTensors) -> list[Tensor]:
-    """Store and attend in pages.
+    """Store keys and values in pages, and attend to them.
 
-    Two sequences of 35 and 20 tokens, in blocks 4, 1, 3 and 2, 5.
-
-    Four query heads and two key heads of 32: rotated and stored, stored again, and the last 7 tokens and
-    the last token attended to all. `decode`, which runs a whole layer, is tested against the layers when
-    serving a base (serve/forward/runner.py)."""
+    Two sequences of 35 and 20 tokens, in blocks 4, 1, 3 and 2, 5, with four query heads and two key heads of
+    size 32. Tokens are rotated and stored, then stored again; the last 7 tokens of the first sequence and the
+    last token of the second attend to their whole sequence. `decode`, which runs a whole layer, is tested
+    against the model's layers when a base is served (serve/forward/runner.py)."""
     heads, kv, d, lengths, tables = 4, 2, 32, (35, 20), torch.tensor([[4, 1, 3], [2, 5, 0]])
     qkv, weights, angle = random(55, 8 * d), [random(d), random(d)], random.wide(40, d // 2)
     positions = torch.cat([torch.arange(n) for n in lengths])

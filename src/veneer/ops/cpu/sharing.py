@@ -1,26 +1,26 @@
 """How threads wait for each other on processors that other processes also use.
 
-    with shared(): …        a piece of work (a micro-batch, a step of decoding) that stays fast next to busy processes
+    with shared(): …        a piece of work (a micro-batch, a decoding step) that stays fast next to busy processes
     with forwards(model):   each forward of the model is such a piece
 
 OpenMP's threads synchronize some thousand times per training step. On an idle machine, spinning is the
-fastest way to wait. Beside another busy process it is not: one thread holds a processor while waiting for
-another thread that has none, and a step takes three times as long or more. Before each piece of work, this
-module checks how busy other processes keep our processors (/proc/stat, minus our own time). While they are
-busy:
+fastest way to wait. If another process is busy, spinning is slow: one thread occupies a processor while it
+waits for a thread that has no processor, and a step takes three times as long or more. Before each piece of
+work, this module measures how busy other processes keep our processors (/proc/stat, minus our own time).
+While they are busy:
 
-    threads sleep while they wait. libgomp spins for only about a microsecond if a process has more threads in its
-    pools than processors (GOMP_SPINCOUNT in its manual), so an unused pool is kept. Unlike environment variables,
-    this works after libgomp was loaded;
-    on two processors, both threads stay on one and take turns, and the other process has the other.
+    threads sleep while they wait. libgomp spins for only about a microsecond if a process has more threads in
+    its pools than processors (GOMP_SPINCOUNT in its manual), so this module starts an additional, unused
+    pool. Unlike environment variables, this works after libgomp is loaded; on a machine with two processors,
+    both threads run on one processor and leave the other to the other process.
 
-The number of threads is constant, and with it the division of work and every bit of the result: other
-processes cannot change an adapter. (One thread instead would be a tenth faster next to a busy process, but
-matrix products of one thread and of two differ in their last bits.)
+The number of threads does not change, so the division of work and every bit of the result do not change
+either: other processes cannot influence an adapter. (A single thread would be a tenth faster next to a busy
+process, but matrix products on one thread and on two threads differ in their last bits.)
 
-The user's OMP_WAIT_POLICY, GOMP_SPINCOUNT, OMP_PROC_BIND, OMP_PLACES or GOMP_CPU_AFFINITY takes
-precedence, as does VENEER_SHARING=0. Requires Linux, GNU's OpenMP (included in torch's wheels) and the
-compiled kernels; otherwise `shared` does nothing.
+The user's OMP_WAIT_POLICY, GOMP_SPINCOUNT, OMP_PROC_BIND, OMP_PLACES or GOMP_CPU_AFFINITY takes precedence,
+as does VENEER_SHARING=0. Requires Linux, GNU's OpenMP (included in torch's wheels) and the compiled kernels;
+otherwise `shared` does nothing.
 """
 
 from __future__ import annotations
@@ -44,25 +44,25 @@ from veneer.ops.cpu import compiled
 
 _OWN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY")
 _COMES, _GOES = 0.35, 0.15
-"""Busy processors at which other processes start to count as present, and below which they stop."""
+"""Number of missing processors above which other processes count as busy, and below which they stop
+counting."""
 _WINDOW = 0.25
-"""Seconds between two checks; /proc/stat counts in hundredths of a second."""
+"""Seconds between two measurements; /proc/stat has a resolution of a hundredth of a second."""
 
 
 @dataclass
 class Neighbours:
-    """How busy other processes keep our processors.
+    """How busy other processes keep our processors, measured at most every quarter second.
 
-    Checked at most every quarter second.
-
-    worked: seconds that each processor has worked, for any process; cpu_seconds: seconds of this process."""
+    worked: function that returns the seconds that each processor has worked, for any process.
+    cpu_seconds: function that returns the processor seconds of this process."""
 
     worked: Callable[[], list[float]]
     cpu_seconds: Callable[[], float] = time.process_time
     clock: Callable[[], float] = time.perf_counter
     present: bool = False
     idle: int = 0
-    """The least busy processor."""
+    """Index of the least busy processor."""
     _last: tuple[float, list[float], float] | None = field(default=None, repr=False)
 
     def refresh(self, threads: int) -> bool:
@@ -84,7 +84,7 @@ class Neighbours:
 
 
 def worked(processors: Sequence[int], stat: Path = Path("/proc/stat")) -> list[float]:
-    """Return seconds that each processor has worked, including steal by other VMs."""
+    """Return the seconds that each processor has worked, including time stolen by other VMs."""
     seconds: dict[str, float] = {}
     for line in stat.read_text(encoding="ascii").splitlines():
         name, *numbers = line.split()
@@ -95,13 +95,13 @@ def worked(processors: Sequence[int], stat: Path = Path("/proc/stat")) -> list[f
 
 
 class Sharing:
-    """The response of this process to other busy processes."""
+    """Adapts this process's threads to other busy processes."""
 
     def __init__(self, native: Any) -> None:
         self.native, self.processors = native, sorted(os.sched_getaffinity(0))
         self.neighbours = Neighbours(lambda: worked(self.processors))
         self.lock = threading.Lock()
-        self.here = threading.local()  # `place`: the processor that this thread's pool stays on
+        self.here = threading.local()  # `place`: the processor to which this thread's pool is bound
         self.leave: threading.Event | None = None
 
     @contextmanager
@@ -118,14 +118,14 @@ class Sharing:
         try:
             yield present
         finally:
-            if idle is not None:  # this thread's other work, and its child processes, can run anywhere
+            if idle is not None:  # other work of this thread, and its child processes, can run on any processor
                 os.sched_setaffinity(0, self.processors)
 
     def stay(self, processors: list[int], threads: int) -> None:
         self.native.stay((ctypes.c_int * len(processors))(*processors), len(processors), threads)
 
     def sleep(self, asleep: bool) -> None:
-        """Keep an unused thread pool, or release it."""
+        """Make waiting threads sleep by starting an unused thread pool, or stop the pool."""
         if self.leave is None and asleep:
             self.leave, begun = threading.Event(), threading.Event()
             threading.Thread(target=self._pool, args=(self.leave, begun), name="veneer-pool", daemon=True).start()
@@ -144,11 +144,10 @@ class Sharing:
 
 @contextmanager
 def shared() -> Iterator[bool]:
-    """Run a piece of CPU work of some milliseconds or more.
+    """Adapt the waiting of threads to other processes during a piece of CPU work.
 
-    Yields whether others are busy.
-
-    See the module."""
+    The work should take some milliseconds or longer. Yields whether other processes are busy. See the
+    module's description."""
     threads = torch.get_num_threads()
     sharing = thread_sharing() if threads > 1 else None
     if sharing is None:
@@ -160,7 +159,7 @@ def shared() -> Iterator[bool]:
 
 @contextmanager
 def forwards(model: nn.Module) -> Iterator[None]:
-    """Run each forward of `model` inside `shared`, during the with-block."""
+    """Run each forward of `model` inside `shared`, during a with-block."""
     inside: list[ExitStack] = []
 
     def begin(*_: object) -> None:
@@ -180,7 +179,7 @@ def forwards(model: nn.Module) -> Iterator[None]:
 
 @cache
 def thread_sharing() -> Sharing | None:
-    """Return this process's Sharing; None if disabled by a setting or unsupported."""
+    """Return this process's Sharing, or None if disabled by a setting or unsupported."""
     if sys.platform != "linux" or os.environ.get("VENEER_SHARING") == "0" or any(os.environ.get(n) for n in _OWN):
         return None
     native = compiled.usable(("stay", "meet_asleep"))

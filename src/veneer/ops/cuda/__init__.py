@@ -1,1 +1,1 @@
-"""Implementations of ops on a GPU: thin calls of torch and of libraries."""
+"""Implementations of ops on a GPU: thin wrappers of torch and other libraries."""

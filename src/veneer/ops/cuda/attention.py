@@ -1,6 +1,6 @@
-"""Attention of packed rows by torch: varlen (flash) and flex attention.
+"""Attention of packed rows by torch: varlen (flash) attention, or flex attention.
 
-Flex attention is for capped scores and sinks."""
+Flex attention is used for capped scores and sinks."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ def varlen_missing() -> str:
 
 
 def takes_varlen(q: Tensor, k: Tensor, v: Tensor, settings: VarlenSettings) -> bool:
-    """Return whether flash attention takes these inputs.
+    """Return whether varlen attention supports these inputs.
 
-    16 bits, heads of up to 256 values in multiples of 8, compute capability 8.0 or later."""
+    Requires a 16-bit dtype, heads of up to 256 values in multiples of 8, and compute capability 8.0 or
+    later."""
     if settings.cap or settings.sinks is not None or q.device.type != "cuda" or is_fake(q) or varlen_missing():
         return False
     fits = q.dtype in (torch.bfloat16, torch.float16) and q.shape[2] <= 256 and q.shape[2] % 8 == 0
@@ -31,9 +32,7 @@ def takes_varlen(q: Tensor, k: Tensor, v: Tensor, settings: VarlenSettings) -> b
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, settings: VarlenSettings) -> Tensor:
-    """Return causal attention of each row, (N, heads, dim), by varlen attention.
-
-    `torch.nn.attention.varlen.varlen_attn`."""
+    """Return causal attention of each row, (N, heads, dim), by torch.nn.attention.varlen."""
     layout, scale, window, *_ = settings
     look_back = -1 if window is None else window - 1
     longest, grouped = max(layout.lengths, default=0), q.shape[1] != k.shape[1]
@@ -48,11 +47,9 @@ def flex_missing() -> str:
 
 
 def takes_flex(q: Tensor, k: Tensor, v: Tensor, settings: VarlenSettings) -> bool:
-    """Return whether to use flex attention.
+    """Return whether to use flex attention: for capped scores or sinks, which varlen lacks.
 
-    For capped scores or sinks, with heads of 16 values or more.
-
-    Varlen attention supports neither capped scores nor sinks."""
+    Requires heads of 16 values or more."""
     needs_flex = bool(settings.cap) or settings.sinks is not None
     return needs_flex and q.device.type == "cuda" and not is_fake(q) and q.shape[2] >= 16 and not flex_missing()
 
@@ -67,8 +64,8 @@ def _compiled_flex() -> Any:
 def flex(q: Tensor, k: Tensor, v: Tensor, settings: VarlenSettings) -> Tensor:
     """Return causal attention of each row, (N, heads, dim), by flex attention.
 
-    Compiled on a GPU. `cap` c: scores are c·tanh(score/c). sinks: (heads,); softmax with a sink z is
-    softmax · σ(log Σ exp − z)."""
+    Compiled on a GPU. With a cap c, scores are c·tanh(score/c). With sinks (heads,), the softmax of a head
+    with sink z is softmax · σ(log Σ exp − z)."""
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
     layout, scale, window, cap, sinks = settings
@@ -92,7 +89,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, settings: VarlenSettings) -> Tensor:
 
 
 def _block_mask(layout: RowLayout, window: int | None) -> Any:
-    """Return which queries see which keys, cached for all layers with this window."""
+    """Return the flex attention mask for this window, cached in the layout for all layers."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     if window not in layout.masks:

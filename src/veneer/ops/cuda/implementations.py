@@ -1,7 +1,7 @@
 """Implementations of ops on a GPU, by torch, Liger-Kernel and bitsandbytes.
 
-No GPU has run any of them yet. `veneer.ops.dispatch` reads IMPLEMENTATIONS: op -> Implementation. An op
-without an implementation, or whose library is missing, runs its reference in torch.
+None of these implementations has been run on a GPU yet. `veneer.ops.dispatch` reads IMPLEMENTATIONS: op ->
+Implementation. An op without an implementation, or with a missing library, runs its torch reference.
 """
 
 from __future__ import annotations

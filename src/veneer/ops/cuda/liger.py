@@ -1,8 +1,8 @@
 """Liger-Kernel's functions as ops: RMS norm, rotary positions, cross-entropy.
 
-Liger's gated MLPs are not included. Those functions need gate and up as two contiguous tensors and
-overwrite both in the backward pass, but a joined product has the two side by side. With the
-copies, a forward pass moves 7 values where torch moves 5.
+Liger's gated MLPs are not used. They require gate and up as two contiguous tensors and overwrite both in the
+backward pass, but a fused projection returns gate and up side by side. With the copies, a forward pass would
+move 7 values where torch moves 5.
 """
 
 from __future__ import annotations
@@ -16,37 +16,37 @@ from veneer.compat import LIGER, MissingInternalError
 from veneer.ops.device_transfer import is_fake
 
 _MOST_COLUMNS = 65536
-"""Most values per row that Liger's norms support."""
+"""Maximum number of values per row that Liger's norms support."""
 
 
 @functools.cache
 def why_missing() -> str:
-    """Return why Liger's functions cannot run at all; "" if they can."""
+    """Return why Liger's functions cannot run on this machine; "" if they can."""
     try:
         LIGER.check()
     except MissingInternalError as error:
         return str(error)
-    except ImportError as error:  # liger_kernel, or the triton that it requires
+    except ImportError as error:  # liger_kernel or its dependency triton
         return f"{error.name} is not installed (pip install 'veneer[gpu]')"
     return _trouble_on(torch.cuda.current_device()) if torch.cuda.is_available() else ""
 
 
 @functools.cache
 def _trouble_on(index: int) -> str:
-    """Return why Liger's functions fail on this GPU; "" if a test norm was right."""
+    """Return why Liger's functions fail on this GPU; "" if a small test norm is correct."""
     try:
         x = torch.full((2, 32), 3.0, device=torch.device("cuda", index))
         is_correct = torch.allclose(rms_norm(x, x[0], 0.0), x)
-    except Exception as error:  # Triton's, the C compiler's that Triton calls, or the driver's
+    except Exception as error:  # from Triton, from the C compiler that Triton calls, or from the driver
         first_line = (str(error).strip().splitlines() or [""])[0]
         return f"a small norm failed: {type(error).__name__}: {first_line}"
     return "" if is_correct else "a small norm gave wrong numbers"
 
 
 def _runs_on(*tensors: Tensor) -> bool:
-    """Return whether Liger takes these tensors.
+    """Return whether Liger supports these tensors.
 
-    Contiguous, on one GPU, not fake, not float64."""
+    They must be contiguous, on one GPU, not fake and not float64."""
     device = tensors[0].device
     if device.type != "cuda" or is_fake(tensors[0]):
         return False
@@ -62,9 +62,9 @@ def takes_norm(x: Tensor, weight: Tensor) -> bool:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Return w ⊙ x / √(mean x² + ε), with a gradient for x.
+    """Return w ⊙ x / √(mean x² + ε), differentiable with respect to x.
 
-    Computed in float32 and rounded once ("gemma")."""
+    Computed in float32 and rounded once (Liger's "gemma" mode)."""
     norm = LIGER("liger_kernel.ops.rms_norm.LigerRMSNormFunction")
     y: Tensor = norm.apply(x, weight, eps, 0.0, "gemma", False, None)
     return y
@@ -80,8 +80,8 @@ def takes_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Return q and k rotated.
 
-    q: (N, heads, dim), k: (N, kv heads, dim), cos, sin: (N, dim/2). Liger rotates in place, so it gets
-        copies; with tables in float32 the results are rounded once."""
+    q: (N, heads, dim), k: (N, kv heads, dim), cos, sin: (N, dim/2). Liger rotates in place, so this function
+        passes copies. The tables are float32, so the results are rounded once."""
     rotation = LIGER("liger_kernel.ops.rope.LigerRopeFunction")
     inputs = (x.clone(memory_format=torch.contiguous_format)[None].transpose(1, 2) for x in (q, k))
     rotated = rotation.apply(*inputs, cos.float(), sin.float(), None, 1, q.shape[2])
@@ -102,12 +102,13 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor | None]:
     """Return −log softmax(hidden·Wᵀ) at the targets, (M,) float32, and row gradients.
 
-    With `gradient`, each row's gradient of its own loss, (M, d). Liger chooses how many logits exist at once.
+    The row gradients, (M, d), are computed if `gradient` is set: the gradient of each row's own loss. Liger
+    chooses how many logits to compute at a time.
 
-    correct: filled with whether the target is the first of the most likely tokens."""
+    correct: receives whether each target is the first of the most likely tokens."""
     loss = LIGER("liger_kernel.ops.fused_linear_cross_entropy.fused_linear_cross_entropy_forward")
     targets = targets.long().contiguous()
-    # Liger would read beyond the logits; index_select fails on a GPU for an index out of range
+    # Liger would read out of bounds for an invalid target; index_select raises an error instead.
     weight.select(1, 0).index_select(0, targets.masked_fill(targets == -100, 0))
     nll, _, _, predicted, grad, _, _ = loss(
         hidden,
