@@ -1,6 +1,6 @@
-"""A folder of hostile files, each with the words that its error must have.
+"""A folder of hostile files, each with the words that its error must contain.
 
-None of them does harm by being there; the pickles make a file called `made-by-a-pickle` if something runs them.
+The files are harmless unless a reader runs them: the pickles then create a file `made-by-a-pickle`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def entry(shape: list[int], begin: int, end: int, dtype: str = "F32") -> dict[st
 
 
 def kohya(down: list[int], up: list[int], dtype: str = "F8_E4M3", value: bytes = b"\x01") -> bytes:
-    """A sound container of a pair whose shapes are the problem."""
+    """Return a valid container of a pair with problematic shapes."""
     sizes = [down[0] * down[1], up[0] * up[1]]
     width = {"F8_E4M3": 1, "F32": 4}[dtype]
     at = [sizes[0] * width, (sizes[0] + sizes[1]) * width]
@@ -49,7 +49,7 @@ def saved(value: object, **how: Any) -> bytes:
 
 
 def packed(raw: bytes) -> bytes:
-    """The same archive with its members compressed, as a bomb has them."""
+    """Return the archive with compressed members, as in a zip bomb."""
     out = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(raw)) as old, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as new:
         for name in old.namelist():
@@ -75,7 +75,7 @@ ONE = {"a": entry([2], 0, 8)}
 DATA = b"\0" * 8
 
 FILES: dict[str, tuple[bytes, str]] = {
-    # what is no safetensors file at all
+    # not safetensors files
     "empty.safetensors": (b"", "the file is empty"),
     "lfs.safetensors": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "Git LFS pointer"),
     "page.safetensors": (b"<!DOCTYPE html><html><body>Sign in</body></html>", "a web page"),
@@ -86,7 +86,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     "picture.safetensors": (b"\x89PNG\r\n\x1a\n" + bytes(64), "a PNG picture"),
     "gzip.safetensors": (b"\x1f\x8b\x08" + bytes(64), "a gzip archive"),
     "short.safetensors": (b"\x01\x02\x03", "only 3 bytes"),
-    # headers that lie
+    # false headers
     "huge-header.safetensors": (safetensors(ONE, DATA, length=1 << 62), "the header claims 4,611,686,018,427,387,904"),
     "half.safetensors": (safetensors(ONE, DATA)[:-3], "truncated"),
     "cut-header.safetensors": (safetensors(ONE)[:30], "a truncated or damaged file"),
@@ -115,7 +115,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     "path.safetensors": (safetensors({"../../.ssh/authorized_keys": entry([2], 0, 8)}, DATA), "looks like a path"),
     "nul.safetensors": (safetensors({"a\0b": entry([2], 0, 8)}, DATA), "control characters"),
     "long-name.safetensors": (safetensors({"n" * 5000: entry([2], 0, 8)}, DATA), "1 to 1024 characters"),
-    # values and adapters
+    # invalid values and adapters
     "nan.safetensors": (safetensors({"x.diff": entry([2], 0, 8)}, NAN * 2), "NaN or infinity"),
     "rank.safetensors": (kohya([70_000, 1], [1, 70_000]), "a rank of 70,000"),
     "rank-zero.safetensors": (kohya([0, 4], [4, 0]), "a rank of 0"),

@@ -1,4 +1,4 @@
-"""Random adapters of tiny width for a part of any image family, and what a pair does, by hand."""
+"""Random tiny adapters for any image family's modules, and a pair's effect computed by hand."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def numbers(shape: Iterable[int], seed: str, dtype: torch.dtype = torch.float32)
 
 
 def shard_rows(family: Family) -> dict[str, int]:
-    """Canonical module -> how many rows its weight has here: parts of one fused original fit together."""
+    """Return canonical module -> rows of its weight, so that parts of one fused projection fit together."""
     out = dict.fromkeys(family.modules, 2 * UNIT)
     for places in family.originals.values():
         for place in places:
@@ -31,8 +31,10 @@ def shard_rows(family: Family) -> dict[str, int]:
 
 
 def one_of_each_kind(family: Family, kinds: tuple[str, ...] = ("linear", "conv")) -> list[str]:
-    """The last module of each name without its numbers: last blocks differ from the others where any do; and the
-    first, for those that a part of the same fused original needs."""
+    """Return one module of each kind: the last of each name without its numbers, because last blocks can
+    differ.
+
+    Parts of the same fused projection come with their first module."""
     found: dict[str, str] = {}
     for module, kind in family.modules.items():
         if kind in kinds:
@@ -41,7 +43,7 @@ def one_of_each_kind(family: Family, kinds: tuple[str, ...] = ("linear", "conv")
 
 
 def pair_for(family: Family, module: str, rank: int = 2, scale: float = 1.0, shared: str = "") -> Pair:
-    """`shared`: pairs with the same text have the same A."""
+    """Return a random pair. `shared`: pairs with the same text share their A."""
     kernel = ()
     if family.modules[module] == "conv":
         kernel = (1, 1) if re.search(r"proj_in|proj_out|conv_shortcut", module) else (3, 3)
@@ -51,19 +53,19 @@ def pair_for(family: Family, module: str, rank: int = 2, scale: float = 1.0, sha
 
 
 def random_adapter(family: Family, choose: Callable[[str], bool] = lambda _: True) -> Adapter:
-    """A pair on one module of each kind, of ranks 1 to 3 and scales of all sorts."""
+    """Return a pair on one module of each kind, with ranks 1 to 3 and varied scales."""
     scales = (1.0, 0.5, 1 / 3, 2.0, 0.123)
     modules = [m for m in one_of_each_kind(family) if choose(m)]
     return Adapter({m: pair_for(family, m, 1 + i % 3, scales[i % 5]) for i, m in enumerate(modules)})
 
 
 def by_hand(pair: Pair) -> Tensor:
-    """s·B·A, (out, in·k…), float64."""
+    """Return s·B·A, (out, in·k…), float64."""
     return pair.scale * (pair.B.double().flatten(1) @ pair.A.double().flatten(1))
 
 
 def same_changes(got: Adapter, want: Adapter, tolerance: float = 1e-6) -> None:
-    """The same ΔW for every module, and zero for those that only `got` has."""
+    """Assert that ΔW of every module are equal, and zero for modules that only `got` has."""
     assert set(want.pairs) <= set(got.pairs)
     for name, pair in got.pairs.items():
         if name not in want.pairs:

@@ -98,7 +98,7 @@ def gain(adapter: Adapter) -> Adapter:
     ids=["one model", "two models", "a gain", "a gain and two models", "text"],
 )  # fmt: skip
 def test_advised_layout_can_hold_the_adapter(adapter, to):
-    """Every `--to` that a refusal names is one that writes; where it names none, none does."""
+    """Every `--to` that an error suggests can write the adapter; if the error suggests none, none can."""
     try:
         encode(adapter, to)
         return

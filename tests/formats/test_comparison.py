@@ -19,7 +19,9 @@ def pair(seed: str = "", rank: int = 2, scale: float = 0.5) -> Pair:
     return Pair(numbers((rank, 6), f"A{seed}", torch.float64), numbers((8, rank), f"B{seed}", torch.float64), scale)
 
 
-SCALES = st.floats(-3, 3).filter(lambda s: s == 0 or abs(s) > 1e-100)  # a square of less is below float64's numbers
+SCALES = st.floats(-3, 3).filter(
+    lambda s: s == 0 or abs(s) > 1e-100
+)  # the square of a smaller scale underflows float64
 
 
 @settings(max_examples=100, deadline=None)

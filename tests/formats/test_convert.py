@@ -85,7 +85,8 @@ def test_parts_sharing_A_join_at_the_same_rank():
 
 
 def test_parts_of_their_own_are_block_diagonal():
-    """linear1 is q, k, v and the feed-forward, 4 times as wide; ranks add up, scales meet in B."""
+    """linear1 fuses q, k, v and the feed-forward, which is 4 times as wide; ranks add up, scales are applied
+    to B."""
     scales = dict(zip(LINEAR1, (0.5, 1.0, 2.0, 0.25), strict=True))
     adapter = Adapter({m: pair_for(FLUX, m, 1 + i, scales[m]) for i, m in enumerate(LINEAR1)})
     encoded = encode(adapter, "kohya")
@@ -106,7 +107,8 @@ def test_parts_of_their_own_are_block_diagonal():
 
 
 def test_our_joined_blocks_are_not_read_as_split_qkv(tmp_path):
-    """Alpha 4 of rank 12, and 4 of rank 4 beside it: so sd-scripts' split_qkv writes them, at three times the scale."""
+    """sd-scripts' split_qkv would write alpha 4 of rank 12 next to alpha 4 of rank 4, at three times the
+    scale."""
     adapter = Adapter({m: pair_for(FLUX, m, 4, 1 / 3) for m in QKV})
     adapter.pairs["transformer.x_embedder"] = pair_for(FLUX, "transformer.x_embedder", 4, 1.0)
     out = tmp_path / "it.safetensors"
@@ -160,8 +162,8 @@ def test_bytes_are_the_same_each_time_and_hashes_hold(to, tmp_path):
 
 @pytest.mark.parametrize(("family", "count"), [(SDXL, 722 + 72 + 192), (FLUX, 494 + 72)])
 def test_a_whole_file_there_and_back_is_the_same_bytes(family, count, tmp_path):
-    """kohya -> diffusers -> kohya: all attention modules of SDXL and both its text encoders; all linears in FLUX.1's
-    blocks and its CLIP, the parts of a fused projection with one A, as a fused file has them."""
+    """kohya -> diffusers -> kohya: all attention modules of SDXL and both text encoders; all linears in
+    FLUX.1's blocks and its CLIP, with parts of a fused projection that share one A, as in a fused file."""
     shared = {p.module: name for name, places in family.originals.items() if len(places) > 1 for p in places}
     where = r"attentions|self_attn|mlp|transformer_blocks"
     modules = [m for m, k in family.modules.items() if k == "linear" and re.search(where, m)]
@@ -221,7 +223,7 @@ def test_split_and_rejoin_restores_ranks_and_bytes(tmp_path):
     write(adapter, first, "kohya", family="flux1")
     assert {p.rank for p in read(first).adapter.pairs.values()} == {8, 4}
     written = write(read(first).adapter, between, "diffusers")
-    assert written.ranks == {1: 1, 2: 6}  # to_v, which nothing changes, is a pair of zeros
+    assert written.ranks == {1: 1, 2: 6}  # to_v is unchanged, so it is a pair of zeros
     same_changes(read(between).adapter, adapter)
     write(read(between).adapter, last, "kohya")
     ours, theirs = read_tensors(first)[0], read_tensors(last)[0]

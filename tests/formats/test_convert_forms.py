@@ -1,4 +1,4 @@
-"""Changes that are not plain pairs: what each layout holds and refuses."""
+"""Changes other than plain pairs: what each layout can express or refuses."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def core_of(*shape: int) -> dict[str, torch.Tensor]:
 
 
 def loha_core() -> Delta:
-    """Of a convolution of 3 × 3."""
+    """Return a LoHa delta of a 3 × 3 convolution."""
     return Delta("hadamard", loha().parts | core_of(2, 2), (ROWS, IN, 3, 3), 1 / 3)
 
 
@@ -98,7 +98,7 @@ HELD: dict[str, tuple[Adapter, set[str]]] = {
 
 
 def effects(adapter: Adapter) -> dict[str, torch.Tensor]:
-    """What becomes of a weight of ones and twos, parameter by parameter, in float64 where it can be."""
+    """Return the effect on weights of ones and twos, by parameter, in float64 if possible."""
     out = {}
     for name, pair in adapter.pairs.items():
         product = pair.scale * (pair.B.double().flatten(1) @ pair.A.double().flatten(1))
@@ -125,7 +125,7 @@ def effects(adapter: Adapter) -> dict[str, torch.Tensor]:
 
 
 def comes_back(adapter: Adapter, path, to: str, family: str) -> dict[str, torch.Tensor]:
-    """Writes it, and compares each effect with what is read; what was read beside them."""
+    """Write the adapter, compare each effect with the one read back, and return the effects."""
     write(adapter, path, to, family=family)
     got = effects(read(path).adapter)
     for name, change in effects(adapter).items():
@@ -230,7 +230,7 @@ def test_dora_is_noted_where_readers_differ():
 
 
 def test_lone_vector_is_a_new_norm_only():
-    """`….norm_q.weight` beside pairs, as diffusers has it; on a linear it would be an (IA)³ without its on_input."""
+    """`….norm_q.weight` next to pairs, as in diffusers; on a linear it would be an (IA)³ without on_input."""
     norm, linear, other = (f"transformer.transformer_blocks.0.attn.{n}" for n in ("norm_q", "to_q", "to_k"))
     pair = {f"{other}.lora_A.weight": torch.ones(2, UNIT), f"{other}.lora_B.weight": torch.ones(UNIT, 2)}
     found = read_state_dict({f"{norm}.weight": torch.ones(UNIT), **pair}, {}).adapter
@@ -240,7 +240,8 @@ def test_lone_vector_is_a_new_norm_only():
 
 
 def test_fused_changes_with_a_part_missing_and_fused_dora(tmp_path):
-    """A part without a change is zero rows of a LoHa or a difference; DoRA of all parts is DoRA of the whole."""
+    """A part without a change is zero rows of a LoHa or a difference; DoRA of all parts is DoRA of the fused
+    weight."""
     single = [f"transformer.single_transformer_blocks.0.attn.to_{p}" for p in "qkv"]
     adapter = Adapter(
         {m: pair_for(FLUX, m, 2, 0.5, shared="A") for m in QKV},

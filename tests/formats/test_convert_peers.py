@@ -47,7 +47,7 @@ FLUX = [
 
 
 class Pipeline:
-    """What diffusers' loaders need of a pipeline."""
+    """The parts of a pipeline that diffusers' loaders use."""
 
     hf_device_map = None
 
@@ -91,11 +91,11 @@ def random_adapter(pipeline: Pipeline, dora: bool) -> Adapter:
 
 
 def agrees(pipeline: Pipeline, adapter: Adapter, folder: Path) -> None:
-    """Loaded by diffusers and attached by us: the same outputs, and other ones than the base's."""
+    """Assert that diffusers' loaded adapter equals the attached adapter, and differs from the base."""
     convert.write(adapter, folder / "it.safetensors", "diffusers")
     base = outputs(pipeline)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # what diffusers could not place
+        warnings.simplefilter("error", UserWarning)  # keys that diffusers could not assign
         pipeline.load_lora_weights(str(folder), weight_name="it.safetensors", adapter_name="it")
     theirs = outputs(pipeline)
     pipeline.unload_lora_weights()
@@ -134,7 +134,7 @@ def test_diffusers_loads_new_norms_of_flux(flux, tmp_path):
 
 
 def test_diffusers_fails_on_a_text_encoder_without_attention(xl, tmp_path):
-    """The reason why we refuse one."""
+    """Shows why such an adapter is refused."""
     pairs = tiny.random_pairs(xl.text_encoder, "text_encoder", ["text_model.encoder.layers.1.mlp.fc1"])
     with pytest.raises(AdapterError, match=r"without pairs in its attention.*\n.*layers\.1\.mlp\.fc1"):
         convert.encode(Adapter(pairs), "diffusers", family="sdxl")
@@ -145,8 +145,8 @@ def test_diffusers_fails_on_a_text_encoder_without_attention(xl, tmp_path):
 
 
 def test_diffusers_reads_our_kohya_file_of_sdxl_the_same(xl, tmp_path):
-    """With one alpha for all: where they differ it finds no attention module for them (it looks for `to_q_lora` among
-    the module names), and takes the most common one there."""
+    """The file has one alpha for all modules. With different alphas, diffusers finds no attention module for
+    them (it looks for `to_q_lora` among module names) and uses the most common one."""
     names = {"unet": UNET, "text_encoder": CLIP, "text_encoder_2": CLIP}
     pairs: dict[str, Pair] = {}
     for component, model in xl.components.items():
@@ -164,7 +164,7 @@ def test_diffusers_reads_our_kohya_file_of_sdxl_the_same(xl, tmp_path):
 
 
 def test_diffusers_splits_our_fused_kohya_file_of_flux_the_same():
-    """Its converter knows only the official widths. Both q, k, v with one A, and linear1 of four pairs."""
+    """The converter knows only the official widths. Covers q, k, v with one A, and linear1 of four pairs."""
     wide = 3072
     block, single = "transformer.transformer_blocks.0", "transformer.single_transformer_blocks.0"
     g = torch.Generator().manual_seed(0)
@@ -198,7 +198,7 @@ def test_diffusers_splits_our_fused_kohya_file_of_flux_the_same():
     ],
 )  # fmt: skip
 def test_written_names_identify_their_family(family, mixin, tmp_path):
-    """What its converters make of the keys of every module that we write: nothing; and the settings arrive."""
+    """diffusers' converters change no key of the modules that veneer writes, and settings arrive."""
     loader = getattr(loaders.lora_pipeline, mixin)
     assert loader._lora_loadable_modules == list(LOADABLE.get(family, ("transformer",)))
     own = families()[family]

@@ -29,7 +29,7 @@ def through(adapter: Adapter, layouts: tuple[str, ...], family: str, folder) -> 
 @pytest.mark.parametrize(("there", "back"), list(combinations((*LAYOUTS, "peft"), 2)))
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_denoisers_adapter_comes_back(name, there, back, tmp_path):
-    """There, back, and there again: of each two layouts in both orders."""
+    """Converts there, back, and there again, for each pair of layouts in both orders."""
     family = families()[name]
     adapter = random_adapter(family, lambda m: m.startswith(family.denoiser))
     assert len(adapter.pairs) > 10
@@ -46,7 +46,7 @@ def test_text_encoders_come_back_too(name, there, back, tmp_path):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family_is_found_from_one_module(name, tmp_path):
-    """Many names are in several families, with the halves of their rows in one order or the other."""
+    """Several families use the same names with different orders of the row halves."""
     family = families()[name]
     for i, module in enumerate(m for m in one_of_each_kind(family) if m.startswith(family.denoiser)):
         written = write(

@@ -66,7 +66,7 @@ def test_folding_changes_no_effect(pairs, dtype):
     for name, pair in out.pairs.items():
         before = adapter.pairs[name]
         assert (pair.scale, pair.kind) == (1.0, before.kind)
-        if before.kind == "embedding":  # a power of two: exact where it was
+        if before.kind == "embedding":  # a power of two, which is exact
             assert pair.B.dtype == dtype
         want = by_hand(before)
         assert (by_hand(pair) - want).norm() <= 6e-8 * want.norm() * before.rank

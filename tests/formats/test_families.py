@@ -1,4 +1,4 @@
-"""Choice of the image family by names, shapes, depth and metadata."""
+"""Selection of the image family by names, shapes, depth and metadata."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 def pairs(shapes: dict[str, tuple[int, int]], kind: str = "peft") -> dict[str, Tensor]:
-    """Zeros are read like anything: what is looked at is names and shapes."""
+    """Return pairs of zeros: only names and shapes matter."""
     a, b = {"peft": ("lora_A", "lora_B"), "kohya": ("lora_down", "lora_up")}[kind]
     out = {}
     for name, (rows, into) in shapes.items():
@@ -49,7 +49,7 @@ def unknown(found: Reading, *near: str) -> None:
 
 
 def test_hunyuan_video_is_not_qwen_image() -> None:
-    """20 blocks of width 3,072: the width of FLUX.1 and Qwen-Image, the depth of none."""
+    """20 blocks of width 3,072: FLUX.1's and Qwen-Image's width, but no known family's depth."""
     shapes = attention(range(20), 3072)
     for i in range(20):
         shapes |= {f"transformer.transformer_blocks.{i}.attn.add_{p}_proj": (3072, 3072) for p in "qkv"}
@@ -63,7 +63,7 @@ def test_other_widths_and_depths_are_not_sd3_large() -> None:
 
 
 def test_wan_and_ltx_in_diffusers_names_are_no_text_adapters() -> None:
-    """They are read under their own names, of no family, and nothing calls them text."""
+    """They are read under their own names without a family, and not as text adapters."""
     wan = {f"transformer.blocks.{i}.attn{k}.{p}": (1536, 1536) for i in range(30) for k in "12" for p in ATTENTION}
     ltx = {f"transformer.transformer_blocks.{i}.attn1.{p}": (2048, 2048) for i in range(28) for p in ATTENTION}
     for shapes in (wan, ltx):
@@ -95,7 +95,7 @@ def test_indistinguishable_families_are_read_without_a_choice(tmp_path) -> None:
     assert "sd15" in told
     assert "sd2" in told
     assert set(found.adapter.pairs) == {f"unet.{n}" for n in shapes}
-    assert read(tmp_path / "a", family="sd2").family == "sd2"  # the base's word
+    assert read(tmp_path / "a", family="sd2").family == "sd2"  # given by the base
 
 
 LUMINA = {"attention.qkv": (2304 + 768 + 768, 2304), "attention.out": (2304, 2304), "feed_forward.w1": (9216, 2304)}
@@ -146,7 +146,7 @@ OFFICIAL = {
     "SD 2": ("sd2", "UNet2DConditionModel", {"cross_attention_dim": 1024, "use_linear_projection": True}),
     "SDXL": ("sdxl", "UNet2DConditionModel", SDXL),
 }
-"""The models' own configurations, for diffusers' classes, whose defaults are official where nothing is given."""
+"""Official configurations of diffusers' classes; their defaults are official unless overridden."""
 
 
 @pytest.mark.parametrize("case", OFFICIAL)
@@ -199,7 +199,7 @@ def by_hand(tensors: dict[str, Tensor], name: str) -> Tensor:
 
 
 def test_onetrainers_split_of_bfls_projections() -> None:
-    """transformer.double_blocks.0.img_attn.qkv.0 is q alone."""
+    """transformer.double_blocks.0.img_attn.qkv.0 is q only."""
     places = {}
     for i in range(19):
         for side, names in (("img", ("to_q", "to_k", "to_v")), ("txt", ("add_q_proj", "add_k_proj", "add_v_proj"))):
@@ -253,7 +253,7 @@ OTHER_MODELS = {
 @pytest.mark.parametrize("some", [False, True])
 @pytest.mark.parametrize("case", OTHER_MODELS)
 def test_unknown_diffusers_models_keep_their_names(case: str, some: bool) -> None:
-    """All linears of diffusers' class, or those of its attention alone."""
+    """All linears of diffusers' class, or only its attention's."""
     diffusers = pytest.importorskip("diffusers")
     kind, settings = OTHER_MODELS[case]
     with torch.device("meta"):

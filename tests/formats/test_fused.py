@@ -26,7 +26,7 @@ def product(item: Pair | Delta) -> Tensor:
 
 
 def item_of(form: str, rows: int, scale: float, seed: int = 0, kernel: tuple[int, ...] = ()) -> Pair | Delta:
-    """A pair or delta for a weight (rows, 6, kernel…)."""
+    """Return a pair or delta for a weight (rows, 6, kernel…)."""
     if form == "pair":
         A, B = rand(2, 6, *kernel, seed=seed), rand(rows, 2, *[1] * len(kernel), seed=seed)
         return Pair(A, B, scale, "conv" if kernel else "linear")
@@ -100,7 +100,7 @@ def test_parts_are_the_rows_and_join_again(form, parts, unit, scale, kernel, mag
     st.booleans(),
 )
 def test_join_and_split_round_trip(form, drawn, magnitude):
-    """`seed` 0 or 1: parts that share their A, and parts that do not."""
+    """`seed` 0 or 1: parts with a shared A, and parts with separate ones."""
     parts = []
     for i, (rows, scale, seed) in enumerate(drawn):
         part = item_of(form, rows, scale, seed)

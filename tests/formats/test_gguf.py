@@ -33,7 +33,8 @@ def adapter(dtype: torch.dtype = torch.float32, scale: float = 0.5, embedding: b
 
 
 def llama_cpp(path: Path, pairs: dict[str, Pair], alpha: float = 1.0, arch: str = "llama", **more: Any) -> Path:
-    """As convert_lora_to_gguf writes it, with the gguf package's own writer and table; q and k turned for Llama."""
+    """Write a file as convert_lora_to_gguf does, with the gguf package's writer and table; permute Llama's q
+    and k."""
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 12)
     tensors = {}
     for name, pair in pairs.items():
@@ -47,7 +48,7 @@ def llama_cpp(path: Path, pairs: dict[str, Pair], alpha: float = 1.0, arch: str 
 
 
 def written(path: Path, tensors: dict[str, Any], alpha: float = 1.0, arch: str = "qwen2", **more: Any) -> Path:
-    """A file by the gguf package. `tensors`: arrays, or codes and their type."""
+    """Write a file with the gguf package. `tensors`: arrays, or codes and their type."""
     writer = gguf.GGUFWriter(str(path), arch)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
@@ -76,7 +77,7 @@ def same(one: Adapter, two: Adapter) -> None:
 def test_reads_what_llama_cpp_writes(tmp_path, arch):
     ours = adapter()
     if arch in ("gemma", "gemma2"):
-        del ours.pairs["lm_head"]  # always the embedding's
+        del ours.pairs["lm_head"]  # always tied to the embedding
     path = llama_cpp(tmp_path / "x.gguf", ours.pairs, arch=arch, general__name="dog")
     read = read_gguf(path, head_dim=HEAD)
     same(ours, read.adapter)
@@ -87,7 +88,7 @@ def test_reads_what_llama_cpp_writes(tmp_path, arch):
 
 
 def test_the_turned_rows_are_those_of_the_base(tmp_path):
-    """Turning W + ΔW as llama.cpp turns W gives the turned W and the file's ΔW: what llama.cpp adds up."""
+    """Permuting W + ΔW as llama.cpp permutes W gives the permuted W plus the file's ΔW."""
     ours = adapter()
     write_gguf(ours, tmp_path / "x.gguf", architecture="llama", head_dim=HEAD)
     file = read_gguf_file(tmp_path / "x.gguf")

@@ -1,4 +1,4 @@
-"""Hostile files are refused at once, by name, without running anything."""
+"""Hostile files are refused at once, with their name, and without running code."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from veneer.formats.module_tensors import read_module
 from veneer.formats.tensors import read_adapter_tensors
 
 MUCH = 16 << 20
-"""More than any header here is worth."""
+"""More bytes than any test header needs."""
 
 
 def read(path: Path) -> None:
-    """As an adapter is read: the container by what it is called, then every leaf."""
+    """Read a file as an adapter is read: the container by its suffix, then every module."""
     if path.suffix == ".gguf":
         read_gguf(path)
         return
@@ -45,7 +45,7 @@ def read(path: Path) -> None:
         leaves[module][suffix] = value
     for module, parts in leaves.items():
         leaf = read_module(parts, where=module)
-        if sum(value.numel() for value in parts.values()) < 1000:  # what is read can be used
+        if sum(value.numel() for value in parts.values()) < 1000:  # what was read can be used
             if leaf.pair is not None:
                 pair_matrix(leaf.pair)
             for delta in leaf.deltas.values():
@@ -55,7 +55,7 @@ def read(path: Path) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _torch_is_whole() -> None:
-    """torch loads some 70 MB of itself when a tensor without memory is first computed with."""
+    """Load torch's lazy parts first: about 70 MB at the first use of a meta tensor."""
     read_module({"diff": torch.ones(2)}, where="x")
 
 
@@ -124,7 +124,7 @@ changes = st.lists(
 
 
 def mutated(good: bytes, how: list[tuple[str, int, int]], header: int) -> bytes:
-    """Changes within the first `header` bytes, and cuts anywhere."""
+    """Return the bytes with changes within the first `header` bytes, and truncations anywhere."""
     raw = bytearray(good)
     for kind, at, value in how:
         place = at % max(1, min(header, len(raw)))

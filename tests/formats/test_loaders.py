@@ -56,9 +56,9 @@ def test_language_models_are_not_image_models(tmp_path, to):
 
 
 def test_lost_name_level_is_refused_before_writing(tmp_path, monkeypatch):
-    """The reader itself takes both spellings, so only the loader's rule tells them apart."""
+    """veneer's reader accepts both spellings, so only the loader's rule distinguishes them."""
     adapter = linear_pairs(["transformer.h.0.attn.c_attn"])
-    monkeypatch.setattr(convert, "component_of", lambda name: "transformer")  # as if it were a denoiser's
+    monkeypatch.setattr(convert, "component_of", lambda name: "transformer")  # as if the component were a denoiser
     with pytest.raises(AdapterError, match=r"transformer\.h\.0\.attn\.c_attn: PEFT would find nothing for it"):
         convert.write(adapter, tmp_path / "out", "peft")
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Metadata of other tools, our own metadata, and file hashes."""
+"""Metadata of other tools, veneer's own metadata, and file hashes."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ def test_a_file_that_is_not_safetensors_has_no_autov3(tmp_path):
 
 @pytest.mark.parametrize("ss", [True, False])
 def test_the_stored_hashes_are_those_of_sd_scripts(tmp_path, tensors, ss):
-    """Recomputed as sd-scripts does it, with safetensors' own writer: of the file with ss_ keys only, in memory."""
+    """Recompute the hash as sd-scripts does with safetensors' writer: a file with ss_ keys only, in
+    memory."""
     metadata = metadata_of(CARD, family="sdxl", name="dog") if ss else {"modelspec.title": "x"}
     done = sealed(tensors, metadata)
     theirs = safetensors.torch.save(tensors, {k: v for k, v in metadata.items() if k.startswith("ss_")})
@@ -96,8 +97,9 @@ def test_hashes_of_others_are_verified(tmp_path, tensors):
 
 @pytest.mark.parametrize("stated", ["ab" * 32, "ab" * 6, "", "AB" * 32, "red, blue: 1", "ab" * 5])
 def test_short_hash_is_the_one_that_the_header_states(stated, tmp_path, tensors):
-    """NetworkOnDisk: `metadata.get("sshs_model_hash") or` AutoV3, of which the first 12 digits. Not a text that is no
-    hash, which would break the list."""
+    """NetworkOnDisk uses `metadata.get("sshs_model_hash") or` AutoV3, and their first 12 digits.
+
+    A text that is no hash must not be used, because it would break the list."""
     path = tmp_path / "x.safetensors"
     safetensors.torch.save_file(tensors, path, metadata={"sshs_model_hash": stated} if stated else None)
     theirs = path.read_bytes()
@@ -122,7 +124,8 @@ def test_equal_cards_give_equal_bytes_and_come_back():
 
 
 def test_metadata_has_the_keys_readers_use():
-    """A1111 and Forge: ss_output_name, ss_base_model_version, ss_v2, modelspec.architecture; managers: the rest."""
+    """A1111 and Forge read ss_output_name, ss_base_model_version, ss_v2, modelspec.architecture; managers the
+    rest."""
     m = metadata_of(CARD, family="sdxl", name="dog")
     assert m["ss_output_name"] == "dog"
     assert m["ss_base_model_version"].startswith("sdxl_")
@@ -200,7 +203,7 @@ def test_trigger_words_are_found_in_metadata(metadata, words):
 
 
 def test_captions_in_our_files_are_not_trigger_words() -> None:
-    """Whoever trained it said whether it has one; a word that somebody wrote down as such afterwards is one."""
+    """A trainer states whether there is a trigger word; a word that was added later as such also counts."""
     tags = {"1_prints": {"a vase": 1, "white wall": 2}}
     ours = metadata_of(Card(kind="image", extra={"tag_frequency": tags}), family="flux1")
     ours["ss_dataset_dirs"] = json.dumps({"1_prints": {"n_repeats": 1, "img_count": 2}})

@@ -20,7 +20,7 @@ def rand(*shape: int, seed: int = 0) -> Tensor:
 
 
 def product(leaf: ModuleChanges, shape: tuple[int, ...]) -> Tensor:
-    """s·P of the weight, the pair and the delta together."""
+    """Return s·P of weight, pair and delta together."""
     total = torch.zeros(shape, dtype=torch.float64)
     if leaf.pair is not None:
         total = total + pair_matrix(leaf.pair).reshape(shape)
@@ -81,7 +81,7 @@ def test_a_linear_pair(down, up):
     assert (leaf.pair.kind, leaf.pair.rank, leaf.pair.scale) == ("linear", 4, 0.5)
     assert leaf.pair.A is A
     close(product(leaf, (10, 6)), 0.5 * B @ A)
-    assert read_module({down: A, up: B}, where="x").pair.scale == 1.0  # without alpha, alpha is the rank
+    assert read_module({down: A, up: B}, where="x").pair.scale == 1.0  # without alpha, alpha equals the rank
     assert read_module({down: A, up: B, "alpha": torch.tensor(2.0)}, alpha=8, where="x").pair.scale == 2.0
     assert read_module({down: A, up: B}, alpha=8, rslora=True, where="x").pair.scale == 4.0
     assert read_module({down: A, up: B, "scalar": torch.tensor(0.25)}, alpha=8, where="x").pair.scale == 0.5
@@ -119,7 +119,7 @@ def test_a_bias_beside_b_has_the_scale_of_the_pair():
 
 
 def sparse_parts(matrix: Tensor) -> dict[str, Tensor]:
-    """As LyCORIS stores it."""
+    """Return a matrix as LyCORIS stores it sparsely."""
     whole = {"bias_indices": matrix.indices(), "bias_size": torch.tensor(matrix.shape)}
     return {name: t.to(torch.int16) for name, t in whole.items()} | {"bias_values": matrix.values()}
 
@@ -189,7 +189,7 @@ def kron(one: Tensor, two: Tensor) -> Tensor:
 @pytest.mark.parametrize("first", ["whole", "factors"])
 @pytest.mark.parametrize("second", ["whole", "factors", "core"])
 def test_lokr(first, second, kernel):
-    """alpha counts only where something is decomposed (research: LyCORIS, ComfyUI)."""
+    """alpha counts only if a factor is decomposed (as in LyCORIS and ComfyUI)."""
     if second == "core" and not kernel:
         return
     a, c, b, d, r, alpha = 2, 3, 4, 5, 2, 3.0
@@ -247,7 +247,7 @@ def test_a_whole_new_weight(suffix):
 
 
 def dora(W: Tensor, P: Tensor, m: Tensor, axis: int) -> Tensor:
-    """m/‖W + P‖·(W + P) − W, with one norm for each index along `axis`, by loops."""
+    """Return m/‖W + P‖·(W + P) − W, with one norm per index along `axis`, by loops."""
     new = W + P
     out = torch.empty_like(W)
     for i in range(W.shape[axis]):
@@ -260,7 +260,7 @@ def dora(W: Tensor, P: Tensor, m: Tensor, axis: int) -> Tensor:
 @pytest.mark.parametrize("kernel", [(), (3, 3)])
 @pytest.mark.parametrize("algorithm", ["pair", "loha", "lokr", "flat loha"])
 def test_dora_on_either_axis(algorithm, kernel, axis):
-    shape = (6, 6, *kernel)  # square: the sizes alone do not tell the axis
+    shape = (6, 6, *kernel)  # square: the sizes do not reveal the axis
     if algorithm == "pair":
         p = {"lora_down.weight": rand(2, 6, *kernel), "lora_up.weight": rand(6, 2, *[1] * len(kernel))}
     elif algorithm == "loha":

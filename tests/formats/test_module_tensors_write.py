@@ -1,4 +1,4 @@
-"""Tensors that module changes are written as, against LyCORIS' own modules."""
+"""Tensors written for module changes, against LyCORIS' own modules."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ BASES: dict[str, tuple[Callable[[], torch.nn.Module], tuple[int, ...]]] = {
 
 
 def applied(base: torch.nn.Module, leaf: ModuleChanges, x: Tensor) -> Tensor:
-    """The base's output with the leaf's ΔW in its weight, in float64."""
+    """Return the base's output with ΔW added to its weight, in float64."""
     held = leaf.pair or leaf.deltas["weight"]
     W = base.weight.detach().double()
     W = W + change_of(W, product(leaf, tuple(W.shape)), held.magnitude)
@@ -65,7 +65,8 @@ def applied(base: torch.nn.Module, leaf: ModuleChanges, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("extra", [{}, {"use_tucker": True}, {"decompose_both": True}, {"rs_lora": True}])
 @pytest.mark.parametrize("algorithm", ["LoConModule", "LohaModule", "LokrModule"])
 def test_lycoris_agrees(algorithm, extra, wd, layer):
-    """Its forward's ΔW, from its own state dict. (Its get_diff_weight counts the scale of LoHa and LoKr twice.)"""
+    """ΔW of its forward pass, from its own state dict. (Its get_diff_weight applies the scale of LoHa and
+    LoKr twice.)"""
     modules = pytest.importorskip("lycoris.modules")
     torch.manual_seed(0)
     make, shape = BASES[layer]

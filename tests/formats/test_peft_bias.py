@@ -25,19 +25,19 @@ SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "nu
 
 
 def qwen2() -> torch.nn.Module:
-    """Biases on q, k and v."""
+    """Return a model with biases on q, k and v."""
     config = Qwen2Config(vocab_size=VOCAB, num_key_value_heads=1, **SMALL)
     return _moved(build(config).double().eval())
 
 
 def gpt2() -> torch.nn.Module:
-    """Biases everywhere, of norms and of transposed linears."""
+    """Return a model with biases on norms and transposed linears too."""
     ids = {"bos_token_id": 1, "eos_token_id": 2}
     return _moved(build(GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2, n_positions=32, **ids)).double())
 
 
 def _moved(net: torch.nn.Module) -> torch.nn.Module:
-    """With biases off zero, as trained models have them."""
+    """Return the model with nonzero biases, as in trained models."""
     g = torch.Generator().manual_seed(4)
     for name, p in sorted(net.named_parameters()):
         if name.endswith("bias"):
@@ -63,7 +63,7 @@ def test_trained_biases_match_peft_logits(tmp_path, case):
     assert any(d.form == "replacement" for d in without.deltas.values())
     torch.testing.assert_close(our_outputs(make(), without), want, **EXACT)
     without.deltas = {}
-    assert (our_outputs(make(), without) - want).abs().max() > 0.01  # the biases matter
+    assert (our_outputs(make(), without) - want).abs().max() > 0.01  # the biases have an effect
 
     read_ = read(tmp_path / "in")
     write(read_.adapter, tmp_path / "out", "peft")
@@ -76,7 +76,7 @@ def test_trained_biases_match_peft_logits(tmp_path, case):
 
 
 def test_a_strength_moves_the_bias_by_its_share(tmp_path):
-    """W + s·(value − W), as of every other change; PEFT has no such number, so by hand."""
+    """W + s·(value − W), as for every other change. PEFT has no such strength, so by hand."""
     peft_folder(qwen2(), tmp_path / "in", target_modules=["q_proj", "v_proj"], bias="lora_only")
     adapter, net = peft.read_folder(tmp_path / "in"), qwen2()
     assert len(adapter.deltas) == 4

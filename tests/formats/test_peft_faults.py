@@ -1,4 +1,4 @@
-"""Faults of PEFT folders are listed in one AdapterError."""
+"""All faults of a PEFT folder are listed in one AdapterError."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def edit(folder: Path, config: dict[str, Any] | None = None, drop: str = "", **tensors: Tensor) -> None:
-    """Change the configuration and the tensors; `drop` is a prefix of keys to leave out."""
+    """Change the configuration and tensors. `drop`: prefix of keys to remove."""
     path = folder / CONFIG_FILE
     path.write_text(json.dumps(json.loads(path.read_text()) | (config or {})))
     have = safetensors.torch.load_file(folder / TENSOR_FILE)
@@ -90,7 +90,7 @@ def test_copy_of_a_targeted_head_is_ignored(folder):
 
 
 def test_targets_without_tensors(folder):
-    """PEFT keeps names that matched nothing where it trained, as long as another did."""
+    """PEFT keeps target names that matched nothing in training if another name matched."""
     edit(folder, {"target_modules": ["q_proj", "v_proj", "query_key_value"]})
     assert any("'query_key_value', and there are no tensors" in note for note in peft.load_folder(folder).notes)
     edit(folder, {"target_modules": ["query_key_value", "c_attn"]})
@@ -166,7 +166,7 @@ def test_unsupported_settings_are_refused_with_advice(folder, key, value, words)
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("velora_config", {"num_groups": 4}),  # changes the backward pass only
+        ("velora_config", {"num_groups": 4}),  # changes only the backward pass
         ("eva_config", {"rho": 2.0}),
         ("loftq_config", {}),
         ("init_lora_weights", False),
@@ -265,7 +265,8 @@ def test_an_embedding_copy_that_differs_is_refused(tmp_path):
 
 
 def test_whole_saved_embedding_acts(tmp_path):
-    """What PEFT writes with save_embedding_layers=True, when the tokenizer grew: it loads them over the base."""
+    """PEFT writes this with save_embedding_layers=True if the tokenizer grew, and loads it over the base's
+    embedding."""
     from peft import LoraConfig, get_peft_model
 
     with warnings.catch_warnings():
@@ -286,8 +287,9 @@ def test_whole_saved_embedding_acts(tmp_path):
 
 
 def as_before_0_19_1(folder: Path, version: str | None) -> None:
-    """The same adapter as PEFT laid it out while it took the first of the two dimensions for the input: A and B of
-    every expert change places."""
+    """Rewrite the adapter as PEFT before 0.19.1 stored it: with A and B of every expert exchanged.
+
+    Those versions took the first of the two dimensions as the input."""
     tensors = safetensors.torch.load_file(folder / TENSOR_FILE)
     rank = json.loads((folder / CONFIG_FILE).read_text())["r"]
     for key in [k for k in tensors if "experts" in k and "lora_A" in k]:
@@ -355,13 +357,13 @@ def test_stamps_are_kept_and_shown(folder):
 
 
 def test_velora_as_peft_saves_it_has_pefts_outputs(tmp_path):
-    """Its groups' means, which are saved beside the pairs, are read by the backward pass alone."""
+    """Only the backward pass reads the groups' means, which are saved with the pairs."""
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora.config import VeloraConfig
 
     ids = torch.randint(0, 160, (2, 8), generator=torch.Generator().manual_seed(1))
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")  # PEFT's words with transformers, not ours
+        warnings.simplefilter("ignore")  # warnings of PEFT and transformers
         config = LoraConfig(r=4, target_modules=["q_proj"], velora_config=VeloraConfig(num_groups=4))
         wrapped = get_peft_model(model("llama3"), config).train()
         wrapped(ids, labels=ids).loss.backward()
@@ -374,7 +376,7 @@ def test_velora_as_peft_saves_it_has_pefts_outputs(tmp_path):
     assert sum("lora_velora_embed" in note for note in found.notes) == 1
 
 
-# -- what the format cannot say ----------------------------------------------------------------------------------------
+# -- limits of the format ----------------------------------------------------------------------------------------------
 
 
 def pair(kind: str = "linear", **changes: Any) -> Pair:
@@ -416,8 +418,10 @@ OTHERS = ["layers.9.attn.q_proj", "x.layers.0.attn.k_proj", "q_proj"]
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(names=names, data=st.data(), rslora=st.booleans())
 def test_any_ranks_and_scales_survive(names, data, rslora):
-    """Whatever the names, ranks and scales, the configuration gives each module its own back, exactly or to the last
-    bit that alpha/r can hold, and selects no module of the base beside them."""
+    """For any names, ranks and scales, the configuration gives each module its own values and selects no
+    other module.
+
+    Scales are exact, or to the last bit that alpha/r can represent."""
     pairs = {}
     for name in names:
         rank = data.draw(st.integers(1, 5))

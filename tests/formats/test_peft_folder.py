@@ -44,7 +44,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def test_two_processes_write_the_same_bytes(tmp_path):
-    """This one, and one whose sets have another order."""
+    """This process and another one, in which sets have another order."""
     ours, theirs = tmp_path / "ours" / "a", tmp_path / "theirs" / "a"
     ours.parent.mkdir()
     theirs.parent.mkdir()

@@ -127,7 +127,9 @@ def test_a_damaged_configuration_is_named(change: dict[str, Any], say: str, tmp_
 
 @pytest.mark.parametrize("to", ["kohya", "comfyui"])
 def test_lokr_parts_keep_split_names(to: str) -> None:
-    """FLUX's q, k and v are one matrix in kohya's files, and three LoKr are no LoKr of it: LyCORIS' names hold them."""
+    """kohya's files fuse FLUX's q, k and v.
+
+    Three LoKr are no LoKr of the fused matrix, so LyCORIS' names keep them."""
     g = torch.Generator().manual_seed(0)
     names = [f"transformer.transformer_blocks.0.attn.{n}" for n in ("to_q", "to_k", "to_v", "to_out.0")]
     model = nn.Module()
@@ -143,7 +145,9 @@ def test_lokr_parts_keep_split_names(to: str) -> None:
     adapter = adapter.mapped(lambda t: torch.randn(t.shape, generator=g))
     written = convert.encode(adapter, to, family="flux1")
     assert "lycoris_transformer_blocks_0_attn_to_q.lokr_w1" in written.tensors
-    assert any(key.endswith("proj.lokr_w1") for key in written.tensors)  # what is whole in the original keeps its name
+    assert any(
+        key.endswith("proj.lokr_w1") for key in written.tensors
+    )  # a module that is not fused in the original keeps its name
     back = read_state_dict(written.tensors, written.metadata).adapter
     for name, delta in adapter.deltas.items():
         torch.testing.assert_close(product_of(back.deltas[name]), product_of(delta))

@@ -1,7 +1,7 @@
-"""Mixtures of experts in the layouts of other tools, read onto fused expert weights.
+"""Mixture-of-experts adapters in other tools' layouts, read onto fused expert weights.
 
-The truth is transformers' own forward of a base whose fused weights were changed by hand, in float64, and PEFT's where
-PEFT loads the file.
+The reference is transformers' forward pass of a base whose fused weights were changed by hand, in float64,
+and PEFT's if PEFT loads the file.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TARGETS = r".*\.experts\.(\d+\.)?(gate_proj|up_proj|down_proj)"
 
 
 def model(name: str) -> nn.Module:
-    """As `twins.model`; gpt_oss has gate and up in turn, transposed."""
+    """Return `twins.model`; gpt_oss interleaves gate and up, transposed."""
     if name != "gpt_oss":
         return twins.model(name)
     own = {"intermediate_size": 24, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
@@ -43,7 +43,7 @@ def model(name: str) -> nn.Module:
 
 
 def single_pairs(net: nn.Module, name: str, *, share: bool = False) -> dict[str, tuple[Tensor, Tensor]]:
-    """A and B of every expert's projections, of the widths that `net` has. `share`: gate and up have one A."""
+    """Return A and B of every expert's projections, in `net`'s widths. `share`: gate and up have one A."""
     g = torch.Generator().manual_seed(3)
     hidden, inner = net.config.hidden_size, net.config.intermediate_size
     inner = getattr(net.config, "moe_intermediate_size", inner) if name == "qwen3_moe" else inner
@@ -67,7 +67,7 @@ def single_pairs(net: nn.Module, name: str, *, share: bool = False) -> dict[str,
 
 
 def by_hand(name: str, pairs: dict[str, tuple[Tensor, Tensor]], scale: float = SCALE) -> Tensor:
-    """The outputs of a base whose fused weights have each expert's s·B·A added where that expert's projection is."""
+    """Return the outputs of a base with s·B·A of each expert's projection added to the fused weights."""
     net = model(name)
     weights = dict(net.named_parameters())
     with torch.no_grad():
@@ -102,7 +102,7 @@ def flat(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("name", EXPERTS)
 def test_a_pair_for_each_expert_acts_on_fused_experts(tmp_path, name, share):
-    """Transformers 4, Megatron and Tinker: experts.N.gate_proj."""
+    """transformers 4, Megatron and Tinker: experts.N.gate_proj."""
     net = model(name)
     pairs = single_pairs(net, name, share=share)
     got = peft.load_folder(folder(tmp_path / "a", flat(pairs)), net)
@@ -125,7 +125,8 @@ def test_peft_loads_the_same_file_to_the_same_outputs(tmp_path):
 
 
 def packed(pairs: dict[str, tuple[Tensor, Tensor]], layout: str) -> dict[str, Tensor]:
-    """The same pairs in another tool's names; for "shared" A of gate and up, and B of down, must be one for all."""
+    """Return the pairs under another tool's names; "shared" requires one A for gate and up, and one B for
+    down."""
     out: dict[str, Tensor] = {}
     for module in dict.fromkeys(n.rsplit(".", 2)[0] for n in pairs):
         own = {
@@ -146,7 +147,7 @@ def packed(pairs: dict[str, tuple[Tensor, Tensor]], layout: str) -> dict[str, Te
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 @pytest.mark.parametrize("layout", ["packed", "shared"])
 def test_packed_layouts_are_a_pair_for_each_expert(tmp_path, name, layout):
-    """Megatron Bridge's tensors: in three dimensions, and with one shared outer half."""
+    """Megatron Bridge's tensors: three-dimensional, and with one shared outer half."""
     net = model(name)
     pairs = single_pairs(net, name)
     if layout == "shared":
@@ -164,13 +165,13 @@ def test_packed_layouts_are_a_pair_for_each_expert(tmp_path, name, layout):
 
 
 def test_some_experts_and_unlike_scales_are_exact_too(tmp_path):
-    """Experts without a pair do not change, and a rank_pattern gives some another rank and scale."""
+    """Experts without a pair do not change; a rank_pattern gives some experts another rank and scale."""
     net = model("mixtral")
     pairs = {n: p for n, p in single_pairs(net, "mixtral").items() if ".2." not in n and not n.endswith("3.gate_proj")}
     odd = "model.layers.0.mlp.experts.1.up_proj"
     pairs[odd] = pairs[odd][0][:1], pairs[odd][1][:, :1]
     path = folder(tmp_path / "a", flat(pairs), rank_pattern={odd: 1})
-    # scale is alpha/rank: 6 for the odd one, and B with it
+    # scale is alpha/rank; the odd expert's is 6, as is its B
     by = {n: (A, B * 3 if n == odd else B) for n, (A, B) in pairs.items()}
     got = our_outputs(net, peft.read_folder(path, net))
     torch.testing.assert_close(got, by_hand("mixtral", by), rtol=1e-9, atol=1e-9)
@@ -207,7 +208,7 @@ MARKS = {
 
 
 def grouped(path: Path, **config: object) -> Path:
-    """A folder of PEFT's as Unsloth before 2026-09-17 has it: B's columns expert by expert."""
+    """Write a PEFT folder as Unsloth before 2026-09-17 did: B's columns grouped by expert."""
     tensors = load_file(path / "adapter_model.safetensors")
     for key in [k for k in tensors if ".experts." in k and k.endswith("lora_B.weight")]:
         tensors[key] = tensors[key].unflatten(1, (R, 4)).transpose(1, 2).flatten(1).contiguous()
@@ -256,7 +257,7 @@ def test_unsloth_file_without_layout_is_refused(made, tmp_path, marks):
     torch.testing.assert_close(our_outputs(net, peft.read_folder(tmp_path / "b", net)), made[1], rtol=1e-9, atol=1e-9)
     settings = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
     assert settings.pop("lora_B_layout", None) == ("rank_major" if marks == "base" else None)
-    (tmp_path / "b" / "adapter_config.json").write_text(json.dumps(settings))  # PEFT warns of a key it does not know
+    (tmp_path / "b" / "adapter_config.json").write_text(json.dumps(settings))  # PEFT warns about an unknown key
     torch.testing.assert_close(peft_outputs(model("mixtral"), tmp_path / "b"), made[1], rtol=1e-9, atol=1e-9)
 
 
@@ -266,14 +267,14 @@ def test_unsloth_file_without_layout_is_refused(made, tmp_path, marks):
 @pytest.mark.parametrize("with_base", [True, False])
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
 def test_all_linear_on_experts_reads_with_its_router(tmp_path, name, with_base):
-    """PEFT makes target_parameters of it: gate.weight, gate_up_proj, down_proj."""
+    """PEFT creates target_parameters: gate.weight, gate_up_proj, down_proj."""
     want = peft_folder(model(name), tmp_path / "a", target_modules="all-linear", r=R)
     assert "gate.weight" in json.loads((tmp_path / "a" / "adapter_config.json").read_text())["target_parameters"]
     net = model(name)
     base = net if with_base else None
     got = peft.read_folder(tmp_path / "a", base)
     torch.testing.assert_close(our_outputs(net, got), want, rtol=1e-9, atol=1e-9)
-    for pair in [p for n, p in got.pairs.items() if n.endswith(".gate")]:  # a scale and a rank of its own
+    for pair in [p for n, p in got.pairs.items() if n.endswith(".gate")]:  # the router has its own scale and rank
         pair.scale, pair.A, pair.B = 0.25, pair.A[:1], pair.B[:, :1]
     want = our_outputs(net, got)
     peft.write_folder(got, tmp_path / "b", base=base)
@@ -307,7 +308,7 @@ def test_transformers_4_mixtral_files_read_with_their_router(tmp_path):
 
 
 def test_target_modules_may_be_idle_with_target_parameters(tmp_path):
-    """As PEFT trains and saves it, with a warning."""
+    """PEFT trains and saves such an adapter with a warning."""
     settings = {"target_modules": ["no_such"], "target_parameters": ["experts.down_proj"]}
     want = peft_folder(model("gpt_oss"), tmp_path / "a", **settings)
     net = model("gpt_oss")

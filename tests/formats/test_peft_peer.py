@@ -1,6 +1,6 @@
-"""PEFT reads what veneer writes and veneer reads what PEFT writes, with the same outputs, for every variant.
+"""PEFT and veneer read each other's folders with equal outputs, for every variant.
 
-Compared in float64, so that a wrong scale, order or sign cannot hide in rounding."""
+Compared in float64, so that rounding cannot hide a wrong scale, order or sign."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_written_folders_have_equal_outputs_in_peft(tmp_path, case, with_base):
 
 
 def test_float32_pairs_on_a_bfloat16_base_match_too(tmp_path):
-    """The usual case: what is compared are the pairs, which must come back bit for bit."""
+    """The usual case. Compares the pairs, which must be restored bit for bit."""
     peft_folder(model("llama3", torch.bfloat16), tmp_path / "a", target_modules=["q_proj", "embed_tokens"])
     adapter = peft.read_folder(tmp_path / "a", model("llama3", torch.bfloat16))
     assert {t.dtype for _, t in adapter.tensors()} == {torch.float32}

@@ -1,4 +1,4 @@
-"""Adapters of every task that PEFT knows, made by PEFT on tiny models of that task's class: same outputs here."""
+"""Adapters of every PEFT task type, created by PEFT on tiny models of the task's class: equal outputs."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def outputs(net: nn.Module) -> Tensor:
 
 
 def made(case: str, path: Path, **config: object) -> Tensor:
-    """A folder that PEFT writes, with PEFT's own choice of targets and heads, and its outputs."""
+    """Write a folder with PEFT, with PEFT's default targets and heads; return its outputs."""
     from peft import LoraConfig, get_peft_model
 
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
@@ -86,10 +86,11 @@ def ours(case: str, path: Path) -> Tensor:
 
 @pytest.mark.parametrize("case", TASKS)
 def test_every_task_has_pefts_outputs(tmp_path, case):
-    """The targets are PEFT's default for the architecture; heads are those it adds for the task."""
+    """The targets are PEFT's defaults for the architecture; the heads are those that PEFT adds for the
+    task."""
     want = made(case, tmp_path / "a")
     torch.testing.assert_close(ours(case, tmp_path / "a"), want, rtol=1e-9, atol=1e-9)
-    peft.read_folder(tmp_path / "a")  # and without the base
+    peft.read_folder(tmp_path / "a")  # also without the base
 
 
 @pytest.mark.parametrize("case", ["SEQ_CLS Llama", "SEQ_CLS GPT-2"])
@@ -99,7 +100,7 @@ def test_all_linear_leaves_the_head_out(tmp_path, case):
 
 
 def test_unmatched_names_are_allowed_on_this_base(tmp_path):
-    """A list made for several architectures, as many scripts have it."""
+    """Scripts often use one list for several architectures."""
     targets = ["q_proj", "v_proj", "query", "value", "c_attn"]
     want = made("SEQ_CLS Llama", tmp_path / "a", target_modules=targets)
     torch.testing.assert_close(ours("SEQ_CLS Llama", tmp_path / "a"), want, rtol=1e-9, atol=1e-9)

@@ -1,4 +1,4 @@
-"""Every layout reads to the changes of its tensors."""
+"""Every layout is read as the ΔW of its tensors."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_sd2_is_distinguished_from_sd1() -> None:
 
 
 def test_sdxl_in_both_styles_mixed_in_one_file() -> None:
-    """diffusers reads 522 of 722 such modules without a word."""
+    """diffusers silently reads only 522 of 722 such modules."""
     family = families()["sdxl"]
     layout = Layout()
     for i, (original, places) in enumerate(denoiser(family, original=True)):
@@ -86,7 +86,8 @@ def test_sdxl_in_both_styles_mixed_in_one_file() -> None:
 
 
 def test_family_tie_is_reported_with_the_reason() -> None:
-    """q, k, v and out of 24 joint blocks are FLUX.1's, SD3's and Qwen-Image's names alike; the depth is SD3's."""
+    """q, k, v and out of 24 joint blocks have the same names in FLUX.1, SD3 and Qwen-Image; the depth is
+    SD3's."""
     layout = dotted("sd3", "transformer.", original=False, naming="peft", only=("attn.to_q", "attn.to_out"))
     found = check(layout, "diffusers", "sd3")
     assert any("sd3-large" in r and "qwen-image" in r for r in found.reasons)
@@ -131,7 +132,7 @@ def test_comfyui_text_encoders() -> None:
 
 @pytest.mark.parametrize("style", ["2023", "2023 with unet.", "without .processor"])
 def test_old_diffusers_attention_processors(style: str) -> None:
-    """load_lora_weights of diffusers finds 0 modules in the first."""
+    """diffusers' load_lora_weights finds 0 modules in the first style."""
     family, layout = families()["sd15"], Layout()
     prefix = "" if style == "2023" else "unet."
     middle = "" if style == "without .processor" else ".processor"
@@ -191,7 +192,7 @@ def test_a_file_and_a_folder_read_the_same(tmp_path) -> None:
         assert found.metadata == {"ss_output_name": "a"}
         assert found.adapter.card.extra["title"] == "a"
     save_file(layout.tensors, tmp_path / "other.safetensors")
-    read(tmp_path)  # the name diffusers gives its file goes first
+    read(tmp_path)  # the file name that diffusers writes is tried first
     (tmp_path / "pytorch_lora_weights.safetensors").rename(tmp_path / "third.safetensors")
     with pytest.raises(AdapterError, match=r"2 adapter files: other\.safetensors, third\.safetensors"):
         read(tmp_path)
@@ -231,7 +232,7 @@ def test_a_peft_folder_of_a_language_model_keeps_its_names(tmp_path) -> None:
 
 @pytest.mark.parametrize("name", list(families()))
 def test_each_original_name_means_one_module(name: str) -> None:
-    """The two kinds of a denoiser's names share a table: where both have a text, it is the same module."""
+    """Both kinds of names of a denoiser share a table: a text in both means the same module."""
     family = families()[name]
     for original, places in family.originals.items():
         for text in (original, f"diffusion_model.{original}", f"lora_unet_{flat(original)}"):
@@ -241,7 +242,7 @@ def test_each_original_name_means_one_module(name: str) -> None:
 
 
 def test_gguf_by_its_ending(tmp_path) -> None:
-    """The file itself is the business of test_gguf; here that it is found, and what is said of it."""
+    """test_gguf tests the format; this test checks that the file is found and described."""
     layout, name = Layout(), "model.layers.0.mlp.up_proj"
     layout.lora(name, (ModuleTarget(name),), (4, 6), naming="peft")
     adapter = reading(layout).adapter

@@ -143,7 +143,7 @@ def test_pickles_need_from_pickle(tmp_path) -> None:
 
 
 def test_a_base_is_checked_and_gives_shapes() -> None:
-    """A LoHa of a convolution may be stored flat: the base says the kernel."""
+    """A LoHa of a convolution can be stored flat; the base provides the kernel size."""
     layout, name = Layout(), "unet.down_blocks.0.resnets.0.conv1"
     text = f"lora_unet_{flat(name.removeprefix('unet.'))}"
     shapes = {"w1_a": (4, 2), "w1_b": (2, 54), "w2_a": (4, 2), "w2_b": (2, 54)}
@@ -160,7 +160,7 @@ def test_a_base_is_checked_and_gives_shapes() -> None:
 
 
 def test_denoiser_without_component_prefix_is_a_base(tmp_path) -> None:
-    """Its names have no component; the file's shapes are held against its own."""
+    """Such a base has names without a component; the file's shapes are compared with the base's."""
     diffusers = pytest.importorskip("diffusers")
     with torch.device("meta"):
         model = diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=1, num_attention_heads=2)
@@ -200,10 +200,10 @@ def test_flux_1_and_2_are_distinguished_by_proportions(name: str, shape: tuple[i
 
 def test_metadata_breaks_family_ties_only() -> None:
     qkv = {f"diffusion_model.double_blocks.{i}.img_attn.qkv": None for i in (1, 3)}
-    assert choose_family(qkv).family is families()["flux1"]  # of no width that is known: the more common
+    assert choose_family(qkv).family is families()["flux1"]  # no known width: the more common family
     assert choose_family(qkv, "flux2").family is families()["flux2"]
     choice = choose_family({f"diffusion_model.double_blocks.{i}.img_attn.qkv": None for i in range(5)}, "flux1")
-    assert choice.family is families()["flux2"]  # klein has 5
+    assert choice.family is families()["flux2"]  # klein has 5 such blocks
     choice = choose_family({**qkv, "diffusion_model.double_blocks.18.img_attn.qkv": None}, "flux2")
     assert choice.family is families()["flux1"]
     assert "the metadata says flux2" in choice.reasons[-1]
@@ -215,7 +215,7 @@ KEYS = sorted(small().tensors)
 @settings(deadline=None)
 @given(st.sets(st.sampled_from(KEYS), max_size=len(KEYS) - 3), st.data())
 def test_every_tensor_is_accounted_for_after_mutation(gone: set[str], data) -> None:
-    """Lawful whatever is in the file: with allow_partial every key is in exactly one of the three lists."""
+    """With allow_partial, every key of any file is in exactly one of the three lists."""
     tensors = {k: t for k, t in small().tensors.items() if k not in gone}
     for key in data.draw(st.lists(st.sampled_from(sorted(tensors)), max_size=3, unique=True)):
         new = data.draw(st.sampled_from([f"x.{key}", f"{key}.weight", key.replace("double", "triple")]))

@@ -18,7 +18,7 @@ QKV, LINEAR1, LAST = "double_blocks.0.img_attn.qkv", "single_blocks.0.linear1", 
 
 
 def flux(*originals: str, prefix: str = "lora_unet_") -> list[tuple[str, tuple[ModuleTarget, ...], int, int]]:
-    """(text, places, rows, columns); single_blocks.37 makes it FLUX.1 and no other."""
+    """Return (text, targets, rows, columns); single_blocks.37 identifies FLUX.1."""
     out = []
     for original in originals:
         places = FLUX.originals[original]
@@ -63,12 +63,12 @@ def test_tucker_and_plain_convolutions() -> None:
         o, m, i = up.double().flatten(1), mid.double(), down.double().flatten(1)
         layout.want[f"{name}.weight"] = 0.5 * torch.einsum("op,pqhw,qi->oihw", o, m, i)
     found = reading(layout)
-    assert_same(changes(found.adapter), layout.want, tolerance=1e-6)  # a Tucker pair is kept in float32
+    assert_same(changes(found.adapter), layout.want, tolerance=1e-6)  # a Tucker pair is stored in float32
 
 
 @pytest.mark.parametrize("stored", [2, 4])
 def test_pointwise_convolution_and_linear_shapes_are_interchangeable(stored: int) -> None:
-    """SD 1's proj_in is a convolution and SDXL's a linear; files have either for either."""
+    """proj_in is a convolution in SD 1 and a linear in SDXL; files contain either for either."""
     for family, name, ndim in (("sd15", "unet.mid_block.attentions.0.proj_in", 4), ("sdxl", None, 2)):
         layout = Layout()
         name = name or "unet.down_blocks.2.attentions.1.proj_in"
@@ -119,7 +119,7 @@ def test_dora_on_a_fused_module_splits_by_outputs_only() -> None:
 
 
 def test_a_pair_on_an_embedding_is_transposed() -> None:
-    """ComfyUI's files hold up·down of the weight (rows, dim) as of a linear."""
+    """ComfyUI stores up·down of the weight (rows, dim), as for a linear."""
     layout, name = Layout(), "text_encoder.text_model.embeddings.position_embedding"
     layout.lora(
         "text_encoders.clip_l.transformer.text_model.embeddings.position_embedding", (ModuleTarget(name),), (7, 5)
@@ -135,7 +135,7 @@ def test_a_pair_on_an_embedding_is_transposed() -> None:
 def blocks(
     text: str, places: tuple[ModuleTarget, ...], layout: Layout, *, rank: int, alpha: float, scale: float
 ) -> None:
-    """sd-scripts' split_qkv: A = [A₀; …], B = diag(B₀, …)."""
+    """Write sd-scripts' split_qkv: A = [A₀; …], B = diag(B₀, …)."""
     downs = [layout.random(rank, INTO) for _ in places]
     sizes = [UNIT * (p.part[1] - p.part[0]) for p in places if p.part]
     ups = [layout.random(n, rank) for n in sizes]
@@ -150,8 +150,8 @@ def blocks(
 
 @pytest.mark.parametrize("told", ["by the metadata", "by the modules that are not fused", "converted", "not"])
 def test_split_qkv_files_have_their_right_strength(told: str) -> None:
-    """Trained parts have rank 2 and alpha 1: scale 1/2. Divided by the stored rank, 6 and 8, it would be a third and a
-    quarter of that. A converter that wrote alpha := the new rank means scale 1."""
+    """Trained parts have rank 2 and alpha 1: scale 1/2. Divided by the stored ranks 6 and 8, the scale would
+    be a third and a quarter of that. A converter that wrote alpha := the new rank means scale 1."""
     layout = Layout()
     converted = told == "converted"
     for text, places, _, _ in flux(QKV, LINEAR1):
@@ -173,9 +173,11 @@ def test_split_qkv_files_have_their_right_strength(told: str) -> None:
 
 @pytest.mark.parametrize("plain", [True, False])
 def test_split_qkv_alpha_of_the_stored_rank_is_left_alone(plain: bool) -> None:
-    """A converter multiplied alpha by the number of parts, and the file does not keep the trained alpha."""
+    """A converter multiplied alpha by the number of parts; the file does not contain the trained alpha."""
     layout = Layout(metadata={"ss_network_args": json.dumps({"split_qkv": "True"})})
-    trained = 1.0 if plain else 2.0  # without other modules to compare with, alpha that equals the rank tells it
+    trained = (
+        1.0 if plain else 2.0
+    )  # without other modules for comparison, alpha equal to the rank identifies the converter
     for text, places, _, _ in flux(QKV, LINEAR1):
         blocks(text, places, layout, rank=2, alpha=trained * len(places), scale=trained / 2)
     if plain:

@@ -68,7 +68,7 @@ def test_a_named_adapter_beside_one_without_a_name_is_two(tmp_path):
 
 
 def test_pickled_peft_folder_is_read_on_request(tmp_path):
-    """r 8 and alpha 32 are a scale of 4."""
+    """r 8 and alpha 32 give scale 4."""
     path = folder(tmp_path / "a", pair(0), "adapter_model.bin")
     with pytest.raises(UnsafeFileError) as caught:
         read(path)

@@ -43,7 +43,7 @@ TRANSFORMERS = {
 
 
 def kinds(model: nn.Module, component: str) -> dict[str, str]:
-    """Every module that has parameters of its own."""
+    """Return every module that has its own parameters."""
     out = {}
     for name, module in model.named_modules():
         own = {key for key, _ in module.named_parameters(recurse=False)}
@@ -105,7 +105,8 @@ def test_text_encoders_are_the_real_classes() -> None:
 
 @pytest.mark.parametrize("name", list(families()))
 def test_each_row_of_a_weight_has_one_original(name: str) -> None:
-    """Every module of the denoiser is in one original module; its rows' places tile it, in order, without overlap."""
+    """Every module of the denoiser is part of one original module; its rows tile it, in order, without
+    overlap."""
     family = families()[name]
     homes = Counter(place.module for places in family.originals.values() for place in places)
     homes = Counter({n: c for n, c in homes.items() if n.startswith(f"{family.denoiser}.")})
@@ -123,7 +124,7 @@ def test_each_row_of_a_weight_has_one_original(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(families()))
 def test_fused_units_are_those_of_the_real_shapes(name: str) -> None:
-    """The rows of the parts stand in the ratio of the units, in the official widths."""
+    """The row counts of the parts have the ratio of the units, in the official widths."""
     family = families()[name]
     shapes = {f"{family.denoiser}.{n}": tuple(p.shape) for n, p in denoiser(name).named_parameters()}
     for places in family.originals.values():

@@ -1,6 +1,7 @@
-"""Where the original modules land, against diffusers' own checkpoint converters.
+"""Original modules map to the same places as in diffusers' own checkpoint converters.
 
-Every original tensor holds its own number and the numbers of its rows, so that a wrong place, part or order shows."""
+Every original tensor contains its own number and its rows' numbers, so that a wrong place, part or order is
+visible."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ CONVERTERS = {
     "flux2": peer.convert_flux2_transformer_checkpoint_to_diffusers,
     "z-image": peer.convert_z_image_transformer_checkpoint_to_diffusers,
 }
-"""Qwen-Image has none: diffusers is the original."""
+"""Original checkpoints' converters. Qwen-Image has none, because diffusers is the original."""
 
 
 def marked(rows: int, number: int) -> Tensor:
@@ -28,7 +29,7 @@ def marked(rows: int, number: int) -> Tensor:
 
 
 def checkpoint(family: Family) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """An original checkpoint with one column, and the weights diffusers' model should get."""
+    """Return an original checkpoint with one column, and the weights that diffusers' model should get."""
     shapes = {f"{family.denoiser}.{n}": tuple(p.shape) for n, p in denoiser(family.name).named_parameters()}
     original: dict[str, Tensor] = {}
     want: dict[str, Tensor] = {}

@@ -1,4 +1,5 @@
-"""Folders of mlx-lm and Tinker against their own formulas in float64, and against PEFT's load of the same adapter."""
+"""Folders of mlx-lm and Tinker against their formulas in float64, and against PEFT's load of the same
+adapter."""
 
 from __future__ import annotations
 
@@ -21,14 +22,16 @@ Pairs = dict[str, tuple[Tensor, Tensor]]
 
 
 def pairs_of(shapes: dict[str, tuple[int, ...]]) -> Pairs:
-    """A (…, r, in) and B (…, out, r) by module, for shapes (out, in) or (experts, out, in)."""
+    """Return A (…, r, in) and B (…, out, r) by module, for shapes (out, in) or (experts, out, in)."""
     g = torch.Generator().manual_seed(6)
     draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64) / 4  # noqa: E731
     return {n: (draw(*s[:-2], R, s[-1]), draw(*s[:-1], R)) for n, s in shapes.items()}
 
 
 def by_hand(name: str, pairs: Pairs, scale: float = SCALE) -> Tensor:
-    """The outputs of a base whose weights were changed by hand. Experts' names are transformers' w/o fusion."""
+    """Return the outputs of a base whose weights were changed by hand.
+
+    Experts have transformers' unfused names."""
     net = model(name)
     weights = dict(net.named_parameters())
     with torch.no_grad():
@@ -150,7 +153,7 @@ def test_tinkers_archive_is_read_and_named(tmp_path: Path, config: dict[str, Any
     found = read(tinker(tmp_path / "a", pairs, **config), base=net)
     assert found.format == "tinker"
     torch.testing.assert_close(our_outputs(net, found.adapter), by_hand("qwen3_moe", pairs), rtol=1e-9, atol=1e-9)
-    assert read(tmp_path / "a").format == "tinker"  # and without the base
+    assert read(tmp_path / "a").format == "tinker"  # also without the base
 
 
 def test_tinkers_names_of_gpt_oss_attention_are_transformers(tmp_path: Path) -> None:

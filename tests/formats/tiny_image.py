@@ -1,4 +1,4 @@
-"""Image models of tiny width and real topology, and adapters for any part of them, with canonical names."""
+"""Image models of tiny width and real topology, and adapters for any of their parts, with canonical names."""
 
 from __future__ import annotations
 
@@ -81,7 +81,8 @@ def clip_output(model: nn.Module) -> Tensor:
 
 
 def own_name(canonical: str, model: nn.Module) -> str:
-    """The name in the class: transformers 5 has dropped CLIP's `text_model.` from one of its two classes."""
+    """Return the name in the class: transformers 5 dropped CLIP's `text_model.` from one of its two
+    classes."""
     name = canonical.partition(".")[2]
     return name if hasattr(model, "text_model") else name.removeprefix("text_model.")
 
@@ -95,7 +96,7 @@ def random_pairs(
     ranks: tuple[int, ...] = (2, 3, 4),
     scales: tuple[float, ...] = (0.5, 1, 3),
 ) -> dict[str, Pair]:
-    """A pair for each name, under its canonical name, of one rank and scale after the other."""
+    """Return a pair for each name, under its canonical name, cycling through ranks and scales."""
     modules = dict(model.named_modules())
     out = {}
     for i, name in enumerate(names):
@@ -111,7 +112,7 @@ def random_pairs(
 
 
 def attached(model: nn.Module, component: str, adapter: Adapter) -> Attachment:
-    """The part of an adapter that is for `component`, acting on its model."""
+    """Attach the part of an adapter that is for `component` to its model."""
 
     def own(items: Mapping) -> dict:
         return {own_name(n, model): v for n, v in items.items() if n.startswith(f"{component}.")}

@@ -1,4 +1,4 @@
-"""Models, PEFT variants and random adapters for the tests of PEFT's format, and the comparison both ways."""
+"""Models, PEFT variants and random adapters for tests of PEFT's format, and the comparison both ways."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from veneer.core.attach import attach
 
 
 class Conv(nn.Module):
-    """Convolutions, one and two dimensions, strided and padded, with an embedding and a linear at the ends."""
+    """Convolutions, one and two dimensions, strided and padded, with an embedding and a linear at the
+    ends."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +33,7 @@ class Conv(nn.Module):
 
 
 def model(name: str, dtype: torch.dtype = torch.float64, **changes: Any) -> nn.Module:
-    """The same model on every call, eval mode."""
+    """Return the same model on every call, in eval mode."""
     if name == "conv":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(3)
@@ -53,7 +54,7 @@ def outputs(net: nn.Module) -> Tensor:
 
 
 def randomise(net: nn.Module, seed: int = 7) -> None:
-    """Move everything trainable off its start, so that every tensor matters."""
+    """Move every trainable tensor off its initial value, so that each has an effect."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in sorted(net.named_parameters()):
         if p.requires_grad and "magnitude" in name:
@@ -63,7 +64,7 @@ def randomise(net: nn.Module, seed: int = 7) -> None:
 
 
 def random_adapter(adapter: Adapter, seed: int = 7) -> Adapter:
-    """`adapter` with every tensor moved off its start."""
+    """Return `adapter` with every tensor moved off its initial value."""
     generator = torch.Generator().manual_seed(seed)
 
     def noise(t: Tensor) -> Tensor:
@@ -81,7 +82,7 @@ def random_adapter(adapter: Adapter, seed: int = 7) -> Adapter:
 
 
 def peft_folder(net: nn.Module, folder: Path, **config: Any) -> Tensor:
-    """Train-like: wrap `net` in PEFT, randomise, save to `folder`, and return the outputs."""
+    """Wrap `net` in PEFT, randomize as if trained, save to `folder`, and return the outputs."""
     from peft import LoraConfig, get_peft_model
 
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
@@ -96,8 +97,10 @@ def peft_folder(net: nn.Module, folder: Path, **config: Any) -> Tensor:
 
 
 def peft_outputs(net: nn.Module, folder: Path) -> Tensor:
-    """The outputs of `net` under the adapter as PEFT loads it. What PEFT says of keys and modules that do not meet is
-    an error here, but for one that it gives for every rank_pattern on a parameter."""
+    """Return the outputs of `net` under the adapter as PEFT loads it.
+
+    PEFT's warnings about unmatched keys and modules are errors, except one that every rank_pattern on a
+    parameter causes."""
     from peft import PeftModel
 
     with warnings.catch_warnings():
@@ -116,7 +119,7 @@ def our_outputs(net: nn.Module, adapter: Adapter) -> Tensor:
 
 
 def linear_pairs(names: list[str], rank: int = 2, width: int = 4, scale: float = 2.0, seed: int = 0) -> Adapter:
-    """An adapter of square linear pairs that belongs to no model."""
+    """Return an adapter of square linear pairs that belongs to no model."""
     g = torch.Generator().manual_seed(seed)
     make = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
     return Adapter({n: Pair(make(rank, width), make(width, rank), scale) for n in names})

@@ -2,8 +2,9 @@
 
     veneer.json = {"veneer": 1, "digest": "sha256:…", "files": {name: "sha256:…"}, …every field of core.Card}
 
-Unknown keys are kept in the card's `extra` and reported, so that a card of a later version loses nothing.
-Equal cards give equal bytes in both files. Uses JSON and Markdown; no tensors.
+Unknown keys are kept in the card's `extra` and reported, so that no data of a newer card version is lost.
+Equal cards give equal bytes in both files. This module handles JSON and Markdown, and does not depend on
+tensors.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ MARK = (
 class CardFile:
     """A card read from a file.
 
-    `digest`: the adapter's. `files`: sha256 of the other files in the folder. `unknown`: unknown keys, also
-    in `card.extra`."""
+    `digest`: digest of the adapter. `files`: SHA-256 of the other files in the folder. `unknown`: unknown
+    keys, which are also in `card.extra`."""
 
     card: Card
     digest: str = ""
@@ -45,7 +46,7 @@ class CardFile:
 
 
 def file_digest(data: Path | Iterable[bytes | memoryview]) -> str:
-    """Return the sha256 of a file, or of bytes in chunks, as `sha256:<hex>`."""
+    """Return the SHA-256 of a file, or of bytes in chunks, as `sha256:<hex>`."""
     if isinstance(data, Path):
         with data.open("rb") as file:
             return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
@@ -58,7 +59,7 @@ def file_digest(data: Path | Iterable[bytes | memoryview]) -> str:
 def card_bytes(card: Card, *, digest: str = "", files: Mapping[str, str] | None = None) -> bytes:
     """Return the bytes of `veneer.json`.
 
-    Raises AdapterError for values that JSON cannot hold."""
+    Raises AdapterError for values that JSON cannot represent."""
     body = {"veneer": _VERSION, "digest": digest, "files": dict(files or {}), **card.to_dict()}
     try:
         text = json.dumps(body, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
@@ -68,9 +69,9 @@ def card_bytes(card: Card, *, digest: str = "", files: Mapping[str, str] | None 
 
 
 def read_card(folder: str | Path) -> CardFile:
-    """Read the card in a folder.
+    """Return the card in a folder.
 
-    Raises one AdapterError listing every field of wrong type."""
+    Raises AdapterError if the card cannot be read; one error lists every field of the wrong type."""
     path = Path(folder) / CARD_FILE
     where = str(path)
     try:
@@ -109,9 +110,9 @@ def read_card(folder: str | Path) -> CardFile:
 
 
 def _type_problem(value: Any, default: Any) -> str | None:
-    """Return what is wrong with the type of `value`, or None.
+    """Return an error message if `value` has the wrong type, else None.
 
-    `default`: the field's default."""
+    `default`: the field's default, which determines the expected type."""
     if isinstance(default, float):
         ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         return None if ok else "a number is expected"
@@ -127,7 +128,7 @@ def _type_problem(value: Any, default: Any) -> str | None:
 def sample_messages(extra: Mapping[str, Any]) -> list[dict[str, str]]:
     """Return the messages of a card's sample prompt (`extra["sample"]`), or [].
 
-    They are the messages of a training row. Older cards stored only the user's text."""
+    The messages have the form of a training row. Older cards stored only the user's text."""
     sample = extra.get("sample") if isinstance(extra, Mapping) else None
     if not isinstance(sample, Mapping):
         return []
@@ -142,7 +143,7 @@ def _is_text_message(message: Any) -> bool:
 
 
 def opening(messages: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-    """Return the (system message, first user text) of a conversation; "" if missing."""
+    """Return the system message and the first user message of a conversation; "" if missing."""
     system = ""
     for message in messages:
         role, content = message.get("role"), message.get("content")
@@ -156,7 +157,7 @@ def opening(messages: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
 
 
 def is_ours(readme: Path) -> bool:
-    """Return whether a README has veneer's mark, so that it can be replaced."""
+    """Return whether a README is missing or has veneer's mark, and can be replaced."""
     try:
         return MARK in readme.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -164,7 +165,7 @@ def is_ours(readme: Path) -> bool:
 
 
 def readme_bytes(adapter: Adapter, *, digest: str, base_name: str = "", name: str = "adapter") -> bytes:
-    """Return `README.md`: front matter for hubs, facts and usage."""
+    """Return `README.md`: front matter for hubs, a table of properties, and usage."""
     import yaml
 
     card = adapter.card
@@ -212,7 +213,9 @@ def readme_bytes(adapter: Adapter, *, digest: str, base_name: str = "", name: st
 
 
 def _text_use(base: str, messages: Sequence[Mapping[str, str]]) -> list[str]:
-    """Return usage code. `messages`: a prompt in the form of the run's rows."""
+    """Return the lines of the usage section for a text adapter.
+
+    messages: a prompt in the form of the training rows."""
     system, _ = opening(messages)
     command = generate_command(base, "FOLDER", messages)
     system_note = (
@@ -229,15 +232,15 @@ def _text_use(base: str, messages: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def _quantized_copy_lines(base: str) -> list[str]:
-    """Return where to get the exact weights that the adapter was trained on."""
+    """Return lines on how to get the exact weights that the adapter was trained on."""
     copy = f"It was trained on veneer's copy of `{hub_id(base)}`, called `{base}`, whose weights were quantized once."
     return ["", f"{copy} `veneer base get {base}` prints the folder of the copy, which `from_pretrained` takes too."]
 
 
 def generate_command(base: str, adapter: str, messages: Sequence[Mapping[str, str]]) -> str:
-    """Return the command that prompts an adapter like its training rows.
+    """Return a `veneer generate` command that prompts an adapter like its training rows.
 
-    Includes their system message."""
+    Includes the system message of `messages`."""
     system, text = opening(messages)
     command = f"veneer generate {shlex.quote(text or '…')} --base {shlex.quote(base)} --adapter {shlex.quote(adapter)}"
     return f"{command} --system {shlex.quote(system)}" if system else command

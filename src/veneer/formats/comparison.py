@@ -1,8 +1,9 @@
-"""Compare a written adapter with the one read back, module by module, by ΔW.
+"""Compare a written adapter with the adapter read back, module by module, by ΔW.
 
     ‖s·B·A − s'·B'·A'‖ / ‖s·B·A‖     from the Gram matrices of the factors [s·B, −s'·B'] and [A; A'], in float64
 
-No matrix of the weight's size is created for a pair. Compares two adapters in memory; reads no files.
+For a pair, no matrix of the weight's size is created. This module compares adapters in memory and reads no
+files.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from veneer.core.truncate import distance, factors
 
 TOLERANCE = 1e-6
 Refusals = defaultdict[str, list[str]]
-"""(Reason why something cannot be written, workaround) -> affected modules."""
+"""Message (reason and workaround) -> modules that cannot be written."""
 
 
 def differences(source: Adapter, read_back: Adapter) -> list[str]:
-    """Return one line for each module with a different effect.
+    """Return one line for each module that has another effect after reading back.
 
-    An unchanged part can be read back as a zero change, because fused projections are written whole."""
+    A zero change that only `read_back` has is not a difference: fused projections are written whole, so their
+    unchanged parts are read back as zero changes."""
     out = []
     for name in sorted({*source.pairs, *read_back.pairs}):
         a, b = source.pairs.get(name), read_back.pairs.get(name)
@@ -53,9 +55,7 @@ def differences(source: Adapter, read_back: Adapter) -> list[str]:
 
 
 def _replaced(adapter: Adapter) -> dict[str, Tensor]:
-    """Return full copies and token rows.
-
-    Each name contains everything that must match."""
+    """Return full copies and token rows by names that include everything to compare."""
     out = {f"{name}.{key}": t for name, tensors in adapter.modules.items() for key, t in tensors.items()}
     return out | {f"{name}, rows {rows.indices}": rows.rows for name, rows in adapter.token_rows.items()}
 
@@ -76,7 +76,7 @@ def _same_magnitude(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def _shape(pair: Pair) -> tuple[int, ...]:
-    """(out, in) and the kernel size, unless it is 1×1."""
+    """Return (out, in), followed by the kernel size unless the kernel is 1×1."""
     A = pair.A
     tail = A.shape[2:] if pair.kind != "experts" and math.prod(A.shape[2:]) != 1 else ()
     first = 1 if pair.kind == "experts" else 0
@@ -84,7 +84,7 @@ def _shape(pair: Pair) -> tuple[int, ...]:
 
 
 def relative_error(a: Pair, b: Pair) -> float:
-    """‖ΔW_a − ΔW_b‖ / ‖ΔW_a‖ (Frobenius); ‖ΔW_b‖ if ΔW_a is zero."""
+    """Return ‖ΔW_a − ΔW_b‖ / ‖ΔW_a‖ (Frobenius); ‖ΔW_b‖ if ΔW_a is zero."""
     if _equal(a, b):
         return 0.0
     (A, B), (C, D) = factors(a), factors(b)

@@ -58,7 +58,7 @@ def target_of(out: str | Path, like: str = "") -> str:
     """Return the layout for a new file or folder.
 
     A folder: peft. A .safetensors file: the layout of the source adapter (`like`) if it is a file layout,
-    else kohya, which most tools read. A .gguf file: gguf."""
+    else kohya, which most tools can read. A .gguf file: gguf."""
     ending = Path(out).suffix
     if ending == ".safetensors":
         return like if like in _PIPELINES else "kohya"
@@ -67,9 +67,9 @@ def target_of(out: str | Path, like: str = "") -> str:
 
 @dataclass(frozen=True)
 class EncodedAdapter:
-    """An adapter in a layout, before it is written.
+    """An adapter encoded in a layout, in memory.
 
-    `config`: PEFT's, {} for other layouts. `notes`: messages for the user."""
+    `config`: PEFT's configuration, {} for other layouts. `notes`: messages for the user."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
@@ -81,8 +81,8 @@ class EncodedAdapter:
 class WriteReport:
     """The result of writing an adapter.
 
-    `digest`: the digest of the adapter as read back. `files`: name -> "sha256:…". `hashes`: of a single file,
-    as A1111 and CivitAI show them; None for a folder. `ranks`: rank -> number of modules."""
+    `digest`: the digest of the adapter as read back. `files`: name -> "sha256:…". `hashes`: the hashes of a
+    single file that A1111 and CivitAI show; None for a folder. `ranks`: rank -> number of modules."""
 
     path: Path
     to: str
@@ -166,7 +166,7 @@ def layout_ending(to: str) -> str:
 
 
 def _check_name(path: Path, to: str) -> None:
-    """Raise AdapterError for a wrong extension or a folder in the file's place.
+    """Raise AdapterError for a wrong file extension, or for a folder instead of a file.
 
     Readers choose a format by the extension."""
     ending = layout_ending(to)
@@ -180,10 +180,10 @@ def _check_name(path: Path, to: str) -> None:
 
 @dataclass(frozen=True)
 class _Done:
-    """The result of an encoding.
+    """The result of encoding an adapter.
 
-    `written`: the adapter in the shape in which it was written. `read_back`: the adapter read back. `pairs`: the
-    layout's pairs."""
+    `written`: the adapter in the form in which it was written. `read_back`: the adapter read back. `pairs`:
+    the pairs as the layout stores them."""
 
     encoded: EncodedAdapter
     written: Adapter
@@ -197,9 +197,9 @@ def _ranks(done: _Done) -> dict[int, int]:
 
 
 def _prepared(adapter: Adapter, to: str, dtype: str | None) -> tuple[Adapter, list[str]]:
-    """Return the adapter to write, and notes on the rounding.
+    """Return the adapter to write, and notes on rounding.
 
-    The adapter has no origins, and is on the CPU and rounded."""
+    The returned adapter is on the CPU, has no origins, and is rounded to `dtype`."""
     if to not in TARGETS:
         raise AdapterError(f"there is no layout {to!r}", fix=", ".join(TARGETS))
     source, notes = _rounded(adapter.collapsed().mapped(lambda t: t.detach().cpu()), dtype)
@@ -210,7 +210,9 @@ def _prepared(adapter: Adapter, to: str, dtype: str | None) -> tuple[Adapter, li
 
 
 def _advise(source: Adapter, to: str, family: str | None, build: Callable[[], _Done]) -> _Done:
-    """Return the result of `build`; add a workaround to an error without one."""
+    """Return the result of `build`.
+
+    An AdapterError without a workaround is raised with the layouts that would work."""
     try:
         return build()
     except AdapterError as error:
@@ -220,7 +222,9 @@ def _advise(source: Adapter, to: str, family: str | None, build: Callable[[], _D
 
 
 def _other_layouts(source: Adapter, to: str, family: str | None) -> str:
-    """Return which other layouts can hold the whole adapter, by trying them."""
+    """Return, as a workaround, the other layouts that can hold the whole adapter.
+
+    Tries each layout."""
     layouts = []
     for layout in ("peft", *_PIPELINES, "vllm"):
         try:
@@ -258,9 +262,9 @@ def _encoded(
 
 
 def _folder_digest(source: Adapter, done: _Done) -> str | None:
-    """Return the written folder's digest with canonical module names.
+    """Return the written folder's digest under canonical module names.
 
-    None if a reader would not rename its modules."""
+    None if a reader would keep the folder's own names."""
     part = component_of(next(iter(changes_by_module(source)), ""))
     names = dict.fromkeys(changes_by_module(done.read_back))
     choice = choose_family(names)
@@ -270,9 +274,9 @@ def _folder_digest(source: Adapter, done: _Done) -> str | None:
 
 
 def _servable(source: Adapter, to: str) -> Adapter:
-    """Return the adapter.
+    """Return the adapter unchanged if the server can hold it.
 
-    Raises one AdapterError listing what the server cannot hold."""
+    Otherwise raise one AdapterError listing what the server cannot hold."""
     refused: Refusals = defaultdict(list)
     refuse_unservable(source, changes_by_module(source), {"vllm": "vLLM", "gguf": "llama.cpp"}[to], refused)
     _raise(refused, to, source)
@@ -282,7 +286,7 @@ def _servable(source: Adapter, to: str) -> Adapter:
 def _gguf(
     source: Adapter, path: Path, architecture: str | None, head_dim: int | None, name: str, notes: list[str]
 ) -> _Done:
-    """Write the file at `path` and read it back."""
+    """Write a GGUF file at `path`, read it back and compare."""
     written = folded(_servable(source, "gguf"))
     if architecture is None:
         raise AdapterError(
@@ -299,7 +303,7 @@ def _gguf(
 
 
 def _rounded(adapter: Adapter, dtype: str | None) -> tuple[Adapter, list[str]]:
-    """Return the adapter in `dtype`, and a note on the rounding error."""
+    """Return the adapter in `dtype`, and a note with the rounding error."""
     if dtype is None:
         return adapter, []
     if dtype not in DTYPES:
@@ -310,9 +314,9 @@ def _rounded(adapter: Adapter, dtype: str | None) -> tuple[Adapter, list[str]]:
 
 
 def _raise(refused: Refusals, to: str, source: Adapter) -> None:
-    """Raise one error with every refused module, by reason.
+    """Raise one AdapterError with every refused module, grouped by reason.
 
-    A reason that applies to all modules names none."""
+    If a reason applies to all modules, their names are left out."""
     if not refused:
         return
     lines = []
@@ -346,9 +350,10 @@ def _check_reachable(source: Adapter, tensors: Mapping[str, Tensor], to: str, fa
 
 
 def _as_one_model(adapter: Adapter, refused: Refusals) -> Adapter:
-    """Return the adapter under its model's own names, without the component.
+    """Return the adapter with the component's prefix removed from module names.
 
-    The model is the denoiser or a text model."""
+    Modules that a PEFT folder cannot hold are added to `refused`: modules of several models, of a pipeline's
+    text encoder, or with a magnitude along the inputs."""
     for module, pair in adapter.pairs.items():
         if pair.magnitude is not None and pair.magnitude.ndim > 1:
             refused["PEFT has no magnitude along the inputs; merge it into the base"].append(module)
@@ -364,7 +369,7 @@ def _as_one_model(adapter: Adapter, refused: Refusals) -> Adapter:
 
 
 def _family(adapter: Adapter, name: str | None, to: str) -> Family:
-    """Return the given family, or the one found from modules, widths and card."""
+    """Return the family `name`, by default found from modules, widths and card."""
     supported = families()
     if name is not None:
         if name not in supported:
@@ -397,9 +402,9 @@ def _shape(adapter: Adapter, module: str) -> tuple[int, int] | None:
 def _for_pipelines(
     source: Adapter, to: str, family: Family, metadata: Mapping[str, str], name: str, notes: list[str]
 ) -> _Done:
-    """Write kohya, comfyui or diffusers: one safetensors file.
+    """Return the encoding for kohya, comfyui or diffusers: one safetensors file.
 
-    The card is in its metadata."""
+    The file's metadata contains the card."""
     refused: Refusals = defaultdict(list)
     leaves = changes_by_module(source)
     for module in source.token_rows:
@@ -414,7 +419,7 @@ def _for_pipelines(
     else:
         tensors, pairs, more = kohya_tensors(leaves, family, to, refused)
         notes = [*notes, *more]
-        # Joined parts look like sd-scripts' split_qkv, whose alpha refers to one part's rank; here alpha
+        # Joined parts look like sd-scripts' split_qkv, where alpha refers to the rank of one part. Here alpha
         # refers to the whole rank.
         extra["ss_network_args"] = '{"split_qkv": "False"}'
     _raise(refused, to, source)
@@ -433,9 +438,9 @@ def _for_pipelines(
 
 
 def _own_ranks(leaves: Mapping[str, ModuleChanges], family: Family) -> dict[str, ModuleChanges]:
-    """Return the parts of a block-diagonal fused pair at their own ranks.
+    """Return the changes with each part of a block-diagonal fused pair at its own rank.
 
-    ΔW stays the same; each part loses the other parts' A."""
+    ΔW does not change; each part drops the rows of A that belong to other parts."""
     parts = {p.module for targets in family.originals.values() for p in targets if p.part is not None}
     return {
         module: replace(changes, pair=trimmed(changes.pair))

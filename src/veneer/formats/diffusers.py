@@ -1,20 +1,20 @@
-"""Write an adapter in diffusers' LoRA format, if its loader applies it correctly.
+"""Write an adapter in diffusers' LoRA format, if diffusers' loader applies it correctly.
 
     key = component.name_in_its_class.lora_A.weight, .lora_B.weight, .lora_magnitude_vector, .lora_B.bias
     metadata["lora_adapter_metadata"] = {"unet.r": 16, "unet.lora_alpha": 8, "unet.alpha_pattern": {…}, …}
 
-Ranks and scales are in the JSON, as PEFT's LoraConfig of each component, which diffusers 0.34 and later uses.
-Older versions read only the tensors and use scale 1. What diffusers 0.42 does with other contents:
+The JSON holds ranks and scales, as PEFT's LoraConfig of each component, and is read by diffusers 0.34 and
+later. Older versions read only the tensors and use scale 1. What diffusers 0.42 does with other contents:
 
 | content                                  | diffusers                                                                |
-| dora_scale, LoHa, LoKr, diff, diff_b, …  | dropped with a warning at most, or an error                              |
+| dora_scale, LoHa, LoKr, diff, diff_b, …  | dropped, with at most a warning; or an error                             |
 | DoRA of the outputs                      | right, if every module of the component has it (one switch: use_dora)    |
 | a change of the bias, with its pair's s  | right, if every module of the component has one (one switch: lora_bias)  |
 | text_encoder_2 of FLUX.1, any T5         | dropped                                                                  |
 | a text encoder without attention pairs   | an error                                                                 |
 | FLUX.1's norm_q, norm_k, norm_added_…    | a whole new weight, by name                                              |
 
-Uses diffusers' names, which are the canonical ones.
+Module names are diffusers' names, which are the canonical names.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ LOADABLE: dict[str, tuple[str, ...]] = {
     "sd3-large": ("transformer", "text_encoder", "text_encoder_2"),
     "flux1": ("transformer", "text_encoder"),
 }
-"""The components into which a family's pipeline loads an adapter; of other families only the transformer."""
+"""Family -> components into which its pipeline loads an adapter. For other families, only the transformer."""
 
 _SETTINGS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_dora", "use_rslora")
 _NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
@@ -54,7 +54,7 @@ def diffusers_tensors(
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
     """Return the tensors, and the PEFT settings by component.
 
-    Contents that the format cannot hold are added to `refused`; the result is then partial."""
+    Changes that the format cannot hold are added to `refused`; the result is then partial."""
     parts: dict[str, dict[str, ModuleChanges]] = defaultdict(dict)
     tensors: dict[str, Tensor] = {}
     for module, changes in by_module.items():
@@ -84,7 +84,7 @@ def _is_norm(module: str, changes: ModuleChanges, family: Family) -> bool:
 
 
 def _are_sayable(by_module: Mapping[str, ModuleChanges], component: str, refused: Refusals) -> bool:
-    """Return whether PEFT's settings can express a component.
+    """Return whether PEFT's settings can express the changes of a component.
 
     Adds reasons to `refused`."""
     refused_before = sum(map(len, refused.values()))
@@ -123,12 +123,14 @@ def _is_lora_bias(changes: ModuleChanges, parameter: str, delta: Delta) -> bool:
 def _component(
     by_module: Mapping[str, ModuleChanges], component: str, names: Sequence[str]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return a component's tensors and settings, as a PEFT folder of it.
+    """Return a component's tensors and settings, as in a PEFT folder.
 
-    `names`: all modules of the component, so that target_modules matches exactly the adapter's. transformers'
-    CLIP text models have dropped the `text_model.` that adapter files still have, and diffusers removes it if
-    necessary: unanchored settings without it match both. A text encoder's magnitude is only found under its
-    name in memory, with `.weight`; without, transformers ignores it silently."""
+    names: all modules of the component, so that target_modules matches exactly the adapter's modules.
+
+    transformers' CLIP text models no longer have the prefix `text_model.`, which adapter files still use;
+    diffusers removes the prefix if necessary. Unanchored settings without the prefix match both. A text
+    encoder's magnitude must be stored under its name in memory, with `.weight`; otherwise transformers
+    ignores it without a warning."""
     lead = f"{component}.text_model." if component.startswith("text_encoder") else f"{component}."
     pairs: dict[str, Pair] = {}
     deltas: dict[str, Delta] = {}

@@ -1,6 +1,6 @@
 """An adapter's folder: file names of PEFT and mlx-lm, and the tensor file.
 
-No torch.
+Does not import torch.
 """
 
 from __future__ import annotations
@@ -12,20 +12,19 @@ from veneer.files.safetensors import PICKLE_SUFFIXES
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 CONFIG_KEY = "veneer.adapter_config"
-"""Metadata key of the configuration in veneer's tensor files.
-
-With it the file itself states its scale."""
+"""Metadata key of the configuration in veneer's tensor files. With the configuration, the scale is known from
+the file alone."""
 MLX_FILE = "adapters.safetensors"
 _PICKLE_FILE = "adapter_model.bin"
 _PREFERRED = (TENSOR_FILE, "pytorch_lora_weights.safetensors")
 
 
 def tensor_file(folder: Path, from_pickle: bool = False) -> Path:
-    """Return the file with a folder's tensors; a file is returned unchanged.
+    """Return the path of a folder's tensor file; a file's path is returned unchanged.
 
-    With PEFT's configuration: the file with PEFT's name. Otherwise: the only tensor file, or the one named
-    like diffusers' or PEFT's. Raises AdapterError if there is no such file, or several without such a name;
-    UnsafeFileError for a pickle without `from_pickle`."""
+    With PEFT's configuration, the file has PEFT's or mlx-lm's name. Otherwise it is the only tensor file, or
+    the file with diffusers' or PEFT's name. Raises AdapterError if no tensor file exists, or if several exist
+    and none has such a name; UnsafeFileError for a pickle without `from_pickle`."""
     if not folder.is_dir():
         return folder
     if (folder / CONFIG_FILE).is_file():

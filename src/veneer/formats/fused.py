@@ -1,16 +1,16 @@
-"""Split a fused projection's change into row parts, and join parts; ΔW is equal.
+"""Split a fused projection's change into row parts, and join parts, without changing ΔW.
 
     W = [W₀; W₁; …]      ΔW = s·B·A  ⇒  ΔWᵢ = s·Bᵢ·A          Bᵢ: rows of B, A the same tensor
     back, A the same:    B = [B₀; B₁; …], the same rank
     back, A different:   A = [A₀; A₁; …], B = diag(B₀, B₁, …), the ranks add up; an A of several parts counts once
 
-For different scales, s is the largest and Bᵢ becomes (sᵢ/s)·Bᵢ, computed in float64 and kept as float32, or
-as float64 if Bᵢ was float64. This is exact for 16-bit factors if sᵢ/s has at most 13 significant bits, like
-quotients of small powers of two; otherwise correct to half a unit in the last place of float32.
+If the scales differ, s is the largest and Bᵢ becomes (sᵢ/s)·Bᵢ, computed in float64 and stored as float32, or
+as float64 if Bᵢ is float64. For 16-bit factors this is exact if sᵢ/s has at most 13 significant bits, like
+quotients of small powers of two; otherwise the result is correct to half a unit in the last place of float32.
 
-A LoHa is split and joined at its left factors in the same way. A LoKr is split by using only some rows of its
+A LoHa is split and joined at its left factors in the same way. A LoKr is split by selecting rows of its
 product. A magnitude of the outputs is split with its rows; a magnitude of the inputs is a norm over all rows
-and cannot be split. Uses pairs and deltas; no names of modules.
+and cannot be split. This module works on pairs and deltas, and does not depend on module names.
 """
 
 from __future__ import annotations
@@ -34,9 +34,12 @@ T = TypeVar("T", bound=Pair | Delta)
 def split(item: T, parts: Sequence[RowRange]) -> list[T]:
     """Return the change of each part of the rows.
 
-    Every tensor is a view; A, and any other tensor that spans all rows, is shared. Raises AdapterError if the
-    rows are not a multiple of the units, for a magnitude of the inputs, and for pairs of embeddings and
-    experts, which are never fused by rows."""
+    Every tensor is a view; A, and any other tensor that spans all rows, is shared.
+
+    parts: (begin, end, total), in units of 1/total of the rows.
+
+    Raises AdapterError if the number of rows is not a multiple of `total`, for a magnitude of the inputs, and
+    for pairs of embeddings and experts, which are never fused by rows."""
     out: list[T] = []
     for begin, end, total in parts:
         if not 0 <= begin < end <= total:
@@ -50,10 +53,10 @@ def split(item: T, parts: Sequence[RowRange]) -> list[T]:
 
 
 def swap_halves(item: T) -> T:
-    """Convert the change of [W₀; W₁] to that of [W₁; W₀].
+    """Return the change of [W₁; W₀], given that of [W₀; W₁].
 
     BFL and diffusers order the final layer's shift and scale differently. Raises AdapterError for an odd
-    number of rows, and for a LoKr whose first factor has an odd number."""
+    number of rows, and for a LoKr if its first factor has an odd number of rows."""
     if isinstance(item, Delta) and item.form == "kronecker":
         return cast(T, _swap_kronecker(item))
     rows = _rows(item)
@@ -63,7 +66,7 @@ def swap_halves(item: T) -> T:
 
 
 def _swap_kronecker(delta: Delta) -> Delta:
-    """Swap the halves of w1's rows in w1 ⊗ w2."""
+    """Return w1 ⊗ w2 with the halves of w1's rows swapped."""
     first = "w1" if "w1" in delta.parts else "a1"
     if delta.rows is not None or delta.parts[first].shape[0] % 2:
         raise AdapterError(
@@ -96,7 +99,7 @@ def _cut(item: Pair | Delta, begin: int, end: int) -> Pair | Delta:
 
 
 def _on_rows(item: Pair | Delta, select: Callable[[Tensor], Tensor]) -> Pair | Delta:
-    """Apply `select` to every tensor with one row per row of the weight."""
+    """Apply `select` to every tensor of `item` that has one row per row of the weight."""
     m = item.magnitude if item.magnitude is None or item.magnitude.ndim > 1 else select(item.magnitude)
     if isinstance(item, Pair):
         origin = None if item.origin is None else (item.origin[0], select(item.origin[1]))
@@ -112,7 +115,7 @@ def _on_rows(item: Pair | Delta, select: Callable[[Tensor], Tensor]) -> Pair | D
 def _rows(item: Pair | Delta) -> int | None:
     """Return the number of rows of the weight.
 
-    None for a gain on the inputs, which fits any."""
+    None for a gain on the inputs, which fits any number of rows."""
     if isinstance(item, Delta):
         value = item.parts.get("value")
         return item.shape[0] if item.form != "gain" else len(value) if value is not None and value.ndim == 1 else None
@@ -128,10 +131,10 @@ def _describe(item: Pair | Delta) -> str:
 
 
 def trimmed(pair: Pair) -> Pair:
-    """Return the pair without ranks that B multiplies by zero; keeps at least one.
+    """Return the pair without the ranks that B multiplies by zero, at least one rank.
 
-    ΔW and scale stay the same. Restores the rank of a part of a block-diagonal B (of `join_parts`, or of
-    sd-scripts' `split_qkv`)."""
+    ΔW and scale do not change. Restores the original rank of a part of a block-diagonal B (from `join_parts`,
+    or from sd-scripts' `split_qkv`)."""
     if pair.kind not in ("linear", "conv") or pair.origin is not None:
         return pair
     used = pair.B.flatten(1).ne(0).any(0).nonzero().reshape(-1)
@@ -144,9 +147,11 @@ def trimmed(pair: Pair) -> Pair:
 def join_parts(parts: Sequence[T | None], rows: Sequence[int] | None = None) -> T:
     """Return one change of the fused projection, ΔW = [ΔW₀; ΔW₁; …].
 
-    None is an unchanged part; `rows` then has the number of rows of each part. Raises AdapterError if no pair
-    or delta can express the result: different forms, a magnitude on only some parts or of the inputs, LoKr
-    parts of different products."""
+    parts: None is an unchanged part.
+    rows: the number of rows of each part, required if a part is None.
+
+    Raises AdapterError if no pair or delta can express the result: different forms, a magnitude on only some
+    parts or of the inputs, LoKr parts of different products."""
     items = [p for p in parts if p is not None]
     if not items:
         raise ValueError("nothing to join")
@@ -197,7 +202,7 @@ def _join_pairs(parts: Sequence[Pair | None], sizes: Sequence[int | None], magni
 def _blocks(blocks: Sequence[tuple[int, Tensor] | None], ranks: Sequence[int], sizes: Sequence[int | None]) -> Tensor:
     """Return the block-diagonal matrix (Σ sizes, Σ ranks, 1…).
 
-    Block i is in part i's rows and its A's columns; other entries are zero."""
+    Part i's block is in the part's rows and in the columns of its A; other entries are zero."""
     some = [b[1] for b in blocks if b is not None]
     dtype = some[0].dtype
     for t in some:
@@ -246,7 +251,7 @@ def _join_deltas(
         return replace(first, parts={"value": value}, shape=shape, scale=scale, magnitude=magnitude)
     joined: dict[str, Tensor] = {}
     for n in "12":
-        # Right factors (and cores) count as one A: equal ones are shared, different ones concatenated.
+        # Right factors (and cores) are treated like A: equal factors are shared, different ones concatenated.
         rights = [tuple(p.parts[k] for k in (f"b{n}", f"t{n}") if k in p.parts) for p in have]
         distinct: list[tuple[Tensor, ...]] = []
         for r in rights:
@@ -269,9 +274,9 @@ def _join_deltas(
 
 
 def _join_rows(have: Sequence[Delta], all_there: bool, magnitude: Tensor | None) -> Delta:
-    """Join neighboring rows of one LoKr product.
+    """Return adjacent row ranges of one LoKr product as one range.
 
-    If the ranges cover all rows, the result has `rows=None`."""
+    If the range covers all rows, the result has `rows=None`."""
     first = have[0]
     alike = all(
         p.scale == first.scale and p.whole == first.whole and p.parts.keys() == first.parts.keys() for p in have

@@ -3,12 +3,12 @@
     blk.0.attn_q.weight.lora_a (rank, in), .lora_b (out, rank)      scale = adapter.lora.alpha / rank; alpha 0: 1
     token_embd.weight.lora_a (rows, rank), .lora_b (dim, rank)      an embedding's pair, its A transposed
 
-llama.cpp permutes the rows of Llama's q and k within each head of d rows, for its rotary embedding: row 2i+s
-of the file is row s·d/2+i of Hugging Face's, s in {0, 1}. The rows of B are permuted too, and this module
-undoes it. That needs the head size, which llama.cpp's converter does not write (veneer does:
-`<arch>.rope.dimension_count`). The whole file has one alpha: if the pairs' alphas differ, B absorbs the
-quotient. Supports the Llama (and Mistral), Qwen 2 and 3, and Gemma families; no magnitudes, deltas or full
-weights, which llama.cpp does not apply.
+For its rotary embedding, llama.cpp permutes the rows of Llama's q and k within each head of d rows: row 2i+s
+of the file is row s·d/2+i of Hugging Face's weight, s in {0, 1}. The rows of B are permuted too, and this
+module reverses the permutation. This requires the head size, which llama.cpp's converter does not write
+(veneer writes it as `<arch>.rope.dimension_count`). A file has a single alpha: if the pairs' alphas differ, B
+is scaled to compensate. The Llama (and Mistral), Qwen 2 and 3, and Gemma families are supported. Magnitudes,
+deltas and full weights are not supported, because llama.cpp does not apply them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from veneer.formats.tensors import check_finite
 GGUF_ARCHITECTURES: dict[str, bool] = {
     **{"llama": True, "qwen2": False, "qwen3": False, "gemma": False, "gemma2": False, "gemma3": False}
 }
-"""GGUF architecture -> whether rows of q and k are permuted. Mistral's is llama."""
+"""GGUF architecture -> whether the rows of q and k are permuted. Mistral's architecture is "llama"."""
 
 _MODULES = ["model.embed_tokens", "lm_head"] + [
     f"model.layers.0.{part}"
@@ -41,9 +41,9 @@ _MODULES = ["model.embed_tokens", "lm_head"] + [
 
 @dataclass
 class GgufAdapter:
-    """The contents of a file.
+    """The contents of a GGUF adapter file.
 
-    `unused`: norms, which llama.cpp ignores. `fields`: of the header."""
+    `unused`: norms, which llama.cpp ignores. `fields`: the header's fields."""
 
     adapter: Adapter
     architecture: str
@@ -52,7 +52,7 @@ class GgufAdapter:
 
 
 def _names(architecture: str) -> dict[str, str]:
-    """Return module -> GGUF name in block 0, from the gguf package's table."""
+    """Return module -> GGUF name for block 0, from the gguf package's table."""
     import gguf
 
     arch = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
@@ -79,7 +79,7 @@ def _is_permuted(module: str) -> bool:
 
 
 def _permuted(B: Tensor, head_dim: int) -> Tensor:
-    """Permute Hugging Face's rows to llama.cpp's order."""
+    """Return B with its rows permuted from Hugging Face's order to llama.cpp's order."""
     return B.reshape(-1, 2, head_dim // 2, B.shape[1]).transpose(1, 2).reshape(B.shape)
 
 
@@ -88,11 +88,12 @@ def _unpermuted(B: Tensor, head_dim: int) -> Tensor:
 
 
 def read_gguf(path: str | Path, *, head_dim: int | None = None) -> GgufAdapter:
-    """Read the adapter in a GGUF file under Hugging Face names.
+    """Return the adapter in a GGUF file, under Hugging Face names.
 
-    `head_dim`: the base's rows per head, for Llama's q and k if the file does not state it. Raises one
-    AdapterError listing unpaired, misshapen or unknown tensors, another for values that are not finite, and
-    all errors of `read_gguf_file`."""
+    head_dim: the base's rows per head, for Llama's q and k if the file does not contain the head size.
+
+    Raises one AdapterError listing unpaired, misshapen or unknown tensors, another AdapterError for NaN or
+    infinity, and all errors of `read_gguf_file`."""
     file = read_gguf_file(path)
     where = file.where
     texts = {key: value for key, value in file.fields.items() if isinstance(value, str)}
@@ -170,11 +171,11 @@ def read_gguf(path: str | Path, *, head_dim: int | None = None) -> GgufAdapter:
 def write_gguf(
     adapter: Adapter, path: str | Path, *, architecture: str, head_dim: int | None = None, name: str = ""
 ) -> list[str]:
-    """Write an adapter like llama.cpp's convert_lora_to_gguf.
+    """Write an adapter as a llama.cpp LoRA file, and return notes on changes.
 
-    Returns notes on changes. Tensors keep float32, float16 and bfloat16; other dtypes become float32. Raises
-    one AdapterError listing what the format cannot hold: magnitudes, deltas, full modules, token rows, other
-    kinds of pairs, and modules without a name in it."""
+    The format is that of llama.cpp's convert_lora_to_gguf. Tensors keep float32, float16 and bfloat16; other
+    dtypes become float32. Raises one AdapterError listing everything that the format cannot hold: magnitudes,
+    deltas, full modules, token rows, other kinds of pairs, and modules without a GGUF name."""
     if architecture not in GGUF_ARCHITECTURES:
         raise AdapterError(
             f"no GGUF adapter for the architecture {architecture!r}", fix=f"known: {', '.join(GGUF_ARCHITECTURES)}"

@@ -57,15 +57,17 @@ REFUSED: dict[str, str] = {
     r"lokr_t1": "a LoKr with a core on its first factor, which LyCORIS itself never reads",
 }
 _ANY = "|".join(f"(?:{p})" for p in (*ROLES.values(), *REFUSED, "weight|scale"))
-# The shortest module text before a whole suffix. One faulty converter joins the two as `_lora_down`.
+# Matches the shortest module text before a complete suffix. One faulty converter joins module and suffix by
+# `_`, as in `_lora_down`.
 _KEY = re.compile(rf"(?P<module>.+?)(?:\.|_(?=lora_(?:up|down|mid)\.weight$))(?P<suffix>{_ANY})")
 
 
 def split_key(key: str) -> tuple[str, str] | None:
-    """Return (module text, suffix) of a tensor's name, or None for an unknown suffix.
+    """Return (module text, suffix) of a tensor's name, or None if the suffix is unknown.
 
-    The module text is as in the file: `x.processor.to_q_lora.down.weight` gives `x.processor.to_q_lora` and
-    `down.weight`, XLabs' `double_blocks.0.processor.qkv_lora1.up.weight` the text up to `qkv_lora1`."""
+    The module text is returned as it is in the file: `x.processor.to_q_lora.down.weight` gives
+    `x.processor.to_q_lora` and `down.weight`; XLabs' `double_blocks.0.processor.qkv_lora1.up.weight` gives
+    the text up to `qkv_lora1`."""
     match = _KEY.fullmatch(key)
     return None if match is None else (match["module"], match["suffix"])
 
@@ -111,14 +113,14 @@ _RULES: tuple[tuple[str, str, str], ...] = (
 )
 _COMPILED = [(name, re.compile(pattern), why) for name, pattern, why in _RULES]
 FORMATS = (*(name for name, _, _ in _RULES), "gguf", "mlx", "tinker")
-# These names mark a whole file; the other names in it are plain names of another format.
+# A file with any of these names has this format; its other names are plain names of another format.
 _MARKS = {"bfl-control", "xlabs", "lycoris", "onetrainer"}
 
 
 def detect_format(keys: Iterable[str], metadata: Mapping[str, str]) -> tuple[str, list[str]]:
-    """Return the format and the reasons: names and their counts.
+    """Return the format, and the names with their counts that led to it.
 
-    The format is "unknown" if none matches."""
+    The format is "unknown" if no name matches."""
     keys = list(keys)
     counts: Counter[str] = Counter()
     for key in keys:

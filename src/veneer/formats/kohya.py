@@ -1,6 +1,7 @@
 """Write kohya's and ComfyUI's files: original names with fused projections.
 
-    canonical module  --(family.originals, inverted)-->  original module, rows joined, halves swapped  --> prefix + name
+    canonical module  --(family.originals, inverted)-->  original module, rows joined, halves swapped  -->
+    prefix + name
 
 | tool and family        | denoiser                                          | text encoders                     |
 | kohya: SD 1, SD 2      | lora_unet_ + diffusers' name, flat                | lora_te_                          |
@@ -36,7 +37,7 @@ from veneer.formats.topology import DENOISERS, Family, ModuleTarget, flat
 T = TypeVar("T", bound=Pair | Delta)
 
 LYCORIS = "lycoris_"
-"""Prefix of flat diffusers names of a denoiser's modules."""
+"""Prefix of a denoiser's module names in LyCORIS files: flat diffusers names."""
 
 
 def kohya_tensors(
@@ -44,8 +45,9 @@ def kohya_tensors(
 ) -> tuple[dict[str, Tensor], list[Pair], list[str]]:
     """Return the tensors in layout `to`, the pairs as written, and notes.
 
-    to: "kohya" or "comfyui". Contents that the layout cannot hold are added to `refused`; the result is then
-    partial."""
+    to: "kohya" or "comfyui".
+
+    Changes that the layout cannot hold are added to `refused`; the result is then partial."""
     named = _renamed_changes(by_module, family, to, refused)
     pairs = [changes.pair for changes, _ in named.values() if changes.pair is not None]
     tensors = _suffixed(named, family, to, refused)
@@ -55,10 +57,12 @@ def kohya_tensors(
 def _renamed_changes(
     by_module: Mapping[str, ModuleChanges], family: Family, to: str, refused: Refusals
 ) -> dict[str, tuple[ModuleChanges, tuple[str, ...]]]:
-    """Return the changes under the names of `to`, each with its canonical modules.
+    """Return name in layout `to` -> changes and their canonical modules.
 
-    to: "kohya" or "comfyui". Modules without a name there, or without a single change for their fused
-    projection, are added to `refused`."""
+    to: "kohya" or "comfyui".
+
+    Modules without a name in this layout, or with changes that cannot be joined for their fused projection,
+    are added to `refused`."""
     out: dict[str, tuple[ModuleChanges, tuple[str, ...]]] = {}
     denoiser: dict[str, ModuleChanges] = {}
     for module, changes in by_module.items():
@@ -90,10 +94,10 @@ def _hint(module: str, family: Family) -> str:
 def _originals(
     by_module: Mapping[str, ModuleChanges], family: Family, refused: Refusals
 ) -> dict[str, tuple[ModuleChanges, tuple[str, ...]]]:
-    """Return the denoiser's changes by original module, fused if the original is.
+    """Return the denoiser's changes by original module, joined for fused modules.
 
-    LoKr changes that cannot be joined stay separate under LyCORIS' names for diffusers' modules, whose rows
-    ComfyUI knows."""
+    LoKr changes that cannot be joined stay separate, under LyCORIS' flat diffusers names, which ComfyUI maps
+    to rows of the original."""
     owner: dict[str, str] = {}
     for name, targets in family.originals.items():
         for target in targets:
@@ -122,9 +126,9 @@ def _is_lokr(changes: ModuleChanges) -> bool:
 
 
 def _fused(parts: Sequence[ModuleChanges | None], targets: Sequence[ModuleTarget]) -> ModuleChanges:
-    """Join the changes of a fused module's parts.
+    """Return one change for a fused module, joined from the changes of its parts.
 
-    An unchanged part becomes rows of zeros."""
+    An unchanged part becomes zero rows."""
     have = [p for p in parts if p is not None]
     if len(targets) == 1 and targets[0].part is None and not targets[0].swap:
         return have[0]
@@ -175,13 +179,13 @@ def _suffixed(
 ) -> dict[str, Tensor]:
     """Return the tensors of renamed changes.
 
-    ComfyUI's are kohya's with PEFT's two names."""
+    ComfyUI's layout is kohya's with PEFT's suffixes lora_A and lora_B."""
     out: dict[str, Tensor] = {}
     for name, (changes, modules) in named.items():
         for reason in _unread(name, changes, family, to):
             refused[reason] += modules
         if to == "comfyui" and changes.pair is not None and changes.pair.kind == "embedding":
-            # ComfyUI adds up·down to any weight; an embedding's pair changes the transpose.
+            # ComfyUI adds up·down to the stored weight, but an embedding's pair changes its transpose.
             changes = replace(changes, pair=Pair(changes.pair.B.t(), changes.pair.A.t(), changes.pair.scale))
         try:
             parts = write_module(changes)
@@ -199,7 +203,7 @@ _COMFY = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"
 
 
 def _unread(name: str, changes: ModuleChanges, family: Family, to: str) -> list[str]:
-    """Return the contents that readers of `to` ignore or misread."""
+    """Return messages for contents that readers of `to` ignore or misread."""
     out = []
     if changes.full and (to == "kohya" or set(changes.full) != {"weight"}):
         out.append("it cannot hold whole new weights; subtract the base's, or merge it into the base")

@@ -35,10 +35,10 @@ _PEFT_KEY = re.compile(
 
 
 def _class_names(modules: Iterable[str]) -> dict[str, str]:
-    """Return canonical name -> the name in its own class, to which PEFT attaches it.
+    """Return canonical name -> name within the model's own class, which PEFT uses.
 
-    The component is removed only if one image family has every module, the condition under which the reader
-    adds it. (No language model has a module `unet`.)"""
+    The component prefix is removed only if one image family has every module; under the same condition, the
+    reader adds the prefix. (No language model has a module `unet`.)"""
     modules = list(modules)
     choice = choose_family(dict.fromkeys(modules))
     is_pipeline = choice.family is not None and all(m in choice.family.modules for m in modules)
@@ -47,10 +47,11 @@ def _class_names(modules: Iterable[str]) -> dict[str, str]:
 
 
 def unreachable(modules: Collection[str], keys: Iterable[str], to: str, family: Family | None = None) -> list[str]:
-    """Return one line for each name that the target's loader does not find.
+    """Return one line for each name that the target's loader would not load.
 
-    Lists `keys` that no module of the target's model asks for, and canonical `modules` without a key.
-    `family`: for targets of image models."""
+    Covers `keys` that match no module of the target's model, and canonical `modules` without a key.
+
+    family: the family, for targets of image models."""
     loader = _LOADERS.get(to, to)
     if family is None:
         expected: Mapping[str, Collection[str]] = {
@@ -68,17 +69,17 @@ def unreachable(modules: Collection[str], keys: Iterable[str], to: str, family: 
 def _module_of(key: str, expected: Mapping[str, Collection[str]]) -> str:
     """Return the module of a PEFT key: the text before PEFT's suffix.
 
-    For a full copy: the longest known module name."""
+    For a key of a full copy, the longest module name in `expected`."""
     match = _PEFT_KEY.fullmatch(key)
     if match is not None and (match["module"] in expected or not key.endswith(".bias")):
         return match["module"]
-    parts = key.split(".")  # a bias can belong to a full copy or to a module inside it
+    parts = key.split(".")  # a bias can belong to a full copy, or to a module inside a full copy
     owners = (".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1))
     return next((owner for owner in owners if owner in expected), match["module"] if match else key)
 
 
 def _expected_keys(family: Family, to: str) -> Mapping[str, Collection[str]]:
-    """Return text -> the canonical modules changed by tensors under it."""
+    """Return key text -> the canonical modules that tensors under this text change."""
     out: dict[str, list[str]] = defaultdict(list)
     for module in family.modules:
         component, _, name = module.partition(".")
@@ -94,6 +95,6 @@ def _expected_keys(family: Family, to: str) -> Mapping[str, Collection[str]]:
         for original, targets in family.originals.items():
             text = f"lora_unet_{flat(original)}" if to == "kohya" else f"diffusion_model.{original}"
             out[text] += [target.module for target in targets]
-            for target in targets if len(targets) > 1 else ():  # LyCORIS' and ComfyUI's names for row parts
+            for target in targets if len(targets) > 1 else ():  # names for row parts (LyCORIS, ComfyUI)
                 out[LYCORIS + flat(target.module.partition(".")[2])].append(target.module)
     return out

@@ -1,11 +1,13 @@
 """Convert safetensors metadata of other tools to a card, and a card to metadata.
 
 Writes modelspec 1.0.1, the `ss_` keys that A1111, Forge and ComfyUI's managers read, and the card as JSON
-under `veneer.card`. `files.hashes.sealed` adds the hashes last. Equal cards give equal metadata: no time of
-day, unless the card has one. `modelspec.` and `ss_` values are texts; lists in them are separated by commas.
+under `veneer.card`. `files.hashes.sealed` then adds the hashes. Equal cards give equal metadata: no timestamp
+is written unless the card has one. Values of `modelspec.` and `ss_` keys are texts; lists in them are
+separated by commas.
 
-Trigger words occur under many keys. Explicit trigger words come first; a tag in every caption, or a data
-set's folder (`10_sks dog`), is a guess, used only without explicit ones. Uses texts; no tensors.
+Trigger words occur under many keys. Explicit trigger words come first. A tag that occurs in every caption, or
+the name of a data set's folder (`10_sks dog`), is a guess, and is used only if no explicit trigger words
+exist. This module works on texts, not tensors.
 """
 
 from __future__ import annotations
@@ -34,10 +36,10 @@ MODELSPEC_ARCHITECTURES: dict[str, tuple[str, str, str]] = {
 }
 """Family -> (architecture without `/lora`, implementation, base model version).
 
-The keys are modelspec.architecture, modelspec.implementation and ss_base_model_version. As sd-scripts and
+The values of modelspec.architecture, modelspec.implementation and ss_base_model_version, as sd-scripts and
 musubi-tuner write them."""
 
-# For text in lower case with only letters and digits; the first matching prefix counts.
+# Prefixes of lower-case text with only letters and digits; the first match wins.
 _FAMILIES = [
     ("stablediffusionv1", "sd15"), ("sdv1", "sd15"), ("sd15", "sd15"), ("sd1", "sd15"),
     ("stablediffusionv2", "sd2"), ("sdv2", "sd2"), ("sd2", "sd2"), ("stablediffusionxl", "sdxl"), ("sdxl", "sdxl"),
@@ -47,7 +49,7 @@ _FAMILIES = [
     ("zimage", "z-image"),
 ]  # fmt: skip
 
-# Keys with explicit trigger words; values are JSON lists or comma-separated texts.
+# Keys with explicit trigger words. Values are JSON lists or comma-separated texts.
 _SAID = (
     *("modelspec.trigger_phrase", "trained_words", "ss_trained_words", "trainedWords", "trigger_words", "trigger_word"),
     *("ss_trigger_words", "trigger_phrase", "ss_activation_tags", "activation text", "instance_prompt"),
@@ -58,9 +60,9 @@ _MAX_JSON = 32 << 20
 
 
 def json_value(metadata: Mapping[str, str], key: str) -> Any:
-    """Return the value of a JSON key, or None.
+    """Return the parsed value of a JSON key, or None if missing or invalid.
 
-    sd-scripts' statistics can contain NaN."""
+    NaN is accepted, because sd-scripts' statistics can contain NaN."""
     text = metadata.get(key, "")
     if not text or len(text) > _MAX_JSON:
         return None
@@ -73,7 +75,7 @@ def json_value(metadata: Mapping[str, str], key: str) -> Any:
 def family_in_metadata(metadata: Mapping[str, str]) -> str | None:
     """Return the family that the metadata claims, or None.
 
-    Tensors can refute the claim."""
+    The claim can be wrong; callers check it against the tensors."""
     for key in ("modelspec.architecture", "ss_base_model_version"):
         text = re.sub(r"[^a-z0-9]", "", metadata.get(key, "").lower())
         for start, family in _FAMILIES:
@@ -83,9 +85,9 @@ def family_in_metadata(metadata: Mapping[str, str]) -> str | None:
 
 
 def trigger_words(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return word or phrase -> the key it was found under, best first.
+    """Return trigger word or phrase -> the metadata key that contains it, best first.
 
-    Guesses end in `?`."""
+    The key of a guess ends in `?`."""
     out: dict[str, str] = {}
     for key in _SAID:
         for word in _words(metadata, key):
@@ -106,7 +108,7 @@ def trigger_words(metadata: Mapping[str, str]) -> dict[str, str]:
         properties = folders.get(folder)
         images = properties.get("img_count") if isinstance(properties, dict) else None
         if len(counts) == 1:
-            images = next(iter(counts.values()))  # ai-toolkit's {"1_word": {"word": 1}}, and folders without captions
+            images = next(iter(counts.values()))  # ai-toolkit's {"1_word": {"word": 1}}, or no captions
         for tag, n in counts.items():
             if images and n >= images and tag.strip():
                 out.setdefault(tag.strip(), "ss_tag_frequency" if len(counts) == 1 else "ss_tag_frequency?")
@@ -126,9 +128,9 @@ def _words(metadata: Mapping[str, str], key: str) -> list[str]:
 def card_from_metadata(metadata: Mapping[str, str]) -> Card:
     """Return a card from any tool's metadata.
 
-    `veneer.card` has priority; other keys fill its empty fields. `extra` has title, author, description, tags
-    and other facts under modelspec's names; `recipe` the training settings under sd-scripts' names without
-    `ss_`, except bulky ones (tags, data sets, buckets)."""
+    `veneer.card` has priority; other keys fill its empty fields. `extra` contains title, author, description,
+    tags and other properties under modelspec's names. `recipe` contains the training settings under
+    sd-scripts' names without `ss_`, except large ones (tags, data sets, buckets)."""
     card = Card(kind="image")
     for name in _TEXTS:
         if metadata.get(f"modelspec.{name}"):
@@ -147,7 +149,7 @@ def card_from_metadata(metadata: Mapping[str, str]) -> Card:
     card.rank = int(_number(metadata.get("ss_network_dim", "")))
     card.alpha = _number(metadata.get("ss_network_alpha", ""))
     words, card_values = trigger_words(metadata), json_value(metadata, "veneer.card")
-    if isinstance(card_values, dict):  # its author knew the trigger words; no guesses needed
+    if isinstance(card_values, dict):  # a veneer card lists its trigger words, so do not guess
         words = {word: key for word, key in words.items() if key in _SAID}
     sure = [w for w, key in words.items() if not key.endswith("?")]
     card.trigger_words = sure or list(words)
@@ -182,7 +184,7 @@ def _text_unless_none(text: str) -> str:
 
 
 def _number(text: str) -> float:
-    """Return a finite positive number, or 0; `Dynamic` and `None` occur too."""
+    """Return a finite positive number, or 0 for other texts such as `Dynamic` and `None`."""
     try:
         value = float(text)
     except ValueError:
@@ -191,19 +193,20 @@ def _number(text: str) -> float:
 
 
 def _moment(text: str) -> str:
-    """Convert seconds since 1970 to ISO-8601 in UTC."""
+    """Return seconds since 1970 as ISO 8601 in UTC."""
     seconds = int(_number(text))
     return datetime.fromtimestamp(seconds, tz=UTC).isoformat() if seconds else ""
 
 
 def metadata_of(card: Card, *, family: str | None = None, name: str = "adapter") -> dict[str, str]:
-    """Return a card's metadata for all tools.
+    """Return a card's metadata for all tools, without hashes (see `sealed`).
 
-    Hashes are not included; `sealed` adds them last. `name`: of the file, shown by A1111. `card.extra`
-    provides title, author, description, tags, usage_hint, thumbnail (a data address), prediction_type and
-    architecture, and `tag_frequency`, {folder: {tag: count}}; `card.created` the date, ISO-8601. Modelspec
-    requires an architecture and is left out if neither the family (MODELSPEC_ARCHITECTURES) nor the card has
-    one. Rank 0 stands for several ranks."""
+    name: the file's name, which A1111 shows.
+
+    `card.extra` provides title, author, description, tags, usage_hint, thumbnail (a data URL),
+    prediction_type, architecture, and `tag_frequency`, {folder: {tag: count}}. `card.created` provides the
+    date, in ISO 8601. Modelspec requires an architecture and is left out if neither the family
+    (MODELSPEC_ARCHITECTURES) nor the card has one. Rank 0 means that ranks differ."""
     extra = {k: v for k, v in card.extra.items() if isinstance(v, str) and v}
     words = ", ".join(card.trigger_words)
     out = {"format": "pt", "ss_output_name": name}
@@ -242,9 +245,9 @@ def metadata_of(card: Card, *, family: str | None = None, name: str = "adapter")
 
 
 def training_metadata(values: Mapping[str, Any]) -> dict[str, str]:
-    """Return a run's values under sd-scripts' names.
+    """Return a run's training settings under sd-scripts' metadata names.
 
-    `values`: by names without `ss_`; None becomes `None`, as in sd-scripts."""
+    values: settings by name without `ss_`; None becomes `None`, as in sd-scripts."""
 
     def text(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else str(value)
@@ -253,15 +256,15 @@ def training_metadata(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def pack_configs(configs: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return diffusers' `lora_adapter_metadata`: PEFT settings by component as JSON.
+    """Return diffusers' `lora_adapter_metadata`: PEFT settings of all components as JSON.
 
-    {"unet.r": 16, "unet.lora_alpha": 8}"""
+    Example: {"unet.r": 16, "unet.lora_alpha": 8}"""
     flat = {f"{component}.{key}": value for component, config in configs.items() for key, value in config.items()}
     return json.dumps(flat, indent=2, sort_keys=True, allow_nan=False)
 
 
 def unpack_configs(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Return the PEFT settings by component from `lora_adapter_metadata`, or {}.
+    """Return the PEFT settings by component from `lora_adapter_metadata`, or {} if missing.
 
     Raises AdapterError for a value that is not a JSON object with `component.setting` keys."""
     if not metadata.get("lora_adapter_metadata"):

@@ -13,10 +13,11 @@
 | set_weight · scale, or only weight (a vector)                      | whole new weight                         |
 | dora_scale (out, 1…) or (1, in, 1…) · lora_magnitude_vector (out)  | magnitude of the pair, the LoHa, the LoKr|
 
-Sources: the files of sd-scripts, LyCORIS, PEFT, diffusers and ComfyUI. A LoHa or LoKr of a convolution can be
-stored flat: its shape is (out, in·k·k) until `fitted` to the weight. LyCORIS ignores alpha if both factors of
-a LoKr are full; PEFT's LoKr files do not, and say so in a config that this module does not read. Uses one
-module's tensors; no names of modules, no files.
+Sources: files of sd-scripts, LyCORIS, PEFT, diffusers and ComfyUI. A LoHa or LoKr of a convolution can be
+stored flat; its shape is then (out, in·k·k) until `fitted` to the weight. LyCORIS ignores alpha if both
+factors of a LoKr are full. PEFT's LoKr files use alpha even then, which is stated in a configuration that
+this module does not read. This module works on one module's tensors, and does not depend on module names or
+files.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ _REFUSE = [(re.compile(pattern), why) for pattern, why in REFUSED.items()]
 class ModuleChanges:
     """The changes of one module in a file.
 
-    `deltas`: "weight" or "bias" -> Delta. `full`: parameter -> its whole value."""
+    `deltas`: "weight" or "bias" -> Delta. `full`: parameter -> its new value."""
 
     pair: Pair | None = None
     deltas: dict[str, Delta] = field(default_factory=dict)
@@ -53,7 +54,7 @@ class ModuleChanges:
 
 
 def changes_by_module(adapter: Adapter) -> dict[str, ModuleChanges]:
-    """Return canonical module -> all its changes, sorted by name.
+    """Return canonical module -> all changes of the module, sorted by name.
 
     Token rows belong to no module and are left out."""
     out: dict[str, ModuleChanges] = defaultdict(ModuleChanges)
@@ -68,10 +69,10 @@ def changes_by_module(adapter: Adapter) -> dict[str, ModuleChanges]:
 
 
 def widened(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Return tensors with 8-bit floats as bfloat16, and a note.
+    """Return the tensors with 8-bit floats converted to bfloat16, and a note.
 
-    bfloat16 holds every value of both 8-bit kinds exactly and supports arithmetic. Other tensors are
-    unchanged."""
+    bfloat16 represents every value of both 8-bit kinds exactly and supports arithmetic. Other tensors do not
+    change."""
     narrow = {key for key, t in tensors.items() if t.is_floating_point() and t.dtype.itemsize == 1}
     out = {key: t.to(torch.bfloat16) if key in narrow else t for key, t in tensors.items()}
     message = f"{len(narrow)} tensors are stored in 8 bits: they are read as bfloat16, which holds the same values"
@@ -81,11 +82,15 @@ def widened(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]
 def read_module(
     suffixes: Mapping[str, Tensor], *, alpha: float | None = None, rslora: bool = False, where: str = ""
 ) -> ModuleChanges:
-    """Return the module's changes from tensors named by `split_key`'s suffixes.
+    """Return a module's changes from its tensors, named by `split_key`'s suffixes.
 
-    Tensors are not copied, except for a Tucker pair. `alpha`: from a config or a correction; overrides the
-    stored alpha. Without either, alpha is the rank. Raises one AdapterError naming every tensor that is
-    unknown, unpaired, misshapen or of an unsupported algorithm (OFT, BOFT, GLoRA, T-LoRA)."""
+    Tensors are not copied, except for a Tucker pair.
+
+    alpha: alpha from a configuration or a correction, which overrides the stored alpha. Without either, alpha
+        is the rank.
+
+    Raises one AdapterError naming every tensor that is unknown, unpaired, misshapen or of an unsupported
+    algorithm (OFT, BOFT, GLoRA, T-LoRA)."""
     reader = _Reader({}, rslora)
     for suffix, tensor in suffixes.items():
         role = next((role for role, pattern in _ROLE if pattern.fullmatch(suffix)), None)
@@ -108,13 +113,13 @@ def read_module(
     return reader.changes(alpha, where)
 
 
-_MOST = 1 << 29  # maximum elements of a weight created here; 4 times the largest known
+_MOST = 1 << 29  # maximum elements of a weight created here, 4 times the largest known weight
 _WHOLE_NUMBERS = {"alpha", "on_input", "bias_indices", "bias_size", "reshape_weight"}
 
 
 @dataclass
 class _Reader:
-    """Takes tensors out of `have` by role; the remaining ones are unknown."""
+    """Consumes tensors of `have` by role; tensors that remain are unknown."""
 
     have: dict[str, Tensor]
     rslora: bool
@@ -150,7 +155,7 @@ class _Reader:
         changes.deltas[name] = delta
 
     def _pop_all(self, *roles: str) -> list[Tensor] | None:
-        """Return all of these tensors, or None without taking any."""
+        """Remove and return all of these tensors; None, removing nothing, if any is missing."""
         if any(role not in self.have for role in roles):
             return None
         return [self.have.pop(role) for role in roles]
@@ -176,9 +181,9 @@ class _Reader:
         return scale * self._scalar()
 
     def _scalar(self) -> float:
-        """Return LyCORIS' learned factor on ΔW.
+        """Remove LyCORIS' trained factor on ΔW and return it; 1.0 if missing.
 
-        Current versions fold it into the weights; some older ones store it."""
+        Current versions of LyCORIS fold the factor into the weights; some older versions store it."""
         scalar = self.have.pop("scalar", None)
         if scalar is not None and scalar.numel() != 1:
             self.problems.append(f"scalar {tuple(scalar.shape)}: one number is expected")
@@ -201,7 +206,7 @@ class _Reader:
             self._misfit(A, B)
             return
         if (A.ndim > 2 and B.ndim == 2) or (B.ndim > 2 and A.ndim == 2):
-            n = max(A.ndim, B.ndim)  # one of the two was squeezed
+            n = max(A.ndim, B.ndim)  # trailing 1×1 dimensions of one tensor were squeezed
             A, B = (t.reshape(*t.shape, *[1] * (n - t.ndim)) for t in (A, B))
         if A.ndim != B.ndim or A.shape[0] != B.shape[1] or math.prod(B.shape[2:]) != 1:
             self._misfit(A, B)
@@ -219,9 +224,9 @@ class _Reader:
         self.problems.append(f"A {tuple(A.shape)} and B {tuple(B.shape)} are not (rank, in…) and (out, rank)")
 
     def _without_core(self, A: Tensor, mid: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """Merge the core into A, for a plain convolution pair with equal ΔW.
+        """Return A and B of an equal convolution pair without the core: the core is merged into A.
 
-        A' = Σ_q mid[p,q,k…]·A[q,i]. Computed in float64, kept as float32."""
+        A' = Σ_q mid[p,q,k…]·A[q,i], computed in float64, stored as float32."""
         rank = A.shape[0] if A.ndim else 0
         if mid.ndim < 3 or mid.shape[:2] != (rank, rank) or A.ndim < 2 or math.prod(A.shape[2:]) != 1:
             self.problems.append(f"lora_mid {tuple(mid.shape)} on A {tuple(A.shape)}: (rank, rank, k…) is expected")
@@ -233,7 +238,9 @@ class _Reader:
         return torch.einsum("pq...,qi->pi...", mid.double(), A.double().flatten(1)).to(wide), B.to(wide)
 
     def _sparse(self, changes: ModuleChanges, indices: Tensor, values: Tensor, size: Tensor) -> None:
-        """ΔW += s·(sparse matrix). LyCORIS' int16 indices and sizes wrap from 32,768 on."""
+        """Add s·(sparse matrix) to ΔW.
+
+        LyCORIS stores indices and sizes as int16, which wrap from 32,768 on."""
         assert changes.pair is not None
         A, B = changes.pair.A, changes.pair.B
         shape = (B.shape[0], *A.shape[1:])
@@ -262,7 +269,7 @@ class _Reader:
         named = {"a1": a1, "b1": b1, "a2": a2, "b2": b2}
         shape: tuple[int, ...] = (a1.shape[0], b1.shape[1])
         if cores:
-            named |= {"a1": a1.t(), "a2": a2.t(), "t1": cores[0], "t2": cores[1]}  # stored (rank, out) with a core
+            named |= {"a1": a1.t(), "a2": a2.t(), "t1": cores[0], "t2": cores[1]}  # with a core: stored (rank, out)
             shape = (a1.shape[1], b1.shape[1], *cores[0].shape[2:])
         self._change(changes, "weight", Delta("hadamard", named, shape, self._scale(b1.shape[0])))
 
@@ -278,7 +285,7 @@ class _Reader:
                 core = self.have.pop("lokr_t2", None) if n == "2" else None
                 a, b = product
                 if core is not None:
-                    a, named["t2"] = a.t() if a.ndim == 2 else a, core  # stored (rank, out) with a core
+                    a, named["t2"] = a.t() if a.ndim == 2 else a, core  # with a core: stored (rank, out)
                 named |= {f"a{n}": a, f"b{n}": b}
                 ranks.append(b.shape[0] if b.ndim else 0)
         if len({name[1] for name in named}) < 2:
@@ -331,7 +338,7 @@ class _Reader:
     def _decompose(self, changes: ModuleChanges, stored: Tensor) -> None:
         """Assign the magnitude to the pair, the LoHa or the LoKr.
 
-        Its shape determines its axis: (out, 1…) or (1, in, 1…)."""
+        The shape determines the axis: (out, 1…) or (1, in, 1…)."""
         delta = changes.deltas.get("weight")
         if changes.pair is not None and (delta is not None or changes.pair.kind == "embedding"):
             self.problems.append(f"dora_scale {tuple(stored.shape)}: undefined with a second change")
@@ -355,16 +362,16 @@ class _Reader:
 
 
 def _unflattened(flat: tuple[int, ...], width: int) -> tuple[int, ...]:
-    """(out, in·k·k) as (out, in, k, k), for a square kernel; else unchanged."""
+    """Return (out, in·k·k) as (out, in, k, k) for a square kernel, otherwise unchanged."""
     side = math.isqrt(flat[1] // width) if width and len(flat) == 2 else 0
     return (flat[0], width, side, side) if side and side * side * width == flat[1] else flat
 
 
 def fitted(changes: ModuleChanges, shape: tuple[int, ...], *, where: str = "") -> ModuleChanges:
-    """Return the changes in the shape of this weight, without computation.
+    """Return the changes in the shape of the weight, without arithmetic.
 
-    Converts a 1×1 convolution's pair to a linear one and back, and shapes a LoHa or LoKr that was stored
-    flat. Raises AdapterError if the sizes do not fit."""
+    Converts a 1×1 convolution's pair to a linear pair and vice versa, and reshapes a LoHa or LoKr that was
+    stored flat. Raises AdapterError if the sizes do not fit."""
     pair, deltas = changes.pair, dict(changes.deltas)
     if pair is not None and pair.kind != "embedding":
         have = (pair.B.shape[0], *pair.A.shape[1:])
@@ -394,18 +401,18 @@ def fitted(changes: ModuleChanges, shape: tuple[int, ...], *, where: str = "") -
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape without dimensions after the second, if all of those are one."""
+    """Return the first two dimensions if all others are 1, otherwise the whole shape."""
     return tuple(shape[:2]) if math.prod(shape[2:]) == 1 else tuple(shape)
 
 
 def write_module(changes: ModuleChanges) -> dict[str, Tensor]:
     """Return a module's tensors by suffix, in kohya's and LyCORIS' names.
 
-    `read_module` reads them back with the same effect.
+    `read_module` reads the tensors back with the same effect. Scales are exact: alpha is stored as float32 if
+    float32 represents it exactly, else as float64. For changes without alpha (a dense delta, a LoKr of two
+    whole factors), the scale is multiplied into the tensors in float32.
 
-    AdapterError lists what the names have no tensors for. Scales are exact: alpha is a float32 where that holds it, a
-    float64 elsewhere; what has no alpha (a dense delta, a LoKr of two whole factors) has its scale multiplied in, in
-    float32."""
+    Raises AdapterError listing the changes that have no tensor names."""
     out: dict[str, Tensor] = {}
     problems: list[str] = []
     if changes.pair is not None:
@@ -454,9 +461,9 @@ def _write_delta(name: str, delta: Delta, changes: ModuleChanges, out: dict[str,
 
 
 def _write_product(delta: Delta, out: dict[str, Tensor]) -> None:
-    """Add hada_… and lokr_… tensors of a LoHa or LoKr.
+    """Add the hada_… or lokr_… tensors of a LoHa or LoKr to `out`.
 
-    A factor with a core is stored (rank, out), other factors (out, rank)."""
+    A factor with a core is stored as (rank, out), other factors as (out, rank)."""
     prefix = "hada" if delta.form == "hadamard" else "lokr"
     for part, t in delta.parts.items():
         letter, n = part[0], part[1]

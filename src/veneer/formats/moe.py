@@ -5,14 +5,14 @@
 | X.gate_proj.lora_A (E or 1, r, in), X.gate_proj.lora_B (E or 1, out, r)   | Megatron Bridge, Tinker                 |
 | X.gate_proj.lora_A (1, r, in) with X.N.gate_proj.lora_B (out, r)          | Megatron Bridge's shared outer          |
 
-gate_proj, up_proj and down_proj are w1, w3 and w2 in Mixtral. On a base with fused experts,
+In Mixtral, gate_proj, up_proj and down_proj are called w1, w3 and w2. On a base with fused experts,
 
     gate_up_proj[e] = [gate_e; up_e]      A = [A_gate; A_up], B = diag(B_gate, B_up), or one A where the two share it
 
-gpt-oss interleaves the rows as gate_0, up_0, gate_1, up_1, …: its module has `is_concatenated = False`.
-Nothing is rounded if all scales of an adapter are equal. Files of a base often store single experts although
-its model fuses them: for a merge into such files, fused pairs are split again (`as_stored`). Uses names,
-pairs and a base's outline; no files.
+gpt-oss interleaves the rows as gate_0, up_0, gate_1, up_1, …; its module has `is_concatenated = False`. If
+all scales of an adapter are equal, no value is rounded. A base's files often store single experts although
+its model fuses the experts; to merge into such files, `as_stored` splits fused pairs again. This module works
+on names, pairs and a base's structure, and does not access files.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ _MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
 def unpacked(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str], list[str]]:
-    """Split packed expert tensors into one 2-d view for each expert.
+    """Split packed expert tensors into one 2-d view per expert.
 
-    Returns (tensors, notes on what was split, problems). Tensors of other layouts are unchanged."""
+    Returns (tensors, notes, problems). Tensors of other layouts do not change."""
     out, problems = dict(tensors), []
     try:
         _unpack(out)
@@ -77,10 +77,10 @@ def _unpack(tensors: dict[str, Tensor]) -> None:
 
 
 def fuse(pairs: Mapping[str, Pair], base: Structure) -> tuple[dict[str, Pair], list[str], list[str]]:
-    """Move pairs of single experts to the base's fused parameters.
+    """Convert pairs of single experts to pairs of the base's fused parameters.
 
-    Returns (pairs, notes, problems). A base with a module for each expert leaves them unchanged. Without a
-    base they are fused if the file's own names are those of fused projections (gate_up_proj)."""
+    Returns (pairs, notes, problems). If the base has a module per expert, pairs do not change. Without a
+    base, pairs are fused if the file's own names are those of fused projections (gate_up_proj)."""
     experts: dict[str, dict[str, dict[int, Pair]]] = defaultdict(lambda: defaultdict(dict))
     names: dict[str, list[str]] = defaultdict(list)
     for name, pair in pairs.items():
@@ -115,7 +115,7 @@ def fuse(pairs: Mapping[str, Pair], base: Structure) -> tuple[dict[str, Pair], l
 def _module(
     module: str, projections: Mapping[str, Mapping[int, Pair]], parameters: Sequence[str], base: Structure
 ) -> dict[str, Pair]:
-    """Return the fused pairs of one module by parameter."""
+    """Return the fused pairs of one module, by parameter."""
     if dora := [
         projection for projection, pairs in projections.items() if any(p.magnitude is not None for p in pairs.values())
     ]:
@@ -143,20 +143,20 @@ def _module(
 
 
 _TRANSPOSED = {"gpt_oss", "openai_privacy_filter", "aria", "aria_text"}
-"""Model types that store experts as (experts, in, out).
-
-Their expert modules set `is_transposed`."""
+"""Model types that store experts as (experts, in, out); their modules set `is_transposed`."""
 
 
 def as_stored(
     pairs: Mapping[str, Pair], find: Callable[[str], str | None], model_types: Collection[str]
 ) -> dict[str, Pair]:
-    """Convert the pairs to the layout of a base's files, with equal changes.
+    """Return the pairs in the layout of a base's files, with equal changes.
 
-    `find`: parameter name -> the stored name, or None. `model_types`: of the base's config and its text
-    model's. A pair of a fused expert parameter stored as single experts becomes a linear pair for each
-    expert: gate_up_proj[e] = [gate_e; up_e]. A router in Mixtral's layout gets its name in the files. Other
-    pairs are unchanged. Raises AdapterError if the files have more experts than a pair."""
+    find: parameter name -> the stored name, or None.
+    model_types: the model types of the base's configuration and of its text model's.
+
+    If the files store single experts, a pair of a fused expert parameter becomes one linear pair per expert:
+    gate_up_proj[e] = [gate_e; up_e]. A router in Mixtral's layout gets the name used in the files. Other
+    pairs do not change. Raises AdapterError if the files have more experts than a pair."""
     out: dict[str, Pair] = {}
     for name, pair in pairs.items():
         old = name.replace(".mlp.", ".block_sparse_moe.")
@@ -172,9 +172,9 @@ def as_stored(
 
 
 def _split_experts(name: str, pair: Pair, find: Callable[[str], str | None]) -> dict[str, Pair]:
-    """Split a fused pair into one linear pair for each stored expert.
+    """Return one linear pair per stored expert, split from a fused pair.
 
-    {} if single experts are not stored."""
+    {} if the files do not store single experts."""
     module, _, parameter = name.rpartition(".")
     projections = {"gate_up_proj": ("gate_proj", "up_proj")}.get(parameter, (parameter,))
     for names in (
@@ -197,9 +197,9 @@ def _split_experts(name: str, pair: Pair, find: Callable[[str], str | None]) -> 
 
 
 def _stacked(experts_parts: Sequence[Sequence[Pair | None]], *, interleaved: bool) -> Pair:
-    """Join the experts' pairs.
+    """Return one fused pair, joined from the pairs of single experts.
 
-    `experts_parts`: for each expert the pair of each row part; None: no change."""
+    experts_parts: for each expert, the pair of each row part, or None for an unchanged part."""
     have = [p for pairs in experts_parts for p in pairs if p is not None]
     scale = max((p.scale for p in have), key=abs)
     folded = any(p.scale != scale for p in have)
@@ -230,16 +230,16 @@ def _stacked(experts_parts: Sequence[Sequence[Pair | None]], *, interleaved: boo
 
 
 def _share(pairs: Sequence[Pair | None]) -> bool:
-    """Return whether all parts are changed, with the same A."""
+    """Return whether all parts are changed and use the same A."""
     As = [p.A for p in pairs if p is not None]
     return len(As) == len(pairs) and all(A.shape == As[0].shape and torch.equal(A, As[0]) for A in As[1:])
 
 
 def _is_reversed(module: str, parameters: Sequence[str], base: Structure) -> bool:
-    """Return whether the base stores (experts, in, out) unmarked, like Llama 4.
+    """Return whether the base stores (experts, in, out) without `is_transposed`, like Llama 4.
 
-    gate_up_proj and down_proj have the widths (2·inner, hidden) and (hidden, inner), in one order or the
-    other."""
+    Detected by the widths of gate_up_proj and down_proj: (2·inner, hidden) and (hidden, inner), or the
+    reverse."""
     if module in base.transposed or not {"gate_up_proj", "down_proj"} <= set(parameters):
         return False
     _, a, b = base.shapes[f"{module}.gate_up_proj"]

@@ -39,13 +39,13 @@ _XLABS = {
 
 
 def _all() -> Mapping[str, Family]:
-    """Return the families, and similar models that are never claimed."""
+    """Return the families, and similar models that a file is never assigned to."""
     return {**families(), **other_models()}
 
 
 @cache
 def _table(name: str) -> Mapping[str, tuple[ModuleTarget, ...]]:
-    """Return each text, without the prefixes that `lookup` removes -> its targets."""
+    """Return module text, without the prefixes that `lookup` removes -> its targets."""
     family = _all()[name]
     out: dict[str, tuple[ModuleTarget, ...]] = {}
     denoiser = family.denoiser
@@ -60,7 +60,7 @@ def _table(name: str) -> Mapping[str, tuple[ModuleTarget, ...]]:
         if component != denoiser:
             for text in (local_name, *_old(local_name)):
                 out[f"{component}.{text}"] = targets
-                if local_name.startswith("text_model."):  # transformers 5 dropped it from the class
+                if local_name.startswith("text_model."):  # transformers 5 removed this prefix from the class
                     out[f"{component}.{text.removeprefix('text_model.')}"] = targets
             for prefix in prefixes[component]:
                 out[prefix + (flat(local_name) if prefix.endswith("_") else local_name)] = targets
@@ -80,7 +80,7 @@ def _table(name: str) -> Mapping[str, tuple[ModuleTarget, ...]]:
 
 
 def _old(name: str) -> Iterator[str]:
-    """Yield the names of an attention projection in diffusers before PEFT."""
+    """Yield the names that diffusers used for an attention projection before PEFT."""
     parent, _, projection = name.removesuffix(".0").rpartition(".")
     if re.fullmatch(r"to_[qkv]|to_out|to_add_out|add_[qkv]_proj", projection):
         yield f"{parent}.processor.{projection}_lora"
@@ -91,11 +91,11 @@ def _old(name: str) -> Iterator[str]:
 
 
 def _encoder_prefixes(family: Family, component: str) -> Iterator[str]:
-    """Yield a text encoder's prefixes: kohya's, OneTrainer's and ComfyUI's."""
+    """Yield the prefixes that kohya, OneTrainer and ComfyUI use for a text encoder."""
     if not component.startswith("text_encoder"):
         return
     if len(family.encoders) > 1:
-        yield f"lora_te{family.encoders.index(component) + 1}_"  # OneTrainer counts FLUX.1's T5 as the second
+        yield f"lora_te{family.encoders.index(component) + 1}_"  # OneTrainer numbers FLUX.1's T5 as encoder 2
     yield family.kohya_encoder(component)
     yield f"text_encoders.{family.comfyui_encoder(component)}.transformer."
 
@@ -108,7 +108,7 @@ def _xlabs(family: Family) -> Iterator[tuple[str, tuple[ModuleTarget, ...]]]:
             i += 1
     i = 0
     while (targets := family.originals.get(f"single_blocks.{i}.linear1")) is not None:
-        # These pairs cover only q, k and v, without the rows of the feed-forward.
+        # These pairs cover the rows of q, k and v, but not those of the feed-forward layer.
         qkv = tuple(ModuleTarget(target.module, (n, n + 1, 3)) for n, target in enumerate(targets[:3]))
         yield f"single_blocks.{i}.processor.qkv_lora", qkv
         yield f"single_blocks.{i}.linear1_qkv", qkv
@@ -116,7 +116,7 @@ def _xlabs(family: Family) -> Iterator[tuple[str, tuple[ModuleTarget, ...]]]:
 
 
 def lookup(family: Family, text: str) -> tuple[ModuleTarget, ...] | None:
-    """Return the targets of the module that a file calls `text`, or None."""
+    """Return the targets of the module that a file calls `text`, or None if unknown."""
     table = _table(family.name)
     text = text.removeprefix("base_model.model.")
     if (targets := table.get(text)) is not None:
@@ -128,10 +128,10 @@ def lookup(family: Family, text: str) -> tuple[ModuleTarget, ...] | None:
 
 
 def component_of(module: str) -> str:
-    """Return the component that a canonical name begins with; "" for a text adapter.
+    """Return the component that a canonical name begins with; "" for a text model's module.
 
-    GPT-2, Falcon, MPT, Bloom and others also call their decoder `transformer`: this counts as a component
-    only if some family's denoiser has such a module, whatever its block's number."""
+    GPT-2, Falcon, MPT, Bloom and others also call their decoder `transformer`. The prefix counts as a
+    component only if some family's denoiser has a module of this name, ignoring block numbers."""
     first = module.partition(".")[0]
     if first == "transformer":
         name = _kind(module)
@@ -141,14 +141,12 @@ def component_of(module: str) -> str:
 
 @cache
 def _transformers() -> frozenset[str]:
-    """Return the modules of all families' transformers, without block numbers."""
+    """Return the module names of all families' transformers, without block numbers."""
     return frozenset(_kind(m) for f in _all().values() for m in f.modules if m.startswith("transformer."))
 
 
 def closest_name(family: Family | None, text: str) -> str | None:
-    """Return the known text with the longest common prefix, or None.
-
-    The common prefix has at least 8 letters."""
+    """Return the known text with the longest common prefix, or None if shorter than 8 letters."""
     if family is None:
         return None
     text = text.removeprefix("base_model.model.")
@@ -159,15 +157,13 @@ def closest_name(family: Family | None, text: str) -> str | None:
 
 
 def _common(a: str, b: str) -> int:
-    """Return the length of the common prefix."""
+    """Return the length of the common prefix of two names."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 @cache
 def texts_of(name: str) -> list[str]:
-    """Return every text for a module of this family.
-
-    Without the prefixes that `lookup` removes."""
+    """Return every module text of this family, without the prefixes that `lookup` removes."""
     return sorted(_table(name))
 
 
@@ -176,10 +172,11 @@ _Shape = tuple[int, int]
 
 @dataclass(frozen=True)
 class FamilyChoice:
-    """The chosen family, the number of names its tables cover, and the reasons.
+    """The chosen family, the number of names in its tables, and the reasons.
 
-    `nearest`: without a chosen family, the families with these names, for messages only. `fitting`: those whose
-    widths and depth also fit; if they all map the names to the same modules, the names can still be read."""
+    `nearest`: if no family is chosen, the families with these names, for messages. `fitting`: the families
+    with matching widths and depth. If all of them map the names to the same modules, the names can still be
+    read."""
 
     family: Family | None
     covered: int
@@ -190,7 +187,7 @@ class FamilyChoice:
     def lookup(self, text: str) -> tuple[ModuleTarget, ...] | None:
         """Return a module's targets in the chosen family.
 
-        Without a chosen family, the targets on which all fitting families agree."""
+        If no family is chosen, return the targets that all fitting families agree on."""
         if self.family is not None:
             return lookup(self.family, text)
         targets = {lookup(_all()[name], text) for name in self.fitting}
@@ -208,29 +205,31 @@ _HIDDEN_INPUTS = re.compile(
     r"^transformer\..*(blocks|layers|refiner)\.\d+\.((attn\d?|attention)\.(to_[qkv]|add_[qkv]_proj)|"
     r"ff(_context)?\.net\.0\.proj|feed_forward\.w[13])$"
 )
-"""Modules whose inputs are a transformer's hidden states."""
+"""Matches modules that take a transformer's hidden states as input."""
 _TOY = 512
-"""Minimum width of a real model."""
+"""Minimum width of a real model; smaller widths indicate a toy model."""
 
 _OTHER_DEPTHS = {
     "flux1": {"transformer_blocks": {8}},
     "flux2": {"transformer_blocks": {5}, "single_transformer_blocks": {20, 24}},
 }
-"""Depths of smaller models in a family: FLUX.1 lite, FLUX.2 klein."""
+"""Depths of the smaller models of a family: FLUX.1 lite, FLUX.2 klein."""
 
 
 def choose_family(
     shapes: Mapping[str, _Shape | None], claim: str | None = None, target_family: str | None = None
 ) -> FamilyChoice:
-    """Choose the family of a file's modules.
+    """Return the family of a file's modules.
 
-    `shapes`: module text -> (out, in) of its weight if known. `claim`: the family in the metadata. `target_family`:
-    the family of the target base.
+    shapes: module text -> (out, in) of its weight, or None if unknown.
+    claim: the family in the metadata.
+    target_family: the family of the target base.
 
     A family is chosen only if it has at least half of the names and no known width or depth contradicts it.
-    If several families have the names, the one whose shapes and depth uniquely fit is chosen; else the one in
-    the metadata, or the base's; else none, and the result lists the nearest families. A toy model, whose widths are
-    no real model's, gets the family of which it has the largest share, or the more common one."""
+    If several families have the names, the choice is the only one with matching shapes and depth, else the
+    family in the metadata, else the base's family. If none of these decides, no family is chosen and the
+    result lists the nearest families. A toy model, with widths that no real model has, is assigned to the
+    family of which it has the largest share of modules, or to the more common family."""
     matches = {
         name: {text: targets for text in shapes if (targets := lookup(family, text)) is not None}
         for name, family in _all().items()
@@ -249,7 +248,7 @@ def choose_family(
     toy = all(max(shape) < _TOY for shape in shapes.values() if shape)
     wide = {text: shape for text, shape in shapes.items() if shape and shape[1] >= _TOY}
     possible = [n for n in selected if _fits(n, matches[n], wide, shapes)]
-    if not wide and not possible:  # a toy's proportions can distinguish families, but not exclude them
+    if not wide and not possible:  # a toy model's proportions can distinguish families, but not rule them out
         possible = [n for n in selected if _fits(n, matches[n], {}, dict.fromkeys(shapes))]
     if len(selected) + len(alternatives) > 1 or not possible:
         fit = [n for n in possible if _depth(_all()[n], matches[n].values())]
@@ -278,7 +277,9 @@ def choose_family(
 
 
 def _claimed(names: Sequence[str], claim: str | None) -> list[str]:
-    """Return the family in the metadata; SD3.5 Large's metadata also name SD3."""
+    """Return the families that the metadata can mean.
+
+    Metadata of SD3.5 Large can also name SD3."""
     return [n for n in names if n == claim] or [n for n in names if claim == "sd3" and n == "sd3-large"]
 
 
@@ -289,21 +290,21 @@ def _kind(text: str) -> str:
 
 @cache
 def _kinds(name: str) -> frozenset[str]:
-    """Return the texts of a family without block numbers."""
+    """Return a family's module texts without block numbers."""
     texts = {_kind(text) for text in _table(name)}
     denoiser_texts = {t for t in texts if not t.startswith(_DENOISER_FLAT)}
     return frozenset(texts | {prefix + t for prefix in _DENOISER_DOTTED for t in denoiser_texts})
 
 
 def has_image_names(texts: Iterable[str]) -> bool:
-    """Return whether names have image model prefixes or diffusers' projection names."""
+    """Return whether any name has an image model's prefix or a diffusers projection name."""
     parts = r"(unet|transformer(?!\.h\.)|text_encoder(_\d)?|diffusion_model)\..*|lora_(unet|te\d?|transformer)_.*"
     ours = re.compile(rf"{parts}|.*\.(to_[qkv]|add_[qkv]_proj)")
     return any(ours.fullmatch(text) for text in texts)
 
 
 def _shapes_text(shapes: Mapping[str, _Shape | None], most: int = 4) -> str:
-    """Return each kind of name with its count and a weight shape, as text."""
+    """Return kinds of names with their counts and a weight shape, as text for messages."""
     by: dict[str, list[_Shape | None]] = defaultdict(list)
     for text, shape in shapes.items():
         by[_kind(text)].append(shape)
@@ -315,7 +316,7 @@ def _shapes_text(shapes: Mapping[str, _Shape | None], most: int = 4) -> str:
 
 
 def _share(family: Family, matches: Collection[tuple[ModuleTarget, ...]]) -> float:
-    """Return the share of the family's modules that the file has, among kinds it has.
+    """Return the share of the family's modules in the file, counting only kinds in the file.
 
     A kind is a name without block numbers."""
     have = {target.module for targets in matches for target in targets}
@@ -329,9 +330,9 @@ def _fits(
     wide: Mapping[str, _Shape | None],
     shapes: Mapping[str, _Shape | None],
 ) -> bool:
-    """Return whether the family has half of the names and fits by shape and depth.
+    """Return whether the family has half of the names and its shapes and depth fit.
 
-    `wide`: the subset of `shapes` whose widths count."""
+    wide: the subset of `shapes` to compare widths with."""
     if 2 * len(matches) < len(shapes) or _deeper(name, matches, shapes):
         return False
     width_checks = [_width(name, targets[0].module, wide.get(text)) for text, targets in matches.items()]
@@ -342,7 +343,7 @@ def _fits(
 
 
 def _deeper(name: str, matches: Mapping[str, tuple[ModuleTarget, ...]], shapes: Iterable[str]) -> bool:
-    """Return whether the file has a block one beyond the family's last."""
+    """Return whether the file has the block that would follow the family's last block."""
     family = _all()[name]
     return family.denoiser != "unet" and any(
         lookup(family, f"{text[: at.start()]}{int(at[0]) - 1}{text[at.end() :]}") is not None
@@ -355,13 +356,14 @@ def _deeper(name: str, matches: Mapping[str, tuple[ModuleTarget, ...]], shapes: 
 def _is_thirds(targets: Sequence[ModuleTarget], shape: _Shape | None) -> bool:
     """Return whether a fused q, k and v has three times as many outputs as inputs.
 
-    True in every family here; Lumina 2 has fewer key and value heads, so its rows are not equal thirds."""
+    True in every family in this module. Lumina 2 has fewer key and value heads, so its rows are not equal
+    thirds."""
     fused = [target.part for target in targets if target.part is not None and target.part[2] == 3]
     return len(fused) < 3 or shape is None or shape[0] == 3 * shape[1]
 
 
 def _width(name: str, module: str, shape: _Shape | None) -> bool | None:
-    """Return whether a weight's inputs are the official model's; None if unknown."""
+    """Return whether a weight has the official model's number of inputs; None if unknown."""
     if shape is None:
         return None
     if re.search(r"^unet\..*\.attn2\.to_[kv]$", module):
@@ -377,18 +379,18 @@ _PROPORTIONS = {
     "flux1": {"linear1": (7, 1), "linear2": (1, 5), "mlp.0": (4, 1), "mlp.2": (1, 4)},
     "flux2": {"linear1": (9, 1), "linear2": (1, 4), "mlp.0": (6, 1), "mlp.2": (1, 3)},
 }
-"""out : in of the modules with BFL's names in both families."""
+"""out : in ratios of the modules that have BFL's names in both families."""
 
 
 def _ratio(name: str, text: str, shape: _Shape | None) -> bool | None:
-    """Return whether a weight's proportions are the family's; None if unknown."""
+    """Return whether a weight has the family's out : in ratio; None if unknown."""
     match = re.search(r"(linear[12]|mlp[._][02])$", text)
     want = _PROPORTIONS.get(name, {}).get(match[1].replace("_", ".")) if match else None
     return None if want is None or shape is None else shape[0] * want[1] == shape[1] * want[0]
 
 
 def _depth(family: Family, matches: Iterable[tuple[ModuleTarget, ...]]) -> bool:
-    """Return whether every run of blocks from 0 has the family's length.
+    """Return whether every sequence of blocks that starts at 0 has the family's length.
 
     A subset of the blocks fits any family."""
     ours = _family_blocks(family.name)
@@ -406,7 +408,7 @@ def _family_blocks(name: str) -> dict[str, set[int]]:
 
 
 def _blocks(modules: Iterable[str]) -> dict[str, set[int]]:
-    """Return name up to the first number -> the numbers, except for U-Nets."""
+    """Return name up to the first number -> the block numbers; U-Nets are left out."""
     out: dict[str, set[int]] = defaultdict(set)
     for module in modules:
         if not module.startswith("unet.") and (match := re.match(r"(.+?)\.(\d+)\.", module)):

@@ -66,34 +66,37 @@ SUFFIXES = {
 }  # fmt: skip
 
 BaseLike = nn.Module | Structure | Iterable[str] | Callable[[], Any] | None
-"""A base as an argument: the model, its outline, or its module names."""
+"""A base as an argument: a model, its structure, its module names, or a function that returns any of
+these."""
 
 
 # -- a folder ---------------------------------------------------------------------------------------------------------
 
 
 def read_folder(folder: str | Path, base: BaseLike = None) -> Adapter:
-    """Read the adapter in a PEFT folder.
+    """Return the adapter in a PEFT folder.
 
-    Plain pairs need no base. With a base (the model, its outline, or its module names) every name, kind and
-    shape is checked, and old layouts of expert weights are recognized. Raises one AdapterError listing
-    everything missing, extra, misshapen or not understood; UnsafeFileError for pickles and invalid headers.
+    Plain pairs can be read without a base. With a base (the model, its structure, or its module names) every
+    name, kind and shape is checked, and old layouts of expert weights are recognized. Raises one AdapterError
+    listing everything that is missing, unexpected, misshapen or unknown; UnsafeFileError for pickles and
+    invalid headers.
     """
     return load_folder(folder, base).adapter
 
 
 def load_folder(folder: str | Path, base: BaseLike = None) -> PeftAdapter:
-    """Read like `read_folder`, and also return the configuration and notes."""
+    """Return the adapter in a PEFT folder with its configuration and notes; see `read_folder`."""
     opened = open_folder(folder)
     return interpret(opened.config, opened.tensors, base, where=str(folder), card=opened.card)
 
 
 @dataclass(frozen=True)
 class PeftFolder:
-    """The contents of a PEFT folder, uninterpreted.
+    """The contents of a PEFT folder, not yet interpreted.
 
-    `format`: mlx or tinker if another tool wrote it (config and tensors are translated); `reason`: how this
-    was detected. `in_file`: the configuration comes from the tensor file's metadata."""
+    `format`: "mlx" or "tinker" if another tool wrote the folder (config and tensors are already translated).
+    `reason`: how the format was detected. `in_file`: the configuration comes from the tensor file's
+        metadata."""
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
@@ -106,7 +109,9 @@ class PeftFolder:
 def open_folder(folder: str | Path, *, file: Path | None = None, from_pickle: bool = False) -> PeftFolder:
     """Return the configuration, the tensors and the card of a folder.
 
-    `file`: the tensor file, if it is not named adapter_model. A pickle is read only with `from_pickle`.
+    file: the tensor file, if not named adapter_model.
+    from_pickle: allow a pickle.
+
     Raises the errors of `read_folder`."""
     folder = Path(folder)
     config = read_config(folder)
@@ -118,14 +123,14 @@ def open_folder(folder: str | Path, *, file: Path | None = None, from_pickle: bo
     return PeftFolder(config, tensors, card)
 
 
-# -- what its tensors mean ---------------------------------------------------------------------------------------------
+# -- interpretation ----------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class PeftAdapter:
-    """An adapter as read.
+    """An adapter as read from PEFT's layout.
 
-    `config`: from the file. `notes`: on ignored contents and reasons."""
+    `config`: the parsed configuration. `notes`: what was ignored, and why."""
 
     adapter: Adapter
     config: dict[str, Any]
@@ -170,9 +175,9 @@ def interpret(
 def _lycoris(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: Structure, where: str | None, card: Card | None
 ) -> PeftAdapter:
-    """Interpret a folder of LOHA or LOKR.
+    """Return the adapter of a LOHA or LOKR folder.
 
-    With a base, each delta gets its weight's shape, which flat parts do not determine."""
+    With a base, each delta gets its weight's shape, which flat parts alone do not determine."""
     adapter, parsed, remaining, problems = read_lycoris(config, tensors)
     reader = _Reader(parsed, base, problems)
     if not problems:
@@ -199,22 +204,20 @@ def _refuse(problems: list[str], where: str | None) -> None:
 
 @dataclass
 class _Reader:
-    """Sorts tensors into pairs, full copies and token rows.
-
-    Collects every problem."""
+    """Sorts tensors into pairs, full copies and token rows, and collects all problems."""
 
     config: cfg.PeftConfig
     base: Structure
     problems: list[str]
     renaming: Renaming | None = None
-    """Renames the file's modules, if they are those of another class than the base's."""
+    """Renames the file's modules if they are those of another model class than the base's."""
     notes: list[str] = field(default_factory=list)
     pairs: dict[str, Pair] = field(default_factory=dict)
     modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     token_rows: dict[str, TokenRows] = field(default_factory=dict)
     deltas: dict[str, Delta] = field(default_factory=dict)
     packed: set[str] = field(default_factory=set)
-    """Modules in another tool's packing, which target_modules need not name."""
+    """Modules in another tool's packing, which target_modules need not contain."""
 
     def run(self, tensors: Mapping[str, Tensor]) -> None:
         original_keys = set(tensors)
@@ -255,7 +258,7 @@ class _Reader:
     def _sort(
         self, tensors: Mapping[str, Tensor]
     ) -> tuple[Any, dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-        """Split the keys: pairs by module, full copies, token rows, copies of embeddings."""
+        """Return the tensors as (pairs by module, full copies, token rows, copies of embeddings)."""
         sites: dict[str, dict[str, Tensor]] = defaultdict(dict)
         remaining: dict[str, Tensor] = {}
         tokens: dict[str, Tensor] = {}
@@ -337,12 +340,12 @@ class _Reader:
         self._bias(name, parts.get("bias"), B.shape[0], scale)
 
     def _key(self, name: str) -> str:
-        """Return the name that PEFT's patterns are matched with."""
+        """Return the name that PEFT's patterns are matched against."""
         parameter = f"{name}.weight"
         return parameter if cfg.names_parameter(self.config, parameter) else name
 
     def _bias(self, name: str, bias: Tensor | None, out: int, scale: float) -> None:
-        """Read lora_bias: B has a bias b, so the output changes by s·b as well."""
+        """Read the bias b of B (lora_bias), which adds s·b to the output."""
         if (bias is not None) != self.config.lora_bias:
             message = "is set, but there is no" if bias is None else "is not set, but there is a"
             self.problems.append(f"{name}: lora_bias {message} lora_B.bias")
@@ -364,10 +367,11 @@ class _Reader:
         return magnitude.reshape(-1)
 
     def _is_plain(self, name: str, depths: dict[int, dict[str, Tensor]]) -> bool:
-        """Return whether target_modules means this module itself.
+        """Return whether the tensors are a pair on the module itself, not on its parameters.
 
-        PEFT never puts both on one module, and without a base a short target_parameters entry, such as
-        `down_proj`, could be a parameter of any module."""
+        Without a base, a short target_parameters entry such as `down_proj` could be a parameter of any
+        module. A match in target_modules decides, because PEFT never adapts a module and its parameters
+        together."""
         A = depths.get(0, {}).get("A")
         ranked = A is None or A.shape[:1] == (cfg.rank_of_module(self.config, name)[0],)
         return list(depths) == [0] and not self.base.detailed and ranked and cfg.selects(self.config, name)
@@ -429,14 +433,15 @@ class _Reader:
             self.problems.append(f"{name}: token rows {tuple(rows.shape)} that trainable_token_indices does not name")
 
     def _is_tied(self, key: str) -> bool:
-        """Return whether this is a tied head, which stores no rows."""
+        """Return whether `key` names a tied head, which has no token rows of its own."""
         return key == "lm_head" if not self.base.detailed else any(n.endswith(key) for n in self.base.tied)
 
     def _copies(self, copies: dict[str, Tensor]) -> None:
-        """Check PEFT's copies of the base's embeddings against the base.
+        """Compare PEFT's copies of the base's embeddings with the base.
 
-        PEFT stores the base's embedding with a pair on it and on loading overwrites the base. An equal copy
-        is redundant; a different one means that the adapter belongs to a base with a changed embedding."""
+        For a pair on an embedding, PEFT also stores the base's embedding, and overwrites the base's embedding
+        when loading. An equal copy is redundant. A different copy means that the adapter belongs to a base
+        with a changed embedding."""
         for path, tensor in copies.items():
             name = path.rpartition(".base_layer.")[0]
             weight = self.base.weight(name) if path.endswith(".weight") else None
@@ -459,7 +464,7 @@ class _Reader:
             else:
                 self.notes.append(f"{path} {shape}: a copy of the base's own weight, equal to it, ignored")
 
-    # -- the configuration against the tensors -----------------------------------------------------------------------
+    # -- checks of the configuration against the tensors -------------------------------------------------------------
 
     def _check_targets(self) -> None:
         config = self.config
@@ -479,17 +484,17 @@ class _Reader:
                 "omits this module, so PEFT would leave them out silently"
             )
         idle, all_of_them = cfg.idle_targets(config, plain)
-        all_of_them = all_of_them and not parameters  # PEFT requires only one match of target_parameters
+        all_of_them = all_of_them and not parameters  # with target_parameters, PEFT accepts idle target_modules
         if idle and all_of_them:
             self.problems.append(f"target_modules names {', '.join(map(repr, idle))}, and there are no tensors for any")
         for entry in () if all_of_them else idle:
-            # PEFT keeps names without a match if another name matches; what a name selects in a given base
-            # must be present (`_check_expected`).
+            # PEFT ignores entries without a match if another entry matches. `_check_expected` checks that the
+            # file has tensors for everything that an entry selects in a given base.
             self.notes.append(f"target_modules names {entry!r}, and there are no tensors for it: it has no effect")
         for entry in config.target_parameters:
             if any(cfg.is_or_ends(name, [entry]) for name in [*self.pairs, *(f"{p}.weight" for p in plain)]):
                 continue
-            # PEFT keeps an entry that matches no parameter if the adapter has another target.
+            # PEFT ignores an entry that matches no parameter if the adapter has another target.
             has_adapters = bool(self.pairs) if self.base.detailed else bool(parameters)
             without = has_adapters and not any(cfg.is_or_ends(name, [entry]) for name in self.base.shapes)
             message = f"target_parameters names {entry!r}, and there are no tensors for it"
@@ -500,7 +505,7 @@ class _Reader:
     def _is_tied_pair(self, name: str) -> bool:
         """Return whether ensure_weight_tying created this pair for the tied head.
 
-        The pair is the embedding's, transposed, and is not named in the configuration."""
+        Such a pair is the transpose of the embedding's pair, and the configuration does not name it."""
         if not self.config.tie or self.pairs[name].kind != "linear":
             return False
         twins = [p for p in self.pairs.values() if p.kind == "embedding"]
@@ -508,7 +513,7 @@ class _Reader:
         return any(torch.equal(mine.A, p.B.T) and torch.equal(mine.B, p.A.T) for p in twins)
 
     def _check_expected(self) -> None:
-        """Check that the file has everything that the configuration selects in this base."""
+        """Check that the file has tensors for all that the configuration selects in the base."""
         everything = self.config.target_modules == cfg.ALL_LINEAR
         guessed = self.config.target_modules is None and not self.config.target_parameters
         for name, kind in self.base.kinds.items():
@@ -537,7 +542,7 @@ class _Reader:
                     )
 
     def _check_base(self) -> None:
-        """Check names against a list of names; names, kinds and shapes against a model."""
+        """Check the adapter against the base: by names only, or also by kinds and shapes if known."""
         if self.base.detailed:
             adapter = Adapter(self.pairs, self.modules, self.token_rows, deltas=self.deltas)
             self.problems += self.base.problems(adapter)
@@ -556,12 +561,12 @@ class _Reader:
 #     model.layers.0.self_attn.q_proj.base_layer.bias (out,)      a module that carries a pair
 #     model.layers.0.self_attn.k_proj.bias (out,)                 another module, only with "all"
 #
-# The file holds whole new values. As a change a bias is a `replacement` (core/forms.py): Δb = s·(value − b),
-# which needs the base's b only when it is applied.
+# The file holds the new values. A trained bias is read as a `replacement` (core/forms.py): Δb = s·(value −
+# b), so the base's b is needed only when the adapter is applied.
 #
-# For a module in modules_to_save, "all" writes the bias three times: in the full copy, which counts, and
-# under PEFT's names for the copy and the base's (`….modules_to_save.bias`, `….original_module.bias`), which
-# are not read.
+# For a module in modules_to_save, "all" writes the bias three times: in the full copy, and under PEFT's names
+# for the copy and for the base (`….modules_to_save.bias`, `….original_module.bias`). Only the full copy is
+# read.
 
 _WITHIN = re.compile(r"(.+)\.(modules_to_save|original_module)\.((?:.+\.)?bias)")
 
@@ -576,8 +581,8 @@ def _trained_biases(
 ) -> dict[str, Delta]:
     """Return the changes of biases by name (`….bias`).
 
-    Removes them from `copies` and `remaining` (paths in the file without PEFT's prefix). Biases inside a module in
-    modules_to_save belong to its full copy."""
+    Removes the biases from `copies` and `remaining`, which have the file's names without PEFT's prefix.
+    Biases inside a module in modules_to_save belong to the module's full copy."""
     if config.bias == "none":
         return {}
     for path in [p for p in remaining if _WITHIN.fullmatch(p)]:
@@ -591,7 +596,7 @@ def _trained_biases(
     for path in [p for p in copies if p.endswith(".base_layer.bias")]:
         biases[path.replace(".base_layer.bias", ".bias")] = copies.pop(path)
     for path in [p for p in remaining if p.endswith(".bias") and not any(s in f".{p}" for s in saved)]:
-        if config.bias == "all" or path.removesuffix(".bias") in pairs:  # no base_layer before PEFT 0.7
+        if config.bias == "all" or path.removesuffix(".bias") in pairs:  # PEFT before 0.7 wrote no `base_layer`
             biases[path] = remaining.pop(path)
     if not biases:
         notes.append(f"bias = {config.bias!r}, but there are no biases in the file: it has no effect")
@@ -604,13 +609,13 @@ def _trained_biases(
 
 
 def _bias_switch(adapter: Adapter) -> str:
-    """Return the `bias` setting with which PEFT loads the adapter's trained biases."""
+    """Return the value of PEFT's `bias` setting for the adapter's trained biases."""
     owners = {name.removesuffix(".bias") for name, d in adapter.deltas.items() if d.form == "replacement"}
     return "none" if not owners else "lora_only" if owners <= set(adapter.pairs) else "all"
 
 
 def _bias_problems(name: str, delta: Delta) -> list[str]:
-    """Return why a replacement cannot be one of PEFT's trained biases."""
+    """Return why PEFT cannot represent a replacement as a trained bias, or []."""
     if not name.endswith(".bias") or len(delta.shape) != 1:
         return [f"{name}: PEFT trains whole biases, and no other parameter so; merge it into the base"]
     if delta.scale != 1:
@@ -620,7 +625,7 @@ def _bias_problems(name: str, delta: Delta) -> list[str]:
 
 
 def _bias_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """Return path -> the new values, in PEFT's layout."""
+    """Return the new values of biases by their path in PEFT's layout."""
     out = {}
     for name, delta in adapter.deltas.items():
         if delta.form == "replacement":
@@ -636,8 +641,8 @@ def _bias_tensors(adapter: Adapter) -> dict[str, Tensor]:
 #     B (out, r·E): rank_major          rank 0 expert 0, rank 0 expert 1, …   PEFT, and Unsloth since 2026-09-17
 #                   grouped_by_expert   expert 0 rank 0, expert 0 rank 1, …   Unsloth before
 #
-# Both layouts of B have the same shapes, and Unsloth's files state no version; since 2026-09-17 Unsloth
-# writes `lora_B_layout` into the configuration.
+# Both layouts of B have the same shapes, and older files of Unsloth state neither a version nor the layout.
+# Since 2026-09-17, Unsloth writes `lora_B_layout` into the configuration.
 
 _EXPERT_ORDER = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 _SWAPPED_SINCE = (0, 19, 1)
@@ -657,17 +662,17 @@ class ExpertReader:
     """Parameters whose layout of B the file does not state."""
 
     def parameters(self, name: str, count: int) -> list[str]:
-        """Return the parameters of module `name` in target_parameters, in PEFT's order.
+        """Return the parameters of module `name` that target_parameters selects, in PEFT's order.
 
-        count: the number of parameters in the file."""
+        count: the number of parameters of this module in the file."""
         entries = self.config.target_parameters
         leaves = {t.rpartition(".")[2] for t in entries}
         adapted = {parameter for parameter in leaves if cfg.names_parameter(self.config, f"{name}.{parameter}")}
         if self.base.detailed:
             in_base = [key[len(name) + 1 :] for key in self.base.shapes if key.startswith(f"{name}.")]
             return [p for p in in_base if p in adapted]
-        # Without a base, an entry with only a parameter's name fits every module: an entry that names the
-        # module counts.
+        # Without a base, an entry that is only a parameter's name matches every module. Prefer entries that
+        # also name the module.
         named = {
             parameter
             for parameter in adapted
@@ -678,9 +683,9 @@ class ExpertReader:
         return ordered + sorted(adapted - set(ordered))
 
     def read(self, name: str, parameters: list[str], depths: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Pair]:
-        """Read the pairs of a module's parameters.
+        """Return the pairs of a module's parameters.
 
-        `depths`: number of `.base_layer` -> tensors by part."""
+        depths: number of `.base_layer` in the key -> tensors by part."""
         listing = ", ".join(
             f"{'base_layer ' * d}{part} {tuple(t.shape)}"
             for d, parts in sorted(depths.items())
@@ -718,7 +723,7 @@ class ExpertReader:
             self.problems.append(f"{full}: {shapes} do not fit rank {rank} (the config's {source}) per expert{in_base}")
             return {}
         if plain:
-            return {name: Pair(A, B, scale)}  # a weight in target_parameters is a linear pair
+            return {name: Pair(A, B, scale)}  # a plain weight in target_parameters is a linear pair
         A3, B3 = A.view(experts, rank, -1), self._by_expert(full, B, experts, rank)
         if self._is_flipped(name, full, shapes, (A.shape[1], B.shape[0]), stored):
             A3, B3 = B3.transpose(1, 2), A3.transpose(1, 2)
@@ -737,7 +742,8 @@ class ExpertReader:
     ) -> bool:
         """Return whether the file holds the pair of the transposed parameter.
 
-        PEFT before 0.19.1 wrote it so. Shapes decide; for a square parameter, the PEFT version in the file.
+        PEFT before 0.19.1 wrote this layout. Decided by shapes; for a square parameter, by the PEFT version
+        in the file.
         """
         version = self.config.version
         old = version is not None and version < _SWAPPED_SINCE
@@ -760,7 +766,7 @@ class ExpertReader:
         return old and (not transposed or version >= (0, 19, 0))  # type: ignore[operator]
 
     def report_unclear(self) -> None:
-        """Add one problem for all unclear parameters, with how to resolve it."""
+        """Add one problem for all unclear parameters, with instructions."""
         if self.unclear:
             self.problems.append(
                 f"{len(self.unclear)} expert parameter(s) ({', '.join(self.unclear[:3])}, …) of a file with Unsloth's "
@@ -771,9 +777,7 @@ class ExpertReader:
 
 
 _LAYOUT = "0.21.2"
-"""The PEFT version of the written expert layout.
-
-Readers need it for square parameters."""
+"""The PEFT version that defines the written expert layout. Readers need the version for square parameters."""
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -785,8 +789,8 @@ Readers need it for square parameters."""
 class FolderReport:
     """The result of writing a folder.
 
-    `digest`: the adapter's as read back. `files`: name -> sha256. `notes`: on what the format could not
-    carry."""
+    `digest`: the digest of the adapter as read back. `files`: name -> SHA-256. `notes`: settings that the
+    format cannot express."""
 
     folder: Path
     digest: str
@@ -799,7 +803,7 @@ class _Encoded:
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     adapter: Adapter
-    """The adapter as read back."""
+    """The adapter as read back from the encoding."""
     notes: list[str]
 
 
@@ -814,13 +818,18 @@ def write_folder(
 ) -> FolderReport:
     """Write `adapter` to `folder` as PEFT's two files, `veneer.json` and `README.md`.
 
-    `base`: the model or its outline; with it target_modules is a short list of suffixes, without it the exact
-    names. It is required for pairs on several expert parameters with names other than gate_up_proj and
-    down_proj. `base_name` defaults to the card's. `task_type` "auto": that of the PEFT folder which the
-    adapter was read from, else CAUSAL_LM for a text adapter. `digest`: the adapter's, if its module names are
-    longer than the folder's (with a pipeline's component). A README.md without veneer's mark is not replaced.
-    The same adapter gives the same bytes. Raises AdapterError for anything that PEFT's format cannot express,
-    ResourceError for a full disk; after any error the folder is unchanged."""
+    base_name: the name of the base, by default the card's.
+    base: the model or its structure. With a base, target_modules is a short list of suffixes; without, the
+        list of exact names. Required for pairs on several expert parameters unless they are named
+        gate_up_proj and down_proj.
+    task_type: "auto" is the task of the PEFT folder that the adapter was read from, else CAUSAL_LM for a text
+        adapter.
+    digest: the adapter's digest, required if its module names are longer than the folder's (by a pipeline's
+        component).
+
+    A README.md without veneer's mark is not replaced. Equal adapters give equal bytes. Raises AdapterError
+    for anything that PEFT's format cannot express, ResourceError if the disk is full; after any error the
+    folder is unchanged."""
     folder = Path(folder)
     name = base_name or adapter.card.base
     done = _encode(adapter, base_name=name, base=base, task_type=task_type, where=str(folder))
@@ -853,15 +862,15 @@ def write_folder(
 def encode_folder(
     adapter: Adapter, *, base_name: str = "", base: BaseLike = None, task_type: str | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the configuration and tensors of a PEFT folder, checked by reading back.
+    """Return the configuration and tensors of a PEFT folder, checked by reading them back.
 
-    `task_type` and errors: as in `write_folder`."""
+    `task_type` and errors are those of `write_folder`."""
     done = _encode(adapter, base_name=base_name, base=base, task_type=task_type, where=None)
     return done.config, done.tensors
 
 
 def _encode(adapter: Adapter, *, base_name: str, base: BaseLike, task_type: str | None, where: str | None) -> _Encoded:
-    base_name = hub_id(base_name)  # PEFT, vLLM and the hub do not know veneer's names
+    base_name = hub_id(base_name)  # PEFT, vLLM and the Hub do not know veneer's names for bases
     outline = structure_of(base) if base is not None else Structure({})
     collapsed = adapter.collapsed().mapped(lambda t: t.detach())
     lycoris = can_be_lycoris(collapsed)
@@ -888,7 +897,7 @@ def _encode(adapter: Adapter, *, base_name: str, base: BaseLike, task_type: str 
 
 
 def _problems(adapter: Adapter, base: Structure) -> list[str]:
-    """Return what PEFT's format cannot express."""
+    """Return a message for everything that PEFT's format cannot express."""
     out = []
     if not (adapter.pairs or adapter.modules or adapter.token_rows or adapter.deltas):
         out.append("it is empty")
@@ -914,9 +923,10 @@ def _problems(adapter: Adapter, base: Structure) -> list[str]:
 
 
 def _delta_problems(adapter: Adapter) -> list[str]:
-    """Return the deltas that PEFT cannot express.
+    """Return a message for each delta that PEFT cannot express.
 
-    PEFT has two kinds: trained biases, whole; and lora_bias, a bias with every pair, at the pair's scale."""
+    PEFT supports two kinds: trained biases at scale 1, and lora_bias, which has a bias with every pair, at
+    the pair's scale."""
     out, biased = [], set()
     for name, delta in sorted(adapter.deltas.items()):
         if delta.form == "replacement":
@@ -936,7 +946,7 @@ def _delta_problems(adapter: Adapter) -> list[str]:
 
 
 def _by_module(adapter: Adapter) -> dict[str, list[str]]:
-    """Return module -> its expert parameters with a pair."""
+    """Return module -> its expert parameters that have a pair."""
     out: dict[str, list[str]] = defaultdict(list)
     for name, pair in adapter.pairs.items():
         if pair.kind == "experts":
@@ -949,10 +959,11 @@ _ROUTER = re.compile(r"(?:.+\.)?layers\.\d+\.(?:mlp|block_sparse_moe|feed_forwar
 
 
 def _routers(adapter: Adapter, base: Structure) -> set[str]:
-    """Return the linear pairs on modules that are not linear layers.
+    """Return the names of linear pairs on modules that are not linear layers, such as routers.
 
-    PEFT gets their `weight` as a parameter. Without a base: those next to fused experts, and those with a
-    router's name; PEFT accepts the `weight` of a linear layer as well."""
+    PEFT adapts the `weight` of such a module as a parameter. Without a base, the result contains pairs next
+    to fused experts and pairs with a router's name. If such a module is a linear layer after all, PEFT
+    accepts its `weight` as a parameter as well."""
     linear = {n for n, p in adapter.pairs.items() if p.kind == "linear"}
     if base.detailed:
         return {n for n in linear if base.kinds.get(n) == "other"}
@@ -994,12 +1005,12 @@ def _tensors(adapter: Adapter, base: Structure) -> dict[str, Tensor]:
 def _config(
     adapter: Adapter, base: Structure, base_name: str, task_type: str | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return the smallest configuration for this adapter in PEFT, and notes."""
+    """Return the smallest PEFT configuration for this adapter, and notes."""
     notes: list[str] = []
     routers = _routers(adapter, base)
     pairs = {
         f"{n}.weight" if n in routers else n: p for n, p in adapter.pairs.items()
-    }  # the names that PEFT's patterns match
+    }  # the names that PEFT's patterns are matched against
     ranks = {n: p.rank for n, p in pairs.items()}
     rooted = ((p.scale, scale_of(cfg.exact_alpha(p.scale, p.rank, True), p.rank, True)) for p in pairs.values())
     rslora = adapter.rslora and all(scale == again for scale, again in rooted)
@@ -1037,7 +1048,7 @@ def _config(
         every = {f"{m}.{p}" for m, ps in base.experts.items() for p in ps}
         every |= {n for n in base.shapes if n.endswith(".weight")} if routers else set()
         config["target_parameters"] = _targets(fused, every, parts=2)
-        if unsloth_marks(config):  # a reader would have to ask
+        if unsloth_marks(config):  # otherwise the layout of B would be ambiguous to a reader
             config["lora_B_layout"] = RANK_MAJOR
     if adapter.token_rows:
         config["trainable_token_indices"] = {n: list(r.indices) for n, r in sorted(adapter.token_rows.items())}
@@ -1045,9 +1056,7 @@ def _config(
 
 
 def _target_modules(names: set[str], base_names: set[str]) -> list[str] | str:
-    """Return `_targets`, or a regular expression.
-
-    The latter if a whole name is another module's suffix."""
+    """Return `_targets`, or a regular expression if a whole name is another module's suffix."""
     targets = _targets(names, base_names)
     if any(k.endswith(f".{t}") for t in targets for k in base_names - names):
         return "|".join(re.escape(name) for name in sorted(names))
@@ -1057,9 +1066,11 @@ def _target_modules(names: set[str], base_names: set[str]) -> list[str] | str:
 def _targets(names: set[str], base_names: set[str], parts: int = 1) -> list[str]:
     """Return the shortest list of suffixes that select exactly `names` among `base_names`.
 
-    Whole names if `base_names` is empty or a suffix would select more. `parts`: number of parts of a suffix, not
-    counting bare numbers: PEFT matches `2`, the end of `net.2`, with the block `layers.2` too, which is no
-    module and need not be in `base_names`."""
+    Contains a whole name if `base_names` is empty or if the suffix would select more.
+
+    parts: minimum number of parts in a suffix. A suffix ends at a part with letters: PEFT would match the
+        bare number `2` of `net.2` with the block `layers.2` too, which is no module and can be missing in
+        `base_names`."""
     out: set[str] = set()
     for name in names:
         split = name.split(".")
@@ -1071,7 +1082,7 @@ def _targets(names: set[str], base_names: set[str], parts: int = 1) -> list[str]
 
 
 def _differences(original: Adapter, read: Adapter) -> list[str]:
-    """Return the differences between the adapter and the one read back."""
+    """Return a message for each difference between the adapter and the adapter read back."""
     out = []
     mine, theirs = dict(original.tensors()), dict(read.tensors())
     for name in sorted(set(mine) | set(theirs)):

@@ -1,7 +1,7 @@
-"""Parse `adapter_config.json` of PEFT 0.21 and others, by PEFT's matching rules.
+"""Parse `adapter_config.json` by the rules of PEFT 0.21, including files of other tools.
 
-The matching rules give values for many modules. Uses the configuration; no tensors. `parse_config` never
-raises: it returns what it could read, and all problems.
+PEFT's matching rules assign values to many modules at once. `parse_config` never raises an error: it returns
+what it could read, and all problems. This module works on the configuration, and does not use tensors.
 """
 
 from __future__ import annotations
@@ -26,21 +26,19 @@ DUMMY_TARGETS = "dummy-target-modules"
 ALL_LINEAR = "all-linear"
 PATTERN_SECONDS = 2.0
 
-IGNORED = {  # no influence on what the adapter does to the base
+IGNORED = {  # keys that do not affect what the adapter does to the base
     "auto_mapping", "corda_config", "eva_config", "inference_mode", "loftq_config", "lora_ga_config", "megatron_core",
     "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type", "base_model_name_or_path",
     "fan_in_fan_out", "velora_config", "astra_config", "merge_weights",
 }  # fmt: skip
 
 _STAMP = re.compile(r"(.+_)?(version|commit|date|time|timestamp|created_at|saved_at|license|author|notes?|description)")
-"""Keys about a file's origin: kept in the card and shown."""
+"""Keys about a file's origin, which are kept in the card and displayed."""
 
 GROUPED, RANK_MAJOR = "grouped_by_expert", "rank_major"
-"""The two layouts of expert pairs' B, by Unsloth's `lora_B_layout` names.
+"""The two layouts of B in expert pairs, named as in Unsloth's `lora_B_layout` (see formats/peft.py)."""
 
-See formats/peft.py."""
-
-UNSUPPORTED = {  # a value other than null or false changes what the adapter does
+UNSUPPORTED = {  # keys that change what the adapter does if set to anything other than null or false
     "alora_invocation_tokens", "arrow_config", "enable_lora", "kasa_config", "layer_replication", "megatron_config",
     "monteclora_config", "nora_config", "nvfp4_merge_aware", "nvfp4_merge_aware_latent_mix", "paca_config",
     "use_bdlora", "use_nora", "use_paca", "use_qalora",
@@ -49,16 +47,14 @@ UNSUPPORTED = {  # a value other than null or false changes what the adapter doe
 _MUTATING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq", "astra")
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
-"""Modules that PEFT adds to modules_to_save for a task.
-
-A model has one of two names."""
+"""Task -> modules that PEFT adds to modules_to_save. A model has one of the listed names."""
 _TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION", *HEADS)
 """PEFT's tasks for text models."""
 
 
 @dataclass
 class PeftConfig:
-    """The parts of adapter_config.json that determine the meaning of the tensors."""
+    """The settings of adapter_config.json that determine the meaning of the tensors."""
 
     r: int = 8
     alpha: float = 8.0
@@ -72,7 +68,7 @@ class PeftConfig:
     target_parameters: list[str] = field(default_factory=list)
     modules_to_save: list[str] = field(default_factory=list)
     heads: tuple[str, ...] = ()
-    """Modules in `modules_to_save` that PEFT adds for the task."""
+    """Modules in `modules_to_save` that PEFT added for the task."""
     token_indices: list[int] | dict[str, list[int]] | None = None
     layers: list[int] | None = None
     layers_pattern: list[str] = field(default_factory=list)
@@ -83,18 +79,18 @@ class PeftConfig:
     task_type: str | None = None
     version: tuple[int, ...] | None = None
     b_layout: str = ""
-    """Layout of expert pairs' B, if the file states it: RANK_MAJOR or GROUPED."""
+    """Layout of B in expert pairs, if the file states it: RANK_MAJOR or GROUPED."""
     unsloth: str = ""
-    """What shows that Unsloth wrote the configuration."""
+    """Evidence that Unsloth wrote the configuration, "" if none."""
     stamps: dict[str, Any] = field(default_factory=dict)
     usable: bool = True
-    """False if a pattern does not compile, so that nothing can be matched."""
+    """False if a pattern does not compile; no name can be matched then."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read a folder's configuration.
+    """Return a folder's configuration.
 
-    Raises AdapterError, or UnsafeFileError if it is too large."""
+    Raises AdapterError if the file is invalid, UnsafeFileError if it is too large."""
     path = folder / CONFIG_FILE
     if not folder.is_dir():
         siblings = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
@@ -172,14 +168,14 @@ def card_from_config(config: PeftConfig) -> Card:
 def with_task(card: Card, config: PeftConfig) -> Card:
     """Return `card` with the configuration's task in `extra`.
 
-    PEFT loads an adapter of another task only with the class of the task."""
+    PEFT loads an adapter of a certain task only into the model class for this task."""
     if config.task_type in (None, "CAUSAL_LM"):
         return card
     return replace(card, extra={**card.extra, "task_type": config.task_type})
 
 
 def unsloth_marks(raw: Mapping[str, Any]) -> str:
-    """Return what shows that Unsloth wrote a configuration, or ""."""
+    """Return the evidence that Unsloth wrote a configuration, or ""."""
     mapping, base, targets = (raw.get(k) for k in ("auto_mapping", "base_model_name_or_path", "target_modules"))
     if isinstance(mapping, dict) and "unsloth_fixed" in mapping:
         return "unsloth_fixed in auto_mapping"
@@ -258,7 +254,7 @@ def _tokens(value: Any) -> list[int] | dict[str, list[int]]:
 def _pattern(check: Callable[[Any], Any]) -> Callable[[Any], dict[str, Any]]:
     def parse(value: Any) -> dict[str, Any]:
         _expect(isinstance(value, dict), "a mapping from module names to numbers")
-        return {key: check(v) for key, v in value.items()}  # the order counts: the first match wins
+        return {key: check(v) for key, v in value.items()}  # keep the order: the first matching pattern wins
 
     return parse
 
@@ -299,7 +295,7 @@ def _version(value: Any) -> tuple[int, ...] | None:
 
 
 def _pattern_problems(config: PeftConfig) -> list[str]:
-    """Regular expressions that do not compile."""
+    """Return a message for each regular expression that does not compile."""
     keys = ("rank_pattern", "alpha_pattern", "layers_pattern")
     expressions = [(key, pattern) for key in keys for pattern in getattr(config, key)]
     for key in ("target_modules", "exclude_modules"):
@@ -332,10 +328,10 @@ class PatternError(Exception):
 
 
 def _regex_match(expression: str, name: str, *, full: bool = False) -> bool:
-    """Run `re.match` or `re.fullmatch` with a time limit.
+    """Return whether `re.match` or `re.fullmatch` matches, with a time limit.
 
-    Protects against hostile expressions."""
-    if not re.search(r"[*+{]", expression):  # without repetition, matching is fast
+    The limit protects against hostile expressions."""
+    if not re.search(r"[*+{]", expression):  # an expression without repetition cannot backtrack for long
         return bool((re.fullmatch if full else re.match)(expression, name))
     import regex  # type: ignore[import-untyped]
 
@@ -363,7 +359,7 @@ def is_or_ends(name: str, entries: Iterable[str]) -> bool:
 
 
 def excluded(config: PeftConfig, name: str) -> bool:
-    """Return whether exclude_modules or modules_to_save prevents a pair on `name`."""
+    """Return whether exclude_modules or modules_to_save excludes `name` from pairs."""
     if isinstance(config.exclude_modules, str) and config.exclude_modules:
         if _regex_match(config.exclude_modules, name, full=True):
             return True
@@ -375,9 +371,11 @@ def excluded(config: PeftConfig, name: str) -> bool:
 def selects(config: PeftConfig, name: str, entries: Iterable[str] | None = None) -> bool:
     """Return whether PEFT puts a pair on the module `name`.
 
-    `entries`: used instead of target_modules. "all-linear" depends on the model and is left to the caller:
-    here it matches every name, as does a configuration without targets and target_parameters, for which PEFT
-    has a default by architecture."""
+    entries: used instead of target_modules.
+
+    "all-linear" depends on the model and is left to the caller: this function accepts every name. It also
+    accepts every name for a configuration without target_modules and target_parameters, for which PEFT has a
+    default per architecture."""
     targets = config.target_modules if entries is None else list(entries)
     if targets is None and not config.target_parameters:
         return not excluded(config, name)
@@ -404,10 +402,10 @@ def selects(config: PeftConfig, name: str, entries: Iterable[str] | None = None)
 def idle_targets(config: PeftConfig, names: Iterable[str]) -> tuple[list[str], bool]:
     """Return the entries of target_modules that select none of `names`.
 
-    Also returns whether these are all entries. An expression counts as one entry."""
+    Also returns whether these are all entries. A regular expression counts as one entry."""
     targets, names = config.target_modules, list(names)
     entries = targets if isinstance(targets, list) else [targets] if targets and targets != DUMMY_TARGETS else []
-    ending: dict[str, list[str]] = {}  # an entry selects names that end in it; thousands of each are common
+    ending: dict[str, list[str]] = {}  # suffix -> names, because an entry selects by suffix
     for name in names:
         parts = name.split(".")
         for at in range(len(parts)):
@@ -421,15 +419,15 @@ def idle_targets(config: PeftConfig, names: Iterable[str]) -> tuple[list[str], b
 
 
 def idle_patterns(config: PeftConfig, names: Collection[str]) -> list[tuple[str, str]]:
-    """Return (key, pattern) for patterns that match none of `names`.
+    """Return (key, pattern) for each pattern that matches none of `names`.
 
-    key: rank_pattern or alpha_pattern."""
+    key: "rank_pattern" or "alpha_pattern"."""
     both = [("rank_pattern", p) for p in config.rank_pattern] + [("alpha_pattern", p) for p in config.alpha_pattern]
     return [(key, p) for key, p in both if not any(_regex_match(rf"(.*\.)?({p})$", name) for name in names)]
 
 
 def names_parameter(config: PeftConfig, name: str) -> bool:
-    """Return whether target_parameters names the parameter `name` (its full path)."""
+    """Return whether target_parameters selects the parameter with the full name `name`."""
     return is_or_ends(name, config.target_parameters)
 
 
@@ -438,19 +436,19 @@ def _first(patterns: Mapping[str, Any], name: str) -> str | None:
 
 
 def rank_of_module(config: PeftConfig, name: str) -> tuple[int, str]:
-    """Return a module's or parameter's rank, and the key that sets it."""
+    """Return the rank of a module or parameter, and the configuration key that sets the rank."""
     key = _first(config.rank_pattern, name)
     return (config.r, "r") if key is None else (config.rank_pattern[key], f"rank_pattern[{key!r}]")
 
 
 def alpha_of_module(config: PeftConfig, name: str) -> float:
-    """Return a module's or parameter's alpha."""
+    """Return the alpha of a module or parameter."""
     key = _first(config.alpha_pattern, name)
     return config.alpha if key is None else config.alpha_pattern[key]
 
 
 def exact_alpha(scale: float, rank: int, rslora: bool = False) -> float | int:
-    """Return the alpha that gives back the scale, exactly if possible.
+    """Return an alpha that gives `scale`, exactly if possible.
 
     Prefers whole or short numbers."""
     alpha = alpha_of(scale, rank, rslora)
@@ -463,18 +461,16 @@ def exact_alpha(scale: float, rank: int, rslora: bool = False) -> float | int:
 
 
 def commonest(values: Iterable[Any], default: Any) -> Any:
-    """Return the most frequent value, or the default without values.
-
-    The smallest in a tie."""
+    """Return the most frequent value (the smallest if several), or `default` without values."""
     counts = Counter(values)
     return min(counts, key=lambda v: (-counts[v], v)) if counts else default
 
 
 def patterns_of(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """Return patterns for the names whose value is not the default.
+    """Return pattern -> value for all names with a value other than the default.
 
-    No name matches two patterns: the pattern is the name's last part if all names with this end agree,
-    otherwise the whole name from its start."""
+    No name matches two patterns. A pattern is a name's last part if all names with this last part have the
+    same value, otherwise the whole name, anchored at its start."""
     out: dict[str, Any] = {}
     by_leaf: dict[str, set[Any]] = defaultdict(set)
     for name, value in values.items():

@@ -4,9 +4,10 @@
     base_model.model.MODULE.hada_w1_a … hada_w2_b, hada_t1, hada_t2
     base_model.model.MODULE.lokr_w1 or _w1_a, _w1_b; lokr_w2 or …, lokr_t2        scaled by alpha and r, ranks or none
 
-PEFT creates empty parts from its configuration before it loads the file: r, `decompose_both` and
-`decompose_factor` determine which factor of a LoKr is whole (core.forms.trained_shapes), so written files
-must follow this rule. Uses a configuration and tensors; formats.peft reads and writes the files.
+PEFT creates empty parts from its configuration before it loads the file. r, `decompose_both` and
+`decompose_factor` determine which factors of a LoKr are whole (core.forms.trained_shapes), so written files
+must follow this rule. This module works on a configuration and tensors; formats.peft reads and writes the
+files.
 """
 
 from __future__ import annotations
@@ -40,22 +41,23 @@ _PREFIX = "base_model.model."
 
 
 def is_lycoris(config: Mapping[str, Any]) -> bool:
-    """Return whether a configuration has one of the two types."""
+    """Return whether a configuration has `peft_type` LOHA or LOKR."""
     return config.get("peft_type") in _FORMS.values()
 
 
 def read_lycoris(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[Adapter, cfg.PeftConfig, dict[str, Tensor], list[str]]:
-    """Return the adapter, its configuration as a LoRA's, whole modules and problems.
+    """Return (adapter, configuration, tensors of full copies, problems).
 
-    Tensors of whole modules have keys without PEFT's prefix. Each problem is one line."""
+    The configuration is converted to that of a LoRA. Tensors of full copies have keys without PEFT's prefix.
+    Each problem is one line."""
     problems = [
         f"{key} = {str(value)[:60]!r} is not understood in a folder of {config['peft_type']}"
         for key, value in sorted(config.items())
         if key not in _COMMON | _NO_EFFECT and value
     ]
-    # Fields shared with a LoRA's configuration are parsed and checked as a LoRA's.
+    # Fields that LoRA's configuration has too are parsed and checked by the parser for LoRA.
     shared = {"lora_alpha" if key == "alpha" else key: value for key, value in config.items() if key in _COMMON}
     parsed, wrong = cfg.parse_config(shared | {"peft_type": "LORA"})
     problems += [problem.removeprefix("lora_") for problem in wrong]
@@ -86,7 +88,7 @@ def read_lycoris(
 
 
 def can_be_lycoris(adapter: Adapter) -> bool:
-    """Return whether an adapter is purely LoHa or purely LoKr.
+    """Return whether all changes of weights are LoHa, or all are LoKr.
 
     Full copies of modules are allowed."""
     forms = {d.form for d in adapter.deltas.values()}
@@ -97,10 +99,11 @@ def can_be_lycoris(adapter: Adapter) -> bool:
 def write_lycoris(
     adapter: Adapter, *, base_name: str, task_type: str | None, targets: Any
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the configuration and the tensors.
+    """Return the configuration and the tensors of a LOHA or LOKR folder.
 
-    `targets`: PEFT's target_modules. Raises AdapterError listing each delta that PEFT creates from no
-    configuration."""
+    targets: PEFT's target_modules.
+
+    Raises AdapterError listing each delta that PEFT cannot create from any configuration."""
     kind = _FORMS[next(iter(adapter.deltas.values())).form]
     problems = [p for name, delta in adapter.deltas.items() for p in _problems(name, delta)]
     problems += [f"{name}: a delta inside {m}, which is a full copy" for name, m in _inside(adapter)]
@@ -143,7 +146,7 @@ def write_lycoris(
 
 
 def _inside(adapter: Adapter) -> Iterator[tuple[str, str]]:
-    """Yield (delta, full copy) for each delta on a module that is replaced whole."""
+    """Yield (delta, full copy) for each delta inside a module that has a full copy."""
     for name in adapter.deltas:
         yield from ((name, module) for module in adapter.modules if name.startswith(f"{module}."))
 
@@ -158,14 +161,15 @@ def _problems(name: str, delta: Delta) -> Iterator[str]:
 
 
 def _rank(delta: Delta) -> int | None:
-    """Return the rank of a delta's low-rank parts, or None."""
+    """Return the rank of a delta's low-rank parts, or None if all parts are whole."""
     return next((int(delta.parts[b].shape[0]) for b in ("b2", "b1") if b in delta.parts), None)
 
 
 def _rank_for(delta: Delta, rank: int) -> int:
-    """Return the rank to write: the delta's own.
+    """Return the rank to write for a delta: its own rank.
 
-    For two whole factors: the adapter's rank if it keeps them whole, else the smallest that does."""
+    For two whole factors, the adapter's rank if PEFT then creates whole factors, else the smallest rank with
+    which PEFT does."""
     rank_of_delta = _rank(delta)
     if rank_of_delta is not None:
         return rank_of_delta
@@ -174,7 +178,7 @@ def _rank_for(delta: Delta, rank: int) -> int:
 
 
 def _factor_of(adapter: Adapter, both: bool) -> int | None:
-    """Return the decompose_factor with which PEFT creates these parts; -1 for none."""
+    """Return the decompose_factor with which PEFT creates these parts; -1 for the default."""
     firsts = {n for d in adapter.deltas.values() for n in _first_factor(d)}
     for factor in (None, *sorted(firsts), *range(1, 2 * max(firsts) + 2)):
         if all(_follows(delta, factor, both) for delta in adapter.deltas.values()):
@@ -189,7 +193,7 @@ def _first_factor(delta: Delta) -> tuple[int, ...]:
 
 def _follows(delta: Delta, factor: int | None, both: bool) -> bool:
     want = trained_shapes("lokr", delta.shape, _rank_for(delta, 1), factor, both)
-    if "t2" in delta.parts:  # b2 is (r, n) with a core
+    if "t2" in delta.parts:  # with a core, b2 is (r, n)
         want = {**want, "b2": (want["b2"][0], delta.parts["b2"].shape[1])} if "b2" in want else want
         return {k: tuple(t.shape) for k, t in delta.parts.items() if k != "t2"} == want
     return {k: tuple(t.shape) for k, t in delta.parts.items()} == want

@@ -1,10 +1,11 @@
-"""Read an adapter of any layout under canonical names; account for every tensor.
+"""Read an adapter of any layout under canonical names, accounting for every tensor.
 
     keys --split_key--> module text, suffix    texts --names--> family, targets    tensors --read_module--> changes
     changes --rows and halves of the targets--> pairs, deltas and whole tensors under canonical names
 
-Nothing is dropped silently: tensors that are unused, unpaired or duplicates cause an error that lists all of
-them; with `allow_partial` they are returned as lists. Uses files and names, and the shapes of a given base.
+No tensor is dropped silently: unused, unpaired and duplicate tensors cause an error that lists all of them,
+or, with `allow_partial`, are returned as lists. This module works on files and names, and on the shapes of a
+given base.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ from veneer.formats.tensors import read_adapter_tensors
 from veneer.formats.topology import DENOISERS, Family, ModuleTarget, families
 
 _SCALED = re.compile(r"lora[_.]|hada_|lokr_|down\.|up\.")
-"""Prefixes of the suffixes of changes that alpha scales."""
+"""Matches suffixes of tensors that alpha scales."""
 _POINTWISE = re.compile(r".*\.(proj_in|proj_out|conv_shortcut)")
 
 
 def _canonical_structure(base: Any, family: Family | None) -> Structure:
-    """Return the outline of a base under canonical names.
+    """Return the structure of a base under canonical names.
 
-    The names of a bare denoiser, which have no component, get one."""
+    A bare denoiser's names have no component; the component is added to them."""
     structure = structure_of(base) if base is not None else Structure({})
     if family is None or any(name.partition(".")[0] in family.components for name in structure.kinds):
         return structure
@@ -54,7 +55,9 @@ def _canonical_structure(base: Any, family: Family | None) -> Structure:
 
 @dataclass
 class _ChangeCollector:
-    """Collects changes by canonical module. `used`: canonical module -> keys of the file."""
+    """Collects changes by canonical module.
+
+    `used`: canonical module -> keys of the file."""
 
     family: Family | None
     base: Structure
@@ -68,7 +71,7 @@ class _ChangeCollector:
         return Adapter(self.pairs, self.modules, deltas=self.deltas)
 
     def misfits(self) -> list[str]:
-        """Return which changes do not fit the base, if one is given."""
+        """Return a message for each change that does not fit the base; [] without a base."""
         if not self.base.kinds:
             return []
         names = {name for name in self.used if name not in self.base.kinds}
@@ -78,7 +81,9 @@ class _ChangeCollector:
     def add(
         self, text: str, changes: ModuleChanges, targets: Sequence[ModuleTarget], keys: list[str], blocks: bool = False
     ) -> list[str]:
-        """Add a module's changes at their targets, or return all problems and add nothing."""
+        """Add a module's changes to its targets, and return [].
+
+        On any problem, add nothing and return all problems."""
         problems = [
             f"{text}: lands on {p.module}, like {self.owner[p.module]}" for p in targets if p.module in self.owner
         ]
@@ -100,7 +105,9 @@ class _ChangeCollector:
         return []
 
     def _fitted(self, changes: ModuleChanges, name: str) -> ModuleChanges:
-        """Return the changes in the shape of the base's weight, else by its kind."""
+        """Return the changes in the shape of the base's weight.
+
+        Without a base, the shape follows from the module's kind."""
         kind = self.family.modules.get(name) if self.family else None
         pair = changes.pair
         if kind == "norm" and pair is not None:
@@ -108,7 +115,7 @@ class _ChangeCollector:
         if kind in ("linear", "conv", "embedding") and "weight" in changes.full and changes.full["weight"].ndim == 1:
             raise AdapterError(f"a vector as the whole new weight of {name}, which is of a {kind}")
         if kind == "embedding" and pair is not None and pair.kind == "linear":
-            # ΔW = B·A of a weight (rows, dim); an embedding's pair is the transpose of this.
+            # A file stores ΔW = B·A of a weight (rows, dim); an embedding's pair is the transpose.
             changes = replace(changes, pair=replace(pair, A=pair.B.t(), B=pair.A.t(), kind="embedding"))
         if (shape := self.base.shapes.get(f"{name}.weight")) is not None and len(shape) >= 2:
             return fitted(changes, shape, where=name)
@@ -123,7 +130,7 @@ class _ChangeCollector:
 
 
 def _parts(changes: ModuleChanges, targets: Sequence[ModuleTarget], blocks: bool) -> list[ModuleChanges]:
-    """Return the changes of each target."""
+    """Return the part of the changes for each target."""
     if len(targets) == 1 and targets[0].part is None and not targets[0].swap:
         return [changes]
     out = [ModuleChanges() for _ in targets]
@@ -155,9 +162,9 @@ def _halves_swapped(changes: ModuleChanges) -> ModuleChanges:
 
 
 def _block(pair: Pair, i: int, n: int) -> Pair:
-    """Return part i's own A and B, as views, of a block-diagonal pair.
+    """Return A and B of part i of a block-diagonal pair, as views.
 
-    The scale already refers to one part."""
+    The scale already refers to one part's rank."""
     rank = pair.rank // n
     block_rows = slice(i * rank, (i + 1) * rank)
     return replace(pair, A=pair.A[block_rows], B=pair.B[:, block_rows])
@@ -169,17 +176,17 @@ def _split_qkv_alphas(
     metadata: Mapping[str, str],
     notes: list[str],
 ) -> dict[str, float]:
-    """Return module text -> alpha for the stored rank.
+    """Return module text -> alpha, relative to the stored rank.
 
-    For fused modules of a `split_qkv` file."""
+    For the fused modules of a `split_qkv` file."""
     split_setting = _split_setting(metadata)
-    if split_setting is False:  # veneer's own files, whose alpha refers to the stored rank
+    if split_setting is False:  # a file written by veneer, where alpha refers to the stored rank
         return {}
     plain = {
         (float(tensors["alpha"]), tensors["lora_down.weight"].shape[0])
         for text, tensors in groups.items()
         if {"alpha", "lora_down.weight"} <= set(tensors) and len(targets[text] or ()) == 1
-        if tensors["alpha"].numel() == 1 and tensors["lora_down.weight"].ndim  # reading reports other values
+        if tensors["alpha"].numel() == 1 and tensors["lora_down.weight"].ndim  # reading reports other shapes
     }
     out: dict[str, float] = {}
     unclear: list[str] = []
@@ -218,7 +225,7 @@ def _split_qkv_alphas(
 
 
 def _split_setting(metadata: Mapping[str, str]) -> bool | None:
-    """Return the split_qkv setting in ss_network_args, or None."""
+    """Return the split_qkv setting in ss_network_args, or None if missing."""
     arguments = json_value(metadata, "ss_network_args")
     setting = str(arguments.get("split_qkv", "")).lower() if isinstance(arguments, dict) else ""
     return {"true": True, "1": True, "false": False, "0": False}.get(setting)
@@ -232,9 +239,9 @@ def _as_float(text: str | None) -> float | None:
 
 
 def _is_blocks(up: Tensor, parts: Sequence[tuple[int, int, int] | None]) -> bool:
-    """Return whether each part's rows use only the part's own ranks.
+    """Return whether B is block-diagonal: each part's rows use only the part's own ranks.
 
-    Each part uses at least one of them."""
+    False if all entries are zero."""
     rank, n = up.shape[1] if up.ndim == 2 else 0, len(parts)
     if rank == 0 or rank % n or any(p is None or up.shape[0] % p[2] for p in parts):
         return False
@@ -251,7 +258,7 @@ def _is_blocks(up: Tensor, parts: Sequence[tuple[int, int, int] | None]) -> bool
 
 
 class ReadOptions(TypedDict, total=False):
-    """Facts about a file that the caller can provide: see `read`."""
+    """Properties of a file that the caller can state; see `read`."""
 
     from_pickle: bool
     alpha: float | None
@@ -270,13 +277,16 @@ def read(
 ) -> Reading:
     """Read the adapter in a file or folder of any tool.
 
-    `base` (a model, its outline, or module names) is checked against, and gives flat LoHa and LoKr their shapes.
-    `family`: the base's, taken where the names are those of several families alike. A file in PEFT's names with an
-    adapter_config.json beside it is read by that; without one, its scale is `alpha`'s. `alpha`: the trained one, of
-    modules whose alpha the file does not state. `assume_scale`: take alpha for the rank there and list the modules
-    in `Reading.assumed_scale`; for reports, never to use the adapter. Pickles are read only with `from_pickle`.
-    Raises one AdapterError listing every tensor that is unused, unpaired, not understood, or lands where another
-    has; one for a scale that is neither in the file nor given; UnsafeFileError for pickles and headers that lie."""
+    `base` (a model, its outline, or module names) is checked against, and gives flat LoHa and LoKr their
+    shapes.
+    `family`: the base's, taken where the names are those of several families alike. A file in PEFT's names
+        with an
+    adapter_config.json beside it is read by that; without one, its scale is `alpha`'s. `alpha`: the trained
+    one, of modules whose alpha the file does not state. `assume_scale`: take alpha for the rank there and
+    list the modules in `Reading.assumed_scale`; for reports, never to use the adapter. Pickles are read only
+    with `from_pickle`. Raises one AdapterError listing every tensor that is unused, unpaired, not understood,
+    or lands where another has; one for a scale that is neither in the file nor given; UnsafeFileError for
+    pickles and headers that lie."""
     location = Path(path)
     opened: peft.PeftFolder | None = None
     path = location if location.is_dir() and (location / CONFIG_FILE).is_file() else tensor_file(location, from_pickle)
@@ -315,7 +325,7 @@ def scale_error(reading: Reading, path: Path) -> AdapterError:
 
 
 def _refuse_alpha(alpha: float | None, where: str) -> None:
-    """Raise AdapterError for a given alpha if the files state their own."""
+    """Raise AdapterError if alpha is given although the files state their own."""
     if alpha is not None:
         raise AdapterError(
             f"alpha {alpha:g} is given, and the adapter's files state their own", where=where, fix="leave out --alpha"
@@ -335,9 +345,7 @@ def _from_gguf(path: Path, base: peft.BaseLike, alpha: float | None) -> Reading:
 
 
 def _head_dim(base: peft.BaseLike) -> int | None:
-    """Return a loaded base's rows per head.
-
-    None if unknown or different between layers."""
+    """Return a loaded base's rows per head; None if unknown or different between layers."""
     sizes: set[int] = set()
     for layer in getattr(getattr(base, "config", None), "per_layer_config", ()):
         heads = getattr(layer, "num_attention_heads", None)
@@ -348,9 +356,9 @@ def _head_dim(base: peft.BaseLike) -> int | None:
 def _from_peft(
     opened: peft.PeftFolder, path: Path, base: peft.BaseLike, requested: str | None, alpha: float | None
 ) -> Reading:
-    """Read a PEFT folder by PEFT's rules.
+    """Return the adapter in a PEFT folder, read by PEFT's rules.
 
-    If its names are those of an image family's denoiser, returns canonical names."""
+    The module names are canonical if they are those of an image family's denoiser."""
     where = str(path)
     _refuse_alpha(alpha, where)
     tensors = opened.tensors
@@ -382,7 +390,7 @@ def _from_peft(
     problems = []
     for name, changes in by_module.items():
         target = choice.lookup(name)
-        assert target is not None  # every module is covered
+        assert target is not None  # every module is in the family's tables
         problems += collector.add(name, changes, target, suffixes[name])
     problems += collector.misfits()
     adapter.card.kind = adapter.card.kind or "image"
@@ -394,7 +402,9 @@ def _from_peft(
 
 
 def _refusal(problems: list[str], where: str, some: bool = True) -> AdapterError:
-    """Return one error with all problems. `some`: whether a partial read is possible."""
+    """Return one error that lists all problems.
+
+    some: whether to mention that a partial read is possible."""
     if not problems:
         return AdapterError("no tensor of the file is an adapter's", where=where)
     partial = "`veneer adapter convert --allow-partial` (allow_partial=True) converts the rest and lists the others"
@@ -415,10 +425,13 @@ def read_state_dict(
     family: str | None = None,
     alpha: float | None = None,
 ) -> Reading:
-    """Read an adapter from tensors by name and metadata.
+    """Return an adapter read from named tensors and metadata.
 
-    Any layout except PEFT folder and GGUF. `alpha`: of modules whose alpha the file does not state. Raises as
-    `read`."""
+    Supports every layout except PEFT folders and GGUF.
+
+    alpha: used for modules whose alpha the file does not state.
+
+    Raises the errors of `read`."""
     fmt, reasons = detect_format(tensors, metadata)
     tensors, notes = widened(tensors)
     if unreal := sorted(key for key, t in tensors.items() if t.is_complex()):
@@ -507,9 +520,10 @@ def read_state_dict(
 
 
 def _is_unknown_model(targets: Mapping[str, Sequence[ModuleTarget] | None]) -> bool:
-    """Return whether the file is for an unknown model that uses diffusers' class names.
+    """Return whether the file is for an unknown model with diffusers' class names.
 
-    This is the case if modules have names as in diffusers' classes, and the known family lacks some of them.
+    True if some modules have the names of diffusers' classes, but the best family lacks other modules of the
+    file.
     """
     names = {text: text.removeprefix("base_model.model.") for text in targets}
     dotted = all(name.partition(".")[0] in DENOISERS for name in names.values())
@@ -527,7 +541,7 @@ def _without_family(choice: FamilyChoice, targets: Mapping[str, Sequence[ModuleT
 
 
 def _fill_card(adapter: Adapter, *, text: bool) -> None:
-    """Fill the card from the tensors, which override the metadata's claims."""
+    """Set the card's rank and kind from the tensors, which take precedence over the metadata."""
     ranks = {pair.rank for pair in adapter.pairs.values()}
     if adapter.card.rank not in ranks:
         adapter.card.rank = ranks.pop() if len(ranks) == 1 else 0
@@ -548,7 +562,7 @@ def _unknown(key: str, tensor: Tensor, choice: FamilyChoice) -> str:
 
 
 def _shape(tensors: Mapping[str, Tensor], suffixes: Mapping[str, str]) -> tuple[int, int] | None:
-    """Return (out, in) of a weight from a pair, LoHa or LoKr; None if unknown."""
+    """Return a weight's (out, in), derived from a pair, LoHa or LoKr; None if unknown."""
     matrices = {suffix: tensors[key] for suffix, key in suffixes.items() if tensors[key].ndim >= 2}
     for suffix, down in matrices.items():
         if re.fullmatch(r".*down\.weight|lora_A(\..*)?\.weight", suffix):
@@ -569,7 +583,7 @@ def _shape(tensors: Mapping[str, Tensor], suffixes: Mapping[str, str]) -> tuple[
 
 
 def _configs(metadata: Mapping[str, str], problems: list[str]) -> dict[str, cfg.PeftConfig]:
-    """Parse diffusers' lora_adapter_metadata: a PEFT configuration per component."""
+    """Return PEFT's configuration per component, from diffusers' lora_adapter_metadata."""
     out = {}
     for component, raw in unpack_configs(metadata).items():
         values: dict[str, Any] = {"peft_type": "LORA", "target_modules": cfg.ALL_LINEAR, **raw}
@@ -582,9 +596,9 @@ def _configs(metadata: Mapping[str, str], problems: list[str]) -> dict[str, cfg.
 def _settings(
     configs: Mapping[str, cfg.PeftConfig], module: str, suffixes: Mapping[str, Tensor], block: float | None
 ) -> tuple[float | None, bool]:
-    """Return (alpha, rslora) of a module from outside its tensors.
+    """Return (alpha, rslora) of a module as set by metadata.
 
-    Raises AdapterError if tensors and settings contradict each other."""
+    Raises AdapterError if tensors and metadata contradict each other."""
     component, _, name = module.partition(".")
     config = configs.get(component)
     if block is not None or config is None:

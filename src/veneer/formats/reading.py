@@ -1,6 +1,6 @@
 """The result of reading an adapter, and its JSON summary.
 
-The summary has counts, ranks, shapes, norms and hashes. Uses adapters and their files.
+The summary contains counts, ranks, shapes, norms and hashes. This module works on adapters and their files.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from veneer.formats.names import component_of
 class Reading:
     """The result of reading an adapter.
 
-    `used`: canonical module -> the keys of the file it came from. `unused`: keys whose module no family has,
-    or that no layout has. `unpaired`: keys of modules that could not be read, with reasons in `notes`.
-    `assumed_scale`: modules whose scale the file does not state, assumed to be 1 (PEFT's names without a
+    `used`: canonical module -> the file's keys for the module. `unused`: keys with an unknown module or
+        layout.
+    `unpaired`: keys of modules that could not be read, with reasons in `notes`. `assumed_scale`: modules for
+    which scale 1 was assumed, because the file does not state a scale (PEFT's names without a
     configuration)."""
 
     adapter: Adapter
@@ -47,14 +48,14 @@ class Reading:
 def delta_norm(pair: Pair) -> float:
     """Return ‖s·B·A‖ (Frobenius) without DoRA's magnitude, in float64.
 
-    For experts, the norm over all of them."""
+    For experts, the norm over all experts together."""
     return distance(factors(pair))
 
 
 def summary(path: Path, reading: Reading, refusal: AdapterError | None) -> dict[str, Any]:
-    """Return the result of `veneer.adapters.inspect.inspect`.
+    """Return the summary that `veneer.adapters.inspect.inspect` returns.
 
-    `refusal`: why the adapter cannot be used."""
+    refusal: the error if the adapter cannot be used."""
     adapter = reading.adapter
     file = read_card(path) if (path / CARD_FILE).is_file() else CardFile(adapter.card)
     groups: dict[str, list[Pair]] = defaultdict(list)
@@ -111,7 +112,7 @@ _FORMS = {"hadamard": "LoHa", "kronecker": "LoKr", "gain": "(IA)³", "dense": "d
 
 
 def _variants(adapter: Adapter) -> list[str]:
-    """Return the adapter's kinds of change, by their common names."""
+    """Return the common names of the kinds of change in an adapter."""
     out = ["rsLoRA" if adapter.rslora else "LoRA"] if adapter.pairs else []
     out += list(dict.fromkeys(_FORMS[d.form] for d in adapter.deltas.values()))
     out += ["DoRA"] if any(m is not None for m in _magnitudes(adapter)) else []
@@ -120,9 +121,7 @@ def _variants(adapter: Adapter) -> list[str]:
 
 
 def _last_name(module: str) -> str:
-    """Return a name's last part that is not a number, and what follows.
-
-    For example `to_out.0`."""
+    """Return a module's last name and a number that follows it, such as `to_out.0`."""
     parts = module.split(".")
     at = next((i for i in range(len(parts) - 1, -1, -1) if not parts[i].isdigit()), 0)
     return ".".join(parts[at:])
@@ -133,7 +132,7 @@ def _files(path: Path) -> dict[str, int]:
 
 
 def _value_counts(values: Iterable[Any]) -> dict[str, int]:
-    """Return value -> count, sorted by value; numbers to six digits."""
+    """Return value -> count, sorted by value; floats have six digits."""
     counts = Counter(values)
     return {f"{v:g}" if isinstance(v, float) else str(v): n for v, n in sorted(counts.items())}
 

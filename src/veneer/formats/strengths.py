@@ -15,7 +15,7 @@
 | anything else: `attn2`, `ff`,  | modules with these whole dotted parts in their     |
 | `attentions.1`, `unet`, `*`    | canonical names                                    |
 
-Uses names; no tensors, no models.
+This module works on names, and does not depend on tensors or models.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ CAMPAIGN: Mapping[str, Mapping[str, str]] = {
     "flow": {"product": "", "brand": "double=0.5,single=0.7", "lens": "steps=0.4-1"},
     "noise": {"product": "", "brand": "", "lens": "steps=0.4-1"},
 }
-"""Prediction type -> role -> its factors.
+"""Prediction type -> role -> factors.
 
-The lens starts after the content of the picture is determined. On flow bases the brand is weaker, most of all
-in the double-stream blocks, which determine the content. benchmarks/image_campaign.py compares this recipe
-with others (docs/image-proof.md)."""
+The lens starts after the steps that determine the content of the picture. On flow bases the brand is weaker,
+most of all in the double-stream blocks, which determine the content. benchmarks/image_campaign.py compares
+these factors with others (docs/image-proof.md)."""
 
 
 def split_strength(text: str) -> tuple[str, float | None]:
-    """Parse "NAME[:STRENGTH]" into (name, strength or None).
+    """Return (name, strength or None), parsed from "NAME[:STRENGTH]".
 
-    The text after the last colon is a strength if it is a number, except in `sha256:12`, a digest. Raises
+    Text after the last colon is a strength if it is a number, except in a digest such as `sha256:12`. Raises
     ConfigError for an invalid strength (`check_strength`)."""
     name, colon, number = text.rpartition(":")
     if not colon or name == "sha256":
@@ -59,7 +59,8 @@ def split_strength(text: str) -> tuple[str, float | None]:
 def split_factors(text: str) -> tuple[str, str]:
     """Split "NAME[:STRENGTH][@FACTORS]" into (NAME[:STRENGTH], FACTORS or "").
 
-    The text after the last `@` is FACTORS if it has a `=` or a `,`: `brand@2` and `brand@prod` are versions.
+    Text after the last `@` is FACTORS if it contains `=` or `,`. In `brand@2` and `brand@prod`, the text is a
+    version.
     """
     head, at, factors = text.rpartition("@")
     return (head, factors) if at and ("=" in factors or "," in factors) else (text, "")
@@ -71,19 +72,19 @@ _INDEX = re.compile(r"^(.*?\.\d+)(?:\.|$)")
 def block_of(module: str) -> str:
     """Return a module's block: its name up to the first number.
 
-    For a U-Net up to the attention or resnet (`unet.down_blocks.1.attentions.0`); the whole name without a
-    number."""
+    For a U-Net, the name up to the attention or resnet (`unet.down_blocks.1.attentions.0`). Without a number,
+    the whole name."""
     unet = re.match(r"^(.*?(?:down_blocks|up_blocks)\.\d+\.\w+\.\d+|.*?mid_block\.\w+\.\d+)(?:\.|$)", module)
     match = unet or _INDEX.match(module)
     return match[1] if match else module
 
 
 def parse_blocks(text: str, modules: Sequence[str]) -> dict[str, float]:
-    """Return module -> strength.
+    """Return module -> strength, from "PATTERN=NUMBER,…".
 
-    `text` is "PATTERN=NUMBER,…": a pattern is whole dotted parts of the name ("mid_block", "down_blocks.0",
-    "layers.3-7" for a range); the last matching pattern counts, `*` matches all. Other modules stay at 1.
-    Raises ConfigError listing patterns without a match, and invalid parts."""
+    A pattern consists of whole dotted parts of a name ("mid_block", "down_blocks.0"), with ranges
+    ("layers.3-7"); `*` matches all modules. The last matching pattern counts. Modules without a match have
+    strength 1. Raises ConfigError listing patterns without a match, and invalid parts."""
     parts = [p.strip() for p in text.split(",") if p.strip()]
     out = dict.fromkeys(modules, 1.0)
     problems = []
@@ -108,7 +109,7 @@ def parse_blocks(text: str, modules: Sequence[str]) -> dict[str, float]:
 
 
 def _finite(text: str) -> float | None:
-    """Return the finite number in a text, or None."""
+    """Return the number in a text, or None if invalid or not finite."""
     try:
         value = float(text)
     except ValueError:
@@ -123,9 +124,8 @@ def _block_number(text: str) -> float:
 
 
 _LONGEST_RUN = 1000
-"""Maximum length of a range of blocks.
-
-Ranges are expanded, and the text can come from a stranger."""
+"""Maximum length of a range of blocks. Ranges are expanded, and the text can come from an untrusted
+source."""
 
 
 def _pattern(text: str) -> re.Pattern[str]:
@@ -152,12 +152,14 @@ _EXAMPLE = "as in brand:0.8@down=0.5,text=0,steps=0-0.6"
 
 @dataclass(frozen=True)
 class Strength:
-    """`strength` times the factor of a module times the factor of a step.
+    """A strength with factors per module and per step: the three are multiplied.
 
-    `blocks`: (key, factor), see the module's table. `steps`: (from, to, factor), shares of the run in 0..1:
-    step i of n is in a range if from ≤ i/n < to, and has factor 0 outside all ranges; empty for all steps.
-    The part on text encoders acts when the prompt is encoded, before the first step. `campaign`: a role
-    instead of these; `in_campaign` replaces it by its meaning on a base before use."""
+    `blocks`: (key, factor), see the table above. `steps`: (from, to, factor) with from and to as fractions of
+    the run, 0 to 1. Step i of n is in a range if from ≤ i/n < to; the factor is 0 outside all ranges. Without
+    ranges, the factor is 1 at all steps. Factors of text encoders apply when the prompt is encoded, before
+    the first step.
+    `campaign`: a role instead of blocks and steps; `in_campaign` replaces the role by the factors for a
+        base."""
 
     strength: float = 1.0
     blocks: tuple[tuple[str, float], ...] = ()
@@ -189,29 +191,29 @@ class Strength:
             end = until
 
     def factor_at(self, share: float) -> float:
-        """Return the factor at this fraction of the steps."""
+        """Return the step factor at `share`, a fraction of the run from 0 to 1."""
         if not self.steps:
             return 1.0
         return next((f for begin, end, f in self.steps if begin <= share < end), 0.0)
 
     def idle(self, steps: int) -> list[str]:
-        """Return the ranges that contain no step of a run with this many steps."""
+        """Return the ranges that contain no step if the run has `steps` steps."""
         fractions = [i / steps for i in range(steps)]
         ranges = [(begin, end) for begin, end, _ in self.steps if not any(begin <= share < end for share in fractions)]
         return [f"{_text(begin)}-{_text(end)}" for begin, end in ranges]
 
     @property
     def by_block(self) -> Strength:
-        """Return only the factors by block."""
+        """A strength with only the block factors."""
         return Strength(1.0, self.blocks)
 
     @property
     def edges(self) -> tuple[float, ...]:
-        """Return the shares where the factor of a step can change, 0 first."""
+        """The fractions of the run at which the step factor can change, starting with 0."""
         return tuple(sorted({0.0, *(e for begin, end, _ in self.steps for e in (begin, end) if e < 1)}))
 
     def __str__(self) -> str:
-        """Return the text that parses to this strength, exact to the last bit."""
+        """Return text from which this strength can be parsed back exactly."""
         parts = [f"{key}={_text(factor)}" for key, factor in self.blocks]
         if self.steps:
             ranges = (f"{_text(b)}-{_text(e)}" + ("" if f == 1 else f":{_text(f)}") for b, e, f in self.steps)
@@ -225,10 +227,10 @@ def _text(number: float) -> str:
 
 
 def parse_strength(options: str, strength: float = 1.0) -> Strength:
-    """Parse the text after the `@`: "down=0.5,steps=0-0.6".
+    """Return a strength parsed from the text after the `@`, such as "down=0.5,steps=0-0.6".
 
-    Raises ConfigError for a part that is not KEY=NUMBER, for a repeated key and for an unknown role.
-    `factors_by_module` checks that blocks exist."""
+    Raises ConfigError for a part that is not KEY=NUMBER, a repeated key or an unknown role. Whether the
+    blocks exist is checked by `factors_by_module`."""
     blocks: dict[str, float] = {}
     campaign = ""
     steps: tuple[tuple[float, float, float], ...] = ()
@@ -274,11 +276,13 @@ def check_roles(uses: Iterable[tuple[str, Strength]]) -> None:
 
 
 def in_campaign(strength: Strength, prediction: str, modules: Sequence[str]) -> Strength:
-    """Return the meaning of a role on a base.
+    """Return the strength with its campaign role replaced by factors for a base.
 
-    The base has this prediction type and these modules. A strength without a role is unchanged. If the base
-    lacks a block of the `campaign` table's row, every role is in the plain sum, because part of the row would
-    weaken adapters without separating them."""
+    prediction, modules: the base's prediction type and modules.
+
+    A strength without a role is returned unchanged. If the base lacks a block that `CAMPAIGN` uses, all roles
+    get their plain strength, because some of the factors alone would weaken adapters without separating
+    them."""
     if not strength.campaign:
         return strength
     roles = CAMPAIGN["flow" if prediction == "flow" else "noise"]
@@ -309,7 +313,7 @@ def _range(text: str) -> tuple[float, float, float]:
 
 
 def factors_by_module(strength: Strength, modules: Sequence[str]) -> dict[str, float]:
-    """Return module -> factor, for all `modules` of a base by canonical name.
+    """Return module -> factor for all `modules`, the canonical names of a base's modules.
 
     Raises ConfigError for a key that matches no module, with the nearest keys that do."""
     encoders = sorted({m.partition(".")[0] for m in modules if m.startswith("text_encoder")})
@@ -340,7 +344,7 @@ def _fits(pattern: str, modules: Sequence[str]) -> bool:
 
 
 def _short(block: str) -> str:
-    """Return a block's name in the short form of the table."""
+    """Return a block's name in the short form of the table above."""
     for short, long in _SHORT.items():
         full_name = long if "." in long else f"unet.{long}"
         if block == full_name or block.startswith(f"{full_name}."):

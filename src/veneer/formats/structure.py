@@ -1,8 +1,8 @@
-"""The outline of a base: module names, kinds and shapes.
+"""The structure of a base: module names, kinds and shapes.
 
-Needs no import of the base's library. A reader checks an adapter against it; a writer chooses names that
-match exactly certain modules. Works on any torch model, with or without adapters, also on the meta device.
-Uses no files.
+Does not import the base's library. A reader checks an adapter against the structure; a writer chooses names
+that match exactly certain modules. Supports any torch model, with or without adapters, also on the meta
+device. This module does not access files.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class Structure:
     input_embedding: str | None = None
     output_embedding: str | None = None
     weight: Callable[[str], Tensor | None] = lambda _: None
-    """Return a module's weight, if it has data."""
+    """Function that returns a module's weight, or None if the weight has no data."""
     problems: Callable[[Adapter], list[str]] = lambda _: []
-    """Return every way in which an adapter does not fit."""
+    """Function that returns every reason why an adapter does not fit the base."""
 
     @property
     def detailed(self) -> bool:
@@ -48,9 +48,9 @@ class Structure:
         return bool(self.shapes)
 
     def under(self, rename: Callable[[str], str], restore: Callable[[str], str]) -> Structure:
-        """Return the outline under other names.
+        """Return the same structure under other names.
 
-        `rename` is one to one, `restore` its inverse."""
+        `rename` must be one-to-one; `restore` is its inverse."""
         named = {n: rename(n) for n in {*self.kinds, *self.experts, *self.shapes}}
         renamed = lambda name: None if name is None else rename(name)  # noqa: E731
         return replace(
@@ -70,7 +70,9 @@ class Structure:
 
 
 def structure_of(model: nn.Module | Structure | Iterable[str] | Callable[[], Any]) -> Structure:
-    """Return the outline of a model without its adapters, or of module names only."""
+    """Return the structure of a model without its adapters.
+
+    If only module names are given, the structure has no kinds and shapes."""
     if isinstance(model, Structure):
         return model
     if not isinstance(model, nn.Module):
@@ -98,7 +100,7 @@ def structure_of(model: nn.Module | Structure | Iterable[str] | Callable[[], Any
 
 
 def _tensors(modules: dict[str, nn.Module]) -> Iterable[tuple[str, Tensor]]:
-    """Yield what a state dict holds, under the base's own names."""
+    """Yield the names and tensors of the model's state dict, under the base's own names."""
     for name, module in modules.items():
         for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is not None and key not in module._non_persistent_buffers_set:

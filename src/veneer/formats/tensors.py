@@ -1,6 +1,6 @@
 """Read the tensors of any adapter file, and check that they are finite.
 
-Uses files and tensors, not the tensors' meaning.
+This module works on files and tensors, whatever the tensors mean.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from veneer.files.safetensors import PICKLE_SUFFIXES, read_tensors
 
 
 def read_adapter_tensors(path: Path, *, from_pickle: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return all tensors of a file by name, and its metadata.
+    """Return all tensors of a file by name, and the file's metadata.
 
-    A pickle is read only with `from_pickle`. Raises the errors of `read_tensors`, `read_pickle` and
-    `check_finite`."""
+    from_pickle: allow pickles.
+
+    Raises the errors of `read_tensors`, `read_pickle` and `check_finite`."""
     pickled = from_pickle and path.suffix.lower() in PICKLE_SUFFIXES
     tensors, metadata = read_pickle(path) if pickled else read_tensors(path)
     check_finite(tensors, where=str(path))
@@ -31,7 +32,7 @@ def read_adapter_tensors(path: Path, *, from_pickle: bool = False) -> tuple[dict
 def check_finite(tensors: Mapping[str, Tensor], *, where: str | None = None) -> None:
     """Raise AdapterError for NaN or infinity.
 
-    The error lists each tensor's name, shape and count."""
+    The error lists each affected tensor with name, shape and number of such values."""
     bad = []
     for name, tensor in tensors.items():
         if not (tensor.is_floating_point() or tensor.is_complex()) or all_finite(tensor):

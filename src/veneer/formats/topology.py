@@ -40,13 +40,14 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 RowRange = tuple[int, int, int]
-"""Rows [begin, end) of `total`, in equal units: q of a fused qkv is (0, 1, 3)."""
+"""Rows [begin, end) of `total` equal units. For example, q of a fused qkv is (0, 1, 3)."""
 
 
 class ModuleRow(NamedTuple):
-    """A module, its kind, and its original name ("" if equal).
+    """A module, its kind, and its original name ("" if equal to the canonical name).
 
-    It is the whole original module, or `part` of its rows, or has its halves swapped."""
+    The module is the whole original module, or only `part` of its rows. `swap`: the halves of the rows are
+    swapped."""
 
     module: str
     kind: str = "linear"
@@ -56,9 +57,11 @@ class ModuleRow(NamedTuple):
 
 
 def _rows(prefix: str, names: str, original: str | None = None) -> Iterator[ModuleRow]:
-    """Yield a row for each word of `names`: NAME or NAME=ORIGINAL, after a kind and ":" if not linear.
+    """Yield a row for each word of `names`.
 
-    original: the prefix of the original names; None if they equal the canonical ones."""
+    A word is NAME or NAME=ORIGINAL, prefixed by "KIND:" unless linear.
+
+    original: the prefix of the original names; None if they equal the canonical names."""
     for word in names.split():
         kind, _, name = word.rpartition(":")
         name, _, its = name.partition("=")
@@ -66,10 +69,12 @@ def _rows(prefix: str, names: str, original: str | None = None) -> Iterator[Modu
 
 
 def clip(component: str, layers: int, projection: bool) -> Iterator[ModuleRow]:
-    """Yield CLIP's text model.
+    """Yield the modules of CLIP's text model.
 
-    transformers' CLIPTextModelWithProjection with `projection`, else CLIPTextModel. CLIPTextModel has the
-    names of its files, with `text_model.`, which transformers 5 dropped from the class."""
+    projection: transformers' CLIPTextModelWithProjection instead of CLIPTextModel.
+
+    CLIPTextModel has the names used in its files, with `text_model.`, which transformers 5 removed from the
+    class."""
     top = f"{component}.text_model."
     yield from _rows(f"{top}embeddings.", "embedding:token_embedding embedding:position_embedding")
     for i in range(layers):
@@ -82,7 +87,7 @@ def clip(component: str, layers: int, projection: bool) -> Iterator[ModuleRow]:
 
 
 def t5(component: str, layers: int) -> Iterator[ModuleRow]:
-    """Yield transformers' T5EncoderModel with a gated feed-forward (T5 v1.1)."""
+    """Yield the modules of transformers' T5EncoderModel with a gated feed-forward (T5 v1.1)."""
     yield from _rows(f"{component}.", "embedding:shared embedding:encoder.embed_tokens")
     for i in range(layers):
         block = f"{component}.encoder.block.{i}.layer."
@@ -105,11 +110,14 @@ _BLOCK = (
 
 
 def unet(depths: Sequence[int], widths: Sequence[int], proj: str, extra: bool, layers: int = 2) -> Iterator[ModuleRow]:
-    """Yield diffusers' UNet2DConditionModel.
+    """Yield the modules of diffusers' UNet2DConditionModel.
 
-    `depths`: transformer blocks of each attention, for each level on the way down (0: a level without
-    attention; the way up mirrors it, the middle has the last that is not 0). `widths`: the levels' channels
-    in any unit. `proj`: the kind of proj_in and proj_out. `extra`: SDXL's second embedding."""
+    depths: for each level on the way down, the number of transformer blocks in each attention, 0 for a level
+        without attention. The way up mirrors the way down; the middle block uses the last number that is not
+        0.
+    widths: the levels' channels, in any unit.
+    proj: the kind of proj_in and proj_out.
+    extra: whether SDXL's second embedding exists."""
     levels = len(depths)
     yield from _rows("unet.", "conv:conv_in=input_blocks.0.0", "")
     yield from _rows("unet.time_embedding.", "linear_1=0 linear_2=2", "time_embed.")
@@ -144,7 +152,7 @@ def _resnet(name: str, original: str, shortcut: bool) -> Iterator[ModuleRow]:
 
 
 def _attention(name: str, original: str, depth: int, proj: str) -> Iterator[ModuleRow]:
-    """Yield a Transformer2DModel, whose inner names are the same in the original."""
+    """Yield the modules of a Transformer2DModel; its inner names are the same in the original."""
     if depth:
         yield from _rows(f"{name}.", f"norm:norm {proj}:proj_in {proj}:proj_out", f"{original}.")
     for k in range(depth):
@@ -158,9 +166,9 @@ _CONTEXT = "add_q_proj add_k_proj add_v_proj"
 
 
 def _fused(names: str, prefix: str, original: str, units: int = 3) -> Iterator[ModuleRow]:
-    """Yield one unit of the original's rows for each name.
+    """Yield a row for each name: one unit of the original's rows per name.
 
-    The last name takes all the rest."""
+    The last name gets all remaining units."""
     each = names.split()
     for i, name in enumerate(each):
         end = units if i == len(each) - 1 else i + 1
@@ -173,9 +181,11 @@ def _last() -> Iterator[ModuleRow]:
 
 
 def sd3(layers: int, dual: Collection[int]) -> Iterator[ModuleRow]:
-    """Yield SD3Transformer2DModel with query and key norms.
+    """Yield the modules of SD3Transformer2DModel with query and key norms.
 
-    `dual`: layers with a second attention. The last layer reads the text and does not write it."""
+    dual: layers with a second attention.
+
+    The last layer reads the text tokens but does not update them."""
     yield from _rows(_TOP, "conv:pos_embed.proj=x_embedder.proj", "")
     for name, its in (("timestep", "t_embedder"), ("text", "y_embedder")):
         yield from _rows(f"{_TOP}time_text_embed.{name}_embedder.", "linear_1=0 linear_2=2", f"{its}.mlp.")
@@ -219,9 +229,10 @@ _FLUX_NORMS = "norm:norm_q=query_norm norm:norm_k=key_norm"
 
 
 def flux1(double: int, single: int, guidance: bool) -> Iterator[ModuleRow]:
-    """Yield FluxTransformer2DModel: dev with guidance, schnell without.
+    """Yield the modules of FluxTransformer2DModel: dev with guidance, schnell without.
 
-    A single block's linear1 is q, k, v and the feed-forward, which is four times as wide: 7 units."""
+    A single block's linear1 consists of q, k, v and the feed-forward layer, which is four times as wide: 7
+    units."""
     names = (("timestep", "time_in"), ("text", "vector_in"), *([("guidance", "guidance_in")] if guidance else []))
     yield from _flux_embedders("time_text_embed", names)
     for i in range(double):
@@ -238,10 +249,10 @@ def flux1(double: int, single: int, guidance: bool) -> Iterator[ModuleRow]:
 
 
 def flux2(double: int, single: int, guidance: bool) -> Iterator[ModuleRow]:
-    """Yield Flux2Transformer2DModel; klein without guidance.
+    """Yield the modules of Flux2Transformer2DModel: dev with guidance, klein without.
 
-    8 and 48 blocks (dev), 8 and 24 (klein 9B), 5 and 20 (klein 4B). All blocks share the modulations; a
-    single block's projections are fused in diffusers too."""
+    Block counts (double, single): 8 and 48 (dev), 8 and 24 (klein 9B), 5 and 20 (klein 4B). All blocks share
+    the modulations. The projections of a single block are fused in diffusers too."""
     names = (("timestep", "time_in"), *([("guidance", "guidance_in")] if guidance else []))
     yield from _flux_embedders("time_guidance_embed", names)
     for name in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation"):
@@ -256,7 +267,9 @@ def flux2(double: int, single: int, guidance: bool) -> Iterator[ModuleRow]:
 
 
 def qwen_image(layers: int) -> Iterator[ModuleRow]:
-    """Yield QwenImageTransformer2DModel; diffusers is the original."""
+    """Yield the modules of QwenImageTransformer2DModel.
+
+    The original names are diffusers' names."""
     yield from _rows(f"{_TOP}time_text_embed.timestep_embedder.", "linear_1 linear_2")
     yield from _rows(_TOP, "norm:txt_norm")
     for i in range(layers):
@@ -269,7 +282,7 @@ def qwen_image(layers: int) -> Iterator[ModuleRow]:
 
 
 def z_image(layers: int, refiners: int) -> Iterator[ModuleRow]:
-    """Yield ZImageTransformer2DModel with one patch size, 2 by 1.
+    """Yield the modules of ZImageTransformer2DModel with one patch size, 2 by 1.
 
     The context refiner has no modulation."""
     yield from _rows(_TOP, "all_x_embedder.2-1=x_embedder", "")
@@ -288,9 +301,9 @@ def z_image(layers: int, refiners: int) -> Iterator[ModuleRow]:
 
 
 def attention_blocks(double: int, single: int, *, joint: bool) -> Iterator[ModuleRow]:
-    """Yield attention and feed-forward by diffusers' names.
+    """Yield attention and feed-forward modules under diffusers' names.
 
-    `joint`: with the text's projections, else attn1, attn2."""
+    joint: attention with projections for the text, instead of attn1 and attn2."""
     for i in range(double):
         block = f"{_TOP}transformer_blocks.{i}."
         for attn in ("attn.",) if joint else ("attn1.", "attn2."):
@@ -307,10 +320,10 @@ DENOISERS = ("unet", "transformer")
 
 @dataclass(frozen=True)
 class ModuleTarget:
-    """A canonical module that receives (a part of) a file's module.
+    """A canonical module that receives a module of a file, or a part of the module.
 
-    `part`: rows [begin, end) of `total` in equal units, None for all. `swap`: the two halves of the rows are
-    swapped."""
+    `part`: rows [begin, end) of `total` in equal units, None for all rows. `swap`: the two halves of the rows
+    are swapped."""
 
     module: str
     part: RowRange | None = None
@@ -323,7 +336,7 @@ class Family:
 
     `modules`: canonical name -> linear, conv, embedding or norm. `originals`: original name of each denoiser
     module, without a prefix -> its targets. `diffusers_named`: sd-scripts and musubi-tuner use diffusers'
-    names for the denoiser. `clip`: ComfyUI's name of the first text encoder."""
+    names for the denoiser. `clip`: ComfyUI's name for the first text encoder."""
 
     name: str
     label: str
@@ -347,13 +360,13 @@ class Family:
     def kohya_encoder(self, component: str) -> str:
         """Return sd-scripts' prefix of a text encoder's modules.
 
-        A T5 is always its third."""
+        sd-scripts always numbers a T5 as the third encoder."""
         if len(self.encoders) == 1:
             return "lora_te_"
         return "lora_te3_" if self._is_t5(component) else f"lora_te{component[13:] or 1}_"
 
     def comfyui_encoder(self, component: str) -> str:
-        """Return ComfyUI's name of a text encoder."""
+        """Return ComfyUI's name for a text encoder."""
         if self._is_t5(component):
             return "t5xxl"
         return "clip_g" if component == "text_encoder_2" else self.clip
@@ -363,15 +376,15 @@ class Family:
 
 
 def flat(name: str) -> str:
-    """Replace dots with underscores, as in kohya's keys.
+    """Return the name with dots replaced by underscores, as in kohya's keys.
 
-    Not invertible without a table."""
+    The original name can only be recovered with a table."""
     return name.replace(".", "_")
 
 
 @cache
 def families() -> Mapping[str, Family]:
-    """Return all families by name, cached, the more common ones first."""
+    """Return all families by name, more common families first. Cached."""
     l_g_t5 = [*clip("text_encoder", 12, True), *clip("text_encoder_2", 32, True), *t5("text_encoder_3", 24)]
     supported = [
         _family(
@@ -408,7 +421,7 @@ def families() -> Mapping[str, Family]:
 
 @cache
 def other_models() -> Mapping[str, Family]:
-    """Return models with a family's diffusers names that must not be read as it."""
+    """Return models that use names of a family but must not be mistaken for the family."""
     models = [
         _family("hunyuan-video", "Hunyuan Video", attention_blocks(20, 40, joint=True)),
         _family("ltx-video", "LTX Video", attention_blocks(28, 0, joint=False)),

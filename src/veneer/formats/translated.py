@@ -6,9 +6,10 @@
 | Tinker | PEFT's keys with some names of its own (`_TINKER`); experts in three           | lora_alpha / r        |
 |        | dimensions (formats/moe.py)                                                    |                       |
 
-mlx-lm's `scale` is the whole scale since 2024; before, the scale was scale·alpha/r, and a config with
-`lora_layers` and `alpha` is ambiguous. Tinker splits Qwen 3.5's `in_proj_qkv` into q, k and v, whose pairs
-are joined block-diagonally. Uses configurations and tensors; no files.
+Since 2024, mlx-lm's `scale` is the whole scale. Before, the scale was scale·alpha/r; a configuration with
+`lora_layers` and `alpha` is therefore ambiguous. Tinker splits Qwen 3.5's `in_proj_qkv` into q, k and v; this
+module joins their pairs block-diagonally. This module works on configurations and tensors, and does not
+access files.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ _TINKER = (
     (_OWN, "lm_head"),
     (re.compile(r"(model\.layers\.\d+)\.attn\.([qkvo]_proj)"), r"\1.self_attn.\2"),  # gpt-oss
 )
-"""Tinker's names of modules, and transformers'."""
+"""Patterns of Tinker's module names, and their replacements in transformers."""
 _CUT = re.compile(r"(.+\.linear_attn\.in_proj_)([qkv])")
 
 
 @dataclass(frozen=True)
 class TranslatedFolder:
-    """A configuration and tensors in PEFT's layout, and their origin.
+    """A configuration and tensors in PEFT's layout, translated from another tool's folder.
 
-    `format`: mlx or tinker."""
+    `format`: "mlx" or "tinker"."""
 
     format: str
     reason: str
@@ -53,7 +54,7 @@ class TranslatedFolder:
 def translated(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TranslatedFolder | None:
     """Return an mlx-lm or Tinker folder in PEFT's layout; None for other folders.
 
-    Raises AdapterError for a folder that no PEFT folder can express."""
+    Raises AdapterError if PEFT's layout cannot express the folder."""
     pairs = any(key.endswith((".lora_a", ".lora_b")) for key in tensors)
     if pairs or "fine_tune_type" in config:
         return _from_mlx(config, tensors)
@@ -102,7 +103,7 @@ def _from_mlx(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Trans
 
 
 def _mlx_numbers(config: Mapping[str, Any], problems: list[str]) -> tuple[int, float, float]:
-    """Return rank, scale and dropout of a configuration."""
+    """Return rank, scale and dropout of mlx-lm's configuration."""
     parameters = config.get("lora_parameters")
     numbers: Mapping[str, Any] = parameters if isinstance(parameters, dict) else {}
     rank, scale, dropout = numbers.get("rank"), numbers.get("scale"), numbers.get("dropout", 0.0)
@@ -130,7 +131,7 @@ def _tinker_module(key: str) -> str:
 
 
 def _renamed(module: str) -> str:
-    """Return the module under transformers' name."""
+    """Return transformers' name for a module in a Tinker file."""
     for pattern, new in _TINKER:
         if pattern.fullmatch(module):
             return pattern.sub(new, module)
@@ -142,7 +143,7 @@ def _from_tinker(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tr
     cut: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in tensors.items():
         module, half = _tinker_module(key), key.rpartition(".lora_")[2]
-        if not module or not tensor.numel():  # placeholders of projections that a base does not have
+        if not module or not tensor.numel():  # empty placeholders for projections that the base does not have
             if module and tensor.numel() == 0:
                 continue
             out[key] = tensor
@@ -166,7 +167,5 @@ def _from_tinker(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tr
 
 
 def _targets(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the modules with pairs, except 3-d experts.
-
-    Those are not modules of the base."""
+    """Return the modules with pairs, without 3-d experts, which are not modules of the base."""
     return sorted({_tinker_module(key) for key, t in tensors.items() if ".lora_" in key and t.ndim == 2})

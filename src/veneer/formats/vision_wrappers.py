@@ -5,9 +5,9 @@
 | model.language_model.layers.N  | Qwen-VL, Qwen 3.5, Gemma 3 and 4, Mistral 3, … since transformers 4.52      |
 | language_model.model.layers.N  | Gemma 3, Mistral 3, Llava, … before; Llama 4                                |
 
-Also maps towers, projectors and the head, and Mixtral's `block_sparse_moe`, which is `mlp` since transformers
-5. If a file and a base agree, nothing is renamed; if either has several names for one part, nothing is
-renamed, and errors name what does not fit. Uses names only.
+Vision towers, projectors and the head are mapped too, and Mixtral's `block_sparse_moe`, which is called `mlp`
+since transformers 5. Nothing is renamed if a file and a base use the same names, or if either has several
+names for one part; in the latter case, errors list the names that do not fit. This module uses names only.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _PARTS: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = (
     (("model.embed_audio.", "embed_audio."), _ANY),
     (("language_model.lm_head", "lm_head"), _WHOLE),
 )
-"""Past and present names of one part, and what follows.
+"""For each model part, its past and present prefixes, and a pattern of the remaining name.
 
-Longer names come before their prefixes."""
+Longer prefixes come first if a prefix begins with another."""
 
 _MIXTRAL = (re.compile(r"(layers\.\d+)\.block_sparse_moe\."), re.compile(r"(layers\.\d+)\.mlp\."))
 
@@ -42,17 +42,17 @@ _MIXTRAL = (re.compile(r"(layers\.\d+)\.block_sparse_moe\."), re.compile(r"(laye
 class Renaming:
     """How to rename a file's modules.
 
-    `rules`: (the file's prefix, the base's, what follows). `mixtral`: the file uses block_sparse_moe for mlp.
-    `parts`: (prefix, what follows) of the model parts in the file."""
+    `rules`: (the file's prefix, the base's prefix, pattern of the rest). `mixtral`: the file uses
+    block_sparse_moe for mlp. `parts`: (prefix, pattern of the rest) of the model parts in the file."""
 
     rules: tuple[tuple[str, str, re.Pattern[str]], ...]
     mixtral: bool = False
     parts: tuple[tuple[str, re.Pattern[str]], ...] = ()
 
     def concerns(self, name: str) -> bool:
-        """Return whether the file's model has a module's part, under the file's name.
+        """Return whether the file's model has the part that contains the module `name`.
 
-        A text model, for example, has no tower."""
+        `name` is the file's name. A text model, for example, has no vision tower."""
         return any(_is(name, start, pattern) for start, pattern in self.parts)
 
     def to_base(self, name: str) -> str:
@@ -70,9 +70,9 @@ class Renaming:
 
 
 def renaming(file: Iterable[str], base: Collection[str]) -> Renaming | None:
-    """Return how names in a file map to a base's, or None if none changes.
+    """Return how names in a file map to a base's names, or None if no name changes.
 
-    `file`, `base`: names of modules or parameters."""
+    file, base: names of modules or parameters."""
     file = list(file)
     rules, parts = [], []
     for starts, pattern in _PARTS if base else ():
@@ -90,6 +90,6 @@ def _is(name: str, start: str, pattern: re.Pattern[str]) -> bool:
 
 
 def _start(names: Iterable[str], starts: tuple[str, ...], pattern: re.Pattern[str]) -> str | None:
-    """Return the one prefix that names have; None for no prefix or several."""
+    """Return the prefix that the names use; None if they use none or several."""
     present = {s for n in names if (s := next((s for s in starts if _is(n, s, pattern)), None)) is not None}
     return present.pop() if len(present) == 1 else None
