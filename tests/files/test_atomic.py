@@ -13,7 +13,7 @@ from veneer.files.atomic import atomic_write
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names")
 def test_atomic_write_refuses_devices_and_pipes(tmp_path: Path) -> None:
-    """`-o /dev/null` as root would leave the machine without one."""
+    """As root, `-o /dev/null` would replace the device."""
     place = tmp_path / "pipe"
     os.mkfifo(place)
     with pytest.raises(AdapterError, match="the path is a device or a pipe"):

@@ -59,7 +59,7 @@ def test_views_and_tied_tensors_are_read(tmp_path):
 
 
 class Hostile:
-    """Makes a file when it is unpickled by pickle itself."""
+    """Creates a file if pickle itself unpickles it."""
 
     def __init__(self, target: Path):
         self.target = target
@@ -76,7 +76,7 @@ def test_a_hostile_pickle_is_refused_without_running_it(tmp_path, zipped):
         read_pickle(path)
     assert "No code of the file was run" in str(caught.value)
     assert not target.exists()
-    torch.load(path, weights_only=False)  # it is hostile indeed
+    torch.load(path, weights_only=False)  # shows that the file is hostile
     assert target.exists()
 
 

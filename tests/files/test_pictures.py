@@ -57,7 +57,7 @@ def test_decoding_errors_in_the_block_are_reported(folder: Path) -> None:
 
 
 def test_a_picture_of_too_many_pixels_is_a_picture(tmp_path: Path) -> None:
-    """20,000 x 20,000 in one colour is a small file; its header alone says how large it is."""
+    """20,000 x 20,000 pixels in one color make a small file; only the header states the size."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -75,7 +75,7 @@ def test_a_picture_of_too_many_pixels_is_a_picture(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("first", "size"), [(b"", (4, 8)), (struct.pack("<HHI4s", 256, 2, 4, b"Mak"), (8, 4))])
 def test_damaged_exif_is_ignored(first: bytes, size: tuple[int, int]) -> None:
-    """A turn by a quarter; beside a width that is a text, which Pillow reads and then cannot write."""
+    """A quarter turn, next to a width that is text, which Pillow reads but cannot write."""
     turn = struct.pack("<HHIHH", 274, 3, 1, 6, 0)
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1 + bool(first)) + first + turn + bytes(4)
     file = io.BytesIO()

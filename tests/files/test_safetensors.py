@@ -177,7 +177,7 @@ REAL_WRITE = os.write
 
 
 class Full:
-    """A disk that takes `room` bytes and is then full."""
+    """A disk that accepts `room` bytes and is then full."""
 
     def __init__(self, room: int) -> None:
         self.room = room
@@ -276,7 +276,7 @@ def test_excessive_counts_are_refused_before_parsing(tmp_path, header, says):
 
 
 def test_quotes_in_metadata_are_not_counted_as_keys(tmp_path):
-    """sd-scripts' tag counts are JSON in a text, a key for each tag."""
+    """sd-scripts' tag counts are JSON inside a text, with a key per tag."""
     tags = json.dumps({f"tag {i}": i for i in range(50_000)})
     path = tmp_path / "x.safetensors"
     write_tensors(path, {"a": torch.ones(2)}, {"ss_tag_frequency": tags})

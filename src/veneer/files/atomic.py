@@ -1,8 +1,8 @@
-"""Write files and folders atomically: complete or not at all, whatever happens.
+"""Write files and folders atomically: completely or not at all.
 
-A file is written under a temporary name, flushed to disk and renamed; a new folder likewise.
-`atomic_write` and `put_folder` raise veneer's errors, `replace_file` and `new_folder` the system's, for
-callers with their own messages. This module knows bytes and paths; it does not know about their content.
+A file is written under a temporary name, flushed to disk and renamed. A new folder is created in the same
+way. `atomic_write` and `put_folder` raise veneer's errors; `replace_file` and `new_folder` raise the system's
+errors, for callers with their own messages. This module works on bytes and paths, whatever their content.
 """
 
 from __future__ import annotations
@@ -23,23 +23,25 @@ from veneer.errors import AdapterError, ResourceError
 class Staged:
     """A file written under a temporary name next to its target.
 
-    `commit` renames it to the target, `discard` removes it."""
+    `commit` renames the file to the target; `discard` removes the file."""
 
     temporary: Path
     path: Path
 
     @classmethod
     def next_to(cls, path: Path, ending: str = ".tmp") -> Staged:
-        """Return a staged file for `path`; nothing is written yet.
+        """Return a staged file for `path`, without creating the file.
 
-        Raises OSError if `path` is a device or a pipe: a file would replace it, which nobody intends for
-        /dev/null."""
+        Raises OSError if `path` is a device or a pipe, which the rename would replace (for example
+        /dev/null)."""
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise OSError(errno.EINVAL, "the path is a device or a pipe, not a file", str(path))
         return cls(path.with_name(f".{path.name}.{secrets.token_hex(6)}{ending}"), path)
 
     def commit(self) -> None:
-        """Rename the file to its target. Raises OSError; the staged file is removed then."""
+        """Rename the file to its target.
+
+        Raises OSError; the staged file is then removed."""
         try:
             os.replace(self.temporary, self.path)
         except BaseException:
@@ -55,14 +57,14 @@ class Staged:
 def atomic_write(path: str | Path, chunks: Iterable[bytes | memoryview]) -> None:
     """Write `path` atomically: a temporary file, flushed to disk, then renamed.
 
-    After any failure the old file is unchanged and nothing is left behind. Raises ResourceError if the
+    After a failure, the old file is unchanged and the temporary file is removed. Raises ResourceError if the
     disk is full, AdapterError for any other error."""
     with as_veneer_errors(Path(path)):
         replace_file(path, chunks)
 
 
 def replace_file(path: str | Path, chunks: Iterable[bytes | memoryview], *, mode: int = 0o666) -> None:
-    """Run `atomic_write` with the system's OSError.
+    """Write `path` as `atomic_write` does, raising the system's OSError.
 
     mode: permissions before the umask."""
     staged = Staged.next_to(Path(path))
@@ -71,7 +73,7 @@ def replace_file(path: str | Path, chunks: Iterable[bytes | memoryview], *, mode
 
 
 def write_all(fd: int, chunks: Iterable[bytes | memoryview]) -> None:
-    """Write every byte of `chunks` to an open file and flush. Raises OSError."""
+    """Write every byte of `chunks` to an open file and flush to disk. Raises OSError."""
     for chunk in chunks:
         view = memoryview(chunk).cast("B")
         while view:
@@ -80,7 +82,7 @@ def write_all(fd: int, chunks: Iterable[bytes | memoryview]) -> None:
 
 
 def _fill(path: Path, chunks: Iterable[bytes | memoryview], mode: int) -> None:
-    """Write a new file with these bytes, flushed; removed again after an error."""
+    """Write a new file and flush to disk; on an error, remove the file."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         write_all(fd, chunks)
@@ -93,7 +95,7 @@ def _fill(path: Path, chunks: Iterable[bytes | memoryview], mode: int) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Make renames in `folder` survive a power loss, if the file system can."""
+    """Flush a folder, so that renames survive a power loss, if the file system supports this."""
     with contextlib.suppress(OSError):
         fd = os.open(folder, os.O_RDONLY)
         try:
@@ -104,7 +106,7 @@ def flush_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def as_veneer_errors(path: Path) -> Iterator[None]:
-    """Convert OSError to ResourceError for a full disk, else to AdapterError."""
+    """Convert OSError to ResourceError if the disk is full, otherwise to AdapterError."""
     try:
         yield
     except OSError as error:
@@ -119,9 +121,10 @@ def as_veneer_errors(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder to fill, renamed to `folder` at the end.
+    """Yield a temporary folder to fill, which is renamed to `folder` at the end.
 
-    On an error, nothing is left behind. An empty `folder` can exist already. Raises OSError."""
+    `folder` must not exist, or must be empty. On an error, the temporary folder is removed. Raises
+    OSError."""
     temporary = Staged.next_to(folder).temporary
     try:
         temporary.mkdir(parents=True)
@@ -138,9 +141,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
 def put_folder(folder: Path, contents: Mapping[str, list[bytes | memoryview]], *, last: str = "") -> None:
     """Write files by name into a folder.
 
-    A new folder appears by one rename. In an existing folder every file is staged first, so that the space
-    for all of them is allocated; then each replaces its old version, `last` (the file that describes the
-    others) at the end. Errors as `atomic_write`."""
+    A new folder is created by one rename. In an existing folder, every file is first written under a
+    temporary name, so that the space for all files is allocated. Each then replaces its old version; `last`,
+    the file that describes the others, is replaced at the end. Raises the errors of `atomic_write`."""
     if folder.exists() and not folder.is_dir():
         raise AdapterError("a file is in the way of the folder", where=str(folder))
     if not folder.is_dir():

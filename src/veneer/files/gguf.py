@@ -1,13 +1,14 @@
-"""GGUF files: read without trust, written atomically.
+"""GGUF files: untrusted input is checked, output is written atomically.
 
     file   = "GGUF" | version u32 | tensors u64 | fields u64 | fields | tensor entries | padding | data
     field  = key | type u32 | value       array = type u32 | count u64 | values       text = length u64 | UTF-8
-    entry  = name | dimensions u32 | sizes u64… (the innermost first) | type u32 | offset u64, in the data, aligned
+    entry  = name | dimensions u32 | sizes u64… (the innermost first) | type u32 | offset u64, in the data,
+    aligned
 
-Little endian, versions 2 and 3. The gguf package's reader follows counts past the end of a file without an
-error, for hours; this module checks every count against the remaining bytes first. torch is imported only
-to read or write a tensor. This module knows bytes and tensors; it does not know about adapters or models.
-Source: ggml's specification.
+Little endian, versions 2 and 3. The gguf package's reader does not check counts: with a wrong count, it reads
+past the end of a file for hours without an error. This module checks every count against the remaining bytes
+first. torch is imported only to read or write a tensor. This module works on bytes and tensors, and does not
+depend on adapters or models. Source: ggml's specification.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ if TYPE_CHECKING:
 MAGIC, VERSIONS, ALIGNMENT = b"GGUF", (2, 3), 32
 MAX_TEXT, MAX_TEXTS = 16 << 20, 1 << 22
 _LONG_ARRAY = 4096
-"""Number of entries above which an array can only be a tokenizer's."""
+"""Maximum length of an array that is not part of a tokenizer."""
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 TEXT, ARRAY = 8, 9
 DTYPES = {0: "float32", 1: "float16", 28: "float64", 30: "bfloat16"}
 _NUMPY = {0: "f4", 1: "f2", 24: "i1", 25: "i2", 26: "i4", 27: "i8", 28: "f8"}
-"""numpy's dtype of tensors stored as plain numbers."""
+"""ggml's type number -> numpy dtype, for tensors stored as plain numbers."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class GgufEntry:
     """One tensor of a header.
 
     type, kind: ggml's number and name of the type.
-    shape: outermost first.
-    begin, end: bytes [begin, end) from the start of the file."""
+    shape: outermost dimension first.
+    begin, end: the tensor's bytes are [begin, end), from the start of the file."""
 
     type: int
     kind: str
@@ -57,16 +58,16 @@ class GgufEntry:
 
 @dataclass(frozen=True)
 class SkippedArray:
-    """A tokenizer's array of which only the number of entries was read."""
+    """A tokenizer's array that was skipped; only its length was read."""
 
     count: int
 
 
 @dataclass
 class GgufFile:
-    """A checked header, and the file behind it.
+    """A checked header and the memory-mapped file.
 
-    types: for each field, (type,) or (9, type of the entries)."""
+    types: for each field, (type,), or (9, type of the elements) for an array."""
 
     version: int
     fields: dict[str, Any]
@@ -76,7 +77,7 @@ class GgufFile:
     where: str
 
     def raw(self, name: str) -> np.ndarray:
-        """Return a tensor as stored: its numbers, or blocks by row (…, bytes of a row)."""
+        """Return a tensor as stored: plain numbers, or blocks as (…, bytes per row)."""
         entry = self.entries[name]
         dtype = np.dtype(_NUMPY.get(entry.type, "u1")).newbyteorder("<")
         count = (entry.end - entry.begin) // dtype.itemsize
@@ -84,7 +85,7 @@ class GgufFile:
         return flat.reshape(entry.shape if entry.type in _NUMPY else (*entry.shape[:-1], -1))
 
     def tensor(self, name: str) -> Tensor:
-        """Return a tensor in float32, float16 or bfloat16, dequantized to float32."""
+        """Return a tensor; float dtypes are kept, quantized types become float32."""
         import torch
 
         entry = self.entries[name]
@@ -103,7 +104,7 @@ class GgufFile:
 
 
 class _Cursor:
-    """Reads forward through a file, never past its end."""
+    """Reads a file sequentially, never past its end."""
 
     def __init__(self, data: mmap.mmap, where: str, at: int, long_arrays: bool) -> None:
         self.data, self.where, self.at, self.long_arrays = data, where, at, long_arrays
@@ -127,7 +128,9 @@ class _Cursor:
         return value
 
     def count(self, each: int, items: str) -> int:
-        """Read a count of items that take at least `each` bytes."""
+        """Read the number of items and check that the file is long enough.
+
+        each: minimum bytes per item."""
         n: int = self.read("Q")
         if n * each > self.bytes_left():
             raise self.fail(f"{n:,} {items} are claimed, and {self.bytes_left():,} bytes are left")
@@ -145,9 +148,10 @@ class _Cursor:
             raise self.fail("a text that is not UTF-8") from None
 
     def value(self, kind: int) -> tuple[Any, tuple[int, ...]]:
-        """Read a text, a number or an array of numbers (numpy's) or texts; and its types.
+        """Read a value, and return it with its types.
 
-        Arrays of arrays are not supported."""
+        The value is a text, a number, a numpy array of numbers, or a list of texts. Arrays of arrays are not
+        supported."""
         if kind == TEXT:
             return self.text(), (kind,)
         if kind in SCALARS:
@@ -169,7 +173,7 @@ class _Cursor:
         return self.long_arrays or n <= _LONG_ARRAY
 
     def _texts(self, n: int) -> list[str] | SkippedArray:
-        """Read `n` texts in one pass, for vocabularies of hundreds of thousands."""
+        """Read `n` texts in one pass, which is fast enough for large vocabularies."""
         data, at, end, out = memoryview(self.data), self.at, len(self.data), []
         reads_all = self._reads_all(n)
         for _ in range(n):
@@ -191,10 +195,10 @@ class _Cursor:
 def read_gguf_file(path: str | Path, *, long_arrays: bool = True) -> GgufFile:
     """Return the checked header of a GGUF file, from which tensors can be read.
 
-    long_arrays: False makes a tokenizer's arrays `SkippedArray`s.
+    long_arrays: if False, a tokenizer's arrays are skipped and returned as `SkippedArray`.
 
-    Raises AdapterError for a file of another kind or version; UnsafeFileError for a header with false
-    counts, texts, names, shapes, types, offsets or overlaps."""
+    Raises AdapterError for a file of another kind or version; UnsafeFileError for a header with invalid
+    counts, texts, names, shapes, types or offsets, or overlapping tensors."""
     where = str(path)
     try:
         with Path(path).open("rb") as file:
@@ -281,7 +285,8 @@ def _placed(
 def write_gguf_file(path: str | Path, fields: Mapping[str, str | float | int], tensors: Mapping[str, Tensor]) -> None:
     """Write a GGUF file of version 3 atomically; equal contents give equal bytes.
 
-    Texts, floats (as f32) and integers (as u32); float32, float16 and bfloat16 tensors."""
+    fields: texts, floats (stored as f32) and integers (stored as u32).
+    tensors: float32, float16 or bfloat16."""
     import torch
 
     types = {getattr(torch, name): number for number, name in DTYPES.items() if name != "float64"}

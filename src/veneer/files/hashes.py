@@ -37,9 +37,9 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Hashes:
-    """Hashes in lower-case hexadecimal.
+    """The hashes of a file, in lower-case hexadecimal.
 
-    `autov3` is "" unless the file is safetensors."""
+    `autov3` is "" unless the file is in safetensors format."""
 
     sha256: str
     autov2: str
@@ -57,9 +57,10 @@ class HashCheck:
 
 
 def hashes(path: str | Path) -> Hashes:
-    """Return all hashes of a file, read once.
+    """Return all hashes of a file, reading the file once.
 
-    Any kind of file has all hashes but AutoV3. Raises AdapterError if the file cannot be read."""
+    Works for any kind of file; AutoV3 is only for safetensors files. Raises AdapterError if the file cannot
+    be read."""
     path = Path(path)
     try:
         start = read_header(path).data_start
@@ -80,10 +81,11 @@ def hashes(path: str | Path) -> Hashes:
 
 
 def short_hash(path: str | Path, file_hashes: Hashes) -> str:
-    """Return the name of an adapter file in A1111's and Forge's `Lora hashes`.
+    """Return the hash of an adapter file in A1111's and Forge's `Lora hashes`.
 
-    Both also look files up by this hash (extensions-builtin/Lora, NetworkOnDisk). file_hashes: the computed
-    hashes, used if the header states no valid hash."""
+    Both tools also find files by this hash (extensions-builtin/Lora, NetworkOnDisk).
+
+    file_hashes: the computed hashes, used if the header contains no valid hash."""
     try:
         stated = read_header(path).metadata.get("sshs_model_hash", "")
     except AdapterError:
@@ -92,15 +94,17 @@ def short_hash(path: str | Path, file_hashes: Hashes) -> str:
 
 
 def _between(chunk: bytes | memoryview, at: int, begin: int, end: int) -> bytes | memoryview:
-    """Return the bytes of a chunk at offset `at` that lie in [begin, end)."""
+    """Return the part of a chunk that lies in [begin, end) of the file.
+
+    at: the chunk's offset in the file."""
     return chunk[max(0, begin - at) : max(0, end - at)]
 
 
 def sealed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata with every header hash, for a file of these tensors.
+    """Return the metadata with all header hashes, for a file of these tensors.
 
-    The tensors are as `write_tensors` stores them. This is the last step before writing: a later change of
-    an `ss_` key invalidates the legacy hash."""
+    Assumes that `write_tensors` stores the tensors. Call this function last before writing, because a later
+    change of an `ss_` key invalidates the legacy hash."""
     data = encode_tensors(tensors)[2:]
     model = hashlib.sha256()
     for chunk in data:

@@ -1,4 +1,4 @@
-"""Locks of open files and folders, released when the process ends."""
+"""Locks on open files and folders, released when the process ends."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from __future__ import annotations
 def take_lock(fd: int) -> None:
     """Lock the file or folder of `fd` for this process.
 
-    Raises BlockingIOError if another process holds the lock, another OSError if the file system has no
-    locks. Does nothing on Windows, where an open file cannot be removed."""
+    Raises BlockingIOError if another process holds the lock, another OSError if the file system does not
+    support locks. Does nothing on Windows, because an open file cannot be removed there."""
     try:
         import fcntl
     except ImportError:

@@ -1,9 +1,9 @@
 """Read tensors from pickle files (.bin, .pt, .pth, .ckpt), on explicit request.
 
-torch's weights-only loader builds tensors, numbers, texts, lists and dicts, and refuses all other names:
-no code in the file runs. The result must follow the rules of a safetensors file: names, and sizes that the
-file really holds. Layouts: a state dict, a state dict under `state_dict`, nested dicts (joined by dots).
-This module knows pickles and tensors; it does not know about adapters.
+torch's weights-only loader builds tensors, numbers, texts, lists and dicts, and refuses all other names: no
+code in the file runs. The result is checked by the rules for safetensors files: valid names, and sizes that
+match the file's bytes. Supported layouts: a state dict, a state dict under `state_dict`, and nested dicts
+(joined by dots). This module works on pickles and tensors, and does not depend on adapters.
 """
 
 from __future__ import annotations
@@ -27,13 +27,11 @@ _WRAPPERS = ("state_dict", "model_state_dict", "lora_state_dict")
 
 
 def read_pickle(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return all tensors of a pickle, sorted by name, and its metadata.
+    """Return all tensors of a pickle, sorted by name, and its texts and numbers as metadata.
 
-    The metadata is its texts and numbers.
-
-    As `read_tensors`. Raises UnsafeFileError for a pickle that names anything but tensors and plain
-    values, or an archive that unpacks to more than it holds; one AdapterError that lists every value of
-    another kind and every invalid name."""
+    The result has the form of `read_tensors`. Raises UnsafeFileError for a pickle that refers to anything
+    except tensors and plain values, and for an archive that unpacks to more bytes than it contains; one
+    AdapterError that lists every unsupported value and every invalid name."""
     path, where = Path(path), str(path)
     try:
         size = path.stat().st_size
@@ -73,7 +71,7 @@ def read_pickle(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _check_archive(path: Path, size: int) -> None:
-    """Check that no member is compressed: torch.save stores them uncompressed.
+    """Raise an error if a member is compressed; torch.save stores members uncompressed.
 
     A compressed member could unpack to any size."""
     try:
@@ -104,7 +102,7 @@ def _load(path: Path) -> Any:
             where=str(path),
             fix="ask for the safetensors file",
         ) from None
-    except Exception as error:  # torch and pickle raise nearly every error type on a damaged file
+    except Exception as error:  # torch and pickle raise almost any exception type for a damaged file
         raise AdapterError(
             f"the pickle cannot be read: {type(error).__name__}: {str(error)[:200]}",
             where=str(path),
@@ -113,9 +111,9 @@ def _load(path: Path) -> Any:
 
 
 def _unwrapped(value: Any) -> Any:
-    """Return a state dict without its wrapper.
+    """Return the state dict inside a wrapper such as {"state_dict": …}.
 
-    Other values (epoch, step) become metadata."""
+    Other values of the wrapper (epoch, step) become metadata."""
     if isinstance(value, Mapping):
         for key in _WRAPPERS:
             if isinstance(value.get(key), Mapping):
@@ -125,7 +123,7 @@ def _unwrapped(value: Any) -> Any:
 
 
 def _walk(value: Any, file: str) -> Iterator[tuple[str, Any]]:
-    """Yield (name, value) of everything in nested dicts."""
+    """Yield (name, value) for every value in nested dicts, with names joined by dots."""
     count = 0
     stack: list[tuple[str, Any, int]] = [("", value, 0)]
     while stack:

@@ -1,4 +1,4 @@
-"""Open image files with clear errors, and encode images. Knows files and Pillow."""
+"""Open image files with clear errors, and encode images, with Pillow."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 def opened_picture(path: str | Path) -> Iterator[tuple[Image, bytes]]:
     """Yield the decoded image and the bytes of its file.
 
-    Raises DataError if the file is not a valid image, also for errors that occur in the with-block; with
-    the nearest name if the file does not exist."""
+    Raises DataError if the file is not a valid image, including decoding errors raised inside the with-block.
+    If the file does not exist, the error suggests the nearest name."""
     from PIL import Image, UnidentifiedImageError
 
     location = Path(path).expanduser()
@@ -48,20 +48,22 @@ def opened_picture(path: str | Path) -> Iterator[tuple[Image, bytes]]:
 
 
 def upright(picture: Image) -> Image:
-    """Return the image rotated as its EXIF says; damaged EXIF is ignored.
+    """Return the image rotated according to its EXIF data; invalid EXIF data is ignored.
 
-    Raises decoding errors of the pixels."""
+    Raises Pillow's errors if the pixels cannot be decoded."""
     from PIL import ImageOps
 
     picture.load()
     try:
         return ImageOps.exif_transpose(picture)
-    except Exception:  # struct.error, KeyError, …: the EXIF that was read cannot be written again
+    except Exception:  # struct.error, KeyError, …: Pillow cannot write back some EXIF data that it can read
         return picture
 
 
 def picture_bytes(picture: Image, kind: str = "PNG", **options: Any) -> bytes:
-    """Return an image encoded in memory. `options`: of Pillow's writer."""
+    """Return an image encoded in memory.
+
+    options: options of Pillow's writer."""
     buffer = io.BytesIO()
     picture.save(buffer, format=kind, **options)
     return buffer.getvalue()

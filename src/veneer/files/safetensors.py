@@ -1,12 +1,12 @@
-"""safetensors files: headers read without trust, reproducible output.
+"""safetensors files: checked headers of untrusted files, reproducible output.
 
-    file = header length (u64, little endian) | header (JSON, UTF-8) | data
-    header = {"__metadata__": {str: str}, name: {"dtype": str, "shape": [int…], "data_offsets": [begin, end)}, …}
+    file = header length (u64, little endian) | header (JSON, UTF-8) | data header = {"__metadata__": {str:
+    str}, name: {"dtype": str, "shape": [int…], "data_offsets": [begin, end)}, …}
 
-Everything in a header is checked against the file's size before any tensor data is read, so that a hostile
-file costs no more than its header, within stated limits. torch is imported only to make tensors, so that a
-header can be read without it. This module knows bytes and tensors; it does not know about adapters or
-models.
+The whole header is checked against the file's size before any tensor data is read, so that a hostile file
+costs no more than reading its header, which has a size limit. torch is imported only to create tensors, so
+that a header can be read without torch. This module works on bytes and tensors, and does not depend on
+adapters or models.
 """
 
 from __future__ import annotations
@@ -31,23 +31,24 @@ if TYPE_CHECKING:
 
 _MAX_HEADER_BYTES = 100 << 20
 MAX_TENSORS = 500_000
-"""Twice the tensors of a pair for every expert of the largest mixtures (384 experts, 61 layers, alphas)."""
+"""Maximum tensors in a file: twice the number for a pair on every expert of the largest mixture-of-experts
+models (384 experts, 61 layers, alphas)."""
 MAX_METADATA, MAX_METADATA_BYTES = 10_000, 32 << 20
-"""Entries, and bytes of JSON: training statistics and a thumbnail take a few MB."""
+"""Maximum metadata entries, and bytes of JSON. Training statistics and a thumbnail take a few MB."""
 _MAX_NAME_LENGTH = 1024
 _MAX_DIMENSIONS = 16
 _LONGEST_ENTRY = _MAX_NAME_LENGTH + 512
-"""About the most bytes of JSON that one tensor needs."""
+"""Approximate maximum bytes of JSON for one tensor."""
 
 STORED_DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U64": "uint64",
     "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool", "C64": "complex64",
 }  # fmt: skip
-"""The file's word for a dtype -> torch's, of those that are read as tensors."""
+"""Dtype name in the file -> dtype name in torch, for dtypes that can be read as tensors."""
 NAMES = {name: kind for kind, name in STORED_DTYPES.items()}
 BITS = {kind: 8 if kind == "BOOL" else int(re.search(r"\d+", kind)[0]) for kind in STORED_DTYPES}  # type: ignore[index]
-"""Bits per value, by the file's name of a dtype, for dtypes that can be read as tensors."""
+"""Dtype name in the file -> bits per value, for dtypes that can be read as tensors."""
 
 _OTHER_MAGIC = {
     b"\x89PNG": "a PNG picture", b"\xff\xd8\xff": "a JPEG picture", b"RIFF": "a WebP picture, or other media",
@@ -63,7 +64,7 @@ PICKLE_FIX = (
 
 @dataclass(frozen=True)
 class HeaderEntry:
-    """One tensor of a header: [begin, end) counts from the start of the data."""
+    """One tensor of a header, with bytes [begin, end) from the start of the data."""
 
     kind: str
     shape: tuple[int, ...]
@@ -80,7 +81,9 @@ class HeaderEntry:
 
 @dataclass(frozen=True)
 class Header:
-    """A checked header. `data_start`: offset of the data in the file."""
+    """A checked header.
+
+    `data_start`: offset of the data in the file."""
 
     entries: dict[str, HeaderEntry]
     metadata: dict[str, str]
@@ -89,9 +92,9 @@ class Header:
 
 
 def strict_json(text: str | bytes, *, where: str) -> Any:
-    """Parse JSON without duplicate keys, NaN, Infinity or deep nesting.
+    """Return parsed JSON.
 
-    Raises AdapterError otherwise."""
+    Raises AdapterError for invalid JSON, duplicate keys, NaN, Infinity or deep nesting."""
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         out: dict[str, Any] = {}
@@ -127,14 +130,17 @@ def read_header(path: str | Path, *, bits: Mapping[str, int] = BITS) -> Header:
 
 
 def _opened(path: Path) -> BinaryIO:
-    """Open a regular file; a pipe could block forever, and a device never ends."""
+    """Return an open regular file.
+
+    Raises AdapterError for a folder, for a pipe, which could block forever, and for a device, which can be
+    endless."""
     if path.exists() and not path.is_file():
         raise AdapterError("cannot read it: not a file, but a folder, a pipe or a device", where=str(path))
     return path.open("rb")
 
 
 def _checked(fd: int, path: Path, bits: Mapping[str, int] = BITS) -> Header:
-    """Run `read_header` on an open file."""
+    """Return the checked header of an open file, as `read_header` does."""
     where = str(path)
     if path.suffix.lower() in PICKLE_SUFFIXES:
         raise UnsafeFileError(
@@ -166,9 +172,10 @@ def _checked(fd: int, path: Path, bits: Mapping[str, int] = BITS) -> Header:
 
 
 def _check_counts(raw: bytes, where: str) -> None:
-    """Check counts before parsing, which could take minutes and gigabytes.
+    """Raise UnsafeFileError for too many entries, without parsing the JSON.
 
-    Keys are counted as quotes followed by a colon; those within a text (JSON in metadata) are escaped."""
+    Parsing could take minutes and gigabytes. Keys are counted as quotes followed by a colon; quotes inside a
+    text (JSON in metadata) are escaped and not counted."""
     keys = raw.count(b'":') - raw.count(b'\\":')
     tensors = raw.count(b'"data_offsets"')
     if tensors > MAX_TENSORS:
@@ -192,7 +199,7 @@ def _check_counts(raw: bytes, where: str) -> None:
 
 
 def _refuse_other_formats(start: bytes, size: int, where: str) -> None:
-    """Raise an error that names the file's format if it is a known other one."""
+    """Raise an error that names the file's format if another known format is recognized."""
     if size == 0:
         raise AdapterError("the file is empty", where=where, fix="download or copy the file again")
     head = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
@@ -260,7 +267,7 @@ def _check_table(table: Any, bits: Mapping[str, int], *, data_start: int, size: 
 
 
 def name_problem(name: str) -> str | None:
-    """Return why a tensor cannot have this name, or None."""
+    """Return why `name` is invalid for a tensor, or None if valid."""
     if not name or len(name) > _MAX_NAME_LENGTH:
         return f"a tensor's name has 1 to {_MAX_NAME_LENGTH} characters"
     if any(ord(c) < 32 or ord(c) == 127 for c in name):
@@ -275,7 +282,7 @@ def name_problem(name: str) -> str | None:
 
 
 def _entry(value: Any, bits: Mapping[str, int]) -> HeaderEntry | str:
-    """Return the entry, or what is wrong with it."""
+    """Return the parsed entry, or an error message."""
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         return "expected exactly dtype, shape and data_offsets"
     kind = value["dtype"]
@@ -299,9 +306,7 @@ def _are_sizes(value: Any) -> bool:
 
 
 def _coverage_problems(entries: Mapping[str, HeaderEntry], size: int) -> list[str]:
-    """Return errors unless the tensors tile the data.
-
-    No overlap, hole, or leftover bytes."""
+    """Return errors unless the tensors cover the data exactly, without overlaps or gaps."""
     at, last = 0, "the start"
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin < at:
@@ -317,9 +322,10 @@ def _coverage_problems(entries: Mapping[str, HeaderEntry], size: int) -> list[st
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return all tensors, sorted by name, and the metadata. Errors as `read_header`.
+    """Return all tensors, sorted by name, and the metadata.
 
-    The tensors are views of a private memory map; writing to them never reaches the file."""
+    The tensors are views of a private memory map; writing to them does not change the file. Raises the errors
+    of `read_header`."""
     path = Path(path)
     try:
         with _opened(path) as file:
@@ -349,8 +355,8 @@ def encode_tensors(
 ) -> list[bytes | memoryview]:
     """Return a safetensors file as chunks; equal tensors give equal bytes.
 
-    Widest dtype first (which keeps all tensors aligned), then by name. Raises AdapterError for a name or
-    dtype that a reader would refuse."""
+    Tensors are ordered by dtype, widest first (which keeps all tensors aligned), then by name. Raises
+    AdapterError for a name or dtype that a reader would refuse."""
     import torch
 
     order = sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n))
@@ -378,9 +384,7 @@ def encode_tensors(
 
 
 def packed_header(table: Mapping[str, Any]) -> bytes:
-    """Return a header's JSON without its length.
-
-    Padded with spaces to a multiple of 8 bytes."""
+    """Return a header's JSON without the length, padded with spaces to a multiple of 8 bytes."""
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     return text + b" " * (-len(text) % 8)
 

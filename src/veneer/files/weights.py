@@ -1,9 +1,9 @@
-"""A model's weights on disk: the files of a folder, and tensors read singly.
+"""A model's weights on disk: the files of a folder, and tensors read one at a time.
 
-Headers are read and checked when a file is opened, so that a truncated or foreign file gives one clear
-error instead of a crash inside a loader. Tensors are read on demand into their own memory, so that two
-large models can be compared in the memory of two tensors. torch is imported only to read a tensor. This
-module knows names, shapes and bytes; it does not know about models.
+Headers are read and checked when a file is opened, so that a truncated or foreign file gives one clear error
+instead of a crash inside a loader. Tensors are read on demand into their own memory, so two large models can
+be compared with memory for two tensors. torch is imported only to read a tensor. This module works on names,
+shapes and bytes, and does not depend on models.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _BITS = {**BITS, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
-"""All dtypes of safetensors files; the loader reports those that it cannot compute with."""
+"""Bits per value of all safetensors dtypes. The loader reports dtypes that torch cannot compute with."""
 COMPONENT_STEMS = ("diffusion_pytorch_model", "model")
-"""Base names of a component's weight files, as diffusers and transformers save them."""
+"""File name stems of a component's weights, as diffusers and transformers save them."""
 _AGAIN = "copy or download the base again"
 _CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a weight file; its bytes are file[start : start + size].
+    """One tensor of a weight file, stored in file[start : start + size].
 
-    dtype: the file's own name."""
+    dtype: the dtype's name in the file."""
 
     name: str
     dtype: str
@@ -53,10 +53,10 @@ class StoredTensor:
 
 
 def weight_files(base: Path) -> list[Path]:
-    """Return a base's weight files: a GGUF file, or a directory's safetensors.
+    """Return a base's weight files: a GGUF file, or a directory's safetensors files.
 
-    A directory's index is used if there is one. Raises BaseError if there are none, if shards are missing,
-    and for pickles, which are not opened."""
+    Uses the directory's index if one exists. Raises BaseError if there are no weight files, if shards are
+    missing, and for pickles, which are not opened."""
     if base.is_file():
         return [base]
     index = base / "model.safetensors.index.json"
@@ -70,7 +70,7 @@ def weight_files(base: Path) -> list[Path]:
 
 
 def _shards_of(index: Path) -> list[Path]:
-    """Return the files that a shard index names, all next to it.
+    """Return the files that a shard index names, all in the index's folder.
 
     Raises BaseError if the index cannot be read or a file is missing."""
     try:
@@ -89,9 +89,10 @@ def _shards_of(index: Path) -> list[Path]:
 
 
 def component_files(folder: Path) -> tuple[list[Path], str]:
-    """Return a component's weight files, and the variant: "fp16" if only fp16 exists.
+    """Return a component's weight files, and the variant: "fp16" if only fp16 exists, else "".
 
-    As diffusers or transformers save a component, by its index if there is one. Raises as `weight_files`."""
+    Looks for the files that diffusers or transformers save for a component, by the index if one exists.
+    Raises the errors of `weight_files`."""
     for variant in ("", ".fp16"):
         for stem in COMPONENT_STEMS:
             index = folder / f"{stem}.safetensors.index{variant}.json"
@@ -103,7 +104,7 @@ def component_files(folder: Path) -> tuple[list[Path], str]:
 
 
 def _pickles_refused(folder: Path) -> BaseError:
-    """Return the error for a folder without safetensors: pickles, or no weights."""
+    """Return the error for a folder without safetensors files: pickles only, or no weights."""
     pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.pt"), *folder.glob("*.ckpt")])
     if pickles:
         return BaseError(
@@ -116,12 +117,12 @@ def _pickles_refused(folder: Path) -> BaseError:
 
 
 def tensor_table(base: Path) -> list[StoredTensor]:
-    """Return every tensor of a base, by name. Raises BaseError for damaged files."""
+    """Return every tensor of a base, sorted by name. Raises BaseError for damaged files."""
     return file_table(weight_files(base))
 
 
 def file_table(files: Iterable[Path]) -> list[StoredTensor]:
-    """Return all tensors of these files, by name. Raises BaseError for damaged files."""
+    """Return all tensors of these files, sorted by name. Raises BaseError for damaged files."""
     table: list[StoredTensor] = []
     for file in files:
         table += _gguf_table(file) if file.suffix == ".gguf" else _safetensors_table(file)
@@ -133,10 +134,11 @@ def file_table(files: Iterable[Path]) -> list[StoredTensor]:
 
 
 def read_values(stored: StoredTensor, first: int = 0, last: int | None = None) -> Tensor:
-    """Return a safetensors tensor in its shape, or its values first … last, flat.
+    """Return a safetensors tensor in its shape, or its values first … last as a flat tensor.
 
-    Only the requested bytes are read. Not mapped, because a mapped file counts as memory while it is open.
-    Raises BaseError for a dtype that torch lacks, and for a file that was truncated."""
+    Only the requested bytes are read. The file is not memory-mapped, because mapped pages count as memory of
+    the process while the file is open. Raises BaseError for a dtype that torch does not support, and for a
+    truncated file."""
     import torch
 
     if stored.dtype not in STORED_DTYPES:
@@ -154,7 +156,7 @@ def read_values(stored: StoredTensor, first: int = 0, last: int | None = None) -
 
 
 def stored_dtype(table: Iterable[StoredTensor]) -> str:
-    """Return the dtype of most weights, by the file's name: "BF16", "F32", "Q4_1", …"""
+    """Return the dtype of most weights, by its name in the file: "BF16", "F32", "Q4_1", …"""
     sizes: Counter[str] = Counter()
     for tensor in table:
         sizes[tensor.dtype] += tensor.elements
@@ -162,7 +164,7 @@ def stored_dtype(table: Iterable[StoredTensor]) -> str:
 
 
 def digests(table: list[StoredTensor]) -> list[str]:
-    """Return the sha256 of each tensor's bytes, in the table's order.
+    """Return the SHA-256 of each tensor's bytes, in the table's order.
 
     Reads in chunks, a few tensors at a time."""
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
@@ -202,7 +204,7 @@ def _gguf_table(file: Path) -> list[StoredTensor]:
         raise BaseError(
             f"{file.name} cannot be read: {error.what}", where=str(file), fix="copy or download it again"
         ) from error
-    return [  # shapes as in the file, innermost first, because fingerprints use them
+    return [  # keep the file's order of dimensions, innermost first, because fingerprints use this order
         StoredTensor(n, e.kind, e.shape[::-1], file, e.begin, e.end - e.begin) for n, e in header.entries.items()
     ]
 
@@ -211,10 +213,10 @@ class Checkpoint:
     """A full model's weights in safetensors: a file, or a folder's *.safetensors.
 
     files: path -> header.
-    entries: tensor name -> its entry.
+    entries: tensor name -> header entry.
 
-    Raises BaseError if there are no safetensors, or if a tensor is in two files; AdapterError for a
-    damaged file."""
+    Raises BaseError if there are no safetensors files, or if two files contain the same tensor; AdapterError
+    for a damaged file."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -241,21 +243,21 @@ class Checkpoint:
         return name in self.entries
 
     def find(self, name: str) -> str | None:
-        """Return the tensor of this name.
+        """Return `name` if a tensor has this name, else the only name that differs by a prefix.
 
-        Or the only tensor whose name differs by a prefix (`model.`)."""
+        Example of a prefix: `model.`. None if there is no such name, or more than one."""
         if name in self.entries:
             return name
         ends = [n for n in self.entries if n.endswith(f".{name}") or name.endswith(f".{n}")]
         return ends[0] if len(ends) == 1 else None
 
     def __iter__(self) -> Iterator[str]:
-        """Yield names in the order of the files and their data, the best order to read."""
+        """Yield tensor names in the order of the files and their data, the fastest order to read."""
         for header in self.files.values():
             yield from sorted(header.entries, key=lambda n: header.entries[n].begin)
 
     def tensor(self, name: str) -> Tensor:
-        """Read one tensor from its file."""
+        """Return one tensor, read from its file."""
         entry, file = self.entries[name], self._place[name]
         start = self.files[file].data_start + entry.begin
         return read_values(StoredTensor(name, entry.kind, entry.shape, file, start, entry.end - entry.begin))
@@ -264,7 +266,7 @@ class Checkpoint:
 def checkpoint_parts(base: Path) -> dict[str, Checkpoint]:
     """Return component -> weights of a diffusers pipeline.
 
-    For a single model, "" -> its weights."""
+    For a single model, return {"": weights}."""
     if not (base / "model_index.json").is_file():
         return {"": Checkpoint(base)}
     return {p.name: Checkpoint(p) for p in sorted(base.iterdir()) if p.is_dir() and any(p.glob("*.safetensors"))}
