@@ -9,7 +9,7 @@ from veneer.models.fingerprint import shaping_fields
 
 
 class LaterLlama(LlamaConfig):
-    """A config class as in a later transformers: one default changed, one field added."""
+    """A config class of a later transformers: one default changed, one field added."""
 
     rms_norm_eps: float = 1e-5
     head_gain: float = 2.0

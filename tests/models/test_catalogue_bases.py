@@ -37,7 +37,7 @@ def test_the_card_names_the_drawings_their_licence_and_the_recipe(name: str) -> 
 
 @pytest.fixture(scope="module")
 def pipelines() -> dict[str, Any]:
-    """diffusers' own loading, from the folder alone."""
+    """Load diffusers' own pipelines, from the folder only."""
     from diffusers import DiffusionPipeline
 
     made = {n: DiffusionPipeline.from_pretrained(packaged_folder() / n).to(torch.float32) for n in BASES}
@@ -47,7 +47,7 @@ def pipelines() -> dict[str, Any]:
 
 
 def draw(pipeline: Any, prompt: str, steps: int = 12, **more: Any) -> torch.Tensor:
-    """(3, 128, 128) in 0 … 1."""
+    """Return the picture, (3, 128, 128) in 0 … 1."""
     if "Flux" in type(pipeline).__name__:
         more["max_sequence_length"] = pipeline.tokenizer_2.model_max_length
     more |= {"height": 128, "width": 128, "guidance_scale": 3.0, "generator": torch.Generator().manual_seed(3)}
@@ -56,7 +56,7 @@ def draw(pipeline: Any, prompt: str, steps: int = 12, **more: Any) -> torch.Tens
 
 @pytest.mark.parametrize("name", BASES)
 def test_diffusers_draws_what_the_prompt_names(pipelines: dict[str, Any], name: str) -> None:
-    """Of two colours of one thing before one wall: the thing has its colour, the wall keeps its own."""
+    """One thing in two colors in front of one wall: the thing changes its color, the wall keeps its own."""
     for colour, channel in (("red", 0), ("blue", 2)):
         picture = draw(pipelines[name], SCENE.format(f"{colour} vase"))
         assert picture.isfinite().all()
@@ -84,8 +84,8 @@ def test_capitals_are_read_as_small_letters(name: str) -> None:
 
 @pytest.mark.parametrize("name", BASES)
 def test_the_controlnet_holds_to_lines_and_to_distances(name: str) -> None:
-    """Of a bottle that stands where no caption can say: its edges are found again only with the ControlNet, that is
-    given them, or how near everything is."""
+    """No caption can describe where the bottle stands: its edges reappear only with the ControlNet, given
+    lines or depth."""
     cv2 = pytest.importorskip("cv2")
     import numpy as np
     from PIL import Image, ImageDraw
@@ -93,7 +93,9 @@ def test_the_controlnet_holds_to_lines_and_to_distances(name: str) -> None:
     lines = Image.new("RGB", (128, 128), "black")
     outline = [(30, 112), (30, 62), (40, 48), (40, 28), (52, 28), (52, 48), (62, 62), (62, 112)]
     ImageDraw.Draw(lines).polygon(outline, outline="white")
-    depth = Image.new("L", (128, 128), 24)  # a far wall, ground that comes nearer, the bottle before both
+    depth = Image.new(
+        "L", (128, 128), 24
+    )  # a far wall, ground that approaches the viewer, and the bottle in front of both
     depth.paste(Image.linear_gradient("L").resize((128, 33)).point(lambda x: 32 + x * 144 // 255), (0, 95))
     ImageDraw.Draw(depth).polygon(outline, fill=200)
     base = image_models.load_image(name, dtype="float32", device="cpu")

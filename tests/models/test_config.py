@@ -45,7 +45,7 @@ SCALARS = st.one_of(
 
 
 def planned(config: dict[str, Any]) -> str:
-    """What `veneer plan` does with a config.json's fields."""
+    """Return what `veneer plan` reports for these fields of config.json."""
     check_config(config, "a/config.json")
     job = TrainingJob(100, 50.0, 1.0, 4)
     if is_denoiser(config):

@@ -62,7 +62,7 @@ def test_torch_cache_counts_as_free_gpu_memory(monkeypatch: pytest.MonkeyPatch) 
 
 
 def machine(root: Path, groups: str, files: dict[str, str]) -> Path:
-    """A file tree as /proc and /sys have it."""
+    """Create a file tree like /proc and /sys."""
     for name, text in {"proc/self/cgroup": groups, **{f"sys/fs/cgroup/{n}": t for n, t in files.items()}}.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text + "\n", encoding="utf-8")

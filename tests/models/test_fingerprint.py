@@ -138,7 +138,7 @@ def test_default_fields_do_not_change_the_fingerprint() -> None:
 
 
 def test_file_hash_is_cached_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the same size too: the time of change tells."""
+    """Also if the size stays the same: the modification time reveals the change."""
     file, reads, real = tmp_path / "one.safetensors", [], hashlib.file_digest
     monkeypatch.setattr(hashlib, "file_digest", lambda *given: reads.append(1) or real(*given))
     monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))

@@ -47,7 +47,9 @@ def test_quantized_weights_are_plain_tensors_near_the_original(tmp_path: Path) -
     for name, tensor in ours.items():
         assert tensor.dtype == torch.float32
         largest = theirs[name].abs().max()
-        bound = largest / 127 / 2 + largest / 2048  # Q8_0: steps of a 127th of the largest of 32, itself in float16
+        bound = (
+            largest / 127 / 2 + largest / 2048
+        )  # Q8_0: steps of 1/127 of the largest of 32 values, with a float16 scale
         assert (tensor - theirs[name]).abs().max() <= bound, name
 
 
@@ -92,7 +94,7 @@ def test_a_file_cut_short_is_refused(tmp_path: Path) -> None:
         file.write_bytes(whole[:keep])
         with pytest.raises(BaseError, match="cut short"):
             load_text(str(file))
-        if keep <= 200:  # no tensor is asked for by a plan
+        if keep <= 200:  # a plan reads no tensor
             with pytest.raises(BaseError, match="cut short"):
                 read_base_config(file)
 
@@ -128,7 +130,7 @@ def test_headers_equal_those_of_the_gguf_reader(tmp_path: Path) -> None:
 
 
 def test_large_vocabulary_is_read_quickly(tmp_path: Path) -> None:
-    """As Gemma's has: gguf's own reader takes 12 seconds for it."""
+    """A vocabulary as large as Gemma's: gguf's own reader takes 12 seconds."""
     writer = gguf.GGUFWriter(str(tmp_path / "large.gguf"), "llama")
     writer.add_token_list([f"token {i}" for i in range(262_144)])
     writer.add_token_scores([0.0] * 262_144)
@@ -150,7 +152,7 @@ def test_a_plan_needs_the_file_alone(tmp_path: Path) -> None:
 
 
 def test_gguf_tokenizer_adds_no_foreign_tokens(tmp_path: Path) -> None:
-    """GPT-2's end of text is no token of this file: with it there would be more tokens than the model has rows."""
+    """GPT-2's end-of-text token is not in this file: adding it would exceed the model's rows."""
     file = tmp_path / "tiny.gguf"
     tiny_gguf(file)
     written = file.read_bytes()
@@ -165,7 +167,7 @@ def test_gguf_tokenizer_adds_no_foreign_tokens(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ties", [False, True])
 def test_merges_equal_those_of_transformers(ties: bool) -> None:
-    """Those of a vocabulary without merges, of which the order decides every token."""
+    """Merges of a vocabulary without a merge list, whose order determines every token."""
     g = random.Random(0)
     tokens = [*"abc▁", *{"".join(g.choices("abc▁", k=g.randint(2, 7))) for _ in range(2000)}]
     vocab = {t: i for i, t in enumerate(tokens)}

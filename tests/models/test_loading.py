@@ -37,7 +37,7 @@ def test_last_block_restores_the_settings() -> None:
 
 
 def test_only_the_libraries_own_lines_are_left_out() -> None:
-    """What anybody else says in that time is shown, and what he changes stays."""
+    """Other messages during that time are shown, and other changes persist."""
     mine = ("ignore", None, ResourceWarning, None, 0)
     before = list(warnings.filters)
     try:
@@ -56,7 +56,7 @@ def test_only_the_libraries_own_lines_are_left_out() -> None:
 
 
 def test_bitsandbytes_warning_is_silenced(caplog: pytest.LogCaptureFixture) -> None:
-    """The line as bitsandbytes 0.49 logs it on processors with AVX512-BF16 when it is imported."""
+    """The line that bitsandbytes 0.49 logs on import on processors with AVX512-BF16."""
     theirs = getLogger("bitsandbytes.backends.cpu.ops")
     theirs.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please make sure …", "no hub")
     theirs.warning("another thing")

@@ -30,7 +30,7 @@ IDS = torch.randint(3, 150, (2, 20), generator=torch.Generator().manual_seed(0))
 
 
 def dequantized_twin(model: Any) -> Any:
-    """The same model with plain weights of the same values."""
+    """Return the same model with plain weights of equal values."""
     twin = type(model)(model.config)
     state = {n: t.dense().clone() if isinstance(t, Quantized) else t for n, t in model.state_dict().items()}
     twin.load_state_dict(state, assign=True)
@@ -137,7 +137,7 @@ print(json.dumps({"took": peak_memory_bytes(cpu) - before, "weights": weights}))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
 def test_loading_takes_the_quantized_model_and_one_weight(tmp_path: Path, folder: Path) -> None:
-    """135 MB of bfloat16 in shards of a layer."""
+    """Loads 135 MB of bfloat16 in shards of one layer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8, "num_key_value_heads": 8}
@@ -168,8 +168,9 @@ def test_loading_takes_the_quantized_model_and_one_weight(tmp_path: Path, folder
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base whose rows are whole blocks: bitsandbytes 0.50 dequantizes narrower ones wrongly on a CPU (see
-    tests/ops/test_quantized.py)."""
+    """Return a base whose rows are multiples of a block.
+
+    bitsandbytes 0.50 dequantizes narrower rows wrongly on a CPU (see tests/ops/test_quantized.py)."""
     folder = tmp_path_factory.mktemp("wide")
     llama3(vocab_size=384, hidden_size=64, intermediate_size=128).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
@@ -203,7 +204,7 @@ def test_a_checkpoint_that_bitsandbytes_saved_is_the_same_model(
             weight = own[name]
             assert isinstance(weight, Quantized)
             assert torch.equal(weight.dense(), functional.dequantize_4bit(parameter.data, parameter.quant_state))
-    theirs.train()  # in eval mode its linears may round to bfloat16
+    theirs.train()  # in eval mode its linears can round to bfloat16
     torch.testing.assert_close(base.model(IDS).logits, theirs(IDS).logits)
     with pytest.raises(ConfigError, match="quantized already"):
         load_text(str(tmp_path / "m"), quantize="nf4")
@@ -263,8 +264,8 @@ def test_kept_gguf_blocks_equal_dequantized_weights(tmp_path: Path) -> None:
 
 
 def test_concurrent_quantized_loads_do_not_mix(tmp_path: Path) -> None:
-    """transformers' registry of quantizers is the process's: one load neither lends another its kind nor takes the
-    entry from under it."""
+    """transformers' registry of quantizers is global: concurrent loads must neither use nor remove each
+    other's entry."""
     source = FAMILIES["llama3"]()
     source.save_pretrained(tmp_path / "m")
     config, tensors = read_base_config(tmp_path / "m"), tensor_table(tmp_path / "m")
@@ -279,4 +280,4 @@ def test_concurrent_quantized_loads_do_not_mix(tmp_path: Path) -> None:
     tie = PreTrainedModel.tie_weights
     with ThreadPoolExecutor(len(kinds)) as pool:
         assert list(pool.map(load, kinds)) == [{kind} for kind in kinds]
-    assert PreTrainedModel.tie_weights is tie  # transformers takes it off while it loads
+    assert PreTrainedModel.tie_weights is tie  # transformers removes this function while it loads

@@ -1,4 +1,4 @@
-"""Shards read from files equal the split whole, bit for bit."""
+"""Shards read from files equal the split weight, bit for bit."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_shard_rows_match_torch_chunk(n: int, count: int) -> None:
 
 
 def test_changed_file_is_refused(tmp_path: Path) -> None:
-    """Another one in its place, of the same shapes and size, or written to where it is."""
+    """Covers a replaced file of the same shapes and size, and a file changed in place."""
     file = tmp_path / "model.safetensors"
     values = {"weight": torch.zeros(4, 4), "other": torch.zeros(4, 4)}
     write_tensors(file, values)
@@ -51,7 +51,7 @@ def test_changed_file_is_refused(tmp_path: Path) -> None:
         else:
             file.write_bytes(file.read_bytes())
             before = file.stat()
-            os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))  # clocks of files may be coarse
+            os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))  # file timestamps can be coarse
         with pytest.raises(BaseError, match="has changed since the base was found"):
             unread.read_full("other", torch.device("cpu"))
         values = {name: value + 1 for name, value in values.items()}
@@ -89,7 +89,7 @@ def logits_of(model: Any) -> Tensor:
 
 
 def main(folder: Path) -> None:
-    """In each process: its parts of a base that is read in parts, and of one that was read whole and split."""
+    """Compare, in each process, shards read from files with shards of a fully read base."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo")

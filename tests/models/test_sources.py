@@ -15,7 +15,7 @@ from veneer.models.home import bases_home, veneer_home
 from veneer.models.sources import find_base, known_bases, short_name
 from veneer.models.text.base import load_text
 
-WAYS = ("smollm2-135m", "directory", ".gguf")  # what works without a hub, in every error of a base not found
+WAYS = ("smollm2-135m", "directory", ".gguf")  # the options without a hub, which every error about a missing base lists
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_a_base_in_the_hubs_cache_needs_no_hub(home: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("variants", [False, True])
 def test_image_base_download_skips_unused_files(home: Path, monkeypatch: pytest.MonkeyPatch, variants: bool) -> None:
-    """Not for the same weights in one file at the top, in half precision beside the whole, or for a safety checker."""
+    """Does not download duplicate weights at the top level, half-precision copies, or a safety checker."""
     v = ".fp16" if variants else ""
     remote = ["model_index.json", "unet/config.json", f"unet/diffusion_pytorch_model{v}.safetensors", "all.safetensors"]
     remote += [

@@ -30,12 +30,12 @@ def noise(seed: int, width: int = 40, height: int = 30) -> Image.Image:
 
 
 def line(text: str) -> str:
-    """On one line, as captions are."""
+    """Return the text on one line, as captions are written."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def same(own: Description, text: str) -> bool:
-    """Whether it is this text, up to its last whole sentence where it was cut."""
+    """Return whether a description equals the text, up to its last full sentence if it was cut."""
     whole = line(text)
     return own.text == whole != "" or (own.cut and whole.startswith(own.text) and own.text[-1] in ".!?")
 
@@ -47,7 +47,7 @@ def test_a_chat_model_says_what_transformers_says(place: Path) -> None:
         processor = transformers.AutoProcessor.from_pretrained(folder)
         model = transformers.AutoModelForImageTextToText.from_pretrained(folder).eval()
         for seed, words in ((1, None), (2, "What colour is it?")):
-            prompt = f"user: <image>{words or INSTRUCTION}assistant:"  # templates lose the line end behind a tag
+            prompt = f"user: <image>{words or INSTRUCTION}assistant:"  # templates drop the line break after a tag
             inputs = processor(images=noise(seed), text=prompt, return_tensors="pt")
             made = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1] :]
             own = found.describe(noise(seed), words, max_tokens=16)
@@ -78,7 +78,7 @@ def test_large_pictures_are_scaled_down_first(place: Path) -> None:
 
 
 class Says:
-    """A model and its processor that say one thing, in as many tokens as were allowed."""
+    """A model and processor that always output one text, in as many tokens as allowed."""
 
     def __init__(self, text: str, length: int) -> None:
         self.text, self.length = text, length

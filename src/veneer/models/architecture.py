@@ -2,9 +2,10 @@
 
     python -m veneer.models.architecture > architecture.json && mv architecture.json src/veneer/models/
 
-A fingerprint omits fields at their defaults. The defaults of transformers and diffusers change between versions, so
-architecture.json records them: by model type, and by class for diffusers. Existing rows never change, because adapters
-store fingerprints computed with these rows; the command only adds rows for new types.
+A fingerprint omits fields that have their default value. The defaults of transformers and diffusers change
+between versions, so architecture.json records the defaults, by model type for transformers and by class for
+diffusers. Existing rows never change, because adapters store fingerprints computed with these rows. The
+command only adds rows for new types.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# Fields that are not the model's shape: provenance, storage, generation, heads for other tasks, training.
+# Fields that do not shape the model: provenance, storage, generation, heads for other tasks, training.
 NOT_SHAPE = {
     "_attn_implementation", "_attn_implementation_internal", "_commit_hash", "_model_name_or_path", "_name_or_path",
     "architectures", "attention_dropout", "auto_map", "bos_token_id", "chunk_size_feed_forward",
@@ -39,8 +40,10 @@ def _table() -> dict[str, dict[str, Any]]:
 
 
 def usual_fields(kind: str, installed: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the defaults of a model type or a diffusers class. `installed`: the installed library's defaults, used for
-    fields and kinds that are not in the table."""
+    """Return the default field values of a model type or a diffusers class.
+
+    `installed`: the installed library's defaults, used for fields and types that the table does not
+    contain."""
     return _over(installed, _table().get(kind, {}))
 
 
@@ -48,15 +51,13 @@ def _over(installed: Mapping[str, Any], written: Mapping[str, Any]) -> dict[str,
     out = {**installed, **written}
     for name, value in written.items():
         base_value = installed.get(name)
-        if (
-            isinstance(value, dict) and "model_type" in value and isinstance(base_value, Mapping)
-        ):  # a config in a config
+        if isinstance(value, dict) and "model_type" in value and isinstance(base_value, Mapping):  # a nested config
             out[name] = _over(base_value, value)
     return out
 
 
 def _named_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields that count for a fingerprint, as JSON values."""
+    """Return the fields that a fingerprint includes, as JSON values."""
     return {name: plain_value(value) for name, value in fields.items() if name not in NOT_SHAPE}
 
 
@@ -72,7 +73,7 @@ def plain_value(value: Any) -> Any:
 
 
 def _rows() -> dict[str, dict[str, Any]]:
-    """Return the table, extended by rows for types that only the installed libraries have."""
+    """Return the table plus rows for new types of the installed libraries."""
     import diffusers
     import transformers
 
@@ -83,7 +84,7 @@ def _rows() -> dict[str, dict[str, Any]]:
     for cls in [*transformers.MODEL_FOR_CAUSAL_LM_MAPPING, *(getattr(transformers, name) for name in encoders)]:
         try:
             rows.setdefault(cls.model_type, _named_fields(cls().to_dict()))
-        except Exception as error:  # a config that needs arguments has no defaults
+        except Exception as error:  # Some configs cannot be created without arguments, so they have no defaults.
             print(f"{cls.__name__}: {type(error).__name__}", file=sys.stderr)
     parts = {family.classname for family in FAMILIES.values()}
     for name in sorted(parts | {"AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderKLQwenImage"}):

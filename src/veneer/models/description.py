@@ -1,4 +1,4 @@
-"""Describe a base without its weights; its classes are built on the meta device."""
+"""Describe a base without loading its weights, with modules on the meta device."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from veneer.models.text.base import end_of_turn, read_base_config, read_tokenize
 
 
 def describe_base(name: str, path: Path) -> dict[str, Any]:
-    """Return JSON-ready facts about the base at `path`.
+    """Return a JSON-ready description of the base at `path`.
 
     Text base: family, sizes, stored and chosen dtype with the reason, fingerprint, the token that ends a
     turn, and every kind of linear module and expert parameter with shape and count. Image base: family,
-    prediction, components with their parameters, picture size, stored and chosen dtype with the reason,
-    fingerprint, and every kind of linear module that can carry a pair. Image base in a single file: the facts
-    in its header."""
+    prediction type, components with their parameter counts, picture size, stored and chosen dtype with the
+    reason, fingerprint, and every kind of linear module that an adapter can change. Single-file image base:
+    the facts in the file's header."""
     if not is_image_base(path):
         return _text(name, path)
     return _image_file(name, path) if path.is_file() else _image_directory(name, path)
@@ -129,7 +129,7 @@ def _image_directory(name: str, path: Path) -> dict[str, Any]:
 
 
 def _last_name(name: str) -> str:
-    """Return the last part of a name, with the part before it if it is a number."""
+    """Return the last part of a dotted name, or the last two if it ends in a number."""
     parts = name.split(".")
     return ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])
 

@@ -1,6 +1,7 @@
 """Choose a base's device, dtype and thread count, and check free memory.
 
-Uses devices, the environment, the affinity mask and cgroups; imports torch only for questions about a device.
+The choice depends on the devices, the environment, the affinity mask and the cgroups. torch is imported only
+to query a device.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ _DEVICE_NAME = re.compile(r"auto|cpu|mps|cuda(:[0-9]{1,3})?")
 
 
 def check_dtype_name(dtype: str, where: str) -> None:
-    """Raise ConfigError for a dtype that no base can be loaded in.
+    """Raise ConfigError if bases cannot be loaded in `dtype`.
 
-    `where`: the option."""
+    `where`: the option that the error reports."""
     if dtype not in _DTYPES:
         one_of(dtype, _NAMES, "a dtype", where)
 
 
 def check_device_name(device: str, where: str) -> None:
-    """Raise ConfigError for an invalid device name or a device that is not present.
+    """Raise ConfigError if the device name is invalid or the device is not present.
 
-    `where`: the option. Imports torch for devices other than auto and cpu."""
+    `where`: the option that the error reports. Imports torch for devices other than auto and cpu."""
     if not _DEVICE_NAME.fullmatch(device):
         suggestion = nearest(device.lower(), ("auto", "cpu", "cuda", "mps"), 1)
         hint = f"did you mean {suggestion[0]}? " if suggestion else ""
@@ -52,10 +53,10 @@ def check_device_name(device: str, where: str) -> None:
 
 
 def choose_device(device: str | torch.device) -> torch.device:
-    """Return the device with this name; for "auto", a CUDA device or else the CPU.
+    """Return the device with this name; "auto" prefers a CUDA device to the CPU.
 
-    A CUDA device has an index, like the devices of tensors; "cuda" means torch's current device. Raises
-    ConfigError for a device that is not present."""
+    The returned CUDA device always has an index, like a tensor's device; "cuda" means torch's current device.
+    Raises ConfigError if the device is not present."""
     import torch
 
     if device == "auto":
@@ -76,12 +77,12 @@ def choose_device(device: str | torch.device) -> torch.device:
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device, stored: str) -> tuple[torch.dtype, str]:
-    """Return the dtype of a base, and the reason.
+    """Return the dtype to load a base in, and the reason.
 
-    `stored`: the dtype of its weight files ("BF16", "F32", "Q4_1", …). auto: bfloat16 if the weights are
+    `stored`: the dtype of the weight files ("BF16", "F32", "Q4_1", …). auto: bfloat16 if the weights are
     stored in 16 bits or fewer and the device multiplies bfloat16 in hardware (CUDA from compute capability 8;
-    CPUs with AVX512-BF16 or AMX-BF16), otherwise float32. Weights stored in float32 stay float32, because
-    rounding must be requested. Raises ConfigError for an unknown dtype."""
+    CPUs with AVX512-BF16 or AMX-BF16), otherwise float32. auto never rounds weights stored in float32. Raises
+    ConfigError for an unknown dtype."""
     import torch
 
     if isinstance(dtype, torch.dtype):
@@ -100,7 +101,7 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device, stored: str) ->
 
 
 def _bf16_hardware(device: torch.device) -> str:
-    """Return the hardware of `device` that multiplies bfloat16, or ""."""
+    """Return the name of the hardware that multiplies bfloat16 on `device`, or ""."""
     import torch
 
     if device.type == "cuda":
@@ -116,7 +117,7 @@ def _bf16_hardware(device: torch.device) -> str:
 def free_on_gpu(device: torch.device) -> int:
     """Return the bytes that this process can still allocate on a CUDA device.
 
-    Free memory plus the memory that torch's allocator keeps for reuse."""
+    The sum of the free memory and the unused memory that torch's allocator has reserved."""
     import torch
 
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -124,9 +125,9 @@ def free_on_gpu(device: torch.device) -> int:
 
 
 def check_memory(path: Path, needs: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise ResourceError if fewer than `needs` bytes are free on `device`.
+    """Raise ResourceError if `device` has fewer than `needs` bytes free.
 
-    `path`: of the base, for the error."""
+    `path`: the base that the error reports."""
 
     if device.type == "cuda":
         free = free_on_gpu(device)
@@ -169,10 +170,10 @@ def _allowed() -> list[int]:
 
 
 def thread_count(environment: Mapping[str, str] = os.environ, root: Path = Path("/")) -> int:
-    """Return the number of compute threads.
+    """Return the number of compute threads to use.
 
-    OMP_NUM_THREADS if set; otherwise the processors of the affinity mask, at most the cgroup's quota, rounded
-    up."""
+    OMP_NUM_THREADS if set, otherwise the number of processors in the affinity mask, limited by the cgroup's
+    quota rounded up."""
     setting = environment.get("OMP_NUM_THREADS", "").split(",")[0]
     if setting.isdigit() and int(setting):
         return int(setting)
@@ -183,8 +184,8 @@ def thread_count(environment: Mapping[str, str] = os.environ, root: Path = Path(
 def settle_threads() -> None:
     """Lower torch's number of threads to `thread_count()`, unless already changed.
 
-    torch uses the affinity mask and ignores the quota; the kernel stops all threads of a process that exceeds
-    its quota for the rest of each tenth of a second."""
+    torch respects the affinity mask but ignores the quota. When a process exceeds its quota, the kernel stops
+    all its threads until the next period, usually 100 ms."""
     import torch
 
     threads = thread_count()

@@ -1,10 +1,12 @@
 """Compute a base's fingerprint, which an adapter's card records.
 
-    fingerprint = sha256( config fields that shape the model  ‖  name, dtype, shape, sha256(bytes) of every weight )
+    fingerprint = sha256( config fields that shape the model  ‖  name, dtype, shape, sha256(bytes) of every
+    weight )
 
-Tensors are ordered by name, so resharding a base, saving it again or editing its card keeps the fingerprint;
-changing a weight or the rope base changes it. Fields at their defaults do not count, and the defaults do not
-depend on the installed transformers (see architecture). Token ids and other generation settings do not count.
+Tensors are sorted by name, so resharding a base, saving it again or editing its card does not change the
+fingerprint. Changing a weight or the rope base does. Fields with their default value are left out, and the
+defaults do not depend on the installed transformers (see architecture). Token ids and other generation
+settings are left out too.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ def fingerprint(base: Path, config: PreTrainedConfig, table: list[StoredTensor] 
     table = tensor_table(base) if table is None else table
     fields = shaping_fields(config)
     if fields.get("tie_word_embeddings"):
-        # a tied head equals the embedding; some tools store it twice
+        # A tied head equals the embedding, but some tools store both.
         table = [t for t in table if t.name != "lm_head.weight"] or table
     h = hashlib.sha256(b"veneer-base-1\n")
     h.update(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode())
@@ -60,7 +62,8 @@ def fingerprint_parts(parts: Mapping[str, tuple[Mapping[str, Any], list[StoredTe
 def file_sha256(file: Path) -> str:
     """Return the sha256 of a whole file, by which other tools identify a checkpoint.
 
-    Cached under the veneer home while the file's size and modification time stay the same."""
+    The digest is cached under the veneer home. The cache is valid as long as the file's size and modification
+    time stay the same."""
     cache_file = _home_file(file).with_suffix(".sha256.json")
     stat = file.stat()
     state = {"version": _VERSION, "size": stat.st_size, "mtime": stat.st_mtime_ns}
@@ -75,14 +78,14 @@ def file_sha256(file: Path) -> str:
 
 
 def shaping_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the config fields that decide what the model computes, except defaults.
+    """Return the config fields that decide what the model computes, without defaults.
 
-    Defaults: see architecture. Numbers are rounded to six digits, because a GGUF stores 1e-5 as the nearest
-    float32."""
+    Defaults: see architecture. Numbers are rounded to six significant digits, because a GGUF file stores 1e-5
+    as the nearest float32."""
     mine = config.to_dict()
     try:
         installed: Mapping[str, Any] = type(config)().to_dict()
-    except Exception:  # a config class that needs arguments has no defaults
+    except Exception:  # Some config classes cannot be created without arguments, so they have no defaults.
         installed = {}
     fields = _differing(mine, usual_fields(config.model_type, installed))
     fields["model_type"] = config.model_type

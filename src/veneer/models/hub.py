@@ -1,4 +1,4 @@
-"""Download the necessary files of a base from the hub, or find its cached copy."""
+"""Download the files of a base from the hub, or find the cached copy."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def hub_snapshot(
 
     Without a connection the cached copy is used. `weights` False: only the small files that identify a base.
     Variants of an image base (fp16, EMA) are downloaded only if there is nothing else. `searched`: the
-    folders already searched; `hint`: other ways to get a base; both for the error. `say`: called with the size of
-    a download. Raises BaseError if the hub does not have the base or
+    folders already searched; `hint`: other ways to get a base; both for the error. `say`: called with the
+    size of a download. Raises BaseError if the hub does not have the base or
     cannot be reached."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
@@ -37,17 +37,17 @@ def hub_snapshot(
         allow, ignore = _FILES, _NOT
         if (
             Path(snapshot) / "model_index.json"
-        ).exists():  # skip single files at the top and components that generation does not need
+        ).exists():  # skip single-file checkpoints and the components that generation does not need
             allow, ignore = [*_JSON, "*/*.safetensors"], [*_NOT, *_VARIANTS, *_NOT_DRAWN]
         if say is not None:
-            with suppress(Exception):  # the download itself reports the error
+            with suppress(Exception):  # The download itself reports the error.
                 files = snapshot_download(
                     repo, revision=revision or None, allow_patterns=allow, ignore_patterns=ignore, dry_run=True
                 )
                 if missing := sum(file.file_size or 0 for file in files if file.will_download):
                     say(f"downloading {repo} ({missing / 1e6:,.0f} MB) from the hub")
         snapshot = snapshot_download(repo, revision=revision or None, allow_patterns=allow, ignore_patterns=ignore)
-        if allow is not _FILES and not any(Path(snapshot).glob("*/*.safetensors")):  # only variants exist
+        if allow is not _FILES and not any(Path(snapshot).glob("*/*.safetensors")):  # The repository has only variants.
             snapshot = snapshot_download(
                 repo, revision=revision or None, allow_patterns=allow, ignore_patterns=[*_NOT, *_NOT_DRAWN]
             )
@@ -61,7 +61,7 @@ def hub_snapshot(
         raise BaseError(f"{repo} has no revision {revision!r}", where=where) from error
     except RepositoryNotFoundError as error:
         raise BaseError(f"there is no base {name!r}", where=where, fix=hint) from error
-    except Exception as error:  # offline mode, no route, no DNS, proxies: each HTTP client has its own errors
+    except Exception as error:  # offline mode, no route, DNS, proxies: each HTTP client has its own errors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BaseError(
             f"there is no base {name!r} on this machine, and the hub cannot be reached",

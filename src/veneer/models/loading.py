@@ -1,10 +1,10 @@
 """Load bases through transformers and diffusers, one at a time and without logs.
 
-    with loading():             a model is created, loaded or converted
-    with errors_only():         a config, a tokenizer or a scheduler is read: nothing with weights
-    with build_errors(…):       a model is built from a user's configuration
+    with loading():             create, load or convert a model
+    with errors_only():         read a config, a tokenizer or a scheduler, but no weights
+    with build_errors(…):       build a model from a user's configuration
 
-`check_loaded` and the callers check the result and report important facts.
+`check_loaded` and its callers check the result and report what the user should know.
 """
 
 from __future__ import annotations
@@ -34,23 +34,24 @@ _LIBRARIES = r"(transformers|diffusers|accelerate|huggingface_hub|torch|bitsandb
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Hold the process's lock on loading models, and apply `errors_only`. Reentrant.
+    """Hold the process-wide lock for loading models, and apply `errors_only`.
 
-    While transformers loads a model it removes `tie_weights` from all of the model's classes. A model created
-    meanwhile stays untied, and two overlapping loads remove it permanently
-    (transformers.initialization.no_tie_weights, 5.24)."""
+    The lock is reentrant. While transformers loads a model, it removes `tie_weights` from all classes of the
+    model. A model created by another thread meanwhile stays untied, and two overlapping loads remove
+    `tie_weights` permanently (transformers.initialization.no_tie_weights, 5.24)."""
     with _one_load, errors_only():
         yield
 
 
 @contextmanager
 def build_errors(action: str, *, where: str, fix: str) -> Iterator[None]:
-    """Raise ConfigError for any error of a library that builds a model from a configuration.
+    """Convert any error of a library that builds a model to ConfigError.
 
-    `action`: as in "transformers cannot build a model". Errors of missing memory stay as they are."""
+    `action`: the start of the message, such as "transformers cannot build a model". Out-of-memory errors are
+    not converted."""
     try:
         yield
-    except Exception as error:  # any type of error: each class parses its own fields
+    except Exception as error:  # The type can be any, because each class parses its own fields.
         if lacks_memory(error):
             raise
         why = " ".join(f"{type(error).__name__}: {error}".split())
@@ -59,14 +60,14 @@ def build_errors(action: str, *, where: str, fix: str) -> Iterator[None]:
 
 @contextmanager
 def errors_only() -> Iterator[None]:
-    """Silence transformers and diffusers below errors inside the with-block.
+    """Silence transformers and diffusers, except for errors, inside the with-block.
 
-    No progress bars and no log lines below `error` from transformers, and from diffusers if it is imported;
-    no Python warnings about these libraries' own code. Other warnings are shown.
+    Turns off progress bars and log records below `error` of transformers, and of diffusers if it is imported,
+    and Python warnings raised in these libraries. Other warnings are shown.
 
-    Progress bars and log levels are process-wide: the first of several concurrent blocks switches them off,
-    and the last one restores them. Use for loading and converting, not for long work in parallel with other
-    threads."""
+    Progress bars and log levels are process-wide. If several blocks run concurrently, the first turns the
+    output off and the last restores it. Use this for loading and converting, not for long work in parallel
+    with other threads."""
     global _inside
     with _lock:
         _inside += 1
@@ -82,16 +83,16 @@ def errors_only() -> Iterator[None]:
 
 
 def straight_to(device: torch.device | None) -> dict[str, torch.device] | None:
-    """Return transformers' device_map for loading straight to `device`.
+    """Return the transformers device_map that loads weights directly to `device`.
 
-    The host then holds only a few tensors at a time. None for the CPU."""
+    The host then holds only a few tensors at a time. Returns None for the CPU."""
     return None if device is None or device.type == "cpu" else {"": device}
 
 
 def _matters(record: logging.LogRecord) -> bool:
     """Return False for bitsandbytes' warning about missing hub kernels.
 
-    veneer does not use these kernels. PEFT imports bitsandbytes whenever diffusers is imported."""
+    veneer does not use these kernels, but PEFT imports bitsandbytes whenever diffusers is imported."""
     return "gemm_4bit_forward" not in str(record.msg)
 
 
@@ -108,7 +109,7 @@ def _switch_off(stack: ExitStack) -> None:
             stack.callback(each.set_verbosity, each.get_verbosity())
             each.set_verbosity_error()
             each.disable_progress_bar()
-    # not catch_warnings, whose exit would undo concurrent changes by other threads
+    # warnings.catch_warnings would undo concurrent changes by other threads at its exit.
     filters = list(warnings.filters)
     warnings.filterwarnings("ignore", module=_LIBRARIES)
     stack.callback(_unfilter, next((f for f in warnings.filters if f not in filters), None))
@@ -120,15 +121,15 @@ def _unfilter(added: Any) -> None:
 
 
 _SCALES = re.compile(r"(.*\.)?(scale_weight|weight_scale(_inv|_2)?|scaled_fp8|comfy_quant)")
-"""Tensors that quantized weights cannot be read without."""
+"""Names of the tensors that are needed to read quantized weights."""
 
 
 def check_loaded(path: Path, info: Mapping[str, Any], harmless: re.Pattern[str] | None = None) -> tuple[str, ...]:
-    """Return notes on stored tensors that the model does not use.
+    """Return a note about stored tensors that the model does not use, if any.
 
-    `info`: the result of output_loading_info in transformers or diffusers. `harmless`: names of tensors that can be
-    ignored; by default, all except scales of weights. Raises BaseError for missing tensors, tensors of another shape,
-    and unused tensors that are not harmless."""
+    `info`: the loading info of transformers or diffusers (output_loading_info). `harmless`: names of tensors
+    that can be ignored; by default, all tensors except scales of weights. Raises BaseError for missing
+    tensors, tensors with a wrong shape, and unused tensors that are not harmless."""
     problems = [f"missing: {name}" for name in sorted(info.get("missing_keys", ()))]
     problems += [f"misshapen: {item}" for item in sorted(map(str, info.get("mismatched_keys", ())))]
     if problems:

@@ -1,9 +1,9 @@
-"""Replace forwards of modules inside a with-block, over joined weights.
+"""Replace the forward of modules inside a with-block, and fuse projections.
 
-    replace_forward(module, forward, undo)       on this instance; `undo` restores the module's own
-    Join([q, k, v], undo).linear_map()           projections of one input as one product, with active pairs
+    replace_forward(module, forward, undo)            on this instance; `undo` restores the original forward
+    FusedProjection([q, k, v], undo).linear_map()     projections of one input as one product, with active pairs
 
-Building blocks of the fast paths in models/text/fast.py and models/image/fast.py.
+The fast paths in models/text/fast.py and models/image/fast.py use these functions.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _MARK = "_veneer_fast"
 
 @dataclass
 class FastReport:
-    """What runs on a fast path.
+    """A report of the modules that run on a fast path.
 
-    `swapped`: kind of module -> count. `skipped`: kind -> why it was not swapped. `active`: inside a with-block
-    of `fast`."""
+    `swapped`: kind of module -> count. `skipped`: kind of module -> reason. `active`: whether the with-block
+    of `fast` is running."""
 
     swapped: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     rows: bool = False
-    """Whether packed rows without padding reproduce this model (tested on it)."""
+    """Whether packed rows without padding give the same result in this model."""
     dequantized_bytes: int = 0
     """Bytes of cached dequantized weights (`cache_dequantized`)."""
     prepack_budget: ByteBudget = field(default_factory=lambda: ByteBudget(0))
@@ -46,19 +46,17 @@ class FastReport:
     """The prepacked head weight."""
     joins: list[FusedProjection] = field(default_factory=list, repr=False)
     keeps: bool = False
-    """Whether the last layer, after attention, runs only on `RowLayout.keep`."""
+    """Whether the last layer runs only on `RowLayout.keep` after its attention."""
     active: bool = False
     norms: dict[str, float] = field(default_factory=dict, repr=False)
-    """Kind of swapped norm -> what its formula adds to the weight, 0 or 1."""
+    """Kind of swapped norm -> the number added to the norm's weight, 0 or 1."""
 
     def summary(self) -> str:
-        """Return one line for the user.
-
-        Swapped kinds, kinds not swapped with reasons, and CPU kernels."""
+        """Return one line for the user: swapped and skipped modules, and CPU kernels."""
         return f"{self.swaps()}; {compiled.status()}"
 
     def swaps(self) -> str:
-        """Return what was swapped, and what was not and why."""
+        """Return the swapped modules, and the skipped modules with reasons."""
         parts = [f"{n} × {kind}" for kind, n in sorted(self.swapped.items())]
         text = "fast paths: " + (", ".join(parts) if parts else "none")
         text += "; rows without padding" if self.rows else "; padded rows"
@@ -73,7 +71,7 @@ class FastReport:
 
 
 def fast_report(model: nn.Module) -> FastReport:
-    """Return the report of what was swapped on `model`, or an empty report."""
+    """Return the report of a model's active fast paths, or an empty report."""
     return getattr(model, _MARK, FastReport())
 
 
@@ -89,9 +87,9 @@ def marked(model: nn.Module, report: FastReport) -> Iterator[None]:
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Set eval mode in every module, because dropout prevents comparisons.
+    """Set every module to eval mode inside the with-block.
 
-    Inside the with-block."""
+    Random dropout would make two implementations impossible to compare."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -108,9 +106,9 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any], undo: ExitSt
 
 
 def random_input(*shape: int, like: Tensor) -> Tensor:
-    """Return normal values of this shape, equal at each call.
+    """Return the same normally distributed values at each call.
 
-    In the dtype and on the device of `like`."""
+    The dtype and device are those of `like`."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(*shape, generator=generator).to(like.device, like.dtype)
 
@@ -118,7 +116,7 @@ def random_input(*shape: int, like: Tensor) -> Tensor:
 def projection_of(module: nn.Module) -> LinearMap | None:
     """Return a linear module's weight, bias and active pairs.
 
-    None if the module must be called."""
+    Returns None if the module must be called."""
     if isinstance(module, LoraLinear):
         return module.linear_map()
     if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
@@ -129,14 +127,14 @@ def projection_of(module: nn.Module) -> LinearMap | None:
 
 
 def _start_of(tensor: Tensor) -> tuple[int, int]:
-    """Return a tensor's storage and its first element in the storage.
+    """Return a tensor's storage, and the offset of its first element.
 
-    This identifies its memory, with or without values."""
+    Equal results mean the same memory, also for meta tensors."""
     return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
 def _as_consecutive_rows(weights: list[Tensor]) -> Tensor | None:
-    """Return one tensor whose consecutive rows are these weights, or None."""
+    """Return a view with these weights as consecutive rows, or None if impossible."""
     storage, first = _start_of(weights[0])
     columns, rows = weights[0].shape[1], 0
     for weight in weights:
@@ -147,10 +145,10 @@ def _as_consecutive_rows(weights: list[Tensor]) -> Tensor | None:
 
 
 class FusedProjection:
-    """Weights of linear modules with one input, joined as rows of one tensor.
+    """The weights of linear modules with the same input, joined as rows of one tensor.
 
-    `undo` separates them. Quantized weights are not copied: the joined tensor refers to their codes. Weights
-    already in consecutive memory are not copied either. `move`: whether other weights can be moved."""
+    `undo` separates the weights. Quantized weights are not copied, because the joined tensor refers to their
+    codes. Weights in consecutive memory are not copied either. `move`: whether other weights can be moved."""
 
     def __init__(self, modules: list[nn.Module], undo: ExitStack, *, move: bool = True) -> None:
         self.modules = modules
@@ -188,7 +186,7 @@ class FusedProjection:
     def linear_map(self) -> LinearMap | None:
         """Return the joined projections with the active pairs.
 
-        None if a module must be called."""
+        Returns None if a module must be called."""
         parts = [projection_of(m) for m in self.modules]
         maps = [p for p in parts if p is not None]
         if len(maps) != len(parts) or len({p.dropout for p in maps if p.products}) > 1:
@@ -207,9 +205,9 @@ class FusedProjection:
 
 
 def cache_dequantized(report: FastReport, most: int, undo: ExitStack) -> None:
-    """Cache dequantized weights, in order of use, up to `most` bytes.
+    """Cache the dequantized weights of up to `most` bytes, in order of use.
 
-    The choice of weights does not matter, because every weight is used equally often."""
+    Caching other weights would save the same time, because every weight is used equally often."""
     for projection in report.joins:
         weight = projection.weight
         if isinstance(weight, Quantized) and weight.kept is None and report.dequantized_bytes + weight.nbytes <= most:
@@ -219,9 +217,9 @@ def cache_dequantized(report: FastReport, most: int, undo: ExitStack) -> None:
 
 
 def cache_prepacked(model: Any, report: FastReport, most: int, undo: ExitStack) -> None:
-    """Prepack weights if prepacked products are clearly faster.
+    """Prepack weights in up to `most` bytes, if prepacked products are clearly faster.
 
-    Uses up to `most` bytes of copies. Each copy is made at its first use."""
+    Each weight is prepacked when it is first used."""
     report.prepack_budget = budget = ByteBudget(most)
     for projection in report.joins:
         parts = [getattr(base_of(m), "weight", None) for m in projection.modules]
@@ -236,5 +234,5 @@ def cache_prepacked(model: Any, report: FastReport, most: int, undo: ExitStack) 
 
 
 def same_dtype(x: Tensor, weight: Tensor) -> bool:
-    """Return whether x and the weight have one dtype, and no autocast changes it."""
+    """Return whether x and the weight have the same dtype, and autocast is off."""
     return x.dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type)

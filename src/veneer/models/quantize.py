@@ -1,15 +1,15 @@
 """Load a base in 4 or 8 bits.
 
-Each weight is read, quantized and freed before the next one, so that peak memory is the quantized model and
-one weight.
+Each weight is read, quantized and freed before the next weight is read. Peak memory is the size of the
+quantized model plus one weight.
 
 Linear layers and fused experts (3-d parameters) are quantized. Embeddings, norms, routers and the output head
-are not, as in QLoRA (arXiv 2305.14314). Modules and names stay the family's own: a quantized weight is a
-tensor (ops.quantized), so adapters, fast paths and merging work unchanged.
+are not quantized, as in QLoRA (arXiv 2305.14314). The family's modules and names do not change. A quantized
+weight is a tensor (ops.quantized), so adapters, fast paths and merging work as usual.
 
-4-bit and 8-bit checkpoints of bitsandbytes are read with their quantization.
-Families, renamings and merged experts are handled by transformers: this module is one of its quantizers, with
-tensors that are read on demand.
+4-bit and 8-bit checkpoints of bitsandbytes keep their quantization. transformers handles families, renamed
+weights and merged experts: this module registers a transformers quantizer and provides tensors that are read
+on demand.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 def quantized_weights(model: nn.Module) -> list[str]:
-    """Return the names of the parameters of `model` that a quantized load quantizes."""
+    """Return the names of the parameters that a quantized load quantizes."""
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     names = []
     for name, module in model.named_modules():
@@ -57,7 +57,7 @@ def quantized_weights(model: nn.Module) -> list[str]:
 
 
 def put_empty_codes(model: nn.Module, kind: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Replace the weights that a quantized load quantizes with empty codes."""
+    """Replace the weights that a quantized load quantizes with empty quantized ones."""
     for name in quantized_weights(model):
         owner, _, key = name.rpartition(".")
         module = model.get_submodule(owner)
@@ -66,9 +66,9 @@ def put_empty_codes(model: nn.Module, kind: str, dtype: torch.dtype, device: tor
 
 
 def quantized_bytes(shape: Iterable[int], kind: str) -> int:
-    """Return the bytes of a weight quantized as `kind`.
+    """Return the number of bytes of a weight quantized as `kind`.
 
-    With doubly quantized constants a 4-bit weight has 4.127 bits."""
+    A 4-bit weight takes 4.127 bits per value, including its doubly quantized constants."""
     shape = tuple(shape)
     n = math.prod(shape)
     if kind == "int8":
@@ -79,7 +79,7 @@ def quantized_bytes(shape: Iterable[int], kind: str) -> int:
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A stored tensor for transformers' loader, read when it is indexed."""
+    """A stored tensor for transformers' loader, read from disk when indexed."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -105,9 +105,9 @@ def load_quantized(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Load the model of a base directory with quantized linear weights.
 
-    Returns (model, transformers' loading info). `kind`: one of ops.quantization_formats.KINDS, or "" for a
-    checkpoint that keeps its own quantization. The model computes in `dtype`. `device`: where each weight is
-    moved and quantized; default CPU."""
+    Returns (model, transformers' loading info). `kind`: one of ops.quantization_formats.KINDS, or "" to keep
+    a checkpoint's quantization. The model computes in `dtype`. `device`: the device that quantizes and holds
+    the weights; default CPU."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     config = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
@@ -127,10 +127,10 @@ def load_state(
     dtype: torch.dtype,
     device: torch.device | None = None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Load a model of transformers' class `cls` from these tensors.
+    """Load a model of a transformers class `cls` from these tensors.
 
-    Returns (model, transformers' loading info). `kind`: quantization of `quantized_weights`; "": the tensors
-    are final, quantized or not. `device`: as in `load_quantized`."""
+    Returns (model, transformers' loading info). `kind`: format for the `quantized_weights`, or "" to keep the
+    tensors as they are. `device`: as in `load_quantized`."""
     with loading(), memory.returned_memory():
         model, info = cls.from_pretrained(
             None,
@@ -147,10 +147,10 @@ def load_state(
 
 
 def loop_over_experts(model: Any, device: torch.device | None) -> None:
-    """Choose how quantized experts are multiplied.
+    """Choose the implementation of quantized experts.
 
-    On the CPU, loop over the requested experts: batched products would dequantize a whole layer at once. A
-    GPU uses batched products, because its host would have to wait for the list of requested experts."""
+    On the CPU, loop over the experts in use, because batched products would dequantize a whole layer at once.
+    On a GPU, use batched products, because a loop would make the host wait for the list of experts in use."""
     if any(expert_parameters(m) for m in model.modules()):
         there = device is not None and device.type == "cuda"
         model.set_experts_implementation("grouped_mm" if there else "eager")
@@ -159,9 +159,10 @@ def loop_over_experts(model: Any, device: torch.device | None) -> None:
 def load_part(
     cls: Any, folder: Path, table: list[StoredTensor], kind: str, dtype: torch.dtype
 ) -> tuple[Any, dict[str, Any]]:
-    """Load a model of diffusers' class `cls`, whose names equal those of its files.
+    """Load a model of a diffusers class `cls` with quantized linear weights.
 
-    Returns (model, loading info), like `load_state`."""
+    The names of modules must equal the names in the files. Returns (model, loading info), like
+    `load_state`."""
     from accelerate import init_empty_weights
 
     config = {k: v for k, v in cls.load_config(folder).items() if k != "quantization_config"}
@@ -196,7 +197,7 @@ def load_part(
 def forget_quantizer(model: Any) -> None:
     """Make transformers treat `model` as unquantized.
 
-    It can then be moved, cast and trained."""
+    The model can then be moved, cast and trained."""
     for name in ("quantization_config", "_pre_quantization_dtype", "_is_quantized"):
         model.config.__dict__.pop(name, None)
     for name in ("hf_quantizer", "quantization_method", "is_quantized", "_weight_conversions"):
@@ -204,7 +205,7 @@ def forget_quantizer(model: Any) -> None:
 
 
 def _quantizer(kind: str) -> Any:
-    """Return transformers' config object for our quantizer.
+    """Return the transformers config object of veneer's quantizer.
 
     `kind` "": keep the tensors as read."""
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
@@ -221,9 +222,9 @@ _METHOD = "veneer"
 
 @cache
 def _quantizer_classes() -> tuple[Any, Any]:
-    """Return our (config, quantizer), subclasses of transformers'.
+    """Return veneer's config and quantizer classes for transformers.
 
-    The `kind` is stored in the config, because several loads can run at the same time."""
+    The config stores `kind`, because several loads can run at the same time."""
     from transformers.core_model_loading import ConversionOps
     from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -259,7 +260,7 @@ def _quantizer_classes() -> tuple[Any, Any]:
             return Quantize(config.kind)
 
         def param_element_size(self, model: Any, param_name: str, param: Any) -> float:
-            """Return bytes per value, with which transformers preallocates GPU memory."""
+            """Return the bytes per value, which transformers uses to preallocate GPU memory."""
             config: Any = self.quantization_config
             if param_name in self.names and config.kind:
                 return quantized_bytes(param.shape, config.kind) / float(math.prod(param.shape))
@@ -277,7 +278,7 @@ def _quantizer_classes() -> tuple[Any, Any]:
 
 
 def original_weight(path: Path, stored: Mapping[str, StoredTensor], name: str) -> Tensor:
-    """Return the stored weight `name` of a base that is quantized while it is read.
+    """Return an unquantized weight of a base that is quantized while loading.
 
     Raises BaseError if the files store the weight under another name or in parts (transformers joins and
     renames the weights of some families)."""
@@ -287,15 +288,15 @@ def original_weight(path: Path, stored: Mapping[str, StoredTensor], name: str) -
     return read_values(tensor)
 
 
-# -- bitsandbytes' checkpoints -----------------------------------------------------------------------------------------
+# -- bitsandbytes checkpoints ------------------------------------------------------------------------------------------
 
 _STATE = ".quant_state.bitsandbytes__"
 
 
 def saved_kind(config: Mapping[str, Any], where: str | None = None) -> str:
-    """Return the quantization in a config.json: nf4, fp4, int8, or "" for none.
+    """Return the quantization format in a config.json: nf4, fp4, int8, or "" for none.
 
-    Raises BaseError for quantizations that veneer does not read."""
+    Raises BaseError for a quantization method that veneer does not support."""
     settings = config.get("quantization_config")
     if not settings:
         return ""
@@ -310,10 +311,10 @@ def saved_kind(config: Mapping[str, Any], where: str | None = None) -> str:
 
 
 def lazy_state(table: list[StoredTensor]) -> dict[str, Any]:
-    """Return every weight by name, read when indexed.
+    """Return name -> weight, which is read from disk when it is indexed.
 
-    The parts of a quantized weight are joined, and scaled 8-bit float weights are multiplied by their scales,
-    in float32."""
+    The parts of a quantized weight are joined. Scaled 8-bit float weights are multiplied by their scales in
+    float32."""
     by_name = {t.name: t for t in table}
     scaled = scaled_weights(table)
     consumed: set[str] = {name for name in by_name if scaled and name.rpartition(".")[2] == _SCALED_MARKER}
@@ -415,7 +416,7 @@ def _blocks(packed: StoredTensor, state: str, parts: list[StoredTensor]) -> Tens
 
 
 def check_kind(kind: str) -> None:
-    """Raise ConfigError for an unknown kind of quantization."""
+    """Raise ConfigError for an unknown quantization format."""
     if kind not in KINDS:
         suggestion = nearest(kind.lower(), [*KINDS, "keep"])
         raise ConfigError(

@@ -4,14 +4,14 @@
     loss = call(text_loss, model, ids, lengths, trained)      on every process, the same number of times
     loss.backward()
 
-Each process keeps 1/N of every weight. A block's weights are gathered for its forward pass and again for its
-backward pass, and freed after each; weights outside the blocks (embedding, head) are gathered for the length
-of a `call`. Parameters of any dtype can be sharded; of quantized weights, the codes and constants are
-sharded, and dequantized in use. Buffers stay whole. Trained tensors that are not parameters of `model`, such
-as an attachment's, also stay whole, and their gradients are not reduced.
+Each process keeps 1/N of every weight. FSDP gathers a block's weights for its forward pass and again for its
+backward pass, and frees them after each. Weights outside the blocks (embedding, head) are gathered for the
+duration of a `call`. Parameters of any dtype can be sharded. For quantized weights, the codes and constants
+are sharded, and dequantized when used. Buffers are not sharded. Trained tensors that are not parameters of
+`model`, such as an attachment's, are not sharded either, and their gradients are not reduced.
 
-Sharding cannot be undone: the model can then only be used inside `call`. Needs an initialized
-torch.distributed.
+Sharding cannot be undone: afterwards, the model can only be used inside `call`. torch.distributed must be
+initialized.
 """
 
 from __future__ import annotations
@@ -32,18 +32,20 @@ T = TypeVar("T")
 
 
 class CallWithWeights(Protocol):
-    """Calls a function with a sharded model's weights gathered; returns its result."""
+    """A function that calls another function while a model's weights are gathered."""
 
     def __call__(self, act: Callable[..., T], /, *args: Any) -> T: ...
 
 
 def call_unsharded(act: Callable[..., T], /, *args: Any) -> T:
-    """Call `act`: the `CallWithWeights` of a model that is not sharded."""
+    """Call `act`. This is the `CallWithWeights` of a model that is not sharded."""
     return act(*args)
 
 
 class _Root(nn.Module):
-    """A module that forwards to any function, because FSDP gathers around forwards."""
+    """A module whose forward calls any function.
+
+    FSDP gathers weights only around the forward of a module."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -61,8 +63,8 @@ class Sharded:
         call.gather_block(module)      gather this module's block and free the previous one
         call.reshard()                 free the gathered block
 
-    Both run on every process, after a first call. A tensor of a gathered weight can be kept: it is empty
-    while the weight is sharded, and has its values again whenever the weight is gathered, including in a
+    Every process must call both, after a first call. Tensors of a gathered weight can be kept. They are empty
+    while the weight is sharded, and have their values again whenever the weight is gathered, also in a
     backward pass."""
 
     def __init__(self, root: _Root, blocks: Mapping[int, _Block]) -> None:
@@ -89,7 +91,7 @@ class Sharded:
 
 @dataclass(frozen=True)
 class _Block:
-    """A unit of gathering: an FSDP module, and the weights that its parameters form."""
+    """An FSDP module that is gathered as one, and the weights made of its parameters."""
 
     module: Any
     apart: Sequence[_ShardedCodes | _Joined]
@@ -100,9 +102,9 @@ class _Block:
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the modules to gather one at a time.
+    """Return the modules to gather one at a time: those of the largest ModuleList.
 
-    The largest ModuleList, a decoder's layers."""
+    In a decoder, these are the layers."""
     lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
     return max(lists, key=lambda modules: sum(p.numel() for m in modules for p in m.parameters()), default=[])
 
@@ -116,12 +118,12 @@ def shard(
 ) -> Sharded:
     """Shard every parameter of `model` along its first dimension.
 
-    Moves the shards to `device` block by block, so that no device ever holds the whole model. Returns the
-    function through which all uses of the model are called.
+    Moves the shards to `device` block by block, so no device ever holds the whole model. All later uses of
+    the model must go through the returned function.
 
-    `unread`: the model is on the meta device, and each process reads its own shards from these files.
-    `together`: groups of linear modules whose gathered weights are rows of one tensor, for products of one
-    input."""
+    `unread`: the model is on the meta device, and each process reads its own shards with this reader.
+    `together`: groups of linear modules with the same input, whose gathered weights are rows of one
+    tensor."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -148,8 +150,9 @@ def shard(
         for weight in apart:
             weight.leave()
         if apart:
-            # Keep these tensors: a backward pass gathers into the same memory, for weights that autograd
-            # saved and for a recomputed forward, without hooks. They are empty in between.
+            # Keep these tensors, because a backward pass gathers into the same memory without calling hooks,
+            # for weights saved by autograd and for recomputed forward passes. Between passes, the tensors are
+            # empty.
             group.register_forward_pre_hook(block.assemble)
         there.update({id(m): block for m in owned})
     if unread:
@@ -159,17 +162,17 @@ def shard(
 
 @dataclass(frozen=True)
 class _UnreadWeight:
-    """A weight on the meta device that was not read yet.
+    """A weight on the meta device that has not been read yet.
 
-    `names`: names in the files of the weights whose rows form this one. `users`: (module, name) of each
-    user."""
+    `names`: names of the weights in the files that form the rows of this weight. `users`: (module, name) of
+    each module that uses the weight."""
 
     names: tuple[str, ...]
     weight: Tensor
     users: list[tuple[nn.Module, str]]
 
     def store_shards(self, shards: Sequence[Tensor]) -> None:
-        """Store this process's shards where `fully_shard` left meta tensors."""
+        """Replace the meta tensors that `fully_shard` created by this process's shards."""
         from torch.distributed.tensor import DTensor
 
         users = [self.users]
@@ -197,16 +200,16 @@ def _unread_weights(modules: Sequence[nn.Module], names: Mapping[int, tuple[str,
 
 
 def _code_names(key: str, weight: Quantized) -> tuple[str, ...]:
-    """Return the parameter names for the tensors of a quantized parameter."""
+    """Return the parameter names for the codes and constants of a quantized parameter."""
     return tuple(f"{key}_{name.replace('.', '_')}" for name in weight.stored.tensors())
 
 
 @dataclass(frozen=True)
 class _ShardedCodes:
-    """A quantized weight whose codes are parameters of `owner`.
+    """A quantized weight with codes and constants that are parameters of `owner`.
 
-    Parameters can be sharded. `absent`: the weight on the meta device, visible until the codes are gathered.
-    `users`: (module, name) of each user."""
+    FSDP can shard parameters. `absent`: the weight on the meta device, used until the codes are gathered.
+    `users`: (module, name) of each module that uses the weight."""
 
     absent: Quantized
     owner: nn.Module
@@ -227,8 +230,8 @@ class _ShardedCodes:
 
     def _assign(self, weight: Quantized) -> None:
         for module, name in self.users:
-            # Not register_parameter: the weight is not a separate parameter and changes with every forward
-            # pass.
+            # Not register_parameter, because the weight is not a separate parameter and changes with every
+            # forward pass.
             module._parameters[name] = weight  # type: ignore[assignment]
 
 
@@ -242,7 +245,7 @@ def _split_codes(modules: Sequence[nn.Module]) -> list[_ShardedCodes]:
                 tensors = weight.stored.tensors()
                 names = _code_names(name, weight)
                 for code_name, tensor in zip(names, tensors.values(), strict=True):
-                    # A scalar cannot be sharded: store it as one row.
+                    # A scalar cannot be sharded, so store it as one row.
                     module.register_parameter(
                         code_name, nn.Parameter(tensor.reshape(tensor.shape or 1), requires_grad=False)
                     )
@@ -255,9 +258,9 @@ def _split_codes(modules: Sequence[nn.Module]) -> list[_ShardedCodes]:
 
 @dataclass(frozen=True)
 class _Joined:
-    """Weights of `modules`, in order, as rows of one parameter of `owner`.
+    """The weights of `modules`, joined as rows of the parameter `_TOGETHER` of `owner`.
 
-    The parameter is `_TOGETHER`. `absent`: the weight that is visible until the parameter is gathered."""
+    `absent`: the weight on the meta device, used until the parameter is gathered."""
 
     absent: Tensor
     owner: nn.Module
@@ -281,10 +284,10 @@ _TOGETHER = "weights_together"
 def _joined(
     owned: Sequence[nn.Module], together: Sequence[Sequence[nn.Module]], names: dict[int, tuple[str, ...]]
 ) -> list[_Joined]:
-    """Join frozen weights of one dtype and width in each group's first module.
+    """Join the frozen weights of each group in a parameter of its first module.
 
-    Quantized weights are not joined here: joining them needs no copy (ops.quantized.stacked_rows). Adds the
-    new parameters to `names`."""
+    The weights must have the same dtype and width. Quantized weights are not joined here, because joining
+    them needs no copy (ops.quantized.stacked_rows). Adds the new parameters to `names`."""
     here, out = set(map(id, owned)), []
     for group in together:
         modules = [base_of(m) for m in group]
@@ -304,12 +307,12 @@ def _joined(
 
 
 def whole_bytes(model: nn.Module) -> int:
-    """Return the bytes of parameters and buffers before sharding, read or not."""
+    """Return the bytes of parameters and buffers before sharding, read or unread."""
     return _bytes([*model.parameters(), *model.buffers()])
 
 
 def local_bytes(model: nn.Module) -> int:
-    """Return the bytes of the model's parameters and buffers in this process."""
+    """Return the bytes of the parameters and buffers that this process holds."""
     tensors: list[Any] = [*model.parameters(), *model.buffers()]
     return _bytes([t.to_local() if hasattr(t, "to_local") else t for t in tensors if not t.is_meta])
 

@@ -6,8 +6,8 @@ For a model on the meta device.
     unread.part("model.layers.0.mlp.up_proj.weight", rank, count, device)
 
 Process r of N = `count` gets rows r·⌈n/N⌉ … (r + 1)·⌈n/N⌉ of the n along a tensor's first dimension, like
-torch.chunk and FSDP2. Rows in safetensors are consecutive, so the shard of an unquantized weight is one range of
-a file, and no other byte is read.
+torch.chunk and FSDP2. Rows in safetensors are consecutive, so the shard of an unquantized weight is one range
+of a file, and no other byte is read.
 
 A weight to be quantized is read and quantized whole, one at a time, because its constants depend on the whole
 weight. So codes and constants are equal bit for bit to those of a weight quantized without sharding.
@@ -30,7 +30,7 @@ from veneer.ops.quantized import Quantized, quantize
 
 
 def shard_rows(n: int, rank: int, count: int) -> tuple[int, int]:
-    """Return (first, last) row of process `rank`.
+    """Return the first row of process `rank`, and the row after its last.
 
     The last processes can have fewer rows."""
     each = -(-n // count)
@@ -39,13 +39,13 @@ def shard_rows(n: int, rank: int, count: int) -> tuple[int, int]:
 
 @dataclass
 class ShardReader:
-    """The locations of the weights of a model on the meta device.
+    """Reads the weights of a model on the meta device from their files.
 
-    `stored`: by the model's names. `kind`: quantization of the quantized weights, "" for none. `dtype`: of
-    other float weights. `bytes_read`: by this process so far.
+    `stored`: name in the model -> stored tensor. `kind`: format for the quantized weights, "" for none.
+    `dtype`: for all other float weights. `bytes_read`: bytes read by this process so far.
 
-    The weights are read one at a time, long after the base was found. Raises BaseError if a file has changed
-    since, because shards of two versions would mix."""
+    The weights are read one at a time, long after the files were found. Raises BaseError if a file has
+    changed since, because the shards would come from two versions."""
 
     stored: Mapping[str, StoredTensor]
     kind: str
@@ -59,10 +59,10 @@ class ShardReader:
     def for_model(
         cls, model: nn.Module, table: Sequence[StoredTensor], kind: str, dtype: torch.dtype
     ) -> ShardReader | str:
-        """Return the weights' locations, or as text why the model must be read whole.
+        """Return a reader of the model's weights, or why the model must be read whole.
 
-        It must be read whole if names or shapes differ from the files (transformers renames and joins the
-        weights of some families), or if some weights are kept in another dtype."""
+        A model must be read whole if names or shapes differ from the files (transformers renames and joins
+        the weights of some families), or if some weights stay in another dtype."""
         stored = {t.name: t for t in table}
         tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **_saved_buffers(model)}
         for name, tensor in tensors.items():
@@ -82,13 +82,13 @@ class ShardReader:
         return cls(stored, kind, dtype)
 
     def rows(self, name: str, rows: Sequence[int]) -> Tensor:
-        """Return these rows of a weight, as stored."""
+        """Return these rows of a weight, in the stored dtype."""
         stored = self.stored[name]
         wide = stored.elements // stored.shape[0]
         return torch.stack([self._values(name, row * wide, (row + 1) * wide) for row in rows])
 
     def read_full(self, name: str, device: torch.device) -> Tensor:
-        """Return a whole weight, in the dtype it is kept in."""
+        """Return a whole weight on `device`, with float weights in `dtype`."""
         stored = self.stored[name]
         return self._cast(self._values(name, 0, stored.elements).view(stored.shape).to(device))
 
@@ -96,7 +96,8 @@ class ShardReader:
         """Return this process's shard of a weight on `device`.
 
         For a quantized weight, returns the shard of each of its tensors, in order. `names`: the weights in
-        the files whose rows form the weight; only one if quantized. `weight`: the tensor on the meta device."""
+        the files whose rows form the weight; only one if quantized. `weight`: the tensor on the meta
+        device."""
         if not isinstance(weight, Quantized):
             first, last = shard_rows(weight.shape[0], rank, count)
             wide, at, parts = weight.shape[1:].numel(), 0, []
@@ -130,7 +131,7 @@ class ShardReader:
 
 
 def _state(file: Path) -> tuple[int, int, int]:
-    """Return a file's inode, size and time, which change with its contents."""
+    """Return a file's inode, size and modification time, to detect changes."""
     now = file.stat()
     return now.st_ino, now.st_size, now.st_mtime_ns
 
@@ -142,7 +143,7 @@ def _saved_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def read_buffers(model: nn.Module, unread: ShardReader, device: torch.device) -> None:
-    """Read buffers that are in the files, whole, and move all buffers to `device`."""
+    """Read the buffers stored in the files, and move all buffers to `device`."""
     for prefix, module in base_modules(model):
         for key, buffer in list(module._buffers.items()):
             if buffer is not None:

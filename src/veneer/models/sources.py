@@ -1,16 +1,16 @@
-"""Find a base: from a name to a directory or file on this machine.
+"""Find the directory or file of a base by its name.
 
     smollm2-135m                 a built-in base; created under the veneer home on first use (builtin.py)
     catalogue-flux, …-sdxl       built-in image bases, included in the package
-    ./models/my-llama            a directory as transformers saves it, or one with a single .gguf file
+    ./models/my-llama            a transformers directory, or a directory with a single .gguf file
     ./models/my-llama.gguf       a GGUF file
-    ./models/my-sdxl             a directory as diffusers saves it, with model_index.json
+    ./models/my-sdxl             a diffusers directory with model_index.json
     ./models/my-sdxl.safetensors an image model in one file
     org/name, org/name@revision  a hub id; downloaded once to the hub's own cache
 
-A built-in name always means the built-in; write `./smollm2-135m` for a directory of that name. A name with a
-leading `.`, `/` or `~` or the ending `.gguf` or `.safetensors` is a path and never looked up on a hub. Reads
-files, no models.
+A built-in name always means the built-in base; write `./smollm2-135m` for a directory with that name. A name
+that starts with `.`, `/` or `~`, or ends with `.gguf` or `.safetensors`, is a path and is never looked up on
+the hub. This module looks at files only and loads no models.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _FILES = (".gguf", ".safetensors")
 class KnownBase:
     """A base that can be named without a path.
 
-    `path`: its present or future location. `here`: whether it exists. `hub_id`: the hub ID of the model that
-    the base is a copy of, if a hub has the model."""
+    `path`: where the base is or will be. `here`: whether the base exists. `hub_id`: the hub ID of the
+    original model, if the hub has it."""
 
     name: str
     path: Path
@@ -48,7 +48,7 @@ class KnownBase:
 
 
 def known_bases() -> list[KnownBase]:
-    """Return the built-in bases, existing or not, and others in the veneer home."""
+    """Return the built-in bases, created or not, and all bases in the veneer home."""
     out = [
         KnownBase(b.name, builtin_folder(b), (builtin_folder(b) / "base.json").exists(), b.summary, b.hub_id)
         for b in BUILTIN.values()
@@ -64,11 +64,11 @@ def known_bases() -> list[KnownBase]:
 
 
 def find_base(name: str, *, source: Path | None = None, say: Callable[[str], None] | None = None) -> Path:
-    """Return the directory or file of a base.
+    """Return the directory or file of a base, after downloading or creating it.
 
-    Fetches a built-in base or hub id if necessary. `source`: for a built-in base, a local wheel or GGUF file
-    to create it from. `say` is called with a line before each slow step. Raises BaseError with the places
-    searched and ways to get a base without a hub."""
+    `source`: a local wheel or GGUF file to create a built-in base from. `say`: called with a message before
+    each slow step. Raises BaseError, which lists the places searched and ways to get a base without the
+    hub."""
     if source is None and (packaged_path := packaged(name)) is not None:
         return packaged_path
     if name in BUILTIN:
@@ -82,7 +82,7 @@ def find_base(name: str, *, source: Path | None = None, say: Callable[[str], Non
 
 
 def base_outline(name: str, *, say: Callable[[str], None] | None = None) -> Path | None:
-    """Find a base like `find_base`, but download only the configuration of a hub id.
+    """Return the path of a base; from the hub, download only the configuration.
 
     Returns None for a built-in base that has not been created yet."""
     if (here := _base_here(name)) is not None or name in BUILTIN:
@@ -91,9 +91,9 @@ def base_outline(name: str, *, say: Callable[[str], None] | None = None) -> Path
 
 
 def short_name(name: str) -> str:
-    """Return a base's name for messages: the last part of a path, else the name.
+    """Return a base's name for messages: the last part of a path, or the name.
 
-    A path's folders are private, because strangers can read messages."""
+    The folders of a path are omitted, because messages can be visible to other users."""
     path = Path(name)
     return path.absolute().name if path.is_absolute() or path.exists() else name
 
@@ -110,9 +110,9 @@ def _from_hub(name: str, say: Callable[[str], None] | None, *, weights: bool = T
 
 
 def _base_here(name: str) -> Path | None:
-    """Return the directory or file of a base on this machine.
+    """Return the path of a base on this machine, or None if it must be fetched.
 
-    Returns None for a base to fetch: a built-in base not created yet, or a hub id. Raises BaseError for an
+    A built-in base that has not been created yet and a hub id must be fetched. Raises BaseError for an
     invalid name, and for a file or directory that is not a base."""
     if not name.strip():
         raise BaseError("the base has no name", fix=_WAYS)
@@ -143,12 +143,12 @@ def _not_found(name: str, path: Path) -> BaseError:
 
 
 def is_image_base(path: Path) -> bool:
-    """Return whether a path is a diffusers directory or a file of original weights."""
+    """Return whether the path is a diffusers directory or a .safetensors file."""
     return (path / "model_index.json").exists() or path.suffix == ".safetensors"
 
 
 def _is_base(folder: Path) -> bool:
-    """Return whether the folder is a transformers model or diffusers pipeline."""
+    """Return whether the folder contains a transformers model or a diffusers pipeline."""
     return (folder / "config.json").exists() or (folder / "model_index.json").exists()
 
 

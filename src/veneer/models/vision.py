@@ -1,11 +1,11 @@
 """Describe pictures with a local vision-language model of transformers.
 
     model = load_vision("Qwen/Qwen2.5-VL-3B-Instruct")
-    said = model.describe(picture)         said.text · said.cut
+    description = model.describe(picture)         description.text · description.cut
 
-Pictures are described one at a time and greedily, so a description depends only on the model, the instruction
-and the pixels. A model with a chat template gets a chat message; others (BLIP, Florence-2) their own prompt.
-Code in a model's repository is never run.
+Pictures are described one at a time with greedy decoding, so a description depends only on the model, the
+instruction and the pixels. A model with a chat template gets a chat message; other models (BLIP, Florence-2)
+get their own prompt format. Code in a model's repository is never run.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ INSTRUCTION = (
     "looks and where it is. Plain sentences, no introduction."
 )
 _PROMPTS = {"florence2": "<MORE_DETAILED_CAPTION>", "paligemma": "caption en"}
-"""Default prompt of families without a chat template.
+"""Default prompts of families without a chat template.
 
-Other families get only the picture."""
+All other families without a chat template get only the picture."""
 _SIDE = 1024
-"""Longer sides are scaled down to this many pixels.
+"""Maximum length of a picture's longer side in pixels, to scale pictures down.
 
-Some processors keep every pixel."""
+Some processors would otherwise keep every pixel."""
 _ENDS = ".!?"
 _GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
 
 
 @dataclass(frozen=True)
 class Description:
-    """A model's description. `cut`: the token limit was reached.
+    """A model's description of a picture. `cut`: it reached the token limit.
 
-    A cut text ends with its last whole sentence, if there is one."""
+    A cut description ends after its last complete sentence, if it has one."""
 
     text: str
     cut: bool = False
@@ -56,7 +56,7 @@ class Description:
 class VisionModel:
     """A vision-language model and its processor.
 
-    `family`: transformers' name of the architecture."""
+    `family`: the architecture's name in transformers."""
 
     name: str
     model: Any
@@ -70,10 +70,10 @@ class VisionModel:
         return str(self.model.config.model_type)
 
     def describe(self, picture: Image, instruction: str | None = None, *, max_tokens: int = 120) -> Description:
-        """Describe a picture greedily, on one line, without control characters.
+        """Return a greedy description of a picture, in one line of printable characters.
 
-        `instruction`: the prompt; by default INSTRUCTION for a chat model, else the family's own prompt.
-        Raises BaseError if the model cannot read the picture or the instruction."""
+        `instruction`: the prompt; by default INSTRUCTION for a chat model, otherwise the family's default
+        prompt. Raises BaseError if the model cannot process the picture or the instruction."""
         import torch
 
         picture = picture.convert("RGB")
@@ -119,11 +119,11 @@ def _clean(text: str, cut: bool) -> Description:
 def load_vision(
     name: str, *, dtype: str = "auto", device: str = "auto", say: Callable[[str], None] | None = None
 ) -> VisionModel:
-    """Find and load a vision-language model: a transformers directory, or a hub id.
+    """Find and load a vision-language model from a transformers directory or a hub id.
 
-    `dtype`, `device`, `say`: as in `models.text.base.load_text`. Raises BaseError (not found, incomplete, no
-    processor, no model from pictures to text), ConfigError (an unknown dtype or device), ResourceError (not
-    enough memory)."""
+    `dtype`, `device`, `say`: as in `models.text.base.load_text`. Raises BaseError (not found, incomplete,
+    without a processor, or not an image-to-text model), ConfigError (an unknown dtype or device),
+    ResourceError (not enough memory)."""
     from transformers import (
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
         AutoConfig,
@@ -133,7 +133,7 @@ def load_vision(
 
     path = base_outline(name, say=say) or find_base(
         name, say=say
-    )  # a hub model's weights are downloaded once its config is known
+    )  # Check the config of a hub model before downloading its weights.
     file = path / "config.json"
     if not file.is_file():
         raise _no_model(path, "it has no config.json of transformers")

@@ -1,4 +1,4 @@
-"""The folder that holds the tiny image bases of a session."""
+"""Fixtures: the folder of a session's tiny image bases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Image bases of every family: loaded whole, under canonical names, shared by pipelines; and refused where wrong."""
+"""Image bases of every family load completely, under canonical names, and share pipelines; invalid ones are
+refused."""
 
 from __future__ import annotations
 
@@ -50,7 +51,7 @@ def draw(pipe: Any, **more: Any) -> torch.Tensor:
     return found
 
 
-# -- what a base is ----------------------------------------------------------------------------------------------------
+# -- structure ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", TINY_FAMILIES)
@@ -68,12 +69,12 @@ def test_loaded_base_draws_as_diffusers_loading(family: str, bases: Path, load: 
 
 @pytest.mark.parametrize(
     "family", [pytest.param(f, marks=pytest.mark.slow) if f == "schnell" else f for f in TINY_FAMILIES]
-)  # schnell's are dev's but for guidance, which is below
+)  # schnell equals dev except for guidance, see below
 def test_every_target_has_its_canonical_name(family: str, load: Any) -> None:
-    """At the official number of blocks; widths are tiny."""
+    """With the official number of blocks at tiny widths."""
     base = load(family, full=True)
     known = families()[base.family]
-    if family == "klein":  # 5 and 20 blocks of FLUX.2's 8 and 48, no guidance
+    if family == "klein":  # 5 and 20 blocks instead of FLUX.2's 8 and 48, no guidance
         want = {row.module: row.kind for row in flux2(5, 20, False)}
         assert want.items() <= known.modules.items()
     elif family == "schnell":  # dev without guidance
@@ -81,7 +82,9 @@ def test_every_target_has_its_canonical_name(family: str, load: Any) -> None:
     else:
         want = dict(known.modules)
     have = dict(base_modules(base.model))
-    missing = [n for n in want if n not in have and not n.endswith("encoder.embed_tokens")]  # T5's is its shared one
+    missing = [
+        n for n in want if n not in have and not n.endswith("encoder.embed_tokens")
+    ]  # T5's embedding is its shared one
     assert missing == []
     kinds = {n: kind_of(have[n]) for n, kind in want.items() if n in have and kind != "norm"}
     assert kinds == {n: want[n] for n in kinds}
@@ -96,7 +99,7 @@ def test_the_tree_shares_its_modules_with_every_pipeline(load: Any) -> None:
         assert pipe is pipeline(base, kind)  # type: ignore[arg-type]
         assert pipe.unet is base.model.unet is base.denoiser
         assert pipe.text_encoder is base.model.text_encoder.text_model
-        # transformers 5 dropped the part `text_model` of one of the two; the tree has it
+        # transformers 5 dropped `text_model` from one of the two; the base's tree has it
         for encoder in (base.model.text_encoder, base.model.text_encoder_2):
             assert encoder.get_submodule("text_model.encoder.layers.0.self_attn.q_proj")
         assert pipe.text_encoder_2 is base.model.text_encoder_2
@@ -104,7 +107,7 @@ def test_the_tree_shares_its_modules_with_every_pipeline(load: Any) -> None:
 
 def test_sizes_are_the_directorys(load: Any, bases: Path, tmp_path: Path) -> None:
     assert [(load(f).size, load(f).unit) for f in ("sdxl", "flux1", "sd3")] == [(SIZE, 4), (SIZE, 8), (SIZE, 8)]
-    assert load("qwen-image").size == 1024  # nothing says otherwise
+    assert load("qwen-image").size == 1024  # the default
     copied = shutil.copytree(tiny_image_base(bases, "sdxl"), tmp_path / "v")
     _edit(copied / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
     assert load_image(str(copied)).prediction == "v"
@@ -124,7 +127,7 @@ def test_sd3_has_two_sizes_whose_last_blocks_differ() -> None:
 def test_schnell_reads_half_as_much_as_dev(load: Any) -> None:
     dev, schnell = load("flux1"), load("schnell")
     for base in (dev, schnell):
-        assert text_length(base) == 24  # what the tokenizer says
+        assert text_length(base) == 24  # the tokenizer's limit
         base.parts["tokenizer_2"].model_max_length = 10**30
     assert (text_length(dev), text_length(schnell)) == (512, 256)
 
@@ -218,7 +221,7 @@ def test_releasing_frees_and_is_said_afterwards(load: Any) -> None:
         release(base, "unet")
 
 
-# -- what is wrong -----------------------------------------------------------------------------------------------------
+# -- errors ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -276,7 +279,7 @@ def test_text_and_image_bases_are_told_apart(copy: Path) -> None:
         load_image(str(tiny_base_dir(copy.parent)))
     with pytest.raises(BaseError, match="an image base"):
         load_text(str(copy))
-    with pytest.raises(BaseError, match="smollm2-135m is a text base"):  # before it is fetched
+    with pytest.raises(BaseError, match="smollm2-135m is a text base"):  # before a download
         load_image("smollm2-135m")
 
 
@@ -323,7 +326,7 @@ def test_a_quantized_base_computes_what_its_dequantized_weights_do(family: str, 
 
 
 def test_bitsandbytes_component_is_read_on_cpu(copy: Path) -> None:
-    """Its constants beside the codes, as diffusers leaves them; no GPU is asked for."""
+    """Its constants are stored next to the codes, as diffusers saves them; no GPU is needed."""
     base = load_image(str(copy), dtype="bfloat16", quantize="nf4")
     folder = copy / "unet"
     state = saved_tensors(base.denoiser.state_dict())
@@ -356,7 +359,7 @@ def test_dtype_device_and_quantization_are_checked(copy: Path, monkeypatch: pyte
 
 
 def test_memory_check_counts_quantized_text_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """0.6 bytes a weight of the denoiser and of T5, two of CLIP and of the VAE."""
+    """0.6 bytes per weight of the denoiser and of T5, two of CLIP and of the VAE."""
     folder = str(tiny_image_base(tmp_path, "flux1"))
     parts = {name: part for name, part in load_image(folder).parts.items() if isinstance(part, torch.nn.Module)}
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}

@@ -1,5 +1,5 @@
-"""Every family at its official number of blocks and tiny width: an adapter on every linear module of denoiser and
-text encoders learns from one step, and the pipeline draws with it."""
+"""Every family with its official number of blocks at tiny width: an adapter on every linear module of
+denoiser and text encoders learns in one step and changes the pipeline's picture."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ pytestmark = [
 
 
 UNREAD = {
-    # Of its first encoder SDXL reads the layer before the last, and no pooled vector.
+    # SDXL reads the second-last layer of its first encoder, and no pooled vector.
     "sdxl": r"text_encoder\.text_model\.encoder\.layers\.11\..*",
-    # What the text becomes in the last block is thrown away.
+    # The last block's text output is not used.
     "sd3": r"transformer\.transformer_blocks\.23\.attn\.add_q_proj",
     "qwen-image": r"transformer\.transformer_blocks\.59\.(attn\.(add_q_proj|to_add_out)|txt_mlp\..*)",
 }
-"""Modules that no prediction depends on, by the architecture."""
+"""Modules that do not affect any prediction, by architecture."""
 
 
 def _slow_where_another_has_its_blocks(family: str) -> Any:

@@ -1,4 +1,4 @@
-"""`fast_denoiser` changes the speed of a training step and nothing else: outputs, gradients, the base afterwards."""
+"""`fast_denoiser` changes only speed: outputs, gradients and the base stay the same."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def counted(model: nn.Module) -> dict[str, int]:
 
 
 def plain(model: nn.Module, attachment: Attachment) -> Tensor:
-    """The output with every forward that was put on an instance set aside."""
+    """Return the output with every forward method that was set on an instance removed."""
     put = {m: m.__dict__.pop("forward") for m in model.modules() if "forward" in m.__dict__}
     assert put
     try:
@@ -147,7 +147,8 @@ def plain(model: nn.Module, attachment: Attachment) -> Tensor:
 
 @MODELS
 def test_bf16_gradients_are_as_exact_as_diffusers(make: Callable[[], nn.Module]) -> None:
-    """Over five random models: for some of them bfloat16's gradients are several times off whoever takes them."""
+    """Averages over five random models: for some, bfloat16 gradients are several times off in any
+    implementation."""
 
     def error(values: list[Tensor], exact: list[Tensor]) -> float:
         joined, true = (torch.cat([t.float().flatten() for t in v[1:]]) for v in (values, exact))
@@ -203,7 +204,7 @@ def test_pairs_that_do_not_join_are_called() -> None:
 
 
 def test_texts_of_unlike_lengths_keep_their_mask() -> None:
-    """What is masked of Qwen-Image's texts changes nothing, by the fast paths too."""
+    """Masked text tokens of Qwen-Image have no effect, on the fast paths too."""
     torch.manual_seed(0)
     model = qwen_image().requires_grad_(False)
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
@@ -239,8 +240,8 @@ def test_residual_blocks_of_another_kind(changed: str) -> None:
 
 
 def test_skip_connections_of_frozen_blocks_get_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the way up of this UNet the skips of the first level, before any adapter, are 3 of 4. With an adapter on the
-    first convolution every skip wants one."""
+    """In this UNet's up path, 3 of 4 skips of the first level precede any adapter. With an adapter on the
+    first convolution, every skip needs a gradient."""
     from veneer.models.image import fast as speed_image
 
     asked: list[tuple[int, int]] = []
@@ -268,11 +269,11 @@ def test_skip_connections_of_frozen_blocks_get_no_gradient(monkeypatch: pytest.M
 
 
 def test_recomputed_blocks_use_their_own_call() -> None:
-    """Between a forward and its backward, which recomputes, the same blocks run with no adapter: nothing wants a
-    gradient there, and everything still does in the first."""
+    """Between a forward pass and its recomputing backward pass, the same blocks run without an adapter: those
+    need no gradient, and the first pass still gets all of its gradients."""
     torch.manual_seed(0)
     model: Any = sdxl()
-    targets = (*TARGETS, "conv_in")  # every skip wants a gradient
+    targets = (*TARGETS, "conv_in")  # every skip needs a gradient
     with attach(model.requires_grad_(False).train()) as attachment:
         adapter = create(model, LoraSpec(rank=2, targets=targets), seed=0)
         for name in "ab":
@@ -291,7 +292,7 @@ def test_recomputed_blocks_use_their_own_call() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_small_channels_beside_large_ones_are_compared_too(dtype: torch.dtype) -> None:
-    """An activation that is another one in most channels; the few that are right are a hundred times as large."""
+    """A wrong activation in most channels, while the few correct ones are a hundred times as large."""
     from diffusers.models.activations import GEGLU
 
     class Other(GEGLU):

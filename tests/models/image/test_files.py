@@ -1,4 +1,4 @@
-"""Load image bases from single original-format checkpoint files, using local configs."""
+"""Image bases load from single checkpoint files in the original format, with local configs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ pytest.importorskip("diffusers")
 @pytest.mark.parametrize(
     ("family", "full", "prefix"),
     [
-        pytest.param("sdxl", True, "model.diffusion_model.", marks=pytest.mark.slow),  # a whole file of it is below
+        pytest.param(
+            "sdxl", True, "model.diffusion_model.", marks=pytest.mark.slow
+        ),  # a full file of this family is tested below
         ("sd3", True, "model.diffusion_model."),
         ("flux2", False, ""),
         ("klein", False, "model.diffusion_model."),
@@ -51,7 +53,8 @@ def test_one_file_of_every_family_gives_the_same_denoiser(
 
 @pytest.mark.slow
 def test_flux_1_file_gives_the_denoiser_of_its_directory(bases: Path, tmp_path: Path) -> None:
-    """At the width of FLUX.1, the only one that diffusers converts: one block of each kind, 480 million parameters."""
+    """At FLUX.1's width, the only one that diffusers converts: one block of each kind, 480 million
+    parameters."""
     import diffusers
 
     folder = Path(shutil.copytree(tiny_image_base(bases, "flux1"), tmp_path / "flux"))
@@ -181,7 +184,8 @@ def test_v_prediction_file_needs_a_v_prediction_scheduler(bases: Path, tmp_path:
 
 
 def test_sdxl_file_uses_all_tensors_but_clips_logit_scale(bases: Path, tmp_path: Path) -> None:
-    """Denoiser, VAE and the second text encoder from the file, whose fused and turned tensors are followed."""
+    """Denoiser, VAE and the second text encoder load from the file, including fused and transposed
+    tensors."""
     folder = tiny_image_base(bases, "sdxl", full=True)
     whole = load_image(str(folder))
     state = original(whole) | original_vae(whole.parts["vae"]) | open_clip(whole.parts["text_encoder_2"])
@@ -214,7 +218,7 @@ def test_single_file_equals_its_directory(encoder: bool, bases: Path, tmp_path: 
     save_file(original(whole, encoder), tmp_path / "one.safetensors")
     configs = tmp_path / "configs"
     shutil.copytree(folder, configs)
-    (configs / "unet" / "diffusion_pytorch_model.safetensors").unlink()  # its config is enough
+    (configs / "unet" / "diffusion_pytorch_model.safetensors").unlink()  # the config is enough
     if encoder:
         (configs / "text_encoder" / "model.safetensors").unlink()
     one = load_image(str(tmp_path / "one.safetensors"), config=configs)

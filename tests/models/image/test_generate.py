@@ -1,4 +1,5 @@
-"""Pictures with mixes, against diffusers' own pipelines with the same weights folded in by hand."""
+"""Pictures with mixes equal those of diffusers' pipelines with the same changes folded into the weights by
+hand."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ FAMILIES = ("sd15", "sdxl", "flux1", "sd3")
 
 
 class Lazy(dict[str, Any]):
-    """What a function makes of a key, once."""
+    """A dictionary that computes each key's value once, with a function."""
 
     def __init__(self, make: Callable[[str], Any]) -> None:
         super().__init__()
@@ -65,7 +66,7 @@ def always(mix: Any) -> MixPlan:
     return MixPlan(mix, ((0.0, mix),))
 
 
-# -- the base alone ----------------------------------------------------------------------------------------------------
+# -- without adapters --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "schnell", "klein", "flux2", "qwen-image", "z-image"])
@@ -141,7 +142,7 @@ def test_controls_stack_and_end(bases: dict[str, ImageBase], places: dict[str, P
 def test_everything_at_once_is_diffusers_with_merged_weights(
     family: str, kind: str, bases: dict[str, ImageBase], places: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Two adapters, a ControlNet, a picture to start from, a mask, a negative prompt and guidance in one call."""
+    """Two adapters, a ControlNet, a start picture, a mask, a negative prompt and guidance in one call."""
     import diffusers
 
     base, given, edges = bases[family], noise(), noise().rotate(90)
@@ -247,7 +248,7 @@ def test_rows_of_one_batch_have_their_own_mixes(family: str, bases: dict[str, Im
 
 @pytest.mark.parametrize("scheduler", [None, "heun"])
 def test_mix_can_change_by_step(scheduler: str | None, bases: dict[str, ImageBase], places: dict[str, Path]) -> None:
-    """By hand: diffusers' pipeline, with another U-Net's weights put in at the end of the step before."""
+    """By hand: diffusers' pipeline, with another U-Net's weights loaded at the end of the previous step."""
     base, steps = bases["sdxl"], 5
     a, b = random_adapter(base.model, 1, size=0.8), random_adapter(base.model, 2, size=0.8)
     pipes = {name: diffusers_pipeline(places["sdxl"]) for name in ("a", "b", "none")}
@@ -300,7 +301,7 @@ def test_switching_under_a_compiled_denoiser_compiles_nothing_again(places: dict
     assert len(set(counts)) == 1, "the first call compiles, a switch does not"
 
 
-# -- what is said and refused ------------------------------------------------------------------------------------------
+# -- warnings and errors -----------------------------------------------------------------------------------------------
 
 
 def test_cut_prompts_are_reported(bases: dict[str, ImageBase]) -> None:

@@ -1,4 +1,4 @@
-"""On a CUDA device: the same noise, so nearly the same picture as on the CPU, and mixes by row."""
+"""On a CUDA device: equal noise, so nearly the CPU's picture, and mixes by row."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("family", ["sdxl", "flux1"])
 @pytest.mark.parametrize("scheduler", [None, "euler"])
 def test_a_seed_is_the_same_picture_on_both(family: str, scheduler: str | None, tmp_path: Path) -> None:
-    mix = (("a", 1.6),)  # 0.8 moves FLUX.1's picture by 0.95, less than what is asked for below
+    mix = (("a", 1.6),)  # strength 0.8 changes FLUX.1's picture by 0.95, less than the assertion below requires
     rows = [ImageRow("a cat", seed=1), ImageRow("a cat", seed=1, plan=MixPlan(mix, ((0.0, mix),)))]
     found = []
     for device in ("cpu", "cuda"):

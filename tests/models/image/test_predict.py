@@ -1,4 +1,4 @@
-"""`predict` and the encoders give what diffusers' pipelines compute, and what adapters need to learn."""
+"""`predict` and the encoders equal diffusers' pipelines, and adapters get gradients through them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LONG = " ".join(["a red cat in the house with a blue hat"] * 80)
 EACH_DENOISER = pytest.mark.parametrize(
     "family", [pytest.param(f, marks=pytest.mark.slow) if f in ("schnell", "klein") else f for f in TINY_FAMILIES]
 )
-"""schnell's and klein's are flux1's and flux2's without guidance; test_generate draws with all of them by default."""
+"""Denoisers. schnell and klein are flux1 and flux2 without guidance; test_generate covers all of them."""
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def noise_for(base: ImageBase, n: int = 1) -> Tensor:
 
 
 def packed(base: ImageBase, x: Tensor) -> Tensor:
-    """As the pipelines take latents."""
+    """Return latents in the pipelines' format."""
     if base.family == "flux2":
         return x
     if base.family in ("flux1", "qwen-image"):
@@ -63,7 +63,7 @@ def packed(base: ImageBase, x: Tensor) -> Tensor:
 
 
 def by_hand(base: ImageBase, x: Tensor, text: Conditioning, empty: Conditioning | None, scale: float) -> Tensor:
-    """A sampling loop over `predict`, with the base's scheduler as the pipelines set it."""
+    """Run a sampling loop over `predict`, with the base's scheduler configured as in the pipelines."""
     scheduler = base.parts["scheduler"]
     if base.prediction != "flow" or base.family == "sd3":
         scheduler.set_timesteps(STEPS)
@@ -157,7 +157,7 @@ def test_cut_part_of_a_prompt_changes_nothing(family: str, load: Any) -> None:
 
 def test_a_prompt_that_just_fits_is_not_cut(load: Any) -> None:
     base = load("sdxl")
-    fits = " ".join(["cat"] * (LENGTH - 2))  # and a start and an end
+    fits = " ".join(["cat"] * (LENGTH - 2))  # plus a start and an end token
     assert embed_prompts(base, [fits, fits + " dog", fits + " dog tree"]).cut == ["", "dog", "dog tree"]
     flux = load("flux1")
     fits = " ".join(["cat"] * (LENGTH - 1))
@@ -240,7 +240,7 @@ def test_timestep_in_16_bits_is_the_pipelines(family: str, bases: Path) -> None:
     assert torch.allclose(torch.cat(told), torch.cat(by_pipeline), rtol=1e-6)
 
 
-# -- schedules and refusals --------------------------------------------------------------------------------------------
+# -- schedules and errors ----------------------------------------------------------------------------------------------
 
 
 def test_the_noise_schedule_is_the_schedulers(load: Any) -> None:

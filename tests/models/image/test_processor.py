@@ -1,4 +1,4 @@
-"""The processor of Qwen-Image-Edit's prompts, beside transformers' own over its parts that need no torchvision."""
+"""The processor of Qwen-Image-Edit's prompts equals transformers' parts that work without torchvision."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def noise(width: int, height: int) -> Image.Image:
 
 @pytest.mark.parametrize("sizes", [[(64, 64)], [(96, 40), (30, 70)], []])
 def test_tokens_and_patches_are_transformers(sizes: list[tuple[int, int]], place: Path) -> None:
-    """Pictures of several sizes in two prompts of unlike lengths; none."""
+    """Pictures of several sizes in two prompts of different lengths, and no pictures."""
     seen = "<|vision_start|><|image_pad|><|vision_end|>"
     texts = [f"{seen * len(sizes)}make it red", "a dog in the house"]
     given: dict[str, Any] = {"images": [noise(*size) for size in sizes] or None, "padding": True}

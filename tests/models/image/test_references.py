@@ -1,4 +1,4 @@
-"""Bases that edit: what their denoisers are told of pictures beside the one that is made, and what they draw."""
+"""Editing bases: inputs for reference pictures, and generated results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from veneer.models.image.predict import embed_prompts, encode_pictures, predict,
 
 pytest.importorskip("diffusers")
 pytestmark = [pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")]
-SIZE = 64  # FLUX.2's pipeline takes no smaller reference
+SIZE = 64  # the minimum reference size of FLUX.2's pipeline
 PIPELINES = {"kontext": "FluxKontextPipeline", "flux2": "Flux2Pipeline", "klein": "Flux2KleinPipeline"}
 GUIDANCE = {"klein": 1.0, "qwen-edit": 2.0, "qwen-edit-plus": 2.0}
 
@@ -55,12 +55,12 @@ def noise(width: int = SIZE, height: int = SIZE, seed: int = 0) -> Image.Image:
 
 
 def theirs(pipe: Any, references: list[Image.Image], seed: int, **more: Any) -> Image.Image:
-    """From diffusers' pipeline as anybody calls it; Kontext's would enlarge a tiny picture to a megapixel."""
+    """Return the picture of diffusers' pipeline; Kontext's must not enlarge a tiny picture to a megapixel."""
     whole = {"max_area": SIZE * SIZE, "_auto_resize": False} if "Kontext" in type(pipe).__name__ else {}
     given = {"num_inference_steps": 3, "height": SIZE, "width": SIZE, "max_sequence_length": LENGTH} | whole | more
     if type(pipe).__name__ != "FluxKontextPipeline":
         given["max_sequence_length"] = 512
-    if "Qwen" in type(pipe).__name__:  # which has no other guidance
+    if "Qwen" in type(pipe).__name__:  # Qwen's pipeline has only true guidance
         given |= {"true_cfg_scale": given.pop("guidance_scale"), "negative_prompt": ""}
     generator = torch.Generator().manual_seed(seed)
     image = references if len(references) > 1 else references[0]
@@ -85,7 +85,7 @@ def test_edit_with_an_adapter_equals_merged_diffusers(family: str, bases: dict[s
     fold(pipe, [(adapter, 0.8)])
     assert levels(under, theirs(pipe, several, 5, **guidance)) <= 1
     plain = generate_images(base, [ImageRow("a red house", seed=5)], PictureSettings(SIZE, SIZE, 3))[0].image
-    assert levels(alone, plain) > 1  # it looked at them
+    assert levels(alone, plain) > 1  # the references have an effect
 
 
 @pytest.mark.parametrize("family", EDITING)
@@ -100,7 +100,7 @@ def test_rows_of_a_batch_edit_separate_pictures(family: str, bases: dict[str, Im
 
 @pytest.mark.parametrize("family", EDITING)
 def test_predictions_and_gradients_equal_pefts(family: str, places: Path) -> None:
-    """A and B of every block get PEFT's gradients, through the references' tokens too."""
+    """A and B of every block get PEFT's gradients, also through the references' tokens."""
     peft = pytest.importorskip("peft")
     place = str(tiny_image_base(places, family))
     ours, twin = load_image(place), load_image(place)
@@ -133,7 +133,7 @@ def test_predictions_and_gradients_equal_pefts(family: str, places: Path) -> Non
         for m in modules:
             for k in "AB":
                 mine, other = getattr(trained[start + m], k).grad, theirs_by_name[f"{m}.lora_{k}.default.weight"].grad
-                if other is None:  # the last block's text, which nobody looks at
+                if other is None:  # the last block's text output, which is not used
                     assert mine is None or not mine.any()
                     continue
                 learned += 1

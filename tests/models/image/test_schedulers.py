@@ -1,4 +1,4 @@
-"""Schedulers by name: every one samples, is diffusers' own class, and has A1111's word for it."""
+"""Schedulers by name: each one samples, is diffusers' own class, and has A1111's name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from veneer.models.loading import errors_only
     scope="module", params=[pytest.param("sd15", marks=pytest.mark.slow), "sdxl", "flux1", "schnell", "sd3", "z-image"]
 )
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ImageBase:
-    """Of all predictions; SD 1's schedulers are SDXL's."""
+    """Return bases of all prediction types; SD 1's schedulers are SDXL's."""
     return load_image(str(tiny_image_base(tmp_path_factory.getbasetemp(), request.param)))
 
 

@@ -117,7 +117,7 @@ def test_too_little_memory_is_reported_before_loading(tmp_path: Path, monkeypatc
         load_text(str(tiny_base_dir(tmp_path)), device="cpu")
 
 
-# -- where a text ends -------------------------------------------------------------------------------------------------
+# -- errors ------------------------------------------------------------------------------------------------------------
 
 FRAMES = {
     "chatml": ("<|im_start|>{role}\n", "<|im_end|>\n", "<|im_end|>"),
@@ -153,7 +153,7 @@ def test_generation_config_and_config_add_their_stops(tmp_path: Path) -> None:
     _config(folder, eos_token_id=[2, 9])
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [11, 2, 5000]}))
     base = load_text(str(folder))
-    assert base.stop_ids == (2, 9, 11)  # end of turn first; 5000 is not in the vocabulary
+    assert base.stop_ids == (2, 9, 11)  # end of turn comes first; 5000 is not in the vocabulary
 
 
 def test_eos_ends_a_turn_without_template(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_loss_and_gradients_are_the_padded_reference_s(family: str, spec: dict[s
     if spec.get("dora") and any(p.ndim == 3 for p in model.parameters()):
         spec = {**spec, "exclude": ("*experts*",)}
     attachment = attached(model, **spec)
-    model.eval()  # dropout off: the two paths draw their masks over different shapes
+    model.eval()  # no dropout: the two implementations sample masks of different shapes
     slow = gradients(model, attachment)
     with fast(model) as how:
         assert how.rows, how.summary()
@@ -72,7 +72,7 @@ def test_loss_and_gradients_are_the_padded_reference_s(family: str, spec: dict[s
 
 @FAMILY
 def test_the_likelihood_of_each_row_is_the_row_s_alone(family: str) -> None:
-    """With a weight of its own for each row, as preferences have: values and gradients."""
+    """With a separate weight per row, as for preferences: values and gradients."""
     model = FAMILIES[family]()
     attachment = attached(model)
     model.eval()
@@ -117,7 +117,7 @@ def test_fast_restores_the_base_after_an_error(family: str) -> None:
 )
 @pytest.mark.parametrize("first", ["attached", "fast"])
 def test_full_copies_act_and_train_whichever_came_first(family: str, name: str, first: str) -> None:
-    """A forward that `fast` put on an instance must not outlive the instance's tensors."""
+    """A forward method that `fast` set on an instance must not outlive the instance's tensors."""
     model = FAMILIES[family]().requires_grad_(False).eval()
     gen = torch.Generator().manual_seed(0)
     own = model.get_submodule(f"model.{name}").state_dict()
@@ -169,7 +169,7 @@ def test_activation_checkpointing_gives_the_same_gradients(family: str) -> None:
 
 
 def test_fast_paths_follow_the_selection() -> None:
-    """A layer that turns from one plain pair into more, or into none, inside fast is still right."""
+    """A layer whose selection changes from one plain pair to several or none, inside fast, stays correct."""
     model = FAMILIES["llama3"]()
     attachment = attached(model)
     other = create(model, LoraSpec(rank=2, targets=("q_proj", "down_proj"), dora=True, init="gaussian"), seed=3)
@@ -210,8 +210,8 @@ def test_lookalike_norm_is_not_swapped() -> None:
 
 @pytest.mark.parametrize(("settings", "chunk"), [({}, 16), ({"floor_scale": 30}, None)], ids=["chunk", "floor"])
 def test_long_llama4_batches_use_padded_rows(settings: dict[str, Any], chunk: int | None) -> None:
-    """Rows longer than a chunk; and batches longer than the floor: layers without positions scale queries by the place
-    in the row as transformers counts it, in the batch."""
+    """Rows longer than a chunk, and batches with positions past the floor: layers without rope scale queries
+    by the position in the row, as transformers counts it in a batch."""
     model = FAMILIES["llama4"](**settings).requires_grad_(False)
     model.config.attention_chunk_size = chunk or model.config.attention_chunk_size
     wanted = padded_loss(model, *rows())
@@ -229,7 +229,7 @@ LEFT = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", OTHERS)
 def test_unswapped_family_parts_are_reported(family: str, dtype: torch.dtype) -> None:
-    """Sinks, capped scores, states that run through a row: exact on the fast path, or the model's own."""
+    """Sinks, capped scores, and recurrent states: exact on the fast path, or computed by the model itself."""
     model = OTHERS[family]().to(dtype)
     attachment = attached(model, targets=(r"re:.*self_attn\.(q_proj|q_b_proj|o_proj|dense)",))
     model.eval()
@@ -251,7 +251,8 @@ def test_unswapped_family_parts_are_reported(family: str, dtype: torch.dtype) ->
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama3", "gemma3", "gemma2", "qwen3_next"])
 def test_norms_as_large_as_gemma_s_are_swapped_exactly(family: str, dtype: torch.dtype) -> None:
-    """Channel by channel and token by token: w and 1 + w are all but equal over a whole output where w reaches 450."""
+    """Compared per channel and token: over a whole output, w and 1 + w are nearly equal where w reaches
+    450."""
     model = large_norms((FAMILIES | OTHERS)[family]()).to(dtype).requires_grad_(False)
     norms = [m for m in model.modules() if type(m).__name__.endswith("RMSNorm")]
     inputs = [torch.randn(6, len(m.weight), generator=torch.Generator().manual_seed(1)).to(dtype) for m in norms]
@@ -271,7 +272,7 @@ def test_attention_with_dropout_is_not_swapped() -> None:
 
 
 def test_window_in_the_mask_is_detected() -> None:
-    """A family that does not tell its window to the attention interface: short rows alone would never reach it."""
+    """A family that does not pass its window to the attention interface; short rows would not reveal it."""
     model = FAMILIES["mistral"](sliding_window=64).requires_grad_(False)
     for layer in model.model.layers:
         attention = layer.self_attn
@@ -292,7 +293,7 @@ def test_window_in_the_mask_is_detected() -> None:
 
 
 def test_a_leak_from_row_to_row_is_found() -> None:
-    """A layer that adds to each token the one before it in the batch, whosever row that is."""
+    """A layer that adds to each token the previous token of the batch, even across rows."""
     model = FAMILIES["llama3"]().requires_grad_(False)
     mlp = model.model.layers[0].mlp
     original = type(mlp).forward

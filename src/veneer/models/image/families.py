@@ -9,8 +9,9 @@
 | qwen-image | QwenImageTransformer2DModel (and Edit, Plus) | Qwen2.5-VL, as chat                        | flow       |
 | z-image    | ZImageTransformer2DModel (base, Turbo)       | Qwen3, as chat                             | flow       |
 
-Family names are those of `formats.topology`. Each family has one row: how a base is recognized, and its
-properties. Uses class names only; imports neither torch nor diffusers.
+Family names are the same as in `formats.topology`. Each family has one row, which says how to recognize a
+base and which properties the family has. The rows contain class names only; this module imports neither torch
+nor diffusers.
 """
 
 from __future__ import annotations
@@ -26,21 +27,21 @@ from veneer.models.config import PLANNED_DENOISERS
 class ImageFamily:
     """One image family.
 
-    `pipelines` and `controlled`: kind -> diffusers class, without and with ControlNets, of every kind that
-    diffusers has. `edit` pipelines take reference pictures; a base can also have one that its index names
-    (`OWN_PIPELINES`). `encoders`: the text encoders that adapters of this family change. `readers`: the
-    tokenizers whose tokens the denoiser attends to, with the token limit of each; `schnell`: the first limit
-    for models without guidance, distilled to few steps. `template`: text around a prompt: the pipeline's own,
-    or the tokenizer's chat template, with thinking or without. `patch`: latents per side of one token;
-    `patched`: the VAE's latents are patches already; `packed`: the pipeline makes the patches; `frames`: the
-    VAE is a video VAE. `takes_lists`: the denoiser takes lists of single texts and pictures. `distilled`:
-    guidance is an input of the denoiser; `guidance`: the pipeline's argument for guidance; `unguided`: the
-    value without effect; `true_guidance`: the pipeline has classifier-free guidance besides the distilled
-    one. `time_ids`: the denoiser takes picture sizes. `editors`: edit pipelines of the family's models
-    (`EDITING`). `shifted`: the pipeline shifts the schedule by picture size; `unsupported_schedulers`: those
-    that the pipeline cannot use. `controlnets`: kind of control picture -> the usual ControlNet on the hub.
-    `settings`: arguments of the pipelines' constructors; `encoding`: arguments of encode_prompt, whose result
-    has `pooled` and `mask` at these indices."""
+    `pipelines` and `controlled`: kind -> diffusers pipeline class, without and with ControlNets. An `edit`
+    pipeline takes reference pictures; a base's index can add one (`OWN_PIPELINES`). `encoders`: the text
+    encoders that adapters of this family change. `readers`: tokenizer -> token limit, for the tokenizers
+    whose tokens the denoiser attends to; `schnell`: the token limit of models distilled to few steps without
+    guidance. `template`: the text around a prompt, from the pipeline or from the tokenizer's chat template
+    with or without thinking. `patch`: latents per side of one token; `patched`: the VAE's latents are already
+    patches; `packed`: the pipeline makes the patches; `frames`: the VAE is a video VAE. `takes_lists`: the
+    denoiser takes a list of texts and a list of pictures. `distilled`: guidance is an input of the denoiser;
+    `guidance`: the name of the pipeline's guidance argument; `unguided`: the value that turns guidance off;
+    `true_guidance`: the pipeline also has classifier-free guidance. `time_ids`: the denoiser takes picture
+    sizes. `editors`: edit pipelines of the family's models (`EDITING`). `shifted`: the pipeline shifts the
+    schedule by picture size; `unsupported_schedulers`: schedulers that the pipeline cannot use.
+    `controlnets`: kind of control picture -> the usual ControlNet on the hub. `settings`: arguments of the
+    pipelines' constructors; `encoding`: arguments of encode_prompt; `pooled` and `mask`: indices into its
+    result."""
 
     name: str
     label: str
@@ -75,14 +76,14 @@ class ImageFamily:
 
     @property
     def takes_references(self) -> bool:
-        """Whether the denoiser separates reference pictures by their positions.
+        """Whether the denoiser distinguishes reference pictures by their positions.
 
-        A base of the family need not be trained for references."""
+        Not every base of such a family is trained with references."""
         return bool(self.editors)
 
 
 def _kinds(stem: str, image: str = "Img2Img", inpaint: str = "Inpaint") -> dict[str, str]:
-    """Return the pipeline classes by kind, for names like StableDiffusion…Pipeline.
+    """Return kind -> pipeline class, for names like StableDiffusionImg2ImgPipeline.
 
     A kind with an empty infix is left out."""
     infixes = {"text": "", "image": image, "inpaint": inpaint}
@@ -145,9 +146,9 @@ _TABLE = [
     ImageFamily(
         "z-image", "Z-Image", "transformer", "ZImageTransformer2DModel", _kinds("ZImage"),
         readers={"tokenizer": 512}, template="thinking", patch=2, takes_lists=True, shifted=True,
-        unguided=0.0,  # pos + g·(pos − neg), where the others have neg + g·(pos − neg)
+        unguided=0.0,  # pos + g·(pos − neg); the other families use neg + g·(pos − neg)
         encoding={"do_classifier_free_guidance": False},
-        unsupported_schedulers=("flow-unipc",),  # the pipeline's sigmas are a list, which UniPC multiplies
+        unsupported_schedulers=("flow-unipc",),  # UniPC multiplies the sigmas, but this pipeline passes them as a list.
     ),
 ]  # fmt: skip
 FAMILIES: Mapping[str, ImageFamily] = {family.name: family for family in _TABLE}
@@ -155,7 +156,7 @@ FAMILIES: Mapping[str, ImageFamily] = {family.name: family for family in _TABLE}
 PLANNED_FAMILIES: Mapping[str, ImageFamily] = {
     PLANNED_DENOISERS[f.classname]: f for f in FAMILIES.values() if f.classname in PLANNED_DENOISERS
 }
-"""Denoiser name in the plan's table -> its family; U-Nets map to SDXL."""
+"""Denoiser name in the plan's table -> family. All U-Nets map to SDXL."""
 
 OWN_PIPELINES: Mapping[str, Mapping[str, str]] = {
     "Flux2KleinPipeline": {
@@ -167,17 +168,18 @@ OWN_PIPELINES: Mapping[str, Mapping[str, str]] = {
     "QwenImageEditPipeline": {"edit": "QwenImageEditPipeline"},
     "QwenImageEditPlusPipeline": {"edit": "QwenImageEditPlusPipeline"},
 }
-"""Pipeline class in a base's index -> pipelines that differ from the family's."""
+"""Pipeline class in a base's index -> pipelines that replace the family's."""
 
 
 @dataclass(frozen=True)
 class Editing:
     """How a pipeline edits.
 
-    `references`: maximum number of pictures in training, by the model cards. `read`: about how many pixels a
-    reference has when it is encoded together with the prompt; `encoded`: when its latents are made. Both are
-    fixed by the pipeline, independent of the output size; 0: the reference keeps its size. `guided`: the
-    models take guidance as an input. `least`: minimum pixels of a reference's shorter side."""
+    `references`: maximum number of reference pictures in training, according to the model cards. `read`:
+    approximate number of pixels of a reference that is encoded together with the prompt; `encoded`: the same
+    for a reference that the VAE encodes. Both are fixed by the pipeline and independent of the output size;
+    0: the reference keeps its size. `guided`: the models take guidance as an input. `least`: minimum length
+    of a reference's shorter side in pixels."""
 
     references: int
     read: int = 0
@@ -197,9 +199,9 @@ EDITING: Mapping[str, Editing] = {
 
 
 def denoiser_family(classname: str, config: Mapping[str, Any]) -> ImageFamily | None:
-    """Return the family of a denoiser by its class and config, or None.
+    """Return the family of a denoiser by class and config, or None if unknown.
 
-    SDXL's U-Net has added time ids. SD 2 and SD 1 share a class; SD 2 has linear projections."""
+    SDXL's U-Net has added time ids. SD 1 and SD 2 share a class, but only SD 2 has linear projections."""
     if classname == "UNet2DConditionModel":
         if config.get("addition_embed_type") == "text_time":
             return FAMILIES["sdxl"]
@@ -212,25 +214,23 @@ def denoiser_family(classname: str, config: Mapping[str, Any]) -> ImageFamily | 
 def topology_name(row: ImageFamily, config: Mapping[str, Any]) -> str:
     """Return the family's name in formats.topology.
 
-    It distinguishes SD3's two sizes. Their last blocks differ."""
+    SD3's two sizes have different names, because their last blocks differ."""
     return "sd3-large" if row.name == "sd3" and config.get("num_layers", 0) > 24 else row.name
 
 
 def is_image_family(family: str) -> bool:
-    """Return whether `family` is an image family."""
+    """Return whether the name belongs to an image family."""
     return family.removesuffix("-large") in FAMILIES
 
 
 def family_label(name: str) -> str:
-    """Return the usual name of a family, for messages.
-
-    An unknown name is returned unchanged."""
+    """Return the display name of a family, or the name itself if it is unknown."""
     row = FAMILIES.get(name.removesuffix("-large"))
     return f"{row.label} (large)" if row and name.endswith("-large") else row.label if row else name
 
 
 def same_family(adapter: str, base: str) -> bool:
-    """Return whether an adapter's family matches a base's; SD3's two sizes match."""
+    """Return whether an adapter's and a base's family match. SD3's two sizes match."""
     return adapter.removesuffix("-large") == base.removesuffix("-large")
 
 
@@ -243,8 +243,8 @@ TARGET_WORDS: dict[str, str] = {
     "attention+ff": _BLOCK + _FEED_FORWARD,
     "attention+ff+conv": f"{_BLOCK}{_FEED_FORWARD}|{_CONV}",
 }
-"""Words for `adapter.targets` -> the modules that they select in a denoiser.
+"""Shorthand for `adapter.targets` -> the denoiser modules that it selects.
 
-They are inside the transformer blocks of a UNet, of FLUX, SD3, Qwen-Image and Z-Image (including its
-refiners): the attention's projections; also the feed-forward's; also the 3 × 3 convolutions of a UNet (LoCon,
-arXiv 2309.14859)."""
+The modules are in the transformer blocks of a U-Net, FLUX, SD3, Qwen-Image or Z-Image (including the
+refiners). The keys select, in order: the attention projections; these and the feed-forward projections; these
+and the 3 × 3 convolutions of a U-Net (LoCon, arXiv 2309.14859)."""

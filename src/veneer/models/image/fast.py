@@ -1,20 +1,22 @@
 """Run a denoiser's training step on the fast paths of ops.
 
-    with fast_denoiser(base.denoiser) as how:        how.summary() lists swapped modules, and why others were not
+    with fast_denoiser(base.denoiser) as report:     report.summary() lists swapped and skipped modules
         loss.backward()
 
 Swapped modules:
-- attention of FLUX.1, FLUX.2 and Qwen-Image blocks (projections that share an input joined to one product;
-  norms, rotation and attention in one function; not with masked texts of different lengths) and of the UNets'
+- attention of FLUX.1, FLUX.2 and Qwen-Image blocks (projections that share an input fused to one product;
+    norms,
+  rotation and attention in one function; not with masked texts of different lengths) and of the U-Nets'
   transformers
 - FLUX.2's gated MLPs; GEGLU; tanh-gelu
-- in a UNet's residual blocks, group norms with silu and with the added time embedding
+- group norms in a U-Net's residual blocks, fused with silu and with the added time embedding
 - dropout with p = 0
-- on a UNet's up path, the gradient of skip connections with no trained module before them, which torch
-  computes and discards
+- the gradient of skip connections on a U-Net's up path that have no trained module before them, which torch
+    computes
+  and discards
 
-Every module first runs both ways on a small random input and is swapped only if the results agree. Everything
-is restored bit for bit at the end. Modules of other kinds keep diffusers' implementation.
+Before a module is swapped, both implementations run on a small random input and must give the same result.
+When the with-block ends, every module is restored exactly. All other modules keep diffusers' implementation.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ from veneer.ops.norms import norm_silu
 
 class DenoiserReport(FastReport):
     def summary(self) -> str:
-        """Return one line for the user: what was swapped, and what was not and why."""
+        """Return one line for the user: swapped modules, skipped modules with reasons."""
         parts = [f"{n} × {kind}" for kind, n in sorted(self.swapped.items())]
         skipped = [f"; {kind} as diffusers has it ({why})" for kind, why in sorted(self.skipped.items())]
         return f"fast paths: {', '.join(parts) or 'none'}{''.join(skipped)}"
@@ -55,7 +57,7 @@ class DenoiserReport(FastReport):
 
 @contextmanager
 def fast_denoiser(denoiser: nn.Module) -> Iterator[DenoiserReport]:
-    """Swap the modules that a fast path can replace, inside the with-block."""
+    """Replace modules by fast implementations inside the with-block."""
     report = DenoiserReport()
     with ExitStack() as undo:
         undo.enter_context(memory.kept_memory())
@@ -79,9 +81,9 @@ def _swap(denoiser: nn.Module, report: DenoiserReport, undo: ExitStack) -> None:
 
 
 def _parts(module: Any, *names: str) -> list[nn.Module] | None:
-    """Return the linear modules of these names, or None if one is missing.
+    """Return the linear modules with these names, or None if one is not linear.
 
-    With or without adapters."""
+    The modules can have adapters."""
     modules = [getattr(module, name, None) for name in names]
     linear = [m for m in modules if isinstance(m, nn.Module) and type(base_of(m)) is nn.Linear]
     return linear if len(linear) == len(names) else None
@@ -90,11 +92,11 @@ def _parts(module: Any, *names: str) -> list[nn.Module] | None:
 def _equal_up_to_rounding(a: Tensor, b: Tensor) -> bool:
     """Return whether a and b are equal up to rounding in their dtype.
 
-    Compared for each token (or position) and for each channel, so that a few large channels do not hide
-    errors in others. a, b: (n, tokens, channels) or (n, channels, height, width).
+    The comparison is per token (or position) and per channel, so that a few large channels do not hide errors
+    in other channels. a, b: (n, tokens, channels) or (n, channels, height, width).
 
     In float32, two summation orders of the same attention differ by up to 21 eps if a token's values nearly
-    cancel (AVX512 and AVX2, tiny SDXL); a norm with an eps of 1e-5 instead of 1e-6 would differ by 38 eps at
+    cancel (AVX512 and AVX2, tiny SDXL). A norm with an eps of 1e-5 instead of 1e-6 would differ by 38 eps at
     a variance of 1."""
     if a.shape != b.shape or not torch.isfinite(b).all():
         return False
@@ -104,17 +106,17 @@ def _equal_up_to_rounding(a: Tensor, b: Tensor) -> bool:
     tiny = torch.finfo(a.dtype).tiny
     off, size = wide_a - wide_b, wide_b.norm() / max(wide_b.numel(), 1) ** 0.5
     for along in (0, 1):
-        least = 1e-2 * size * wide_b.shape[along] ** 0.5  # a much smaller value can be rounding only
+        least = 1e-2 * size * wide_b.shape[along] ** 0.5  # a value far below this can be rounding error
         if (off.norm(dim=along) > tolerance * wide_b.norm(dim=along).clamp_min(least) + tiny).any():
             return False
     return True
 
 
 def _swap_if_equal(module: nn.Module, forward: Callable[..., Any], undo: ExitStack, *args: Any, **kwargs: Any) -> str:
-    """Put `forward` on the module if its result matches; otherwise return why not."""
+    """Replace the module's forward; return "" or why the result differs."""
 
     def run() -> list[Tensor]:
-        # with gradients, as in training
+        # with autograd, as in training
         out = module(*args, **kwargs)
         return list(out) if isinstance(out, tuple) else [out]
 
@@ -128,15 +130,15 @@ def _swap_if_equal(module: nn.Module, forward: Callable[..., Any], undo: ExitSta
 
 
 def _product(projection: FusedProjection, x: Tensor) -> Tensor | None:
-    """Return the joined projections of x, or None if the modules must be called.
+    """Return the fused projections of x, or None to call the modules separately.
 
-    This is the case if a module has hooks, or if x has another dtype."""
+    Separate calls are needed if a module has hooks or if x has another dtype."""
     joined = _map(projection, x)
     return None if joined is None else linear(x, joined)
 
 
 def _map(projection: FusedProjection, x: Tensor) -> LinearMap | None:
-    """Return the joined projections, or None if x cannot be multiplied as it is."""
+    """Return the fused linear map, or None if the modules must be called separately."""
     joined = projection.linear_map()
     return None if joined is None or not same_dtype(x, joined.weight) else joined
 
@@ -158,9 +160,9 @@ def _geglu(module: Any, undo: ExitStack) -> str:
 
 
 def _gelu(module: Any, undo: ExitStack) -> str:
-    """Swap torch's nn.GELU, or diffusers' projection + GELU.
+    """Swap torch's nn.GELU, or diffusers' projection with GELU.
 
-    torch's has no weights to take a dtype from."""
+    nn.GELU has no weights to take the test input's dtype from."""
     proj = getattr(module, "proj", None)
     if module.approximate != "tanh":
         return "it is another function"
@@ -174,7 +176,7 @@ def _gelu(module: Any, undo: ExitStack) -> str:
 
 
 def _dropout(module: Any, undo: ExitStack) -> str:
-    """Skip dropout with p = 0, which torch copies forward and backward."""
+    """Skip dropout with p = 0, because torch copies the tensor forward and backward."""
     if module.p:
         return "it drops something"
     replace_forward(module, lambda self, x: x, undo)
@@ -228,7 +230,7 @@ def _frozen(norms: list[Any]) -> bool:
 
 
 def _positions(tokens: int, dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cos and sin to test a module with."""
+    """Return random cos and sin of rotary positions to test a module with."""
     angles = random_input(tokens, dim // 2, like=like).float().repeat_interleave(2, -1)
     return angles.cos(), angles.sin()
 
@@ -244,7 +246,7 @@ class _Rotations:
             return None
         first, second = angles
         if self._last is None or self._last[0] is not first:
-            if first.is_complex():  # Qwen-Image's, of picture and text; text tokens come first
+            if first.is_complex():  # Qwen-Image's, for picture and text; text tokens come first
                 self._last = first, torch.cat([second, first])
             else:
                 self._last = first, torch.complex(first[:, ::2].float(), second[:, ::2].float()).contiguous()
@@ -258,7 +260,7 @@ def _flux_forward(
     eps = float(norms[0].eps)
 
     def weight_of(tokens: list[int]) -> Tensor:
-        """w_q, w_k of every token; the text's first, as its queries and keys come first."""
+        """Return (w_q, w_k) for every token, text tokens first like the queries and keys."""
         rows = []
         for side in (0, 1):
             stream_norms = [norms[side]] if len(tokens) == 1 else [norms[2 + side], norms[side]]
@@ -311,10 +313,11 @@ def _flux2_feed_forward(module: Any, undo: ExitStack) -> str:
 
 
 def _flux2_parallel(module: Any, undo: ExitStack) -> str:
-    """Swap a single-stream block: attention parallel to a gated MLP.
+    """Swap a single-stream block, which computes attention parallel to a gated MLP.
 
-    [q; k; v; gate; up] of x, then one projection of both results. The first product is split into [q; k; v]
-    and [gate; up], so that each result is contiguous and its gradient needs no copy or zero fill."""
+    The first projection gives [q; k; v; gate; up]; the second takes both results. The first projection is
+    split into [q; k; v] and [gate; up], so that each result is contiguous and its gradient needs no copy or
+    zero fill."""
     if type(module.processor).__name__ != "Flux2ParallelSelfAttnProcessor":
         return f"its processor is {type(module.processor).__name__}"
     first, last, norms = _parts(module, "to_qkv_mlp_proj"), _parts(module, "to_out"), [module.norm_q, module.norm_k]
@@ -375,7 +378,7 @@ def _residual(module: Any, undo: ExitStack) -> str:
         if args or kwargs or any(type(n) is not nn.GroupNorm or n._forward_hooks for n in (self.norm1, self.norm2)):
             return original(self, input_tensor, temb, *args, **kwargs)
         live = _live(self, input_tensor)
-        group = input_tensor.shape[1] // self.norm1.num_groups  # the norm's gradient mixes the channels of a group
+        group = input_tensor.shape[1] // self.norm1.num_groups  # The norm's gradient mixes the channels of a group.
         hidden = _convolved(self.conv1, _normed(self.norm1, input_tensor), -(-live // group) * group)
         shift = None
         if self.time_emb_proj is not None and temb is not None:
@@ -394,11 +397,11 @@ def _normed(norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None) -> Tenso
 
 
 _BEFORE_SKIP: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
-"""Residual blocks that read a skip connection -> channels before it."""
+"""Residual block with a skip connection -> number of input channels before it."""
 
 
 def _up(module: Any, undo: ExitStack) -> str:
-    """Record where the skip connection begins in the inputs of up blocks."""
+    """Record at which input channel the skip connection begins in each residual block."""
 
     def resize(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         skips = kwargs.get("res_hidden_states_tuple") or (args[1] if len(args) > 1 else ())
@@ -413,7 +416,8 @@ def _up(module: Any, undo: ExitStack) -> str:
 def _live(block: nn.Module, x: Tensor) -> int:
     """Return how many of the first channels of x require a gradient.
 
-    Read from x, not from an earlier call: with recomputation, blocks are not called in the model's order."""
+    The number comes from x's autograd graph and not from an earlier call, because recomputation calls blocks
+    in another order than the model."""
     made_by = x.grad_fn
     if block in _BEFORE_SKIP and made_by is not None and made_by.name() == "CatBackward0":
         parts = made_by.next_functions
@@ -423,7 +427,7 @@ def _live(block: nn.Module, x: Tensor) -> int:
 
 
 def _convolved(conv: Any, x: Tensor, live: int) -> Tensor:
-    """Return conv(x) with a gradient for only the first `live` channels of x."""
+    """Return conv(x), with a gradient only for the first `live` channels of x."""
     plain = type(conv) is nn.Conv2d and not conv._forward_hooks and not conv._forward_pre_hooks
     plain = plain and (conv.stride, conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), (1, 1), 1, "zeros")
     if live >= x.shape[1] or not plain or not x.requires_grad or conv.weight.requires_grad:
@@ -484,7 +488,7 @@ def _unet_forward(
 
 
 def _attention(module: Any, undo: ExitStack) -> str:
-    """Swap attention; diffusers uses this class name for UNets and Qwen-Image."""
+    """Swap attention. diffusers uses the same class for U-Nets and Qwen-Image."""
     swap = _flux_attention if type(module.processor).__name__ == _QWEN_PROCESSOR else _unet_attention
     return swap(module, undo)
 

@@ -1,16 +1,16 @@
 """Load image components from a diffusers directory or a file of original weights.
 
-    model_index.json      name -> [library, class]; each component in a folder of its name
-    <name>/config.json    the component's shape; weights as safetensors, whole, sharded, or a variant (.fp16)
+    model_index.json      name -> [library, class]; each component is in a folder with its name
+    <name>/config.json    the component's shape; weights as safetensors: one file, shards, or a variant (.fp16)
     sdxl.safetensors      original weights in one file; missing components come from a diffusers directory
 
-Only classes of diffusers and transformers are created, only safetensors are opened, and every tensor must be
-used. Components that generation does not need (safety checker, feature extractor) are skipped. No network
-access.
+Only classes of diffusers and transformers are instantiated, only safetensors files are opened, and every
+tensor must be used. Components that generation does not need (safety checker, feature extractor) are skipped.
+The network is not used.
 
-A file of original weights has no configs: they come from `config`, or from the hub cache of the repository
-that diffusers uses for this kind of file. Names go through diffusers' converters. For FLUX.2 and Qwen-Image,
-the file provides only the denoiser.
+A file of original weights has no configs. The configs come from `config`, or from the hub cache of the
+repository that diffusers uses for this kind of file. diffusers' converters translate the tensor names. For
+FLUX.2 and Qwen-Image, only the denoiser is loaded from the file.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ _NOT_SHAPE = {"sample_size", "force_upcast", "quantization_config"}
 
 @dataclass
 class LoadedParts:
-    """The components of a base, and the decisions made in loading them.
+    """The components of a base, and the decisions made while loading them.
 
-    `pipelines`: kinds whose class the index names. `settings`: flags in the index that are pipeline
+    `pipelines`: kind -> pipeline class named in the index. `settings`: flags in the index that are pipeline
     arguments: force_zeros_for_empty_prompt, is_distilled, …"""
 
     family: ImageFamily
@@ -77,9 +77,9 @@ def require_diffusers() -> None:
 
 
 def meta_denoiser(classname: str, config: Mapping[str, Any]) -> Any:
-    """Build a denoiser of diffusers from its config's fields on the meta device.
+    """Build a diffusers denoiser on the meta device from the fields of its config.
 
-    Raises MissingExtraError without diffusers, and what diffusers raises."""
+    Raises MissingExtraError without diffusers. Errors from diffusers are not caught."""
     require_diffusers()
     import diffusers
 
@@ -165,7 +165,7 @@ def component_classes(index: Mapping[str, Any], path: Path) -> dict[str, tuple[s
 
 
 def family_of_directory(path: Path, classes: Mapping[str, tuple[str, str]]) -> ImageFamily:
-    """Return the family of a directory with these components.
+    """Return the family of a directory that has these components.
 
     Raises BaseError for an unknown family."""
     denoiser = next((n for n in ("unet", "transformer") if n in classes), None)
@@ -188,8 +188,8 @@ def family_of_directory(path: Path, classes: Mapping[str, tuple[str, str]]) -> I
 def _own_pipelines(index: Mapping[str, Any]) -> dict[str, str]:
     """Return the pipelines that the index names, such as FLUX.2 klein's or Kontext's.
 
-    The denoiser does not tell them: klein's pipelines differ from dev's, and Kontext has FLUX.1 dev's
-    denoiser."""
+    The denoiser does not determine these pipelines: klein and dev share a denoiser class but not their
+    pipelines, and Kontext has the same denoiser as FLUX.1 dev."""
     return dict(OWN_PIPELINES.get(str(index.get("_class_name")), {}))
 
 
@@ -210,9 +210,9 @@ def _has_weights(classname: str) -> bool:
 
 
 def table_of(folder: Path) -> tuple[list[StoredTensor], str]:
-    """Return a component's stored tensors and variant.
+    """Return a component's stored tensors, and its variant.
 
-    The variant is "fp16" if the folder has only that, else ""."""
+    The variant is "fp16" if the folder has only fp16 weights, else ""."""
     files, variant = component_files(folder)
     return file_table(files), variant
 
@@ -225,7 +225,9 @@ def _check_memory(
     quantize: str | None,
     to_quantize: set[str],
 ) -> None:
-    """Check memory for loading. `to_quantize`: the components that will be quantized."""
+    """Raise ResourceError if memory is too small to load the components.
+
+    `to_quantize`: names of the components that will be quantized."""
     bytes_each = LOADED_BYTES.get(quantize or "", dtype.itemsize)
     needs = 0.0
     for name, table in tables.items():
@@ -278,7 +280,7 @@ def _load_component(
 def _read_small(part: Any) -> None:
     """Make a tokenizer lowercase its input if its config says so (`do_lower_case`).
 
-    T5's class builds its backend from the vocabulary only and ignores the setting."""
+    T5's class builds its backend from the vocabulary and ignores this setting."""
     backend = getattr(part, "backend_tokenizer", None)
     if backend is not None and backend.normalizer is None and part.init_kwargs.get("do_lower_case"):
         from tokenizers.normalizers import Lowercase
@@ -289,7 +291,7 @@ def _read_small(part: Any) -> None:
 def _load_quantized(cls: Any, folder: Path, library: str, kind: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     """Load a component with quantized linear weights.
 
-    Quantized as `kind`, or as in its bitsandbytes checkpoint."""
+    The format is `kind`, or the format of the component's bitsandbytes checkpoint."""
     from transformers import AutoConfig
 
     table, _ = table_of(folder)
@@ -303,19 +305,19 @@ def _load_quantized(cls: Any, folder: Path, library: str, kind: str, dtype: torc
 
 
 def unreadable(where: Path, error: Exception) -> BaseError:
-    """Return the error for an unreadable component, with the library's first words."""
+    """Return the error for an unreadable component, with the library's message."""
     message = " ".join(str(error).split())[:300] or type(error).__name__
     return BaseError(f"this component of the base cannot be read: {message}", where=str(where))
 
 
 def parts_fingerprint(parts: Mapping[str, Any], tables: Mapping[str, list[StoredTensor]]) -> str:
-    """Compute a base's fingerprint from its components' fields and tensors."""
+    """Return a base's fingerprint from its components' config fields and tensors."""
     fields = {name: _fields_of(part) for name, part in parts.items() if name in tables}
     return fingerprint_parts({name: (fields[name], tables[name]) for name in fields})
 
 
 def _fields_of(part: Any) -> dict[str, Any]:
-    """Return the component's class and its config fields that are not defaults."""
+    """Return the component's class name, and its config fields without default values."""
     from transformers import PreTrainedConfig
 
     if isinstance(part.config, PreTrainedConfig):
@@ -336,7 +338,7 @@ def _plain(value: Any) -> Any:
 
 
 def control_of(name: str, family: ImageFamily, denoiser: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Load a ControlNet for a base of `family` with this denoiser.
+    """Load a ControlNet for a base with this family and denoiser.
 
     Raises BaseError as in `load_control`."""
     try:
@@ -382,11 +384,11 @@ _OF_ADAPTERS = (".lora_A.weight", ".lora_down.weight", ".lora_B.weight", ".hada_
 def read_single_file(
     path: Path, config: str | Path | None, dtype: str | torch.dtype, device: str | torch.device, quantize: str | None
 ) -> LoadedParts:
-    """Load a checkpoint of original names through from_single_file.
+    """Load a checkpoint with original tensor names through from_single_file.
 
-    Configs are local. Components that the checkpoint does not hold (tokenizers, scheduler; for FLUX text
-    encoders and VAE) come from `config`, or from the hub cache of the repository that diffusers uses for this
-    kind of checkpoint."""
+    Only local configs are used. Components that the checkpoint does not contain (tokenizers, scheduler; for
+    FLUX the text encoders and the VAE) come from `config`, or from the hub cache of the repository that
+    diffusers uses for this kind of checkpoint."""
     import diffusers
 
     table = file_table([path])
@@ -405,7 +407,7 @@ def read_single_file(
         raise BaseError(f"this file holds no {family.denoiser}: {', '.join(sorted(stored))}", where=str(path))
     pipelines = {**family.pipelines, **_own_pipelines(index)}
     loads_parts = hasattr(getattr(diffusers, pipelines["text"]), "from_single_file")
-    # of the other families, diffusers reads only the denoiser from one file
+    # For the other families, diffusers loads only the denoiser from a single file.
     stored = stored & set(classes) | {family.denoiser} if loads_parts else {family.denoiser}
     device_of_parts = choose_device(device)
     kind, reason = choose_dtype(dtype, device_of_parts, stored_dtype(table))
@@ -435,7 +437,7 @@ def read_single_file(
                 parts[name] = _read_part(name, *classes[name], state, folder, kind, loads_parts)
         except Exception as error:
             message = " ".join(str(error).split())[:300]
-            if "meta tensor" in message:  # no tensor of the file fills this parameter
+            if "meta tensor" in message:  # A parameter has no tensor in the file.
                 message = "some of its weights are not in the file"
             raise BaseError(
                 f"diffusers cannot read this file as {family.label}: {message}",
@@ -471,9 +473,10 @@ def _read_part(
     dtype: torch.dtype,
     loads_part: bool,
 ) -> Any:
-    """Build a component from a file's tensors, with diffusers' converters and the configs in `folder`.
+    """Build a component from a file's tensors, with the configs in `folder`.
 
-    `whole`: whether diffusers has a single-file pipeline for the family."""
+    diffusers' converters translate the names of the tensors. `loads_part`: whether diffusers has a
+    single-file pipeline for the family."""
     if loads_part:
         from diffusers.loaders.single_file import load_single_file_sub_model
 
@@ -498,7 +501,7 @@ def _read_part(
 def _state_of(path: Path, table: list[StoredTensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Return the file's tensors by name.
 
-    Floats are in `dtype`, and scaled weights are multiplied by their scales."""
+    Floating-point tensors are converted to `dtype`, and scaled weights are multiplied by their scales."""
     from safetensors.torch import load_file
 
     if not scaled_weights(table):
@@ -518,7 +521,7 @@ _PREFIXES = {
 
 
 def components_in(table: Iterable[StoredTensor]) -> set[str]:
-    """Return the components that a checkpoint of original names holds."""
+    """Return the components that a checkpoint with original names contains."""
     names = [t.name for t in table]
     out: set[str] = set()
     for prefix, parts in _PREFIXES.items():
@@ -542,7 +545,7 @@ def _configs_for(path: Path, config: str | Path | None, table: list[StoredTensor
     try:
         shapes = {t.name: torch.empty(t.shape, device="meta") for t in table}
         repo = DIFFUSERS_DEFAULT_PIPELINE_PATHS[infer_diffusers_model_type(shapes)]["pretrained_model_name_or_path"]
-        if any(name.endswith("txt_norm.weight") for name in shapes):  # diffusers mistakes it for SD 1
+        if any(name.endswith("txt_norm.weight") for name in shapes):  # diffusers identifies Qwen-Image as SD 1.
             repo = "Qwen/Qwen-Image"
     except (KeyError, IndexError, RuntimeError, ValueError) as error:
         raise BaseError("diffusers does not know what kind of model this file is", where=str(path), fix=fix) from error
@@ -556,18 +559,18 @@ def _configs_for(path: Path, config: str | Path | None, table: list[StoredTensor
         ) from error
 
 
-# -- which tensors of a file nothing took ------------------------------------------------------------------------------
+# -- unused tensors of a file ------------------------------------------------------------------------------------------
 
 _CLIP = ("text_encoders.clip_l.transformer.", "text_encoders.clip_g.transformer.")
 _BARE = ("Flux2Transformer2DModel", "QwenImageTransformer2DModel")
-"""Classes whose prefix `_read_part` removes."""
+"""Classes for which `_read_part` removes the prefix of tensor names."""
 _OPEN_CLIP = ("cond_stage_model.model.", "conditioner.embedders.0.model.", "conditioner.embedders.1.model.")
 
 
 _HARMLESS = re.compile(
     r"(.*\.)?(position_ids|inv_freq|logit_scale|attn_mask|num_batches_tracked|text_projection(\.weight)?)"
-    r"|(.*\.)?(spiece_model|tekken_model)"  # a tokenizer, as bytes
-    r"|model_ema\..*"  # an average of weights that are also in the file
+    r"|(.*\.)?(spiece_model|tekken_model)"  # a tokenizer, stored as bytes
+    r"|model_ema\..*"  # an average of other weights in the file
     r"|(first_stage_model|vae)\.(loss|model_ema)\..*"
     r"|cond_stage_model\.model\.transformer\.resblocks\.23\..*"  # SD2 uses the second-to-last layer
     r"|betas|(\w+_)?alphas_cumprod(_prev)?|posterior_\w+|logvar|denoiser\.sigmas|model_sampling\..*"  # noise schedule
@@ -575,12 +578,12 @@ _HARMLESS = re.compile(
 )
 """Names of tensors that do not affect a picture.
 
-Any other unused tensor is an error, because an ignored tensor can change every picture, such as the scales of
-8-bit weights."""
+Any other unused tensor is an error, because ignoring a tensor can change every picture. The scales of 8-bit
+weights are an example."""
 
 
 def _check_prediction(path: Path, unused: Iterable[str], scheduler: Any) -> None:
-    """Raise BaseError for a v-prediction file whose scheduler says otherwise."""
+    """Raise BaseError if only the file, and not the scheduler, says v-prediction."""
     stated = scheduler.config.get("prediction_type")
     if "v_pred" in unused and stated != "v_prediction":
         raise BaseError(
@@ -593,7 +596,7 @@ def _check_prediction(path: Path, unused: Iterable[str], scheduler: Any) -> None
 class _Attached(TorchFunctionMode):
     """Make `detach` return the tensor itself inside the with-block.
 
-    Converters then keep its history."""
+    The tensors that diffusers' converters return then keep their autograd history."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return args[0] if func is Tensor.detach else func(*args, **(kwargs or {}))
@@ -602,9 +605,9 @@ class _Attached(TorchFunctionMode):
 def _unused(table: Iterable[StoredTensor], parts: Mapping[str, Any]) -> list[str]:
     """Return the names of a file's tensors that none of these components uses.
 
-    The names go through diffusers' converters again, with tensors that have shapes but no values. A
-    component's weights have gradients for the tensors that they were made of, even if cut, joined or
-    transposed."""
+    diffusers' converters run again on meta tensors that require a gradient. Autograd then shows which of the
+    file's tensors a component's weights were made of, even if the converter split, joined or transposed
+    them."""
     state = {
         name: torch.empty(lazy.shape, device="meta", requires_grad=True)
         for name, lazy in lazy_state(list(table)).items()
@@ -622,16 +625,16 @@ def _unused(table: Iterable[StoredTensor], parts: Mapping[str, Any]) -> list[str
 
 
 def _plain_name(name: str) -> str:
-    return name.removeprefix("text_model.")  # a level that one of transformers' CLIP classes has
+    return name.removeprefix("text_model.")  # One CLIP class of transformers has an additional level of names.
 
 
 _Converter = Callable[[dict[str, Tensor]], Mapping[str, Any]]
 
 
 def _converters(part: nn.Module) -> list[_Converter]:
-    """Return the diffusers converters that can have read this component.
+    """Return the diffusers converters that may have converted a component's weights.
 
-    For text encoders this is all of them; their prefixes separate them."""
+    A text encoder gets all text encoder converters, which look for different prefixes."""
     from diffusers.loaders import single_file_utils
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 

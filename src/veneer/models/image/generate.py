@@ -1,11 +1,11 @@
-"""Generate pictures from an image base, through diffusers' pipelines.
+"""Generate pictures from an image base through diffusers' pipelines.
 
     rows (prompt, seed, plan of mixes) -> prompts encoded under their mixes -> one batch through the denoiser
                                        -> the mixes change at the ends of steps -> pictures
 
-A row's noise comes from its own generator on the CPU, so that it is independent of batch and device. Changing
-the mix is one assignment on the attachment: no weight of the base is changed, created or compiled. Adapters
-are known by the names under which they are attached; no files are read.
+A row's noise comes from its own generator on the CPU, so the noise does not depend on the batch or the
+device. Changing the mix is one assignment on the attachment; no weight of the base is changed, created or
+compiled. Adapters are referred to by the names under which they are attached, and no adapter files are read.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ if TYPE_CHECKING:
     from veneer.models.image.predict import Conditioning
 
 SEEDS = 2**64
-"""Seeds are 0 … SEEDS - 1, the range of torch's generators."""
+"""Number of seeds. Valid seeds are 0 … SEEDS - 1, the range of torch's generators."""
 
 
 @dataclass(frozen=True)
 class MixPlan:
     """The mixes that act on one picture.
 
-    `text`: mix while the prompt is encoded. `phases`: (share of the steps, mix); step i of n uses the phase
-    with the largest share ≤ i/n. The first share is 0."""
+    `text`: the mix that encodes the prompt. `phases`: (fraction of the steps, mix); step i of n uses the
+    phase with the largest fraction ≤ i/n. The first fraction is 0."""
 
     text: NamedMix = ()
     phases: tuple[tuple[float, NamedMix], ...] = ((0.0, ()),)
@@ -56,8 +56,8 @@ class MixPlan:
 class ImageRow:
     """One picture to generate.
 
-    `image`, `mask`, `controls` (a picture for each control of the settings) and `references` override the
-    settings'."""
+    `image`, `mask`, `controls` (one picture for each control of the settings) and `references` override the
+    settings."""
 
     prompt: str
     negative: str = ""
@@ -74,9 +74,10 @@ class ImageRow:
 
 @dataclass(frozen=True)
 class Control:
-    """A ControlNet of the base's family and its control picture.
+    """A ControlNet of the base's family, and its control picture.
 
-    The picture has the output size. `begin`, `end`: shares of the steps between which the ControlNet acts."""
+    The picture has the output size. `begin`, `end`: the ControlNet acts between these fractions of the
+    steps."""
 
     model: Any
     picture: Image
@@ -89,11 +90,11 @@ class Control:
 class PictureSettings:
     """Settings shared by all rows. None: the base's default (`default_settings`).
 
-    `guidance`: classifier-free guidance, or for FLUX the distilled guidance input. `true_guidance`:
-    classifier-free guidance of a base with distilled guidance; negative prompts act only above 1. `image`:
-    start from this picture instead of noise; `denoise` in (0, 1] is the share of the steps taken. `mask`:
-    white areas are generated, black areas are kept. `references`: pictures that an edit base changes as the
-    prompt says, or that FLUX.2 uses as references."""
+    `guidance`: classifier-free guidance, or the distilled guidance input for FLUX. `true_guidance`:
+    classifier-free guidance for a base with distilled guidance; negative prompts act only if it is above 1.
+    `image`: the picture to start from instead of noise; `denoise`: the fraction of the steps to run, in (0,
+    1]. `mask`: white areas are generated, black areas keep the picture. `references`: pictures that an edit
+    base changes according to the prompt, or that FLUX.2 uses as references."""
 
     width: int | None = None
     height: int | None = None
@@ -113,19 +114,19 @@ class PictureSettings:
 
 
 def check_seed(seed: int) -> None:
-    """Raise ConfigError for a seed outside torch's range."""
+    """Raise ConfigError if the seed is not an integer in 0 … SEEDS - 1."""
     if not isinstance(seed, int) or not 0 <= seed < SEEDS:
         raise ConfigError(f"seed {seed!r}", fix=f"a whole number from 0 to {SEEDS - 1}; the same one, the same picture")
 
 
 _MOST_PIXELS = 1 << 27
-"""Maximum pixels.
+"""Maximum number of pixels of a picture.
 
-Beyond it, bases fail, some after minutes or after using all memory."""
+With more pixels, bases fail, sometimes only after minutes or after using all memory."""
 
 
 def check_numbers(settings: Any) -> None:
-    """Raise ConfigError for PictureSettings numbers invalid for every base.
+    """Raise ConfigError if a numeric setting is invalid for every base.
 
     `settings`: PictureSettings or an object with the same fields. None is always valid."""
     for name, most in (("steps", 10_000), ("batch_size", math.inf), ("width", 1 << 16), ("height", 1 << 16)):
@@ -150,12 +151,12 @@ def check_numbers(settings: Any) -> None:
 
 @dataclass
 class GeneratedPicture:
-    """A generated picture and how it was generated.
+    """A generated picture, and how it was generated.
 
-    `cut`, `negative_cut`: the ends of the prompts that the text encoders do not read, "" if they read all.
-    `batch`, `index`: the rows of the batch and the picture's position; the same batch gives the same picture
-    to the bit. `steps`: steps taken, which differ from the requested number with `denoise` or with a
-    scheduler of two passes per step."""
+    `cut`, `negative_cut`: the ends of the prompts that exceeded the text encoders' limits, "" if nothing was
+    cut. `batch`, `index`: the rows of the batch and the picture's position in the batch; the same batch gives
+    a bit-identical picture. `steps`: the number of steps run, which differs from the requested number with
+    `denoise` or with a scheduler that takes two passes per step."""
 
     image: Image
     row: ImageRow
@@ -168,9 +169,9 @@ class GeneratedPicture:
 
 @dataclass(frozen=True)
 class Moment:
-    """A batch at the end of a step.
+    """The state of a batch at the end of a step.
 
-    `start`: index of the batch's first row in the call."""
+    `start`: index of the batch's first row in the call. `done`: finished steps of `of`."""
 
     rows: tuple[ImageRow, ...]
     start: int
@@ -179,9 +180,10 @@ class Moment:
 
 
 def default_settings(base: ImageBase) -> tuple[int, float]:
-    """Return the default (steps, guidance): 4 and 0 for few-step bases.
+    """Return the default (steps, guidance).
 
-    For other bases: 28 (flow) or 30 steps and diffusers' guidance for the family."""
+    (4, 0) for few-step bases. Otherwise 28 steps (flow) or 30 steps, and the guidance that is the default of
+    the family's diffusers pipeline."""
     if base.few_steps:
         return 4, 0.0
     call = inspect.signature(type(pipeline(base)).__call__).parameters
@@ -189,10 +191,10 @@ def default_settings(base: ImageBase) -> tuple[int, float]:
 
 
 def fitted_picture(picture: Image, width: int, height: int, label: str) -> tuple[Image, str]:
-    """Return the picture resized to (width, height), and a note if its size differed.
+    """Return the picture resized to (width, height), and a message if it was resized.
 
-    Raises ConfigError if the proportions differ by more than a fifteenth, which small pictures in whole units
-    need. Pictures are not cropped or stretched further."""
+    Raises ConfigError if the aspect ratios differ by more than 1/15, a tolerance for small pictures with
+    sides rounded to whole units. Pictures are never cropped."""
     from PIL.Image import Resampling
 
     if picture.size == (width, height):
@@ -219,12 +221,12 @@ def generate_images(
 ) -> list[GeneratedPicture]:
     """Generate a picture for each row, in order.
 
-    Restores the selection of `attachment`.
+    The selection of `attachment` is restored at the end.
 
-    `on_step(done, of)`: progress over all batches. `on_picture(i, picture)`: called as soon as the picture is
-    finished. `watch`: called at the end of each step; an exception in it ends the call. Raises ConfigError
-    for settings that conflict with each other or with the base, BaseError for a picture with values that are
-    not finite."""
+    `on_step(done, of)`: called with the progress over all batches. `on_picture(i, picture)`: called as soon
+    as a picture is finished. `watch`: called at the end of each step; an exception raised by it ends the
+    call. Raises ConfigError for settings that conflict with each other or with the base, BaseError for a
+    picture with NaN or infinite values."""
     settings = settings or PictureSettings()
     rows = check_rows(base, rows, settings, attachment)
     run = _Run(base, rows[0], settings, attachment, on_step, watch)
@@ -248,16 +250,17 @@ def generate_images(
 
 
 _SHARED_MODULES = ("transformer.all_x_embedder.", "transformer.cap_embedder.")
-"""Z-Image modules that get the tokens of all rows concatenated.
+"""Z-Image modules that process the tokens of all rows concatenated.
 
-Rows cannot have separate mixes there."""
+In these modules, rows cannot have different mixes."""
 
 
 def _batches(rows: Sequence[ImageRow], size: int, attachment: Attachment | None) -> list[tuple[ImageRow, ...]]:
-    """Split rows into batches of neighbors, at most `size` rows each.
+    """Split rows into batches of consecutive rows, at most `size` rows each.
 
-    References of a batch have the same sizes, because pipelines resize all of them to the first one's size.
-    If an adapter changes a module that sees all rows together, a batch has one plan."""
+    All rows of a batch have references of the same sizes, because pipelines resize all references to the size
+    of the first row's. If an adapter changes a module in `_SHARED_MODULES`, all rows of a batch have the same
+    plan."""
     adapters = attachment.adapters.values() if attachment is not None else ()
     one_plan = any(
         name.startswith(_SHARED_MODULES) for adapter in adapters for name in (*adapter.pairs, *adapter.deltas)
@@ -286,7 +289,7 @@ class _Run:
         self.on_step, self.watch = on_step, watch
         kind: PipelineKind = "text" if first_row.image is None else "image" if first_row.mask is None else "inpaint"
         kind = "edit" if first_row.references else kind
-        # A pipeline with several references applies them to all rows of a batch.
+        # A pipeline that takes several references applies all of them to every row of a batch.
         self.single = kind == "edit" and base.references > 1
         self.pipe: Any = pipeline(base, kind, [c.model for c in settings.controls])
         self.pipe.set_progress_bar_config(disable=True)
@@ -364,7 +367,7 @@ class _Run:
         ]
 
     def embeds(self, text: Conditioning, prefix: str) -> dict[str, Any]:
-        all_of = text.embeds.shape[:2]  # explicit, because Qwen-Image's pipeline warns without a mask
+        all_of = text.embeds.shape[:2]  # Without a mask, Qwen-Image's pipeline logs a warning.
         arguments = {
             f"{prefix}prompt_embeds": text.unpadded() if self.base.row.takes_lists else text.embeds,
             f"{prefix}pooled_prompt_embeds": text.pooled,
@@ -373,15 +376,15 @@ class _Run:
         return {key: value for key, value in arguments.items() if value is not None and key in self.accepts}
 
     def unresized(self, area: int) -> dict[str, Any]:
-        """Return arguments that stop a pipeline from resizing inputs.
+        """Return the arguments that prevent a pipeline from resizing its inputs.
 
-        Kontext resizes to about a megapixel."""
+        Kontext would resize to about one megapixel."""
         return {k: v for k, v in {"max_area": area, "_auto_resize": False}.items() if k in self.accepts}
 
     def emptied(self, text: Conditioning, rows: Sequence[ImageRow]) -> Conditioning:
-        """Zero the embeddings of empty negative prompts, as in the training of SDXL.
+        """Set the embeddings of empty negative prompts to zero, as in SDXL's training.
 
-        An empty text's embeddings are not zero."""
+        The text encoders return nonzero embeddings for an empty text."""
         if getattr(self.pipe.config, "force_zeros_for_empty_prompt", False):
             for i, row in enumerate(rows):
                 if not row.negative:
@@ -399,8 +402,8 @@ class _Run:
         def each(values: list[Any]) -> Any:
             return values if several else values[0]
 
-        # One picture for all rows is passed as it is; with several ControlNets the pipelines take no lists of
-        # pictures.
+        # Pass a control picture that all rows share as a single picture: with several ControlNets, the
+        # pipelines accept no lists of pictures.
         pictures = [
             _to_tensor([row.controls[i] for row in rows]) if any(row.controls for row in rows) else control.picture
             for i, control in enumerate(controls)
@@ -440,9 +443,10 @@ class _Run:
         return callback
 
     def finished(self, array: Any, row: ImageRow) -> Image:
-        """Convert (h, w, 3) in 0..1 to a picture.
+        """Convert an (h, w, 3) array in 0..1 to a picture.
 
-        Black mask areas keep the given picture's pixels."""
+        Black areas of the mask keep the pixels of the original picture. Raises BaseError for NaN or infinite
+        values."""
         import numpy as np
         from PIL import Image as pil
 
@@ -462,9 +466,9 @@ class _Run:
 
 
 def _to_tensor(pictures: Sequence[Image]) -> torch.Tensor:
-    """Convert pictures of one size to (n, 3, h, w) in 0..1.
+    """Convert pictures of the same size to a tensor (n, 3, h, w) in 0..1.
 
-    Like the pipelines' processors."""
+    The conversion matches diffusers' image processors."""
     import numpy as np
 
     arrays = [np.array(picture.convert("RGB"), dtype=np.float32) / 255 for picture in pictures]
@@ -474,9 +478,9 @@ def _to_tensor(pictures: Sequence[Image]) -> torch.Tensor:
 def check_rows(
     base: ImageBase, rows: Sequence[ImageRow], settings: PictureSettings, attachment: Attachment | None = None
 ) -> list[ImageRow]:
-    """Return the rows with their start pictures, their own or the settings'.
+    """Return the rows, with missing pictures filled in from the settings.
 
-    Raises ConfigError for conflicts, like `generate_images`."""
+    Raises ConfigError for conflicts, as in `generate_images`."""
     rows = [
         replace(
             row,

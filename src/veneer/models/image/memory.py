@@ -1,11 +1,11 @@
 """Memory of a frozen denoiser in adapter training: measure, recompute, offload.
 
     measured_activations(forward, parameters)    bytes that a forward pass keeps for its backward pass
-    recomputing(base)                            diffusers' own activation checkpointing, for a with-block
-    offloading(base, blocks)                     the weights of the last blocks on the CPU, for a with-block
-    park(base, names), fetched(base, names)      whole components on the CPU, and back for a with-block
+    recomputing(base)                            with-block: diffusers' activation checkpointing
+    offloading(base, blocks)                     with-block: the weights of the last blocks are on the CPU
+    park(base, names), fetched(base, names)      move components to the CPU, and back inside a with-block
 
-Uses modules and tensors only; no adapters, no data.
+This module knows modules and tensors only, and no adapters or data.
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 
 
 def measured_activations(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
-    """Measure the bytes that autograd keeps after `forward()`.
-
-    Without those of `parameters`."""
+    """Return the bytes that autograd keeps after `forward()`, without `parameters`."""
     parameter_storages = {storage.data_ptr() for p in parameters for storage in _storages(p)}
     saved: dict[int, int] = {}
 
@@ -43,9 +41,9 @@ def measured_activations(forward: Callable[[], Tensor], parameters: Iterable[Ten
 
 
 def _storages(t: Tensor) -> Iterator[torch.UntypedStorage]:
-    """Yield a tensor's storages.
+    """Return an iterator over a tensor's storages.
 
-    For a quantized weight its codes, constants and dequantized copy."""
+    A quantized weight has storages for its codes, its constants and its dequantized copy."""
     parts = [t]
     if isinstance(t, Quantized):
         parts = [*t.stored.tensors().values(), *([] if t.kept is None else [t.kept])]
@@ -54,9 +52,10 @@ def _storages(t: Tensor) -> Iterator[torch.UntypedStorage]:
 
 @contextmanager
 def recomputing(base: ImageBase) -> Iterator[None]:
-    """Recompute the denoiser's blocks in the backward pass.
+    """Recompute the denoiser's blocks in the backward pass, inside the with-block.
 
-    Only the blocks' inputs are kept. Raises ConfigError for a denoiser without support for recomputation."""
+    Autograd keeps only the inputs of the blocks. Raises ConfigError if the denoiser does not support
+    recomputation."""
     denoiser = base.denoiser
     if not getattr(denoiser, "_supports_gradient_checkpointing", False):
         raise ConfigError(
@@ -72,10 +71,10 @@ def recomputing(base: ImageBase) -> Iterator[None]:
 
 
 def blocks_of(denoiser: nn.Module) -> list[nn.Module]:
-    """Return the units that diffusers recomputes, in module order.
+    """Return the blocks that diffusers recomputes, in module order.
 
-    Blocks of a transformer; in a UNet the residual and transformer blocks inside its down, mid and up blocks.
-    """
+    For a transformer, its blocks. For a U-Net, the residual and transformer blocks inside the down, mid and
+    up blocks."""
     if hasattr(denoiser, "down_blocks"):
         return [m for m in denoiser.modules() if type(m).__name__ in ("ResnetBlock2D", "BasicTransformerBlock")]
     lists = [m for m in denoiser.children() if isinstance(m, nn.ModuleList)]
@@ -84,12 +83,12 @@ def blocks_of(denoiser: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def offloading(base: ImageBase, count: int) -> Iterator[int]:
-    """Keeps the frozen weights of the last `count` blocks on the CPU; each comes to the base's device for its forward
-    pass. Yields the bytes that leave the device.
+    """Keep the frozen weights of the last `count` blocks on the CPU in the with-block.
 
-    With recomputation a block's forward runs again in the backward pass, and then too its weights come: what autograd
-    keeps of them is freed once the block's gradient is computed. Weights are never written; afterwards the same tensors
-    are where they were. Trainable parameters stay on the device."""
+    Each block's weights are copied to the base's device for its forward pass. Yields the number of bytes
+    moved off the device. With recomputation, a block's forward pass runs again in the backward pass and
+    copies the weights again; autograd frees this copy once the block's gradient is computed. At the end, the
+    original parameters are restored. Trainable parameters stay on the device."""
     offloaded = blocks_of(base.denoiser)[-count:] if count else []
     undo: list[Callable[[], None]] = []
     moved = 0
@@ -115,7 +114,9 @@ def _to_cpu(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _hook(block: nn.Module, weights: list[tuple[nn.Module, str, Any, Any]], device: torch.device) -> Callable[[], None]:
-    """Copy a block's frozen weights to the device only during its forward pass."""
+    """Copy a block's frozen weights to the device only for its forward pass.
+
+    Returns a function that undoes this."""
     sizes = [(p.shape, p.dtype, p.device) for _, _, p, _ in weights]
     for module, name, p, away in weights:
         module._parameters[name] = away
@@ -158,7 +159,7 @@ def park(base: ImageBase, names: Sequence[str]) -> int:
 
 @contextmanager
 def fetched(base: ImageBase, names: Sequence[str]) -> Iterator[None]:
-    """Move parked components to the base's device inside the with-block."""
+    """Move parked components to the base's device, inside the with-block."""
     for name in names:
         base.part(name).to(base.device)
     try:

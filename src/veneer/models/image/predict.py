@@ -4,9 +4,9 @@
     flow families    v_θ(x_σ, σ, c),            σ in 0..1,     x_σ = (1 - σ) x + σ ε,   v = ε - x
 
 Each function computes the same values as the family's diffusers pipeline, and prompts go through the
-pipeline's `encode_prompt`; the tests compare a sampling loop over `predict` with the pipeline's pictures.
-Latents always have the shape (n, c, h/f, w/f), shifted and scaled for the denoiser; they are packed into
-tokens inside these functions.
+pipeline's `encode_prompt`. The tests compare a sampling loop over `predict` with the pipeline's pictures.
+Latents always have the shape (n, c, h/f, w/f), shifted and scaled for the denoiser. Only the functions in
+this module pack latents into tokens.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 class Conditioning:
     """The denoiser's text inputs for n prompts.
 
-    `embeds`: (n, L, d). `pooled`: (n, p), if the family has one. `mask`: (n, L), 1 for tokens and 0 for
-    padding, if the family uses one. `cut`: for each prompt the part that was not encoded."""
+    `embeds`: (n, L, d). `pooled`: (n, p), if the family uses a pooled embedding. `mask`: (n, L), 1 for tokens
+    and 0 for padding, if the family uses a mask. `cut`: the part of each prompt that was not encoded."""
 
     embeds: Tensor
     pooled: Tensor | None = None
@@ -45,7 +45,7 @@ class Conditioning:
         return len(self.embeds)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Conditioning:
-        """Return a copy on another device and in another dtype. The mask keeps its dtype."""
+        """Return a copy on `device` with this dtype. The mask keeps its dtype."""
         pooled = None if self.pooled is None else sent(self.pooled, device).to(dtype=dtype)
         mask = None if self.mask is None else sent(self.mask, device)
         return replace(self, embeds=sent(self.embeds, device).to(dtype=dtype), pooled=pooled, mask=mask)
@@ -59,7 +59,7 @@ class Conditioning:
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """Concatenate conditionings; shorter ones are padded with zeros and masked."""
+        """Concatenate conditionings. Shorter ones get zeros as padding, which is masked."""
         length = max(p.embeds.shape[1] for p in parts)
         masks = [p.embeds.new_ones(p.embeds.shape[:2], dtype=torch.long) if p.mask is None else p.mask for p in parts]
         masked = any(p.mask is not None or p.embeds.shape[1] != length for p in parts)
@@ -76,13 +76,13 @@ class Conditioning:
 
 
 def embed_prompts(base: ImageBase, prompts: Sequence[str], references: Sequence[Sequence[Image]] = ()) -> Conditioning:
-    """Encode n prompts like the pipeline.
+    """Encode n prompts in the same way as the pipeline.
 
-    Differentiable, for adapters on text encoders. `references`: for each prompt the pictures it edits;
+    Differentiable, for adapters on text encoders. `references`: for each prompt, the pictures to edit;
     ignored unless the base encodes prompts and references together.
 
-    `cut` has the part of each prompt that exceeds the denoiser's tokens. (FLUX's pooled vector always covers
-    only CLIP's 77 tokens; this does not count as cut.) Raises BaseError if a text encoder was released."""
+    `cut` contains the part of each prompt beyond the denoiser's token limit. FLUX's pooled vector covers only
+    CLIP's 77 tokens, but the rest does not count as cut. Raises BaseError if a text encoder was released."""
     texts = list(prompts)
     if base.reads_references and any(references):
         return Conditioning.cat(
@@ -90,7 +90,7 @@ def embed_prompts(base: ImageBase, prompts: Sequence[str], references: Sequence[
         )
     pipe = pipeline(base)
     row = base.row
-    with errors_only():  # a new list, because Z-Image's pipeline writes its template into the list
+    with errors_only():  # Copy the list, because Z-Image's pipeline writes its template into the list.
         encoded = pipe.encode_prompt(prompt=[*texts], device=base.device, **text_settings(base), **row.encoding)
     cut = [cut_of(base, text) for text in texts]
     if isinstance(encoded[0], list):  # Z-Image's embeddings have different lengths
@@ -100,9 +100,9 @@ def embed_prompts(base: ImageBase, prompts: Sequence[str], references: Sequence[
 
 
 def _embed_with_references(base: ImageBase, prompt: str, references: Sequence[Image]) -> Conditioning:
-    """Encode one prompt with its reference pictures.
+    """Encode one prompt together with its reference pictures.
 
-    Pictures are resized like in the pipeline. The prompt is never cut."""
+    Pictures are resized in the same way as in the pipeline. The prompt is never cut."""
     base.part("processor")
     pipe = pipeline(base, "edit")
     sizes = [_qwen_size(base, picture.size, base.editing.read) for picture in references]
@@ -118,38 +118,39 @@ def _embed_with_references(base: ImageBase, prompt: str, references: Sequence[Im
 
 
 def _qwen_size(base: ImageBase, size: tuple[int, int], area: int) -> tuple[int, int]:
-    """Return (width, height) of a reference in Qwen-Image-Edit: about `area` pixels."""
-    with errors_only():  # without torchvision, its import logs a fallback
+    """Return a (width, height) of about `area` pixels for Qwen-Image-Edit."""
+    with errors_only():  # Without torchvision, the import logs a warning.
         from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit import calculate_dimensions
     width, height = calculate_dimensions(area, size[0] / size[1])[:2]
     return width, height
 
 
 def reference_size(base: ImageBase, width: int, height: int) -> tuple[int, int]:
-    """Return (width, height) at which a base gets a reference of this size.
+    """Return the (width, height) to which a base resizes a reference picture.
 
-    The same size, except for Qwen-Image-Edit, which always uses about a megapixel."""
+    The size is unchanged, except for Qwen-Image-Edit, which resizes references to about one megapixel."""
     if not base.reads_references:
         return width, height
     return _qwen_size(base, (width, height), base.editing.encoded)
 
 
 def cut_of(base: ImageBase, prompt: str) -> str:
-    """Return the end of a prompt beyond the denoiser's text encoders, or ""."""
+    """Return the end of a prompt that no text encoder reads, or ""."""
     return min((_cut_end(base, prompt, tokenizer, limit) for tokenizer, limit in readers(base)), key=len)
 
 
 def _cut_end(base: ImageBase, prompt: str, tokenizer: Any, limit: int) -> str:
     prefix, suffix, special = _template_of(base)
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # FLUX.2's is a processor
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # FLUX.2 has a processor, which contains the tokenizer.
     if base.row.template == "pipeline":
-        limit += pipeline(base).prompt_template_encode_start_idx  # template tokens the pipeline drops
-    with errors_only():  # transformers warns about the length, which is expected here
+        limit += pipeline(base).prompt_template_encode_start_idx  # the pipeline drops the template's tokens
+    with errors_only():  # transformers warns about long prompts, which this function expects
         read = tokenizer(prefix + prompt + suffix, return_offsets_mapping=True, add_special_tokens=special)
     ids, offsets = read["input_ids"], read["offset_mapping"]
     if len(ids) <= limit:
         return ""
-    # A plain encoder keeps its last token, the end token; a template is cut like all other text.
+    # Without a template, the encoder keeps the end token after the cut. Templates are cut like any other
+    # text.
     ends = 0 if prefix else 1
     ends_read = [end for start, end in offsets[: limit - ends] if end > start]
     at = max(ends_read, default=0) - len(prefix)
@@ -157,9 +158,7 @@ def _cut_end(base: ImageBase, prompt: str, tokenizer: Any, limit: int) -> str:
 
 
 def _template_of(base: ImageBase) -> tuple[str, str, bool]:
-    """Return the text before and after a prompt, and whether to add special tokens.
-
-    The tokenizer adds them."""
+    """Return the text before a prompt, the text after it, and add_special_tokens."""
     pipe = pipeline(base)
     placeholder = "\x00"
     template = base.row.template
@@ -187,9 +186,9 @@ def _template_of(base: ImageBase) -> tuple[str, str, bool]:
 
 @contextmanager
 def _vae_of(base: ImageBase) -> Iterator[Any]:
-    """Yield the VAE, in float32 if it overflows in float16.
+    """Yield the VAE, converted to float32 if the VAE overflows in float16.
 
-    As in the pipelines; its config sets force_upcast."""
+    As in the pipelines, force_upcast in the VAE's config requests the conversion."""
     vae = base.part("vae")
     upcast = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
     if upcast:
@@ -203,10 +202,10 @@ def _vae_of(base: ImageBase) -> Iterator[Any]:
 
 @torch.no_grad()
 def encode_pictures(base: ImageBase, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Encode pixels as latents (n, c, h/f, w/f) in the base's dtype.
+    """Encode pixels to latents (n, c, h/f, w/f) in the base's dtype.
 
-    pixels: (n, 3, h, w) in -1..1. Latents are shifted and scaled. Returns the mean of the posterior; with a
-    generator, a sample. h and w are multiples of `base.unit`."""
+    pixels: (n, 3, h, w) in -1..1; h and w are multiples of `base.unit`. Latents are shifted and scaled.
+    Returns the mean of the posterior, or a sample if a generator is given."""
     if pixels.ndim != 4 or pixels.shape[1] != 3 or any(side % base.unit for side in pixels.shape[2:]):
         raise BaseError(
             f"pictures of shape {tuple(pixels.shape)}: expected (n, 3, h, w) with sides in multiples of {base.unit}"
@@ -224,9 +223,9 @@ def encode_pictures(base: ImageBase, pixels: Tensor, generator: torch.Generator 
 
 @torch.no_grad()
 def decode_latents(base: ImageBase, latents: Tensor) -> Tensor:
-    """Decode latents to pixels (n, 3, h, w), nominally -1..1, not clamped.
+    """Decode latents to pixels (n, 3, h, w), nominally in -1..1 but not clamped.
 
-    latents: as `encode_pictures` returns them."""
+    latents: as returned by `encode_pictures`."""
     with _vae_of(base) as vae:
         x = latents.to(base.device, vae.dtype)
         x = x[:, :, None] if base.row.frames else x
@@ -238,14 +237,14 @@ def decode_latents(base: ImageBase, latents: Tensor) -> Tensor:
 
 
 def _statistics(base: ImageBase, vae: Any, like: Tensor) -> tuple[Tensor | float, float, Tensor | float]:
-    """Return (mean, scale, std): the denoiser's latents are (z − mean)·scale / std."""
+    """Return (mean, scale, std). The denoiser's latents are (z − mean)·scale / std."""
     shape = (1, -1, *[1] * (like.ndim - 2))
 
     def channels(values: Any) -> Tensor:
         return torch.as_tensor(values).view(shape).to(like.device, like.dtype)
 
     config = vae.config
-    if base.row.patched:  # FLUX.2's batch norm, over patches
+    if base.row.patched:  # FLUX.2 has a batch norm over patches.
         return channels(vae.bn.running_mean), 1.0, channels(torch.sqrt(vae.bn.running_var + config.batch_norm_eps))
     scale = 1.0 if base.row.frames else float(config.scaling_factor)
     if base.row.frames or (config.get("latents_mean") is not None and config.get("latents_std") is not None):
@@ -257,7 +256,7 @@ def _statistics(base: ImageBase, vae: Any, like: Tensor) -> tuple[Tensor | float
 
 
 def alphas_cumprod(base: ImageBase) -> Tensor:
-    """Return ᾱ_t, float32 (1000,), of a noise family.
+    """Return a noise family's ᾱ_t, (1000,) in float32.
 
     Raises BaseError for a flow family."""
     if base.prediction == "flow":
@@ -280,15 +279,15 @@ def predict(
     residuals: dict[str, Any] | None = None,
     references: Sequence[Tensor] = (),
 ) -> Tensor:
-    """Return the denoiser's prediction: ε or v; for flow families ε - x.
+    """Return the denoiser's prediction: ε or v, or ε - x for flow families.
 
-    It has the latents' shape. `timesteps`: (n,) or a scalar; 0..999 for noise families, σ in 0..1 for flow.
-    `sizes`: SDXL's time ids (n, 6): original height and width, crop's top and left, target height and width.
-    `guidance`: for models that take guidance as an input (FLUX.1 dev, FLUX.2 dev), default 1.0. `residuals`:
-    a ControlNet's outputs, by the denoiser's argument names. `references`: clean latents (n, c, h, w) of
-    reference pictures of any size; their tokens follow the picture's and differ in the frame coordinate.
-    Raises BaseError for missing or unexpected sizes, for unexpected guidance, and for references in a family
-    without support."""
+    The prediction has the shape of the latents. `timesteps`: (n,) or a scalar; 0..999 for noise families, σ
+    in 0..1 for flow. `sizes`: SDXL's time ids (n, 6): original height and width, crop's top and left, target
+    height and width. `guidance`: for models that take guidance as an input (FLUX.1 dev, FLUX.2 dev), default
+    1.0. `residuals`: a ControlNet's outputs, by the denoiser's argument names. `references`: clean latents
+    (n, c, h, w) of reference pictures of any size. The tokens of the references follow the picture's tokens
+    and have other frame coordinates. Raises BaseError for missing or unexpected sizes, for unexpected
+    guidance, and for references if the family does not support references."""
     denoiser, n = base.denoiser, len(latents)
     dtype = base.dtype
     x = latents.to(dtype)
@@ -319,9 +318,10 @@ def predict(
 
 @dataclass(frozen=True)
 class _DenoiserCall:
-    """Arguments of a denoiser call.
+    """The arguments of a denoiser call.
 
-    `t`: as in `predict`. `guidance`: None if it is no input. `more`: arguments common to all denoisers."""
+    `t`: as in `predict`. `guidance`: None if the denoiser does not take guidance. `more`: arguments common to
+    all denoisers."""
 
     denoiser: Any
     x: Tensor
@@ -333,9 +333,9 @@ class _DenoiserCall:
 
     @property
     def sigma(self) -> Tensor:
-        """The timestep, rounded like in the pipelines.
+        """The timestep σ, rounded in the same way as in the pipelines.
 
-        They pass σ·1000 in the latents' dtype."""
+        The pipelines pass σ·1000 in the latents' dtype."""
         return (self.t * 1000).to(self.x.dtype) / 1000
 
 
@@ -351,9 +351,10 @@ def _sd3(call: _DenoiserCall) -> Tensor:
 
 
 def _z_image(call: _DenoiserCall) -> Tensor:
-    """Call Z-Image.
+    """Call Z-Image and return ε - x.
 
-    Its time is 1 - σ (noise to picture), it predicts x - ε, and takes lists of videos and texts."""
+    Z-Image counts time as 1 - σ (from noise to picture), predicts x - ε, and takes lists of videos and
+    texts."""
     films = list(call.x[:, :, None].unbind())
     out = call.denoiser(films, 1 - call.t, call.text.unpadded(), **call.more)[0]
     return -torch.stack(out)[:, :, 0]
@@ -372,9 +373,9 @@ def _qwen_image(call: _DenoiserCall) -> Tensor:
 
 
 def _packed(call: _DenoiserCall, **arguments: Any) -> Tensor:
-    """Call a denoiser on tokens of 2 × 2 latents.
+    """Call a denoiser with tokens of 2 × 2 latents.
 
-    Reference tokens follow the picture's."""
+    The tokens of the references follow the picture's tokens."""
     h, w = call.x.shape[2] // 2, call.x.shape[3] // 2
     tokens = torch.cat([F.pixel_unshuffle(y, 2).flatten(2).transpose(1, 2) for y in (call.x, *call.references)], dim=1)
     out = call.denoiser(
@@ -397,18 +398,18 @@ def _flux_ids(latents: Tensor, frame: int) -> Tensor:
 
 
 _FLUX2_FRAMES = 10
-"""FLUX.2's reference pictures have the frames 10, 20, …"""
+"""Distance between frame coordinates: FLUX.2's reference pictures are at 10, 20, …"""
 
 
 def _flux2(call: _DenoiserCall) -> Tensor:
-    """Call FLUX.2.
+    """Call FLUX.2, for which latents are already patches.
 
-    Latents are patched already; positions are (frame, row, column, token)."""
+    Token positions are (frame, row, column, token)."""
     x, text, pictures = call.x, call.text, (call.x, *call.references)
     n, _, h, w = x.shape
 
     def positions(*counts: int, frame: int = 0) -> Tensor:
-        first = torch.full((1,), frame, device=x.device)  # torch.tensor of a list would wait for its copy
+        first = torch.full((1,), frame, device=x.device)  # torch.tensor of a list would wait for the copy to the device
         return torch.cartesian_prod(first, *(torch.arange(k, device=x.device) for k in counts))
 
     image = [positions(y.shape[2], y.shape[3], 1, frame=_FLUX2_FRAMES * i) for i, y in enumerate(pictures)]

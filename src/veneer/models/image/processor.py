@@ -1,9 +1,10 @@
-"""Process Qwen-Image-Edit's prompts: text with pictures, as in Qwen2.5-VL.
+"""Process Qwen-Image-Edit's prompts: texts with pictures, as in Qwen2.5-VL.
 
     processor = read_processor(folder)
-    processor(text=["…<|vision_start|><|image_pad|><|vision_end|>make it red"], images=[picture], return_tensors="pt")
+    processor(text=["…<|vision_start|><|image_pad|><|vision_end|>make it red"], images=[picture],
+    return_tensors="pt")
 
-transformers' Qwen2VLProcessor needs torchvision, for videos. This processor combines the tokenizer and the
+transformers' Qwen2VLProcessor needs torchvision for videos. This processor combines the tokenizer and the
 Pillow image processor, and repeats each picture's token once for each merged patch.
 """
 
@@ -17,21 +18,21 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 PROCESSORS = ("Qwen2VLProcessor", "Qwen2_5_VLProcessor")
-"""transformers processor classes in an index that this one replaces."""
+"""transformers processor classes that `PicturePrompts` replaces."""
 _PICTURE_TOKEN = "<|image_pad|>"
 
 
 class PicturePrompts:
-    """Tokenizer and image processor for texts with pictures in them, in order."""
+    """A tokenizer and an image processor for texts that contain pictures."""
 
     def __init__(self, pictures: Any, tokenizer: Any) -> None:
         self.pictures, self.tokenizer = pictures, tokenizer
 
     def __call__(self, text: Sequence[str], images: Image | Sequence[Image] | None = None, **options: Any) -> Any:
-        """Return transformers' BatchFeature: input_ids, attention_mask.
+        """Return a transformers BatchFeature with input_ids and attention_mask.
 
-        With pictures also pixel_values (patches, values of one) and image_grid_thw (pictures, 3). `options`:
-        tokenizer options."""
+        With pictures, the result also has pixel_values (patches, values of a patch) and image_grid_thw
+        (pictures, 3). `options`: tokenizer options."""
         from transformers import BatchFeature
 
         encoded: dict[str, Any] = {}
@@ -47,7 +48,7 @@ class PicturePrompts:
 
 
 def read_processor(folder: Path) -> PicturePrompts:
-    """Load a component's folder with preprocessor_config.json and a tokenizer."""
+    """Load the processor from a folder with preprocessor_config.json and a tokenizer."""
     from transformers import AutoTokenizer
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 

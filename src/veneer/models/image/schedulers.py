@@ -4,7 +4,8 @@
 | euler, euler-a, heun, dpm2, dpm2-a, dpm++2m, dpm++2m-sde,   | flow-euler, flow-heun, flow-dpm++2m, |
 | dpm++2s, ddim, ddpm, pndm, unipc, deis, lcm; suffix -karras | flow-unipc                           |
 
-The base's scheduler provides the common settings (betas, prediction, shift); a name changes the others.
+The base's scheduler provides the shared settings (betas, prediction type, shift). A name determines the class
+and the other settings.
 """
 
 from __future__ import annotations
@@ -45,14 +46,14 @@ NAMES: dict[str, tuple[str, dict[str, Any]]] = {
     "flow-dpm++2m": ("DPMSolverMultistepScheduler", _MULTISTEP | _FLOW),
     "flow-unipc": ("UniPCMultistepScheduler", _FLOW),
 }
-"""Name -> diffusers class and the settings that the name implies."""
+"""Name -> (diffusers class, settings)."""
 
 
 def scheduler_names(base: ImageBase) -> list[str]:
-    """Return the schedulers that can sample this base.
+    """Return the names of the schedulers that can sample this base.
 
-    On flow matching bases, the scheduler class must accept the pipeline's settings: the pipelines of FLUX,
-    Qwen-Image and Z-Image pass a shift by picture size, which not every class supports."""
+    The pipelines of FLUX, Qwen-Image and Z-Image shift the schedule by picture size, and some scheduler
+    classes do not support this shift."""
     flow = base.prediction == "flow"
     names = [name for name in NAMES if name.startswith("flow-") == flow and name not in base.row.unsupported_schedulers]
     if base.row.shifted:
@@ -63,7 +64,7 @@ def scheduler_names(base: ImageBase) -> list[str]:
 
 
 def scheduler_name(base: ImageBase) -> str:
-    """Return the short name of the base's scheduler, or its class name."""
+    """Return the short name of the base's scheduler, or else its class name."""
     scheduler = base.parts["scheduler"]
     for name in scheduler_names(base):
         kind, settings = NAMES[name]
@@ -73,10 +74,10 @@ def scheduler_name(base: ImageBase) -> str:
 
 
 def make_scheduler(base: ImageBase, name: str | None = None) -> Any:
-    """Return a new scheduler for one run; None: the base's own.
+    """Return a new scheduler for one run. None: like the base's scheduler.
 
-    On a flow matching base `euler` means `flow-euler`, and so on. Raises ConfigError for an unknown name, or
-    a class that cannot sample this base."""
+    On a flow matching base, the prefix `flow-` can be omitted: `euler` means `flow-euler`. Raises ConfigError
+    for an unknown name, and for a scheduler that cannot sample this base."""
     import diffusers
 
     scheduler = base.parts["scheduler"]

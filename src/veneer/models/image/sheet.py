@@ -31,11 +31,11 @@ def sheet(
     least: int = 128,
     font_size: int = 14,
 ) -> Image:
-    """Draw all cells as one picture; None leaves a cell empty.
+    """Draw all cells in one picture; None leaves a cell empty.
 
-    All cells get the size of the largest one, at least `least` pixels; small pictures are enlarged by whole
-    multiples so that they stay sharp. Raises ConfigError if the number of labels differs from the rows or
-    columns, or without pictures."""
+    All cells have the size of the largest picture. If it is smaller than `least` pixels, pictures are
+    enlarged by a whole factor, which keeps them sharp. Raises ConfigError if there is no picture, or if the
+    number of labels does not match the rows or columns."""
     from PIL import Image, ImageDraw
 
     wide = max((len(row) for row in cells), default=0)
@@ -93,10 +93,10 @@ WIDE_FONTS = (
 
 
 def _font(texts: Sequence[str], size: int) -> tuple[Any, Callable[[str], str]]:
-    """Return a font, and a function that makes a text renderable in the font.
+    """Return a font, and a function that replaces characters missing from it.
 
-    Pillow's default font has English letters only: for other letters, use the system font that lacks the
-    fewest of them. A missing letter loses its accents or becomes a question mark."""
+    Pillow's default font has only English letters. For texts with other letters, use the available font that
+    lacks the fewest. A missing letter loses its accents or becomes a question mark."""
     from PIL import ImageFont
 
     fonts: list[Any] = [ImageFont.load_default(size)]
@@ -107,7 +107,7 @@ def _font(texts: Sequence[str], size: int) -> tuple[Any, Callable[[str], str]]:
     letters = {c for text in texts for c in text if not c.isascii()}
 
     def missing_letters(font: Any) -> set[str]:
-        box = bytes(font.getmask("\uffff"))  # the glyph for every missing letter
+        box = bytes(font.getmask("\uffff"))  # the glyph drawn for any missing letter
         return {c for c in letters if bytes(font.getmask(c)) == box}
 
     font = min(fonts, key=lambda f: len(missing_letters(f)))
@@ -123,9 +123,10 @@ def _font(texts: Sequence[str], size: int) -> tuple[Any, Callable[[str], str]]:
 
 
 def _wrapped(draw: Any, text: str, font: Any, width: float) -> list[str]:
-    """Wrap a text to lines of at most `width`.
+    """Split a text into lines of at most `width` pixels.
 
-    Breaks after spaces and after the separators of names and strengths; a longer word is broken anywhere."""
+    Lines end after a space or after a separator of names and strengths. A word longer than a line is split
+    anywhere."""
     lines: list[str] = []
     for paragraph in text.splitlines() or [""]:
         line = ""

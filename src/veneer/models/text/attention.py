@@ -2,10 +2,10 @@
 
     undo = divert_attention(model)                    through transformers' attention interface
     with attending(attend):
-        model(input_ids=ids[:, None], position_ids=…)          every token is a row of its own
+        model(input_ids=ids[:, None], position_ids=…)          every token is a separate row
     undo()
 
-Outside `attending` the model computes attention with torch's SDPA.
+Outside `attending`, the model computes attention with torch's SDPA.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _NAME = "veneer_diverted"
 class AttentionSettings:
     """Attention settings of a layer.
 
-    Scores are scale · q·k, then cap · tanh(score / cap) if `cap` > 0. A query sees keys up to `window` tokens
-    back if `window` > 0. `sinks`: whether the layer has attention sinks."""
+    Scores are scale · q·k, followed by cap · tanh(score / cap) if `cap` > 0. If `window` > 0, a query attends
+    to keys up to `window` tokens back. `sinks`: whether the layer has attention sinks."""
 
     scale: float | None
     cap: float
@@ -40,12 +40,12 @@ _KNOWN = {
     "scaling", "softcap", "sliding_window", "s_aux", "dropout", "is_causal", "position_ids",
     "use_cache", "num_items_in_batch", "output_attentions", "output_hidden_states", "output_router_logits",
 }  # fmt: skip
-"""Keyword arguments that `AttentionSettings` carries or that are irrelevant.
+"""Keyword arguments that `AttentionSettings` covers or that can be ignored.
 
-Others raise an error."""
+Any other argument raises an error."""
 
 _Attend = Callable[[int, Tensor, Tensor, Tensor, AttentionSettings], Tensor]
-"""(layer, q (tokens, heads, d), k, v (tokens, kv, d), how) -> (tokens, heads, d)"""
+"""(layer, q (tokens, heads, d), k, v (tokens, kv, d), settings) -> (tokens, heads, d)"""
 
 
 class _Now(threading.local):
@@ -56,9 +56,7 @@ _now = _Now()
 
 
 def divert_attention(model: Any) -> Callable[[], None]:
-    """Route every layer's attention through the function set by `attending`.
-
-    Return a function that undoes this."""
+    """Make every layer use the function set by `attending`; return an undo function."""
     register_attention(_NAME, _attention, _mask)
     previous = model.config._attn_implementation
     model.set_attn_implementation(_NAME)
@@ -66,9 +64,7 @@ def divert_attention(model: Any) -> Callable[[], None]:
 
 
 def restore_attention(model: Any) -> None:
-    """Restore SDPA attention on a copy of a diverted model.
-
-    A diverted model uses SDPA outside `attending`."""
+    """Restore SDPA attention on a copy of a model that `divert_attention` changed."""
     if model.config._attn_implementation == _NAME:
         model.set_attn_implementation("sdpa")
 
@@ -81,9 +77,7 @@ def _mask(*args: Any, **kwargs: Any) -> Any:
 
 @contextmanager
 def attending(attend: _Attend) -> Iterator[None]:
-    """Compute diverted models' attention with `attend` inside the with-block.
-
-    Only in this thread."""
+    """Use `attend` as the attention of diverted models, in this thread."""
     _now.attend = attend
     try:
         yield

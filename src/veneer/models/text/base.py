@@ -1,8 +1,8 @@
-"""Load a text base: model, tokenizer, and the decisions made once at load time.
+"""Load a text base: the model, the tokenizer, and decisions made while loading.
 
 `load_text` chooses device and dtype by the rules of models/device.py and records the reason, freezes every
-weight, and determines the token that ends a turn, so that training, generation and evaluation use the same
-one.
+weight, and determines the token that ends a turn. Training, generation and evaluation therefore use the same
+token.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ class TextBase:
     """A frozen language model and its tokenizer.
 
     `dtype_reason`: a sentence that explains the dtype. `end_of_turn_id`: the token that the chat template
-    puts after an answer (without a template, the tokenizer's eos); the last token that a training example
-    trains. `stop_ids`: every token that ends a generation. `pad_id`: padding of shorter rows, always masked.
-    `context`: maximum tokens in a sequence. `notes`: messages about loading for the user, one sentence each.
+    puts after an assistant message (without a template, the tokenizer's eos); it is also the last trained
+    token of a training example. `stop_ids`: all tokens that end a completion. `pad_id`: token for padding
+    shorter rows, always masked. `context`: maximum number of tokens in a sequence. `notes`: messages about
+    loading for the user, one sentence each.
     """
 
     name: str
@@ -59,15 +60,15 @@ class TextBase:
     context: int = 0
     notes: tuple[str, ...] = ()
     quantized: str = ""
-    """Format of linear weights in 4 or 8 bits: nf4, fp4, int8 or gguf; else ""."""
+    """Format of linear weights in 4 or 8 bits: nf4, fp4, int8 or gguf; otherwise ""."""
     unread: ShardReader | None = None
-    """Locations of weights of a `model` on the meta device.
+    """Reader of the weights, if `model` is on the meta device.
 
-    `shard` reads each process's part from them."""
+    With this reader, `shard` reads the shards of each process."""
 
     @property
     def family(self) -> str:
-        """transformers' name of the architecture: llama, qwen3, …"""
+        """The architecture's name in transformers: llama, qwen3, …"""
         return str(self.model.config.model_type)
 
     @property
@@ -77,7 +78,7 @@ class TextBase:
     def original(self, name: str) -> torch.Tensor:
         """Return an unquantized weight of a quantized base, in 16 or 32 bits.
 
-        Reads it from the base's files. Raises BaseError."""
+        Reads the weight from the base's files. Raises BaseError, as in `original_weight`."""
         return original_weight(self.directory, self._stored, name)
 
     @cached_property
@@ -98,16 +99,16 @@ def load_text(
     say: Callable[[str], None] | None = None,
     parts: int = 1,
 ) -> TextBase:
-    """Find and load a base: eval mode, `requires_grad` False everywhere.
+    """Find and load a base in eval mode, with all weights frozen.
 
     `dtype`: auto, float32, bfloat16 or float16. `device`: auto, cpu, cuda, cuda:1, mps. `quantize`: nf4, fp4
-    or int8 quantizes the linear weights while they are read; keep leaves the weights of a GGUF file in their
-    blocks; None uses the precision of the files and dequantizes GGUF. A bitsandbytes checkpoint keeps its
-    quantization. `say` is called with a line before each slow step. `parts`: number of processes that will
-    each hold a part; the weights are then `unread`, or on the CPU if the base must be read whole (a note
-    gives the reason). Raises BaseError (not found, incomplete, not a causal language model, weights that do
-    not match the config), ConfigError (an unknown dtype, device or quantization), ResourceError (not enough
-    memory)."""
+    or int8 quantizes the linear weights while loading; keep leaves the weights of a GGUF file in their
+    quantized blocks; None uses the precision of the files and dequantizes GGUF. A bitsandbytes checkpoint
+    keeps its quantization. `say`: called with a message before each slow step. `parts`: number of processes
+    to shard the base over; above 1, the weights are `unread`, or on the CPU if the base must be read whole (a
+    note gives the reason). Raises BaseError (not found, incomplete, not a causal language model, weights that
+    do not match the config), ConfigError (an unknown dtype, device or quantization), ResourceError (not
+    enough memory)."""
     path, table, config, tokenizer = _described(name, say)
     where = choose_device(device)
     settle_threads()
@@ -156,7 +157,7 @@ def load_text(
 def _described(name: str, say: Callable[[str], None] | None) -> tuple[Path, list[StoredTensor], PreTrainedConfig, Any]:
     """Return path, tensor table, config and tokenizer of a language model.
 
-    Raises BaseError."""
+    Raises BaseError for an image base, and for files that cannot be found or read."""
     path = find_base(name, say=say)
     if is_image_base(path):
         fix = "a language model's folder or hub id; `veneer image` and data.pictures of `veneer train` take image bases"
@@ -167,8 +168,8 @@ def _described(name: str, say: Callable[[str], None] | None) -> tuple[Path, list
 def text_without_weights(name: str, *, say: Callable[[str], None] | None = None) -> TextBase:
     """Load a base without its weights, on the meta device.
 
-    The result has config, tokenizer, names, shapes and fingerprint, to check adapters against a base that
-    runs elsewhere. Raises BaseError."""
+    The result has the config, tokenizer, names, shapes and fingerprint, which are enough to check adapters
+    against a base that runs elsewhere. Raises BaseError as in `load_text`."""
     from transformers import AutoModelForCausalLM
 
     path, table, config, tokenizer = _described(name, say)
@@ -214,7 +215,7 @@ def read_base_config(path: Path) -> PreTrainedConfig:
 def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """Read the tokenizer of a base directory or GGUF file.
 
-    Raises BaseError if the tokenizer is missing."""
+    Raises BaseError if the tokenizer is missing or cannot be read."""
     from transformers import AutoTokenizer
 
     tokenizer: Any
@@ -232,7 +233,8 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 def _choose_quantization(quantize: str | None, path: Path, config: PreTrainedConfig) -> str:
     """Return the format of linear weights: nf4, fp4, int8, gguf, or "" (full).
 
-    Raises ConfigError."""
+    Raises ConfigError for an unknown format, for `keep` without quantized weights, and for quantizing
+    twice."""
     saved = "" if path.is_file() else saved_kind(config.to_dict(), str(path))
     if quantize == "keep":
         if not saved and not path.is_file():
@@ -255,7 +257,7 @@ def _choose_quantization(quantize: str | None, path: Path, config: PreTrainedCon
 
 
 def _bytes(table: list[StoredTensor], dtype: torch.dtype, quantized: str) -> int:
-    """Estimate the bytes of the weights; embeddings and heads are not quantized."""
+    """Return the estimated bytes of the weights, with embeddings and heads in full."""
     if quantized in KINDS and all(t.dtype not in ("U8", "I8") for t in table):
         full = ("embed", "lm_head", "wte", "wpe", "output")
         return sum(
@@ -307,7 +309,7 @@ def _load_model(
 def _unread_model(
     path: Path, config: PreTrainedConfig, dtype: torch.dtype, table: list[StoredTensor], quantized: str, saved: bool
 ) -> tuple[Any, ShardReader | None, str]:
-    """Return (model on the meta device, location of its weights, "").
+    """Return (model on the meta device, reader of its weights, "").
 
     Returns (None, None, reason) if the base must be read whole."""
     from transformers import GenerationConfig
@@ -340,7 +342,7 @@ def _unreadable(part: str, path: Path, error: Exception) -> BaseError:
             "it wants to run code that came with it, which veneer does not do",
             "use a base of a known architecture",
         )
-    elif isinstance(error, AdapterError):  # raised by our reader of GGUF files
+    elif isinstance(error, AdapterError):  # raised by veneer's GGUF reader
         message, fix = error.what, error.fix
     elif path.suffix == ".gguf" and isinstance(error, struct.error | IndexError | OverflowError | ValueError):
         message, fix = "its header does not add up; the file is cut short or damaged", "download or copy the file again"
@@ -359,13 +361,14 @@ def _check_vocabulary(path: Path, model: PreTrainedModel, tokenizer: PreTrainedT
         )
 
 
-# -- where a text ends -----------------------------------------------------------------------------------------------
+# -- stop tokens -----------------------------------------------------------------------------------------------------
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the special token after an answer in the chat template, or None.
+    """Return the special token after an assistant message, or None.
 
-    Renders a conversation and reads the token after the answer: <|im_end|>, <|eot_id|>, <end_of_turn>, …"""
+    Renders a conversation and reads the token after the assistant message: <|im_end|>, <|eot_id|>,
+    <end_of_turn>, …"""
     if not tokenizer.chat_template:
         return None
     answer = "veneer answers"
@@ -382,7 +385,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
 def _ends(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[int | None, tuple[int, ...], tuple[str, ...]]:
-    """Return (token that ends a turn, all stop tokens, notes on missing tokens)."""
+    """Return (token that ends a turn, all stop tokens, notes about missing tokens)."""
     turn, notes = end_of_turn(tokenizer), list[str]()
     if turn is None and tokenizer.chat_template:
         notes.append("the chat template puts no special token after an answer: an answer ends with the eos token")
@@ -398,7 +401,7 @@ def _context(config: Any) -> int:
 
 
 def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, turn: int | None) -> tuple[int, ...]:
-    """Return the stop tokens: end of turn, the tokenizer's eos, then configs' eos."""
+    """Return the stop tokens: end of turn, the tokenizer's eos, the configs' eos."""
     ids: list[int] = []
     configs = (model.config, model.config.get_text_config(), model.generation_config)
     named = [getattr(config, "eos_token_id", None) for config in configs]

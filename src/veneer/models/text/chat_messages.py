@@ -1,6 +1,6 @@
 """Convert messages to the form that chat templates expect.
 
-Training and inference share this conversion. Handles plain JSON values only.
+Training and inference share this conversion, which takes plain JSON values.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from typing import Any
 
 
 def template_turn(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the message without `weight` (its loss weight), for a chat template.
+    """Return the message in the form for chat templates, without its loss weight.
 
-    `developer`, OpenAI's newer role, becomes `system`. A call's arguments become a mapping, as in
-    transformers; OpenAI sends JSON text, which `arguments | tojson` in a template would encode twice."""
+    OpenAI's newer role `developer` becomes `system`. The arguments of a tool call become a mapping, as in
+    transformers. OpenAI sends them as JSON text, which `arguments | tojson` in a template would encode
+    again."""
     turn = {key: value for key, value in message.items() if key != "weight"}
     if turn.get("role") == "developer":
         turn["role"] = "system"

@@ -1,17 +1,19 @@
 """Run a base's forward and backward pass on the fast paths of ops.
 
-    with fast(model) as how:        how.summary() lists what was swapped, and what was not and why
+    with fast(model) as report:     report.summary() lists swapped modules, and reasons for the others
         text_loss(model, …)
 
-No module is swapped because of its class name. The original model runs first. A norm or MLP is swapped only
-if the formula of its replacement holds for it. Attention is swapped only if every layer uses transformers'
-interface with options that the replacement supports. Then the whole model must reproduce its original output,
-token by token, on rows packed without padding (models/text/probe.py). An unusual family therefore loses
-speed, never correctness, and `summary` reports what was not swapped.
+A class name alone is never enough to swap a module. The original model runs first. A norm or MLP is swapped
+only if a test shows that it computes the same formula as its replacement. Attention is swapped only if every
+layer uses transformers' interface with options that the replacement supports. Then the whole model must
+reproduce its original output, token by token, on rows packed without padding (models/text/probe.py). An
+unusual family therefore loses speed but never correctness, and `summary` reports which modules were not
+swapped.
 
-Swapped on instances, and restored bit for bit at the end: norms, gated MLPs, Llama-like attention, and
-through transformers' attention interface the attention of every other family. Inside the block, the weights
-of projections that share an input are views of one tensor: same parameters, same bits.
+Norms, gated MLPs and Llama-like attention are swapped on the module instances, and the attention of every
+other family through transformers' attention interface. Everything is restored exactly at the end. Inside the
+with-block, the weights of projections that share an input are views of one tensor, with the same parameter
+objects and values.
 """
 
 from __future__ import annotations
@@ -62,13 +64,13 @@ _ATTENTION = "veneer_rows"
 
 @contextmanager
 def fast(model: Any, *, keep: int = 0, pack: int = 0, sharded: Sharded | None = None) -> Iterator[FastReport]:
-    """Swap the modules that a fast path can replace, inside the with-block.
+    """Replace modules by fast implementations inside the with-block.
 
-    Calls can be nested. `keep`: bytes for cached dequantized weights of a quantized base inside the block;
-    the other weights are dequantized at each use. `pack`: bytes for prepacked copies of an unquantized base's
-    weights, if prepacked products are clearly faster (ops/prepacked.py). `sharded`: the sharded wrapper of
-    the model; its weights are inspected one block at a time, in the same order on every process, and
-    projections of one input are joined if they were sharded together (`weights_together`)."""
+    Calls can be nested. `keep`: bytes for cached dequantized weights of a quantized base; all other weights
+    are dequantized at each use. `pack`: bytes for prepacked copies of an unquantized base's weights, used if
+    prepacked products are clearly faster (ops/prepacked.py). `sharded`: the model's sharded wrapper. Its
+    weights are inspected one block at a time, in the same order on every process, and projections with the
+    same input are joined if they were sharded together (`weights_together`)."""
     if (already := fast_report(model)).active:
         yield already
         return
@@ -93,14 +95,15 @@ def fast(model: Any, *, keep: int = 0, pack: int = 0, sharded: Sharded | None = 
 def _swap(
     model: Any, reference: ReferenceForward, report: FastReport, undo: ExitStack, sharded: Sharded | None
 ) -> None:
-    """Swap modules and rows; or only modules; or nothing.
+    """Swap modules and use packed rows, as far as the model's output stays the same.
 
-    Only modules if packed rows do not reproduce the model."""
+    If packed rows do not reproduce the output, swap only modules; if swapped modules do not either, swap
+    nothing."""
     call = sharded or call_unsharded
     modules_to_swap = [module for module in model.modules() if not isinstance(module, LoraLinear)]
 
     def modules() -> Iterator[nn.Module]:
-        """Yield each module while its weights are present."""
+        """Yield each module while its weights are gathered."""
         try:
             for module in modules_to_swap:
                 if sharded is not None:
@@ -163,7 +166,7 @@ def _swap_norms(modules: Iterable[nn.Module], report: FastReport, undo: ExitStac
 def _swap_mlps(modules: Iterable[nn.Module], report: FastReport, undo: ExitStack, *, move: bool) -> None:
     """Swap MLPs of the form down(act(gate(x)) ⊙ up(x)).
 
-    gate_proj and up_proj are separate or in gate_up_proj."""
+    The projections gate_proj and up_proj can be separate modules or one module gate_up_proj."""
     for module in modules:
         matched = gate_parts(module)
         if matched is None:
@@ -197,10 +200,10 @@ def _mlp_forward(
 
 
 def route_experts(modules: Iterable[nn.Module], undo: ExitStack) -> list[str]:
-    """Route tokens to Llama 4's experts; return the class of each changed module.
+    """Make Llama 4's experts compute only their routed tokens.
 
-    transformers gives every expert all tokens, most of them as zeros; here an expert gets only its routed
-    tokens."""
+    Returns the class name of each changed module. transformers gives every expert all tokens, and most of
+    them are zeroed."""
     experts = [module for module in modules if type(module).__name__ == "Llama4TextMoe"]
     for module in experts:
         replace_forward(module, _routed_forward(type(module).forward), undo)
@@ -236,7 +239,7 @@ def _routed_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         counts = torch.zeros(self.num_experts, dtype=torch.int64, device=x.device)
         ends = counts.index_add_(0, expert, torch.ones_like(expert)).cumsum(0)
         token = order // self.top_k if at is None else at[order // self.top_k]
-        inputs = x[token] * scores.gather(1, expert_ids).flatten()[order, None]  # weights expert inputs
+        inputs = x[token] * scores.gather(1, expert_ids).flatten()[order, None]  # router weights scale the inputs
         gate, up = expert_product(inputs, weights_of_pass["gate_up_proj"], ends).chunk(2, dim=-1)
         return token, expert_product(up * self.experts.act_fn(gate), weights_of_pass["down_proj"], ends)
 
@@ -246,12 +249,12 @@ def _routed_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 # -- attention ---------------------------------------------------------------------------------------------------------
 
 _LLAMA_LIKE = ("LlamaAttention", "MistralAttention", "MixtralAttention", "Qwen2Attention")
-"""Attention with q, k, v, o projections, rotary halves and causal softmax only.
+"""Attention classes with q, k, v, o projections, half-split rotations and causal softmax only.
 
 `_rows_problem` checks this on the actual model."""
 
 _WITH_HEAD_NORMS = ("Gemma3Attention", "Qwen3Attention", "Qwen3MoeAttention")
-"""The same, with RMS norms q_norm and k_norm on each head before rotation."""
+"""Attention classes like these, with RMS norms q_norm and k_norm before the rotation."""
 
 
 _KNOWN = {
@@ -260,8 +263,8 @@ _KNOWN = {
 }  # fmt: skip
 """Attention options that varlen attention supports or ignores.
 
-The last line lists model options that do not concern attention. Any other option that is not None
-(position_bias …) raises an error."""
+The options in the last line belong to the model and do not affect the attention. Any other option that is not
+None (position_bias …) raises an error."""
 
 
 class _UnsupportedAttention(Exception):
@@ -277,10 +280,10 @@ def _interface(
     implementation: str,
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
-    """Implement transformers' attention interface.
+    """Compute attention, as an implementation of transformers' attention interface.
 
-    Uses varlen attention if a layout is passed; otherwise the model's original `implementation`, "sdpa"
-    or "eager"."""
+    With a row layout, this uses varlen attention. Otherwise it uses the model's original `implementation`,
+    "sdpa" or "eager"."""
     layout: RowLayout | None = kwargs.pop("row_layout", None)
     unsupported = sorted(k for k, v in kwargs.items() if v is not None and k not in _KNOWN)
     if unsupported:
@@ -308,9 +311,7 @@ def _interface(
 
 
 def _drops(module: nn.Module) -> bool:
-    """Return whether the module has attention dropout.
-
-    No kernel here supports it."""
+    """Return whether the module has attention dropout, which no kernel here supports."""
     values = [getattr(module, name, None) for name in ("attention_dropout", "attn_dropout", "dropout")]
     return any(p > 0 for p in (getattr(f, "p", f) for f in values) if isinstance(p, float | int))
 
@@ -318,9 +319,9 @@ def _drops(module: nn.Module) -> bool:
 def _swap_attention(
     model: Any, modules: Iterable[nn.Module], report: FastReport, undo: ExitStack, *, move: bool
 ) -> str:
-    """Swap the attention; return "" or the reason why not.
+    """Swap the attention; return "" or the reason why it cannot be swapped.
 
-    `_rows_problem` verifies the swap."""
+    `_rows_problem` verifies the result."""
     from transformers.masking_utils import eager_mask
 
     previous = getattr(model.config, "_attn_implementation", None)
@@ -355,9 +356,7 @@ def _attention_parts(module: nn.Module) -> list[nn.Module] | None:
 
 
 def weights_together(model: nn.Module) -> list[list[nn.Module]]:
-    """Return the groups of projections with one input, to be joined.
-
-    For a model that will be sharded."""
+    """Return groups of projections with the same input, for `shard` to join."""
     out = []
     for module in model.modules():
         matched = gate_parts(module)
@@ -371,7 +370,7 @@ def weights_together(model: nn.Module) -> list[list[nn.Module]]:
 def _head_norms(module: Any, report: FastReport) -> tuple[list[nn.Module], HeadNorms] | None:
     """Return q_norm and k_norm with their combined parameters.
 
-    None unless both were swapped as norms."""
+    Returns None unless both were swapped as norms with the same ε."""
     head_norms = [module.q_norm, module.k_norm]
     kinds = [type(norm).__name__ for norm in head_norms]
     if not all(
@@ -393,7 +392,7 @@ def _attention_forward(
     head_norms = None if norms is None else norms[1]
 
     def untouched(self: Any) -> bool:
-        """Return whether q_norm and k_norm are still the modules found, without hooks."""
+        """Return whether q_norm and k_norm have no hooks and were not replaced."""
         modules = [] if norms is None else norms[0]
         return all(
             norm is now and not norm._forward_hooks and not norm._forward_pre_hooks
@@ -428,7 +427,7 @@ def _swap_last_layer(
 ) -> None:
     """Compute the last layer only for tokens that predict a trained token.
 
-    With a quarter of the tokens trained, this saves 63% of one layer's work."""
+    If a quarter of the tokens is trained, this saves 63% of the layer's work."""
     layers = getattr(getattr(model, "model", None), "layers", None)
     if not layers or type(layers[-1]).__name__.removeprefix("FSDP") not in PRE_NORM_LAYERS.values():
         return
@@ -450,7 +449,7 @@ def _kept_forward(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, hidden_states, *args, **kwargs)
         normed = self.input_layernorm(hidden_states)
         attended, _ = self.self_attn(hidden_states=normed, kept_alone=True, **kwargs)
-        if attended.shape[1] == hidden_states.shape[1]:  # attention fell back to transformers' implementation
+        if attended.shape[1] == hidden_states.shape[1]:  # transformers' attention returns all tokens
             attended = attended[:, layout.keep]
         hidden_states = hidden_states[:, layout.keep] + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
@@ -462,9 +461,7 @@ def _kept_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _nll(model: Any, reference: ReferenceForward, layout: RowLayout | None = None) -> Tensor:
-    """Return the NLL of the probe's tokens.
-
-    For packed rows if `layout` is given, else for padded rows."""
+    """Return the NLL of the probe's tokens, from packed rows if `layout` is given."""
     with torch.no_grad(), short_windows(model):
         if layout is not None:
             return rows_nll(model, reference.ids, LENGTHS, reference.trained, layout)
@@ -472,7 +469,7 @@ def _nll(model: Any, reference: ReferenceForward, layout: RowLayout | None = Non
 
 
 def _rows_problem(model: Any, reference: ReferenceForward, call: CallWithWeights) -> str:
-    """Return why packed rows differ from the model's original output, or ""."""
+    """Return why packed rows do not reproduce the model's original output, or ""."""
     layout = RowLayout(LENGTHS, reference.ids.device)
     try:
         nll = call(_nll, model, reference, layout)

@@ -1,12 +1,12 @@
 """Generate text from prompts: greedy or sampled, batched, streamed.
 
-Prompts of similar length are batched and left-padded, so that every row's last token is at the right and
-positions count real tokens only. The decoding loop is transformers' `generate` with every setting given here:
-sampling settings of a base's generation config are ignored. A mix that is active on the model's attachment
-applies to generation.
+Prompts of similar length form a batch, padded on the left, so that the last token of every row is in the last
+column and positions count real tokens only. The decoding loop is transformers' `generate`, with every setting
+given explicitly, so sampling settings in a base's generation config are ignored. A mix that is active on the
+model's attachment applies to generation.
 
-Sampling depends only on (seed, index of the prompt): each row has its own random stream, so a prompt gets the
-same answer whatever the batch size and the other rows of its batch.
+Sampling depends only on (seed, index of the prompt). Each row has its own random generator, so a prompt gets
+the same completion for any batch size and any other prompts in its batch.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[Mapping[str, str]]
 """A text to continue, or the messages of a conversation.
 
-A text is used as it is; messages are rendered by the chat template."""
+A text is used unchanged. The chat template renders messages."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """The completion of one prompt. `ids` include the stop token; `text` does not.
+    """The completion of a prompt. `ids` include the stop token; `text` does not.
 
-    `finish`: "stop" at a stop token, "length" at the token limit or the end of the base's context."""
+    `finish`: "stop" at a stop token, "length" at the token limit or at the end of the base's context."""
 
     text: str
     ids: tuple[int, ...]
@@ -64,14 +64,14 @@ def complete(
 ) -> list[Completion]:
     """Return a completion for every prompt, in order.
 
-    `temperature` 0 is greedy; above 0, logits are divided by `temperature`, then cut to the `top_k` best (0:
-    all) and to the smallest set with probability `top_p`. `on_token(index, piece)` is called as text is
-    generated; the pieces of one index, joined, are the completion's text. The model is in eval mode during
-    the call and in its previous mode afterwards.
+    `temperature` 0 is greedy. Above 0, logits are divided by `temperature` and restricted to the `top_k`
+    largest (0: all) and to the smallest set with probability `top_p`. `on_token(index, piece)`: called as
+    text is generated; the joined pieces of an index are its completion's text. The model is in eval mode
+    during the call and returns to its previous mode afterwards.
 
-    Raises ConfigError for a setting out of range, DataError for an empty prompt or one longer than the base's
-    context, and BaseError for messages on a base without a chat template. If no token has a finite score,
-    raises AdapterError, which names the active adapters, or BaseError if no adapter is active."""
+    Raises ConfigError for a setting out of range, DataError for an empty prompt or a prompt longer than the
+    base's context, and BaseError for messages on a base without a chat template. If no token has a finite
+    score, raises AdapterError, which names the active adapters, or BaseError if no adapter is active."""
     _check(max_new_tokens, temperature, top_p, top_k, batch_size)
     encoded = encode_prompts(base, prompts)
     out: dict[int, Completion] = {}
@@ -100,8 +100,9 @@ def encode_prompts(base: TextBase, prompts: Sequence[Prompt]) -> list[list[int]]
 def encode_prompt(base: TextBase, prompt: Prompt, **variables: Any) -> list[int]:
     """Return the token ids of a prompt.
 
-    A text gets the tokenizer's special tokens. Messages are rendered by the chat template, up to the start of
-    the answer. `variables`: template variables (tools, add_generation_prompt=False, family-specific ones)."""
+    The tokenizer adds special tokens to a text. The chat template renders messages, followed by the beginning
+    of the assistant's turn. `variables`: template variables (tools, add_generation_prompt=False,
+    family-specific variables)."""
     tokenizer = base.tokenizer
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
@@ -109,7 +110,7 @@ def encode_prompt(base: TextBase, prompt: Prompt, **variables: Any) -> list[int]
 
 
 def rendered(base: TextBase, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
-    """Render messages with the chat template, including special tokens.
+    """Return the messages rendered by the chat template, including special tokens.
 
     `variables`: as in `encode_prompt`."""
     if not base.has_chat_template:
@@ -121,7 +122,7 @@ def rendered(base: TextBase, messages: Sequence[Mapping[str, Any]], **variables:
         text: str = base.tokenizer.apply_chat_template(
             turns, tokenize=False, **{"add_generation_prompt": True, **variables}
         )
-    except Exception as error:  # templates reject input (a system turn, say) with exceptions of any kind
+    except Exception as error:  # a template that rejects its input can raise any exception
         raise DataError(f"the chat template of {base.name} refuses these messages: {error}") from error
     return text
 
@@ -139,9 +140,9 @@ def _check(max_new_tokens: int, temperature: float, top_p: float, top_k: int, ba
 
 
 def _batches(lengths: list[int], context: int, budget: int, batch_size: int) -> Iterator[tuple[list[int], int]]:
-    """Yield (prompt indices, maximum new tokens), longest prompts first.
+    """Yield (prompt indices, maximum number of new tokens), longest prompts first.
 
-    Prompts near the context limit run alone."""
+    Each prompt near the context limit is a batch of its own."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     roomy = [i for i in order if context - lengths[i] >= budget]
     for i in order[: len(order) - len(roomy)]:
@@ -152,9 +153,9 @@ def _batches(lengths: list[int], context: int, budget: int, batch_size: int) -> 
 
 @contextmanager
 def _eval_without_defaults(model: PreTrainedModel) -> Iterator[None]:
-    """Set eval mode and an empty generation config.
+    """Set eval mode and an empty generation config inside the with-block.
 
-    transformers takes unset options from the generation config."""
+    Otherwise, transformers would take unset options from the base's generation config."""
     from transformers import GenerationConfig
 
     previous, model.generation_config = model.generation_config, GenerationConfig()
@@ -183,7 +184,7 @@ def _run(
         mask[r, width - len(row) :] = 1
     settings = GenerationConfig(
         max_new_tokens=budget,
-        do_sample=False,  # the sampler has perturbed the scores, so the argmax is the sample
+        do_sample=False,  # The sampler perturbs the scores so that the argmax is the sample.
         eos_token_id=list(base.stop_ids) or None,
         pad_token_id=base.pad_id,
         use_cache=True,
@@ -203,7 +204,7 @@ def _run(
 
 
 def _check_scores(base: TextBase, input_ids: Tensor, scores: Tensor) -> Tensor:
-    """Return the scores (rows, vocabulary); raise if a row has no finite maximum.
+    """Return the scores (rows, vocabulary); raise an error if a maximum is not finite.
 
     Without this check, such a row would generate the first token of the vocabulary."""
     if bool(scores.amax(-1).isfinite().all()):
@@ -227,10 +228,10 @@ def completion_of(base: TextBase, new: list[int], prompt_tokens: int) -> Complet
 
 
 class _RowSampler:
-    """Logits processor that samples by the Gumbel-max trick.
+    """A logits processor that samples with the Gumbel-max trick.
 
-    argmax(log p + g) with g = −log(−log u) samples from p. Each row has its own generator on the CPU, so that
-    a sample depends on neither batch nor device."""
+    argmax(log p + g) with g = −log(−log u) is a sample from p. Each row has its own generator on the CPU, so
+    a sample does not depend on the batch or the device."""
 
     def __init__(self, indices: list[int], temperature: float, top_p: float, top_k: int, seed: int) -> None:
         from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -253,9 +254,9 @@ class _RowSampler:
 
 
 class _Stream:
-    """transformers' streamer protocol for a batch.
+    """A streamer for a batch, in transformers' protocol.
 
-    `put` gets the prompts first, then one token for each row."""
+    `put` receives the prompts first, and then one token for each row."""
 
     def __init__(
         self, indices: list[int], texts: list[Pieces], stops: set[int], on_token: Callable[[int, str], None] | None

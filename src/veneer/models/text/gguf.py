@@ -54,7 +54,7 @@ def load_gguf(file: Path, dtype: torch.dtype, *, keep: bool = False) -> PreTrain
     in_blocks = set(quantized_weights(empty)) if keep else set()
     stored: dict[str, list[Any]] = {}
     for tensor in reader.tensors:
-        key = tensor.name.removesuffix(".weight")  # fused experts have no suffix in the model
+        key = tensor.name.removesuffix(".weight")  # Fused experts have no suffix in the model.
         name = names.get(tensor.name) or names.get(key)
         if name is not None:
             stored.setdefault(name, []).append(tensor)
@@ -79,13 +79,13 @@ _PLAIN = ("F64", "F32", "F16", "BF16")
 
 
 def _blocks(processor: Any, tensors: list[Any], shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Return a weight in its blocks, with rows in transformers' order.
+    """Return a weight in quantized blocks, with rows in transformers' order.
 
-    Gate and up of each fused expert are joined."""
+    The gate and up projections of each fused expert are joined."""
     parts = sorted(tensors, key=lambda t: "_up_" in t.name)  # [gate; up]
     raw = [torch.from_numpy(t.data.copy()) for t in parts]
     types = {t.tensor_type.name for t in parts}
-    if len(types) > 1:  # one tensor cannot hold blocks of two types
+    if len(types) > 1:  # One tensor cannot contain blocks of two types.
         joined = torch.cat([_values(t) for t in parts], 1).view(shape)
         return joined.to(dtype)
     rows = raw[0] if len(raw) == 1 else torch.cat(raw, 1)
@@ -95,9 +95,9 @@ def _blocks(processor: Any, tensors: list[Any], shape: tuple[int, ...], dtype: t
 
 
 def _row_order(processor: Any, tensor: Any, rows: int) -> torch.Tensor | None:
-    """Return the file's row for each row of the model (llama.cpp permutes q and k).
+    """Return the file's row index for each row of the model, or None if unchanged.
 
-    Returns None if the orders are equal."""
+    The orders differ because llama.cpp permutes q and k."""
     numbers = np.arange(rows, dtype=np.float32)[:, None]
     weights = processor.process(weights=numbers, name=tensor.name, tensor_key_mapping={}, parsed_parameters={}).weights
     order = torch.from_numpy(np.ascontiguousarray(weights)).flatten().long()
@@ -121,13 +121,13 @@ def _dequantized(processor: Any, tensors: list[Any], shape: tuple[int, ...], whe
     return tensor.view(shape)
 
 
-# -- what transformers reads a file by -------------------------------------------------------------------------------
+# -- the file reader for transformers --------------------------------------------------------------------------------
 
 
 class GgufReader:
-    """The `fields` and `tensors` of gguf's GGUFReader, for transformers.
+    """A reader with the `fields` and `tensors` of gguf's GGUFReader, for transformers.
 
-    Read by files/gguf.py. Without `long_arrays` a tokenizer's arrays are empty and have only their length.
+    files/gguf.py reads the file. Without `long_arrays`, a tokenizer's arrays have a length but no elements.
     Raises the errors of `read_gguf_file`."""
 
     def __init__(self, path: str, *, long_arrays: bool = True) -> None:
@@ -156,7 +156,7 @@ class GgufReader:
 
 
 def _field(name: str, value: Any, types: tuple[int, ...]) -> ReaderField:
-    """Return gguf's header field: key with its length, type, then the data."""
+    """Return a header field as in gguf's reader: key length, key, type, data."""
     parts: list[Any] = [np.array([len(name)], np.uint64), _bytes(name), np.array([types[0]], np.uint32)]
     kinds = [GGUFValueType(kind) for kind in types]
     if len(types) == 1:
@@ -165,7 +165,7 @@ def _field(name: str, value: Any, types: tuple[int, ...]) -> ReaderField:
         else:
             parts.append(np.array([value], SCALARS[types[0]]))
         return ReaderField(0, name, parts, [len(parts) - 1], kinds)
-    if isinstance(value, SkippedArray):  # a text array's length, which gives the size of a vocabulary
+    if isinstance(value, SkippedArray):  # Keep the length of a text array, which is the size of the vocabulary.
         texts = types[1] == GGUFValueType.STRING
         return ReaderField(0, name, parts, [0] * value.count if texts else [], [kinds[0], GGUFValueType.BOOL])
     values = [_bytes(text) for text in value] if types[1] == GGUFValueType.STRING else [*value.reshape(-1, 1)]
@@ -179,7 +179,7 @@ def _bytes(text: str) -> np.ndarray:
 
 
 def dequantize(data: np.ndarray, kind: Any) -> np.ndarray:
-    """Dequantize as gguf's `dequantize`, with compiled kernels where available.
+    """Dequantize like gguf's `dequantize`, with compiled kernels where available.
 
     (…, bytes of a row) -> (…, values of a row) float32."""
     if kind.name in _PLAIN:
@@ -192,9 +192,10 @@ def dequantize(data: np.ndarray, kind: Any) -> np.ndarray:
 
 
 def merges_of(vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str, str]]:
-    """Return transformers' `generate_merges` in one pass: splits into two tokens.
+    """Return the same merges as transformers' `generate_merges`, in one pass.
 
-    Sorted by highest score, then by longest left part, then by longest right part."""
+    A merge is a split of a token into two tokens. Sorted by highest score, then longest left part, then
+    longest right part."""
     merges: list[tuple[str, str]] = []
     ordered = sorted(scores.items(), key=lambda item: item[1], reverse=True)
     for _, pairs in itertools.groupby(ordered, key=lambda item: item[1]):
@@ -214,14 +215,14 @@ def _mapped(path: str) -> np.ndarray:
 
 @contextmanager
 def fast_headers(*, vocabulary: bool = False) -> Iterator[None]:
-    """Replace transformers' GGUF header functions by faster equivalents.
+    """Replace transformers' GGUF header functions with faster ones in the with-block.
 
-    Only this thread gets the replacements; other threads get the originals, and other loads wait (`loading`).
-    `vocabulary`: for reading a tokenizer."""
+    Only this thread uses the faster functions. Other threads use the originals, and their loads wait
+    (`loading`). `vocabulary`: also replace the functions that read a tokenizer."""
     with loading(), ExitStack() as undo:
         ours: dict[str, Callable[..., Any]] = {
             "gguf.GGUFReader": partial(GgufReader, long_arrays=False),
-            "gguf.get_tensor_name_map": lru_cache(2)(gguf.get_tensor_name_map),  # called for each module of a model
+            "gguf.get_tensor_name_map": lru_cache(2)(gguf.get_tensor_name_map),  # called for each module
             **(_OF_A_VOCABULARY if vocabulary else dict[str, Callable[..., Any]]()),
         }
         for name, function in ours.items():
@@ -246,17 +247,18 @@ _OF_A_VOCABULARY: dict[str, Callable[..., Any]] = {
 
 
 _DIGIT_BY_DIGIT = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
-"""Byte-level tokenizers that split digits first, by the name in a header.
+"""Names of byte-level tokenizers that first split numbers into digits.
 
-GPT-2's does not."""
+The names are those in a GGUF header. GPT-2's tokenizer does not split numbers."""
 
 
 def read_gguf_tokenizer(file: Path) -> Any:
     """Read the tokenizer of a GGUF file, without special tokens of other models.
 
-    transformers builds the backend, but its classes add special tokens of other models if the file lacks them
-    (three for DeepSeek-R1-Distill-Qwen-7B, more tokens than the model has rows), and treat unknown byte-level
-    tokenizers as GPT-2's. This function corrects both. Raises transformers' errors."""
+    transformers has two faults here, which this function corrects. Its tokenizer classes add special tokens
+    of other models if the file lacks them (three for DeepSeek-R1-Distill-Qwen-7B, which gives more tokens
+    than the model has rows). It also treats unknown byte-level tokenizers like GPT-2's. Raises transformers'
+    errors."""
     from tokenizers import Tokenizer, pre_tokenizers
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

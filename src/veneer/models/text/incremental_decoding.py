@@ -1,6 +1,6 @@
 """Decode tokens to text incrementally, for generation, streaming and serving.
 
-Uses a tokenizer only, no model.
+This module uses a tokenizer but no model.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 _BROKEN = "�"
 """The replacement character, decoded from invalid or incomplete bytes."""
 _WINDOW = 16
-"""Number of last tokens, or a few more, to decode again with each new token."""
+"""Approximate number of last tokens that are decoded again with each new token."""
 
 
 class Decoder(Protocol):
@@ -22,31 +22,32 @@ class Decoder(Protocol):
 
 
 def decode_text(tokenizer: Decoder, ids: Sequence[int]) -> str:
-    """Decode an answer's tokens, without special tokens and with spaces unchanged."""
+    """Return the text of tokens, without special tokens and with spaces unchanged."""
     return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 @dataclass
 class Pieces:
-    """Decode the tokens of one answer into pieces of text.
+    """Decodes the tokens of a completion into pieces of text.
 
     The joined pieces equal the text of all tokens. A token can end inside a character, and its text can
-    depend on the tokens before it, so new text is taken from a window of the last tokens. Incomplete
-    characters at the end of the window wait for further tokens. Exception: with byte fallback (Llama 2), an
-    invalid byte turns earlier characters into replacement characters; pieces already returned do not change.
+    depend on the tokens before it, so each new piece comes from decoding a window of the last tokens.
+    Incomplete characters at the end of the window are held back until further tokens complete them.
+    Exception: with byte fallback (Llama 2), an invalid byte turns earlier characters into replacement
+    characters, but pieces already returned do not change.
     """
 
     tokenizer: Decoder
     window: list[int] = field(default_factory=list)
     sent: int = 0
-    """Characters of the window's text already returned."""
+    """Number of characters of the window's text that have been returned."""
 
     def add(self, token: int) -> str:
         self.window.append(token)
         now = decode_text(self.tokenizer, self.window)
         stable = now.rstrip(_BROKEN)
         if len(self.window) >= 4 * _WINDOW:
-            stable = now[: max(len(stable), len(now) - 3)]  # no character has more bytes: these stay broken
+            stable = now[: max(len(stable), len(now) - 3)]  # the longest incomplete character has 3 bytes
         new, self.sent = stable[self.sent :], max(self.sent, len(stable))
         if len(self.window) >= _WINDOW and len(self.window) % 8 == 0:
             self._shorten(now)
@@ -58,9 +59,10 @@ class Pieces:
         return new
 
     def _shorten(self, now: str) -> None:
-        """Shorten the window to a few last tokens that start at a character boundary and decode to the window's end.
+        """Shorten the window to a few tokens that decode to the same end of text.
 
-        If every token starts inside a character, a window four times as long drops the first condition."""
+        The new window starts at the beginning of a character. If every token begins inside a character, a
+        window four times as long is shortened anyway."""
         unsent = max(len(now) - self.sent, 0)
         for n in range(8, 3, -1):
             text = decode_text(self.tokenizer, self.window[-n:])

@@ -1,10 +1,11 @@
-"""Log-probabilities of another forward of a model, with this model's gradient.
+"""Log-probabilities of another forward pass, with the gradient of this model.
 
-    x_i = values of layer i by the other forward        ∂x_i/∂x_{i-1}, ∂x_i/∂θ by this model's own layer i, at x_{i-1}
+    x_i = output of layer i in the other forward pass    ∂x_i/∂x_{i-1}, ∂x_i/∂θ by this model's own layer i, at x_{i-1}
 
-The other forward is the server's, which samples answers: log-probabilities are then equal to the sampler's to
-the bit, without differences from another summation order. Each layer is differentiated at the other forward's
-values, so the result is the gradient of that forward, up to the rounding of a backward pass.
+The other forward pass is the server's, which samples completions. The log-probabilities are then
+bit-identical to the sampler's, although this model may sum in another order. Each layer is differentiated at
+the values of the other forward pass, so the result is the gradient of that forward pass, up to the rounding
+of a backward pass.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from veneer.ops.attention import SharedRows
 
 
 class Replay(Protocol):
-    """Another forward over the tokens of some rows. Runs layer by layer, once."""
+    """Another forward pass over some rows, which runs once, layer by layer."""
 
     @abstractmethod
     def layer(self) -> Tensor:
@@ -35,7 +36,7 @@ class Replay(Protocol):
     def logps(self) -> Tensor:
         """Return log p of each trained token, (M,) float32.
 
-        After the last layer, or without a call to `layer`."""
+        Call this after the last layer, or without any call to `layer`."""
 
 
 def replayed_logps(
@@ -48,9 +49,9 @@ def replayed_logps(
 ) -> Tensor:
     """Return log p of each trained token, (M,).
 
-    The values are the replay's; the gradient is this model's. The gradient is taken at the replay's values.
-    Arguments: as in `token_logps`. For models inside `fast` that support packed rows; raises ConfigError for
-    others."""
+    The values come from the replay. The gradient comes from this model, evaluated at the replay's values.
+    Arguments are the same as for `token_logps`. Raises ConfigError unless the model is inside `fast` and
+    supports packed rows."""
     if not fast_report(model).rows:
         why = fast_report(model).skipped.get("rows", "it is not within its fast paths")
         raise ConfigError(
@@ -64,7 +65,7 @@ def replayed_logps(
 
 
 class _Valued(torch.autograd.Function):
-    """Replace the values of y's first rows; the gradient stays y's."""
+    """Replace the values of y's first rows; the gradient passes to y unchanged."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, values: Tensor) -> Tensor:
@@ -84,10 +85,10 @@ def _with_values(y: Tensor, values: Tensor) -> Tensor:
 
 @contextmanager
 def _replayed_outputs(layers: Sequence[nn.Module], replay: Replay, source_rows: Tensor | None) -> Iterator[None]:
-    """Give the layers' outputs the replay's values inside the with-block.
+    """Replace the layers' outputs by the replay's values, inside the with-block.
 
-    Recomputation in the backward pass, after the block, reads only its inputs. `source_rows`: the tokens for which
-    the last layer returns an output, if not all."""
+    Activation checkpointing recomputes layers after the with-block, but only from their inputs.
+    `source_rows`: the tokens that the last layer returns, if it does not return all."""
 
     def valued(i: int, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
         values = replay.layer()

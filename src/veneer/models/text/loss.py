@@ -6,11 +6,11 @@
     row_logps    −Σ nll of each row                  for preference losses
     token_logps  −nll of each token                  for reinforcement learning
     hidden_at, target_logps    log p of any tokens after given positions, not only the rows' next tokens
-    chunked_logits             a function of the whole distributions at given positions
-    compared_logits            the same, with another model's distributions: for distillation
+    chunked_logits             a function of the complete logits at given positions
+    compared_logits            a function of these logits and another model's logits: for distillation
 
-Inside `fast`, rows run without padding. Elsewhere, and for families that do not support packed rows, they are
-padded: this is the slow reference for the fast path.
+Inside `fast`, rows run without padding. Elsewhere, and for families that do not support packed rows, rows are
+padded. The padded version is the slow reference for the fast path.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from veneer.ops.step_sizes import HEAD_CHUNK, padded_tokens, rounded_sizes
 def text_loss(
     model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor, correct: Tensor | None = None
 ) -> Tensor:
-    """Return the summed negative log-likelihood, float32.
+    """Return the summed negative log-likelihood in float32.
 
-    input_ids: (N,) with N = Σ lengths. trained: (N,) bool, best on the CPU, because the host reads it and
-    would otherwise wait for the device. `correct`: a bool for each trained token, on the model's device; the
-    function fills it with whether no other token has a higher probability. Raises ValueError if the lengths
-    do not add up to N, or if a row's first token is trained, because nothing predicts it."""
+    input_ids: (N,) with N = Σ lengths. trained: (N,) bool, preferably on the CPU, because the host reads it
+    and would otherwise wait for the device. `correct`: (trained tokens,) bool on the model's device, which
+    the function fills: True if no other token has a higher probability. Raises ValueError if the lengths do
+    not add up to N, or if a row's first token is trained, because no token predicts it."""
     return _text_nll(model, input_ids, lengths, trained, correct).sum()
 
 
 def row_logps(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor) -> Tensor:
-    """Return Σ log p of each row's trained tokens: (rows,), float32.
+    """Return Σ log p of each row's trained tokens, (rows,) float32.
 
-    0 for rows without any. See `text_loss`."""
+    The sum is 0 for a row without trained tokens. Arguments: as in `text_loss`."""
     nll = _text_nll(model, input_ids, lengths, trained)
     counts = torch.stack([part.sum() for part in trained.split(list(lengths))]).tolist()
     return -torch.stack([part.sum() for part in nll.split(counts)])
@@ -55,10 +55,11 @@ def row_logps(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Te
 def token_logps(
     model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor, shared: SharedRows | None = None
 ) -> Tensor:
-    """Return log p of each trained token, in order: (M,), float32. See `text_loss`.
+    """Return log p of each trained token, in order: (M,), float32.
 
-    `shared`: rows with common tokens, which are computed once. input_ids and trained then have the N distinct
-    tokens, lengths are those of whole rows, and no trained token belongs to two rows."""
+    Arguments are the same as for `text_loss`. `shared`: rows with common tokens, which are computed once.
+    input_ids and trained then contain the N distinct tokens, lengths are the lengths of the whole rows, and
+    no trained token belongs to two rows."""
     return -_text_nll(model, input_ids, lengths, trained, shared=shared)
 
 
@@ -98,11 +99,11 @@ def rows_nll(
 ) -> Tensor:
     """Return −log p of each trained token, (M,), computed without padding.
 
-    Logits are computed at trained positions only. For models inside `fast`. `layout`: of the same lengths;
-    records which layers used it. `rounded`: pad the tokens, and the positions with an output, to one of
-    `rounded_sizes`; None: if that is faster. Padding follows real tokens, so dropout and results of real tokens
-    do not change. `segments`: LoRA segments of these tokens, selected in the attachment. `correct`: as in
-    `text_loss`; `shared`: as in `token_logps`."""
+    For models inside `fast`. Logits are computed only at trained positions. `layout`: a layout of the same
+    lengths, which records the layers that used it. `rounded`: whether to pad the tokens, and the positions
+    with an output, to one of `rounded_sizes`; None: if that is faster. The padding comes after the real
+    tokens, so it does not change their dropout or results. `segments`: LoRA segments of these tokens,
+    selected in the attachment. `correct`: as in `text_loss`; `shared`: as in `token_logps`."""
     trained_at = sent(trained.nonzero()[:, 0], input_ids.device)
     hidden, at = _rows_hidden(model, input_ids, lengths, trained_at, layout, rounded, segments, shared)
     row_correct = None if correct is None else correct.new_empty(len(at))
@@ -117,8 +118,8 @@ def hidden_at(
 ) -> Tensor:
     """Return the head's input at each of `positions` in packed rows: (M, d).
 
-    places: M ascending indices into input_ids. Runs without padding inside `fast` if the model supports it;
-    `segments` applies then, as in `rows_nll`."""
+    positions: M ascending indices into input_ids. Inside `fast`, the rows run without padding if the model
+    supports it, and `segments` applies as in `rows_nll`."""
     if fast_report(model).rows and not _beyond(model, lengths):
         return _rows_hidden(model, input_ids, lengths, positions + 1, None, None, segments)[0][: len(positions)]
     rows = nn.utils.rnn.pad_sequence(list(input_ids.split(list(lengths))), batch_first=True)
@@ -131,10 +132,10 @@ def hidden_at(
 def target_logps(
     model: Any, hidden: Tensor, targets: Tensor, acting: Callable[[], AbstractContextManager[Any]] = nullcontext
 ) -> Tensor:
-    """Return log p of k target tokens after each position, float32: (M, k).
+    """Return log p of k target tokens after each position, (M, k) float32.
 
-    hidden: (M, d), from `hidden_at`; targets: (M, k). `acting`: a context for every run of the head, for an
-    adapter that differs from the active one."""
+    hidden: (M, d), from `hidden_at`; targets: (M, k). `acting`: returns a context manager that is entered
+    whenever the head runs, to use an adapter other than the active one."""
     with acting():
         if targets.shape[1] == 1 and _plain_head(model, hidden) is not None:
             return -_head_nll(model, hidden, targets[:, 0])[:, None]
@@ -151,11 +152,12 @@ def compared_logits(
     their_logits: Callable[[slice], Tensor],
     compare: Callable[[Tensor, Tensor, slice], Tensor],
 ) -> Tensor:
-    """Return compare(logits, other logits, places), joined over parts of the places.
+    """Return compare(logits, their logits, rows), computed in chunks of rows.
 
-    hidden: (M, d), from `hidden_at`. `other` returns the other model's logits at some of the places, without
-    a gradient. Logits are float32, cut to the ids of both vocabularies (some bases pad theirs), exist for a
-    few places at a time, and are recomputed in the backward pass."""
+    hidden: (M, d), from `hidden_at`. `their_logits`: returns the other model's logits for a slice of the
+    rows, without a gradient. Logits are float32 and limited to the token ids of both vocabularies, because
+    some bases pad their vocabulary. Only one chunk of logits exists at a time, and the backward pass
+    recomputes the logits."""
 
     def part(ours: Tensor, rows: slice) -> Tensor:
         with torch.no_grad():
@@ -172,11 +174,12 @@ def chunked_logits(
     compute: Callable[[Tensor, slice], Tensor],
     acting: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Tensor:
-    """Return made(logits, places), joined over parts of the places.
+    """Return compute(logits, rows), computed in chunks of rows and concatenated.
 
-    hidden: (M, d), from `hidden_at`. `acting`: as in `target_logps`. Logits are float32, exist for a few
-    places at a time, and are recomputed in the backward pass. A tensor that `made` fills must be in its
-    closure: arguments of a checkpoint are saved for the backward pass, which fails if they have changed."""
+    hidden: (M, d), from `hidden_at`. `acting`: as in `target_logps`. Logits are float32. Only one chunk of
+    logits exists at a time, and the backward pass recomputes the logits. If `compute` fills a tensor, the
+    tensor must be in its closure: checkpointing saves arguments for the backward pass and fails if they have
+    changed."""
 
     def part(rows: slice, x: Tensor) -> Tensor:
         with acting():
@@ -194,7 +197,7 @@ def chunked_logits(
 
 
 def head_logits(model: Any, hidden: Tensor) -> Tensor:
-    """Return the head's float32 logits for `hidden_at`'s output: (M, vocabulary)."""
+    """Return the head's logits for outputs of `hidden_at`, (M, vocabulary) float32."""
     logits: Tensor = model.get_output_embeddings()(hidden)
     cap = getattr(model.config, "final_logit_softcapping", None)
     if cap:
@@ -214,7 +217,7 @@ def _rows_hidden(
 ) -> tuple[Tensor, Tensor]:
     """Return (head inputs that predict the tokens `at`, `at`).
 
-    Both are padded at the end if rounded. The last position can be the end of the rows."""
+    Both are padded at the end if `rounded`. The last index in `at` can be one past the last token."""
     device, count = input_ids.device, len(at)
     if rounded is None:
         weight = model.get_input_embeddings().weight  # oneDNN computes products of 16 bits on the CPU
@@ -229,7 +232,7 @@ def _rows_hidden(
     layout.keep = previous if fast_report(model).keeps else None
     if segments is not None:
         segments.sizes = len(input_ids), len(at)
-    # transformers passes a 4-d mask on unchanged, which avoids an N × N mask. The attention interface of
+    # transformers does not change a 4-d mask, which avoids building an N × N mask. The attention interface of
     # fast.py uses the layout and ignores the mask.
     untouched = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
     out = _decoder(model)(
@@ -240,15 +243,15 @@ def _rows_hidden(
         row_layout=layout,
     )
     hidden = out.last_hidden_state[0]
-    # A last layer that an adapter replaces whole returns all positions, always more, as first tokens are not
-    # trained.
+    # A last layer that an adapter replaces completely returns all positions. Their number is always larger,
+    # because first tokens are not trained.
     return (hidden if len(hidden) == len(at) else hidden[previous]), at
 
 
 def _decoder(model: Any) -> Any:
-    """Return the model below the head.
+    """Return the model without its head.
 
-    Some families' get_decoder returns the whole model."""
+    In some families, get_decoder returns the whole model."""
     decoder = model.get_decoder()
     return model.model if decoder is model else decoder
 
@@ -258,7 +261,8 @@ def padded_nll(
 ) -> Tensor:
     """Return −log p of each trained token, (M,), by the reference implementation.
 
-    The reference uses padded rows, the model's own forward and float32. `correct`: as in `text_loss`."""
+    The reference uses padded rows, the model's original forward and a float32 loss. `correct`: as in
+    `text_loss`."""
     rows = nn.utils.rnn.pad_sequence(list(input_ids.split(list(lengths))), batch_first=True)
     padded = nn.utils.rnn.pad_sequence(list(trained.split(list(lengths))), batch_first=True)
     mask = torch.arange(rows.shape[1])[None] < torch.tensor(list(lengths))[:, None]
@@ -275,7 +279,7 @@ def _logits_nll(logits: Tensor, targets: Tensor, correct: Tensor | None) -> Tens
 
 
 def _head_nll(model: Any, hidden: Tensor, targets: Tensor, correct: Tensor | None = None) -> Tensor:
-    """Return −log softmax(head(hidden))[target]: (M,).
+    """Return −log softmax(head(hidden))[target], (M,).
 
     hidden: (M, d), targets: (M,), correct: (M,) or None."""
     if (weight := _plain_head(model, hidden)) is not None:
@@ -288,7 +292,7 @@ def _head_nll(model: Any, hidden: Tensor, targets: Tensor, correct: Tensor | Non
 
 
 def _plain_head(model: Any, hidden: Tensor) -> Tensor | None:
-    """Return the head's weight if logits are a plain product with it, else None."""
+    """Return the head's weight if the logits are a plain product with it, else None."""
     plain = projection_of(model.get_output_embeddings())
     if plain is None or plain.products or plain.bias is not None or plain.weight.dtype != hidden.dtype:
         return None
@@ -296,10 +300,10 @@ def _plain_head(model: Any, hidden: Tensor) -> Tensor | None:
 
 
 def _beyond(model: Any, lengths: Sequence[int]) -> bool:
-    """Return whether packed rows exceed the limits of Llama 4.
+    """Return whether the rows are too long for Llama 4 to run packed.
 
-    Its chunked attention equals causal attention only within one chunk, and its layers without positions
-    scale by the position in the whole batch from `floor_scale` on."""
+    Llama 4's chunked attention equals causal attention only within one chunk. Its layers without position
+    embeddings scale queries by the position in the whole batch, starting at `floor_scale`."""
     config = model.config.get_text_config()
     chunk, floor = getattr(config, "attention_chunk_size", None), getattr(config, "floor_scale", None)
     if chunk is not None and max(lengths) > chunk:

@@ -1,6 +1,7 @@
-"""Language models built from their configuration, without weights.
+"""Build language models from their configuration, without weights.
 
-model = meta_text_model(config, dtype=torch.bfloat16, quantize="nf4")  on the meta device, as load_text would leave it
+model = meta_text_model(config, dtype=torch.bfloat16, quantize="nf4")  on the meta device, with load_text's
+structure
 groups = tied_weights(folder)                                          parameters of a model folder that share a weight
 """
 
@@ -23,10 +24,10 @@ if TYPE_CHECKING:
 
 
 def meta_text_model(config: PreTrainedConfig, *, dtype: torch.dtype, quantize: str = "") -> Any:
-    """Build the frozen causal language model of `config` in eval mode, with its weights on the meta device and its
-    buffers, with their values, on the CPU.
+    """Build the frozen language model of `config` in eval mode, without weights.
 
-    `quantize`: the linear weights are doubly quantized codes, as `load_text` would make them."""
+    The weights are on the meta device. The buffers are on the CPU and have their values. `quantize`: format
+    of the linear weights, which are then doubly quantized as in `load_text`."""
     from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
 
@@ -43,7 +44,7 @@ def meta_text_model(config: PreTrainedConfig, *, dtype: torch.dtype, quantize: s
 
 
 def _built(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
-    """Build transformers' model of a config.
+    """Return the transformers model of a config.
 
     Raises ConfigError if transformers rejects the config."""
     from transformers import AutoModelForCausalLM
@@ -54,12 +55,12 @@ def _built(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
 
 
 def tied_weights(folder: Path) -> list[list[str]]:
-    """Return groups of parameters that share one weight.
+    """Return groups of parameter names that share one weight.
 
-    folder: a saved transformers model. The model's class decides, even if config.json has no
+    folder: a saved transformers model. The model class determines the groups, even if config.json has no
     `tie_word_embeddings`; the model is built without weights. Returns [] for a folder without a transformers
-    config.json. If transformers does not know the family and only one stored matrix has a row for every
-    token, this matrix counts as shared with the head unless config.json says otherwise."""
+    config.json. If transformers does not know the family and exactly one stored matrix has one row per token,
+    that matrix counts as tied to the head unless config.json says otherwise."""
     import transformers
 
     file = folder / "config.json"
@@ -78,7 +79,7 @@ def tied_weights(folder: Path) -> list[list[str]]:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with loading(), torch.device("meta"):
             model = built._from_config(config) if hasattr(built, "_from_config") else built.from_config(config)
-    except Exception as error:  # any type of error: each class parses its own fields
+    except Exception as error:  # The type can be any, because each class parses its own fields.
         why = " ".join(f"{type(error).__name__}: {error}".split())
         raise BaseError(
             f"transformers cannot build a model from this configuration: {why:.300}", where=str(file)
@@ -90,16 +91,16 @@ def tied_weights(folder: Path) -> list[list[str]]:
 
 
 def text_families() -> frozenset[str]:
-    """Return transformers' model_type of every causal language model."""
+    """Return the `model_type` of every causal language model in transformers."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def meta_text(fields: Mapping[str, Any]) -> Any:
-    """Build the causal language model of a config.json's fields on the meta device.
+    """Build a causal language model on the meta device from a config.json's fields.
 
-    Raises what transformers raises."""
+    Errors from transformers are not caught."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     settings = dict(fields)

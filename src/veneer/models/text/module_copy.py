@@ -1,8 +1,8 @@
-"""A second module tree over the tensors of a base, independent of the first.
+"""Copy the module tree of a base while sharing its weights.
 
-    trained = copy_modules(base)        attach, `fast` and hooks, while `base` is served; weights are shared
+    trained = copy_modules(base)        attach, use `fast` or add hooks, while `base` is served
 
-A server and a training run each modify modules in their own way; neither writes to the weights.
+A server and a training run change their modules independently, and neither writes to the shared weights.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from veneer.ops.quantized import Quantized
 
 
 def copy_modules(base: TextBase) -> TextBase:
-    """Return the base with modules of its own, over the same weights.
+    """Return the base with a copy of its modules over the same weights.
 
-    Changes made to the base's modules are not copied; adapters must not be attached to them."""
+    Replaced forwards and hooks of the original modules are not copied. The original modules must not have
+    adapters attached."""
     model: Any = base.model
     memo: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
@@ -33,7 +34,7 @@ def copy_modules(base: TextBase) -> TextBase:
     with torch.no_grad():
         copied = copy.deepcopy(model, memo)
     for module in copied.modules():
-        module.__dict__.pop("forward", None)  # remove another replacement of the forward
+        module.__dict__.pop("forward", None)  # remove a replaced forward
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             hooks.clear()
     restore_attention(copied)

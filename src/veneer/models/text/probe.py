@@ -1,21 +1,23 @@
 """Determine what a language model and its modules compute by running them.
 
     reference = ReferenceForward.compute(model)      before any module is replaced
-    own.nll_problem(nll)                 "" or which token is off, and by how much
-    own.logits_problem(logits)           the same for whole rows of logits
-    norm_of(module)                      0 or 1 of an RMS norm  y = (0 + w or 1 + w) ⊙ x / √(mean x² + ε), or why none
-    gate_of(module)                      act of a gated MLP      y = down(act(gate(x)) ⊙ up(x)), or why it is none
+    reference.nll_problem(nll)           "", or which token differs and by how much
+    reference.logits_problem(logits)     the same for whole rows of logits
+    norm_of(module)                      0 or 1, for an RMS norm  y = (0 + w or 1 + w) ⊙ x / √(mean x² + ε)
+    gate_of(module)                      act, for a gated MLP     y = down(act(gate(x)) ⊙ up(x))
 
-The whole model runs its own forward on a few padded rows of random tokens. The other forward can use packed
-rows, so that a leak from row to row shows. Attention windows are shortened meanwhile, so that short rows
-exceed them and the cost does not grow with the config. Outputs are compared token by token, in float32. The
-effect of rounding is measured: every row runs twice in one batch, and in the second run each layer's output
-is moved by one unit in the last place, up or down at random. On Gemma 3 270M this changes the loss of a token
-by 1 in bfloat16 and by 1e-4 in float32, so a tolerance from the dtype only would be too wide or too narrow.
+The whole model runs its original forward on a few padded rows of random tokens. The forward under test can
+use packed rows; the comparison then shows whether information leaks from row to row. Attention windows are
+shortened during the test, so that short rows exceed them and the cost does not depend on the config. Outputs
+are compared token by token, in float32. The effect of rounding is measured: every row runs twice in one
+batch, and in the second run each layer's output is moved by one unit in the last place, up or down at random.
+On Gemma 3 270M, this changes the loss of a token by 1 in bfloat16 and by 1e-4 in float32, so a tolerance that
+depends only on the dtype would be too wide or too narrow.
 
-A module's formula does not depend on its weights, so it is tested with weights that identify the formula, on
-a copy or for the length of a call: zeros, ones and extreme values in a norm; small float64 matrices in an
-MLP. The base's own weights cannot tell w ⊙ x̂ from (1 + w) ⊙ x̂ if a few weights are large.
+A module's formula does not depend on its weights, so modules are tested with weights that identify the
+formula: zeros, ones and extreme values in a norm, small float64 matrices in an MLP. These weights are in a
+copy, or are used for one call. With the base's own weights, w ⊙ x̂ and (1 + w) ⊙ x̂ can be too similar if a
+few weights are large.
 """
 
 from __future__ import annotations
@@ -34,21 +36,21 @@ from veneer.core.targets import base_of
 from veneer.ops.device_transfer import in_float64
 
 LENGTHS = (21, 9, 2)
-"""Tokens of the probe's rows.
+"""Lengths of the probe's rows in tokens.
 
-Beyond a short window, beyond it by one, and the shortest row with a loss."""
+The lengths are: far beyond the short window, one token beyond it, and the shortest row that has a loss."""
 
 WINDOW = 8
 _WINDOWS = ("sliding_window", "sliding_window_size", "attention_window_size", "window_size")
 _FACTOR = 8
-"""Allowed deviation of another summation order, in units of measured rounding."""
+"""Allowed deviation for another summation order, relative to measured rounding."""
 
 
 @contextmanager
 def short_windows(model: Any) -> Iterator[None]:
-    """Limit attention windows to WINDOW tokens.
+    """Limit attention windows to WINDOW tokens, inside the with-block.
 
-    In the config and in each module that stores a window."""
+    Changes the config and every module that stores a window."""
     with ExitStack() as undo:
         for holder in (model.config.get_text_config(), *model.modules()):
             for name in _WINDOWS:
@@ -61,10 +63,10 @@ def short_windows(model: Any) -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class ReferenceForward:
-    """A model's own output on the probe.
+    """The output of a model's original forward on the probe.
 
-    `ids`: (N,), packed rows of LENGTHS. `logits`: (N, vocabulary), float32. `moved`: logits with the rounding
-    of every layer perturbed. `eps`: machine epsilon of the model's dtype."""
+    `ids`: (N,), packed rows of LENGTHS. `logits`: (N, vocabulary), float32. `moved`: the logits with a
+    perturbed rounding of every layer. `eps`: machine epsilon of the model's dtype."""
 
     ids: Tensor
     logits: Tensor
@@ -74,7 +76,7 @@ class ReferenceForward:
     @classmethod
     @torch.no_grad()
     def compute(cls, model: Any) -> ReferenceForward:
-        """Run the unmodified model once. Raises the errors of its forward."""
+        """Return the output of the unmodified model. The model's errors are not caught."""
         weight = model.get_input_embeddings().weight
         vocabulary, device = weight.shape[0], weight.device
         generator = torch.Generator().manual_seed(0)
@@ -88,13 +90,13 @@ class ReferenceForward:
 
     @property
     def trained(self) -> Tensor:
-        """(N,) bool: all but the first token of each row."""
+        """The trained tokens, (N,) bool: all but the first token of each row."""
         out = torch.ones_like(self.ids, dtype=torch.bool)
         out[[0, *torch.tensor(LENGTHS).cumsum(0)[:-1].tolist()]] = False
         return out
 
     def nll_problem(self, nll: Tensor) -> str:
-        """Return how `nll` differs from the model's own by more than rounding, or "".
+        """Return how `nll` differs from the reference by more than rounding, or "".
 
         nll: one value for each token of `trained`, computed with short windows."""
         at = self.trained.nonzero()[:, 0]
@@ -106,17 +108,17 @@ class ReferenceForward:
         return self._problem(nll.detach().float()[:, None], expected[:, None], moved[:, None], size, "loss")
 
     def logits_problem(self, logits: Tensor, at: Tensor | None = None) -> str:
-        """Return how logits (tokens, vocabulary) differ, or "".
+        """Return how logits (tokens, vocabulary) differ from the reference, or "".
 
-        at: the tokens before the logits, by default all."""
+        at: indices of the tokens that the logits belong to; by default, all tokens."""
         selected = slice(None) if at is None else at
         expected = self.logits[selected]
         return self._problem(logits.float(), expected, self.moved[selected], expected.abs().amax(1), "largest logit")
 
     def _problem(self, got: Tensor, expected: Tensor, moved: Tensor, size: Tensor, quantity: str) -> str:
-        """Compare each row of `got` with `expected` by its largest deviation.
+        """Return how `got` differs from `expected` in its rows, or "".
 
-        size: (rows,), magnitude of the values that the last rounding applied to."""
+        size: (rows,), magnitude of the values that were rounded last."""
         if got.shape != expected.shape or not torch.isfinite(got).all():
             return f"its {quantity} is not finite" if got.shape == expected.shape else f"it gives {tuple(got.shape)}"
         off = (got - expected).abs().amax(1)
@@ -132,17 +134,17 @@ class ReferenceForward:
 
 
 def near_rows(got: Tensor, expected: Tensor, eps: float) -> bool:
-    """Return whether each row agrees up to rounding.
+    """Return whether the rows agree up to rounding.
 
-    ‖got − wanted‖ ≤ 16·eps·‖wanted‖: a product with another number of rows can sum in another order. `eps`:
-    of the dtype in which both were computed."""
+    ‖got − expected‖ ≤ 16·eps·‖expected‖ for each row, because a product with another number of rows can sum
+    in another order. `eps`: machine epsilon of the dtype of both computations."""
     got, expected = in_float64(got), in_float64(expected)
     return bool(((got - expected).norm(dim=-1) <= 16 * eps * expected.norm(dim=-1)).all())
 
 
 @contextmanager
 def _perturbed_rounding(model: Any, first: int) -> Iterator[None]:
-    """Move layer outputs by one unit in the last place, from row `first` on."""
+    """Move the layers' outputs by one unit in the last place, from row `first` on."""
     generator = torch.Generator().manual_seed(1)
 
     def move(_module: nn.Module, _args: Any, out: Any) -> Any:
@@ -165,13 +167,14 @@ def _perturbed_rounding(model: Any, first: int) -> Iterator[None]:
 
 
 class OtherKind(Exception):
-    """Why a module is not of the tested kind."""
+    """Raised if a module does not compute the tested formula. The message says why."""
 
 
 def norm_parts(module: nn.Module, plus: float) -> tuple[Tensor, float]:
-    """Return (w, ε) of an RMS norm. Raises OtherKind for a norm without a weight.
+    """Return (w, ε) of an RMS norm.
 
-    w is the weight, or `plus` + weight in at least float32, because 16 bits are too few for 1 + w."""
+    w is the weight, or `plus` + weight in at least float32, because 16 bits are too few for 1 + weight.
+    Raises OtherKind for a norm without a weight."""
     weight = getattr(module, "weight", None)
     eps: Any = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, Tensor):
@@ -181,9 +184,9 @@ def norm_parts(module: nn.Module, plus: float) -> tuple[Tensor, float]:
 
 
 def norm_of(module: nn.Module) -> float:
-    """Return what the formula of an RMS norm adds to the weight: 0 or 1.
+    """Return the number that an RMS norm adds to its weight, 0 or 1.
 
-    Raises OtherKind."""
+    Raises OtherKind if the module is not such an RMS norm."""
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, Tensor) or weight.ndim != 1 or not isinstance(eps, float):
@@ -193,8 +196,8 @@ def norm_of(module: nn.Module) -> float:
     generator = torch.Generator().manual_seed(0)
     n = len(weight)
     x, wild = torch.randn(4, n, generator=generator), torch.randn(n, generator=generator)
-    x[1:, : n // 8] *= 30.0  # like real activations: a few channels far larger than the rest,
-    x[3] *= 1e-3  # and a token so small that ε matters
+    x[1:, : n // 8] *= 30.0  # as in real activations, a few channels are far larger than the rest
+    x[3] *= 1e-3  # a token so small that ε matters
     wild[n // 2 :] *= 20.0
     with torch.no_grad():
         tried = [torch.zeros(n), torch.ones(n), wild]
@@ -222,7 +225,7 @@ def _called_with(module: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    """Return whether each element of a is within `tolerance` · |b| of b."""
+    """Return whether each element of a differs from b by at most `tolerance` · |b|."""
     a, b = in_float64(a), in_float64(b)
     return a.shape == b.shape and bool(((a - b).abs() <= tolerance * b.abs() + 1e-30).all())
 
@@ -231,9 +234,9 @@ _PARTS = ("gate_proj", "up_proj", "gate_up_proj")
 
 
 def gate_parts(module: nn.Module) -> tuple[list[nn.Module], nn.Module] | None:
-    """Return a candidate gated MLP's projections: [gate, up] or [both], and down.
+    """Return ([gate, up], down) or ([gate_up], down) of a possible gated MLP.
 
-    None if the module is no candidate."""
+    Returns None if the module does not have these linear projections."""
     children = dict(module.named_children())
     parts = [children[n] for n in _PARTS if n in children]
     down = children.get("down_proj")
@@ -243,9 +246,10 @@ def gate_parts(module: nn.Module) -> tuple[list[nn.Module], nn.Module] | None:
 
 
 def gate_of(module: nn.Module) -> str:
-    """Return the activation of a module with `gate_parts`: silu, gelu or gelu_tanh.
+    """Return the activation of a gated MLP: silu, gelu or gelu_tanh.
 
-    Raises OtherKind."""
+    module: a module for which `gate_parts` found the projections. Raises OtherKind if the module computes
+    something else."""
     act = _activation(module)
     if act is None:
         raise OtherKind("its activation is not silu or gelu")
@@ -275,7 +279,7 @@ def gate_of(module: nn.Module) -> str:
     with torch.no_grad():
         try:
             got = small(x)
-        except Exception as error:  # a module of another kind can raise any error at these sizes
+        except Exception as error:  # With these sizes, a module of another kind can raise any exception.
             raise OtherKind(f"its formula could not be tried: {type(error).__name__}") from None
         if "gate_up_proj" in linears:
             gate, up = linears["gate_up_proj"](x).chunk(2, dim=-1)
@@ -294,7 +298,7 @@ def _activation(module: nn.Module) -> str | None:
     function = getattr(module, "act_fn", getattr(module, "activation_fn", None))
     if not callable(function):
         return None
-    x = torch.linspace(-40, 40, 1001)  # up to where clipped activations clip
+    x = torch.linspace(-40, 40, 1001)  # far enough to reach the limits of clipped activations
     with torch.no_grad():
         y = function(x)
         candidates = _ACTIVATIONS.items()
