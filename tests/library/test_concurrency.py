@@ -1,4 +1,4 @@
-"""Several processes and SIGKILL at any point: commits are complete, and the rest is collected."""
+"""Several processes and SIGKILL at any point: commits are complete, and leftovers are collected."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def test_search_ignores_thumbnails() -> None:
 
 
 def test_the_library_keeps_the_tensors_of_mlx_lm_folders(tmp_path: Path) -> None:
-    """If both tensor files exist, keep PEFT's and leave out mlx-lm's."""
+    """If both tensor files exist, the library keeps PEFT's and drops mlx-lm's."""
     for name in ("adapter_config.json", "adapters.safetensors", "0000100_adapters.safetensors"):
         (tmp_path / name).write_text("{}")
     found = content_of(tmp_path)

@@ -25,7 +25,7 @@ def test_adding_equal_content_creates_no_version(library: Library, tmp_path: Pat
     assert again.version.tags == ["x", "y"]
     assert library.find("support").version == library.find("support@latest").version == 2
     assert library.find("support@1").base == "org/Base"
-    # The first content again, after another: a step back is a version of its own, with the same content.
+    # adding the first content again makes a new version with the same content
     back = library.add(first, "support", describe=read_made)
     assert (back.version.reference, back.version.entry) == ("support@3", a.version.entry)
 
@@ -236,7 +236,7 @@ def test_a_missing_blob_is_an_error_and_can_be_restored(library: Library, tmp_pa
 
 
 def test_an_unusable_index_is_an_error_at_once(tmp_path: Path) -> None:
-    """As on a full or read-only disk: only a locked index is waited for."""
+    """As on a full or read-only disk; only a locked index is retried."""
     open_library(tmp_path / "a").close()
     wal = tmp_path / "a" / "index.sqlite-wal"
     wal.unlink(missing_ok=True)

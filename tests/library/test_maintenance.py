@@ -15,7 +15,8 @@ from veneer.library.store import LocalStore
 
 
 def collect_during(library: Library, monkeypatch: pytest.MonkeyPatch, when: str) -> list[upkeep.GcReport]:
-    """Run `gc(grace=0)` within an add: before its first file is stored, or after its last and before it commits."""
+    """Run `gc(grace=0)` inside an add: before its first file is stored, or between its last file and its
+    commit."""
     own, done = library.store.put, []
 
     def put(path: str, source: Any, sha256: str) -> None:
@@ -34,7 +35,7 @@ def collect_during(library: Library, monkeypatch: pytest.MonkeyPatch, when: str)
 def test_collection_during_an_add_loses_nothing(
     library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str, there: bool
 ) -> None:
-    """`there`: the content is already in the store, without a name."""
+    """`there`: the store already contains the content, without a name."""
     source = made(tmp_path, 1)
     if there:
         library.add(source, "old", describe=read_made)
@@ -49,7 +50,7 @@ def test_collection_during_an_add_loses_nothing(
 def test_a_killed_collection_does_not_break_later_adds(
     library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The collection is killed after it deleted files and before its commit."""
+    """The collection is killed between deleting files and its commit."""
     source = made(tmp_path, 1)
     library.add(source, "old", describe=read_made)
     library.remove("old")

@@ -1,4 +1,5 @@
-"""Databases of every revision since 0010 are migrated once; those of unreleased and of later builds are refused."""
+"""Databases of every revision since 0010 are migrated once; those of unreleased and of later builds are
+refused."""
 
 from __future__ import annotations
 

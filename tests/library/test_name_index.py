@@ -1,4 +1,4 @@
-"""A library's names in memory: current, and available while the database is not."""
+"""A library's names in memory: current, and available during a database outage."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_changes_of_other_processes_are_seen_without_queries(
 
 @contextmanager
 def stopped(url: str) -> Iterator[None]:
-    """Stop all processes of PostgreSQL: it accepts connections and never responds."""
+    """Suspend all PostgreSQL processes: connections are accepted and never answered."""
     folder = re.search(r"host=([^&]+)", url)
     assert folder is not None
     first = int((Path(folder[1]) / "data" / "postmaster.pid").read_text().split()[0])

@@ -17,7 +17,7 @@ from veneer.library.queries import Version
 
 
 def fill(library: Library, folder: Path) -> list[Version]:
-    """Names with one or two versions each, of few bases, kinds, ranks, gains and tags."""
+    """Add names with one or two versions each, of few bases, kinds, ranks, gains and tags."""
     draw, out = random.Random(7), []
     for n in range(24):
         metrics = {"validation_loss_before": 2.0, "validation_loss": draw.choice([1.0, 1.5, 2.5])} if n % 3 else {}

@@ -30,7 +30,7 @@ def other(tmp_path: Path) -> Iterator[Library]:
 
 
 class Hub:
-    """The part of HfApi that the library uses, over a folder."""
+    """The part of HfApi that the library uses, backed by a folder."""
 
     root: Path
     private: dict[str, bool]

@@ -1,10 +1,10 @@
-"""Open, read and write a database: SQLite or PostgreSQL, with SQLAlchemy.
+"""Open, read and write a SQLite or PostgreSQL database with SQLAlchemy.
 
 The library's index and the server's tenants use this module. A commit is on disk when it returns. A writer
-declares at the start of its transaction that it will write, so that SQLite waits for its lock there and
-never in the middle. No wait is unbounded: if PostgreSQL does not respond (stopped, full or unreachable),
+declares at the start of its transaction that it will write, so SQLite waits for its lock at the start and
+never in the middle. Every wait has a limit: if PostgreSQL does not respond (stopped, full or unreachable),
 the statement raises OperationalError after `patience` seconds and the connection is closed. (PostgreSQL's
-own statement_timeout cannot do this when the server is gone.) This module knows no tables.
+own statement_timeout cannot do this when the server is gone.) This module defines no tables.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from veneer.files.rights import make_private
 
 URL_FIX = "a path for SQLite, on a disk with room that may be written to, or postgresql://user:password@host/database"
 PATIENCE = 30.0
-"""Seconds a statement can take, unless a program sets another limit."""
+"""Default limit, in seconds, on one statement."""
 _BUSY_SECONDS = 120
 _CONNECT_SECONDS = 5
 
 
 def Key() -> Any:
-    """Return a text type that compares byte by byte, so that a prefix is a range."""
+    """Return a text type that sorts by bytes, so that a prefix is a range."""
     return String().with_variant(String(collation="C"), "postgresql")
 
 
 def key_columns(*names: str) -> list[Column[Any]]:
-    """Return columns that together are the primary key."""
+    """Return key columns that together form the primary key."""
     return [Column(name, Key(), primary_key=True) for name in names]
 
 
 def columns(kind: Any, *names: str, nullable: bool = False, index: bool = False) -> list[Column[Any]]:
-    """Return columns of one type."""
+    """Return columns that all have the type `kind`."""
     return [Column(name, kind, nullable=nullable, index=index) for name in names]
 
 
@@ -77,7 +77,7 @@ def open_engine(where: str, label: str, patience: float = PATIENCE) -> Engine:
 
 
 def shown_url(where: str) -> str:
-    """Return an address without its password."""
+    """Return a database address without its password."""
     head, at, host = where.rpartition("@")
     return f"{head.rpartition(':')[0] if head.count(':') > 1 else head}{at}{host}"
 
@@ -88,7 +88,7 @@ def _sqlite(url: str, patience: float) -> Engine:
 
     @event.listens_for(engine, "connect")
     def prepare(connection: Any, _: Any) -> None:
-        connection.isolation_level = None  # transactions begin below, not where the driver guesses
+        connection.isolation_level = None  # veneer begins transactions explicitly (below); the driver does not
         _wal(connection)
         connection.execute("PRAGMA synchronous=FULL")
         connection.execute("PRAGMA foreign_keys=ON")
@@ -117,7 +117,7 @@ def _postgresql(url: str, patience: float) -> Engine:
 
 
 def _patient_connection() -> Any:
-    """Return a psycopg connection class that bounds the wait for a response."""
+    """Return a psycopg connection class with a limit on the wait for a response."""
     import psycopg
 
     class Patient(psycopg.Connection[Any]):
@@ -127,7 +127,7 @@ def _patient_connection() -> Any:
             try:
                 return super().wait(_until(gen, time.monotonic() + self.patience), *arguments, **named)
             except _TimedOut:
-                self.pgconn.finish()  # discard a late response
+                self.pgconn.finish()  # close: a late response must not answer another statement
                 message = f"the database did not answer within {self.patience:g} seconds"
                 raise psycopg.OperationalError(message) from None
 
@@ -139,9 +139,9 @@ class _TimedOut(Exception):
 
 
 def _until(gen: Any, deadline: float) -> Generator[Any, Any, Any]:
-    """Drive psycopg's wait generator until the deadline.
+    """Drive psycopg's wait generator and raise _TimedOut after the deadline.
 
-    Polls every tenth of a second."""
+    psycopg wakes the generator every tenth of a second."""
     try:
         event = next(gen)
         while True:
@@ -154,7 +154,7 @@ def _until(gen: Any, deadline: float) -> Generator[Any, Any, Any]:
 
 
 def _wal(connection: Any) -> None:
-    """Switch to WAL, with retries: SQLite does not wait for others that switch too."""
+    """Switch to WAL mode; retry while other connections hold the file."""
     import sqlite3
 
     give_up = time.monotonic() + _BUSY_SECONDS
@@ -170,13 +170,14 @@ def _wal(connection: Any) -> None:
 
 
 def keep_private(engine: Engine) -> None:
-    """Create a SQLite file if missing; restrict it and its side files to this user.
+    """Restrict a SQLite file and its side files to this user.
 
-    See `make_private`. PostgreSQL manages its own users."""
+    Creates the file if it is missing. See `make_private`. PostgreSQL controls access itself, so nothing is
+    done there."""
     if engine.dialect.name == "sqlite" and engine.url.database:
         file = Path(engine.url.database)
         if not file.exists():
-            with contextlib.suppress(OSError):  # opening the file reports the error better
+            with contextlib.suppress(OSError):  # opening the database reports the error more clearly
                 file.touch()
         for each in (file, Path(f"{file}-wal"), Path(f"{file}-shm")):
             if each.is_file():
@@ -184,7 +185,7 @@ def keep_private(engine: Engine) -> None:
 
 
 def database_clock(engine: Engine) -> ColumnElement[float]:
-    """Return seconds since 1970 by the database's clock, which all its clients share."""
+    """Return the database's time in seconds since 1970, equal for all clients."""
     if engine.dialect.name == "postgresql":
         return literal_column("EXTRACT(EPOCH FROM clock_timestamp())::float")
     return literal_column("(julianday('now') - 2440587.5) * 86400.0")
@@ -192,18 +193,18 @@ def database_clock(engine: Engine) -> ColumnElement[float]:
 
 @contextlib.contextmanager
 def reading(engine: Engine) -> Iterator[Connection]:
-    """Return a connection for queries."""
+    """Yield a connection for queries."""
     with engine.connect() as connection:
         yield connection
 
 
 @contextlib.contextmanager
 def write_transaction(engine: Engine, lock: int | None = None) -> Iterator[Connection]:
-    """Run a transaction: committed at the end, or not at all.
+    """Run a transaction that is committed at the end, or rolled back on an exception.
 
-    In SQLite the transaction holds the write lock from its start; in PostgreSQL the advisory lock `lock`,
-    if given. Raises ResourceError if the lock is not available within two minutes, or within the engine's
-    patience if that is less than the default."""
+    In SQLite the transaction holds the write lock from its start. In PostgreSQL the transaction holds the
+    advisory lock `lock`, if given. Raises ResourceError if the lock is not available within two minutes, or
+    within the engine's patience if that is less than the default."""
     with engine.connect().execution_options(write=True) as connection:
         try:
             connection.begin()
@@ -224,7 +225,7 @@ _LOCK_TIMEOUT = "55P03"
 
 
 def _take_lock(connection: Connection, lock: int) -> None:
-    """Take the advisory lock, waiting for other holders."""
+    """Take the advisory lock; wait while another transaction holds it."""
     driver: Any = connection.connection.driver_connection
     patience = driver.patience
     seconds = patience if patience < PATIENCE else _BUSY_SECONDS

@@ -1,7 +1,7 @@
-"""Describe an adapter's files for the library: which files, and their content.
+"""Describe an adapter for the library: list its files and read its card.
 
-`describe_adapter` reads every format that `formats` knows; `Library.add` accepts another function instead.
-This module knows formats; it does not know about names or the index.
+`describe_adapter` reads every format that `formats` supports; `Library.add` accepts another function
+instead. This module does not use names or the index.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from veneer.formats.card import sample_messages
 from veneer.formats.folder import MLX_FILE
 
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors", MLX_FILE, "veneer.json", "README.md")
-"""The files of an adapter's folder that the library stores."""
+"""The files in an adapter's folder that the library stores."""
 _MAX_WORDS = 20_000
 _PICTURE = re.compile(r"data:(image/(?:jpeg|png|webp));base64,([A-Za-z0-9+/=]+)")
 
@@ -31,7 +31,7 @@ class Gain:
 
     before: the loss before training.
     after: the loss of the saved adapter.
-    rewarded: from reinforcement learning, where the loss is minus the mean reward."""
+    rewarded: the losses are from reinforcement learning: minus the mean reward."""
 
     before: float
     after: float
@@ -39,9 +39,9 @@ class Gain:
 
     @property
     def share(self) -> float | None:
-        """Relative change of the loss: −0.38 is a loss 38 % lower.
+        """Return the relative change of the loss: −0.38 means a 38 % lower loss.
 
-        None if the loss has no zero point to measure from."""
+        None for rewards, and for a loss of 0 before training."""
         return self.after / self.before - 1 if self.before > 1e-9 and not self.rewarded else None
 
     def __str__(self) -> str:
@@ -52,7 +52,7 @@ class Gain:
 
 
 def gain_of(card: Mapping[str, Any]) -> Gain | None:
-    """Return the gain from a card; None if the card has no held-out losses."""
+    """Return the gain recorded in a card; None if the card has no held-out losses."""
     metrics = _dict(card, "metrics")
     initial, final = (_number(metrics.get(f"validation_loss{when}")) for when in ("_before", ""))
     rewarded = "reward_failed" in _dict(metrics, "measured")
@@ -62,7 +62,7 @@ def gain_of(card: Mapping[str, Any]) -> Gain | None:
 def card_picture(card: Mapping[str, Any]) -> tuple[str, bytes] | None:
     """Return (media type, bytes) of an image adapter's thumbnail.
 
-    None if the card has none, or if it is not an allowed image type."""
+    None if the card has no thumbnail or the thumbnail's image type is not allowed."""
     match = _PICTURE.fullmatch(str(_dict(card, "extra").get("thumbnail")))
     try:
         return (match[1], base64.b64decode(match[2], validate=True)) if match else None
@@ -71,20 +71,19 @@ def card_picture(card: Mapping[str, Any]) -> tuple[str, bytes] | None:
 
 
 def card_sample(card: Mapping[str, Any]) -> dict[str, str] | None:
-    """Return the base's and the adapter's answers to a held-out prompt.
+    """Return a held-out prompt with the base's and the adapter's completions.
 
-    Keys: `base`, `adapter`, `prompt`.
-
-    None if the card has no sample. `prompt` is the last message only; `card_prompt` returns all messages."""
+    Keys: `prompt`, `base`, `adapter`. `prompt` is the last message only; `card_prompt` returns all messages.
+    None if the card has no sample."""
     sample = _dict(_dict(card, "extra"), "sample")
     texts = {key: text for key in ("prompt", "base", "adapter") if isinstance(text := sample.get(key), str)}
     return texts if len(texts) == 3 else None
 
 
 def card_prompt(card: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Return the messages of the card's prompt; [] if the card has no prompt.
+    """Return the messages of the card's sample prompt; [] if there is none.
 
-    Includes the row's system message."""
+    Includes the system message."""
     return sample_messages(_dict(card, "extra"))
 
 
@@ -93,8 +92,8 @@ class Content:
     """The files of an adapter.
 
     path: the folder or file.
-    files: name -> path of the stored files.
-    left_out: other files in the folder.
+    files: name -> path of the files that the library stores.
+    left_out: names of the other files in the folder.
     """
 
     path: Path
@@ -104,10 +103,10 @@ class Content:
 
 @dataclass
 class AdapterDescription:
-    """The description of an adapter.
+    """What the library records about an adapter.
 
-    digest: core's digest, "" if the format is not understood.
-    card: the fields of core.adapter.Card as JSON; each can be missing."""
+    digest: the adapter's canonical digest, "" if the format is not understood.
+    card: the fields of core.adapter.Card as JSON; any field can be missing."""
 
     digest: str = ""
     format: str = ""
@@ -122,10 +121,10 @@ class AdapterDescription:
         return _texts(self.card.get("parents"))
 
     def columns(self, size: int) -> dict[str, Any]:
-        """Return the row of the index, without the id."""
+        """Return the adapter's row in the table `entries`, without id and manifest."""
         text = {k: str(self.card.get(k) or "") for k in ("base", "base_fingerprint", "kind", "licence", "created")}
         base_name = text["base"].rstrip("/").rpartition("/")[2].lower()
-        # targets are many and not useful in a search
+        # a card lists many targets, and a search for a target name is not useful
         searched = {k: v for k, v in self.card.items() if k != "targets"}
         words = " ".join([self.format, *_leaves(searched)]).lower()[:_MAX_WORDS]
         return {
@@ -143,14 +142,16 @@ class AdapterDescription:
         }
 
     def figures(self) -> dict[str, Any]:
-        """Return the columns that the index sorts by."""
+        """Return the adapter's rank and gain, which the index sorts by."""
         rank, gain = self.card.get("rank"), gain_of(self.card)
         rank_or_0 = rank if type(rank) is int and 0 <= rank < 2**31 else 0
         return {"rank": rank_or_0, "gain": gain.share if gain else None}
 
 
 def content_of(path: Path) -> Content:
-    """Return the files of the adapter at `path`. Raises AdapterError if none."""
+    """Return the files of the adapter at `path`.
+
+    Raises AdapterError if there is no adapter at `path`."""
     if path.is_file():
         return Content(path, {path.name: path}, [])
     if not path.is_dir():
@@ -162,7 +163,7 @@ def content_of(path: Path) -> Content:
         raise AdapterError(f"the folder has no {PEFT_FILES[0]}", where=str(path), fix=fix)
     names = [n for n in PEFT_FILES if (folder / n).is_file()]
     if "adapter_model.safetensors" in names and MLX_FILE in names:
-        names.remove(MLX_FILE)  # PEFT's file is the one to read
+        names.remove(MLX_FILE)  # with both formats in the folder, PEFT's file is read
     left_out = sorted(p.name for p in folder.iterdir() if p.name not in names)
     return Content(folder, {n: folder / n for n in names}, left_out)
 
@@ -170,7 +171,7 @@ def content_of(path: Path) -> Content:
 def describe_adapter(path: Path) -> AdapterDescription:
     """Read an adapter of any format: its canonical digest, its format and its card.
 
-    Raises AdapterError for anything that is not an adapter, or that has a tensor of unknown meaning."""
+    Raises AdapterError if the files are not an adapter, or if the meaning of a tensor is unknown."""
     from veneer.formats.read import read
 
     reading = read(path)
@@ -178,7 +179,9 @@ def describe_adapter(path: Path) -> AdapterDescription:
 
 
 def _dict(card: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """Return a part of a card; {} if it is not a dict, as in cards of other tools."""
+    """Return a dict field of a card; {} for any other value.
+
+    Cards of other tools can have other values."""
     part = card.get(key)
     return part if isinstance(part, dict) else {}
 
@@ -189,7 +192,7 @@ def _texts(value: Any) -> list[str]:
 
 
 def _number(value: Any) -> float | None:
-    """Return a number of a card; None if it is not one."""
+    """Return a card's number as a float; None for any other value."""
     return float(value) if type(value) in (int, float) and abs(value) < 1e9 else None
 
 

@@ -1,12 +1,12 @@
-"""The index: the tables of the library, in SQLite or PostgreSQL, with SQLAlchemy.
+"""The tables of the library's index, in SQLite or PostgreSQL, with SQLAlchemy.
 
     names 1─n versions n─1 entries 1─n files n─1 objects        names 1─n aliases ─1 versions        versions 1─n tags
                            entries 1─n triggers, parents, checks          entries 1─1 figures
 
-An entry is content (a manifest); a version gives an entry a name and a number. An object is a file of the
-store, including the manifest itself. Every write transaction holds the index's one write lock (SQLite's
-own, an advisory lock in PostgreSQL), so writes are serialized; `library` and `upkeep` describe them as
-sequences. This module knows tables and connections; `library` and `upkeep` use them.
+An entry is an adapter's content (a manifest of its files); a version gives an entry a name and a number. An
+object is a file of the store; manifests are objects too. Every write transaction holds the index's single
+write lock (SQLite's own lock, or an advisory lock in PostgreSQL), so only one process writes at a time.
+`library.library` and `library.maintenance` use this module and describe the order of their writes.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ from veneer.library.database import Key, columns, key_columns, open_engine
 from veneer.library.migrate import Schema, migrate
 
 CHANNEL = "veneer_library_names"
-"""PostgreSQL channel that announces changed names."""
+"""PostgreSQL notification channel for changes of names."""
 CONDEMNED = ""
-"""Generation of an object that garbage collection is about to delete."""
+"""Generation that marks an object for deletion by garbage collection."""
 
-_LOCK = 0x76656E656572  # "veneer": the key of PostgreSQL's advisory lock
+_LOCK = 0x76656E656572  # "veneer" in ASCII: the key of PostgreSQL's advisory lock
 
 _INDEX_TABLES = MetaData()
 
@@ -58,7 +58,7 @@ def _table(name: str, *parts: Any) -> Table:
 
 
 def _entry() -> Column[str]:
-    """Return the first key column of a table with details of an entry."""
+    """Return the first key column of a table that has details of entries."""
     return Column("entry", Key(), ForeignKey(entries.c.id, ondelete="CASCADE"), primary_key=True)
 
 
@@ -71,25 +71,25 @@ objects = _table(
     "objects",
     *key_columns("path"),
     *columns(BigInteger, "size"),
-    *columns(Float, "touched"),  # when a process last needed it; seconds since 1970
-    *columns(String, "generation"),  # changes if the object might have been deleted since
+    *columns(Float, "touched"),  # when a process last claimed the object, in seconds since 1970
+    *columns(String, "generation"),  # a new value means that the object can have been deleted in between
 )
 entries = _table(
     "entries",
-    *key_columns("id"),  # the sha256 of the manifest, hexadecimal
+    *key_columns("id"),  # hexadecimal sha256 of the manifest
     Column("manifest", Key(), ForeignKey(objects.c.path), nullable=False, index=True),
-    *columns(Key(), "digest", index=True),  # of the adapter, "sha256:…", "" if its format is not understood
+    *columns(Key(), "digest", index=True),  # the adapter's digest, "sha256:…"; "" if its format is not understood
     *columns(String, "format", "kind"),
-    # base_name: the last part, in lower case
+    # base_name: the last part of the base's name, in lower case
     *columns(Key(), "base", "base_name", "fingerprint", index=True),
     *columns(String, "licence", "created"),
     *columns(BigInteger, "size"),
     *columns(Text, "card", "words"),  # card: JSON; words: searchable text, in lower case
 )
-figures = _table(  # one row per entry, in a separate table because columns after the card are slow to read
+figures = _table(  # one row per entry; a separate table, because columns stored after the long card are slow to read
     "figures",
     _entry(),
-    *columns(Integer, "rank"),  # 0 if pairs have several ranks, or if there are no pairs
+    *columns(Integer, "rank"),  # 0 if the pairs have different ranks or there are no pairs
     *columns(Float, "gain", nullable=True),  # `describe.Gain.share`
 )
 files = _table(
@@ -101,7 +101,7 @@ files = _table(
     *columns(BigInteger, "size"),
 )
 triggers = _table("triggers", _entry(), *key_columns("word"), *columns(Key(), "lower", index=True))
-checks = _table(  # results of the last check of the content
+checks = _table(  # results of the last check of each entry
     "checks",
     _entry(),
     *key_columns("name"),
@@ -145,7 +145,7 @@ def connect(where: str) -> Engine:
 
     where: a path, or a URL such as postgresql://user@host/database.
 
-    Raises ConfigError for a URL that cannot be opened, MissingExtraError without psycopg."""
+    Raises ConfigError if the database cannot be opened, MissingExtraError if psycopg is not installed."""
     engine = open_engine(where, "an index")
     migrate(engine, INDEX_SCHEMA, where)
     return engine
@@ -165,28 +165,29 @@ INDEX_SCHEMA = Schema(
 def index_transaction(engine: Engine) -> Iterator[Connection]:
     """Run a transaction that holds the index's write lock from its start.
 
-    Committed at the end, or not at all. Raises ResourceError if the lock is not available within two minutes.
+    The transaction is committed at the end, or rolled back on an exception. Raises ResourceError if the lock
+    is not available within two minutes.
     """
     with database.write_transaction(engine, _LOCK) as connection:
         yield connection
 
 
 def store_id(connection: Connection) -> str | None:
-    """Return the id that ties the index to its store; None for a new index."""
+    """Return the id of the store that this index belongs to; None for a new index."""
     store: str | None = connection.scalar(select(_meta.c.value).where(_meta.c.key == "store"))
     return store
 
 
 def set_store_id(connection: Connection, store: str) -> None:
-    """Record which store this index belongs to."""
+    """Record the id of the store that this index belongs to."""
     connection.execute(delete(_meta).where(_meta.c.key == "store"))
     connection.execute(insert(_meta), {"key": "store", "value": store})
 
 
 def changed(connection: Connection) -> None:
-    """Announce changed names, so that snapshots in other processes reload them.
+    """Announce changed names, so that other processes reload their copies.
 
-    Runs in the transaction that changes the names."""
+    Call this in the transaction that changes the names."""
     is_revision = _meta.c.key == "revision"
     revision = int(connection.scalar(select(_meta.c.value).where(is_revision)) or 0) + 1
     connection.execute(delete(_meta).where(is_revision))
@@ -196,9 +197,10 @@ def changed(connection: Connection) -> None:
 
 
 def claim(connection: Connection, sizes: Mapping[str, int]) -> dict[str, str]:
-    """Mark objects as needed from now on, and return path -> generation.
+    """Mark objects as in use now, and return path -> generation.
 
-    Runs in a write transaction. An object that keeps its generation has not been deleted since."""
+    Call this in a write transaction. An object that still has the same generation later has not been deleted
+    in between."""
     now, out = time.time(), {}
     for path, size in sorted(sizes.items()):
         row = connection.execute(select(objects.c.generation).where(objects.c.path == path)).first()
@@ -213,14 +215,14 @@ def claim(connection: Connection, sizes: Mapping[str, int]) -> dict[str, str]:
 
 
 def clear(connection: Connection) -> None:
-    """Empty every table except the store's id."""
+    """Delete all rows except the store's id and the revision."""
     for table in reversed(_INDEX_TABLES.sorted_tables):
         if table is not _meta:
             connection.execute(delete(table))
 
 
 def insert_rows(connection: Connection, table: Table, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Insert any number of rows, including none."""
+    """Insert rows; do nothing if there are none."""
     values = [dict(r) for r in rows]
     if values:
         connection.execute(insert(table), values)
@@ -232,7 +234,7 @@ def now_text() -> str:
 
 
 def add_checks(connection: Connection, results: Iterable[tuple[str, str, bool | None, str]]) -> None:
-    """Record checks that ran now: (entry, name, ok, detail)."""
+    """Record the results of checks, (entry, name, ok, detail), with the current time."""
     at = now_text()
     insert_rows(
         connection, checks, ({"entry": e, "name": n, "ok": ok, "detail": d, "at": at} for e, n, ok, d in results)

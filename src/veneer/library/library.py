@@ -1,20 +1,22 @@
-"""The library: adapters under names, versions, aliases and tags.
+"""The library: stored adapters with names, versions, aliases and tags.
 
     library = open_library()                     <veneer home>/library, or VENEER_LIBRARY and VENEER_LIBRARY_INDEX
     library.add("runs/tickets", "support")       support@1
     library.alias("support@1", "prod")           support@prod
     library.resolve("support@prod")              a local path with its files, read-only
 
-`add` is atomic, and safe during garbage collection (`upkeep` has collection's half), because of this order:
+`add` is atomic, and safe while garbage collection runs (`library.maintenance` describes collection), because
+of this order:
 
-    1. hash the files; the manifest of their hashes is the entry, its own sha256 the entry's id
-    2. claim, one transaction: a row in `objects` for each file, touched now; remember each row's generation
+    1. hash the files; the manifest of their hashes is the entry, and the manifest's sha256 is the entry's id
+    2. claim, one transaction: touch a row in `objects` for each file and remember the row's generation
     3. store the files that are not in the store
-    4. commit, one transaction: if a row of step 2 is gone or has another generation, collection ran in between: claim
-       and store that file again, while the write lock blocks collection. Then write entry, version and tags together.
+    4. commit, one transaction: claim and store each file again that was collected in between (its row is gone
+        or
+       has another generation), while the write lock blocks collection. Then write entry, version and tags.
 
-A kill before step 4 leaves unreferenced files for `gc`. This module knows the store and the index;
-`describe_adapter` reads the content of an adapter's files.
+A process killed before step 4 leaves unreferenced files, which `gc` removes. This module uses the store and
+the index; `describe_adapter` reads the adapter's files.
 """
 
 from __future__ import annotations
@@ -64,15 +66,15 @@ MARK = "library.json"
 
 
 class NotInLibrary(AdapterError):
-    """A reference matches nothing in the library; `fix` names the nearest match."""
+    """The library has nothing under this reference; `fix` names the nearest match."""
 
 
 @dataclass
 class Added:
     """The result of `add`.
 
-    new: whether a version was created; False if the name's latest version already has this content.
-    left_out: files of the folder that are not stored."""
+    new: whether a version was created. False if the name's latest version already has this content.
+    left_out: files of the folder that the library does not store."""
 
     version: Version
     new: bool
@@ -81,7 +83,7 @@ class Added:
 
 @dataclass
 class Library:
-    """An open library; `cache` holds a remote store's files on this machine."""
+    """An open library. `cache` holds local copies of a remote store's files."""
 
     location: str
     store: LocalStore | RemoteStore
@@ -100,10 +102,10 @@ class Library:
     # -- reading -------------------------------------------------------------------------------------------------------
 
     def find(self, reference: str) -> Version:
-        """Return the version that a reference means.
+        """Return the version that a reference names.
 
-        Raises NotInLibrary, with the nearest names, if there is none; AdapterError if a digest's prefix
-        matches several adapters; ConfigError for an invalid reference."""
+        Raises NotInLibrary, with the nearest names, if there is no such version; AdapterError if a digest
+        prefix matches several adapters; ConfigError for an invalid reference."""
         with reading(self.engine) as connection:
             return self._find(connection, reference)
 
@@ -129,63 +131,60 @@ class Library:
         return NotInLibrary(f"the library has no adapter {reference!r}", where=self.location, fix=fix)
 
     def knows_base(self, name: str) -> bool:
-        """Return whether an adapter belongs to a base of this name.
+        """Return whether the library has an adapter for a base with this name.
 
-        Or to a path that ends with the name."""
+        A base that is a path matches by the last part of the path."""
         return bool(self.search(base=name, limit=1))
 
     def search(self, text: str = "", **filters: Any) -> list[Version]:
-        """Return the matching versions, by name; see `queries.search` for filters.
+        """Return the matching versions, sorted by name; see `queries.search` for filters.
 
         Without filters: the latest version of each name."""
         with reading(self.engine) as connection:
             return search(connection, text, **filters)
 
     def browse(self, text: str = "", **filters: Any) -> SearchPage:
-        """Return a page of matching versions with counts.
+        """Return a page of matching versions, with counts per facet.
 
         See `queries.browse` for filters."""
         with reading(self.engine) as connection:
             return browse(connection, text, **filters)
 
     def family(self, reference: str) -> AdapterFamily:
-        """Return an adapter's parents, children and versions. Raises as `find`."""
+        """Return an adapter's parents, children and versions. Raises as `find` does."""
         version = self.find(reference)
         with reading(self.engine) as connection:
             return family_of(connection, version)
 
     def size_of_prefix(self, beginning: str) -> int:
-        """Return the bytes of all versions of the names with this prefix."""
+        """Return the total bytes of all versions whose name starts with `beginning`."""
         with reading(self.engine) as connection:
             return size_of_prefix(connection, beginning)
 
     def checks(self, reference: str) -> list[dict[str, Any]]:
-        """Return the results of the last checks of an adapter.
+        """Return the results of an adapter's last checks, which determine its `health`.
 
-        The results determine the adapter's `health`.
-
-        Each has name, ok (None: could not run), detail, at. Raises as `find`."""
+        Each result has name, ok (None if the check could not run), detail and at. Raises the errors of
+        `find`."""
         version = self.find(reference)
         with reading(self.engine) as connection:
             return checks_of(connection, version.entry)
 
     def record_checks(self, entry: str, results: Iterable[tuple[str, bool | None, str]]) -> None:
-        """Replace the recorded checks of an entry's files: (name, ok, detail) each."""
+        """Replace an entry's recorded checks with (name, ok, detail) results."""
         e = ix.entries.c
         with ix.index_transaction(self.engine) as connection:
             connection.execute(delete(ix.checks).where(ix.checks.c.entry == entry))
-            # otherwise collected meanwhile
+            # garbage collection can have removed the entry in between
             if connection.scalar(select(e.id).where(e.id == entry)) is not None:
                 ix.add_checks(connection, ((entry, *each) for each in results))
 
     def resolve(self, reference: str) -> Path:
-        """Return a local read-only path with the adapter's files.
+        """Return a local, read-only path of the adapter: a folder or a single file.
 
-        A folder, or a single file.
-
-        A local store creates links, so nothing is copied. Files of a remote store are downloaded to this
-        machine's cache and checked against their sha256. The path is valid until garbage collection after
-        the last name of the content is removed. Raises NotInLibrary if the adapter does not exist,
+        A local store creates hard links, so no bytes are copied. Files of a remote store are downloaded to
+        this machine's cache and checked against their sha256. The path stays valid until every name of the
+        adapter is removed and garbage collection has run. Raises NotInLibrary if the adapter does not exist,
         AdapterError if its files are missing or damaged, UnavailableError if the store does not respond."""
         version = self.find(reference)
         return self.place(version.reference, version.entry, version.format, self.files(version.entry))
@@ -193,9 +192,9 @@ class Library:
     def place(
         self, reference: str, entry: str, format: str, files: Mapping[str, tuple[str, int]] | None = None
     ) -> Path:
-        """Return a path as `resolve`, for a caller that already knows the entry.
+        """Return a path as `resolve` does, for a caller that already knows the entry.
 
-        Without `files`, they are read from the store's manifest instead of the database."""
+        Without `files`, the file list is read from the store's manifest, not from the database."""
         files = self._manifest(entry) if files is None else files
         local = self.store if isinstance(self.store, LocalStore) else self.cache
         try:
@@ -212,9 +211,9 @@ class Library:
         return folder if len(files) > 1 or format == "peft" else folder / single
 
     def _manifest(self, entry: str) -> dict[str, tuple[str, int]]:
-        """Return name -> (sha256, size) from the manifest in the store.
+        """Return the entry's files, name -> (sha256, size), from the store's manifest.
 
-        Raises AdapterError if the manifest is damaged."""
+        Raises AdapterError if the manifest is missing or damaged."""
         path = manifest_path(entry)
         try:
             raw = self.cache.read(path) if isinstance(self.store, RemoteStore) else self.store.read(path)
@@ -256,12 +255,12 @@ class Library:
     ) -> Added:
         """Store the adapter at `path` as the next version of `name`.
 
-        path: a PEFT folder, a run's folder with one in `adapter/`, or one file. If the latest version
-            already has this content, only the tags are added.
+        If the latest version already has this content, only the tags are added.
 
-        source: where the adapter came from.
-        number: the version number to use if it is free and no other version has the content.
-        describe: reads the files; raises for files that are not an adapter.
+        path: a PEFT folder, a run's folder with a PEFT folder `adapter/`, or a single file.
+        source: a note of where the adapter came from.
+        number: a version number to use. Ignored if the number is taken or the name already has this content.
+        describe: reads the files, and raises if they are not an adapter.
 
         Raises AdapterError, ConfigError."""
         check_name(name)
@@ -292,7 +291,7 @@ class Library:
             current = ix.claim(connection, sizes)
             for target in (t for t in current if current[t] != claimed[t]):
                 self.store.put(target, *sources[target])
-                # collection is blocked here: the store itself lost the file
+                # collection cannot run here, so the store itself lost the file
                 if self.store.size(target) is None:
                     raise AdapterError("the store lost a file", where=f"{self.location}: {target}")
             self.upsert_entry(connection, entry, files, description)
@@ -307,7 +306,7 @@ class Library:
     ) -> None:
         """Insert or update an entry's rows.
 
-        A description with more detail replaces the old one."""
+        An existing entry without a digest is updated if the new description has a digest."""
         stored = connection.execute(select(ix.entries.c.digest).where(ix.entries.c.id == entry)).first()
         values = description.columns(sum(size for _, size in files.values()))
         if stored is None:
@@ -334,9 +333,9 @@ class Library:
     def _number(
         self, connection: Connection, name: str, entry: str, source: str, number: int | None
     ) -> tuple[int, bool]:
-        """Return (number, whether new) of the version of `name` with this entry.
+        """Return (number, created) of the version of `name` that has this entry.
 
-        Created if missing."""
+        Creates the version if there is none."""
         v, n = ix.versions.c, ix.names.c
         stored = connection.execute(select(n.latest, n.next).where(n.name == name)).first()
         latest, following = (stored.latest, stored.next) if stored is not None else (None, 1)
@@ -364,13 +363,15 @@ class Library:
         )
 
     def tag(self, reference: str, *tags: str) -> Version:
-        """Add tags to a version. Raises as `find`, and ConfigError for an invalid tag."""
+        """Add tags to a version.
+
+        Raises the errors of `find`, and ConfigError for an invalid tag."""
         for tag in tags:
             check_tag(tag)
         return self._change(reference, lambda connection, v: self._put_tags(connection, v.name, v.version, tags))
 
     def untag(self, reference: str, *tags: str) -> Version:
-        """Remove tags from a version. Raises AdapterError that lists the missing tags."""
+        """Remove tags from a version. Raises AdapterError for tags that it lacks."""
 
         def change(connection: Connection, v: Version) -> None:
             if missing := sorted(set(tags) - set(v.tags)):
@@ -382,7 +383,7 @@ class Library:
         return self._change(reference, change)
 
     def alias(self, reference: str, alias: str) -> Version:
-        """Point `name@alias` to this version, atomically, replacing the old target."""
+        """Make `name@alias` point to this version. An existing alias moves atomically."""
         check_alias(alias)
 
         def change(connection: Connection, v: Version) -> None:
@@ -393,7 +394,7 @@ class Library:
         return self._change(reference, change)
 
     def _change(self, reference: str, change: Callable[[Connection, Version], None]) -> Version:
-        """Find a version, change it and write its name's record, under the write lock."""
+        """Find a version, change it and store its name's record, under the write lock."""
         with ix.index_transaction(self.engine) as connection:
             version = self._find(connection, reference)
             change(connection, version)
@@ -401,16 +402,16 @@ class Library:
             return self._find(connection, version.reference)
 
     def _write_record(self, connection: Connection, name: str) -> None:
-        """Write a name's record from the index into the store, and announce the change."""
+        """Write a name's record from the index to the store, and announce the change."""
         self.store.replace(f"names/{name}.json", canonical(record(connection, name)))
         ix.changed(connection)
 
     def remove(self, reference: str, *, with_aliases: bool = False) -> list[str]:
-        """Remove a name (`support`), a version (`support@2`) or an alias (`support@prod`)
+        """Remove a name (`support`), version (`support@2`) or alias (`support@prod`).
 
-        A name is removed with all its versions. Removing a version with an alias raises AdapterError,
-        unless `with_aliases`. Files stay until `gc` finds that no version uses them, and for its grace
-        period after this call. Returns what was removed."""
+        Removing a name removes all its versions. Removing a version that has an alias raises AdapterError
+        unless `with_aliases`. `gc` deletes the files once no version uses them and its grace period after
+        this call has passed. Returns the removed references."""
         parsed = parse_reference(reference)
         if parsed.prefix:
             raise ConfigError("a digest can have several names", where=reference, fix="remove them by name")
@@ -448,7 +449,7 @@ class Library:
 
 
 def library_location() -> str:
-    """Return the default library: VENEER_LIBRARY, or `library` in the veneer home."""
+    """Return the default location: VENEER_LIBRARY, or `library` in the veneer home."""
     return os.environ.get("VENEER_LIBRARY") or str(veneer_home() / "library")
 
 
@@ -458,10 +459,10 @@ def open_library(location: str | Path | None = None, index: str | None = None, *
     location: by default VENEER_LIBRARY, or `library` in the veneer home.
     index: a path or database URL; by default VENEER_LIBRARY_INDEX, or index.sqlite in a local library. For
         a remote library, the default is a file in the veneer home, which works for one machine only.
-    check: False is for `upkeep.rebuild`.
+    check: whether the index must belong to this store. `maintenance.rebuild` passes False.
 
-    Raises ConfigError if the index belongs to another store: collection by a wrong index would empty the
-    store."""
+    Raises ConfigError if the index belongs to another store. Garbage collection with the wrong index would
+    delete the store's files."""
     where = str(location or library_location())
     store = open_store(where)
     index = index or os.environ.get("VENEER_LIBRARY_INDEX")
@@ -488,9 +489,9 @@ def open_library(location: str | Path | None = None, index: str | None = None, *
 
 
 def _begin(store: LocalStore | RemoteStore, engine: Engine, where: str) -> str:
-    """Mark a new store with the index's id.
+    """Write the index's id into a new store.
 
-    The index is written first, so that a kill in between does no harm."""
+    The id is written to the index first, so that a kill between the two writes does no harm."""
     with ix.index_transaction(engine) as connection:
         library_id = ix.store_id(connection) or secrets.token_hex(16)
         ix.set_store_id(connection, library_id)

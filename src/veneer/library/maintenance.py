@@ -1,18 +1,19 @@
-"""Upkeep of a library: collect unreferenced files, verify, rebuild the index.
+"""Maintain a library: collect unreferenced files, verify, rebuild the index.
 
-Collection runs during any number of adds and other collections (`library` has the add's half):
+Collection can run during any number of adds and other collections (`library.library` describes add):
 
-    1. entries without a version, not touched within the grace period, lose their rows, in one transaction with
-    2. objects that no entry refers to, not touched within it, are condemned: their generation becomes CONDEMNED
-    3. in batches, one transaction each: objects that are still condemned lose their file, then their row
+    1. delete the rows of entries that have no version and were not touched within the grace period
+    2. in the same transaction, condemn objects that no entry refers to and that were not touched within the
+       grace period: set their generation to CONDEMNED
+    3. in batches, one transaction each: delete the file, then the row, of each object that is still condemned
 
-A claim between 2 and 3 saves an object, because it gives a condemned object a new generation. An add that
-claimed before 2 sees another generation at its commit and stores the file again under the write lock. So
-correctness does not depend on the grace period, on clocks or on the duration of an upload: the grace
-period only saves work and keeps removed content for a while. A kill within 3 leaves condemned rows whose
-files can be gone; a process that claims one checks for the file itself, and an add that had seen the file
-sees the other generation. One case is not covered: a process whose transaction PostgreSQL ended as dead,
-but which keeps deleting its batch. `verify_library` then lists the file as missing.
+A claim between 2 and 3 saves an object, because the claim gives a condemned object a new generation. An add
+that claimed before 2 sees another generation at its commit and stores the file again under the write lock.
+So correctness does not depend on the grace period, on clocks or on the duration of an upload; the grace
+period only saves work and keeps removed content for a while. A kill during 3 can leave condemned rows
+without files; a process that claims such a row checks the file itself, and an add that had seen the file
+sees another generation. One case is not covered: PostgreSQL ends a process's transaction as dead, but the
+process keeps deleting its batch. `verify_library` then lists the files as missing.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ from veneer.library.queries import record
 from veneer.library.store import CHUNK, LocalStore, RemoteStore, blob_path, canonical, manifest_path
 
 _GRACE = 3600.0
-"""Seconds that content is kept after its last name is removed, or after an unfinished add began."""
+"""Seconds that content is kept after its last name is removed or an unfinished add began."""
 
 FILES_CHECK = "files"
-"""The check that an entry's files have the bytes that were added."""
+"""Name of the check that an entry's files are complete and have their sha256."""
 
 _BATCH = 100
 _OBJECT = re.compile(r"(blobs|manifests)/([0-9a-f]{2})/\2[0-9a-f]{62}")
@@ -51,9 +52,9 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass
 class GcReport:
-    """The result of `gc`: what was removed, or would be.
+    """Counts of what `gc` removed, or would remove.
 
-    Entries, files and bytes of the store, and debris."""
+    debris: leftover temporary files, and folders of removed entries."""
 
     entries: int = 0
     files: int = 0
@@ -65,7 +66,7 @@ class GcReport:
 class VerifyReport:
     """The result of `verify_library`.
 
-    Orphans are not faults: no entry refers to these files (yet), and `gc` removes them later."""
+    orphans: files that no entry refers to. They are not errors, and `gc` removes them later."""
 
     files: int = 0
     bytes: int = 0
@@ -82,7 +83,9 @@ class VerifyReport:
 
 @dataclass
 class RebuildReport:
-    """The result of `rebuild`, and what it could not restore, with the reasons."""
+    """The result of `rebuild`.
+
+    lost: what could not be restored, with reasons."""
 
     names: int = 0
     versions: int = 0
@@ -92,8 +95,8 @@ class RebuildReport:
 def gc(library: Library, *, grace: float = _GRACE, dry_run: bool = False) -> GcReport:
     """Remove entries without a name, unreferenced files, and debris.
 
-    Content touched in the last `grace` seconds is kept. `dry_run` only counts. Safe during any other
-    operation, and after a kill."""
+    Content touched in the last `grace` seconds is kept. With `dry_run`, nothing is removed, only counted.
+    Safe to run during any other operation and after a kill."""
     out, cutoff = GcReport(), time.time() - grace
     e, o = ix.entries.c, ix.objects.c
     nameless = ~exists().where(ix.versions.c.entry == e.id)
@@ -128,7 +131,7 @@ def _unused() -> ColumnElement[bool]:
 
 
 def _delete_condemned(library: Library, out: GcReport) -> bool:
-    """Delete one batch of condemned objects.
+    """Delete one batch of condemned objects; return False if there were none.
 
     Files are deleted in the transaction that deletes their rows, so that no claim can come in between."""
     o = ix.objects.c
@@ -145,9 +148,10 @@ def _delete_condemned(library: Library, out: GcReport) -> bool:
 
 
 def _condemn_strays(library: Library, cutoff: float) -> None:
-    """Condemn files without a row in the index.
+    """Condemn stored files that have no row in the index.
 
-    Such files are uploads that ended after their claim was collected, and were then killed."""
+    An upload leaves such a file if its claim was collected before the upload ended and its process was then
+    killed."""
     o = ix.objects.c
     stored = [f for f in _stored(library) if f[2] < cutoff]
     with ix.index_transaction(library.engine) as connection:
@@ -165,11 +169,12 @@ def _stored(library: Library) -> Iterator[tuple[str, int, float]]:
 
 
 def verify_library(library: Library, *, repair: bool = False, log: Callable[[str], None] | None = None) -> VerifyReport:
-    """Compare every file with its sha256, and names' records with the index.
+    """Compare files with their sha256, and stored records of names with the index.
 
-    Results are stored as the adapters' checks.
+    The results are recorded as the adapters' checks.
 
-    repair: remove corrupt files, so that adding the adapter again restores them, and rewrite the records."""
+    repair: remove corrupt files, so that adding the adapter again restores them, and rewrite wrong
+        records."""
     out = VerifyReport()
     referenced = _referenced(library)
     stored = {path: size for path, size, _ in _stored(library)}
@@ -185,7 +190,7 @@ def verify_library(library: Library, *, repair: bool = False, log: Callable[[str
         out.bytes += size
         if log is not None and (at + 1) % 1000 == 0:
             log(f"{at + 1:,} of {len(referenced):,} files")
-    if absent or corrupt:  # files collected meanwhile are not faults
+    if absent or corrupt:  # files that were collected in between are not errors
         referenced = _referenced(library)
     out.missing = [_with_versions(library, path) for path in absent if path in referenced]
     corrupt_now = [path for path in corrupt if path in referenced]
@@ -203,7 +208,7 @@ def verify_library(library: Library, *, repair: bool = False, log: Callable[[str
 
 
 def _record_file_checks(library: Library, missing: set[str], corrupt: set[str]) -> None:
-    """Replace the recorded checks of every entry's files."""
+    """Replace the recorded file check of every entry."""
     e, f = ix.entries.c, ix.files.c
     with ix.index_transaction(library.engine) as connection:
         problems: dict[str, list[str]] = {entry: [] for entry in connection.scalars(select(e.id))}
@@ -217,7 +222,7 @@ def _record_file_checks(library: Library, missing: set[str], corrupt: set[str]) 
 
 
 def _referenced(library: Library) -> dict[str, int]:
-    """Return path -> size of everything that entries refer to."""
+    """Return path -> size of every file that an entry refers to."""
     o = ix.objects.c
     with reading(library.engine) as connection:
         return {row.path: row.size for row in connection.execute(select(o.path, o.size).where(~_unused()))}
@@ -232,7 +237,7 @@ def _hash(store: LocalStore | RemoteStore, path: str) -> str:
 
 
 def _with_versions(library: Library, path: str) -> str:
-    """Return a path with the versions that need it."""
+    """Return a path followed by the versions that use the file."""
     v, f, e = ix.versions.c, ix.files.c, ix.entries.c
     users = select(f.entry).where(f.object == path).union(select(e.id).where(e.manifest == path))
     with reading(library.engine) as connection:
@@ -266,14 +271,14 @@ def _check_records(library: Library, repair: bool, out: VerifyReport) -> None:
         path = f"names/{name}.json"
 
         def correction(c: Connection, name: str = name, path: str = path) -> bytes | None:
-            """Return the correct record; None if the store has it."""
+            """Return the correct record; None if the stored record is correct."""
             correct = canonical(record(c, name))
             return None if _read(library, path) == correct else correct
 
         with reading(library.engine) as connection:
             if correction(connection) is None:
                 continue
-        with ix.index_transaction(library.engine) as connection:  # no process writes the record now
+        with ix.index_transaction(library.engine) as connection:  # under the lock, no process writes the record
             correct = correction(connection)
             if correct is not None and repair:
                 library.store.replace(path, correct)
@@ -288,17 +293,17 @@ def _read(library: Library, path: str) -> bytes | None:
         return None
 
 
-# -- making the index again --------------------------------------------------------------------------------------------
+# -- rebuilding the index ----------------------------------------------------------------------------------------------
 
 
 def rebuild(location: str | Path | None = None, index: str | None = None) -> RebuildReport:
     """Rebuild the index from the store's records and manifests.
 
     Replaces the content of the index in one transaction. A version with a missing manifest or file is left
-    out and listed.
+    out and listed in the result.
 
-    A record is written just before its transaction commits. After a kill between the two, the record is
-    one step ahead of the lost index, never behind."""
+    A record is written just before the transaction that it describes commits. After a kill between the two,
+    the record is one change ahead of the lost index, never behind."""
     out = RebuildReport()
     with open_library(location, index, check=False) as library:
         library_id = json.loads(library.store.read("library.json"))["id"]
@@ -353,9 +358,9 @@ def _restore(library: Library, connection: Connection, fields: dict[str, Any], o
 
 
 def check_record(fields: Any) -> dict[str, Any]:
-    """Validate a name's record from a file.
+    """Return a name's record that was read from a file, after validation.
 
-    Raises AdapterError or ConfigError if it is invalid."""
+    Raises AdapterError or ConfigError if the record is invalid."""
     try:
         if fields["veneer-name"] != 1:
             raise AdapterError(f"a record of version {fields['veneer-name']!r}, and this veneer knows 1")
@@ -377,9 +382,9 @@ def check_record(fields: Any) -> dict[str, Any]:
 
 
 def parse_manifest(raw: bytes, entry: str) -> dict[str, tuple[str, int]]:
-    """Return name -> (sha256, size) of a manifest.
+    """Return the files of a manifest, name -> (sha256, size).
 
-    Raises AdapterError for bytes with another sha256, or that are not a manifest."""
+    Raises AdapterError if the bytes have another sha256 or are not a manifest."""
     if (sha256 := hashlib.sha256(raw).hexdigest()) != entry:
         raise AdapterError(f"the manifest has sha256 {sha256}, not {entry}")
     try:

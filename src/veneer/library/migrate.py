@@ -1,12 +1,12 @@
 """Migrate a database's tables to the current revision.
 
-A folder holds one Alembic script per revision (v0010.py and on), and a table of the database holds the
-revision. A new database gets the current tables at once. Everything runs in one transaction under the
-database's own lock: two processes that start together migrate once, and a kill leaves the tables
+A folder holds one Alembic script per revision (v0010.py and later), and a table of the database records the
+current revision. A new database is created with the current tables directly. A migration is one transaction
+under the database's own lock: two processes that start together migrate once, and a kill leaves the tables
 unchanged.
 
-Every later build can read revision 0010 and later: builds add scripts and never remove one. A database of
-an earlier, unreleased build is refused with instructions, and so is the database of a later build."""
+Every later build can migrate revision 0010 and later, because builds add scripts and never remove one. A
+database from an earlier, unreleased build or from a later build is refused with instructions."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from veneer.library.database import URL_FIX, keep_private, reading, shown_url, w
 
 @dataclass(frozen=True)
 class Schema:
-    """The tables of a database.
+    """The tables of a database, and how they are created and migrated.
 
-    what: names the database in errors.
-    scripts: the folder of the revisions.
-    table: the table with the revision.
+    what: the name of the database in error messages.
+    scripts: the folder of the revision scripts.
+    table: the table that records the revision.
     lock: the key of PostgreSQL's advisory lock.
-    first: what a new database needs besides `tables`.
+    first: creates what a new database needs besides `tables`.
     older: instructions for a database of an unreleased build.
-    private: other users of this machine cannot read the database."""
+    private: whether to keep other users of this machine from reading the database."""
 
     what: str
     tables: MetaData
@@ -48,15 +48,15 @@ class Schema:
 
     @property
     def version_table(self) -> Table:
-        """Return the revision's table, as Alembic defines it."""
+        """Return the table that records the revision, as Alembic defines it."""
         return Table(self.table, MetaData(), Column("version_num", String(32), primary_key=True))
 
 
 def append_only(connection: Connection, tables: Sequence[str], subject: str, function: str) -> None:
-    """Make the database refuse to change or delete rows of these tables.
+    """Make the database refuse updates and deletes on these tables.
 
-    what: as in "the audit log is".
-    function: the function that PostgreSQL's triggers call."""
+    subject: the start of the error message, such as "the audit log is".
+    function: the name for the function that PostgreSQL's triggers call."""
     if connection.dialect.name == "postgresql":
         connection.exec_driver_sql(
             f"CREATE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS "
@@ -79,8 +79,8 @@ def append_only(connection: Connection, tables: Sequence[str], subject: str, fun
 def migrate(engine: Engine, schema: Schema, where: str) -> None:
     """Migrate the tables to the current revision.
 
-    Raises ConfigError for a database of an unreleased or a later build, and for a database that cannot be
-    opened; the engine is then disposed of."""
+    Raises ConfigError, and disposes of the engine, if the database cannot be opened or is from an unreleased
+    or a later build."""
     if schema.private:
         keep_private(engine)
     try:
@@ -100,7 +100,7 @@ def migrate(engine: Engine, schema: Schema, where: str) -> None:
 
 
 def revision(connection: Connection, schema: Schema) -> str | None:
-    """Return the revision that the database holds; None if it holds none."""
+    """Return the revision recorded in the database; None for a database without one."""
     if not inspect(connection).has_table(schema.table):
         return None
     number: str | None = connection.scalar(select(schema.version_table.c.version_num))
@@ -110,7 +110,7 @@ def revision(connection: Connection, schema: Schema) -> str | None:
 def _migrate(connection: Connection, schema: Schema) -> None:
     """Migrate in a transaction that holds the lock.
 
-    Another process can have migrated just before."""
+    Does nothing if another process migrated the database just before."""
     number, revisions = revision(connection, schema), schema.revisions
     if number == revisions[-1]:
         return

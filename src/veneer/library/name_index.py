@@ -1,17 +1,17 @@
 """All names of a library in memory, for servers that cannot query per request.
 
-    with Snapshot(library) as names:
-        names.now.find(parse_reference("support@prod"))        immediate, whatever the database does
-        await names.fresh()                                    usually everything committed before this call
+    with NameIndex(library) as names:
+        names.now.find(parse_reference("support@prod"))        immediate, even if the database does not respond
+        await names.fresh()                                    usually includes every commit before this call
 
-A thread reloads the names when they change. With SQLite, callers that need current names ask the thread,
-which compares `data_version`, a number that changes when another connection commits. With PostgreSQL the
-thread listens: every change of names increments the index's revision and notifies, and the thread also
-checks the revision each second. While the database does not respond, the last names stay valid and no call
-waits.
+A thread reloads the names when they change. With SQLite, a caller that needs current names wakes the
+thread, which compares `data_version`, a number that changes when another connection commits. With PostgreSQL
+the thread listens for notifications: every change of names increments the index's revision and notifies, and
+the thread also checks the revision each second. While the database does not respond, the last loaded names
+stay valid and no call waits.
 
-A reload takes 0.5 s for 100,000 versions; the thread then pauses for the time the reload took. Cards are
-not read. This module knows the index; it does not know about the store.
+A reload takes 0.5 s for 100,000 versions; the thread then pauses for as long as the reload took. The names do
+not include cards. This module uses the index, not the store.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from veneer.library.names import Reference
 _log = logging.getLogger("veneer.library")
 
 PATIENCE = 0.5
-"""Maximum seconds that `fresh` waits."""
+"""Maximum seconds that `fresh` waits for the database."""
 _EVERY = 1.0
 
 
@@ -47,8 +47,8 @@ _EVERY = 1.0
 class NamedVersion:
     """One version of a name.
 
-    digest: the adapter's, "" if it could not be read.
-    entry: the sha256 of its manifest."""
+    digest: the adapter's digest, "" if the adapter could not be read.
+    entry: the sha256 of the version's manifest."""
 
     name: str
     version: int
@@ -65,7 +65,7 @@ class NamedVersion:
 
 
 class Names:
-    """The names at one moment; `find` returns what `queries.find_versions` does."""
+    """The names at one moment; `find` matches as `queries.find_versions` does."""
 
     def __init__(
         self, versions: Iterable[NamedVersion] = (), latest: Iterable[tuple[str, int]] = (), aliases: Iterable[Any] = ()
@@ -75,7 +75,7 @@ class Names:
         self._aliases: dict[tuple[str, str], int] = {(name, alias): version for name, alias, version in aliases}
 
     def find(self, reference: Reference) -> NamedVersion | None:
-        """Return a version; None if no version matches, or a digest's prefix is ambiguous."""
+        """Return a version; None if no version matches or a digest prefix is ambiguous."""
         if reference.prefix:
             return self._by_digest(reference.prefix)
         if reference.alias:
@@ -85,7 +85,7 @@ class Names:
         return None if version is None else self._kept.get((reference.name, version))
 
     def latest(self, fingerprint: str) -> list[NamedVersion]:
-        """Return the latest version of each name for this base, by name."""
+        """Return the latest version of each name that is for this base, sorted by name."""
         versions = (self._kept.get(key) for key in self._latest.items())
         return sorted((k for k in versions if k is not None and k.fingerprint == fingerprint), key=lambda k: k.name)
 
@@ -99,9 +99,9 @@ class Names:
 
     @cached_property
     def _digests(self) -> list[tuple[str, NamedVersion]]:
-        """Return sorted digests, and entries written as digests.
+        """Return sorted (digest, version) pairs; an entry's id also counts as a digest.
 
-        Of the versions of one adapter, the last added counts."""
+        If several versions have the same adapter, the pair has the version that was added last."""
         newest: dict[str, NamedVersion] = {}
         by_name = sorted(self._kept.values(), key=lambda k: (k.name, -k.version))
         for k in sorted(by_name, key=lambda k: k.added, reverse=True):
@@ -111,7 +111,7 @@ class Names:
 
 
 def read(connection: Connection) -> Names:
-    """Return the current names."""
+    """Read the current names from the index."""
     v, e, a, n = ix.versions.c, ix.entries.c, ix.name_aliases.c, ix.names.c
     columns = (v.name, v.version, v.entry, v.added, e.digest, e.format, e.fingerprint, e.base)
     versions = [
@@ -127,13 +127,13 @@ def read(connection: Connection) -> Names:
 class NameIndex:
     """The names of one library, and the thread that reloads them.
 
-    Loads once before the constructor returns; raises as the index does."""
+    The constructor loads the names once, and raises the database's errors."""
 
     def __init__(self, library: Library, *, patience: float = PATIENCE) -> None:
         self.engine, self.patience = library.engine, patience
         self.listens = self.engine.dialect.name == "postgresql"
         self.away = False
-        """Whether the last query of the database failed."""
+        """Whether the database failed to respond to the last query."""
         self._mark: object = None
         self._lock, self._stop, self._wake = threading.Lock(), threading.Event(), threading.Event()
         self._waiting: list[Future[None]] = []
@@ -152,14 +152,14 @@ class NameIndex:
 
     @property
     def now(self) -> Names:
-        """The names as last loaded."""
+        """The names as of the last load."""
         return self._names
 
     async def fresh(self) -> Names:
-        """Return the names after a check that began after this call.
+        """Return the names, after a check for changes that begins after this call.
 
-        If the database does not respond within `patience`, returns the last names. With PostgreSQL, which
-        announces changes, returns at once."""
+        Returns the last loaded names if the database does not respond within `patience`. With PostgreSQL,
+        which announces changes, returns at once."""
         if (checked := self._request_check()) is not None:
             try:
                 async with asyncio.timeout(self.patience):
@@ -169,9 +169,10 @@ class NameIndex:
         return self._names
 
     def refreshed(self) -> Names:
-        """Run `fresh` for a thread that can block.
+        """Return the names as `fresh` does, for a thread that can block.
 
-        Also checks PostgreSQL, because the caller can know of a new name already."""
+        Also checks with PostgreSQL, because the caller can already know of a name that PostgreSQL has not
+        announced."""
         if (checked := self._request_check(postgresql_too=True)) is not None:
             try:
                 checked.result(self.patience)
@@ -191,7 +192,7 @@ class NameIndex:
     def close(self) -> None:
         self._stop.set()
         self._wake.set()
-        self._thread.join(5)  # a thread waiting for an unreachable database ends by itself
+        self._thread.join(5)  # a thread that is blocked on the database ends with the process
 
     # -- the thread ----------------------------------------------------------------------------------------------------
 
@@ -206,7 +207,7 @@ class NameIndex:
                             _log.warning("the library's index responds again")
                         self.away = logged = False
                         self._wait(driver)
-            except Exception as error:  # whatever the driver raises: the last names stay valid
+            except Exception as error:  # any error of the driver: keep the names loaded last
                 self.away = True
                 if not logged and not self._stop.is_set():
                     _log.warning("the library's index does not respond; the names read last are used: %s", error)
@@ -217,9 +218,9 @@ class NameIndex:
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[Any]:
-        """Yield the driver's own connection, outside the pool and any transaction."""
+        """Yield a driver connection that is not in the pool or in a transaction."""
         raw = self.engine.raw_connection()
-        self._mark = None  # SQLite counts per connection
+        self._mark = None  # SQLite's data_version is per connection
         driver: Any = raw.driver_connection
         raw.detach()
         try:
@@ -231,7 +232,7 @@ class NameIndex:
             raw.close()
 
     def _wait(self, driver: Any) -> None:
-        """Wait for a request, a notice or one second."""
+        """Wait for a request, a notification or one second."""
         if not self.listens:
             self._wake.wait(_EVERY)
             return
@@ -257,7 +258,7 @@ class NameIndex:
             self._complete(requests)
 
     def _version(self, driver: Any) -> object:
-        """Return a value that changes when names change."""
+        """Return a value that changes when the names change."""
         if self.listens:
             row = driver.execute("SELECT value FROM library_meta WHERE key = 'revision'").fetchone()
             return None if row is None else row[0]

@@ -1,4 +1,4 @@
-"""The grammar of names, `[namespace/]name[@version|@alias]`, and their meaning.
+"""Syntax and meaning of adapter names: `[namespace/]name[@version|@alias]`.
 
     support            the latest version of the name `support`
     support@latest     the same
@@ -7,16 +7,16 @@
     acme/support@2     version 2 of `support` in the namespace `acme`, another name than `support`
     sha256:3fa9c1      the adapter (or the entry) whose digest starts with these digits
 
-OpenAI's names of fine-tuned models, with the base first and the namespace as the organization:
+OpenAI's names of fine-tuned models start with the base; their organization is the namespace:
 
     ft:smollm2-135m:acme:support:kq7vz2mh                  acme/support-kq7vz2mh
     ft:smollm2-135m::support:kq7vz2mh:ckpt-step-40         support-kq7vz2mh@ckpt-step-40
     ft:smollm2-135m:acme::kq7vz2mh                         acme/kq7vz2mh
 
-The library, a server's adapters, routes, limits, prices and HTTP bodies use only these names. In a
-library, names become file names and are therefore lower case. A name that a server only loads can have
-capitals (`cased`), as clients of other servers send them. Parts contain no separator of paths, URLs or
-mixes. This module knows only text.
+The library, a server's adapters, routes, limits, prices and HTTP bodies all use these names. Library names
+become file names, so they are lower case. A name that only a server uses can have capitals (`cased`),
+because clients of other servers send them. No part of a name can contain a separator of paths, URLs or
+mixes. This module only parses text.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ _PREFIX = re.compile(r"sha256:[0-9a-f]{4,64}")
 _TUNED = re.compile(r"ft:([^:@]{1,200}):([^:@/]*):([^:@/]*):([^:@/]+)(?::ckpt-step-(\d{1,9}))?")
 _LETTERS = "bcdfghjkmpqrstvwxz"
 _TUNED_LAST = re.compile(rf"(?:(.+)-)?([{_LETTERS}][{_LETTERS}2-9]{{7}})")
-"""The library name of a fine-tuned adapter. No id reads as a number, which would be a strength after the
-last colon of an `ft:` name."""
+"""The library name of a fine-tuned adapter. An id never looks like a number, because a number after the
+last colon of an `ft:` name is read as a strength."""
 _RESERVED = {"latest", "con", "prn", "aux", "nul"}
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A parsed reference: a digest's prefix, or a name with a version or an alias.
+    """A parsed reference: a digest prefix, or a name with a version or an alias.
 
-    The name includes its namespace. Without version and alias: the latest version."""
+    The name includes its namespace. Without version and alias, the reference means the latest version."""
 
     name: str = ""
     version: int | None = None
@@ -56,7 +56,7 @@ class Reference:
 class TunedName:
     """OpenAI's name of a fine-tuned model: `ft:BASE:ORGANISATION:SUFFIX:ID`.
 
-    A checkpoint (`step`) adds `:ckpt-step-N`. The organization is a namespace; organization and suffix can
+    A checkpoint (`step`) adds `:ckpt-step-N`. The organization is the namespace. Organization and suffix can
     be empty."""
 
     base: str
@@ -71,26 +71,26 @@ class TunedName:
 
     @property
     def last(self) -> str:
-        """The name in the library, without its namespace."""
+        """The library name, without its namespace."""
         return f"{self.suffix}-{self.id}" if self.suffix else self.id
 
     @property
     def reference(self) -> str:
-        """The reference in the library."""
+        """The library reference."""
         name = f"{self.organisation}/{self.last}" if self.organisation else self.last
         return name if self.step is None else f"{name}@{checkpoint_alias(self.step)}"
 
 
 def new_tuned(base: str, organisation: str, suffix: str) -> TunedName:
-    """Return a name with a new random id."""
+    """Return a name for a new fine-tuned model, with a random id."""
     id = secrets.choice(_LETTERS) + "".join(secrets.choice(_LETTERS + "23456789") for _ in range(7))
     return TunedName(base, organisation, suffix, id)
 
 
 def tuned_of(base: str, name: str) -> TunedName | None:
-    """Return OpenAI's name for a library adapter.
+    """Return OpenAI's name for an adapter in the library.
 
-    None if `new_tuned` did not make the name."""
+    None if the library name does not have the form that `new_tuned` creates."""
     organisation, _, last = name.rpartition("/")
     match = _TUNED_LAST.fullmatch(last)
     name_of_last = None if match is None else TunedName(base, organisation, match[1] or "", match[2])
@@ -98,12 +98,12 @@ def tuned_of(base: str, name: str) -> TunedName | None:
 
 
 def organisation_of(tenant: str) -> str:
-    """Return OpenAI's organization id of a tenant, or of the operator."""
+    """Return OpenAI's organization id for a tenant; an empty tenant is the operator."""
     return f"org-{tenant or 'veneer'}"
 
 
 def checkpoint_alias(step: int) -> str:
-    """Return the alias of an adapter's checkpoint."""
+    """Return the alias for the checkpoint of a step."""
     return f"ckpt-step-{step}"
 
 
@@ -117,9 +117,9 @@ def parse_tuned(text: str) -> TunedName | None:
 
 
 def parse_reference(text: str, *, cased: bool = False) -> Reference:
-    """Parse a reference. Raises ConfigError for an invalid one.
+    """Parse a reference. Raises ConfigError if it is invalid.
 
-    cased: names can have capitals."""
+    cased: allow capitals in names."""
     if (tuned := parse_tuned(text)) is not None:
         text = tuned.reference
     if text.startswith("sha256:"):
@@ -137,20 +137,20 @@ def parse_reference(text: str, *, cased: bool = False) -> Reference:
 
 
 def name_of(reference: str) -> str:
-    """Return a reference's name without its version.
+    """Return a reference's name without version or alias.
 
-    Limits, prices and grants use this name."""
+    Limits, prices and permissions apply to this name."""
     tuned = parse_tuned(reference)
     return (reference if tuned is None else tuned.reference).partition("@")[0]
 
 
 def likely_name(text: str) -> str:
-    """Return a valid library name close to `text`; "" if nothing is left."""
+    """Return a valid library name similar to `text`; "" if no character is usable."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:100].strip("-")
 
 
 def check_name(name: str, *, cased: bool = False) -> None:
-    """Raise ConfigError unless `name` is a valid name, or namespace/name."""
+    """Raise ConfigError unless `name` is a valid name, with or without a namespace."""
     text = name.lower() if cased and name.isascii() else name
     namespace, slash, last = text.rpartition("/")
     if not _is_part(last, _NAME) or (slash and not _is_namespace(namespace)):
@@ -173,7 +173,7 @@ def check_namespace(namespace: str) -> None:
 
 
 def _is_namespace(text: str) -> bool:
-    # .json is for the records of names: names/support.json
+    # names of records end in .json (names/support.json), so a folder for a namespace must not
     return _is_part(text, _NAMESPACE) and not text.endswith(".json")
 
 
@@ -182,7 +182,7 @@ def _is_part(text: str, pattern: re.Pattern[str]) -> bool:
 
 
 def check_alias(alias: str) -> None:
-    """Raise ConfigError for an invalid alias; an alias cannot look like a version."""
+    """Raise ConfigError for an invalid alias. An alias must not look like a version."""
     if not _ALIAS.fullmatch(alias) or alias in _RESERVED:
         raise ConfigError(
             f"{alias!r} cannot be an alias",
@@ -197,7 +197,7 @@ def check_tag(tag: str) -> None:
 
 
 def check_file_name(name: str) -> None:
-    """Raise ConfigError for a name that is not a plain file name on every system."""
+    """Raise ConfigError unless `name` is a valid file name on every operating system."""
     plain = name not in ("", ".", "..") and not any(c in '/\\:*?"<>|' or ord(c) < 32 or ord(c) == 127 for c in name)
     try:
         plain = plain and len(name.encode("utf-8")) <= 200

@@ -1,6 +1,6 @@
-"""Queries of the index: references, searches and records of names.
+"""Query the index: references, searches and records of names.
 
-This module knows the tables; it does not know about the store.
+This module reads the index's tables and does not use the store.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ Order = Literal["name", "added", "gain", "size", "rank"]
 """Sort order of a search: by name, or newest, largest gain, largest size or highest rank first."""
 _ORDERS: tuple[Order, ...] = get_args(Order)
 _HEALTHS = ("sound", "faulty", "unknown")
-"""Result of the last check of an adapter's files; unknown if none has run."""
+"""Possible results of an adapter's last checks; unknown if no check has run."""
 
 _T = TypeVar("_T")
-_SOME = 500  # values in one IN list
+_SOME = 500  # maximum number of values in an IN list
 
 
 @dataclass
 class Version:
-    """One version of a name, with the description of its content.
+    """One version of a name, with a description of its content.
 
     entry: the manifest's sha256.
-    digest: the adapter's, "" if it could not be read.
-    size: bytes of all its files.
-    rank: 0 if its pairs have several ranks, or if it has none.
-    gain: relative change of the held-out loss (`describe.Gain`).
+    digest: the adapter's digest, "" if the adapter could not be read.
+    size: total bytes of its files.
+    rank: 0 if its pairs have different ranks or there are no pairs.
+    gain: relative change of the held-out loss (`describe_files.Gain`).
     health: sound, faulty or unknown.
     aliases: the aliases that point to this version."""
 
@@ -88,9 +88,9 @@ class Version:
 class SearchPage:
     """A page of search results.
 
-    total: number of matches.
-    facets: for base, kind, rank, tag and health, value -> number of matches if that value replaced the
-        current one, most frequent first."""
+    total: number of matches on all pages.
+    facets: for base, kind, rank, tag and health: value -> number of matches if this value were the filter,
+        most frequent first."""
 
     versions: list[Version]
     total: int
@@ -102,7 +102,7 @@ class AdapterFamily:
     """The parents, children and versions of an adapter.
 
     unknown: digests of parents that are not in the library.
-    versions: all versions of its name, newest first.
+    versions: all versions of the adapter's name, newest first.
     """
 
     parents: list[Version]
@@ -111,7 +111,7 @@ class AdapterFamily:
     versions: list[Version]
 
     def names(self) -> dict[str, list[str]]:
-        """Return references for JSON; digests for parents that are not in the library."""
+        """Return references by role for JSON, and the digests of unknown parents."""
         known_versions = {"parents": self.parents, "children": self.children, "versions": self.versions}
         return {role: [v.reference for v in versions] for role, versions in known_versions.items()} | {
             "unknown_parents": self.unknown
@@ -140,10 +140,10 @@ def _with_content(query: Select[Any]) -> Select[Any]:
 
 
 def find_versions(connection: Connection, reference: Reference) -> list[Version]:
-    """Return the version that a reference means, if any.
+    """Return the versions that a reference names.
 
-    For a digest's prefix that matches several adapters, one version of each. Of several versions of one
-    adapter, the last added."""
+    There is at most one, except for a digest prefix. A digest prefix can match several adapters; the result
+    then has one version of each adapter, the version that was added last."""
     v, e, a, n = ix.versions.c, ix.entries.c, ix.name_aliases.c, ix.names.c
     if reference.prefix:
         rows = connection.execute(
@@ -174,15 +174,16 @@ def search(
     offset: int = 0,
     **more: Any,
 ) -> list[Version]:
-    """Return the versions that match every filter, by name and version.
+    """Return the versions that match every filter, sorted by name and version.
 
     Only the latest version of each name, unless `all_versions`.
 
-    text: each word appears in name, tags or card (base, trigger words, licence, …), in any case.
-    tags: the version has all of them.
-    base: the base's name, in full or its last part, or a prefix of its fingerprint.
-    more: name, a prefix of the version's name; trigger, one of its trigger words, in any case; parent, the
-        digest of an adapter it was made from, or a prefix; all_versions."""
+    text: every word must appear in the name, a tag or the card (base, trigger words, licence, …); case does
+        not matter.
+    tags: the version must have all of these tags.
+    base: the base's full name, the last part of its name, or a prefix of its fingerprint.
+    more: name (a prefix of the version's name), trigger (one of its trigger words, in any case), parent
+        (the digest of a parent, or a prefix), all_versions."""
     conditions = [*_fitting(text, **more), *_tagged(tags), *_of_base(base)]
     return _page(connection, conditions, (), limit, offset)
 
@@ -196,7 +197,7 @@ def _page(
 ) -> list[Version]:
     """Return the matching versions.
 
-    Keys are selected first, because sorting whole rows, with cards, is slow."""
+    The keys are selected and sorted first, because sorting whole rows with cards is slow."""
     v = ix.versions.c
     keys = _with_content(select(v.name, v.version)).where(*conditions).order_by(*order, v.name, v.version)
     page = [tuple(row) for row in connection.execute(keys.limit(limit).offset(offset))]
@@ -226,9 +227,9 @@ def browse(
     """Return a page of the versions that match every filter, with counts per facet.
 
     text, base, tags and `more` (name, trigger, parent, all_versions): as in `search`.
-    kind: text or image. rank: 0 for several ranks. health: sound, faulty or unknown.
-    without: exclude versions with a tag that starts with this.
-    can_access: reference -> whether the principal can see the version; None for all.
+    kind: text or image. rank: 0 for adapters with several ranks. health: sound, faulty or unknown.
+    without: leave out versions that have a tag with this prefix.
+    can_access: reference -> whether the principal can see the version; None: all are visible.
 
     Raises ConfigError for an unknown order or health."""
     for facet, value, allowed in (("order", order, _ORDERS), ("health", health, ("", *_HEALTHS))):
@@ -280,7 +281,7 @@ def browse(
 
 
 def family_of(connection: Connection, version: Version) -> AdapterFamily:
-    """Return the relatives of a version, by the digests in cards."""
+    """Return a version's parents, children and versions, by the digests in cards."""
     v, e, p = ix.versions.c, ix.entries.c, ix.parents.c
 
     def select_versions(condition: ColumnElement[bool]) -> list[Version]:
@@ -299,15 +300,15 @@ def family_of(connection: Connection, version: Version) -> AdapterFamily:
 
 
 def size_of_prefix(connection: Connection, beginning: str) -> int:
-    """Return the bytes of all versions of names with this prefix.
+    """Return the total bytes of all versions whose name starts with `beginning`.
 
-    Shared content counts once per version."""
+    Content that several versions share counts for each of them."""
     query = _with_content(select(func.sum(ix.entries.c.size))).where(_begins(ix.versions.c.name, beginning, "\x7f"))
     return int(connection.scalar(query) or 0)
 
 
 def checks_of(connection: Connection, entry: str) -> list[dict[str, Any]]:
-    """Return the results of an entry's last checks: name, ok, detail, at."""
+    """Return the results of an entry's last checks: name, ok, detail and at each."""
     c = ix.checks.c
     rows = connection.execute(select(c.name, c.ok, c.detail, c.at).where(c.entry == entry).order_by(c.at, c.name))
     return [dict(row._mapping) for row in rows]
@@ -327,7 +328,7 @@ def _fitting(
             or_(
                 e.words.like(like, escape="\\"),
                 v.name.like(like, escape="\\"),
-                tuple_(v.name, v.version).in_(tagged),  # one pass over the tags, not one lookup per version
+                tuple_(v.name, v.version).in_(tagged),  # one scan of the tags is faster than a lookup per version
             )
         )
     if name:
@@ -342,7 +343,7 @@ def _fitting(
 
 
 def _tagged(tags: Sequence[str]) -> list[ColumnElement[bool]]:
-    t, v = ix.tags.alias().c, ix.versions.c  # an alias, so that tags can also be counted
+    t, v = ix.tags.alias().c, ix.versions.c  # an alias, so that the query can also count tags
     return [exists().where(t.name == v.name, t.version == v.version, t.tag == tag) for tag in tags]
 
 
@@ -354,9 +355,9 @@ def _of_base(base: str) -> list[ColumnElement[bool]]:
 
 
 def _accessible(connection: Connection, can_access: Callable[[str], bool]) -> ColumnElement[bool]:
-    """Return the condition that `can_access` accepts a version.
+    """Return a condition for the versions that `can_access` accepts.
 
-    The accepted references are sent to the database as one value."""
+    The accepted references are sent to the database as one JSON value."""
     v = ix.versions.c
     references = (f"{name}@{version}" for name, version in connection.execute(select(v.name, v.version)))
     visible = json.dumps([reference for reference in references if can_access(reference)])
@@ -369,14 +370,14 @@ def _accessible(connection: Connection, can_access: Callable[[str], bool]) -> Co
 
 
 def _begins(column: ColumnElement[Any], prefix: str, after: str = "g") -> ColumnElement[bool]:
-    """Return a prefix condition that an index can serve.
+    """Return a prefix condition on a column, in a form that can use an index.
 
-    after: a character that sorts after all possible ones; "g" for hexadecimal."""
+    after: a character that sorts after every possible character; "g" for hexadecimal."""
     return and_(column >= prefix, column < prefix + after)
 
 
 def _full(connection: Connection, rows: Sequence[Any]) -> list[Version]:
-    """Return rows as versions, with the data of other tables."""
+    """Return rows as versions, with their tags, aliases, trigger words and parents."""
     t, a, w, p = ix.tags.c, ix.name_aliases.c, ix.triggers.c, ix.parents.c
     names, entries = sorted({r.name for r in rows}), sorted({r.entry for r in rows})
 
@@ -406,7 +407,7 @@ def _parts(values: Sequence[_T]) -> Iterable[Sequence[_T]]:
 
 
 def record(connection: Connection, name: str) -> dict[str, Any]:
-    """Return a name's record, as written to the store and to exports."""
+    """Return a name's record, in the form that the store and exports contain."""
     n, a = ix.names.c, ix.name_aliases.c
     following = connection.scalar(select(n.next).where(n.name == name)) or 1
     pointers = connection.execute(select(a.alias, a.version).where(a.name == name)).all()

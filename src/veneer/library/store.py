@@ -1,15 +1,17 @@
-"""The store: files named by their sha256, in a local directory or an fsspec URL.
+"""The library's file store: files named by sha256.
 
-    library.json              which library this is
+A store is a local folder or an fsspec URL.
+
+    library.json              the library's id
     blobs/ab/ab12…            one file of an adapter, under the sha256 of its bytes
     manifests/3f/3fa9…        {"veneer-manifest": 1, "files": {name: {"sha256", "size"}}}, under its sha256: an entry
     names/support.json        the index's record of a name, from which the index can be rebuilt
     folders/3fa9…/            local stores only: an entry's files under their names, hard links to the blobs
     tmp/                      local stores only: files being written
 
-A file appears complete or not at all, and a file under its sha256 never changes. A writer below tmp/ holds
-a lock on its file, which the system releases when the process dies; unlocked files there are debris. This
-module knows bytes and paths; it does not know about names, versions or the index.
+A file appears complete or not at all, and a file named by its sha256 never changes. A process that writes a
+file in tmp/ holds a lock on the file, and the system releases the lock when the process dies; unlocked files
+in tmp/ are debris. This module handles bytes and paths; it does not use names, versions or the index.
 """
 
 from __future__ import annotations
@@ -32,29 +34,29 @@ from veneer.files.locks import take_lock
 
 CHUNK = 1 << 20
 _ATOMIC = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "memory"}
-"""fsspec protocols in which a file appears complete when it is closed."""
+"""fsspec protocols that show a file only after its writer closes it."""
 
 S3_SECONDS = 10.0
-"""Seconds without a reply from S3 after which an attempt fails."""
+"""Seconds without a response from S3 after which an attempt fails."""
 
 
 def blob_path(sha256: str) -> str:
-    """Return the path of a file in a store, by its sha256."""
+    """Return the store's path for the file with this sha256."""
     return f"blobs/{sha256[:2]}/{sha256}"
 
 
 def manifest_path(entry: str) -> str:
-    """Return the path of an entry's manifest in a store."""
+    """Return the store's path for an entry's manifest."""
     return f"manifests/{entry[:2]}/{entry}"
 
 
 def canonical(value: Any) -> bytes:
-    """Return canonical JSON: equal values give equal bytes."""
+    """Return a value as canonical JSON: equal values give equal bytes."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
 def hash_file(path: Path) -> str:
-    """Return the sha256 of a file, hexadecimal."""
+    """Return the hexadecimal sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -88,8 +90,8 @@ def open_store(location: str) -> LocalStore | RemoteStore:
 def open_remote(location: str) -> tuple[Any, str]:
     """Return the file system of an fsspec URL, and the path in it.
 
-    If S3 stops responding, a call fails after four attempts of `S3_SECONDS` each; the client's defaults
-    are 25 attempts of a minute. Raises fsspec's errors."""
+    If S3 stops responding, a call fails after four attempts of `S3_SECONDS` each, not after the client's
+    default of 25 attempts of a minute. Raises fsspec's errors."""
     import fsspec  # type: ignore[import-untyped]
 
     options: dict[str, Any] = {"use_listings_cache": False}
@@ -105,7 +107,7 @@ def open_remote(location: str) -> tuple[Any, str]:
 
 @dataclass
 class LocalStore:
-    """A store in a local directory."""
+    """A store in a local folder."""
 
     root: Path
 
@@ -134,11 +136,11 @@ class LocalStore:
             self._write(path, chunks, sha256, mode=0o444)
 
     def fill(self, path: str, source: IO[bytes], sha256: str) -> None:
-        """Run `put` from an open file."""
+        """Store the bytes of an open file under their sha256. Raises as `put` does."""
         self._write(path, _chunks(source), sha256, mode=0o444)
 
     def replace(self, path: str, data: bytes) -> None:
-        """Write a file that can change, atomically."""
+        """Write a file with content that can change, such as a record, atomically."""
         self._write(path, iter([data]), None, mode=0o644)
 
     def _write(self, path: str, chunks: Iterator[bytes], sha256: str | None, mode: int) -> None:
@@ -156,9 +158,9 @@ class LocalStore:
 
     @contextlib.contextmanager
     def temporary(self, folder: bool = False) -> Iterator[tuple[Path, int]]:
-        """Yield a new locked file or folder below tmp/; removed at the end.
+        """Yield the path and descriptor of a new, locked file or folder in tmp/.
 
-        Unless it was moved away."""
+        It is removed at the end, unless the caller moved it."""
         parent = self.root / "tmp"
         parent.mkdir(parents=True, exist_ok=True)
         while True:
@@ -168,11 +170,11 @@ class LocalStore:
             flags = os.O_RDONLY if folder else os.O_WRONLY | os.O_CREAT | os.O_EXCL
             try:
                 fd = os.open(path, flags, 0o600)
-            except FileNotFoundError:  # a sweep ran between the two calls
+            except FileNotFoundError:  # a sweep removed the folder between the two calls
                 continue
             if _lock(fd) and path.exists():
                 break
-            os.close(fd)  # a sweep treated it as debris: try again
+            os.close(fd)  # a sweep removed the file as debris: try again
         try:
             yield path, fd
         finally:
@@ -183,7 +185,7 @@ class LocalStore:
         (self.root / path).unlink(missing_ok=True)
 
     def walk(self, prefix: str) -> Iterator[tuple[str, int, float]]:
-        """Yield (path, size, time of last change) of every file below `prefix`."""
+        """Yield (path, size, modification time) of every file below `prefix`."""
         for folder, _, names in os.walk(self.root / prefix):
             for name in names:
                 entries = Path(folder) / name
@@ -194,7 +196,8 @@ class LocalStore:
     def folder(self, entry: str, files: Mapping[str, tuple[str, int]]) -> Path:
         """Return a folder with an entry's files, name -> (sha256, size), as hard links.
 
-        Files are copied on file systems without hard links. Raises FileNotFoundError if a blob is missing."""
+        The files are copies if the file system has no hard links. Raises FileNotFoundError if a blob is
+        missing."""
         target = self.root / "folders" / entry
         if _holds(target, files):
             return target
@@ -214,7 +217,7 @@ class LocalStore:
             while not _holds(target, files):
                 try:
                     os.rename(temporary, target)
-                except OSError:  # another process created it meanwhile, or a user removed files from it
+                except OSError:  # another process created the folder, or a user removed files from it
                     if target.exists() and not _holds(target, files):
                         self.drop_folder(entry)
         return target
@@ -222,7 +225,7 @@ class LocalStore:
     def drop_folder(self, entry: str) -> None:
         """Remove an entry's folder.
 
-        The folder is moved away first, so that no reader sees half of it."""
+        The folder is moved away first, so that readers never see a partial folder."""
         folder = self.root / "folders" / entry
         aside = self.root / "tmp" / secrets.token_hex(12)
         aside.parent.mkdir(exist_ok=True)
@@ -253,7 +256,7 @@ class LocalStore:
 
 @dataclass
 class RemoteStore:
-    """A store behind fsspec."""
+    """A store at an fsspec URL."""
 
     fs: Any
     root: str
@@ -275,15 +278,15 @@ class RemoteStore:
     def open(self, path: str) -> IO[bytes]:
         """Open a file for reading.
 
-        Reads can fail too: the caller must read within `store_errors`."""
+        Read from the file inside `store_errors`, because reads can also fail."""
         with store_errors(self.root):
             opened: IO[bytes] = self.fs.open(self._at(path), "rb", cache_type="readahead", block_size=8 << 20)
         return opened
 
     def put(self, path: str, source: Path | bytes, sha256: str) -> None:
-        """Store bytes as `LocalStore.put`.
+        """Store bytes as `LocalStore.put` does.
 
-        The file can be collected right afterwards; the commit of the add detects this."""
+        Garbage collection can delete the file right after this call; the add detects this when it commits."""
         size = len(source) if isinstance(source, bytes) else source.stat().st_size
         if self.size(path) == size:
             return
@@ -323,9 +326,9 @@ class RemoteStore:
 
 @contextlib.contextmanager
 def store_errors(where: str) -> Iterator[None]:
-    """Convert errors of a remote store's client.
+    """Convert errors of a remote store's client to UnavailableError.
 
-    FileNotFoundError stays; any other error means that the store cannot be used now, UnavailableError."""
+    FileNotFoundError, veneer's errors and a full local disk are raised unchanged."""
     try:
         yield
     except (FileNotFoundError, VeneerError):
@@ -357,7 +360,7 @@ def _wrong_bytes(path: str, actual: str, expected: str) -> AdapterError:
 
 
 def _make_parents(target: Path) -> set[Path]:
-    """Create the folder of `target`; return the folders whose listing changed."""
+    """Create the parent folders of `target`; return folders that have new entries."""
     if target.parent.is_dir():
         return set()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -365,7 +368,7 @@ def _make_parents(target: Path) -> set[Path]:
 
 
 def _lock(fd: int) -> bool:
-    """Take the lock of an open file or folder; False if another process holds it."""
+    """Lock an open file or folder; return False if another process holds the lock."""
     try:
         take_lock(fd)
     except OSError:
@@ -385,7 +388,7 @@ def _discard(path: Path) -> None:
 
 
 def _holds(folder: Path, files: Mapping[str, tuple[str, int]]) -> bool:
-    """Return whether a folder has exactly these files, with their sizes."""
+    """Return whether a folder has exactly these files, with the right sizes."""
     try:
         return {e.name: e.stat().st_size for e in os.scandir(folder)} == {n: size for n, (_, size) in files.items()}
     except FileNotFoundError:

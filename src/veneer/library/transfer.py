@@ -28,11 +28,11 @@ _HUB = re.compile(r"hf:([\w.-]+/[\w.-]+)((?:/[^/@]+)*)(?:@([^@]+))?")
 
 
 def push(library: Library, reference: str, location: str, *, public: bool = False) -> str:
-    """Copy a version's files to a location, created if missing; return the location.
+    """Copy a version's files to a location and return the location.
 
-    On the hub, a new repository is private unless `public`, and all files are one commit. Elsewhere a
-    manifest of hashes is written after the files, for `pull` to check. Raises AdapterError if the location
-    cannot be reached or written."""
+    The location is created if missing. On the hub, a new repository is private unless `public`, and all
+    files are one commit. Elsewhere, a manifest of hashes is written last, and `pull` checks the files
+    against it. Raises AdapterError if the location cannot be reached or written."""
     version, path = library.find(reference), library.resolve(reference)
     files = {path.name: path} if path.is_file() else {p.name: p for p in sorted(path.iterdir())}
     if location.startswith("hf:"):
@@ -67,10 +67,10 @@ def pull(
     tags: Iterable[str] = (),
     describe: Callable[[Path], AdapterDescription] = describe_adapter,
 ) -> Added:
-    """Add the adapter at a location, as `name` or the last part of the location.
+    """Add the adapter at a location to the library.
 
-    For the hub, the commit is recorded. Raises AdapterError if there is no adapter, or if bytes differ
-    from the location's manifest."""
+    It gets the name `name`, by default the last part of the location. For the hub, the source includes the
+    commit. Raises AdapterError if the location has no adapter, or if its files differ from its manifest."""
     with tempfile.TemporaryDirectory(prefix="veneer-pull-") as temporary:
         folder = Path(temporary)
         if location.startswith("hf:"):
@@ -88,7 +88,7 @@ def pull(
 
 
 def _parse_hub(location: str) -> tuple[str, str, str | None]:
-    """Return (repository, path within it, revision)."""
+    """Return (repository, path in the repository, revision) of an `hf:` location."""
     match = _HUB.fullmatch(location)
     if not match or ".." in location:
         raise ConfigError(f"{location!r} is not a location on the hub", fix="hf:owner/name, hf:owner/name@revision")
@@ -112,9 +112,9 @@ def _from_hub(location: str, into: Path) -> tuple[str, str]:
 
 
 def _adapter_files(names: list[str], path: str, location: str) -> list[str]:
-    """Return an adapter's files among all files of a repository.
+    """Return the names of an adapter's files, chosen from all files of a repository.
 
-    The named file, a PEFT folder, or the only safetensors file."""
+    The adapter is the file at `path`, a PEFT folder, or the only safetensors file."""
     if path in names:
         return [path]
     inside = path + "/" if path else ""
@@ -155,7 +155,7 @@ def _from_place(location: str, into: Path) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def _client_errors(client: str, location: str) -> Iterator[None]:
-    """Convert client errors to veneer's: the location could not be used."""
+    """Convert a client's errors to veneer's errors."""
     try:
         yield
     except VeneerError:

@@ -1,6 +1,6 @@
-"""Alembic's environment: runs commands of `library.migrate` on its connection.
+"""Alembic's environment, which runs the commands of `library.migrate`.
 
-In the transaction that `library.migrate` has begun."""
+It uses the connection and the transaction of `library.migrate`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _run() -> None:
 
 try:
     context.config  # noqa: B018
-except (AttributeError, NameError):  # imported by itself: no command runs
+except (AttributeError, NameError):  # this module was imported outside Alembic: there is no command to run
     pass
 else:
     _run()

@@ -1,6 +1,7 @@
-"""The first revision of the index, which never runs; `library.migrate` makes it.
+"""Revision 0010, the first revision of the index.
 
-Every later revision has its own script, and every database from this revision on can be migrated."""
+`library.migrate` creates this revision; the script never runs. Every later revision has its own script, so
+every database from this revision on can be migrated."""
 
 revision = "0010"
 down_revision = None
