@@ -1,4 +1,4 @@
-"""Conversion with facts about the base."""
+"""Conversion with information from the base."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_our_tensor_file_alone_keeps_its_scale(tmp_path: Path) -> None:
 
 
 def without_scale(folder: Path) -> Path:
-    """The tensors of a PEFT folder in a file of their own: names and shapes, and nothing of alpha."""
+    """Write the tensors of a PEFT folder to a file without alpha: names and shapes only."""
     adapter = linear_pairs(["model.layers.0.self_attn.q_proj"], rank=2, scale=2.0)
     peft.write_folder(adapter, folder / "a")
     save_file(load_file(folder / "a/adapter_model.safetensors"), folder / "alone.safetensors")
@@ -82,7 +82,7 @@ def test_every_use_refuses_a_scale_that_no_file_states(tmp_path: Path) -> None:
 
 
 class Bare:
-    """A base with one linear, under the name that the adapter has."""
+    """A base with one linear module, under the adapter's name."""
 
     name = short_name = "bare"
     fingerprint = ""

@@ -142,7 +142,8 @@ def test_merge_by_shard_writes_the_merged_model(saved, tmp_path, case):
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss", "llama4"])
 def test_expert_pairs_merge_into_files_as_the_base_stores_them(tmp_path, name):
-    """Stored per expert, also under Mixtral's names; and fused, also as (experts, in, out). With a router."""
+    """Experts stored separately, also under Mixtral's names, and fused, also as (experts, in, out); with a
+    router."""
     net = model(name, torch.float32, **({"intermediate_size": 32} if name == "gpt_oss" else {}))  # square
     adapter = random_adapter(create(net, LoraSpec(rank=2, alpha=4), seed=0))
     router = "model.layers.1." + {"gpt_oss": "mlp.router", "llama4": "feed_forward.router"}.get(name, "mlp.gate")
@@ -179,8 +180,8 @@ def test_stochastic_merge_is_unbiased_and_seeded(saved, tmp_path):
     near = merge_shards(tmp_path / "base", [spec], tmp_path / "near")
     runs = [merge_shards(tmp_path / "base", [spec], tmp_path / str(i), seed=s) for i, s in enumerate((1, 1, 2))]
     for run in runs:
-        # Its variance is at most Σ Δ²·step²/4 over ‖Δ‖⁴, and delta_error² is the mean of off² over ‖Δ‖²: about
-        # (error/√weights)² if Δ and step are independent.
+        # The variance is at most Σ Δ²·step²/4 over ‖Δ‖⁴, and delta_error² is the mean of off² over ‖Δ‖²:
+        # about (error/√weights)² if Δ and step are independent.
         assert abs(run.delta_kept - 1) < 5 * run.delta_error / run.weights**0.5
         assert run.delta_error > near.delta_error
     files = [sorted((tmp_path / str(i)).glob("*.safetensors")) for i in range(3)]
@@ -228,9 +229,7 @@ def test_a_diffusers_folder_is_merged_by_component(tmp_path):
     (base / "model_index.json").write_text("{}", encoding="utf-8")
     pairs = {
         "unet.blocks.0.to_q": Pair(torch.rand(2, 4), torch.rand(6, 2), 0.5),
-        "text_encoder.text_model.encoder.fc1": Pair(
-            torch.rand(2, 4), torch.rand(5, 2), 2.0
-        ),  # as transformers 4 has it
+        "text_encoder.text_model.encoder.fc1": Pair(torch.rand(2, 4), torch.rand(5, 2), 2.0),  # names of transformers 4
     }
     peft.write_folder(Adapter(pairs), tmp_path / "a")
     merge_shards(base, [str(tmp_path / "a")], tmp_path / "out")

@@ -137,7 +137,7 @@ def models(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tenso
     (folder / "tuned").mkdir()
     save_file(base, folder / "base/model.safetensors")
     half = sorted(tuned)[:3]
-    save_file({n: tuned[n] for n in half}, folder / "tuned/model-1.safetensors")  # sharded otherwise than its base
+    save_file({n: tuned[n] for n in half}, folder / "tuned/model-1.safetensors")  # sharded differently than its base
     save_file({n: t for n, t in tuned.items() if n not in half}, folder / "tuned/model-2.safetensors")
     return base, tuned
 

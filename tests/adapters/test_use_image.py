@@ -51,7 +51,7 @@ def adapter_for(base: ImageBase, family: str, *targets: str, seed: int = 0) -> A
 
 
 def same_pairs(got: Adapter, want: Adapter) -> None:
-    """The same change of every module; parts of a fused projection that nothing changes may be there with none."""
+    """Assert equal changes of every module; unchanged parts of a fused projection can have a zero pair."""
     assert set(want.pairs) <= set(got.pairs)
     for name, pair in got.pairs.items():
         theirs = want.pairs.get(name)
@@ -74,7 +74,7 @@ def test_an_adapter_of_any_layout_fits_its_base(family: str, layout: str, load: 
 
 
 def test_ambiguous_names_take_the_base_family(load: Any, tmp_path: Path) -> None:
-    """By themselves these names are FLUX.1's, which is the more common."""
+    """Without a base, these names are read as FLUX.1's, the more common family."""
     base = load("sd3")
     whole = adapter_for(base, "sd3")
     name = "transformer.transformer_blocks.0.attn.to_q"

@@ -1,7 +1,7 @@
-"""Convert an adapter of any layout to another tool's layout.
+"""Convert an adapter from any layout to another tool's layout.
 
-The command, server downloads and pages use this module, which reads and writes through `formats`. Some
-layouts depend on a few numbers of the base; the base's weights are never needed.
+The command, server downloads and the Studio use this module, which reads and writes through `formats`. Some
+layouts need a few numbers from the base's configuration; no layout needs the base's weights.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from veneer.formats.reading import Reading
 
 _ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3", "gemma4_text": "gemma4"}
-"""transformers' model_type -> llama.cpp's name, if different."""
+"""transformers' model_type -> llama.cpp's architecture, where the names differ."""
 
 
 @dataclass(frozen=True)
 class ConvertedAdapter:
-    """The result of a conversion: what was read, and what was written."""
+    """The result of a conversion: the adapter as read, and a report of the output."""
 
     reading: Reading
     written: WriteReport

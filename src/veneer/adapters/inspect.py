@@ -1,6 +1,6 @@
-"""Inspect and verify an adapter of any format; no base needed.
+"""Inspect and verify an adapter of any format; no base is needed.
 
-Nothing here changes a file or a base.
+This module never changes a file or a base.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 class AdapterCheck:
     """The result of one check.
 
-    `ok` is None if the check could not run; `detail` says why."""
+    ok: None if the check could not run.
+    detail: the result or the reason."""
 
     name: str
     ok: bool | None
@@ -65,9 +66,9 @@ def inspect(name: str, **how: Unpack[reader.ReadOptions]) -> dict[str, Any]:
 
 
 def _read(path: Path, how: reader.ReadOptions) -> tuple[Reading, AdapterError | None]:
-    """Return what can be read, and the error if reading for use is refused.
+    """Return the readable part of an adapter, and the error that prevents its use.
 
-    Raises that error if nothing can be read."""
+    The error is None if veneer can use the adapter. Raises the error if nothing can be read."""
     how = {**how, "assume_scale": True}
     try:
         reading = reader.read(path, **how)
@@ -84,10 +85,10 @@ def _read(path: Path, how: reader.ReadOptions) -> tuple[Reading, AdapterError | 
 def verify_adapter(name: str, base: TextBase | None = None, **how: Unpack[reader.ReadOptions]) -> list[AdapterCheck]:
     """Check the adapter `name` and return one result per check.
 
-    Checks the files' hashes and the digest against the card, hashes in a header against the tensors, that
-    every tensor is used and paired, and that values are finite. With a base: its fingerprint, every name
-    and shape, and that the adapter changes what the base says. A failure is a check with `ok` False.
-    Raises AdapterError only if the adapter does not exist."""
+    Compares the files' hashes and the digest with the card, and hashes in the header with the tensors. Checks
+    that every tensor is used and paired and that all values are finite. With a base, also checks the
+    fingerprint, every name and shape, and that the adapter changes the base's output. A failed check has `ok`
+    False. Raises AdapterError only if the adapter does not exist."""
     path = using.adapter_path(name)
     out: list[AdapterCheck] = []
     card: CardFile | None = None
@@ -123,10 +124,9 @@ def verify_adapter(name: str, base: TextBase | None = None, **how: Unpack[reader
 
 
 def verify_stored(library: Library, reference: str) -> list[AdapterCheck]:
-    """Run `verify_adapter` on a library's adapter, and check its files' hashes.
+    """Run `verify_adapter` on an adapter in the library, and check its files' hashes.
 
-    The result is stored in the library as the adapter's health.
-    Raises NotInLibrary."""
+    The library records the results, which determine the adapter's health. Raises NotInLibrary."""
     from veneer.library.maintenance import FILES_CHECK
     from veneer.library.store import hash_file
 
@@ -146,13 +146,13 @@ def verify_stored(library: Library, reference: str) -> list[AdapterCheck]:
 
 
 def _header_hashes(path: Path) -> list[AdapterCheck]:
-    """Check the hashes in the header of a single file, which managers and hubs use."""
+    """Check the hashes that model managers and hubs read from a single file's header."""
     if path.is_dir() or path.suffix != ".safetensors":
         return []
     try:
         checks = verify_hashes(path)
     except VeneerError:
-        return []  # reading the file reports what is wrong with it
+        return []  # reading the adapter reports what is wrong with the file
     if not checks:
         return [AdapterCheck("header", None, "the header has no hashes of the tensors")]
     wrong = [

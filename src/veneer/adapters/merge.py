@@ -2,9 +2,9 @@
 
     W' = round(W + Σ strengthᵢ·ΔWᵢ)          summed in float32, rounded once to the written dtype
 
-The base is not changed. A 16-bit weight has about three digits, so part of a small delta is lost to
-rounding: the report says how much is left. `merge` loads the model and knows its modules; `merge_shards`
-rewrites its files one weight at a time.
+The base is not changed. A 16-bit weight has about three digits, so rounding loses part of a small delta; the
+report says how much of the delta remains. `merge` loads the model; `merge_shards` rewrites the model's files
+one weight at a time.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ if TYPE_CHECKING:
 
 _MERGE_FILE = "merge.json"
 _WARN, _ASK = 0.05, 0.5
-"""Thresholds of `delta_error` when rounding to nearest: for a warning, and for requiring `accept_loss`."""
+"""When rounding to nearest: the `delta_error` from which the report warns, and from which
+`accept_loss` is required."""
 
 
 @dataclass
@@ -82,7 +83,7 @@ class MergeReport:
 
     @property
     def warning(self) -> str:
-        """A warning if rounding gave the change a large relative error; else ""."""
+        """Return a warning if rounding gave the change a large relative error, else ""."""
         if self.rounding != "nearest" or self.delta_error < _WARN:
             return ""
         return f"rounding to {self.dtype} gives the merged change a relative error of {self.delta_error:.0%}"
@@ -90,7 +91,7 @@ class MergeReport:
     def check(self, accept_loss: bool, fix: str) -> None:
         """Raise AdapterError if rounding loses half of the change or more.
 
-        Does nothing if the caller accepts the loss."""
+        Does nothing with `accept_loss`."""
         if not accept_loss and self.warning and self.delta_error >= _ASK:
             raise AdapterError(
                 f"{self.warning}; nothing was written", fix=f"{fix}, or --accept-loss (accept_loss=True) to write it"
@@ -142,7 +143,7 @@ def merge(
             report.bytes = sum(f.stat().st_size for f in temporary.glob("*.safetensors"))
             report.write(temporary)
     except Exception as error:
-        if "No space left" in str(error):  # safetensors raises its own error type
+        if "No space left" in str(error):  # safetensors raises its own error class
             raise ResourceError("no room to write; nothing was changed", where=str(folder)) from error
         raise
     return report
@@ -176,12 +177,16 @@ def merged_model(
 ) -> Any:
     """Return a new model of `model`'s class in `dtype` with the mix merged in.
 
-    Fills in `report`. The new model shares unchanged tensors with `model`, whose weights do not change.
-    `seed`: as in `merge`. Raises AdapterError if a merged weight is outside `dtype`'s range."""
+    The new model shares unchanged tensors with `model`, whose own weights do not change.
+
+    report: filled in with the counts and the rounding error.
+    seed: as in `merge`.
+
+    Raises AdapterError if a merged weight is outside `dtype`'s range."""
     report = report or MergeReport()
     report.rounding = _rounding_name(seed)
     state_dict = model.state_dict()
-    tied: dict[Any, list[str]] = {}  # names by memory; tied weights get the same rounding
+    tied: dict[Any, list[str]] = {}  # memory address -> its names; tied weights are rounded alike
     rounding, new, bad = Rounding(), {}, []
     for name, weight, exact in exact_weights(model, mix):
         stored = state_dict[name]  # a tied weight is never quantized
@@ -210,7 +215,7 @@ def merged_model(
     with loading(), torch.device("meta"):
         shell = type(model)(config)
     shell.load_state_dict(state | new, strict=True, assign=True)
-    # buffers that are not in the state dict, such as rotary frequencies
+    # copy buffers that are not in the state dict, such as rotary frequencies
     for name, module in base_modules(model):
         for key, buffer in module.named_buffers(recurse=False):
             if (own_buffers := shell.get_submodule(name)._buffers)[key].is_meta:
@@ -236,7 +241,7 @@ def _rounding_name(seed: int | None) -> str:
 # -- shard by shard ----------------------------------------------------------------------------------------------------
 
 _TRANSPOSED = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
-"""Model types whose linear weights are stored as (in, out); the shape does not always show it."""
+"""Model types with linear weights stored as (in, out); a square shape does not show this."""
 
 
 def merge_shards(
@@ -250,20 +255,20 @@ def merge_shards(
 ) -> MergeReport:
     """Write a model folder with `adapters` merged in, without loading the model.
 
-    Every safetensors file is rewritten with the same header: a weight keeps its dtype, and what the mix does
-    not touch keeps its bytes. All other files are copied. One weight is in memory at a time, in float32. The
-    folder appears complete or not at all.
+    Every safetensors file is rewritten with the same header: each weight keeps its dtype, and weights that
+    the mix does not change keep their bytes. All other files are copied. One weight is in memory at a time,
+    in float32. The folder appears complete or not at all.
 
-    base: a folder of transformers' or diffusers' (the first part of an adapter's name is then a
-        component's folder).
+    base: a folder of transformers or diffusers. For diffusers, the first part of an adapter's module names is
+        the component's folder.
     seed: round stochastically, without bias (core.rounding), with this seed.
     accept_loss: as in `merge`.
-    seen: nf4, fp4 or int8 for adapters trained over such weights: every quantizable weight is written
-        dequantized, with the mix merged in.
+    seen: nf4, fp4 or int8 for adapters trained on weights quantized this way: every weight that is then
+        quantized is written dequantized, with the mix merged in.
 
-    Raises ConfigError for an invalid request; AdapterError that lists every change without a matching
-    weight, on a weight of another shape or dtype, or on only one of two tied weights (token rows change
-    both); BaseError if the base is not a folder of safetensors."""
+    Raises ConfigError for an invalid request; BaseError if the base is not a folder of safetensors files;
+    AdapterError with a list of all changes that have no matching weight, have another shape or dtype than
+    their weight, or change only one of two tied weights (token rows change both)."""
     base, folder = Path(base), Path(folder)
     _check_request(adapters, folder)
     if not base.is_dir():
@@ -309,7 +314,7 @@ def merge_shards(
 
 
 def _seen_weights(base: Path, parts: dict[str, Checkpoint], kind: str) -> frozenset[str]:
-    """Return the tensors of the files that a quantized load of this base quantizes."""
+    """Return the names of the tensors that a quantized load of this base quantizes."""
     from veneer.models.text.base import text_without_weights
 
     if kind not in KINDS:
@@ -326,11 +331,11 @@ def _seen_weights(base: Path, parts: dict[str, Checkpoint], kind: str) -> frozen
 
 
 Plan = dict[str, dict[str, list[tuple[Callable[[Tensor], Tensor], float]]]]
-"""Component -> tensor -> (function that returns ΔW, strength)."""
+"""Component -> tensor name -> list of (function that returns ΔW, strength)."""
 
 
 def _as_stored(parts: dict[str, Checkpoint], mix: list[tuple[Adapter, float]]) -> list[tuple[Adapter, float]]:
-    """Return the mix with expert pairs in the layout of the model's files."""
+    """Return the mix with pairs of experts in the layout of the model's files."""
     if (part := parts.get("")) is None:
         return mix
     config = _config(part.path)
@@ -340,10 +345,11 @@ def _as_stored(parts: dict[str, Checkpoint], mix: list[tuple[Adapter, float]]) -
 
 
 def _plan(parts: dict[str, Checkpoint], mix: list[tuple[Adapter, float]]) -> Plan:
-    """Return where every change goes; check all changes on the meta device before anything is written.
+    """Return the tensors that each change of the mix applies to.
 
-    If two modules share a weight, an attached adapter changes only the module it names; token rows change both. The
-    files store the shared weight once, so any change other than token rows is a problem."""
+    All changes are first checked on the meta device, before anything is written. If two modules share a
+    weight, an attached adapter changes only the module it names, but token rows change both. The files store
+    a shared weight once, so any other change of a shared weight is a problem."""
     plan: Plan = {component: {} for component in parts}
     problems: list[str] = []
     configs = {component: _config(part.path) for component, part in parts.items()}
@@ -381,7 +387,7 @@ def _plan(parts: dict[str, Checkpoint], mix: list[tuple[Adapter, float]]) -> Pla
             elif problem := change_problem(shape_only, entry.shape):
                 problems.append(f"{name}: {problem}")
             else:
-                for each in {tensor, *filter(None, shared.values())}:  # token rows also change a head stored separately
+                for each in {tensor, *filter(None, shared.values())}:  # token rows also change a tied, separate head
                     plan[component].setdefault(each, []).append((change, strength))
     if problems:
         raise AdapterError(
@@ -406,10 +412,10 @@ def _folded(
     seen: tuple[str, frozenset[str]],
     under: str,
 ) -> Iterator[bytes | memoryview]:
-    """Yield the bytes of a shard with its changes, in the order of the file.
+    """Yield the bytes of a shard with the changes applied, in the order of the file.
 
-    seen: (kind, names of its quantized tensors).
-    under: the mix as text."""
+    seen: (kind of quantization, names of the quantized tensors).
+    under: the mix as text, for errors."""
     header = part.files[file]
     with file.open("rb") as source:
         yield source.read(header.data_start)

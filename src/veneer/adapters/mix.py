@@ -6,11 +6,11 @@
     resize                               the best adapter within a rank, a share of energy, or an error
     extract                              an adapter from two full models, ΔW = W' − W, a tensor at a time
     diff                                 cosine and norms of two adapters' changes, module by module
-    strength                             each block's change times a number, exactly
+    strength                             scale each block's change by a number, exactly
 
 Written adapters have a card with the digests of their parents, the recipe and the errors. Every error is
-‖result − truth‖/‖truth‖ (Frobenius), from the factors. Inputs can have any format; outputs have a layout
-of formats.convert, `to`, by default the one for the output's extension (`target_of`).
+‖result − exact‖/‖exact‖ (Frobenius), computed from the factors. Inputs can have any format. Outputs have the
+layout `to` (formats.convert), by default the layout for the output's extension (`target_of`).
 """
 
 from __future__ import annotations
@@ -47,10 +47,9 @@ _EMBEDDINGS = {"embed_tokens", "wte", "wpe", "word_embeddings", "token_embedding
 class MixReport:
     """The result of a mix.
 
-    error: over all modules.
-    worst: the modules with the largest errors.
+    error: relative error over all modules.
     parts: each module's rank, norm, error and cut (core.mix.MixedModule).
-    left: parts of the inputs that the result does not contain, with the reason."""
+    left: parts of the inputs that the result does not contain, with reasons."""
 
     path: str = ""
     layout: str = ""
@@ -68,7 +67,7 @@ class MixReport:
         return asdict(self)
 
     def worst(self, count: int = 3) -> list[tuple[str, float]]:
-        """Return (module, relative error), largest absolute errors first."""
+        """Return (module, relative error), the largest absolute errors first."""
         order = sorted(self.parts.items(), key=lambda item: -item[1]["error"])[:count]
         return [(name, p["error"] / p["norm"] if p["norm"] else 0.0) for name, p in order if p["error"]]
 
@@ -87,17 +86,16 @@ def mix_adapters(
     base: str | Path | None = None,
     to: str | None = None,
 ) -> MixReport:
-    """Write several adapters as one adapter to a new `out`.
+    """Write a mix of adapters as one adapter to the new path `out`.
 
     specs: each "NAME_OR_PATH[:strength]".
-
-    method: see core.mix.
-    rank, energy, error: at most one; see core.truncate.Bound.
-    blocks: extra strengths by block, for all adapters (`parse_blocks`).
+    method: a method of core.mix.
+    rank, energy, error: at most one of these bounds (core.truncate.Bound).
+    blocks: additional strengths by block, for all adapters (`parse_blocks`).
     base: a folder of safetensors, for changes that need its weights (DoRA, full copies).
-    dtype: computed tensors are rounded to this dtype; copied tensors keep theirs.
+    dtype: computed tensors are rounded to this dtype; copied tensors keep their dtype.
 
-    Raises ConfigError for an invalid request, AdapterError that lists everything that cannot be mixed."""
+    Raises ConfigError for an invalid request, AdapterError with a list of everything that cannot be mixed."""
     selected = [using.parse_spec(s) for s in specs]
     if not selected:
         raise ConfigError("there is nothing to mix", fix="name at least one adapter")
@@ -126,14 +124,13 @@ def keep_mix(
     tags: Sequence[str] = (),
     base: str | Path | None = None,
 ) -> tuple[Added, MixReport]:
-    """Add the exact sum of a library's adapters as the next version of `name`.
+    """Add the exact sum of adapters in the library as the next version of `name`.
 
-    Each adapter is "support@2[:strength]". The card names the parts by their current versions.
-
-    alias: points to the new version.
+    specs: each "support@2[:strength]". The card records the version that each reference means now.
+    alias: an alias to point to the new version.
     base: as in `mix_adapters`.
 
-    Raises as `mix_adapters` and Library.add; nothing is added then."""
+    Raises the errors of `mix_adapters` and Library.add; nothing is added then."""
     selected = [using.parse_spec(s) for s in specs]
     if not selected:
         raise ConfigError("there is nothing to mix", fix="name at least one adapter")
@@ -172,11 +169,11 @@ def resize(
     base: str | Path | None = None,
     to: str | None = None,
 ) -> MixReport:
-    """Write the best adapter within a rank, share of energy or error, per module.
+    """Write each module's best approximation within a rank, energy share or error.
 
     Give exactly one of `rank`, `energy` and `error`. An error bound holds for every module, and so for all
-    modules together. A rank above a module's own leaves the module exact. DoRA needs `base`, because its
-    change is not low rank without the base."""
+    modules together. A module whose rank is already small enough stays exact. DoRA needs `base`, because only
+    with the base's weights is its change low-rank."""
     if (bound := _bound(rank, energy, error)) is None:
         raise ConfigError("a resize needs a size", fix="give one of rank, energy and error")
     read = using.read_adapter(name)
@@ -198,19 +195,18 @@ def extract(
     prefix: str = "",
     to: str | None = None,
 ) -> MixReport:
-    """Write an adapter of `tuned` − `base`, two models in safetensors.
+    """Write an adapter that approximates the difference `tuned` − `base`.
 
-    Each is a file or a folder.
+    Both are full models.
 
-    One weight of each model is in memory at a time.
-
+    base, tuned: safetensors files or folders. One weight of each is in memory at a time.
     targets: a regular expression to search for in module names; by default all weights of two or more
         dimensions except embeddings.
-    prefix: placed before every name, such as "unet.".
+    prefix: placed before every module name, such as "unet.".
 
-    Differences that the result cannot contain (other shapes, vectors, modules outside the targets) are
-    listed in `left`, with their share of the change. Raises BaseError if nothing differs or the models
-    share no names."""
+    `left` in the result lists differences that the adapter does not contain (other shapes, vectors, modules
+    outside the targets) with their size. Raises BaseError if no target differs or the models share no
+    names."""
     if (bound := _bound(rank, energy, error)) is None:
         raise ConfigError("an extract needs a size", fix="give one of rank, energy and error")
     kept_dtype = _dtype(dtype)
@@ -258,7 +254,7 @@ def extract(
 def _difference(first: Tensor, second: Tensor) -> Tensor | None:
     """Return W' − W, exact in float32 for 16-bit weights.
 
-    None if the difference is zero, or if a tensor is not floating point."""
+    None if the difference is zero, or if a tensor is not a floating-point tensor."""
     if not (first.is_floating_point() and second.is_floating_point()) or (
         first.dtype == second.dtype and torch.equal(first, second)
     ):
@@ -272,8 +268,8 @@ def diff(a: str, b: str) -> dict[str, Any]:
     """Compare the changes of two adapters; the result is ready for JSON.
 
     Per module, and over all comparable modules: ‖ΔW_a‖, ‖ΔW_b‖, their cosine (Frobenius) and ‖ΔW_a −
-    ΔW_b‖/‖ΔW_a‖. `only`: modules that one of them lacks. `skipped`: changes that need a base, with the
-    reason. Strengths multiply: "a:0.5" is half of a."""
+    ΔW_b‖/‖ΔW_a‖. `only`: modules that the other adapter lacks. `skipped`: changes that cannot be compared
+    without a base, with reasons. "a:0.5" compares half of adapter a."""
     (first, s1), (second, s2) = (
         (using.read_adapter(name).adapter, strength) for name, strength in map(using.parse_spec, (a, b))
     )
@@ -303,7 +299,7 @@ Change = tuple[Tensor, Tensor] | None
 def _change_of(adapter: Adapter, name: str) -> Change:
     """Return a module's change as factors (A, B); None if there is no change.
 
-    A delta is its dense product B with A = identity."""
+    For a delta, B is the dense product and A the identity."""
     out: list[tuple[Tensor, Tensor]] = []
     if (pair := adapter.pairs.get(name)) is not None:
         if pair.magnitude is not None:
@@ -321,7 +317,7 @@ def _change_of(adapter: Adapter, name: str) -> Change:
 
 
 def _compare(first: Change, second: Change, s1: float, s2: float) -> tuple[float, float, float]:
-    """Return ‖a‖², ‖b‖², ⟨a, b⟩."""
+    """Return ‖a‖², ‖b‖² and ⟨a, b⟩, with the strengths applied."""
     if (
         first is not None
         and second is not None
@@ -340,10 +336,10 @@ def _row(aa: float, bb: float, ab: float) -> dict[str, float]:
 
 
 def strength(name: str, out: str | Path | None = None, *, blocks: str = "", to: str | None = None) -> dict[str, Any]:
-    """Return ‖ΔW‖, share and strength of each block; write the result to `out`.
+    """Return each block's ‖ΔW‖, share and strengths; optionally write the result.
 
-    blocks: strengths by block. If `out` is given, the adapter is written there with these strengths,
-        exactly: scales change, tensors do not."""
+    blocks: strengths by block. With `out`, the adapter is written there with these strengths, exactly: scales
+        change, tensors do not."""
     read = using.read_adapter(name)
     adapter = read.adapter
     modules = _modules(adapter)
@@ -408,9 +404,9 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _weights(base: str | Path | None) -> Weights | None:
-    """Return the base's weights by adapter names.
+    """Return a function from module name to the base's weight; None without a base.
 
-    In a pipeline folder, the names start with the component."""
+    In a pipeline folder, module names start with the component."""
     if base is None:
         return None
     parts = checkpoint_parts(Path(base))

@@ -1,13 +1,13 @@
 """Find adapters by name, load them and attach them to a base.
 
-`formats` and `models` do not import each other, so code that needs both is here: find an adapter, read it,
-check that it belongs to the base, attach it with its strength.
+`formats` and `models` do not import each other, so code that needs both is here: it finds an adapter, reads
+it, checks that it belongs to the base and attaches it with its strength.
 
     support:0.8            an adapter at strength 0.8; without `:number` the strength is 1
-    runs/first             a folder with adapter_config.json, or a run's folder with one in `adapter/`
+    runs/first             a folder with adapter_config.json, or a run's folder with a PEFT folder `adapter/`
     style.safetensors      a file in any format that `formats` reads
-    support, support@2,    if no such path exists: in the library, the latest version, version 2, or an alias's
-    acme/support@prod        version, with or without a namespace
+    support, support@2,    if no such path exists, an adapter in the library: the latest version, version 2, or the
+    acme/support@prod        version that an alias points to, with or without a namespace
     sha256:3fa9c1          the adapter whose digest starts with these digits
 """
 
@@ -41,7 +41,7 @@ AdapterSpec = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
 
 
 class AnyBase(Protocol):
-    """The parts of a TextBase or an ImageBase that adapters need.
+    """The attributes of a TextBase or an ImageBase that adapters need.
 
     Adapters attach to `model`."""
 
@@ -61,8 +61,8 @@ class AnyBase(Protocol):
 def parse_spec(spec: AdapterSpec) -> tuple[str, float]:
     """Return (name or path, strength) of "NAME_OR_PATH[:strength]".
 
-    If the whole text is an existing path, it is the path. Raises ConfigError for an empty name or an
-    invalid strength (`check_strength`)."""
+    If the whole text is an existing path, it has no strength. Raises ConfigError for an empty name or an
+    invalid strength."""
     strength: float | None
     if isinstance(spec, tuple):
         name, strength = os.fspath(spec[0]), check_strength(quoted(os.fspath(spec[0])), spec[1])
@@ -79,7 +79,7 @@ def parse_spec(spec: AdapterSpec) -> tuple[str, float]:
 def adapter_path(name: str | os.PathLike[str]) -> Path:
     """Return the path of an adapter's files: a PEFT folder, or one file.
 
-    An existing path is used; otherwise the library is searched. Raises AdapterError with the places searched.
+    An existing path has precedence over a name in the library. Raises AdapterError with the places searched.
     """
     name = os.fspath(name)
     here = Path(name).expanduser()
@@ -87,7 +87,7 @@ def adapter_path(name: str | os.PathLike[str]) -> Path:
         if (folder / CONFIG_FILE).is_file():
             return folder
     if here.exists():
-        return here  # the reader reports best what is wrong with it
+        return here  # reading the file gives the best error
     if here.is_symlink():
         raise AdapterError(
             f"{name!r} is a link that leads nowhere, or to itself",
@@ -116,7 +116,7 @@ def adapter_path(name: str | os.PathLike[str]) -> Path:
     from veneer.library.library import NotInLibrary, library_location, open_library
 
     library_path = library_location()
-    if "://" not in library_path and not Path(library_path).is_dir():  # a lookup does not create a library
+    if "://" not in library_path and not Path(library_path).is_dir():  # opening would create the library
         raise AdapterError(
             f"there is no adapter {name!r}", where=f"{here.absolute()}; no library at {library_path}", fix=fix
         )
@@ -135,7 +135,7 @@ def adapter_path(name: str | os.PathLike[str]) -> Path:
 def _no_strength(name: str) -> tuple[str, str] | None:
     """Return (existing path, suffix) if `name` is a path with an invalid strength.
 
-    A version or an alias of the library is not a suffix."""
+    Returns None otherwise. A library reference's version or alias is not such a suffix."""
     if _may_be_kept(name):
         return None
     for separator in (":", "@"):
@@ -146,7 +146,7 @@ def _no_strength(name: str) -> tuple[str, str] | None:
 
 
 def _may_be_kept(name: str) -> bool:
-    """Return whether `name` can be a library reference; other separators mean a path."""
+    """Return whether `name` can be a library reference; otherwise it must be a path."""
     from veneer.library.names import parse_reference
 
     try:
@@ -157,14 +157,14 @@ def _may_be_kept(name: str) -> bool:
 
 
 def read_adapter(name: str | os.PathLike[str]) -> Reading:
-    """Read the adapter `name`, of any format, without a base.
+    """Read the adapter `name` in any format, without a base.
 
-    Raises as `adapter_path` and `formats.read.read`."""
+    Raises the errors of `adapter_path` and `formats.read.read`."""
     return reader.read(adapter_path(name))
 
 
 def stated_base(name: str) -> str:
-    """Return the base named by an adapter's card or PEFT config; "" if none is named."""
+    """Return the base that an adapter's card or PEFT configuration names; "" if none."""
     folder = adapter_path(name)
     if (folder / CARD_FILE).is_file():
         card = read_card(folder).card
@@ -188,8 +188,8 @@ def load_adapter(
     how: options of `formats.read.read`.
     allow_other_base: accept an adapter of another base if every name and shape fits.
 
-    Raises MismatchError for an adapter of another family, or one whose card names another base, with both
-    fingerprints and the first names and shapes that do not fit; AdapterError for any other problem."""
+    Raises MismatchError if the adapter is for another family or its card names another base (the error has
+    both fingerprints and the first names and shapes that do not fit); AdapterError for any other problem."""
     name = os.fspath(name)
     path = adapter_path(name)
     try:
@@ -197,7 +197,7 @@ def load_adapter(
     except UnsafeFileError:
         raise
     except AdapterError as error:
-        with contextlib.suppress(AdapterError):  # what the adapter is by itself, whatever the base
+        with contextlib.suppress(AdapterError):  # read the adapter without the base, to find its family
             _refuse_other_family(base, name, path, reader.read(path, assume_scale=True), _first_lines(error.what, 3))
         card = read_card(path).card if (path / CARD_FILE).is_file() else None
         if card is None or card.base_fingerprint in ("", base.fingerprint):
@@ -214,17 +214,17 @@ def load_adapter(
 
 def _read_for(base: AnyBase, path: Path, how: reader.ReadOptions) -> Reading:
     if path.is_dir() and not is_image_family(base.family) and not (path / CONFIG_FILE).is_file():
-        peft.load_folder(path)  # reports best what a language model's adapter folder lacks
+        peft.load_folder(path)  # gives the best error for an incomplete adapter folder of a language model
     return reader.read(path, base=base.model, family=base.family, **how)
 
 
 def _refuse_other_family(
     base: AnyBase, name: str, path: Path, reading: Reading, why: str = "its names and shapes fit all the same"
 ) -> None:
-    """Raise MismatchError if the adapter is not of the base's family."""
+    """Raise MismatchError if the adapter is for another family than the base."""
     its = reading.family
     if its is None and (not is_image_family(base.family) or reading.adapter.card.kind == "image"):
-        return  # language models share names: the first error says which do not fit
+        return  # language models share module names, so the error about names and shapes is better
     if its is not None and same_family(its, base.family):
         return
     label = family_label(its) if its else "text"
@@ -244,11 +244,12 @@ def attach_adapters(
 ) -> Attachment:
     """Attach adapters to a base and select them as one mix.
 
-    Every adapter is read and checked before the first is attached. Without specs, the base is selected.
+    All adapters are read and checked before any is attached. Without specs, the base is used without
+    adapters.
 
-    attachment: the base's attachment, if it has one.
+    attachment: the base's attachment, if it already has one.
 
-    Raises as `load_adapter`, and ConfigError if an adapter is named twice."""
+    Raises the errors of `load_adapter`, and ConfigError if an adapter is named twice."""
     mix = [parse_spec(spec) for spec in specs]
     names = [name for name, _ in mix]
     twice = sorted({n for n in names if names.count(n) > 1})
