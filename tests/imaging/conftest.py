@@ -1,4 +1,4 @@
-"""A tiny SDXL base of its own, and adapters of it as files."""
+"""Fixtures: a tiny SDXL base and adapter files for it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def look(base: ImageBase) -> Adapter:
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory: pytest.TempPathFactory, brand: Adapter, look: Adapter) -> Path:
-    """brand.safetensors in kohya's layout, look.safetensors in diffusers'."""
+    """Write brand.safetensors in kohya's layout and look.safetensors in diffusers'."""
     folder = tmp_path_factory.mktemp("adapters")
     write(brand, folder / "brand.safetensors", to="kohya", family="sdxl")
     write(look, folder / "look.safetensors", to="kohya", family="sdxl")
@@ -44,5 +44,5 @@ def files(tmp_path_factory: pytest.TempPathFactory, brand: Adapter, look: Adapte
 
 @pytest.fixture(autouse=True)
 def _here(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Adapters are named as a person in their folder would."""
+    """Change to the adapters' folder, so that tests name adapters as a user would."""
     monkeypatch.chdir(files)

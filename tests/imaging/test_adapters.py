@@ -1,4 +1,4 @@
-"""Adapters by name on an image base: specs, plans, and strengths by block, against weights folded in by hand."""
+"""Adapters by name on an image base: specs, plans, and block strengths, against weights merged by hand."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def one(base: ImageBase, *uses: Any, say: Any = None, **options: Any) -> Any:
 def test_block_strengths_equal_weights_merged_by_hand(
     name: str, base: ImageBase, place: Path, request: pytest.FixtureRequest
 ) -> None:
-    """`look` is DoRA: a strength is a multiple of its change of W, not of its factors."""
+    """`look` is DoRA: a strength multiplies its change of W, not its factors."""
     adapter: Adapter = request.getfixturevalue(name)
 
     def by(module: str) -> float:
@@ -95,7 +95,9 @@ def test_a_plan_has_a_phase_for_each_range(base: ImageBase) -> None:
 
 
 def test_roles_equal_their_strengths_typed_out(base: ImageBase, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The PNG to the byte: its record says what the roles were resolved to. By a table that is not the plain sum."""
+    """The PNGs are equal byte for byte: the metadata contains the resolved roles.
+
+    Uses a table other than a plain sum."""
     row = {"product": "", "brand": "down=0.5,mid=0.7,up=1", "lens": "down=0.3,steps=0.4-1"}
     monkeypatch.setitem(CAMPAIGN, "noise", row)
     roles = {"brand.safetensors": "brand", "look.safetensors": "lens"}

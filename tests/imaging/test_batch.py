@@ -1,4 +1,4 @@
-"""A batch file has a mix for each picture; missing keys take the caller's values; invalid lines are listed."""
+"""A batch file has a mix per picture; missing keys take the caller's values; invalid lines are listed."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def test_without_opencv_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
 
 def test_pictures_are_opened_upright_and_flat(tmp_path: Path) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
+    exif[0x0112] = 6  # rotated by a quarter turn
     Image.new("RGB", (8, 4), "red").save(tmp_path / "a.jpg", exif=exif)
     assert hashed_picture(tmp_path / "a.jpg")[0].size == (4, 8)
     assert flattened(Image.new("RGBA", (1, 1), (255, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)

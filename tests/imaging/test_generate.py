@@ -1,4 +1,4 @@
-"""Pictures with what they say: A1111's own parser reads it, masks mean what they show, names stay apart."""
+"""Pictures with metadata: A1111's parser reads it, masks act as shown, names stay distinct."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def one(base: ImageBase, ask: ImageRequest, say: Any = None, **options: Any) -> 
 
 
 def their_adapters(found: dict[str, str]) -> dict[str, str]:
-    """extensions-builtin/Lora: the hash of each <lora:NAME:…> of the prompt (infotext_pasted, parse_prompt)."""
+    """Return the hash of each <lora:NAME:…> in the prompt (extensions-builtin/Lora: infotext_pasted,
+    parse_prompt)."""
     listed = [part.strip().split(":", 1) for part in found["Lora hashes"].split(",")]
     hashes = {name.strip(): digest.strip() for name, digest in listed}
     return {name: hashes[name] for name in re.findall(r"<lora:([^:]+):", found["Prompt"])}

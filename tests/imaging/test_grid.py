@@ -1,4 +1,4 @@
-"""Sheets: which picture is where, and that cells are the pictures one would make alone."""
+"""Grids: positions of pictures; each cell equals a separately generated picture."""
 
 from __future__ import annotations
 

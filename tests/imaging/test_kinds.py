@@ -1,4 +1,5 @@
-"""A stack of every kind of adapter, each a file in its tool's own layout, is their ΔW by definition, added up."""
+"""A stack of adapters of every kind, each in its tool's own layout, equals the sum of their ΔW by
+definition."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ TEXT = "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj"
 RANK = 2
 
 Made = tuple[dict[str, Tensor], Tensor]
-"""What the file has of a module, by suffix, and the ΔW that its tool defines (float64, of the weight's shape)."""
+"""A module's tensors by suffix, and ΔW as its tool defines it (float64, shape of the weight)."""
 
 
 def rand(*shape: int, seed: int, size: float = 0.3) -> Tensor:
@@ -66,7 +67,7 @@ def loha(W: Tensor) -> Made:
 
 
 def lokr(W: Tensor) -> Made:
-    """Both factors full: LyCORIS ignores alpha then."""
+    """LoKr with two full factors, for which LyCORIS ignores alpha."""
     w1, w2 = rand(2, 2, seed=10), rand(len(W) // 2, W.shape[1] // 2, *W.shape[2:], seed=11)
     left = w1.double().reshape(2, 2, *[1] * (W.ndim - 2))
     return {"lokr_w1": w1, "lokr_w2": w2, "alpha": torch.tensor(0.5)}, torch.kron(left, w2.double())

@@ -1,4 +1,4 @@
-"""The same files, strengths and blocks through diffusers and PEFT: load_lora_weights and set_adapters."""
+"""Files, strengths and block strengths equal diffusers' and PEFT's: load_lora_weights and set_adapters."""
 
 from __future__ import annotations
 

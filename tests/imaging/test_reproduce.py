@@ -1,4 +1,4 @@
-"""A PNG says how it was made, and is made again to the bit; what made it must be the same."""
+"""A PNG's record reproduces the picture bit for bit with the same inputs, and refuses different ones."""
 
 from __future__ import annotations
 

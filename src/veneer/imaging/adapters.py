@@ -1,12 +1,12 @@
 """Adapters on an image base, with strengths by block, component and step.
 
-    with Mixer(base) as mixer:
-        plan = mixer.plan(["brand:0.8@down=0.5,steps=0-0.6", "product:0.6"])
-        plan = mixer.plan(["acme@campaign=brand", "lock@campaign=product"])
+    with ImagePipeline(base) as pipeline:
+        plan = pipeline.plan(["brand:0.8@down=0.5,steps=0-0.6", "product:0.6"])
+        plan = pipeline.plan(["acme@campaign=brand", "lock@campaign=product"])
 
-An adapter is read and attached once, however often it is named. An adapter with block factors is divided into
-parts that share its tensors (`Adapter.divided`), so that a plan is a list of names and strengths, and
-applying a plan is one assignment of a selection.
+An adapter is read and attached once, even if it is named several times. An adapter with block factors is
+divided into parts that share its tensors (`Adapter.divided`). A plan is therefore a list of names and
+strengths, and applying a plan is one assignment of a selection.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ Use = tuple[str, Strength]
 class AdapterSource:
     """The origin of an attached adapter: its digest and the hashes of its file.
 
-    `sha256`, `autov3`, `short` (A1111's, `files.hashes.short_hash`): hashes by which model managers identify
-    the file, "" if unknown. `display_name`: display name, if different from `name`."""
+    sha256, autov3, short (A1111's, `files.hashes.short_hash`): hashes by which model managers identify the
+    file; "" if unknown. display_name: the display name, if it differs from `name`."""
 
     name: str
     path: str
@@ -60,7 +60,7 @@ class AdapterSource:
 
     @property
     def label(self) -> str:
-        """The short display name (`label_of`)."""
+        """Return the short display name (`label_of`)."""
         return label_of(self.display_name or self.name)
 
 
@@ -68,9 +68,9 @@ _GENERIC_NAMES = ("adapter", "adapter_model", "pytorch_lora_weights")
 
 
 def label_of(name: str) -> str:
-    """Return a short display name: the file or folder, or the library name.
+    """Return a short display name: the file or folder without extension, or the library name.
 
-    Without extension. If a tool gives every file the same name, the folder's name is used. The separators of
+    If the file has a name that a tool gives to every file, the folder's name is used. The separators of
     infotext (`:,<>`) become `_`."""
     at = Path(name)
     short = at.stem if at.suffix in (".safetensors", ".gguf") else at.name
@@ -80,10 +80,10 @@ def label_of(name: str) -> str:
 
 
 def parse_use(spec: str | tuple[str, float | Strength]) -> Use:
-    """Parse an adapter's name, strength and factors.
+    """Parse an adapter's name, strength and factors, and return (name, strength).
 
-    "NAME[:strength][@BLOCK=factor,…,steps=FROM-TO]" or "NAME[:strength][@campaign=ROLE]". Returns (name,
-    strength). Raises ConfigError for any other text."""
+    The form is "NAME[:strength][@BLOCK=factor,…,steps=FROM-TO]" or "NAME[:strength][@campaign=ROLE]". Raises
+    ConfigError for any other text."""
     if isinstance(spec, tuple):
         name, strength = spec
         return name, strength if isinstance(strength, Strength) else Strength(using.parse_spec((name, strength))[1])
@@ -99,10 +99,10 @@ def parse_use(spec: str | tuple[str, float | Strength]) -> Use:
 
 
 class ImagePipeline:
-    """The adapters of one image base. A context manager: they are off at its end.
+    """The adapters of one image base, as a context manager that disables the adapters on exit.
 
-    On exit the adapters are detached, unless `attachment` was given. `sources`: attached adapters by
-    requested name. `say` is called once with each note for the user."""
+    On exit, the adapters are also detached, unless `attachment` was given. `sources`: attached adapters by
+    requested name. `say`: called once with each note for the user."""
 
     def __init__(self, base: ImageBase, *, say: Callable[[str], None] | None = None) -> None:
         self.base = base
@@ -114,7 +114,7 @@ class ImagePipeline:
         self._controls: dict[str, Any] = {}
 
     def control(self, name: str) -> Any:
-        """Return a ControlNet of the base's family, loaded once.
+        """Return a ControlNet of the base's family, loaded on first use.
 
         Raises the errors of `load_control`."""
         if name not in self._controls:
@@ -122,10 +122,10 @@ class ImagePipeline:
         return self._controls[name]
 
     def add(self, name: str) -> AdapterSource:
-        """Read and attach an adapter, unless it is attached already.
+        """Read and attach an adapter, unless it is already attached.
 
-        Raises MismatchError for an adapter of another family, AdapterError with every name and shape for one
-        that does not fit."""
+        Raises MismatchError for an adapter of another family, and AdapterError, with every name and shape,
+        for an adapter that does not fit the base."""
         if name not in self.sources:
             path = using.adapter_path(name)
             adapter = using.load_adapter(self.base, name, allow_other_base=True)
@@ -145,7 +145,7 @@ class ImagePipeline:
         return self.sources[name]
 
     def resolve_roles(self, uses: Sequence[str | tuple[str, float | Strength]]) -> tuple[Use, ...]:
-        """Return the adapters with each campaign role replaced by its blocks and steps on this base.
+        """Return the adapters, with campaign roles replaced by blocks and steps.
 
         Reports each replacement with `say`. Raises ConfigError if two adapters have the same role."""
         parsed = [parse_use(use) for use in uses]
@@ -160,8 +160,8 @@ class ImagePipeline:
     def plan(self, uses: Sequence[str | tuple[str, float | Strength]]) -> MixPlan:
         """Return the mix for encoding the prompt, and the mix for each range of steps.
 
-        Raises the errors of `add`; ConfigError for an adapter named twice, a role used twice, or a block that
-        the base does not have."""
+        Raises the errors of `add`, and ConfigError for a repeated adapter or role, or a block that the base
+        does not have."""
         parsed = self.resolve_roles(uses)
         names = [name for name, _ in parsed]
         if twice := sorted({n for n in names if names.count(n) > 1}):
@@ -182,10 +182,10 @@ class ImagePipeline:
             self._reported.add(line)
             self._say(line)
 
-    # -- inside --------------------------------------------------------------------------------------------------------
+    # -- internals -----------------------------------------------------------------------------------------------------
 
     def _divided(self, name: str, strength: Strength) -> NamedMix:
-        """Return the adapter as attached parts with their factors."""
+        """Return the mix of the adapter's attached parts with their factors."""
         shape = strength.by_block
         if (name, shape) not in self._parts:
             self.add(name)
@@ -196,23 +196,25 @@ class ImagePipeline:
 
 
 def add_divided(attachment: Attachment, name: str, shape: Strength, modules: Sequence[str]) -> NamedMix:
-    """Divide an attached adapter by its block factors and attach each part.
+    """Divide an attached adapter by its block factors, and attach each part.
 
-    Returns the mix of the parts that equals the adapter under these factors; the adapter itself without
-    factors. `modules`: the base's. Raises ConfigError for a block that the base does not have."""
+    Returns the mix of the parts that equals the adapter with these factors. Without factors, the mix has the
+    adapter itself. Raises ConfigError for a block that the base does not have.
+
+    modules: module names of the base."""
     if not shape.blocks:
         return ((name, 1.0),)
     factor_of = factors_by_module(shape, modules)
     pieces = []
     for factor, part in sorted(attachment.adapters[name].divided(lambda module: factor_of.get(module, 1.0)).items()):
         piece = f"{name}|{shape}|{factor!r}"
-        attachment.add(piece, part, finite=True)  # the whole adapter was checked
+        attachment.add(piece, part, finite=True)  # the values of the whole adapter were already checked
         pieces.append((piece, factor))
     return tuple(pieces)
 
 
 def without_effect(adapter: Adapter, strength: Strength, modules: Sequence[str]) -> list[str]:
-    """Return the factors without effect, as ends of sentences about the adapter."""
+    """Return the factors that have no effect, as ends of sentences about the adapter."""
     modules_of_adapter = {key.rpartition(".")[0] for key in adapter.deltas}
     modules_of_adapter |= {*adapter.pairs, *adapter.modules, *adapter.token_rows}
     notes = []
@@ -226,14 +228,14 @@ def without_effect(adapter: Adapter, strength: Strength, modules: Sequence[str])
 
 
 def campaign_note(label: str, requested: Strength, resolved: Strength) -> str:
-    """Return a note saying which blocks and steps a role selects (`in_campaign`)."""
+    """Return a note about the blocks and steps that a role selects (`in_campaign`)."""
     return (
         f"{label} is the campaign's {requested.campaign}: {str(resolved).partition('@')[2] or 'all blocks and steps'}"
     )
 
 
 def idle_ranges(uses: Sequence[Use], steps: int) -> list[str]:
-    """Return notes on step ranges that contain none of the steps taken."""
+    """Return notes about step ranges that contain no step."""
     return [
         f"{label_of(name)}: steps={at} holds none of the {counted(steps, 'step')} taken: it has no effect"
         for name, strength in uses
@@ -242,9 +244,9 @@ def idle_ranges(uses: Sequence[Use], steps: int) -> list[str]:
 
 
 def mix_plan(parts: Sequence[tuple[Strength, NamedMix]]) -> MixPlan:
-    """Return the plan of adapters under their strengths.
+    """Return the plan of adapters with their strengths.
 
-    Each adapter is given as attached parts (`add_divided`)."""
+    Each adapter is given by its attached parts (`add_divided`)."""
     phases: list[tuple[float, NamedMix]] = []
     for edge in sorted({0.0, *(edge for strength, _ in parts for edge in strength.edges)}):
         mix = _scaled([(part, strength.strength * strength.factor_at(edge)) for strength, part in parts])

@@ -1,10 +1,10 @@
-"""Read a batch file: one JSON object per line, with its prompt, mix and seed.
+"""Read a batch file: one JSON object per line, with prompt, mix and seed.
 
     {"prompt": "a fox", "adapters": ["brand:0.8"], "seed": 5}
     {"prompt": "a fox", "adapters": ["brand:0.4", "look:0.6@steps=0.5-1"], "negative": "blurry"}
     {"prompt": "a fox", "adapters": []}
 
-The caller's settings apply to keys that a line does not have. One error lists all invalid lines.
+The caller's settings are the defaults for keys that a line does not have. One error lists all invalid lines.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ _BATCH_KEYS = ("prompt", "adapters", "seed", "negative")
 def read_batch(path: str | Path, shared: ImageRequest | None = None) -> list[ImageRequest]:
     """Return the requests of a file, in order.
 
-    `shared`: the values of missing keys. Raises DataError for an unreadable or empty file, and for invalid
-    lines: the error lists every line number and its problem."""
+    shared: the values of missing keys.
+
+    Raises DataError for an unreadable or empty file, and for invalid lines, with every line number and
+    problem."""
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -34,7 +36,7 @@ def read_batch(path: str | Path, shared: ImageRequest | None = None) -> list[Ima
         raise DataError(f"the batch cannot be read: {error}", where=str(path)) from error
     requests: list[ImageRequest] = []
     bad: list[str] = []
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a prompt can contain U+2028
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines, because a prompt can contain U+2028
         if line.strip():
             try:
                 requests.append(_parse_line(line, shared or ImageRequest("")))
@@ -72,7 +74,7 @@ def _parse_line(line: str, shared: ImageRequest) -> ImageRequest:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the object. Raises ValueError for duplicate keys: JSON readers would silently keep the last."""
+    """Return the object. Raise ValueError for duplicate keys, of which a JSON reader would keep the last."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         keys = [key for key, _ in pairs]

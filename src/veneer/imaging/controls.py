@@ -1,9 +1,9 @@
-"""Control pictures: ControlNet, picture, weight, and Canny edge detection.
+"""Control images: ControlNet, image, weight, and Canny edge detection.
 
-canny=sketch.png:0.7             the edges of sketch.png, found by OpenCV's Canny, through the base's canny ControlNet
-edges=edges.png:0.7              the same ControlNet, the picture as it is (white edges on black)
-depth=d.png:0.7                  the picture as it is (near is light), through the base's depth ControlNet
-pose@runs/pose=p.png:0.5         another ControlNet by name or folder, the picture as it is
+canny=sketch.png:0.7             the edges of sketch.png, found by OpenCV's Canny, with the base's canny ControlNet
+edges=edges.png:0.7              the unchanged image (white edges on black), with the same ControlNet
+depth=d.png:0.7                  the unchanged image (near is light), with the base's depth ControlNet
+pose@runs/pose=p.png:0.5         the unchanged image, with another ControlNet, by name or folder
 canny=sketch.png:0.7@0-0.5       in the first half of the steps
 """
 
@@ -34,16 +34,16 @@ _FORM = re.compile(
 )
 _EXAMPLE = "KIND[@MODEL]=PICTURE[:weight][@FROM-TO], as in canny=sketch.png:0.7"
 OWN_KINDS = {"canny": "canny", "edges": "canny", "depth": "depth"}
-"""Kinds of control pictures -> the kind that the ControlNet was trained on."""
+"""Kind of control image -> the kind that the ControlNet was trained on."""
 CANNY = (100, 200)
-"""Gradient thresholds: no edge below the first, an edge above the second."""
+"""Gradient thresholds: values below the first are not edges, and values above the second are edges."""
 
 
 @dataclass(frozen=True)
 class ControlSpec:
-    """One control of a picture.
+    """A control image with its ControlNet and weight.
 
-    `model`: a ControlNet's name or folder; "" for the base's own ControlNet of a kind in OWN_KINDS."""
+    model: a ControlNet's name or folder; "" is the base's own ControlNet of a kind in OWN_KINDS."""
 
     kind: str
     path: str
@@ -54,7 +54,7 @@ class ControlSpec:
 
 
 def parse_control(spec: str | ControlSpec) -> ControlSpec:
-    """Parse KIND[@MODEL]=PICTURE[:weight][@FROM-TO].
+    """Return the control in a text: KIND[@MODEL]=PICTURE[:weight][@FROM-TO].
 
     Raises ConfigError for any other text."""
     if isinstance(spec, ControlSpec):
@@ -95,10 +95,8 @@ def control_model_of(base: ImageBase, spec: ControlSpec) -> str:
 
 
 def _one_frame(picture: Image, where: str) -> Image:
-    """Return the picture upright.
-
-    Raises DataError for an animation, as the frame is ambiguous."""
-    frames = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)  # a photo with a preview
+    """Return the image upright. Raise DataError for an animation, because the frame is ambiguous."""
+    frames = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)  # an MPO is a photo with a preview
     if frames > 1:
         fix = "save one frame as a picture"
         raise DataError(f"this picture has {frames} frames", where=where, fix=fix)
@@ -106,7 +104,7 @@ def _one_frame(picture: Image, where: str) -> Image:
 
 
 def hashed_picture(path: str | Path, paper: str = "white") -> tuple[Image, str]:
-    """Return the picture, upright and opaque, and the sha256 of its file.
+    """Return the image, upright and opaque, and the sha256 of its file.
 
     Raises the errors of `opened_picture`."""
     with opened_picture(path) as (opened, data):
@@ -114,9 +112,9 @@ def hashed_picture(path: str | Path, paper: str = "white") -> tuple[Image, str]:
 
 
 def decoded(data: bytes, where: str, *, formats: Sequence[str] | None = None, max_pixels: int | None = None) -> Image:
-    """Return the picture in these bytes, upright. Raises DataError.
+    """Return the image in these bytes, upright. Raise DataError for invalid bytes.
 
-    `max_pixels` is compared with the header before decoding, because a few bytes can claim gigabytes."""
+    max_pixels: compared with the header before decoding, because a few bytes can claim gigabytes."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -141,12 +139,10 @@ def decoded(data: bytes, where: str, *, formats: Sequence[str] | None = None, ma
 
 
 def flattened(picture: Image, paper: str = "white") -> Image:
-    """Return the picture in 8-bit RGB or gray.
-
-    Transparent parts get the color of `paper`."""
+    """Return the image in 8-bit RGB or gray. Transparent parts get the color `paper`."""
     from PIL import Image
 
-    if picture.mode.startswith("I"):  # 16-bit gray, which Pillow would clip to 255
+    if picture.mode.startswith("I"):  # Pillow would clip 16-bit gray to 255.
         import numpy as np
 
         return Image.fromarray((np.asarray(picture).astype("float64") / 257).round().clip(0, 255).astype("uint8"))
@@ -158,9 +154,7 @@ def flattened(picture: Image, paper: str = "white") -> Image:
 
 
 def canny(picture: Image, low: int = CANNY[0], high: int = CANNY[1]) -> Image:
-    """Return white edges on black, by OpenCV's Canny on RGB.
-
-    Raises MissingExtraError without OpenCV."""
+    """Return white edges on black, from OpenCV's Canny on RGB. Raise MissingExtraError without OpenCV."""
     try:
         import cv2
     except ImportError:
@@ -175,9 +169,9 @@ def canny(picture: Image, low: int = CANNY[0], high: int = CANNY[1]) -> Image:
 
 
 def control_picture(spec: ControlSpec, picture: Image, width: int, height: int) -> tuple[Image, list[str]]:
-    """Return the ControlNet's input picture, and notes on changes to it.
+    """Return the ControlNet's input image, and notes on changes to the image.
 
-    Edges are found after resizing, so that they are one pixel wide."""
+    Edges are detected after resizing, so that they are one pixel wide."""
     fitted, note = fitted_picture(picture.convert("RGB"), width, height, f"control picture {spec.path}")
     notes = [note] if note else []
     if spec.kind != "canny":

@@ -1,11 +1,11 @@
-"""Generate pictures from requests, with infotext and record.
+"""Generate images from requests, with infotext and record.
 
     with ImagePipeline(base) as pipeline:
         request = ImageRequest("a fox", seed=5, uses=(parse_use("brand:0.8"),))
-        make(pipeline, [request], Options(steps=20))[0].save("fox.png")
+        generate(pipeline, [request], Options(steps=20))[0].save("fox.png")
 
-Every request can have its own prompt, seed and mix; requests of one batch run together. Uses files and
-models, but no commands.
+Every request can have its own prompt, seed and mix. Requests of one batch run together. This module uses
+files and models, but not the command line.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ if TYPE_CHECKING:
 
 
 MOST_COUNT = 100_000
-"""Maximum pictures of one prompt in one call."""
+"""Maximum number of images per prompt in one call."""
 
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """A request for one picture."""
+    """A request for one image."""
 
     prompt: str
     negative: str = ""
@@ -69,10 +69,10 @@ class ImageRequest:
 
 @dataclass(frozen=True)
 class Options:
-    """Options shared by all requests; None: the base's default.
+    """Options shared by all requests. None is the base's default; see models.image.generate.PictureSettings.
 
-    See models.image.generate.PictureSettings. `image`, `mask`, `references`: files or pictures. The default
-    size is the base's area in the proportion of the given picture, or of the first reference."""
+    image, mask, references: files or images. The default size has the base's area and the aspect ratio of the
+    given image, or of the first reference."""
 
     width: int | None = None
     height: int | None = None
@@ -97,9 +97,9 @@ RECORDED = ("width", "height", "steps", "guidance", "true_guidance", "scheduler"
 
 @dataclass
 class RecordedPicture:
-    """A picture, its infotext and its record.
+    """An image, its infotext and its record.
 
-    `cut`: the part of the prompt that the text encoders do not read."""
+    cut: the part of the prompt that the text encoders do not read."""
 
     image: Image
     infotext: Infotext
@@ -114,7 +114,7 @@ class RecordedPicture:
         return png_bytes(self.image, self.text, self.record)
 
     def save(self, path: str | Path) -> Path:
-        """Write the picture as PNG, atomically; return the path."""
+        """Write the image as PNG, atomically, and return the path."""
         atomic_write(path, [self.png()])
         return Path(path)
 
@@ -124,8 +124,10 @@ def image_requests(
 ) -> list[ImageRequest]:
     """Return `count` requests for each prompt, with the seeds seed, seed + 1, …
 
-    `seed`: one for all prompts, or one for each. Raises ConfigError for seeds that are not integers or whose
-    number differs from the prompts', and for a `count` outside 1 to MOST_COUNT."""
+    seed: one seed for all prompts, or one for each.
+
+    Raises ConfigError for seeds that are not integers, if the numbers of seeds and prompts differ, and for a
+    `count` outside of 1 to MOST_COUNT."""
     if not 1 <= count <= MOST_COUNT:
         raise ConfigError(f"count is {count:,}", fix=f"at least 1, at most {MOST_COUNT:,}")
     try:
@@ -150,14 +152,14 @@ def generate(
     on_step: Callable[[int, int], None] | None = None,
     on_picture: Callable[[int, RecordedPicture], None] | None = None,
 ) -> list[RecordedPicture]:
-    """Generate a picture for each request, in order.
+    """Generate an image for each request, in order.
 
-    `pipeline.say` is called with notes on what was resized, cut or has no effect. `on_picture(i, picture)` is
-    called as soon as a picture is finished, so that an interrupted call leaves its pictures. Raises
-    ConfigError, DataError, AdapterError and MismatchError before the first step."""
+    `pipeline.say` is called with notes about inputs that were resized, truncated or have no effect.
+    `on_picture(i, picture)` is called as soon as an image is finished, so an interrupted call leaves finished
+    images. Raises ConfigError, DataError, AdapterError and MismatchError before the first step."""
     base, options = pipeline.base, options or Options()
     resolved = {uses: pipeline.resolve_roles(uses) for uses in dict.fromkeys(request.uses for request in requests)}
-    # a record has the meanings of roles
+    # A record has the blocks and steps of roles, not the roles.
     requests = [replace(request, uses=resolved[request.uses]) for request in requests]
     plans: dict[tuple[Use, ...], MixPlan] = {}
     for request in requests:
@@ -192,7 +194,7 @@ _SHOWN_UNREAD = 200
 
 
 def unread_notes(picture: GeneratedPicture) -> list[str]:
-    """Return notes on the unread ends of prompts, each shortened."""
+    """Return notes about the ends of prompts that were not read, each shortened."""
     cuts = (("prompt", picture.cut), ("negative prompt", picture.negative_cut))
     return [
         f"the text encoder does not read the end of the {label}: …{cut[:_SHOWN_UNREAD]}"
@@ -202,11 +204,11 @@ def unread_notes(picture: GeneratedPicture) -> list[str]:
     ]
 
 
-# -- what goes in ------------------------------------------------------------------------------------------------------
+# -- inputs ------------------------------------------------------------------------------------------------------------
 
 
 def _prepared(pipeline: ImagePipeline, options: Options) -> tuple[PictureSettings, dict[str, Any]]:
-    """Return the settings with all pictures loaded at one size, and their records."""
+    """Return the settings, with all input images loaded at one size, and the records of the images."""
     base = pipeline.base
     image, image_from = _opened(options.image)
     mask, mask_from = _opened(options.mask, paper="black")
@@ -265,17 +267,17 @@ def _prepared(pipeline: ImagePipeline, options: Options) -> tuple[PictureSetting
 
 
 _SAME_PROPORTION = 1 / 15
-"""Maximum deviation of a reference's proportion.
+"""Maximum deviation of a reference's aspect ratio.
 
-`size_for` loses this much by rounding to whole units."""
+`size_for` deviates this much by rounding to whole units."""
 
 
 def fitted_reference(base: ImageBase, picture: Image, width: int, height: int) -> tuple[Image, str]:
-    """Resize a reference for the base; return it with a note if it was resized.
+    """Resize a reference for the base, and return the reference with a note if it was resized.
 
-    A reference in the pictures' proportion gets their size, as in training on pairs; another one keeps its
-    own proportion. Qwen-Image-Edit's pipelines resize references themselves. Raises ConfigError for a
-    reference with extreme proportions."""
+    A reference with the aspect ratio of the images gets their size, as in training on pairs. Another
+    reference keeps its aspect ratio. Qwen-Image-Edit's pipelines resize references themselves. Raises
+    ConfigError for an extreme aspect ratio."""
     from PIL.Image import Resampling
 
     if why := aspect_problem(*picture.size):
@@ -291,9 +293,9 @@ def fitted_reference(base: ImageBase, picture: Image, width: int, height: int) -
 
 
 def _opened(source: str | Path | Image | None, paper: str = "white") -> tuple[Image | None, dict[str, str] | None]:
-    """Open a picture with `paper` behind transparent parts.
+    """Open an image, with `paper` behind transparent parts.
 
-    Black for a mask, so that these parts are kept."""
+    For a mask, `paper` is black, so that these parts are not repainted."""
     if source is None:
         return None, None
     if isinstance(source, str | Path):
@@ -303,7 +305,9 @@ def _opened(source: str | Path | Image | None, paper: str = "white") -> tuple[Im
 
 
 def size_for(base: ImageBase, width: int | None, height: int | None, guide: Image | None) -> tuple[int, int]:
-    """Return the requested (width, height), or a size with the guide's aspect ratio and the base's default area."""
+    """Return the requested (width, height).
+
+    The default has the guide's aspect ratio and the base's default area."""
     if width and height:
         return width, height
     if guide is None:
@@ -317,15 +321,15 @@ def size_for(base: ImageBase, width: int | None, height: int | None, guide: Imag
         return width or in_units((height or 0) * ratio), height or in_units((width or 0) / ratio)
     whole_units = guide.width % base.unit == 0 == guide.height % base.unit
     if whole_units and base.size**2 / 4 <= guide.width * guide.height <= base.size**2:
-        return guide.size  # bases generate far smaller pictures badly
+        return guide.size  # bases generate much smaller images badly
     return size_in_units(base.unit, base.size, ratio)
 
 
-# -- what comes out ----------------------------------------------------------------------------------------------------
+# -- outputs -----------------------------------------------------------------------------------------------------------
 
 
 def shared_record(base: ImageBase, settings: PictureSettings) -> dict[str, Any]:
-    """Return the part of a record that all pictures of a call share."""
+    """Return the part of a record that all images of a call share."""
     return {
         "version": 1,
         "made_by": library_versions(),
@@ -343,17 +347,17 @@ def shared_record(base: ImageBase, settings: PictureSettings) -> dict[str, Any]:
 
 
 def model_hash(base: ImageBase) -> tuple[str, str]:
-    """Return the infotext field that identifies the base.
+    """Return the name and value of the infotext field that identifies the base.
 
-    A checkpoint file has A1111's `Model hash`, which others can look up. A directory has none: its
-    fingerprint gets another field name and length."""
+    A checkpoint file has A1111's `Model hash`, which other tools can look up. A directory has no such hash,
+    so its fingerprint gets a field with another name and length."""
     if base.directory.is_file():
         return "Model hash", file_sha256(base.directory)[:10]
     return "Base fingerprint", base.fingerprint.removeprefix("sha256:")[:16]
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions of the libraries that determine a picture's last bits."""
+    """Return the versions of the libraries that determine the last bits of an image."""
     return {"veneer": __version__, **{name: version(name) for name in ("torch", "diffusers")}}
 
 
@@ -365,10 +369,10 @@ def recorded_picture(
     index: int,
     shared: Mapping[str, Any],
 ) -> RecordedPicture:
-    """Return the picture with its infotext and record.
+    """Return the image with its infotext and record.
 
-    `batch`: the requests generated together; the picture is number `index`. `sources`: adapters by the names
-    in the requests. `shared`: the result of `shared_record` and records of the input pictures (`image`,
+    batch: the requests that were generated together; the image is number `index`. sources: adapters by their
+    names in the requests. shared: the result of `shared_record`, and records of the input images (`image`,
     `mask`, `controls`)."""
     used = [sources[name] for name in sorted({name for request in batch for name, _ in request.uses})]
     record = {
@@ -403,7 +407,7 @@ def _infotext(
     if settings["denoise"] is not None:
         fields["Denoising strength"] = _short(settings["denoise"])
     for i, control in enumerate(record["controls"]):
-        # The names of sd-webui-controlnet, in which an unprocessed picture has the module "none".
+        # The names are those of sd-webui-controlnet, where an unprocessed image has the module "none".
         is_canny = control["kind"] == "canny"
         fields[f"ControlNet {i}"] = (
             f"Module: {'canny' if is_canny else 'none'}, Model: {Path(control['model']).name}, "

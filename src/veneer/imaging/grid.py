@@ -4,8 +4,8 @@
 | strength | prompts × seeds | strengths of one mix   |
 | adapters | prompts × seeds | the base, each adapter |
 
-All cells of a sheet are requests of one call: batches hold different mixes, and the same seed starts from the
-same noise in every cell.
+All cells of a sheet are requests of one call. A batch can contain different mixes, and the same seed starts
+from the same noise in every cell.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True)
 class GridLayout:
-    """The cells of a sheet. `requests`: in row-major order."""
+    """The cells of a sheet. `requests` are in row-major order."""
 
     rows: tuple[str, ...]
     columns: tuple[str, ...]
@@ -47,8 +47,8 @@ def layout(
 ) -> GridLayout:
     """Return the requests of a sheet and their positions.
 
-    A strength of a `strength` sheet multiplies the strengths of the whole mix. Raises ConfigError for a sheet
-    without adapters, or of an unknown kind."""
+    Each strength of a `strength` sheet multiplies the strengths of the whole mix. Raises ConfigError for a
+    sheet without adapters, or of an unknown kind."""
     if kind not in _SHEETS:
         suggestion = nearest(kind.lower(), _SHEETS, 1)
         hint = f"did you mean {suggestion[0]}? " if suggestion else ""
@@ -90,7 +90,7 @@ def draw_grid(
     *,
     on_step: Callable[[int, int], None] | None = None,
 ) -> tuple[Image, list[RecordedPicture]]:
-    """Generate the pictures of a layout; return the sheet and the pictures, in row-major order."""
+    """Generate the images of a layout, and return the sheet and the images, in row-major order."""
     pictures = generate(pipeline, grid.requests, options, on_step=on_step)
     wide = len(grid.columns)
     cells = [[p.image for p in pictures[i : i + wide]] for i in range(0, len(pictures), wide)]

@@ -1,12 +1,13 @@
-"""A generated picture's metadata: A1111's infotext and veneer's record, in a PNG.
+"""Metadata of a generated image: A1111's infotext and veneer's record, in a PNG.
 
     a fox in the snow <lora:brand:0.8>
     Negative prompt: blurry
-    Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 5, Size: 1024x1024, Model hash: 1a2b3c4d5e,
+    Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 5, Size: 1024x1024, Model hash:
+        1a2b3c4d5e,
     Model: sdxl, Lora hashes: "brand: 0123456789ab", Version: veneer 0.1.0                       (one line in the file)
 
-The infotext is in the chunk `parameters`, which A1111, Forge, ComfyUI's loaders and CivitAI read; the record
-is JSON in the chunk `veneer`, for facts that the infotext cannot express. A value with a comma, a colon or a
+The infotext is in the chunk `parameters`, which A1111, Forge, ComfyUI's loaders and CivitAI read. The record
+is JSON in the chunk `veneer`, for values that the infotext cannot express. A value with a comma, a colon or a
 line break is quoted as JSON. Source of the rules: stable-diffusion-webui, modules/infotext_utils.py.
 """
 
@@ -37,12 +38,12 @@ SAMPLERS: dict[str, tuple[str, str]] = {
     "deis": ("DEIS", "Automatic"), "lcm": ("LCM", "Automatic"), "flow-euler": ("Euler", "Simple"),
     "flow-heun": ("Heun", "Simple"), "flow-dpm++2m": ("DPM++ 2M", "Simple"), "flow-unipc": ("UniPC", "Simple"),
 }  # fmt: skip
-"""Our scheduler -> A1111's "Sampler" and "Schedule type"."""
+"""veneer's scheduler -> A1111's "Sampler" and "Schedule type"."""
 
 
 @dataclass(frozen=True)
 class Infotext:
-    """A prompt, a negative prompt, and the fields of the last line by name, in order, unquoted."""
+    """A prompt, a negative prompt, and the unquoted fields of the last line by name, in order."""
 
     prompt: str = ""
     negative: str = ""
@@ -50,9 +51,9 @@ class Infotext:
 
 
 def quote(value: str) -> str:
-    """Quote a value like A1111: as JSON if it has a comma, a colon or a line break.
+    """Quote a value like A1111: as JSON if the value has a comma, a colon or a line break.
 
-    A value in double quotes is quoted too, since parsing would remove its quotes."""
+    A value in double quotes is quoted too, because parsing would remove its quotes."""
     if not any(c in value for c in ",:\n") and not (value[:1] == '"' == value[-1:]):
         return value
     return json.dumps(value, ensure_ascii=False)
@@ -61,8 +62,8 @@ def quote(value: str) -> str:
 def render_infotext(info: Infotext) -> str:
     """Return the text of an infotext.
 
-    Text that the format cannot hold (a prompt with a line "Negative prompt:") is only exact in veneer's
-    record."""
+    Some texts (a prompt with a line "Negative prompt:") cannot be expressed, and are exact in veneer's record
+    only."""
     lines = [info.prompt] if info.prompt else []
     if info.negative:
         lines.append(f"Negative prompt: {info.negative}")
@@ -71,13 +72,13 @@ def render_infotext(info: Infotext) -> str:
 
 
 def png_bytes(picture: Image.Image, text: str, record: Mapping[str, Any] | None = None) -> bytes:
-    """Return the picture as PNG with its infotext and, in chunk `veneer`, the record.
+    """Return the image as PNG, with its infotext and, in the chunk `veneer`, the record.
 
     Equal arguments give equal bytes."""
     from PIL.PngImagePlugin import PngInfo
 
     chunks = PngInfo()
-    chunks.add_text("parameters", text)  # text outside latin-1 becomes an iTXt chunk, as in A1111
+    chunks.add_text("parameters", text)  # As in A1111, text outside latin-1 becomes an iTXt chunk.
     if record is not None:
         chunks.add_text("veneer", json.dumps(record, ensure_ascii=True, sort_keys=True))
     out = io.BytesIO()
@@ -86,10 +87,10 @@ def png_bytes(picture: Image.Image, text: str, record: Mapping[str, Any] | None 
 
 
 def encoded(picture: Image.Image, text: str, record: Mapping[str, Any], kind: str, quality: int = 95) -> bytes:
-    """Encode the picture as `png`, `jpeg` or `webp`.
+    """Encode the image as `png`, `jpeg` or `webp`.
 
-    `quality` (0 to 100): for jpeg and webp, which store the infotext like A1111, in Exif's comment, and no
-    record."""
+    jpeg and webp store the infotext in Exif's comment, like A1111, and no record. `quality` (0 to 100)
+    applies to them."""
     from PIL import Image
 
     if kind == "png":
@@ -102,9 +103,9 @@ def encoded(picture: Image.Image, text: str, record: Mapping[str, Any], kind: st
 
 
 def read_record(path: str | Path) -> dict[str, Any] | None:
-    """Return a picture's record, or None if the picture has none.
+    """Return the record of an image, or None if the image has none.
 
-    Raises DataError for a file that is not a picture, or a record that is not JSON."""
+    Raises DataError for a file that is not an image, and for a record that is not JSON."""
     with opened_picture(path) as (picture, _):
         text = picture.info.get("veneer")
     if not isinstance(text, str):

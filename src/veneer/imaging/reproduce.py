@@ -1,11 +1,11 @@
-"""Reproduce a picture exactly from the record in its PNG.
+"""Reproduce an image exactly from the record in its PNG.
 
     recipe = read_recipe("out.png")              the requests, with hashes of base, adapters and inputs
     with ImagePipeline(base) as pipeline:
-        picture = reproduce(pipeline, recipe)    refuses another base, another adapter, another input picture
+        picture = reproduce(pipeline, recipe)    refuses another base, another adapter, another input image
 
-The whole batch is generated again, because other shapes can round differently; its other pictures are
-dropped.
+The whole batch is generated again, because other batch shapes can round differently. The other images of the
+batch are discarded.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from veneer.imaging.infotext import read_record
 
 @dataclass(frozen=True)
 class PictureRecipe:
-    """How a picture was generated.
+    """How an image was generated.
 
-    `requests[index]` is the request of this picture. The `fingerprint` of the base, the `digests` (adapter ->
-    its digest) and the `inputs` (path -> sha256) must match."""
+    `requests[index]` is the request for this image. The `fingerprint` of the base, the `digests` (adapter ->
+    digest) and the `inputs` (path -> sha256) must match."""
 
     path: str
     base: str
@@ -43,7 +43,7 @@ class PictureRecipe:
 
 
 def read_recipe(path: str | Path) -> PictureRecipe:
-    """Read how a picture was generated. Raises DataError for a picture without a record, or a damaged one."""
+    """Read how an image was generated. Raise DataError for an image without a valid record."""
     record = read_record(path)
     if record is None:
         raise DataError("this picture does not say how it was made", where=str(path), fix="use a PNG that veneer wrote")
@@ -72,7 +72,7 @@ def _recipe(path: str, record: dict[str, Any]) -> PictureRecipe:
         for row in record["rows"]
     )
     index = int(record["index"])
-    requests[index]  # raises for an invalid index
+    requests[index]  # raises IndexError for an invalid index
     options = Options(
         batch_size=len(requests),
         image=record["image"] and record["image"]["path"],
@@ -104,11 +104,12 @@ def reproduce(
     changes: Callable[[ImageRequest, Options], tuple[ImageRequest, Options]] | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> RecordedPicture:
-    """Generate the picture again.
+    """Generate the image again.
 
-    `changes`: changes the request and the options; the picture is then generated in a batch of one. Raises
-    MismatchError if the base, an adapter or an input picture differs from the original; AdapterError if an
-    adapter is found neither by name nor, in the library, by digest."""
+    changes: function that changes the request and the options; the image is then generated in a batch of one.
+
+    Raises MismatchError if the base, an adapter or an input image differs from the original, and AdapterError
+    if an adapter is not found by name or, in the library, by digest."""
     base = pipeline.base
     if recipe.fingerprint != base.fingerprint:
         raise MismatchError(
@@ -138,7 +139,8 @@ def reproduce(
 
 
 def _attach(pipeline: ImagePipeline, name: str, digest: str) -> str:
-    """Attach the adapter with this digest, by name or from the library; return the name it is attached under."""
+    """Attach the adapter with this digest, by name or from the library, and return its name on the
+    attachment."""
     try:
         source = pipeline.add(name)
     except AdapterError as missing:
