@@ -1,4 +1,4 @@
-"""`veneer adapter`: what a person sees, what `--json` prints, and the exit codes."""
+"""`veneer adapter`: printed output, `--json`, and exit codes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def made(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the adapter `a`, of this base, and `zero`, never trained."""
+    """Return a folder with the base's adapter `a`, and the untrained adapter `zero`."""
     folder = tmp_path_factory.mktemp("adapters")
     text = load_text(str(base))
     untrained = create(text.model, LoraSpec(rank=4, alpha=8, targets=("q_proj", "down_proj"), rslora=True), seed=0)
@@ -41,7 +41,7 @@ def made(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 0) -> str:
-    """What the command prints; on a failure what it says on stderr."""
+    """Return the command's output, or its stderr if it fails."""
     with pytest.raises(SystemExit) as caught:
         main(["adapter", *map(str, argv)])
     out = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""`veneer adapter convert`: what a person sees, what `--json` prints, and the exit codes."""
+"""`veneer adapter convert`: printed output, `--json`, and exit codes."""
 
 from __future__ import annotations
 
@@ -95,5 +95,5 @@ def test_gguf_takes_what_it_needs_from_the_base(tmp_path, capsys):
     ran = run(capsys, *arguments, "--base", str(base), "--json")
     assert ran.code == 0, ran.err
     assert json.loads(ran.out)["family"] == "llama"
-    assert heads > 1  # else the rows of q are in one order only
+    assert heads > 1  # with one head, every order of q's rows would be the same
     same_changes(read(out).adapter, read(tmp_path / "it").adapter)

@@ -1,4 +1,4 @@
-"""`veneer adapter mix|resize|extract|diff|strength`: what is printed, what --json has, the exit codes; and the page's
+"""`veneer adapter mix|resize|extract|diff|strength`: output, `--json`, exit codes, and the docs page's
 commands."""
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NAMES = ["model.layers.0.q", "model.layers.1.q"]
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A folder with the adapters and models that the page names."""
+    """Create a folder with the adapters and models that the docs page names."""
     monkeypatch.chdir(tmp_path)
     for i, name in enumerate(("style", "product")):
         peft.write_folder(linear_pairs(NAMES, rank=2, width=8, seed=i), tmp_path / "runs" / name)

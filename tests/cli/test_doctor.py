@@ -15,7 +15,7 @@ from veneer.ops.profile import processor_name, profile
 
 
 def unwrapped(out: str) -> list[str]:
-    """The lines before they were broken."""
+    """Return the lines with wrapped lines joined."""
     return out.replace("\n" + " " * 12, " ").splitlines()
 
 

@@ -1,4 +1,4 @@
-"""`veneer eval`: the table, the JSON object, and what a mistake gets."""
+"""`veneer eval`: the table, the JSON object, and errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from veneer.models.text.base import load_text
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, an adapter of it, and a few held-out rows."""
+    """Create a base, an adapter of the base, and a few held-out rows."""
     folder = tmp_path_factory.mktemp("eval")
     base = load_text(str(tiny_base_dir(folder)))
     adapter = create(base.model, LoraSpec(rank=2), seed=0)
@@ -99,7 +99,7 @@ def test_an_overflow_names_its_adapter(
     base = load_text(str(folder / "tiny-base"))
     adapter = create(base.model, LoraSpec(rank=2), seed=0)
     for pair in adapter.pairs.values():
-        pair.B.fill_(1e36)  # within float32, and what comes of it is not
+        pair.B.fill_(1e36)  # valid in float32, but its products overflow
     peft.write_folder(adapter, tmp_path / "loud", base_name=str(folder / "tiny-base"), base=base.model)
     held = str(folder / "held.jsonl")
     code = call("--base", str(folder / "tiny-base"), "--adapter", "loud:9000", "--data", held, *more)

@@ -106,7 +106,9 @@ def test_adapters_act_by_strength_and_bring_their_base(
         peft.write_folder(adapter_for(base, seed), tmp_path / name)
     with attach_adapters(base, specs):
         expected = texts(base, [chat_of("hi")], max_new_tokens=12)[0]
-    ran = run(capsys, "generate", "hi", "-a", specs[0], "-a", specs[1], "-n", "12")  # no --base: the adapter's own
+    ran = run(
+        capsys, "generate", "hi", "-a", specs[0], "-a", specs[1], "-n", "12"
+    )  # without --base, the adapter's base is used
     assert ran.out == expected + "\n"
     assert expected != texts(base, [chat_of("hi")], max_new_tokens=12)[0]
     assert f"base {folder}: the adapter's own" in ran.err
@@ -173,7 +175,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(capsys: Any, folder: Path, monk
     say(monkeypatch, "one\ntwo\n")
     ran = run(capsys, "generate", "--chat", "--base", str(folder), "-n", "3")
     assert ran.code == 0
-    assert calls == [chat_of("one"), chat_of("two")]  # the stopped answer is not kept
+    assert calls == [chat_of("one"), chat_of("two")]  # the stopped completion is not part of the conversation
 
 
 @pytest.mark.parametrize(
@@ -198,7 +200,7 @@ def test_impossible_options_are_refused(capsys: Any, folder: Path, options: list
 def test_a_nonfinite_result_names_its_adapter(capsys: Any, folder: Path, base: TextBase, tmp_path: Path) -> None:
     adapter = adapter_for(base)
     for pair in adapter.pairs.values():
-        pair.B.mul_(1e36)  # within float32, and what comes of it is not
+        pair.B.mul_(1e36)  # valid in float32, but its products overflow
     peft.write_folder(adapter, tmp_path / "loud")
     asked = ("generate", "hi", "--base", str(folder), "-n", "4", "--adapter")
     for spec, words in {

@@ -1,4 +1,4 @@
-"""`veneer image` and `veneer image grid`: files, notes on stderr, JSON, again, and refusals."""
+"""`veneer image` and `veneer image grid`: files, notes on stderr, JSON, reproduction, and errors."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_command_equals_the_python_call(capsys: Any, place: Path, base: ImageBas
     (ours,) = api.image(base, "a cat", adapters=adapters, steps=3, seed=5, guidance=4.0, negative="blue")
     with Image.open("a.png") as made:
         assert levels(made, ours.image) == 0
-    again = image(capsys, None, "--from", "a.png", "-o", "b.png")  # no --base: the picture's own
+    again = image(capsys, None, "--from", "a.png", "-o", "b.png")  # without --base, the picture's base is used
     assert again.code == 0, again.err
     assert Path("b.png").read_bytes() == Path("a.png").read_bytes()
     other = image(capsys, None, "--from", "a.png", "--seed", "6", "--guidance", "2", "--json")
@@ -102,7 +102,7 @@ def test_several_pictures_are_numbered(capsys: Any, place: Path, folder: Path) -
 def test_a_batch_holds_a_mix_for_each_picture(
     capsys: Any, place: Path, base: ImageBase, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Drawn together, yet each as it is alone; each PNG says its own mix and is made again with it."""
+    """Batched pictures equal separate ones; each PNG records its own mix, which reproduces the picture."""
     from veneer.imaging import generate as making
 
     rows: list[dict[str, Any]] = [

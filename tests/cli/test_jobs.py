@@ -32,7 +32,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_command_line_trains_from_config_to_adapter(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A background worker, as of `veneer serve --train`, and its job's process, which finds the tenants' routes."""
+    """A background worker, like that of `veneer serve --train`, and its job's process, which finds the
+    tenants' routes."""
     at, tenants = ("--library", str(folder / "library")), str(folder / "tenants.sqlite")
     with tenants_at(tenants) as known:
         manage.add_tenant(known, "acme", actor="test")

@@ -1,4 +1,4 @@
-"""`veneer library …` as a user types it, and the page of the docs as it stands."""
+"""`veneer library …` as a user types it, and the commands of its docs page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Two PEFT folders, in a veneer home of their own."""
+    """Create two PEFT folders in a separate veneer home."""
     import torch
 
     from veneer.core.adapter import Adapter, Card, Pair

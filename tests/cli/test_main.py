@@ -1,4 +1,4 @@
-"""The command line itself: lazy imports, and an exit code and a message for every end."""
+"""The command line itself: lazy imports, and an exit code and a message for every outcome."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from veneer.errors import Interrupted, VeneerError
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`veneer probe` raises or returns what the test sets on the fixture."""
+    """Add `veneer probe`, which raises or returns what the test sets on the fixture."""
     probe: Any = ModuleType("probe")
     probe.error = None
 
@@ -36,7 +36,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 class OutOfMemoryError(RuntimeError):
-    """As torch names its own."""
+    """An error with the name of torch's own."""
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Texts of files reach a terminal or a page as text only."""
+"""Texts from files are printed to a terminal or page as plain text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TO_Q = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
 
 @pytest.fixture
 def hostile(tmp_path: Path) -> list[Path]:
-    """A readable file, a refused file and a folder, with texts of escape sequences."""
+    """Create a readable file, a refused file and a folder, all with escape sequences in their texts."""
     metadata = {
         "modelspec.title": EVIL,
         "modelspec.trigger_phrase": EVIL,

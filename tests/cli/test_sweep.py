@@ -1,4 +1,4 @@
-"""`veneer sweep`: the table and the object, and what a grid that is none gets."""
+"""`veneer sweep`: the table, the JSON object, and errors of an invalid grid."""
 
 from __future__ import annotations
 

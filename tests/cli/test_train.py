@@ -1,4 +1,4 @@
-"""`veneer train`: the JSON object, the dry run, Ctrl-C, and what a mistake gets."""
+"""`veneer train`: the JSON object, the dry run, Ctrl-C, and errors."""
 
 from __future__ import annotations
 
@@ -149,7 +149,9 @@ def test_processes_of_another_launcher_are_not_restarted(
 def test_several_configurations_are_trained_in_one_pass(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each as the file says, changes for all of them; one that cannot begin is told, and decides the code."""
+    """Each run follows its file; overrides apply to all.
+
+    A run that cannot start is reported and sets the exit code."""
     files = []
     for name, rank, data in (("a", 2, "rows.jsonl"), ("b", 3, "rows.jsonl"), ("bad", 2, "nothing.jsonl")):
         text = (

@@ -1,4 +1,5 @@
-"""`veneer train` on pictures: told by data.pictures, the JSON object, the dry run, and the calls of the package."""
+"""`veneer train` on pictures, selected by data.pictures: the JSON object, the dry run, and the package's
+functions."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """`veneer adapter inspect|verify`.
 
-adapter_convert.py has convert, adapter_merge.py merge, adapter_mix.py mix|resize|extract|diff|strength.
+adapter_convert.py has `convert`, adapter_merge.py has `merge`, and adapter_mix.py has
+`mix|resize|extract|diff|strength`.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def inspect(
 ) -> None:
     """Show an adapter's format, ranks, scales, hashes and trigger words.
 
-    Reads every supported format, and shows whether veneer can use the adapter, and why. Needs no base. Exit
-    code 0 if veneer can use the adapter, else 2."""
+    Reads every supported format, and shows whether veneer can use the adapter and why. No base is needed. The
+    exit code is 0 if veneer can use the adapter, else 2."""
     from veneer.adapters.inspect import inspect as inspected
 
     everything(show_all)
@@ -104,7 +105,7 @@ def _show(inspection: dict[str, Any]) -> None:
 
 
 def _several(counts: dict[str, int], skip: str | None = None, most: int = 6) -> str:
-    """Format value counts as "16 (264), 32 (8)"; a single value has no count."""
+    """Return value counts as text: "16 (264), 32 (8)"; a single value has no count."""
     entries = [(k, n) for k, n in counts.items() if k != skip]
     if len(entries) == 1:
         return entries[0][0]
@@ -134,12 +135,12 @@ def verify(
 ) -> None:
     """Check an adapter's files, card, configuration, tensors and fit to a base.
 
-    Exit code 0 if every check that could run passes, else 2."""
+    The exit code is 0 if every check that could run passes, else 2."""
     from veneer.adapters.inspect import verify_adapter as check
     from veneer.adapters.use import adapter_path
 
     everything(show_all)
-    adapter_path(name)  # a wrong name fails before a base loads
+    adapter_path(name)  # fail on a wrong name before loading a base
     loaded = None
     if base is not None:
         from veneer.models.sources import find_base, is_image_base

@@ -36,10 +36,10 @@ def convert_command(
     show_all: ShowAll = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write an adapter in another tool's layout: exactly, or not at all.
+    """Write an adapter in another tool's layout, exactly or not at all.
 
-    If the layout cannot express the adapter, the error lists every module, the reason and the nearest way.
-    The result is read back and compared before it is written to disk."""
+    If the layout cannot express the adapter, the error lists every such module, the reason and the closest
+    alternative. The result is read back and compared before it is written to disk."""
     from veneer.adapters.convert import convert_adapter
     from veneer.adapters.use import adapter_path
 

@@ -1,4 +1,4 @@
-"""`veneer adapter merge`: merge adapters into a base's weights, as a new model."""
+"""`veneer adapter merge`: merge adapters into a base's weights as a new model."""
 
 from __future__ import annotations
 
@@ -78,8 +78,7 @@ def merge_command(
         raise BaseError("image bases need --by-shard", where=str(folder), fix=fix)
     stored = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(stored_dtype(tensor_table(folder)), "float16")
     want = dtype or stored
-    # Load in the stored dtype if the output has it, else in float32, which represents every stored weight
-    # exactly.
+    # load in the stored dtype if it is also the output's dtype, else in float32, which is exact
     exact = want if want == stored else "float32"
     loaded = load_text(base, dtype=exact, quantize=seen or None, say=say)
     how: dict[str, Any] = {"dtype": want, "allow_other_base": allow_other_base, "seed": seed}
@@ -87,9 +86,9 @@ def merge_command(
 
 
 def _trained_precision(adapters: list[str]) -> str:
-    """Return the base's quantization during training, from the cards; "" for none.
+    """Return the base's quantization during training; "" for none.
 
-    Raises ConfigError if the adapters' cards differ."""
+    The adapters' cards record the quantization. Raises ConfigError if the cards differ."""
     from veneer.adapters.use import adapter_path, parse_spec
     from veneer.formats.card import CARD_FILE, read_card
 
@@ -98,7 +97,7 @@ def _trained_precision(adapters: list[str]) -> str:
         folder = adapter_path(parse_spec(spec)[0])
         recipe: Any = read_card(folder).card.recipe if (folder / CARD_FILE).is_file() else {}
         base = recipe.get("base") if isinstance(recipe, dict) else None
-        kind = base.get("quantize", base.get("quantise")) if isinstance(base, dict) else None  # older cards: -ise
+        kind = base.get("quantize", base.get("quantise")) if isinstance(base, dict) else None  # older cards: quantise
         kinds.setdefault(str(kind or ""), []).append(spec)
     if len(kinds) > 1:
         summary = "; ".join(f"{', '.join(names)}: {kind or '16 bits'}" for kind, names in kinds.items())

@@ -1,4 +1,4 @@
-"""`veneer adapter mix|resize|extract|diff|strength`, registered by cli/adapter.py."""
+"""`veneer adapter mix|resize|extract|diff|strength`; cli/adapter.py registers these commands."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _Blocks = Annotated[str, typer.Option("--blocks", help="down_blocks.0=0.5,mid_bl
 
 
 def register_commands(app: typer.Typer) -> None:
-    """Register the commands in `veneer adapter`."""
+    """Register these commands in `veneer adapter`."""
     app.command(epilog="Example: veneer adapter mix runs/style:0.8 runs/product:0.5 -o mixed --rank 32")(mix)
     app.command(epilog="Example: veneer adapter resize runs/style -o small --error 0.05")(resize)
     app.command(epilog="Example: veneer adapter extract base-model tuned-model -o extracted --rank 32")(extract)
@@ -54,9 +54,9 @@ def mix(
     to: _To = None,
     as_json: AsJson = False,
 ) -> None:
-    """Mix adapters into one: the exact sum of strength·ΔW, or another method.
+    """Mix adapters into one adapter: the exact sum of strength·ΔW, or another method.
 
-    Reports the relative distance from the exact sum."""
+    Reports the result's relative distance from the exact sum."""
     from veneer.adapters import mix as mixing
 
     report = mixing.mix_adapters(
@@ -86,7 +86,7 @@ def resize(
     to: _To = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the best approximation for one of --rank, --energy and --error."""
+    """Write the best approximation within a rank, a share of energy or an error."""
     from veneer.adapters import mix as mixing
 
     report = mixing.resize(name, output, rank=rank, energy=energy, error=error, base=base, dtype=dtype, to=to)
@@ -110,7 +110,7 @@ def extract(
     to: _To = None,
     as_json: AsJson = False,
 ) -> None:
-    """Extract an adapter from the difference of two full models, a weight at a time."""
+    """Extract an adapter from the difference of two full models, weight by weight."""
     from veneer.adapters import mix as mixing
 
     report = mixing.extract(
@@ -120,7 +120,7 @@ def extract(
 
 
 def diff(a: AdapterArgument, b: AdapterArgument, as_json: AsJson = False) -> None:
-    """Compare two adapters by module: ‖ΔW‖ of each, and the cosine of both."""
+    """Compare two adapters by module: ‖ΔW‖ of each, and the cosine between them."""
     from veneer.adapters import mix as mixing
 
     difference = mixing.diff(a, b)
@@ -147,7 +147,7 @@ def strength(
     to: _To = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show ‖ΔW‖ of each block, and optionally write the adapter with new strengths."""
+    """Show ‖ΔW‖ per block; optionally write the adapter with other strengths."""
     from veneer.adapters import mix as mixing
 
     report: dict[str, Any] = mixing.strength(name, output, blocks=blocks, to=to)

@@ -31,7 +31,7 @@ def get(
 
 @app.command("list", epilog="Example: veneer base list --json")
 def list_(as_json: AsJson = False) -> None:
-    """List built-in bases and the bases in the veneer home."""
+    """List built-in bases and downloaded bases in the veneer home."""
     from veneer.models.sources import known_bases
 
     bases = known_bases()

@@ -1,4 +1,4 @@
-"""A decorator for commands that use an opened resource, such as a library.
+"""A decorator for commands that need an open resource, such as a library.
 
     library_command = partial(command, app, open_library)
 
@@ -7,7 +7,7 @@
         gone = library.remove(reference)
         return Result({"removed": gone}, f"removed {', '.join(gone)}")
 
-`veneer library remove support@1` prints the Result's text, and with `--json` the Result's value.
+`veneer library remove support@1` prints the Result's text; with `--json`, the Result's value.
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ from veneer.cli.output import print_json
 
 @dataclass(frozen=True)
 class Result:
-    """The output of a command: `value` with --json, else `text`; `code`: exit code."""
+    """The output of a command.
+
+    value: printed as JSON with --json.
+    text: printed otherwise.
+    code: the exit code."""
 
     value: Any
     text: str
@@ -39,8 +43,8 @@ def command(
 ) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """Return a decorator that registers a function as a command of `app`.
 
-    The function's first argument is the resource that `opened` yields; the others become the command's
-    arguments and options. The command gets a `--json` option."""
+    The function's first argument is the resource that `opened` yields. Its other arguments become the
+    command's arguments and options, and the command also gets a `--json` option."""
 
     def register(function: Callable[..., Result]) -> Callable[..., Result]:
         @functools.wraps(function)
@@ -58,7 +62,7 @@ def command(
         names = {
             **function.__globals__,
             str(first.annotation): object,
-        }  # the first argument's type is imported under TYPE_CHECKING only
+        }  # the first argument's type is imported only under TYPE_CHECKING
         hints = get_type_hints(function, names, include_extras=True)
         json_option = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=AsJson)
         options = [*(p.replace(annotation=hints[p.name]) for p in rest), json_option]

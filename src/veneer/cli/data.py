@@ -1,4 +1,4 @@
-"""`veneer data`: preview training data, caption images, and write training rows."""
+"""`veneer data`: preview training data, caption images and write training rows."""
 
 from __future__ import annotations
 
@@ -52,8 +52,9 @@ def caption(
 ) -> None:
     """Caption images that have no caption, in the form that `veneer train` reads.
 
-    Each caption is written at once: after an interruption, the next call continues. The same model writes the
-    same captions. To set one caption: veneer data caption drawings/cat.png "sks, a cat on a wall"."""
+    Each caption is saved immediately, so the next call continues after an interruption. The same model always
+    writes the same captions. To set one caption: veneer data caption drawings/cat.png "sks, a cat on a
+    wall"."""
     from veneer.models.device import check_device_name, check_dtype_name
     from veneer.train.image.captions import WrittenCaption, write_caption, write_captions
 
@@ -73,7 +74,7 @@ def caption(
     check_device_name(device, "--device")
 
     @functools.cache
-    def seeing() -> VisionModel:  # loaded when the first picture needs it
+    def seeing() -> VisionModel:  # loaded when the first image needs it
         from veneer.models.vision import load_vision
 
         model = load_vision(model_name, dtype=dtype, device=device, say=say)
@@ -110,7 +111,7 @@ def add(
     system: Annotated[str, typer.Option("--system", help="The system message before the prompt.")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Append a training row: a preference between two answers, or a correct answer."""
+    """Append a training row: a preference between two answers, or one correct answer."""
     from veneer.train.text.feedback_rows import add_row, corrected_row, preference_row
 
     if bool(answer) == bool(chosen or rejected) or bool(chosen) != bool(rejected):
@@ -217,10 +218,10 @@ def preview(
     rows: Annotated[int, typer.Option("--rows", min=1, help="Number of rows to read, from the first.")] = 200,
     as_json: AsJson = False,
 ) -> None:
-    """Estimate within a second whether a run fits, its duration, and what it learns.
+    """Estimate within a second whether a run fits, its duration and what it learns.
 
-    Reads only the first rows, and marks guesses. `veneer train --dry-run` reads everything and runs the
-    longest batch. Exit code 2 if the run would fail."""
+    Reads only the first rows and marks estimates as such. `veneer train --dry-run` reads all data and runs
+    the longest batch. The exit code is 2 if the run would fail."""
     from veneer.jobs.validate import device_of
     from veneer.train.inspect import inspect_run, inspection_text
 
@@ -241,8 +242,8 @@ def draw(
 ) -> None:
     """Write a teacher's answers to a configuration's prompts as training rows.
 
-    The rows work with any base. They omit the teacher's system prompt (distillation.system) and truncated
-    answers."""
+    The rows can train any base. They leave out the teacher's system prompt (distillation.system) and answers
+    that were cut off."""
     from veneer.adapters.use import load_adapter
     from veneer.core.attach import attach
     from veneer.files.atomic import atomic_write

@@ -1,4 +1,4 @@
-"""`veneer doctor`: check this machine, and show which implementation each op uses."""
+"""`veneer doctor`: check this machine and show which implementation each op uses."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ def command(
 
 @dataclass(frozen=True)
 class _Check:
-    """One finding. `ok`: None for information; `fix`: how to solve a problem."""
+    """The result of one check.
+
+    ok: None if the check is only informative.
+    fix: how to solve the problem."""
 
     name: str
     ok: bool | None
@@ -86,7 +89,7 @@ def _cards() -> list[str]:
 
 
 def _extras() -> _Check:
-    """Report installed extras: an extra counts if all its packages are installed."""
+    """Report the installed extras. An installed extra has all its packages."""
     try:
         package = metadata.metadata("veneer")
     except metadata.PackageNotFoundError:
@@ -111,9 +114,9 @@ def _installed(package: str) -> bool:
 
 
 def _hub() -> _Check:
-    """Report whether the Hub answers within two seconds.
+    """Report whether the Hub can be reached within two seconds.
 
-    Without the Hub, built-in and cached bases still work."""
+    Built-in and cached bases work without the Hub."""
     if util.find_spec("huggingface_hub") is None:
         return _Check("hub", None, "huggingface_hub is not installed")
     from urllib.parse import urlsplit
@@ -150,7 +153,7 @@ def _findings() -> dict[str, Any]:
     from veneer.ops.dispatch import choices
     from veneer.ops.profile import processor_name, profile
 
-    settle_threads()  # as in training: a profile depends on the number of threads
+    settle_threads()  # set the number of threads as training does, because the profile depends on it
     cards = _cards()
     return {
         "veneer": __version__,
@@ -172,7 +175,7 @@ _WIDEST, _INDENT = 100, 12
 
 
 def _wrapped(line: str) -> str:
-    """Wrap a line at the terminal's width, at most _WIDEST, with a hanging indent."""
+    """Wrap a line to the terminal's width (at most _WIDEST), with a hanging indent."""
     width = max(2 * _INDENT, min(_WIDEST, shutil.get_terminal_size().columns))
     return textwrap.fill(line, width, subsequent_indent=" " * _INDENT, break_long_words=False, break_on_hyphens=False)
 

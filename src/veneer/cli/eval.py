@@ -44,7 +44,8 @@ def evaluate(
 ) -> None:
     """Score the base and each adapter on held-out rows.
 
-    Metrics: exact match, valid JSON, loss and perplexity; for preference pairs, how often the chosen answer is
+    Metrics: exact match, valid JSON, loss and perplexity; for preference pairs, how often the chosen answer
+        is
     preferred."""
     specs = adapter or []
     mixes = {"base": [], **{spec: [spec] for spec in specs}}
@@ -87,7 +88,7 @@ def _progress(mix: str, done: int, rows: int) -> None:
 
 
 def _table(results: dict[str, Scores]) -> None:
-    """Print one column per mix and one row per metric; omit metrics without values."""
+    """Print one column per mix and one row per metric that has values."""
     from rich import box
     from rich.console import Console
     from rich.markup import escape

@@ -1,4 +1,4 @@
-"""`veneer generate`: complete prompts or chat with a base and any adapters."""
+"""`veneer generate`: complete prompts, or chat, with a base and any adapters."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def generate(
     allow_other_base: AllowOtherBase = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, without streaming.")] = False,
 ) -> None:
-    """Generate text with a base and any adapters, mixed by strength."""
+    """Generate text with a base and any number of adapters, mixed by strength."""
     specs = adapter or []
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -106,7 +106,7 @@ def _all_prompts(prompts: list[str]) -> list[str]:
 def _framed(base: TextBase, prompt: str, system: str | None, raw: bool) -> Prompt:
     """Return the model's input: messages if the base has a chat template, else text.
 
-    With `raw`, returns the text. Raises ConfigError."""
+    With `raw`, always text. Raises ConfigError if `raw` or `system` does not fit the prompt or the base."""
     if raw or not base.has_chat_template:
         if system is not None:
             why = "with --raw" if raw else f"because {base.name} has no chat template"
@@ -123,7 +123,7 @@ def _streamed(base: TextBase, framed: list[Prompt], settings: dict[str, Any]) ->
     """Generate one answer and print each token as it arrives."""
     from veneer.models.text.generate import complete
 
-    out = sys.stdout if sys.stdout.isatty() else unwrapped(sys.stdout)  # a pipe gets the exact text
+    out = sys.stdout if sys.stdout.isatty() else unwrapped(sys.stdout)  # a pipe gets the text unchanged
     done = complete(base, framed, on_token=lambda _i, piece: print(piece, end="", flush=True, file=out), **settings)[0]
     print(flush=True)
     _report_cut(done)
@@ -166,7 +166,7 @@ def _print_json(
 
 
 def _chat(base: TextBase, system: str | None, settings: dict[str, Any]) -> None:
-    """Run a conversation until end of input. Ctrl-C stops and discards an answer."""
+    """Run a conversation until end of input. Ctrl-C discards the current answer."""
     opening = [] if system is None else [{"role": "system", "content": system}]
     turns: list[dict[str, str]] = []
     say(_CHAT_HELP)
@@ -191,9 +191,9 @@ def _chat(base: TextBase, system: str | None, settings: dict[str, Any]) -> None:
 def _answer(
     base: TextBase, opening: list[dict[str, str]], turns: list[dict[str, str]], text: str, settings: dict[str, Any]
 ) -> None:
-    """Add one exchange to `turns`.
+    """Generate an answer to `text` and add both to `turns`.
 
-    If the context would overflow, drops the oldest exchanges and prints how many."""
+    If the context would overflow, drops the oldest exchanges and prints their number."""
     from veneer.models.text.generate import encode_prompt
 
     question = {"role": "user", "content": text}

@@ -1,4 +1,4 @@
-"""`veneer image`: generate images; `veneer image grid`: labeled image grids."""
+"""`veneer image` generates images; `veneer image grid` generates labeled grids."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _MOST_SEEDS = 1000
 
 
 class _Group(TyperGroup):
-    """Typer group that generates images unless the first word is `grid`.
+    """Typer group in which only the first word `grid` selects a subcommand.
 
-    `veneer image -- grid` uses "grid" as the prompt."""
+    All other words are arguments of image generation. `veneer image -- grid` uses "grid" as the prompt."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, args if args and args[0] == "grid" else ["make", *args])
@@ -118,7 +118,8 @@ def make_pictures(
 ) -> None:
     """Generate images with a base, adapters and ControlNets.
 
-    Each PNG stores its settings; `--from` reproduces the image. For image grids, see `veneer image grid`."""
+    Each PNG stores its settings, and `--from` generates the image again. For labeled grids, see `veneer image
+    grid`."""
     from veneer.imaging.adapters import parse_use
     from veneer.imaging.batch import read_batch
     from veneer.imaging.generate import MOST_COUNT, ImageRequest, Options, generate
@@ -191,9 +192,9 @@ def grid(
     device: ChosenDevice = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Generate a labeled grid: prompts and seeds by strength, or by adapter.
+    """Generate a labeled grid with a row per prompt and seed.
 
-    Cells with the same seed start from the same noise."""
+    The columns are strengths or adapters. Images with the same seed start from the same noise."""
     from veneer.files.atomic import atomic_write
     from veneer.imaging.adapters import parse_use
     from veneer.imaging.generate import Options
@@ -229,7 +230,7 @@ def _option_values(
     control: list[str] | None,
     batch_size: int | None,
 ) -> dict[str, Any]:
-    """Return the arguments of `Options` that were given."""
+    """Return keyword arguments for `Options`, only those that were given."""
     from veneer.imaging.controls import parse_control
 
     options: dict[str, Any] = {"steps": steps, "guidance": guidance, "true_guidance": true_guidance}
@@ -264,9 +265,9 @@ def _whole_numbers(text: str) -> list[int]:
 
 
 def _files(out: Path, number: int) -> list[Path]:
-    """Return `out`, or `number` numbered files next to `out`.
+    """Return `out`, or `number` numbered files next to it.
 
-    Raises ConfigError for an invalid path, before a base loads."""
+    Raises ConfigError for an invalid path, before a base is loaded."""
     if out.suffix.lower() != ".png":
         raise ConfigError(f"{out} is not a .png file", fix="PNG stores the settings")
     if out.is_dir():
@@ -279,7 +280,7 @@ def _files(out: Path, number: int) -> list[Path]:
 
 
 def _check_files(uses: tuple[Use, ...], options: Options) -> None:
-    """Check that adapters and input images exist, before a base loads.
+    """Check that adapters and input images exist, before a base is loaded.
 
     Raises AdapterError or DataError."""
     from veneer.adapters.use import adapter_path
@@ -304,7 +305,7 @@ def _pipeline(base: str | None, uses: tuple[Use, ...], dtype: str | None, device
 
 
 def _progress() -> Callable[[int, int], None] | None:
-    """Return a callback that prints a step counter, or None if stderr is not a terminal."""
+    """Return a callback that prints a step counter; None if stderr is not a terminal."""
     if not sys.stderr.isatty():
         return None
 
@@ -338,7 +339,7 @@ def _reproduce(
     dtype: str | None,
     device: str,
 ) -> tuple[RecordedPicture, Path]:
-    """Generate the picture in `source` again, with `changes` of its request and options."""
+    """Generate the image in `source` again, with changes to its request and options."""
     from veneer.imaging.reproduce import read_recipe, reproduce
 
     recipe = read_recipe(source)

@@ -1,4 +1,4 @@
-"""`veneer jobs …`: submit, watch and control training jobs that workers run."""
+"""`veneer jobs …`: submit, watch and control training jobs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _location: dict[str, str | None] = {"location": None, "index": None}
 
 @app.callback()
 def _set_location(library: JobsLibrary = None, index: LibraryIndex = None) -> None:
-    """Manage training jobs of a library.
+    """Manage the training jobs of a library.
 
     `veneer worker` or `veneer serve --train` runs the jobs."""
     _location.update(location=library, index=index)
@@ -54,7 +54,7 @@ def submit(
     tenants: TenantsDatabase = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check, plan and queue a run. Exit code 2 if the run cannot be queued."""
+    """Check, plan and queue a run. The exit code is 2 if the run cannot be queued."""
     from veneer.jobs.post_training import load_job_config
     from veneer.jobs.validate import submit_job
     from veneer.serve.tenancy.store import tenants_at
@@ -113,7 +113,7 @@ def show(job: _Id, tenant: _Tenant = None, as_json: AsJson = False) -> None:
 
 @app.command(epilog="Example: veneer jobs watch ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w")
 def watch(job: _Id, tenant: _Tenant = None, as_json: AsJson = False) -> None:
-    """Print a job's events until the job ends. Exit code 0 on success, else 2.
+    """Print a job's events until the job ends. The exit code is 0 on success, else 2.
 
     With --json, prints one event per line."""
     import json
@@ -123,7 +123,7 @@ def watch(job: _Id, tenant: _Tenant = None, as_json: AsJson = False) -> None:
     with _opened() as store:
         number = 0
         while True:
-            state = store.get(tenant, job).state  # read before the events, so that no event is missed
+            state = store.get(tenant, job).state  # read the state before the events, so that no event is missed
             events, more = store.events(tenant, job, after=number)
             for event in events:
                 number = event.number
@@ -142,21 +142,21 @@ def watch(job: _Id, tenant: _Tenant = None, as_json: AsJson = False) -> None:
 def cancel(job: _Id, tenant: _Tenant = None, as_json: AsJson = False) -> None:
     """Cancel a job permanently.
 
-    Tokens trained so far are billed; checkpoints stay in the job's folder."""
+    Tokens trained so far are billed, and checkpoints stay in the job's folder."""
     with _opened() as store:
         _print_job(store.cancel(tenant, job), as_json)
 
 
 @app.command(epilog="Example: veneer jobs pause ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w")
 def pause(job: _Id, tenant: _Tenant = None, as_json: AsJson = False) -> None:
-    """Pause a job: the worker saves the job's state and takes another job."""
+    """Pause a job: its worker saves the job's state and takes another job."""
     with _opened() as store:
         _print_job(store.pause(tenant, job), as_json)
 
 
 @app.command(epilog="Example: veneer jobs resume ftjob-0rx8RJ2l2U6vZ2PNsFJP8v6w")
 def resume(job: _Id, tenant: _Tenant = None, as_json: AsJson = False) -> None:
-    """Queue a paused job again; training continues from its last checkpoint."""
+    """Queue a paused job again; training continues from the job's last checkpoint."""
     with _opened() as store:
         _print_job(store.resume(tenant, job), as_json)
 
@@ -174,7 +174,7 @@ def keep(
     tenant: _Tenant = None,
     as_json: AsJson = False,
 ) -> None:
-    """Store a step's adapter as the newest version of the job's name."""
+    """Store the adapter of a checkpoint as the newest version of the job's name."""
     from veneer.jobs.step_actions import keep_step
 
     with _opened() as store:
@@ -230,7 +230,7 @@ def _print_job(job: Job, as_json: bool) -> None:
 
         cost = f", {money(job.planned)}" if job.planned else ""
         seconds = job.plan.get("seconds")
-        approximately = "about " if seconds and seconds >= 1 else ""  # `under 1 s` needs no "about"
+        approximately = "about " if seconds and seconds >= 1 else ""  # the text "under 1 s" needs no "about"
         took = f"{approximately}{rough_duration(seconds)}" if seconds else "for some time"
         print(f"planned      {job.plan['tokens']:,} tokens, {took}{cost}")
     if job.result is not None:

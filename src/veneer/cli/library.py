@@ -43,7 +43,7 @@ def _set_location(
     ] = None,
     index: LibraryIndex = None,
 ) -> None:
-    """Store adapters with versions, aliases and tags; share and verify adapters."""
+    """Store adapters with versions, aliases and tags; share and verify them."""
     _location.update(location=location, index=index)
 
 
@@ -88,7 +88,7 @@ def mix(
 ) -> Result:
     """Store a mix as one adapter: the exact sum of strength·ΔW.
 
-    The mix becomes the next version of the name."""
+    The result becomes the next version of the name."""
     from veneer.adapters.mix import keep_mix
 
     added, mixed = keep_mix(library, adapters, name, alias=alias, tags=tag or (), base=base)
@@ -132,7 +132,7 @@ def search(
 ) -> Result:
     """List the adapters that match every given filter.
 
-    JSON also has the counts by base, kind, rank, tag and health."""
+    The JSON output also has counts by base, kind, rank, tag and health."""
     filters: dict[str, Any] = {"name": name, "tags": tag or (), "base": base, "kind": kind, "rank": rank}
     filters |= {"health": health, "without": without}
     page = library.browse(text, order=sort, all_versions=all_versions, limit=limit, offset=skip, **filters)
@@ -168,7 +168,7 @@ def show(library: Library, reference: Reference) -> Result:
     path: str | Path
     try:
         path = library.resolve(version.reference)
-    except AdapterError as error:  # the metadata is still available
+    except AdapterError as error:  # show the metadata even if the files are missing
         path = f"not here: {error.what}"
     family, checks = library.family(version.reference), library.checks(version.reference)
     file_rows = {n: {"sha256": sha256, "size": size} for n, (sha256, size) in files.items()}
@@ -231,7 +231,7 @@ def alias(
 ) -> Result:
     """Point name@alias to a version.
 
-    `veneer library remove name@alias` removes an alias."""
+    To remove an alias: veneer library remove name@alias."""
     return _changed(library.alias(reference, alias))
 
 
@@ -251,14 +251,14 @@ def remove(
 ) -> Result:
     """Remove a name with all its versions, one version, or an alias.
 
-    `veneer library gc` frees the disk space later."""
+    `veneer library gc` later frees the disk space."""
     removed = library.remove(reference, with_aliases=with_aliases)
     return Result({"removed": removed}, f"removed {', '.join(removed)}")
 
 
 @command(app, nullcontext, "verify", "veneer library verify support@prod")
 def verify(
-    _: None,  # the library cannot be opened before its index is rebuilt
+    _: None,  # a library without its index cannot be opened, and --rebuild creates the index
     references: Annotated[
         list[str] | None, typer.Argument(help="Adapters to verify; default: every file.", show_default=False)
     ] = None,
@@ -267,8 +267,8 @@ def verify(
 ) -> Result:
     """Verify the library's files and records, or only the given adapters.
 
-    Compares every file with its sha256, and the records of names with the index; for given adapters, also
-    checks their contents. `list` and `show` report the stored result of each adapter. Exit code 0 if
+    Compares every file with its sha256, and the records of names with the index. For given adapters, also
+    checks their contents. `list` and `show` report each adapter's last result. The exit code is 0 if
     everything is valid, else 2."""
     from veneer.library import maintenance as upkeep
 
@@ -331,7 +331,7 @@ def pull(
     name: Annotated[str, typer.Argument(help="Name to store the adapter under; default: the last part of PLACE.")] = "",
     tag: Tags = None,
 ) -> Result:
-    """Add an adapter from the Hugging Face Hub or a URL, such as s3://bucket/folder."""
+    """Add an adapter from the Hugging Face Hub, a path, or a URL like s3://bucket/x."""
     from veneer.library import transfer
 
     return _added(transfer.pull(library, place, name, tags=tag or ()))
@@ -346,7 +346,7 @@ def push(
         bool, typer.Option("--public", help="Create a new Hub repository as public, not private.")
     ] = False,
 ) -> Result:
-    """Copy an adapter to the Hugging Face Hub or a URL, such as s3://bucket/folder."""
+    """Copy an adapter to the Hugging Face Hub, a path, or a URL like s3://bucket/x."""
     from veneer.library import transfer
 
     where = transfer.push(library, reference, place, public=public)

@@ -55,11 +55,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "tenant": ("veneer.cli.tenant", "Manage a server's tenants: keys, limits, prices, routes, usage."),
     "doctor": ("veneer.cli.doctor", "Report this machine's hardware, libraries and active code paths."),
 }
-"""Command -> (module, its line in `veneer --help`)."""
+"""Command -> (module, line in `veneer --help`)."""
 
 
 class LazyGroup(TyperGroup):
-    """Typer group that lists commands from COMMANDS and imports a command on resolve."""
+    """Typer group that lists COMMANDS and imports a command when it is used."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -79,7 +79,7 @@ class LazyGroup(TyperGroup):
 
 @contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Turn expected errors into a message and SystemExit; let other errors propagate."""
+    """Turn expected errors into a message and SystemExit; other errors propagate."""
     try:
         yield
     except KeyboardInterrupt:
@@ -100,7 +100,7 @@ def exit_on_error() -> Iterator[None]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and raise SystemExit.
 
-    `argv`: arguments after the program's name; default: `sys.argv`."""
+    argv: the arguments after the program's name; by default those of `sys.argv`."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     with guard():
         try:
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def program() -> Any:
-    """Return the click command of the whole program; subcommands are imported lazily."""
+    """Return the click command of the program; subcommands are imported when used."""
     app = typer.Typer(
         cls=LazyGroup,
         no_args_is_help=True,
@@ -144,14 +144,14 @@ def _imported(name: str) -> Any:
     if app is None:
         app = typer.Typer(add_completion=False)
         app.command(name)(module.command)
-    app.pretty_exceptions_enable = False  # plain text in help and errors, as in the group's
+    app.pretty_exceptions_enable = False  # plain text in help and errors, as for the main command
     command = typer.main.get_command(app)
     command.name = name
     return command
 
 
 def _expected_error(error: Exception) -> VeneerError | None:
-    """Convert an error of the machine's limits to a VeneerError, or return None."""
+    """Return a VeneerError for a full disk, missing memory or the like, else None."""
     text, code = str(error), error.errno if isinstance(error, OSError) else None
     path = error.filename if isinstance(error, OSError) else None
     if code in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
@@ -160,11 +160,11 @@ def _expected_error(error: Exception) -> VeneerError | None:
         return ConfigError("the file name is too long", where=quoted(str(path)))
     if isinstance(error, PermissionError):
         return ResourceError(f"no permission to use this file: {error.strerror}", where=path)
-    if isinstance(error, RuntimeError) and "home directory" in text:  # raised by pathlib for `~somebody/…`
+    if isinstance(error, RuntimeError) and "home directory" in text:  # pathlib raises this for `~unknown/…`
         return ConfigError("a path begins with ~ and an unknown user name", fix="write out the path")
     if isinstance(error, UnicodeEncodeError) and "surrogates" in text:
         return ConfigError("a text is not valid Unicode", fix="type it again, in the terminal's encoding")
-    if type(error).__name__ == "OutOfMemoryError":  # torch's error, matched by name: torch may not be loaded
+    if type(error).__name__ == "OutOfMemoryError":  # torch's error, matched by name because torch need not be loaded
         fix = "fewer rows at once, or activation checkpointing"
         return ResourceError("the GPU's memory is exhausted", where=text.split(". ")[0], fix=fix)
     if lacks_memory(error):
@@ -179,7 +179,7 @@ def _print_error(error: VeneerError) -> None:
 
 
 def _close_pipe() -> None:
-    """Point stdout at the null device, so that closing a broken pipe at exit succeeds."""
+    """Redirect stdout to the null device, so that a closed pipe is no error at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -68,10 +68,9 @@ TenantsDatabase = Annotated[
 
 
 def chosen_base(base: str | None, adapters: list[str], fallback: str = "") -> str:
-    """Return the base to load: `base`, else the first adapter's base, else `fallback`.
+    """Return the base to load: `base`, the first adapter's base, or `fallback`.
 
-    Checks first that every adapter exists, so that a wrong name fails before a base loads.
-    Raises AdapterError."""
+    Raises AdapterError if an adapter does not exist, before a base is loaded."""
     from veneer.adapters.use import adapter_path, stated_base
 
     for name in adapters:
@@ -87,7 +86,7 @@ def chosen_base(base: str | None, adapters: list[str], fallback: str = "") -> st
 
 
 def say_loaded(base: TextBase | ImageBase) -> None:
-    """Print the base's dtype, its device and the reason for the dtype."""
+    """Print the base's dtype, device, the reason for the dtype, and notes."""
     say(f"{base.name} in {str(base.dtype).removeprefix('torch.')} on {base.device}: {base.dtype_reason}")
     for note in base.notes:
         say(f"note: {note}")
@@ -104,20 +103,20 @@ Settings = Annotated[
 
 
 def is_config(word: str) -> bool:
-    """Return whether a command-line word is a configuration file, not a setting."""
+    """Return whether a command line word is a configuration file, not a setting."""
     return "=" not in word and (word.endswith((".yaml", ".yml")) or Path(word).is_file())
 
 
 def files_and_settings(words: list[str] | None) -> tuple[list[Path], list[str]]:
-    """Split words into configuration files and `section.key=value` settings."""
+    """Split words into configuration files and settings (`section.key=value`)."""
     files = [word for word in words or [] if "=" not in word or Path(word).is_file()]
     return [Path(file) for file in files], [word for word in words or [] if word not in files]
 
 
 def file_and_settings(words: list[str] | None) -> tuple[Path | None, list[str]]:
-    """Split words into at most one configuration file, and settings.
+    """Split words into at most one configuration file and settings.
 
-    Raises ConfigError for a second file."""
+    Raises ConfigError if there is a second file."""
     files, settings = files_and_settings(words)
     if len(files) > 1:
         raise ConfigError(f"{files[1]} is a second configuration, and this command takes one", fix="leave it out")

@@ -1,9 +1,9 @@
 """Terminal output of commands: escaping, JSON, tables, long lists and errors.
 
-Names, metadata and errors can come from untrusted files, and an escape sequence can set a terminal's title,
+Names, metadata and errors can come from untrusted files, and an escape sequence can set the terminal's title,
 overwrite earlier lines or fill the clipboard. `guard` wraps stdout and stderr in a stream that escapes
-control characters with `errors.shown`; line ends, tabs and the carriage return of a progress line pass. A
-library such as rich, which escapes its own text and emits its own sequences, writes to `unwrapped(stream)`.
+control characters with `errors.shown`, except line ends, tabs and the carriage return of a progress line. A
+library such as rich, which escapes text itself and emits its own sequences, writes to `unwrapped(stream)`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from veneer.errors import VeneerError, shown
 
 
 class Guarded:
-    """A text stream that writes text, escaped by `shown`, to another stream.
+    """A text stream that escapes text with `shown` for another stream.
 
-    Other attributes are the wrapped stream's."""
+    All other attributes are those of the wrapped stream."""
 
     def __init__(self, stream: TextIO) -> None:
         self.rich_proxied_file = stream
-        """The wrapped stream. rich looks for this name and writes its sequences there."""
+        """The wrapped stream. rich looks for this name and writes its escape sequences to the stream."""
 
     def write(self, text: str) -> int:
         parts = text.split("\r")
@@ -40,13 +40,13 @@ class Guarded:
 
 
 def unwrapped(stream: TextIO) -> TextIO:
-    """Return the unwrapped stream, for code that escapes its own text."""
+    """Return the stream under a `Guarded`, for code that escapes text itself."""
     return stream.rich_proxied_file if isinstance(stream, Guarded) else stream
 
 
 @contextmanager
 def guard() -> Iterator[None]:
-    """Wrap stdout and stderr in `Guarded`, and restore both afterwards."""
+    """Wrap stdout and stderr in `Guarded`; restore both at the end."""
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (cast(TextIO, s if isinstance(s, Guarded) else Guarded(s)) for s in streams)
     try:
@@ -56,14 +56,14 @@ def guard() -> Iterator[None]:
 
 
 def field(value: object) -> str:
-    """Escape a text from a file for use within a line.
+    """Return a text from a file, escaped for use within a line.
 
     Line ends are escaped too, so that the text cannot imitate a line of veneer's output."""
     return shown(value)
 
 
 def say(line: str) -> None:
-    """Print a line to stderr and flush."""
+    """Print a line to stderr immediately."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -73,7 +73,7 @@ def print_json(value: Any) -> None:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Return `rows` under `head` in aligned columns."""
+    """Return `rows` as text in aligned columns under `head`."""
     cells = [list(head), *([field(cell) for cell in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     return "\n".join(
@@ -86,7 +86,7 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 
 
 MOST = 20
-"""Items of a list shown without `--all`."""
+"""Number of list items that are shown without `--all`."""
 _list_settings: dict[str, bool] = {"everything": False}
 
 
@@ -96,7 +96,7 @@ def everything(on: bool) -> None:
 
 
 def cut_list(items: Sequence[str], most: int = MOST) -> list[str]:
-    """Return the first `most` items as fields, and a count of the rest.
+    """Return the first `most` items, escaped, and the number of further items.
 
     With `--all`, returns all items."""
     few = items if _list_settings["everything"] or len(items) <= most + 1 else items[:most]
@@ -105,7 +105,7 @@ def cut_list(items: Sequence[str], most: int = MOST) -> list[str]:
 
 
 def error_text(error: VeneerError) -> str:
-    """Return an error's text: what, where and fix, with long lists cut."""
+    """Return an error as text: what, where and fix; a long list is shortened."""
     first, *lines = error.what.splitlines() or [""]
     out = [first, *cut_list(lines, 2 * MOST)]
     out += [f"  {name}: {text}" for name, text in (("where", error.where), ("fix", error.fix)) if text]

@@ -27,9 +27,9 @@ _KEYS = {
     "micro_pictures": "batching.micro_rows",
     "size": "data.resolution",
 }
-"""Option -> the setting of a configuration that it stands for."""
+"""Option -> the configuration setting that the option sets."""
 _ROWS, _TOKENS, _MANY = 10**12, 1 << 20, 1 << 16
-"""Upper bounds of options: larger values are typing errors and take hours to plan."""
+"""Upper bounds of options. Larger values are typing errors, and a plan for them takes hours."""
 
 
 @app.command(epilog=_EXAMPLE)
@@ -81,8 +81,8 @@ def plan(
 ) -> None:
     """Estimate a run's memory, time and cost, and whether the run fits.
 
-    Suggests settings that make the run fit. Reads only the base's configuration, never its weights. Options
-    about the run stand for settings of a configuration and override them."""
+    Suggests settings with which the run fits. Reads only the base's configuration, never its weights. Options
+    about the run override the configuration's settings."""
     if list_:
         _list(as_json)
         return
@@ -114,7 +114,7 @@ def plan(
     unused = [*(["tokens_per_row"] if of_images else []), *([] if of_images and rows is not None else ["before"])]
     if flags := [f"--{name.replace('_', '-')}" for name in unused if _is_given(context, name)]:
         message = f"{', '.join(flags)}: no effect on {'an image' if of_images else 'a text'} plan"
-        counted = of_images and flags == ["--before"]  # without --rows, the data's source images are counted
+        counted = of_images and flags == ["--before"]  # without --rows, source images are counted
         raise ConfigError(message, fix="give --rows too" if counted else "leave the options out")
     result = plan_of_config(
         run, device, rows=rows, tokens_per_row=tokens_per_row, source_images=before, traffic=traffic
@@ -136,7 +136,7 @@ def _is_given(context: typer.Context, name: str) -> bool:
 
 
 def _assumed_settings(base: str | None, rows: int | None, tokens: float | None) -> list[str]:
-    """Return the settings of a plan without a configuration."""
+    """Return default settings for a plan without a configuration file."""
     from veneer.plan.image import is_denoiser
     from veneer.train.planning import base_fields
 

@@ -1,4 +1,4 @@
-"""`veneer serve`: serve a base and its adapters on OpenAI, vLLM and TGI routes."""
+"""`veneer serve`: serve a base and its adapters with OpenAI, vLLM and TGI routes."""
 
 from __future__ import annotations
 
@@ -196,13 +196,13 @@ def serve(
     if python_graders:
         from veneer.train.rewards.limited import working_sandbox
 
-        working_sandbox()  # checked before the base is loaded: the server does not start without a sandbox
+        working_sandbox()  # fail before the base is loaded if no sandbox works
     serve_with(settings, train=train, python_graders=python_graders, session_days=more.session_days, studio=studio)
 
 
 def _read_config(file: Path | None) -> ServerConfig:
     """Read a server's configuration file. Raises ConfigError."""
-    from veneer.serve.config import ServerConfig, server_config  # late: pydantic comes with it
+    from veneer.serve.config import ServerConfig, server_config  # imported late, because it imports pydantic
     from veneer.train.config.load import read_sections
 
     return ServerConfig.model_validate({}) if file is None else server_config(read_sections(file)[0], file)
@@ -217,9 +217,9 @@ def serve_with(
     session_days: float = 30.0,
     show: Callable[[str], object] = lambda address: None,
 ) -> None:
-    """Run a server, with the routes of jobs and of the Studio if asked for.
+    """Run a server, optionally with the routes for training and for the Studio.
 
-    `show` is called with the Studio's address once the server listens."""
+    show: called with the Studio's address once the server listens."""
     from veneer.serve import server
 
     extends: list[Extend] = []

@@ -1,4 +1,4 @@
-"""`veneer sweep`: train all combinations of settings together, with one report."""
+"""`veneer sweep`: train all combinations of settings together and report on them."""
 
 from __future__ import annotations
 

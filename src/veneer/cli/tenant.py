@@ -1,7 +1,7 @@
 """`veneer tenant …`: tenants, keys, settings, routes, usage, audit log.
 
-The commands write to the server's database, whether or not a server runs.
-A change applies from the next request.
+The commands write to the server's database; the server need not run. A change takes effect with the next
+request.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ route_app = typer.Typer(**_PLAIN, help="Routes: weighted versions, shadows, roll
 app.add_typer(route_app, name="route")
 
 _database: dict[str, str | None] = {"at": None}
-"""The value of `--at`: a SQLite file or URL."""
+"""The value of `--at`: a SQLite file or a database URL."""
 
 
 @contextmanager
@@ -50,13 +50,13 @@ def _store() -> Iterator[Store]:
 
 
 def _user() -> str:
-    """Return the current user's name for the audit log."""
+    """Return the current user's name, as the audit log records it."""
     import getpass
     import os
 
     try:
         return f"cli:{getpass.getuser()}"
-    except (KeyError, OSError):  # a container without a name for its user
+    except (KeyError, OSError):  # the user has no name, as in some containers
         return f"cli:{os.getuid()}"
 
 
@@ -66,7 +66,7 @@ route_command = partial(command, route_app, _store)
 
 
 def _rows(value: Any, head: Sequence[str], rows: Sequence[Sequence[Any]], empty: str) -> Result:
-    """Return a Result: `value` as JSON; `rows` under `head`, or `empty`, as text."""
+    """Return a Result: `value` as JSON; a table, or `empty` without rows, as text."""
     return Result(value, table(head, rows) if rows else empty)
 
 
@@ -128,7 +128,7 @@ def list_(store: Store) -> Result:
 
 @tenant_command("show", "veneer tenant show acme")
 def show(store: Store, tenant: Scope) -> Result:
-    """Show the settings of a tenant. Money in JSON is in millionths."""
+    """Show a tenant's settings. Amounts of money in JSON are in millionths."""
     from veneer.serve.tenancy import manage
 
     name = "" if tenant == "all" else tenant
@@ -157,7 +157,7 @@ def add(
     ] = None,
     weight: Annotated[float, typer.Option(help="Share of the server while requests queue.")] = 1.0,
 ) -> Result:
-    """Add a tenant. A tenant sees shared adapters and matches of its patterns."""
+    """Add a tenant, who can see shared adapters and adapters that match its patterns."""
     from veneer.serve.tenancy import manage
 
     row = manage.add_tenant(store, tenant, weight=weight, adapters=see or (), actor=_user())
@@ -173,12 +173,12 @@ def set_(
     ],
     adapter: Annotated[str, typer.Option(help="Set limits and prices of this adapter only.")] = "",
 ) -> Result:
-    """Set a tenant's weight, visible adapters, limits, prices, training terms and stored answers.
+    """Set a tenant's weight, visible adapters, limits, prices and other settings.
 
     Keys: weight, enabled, adapters, requests_per_minute, requests_per_day, tokens_per_minute, tokens_per_day,
     concurrency, prompt_price, cached_price, completion_price (per million tokens), training_price,
-    training_budget (per month), training_jobs, feedback_days, feedback_names, shared_cache. Separate list items with
-    commas."""
+    training_budget (per month), training_jobs, feedback_days, feedback_names, shared_cache. Separate the
+    items of a list with commas."""
     from veneer.serve.tenancy import manage
 
     pairs = [text.partition("=") for text in values]
@@ -191,7 +191,7 @@ def set_(
 
 
 def _value(key: str, text: str) -> Any:
-    """Parse a setting's value: `none`, a list with commas, money, or plain text."""
+    """Return a setting's value: None, a list, an amount in millionths, or a text."""
     if key in ("adapters", "feedback_names", "shared_cache"):
         return [] if text == "none" else [part for part in text.split(",") if part]
     if text == "none":
@@ -224,7 +224,7 @@ def feedback(
 ) -> Result:
     """Write feedback as rows for `veneer train`.
 
-    supervised: answers with thumbs up, and corrections; preference: pairs; unpaired: rated answers."""
+    supervised: corrections, and answers with a thumbs up; preference: pairs; unpaired: rated answers."""
     from veneer.files.atomic import atomic_write
     from veneer.serve.tenancy import manage
     from veneer.serve.tenancy.feedback import feedback_rows
@@ -266,7 +266,7 @@ def key_add(
     label: Annotated[str, typer.Option(help="A note on the key's purpose.")] = "",
     expires: Annotated[str, typer.Option(help="Lifetime or last day: 90d, 12h or 2027-01-31.")] = "",
 ) -> Result:
-    """Create a key and print the secret. The secret cannot be shown again."""
+    """Create a key and print its secret, which cannot be shown again."""
     from veneer.serve.tenancy import manage
 
     until = manage.when(expires, time.time()) if expires else None
@@ -276,7 +276,7 @@ def key_add(
 
 @key_command("list", "veneer tenant key list acme")
 def key_list(store: Store, tenant: AnyTenant = None) -> Result:
-    """List keys by id, without their secrets."""
+    """List keys by id, without secrets."""
     from veneer.serve.tenancy import manage
 
     now = time.time()
@@ -289,7 +289,7 @@ def key_list(store: Store, tenant: AnyTenant = None) -> Result:
 
 @key_command("revoke", "veneer tenant key revoke 3f9a0c21d4")
 def key_revoke(store: Store, key: KeyId) -> Result:
-    """Revoke a key from the next request on."""
+    """Revoke a key. The server refuses the key from the next request on."""
     from veneer.serve.tenancy import manage
 
     row = manage.revoke_key(store, key, actor=_user())
@@ -367,7 +367,7 @@ def economics(
 ) -> Result:
     """Show each adapter's cost, revenue and break-even against a dedicated machine.
 
-    Figures come from the ledger and the jobs' bills. Money in JSON is in millionths."""
+    The figures come from the ledger and the jobs' bills. Amounts of money in JSON are in millionths."""
     from veneer.jobs.economics import economics as measure
 
     if not hour:
@@ -393,7 +393,7 @@ def economics(
 
 @contextmanager
 def _jobs(location: str | None, index: str | None) -> Iterator[JobStore | None]:
-    """Yield the library's JobStore, or None: a query does not create a library."""
+    """Yield the library's JobStore, or None if there is no library to open."""
     from veneer.jobs.store import JobStore
     from veneer.library.library import library_location, open_library
 
@@ -426,7 +426,7 @@ def audit_(
 ) -> Result:
     """Show who changed what, newest first.
 
-    With --verify: exit code 0 if no line is missing or altered, else 2."""
+    With --verify, the exit code is 0 if no line is missing or altered, else 2."""
     from veneer.serve.tenancy import manage
 
     with store.reading() as c:
@@ -462,7 +462,7 @@ def route_set(
 ) -> Result:
     """Point a route to adapters by weight.
 
-    Each user stays with one adapter; new weights move as few users as possible."""
+    Each user stays with one adapter, and new weights move as few users as possible."""
     from veneer.serve.tenancy import routes
 
     split = [target.partition("=") for target in targets]
@@ -482,10 +482,10 @@ def _moved(fields: dict[str, Any], change: str) -> Result:
 
 
 def _check(location: str | None, force: bool) -> Callable[[str], None] | None:
-    """Return a check of a route's target that needs no server; None with `force`.
+    """Return a function that checks a route's target; None with `force`.
 
-    The target must be a readable adapter in the library, a built-in base, or the base of an adapter in the
-    library. The check raises AdapterError."""
+    The check needs no server. The target must be a readable adapter in the library, a built-in base, or the
+    base of an adapter in the library. The function raises AdapterError."""
     from veneer.errors import AdapterError, ConfigError
     from veneer.library.library import library_location, open_library
     from veneer.models.builtin import BUILTIN, PACKAGED
@@ -493,12 +493,12 @@ def _check(location: str | None, force: bool) -> Callable[[str], None] | None:
     def check(name: str) -> None:
         folder = location or library_location()
         fix = "add it with `veneer library add PATH NAME`, set --library, or use --force"
-        if "://" not in folder and not Path(folder).expanduser().is_dir():  # a check does not create a library
+        if "://" not in folder and not Path(folder).expanduser().is_dir():  # opening would create the library
             raise AdapterError(f"there is no library at {folder}", fix=fix)
         with open_library(folder) as library:
             try:
                 version = library.find(name)
-            except (AdapterError, ConfigError) as error:  # a base's name can be invalid as an adapter's name
+            except (AdapterError, ConfigError) as error:  # find refuses some bases' names
                 if name in BUILTIN or name in PACKAGED or library.knows_base(name):
                     return
                 raise AdapterError(error.what, fix=f"{error.fix}; {fix}") from error
@@ -534,7 +534,7 @@ def route_rollback(
     force: Force = False,
     dry_run: DryRun = False,
 ) -> Result:
-    """Restore the route's previous targets for the same users."""
+    """Restore a route's previous targets for the same users."""
     from veneer.serve.tenancy import routes
 
     with store.reading() as c:
@@ -546,7 +546,7 @@ def route_rollback(
 
 @route_command("remove", "veneer tenant route remove support")
 def route_remove(store: Store, route: Route, tenant: RouteTenant = "") -> Result:
-    """Remove a route; `rollback` restores it."""
+    """Remove a route. `rollback` restores the route."""
     from veneer.serve.tenancy import routes
 
     routes.remove_route(store, route, tenant=tenant, actor=_user())
@@ -555,7 +555,7 @@ def route_remove(store: Store, route: Route, tenant: RouteTenant = "") -> Result
 
 @route_command("history", "veneer tenant route history support")
 def route_history(store: Store, route: Route, tenant: RouteTenant = "") -> Result:
-    """List a route's revisions, newest first; * marks the current one."""
+    """List a route's revisions, newest first. The current revision is marked with *."""
     from veneer.serve.tenancy import routes
 
     with store.reading() as c:

@@ -115,7 +115,7 @@ def train(
     finally:
         for listener in listeners:
             listener.close()
-    if not leads():  # only the first process prints
+    if not leads():  # with several processes, only the first process prints
         return
     failed = {file: result for file, result in zip(files, results, strict=True) if isinstance(result, VeneerError)}
     if as_json:
@@ -133,7 +133,7 @@ def train(
 
 
 def _results(files: list[Path | None], loaded: list[Any], listeners: list[Any], options: dict[str, Any]) -> list[Any]:
-    """Return each run's result; with several runs, a failed run's error."""
+    """Return each run's result. Of several runs, a failed run's result is its error."""
     from veneer.train.config.image import ImageTrainConfig
 
     if len(files) == 1:
@@ -161,7 +161,7 @@ def _json_of(result: Any) -> dict[str, Any]:
 
 
 def _print_result(result: Any, config: Any) -> None:
-    """Print the output paths and a command to try next, on stderr."""
+    """Print the output paths and a command to try next to stderr."""
     pictures = hasattr(result, "pictures")
     if result.dry_run:
         amount = f"{result.pictures:,} pictures" if pictures else f"{result.tokens:,} tokens, "
