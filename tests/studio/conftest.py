@@ -50,7 +50,8 @@ class StudioServer:
 
     base: its folder, or a built-in name
     library: folder of the library
-    loads_after: a file that loading the base waits for; with a text in the file, loading fails with the text"""
+    loads_after: a file that loading the base waits for; with a text in the file, loading fails with the
+        text"""
 
     def __init__(
         self,

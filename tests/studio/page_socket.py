@@ -61,7 +61,7 @@ class PageSocket:
         self.emit(has_label(label), "changed", value)
 
     def enter(self, label: str, text: str) -> None:
-        """Type into a field, and press Enter."""
+        """Type into a field and press Enter."""
         self.emit(has_label(label), "entered", text)
 
     def press(self, text: str) -> None:

@@ -119,7 +119,7 @@ def test_compare_commands_run(studio: StudioServer, prompted: str, shell: Shell)
         assert [each.split()[1] for each in shell.run_new(page)] == ["data"]
         page.press("Save mix as adapter")
         page.until("veneer library mix")
-        shell.skip(page)  # a mix without a name
+        shell.skip(page)  # the mix has no name
         page.emit(has_label("Name"), "changed", "softer")
         (mix,) = shell.run_new(page)
     shell.run(f"veneer library remove {shlex.split(mix)[3]}@1")

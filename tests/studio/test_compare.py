@@ -57,7 +57,7 @@ def test_columns_answer_like_the_api_and_corrections_become_rows(studio: StudioS
         page.fill("Strength", -0.5)
         assert column_answers(page, 1) == [api_answer(studio, {"support@1": -0.5})], "only this column answers again"
         page.emit(lambda e: e.get("props", {}).get("position") == 2, "corrected", [0, "By noon."])
-        page.until("Corrected: row ")  # of a file that other tests of this server can have created
+        page.until("Corrected: row ")  # the file can contain rows of other tests
     (file,) = studio.home.glob("judged/*/corrections.jsonl")
     assert json.loads(file.read_text().splitlines()[-1]) == corrected_row(PROMPT, "By noon.")
     assert read_rows([str(file)])[1].format == "messages"

@@ -1,4 +1,5 @@
-"""The Live view in two browsers: changes of a route are described, applied, shown to both, and rolled back."""
+"""The Live view in two browsers: changes of a route are described, applied, shown to both, and rolled
+back."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ SHARED = ("the top", "texts", "layout", "things")
 
 @pytest.mark.parametrize("path", sorted((FOLDER / "templates").glob("*.j2")), ids=lambda path: path.stem)
 def test_clickable_elements_have_an_id(path: Path) -> None:
-    """Without an id, a started click would be lost in a redraw, or end on a neighbor (fragment.js)."""
+    """Without an id, a redraw would lose a click or move it to a neighbor (fragment.js)."""
     for tag in re.findall(r"<(?:button|a)\b(?:\{[{%].*?[%}]\}|[^>])*>", path.read_text(encoding="utf-8")):
         assert "data-act=" not in tag or "data-id=" in tag, tag
 

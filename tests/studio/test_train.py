@@ -1,4 +1,5 @@
-"""A run on the page: settings are planned as they are typed, jobs are queued, and a run's events are drawn."""
+"""A run on the page: settings are planned as they are typed, jobs are queued, and a run's events are
+drawn."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class Shop:
         self.server, self.keys, self.jobs = server, keys, jobs
 
     def upload(self, tenant: str, name: str, text: str) -> str:
-        """Upload a file like the page does; return its id."""
+        """Upload a file as the page does; return its id."""
         cookies = {"cookie": f"veneer_studio={self.keys[tenant]}"}
         files, data = {"file": (name, text)}, {"purpose": "fine-tune"}
         url = f"{self.server.address}/studio/api/v1/files"
@@ -108,7 +108,7 @@ def test_tenant_trains_on_its_own_uploads_only(shop: Shop, tiny: tuple[Path, Pat
             page.fill("Uploaded file", file)
             assert "-secret" not in train(page, "No such File object")
     with shop.form(own_file) as page:
-        page.fill("Uploaded file", foreign_file)  # after the preview of its own file
+        page.fill("Uploaded file", foreign_file)  # after the preview of the tenant's own file
         train(page, "No such File object")
     with shop.form(own_file) as page:
         train(page, "is queued")

@@ -2,13 +2,13 @@
 
     without keys         only from this machine (serve.http.guard defines the accepted Hosts)
     keys or tenants      a form asks for a key and stores it in a cookie, which scripts cannot read and which the
-                         browser sends only to /studio; the server stores nothing. Each action on a page checks the
-                         key again, so that a revoked key stops working at once
+                         browser sends only to /studio; the server stores nothing. Each action on a page
+                         checks the key again, so a revoked key stops working at once
 
-`StudioMiddleware` runs before the server's `AuthMiddleware`. Without a key, the only answer is the sign-in
-form, as static HTML: no page, and no socket, because a socket needs an open page of the same key. A page's
-pictures, downloads and uploads go through /studio/api/…, where the gate converts the cookie to an API key:
-the API reads no cookies."""
+`StudioMiddleware` runs before the server's `AuthMiddleware`. Without a key, the server answers only with the
+sign-in form, as static HTML. It refuses sockets, because a socket needs an open page with the same key. A
+page's images, downloads and uploads go through /studio/api/…, where the middleware converts the cookie to an
+API key, because the API reads no cookies."""
 
 from __future__ import annotations
 
@@ -38,30 +38,31 @@ from veneer.train.report.page import escaping, palette
 ROOT = "/studio"
 _COOKIE = "veneer_studio"
 _DELAY = 1.0
-"""Seconds of delay after a wrong key."""
+"""Seconds to wait before answering a wrong key."""
 _WAITING, _CONCURRENT = 32, 2
-"""Maximum pages waiting to be rendered, and rendered concurrently."""
+"""Maximum number of pages that wait to be rendered, and that are rendered concurrently."""
 _PAGES, _SOCKETS = 200, 4
-"""Maximum pages per key, and sockets per page, which can overlap in a reconnect."""
+"""Maximum open pages per key, and sockets per page (two can overlap during a reconnect)."""
 _ASSETS, _SOCKET = f"{ROOT}/_nicegui/", f"{ROOT}/_nicegui_ws"
 _IMMUTABLE = "public, max-age=31536000, immutable"
 _UNUSED = ("/fonts.css", "/quasar.unimportant.prod.css", "/quasar.important.prod.css")
-"""Unused stylesheets, which would delay the first paint by 250 kB."""
+"""Stylesheets that the Studio does not use; without them the first paint loads 250 kB less."""
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; connect-src 'self'; frame-ancestors 'none'; form-action 'self'; base-uri 'none'; "
     "object-src 'none'"
 )
-"""Content Security Policy: even after an injection, a page contacts no other server.
+"""Content Security Policy: a page can contact only this server, even after an injection.
 
-Vue compiles templates in the browser, which needs eval."""
+Vue compiles templates in the browser, which requires 'unsafe-eval'."""
 
 
 @dataclass(eq=False)
 class Visitor:
     """The visitor of one page.
 
-    `principal`: the principal at the last action. `sockets`: open sockets of the page."""
+    principal: the principal as of the last action.
+    sockets: number of open sockets of the page."""
 
     tenancy: Tenancy
     key: str | None
@@ -74,13 +75,13 @@ class Visitor:
         return own_tenant == other_tenant if own_tenant or other_tenant else self.key == other.key
 
     async def authenticate(self) -> Principal:
-        """Authenticate again and return the principal. Raises Refused (401)."""
+        """Check the key again and return the current principal. Raises Refused (401)."""
         self.principal = await self.tenancy.authenticate(self.key)
         return self.principal
 
 
 VISITORS: WeakKeyDictionary[object, Visitor] = WeakKeyDictionary()
-"""NiceGUI client of an open page -> its visitor."""
+"""Maps the NiceGUI client of each open page to its visitor."""
 
 
 async def _principal_of(tenancy: Tenancy, key: str | None) -> Principal | None:
@@ -96,14 +97,14 @@ async def _principal_of(tenancy: Tenancy, key: str | None) -> Principal | None:
 async def _visitor_of(tenancy: Tenancy, request: HTTPConnection) -> Visitor | None:
     """Return the visitor of a request; None if the visitor must sign in.
 
-    A server without keys ignores the cookie, which can belong to another server on this machine."""
+    A server without keys ignores the cookie, because another server on this machine can have set it."""
     key = None if tenancy.keyless else request.cookies.get(_COOKIE)
     principal = await _principal_of(tenancy, key)
     return None if principal is None else Visitor(tenancy, key, principal)
 
 
 def key_routes(tenancy: Tenancy) -> APIRouter:
-    """Return the routes of signing in and signing out."""
+    """Return the routes for signing in and out."""
     router = APIRouter(tags=["studio"], include_in_schema=False, route_class=BodyRoute, dependencies=[needs("public")])
 
     @router.post(f"{ROOT}/enter")
@@ -129,9 +130,9 @@ def key_routes(tenancy: Tenancy) -> APIRouter:
 
 
 class StudioMiddleware:
-    """ASGI middleware that runs before all others, including `AuthMiddleware`.
+    """ASGI middleware for /studio, which runs before `AuthMiddleware` and all others.
 
-    `settings`: accepted Hosts and Origins."""
+    settings: the accepted Hosts and Origins."""
 
     def __init__(self, app: ASGIApp, tenancy: Tenancy, settings: HttpSettings) -> None:
         self.app, self.tenancy, self.settings = app, tenancy, settings
@@ -171,7 +172,7 @@ class StudioMiddleware:
             await self._page(scope, receive, _guarded(send, path))
 
     async def _page(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Render a page, a few concurrently: each blocks the event loop for tens of ms."""
+        """Render a page; only a few concurrently, as each blocks the event loop."""
         visitor = await _visitor_of(self.tenancy, HTTPConnection(scope))
         if visitor is None:
             return await _sign_in(scope)(scope, receive, send)
@@ -188,9 +189,10 @@ class StudioMiddleware:
             self.pages.give(principal.tenant, 1)
 
     async def _socket(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Accept a socket.
+        """Accept a page's socket.
 
-        Raises Refused (403) above `_SOCKETS`, or if no open page of the same key has the socket's id."""
+        Raises Refused (403) if the page already has `_SOCKETS` sockets, or if no open page of the same key
+        has the id that the socket names."""
         query = parse_qs(scope["query_string"].decode("latin-1"))
         id = query.get("client_id", [""])[0]
         page = next((each for client, each in VISITORS.items() if getattr(client, "id", None) == id), None)
@@ -212,14 +214,14 @@ def _guarded(send: Send, path: str) -> Send:
             headers["x-content-type-options"] = "nosniff"
             headers["referrer-policy"] = "same-origin"
             if path.startswith(_ASSETS) and message["status"] == 200 and "/dynamic_resources/" not in path:
-                headers["cache-control"] = _IMMUTABLE  # assets have their version in the path
+                headers["cache-control"] = _IMMUTABLE  # the path of an asset contains its version
         await send(message)
 
     return guarded
 
 
 def _sign_in(scope: Scope) -> Response:
-    """Return the sign-in form as static HTML, without state on the server."""
+    """Return the sign-in form as static HTML; the server stores nothing for it."""
     path, query = scope["path"], scope["query_string"].decode("latin-1")
     wrong = "wrong" in parse_qs(query, keep_blank_values=True)
     then = path + (f"?{query}" if query and not wrong else "")
@@ -230,7 +232,7 @@ def _sign_in(scope: Scope) -> Response:
 
 
 def head_html() -> str:
-    """Return the end of each page's <head>: theme script, colors and styles.
+    """Return the end of every page's <head>: theme script, colors and styles.
 
     The script sets the theme before the first paint."""
     css = palette() + (files("veneer.studio") / "studio.css").read_text(encoding="utf-8")
@@ -239,7 +241,7 @@ def head_html() -> str:
 
 
 def _with_key(scope: Scope, path: str, key: str | None) -> Scope:
-    """Return a scope as if an API client with this key had sent the request."""
+    """Return the scope of the same request for `path`, as an API client with a key."""
     drop = (b"cookie", b"authorization", b"x-api-key", b"api-key")
     headers = [(name, value) for name, value in scope["headers"] if name not in drop]
     if key is not None:

@@ -1,4 +1,4 @@
-"""The view of one adapter: answers, metadata, relatives and actions."""
+"""The view of one adapter: sample answers, metadata, relatives and actions."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from veneer.studio.page import NotFound, ViewPage
 from veneer.train.report.log import size
 
 TARGETS = {"text": ("peft", "vllm", "gguf"), "image": ("kohya", "comfyui", "diffusers", "peft")}
-"""Kind of adapter -> layouts to convert to."""
+"""Kind of adapter -> the layouts that its page offers for download."""
 
 
 @dataclass(frozen=True)
 class _AdapterData:
-    """The data of a version on its page.
+    """What a version's page shows.
 
-    The content never changes; names, checks, children and routes can."""
+    A version's content never changes; its names, checks, children and routes can."""
 
     version: Version
     family: AdapterFamily
@@ -51,7 +51,7 @@ class _AdapterData:
 
 
 def _read(page: ViewPage, reference: str) -> _AdapterData:
-    """Read a version. Raises NotFound if it does not exist or is not visible."""
+    """Read a version's data. Raises NotFound if it does not exist or is not visible."""
     library = page.studio.library
     try:
         parse_reference(reference)
@@ -126,7 +126,7 @@ async def adapter_view(page: ViewPage) -> None:
         try:
             show(await asyncio.to_thread(_read, page, reference))
         except NotFound:
-            if page.frame.page is page:  # removing the version here opens another view
+            if page.frame.page is page:  # skip this after the user removed the version, which opens another view
                 await page.reload()
 
     async def change(text: str, word: str, field: str) -> None:
@@ -196,7 +196,7 @@ def _use_command(page: ViewPage, version: Version, same_base: bool) -> str:
 
 
 def _family_values(page: ViewPage, data: _AdapterData) -> dict[str, Any]:
-    """Return the values of family.html.j2: only visible versions."""
+    """Return the values of family.html.j2, limited to visible versions."""
 
     def visible(versions: list[Version]) -> list[Version]:
         return [each for each in versions if page.principal.can_see(each.reference)]
@@ -211,7 +211,9 @@ def _family_values(page: ViewPage, data: _AdapterData) -> dict[str, Any]:
 
 
 def _draw_name_fields(reference: str, change: Any) -> None:
-    """Draw a field to add an alias, and one to add a tag. `change`: adds a name."""
+    """Draw a field that adds an alias and a field that adds a tag.
+
+    change: the function that adds the alias or tag."""
     fields: dict[str, Field] = {}
 
     def typed(kind: str, text: str) -> None:

@@ -1,9 +1,9 @@
-"""The Studio's extension of a server: the page under /studio.
+"""The server extension that adds the Studio's pages under /studio.
 
-The only file that mounts and starts NiceGUI.
+Only this file mounts and starts NiceGUI.
 
 `serve(settings, say, extends=[studio_of], page=WebPage(ROOT, …))`: see `serve.build.Extension`. NiceGUI
-has one application per process, so there is one Studio per process."""
+has one application per process, so a process can have only one Studio."""
 
 from __future__ import annotations
 
@@ -36,18 +36,20 @@ _ICON = (
     '<path d="M4 14h24v11H4z" fill="#8d8379"/></svg>'
 )
 _RECONNECT = 60.0
-"""Seconds for which a disconnected page can reconnect, such as on a sleeping laptop."""
+"""Seconds within which a disconnected page can reconnect, such as after a laptop sleeps."""
 _mounted = False
 
 
 def check_studio() -> None:
-    """Check that NiceGUI is installed. Raises MissingExtraError."""
+    """Raise MissingExtraError unless NiceGUI is installed."""
     if find_spec("nicegui") is None:
         raise MissingExtraError("the Studio needs NiceGUI", fix='pip install "veneer[studio]"')
 
 
 def studio_of(service: Service, library: Library, *, trains: bool = False) -> Extension:
-    """Return the Studio's extension of a server. `trains`: the server trains jobs."""
+    """Return the extension that adds the Studio to a server.
+
+    trains: whether the server also runs training jobs."""
     from veneer.jobs.files import open_files
     from veneer.jobs.http.samples import sample_routes
     from veneer.jobs.http.tuning import TuningQueue
@@ -83,14 +85,14 @@ def studio_of(service: Service, library: Library, *, trains: bool = False) -> Ex
         lifespan.append(app.router.lifespan_context(app))
 
     async def start() -> None:
-        with warnings.catch_warnings():  # NiceGUI inspects all objects, and one of torch's warns
+        with warnings.catch_warnings():  # NiceGUI inspects all objects in memory, and an object of torch then warns
             warnings.simplefilter("ignore", FutureWarning)
             await lifespan[0].__aenter__()
 
     async def stop() -> None:
         await lifespan[0].__aexit__(None, None, None)
 
-    sample_images = [] if trains else [sample_routes(jobs)]  # the training extension has these routes
+    sample_images = [] if trains else [sample_routes(jobs)]  # with training, the training extension adds these routes
     routers = [key_routes(service.tenancy), *sample_images]
     return Extension(routers, unguarded=(ROOT,), start=start, stop=stop, mount=mount)
 
@@ -107,14 +109,14 @@ def _mount(app: FastAPI, studio: Studio) -> None:
     from veneer.studio.page import Frame, parse_query
 
     nicegui_app.config.socket_io_js_transports = ["websocket"]
-    nicegui_app.config.quasar_config["loadingBar"]["skipHijack"] = True  # no loading bar for each upload
+    nicegui_app.config.quasar_config["loadingBar"]["skipHijack"] = True  # do not show a loading bar for each upload
     ui.add_head_html(head_html(), shared=True)
     _guard_messages()
 
     @ui.page("/{path:path}", title="veneer", response_timeout=60)
     async def page(request: HttpRequest, path: str) -> Response | None:
         visitor = request.scope.get("veneer.visitor")
-        if visitor is None:  # an asset that does not exist
+        if visitor is None:  # the request is for an asset that does not exist
             return PlainTextResponse("not found", 404)
         address = f"{request.url.scheme}://{request.url.netloc}"
         frame = Frame(studio, visitor, request.scope.get("root_path", ""), address)
@@ -138,7 +140,7 @@ def _mount(app: FastAPI, studio: Studio) -> None:
 
 
 def _guard_messages() -> None:
-    """Keep a browser's log lines and malformed messages out of the server's log."""
+    """Keep malformed messages and log lines from browsers out of the server's log."""
     from nicegui import core
 
     def guard(handler: Callable[..., Any]) -> Callable[..., Any]:

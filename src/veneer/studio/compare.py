@@ -1,7 +1,8 @@
-"""The Compare view: one prompt, and the answers of base, versions, mixes or a run's checkpoints.
+"""The Compare view: one prompt, answered by the base, versions and mixes.
 
-Strengths act at once, because a request carries its mix. A vote is a preference row, a correction a training
-row; a mix can be saved."""
+It can also compare a run's checkpoints. Each request carries its mix, so a changed strength takes effect at
+once. A vote becomes a preference row, a correction becomes a training row, and a mix can be saved as an
+adapter."""
 
 from __future__ import annotations
 
@@ -33,20 +34,20 @@ from veneer.train.text.feedback_rows import add_row, corrected_row, judged_file,
 from veneer.train.text.rows import read_rows, split_rows
 
 _PAUSE = 1 / 30
-"""Seconds between two updates of tokens in the browser."""
+"""Minimum seconds between two updates of the answers in the browser."""
 _SAMPLES, _TOKENS = 8, 160
-"""Maximum answers per column; default of the maximum tokens."""
+"""Maximum answers per column; default limit on new tokens."""
 _CHECKPOINTS = 5
-"""How many of a run's newest checkpoints the view compares."""
+"""Number of a run's newest checkpoints that the view compares."""
 _LONGEST = 2000
-"""Maximum characters of a suggested prompt."""
+"""Maximum length of a suggested prompt, in characters."""
 
 
 async def compare_view(page: ViewPage) -> None:
     if page.query.get("job"):
         await _open_checkpoints(page)
     if page.studio.makes_images:
-        from veneer.studio.compare_images import ImageBoard  # late: a text server does not need it
+        from veneer.studio.compare_images import ImageBoard  # imported late: a text server does not need it
 
         return ImageBoard(page).draw()
     board = TextBoard(page)
@@ -56,19 +57,22 @@ async def compare_view(page: ViewPage) -> None:
 
 
 async def _open_checkpoints(page: ViewPage) -> None:
-    """Fill the link with a run's newest checkpoints and a prompt of its rows. Raises NotFound."""
+    """Put a run's newest checkpoints and one of its prompts into the link.
+
+    Raises NotFound."""
     job = await job_of(page)
     points = await asyncio.to_thread(page.studio.jobs.checkpoints, page.principal.owner, job.id)
     names = [point.reference for point in points if point.reference][:_CHECKPOINTS]
     system, prompt = await asyncio.to_thread(_row_prompt, job)
-    await page.studio.service.catalog.fresh()  # the newest checkpoint can be new in the library
+    await page.studio.service.catalog.fresh()  # load names again: the newest checkpoint can have been added just now
     page.set_query(job=None, c=names[::-1], p=page.query.get("p") or prompt, s=page.query.get("s") or system)
 
 
 def _row_prompt(job: Job) -> tuple[str, str]:
-    """Return (system message, user message) of a run's first held-out row; ("", "") if the rows are gone.
+    """Return (system message, user message) of a run's first held-out row.
 
-    Uses training rows if none are held out; for images, the first sample prompt."""
+    Without held-out rows: of a training row; for images: the first sample prompt. ("", "") if the rows
+    cannot be read or no prompt is short enough."""
     try:
         config = job_config(job, job.folder)
         if not isinstance(config, TrainConfig):
@@ -124,13 +128,13 @@ class TextBoard(Board):
         )
 
     async def suggest_prompt(self, name: str) -> None:
-        """Without a prompt, store the prompt and system message of this adapter's card in the link."""
+        """Put the sample prompt of an adapter's card into the link, if it has no prompt."""
         query, principal = self.page.query, self.page.principal
         if query.get("p") or query.get("s"):
             return
         try:
             version = await asyncio.to_thread(self.studio.library.find, name)
-        except (AdapterError, ConfigError):  # a loaded adapter or a route
+        except (AdapterError, ConfigError):  # the name is not a library adapter: a loaded adapter or a route
             return
         if principal.can_see(name, version.reference):
             system, text = opening(card_prompt(version.card))
@@ -199,7 +203,7 @@ class TextBoard(Board):
     # -- feedback
 
     async def _vote(self, column: Column, i: int) -> None:
-        """Record a vote: the answer beats the other columns' answers of the same number."""
+        """Record that an answer is better than answer number `i` of every other column."""
         answer = column.answers[i]
         rejected_columns = [
             other
@@ -226,10 +230,12 @@ class TextBoard(Board):
     async def _record(
         self, feedback: AnswerFeedback, format: Literal["preference", "messages"], rows: list[Any], **options: str
     ) -> str:
-        """Store feedback with the stored answers, else as rows of a file; return where.
+        """Store feedback with the stored answers, or else in a file; return where.
 
-        `options`: of the command that adds the same row. Raises VeneerError for a tenant whose answers are not
-        stored: a tenant has no file here."""
+        options: options of the command that adds the same row.
+
+        Raises VeneerError for a tenant without stored answers, because only the operator's feedback can go to
+        a file."""
         tenancy, principal = self.studio.service.tenancy, self.page.principal
         if isinstance(tenancy, Tenants) and principal.tenant in tenancy.store.settings.feedback:
             try:
@@ -249,7 +255,9 @@ class TextBoard(Board):
 
 
 def _note(event: Finished, first: float, seconds: float, names: str) -> str:
-    """Return a note on a finished answer. `names`: the versions that answered."""
+    """Return the line shown below a finished answer.
+
+    first: seconds until the first token. names: the versions that answered."""
     count = event.usage.completion
     speed = f"{(count - 1) / (seconds - first):.0f} tokens/s" if count > 1 and seconds > first else ""
     reason = {"length": "stopped at the token limit", "stop": ""}.get(event.reason, "interrupted")

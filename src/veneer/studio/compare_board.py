@@ -1,6 +1,6 @@
-"""Columns of the Compare view: find, mix and remove adapters, and save mixes.
+"""The columns of the Compare view: find, mix and remove adapters, and save mixes.
 
-compare.py shows texts, compare_images.py images."""
+compare.py shows texts, compare_images.py shows images."""
 
 from __future__ import annotations
 
@@ -41,9 +41,11 @@ MAX_COLUMNS = 9
 
 @dataclass(eq=False)
 class Column:
-    """A column. `mix`: empty for the base. `element`: shows the answers.
+    """A column of the Compare view.
 
-    `id`, `answers`: the last request and its answers."""
+    mix: the adapters and strengths; empty for the base.
+    element: the element that shows the answers.
+    id, answers: the last request's id and answers."""
 
     mix: _Mix
     command: Command | None = None
@@ -61,14 +63,14 @@ class Column:
         return " + ".join(name for name, _ in self.mix) or base
 
     def specs(self) -> list[str]:
-        """Return the mix as arguments of a command."""
+        """Return the mix as command line arguments."""
         return [f"{name}:{strength:g}" for name, strength in self.mix]
 
 
 def _parse_columns(texts: Sequence[str]) -> list[_Mix]:
-    """Return the mixes of a link, such as support@2:0.8+billing, after the base.
+    """Parse a link's mixes, such as support@2:0.8+billing.
 
-    Raises NotFound for an invalid mix."""
+    The first column is the base. Raises NotFound for an invalid mix."""
     mixes: list[_Mix] = [[]]
     for text in texts[:MAX_COLUMNS]:
         mix: _Mix = []
@@ -86,7 +88,9 @@ def _parse_columns(texts: Sequence[str]) -> list[_Mix]:
 
 
 class Board:
-    """The columns of one visit. Subclasses define draw_answers, answer, equivalent_command."""
+    """The columns of one visit.
+
+    Subclasses define `draw_answers`, `answer` and `equivalent_command`."""
 
     prompt: Field
 
@@ -109,15 +113,15 @@ class Board:
         raise NotImplementedError
 
     async def added(self, name: str) -> None:
-        """Handle an adapter that was added to a column."""
+        """Called after an adapter was added to a column."""
 
     def adapters(self) -> list[str]:
         return [name for column in self.columns for name, _ in column.mix]
 
-    # -- fields, whose values are in the link
+    # -- fields that store their values in the link
 
     def store(self, name: str) -> Handler:
-        """Return a field's handler that stores the value in the link."""
+        """Return a handler that stores a field's value in the link under `name`."""
         return permit("read", lambda value: self.page.set_query(**{name: value}))
 
     def text_field(self, label: str, name: str, hint: str = "", **options: Any) -> Field:
@@ -129,7 +133,7 @@ class Board:
         return form_field(label, value, self.store(name), kind="number", low=low, high=high, step=step)
 
     def draw_prompt(self, hint: str) -> None:
-        """Draw the prompt of all columns."""
+        """Draw the prompt field that all columns share."""
         on_enter = permit("infer", self.ask_all)
         self.prompt = self.text_field("Prompt", "p", hint, kind="area", key="p", on_enter=on_enter)
 
@@ -230,7 +234,7 @@ class Board:
         self.columns_changed()
 
     def columns_changed(self) -> None:
-        """Redraw the columns and request all answers again."""
+        """Redraw the columns, and repeat the requests if there were any."""
         self.stop()
         self.draw_columns()
         self.target.set_value("new" if len(self.columns) < MAX_COLUMNS else "1")
@@ -239,7 +243,7 @@ class Board:
             self.ask_all()
 
     def _set_strength(self, column: Column, k: int, strength: float | None) -> None:
-        """Set a strength; cancel the running request and repeat it."""
+        """Set an adapter's strength, and repeat the column's request if one was sent."""
         if strength is None or strength == column.mix[k][1]:
             return
         column.mix[k] = (column.mix[k][0], strength)
@@ -262,7 +266,7 @@ class Board:
         if column.command is not None:
             column.command.show(text=self._command_text(column))
         column.cancel()
-        with self.board:  # the handler's own element can be gone after a redraw
+        with self.board:  # a redraw can have deleted the element that the handler belongs to
             column.task = self.page.start_task(self.answer(column))
 
     def stop(self) -> None:

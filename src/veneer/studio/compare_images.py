@@ -25,7 +25,7 @@ from veneer.studio.page import ViewPage
 
 _SEEDS = 4
 _STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25)
-"""Strengths of an adapter's series."""
+"""The strengths in a series."""
 
 
 class ImageBoard(Board):
@@ -52,7 +52,7 @@ class ImageBoard(Board):
         self.draw_board()
 
     def draw_answers(self, position: int, column: Column) -> None:
-        with box("div"):  # one row of the column's grid
+        with box("div"):  # one element, because the column's grid gives each element a row
             column.element = Images(column.name(self.studio.base))
             if len(column.mix) == 1 and len(self.columns) < MAX_COLUMNS:
                 button("Compare five strengths", permit("infer", lambda: self._spread(column)), kind="word")
@@ -73,7 +73,7 @@ class ImageBoard(Board):
         )
 
     def _spread(self, column: Column) -> None:
-        """Replace an adapter's column by one column per strength of `_STRENGTHS`."""
+        """Replace an adapter's column by one column for each strength in `_STRENGTHS`."""
         name = column.mix[0][0]
         at, other_mixes = self.columns.index(column), [each.mix for each in self.columns if each is not column]
         series = [Column([(name, each)]) for each in _STRENGTHS if [(name, each)] not in other_mixes]
@@ -82,7 +82,7 @@ class ImageBoard(Board):
         self.columns_changed()
 
     def _body(self, column: Column) -> dict[str, Any]:
-        """Return the fields of a client's request body."""
+        """Return the request body that a client would send for this column."""
         return {
             "prompt": str(self.prompt.value),
             "negative_prompt": str(self.negative.value or ""),
@@ -114,6 +114,6 @@ class ImageBoard(Board):
 
 
 def _data_url(event: FinishedPicture) -> str:
-    """Return an image as a small data: URL, without the record that PNG files have."""
+    """Return an image as a data: URL, in WebP format and without metadata."""
     data = encoded(event.picture.image, event.picture.text, {}, "webp", 92)
     return f"data:image/webp;base64,{base64.b64encode(data).decode()}"

@@ -1,4 +1,4 @@
-"""Interactive elements of the Compare view, each with its own JavaScript file."""
+"""Interactive elements of the Compare view; each has its own JavaScript file."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from nicegui import ui
 from veneer.studio.elements import Handler, event_handler
 
 TokenInfo = tuple[str, float | None, list[tuple[str, float]]]
-"""(text, log-probability, [(text, log-probability) of the likeliest tokens])."""
+"""(text, logprob, [(text, logprob) of the most likely tokens])."""
 
 
 class Answers(ui.element, component="answers.js"):
     """The answers of one column.
 
-    leads: other columns are compared with this column
-    vote(i): handler of a vote for the i-th answer; None for a single column
+    leads: whether the other columns are compared with this column
+    vote(i): handler of a vote for the i-th answer; None if there is only one column
     correct([i, text]): handler of a correction of the i-th answer"""
 
     def __init__(self, label: str, position: int, *, leads: bool, vote: Handler | None, correct: Handler) -> None:
@@ -28,7 +28,7 @@ class Answers(ui.element, component="answers.js"):
         self.on("corrected", event_handler(correct))
 
     def begin(self, count: int) -> None:
-        """Clear the column and expect `count` answers."""
+        """Clear the column and reserve space for `count` answers."""
         self.run_method("begin", count)
 
     def add(self, tokens: Sequence[tuple[int, TokenInfo]]) -> None:
@@ -36,11 +36,11 @@ class Answers(ui.element, component="answers.js"):
         self.run_method("add", tokens)
 
     def end(self, index: int, note: str) -> None:
-        """Finish an answer. `note`: text below the answer."""
+        """Mark an answer as finished. `note`: text shown below the answer."""
         self.run_method("end", index, note)
 
     def judged(self, index: int, text: str) -> None:
-        """Show the result of a vote or a correction."""
+        """Show what a vote or a correction did."""
         self.run_method("judged", index, text)
 
 
@@ -52,7 +52,7 @@ class Images(ui.element, component="images.js"):
         self.props["label"] = label
 
     def begin(self, seeds: Sequence[int], width: int, height: int) -> None:
-        """Clear the column and expect one image per seed."""
+        """Clear the column and reserve space for one image per seed."""
         self.run_method("begin", list(seeds), width, height)
 
     def step(self, index: int, share: float) -> None:

@@ -58,7 +58,7 @@ async def doctor_view(page: ViewPage) -> None:
     report = await asyncio.to_thread(staged_report, staged)
     coverage, verdict = report["coverage"], report["verdict"]
     assumed = bool(report["assumed_scale"]) and not (coverage["unused"] or coverage["unpaired"])
-    """Whether only the adapter's scale is unknown."""
+    """Whether everything about the adapter is known except its scale."""
     with box("div", "split"):
         with box("div"):
             Fragment(
@@ -90,7 +90,7 @@ async def doctor_view(page: ViewPage) -> None:
 
 
 def _facts(report: _Report) -> list[tuple[str, str]]:
-    """Return (name, value) lines of an inspection report."""
+    """Return (name, value) lines for an inspection report."""
     family = families().get(report["family"])
 
     def several(counts: dict[str, int]) -> str:
@@ -128,7 +128,9 @@ def _draw_downloads(page: ViewPage, staged: StagedAdapter, report: _Report) -> N
 
 
 def _server_base(page: ViewPage, report: _Report) -> str:
-    """Return this server's base if the adapter belongs to it, by fingerprint or else by name; else ""."""
+    """Return this server's base if the adapter is for it, else "".
+
+    Compares the fingerprints, or the names if the adapter has no fingerprint."""
     base, fingerprint = page.studio.base, report["base_fingerprint"]
     if fingerprint:
         return base if fingerprint == page.studio.service.catalog.fingerprint else ""

@@ -1,8 +1,8 @@
 """Building blocks of views.
 
-The only file that passes texts, attributes and markup to NiceGUI, so that no text can become markup or code:
+Only this file passes texts, attributes and markup to NiceGUI, so that no text can become markup or code:
 texts are text nodes, attributes are properties with constant names, and templates in `templates/` escape
-their values. Uses plain HTML elements, which have accessible names, keys and focus.
+their values. Elements are plain HTML, which supports accessible names, keyboard and focus.
 
     with panel("Files"):
         line("No adapters yet.", "soft")
@@ -12,12 +12,11 @@ their values. Uses plain HTML elements, which have accessible names, keys and fo
     cards = Fragment("cards.html.j2", actions=actions, versions=found)   many items in one element
     cards.show(versions=others)                                          redraws only the parts that changed
 
-Handlers: `permit` declares the permission that a handler needs, even if its button is hidden, because a
-browser can send any event. Before each call, the principal is determined again (`Visitor.authenticate`), so
-that `page.principal` is current, and the permission is checked; a handler without a permission is refused.
-Handlers can be async. The page shows the errors that they raise: a VeneerError as what · where · fix. Work
-that takes more than a millisecond belongs in `await asyncio.to_thread(…)`, because all pages run on the
-engine's event loop.
+Handlers: `permit` declares the permission that a handler needs. A hidden button is not enough, because a
+browser can send any event. Before each call, `Visitor.authenticate` updates `page.principal` and the
+permission is checked; a handler without a permission is refused. Handlers can be async. The page shows the
+errors that handlers raise: a VeneerError as what · where · fix. Work that takes more than a millisecond
+belongs in `await asyncio.to_thread(…)`, because all pages run on the engine's event loop.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ from veneer.train.report.log import duration, size
 from veneer.train.report.page import escaping
 
 Callback = Callable[..., Any]
-"""A function with no argument, or with the event: a field's value or a clicked element's data."""
+"""A function that takes no argument, or the event: a field's value or a clicked element's data."""
 Attribute = str | int | bool
 
 
@@ -52,14 +51,14 @@ Attribute = str | int | bool
 
 @dataclass(frozen=True)
 class Handler:
-    """An event handler with the permission that it needs."""
+    """An event handler and the permission that it needs."""
 
     permission: Permission
     callback: Callback
 
 
 def permit(permission: Permission, callback: Callback) -> Handler:
-    """Return a handler for principals with this permission."""
+    """Return a handler that only principals with this permission can call."""
     return Handler(permission, callback)
 
 
@@ -72,7 +71,7 @@ def event_handler(handler: Handler) -> Callable[[Any], Any]:
             principal.require(handler.permission if isinstance(handler, Handler) else None)
             current_owner.set(principal.tenant)
             await _call(handler.callback, event.args)
-        except VeneerError as error:  # shown on the page; NiceGUI would also log a traceback
+        except VeneerError as error:  # show it on the page; NiceGUI would also log a traceback
             event.client.handle_exception(error)
 
     return handle
@@ -87,7 +86,7 @@ async def _call(callback: Callback, event: Any) -> None:
 
 
 def once(handler: Handler) -> Handler:
-    """Return a handler that ignores calls while it runs, such as double clicks."""
+    """Return a handler that ignores events, such as a double click, while it runs."""
     running = False
 
     async def run(event: Any) -> None:
@@ -109,7 +108,8 @@ def once(handler: Handler) -> Handler:
 def box(tag: str = "div", classes: str = "", **attributes: Attribute) -> ui.element:
     """Return an HTML container: `with box("section", "panel", aria_label="Files"):`.
 
-    `classes`: of studio.css. Underscores in attribute names become dashes."""
+    classes: CSS classes from studio.css.
+    attributes: HTML attributes; underscores in names become dashes."""
     element = ui.element(tag)
     if classes:
         element.classes(classes)
@@ -118,7 +118,7 @@ def box(tag: str = "div", classes: str = "", **attributes: Attribute) -> ui.elem
 
 
 def line(text: object, classes: str = "", tag: str = "p", **attributes: Attribute) -> ui.element:
-    """Return an element with a text. `set_text(element, text)` changes the text."""
+    """Return an element with a text, which `set_text(element, text)` can change."""
     element = box(tag, classes, **attributes)
     element._text = _sanitize(text)
     return element
@@ -130,7 +130,7 @@ def heading(text: object, level: Literal[1, 2, 3] = 2) -> ui.element:
 
 @contextmanager
 def panel(title: str) -> Iterator[None]:
-    """Draw a panel with a heading around the elements of the `with` block."""
+    """Draw a panel with a heading; the `with` block draws its content."""
     with box("section", "panel stack"):
         heading(title)
         yield
@@ -171,8 +171,8 @@ def button(
 ) -> ui.element:
     """Return a button. `enable(button, False)` disables the button.
 
-    `key`: shortcut: a letter, a sequence ("g l"), or "ctrl+enter". Shortcuts without ctrl do not act while
-    the user types."""
+    key: keyboard shortcut: a letter, a sequence ("g l"), or "ctrl+enter". Shortcuts without ctrl do nothing
+        while the user types in a field."""
     element = line(text, f"button {kind}", "button", type="button", **attributes)
     _assign_key(element, key)
     element.on("click", event_handler(once(handler)), args=[])
@@ -180,14 +180,14 @@ def button(
 
 
 def enable(element: ui.element, enabled: bool, reason: str = "") -> None:
-    """Enable or disable an element. `reason`: tooltip of a disabled element."""
+    """Enable or disable an element. `reason`: the tooltip of a disabled element."""
     set_attributes(element, disabled=not enabled, title="" if enabled else reason)
 
 
 def link(text: object, to: str, classes: str = "", *, key: str = "", **attributes: Attribute) -> ui.element:
     """Return a link. Raises ValueError for a link to another server.
 
-    `to`: from `ViewPage.link` (another view) or `ViewPage.api` (a file; pass `download=True`)."""
+    to: a path from `ViewPage.link` (another view) or `ViewPage.api` (a file; pass `download=True`)."""
     if not to.startswith("/") or to.startswith("//"):
         raise ValueError("a link must lead to a path of this server")
     element = line(text, classes, "a", href=to, **attributes)
@@ -201,20 +201,22 @@ FieldKind = Literal["text", "search", "number", "area", "choice", "range"]
 
 
 class Field(ui.element, component="field.js"):
-    """A labelled form field; see `form_field`. Keeps typed text during a redraw of the page.
+    """A labelled form field; see `form_field`.
 
-    `value`: a text; a float for number and range (None if invalid)."""
+    A redraw of the page keeps the text that the user typed.
+
+    value: a text, or a float for number and range (None if invalid)."""
 
     value: Any = None
 
     def set_value(self, value: Any) -> None:
-        """Set the value, replacing typed text, without calling `on_change`."""
+        """Set the value and discard typed text, without calling `on_change`."""
         self.value = self.props["value"] = value
         self.props["turn"] += 1
         self.update()
 
     def set_options(self, options: Mapping[str, str] | Sequence[str]) -> None:
-        """Set the options of a choice."""
+        """Set the options of a field with kind "choice"."""
         if (pairs := _option_pairs(options)) != self.props["options"]:
             self.props["options"] = pairs
             self.update()
@@ -240,10 +242,10 @@ def form_field(
 ) -> Field:
     """Return a labelled form field.
 
-    on_change(value): called `delay` seconds after the last input, and during the move of a range
+    on_change(value): called `delay` seconds after the last input; for a range, also while it is dragged
     on_enter(value): called on Enter; in an area, on Ctrl+Enter
-    hint: placeholder
-    options: of a choice, value -> text
+    hint: the placeholder
+    options: the options of a choice, value -> text
     low, high: bounds of a number or a range
     hidden_label: show the label to screen readers only"""
     field = Field()
@@ -270,9 +272,9 @@ def form_field(
 
     def storing(handler: Handler) -> Handler:
         async def store(value: Any) -> None:
-            if kind == "number" and isinstance(value, int | float):  # the browser clamps on blur
+            if kind == "number" and isinstance(value, int | float):  # the browser only limits on blur
                 value = min(value if high is None else high, max(value if low is None else low, value))
-            field.value = field.props["value"] = value  # the browser already shows the value
+            field.value = field.props["value"] = value  # no update: the browser already shows the value
             await _call(handler.callback, value)
 
         return Handler(handler.permission, store)
@@ -287,12 +289,12 @@ def form_field(
 
 
 def _format_code(text: Any) -> Markup:
-    """Return escaped markup in which `text between backticks` is code."""
+    """Return escaped markup in which text between backticks becomes <code>."""
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(_sanitize(text)))))
 
 
 def _add_breaks(text: Any) -> Markup:
-    """Return escaped markup with line-break opportunities after commas and colons."""
+    """Return escaped markup that can break lines after commas, semicolons and colons."""
     return Markup("<wbr>").join(escape(part) for part in re.split(r"(?<=[,;:])", _sanitize(text)))
 
 
@@ -309,11 +311,14 @@ _ENV.filters |= {
 
 
 class Fragment(ui.element, component="fragment.js"):
-    """A template of `templates/`, rendered with escaping into one element, which is empty without `values`.
+    """A template of `templates/`, rendered with escaping into one element.
 
-    `actions`: name -> handler of a click on an element with `data-act="NAME"`; the handler gets the element's
-    data- attributes as a dict of texts. Give list items and selectable elements a `data-id`, so that a redraw
-    keeps the elements (fragment.js)."""
+    Without `values`, the element is empty.
+
+    actions: name -> handler of a click on an element with `data-act="NAME"`. The handler gets the element's
+        data- attributes as a dict of texts.
+
+    Give list items and selectable elements a `data-id`, so that a redraw keeps the elements (fragment.js)."""
 
     def __init__(
         self, template: str, *, classes: str = "", actions: Mapping[str, Handler] | None = None, **values: Any
@@ -351,8 +356,9 @@ def command(*words: str | int, **options: object) -> str:
 
     command("library", "search", "sql", tag=["a", "b"], all=True)   veneer library search sql --tag a --tag b --all
 
-    `options`: text or number; a list repeats the option; True is a flag; None, False, "" and [] omit the
-    option. Underscores in names become dashes."""
+    options: values are texts or numbers; a list repeats the option, True is a flag, and None, False, "" and
+        []
+        omit the option. Underscores in names become dashes."""
     parts = ["veneer", *map(str, words)]
     for name, value in options.items():
         option = f"--{name.replace('_', '-')}"
@@ -365,7 +371,9 @@ def command(*words: str | int, **options: object) -> str:
 
 
 class Command(Fragment):
-    """An equivalent command line to copy. `show(text=…)` changes the text; "" hides the command."""
+    """An equivalent command line for the user to copy.
+
+    `show(text=…)` changes the text; "" hides the command."""
 
     def __init__(self, text: str = "") -> None:
         super().__init__("command.html.j2", text=text)
@@ -381,7 +389,7 @@ class Dialog(ui.element):
 
 
 _OPEN: WeakKeyDictionary[Client, Dialog] = WeakKeyDictionary()
-"""Client -> its current or last dialog."""
+"""Maps each client to the dialog that it opened last."""
 
 
 def dialog(title: str) -> Dialog:
@@ -394,7 +402,9 @@ def dialog(title: str) -> Dialog:
 
 
 def open_dialog(window: Dialog) -> None:
-    """Open a dialog, and delete the page's previous one: a double click opens one dialog."""
+    """Open a dialog and delete the page's previous dialog.
+
+    A double click then opens only one dialog."""
     previous = _OPEN.get(window.client)
     if previous is not None and not previous.is_deleted:
         previous.delete()
@@ -408,10 +418,10 @@ def close_dialog(window: Dialog) -> None:
 
 
 def dialog_buttons(window: Dialog, text: str, handler: Handler, *, danger: bool = False) -> None:
-    """Draw a dialog's buttons: Cancel, and the action, which closes the dialog on success."""
+    """Draw a dialog's buttons: Cancel, and the action."""
 
     async def act() -> None:
-        if not window.closed:  # a second click before the browser closed the dialog
+        if not window.closed:  # ignore a second click before the browser closes the dialog
             await _call(handler.callback, None)
 
     with box("div", "row end"):
@@ -422,7 +432,9 @@ def dialog_buttons(window: Dialog, text: str, handler: Handler, *, danger: bool 
 def confirm(
     title: str, sentence: str, handler: Handler, *, button_text: str, command: str = "", danger: bool = False
 ) -> None:
-    """Ask for confirmation, then call the handler. Call `confirm` in a handler."""
+    """Open a dialog that asks for confirmation and then calls the handler.
+
+    Call `confirm` from an event handler."""
     with dialog(title) as window:
         line(sentence)
         if command:
@@ -437,12 +449,12 @@ def confirm(
 
 
 def progress(label: str) -> ui.element:
-    """Return a progress bar of unknown progress; `set_progress(bar, share)` sets the share."""
+    """Return a progress bar; `set_progress(bar, share)` sets the finished share."""
     return box("progress", aria_label=_sanitize(label), max=1)
 
 
 def set_progress(bar: ui.element, share: float | None) -> None:
-    """Set the share that is done, 0 to 1; None if unknown."""
+    """Set a progress bar's finished share, 0 to 1; None if unknown."""
     if share is None:
         bar.props.pop("value", None)
     else:

@@ -1,4 +1,4 @@
-"""The Library view: a card per adapter, with live search and filters."""
+"""The Library view: one card per adapter, with live search and filters."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from veneer.studio.page import ViewPage
 from veneer.studio.train import suggestions
 
 _BATCH, _MAX_CARDS, _MAX_MARKED = 60, 600, 8
-"""Cards per batch, and maximum cards on a page; maximum adapters to compare."""
+"""Cards per batch, maximum cards on a page, and maximum adapters marked for comparison."""
 _ORDERS = {
     "added": "newest first",
     "name": "by name",
@@ -47,7 +47,7 @@ _HEALTH = {"sound": "sound", "faulty": "faulty", "unknown": "not checked yet"}
 
 @dataclass(frozen=True)
 class LibraryCard:
-    """The data of a version's card."""
+    """What a version's card shows."""
 
     version: Version
     base: str
@@ -74,7 +74,7 @@ def card_of(page: ViewPage, version: Version, routes: Mapping[str, list[str]]) -
 
 
 def routes_of(page: ViewPage) -> dict[str, list[str]]:
-    """Return adapter name -> its visible routes: "live 90%", "live (shadow)"."""
+    """Return adapter name -> its visible routes, such as "live 90%", "live (shadow)"."""
     routes: dict[str, list[str]] = {}
     tenants = page.studio.tenants
     for route in tenants.settings.routes.values() if tenants is not None else ():
@@ -96,7 +96,7 @@ def _percent(share: float) -> str:
 
 
 class _Search:
-    """The search of a link: `text`, `order`, and the value of each filter."""
+    """A search read from the link: `text`, `order`, and the value of each filter."""
 
     def __init__(self, page: ViewPage) -> None:
         query = page.query
@@ -109,7 +109,7 @@ class _Search:
         if self.filters["health"] not in _HEALTH:
             self.filters["health"] = ""
         self.without = "" if self.filters["tag"] else STEPS_TAG
-        """Tag prefix to exclude: checkpoints of runs, which the Run view lists."""
+        """Prefix of tags to leave out: those of runs' checkpoints, which the Run view lists."""
         self.narrowed = bool(self.text or any(self.filters.values()))
 
     def run(self, page: ViewPage, limit: int) -> SearchPage:
@@ -179,7 +179,7 @@ async def library_view(page: ViewPage) -> None:
 
         result, visible_cards = await asyncio.to_thread(read)
         if page.query is not query:
-            return  # a newer search is running
+            return  # a newer search has started
         marked, shown_count, busy = page.query.all("m"), len(visible_cards), bool(visible_cards) or search.narrowed
         cards.show(cards=visible_cards, marked=marked, link=page.link)
         set_text(
@@ -196,7 +196,7 @@ async def library_view(page: ViewPage) -> None:
             (rest, shown_count >= _MAX_CARDS and result.total > shown_count),
             (more, shown_count < min(result.total, _MAX_CARDS)),
             (empty, not visible_cards),
-            (find, busy),  # an empty library shows only how to add an adapter
+            (find, busy),  # an empty library shows only the ways to add an adapter
             (choices, busy),
             (train_link, busy and page.principal.can("train")),
             (bar, bool(marked)),
@@ -229,7 +229,7 @@ async def library_view(page: ViewPage) -> None:
 
 
 def _set_filter_options(page: ViewPage, filters: Mapping[str, Field], search: _Search, result: SearchPage) -> None:
-    """Offer each filter's values with counts; hide a filter without a choice."""
+    """Offer each filter's values with counts; hide a filter that has only one value."""
     for name, choice in filters.items():
         counts = result.facets[name]
         if name == "base":

@@ -1,6 +1,6 @@
 """The Live view: routes and versions, shadows, tenants' usage, loaded adapters.
 
-The view describes each change of a route before it is made, and can roll it back with one click."""
+The view describes each change of a route before the change is made, and can roll it back with one click."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from veneer.studio.page import ViewPage
 from veneer.studio.routes import RouteForm
 
 _REVISIONS = 8
-"""Maximum number of a route's revisions shown, newest first."""
+"""Maximum number of revisions shown for a route."""
 
 
 async def live_view(page: ViewPage) -> None:
@@ -36,7 +36,7 @@ async def live_view(page: ViewPage) -> None:
             line("This server has no routes: it was started with --api-keys, or without a tenants' database.")
             Command(command("serve", studio=True, open=True, tenants="tenants.sqlite", base=page.base_argument))
         return
-    await page.studio.service.catalog.fresh()  # the link's adapter can be new in the library
+    await page.studio.service.catalog.fresh()  # load names again: the adapter in the link can have been added just now
     await asyncio.to_thread(tenancy.store.refresh)
     view = _LiveView(page, tenancy)
     await view.refill()
@@ -69,7 +69,9 @@ class _LiveView:
         self.memory = Fragment("residents.html.j2")
 
     def names(self) -> list[str]:
-        """Return possible targets: the base, loaded adapters, this base's newest versions, the link's version."""
+        """Return the possible targets of a route.
+
+        These are the base, loaded adapters, the newest versions for this base, and the link's version."""
         catalog, linked = self.page.studio.service.catalog, self.page.query.get("ref")
         cards = [card for card in catalog.models(self.page.principal) if card.parent is None or card.digest]
         names = list(dict.fromkeys(card.root if card.digest else card.id for card in cards))[:300]
@@ -79,13 +81,15 @@ class _LiveView:
         return names
 
     def proposed(self) -> str:
-        """Return the link's adapter if no route targets it yet, else ""."""
+        """Return the link's adapter if it is valid and no route targets it, else ""."""
         linked = self.page.query.get("ref")
         targets = {name for route in self.store.settings.routes.values() for name, _ in route.targets}
         return "" if linked in targets or linked not in self.names() else linked
 
     def propose(self, adapter: str) -> None:
-        """Fill in an adapter as a canary: of the route with the adapter's name, else of a new route."""
+        """Add an adapter as a canary to the form of the route with its name.
+
+        Without such a route: to the form of the new route."""
         name = parse_reference(adapter, cased=True).name
         form = self.forms.get((ALL, name), self.new)
         if form is self.new:
@@ -93,7 +97,7 @@ class _LiveView:
         form.add(adapter)
 
     async def refresh(self) -> None:
-        """Show a change made on this page at once."""
+        """Reload the routes at once, after a change on this page."""
         await asyncio.to_thread(self.store.refresh)
         await self.refill()
 
@@ -122,13 +126,15 @@ class _LiveView:
         self.memory.show(rows=loaded, bytes=size, limit=limit)
 
     def _read(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Any]:
-        """Return the shadows' summary, the usage and the loaded adapters. Runs in a thread."""
+        """Return the shadows' summary, the usage and the loaded adapters. Blocks."""
         with reading(self.store.engine) as c:
             summary, used = routes.shadow_summary(c), usage(c, by=("tenant", "adapter"))
         return summary, used, self.page.studio.service.catalog.in_memory()
 
     async def _fill_routes(self, settings: TenantSettings) -> None:
-        """Update the routes' forms; the form of an unchanged route stays as it is, for clicks."""
+        """Update the forms of changed routes.
+
+        Other forms stay as they are, so that a redraw does not disturb the user."""
         now, forms = settings.routes, self.forms
         changed = [key for key, route in now.items() if key not in forms or forms[key].route != route]
 
@@ -142,7 +148,7 @@ class _LiveView:
 
         histories = await asyncio.to_thread(read)
         if self.revision != settings.revision:
-            return  # a newer refill was faster
+            return  # a newer refill has started
         for key in forms.keys() - now.keys():
             forms.pop(key).panel.delete()
         for key, history in sorted(histories.items()):

@@ -1,24 +1,25 @@
-"""The page around every view, and the guide to writing a view.
+"""The page around every view, and a guide to writing a view.
 
-A view is an async function in its own file, which draws into the given page:
+A view is an async function in its own file that draws into a page:
 
     async def compare_view(page: ViewPage) -> None:
         prompt = page.query.get("p")                       state from the link: get, all, number
         page.title("Compare", "One prompt, several adapters.")
-        field = form_field("Prompt", prompt, permit("read", typed), kind="area", on_enter=permit("infer", ask))
-        answers = Fragment("answers.html.j2", actions={"vote": permit("feedback", vote)}, answers=[])
+        field = form_field("Prompt", prompt, permit("read", typed), kind="area", on_enter=permit("infer",
+        ask)) answers = Fragment("answers.html.j2", actions={"vote": permit("feedback", vote)}, answers=[])
         Command(command("generate", prompt))
-        page.start_task(ask())                             background task; ends when the view is left
+        page.start_task(ask())                             background task; ends when the user leaves the view
 
-and a row of `views` in build.py: path, title, shortcut letter after `g`, and required permission.
+A view also needs a row of `views` in build.py: path, title, shortcut letter after `g`, and required
+permission.
 
     elements      only elements.py (`box`, `line`, `button`, `form_field`, `Fragment`, `dialog`, `confirm` …):
                   never `ui.…`, `.props(`, `.style(`, `run_javascript` in a view; a test checks this
-    principal     `page.principal`, determined again before each handler. Query jobs by `page.principal.owner` (None
-                  for all tenants). An object that is not visible raises `NotFound`, with the same message as
-                  an object that does not exist
+    principal     `page.principal` is updated before each handler. Query jobs by `page.principal.owner` (None for
+                  all tenants). For an object that is not visible, raise `NotFound` with the same message as
+                  for an object that does not exist
     slow things   `await asyncio.to_thread(function, …)`. Draw first, then await: after one second the browser
-                  gets the page as drawn so far, and the rest follows
+                  gets the page as drawn so far, and later the rest
     state         only the link: `page.set_query(q="sty")` changes the link without a load (None or "" removes
                   a key); read everything else from the library, the jobs, the tenants
     other views   `link("Compare", page.link("compare", c=["a@1", "b@2"]))`; `await page.go("run", job=id)` in
@@ -27,16 +28,17 @@ and a row of `views` in build.py: path, title, shortcut letter after `g`, and re
                   opens the picker
     lists         `data-step` on the items that j and k step through; `data-own="x"` on a card's button that
                   the letter x presses while the card has the focus; `data-id` on list items and selectable
-                  elements, so that they keep their identity in a redraw
-    bytes         (img, downloads, uploads) `page.api("/v1/…")`: a route of the API under the same caller,
-                  never a path
-    errors        raise: a VeneerError is shown as what · where · fix, anything else as an internal error
+                  elements, so that a redraw keeps the elements
+    images,       `page.api("/v1/…")`: a route of the API for the page's principal, never a file path
+    downloads,
+    uploads
+    errors        raise: a VeneerError is shown as what · where · fix, any other exception as an internal error
     changes       `page.on_change(mark, 1.0, refill)` for data that others can change. `refill` updates only
-                  what differs, with `set_text` and `Fragment.show`, never `clear()`: a user can be about to
-                  click
+                  what differs, with `set_text` and `Fragment.show`, never `clear()`, because the user can be
+                  about to click
     commands      `Command(command("library", "alias", ref, name))`: the equivalent command line
     success       `page.notify("support@2 is prod now")`, once, at the end
-    styles        studio.css; its head lists the classes
+    styles        studio.css; the comment at its top lists the classes
 """
 
 from __future__ import annotations
@@ -73,22 +75,22 @@ from veneer.studio.elements import box, event_handler, line, permit
 _log = logging.getLogger("veneer.studio")
 
 _PATIENCE = 1.0
-"""Seconds after which the browser gets a page that is not fully drawn."""
+"""Seconds after which the browser gets the page even if it is not fully drawn."""
 _LOADING = 0.5
-"""Seconds between two polls of a loading base."""
+"""Seconds between two checks whether the base is loaded."""
 _FILES = 50
-"""Maximum number of files dropped at once."""
+"""Maximum number of files in one drop."""
 _HITS = 6
-"""Maximum search results of each kind."""
+"""Maximum number of search results of each kind."""
 
 
 class NotFound(VeneerError):
-    """The object does not exist or is not visible; the message is the same for both."""
+    """The object does not exist or is not visible; both cases have the same message."""
 
 
 @dataclass(frozen=True)
 class Query:
-    """The query string of a link, with the values as text."""
+    """The query string of a link. All values are texts."""
 
     pairs: tuple[tuple[str, str], ...] = ()
 
@@ -99,7 +101,7 @@ class Query:
         return [value for key, value in self.pairs if key == name]
 
     def number(self, name: str, default: float) -> float:
-        """Return a value as a number, or `default`."""
+        """Return a value as a number, or `default` if it is not one."""
         try:
             return float(self.get(name))
         except ValueError:
@@ -107,12 +109,14 @@ class Query:
 
 
 def parse_query(pairs: Iterable[tuple[str, str]]) -> Query:
-    """Return the Query of an untrusted link, with at most 200 pairs."""
+    """Return a Query from a link, sanitized and limited to 200 pairs."""
     return Query(tuple((shown(key), shown(value, lines=True)) for key, value in islice(pairs, 200)))
 
 
 def _query_pairs(query: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """Return (name, text) pairs of texts, numbers or lists; omit None and ""."""
+    """Return (name, text) pairs for a query; values are texts, numbers or lists.
+
+    None and "" are omitted."""
     return tuple(
         (name, f"{each:g}" if isinstance(each, float) else str(each))
         for name, value in query.items()
@@ -123,12 +127,13 @@ def _query_pairs(query: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
 
 @dataclass(frozen=True)
 class StudioView:
-    """A view.
+    """A view of the Studio.
 
-    path: after /studio/
-    key: shortcut letter after g; "": not in the list of views, but `under` another view
-    draw: draws the view
-    needs: required permission; without it, the view is not found
+    path: the path after /studio/
+    key: shortcut letter after g; "" for a view that the navigation does not list
+    draw: the function that draws the view
+    needs: required permission; without it, the view is "not found"
+    under: path of the view that the navigation marks for this view
     uses_base: while the base is loading, show a notice instead of the view"""
 
     path: str
@@ -142,10 +147,11 @@ class StudioView:
 
 @dataclass(eq=False)
 class Studio:
-    """Shared objects of all pages of a server.
+    """The objects that all pages of a server share.
 
-    jobs: the queue, also on a server that does not train (`trains`)
-    queue: trains on uploaded rows, or None"""
+    jobs: the job queue, also on a server that runs no jobs
+    trains: whether this server runs training jobs
+    queue: creates runs on uploaded rows; None if the server runs no jobs"""
 
     service: Service
     library: Library
@@ -161,7 +167,7 @@ class Studio:
 
     @property
     def tenants(self) -> Store | None:
-        """The tenants' database of routes, votes and costs, or None."""
+        """The tenants' database (routes, votes, costs); None without tenants."""
         tenancy = self.service.tenancy
         return tenancy.store if isinstance(tenancy, Tenants) else None
 
@@ -171,11 +177,11 @@ class Studio:
 
     @property
     def loading(self) -> str:
-        """Why the server cannot answer yet; "" once the base is loaded."""
+        """Why the server cannot answer requests yet; "" once the base is loaded."""
         return "" if self.service.loaded else f"{self.base} is still loading"
 
     def library_mark(self) -> object:
-        """Return an object that differs after a possible change of the library's names."""
+        """Return an object that changes when the library's names can have changed."""
         names = self.service.catalog.sources.names
         return None if names is None else names.now
 
@@ -199,35 +205,37 @@ class ViewPage:
 
     @property
     def base_argument(self) -> str:
-        """This server's base as an argument of a command; only the operator sees the base's path."""
+        """This server's base as a command line argument; only the operator sees the path."""
         studio = self.studio
         return str(studio.service.catalog.sources.base.name) if self.principal.can("operate") else studio.base
 
     def name_for(self, filename: str) -> str:
-        """Return a library name for a file, in the caller's namespace."""
+        """Return a library name for a file, in the principal's namespace."""
         namespace = f"{self.principal.tenant}/" if self.principal.tenant else ""
         return namespace + (likely_name(filename.rpartition(".")[0] or filename) or "adapter")
 
     # -- links
 
     def link(self, path: str, **query: Any) -> str:
-        """Return a link to a view. Values: text, number or list; None and "" are omitted."""
+        """Return a link to a view.
+
+        Query values are texts, numbers or lists; None and "" are omitted."""
         encoded = urlencode(_query_pairs(query))
         return f"{self.frame.root}/{path}" + (f"?{encoded}" if encoded else "")
 
     def api(self, path: str, **query: Any) -> str:
-        """Return the URL of an API route, for an img, a download or an upload, under the page's caller."""
+        """Return the URL of an API route, for this page's images and file transfers."""
         return self.link(f"api{path}", **query)
 
     def set_query(self, **query: Any) -> None:
-        """Change keys of this page's link without loading."""
+        """Change values in this page's link without loading the page."""
         rest = tuple((k, v) for k, v in self.query.pairs if k not in query)
         self.query = Query(rest + _query_pairs(query))
         if self.frame.page is self:
             self.frame.call_browser("setQuery", f"{self.frame.root}/{self.view.path}", urlencode(self.query.pairs))
 
     async def go(self, view: str, **query: Any) -> None:
-        """Open another view, like a link."""
+        """Open another view, as a click on a link does."""
         self.frame.call_browser("navigated", self.link(view, **query))
         await self.frame.visit(view, Query(_query_pairs(query)))
 
@@ -245,12 +253,12 @@ class ViewPage:
         self.frame.set_title(title)
 
     def notify(self, text: str) -> None:
-        """Show a short message at the page's bottom, also to screen readers, at the end of an action."""
+        """Show a short message at the bottom of the page, also to screen readers."""
         elements.set_text(self.frame.status, text)
         self.frame.call_browser("showStatus")
 
     def pick_file(self) -> None:
-        """Open the browser's file picker; picked files are handled like dropped files."""
+        """Open the browser's file picker; selected files are handled like dropped files."""
         self.frame.call_browser("pickFile")
 
     def on_drop(
@@ -260,12 +268,14 @@ class ViewPage:
         done: Callable[[dict[str, Any]], Any],
         form: Mapping[str, str] | None = None,
     ) -> None:
-        """Set the handling of files dropped on this view; default: add to the library.
+        """Set what happens to files dropped on this view.
+
+        By default, they are added to the library.
 
         words: text shown over the page while dragging
-        url(filename): upload URL, from `api`
+        url(filename): returns the upload URL, from `api`
         done(answer): called with the route's JSON
-        form: fields of a multipart form; None to post the plain file"""
+        form: fields of a multipart form; None sends the plain file"""
         self.frame.upload_url, self.frame.uploaded, self.frame.upload_form = url, done, form
         elements.set_attributes(self.frame.browser, words=words)
 
@@ -274,7 +284,7 @@ class ViewPage:
     def start_task(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Start a background task that draws in the current element.
 
-        The task is cancelled when the view is left."""
+        The task is cancelled when the user leaves the view."""
         task = background_tasks.create(work, name=f"studio {self.view.path}", context=ui.context.slot)
         self.tasks.append(task)
         task.add_done_callback(lambda done: self.tasks.remove(done) if done in self.tasks else None)
@@ -283,7 +293,7 @@ class ViewPage:
     def when_loaded(self, callback: Callable[[], Any]) -> None:
         """Call `callback` once the base is loaded.
 
-        Does nothing if the base is loaded already, or if the view is left before."""
+        The callback is not called if the base is already loaded or the user leaves the view before."""
 
         async def wait() -> None:
             while not self.studio.service.loaded:
@@ -295,9 +305,10 @@ class ViewPage:
             self.start_task(wait())
 
     def on_change(self, mark: Callable[[], Any], seconds: float, refill: Callable[[], Any]) -> None:
-        """Call `refill` whenever the value of `mark` changes, polling every `seconds`, until the view is left.
+        """Call `refill` whenever the value of `mark` changes.
 
-        `mark` runs in a thread; `refill` runs on the event loop and can draw."""
+        The value is polled every `seconds` until the user leaves the view. `mark` runs in a thread; `refill`
+        runs on the event loop and can draw."""
         last: list[Any] = []
 
         async def poll() -> None:
@@ -321,18 +332,20 @@ async def _awaited(result: Any) -> None:
 
 
 class Browser(ui.element, component="browser.js"):
-    """Browser features: address bar, keys, clipboard, color scheme, dropped files."""
+    """Access to the browser: address bar, keys, clipboard, colors, dropped files."""
 
 
 class Frame:
-    """The frame of one browser window: navigation, search, file transfers, errors, and one view."""
+    """The frame of one browser window, around the current view.
+
+    It has the navigation, the search, file transfers and errors."""
 
     upload_url: Callable[[str], str]
     uploaded: Callable[[dict[str, Any]], Any]
     upload_form: Mapping[str, str] | None
 
     def __init__(self, studio: Studio, visitor: Visitor, root: str, address: str) -> None:
-        """Draw the frame. `address`: this server's address, as the browser sees it."""
+        """Draw the frame. `address`: this server's address in the browser."""
         self.studio, self.visitor, self.root, self.address = studio, visitor, root, address
         self.page: ViewPage | None = None
         self.files = 0
@@ -391,7 +404,7 @@ class Frame:
     # -- views
 
     async def visit(self, path: str, query: Query) -> int:
-        """Replace the current view by the view of a path. Returns the HTTP status."""
+        """Replace the current view by the view of `path`, and return the HTTP status."""
         self.leave()
         view = next((view for view in self.studio.views if view.path == path), None)
         if view is None or not self.visitor.principal.can(view.needs):
@@ -408,7 +421,7 @@ class Frame:
         previous = list(self.content)
         with self.content:
             content = box("div", "view")
-        if previous:  # keep the old view until the new one shows something
+        if previous:  # keep the old view visible until the new view has content
             elements.set_visible(content, False)
 
         async def draw() -> int:
@@ -418,7 +431,7 @@ class Frame:
                 content.clear()
                 _draw_not_found(page, error)
                 return 404
-            except Exception as error:  # the page shows any error
+            except Exception as error:  # any error is shown on the page
                 content.clear()
                 page.title(view.title)
                 return self.show_error(error)
@@ -434,7 +447,7 @@ class Frame:
         return task.result() if done and not task.cancelled() else 200
 
     async def _navigate(self, to: str) -> None:
-        """Handle a new address in the browser: a link, back or forward."""
+        """Handle a new address in the browser, from a link, back or forward."""
         path, _, query = str(to).partition("?")
         await self.visit(path.removeprefix(self.root).strip("/"), parse_query(parse_qsl(query)))
 
@@ -455,10 +468,10 @@ class Frame:
             results += await asyncio.to_thread(_search_objects, page, str(text)[:200], words) if words else []
             self.call_browser("showResults", text, results)
 
-    # -- files: browser.js sends and fetches them through API routes, like any other client
+    # -- files: browser.js sends and receives them through API routes, like any other client
 
     def _add_dropped_adapters(self, page: ViewPage) -> None:
-        """Add dropped files to the library: the default of every view."""
+        """Make dropped files be added to the library, the default of every view."""
 
         def url(filename: str) -> str:
             return page.api("/v1/adapters", name=page.name_for(filename), filename=filename)
@@ -490,9 +503,9 @@ class Frame:
     def show_error(self, error: Exception) -> int:
         """Show an error of a view, a handler or a task, and return the HTTP status.
 
-        Logs unexpected errors."""
+        Unexpected errors are also logged."""
         if isinstance(error, RuntimeError) and "has been deleted" in str(error):
-            return 200  # the view was left meanwhile
+            return 200  # the user has left the view
         if isinstance(error, Refused) and error.status == 401:
             self.call_browser("reload")
             return 401
@@ -500,14 +513,14 @@ class Frame:
         if not isinstance(error, VeneerError):
             _log.error("the Studio failed", exc_info=error)
         status = reported.status if isinstance(reported, Refused) else 400
-        if not self.visitor.principal.can("operate"):  # hide paths on the server
+        if not self.visitor.principal.can("operate"):  # hide the server's paths from others
             reported = VeneerError(message_of(reported))
         self.error.show(error=reported, title="Error" if isinstance(error, VeneerError) else "Internal error")
         return status
 
 
 def _parse_answer(event: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """Return (a route's JSON, its error message or "")."""
+    """Return a route's JSON and its error message ("" if there is none)."""
     try:
         answer = json.loads(event["text"])
     except (ValueError, RecursionError):
@@ -517,7 +530,9 @@ def _parse_answer(event: dict[str, Any]) -> tuple[dict[str, Any], str]:
 
 
 def _search_objects(page: ViewPage, text: str, words: list[str]) -> list[dict[str, str]]:
-    """Return visible adapters, runs and routes with `title`, `kind` and `to` (link)."""
+    """Return the visible adapters, runs and routes that match a search.
+
+    Each has `title`, `kind` and `to` (a link)."""
     studio, principal = page.studio, page.principal
     visible = None if principal.can("operate") else principal.can_see
     versions = studio.library.browse(text, can_access=visible, limit=_HITS).versions
@@ -532,7 +547,7 @@ def _search_objects(page: ViewPage, text: str, words: list[str]) -> list[dict[st
 
 
 def short_path(path: str) -> str:
-    """Return a path of the server with ~ for the home folder."""
+    """Return a server path with ~ for the home folder."""
     home = str(Path.home())
     return f"~{path[len(home) :]}" if path == home or path.startswith(home + "/") else path
 
@@ -542,7 +557,7 @@ def _matches(name: str, words: list[str]) -> bool:
 
 
 async def _draw_loading(page: ViewPage) -> None:
-    """Draw a notice while the base is loading, and the view afterwards."""
+    """Draw a notice while the base is loading; the view replaces it afterwards."""
     service = page.studio.service
     page.title(page.view.title)
     with box("div", "empty"):
@@ -552,7 +567,7 @@ async def _draw_loading(page: ViewPage) -> None:
 
     def show_step() -> None:
         seconds = counted(round(time.monotonic() - service.began), "second")
-        step = f"{service.step} " if service.step and page.principal.can("operate") else ""  # steps can name paths
+        step = f"{service.step} " if service.step and page.principal.can("operate") else ""  # can contain paths
         elements.set_text(status, f"{step}({seconds} since the start)")
 
     show_step()

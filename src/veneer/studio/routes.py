@@ -1,7 +1,7 @@
 """The forms of the Live view: one per route, and one for a new route.
 
-A form has the weight of each target, a shadow, a description of the planned change, the revisions and a
-rollback. A new route can start with a canary."""
+A form has a weight for each target, a shadow, a description of the planned change, the revision history and
+a rollback button. A form can add a version as a canary."""
 
 from __future__ import annotations
 
@@ -39,14 +39,16 @@ from veneer.studio.elements import (
 from veneer.studio.page import ViewPage
 
 WHO = "studio"
-"""The Studio's name in the audit log."""
+"""The actor that the audit log names for changes made in the Studio."""
 _CANARY = 0.1
-"""Share of users of an added version."""
+"""Share of users that a newly added version gets."""
 _operate = partial(permit, "operate")
 
 
 class RouteForm:
-    """The form of a route, or of a new route. `refresh`: shows changes on the page."""
+    """The form of an existing or a new route.
+
+    refresh: reloads the page's data after a change."""
 
     def __init__(
         self, page: ViewPage, store: Store, refresh: Callable[[], Awaitable[None]], route: Route | None = None
@@ -94,7 +96,7 @@ class RouteForm:
     # -- the fields
 
     def fill(self, route: Route, history: Sequence[dict[str, Any]]) -> None:
-        """Show the current route and its revisions, newest first."""
+        """Show the current route and its revisions (newest first)."""
         self.route = route
         for each in (self.back, self.history_box):
             set_visible(each, len(history) > 1)
@@ -102,7 +104,7 @@ class RouteForm:
         self.reset()
 
     def set_choices(self, names: Sequence[str]) -> None:
-        """Set the possible targets and shadows."""
+        """Set the targets and shadows that the form offers."""
         shadow = self.route.shadow if self.route else None
         shadows = [name for name in names if name != self.page.studio.base]
         if shadow and shadow not in shadows:
@@ -111,7 +113,7 @@ class RouteForm:
         self.shadow.set_options({"": "none"} | {name: name for name in shadows})
 
     def reset(self) -> None:
-        """Set the fields to the current route."""
+        """Discard changes: set the fields to the current route."""
         route = self.route
         self.weights = dict(route.targets) if route else {self.page.studio.base: 100}
         self.shadow.set_value((route.shadow if route else None) or "")
@@ -119,7 +121,7 @@ class RouteForm:
         self._draw_targets()
 
     def add(self, name: str) -> None:
-        """Add a target as a canary."""
+        """Add a target as a canary: it gets the share `_CANARY`."""
         if name and name not in self.weights:
             total = sum(self.weights.values()) or 1
             self.weights = {each: round(100 * (1 - _CANARY) * w / total) for each, w in self.weights.items()}
@@ -147,7 +149,7 @@ class RouteForm:
                         button("Promote", promote, kind="word", aria_label=f"Promote {name}")
         self.describe()
 
-    # -- the change
+    # -- applying the change
 
     def _planned(self) -> Route:
         route, shadow = self.route, str(self.shadow.value or "") or None
@@ -158,7 +160,7 @@ class RouteForm:
         return routes.planned_route(route, name, targets, tenant=tenant, shadow=shadow, fraction=fraction)
 
     def describe(self) -> None:
-        """Describe the effect of the fields."""
+        """Describe the change that the current fields would make."""
         route, planned, changed = self.route, None, True
         try:
             planned = self._planned()
@@ -181,7 +183,9 @@ class RouteForm:
         return command("tenant", "route", "set", route.name, *targets, **options, force=base in names and not exists)
 
     async def set_route(self) -> None:
-        """Apply the change. Raises RouteMoved if the route changed meanwhile, ConfigError."""
+        """Apply the change.
+
+        Raises RouteMoved if the route was changed elsewhere since it was shown, ConfigError."""
         planned, check = self._planned(), self.page.studio.service.catalog.check
         if self.route is None and (ALL, planned.name) in self.store.settings.routes:
             raise ConfigError(f"the route {planned.name} already exists", fix="change its weights above")
@@ -190,7 +194,7 @@ class RouteForm:
         def apply() -> None:
             move = self.route.move if self.route else 0
             if self.route is None:
-                with suppress(ConfigError), reading(self.store.engine) as c:  # a removed route has revisions
+                with suppress(ConfigError), reading(self.store.engine) as c:  # continue a removed route's numbering
                     move = routes.route_history(c, planned.name, limit=1)[0]["move"]
             options.update(actor=WHO, check=check, from_move=move)
             routes.set_route(self.store, planned.name, planned.targets, **options)
@@ -245,7 +249,7 @@ def _content(route: Route) -> object:
 
 
 def curl_command(page: ViewPage, model: str) -> str:
-    """Return a sample request for a model."""
+    """Return an example request to a model as a curl command."""
     path, body = "chat/completions", {"model": model, "messages": [{"role": "user", "content": "Hello"}]}
     if page.studio.makes_images:
         path, body = "images/generations", {"model": model, "prompt": "A red apple"}

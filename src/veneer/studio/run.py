@@ -1,6 +1,6 @@
-"""The view of one run: live charts, figures, checkpoints, sample images and actions.
+"""The view of one run: live charts, figures, checkpoints, images and actions.
 
-All data comes from the job's events and checkpoints, so the link is the only state."""
+All data comes from the job's events and checkpoints; the link is the only state."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ from veneer.train.report.page import Series, chart, smooth
 _POLL = 0.7
 """Seconds between two polls of a run."""
 _SHEETS = 12
-"""Number of newest sample images to choose from."""
+"""Number of sample images shown, newest first."""
 _Events = list[dict[str, Any]]
 
 
 async def job_of(page: ViewPage) -> Job:
-    """Return the link's job. Raises NotFound for a missing or invisible job."""
+    """Return the link's job. Raises NotFound if it does not exist or is not visible."""
     try:
         return await asyncio.to_thread(page.studio.jobs.get, page.principal.owner, page.query.get("job"))
     except UnknownJob:
@@ -72,7 +72,7 @@ class _RunEvents:
     checked: dict[str, Any] = field(default_factory=dict)
 
     def read(self, page: ViewPage, job: Job) -> None:
-        """Read new events; hide server paths from a tenant."""
+        """Read new events; for a tenant, without server paths."""
         more = True
         while more:
             events, more = page.studio.jobs.events(page.principal.owner, job.id, after=self.last)
@@ -101,7 +101,7 @@ class _RunEvents:
         return "reward" if self.rewarded else "validation_loss"
 
     def charts(self, images: bool) -> list[tuple[str, list[Markup], list[tuple[str, str]]]]:
-        """Return (title, [wide SVG, narrow SVG], legend) per chart, the loss first."""
+        """Return (title, [wide SVG, narrow SVG], legend) of each chart, the loss first."""
         if not self.steps:
             return []
         loss = _points(self.steps, "reward" if self.rewarded else "loss")
@@ -126,7 +126,7 @@ class _RunEvents:
         return out
 
     def figures(self, job: Job) -> list[tuple[str, str, str]]:
-        """Return (label, figure, remark) tuples."""
+        """Return (label, value, remark) for each figure."""
         out: list[tuple[str, str, str]] = []
         if self.steps:
             newest, rewards = self.steps[-1], mean_rewards(self.steps[-1])
@@ -150,7 +150,7 @@ class _RunEvents:
         return out
 
     def checkpoints(self, page: ViewPage, job: Job) -> dict[str, Any]:
-        """Return the values of steps.html.j2."""
+        """Return the values for the template steps.html.j2."""
         scores = {each["step"]: each[self.score_key] for each in self.scores if self.score_key in each}
         points = page.studio.jobs.checkpoints(page.principal.owner, job.id)
         scored = [point.step for point in points if point.step in scores]
@@ -260,5 +260,5 @@ async def run_view(page: ViewPage) -> None:
         points = jobs.checkpoints(page.principal.owner, job.id)
         return jobs.get(page.principal.owner, job.id), [each.number for each in newest], [p.reference for p in points]
 
-    await refill()  # before any timer: the first timer sends the page
+    await refill()  # before the first timer, because starting a timer sends the page
     page.on_change(mark, _POLL, refill)

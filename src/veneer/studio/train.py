@@ -1,7 +1,7 @@
-"""The Train view: uploaded rows (upload_form.py), files of the server, newest runs.
+"""The Train view: train on uploaded rows or server files; newest runs.
 
-Only the operator can train on files of the server; this form previews the run's plan, and each row and
-image."""
+upload_form.py has the form for uploaded rows. Only the operator can train on server files. That form previews
+the run's plan and each row or image."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ from veneer.train.inspect import (
 from veneer.train.preflight import Report, free_memory
 
 _ROWS, _IMAGES, _RUNS = 20, 48, 8
-"""Maximum rows, images and runs shown."""
+"""Maximum number of rows, images and runs shown."""
 _THUMBNAIL = 260
-"""Side of a thumbnail, in pixels."""
+"""Maximum width and height of a thumbnail, in pixels."""
 _CHECKPOINTS = 8
-"""Number of checkpoints of a short run."""
+"""Number of checkpoints that a short run saves by default."""
 _EXAMPLE = Path("examples/tickets/config.yaml")
 _preview_lock = threading.Lock()
-"""Lock for one preview at a time: of several requested previews, the last counts."""
+"""Allows one preview at a time; a preview that a newer request has replaced is skipped."""
 
 
 @functools.lru_cache(maxsize=1)
@@ -92,10 +92,13 @@ async def train_view(page: ViewPage) -> None:
 
 
 class _ServerForm:
-    """The form of a run on server files. Its link has the settings: section.key=value.
+    """The form for a run on server files. Its link has the settings.
 
-    number: number of the last change, so that an older preview never replaces a newer one
-    settled: set unless a preview is being made; `start` waits for it, as a click can follow the last key at once"""
+    Each setting has the form section.key=value.
+
+    number: number of the last change, so that an older preview never replaces a newer preview
+    settled: set while no preview is running; `start` waits for it, because a user can click right after
+        typing"""
 
     def __init__(self, page: ViewPage) -> None:
         self.page, self.studio = page, page.studio
@@ -154,7 +157,7 @@ class _ServerForm:
     # -- settings
 
     def settings(self) -> list[str]:
-        """Return the fields' settings as `section.key=value`."""
+        """Return the fields' values as settings, `section.key=value`."""
         values = {name: str(field.value or "").strip() for name, field in self.fields.items()}
         return [*common_settings(**values), *filter(None, map(str.strip, str(self.other.value or "").splitlines()))]
 
@@ -163,7 +166,7 @@ class _ServerForm:
         return "base" in sections and bool(sections & {"data", "slider"})
 
     def run_settings(self) -> list[str]:
-        """Return the settings, with defaults that let users compare checkpoints during training."""
+        """Return the settings, with defaults that publish checkpoints for comparison."""
         settings, plan = self.settings(), self.preview.plan if self.preview else None
         defaults = {"checkpoint.adapters": "true"}
         keys = {setting.partition("=")[0] for setting in settings}
@@ -174,13 +177,15 @@ class _ServerForm:
         return settings + [f"{key}={value}" for key, value in defaults.items() if key not in keys]
 
     async def _take(self, data: dict[str, str]) -> None:
-        """Fill in one of the suggestions."""
+        """Fill in the form from a suggestion."""
         await self.page.go("train", s=suggestions(self.studio)[int(data["number"])][1])
 
     # -- preview
 
     async def changed(self) -> None:
-        """Plan the run and read its rows again; a later change discards this preview."""
+        """Update the preview: plan the run and read its rows.
+
+        A change made meanwhile discards this preview."""
         self.page.set_query(s=self.settings())
         self.number += 1
         number, self.previewed = self.number, self.settings()
@@ -234,7 +239,7 @@ class _ServerForm:
         self.same.show(text=command("jobs", "submit", *self.run_settings()) if self.complete() else "")
 
     async def _show_data(self) -> None:
-        """Show the rows or images one by one."""
+        """Show the rows or images of the run."""
         config, number = self.config, self.number
         if config is None or (isinstance(config, ImageTrainConfig) and config.slider.enabled):
             return
@@ -250,7 +255,7 @@ class _ServerForm:
                 if number == self.number:
                     self.rows.show(seen=rows, verdicts=VERDICTS, verdict=self.verdict)
         except VeneerError:
-            return  # the findings already show the error
+            return  # the findings already report the error
         if number == self.number:
             self.rows_command.show(text=command("data", "show", *self.settings(), only=self.verdict))
 
@@ -259,7 +264,7 @@ class _ServerForm:
         await self._show_data()
 
     async def _edit(self, data: dict[str, str]) -> None:
-        """Edit the caption of the image with this id."""
+        """Open a dialog to edit the caption of one image."""
         config, page = self.config, self.page
         if not isinstance(config, ImageTrainConfig):
             return
@@ -284,7 +289,7 @@ class _ServerForm:
     # -- start
 
     async def start(self) -> None:
-        """Start the run of the fields, once the preview is complete."""
+        """Wait for the preview and start the run."""
         if self.settings() != self.previewed:
             await self.changed()
         await self.settled.wait()
@@ -309,7 +314,7 @@ class _ServerForm:
 
 
 def suggestions(studio: Studio) -> list[tuple[str, list[str]]]:
-    """Return suggestions from files in the working directory: (name, settings)."""
+    """Return (name, settings) suggestions for files in the working directory."""
     base = str(studio.service.catalog.sources.base.name)
     with os.scandir() as entries:
         names = sorted(entry.name for entry in itertools.islice(entries, 2000) if not entry.name.startswith("."))
@@ -318,7 +323,7 @@ def suggestions(studio: Studio) -> list[tuple[str, list[str]]]:
         return [(name, [*common_settings(base=base, data=name), "data.trigger=sks"]) for name in folders]
     rows = [name for name in names if name.endswith((".jsonl", ".csv", ".parquet"))]
     out = [(name, common_settings(base=base, data=name)) for name in rows[:2]]
-    if _EXAMPLE.is_file():  # the quickstart's tickets, in a checkout
+    if _EXAMPLE.is_file():  # a checkout has the quickstart's example data
         values = load_config(_EXAMPLE, common_settings(base=base))[0].model_dump(mode="json", exclude_unset=True)
         values["data"]["train"], values["output"] = str(_EXAMPLE.parent / "train.jsonl"), "runs/support-tickets"
         out.append(("1,200 answered support tickets", settings_of(values)))
@@ -326,8 +331,8 @@ def suggestions(studio: Studio) -> list[tuple[str, list[str]]]:
 
 
 def _plan_texts(plan: Plan) -> dict[str, str]:
-    """Return a plan's figures as text."""
-    import torch  # late: a page without a plan needs no device
+    """Return texts for a plan's time, cost, steps and free memory."""
+    import torch  # imported late: a page without a plan does not need it
 
     cost = plan.cost
     return {
@@ -339,7 +344,7 @@ def _plan_texts(plan: Plan) -> dict[str, str]:
 
 
 def _thumbnail(image: PreviewPicture) -> str:
-    """Return a thumbnail as a data: URL, so that no path leaves the process."""
+    """Return a thumbnail as a data: URL, so that the page contains no path."""
     return _cached_thumbnail(image.path, image.id)
 
 

@@ -1,7 +1,7 @@
-"""A form to train on uploaded rows: choose a file, preview its rows, start a run.
+"""The form to train on uploaded rows: choose a file, see its rows, start a run.
 
-Available to all principals with permission to train. The form accepts no server paths: a file is the caller's
-own upload, with an id, and the function behind POST /v1/fine_tuning/jobs checks and queues the run."""
+All principals with the permission `train` can use this form. The form accepts no server paths, only ids of
+the principal's own uploads. The function behind POST /v1/fine_tuning/jobs checks and queues the run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from veneer.train.text.rows import About, UnusableRow, question_and_answer
 
 _COLUMNS = {"prompt": "Question column", "completion": "Answer column"}
 _FILES, _ROWS, _SHOWN, _LETTERS = 100, 50, 8, 600
-"""Limits: files to offer, rows read, rows shown, characters per text."""
+"""Maximum number of files offered, rows read, rows shown, and characters shown per text."""
 
 
 async def draw_upload_form(page: ViewPage, queue: TuningQueue) -> None:
@@ -74,7 +74,7 @@ async def draw_upload_form(page: ViewPage, queue: TuningQueue) -> None:
         return page.api("/v1/files")
 
     async def offer_files(selected: str) -> None:
-        """Offer the caller's uploaded files, with one selected."""
+        """Offer the principal's uploaded files, and select one."""
         tenant = page.principal.tenant
         files, _ = await asyncio.to_thread(queue.files.list, tenant, purpose="fine-tune", limit=_FILES)
         options = {file.id: f"{file.filename}, {size(file.bytes)}" for file in files}
@@ -89,14 +89,14 @@ async def draw_upload_form(page: ViewPage, queue: TuningQueue) -> None:
         await read()
 
     def settings() -> FormSettings:
-        """Return the row format, columns, rank and learning rate. Raises Refused."""
+        """Return the form's row format, columns, rank and learning rate. Raises Refused."""
         mapped = {name: str(field.value) for name, field in columns.items() if field.value}
         values = {"format": "prompt-completion" if mapped else "auto", "columns": mapped}
         form: FormSettings = checked(FormSettings, values | {"rank": rank.value, "learning_rate": rate.value}, "form")
         return form
 
     async def read() -> FilePreview:
-        """Read the file's first rows again; show them unless a newer read has started."""
+        """Read the file's first rows; show them unless a newer read has started."""
         nonlocal beginning, newest
         newest = number = newest + 1
         principal, id, result = page.principal, str(file_field.value or ""), FilePreview()
@@ -139,7 +139,7 @@ async def draw_upload_form(page: ViewPage, queue: TuningQueue) -> None:
 
     async def start() -> None:
         studio.service.need_base()
-        result = await read()  # with the current fields
+        result = await read()  # again, with the current values of the fields
         if result.about is None or any(isinstance(row, UnusableRow) for row in result.rows):
             raise ConfigError("the file has no rows or has unusable rows", fix="upload a file and see the preview")
         method = _method(result.about)
@@ -164,7 +164,7 @@ async def draw_upload_form(page: ViewPage, queue: TuningQueue) -> None:
 
 
 def _row_values(row: Any) -> tuple[str, str, str, str, str]:
-    """Return (line, question, answer, rejected answer, why the row is unusable)."""
+    """Return (line number, question, answer, rejected answer, problem) of a row."""
     number = row.where.rpartition(":")[2]
     if isinstance(row, UnusableRow):
         return number, "", "", "", row.why
