@@ -1,8 +1,8 @@
 """Kill a job's machine at every STRIDE-th commit: `python -m tests.jobs.driver FOLDER STRIDE`.
 
-Each machine is a forked process that runs a worker and its job, and is killed at the K-th commit; then another
-machine continues. Prints the commits of the kills as JSON. Fails unless every job ends once, with one bill, one
-version and the same bytes.
+Each machine is a forked process that runs a worker and its job, and is killed at the K-th commit; then
+another machine continues. Prints the commits of the kills as JSON. Fails unless every job ends once, with one
+bill, one version and the same bytes.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def outcome(folder: Path) -> list[bytes]:
         assert bill.cost == 4 * bill.tokens == store.spent("acme")
         name = "acme/support"
         versions = library.search(name=name, all_versions=True)
-        assert [version.version for version in versions] == [1, 2, 3, 4]  # the checkpoints, and what came of it
+        assert [version.version for version in versions] == [1, 2, 3, 4]  # the three checkpoints, and the result
         assert job.result["reference"] == f"{name}@4"
         assert [point.reference for point in points] == [f"{name}@3", f"{name}@2", f"{name}@1"]
         with tenants_at(None) as database, reading(database.engine) as c:
@@ -137,7 +137,7 @@ def outcome(folder: Path) -> list[bytes]:
 
 def submit_job(folder: Path, config: dict[str, Any]) -> None:
     folder.mkdir()
-    (folder / "kernels").symlink_to(KERNELS)  # compiled once, not by each machine
+    (folder / "kernels").symlink_to(KERNELS)  # compile once instead of on each machine
     os.environ["VENEER_HOME"] = str(folder)
 
     def work() -> None:
@@ -187,5 +187,5 @@ def kills(folder: Path, stride: int) -> list[int]:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # each run collects at its end, and there are all of torch's modules to walk
+    gc.freeze()  # each run collects garbage at its end; skip torch's modules
     print(json.dumps(kills(Path(sys.argv[1]), int(sys.argv[2]))))

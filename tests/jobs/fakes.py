@@ -1,4 +1,4 @@
-"""Jobs with a made-up plan, and an executor without processes."""
+"""Jobs with a fake plan, and an executor without processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def taken(store: JobStore, seconds: float = 60, worker: str = "w", **how: Any) -
 
 
 def queued(store: JobStore, tenant: str = "acme", *, about: Any = None, plan: Any = None, **terms: Any) -> Job:
-    """Create and queue a job with a made-up plan. `terms`: price and the tenant's budget."""
+    """Create and queue a job with a fake plan. `terms`: price and the tenant's budget."""
     job = store.create(tenant, CONFIG, name="support", about=about)
     return store.queue(taken(store, state="validating", only=job.id), PLAN | (plan or {}), **terms)
 
@@ -43,7 +43,8 @@ class FixedTerms(TrainingAccount):
 class FakeExecutor(LocalExecutor):
     """An executor whose processes run until a test ends them.
 
-    `stubborn`: only a kill ends a process; `refuse`: no process starts. `validating`: handle -> lease, for each started
+    `stubborn`: only a kill ends a process; `refuse`: no process starts. `validating`: handle -> lease, for
+        each started
     validation."""
 
     def __init__(self) -> None:

@@ -42,8 +42,8 @@ def billed(tenants: Store, adapter: str, units: int, tenant: str = "acme", ago: 
 
 @in_sqlite
 def test_job_budget_counts_tinker_clients(store: JobStore, tenants: Store, tmp_path: Path) -> None:
-    """Budget 9, clients spent 4: a job of 6 is refused, a job of 5 is accepted. Inference, other tenants and earlier
-    months do not count."""
+    """Budget 9, clients spent 4: a job of 6 is refused, a job of 5 is accepted. Inference, other tenants and
+    earlier months do not count."""
     for adapter, units, tenant, ago in (
         (trained_name("acme/tinker-a-0"), 3, "acme", 0.0),
         (trained_name("acme/tinker-b-0"), 1, "acme", 0.0),
@@ -73,8 +73,8 @@ def test_job_budget_counts_tinker_clients(store: JobStore, tenants: Store, tmp_p
 
 @in_sqlite
 def test_client_budget_counts_jobs_and_concurrent_clients(store: JobStore, tenants: Store) -> None:
-    """Budget 9, jobs plan 3, the ledger has 2: of many concurrent requests of 1, four are accepted, and one more for
-    each that fails. Amounts that the ledger records later do not count twice."""
+    """Budget 9, jobs plan 3, the ledger has 2: of many concurrent requests of 1, four are accepted, and one
+    more for each that fails. Amounts that the ledger records later do not count twice."""
     queued(store, price=3 * UNIT)
     billed(tenants, trained_name("acme/tinker-a-0"), 2)
     account = FixedTerms(store, tenants, price=UNIT, budget=9 * UNIT)
@@ -94,15 +94,15 @@ def test_client_budget_counts_jobs_and_concurrent_clients(store: JobStore, tenan
     billed(tenants, trained_name("acme/tinker-b-0"), 3)
     account.release_budget("acme", UNIT)
     assert [took(0), took(0)] == [True, False]
-    billed(tenants, trained_name("acme/tinker-c-0"), 2)  # by another server
+    billed(tenants, trained_name("acme/tinker-c-0"), 2)  # another server's bill
     assert not took(0)
     assert TrainingAccount(store, None).reserve("", UNIT) == 0
 
 
 @in_sqlite
 def test_jobs_count_reservations_that_the_ledger_lacks(store: JobStore, tenants: Store) -> None:
-    """Clients on two servers take 6 of 9 before the ledger records anything: a job costing 4 is refused, a job costing
-    3 is accepted, and then clients have nothing left."""
+    """Clients on two servers take 6 of 9 before the ledger records anything: a job costing 4 is refused, a
+    job costing 3 is accepted, and then clients have nothing left."""
     terms = {"price": UNIT, "budget": 9 * UNIT}
     for account in (FixedTerms(store, tenants, **terms), FixedTerms(JobStore(store.library), tenants, **terms)):
         account.reserve("acme", 3 * UNIT)

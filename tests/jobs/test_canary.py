@@ -59,12 +59,13 @@ class Shop:
     def finished_job(
         self, reference: str, scores: Mapping[str, float] | None, after: Mapping[str, Any], serving: int | None = None
     ) -> Job:
-        """Return a finished job whose result is `reference`, with these scores for it and the serving version."""
+        """Return a finished job whose result is `reference`, with these scores for it and the serving
+        version."""
         job = queued(self.jobs, about={"after": parse_after(after, self.folder).model_dump()})
         lease = taken(self.jobs)
         results = {who: {"exact_match": value} for who, value in (scores or {}).items()}
         compared = {"scores": results, "serving": None if serving is None else f"acme/support@{serving}"}
-        for _ in range(2):  # a kill before the job ended, and again
+        for _ in range(2):  # the job is killed before it ends, then retried
             place_job(self.jobs, lease, self.tenants, reference, scores and compared)
         self.jobs.finish(lease, result={"reference": reference})
         return job
@@ -109,7 +110,7 @@ NEW = {"targets": {"acme/new@1": 1}, "shadow": None}
         (True, {"weight": 0, "shadow": True}, {}, None, {"targets": {"acme/old@1": 10000}, "shadow": "acme/new@1"}),
         (True, {}, RULE, BETTER, NEW), (True, {}, RULE, WORSE, OLD),
         (True, {"shadow": True}, RULE, WORSE, {"targets": {"acme/old@1": 10000}, "shadow": "acme/new@1"}),
-        (True, {"shadow": True}, RULE, None, OLD), (True, {}, {"evaluate": {}}, None, OLD),  # it could not be compared
+        (True, {"shadow": True}, RULE, None, OLD), (True, {}, {"evaluate": {}}, None, OLD),  # the comparison failed
         (False, {}, {}, None, NEW), (False, {}, RULE, BETTER, NEW), (False, {}, RULE, WORSE, None),
     ],
 )  # fmt: skip
@@ -147,7 +148,7 @@ def test_route_moved_by_another_is_unchanged(shop: Shop) -> None:
     with pytest.raises(ConfigError, match="is not where job"):
         rollback_job(shop.jobs, shop.tenants, "acme", job.id)
     promote_job(shop.jobs, shop.tenants, "acme", job.id)
-    rollback_job(shop.jobs, shop.tenants, "acme", job.id)  # to theirs, not to what was before it
+    rollback_job(shop.jobs, shop.tenants, "acme", job.id)  # moves to the operator's target, not to the previous one
     assert shop.targets() == {"targets": {"acme/old@1": 5}, "shadow": None}
 
 

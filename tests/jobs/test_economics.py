@@ -59,12 +59,13 @@ def test_economics_equal_hand_arithmetic(store: JobStore, tenants: Store) -> Non
     billed(store, "globex", "draft", "succeeded", 3600.0, 9 * UNIT)
     prices = {"dedicated": UNIT, "training": 32 * UNIT}
     result = economics(tenants, store, 2 * UNIT, **prices, now=START + 2 * DAY)
-    # 48 h at 2 are 96; of 4 · 30 s + 40 s = 160 s three quarters are acme's.
-    # acme: 72 for 4 requests, 18 each; it pays 30 each: 12 more. 2 h of training at 32 are 64, 4 of them paid: 60/12.
-    # One hour alone costs 1: 24 a day, as much as 24/18 requests that are shared.
+    # 48 h at 2 cost 96; acme used three quarters of 4 · 30 s + 40 s = 160 s.
+    # acme: 72 for 4 requests, 18 each; acme pays 30 each, a margin of 12. 2 h of training at 32 cost 64, 4 of
+    #     them paid: 60/12.
+    # A dedicated hour costs 1, so 24 a day, the cost of 24/18 shared requests.
     acme = ["acme", "acme/support", 2, 7200.0, 64 * UNIT, 4 * UNIT, 4, 120.0, 72 * UNIT, 120 * UNIT, 48 * UNIT]
     acme += [18_000 * UNIT, 12_000 * UNIT, 2, 5]
-    # globex's one request costs 24 and brings 20; nothing of its training is open, for the draft was never asked.
+    # globex's only request costs 24 and brings 20; its draft was never queried, so no training cost is open.
     base = [
         "globex",
         "base",

@@ -36,7 +36,7 @@ def test_process_is_terminated_or_killed(library: Library, store: JobStore, hard
     executor.stop(handle, hard=hard)
     assert wait_for_exit(executor, handle) == ExitStatus(f"ended by {signal}")
     assert executor.poll(handle) == ExitStatus("it is not a process of this worker")
-    executor.stop(handle)  # it is gone: nothing to do
+    executor.stop(handle)  # the process has ended: nothing to do
 
 
 def test_process_over_its_plan_is_killed(library: Library, store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:

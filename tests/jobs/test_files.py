@@ -88,7 +88,7 @@ def test_files_are_private_to_the_user(quick: Path, monkeypatch: pytest.MonkeyPa
                 jobs.create("acme", {}, name="x").make_folder()
                 manage.add_tenant(tenants, f"t{again}", actor="test")
                 databases = [*quick.glob("*.sqlite*"), *(quick / "library").glob("index.sqlite*")]
-                assert len(databases) == 6  # with SQLite's own files together them
+                assert len(databases) == 6  # including SQLite's own files
                 assert [stat.S_IMODE(path.stat().st_mode) for path in databases] == [0o600] * 6
                 for folder in (quick / "library" / "uploads", quick / "home" / "jobs"):
                     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -218,7 +218,7 @@ def test_sweep_removes_only_leftovers_of_a_kill(files: Files, monkeypatch: pytes
         with pytest.raises(Killed):
             add(files, "acme", b"never said to be there")
     assert stored_hashes(files) == {sha(ROWS), sha(b"never said to be there")}
-    files.sweep()  # perhaps its row is on its way
+    files.sweep()  # the file's row could be about to arrive
     assert len(stored_hashes(files)) == 2
     files.clock = lambda: clock() + 2 * HOUR
     assert files.sweep() == 1
@@ -233,7 +233,7 @@ def test_file_quotas_and_names_are_checked(files: Files) -> None:
     assert (refused.value.status, refused.value.code) == (400, "storage_full")
     assert stored_hashes(files) == {sha(bytes(1900))}
     made_here = files.add("acme", "a.csv", "fine-tune-results", io.BytesIO(bytes(150)), id="file-own")
-    assert files.get("acme", made_here.id) == made_here  # else a job could not be looked at any more
+    assert files.get("acme", made_here.id) == made_here  # otherwise a job could not be inspected any more
     for _ in range(8):
         add(files, "globex", bytes(150))
     with pytest.raises(Refused, match="8 files") as refused:

@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.parametrize("stride", [12, pytest.param(1, marks=pytest.mark.slow)])
 def test_job_survives_a_kill_at_every_commit(quick: Path, stride: int) -> None:  # noqa: F811
-    """From validation to route and bill: one machine dies at a commit, and another continues. By default at every
-    twelfth commit, in the slow test at each."""
+    """From validation to route and bill: one machine dies at a commit, and another continues. By default at
+    every twelfth commit, in the slow test at each."""
     log = quick / "said"
     command = ["-m", "tests.jobs.driver", str(quick), str(stride)]
     code = Forked(command, env=os.environ, log=log, cwd=ROOT).wait()

@@ -36,7 +36,7 @@ def store(quick: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[JobStore]:  
 
 @pytest.fixture(scope="module")
 def device() -> Device:
-    return device_of("h100-80gb")  # what this machine does is not measured
+    return device_of("h100-80gb")  # a fixed device, so that nothing is measured
 
 
 def submitted(store: JobStore, device: Device, values: dict[str, Any]) -> Job:
@@ -70,7 +70,7 @@ def test_steps_are_published_during_training(
     job = trained(store)
     events, _ = store.events(None, job.id)
     steps = [(event.kind, event.data["step"]) for event in events if event.kind in ("metrics", "checkpoint")]
-    # the first could not be put there at once; none waits for the end
+    # the first checkpoint could not be added at once; no checkpoint waits for the end
     assert [step for kind, step in steps if kind == "checkpoint"] == [1, 2, 3]
     assert steps.index(("checkpoint", 2)) < steps.index(("metrics", 3))
     metrics = next(event.data for event in events if event.kind == "metrics")
@@ -80,7 +80,7 @@ def test_steps_are_published_during_training(
     points = store.checkpoints(None, job.id)
     assert [(point.step, point.reference) for point in points] == [(n, f"{name}@{n}") for n in (3, 2, 1)]
     result = store.library.find("support")
-    assert store.library.find(f"{name}@{STEPS}").digest == result.digest  # what it made is its last state
+    assert store.library.find(f"{name}@{STEPS}").digest == result.digest  # the result equals the last state
     assert store.library.find(f"{name}@1").digest != result.digest
     first = store.library.find(f"{name}@1")
     assert first.card["metrics"]["steps"] == 1

@@ -92,11 +92,11 @@ def test_pause_resume_cancel_follow_the_transitions(store: JobStore, state: str,
 def test_job_from_creation_to_bill(store: JobStore) -> None:
     job = queued(store, price=3_000_000)
     assert (job.state, job.steps, job.planned) == ("queued", 10, 3_000_000)
-    assert "output" not in job.config  # where it goes is the job's own affair
+    assert "output" not in job.config  # the server chooses the output folder
     lease = taken(store)
     loaded = JobEvent("info", "note", "loaded\x00")
     store.record(lease, [loaded, step(1), step(2)], [JobCheckpoint(2, {"loss": 0.5})], trained=trained(2))
-    store.record(lease, [step(1)], trained=trained(1))  # again, after a kill
+    store.record(lease, [step(1)], trained=trained(1))  # repeated after a kill
     store.record(lease, [step(2), step(3)], [JobCheckpoint(2), JobCheckpoint(3)], trained=trained(3), place="here")
     done = store.finish(lease, result={"reference": "acme/support@1"})
     assert (done.state, done.step, done.tokens, done.place) == ("succeeded", 3, 300_000, "here")
@@ -206,7 +206,7 @@ def test_job_fails_after_three_dead_processes(store: JobStore) -> None:
     queued(store)
     for _ in range(2):
         assert store.died(taken(store), "killed by signal 9").state == "queued"
-    store.record(lease := taken(store), checkpoints=[JobCheckpoint(1)])  # it came on: counted anew
+    store.record(lease := taken(store), checkpoints=[JobCheckpoint(1)])  # progress resets the count
     assert store.died(lease, "killed by signal 9").state == "queued"
     for end in ("queued", "failed"):
         job = store.died(taken(store), "killed by signal 9", fix="more memory")
@@ -225,9 +225,9 @@ def test_job_fails_after_three_lost_workers(store: JobStore) -> None:
 
 
 def test_budget_counts_bills_and_planned_jobs(store: JobStore) -> None:
-    lease = running(store, price=2_000_000, budget=5_000_000)  # planned at 2
+    lease = running(store, price=2_000_000, budget=5_000_000)  # the plan costs 2
     store.record(lease, [step(1)], trained=trained(1, tokens=500_000))
-    store.finish(lease, result={})  # 1 was spent
+    store.finish(lease, result={})  # the job spent 1
     queued(store, price=2_000_000, budget=5_000_000)
     store.create("acme", CONFIG, name="support")
     lease = taken(store, state="validating")

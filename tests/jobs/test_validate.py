@@ -70,7 +70,7 @@ def test_sampled_completions_are_planned_once(store: JobStore, folder: Path) -> 
     asked = [json.loads(line)["messages"][:1] for line in Path(config["data"]["train"]).read_text().splitlines()]
     lengths = [len(tokenizer.apply_chat_template(one, add_generation_prompt=True)["input_ids"]) for one in asked]
     assert job.plan["counted"]["longest"] in lengths
-    answers = 3 * 2 * 3  # steps, prompts, answers to each
+    answers = 3 * 2 * 3  # steps · prompts · completions per prompt
     assert answers * (min(lengths) + 40) <= job.plan["tokens"] <= answers * (max(lengths) + 40)
     assert job.plan["rows"] == 8
     look = inspect_run(chosen, device=cpu_device())

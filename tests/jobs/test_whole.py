@@ -1,4 +1,5 @@
-"""From an uploaded file to a completion of the tuned model, with OpenAI's client, on a server with tenants."""
+"""From an uploaded file to a completion of the tuned model, with OpenAI's client, on a server with
+tenants."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ def test_tuned_model_is_served_only_to_its_tenant(tmp_path: Path, monkeypatch: p
         """Do a worker's work on the one waiting job."""
         new = jobs.acquire("here", 60, "validating")
         assert new is not None
-        validate_job(jobs, new, FixedTerms(jobs), device_of("h100-80gb"))  # what this machine does is not measured
+        validate_job(jobs, new, FixedTerms(jobs), device_of("h100-80gb"))  # a fixed device, so that nothing is measured
         if (lease := jobs.acquire("here", 600)) is not None:
             run_job(shop.library, lease.job.id, lease.token)
 
@@ -74,10 +75,12 @@ def test_tuned_model_is_served_only_to_its_tenant(tmp_path: Path, monkeypatch: p
         assert [point.step_number for point in points] == [9, 6, 3]
         names = ["tiny", *(point.fine_tuned_model_checkpoint for point in points[::-1])]
         answers = [said(acme.completions.create(**asking(name, PROMPT))).logprobs for name in names]
-        assert len({tuple(answer) for answer in answers}) == 4  # the base, and each state of the adapter
+        assert len({tuple(answer) for answer in answers}) == 4  # the base, and each checkpoint of the adapter
         whole = said(acme.completions.create(**asking(model, PROMPT)))
-        assert whole.logprobs == answers[-1]  # what it made is its last state
-        assert said(acme.completions.create(**asking("help", PROMPT))).logprobs == whole.logprobs  # by its rule
+        assert whole.logprobs == answers[-1]  # the result equals the last state
+        assert (
+            said(acme.completions.create(**asking("help", PROMPT))).logprobs == whole.logprobs
+        )  # resolved by the route's rule
         with pytest.raises(openai.NotFoundError):
             globex.completions.create(**asking("help", PROMPT))
         card = acme.models.retrieve(model)
@@ -90,7 +93,7 @@ def test_tuned_model_is_served_only_to_its_tenant(tmp_path: Path, monkeypatch: p
         assert "started" in told
         assert "on 12 held-out rows: loss: base " in told
         assert f"`loss better than base by at least 0` is met: help points to acme/support-{model[-8:]}@10" in told
-        assert not any(str(place) in told for place in (tmp_path, veneer_home()))  # nor which machine it was
+        assert not any(str(place) in told for place in (tmp_path, veneer_home()))  # no machine names either
         assert "by here" not in told
 
         for name in (model, names[1], model.replace("ft:tiny:acme:", "ft:tiny:globex:")):
@@ -103,7 +106,9 @@ def test_tuned_model_is_served_only_to_its_tenant(tmp_path: Path, monkeypatch: p
             with pytest.raises(openai.NotFoundError):
                 globex.fine_tuning.jobs.create(model=name, training_file=file)
 
-        second = acme.fine_tuning.jobs.create(model=model, training_file=file, method=method)  # goes on from it
+        second = acme.fine_tuning.jobs.create(
+            model=model, training_file=file, method=method
+        )  # continues the first job's adapter
         assert jobs.get("acme", second.id).config["adapter"]["start"] == f"acme/support-{model[-8:]}@10"
         assert acme.fine_tuning.jobs.cancel(second.id).status == "cancelled"
 

@@ -61,7 +61,7 @@ def test_process_of_a_paused_or_cancelled_job_is_stopped(library: Library, store
         until(lambda: store.get(None, job.id).place == place)
         getattr(store, asked)("acme", job.id)
         until(lambda: executor.asked == [(place, False)])
-        until(lambda: any(other.id in place for place in executor.running))  # there is room again
+        until(lambda: any(other.id in place for place in executor.running))  # a slot is free again
     assert state(store, job) == {"pause": "paused", "cancel": "cancelled"}[asked]
     assert store.get(None, job.id).faults == 0
 
@@ -158,14 +158,14 @@ def test_hostile_row_delays_no_other_job(library: Library, store: JobStore, tmp_
     small = store.create("best", config, name="support")
     said: list[str] = []
     worker = Worker(library, LocalExecutor(), poll=0.05, log=said.append)
-    worker.account = FixedTerms(store, jobs=0)  # nothing is trained
+    worker.account = FixedTerms(store, jobs=0)  # zero jobs: the worker only validates
     thread = threading.Thread(target=worker.run)
     thread.start()
     try:
         until(lambda: state(store, small) == "queued", 60)
         assert state(store, hostile) == "validating"
         store.cancel("acme", hostile.id)
-        until(lambda: f"{hostile.id}: cancelled" in said)  # its process has ended
+        until(lambda: f"{hostile.id}: cancelled" in said)  # the validation process has ended
     finally:
         worker.stop()
         thread.join(30)
@@ -299,7 +299,7 @@ def test_job_outlasts_a_database_outage_within_its_lease(library: Library, store
         assert not executor.asked
         away.clear()
         time.sleep(0.7)
-        assert not executor.asked  # it was renewed in time
+        assert not executor.asked  # the lease was renewed in time
         assert state(store, job) == "running"
         away.set()
         until(lambda: executor.asked)

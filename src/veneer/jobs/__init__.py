@@ -1,1 +1,1 @@
-"""Training as a service: a job queue in the library's database, and its workers."""
+"""Training as a service: a job queue in the library's database, and workers."""

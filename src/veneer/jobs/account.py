@@ -1,11 +1,12 @@
-"""Training terms and budgets of tenants, shared by jobs and Tinker clients.
+"""Tenants' training prices, budgets and limits, for jobs and for Tinker clients.
 
-    account.terms("acme")                      price, monthly budget and concurrent jobs, current values
-    account.spent("acme")                      this month's ledger cost of Tinker clients
-    taken = account.reserve("acme", tokens)    before accepting a request; `release_budget` on failure
+    account.terms("acme")                      current price, monthly budget and maximum concurrent jobs
+    account.spent("acme")                      this month's cost of Tinker clients, from the ledger
+    cost = account.reserve("acme", tokens)     before a request is accepted; `release_budget` if it fails
 
-The queue bills a job when the job ends; until then the planned cost counts. The ledger bills each pass of a
-Tinker client under the name that `trained_name` returns. Amounts are in millionths, months are in UTC.
+The queue bills a job when the job ends; until then, the job's planned cost counts against the budget. For
+Tinker clients, the ledger bills each pass under the name that `trained_name` returns. Amounts are in
+millionths, months are in UTC.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ _TRAINED = "@train"
 
 
 def trained_name(run: str) -> str:
-    """Return the ledger's name for a run's training, not its adapter's requests."""
+    """Return the ledger's name for a run's training (not its adapter's requests)."""
     return run + _TRAINED
 
 
 class TrainingAccount:
-    """Accounts of a queue's tenants. Thread-safe.
+    """Training terms and budgets of a queue's tenants. Thread-safe.
 
-    `tenants`: None on a server without tenants; training is then free."""
+    tenants: None for a server without tenants; training is then free."""
 
     def __init__(self, jobs: JobStore, tenants: Store | None) -> None:
         self.jobs, self.tenants = jobs, tenants
@@ -38,12 +39,12 @@ class TrainingAccount:
         return TrainingTerms() if self.tenants is None else self.tenants.refresh().training_terms(tenant)
 
     def check_allowed(self, tenant: str) -> None:
-        """Check that the tenant may train. Raises Refused (403)."""
+        """Raise Refused (403) unless the tenant is allowed to train."""
         if self.terms(tenant).jobs == 0:
             raise Refused("this tenant may not train", status=403, code="forbidden", fix="the operator can allow it")
 
     def spent(self, tenant: str) -> int:
-        """Return what the ledger has recorded this month for the tenant's Tinker clients."""
+        """Return this month's cost of the tenant's Tinker clients, from the ledger."""
         if self.tenants is None or not tenant:
             return 0
         with reading(self.tenants.engine) as c:
@@ -51,10 +52,10 @@ class TrainingAccount:
         return sum(int(row["cost"]) for row in rows if row["adapter"].endswith(_TRAINED))
 
     def reserve(self, tenant: str, tokens: int) -> int:
-        """Reserve the cost of `tokens` in the tenant's budget and return the cost.
+        """Reserve the cost of `tokens` in the tenant's budget, and return the cost.
 
-        The reservation is in the jobs' database before the ledger has the bill, so that concurrent requests
-        and jobs see each other's costs. Raises Refused (402)."""
+        The reservation is written to the jobs' database before the ledger has the bill, so that concurrent
+        requests and jobs see each other's costs. Raises Refused (402) if the budget is too small."""
         terms = self.terms(tenant)
         cost = Price(terms.price).cost(tokens, 0, 0) if terms.budget is not None else 0
         if cost and terms.budget is not None:
@@ -65,6 +66,6 @@ class TrainingAccount:
         return cost
 
     def release_budget(self, tenant: str, amount: int) -> None:
-        """Release the reservation of a failed request."""
+        """Release the amount that was reserved for a failed request."""
         if amount:
             self.jobs.release_budget(tenant, amount)

@@ -1,7 +1,7 @@
-"""The training extension of a server: OpenAI's and Tinker's routes, and cleanup.
+"""The training extension of a server: routes of OpenAI and Tinker, cleanup.
 
-`serve(settings, say, extends=[training])`: see `serve.build.Extension`. Imports are late, because a server
-listens before torch is loaded.
+`serve(settings, say, extends=[training])`: see `serve.build.Extension`. Functions import modules late,
+because a server listens before it loads torch.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ _EVERY = 300.0
 def training(
     service: Service, library: Library, *, python_graders: bool = False, session_days: float = 30.0
 ) -> Extension:
-    """Return the training extension of a server with its own library.
+    """Return the extension that adds training to a server with its own library.
 
-    `python_graders`: run Python graders from clients in a sandbox. `session_days`: days after which unused
-    Tinker sessions are removed. Raises ResourceError if `python_graders` is set and no sandbox works."""
+    python_graders: run clients' Python graders in a sandbox.
+    session_days: remove Tinker sessions that have been unused for this many days.
+
+    Raises ResourceError if `python_graders` is set but no sandbox works on this machine."""
     from veneer.jobs.account import TrainingAccount
     from veneer.jobs.files import open_files
     from veneer.jobs.http.files import file_routes, large_bodies
@@ -72,9 +74,10 @@ def training(
 
 
 def _tinker(service: Service, library: Library, days: float) -> TinkerService:
-    """Return the Tinker service of the served base.
+    """Return the Tinker service for the served base.
 
-    Only one process can use the service's folder at a time. Raises ConfigError without a text base."""
+    Only one process at a time can use the service's folder. Raises ConfigError if the base is not a text
+    base that this process runs."""
     from veneer.jobs.tinker.service import TinkerService
     from veneer.models.home import veneer_home
     from veneer.serve.engine.engine import TextEngine
@@ -91,7 +94,7 @@ def _tinker(service: Service, library: Library, days: float) -> TinkerService:
 
 
 async def _sweep(files: Files, jobs: JobStore) -> None:
-    """Remove expired files now and every _EVERY seconds; retry after an outage."""
+    """Remove expired files now and every _EVERY seconds; log errors."""
     from veneer.jobs.input_files import sweep_inputs
 
     while True:

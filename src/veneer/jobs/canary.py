@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
 
 _WHOLE = 10_000
-"""Total weight of a route: the resolution of a route's weights."""
+"""Total weight of a route's targets, which limits how finely users can be split."""
 
 
 # -- automatic actions of a job ----------------------------------------------------------------------------------------
@@ -52,15 +52,18 @@ _WHOLE = 10_000
 def compare_job(
     store: JobStore, lease: JobLease, tenants: Store | None, result: Mapping[str, Any], base: TextBase | None
 ) -> dict[str, Any] | None:
-    """Compare the new adapter, write the scores to its card, return the event's data.
+    """Compare the new adapter, write scores to its card; return the event's data.
 
-    The data has `scores` of base, serving and new, the serving version and the route's revision. Returns None
-    if no evaluation is configured or the evaluation failed. `base`: the run's base. Raises LeaseLost and
-    transient errors."""
+    The data has the `scores` of base, serving and new, the serving version, and the route's revision. Returns
+    None if the job has no evaluation or the evaluation failed.
+
+    base: the run's base.
+
+    Raises LeaseLost and transient errors."""
     after = after_section(lease.job)
     if after is None or after.evaluate is None:
         return None
-    assert base is not None  # a job with an evaluation keeps its base
+    assert base is not None  # a job with an evaluation keeps its base in memory
     adapter = Path(result["adapter"])
     compare = partial(_compare, lease.job, after, after.evaluate, store.library, tenants, adapter, base)
     data = _do_once(store, lease, "evaluation", "it could not be compared", compare).data
@@ -84,12 +87,13 @@ def place_job(
 
 
 def _do_once(store: JobStore, lease: JobLease, kind: str, failure: str, do: Callable[[], JobEvent]) -> JobEvent:
-    """Return the job's event of this kind; else record the event of `do`, or a warning if `do` fails.
+    """Run an action once per job, and return its event.
 
-    Raises LeaseLost, Interrupted and transient errors."""
+    If the job already has an event of this kind, returns that event. If `do` fails, records a warning
+    instead. Raises LeaseLost, Interrupted and transient errors."""
     for event in store.events_of(None, lease.job.id, kind):
         return event
-    store.get_lease(lease.job.id, lease.token)  # a cancelled job moves nothing
+    store.get_lease(lease.job.id, lease.token)  # raises LeaseLost for a cancelled job, which must not move anything
     try:
         event = do()
     except (LeaseLost, Interrupted):
@@ -119,7 +123,7 @@ def _compare(
     from veneer.train.text.evaluate import score_mixes
 
     config = job_config(job, adapter)
-    assert isinstance(config, TrainConfig)  # checked on submission
+    assert isinstance(config, TrainConfig)  # the job was validated when it was submitted
     rows = held_out_rows(held_out, config)
     data: dict[str, Any] = {"rows": len(rows), "serving": None}
     if after.route is not None:
@@ -209,7 +213,7 @@ def _move_route(
 ) -> tuple[str, dict[str, Any]]:
     name = route.name
     number, now = _current(tenants, job.tenant, name)
-    if revisions := _own_revisions(job, _history(tenants, job.tenant, name)):  # moved before a kill
+    if revisions := _own_revisions(job, _history(tenants, job.tenant, name)):  # this job moved the route before a kill
         return f"{name} was moved", {"move": max(revisions), "promoted": bool(met)}
     if compared is not None and compared.get("move", number) != number:
         raise routes.RouteMoved(f"{name} was changed since {reference} was compared", where="route")
@@ -230,7 +234,7 @@ def _move_route(
 
 
 def _current(tenants: Store, tenant: str, route: str) -> tuple[int, Route | None]:
-    """Return (number of the current revision or 0, the route or None)."""
+    """Return (number of the current revision, or 0; the route, or None)."""
     number = next((int(move["move"]) for move in _history(tenants, tenant, route) if move["current"]), 0)
     return number, tenants.refresh().routes.get((tenant, route))
 
@@ -244,7 +248,7 @@ def _history(tenants: Store, tenant: str, route: str) -> list[dict[str, Any]]:
 
 
 def _own_revisions(job: Job, history: list[dict[str, Any]]) -> set[int]:
-    """Return the revisions made for a job, automatically or manually."""
+    """Return the numbers of the revisions made for a job, automatically or manually."""
     return {int(move["move"]) for move in history if move["who"] in (f"job {job.id}", f"job {job.id} by hand")}
 
 

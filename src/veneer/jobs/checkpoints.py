@@ -1,10 +1,10 @@
-"""Publish a job's checkpoints as adapters in the library.
+"""Add a job's checkpoints to the library as adapters.
 
     publish_checkpoints(library, "acme/support-kq7vz2mh", run, adapter)   {40: "acme/support-kq7vz2mh@40"}
-    publish_steps(library, job, run)           {40: "support.jp8v6w@40"} (training)
+    publish_steps(library, job, run)           during training: {40: "support.jp8v6w@40"}
 
-The checkpoint of step 40 is version 40 with alias `@ckpt-step-40`. The job's final adapter is the version
-after all checkpoints, so that the plain name means the final adapter.
+The checkpoint of step 40 becomes version 40 with the alias `@ckpt-step-40`. The job's final adapter becomes
+the version after all checkpoints, so that the name without a version means the final adapter.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from veneer.library.names import checkpoint_alias
 from veneer.train.checkpoint import by_step, is_shared
 
 STEPS_TAG = "steps-of:"
-"""Prefix of the tag of a checkpoint's adapter; the job's id follows."""
+"""Prefix of the tag on checkpoints of a running job; the job's id follows."""
 
 
 def job_of_tag(tag: str) -> str:
-    """Return the job id of a job's tag; "" for other tags."""
+    """Return the job id in a tag; "" if the tag has none."""
     kind, _, job = tag.partition(":")
     return job if kind in ("job", "step-of", "steps-of") else ""
 
 
 def steps_name(job: Job) -> str:
-    """Return the library's name for a job's checkpoints during training.
+    """Return the library name for a job's checkpoints during training.
 
-    The name differs from the job's name, so that no unfinished adapter is ever the newest version of that
+    It differs from the job's name, so that an unfinished adapter is never the newest version of the job's
     name."""
     return f"{job.name}.{job.id[-6:].lower()}"
 
 
 def publish_steps(library: Library, job: Job, run: Path) -> dict[int, str]:
-    """Add a run's checkpoints with an adapter folder to the library.
+    """Add a run's checkpoints to the library, and return their references by step.
 
-    Such folders exist with `checkpoint.adapters`. Returns references by step. Existing versions stay
-    unchanged."""
+    Only checkpoints with an adapter folder (`checkpoint.adapters`) are added. Existing versions do not
+    change."""
     name = steps_name(job)
     published = {v.version: v.reference for v in library.search(name=name, all_versions=True) if v.name == name}
     references: dict[int, str] = {}
@@ -69,12 +69,14 @@ def publish_steps(library: Library, job: Job, run: Path) -> dict[int, str]:
 def publish_checkpoints(
     library: Library, name: str, run: Path, adapter: Path, log: Callable[[str], None]
 ) -> dict[int, str]:
-    """Add the run's requested checkpoints that still exist to the library.
+    """Add the run's requested checkpoints to the library; return step -> reference.
 
-    Returns references by step. `adapter`: the run's final adapter, with the same tensor names and shapes as
-    each checkpoint. Existing versions stay unchanged: after a kill the card's times differ, so the same
-    checkpoint would be added again as the newest version. `log`: called with the reason for each checkpoint
-    whose tensors differ from the adapter's; this checkpoint is skipped."""
+    A step that is already a version is not added again: after a kill, the times on its card would differ, and
+    the same checkpoint would become a new version. A checkpoint whose tensors differ from the final adapter's
+    is skipped.
+
+    adapter: the run's final adapter.
+    log: called with a warning for each skipped checkpoint."""
     final = load_folder(adapter).adapter
     references: dict[int, str] = {}
     published = {v.version: v.reference for v in library.search(name=name, all_versions=True) if v.name == name}
@@ -101,7 +103,7 @@ def publish_checkpoints(
 
 
 def _difference(adapter: Mapping[str, torch.Size], state: Mapping[str, torch.Size]) -> str:
-    """Return how a checkpoint's tensors differ from the adapter's, or ""."""
+    """Return how a checkpoint's tensors differ from the adapter's; "" if they match."""
     for key in sorted(adapter.keys() | state.keys()):
         if key not in state:
             return f"the checkpoint lacks {key}, which the adapter has"

@@ -131,12 +131,12 @@ def _row(
 
 
 def _ceil(number: float) -> int:
-    """Round up, ignoring a relative excess of up to 1e-9."""
+    """Round up, but ignore an excess of up to 1e-9 of the number."""
     return math.ceil(number - 1e-9 * abs(number))
 
 
 def _hours(since: str, until: str, now: float) -> float:
-    """Return hours from the start of `since` to the end of `until`, or to `now`.
+    """Return the hours from the start of `since` to the end of `until`, or to `now`.
 
     Raises ConfigError for an invalid day."""
     if not since:

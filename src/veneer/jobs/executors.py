@@ -31,22 +31,22 @@ No other user can read a process's environment, unlike its arguments."""
 
 @dataclass(frozen=True)
 class ExitStatus:
-    """How a job's process ended. `memory`: the process exceeded its memory limit.
+    """How a job's process ended.
 
-    A retry would exceed the limit again."""
+    memory: whether the process exceeded its memory limit; a retry would exceed it again."""
 
     why: str
     memory: bool = False
 
 
 _BEYOND, _BESIDE = 1.5, 512 << 20
-"""Memory limit: factor on the plan, plus bytes. Estimated plans are off by 10 %."""
+"""Memory limit of a process: a factor on the planned peak, plus bytes. Plans are off by about 10 %."""
 
 
 def memory_of(job: Job) -> int:
-    """Return the process's limit of host memory in bytes, by the job's plan.
+    """Return the process's limit of host memory in bytes, from the job's plan.
 
-    Returns 0 if the plan is for a GPU."""
+    0 (no limit) if the plan is for a GPU."""
     plan = job.plan or {}
     planned = int(plan.get("peak_bytes") or 0) if plan.get("device", {}).get("name") == "cpu" else 0
     return int(planned * _BEYOND) + _BESIDE if planned else 0
@@ -55,11 +55,11 @@ def memory_of(job: Job) -> int:
 class LocalExecutor:
     """Runs jobs as child processes on this machine.
 
-    A handle without a process counts as ended and raises no error. The children end with this process. A child
-    that exceeds its plan's memory limit is killed."""
+    A handle without a process counts as ended and raises no error. The children end with this process. A
+    child that exceeds its plan's memory limit is killed."""
 
     def __init__(self, *, nice: int = 0) -> None:
-        """Create the executor. `nice`: niceness of the child processes."""
+        """Create an executor whose child processes have the niceness `nice`."""
         self.nice = nice
         self._children: dict[str, tuple[subprocess.Popen[bytes], int]] = {}
 
@@ -71,10 +71,10 @@ class LocalExecutor:
             return self._process(f"{job.id}-{job.attempt}", lease, log, environment, memory_of(job))
 
     def start_validation(self, lease: JobLease, environment: Mapping[str, str], device: Device, max_memory: int) -> str:
-        """Start a process that validates a new job for `device`.
+        """Start a process that validates a new job for `device`, and return its handle.
 
-        The process is killed if it uses more than `max_memory` bytes. It writes its log to this process's output,
-        so that a refused job leaves no folder."""
+        The process is killed if it uses more than `max_memory` bytes. It logs to this process's output, so
+        that a refused job leaves no folder."""
         name = f"{lease.job.id}-validation"
         return self._process(name, lease, None, environment, max_memory, _VALIDATION_NICE, device)
 
@@ -100,7 +100,7 @@ class LocalExecutor:
             start_new_session=True,
             env={**os.environ, **environment, JOB_VARIABLE: json.dumps(content)},
         )
-        handle = f"{name}, process {child.pid}"  # the system can reuse a pid
+        handle = f"{name}, process {child.pid}"  # the name makes the handle unique, because the system can reuse a pid
         self._children[handle] = child, max_memory
         return handle
 
@@ -138,7 +138,7 @@ class LocalExecutor:
 
 
 def _resident(pid: int) -> int:
-    """Return a process's resident bytes; 0 if the process has ended."""
+    """Return a process's resident memory in bytes; 0 if the process has ended."""
     import psutil
 
     try:

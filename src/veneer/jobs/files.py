@@ -5,9 +5,10 @@
     files.get("acme", file.id), files.list("acme"), files.open(file), files.delete("acme", file.id)
 
 Each tenant's bytes are stored separately under their sha256, so an upload reveals nothing about other
-tenants' files. A file exists once its row exists; the row is written after the bytes are on disk. `sweep`
-removes bytes without a row, and expired files. Under one lock of writers, code that removes bytes checks that
-no row has them, and code that adds a row checks that its bytes still exist.
+tenants' files. A file exists from the moment its row exists; the row is written after the bytes are on disk.
+`sweep` removes expired files and bytes without a row. One lock serializes all writers. Under this lock,
+removing bytes first checks that no row refers to them, and adding a row first checks that its bytes still
+exist.
 
 Raises Refused: not_found (404), invalid_request (400), storage_full (400).
 """
@@ -39,18 +40,19 @@ from veneer.serve.request import Refused, invalid
 
 _Purpose = Literal["fine-tune", "fine-tune-results"]
 
-_LOCK = 0x66696C6573  # "files": key of PostgreSQL's advisory lock
+_LOCK = 0x66696C6573  # "files" in ASCII: the key of PostgreSQL's advisory lock
 _GRACE = 3600.0
-"""Seconds to keep bytes without a row: the row may be about to be written."""
+"""Seconds that bytes without a row are kept, because their row can still be written."""
 _BATCH = 50
 """Files per transaction, so that none holds the lock for long."""
 
 
 @dataclass(frozen=True)
 class UploadedFile:
-    """A file. `created`, `expires`: seconds since 1970; `expires`: None for never.
+    """A file of a tenant.
 
-    `sha256`: hash of the file's bytes."""
+    sha256: hash of the file's bytes.
+    created, expires: seconds since 1970; `expires` is None if the file never expires."""
 
     id: str
     tenant: str
@@ -65,7 +67,7 @@ class UploadedFile:
 def open_files(library: Library, quotas: Quotas | None = None) -> Files:
     """Open the uploaded files of a library.
 
-    Rows are in the library's database, bytes under `uploads` in its store. Raises the errors of opening a
+    Rows are in the library's database; bytes are under `uploads` in its store. Raises the errors of opening a
     store or a database."""
     migrate(library.engine, JOB_SCHEMA, library.location)
     store = open_store(f"{library.location.rstrip('/')}/uploads")
@@ -76,7 +78,10 @@ def open_files(library: Library, quotas: Quotas | None = None) -> Files:
 
 @dataclass
 class Files:
-    """Files of all tenants. `max_bytes`: limit of one file; `clock`: seconds since 1970."""
+    """The files of all tenants.
+
+    max_bytes: maximum size of one file.
+    clock: returns seconds since 1970."""
 
     engine: Engine
     store: LocalStore | RemoteStore
@@ -94,11 +99,13 @@ class Files:
         ttl: float | None = None,
         id: str | None = None,
     ) -> UploadedFile:
-        """Store the content of `source`, and return the file.
+        """Store the content of `source`, and return the file. Blocks.
 
-        Reads `source` from its beginning, more than once. `ttl`: seconds until the file expires. `id`: id of
-        a file that the server makes, which is exempt from quotas; an existing file with this id stays.
-        Blocks."""
+        source: a seekable stream; it is read from its beginning, more than once.
+        ttl: seconds until the file expires.
+        id: the id of a file that the server itself creates; exempt from quotas. An existing file with this id
+            is
+            not replaced."""
         sha256, size = _measure(source)
         if not size:
             raise invalid("the file is empty", "file", "send a file with something in it")
@@ -107,7 +114,7 @@ class Files:
         file_id = id or f"file-{secrets.token_hex(12)}"
         file = UploadedFile(file_id, tenant, _base_name(filename), purpose, size, sha256, now, expires)
         if id is None:
-            with reading(self.engine) as c:  # a tenant over its quota writes nothing to the store
+            with reading(self.engine) as c:  # check the quota before anything is written to the store
                 self._check_quota(c, tenant, size)
         self._write_missing(file, source)
         with self._transaction() as c:
@@ -115,11 +122,11 @@ class Files:
                 self._check_quota(c, tenant, size)
             if not _exists(c, tenant, file_id):
                 c.execute(insert(job_file_table), vars(file))
-            self._write_missing(file, source)  # the last other row with these bytes was deleted meanwhile
+            self._write_missing(file, source)  # write the bytes again if a deletion removed them meanwhile
         return file
 
     def exists(self, tenant: str, id: str) -> bool:
-        """Return whether a file with this id exists."""
+        """Return whether the tenant has a file with this id."""
         with reading(self.engine) as c:
             return _exists(c, tenant, id)
 
@@ -143,9 +150,9 @@ class Files:
         after: str | None = None,
         newest_first: bool = True,
     ) -> tuple[list[UploadedFile], bool]:
-        """Return (a page of a tenant's files, whether more exist).
+        """Return (one page of the tenant's files, whether there are more).
 
-        `after`: id of the last file of the previous page. Raises Refused for an unknown `after`."""
+        after: id of the last file of the previous page. Raises Refused if it does not exist."""
         t = job_file_table.c
         query = select(*_COLUMNS).where(t.tenant == tenant, (t.expires.is_(None)) | (t.expires > self.clock()))
         if purpose is not None:
@@ -161,16 +168,16 @@ class Files:
         return [UploadedFile(**row._mapping) for row in rows[:limit]], len(rows) > limit
 
     def open(self, file: UploadedFile) -> IO[bytes]:
-        """Open a file's bytes. Reads from a remote store raise the store's errors."""
+        """Open a file for reading. Reads from a remote store raise the store's errors."""
         try:
             return self.store.open(_path(file.tenant, file.sha256))
         except FileNotFoundError:
             raise _not_found(file.id, "id") from None
 
     def copy_to(self, file: UploadedFile, folder: Path) -> Path:
-        """Place a file in a folder under its own name, and return the path.
+        """Copy a file into a folder under its own name, and return the path.
 
-        Uses a hard link if possible, so that many jobs on one file need no more disk space."""
+        The copy is a hard link if possible, so that many jobs with the same file need no more disk space."""
         target = folder / (file.filename if not file.filename.startswith(".") else f"file{file.filename}")
         if isinstance(self.store, LocalStore):
             with suppress(OSError):
@@ -187,7 +194,7 @@ class Files:
         self._delete_unused([(tenant, file.sha256)])
 
     def sweep(self) -> int:
-        """Remove expired files and leftovers of killed processes; return how many.
+        """Remove expired files and leftovers of killed processes; return their number.
 
         Safe to run concurrently and to kill: rows and bytes are removed in batches, each in a short
         transaction."""
@@ -208,7 +215,7 @@ class Files:
         return count + self._delete_unused(content for content in old if content not in used)
 
     def _delete_unused(self, contents: Iterable[tuple[str, str]]) -> int:
-        """Remove contents (tenant, sha256) without a row; return how many."""
+        """Remove contents (tenant, sha256) that have no row; return their number."""
         count, candidates, t = 0, sorted(set(contents)), job_file_table.c
         for at in range(0, len(candidates), _BATCH):
             batch = candidates[at : at + _BATCH]
@@ -221,14 +228,14 @@ class Files:
         return count
 
     def _check_quota(self, c: Connection, tenant: str, size: int) -> None:
-        """Check the tenant's quota for one more file of `size` bytes."""
+        """Raise Refused if one more file of `size` bytes exceeds the tenant's quota."""
         t = job_file_table.c
         total = select(func.count(), func.coalesce(func.sum(t.bytes), 0)).where(t.tenant == tenant)
         count, used = c.execute(total).one()
         self.quotas.check_stored(tenant, files=(count, 1), disk=(int(used), size))
 
     def _write_missing(self, file: UploadedFile, source: IO[bytes]) -> None:
-        """Write a file's bytes to the store, unless the store has them."""
+        """Write a file's bytes to the store if they are missing there."""
         path = _path(file.tenant, file.sha256)
         if self.store.size(path) == file.bytes:
             return
@@ -255,17 +262,17 @@ def _exists(c: Connection, tenant: str, id: str) -> bool:
 
 
 def _path(tenant: str, sha256: str) -> str:
-    return f"tenants/{tenant or '_'}/{blob_path(sha256)}"  # `_` is no valid tenant name
+    return f"tenants/{tenant or '_'}/{blob_path(sha256)}"  # "_" is not a valid tenant name
 
 
 def _content(path: str) -> tuple[str, str]:
-    """Return the (tenant, sha256) of a `_path`."""
+    """Return the (tenant, sha256) of a path that `_path` returned."""
     tenant, sha256 = path.split("/")[1], path.rpartition("/")[2]
     return "" if tenant == "_" else tenant, sha256
 
 
 def _measure(source: IO[bytes]) -> tuple[str, int]:
-    """Return (sha256, bytes) of a stream, read from its beginning."""
+    """Return (sha256, size in bytes) of a stream, read from its beginning."""
     digest, size = hashlib.sha256(), 0
     source.seek(0)
     while chunk := source.read(CHUNK):
@@ -275,7 +282,7 @@ def _measure(source: IO[bytes]) -> tuple[str, int]:
 
 
 def _base_name(filename: str) -> str:
-    """Return a file's base name. Raises Refused for an invalid name."""
+    """Return the last part of a file name. Raises Refused if it is invalid."""
     name = filename.replace("\\", "/").rpartition("/")[2].strip()
     if not name or name in (".", "..") or not name.isprintable() or len(name.encode("utf-8", "replace")) > 200:
         raise invalid("the file's name is empty, too long, or has characters that cannot be printed", "filename")

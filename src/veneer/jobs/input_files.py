@@ -2,8 +2,8 @@
 
     jobs' folder/inputs/kq7vz2mh/train/tickets.jsonl         kq7vz2mh: the id in the new adapter's name
 
-A copy stays until its job has ended, so a client can delete a file once a job exists, and messages say
-`tickets.jsonl:3`.
+A copy stays until its job has ended, so a client can delete the uploaded file as soon as the job exists, and
+messages can name `tickets.jsonl:3`.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ from veneer.train.records import read_data_files
 from veneer.train.text.rows import About, Row, UnusableRow, parse_rows
 
 _GRACE = 3600.0
-"""Seconds to keep a folder without a job: the job may be about to be created."""
+"""Seconds that a folder without a job is kept, because its job can still be created."""
 
 
 LINE_FILES = (".jsonl", ".ndjson", ".csv", ".tsv")
-"""Suffixes of line-based files, whose first rows can be read without the rest."""
+"""File name endings of line-based formats; the first rows can be read without the rest."""
 _BEGINNING, _QUOTED_LINES = 256 << 10, 200
-"""Bytes read of a file; lines that may be dropped to end outside a quoted cell."""
+"""Bytes of a file that are read, and lines that can be dropped so that no quoted cell is cut."""
 
 
 @dataclass(frozen=True)
 class FilePreview:
-    """The first rows of an uploaded file. `complete`: the file has no further rows.
+    """The first rows of an uploaded file.
 
-    `problem`: why the rows cannot be read; then `about` is None."""
+    complete: whether these are all rows of the file.
+    problem: why the rows cannot be read; `about` is then None."""
 
     columns: tuple[str, ...] = ()
     rows: tuple[Row | UnusableRow, ...] = ()
@@ -46,9 +47,9 @@ class FilePreview:
 
 
 def preview_file(files: Files, file: UploadedFile, format: str, columns: Mapping[str, str], most: int) -> FilePreview:
-    """Read up to `most` rows from the first 256 KiB of a file.
+    """Read up to `most` rows from the first 256 KiB of a file. Blocks.
 
-    `format`, `columns`: as for `parse_rows`. Blocks."""
+    format, columns: as in `parse_rows`."""
     if not file.filename.lower().endswith(LINE_FILES):
         return FilePreview(problem=f"Rows are read from {', '.join(LINE_FILES)} files. Paste rows of another kind.")
     with files.open(file) as source:
@@ -79,9 +80,9 @@ def _inputs() -> Path:
 
 
 def copy_input(files: Files, id: str, part: str, file: UploadedFile) -> Path:
-    """Copy a file for one job and return the copy's path.
+    """Copy a file for a job, and return the copy's path. Blocks.
 
-    `part`: train, validation, or held-out/0 and up. Blocks."""
+    part: train, validation, or held-out/0, held-out/1, …"""
     private_folder(jobs_home())
     folder = _inputs() / id / part
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,12 +90,12 @@ def copy_input(files: Files, id: str, part: str, file: UploadedFile) -> Path:
 
 
 def remove_inputs(id: str) -> None:
-    """Remove the copies of a job that was not created."""
+    """Remove the copies for a job that could not be created."""
     shutil.rmtree(_inputs() / id, ignore_errors=True)
 
 
 def sweep_inputs(jobs: JobStore) -> int:
-    """Remove copies of jobs that have ended or were never created; return how many."""
+    """Remove copies for jobs that ended or never existed; return their number."""
     folder = _inputs()
     if not folder.is_dir():
         return 0

@@ -1,9 +1,9 @@
-"""A worker process next to a server on one machine, with a lower priority.
+"""A worker process beside a server on the same machine, with a lower priority.
 
     with background_worker(library="…", tenants="…", log=print): …       serve
 
-The worker is restarted if it exits, and ends when the server ends for any reason. It then saves its jobs and
-returns them to the queue, so that a restarted server resumes them.
+The worker is restarted if it exits, and stops when the server stops for any reason. It then saves its jobs
+and returns them to the queue, so that a restarted server continues them.
 """
 
 from __future__ import annotations
@@ -17,27 +17,29 @@ from contextlib import contextmanager
 
 _NICE = 15
 _AGAIN = 5.0
-"""Seconds before an exited worker is restarted."""
+"""Seconds before a worker that exited is restarted."""
 _PATIENCE = 70.0
-"""Seconds to wait for the worker on exit: a training process has 60 s to save."""
+"""Maximum seconds to wait for the worker to stop; a training process gets 60 s to save."""
 
 
 @contextmanager
 def background_worker(
     *, library: str | None, tenants: str | None, log: Callable[[str], None], at_once: int = 1
 ) -> Iterator[None]:
-    """Run a worker process during the context. `library`, `tenants`: the server's."""
+    """Run a worker process for the length of the `with` block.
+
+    library, tenants: the same as the server's."""
     command = [sys.executable, "-m", "veneer.cli.main", "worker", "--tied", "--nice", str(_NICE)]
     command += ["--at-once", str(at_once)]
-    # In the environment: a database URL contains a password.
+    # passed as environment variables, because a database URL can contain a password
     settings = {"VENEER_LIBRARY": library, "VENEER_TENANTS": tenants}
     environment = {**os.environ, **{name: value for name, value in settings.items() if value is not None}}
     stopping, children = threading.Event(), list[subprocess.Popen[bytes]]()
 
     def keep() -> None:
         while not stopping.is_set():
-            # The pipe to standard input ends the worker with this process. The new session keeps Ctrl-C of
-            # the terminal from the worker: the server terminates it.
+            # The pipe on standard input lets the worker notice that this process ended. The new session keeps
+            # the terminal's Ctrl-C from the worker; the server terminates the worker itself.
             child = subprocess.Popen(
                 command, stdin=subprocess.PIPE, start_new_session=os.name == "posix", env=environment
             )

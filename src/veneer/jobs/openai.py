@@ -37,11 +37,11 @@ from veneer.train.config.text import TrainConfig, config_keys
 from veneer.train.events import TOKEN_ACCURACY
 
 _LONG = 100
-"""Steps between checkpoints; an epoch with more steps gets checkpoints within it."""
+"""Maximum steps between checkpoints; a longer epoch also has checkpoints in between."""
 _LARGEST = 256
-"""Maximum rows per step."""
+"""Maximum number of rows per step."""
 ROWS_COUNTED = _LONG * _LARGEST + 1
-"""Number of rows from which on the exact number has no effect."""
+"""From this number of rows on, the exact number makes no difference, so counting stops."""
 
 
 def _is_auto(value: Any) -> Any:
@@ -54,7 +54,7 @@ _Auto = Annotated[Literal["auto"], BeforeValidator(_is_auto)]
 _Number = TypeVar("_Number")
 _OrAuto = Annotated[
     Annotated[_Number, Tag("=number")]
-    | Annotated[_Auto, Tag("=auto")],  # "=": no part of a body has it, so errors do not name the tag
+    | Annotated[_Auto, Tag("=auto")],  # no body field contains "=", so these tags never appear in errors as a field
     Discriminator(lambda value: "=auto" if isinstance(value, str) else "=number"),
 ]
 _Batch = _OrAuto[Annotated[int, Field(ge=1, le=_LARGEST)]]
@@ -64,7 +64,7 @@ _Beta = _OrAuto[Annotated[float, Field(gt=0, le=2)]]
 _Compute = _OrAuto[Annotated[float, Field(gt=1e-5, le=10)]]
 _Count = _OrAuto[Annotated[int, Field(ge=1, le=1_000_000)]]
 _GROUP = 8
-"""Completions per prompt, for a `compute_multiplier` of 1."""
+"""Number of completions per prompt with a `compute_multiplier` of 1."""
 _Words = Annotated[str, Field(min_length=1, max_length=200)]
 
 
@@ -112,7 +112,7 @@ class Reinforced(Strict):
     response_format: _ResponseFormat | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields that a job shows in addition to its hyperparameters."""
+        """Return the method's fields other than the hyperparameters, as a job shows them."""
         return self.model_dump(mode="json", exclude={"hyperparameters"}, exclude_none=True, by_alias=True)
 
 
@@ -155,7 +155,7 @@ _Value = Annotated[str, Field(max_length=512)]
 
 
 class TuningBody(Body):
-    """Body of POST /v1/fine_tuning/jobs."""
+    """The body of POST /v1/fine_tuning/jobs."""
 
     model: str = Field(min_length=1, max_length=512)
     training_file: str = Field(min_length=1, max_length=100)
@@ -174,12 +174,12 @@ class TuningBody(Body):
 
     @property
     def reinforced(self) -> Reinforced | None:
-        """The method's `reinforcement` section, if the method is reinforcement."""
+        """Return the method's `reinforcement` section; None for other methods."""
         return self.method.reinforcement if self.method is not None and self.kind == "reinforcement" else None
 
     @property
     def numbers(self) -> Hyperparameters:
-        """The method's hyperparameters, else the deprecated top-level hyperparameters."""
+        """Return the method's hyperparameters, or the deprecated top-level ones."""
         chosen_numbers = self.hyperparameters if self.method is None else self.method.hyperparameters
         return chosen_numbers or self.hyperparameters or _PLAIN[self.kind]()
 
@@ -192,7 +192,7 @@ class TuningBody(Body):
 
 
 class FormSettings(Strict):
-    """Settings of the Studio's form beyond OpenAI's body."""
+    """Settings of the Studio's form that OpenAI's body does not have."""
 
     format: _Words = "auto"
     columns: Annotated[dict[_Words, _Words], at_most(16)] = Field(default_factory=dict)
@@ -201,7 +201,7 @@ class FormSettings(Strict):
 
 
 def suffix_of(text: str | None) -> str:
-    """Return a suffix for a name: lower-case letters, digits and single dashes."""
+    """Return a text as a name's suffix: lower-case letters, digits, single dashes."""
     return re.sub(r"[^a-z0-9]+", "-", (text or "").lower()).strip("-")
 
 
@@ -217,11 +217,11 @@ def tuning_config(
     start: str | None = None,
     settings: FormSettings | None = None,
 ) -> dict[str, Any]:
-    """Return a request's training configuration, with `auto` values resolved.
+    """Return a request's training configuration, with numbers in place of `auto`.
 
     base: as for `veneer train`
-    start: adapter to continue training, or None
-    rows: rows of the training file, or ROWS_COUNTED if it has more
+    start: the adapter from which training continues, or None
+    rows: number of rows in the training file, or ROWS_COUNTED if there are more
     context: maximum tokens of a row
 
     Raises ConfigError."""
@@ -241,7 +241,7 @@ def tuning_config(
         config["data"]["split"] = 0
     else:
         config["data"]["validation"] = str(validation)
-        config["evaluation"] = {"keep": "last"}  # as at OpenAI: clients choose among the checkpoints
+        config["evaluation"] = {"keep": "last"}  # as OpenAI does: the client chooses among the checkpoints
     if start is not None:
         config["adapter"] = {"start": start}
     if isinstance(numbers, DpoHyperparameters):
@@ -256,7 +256,7 @@ def tuning_config(
     times = 1.0 if numbers.learning_rate_multiplier == "auto" else numbers.learning_rate_multiplier
     plain, _ = config_from({**config, "output": {"directory": str(train.parent)}})
     assert isinstance(plain, TrainConfig)
-    config["base"]["name"] = plain.base.name  # a folder's path becomes absolute
+    config["base"]["name"] = plain.base.name  # a relative folder becomes an absolute path
     rate = None if settings is None else settings.learning_rate
     config["optimizer"] = {"learning_rate": rate or plain.optimizer.learning_rate * times}
     return config
@@ -283,7 +283,7 @@ def job_to_openai(job: Job, organisation: str, results: Sequence[str] = ()) -> d
     """Return a job in OpenAI's format. `results`: ids of the job's result files."""
     request, config = job.about["openai"], job.config
     numbers = dict(request["hyperparameters"])
-    if job.plan is not None:  # resolved `auto` values
+    if job.plan is not None:  # shows the numbers in place of `auto`
         resolved = {"batch_size": config["batching"]["rows"], "n_epochs": config["schedule"]["epochs"], "beta": 0.1}
         resolved |= {"learning_rate_multiplier": 1.0, "compute_multiplier": 1.0}
         resolved |= {"eval_interval": max(1, job.steps // config["schedule"]["epochs"])}
@@ -320,9 +320,9 @@ def _estimated_finish(job: Job) -> int | None:
 
 
 def error_to_openai(job: Job) -> dict[str, Any] | None:
-    """Return a failed job's error in OpenAI's format, or None.
+    """Return a failed job's error in OpenAI's format; None for other jobs.
 
-    Files appear under their uploaded names, with line numbers."""
+    Files have their uploaded names, with line numbers."""
     if job.error is None:
         return None
     error = {key: str(value) for key, value in job.error.items() if value}
@@ -346,21 +346,21 @@ _OURS = {
     "died": "its process died again and again; the operator of this server finds in its log why",
     "lost": "its worker was lost again and again; the operator of this server finds in its log why",
 }
-"""Errors whose texts can name hosts and paths, which only the operator may see."""
+"""Replacements for errors whose texts can name hosts and paths that only the operator should see."""
 
 
 _KEYS = "|".join(re.escape(key) for key, _ in config_keys() if "." in key)
 _SETTING = re.compile(rf"\b(?:{_KEYS})\b(?!\.\w)(?:=\S+)?|\bveneer [a-z]+")
-"""A configuration setting or a command, neither of which an API client can use."""
+"""Matches a configuration setting or a command, which are of no use to an API client."""
 _SETTINGS = {"data.max_length": "what the base reads", "data.format": "the format"}
 _LISTED = 3
-"""Maximum lines of a list in a client's message; the text before gives the total."""
+"""Maximum number of list lines in a client's message; the text before them has the total."""
 
 
 def _in_one_line(text: str) -> str:
-    """Join a command-line message into one line.
+    """Return a command-line message as one line.
 
-    Describes settings in words and drops hints (`fix:`)."""
+    Settings are described in words, and hints (`fix:`) are left out."""
     head, *lines = text.splitlines() or [""]
     problems = [line.strip().removeprefix("- ") for line in lines if not line.strip().startswith(("fix:", "…"))]
     more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
@@ -369,9 +369,9 @@ def _in_one_line(text: str) -> str:
 
 
 def _event_text(job: Job, event: JobEvent) -> str:
-    """Return an event's message in one line.
+    """Return an event's message as one line.
 
-    For preflight events, returns only findings about the rows."""
+    Of a preflight event, only the findings about the rows."""
     kind = (job.error or {}).get("kind")
     if kind in _OURS and event.data.get("state") == "failed":
         return f"failed: {_OURS[kind]}"
@@ -389,7 +389,7 @@ _CHECKS = ("format", "learned", "long rows")
 
 
 def _paths(job: Job) -> dict[str, str]:
-    """Return file path -> request parameter, for the files that a job reads."""
+    """Return path -> request parameter for each file that a job reads."""
     data = job.config["data"]
     evaluation = (job.about.get("after") or {}).get("evaluate") or {}
     params = dict.fromkeys(evaluation.get("data") or [], "after.evaluate.data")
@@ -401,7 +401,7 @@ def _paths(job: Job) -> dict[str, str]:
 
 
 def _plain_text(job: Job, text: str) -> str:
-    """Replace server paths in a text by the uploaded files' names."""
+    """Return a text in which uploaded file names replace the server's paths."""
     for path in (*_paths(job), str(job.config["base"]["name"])):
         text = text.replace(path, Path(path).name)
     text = text.replace(f"{job.folder}/", "").replace(f"{jobs_home().parent}/", "")
@@ -413,7 +413,7 @@ def _event_id(job: Job, number: int) -> str:
 
 
 def event_number(job: Job, id: str) -> int | None:
-    """Return the number of a job's event; None for the id of another job or no event."""
+    """Return the number in an event id; None if the id is not one of the job's."""
     head, _, number = id.rpartition("-")
     mine = head == _event_id(job, 0)[:-2] and number.isascii() and number.isdigit() and len(number) < 16
     return int(number) if mine else None
@@ -430,11 +430,11 @@ _METRICS: Mapping[str, Mapping[str, Sequence[str]]] = {
         TOKEN_ACCURACY: ["valid_mean_token_accuracy", "full_valid_mean_token_accuracy"],
     },
 }
-"""Event kind -> metric -> OpenAI's names.
+"""Kind of event -> metric -> OpenAI's names for the metric.
 
-Every validation scores all held-out rows, so it counts as `full_valid` too."""
+Every validation uses all held-out rows, so its metrics also count as `full_valid`."""
 MEASURED = tuple(_METRICS)
-"""Kinds of events with metrics."""
+"""The kinds of events that have metrics."""
 
 
 def event_to_openai(job: Job, event: JobEvent) -> dict[str, Any]:
@@ -461,13 +461,13 @@ _COLUMNS = {
     name: name.replace("train_accuracy", "train_mean_token_accuracy")
     for name in ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
 }
-"""Column of OpenAI's result file -> name in OpenAI's events."""
+"""Column of OpenAI's result file -> the metric's name in OpenAI's events."""
 
 
 def result_file(events: Iterable[JobEvent]) -> bytes:
-    """Return a job's result file: CSV with OpenAI's columns, a line per measured step.
+    """Return a job's result file: CSV with OpenAI's columns, a line per step.
 
-    Validation metrics are present for steps with a validation."""
+    Validation metrics are present for steps that have a validation."""
     lines: dict[int, dict[str, Any]] = {}
     for event in events:
         lines.setdefault(int(event.data["step"]), {}).update(_data_of(event))

@@ -29,10 +29,10 @@ from veneer.train.config.text import TrainConfig, preference_formats
 from veneer.train.text.rows import Row, read_rows, split_rows
 
 _METRICS = ("exact_match", "valid_json", "likelier", "reward_accuracy", "loss", "perplexity", "reward_margin")
-"""Metrics of `train.text.evaluate`."""
+"""The metrics that `train.text.evaluate` computes."""
 _LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 _ANSWERED = frozenset({"exact_match", "valid_json"})
-"""Metrics that need generated answers."""
+"""The metrics for which the model must generate answers."""
 _ROUNDING = 1e-9
 
 
@@ -44,7 +44,7 @@ class _Section(pydantic.BaseModel):
 
 
 class HeldOut(_Section):
-    """The section `evaluate`. `data`: files; default: the run's validation rows."""
+    """The section `evaluate`. `data`: held-out files; default: validation rows."""
 
     data: str | list[str] | None = None
     metrics: list[str] = pydantic.Field(default=["exact_match", "loss"], min_length=1)
@@ -63,8 +63,8 @@ class HeldOut(_Section):
 class CanaryRoute(_Section):
     """The section `route`.
 
-    `weight`: share of users that the new version gets before promotion. `shadow`: the new version also
-    answers the other users' requests, unseen."""
+    weight: share of users that the new version gets before promotion.
+    shadow: whether the new version also answers the other users' requests as a shadow."""
 
     name: str
     weight: float = pydantic.Field(default=0.1, ge=0, lt=1)
@@ -72,9 +72,11 @@ class CanaryRoute(_Section):
 
 
 class PromotionRule(_Section):
-    """Promote if `metric` is better than `against`'s by at least `by`.
+    """The section `promote`: a rule for the metric of the new version.
 
-    `by` has the metric's own unit."""
+    The new version's `metric` must be better than the `metric` of `against` by at least `by`.
+
+    by: in the metric's own unit."""
 
     metric: str
     against: Literal["serving", "base"] = "serving"
@@ -84,14 +86,14 @@ class PromotionRule(_Section):
         return f"{self.metric} better than {self.against} by at least {self.by:g}"
 
     def holds(self, scores: Mapping[str, Mapping[str, float | None]]) -> bool | None:
-        """Return whether `scores` of new, serving and base meet the rule.
+        """Return whether the scores of new, serving and base meet the rule.
 
-        Returns None if a score is missing or not finite."""
+        None if a score is missing or not finite."""
         new, old = scores["new"].get(self.metric), scores[self.against].get(self.metric)
         if new is None or old is None or not (math.isfinite(new) and math.isfinite(old)):
             return None
         improvement = old - new if self.metric in _LOWER_IS_BETTER else new - old
-        return improvement >= self.by - _ROUNDING  # 0.51 - 0.5 is slightly below 0.01
+        return improvement >= self.by - _ROUNDING  # tolerates rounding: 0.51 - 0.5 is slightly below 0.01
 
 
 class AfterJob(_Section):
@@ -102,7 +104,7 @@ class AfterJob(_Section):
     promote: PromotionRule | None = None
 
     def on(self, data: list[str]) -> AfterJob:
-        """Return a copy that is evaluated on these files."""
+        """Return a copy of the section with other held-out files."""
         held_out = (self.evaluate or HeldOut()).model_copy(update={"data": data})
         return self.model_copy(update={"evaluate": held_out})
 
@@ -118,9 +120,9 @@ _MODELS: Mapping[str, type[_Section]] = {
 def load_job_config(
     path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()
 ) -> tuple[RunConfig, AfterJob | None]:
-    """Read a job's file: a `veneer train` configuration, with overrides, and `after`.
+    """Read a job's file: a `veneer train` configuration and the section `after`.
 
-    `path`: None for overrides only. Raises ConfigError, as `load_config`."""
+    path: None: overrides only. Raises ConfigError as `load_config` does."""
     if path is None:
         return load_config(None, overrides)[0], None
     values, lines = read_sections(path)
@@ -130,10 +132,10 @@ def load_job_config(
 
 
 def parse_after(values: Any, folder: Path, where: str = "after") -> AfterJob:
-    """Return the section of these values; `folder` is the root of relative paths.
+    """Return the section with these values; relative paths are relative to `folder`.
 
-    Raises ConfigError that lists every error."""
-    if isinstance(values, dict):  # an empty `evaluate:` means all defaults
+    Raises ConfigError with a list of all errors."""
+    if isinstance(values, dict):  # an empty section, such as `evaluate:`, means its defaults
         values = {key: {} if value is None and key in _MODELS else value for key, value in values.items()}
     try:
         after = AfterJob.model_validate(values)
@@ -164,8 +166,9 @@ def _line(error: Any) -> str:
 def check_after(after: AfterJob, config: RunConfig, name: str, tenant: str, tenants: Store | None) -> None:
     """Check the section against the run's configuration and the tenant's routes.
 
-    `name`: name of the job's adapter. Raises ConfigError if an action would fail after training, whatever the
-    rows."""
+    name: the name of the job's adapter.
+
+    Raises ConfigError if an action is certain to fail after training."""
     rule = after.promote
     if after.route is None and (after.evaluate is None or rule is not None):
         message = "there is no route to promote on" if rule else "there is nothing to do after the job"
@@ -204,10 +207,12 @@ def _check_owner(route: str, tenant: str, tenants: Store | None) -> None:
 
 
 def serving_version(route: Route | None, name: str) -> str | None:
-    """Return the version that a route serves; None without a route.
+    """Return the version that a route serves; None if there is no route.
 
-    `name`: name of the job's adapter. Raises ConfigError if the route has several targets, or targets the
-    newest version of `name`, which the job's adapter would become at once."""
+    name: the name of the job's adapter.
+
+    Raises ConfigError if the route has several targets, or targets the newest version of `name`: it would
+    then move to the job's adapter before the comparison."""
     if route is None or not route.targets:
         return None
     if len(route.targets) > 1:
@@ -225,7 +230,7 @@ def serving_version(route: Route | None, name: str) -> str | None:
 
 
 def held_out_rows(held_out: HeldOut, config: TrainConfig) -> list[Row]:
-    """Return the held-out rows of a job. Raises DataError; ConfigError without rows."""
+    """Return the held-out rows of a job. Raises DataError, ConfigError without rows."""
     if held_out.data is not None:
         rows, _ = read_rows(held_out.data, limit=held_out.limit)
         return rows

@@ -3,7 +3,8 @@
     veneer_job=… python -m veneer.jobs.process
 
 The starting process (`executors`) holds and renews the lease; this process writes under the lease's token.
-`veneer_job`: see `executors.JOB_VARIABLE`. The process ends as soon as standard input ends, which happens when
+`veneer_job`: see `executors.JOB_VARIABLE`. The process ends as soon as standard input ends, which happens
+    when
 the starting process ends.
 
 Each lease has its own folder, `attempt-N`. This process renames the previous lease's folder, with its
@@ -53,13 +54,13 @@ if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
 
 _EVERY = 1.0
-"""Seconds between two writes of events."""
+"""Minimum seconds between two writes of events."""
 _AGAIN = 2.0
-"""Seconds before a retry when the database is unavailable."""
+"""Seconds before a retry while the database is unavailable."""
 
 
 def _validate_job(library: Library, job: str, token: str, device: Device) -> int:
-    """Validate one job in this process; return 0, or 75 to validate the job again."""
+    """Validate one job in this process; return 0, or 75 to validate it again."""
     store = JobStore(library)
     try:
         lease = store.get_lease(job, token)
@@ -76,7 +77,9 @@ def _validate_job(library: Library, job: str, token: str, device: Device) -> int
 
 
 def run_job(library: Library, job: str, token: str) -> int:
-    """Train the job leased under `token` and record its end; return 0, or 75 if the job returned to the queue."""
+    """Train the job that is leased under `token`, and record how it ended.
+
+    Returns 0, or 75 if the job returned to the queue."""
     store = JobStore(library)
     try:
         lease = store.get_lease(job, token)
@@ -98,14 +101,16 @@ def run_job(library: Library, job: str, token: str) -> int:
 
 
 def _publish(store: JobStore, lease: JobLease, result: Mapping[str, Any], base: TextBase | None) -> str:
-    """Compare and publish the adapter, move its route, and return its reference."""
+    """Compare the adapter, add it to the library and move the route or alias.
+
+    Returns the adapter's reference."""
     library, job = store.library, lease.job
     with tenants_at(os.environ.get("VENEER_TENANTS")) as tenants:
         compared = compare_job(store, lease, tenants, result, base)
         reference = _published(library, job, result)
         place_job(store, lease, tenants, reference, compared)
     if job.about.get("publish") == "checkpoints":
-        from veneer.jobs.checkpoints import publish_checkpoints  # late: a worker needs no torch
+        from veneer.jobs.checkpoints import publish_checkpoints  # imported late: a worker needs no torch
 
         warnings: list[JobEvent] = []
         points = publish_checkpoints(
@@ -120,7 +125,7 @@ def _publish(store: JobStore, lease: JobLease, result: Mapping[str, Any], base: 
 
 
 def _settle(reporter: _JobReporter, error: BaseException) -> int:
-    """Settle a job whose run raised `error`; return the exit code of `run_job`."""
+    """Record the error that ended a run; return the exit code of `run_job`."""
     store, lease = reporter.store, reporter.lease
     with contextlib.suppress(LeaseLost):
         reporter.flush(wait=True)
@@ -138,7 +143,7 @@ def _settle(reporter: _JobReporter, error: BaseException) -> int:
 def _train(reporter: _JobReporter) -> tuple[dict[str, Any], TextBase | None]:
     """Train in the job's folder; return (result as JSON values, base or None).
 
-    The base is returned if a comparison needs it."""
+    The base is returned only if it is needed for the comparison."""
     from veneer.models.loading import errors_only
 
     job = reporter.lease.job
@@ -178,10 +183,10 @@ def _folder(job: Job) -> Path:
 
 
 def _published(library: Library, job: Job, result: Mapping[str, Any]) -> str:
-    """Add the adapter to the library and return its reference.
+    """Add the adapter to the library, and return its reference.
 
-    Idempotent: returns the version that an earlier, killed process added. If checkpoints are published too,
-    each is the version of its step, and the adapter is the version after them."""
+    If an earlier, killed process already added the adapter, returns that version. If checkpoints are
+    published too, the adapter's version number follows the number of the last step."""
     tag = f"job:{job.id}"
     if there := library.search(tags=[tag], all_versions=True):
         return there[0].reference
@@ -191,10 +196,10 @@ def _published(library: Library, job: Job, result: Mapping[str, Any]) -> str:
 
 
 class _JobReporter:
-    """Reports a run's events to the queue: checkpoints at once, others once a second.
+    """Reports a run's events to the queue: checkpoints at once, others every second.
 
-    Events are buffered while the database is unavailable. When the lease is lost, the process sends itself
-    SIGTERM, so that the run saves its state and ends."""
+    Events are buffered while the database is unavailable. If the lease is lost, the process sends SIGTERM to
+    itself, so that the run saves its state and ends."""
 
     def __init__(self, store: JobStore, lease: JobLease) -> None:
         self.store, self.lease = store, lease
@@ -209,9 +214,10 @@ class _JobReporter:
         self.scored, self.sampled, self.published = reported["validation"], reported["sample"], reported["checkpoint"]
 
     def catch_up(self, folder: Path) -> None:
-        """Report the events up to the last checkpoint in `folder` that a kill kept back.
+        """Report events up to the last checkpoint that a killed process kept back.
 
-        The run's log has each step; the checkpoint has their number and tokens, in case the log lost some."""
+        The run's log has an event for each step. The step number and token count come from the checkpoint, in
+        case the log is incomplete."""
         progress = _last_progress(folder / "checkpoints", self)
         if progress is None:
             return
@@ -236,7 +242,7 @@ class _JobReporter:
             self.flush()
 
     def _add_record(self, record: Mapping[str, Any]) -> None:
-        """Collect the events and progress of one record of the run's log."""
+        """Add the event and progress in one record of the run's log to the buffers."""
         kind, step = record.get("event"), int(record.get("step", 0))
         if kind == "stepped":
             if step > self.step:
@@ -261,12 +267,12 @@ class _JobReporter:
             self.checkpoints.append(JobCheckpoint(step, dict(self.newest)))
 
     def _publish(self, folder: Path) -> None:
-        """Add the run's checkpoints with adapters to the library during training.
+        """Add checkpoints that have an adapter folder to the library during training.
 
-        If the library is unavailable, the next checkpoint retries."""
+        If the library is unavailable, this is retried at the next checkpoint."""
         if not dict(self.lease.job.config.get("checkpoint") or {}).get("adapters"):
             return
-        from veneer.jobs.checkpoints import publish_steps  # late: a worker needs no torch
+        from veneer.jobs.checkpoints import publish_steps  # imported late: a worker needs no torch
 
         try:
             references = publish_steps(self.store.library, self.lease.job, folder)
@@ -283,9 +289,11 @@ class _JobReporter:
                 self.events.append(JobEvent("info", "checkpoint", text, {"step": step, "reference": reference}))
 
     def flush(self, *, wait: bool = False) -> None:
-        """Write buffered events and progress. `wait`: retry until the database has them.
+        """Write the buffered events and progress to the database.
 
-        With `wait`, raises LeaseLost; without, a lost lease sends SIGTERM to this process."""
+        wait: retry until they are written.
+
+        If the lease is lost, raises LeaseLost with `wait`, and otherwise sends SIGTERM to this process."""
         while not self.lost:
             self.last = time.monotonic()
             try:
@@ -319,7 +327,7 @@ def _accuracy(record: Mapping[str, Any], name: str) -> dict[str, float]:
 
 
 def _last_progress(checkpoints: Path, reporter: _JobReporter) -> dict[str, Any] | None:
-    """Return the progress of the newest valid checkpoint, or None.
+    """Return the progress of the newest valid checkpoint; None if there is none.
 
     Renames damaged checkpoints, so that the run resumes from an earlier one."""
     while (newest := checkpoint.latest(checkpoints)) is not None:
@@ -332,9 +340,10 @@ def _last_progress(checkpoints: Path, reporter: _JobReporter) -> dict[str, Any] 
 
 
 def end_with_input(end: Callable[[], object]) -> None:
-    """Call `end` in a thread when standard input closes, because its other end exited.
+    """Call `end` in a thread when standard input closes.
 
-    Reads the file descriptor, because Python needs the stream's lock at interpreter exit."""
+    It closes when the process at its other end exits. The thread reads the file descriptor directly, because
+    a blocked stream would hold a lock that Python needs at exit."""
 
     def wait() -> None:
         with contextlib.suppress(OSError):
@@ -355,13 +364,13 @@ def main() -> int:
             if device is not None:
                 return _validate_job(library, job, token, Device(**device))
             return run_job(library, job, token)
-    except VeneerError as error:  # the library or database is unavailable
+    except VeneerError as error:  # such as an unavailable library or database
         print(error, file=sys.stderr)
         return 75
 
 
 def process_environment(library: Library, tenants: str | None = None) -> Mapping[str, str]:
-    """Return the environment variables of a job's process: library, home and tenants."""
+    """Return a job process's environment variables: library, home and tenants."""
     from veneer.models.home import veneer_home
 
     return {

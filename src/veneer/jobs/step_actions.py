@@ -1,10 +1,10 @@
-"""Actions on a job's steps: store a step's adapter, get a step's sample images.
+"""Actions on a job's checkpoints: store an adapter, find sample images.
 
     keep_step(store, job, 300, alias="prod")       support@prod is the adapter of step 300
     sample_file(store, store.get(…), 300)          the image grid of step 300
 
-A step can be stored if the job has added its adapter to the library: with `checkpoint.adapters` during
-training, or as the job's result.
+A checkpoint can be stored if its adapter is in the library: during training (with `checkpoint.adapters`), or
+as the job's result.
 """
 
 from __future__ import annotations
@@ -20,10 +20,14 @@ from veneer.library.queries import Version
 def keep_step(
     store: JobStore, job_id: str, step: int | None = None, *, alias: str = "", tenant: str | None = None
 ) -> Version:
-    """Store a step's adapter as the newest version of the job's name.
+    """Store a checkpoint's adapter as the newest version of the job's name.
 
-    `step`: default: the job's result, or its newest step. `alias`: alias to point to the version. Raises
-    UnknownJob, and ConfigError that lists the steps in the library."""
+    Returns the version.
+
+    step: default: the job's result, or else its newest step.
+    alias: an alias to point to the version.
+
+    Raises UnknownJob, and ConfigError with the available steps if this step is not in the library."""
     job, library = store.get(tenant, job_id), store.library
     if alias:
         check_alias(alias)
@@ -45,7 +49,7 @@ def keep_step(
 
 
 def sample_file(store: JobStore, job: Job, step: int) -> Path:
-    """Return the file of a step's sample images. Raises ConfigError if none exists."""
+    """Return the file with a step's sample images. Raises ConfigError if none."""
     samples = {int(event.data["step"]): str(event.data["file"]) for event in store.events_of(None, job.id, "sample")}
     attempts = sorted(job.folder.glob("attempt-*[0-9]"), key=lambda path: int(path.name.rpartition("-")[2]))
     for attempt in reversed(attempts):

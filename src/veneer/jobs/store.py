@@ -4,33 +4,34 @@
     job = store.create("acme", {"base": "smollm2-135m", "data": {"train": "/data/a.jsonl"}}, name="support")
     store.get("acme", job.id).state                     validating, queued, running, succeeded …
     jobs, more = store.jobs("acme", after=None, limit=20)       newest first; next page: after=jobs[-1].id
-    store.events("acme", job.id, after=0)               oldest first; later: after=the last one's number
+    store.events("acme", job.id, after=0)               oldest first; later: after=the last event's number
     store.checkpoints("acme", job.id)                   newest first
     store.pause("acme", job.id), .resume(…), .cancel(…) immediate, even while a worker trains the job
     store.bill("acme", job.id)                          after the end: tokens, seconds and cost
 
-Every query names the tenant and returns only this tenant's rows. "" is the machine's owner, with jobs that
-have no tenant. None is the operator, who sees every tenant's jobs; a request must never pass None.
+Every query names the tenant and returns only this tenant's rows. The tenant "" is the owner of the machine,
+for jobs without a tenant. None is the operator, who sees the jobs of all tenants; a request must never pass
+None.
 
     validating ─> queued ─> running ─> succeeded, failed       (TRANSITIONS has every transition)
                     ^ └─> paused <─┘      and every unfinished state ─> cancelled
                     └───────┘
 
-A worker holds a lease of each of its jobs: a token in the job's row, and an expiry time.
+A worker holds a lease on each of its jobs: a token in the job's row, and an expiry time.
 
     lease = store.acquire("worker-1", 60)      the next job, or a job with an expired lease
     store.renew(lease, 60)                     before the lease expires
     store.record(lease, …), .queue(…), .release(…), .finish(…)
 
-Each of these calls is one transaction that compares the token and changes the row. With another token in the
-row, the call changes nothing and raises LeaseLost, and the worker must stop. So only the current lease's
-holder writes to a job, even after a pause, a cancellation, or a takeover after a kill or a network failure.
-Leases expire by the database's clock, whatever the machines' clocks say. One lock serializes all writes, as
-in the library's index.
+Each of these calls is one transaction that compares the token and changes the row. If the row has another
+token, the call changes nothing and raises LeaseLost, and the worker must stop. So only the holder of the
+current lease can write to a job, even after a pause, a cancellation, or a takeover after a kill or a network
+failure. Leases expire by the database's clock, so the machines' clocks do not matter. One lock serializes all
+writes, as in the library's index.
 
-One transaction ends a job with its last state, its last event and its only bill. Each step is counted and
-billed once, even if a kill made a worker compute the step again: steps up to the furthest recorded step are
-ignored. This module knows tables and connections, not what a job does.
+One transaction ends a job: it sets the final state and writes the last event and the bill. Each step is
+counted and billed once, even if a worker had to compute the step again after a kill: steps up to the furthest
+recorded step are ignored. This module stores jobs; it does not run them.
 """
 
 from __future__ import annotations
@@ -79,32 +80,32 @@ TRANSITIONS: Mapping[_JobState, frozenset[_JobState]] = {
     "failed": frozenset(),
     "cancelled": frozenset(),
 }
-"""State -> the states that can follow."""
+"""State -> the possible next states."""
 ENDS = frozenset(state for state, following in TRANSITIONS.items() if not following)
 UNFINISHED = frozenset(TRANSITIONS) - ENDS
 _BILLED = frozenset({"succeeded", "cancelled"})
-"""End states in which the trained tokens are billed."""
+"""The end states in which trained tokens are billed."""
 
 _MAX_UNFINISHED = 1000
-"""Maximum number of a tenant's unfinished jobs."""
+"""Maximum number of unfinished jobs per tenant."""
 _MAX_FAULTS = 3
-"""Consecutive lost workers or processes without a new checkpoint that fail a job."""
+"""A job fails after losing its worker or process this many times without a new checkpoint."""
 
 
 class UnknownJob(ConfigError):
-    """The tenant has no such job."""
+    """The job does not exist, or belongs to another tenant."""
 
 
 class WrongState(ConfigError):
-    """The job's state does not allow the requested transition."""
+    """The job's state does not allow the requested change."""
 
 
 class OverBudget(ConfigError):
-    """The job would cost more than the rest of the tenant's budget."""
+    """The cost would exceed what is left of the tenant's budget."""
 
 
 class LeaseLost(VeneerError):
-    """The lease is gone: the job was paused, cancelled or taken over."""
+    """The lease is no longer valid: the job was paused, cancelled or taken over."""
 
 
 # -- stored objects ----------------------------------------------------------------------------------------------------
@@ -114,18 +115,18 @@ class LeaseLost(VeneerError):
 class Job:
     """A stored job.
 
-    name: the adapter's name in the library, with the tenant's namespace as prefix
-    about: data of the job's creator, stored unchanged
-    plan: required resources; None before validation
+    name: the adapter's name in the library, including the tenant's namespace
+    about: data that the job's creator stores with the job
+    plan: the planned resources; None before validation
     error: kind, message, fix, where
-    result: result of training, including `reference`, the adapter in the library
+    result: the result of training, with `reference`, the adapter's reference in the library
     step, steps, tokens: trained steps, planned steps, trained tokens
     seconds: machine time
-    price, planned: price of a million tokens and planned cost, in millionths
+    price, planned: price of a million tokens, and the job's planned cost, in millionths
     attempt: how often training was started or resumed
-    faults: consecutive losses without a new checkpoint
+    faults: consecutive losses of the worker or process without a new checkpoint
     worker, until: holder and expiry of the lease
-    place: location of the job's process, as the executor names it"""
+    place: the executor's handle of the job's process"""
 
     id: str
     number: int
@@ -155,11 +156,11 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """The folder of the job's files; all machines of a queue share the veneer home."""
+        """The folder with the job's files. All machines of a queue share the veneer home."""
         return jobs_home() / self.id
 
     def make_folder(self) -> Path:
-        """Create `folder`, private to this user, if missing, and return its path.
+        """Create the job's folder if missing, private to this user; return its path.
 
         Raises OSError."""
         private_folder(jobs_home())
@@ -201,7 +202,8 @@ class JobEvent:
 class JobCheckpoint:
     """A checkpoint from which a job can resume.
 
-    `metrics`: newest metrics at this step. `reference`: the checkpoint's adapter in the library, or None."""
+    metrics: the newest metrics at this step.
+    reference: the checkpoint's adapter in the library, or None."""
 
     step: int
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -211,10 +213,11 @@ class JobCheckpoint:
 
 @dataclass(frozen=True)
 class JobBill:
-    """The bill of an ended job.
+    """The bill for a job that has ended.
 
-    `cost` in millionths: `tokens` at `price` for succeeded and cancelled jobs, 0 for failed jobs. `seconds`:
-    machine time, in every end state. `day`: day of the end, in UTC."""
+    cost: in millionths: `tokens` at `price` for succeeded and cancelled jobs, 0 for failed jobs.
+    seconds: machine time, in every end state.
+    day: the day on which the job ended, in UTC."""
 
     job: str
     tenant: str
@@ -230,21 +233,24 @@ class JobBill:
 
 @dataclass(frozen=True)
 class JobLease:
-    """A lease: the job at the time of the lease, and the lease's token."""
+    """A lease on a job.
+
+    job: the job as of the start of the lease.
+    token: the token that writes must present."""
 
     job: Job
     token: str
 
 
 def jobs_home() -> Path:
-    """Return the folder of jobs' files: `jobs` in the veneer home."""
+    """Return the folder for the files of all jobs: `jobs` in the veneer home."""
     return veneer_home() / "jobs"
 
 
 def cost_of(tokens: int, price: int) -> int:
-    """Return tokens · price / 1,000,000 in millionths, rounded half up.
+    """Return the cost in millionths, tokens · price / 1,000,000, rounded half up.
 
-    `price`: price of a million tokens, in millionths."""
+    price: the price of a million tokens, in millionths."""
     return (tokens * price + 500_000) // 1_000_000
 
 
@@ -264,24 +270,27 @@ def _json(value: Any) -> str | None:
 
 
 class JobStore:
-    """The queue of an open `library`. Thread-safe."""
+    """The job queue in the database of `library`. Thread-safe."""
 
     def __init__(self, library: Library) -> None:
-        """Create or migrate the tables. Raises ConfigError for tables of a later veneer."""
+        """Create or migrate the tables.
+
+        Raises ConfigError if a later version of veneer created them."""
         self.library, self.engine = library, library.engine
         migrate(self.engine, JOB_SCHEMA, library.location)
 
-    # -- for owners of jobs --------------------------------------------------------------------------------------------
+    # -- for the owners of jobs ----------------------------------------------------------------------------------------
 
     def create(
         self, tenant: str, config: Mapping[str, Any], *, name: str, about: Mapping[str, Any] | None = None
     ) -> Job:
-        """Create a job in state `validating`, and return it.
+        """Create a job in the state `validating`, and return it.
 
-        `config`: as for `veneer train`, with absolute paths; `output` is ignored. `name`: the new adapter's
-        name; the library's name is `tenant/name`. `about`: see Job.
+        config: as for `veneer train`, with absolute paths; `output` is ignored.
+        name: the new adapter's name; in the library, the name is `tenant/name`.
+        about: see Job.
 
-        Raises ConfigError for an invalid name or tenant, and for too many unfinished jobs."""
+        Raises ConfigError for an invalid name or tenant, or if there are too many unfinished jobs."""
         if tenant:
             check_tenant(tenant)
         full = f"{tenant}/{name}" if tenant else name
@@ -328,10 +337,12 @@ class JobStore:
     def jobs(
         self, tenant: str | None, *, after: str | None = None, limit: int = 20, states: Iterable[str] = ()
     ) -> tuple[list[Job], bool]:
-        """Return (jobs, newest first; whether more exist).
+        """Return (one page of jobs, newest first; whether there are more).
 
-        `after`: id of the last job of the previous page. Raises UnknownJob for an unknown `after`,
-        ConfigError for an unknown state."""
+        after: id of the last job of the previous page.
+        states: return only jobs in these states; empty: all.
+
+        Raises UnknownJob for an unknown `after`, ConfigError for an unknown state."""
         query = _select_jobs(tenant).order_by(job_table.c.number.desc()).limit(limit + 1)
         selected = [*states]
         for state in selected:
@@ -345,7 +356,7 @@ class JobStore:
         return rows[:limit], len(rows) > limit
 
     def unfinished(self, tenant: str) -> int:
-        """Return the number of a tenant's unfinished jobs."""
+        """Return the number of jobs of a tenant that have not ended."""
         query = select(func.count()).where(job_table.c.tenant == tenant, job_table.c.state.in_(UNFINISHED))
         with reading(self.engine) as c:
             return int(c.execute(query).scalar_one())
@@ -360,10 +371,12 @@ class JobStore:
         newest: bool = False,
         diagnostics: bool = True,
     ) -> tuple[list[JobEvent], bool]:
-        """Return (events with a number above `after`, oldest first; whether more exist).
+        """Return (events after the number `after`, oldest first; whether there are more).
 
-        `newest`: newest first, numbers below `after` unless `after` is 0. `diagnostics`: include notes of
-        level info, which describe how a run used its machine. Raises UnknownJob."""
+        newest: return events before `after` (0: from the newest), newest first.
+        diagnostics: include notes of level info, which describe how a run used its machine.
+
+        Raises UnknownJob."""
         e = job_event_table.c
         query = select(job_event_table).order_by(e.number.desc() if newest else e.number).limit(limit + 1)
         if after or not newest:
@@ -393,17 +406,20 @@ class JobStore:
         return [JobCheckpoint(r.step, json.loads(r.metrics), r.reference, r.at) for r in rows]
 
     def bill(self, tenant: str | None, job: str) -> JobBill | None:
-        """Return the bill of a job; None before the job has ended. Raises UnknownJob."""
+        """Return a job's bill; None if the job has not ended. Raises UnknownJob."""
         with reading(self.engine) as c:
             self._row(c, tenant, job)
             row = c.execute(select(job_bill_table).where(job_bill_table.c.job == job)).first()
         return None if row is None else JobBill(**row._mapping)
 
     def reserve(self, tenant: str, cost: int, budget: int, posted: int) -> None:
-        """Reserve `cost` of a tenant's budget for this month (UTC), for a Tinker client.
+        """Reserve `cost` in a tenant's budget of this month (UTC), for a Tinker client.
 
-        Check and reservation are one transaction, so that jobs and clients see each other's costs. `posted`:
-        cost of Tinker training already in the ledger. All amounts are in millionths. Raises OverBudget."""
+        The check and the reservation are one transaction, so that jobs and clients see each other's costs.
+
+        posted: the cost of Tinker training that the ledger already has.
+
+        All amounts are in millionths. Raises OverBudget."""
         r = job_reservation_table.c
         with self._transaction() as (c, now):
             jobs, spent = _committed(c, tenant, now), max(posted, _reserved(c, tenant, now))
@@ -416,23 +432,25 @@ class JobStore:
             c.execute(insert(job_reservation_table), row)
 
     def release_budget(self, tenant: str, cost: int) -> None:
-        """Release part of this month's reservation."""
+        """Release `cost` from this month's reservation."""
         r = job_reservation_table.c
         with self._transaction() as (c, now):
             left = max(0, _reserved(c, tenant, now) - cost)
             c.execute(update(job_reservation_table).where(r.tenant == tenant).values(spent=left))
 
     def bills(self, since: str = "", until: str = "") -> list[JobBill]:
-        """Return all tenants' bills of jobs that ended on these days, oldest first.
+        """Return all tenants' bills for a period, oldest first. For the operator.
 
-        `since`, `until`: days, both included; "": no bound. For the operator."""
+        A job belongs to the day on which it ended.
+
+        since, until: first and last day; "": no bound."""
         b = job_bill_table.c
         query = select(job_bill_table).where(b.day >= since).order_by(b.at, b.job)
         with reading(self.engine) as c:
             return [JobBill(**row._mapping) for row in c.execute(query.where(b.day <= until) if until else query)]
 
     def ended_before(self, seconds: float, *states: str) -> list[str]:
-        """Return ids of jobs that ended in `states` more than `seconds` ago."""
+        """Return the ids of jobs that ended in one of `states` more than `seconds` ago."""
         with reading(self.engine) as c:
             ended = job_table.c.state.in_(states), job_table.c.ended < self._now(c) - seconds
             return [*c.scalars(select(job_table.c.id).where(*ended))]
@@ -447,9 +465,9 @@ class JobStore:
             c.execute(delete(job_event_table).where(e.kind == "metrics", e.job.in_(jobs)))
 
     def spent(self, tenant: str, since: str = "") -> int:
-        """Return the cost in millionths of a tenant's jobs that ended on `since` or later.
+        """Return the total cost, in millionths, of a tenant's jobs since a day.
 
-        `since`: a day such as 2026-11-01."""
+        since: the first day, such as 2026-11-01; "": no bound."""
         with reading(self.engine) as c:
             return _spent(c, tenant, since)
 
@@ -458,19 +476,21 @@ class JobStore:
         return self._change_state(tenant, job, "paused")
 
     def resume(self, tenant: str | None, job: str) -> Job:
-        """Queue a paused job, to resume from its last checkpoint.
+        """Queue a paused job again; it resumes from its last checkpoint.
 
         Raises UnknownJob, WrongState."""
         return self._change_state(tenant, job, "queued", only="paused")
 
     def cancel(self, tenant: str | None, job: str) -> Job:
-        """Cancel a job permanently and bill its trained steps.
+        """Cancel a job permanently and bill the steps trained so far.
 
         Raises UnknownJob, WrongState."""
         return self._change_state(tenant, job, "cancelled")
 
     def add_event(self, tenant: str | None, job: str, event: JobEvent) -> None:
-        """Record an event of a manual action, in any state of the job. Raises UnknownJob."""
+        """Record an event for a manual action, in any state of the job.
+
+        Raises UnknownJob."""
         with self._transaction() as (c, now):
             _insert_event(c, self._row(c, tenant, job), now, event)
 
@@ -496,18 +516,21 @@ class JobStore:
         only: str | None = None,
         order: Callable[[str], float] = lambda tenant: 0.0,
     ) -> JobLease | None:
-        """Return a lease of `seconds` for the next job to validate or train, or None.
+        """Return a lease on the next job to train (or to validate); None if none.
 
-        Jobs with an expired lease come first; then the oldest job of the tenant with the fewest running jobs;
-        ties go to the tenant with the lowest `order`. `at_once`: returns a tenant's maximum of running jobs,
-        None for no limit. For `validating`, jobs being validated count as running. `only`: consider this job
-        only. A job that lost its worker _FAULTS times in a row fails here."""
+        The lease lasts `seconds`. Jobs with an expired lease come first, then the oldest job of the tenant
+        with the fewest running jobs; of equal tenants, the tenant with the lowest `order`. A job that has
+        lost its worker _MAX_FAULTS times in a row fails instead.
+
+        state: queued: lease a job to train; validating: lease a job to validate.
+        at_once: returns a tenant's maximum number of running jobs (or validations); None: no limit.
+        only: consider only this job."""
 
         def next_job(c: Connection) -> Job | None:
             return self._next(c, self._now(c), state, at_once, order, only)
 
         while True:
-            with reading(self.engine) as c:  # polled often, mostly without a job: takes no lock
+            with reading(self.engine) as c:  # without a lock: mostly there is no job
                 if next_job(c) is None:
                     return None
             with self._transaction() as (c, now):
@@ -565,7 +588,7 @@ class JobStore:
         return _job(c.execute(select(job_table).where(j.number == min(turns)[2])).one())
 
     def get_lease(self, job: str, token: str) -> JobLease:
-        """Return the lease of this job and token. Raises LeaseLost."""
+        """Return the lease with this job and token. Raises LeaseLost if it is not valid."""
         with reading(self.engine) as c:
             row = c.execute(select(job_table).where(job_table.c.id == job, job_table.c.token == token)).first()
         if row is None:
@@ -573,7 +596,7 @@ class JobStore:
         return JobLease(_job(row), token)
 
     def renew(self, lease: JobLease, seconds: float) -> Job:
-        """Extend the lease to `seconds` from now. Raises LeaseLost."""
+        """Extend a lease to `seconds` from now. Raises LeaseLost."""
         with self._with_lease(lease) as (c, now, job):
             c.execute(update(job_table).where(job_table.c.id == job.id).values(until=now + seconds))
         return job
@@ -587,11 +610,15 @@ class JobStore:
         trained: tuple[int, int, int] | None = None,
         place: str | None = None,
     ) -> None:
-        """Record events, checkpoints and progress, in one transaction.
+        """Record events, checkpoints and progress in one transaction.
 
-        `trained`: (step, steps, total tokens up to the step). `trained` and metrics events up to the furthest
-        recorded step are ignored, and so is a checkpoint that already exists, except for a new `reference`.
-        `place`: see Job. Raises LeaseLost."""
+        Metrics events and progress up to the furthest recorded step are ignored. Of a checkpoint that already
+        exists, only a new `reference` is recorded.
+
+        trained: (step, planned steps, total tokens up to the step).
+        place: see Job.
+
+        Raises LeaseLost."""
         with self._with_lease(lease) as (c, now, job):
             for event in events:
                 if event.kind != "metrics" or event.data["step"] > job.step:
@@ -616,11 +643,13 @@ class JobStore:
     ) -> Job:
         """Queue a validated job and release its lease.
 
-        `plan`: has `tokens` and `steps`. `price`: of a million tokens; `budget`: the tenant's per month
-        (UTC); `spent`: the part that the ledger has recorded for Tinker clients; all in millionths.
+        plan: has at least `tokens` and `steps`.
+        price: price of a million tokens, in millionths.
+        budget: the tenant's budget per month (UTC), in millionths; None: no limit.
+        spent: this month's cost of Tinker clients in the ledger, in millionths.
 
-        Raises OverBudget if this job, the tenant's unfinished jobs and this month's spending exceed the
-        budget. Raises LeaseLost."""
+        Raises OverBudget if the cost of this job, the tenant's unfinished jobs and this month's spending
+        exceed the budget; LeaseLost."""
         with self._with_lease(lease) as (c, now, job):
             planned = cost_of(int(plan["tokens"]), price)
             spent = max(spent, _reserved(c, job.tenant, now))
@@ -640,9 +669,13 @@ class JobStore:
             return self._set_state(c, job, "queued", now, text)
 
     def release(self, lease: JobLease, why: str, detail: str = "") -> Job:
-        """Return a job to the queue, to resume from its last checkpoint.
+        """Return a job to the queue; it resumes from its last checkpoint.
 
-        A job in validation will be validated again. `detail`: details of the reason, for the operator only.
+        A job in validation will be validated again.
+
+        why: the reason, for the tenant.
+        detail: details of the reason, only for the operator.
+
         Raises LeaseLost."""
         with self._with_lease(lease) as (c, now, job):
             c.execute(update(job_table).where(job_table.c.id == job.id).values(**_NO_LEASE))
@@ -654,7 +687,7 @@ class JobStore:
     def died(self, lease: JobLease, why: str, *, fix: str = "") -> Job:
         """Return a job to the queue after its process died unexpectedly.
 
-        The job fails the third time in a row without a new checkpoint. Raises LeaseLost."""
+        The third time in a row without a new checkpoint, the job fails instead. Raises LeaseLost."""
         with self._with_lease(lease) as (c, now, job):
             if job.faults + 1 >= _MAX_FAULTS:
                 message = f"its process died {_MAX_FAULTS} times in a row without a new checkpoint: {why}"
@@ -668,7 +701,7 @@ class JobStore:
     def finish(
         self, lease: JobLease, *, result: Mapping[str, Any] | None = None, error: Mapping[str, Any] | None = None
     ) -> Job:
-        """End a job as succeeded with `result`, or as failed with `error`; see Job.
+        """End a job: succeeded with `result`, or failed with `error`; see Job.
 
         Raises LeaseLost."""
         with self._with_lease(lease) as (c, now, job):
@@ -678,7 +711,7 @@ class JobStore:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[tuple[Connection, float]]:
-        """Open a serialized write transaction; yield the connection and the time."""
+        """Run a write transaction under the queue's lock; yield connection and time."""
         with write_transaction(self.engine, JOB_SCHEMA.lock) as c:
             yield c, self._now(c)
 
@@ -687,9 +720,9 @@ class JobStore:
 
     @contextlib.contextmanager
     def _with_lease(self, lease: JobLease) -> Iterator[tuple[Connection, float, Job]]:
-        """Open a write transaction under a lease, and add the machine time since the last.
+        """Run a write transaction under a lease; yield connection, time and job.
 
-        Raises LeaseLost."""
+        Also adds the machine time since the last such transaction. Raises LeaseLost."""
         mine = job_table.c.id == lease.job.id, job_table.c.token == lease.token
         with self._transaction() as (c, now):
             since = case((job_table.c.renewed < now, now - job_table.c.renewed), else_=0.0)  # a clock can be set back
@@ -708,7 +741,7 @@ class JobStore:
     def _set_state(
         self, c: Connection, job: Job, state: _JobState, now: float, text: str, level: str = "info", public: str = ""
     ) -> Job:
-        """Change a job's state. No other code does. `public`: the tenant's text."""
+        """Change a job's state; only this function does. `public`: text for the tenant."""
         _check_transition(job, state)
         c.execute(update(job_table).where(job_table.c.id == job.id).values(state=state))
         _insert_event(
@@ -746,7 +779,7 @@ def _select_jobs(tenant: str | None) -> Select[Any]:
 
 
 def _check_transition(job: Job, state: _JobState, only: str | None = None) -> None:
-    """Check a transition. Raises WrongState."""
+    """Raise WrongState unless the job can change to `state`."""
     if state in TRANSITIONS[job.state] and only in (None, job.state):
         return
     action = {"paused": "paused", "queued": "resumed", "cancelled": "cancelled"}.get(state, state)
@@ -760,7 +793,7 @@ def _check_transition(job: Job, state: _JobState, only: str | None = None) -> No
 
 def _insert_event(c: Connection, job: Job, now: float, event: JobEvent) -> None:
     number = (c.scalar(select(func.max(job_event_table.c.number)).where(job_event_table.c.job == job.id)) or 0) + 1
-    text = shown(event.message, lines=True)  # PostgreSQL stores no NUL
+    text = shown(event.message, lines=True)  # escapes NUL, which PostgreSQL cannot store
     values = replace(event, number=number, at=now, message=text).__dict__ | {"job": job.id, "data": _json(event.data)}
     c.execute(insert(job_event_table), values)
 
@@ -772,7 +805,7 @@ def _spent(c: Connection, tenant: str, since: str) -> int:
 
 def _committed(c: Connection, tenant: str, now: float) -> int:
     j = job_table.c
-    planned = select(func.sum(j.planned)).where(j.tenant == tenant, j.state.not_in(ENDS))  # 0 while a job is validated
+    planned = select(func.sum(j.planned)).where(j.tenant == tenant, j.state.not_in(ENDS))  # 0 during validation
     return int(c.scalar(planned) or 0) + _spent(c, tenant, _day(now)[:8] + "01")
 
 
@@ -787,7 +820,7 @@ def _lease_lost(job: str) -> LeaseLost:
 
 _LETTERS = string.ascii_letters + string.digits
 _ID = re.compile(r"ftjob-[A-Za-z0-9]{24}")
-"""The form of OpenAI's ids, so that all APIs share one id."""
+"""The form of OpenAI's job ids, so that a job has the same id in every API."""
 
 
 def _new_id() -> str:
@@ -799,6 +832,6 @@ def _day(at: float) -> str:
 
 
 def money(millionths: int) -> str:
-    """Format an amount with two to six decimals, as many as needed."""
+    """Return an amount as text, with two to six decimals as needed."""
     units, part = divmod(millionths, 1_000_000)
     return f"{units:,}.{f'{part:06d}'.rstrip('0').ljust(2, '0')}"

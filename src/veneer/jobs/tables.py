@@ -1,6 +1,6 @@
 """Tables of jobs and uploaded files in the library's database.
 
-Times are seconds since 1970, money is in millionths. `store` and `files` define the contents.
+Times are seconds since 1970, money is in millionths. `store` and `files` describe the contents.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ job_table = Table(
     *_columns(Text, "plan", "error", "result", nullable=True),  # JSON
     *_columns(Float, "created"),
     *_columns(Float, "queued", "started", "ended", nullable=True),
-    *_columns(BigInteger, "step", "steps", "tokens", "price", "planned"),  # planned: planned cost
+    *_columns(BigInteger, "step", "steps", "tokens", "price", "planned"),  # planned: the planned cost
     *_columns(Float, "seconds"),
     *_columns(Integer, "attempt", "faults"),
     *_columns(Key(), "token", "worker", nullable=True),
     *_columns(Float, "renewed", "until", nullable=True),
-    *_columns(Text, "place"),  # location of the process, as the executor names it
+    *_columns(Text, "place"),  # the executor's handle of the process
     Index("jobs_of_tenant", "tenant", "number"),
     Index("jobs_by_state", "state", "number"),
 )
@@ -73,8 +73,8 @@ job_reservation_table = Table(
     "job_reservations",
     _TABLES,
     Column("tenant", Key(), primary_key=True),
-    Column("month", Key(), primary_key=True),  # 2026-11, in UTC
-    *_columns(BigInteger, "spent"),  # budget used by Tinker clients, billed or about to be billed
+    Column("month", Key(), primary_key=True),  # such as 2026-11, in UTC
+    *_columns(BigInteger, "spent"),  # budget used by Tinker clients: billed or reserved
 )
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -102,5 +102,5 @@ JOB_SCHEMA = Schema(
     "job_version",
     0x6A6F6273,
     lambda c: append_only(c, ("job_bills",), "bills of jobs are", "job_records_fixed"),
-    private=True,  # events quote training rows; the preflight event quotes one in full
+    private=True,  # events quote training rows; the preflight event quotes a whole row
 )

@@ -1,11 +1,11 @@
-"""Validation of a job before queueing: config, rows, memory, duration, cost.
+"""Validate a job before it is queued: config, rows, memory, duration, cost.
 
-    validated(store, lease, account, device)       the job: queued with its plan, or failed with the reason
-    submitted(store, config, name=…)               create and validate a job
+    validate_job(store, lease, account, device)    the job: queued with its plan, or failed with the reason
+    submit_job(store, config, name=…)              create and validate a job
 
-The base's tokenizer encodes the rows as the run will, so validation names the first bad line and counts
-tokens exactly. Validation does not read the base's weights; the run itself checks what needs them
-(vocabulary, the longest batch) before its first step. Validation changes nothing but the job.
+The base's tokenizer encodes the rows as the run will, so validation reports the first bad line and counts
+tokens exactly. Validation does not load the base's weights; the run itself does the checks that need them
+(vocabulary, the longest batch) before its first step. Validation changes only the job.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 def after_section(job: Job) -> AfterJob | None:
-    """Return a job's `after` section, or None."""
+    """Return a job's section `after`; None if it has none."""
     section = job.about.get("after")
     if section is None:
         return None
@@ -51,7 +51,7 @@ def after_section(job: Job) -> AfterJob | None:
 def has_evaluation(job: Job) -> bool:
     """Return whether the job's adapter is evaluated after training.
 
-    The comparison uses the base that the job was trained on."""
+    The evaluation then uses the base that the run has loaded."""
     after = after_section(job)
     return after is not None and after.evaluate is not None
 
@@ -62,7 +62,7 @@ def job_config(job: Job, output: Path) -> RunConfig:
 
 
 def device_of(gpu: str | None = None, count: int = 1) -> Device:
-    """Return the device to plan jobs for: a GPU by name, or this machine's."""
+    """Return the device to plan jobs for: the named GPU, or this machine's."""
     import torch
 
     from veneer.plan.tables import cpu_device, device_named, device_of_card
@@ -77,8 +77,8 @@ def device_of(gpu: str | None = None, count: int = 1) -> Device:
 def validate_job(store: JobStore, lease: JobLease, account: TrainingAccount, device: Device) -> Job:
     """Validate a job and queue it, or end it as failed; return the job.
 
-    Raises LeaseLost, and transient errors that the job did not cause (a disk or database outage); the job then
-    stays in validation."""
+    Raises LeaseLost, and transient errors that the job did not cause (a disk or database outage); the job
+    then stays in validation."""
     terms = account.terms(lease.job.tenant)
     try:
         if terms.jobs == 0:
@@ -110,11 +110,11 @@ def submit_job(
     device: Device | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> Job:
-    """Create and validate a job; return the job, queued or failed.
+    """Create and validate a job; return it, queued or failed.
 
-    name: the adapter's name; default: the output folder's name
+    name: the adapter's name; default: the name of the output folder
     after: actions after training
-    tenants: database of tenants' terms and routes
+    tenants: the database with tenants' training terms and routes
     metadata: more data to store with the job
 
     Raises the errors of `JobStore.create` and `check_after`."""
@@ -128,14 +128,14 @@ def submit_job(
         lease = store.acquire("submit", 600, "validating", only=job.id)
         if lease is not None:
             return validate_job(store, lease, TrainingAccount(store, tenants), device or device_of())
-        time.sleep(0.2)  # a worker already validates the job
+        time.sleep(0.2)  # wait for the worker that already validates the job
     return now
 
 
 def is_retryable(error: BaseException) -> bool:
-    """Return whether an error is transient or local: a database, a disk, memory.
+    """Return whether a retry can succeed, later or on another machine.
 
-    A retry later or on another machine can succeed."""
+    This holds for errors of a database, a disk or the memory."""
     if isinstance(error, VeneerError):
         return isinstance(error, UnavailableError | ResourceError | CheckpointError)
     return is_transient(error)
@@ -144,8 +144,8 @@ def is_retryable(error: BaseException) -> bool:
 def error_json(error: BaseException) -> dict[str, Any]:
     """Return an error as a job stores it: kind, message, where, fix.
 
-    `kind`: data, config, preflight, base, training, overbudget …; `internal` for a bug in veneer, whose
-    traceback goes to the log."""
+    kind: data, config, preflight, base, training, overbudget …; `internal` for a bug in veneer, whose
+        traceback is printed to the log."""
     if not isinstance(error, VeneerError):
         traceback.print_exception(error)
         message = f"{type(error).__name__}: {error}"
@@ -157,7 +157,7 @@ def error_json(error: BaseException) -> dict[str, Any]:
 
 
 def _plan_of_job(job: Job, device: Device) -> dict[str, Any]:
-    """Return the job's plan by its actual rows: `Plan.to_dict`, `rows` and `counted`.
+    """Return the job's plan for its rows: `Plan.to_dict`, `rows` and `counted`.
 
     Raises ConfigError, DataError, BaseError, PreflightError."""
     from veneer.models.text.base import text_without_weights
@@ -182,9 +182,9 @@ def _plan_of_job(job: Job, device: Device) -> dict[str, Any]:
 
 
 def _answering_peak(base: TextBase, plan: Plan) -> int:
-    """Return the process's peak bytes while it generates answers for the evaluation.
+    """Return the process's peak bytes while it generates the evaluation's answers.
 
-    Raises PreflightError if they exceed the plan's memory."""
+    Raises PreflightError if the peak exceeds the memory available to the plan."""
     from veneer.serve.engine.offline import answering_bytes
 
     memory = plan.memory
@@ -200,9 +200,9 @@ def _answering_peak(base: TextBase, plan: Plan) -> int:
 
 
 def _rows_of(config: TrainConfig, base: TextBase) -> Mapping[str, Any]:
-    """Return the training data's rows, tokens and longest row.
+    """Return the number of rows and tokens in the training data, and the longest row.
 
-    Raises PreflightError that lists every problem of the data."""
+    Raises PreflightError with a list of all problems in the data."""
     from veneer.train.planning import planned_rows
     from veneer.train.preflight import Report
     from veneer.train.text.data import read_data

@@ -39,9 +39,9 @@ from veneer.serve.transient import is_transient
 from veneer.train.signals import signal_handler
 
 _SWEEP = 3600.0
-"""Seconds between two cleanups of ended jobs' files."""
+"""Seconds between two cleanups of the files of ended jobs."""
 KEEP_DAYS = {"failed": 30.0, "cancelled": 30.0, "succeeded": 365.0}
-"""End state -> days to keep a job's folder; metrics of each step stay as long as folders of succeeded jobs."""
+"""End state -> days for which a job's folder is kept; metrics of steps are kept as for succeeded jobs."""
 _VALIDATIONS = 4
 """Concurrent validations."""
 _VALIDATION_SECONDS = 1800.0
@@ -73,10 +73,10 @@ class _Validation:
 
 
 class Worker:
-    """A worker; create one per process.
+    """Validates and trains the jobs of a queue. Create one worker per process.
 
     at_once: maximum concurrent training processes
-    device: device to plan jobs for; default: this machine's
+    device: the device for which jobs are planned; default: this machine's
     lease: seconds that a lease lasts without renewal
     poll: seconds between polls
     grace: seconds that a process has to save its state
@@ -106,16 +106,16 @@ class Worker:
         self._swept: float | None = None
         self._running: list[_Running] = []
         self._served: dict[str, float] = {}
-        """Tenant -> monotonic time of this worker's last validation."""
+        """Tenant -> monotonic time at which this worker last started a validation for the tenant."""
         self._stop = threading.Event()
         self._away = False
 
     def stop(self) -> None:
-        """Stop `run`, from another thread or a signal handler."""
+        """Make `run` stop. Can be called from another thread or a signal handler."""
         self._stop.set()
 
     def run(self, *, until_idle: bool = False) -> None:
-        """Work until stopped, or with `until_idle` until no job is left."""
+        """Work until stopped; with `until_idle`, until no job is left."""
         with signal_handler(lambda number: self.stop(), signal.SIGINT, signal.SIGTERM, once=True):
             try:
                 while not self._stop.is_set():
@@ -150,10 +150,10 @@ class Worker:
         return True
 
     def _validation_ended(self, lease: JobLease, bounds: _Validation, status: ExitStatus, stopping: bool) -> None:
-        """Settle the job of a validation that has ended.
+        """Record the end of a validation that exceeded a limit or was stopped.
 
-        If the process ended by itself, it settled the job. If the database or a disk was unavailable, the
-        lease expires and the job is validated again."""
+        A process that ended on its own has already recorded its result. If it could not, because the database
+        or a disk was unavailable, the lease expires and the job is validated again."""
         error = {"kind": "preflight", "where": "data.train"}
         if status.memory:
             message = f"reading the rows takes more than the limit of {gigabytes(bounds.max_memory)} of memory"
@@ -170,10 +170,9 @@ class Worker:
     # -- training ------------------------------------------------------------------------------------------------------
 
     def _round(self, *, validate_first: bool = False) -> bool:
-        """Poll all running jobs, start one more if a slot is free; return if one started.
+        """Poll running jobs and start one more if a slot is free; return whether it did.
 
-
-        `validate_first`: do not start training while jobs are being validated."""
+        validate_first: do not start training while jobs are being validated."""
         with self._tolerate_outages():
             for running in [*self._running]:
                 self._check_process(running)
@@ -193,7 +192,7 @@ class Worker:
         return False
 
     def _sweep(self) -> None:
-        """Once an hour, remove folders and metrics of jobs that ended long ago."""
+        """Once an hour, remove the folders and metrics of jobs that ended long ago."""
         now = time.monotonic()
         if self._swept is None or now - self._swept > _SWEEP:
             self._swept = now
@@ -204,7 +203,7 @@ class Worker:
 
     def _start_training(self, lease: JobLease) -> None:
         valid_until, job = time.monotonic() + self.lease, lease.job
-        if job.place:  # the process of an earlier lease can still run there
+        if job.place:  # a process of an earlier lease can still be running
             self.executor.stop(job.place, hard=True)
         try:
             handle = self.executor.start(lease, self.environment)
@@ -225,7 +224,7 @@ class Worker:
         status = self.executor.poll(running.handle)
         if status is not None:
             self._running.remove(running)
-            with suppress(LeaseLost):  # the process ended the job or returned it to the queue
+            with suppress(LeaseLost):  # raised if the process itself ended the job or returned it to the queue
                 self._process_ended(running, status)
             self._finish_job(running.lease)
             return
@@ -237,28 +236,28 @@ class Worker:
             self.executor.stop(running.handle, hard=True)
 
     def _process_ended(self, running: _Running, status: ExitStatus) -> None:
-        """Settle the job of a process that has ended."""
+        """Record the end of a job's process."""
         lease = running.lease
         if running.validation is not None:
             self._validation_ended(lease, running.validation, status, running.stopping is not None)
         elif status.memory:
             fix = "smaller batches (batching.micro_rows), shorter rows, or another plan"
             self.store.finish(lease, error={"kind": "memory", "message": status.why, "fix": fix})
-        elif running.stopping is not None:  # stopped before it saved its state
+        elif running.stopping is not None:  # the process was killed before it saved its state
             self.store.release(lease, "stopped; resumes from the last checkpoint")
         else:
             self.store.died(lease, status.why)
 
     def _finish_job(self, lease: JobLease) -> None:
-        """Report a job's state after its process has ended; drop checkpoints on success."""
+        """Log a job's state after its process ended; remove checkpoints on success."""
         now_is = self.store.get(None, lease.job.id).state
         self.log(f"{lease.job.id}: {now_is}")
-        if now_is == "succeeded":  # its adapter is in the library
+        if now_is == "succeeded":  # the checkpoints are not needed: the adapter is in the library
             for folder in lease.job.folder.glob("attempt-*/checkpoints"):
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _renew(self, running: _Running, now: float) -> None:
-        """Check that the lease is still valid, and renew it early."""
+        """Check that the lease is still valid; renew it after a quarter of its time."""
         late = now - running.renewed > self.lease / 4
         with self._tolerate_outages():
             try:
@@ -267,7 +266,7 @@ class Worker:
                 else:
                     self.store.get_lease(running.lease.job.id, running.lease.token)
             except LeaseLost:
-                self._request_stop(running)  # its job is reported once the process has ended
+                self._request_stop(running)  # the job's state is logged once the process has ended
                 return
             if late:
                 running.renewed, running.valid_until, self._away = now, now + self.lease, False
@@ -281,7 +280,7 @@ class Worker:
             self.executor.stop(running.handle)
 
     def _end_all(self) -> None:
-        """Ask all processes to save their state, and return their jobs to the queue."""
+        """Ask all processes to save their state and return their jobs; wait for them."""
         for running in self._running:
             self._request_stop(running)
         while self._running:
@@ -293,7 +292,7 @@ class Worker:
 
     @contextmanager
     def _tolerate_outages(self) -> Iterator[None]:
-        """Suppress an outage in the block, and report the first of several in a row."""
+        """Suppress an outage in the `with` block; log only the first of several in a row."""
         try:
             yield
         except Exception as error:

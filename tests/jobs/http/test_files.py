@@ -135,7 +135,7 @@ def test_slow_uploads_delay_no_other_tenant(
         raise invalid("slow")
 
     monkeypatch.setattr(files, "add", slow)
-    count = 8  # more than the threads that copy
+    count = 8  # more files than copying threads
 
     def upload(_: int) -> None:
         with pytest.raises(openai.BadRequestError, match="slow"):
@@ -198,7 +198,7 @@ def test_interrupted_uploads_leave_nothing(server: Live, files: Files) -> None:
         yield b"more"
 
     headers = {"authorization": "Bearer acme", "content-type": "multipart/form-data; boundary=x"}
-    for _ in range(40):  # more than there are places
+    for _ in range(40):  # more uploads than slots
         with pytest.raises(ConnectionError):
             httpx.post(f"{server.url}/v1/files", content=body(True), headers=headers)
     answer = httpx.post(f"{server.url}/v1/files", content=body(False), headers=headers, timeout=20)

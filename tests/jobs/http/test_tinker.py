@@ -123,8 +123,8 @@ def client(world: SimpleNamespace) -> Iterator[Callable[[str], Tinker]]:
 
 
 def test_server_folders_are_hidden_from_tenants(world: SimpleNamespace, client: Any) -> None:
-    """The server returns the client's own folder, because the client's SDK loads the tokenizer from the returned
-    name."""
+    """The server returns the client's own folder, because the client's SDK loads the tokenizer from the
+    returned name."""
     acme = client("acme")
     model = acme.model("tiny-base", 2)
     for answer in (acme.post("get_info", model_id=model), acme.http.get("/training_runs").json()):
@@ -162,7 +162,7 @@ def test_training_client_from_session_to_checkpoints(world: SimpleNamespace, cli
     assert [np.frombuffer(each[2], "<i4").shape for each in samples] == [(4,), (4,)]
     assert np.frombuffer(dict(sampled)[2], "<f4")[1:] == pytest.approx(
         outputs[0][:5], abs=1e-5
-    )  # the sampler is the trainer
+    )  # the sampler uses the trainer's values
     assert acme.sample(live, 0, num_samples=2).content == answer.content
 
     path = acme.numbered("save_weights", model, path="0001", type="save_weights")["path"]
@@ -257,7 +257,8 @@ def test_invalid_samples_use_no_quota(world: SimpleNamespace, client: Any, more:
 
 
 def test_fetched_results_are_dropped_first(world: SimpleNamespace, client: Any) -> None:
-    """Results count until they are removed; fetched results are removed first, then new samples are refused."""
+    """Results count until they are removed; fetched results are removed first, then new samples are
+    refused."""
     globex, quotas = client("globex"), world.running.built.service.quotas
     session = sampler(globex)
     promises = [globex.post("asample", seq_id=i, **_sample_body(session)) for i in range(8)]

@@ -37,13 +37,15 @@ from veneer.serve.tenancy.store import Store
 ROOT = Path(__file__).resolve().parents[3]
 PYTHON = Path(os.environ.get("VENEER_TINKER_PYTHON") or ROOT / ".venv-tinker" / "bin" / "python")
 MODEL = "Qwen/Qwen3-8B-Base"
-"""What the tiny base is called: a name of which recipes know how it is talked to."""
+"""Name of the tiny base: recipes know the chat format of this name."""
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
 
 
 @dataclass
 class Process:
-    """`veneer serve --train` over the tiny base with two tenants. A client of rank 32 takes 0.7 of its 1 MB."""
+    """`veneer serve --train` over the tiny base, with two tenants.
+
+    A client of rank 32 uses 0.7 of its 1 MB."""
 
     folder: Path
     port: int = field(default_factory=free_port)
@@ -220,7 +222,7 @@ _ROLE_COLON = {
     "recipes.math_rl.train",
     "recipes.multiplayer_rl.guess_number.train",
 }
-"""Those whose own renderer is of another base."""
+"""Recipes whose own renderer belongs to another base."""
 
 
 @pytest.mark.parametrize("recipe", list(RECIPES))
@@ -334,7 +336,8 @@ def test_tenants_of_different_rank_get_their_own_results(process: Process, ranks
 
 
 def test_restart_ends_clients_and_keeps_checkpoints(process: Process) -> None:
-    """After a kill, the SDK's error names the way to continue, and a saved checkpoint continues bit for bit."""
+    """After a kill, the SDK's error names the way to continue, and a saved checkpoint continues bit for
+    bit."""
     data = [datum(row) for row in ROWS]
 
     def step(training: Any) -> float:

@@ -226,7 +226,9 @@ def test_reinforcement_job_has_the_requested_configuration(jobs: Jobs, client: o
     file, held_out = sent(client, rows), sent(client, rows, "held.jsonl")
     request = reinforced(both, hyperparameters=numbers, response_format=form)
     job = created(client, training_file=file, validation_file=held_out, **request)
-    method = job.method.reinforcement.to_dict(warnings=False)  # their class has one grader where several go by names
+    method = job.method.reinforcement.to_dict(
+        warnings=False
+    )  # OpenAI's class has a single grader; the body has several by name
     assert job.method.type == "reinforcement"
     assert method["grader"] == both
     assert method["response_format"] == form
@@ -267,7 +269,7 @@ EXAMPLES: list[dict[str, Any]] = [
     {"suffix": "custom-model-name", "seed": 105},
     {"metadata": None, "suffix": None, "integrations": None, "seed": None},
 ]
-"""The bodies of the examples in OpenAI's reference and guides, those of rewards and of W&B apart."""
+"""Bodies of the examples in OpenAI's reference and guides, except for rewards and W&B."""
 
 
 def after(**section: Any) -> dict[str, Any]:

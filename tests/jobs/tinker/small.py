@@ -38,7 +38,7 @@ def small_service(folder: Path, **how: Any) -> Iterator[TinkerService]:
 
 def result(service: TinkerService, run: TrainingRun, seq: int, kind: str, body: bytes) -> Any:
     """Submit a request and return its result."""
-    return service.submit(run, seq, kind, body).result(300)  # the first can compile kernels
+    return service.submit(run, seq, kind, body).result(300)  # the first request can compile kernels
 
 
 def varint(value: int) -> bytes:

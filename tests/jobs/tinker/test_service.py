@@ -114,7 +114,7 @@ def test_checkpoints_count_as_files_and_bytes(tmp_path: Path) -> None:
 def test_full_quotas_refuse_clients_and_sessions(tmp_path: Path) -> None:
     with small_service(tmp_path, quotas=small_quotas(disk=20_000, memory=5_000)) as service:
         session = service.create_session("acme")
-        with pytest.raises(Refused, match=r"limit \(disk\)"):  # no room for the state that can leave memory
+        with pytest.raises(Refused, match=r"limit \(disk\)"):  # the disk limit leaves no space to evict the state
             service.create_run("acme", session.id, 0, Lora(4))
         service.create_sampler("acme", session.id, 0, None)
         with pytest.raises(Refused, match=r"limit \(memory\)"):
@@ -215,11 +215,12 @@ def test_eviction_changes_no_result(tmp_path: Path) -> None:
 def test_pending_forwards_of_many_clients_stay_within_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Memory fits two small clients or the large client: all take turns, and none waits for the end of the others."""
+    """Memory fits two small clients or the large client: all take turns, and none waits for the end of the
+    others."""
     resident, step, submitted = [], Trainer.step, Event()
 
     def measured(trainer: Trainer, works: list[PassWork]) -> list[PassWork]:
-        submitted.wait(60)  # then all are ready at the same time
+        submitted.wait(60)  # so that all requests are ready at the same time
         resident.append(sum(learner.bytes for learner in trainer.learners.values()))
         return step(trainer, works)
 
@@ -287,7 +288,8 @@ def test_failed_request_is_undone_and_affects_no_other_client(tmp_path: Path) ->
 
 
 def test_checkpoint_is_a_library_adapter(tmp_path: Path) -> None:
-    """A checkpoint loads with or without moments, is private to its tenant, has a unique name, and expires."""
+    """A checkpoint loads with or without moments, is private to its tenant, has a unique name, and
+    expires."""
     with small_service(tmp_path) as service:
         run = begun(service)
         steps(service, run, 1, 5)

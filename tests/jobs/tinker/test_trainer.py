@@ -57,8 +57,8 @@ def done(trainer: Trainer, *works: PassWork) -> None:
 
 
 def test_step_equals_veneer_train_bit_for_bit(trainer: Trainer) -> None:
-    """Forward, backward and AdamW: the loss of `veneer train`, the mean over trained tokens, is cross_entropy with its
-    reciprocal as weights."""
+    """Forward, backward and AdamW: the loss of `veneer train`, the mean over trained tokens, is cross_entropy
+    with its reciprocal as weights."""
     lora = Lora(4, seed=3, unembed=False)
     learner = trainer.create("one", lora)
     count = sum(len(row) - 1 for row in ROWS)

@@ -26,7 +26,7 @@ def test_forward_request_is_read() -> None:
 
 
 def test_sparse_rows_are_read() -> None:
-    """Compressed sparse rows: values, where each row begins, columns."""
+    """Compressed sparse rows: values, row starts, and columns."""
     values, starts, columns = np.array([7, 9], "<i8"), np.array([0, 1, 1, 2], "<i8"), np.array([2, 0], "<i8")
     sparse = part(2, part(1, values.tobytes()) + part(2, starts.tobytes()) + part(3, columns.tobytes()))
     one = sparse + b"\x18\x02" + part(4, varint(3) + varint(4))
@@ -42,7 +42,7 @@ def test_truncated_message_is_refused(cut: int) -> None:
 
 
 def test_small_message_cannot_claim_much_memory() -> None:
-    """Sparse zeros, many rows, and a number in place of a text."""
+    """Sparse zeros, many rows, and a number instead of text."""
 
     def zeros(width: int) -> bytes:
         starts = np.zeros(2049, "<i8")
@@ -60,7 +60,7 @@ def test_small_message_cannot_claim_much_memory() -> None:
         assert (error.value.status, error.value.code) == (413, "too_large")
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
         tracemalloc.stop()
-    assert read_forward(b"\x08" + varint(1 << 40)).model == ""  # ignored, as protobuf does with another kind of field
+    assert read_forward(b"\x08" + varint(1 << 40)).model == ""  # protobuf ignores a field of another type
 
 
 def test_message_of_many_empty_rows_is_refused() -> None:

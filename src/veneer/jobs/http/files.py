@@ -1,8 +1,8 @@
-"""OpenAI's file routes: /v1/files.
+"""OpenAI's routes for files: /v1/files.
 
-Request bodies stream to disk; `large_bodies` sets their limits. At most `_MAX_UPLOADS` uploads run
-concurrently, shared between tenants. A separate thread pool hashes and copies bytes, fairly between tenants,
-so that a large file never delays another request.
+Request bodies are written to disk as they arrive; `large_bodies` sets the size limits. At most `_MAX_UPLOADS`
+uploads run concurrently, shared between tenants. A separate thread pool, also shared fairly, hashes and
+copies the bytes, so that a large file does not delay other requests.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from veneer.serve.request import Refused, invalid
 _DATABASE = "the database of uploaded files"
 _MAX_UPLOADS = 32
 _THREADS = 2
-"""Threads that hash and copy uploads."""
+"""Number of threads that hash and copy uploads."""
 _FORM_BYTES = 4096
-"""Maximum bytes of a form besides its file, and of each text field."""
+"""Maximum bytes of each text field in a form."""
 _FIELDS = {"file", "purpose", "expires_after[anchor]", "expires_after[seconds]"}
 _FORM = {
     "type": "object",
     "properties": {"file": {"type": "string", "format": "binary"}, "purpose": {"type": "string"}},
     "required": ["file", "purpose"],
 }
-"""OpenAPI schema of an upload."""
+"""OpenAPI schema of an upload's form."""
 
 
 def large_bodies(files: Files) -> Mapping[str, int]:
-    """Return path pattern -> maximum body bytes of routes that spool bodies to disk."""
+    """Return path pattern -> maximum body size of routes that write bodies to disk."""
     return {"/v1/files": files.max_bytes + 4 * _FORM_BYTES}
 
 
@@ -54,14 +54,14 @@ class ExpiresAfter(Strict):
 
 
 def file_routes(files: Files) -> APIRouter:
-    """Return the file routes."""
+    """Return the routes for files."""
     router = APIRouter(tags=["OpenAI files"], route_class=thread_route(_DATABASE), dependencies=[needs("train")])
     uploads = SharedQuantity("uploads", _MAX_UPLOADS)
     copying = FairPool(_THREADS, "veneer-files")
 
     @asynccontextmanager
     async def uploaded_form(request: HttpRequest) -> AsyncIterator[tuple[FormData, UploadFile]]:
-        """Yield a form and its file; the file is removed afterwards."""
+        """Yield a request's form and its file; the file is removed at the end."""
         principal = caller_of(request)
         if not request.headers.get("content-type", "").startswith("multipart/form-data"):
             raise invalid("a form is expected", None, "send multipart/form-data")
@@ -129,13 +129,13 @@ def file_routes(files: Files) -> APIRouter:
 
 
 def openai_page(data: list[dict[str, Any]], more: bool) -> dict[str, Any]:
-    """Return a page in OpenAI's format."""
+    """Return one page of a list in OpenAI's format."""
     first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
     return {"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": more}
 
 
 def _ttl(form: FormData) -> float | None:
-    """Return the seconds after which an upload's file expires, or None. Raises Refused."""
+    """Return the form's time to live in seconds; None if not given. Raises Refused."""
     values = {key: form[f"expires_after[{key}]"] for key in ("anchor", "seconds") if f"expires_after[{key}]" in form}
     return float(checked(ExpiresAfter, values, "expires_after").seconds) if values else None  # type: ignore[attr-defined]
 

@@ -1,4 +1,4 @@
-"""Routes whose functions run in threads and return JSON values."""
+"""Routes with handlers that run in threads and return JSON values."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ T = TypeVar("T")
 
 
 def thread_route(label: str) -> type[BodyRoute]:
-    """Return a route class; `label` names the resource in errors.
+    """Return a route class with plain handlers that run in a thread.
 
-    A function that is not a coroutine runs in a thread; it returns JSON values, None (204) or a response.
-    ConfigErrors become 400."""
+    `label` names the resource in errors. A handler that is not a coroutine runs in a thread and returns JSON
+    values, None (204) or a response. A ConfigError becomes a 400 response."""
 
     class ThreadRoute(BodyRoute):
         def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
@@ -47,9 +47,12 @@ def _threaded(label: str, endpoint: Callable[..., Any]) -> Callable[..., Any]:
 async def blocking(
     label: str, do: Callable[[], T], run: Callable[[Callable[[], T]], Awaitable[T]] = asyncio.to_thread
 ) -> T:
-    """Call `do` in a thread, with `run`.
+    """Call `do` in a thread and return its result.
 
-    Raises Refused: 400 for a ConfigError, else an outage or an internal error of `label`."""
+    label: names the resource in errors.
+    run: the function that runs `do`.
+
+    Raises Refused: 400 for a ConfigError; for other errors, an unavailable resource or an internal error."""
 
     def call() -> T:
         try:

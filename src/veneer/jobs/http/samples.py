@@ -1,6 +1,6 @@
 """GET /v1/jobs/ID/samples/STEP: a job's sample images after a step, as PNG.
 
-A job is visible to its owner and the operator."""
+Only the job's owner and the operator can see a job."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def sample_routes(jobs: JobStore) -> APIRouter:
         try:
             job = jobs.get(caller_of(request).owner, id)
             return FileResponse(sample_file(jobs, job, step), media_type="image/png")
-        except ConfigError as error:  # unknown job or step
+        except ConfigError as error:  # the job or the step does not exist
             raise Refused(error.what, status=404, code="not_found", param=error.where, fix=error.fix) from None
 
     return router

@@ -2,12 +2,13 @@
 
     TINKER_BASE_URL=http://localhost:8000 TINKER_API_KEY=tml-<key> python a_recipe.py
 
-The response to a request is an id. /api/v1/retrieve_future returns the result; it waits up to `_WAIT` seconds
-and then returns 408, as the SDK expects. Results stay in memory for `_RESULT_SECONDS`; fetched results go
-earlier if their tenant's quota is full. A mistake in a numbered request becomes the result of the request,
-not an HTTP error, because the client's next requests already have numbers. A request is billed before its
-result is visible: forward passes as training under the run's name, with the tenant's training price and
-budget; samples like other completions. A spent budget is 402; the SDK then waits.
+The server answers a request with an id. /api/v1/retrieve_future returns the request's result; it waits up to
+`_WAIT` seconds and then returns 408, as the SDK expects. Results stay in memory for `_RESULT_SECONDS`;
+results that were fetched are dropped earlier if their tenant's quota is full. An error in a numbered request
+becomes the request's result, not an HTTP error, because the client has already numbered its next requests. A
+request is billed before its result is available: forward passes as training under the run's name, with the
+tenant's training price and budget; samples like other completions. If the budget is spent, the server returns
+402, and the SDK waits.
 """
 
 from __future__ import annotations
@@ -49,14 +50,14 @@ _WAIT = 20.0
 _RESULT_SECONDS = 600.0
 _STOP_SECONDS = 5.0
 _REQUEST_BYTES = 2048
-"""Memory of a request besides its body or result."""
+"""Memory that a request counts for besides its body or result, in bytes."""
 MAX_NUMBER = 10**9
-"""Exclusive bound of a session's client numbers and a client's request numbers."""
+"""The numbers of a session's clients and of a client's requests are below this."""
 TINKER_ROUTE = thread_route("the training clients")
 
 
 class TinkerBody(Strict):
-    """A request body of the SDK, with an optional type name."""
+    """A request body of the SDK, which can include a type name."""
 
     type: str = ""
 
@@ -106,7 +107,7 @@ class FutureBody(Strict):
 
 @dataclass(frozen=True)
 class Call:
-    """One request of a client: server, principal and training service."""
+    """One request of a client, with its server, principal and training service."""
 
     http: Service
     principal: Principal
@@ -119,8 +120,8 @@ class Call:
     def model_name(self, client_name: str | None = None) -> str:
         """Return a name with which the client can load the base's tokenizer.
 
-        The name is a hub ID, or `client_name`, the client's own name for the base. Only the operator gets the
-        folder on this machine; other clients get the served name."""
+        This is the base's hub id, if it has one; else `client_name`, the client's own name for the base; else
+        the base's folder on this machine for the operator, and the served name for other clients."""
         base = self.service.base
         name = base.name.partition("@")[0]
         if "/" in name and not Path(name).expanduser().exists():
@@ -129,9 +130,9 @@ class Call:
         return client_name or (str(base.directory) if operator else str(self.http.catalog.base))
 
     def check_base(self, name: str) -> None:
-        """Check that a base is served here. Raises Refused.
+        """Raise Refused unless this server serves the base.
 
-        Compares only the last part of the name, because clients name their own folders."""
+        Compares only the last part of the name, because a client can use a path on its own machine."""
         base = self.http.catalog.base
         if name.rstrip("/").rpartition("/")[2].lower() != base.lower():
             message, fix = f"The model {quoted(name)} is not served here", f"base_model={base!r}"
@@ -150,10 +151,11 @@ class _Pending:
 
 @dataclass(eq=False)
 class TinkerRoutes:
-    """The state of the routes.
+    """The state that the routes share.
 
-    `make`: creates the service on the first request, so that a server without Tinker clients pays nothing.
-    `results`: accepted requests by id, until their results expire."""
+    make: creates the service when the first request arrives, so that a server without Tinker clients pays
+        nothing.
+    results: accepted requests by id, until their results expire."""
 
     make: Callable[[], TinkerService]
     account: TrainingAccount
@@ -168,7 +170,9 @@ class TinkerRoutes:
         return Call(service_of(request), caller_of(request), self._service)
 
     async def stop(self) -> None:
-        """Stop training, wait briefly until failed requests have given back their budget, and cancel others."""
+        """Stop training, wait briefly for pending requests, and cancel the rest.
+
+        Failed requests release their budget while this waits."""
         if self._service is not None:
             await asyncio.to_thread(self._service.close)
         tasks = [pending.task for pending in self.results.values() if not pending.task.done()]
@@ -181,7 +185,7 @@ class TinkerRoutes:
     def take_quota(self, call: Call, size: int) -> QuotaHold:
         """Take quota for a request of `size` bytes. Raises Refused.
 
-        If necessary, first drops the tenant's fetched results, oldest first."""
+        First drops results that the tenant has fetched, oldest first, as far as needed."""
         tenant, quotas, amounts = call.tenant, call.http.quotas, {"requests": 1, "memory": _REQUEST_BYTES + size}
         fetched = [number for number, each in self.results.items() if each.tenant == tenant and each.fetched]
         while fetched and not quotas.fits(tenant, **amounts):
@@ -189,7 +193,7 @@ class TinkerRoutes:
         return quotas.take(tenant, **amounts)
 
     def add(self, call: Call, number: str, hold: QuotaHold, work: Coroutine[Any, Any, FutureResult]) -> None:
-        """Run an accepted request's work, and keep the result for `_RESULT_SECONDS`."""
+        """Start an accepted request's work; keep the result for `_RESULT_SECONDS`."""
         pending = self.results[number] = _Pending(call.tenant, asyncio.create_task(work), hold)
 
         def done(task: asyncio.Task[FutureResult]) -> None:
@@ -200,14 +204,14 @@ class TinkerRoutes:
         pending.task.add_done_callback(done)
 
     def _drop(self, number: str, pending: _Pending | None = None) -> None:
-        """Drop a result. `pending`: only if the result is still this request's."""
+        """Drop a result. With `pending`, only if the result belongs to this request."""
         if pending is None or self.results.get(number) is pending:
             self.results.pop(number).hold.release()
 
     async def result(self, call: Call, number: str) -> FutureResult | None:
-        """Return a request's result, or None if pending after `_WAIT` seconds.
+        """Return a request's result, or None if it is not ready within `_WAIT` seconds.
 
-        Raises Refused: 404 for an unknown request, 410 for an expired result or a cancelled request."""
+        Raises Refused: 404 for an unknown request, 410 if the result expired or the request was cancelled."""
         pending = self.results.get(number)
         if pending is None or pending.tenant != call.tenant:
             raise self._missing(call, number)
@@ -248,8 +252,8 @@ class TinkerRoutes:
     async def _accept(
         self, call: Call, run: TrainingRun, seq: int, kind: str, body: bytes, tokens: int, memory: int
     ) -> None:
-        """Reserve what a request costs, and submit the request. Raises Refused."""
-        if not kind.startswith("save_"):  # a tenant can still save what it has trained
+        """Reserve the cost of a request and submit the request. Raises Refused."""
+        if not kind.startswith("save_"):  # a tenant that is no longer allowed to train can still save its weights
             await tinker_blocking(lambda: self.account.check_allowed(call.tenant))
         async with AsyncExitStack() as undo:
             hold = self.take_quota(call, len(body) + memory)
@@ -263,7 +267,8 @@ class TinkerRoutes:
             except Refused as error:
                 if error.status != 400:
                     raise
-                # The request exceeds a whole limit: accept it and let it fail, so that no number is missing.
+                # The request is larger than a limit allows at all: accept it and return the error as its
+                # result, so that the sequence of numbers has no gap.
                 kind, body = "refused", message_of(error).encode()
             done = asyncio.wrap_future(call.service.submit(run, seq, kind, body))
             undo.pop_all()
@@ -278,7 +283,9 @@ class TinkerRoutes:
         tokens: int,
         cost: int,
     ) -> FutureResult:
-        """Wait for a request, bill it, and return its result. `cost`: released if the request fails."""
+        """Wait for a request, bill it, and return its result.
+
+        cost: the reserved amount, which is released if the request fails."""
         async with admission:
             with answering("the request"):
                 result = await done
@@ -290,7 +297,7 @@ class TinkerRoutes:
         return result
 
     async def _give_back(self, tenant: str, cost: int) -> None:
-        """Release a failed request's budget; it stays reserved if the database is down."""
+        """Release a failed request's budget; if the database is down, it stays reserved."""
         try:
             await tinker_blocking(lambda: self.account.release_budget(tenant, cost))
         except Refused as error:
@@ -299,7 +306,7 @@ class TinkerRoutes:
     async def created(
         self, call: Call, session: str, number: int, start: Lora | str, metadata: Any, optimizer: bool = False
     ) -> Response:
-        """Create a training client, and grant its tenant access to its adapters."""
+        """Create a training client, and grant the tenant access to the client's adapters."""
 
         def do() -> TrainingRun:
             self.account.check_allowed(call.tenant)
@@ -319,7 +326,7 @@ async def _wait_for(done: asyncio.Future[FutureResult]) -> FutureResult:
 
 
 async def tinker_blocking(do: Callable[[], T]) -> T:
-    """Call `do` in a thread with `blocking`."""
+    """Run `do` in a thread; see `blocking`."""
     return await blocking("the training clients", do)
 
 
@@ -330,7 +337,7 @@ def _training(call: Call, run: TrainingRun, seq: int, tokens: int) -> AbstractAs
 
 
 def future_response(number: str, model: str | None, sequences: list[str] | None = None) -> Response:
-    """Return a response with a request id, in the SDK's format."""
+    """Return a response with a request's id, in the SDK's format."""
     body: dict[str, Any] = {"request_id": number, "model_id": model}
     return Json(body if sequences is None else body | {"sample_sequence_ids": sequences})
 
@@ -343,7 +350,7 @@ def tinker_router() -> APIRouter:
 
 
 def training_routes(state: TinkerRoutes) -> APIRouter:
-    """Return the routes of sessions, training clients and numbered requests."""
+    """Return the routes for sessions, training clients and numbered requests."""
     router, current_call = tinker_router(), Depends(state.call)
 
     @router.get("/healthz", summary="Check that the server runs")

@@ -1,6 +1,6 @@
-"""Tinker's sampling routes: sampling sessions and samples of a prompt.
+"""Tinker's routes for sampling sessions and samples.
 
-A sampling session samples from a checkpoint or the base."""
+A sampling session samples from a checkpoint or from the base."""
 
 from __future__ import annotations
 
@@ -91,10 +91,12 @@ class SampleBody(TinkerBody):
 
 @dataclass(eq=False)
 class Sampling:
-    """Requested samples of all tenants.
+    """The pending sampling requests of all tenants.
 
-    Samples can use half of the engine's queue, which waiting tenants share equally. `requests`, `running`:
-    tenant -> its pending requests, and its samples in the engine."""
+    Samples can use half of the engine's queue; tenants with pending requests share it equally.
+
+    requests: tenant -> number of pending requests.
+    running: tenant -> number of samples in the engine."""
 
     results: TinkerRoutes
     requests: Counter[str] = field(default_factory=Counter)
@@ -115,9 +117,10 @@ class Sampling:
         return future_response(number, None, [f"{number}:{i}" for i in range(body.num_samples)])
 
     async def _sample(self, call: Call, source: SamplerSource, body: SampleBody, hold: QuotaHold) -> FutureResult:
-        """Return the samples, or the request's error.
+        """Return a request's samples, or its error as a failed result.
 
-        Over a temporary limit, the samples wait, because the SDK does not retry a failed result."""
+        If a temporary limit refuses the samples, they wait, because the SDK does not retry a failed
+        result."""
         count, tenant, most = body.num_samples, call.tenant, _most_samples(call.http)
         self.requests[tenant] += 1
         try:
@@ -170,7 +173,7 @@ async def _answers(http: Service, job: TextJob, hold: QuotaHold, memory: int) ->
 
 
 def _job(call: Call, source: SamplerSource, body: SampleBody) -> TextJob:
-    """Convert a sampling request to a TextJob. Raises Refused."""
+    """Return a sampling request as a TextJob. Raises Refused if it is invalid."""
     params, context = body.sampling_params, call.http.reader.context
     for name in _REFUSED:
         if getattr(body, name) not in (None, False, 0):
@@ -223,7 +226,7 @@ def _sample_bytes(body: SampleBody, answers: Sequence[TextAnswer]) -> bytes:
 
 
 def sampling_routes(state: TinkerRoutes) -> APIRouter:
-    """Return the routes of sampling and of all requests' results."""
+    """Return the routes for sampling and for the results of all requests."""
     router, current_call, sampling = tinker_router(), Depends(state.call), Sampling(state)
 
     @router.post("/create_sampling_session", summary="Create a sampling session of the base or a checkpoint")

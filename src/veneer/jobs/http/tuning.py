@@ -1,12 +1,12 @@
-"""OpenAI's fine-tuning routes: jobs, events, checkpoints, and tuned models.
+"""OpenAI's routes for fine-tuning: jobs, events, checkpoints, and tuned models.
 
-    POST /v1/fine_tuning/jobs        model, training_file and the fields of `jobs.openai.TuningBody`; also
-                                     `after`: actions after training, with file ids as paths
+    POST /v1/fine_tuning/jobs        model, training_file and the other fields of `jobs.openai.TuningBody`; also
+                                     `after`: actions after training, with file ids instead of paths
     GET  …/jobs, …/jobs/ID, …/jobs/ID/events, …/jobs/ID/checkpoints
     POST …/jobs/ID/cancel, /pause, /resume
-    DELETE /v1/models/ft:…           removes a tenant's own model; the other model routes accept these names
+    DELETE /v1/models/ft:…           deletes a tenant's own tuned model; the other model routes accept these names
 
-A job is visible only to its owner.
+Only its owner can see a job.
 """
 
 from __future__ import annotations
@@ -61,14 +61,14 @@ _TABLE = "the table of jobs"
 _PAGE = 100
 _LINES = (".jsonl",)
 _HELD_OUT, _HELD_ROWS, _HELD_TOKENS = 16, 1000, 1024
-"""Limits of a client's evaluation: files, rows, and tokens per completion."""
+"""Limits of a client's evaluation: number of files, rows, and tokens per completion."""
 
 _Limit = Annotated[int, Query(ge=1, le=_PAGE)]
 _After = Annotated[str | None, Query(max_length=100)]
 
 
 def tuning_routes(queue: TuningQueue) -> APIRouter:
-    """Return the fine-tuning routes of a queue."""
+    """Return the routes for fine-tuning with a queue."""
     jobs, files = queue.jobs, queue.files
     router = APIRouter(tags=["OpenAI fine-tuning"], route_class=thread_route(_TABLE), dependencies=[needs("train")])
 
@@ -117,7 +117,7 @@ def tuning_routes(queue: TuningQueue) -> APIRouter:
         if number is None:
             raise invalid(f"the job has no event {quoted(str(after))}", "after")
         page_events, more = jobs.events(tenant, id, after=number, limit=limit, newest=True, diagnostics=False)
-        job = jobs.get(tenant, id)  # after the events: the job decides what they show
+        job = jobs.get(tenant, id)  # after the events: the job's state decides what they show
         return {"object": "list", "data": [event_to_openai(job, event) for event in page_events], "has_more": more}
 
     @router.get("/v1/fine_tuning/jobs/{id}/checkpoints", summary="List a job's published checkpoints, newest first")
@@ -135,7 +135,7 @@ def tuning_routes(queue: TuningQueue) -> APIRouter:
     @router.delete("/v1/models/{model:path}", summary="Delete a tuned model or one of its checkpoints")
     def remove(request: HttpRequest, model: str) -> Any:
         principal, library = caller_of(request), jobs.library
-        service_of(request).catalog.card(model, principal)  # 404 if missing or not visible
+        service_of(request).catalog.card(model, principal)  # raises 404 if the model does not exist or is not visible
         tuned = parse_tuned(model)
         if tuned is None or tuned.organisation != principal.tenant:
             message, fix = f"the model {quoted(model)} cannot be deleted here", "only your own that jobs made can: ft:…"
@@ -159,15 +159,15 @@ class TuningQueue:
         self, jobs: JobStore, files: Files, tenants: Store | None = None, sandbox: Sandbox | None = None
     ) -> None:
         self.jobs, self.files, self.tenants, self.sandbox = jobs, files, tenants, sandbox
-        self.copying = FairPool(1, "veneer-inputs")  # copies inputs: gigabytes, possibly from a remote store
-        self.looking = FairPool(1, "veneer-rows")  # reads the beginnings of files
+        self.copying = FairPool(1, "veneer-inputs")  # copies inputs, which can be gigabytes from a remote store
+        self.looking = FairPool(1, "veneer-rows")  # reads the first rows of files
 
     async def create(
         self, service: Service, principal: Principal, body: TuningBody, settings: FormSettings | None = None
     ) -> Job:
         """Queue a job on the caller's uploaded files. Raises Refused.
 
-        `settings`: settings of the Studio's form."""
+        settings: additional settings from the Studio's form."""
         start = _initial_adapter(service, principal, body.model)
 
         def do() -> Job:
@@ -183,9 +183,9 @@ class TuningQueue:
 
 
 def _initial_adapter(service: Service, principal: Principal, model: str) -> str | None:
-    """Return the adapter to continue training, or None for the base.
+    """Return the adapter from which training continues; None for the base.
 
-    Raises Refused for an unknown model."""
+    Raises Refused if the model is not served here."""
     base = service.catalog.base
     if service.engine.makes != "texts":
         raise invalid("this server draws pictures, and jobs here are of texts", "model", "see `veneer train`")
@@ -217,9 +217,9 @@ def _parse_grader(source: Any, sandbox: Sandbox | None) -> Any:
 
 
 def _graded_here(service: Service, principal: Principal, grader: Any) -> dict[str, Any]:
-    """Return a job's grader, with models by the names under which a run finds them.
+    """Return a job's grader, in which each model has the name that a run uses for it.
 
-    Raises Refused for a model that the caller cannot use."""
+    Raises Refused if the caller cannot use one of the models."""
 
     def named(each: Any) -> Any:
         if not isinstance(each, ScoreModelGrader):
@@ -299,8 +299,8 @@ def _create(
 def _check_held(jobs: JobStore, tenant: str, more: int, limit: int) -> None:
     """Check the total input bytes of a tenant's unfinished jobs. Raises Refused.
 
-    A job's inputs stay even if the uploaded files are deleted, and with a remote store each job has its own
-    copy."""
+    A job's inputs stay even if the client deletes the uploaded files, and with a remote store each job has
+    its own copies."""
     unfinished, _ = jobs.jobs(tenant, limit=1000, states=UNFINISHED)
     used = sum(int(job.about.get("bytes", 0)) for job in unfinished)
     if used + more > limit:
@@ -310,7 +310,7 @@ def _check_held(jobs: JobStore, tenant: str, more: int, limit: int) -> None:
 
 
 def _held_out(files: Files, tenant: str, after: AfterJob | None) -> list[UploadedFile]:
-    """Return the held-out files of a request, by their ids. Raises Refused."""
+    """Return the held-out files that a request names by id. Raises Refused."""
     ids = [] if after is None or after.evaluate is None else after.evaluate.files
     if len(ids) > _HELD_OUT:
         raise invalid(f"{len(ids)} files of held-out rows; at most {_HELD_OUT}", "after.evaluate.data")
@@ -318,7 +318,7 @@ def _held_out(files: Files, tenant: str, after: AfterJob | None) -> list[Uploade
 
 
 def _after(files: Files, id: str, after: AfterJob, uploads: Sequence[UploadedFile]) -> AfterJob:
-    """Return the requested `after` section with paths of the copied files.
+    """Return the request's `after` section, with paths instead of file ids.
 
     Raises Refused."""
     if after.evaluate is None:
@@ -351,7 +351,7 @@ def _file(files: Files, tenant: str, id: str, param: str, endings: tuple[str, ..
 
 
 def _job(jobs: JobStore, tenant: str, id: str) -> Job:
-    """Return a tenant's job. Raises Refused if this API did not create the job."""
+    """Return a tenant's job. Raises Refused if this API did not create it."""
     try:
         job = jobs.get(tenant, id)
     except UnknownJob:
@@ -363,9 +363,9 @@ def _job(jobs: JobStore, tenant: str, id: str) -> Job:
 
 
 def _results(jobs: JobStore, files: Files, job: Job) -> list[str]:
-    """Return the ids of a job's result files: one file after success.
+    """Return the ids of a job's result files: one file if the job succeeded.
 
-    The file is created on the first call."""
+    The first call creates the file."""
     if job.state != "succeeded":
         return []
     id = f"file-{hashlib.sha256(job.id.encode()).hexdigest()[:24]}"

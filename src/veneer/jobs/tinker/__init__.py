@@ -1,1 +1,1 @@
-"""Tinker's training API: the client's own training loop on a server's base."""
+"""Tinker's training API: a client's own training loop on the server's base."""

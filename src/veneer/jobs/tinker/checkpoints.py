@@ -3,8 +3,8 @@
     tinker://<run>/weights/<name>              training state on the server's disk, with optimizer state
     tinker://<run>/sampler_weights/<name>      weights to sample from
 
-Each checkpoint is also an adapter in the library, a version of the run's name. A file in the run's folder maps
-the checkpoint to the version. A checkpoint expires after its time to live.
+Each checkpoint is also an adapter in the library, a version of the run's name. A file in the run's folder
+maps the checkpoint to the version. A checkpoint expires after its time to live.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class SavedWeights:
     """A saved checkpoint.
 
     id: kind and name, as in the path
-    seq: number of the request that saved it
-    reference: version in the library
-    made, expires: seconds since 1970; `expires`: None for never"""
+    seq: number of the request that saved the checkpoint
+    reference: the adapter's version in the library
+    made, expires: seconds since 1970; `expires` is None if the checkpoint never expires"""
 
     id: str
     run: str
@@ -83,7 +83,7 @@ def _date(seconds: float) -> str:
 
 
 def parse_path(path: str) -> tuple[str, str]:
-    """Return (run, id) of a tinker:// path. Raises ConfigError."""
+    """Return (run, checkpoint id) of a tinker:// path. Raises ConfigError."""
     parts = path.removeprefix("tinker://").split("/")
     if not path.startswith("tinker://") or len(parts) != 3 or parts[1] not in _KINDS:
         message = f"{path[:200]!r} is not a checkpoint path"
@@ -92,13 +92,13 @@ def parse_path(path: str) -> tuple[str, str]:
 
 
 class Checkpoints:
-    """Checkpoints of one run, in its folder. `name`: the run's name in the library."""
+    """The checkpoints of one run, in its folder. `name`: its name in the library."""
 
     def __init__(self, run: str, folder: Path, name: str, library: Library) -> None:
         self.run, self.folder, self.name, self.library = run, folder, name, library
 
     def all(self) -> list[SavedWeights]:
-        """Return all checkpoints, oldest first."""
+        """Return the checkpoints that have not expired, oldest first."""
         return sorted((each for each in self._stored() if not each.expired), key=lambda each: (each.made, each.id))
 
     @property
@@ -111,11 +111,13 @@ class Checkpoints:
         return None if saved is None or saved.expired else saved
 
     def state(self, id: str) -> Path:
-        """Return the folder of a checkpoint's training state."""
+        """Return the folder with a checkpoint's training state."""
         return self.folder / id / "state"
 
     def new_folder(self, kind: str, name: str, ttl: int | None = None) -> Path:
-        """Return the folder of a new checkpoint. Raises ConfigError for an invalid name or time to live."""
+        """Return the folder for a new checkpoint.
+
+        Raises ConfigError for an invalid name or time to live."""
         if not self._is_valid(f"{kind}/{name}"):
             message = f"{name[:100]!r} cannot name a checkpoint"
             raise ConfigError(message, where="path", fix="letters, digits and . _ - between them, at most 100")
@@ -134,9 +136,9 @@ class Checkpoints:
         ttl: int | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> SavedWeights:
-        """Save a checkpoint and add its adapter to the library.
+        """Save a checkpoint, and add its adapter to the library.
 
-        The checkpoint is complete when this call returns."""
+        The checkpoint is complete when this method returns."""
         folder = self.new_folder(kind, name, ttl)
         with tempfile.TemporaryDirectory() as temporary:
             digest = write_adapter(adapter, Path(temporary) / "adapter", base)
@@ -165,8 +167,8 @@ class Checkpoints:
     def remove(self, id: str) -> None:
         """Remove a checkpoint, and its adapter from the library.
 
-        The adapter stays if another checkpoint has the same version, or an alias points to it. Raises
-        ConfigError for an unknown checkpoint."""
+        The adapter stays if another checkpoint has the same version or an alias points to it. Raises
+        ConfigError if the checkpoint does not exist."""
         self._discard(self._require(id))
 
     def _discard(self, saved: SavedWeights) -> None:
@@ -177,7 +179,7 @@ class Checkpoints:
     def _remove_adapter(self, reference: str) -> None:
         """Remove a version from the library, unless another checkpoint has it."""
         if all(checkpoint.reference != reference for checkpoint in self.all()):
-            with suppress(AdapterError):  # an alias points to it, or it is gone already
+            with suppress(AdapterError):  # an alias points to the version, or the version is already removed
                 self.library.remove(reference)
 
     def sweep(self) -> None:

@@ -63,7 +63,7 @@ _LOSSES: Mapping[str, tuple[Callable[[Tensor, Inputs, Options], Tensor], tuple[s
     "cispo": (_cispo, _SAMPLED, _CLIPS),
     "dro": (_dro, _SAMPLED, ("beta",)),
 }
-"""Loss -> (function, tensors required of a row besides its targets, options)."""
+"""Loss -> (function, tensors that a row needs besides its targets, names of options)."""
 _ELSEWHERE = {
     "stable_reinforce": "it needs what a sampler recorded, which this server does not",
     "custom": "this server runs no losses of clients: forward_backward_custom computes them there",
@@ -78,7 +78,7 @@ def row_loss(name: str, logps: Tensor, row: Inputs, options: Options) -> Tensor:
 
 
 def needed_inputs(name: str, options: Options) -> tuple[str, ...]:
-    """Return the tensors that a loss requires of each row besides the targets.
+    """Return the tensors that a loss needs from each row besides the targets.
 
     Raises ConfigError for an unknown loss or option."""
     if name in _ELSEWHERE:

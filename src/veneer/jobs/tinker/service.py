@@ -1,19 +1,19 @@
-"""Tinker service: sessions, training clients, and the execution of their requests.
+"""The Tinker service: sessions, training clients, execution of requests.
 
     service = TinkerService(base, library, folder)
     session = service.create_session("acme", {})
     run = service.create_run("acme", session.id, 0, Lora(8), {})
-    future = service.submit(run, 1, "forward", body)        executed in the order of the numbers
+    future = service.submit(run, 1, "forward", body)        requests are executed in the order of their numbers
 
-A client numbers its requests. One thread executes them in that order, each once. Each pass of the base takes
-the next rows of clients that have rows, together in one batch if possible; the tenant that has received the
-least comes first. Other requests (an optimizer step, saving, loading) run between passes.
+A client numbers its requests, and one thread executes each of them once, in that order. Each pass of the base
+takes the next rows of all clients that have rows, in one batch if possible; the tenant that has received the
+least comes first. Other requests (an optimizer step, saving, loading) are executed between passes.
 
-Sessions, clients and pending requests end with this process. On disk remain the saved checkpoints of a
-client (checkpoints.py), and with them the run's description, from which another client can continue. Clients
-that wait leave memory to others: the state of the least recently used client is moved to disk.
+Sessions, clients and pending requests end with this process. A client's saved checkpoints stay on disk
+(checkpoints.py), together with a description of the run, so that another client can continue from them. If
+memory is short, the state of the least recently used idle client is moved to disk.
 
-Knows a base, a library and folders, but no HTTP and no bills.
+This module uses a base, a library and folders; HTTP and billing are elsewhere.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ from veneer.train.text.save import write_adapter
 _log = logging.getLogger("veneer.tinker")
 
 _SNAPSHOTS = 16
-"""Number of newest unnamed sampler weights to keep per run."""
+"""Number of unnamed sampler weights kept per run; older ones are removed."""
 _SWEEP_SECONDS, _ENDED_SECONDS = 3600.0, 3600.0
 """Seconds between sweeps; seconds for which an ended session can still be queried."""
 _GAP_SECONDS, _MAX_AHEAD = 400.0, 10_000
-"""Seconds that requests wait for a missing earlier number; maximum distance to that number."""
+"""Seconds that requests wait for a missing earlier one; how far ahead a number can be."""
 _LARGE_BYTES = 1 << 20
-"""Size of a body after which freed memory is returned to the system."""
+"""Size of a body above which memory is returned to the system after the request."""
 _OBJECT_BYTES = 2000
 """Memory of a session, a run or a sampler besides a run's metadata."""
 _CONTINUE = "create_training_client_from_state continues from a saved checkpoint"
@@ -89,7 +89,9 @@ def ended(what: str, where: str, fix: str | None = None) -> Refused:
 
 @dataclass(frozen=True)
 class FutureResult:
-    """A result. `kind`: format of `data`; for `failed`, JSON with the error."""
+    """The result of a request.
+
+    kind: the format of `data`; for `failed`, `data` is JSON with the error."""
 
     kind: Literal["proto", "json", "failed"]
     data: bytes
@@ -177,14 +179,14 @@ class TrainingRun:
 
     @property
     def next(self) -> _Request | None:
-        """The next request to execute; None if it has not arrived."""
+        """Return the next request to execute; None if it has not arrived."""
         return self.pending.get(self.applied + 1)
 
 
 class TinkerService:
-    """Tinker sessions, runs and samplers of a server. Call `close` at the end.
+    """A server's Tinker sessions, runs and samplers. Call `close` at the end.
 
-    folder: folder of this service only
+    folder: a folder that only this service uses
     max_memory: bytes of memory for the states of training clients
     days: days after which unused sessions are removed
     quotas: limits per tenant; existing checkpoints count from the start"""
@@ -214,7 +216,7 @@ class TinkerService:
             os.close(self._lock)
             raise
         self._served: Counter[str] = Counter()
-        """Tenant -> tokens of its passes, by weight, since the service was last idle."""
+        """Tenant -> trained tokens divided by the tenant's weight, since the service was last idle."""
         self._changed = threading.Condition()
         self._closed = False
         self._pause = min(_SWEEP_SECONDS, days * 86400.0 / 24)
@@ -224,7 +226,7 @@ class TinkerService:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop after the current pass."""
+        """Stop the training thread after the current pass, and release all quota."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -235,7 +237,7 @@ class TinkerService:
         os.close(self._lock)
 
     def _read_runs(self) -> None:
-        """Read the runs that have checkpoints; remove what else an earlier process left."""
+        """Read the runs that have checkpoints; remove other files of earlier processes."""
         shutil.rmtree(self._live, ignore_errors=True)
         for path in self.folder.glob("*/session.json"):
             try:
@@ -252,7 +254,7 @@ class TinkerService:
                 shutil.rmtree(path.parent)
 
     def _read_run(self, tenant: str, folder: Path) -> None:
-        """Read a run, or remove its folder if it has no checkpoints."""
+        """Read a run from its folder, or remove the folder if the run has no checkpoints."""
         session = folder.parent.name
         checkpoints = self._checkpoints(tenant, session, folder.name.removeprefix("train-"))
         checkpoints.sweep()
@@ -312,9 +314,10 @@ class TinkerService:
     ) -> TrainingRun:
         """Create a run, or return the session's existing run of this number.
 
-        `start`: a new adapter's configuration, or the path of a checkpoint to continue from; `optimizer`: with
-        its optimizer state. Raises ConfigError for modules that the base lacks or an invalid path, and Refused:
-        404, 410, or over a quota."""
+        `start`: a new adapter's configuration, or the path of a checkpoint to continue from; `optimizer`:
+            with
+        its optimizer state. Raises ConfigError for modules that the base lacks or an invalid path, and
+        Refused: 404, 410, or over a quota."""
         lora = start if isinstance(start, Lora) else self.saved_state(tenant, start)[1].lora
         size = self._state_bytes(lora)
         with self._changed:
@@ -435,7 +438,7 @@ class TinkerService:
                     ready = [] if self._closed else self._ready()
                 self._round(ready)
                 self._fail_gaps()
-            except Exception as error:  # a bug: waiting clients get the error, and the thread continues
+            except Exception as error:  # a bug: the waiting clients get the error, and the thread continues
                 _log.exception("a round of training failed")
                 for run in ready:
                     self._fail(run, error)
@@ -445,14 +448,14 @@ class TinkerService:
             self._trainer.close()
 
     def _ready(self) -> list[TrainingRun]:
-        """Return runs with pending work; the tenant that received the least comes first."""
+        """Return runs with pending work; the tenant that has received least is first."""
         ready = [run for run in list(self.runs.values()) if run.next is not None]
         return sorted(ready, key=lambda run: (self._served[run.tenant], run.turn))
 
     def _round(self, ready: list[TrainingRun]) -> None:
-        """Execute each run's requests that need no pass, then one pass for runs with rows.
+        """Execute requests that need no pass, then run one pass for runs with rows.
 
-        A run whose state does not fit in memory waits, and with it all later runs that need memory."""
+        If a run's state does not fit in memory, the run waits, and so do all later runs that need memory."""
         training, waiting = [], False
         for run in ready:
             try:
@@ -466,13 +469,13 @@ class TinkerService:
             self._pass(training)
 
     def _needs_memory(self, run: TrainingRun) -> bool:
-        """Return whether the next request begins a pass or reads the state into memory."""
+        """Return whether the next request starts a pass or loads the state into memory."""
         if run.work is not None or run.next is None or run.next.kind in ("create_model", "refused"):
             return False
         return run.next.kind == "forward" or run.learner is None
 
     def _has_memory(self, run: TrainingRun) -> bool:
-        """Return whether a run's state fits in memory besides the states of unfinished passes."""
+        """Return whether a run's state fits in memory beside those of unfinished passes."""
         used = [each.learner.bytes for each in list(self.runs.values()) if each.work is not None and each.learner]
         if not used:
             return True
@@ -512,7 +515,7 @@ class TinkerService:
             if len(works) == 1:
                 self._fail(runs[0], error)
                 return
-            for run, work in works.items():  # one by one, so that only the faulty request fails
+            for run, work in works.items():  # run each request separately, so that only the faulty one fails
                 work.restart()
                 try:
                     while not work.done:
@@ -544,7 +547,7 @@ class TinkerService:
             request.result.set_result(result)
 
     def _fail(self, run: TrainingRun, error: Exception) -> None:
-        """Fail the next request with an error, and undo its effect on the gradients."""
+        """Fail a run's next request, and undo the request's effect on gradients."""
         if run.next is None:
             return
         if run.work is not None:
@@ -558,7 +561,7 @@ class TinkerService:
         self._finish(run, FutureResult("failed", json.dumps({"error": text, "category": category}).encode()))
 
     def _fail_gaps(self) -> None:
-        """Fail requests that waited too long for a missing number."""
+        """Fail requests that have waited too long for a missing earlier number."""
         for run in [run for run in list(self.runs.values()) if run.pending and run.next is None]:
             if time.time() - run.used > _GAP_SECONDS:
                 message = f"request {run.applied + 1} of {run.id} never arrived"
@@ -579,14 +582,14 @@ class TinkerService:
         try:
             return {"metrics": self._ready_trainer().optimize(learner, _adam(body))}
         except VeneerError:
-            learner.forget_gradients()  # the next step must not use gradients that this step refused
+            learner.forget_gradients()  # the next step must not use the gradients of this failed step
             raise
 
     def _save(self, run: TrainingRun, body: Mapping[str, Any]) -> dict[str, Any]:
         return {"path": self._save_checkpoint(run, body, "weights").path, "type": "save_weights"}
 
     def _save_checkpoint(self, run: TrainingRun, body: Mapping[str, Any], kind: str) -> SavedWeights:
-        """Save a run's weights as a checkpoint of `kind`; `weights` has a training state."""
+        """Save a run's weights as a checkpoint; kind `weights` adds the training state."""
         with_state, metadata, seq = kind == "weights", _value(body, "user_metadata", dict), run.applied + 1
         name = _value(body, "path", str) or (f"{seq:06d}" if with_state else "")
         ttl = _value(body, "ttl_seconds", int)
@@ -602,7 +605,7 @@ class TinkerService:
             return run.checkpoints.save(kind, name, seq, self._adapter(run), self.base, ttl=ttl, metadata=metadata)
 
     def _describe(self, run: TrainingRun) -> None:
-        """Write a run's description next to its checkpoints, for later processes."""
+        """Write a description of a run beside its checkpoints, for later processes."""
         folder = run.checkpoints.folder.parent
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write(folder.parent / "session.json", [json.dumps({"tenant": run.tenant}).encode()])
@@ -630,7 +633,7 @@ class TinkerService:
 
     @contextmanager
     def _storing(self, run: TrainingRun, **amounts: int) -> Iterator[None]:
-        """Hold quota while writing these amounts for a run. Raises Refused."""
+        """Hold quota for these amounts while a run's files are written. Raises Refused."""
         run.checkpoints.sweep()
         self._measure(run)
         run.hold.add(**amounts)
@@ -675,7 +678,7 @@ class TinkerService:
     # -- expiry --------------------------------------------------------------------------------------------------------
 
     def _sweep(self) -> None:
-        """Remove ended and unused sessions, and expired checkpoints, once per `_pause` seconds."""
+        """Remove ended and unused sessions and expired checkpoints, from time to time."""
         now, limit = time.time(), self.days * 86400.0
         if now < self._next_sweep:
             return
@@ -697,7 +700,7 @@ class TinkerService:
                 _log.exception("the files of %s could not be removed", run.id)
 
     def _remove_session(self, session: Session) -> None:
-        """Remove a session and its clients; checkpoints stay."""
+        """Remove a session and its clients; the clients' checkpoints stay."""
         with self._changed:
             del self.sessions[session.id]
             for id in session.samplers:
@@ -718,11 +721,11 @@ class TinkerService:
         return self._trainer
 
     def _live_folder(self, run: TrainingRun) -> Path:
-        """Return the folder of a run's state and unnamed weights."""
+        """Return the folder for a run's state and its unnamed weights."""
         return self._live / run.id.replace(":", "-")
 
     def _learner(self, run: TrainingRun) -> Learner:
-        """Return a run's adapter in memory; can move other runs' states to disk."""
+        """Return a run's adapter in memory; this can move other states to disk."""
         run.turn = time.monotonic()
         if run.learner is None:
             run.learner = self._read_learner(run, self._live_folder(run) / "state")
@@ -742,7 +745,9 @@ class TinkerService:
         return learner
 
     def _state_bytes(self, lora: Lora) -> int:
-        """Return a client's bytes of memory. Raises ConfigError if they exceed `max_memory`."""
+        """Return the bytes of memory that a client's state takes.
+
+        Raises ConfigError if this is more than `max_memory`."""
         size = state_bytes(self.base.model, lora.spec(self.names))
         if size > self.max_memory:
             raise ConfigError(
@@ -753,7 +758,7 @@ class TinkerService:
         return size
 
     def _evict_others(self, run: TrainingRun) -> None:
-        """Move other runs' states to disk until this run's fits, least recently used first."""
+        """Move other runs' states to disk, oldest use first, until this run's fits."""
         trainer, size = self._ready_trainer(), self._state_bytes(run.lora)
         idle = [
             idle_run
@@ -768,14 +773,16 @@ class TinkerService:
             self._drop(idle_run)
 
     def _drop(self, run: TrainingRun) -> None:
-        """Drop a run's state from memory without writing."""
+        """Drop a run's state from memory without writing it to disk."""
         if run.learner is not None:
             self._ready_trainer().drop(run.learner)
             run.learner = None
 
 
 def _lock_folder(folder: Path) -> int:
-    """Lock a folder for this process. Raises ConfigError if another process has it."""
+    """Lock a folder and return the lock file's descriptor.
+
+    Raises ConfigError if another process holds the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
@@ -788,7 +795,9 @@ def _lock_folder(folder: Path) -> int:
 
 
 def _value(body: Mapping[str, Any], name: str, kind: type[_T]) -> _T | None:
-    """Return a body's value of type `kind`, or None. Raises ConfigError."""
+    """Return a field of a body; None if it is missing.
+
+    Raises ConfigError if the field does not have the type `kind`."""
     value = body.get(name)
     if value is not None and type(value) is not kind:
         fix = f"{_TYPE_NAMES[kind]}, or leave it out"
@@ -805,6 +814,6 @@ def _adam(body: Mapping[str, Any]) -> Adam:
     if unknown := sorted(set(values) - names):
         raise ConfigError(f"adam_params has no {unknown[0][:50]!r}", where="adam_params", fix=", ".join(sorted(names)))
     for name, value in values.items():
-        if type(value) not in (int, float) or abs(value) > sys.float_info.max:  # the SDK sends null for NaN
+        if type(value) not in (int, float) or abs(value) > sys.float_info.max:  # None: the SDK sends NaN as null
             raise ConfigError(f"{name} is not a finite number", where="adam_params")
     return Adam(**{"clip" if name == "grad_clip_norm" else str(name): float(value) for name, value in values.items()})

@@ -1,20 +1,20 @@
-"""Clients' adapters on one base, trained step by step, in shared passes if possible.
+"""Trains clients' adapters on one base, in shared passes if possible.
 
-    trainer = Trainer(base)                        own modules on the base's tensors
+    trainer = Trainer(base)                        its own modules, which share the base's tensors
     learner = trainer.create("a", Lora(rank=8))
     work = PassWork(learner, check_rows(rows, …), "cross_entropy", {}, backward=True)
-    while not work.done: trainer.step([work, …])   a pass: rows of all works in one batch
+    while not work.done: trainer.step([work, …])   one pass: rows of all works in one batch
     trainer.optimize(learner, Adam(1e-4))
 
     gradient of a client = Σ over its passes since its last optimizer step  ∇ Σ loss of its rows
 
 Rows of clients with different ranks, targets and losses share a pass, as in runs that train together
-(train/text/together.py): each row uses its own client's adapter, and no gradient reaches another client's. A
-client whose adapter cannot share a pass (span_problem), and all clients on a base that cannot (why_apart),
-get their own passes, in turn.
+(train/text/together.py): each row uses its own client's adapter, and gradients do not mix. A client whose
+adapter cannot share a pass (span_problem) gets separate passes; on a base that does not support shared passes
+(reason_not_shared), all clients do.
 
-A row of n tokens runs with its last target appended, as in veneer's own training, so that both give the same
-numbers, bit for bit. Knows tensors and one base, but no requests and no tenants.
+A row of n tokens runs with its last target appended, as in veneer's own training, so that both give
+bit-identical numbers. This module uses tensors and one base; requests and tenants are elsewhere.
 """
 
 from __future__ import annotations
@@ -54,17 +54,17 @@ from veneer.train.preflight import trainable_parameters
 from veneer.train.text.together import reason_not_shared
 
 ALPHA = 32.0
-"""Alpha of every adapter, whatever its rank, as in Tinker."""
+"""Alpha of every adapter, for every rank, as in Tinker."""
 _PASS, _PASS_ON_GPU = 2048, 8192
-"""Tokens per pass, on the CPU and on a GPU."""
+"""Maximum tokens per pass, on the CPU and on a GPU."""
 _GRADIENT = "@gradient"
 _WRAPS = "~"
-"""Name of an adapter that is never active."""
+"""Name of an adapter that is attached only to wrap modules and is never active."""
 
 
 @dataclass(frozen=True)
 class Lora:
-    """A client's LoRA configuration. `seed`: None means 0."""
+    """A client's LoRA configuration. A `seed` of None means 0."""
 
     rank: int
     seed: int | None = None
@@ -73,7 +73,7 @@ class Lora:
     unembed: bool = True
 
     def spec(self, names: TargetNames) -> LoraSpec:
-        """Return the LoraSpec. Raises ConfigError for modules that the base lacks."""
+        """Return a LoraSpec. Raises ConfigError if the base lacks the modules."""
         if not 1 <= self.rank <= 4096:
             raise ConfigError(f"rank {self.rank} is not possible", where="lora_config.rank", fix="from 1 to 4096")
         groups = (names.attention, self.attention), (names.mlp, self.mlp), (names.head, self.unembed)
@@ -86,7 +86,7 @@ class Lora:
 
 @dataclass(frozen=True)
 class TargetNames:
-    """A base's LoRA target modules, in Tinker's groups."""
+    """The names of a base's LoRA target modules, in Tinker's groups."""
 
     attention: tuple[str, ...]
     mlp: tuple[str, ...]
@@ -105,9 +105,9 @@ def target_names(model: Any) -> TargetNames:
 
 
 def state_bytes(model: Any, spec: LoraSpec) -> int:
-    """Return a client's bytes of weights, gradients and both moments in float32.
+    """Return the bytes of a client's weights, gradients and both moments in float32.
 
-    Allocates nothing."""
+    Allocates no tensors."""
     return 16 * trainable_parameters(model, resolve_targets(model, spec), spec)[0]
 
 
@@ -116,17 +116,17 @@ _BOUNDS = {
     "learning_rate": (0.0, 1.0), "beta1": (0.0, 0.999999), "beta2": (0.0, 0.999999), "eps": (1e-30, 1.0),
     "weight_decay": (0.0, 1.0), "clip": (-_LARGEST, _LARGEST),
 }  # fmt: skip
-"""Bounds that keep weights finite in an AdamW step.
+"""Bounds of AdamW's parameters that keep the weights finite.
 
-The step is learning_rate * m / (√v + eps). eps must not round to 0
-in float32: for a parameter without a gradient, the step is 0 / eps."""
+The step is learning_rate * m / (√v + eps). eps must not round to 0 in float32, because the step of a
+parameter without a gradient is 0 / eps."""
 
 
 @dataclass(frozen=True)
 class Adam:
-    """AdamW's parameters for one step, with Tinker's defaults.
+    """The parameters of one AdamW step, with Tinker's defaults.
 
-    `clip`: maximum gradient norm; 0: no clipping."""
+    clip: maximum gradient norm; 0: no clipping."""
 
     learning_rate: float = 1e-4
     beta1: float = 0.9
@@ -147,7 +147,7 @@ class Adam:
 class Learner:
     """An adapter in training, in memory.
 
-    `separate_reason`: why its rows cannot share a pass with other clients; "" if they can."""
+    separate_reason: why its rows cannot share a pass with other clients; "" if they can."""
 
     name: str
     parameters: Mapping[str, nn.Parameter]
@@ -156,7 +156,7 @@ class Learner:
 
     @property
     def bytes(self) -> int:
-        """Bytes of weights, gradients and both moments."""
+        """Return the bytes of the weights, gradients and both moments."""
         return 4 * sum(parameter.nbytes for parameter in self.parameters.values())
 
     def forget_gradients(self) -> None:
@@ -166,11 +166,11 @@ class Learner:
 
 @dataclass(frozen=True, eq=False)
 class TrainRow:
-    """A checked row.
+    """A row that was checked.
 
     ids: (n,), or (n + 1,) with the last target appended
     targets: (n, k)
-    inputs: tensors of the loss, (n,) if the client's targets were flat (`flat`), else (n, k)"""
+    inputs: the loss's tensors: (n,) if the client's targets had one dimension (`flat`), else (n, k)"""
 
     ids: Tensor
     targets: Tensor
@@ -181,7 +181,7 @@ class TrainRow:
 def check_rows(
     rows: Sequence[WireRow], loss: str, options: Mapping[str, float | str], *, vocabulary: int, context: int
 ) -> list[TrainRow]:
-    """Check a client's rows and return them. Raises ConfigError that names the row."""
+    """Check and convert a client's rows. Raises ConfigError that names the row."""
     names = needed_inputs(loss, options)
     if not rows:
         raise ConfigError("there are no rows", where="data")
@@ -210,7 +210,7 @@ def _row(row: WireRow, where: str, loss: str, names: Sequence[str], vocabulary: 
         or not target_tokens.size
     ):
         raise wrong(f"target_tokens has the shape {target_tokens.shape}", f"integers, ({count},) or ({count}, k)")
-    for name, values in row.inputs.items():  # check all shapes before copying any values
+    for name, values in row.inputs.items():  # check all shapes before any values are copied
         if name in supported and values.shape != target_tokens.shape:
             raise wrong(f"{name} has the shape {values.shape}, target_tokens {target_tokens.shape}")
     targets = torch.tensor(target_tokens)
@@ -234,9 +234,9 @@ def _row(row: WireRow, where: str, loss: str, names: Sequence[str], vocabulary: 
 
 @dataclass(eq=False)
 class PassWork:
-    """A forward, or forward_backward, in progress.
+    """A forward or forward_backward request in progress.
 
-    `logps`: log-probabilities of finished rows, each (n,) or (n, k)."""
+    logps: the log-probabilities of finished rows, each (n,) or (n, k)."""
 
     learner: Learner
     rows: Sequence[TrainRow]
@@ -251,7 +251,7 @@ class PassWork:
         self._gradients = {p: None if p.grad is None else p.grad.clone() for p in parameters}
 
     def restart(self) -> None:
-        """Discard all rows' results and restore the gradients from before the work."""
+        """Discard the results so far, and restore the gradients from before the request."""
         self.logps, self.total = [], 0.0
         for parameter, gradient in self._gradients.items():
             parameter.grad = None if gradient is None else gradient.clone()
@@ -266,9 +266,9 @@ class PassWork:
 
 
 class Trainer:
-    """Clients' adapters on own modules that share `base`'s tensors.
+    """Clients' adapters on modules of the trainer's own that share `base`'s tensors.
 
-    Call all methods from one thread."""
+    Call all methods from the same thread."""
 
     def __init__(self, base: TextBase) -> None:
         self.base = copy_modules(base)
@@ -276,7 +276,7 @@ class Trainer:
         self.model, self.names, self.learners = model, target_names(model), dict[str, Learner]()
         self._undo = ExitStack()
         self.attachment = self._undo.enter_context(attach(model))
-        # Fast paths keep references to modules, so wrap every module that a client can train first.
+        # Fast paths keep references to modules, so every module that a client can train is wrapped first.
         self.attachment.add(_WRAPS, create(model, Lora(1).spec(self.names), seed=0))
         self.how = self._undo.enter_context(fast(model)).summary()
         self.all_separate_reason = reason_not_shared(model)
@@ -290,13 +290,13 @@ class Trainer:
     # -- clients -------------------------------------------------------------------------------------------------------
 
     def create(self, name: str, lora: Lora) -> Learner:
-        """Create an adapter; equal seeds give equal weights.
+        """Create an adapter; the same seed gives the same weights.
 
         Raises ConfigError, TargetError."""
         adapter = create(self.model, lora.spec(self.names), seed=lora.seed or 0)
         self.attachment.add(name, adapter, trainable=True)
         parameters = self.attachment.parameters(name)
-        # The head runs separately on each client's rows.
+        # the head's pairs do not count, because the head runs separately on each client's rows
         body_pairs = {key: pair for key, pair in adapter.pairs.items() if key not in self.names.head}
         separate_reason = self.all_separate_reason or span_problem(replace(adapter, pairs=body_pairs))
         optimizer = make_optimizer(parameters, name="adamw", learning_rate=1.0)
@@ -304,22 +304,22 @@ class Trainer:
         return learner
 
     def drop(self, learner: Learner) -> None:
-        """Remove an adapter from memory without writing its state."""
+        """Remove an adapter from memory without saving its state."""
         del self.learners[learner.name]
         self.attachment.use()
         self.attachment.remove(learner.name)
 
     def adapter(self, learner: Learner) -> Adapter:
-        """Return a copy of the adapter's current weights."""
+        """Return a copy of the adapter with its current weights."""
         return self.attachment.adapter(learner.name)
 
     # -- passes --------------------------------------------------------------------------------------------------------
 
     def step(self, works: Sequence[PassWork]) -> list[PassWork]:
-        """Run one pass over the next rows of unfinished works; return works with rows.
+        """Run one pass over the next rows of unfinished works.
 
-        The first work has priority. Raises TrainingError for a non-finite loss (the gradients of these works
-        must not be used) and ResourceError."""
+        Returns the works that had rows in the pass. The first work has priority. Raises ResourceError, and
+        TrainingError for a loss that is not finite (the gradients of these works must then not be used)."""
         first, *rest = works
         if first.learner.separate_reason:
             rest = []
@@ -340,9 +340,10 @@ class Trainer:
         return [work for work, _ in parts]
 
     def _parts(self, works: Sequence[PassWork]) -> list[tuple[PassWork, list[TrainRow]]]:
-        """Return each work's rows of the next pass: one row in turn until it is full.
+        """Return the rows of each work for the next pass.
 
-        Each learner takes part with one work only."""
+        The works add one row in turn until the pass is full. Only the first work of each learner takes
+        part."""
         first_works: dict[str, PassWork] = {}
         for work in works:
             first_works.setdefault(work.learner.name, work)
@@ -359,7 +360,9 @@ class Trainer:
         return [(first_works[name], rows) for name, rows in taken.items() if rows]
 
     def _pass(self, parts: Sequence[tuple[PassWork, list[TrainRow]]]) -> list[tuple[list[Tensor], float]]:
-        """Run forward, and backward if requested; return (logps of rows, loss) per part."""
+        """Run the forward pass and, for works that need it, the backward pass.
+
+        Returns (log-probabilities of the rows, loss) for each part."""
         rows = [row for _, work_rows in parts for row in work_rows]
         device = self.base.device
         lengths = [len(row.ids) for row in rows]
@@ -394,7 +397,7 @@ class Trainer:
             looking = [p for work, _ in parts if not work.backward for p in work.learner.parameters.values()]
             untouched = [p for p in looking if p.grad is None]
             torch.stack(backward).sum().backward()  # type: ignore[no-untyped-call]
-            for parameter in untouched:  # zeros, from other clients' rows
+            for parameter in untouched:  # drop the zeros that other clients' rows caused
                 parameter.grad = None
         totals = torch.stack(losses).tolist()
         return [([p.cpu() for p in work_rows], total) for work_rows, total in zip(all_logps, totals, strict=True)]
@@ -402,7 +405,7 @@ class Trainer:
     def _logps(
         self, rows: Sequence[TrainRow], hidden: Tensor, acting: Callable[[], AbstractContextManager[Any]]
     ) -> list[Tensor]:
-        """Return each row's log-probabilities, in the shape of its targets."""
+        """Return log-probabilities of each row's targets, in the shape of the targets."""
         counts, device = [len(row.targets) for row in rows], hidden.device
         if len({row.targets.shape[1] for row in rows}) == 1:
             targets = sent(torch.cat([row.targets for row in rows]), device)
@@ -415,10 +418,10 @@ class Trainer:
         return [part[:, 0] if row.flat else part for row, part in zip(rows, parts, strict=True)]
 
     def optimize(self, learner: Learner, adam: Adam) -> dict[str, float]:
-        """Step the optimizer with the gradients since the last step, and clear them.
+        """Run an optimizer step with the gradients since the last step; clear them.
 
-        Raises TrainingError without gradients or with a non-finite gradient; the weights are then unchanged
-        and the gradients cleared."""
+        Raises TrainingError if there are no gradients or a gradient is not finite; the weights then do not
+        change, and the gradients are cleared."""
         parameters = [p for p in learner.parameters.values() if p.grad is not None]
         if not parameters:
             raise TrainingError("there is no gradient", fix="forward_backward comes before optim_step")
@@ -436,9 +439,9 @@ class Trainer:
     # -- on disk -------------------------------------------------------------------------------------------------------
 
     def write(self, learner: Learner, folder: Path, number: int) -> None:
-        """Save the whole state, including gradients, as number `number`.
+        """Save an adapter's whole state, including gradients, under a number.
 
-        Removes the previous state once the new one is complete."""
+        Removes the previous state after the new state is complete."""
         gradients = {f"{k}{_GRADIENT}": p.grad for k, p in learner.parameters.items() if p.grad is not None}
         save_checkpoint(
             folder,
@@ -451,10 +454,11 @@ class Trainer:
         )
 
     def read(self, learner: Learner, folder: Path, optimizer: bool = True) -> None:
-        """Load the newest state of `folder`.
+        """Load the newest state in `folder`.
 
-        `optimizer`: also load moments and gradients. Raises CheckpointError without a state, or for a state
-        of another kind of adapter."""
+        optimizer: whether to load moments and gradients too.
+
+        Raises CheckpointError if there is no state, or if it is for another kind of adapter."""
         path = latest(folder)
         if path is None:
             raise CheckpointError("there is no state", where=folder.name)
@@ -468,6 +472,6 @@ class Trainer:
         try:
             restore(path, parameters=state, optimizer=learner.optimizer, identity={})
         finally:
-            rng_restore(generators)  # other code uses the global generators
+            rng_restore(generators)  # other code uses the global generators, which restoring the state would change
         for name, gradient in gradients.items():
             learner.parameters[name.removesuffix(_GRADIENT)].grad = gradient

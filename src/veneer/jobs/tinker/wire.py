@@ -5,8 +5,8 @@
     forward_bytes(outputs, metrics)            result of a forward request
     sample_bytes(sequences, …)                 result of a sampling request
 
-`protobuf` reads and writes the messages of `_MESSAGES`. Before it unpacks a request, the request's fields are
-counted, because an empty row has 2 bytes on the wire but 500 in memory. Unknown fields are ignored.
+`protobuf` reads and writes the messages in `_MESSAGES`. The fields of a request are counted before it is
+unpacked, because an empty row takes 2 bytes in the message but 500 in memory. Unknown fields are ignored.
 """
 
 from __future__ import annotations
@@ -28,18 +28,20 @@ Array = np.ndarray[Any, np.dtype[Any]]
 _NUMPY = {1: "<f4", 2: "<i8", 3: "<i4"}
 _FLOAT = 1
 _LARGEST = 1 << 28
-"""Maximum bytes of a request's tensors, unpacked: sparse ones are small on the wire."""
+"""Maximum bytes of a request's unpacked tensors; a sparse tensor is small in the message."""
 _FIELDS = 1 << 18
-"""Maximum fields of a request, including nested messages."""
+"""Maximum number of fields in a request, including nested messages."""
 _ROW, _COPIES = 512, 3
-"""Bytes of memory per row besides tensors; copies of the tensors during checks."""
+"""Bytes of memory per row besides tensors; number of copies of the tensors during the checks."""
 
 
 @dataclass(frozen=True, eq=False)
 class WireRow:
-    """A row. `tokens`: (n,) input ids; `inputs`: the loss's tensors by name.
+    """A row of a request.
 
-    `unsupported`: kind of input that is not text, or ""."""
+    tokens: (n,) input ids.
+    inputs: the loss's tensors by name.
+    unsupported: the kind of an input that is not text, or ""."""
 
     tokens: Array
     inputs: Mapping[str, Array]
@@ -50,7 +52,8 @@ class WireRow:
 class ForwardRequest:
     """A forward request.
 
-    `seq`: number of the request within its client, from 1. `options`: options of the loss."""
+    seq: number of the request among the client's requests, from 1.
+    options: options of the loss."""
 
     model: str
     seq: int
@@ -62,9 +65,10 @@ class ForwardRequest:
 
 @dataclass(frozen=True)
 class ForwardHead:
-    """The part of a request that can be read without creating tensors.
+    """The facts about a request that can be read without creating tensors.
 
-    `tokens`: tokens of all rows. `memory`: bytes needed to unpack and check the request."""
+    tokens: number of tokens in all rows.
+    memory: bytes needed to unpack and check the request."""
 
     model: str
     seq: int
@@ -73,17 +77,17 @@ class ForwardHead:
 
 
 def read_head(body: bytes) -> ForwardHead:
-    """Read a request's sizes without creating tensors.
+    """Return a request's sizes, without creating tensors.
 
-    Raises Refused: 413 for tensors or fields over a limit, 400 for bytes that are not a forward_backward
+    Raises Refused: 413 if the tensors or fields exceed a limit, 400 if the body is not a forward_backward
     message."""
     return _head(_parsed(body))
 
 
 def read_forward(body: bytes) -> ForwardRequest:
-    """Read a whole request.
+    """Return a whole request.
 
-    Raises Refused like `read_head`, before any tensor is created."""
+    Raises Refused as `read_head` does, before any tensor is created."""
     message = _parsed(body)
     _head(message)
     values = {entry.name: entry.value for entry in message.options}
@@ -130,7 +134,7 @@ def _too_large(most: str) -> Refused:
 
 
 def _tensor_bytes(tensor: Any) -> int:
-    """Return the number of bytes that `_tensor` would allocate."""
+    """Return the number of bytes that `_tensor` would allocate for a tensor."""
     if not tensor.HasField("sparse"):
         return len(tensor.dense)
     if tensor.kind not in _NUMPY or len(tensor.shape) != 2 or min(tensor.shape) < 0:
@@ -151,7 +155,7 @@ def _row(row: Any) -> WireRow:
 
 
 def _tensor(tensor: Any) -> Array:
-    """Return a tensor from a dense or CSR (sparse) message. Raises ValueError."""
+    """Return a tensor of a message, dense or sparse (CSR). Raises ValueError."""
     if tensor.kind not in _NUMPY:
         raise ValueError(f"a tensor of the kind {tensor.kind}")
     shape, sparse = list(tensor.shape), tensor.sparse
@@ -170,14 +174,15 @@ def _tensor(tensor: Any) -> Array:
     return out
 
 
-# -- answers -----------------------------------------------------------------------------------------------------------
+# -- responses ---------------------------------------------------------------------------------------------------------
 
 
 def forward_bytes(outputs: Sequence[Mapping[str, Array]], metrics: Mapping[str, float]) -> bytes:
-    """Return the result of a forward request.
+    """Return the result of a forward request as bytes.
 
-    `outputs`: each row's tensors by name, float32. Consecutive rows share a record if each name's tensors
-    agree in all sizes but the first."""
+    outputs: the tensors of each row by name, float32. Consecutive rows share a record if their tensors have
+        the
+        same names and the same sizes except the first."""
     message, at = _Outputs(kind="ArrayRecord"), 0
     while at < len(outputs):
         shapes = {name: value.shape[1:] for name, value in outputs[at].items()}
@@ -243,9 +248,9 @@ _MESSAGES = {
     "Sequence": ["int stop", "bytes tokens", "bytes logprobs"],
     "Samples": ["Sequence* sequences", "bytes prompt", "bytes top_prompt", "int cached"],
 }  # fmt: skip
-"""Fields of each message, numbered from 1; `*` and `ints` are repeated."""
+"""The fields of each message, numbered from 1; fields with `*` and `ints` are repeated."""
 _NESTED = {3: {1: {1: {}}, 2: {2: {2: {}}}}, 5: {}, 7: {2: {}}}
-"""Nested messages of a request, by field number."""
+"""The nested messages of a request, by field number."""
 
 
 def _classes() -> dict[str, Any]:
@@ -274,9 +279,9 @@ _Forward, _Outputs, _Samples = (_classes()[name] for name in ("Forward", "Output
 
 
 def _count_fields(data: memoryview, nested: Mapping[int, Any], most: int) -> int:
-    """Return `most` minus the number of a message's fields, including nested ones.
+    """Return `most` minus a message's number of fields, including nested messages.
 
-    Stops reading when the result falls below 0. Raises IndexError for bytes that end within a field."""
+    Stops reading once the result is below 0. Raises IndexError if the bytes end within a field."""
     at = 0
     while at < len(data) and most >= 0:
         most -= 1

@@ -1,4 +1,4 @@
-"""The tables of jobs, which a new database gets from `veneer.jobs.tables`."""
+"""The first revision of the jobs' tables; `veneer.jobs.tables` defines them."""
 
 from __future__ import annotations
 
@@ -7,4 +7,4 @@ down_revision = None
 
 
 def upgrade() -> None:
-    """Do nothing: this is the first revision."""
+    """Do nothing, because this is the first revision."""
