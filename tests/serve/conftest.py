@@ -1,4 +1,4 @@
-"""A tiny base, a library, a folder that the operator allows, and a catalog over them."""
+"""Fixtures: a tiny base, a library, a folder that the operator allows, and a catalog of both."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 class Prompt(Catalog):
-    """A catalog whose names are those of this moment, as surfaces see to before each request."""
+    """A catalog that refreshes its names before each lookup, as HTTP routes do before each request."""
 
     def resolve(self, model: str, caller: Principal) -> ResolvedModel:
         self._look()

@@ -1,6 +1,6 @@
-"""A server that behaves as vLLM does towards a client, without a model: real HTTP, in a thread.
+"""A fake vLLM server without a model: real HTTP, in a thread.
 
-The first word of an answer is the adapter's folder, so a test sees which adapter answered.
+The first word of a completion is the adapter's folder, which shows which adapter was used.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ from tests.serve.http.toy import served
 
 @dataclass
 class FakeVLLM:
-    """`resolve`: the plug-in, adapter name -> folder or None. `load_fails`: answers as vLLM does if it cannot load
-    what the plug-in found. `wrong`: (status, message) of the next answers, first to last. `breaks_after`: tokens
-    before the stream dies. `delay`: seconds before each token. `calls`: bodies of completions. `left`: streams that
-    their client left."""
+    """A server that responds as vLLM does.
+
+    `resolve`: the plug-in, adapter name -> folder or None. `load_fails`: respond as vLLM does if it cannot
+        load
+    the resolved folder. `wrong`: (status, message) of the next responses, in order. `breaks_after`: tokens
+    before the stream breaks. `delay`: seconds before each token. `calls`: bodies of completion requests.
+    `left`: number of streams whose client disconnected."""
 
     resolve: Callable[[str], Path | None] = lambda name: None
     load_fails: bool = False
@@ -93,6 +96,6 @@ def _error(status: int, message: str) -> JSONResponse:
 
 @contextmanager
 def running(fake: FakeVLLM) -> Iterator[str]:
-    """The server's URL, while the server runs."""
+    """Yield the server's URL while the server runs."""
     with served(fake.app()) as url:
         yield url

@@ -1,4 +1,4 @@
-"""Adapters on disk and texts of refusals, for tests of names and sources."""
+"""Helpers for tests of names and sources: adapters on disk and texts of errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Make = Callable[..., Catalog]
 
 
 def saved(base: TextBase, folder: Path, seed: int = 0, **card: Any) -> str:
-    """An adapter in PEFT's layout; returns its digest."""
+    """Write an adapter in PEFT's layout; return its digest."""
     adapter = adapter_for(base, seed, **card)
     peft.write_folder(adapter, folder)
     return peft.load_folder(folder).adapter.digest()

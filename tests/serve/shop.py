@@ -1,4 +1,4 @@
-"""Adapters by digest for tests of what is in memory, with jobs that run when a test likes."""
+"""Helpers for tests of the adapter cache: adapters by digest, with loads that run when a test chooses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ UNIT = 64
 
 @dataclass(eq=False)
 class Thing:
-    """What the runner would make: as large as its tensors times `factor`."""
+    """A prepared adapter: its tensors' size times `factor`."""
 
     name: str
     bytes: int
@@ -24,7 +24,7 @@ class Thing:
 
 @dataclass
 class Shop:
-    """Adapters by digest, `sizes` in units; `held` is what a test keeps of the jobs, to be run when it likes."""
+    """Adapters by digest, with `sizes` in units. `held`: loads that the test runs later."""
 
     sizes: dict[str, int]
     factor: int = 1
@@ -69,7 +69,7 @@ class Shop:
 
 
 class Asked:
-    """A request's side: acquires, and takes what `ready` brings."""
+    """A request: acquires a lease and records what `ready` returns."""
 
     def __init__(self, residents: AdapterCache[Thing], *digests: str) -> None:
         self.mix: DigestMix = make_mix((d, 1.0) for d in digests)

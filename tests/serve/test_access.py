@@ -1,4 +1,4 @@
-"""Keys that are all alike."""
+"""Plain API keys that all have the same permissions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A server has the parts its settings need, and settings without effect are refused."""
+"""A server has the parts that its settings need; settings without effect are refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FLEET = FleetSettings(upstream="http://127.0.0.1:1")
 
 
 def load(settings: ServeSettings) -> None:
-    """Build a server, load its base, and end it."""
+    """Build a server, load its base, and close the server."""
 
     async def live() -> None:
         built = build(settings, print)

@@ -154,7 +154,7 @@ def test_valid_and_unknown_settings_pass(home: Path) -> None:
     base = str(tiny_base_dir(home))
     for each in (
         ServeSettings(base),
-        ServeSettings("smollm2-135m", quantize="keep"),  # not made yet
+        ServeSettings("smollm2-135m", quantize="keep"),  # not built yet
         ServeSettings(base, dtype="bf16", device="cpu"),
         ServeSettings(base, preload=(Preload("mine", "an-adapter"),), folders=(str(home),)),
         ServeSettings(

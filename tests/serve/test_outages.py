@@ -1,4 +1,4 @@
-"""An unavailable database, store or disk is a 503 without details, to be tried again."""
+"""An unavailable database, store or disk is a 503 without details."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ OPERATOR = Principal("operator")
 
 
 def kept_back(refused: Refused, log: str) -> None:
-    """An outage in our words, under an id by which the log has the driver's."""
+    """Assert that the client gets a generic message and an id under which the log has the driver's error."""
     assert (refused.status, refused.code) == (503, "unavailable")
     assert refused.retry_after
     assert "secret-host" not in str(refused)
@@ -45,7 +45,7 @@ def kept_back(refused: Refused, log: str) -> None:
 
 @pytest.fixture
 def elsewhere(base: TextBase, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A library in a store that is reached through a client, with one adapter in it."""
+    """A library with one adapter in a remote store that is accessed through a client."""
     monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
     digest = saved(base, folder / "a")
     with open_library(f"memory://{tmp_path.name}", str(tmp_path / "index.sqlite")) as library:
@@ -92,7 +92,7 @@ def test_lost_or_changed_files_are_server_errors(make: Make, elsewhere: Any, cap
 
 
 def test_a_removed_adapter_is_404_and_no_outage(make: Make, elsewhere: Any) -> None:
-    """A request keeps its resolved adapter while the files exist; new requests cannot name it."""
+    """A running request keeps its resolved adapter while the files exist; new requests cannot name it."""
     library, digest = elsewhere
     catalog = make(library=library)
     catalog.resolve("support", OPERATOR)
@@ -114,7 +114,7 @@ def test_a_failing_disk_is_not_the_adapters_error(
     def fails(*a: Any, **k: Any) -> Any:
         try:
             raise OSError(number, SECRET)
-        except OSError as error:  # as readers tell of a file that they cannot read
+        except OSError as error:  # the error that readers raise for an unreadable file
             raise AdapterError(f"cannot be read: {error}") from error
 
     monkeypatch.setattr("veneer.serve.names.adapter_sources.load_adapter", fails)
@@ -145,7 +145,7 @@ def test_a_damaged_database_is_an_outage(tmp_path: Path) -> None:
         connection.execute(text("CREATE TABLE kept (a TEXT UNIQUE)"))
         connection.execute(text("INSERT INTO kept VALUES ('x')"))
     engine.dispose()
-    cut.write_bytes(whole.read_bytes()[:4096] + b"\xff" * 8192)  # its pages, but for the first
+    cut.write_bytes(whole.read_bytes()[:4096] + b"\xff" * 8192)  # destroy all pages of the database but the first
     for file in (garbage, cut):
         error = failed(file, "SELECT * FROM kept")
         assert is_transient(error), error
@@ -198,7 +198,7 @@ def test_unauthenticated_requests_learn_nothing_of_an_outage(
     assert ask(app, "/v1/models").status_code == 401
     monkeypatch.setattr(tenants.store, "refresh", away)
     for path in ("/v1/models", "/metrics"):
-        answer = ask(app, path, key="vnr-aaaaaaaaaa-never-seen-before")  # what was read last holds
+        answer = ask(app, path, key="vnr-aaaaaaaaaa-never-seen-before")  # the cached settings apply
         assert answer.status_code == 401
         assert not any(word in answer.text for word in ("secret-host", "PGSQL", "SELECT", "tenant_meta"))
     assert "secret-host" in caplog.text
@@ -216,7 +216,7 @@ def test_operator_routes_are_503_during_an_outage(
     told(ask(app, "/admin/tenants", ADMIN), caplog.text)
     assert ask(app, "/admin/tenants", "no key").status_code == (
         401 if error else 503
-    )  # by what was read last, if it may
+    )  # uses cached settings, if those permit the request
 
 
 def test_an_internal_error_is_500_with_a_logged_id(

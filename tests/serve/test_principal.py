@@ -43,7 +43,7 @@ TRAIN = ("/v1/files", "/v1/uploads", "/v1/fine_tuning/", "/v1/jobs/", "/api/v1/"
 
 
 def permission_of(method: str, path: str) -> Permission:
-    """Return the permission that the documentation gives for a route."""
+    """Return the permission that the documentation states for a route."""
     if path in PUBLIC or "{signature}" in path:
         return "public"
     if path == "/metrics":
@@ -63,7 +63,7 @@ def permission_of(method: str, path: str) -> Permission:
 
 
 class ByName(OpenAccess):
-    """A tenancy whose keys are the names of principals."""
+    """A tenancy in which a key is the name of its principal."""
 
     keyless = False
 
@@ -116,7 +116,8 @@ def test_every_route_names_the_documented_permission(app: FastAPI) -> None:
 
 @pytest.mark.parametrize("name", [*KINDS, None])
 def test_a_route_is_closed_without_its_permission(app: FastAPI, name: str | None) -> None:
-    """The permission is checked before the body is read: a denied request with invalid JSON gets no error about it."""
+    """The permission is checked before the body is read: a denied request with invalid JSON gets no error
+    about it."""
     principal = STRANGER if name is None else KINDS[name]
 
     async def ask() -> None:

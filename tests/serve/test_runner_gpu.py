@@ -1,4 +1,4 @@
-"""The runner on a CUDA device: the same laws, in torch's own operations."""
+"""The runner on a CUDA device, with torch's own operations: the laws of the CPU hold."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = [
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.1)])
 @pytest.mark.parametrize("family", ["llama3", "qwen3", "gemma3", "mixtral"])
 def test_each_rows_result_equals_the_row_alone(family: str, dtype: torch.dtype, tolerance: float) -> None:
-    """bfloat16 against float32 weights of equal values: on a CPU the logits differ by at most 0.03."""
+    """Compare bfloat16 with float32 weights of equal value: on a CPU the logits differ by at most 0.03."""
     model = FAMILIES[family]().to(torch.bfloat16).float()
     exclude = ("*.experts",) if family == "mixtral" else ()
     adapters = {

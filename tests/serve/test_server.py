@@ -1,4 +1,4 @@
-"""The server's life: loading, ready, draining, gone."""
+"""States of a server: loading, ready, draining, stopped."""
 
 from __future__ import annotations
 

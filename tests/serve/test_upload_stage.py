@@ -1,4 +1,5 @@
-"""What is sent is there for its tenant and an hour; of archives an adapter's files alone, wherever their paths lead."""
+"""Uploads are visible to their tenant for an hour; only an adapter's files are unpacked, and paths stay
+inside."""
 
 from __future__ import annotations
 

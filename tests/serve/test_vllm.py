@@ -1,6 +1,6 @@
-"""The real vLLM: names from the library, behind a front door, and its own loader on an exported folder.
+"""The real vLLM: names from the library, behind a veneer server, and vLLM's own loader on an exported folder.
 
-`make test-peers` installs it into .venv-vllm; VENEER_VLLM_PYTHON names another interpreter that has it.
+`make test-peers` installs vLLM into .venv-vllm; VENEER_VLLM_PYTHON names another interpreter with vLLM.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ SPECS = {
 
 @dataclass
 class Shop:
-    """The base, a library with adapters of it, and two vLLM replicas; the second has no plug-in."""
+    """The base, a library of its adapters, and two vLLM replicas; the second replica has no plug-in."""
 
     base: TextBase
     place: Path
@@ -68,7 +68,7 @@ class Shop:
         return list(self.base.tokenizer(PROMPT)["input_ids"])
 
     def expected(self, answer: list[int], **strengths: float) -> tuple[list[int], torch.Tensor]:
-        """(greedy choice at each place of the answer, log-probability of the answer's own token) by veneer."""
+        """Return veneer's (greedy token per position, log-probability of each given token)."""
         attachment = attach(self.base.model)
         try:
             for name in strengths:
@@ -85,12 +85,12 @@ class Shop:
         greedy, expected = self.expected(answer, **strengths)
         assert answer == greedy
         torch.testing.assert_close(torch.tensor(logprobs), expected, rtol=0, atol=TOLERANCE)
-        # and the adapters matter: the base alone says the same tokens with other probabilities, or others
+        # the adapters have an effect: the base alone has other tokens or probabilities
         _, alone = self.expected(answer)
         assert not strengths or (alone - expected).abs().max() > 20 * TOLERANCE
 
     def ask(self, model: str, which: int = 0) -> tuple[list[int], list[float], str]:
-        """(answer's ids, log-probabilities, what vLLM calls the model), greedy."""
+        """Complete greedily; return (token ids, log-probabilities, vLLM's name for the model)."""
         body = {"model": model, "prompt": self.prompt, "max_tokens": TOKENS, "temperature": 0, "logprobs": 0}
         answer = post(f"{self.urls[which]}/v1/completions", body | {"return_token_ids": True, "ignore_eos": True})
         assert answer.status_code == 200, answer.text
@@ -112,7 +112,7 @@ def made(base: TextBase, spec: LoraSpec, seed: int) -> Adapter:
 
 
 def start(model: Path, port: int, core: int, log: Path, **more: str) -> subprocess.Popen[bytes]:
-    """A server on one core: two threads that wait for each other are slower than one where others work too."""
+    """Start vLLM on one core. Two threads that spin for each other are slower than one on a busy machine."""
     settings = {
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "VLLM_CPU_OMP_THREADS_BIND": str(core),
@@ -182,10 +182,10 @@ def wait(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
 @pytest.mark.parametrize(
     ("asked", "called", "name"),
     [
-        ("plain@1", "plain@1", "plain"),  # the library's own files
+        ("plain@1", "plain@1", "plain"),  # files of the library
         ("plain@prod", "plain@prod=plain@1", "plain"),
         ("stable", "stable=stable@1", "stable"),
-        ("patterns", "patterns=patterns@1", "patterns"),  # folded into the cache
+        ("patterns", "patterns=patterns@1", "patterns"),  # converted into the cache
     ],
 )
 def test_vllm_serves_library_adapters_by_name_with_full_effect(shop, asked, called, name):
@@ -212,7 +212,7 @@ def test_a_moved_alias_takes_effect_after_an_unload(shop):
         library.add(shop.place / "stable", "plain")
         library.alias("plain@2", "prod")
     try:
-        shop.check(*shop.ask("plain@prod")[:2], plain=1.0)  # vLLM keeps what a name meant
+        shop.check(*shop.ask("plain@prod")[:2], plain=1.0)  # vLLM keeps the adapter that the name first meant
         answer = post(f"{shop.urls[0]}/v1/unload_lora_adapter", {"lora_name": "plain@prod"})
         assert answer.status_code == 200
         ids, logprobs, model = shop.ask("plain@prod")
@@ -223,11 +223,11 @@ def test_a_moved_alias_takes_effect_after_an_unload(shop):
             library.alias("plain@1", "prod")
 
 
-# -- behind a front door -----------------------------------------------------------------------------------------------
+# -- behind a veneer server --------------------------------------------------------------------------------------------
 
 
 def run(shop: Shop, work: Callable[[Upstream], Awaitable[None]]) -> None:
-    """Run `work` with a front door before the replica that has the plug-in."""
+    """Run `work` with a veneer server in front of the replica that has the plug-in."""
 
     async def live() -> None:
         mixes = Mixes(shop.path, shop.place / "converted")

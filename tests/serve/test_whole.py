@@ -1,4 +1,5 @@
-"""Answers of the whole server: each as if alone, as PEFT has it, and under the name that is meant now."""
+"""Completions of a whole server equal single-request ones and PEFT's, under the current meaning of each
+name."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ def test_a_mixed_batch_equals_separate_requests_and_peft(whole: Whole, shop: Sho
     for got, (_, ids) in zip(crowd[len(work) :], base, strict=False):
         assert got.same(shop.wanted([], ids, 12))
     others = [shop.wanted([], ids, 12) for _, ids in work]
-    assert not any(a.same(b) for a, b in zip(by_peft, others, strict=True))  # each adapter has its effect
+    assert not any(a.same(b) for a, b in zip(by_peft, others, strict=True))  # each adapter has its own effect
     whole.idle()
 
 
@@ -63,6 +64,6 @@ def test_mixes_equal_core_and_peft(whole: Whole, shop: Shop) -> None:
 
 
 def test_the_engines_queue_is_the_servers(shop: Shop) -> None:
-    """What admission lets in, the engine does not turn away."""
+    """The engine never refuses a request that the server admitted."""
     with served(shop, http=HttpSettings(queue=3000)) as whole:
         assert whole.engine.settings.queue == whole.built.service.admission.shares["answers"].total == 3000

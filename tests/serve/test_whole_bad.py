@@ -1,4 +1,5 @@
-"""More than 50 impossible loads during traffic: each is refused with a reason, without effect on others."""
+"""More than 50 invalid loads during traffic: each is refused with a reason and has no effect on other
+requests."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
 
 
 def spoiled(shop: Shop) -> list[str]:
-    """Sources of bad loads: every hostile file, by itself and as an adapter's tensors, and good folders gone wrong."""
+    """Return sources of invalid loads: every hostile file as a folder and as an adapter's tensors, and
+    damaged folders."""
     folder = shop.adapters
     sources = [str(path.relative_to(folder)) for path in hostile.write(folder / "hostile")]
 
@@ -78,7 +80,7 @@ def spoiled(shop: Shop) -> list[str]:
 
 
 def test_bad_loads_during_good_traffic(shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)  # where a pickle that runs would leave its mark
+    monkeypatch.chdir(tmp_path)  # an executed pickle would write its marker here
     bad = spoiled(shop)
     assert len(bad) > 50
     good = [("tiny", prompt(9)), *((name, prompt(15, k)) for k, name in enumerate(KINDS))]
@@ -89,7 +91,7 @@ def test_bad_loads_during_good_traffic(shop: Shop, tmp_path: Path, monkeypatch: 
         def traffic() -> int:
             rounds = 0
             while rounds < 3 or not done.is_set():
-                got = whole.together([asking(name, ids, 10) for name, ids in good])  # raises for any error
+                got = whole.together([asking(name, ids, 10) for name, ids in good])  # raises if any request failed
                 assert all(a.same(b) for a, b in zip(got, right, strict=True))
                 rounds += 1
             return rounds
@@ -102,7 +104,7 @@ def test_bad_loads_during_good_traffic(shop: Shop, tmp_path: Path, monkeypatch: 
             clients = [pool.submit(traffic) for _ in range(2)]
             try:
                 answers = list(map(load, bad))
-                with ThreadPoolExecutor(8) as many:  # and again, several at once
+                with ThreadPoolExecutor(8) as many:  # repeat, several at once
                     answers += many.map(load, bad[::4])
             finally:
                 done.set()
@@ -110,8 +112,8 @@ def test_bad_loads_during_good_traffic(shop: Shop, tmp_path: Path, monkeypatch: 
         for source, status, body in answers:
             assert 400 <= status < 500, (source, status, body)
             assert body["error"]["type"], (source, body)
-            told = json.dumps(body).replace(source, "")  # without its own text
-            assert str(shop.folder) not in told, source  # a client sees no paths
+            told = json.dumps(body).replace(source, "")  # without the request's own text
+            assert str(shop.folder) not in told, source  # clients see no paths
         assert [card.id for card in whole.client.models.list()] == ["tiny", *sorted(KINDS)]
         whole.idle()
         resident = set(whole.engine.residents.resident())
@@ -121,7 +123,7 @@ def test_bad_loads_during_good_traffic(shop: Shop, tmp_path: Path, monkeypatch: 
 
 
 def test_invalid_requests_fail_alone(shop: Shop) -> None:
-    """Unloaded names of the library whose files are damaged."""
+    """Names in the library whose files are damaged."""
     broken = shop.make("soon-broken", 80)
     shop.library.add(shop.adapters / "soon-broken", "soon-broken")
     file = shop.library.resolve("soon-broken") / TENSORS
@@ -133,7 +135,7 @@ def test_invalid_requests_fail_alone(shop: Shop) -> None:
         for _ in range(3):
             for words in ({"model": "soon-broken"}, {"mix": ["plain", "soon-broken:0.5"]}):
                 answer = whole.http.post("/v1/completions", json={"prompt": "Hi", "max_tokens": 3, **words})
-                assert answer.status_code == 503, answer.text  # the library's fault, not the client's
+                assert answer.status_code == 503, answer.text  # the library is at fault, not the client
                 assert answer.json()["error"]["code"] == "adapter_unusable"
                 assert answer.json()["error"]["message"].startswith("damaged: ")
                 assert str(shop.folder) not in answer.text

@@ -1,4 +1,5 @@
-"""A GGUF file of mixed quantization types, served without requantizing: `veneer serve --quantize keep` by HTTP."""
+"""A GGUF file of mixed quantization types, served without requantizing: `veneer serve --quantize keep` over
+HTTP."""
 
 from __future__ import annotations
 
@@ -18,17 +19,17 @@ from veneer.core.attach import attach
 from veneer.formats import peft
 
 LONG = 150
-"""Tokens of a prompt: more than nine blocks of the cache, and than two chunks of rows of a product."""
+"""Prompt tokens: more than nine cache blocks, and more than two row chunks of a product."""
 
 
 def q4_k_m(name: str) -> str:
-    """As llama.cpp mixes them in files of its type Q4_K_M."""
+    """Return the type of each tensor in llama.cpp's Q4_K_M files."""
     six = ("token_embd.weight", "output.weight", "blk.0.attn_v.weight", "blk.1.ffn_down.weight")
     return "Q6_K" if name in six else "Q4_K"
 
 
 def odd(name: str) -> str:
-    """Different kinds of adapters in one batch, and a matrix without codes."""
+    """Return types that put differently quantized matrices, and one without codes, into one batch."""
     own = {"blk.0.attn_output.weight": "F16", "blk.1.attn_q.weight": "F16", "blk.1.ffn_up.weight": "Q8_0"}
     return own.get(name, q4_k_m(name))
 
@@ -41,7 +42,7 @@ CASES: dict[str, tuple[Any, int, bool]] = {
 
 
 class FileShop(Shop):
-    """Whose base is a GGUF file."""
+    """A shop whose base is a GGUF file."""
 
     @property
     def base_dir(self) -> Path:
@@ -70,7 +71,7 @@ def server(shop: Shop) -> Iterator[Whole]:
 
 @torch.no_grad()
 def wanted(shop: Shop, mix: Mix, ids: list[int]) -> Tensor:
-    """Log-probabilities of a prompt's own tokens by the dequantized weights, in float32."""
+    """Return log-probabilities of a prompt's own tokens, from dequantized float32 weights."""
     model: Any = shop.base.model
     with attach(model) as attachment:
         for name, _ in mix:
@@ -86,7 +87,8 @@ MIXES: list[dict[str, float]] = [
 
 
 def test_concurrent_mixes_equal_the_dequantized_weights(shop: Shop, server: Whole) -> None:
-    """Each prompt's tokens within bfloat16 rounding; long prompts share steps with others."""
+    """The prompts' log-probabilities agree within bfloat16 rounding; long prompts share steps with other
+    requests."""
     work = [(MIXES[i % len(MIXES)], prompt((LONG, 17, 64, 131)[i % 4], i)) for i in range(32)]
     asked = [
         asking("tiny.gguf", ids, 1, echo=True, extra_body={"mix": [f"{name}:{s}" for name, s in mix.items()]})
@@ -97,4 +99,4 @@ def test_concurrent_mixes_equal_the_dequantized_weights(shop: Shop, server: Whol
         assert (torch.tensor(got.logprobs[1 : len(ids)]).double() - want).norm() <= 0.006 * want.norm(), (mix, len(ids))
     server.idle()
     base, plain = (wanted(shop, mix, prompt(LONG)) for mix in ([], [("a", 1.0)]))
-    assert (base - plain).norm() > 0.015 * base.norm()  # an adapter has its effect
+    assert (base - plain).norm() > 0.015 * base.norm()  # the adapter has an effect

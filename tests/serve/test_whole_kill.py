@@ -1,4 +1,5 @@
-"""`veneer serve` as a process with tenants: after a kill under load it starts again with a balanced ledger."""
+"""`veneer serve` as a process with tenants: after a kill under load it starts again with a balanced
+ledger."""
 
 from __future__ import annotations
 
@@ -36,8 +37,11 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
 
 @dataclass
 class Seen:
-    """What clients saw. `answered`: whole answers, id -> (prompt, completion) tokens; `begun`: streams of which they
-    had a word; `broken`: clients whose connection broke."""
+    """Records of the clients.
+
+    `answered`: complete responses, id -> (prompt, completion) tokens. `begun`: streams with at least one
+        event.
+    `broken`: clients whose connection broke."""
 
     answered: dict[str, tuple[int, int]] = field(default_factory=dict)
     begun: set[str] = field(default_factory=set)
@@ -45,7 +49,7 @@ class Seen:
 
 
 def tenants_of(folder: Path) -> tuple[str, str]:
-    """(the database, a key)"""
+    """Create a tenant; return (database URL, key)."""
     url = str(folder / "tenants.sqlite")
     tenants = Tenants(url, watch=False)
     manage.add_tenant(tenants.store, "acme", adapters=["*"], actor="test")
@@ -56,7 +60,7 @@ def tenants_of(folder: Path) -> tuple[str, str]:
 
 
 def client(address: str, key: str, seed: int, seen: Seen) -> None:
-    """Asks one thing after another, streamed or whole, until the server is gone."""
+    """Send requests one after another, streamed or not, until the server is gone."""
     pick = random.Random(seed)
     with openai.OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0, timeout=60) as api:
         while True:
@@ -79,7 +83,7 @@ def client(address: str, key: str, seed: int, seen: Seen) -> None:
 
 
 def under_load(address: str, key: str, seen: Seen, seed: int, server: Forked, seconds: float) -> None:
-    """The server is killed some `seconds` after every client has had an answer or so."""
+    """Kill the server `seconds` after each client has received about one response."""
     with ThreadPoolExecutor(CLIENTS) as pool:
         before = len(seen.answered)
         running = [pool.submit(client, address, key, seed + n, seen) for n in range(CLIENTS)]
@@ -94,11 +98,11 @@ def under_load(address: str, key: str, seen: Seen, seed: int, server: Forked, se
 
 
 def balance(url: str, seen: Seen) -> dict[str, int]:
-    """Compare the ledger with the clients' answers; returns the number of rows per state."""
+    """Compare the ledger with the clients' responses; return the number of rows per state."""
     tenants = Tenants(url, watch=False)
     rows: list[Any] = []
 
-    def settled() -> bool:  # a running server updates its database soon
+    def settled() -> bool:  # a running server updates its database within moments
         with reading(tenants.store.engine) as c:
             rows[:] = c.execute(select(line_table)).all()
         done = {row.request for row in rows if row.state == "done"}
@@ -113,10 +117,10 @@ def balance(url: str, seen: Seen) -> dict[str, int]:
     for request, took in seen.answered.items():
         assert found[request].state == "done", request
         assert (found[request].prompt, found[request].completion) == took
-    assert seen.begun <= set(found)  # no word went out before its row was there
+    assert seen.begun <= set(found)  # no token is sent before the request has a row
     states = {"done": 0, "interrupted": 0}
     for row in rows:
-        states[row.state] += 1  # KeyError for one that is still open
+        states[row.state] += 1  # raises KeyError for an open request
         if row.state == "interrupted":
             assert row.request not in seen.answered
             assert (row.prompt, row.completion, row.cost) == (0, 0, 0)

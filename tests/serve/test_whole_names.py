@@ -1,4 +1,4 @@
-"""What names mean while the server runs, and what is left in memory when they mean it no more."""
+"""Names change while the server runs: requests get the current adapter, and unused adapters leave memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def whole(shop: Shop) -> Iterator[Whole]:
 
 
 class Running:
-    """A running stream whose first words have arrived."""
+    """A running stream that has received its first event."""
 
     def __init__(self, whole: Whole, model: str, ids: list[int]) -> None:
         self.texts: list[str] = []
@@ -71,7 +71,7 @@ def test_reloading_a_name_keeps_running_requests(whole: Whole, shop: Shop) -> No
         assert not running.ended
         assert running.whole_answer().same(before)
     assert whole.ask("live", ids, LONG).same(after)
-    for _ in range(3):  # and the file itself with other weights
+    for _ in range(3):  # and overwrite the file with other weights
         for seed in (70, 71):
             shop.make("changing", seed)
             shop.kept.clear()
@@ -83,7 +83,7 @@ def test_reloading_a_name_keeps_running_requests(whole: Whole, shop: Shop) -> No
 
 @pytest.mark.parametrize("kind", ["plain", "dora", "rows"])
 def test_unloading_waits_for_requests_and_frees_memory(whole: Whole, shop: Shop, kind: str) -> None:
-    """Gone for new requests at once; what runs ends as it began; then its memory is free, with nothing else to do."""
+    """New requests cannot use the name at once; running requests finish; then the memory is released."""
     ids = prompt(20, 7)
     digest = shop.make(
         "leaving", 50, **({"token_rows": {"model.embed_tokens": (9,)}} if kind == "rows" else {}), dora=kind == "dora"
@@ -104,7 +104,7 @@ def test_unloading_waits_for_requests_and_frees_memory(whole: Whole, shop: Shop,
     whole.idle()
     assert digest not in whole.engine.residents.resident()
     assert whole.engine.residents.stats().bytes == bytes_before
-    runner = whole.engine.runner  # whose adapters share memory with ours
+    runner = whole.engine.runner  # this runner's adapters share memory with the test's
     end = time.monotonic() + 5
     while ((left := alive(watched)) or digest in runner.attached) and time.monotonic() < end:
         time.sleep(0.05)
@@ -113,7 +113,8 @@ def test_unloading_waits_for_requests_and_frees_memory(whole: Whole, shop: Shop,
 
 
 def test_changing_names_never_serve_another_adapter(whole: Whole, shop: Shop) -> None:
-    """While a name is replaced, unloaded and loaded, an answer is one of those it has had, or 404: nothing between."""
+    """While a name is replaced, unloaded and loaded, a completion comes from one of its adapters or is a
+    404."""
     ids, kinds = prompt(18, 8), ("plain", "rs", "dora")
     right = {kind: shop.wanted([(kind, 1.0)], ids, 8) for kind in kinds}
     stop = threading.Event()

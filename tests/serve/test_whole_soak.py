@@ -1,4 +1,4 @@
-"""Minutes of everything at once, and then nothing is left: VENEER_SOAK_SECONDS, 180 by default."""
+"""Mixed load for some minutes leaves nothing behind. VENEER_SOAK_SECONDS sets the time (default 180)."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ SECONDS = float(os.environ.get("VENEER_SOAK_SECONDS", "180"))
 WARM_UP = 30.0
 CLIENTS = 12
 GROWTH = 24 << 20
-"""Maximum growth in bytes after the warm-up: allocators keep some, leaks grow."""
+"""Maximum growth in bytes after the warm-up: allocators keep a constant amount, leaks grow."""
 TENSORS = 500
-"""Two adapters or so: which ones are in memory at the end is chance."""
+"""About two adapters: which adapters are cached at the end is random."""
 PARTS = 3
 SWAPPED = ("one", "two", "three")
 
 
 class Soak:
-    """Clients that do random things. What is certain about an answer is checked each time."""
+    """Clients with random behavior. Each completion is checked as far as it is determined."""
 
     def __init__(self, whole: Whole, right: dict[tuple[str, int], Said]) -> None:
         self.whole, self.right = whole, right
@@ -48,7 +48,7 @@ class Soak:
             await asyncio.gather(*(self._client(random.Random(f"{seed}-{n}"), end) for n in range(CLIENTS)))
 
     async def burst(self) -> None:
-        """Fills every pool of threads and connections, which then stay as large as they are."""
+        """Fill every pool of threads and connections; pools never shrink."""
         async with self.api:
             for thing in (self.bad_load, self.load):
                 await asyncio.gather(*(thing(random.Random(n)) for n in range(80)))
@@ -66,7 +66,8 @@ class Soak:
         assert said(await self.api.completions.create(**asking(name, prompt(9 + 20 * k, k)))).same(self.right[name, k])
 
     async def swapped(self, pick: random.Random) -> None:
-        """Of a name that others load, replace and unload: the answer of some adapter, or 404."""
+        """Use a name that other clients load, replace and unload: the response is one adapter's completion or
+        a 404."""
         with suppress(openai.NotFoundError):
             got = said(await self.api.completions.create(**asking(pick.choice(SWAPPED), prompt(9, 0))))
             assert any(got.same(self.right[name, 0]) for name in KINDS)
@@ -89,7 +90,7 @@ class Soak:
             assert json.loads(answer.choices[0].message.content or "")["a"] in (1, 2)
 
     async def leave(self, pick: random.Random) -> None:
-        """A client that reads a few words and is gone."""
+        """Read a few events, then disconnect."""
         left = pick.randrange(0, 12)
         stream: Any = await self.api.completions.create(**self._long(pick), stream=True)
         async for _ in stream:
@@ -99,7 +100,7 @@ class Soak:
         await stream.close()
 
     async def cancel(self, pick: random.Random) -> None:
-        """A client that does not wait for its whole answer."""
+        """Disconnect before the response is complete."""
         asked = asyncio.create_task(self.api.completions.create(**self._long(pick)))
         await asyncio.sleep(pick.uniform(0, 0.2))
         asked.cancel()
@@ -107,7 +108,7 @@ class Soak:
             await asked
 
     async def stop_reading(self, pick: random.Random) -> None:
-        """A client that connects, reads nothing for a while and disconnects."""
+        """Connect, read nothing for a while, then disconnect."""
         asked = self._long(pick)
         body = {**{k: v for k, v in asked.items() if k != "extra_body"}, **asked["extra_body"], "stream": True}
         async with self.http.stream("POST", f"{self.whole.url}/v1/completions", json=body) as answer:
@@ -133,7 +134,7 @@ class Soak:
 
 
 def left_over(whole: Whole) -> dict[str, int]:
-    """What the process has when nothing is asked of it."""
+    """Return the resources that the idle process holds."""
     for name in SWAPPED:
         assert whole.unload(name).status_code in (200, 404)
     whole.idle()
@@ -144,7 +145,7 @@ def left_over(whole: Whole) -> dict[str, int]:
     used = sum(each.bytes for each in engine.residents.resident_adapters())
     assert engine.residents.stats().bytes == used <= engine.residents.limit
     process = psutil.Process()
-    time.sleep(2)  # connections that were closed, threads of pools
+    time.sleep(2)  # for closed connections and pool threads
     gc.collect()
     tensors = sum(type(each).__name__ in ("Tensor", "Parameter") for each in gc.get_objects())
     return {
@@ -157,7 +158,7 @@ def left_over(whole: Whole) -> dict[str, int]:
 
 
 @pytest.mark.slow
-# httpx's, of disconnected clients: the collecting thread can find it in use
+# httpx warns about disconnected clients if the collecting thread finds them in use
 @pytest.mark.filterwarnings(
     "ignore:Exception ignored in. <async_generator object Response.aiter_raw:pytest.PytestUnraisableExceptionWarning"
 )
@@ -182,7 +183,7 @@ def test_soak(tmp_path_factory: pytest.TempPathFactory) -> None:
             seen.append(left_over(whole))
         stats, residents = whole.engine.stats(), whole.engine.residents.stats()
         print(dict(did), *seen, stats, residents, sep="\n")
-        assert len(did) == 10  # everything was done
+        assert len(did) == 10  # every behavior occurred
         assert stats.preemptions > 0
         assert residents.evictions > 0
         before, after = seen[0], seen[-1]

@@ -1,4 +1,4 @@
-"""A server with tenants over the real engine: tenants learn nothing of each other."""
+"""A server with tenants over the real engine: tenants learn nothing about each other."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
 
 
 def asked(whole: Whole, key: str, model: str, ids: list[int], **more: Any) -> tuple[int, int]:
-    """(status, cached tokens) of a short answer."""
+    """Return (status, cached tokens) of a short completion."""
     body = {"model": model, "prompt": ids, "max_tokens": 2, **more}
     answer = httpx.post(
         f"{whole.url}/v1/completions", json=body, headers={"Authorization": f"Bearer {key}"}, timeout=60
@@ -28,7 +28,8 @@ def asked(whole: Whole, key: str, model: str, ids: list[int], **more: Any) -> tu
 
 
 def test_cache_hits_reveal_nothing_between_tenants(shop: Shop, tmp_path: Path) -> None:
-    """Unless the operator lets tenants share, adapter by adapter; `cache_salt` keeps apart within a tenant too."""
+    """The operator can let tenants share prefixes per adapter; `cache_salt` also separates requests of one
+    tenant."""
     place = str(tmp_path / "tenants.sqlite")
     store = Store(place)
     keys = {}

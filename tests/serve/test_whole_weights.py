@@ -1,4 +1,4 @@
-"""`veneer serve --quantize`: answers of a quantized base, and adapter metrics."""
+"""`veneer serve --quantize`: completions of a quantized base, and adapter metrics."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
 
 @torch.no_grad()
 def wanted(shop: Shop, ids: list[int], values: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Logprobs of the prompt's tokens under the base and the adapter, in float64.
+    """Return log-probabilities of the prompt's tokens under the base and the adapter, in float64.
 
     `values`: weights by name that replace the base's.
     """
@@ -51,7 +51,7 @@ def wanted(shop: Shop, ids: list[int], values: dict[str, Tensor] | None = None) 
 
 
 def scored(shop: Shop, ids: list[int], **settings: Any) -> dict[str, Tensor]:
-    """The server's log-probabilities of the prompt, for the base and the adapter."""
+    """Return the server's log-probabilities of the prompt, for the base and the adapter."""
     with served(shop, **({"dtype": "bfloat16"} | settings)) as server:
         asked = {"prompt": ids, "max_tokens": 1, "echo": True, "logprobs": 0}
         answers = {name: server.client.completions.create(model=name, **asked) for name in ("tiny", "plain")}
@@ -68,7 +68,7 @@ def test_a_quantized_server_answers_like_the_library(shop: Shop, kind: str) -> N
     got = scored(shop, ids, dtype="float32", quantize=kind)
     for name in own:
         assert (got[name] - own[name]).abs().max() < 1e-4, name
-    assert (own["tiny"] - wanted(shop, ids)["tiny"]).abs().max() > 1e-3  # quantizing has its effect
+    assert (own["tiny"] - wanted(shop, ids)["tiny"]).abs().max() > 1e-3  # quantization has an effect
 
 
 def test_metrics_count_loads_and_evictions(shop: Shop) -> None:
@@ -88,7 +88,7 @@ def test_metrics_count_loads_and_evictions(shop: Shop) -> None:
         one = first["veneer:adapters_resident_bytes"]
         assert (
             one >= sum(t.nbytes for _, t in peft.read_folder(shop.adapters / "plain").tensors()) / 2
-        )  # kept in bfloat16
+        )  # stored in bfloat16
         server.engine.residents.limit = int(one * 2)
         for name in ("more2", "more3"):
             server.ask(name, prompt(4), 2)

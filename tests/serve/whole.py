@@ -1,10 +1,10 @@
-"""The real parts together: a tiny base and a library on disk, a server over them, and what its answers have to be.
+"""A whole server: a tiny base and a library on disk, the server, and reference completions.
 
-    shop = make_shop(folder)                    a base, adapters of every kind as PEFT folders, a library that has them
+    shop = make_shop(folder)                    a base, PEFT folders of every adapter kind, and their library
     with served(shop) as whole: …               `build`, uvicorn in a thread, OpenAI's client
-    shop.wanted([("plain", 1.0)], ids, 12)      the same tokens, computed without any of the server
+    shop.wanted([("plain", 1.0)], ids, 12)      the expected tokens, computed without the server
 
-A reference computes the whole sequence again for each token, with PEFT or through core's attachment.
+References recompute the whole sequence for each token, with PEFT or with veneer.core's attachment.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ from veneer.serve.settings import EngineSettings, ServeSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = 1e-4
-"""Of log-probabilities, in float32, between the server's and PEFT's."""
+"""Maximum difference of float32 log-probabilities between the server and PEFT."""
 CONTEXT = 4096
 NO_SPECIAL = {str(i): -100 for i in range(3)}
-"""A logit bias: no answer has a special token, so its text has all of it."""
+"""A logit bias that excludes special tokens, so that the text contains the whole completion."""
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "rs": {"rank": 5, "rslora": True},
@@ -57,14 +57,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "dora": {"dora": True},
     "rows": {"targets": ("q_proj", "up_proj"), "token_rows": {"model.embed_tokens": (40, 41, 42)}},
 }
-"""Adapters of a shop. `rows` has no low-rank form, so the server's second way through the base has work too."""
+"""Adapters of a shop. `rows` has no low-rank form, so it exercises the runner's other implementation."""
 
 Mix = Sequence[tuple[str, float]]
 
 
 @dataclass
 class Said:
-    """An answer: its tokens' log-probabilities and its text."""
+    """A completion: its tokens' log-probabilities, and its text."""
 
     logprobs: list[float]
     text: str
@@ -80,7 +80,7 @@ class Said:
 
 @dataclass
 class Shop:
-    """A folder with `base`, `library` and one folder of `adapters` for each kind."""
+    """A folder with `base`, `library`, and a folder of `adapters` for each kind."""
 
     folder: Path
     kept: dict[Any, Said] = field(default_factory=dict)
@@ -102,7 +102,7 @@ class Shop:
         return open_library(self.folder / "library")
 
     def make(self, name: str, seed: int, **spec: Any) -> str:
-        """An adapter's folder under `adapters`; returns its digest."""
+        """Write an adapter under `adapters`; return its digest."""
         adapter = trained(self.base.model, seed, **spec)
         for rows in adapter.token_rows.values():
             rows.rows = rows.rows + 0.1 * torch.randn(rows.rows.shape, generator=torch.Generator().manual_seed(seed))
@@ -111,7 +111,7 @@ class Shop:
         return peft.load_folder(self.adapters / name, self.base.model).adapter.digest()
 
     def wanted(self, mix: Mix, ids: Sequence[int], n: int) -> Said:
-        """The greedy answer through core's attachment; the names in `mix` are folders of `adapters`."""
+        """Return the greedy completion by core's attachment. The names in `mix` are folders of `adapters`."""
         key = (tuple(mix), tuple(ids), n)
         if key not in self.kept:
             with attach(self.base.model) as attachment:
@@ -122,7 +122,7 @@ class Shop:
         return self.kept[key]
 
     def by_peft(self, mix: Mix, ids: Sequence[int], n: int) -> Said:
-        """The same with PEFT: one adapter, or several in its exact combination."""
+        """Return the greedy completion by PEFT: one adapter, or several combined exactly."""
         from peft import PeftModel
 
         fresh = load_text(str(self.base_dir))
@@ -188,7 +188,7 @@ class Whole:
         return said(self.client.completions.create(**asking(model, ids, n, **more)))
 
     def together(self, asked: Iterable[dict[str, Any]]) -> list[Said]:
-        """All of them at once."""
+        """Send all requests concurrently."""
 
         async def all_of_them() -> list[Said]:
             async with openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0) as client:
@@ -203,7 +203,7 @@ class Whole:
         return self.http.post("/v1/unload_lora_adapter", json={"lora_name": name})
 
     def idle(self) -> None:
-        """Wait until nothing runs, then: no request, no block, no reference is left."""
+        """Wait until nothing runs; assert that no request, block or reference remains."""
         engine = self.engine
         wait_for(lambda: not engine.here)
         wait_for(lambda: not any(each.leases for each in engine.residents.resident_adapters()))
@@ -215,7 +215,7 @@ class Whole:
 
 
 def asking(model: str, ids: Sequence[int], n: int = 12, **more: Any) -> dict[str, Any]:
-    """The arguments of `completions.create` for a greedy answer of exactly `n` tokens."""
+    """Return arguments of `completions.create` for a greedy completion of exactly `n` tokens."""
     extra = {"ignore_eos": True, **more.pop("extra_body", {})}
     return {
         "model": model,
@@ -236,8 +236,9 @@ def said(answer: Any) -> Said:
 
 @contextmanager
 def served(shop: Shop, **settings: Any) -> Iterator[Whole]:
-    """A server over the shop's base and library, whose load route may read `adapters`. `extend`: adds parts
-    of a higher package."""
+    """Serve the shop's base and library; the load route may read `adapters`.
+
+    `extend`: adds parts of a higher package."""
     extend = settings.pop("extend", None)
     small = {"folders": (str(shop.adapters),), "dtype": "float32", "device": "cpu", "library": shop.library.location}
     mine = {key: settings.pop(key) for key in list(settings) if key in EngineSettings.__dataclass_fields__}
@@ -289,7 +290,7 @@ def is_ready(address: str) -> bool:
 
 @contextmanager
 def slowed(engine: TextEngine, seconds: float = 0.01) -> Iterator[None]:
-    """A machine on which a step takes a while, so that what has to run meanwhile does."""
+    """Slow down each step, so that concurrent work runs during a completion."""
     own: Callable[..., Any] = engine.runner.run
     waits = threading.Event()
 
@@ -305,7 +306,7 @@ def slowed(engine: TextEngine, seconds: float = 0.01) -> Iterator[None]:
 
 
 def held(engine: TextEngine, digest: str) -> list[weakref.ref[Any]]:
-    """Everything that the server has of an adapter in memory, watched."""
+    """Return weak references to everything that the server keeps in memory for an adapter."""
     lease = engine.residents.acquire(((digest, 1.0),), lambda result: None)
     thing = lease.parts[0][0]
     lease.release()

@@ -1,4 +1,4 @@
-"""Access checks for every surface: the principal of a request, the meaning of a name, and the limits.
+"""Access: the principal of a request, the meaning of a name, and limits.
 
     principal = await tenancy.authenticate(key)                401 for an unknown key
     served = catalog.resolve(model, principal)                 404 if unknown or not visible, never the base
@@ -6,7 +6,7 @@
         …                                                      bill.used(usage) once, at the end
 
 `OpenAccess` is the tenancy of a server without keys: everything is visible and nothing is billed. `KeyAccess`
-is for a server whose keys all have the same rights.
+is for a server whose keys all have the same permissions.
 """
 
 from __future__ import annotations
@@ -22,23 +22,25 @@ from veneer.serve.request import DigestMix, Refused, Usage
 from veneer.serve.tenancy.keys import admin_hash, matches_hash
 
 SHADOWS = Principal("operator", weight=0.1)
-"""The principal of shadow requests: they are billed to the operator and use no tenant's share."""
+"""The principal of shadow requests, which are billed to the operator and use no tenant's share."""
 BEHIND = "~shadows"
 """Pseudo-tenant that shadow requests are scheduled under, so they never use a real tenant's share."""
 TRIALS = "~studio"
-"""Pseudo-tenant for usage of the operator's trials in the Studio, to separate it from client usage."""
+"""Pseudo-tenant for the operator's usage in the Studio, to separate it from client usage."""
 
 
 @dataclass(frozen=True)
 class ResolvedModel:
     """A model name, resolved when it was requested.
 
-    `name`: the client's name, returned as `model`. `target`: the adapter that a route chose, else `name`.
-    `shadow`: a mix whose answer is also computed and logged, never sent; or why it cannot be. `adapters`: the
-    operator's name of each part of `mix`, in order: the loaded name, or the library reference with its
-    version; limits, prices and the ledger use these names. `digests`: the digest of each name of a mix, in the
+    `name`: the client's name, returned as `model`. `target`: the adapter that a route chose, otherwise
+        `name`.
+    `shadow`: a mix that also completes the request, for the log only, or the reason why it cannot.
+        `adapters`: the
+    operator's name of each part of `mix`, in order (the loaded name, or the library reference with its
+    version), used by limits, prices and the ledger. `digests`: the digest of each name of a mix, in the
     client's order, "" for the base. `trained`: used for training, which has its own price. `trial`: requested
-    in the Studio, not by a client; has no shadow, and the operator's trials are booked on TRIALS.
+    in the Studio, not by a client; a trial has no shadow, and the operator's trials are booked on TRIALS.
     """
 
     mix: DigestMix
@@ -56,14 +58,11 @@ class ResolvedModel:
         return "mix" if len(self.mix) > 1 else self.target
 
     def as_trial(self) -> ResolvedModel:
-        """The same, as a trial in the Studio."""
+        """Return this model as a trial in the Studio."""
         return replace(self, trial=True, shadow=None)
 
     def parts(self) -> list[tuple[str, str, float]]:
-        """(digest, the operator's name, strength) of each part.
-
-        For the base alone ("", its name, 1).
-        """
+        """Return (digest, the operator's name, strength) of each part; ("", its name, 1) for the base."""
         if not self.mix:
             return [("", self.target, 1.0)]
         names = dict(zip((digest for digest, _ in self.mix), self.adapters, strict=False))
@@ -74,8 +73,9 @@ class ResolvedModel:
 class ModelCard:
     """An entry of /v1/models.
 
-    `parent`: the base's name; None for the base. `root`: the source, as the operator named it (a library
-    reference, never a path). `digest`: the adapter's digest.
+    `parent`: the base's name; None for the base. `root`: the operator's name of the source (a library
+        reference, never
+    a path). `digest`: the adapter's digest.
     """
 
     id: str
@@ -89,32 +89,26 @@ class Routes(Protocol):
     """Names with weighted targets."""
 
     def choose(self, route: str, principal: Principal) -> str | None:
-        """The target that answers this principal.
-
-        None if the route does not exist for the principal.
-        """
+        """Return the target for this principal, or None if the principal has no such route."""
         ...
 
     def shadow(self, route: str, principal: Principal) -> str | None:
-        """The target whose answer is also computed, or None."""
+        """Return the target that also completes the request, for the log, or None."""
         ...
 
     def names(self, principal: Principal) -> list[str]:
-        """The routes that exist for this principal."""
+        """Return the routes that this principal sees."""
         ...
 
 
 def shadow_id(request: str) -> str:
-    """The id under which the answer of a request's shadow is kept for feedback."""
+    """Return the id under which a shadow's completion is stored for feedback."""
     return f"{request}-shadow"
 
 
 @dataclass(frozen=True)
 class ShadowAnswer:
-    """Compares a shadow's answer with the sent answer of `target`, for the log.
-
-    `name`: the route.
-    """
+    """A shadow's completion and the completion of `target` that was sent, for the log. `name`: the route."""
 
     request: str
     tenant: str
@@ -134,23 +128,24 @@ class ShadowAnswer:
 
 class Bill(Protocol):
     def used(self, usage: Usage) -> Awaitable[None]:
-        """Record a request's usage, also if it failed or was cancelled; called once.
+        """Record a request's usage, also if the request failed or was cancelled. Called once.
 
-        Counts from the call on. Await the result before the last event is sent; then the bill survives the
-        process.
+        The usage counts from the call on. The caller awaits the result before it sends the last event; the
+        bill then survives the process.
         """
         ...
 
 
 StoreAnswer = Callable[[Mapping[str, Any], Sequence[Mapping[str, Any]]], None]
-"""Keeps {"messages", "tools"?} of a request and the assistant's message of each choice. Does not block."""
+"""Stores {"messages", "tools"?} of a request and the assistant's message of each choice. Does not block."""
 
 
 @dataclass(frozen=True)
 class LedgerState:
     """How far the ledger is behind.
 
-    `pending`: finished requests missing from the database. `lag`: age in seconds of the oldest. `unavailable`: the
+    `pending`: finished requests missing from the database. `lag`: age in seconds of the oldest.
+        `unavailable`: the
     database does not answer, or is slow.
     """
 
@@ -169,58 +164,51 @@ class Tenancy(Protocol):
     keyless: bool = False
 
     async def authenticate(self, key: str | None, user: str | None = None) -> Principal:
-        """The principal of a key. Raises Refused (unauthorized, 401)."""
+        """Return the principal of a key. Raises Refused (unauthorized, 401)."""
         ...
 
     def shares(self, principal: Principal, model: ResolvedModel) -> str:
-        """The cache scope of the principal's prompts.
-
-        "" is shared with everybody, any other value only with itself.
-        """
+        """Return the cache scope of the principal's prompts: "" for the scope that all tenants share."""
         ...
 
     def admitted(
         self, principal: Principal, model: ResolvedModel, *, request: str, prompt_tokens: int, max_tokens: int
     ) -> AbstractAsyncContextManager[Bill]:
-        """Hold one request's share of every limit while it runs.
+        """Hold one request's share of every limit while the block runs.
 
-        Raises Refused (rate_limited, 429).
-        """
+        Raises Refused (rate_limited, 429)."""
         ...
 
     @property
     def routes(self) -> Routes | None:
-        """The operator's routes, or None if unsupported."""
+        """Return the operator's routes, or None if unsupported."""
         return None
 
     def ledger_state(self) -> LedgerState | None:
-        """How far the ledger is behind, for metrics; None without a ledger."""
+        """Return how far the ledger is behind, for metrics; None without a ledger."""
         return None
 
     def log_change(self, actor: str, action: str, subject: str, before: object = None, after: object = None) -> None:
-        """Write an operator's change to the audit log. May block.
+        """Write an operator's change to the audit log. Can block.
 
-        action: adapter.load, adapter.unload.
+        action: adapter.load, adapter.unload
         """
         return None
 
     def grant_namespace(self, tenant: str) -> None:
-        """Let a tenant see all names in its own namespace, such as its trained adapters.
-
-        May block.
-        """
+        """Let a tenant see all names in its own namespace, such as its trained adapters. Can block."""
         return None
 
     def record_shadow(self, answer: ShadowAnswer) -> None:
-        """Record how a shadow's answer compares with the sent one."""
+        """Record how a shadow's completion compares with the one that was sent."""
         return None
 
     def keeping(self, principal: Principal, model: ResolvedModel, request: str) -> StoreAnswer | None:
-        """A function that keeps a request's answer for feedback; None if it is not kept."""
+        """Return a function that stores a request's completion for feedback, or None."""
         return None
 
     def close(self) -> None:
-        """Write pending records, and end."""
+        """Write pending records and stop."""
         return None
 
 
@@ -230,14 +218,14 @@ class _FreeBill:
 
 
 class NoWait:
-    """An awaitable that is already done; it can be left unawaited."""
+    """An awaitable that is already complete, and can be left unawaited."""
 
     def __await__(self) -> Generator[None, None, None]:
         yield from ()
 
 
 class OpenAccess(Tenancy):
-    """No keys, no limits, no ledger."""
+    """A tenancy without keys, limits and ledger."""
 
     keyless = True
 
@@ -255,9 +243,9 @@ class OpenAccess(Tenancy):
 
 
 class KeyAccess(OpenAccess):
-    """Keys with read access to everything, and an optional admin key.
+    """Keys with read access to everything, and an optional admin key; no limits, no ledger.
 
-    No limits, no ledger. `admin_key`: plain text or its hash.
+    `admin_key`: plain text or its hash.
     """
 
     keyless = False

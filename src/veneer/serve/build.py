@@ -1,9 +1,9 @@
 """Builds a server from its parts.
 
     build()    tenancy, sources, names, service -> application   quick; pages and the library work from here on
-    load()     base -> engine -> service                       as slow as loading the base
+    load()     base -> engine -> service                         as slow as loading the base
 
-Decides which parts a server has, and in which order they start and stop.
+This module decides which parts a server has, and in which order they start and stop.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ async def _nothing() -> None:
 
 @dataclass(frozen=True)
 class Application:
-    """An ASGI application and its lifecycle functions.
+    """An ASGI application and its lifecycle functions, which run on the server's event loop.
 
-    All run on the server's event loop. `start` runs before the first request, `load` in parallel with
-    requests until the server is ready, `stop` after the drain.
+    `start` runs before the first request, `load` in parallel with requests until the server is ready, `stop`
+    after draining.
     """
 
     app: FastAPI
@@ -58,10 +58,11 @@ class Application:
 
 @dataclass(frozen=True)
 class Extension:
-    """The parts that a higher package adds to a server.
+    """Parts that a higher package adds to a server.
 
     `routers`: behind the same authentication. `large`, `unguarded`: see create_app. `start`, `stop`: see
-    Application; run inside the server's own. `mount`: adds what is not a router to the finished application.
+        Application;
+    they run inside the server's own. `mount`: adds parts that are no routers to the finished application.
     """
 
     routers: Sequence[APIRouter] = ()
@@ -81,8 +82,9 @@ def build(
 ) -> Application:
     """Build everything but the base from `settings` (checked by checks.py).
 
-    `opened`: the stores that the check has opened. `extends`: extensions, which start in this order and stop in
-    reverse. Raises ConfigError.
+    `opened`: the stores that the check opened. `extends`: extensions, which start in this order and stop in
+        reverse.
+    Raises ConfigError.
     """
     opened = opened or open_stores(settings)
     try:
@@ -102,10 +104,9 @@ def build(
 
 
 def _load_base(settings: ServeSettings, service: Service, log: Callable[[str], None]) -> None:
-    """Load the base; blocks.
+    """Load the base.
 
-    Raises loading errors, and ConfigError for options its kind does not have.
-    """
+    Blocking. Raises loading errors, and ConfigError for options that its kind does not have."""
     from veneer.models.sources import find_base, is_image_base
 
     kind: ServerKind = "upstream"
@@ -127,7 +128,7 @@ def _load_texts(settings: ServeSettings, service: Service, log: Callable[[str], 
     engine = TextEngine(base, catalog.sources.read, replace(settings.engine, queue=settings.http.queue))
     log(f"forward: {engine.runner.how}{f' ({engine.runner.why})' if engine.runner.why else ''}")
     catalog.use_base(base, engine.problems, engine.residents)
-    # The engine's cache may allow a shorter context than the base.
+    # The engine's cache can allow a shorter context than the base.
     reader = TokenizedBase(base.name, base.tokenizer, engine.context, base.has_chat_template)
     service.use_base(engine, reader, settings.http)
 
@@ -149,7 +150,7 @@ def _load_pictures(settings: ServeSettings, service: Service, log: Callable[[str
 
 
 def _load_upstream(settings: ServeSettings, service: Service, log: Callable[[str], None]) -> None:
-    """Connect to the upstream, whose vLLMs read the same library."""
+    """Connect to the upstream, whose vLLM servers read the same library."""
     from veneer.models.text.base import text_without_weights
     from veneer.serve.fleet.mixes import Mixes, mix_folder, vllm_problems
     from veneer.serve.fleet.upstream import Upstream, UpstreamAdapters
@@ -175,10 +176,7 @@ def _application(
     log: Callable[[str], None],
     extends: Sequence[Extend],
 ) -> Application:
-    """The application with all surfaces.
-
-    Stopping it ends with the tenancy's last bill.
-    """
+    """Return the application with all routes. Stopping it ends with the tenancy's last bill."""
 
     def step(text: str) -> None:
         service.step = text
@@ -235,7 +233,7 @@ def _application(
 
 
 def operator_routes(settings: ServeSettings, tenancy: Tenancy, catalog: Catalog) -> list[APIRouter]:
-    """The routes under /admin, for the admin key, on a server with tenants."""
+    """Return the routes under /admin, for the admin key, on a server with tenants."""
     if settings.admin_key is None or not isinstance(tenancy, Tenants):
         return []
     return [admin_router(tenancy, catalog)]
@@ -244,7 +242,7 @@ def operator_routes(settings: ServeSettings, tenancy: Tenancy, catalog: Catalog)
 def tenancy_of(
     settings: ServeSettings, log: Callable[[str], None], store: Store | None, quotas: Quotas | None = None
 ) -> Tenancy:
-    """The tenancy that the settings ask for. `store`: the tenants' database, or None."""
+    """Return the tenancy for the settings. `store`: the tenants' database, or None."""
     if store is None:
         refuse_ledger(settings.ledger)
         if needs_no_key(settings, store):

@@ -1,7 +1,7 @@
-"""Checks a server's settings before it listens and before heavy imports.
+"""Checks of a server's settings, before the server listens and before heavy imports.
 
-    opened = check_settings(settings)  bad values, conflicting options, missing bases and adapters
-    refuse_idle(settings, kind)        options that have no effect on this kind of server
+    opened = check_settings(settings)  refuses bad values, conflicting options, missing bases and adapters
+    refuse_idle(settings, kind)        refuses options that have no effect on this kind of server
 
 For a base on the hub, its configuration is downloaded. Checks that need its weights (memory, adapters of
 another base) run while the server is built.
@@ -31,16 +31,13 @@ _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#@*\s]+", re.I)
 
 @dataclass(frozen=True)
 class Opened:
-    """The stores that the check opened and the server uses.
-
-    `store`: the tenants' database, None on a server without tenants.
-    """
+    """The stores that the check opened and the server uses. `store`: the tenants' database, or None."""
 
     library: Library
     store: Store | None
 
     def close(self) -> None:
-        """Close the stores; safe to call again, and after their users have closed them."""
+        """Close the stores. Safe to call repeatedly, and after the stores' users have closed them."""
         self.library.close()
         if self.store is not None:
             self.store.close()
@@ -59,10 +56,7 @@ def open_stores(settings: ServeSettings) -> Opened:
 
 
 def needs_no_key(settings: ServeSettings, store: Store | None) -> bool:
-    """Whether the server accepts requests without a key.
-
-    `store`: the tenants' database, or None.
-    """
+    """Return whether the server accepts requests without a key. `store`: the tenants' database, or None."""
     if store is None:
         return not settings.keys and (settings.open or settings.admin_key is None)
     nobody = settings.tenants is None and settings.admin_key is None and not store.settings.tenants
@@ -70,10 +64,8 @@ def needs_no_key(settings: ServeSettings, store: Store | None) -> bool:
 
 
 def _tenants_address(settings: ServeSettings) -> str | None:
-    """The tenants' database: the named one, or the default.
-
-    The default applies if it exists and no other option sets access.
-    """
+    """Return the tenants' database: the named one, or the default if it exists and no other option sets
+    access."""
     if settings.tenants is not None or settings.keys or (settings.open and not settings.here):
         return settings.tenants
     return database_here()
@@ -83,7 +75,8 @@ def check_settings(settings: ServeSettings, *, page: bool = False) -> Opened:
     """Check the settings and return the opened stores.
 
     `page`: the server has the Studio. Raises ConfigError, BaseError or AdapterError for invalid settings, and
-    the errors of `open_stores`.
+        the
+    errors of `open_stores`.
     """
     if settings.quantize is not None:
         one_of(settings.quantize, get_args(QuantizeKind), "a quantization", "--quantize")
@@ -121,9 +114,9 @@ def check_settings(settings: ServeSettings, *, page: bool = False) -> Opened:
 
 
 def _check_keyless(settings: ServeSettings, store: Store | None, page: bool) -> None:
-    """Raises ConfigError for a server without keys that any web page could use.
+    """Raise ConfigError for a server without keys that any web page could use.
 
-    Also for a Studio without keys that other machines can reach.
+    Also raises for a Studio without keys that other machines can reach.
     """
     if not needs_no_key(settings, store):
         return
@@ -137,9 +130,9 @@ def _check_keyless(settings: ServeSettings, store: Store | None, page: bool) -> 
 
 
 def _server_kind(settings: ServeSettings) -> ServerKind | None:
-    """The kind of server, None if the base must be created first.
+    """Return the kind of server, or None if the base must be created first.
 
-    Raises BaseError for a base that does not exist, here or on the hub.
+    Raises BaseError for a base that exists neither here nor on the hub.
     """
     base = base_outline(settings.base)
     if base is not None and (file := base / "config.json").is_file():
@@ -164,13 +157,13 @@ _OPTIONS: tuple[tuple[str, Callable[[ServeSettings], object], str, str], ...] = 
     ("tenant_mixes", lambda s: s.fleet.mixes, "upstream", "mixes with --upstream"),
     ("mix_disk", lambda s: s.fleet.mix_bytes, "upstream", "mixes with --upstream"),
 )
-"""Option or key of --config, its value in the settings, the kinds of servers that use it, its purpose."""
+"""(option or key of --config, its value in the settings, the kinds of servers that use it, its purpose)."""
 _LEDGER_OPTIONS = {"days": "ledger_days", "room": "ledger_room", "folder": "ledger_folder"}
 _LEDGER_OPTIONS["synced"] = "ledger_sync"
 
 
 def refuse_idle(settings: ServeSettings, kind: ServerKind) -> None:
-    """Raises ConfigError for an option that has no effect on this kind of server."""
+    """Raise ConfigError for an option that has no effect on this kind of server."""
     usual = ServeSettings("")
     why = {"upstream": "the server of --upstream computes", "pictures": "this server has an image base"}
     for option, value_of, kinds, purpose in _OPTIONS:
@@ -180,7 +173,7 @@ def refuse_idle(settings: ServeSettings, kind: ServerKind) -> None:
 
 
 def refuse_ledger(ledger: LedgerSettings) -> None:
-    """Raises ConfigError for a ledger option on a server without tenants."""
+    """Raise ConfigError for a ledger option on a server without tenants."""
     usual = LedgerSettings()
     for name, option in _LEDGER_OPTIONS.items():
         if getattr(ledger, name) != getattr(usual, name):
@@ -189,7 +182,7 @@ def refuse_ledger(ledger: LedgerSettings) -> None:
 
 
 def _check_upstream(settings: ServeSettings) -> None:
-    """Raises ConfigError for a bad --upstream, or sources that its vLLMs cannot read."""
+    """Raise ConfigError for a bad --upstream, or sources that its vLLM servers cannot read."""
     if settings.fleet.upstream is None:
         return
     from veneer.serve.fleet.upstream import upstream_url  # imports httpx
@@ -201,7 +194,7 @@ def _check_upstream(settings: ServeSettings) -> None:
 
 
 def _find(library: Library, reference: str) -> None:
-    """Raises ConfigError or NotInLibrary if a reference does not exist."""
+    """Raise ConfigError or NotInLibrary if a reference does not exist."""
     try:
         library.find(reference)
     except ConfigError:  # not a reference

@@ -24,16 +24,16 @@ class ServerConfig(BaseModel):
 
     allowed_hosts: values of Host, besides localhost and --host, that a server without keys accepts
     context: maximum tokens of a sequence; 0: as many as base and cache allow
-    max_tokens: maximum tokens of an answer; 0: as many as the context leaves
-    queue: answers that can run or wait at once; one tenant can have half
+    max_tokens: maximum tokens of a completion; 0: as many as the context leaves
+    queue: completions that can run or wait at once; one tenant can use half
     max_connections: connections at once; over the limit, the connection that was idle longest is closed
     head_seconds, body_seconds: time in which a request's head and body have to arrive
     idle_seconds: time for which a connection waits for its next request
     stall_seconds: close a connection whose client has not read for this long
-    drain_seconds: time that running answers have after SIGTERM
+    drain_seconds: time for which running completions continue after SIGTERM
     session_days: with --train, days for which an unused Tinker session is kept
     tenant_mixes, mix_disk: with --upstream, mixes of one tenant at a time, and bytes of all mixes on disk
-    ledger_days: with tenants, days for which the ledger keeps its lines; daily sums stay
+    ledger_days: with tenants, days for which the ledger keeps its rows; daily sums stay
     ledger_folder, ledger_room, ledger_sync: see `LedgerSettings`
     """
 
@@ -58,7 +58,7 @@ class ServerConfig(BaseModel):
     ledger_sync: bool = False
 
     def bytes(self, key: str) -> int:
-        """The size of a key in bytes. Raises ConfigError."""
+        """Return the size of a key in bytes. Raises ConfigError."""
         return bytes_of(str(getattr(self, key)), key)
 
 

@@ -64,29 +64,27 @@ class Principal:
     weight: float = 1.0
 
     def can(self, permission: Permission) -> bool:
-        """Whether this principal has the permission."""
+        """Return whether this principal has the permission."""
         return permission in PERMISSIONS[self.kind]
 
     def require(self, permission: Permission | None) -> None:
-        """Raises Refused (403) without the permission, or if it is None (undeclared)."""
+        """Raise Refused (403) without the permission, or if it is None (undeclared)."""
         if permission is None or not self.can(permission):
             text, fix = _DENIED.get(permission, ("this is not allowed", "use the admin key"))  # type: ignore[arg-type]
             raise Refused(text, status=403, code="forbidden", fix=fix)
 
     def can_change(self, name: str) -> bool:
-        """Whether the principal can change this name.
-
-        A tenant in its namespace, an operator anywhere.
-        """
+        """Return whether the principal can change this name: a tenant in its namespace, an operator
+        anywhere."""
         return self.can("operate") or (self.can("write") and name.startswith(f"{self.tenant}/"))
 
     def can_see(self, *names: str) -> bool:
-        """Whether any of an adapter's `names` is visible to the principal."""
+        """Return whether any of an adapter's `names` is visible to the principal."""
         return self.can("operate") or any(map(self.sees, names))
 
     @property
     def owner(self) -> str | None:
-        """The tenant whose jobs this principal sees; None for the jobs of all tenants."""
+        """The tenant whose jobs this principal sees, or None for the jobs of all tenants."""
         return None if self.can("operate") else self.tenant
 
     @property

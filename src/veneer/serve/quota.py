@@ -53,15 +53,14 @@ class Quotas:
         return hold
 
     def fits(self, owner: str, **amounts: int) -> bool:
-        """Whether `take` would succeed now."""
+        """Return whether `take` would succeed now."""
         with self._lock:
             return self._refusal(owner, amounts, amounts) is None
 
     def check_stored(self, owner: str, **stored: tuple[int, int]) -> None:
-        """Check measured usage: (in use, more) of each resource.
+        """Check measured usage of each resource: (amount in use, additional amount).
 
-        Raises Refused (storage_full).
-        """
+        Raises Refused (storage_full)."""
         for name, (used, more) in stored.items():
             if used + more > getattr(self.limits, name):
                 raise self._over(owner, name, used, more)
@@ -71,10 +70,7 @@ class Quotas:
             return self._used.get(owner, Counter())[resource]
 
     def _refusal(self, owner: str, amounts: dict[str, int], total: dict[str, int]) -> Refused | None:
-        """The error of raising a hold by `amounts` to `total`.
-
-        None if the quota allows it.
-        """
+        """Return the error of raising a hold by `amounts` to `total`, or None if the quota allows it."""
         used = self._used.get(owner, Counter())
         for name, amount in amounts.items():
             most: int = getattr(self.limits, name)
@@ -108,10 +104,8 @@ class Quotas:
 
 
 class QuotaHold:
-    """The part of an owner's quota that one request or stored object uses.
-
-    A context manager that releases it.
-    """
+    """The part of an owner's quota that one request or stored object uses; a context manager that releases
+    it."""
 
     def __init__(self, quotas: Quotas, owner: str) -> None:
         self._quotas, self.owner = quotas, owner
@@ -125,16 +119,13 @@ class QuotaHold:
         self.release()
 
     def add(self, **amounts: int) -> None:
-        """Hold more. Raises Refused and then leaves the hold unchanged."""
+        """Reserve more. If it raises Refused, the hold is unchanged."""
         with self._lock:
             self._quotas._change(self.owner, amounts, amounts)
             self._held.update(amounts)
 
     def change(self, **amounts: int) -> None:
-        """Set the named resources to these amounts.
-
-        Raises Refused and then leaves the hold unchanged.
-        """
+        """Set the named resources to these amounts. If it raises Refused, the hold is unchanged."""
         with self._lock:
             more = {name: amount - self._held[name] for name, amount in amounts.items()}
             self._quotas._change(self.owner, more, amounts)
@@ -143,22 +134,21 @@ class QuotaHold:
     def set(self, **amounts: int) -> None:
         """Set the named resources to measured amounts.
 
-        Never refused, because they are already in use.
-        """
+        Never refused, because the amounts are already in use."""
         with self._lock:
             more = {name: amount - self._held[name] for name, amount in amounts.items()}
             self._quotas._change(self.owner, more, None)
             self._held.update(more)
 
     def release(self) -> None:
-        """Give everything back. A second call does nothing."""
+        """Release everything. A second call does nothing."""
         self.set(**dict.fromkeys(self._held, 0))
 
 
 # -- threads -----------------------------------------------------------------------------------------------------------
 
 current_owner: ContextVar[str] = ContextVar("current_owner", default="")
-"""The tenant that the current task works for; set when a request's key is checked."""
+"""The tenant for which the current task works; set when a request's key is checked."""
 
 
 class FairThreads(FairPool):

@@ -1,9 +1,10 @@
-"""The requests and events of an engine: the types that all of `serve` shares.
+"""Requests and events of an engine: the types that all of `serve` shares.
 
-    surface -> catalog (name -> mix of digests) -> Request -> engine -> Started, Token …, Finished -> surface
+    HTTP route -> catalog (name -> mix of digests) -> Request -> engine
+               <- Started, Token …, Finished <-
 
-A mix consists of digests, never names: if a name changes its meaning, running requests keep the old one.
-Independent of tensors and HTTP.
+A mix consists of digests, not names: if a name changes its meaning, running requests keep the old one. This
+module is independent of tensors and HTTP.
 """
 
 from __future__ import annotations
@@ -18,16 +19,13 @@ from veneer.core.adapter import check_strength
 from veneer.errors import ConfigError, VeneerError, quoted
 
 DigestMix = tuple[tuple[str, float], ...]
-"""(adapter digest, strength), sorted by digest, unique, strengths nonzero; () is the base alone."""
+"""(adapter digest, strength), sorted by digest, unique, with nonzero strengths; () is the base."""
 
 BASE: DigestMix = ()
 
 
 def make_mix(parts: Iterable[tuple[str, float]]) -> DigestMix:
-    """The canonical form of a mix.
-
-    Strengths are summed per digest, zeros removed, and digests sorted.
-    """
+    """Return the canonical form of a mix: strengths summed per digest, zeros removed, digests sorted."""
     sums: dict[str, float] = {}
     for digest, strength in parts:
         sums[digest] = sums.get(digest, 0.0) + float(strength)
@@ -35,9 +33,9 @@ def make_mix(parts: Iterable[tuple[str, float]]) -> DigestMix:
 
 
 def check_strengths(parts: Iterable[tuple[str, float]]) -> None:
-    """Raises Refused for an invalid strength (see `check_strength`).
+    """Raise Refused for an invalid strength (see `check_strength`).
 
-    parts: (name, strength).
+    parts: (name, strength)
     """
     try:
         for name, strength in parts:
@@ -47,18 +45,18 @@ def check_strengths(parts: Iterable[tuple[str, float]]) -> None:
 
 
 def mix_digest(mix: DigestMix) -> bytes:
-    """A digest for cache keys: equal exactly for equal mixes; b"" for the base."""
+    """Return a digest for cache keys, equal exactly for equal mixes; b"" for the base."""
     return hashlib.sha256(repr(mix).encode()).digest() if mix else b""
 
 
 def cache_root(mix: DigestMix, salt: str = "") -> bytes:
-    """The cache key before a prompt's first block.
+    """Return the cache key before a prompt's first block, equal exactly for equal mixes and equal salts.
 
-    Equal exactly for equal mixes and equal salts. Only requests with the same root can share cached blocks.
+    Only requests with equal roots can share cached blocks.
     """
     if not salt:
         return mix_digest(mix)
-    # The prefix and the fixed width keep a client's salt from forging another mix's digest.
+    # The prefix and the fixed width prevent a client's salt from forging another mix's digest.
     return hashlib.sha256(b"salted" + mix_digest(mix).rjust(32, b"\0") + salt.encode("utf-8", "surrogatepass")).digest()
 
 
@@ -87,7 +85,7 @@ class Refused(VeneerError):
 
 
 def invalid(what: str, param: str | None = None, fix: str | None = None) -> Refused:
-    """The error of an invalid request: 400."""
+    """Return the error of an invalid request: 400."""
     return Refused(what, status=400, code="invalid_request", param=param, fix=fix)
 
 
@@ -96,29 +94,31 @@ def shutting_down() -> Refused:
 
 
 def not_ready(phase: str) -> Refused:
-    """The error of requests to a server in this phase: 503 with Retry-After.
+    """Return the error of requests to a server in this phase: 503 with Retry-After.
 
-    phase: loading or draining.
+    phase: loading or draining
     """
     return Refused(f"the server is {phase}", status=503, code="shutting_down", retry_after=5.0)
 
 
 GrammarSpec = tuple[Literal["json_schema", "json_object", "regex"], str]
-"""What an answer must match: a JSON schema as text, any JSON object, or a regular expression."""
+"""Constraint of a completion: a JSON schema as text, any JSON object, or a regular expression."""
 
 
 @dataclass(frozen=True)
 class Sampling:
     """Sampling parameters of a request.
 
-    Applied in this order: grammar, logit bias, penalties, temperature, top-k, min-p, top-p. Order: grammar,
-    logit bias, penalties, temperature, top-k, min-p, top-p.
+    Order of application: grammar, logit bias, penalties, temperature, top-k, min-p, top-p.
 
-    `temperature`: 0 is greedy. `top_k`: 0 for all tokens. `seed`: None for a random one. `logprobs`: None for
-    none, else the number of alternatives in addition to the chosen token; from the model's distribution
-    before any of the above. `sampled_logprob`: with logprobs, also the chosen token's logprob in the final
-    distribution. `prompt_logprobs`: logprobs of the prompt's tokens too, which disables the prefix cache for
-    the prompt. `stop`: texts that end the answer, not included in it. `grammar`: what the answer must match.
+    `temperature`: 0 is greedy. `top_k`: 0 for all tokens. `seed`: None for a random seed. `logprobs`: None
+        for none,
+    otherwise the number of alternatives in addition to the sampled token, from the model's distribution
+    before any of the above. `sampled_logprob`: with logprobs, also the sampled token's log-probability in the
+    final distribution.
+    `prompt_logprobs`: also the prompt's tokens, which disables the prefix cache for the prompt. `stop`: texts
+        that end
+    the completion and are not part of it. `grammar`: constraint of the completion.
     """
 
     max_tokens: int = 256
@@ -162,11 +162,12 @@ _numbers = itertools.count()
 
 @dataclass(eq=False)
 class Request:
-    """A request for one answer to one prompt.
+    """A request for one completion of one prompt.
 
     `prompt`: token ids, at least one. `tenant`, `weight`: owner and share, for fair queueing. `name`: the
-    client's name for the mix, for metrics and messages, never for a cache. `salt`: requests share cached
-    prompt blocks only if their salts are equal.
+        client's name
+    of the mix, for metrics and messages, never for a cache. `salt`: requests share cached prompt blocks only
+    if their salts are equal.
     """
 
     prompt: tuple[int, ...]
@@ -181,20 +182,21 @@ class Request:
 
 @dataclass(frozen=True)
 class Started:
-    """The prompt is being computed. `cached`: prompt tokens found in the cache."""
+    """The prompt is being computed. `cached`: number of prompt tokens found in the cache."""
 
     cached: int
 
 
 @dataclass(frozen=True)
 class Token:
-    """One token of the answer.
+    """One token of the completion.
 
-    `text`: the text that the token adds; all texts joined are the answer. Empty for a partial character, text
-    held back because a stop text can begin in it, or the token that ended the answer. `logprob` and `top`
-    ((id, text, logprob), best first) are from the model's distribution, `sampled_logprob` from the final one, if
-    requested. `prompt`: on the first token, the prompt's tokens, if their logprobs were requested; the very
-    first has no logprob.
+    `text`: the text that the token adds; all texts joined are the completion. Empty for an incomplete
+        character, for
+    text held back because a stop text can begin in it, and for the token that ended the completion. `logprob`
+    and `top` ((id, text, logprob), best first) are from the model's distribution, `sampled_logprob` from the
+    final one, if requested. `prompt`: on the first token, the prompt's tokens, if their log-probabilities
+    were requested; the first prompt token has none.
     """
 
     id: int
@@ -208,10 +210,8 @@ class Token:
 
 @dataclass(frozen=True)
 class Usage:
-    """Token counts, and times in seconds.
-
-    `queued` until the first step, `prefill` to the first token, `decode` to the last.
-    """
+    """Token counts, and times in seconds: `queued` until the first step, `prefill` to the first token,
+    `decode` to the last."""
 
     prompt: int
     cached: int
@@ -223,10 +223,11 @@ class Usage:
 
 @dataclass(frozen=True)
 class Finished:
-    """The last event of an answer.
+    """The last event of a completion.
 
-    `reason`: stop (`stop`: the text or token id), length, cancelled, or error with `error`. `text`: held-back
-    text that belongs to the answer.
+    `reason`: stop (`stop`: the text or token id), length, cancelled, or error with `error`. `text`: text that
+        was held
+    back and belongs to the completion.
     """
 
     reason: Literal["stop", "length", "cancelled", "error"]
@@ -244,7 +245,8 @@ class EngineStats:
     """Counters of an engine.
 
     `cache_used`: share of used key-value blocks. `adapters`, `adapter_bytes`: in memory now. `evictions`:
-    adapters evicted to make room.
+        number of
+    adapters evicted for others.
     """
 
     running: int = 0
@@ -266,13 +268,14 @@ _Happened = TypeVar("_Happened", covariant=True)
 
 
 class Engine(Protocol[_Asked, _Happened]):
-    """The part of a server that computes: text engine, upstream, or image engine.
+    """The computing part of a server: text engine, upstream, or image engine.
 
     Text engines are `Engine[Request, EngineEvent]`. Engines derive from this class for its defaults.
 
-    `events`: yields the events of a request until it is answered; closing the iterator (the client left)
-    cancels it. Raises Refused before the first event for immediate errors: a prompt that does not fit
-    (context_exceeded), a full queue (overloaded), shutting down. Later errors of a text request come as
+    `events`: yields the events of a request until it ends; closing the iterator (after a disconnect) cancels
+        the
+    request. Raises Refused before the first event for immediate errors: a prompt that does not fit
+    (context_exceeded), a full queue (overloaded), shutting down. Later errors of a text request arrive as
     Finished with `error`.
     """
 
@@ -287,23 +290,20 @@ class Engine(Protocol[_Asked, _Happened]):
         return None
 
     async def end(self) -> None:
-        """Stop accepting requests, cancel running ones, and end."""
+        """Refuse new requests, cancel running ones, and stop."""
         return None
 
     def problem(self) -> str:
-        """Why the engine is unhealthy: a stuck step, an ended thread, a failing device.
-
-        "" if healthy.
-        """
+        """Return why the engine is unhealthy (a stuck step, an ended thread, a failing device), or ""."""
         return ""
 
     def trouble(self) -> str:
-        """Why new requests should go elsewhere for now, such as no upstream; "" if none."""
+        """Return why new requests should go to another server for now, such as a missing upstream, or ""."""
         return ""
 
 
 class LoadingEngine(Engine[Request, EngineEvent]):
-    """The engine of a server whose base is not loaded yet."""
+    """The engine of a server whose base is still loading."""
 
     def events(self, request: Request) -> AsyncIterator[EngineEvent]:
         raise not_ready("loading")

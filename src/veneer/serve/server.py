@@ -37,8 +37,8 @@ _BACKLOG = 1024
 _SWITCH = 0.001
 """Interpreter switch interval in seconds.
 
-An engine step releases and reacquires the GIL at each operation; at the default 5 ms, one busy Python thread
-would delay a step by a second.
+An engine step releases and reacquires the GIL at each operation. At the default of 5 ms, one busy Python
+thread would delay a step by a second.
 """
 
 
@@ -117,10 +117,11 @@ def serve(
     extends: Sequence[Extend] = (),
     page: WebPage | None = None,
 ) -> None:
-    """Serve until a signal.
+    """Serve until a signal arrives.
 
-    Raises errors in the settings before it listens, and build errors. `extends`: add parts of higher
-    packages; `page`: the web page among them.
+    `extends`: add parts of higher packages; `page`: the web page among them. Raises errors in the settings
+        before it
+    listens, and build errors.
     """
     forbid_inspection()
     opened = check_settings(settings, page=page is not None) if make_app is None else None
@@ -140,7 +141,7 @@ def serve(
 def _serve(
     settings: ServeSettings, log: Callable[[str], None], make_app: Callable[[], Application], page: WebPage | None
 ) -> None:
-    if not logging.getLogger().handlers:  # else the embedding process has configured logging
+    if not logging.getLogger().handlers:  # otherwise the embedding process has configured logging
         logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("veneer").setLevel(logging.INFO)
     many_files(settings.http.connections)

@@ -1,6 +1,6 @@
-"""The settings of a server, as `veneer serve` accepts them and every part reads them.
+"""Settings of a server, as `veneer serve` accepts them and every part reads them.
 
-Imports nothing heavy, so that the command line can take its defaults from here.
+Imports nothing heavy, so that the command line can read its defaults from here.
 """
 
 from __future__ import annotations
@@ -48,14 +48,15 @@ class QuotaLimits:
 class HttpSettings:
     """HTTP limits of one server. Times are in seconds.
 
-    `max_adapter`: bytes of an uploaded adapter. `max_tokens`: 0 for up to the context. `queue`: answers that
-    run or wait, of all tenants. `head_time`, `body_time`: time for a request's head and body to arrive.
-    `idle`: time an idle connection is kept. `stall`: close a connection whose client has not read for this
+    `max_adapter`: bytes of an uploaded adapter. `max_tokens`: 0 for up to the context. `queue`: completions
+        that run or
+    wait, of all tenants. `head_time`, `body_time`: time for a request's head and body to arrive. `idle`: time
+    for which an idle connection stays open. `stall`: close a connection whose client has not read for this
     long. `connections`: over this limit, the connection idle longest is closed. `max_pixels`: of an uploaded
-    image. `max_pictures`: images per request. `metric_adapters`: most adapters with separate metric series.
-    `allowed_origins`: origins whose pages can use this server from a browser; "*" (any) needs keys.
-    `allowed_hosts`: values of Host, besides localhost, that a server without keys accepts. `quotas`: limits
-    for each owner.
+    image. `max_pictures`: images per request. `metric_adapters`: maximum adapters with separate metric
+    series. `allowed_origins`: origins whose pages can use this server from a browser; "*" (any) requires
+    keys. `allowed_hosts`: values of Host, besides localhost, that a server without keys accepts. `quotas`:
+    limits for each owner.
     """
 
     max_body: int = 8 << 20
@@ -96,9 +97,12 @@ class EngineSettings:
     """Settings of the text engine.
 
     `rows`: sequences at once. `budget`: tokens per step. `cache_bytes`: for keys and values. `adapter_bytes`:
-    for adapters in memory, the only limit on their number. `queue`: waiting requests. `batch_invariant`: see
-    Runner. `stuck_seconds`: a step longer than this counts as stuck. `context`: tokens per sequence, 0 for as
-    many as the base and the cache allow.
+        for
+    adapters in memory, the only limit on their number. `queue`: waiting requests. `batch_invariant`: see
+    Runner.
+    `stuck_seconds`: a longer step counts as stuck. `context`: tokens per sequence, 0 for as many as the base
+        and the
+    cache allow.
     """
 
     rows: int = 32
@@ -128,9 +132,10 @@ class LedgerSettings:
 
 @dataclass(frozen=True)
 class FleetSettings:
-    """Settings of a server before a vLLM.
+    """Settings of a server in front of vLLM.
 
-    `upstream`: URL of a vLLM server, or of a router in front of several; None to compute locally. `key`: sent to the
+    `upstream`: URL of a vLLM server, or of a router in front of several; None to compute locally. `key`: sent
+        to the
     upstream as a bearer token. `mixes`: weighted mixes per tenant. `mix_bytes`: size of all mixes on disk.
     """
 
@@ -144,10 +149,11 @@ class FleetSettings:
 class ServeSettings:
     """All settings of a server.
 
-    `folders`: where load requests may name files. `tenants`: the tenants' database; without it `keys` are all
-    keys; without both, tenants.sqlite in the veneer home if it exists; else no key is needed. `open`: no key
+    `folders`: folders that load requests can name. `tenants`: the tenants' database. Without it, `keys` are
+        all keys;
+    without both, tenants.sqlite in the veneer home if it exists; otherwise no key is needed. `open`: no key
     is needed even if there are tenants; on localhost their routes, prices and ledger stay in use, on other
-    hosts not. With an upstream only the base's names and tokenizer are read. `quantize`: see
+    hosts not. With an upstream, only the base's names and tokenizer are read. `quantize`: see
     models.text.base.load_text. `drain`: seconds.
     """
 
@@ -201,16 +207,13 @@ def bytes_of(text: str, where: str) -> int:
 
 
 def size_text(size: int) -> str:
-    """A size in its largest whole unit: 32M, 1G."""
+    """Return a size in its largest whole unit: 32M, 1G."""
     power = max(n for n in range(5) if size % 1024**n == 0)
     return f"{size // 1024**power}{' KMGT'[power].strip()}"
 
 
 def keys_of(file: Path) -> list[str]:
-    """Keys of a file, one per line; lines that start with # are comments.
-
-    Raises ConfigError.
-    """
+    """Return the keys of a file, one per line; lines that start with # are comments. Raises ConfigError."""
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:

@@ -1,7 +1,7 @@
-"""Transient errors: a database, store, disk or upstream that cannot be used now.
+"""Transient errors: a database, store, disk or upstream that is unavailable.
 
     is_transient(error)               whether an error or one of its causes is transient
-    transient_error(resource, error)  503, to be retried; details go to the log under the id in the answer
+    transient_error(resource, error)  503, to be retried; the log has details under the response's id
     internal_error(resource, error)   the same for a transient error, 500 for any other
 
 Driver messages contain hosts, paths and addresses, so they never reach a client.
@@ -42,12 +42,12 @@ _ERRNO = {
 
 
 def is_transient(error: BaseException | None) -> bool:
-    """Whether an error or its cause comes from the environment, not from the request."""
+    """Return whether an error or its cause comes from the environment, not from the request."""
     visited: set[int] = set()
     while error is not None and id(error) not in visited:
         if isinstance(error, _KINDS) or (isinstance(error, OSError) and error.errno in _ERRNO) or lacks_memory(error):
             return True
-        if type(error) is DatabaseError:  # SQLite: a damaged file. Subclasses are errors of the statement
+        if type(error) is DatabaseError:  # SQLite: a damaged file; subclasses are errors of the statement
             return True
         visited.add(id(error))
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
@@ -55,7 +55,7 @@ def is_transient(error: BaseException | None) -> bool:
 
 
 def transient_error(resource: str, error: object, *, retry_after: float = _RETRY_AFTER) -> Refused:
-    """The error while `resource` (in client terms: "the library") is unavailable.
+    """Return the error while `resource` (in the client's words: "the library") is unavailable.
 
     `error` is only logged.
     """
@@ -70,7 +70,7 @@ def transient_error(resource: str, error: object, *, retry_after: float = _RETRY
 
 
 def internal_error(resource: str, error: BaseException) -> Refused:
-    """The error for an unexpected exception: a transient error, or an internal one."""
+    """Return the error for an unexpected exception: a transient error, or an internal one."""
     if is_transient(error):
         return transient_error(resource, error)
     number = _logged(resource, error, trace=True)
@@ -78,10 +78,7 @@ def internal_error(resource: str, error: BaseException) -> Refused:
 
 
 def _logged(resource: str, error: object, *, trace: bool = False) -> str:
-    """Log an error and return its id.
-
-    A transient error is logged in one line, because there can be many.
-    """
+    """Log an error and return its id. A transient error takes one line, because there can be many."""
     number = secrets.token_hex(4)
     text = " ".join(str(error).split()) or type(error).__name__
     kind = f"{type(error).__name__}: " if isinstance(error, BaseException) else ""

@@ -7,8 +7,8 @@
     staging.get("acme", staged.id)               raises Refused (404) once expired, and for other tenants
     staging.drop(staged), staging.close()
 
-Only the files of a PEFT folder are unpacked from an archive, each under its fixed name whatever its path, so
-no file can escape the folder. Nothing is loaded. Handles files only, not adapters.
+Only the files of a PEFT folder are unpacked from an archive, each under a fixed name whatever its path, so
+that no file can escape the folder. Nothing is loaded. This module handles files, not adapters.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from veneer.serve.request import Refused, invalid
 _ENDINGS = (".safetensors", ".gguf", ".zip")
 _LIFETIME = 3600.0
 _TENANTS_ROOM = 2
-"""A tenant's storage, in files of maximum size; its oldest files are dropped first."""
+"""A tenant's storage, as a number of files of maximum size; the oldest files are dropped first."""
 _MOST_INDEX = 1 << 20
 """Maximum bytes of an archive's index, which is read at once."""
 _INDEX_END = 22 + (1 << 16)
@@ -60,7 +60,7 @@ class StagedAdapter:
     until: float = 0.0
 
     def write(self, chunk: bytes) -> None:
-        """Append a chunk. Blocks. Raises Refused (413) beyond `most`."""
+        """Append a chunk. Blocking. Raises Refused (413) beyond `most`."""
         self.size += len(chunk)
         if self.size > self.most:
             raise _too_large(self.most)
@@ -69,10 +69,9 @@ class StagedAdapter:
 
 @dataclass
 class UploadStage:
-    """Staged adapters. Thread-safe. `most`: bytes of one adapter, unpacked.
+    """Staged adapters.
 
-    `clock`: seconds since 1970.
-    """
+    Thread-safe. `most`: maximum bytes of one unpacked adapter; `clock`: seconds since 1970."""
 
     most: int
     clock: Callable[[], float] = time.time
@@ -81,7 +80,7 @@ class UploadStage:
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def begin(self, tenant: str, filename: str) -> StagedAdapter:
-        """Start an upload. Blocks. Raises Refused (400) for a file name that no adapter has."""
+        """Start an upload. Blocking. Raises Refused (400) for a file name that no adapter has."""
         last = re.split(r"[/\\]", filename)[-1]
         stem = re.sub(r"[^A-Za-z0-9._-]+", "_", last).strip("._-")
         name = stem[-100:].lstrip("._-") or "adapter"
@@ -99,7 +98,7 @@ class UploadStage:
         return StagedAdapter(id, tenant, name, path, path.open("wb"), self.most)
 
     def keep(self, staged: StagedAdapter) -> StagedAdapter:
-        """Finish an upload, dropping the tenant's oldest files if needed. Blocks.
+        """Finish an upload, dropping the tenant's oldest files if needed. Blocking.
 
         Raises Refused (400) for an archive without an adapter.
         """
@@ -120,7 +119,7 @@ class UploadStage:
         return staged
 
     def get(self, tenant: str, id: str) -> StagedAdapter:
-        """A tenant's staged file. Raises Refused (404)."""
+        """Return a tenant's staged file. Raises Refused (404)."""
         with self._lock:
             staged = self._staged.get(id)
         if staged is None or staged.tenant != tenant or staged.until < self.clock():
@@ -129,7 +128,7 @@ class UploadStage:
         return staged
 
     def drop(self, upload: StagedAdapter) -> None:
-        """Delete an upload. Blocks."""
+        """Delete an upload. Blocking."""
         with self._lock:
             self._staged.pop(upload.id, None)
             folder = self._folder
@@ -146,10 +145,8 @@ class UploadStage:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _home(self) -> Path:
-        """This process's folder, created on first use.
-
-        Folders of killed processes are deleted then.
-        """
+        """Return this process's folder, creating it on first use and then deleting folders of killed
+        processes."""
         with self._lock:
             if self._folder is None:
                 parent = private_folder(veneer_home() / "cache" / "staged")
@@ -169,10 +166,7 @@ def _too_large(most: int) -> Refused:
 
 
 def _unpack(archive: Path, folder: Path, most: int) -> int:
-    """Unpack a PEFT folder's files from an archive into `folder`.
-
-    Returns their bytes. Raises Refused.
-    """
+    """Unpack a PEFT folder's files from an archive into `folder`; return their bytes. Raises Refused."""
     size = 0
     try:
         for name, source in _members(archive):
@@ -193,7 +187,7 @@ def _unpack(archive: Path, folder: Path, most: int) -> int:
 
 
 def _members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
-    """(name, stream) of the adapter files in an archive, in order.
+    """Yield (name, stream) of the adapter files in an archive, in order.
 
     Accepts only compression methods that need little memory to unpack.
     """

@@ -1,4 +1,4 @@
-"""Limits are shared by tenants, and threads go to the tenant that received least."""
+"""Admission: tenants share limits fairly, and worker threads serve the tenant that has received least."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from veneer.serve.request import Refused
 
 
 def flood(share: SharedQuantity, tenant: str, weight: float = 1.0, amount: int = 1) -> int:
-    """How much a tenant gets that takes until it is refused."""
+    """Return the amount that a tenant acquires before its first refusal."""
     got, said = 0, None
     while said is None:
         try:
@@ -33,7 +33,7 @@ def flood(share: SharedQuantity, tenant: str, weight: float = 1.0, amount: int =
 @pytest.mark.parametrize("n", [1, 2, 5])
 def test_flooding_tenants_leave_others_an_equal_share(n: int) -> None:
     share = SharedQuantity("things", 1200)
-    for _ in range(200):  # those that came first give some back until all have the same
+    for _ in range(200):  # the first tenants release some of their amount until all tenants have the same
         for i in range(n):
             flood(share, f"t{i}")
         for i in range(n):
@@ -49,9 +49,9 @@ def test_flooding_tenants_leave_others_an_equal_share(n: int) -> None:
 def test_one_flooding_tenant_gets_half_and_more_by_weight() -> None:
     assert flood(SharedQuantity("things", 1000), "a") == 500
     assert 600 < flood(SharedQuantity("things", 1000), "a", weight=2.0) < 700
-    assert flood(SharedQuantity("things", 1000), "") == 1000  # where there are no tenants
+    assert flood(SharedQuantity("things", 1000), "") == 1000  # a server without tenants
     light = SharedQuantity("answers", 1024)
-    light.take("a", 0.01, 256)  # one whole request always passes
+    light.take("a", 0.01, 256)  # a single whole request is always admitted
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 40), st.booleans()), max_size=80))
@@ -91,7 +91,7 @@ def test_the_tenant_that_received_least_gets_the_thread() -> None:
 
     asyncio.run(everything())
     assert len(order) == 32
-    assert "b" in order[:3]  # not after the twenty that came before it
+    assert "b" in order[:3]  # tenant b does not wait for the twenty earlier requests
     seen = Counter(order[:12])
     assert seen["c"] >= 2 * seen["b"] >= 2  # by weight
 
@@ -121,7 +121,7 @@ def test_short_work_never_waits_for_long_work() -> None:
         left = asyncio.create_task(place.work(1 << 20, lambda: ran.append(1)))
         await asyncio.sleep(0.01)
         left.cancel()
-        await asyncio.sleep(0)  # a cancellation takes effect on the loop's next turn
+        await asyncio.sleep(0)  # the event loop delivers a cancellation on its next turn
         gate.set()
         await asyncio.gather(*long)
         await asyncio.sleep(0.01)

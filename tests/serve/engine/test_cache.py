@@ -1,4 +1,4 @@
-"""Blocks of the cache: never lost, never shared wrongly, whatever the order of opening, growing and closing."""
+"""Cache blocks are never lost or wrongly shared, in any order of opening, growing and closing sequences."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_keys_depend_on_every_token_and_their_order(tokens: list[int], other: li
 
 
 class Blocks(RuleBasedStateMachine):
-    """Against a model that remembers what was computed into each block."""
+    """Compare the cache with a model that records what was computed into each block."""
 
     tables = Bundle("tables")
 
@@ -66,7 +66,7 @@ class Blocks(RuleBasedStateMachine):
     @rule(target=tables, root=st.sampled_from([b"", b"a"]), tokens=st.lists(st.integers(0, 1), min_size=1, max_size=20))
     def open(self, root: bytes, tokens: list[int]) -> tuple[BlockTable, list[int]]:
         table = self.cache.open(root, tokens)
-        for i, block in enumerate(table.blocks):  # what is found was computed from just these tokens under this mix
+        for i, block in enumerate(table.blocks):  # a cached block was computed from exactly these tokens under this mix
             assert self.written[block] == (root, tuple(tokens[: (i + 1) * BLOCK]))
         found = len(table.blocks)
         if self.cache.grow(table, len(tokens)):

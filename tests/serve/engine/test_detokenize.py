@@ -1,4 +1,4 @@
-"""Text as it comes: the pieces joined are the decoded answer, cut where the first stop text is complete."""
+"""Streamed text: its pieces join to the decoded completion, cut where the first stop text is complete."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def decoded(ids: list[int], tokenizer: PreTrainedTokenizerFast = TOKENIZER) -> s
 
 
 def sentencepiece() -> PreTrainedTokenizerFast:
-    """As Llama 2's: ▁ for spaces, the first of which is dropped, and bytes for what has no token."""
+    """A tokenizer like Llama 2's: ▁ marks spaces, decoding drops the first one, unknown characters become
+    bytes."""
     words = ["▁the", "▁cat", "▁", "a", "b", "é", "s", "."]
     vocab = {"<unk>": 0, "</s>": 1, **{f"<0x{i:02X}>": i + 2 for i in range(256)}}
     vocab |= {w: 258 + i for i, w in enumerate(words)}
@@ -52,7 +53,8 @@ def told(answer: AnswerText, ids: list[int]) -> tuple[str, object]:
 
 
 def cut(text: str, stops: tuple[str, ...]) -> str:
-    """By the definition: read on until some stop text is complete, take it off, of several the longest."""
+    """Cut a text by definition: read until a stop text is complete; of several that are complete, cut the
+    longest."""
     for end in range(1, len(text) + 1):
         if over := [s for s in stops if text[:end].endswith(s)]:
             return text[: end - max(map(len, over))]
@@ -75,7 +77,7 @@ def test_pieces_joined_are_the_text_with_bytes_as_a_fallback(text: str) -> None:
 
 
 def bytewise(data: bytes) -> list[int]:
-    """One token a byte."""
+    """Return one token per byte."""
     table = {}
     n = 0
     for b in range(256):
@@ -99,7 +101,7 @@ def test_any_bytes(data: bytes) -> None:
 
 
 def test_the_window_stays_small() -> None:
-    """The cost of a token does not grow with the answer, not even with broken characters for ever."""
+    """The cost per token does not grow with the completion, even in an endless run of broken characters."""
     for ids in (bytewise(b"\xff" * 3000), bytewise("😀".encode() * 750), [2] * 3000, bytewise(b"ab" * 1500)):
         pieces, widest = Pieces(TOKENIZER), 0
         out = ""
@@ -124,7 +126,7 @@ def test_an_answer_ends_before_the_first_stop(ids: list[int], stops: list[str]) 
 @given(st.text(alphabet="ab", max_size=30), st.lists(st.text(alphabet="ab", min_size=1, max_size=4), max_size=3))
 @settings(max_examples=300, deadline=None)
 def test_stops_that_overlap(text: str, stops: list[str]) -> None:
-    """The outcome does not depend on how the text is cut into tokens."""
+    """The result does not depend on how tokens divide the text."""
     whole = told(AnswerText(TOKENIZER, Sampling(max_tokens=1000, stop=tuple(stops))), TOKENIZER(text)["input_ids"])
     single = told(AnswerText(TOKENIZER, Sampling(max_tokens=1000, stop=tuple(stops))), bytewise(text.encode()))
     assert whole == single

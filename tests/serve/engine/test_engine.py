@@ -1,4 +1,4 @@
-"""The engine: everybody's answer is what they would get alone, whatever happens around them."""
+"""The engine: batching, caching and failures of other requests never change a request's completion."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ GREEDY = Sampling(max_tokens=12, temperature=0.0, ignore_eos=True)
 
 
 class Shelf:
-    """Adapters by digest, as a library would give them; counts how often each is read."""
+    """Adapters by digest, as a library provides them; counts reads per adapter."""
 
     def __init__(self, *adapters: Adapter) -> None:
         self.by_digest = {a.digest(): a for a in adapters}
@@ -72,7 +72,8 @@ def run(work: Coroutine[Any, Any, Any]) -> Any:
 
 
 def greedy(model: Any, shelf: Shelf, mix: DigestMix, prompt: tuple[int, ...], n: int) -> list[int]:
-    """By hand: the whole sequence again for every token, through core's attachment."""
+    """Sample greedily without a cache: a full forward pass per token, with the mix attached by
+    veneer.core."""
     with attach(model) as attachment, torch.no_grad():
         for digest, _ in mix:
             attachment.add(digest, shelf.by_digest[digest])
@@ -120,7 +121,7 @@ def test_preemption_changes_no_answer() -> None:
     prompts = [prompt(20, i) for i in range(6)]
     many = Sampling(max_tokens=40, temperature=0.0, ignore_eos=True)
     want = [greedy(model, shelf, mix, p, 40) for p in prompts]
-    size = 2 * 2 * 2 * 8 * 16 * 4  # layers, kv, d, block, float32
+    size = 2 * 2 * 2 * 8 * 16 * 4  # layers · (keys, values) · heads · head dim · block · bytes of float32
     with engine_of(model, shelf, cache_bytes=11 * size) as engine:
         assert engine.runner.blocks == 11
 
@@ -154,7 +155,7 @@ def test_prefixes_are_shared_only_under_one_mix() -> None:
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3", "mixtral"])
 def test_the_logprobs_of_a_prompt_are_the_models_own(family: str) -> None:
-    """In chunks, in a batch, with the prompt cached, and recomputed after a preemption."""
+    """Also when the prompt is split into chunks, batched, cached, or recomputed after a preemption."""
     model = fresh(family)
     adapter = trained(model, 1)
     shelf = Shelf(adapter)
@@ -334,13 +335,13 @@ def test_invalid_requests_are_refused_at_once() -> None:
 
 
 def test_stopping_cancels_running_requests() -> None:
-    """Draining waits before this: tests/serve/test_server.py."""
+    """tests/serve/test_server.py covers draining, which comes before this."""
     model = fresh()
     engine = engine_of(model, Shelf()).start()
     own = engine.runner.run
 
     def slow(rows: Any) -> Any:
-        time.sleep(0.02)  # its answer would take seconds
+        time.sleep(0.02)  # long enough to start the completion, which takes seconds
         return own(rows)
 
     engine.runner.run = slow  # type: ignore[method-assign]
@@ -373,7 +374,7 @@ def test_sampled_answers_depend_on_their_seed_alone() -> None:
 
 @pytest.mark.parametrize("make", [recurrent, fresh])
 def test_a_repeated_step_starts_from_the_same_state(make: Callable[[], Any]) -> None:
-    """The first rows of a step have been computed, the last one fails: the others' answers are as if it had not."""
+    """If the last row of a step fails after earlier rows ran, the other completions do not change."""
     model = make()
     with engine_of(model, Shelf(), budget=16) as engine:
         own: Callable[..., Any] = engine.runner.run
@@ -403,7 +404,7 @@ def test_a_repeated_step_starts_from_the_same_state(make: Callable[[], Any]) -> 
         assert steps > 4
     for p, tokens in zip(prompts, got, strict=True):
         ids = list(p)
-        for token in tokens:  # against the whole sequence computed again
+        for token in tokens:  # compare with a full recomputation of the sequence
             with torch.no_grad():
                 scores = model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)
             assert token.logprob == pytest.approx(float(scores[token.id]), abs=1e-4)

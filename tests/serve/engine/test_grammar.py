@@ -1,4 +1,4 @@
-"""Grammars as masks: whatever the model prefers, what comes out validates; what cannot be compiled is a 400."""
+"""Grammars as masks: every completion validates, whatever the model prefers; an invalid grammar is a 400."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ jsonschema = pytest.importorskip("jsonschema")
 TOKENIZER = tiny_tokenizer()
 EOS = TOKENIZER.eos_token_id
 PADDED = VOCAB_SIZE + 64
-"""Logits of models are often more than their tokenizer has tokens."""
+"""Vocabulary size of the logits. Models often have more logits than their tokenizer has tokens."""
 
 
 def compiled(kind: GrammarKind, text: str = "") -> Matcher:
@@ -32,7 +32,7 @@ def compiled(kind: GrammarKind, text: str = "") -> Matcher:
 
 
 def answer(grammar: Matcher, seed: int = 0, heat: float = 1.0, steps: int = 400) -> tuple[str, bool]:
-    """(text, whether it came to its end) of a model that has no idea, but closes what it opened sooner or later."""
+    """Return (text, finished) of a random model that becomes more likely to close open brackets over time."""
     generator = torch.Generator().manual_seed(seed)
     matcher = grammar.copy()
     row = SampledRow(Sampling(seed=seed, temperature=heat), vocabulary=PADDED, ends=(EOS,), grammar=matcher)

@@ -40,7 +40,7 @@ HOW = SamplingParams(max_tokens=12)
 def drawing(
     dtype: torch.dtype = torch.float32, codes: str = "", **settings: Any
 ) -> Iterator[tuple[TextBase, Attachment, Sampler]]:
-    """A tiny base in training, its adapter "run" and a sampler."""
+    """Yield a tiny base in training, an attachment with adapter "run", and a sampler."""
     model: Any = families.llama3(vocab_size=VOCAB_SIZE).to(dtype)
     for module in model.modules() if codes else ():
         if isinstance(module, nn.Linear) and module is not model.lm_head:
@@ -84,7 +84,7 @@ def test_the_trainers_log_probabilities_are_the_samplers_to_the_bit(dtype: str, 
         assert torch.equal(found, logps(drawn))
         parameters = list(attachment.parameters("run").values())
         gradients = torch.autograd.grad(found.sum(), parameters)
-        batch, shared = collate_shared(drawn)  # the same with each prompt once
+        batch, shared = collate_shared(drawn)  # the same batch, with each shared prompt stored once
         assert len(batch.input_ids) == len(ids) - sum(map(len, PROMPTS))
         once = batch.input_ids, lengths, batch.trained
         replay = sampler.replay(*once, "run", shared)
@@ -92,7 +92,7 @@ def test_the_trainers_log_probabilities_are_the_samplers_to_the_bit(dtype: str, 
         assert torch.equal(found, logps(drawn))
         for mine, theirs in zip(torch.autograd.grad(found.sum(), parameters), gradients, strict=True):
             assert float((mine - theirs).norm()) < (1e-5 if dtype == "float32" else 0.05) * float(theirs.norm())
-        if dtype == "float32":  # where rounding is small, the model's forward agrees
+        if dtype == "float32":  # in float32, rounding is small enough to compare with the model's forward pass
             own = token_logps(base.model, ids, lengths, said)
             torch.testing.assert_close(own, found)
             for mine, theirs in zip(gradients, torch.autograd.grad(own.sum(), parameters), strict=True):
@@ -123,7 +123,14 @@ def test_an_answer_depends_only_on_its_seed() -> None:
         for wanted, r in zip(asked(each=3), together, strict=True):
             (alone,) = draw(sampler, [wanted])
             assert (alone.tokens, alone.logps) == (r.tokens, r.logps)
-        assert [r.cached for r in together] == [0, 32, 32, 0, 0, 0]  # one of a group goes ahead, with whole blocks
+        assert [r.cached for r in together] == [
+            0,
+            32,
+            32,
+            0,
+            0,
+            0,
+        ]  # the first row of each group computes the prompt; the others reuse its full blocks
         base = draw(sampler, asked(""))
         assert [r.logps for r in base] != [r.logps for r in draw(sampler, asked())]
 
@@ -180,7 +187,7 @@ def test_a_base_the_engine_cannot_run_is_refused() -> None:
 
 
 def test_sampling_keeps_the_fast_paths_of_training() -> None:
-    """With the trainer's kernels: rows without padding, and samples still equal the model's."""
+    """Uses the trainer's kernels: rows have no padding, and samples equal the model's."""
     model: Any = families.llama3(vocab_size=VOCAB_SIZE)
     before = model.config._attn_implementation
     with attach(model) as attachment:

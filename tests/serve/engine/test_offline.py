@@ -1,4 +1,4 @@
-"""Answers without a server: those of `complete`, by the engine where it can and by `complete` where it cannot."""
+"""Offline completions equal those of `complete`, whether the engine or `complete` itself computes them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def model_of(family: str) -> Any:
 
 
 def both_ways(model: Any, adapters: dict[str, Any], mix: list[tuple[str, float]]) -> tuple[list[Completion], ...]:
-    """As `complete` has it and as `answering` has it, the mix acting on the model for both."""
+    """Return the completions of `complete` and of `answering`, with the same mix attached."""
     base = base_of(model)
     with attach(model) as attachment:
         for name, adapter in adapters.items():
@@ -74,7 +74,9 @@ def test_the_engine_is_used_where_it_can_run_the_base() -> None:
 
 def test_a_quantized_base_answers_by_the_engine_too() -> None:
     model = model_of("llama3")
-    module = model.model.layers[0].mlp.down_proj  # one alone: its groups are of plain and quantized weights
+    module = model.model.layers[
+        0
+    ].mlp.down_proj  # quantize a single module, so that its fused group mixes plain and quantized weights
     module.weight = nn.Parameter(quantize(module.weight.detach(), "int8"), requires_grad=False)
     with answering(base_of(model), {}) as answer:
         assert isinstance(answer, EngineAnswers)

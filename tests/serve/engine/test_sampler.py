@@ -1,4 +1,4 @@
-"""The sampler against transformers' processors, formulas and distributions; rows are independent."""
+"""The sampler agrees with transformers' processors, formulas and distributions; rows are independent."""
 
 from __future__ import annotations
 
@@ -35,14 +35,17 @@ def ids(scores: Tensor, rows: list[SampledRow]) -> list[int]:
 
 
 def drawn(scores: Tensor, sampling: Sampling, n: int, prompt: tuple[int, ...] = ()) -> Tensor:
-    """The share of each token in n samples with different seeds."""
+    """Return each token's share of n samples with different seeds."""
     rows = [SampledRow(replace(sampling, seed=s), prompt, vocabulary=len(scores)) for s in range(n)]
     made = ids(scores.expand(n, -1), rows)
     return torch.bincount(torch.tensor(made), minlength=len(scores)).float() / n
 
 
 def fits(shares: Tensor, p: Tensor, n: int) -> None:
-    """Chi-square with cells of at least five, at a level of about 1e-4 (Wilson and Hilferty's cube root)."""
+    """Assert that shares fit p by a chi-square test with at least five expected samples per cell.
+
+    The level is about 1e-4 (Wilson and Hilferty's cube root approximation).
+    """
     assert (shares[p == 0] == 0).all()
     big = p * n >= 5
     seen = torch.cat([shares[big], shares[~big].sum()[None]]) * n
@@ -116,7 +119,7 @@ def test_the_kept_tokens_are_those_of_transformers(seed: int, k: int, p: float, 
     own = (scores - scores.max()) / heat
     stays = own >= sampler.lowest_kept(own, [s])
     other = (stays != (warped > -math.inf)).nonzero()[:, 1].tolist()
-    if other:  # only where the sum stops within rounding of its share
+    if other:  # only if the sum is within rounding of the limit
         order = own.masked_fill(own < own.max() + (math.log(min_p) if min_p else -math.inf), -math.inf)
         order = order.sort(descending=True).values[0, : k or V].softmax(-1).double().cumsum(-1)
         assert (order - p).abs().min() < 1e-5
@@ -276,7 +279,7 @@ def test_no_end_token_comes_before_min_tokens() -> None:
 
 
 class Only:
-    """A grammar that allows some tokens."""
+    """A grammar that allows only some tokens."""
 
     def __init__(self, *allowed: int, breaks: bool = False) -> None:
         self.allowed, self.taken, self.breaks = allowed, list[int](), breaks
@@ -344,7 +347,7 @@ def test_logprobs_do_not_depend_on_the_sampling_settings() -> None:
 
 
 def test_equally_likely_alternatives_do_not_depend_on_the_batch() -> None:
-    """In 16 bits many are. The best of them is the one that a greedy row takes."""
+    """In 16 bits many logits tie; a greedy row takes the same one in any batch."""
     scores = logits(6, seed=3, spread=2.0).round().bfloat16()
     scores[0, 5:9] = 0.0
     scores[0, 6] = -0.0
@@ -373,4 +376,4 @@ def test_a_row_samples_the_same_token_on_a_gpu() -> None:
     here, there = ([SampledRow(k, (1, 2), vocabulary=50_000) for k in s] for _ in range(2))
     for step in range(8):
         want, got = ids(scores.roll(step, 0), here), ids(scores.roll(step, 0).cuda(), there)
-        assert sum(a != b for a, b in zip(want, got, strict=True)) <= 1  # a tie within rounding
+        assert sum(a != b for a, b in zip(want, got, strict=True)) <= 1  # one tie within rounding

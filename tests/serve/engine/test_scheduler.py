@@ -1,4 +1,4 @@
-"""The scheduler loses no row, starves no row and isolates tenants from floods."""
+"""The scheduler loses no row, starves no row, and isolates tenants from floods by others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def request(prompt: int, new: int, tenant: str = "", weight: float = 1.0, salt: 
 
 
 def advance(scheduler: Scheduler) -> list[Sequence]:
-    """One step of a model that always samples 7; returns the finished sequences."""
+    """Run one step of a model that always samples token 7; return the finished sequences."""
     chunks = scheduler.step()
     assert sum(c.end - c.start for c in chunks) <= scheduler.budget
     assert len({id(c.sequence) for c in chunks}) == len(chunks)
@@ -54,7 +54,7 @@ def test_a_prompt_that_waits_for_room_is_counted_once() -> None:
     while any(s.generated < 8 for s in prompts):
         steps += 1
         advance(scheduler)
-    assert steps > 16  # one after another
+    assert steps > 16  # the sequences run one after another
     assert scheduler.looked_up == 36
     assert scheduler.found == sum(s.cached for s in prompts) == 16
 
@@ -98,7 +98,7 @@ def test_long_rows_of_one_tenant_yield_to_another() -> None:
     for _ in range(20):
         advance(scheduler)
     assert Counter(s.request.tenant for s in scheduler.running) == {"flood": 16, "calm": 16}
-    for _ in range(40):  # each has its share, and keeps it
+    for _ in range(40):  # each tenant reaches its share and keeps it
         advance(scheduler)
     assert scheduler.preemptions == 16
     while scheduler.running or scheduler.waiting:
@@ -130,7 +130,7 @@ def test_one_tenants_blocks_are_released_for_another() -> None:
 
 def test_long_prompts_wait_for_another_tenants_first_token() -> None:
     def steps(flood: int) -> tuple[int, int]:
-        """Until the other's first token; and tokens of the step that brought it."""
+        """Return the number of steps until the other tenant's first token, and that step's tokens."""
         scheduler = Scheduler(Cache(40_000, 4), rows=32, budget=512)
         for i in range(flood):
             scheduler.add(request(4000, 10, "flood", salt=i))
@@ -219,7 +219,7 @@ def test_every_row_finishes_or_is_removed(
 
 
 def test_prefixes_need_equal_mixes_and_salts() -> None:
-    """In steps of a block, what was there tells what others asked: another salt finds nothing, whatever the mix."""
+    """Only full blocks are shared. Requests with another salt find nothing, whatever their mix."""
     scheduler = Scheduler(Cache(1000, 4), rows=8, budget=64)
     tokens = tuple(range(17))
     mixes: list[DigestMix] = [(), (("sha256:a", 1.0),), (("sha256:b", 1.0),)]

@@ -1,4 +1,5 @@
-"""A server before a fake vLLM over real HTTP: requests, retries, adapter names, and limits of weighted mixes."""
+"""A server in front of a fake vLLM over real HTTP: requests, retries, adapter names and limits of weighted
+mixes."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ ONE, TWO, DORA = (make_mix([(f"sha256:{c * 64}", 1.0)]) for c in "123")
 
 
 class Setup:
-    """A library of three adapters, the third with DoRA, and the shared folder of mixes."""
+    """A library of three adapters (the third uses DoRA), and the shared folder for mixes."""
 
     def __init__(self, tmp_path: Path) -> None:
         self.cache, self.adapters = tmp_path / "cache", {}
@@ -33,7 +34,8 @@ class Setup:
             self.adapters[mix[0][0]] = folder
 
     def resolve(self, name: str) -> Path | None:
-        """The plug-in's part: a plain adapter's folder in the library, or a mix's in the shared folder."""
+        """Resolve a name as the plug-in does: an adapter's folder in the library, or a mix's in the shared
+        folder."""
         mix = self.cache / name
         return self.adapters.get(f"sha256:{name.removeprefix('veneer-')}") or (mix if mix.is_dir() else None)
 
@@ -47,7 +49,7 @@ class Setup:
         return Upstream(url, mixes=mixes or self.mixes(), decode=decode, **more)
 
     def run(self, fake: FakeVLLM, work: Callable[[Upstream], Awaitable[None]], **limits: Any) -> None:
-        """Run `work` with an engine before the fake."""
+        """Run `work` with an upstream engine connected to the fake server."""
         fake.resolve = self.resolve
 
         async def live(url: str) -> None:

@@ -1,4 +1,4 @@
-"""The plug-in without vLLM: names it resolves, and its registration in a fake registry."""
+"""The plug-in without vLLM: the names it resolves, and its registration in a fake registry."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> TextBase:
 
 @pytest.fixture
 def shelf(base: TextBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A library with adapters of all sorts for the tiny base."""
+    """Build a library with one adapter of each kind for the tiny base."""
     monkeypatch.setenv("VENEER_LIBRARY", str(tmp_path / "library"))
     monkeypatch.setenv("VENEER_VLLM_CACHE", str(tmp_path / "converted"))
     specs = {

@@ -1,4 +1,5 @@
-"""Low-rank products for rows with mixes of their own: against W + ΔW in float64, and each row alone."""
+"""Low-rank products of rows with different mixes equal W + ΔW in float64, and equal each row computed
+separately."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention over pages: against float64, in any layout of blocks, with anything left in blocks by their last owner."""
+"""Paged attention equals float64 attention, for any block layout and any stale contents of the blocks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CASES = [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, scale: float, cap: float, window: int, at: int) -> Tensor:
-    """One query (heads, d) at position `at` over k, v (at + 1, kv, d), in float64."""
+    """Attention of one query (heads, d) at position `at` over k, v (at + 1, kv, d), in float64."""
     low = max(0, at + 1 - window) if window else 0
     k, v = (t[low : at + 1].double().repeat_interleave(len(q) // t.shape[1], dim=1) for t in (k, v))
     scores = torch.einsum("hd,shd->hs", q.double(), k) * scale
@@ -32,7 +32,7 @@ def test_against_float64(
     generator = torch.Generator().manual_seed(0)
     pages = Pages(2, 20, heads, kv, d, dtype, torch.device("cpu"))
     for t in (pages.K, pages.V):
-        t.fill_(float("nan"))  # as a broken adapter leaves it
+        t.fill_(float("nan"))  # values that a broken adapter could leave
     blocks = torch.randperm(20, generator=generator).tolist()
     lengths = [1, 16, 37, 50]
     tables = [blocks[i * 4 : i * 4 + 4] for i in range(4)]
@@ -96,7 +96,7 @@ def test_a_tokens_result_does_not_depend_on_its_batch() -> None:
     pages.store(0, k.view(-1, kv, d), v.view(-1, kv, d), batch)
     together = pages.attend(0, q, batch, 0.125)
     for (_, n, blocks), at in zip(rows, batch.bounds, strict=False):
-        for t in {0, n // 2, n - 1}:  # each token by itself
+        for t in {0, n // 2, n - 1}:  # each token separately
             alone = pages.attend(
                 0, q[at + t : at + t + 1], PackedRows.build([(t, t + 1, blocks)], torch.device("cpu")), 0.125
             )

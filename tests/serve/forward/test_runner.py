@@ -1,4 +1,4 @@
-"""One forward over the tokens of many sequences: in every family, each row as if it were alone with its mix."""
+"""One forward pass over many sequences: in every family, each row equals that row computed alone."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def base_of(model: Any) -> TextBase:
 
 
 def trained(model: Any, seed: int, **spec: Any) -> Adapter:
-    """An adapter whose every tensor has an effect."""
+    """Return an adapter with nonzero tensors, so that each has an effect."""
     adapter = create(model, LoraSpec(**{"rank": 3, "alpha": 6.0, "targets": "all-linear"} | spec), seed=seed)
     g = torch.Generator().manual_seed(seed)
     for pair in adapter.pairs.values():
@@ -46,7 +46,7 @@ def trained(model: Any, seed: int, **spec: Any) -> Adapter:
 
 
 def reference(model: Any, adapters: dict[str, Adapter], mix: Sequence[tuple[str, float]], ids: list[int]) -> Tensor:
-    """The logits after the last token, computed whole, through core's attachment alone."""
+    """Return the logits after the last token from one uncached pass, with the mix attached by veneer.core."""
     with attach(model) as attachment, torch.no_grad():
         for name, _ in mix:
             attachment.add(name, adapters[name])
@@ -56,7 +56,7 @@ def reference(model: Any, adapters: dict[str, Adapter], mix: Sequence[tuple[str,
 
 
 def serve(runner: Runner, work: list[tuple[list[int], list[tuple[Prepared, float]]]], cuts: list[int]) -> list[Tensor]:
-    """Each sequence in pieces, all of them together in every step."""
+    """Run each sequence in chunks, with all sequences batched in every step."""
     blocks, rows_of, at = [], [], 0
     for ids, _ in work:
         need = -(-len(ids) // BLOCK)
@@ -102,7 +102,9 @@ def check_rows(
     how: str = "",
     tolerance: float = 2e-5,
 ) -> tuple[Runner, dict[str, Prepared]]:
-    """Serve all sequences together and compare each with the sequence alone. `served`: the model, if another's."""
+    """Serve all sequences together and compare each with the sequence alone.
+
+    `served`: the model, if another's."""
     want = [reference(model, adapters, mix, p) for mix, p in zip(mixes, ids, strict=True)]
     runner = Runner(base_of(model if served is None else served), cache_bytes=1 << 20)
     assert how in ("", runner.how), runner.why
@@ -115,7 +117,7 @@ def check_rows(
 
 
 def test_llama_4_runs_packed_within_one_chunk() -> None:
-    """Its experts get the tokens that are routed to them, those of rows under one mix together."""
+    """Each expert receives the tokens routed to it, grouped by mix."""
     model, other = FAMILIES["llama4"](), FAMILIES["llama4"]()
     for one in (model, other):
         one.config.get_text_config().attention_chunk_size = 256
@@ -162,7 +164,7 @@ def test_full_rank_and_low_rank_adapters_share_a_batch(family: str) -> None:
         "words": Adapter(token_rows={"model.embed_tokens": TokenRows((5, 9), torch.randn(2, 32, generator=g))}),
         "loha": Adapter(deltas={f"{q}.weight": loha(model.get_submodule(q), 7)}),
     }
-    if family == "llama3":  # "ends" needs a head that is not tied
+    if family == "llama3":  # adapter "ends" needs an untied head
         del adapters["ends"]
     mixes = [[(n, s)] for n, s in zip(adapters, [1.0, 1.0, 1.0, 1.0, -0.8], strict=False)]
     mixes += [[("plain", 0.5), ("loha", 0.5)], []]
@@ -185,7 +187,7 @@ def test_embedding_and_head_have_low_rank_forms() -> None:
 
 
 def test_bfloat16_is_about_as_exact_as_attached_adapters() -> None:
-    """Compare with float32 A and B; the runner rounds them once to the base's dtype."""
+    """The reference attaches float32 A and B; the runner rounds them once to the base's dtype."""
     exact = FAMILIES["llama3"]()
     adapters = {"a": trained(exact, 1), "b": trained(exact, 2, dora=True)}
     mixes: list[list[tuple[str, float]]] = [[], [("a", 1.0)], [("a", 0.5), ("b", 1.0)]]
@@ -239,7 +241,8 @@ def test_a_cache_that_is_too_small_is_refused() -> None:
 
 @pytest.mark.parametrize("family", ["llama3", "qwen3"])
 def test_batch_invariant_results_equal_those_alone(family: str) -> None:
-    """In any batch, with any adapters (DoRA and head pairs too) and any chunks of the prompt."""
+    """In any batch, with any adapters (including DoRA and pairs on the head), and with any chunks of the
+    prompt."""
     model = FAMILIES[family](hidden_size=64, intermediate_size=96).bfloat16()
     lora = trained(model, 1, targets=("all-linear", "lm_head"))
     dora = trained(model, 2, dora=True)
@@ -284,7 +287,7 @@ def test_heads_of_two_sizes_serve_mixed_adapters() -> None:
 
 
 def test_unsupported_attention_is_not_paged() -> None:
-    """A keyword that the hook does not know would be lost on the way to the pages."""
+    """The pages could not honor a keyword that the attention hook does not know."""
     model = FAMILIES["gemma3"]()
     for layer in model.model.layers:
         original = type(layer.self_attn).forward
@@ -299,12 +302,12 @@ def test_unsupported_attention_is_not_paged() -> None:
     runner.close()
 
 
-# -- which way is believed ---------------------------------------------------------------------------------------------
+# -- the probe that chooses the implementation -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_probe_finds_one_wrong_token(dtype: torch.dtype) -> None:
-    """In the last layer nothing of it comes to the tokens that follow: each one's logits are compared."""
+    """An error in the last layer affects no later token, so the probe must compare each token's logits."""
     model = FAMILIES["llama3"]().to(dtype)
     mlp = model.model.layers[-1].mlp
     original = type(mlp).forward
@@ -323,7 +326,7 @@ def test_the_probe_finds_one_wrong_token(dtype: torch.dtype) -> None:
 
 
 def test_the_probe_finds_a_longer_window() -> None:
-    """A family that tells attention nothing of its window, which only its mask has."""
+    """This family passes its window to attention through the mask only."""
     model = FAMILIES["gemma3"](sliding_window=64)
     for layer in model.model.layers:
         original = type(layer.self_attn).forward
@@ -346,7 +349,7 @@ def test_the_probe_finds_a_longer_window() -> None:
 
 @pytest.mark.parametrize(("context", "how"), [(256, "alone"), (64, "packed")])
 def test_llama_4_keeps_chunks_for_longer_sequences(context: int, how: str) -> None:
-    model = FAMILIES["llama4"]()  # chunks of 64
+    model = FAMILIES["llama4"]()  # attention chunks of 64 tokens
     (ids,) = prompts([min(context, 100)])
     want = reference(model, {}, [], ids)
     runner = Runner(replace(base_of(model), context=context), cache_bytes=1 << 20)

@@ -1,4 +1,4 @@
-"""The runner over a quantized base: each row as if alone, over the weights that the codes stand for and no others."""
+"""The runner over a quantized base: each row equals a single-row run over the dequantized weights."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ KINDS = ("nf4", "fp4", "int8", "Q8_0")
 
 
 def model_in(kind: str, family: str = "llama3", dtype: torch.dtype = torch.float32) -> Any:
-    """A model as a quantized load leaves it: linear layers and experts in codes, the rest as it was."""
+    """Return a model as a quantized load leaves it: linear layers and experts as codes, other weights
+    unchanged."""
     model: Any = FAMILIES[family](hidden_size=64, intermediate_size=96).to(dtype)
     for name in quantized_weights(model):
         owner, _, key = name.rpartition(".")
@@ -48,7 +49,7 @@ def model_in(kind: str, family: str = "llama3", dtype: torch.dtype = torch.float
 
 
 def plain_of(model: Any, family: str = "llama3") -> Any:
-    """transformers' own model with the weights that the codes stand for."""
+    """Return transformers' own model with the dequantized weights."""
     plain: Any = FAMILIES[family](hidden_size=64, intermediate_size=96).to(next(model.parameters()).dtype)
     with torch.no_grad():
         for name, own in model.named_parameters():
@@ -76,7 +77,7 @@ def test_each_row_equals_the_row_alone_over_dequantized_weights(family: str, kin
     ids, how = prompts([1, 20, 33, 17, 40, 16]), WAYS.get(family, "fused")
     runner, _ = check_rows(plain, adapters, MIXES, ids, [7, 16, 1, 30], served=model, how=how)
     runner.close()
-    for name, weight in quantized_of(model):  # the base is unchanged and has no dense copy
+    for name, weight in quantized_of(model):  # the base is unchanged and has no dense copy of its weights
         assert weight.kept is None
         assert all(map(torch.equal, codes[name], weight.stored.tensors().values()))
 
@@ -86,7 +87,7 @@ def quantized_of(model: Any) -> list[tuple[str, Quantized]]:
 
 
 def test_no_projection_has_a_dense_copy() -> None:
-    """Nor a second one of its codes."""
+    """No projection keeps a second copy of its codes either."""
     model = model_in("nf4", dtype=torch.bfloat16)
     runner = Runner(base_of(model), cache_bytes=1 << 20)
     for layer, block in zip(model.model.layers, runner.llama.blocks, strict=True):
@@ -103,9 +104,10 @@ def test_no_projection_has_a_dense_copy() -> None:
 
 
 def continued(runner: Runner, mixes: list[Any], texts: list[list[int]], tokens: Tensor | None = None) -> Tensor:
-    """Logits (12, rows, vocabulary) of twelve steps that continue the prompts in one batch, each with its mix.
+    """Return logits (12, rows, vocabulary) of twelve batched steps that continue the prompts under their
+    mixes.
 
-    `tokens`: logits whose best tokens are appended, instead of the runner's own.
+    `tokens`: logits whose argmax is appended, instead of the runner's own argmax.
     """
     rows = [RunnerRow(t, 0, range(4 * i, 4 * i + 4), mix) for i, (t, mix) in enumerate(zip(texts, mixes, strict=True))]
     out = []
@@ -119,8 +121,8 @@ def continued(runner: Runner, mixes: list[Any], texts: list[list[int]], tokens: 
 @pytest.mark.skipif(not compiled.has("decode"), reason="no kernels for a decoder on this processor")
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "Q8_0", "Q4_0"])
 def test_products_with_codes_equal_the_reference(kind: str) -> None:
-    """One compiled step over codes, and modules that dequantize them: the same answers at temperature 0, wherever the
-    likeliest token is one by more than roundings of bfloat16. The base's weights stay the same to the bit."""
+    """A compiled step over codes and modules that dequantize give the same tokens at temperature 0, except
+    for ties within bfloat16 rounding. The base's weights stay equal bit for bit."""
     model = model_in(kind, dtype=torch.bfloat16)
     adapter = trained(plain_of(model), 1, rank=3)
     before, texts = {n: p.dense() for n, p in quantized_of(model)}, prompts([9, 20, 5, 33])
@@ -135,7 +137,7 @@ def test_products_with_codes_equal_the_reference(kind: str) -> None:
         found.append(continued(runner, mixes, texts, found[0] if laid else None).double())
         runner.close()
     slow, fast = found
-    same_weights = kind != "int8"  # whose own are not rounded to bfloat16 by the step
+    same_weights = kind != "int8"  # the compiled int8 step does not round weights to bfloat16
     assert (fast - slow).norm() <= (0.04 if same_weights else 0.08) * slow.norm()
     best = slow.topk(2).values
     clear = best[..., 0] - best[..., 1] > 0.1 * slow.abs().max()

@@ -1,4 +1,4 @@
-"""One live server for each file of tests, as new for each test."""
+"""One live server per test file, reset for each test."""
 
 from __future__ import annotations
 

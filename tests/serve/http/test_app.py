@@ -1,4 +1,4 @@
-"""The door, health, metrics, tenants, shadows; and that no body makes the server fail."""
+"""Authentication, health, metrics, tenants and shadows; no request body makes the server fail."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHAT: Any = {"model": "sql", "messages": [{"role": "user", "content": "Hi"}], "m
 
 
 def samples(text: str) -> dict[tuple[str, str], float]:
-    """(name, the labels that are not the same on every series) -> value."""
+    """Parse metrics into (name, labels that differ between series) -> value."""
     found = {}
     for family in text_string_to_metric_families(text):
         for s in family.samples:
@@ -91,7 +91,9 @@ def test_metrics_list_running_and_waiting_adapters(server: Live) -> None:
         "/v1/completions",
         json={"model": "sql", "prompt": "SLOW " + "x " * 30, "max_tokens": 60, "stream": True},
     ) as slow:
-        answer = slow.iter_raw()  # kept: collecting the iterator closes the connection, which cancels the request
+        answer = (
+            slow.iter_raw()
+        )  # keep a reference: collecting the iterator would close the connection and cancel the request
         next(answer)
         assert 'running_lora_adapters="sql"' in server.get("/metrics").text
 
@@ -127,7 +129,7 @@ def test_a_tenant_has_its_own_models_limits_and_bill(text: ToyText) -> None:
 
 
 def test_prefixes_are_separate_per_tenant_and_salt(text: ToyText) -> None:
-    """Equal salts of engine requests: the same tenant, and the same `cache_salt`."""
+    """Engine requests share a cache salt only if their tenant and `cache_salt` are equal."""
     with live(ToyEngine(text), ToyCatalog(), ToyTenancy()) as server:
 
         def salt(key: str, path: str = "/v1/chat/completions", **more: Any) -> str:
@@ -154,7 +156,7 @@ def test_every_request_is_billed_once(text: ToyText) -> None:
         server.post("/v1/chat/completions", chat("Hi", n=3), "admin")
         _, three = tenancy.bills[-1]
         assert len(tenancy.bills) == 1
-        assert three.prompt == len(server.engine.seen[0].prompt)  # one prompt, three answers
+        assert three.prompt == len(server.engine.seen[0].prompt)  # one prompt, three completions
         assert three.completion == 3 * 8 or three.completion % 3 == 0
         server.post("/v1/chat/completions", chat("FAIL now please"), "admin")
         assert tenancy.bills[-1][1].completion == 3
@@ -190,7 +192,7 @@ def test_pages_of_other_origins(text: ToyText) -> None:
         assert allowed.headers["access-control-allow-origin"] == "https://app.example"
 
 
-# -- no body makes it fail ---------------------------------------------------------------------------------------------
+# -- invalid bodies ----------------------------------------------------------------------------------------------------
 
 
 NASTY: list[Any] = ["", "x", -1, 3, 2**70, [None], {"a": 1}]
@@ -206,7 +208,7 @@ BODIES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("path", BODIES)
 def test_no_value_of_any_key_makes_the_server_fail(text: ToyText, path: str) -> None:
-    """Every key of every body in turn with every nasty value, the other keys as they should be."""
+    """Replace each key of each body by every hostile value, with the other keys valid."""
     from veneer.serve.http.surfaces import openai, tgi, vllm
 
     models: dict[str, Any] = {
@@ -239,8 +241,8 @@ def test_no_value_of_any_key_makes_the_server_fail(text: ToyText, path: str) -> 
 
 @pytest.mark.slow
 def test_no_body_makes_the_server_fail(text: ToyText, tmp_path: Path) -> None:
-    """Schemathesis over the description of every route: any answer but 5xx. Each body is sent as it comes, and again
-    with its required keys and one more, so that a good part get as far as the engine."""
+    """Schemathesis generates bodies for every route; no response is a 5xx. Each body is sent as generated,
+    and again with its required keys valid, so that many requests reach the engine."""
     statuses: dict[str, set[int]] = {}
 
     def ask(case: Any) -> None:
@@ -267,7 +269,7 @@ def test_no_body_makes_the_server_fail(text: ToyText, tmp_path: Path) -> None:
         reached = len(server.engine.seen)
     staging.close()
     assert len(statuses) >= 20
-    assert reached > 50  # 96 with schemathesis 4.32; what it makes up changes with its version
+    assert reached > 50  # 96 with schemathesis 4.32; the number of generated cases depends on its version
 
 
 def test_the_openapi_description_is_complete(server: Live) -> None:

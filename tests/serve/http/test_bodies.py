@@ -1,4 +1,4 @@
-"""Bodies are counted before they are read, and read strictly, on every surface."""
+"""Bodies are measured before they are parsed, and parsed strictly, on every route."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ VALUE = st.recursive(
 
 
 def counted(value: Any) -> tuple[int, int]:
-    """(at least so many values and keys, depth), by walking."""
+    """Return (number of values and keys, depth), counted by recursion."""
     inner = [*value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
     below = [counted(each) for each in inner]
     own = len(value) if isinstance(value, dict) else 0
@@ -47,7 +47,7 @@ def test_counted_values_equal_those_json_parses(value: Any, ascii: bool, indent:
 
 
 def test_a_string_across_chunks_is_one_value() -> None:
-    for n in range(4):  # a backslash, or what it escapes, at the edge of a piece
+    for n in range(4):  # a chunk can end at a backslash or at the character it escapes
         text = "x" * (CHUNK - 3 + n) + '\\" [[[, \\\\' * 3
         assert count_values(json.dumps({"a": text}).encode()) == (3, 1)
         assert read_json(json.dumps({"a": text}).encode()) == {"a": text}
@@ -124,7 +124,7 @@ def test_only_a_few_errors_of_a_body_are_listed(small: Live, path: str, body: An
 
 @pytest.mark.parametrize("path", SURFACES)
 def test_disconnect_mid_body_is_not_a_server_error(path: str) -> None:
-    """Nothing is raised into the server's log, nothing counted as refused, and its place is free again."""
+    """The server logs no error, counts no refused request, and releases the request's slot."""
     app = toy_app(ToyEngine(ToyText()), ToyCatalog())
     service, answers = app.state.service, []
     come = iter([{"type": "http.request", "body": b'{"model', "more_body": True}, {"type": "http.disconnect"}])

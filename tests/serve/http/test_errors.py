@@ -1,4 +1,4 @@
-"""Errors as clients see them."""
+"""Error bodies and statuses that clients receive."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests that another site's page makes a browser send."""
+"""Cross-site requests sent by a browser."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EVIL = "https://evil.example"
 def statuses(
     requests: list[dict[str, Any]], tenancy: Tenancy | None = None, settings: HttpSettings | None = None
 ) -> list[int]:
-    """Return the responses to requests, each given as method, path, headers and httpx's options."""
+    """Return the status of each request, given as method, path, headers and httpx options."""
     app = toy_app(ToyEngine(ToyText()), ToyCatalog(), tenancy or OpenAccess(), settings)
 
     async def ask() -> list[int]:

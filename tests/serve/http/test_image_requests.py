@@ -1,4 +1,4 @@
-"""Pictures and errors of the Studio equal those over HTTP."""
+"""The Studio's images and errors equal those over HTTP."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from veneer.serve.tenancy.tenants import Tenants
 
 
 class Shadowed(ToyCatalog):
-    """`stable` is sql with one shadow, `canary` with another that is the same, `risky` with one that is gone."""
+    """A catalog in which `stable` and `canary` have shadows and the shadow of `risky` is missing."""
 
     def resolve(self, model: str, caller: Principal) -> ResolvedModel:
         shadows: dict[str, Any] = {

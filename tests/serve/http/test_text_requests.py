@@ -1,4 +1,4 @@
-"""Requests from the Studio equal those over HTTP: tokens, limits, bill and kept answers."""
+"""The Studio's requests equal those over HTTP: tokens, limits, cost and stored completions."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def ask(whole: Whole, caller: Principal = OPERATOR, **asked: Any) -> list[TextAn
         async with aclosing(ask_texts(whole.built.service, caller, TextRequest(MESSAGES, **asked))) as events:
             async for i, event in events:
                 answers[i].add(event)
-        behind = asyncio.all_tasks() - {asyncio.current_task()}  # a shadow, which continues after the answer
+        behind = asyncio.all_tasks() - {asyncio.current_task()}  # a shadow, which runs on after the response
         await asyncio.gather(*behind)
         return answers
 

@@ -1,8 +1,8 @@
-"""A toy engine, catalog and tenancy: answers by a rule, and fails, waits and refuses on request.
+"""A toy engine, catalog and tenancy that complete by a rule, and fail, wait or refuse on request.
 
-The answer to a prompt is "[mix] last line", where mix is "base" or "digest*strength+…". Words in the prompt's last line
-make it misbehave: FAIL (after three tokens), CRASH (a bug after one), FULL (refused at once), SLOW (0.05 s a token),
-TOOL (writes a tool call), and SAY:text answers with that text.
+The completion of a prompt is "[mix] last line", with mix "base" or "digest*strength+…". Words in the prompt's
+last line trigger failures: FAIL (after three tokens), CRASH (a bug after one), FULL (refused at once), SLOW
+(0.05 s per token), TOOL (writes a tool call); SAY:text completes with that text.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ TOOL_TEMPLATE = (
 
 
 class ToyText(TokenizedBase):
-    """A base that tokenizes prompts with the tiny tokenizer."""
+    """A base that tokenizes prompts with the tiny tokenizer and has no model."""
 
     def __init__(self, tools: bool = False, context: int = 512) -> None:
         tokenizer = tiny_tokenizer()
@@ -151,7 +151,7 @@ class ToyEngine(Engine[Request, EngineEvent]):
 
 
 def _last_line(said: str) -> str:
-    """The user's last message, in a chat or in a plain prompt."""
+    """Return the last line of the user's last message, from a chat or a plain prompt."""
     turns = re.findall(r"<\|im_start\|>(?:user|system)\n(.*?)<\|im_end\|>", said, re.S)
     return ["", *(turns[-1] if turns else said).strip().splitlines()][-1]
 
@@ -165,7 +165,7 @@ def rule(mix: DigestMix, last: str) -> str:
 
 
 def fitting(kind: str, pattern: str) -> str:
-    """Some text of the grammar, for the few forms that tests use."""
+    """Return a text that the grammar accepts, for the grammars that tests use."""
     if kind == "json_object":
         return '{"a": 1}'
     if kind == "regex":
@@ -189,7 +189,7 @@ def _instance(schema: Any) -> Any:
 
 @dataclass
 class ToyCatalog:
-    """Adapters by name, a route with a shadow, and loads whose source chooses the error."""
+    """Adapters by name, a route with a shadow, and sources that choose which error their load raises."""
 
     base: str = "toy"
     fingerprint: str = "sha256:toy"
@@ -201,10 +201,10 @@ class ToyCatalog:
             self.adapters[name] = ModelCard(name, source, self.base, 1700000000, f"d-{name}")
 
     async def fresh(self) -> None:
-        """Nothing to read: names are fixed."""
+        """Do nothing: names are fixed."""
 
     def check(self, name: str) -> None:
-        """Every name is allowed."""
+        """Allow every name."""
 
     def resolve(self, model: str, caller: Principal) -> ResolvedModel:
         name = model.removeprefix(f"{self.base}:")
@@ -253,7 +253,8 @@ class ToyCatalog:
 
 @dataclass
 class ToyTenancy(Tenancy):
-    """Two keys: `admin` sees everything; `acme` sees only sql, with 40 tokens per answer and one request at a time."""
+    """Two keys: `admin` sees everything; `acme` sees only sql, with 40 tokens per completion and one request
+    at a time."""
 
     bills: list[tuple[str, Usage]] = field(default_factory=list)
     inside: int = 0
@@ -296,7 +297,7 @@ class ToyBill:
 
 @dataclass
 class Live:
-    """A server on a free port, in its own thread; `service` is its app's."""
+    """A server on a free port in its own thread. `service` is the service of its app."""
 
     url: str
     app: Any
@@ -316,7 +317,7 @@ class Live:
         return self.client.get(path, headers={"authorization": f"Bearer {key}"} if key else {})
 
     def events(self, path: str, body: Any) -> list[Any]:
-        """The stream's events, parsed; what is not JSON as text."""
+        """Return the stream's events, parsed as JSON; other events as text."""
         answer = self.post(path, body)
         assert answer.status_code == 200, answer.text
         assert answer.headers["content-type"].startswith("text/event-stream")
@@ -388,7 +389,7 @@ def fuzzed(url: str, ask: Callable[[Any], None], starts: tuple[str, ...] = ("/",
 
 
 def free_port() -> int:
-    """A free port."""
+    """Return a free port."""
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
         return int(place.getsockname()[1])

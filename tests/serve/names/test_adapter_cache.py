@@ -1,4 +1,4 @@
-"""Adapters in memory: leases, limits, eviction and invariants, also with threads."""
+"""The adapter cache: leases, limits, eviction and invariants, also with threads."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_memory_is_granted_in_order_of_requests() -> None:
     shop.run()
     running[0].end()
     shop.run()
-    assert (large.told, small.told) == ([], [])  # the small one fits but does not overtake
+    assert (large.told, small.told) == ([], [])  # the small adapter would fit, but does not overtake the large one
     running[1].end()
     shop.run()
     assert large.lease
@@ -54,7 +54,7 @@ def test_memory_is_granted_in_order_of_requests() -> None:
 
 
 def test_twice_as_many_as_fit_take_turns() -> None:
-    """Every adapter always has a request that waits or runs: all are served, about equally, with few loads."""
+    """Every adapter always has a request: all adapters are served about equally, with few loads."""
     shop = Shop({str(i): 1 for i in range(8)})
     residents = shop.residents(4)
     served = dict.fromkeys(shop.sizes, 0)
@@ -67,7 +67,7 @@ def test_twice_as_many_as_fit_take_turns() -> None:
                 asked[name] = (request, tick + 3)
             elif request.lease and tick >= ends:
                 served[name] += 1
-                follower = Asked(residents, name)  # asked before the other ends: never idle
+                follower = Asked(residents, name)  # acquired before the other lease ends, so the adapter is never idle
                 request.end()
                 asked[name] = (follower, 0)
     assert min(served.values()) > 0.6 * max(served.values()) > 50, served
@@ -90,7 +90,7 @@ def test_an_adapter_that_grows_when_prepared() -> None:
     running = [Asked(residents, "a")]
     shop.run()
     assert residents.stats().bytes == 2 * UNIT
-    waiting = [Asked(residents, "b"), Asked(residents, "c")]  # 1 each by their files, 2 as they turn out to be
+    waiting = [Asked(residents, "b"), Asked(residents, "c")]  # one unit each by file size, two once loaded
     shop.run()
     assert residents.stats().bytes == 4 * UNIT
     assert sum(bool(w.lease) for w in waiting) == 1
@@ -130,7 +130,7 @@ def test_a_failed_preparation_takes_no_memory() -> None:
     odd = Asked(residents, "odd", "a")
     shop.run()
     assert odd.error.status == 500
-    assert residents.stats().bytes == UNIT  # a is there for others
+    assert residents.stats().bytes == UNIT  # adapter a stays cached for other requests
     for name in "bcd":
         Asked(residents, name)
     shop.run()
@@ -161,7 +161,7 @@ def test_load_uses_a_read_adapter_and_waits() -> None:
         residents.load("b")
     lease = residents.acquire((("a", 1.0),), lambda result: None)
     shop.sizes["full"] = 4
-    residents.load("full", timeout=0.05)  # no room now: it is read when it is asked for
+    residents.load("full", timeout=0.05)  # the cache is full, so the adapter loads on its first request
     lease.release()
     residents.close()
     with pytest.raises(Refused):

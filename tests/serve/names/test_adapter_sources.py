@@ -1,4 +1,4 @@
-"""Allowed folders of adapters and the reasons for refusals."""
+"""Folders from which adapters may be loaded, and the reasons for refusals."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_files_outside_the_folder_are_not_found(
     os.mkfifo(folder / "fifo")
     catalog = make()
     error = refused(lambda: catalog.load("x", source.replace("{out}", str(tmp_path / "out"))))
-    if source == "":  # the folder itself, which has no adapter
+    if source == "":  # the folder itself contains no adapter
         assert error.status == 400
     else:
         assert (reason(error), error.status) == ("not_found", 404)

@@ -1,4 +1,4 @@
-"""Names on a server: resolution, visibility and early refusals."""
+"""Names on a server: resolution, visibility, and refusals before a load."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_loaded_name(make: Make, base: TextBase, folder: Path) -> None:
 
 
 def test_names_of_fine_tuned_models(make: Make, base: TextBase, folder: Path, library: Library) -> None:
-    """Named by base, namespace and id; permissions use the library's name."""
+    """Names contain base, namespace and id; permissions use the library's name."""
     first, last = saved(base, folder / "a", 1), saved(base, folder / "b", 2)
     library.add(folder / "a", "acme/support-kq7vz2mh")
     library.alias("acme/support-kq7vz2mh@1", "ckpt-step-40")
@@ -91,13 +91,13 @@ def test_adapters_of_the_library_need_no_loading(make: Make, base: TextBase, fol
 def test_names_are_resolved_without_a_database(
     make: Make, base: TextBase, folder: Path, library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Known, unknown and listed names, and an adapter's files when they are first used."""
+    """Resolves known and unknown names, lists names, and finds an adapter's files at first use."""
     digest = saved(base, folder / "a")
     library.add(folder / "a", "acme/support")
     library.alias("acme/support@1", "prod")
     catalog = make()
     catalog.sources.names.refreshed()
-    monkeypatch.setattr(catalog.sources.names, "refreshed", lambda: None)  # as surfaces leave it to a thread
+    monkeypatch.setattr(catalog.sources.names, "refreshed", lambda: None)  # HTTP routes refresh names in a thread
 
     asked: list[str] = []
     event.listen(library.engine, "before_cursor_execute", lambda c, cursor, statement, *more: asked.append(statement))
@@ -151,7 +151,7 @@ def test_a_mix(make: Make, base: TextBase, folder: Path) -> None:
 
 
 def test_parts_of_a_mix_have_the_operators_names(make: Make, base: TextBase, folder: Path, library: Library) -> None:
-    """Limits, prices and the ledger read these names, so a client's spelling must not be among them."""
+    """Limits, prices and the ledger use the library's names, never the client's spelling."""
     one, two = saved(base, folder / "a", 1), saved(base, folder / "b", 2)
     for source, name in (("a", "big"), ("b", "small")):
         library.add(folder / source, name)
@@ -171,7 +171,7 @@ def test_parts_of_a_mix_have_the_operators_names(make: Make, base: TextBase, fol
 
 
 class Split:
-    """Routes: `live` chooses a or b by the user, has a shadow and is visible only to tenant `t`."""
+    """Routes: `live` chooses a or b by user, has a shadow, and is visible only to tenant `t`."""
 
     def __init__(self, shadow: str | None = "b") -> None:
         self.under = shadow

@@ -19,7 +19,7 @@ from veneer.serve.names.adapter_cache import AdapterCache
 
 
 class Freed(list[str]):
-    """Released adapters, checked at release."""
+    """List of released adapters; asserts at each release."""
 
     def __init__(self, check: Callable[[str], None]) -> None:
         self.check = check
@@ -30,7 +30,7 @@ class Freed(list[str]):
 
 
 class Machine(RuleBasedStateMachine):
-    """Any sequence of requests, ends, jobs and drops, against what must always hold."""
+    """Invariants of the cache under any sequence of requests, completions, loads and evictions."""
 
     SIZES: ClassVar = {"a": 1, "b": 1, "c": 2, "d": 2, "e": 3, "f": 4}
     LIMIT = 6
@@ -44,7 +44,7 @@ class Machine(RuleBasedStateMachine):
         self.running: list[Asked] = []
 
     def gone(self, digest: str) -> None:
-        """An evicted adapter is not in use."""
+        """Assert that an evicted adapter is not in use."""
         used = [r.lease for r in (*self.waiting, *self.running) if r.lease is not None]
         assert digest not in {thing.name for lease in used for thing, _ in lease.parts}
 
@@ -105,7 +105,7 @@ class Machine(RuleBasedStateMachine):
             assert each.leases == sum(digest in dict(r.mix) for r in self.running)
 
     def teardown(self) -> None:
-        """When all that runs has ended, all that waits is served."""
+        """Assert that all waiting requests are served once all running requests have ended."""
         for _ in range(500):
             self.shop.run()
             self.sound()
@@ -141,7 +141,7 @@ def test_adapters_are_evicted_in_order_of_use() -> None:
 
 
 def test_memory_is_released() -> None:
-    """Neither the adapter as it was read nor what was made of it outlives its last lease."""
+    """Neither the loaded adapter nor its prepared weights outlive the last lease."""
     shop, made = Shop(LETTERS), list[weakref.ref[object]]()
 
     def read(digest: str) -> Adapter:

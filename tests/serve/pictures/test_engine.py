@@ -1,4 +1,4 @@
-"""Pictures for many callers: batches, turns, leaving, faults, adapters in memory."""
+"""The picture engine: batches, fairness, disconnects, failures and the adapter cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fixtures: a tenants' database of each kind, and a clock that tests advance."""
+"""Fixtures: an empty tenants' database of each kind, and a clock that tests advance."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Clock:
 
 
 def set_price(store: Store, prompt: int, cached: int, completion: int, tenant: str = "", adapter: str = "") -> None:
-    """Set the price of a million tokens."""
+    """Set the price per million tokens."""
     values = {"prompt_price": prompt, "cached_price": cached, "completion_price": completion}
     manage.change_settings(store, tenant, values, adapter=adapter, actor="test")
 
@@ -36,7 +36,7 @@ def clock() -> Clock:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def where(request: pytest.FixtureRequest, quick: Path) -> str:  # noqa: F811
-    """The address of an empty database."""
+    """Return the URL of an empty database."""
     return str(quick / "tenants.sqlite") if request.param == "sqlite" else request.getfixturevalue("postgres")()
 
 

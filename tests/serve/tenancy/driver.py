@@ -1,10 +1,11 @@
-"""Kill servers while clients use them, then compare the ledger with what clients saw. A program, to fork safely:
+"""Kill servers while clients use them, then compare the ledger with the clients' records.
 
     python -m tests.serve.tenancy.driver load URL FOLDER KILLS SEED  a server under load, killed at random
-    python -m tests.serve.tenancy.driver points URL FOLDER STRIDE    one scenario, killed at each STRIDEth step
+    python -m tests.serve.tenancy.driver points URL FOLDER STRIDE    one scenario, killed at every STRIDEth step
 
-The server speaks over a socket, so a client has what the system delivered before the kill, no more. Exit code 0 if the
-ledger and what the clients saw agree; prints what was done.
+This is a separate program so that it can fork safely. The server writes to a socket, so clients record
+exactly what was delivered before the kill. The exit code is 0 if the ledger agrees with the clients; prints a
+summary.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ PRICES = {f"{name}_price": value for name, value in asdict(PRICE).items()}
 
 
 def answer(request: str) -> Usage:
-    """The usage of a request, known to server and clients in advance."""
+    """Return a request's usage, which server and clients compute in advance."""
     pick = random.Random(request)
     return Usage(pick.randrange(10, 500), pick.randrange(0, 10), pick.randrange(1, 400), 0.25, 0.5, 0.125)
 
@@ -57,7 +58,7 @@ def opened(url: str, folder: Path, *, watch: bool = False) -> Tenants:
 
 
 async def serve_one(tenants: Tenants, request: str, say: Callable[[dict[str, Any]], Any], pause: float) -> None:
-    """What a surface does: admit, send words, bill, send the last."""
+    """Serve a request as an HTTP route does: admit, send tokens, bill, send the end."""
     took, pick = answer(request), random.Random(f"{request}-")
     served = ResolvedModel((), "support", pick.choice(["v1", "v2"]))
     async with tenants.admitted(
@@ -84,7 +85,9 @@ def server(url: str, folder: Path, socket: str) -> None:
             file.write(f"{tenants.ledger.recovered['done']}\n")
         post = ledger_module.post
 
-        def slowly(*arguments: Any, **named: Any) -> int:  # a slow database: last words go out before their rows
+        def slowly(
+            *arguments: Any, **named: Any
+        ) -> int:  # a slow database, so that the last tokens are sent before their rows are written
             time.sleep(random.random() * 0.05)
             return post(*arguments, **named)
 
@@ -111,7 +114,7 @@ def server(url: str, folder: Path, socket: str) -> None:
 async def clients(
     socket: str, prefix: str, kill: Callable[[], None], seconds: float, saw: dict[str, list[Any]]
 ) -> None:
-    """Many at once, each asking one thing after another, until the server is gone."""
+    """Run many clients, each sending one request after another, until the server is gone."""
 
     async def client(number: int) -> None:
         with contextlib.suppress(ConnectionError, OSError):
@@ -134,7 +137,7 @@ async def clients(
             break
         await asyncio.sleep(0.01)
     running = [asyncio.create_task(client(n)) for n in range(CLIENTS)]
-    for _ in range(3000):  # the clock starts with the first answer, however slow the machine is
+    for _ in range(3000):  # start the clock at the first response, so that slow machines get the same time
         if any(lines and "used" in lines[-1] for name, lines in saw.items() if name.startswith(f"{prefix}-")):
             break
         await asyncio.sleep(0.01)
@@ -161,7 +164,7 @@ def run_load(url: str, folder: Path, kills: int, seed: int) -> dict[str, int]:
 
 
 def dying(step: int) -> Callable[[Any], Any]:
-    """A wrapper for functions: the process dies before their `step`th call in total."""
+    """Return a wrapper for functions that kills the process before their `step`th call in total."""
     left = [step]
 
     def stepping(function: Any) -> Any:
@@ -177,8 +180,8 @@ def dying(step: int) -> Callable[[Any], Any]:
 
 
 def scenario(url: str, folder: Path, told: int, step: int) -> None:
-    """Three requests, in a process that dies before its `step`th write to the journal, statement to the database,
-    commit, word to a client or unlink."""
+    """Three requests, in a process that dies before its `step`th write to the journal, statement to the
+    database, commit, word to a client or unlink."""
     tenants, stepping = opened(url, folder), dying(step)
     for owner, name in ((Connection, "execute"), (Connection, "commit"), (os, "pwrite"), (os, "write"), (os, "unlink")):
         setattr(owner, name, stepping(getattr(owner, name)))
@@ -199,14 +202,14 @@ def scenario(url: str, folder: Path, told: int, step: int) -> None:
                 max_tokens=5,
             ):
                 await say({"request": f"s{step}-x", "word": "…"})
-                raise ZeroDivisionError  # a surface that fails before it can bill
+                raise ZeroDivisionError  # a route that fails before it bills
 
     asyncio.run(run())
     tenants.close()
 
 
 def each_step(act: Callable[[int, int], object], stride: int) -> Iterator[tuple[int, list[Any]]]:
-    """Yield (step, messages before the kill) of processes that die at each step, until one finishes."""
+    """Yield (step, messages before the kill) for a kill at each step, until a process finishes."""
     for step in range(0, 10_000, stride):
         here, there = os.pipe()
         child = fork(lambda step=step, there=there: act(there, step))
@@ -232,7 +235,7 @@ def run_points(url: str, folder: Path, stride: int) -> dict[str, int]:
     return {"steps": steps, **balance(url, folder, saw)}
 
 
-# -- what has to hold --------------------------------------------------------------------------------------------------
+# -- comparison with the ledger ----------------------------------------------------------------------------------------
 
 
 def prepare(url: str, folder: Path) -> None:
@@ -247,9 +250,9 @@ def prepare(url: str, folder: Path) -> None:
 
 
 def balance(url: str, folder: Path, saw: dict[str, list[Any]]) -> dict[str, int]:
-    """Compare the ledger with what clients saw, after one more start has settled open requests."""
+    """Compare the ledger with the clients' records, after another start has settled open requests."""
     deadline = time.monotonic() + 10
-    while True:  # PostgreSQL may take a moment to see that the killed are gone
+    while True:  # PostgreSQL can take a moment to notice that the killed clients are gone
         tenants = opened(url, folder)
         with reading(tenants.store.engine) as c:
             rows = c.execute(select(ledger)).all()

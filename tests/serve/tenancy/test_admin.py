@@ -1,4 +1,4 @@
-"""The routes under /admin: tenants, settings, keys, routes and records, with strict bodies."""
+"""The /admin routes: tenants, settings, keys, routes and records, with strict bodies."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_the_life_of_a_tenant(call: Call, tenants: Tenants) -> None:
     caller = asyncio.run(tenants.authenticate(key["key"]))
     assert caller.tenant == "acme"
     assert [caller.sees(name) for name in ("support", "acme/x", "base")] == [True, False, True]
-    call("POST", "/tenants", {"name": "globex"})  # a key is not another tenant's to change
+    call("POST", "/tenants", {"name": "globex"})  # a tenant's key cannot be changed through another tenant
     assert call("DELETE", f"/tenants/globex/keys/{key['id']}").status_code == 404
     call("DELETE", "/tenants/globex")
     other = call("POST", "/tenants/acme/keys", {}).json()
@@ -226,7 +226,8 @@ def test_unknown_names_are_404_with_the_nearest(call: Call, method: str, path: s
 
 
 def test_route_targets_are_checked_before_a_move(tenants: Tenants) -> None:
-    """A missing or unservable target or shadow is a 400 that names it, and the route does not move."""
+    """A target or shadow that is missing or cannot be served is a 400 that names it; the route does not
+    change."""
     there = {"v1", "v2"}
 
     class Names(ToyCatalog):

@@ -37,7 +37,7 @@ def test_stored_answers_are_counted_exported_and_removed(tenants: Tenants, clock
     manage.add_tenant(tenants.store, "acme", actor="me")
     manage.change_settings(tenants.store, "acme", {"feedback_days": 30.0}, actor="me")
     tenants.store.refresh()
-    for n in range(230):  # more than are read or written at once
+    for n in range(230):  # more than one batch of reads or writes
         keep(tenants, f"a-{n}", f"u-{n % 2}", f"answer {n} \0 \ud83d")
     for n in range(230):
         tenants.answers.give("acme", AnswerFeedback(f"a-{n}", up=n % 4 != 0, changed=frozenset({"up"})))

@@ -1,4 +1,4 @@
-"""SIGKILL at any moment: an answered request is in the ledger with its usage, and no request is there twice."""
+"""After SIGKILL at any moment, the ledger has each answered request exactly once, with its usage."""
 
 from __future__ import annotations
 
@@ -29,12 +29,14 @@ def drive(*arguments: str) -> dict[str, int]:
 
 @pytest.mark.slow
 def test_the_ledger_agrees_with_clients_after_kills(where: str, quick: Path, request: pytest.FixtureRequest) -> None:
-    """The driver checks every run. Kills are random, so runs repeat until both kinds have occurred."""
+    """The driver checks every run.
+
+    Kills are random, so runs repeat until both kinds of loss have occurred."""
     remote = where.startswith("postgresql")
-    # answered requests whose ledger commit the kill prevented
+    # answered requests whose ledger commit was prevented by the kill
     seen = {"interrupted": 0, "from_journal": 0}
     for seed in range(1, 7):
-        folder = quick / str(seed)  # an empty database and an empty journal for each run
+        folder = quick / str(seed)  # an empty database and an empty outbox for each run
         folder.mkdir()
         place = request.getfixturevalue("postgres")() if remote else str(folder / "tenants.sqlite")
         done = drive("load", place, str(folder), "2" if remote else "4", str(seed))

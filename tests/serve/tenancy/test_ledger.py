@@ -42,7 +42,7 @@ from veneer.serve.tenancy.tenants import Tenants
 
 ADMIN = "an admin key of some length"
 
-# -- what a mix costs --------------------------------------------------------------------------------------------------
+# -- cost of a mix -----------------------------------------------------------------------------------------------------
 
 
 async def mixed(tenants: Tenants, request: str, took: Usage, *parts: tuple[str, float]) -> None:
@@ -87,7 +87,7 @@ def test_journals_are_private_to_the_user(tmp_path: Path) -> None:
 
 
 def test_sums_are_exact_in_whole_millionths_however_requests_end(tenants: Tenants, clock: Clock) -> None:
-    """Compared with the sum of the lines in Python."""
+    """Compare with a sum of the ledger's rows in Python."""
     pick = random.Random(3)
     set_price(tenants.store, 333_333, 33_333, 777_777)
     set_price(tenants.store, 1, 999_999, 123_457, adapter="a")
@@ -154,9 +154,9 @@ def test_pruned_lines_keep_their_sums_and_windows(tenants: Tenants, clock: Clock
     assert set(rows(tenants)) == {"new0", "new1", "new2"}
     with reading(tenants.store.engine) as c:
         assert usage(c) == before
-    tenants.ledger.server = "0" * 16  # as another server sees it
+    tenants.ledger.server = "0" * 16  # as another server
     with write_transaction(tenants.store.engine) as c:
-        c.execute(delete(line_table))  # a window is never added up from lines
+        c.execute(delete(line_table))  # usage within a window is never summed from rows
     seen = tenants.ledger.usage_of_other_servers(86400.0)
     assert [(tenant, adapter, n, tokens) for tenant, adapter, _, n, tokens in seen] == [
         ("acme", "", 3, 6),
@@ -172,7 +172,7 @@ def test_a_returning_server_overrides_its_interruption(where: str, quick: Path) 
         served = ResolvedModel((), "tiny", "tiny")
         async with lost.admitted(Principal("tenant", "t"), served, request="a", prompt_tokens=1, max_tokens=1) as bill:
             assert lost.ledger.flush()
-            assert other.ledger.recover() == {"done": 0, "interrupted": 0}  # it was seen a moment ago
+            assert other.ledger.recover() == {"done": 0, "interrupted": 0}  # the other server was seen a moment ago
             with write_transaction(other.store.engine) as c:
                 c.execute(update(server_table).values(seen=server_table.c.seen - 601))
             assert other.ledger.recover() == {"done": 0, "interrupted": 1}
@@ -285,7 +285,7 @@ asyncio.run(run())
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 14 MB."""
+    """Mount a file system of 14 MB."""
     place = tmp_path / "small"
     place.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=14m", "tmpfs", str(place)], capture_output=True)
@@ -296,7 +296,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_loses_no_admitted_request(small_disk: Path) -> None:
-    """Requests are admitted until the disk is full and then end; after a kill, the next start has all of them."""
+    """Admit requests until the disk is full, then end them; after a kill, the next start recovers all of
+    them."""
     folder, where = small_disk / "journals", str(small_disk / "t.sqlite")
     ran = subprocess.run([sys.executable, "-c", FILLS, where, str(folder)], capture_output=True, text=True)
     assert ran.returncode == -signal.SIGKILL, ran.stderr[-3000:]
@@ -332,11 +333,11 @@ def test_a_start_on_a_full_disk_states_the_needed_space(quick: Path, small_disk:
 def test_a_refused_request_fails_alone_in_its_group(
     quick: Path, postgres: Callable[[], str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Ends and admissions are written together; a refused admission must not take an end with it."""
+    """Ends and admissions are written in one group; a refused admission must not undo an end."""
     where = postgres()
     tenants = Tenants(where, ledger=LedgerSettings(folder=quick / "journals", room=128 << 10), watch=False)
     locked = psycopg.connect(where)
-    locked.execute("LOCK TABLE tenant_lines")  # nothing reaches the database
+    locked.execute("LOCK TABLE tenant_lines")  # blocks all writes to the database
     journal, gate = tenants.ledger.journal, threading.Event()
 
     def entry(n: int) -> LedgerEntry:
@@ -346,7 +347,7 @@ def test_a_refused_request_fails_alone_in_its_group(
     while tenants.ledger.open(entry(n)).exception(10) is None:
         n += 1
     assert n > 3
-    journal.writer.put(lambda c, _: gate.wait(10))  # all of these in one group
+    journal.writer.put(lambda c, _: gate.wait(10))  # collect the following writes in one group
     asked = [tenants.ledger.open(entry(1000 + i)) for i in range(3)]
     ends = [tenants.ledger.settle(f"r{i}", Usage(1, 0, 1)) for i in range(n)]
     gate.set()
@@ -378,11 +379,11 @@ def test_requests_continue_while_sqlite_is_locked(quick: Path) -> None:
     tenants.close()
 
 
-# -- the database is away ----------------------------------------------------------------------------------------------
+# -- database outages --------------------------------------------------------------------------------------------------
 
 
 def processes(url: str) -> list[int]:
-    """PostgreSQL's, the postmaster first."""
+    """Return PostgreSQL's process ids, the postmaster first."""
     folder = url.partition("host=")[2].partition("&")[0]
     first = int((Path(folder) / "data" / "postmaster.pid").read_text().split()[0])
     found = [first]
@@ -420,7 +421,7 @@ def test_requests_continue_while_postgresql_is_stopped(quick: Path, caplog: pyte
             for process in stopped:
                 os.kill(process, signal.SIGSTOP)
             try:
-                assert await one("first") < 2.0  # waits half a second for the settings of this moment
+                assert await one("first") < 2.0  # includes a wait of half a second for current settings
                 for n in range(20):
                     assert await one(f"r{n}") < 0.25
                 assert (await tenants.authenticate(ADMIN)).can("administer")
@@ -430,7 +431,9 @@ def test_requests_continue_while_postgresql_is_stopped(quick: Path, caplog: pyte
                 assert state.lag > 0
                 said = await asyncio.gather(*(_told(one(f"s{n}")) for n in range(300)))
                 refusals.extend(r for r in said if r is not None)
-                assert 100 < len(refusals) < 280  # its room is a bound, and 32 pages of 4 KiB hold more than 20
+                assert (
+                    100 < len(refusals) < 280
+                )  # the outbox is bounded, and 32 pages of 4 KiB hold more than 20 requests
                 assert set(refusals) == {(503, "overloaded", "usage cannot be recorded at the moment")}
                 app = toy_app(
                     ToyEngine(ToyText()), ToyCatalog(), tenants, routers=[admin_router(tenants, ToyCatalog())]

@@ -1,4 +1,4 @@
-"""Limits: windows, returned reservations, and Retry-After."""
+"""Limits: windows, released reservations, and Retry-After."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def taken(limits: Limits, rules: dict, tenant: str, adapter: str, prompt: int, m
 
 Steps = some.lists(
     some.tuples(
-        some.floats(0, 40),  # seconds that pass
+        some.floats(0, 40),  # seconds between requests
         some.sampled_from(["acme", "globex"]),
         some.sampled_from(["one", "two"]),
-        some.integers(0, 60),  # tokens of the prompt
+        some.integers(0, 60),  # prompt tokens
         some.integers(1, 60),  # max_tokens
-        some.floats(0, 1),  # how much of both is used
-        some.integers(0, 4),  # requests that go on before it ends
+        some.floats(0, 1),  # share of the reservation that is used
+        some.integers(0, 4),  # number of later requests that start before this one ends
     ),
     max_size=60,
 )
@@ -52,7 +52,7 @@ def test_no_window_exceeds_its_limit(steps: list) -> None:
         (EACH, "two"): Limit(requests_per_minute=3),
         (ALL, ALL): Limit(requests_per_minute=9, concurrency=4),
     }
-    admitted: list[list] = []  # [when, tenant, adapter, tokens that count]
+    admitted: list[list] = []  # [time, tenant, adapter, counted tokens]
     running: list[tuple[int, LimitHold, list, int]] = []
 
     def inside(rule: tuple[str, str], one: list) -> bool:
@@ -84,7 +84,7 @@ def test_no_window_exceeds_its_limit(steps: list) -> None:
     for _, held, _, used in running:
         held.used(used)
         held.end()
-        held.end()  # twice gives back once
+        held.end()  # a second end releases nothing
     assert all(c.running == 0 for c in limits.counters.values())
     clock.now += MINUTE * 2
     assert all(c.windows["tokens_per_minute"].used(clock.now) == 0 for c in limits.counters.values())
@@ -112,13 +112,13 @@ def test_retry_after_is_long_enough_and_tight(steps: list, most: int) -> None:
 @settings(max_examples=60, deadline=None)
 @given(some.lists(some.tuples(some.floats(0, 90), some.integers(0, 100), some.integers(-100, 50)), max_size=50))
 def test_a_window_agrees_with_a_list_of_amounts(steps: list) -> None:
-    """The reference keeps every amount and sums those within the window."""
+    """The reference keeps every amount and sums the amounts within the window."""
     window, kept, now = Window(60.0), [], 0.0
     for pause, amount, change in steps:
         now += pause
         slot = window.add(now, amount)
         kept.append([slot, amount])
-        of = kept[len(kept) // 2]  # put one of them right
+        of = kept[len(kept) // 2]  # correct the amount of one of them
         if change > 0 or -change <= of[1]:
             window.put(of[0], change)
             of[1] += change
@@ -149,7 +149,7 @@ def test_requests_of_other_servers_count() -> None:
     limits.take(rules, "acme", ["x"], 20, 20)
     with pytest.raises(Refused, match="tokens a minute") as refused:
         limits.take(rules, "acme", ["x"], 5, 5)
-    assert 50 <= (refused.value.retry_after or 0) <= 52  # when the other server's have gone
+    assert 50 <= (refused.value.retry_after or 0) <= 52  # the other server's amounts have expired by then
     limits.set_other_servers(rules, MINUTE, [])
     for _ in range(2):
         limits.take(rules, "acme", ["x"], 5, 5)

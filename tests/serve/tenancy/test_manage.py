@@ -1,4 +1,4 @@
-"""The audit log: a line for every change, and detection of changed, removed or truncated lines."""
+"""The audit log: one row per change; changed, removed or truncated rows are detected."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def change_everything(store: Store) -> None:
 
 
 def tamper(store: Store, *statements: object) -> None:
-    """Change the log as someone with access to the database can: drop the triggers, then change lines."""
+    """Change the log as somebody with database access could: drop the triggers, then edit rows."""
     with write_transaction(store.engine) as c:
         if c.dialect.name == "sqlite":
             for verb in ("update", "delete"):
@@ -117,5 +117,5 @@ def test_a_truncated_log_is_detected_by_its_head(store: Store, again: bool) -> N
         change_everything(store)
         with reading(store.engine) as c:
             assert c.scalar(select(table.c.previous).where(table.c.number == 1)) == manage.FIRST_HASH
-    assert faults(store)[2] == []  # the chain alone cannot know
+    assert faults(store)[2] == []  # the hash chain cannot detect a truncated end
     assert "missing" in faults(store, head)[2][0]

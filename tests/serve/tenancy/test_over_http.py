@@ -1,4 +1,4 @@
-"""A whole server with tenants: the price of a mix does not depend on how a request spells it."""
+"""A server with tenants: the price of a mix does not depend on its spelling."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ADMIN = "an-admin-key-of-some-length"
 
 
 def test_every_spelling_of_a_mix_has_the_same_price(tmp_path: Path) -> None:
-    """`plain` costs a thousand times the general price. The ledger has the operator's names."""
+    """`plain` costs a thousand times the general price. The ledger stores the library's names."""
     shop, where = make_shop(tmp_path, ["plain", "rs"]), str(tmp_path / "tenants.sqlite")
     shop.library.alias("plain@1", "prod")
     digest = shop.library.find("plain").digest
@@ -29,7 +29,7 @@ def test_every_spelling_of_a_mix_has_the_same_price(tmp_path: Path) -> None:
     _, key = manage.make_tenant_key(store, "acme", actor="test")
     set_price(store, 1_000_000, 1_000_000, 1_000_000)
     set_price(store, 1_000_000_000, 1_000_000_000, 1_000_000_000, adapter="plain")
-    both, dear, cheap = 8008, 8000, 8  # of 5 + 3 tokens
+    both, dear, cheap = 8008, 8000, 8  # prices of 5 + 3 tokens
     asked: list[tuple[dict[str, Any], int]] = [
         ({"model": "plain"}, dear),
         ({"model": "plain@prod"}, dear),

@@ -1,4 +1,4 @@
-"""Routes: shares by weight, sticky users, minimal moves and rollback."""
+"""Routes: shares by weight, sticky users, minimal moves, and rollback."""
 
 from __future__ import annotations
 
@@ -89,11 +89,11 @@ def test_users_are_spread_by_weight_and_stay() -> None:
     more = assign_buckets([("v1", 80), ("v2", 20)], runs)
     wider = [owner(more, b) for b in users]
     moved = [(a, b) for a, b in zip(first, wider, strict=True) if a != b]
-    assert set(moved) == {("v1", "v2")}  # nobody goes back
+    assert set(moved) == {("v1", "v2")}  # no user moves back
     assert abs(len(moved) / 20_000 - 0.1) < 0.01
     other = [owner(runs, bucket("billing", f"user{n}")) for n in range(20_000)]
     both = sum(a == b == "v2" for a, b in zip(first, other, strict=True))
-    assert both < 300  # the ten percent of one route are not those of another
+    assert both < 300  # two routes choose their ten percent of users independently
 
 
 def test_routes_are_sticky_by_user_or_tenant(store: Store) -> None:
@@ -121,8 +121,8 @@ def test_a_tenants_own_route_precedes_a_shared_one(store: Store) -> None:
     acme, globex = (Principal("tenant", t, visibility[t]) for t in ("acme", "globex"))
     assert asked.choose("support", acme) == "acmes"
     assert acme.sees("support")
-    assert not acme.sees("acmes")  # under its own name it stays unseen
-    assert asked.choose("support", globex) is None  # everybody's, but not seen
+    assert not acme.sees("acmes")  # the target is not visible under its own name
+    assert asked.choose("support", globex) is None  # a shared route, hidden from this tenant
     assert (asked.names(acme), asked.names(globex), asked.names(Principal("open"))) == (["support"], [], ["support"])
     manage.change_settings(store, "globex", {"adapters": ["support"]}, actor="me")
     globex = Principal("tenant", "globex", store.refresh().visibility["globex"])
@@ -137,12 +137,12 @@ def test_rollback_restores_users_and_keeps_the_history(store: Store) -> None:
     second = routes.set_route(store, "support", [("v1", 50), ("v2", 50)], actor="ana")
     third = routes.set_route(store, "support", [("v3", 1)], shadow="v2", fraction=0.5, actor="bob")
     assert routes.rollback_route(store, "support", actor="ana") == second
-    assert store.refresh().routes["", "support"] == second  # at the next look: who owned what, too
+    assert store.refresh().routes["", "support"] == second  # a refresh also updates ownership
     assert routes.rollback_route(store, "support", actor="ana") == first
     with pytest.raises(ConfigError, match="no earlier revision"):
         routes.rollback_route(store, "support", actor="ana")
     fourth = routes.set_route(store, "support", [("v4", 1)], actor="ana")
-    assert routes.rollback_route(store, "support", actor="ana") == first  # what held before the fourth
+    assert routes.rollback_route(store, "support", actor="ana") == first  # the state before the fourth change
     routes.remove_route(store, "support", actor="ana")
     assert ("", "support") not in store.refresh().routes
     assert routes.rollback_route(store, "support", actor="ana") == first

@@ -1,4 +1,4 @@
-"""The tenancy of a server: keys, visible names, limits, bills, prices, several servers on one database."""
+"""A server's tenancy: keys, visible names, limits, bills, prices, and several servers on one database."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ async def ask(
 
 
 def rows(tenants: Tenants) -> dict[str, Any]:
-    """The ledger's rows after a flush."""
+    """Flush the ledger and return its rows."""
     assert tenants.ledger.flush()
     with reading(tenants.store.engine) as c:
         return {r.request: r for r in c.execute(select(line_table).order_by(line_table.c.part.desc()))}
@@ -141,7 +141,7 @@ def test_the_admin_key_can_be_given_as_a_hash(quick: Path) -> None:
             Tenants(str(quick / "t.sqlite"), admin_key=short)
 
 
-# -- what they see -----------------------------------------------------------------------------------------------------
+# -- visibility --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_a_tenant_sees_its_own_and_what_is_shared(tenants: Tenants) -> None:
     sees = run(tenants.authenticate(key)).sees
     assert [n for n in ("acme/a", "globex/a", "public/b", "base", "other") if sees(n)] == ["acme/a", "public/b", "base"]
     assert manage.change_settings(tenants.store, "acme", {"adapters": ["x"]}, actor="me")["adapters"] == ("x",)
-    assert sees("acme/a")  # a request keeps what it meant when it came in
+    assert sees("acme/a")  # a request keeps the name's meaning at admission
     assert not run(tenants.authenticate(key)).sees("acme/a")
 
 
@@ -204,11 +204,11 @@ def test_unused_reservations_are_returned(tenants: Tenants, clock: Clock) -> Non
             with pytest.raises(Refused, match="1 requests running"):
                 await ask(tenants, acme, "b", None)
             bill.used(Usage(40, 0, 5))
-        await ask(tenants, acme, "c", Usage(20, 0, 15), prompt=20, most=35)  # 45 + 55 = 100: room to the last token
+        await ask(tenants, acme, "c", Usage(20, 0, 15), prompt=20, most=35)  # 45 + 55 = 100, exactly the limit
         with pytest.raises(RuntimeError):
             async with tenants.admitted(acme, served, request="d", prompt_tokens=10, max_tokens=10):
                 raise RuntimeError
-        await ask(tenants, acme, "e", Usage(10, 0, 10))  # the one that failed holds nothing
+        await ask(tenants, acme, "e", Usage(10, 0, 10))  # the failed request holds no reservation
         with pytest.raises(Refused) as over:
             await ask(tenants, acme, "f", None)
         assert (over.value.status, over.value.code) == (429, "rate_limited")

@@ -1,14 +1,14 @@
-"""Admission: limits how much work a server holds at once, and how much of it belongs to one tenant.
+"""Admission: limits the work that a server holds at once, and each tenant's part of it.
 
-    place = admission.enter(tenant, weight)      a request arrives
+    place = admission.enter(tenant, weight)         a request arrives
     place.reserve("bodies", bytes)                  before its body is read
     place.reserve("answers", prompts · n)           before any work on it
-    await place.work(size, tokenise)             in a thread pool; the least served tenant runs next
-    place.leave()                                the request has ended: release everything
+    await place.work(size, tokenize)                in a thread pool; the least served tenant runs next
+    place.leave()                                   the request has ended: release everything
 
 A tenant can hold as much of each quantity as is still free, times its weight (dynamic thresholds: Choudhury
-and Hahne, IEEE/ACM Transactions on Networking 6, 1998). A single tenant gets half, two that flood get a third
-each, n of them 1/(n + 1), and the remainder stays free for a new tenant: nobody can fill the queue. Without
+and Hahne, IEEE/ACM Transactions on Networking 6, 1998). A single flooding tenant gets half, two get a third
+each, n of them 1/(n + 1), and the rest stays free for a new tenant, so no tenant can fill the queue. Without
 tenants, requests share everything. Runs on one event loop; only `work` waits.
 """
 
@@ -27,17 +27,17 @@ from veneer.serve.request import Refused
 T = TypeVar("T")
 
 _LONG = 64 << 10
-"""Size from which work counts as long; long work has its own thread, so that short work never waits for it.
-"""
+"""Size from which work counts as long.
+
+Long work has its own thread, so that short work never waits for it."""
 LEAST, MOST = 0.5, 4.0
-"""Bounds of a tenant's weight here, so that a small share still has room for a whole request."""
+"""Bounds of a tenant's weight here, so that even a small share admits a whole request."""
 
 
 class SharedQuantity:
     """`total` units of a resource, of which each tenant can hold a part.
 
-    `label`: its name in error messages.
-    """
+    `label`: its name in error messages."""
 
     def __init__(self, label: str, total: int) -> None:
         self.label, self.total, self.in_use = label, total, 0
@@ -71,8 +71,8 @@ class _Work:
 class FairPool(ThreadPoolExecutor):
     """A thread pool that tenants share fairly, by weight.
 
-    Free threads take work of the least served tenant. Idle time earns no credit. `share`: the most threads
-    that one tenant can use at a time, for long work that must not block other tenants; by default all.
+    Free threads run work of the least served tenant. Idle time earns no credit. `share`: maximum threads of
+    one tenant at a time, for long work that must not block other tenants; by default all.
     """
 
     def __init__(self, threads: int, name: str, share: int | None = None) -> None:
@@ -84,10 +84,7 @@ class FairPool(ThreadPoolExecutor):
         self._served: dict[str, float] = {}
 
     async def run(self, tenant: str, weight: float, size: int, do: Callable[[], T]) -> T:
-        """Call `do` in a thread; returns its result and raises its errors.
-
-        `size`: size of the work.
-        """
+        """Call `do` in a thread; return its result or raise its errors. `size`: size of the work."""
         result: T = await asyncio.wrap_future(self.add(tenant, weight, size, do))
         return result
 
@@ -95,7 +92,7 @@ class FairPool(ThreadPoolExecutor):
         self.shutdown(wait=False, cancel_futures=True)
 
     def add(self, tenant: str, weight: float, size: int, do: Callable[[], Any]) -> Future[Any]:
-        """Queue work; returns the future of its result."""
+        """Queue work; return the future of its result."""
         work = _Work(weight, max(1, size), do)
         with self._order:
             self._served.setdefault(tenant, min(self._served.values(), default=0.0))
@@ -104,7 +101,7 @@ class FairPool(ThreadPoolExecutor):
         return work.result
 
     def most(self, tenant: str) -> int:
-        """The number of threads a tenant can use at a time."""
+        """Return the maximum number of threads for a tenant."""
         return self.share
 
     def _start(self) -> None:
@@ -112,7 +109,7 @@ class FairPool(ThreadPoolExecutor):
         while (work := self._next_work()) is not None:
             try:
                 super().submit(self._do, *work)
-            except RuntimeError as error:  # the pool was shut down
+            except RuntimeError as error:  # the pool has been shut down
                 work[1].result.set_exception(error)
                 self._end(work[0])
 
@@ -126,7 +123,7 @@ class FairPool(ThreadPoolExecutor):
                 work = self._waiting[tenant].popleft()
                 if not self._waiting[tenant]:
                     del self._waiting[tenant]
-                if work.result.set_running_or_notify_cancel():  # False: the caller has left
+                if work.result.set_running_or_notify_cancel():  # False if the caller has left
                     self._served[tenant] += work.size / work.weight
                     self._busy[tenant] += 1
                     return tenant, work
@@ -151,10 +148,11 @@ class FairPool(ThreadPoolExecutor):
 
 
 class Admission:
-    """The limits of one server.
+    """Limits of one server.
 
-    `bodies`: bytes of request bodies in memory. `answers`: answers running or waiting. `texts`: characters
-    waiting to be tokenized.
+    `bodies`: bytes of request bodies in memory. `answers`: completions that run or wait. `texts`: characters
+        that wait
+    to be tokenized.
     """
 
     def __init__(self, *, bodies: int, answers: int, texts: int) -> None:
@@ -163,8 +161,8 @@ class Admission:
             "answers": SharedQuantity("requests", answers),
             "texts": SharedQuantity("characters to be tokenised", texts),
         }
-        # One thread each: a thread tokenizes megabytes a second, and a second thread would double the time
-        # for which the engine waits for the GIL, which each step takes dozens of times.
+        # One thread each: a thread tokenizes megabytes per second, and a second thread would double the time
+        # for which the engine waits for the GIL, which each step acquires dozens of times.
         self._short, self._long = FairPool(1, "short"), FairPool(1, "long")
 
     def enter(self, tenant: str = "", weight: float = 1.0) -> AdmittedRequest:
@@ -193,10 +191,8 @@ class AdmittedRequest:
         self.reserved[resource] -= amount
 
     async def work(self, size: int, do: Callable[[], T]) -> T:
-        """Call `do`, work on `size` characters or bytes, in a thread.
-
-        The size counts against `texts` meanwhile.
-        """
+        """Call `do`, which works on `size` characters or bytes, in a thread; the size counts against `texts`
+        meanwhile."""
         self.reserve("texts", size)
         try:
             return await self.admission.pool(size).run(self.tenant, self.weight, size, do)

@@ -3,13 +3,13 @@
     key of a full block  = sha256(key of the previous block, its tokens)
     key before the first = `request.cache_root`
 
-Two sequences share a block only if everything its keys and values depend on is the same: all tokens up to the
+Two sequences share a block only if everything that affects its keys and values is equal: all tokens up to the
 block's end, the mix, and the salt. Salts separate tenants, because a cache hit reveals that somebody sent the
-same prompt. A mix is identified by the digests of its weights and its strengths, so a renamed, reloaded or
-replaced adapter never finds another adapter's blocks.
+same prompt. A mix is identified by its adapters' digests and strengths, so a renamed, reloaded or replaced
+adapter never finds another adapter's blocks.
 
-A block is free (empty), in use (one or more holders), or evictable (no holder, key still known). When free
-blocks run out, evictable blocks are reused, least recently used first. Plain numbers only: no tensors.
+A block is free (empty), in use (one or more holders), or evictable (no holder, key still known). When no
+block is free, evictable blocks are reused, least recently used first. Plain numbers only: no tensors.
 """
 
 from __future__ import annotations
@@ -22,16 +22,13 @@ from dataclasses import dataclass, field
 
 
 def chain(previous: bytes, tokens: Sequence[int]) -> bytes:
-    """The key of a full block, given the key of the previous block."""
+    """Return the key of a full block, given the key of the previous block."""
     return hashlib.sha256(previous + array("q", tokens).tobytes()).digest()
 
 
 @dataclass(eq=False)
 class BlockTable:
-    """The blocks of one sequence, in order.
-
-    `keys`: keys of its full blocks known to the cache.
-    """
+    """The blocks of one sequence, in order. `keys`: keys of its full blocks that the cache knows."""
 
     root: bytes
     blocks: list[int] = field(default_factory=list)
@@ -51,7 +48,7 @@ class Cache:
 
     @property
     def available(self) -> int:
-        """Blocks that can be allocated now."""
+        """Number of blocks that can be allocated now."""
         return len(self._free) + len(self._evictable)
 
     @property
@@ -59,7 +56,7 @@ class Cache:
         return self.size - self.available
 
     def open(self, root: bytes, tokens: Sequence[int]) -> BlockTable:
-        """A table that starts with the cached blocks of `tokens`, now held.
+        """Return a table that starts with the cached blocks of `tokens`, which it now holds.
 
         The last token is never included, because its logits have to be computed.
         """
@@ -76,10 +73,7 @@ class Cache:
         return table
 
     def grow(self, table: BlockTable, tokens: int) -> bool:
-        """Extend the table to hold `tokens` tokens.
-
-        Returns False and changes nothing if blocks run out.
-        """
+        """Extend the table to `tokens` tokens; return False, without a change, if blocks run out."""
         more = -(-tokens // self.block) - len(table.blocks)
         if more > self.available:
             return False
@@ -90,8 +84,8 @@ class Cache:
     def mark_computed(self, table: BlockTable, tokens: Sequence[int]) -> None:
         """Record that the table holds the keys and values of all these tokens.
 
-        Its full blocks can be found from now on. If another sequence has computed the same block meanwhile,
-        the cache keeps the other one.
+        Its full blocks can be found from now on. If another sequence has computed the same block, the cache
+        keeps the other sequence's block.
         """
         for i in range(len(table.keys), len(tokens) // self.block):
             previous = table.keys[-1] if table.keys else table.root
@@ -102,10 +96,9 @@ class Cache:
                 self._known[key], self._key[block] = block, key
 
     def close(self, table: BlockTable) -> None:
-        """Release the blocks; those with a key stay findable until evicted.
+        """Release the blocks.
 
-        The end of a prompt is evicted first.
-        """
+        Blocks with a key can be found until evicted; the end of a prompt is evicted first."""
         for block in reversed(table.blocks):
             self._holders[block] -= 1
             if not self._holders[block]:
@@ -116,10 +109,7 @@ class Cache:
         table.blocks, table.keys = [], []
 
     def forget(self) -> None:
-        """Forget all keys, so that no block can be found; blocks in use stay in use.
-
-        For benchmarks.
-        """
+        """Forget all keys, so that no block can be found; blocks in use stay in use. For benchmarks."""
         self._known.clear()
         self._key = [None] * self.size
         self._free += self._evictable

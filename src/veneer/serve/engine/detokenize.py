@@ -1,11 +1,11 @@
-"""The end of an answer, and its text as tokens arrive.
+"""Text and end of a completion as its tokens arrive.
 
     answer = AnswerText(tokenizer, sampling, ends=base_stop_ids)
-    piece = answer.add(token)            send piece.text; piece.reason ends the answer
-    answer.flush()                       text that was held back and belongs to the answer
+    piece = answer.add(token)            send piece.text; piece.reason ends the completion
+    answer.flush()                       text that was held back and belongs to the completion
 
-Text is held back while later tokens can change it (a partial character) or a stop text may have begun.
-Depends on the tokenizer's decoder only; no model, no HTTP.
+Text is held back while later tokens can change it (an incomplete character), or while a stop text can have
+begun. Depends on the tokenizer's decoder only; no model, no HTTP.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from veneer.serve.request import Sampling
 
 @dataclass(frozen=True)
 class Piece:
-    """The text that a token adds, and whether the token ends the answer.
+    """The text that a token adds, and whether the token ends the completion.
 
     `reason` "stop" names the stop text or id in `stop`.
     """
@@ -31,13 +31,14 @@ class Piece:
 
 
 class AnswerText:
-    """The text of one answer up to its end.
+    """The text of one completion up to its end.
 
-    `ends`: the base's stop ids, which end an answer unless the request ignores them; with a grammar they
-    always apply, because nothing else can follow. The request's own `stop_ids` always apply.
+    `ends`: the base's stop ids, which end a completion unless the request ignores them. With a grammar they
+        always
+    apply, because nothing else can follow. The request's own `stop_ids` always apply.
 
-    Stop texts are matched after the first `min_tokens` tokens. The first to complete ends the answer; of
-    several that complete together, the longest, however the text is split into tokens.
+    Stop texts are matched after the first `min_tokens` tokens. The first complete one ends the completion; of
+    several that complete together, the longest, however tokens divide the text.
     """
 
     def __init__(self, tokenizer: Decoder, sampling: Sampling, ends: Collection[int] = ()) -> None:
@@ -61,16 +62,13 @@ class AnswerText:
         return Piece(text, "length" if self.count >= self.sampling.max_tokens else None)
 
     def flush(self) -> str:
-        """The held-back text, returned once, however the answer ended.
-
-        Excludes text after a stop text.
-        """
+        """Return the held-back text once, however the completion ended, without text after a stop text."""
         text, stop = self._split(self.pieces.rest())
         buffer, self._buffer = self._buffer, ""
         return text if stop is not None else text + buffer
 
     def _split(self, new: str) -> tuple[str, str | None]:
-        """(text to send, completed stop text or None)."""
+        """Return (text to send, completed stop text or None)."""
         if self._stopped:
             return "", None
         text, self._buffer = self._buffer + new, ""

@@ -1,6 +1,6 @@
-"""The embedded engine: one thread that runs steps, and an async interface for the HTTP surfaces.
+"""The embedded engine: one thread that runs steps, and an async interface for the HTTP routes.
 
-    a step    inbox → scheduler (which rows and tokens) → runner (one forward) → sampler → text → events
+    a step    inbox → scheduler (rows and tokens) → runner (one forward pass) → sampler → text → events
 
 All mutable state belongs to the step thread; other threads post callbacks to its queue. A request's adapters
 are leased before it runs and released when it ends, however it ends. An error ends only the request that
@@ -59,14 +59,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _SCORED = 64
-"""Prompt tokens scored at once: each needs a row of logits in float32."""
+"""Prompt tokens scored at once; each needs a row of float32 logits."""
 
 _LOST = 3
-"""Consecutive steps failed for all their rows, after which the engine reports unhealthy."""
+"""Consecutive steps that failed for all rows, after which the engine reports that it is unhealthy."""
 
 
 _Note = tuple[Callable[[EngineEvent], None], EngineEvent]
-"""A callback, and the event to deliver to it."""
+"""(callback, event to deliver to it)."""
 
 
 @dataclass(eq=False)
@@ -86,7 +86,7 @@ class _Live:
     first: float | None = None
     last: float | None = None
     prompt: dict[int, SampledToken] = field(default_factory=dict)
-    """Index in the prompt -> its token's logprobs, if requested."""
+    """Index in the prompt -> its token's log-probabilities, if requested."""
 
 
 class TextEngine(Engine[Request, EngineEvent]):
@@ -144,7 +144,7 @@ class TextEngine(Engine[Request, EngineEvent]):
         return self
 
     def stop(self) -> None:
-        """Accept no more requests, and cancel the running ones."""
+        """Refuse new requests and cancel running ones."""
         if self._state == "closed":
             return
         self._state = "closed"
@@ -169,14 +169,11 @@ class TextEngine(Engine[Request, EngineEvent]):
         self.stop()
 
     def problems(self, adapter: Adapter) -> list[str]:
-        """Reasons why an adapter cannot be served here with full effect, one line each."""
+        """Return the reasons why an adapter cannot be served here with full effect, one line each."""
         return self.runner.problems(adapter)
 
     def problem(self) -> str:
-        """Why the engine is unhealthy: a stuck step, an ended thread, or failing steps.
-
-        "" if healthy.
-        """
+        """Return why the engine is unhealthy (a stuck step, an ended thread, failing steps), or ""."""
         if self._state != "open":
             return ""
         if not self._thread.is_alive():
@@ -187,7 +184,7 @@ class TextEngine(Engine[Request, EngineEvent]):
 
     @property
     def here(self) -> int:
-        """Admitted requests that have not ended, running or waiting."""
+        """Number of admitted requests that have not ended, running or waiting."""
         return max(len(self._by_id), len(self._live))
 
     def stats(self) -> EngineStats:
@@ -210,7 +207,7 @@ class TextEngine(Engine[Request, EngineEvent]):
     # -- async interface -----------------------------------------------------------------------------------------------
 
     async def events(self, request: Request) -> AsyncIterator[EngineEvent]:
-        """Answer a request; see `request.Engine`."""
+        """Yield the events of a request; see `request.Engine`."""
         self._check(request)
         loop, inbox = asyncio.get_running_loop(), asyncio.Queue[EngineEvent]()
         grammar: Matcher | None = None
@@ -282,7 +279,7 @@ class TextEngine(Engine[Request, EngineEvent]):
                 self._run_callbacks(wait=not self.scheduler.running and not self._startable())
                 self._heartbeat = time.monotonic()
                 self._step()
-            except Exception as error:  # an internal error: fail the current requests, keep serving
+            except Exception as error:  # an internal error fails the current requests; the engine continues
                 self._lost += 1
                 refused = internal_error("the answer", error)
                 for live in list(self._by_id.values()):
@@ -296,10 +293,7 @@ class TextEngine(Engine[Request, EngineEvent]):
         return any(live.lease is not None or live.request.mix == BASE for live in self._live.values())
 
     def _run_callbacks(self, wait: bool) -> None:
-        """Run all queued callbacks.
-
-        `wait`: block for the first, because there is no other work.
-        """
+        """Run all queued callbacks. `wait`: block for the first one, because there is no other work."""
         try:
             callback = self._box.get(timeout=1.0) if wait else self._box.get_nowait()
             while callback is not None:
@@ -317,10 +311,7 @@ class TextEngine(Engine[Request, EngineEvent]):
         self._loaded(live.sequence)
 
     def _loaded(self, sequence: Sequence) -> bool:
-        """Whether the sequence's adapters are in memory.
-
-        The first call starts to load them.
-        """
+        """Return whether the sequence's adapters are in memory; the first call starts to load them."""
         live = self._live[sequence]
         if live.lease is not None or live.request.mix == BASE:
             return True
@@ -352,16 +343,15 @@ class TextEngine(Engine[Request, EngineEvent]):
         choices = dict(zip(map(id, sampled), self._choose(chunks, sampled), strict=True))
         now = time.monotonic()
         for chunk in chunks:
-            if (still := self._live.get(chunk.sequence)) is not None:  # else the row failed
+            if (still := self._live.get(chunk.sequence)) is not None:  # otherwise the row failed
                 self.scheduler.mark_computed(chunk)
                 if chunk.last:
                     self._append_token(still, choices[id(chunk)], now)
 
     def _choose(self, chunks: list[Chunk], sampled: list[Chunk]) -> list[SampledToken | Refused | None]:
-        """The next token of each chunk in `sampled`.
+        """Return the next token of each chunk in `sampled`.
 
-        If the step fails, each row is rerun on its own.
-        """
+        If the step fails, each row is rerun separately."""
         rows = [self._row(c) for c in chunks]
         for chunk in sampled:
             self._live[chunk.sequence].draws.prefetch_mask(self._masks.submit)
@@ -389,9 +379,9 @@ class TextEngine(Engine[Request, EngineEvent]):
         return list(out.values())
 
     def _row(self, chunk: Chunk, *, again: bool = False) -> RunnerRow:
-        """The runner's row for a chunk. `again`: recompute the sequence from its start.
+        """Return the runner's row for a chunk. `again`: recompute the sequence from its start.
 
-        Paged keys and values can be rewritten safely; the state of recurrent layers may have advanced by part
+        Paged keys and values can be rewritten safely. The state of recurrent layers can have advanced by part
         of the failed step, so it has to be recomputed.
         """
         sequence, live = chunk.sequence, self._live[chunk.sequence]
@@ -405,10 +395,8 @@ class TextEngine(Engine[Request, EngineEvent]):
         return RunnerRow(tokens, chunk.start, sequence.table.blocks, mix, wants, id(sequence))
 
     def _scored(self, chunks: list[Chunk], rows: list[RunnerRow], logits: Tensor) -> Tensor:
-        """The logits to sample from, one row per last chunk.
-
-        Stores the logprobs of prompt tokens.
-        """
+        """Return the logits to sample from, one row per last chunk; store the log-probabilities of prompt
+        tokens."""
         if sum(row.wants for row in rows) == sum(chunk.last for chunk in chunks):
             return logits
         ends, at = [], 0
@@ -483,7 +471,7 @@ class TextEngine(Engine[Request, EngineEvent]):
     def _send(self) -> None:
         """Deliver the step's events, with one call per event loop."""
         for loop, events in self._outbox.items():
-            with suppress(RuntimeError):  # the loop is closed: nobody is listening
+            with suppress(RuntimeError):  # the loop is closed, so nobody listens
                 loop.call_soon_threadsafe(_deliver, events)
         self._outbox.clear()
 

@@ -1,13 +1,13 @@
 """Grammars as token masks: a JSON schema, any JSON object, or a regular expression.
 
-    start = compile_grammar(*sampling.grammar, tokenizer, …)               once a request, in a thread
-    here = start.copy()
-    here.mask()    here.advance(token)    here.done                        the sampler, each step
+    start = compile_grammar(*sampling.grammar, tokenizer, …)               once per request, in a thread
+    matcher = start.copy()
+    matcher.mask()    matcher.advance(token)    matcher.done               the sampler, each step
 
-llguidance compiles and matches; a mask takes well under a millisecond. Compiling can take a second, with the
-GIL released, and is cached by text. Both times grow with the square of a schema's size, so the size is
-bounded. The first mask is computed at compile time, so that a grammar that cannot start is rejected before
-the request runs.
+llguidance compiles and matches; a mask takes well under a millisecond. Compiling can take a second, without
+the GIL, and is cached by text. Both times grow with the square of a schema's size, so the size is bounded.
+The first mask is computed at compile time, so that a grammar that cannot start is refused before the request
+runs.
 """
 
 from __future__ import annotations
@@ -34,29 +34,26 @@ MAX_TEXT = 256 << 10
 _MAX_PARTS = 2000
 """Maximum objects and lists in a JSON schema.
 
-2000 take half a second to compile, and 40 ms a mask if all are properties of one object.
+2000 take half a second to compile, and 40 ms per mask if all are properties of one object.
 """
 _ANY_OBJECT = '{"type": "object"}'
 
 
 class Matcher:
-    """The state of one answer in its grammar.
-
-    Errors are Refused, and end only their own row.
-    """
+    """The state of one completion in its grammar. Errors are Refused, and end only their own row."""
 
     def __init__(self, state: LLMatcher, vocabulary: int) -> None:
         self._state, self.vocabulary = state, vocabulary
 
     def copy(self) -> Matcher:
-        """A copy for another answer, in the same state; cheap."""
+        """Return a copy in the same state, for another completion. Cheap."""
         return Matcher(self._state.deep_copy(), self.vocabulary)
 
     def mask(self) -> Tensor:
-        """The tokens that can come next: bool, (vocabulary,).
+        """Return the allowed next tokens: bool, (vocabulary,).
 
-        Stop ids are allowed only if the answer is complete, and are the only ones allowed if nothing can
-        follow. Raises Refused if the grammar turns out to be too large.
+        Stop ids are allowed only if the completion is complete, and are the only allowed tokens if nothing
+        can follow. Raises Refused if the grammar turns out to be too large.
         """
         bits = self._state.compute_bitmask()
         self._check()
@@ -74,12 +71,12 @@ class Matcher:
 
     @property
     def complete(self) -> bool:
-        """Whether the answer can end here."""
+        """Whether the completion can end here."""
         return bool(self._state.is_accepting())
 
     @property
     def done(self) -> bool:
-        """Whether nothing but the end can follow."""
+        """Whether only the end can follow."""
         return bool(self._state.is_stopped())
 
     def _check(self) -> None:
@@ -90,11 +87,12 @@ class Matcher:
 def compile_grammar(
     kind: GrammarKind, text: str, tokenizer: Any, *, vocabulary: int | None = None, ends: Collection[int] = ()
 ) -> Matcher:
-    """Compile the grammar of `text` into a start state; copy it for each answer.
+    """Compile the grammar of `text` into a start state; copy it for each completion. Blocking.
 
-    Blocks: call in a thread. `tokenizer`: a fast tokenizer of transformers. `vocabulary`: the model's number
-    of logits, if not the tokenizer's length. `ends`: stop ids; by default the tokenizer's eos. Raises Refused
-    (400) with llguidance's message if the grammar does not compile, MissingExtraError without llguidance.
+    `tokenizer`: a fast tokenizer of transformers. `vocabulary`: the model's number of logits, if not the
+        tokenizer's
+    length. `ends`: stop ids; by default the tokenizer's eos. Raises Refused (400) with llguidance's message
+    if the grammar does not compile, MissingExtraError without llguidance.
     """
     if len(text) > MAX_TEXT:
         raise _refused(f"{len(text):,} characters; at most {MAX_TEXT:,}")
@@ -124,7 +122,7 @@ def _compiled(kind: GrammarKind, text: str, tokenizer: LLTokenizer, vocabulary: 
 
 @lru_cache(maxsize=8)
 def _tokenizer(tokenizer: Any, vocabulary: int, ends: tuple[int, ...]) -> LLTokenizer:
-    """llguidance's tokenizer, cached: building one takes about a second."""
+    """Return llguidance's tokenizer, cached, because building one takes about a second."""
     try:
         from llguidance import LLTokenizer
     except ImportError as error:

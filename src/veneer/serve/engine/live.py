@@ -1,15 +1,15 @@
-"""Sample answers from an adapter during training: the engine without a server, on an attachment's current
-values.
+"""Sampling from an adapter during training: the engine without a server, on an attachment's current values.
 
     with attach(model) as attachment, live_sampler(base, attachment) as sampler, fast(model):
         attachment.add("run", adapter, trainable=True)
-        answers = sampler.sample([CompletionRequest(prompt, seed, SamplingParams(), "run"), …])  # from current values
+        completions = sampler.sample([CompletionRequest(prompt, seed, SamplingParams(), "run"), …])
 
-Uses the engine's continuous batching, prefix caching for answers that share a prompt, and grammars. It
-multiplies by the base's own weights in place; quantized weights stay quantized. Adapters are identified by
-the digest of their values, so after an optimizer step no cached keys and values of old values are found.
+Uses the engine's continuous batching, prefix caching for completions that share a prompt, and grammars. The
+engine multiplies by the base's own weights in place; quantized weights stay quantized. Adapters are
+identified by the digest of their values, so after an optimizer step no cached keys and values of old values
+are found.
 
-Enter `live_sampler` before `fast`, so that weights are joined once; no adapter may be active on the model
+Enter `live_sampler` before `fast`, so that weights are fused once. No adapter may be active on the model
 meanwhile.
 """
 
@@ -46,18 +46,18 @@ from veneer.train.text.rollouts import CompletionRequest, Rollout, Sampler, Samp
 _LOOK = 0.1
 """Seconds between checks for an interrupt."""
 _CACHE = 1 << 30
-"""Upper bound on bytes of keys and values; full contexts of all rows may need less."""
+"""Upper bound on bytes of keys and values; full contexts of all rows can need less."""
 _SCORED = 64
-"""Tokens whose logits exist at once in a replay."""
+"""Number of tokens whose logits exist at once in a replay."""
 
 
 @contextmanager
 def live_sampler(
     base: TextBase, attachment: Attachment, settings: SamplerSettings | None = None
 ) -> Iterator[_LiveSampler]:
-    """A `Sampler` for the duration of the with-block.
+    """Yield a `Sampler` on an attachment.
 
-    Raises ConfigError if the base does not run on the engine's own forward (`Runner`, "fused").
+    Raises ConfigError if the base does not run on the engine's own forward pass (`Runner`, "fused").
     """
     settings = settings or SamplerSettings()
     context = min(base.context, settings.context or base.context)
@@ -75,10 +75,7 @@ def live_sampler(
 
 
 class _LiveSampler(Sampler):
-    """Samples from an attachment.
-
-    `now`: digest -> adapter as it was when requested, read by the engine.
-    """
+    """Samples from an attachment. `now`: digest -> adapter as it was at the request, read by the engine."""
 
     def __init__(
         self,
@@ -115,10 +112,9 @@ class _LiveSampler(Sampler):
     async def _all(
         self, requests: Sequence[CompletionRequest], mixes: dict[str, DigestMix], interrupted: Callable[[], bool]
     ) -> list[Rollout] | None:
-        """Run all requests; the first of each prompt starts alone.
+        """Run all requests.
 
-        The others then find its cached prefix.
-        """
+        The first request of each prompt starts first, so that the others find its cached prefix."""
         started: dict[tuple[str, tuple[int, ...]], asyncio.Event] = {}
         uses = Counter((request.adapter, request.prompt) for request in requests)
 
@@ -205,9 +201,10 @@ class _LiveSampler(Sampler):
 class _ReplayedRows:
     """The tokens that a replay computes.
 
-    `rows`: (first position, end, blocks) of each row, as in the engine. `computed_indices`: index of each computed
-    token among the rows' tokens. `row_indices`: index of each of the rows' tokens among the computed ones; `previous`:
-    index of its predecessor.
+    `rows`: (first position, end, blocks) of each row, as in the engine. `computed_indices`: index of each
+        computed
+    token among the rows' tokens. `row_indices`: index of each of the rows' tokens among the computed ones;
+    `previous`: index of its predecessor.
     """
 
     rows: list[tuple[int, int, list[int]]]
@@ -223,8 +220,7 @@ class _ReplayedRows:
     def build(cls, lengths: Sequence[int], shared: SharedRows | None) -> _ReplayedRows:
         """Build from row lengths.
 
-        Full blocks of a prefix shared with an earlier row reuse that row's blocks.
-        """
+        Full blocks of a prefix shared with an earlier row reuse that row's blocks."""
         indices_of_tokens = torch.arange(sum(lengths)) if shared is None else shared.places.cpu()
         owner: list[int] = []
         rows: list[tuple[int, int, list[int]]] = []
@@ -249,9 +245,9 @@ class _ReplayedRows:
 
 
 class _EngineReplay(Replay):
-    """The engine's forward over whole rows; all layers reuse one layer's pages.
+    """The engine's forward pass over whole rows; all layers reuse one layer's pages.
 
-    `positions`: indices of the tokens whose logprobs are requested.
+    `positions`: indices of the tokens whose log-probabilities are requested.
     """
 
     def __init__(

@@ -1,10 +1,10 @@
-"""The engine without a server: greedy answers to many prompts at once.
+"""The engine without a server: greedy completions of many prompts at once.
 
     with answering(base, adapters) as answer:
         answer(prompts, [("support", 1.0)], max_new_tokens=64)      same as `complete`, several times as fast
 
-If the base or an adapter does not run on the engine's own forward, `answer` is `complete` itself, and the
-caller must have the mix active on the model, as `complete` requires.
+If the base or an adapter does not run on the engine's own forward pass, `answer` is `complete` itself, and
+the mix must be active on the model, as `complete` requires.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class AnswerFunction(Protocol):
 
 @contextmanager
 def answering(base: TextBase, adapters: Mapping[str, Adapter], *, rows: int = 32) -> Iterator[AnswerFunction]:
-    """A function that answers with `adapters`, by name. Raises as `complete`.
+    """Yield a function that completes prompts with `adapters`, by name. Raises the errors of `complete`.
 
-    `rows`: answers at once. No adapter may be attached to the model on entry.
+    `rows`: completions at once. No adapter may be attached to the model on entry.
     """
 
     def plain(prompts: Sequence[Prompt], mix: Sequence[tuple[str, float]], *, max_new_tokens: int) -> list[Completion]:
@@ -57,7 +57,7 @@ def answering(base: TextBase, adapters: Mapping[str, Adapter], *, rows: int = 32
 
 
 def answering_bytes(base: TextBase, weights: int, *, rows: int = 32) -> int:
-    """Upper bound of the bytes that `answering` adds to the base on a CPU.
+    """Return an upper bound of the bytes that `answering` adds to the base on a CPU.
 
     Includes a prepacked copy of the projections, and keys and values. `weights`: bytes of the base's weights.
     """
@@ -65,19 +65,16 @@ def answering_bytes(base: TextBase, weights: int, *, rows: int = 32) -> int:
 
 
 def _cache_bytes(base: TextBase, rows: int) -> int:
-    """Cache size: at most the full contexts of 2 · `rows`.
+    """Return the cache size: at most the full contexts of 2 · `rows`.
 
-    On a small base, a server's default cache would be zero-filled at every evaluation for nothing.
+    On a small base, zero-filling a server's default cache at every evaluation would be wasted time.
     """
     blocks = 2 * rows * (base.context // BLOCK + 1)
     return min(EngineSettings.cache_bytes, blocks * block_bytes(base))
 
 
 class EngineAnswers:
-    """An `AnswerFunction` on the engine.
-
-    Runs in its own thread, because a caller may have an event loop.
-    """
+    """An `AnswerFunction` on the engine, in its own thread, because a caller can have an event loop."""
 
     def __init__(self, base: TextBase, engine: TextEngine, thread: ThreadPoolExecutor) -> None:
         self.base, self.engine, self.thread = base, engine, thread

@@ -1,14 +1,14 @@
 """Sampling: turns the logits of many rows into one token each, with per-row settings.
 
-    row = SampledRow(request.sampling, request.prompt, vocabulary=n, ends=stop_ids)    once a request
-    for choice in sample(logits, rows): …                                              once a step
+    row = SampledRow(request.sampling, request.prompt, vocabulary=n, ends=stop_ids)    once per request
+    for choice in sample(logits, rows): …                                              once per step
 
-A greedy row with no other settings costs its share of one argmax. Other rows go through, in this order:
-grammar, logit bias, penalties, temperature, top-k, min-p, top-p. The sample is a function of (seed, number of
-tokens generated, scores): there is no generator state, so a row samples the same tokens in any batch, on any
+A greedy row without other settings costs its share of one argmax. For other rows, the order is: grammar,
+logit bias, penalties, temperature, top-k, min-p, top-p. The sample is a function of (seed, number of
+generated tokens, scores) without generator state, so a row samples the same tokens in any batch, on any
 device, and after it resumes elsewhere. Sampling uses the Gumbel trick: argmax(score − log e) with e ~ Exp(1)
-samples from softmax(score). Unlike inverting the distribution function, rounding in the scores seldom changes
-the token.
+samples from softmax(score). Unlike inverting the distribution function, the Gumbel trick seldom changes the
+token because of rounding in the scores.
 
 Depends on torch and `request` only; no tokenizer, no model.
 """
@@ -35,17 +35,18 @@ if TYPE_CHECKING:
     from veneer.serve.engine.grammar import Matcher
 
 _NEAR = 1 << 18
-"""Scores that a CPU samples from at a time, so that intermediate results fit its L2 cache."""
+"""Number of scores that a CPU samples from at a time, so that intermediate results fit its L2 cache."""
 NUCLEUS = 1024
-"""Best tokens that top-p checks first; if they hold less than top_p, all tokens are sorted."""
+"""Number of best tokens that top-p checks first; if their probability is below top_p, all tokens are
+sorted."""
 
 
 @dataclass(frozen=True)
 class SampledToken:
     """A sampled token.
 
-    `logprob` and `top` ((id, logprob), best first) are from the model's own distribution, `sampled_logprob` is the
-    logprob in the distribution sampled from; each only if the row requests it.
+    `logprob` and `top` ((id, logprob), best first) are from the model's own distribution; `sampled_logprob`
+    is from the distribution that was sampled. Each is present only if the row requests it.
     """
 
     id: int
@@ -58,8 +59,9 @@ class SampledRow:
     """The sampling state of one request: settings, seed, and tokens so far.
 
     `ends`: the base's stop ids, which must not come before `min_tokens`; the request's own are added. `seed`:
-    the seed used, also if the request leaves it to the server. `under`: the adapter mix that produces the
-    scores, as the client named it. Raises Refused for ids outside the vocabulary.
+        the seed
+    in use, also if the server chose it. `under`: the client's name of the mix that produces the scores.
+    Raises Refused for ids outside the vocabulary.
     """
 
     def __init__(
@@ -85,7 +87,7 @@ class SampledRow:
         self.counts: Counter[int] = Counter()
         """Token -> times generated; empty without a presence or frequency penalty."""
         self.seen = dict.fromkeys(prompt) if self._penalizes_repeats else {}
-        """The tokens that a repetition penalty acts on."""
+        """Tokens to which a repetition penalty applies."""
         self._changes = bool(grammar or sampling.logit_bias or self._penalizes_counts or self._penalizes_repeats)
         self._mask: Future[Tensor] | None = None
 
@@ -107,7 +109,7 @@ class SampledRow:
             self._mask = submit(self.grammar.mask)
 
     def take(self, token: int) -> None:
-        """Record a generated token; `sample` calls this for each token it chooses."""
+        """Record a generated token; `sample` calls this for each token that it chooses."""
         self.generated += 1
         if self._penalizes_counts:
             self.counts[token] += 1
@@ -117,7 +119,7 @@ class SampledRow:
             self.grammar.advance(token)
 
     def mask(self) -> Tensor | None:
-        """The tokens that the grammar allows next, on the CPU; None without a grammar.
+        """Return the tokens that the grammar allows next, on the CPU, or None without a grammar.
 
         Raises the grammar's errors.
         """
@@ -128,17 +130,17 @@ class SampledRow:
 
     @property
     def forbidden(self) -> Sequence[int]:
-        """Tokens that must not come next, unless the grammar allows nothing else."""
+        """Return tokens that must not come next, unless the grammar allows nothing else."""
         return self._ends if self.generated < self.sampling.min_tokens else ()
 
 
 _NOTHING_ALLOWED, _NOT_FINITE = -1, -2
-"""Stand in for a token when none can be chosen."""
+"""Placeholders for a token if no token can be chosen."""
 
 
 def _no_token(row: SampledRow, why: int) -> Refused:
     message = "no token has a finite score"
-    if why == _NOT_FINITE and row.under:  # caused by the request: retrying does not help
+    if why == _NOT_FINITE and row.under:  # the request is the cause, so a retry does not help
         message = f"{message} under {quoted(row.under)}: the base overflowed"
         return Refused(message, status=400, code="adapter_unusable", param="model", fix="lower strengths")
     return Refused(message, status=500, code="internal")
@@ -147,8 +149,9 @@ def _no_token(row: SampledRow, why: int) -> Refused:
 def sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[SampledToken | Refused]:
     """Choose the next token of every row, and record it in the row.
 
-    logits: (rows, vocabulary), any float type; not changed. A row whose scores are not finite, or whose
-    grammar fails, gets a Refused; the other rows get their tokens.
+    logits: (rows, vocabulary), any float type; not changed. A row with non-finite scores or a failing grammar
+        gets a
+    Refused; the other rows get their tokens.
     """
     if len(rows) != len(logits):
         raise ValueError(f"{len(rows)} rows for logits {tuple(logits.shape)}")
@@ -163,7 +166,7 @@ def _sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[SampledToken | R
     finite = best.isfinite()
     failed: dict[int, Exception] = {}
     unmodified = [row.unmodified for row in rows]
-    sampled_logprobs = torch.zeros(len(rows), device=device)  # 0 for greedy rows: their choice is certain
+    sampled_logprobs = torch.zeros(len(rows), device=device)  # 0 for greedy rows, whose choice is certain
     changed = [i for i, row in enumerate(rows) if not row.plain]
     if changed:
         changed_rows = [rows[i] for i in changed]
@@ -194,7 +197,7 @@ def _sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[SampledToken | R
         reporting = _sampled([chosen_ids[i] for i in with_logprobs], counts, *parts)
         reported = dict(zip(with_logprobs, reporting, strict=True))
     for i, sampled in reported.items():
-        if rows[i].sampling.sampled_logprob:  # same distribution, so the same number
+        if rows[i].sampling.sampled_logprob:  # the distributions are equal, so reuse the value
             reported[i] = replace(sampled, sampled_logprob=sampled.logprob if unmodified[i] else under[i])
     out: list[SampledToken | Refused] = []
     for i, (row, token) in enumerate(zip(rows, chosen_ids, strict=True)):
@@ -205,17 +208,15 @@ def _sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[SampledToken | R
                 raise _no_token(row, token)
             row.take(token)
             out.append(reported[i] if i in reported else SampledToken(token))
-        except Exception as error:  # fails this row only: the others have recorded their tokens
+        except Exception as error:  # fails only this row: the others have recorded their tokens
             out.append(error if isinstance(error, Refused) else internal_error("the answer", error))
     return out
 
 
 def adjust(scores: Tensor, rows: Sequence[SampledRow]) -> dict[int, Exception]:
-    """Apply everything before the temperature, in place.
+    """Apply everything before the temperature in place; return errors of failed grammars by row index.
 
-    Returns the errors of failed grammars by row index.
-
-    scores: (rows, vocabulary), float32.
+    scores: (rows, vocabulary), float32
     """
     failed: dict[int, Exception] = {}
     masks: dict[int, Tensor] = {}
@@ -232,7 +233,7 @@ def adjust(scores: Tensor, rows: Sequence[SampledRow]) -> dict[int, Exception]:
     if (at := _entries(scores, [row.forbidden for row in rows])) is not None:
         original = scores[at]
         scores[at] = -math.inf
-        if masks:  # a finished grammar wins: the answer is complete
+        if masks:  # a finished grammar takes precedence: the completion is complete
             over = (scores.amax(-1) == -math.inf).index_select(0, at[0])
             scores[at] = torch.where(over, original, -math.inf)
     if (at := _entries(scores, [row.sampling.logit_bias for row in rows])) is not None:
@@ -247,7 +248,8 @@ def adjust(scores: Tensor, rows: Sequence[SampledRow]) -> dict[int, Exception]:
 
 
 def _entries(scores: Tensor, columns: Sequence[Collection[int]]) -> tuple[Tensor, Tensor] | None:
-    """(row, column) indices of the entries that `columns` names in each row; None without entries."""
+    """Return (row, column) indices of the entries that `columns` names in each row, or None without
+    entries."""
     rows = [row for row, row_columns in enumerate(columns) for _ in row_columns]
     if not rows:
         return None
@@ -256,19 +258,20 @@ def _entries(scores: Tensor, columns: Sequence[Collection[int]]) -> tuple[Tensor
 
 
 def _numbers(like: Tensor, values: Sequence[float]) -> Tensor:
-    """The values as a tensor with the dtype and device of `like`."""
+    """Return the values as a tensor with the dtype and device of `like`."""
     return sent(torch.tensor(values, dtype=like.dtype), like.device)
 
 
 def _sample_warm(scores: Tensor, rows: Sequence[SampledRow]) -> tuple[Tensor, Tensor]:
-    """Sample a token per row from softmax(scores / temperature), within the cuts.
+    """Sample a token per row from softmax(scores / temperature), limited by top-k, min-p and top-p.
 
-    The cuts are top-k, min-p and top-p. Returns the tokens and their logprobs in that distribution; the
-    logprobs are 0 unless some row requests `sampled_logprob` for a modified distribution. scores: (rows,
-    vocabulary), float32.
+    Returns the tokens and their log-probabilities in that distribution, which are 0 unless some row requests
+    `sampled_logprob` for a modified distribution.
+
+    scores: (rows, vocabulary), float32
     """
     heat = _numbers(scores, [r.sampling.temperature for r in rows])[:, None].clamp_min(1e-20)
-    scores = (scores - scores.amax(-1, keepdim=True)) / heat  # the maximum is 0, so none becomes infinite
+    scores = (scores - scores.amax(-1, keepdim=True)) / heat  # the maximum becomes 0, so no score becomes infinite
     cut = [k for k, r in enumerate(rows) if r.sampling.top_k or r.sampling.top_p < 1 or r.sampling.min_p]
     keys = sent(torch.tensor([draw_key(r.seed, r.generated) for r in rows], dtype=torch.int32), scores.device)
     floor = None
@@ -284,7 +287,7 @@ def _sample_warm(scores: Tensor, rows: Sequence[SampledRow]) -> tuple[Tensor, Te
 
 
 def _noisy(scores: Tensor, floor: Tensor | None, keys: Tensor) -> Tensor:
-    """score − log e for scores at or above the row's floor, else −∞."""
+    """Return score − log e for scores at or above the row's floor, otherwise −∞."""
     if floor is None:
         tokens = torch.arange(scores.shape[-1], dtype=torch.int32, device=scores.device)
         return scores - exponential(tokens, keys[:, None]).log_()
@@ -295,10 +298,12 @@ def _noisy(scores: Tensor, floor: Tensor | None, keys: Tensor) -> Tensor:
 
 
 def lowest_kept(scores: Tensor, settings: Sequence[Sampling]) -> Tensor:
-    """(rows, 1): the lowest score that stays.
+    """Return the lowest score that stays, (rows, 1).
 
-    A bound on the score, not on the rank: equal scores are kept or cut together, and the result does not
-    depend on how a sort breaks ties. scores: (rows, vocabulary), with a maximum of 0.
+    The limit is a score, not a rank: equal scores are kept or cut together, and the result does not depend on
+    how a sort breaks ties.
+
+    scores: (rows, vocabulary), with a maximum of 0
     """
     vocabulary = scores.shape[-1]
     floor = _numbers(scores, [math.log(s.min_p) if s.min_p else -math.inf for s in settings])[:, None]
@@ -326,10 +331,11 @@ def lowest_kept(scores: Tensor, settings: Sequence[Sampling]) -> Tensor:
 
 
 def _nucleus(order: Tensor, floor: Tensor, total: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    """The lowest score in the nucleus, and whether `order` reaches the nucleus's end.
+    """Return the lowest score in the nucleus, and whether `order` reaches the nucleus's end.
 
-    A token stays if those before it hold less than `share` of the probability above `floor`. order: the best
-    scores, descending.
+    A token stays if better tokens have less than `share` of the probability above `floor`.
+
+    order: the best scores, descending
     """
     order = order.masked_fill(order < floor, -math.inf)
     p = (order - total).double().exp_()
@@ -341,19 +347,17 @@ def _nucleus(order: Tensor, floor: Tensor, total: Tensor, share: Tensor) -> tupl
 
 
 def scored(logits: Tensor, ids: Tensor, counts: Sequence[int]) -> list[SampledToken]:
-    """The logprobs of given tokens, each with its count of alternatives.
+    """Return the log-probabilities of given tokens, each with its number of alternatives.
 
-    logits: (n, vocabulary), n > 0; ids: (n,).
+    logits: (n, vocabulary), n > 0; ids: (n,)
     """
     numbers, *parts = _read(ids, *_logprobs(logits, ids, max(counts)))
     return _sampled([int(n) for n in numbers], counts, *parts)
 
 
 def _logprobs(logits: Tensor, ids: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Logprobs of the tokens (n,), and of the `most` best tokens with their ids.
-
-    Alternatives and ids: both (n, most).
-    """
+    """Return log-probabilities of the tokens (n,), and of the `most` best tokens with their ids, both (n,
+    most)."""
     logits = logits.float()
     tokens = _best(logits, min(most, logits.shape[-1])) if most else ids.new_empty(len(ids), 0)
     p = logits.log_softmax(-1)
@@ -361,10 +365,12 @@ def _logprobs(logits: Tensor, ids: Tensor, most: int) -> tuple[Tensor, Tensor, T
 
 
 def _best(scores: Tensor, count: int) -> Tensor:
-    """The ids of the `count` best scores, best first.
+    """Return the ids of the `count` best scores, best first.
 
-    Ties go to the lower id, as in argmax. Ties are common in 16 bits, and which tied tokens `topk` returns
-    depends on k. scores: (n, vocabulary), float32.
+    Ties go to the lower id, as in argmax. Ties are common in 16 bits, and the tied tokens that `topk` returns
+    depend on k.
+
+    scores: (n, vocabulary), float32
     """
     least = scores.topk(max(1, count)).values[:, -1:]
     row, token = (~(scores < least)).nonzero(as_tuple=True)  # at least `count` per row, nan included
@@ -376,10 +382,8 @@ def _best(scores: Tensor, count: int) -> Tensor:
 
 
 def _read(*tensors: Tensor) -> list[list[float]]:
-    """The values of each tensor, in one device read.
-
-    Read as float32, which represents every token id below 2²⁴.
-    """
+    """Return the values of each tensor with one device read, as float32, which represents every token id
+    below 2²⁴."""
     flat: list[float] = torch.cat([t.flatten().float() for t in tensors]).cpu().tolist()
     out, at = [], 0
     for tensor in tensors:
@@ -410,7 +414,7 @@ def _sampled(
 
 
 def draw_key(seed: int, position: int) -> tuple[int, int]:
-    """Two signed 32-bit words, by splitmix64 (Steele and others 2014).
+    """Return two signed 32-bit words, by splitmix64 (Steele and others 2014).
 
     Hashes the seed, then the result plus the position.
     """
@@ -427,9 +431,9 @@ def _splitmix(x: int) -> int:
 
 
 def exponential(tokens: Tensor, keys: Tensor) -> Tensor:
-    """Exp(1) noise, float32, one value per token and key.
+    """Return Exp(1) noise, float32, one value per token and key.
 
-    tokens: (…), int32; keys: (…, 2), int32.
+    tokens: (…), int32; keys: (…, 2), int32
     """
     x = _mix_(tokens ^ keys[..., 0])
     x = _mix_(x.add_(keys[..., 1])).bitwise_and_(0x7FFFFFFF)

@@ -1,23 +1,27 @@
 """Continuous batching scheduler: picks the sequences and tokens of each step.
 
 A step has at most `budget` tokens: one per decoding sequence; the rest go to prompts, computed in chunks, so
-a long prompt never delays the next tokens of other sequences.
+that a long prompt never delays the next tokens of other sequences.
 
 Fairness (Sheng et al., arXiv 2401.00588, "virtual token counter"): each tenant has a counter of the tokens it
-received (1 per computed prompt token, 2 per generated token) divided by its weight.
-The tenant with the lowest counter gets the next slot and the next prompt tokens. A tenant that returns after
-a pause is raised to the lowest counter of the active tenants: idle time earns no credit. A prompt of ordinary
-length is charged after its first token, so a tenant that arrives at a busy server is not delayed halfway
-through a prompt. Within a tenant: first come, first served, skipping sequences whose adapters are still
-loading. Other tenants' prompts can at most double a step that produces a first token.
+received (1 per computed prompt token, 2 per generated token) divided by its weight. The tenant with the
+lowest counter gets the next slot and the next prompt tokens. A tenant that returns after a pause is raised to
+the lowest counter of the active
+tenants: idle time earns no credit. A prompt of ordinary length is charged after its first token, so that a
+    tenant that
+arrives at a busy server is not delayed halfway through a prompt. Within a tenant, requests run first come,
+first served, except for sequences whose adapters are still loading. Other tenants' prompts can at most double
+a step that produces a first token.
 
 Slots: if the tenant with the lowest counter has less than its share (by weight, among active tenants) of
-slots and blocks, the scheduler preempts the youngest sequence of the tenant furthest above its share.
+    slots and
+blocks, the scheduler preempts the youngest sequence of the tenant furthest above its share.
 
 Memory: when no block is free, the scheduler preempts the youngest sequence of the tenant with the highest
-counter. The preempted sequence loses its blocks, keeps its tokens, and is recomputed from whatever the cache
-still has. The caller of `add` must ensure that each request fits the cache when run alone. Plain numbers
-only: no tensors, no clock.
+    counter. The
+preempted sequence loses its blocks, keeps its tokens, and is recomputed from the blocks that the cache still
+has. The caller of `add` must ensure that each request fits the cache when it runs without others. Plain
+numbers only: no tensors, no clock.
 """
 
 from __future__ import annotations
@@ -31,11 +35,11 @@ from veneer.serve.engine.cache import BlockTable, Cache
 from veneer.serve.request import Request, cache_root
 
 _LOOK_AHEAD = 64
-"""Waiting requests per tenant that are checked for being ready to run."""
+"""Number of waiting requests per tenant that are checked for being ready to run."""
 _SHORT = 64
-"""Tokens of other tenants' prompts always allowed in a step that produces a first token."""
+"""Tokens of other tenants' prompts that are always allowed in a step that produces a first token."""
 _GENERATED = 2.0
-"""The cost of a generated token, in prompt tokens, as in the paper."""
+"""Cost of a generated token in prompt tokens, as in the paper."""
 _CREDIT = 512
 """Prompt tokens that a tenant can compute before they are charged; a first token charges them too."""
 
@@ -77,8 +81,7 @@ class Sequence:
 class Chunk:
     """Tokens start to end of a sequence, computed in this step.
 
-    `last`: the step needs the logits after them.
-    """
+    `last`: the step needs the logits after them."""
 
     sequence: Sequence
     start: int
@@ -101,9 +104,11 @@ class _Tenant:
 class Scheduler:
     """Schedules the sequences of all tenants.
 
-    `rows`: sequences that run at once. `budget`: tokens in a step, at least `rows`. `loaded(sequence)`:
-    whether the sequence's adapters are in memory; called for the next sequences in line, so it can start to
-    load them. `shares`: whether sequences can share blocks.
+    `rows`: sequences that run at once. `budget`: tokens per step, at least `rows`. `loaded(sequence)`:
+        whether the
+    sequence's adapters are in memory; called for the next sequences in line, so that it can start to load
+    them.
+    `shares`: whether sequences can share blocks.
     """
 
     def __init__(
@@ -148,10 +153,7 @@ class Scheduler:
             self._tenants[sequence.request.tenant].waiting.remove(sequence)
 
     def step(self) -> list[Chunk]:
-        """The chunks to compute now, at most one per sequence.
-
-        Each chunk's table has blocks for its tokens.
-        """
+        """Return the chunks to compute now, at most one per sequence, with blocks for their tokens."""
         self._make_room()
         chunks: list[Chunk] = []
         left = self.budget - sum(s.decodes for s in self.running)
@@ -163,16 +165,18 @@ class Scheduler:
                 following = self._next()
             if begun and (following is None or self._turn(begun[0]) <= self._turn(following)):
                 following = begun.pop(0)
-                if following not in self.running:  # preempted by an earlier sequence of this step
+                if following not in self.running:  # an earlier sequence of this step preempted it
                     continue
             elif following is None:
                 return chunks
             elif not self._start(following):
                 full = True
                 continue
-            else:  # a sequence preempted earlier in this step is still in `begun`
+            else:  # a sequence that was preempted earlier in this step is still in `begun`
                 begun = [s for s in begun if s is not following]
-                left -= following.decodes  # a preempted row whose prompt is cached: `left` has no token for it yet
+                left -= (
+                    following.decodes
+                )  # a preempted row whose prompt is cached: `left` does not include its token yet
             if following.decodes:
                 self._chunk(following, 1, chunks)
                 continue
@@ -207,7 +211,7 @@ class Scheduler:
     # -- internals -----------------------------------------------------------------------------------------------------
 
     def _lowest(self) -> float:
-        """The lowest counter of the active tenants; with no active tenant, its last value."""
+        """Return the lowest counter of the active tenants; without an active tenant, its last value."""
         at_work = [t.counter for t in self._tenants.values() if t.waiting or t.running]
         self._floor = min(at_work, default=self._floor)
         return self._floor
@@ -217,12 +221,12 @@ class Scheduler:
         tenant.owed = 0.0
 
     def _turn(self, sequence: Sequence) -> tuple[float, int, int, int]:
-        """The sort key of a sequence: lower is computed first."""
+        """Return a sequence's sort key; lower keys are computed first."""
         tenant = self._tenants[sequence.request.tenant]
         return tenant.counter, tenant.running, sequence.last_chunk, sequence.order
 
     def _make_room(self) -> None:
-        """Preempt the sequences that keep the next in line from its tenant's share."""
+        """Preempt sequences that keep the next sequence in line from its tenant's share."""
         following = self._next()
         while following is not None and (victim := self._in_the_way(following)) is not None:
             self._preempt(victim)
@@ -240,10 +244,8 @@ class Scheduler:
             blocks[sequence.request.tenant] += len(sequence.table.blocks) if sequence.table is not None else 0
 
         def above(name: str, slots: int, more_blocks: int) -> float:
-            """A tenant's usage over its share, given additional slots and blocks.
-
-            1 is exactly its share.
-            """
+            """Return a tenant's usage over its share, given additional slots and blocks; 1 is exactly its
+            share."""
             share = at_work[name].weight / weights
             by_slots = (at_work[name].running + slots) / (self.rows * share) if no_slot else 0.0
             by_blocks = (blocks[name] + more_blocks) / (self.cache.size * share) if no_blocks else 0.0
@@ -258,7 +260,7 @@ class Scheduler:
         return max((s for s in self.running if s.request.tenant == most), key=lambda s: s.order)
 
     def _next(self) -> Sequence | None:
-        """The first ready sequence of the tenant with the lowest counter."""
+        """Return the first ready sequence of the tenant with the lowest counter, or None."""
         for tenant in sorted((t for t in self._tenants.values() if t.waiting), key=lambda t: (t.counter, t.running)):
             for sequence in itertools.islice(tenant.waiting, _LOOK_AHEAD):
                 if self.loaded(sequence):
@@ -266,10 +268,9 @@ class Scheduler:
         return None
 
     def _start(self, sequence: Sequence) -> bool:
-        """Open the sequence's block table and run it if its tokens fit.
+        """Open the sequence's block table and run the sequence if its tokens fit.
 
-        Starting never preempts others.
-        """
+        Starting never preempts others."""
         no_cache = sequence.request.sampling.prompt_logprobs  # cached tokens have no logits
         if self.shares and not no_cache:
             table = self.cache.open(cache_root(sequence.request.mix, sequence.request.salt), sequence.tokens)

@@ -1,4 +1,4 @@
-"""Mixes as folders that vLLM serves with full effect, under names that follow from the mix.
+"""Mixes as folders that vLLM serves with full effect, under names that identify the mix.
 
 | mix | name | folder |
 | --- | ---- | ------ |
@@ -9,9 +9,9 @@ vLLM keys its prompt caches by adapter name and remembers names until it ends. A
 same weights, so a deleted folder can be written again under its name.
 
 Every distinct vector of strengths is a separate mix. `Mixes` therefore limits the mixes per tenant and the
-size of all folders. Over a limit, the least recently used folder is deleted, never one with running requests
-or one used in the last `grace` seconds. Several front doors can share the folder: its modification times say
-when any of them used a mix. Each front door counts its own tenants.
+total size of the folders. Over a limit, it deletes the least recently used folder, but never a folder with
+running requests or one used in the last `grace` seconds. Several veneer servers can share the folder:
+modification times record the last use by any of them. Each server counts its own tenants.
 """
 
 from __future__ import annotations
@@ -52,19 +52,19 @@ class Servable:
 
 
 def is_weighted(mix: DigestMix) -> bool:
-    """Whether a mix is anything but the base or one adapter at strength 1."""
+    """Return whether a mix is neither the base nor one adapter at strength 1."""
     return len(mix) > 1 or any(strength != 1 for _, strength in mix)
 
 
 def served_name(mix: DigestMix) -> str:
-    """The name of a mix in vLLM."""
+    """Return a mix's name in vLLM."""
     if is_weighted(mix):
         return f"veneer-mix-{mix_digest(mix).hex()[:32]}"
     return f"veneer-{mix[0][0].removeprefix('sha256:')}"
 
 
 def mix_folder() -> Path:
-    """The folder of mixes and converted adapters, which front doors and vLLM share."""
+    """Return the folder of mixes and converted adapters, which veneer and vLLM share."""
     return Path(os.environ.get("VENEER_VLLM_CACHE") or veneer_home() / "cache" / "served")
 
 
@@ -87,7 +87,7 @@ def servable(parts: Sequence[tuple[Path, float]], name: str, cache: Path) -> Ser
 
 
 def vllm_problems(adapter: Adapter) -> list[str]:
-    """The parts of an adapter that vLLM does not support in any layout, with modules; [] if there are none.
+    """Return the parts of an adapter that vLLM supports in no layout, with their modules.
 
     A catalog checks this before it registers a name.
     """
@@ -97,10 +97,10 @@ def vllm_problems(adapter: Adapter) -> list[str]:
 
 
 def _serves_as_it_is(folder: Path, adapter: Adapter) -> bool:
-    """Whether any vLLM reads exactly this adapter from its own folder.
+    """Return whether every vLLM version reads exactly this adapter from its own folder.
 
-    True for a single scale, by vLLM's formula. Adapters that vLLM supports in no layout raise AdapterError
-    later, when written.
+    True for a single scale, by vLLM's formula. Writing raises AdapterError later for adapters that vLLM
+    supports in no layout.
     """
     if not (folder / CONFIG_FILE).is_file() or not (folder / TENSOR_FILE).is_file():
         return False
@@ -118,8 +118,10 @@ def _serves_as_it_is(folder: Path, adapter: Adapter) -> bool:
 class Mixes:
     """The folders of weighted mixes, within limits.
 
-    `files`: adapter digest -> path of its files. `each`: mixes per tenant. `limit_bytes`: size of all
-    folders. `grace`: seconds for which a folder is kept after its last use, because vLLM may be loading it.
+    `files`: adapter digest -> path of its files. `each`: maximum mixes per tenant. `limit_bytes`: maximum
+        size of all
+    folders. `grace`: seconds for which a folder stays after its last use, because vLLM could still be loading
+    it.
     """
 
     def __init__(
@@ -141,10 +143,10 @@ class Mixes:
 
     @contextlib.contextmanager
     def using(self, mix: DigestMix, tenant: str) -> Iterator[None]:
-        """Count a running request of a tenant; call on the event loop.
+        """Count a running request of a tenant. Call on the event loop.
 
-        Over the tenant's maximum, drops its least recently used mix. Raises Refused (429) if requests are
-        running with all of them.
+        Above the tenant's maximum, drops its least recently used mix. Raises Refused (429) if all of its
+        mixes have running requests.
         """
         if not is_weighted(mix):
             yield
@@ -173,23 +175,23 @@ class Mixes:
             self._running += Counter()  # removes zeros
 
     def write(self, mix: DigestMix) -> None:
-        """Write the folder of a mix unless it exists, then delete folders over the limits.
+        """Write a mix's folder unless it exists, then delete folders over the limits. Blocking.
 
-        Reads and writes files: call in a thread. Raises AdapterError if vLLM does not support an adapter.
+        Raises AdapterError if vLLM does not support an adapter.
         """
         name = served_name(mix)
         if not (self.folder / name / CARD_FILE).is_file():
             with self._writing:
                 servable([(self.files(digest), strength) for digest, strength in mix], name, self.folder)
                 self._collect()
-        with contextlib.suppress(FileNotFoundError):  # deleted by another front door: the request is retried
+        with contextlib.suppress(FileNotFoundError):  # another veneer server deleted it: the request is retried
             os.utime(self.folder / name)
 
     def _collect(self) -> None:
-        """Delete dropped folders, and the least recently used over the size limit."""
+        """Delete dropped folders, and the least recently used folders over the size limit."""
         folders = []
         for path in self.folder.glob("veneer-mix-*"):
-            with contextlib.suppress(OSError):  # deleted by another front door meanwhile
+            with contextlib.suppress(OSError):  # another veneer server deleted it
                 folders.append((path.stat().st_mtime, sum(f.stat().st_size for f in path.iterdir()), path))
         total = sum(size for _, size, _ in folders)
         for used, size, path in sorted(folders):
@@ -200,5 +202,5 @@ class Mixes:
             self._dropped.discard(path.name)
             renamed = path.with_name(f".gone-{secrets.token_hex(8)}")
             with contextlib.suppress(OSError):
-                os.rename(path, renamed)  # so that nobody finds a partial folder
+                os.rename(path, renamed)  # renamed first, so that no process finds a partial folder
                 shutil.rmtree(renamed, ignore_errors=True)

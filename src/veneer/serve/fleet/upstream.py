@@ -4,17 +4,17 @@
     await upstream.begin()
     async for event in upstream.events(request): …
 
-Prompts and answers are token ids, on /v1/completions. An adapter is requested by its name (`mixes`), which
+Requests and responses are token ids, on /v1/completions. An adapter is requested by its name (`mixes`), which
 veneer's plug-in resolves in each vLLM from the shared library; a weighted mix is written to the shared folder
 before the request. Balancing is the router's task.
 
 | upstream | reaction |
 | -------- | -------- |
-| does not answer, answers 5xx or 429 | before the first token, try again, twice; then 503 with Retry-After |
-| does not know a mix | write its folder again, try again |
-| fails after the first token | Finished with an error: tokens already sent cannot be taken back |
+| does not respond, or responds 5xx or 429 | before the first token, retry twice; then 503 with Retry-After |
+| does not know a mix | write its folder again and retry |
+| fails after the first token | Finished with an error, because sent tokens cannot be taken back |
 | rejects the adapter | 422 `adapter_unusable`; vLLM's log has the reason |
-| rejects the request | the same answer for the client |
+| rejects the request | the same response for the client |
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ Decode = Callable[[Sequence[int]], str]
 
 
 class _Failed(Exception):
-    """The upstream did not answer, or failed; another attempt may succeed.
+    """The upstream did not respond, or failed; another attempt can succeed.
 
-    `refused`: the answer if the last attempt fails, None for an outage.
+    `refused`: the error if the last attempt fails, None for an outage.
     """
 
     def __init__(self, message: str, refused: Refused | None = None) -> None:
@@ -78,7 +78,7 @@ class _Failed(Exception):
 
 
 def upstream_url(text: str) -> str:
-    """The URL of an --upstream without /v1. Raises ConfigError."""
+    """Return the URL of an --upstream without /v1. Raises ConfigError."""
     parts = urlsplit(text)
     if parts.scheme not in ("http", "https") or not parts.netloc or parts.query:
         raise ConfigError(f"{text!r} is not the URL of a server", where="--upstream", fix="http://host:port")
@@ -86,10 +86,11 @@ def upstream_url(text: str) -> str:
 
 
 class Upstream(Engine[Request, EngineEvent]):
-    """Sends requests to one URL.
+    """Engine that sends requests to one URL.
 
     `decode`: decodes with the base's tokenizer. `key`: sent as a bearer token. `timeout`: seconds without a
-    byte from the upstream.
+        byte from
+    the upstream.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class Upstream(Engine[Request, EngineEvent]):
             limits=httpx.Limits(max_connections=None),
         )
         self.base, self.context = "", 0
-        """The upstream's name for its base, "" before its first answer, and its context, 0 if unknown."""
+        """The upstream's name for its base ("" before the first response) and its context (0 if unknown)."""
         self.closing = False
         self.running = self.prompt_tokens = self.generated_tokens = 0
         self._trouble = ""
@@ -121,11 +122,11 @@ class Upstream(Engine[Request, EngineEvent]):
         await self.client.aclose()
 
     def trouble(self) -> str:
-        """Why no request can be answered now; "" if the upstream answered the last check."""
+        """Return the reason why no request can run now, or "" if the upstream passed the last check."""
         return self._trouble
 
     def stats(self) -> EngineStats:
-        """Counters of this front door; vLLM reports caches and steps at its own /metrics."""
+        """Return this server's counters; vLLM reports caches and steps at its own /metrics."""
         return EngineStats(self.running, prompt_tokens=self.prompt_tokens, generated_tokens=self.generated_tokens)
 
     async def _watching(self) -> None:
@@ -151,7 +152,7 @@ class Upstream(Engine[Request, EngineEvent]):
         self._trouble = "the upstream does not answer" if trouble else ""
 
     async def events(self, request: Request) -> AsyncGenerator[EngineEvent, None]:
-        """Answer a request: Started with the first token, Tokens, Finished."""
+        """Yield the events of a request: Started with the first token, Tokens, Finished."""
         if self.closing:
             raise shutting_down()
         if request.sampling.prompt_logprobs:
@@ -234,7 +235,7 @@ class Upstream(Engine[Request, EngineEvent]):
             raise Refused(error.what, status=422, code="adapter_unusable", fix=error.fix) from error
 
     def _fitted(self, request: Request) -> Request:
-        """The request with max_tokens cut to the upstream's context.
+        """Return the request with max_tokens reduced to the upstream's context.
 
         Raises Refused if the prompt does not fit.
         """
@@ -251,9 +252,9 @@ class Upstream(Engine[Request, EngineEvent]):
         return replace(request, sampling=fitted)
 
     def _tokens(self, choice: dict[str, Any], sampling: Sampling) -> list[Token]:
-        """The tokens of one chunk; the text of several tokens is on the last."""
+        """Return the tokens of one chunk; the last one has the text of all of them."""
         text, ids = str(choice.get("text") or ""), choice.get("token_ids")
-        if not ids:  # text that was held back
+        if not ids:  # text without tokens, which the upstream had held back
             return [Token(-1, text)] if text else []
         logprobs = choice.get("logprobs") or {}
         logprob_list, tops = logprobs.get("token_logprobs") or [], logprobs.get("top_logprobs") or []
@@ -265,7 +266,7 @@ class Upstream(Engine[Request, EngineEvent]):
         return [*out[:-1], replace(out[-1], text=text)]
 
     async def _chunks(self, body: dict[str, Any], model: str) -> AsyncGenerator[dict[str, Any], None]:
-        """The data of a stream of server-sent events. Closing the iterator closes the connection."""
+        """Yield the data of a stream of server-sent events. Closing the iterator closes the connection."""
         try:
             async with self.client.stream("POST", f"{self.url}/v1/completions", json=body) as answer:
                 if answer.status_code != 200:
@@ -284,14 +285,14 @@ class Upstream(Engine[Request, EngineEvent]):
 
 
 class UpstreamAdapters(NoAdapters):
-    """The adapter memory of a server with an upstream, for `Catalog`: nothing is loaded in advance."""
+    """The adapter cache of a server with an upstream, for `Catalog`: nothing is loaded in advance."""
 
     def load(self, digest: str, adapter: Adapter | None = None) -> None:
         """Do nothing: the upstream loads adapters by name."""
 
 
 def _body(request: Request, model: str) -> dict[str, Any]:
-    """The request's body for vLLM's /v1/completions."""
+    """Return the request's body for vLLM's /v1/completions."""
     s = request.sampling
     body: dict[str, Any] = {
         "model": model,
@@ -316,7 +317,7 @@ def _body(request: Request, model: str) -> dict[str, Any]:
     body |= {"stop": list(s.stop)} if s.stop else {}
     body |= {"logprobs": s.logprobs} if s.logprobs is not None else {}
     body |= {"logit_bias": {str(i): b for i, b in s.logit_bias.items()}} if s.logit_bias else {}
-    if request.salt:  # hashed: tenant names stay private
+    if request.salt:  # hashed, so that tenant names stay private
         body["cache_salt"] = hashlib.sha256(request.salt.encode("utf-8", "surrogatepass")).hexdigest()
     if s.grammar is not None:
         kind, text = s.grammar
@@ -327,7 +328,7 @@ def _body(request: Request, model: str) -> dict[str, Any]:
 
 
 def _error(answer: httpx.Response, model: str) -> _Failed | Refused:
-    """The error of an answer that is no stream."""
+    """Return the error of a response that is no stream."""
     text, status = _message(answer), answer.status_code
     message = f"{answer.url}: {status} {text}"
     if model in text and model.startswith("veneer-") and status in (400, 404):
@@ -347,7 +348,7 @@ def _error(answer: httpx.Response, model: str) -> _Failed | Refused:
 
 
 def _json(answer: httpx.Response) -> dict[str, Any]:
-    """A JSON object; {} for anything else."""
+    """Return a JSON object, or {} for anything else."""
     try:
         body = answer.json()
     except ValueError:

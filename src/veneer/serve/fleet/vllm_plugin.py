@@ -4,15 +4,16 @@
     POST /v1/chat/completions {"model": "support@prod", …}
 
 vLLM imports this module through the entry point `vllm.general_plugins` in each of its processes and calls
-`register`. It then resolves unknown names in the library (VENEER_LIBRARY, VENEER_LIBRARY_INDEX): to a folder
-if the adapter belongs to the base and vLLM serves it with full effect, else to None, which is a 404, with the
-reason in the log. It also resolves the names that a front door uses (`mixes`).
+`register`. The plugin then resolves unknown names in the library (VENEER_LIBRARY, VENEER_LIBRARY_INDEX): to a
+folder if the adapter belongs to the base and vLLM serves it with full effect, otherwise to None, which
+becomes a 404, with the reason in the log. The plugin also resolves the names that a veneer server uses
+(`mixes`).
 
-vLLM remembers a name's meaning until it is unloaded, and keys its prefix cache by adapter name. So a name
-that can move (`support`, `support@prod`) resolves to a name with its version, `support@prod=support@3`: after
-an unload and a moved alias, no cached prompt of the old version can match.
+vLLM remembers a name's meaning until the name is unloaded, and keys its prefix cache by adapter name. So a
+name that can move (`support`, `support@prod`) resolves to a name with its version, `support@prod=support@3`:
+after an unload and a moved alias, no cached prompt of the old version can match.
 
-Runs in vLLM's environment, and also needs SQLAlchemy. Handles vLLM's resolver; `mixes` does the rest.
+Runs in vLLM's environment, and also needs SQLAlchemy. Implements vLLM's resolver; `mixes` does the rest.
 """
 
 from __future__ import annotations
@@ -30,24 +31,21 @@ if TYPE_CHECKING:
     from veneer.core.adapter import Adapter
     from veneer.library.queries import Version
 
-log = logging.getLogger("vllm.veneer")  # vLLM only shows logs under its own name
+log = logging.getLogger("vllm.veneer")  # vLLM shows only logs under its own name
 
 _Found = tuple[str, Path]
 """The adapter's name in vLLM, and its folder."""
 
 
 def register() -> None:
-    """Register the resolver.
-
-    vLLM calls this function in every process, possibly more than once.
-    """
+    """Register the resolver. vLLM calls this function in every process, possibly more than once."""
     from vllm.lora.request import LoRARequest  # type: ignore[import-not-found]
     from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry  # type: ignore[import-not-found]
 
     class VeneerResolver(LoRAResolver):
         async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
             resolved = await asyncio.to_thread(_resolve_or_say, base_model_name, lora_name)
-            # vLLM replaces the number with its own
+            # vLLM replaces this number with its own
             return None if resolved is None else LoRARequest(resolved[0], 1, str(resolved[1]))
 
     if "veneer" not in LoRAResolverRegistry.get_supported_resolvers():
@@ -63,11 +61,10 @@ def _resolve_or_say(base: str, name: str) -> _Found | None:
 
 
 def resolve_name(base: str, name: str) -> _Found:
-    """The adapter that `name` means in the library, for vLLM's `base`.
+    """Return the adapter that `name` means in the library, for vLLM's `base` (a folder or a hub id).
 
-    base: a folder or a hub id. Raises ConfigError for text that is no reference (such as a path),
-    AdapterError for an adapter that the library does not have, that belongs to another base, or that vLLM
-    would not serve with full effect.
+    Raises ConfigError for text that is no reference (such as a path), AdapterError for an adapter that the
+    library does not have, that belongs to another base, or that vLLM would not serve with full effect.
     """
     from veneer.formats.card import CARD_FILE
     from veneer.formats.read import read
@@ -76,7 +73,7 @@ def resolve_name(base: str, name: str) -> _Found:
     from veneer.serve.fleet.mixes import mix_folder, servable, served_name
     from veneer.serve.request import make_mix
 
-    if re.fullmatch("veneer-mix-[0-9a-f]{32}", name):  # a front door has written its folder
+    if re.fullmatch("veneer-mix-[0-9a-f]{32}", name):  # a veneer server has written its folder
         folder = mix_folder() / name
         if not (folder / CARD_FILE).is_file():
             raise AdapterError(f"there is no folder {folder}", fix="set VENEER_VLLM_CACHE to the front door's")
@@ -100,7 +97,7 @@ def resolve_name(base: str, name: str) -> _Found:
 
 
 def _check_base(base: str, version: Version, adapter: Adapter) -> None:
-    """Raises AdapterError if the adapter belongs to another base, by its modules or the card's fingerprint."""
+    """Raise AdapterError if the adapter belongs to another base, by its modules or the card's fingerprint."""
     if version.kind == "image":
         raise AdapterError(f"{version.reference} is of an image model, and vLLM serves language models")
     _check_modules(base, version.reference, adapter)
@@ -115,7 +112,7 @@ def _check_base(base: str, version: Version, adapter: Adapter) -> None:
 
 
 def _check_modules(base: str, name: str, adapter: Adapter) -> None:
-    """Raises AdapterError if a module's name or shape differs from the base's.
+    """Raise AdapterError if a module's name or shape differs from the base's.
 
     Skipped if the base's files are not on this machine or have an unknown layout.
     """
@@ -143,7 +140,7 @@ def _check_modules(base: str, name: str, adapter: Adapter) -> None:
 
 @cache
 def _base_files(base: str) -> Path | None:
-    """The folder of vLLM's base if it is on this machine; never asks the hub."""
+    """Return the folder of vLLM's base if it is on this machine; never contacts the hub."""
     folder = Path(base).expanduser()
     if (folder / "config.json").is_file():
         return folder
@@ -151,7 +148,7 @@ def _base_files(base: str) -> Path | None:
 
     try:
         file = try_to_load_from_cache(base, "config.json")
-    except ValueError:  # not a hub id
+    except ValueError:  # no hub id
         return None
     return Path(file).parent if isinstance(file, str) else None
 
@@ -164,10 +161,8 @@ def _shapes(files: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _tail(name: str) -> str:
-    """A parameter's name without the prefix before the decoder.
-
-    Files and transformers use different prefixes.
-    """
+    """Return a parameter's name without the prefix before the decoder, which differs between files and
+    transformers."""
     at = name.find("layers.")
     return name[at:] if at >= 0 else name.removeprefix("model.")
 

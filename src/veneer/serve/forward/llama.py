@@ -1,10 +1,10 @@
-"""The forward of a Llama-like base on plain tensors: the runner's "fused" path.
+"""The forward pass of a Llama-like base on plain tensors: the runner's "fused" path.
 
     x ← x + o(attention(qkv(norm(x))))        x ← x + down(silu(gate(h)) ⊙ up(h)), h = norm(x)
 
-Supports Llama, Mistral, Qwen2, Qwen3, Phi-3 and compatible families; the runner probes whether a base is one.
-All layers are one call of ops/cpu/decoder.c if available; otherwise, or with a DoRA adapter, Python runs
-layer by layer, with the same bits.
+Supports Llama, Mistral, Qwen2, Qwen3, Phi-3 and compatible families; the runner probes whether a base is one
+of them. All layers are one call of ops/cpu/decoder.c if available. Otherwise, or with a DoRA adapter, Python
+runs layer by layer, with the same bits.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _JoinedWeights = Callable[[tuple[str, ...]], PrepackedWeight]
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """One layer; `window` 0 for none."""
+    """One layer. `window`: 0 for none."""
 
     norm: Tensor
     qkv: PrepackedWeight
@@ -52,9 +52,10 @@ class Block:
 
 
 class _Table(NamedTuple):
-    """The arguments of ops/cpu/decoder.c.
+    """Arguments of ops/cpu/decoder.c.
 
-    `layers`: the values of decoder.c's FIELDS for each layer. `scratch`: elements of scratch per token.
+    `layers`: the values of decoder.c's FIELDS for each layer. `scratch`: elements of scratch memory per
+        token.
     """
 
     run: Callable[..., None]
@@ -66,10 +67,7 @@ class _Table(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LlamaForward:
-    """A Llama-like base as tensors.
-
-    Layout groups: qkv, o, gate-up, down of each layer, then the head.
-    """
+    """A Llama-like base as tensors. Layout groups: qkv, o, gate-up, down of each layer, then the head."""
 
     embedding: Tensor
     blocks: list[Block]
@@ -80,19 +78,18 @@ class LlamaForward:
     scale: float
     pages: Pages
     rows: int = 0
-    """Rows per block of row-wise functions (packed.in_blocks); 0: all at once."""
+    """Rows per block of row-wise functions (weights.in_blocks); 0: all at once."""
 
     def hidden(self, ids: Tensor, batch: PackedRows, segments: AdapterBatch | None) -> Tensor:
-        """The normed output of the last layer, (tokens, dim)."""
+        """Return the normed output of the last layer, (tokens, dim)."""
         x = self._embedded(ids, segments)
         self._run(x, range(len(self.blocks)), batch, segments)
         return self._normed(x, self.norm)
 
     def each_layer(self, ids: Tensor, batch: PackedRows, segments: AdapterBatch | None) -> Iterator[Tensor]:
-        """Yield the output of each layer, (tokens, dim), then the normed output.
+        """Yield the output of each layer, (tokens, dim), then the normed output, with the bits of `hidden`.
 
-        The bits equal those of `hidden`. Each yielded tensor is overwritten by the next layer. All layers can
-        share the pages of one layer.
+        The next layer overwrites each yielded tensor. All layers can share the pages of one layer.
         """
         x = self._embedded(ids, segments)
         for i in range(len(self.blocks)):
@@ -117,20 +114,17 @@ class LlamaForward:
         return in_blocks(lambda part: normed(part, weight, self.eps), x, self.rows)
 
     def with_windows(self, longest: int) -> LlamaForward:
-        """The same weights with windows of at most `longest` tokens."""
+        """Return the same weights with windows of at most `longest` tokens."""
         return replace(self, blocks=[replace(b, window=min(b.window, longest)) for b in self.blocks])
 
     @property
     def in_one_call(self) -> bool:
-        """Whether one call of ops/cpu/decoder.c runs all layers, if no adapter uses DoRA."""
+        """Whether one call of ops/cpu/decoder.c runs all layers, unless an adapter uses DoRA."""
         return self._table is not None
 
     @cached_property
     def _table(self) -> _Table | None:
-        """The arguments of ops/cpu/decoder.c.
-
-        None if the kernel does not support this base.
-        """
+        """The arguments of ops/cpu/decoder.c, or None if the kernel does not support this base."""
         library, pages = compiled.usable("decode", self.embedding), self.pages
         weights = [(b.qkv, b.out, b.gate_up, b.down) for b in self.blocks]
         panels = [[m for m in layer_panels if isinstance(m, Panels)] for layer_panels in weights]
@@ -218,7 +212,7 @@ class LlamaForward:
 
 
 def layout_of(base: TextBase) -> BaseLayout:
-    """The layer groups of a Llama-like base; no groups for other bases."""
+    """Return the layer groups of a Llama-like base; no groups for other bases."""
     model: Any = base.model
     groups: list[Group] = []
     modules: dict[str, Any] = dict(base_modules(model))
@@ -248,9 +242,9 @@ def layout_of(base: TextBase) -> BaseLayout:
 def llama_forward(
     base: TextBase, layout: BaseLayout, joined_weights: _JoinedWeights, embedding: Tensor, context: int, pages: Pages
 ) -> LlamaForward:
-    """Build the forward of a Llama-like base.
+    """Build the forward pass of a Llama-like base.
 
-    If `layout.rows` is above 0, its products are batch-invariant (packed.in_blocks). Raises
+    If `layout.rows` is above 0, its products are batch-invariant (weights.in_blocks). Raises
     NotImplementedError for a base that is recognizably different; only a probe confirms that the result is
     right.
     """
@@ -306,9 +300,9 @@ def llama_forward(
 def _add_onto(
     x: Tensor, h: Tensor, weight: PrepackedWeight, bias: Tensor | None, segments: AdapterBatch | None, g: int
 ) -> None:
-    """x += h·Wᵀ + b and its low-rank products, in place."""
+    """Compute x += h·Wᵀ + b and its low-rank products, in place."""
     y = None
-    if segments is not None and segments.gained(g):  # DoRA needs the base's product alone
+    if segments is not None and segments.gained(g):  # DoRA needs the base's product without the adapters'
         y = weight(h, bias)
         x.add_(y)
     else:

@@ -35,15 +35,15 @@ _RECORD = 2 + 5 * _PARTS
 """Integers in an adapter's record in ops/cpu/serving.c, for each group.
 
 The address of A (0: none) and its rank, then for each part the address of B (0: no part), its first column in
-y, columns, first row in A, rank.
+y, number of columns, first row in A, and rank.
 """
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Linear modules with one input: names, output sizes and biases.
+    """Linear modules with one input: names, output sizes and biases, in the order of the output's columns.
 
-    In the order of the output's columns. `weight(i)`: the i-th module's weight (out, in), as served.
+    `weight(i)`: the i-th module's weight (out, in), as served.
     """
 
     modules: tuple[str, ...]
@@ -61,7 +61,7 @@ class Group:
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias of all columns; None if no module has one."""
+        """Return the bias of all columns, or None if no module has one."""
         some = next((b for b in self.biases if b is not None), None)
         if some is None:
             return None
@@ -71,9 +71,9 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class BaseLayout:
-    """Every group of a base, and the name of its embedding.
+    """Every group of a base, each of at most three modules, and the name of its embedding.
 
-    At most three modules in a group. `rows`: rows per block of a product, see packed.in_blocks.
+    `rows`: rows per block of a product, see weights.in_blocks.
     """
 
     groups: tuple[Group, ...]
@@ -103,7 +103,7 @@ class _PackedB:
         return len(self.B) * (2 if self.B.ndim == 3 else 1)
 
     def as_matrix(self) -> Tensor:
-        """B as (rank, columns)."""
+        """Return B as (rank, columns)."""
         return self.B if self.B.ndim == 2 else self.B.permute(0, 2, 1).flatten(0, 1)
 
 
@@ -112,10 +112,13 @@ class PackedAdapter:
     """An adapter prepared for batched products.
 
     `groups`: group -> (A, parts), laid out for the kernel, or for torch, which would otherwise transpose them
-    in every step. `gains`: group -> (g - 1 (columns), bias or None). `embedding`: (Aᵀ (rows, rank), (s·B)ᵀ
-    (rank, dim)). `records`: the kernel's records of all groups, on the CPU. `rank`: the largest sum of ranks
-    of a group. `key`: the adapter's digest; a row adds up its adapters in the order of their keys, so the
-    result does not depend on its batch.
+        in every
+    step. `gains`: group -> (g - 1 (columns), bias or None). `embedding`: (Aᵀ (rows, rank), (s·B)ᵀ (rank,
+    dim)).
+    `records`: the kernel's records of all groups, on the CPU. `rank`: the largest sum of ranks of a group.
+        `key`: the
+    adapter's digest; a row sums its adapters in the order of their keys, so that the result does not depend
+    on its batch.
     """
 
     adapter: Adapter
@@ -129,7 +132,7 @@ class PackedAdapter:
 
 
 def low_rank_problems(adapter: Adapter, layout: BaseLayout) -> list[str]:
-    """Reasons why `adapter` has no low-rank form on this base, one line each."""
+    """Return the reasons why `adapter` has no low-rank form on this base, one line each."""
     layer_names = layout.names
     out = [f"{n}: a full copy" for n in adapter.modules]
     out += [f"{n}: token rows" for n in adapter.token_rows]
@@ -173,7 +176,7 @@ def pack_adapter(adapter: Adapter, layout: BaseLayout, key: str = "") -> PackedA
                 B = B * scale[:, None]
                 gain = torch.zeros(sum(group.sizes), device=device) if gain is None else gain
                 gain[column : column + n] = scale - 1
-            if len(A) % 2:  # the kernel takes two ranks at a time
+            if len(A) % 2:  # the kernel processes two ranks at a time
                 A, B = (torch.nn.functional.pad(t, p) for t, p in ((A, (0, 0, 0, 1)), (B, (0, 1))))
             B = B.to(device, dtype)
             B = B.unflatten(1, (-1, 2)).permute(1, 0, 2) if native else B.t()
@@ -217,22 +220,19 @@ def _add_rows(y: Tensor, rows: Tensor | slice, more: Tensor) -> None:
 
 
 def _sixteens(A: Tensor) -> Tensor:
-    """A in the kernel's layout.
-
-    (rank, in), `in` even, to (⌈rank/16⌉, in/2, 16, 2), zero-padded.
-    """
+    """Return A in the kernel's layout: (rank, in), `in` even, to (⌈rank/16⌉, in/2, 16, 2), zero-padded."""
     rank, n = A.shape
     A = torch.nn.functional.pad(A, (0, 0, 0, -rank % 16))
     return A.view(-1, 16, n // 2, 2).permute(0, 2, 1, 3).contiguous()
 
 
 def _dense(A: Tensor) -> Tensor:
-    """A back as (rank, in), with its padding of zero rows."""
+    """Return A as (rank, in) again, including its zero rows of padding."""
     return A if A.ndim == 2 else A.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
 
 
 def _dora_scale(pair: Pair, weight: Tensor) -> Tensor:
-    """DoRA's scale g = m / ‖W + s·B·A‖ in float32: (out,)."""
+    """Return DoRA's scale g = m / ‖W + s·B·A‖ in float32: (out,)."""
     assert pair.magnitude is not None
     collapsed = pair.collapsed()
     moved = Pair(
@@ -254,7 +254,7 @@ class AdapterBatch:
 
     @cached_property
     def starts(self) -> Tensor:
-        """(adapters + 1,) offsets of each adapter in `rows` and `strengths`."""
+        """Offsets of each adapter in `rows` and `strengths`: (adapters + 1,)."""
         return put_numbers(self.layout.device, self._bounds)[0]
 
     @cached_property
@@ -269,7 +269,7 @@ class AdapterBatch:
     def build(
         cls, layout: BaseLayout, spans: Sequence[tuple[int, int, Sequence[tuple[PackedAdapter, float]]]]
     ) -> AdapterBatch | None:
-        """Build from spans; None if no row has an adapter."""
+        """Build from spans; return None if no row has an adapter."""
         by_adapter: dict[int, tuple[PackedAdapter, list[int], list[float]]] = {}
         for first, end, mix in spans:
             for adapter, strength in mix:
@@ -288,9 +288,9 @@ class AdapterBatch:
         return cls(layout, adapters, all_rows, strengths, bounds)
 
     def add(self, group: int, x: Tensor, y: Tensor, base_output: Tensor | None = None) -> None:
-        """Add the group's low-rank products to y (rows, columns) in place; x (rows, in).
+        """Add the group's low-rank products to y (rows, columns) in place; x (rows, in). Both are contiguous.
 
-        Both contiguous. `base_output`: the base's own product, if y contains more than that.
+        `base_output`: the base's own product, if y contains other terms too.
         """
         base_values = self._before_gains(group, y) if base_output is None else base_output
         run = dispatch("rows_low_rank", x, y)
@@ -301,10 +301,8 @@ class AdapterBatch:
         self._add_gains(group, base_values, y)
 
     def pointers(self, x: Tensor, group: int = 0) -> tuple[int, ...]:
-        """The arguments of ops/cpu/serving.c for these rows, from `group` on.
-
-        Includes scratch in x's dtype.
-        """
+        """Return the arguments of ops/cpu/serving.c for these rows, from `group` on, including scratch in x's
+        dtype."""
         if self.scratch is None:
             self.scratch = x.new_empty(len(self.rows), max(a.rank for a in self.adapters))
         return (
@@ -328,10 +326,7 @@ class AdapterBatch:
         return any(a.gains for a in self.adapters)
 
     def gained(self, group: int) -> bool:
-        """Whether any adapter uses DoRA in the group.
-
-        Then `add` needs the base's own output.
-        """
+        """Return whether any adapter uses DoRA in the group, for which `add` needs the base's own output."""
         return any(group in a.gains for a in self.adapters)
 
     def embed(self, ids: Tensor, x: Tensor) -> None:
@@ -344,7 +339,7 @@ class AdapterBatch:
 
     @cached_property
     def _each(self) -> list[tuple[PackedAdapter, Tensor | slice, Tensor]]:
-        """Each adapter, its rows, and their strengths (rows, 1).
+        """Return each adapter, its rows, and their strengths (rows, 1).
 
         Contiguous rows are a slice, to which torch adds several times faster.
         """
@@ -373,7 +368,7 @@ class AdapterBatch:
         return y.clone() if self.gained(group) else None
 
     def _add_gains(self, group: int, base_values: Tensor | None, y: Tensor) -> None:
-        """Add DoRA's share of the base's own output, from the output before adapters."""
+        """Add DoRA's share of the base's own output (before adapters)."""
         if base_values is None:
             return
         for adapter, rows, strengths in self._each:

@@ -1,12 +1,13 @@
 """Paged keys and values, and attention over them.
 
-`Pages` holds the tensors; `engine.cache` assigns blocks to sequences.
+`Pages` stores the tensors; `engine.cache` assigns blocks to sequences.
 
     out[t] = softmax(scale · q[t]·Kᵀ) · V     over the positions of t's sequence up to its own, window at most
 
-On a CPU with AVX512-BF16 the pages use the layout of ops/cpu/serving.c, elsewhere (block, position, head, d)
+On a CPU with AVX512-BF16 the pages have the layout of ops/cpu/serving.c, elsewhere (block, position, head, d)
 for torch. A token's result does not depend on its batch: bit for bit with the kernel and with torch's
-`tiles`, else within rounding, because the order of summation depends on the shape. A block is 16 tokens.
+`tiles`, otherwise within rounding, because the order of summation depends on the shape. A block has 16
+tokens.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class PackedRows:
 
     @cached_property
     def groups(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Sequences that attend together: equally many tokens in the step, similar length.
+        """Groups of sequences that attend together: equal numbers of tokens in the step, and similar lengths.
 
         For each group: rows (sequences · tokens,), positions (sequences, tokens) and key slots (sequences,
         longest). Cached for all layers of a step.
@@ -79,7 +80,7 @@ class PackedRows:
             positions = self.positions[rows].view(len(members), queries)
             blocks = self.tables[members, : -(-longest // BLOCK)]
             slots = (blocks[:, :, None] * BLOCK + torch.arange(BLOCK, device=device)).flatten(1)[:, :longest]
-            # Padding slots may contain NaN, and 0 · NaN is NaN, so the sequence's first slot replaces them.
+            # Padding slots can contain NaN, and 0 · NaN is NaN, so the sequence's first slot replaces them.
             valid = torch.arange(longest, device=device) <= positions[:, -1:]
             out.append((rows, positions, torch.where(valid, slots, slots[:, :1])))
         return out
@@ -101,20 +102,17 @@ class Rotary:
 
 
 class Pages:
-    """The cache of every layer.
-
-    `heads`: query heads, `kv`: key and value heads, `d`: head size.
-    """
+    """The cache of every layer. `heads`: query heads; `kv`: key and value heads; `d`: head size."""
 
     def __init__(
         self, layers: int, blocks: int, heads: int, kv: int, d: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.heads, self.kv, self.d = heads, kv, d
         self.tiles = False
-        """Whether torch attention takes queries in tiles of BLOCK, in one shape for any batch.
+        """Whether torch attention processes queries in tiles of BLOCK, with one shape for any batch.
 
-        A token's attention then has the same bits however its prompt is chunked. The compiled kernels do this
-        anyway.
+        A token's attention then has the same bits however its prompt is chunked. The compiled kernels always
+        do this.
         """
         probe = torch.empty(0, d, dtype=dtype, device=device)
         self.native = compiled.usable(compiled.PAGED, probe) if d % 16 == 0 else None
@@ -128,7 +126,7 @@ class Pages:
     def rope_and_cache(self, layer: int, qkv: Tensor, rotary: Rotary, batch: PackedRows) -> None:
         """Norm and rotate queries and keys in place, and store keys and values.
 
-        qkv (tokens, (heads + 2 kv) d).
+        qkv: (tokens, (heads + 2 kv) d)
         """
         if self.native is not None:
             weights = [0 if w is None else w.data_ptr() for w in (rotary.q_norm, rotary.k_norm)]
@@ -184,7 +182,7 @@ class Pages:
     def attend(
         self, layer: int, q: Tensor, batch: PackedRows, scale: float, cap: float = 0.0, window: int = 0
     ) -> Tensor:
-        """Attention of the batch: q (tokens, ≥ heads·d) -> (tokens, heads·d).
+        """Return attention of the batch: q (tokens, ≥ heads·d) -> (tokens, heads·d).
 
         `cap` c > 0: scores c·tanh(s/c).
         """
@@ -216,10 +214,10 @@ class Pages:
         return out
 
     def _attend_tiles(self, layer: int, q: Tensor, batch: PackedRows, scale: float, cap: float, window: int) -> Tensor:
-        """Same as `_attend_reference`, tile by tile in fixed shapes.
+        """Compute `_attend_reference` tile by tile in fixed shapes.
 
-        A tile has queries 16 i … 16 i + 15 of a sequence, zeros for those not in this step, over keys 0 … 16
-        i + 15, zeros for those not computed yet.
+        A tile has queries 16 i … 16 i + 15 of a sequence (zeros for those not in this step) over keys 0 … 16
+        i + 15 (zeros for those not computed yet).
         """
         out = torch.empty_like(q)
         for s in range(len(batch.lengths)):
@@ -233,7 +231,7 @@ class Pages:
                 blocks = batch.tables[s, : tile + 1]
                 slots = (blocks[:, None] * BLOCK + torch.arange(BLOCK, device=q.device)).flatten()
                 k, v = (t[layer][slots] for t in (self.K, self.V))
-                if high < wide:  # stale slots may contain NaN
+                if high < wide:  # stale slots can contain NaN
                     k[high:], v[high:] = 0, 0
                 k, v = (t.transpose(0, 1).repeat_interleave(self.heads // self.kv, dim=0) for t in (k, v))
                 distance = torch.arange(tile * BLOCK, wide, device=q.device)[:, None] - torch.arange(
@@ -266,6 +264,6 @@ class Pages:
                 attended = F.scaled_dot_product_attention(grouped_q, k, v, visible, scale=scale)
             attended = attended.unflatten(2, (-1, queries)).permute(
                 0, 3, 1, 2, 4
-            )  # (sequences, asked, kv, heads of each, d)
+            )  # (sequences, queries, kv, heads per kv head, d)
             out[rows] = attended.flatten(2).flatten(0, 1)
         return out

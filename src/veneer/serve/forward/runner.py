@@ -1,16 +1,18 @@
-"""One forward of the base over the tokens of many sequences, each with its mix: ids in, logits out.
+"""One forward pass of the base over the tokens of many sequences, each with its mix: ids in, logits out.
 
 Three execution paths, tried in this order when a base is loaded. Each is accepted only if it reproduces the
-logits of the base's own forward on a probe, token by token (models/text/probe.py):
+logits of the base's own forward pass on a probe, token by token (models/text/probe.py):
 
-    fused   families of Llama's kind (Llama, Mistral, Qwen2, Qwen3 …): our forward over the base's weights,
-            q, k, v and gate, up joined, all layers one compiled call if possible, low-rank part by `lowrank`
+    fused   Llama-like families (Llama, Mistral, Qwen2, Qwen3 …): veneer's forward pass over the base's weights, with
+            q, k, v and gate, up fused, all layers in one compiled call if possible, low-rank part by
+            `lowrank`
     packed  any family whose attention goes through transformers' interface: its own modules, every token a
-            row, attention over pages; core's attachment gives each row its mix
-    alone   the rest (recurrent layers, other caches): one sequence at a time with transformers' own cache
+    row,
+            attention over pages; core's attachment gives each row its mix
+    alone   other families (recurrent layers, other caches): one sequence at a time with transformers' own cache
 
-On a fused base, adapters with no low-rank form (full copies, token rows, LoHa …) run packed in the same step,
-over the same pages. Independent of scheduling.
+On a fused base, adapters without a low-rank form (full copies, token rows, LoHa …) run packed in the same
+step, over the same pages. Independent of scheduling.
 """
 
 from __future__ import annotations
@@ -48,10 +50,7 @@ from veneer.serve.forward.weights import ROWS, QuantizedWeights
 
 @dataclass(eq=False)
 class Prepared:
-    """An adapter prepared for this runner.
-
-    `packed` is None if it has no low-rank form.
-    """
+    """An adapter prepared for this runner. `packed`: None if it has no low-rank form."""
 
     key: str
     adapter: Adapter
@@ -66,8 +65,8 @@ class Prepared:
 class RunnerRow:
     """Tokens of one sequence, from position `first` on, stored in `blocks`.
 
-    `wants`: number of last tokens whose logits are needed. `sequence`: its id, for bases that keep
-    per-sequence state.
+    `wants`: number of last tokens whose logits are needed. `sequence`: its id, for bases with per-sequence
+        state.
     """
 
     tokens: Sequence[int]
@@ -79,11 +78,11 @@ class RunnerRow:
 
 
 PACK_BYTES = 4 << 30
-"""Upper bound in bytes for a prepacked second copy of the projections."""
+"""Upper bound in bytes of a prepacked second copy of the projections."""
 
 
 def block_bytes(base: TextBase) -> int:
-    """The bytes of a cache block: the keys and values of BLOCK tokens in every layer."""
+    """Return the bytes of a cache block: the keys and values of BLOCK tokens in every layer."""
     heads = layer_heads(base.model.config.get_text_config())
     return sum(Pages.bytes_of_a_block(1, kv, d, base.dtype) for _, kv, d in heads)
 
@@ -91,19 +90,20 @@ def block_bytes(base: TextBase) -> int:
 class Runner:
     """A base prepared for serving.
 
-    `cache_bytes`: memory for keys and values. `pack_bytes`: upper bound for a prepacked second copy of the
-    projections. `context`: tokens per sequence, 0 for as many as the base and the cache allow; families with
-    chunked attention run packed only if a context fits one chunk. `batch_invariant`: an answer's bits do not
-    depend on the other rows of its steps or on how its prompt is chunked, at some cost in speed; needs a base
-    of Llama's kind and adapters with a low-rank form.
+    `cache_bytes`: memory for keys and values. `pack_bytes`: upper bound of a prepacked second copy of the
+        projections.
+    `context`: tokens per sequence, 0 for as many as the base and the cache allow; families with chunked
+        attention run
+    packed only if a context fits one chunk. `batch_invariant`: a completion's bits do not depend on the other
+    rows of its steps or on how its prompt is chunked, at some cost in speed; requires a Llama-like base and
+    adapters with a low-rank form.
 
-    For a quantized base of Llama's kind in bfloat16, the codes are moved into the compiled step's layout, and
-    the model reads them from there. Other quantized weights stay as they are and are dequantized for each
-    product.
+    For a quantized Llama-like base in bfloat16, the codes are moved into the compiled step's layout, and the
+    model reads them from there. Other quantized weights do not change and are dequantized for each product.
 
-    `how` and `why`: the path chosen, and why not an earlier one. `llama`: the base as tensors if `how` is
-    "fused", else None. `pages`: keys and values, one `Pages` for each shape of attention heads. `shares`:
-    whether sequences can share blocks. `close` restores the base.
+    `how` and `why`: the selected path, and why not an earlier one. `llama`: the base as tensors if `how` is
+    "fused", otherwise None. `pages`: keys and values, one `Pages` for each shape of attention heads.
+    `shares`: whether sequences can share blocks. `close` restores the base.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class Runner:
             page.tiles = batch_invariant
         self._layer_pages = [(pages[shape], shapes[:i].count(shape)) for i, shape in enumerate(shapes)]
         self.llama: LlamaForward | None = None
-        self._weights: dict[tuple[str, ...], PrepackedWeight] = {}  # of the fused path, by joined modules
+        self._weights: dict[tuple[str, ...], PrepackedWeight] = {}  # weights of the fused path, by fused modules
         self._pasts: dict[int, Any] = {}
         self._attended: set[int] = set()
         self.how, self.why = self._choose()
@@ -161,21 +161,21 @@ class Runner:
     # -- adapters ------------------------------------------------------------------------------------------------------
 
     def problems(self, adapter: Adapter) -> list[str]:
-        """Reasons why an adapter cannot be served with full effect, one line each."""
+        """Return the reasons why an adapter cannot be served with full effect, one line each."""
         out = fit_problems(self.model, adapter)
         if not out and self.batch_invariant:
             out = [f"{p}, which a batch-invariant base cannot have" for p in low_rank_problems(adapter, self.layout)]
         return out
 
     def prepare(self, adapter: Adapter, key: str) -> Prepared:
-        """Prepare an adapter that has no `problems`; thread-safe."""
+        """Prepare an adapter that has no `problems`. Thread-safe."""
         fits = self.llama is not None and not low_rank_problems(adapter, self.layout)
         if fits:
             return Prepared(key, adapter, pack_adapter(adapter, self.layout, key))
         return Prepared(key, adapter if self.base.device.type == "cpu" else self._on_device(adapter), None)
 
     def _on_device(self, adapter: Adapter) -> Adapter:
-        """The adapter on the base's device, with plain pairs in the base's dtype.
+        """Return the adapter on the base's device, with plain pairs in the base's dtype.
 
         So the first step with an adapter does not wait for copies, and its products do not run in float32.
         """
@@ -189,10 +189,8 @@ class Runner:
 
     @property
     def attached(self) -> frozenset[str]:
-        """Keys of the adapters attached to the model.
-
-        Those with no low-rank form, or all adapters on a base that is not fused.
-        """
+        """Keys of the adapters attached to the model: those without a low-rank form, or all if the base is
+        not fused."""
         return frozenset() if self._attachment is None else frozenset(self._attachment.adapters)
 
     def drop(self, key: str) -> None:
@@ -205,10 +203,8 @@ class Runner:
     @torch.no_grad()
     @shared()
     def run(self, rows: Sequence[RunnerRow]) -> Tensor:
-        """Logits (Σ wants, vocabulary), in the order of rows and tokens.
-
-        The next call may overwrite them.
-        """
+        """Return logits (Σ wants, vocabulary), in the order of rows and tokens; the next call can overwrite
+        them."""
         if self.how == "alone":
             return torch.cat([self._alone(row) for row in rows])
         unpacked = [any(p.packed is None for p, _ in row.mix) for row in rows]
@@ -254,10 +250,8 @@ class Runner:
         return batch, put_numbers(self.base.device, [t for r in rows for t in r.tokens])[0]
 
     def _packed(self, rows: Sequence[RunnerRow]) -> Tensor:
-        """Run the model with every token as a row.
-
-        Each module, fused experts included, then has a mix per token.
-        """
+        """Run the model with every token as a row, so that each module, fused experts included, has a mix per
+        token."""
         batch, ids = self._batch(rows)
         with self._using([(row.mix, len(row.tokens)) for row in rows]), attending(partial(self._attend, batch)):
             out = self.model(input_ids=ids[:, None], position_ids=batch.positions[:, None], use_cache=False)
@@ -289,11 +283,11 @@ class Runner:
             return
         if self._attachment is None:
             self._attachment = attach(self.model)
-            if self.base.device.type != "cpu":  # GPU memory is limited to what is configured
+            if self.base.device.type != "cpu":  # GPU memory is limited to the configured size
                 self._attachment.cache.limit = 0
         for key, prepared in acting.items():
             if key not in self._attachment.adapters:
-                self._attachment.add(key, prepared.adapter, finite=True)  # `problems` has checked it
+                self._attachment.add(key, prepared.adapter, finite=True)  # `problems` has checked the adapter
         named = [([(p.key, s) for p, s in mix], n) for mix, n in mixes]
         if all(mix == named[0][0] for mix, _ in named):
             self._attachment.use(*named[0][0])
@@ -304,7 +298,7 @@ class Runner:
         finally:
             self._attachment.use()
 
-    # -- choosing the path ---------------------------------------------------------------------------------------------
+    # -- selecting the path --------------------------------------------------------------------------------------------
 
     def _choose(self) -> tuple[str, str]:
         paths: list[tuple[str, Callable[[], None]]] = [("fused", self._make_fused), ("packed", self._make_packed)]
@@ -321,7 +315,7 @@ class Runner:
                     make_path()
                     problem = self._problem(reference)
                     if not problem and name == "fused":
-                        if not self.batch_invariant:  # adapters with no low-rank form need packed too
+                        if not self.batch_invariant:  # adapters without a low-rank form need the packed path too
                             self._make_packed()
                         trying = "fused over its codes"
                         problem = self._problem(reference) if self._lay_codes() else ""
@@ -338,10 +332,10 @@ class Runner:
         return "alone", why
 
     def _problem(self, reference: ReferenceForward) -> str:
-        """How the logits differ from the base's own; "" if they do not.
+        """Return how the logits differ from the base's own, or "".
 
-        Runs the probe in pieces of different lengths, so that keys and values come from the pages, and each
-        row's last token alone, as in serving.
+        Runs the probe in chunks of different lengths, so that keys and values come from the pages, and each
+        row's last token separately, as in serving.
         """
         rows, blocks, used = reference.ids.split(LENGTHS), [], 0
         for n in LENGTHS:
@@ -384,7 +378,7 @@ class Runner:
                 return QuantizedWeights(weights)
             if packs:
                 packed = prepack_weight(torch.cat(weights))
-                for weight in weights:  # read again only by adapters with no low-rank form
+                for weight in weights:  # later read only by adapters without a low-rank form
                     memory.page_out(weight)
                 return packed
             joint_weight = FusedProjection(parts, self._undo).weight if len(parts) > 1 else weights[0]
@@ -405,7 +399,7 @@ class Runner:
         self.llama = llama_forward(self.base, self.layout, weights, embedding, self.context, self.pages[0])
 
     def _lay_codes(self) -> bool:
-        """Move the fused path's codes into panels; returns whether any fit.
+        """Move the fused path's codes into panels; return whether any fit.
 
         Works group by group, so that two full copies never exist at once.
         """
@@ -431,7 +425,7 @@ class Runner:
         config = self.model.config.get_text_config()
         static_positions(config)
         chunk = getattr(config, "attention_chunk_size", None)
-        if chunk is not None and self.context > chunk:  # pages support windows, not chunks
+        if chunk is not None and self.context > chunk:  # pages support windows, but not chunks
             raise NotImplementedError(
                 f"the base uses chunked attention; context {self.context} exceeds its chunk of {chunk} tokens"
             )
@@ -440,7 +434,7 @@ class Runner:
         self._second.callback(divert_attention(self.model))
 
     def require_low_rank(self) -> None:
-        """Declare that all adapters used will have a low-rank form.
+        """Declare that all adapters will have a low-rank form.
 
         On a fused base this restores the model's modules, so that a trainer's fast paths
         (models/text/fast.py) can use them.
@@ -449,9 +443,9 @@ class Runner:
             self._second.close()
 
     def _attend(self, batch: PackedRows, layer: int, q: Tensor, k: Tensor, v: Tensor, how: AttentionSettings) -> Tensor:
-        """Attention of one layer, with every token as a row.
+        """Return attention of one layer, with every token as a row.
 
-        q (tokens, heads, d), k and v (tokens, kv, d).
+        q: (tokens, heads, d); k, v: (tokens, kv, d)
         """
         pages, at = self._layer_pages[layer]
         if q.shape[1] != pages.heads or k.shape[1:] != (pages.kv, pages.d) or how.sinks:
@@ -463,7 +457,7 @@ class Runner:
 
 
 _UNFIT = (AttributeError, TypeError, ValueError, RuntimeError, KeyError, NotImplementedError)
-"""Errors by which a path rejects a base."""
+"""Errors with which a path rejects a base."""
 
 
 def _first_line(error: Exception) -> str:
@@ -471,6 +465,6 @@ def _first_line(error: Exception) -> str:
 
 
 def _logit_indices(rows: Sequence[RunnerRow], batch: PackedRows) -> Tensor:
-    """Indices in a batch of the tokens whose logits are needed."""
+    """Return the indices in a batch of the tokens whose logits are needed."""
     indices = [k for i, row in enumerate(rows) for k in range(batch.bounds[i + 1] - row.wants, batch.bounds[i + 1])]
     return put_numbers(batch.positions.device, indices)[0]

@@ -1,7 +1,7 @@
 """Weights used only in serving, in addition to ops/weight_layouts.py.
 
-A quantized base's codes as they are, and products in blocks of rows, so that a row's bits do not depend on
-its batch.
+A quantized base's unchanged codes, and products in blocks of rows, so that a row's bits do not depend on its
+batch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ROWS = 8
 
 
 def in_blocks(product: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
-    """product(x), a row-wise function, in zero-padded blocks of `rows` rows.
+    """Return product(x), a row-wise function, computed in zero-padded blocks of `rows` rows.
 
     torch and oneDNN choose the order of summation by shape, so a fixed shape makes a row's bits independent
     of its batch. 0 rows: all at once.
@@ -49,10 +49,11 @@ class Blocks:
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeights:
-    """Stacked weights of a quantized base, some of which may be plain; used in place.
+    """Stacked weights of a quantized base, some of which can be plain; used in place.
 
     Small batches use the quantized kernel if the device has one; otherwise the weight is dequantized once per
-    step. `rows`: see `in_blocks`; the quantized kernel does not use blocks.
+    step.
+    `rows`: see `in_blocks`; the quantized kernel does not use blocks.
     """
 
     parts: tuple[Tensor, ...]
@@ -75,7 +76,7 @@ class QuantizedWeights:
 
 
 def invariant(weight: PrepackedWeight, rows: int) -> PrepackedWeight:
-    """A weight whose products are batch-invariant; `Panels` already are."""
-    if isinstance(weight, QuantizedWeights):  # dequantized once, not per block
+    """Return a weight with batch-invariant products; `Panels` already have them."""
+    if isinstance(weight, QuantizedWeights):  # dequantized once, not once per block
         return replace(weight, rows=rows)
     return weight if isinstance(weight, Panels) or not rows else Blocks(weight, rows)

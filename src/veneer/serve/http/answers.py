@@ -1,11 +1,12 @@
-"""One HTTP request through the engine: admitted once, run as one or more engine requests, measured, billed.
+"""Run one HTTP request through the engine: admit it, run its engine requests, measure and bill them.
 
-    run        (index, event) of all its answers, as they arrive
-    collect    whole answers
-    stream     server-sent events
+    run        yields (index, event) of all completions as they arrive
+    collect    returns complete completions
+    stream     returns server-sent events
 
-Events are read from the engine as fast as they arrive and queued here, so that a slow client delays nobody;
-the queue holds at most the answers' own tokens. Closing `run` cancels what still runs.
+Events are read from the engine as soon as they arrive and queued here, so that a slow client delays no other
+client. The queue holds at most the tokens of the request's own completions. Closing `run` cancels all running
+work.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from veneer.serve.request import (
 
 T = TypeVar("T")
 IndexedEvent = tuple[int, EngineEvent]
-"""An event, with the index of its answer in the request."""
+"""(index of the completion within the request, event)."""
 
 
 class ClientLeft(Exception):
@@ -54,7 +55,8 @@ class TextJob:
 
     One answer for each (prompt, sampling), in order. `choices`: answers to each prompt; answer i belongs to
     prompt i // choices. `cache_salt`: the client's salt; only prompts with the same salt share cached blocks.
-    `keep`: gets the texts of all answers once complete; `keep_shadow`: the shadow's. `label`: the name in metrics,
+    `keep`: gets the texts of all answers once complete; `keep_shadow`: the shadow's. `label`: the name in
+        metrics,
     if not the model's.
     """
 
@@ -70,7 +72,7 @@ class TextJob:
     label: str = ""
 
     def requests(self, scope: str = "") -> list[Request]:
-        """The engine requests. `scope`: the cache scope from the tenancy."""
+        """Return the engine requests. `scope`: the cache scope from the tenancy."""
         salt = json.dumps([scope, self.cache_salt]) if scope or self.cache_salt else ""
         principal, seed = self.principal, self.sampling.seed
         more: dict[str, Any] = {
@@ -81,7 +83,7 @@ class TextJob:
         }
         requests: list[Request] = []
         for prompt in self.prompts:
-            for k in range(self.choices):  # the first answer has the client's seed
+            for k in range(self.choices):  # only the first completion uses the client's seed unchanged
                 sampling = self.sampling
                 if k and seed is not None:
                     sampling = replace(sampling, seed=(seed + k) % 2**63)
@@ -91,7 +93,7 @@ class TextJob:
 
 @dataclass
 class TextAnswer:
-    """One whole answer. `text`: the full text; `tokens`: as the engine emitted them."""
+    """One complete completion. `text`: the full text; `tokens`: as emitted by the engine."""
 
     tokens: list[Token] = field(default_factory=list)
     text: str = ""
@@ -113,20 +115,17 @@ class TextAnswer:
         return self.end
 
     def took(self, prompt: int) -> Usage:
-        """The usage so far."""
+        """Return the usage so far."""
         return self.end.usage if self.end is not None else Usage(prompt, self.cached, len(self.tokens))
 
 
 def finite_logprob(logprob: float | None) -> float:
-    """A finite logprob: JSON has no infinity, and OpenAI uses -9999."""
+    """Return a finite log-probability: JSON has no infinity, and OpenAI uses -9999."""
     return logprob if logprob is not None and logprob > -9999.0 else -9999.0
 
 
 def total(usages: Sequence[Usage], choices: int) -> Usage:
-    """The usage of a request: each prompt counted once, all answers.
-
-    Times are the maximum.
-    """
+    """Return a request's usage: each prompt counted once, all completions, and the longest times."""
     firsts = usages[::choices]
     return Usage(
         prompt=sum(u.prompt for u in firsts),
@@ -139,10 +138,7 @@ def total(usages: Sequence[Usage], choices: int) -> Usage:
 
 
 async def run(service: Service, job: TextJob) -> AsyncGenerator[IndexedEvent, None]:
-    """(index, event) until every answer has finished.
-
-    Raises Refused if any of them fails.
-    """
+    """Yield (index, event) until every completion has finished. Raises Refused if any completion fails."""
     requests = job.requests(service.tenancy.shares(job.principal, job.model))
     usages = [Usage(0, 0, 0) for _ in requests]
     admitted = service.tenancy.admitted(
@@ -170,7 +166,7 @@ async def run(service: Service, job: TextJob) -> AsyncGenerator[IndexedEvent, No
                         raise event.error or _broken(event)
                 if not isinstance(event, Started):
                     texts[i] += event.text
-                if not going:  # before the last event: a delivered answer is in the ledger
+                if not going:  # bill before the last event, so that a delivered completion is always in the ledger
                     billed = True
                     await bill.used(total(usages, job.choices))
                     if job.keep is not None:
@@ -195,10 +191,7 @@ def _broken(event: Finished) -> Refused:
 async def _pump(
     service: Service, job: TextJob, request: Request, i: int, queue: asyncio.Queue[Any], usages: list[Usage]
 ) -> None:
-    """Copy one engine request's events into the queue.
-
-    Also keeps its usage so far in `usages`.
-    """
+    """Copy one engine request's events into the queue, and record its usage so far in `usages`."""
     reason, meter = "abort", None
     if job.principal is not SHADOWS:
         meter = Meter(service.metrics, job.label or job.model.label)
@@ -230,7 +223,7 @@ async def _pump(
 
 
 async def collect(request: HttpRequest, service: Service, job: TextJob) -> list[TextAnswer]:
-    """Collect whole answers. Raises as `run`, and ClientLeft."""
+    """Return complete completions. Raises the errors of `run`, and ClientLeft."""
     answers = [TextAnswer() for _ in range(len(job.prompts) * job.choices)]
 
     async def read() -> None:
@@ -250,19 +243,16 @@ async def stream(
     format_error: Callable[[Refused], bytes],
     headers: Mapping[str, str],
 ) -> EventStream:
-    """Stream answers as server-sent events. Raises as `collect` until the first event.
+    """Stream completions as server-sent events. Until the first event, raises the errors of `collect`.
 
-    `lines`: formats the events; `format_error`: formats an error after the first event.
+    `lines`: formats the events; `format_error`: formats an error that occurs after the first event.
     """
     events = await open_stream(request, run(service, job))
     return EventStream(lines(events), events, format_error, service.settings.stall, headers)
 
 
 class OpenStream(Generic[T]):
-    """Events whose first is already received.
-
-    So immediate errors get their own HTTP status.
-    """
+    """Events whose first one has been received, so that immediate errors can set the HTTP status."""
 
     def __init__(self, first: T, rest: AsyncGenerator[T, None]) -> None:
         self.first, self.rest = first, rest
@@ -277,15 +267,12 @@ class OpenStream(Generic[T]):
 
 
 async def open_stream(request: HttpRequest, events: AsyncGenerator[T, None]) -> OpenStream[T]:
-    """Wait for the first event. Raises its errors, and ClientLeft."""
+    """Wait for the first event. Raises its error, or ClientLeft."""
     return OpenStream(await unless_left(request, anext(events)), events)
 
 
 async def unless_left(request: HttpRequest, work: Awaitable[T]) -> T:
-    """The result of `work`.
-
-    If the client leaves first, cancels the work and raises ClientLeft.
-    """
+    """Return the result of `work`; if the client disconnects first, cancel the work and raise ClientLeft."""
     task = asyncio.ensure_future(work)
     leaving = asyncio.create_task(client_left(request.receive))
     try:
@@ -300,7 +287,7 @@ async def unless_left(request: HttpRequest, work: Awaitable[T]) -> T:
 
 
 _Sent = tuple[str, Usage]
-"""The answer sent to a client, and its usage."""
+"""(text sent to the client, usage)."""
 
 
 # -- shadows -----------------------------------------------------------------------------------------------------------
@@ -323,7 +310,8 @@ def _shadow(service: Service, job: TextJob, salt: str) -> asyncio.Future[_Sent] 
 async def _run_shadow(
     service: Service, job: TextJob, salt: str, name: str, mix: DigestMix | Refused, sent: asyncio.Future[_Sent]
 ) -> None:
-    """Answer with a route's shadow, under its own bill, and record how its answer compares with the sent one."""
+    """Answer with a route's shadow, under its own bill, and record how its answer compares with the sent
+    one."""
     answer, error = TextAnswer(), ""
     try:
         if isinstance(mix, Refused):
@@ -333,7 +321,7 @@ async def _run_shadow(
         async with aclosing(run(service, shadow)) as events:
             async for _, event in events:
                 answer.add(event)
-    except Exception as problem:  # a shadow never disturbs its request
+    except Exception as problem:  # an error of a shadow never affects its request
         error = problem_of(problem)
         log.warning("the shadow %s of %s failed (%s): %s", name, job.model.name, job.id, error)
     with suppress(asyncio.CancelledError):

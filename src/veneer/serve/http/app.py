@@ -1,9 +1,9 @@
-"""The application: middleware for all requests, errors in each surface's format, and all routes.
+"""The application: middleware for all requests, errors in each API's format, and all routes.
 
-`AuthMiddleware` handles each request before any route. It assigns a request ID, checks Host, Origin and Content-Type
-(421, 403, 415), determines the principal (401), refuses new work while the server is loading or draining
-(503), and receives the body, within limits on size and memory (413, 429) and time (408). At the end it
-releases the resources of the request.
+`AuthMiddleware` handles each request before any route. It assigns a request ID, checks Host, Origin and
+Content-Type (421, 403, 415), determines the principal (401), refuses new work while the server is loading or
+draining (503), and receives the body within limits on size and memory (413, 429) and time (408). At the end
+it releases the request's resources.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ These bodies do not count against the shared limit, so that slow bodies from unk
 OPEN = ("/health", "/ping", "/ready", "/version", "/docs", "/openapi.json", "/redoc")
 """Paths that need no key."""
 _NO_BASE = ("/v1/adapters", "/v1/adapter_", "/v1/files", "/v1/jobs/")
-"""Prefixes of paths that work while the base is loading, for pages of the Studio; all others return 503."""
+"""Prefixes of paths that work while the base is loading, for the Studio's pages; other paths return 503."""
 
 _GIVEN_BACK = 1 << 20
 """Bytes from which a body's memory is returned to the system, because the C library would keep it."""
@@ -63,11 +63,13 @@ def create_app(
     unguarded: Sequence[str] = (),
     large: Mapping[str, int] | None = None,
 ) -> FastAPI:
-    """All surfaces over one engine; each reads `request.app.state.service`.
+    """Return the application with all routes; each route reads `request.app.state.service`.
 
-    `routers`: more routes behind the same middleware. `unguarded`: path prefixes that check their own keys.
-    `large`: full paths, as regular expressions, whose routes spool bodies to disk as they arrive, and the
-    maximum bytes; those routes limit their own concurrency.
+    `routers`: additional routes behind the same middleware. `unguarded`: path prefixes that check their own
+        keys.
+    `large`: regular expressions of full paths -> maximum bytes, for routes that spool bodies to disk; those
+        routes
+    limit their own concurrency.
     """
     origins = service.settings.allowed_origins
     app = FastAPI(title="veneer", version=__version__, redoc_url=None)
@@ -99,8 +101,10 @@ def create_app(
 
 
 def add_images(app: FastAPI) -> None:
-    """Add the routes of an image base, whose kind can be known only once it is loaded."""
-    from veneer.serve.http.surfaces.images import images_routes  # late: a text server needs none of it
+    """Add the routes of an image base. The kind of base is known only after the base has loaded."""
+    from veneer.serve.http.surfaces.images import (
+        images_routes,
+    )  # imported late, because a text server does not need this module
 
     check_guarded(images_routes)
     app.include_router(images_routes)
@@ -113,9 +117,9 @@ def add_images(app: FastAPI) -> None:
 class AuthMiddleware:
     """ASGI middleware in front of all routes.
 
-    Sets `veneer.id`, `veneer.principal` and `veneer.admitted` in the scope. Decides by the scope's path, as the
-    router does: `request.url` of older Starlettes is built from the Host header, which can contain a path of
-    its own.
+    Sets `veneer.id`, `veneer.principal` and `veneer.admitted` in the scope. Matches routes by the scope's
+    path, as the router does. Older Starlettes build `request.url` from the Host header, which can contain
+    another path.
     """
 
     def __init__(
@@ -169,9 +173,9 @@ class AuthMiddleware:
                 asyncio.get_running_loop().run_in_executor(None, give_back)
 
     def _large(self, request: HttpRequest) -> int | None:
-        """The size limit of a body that does not count against memory.
+        """Return the size limit of a body that does not count against the memory limit, or None.
 
-        None for a body that counts. Such a body is spooled to disk, or comes without a key.
+        Such a body is spooled to disk, or belongs to a request without a key.
         """
         if self._needs_no_key(request.scope["path"]):
             return _STRANGERS_BODY
@@ -203,9 +207,9 @@ class AuthMiddleware:
 
 
 class _Body:
-    """An incoming body, counted and timed.
+    """An incoming body, with limits on its size and time.
 
-    Undeclared bytes are charged as they arrive; `large` bodies (with that limit) are spooled to disk instead.
+    Undeclared bytes are charged as they arrive; bodies with a `large` limit are spooled to disk instead.
     """
 
     def __init__(self, receive: Receive, admitted: AdmittedRequest, settings: HttpSettings, large: int | None) -> None:
@@ -213,7 +217,7 @@ class _Body:
         self.received, self.whole, self.begun = 0, False, 0.0
 
     async def receive(self) -> Message:
-        if self.whole:  # the next message is a disconnect
+        if self.whole:  # the next message reports a disconnect
             return await self.read()
         self.begun = self.begun or asyncio.get_running_loop().time()
         time = self.settings.body_time + (self.received / _LARGE_PACE if self.large is not None else 0)
@@ -270,7 +274,9 @@ def _add_error_handlers(app: FastAPI, surfaces: dict[str, str]) -> None:
     app.add_exception_handler(RequestValidationError, invalid_body)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(ClientLeft, client_left)
-    app.add_exception_handler(ClientDisconnect, client_left)  # before the whole body arrived
+    app.add_exception_handler(
+        ClientDisconnect, client_left
+    )  # raised if the client disconnects before the whole body has arrived
     app.add_exception_handler(Exception, unexpected)
 
 

@@ -1,19 +1,19 @@
-"""JSON bodies, parsed strictly and within limits, into pydantic models that drop nothing silently.
+"""JSON bodies: parsed strictly and within limits into pydantic models that drop nothing silently.
 
     router = APIRouter(route_class=BodyRoute)      parses the bodies of its routes
-    read_json(data)                                the same for bytes
-    class Load(Body): …                            the keys of a route's body
+    read_json(data)                                parses bytes in the same way
+    class Load(Body): …                            declares the keys of a route's body
 
-Eight megabytes of text are one value; eight megabytes of `[],` are millions, each taking twenty times its
-bytes in memory. So values and depth are counted in the bytes (numpy, without the GIL), and large bodies are
-parsed in a thread. A duplicate key is an error.
+Eight megabytes of text are one value, but eight megabytes of `[],` are millions of values that need twenty
+times as much memory. So values and depth are counted in the bytes first (in numpy, without the GIL), and
+large bodies are parsed in a thread. A duplicate key is an error.
 
-A key is a field, and applied; or in `ignored`, harmless, and listed in the response's `x-veneer-ignored`
-header; or in `refused`, where any value but null and a neutral one is an error; or unknown, an error with the
-nearest name.
+Each key is one of: a field, which is applied; a key in `ignored`, which has no effect and is listed in the
+response's `x-veneer-ignored` header; a key in `refused`, for which any value except null and a neutral value
+is an error; or unknown, which is an error with the nearest name.
 
-Validation work is bounded: an object has at most `KEYS` keys, a list has a bound (`at_most`) and stops at its
-first error, and of a union only the type that the value looks like is checked.
+Validation work is bounded: an object has at most `KEYS` keys, a list has a maximum length (`at_most`) and
+stops at its first error, and a union checks only the type that matches the value.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from veneer.serve.principal import Permission
 from veneer.serve.request import Refused, invalid
 
 VALUES = 1 << 18
-"""Maximum values in a body, keys included: two prompts of 128 thousand tokens as numbers."""
+"""Maximum values in a body, keys included: enough for two prompts of 128 thousand token ids."""
 DEPTH = 64
 """Maximum nesting of a body's lists and objects."""
 LARGE_BODY = 64 << 10
@@ -60,10 +60,9 @@ _QUOTE, _BACKSLASH = ord('"'), ord("\\")
 
 
 def count_values(data: bytes, values: int = VALUES, depth: int = DEPTH) -> tuple[int, int]:
-    """(values and keys, maximum nesting) of JSON text.
+    """Return (number of values and keys, maximum nesting) of JSON text.
 
-    Counting stops once a limit is passed.
-    """
+    Stops counting once a limit is exceeded."""
     values_found, level, deepest = 1, 0, 0
     inside, escaped = np.uint8(0), False
     for start in range(0, len(data), CHUNK):
@@ -87,15 +86,13 @@ def count_values(data: bytes, values: int = VALUES, depth: int = DEPTH) -> tuple
 
 
 def _unescaped(part: np.ndarray[Any, np.dtype[np.uint8]]) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], bool]:
-    """Mark where strings begin or end.
-
-    Returns uint8, 1 at each such byte, and whether the first byte after this part is escaped.
-    """
+    """Return (uint8 with 1 at each quote that starts or ends a string, whether the byte after this part is
+    escaped)."""
     ends = (part == _QUOTE).view(np.uint8)
     at = np.flatnonzero(part == _BACKSLASH)
     if not len(at):
         return ends, False
-    begins = np.flatnonzero(np.diff(at, prepend=-2) != 1)  # of runs of backslashes
+    begins = np.flatnonzero(np.diff(at, prepend=-2) != 1)  # starts of runs of backslashes
     lengths = np.diff(begins, append=len(at))
     order = np.arange(len(at)) - np.repeat(begins, lengths)
     after = at[order % 2 == 0] + 1
@@ -116,7 +113,7 @@ def read_json(data: bytes) -> Any:
         raise invalid(f"the body is not JSON: byte {error.start} is not UTF-8") from error
     except json.JSONDecodeError as error:
         raise invalid(f"the body is not JSON: {error.msg} at character {error.pos}") from error
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # a number with thousands of digits
         raise invalid("the body is not JSON: a number is too long") from error
 
 
@@ -134,7 +131,7 @@ def _no_constant(name: str) -> Any:
 
 
 async def read_body(request: Request) -> Any:
-    """A request's JSON; a large body is parsed in a thread."""
+    """Return a request's parsed JSON. Parses a large body in a thread."""
     data = await request.body()
     admitted = request.scope.get("veneer.admitted")
     if len(data) < LARGE_BODY or admitted is None:
@@ -143,10 +140,7 @@ async def read_body(request: Request) -> Any:
 
 
 class BodyRoute(APIRoute):
-    """A route that checks its permission, then parses its JSON body.
-
-    See `needs` and `read_body`.
-    """
+    """A route that checks its permission (`needs`) before it reads and parses its JSON body (`read_body`)."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
@@ -163,10 +157,8 @@ class BodyRoute(APIRoute):
 
 
 def check_guarded(router: APIRouter) -> None:
-    """Raises ValueError for a route that is not guarded.
-
-    A guarded route declares a permission, and checks it before reading a body.
-    """
+    """Raise ValueError for a route that declares no permission, or reads a body before it checks its
+    permission."""
     for route in router.routes:
         if not isinstance(route, BodyRoute) or not permissions_of(route.dependencies):
             raise ValueError(f"the route {getattr(route, 'path', route)} names no permission")
@@ -184,7 +176,7 @@ FAIL_FAST = Field(fail_fast=True)
 
 
 def at_most(n: int) -> BeforeValidator:
-    """A validator that checks a list's or object's length before its items."""
+    """Return a validator that checks the length of a list or object before its items."""
 
     def check_length(value: Any) -> Any:
         if isinstance(value, list | dict) and len(value) > n:
@@ -235,7 +227,7 @@ class Body(Strict):
         return model
 
     def ignore(self, key: str) -> None:
-        """List a key among the ignored ones."""
+        """Add a key to the ignored keys."""
         self._ignored = sorted([*self._ignored, key])
 
     @property
@@ -278,15 +270,12 @@ MixField = Annotated[
 
 
 def mix_of(parts: Sequence[MixPart] | None) -> list[tuple[str, float]] | None:
-    """(name, strength) of each part of a body's `mix`; None without one."""
+    """Return (name, strength) of each part of a body's `mix`, or None without a mix."""
     return None if parts is None else [(part.adapter, part.strength) for part in parts]
 
 
 def checked(model: type[BaseModel], value: Any, param: str) -> Any:
-    """Validate `value`, a plain object inside a body, as a model.
-
-    Raises Refused (400).
-    """
+    """Validate `value`, a plain object inside a body, as a model. Raises Refused (400)."""
     try:
         return model.model_validate(value)
     except ValidationError as error:
@@ -303,14 +292,11 @@ _PLAIN = [
     (re.compile(r"^(Input|Value|String|List|Tuple|Set|Dictionary) should (?=be|have|match)"), "must "),
     (re.compile(r"^Field required$"), "is required"),
 ]
-"""Parts of pydantic's messages, and their replacements."""
+"""Parts of pydantic's messages -> plainer words."""
 
 
 def problem_text(where: str, problem: Mapping[str, Any]) -> str:
-    """One of pydantic's validation errors in plain words.
-
-    `where`: the key; "" for the whole body.
-    """
+    """Return one of pydantic's validation errors in plain words. `where`: the key; "" for the whole body."""
     text = str(problem["msg"])
     for pattern, instead in _PLAIN:
         text = pattern.sub(instead, text)
@@ -348,7 +334,7 @@ def body_error(errors: Iterable[Mapping[str, Any]], known_keys: Iterable[str]) -
 
 
 def keys_of_bodies(endpoint: Any) -> list[str]:
-    """Every key that a route's body can have, to suggest the nearest name."""
+    """Return every key that a route's body can have, to suggest the nearest name."""
     try:
         kinds = typing.get_type_hints(endpoint).values()
     except (NameError, TypeError):

@@ -27,7 +27,7 @@ _OTHER_FILES = 512
 
 
 def protocols_of(settings: HttpSettings, sockets: bool) -> tuple[type[asyncio.Protocol], type[asyncio.Protocol] | str]:
-    """uvicorn's protocols with these limits, for `http` and `ws` of its Config.
+    """Return uvicorn's protocol classes with these limits, for `http` and `ws` of its Config.
 
     `sockets`: allow WebSockets.
     """
@@ -35,7 +35,9 @@ def protocols_of(settings: HttpSettings, sockets: bool) -> tuple[type[asyncio.Pr
     http = type("Connection", (_Connection,), {"settings": settings, "all": all})
     if not sockets:
         return http, "none"
-    from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol  # needs an extra
+    from uvicorn.protocols.websockets.websockets_sansio_impl import (
+        WebSocketsSansIOProtocol,
+    )  # imported late, because it needs an extra
 
     class Socket(WebSocketsSansIOProtocol):
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -50,10 +52,7 @@ def protocols_of(settings: HttpSettings, sockets: bool) -> tuple[type[asyncio.Pr
 
 
 def many_files(count: int) -> None:
-    """Raise this process's open file limit for `count` connections.
-
-    Limited by the hard limit.
-    """
+    """Raise this process's limit of open files for `count` connections, up to the hard limit."""
     with suppress(ImportError):  # Windows has no such limit
         import resource
 
@@ -106,7 +105,7 @@ class _Connection(H11Protocol):
             if self._timer is None:
                 self._await_head()
         elif self.conn.their_state is h11.SEND_BODY and self.conn.our_state is h11.DONE:
-            if self._timer is None:  # its request is answered, but it still sends
+            if self._timer is None:  # the request is answered, but the client still sends
                 self._restart_timer(self.settings.body_time)
         else:
             self.all.waiting.pop(self, None)

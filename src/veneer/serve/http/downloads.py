@@ -1,4 +1,4 @@
-"""File downloads, read in pieces by a thread, so that no request waits for a disk."""
+"""File downloads, read in chunks by a thread, so that no request blocks on a disk."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ def file_response(
     after: Callable[[], object] | None = None,
     media_type: str = "application/octet-stream",
 ) -> Response:
-    """A response that sends a file.
+    """Return a response that sends a file.
 
-    `size`: bytes in `source`. `disposition`: the Content-Disposition header, which names the file. When all
-    is sent or the client is gone, the source is closed and `after` is called in a thread.
+    `size`: bytes in `source`. `disposition`: the Content-Disposition header with the file's name. After the
+        last byte
+    or a disconnect, a thread closes the source and calls `after`.
     """
 
     async def chunks() -> AsyncIterator[bytes]:

@@ -1,7 +1,7 @@
-"""Errors in each surface's format: one Refused, four bodies.
+"""Errors in each API's format: one Refused, four kinds of bodies.
 
-A route's first tag names its surface, and thus the format. The status is the error's own, except where a
-surface uses another (TGI: 422 for an invalid request, 424 for a failed generation).
+A route's first tag names its API and thus the format. The status is the error's own, unless the API uses
+another (TGI: 422 for an invalid request, 424 for a failed generation).
 """
 
 from __future__ import annotations
@@ -27,10 +27,7 @@ _T = TypeVar("_T")
 
 
 class Json(Response):
-    """JSON as the surfaces write it.
-
-    No NaN, and a lone surrogate becomes "?" rather than an error.
-    """
+    """A JSON response without NaN; a lone surrogate becomes "?" instead of an error."""
 
     media_type = "application/json"
 
@@ -43,20 +40,17 @@ def json_bytes(content: Any) -> bytes:
 
 
 def message_of(error: VeneerError) -> str:
-    """An error in one line."""
+    """Return an error's message in one line."""
     return f"{error.what.rstrip('.')}: {error.fix}" if error.fix else error.what
 
 
 def problem_of(error: Exception) -> str:
-    """Any error in one line, for a log."""
+    """Return any error in one line, for a log."""
     return message_of(error) if isinstance(error, Refused) else repr(error)
 
 
 def as_refused(error: Exception) -> Refused:
-    """The client error of an unexpected exception.
-
-    Details go to the log, under the answer's id.
-    """
+    """Return the client error of an unexpected exception. Details go to the log, under the response's id."""
     if isinstance(error, Refused):
         return error
     return internal_error("the server", error)
@@ -120,13 +114,10 @@ _FORMS: dict[str, Callable[[Refused], tuple[int, Any]]] = {
 
 
 def error_body(error: Refused, surface: str) -> tuple[int, Any]:
-    """(status, body) of an error in a surface's format.
-
-    OpenAI's for an unknown surface.
-    """
+    """Return (status, body) of an error in an API's format. An unknown API gets OpenAI's format."""
     status, body = _FORMS.get(surface, _openai)(error)
     if surface.startswith("OpenAI") and (error.status, error.code) == (404, "not_found"):
-        body["error"]["code"] = None  # OpenAI has codes only for models and jobs
+        body["error"]["code"] = None  # OpenAI uses codes only for models and jobs
     return status, body
 
 
@@ -150,8 +141,9 @@ KnownErrors = Mapping[type[Exception], Callable[[Any], Refused | None]]
 def answering(resource: str, known_errors: KnownErrors = MappingProxyType({})) -> Iterator[None]:
     """Convert exceptions into client errors.
 
-    `resource`: the part of the server in use, for outages and internal errors. `known_errors`: exceptions
-    caused by the request; the first matching type counts.
+    `resource`: the part of the server in use, named in outages and internal errors. `known_errors`:
+        exceptions that
+    the request caused; the first matching type applies.
     """
     try:
         yield
@@ -168,6 +160,6 @@ async def in_thread(
     run: Callable[[Callable[[], _T]], Awaitable[_T]] = asyncio.to_thread,
     known_errors: KnownErrors = MappingProxyType({}),
 ) -> _T:
-    """Run `do` in a thread, by `run`, with errors as in `answering`."""
+    """Run `do` in a thread through `run`, and convert its errors as `answering` does."""
     with answering(resource, known_errors):
         return await run(do)

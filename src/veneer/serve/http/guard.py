@@ -1,14 +1,15 @@
-"""Checks before a route handles a request: its permission, Host, Origin and Content-Type.
+"""Checks before a route handles a request: permission, Host, Origin and Content-Type.
 
     router = APIRouter(route_class=BodyRoute, dependencies=[needs("train")])      for all routes of a router
-    @router.get("/metrics", dependencies=[needs("metrics")])                      for one of them
+    @router.get("/metrics", dependencies=[needs("metrics")])                      for one route
 
-`BodyRoute` (bodies.py) checks the permission before the body is read, and refuses a route that declares none.
+`BodyRoute` (bodies.py) checks the permission before it reads the body, and refuses a route that declares
+none.
 
 Any page that a user visits can make the browser send requests to servers on the user's machine, also through
-a domain of the attacker that resolves to this machine (DNS rebinding). So a server without keys accepts only
-known hosts, and a request that could change something or carries a cookie must come from the server's own
-pages or an `--allowed-origin`.
+an attacker's domain that resolves to this machine (DNS rebinding). So a server without keys accepts only
+known hosts, and a request that has a cookie or can change something must come from the server's own pages or
+an `--allowed-origin`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from veneer.serve.request import Refused
 from veneer.serve.settings import HERE, HttpSettings
 
 _EXEMPT = ("/health", "/ping", "/ready", "/metrics")
-"""Paths that answer under any Host: probes and scrapers call by IP."""
+"""Paths that accept any Host, because probes and scrapers use IP addresses."""
 _SAFE = ("GET", "HEAD", "OPTIONS")
 _UNASKED = ("", "text/plain", "application/x-www-form-urlencoded")
 """Types that browsers send across sites without a preflight; multipart/form-data has its own routes."""
@@ -37,7 +38,7 @@ _PORTS = {"http": 80, "https": 443}
 
 @dataclass(frozen=True)
 class Need:
-    """The dependency that `needs` returns."""
+    """Dependency returned by `needs`."""
 
     permission: Permission
 
@@ -46,28 +47,25 @@ class Need:
 
 
 def needs(permission: Permission) -> Any:
-    """A FastAPI dependency that requires a permission.
-
-    Several dependencies must all hold.
-    """
+    """Return a FastAPI dependency that requires a permission. A request must satisfy all dependencies."""
     return Depends(Need(permission))
 
 
 def permissions_of(dependencies: Iterable[Any]) -> list[Permission]:
-    """The permissions that the dependencies of a route or router require."""
+    """Return the permissions that a route's or router's dependencies require."""
     return [each.dependency.permission for each in dependencies if isinstance(each.dependency, Need)]
 
 
 def principal_of(scope: Scope) -> Principal:
-    """The principal that sent the request, as set by `serve.http.app.AuthMiddleware`."""
+    """Return the principal of the request, as set by `serve.http.app.AuthMiddleware`."""
     principal: Principal = scope["veneer.principal"]
     return principal
 
 
 def check_source(scope: Scope, settings: HttpSettings, keyless: bool) -> None:
-    """Raises Refused (421, 403) for a request that another site's page may have sent.
+    """Raise Refused (421, 403) for a request that another site's page could have sent.
 
-    `keyless`: see Tenancy.
+    `keyless`: the server accepts requests without a key (see Tenancy).
     """
     headers = Headers(scope=scope)
     if keyless and scope["path"] not in _EXEMPT:
@@ -76,7 +74,7 @@ def check_source(scope: Scope, settings: HttpSettings, keyless: bool) -> None:
 
 
 def _check_host(headers: Headers, allowed: Collection[str]) -> None:
-    """Raises Refused (421) if the Host is not in `allowed`. For servers without keys."""
+    """Raise Refused (421) if the Host is not in `allowed`. Used by servers without keys."""
     if _hostname(headers.get("host", "")) not in allowed:
         raise Refused(
             f"a server without keys answers only to the Host {', '.join(sorted(filter(None, allowed)))}",
@@ -87,10 +85,7 @@ def _check_host(headers: Headers, allowed: Collection[str]) -> None:
 
 
 def _check_origin(scope: Scope, headers: Headers, allowed: Collection[str]) -> None:
-    """Raises Refused (403) for an unsafe request of another site's page.
-
-    Unsafe: it carries a cookie or could change something.
-    """
+    """Raise Refused (403) for a request of another site's page that has a cookie or can change something."""
     origin = headers.get("origin")
     if origin is None or _same_origin(origin, headers.get("host", "")) or origin in allowed:
         return
@@ -106,10 +101,8 @@ def _check_origin(scope: Scope, headers: Headers, allowed: Collection[str]) -> N
 
 
 def check_content_type(scope: Scope, headers: Headers) -> None:
-    """Raises Refused (415) for a body type that needs no preflight.
-
-    Any site's page can send such a body.
-    """
+    """Raise Refused (415) for a body type that browsers send without a preflight, so that any site could send
+    it."""
     has_body = headers.get("transfer-encoding") is not None or headers.get("content-length", "0") != "0"
     if scope["method"] not in _SAFE and has_body and (kind := media_type(headers)) in _UNASKED:
         raise Refused(
@@ -121,7 +114,7 @@ def check_content_type(scope: Scope, headers: Headers) -> None:
 
 
 def media_type(headers: Headers) -> str:
-    """The Content-Type without parameters, in lower case."""
+    """Return the Content-Type in lower case, without parameters."""
     return headers.get("content-type", "").partition(";")[0].strip().lower()
 
 

@@ -1,11 +1,13 @@
-"""Image requests: the bodies of the images surface, and how they reach the engine.
+"""Image requests: the bodies of the image routes, and how they reach the engine.
 
-    ImageBody, EditBody      the fields of docs/reference/serving-images.md, each validated alone
+    ImageBody, EditBody      the fields of docs/reference/serving-images.md, each validated separately
     PictureMixPart           an adapter with its factors by block and step
-    ask_pictures             a body -> DrawingPlan (PictureRequests), and the engine's events
+    ask_pictures             a body -> DrawingPlan (PictureRequests) and the engine's events
 
-Requests come from a client or a view, and run under the principal's limits and bill. No field is silently
-ignored: unsupported values are rejected with the reason. An image's size is read from its header before it is
+Requests come from an HTTP client or a Studio view, and run under the principal's limits and bill. No field is
+silently
+ignored: unsupported values are rejected with the reason. An image's size is read from its header before the
+    image is
 decoded, and no URL is ever fetched.
 """
 
@@ -58,7 +60,7 @@ if TYPE_CHECKING:
     from veneer.models.image.base import ImageBase
 
 IndexedPicture = tuple[int, PictureEvent]
-"""An event, with the index of its image in the request."""
+"""(index of the image within the request, event)."""
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 _STEPS = {"low": 0.5, "high": 2.0, "hd": 2.0}
@@ -89,11 +91,13 @@ _Range = Annotated[list[_Factor], Field(min_length=2, max_length=3)]
 
 
 class PictureMixPart(MixPart):
-    """An adapter, and how its strength varies within the image.
+    """An adapter, and its strength within the image.
 
-    The same settings as after an `@` in `veneer image`. `blocks`: block -> factor, the last match for a
-    module counts. `steps`: [from, to] or [from, to, factor], fractions of the steps; outside them the
-    adapter is inactive. `campaign`: its role in a stack, instead of both.
+    The settings are those after an `@` in `veneer image`. `blocks`: block -> factor; a module uses the last
+    match.
+    `steps`: [from, to] or [from, to, factor], as fractions of the steps; the adapter is inactive outside
+        them.
+    `campaign`: the adapter's role in a stack, instead of `blocks` and `steps`.
     """
 
     blocks: Annotated[dict[_Block, _Factor] | None, at_most(64), BeforeValidator(_json)] = None
@@ -110,7 +114,7 @@ class PictureMixPart(MixPart):
 
     @property
     def factors(self) -> Strength:
-        """The factors, at strength 1. Raises ConfigError for conflicting factors."""
+        """Return the factors at strength 1. Raises ConfigError for conflicting factors."""
         ranges = [(at[0], at[1], at[2] if len(at) > 2 else 1.0) for at in self.steps or []]
         return Strength(1.0, tuple((self.blocks or {}).items()), tuple(ranges), self.campaign or "")
 
@@ -132,7 +136,7 @@ class ImageReference(Strict):
 
 
 class ControlBody(Strict):
-    """A control image. `begin`, `end`: fractions of the steps in which it is active."""
+    """A control image, active from `begin` to `end` (fractions of the steps)."""
 
     type: str = Field(max_length=64)
     image: Data
@@ -167,16 +171,17 @@ class ImageBody(Strict):
 
     @property
     def kind(self) -> str:
-        """The file's format."""
+        """Return the file's format."""
         return "jpeg" if self.output_format == "jpg" else self.output_format
 
 
 class EditBody(ImageBody):
     """A request to edit images.
 
-    `image`, or OpenAI's JSON form `images`; `pictures` has both, `mask_data` the mask in either form.
-    `denoise`: how far to move from the image, the fraction of steps taken. `input_fidelity`: OpenAI's effort
-    to preserve the input; an editing base always uses all of it.
+    `image`, or `images` in OpenAI's JSON form; `pictures` contains both, `mask_data` the mask in either form.
+    `denoise`: fraction of the steps that change the image. `input_fidelity`: OpenAI's effort to preserve the
+        input; an
+    editing base always uses the full input.
     """
 
     image: Annotated[list[Data], FAIL_FAST, at_most(64), BeforeValidator(_as_list)] = Field(default_factory=list)
@@ -195,10 +200,7 @@ class EditBody(ImageBody):
 
 
 def checked_image_body(kind: type[ImageBody], fields: dict[str, Any], most: int) -> ImageBody:
-    """The validated body; null counts as absent.
-
-    Raises Refused that names every error.
-    """
+    """Return the validated body; null means absent. Raises Refused with every error."""
     try:
         body = kind.model_validate({key: value for key, value in fields.items() if value is not None})
     except ValidationError as error:
@@ -213,7 +215,7 @@ def checked_image_body(kind: type[ImageBody], fields: dict[str, Any], most: int)
 
 
 async def image_fields(request: HttpRequest) -> dict[str, Any]:
-    """The fields of a JSON body or a form; uploads are bytes. Raises Refused."""
+    """Return the fields of a JSON body or a form, with uploads as bytes. Raises Refused."""
     if media_type(request.headers) != "multipart/form-data":
         content = await read_body(request)
         if not isinstance(content, dict):
@@ -232,7 +234,7 @@ async def image_fields(request: HttpRequest) -> dict[str, Any]:
 
 
 def _merged(items: Sequence[tuple[str, Data]]) -> dict[str, Any]:
-    """A form's fields as in JSON: `image`, `image[]` and `mix[]` are lists."""
+    """Return a form's fields in JSON's structure: `image`, `image[]` and `mix[]` are lists."""
     out: dict[str, Any] = {}
     for key, value in items:
         name = re.sub(r"\[\d*\]$", "", key)
@@ -246,10 +248,8 @@ def _merged(items: Sequence[tuple[str, Data]]) -> dict[str, Any]:
 
 
 def described_body(kind: type[ImageBody]) -> dict[str, Any]:
-    """A route's body for /openapi.json.
-
-    FastAPI cannot describe a body that is JSON or a form.
-    """
+    """Return a route's body for /openapi.json; FastAPI cannot describe a body that is either JSON or a
+    form."""
     schema = kind.model_json_schema()
     defined = schema.pop("$defs", {})
 
@@ -270,10 +270,10 @@ def described_body(kind: type[ImageBody]) -> dict[str, Any]:
 async def ask_pictures(
     service: Service, principal: Principal, body: ImageBody, number: str, *, trial: bool = False
 ) -> tuple[DrawingPlan, AsyncGenerator[IndexedPicture, None]]:
-    """Plan image generation.
+    """Plan an image request; return the plan and its events, which start when first awaited.
 
-    Returns the plan and its events, which start when first awaited. Closing the events cancels what still
-    runs. `number`: the request's id. `trial`: see `ResolvedModel`. Raises Refused.
+    Closing the events cancels all running work. `number`: the request's id. `trial`: see `ResolvedModel`.
+    Raises Refused.
     """
     if service.engine.makes != "pictures":
         raise invalid("this server has a text base", fix="use /v1/chat/completions")
@@ -289,7 +289,7 @@ async def ask_pictures(
 def _select(
     service: Service, body: ImageBody, principal: Principal
 ) -> tuple[ResolvedModel, dict[str, str], dict[str, Strength]]:
-    """The mix, the client's name for each adapter, and factors by block and step, or roles, if any."""
+    """Return the mix, the client's name for each adapter, and factors or roles by adapter."""
     parts = body.mix
     if parts is None:
         model = service.choose(principal, model=body.model)
@@ -333,7 +333,7 @@ async def _run(
                         meters[i].started()
                     elif isinstance(event, FinishedPicture):
                         usages[i], reasons[i] = event.usage, "stop"
-                        if reasons.count("stop") == len(reasons):  # before the last image is sent
+                        if reasons.count("stop") == len(reasons):  # bill before the last image is sent
                             billed = True
                             await bill.used(_total(plan, usages))
                     yield i, event
@@ -362,7 +362,7 @@ def _total(plan: DrawingPlan, usages: list[Usage]) -> Usage:
 
 @dataclass(frozen=True)
 class DrawingPlan:
-    """The image requests, and notes for the response."""
+    """The planned image requests, and notes for the response."""
 
     requests: tuple[PictureRequest, ...]
     notes: tuple[str, ...]
@@ -382,10 +382,9 @@ def _planned(
     factors: dict[str, Strength],
     most: int,
 ) -> DrawingPlan:
-    """Decode, fit and check a body. `most`: pixels of an uploaded image. Blocks.
+    """Decode, fit and check a body's images.
 
-    Raises Refused.
-    """
+    Blocking. `most`: maximum pixels of an upload. Raises Refused."""
     base = engine.base
     notes: list[str] = []
     for part, digest in zip(body.mix or (), model.digests, strict=False):
@@ -452,10 +451,7 @@ def _planned(
 
 
 def _numbers(base: ImageBase, body: ImageBody) -> tuple[int, float, float]:
-    """Steps, guidance and true guidance.
-
-    Qwen-Image's guidance is what others call true guidance.
-    """
+    """Return steps, guidance and true guidance. Qwen-Image's guidance is other families' true guidance."""
     steps, guidance = default_settings(base)
     taken = body.num_inference_steps or max(1, round(steps * _STEPS.get(body.quality, 1.0)))
     scale, true = body.guidance_scale, body.true_cfg_scale
@@ -467,9 +463,9 @@ def _numbers(base: ImageBase, body: ImageBody) -> tuple[int, float, float]:
 
 
 def _denoise(body: ImageBody, image: Image | None, mask: Image | None) -> float:
-    """The fraction of steps denoised: as requested, else 1 with a mask, 0.6 without.
+    """Return the fraction of denoising steps: as requested, otherwise 1 with a mask and 0.6 without.
 
-    1 if no image is edited.
+    1 if the request edits no image.
     """
     if not isinstance(body, EditBody) or image is None:
         return 1.0
@@ -479,7 +475,7 @@ def _denoise(body: ImageBody, image: Image | None, mask: Image | None) -> float:
 
 
 def _check_edit(base: ImageBase, body: EditBody) -> None:
-    """Raises Refused for options that an editing base does not support."""
+    """Raise Refused for options that an editing base does not support."""
     if body.mask is not None and (base.only_edits or "inpaint" not in base.pipelines):
         message = f"{base.row.label} edits the whole image and accepts no mask"
         raise invalid(message, "mask", "leave it out, and describe the change in the prompt")
@@ -494,21 +490,21 @@ def _check_edit(base: ImageBase, body: EditBody) -> None:
 
 
 def _public(name: str) -> str:
-    """A ControlNet's name without local folders."""
+    """Return a ControlNet's name without local folders."""
     return Path(name).name if Path(name).exists() else name
 
 
 class _Sent:
-    """The uploaded images of one request, decoded."""
+    """The decoded uploads of one request."""
 
     def __init__(self, most: int, notes: list[str]) -> None:
         self.most, self.notes = most, notes
 
     def edited(self, base: ImageBase, body: EditBody) -> tuple[Image | None, Image | None, list[Image]]:
-        """The image to start from, its mask in gray, and an editing base's sources.
+        """Return the start image, its mask in gray, and an editing base's source images.
 
-        White in the mask is regenerated. Without a mask, an editing base gets all images as sources, and
-        starts from none.
+        White areas of the mask are regenerated. Without a mask, all images are sources for an editing base,
+        and there is no start image.
         """
         images, mask = body.pictures, body.mask_data
         several = bool(base.references) and mask is None
@@ -562,7 +558,7 @@ class _Sent:
     def controls(
         self, engine: PictureEngine, images: Sequence[tuple[ControlBody, Image]], width: int, height: int
     ) -> tuple[tuple[Control, ...], list[dict[str, Any]]]:
-        """(controls for the engine, their entries in the record)."""
+        """Return (controls for the engine, entries for the image's record)."""
         controls, records = [], []
         for control, picture in images:
             name, model = engine.control(control.type)
@@ -583,10 +579,8 @@ class _Sent:
 
 
 def _opening(mask: Image) -> Image:
-    """The mask's open area.
-
-    Transparent pixels as in OpenAI, or white in a mask without transparency.
-    """
+    """Return the area to regenerate: transparent pixels as in OpenAI, or white if the mask has no
+    transparency."""
     from PIL import ImageChops
 
     if mask.mode in ("RGBA", "LA", "PA") or "transparency" in mask.info:

@@ -57,11 +57,11 @@ _LEDGER_GAUGES = {
     "veneer:ledger_lag_seconds": ("Seconds since the end of the oldest of these requests.", "lag"),
     "veneer:ledger_away": ("1 while the ledger's database does not answer.", "unavailable"),
 }
-"""Series -> its help text, and the attribute of EngineStats or LedgerState."""
+"""Series -> (help text, attribute of EngineStats or LedgerState)."""
 
 
 class Metrics:
-    """All series of one application, in its own registry."""
+    """All series of one application, in a separate registry."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class Metrics:
         adapters: int = 100,
         ledger: Callable[[], LedgerState | None] = lambda: None,
     ) -> None:
-        """Create the series. `ledger`: its state, on a server that has a ledger."""
+        """Create the series. `ledger`: returns the ledger's state, on a server with a ledger."""
         self.registry = registry = CollectorRegistry()
         self.limit, self._named = adapters, set[str]()
         self.labels = (model, "0")
@@ -176,7 +176,7 @@ class Meter:
 
 
 class _Engine(Collector):
-    """The engine's and ledger's counters, read when scraped."""
+    """Collects the engine's and ledger's counters when metrics are scraped."""
 
     def __init__(
         self, metrics: Metrics, stats: Callable[[], EngineStats], ledger: Callable[[], LedgerState | None]
@@ -197,8 +197,8 @@ class _Engine(Collector):
                 metric = family(name, text, labels=_ENGINE)
                 metric.add_metric(self.metrics.labels, float(getattr(values, attribute)))
                 yield metric
-        # Read by LoRA-aware routers: comma-joined names of running and waiting adapters; the value is the
-        # time.
+        # LoRA-aware routers read the comma-separated names of running and waiting adapters from labels; the
+        # value is the time.
         labels = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
         info = GaugeMetricFamily("vllm:lora_requests_info", "Running and waiting adapters.", labels=labels)
         hidden = {self.metrics.labels[0], "other", "mix"}

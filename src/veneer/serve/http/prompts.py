@@ -1,10 +1,9 @@
-"""The tokenizer interface of the surfaces.
+"""Tokenization for the HTTP routes: texts, messages and token ids -> prompts; tokens -> texts and bytes.
 
-Texts, messages and token ids -> prompts; tokens -> texts and bytes. A text is measured before it is
-tokenized: if it has more characters than a context of the longest tokens, it is rejected at once. Other texts
-are tokenized in the admission's threads, never on the event loop, by an immutable copy of the tokenizer, so
-that threads need not wait for each other. A tokenizer that cannot be copied (a slow one, or a class with
-additions) encodes in one thread at a time.
+A text is measured before it is tokenized: a text with more characters than a context of the longest tokens is
+rejected at once. Other texts are tokenized in admission threads, never on the event loop, with an immutable
+copy of the tokenizer, so that threads do not wait for each other. A tokenizer that cannot be copied (a slow
+tokenizer, or a subclass) encodes in one thread at a time.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ T = TypeVar("T")
 class TokenizedBase:
     """A base's tokenizer.
 
-    `context`: maximum tokens of a prompt and its answer; for an image base, the limit of its first text
-    encoder.
+    `context`: maximum tokens of prompt and completion; for an image base, the limit of its first text
+        encoder.
     """
 
     name: str
@@ -42,7 +41,7 @@ class TokenizedBase:
 
 
 class Prompts:
-    """One base's tokenizer, as the surfaces use it."""
+    """One base's tokenizer, as used by the HTTP routes."""
 
     def __init__(self, base: TokenizedBase) -> None:
         self.base = base
@@ -51,17 +50,17 @@ class Prompts:
         self._special = frozenset(map(int, base.tokenizer.all_special_ids))
         self._lock = threading.Lock()
         self.piece = cache(self._piece)
-        """(text, bytes) of a single token; the text of a partial character is "�", its bytes are exact."""
+        """(text, bytes) of a single token; an incomplete character has the text "�" and its exact bytes."""
         self._reader = _reader(base.tokenizer)
         self.most = self.context * max(map(len, base.tokenizer.get_vocab()))
-        """Characters that a context could hold if each token were the longest in the vocabulary."""
+        """Maximum characters of a context in which each token is the vocabulary's longest."""
 
     # -- encoding ------------------------------------------------------------------------------------------------------
 
     async def of_parts(
         self, texts: Sequence[str], admitted: AdmittedRequest, *, special: bool = True, param: str = "prompt"
     ) -> list[tuple[int, ...]]:
-        """Token ids of each text.
+        """Return the token ids of each text.
 
         Raises Refused (400, context_exceeded) for a text that cannot fit.
         """
@@ -70,17 +69,16 @@ class Prompts:
         return await admitted.work(sum(map(len, texts)), lambda: [self.encode(t, special=special) for t in texts])
 
     def measure(self, characters: int, param: str = "prompt") -> None:
-        """Raises Refused (400, context_exceeded) for a text longer than `most`.
+        """Raise Refused (400, context_exceeded) for a text longer than `most`.
 
-        Called before the text is tokenized.
-        """
+        Called before the text is tokenized."""
         if characters > self.most:
             message = f"the prompt has {characters:,} characters; for a context of {self.context:,} tokens at most "
             message += f"{self.most:,} are read"
             raise Refused(message, status=400, code="context_exceeded", param=param, fix="shorten the prompt")
 
     def encode(self, text: str, *, special: bool = True) -> tuple[int, ...]:
-        """Token ids of a text. Blocks: run in an admission thread."""
+        """Return a text's token ids. Blocking: run in an admission thread."""
         text = _clean(text)
         if self._reader is not None:
             return tuple(_ids(self._reader, text, special))
@@ -88,10 +86,7 @@ class Prompts:
             return tuple(map(int, self.base.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]))
 
     def of_ids(self, ids: Sequence[int], param: str = "prompt") -> tuple[int, ...]:
-        """Validated token ids of a client.
-
-        Raises Refused (400) for an id outside the vocabulary.
-        """
+        """Return a client's token ids. Raises Refused (400) for an id outside the vocabulary."""
         wrong = [i for i in ids if not 0 <= i < self.size]
         if wrong:
             raise invalid(f"token id {str(wrong[0])[:20]} is not one of the vocabulary's 0 … {self.size - 1}", param)
@@ -104,12 +99,15 @@ class Prompts:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> tuple[int, ...]:
-        """Token ids of a conversation, through the chat template.
+        """Return a conversation's token ids, rendered by the chat template.
 
-        Raises Refused (400) if that fails. `variables`: the client's variables for the template. A base
-        without a template is an error too.
+        `variables`: the client's variables for the template. Raises Refused (400) if the base has no chat
+            template or
+        rendering fails.
         """
-        from veneer.models.text.generate import rendered  # late: the server listens before torch is imported
+        from veneer.models.text.generate import (
+            rendered,
+        )  # imported late, because the server listens before it imports torch
 
         settings = set(inspect.signature(self.base.tokenizer.apply_chat_template).parameters) | {"base", "prompt"}
         reserved = sorted(set(variables) & (settings - {"add_generation_prompt", "continue_final_message"}))
@@ -141,7 +139,7 @@ class Prompts:
         return any(re.search(r"\btools\b", str(t)) for t in texts)
 
     def fits(self, ids: Sequence[int], param: str = "prompt") -> int:
-        """Maximum tokens of an answer. Raises Refused (400) if the prompt leaves no room."""
+        """Return the maximum tokens of a completion. Raises Refused (400) if the prompt fills the context."""
         if not ids:
             raise invalid("the prompt has no tokens", param, "write something")
         left = self.context - len(ids)
@@ -169,7 +167,7 @@ class Prompts:
         if byte := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", raw):  # SentencePiece's bytes
             return text, (int(byte[1], 16),)
         table = _byte_level()
-        if raw and all(c in table for c in raw):  # byte-level BPE's alphabet
+        if raw and all(c in table for c in raw):  # the alphabet of byte-level BPE
             return text, tuple(table[c] for c in raw)
         return text, tuple(text.encode("utf-8", "replace"))
 
@@ -184,19 +182,19 @@ _PROBES = (
 
 
 def _ids(reader: Any, text: str, special: bool) -> list[int]:
-    """Token ids of a text, encoded as a batch of one.
+    """Return a text's token ids, encoded as a batch of one.
 
     Only batches are tokenized without the GIL, which a long text would otherwise hold for 50 ms, delaying the
-    engine; this method also skips offsets.
+    engine. Batches also skip offsets.
     """
     ids: list[int] = reader.encode_batch_fast([text], add_special_tokens=special)[0].ids
     return ids
 
 
 def _reader(tokenizer: Any) -> Any:
-    """A copy of a fast tokenizer that neither pads nor truncates.
+    """Return a copy of a fast tokenizer without padding and truncation, or None if its results differ.
 
-    Many threads can use it at once. None if its results differ from the tokenizer's.
+    Many threads can use the copy at once.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not tokenizer.is_fast:
@@ -214,12 +212,12 @@ def _reader(tokenizer: Any) -> Any:
 
 
 def _clean(text: str) -> str:
-    """The text without lone surrogates, which have no UTF-8 and make tokenizers fail."""
+    """Remove lone surrogates, which have no UTF-8 encoding and make tokenizers fail."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _turn(i: int, message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message with its content as one text."""
+    """Return a message with its content as one text."""
     turn = {key: value for key, value in message.items() if value is not None}
     content = turn.get("content", "")
     if isinstance(content, list):
@@ -241,7 +239,7 @@ def _part(i: int, part: Any) -> str:
 
 @cache
 def _byte_level() -> dict[str, int]:
-    """GPT-2's alphabet: printable bytes map to themselves, others to 256, 257, …"""
+    """Return GPT-2's byte alphabet: printable bytes map to themselves, others to 256, 257, …"""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     rest = [b for b in range(256) if b not in printable]
     return {**{chr(b): b for b in printable}, **{chr(256 + n): b for n, b in enumerate(rest)}}

@@ -1,4 +1,4 @@
-"""The objects that every surface shares: engine, names, tenancy, limits and metrics of one server."""
+"""Objects that all routes of a server share: engine, names, tenancy, limits and metrics."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ if TYPE_CHECKING:
 class Service:
     """The parts of one server.
 
-    `reader`: tokenizes prompts. `phase`: set to draining by the server. `inside`: requests being answered.
-    `loaded`: whether the base
-    is loaded; until then `engine` and `reader` are placeholders (`use_base`), and `step` describes the
-    loading progress. `shared_quotas`: the tenancy's.
+    `reader`: tokenizes prompts. `phase`: the server sets it to draining. `inside`: number of requests in
+        progress.
+    `loaded`: whether the base is loaded. Before that, `engine` and `reader` are placeholders (see
+        `use_base`), and
+    `step` describes the loading progress. `shared_quotas`: the tenancy's quotas.
     """
 
     engine: Engine[Any, Any]
@@ -75,7 +76,7 @@ class Service:
             self.phase = "ready"
 
     def need_base(self) -> None:
-        """Raises Refused (503) while the base is loading."""
+        """Raise Refused (503) while the base is loading."""
         if not self.loaded:
             raise not_ready(self.phase)
 
@@ -87,10 +88,10 @@ class Service:
         mix: Sequence[tuple[str, float]] | None = None,
         lora_path: str | None = None,
     ) -> ResolvedModel:
-        """The mix that a body names: `model`, `mix`, or SGLang's `lora_path`.
+        """Return the mix that a body names by `model`, `mix`, or SGLang's `lora_path`.
 
-        An empty `mix` is the base. `mix` with another name is rejected, and an unknown name is 404, never the
-        base. A `model` that names an adapter takes precedence over `lora_path`, as in SGLang.
+        An empty `mix` means the base. `mix` together with another name is refused, and an unknown name is a
+        404. A `model` that names an adapter takes precedence over `lora_path`, as in SGLang.
         """
         named = model if model and model != self.catalog.base else None
         if mix is None:
@@ -104,13 +105,13 @@ class Service:
         return self.catalog.resolve_mix(mix, principal)
 
     def texts(self, request: Request) -> AsyncIterator[EngineEvent]:
-        """The events of a text answer. Raises Refused (400) on an image server."""
+        """Return the events of a text completion. Raises Refused (400) on an image server."""
         if self.engine.makes != "texts":
             raise invalid("this server has an image base", fix="use /v1/images/generations")
         return self.engine.events(request)
 
     def trouble(self) -> str:
-        """Why new requests should go elsewhere for now; "" if none."""
+        """Return the reason why new requests should go to another server, or ""."""
         return self.engine.problem() or self.engine.trouble()
 
 
@@ -127,9 +128,9 @@ def service_of(request: HttpRequest) -> Service:
 
 
 def client_key(request: HttpRequest) -> str | None:
-    """The client's key: a bearer token, or the headers of older clients.
+    """Return the client's key: a bearer token, or a header that other clients use, such as Azure's.
 
-    Azure's clients among them. Tinker's SDK only sends keys with the prefix tml-, which is removed.
+    Tinker's SDK only sends keys with the prefix tml-, which is removed.
     """
     kind, _, key = request.headers.get("authorization", "").partition(" ")
     if kind.lower() == "bearer" and key.strip():
@@ -139,12 +140,12 @@ def client_key(request: HttpRequest) -> str | None:
 
 
 def caller_of(request: HttpRequest, user: str | None = None) -> Principal:
-    """The request's principal, as set by the middleware, with the body's `user`."""
+    """Return the request's principal, set by the middleware, with the body's `user`."""
     principal = principal_of(request.scope)
     return replace(principal, user=user) if user else principal
 
 
 def admission_of(request: HttpRequest) -> AdmittedRequest:
-    """The request's hold on the server's resources, to which the surface adds its own."""
+    """Return the request's hold on the server's resources, to which routes add their own."""
     admitted: AdmittedRequest = request.scope["veneer.admitted"]
     return admitted

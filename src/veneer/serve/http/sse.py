@@ -1,6 +1,7 @@
-"""Server-sent events to one client, until the source ends, the client leaves, or stops reading.
+"""Server-sent events to one client, until the source ends, the client disconnects, or the client stops
+reading.
 
-In every case the source is closed, which cancels what still runs for it.
+The source is closed in every case, which cancels all its running work.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class Closable(Protocol):
 
 
 def data(content: Any, *, tight: bool = False) -> bytes:
-    """One event. `tight`: without the space after the colon, as TGI writes it."""
+    """Return one event. `tight`: without a space after the colon, as TGI writes it."""
     body = content.encode() if isinstance(content, str) else json_bytes(content)
     return (b"data:" if tight else b"data: ") + body + b"\n\n"
 
@@ -29,8 +30,9 @@ def data(content: Any, *, tight: bool = False) -> bytes:
 class EventStream(Response):
     """A stream of server-sent events.
 
-    `lines`: the events' bytes, made from `source`. `format_error`: formats an error that comes too late for a status.
-    `stall`: seconds for which the client can leave the stream unread.
+    `lines`: bytes of the events, made from `source`. `format_error`: formats an error that occurs after the
+        status was
+    sent. `stall`: seconds for which the client can leave the stream unread.
     """
 
     def __init__(
@@ -43,7 +45,7 @@ class EventStream(Response):
     ) -> None:
         super().__init__(media_type="text/event-stream", headers=headers)
         self.headers["cache-control"] = "no-cache"
-        self.headers["x-accel-buffering"] = "no"  # nginx would buffer the events
+        self.headers["x-accel-buffering"] = "no"  # otherwise nginx buffers the events
         del self.headers["content-length"]
         self.lines, self.source, self.format_error, self.stall = lines, source, format_error, stall
 
@@ -64,7 +66,7 @@ class EventStream(Response):
 
     async def _write(self, send: Send) -> None:
         async def send_timed(message: dict[str, Any]) -> None:
-            async with asyncio.timeout(self.stall):  # wait_for can lose a cancellation
+            async with asyncio.timeout(self.stall):  # not wait_for, which can lose a cancellation
                 await send(message)
 
         try:
@@ -82,10 +84,10 @@ class EventStream(Response):
         except TimeoutError:
             log.info("a stream was not read for %g s and is cancelled", self.stall)
         except OSError:
-            pass  # the client is gone
+            pass  # the client has disconnected
 
 
 async def client_left(receive: Receive) -> None:
-    """Return when the client has left."""
+    """Return once the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -1,7 +1,6 @@
-"""Request bodies of the text APIs, converted to `Sampling`.
+"""Request bodies of the text routes, converted to `Sampling`.
 
-An out-of-range value raises Refused (400) naming the request field.
-"""
+An invalid value raises Refused (400) with its field."""
 
 from __future__ import annotations
 
@@ -34,7 +33,7 @@ from veneer.serve.request import GrammarSpec, Sampling, invalid
 
 
 def _prompt_form(value: Any) -> str:
-    """Which of the four forms of a prompt a value has."""
+    """Return which of a prompt's four forms a value has."""
     if not isinstance(value, list):
         return "=text"
     first = value[0] if value else ""
@@ -54,7 +53,7 @@ Texts = Annotated[
 ]
 """OpenAI's prompts: a text or token ids, or a list of either.
 
-Tags begin with = because they are not part of a body: errors omit them.
+Tags start with "=", so that error messages can omit them.
 """
 Stop = Annotated[
     Annotated[str, Tag("=one")] | Annotated[list[str], FAIL_FAST, at_most(KEYS), Tag("=several")],
@@ -94,7 +93,7 @@ class Message(Strict):
     tool_calls: Objects | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
-    # Returned by OpenAI's client with an assistant's turn; always empty here.
+    # OpenAI's client sends this field with an assistant's turn; it is always empty here.
     refusal: None = None
     audio: None = None
     annotations: None = None
@@ -105,7 +104,7 @@ class Message(Strict):
 
 
 class TextBody(Body):
-    """The keys that chat and completions share."""
+    """Keys of both chat completions and completions."""
 
     ignored: ClassVar = frozenset(
         (
@@ -168,7 +167,7 @@ class TextBody(Body):
         return n
 
     def adapters(self) -> dict[str, Any]:
-        """The arguments of Service.choose."""
+        """Return the arguments of Service.choose."""
         return {"model": self.model, "mix": mix_of(self.mix), "lora_path": self.lora_path}
 
     def sampling(
@@ -180,7 +179,7 @@ class TextBody(Body):
         grammar: GrammarSpec | None = None,
         **more: Any,
     ) -> Sampling:
-        """The Sampling of a request. `available`: tokens that the context leaves. `more`: logprobs."""
+        """Return a request's Sampling. `available`: tokens left in the context. `more`: logprobs."""
         names = "min_tokens temperature top_p min_p presence_penalty frequency_penalty repetition_penalty seed"
         return sampling_of(
             **{name: getattr(self, name) for name in names.split()},
@@ -195,7 +194,7 @@ class TextBody(Body):
         )
 
     def _grammars(self) -> list[GrammarSpec | None]:
-        """The grammar under each key that can name one."""
+        """Return the grammar under each key that can contain one."""
         form, structured = self.response_format, self.structured_outputs or StructuredOutputs()
         grammars: list[GrammarSpec | None] = []
         if form is not None and form.type == "json_schema":
@@ -246,7 +245,7 @@ class ChatBody(TextBody):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def variables(self) -> dict[str, Any]:
-        """The template's variables besides messages and tools."""
+        """Return the chat template's variables other than messages and tools."""
         if self.continue_final_message and self.messages[-1].role != "assistant":
             raise invalid("the last message is not the assistant's", "continue_final_message")
         return template_variables(self.chat_template_kwargs, self.add_generation_prompt, self.continue_final_message)
@@ -264,7 +263,7 @@ class CompletionBody(TextBody):
     add_special_tokens: bool = True
 
     def texts(self, service: Service) -> list[str | list[int]]:
-        """The prompts as a list."""
+        """Return the prompts as a list."""
         prompt: Any = self.prompt
         prompts = [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else list(prompt)
         most = service.settings.max_prompts
@@ -278,7 +277,7 @@ class CompletionBody(TextBody):
 def template_variables(
     kwargs: dict[str, Any] | None, add_generation_prompt: bool, continue_final_message: bool
 ) -> dict[str, Any]:
-    """The chat template's variables besides messages and tools, from a body's keys."""
+    """Return the chat template's variables other than messages and tools, from a body's keys."""
     variables = dict(kwargs or {})
     if continue_final_message:
         variables["continue_final_message"] = True
@@ -291,10 +290,7 @@ def template_variables(
 
 
 def sampling_of(**values: Any) -> Sampling:
-    """A Sampling; None leaves the default.
-
-    Raises Refused (400) that names the value out of range.
-    """
+    """Return a Sampling; None keeps a default. Raises Refused (400) that names the invalid value."""
     try:
         return Sampling(**{key: value for key, value in values.items() if value is not None})
     except ConfigError as error:
@@ -311,7 +307,7 @@ def stops_of(stop: Stop | None, most: int) -> tuple[str, ...]:
 
 
 def bias_of(bias: Bias | None, prompts: Prompts) -> dict[int, float]:
-    """Token id -> bias, from JSON's text keys."""
+    """Return token id -> bias, from JSON's text keys."""
     biases: dict[int, float] = {}
     for key, value in (bias or {}).items():
         if not re.fullmatch(r"[0-9]{1,9}", key) or not math.isfinite(value) or abs(value) > 100:
@@ -321,7 +317,7 @@ def bias_of(bias: Bias | None, prompts: Prompts) -> dict[int, float]:
 
 
 def schema_text(schema: Any, param: str) -> str:
-    """A JSON schema, given as an object or text, as text."""
+    """Return a JSON schema, an object or text, as text."""
     try:
         parsed = json.loads(schema) if isinstance(schema, str) else schema
         text = json.dumps(parsed, ensure_ascii=False)
@@ -334,7 +330,7 @@ def schema_text(schema: Any, param: str) -> str:
 
 
 def choices_regex(choices: Sequence[str]) -> str:
-    """A regular expression that matches exactly one of some texts."""
+    """Return a regular expression that matches exactly these texts."""
     if not choices or any(not c for c in choices):
         raise invalid("choice needs at least one text, none of them empty", "structured_outputs")
     return "(" + "|".join(re.sub(r"[\\.+*?()|\[\]{}^$#&\-~/]", r"\\\g<0>", c) for c in choices) + ")"
@@ -348,9 +344,9 @@ def _one_grammar(grammars: Sequence[GrammarSpec | None]) -> GrammarSpec | None:
 
 
 def limited(requested: int | None, available: int, service: Service) -> int:
-    """The token limit of an answer. `requested`: as requested; None for as many as possible.
+    """Return a completion's token limit. `requested`: None for the maximum.
 
-    Raises Refused (400) if more is requested than possible.
+    Raises Refused (400) if more is requested than available.
     """
     most = service.settings.max_tokens or available
     if requested is None:

@@ -1,7 +1,7 @@
-"""Chat requests to the engine, from a surface's body or from a view in this process.
+"""Chat requests to the engine, from an HTTP body or from a Studio view in this process.
 
-    chat_job    admission, the prompt's tokens, storing the answer -> a TextJob, which `answers.run` runs
-    ask_texts   the whole request without HTTP: events as they arrive, under the same limits and bill
+    chat_job    admission, prompt tokens, storage for feedback -> a TextJob, which `answers.run` runs
+    ask_texts   the full request without HTTP: events as they arrive, under the same limits and bill
 
 A request carries its mix: only adapters that it names are loaded, and none is merged.
 """
@@ -39,11 +39,11 @@ async def chat_job(
     cache_salt: str = "",
     stores: bool = True,
 ) -> TextJob:
-    """The engine job of a conversation.
+    """Return the engine job of a conversation.
 
-    `sampling`: parameters for the tokens that the prompt leaves. `id`: the answer's. `variables`: template
-    variables besides messages and tools. `stores`: whether the answer can be stored for feedback. Raises
-    Refused: too much at once (429), a prompt that does not fit the context (400).
+    `sampling`: from the number of free tokens to parameters. `id`: the response's. `variables`: chat template
+    variables other than messages and tools. `stores`: whether the completion can be stored for feedback.
+    Raises Refused (429 for too many requests, 400 for a prompt that exceeds the context).
     """
     use, variables = use or ToolUse(), variables or {}
     admitted.reserve("answers", n)
@@ -52,7 +52,7 @@ async def chat_job(
     continued = bool(variables.get("continue_final_message"))
 
     def keeping(answered: ResolvedModel, answer_id: str) -> Callable[[Sequence[str]], None] | None:
-        """A function that stores answers for feedback, as training conversations; None if not stored."""
+        """Return a function that stores completions for feedback as training conversations, or None."""
         keep = service.tenancy.keeping(principal, answered, answer_id) if stores else None
         if keep is None:
             return None
@@ -72,10 +72,11 @@ async def chat_job(
 
 @dataclass(frozen=True)
 class TextRequest:
-    """A request from a view.
+    """A request from a Studio view.
 
-    `mix`: (name, strength) of each part, empty for the base. `logprobs`: most likely tokens in addition to
-    each of the answer's, None for no logprobs. `id`: the answer's id, used by feedback.
+    `mix`: (name, strength) of each part, empty for the base. `logprobs`: number of most likely tokens per
+        position in
+    addition to the sampled one, or None. `id`: the response's id, used by feedback.
     """
 
     messages: Sequence[dict[str, Any]]
@@ -94,10 +95,11 @@ async def ask_texts(
     request: TextRequest,
     on_resolved: Callable[[ResolvedModel], None] | None = None,
 ) -> AsyncGenerator[IndexedEvent, None]:
-    """(index, event) of `n` answers, as for a chat completion of the principal.
+    """Yield (index, event) of `n` completions, as for a chat completion of the principal.
 
-    The request is a trial (see `ResolvedModel`). Closing it cancels what still runs. `on_resolved`: called with the
-    resolved names before the first event. Call on the server's event loop. Raises Refused.
+    The request is a trial (see `ResolvedModel`). Closing the iterator cancels all running work.
+    `on_resolved`: called with the resolved names before the first event. Call on the server's event loop.
+        Raises Refused.
     """
     if service.phase != "ready":
         raise not_ready(service.phase)
@@ -117,7 +119,7 @@ async def ask_texts(
                 logprobs=request.logprobs,
             )
 
-        if len(request.mix) == 1 and request.mix[0][1] == 1:  # as `model`, so that routes apply
+        if len(request.mix) == 1 and request.mix[0][1] == 1:  # sent as `model`, so that routes apply
             model = service.choose(principal, model=request.mix[0][0])
         else:
             model = service.choose(principal, mix=list(request.mix))

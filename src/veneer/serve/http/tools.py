@@ -1,14 +1,13 @@
-"""Tools: prompts a model to call functions, and parses the calls from its answer.
+"""Tools: prompt a model to call functions, and parse the calls from its completion.
 
-| tool_choice | the answer | parsed as |
+| tool_choice | completion | parsed as |
 | --- | --- | --- |
 | none, or no tools | text | text |
 | auto | text with `<tool_call>{"name": …, "arguments": {…}}</tool_call>` (Hermes, Qwen, SmolLM3) | both |
 | required | by grammar, one object {"name", "arguments"} that fits one of the tools | one call |
 | a function | by grammar, such an object for this function | one call |
 
-The tools are passed to the chat template; for a base whose template does not support tools, they are
-rejected.
+The tools are passed to the chat template. A base whose template does not support tools refuses them.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call; `arguments` is JSON."""
+    """A tool call. `arguments`: JSON text."""
 
     index: int
     name: str
@@ -43,7 +42,7 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class ToolUse:
-    """How one request uses tools."""
+    """The tools of one request, and how they are used."""
 
     mode: Literal["none", "auto", "required", "named"] = "none"
     tools: tuple[Mapping[str, Any], ...] = ()
@@ -51,7 +50,7 @@ class ToolUse:
 
 
 def tool_use(tools: Sequence[Mapping[str, Any]] | None, choice: Any, takes_tools: bool) -> ToolUse:
-    """The tool use of a request.
+    """Return the tool use of a request.
 
     Raises Refused (400) for tools that are not functions, an unknown choice, or a base without tool support.
     """
@@ -101,10 +100,9 @@ def _call_schema(name: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class ToolReader:
-    """Parses one answer as it arrives: `feed` and `end` yield texts and calls.
+    """Parses one completion as it arrives: `feed` and `end` yield texts and calls.
 
-    `calls` counts calls.
-    """
+    `calls`: number of calls."""
 
     def __init__(self, use: ToolUse) -> None:
         self.use, self.buffer, self.calls, self.inside = use, "", 0, False
@@ -119,7 +117,7 @@ class ToolReader:
                 yield from self._sorted()
 
     def end(self) -> Iterator[str | ToolCall]:
-        """The held-back text: an unclosed call if it can be parsed, else text."""
+        """Yield the remaining text: an unclosed call if it can be parsed, otherwise text."""
         rest, self.buffer = self.buffer, ""
         if not rest:
             return
@@ -142,7 +140,9 @@ class ToolReader:
                     self.buffer[: len(self.buffer) - held_back],
                     self.buffer[len(self.buffer) - held_back :],
                 )
-                if free and not (self.calls and not free.strip()):  # newlines between calls are not an answer
+                if free and not (
+                    self.calls and not free.strip()
+                ):  # line breaks between calls are not part of the completion
                     yield free
                 return
             if self.buffer[:start].strip() or (start and not self.calls):
@@ -163,7 +163,7 @@ class ToolReader:
 
 
 def message_of_answer(reader: ToolReader, text: str) -> dict[str, Any]:
-    """The assistant's message of a whole answer: its content, and its calls if any."""
+    """Return the assistant's message of a complete completion: its content, and its calls if any."""
     pieces = [*reader.feed(text), *reader.end()]
     calls = [piece.to_dict() for piece in pieces if isinstance(piece, ToolCall)]
     content = "".join(piece for piece in pieces if isinstance(piece, str))

@@ -1,15 +1,15 @@
 """Adapters in memory: loading, leases, and eviction.
 
-    lease = residents.acquire(request.mix, ready)   at once if all are in memory; else None, then ready(lease)
-    … lease.parts: what `prepare` made of each adapter, with its strength …
+    lease = residents.acquire(request.mix, ready)   at once if all are in memory; otherwise None, then ready(lease)
+    … lease.parts: the prepared adapters with their strengths …
     lease.release()
 
 Each adapter has one entry: wanted → loading → loaded → resident. A few threads load (read and prepare).
 Requests for the same adapters wait in one group; groups get memory in order of arrival, for all of a mix or
 none, so that two mixes cannot hold half each. Leased adapters are never evicted. If a group waits longer than
-`patience` for memory that others keep in use, the adapters resident longest are drained: they take no new
-requests until the group fits. So with twice as many adapters in demand as fit, they take turns of at least
-`patience`.
+`patience` for memory that others keep in use, the adapters that were loaded first are drained: they get no
+new requests until the group fits. So with twice as many requested adapters as fit, adapters take turns of at
+least `patience`.
 
 Only `load` blocks. In addition to the limit, loaded adapters can wait for memory: as many as there are
 threads, or as the next group needs. Depends on adapters and sizes; not on models or names.
@@ -35,7 +35,7 @@ from veneer.serve.transient import internal_error
 
 
 class Sized(Protocol):
-    """An adapter as a runner uses it. `bytes`: its share of the limited memory."""
+    """A prepared adapter. `bytes`: its share of the limited memory."""
 
     @property
     def bytes(self) -> int: ...
@@ -56,7 +56,7 @@ class ResidentStats:
 
 @dataclass(frozen=True)
 class ResidentAdapter:
-    """An adapter in memory. `leases`: running requests that use it."""
+    """An adapter in memory. `leases`: number of running requests that use it."""
 
     digest: str
     bytes: int
@@ -87,7 +87,8 @@ class _Entry(Generic[T]):
     """The state of one adapter.
 
     `adapter`: already read, to be prepared. `prepared`: the prepared adapter, once loaded. `dropped`: no name
-    refers to it. `used`: counter value of its last use. `since`: when it became resident.
+        refers to
+    it. `used`: counter value of its last use. `since`: when it became resident.
     """
 
     digest: str
@@ -107,10 +108,7 @@ class _Entry(Generic[T]):
 
 @dataclass(eq=False)
 class _Group(Generic[T]):
-    """Requests that wait for the same adapters.
-
-    `blocked`: since when the group waits for memory, or None.
-    """
+    """Requests that wait for the same adapters. `blocked`: since when the group waits for memory, or None."""
 
     entries: list[_Entry[T]]
     members: list[tuple[DigestMix, _Ready[T]]] = field(default_factory=list)
@@ -121,8 +119,10 @@ class AdapterCache(Generic[T]):
     """Loads and evicts adapters.
 
     `read`: digest -> adapter, from disk; raises Refused or any VeneerError. `prepare`: (adapter, digest) ->
-    what the runner needs. Both run on this object's threads. `freed`: called with each evicted object, from
-    any thread. `submit`: runs jobs; by default on `threads` threads.
+        the object
+    that the runner needs. Both run on this object's threads. `freed`: called with each evicted object, from
+    any thread.
+    `submit`: runs jobs; by default on `threads` threads.
     """
 
     def __init__(
@@ -153,10 +153,10 @@ class AdapterCache(Generic[T]):
     # -- for the engine's step: none of these block --------------------------------------------------------------------
 
     def acquire(self, mix: DigestMix, ready: _Ready[T]) -> Lease[T] | None:
-        """The lease if everything is in memory.
+        """Return the lease if all adapters are in memory; otherwise return None and call `ready` once later.
 
-        Else None, and `ready` is called once later. `ready` gets a lease or the error, from another thread or
-        within a later call of this object, so it must only post a message.
+        `ready` gets a lease or the error, from another thread or within a later call of this object, so it
+        must only post a message.
         """
         with self._changing():
             entries = [self._entries.get(digest) for digest, _ in mix]
@@ -167,10 +167,8 @@ class AdapterCache(Generic[T]):
         return None
 
     def withdraw(self, ready: _Ready[T]) -> bool:
-        """Stop waiting; returns False if `ready` was or will be called.
-
-        In that case, release its lease.
-        """
+        """Stop waiting; return False if `ready` was or will be called, in which case its lease must be
+        released."""
         with self._changing():
             waiting = [(k, g, m) for k, g in self._groups.items() for m in g.members if m[1] == ready]
             if not waiting:
@@ -185,9 +183,11 @@ class AdapterCache(Generic[T]):
     # -- loading and unloading -----------------------------------------------------------------------------------------
 
     def load(self, digest: str, adapter: Adapter | None = None, *, timeout: float = 60.0) -> None:
-        """Load an adapter and wait until it is in memory; after `timeout` seconds, it is loaded on demand instead.
+        """Load an adapter and wait until it is in memory; after `timeout` seconds, stop waiting and load it
+        on demand.
 
-        `adapter`: the adapter, if already read. Raises Refused if it cannot be prepared or can never fit.
+        `adapter`: the adapter, if already read. Raises Refused if the adapter cannot be prepared or can never
+            fit.
         """
         answers: SimpleQueue[Lease[T] | Refused] = SimpleQueue()
         with self._changing():
@@ -215,7 +215,7 @@ class AdapterCache(Generic[T]):
             self._advance()
 
     def close(self) -> None:
-        """Fail waiting requests, and end the threads."""
+        """Fail waiting requests, and stop the threads."""
         with self._changing():
             self._closed = True
             for key in list(self._groups):
@@ -231,13 +231,13 @@ class AdapterCache(Generic[T]):
             return ResidentStats(self._bytes, adapters, waiting, self._evictions)
 
     def resident(self) -> dict[str, ResidentAdapter]:
-        """The adapters in memory by digest, least recently used first."""
+        """Return the adapters in memory by digest, least recently used first."""
         with self._changing():
             entries = sorted((e for e in self._entries.values() if e.state == "resident"), key=lambda e: e.used)
             return {e.digest: ResidentAdapter(e.digest, e.size, e.leases) for e in entries}
 
     def resident_adapters(self) -> list[ResidentAdapter]:
-        """The adapters in memory, most recently used first."""
+        """Return the adapters in memory, most recently used first."""
         return [*reversed(self.resident().values())]
 
     # -- with the lock held --------------------------------------------------------------------------------------------
@@ -295,12 +295,9 @@ class AdapterCache(Generic[T]):
         self._tidy(group.entries)
 
     def _advance(self) -> None:
-        """Do all that is possible now.
-
-        Starts loads for the next groups, and admits groups that fit.
-        """
+        """Start loads for the next groups, and admit groups that fit."""
         loaded = sum(e.state in ("loading", "loaded") for e in self._entries.values())
-        first, blocked = True, False  # first waiting group; memory is blocked
+        first, blocked = True, False  # whether this is the first waiting group; whether memory is blocked
         for key, group in list(self._groups.items()):
             new = [e for e in group.entries if e.state != "resident"]
             for entry in new:
@@ -332,15 +329,13 @@ class AdapterCache(Generic[T]):
         self._bytes += entry.size
 
     def _too_large(self, group: _Group[T]) -> Refused | None:
-        """The error for a mix that can never fit; None if it can."""
+        """Return the error for a mix that can never fit, or None."""
         need = sum(e.size for e in group.entries)
         return None if need <= self.limit else _over_limit(need, self.limit)
 
     def _make_room(self, new: Iterable[_Entry[T]], group: _Group[T]) -> bool:
-        """Evict idle adapters, least recently used first, if that makes room for `new`.
-
-        Else none.
-        """
+        """Evict idle adapters, least recently used first, if that makes enough space for `new`; otherwise
+        evict none."""
         need = sum(e.size for e in new) + self._bytes - self.limit
         idle = [e for e in self._entries.values() if e.state == "resident" and not e.leases]
         idle = sorted((e for e in idle if e not in group.entries), key=lambda e: e.used)
@@ -371,7 +366,7 @@ class AdapterCache(Generic[T]):
             need -= entry.size
 
     def _tidy(self, entries: Iterable[_Entry[T]]) -> None:
-        """Free entries that nobody needs; loaded adapters stay resident if there is room."""
+        """Free entries that no group needs; loaded adapters stay resident if they fit."""
         for entry in entries:
             if entry.leases or entry.state == "loading" or self._is_wanted(entry):
                 continue
@@ -395,7 +390,7 @@ class AdapterCache(Generic[T]):
     # -- jobs, on the threads ------------------------------------------------------------------------------------------
 
     def _load(self, entry: _Entry[T]) -> None:
-        """Load an adapter; a failure fails only the groups that want it."""
+        """Load an adapter; a failure fails only the groups that need it."""
         try:
             adapter, entry.adapter = entry.adapter or self._read(entry.digest), None
             if (size := adapter.size_bytes()) > self.limit:

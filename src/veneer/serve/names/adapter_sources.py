@@ -48,7 +48,8 @@ from veneer.serve.transient import internal_error, is_transient, transient_error
 _MOST_LOCATIONS = 1 << 16
 
 Problems = Callable[[Adapter], list[str]]
-"""Reasons why an adapter cannot be served with full effect, one line each; defined by the engine."""
+"""Returns the reasons why an adapter cannot be served with full effect, one line each; defined by the
+engine."""
 
 
 def unusable(reason: str, message: str, *, status: int = 400, fix: str | None = None) -> Refused:
@@ -59,8 +60,9 @@ def unusable(reason: str, message: str, *, status: int = 400, fix: str | None = 
 class AdapterLocation:
     """The location of an adapter's files.
 
-    `root`: the operator's name for the adapter; never a path. `reference`: its library reference by content,
-    with its `entry` and `format` there; "" for a `path`.
+    `root`: the operator's name of the adapter; never a path. `reference`: its library reference by content,
+        with its
+    `entry` and `format` there; "" for a `path`.
     """
 
     root: str
@@ -90,8 +92,8 @@ class UnloadedBase:
 class AdapterSources:
     """The readable adapters. Thread-safe.
 
-    `base`: can be replaced, once, by the loaded base. `folders`: allowed folders; files anywhere below them
-    can be loaded.
+    `base`: replaced once by the loaded base. `folders`: allowed folders; files anywhere inside them can be
+        loaded.
     """
 
     def __init__(
@@ -110,10 +112,10 @@ class AdapterSources:
     # -- looking up references -----------------------------------------------------------------------------------------
 
     def find_version(self, reference: str, *, sure: bool = False) -> NamedVersion | None:
-        """Look up a reference in the in-memory index.
+        """Look up a reference in the in-memory index; return None if it is unknown or no reference.
 
-        None if it is unknown or not a reference. Reads no adapter and queries no database. `sure`: wait for
-        an index refresh that starts now, for callers that can block.
+        Reads no adapter and queries no database. `sure`: wait for an index refresh that starts now, for
+        callers that can block.
         """
         if self.names is None or len(reference) > 200:
             return None
@@ -124,15 +126,13 @@ class AdapterSources:
         return (self.names.refreshed() if sure else self.names.now).find(parsed)
 
     async def fresh(self) -> None:
-        """Wait until everything committed before this call is visible.
-
-        Returns early if the index does not answer.
-        """
+        """Wait until everything committed before this call is visible, or until the index fails to respond in
+        time."""
         if self.names is not None:
             await self.names.fresh()
 
     def latest_versions(self, fingerprint: str) -> list[NamedVersion]:
-        """The latest readable version of each name for the base of this fingerprint."""
+        """Return the latest readable version of each name for the base with this fingerprint."""
         return [] if self.names is None else [v for v in self.names.now.latest(fingerprint) if v.digest]
 
     def close(self) -> None:
@@ -142,10 +142,7 @@ class AdapterSources:
     # -- locating files ------------------------------------------------------------------------------------------------
 
     def locate(self, source: str) -> AdapterLocation:
-        """The location of a library reference, or of a path in an allowed folder.
-
-        Raises Refused.
-        """
+        """Return the location of a library reference, or of a path in an allowed folder. Raises Refused."""
         version = self.find_version(source, sure=True)
         if version is not None:
             return location_of(version)
@@ -156,10 +153,8 @@ class AdapterSources:
         return AdapterLocation(path.name, path=path)
 
     def _path(self, source: str) -> Path | None:
-        """The resolved path inside an allowed folder.
-
-        None for paths outside, as if they did not exist.
-        """
+        """Return the resolved path inside an allowed folder, or None for other paths, as if they did not
+        exist."""
         path = Path(source)
         if not source.isprintable() or len(source) > 4096 or ".." in path.parts:
             return None
@@ -196,11 +191,11 @@ class AdapterSources:
                 del self._loaded[next(iter(self._loaded))]
 
     def read(self, digest: str, problems: Problems = lambda adapter: []) -> Adapter:
-        """The adapter with this digest, read from its known location. Raises Refused."""
+        """Return the adapter with this digest, read from its known location. Raises Refused."""
         return self.read_from(self._location(digest), problems, digest)
 
     def files(self, digest: str) -> Path:
-        """The path of the files of an adapter, for servers that read them. Raises Refused."""
+        """Return the path of an adapter's files, for servers that read them. Raises Refused."""
         return self._files(self._location(digest))
 
     def _location(self, digest: str) -> AdapterLocation:
@@ -212,10 +207,11 @@ class AdapterSources:
         return location
 
     def read_from(self, location: AdapterLocation, problems: Problems, digest: str = "") -> Adapter:
-        """Read an adapter, and check that this base serves it with full effect.
+        """Read an adapter, and check that this base serves it with full effect. Raises Refused.
 
-        Raises Refused. `digest`: required digest of the adapter. Tensors from an allowed folder are copied:
-        if somebody writes to a mapped file, running requests would see the change.
+        `digest`: the required digest. Tensors from an allowed folder are copied, because a change of a mapped
+            file
+        would reach running requests.
         """
         if location.path is not None and not location.path.exists():
             raise unusable("not_found", f"{location.root} is no longer there", status=404)
@@ -230,7 +226,7 @@ class AdapterSources:
                 raise unusable("changed", f"{location.root} has changed since it was loaded", status=409)
         except Refused:
             raise
-        except Exception as error:  # readers can raise anything on a hostile file
+        except Exception as error:  # readers can raise any exception for a hostile file
             raise self._refusal(location, error) from error
         if faults := problems(adapter):
             raise _unservable(location, faults)
@@ -240,10 +236,9 @@ class AdapterSources:
         return location.path or self._from_library(location)
 
     def _from_library(self, location: AdapterLocation) -> Path:
-        """The files in the library, fetched first if stored remotely.
+        """Return the files in the library, fetched first if stored remotely.
 
-        Errors are not the adapter's fault.
-        """
+        Errors are not the adapter's fault."""
         assert self.library is not None
         try:
             return self.library.place(location.root, location.entry, location.format)
@@ -256,7 +251,7 @@ class AdapterSources:
             raise internal_error(f"the library's copy of {location.root}", error) from error
 
     def _reads_as(self, path: Path, digest: str) -> bool:
-        """Whether the digest matches when read without a base, as in the library."""
+        """Return whether the digest matches when the files are read without a base, as in the library."""
         return reader.read(path).adapter.digest() == digest
 
     def _refusal(self, location: AdapterLocation, error: Exception) -> Refused:
@@ -278,7 +273,7 @@ class AdapterSources:
         return unusable(reason, f"{location.root}: {message}")
 
     def _paths(self, location: AdapterLocation) -> dict[str, str]:
-        """Local paths that messages can contain, and what clients see instead."""
+        """Return local paths that messages can contain -> their replacements for clients."""
         paths = {} if location.path is None else {str(location.path): location.root}
         if self.library is not None:
             paths[self.library.location] = "the library"
@@ -287,16 +282,16 @@ class AdapterSources:
         return paths
 
     def _sound(self, location: AdapterLocation) -> bool:
-        """Whether the files are a readable adapter, of any base."""
+        """Return whether the files are a readable adapter, of any base."""
         try:
             reader.read(self._files(location))
-        except Exception:  # the files are present, so any reader error is their fault
+        except Exception:  # the files are present, so any error is their fault
             return False
         return True
 
 
 def _folder(folder: str | Path) -> Path:
-    """The resolved folder. Raises ConfigError if it does not exist."""
+    """Return the resolved folder. Raises ConfigError if it does not exist."""
     try:
         resolved = Path(folder).expanduser().resolve(strict=True)
     except (OSError, RuntimeError):

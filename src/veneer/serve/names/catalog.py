@@ -1,4 +1,4 @@
-"""The names of one server, and which adapters they mean: the catalog of an embedded engine.
+"""The names of one server, and the adapters that they mean.
 
     sources = AdapterSources(base, library=open_library())
     engine = TextEngine(base, sources.read)
@@ -7,13 +7,13 @@
 
 A name is looked up in this order: the base's name; a route (`routes`); a loaded name; a library reference
 (`support`, `support@2`, `support@prod`, `sha256:…`). Each can have the prefix `base:`;
-`ft:base:acme:support:id` is OpenAI's form (library/names.py). Unknown names and names that the principal cannot
-see give the same 404; for the latter, before any lookup.
+`ft:base:acme:support:id` is OpenAI's form (library/names.py). Unknown names and names that the principal
+cannot see give the same 404; for the latter, before any lookup.
 
 Names from clients never reach the file system: they are compared with known names and looked up in the
 library's index. A loaded adapter is fully checked before its name becomes visible. A library adapter that was
-not loaded is checked by the same rules on its first request, off the engine's thread; the index already tells
-if it belongs to another base.
+not loaded is checked by the same rules on its first request, outside the engine's thread; the index already
+shows whether it belongs to another base.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ _log = logging.getLogger(__name__)
 class _Meaning:
     """A client's name, resolved.
 
-    `target`: the adapter's name; for a route, the name that the route chose. `digest`, `operator_name`: the adapter,
-    and the operator's name for the adapter; "" for the base.
+    `target`: the adapter's name; for a route, the name that the route chose. `digest`, `operator_name`: the
+        adapter,
+    and the operator's name of the adapter; "" for the base.
     """
 
     target: str
@@ -57,7 +58,7 @@ class _Meaning:
 
 
 class NoAdapters:
-    """The adapter memory of a server whose base is not loaded yet."""
+    """The adapter storage of a server whose base is still loading."""
 
     def load(self, digest: str, adapter: Adapter | None = None) -> None:
         raise not_ready("loading")
@@ -71,9 +72,10 @@ class NoAdapters:
 class Catalog:
     """Resolves names, and loads and unloads adapters.
 
-    `problems`: reasons why an adapter cannot be served with full effect, one line each. `memory`: where
-    loaded adapters are kept. `name`: the base's served name; by default the last part of its own name.
-    Thread-safe; only `load` and `check` read files.
+    `problems`: returns reasons why an adapter cannot be served with full effect, one line each. `memory`:
+        storage of
+    loaded adapters. `name`: the base's served name; by default the last part of its own name. Thread-safe;
+    only `load` and `check` read files.
 
     Raises Refused: model_not_found (404), adapter_exists (400), adapter_unusable (see `AdapterSources`).
     """
@@ -91,7 +93,7 @@ class Catalog:
         self.sources, self.problems, self.residents, self.routes = sources, problems, memory, routes
         self._started = int(time.time())
         self._lock = threading.Lock()
-        self._reading = threading.Semaphore(2)  # limits memory: concurrent loads
+        self._reading = threading.Semaphore(2)  # limits the memory of concurrent loads
         self._loaded: dict[str, ModelCard] = {}
         self._library_models: tuple[object, list[ModelCard]] = (None, [])
 
@@ -138,12 +140,12 @@ class Catalog:
             raise invalid(f"a mix of {len(parts)} adapters; at most {MAX_MIX}", "mix")
         meanings = [(self._mean(word, principal), strength) for word, strength in parts]
         mix = make_mix([(meaning.digest, strength) for meaning, strength in meanings if meaning.digest])
-        # If two names mean one adapter, choose the same name every time.
+        # If two names mean one adapter, always choose the same name.
         named = [
             min((m for m, _ in meanings if m.digest == digest), key=lambda m: m.operator_name) for digest, _ in mix
         ]
         adapters = tuple(meaning.operator_name for meaning in named)
-        check_strengths(zip(adapters, (strength for _, strength in mix), strict=True))  # summed client values
+        check_strengths(zip(adapters, (strength for _, strength in mix), strict=True))  # sums of the client's values
         name = "+".join(f"{word}:{strength:g}" for word, strength in parts) or self.base
         target = name if len(mix) > 1 else self.base
         if len(mix) == 1:
@@ -153,10 +155,7 @@ class Catalog:
         )
 
     def _word(self, model: str) -> str:
-        """The name without the `base:` prefix.
-
-        For OpenAI's `ft:base:…`, the library reference.
-        """
+        """Return the name without the `base:` prefix; for OpenAI's `ft:base:…`, the library reference."""
         word = model.removeprefix(f"{self.base}:") or self.base
         tuned = parse_tuned(word)
         if tuned is None:
@@ -195,20 +194,17 @@ class Catalog:
         return _Meaning(name, version.digest, version.reference)
 
     def check(self, name: str) -> None:
-        """Read the adapter of a name as its first request would, unless loaded.
+        """Read the adapter of a name as its first request would, unless it is loaded.
 
-        Raises the same Refused.
-        """
+        Raises the same Refused."""
         self.sources.find_version(name, sure=True)
         meaning = self._adapter(name, name)
         if meaning.digest and name not in self._loaded:
             self.sources.read(meaning.digest, self.problems)
 
     def models(self, principal: Principal) -> list[ModelCard]:
-        """The base, then everything the principal can see.
-
-        Loaded adapters, routes, library adapters.
-        """
+        """Return the base, then everything that the principal can see: loaded adapters, routes, library
+        adapters."""
         cards = {card.id: card for card in self._library_cards()}
         cards |= dict(self._loaded)
         out = [ModelCard(self.base, self.base, None, self._started)]
@@ -219,7 +215,7 @@ class Catalog:
         return out
 
     def card(self, model: str, principal: Principal) -> ModelCard:
-        """The card of one model, also under its OpenAI name `ft:base:…`."""
+        """Return the card of one model, also under its OpenAI name `ft:base:…`."""
         if parse_tuned(model) is not None:
             meaning = self._mean(model, principal)
             version = self.sources.find_version(self._word(model))
@@ -239,7 +235,7 @@ class Catalog:
         return self._library_models[1]
 
     def in_memory(self) -> list[tuple[str, ResidentAdapter]]:
-        """(the operator's name, the adapter) of each in memory, most recently used first."""
+        """Return (the operator's name, the adapter) of each adapter in memory, most recently used first."""
         named = {card.digest: name for name, card in self._loaded.items()}
         adapters = []
         for each in self.residents.resident_adapters():
@@ -248,24 +244,24 @@ class Catalog:
         return adapters
 
     async def fresh(self) -> None:
-        """Wait until current names are visible; surfaces call this once per request.
+        """Wait until current names are visible; routes call this once per request.
 
-        If the library's index does not answer, its last state is used, without a long wait.
+        If the library's index does not respond, its last state is used, without a long wait.
         """
         await self.sources.fresh()
 
     def close(self) -> None:
-        """End the thread that reads the library's names."""
+        """Stop the thread that reads the library's names."""
         self.sources.close()
 
     # -- loading ------------------------------------------------------------------------------------------------------
 
     def load(self, name: str, source: str, *, replace: bool = False) -> ModelCard:
-        """Read an adapter, check it against the base and keep it in memory.
+        """Read an adapter, check it against the base and keep it in memory. Blocking: call in a thread.
 
-        A rejected load changes nothing. With `replace` the name switches to the new weights between two
+        A refused load changes nothing. With `replace`, the name switches to the new weights between two
         requests; running requests keep the old weights, which are freed with the last of them. `source`: a
-        library reference, or a path inside the operator's allowed folders. Blocks: call in a thread.
+        library reference, or a path inside the operator's allowed folders.
         """
         try:
             check_name(name, cased=True)
@@ -299,10 +295,7 @@ class Catalog:
         return card
 
     def unload(self, name: str) -> None:
-        """Remove the name at once.
-
-        Its memory is freed when the last running request with it ends.
-        """
+        """Remove the name at once; its memory is freed when the last running request with it ends."""
         with self._lock:
             card = self._loaded.pop(name, None)
         if card is None:
@@ -316,10 +309,7 @@ class Catalog:
             raise Refused(message, status=400, code="adapter_exists", param="lora_name")
 
     def _check_library(self, name: str, digest: str, replace: bool) -> None:
-        """Raises Refused if the name would hide a different library adapter.
-
-        Allowed with `replace`.
-        """
+        """Raise Refused if the name would hide a different library adapter, unless `replace`."""
         version = self.sources.find_version(name, sure=True)
         if version is None or version.digest == digest:
             return
@@ -334,7 +324,7 @@ class Catalog:
         _log.warning("%r now names the loaded adapter instead of the library's %s", name, version.reference)
 
     def _forget(self, digest: str) -> None:
-        """Drop a name's reference to an adapter; frees the adapter if no other name uses it."""
+        """Drop a name's reference to an adapter; free the adapter if no other name uses it."""
         with self._lock:
             used = any(card.digest == digest for card in self._loaded.values())
         if not used:
@@ -352,10 +342,7 @@ def _missing(model: str) -> Refused:
 
 
 def _seconds(added: str) -> int:
-    """Seconds since 1970 of the library's times, such as 2026-11-25T10:00:00Z.
-
-    0 if malformed.
-    """
+    """Return seconds since 1970 of a library time, such as 2026-11-25T10:00:00Z; 0 if malformed."""
     try:
         return calendar.timegm(time.strptime(added, "%Y-%m-%dT%H:%M:%SZ"))
     except ValueError:

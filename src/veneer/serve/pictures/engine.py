@@ -1,10 +1,10 @@
-"""Image engine: batches image requests of many callers through one image base.
+"""Image engine: batches image requests of many clients through one image base.
 
-    events([request, …]) -> check, lease adapters -> queue -> fairest batch -> attach, denoise, watch
+    events([request, …]) -> check, lease adapters -> queue -> fairest batch -> attach, denoise
                          -> Queued, PictureStep …, FinishedPicture for each
 
-Images with the same settings are denoised together, each with its own mix and noise, so no image depends on
-its batch. One thread denoises; nothing else touches the base or its attachment. Independent of HTTP.
+Images with equal settings are denoised together, each with its own mix and noise, so that no image depends on
+its batch. One thread denoises; no other code uses the base or its attachment. Independent of HTTP.
 """
 
 from __future__ import annotations
@@ -45,11 +45,12 @@ if TYPE_CHECKING:
 
 _MAX_STEPS = 150
 _MOST_PARTS = 64
-"""Parts that the adapters of one image can be split into: one for each of an adapter's factors by block."""
+"""Maximum parts into which the adapters of one image are split: one for each of an adapter's factors by
+block."""
 _KEPT_SHAPES = 16
-"""Adapters that stay attached in parts for the next image with the same factors."""
+"""Number of adapters that stay attached in parts for the next image with equal factors."""
 _LOST = 3
-"""Consecutive images failed by internal errors, after which the engine reports unhealthy."""
+"""Consecutive images failed by internal errors, after which the engine reports that it is unhealthy."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +69,9 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
     """Generates images on one base until closed. A context manager.
 
     `read`: digest -> adapter, checked against the base. `controls`: kind -> name or folder of a ControlNet;
-    OWN_KINDS default to the base's own. `window`: seconds that a first image waits for others to batch with.
-    `adapter_bytes`: memory for adapters. `stuck_seconds`: a step longer than this counts as stuck.
+        OWN_KINDS
+    default to the base's own. `window`: seconds that a first image waits for others to batch with.
+    `adapter_bytes`: memory for adapters. `stuck_seconds`: a longer step counts as stuck.
     """
 
     makes = "pictures"
@@ -121,9 +123,9 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         self.close()
 
     def close(self) -> None:
-        """Accept no more, reject what waits, and stop after the current step.
+        """Refuse new requests, fail waiting ones, stop after the current step, and restore the base.
 
-        The base is restored. Blocks; safe to call again.
+        Blocking; safe to call again.
         """
         with self._wake:
             self._closing = True
@@ -138,12 +140,12 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
     # -- interface for surfaces ----------------------------------------------------------------------------------------
 
     async def events(self, requests: Sequence[PictureRequest]) -> AsyncGenerator[tuple[int, PictureEvent], None]:
-        """Generate images; yields (request index, event).
+        """Generate images; yield (request index, event).
 
-        Queued for each request, then steps. FinishedPicture is each request's last event. All
-        requests are accepted or none. Closing the iterator cancels them: waiting images leave the queue, and
-        an abandoned batch ends at its next step. Raises Refused, before the first event if possible; the
-        first failure ends all.
+        Queued for each request, then steps; FinishedPicture is each request's last event. All requests are
+        accepted or none. Closing the iterator cancels them: waiting images leave the queue, and an abandoned
+        batch ends at its next step. Raises Refused, before the first event if possible; the first failure
+        ends all.
         """
         self._refuse_beyond(len(requests))
         await asyncio.to_thread(self._check, requests)
@@ -170,9 +172,9 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             lease.release()
 
     def control(self, kind: str) -> tuple[str, Any]:
-        """(name, model) of the ControlNet for a kind of control image, loaded once.
+        """Return (name, model) of the ControlNet for a kind of control image, loaded once. Blocking.
 
-        Blocks. Raises Refused for a kind without a ControlNet.
+        Raises Refused for a kind without a ControlNet.
         """
         with self._preparing:
             if kind not in self._controls:
@@ -189,11 +191,11 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             return self._controls[kind]
 
     def control_kinds(self) -> list[str]:
-        """The kinds of control images that have a ControlNet."""
+        """Return the kinds of control images that have a ControlNet."""
         return [kind for kind in sorted({*OWN_KINDS, *self._control_names}) if self._control_name(kind)]
 
     def _control_name(self, kind: str) -> str | None:
-        """The source of the ControlNet for a kind; None if there is none."""
+        """Return the source of the ControlNet for a kind, or None."""
         if kind in self._control_names or kind not in OWN_KINDS:
             return self._control_names.get(kind)
         try:
@@ -206,13 +208,13 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         return in_campaign(strength, self.base.prediction, self._modules)
 
     def tokens(self, *texts: str) -> int:
-        """The number of tokens in these prompts."""
+        """Return the number of tokens in these prompts."""
         tokenizer, limit = self._counter
         with self._counting:
             return sum(min(limit, len(tokenizer(text, verbose=False)["input_ids"])) for text in texts)
 
     def positions(self, settings: PictureSettings) -> int:
-        """The latent positions that the denoiser processes for an image of this size."""
+        """Return the latent positions that the denoiser processes for an image of this size."""
         unit = self.base.unit
         return ((settings.width or self.base.size) // unit) * ((settings.height or self.base.size) // unit)
 
@@ -241,14 +243,14 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
     # -- adapters ------------------------------------------------------------------------------------------------------
 
     async def _leased(self, mix: DigestMix) -> Lease[_Held]:
-        """Wait until all of the mix is in memory. Raises Refused if loading fails."""
+        """Wait until all adapters of the mix are in memory. Raises Refused if loading fails."""
         loop = asyncio.get_running_loop()
         outcome: asyncio.Future[Lease[_Held] | Refused] = loop.create_future()
 
         def deliver(result: Lease[_Held] | Refused) -> None:
             if not outcome.done():
                 outcome.set_result(result)
-            elif isinstance(result, Lease):  # nobody waits any more
+            elif isinstance(result, Lease):  # the waiting request is gone
                 result.release()
 
         def ready(result: Lease[_Held] | Refused) -> None:
@@ -271,7 +273,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             self._wake.notify_all()
 
     def _tidy(self) -> None:
-        """Detach evicted adapters; call under `_wake`, on the worker thread."""
+        """Detach evicted adapters. Call under `_wake`, on the worker thread."""
         recent = list(self._divided)[-_KEPT_SHAPES:]
         for shape in [s for s in self._divided if s[0] in self._evicted or s not in recent]:
             for part, _ in self._divided.pop(shape):
@@ -284,7 +286,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
     # -- the queue -----------------------------------------------------------------------------------------------------
 
     def _check(self, requests: Sequence[PictureRequest]) -> None:
-        """Check everything that can be rejected before queueing."""
+        """Check everything that can be refused before queueing."""
         for request in requests:
             s = request.settings
             if (s.width or 0) * (s.height or 0) > self.max_pixels:
@@ -331,7 +333,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             )
 
     def _submit(self, jobs: Sequence[_Job]) -> int:
-        """Queue jobs; returns how many images are ahead."""
+        """Queue jobs; return the number of images ahead."""
         with self._wake:
             self._refuse_beyond(len(jobs))
             ahead = len(self._waiting) + len(self._running)
@@ -367,20 +369,16 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
             self._generate(self._running)
 
     def _patience(self) -> float:
-        """Seconds the oldest image can still wait to be batched.
-
-        0 or less if its batch is ready.
-        """
+        """Return the seconds that the oldest image can still wait to be batched; 0 or less if its batch is
+        ready."""
         oldest = self._waiting[0]
         if sum(job.kind == oldest.kind for job in self._waiting) >= self.max_batch:
             return 0.0
         return oldest.arrived + self.window - time.monotonic()
 
     def _next(self) -> list[_Job]:
-        """The next batch.
-
-        The oldest image of the tenant whose turn it is, and images that fit its batch, in turn.
-        """
+        """Return the next batch: the oldest image of the next tenant, and images that fit its batch, in
+        turn."""
         batch: list[_Job] = []
         while len(batch) < self.max_batch:
             fitting = [job for job in self._waiting if not batch or job.kind == batch[0].kind]
@@ -413,7 +411,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
                 job.deliver(shutting_down())
             return
         except Exception as error:
-            if len(jobs) > 1:  # isolate the failing image: rerun each alone
+            if len(jobs) > 1:  # find the failing image: rerun each separately
                 for job in jobs:
                     self._generate([job])
                 return
@@ -425,7 +423,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         for job, picture in zip(jobs, pictures, strict=True):
             try:
                 job.deliver(self._finished(job, picture, began))
-            except Exception as error:  # the thread survives any error of one image's record
+            except Exception as error:  # the thread survives any error in one image's record
                 job.deliver(picture_error(error))
 
     def _attached(self, job: _Job) -> bool:
@@ -440,10 +438,7 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
         return True
 
     def _parts(self, digest: str, strength: Strength) -> NamedMix:
-        """An attached adapter under its factors by block.
-
-        Most recently used entries are kept longest.
-        """
+        """Return an attached adapter with its factors by block; recently used parts stay attached longest."""
         key = digest, strength.by_block
         if key[1] == Strength():
             return ((digest, 1.0),)
@@ -461,10 +456,8 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
                 job.deliver(PictureStep(moment.done, moment.of))
 
     def _finished(self, job: _Job, picture: GeneratedPicture, began: float) -> FinishedPicture:
-        """The finished image, with a record of this image only.
-
-        The rest of its batch belongs to other callers.
-        """
+        """Return the finished image, with a record of this image only, because its batch has other clients'
+        images."""
         request, now = job.request, time.monotonic()
         sources = {
             digest: AdapterSource(digest, "", digest, "", "", "", display_name=request.labels.get(digest, ""))
@@ -485,11 +478,11 @@ class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
 
 
 class _Left(Exception):
-    """Raised when nobody waits for the batch any more."""
+    """Raised when no client waits for the batch any more."""
 
 
 class _Job:
-    """An image in the queue, and the channel to its caller."""
+    """An image in the queue, and the channel to its client."""
 
     def __init__(
         self,
@@ -510,7 +503,7 @@ class _Job:
         """Send an event, from any thread."""
         try:
             self._loop.call_soon_threadsafe(self._inbox.put_nowait, (self.index, event))
-        except RuntimeError:  # the loop is closed: nobody listens
+        except RuntimeError:  # the loop is closed, so nobody listens
             self.abandoned = True
 
 
@@ -518,7 +511,7 @@ class PictureTurns:
     """Weighted round robin by images.
 
     Each tenant has a clock that an image advances by 1/weight; the tenant whose clock is furthest behind is
-    next. A tenant that returns after a pause starts at the present, and has saved nothing.
+    next. A tenant that returns after a pause starts at the current time, without credit.
     """
 
     def __init__(self) -> None:

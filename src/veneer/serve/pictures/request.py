@@ -1,7 +1,7 @@
-"""The requests and events of the image engine, as `serve.request` for text.
+"""Requests and events of the image engine, like `serve.request` for text.
 
-surface -> PictureRequest -> PictureEngine
-        -> Queued, PictureStep …, FinishedPicture -> surface
+HTTP route -> PictureRequest -> PictureEngine
+        -> Queued, PictureStep …, FinishedPicture -> HTTP route
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ class PictureRequest:
     """A request for one image.
 
     `settings`: sizes and numbers, all set except the scheduler, and the request's `image`, `mask`,
-    `references` and control images. `factors`: by digest, how an adapter's strength varies by block and step,
-    at strength 1, without roles (`PictureEngine.in_campaign`). `labels`: the client's names of the adapters,
-    by digest, for the infotext only. `inputs`: what the record states about the input images. Other
-    fields are as in `Request`.
+        `references` and
+    control images. `factors`: digest -> how an adapter's strength varies by block and step, at strength 1,
+    without roles (`PictureEngine.in_campaign`). `labels`: digest -> the client's name of the adapter, for the
+    infotext only.
+    `inputs`: description of the input images for the record. Other fields are as in `Request`.
     """
 
     prompt: str
@@ -48,7 +49,7 @@ class PictureRequest:
     id: str = field(default_factory=lambda: f"p{next(_numbers)}")
 
     def uses(self) -> tuple[Use, ...]:
-        """The adapters by digest. Raises ConfigError if a factor makes a strength invalid."""
+        """Return the adapters by digest. Raises ConfigError if a factor makes a strength invalid."""
         return tuple((d, replace(self.factors.get(d, Strength()), strength=strength)) for d, strength in self.mix)
 
     def row(self, plan: MixPlan) -> ImageRow:
@@ -57,7 +58,7 @@ class PictureRequest:
         return ImageRow(self.prompt, self.negative, self.seed, plan, s.image, s.mask, controls, s.references)
 
     def kind(self) -> tuple[Any, ...]:
-        """A batching key: images with equal keys can share a batch."""
+        """Batching key: images with equal keys can share a batch."""
         s = self.settings
         numbers = (s.width, s.height, s.steps, s.guidance, s.true_guidance, s.scheduler, s.denoise)
         controls = tuple((id(c.model), c.weight, c.begin, c.end) for c in s.controls)
@@ -66,7 +67,7 @@ class PictureRequest:
 
 @dataclass(frozen=True)
 class Queued:
-    """The request is queued. `ahead`: images waiting or running."""
+    """The request is queued. `ahead`: number of images waiting or running."""
 
     ahead: int
 
@@ -81,8 +82,9 @@ class PictureStep:
 class FinishedPicture:
     """The finished image.
 
-    `usage`: `prompt` is the tokens of the prompts, `completion` the latent positions that the denoiser
-    processes, `decode` the seconds of its batch of `batch` images. `notes`: warnings, such as truncated text.
+    `usage`: `prompt` counts the prompts' tokens, `completion` the latent positions that the denoiser
+        processes,
+    `decode` the seconds of its batch of `batch` images. `notes`: warnings, such as truncated text.
     """
 
     picture: RecordedPicture
@@ -95,9 +97,9 @@ PictureEvent = Queued | PictureStep | FinishedPicture
 
 
 def picture_error(error: BaseException) -> Refused:
-    """The client error of an exception.
+    """Return the client error of an exception.
 
-    A non-finite image is the request's fault: retrying does not help.
+    A non-finite image is the request's fault, so a retry does not help.
     """
     if isinstance(error, Refused):
         return error

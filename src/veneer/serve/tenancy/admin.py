@@ -78,7 +78,7 @@ class RouteName(_Body):
 
 
 def admin_router(tenants: Tenants, catalog: Catalog) -> APIRouter:
-    """The routes for a server whose `tenants` have an admin key."""
+    """Return the routes for a server whose `tenants` have an admin key."""
     router = APIRouter(prefix="/admin", tags=["admin"], route_class=AdminRoute, dependencies=[needs("administer")])
     store = tenants.store
     _tenants(router, store)

@@ -1,6 +1,6 @@
-"""A request as the ledger records it: the request, one line for each part of its mix, and how it ended.
+"""A request as the ledger records it: the request, one line for each part of its mix, and its final state.
 
-A part's price does not depend on the other parts: each line charges its adapter's price for all of the
+The price of a part does not depend on the other parts: each line charges its adapter's price for all of the
 request's tokens, and the request costs the sum of its lines.
 """
 
@@ -20,10 +20,7 @@ _NOTHING = Usage(0, 0, 0)
 
 @dataclass(frozen=True)
 class LedgerLine:
-    """One part of a mix. `digest`: "" for the base.
-
-    `adapter`: the operator's name for the adapter.
-    """
+    """One part of a mix. `digest`: "" for the base. `adapter`: the operator's name of the adapter."""
 
     digest: str
     adapter: str
@@ -33,7 +30,7 @@ class LedgerLine:
 
 @dataclass(frozen=True)
 class LedgerEntry:
-    """A request as known at admission. `name`: the client's name for its mix."""
+    """A request at admission. `name`: the client's name of its mix."""
 
     request: str
     tenant: str
@@ -46,7 +43,7 @@ class LedgerEntry:
 
 @dataclass(frozen=True)
 class OwedEntry:
-    """A request and its state. `usage` counts only for a request that is done."""
+    """A request and its state. `usage` is meaningful only if the request is done."""
 
     entry: LedgerEntry
     state: EntryState = "open"
@@ -54,12 +51,12 @@ class OwedEntry:
     usage: Usage = _NOTHING
 
     def costs(self) -> list[int]:
-        """The cost of each line, in millionths; 0 unless the request is done."""
+        """Return each line's cost in millionths; 0 unless the request is done."""
         tokens = (self.usage.prompt, self.usage.cached, self.usage.completion)
         return [line.price.cost(*tokens) if self.state == "done" else 0 for line in self.entry.lines]
 
     def tokens(self) -> int:
-        """The tokens that count in a window of tokens."""
+        """Return the tokens that count towards a token limit."""
         if self.state == "open":
             return self.entry.asked_prompt + self.entry.asked_completion
         return self.usage.prompt + self.usage.completion
@@ -78,5 +75,5 @@ class OwedEntry:
 
 
 def day_of(opened: float) -> str:
-    """The UTC day of a time (seconds since 1970), such as 2026-11-25."""
+    """Return the UTC day of a time (seconds since 1970), such as 2026-11-25."""
     return datetime.fromtimestamp(opened, UTC).strftime("%Y-%m-%d")

@@ -1,21 +1,21 @@
-"""Feedback: stored answers, users' feedback on them, and training rows from both.
+"""Feedback: stored completions, users' feedback on them, and training rows from both.
 
-    answer          `keeping` checks whether the tenant allows storing it; then the ledger's thread writes it
-    feedback        on an answer by its id: a thumb, a correction, answers it beats; the last counts
+    completion      `keeping` checks whether the tenant allows storing it; then the ledger's thread writes it
+    feedback        on a completion by its id: a thumb, a correction, completions it beats; the last feedback counts
     rows            exported for `veneer train`
 
-    supervised    the correction of an answer, or an answer with a thumb up  messages, tools?
-    preference    a correction over the original answer; an answer over      prompt, chosen, rejected, tools?
-                  each that it was preferred to
-    unpaired      an answer with a thumb                                     prompt, completion, label, tools?
+    supervised    the correction of a completion, or a completion with a thumb up   messages, tools?
+    preference    a correction over the original; a completion over each one that    prompt, chosen, rejected, tools?
+                  it was preferred to
+    unpaired      a completion with a thumb                                          prompt, completion, label, tools?
 
-Nothing is stored for a tenant without `FeedbackTerms`. A stored answer has an expiry time; after it, the
-answer is hidden, and the next sweep deletes it. The request's `user` is stored as a hash, by which all
-answers of a user can be deleted, with or without feedback; answers requested before the deletion that arrive
-later are not stored either.
+Nothing is stored for a tenant without `FeedbackTerms`. A stored completion has an expiry time, after which it
+is hidden until the next sweep deletes it. The request's `user` is stored as a hash, by which all completions
+of a user can be deleted, with or without feedback; late completions of requests from before the deletion are
+not stored either.
 
-While the database is unavailable, feedback returns 503, and answers are sent but not stored, with an entry in
-the log; so are answers over a tenant's limits (`files` and `disk` of QuotaLimits).
+While the database is unavailable, feedback returns 503, and completions are sent but not stored, which is
+logged. Completions over a tenant's limits (`files` and `disk` of QuotaLimits) are also sent but not stored.
 """
 
 from __future__ import annotations
@@ -50,41 +50,38 @@ _log = logging.getLogger("veneer.serve.tenancy")
 
 FeedbackKind = Literal["supervised", "preference", "unpaired"]
 EVERYTHING = "*"
-"""Deletes all answers of a tenant. Other values are the hash of a user, or the id of an answer."""
+"""Deletes all completions of a tenant. Other values are the hash of a user, or the id of a completion."""
 _MAX_WAITING = 64 << 20
-"""Bytes of a tenant's answers that wait for the database."""
+"""Maximum bytes of a tenant's completions that wait for the database."""
 _LOCK = 0x66656564  # "feed": the key of PostgreSQL's advisory lock
 _ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
 _LARGEST = 1 << 20
-"""Maximum characters of JSON of an answer with its request; a larger one is not stored."""
+"""Maximum characters of a completion with its request, as JSON; larger ones are not stored."""
 _MOST, _PAGE = 100, 20
-"""Answers in one transaction, and feedback rows read at once."""
+"""Completions per transaction, and feedback rows per read."""
 _MEASURED = 60.0
-"""Seconds after which a tenant's rows in the database are counted again."""
+"""Seconds between counts of a tenant's rows in the database."""
 _REMEMBERED = 400 * 86400.0
-"""Seconds for which deletions are remembered, for answers that arrive late."""
+"""Seconds for which deletions are remembered, for completions that arrive late."""
 
 # -- storing answers ---------------------------------------------------------------------------------------------------
 
 
 class StoredAnswers:
-    """Stores the answers of one process, and feedback on all. Thread-safe."""
+    """Stores the completions of one process, and feedback on all stored completions. Thread-safe."""
 
     def __init__(
         self, store: Store, writer: Writer[Connection], wall: Callable[[], float], quotas: Quotas | None = None
     ) -> None:
-        """`writer`: the ledger's, whose thread writes answers. `quotas`: limits of each tenant."""
+        """`writer`: the ledger's writer, whose thread writes completions. `quotas`: limits of each tenant."""
         self.store, self.writer, self.wall = store, writer, wall
         self.quotas = quotas or Quotas()
         self._logged, self._lock = -10.0, threading.Lock()
         self._holds: dict[str, tuple[QuotaHold, float]] = {}
-        self._waiting: Counter[str] = Counter()  # tenant -> bytes of unwritten answers
+        self._waiting: Counter[str] = Counter()  # tenant -> bytes of unwritten completions
 
     def keeping(self, principal: Principal, model: ResolvedModel, request: str) -> StoreAnswer | None:
-        """A function that stores the answer to a new request.
-
-        None if it is not to be stored.
-        """
+        """Return a function that stores the completion of a new request, or None."""
         settings = self.store.settings
         keeps = settings.stores_answer.get(principal.tenant)
         names = [name for _, name, _ in model.parts()]
@@ -113,30 +110,24 @@ class StoredAnswers:
         return store
 
     def _reserve(self, tenant: str, size: int) -> bool:
-        """Count bytes that wait for the database, unless there are too many."""
+        """Reserve bytes for completions that wait for the database; return whether there was space."""
         with self._lock:
             fits = self._waiting[tenant] + size <= _MAX_WAITING
             self._waiting[tenant] += size if fits else 0
             return fits
 
     def _log_lost(self, error: object) -> None:
-        """Log that answers are not stored, at most once in ten seconds."""
+        """Log that completions are not stored, at most once in ten seconds."""
         if time.monotonic() - self._logged > 10.0:
             self._logged = time.monotonic()
             _log.error("answers are not stored for feedback: %s", error)
 
     def flush(self, seconds: float = 10.0) -> None:
-        """Write pending answers into the database.
-
-        Raises the database's errors while it is unavailable.
-        """
+        """Write pending completions to the database. Raises the database's errors while it is unavailable."""
         self.writer.flush(seconds)
 
     def _write(self, c: Connection, texts: Sequence[str]) -> int:
-        """Write answers that are new, not deleted and within the quota.
-
-        Returns how many were written.
-        """
+        """Write completions that are new, not deleted and within the quota; return their number."""
         a, g, count = answer_table.c, deletion_table.c, 0
         for text in texts:
             row = json.loads(text)
@@ -151,7 +142,7 @@ class StoredAnswers:
         return count
 
     def _fits(self, c: Connection, row: Mapping[str, Any], size: int) -> bool:
-        """Whether the tenant's quota has room for an answer.
+        """Return whether a completion fits into the tenant's quota.
 
         Database usage is measured again after a while, because other servers add and remove rows too.
         """
@@ -173,10 +164,9 @@ class StoredAnswers:
     # -- giving feedback -----------------------------------------------------------------------------------------------
 
     def give(self, tenant: str, feedback: AnswerFeedback) -> dict[str, Any]:
-        """Store feedback on an answer, replacing earlier values of the same fields.
+        """Store feedback on a completion, replacing earlier values of the same fields; return the result.
 
-        Returns the result. Raises Refused: not_found (404) for an answer that is not stored, whatever the
-        reason; 400.
+        Raises Refused: not_found (404) for a completion that is not stored, for whatever reason; 400.
         """
         self._find(tenant, {feedback.id, *(answer_id for answer_id, _ in feedback.rejected or ())})
         with write_transaction(self.store.engine, _LOCK) as c:
@@ -199,21 +189,18 @@ class StoredAnswers:
         return {"object": "feedback", "id": feedback.id, "choice": feedback.choice, **values_after}
 
     def _find(self, tenant: str, answers: set[str]) -> None:
-        """Make sure that recent answers are in the database.
-
-        Raises Refused for impossible ids.
-        """
+        """Make sure that recent completions are in the database. Raises Refused for invalid ids."""
         for answer in answers:
             if not _ID.fullmatch(answer):
                 raise self._unknown(tenant, answer)
         a = answer_table.c
         with self.store.reading() as c:
             stored_ids = {*c.scalars(select(a.id).where(a.tenant == tenant, a.id.in_(answers)))}
-        if stored_ids != answers:  # one check for all answers
+        if stored_ids != answers:  # one query for all completions
             self.flush()
 
     def _choice(self, c: Connection, tenant: str, answer: str, choice: int, param: str) -> tuple[Any, Any]:
-        """(the request, the answer)."""
+        """Return (the request, the completion)."""
         a = answer_table.c
         this_answer = (a.tenant == tenant, a.id == answer, a.expires > self.wall())
         row = c.execute(select(a.asked, a.choices).where(*this_answer)).first()
@@ -225,9 +212,9 @@ class StoredAnswers:
         return json.loads(row.asked), choices[choice]
 
     def _unknown(self, tenant: str, answer: str) -> Refused:
-        """The error for an answer that is unknown, not stored, or another tenant's.
+        """Return the error for a completion that is unknown, not stored, or another tenant's.
 
-        The cases are indistinguishable to the client.
+        The client cannot distinguish these cases.
         """
         fix = "use the `id` of a stored chat completion of this tenant that has not expired"
         if tenant not in self.store.settings.feedback:
@@ -238,14 +225,12 @@ class StoredAnswers:
     # -- deletion ------------------------------------------------------------------------------------------------------
 
     def forget(self, tenant: str, *, user: str | None = None, id: str | None = None) -> int:
-        """Delete the stored answers of a user, one answer, or everything.
-
-        Returns how many were deleted.
-        """
+        """Delete a user's stored completions, one completion, or everything; return the number of
+        deletions."""
         if id is not None and not _ID.fullmatch(id):
             return 0
         target = user_hash(tenant, user) if user is not None else id if id is not None else EVERYTHING
-        with contextlib.suppress(OSError, sqlite3.Error):  # else they are dropped when they arrive
+        with contextlib.suppress(OSError, sqlite3.Error):  # otherwise they are dropped when they arrive
             self.flush()
         with write_transaction(self.store.engine, _LOCK) as c:
             count = delete_answers(c, tenant, target, self.wall())
@@ -254,7 +239,7 @@ class StoredAnswers:
         return count
 
     def sweep(self) -> int:
-        """Delete expired answers; returns how many were deleted."""
+        """Delete expired completions; return their number."""
         a, f, now, count = answer_table.c, feedback_table.c, self.wall(), 0
         while True:
             with write_transaction(self.store.engine, _LOCK) as c:
@@ -270,15 +255,14 @@ class StoredAnswers:
 
 
 def user_hash(tenant: str, user: str) -> str:
-    """The stored form of a user: SHA-256 of tenant and user."""
+    """Return the stored form of a user: SHA-256 of tenant and user."""
     return hashlib.sha256(json.dumps([tenant, user]).encode()).hexdigest()
 
 
 def delete_answers(c: Connection, tenant: str, target: str, now: float) -> int:
-    """Delete stored answers with their feedback, within a transaction.
+    """Delete stored completions with their feedback in a transaction; return their number.
 
-    Returns how many were deleted. Also records the deletion, so that answers requested before `now` that
-    arrive later are not stored.
+    Also records the deletion, so that late completions of requests from before `now` are not stored.
     """
     a, f = answer_table.c, feedback_table.c
     _erase(c)
@@ -303,11 +287,12 @@ def _erase(c: Connection) -> None:
 
 @dataclass(frozen=True)
 class AnswerFeedback:
-    """Feedback on a choice of an answer.
+    """Feedback on a choice of a completion.
 
-    `changed`: which other fields apply: a value replaces the earlier one, None clears it. `up`: thumb up or
-    down. `corrected`: the message that should have been the answer. `rejected`: (answer, choice) of each
-    answer it was preferred to.
+    `changed`: the fields to change: a value replaces the earlier one, None clears it. `up`: thumb up or down.
+    `corrected`: the message that should have been the completion. `rejected`: (completion, choice) of each
+        completion
+    that this one was preferred to.
     """
 
     id: str
@@ -318,7 +303,7 @@ class AnswerFeedback:
     changed: frozenset[str] = field(default=frozenset({"up", "corrected", "rejected"}))
 
     def values(self) -> dict[str, Any]:
-        """The fields in `changed` as columns."""
+        """Return the fields in `changed` as columns."""
         columns: dict[str, Any] = {"up": self.up}
         columns["corrected"] = None if self.corrected is None else json.dumps(self.corrected)
         columns["rejected"] = json.dumps(self.rejected) if self.rejected else None
@@ -329,7 +314,7 @@ class AnswerFeedback:
 
 
 def feedback_counts(c: Connection, tenant: str, now: float) -> dict[str, int]:
-    """Counts of a tenant's stored answers, and of each kind of feedback on them."""
+    """Return counts of a tenant's stored completions, and of each kind of feedback."""
     a, f = answer_table.c, feedback_table.c
     stored = (a.tenant == tenant) & (a.expires > now)
     figures = (
@@ -350,10 +335,10 @@ def feedback_counts(c: Connection, tenant: str, now: float) -> dict[str, int]:
 def feedback_rows(
     engine: Engine, tenant: str, kind: str, *, adapter: str | None = None, now: float | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Rows for training, in the order of feedback, without duplicates.
+    """Yield training rows in the order of feedback, without duplicates.
 
-    Raises ConfigError for an unknown kind. `adapter`: only answers requested under this name, or given by any
-    version of this adapter.
+    `adapter`: only completions requested under this name, or sampled from any version of this adapter. Raises
+    ConfigError for an unknown kind.
     """
     one_of(kind, get_args(FeedbackKind), "a kind of rows", "kind")
     return _rows(engine, tenant, kind, adapter, time.time() if now is None else now)
@@ -378,7 +363,7 @@ def _rows(engine: Engine, tenant: str, kind: str, adapter: str | None, now: floa
                 rejected = (
                     [answer_id for answer_id, _ in json.loads(r.rejected or "[]")] if kind == "preference" else []
                 )
-                with reading(engine) as c:  # one row at a time: an answer can be a megabyte
+                with reading(engine) as c:  # one row at a time, because a completion can have a megabyte
                     other_answers = _answers(c, tenant, rejected, now)
                 yield from _rows_of(kind, r, other_answers)
         if len(page) < _PAGE:

@@ -120,8 +120,8 @@ def write_all(
 ) -> int:
     """Write items in one transaction; returns the sum of what `write` returns.
 
-    If the database rejects an item, log it as `describe` says and write the others. Raises the error if the database
-    is unavailable.
+    If the database rejects an item, log it as `describe` says and write the others. Raises the error if the
+    database is unavailable.
     """
     try:
         with transaction() as c:
@@ -205,9 +205,9 @@ class _Group:
 class Journal:
     """Lines that the database does not have yet. Thread-safe; no method waits for the database.
 
-    The file has its full size from the start, and an admission keeps space for its request's end: a full disk never
-    prevents writing the end of an admitted request. `lines`: the lines, oldest first; the file has them too, between
-    zeros or older lines, which the database has already."""
+    The file has its full size from the start, and an admission keeps space for its request's end: a full disk
+    never prevents writing the end of an admitted request. `lines`: the lines, oldest first; the file has them
+    too, between zeros or older lines, which the database has already."""
 
     def __init__(self, folder: Path, server: str, size: int, *, synced: bool = False) -> None:
         """Create the file. Raises ResourceError if the disk does not have `size` bytes."""
@@ -289,8 +289,8 @@ class Journal:
 def dead_journal(path: Path) -> Iterator[list[bytes]]:
     """The lines in a dead process's journal, of which the database can have some.
 
-    The file is deleted after the block, unless the block raises. Raises BlockingIOError if the process is alive,
-    FileNotFoundError if there is no such file.
+    The file is deleted after the block, unless the block raises. Raises BlockingIOError if the process is
+    alive, FileNotFoundError if there is no such file.
     """
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:

@@ -2,9 +2,9 @@
 
     vnr-3f9a0c21d4-Q1x…          vnr-, ten hexadecimal digits that identify the row (its id), and a secret
 
-The secret is 256 random bits, so the hash is plain SHA-256 of the whole key. Slow hashes such as bcrypt
-protect passwords, which can be guessed; 2²⁵⁶ possibilities cannot be guessed at any speed, and a slow hash
-per request would let a client with wrong keys keep the server busy.
+The secret has 256 random bits, so the hash is plain SHA-256 of the whole key. Slow hashes such as bcrypt
+protect passwords, which can be guessed; 256 random bits cannot be guessed at any speed, and a slow hash per
+request would let a client with wrong keys keep the server busy.
 """
 
 from __future__ import annotations
@@ -22,47 +22,44 @@ _KEY = re.compile(r"vnr-([0-9a-f]{10})-[A-Za-z0-9_-]{43}")
 
 
 def make_key() -> tuple[str, str]:
-    """(id, key) of a new key."""
+    """Return (id, key) of a new key."""
     identity = secrets.token_hex(5)
     return identity, f"vnr-{identity}-{secrets.token_urlsafe(32)}"
 
 
 def make_admin_key() -> str:
-    """A new admin key; it is not stored: pass it, or its hash, to the server."""
+    """Return a new admin key. The key is not stored: pass the key or its hash to the server."""
     return f"vnr-admin-{secrets.token_urlsafe(32)}"
 
 
 def key_id(key: str) -> str | None:
-    """The id in a key; None for text that is not a key."""
+    """Return a key's id, or None for text that is no key."""
     match = _KEY.fullmatch(key)
     return match[1] if match else None
 
 
 def hash_key(key: str) -> str:
-    """The hash of a key, the only stored part."""
+    """Return the hash of a key, the only stored part."""
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def matches_hash(key: str, stored_hash: str) -> bool:
-    """Whether `stored_hash` is the hash of `key`, compared in constant time."""
+    """Return whether `stored_hash` is the hash of `key`, compared in constant time."""
     return hmac.compare_digest(hash_key(key), stored_hash)
 
 
 def default_database() -> str:
-    """The default location of the tenants' database."""
+    """Return the default location of the tenants' database."""
     return str(veneer_home() / "tenants.sqlite")
 
 
 def database_here() -> str | None:
-    """The default database, if it exists."""
+    """Return the default database if it exists."""
     return default_database() if Path(default_database()).is_file() else None
 
 
 def admin_hash(key: str) -> str:
-    """The hash of an admin key, given as the key or as `sha256:` and its hash.
-
-    Raises ConfigError.
-    """
+    """Return the hash of an admin key, given as the key or as `sha256:` and its hash. Raises ConfigError."""
     if key.startswith("sha256:"):
         if not re.fullmatch(r"sha256:[0-9a-f]{64}", key):
             raise ConfigError("the admin key's hash is not a SHA-256 digest", fix="sha256: and 64 hexadecimal digits")

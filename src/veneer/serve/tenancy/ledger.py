@@ -97,7 +97,7 @@ def post(c: Connection, server: str, owed: Sequence[OwedEntry], now: float) -> i
 
 
 def _open_entries(c: Connection, server: str) -> list[LedgerEntry]:
-    """The requests of a server that are open in the database."""
+    """Return a server's open requests in the database."""
     open_lines = (line_table.c.server == server) & (line_table.c.state == "open")
     rows = c.execute(select(line_table).where(open_lines).order_by(line_table.c.request, line_table.c.part)).all()
     entries = []
@@ -114,10 +114,9 @@ def _open_entries(c: Connection, server: str) -> list[LedgerEntry]:
 
 
 def _add_figures(c: Connection, table: Table, deltas: Mapping[tuple[Any, ...], Sequence[Any]]) -> None:
-    """Add figures to the rows of a table by key.
+    """Add figures to a table's rows by key.
 
-    Rows are written in key order, so that writers cannot deadlock.
-    """
+    Rows are written in key order, so that writers cannot deadlock."""
     if not deltas:
         return
     keys = [column.name for column in table.primary_key]
@@ -141,7 +140,7 @@ _CHANGE = (
 
 
 def _stored_states(c: Connection, server: str, requests: Sequence[str]) -> dict[str, str]:
-    """Request -> its state, for known requests."""
+    """Return request -> state, for known requests."""
     states: dict[str, str] = {}
     for i in range(0, len(requests), 500):
         first_parts = (
@@ -168,7 +167,7 @@ def _rows(server: str, owed: OwedEntry) -> list[dict[str, Any]]:
 
 
 def _count_day(by_day: _Deltas, owed: OwedEntry, previous_state: str | None) -> None:
-    """Add the request as a whole, and each of its adapters, to the daily sums."""
+    """Add the request and each of its adapters to the daily sums."""
     if owed.state == "open":
         return
     costs: dict[str, int] = {ALL: sum(owed.costs())}
@@ -270,18 +269,17 @@ class Ledger:
     def settle(self, request: str, usage: Usage) -> Future[None]:
         """Record a request's usage.
 
-        The future completes once the usage survives this process, and never fails.
-        """
+        The future completes once the usage survives this process, and never fails."""
         return self._end(request, "done", usage)
 
     def interrupt(self, request: str) -> Future[None]:
-        """Record that the request ended without a bill; the future is as in `settle`."""
+        """Record that the request ended without a bill. The future is as in `settle`."""
         return self._end(request, "interrupted", Usage(0, 0, 0))
 
     def _end(self, request: str, state: EntryState, usage: Usage) -> Future[None]:
         recorded: Future[None] = Future()
         entry = self._open.pop(request, None)
-        if entry is None:  # the first end counts
+        if entry is None:  # only the first end counts
             recorded.set_result(None)
             return recorded
         now = self.wall()
@@ -315,7 +313,7 @@ class Ledger:
         return True
 
     def _post(self, server: str, owed: Sequence[OwedEntry]) -> int:
-        """Post requests of a server; returns how many became done."""
+        """Post a server's requests; return the number that became done."""
 
         def write(c: Connection, owed: Sequence[OwedEntry]) -> int:
             return post(c, server, owed, self.wall())
@@ -324,10 +322,7 @@ class Ledger:
         return write_all(lambda: write_transaction(self.store.engine), write, owed, lost)
 
     def flush(self, seconds: float = 10.0) -> bool:
-        """Wait until the database has everything that was recorded.
-
-        Returns whether it has.
-        """
+        """Wait until the database has all recorded entries; return whether it has."""
         deadline = time.monotonic() + seconds
         self.journal.writer.flush(seconds)
         while self.journal.lines:
@@ -338,7 +333,7 @@ class Ledger:
         return True
 
     def state(self) -> LedgerState:
-        """How far the database is behind, for metrics. Does not block."""
+        """Return how far the database is behind, for metrics. Does not block."""
         oldest = next(iter(self._ended.copy().values()), None)
         lag = 0.0 if oldest is None else max(0.0, self.wall() - oldest)
         late = self._sending_since != 0.0 and time.monotonic() - self._sending_since > _LATE_SECONDS
@@ -395,7 +390,7 @@ class Ledger:
     def _interrupted(self, entry: LedgerEntry) -> OwedEntry:
         return OwedEntry(entry, "interrupted", self.wall())
 
-    # -- upkeep --------------------------------------------------------------------------------------------------------
+    # -- maintenance ---------------------------------------------------------------------------------------------------
 
     def beat(self) -> None:
         """Record that this server is alive; call at least every ten minutes."""
@@ -407,10 +402,9 @@ class Ledger:
             )
 
     def prune(self, days: float, most: int = 10_000) -> int:
-        """Delete older lines, and slots that no window needs; sums stay.
+        """Delete older rows, and slots that no window needs; sums stay.
 
-        Returns the number of lines deleted.
-        """
+        Returns the number of deleted rows."""
         cutoff, count = self.wall() - days * 86400, 0
         expired = (line_table.c.opened < cutoff) & (line_table.c.state != "open")
         while True:
@@ -429,9 +423,9 @@ class Ledger:
     def usage_of_other_servers(
         self, window: float, adapters: Iterable[str] | None = None
     ) -> list[tuple[str, str, float, int, int]]:
-        """Usage of other servers and earlier runs in the last `window` seconds.
+        """Return the usage of other servers and earlier runs in the last `window` seconds.
 
-        Returns (tenant, adapter or "" for whole requests, seconds ago, requests, tokens). `adapters`: only
+        Rows are (tenant, adapter or "" for whole requests, seconds ago, requests, tokens). `adapters`: only
         these.
         """
         now, s = self.wall(), slot_table.c
@@ -444,17 +438,14 @@ class Ledger:
         if adapters is not None:
             query = query.where(s.adapter.in_(sorted(adapters)))
         with reading(self.store.engine) as c:
-            # A slot's age is that of its newest entry, so entries can count slightly longer, never shorter.
+            # A slot has the age of its newest entry, so entries can count slightly longer, but never shorter.
             return [
                 (r.tenant, r.adapter, max(0.0, now - (r.slot + 1) * width), int(r.n), int(r.tokens))
                 for r in c.execute(query)
             ]
 
     def close(self) -> None:
-        """Interrupt running requests and send what is pending.
-
-        What cannot be sent waits for the next start.
-        """
+        """Interrupt running requests and send pending entries. The next start sends the remaining entries."""
         for request in list(self._open):
             self.interrupt(request)
         self.writer.close()
@@ -475,10 +466,10 @@ BY = ("tenant", "adapter", "day")
 _SUMMED = (
     "requests", "done", "interrupted", "open", "prompt", "cached", "completion", "queued", "prefill", "decode", "cost",
 )  # fmt: skip
-"""`requests` is done + interrupted + open; tokens, seconds and cost (in millionths) count done requests only.
+"""`requests` is done + interrupted + open. Tokens, seconds and cost (in millionths) count done requests only.
 
 Grouped by adapter, a request counts for each adapter of its mix, with all of its tokens and that adapter's
-own cost. So costs add up to the total, in whole millionths; the other figures do only without mixes.
+own cost. So costs add up to the total, in whole millionths; the other figures add up only without mixes.
 """
 _SECONDS = ("queued", "prefill", "decode")
 _DAY = re.compile(r"\d{4}-\d\d-\d\d")
@@ -493,7 +484,7 @@ def usage(
     since: str = "",
     until: str = "",
 ) -> list[dict[str, Any]]:
-    """Usage, one row for each combination of `by`, sorted; () for one row of totals.
+    """Return usage, one row for each combination of `by`, sorted; one row of totals for ().
 
     `since`, `until`: UTC days of admission, inclusive.
     """
@@ -511,7 +502,7 @@ def usage(
         query = select(*keys, *columns.values()).where(*also).group_by(*keys)
         if tenant is not None:
             query = query.where(t.tenant == tenant)
-        if adapter is not None:  # a name covers all its versions
+        if adapter is not None:  # a name includes all its versions
             query = query.where((t.adapter == adapter) | t.adapter.startswith(f"{adapter}@", autoescape=True))
         for name, value in (("since", since), ("until", until)):
             if value:
@@ -523,7 +514,7 @@ def usage(
             for name, value in zip(columns, row[len(by) :], strict=True):
                 kind[name] += float(value or 0) if name in _SECONDS else int(value or 0)
 
-    # PostgreSQL sums bigint as numeric, exactly; SQLite as 64-bit integers, or it raises.
+    # PostgreSQL sums bigint exactly as numeric; SQLite sums 64-bit integers, or raises.
     summed = {name: func.sum(sum_table.c[name]) for name in _SUMMED if name not in ("requests", "open")}
     add_up(sum_table, summed, sum_table.c.adapter != ALL if apart else sum_table.c.adapter == ALL)
     add_up(
@@ -539,10 +530,9 @@ def usage(
 
 
 def as_csv(rows: Sequence[dict[str, Any]], by: Sequence[str] = BY) -> str:
-    """Rows of `usage` as CSV with a header.
+    """Return rows of `usage` as CSV with a header.
 
-    Names that a spreadsheet would run as formulas are quoted.
-    """
+    Names that a spreadsheet would run as formulas are quoted."""
     text = io.StringIO()
     writer = csv.DictWriter(text, [*by, *_SUMMED], lineterminator="\n")
     writer.writeheader()

@@ -1,16 +1,17 @@
 """Limits: usage of the last minute and the last day, and the number of running requests.
 
-A window has 60 slots, and a slot counts until all of it is older than the window. So no period as long as the
-window admits more than the limit, not even across a minute boundary, where a token bucket admits twice the
-limit. In exchange, a slot's amount is released up to one slot (a second; 24 minutes of a day) late.
+A window has 60 slots, and a slot counts until all of it is older than the window. So no period of the
+window's length admits more than the limit, not even across a minute boundary, at which a token bucket admits
+twice the limit. In exchange, a slot's amount is released up to one slot late (one second, or 24 minutes for a
+day).
 
-A request counts on admission: one request, and the tokens of its prompt and its max_tokens. Its bill corrects
-the tokens in the same slot. A rejected request takes nothing.
+A request counts at admission: one request, and the tokens of its prompt and its max_tokens. Its bill corrects
+the tokens in the same slot. A refused request counts nothing.
 
 The `limits` package is not used: its windows handle one amount at a time, cannot take from several scopes
 atomically, cannot correct an amount later or count other servers and earlier runs, and read the system clock.
 
-Depends on numbers and scopes only; no database, and the given clock.
+This module uses only numbers and scopes, no database, and the caller's clock.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _WINDOWS = (
     ("tokens_per_day", DAY, "tokens a day"),
 )
 _Scope = tuple[str, str]
-"""(tenant, adapter), either of them ALL."""
+"""(tenant, adapter), each of which can be ALL."""
 
 
 class Window:
@@ -45,19 +46,19 @@ class Window:
         self.sum = 0
 
     def used(self, now: float) -> int:
-        """The amount that counts now."""
+        """Return the amount that counts now."""
         while self.slots and self._ends(self.slots[0][0]) <= now:
             self.sum -= self.slots.popleft()[1]
         return self.sum
 
     def add(self, at: float, amount: int) -> int:
-        """Add an amount (negative to return it) at a time; returns its slot."""
+        """Add an amount (negative to return it) at a time; return its slot."""
         slot = math.floor(at / self.width)
         self.put(slot, amount)
         return slot
 
     def put(self, slot: int, amount: int) -> None:
-        """Correct a slot by an amount; an expired slot is left unchanged."""
+        """Correct a slot by an amount. An expired slot does not change."""
         for i in range(len(self.slots) - 1, -1, -1):
             if self.slots[i][0] == slot:
                 self.slots[i][1] += amount
@@ -72,7 +73,7 @@ class Window:
             self.sum += amount
 
     def free_in(self, now: float, amount: int) -> float:
-        """Seconds until `amount` of what counts now has expired."""
+        """Return the seconds until `amount` of the current usage has expired."""
         for slot, taken in self.slots:
             amount -= taken
             if amount <= 0:
@@ -85,10 +86,7 @@ class Window:
 
 @dataclass
 class ScopeUsage:
-    """The usage of one scope.
-
-    `other_servers`: by other servers, as last read from the ledger.
-    """
+    """The usage of one scope. `other_servers`: usage of other servers, as last read from the ledger."""
 
     windows: dict[str, Window] = field(default_factory=lambda: {name: Window(s) for name, s, _ in _WINDOWS})
     other_servers: dict[str, Window] = field(default_factory=dict)
@@ -96,13 +94,13 @@ class ScopeUsage:
 
 
 class LimitHold:
-    """One request's share of the limits; what it did not use is returned once."""
+    """One request's reservation in the limits; its unused part is returned once."""
 
     def __init__(self, owner: Limits, taken: list[tuple[ScopeUsage, dict[str, int]]], tokens: int) -> None:
         self._owner, self._taken, self._tokens, self._ended = owner, taken, tokens, False
 
     def used(self, tokens: int) -> None:
-        """Correct the tokens from what was reserved to what was used."""
+        """Correct the tokens from the reserved to the used number."""
         with self._owner._lock:
             change, self._tokens = tokens - self._tokens, tokens
             for counter, slots in self._taken:
@@ -118,10 +116,7 @@ class LimitHold:
 
 
 def _scopes(tenant: str, adapters: Iterable[str]) -> list[_Scope]:
-    """The scopes that a request counts in.
-
-    The server, the tenant, and each adapter in both.
-    """
+    """Return the scopes in which a request counts: the server, the tenant, and each adapter in both."""
     of_tenant = [ALL] if tenant == ALL else [ALL, tenant]
     return [(t, a) for a in dict.fromkeys((ALL, *adapters)) for t in of_tenant]
 
@@ -138,14 +133,13 @@ class Limits:
     ) -> LimitHold:
         """Reserve one request in every scope, or nothing.
 
-        Raises Refused (rate_limited), which states when to retry.
-        """
+        Raises Refused (rate_limited) with the time to retry."""
         tokens = prompt + completion
         with self._lock:
             now = self.clock()
             checked = []
             for scope in _scopes(tenant, adapters) if limits else ():
-                if limit := _limit(limits, scope):  # unlimited scopes are not counted
+                if limit := _limit(limits, scope):  # scopes without a limit are not counted
                     checked.append(self._counter(scope))
                     _check(scope, limit, checked[-1], tokens, now)
             taken = []
@@ -160,7 +154,7 @@ class Limits:
     ) -> None:
         """Replace the usage of other servers in windows of this length.
 
-        rows: (tenant, adapter or ALL for whole requests, seconds ago, requests, tokens).
+        rows: (tenant, adapter or ALL for whole requests, seconds ago, requests, tokens)
         """
         by_scope: dict[_Scope, dict[str, Window]] = {}
         now = self.clock()
@@ -214,7 +208,7 @@ def _check(scope: _Scope, limit: Limit, counter: ScopeUsage, tokens: int, now: f
 
 
 def _wait(local: Window, remote: Window | None, now: float, over: int) -> float:
-    """Seconds until `over` of both windows together has expired."""
+    """Return the seconds until `over` of both windows together has expired."""
     both = Window(local.seconds)
     for window in (local, remote):
         for slot, amount in window.slots if window else ():

@@ -1,17 +1,17 @@
 """Every change of settings, for the command line and the routes under /admin.
 
-Each function checks, changes, and writes the audit entry, in one transaction. `actor`: who changed it, such as
-`cli:ana` or `admin`. Raises ConfigError for an unknown name (with the nearest known), a duplicate, or an
-invalid value.
+Each function checks, changes, and writes the audit entry in one transaction. `actor`: who changed the
+setting, such as `cli:ana` or `admin`. Raises ConfigError for an unknown name (with the nearest known name), a
+duplicate, or an invalid value.
 
 The audit log records who changed what, when, and the values before and after; each entry contains the hash of
-the previous one.
+the previous entry.
 
     hash = sha256(number, at, who, what, subject, before, after, previous), as one JSON list
 
 A changed, removed or inserted entry breaks the chain at its number, and the database itself rejects changes
-and deletes. Entries cut off at the end break nothing: store the head (`veneer tenant audit --verify` prints
-it) elsewhere from time to time, and check it with `--expect`.
+and deletes. Truncating the log at its end breaks nothing: store the head (printed by `veneer tenant audit
+--verify`) elsewhere from time to time, and check it with `--expect`.
 """
 
 from __future__ import annotations
@@ -66,13 +66,13 @@ from veneer.serve.tenancy.store import (
 
 
 FIRST_HASH = "0" * 64
-"""The first entry's previous hash."""
+"""The previous hash of the first entry."""
 
 
 def append_audit(c: Connection, actor: str, action: str, subject: str, before: Any, after: Any) -> str:
-    """Append an entry within a transaction of `Store.change`.
+    """Append an entry in a transaction of `Store.change`; return its hash, the new head.
 
-    Returns its hash, the head. `before`, `after`: JSON values; None if there was or is nothing.
+    `before`, `after`: JSON values, or None for no value.
     """
     last = c.execute(
         select(audit_table.c.number, audit_table.c.hash).order_by(audit_table.c.number.desc()).limit(1)
@@ -95,10 +95,9 @@ def append_audit(c: Connection, actor: str, action: str, subject: str, before: A
 def audit_lines(
     c: Connection, *, subject: str = "", action: str = "", limit: int = 100, skip: int = 0
 ) -> list[dict[str, Any]]:
-    """Entries of the log, newest first.
+    """Return entries of the log, newest first.
 
-    `action`: an action or its prefix: key, key.revoke.
-    """
+    `action`: an action or its prefix, such as key or key.revoke."""
     query = select(audit_table).order_by(audit_table.c.number.desc()).limit(limit).offset(skip)
     if subject:
         query = query.where(audit_table.c.subject == subject)
@@ -111,7 +110,7 @@ def audit_lines(
 
 
 def audit_faults(c: Connection, expect: str = "") -> tuple[str, int, list[str]]:
-    """Verify the whole log: (head, number of entries, faults).
+    """Verify the whole log; return (head, number of entries, faults).
 
     `expect`: an earlier head, which must be the hash of an entry.
     """
@@ -153,24 +152,27 @@ _Pattern = Annotated[str, AfterValidator(check_pattern)]
 
 
 class SettingsChange(BaseModel):
-    """The settings of a tenant, of all tenants together (ALL), or of each tenant (EACH).
+    """Settings of a tenant, of all tenants together (ALL), or of each tenant (EACH).
 
-    A change has the keys that it sets; None removes a value. Limits and prices can be set for one adapter.
+    A change contains the keys to set; None removes a value. Limits and prices can be set for one adapter.
     Money is in millionths of the operator's currency.
 
     weight: share of the server while requests queue
     enabled: whether the tenant's keys are accepted
-    adapters: patterns of visible adapters; of ALL: visible to every tenant
+    adapters: patterns of visible adapters; for ALL: visible to every tenant
     requests_per_minute … concurrency: limits. ALL: total over all tenants. EACH: default for tenants without
-        their own.
+    their own
     prompt_price, cached_price, completion_price: price per million tokens; an unset cached_price defaults to
         prompt_price
-    training_price: of a million trained tokens; training_budget: of a calendar month in UTC; training_jobs:
-    running at once; of ALL: of each tenant without values of its own
+    training_price: per million trained tokens; training_budget: per calendar month in UTC; training_jobs:
+        maximum
+        running at once; for ALL: defaults for each tenant
     feedback_days: days for which chats are stored; feedback_names: patterns of routes and adapters, [] for
-    all; of ALL: of requests without a key
-    shared_cache: of ALL: patterns of adapters, or the base, whose prompt cache tenants share, so that they
-    can probe which prompts others have sent
+        all; for
+        ALL: of requests without a key
+    shared_cache: only for ALL: patterns of adapters, or the base, whose prompt cache tenants share, which
+        lets tenants
+        probe which prompts others have sent
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -208,7 +210,7 @@ def get_tenant(store: Store, name: str) -> Tenant:
 
 
 def show_settings(settings: TenantSettings, tenant: str) -> dict[str, Any]:
-    """The settings of a tenant, ALL or EACH, by key; `by_adapter`: those of single adapters."""
+    """Return the settings of a tenant, ALL or EACH, by key. `by_adapter`: settings of single adapters."""
     fields: dict[str, Any] = {"tenant": tenant or "all"}
     if tenant in settings.tenants:
         fields |= asdict(settings.tenants[tenant])
@@ -232,10 +234,7 @@ def show_settings(settings: TenantSettings, tenant: str) -> dict[str, Any]:
 def add_tenant(
     store: Store, name: str, *, weight: float = 1.0, adapters: Iterable[str] = (), actor: str, now: float | None = None
 ) -> Tenant:
-    """Add a tenant.
-
-    `weight`: its share of the engine under load. `adapters`: patterns of the names it sees.
-    """
+    """Add a tenant. `weight`: its share of the engine under load. `adapters`: patterns of visible names."""
     check_tenant(name)
     values = _checked({"weight": weight, "adapters": list(adapters)})
     row = {"name": name, "weight": 1.0, "enabled": True, "created": time.time() if now is None else now}
@@ -251,10 +250,10 @@ def add_tenant(
 def change_settings(
     store: Store, tenant: str, values: Mapping[str, Any], *, adapter: str = ALL, actor: str
 ) -> dict[str, Any]:
-    """Set the settings in `values` (see `SettingsChange`) of a tenant, ALL or EACH, with one audit entry.
-
-    adapter: for requests answered by any version of this adapter; ALL for all adapters. Returns
+    """Set `values` (see `SettingsChange`) for a tenant, ALL or EACH, with one audit entry; return
     `show_settings`.
+
+    adapter: applies to requests that any version of this adapter serves; ALL for all adapters
     """
     values = _checked(values)
     _check_scope(tenant, adapter, values)
@@ -279,12 +278,12 @@ def grant_namespace(store: Store, tenant: str, *, actor: str) -> None:
 
 
 def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values, checked. Raises ConfigError that names the key."""
+    """Return the checked values. Raises ConfigError that names the key."""
     return check_values(SettingsChange, values, "settings").model_dump(exclude_unset=True)
 
 
 def _check_scope(tenant: str, adapter: str, keys: Iterable[str]) -> None:
-    """Raises ConfigError for a key that a scope does not have, or an invalid scope."""
+    """Raise ConfigError for a key that a scope does not have, or an invalid scope."""
     allowed = {*LIMITS, *_PRICES}
     if tenant == EACH:
         allowed = {*LIMITS}
@@ -306,7 +305,7 @@ def _check_scope(tenant: str, adapter: str, keys: Iterable[str]) -> None:
 def _apply(
     c: Connection, tenant: str, adapter: str, values: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Write checked values; returns them before and after."""
+    """Write checked values; return the values before and after."""
     before: dict[str, Any] = {}
     if tenant_values := {key: values[key] for key in ("weight", "enabled") if key in values}:
         before |= {key: value for key, value in tenant_row(c, tenant).items() if key in tenant_values}
@@ -328,7 +327,7 @@ def _apply(
     before |= _replace(c, price_table, scope, _PRICES, values, _price_row)
     before |= _replace(c, training_table, {"tenant": tenant}, _TRAINING, values, _training_row)
     before |= _replace(c, feedback_terms_table, {"tenant": tenant}, _FEEDBACK, values, _feedback_row)
-    if (days := values.get("feedback_days")) is not None:  # fewer days bring forward when answers expire
+    if (days := values.get("feedback_days")) is not None:  # with fewer days, stored completions expire earlier
         until, a = answer_table.c.at + days * 86400, answer_table.c
         c.execute(update(answer_table).where(a.tenant == tenant, a.expires > until).values(expires=until))
     return before, dict(values)
@@ -345,9 +344,10 @@ def _replace(
     values: Mapping[str, Any],
     finish: Callable[[_Row], _Row | None],
 ) -> dict[str, Any]:
-    """Change the row of a scope; returns the earlier values of the changed keys.
+    """Change the row of a scope; return the earlier values of the changed keys.
 
-    columns: key -> column. finish: completes the changed row; None deletes the row.
+    columns: key -> column
+    finish: completes the changed row; None deletes the row
     """
     changed = {key: values[key] for key in columns if key in values}
     if not changed:
@@ -398,7 +398,7 @@ _OF_A_TENANT = (
 
 
 def remove_tenant(store: Store, name: str, *, actor: str) -> None:
-    """Remove a tenant with its keys, settings, routes and stored answers.
+    """Remove a tenant with its keys, settings, routes and stored completions.
 
     Its usage stays in the ledger, and its history in the audit log.
     """
@@ -417,9 +417,9 @@ def remove_tenant(store: Store, name: str, *, actor: str) -> None:
 def make_tenant_key(
     store: Store, tenant: str, *, label: str = "", expires: float | None = None, actor: str, now: float | None = None
 ) -> tuple[KeyRow, str]:
-    """Create a key; returns the stored row and the key itself.
+    """Create a key; return the stored row and the key, which cannot be shown again.
 
-    The key cannot be shown again. `expires`: seconds since 1970.
+    `expires`: seconds since 1970.
     """
     with store.change() as c:
         tenant_row(c, tenant)
@@ -436,14 +436,14 @@ def make_tenant_key(
 
 
 def list_keys(store: Store, tenant: str | None = None) -> list[KeyRow]:
-    """The keys of a tenant, or of all tenants, oldest first."""
+    """Return the keys of a tenant, or of all tenants, oldest first."""
     if tenant is not None:
         get_tenant(store, tenant)
     return [k for k in store.refresh().keys.values() if tenant in (None, k.tenant)]
 
 
 def revoke_key(store: Store, key: str, *, tenant: str | None = None, actor: str, now: float | None = None) -> KeyRow:
-    """Revoke `key` (an id) from the next request on. `tenant`: its required owner."""
+    """Revoke `key` (an id) from the next request on. `tenant`: the required owner."""
     with store.change() as c:
         old_key = _key(c, key, tenant)
         revoked = old_key.revoked if old_key.revoked is not None else (time.time() if now is None else now)
@@ -454,7 +454,7 @@ def revoke_key(store: Store, key: str, *, tenant: str | None = None, actor: str,
 
 
 def show_key(key: KeyRow) -> dict[str, Any]:
-    """The fields of a key that can be shown."""
+    """Return a key's public fields."""
     return {name: value for name, value in asdict(key).items() if name != "hash"}
 
 
@@ -469,7 +469,7 @@ def _key(c: Connection, key: str, tenant: str | None) -> KeyRow:
 
 
 def log_change(store: Store, actor: str, action: str, subject: str, before: Any = None, after: Any = None) -> None:
-    """Write an audit entry for a change made elsewhere: adapter.load, adapter.unload."""
+    """Write an audit entry for a change made elsewhere, such as adapter.load or adapter.unload."""
     with store.change() as c:
         append_audit(c, actor, action, subject, before, after)
 

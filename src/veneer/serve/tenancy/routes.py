@@ -1,16 +1,16 @@
-"""Routes: names with weighted targets, so `support` can answer with v1 for 90% of users and v2 for 10%.
+"""Routes: names with weighted targets, such as `support` with v1 for 90% of users and v2 for 10%.
 
-A user always gets the same target. A shadow's answer is compared and never sent. A rollback undoes the last
-move.
+A user always gets the same target. A shadow's completion is compared and never sent. A rollback undoes the
+last move.
 
-A route has 10,000 buckets, each owned by a target. A user is hashed to a bucket; without a user, the tenant
-is; without a tenant, each request gets a random bucket. When weights change, only as many buckets change
-owner as the shares differ, so most users stay. A move stores the owners, and a rollback makes the previous
-move current again: every user is back where they were.
+A route has 10,000 buckets, each owned by a target. A user is hashed to a bucket; a request without a user is
+hashed by its tenant; without a tenant it gets a random bucket. When weights change, only as many buckets
+change owner as the shares differ, so most users keep their target. A move stores the owners, and a rollback
+makes the previous move current again, which restores every user's target.
 
-A route belongs to one tenant, or to all (tenant ALL); a tenant's own comes first. A tenant sees its own
-routes and their targets without a grant. Targets are checked before a route moves to them. A library alias
-such as `support@prod` is different: it points to one version.
+A route belongs to one tenant, or to all (tenant ALL); a tenant's own route takes precedence. A tenant sees
+its own routes and their targets without a grant. Targets are checked before a route moves to them. A library
+alias such as `support@prod` is different: it points to one version.
 """
 
 from __future__ import annotations
@@ -59,23 +59,17 @@ class RouteMoved(ConfigError):
 
 
 class TenantRoutes:
-    """The routes at request time, from the last refresh of the settings.
-
-    `Tenants.authenticate` refreshes the settings for each request.
-    """
+    """The routes at request time, from the last refresh of the settings, which each request triggers."""
 
     def __init__(
         self, store: Store, put: Callable[..., Future[None]], *, keep: int = 10_000, pick: random.Random | None = None
     ) -> None:
-        """`put`: the ledger's `Writer.put`.
-
-        `keep`: number of newest shadow comparisons kept.
-        """
+        """`put`: the ledger's `Writer.put`. `keep`: number of stored shadow comparisons."""
         self._store, self._put, self._keep = store, put, keep
         self._pick = pick or random.Random()
 
     def find(self, route: str, principal: Principal) -> Route | None:
-        """The route of that name for the principal, or None."""
+        """Return the route of that name for the principal, or None."""
         routes = self._store.settings.routes
         tenants_own = routes.get((principal.tenant, route)) if principal.kind == "tenant" else None
         if tenants_own is not None:
@@ -84,12 +78,12 @@ class TenantRoutes:
         return shared if shared is not None and principal.sees(route) else None
 
     def names(self, principal: Principal) -> list[str]:
-        """Every route that the principal sees, for /v1/models."""
+        """Return the names of all routes that the principal sees, for /v1/models."""
         visible = {name for tenant, name in self._store.settings.routes if tenant in (ALL, principal.tenant)}
         return sorted(name for name in visible if self.find(name, principal))
 
     def choose(self, route: str, principal: Principal) -> str | None:
-        """The adapter that answers this principal; None if the principal has no such route."""
+        """Return the adapter for this principal, or None if the principal has no such route."""
         found_route = self.find(route, principal)
         if found_route is None:
             return None
@@ -97,17 +91,14 @@ class TenantRoutes:
         return owner(found_route.runs, bucket(route, user) if user else self._pick.randrange(BUCKETS))
 
     def shadow(self, route: str, principal: Principal | None = None) -> str | None:
-        """The shadow for this request.
-
-        None if there is none or the request is not sampled.
-        """
+        """Return the shadow for this request, or None if there is no shadow or the request is not sampled."""
         found_route = self.find(route, principal or STRANGER)
         if found_route is None or found_route.shadow is None or self._pick.random() >= found_route.fraction:
             return None
         return found_route.shadow
 
     def record_shadow(self, answer: ShadowAnswer) -> Future[None]:
-        """Record how two answers differ, without the texts."""
+        """Record how two completions differ, without their texts."""
         failed = answer.outcome == "failed"
         row: dict[str, Any] = {
             "at": time.time(),
@@ -133,13 +124,13 @@ class TenantRoutes:
 
 
 def bucket(route: str, user: str) -> int:
-    """The bucket of a user, 0 to BUCKETS - 1, uniform and independent between routes."""
+    """Return a user's bucket, 0 to BUCKETS - 1, uniform and independent between routes."""
     digest = hashlib.sha256(json.dumps([route, user]).encode()).digest()
     return int.from_bytes(digest[:8], "big") % BUCKETS
 
 
 def owner(runs: Sequence[tuple[str, int]], number: int) -> str:
-    """The target that owns a bucket."""
+    """Return the target that owns a bucket."""
     for name, count in runs:
         number -= count
         if number < 0:
@@ -148,10 +139,8 @@ def owner(runs: Sequence[tuple[str, int]], number: int) -> str:
 
 
 def assign_buckets(targets: Sequence[tuple[str, int]], previous: Sequence[tuple[str, int]] = ()) -> Runs:
-    """Assign buckets to targets by weight (largest remainder).
-
-    Moves as few buckets as possible from their owners in `previous`.
-    """
+    """Assign buckets to targets by weight (largest remainder), moving as few as possible from `previous`
+    owners."""
     total = sum(weight for _, weight in targets)
     quota = {name: weight * BUCKETS // total for name, weight in targets}
     rest = sorted(targets, key=lambda t: (-(t[1] * BUCKETS % total), t[0]))
@@ -177,7 +166,7 @@ def assign_buckets(targets: Sequence[tuple[str, int]], previous: Sequence[tuple[
 
 
 def _first_difference(left: str, right: str) -> int | None:
-    """Index of the first differing character; None for equal texts."""
+    """Return the index of the first differing character, or None for equal texts."""
     if left == right:
         return None
     return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
@@ -187,7 +176,7 @@ def _first_difference(left: str, right: str) -> int | None:
 
 
 def moved_buckets(before: Sequence[tuple[str, int]], after: Sequence[tuple[str, int]]) -> dict[tuple[str, str], int]:
-    """(from, to) -> number of buckets that change owner; {} if either side is empty."""
+    """Return (from, to) -> number of buckets that change owner; {} if either side is empty."""
     moved: dict[tuple[str, str], int] = {}
     left, right = list(before), list(after)
     while left and right:
@@ -200,7 +189,7 @@ def moved_buckets(before: Sequence[tuple[str, int]], after: Sequence[tuple[str, 
 
 
 def route_change(now: Route | None, planned: Route) -> str:
-    """Describe what changes for users when `planned` replaces `now`.
+    """Describe the effect on users when `planned` replaces `now`.
 
     `planned`: from `planned_route`, or a move to roll back to. Shares are exact to one of the 10,000 buckets.
     """
@@ -264,7 +253,7 @@ def planned_route(
     shadow: str | None = None,
     fraction: float = 1.0,
 ) -> Route:
-    """The route that `set_route` would create if `now` is current; nothing is written.
+    """Return the route that `set_route` would create if `now` is current, without writing it.
 
     Raises ConfigError for an invalid route.
     """
@@ -304,8 +293,9 @@ def set_route(
 ) -> Route:
     """Point a route to its targets, (adapter, weight), from the next request on.
 
-    `fraction` of requests also go to `shadow`. `check`: raises for a name that cannot be served; then nothing
-    moves. `from_move`: required current move (0: none), else RouteMoved.
+    `fraction`: share of requests that also go to `shadow`. `check`: raises for a name that cannot be served,
+        before
+    anything moves. `from_move`: the expected current move (0: none); otherwise raises RouteMoved.
     """
     planned = planned_route(None, route, targets, tenant=tenant, shadow=shadow, fraction=fraction)
     _check([name for name, _ in planned.targets], shadow, check)
@@ -321,7 +311,7 @@ def set_route(
 
 
 def remove_route(store: Store, route: str, *, tenant: str = ALL, actor: str) -> None:
-    """Remove a route; its moves stay, so a rollback restores it."""
+    """Remove a route. Its moves stay, so that a rollback can restore it."""
     with store.change() as c:
         previous = _current(c, tenant, route)
         if previous is None or not previous.targets:
@@ -355,9 +345,9 @@ def rollback_route(
 
 
 def earlier_route(c: Connection, route: str, *, tenant: str = ALL, undone: Collection[int] = ()) -> tuple[Route, Route]:
-    """The current move, and the move that a rollback returns to.
+    """Return the current move, and the move that a rollback returns to, skipping the moves in `undone`.
 
-    Skips the moves in `undone`. Raises ConfigError if there is none.
+    Raises ConfigError if there is no earlier move.
     """
     now = _current(c, tenant, route)
     if now is None:
@@ -375,10 +365,7 @@ def earlier_route(c: Connection, route: str, *, tenant: str = ALL, undone: Colle
 
 
 def _check(targets: Sequence[str], shadow: str | None, check: Callable[[str], object] | None) -> None:
-    """Raises ConfigError that names a target or shadow that cannot be served.
-
-    Called before a route moves to it.
-    """
+    """Raise ConfigError for a target or shadow that cannot be served, before a route moves to it."""
     for role, name in [*(("target", name) for name in targets), *([("shadow", shadow)] if shadow else [])]:
         try:
             if check is not None:
@@ -394,10 +381,7 @@ def route_fields(route: Route) -> dict[str, Any]:
 
 
 def route_history(c: Connection, route: str, *, tenant: str = ALL, limit: int | None = None) -> list[dict[str, Any]]:
-    """The moves of a route, newest first, at most `limit`.
-
-    `current`: whether the move is in force.
-    """
+    """Return a route's moves, newest first, at most `limit`. `current`: whether the move is in force."""
     now = _current(c, tenant, route)
     if now is None:
         raise _lost(c, tenant, route)
@@ -411,10 +395,7 @@ def route_history(c: Connection, route: str, *, tenant: str = ALL, limit: int | 
 
 
 def shadow_log(c: Connection, *, route: str = "", limit: int = 100) -> list[dict[str, Any]]:
-    """Comparisons with shadows, newest first.
-
-    `failed`: the shadow gave no answer to compare.
-    """
+    """Return comparisons with shadows, newest first. `failed`: the shadow produced nothing to compare."""
     query = select(shadow_table).order_by(shadow_table.c.id.desc()).limit(limit)
     if route:
         query = query.where(shadow_table.c.route == route)
@@ -423,10 +404,10 @@ def shadow_log(c: Connection, *, route: str = "", limit: int = 100) -> list[dict
 
 
 def shadow_summary(c: Connection, *, route: str = "") -> list[dict[str, Any]]:
-    """Totals of the stored comparisons, one row for each (route, target, shadow).
+    """Return totals of the stored comparisons, one row per (route, target, shadow).
 
-    Counts of all, same, different and failed comparisons, and means of tokens and seconds. Means exclude
-    failures; None if there is no other.
+    Counts all, equal, different and failed comparisons, and means of tokens and seconds. Means exclude
+    failures, and are None if all comparisons failed.
     """
     s = shadow_table.c
     fell = s.shadow_sha256 == ""

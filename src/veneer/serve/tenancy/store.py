@@ -2,15 +2,15 @@
 
     tenants 1─n keys, grants            routes ─1 moves (current)           limits, prices: (tenant, adapter)
     training: price and limits of a tenant's training
-    feedback_terms: which answers are stored, and how long
-    answers 1─n feedback                                        forgotten: deletions, for late answers
+    feedback_terms: which completions are stored, and how long
+    answers 1─n feedback                                        forgotten: deletions, for late completions
     lines: a row for each part of each request                  shadows: the newest comparisons
     sums: lines by day      slots: of the last minute and day   audit: a row per change, chained
 
 Every change of settings increments the revision in the same transaction. A server queries the revision, one
-number, before each request and rereads the settings if it changed: a revoked key, a moved route or a lower
-limit applies from the next request on, in every process on the database. While the database is unavailable,
-the last settings apply.
+number, before each request and rereads the settings if the revision changed: a revoked key, a moved route or
+a lower limit applies from the next request on, in every process that uses the database. While the database is
+unavailable, the last settings apply.
 
 Patterns define which names a tenant sees:
 
@@ -19,12 +19,11 @@ Patterns define which names a tenant sees:
     acme/*       every name with that prefix; `*` matches any text, and is the only special character
     *            every name
 
-Patterns are only compared with names, and never become paths; names that could escape a folder are rejected
-anyway. Digests (sha256:…) belong to no namespace, so a pattern matches them only if it contains `sha256:`
-itself.
+Patterns are only compared with names and never become paths; names that could escape a folder are rejected
+anyway. Digests (sha256:…) belong to no namespace, so only a pattern that contains `sha256:` matches them.
 
-Contains tables (their migrations are in `versions`) and connections; changes are in `manage` and `routes`,
-usage in `ledger`.
+This module contains tables (their migrations are in `versions`) and connections; changes are in `manage` and
+`routes`, usage is in `ledger`.
 """
 
 from __future__ import annotations
@@ -85,7 +84,7 @@ def _table(name: str, *columns: Any) -> Table:
     return Table(name, _TENANT_TABLES, *columns)
 
 
-# Times are in seconds since 1970; tenant ALL is all tenants.
+# Times are in seconds since 1970; tenant ALL means all tenants.
 meta_table = _table("tenant_meta", *key_columns("key"), *columns(Text, "value"))
 tenant_table = _table(
     "tenants", *key_columns("name"), *columns(Float, "weight"), *columns(Boolean, "enabled"), *columns(Float, "created")
@@ -111,9 +110,9 @@ move_table = _table(
     "tenant_moves",
     *key_columns("tenant", "route"),
     Column("move", Integer, primary_key=True),
-    Column("before", Integer),  # the move that was current before this one: the target of a rollback
+    Column("before", Integer),  # the previously current move, to which a rollback returns
     *columns(Float, "at"),
-    *columns(Text, "who", "spec"),  # spec: JSON of targets, runs, shadow, fraction; no targets: route removed
+    *columns(Text, "who", "spec"),  # spec: JSON of targets, runs, shadow, fraction; no targets: the route is removed
 )
 route_table = _table("tenant_routes", *key_columns("tenant", "route"), *columns(Integer, "current"))
 line_table = _table(
@@ -125,13 +124,13 @@ line_table = _table(
     *columns(Float, "strength"),
     Column("opened", Float, nullable=False, index=True),
     Column("closed", Float),
-    *columns(Key(), "day", "state"),  # of `opened`, in UTC: 2026-11-25; open, done, interrupted
+    *columns(Key(), "day", "state"),  # UTC day of `opened`, such as 2026-11-25; open, done, interrupted
     *columns(BigInteger, "asked_prompt", "asked_completion", *_TOKENS),
     *columns(Float, *_SECONDS),
     *columns(BigInteger, *(f"price_{name}" for name in _TOKENS), "cost"),  # cost: millionths
     Index("tenant_lines_open", "server", sqlite_where=text("state = 'open'"), postgresql_where=text("state = 'open'")),
 )
-sum_table = _table(  # closed lines by day; kept after the lines are deleted
+sum_table = _table(  # closed lines by day; they stay after the lines are deleted
     "tenant_sums",
     *key_columns("day", "tenant", "adapter"),  # adapter "": whole requests of any mix
     *columns(BigInteger, "done", "interrupted", *_TOKENS),
@@ -140,12 +139,12 @@ sum_table = _table(  # closed lines by day; kept after the lines are deleted
 )
 slot_table = _table(  # recent admissions, for limits across several servers
     "tenant_slots",
-    Column("width", Integer, primary_key=True, autoincrement=False),  # seconds: a sixtieth of a window
+    Column("width", Integer, primary_key=True, autoincrement=False),  # seconds: 1/60 of a window
     Column("slot", BigInteger, primary_key=True, autoincrement=False),  # opened // width
     *key_columns("server", "tenant", "adapter"),  # adapter without version; "": whole requests
     *columns(BigInteger, "requests", "tokens"),
 )
-server_table = _table("tenant_servers", *key_columns("server"), *columns(Float, "seen"))  # by the database's clock
+server_table = _table("tenant_servers", *key_columns("server"), *columns(Float, "seen"))  # time by the database's clock
 shadow_table = _table(
     "tenant_shadows",
     Column("id", Integer, primary_key=True, autoincrement=True),
@@ -173,7 +172,7 @@ feedback_terms_table = _table(
     *columns(Float, "days"),
     *columns(Text, "names"),  # names: JSON
 )
-answer_table = _table(  # answers that a tenant allows to be stored
+answer_table = _table(  # completions that a tenant allows to be stored
     "tenant_answers",
     *key_columns("tenant", "id"),
     *columns(Float, "at"),
@@ -200,7 +199,7 @@ _PATTERN = re.compile(r"[A-Za-z0-9*][A-Za-z0-9._/@:+*-]{0,199}")
 
 
 def check_tenant(name: str) -> str:
-    """The name, if it is a valid tenant name (a valid namespace). Raises ConfigError."""
+    """Return a valid tenant name (a valid namespace). Raises ConfigError."""
     try:
         if name == "all":
             raise ConfigError("'all' stands for every tenant", fix="another name")
@@ -213,7 +212,7 @@ def check_tenant(name: str) -> str:
 
 
 def check_route_name(name: str) -> str:
-    """The name, if it is a valid route name. Raises ConfigError."""
+    """Return a valid route name. Raises ConfigError."""
     try:
         check_name(name, cased=True)
     except ConfigError as error:
@@ -222,7 +221,7 @@ def check_route_name(name: str) -> str:
 
 
 def check_reference(text: str, kind: str = "adapter") -> str:
-    """The text, if it names an adapter, with or without a version. Raises ConfigError."""
+    """Return a text that names an adapter, with or without a version. Raises ConfigError."""
     try:
         parse_reference(text, cased=True)
     except ConfigError as error:
@@ -231,7 +230,7 @@ def check_reference(text: str, kind: str = "adapter") -> str:
 
 
 def check_pattern(pattern: str) -> str:
-    """The pattern, if valid. Raises ConfigError."""
+    """Return a valid pattern. Raises ConfigError."""
     if not _PATTERN.fullmatch(pattern) or not _contained(pattern):
         raise ConfigError(
             f"{quoted(pattern)} is not a pattern of names", where="adapters", fix="a name, and * for any text"
@@ -244,7 +243,7 @@ def _contained(name: str) -> bool:
 
 
 def pattern_matcher(patterns: Iterable[str], also: Iterable[str] = ()) -> Callable[[str], bool]:
-    """A predicate: whether a name matches one of `patterns` or is in `also`."""
+    """Return a predicate: whether a name matches one of `patterns` or is in `also`."""
     exact = frozenset(also)
     plain: list[str] = []
     digests: list[str] = []
@@ -263,11 +262,13 @@ def pattern_matcher(patterns: Iterable[str], also: Iterable[str] = ()) -> Callab
 
 
 ALL = ""
-"""In a limit: all tenants, or all adapters, together. In a price: any of them. In a route: all tenants."""
+"""In a limit: the total over all tenants or adapters.
+
+In a price: any tenant or adapter. In a route: all tenants."""
 EACH = "*"
-"""In a limit: each tenant that has no limit of its own."""
+"""In a limit: each tenant without a limit of its own."""
 COMMON = "common prefixes"
-"""The row of `meta` with the patterns of adapters whose prompt cache tenants share."""
+"""Key of the `meta` row with the patterns of adapters whose prompt cache tenants share."""
 
 _LOCK = 0x74656E616E74  # "tenant": the key of PostgreSQL's advisory lock for changes of settings
 
@@ -313,17 +314,17 @@ class Limit:
     concurrency: int | None = None
 
     def in_window(self, seconds: float) -> bool:
-        """Whether there is a limit over a window of that length."""
+        """Return whether there is a limit over a window of that length."""
         word = "minute" if seconds == 60 else "day"
         return getattr(self, f"requests_per_{word}") is not None or getattr(self, f"tokens_per_{word}") is not None
 
 
 @dataclass(frozen=True)
 class Price:
-    """Price of a million tokens, in millionths of the operator's currency.
+    """Price per million tokens, in millionths of the operator's currency.
 
-    150_000 is 0.15 for a million tokens. `cached`: for prompt tokens found in the cache; `prompt`: for the
-    other prompt tokens.
+    150_000 means 0.15 per million tokens. `cached`: for prompt tokens from the cache; `prompt`: for other
+    prompt tokens.
     """
 
     prompt: int = 0
@@ -331,7 +332,7 @@ class Price:
     completion: int = 0
 
     def cost(self, prompt: int, cached: int, completion: int) -> int:
-        """The cost of these tokens in millionths, rounded half up."""
+        """Return the cost of these tokens in millionths, rounded half up."""
         exact = (prompt - cached) * self.prompt + cached * self.cached + completion * self.completion
         return (exact + 500_000) // 1_000_000
 
@@ -340,8 +341,9 @@ class Price:
 class TrainingTerms:
     """Price and limits of a tenant's training; None for no limit.
 
-    `price`: of a million trained tokens; `budget`: of a calendar month in UTC; both in millionths. `jobs`:
-    jobs at once.
+    `price`: per million trained tokens; `budget`: per calendar month in UTC; both in millionths. `jobs`:
+        maximum
+    number of concurrent jobs.
     """
 
     price: int = 0
@@ -351,9 +353,9 @@ class TrainingTerms:
 
 @dataclass(frozen=True)
 class FeedbackTerms:
-    """Which of a tenant's answers are stored, and for how many `days`.
+    """Which of a tenant's completions are stored, and for how many `days`.
 
-    `names`: patterns of requested names or answering adapters; empty for all.
+    `names`: patterns of requested names or sampled adapters; empty for all.
     """
 
     days: float
@@ -364,8 +366,9 @@ class FeedbackTerms:
 class Route:
     """A route with weighted targets.
 
-    `targets`: (name, weight). `runs`: bucket owners, as (name, number of consecutive buckets). `fraction`:
-    share of requests that also go to `shadow`.
+    `targets`: (name, weight). `runs`: owners of buckets, as (name, number of consecutive buckets).
+        `fraction`: share of
+    requests that also go to `shadow`.
     """
 
     tenant: str
@@ -379,7 +382,7 @@ class Route:
 
 @dataclass(frozen=True)
 class TenantSettings:
-    """All settings that affect requests, as of one revision."""
+    """All settings that affect requests, at one revision."""
 
     revision: int = 0
     tenants: Mapping[str, Tenant] = field(default_factory=dict)
@@ -393,9 +396,9 @@ class TenantSettings:
     feedback: Mapping[str, FeedbackTerms] = field(default_factory=dict)
 
     def training_terms(self, tenant: str) -> TrainingTerms:
-        """The tenant's own terms, or the default.
+        """Return the tenant's own terms, or the default.
 
-        A removed or disabled tenant has no jobs. The operator, tenant "", trains without a price.
+        A removed or disabled tenant has zero jobs. The operator, tenant "", trains without a price.
         """
         if not tenant:
             return TrainingTerms()
@@ -404,7 +407,7 @@ class TenantSettings:
         return self.training.get(tenant) or self.training.get(ALL) or TrainingTerms()
 
     def price(self, tenant: str, adapter: str) -> Price:
-        """The most specific price: tenant and adapter, tenant, adapter, server; else 0."""
+        """Return the most specific price (tenant and adapter, tenant, adapter, server), or 0."""
         for scope in ((tenant, adapter), (tenant, ALL), (ALL, adapter), (ALL, ALL)):
             if scope in self.prices:
                 return self.prices[scope]
@@ -412,20 +415,17 @@ class TenantSettings:
 
     @cached_property
     def stores_answer(self) -> dict[str, Callable[[str], bool]]:
-        """Tenant -> whether its answers under a name are stored.
-
-        Only tenants that allow any.
-        """
+        """Return tenant -> predicate of names whose completions are stored, for tenants that allow any."""
         return {tenant: pattern_matcher(terms.names or ("*", "sha256:*")) for tenant, terms in self.feedback.items()}
 
     @cached_property
     def shares_cache(self) -> Callable[[str], bool]:
-        """Whether tenants share the prompt cache of a name (an adapter, or the base)."""
+        """Return a predicate: whether tenants share the prompt cache of a name (an adapter, or the base)."""
         return pattern_matcher(self.common)
 
     @cached_property
     def visibility(self) -> dict[str, Callable[[str], bool]]:
-        """Tenant -> whether it sees a name: granted, shared, or its own route."""
+        """Return tenant -> predicate of visible names: granted, shared, or the tenant's own routes."""
         routes_by_tenant: dict[str, list[str]] = {}
         for tenant, route in self.routes:
             routes_by_tenant.setdefault(tenant, []).append(route)
@@ -436,10 +436,7 @@ class TenantSettings:
 
 
 class UnknownName(ConfigError):
-    """Raised for an unknown tenant, key, pattern or route.
-
-    `fix` names the nearest known.
-    """
+    """Raised for an unknown tenant, key, pattern or route. `fix` suggests the nearest known name."""
 
 
 def unknown_name(kind: str, name: str, names: Iterable[str]) -> UnknownName:
@@ -449,7 +446,7 @@ def unknown_name(kind: str, name: str, names: Iterable[str]) -> UnknownName:
 
 
 def tenant_row(c: Connection, name: str) -> dict[str, Any]:
-    """The row of a tenant. Raises UnknownName."""
+    """Return a tenant's row. Raises UnknownName."""
     row = c.execute(select(tenant_table).where(tenant_table.c.name == name)).first()
     if row is None:
         raise unknown_name("tenant", name, c.scalars(select(tenant_table.c.name)))
@@ -464,11 +461,9 @@ class Store:
     """The database of one server, or of several. Thread-safe."""
 
     def __init__(self, where: str, *, patience: float = PATIENCE) -> None:
-        """Open a SQLite file or a postgresql:// URL; creates or migrates its tables.
+        """Open a SQLite file or a postgresql:// URL, and create or migrate its tables. Raises ConfigError.
 
-        Raises ConfigError.
-
-        patience: see `open_engine`.
+        patience: see `open_engine`
         """
         if ":memory:" in where or where == "sqlite://":
             raise ConfigError("tenants need a database on a disk, not in memory", where=where, fix=URL_FIX)
@@ -480,11 +475,11 @@ class Store:
 
     @property
     def settings(self) -> TenantSettings:
-        """The settings as of the last `refresh`."""
+        """Return the settings as of the last `refresh`."""
         return self._settings
 
     def refresh(self) -> TenantSettings:
-        """Refresh: the settings now in the database."""
+        """Read the database's current settings and return them."""
         with self.reading() as c:
             if int(c.scalar(_REVISION) or 0) == self._settings.revision:
                 return self._settings
@@ -493,20 +488,17 @@ class Store:
             connection = connection.execution_options(isolation_level="REPEATABLE READ")
         with connection as c:
             read = _read(c)
-        if read.revision > self._settings.revision:  # another thread can have read a later state
+        if read.revision > self._settings.revision:  # another thread can already have read a later state
             self._settings = read
         return read
 
     def reading(self) -> AbstractContextManager[Connection]:
-        """A connection for queries."""
+        """Return a connection for queries."""
         return reading(self.engine)
 
     @contextlib.contextmanager
     def change(self) -> Iterator[Connection]:
-        """A transaction that changes settings.
-
-        Changes are serialized, also across processes.
-        """
+        """Run a transaction that changes settings. Changes are serialized, also across processes."""
         with write_transaction(self.engine, _LOCK) as c:
             yield c
             raised = int(c.scalar(_REVISION) or 0) + 1
@@ -521,10 +513,9 @@ _REVISION = select(meta_table.c.value).where(meta_table.c.key == "revision")
 
 @contextlib.contextmanager
 def tenants_at(location: str | None) -> Iterator[Store | None]:
-    """The named tenants' database, or the veneer home's if it exists, else None.
+    """Open the named tenants' database, or the veneer home's if it exists; otherwise yield None.
 
-    Raises ConfigError.
-    """
+    Raises ConfigError."""
     if (where := location or database_here()) is None:
         yield None
         return
@@ -581,7 +572,7 @@ def _read(c: Connection) -> TenantSettings:
 
 
 def current_moves() -> Select[Any]:
-    """The current move of each route."""
+    """Return a query for the current move of each route."""
     m, a = move_table.c, route_table.c
     return select(move_table).join(route_table, (a.tenant == m.tenant) & (a.route == m.route) & (a.current == m.move))
 

@@ -47,12 +47,12 @@ from veneer.serve.tenancy.store import SERVING_PATIENCE, Price, Store, TenantSet
 
 _log = logging.getLogger("veneer.serve.tenancy")
 _FRESH_SECONDS = 0.5
-"""Seconds that a request waits for fresh settings before it uses those last read."""
-_NOBODY = hash_key("")  # compared with for unknown keys, so that they take the same time
+"""Seconds that a request waits for fresh settings before it uses the last ones."""
+_NOBODY = hash_key("")  # compared with unknown keys, so that they take the same time
 
 
 class Tenants(Tenancy):
-    """Implements `Tenancy`, one per process; close it after the server has drained."""
+    """Implementation of `Tenancy`, one per process. Close it after the server has drained."""
 
     def __init__(
         self,
@@ -67,9 +67,10 @@ class Tenants(Tenancy):
     ) -> None:
         """Open the database and start background work. Raises ConfigError, ResourceError.
 
-        `where`: a SQLite file, a postgresql:// URL, or an open store, which is closed with this. `admin_key`:
-        see `admin_hash`; None for no admin. `quotas`: limits of each tenant. `watch`: follow other servers'
-        usage and recover dead ones, in a thread.
+        `where`: a SQLite file, a postgresql:// URL, or an open store, which is closed with this object.
+            `admin_key`:
+        see `admin_hash`; None for no admin. `quotas`: limits of each tenant. `watch`: read other servers'
+        usage and settle dead servers, in a thread.
         """
         ledger = ledger or LedgerSettings()
         self.admin_hash = None if admin_key is None else admin_hash(admin_key)
@@ -97,7 +98,7 @@ class Tenants(Tenancy):
     # -- principals ----------------------------------------------------------------------------------------------------
 
     async def authenticate(self, key: str | None, user: str | None = None) -> Principal:
-        """The principal of a key. Raises Refused (unauthorized, 401)."""
+        """Return the principal of a key. Raises Refused (unauthorized, 401)."""
         settings = await self._fresh()
         if key and self.is_admin(key):
             return Principal("operator", user=user)
@@ -118,10 +119,10 @@ class Tenants(Tenancy):
         return self.admin_hash is not None and matches_hash(key, self.admin_hash)
 
     async def _fresh(self) -> TenantSettings:
-        """The settings, refreshed after this call.
+        """Return settings that were read after this call started.
 
-        Calls made before a refresh starts share it. If the database does not answer at once, the last
-        settings, without waiting until it answers again.
+        Concurrent calls share one read. If the database does not answer in time, returns the last settings,
+        and later calls do not wait until the database answers again.
         """
         with self._mutex:
             if self._next_refresh is None:
@@ -155,10 +156,10 @@ class Tenants(Tenancy):
         self._unavailable = True
 
     def shares(self, principal: Principal, model: ResolvedModel) -> str:
-        """The cache scope of a request.
+        """Return a request's cache scope: the tenant, or "" if all tenants share the cache of every part of
+        the mix.
 
-        The tenant, or "" if all tenants share the cache of everything in the mix. Prompts are separate by
-        default, because a cache hit reveals that somebody sent the same prompt.
+        Tenants are separate by default, because a cache hit reveals that somebody sent the same prompt.
         """
         common = self.store.settings.shares_cache
         return "" if all(common(name) for _, name, _ in model.parts()) else principal.tenant
@@ -171,8 +172,8 @@ class Tenants(Tenancy):
     ) -> AsyncIterator[_Bill]:
         """Reserve limits and record the admission; the block runs the request.
 
-        Raises Refused: rate_limited (429, with retry_after), invalid_request (400) for a request over a whole
-        limit or a duplicate id, overloaded (503) if the ledger cannot store more.
+        Raises Refused: rate_limited (429, with retry_after), invalid_request (400) for a request that exceeds
+        a limit by itself or has a duplicate id, overloaded (503) if the ledger cannot store more.
         """
         settings = self.store.settings
         training = Price(settings.training_terms(principal.tenant).price) if model.trained else None
@@ -193,19 +194,15 @@ class Tenants(Tenancy):
             bill.end(opened)
 
     def log_change(self, actor: str, action: str, subject: str, before: object = None, after: object = None) -> None:
-        """Write an audit entry for a change made elsewhere: adapter.load, adapter.unload.
+        """Write an audit entry for a change made elsewhere, such as adapter.load or adapter.unload.
 
-        Waits for the disk.
-        """
+        Blocking."""
         from veneer.serve.tenancy.manage import log_change
 
         log_change(self.store, actor, action, subject, before, after)
 
     def grant_namespace(self, tenant: str) -> None:
-        """Grant a tenant its own namespace, with an audit entry the first time only.
-
-        Waits for the disk.
-        """
+        """Grant a tenant its own namespace, with an audit entry only the first time. Blocking."""
         from veneer.serve.tenancy.manage import get_tenant, grant_namespace
 
         if f"{tenant}/*" not in get_tenant(self.store, tenant).adapters:
@@ -241,10 +238,8 @@ class Tenants(Tenancy):
                 self._log_unavailable(error)
 
     def count_other_servers(self, window: float) -> None:
-        """Count what others admitted in the last `window` seconds.
-
-        Others are other servers, and this one's earlier runs.
-        """
+        """Count the usage of other servers, and of this server's earlier runs, in the last `window`
+        seconds."""
         limits = self.store.settings.limits
         named = {adapter for (_, adapter), limit in limits.items() if limit.in_window(window)}
         if named or self.limits.counters:
@@ -253,11 +248,11 @@ class Tenants(Tenancy):
             )
 
     def ledger_state(self) -> LedgerState:
-        """How far the ledger is behind, for metrics."""
+        """Return how far the ledger is behind, for metrics."""
         return self.ledger.state()
 
     def close(self) -> None:
-        """Write what is owed and stop; running requests are interrupted in the ledger."""
+        """Write pending entries and stop. The ledger records running requests as interrupted."""
         self._stop.set()
         if self._watcher.is_alive():
             self._watcher.join()
@@ -269,14 +264,14 @@ class Tenants(Tenancy):
 class OpenTenants(Tenants):
     """Tenants on a server that only this machine can reach.
 
-    Requests without a key are accepted. They see everything, so routes, shadows, feedback and the ledger work
-    before any tenant exists.
+    Requests without a key are accepted and see everything, so that routes, shadows, feedback and the ledger
+    work before any tenant exists.
     """
 
     keyless = True
 
     async def authenticate(self, key: str | None, user: str | None = None) -> Principal:
-        """The principal of a tenant's or the admin key; any other text counts as no key.
+        """Return the principal of a tenant's or the admin key. Other text counts as no key.
 
         Some clients require a key and send a dummy. Raises Refused (unauthorized, 401) for an invalid tenant
         key.
@@ -293,10 +288,9 @@ class _Bill:
         self._settled: Future[None] | None = None
 
     def used(self, usage: Usage) -> Awaitable[None]:
-        """Record the usage; the awaitable completes once it survives this process.
+        """Record the usage; only the first call counts.
 
-        The first call counts.
-        """
+        The awaitable completes once the usage survives this process."""
         if self._settled is not None:
             _log.warning("request %s was billed twice; the first bill holds", self._request)
         else:
@@ -305,7 +299,7 @@ class _Bill:
         return asyncio.shield(asyncio.wrap_future(self._settled))
 
     def end(self, opened: Future[None]) -> None:
-        """Release what was not used."""
+        """Release the unused reservation."""
         self._held.end()
         if self._settled is None:
             self._held.used(0)

@@ -1,4 +1,4 @@
-"""/v1/adapters over a real library: browse, add, show, change, remove, download, inspect; and whose it is."""
+"""/v1/adapters over a real library: list, add, show, change, remove, download, inspect, and ownership."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ PICTURE = b"\xff\xd8\xff picture"
 
 @dataclass
 class Tenants(ToyTenancy):
-    """Keys `acme` and `globex` see their own namespace and `shared`; `key` sees all and changes nothing."""
+    """Keys `acme` and `globex` see their own namespace and `shared`; `key` sees everything and can change
+    nothing."""
 
     noted: list[tuple[Any, ...]] = field(default_factory=list)
     let: list[str] = field(default_factory=list)
@@ -97,7 +98,7 @@ def zipped(folder: Path) -> bytes:
 
 @pytest.fixture(scope="module")
 def picture_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A kohya file of a small picture adapter, with a thumbnail."""
+    """Write a kohya file with a small image adapter and a thumbnail."""
     path = tmp_path_factory.mktemp("files") / "style.safetensors"
     family = families()["sdxl"]
     adapter = random_adapter(family, lambda m: m.startswith("unet."))

@@ -1,4 +1,4 @@
-"""/v1/feedback on a live server with tenants: kept answers, feedback, rows, removal and outages."""
+"""/v1/feedback on a live server with tenants: stored completions, feedback, export, removal and outages."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SQL = ResolvedModel((), "sql", "sql")
 
 @dataclass
 class Shop:
-    """A server, the keys of its two tenants, and its clock."""
+    """A server, its two tenants' keys, and its clock."""
 
     server: Live
     tenants: Tenants
@@ -63,7 +63,7 @@ class Shop:
 
 @pytest.fixture
 def shop(quick: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:  # noqa: F811
-    """On SQLite, unless the test is parametrized with "postgresql"."""
+    """A server on SQLite, or on PostgreSQL if the test is parametrized with "postgresql"."""
     at = [1_900_000_000.0]
     remote = getattr(request, "param", "sqlite") == "postgresql"
     where = request.getfixturevalue("postgres")() if remote else str(quick / "tenants.sqlite")
@@ -253,7 +253,7 @@ def test_expired_answers_are_hidden_and_removed(shop: Shop) -> None:
 
 
 def lock_answers(where: str) -> psycopg.Connection[Any]:
-    """Lock the answers until the connection is closed."""
+    """Lock the table of completions until the connection is closed."""
     connection = psycopg.connect(where)
     connection.execute("LOCK TABLE tenant_answers")
     return connection

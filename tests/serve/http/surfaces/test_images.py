@@ -1,4 +1,4 @@
-"""The images surface, asked by OpenAI's own client and by hand, over a socket."""
+"""The images routes, called by OpenAI's client and by hand, over a socket."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def noise(width: int = SIZE, height: int = SIZE) -> Image.Image:
 
 
 def left_open() -> Image.Image:
-    """OpenAI's mask: transparent where something new is wanted."""
+    """Return a mask in OpenAI's convention: transparent where the image is to be edited."""
     mask = Image.new("RGBA", (SIZE, SIZE), "black")
     mask.paste((0, 0, 0, 0), (0, 0, SIZE // 2, SIZE))
     return mask
@@ -247,7 +247,7 @@ def test_controls_come_in_json_and_in_forms(client: openai.OpenAI, url: str) -> 
 
 @pytest.mark.parametrize("family", ["kontext", pytest.param("klein", marks=pytest.mark.slow)])
 def test_an_editing_base_edits_like_veneer_image(family: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """To the same pixels with the same seed."""
+    """The pixels are equal for equal seeds."""
     base = load_image(str(tiny_image_base(tmp_path_factory.getbasetemp(), family)))
     shelf = Shelf(brand=random_adapter(base.model, 1))
     guidance = {"guidance_scale": 1.0}
@@ -292,7 +292,7 @@ def test_an_editing_base_edits_like_veneer_image(family: str, tmp_path_factory: 
     assert levels(picture(found.data[0].b64_json), picture(found.data[1].b64_json)) > 0
     assert levels(alone.image, picture(drawn["data"][0]["b64_json"])) == 0
     assert found.usage.input_tokens_details.image_tokens >= 64 * len(given)
-    for index in (0, 1):  # each reports progress, batched or not
+    for index in (0, 1):  # both report progress, whether they were batched or not
         assert any(f'"index": {index}' in line and ".progress" in line for line in streamed.split("\n\n"))
     assert "runs all steps" in refused[0]
     assert f"11 images: {base.row.label} accepts at most {base.references}" in refused[1]
@@ -315,7 +315,7 @@ FACTORS: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.fixture(scope="module")
 def by_hand(base: ImageBase, shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Image.Image]:
-    """The picture of `veneer image` with the settings of `one`, on a separate base."""
+    """Return the image of `veneer image` with the settings of `one`, from a separate base."""
     folder = tmp_path_factory.mktemp("by-hand")
     for name in ("brand", "look"):
         write(shelf.adapters[shelf.digest[name]], folder / f"{name}.safetensors", to="kohya", family="flux1")
@@ -416,11 +416,11 @@ def test_the_description_has_the_bodies(url: str) -> None:
         assert set(part["properties"]) == {"adapter", "strength", "blocks", "steps", "campaign"}
 
 
-# -- what is refused ---------------------------------------------------------------------------------------------------
+# -- refusals ----------------------------------------------------------------------------------------------------------
 
 
 def bomb(width: int, height: int) -> str:
-    """A small PNG whose header gives a large size."""
+    """Return a small PNG whose header claims a large size."""
     chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
     return base64.b64encode(data + b"\0\0\0\0IDAT").decode()
@@ -491,8 +491,8 @@ def test_invalid_requests_have_openais_error_form(
         client.images.generate(prompt="a red cat", extra_body=body)
     assert (caught.value.status_code, caught.value.code) == (status, code)
     assert said in caught.value.message
-    if code != "adapter_unusable":  # that message names the adapter's path
-        assert tempfile.gettempdir() not in caught.value.message  # the base is served from a folder there
+    if code != "adapter_unusable":  # that error names the adapter's path
+        assert tempfile.gettempdir() not in caught.value.message  # the base's folder is inside the temporary folder
     assert caught.value.type == "invalid_request_error"
     assert isinstance(caught.value, openai.NotFoundError if status == 404 else openai.BadRequestError)
 
@@ -588,7 +588,7 @@ def test_a_client_that_disconnects_cancels_its_request(url: str, engine: Picture
 
 
 class Tenants(OpenAccess):
-    """Keys, a limit and a ledger."""
+    """A tenancy with keys, a limit and a ledger."""
 
     def __init__(self) -> None:
         self.bills: list[tuple[str, int, int, Usage]] = []
@@ -638,7 +638,7 @@ def test_images_respect_tenant_access_limits_and_billing(base: ImageBase, engine
 
 
 def test_metrics_count_pictures_by_adapter(engine: PictureEngine, names: Names) -> None:
-    """As answers are counted, a picture for each; refused ones leave nothing behind."""
+    """Each picture counts once, as a completion does; refused requests count nothing."""
     with served(picture_app(engine, names)) as at:
 
         def ask(**body: Any) -> int:

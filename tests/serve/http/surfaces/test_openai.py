@@ -1,4 +1,4 @@
-"""OpenAI's surface, by OpenAI's own client against a live server."""
+"""The OpenAI routes, called by OpenAI's client on a live server."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_model_names_a_base_an_adapter_or_both(client: openai.OpenAI, model: str
     answer = ask(client, "Hi", model=model)
     wanted = "[base] Hi" if digest == "base" else f"[{digest}*1] Hi"
     assert answer.choices[0].message.content == wanted
-    assert answer.model == (model or "toy")  # the client's own word comes back
+    assert answer.model == (model or "toy")  # the response repeats the client's model name
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_streamed_and_whole_answers_are_equal(client: openai.OpenAI) -> None:
     assert texts[1].endswith("seed 4")
     assert tokens == [[t.token for t in c.logprobs.content] for c in whole.choices]
     joined = b"".join(bytes(t.bytes) for t in whole.choices[0].logprobs.content)
-    assert joined.decode() == texts[0]  # bytes are exact even where a token is half a character
+    assert joined.decode() == texts[0]  # bytes are exact even if a token is part of a character
 
 
 def test_a_client_that_disconnects_cancels_its_request(client: openai.OpenAI, server: Live) -> None:
@@ -186,7 +186,8 @@ def test_an_internal_error_is_500_without_details(client: openai.OpenAI) -> None
 
 
 def test_a_slow_reader_does_not_delay_others(text: ToyText) -> None:
-    """The stalled stream's answer is taken from the engine at once, and the stream ends when it stays unread."""
+    """The server reads the stalled stream's completion from the engine at once and closes the stream after
+    the timeout."""
     with live(ToyEngine(text), ToyCatalog(), settings=HttpSettings(stall=0.5)) as server:
         body = {"model": "toy", "prompt": "SAY:" + "x" * 400, "max_tokens": 400, "n": 8, "stream": True, "logprobs": 20}
         with server.client.stream("POST", "/v1/completions", json=body) as stalled:
@@ -317,7 +318,8 @@ def test_echo_n_and_logprobs(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("words", ["Hi", "Good morning to you"])
 def test_echo_with_logprobs_are_the_prompts_too(client: openai.OpenAI, words: str) -> None:
-    """In the shape that evaluation harnesses read: all the prompt's tokens, then one for each that was made."""
+    """In the format that evaluation harnesses read: all tokens of the prompt, then the completion's
+    tokens."""
     one = client.completions.create(model="toy", prompt=words, logprobs=2, echo=True, max_tokens=1)
     choice, usage = one.choices[0], one.usage
     found = choice.logprobs
@@ -347,7 +349,7 @@ def test_prompt_logprobs_have_vllms_form(client: openai.OpenAI) -> None:
     assert [told["logprob"] for told in places[1].values()] == [-0.5, -1.5]
     assert [told["rank"] for told in places[1].values()] == [1, 2]
     assert all(isinstance(told["decoded_token"], str) for told in places[1].values())
-    # with those of the answer: as many as requested, without repeats
+    # completion logprobs are included once, with the requested count
     both = client.completions.create(**wanted, logprobs=3, extra_body={"prompt_logprobs": 0}).choices[0]
     assert [list(place) for place in both.model_dump()["prompt_logprobs"][1:]] == [["6"], ["7"]]
     assert len(both.logprobs.tokens or []) == 1

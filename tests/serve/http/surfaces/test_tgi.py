@@ -1,4 +1,4 @@
-"""TGI's surface and LoRAX's keys on it."""
+"""TGI's routes, and LoRAX's keys on them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_an_unknown_adapter_is_404_not_the_base(server: Live) -> None:
 
 def test_a_mix_is_a_list(server: Live) -> None:
     answer = generate(server, mix=[{"adapter": "sql", "strength": 0.7}, "polite:0.6"], adapter_source="local").json()
-    assert answer["generated_text"] == "[d-polite*0.6+d-sql*0.7] Hi"  # not normalised: the sum of w·T
+    assert answer["generated_text"] == "[d-polite*0.6+d-sql*0.7] Hi"  # strengths are not normalized: the sum of w·T
     assert generate(server, mix=["sql"], adapter_id="sql").status_code == 422
     assert generate(server, mix=["nobody"]).status_code == 404
     refused = generate(server, merged_adapters={"ids": ["sql"], "weights": [1]})

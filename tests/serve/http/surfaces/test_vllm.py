@@ -1,4 +1,4 @@
-"""vLLM's and SGLang's own tests of adapters that come and go, as black boxes; tokens; version."""
+"""vLLM's and SGLang's own tests of loading and unloading adapters; tokenization; version."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_many_adapters_at_once(server: Live) -> None:
 
 
 def test_sglang_update_script(server: Live) -> None:
-    """Load, load again, ask, unload, ask, unload again: SGLang's statuses and bodies."""
+    """Load twice, generate, unload, generate, unload again: SGLang's statuses and bodies."""
 
     def step(route: str, body: Any, status: int) -> Any:
         answer = server.post(route, body)

@@ -92,7 +92,7 @@ class AdapterQuery(BaseModel):
 
 
 class AdapterChange(Body):
-    """Aliases and tags to add to a version, and to remove from it."""
+    """Aliases and tags to add to a version and to remove from it."""
 
     add_aliases: _Names = Field(default_factory=list, description="name@alias means this version from now on")
     remove_aliases: _Names = Field(default_factory=list)
@@ -101,12 +101,12 @@ class AdapterChange(Body):
 
 
 def adapter_bodies(stage: UploadStage) -> dict[str, int]:
-    """The routes that spool bodies to disk, with their size limit, for `create_app`."""
+    """Return the routes that spool bodies to disk -> their size limits, for `create_app`."""
     return dict.fromkeys(("/v1/adapters", "/v1/adapter_inspections"), stage.most)
 
 
 def adapter_routes(library: Library, stage: UploadStage, tenancy: Tenancy) -> APIRouter:
-    """The routes over a library."""
+    """Return the routes over a library."""
     router = APIRouter(tags=["adapters"], route_class=BodyRoute, dependencies=[needs("read")])
     uploads, working = SharedQuantity("uploads", _AT_ONCE), FairPool(_THREADS, "veneer-adapters")
 
@@ -118,7 +118,7 @@ def adapter_routes(library: Library, stage: UploadStage, tenancy: Tenancy) -> AP
 
     @asynccontextmanager
     async def posted(request: HttpRequest, filename: str) -> AsyncIterator[StagedAdapter]:
-        """The request's body, spooled to disk."""
+        """Spool the request's body to disk and yield it."""
         principal = caller_of(request)
         uploads.take(principal.tenant, principal.weight, 1)
         try:
@@ -248,7 +248,7 @@ def adapter_routes(library: Library, stage: UploadStage, tenancy: Tenancy) -> AP
     async def file_of(
         request: HttpRequest, source: Path, size: int, stem: str, to: Layout | None, base: str
     ) -> Response:
-        """A file to download; temporary files are deleted once it is sent.
+        """Return a file as a download, and delete temporary files afterwards.
 
         `base`: the adapter's base, as stated by the client or the library.
         """
@@ -258,7 +258,7 @@ def adapter_routes(library: Library, stage: UploadStage, tenancy: Tenancy) -> AP
             if base != catalog.base:
                 fix = f"base={catalog.base}, if it is of that one; else veneer adapter convert --to {to} --base BASE"
                 raise invalid(f"{to} depends on the base, and this server has {catalog.base}", "base", fix)
-            base = catalog.sources.base.name  # the base's location; the name can be its last part only
+            base = catalog.sources.base.name  # the base's location, because the name can be just the last part of it
         folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="veneer-"))
         try:
             path = await worked(principal, 2 * size, lambda: _one_file(source, folder, stem, to, base))
@@ -290,9 +290,9 @@ def add_staged(
     tags: Sequence[str] = (),
     alias: str = "",
 ) -> Added:
-    """Add an uploaded file to the library under a name of the principal's. Blocks.
+    """Add an uploaded file to the library under one of the principal's names. Blocking.
 
-    Raises Refused (403, 400 if there is no room), and the errors of `Library.add`.
+    Raises Refused (403; 400 if a quota is exceeded) and the errors of `Library.add`.
     """
     _need_namespace(principal, name)
     if principal.tenant:
@@ -307,7 +307,7 @@ def add_staged(
 
 
 def audit_added(tenancy: Tenancy, principal: Principal, version: Version) -> None:
-    """Write the audit entry of a version that was added to the library. Blocks."""
+    """Write the audit entry of a version that was added to the library. Blocking."""
     after = {"digest": version.digest, "aliases": version.aliases}
     tenancy.log_change(principal.actor, "adapter.add", version.reference, None, after)
 
@@ -315,10 +315,9 @@ def audit_added(tenancy: Tenancy, principal: Principal, version: Version) -> Non
 def change_adapter(
     library: Library, tenancy: Tenancy, principal: Principal, reference: str, change: AdapterChange
 ) -> Version:
-    """Change aliases and tags of a version. Blocks.
+    """Change a version's aliases and tags. Blocking.
 
-    Raises Refused (404, 403, and 400 if an alias to remove does not point to the version), and the library's
-    errors.
+    Raises Refused (404, 403; 400 if an alias to remove points to another version) and the library's errors.
     """
     current = _changeable_version(library, principal, reference)
     if missing := sorted(set(change.remove_aliases) - set(current.aliases)):
@@ -340,10 +339,9 @@ def change_adapter(
 def remove_adapter(
     library: Library, tenancy: Tenancy, principal: Principal, reference: str, *, with_aliases: bool = False
 ) -> list[str]:
-    """Remove a name with its versions, one version, or an alias.
+    """Remove a name with its versions, one version, or an alias; return the removed references. Blocking.
 
-    Returns the removed references. Blocks. Raises Refused (404, 403, and 400 if an alias still points to a
-    removed version).
+    Raises Refused (404, 403; 400 if an alias still points to a removed version).
     """
     _changeable_version(library, principal, reference)
     try:
@@ -371,7 +369,7 @@ def staged_report(staged: StagedAdapter) -> dict[str, Any]:
 
 
 def _need_namespace(principal: Principal, name: str) -> None:
-    """Raises Refused (403) for a name outside the principal's namespace."""
+    """Raise Refused (403) for a name outside the principal's namespace."""
     if not principal.can_change(name):
         namespace = f"{principal.tenant}/NAME" if principal.tenant else None
         raise Refused(
@@ -380,10 +378,9 @@ def _need_namespace(principal: Principal, name: str) -> None:
 
 
 def _visible_version(library: Library, principal: Principal, reference: str) -> Version:
-    """The version, if the principal sees it.
+    """Return the version if the principal can see it.
 
-    Raises Refused (404); for an operator, with the nearest name.
-    """
+    Raises Refused (404), for an operator with the nearest name."""
     try:
         version = library.find(reference)
     except AdapterError as error:
@@ -398,7 +395,7 @@ def _missing(reference: str, fix: str | None = None) -> Refused:
 
 
 def _changeable_version(library: Library, principal: Principal, reference: str) -> Version:
-    """The version, if the principal can change it. Raises Refused (404, 403)."""
+    """Return the version if the principal can change it. Raises Refused (404, 403)."""
     version = _visible_version(library, principal, reference)
     if not principal.can_change(version.name):
         raise Refused(f"{version.reference} is outside your namespace", status=403, code="forbidden", param="reference")
@@ -406,8 +403,8 @@ def _changeable_version(library: Library, principal: Principal, reference: str) 
 
 
 def _unusable(error: AdapterError) -> Refused:
-    """The error for an unusable adapter file, without its path on the server."""
-    unsafe = isinstance(error, UnsafeFileError)  # its advice is for a user's own machine
+    """Return the error of an unusable adapter file, without its path on the server."""
+    unsafe = isinstance(error, UnsafeFileError)  # the error's advice is for users on their own machine
     lines = (error.what if unsafe else message_of(error)).splitlines()
     text = "\n".join([*lines[:_LINES], *(["…"] if len(lines) > _LINES else [])])
     return Refused(text, status=422, code="adapter_unusable")
@@ -429,15 +426,14 @@ async def _read(do: Callable[[], T]) -> T:
 
 
 def base_for(base: str, principal: Principal) -> str:
-    """An adapter's base as shown to a principal.
+    """Return an adapter's base as displayed to a principal.
 
-    Only operators see the base's folder on this server.
-    """
+    Only operators see the base's folder on this server."""
     return base if principal.can("operate") or not os.path.isabs(base) else os.path.basename(base.rstrip("/"))
 
 
 def facet_of_bases(counts: Mapping[str, int], principal: Principal) -> dict[str, int]:
-    """The library's counts by base, under the names that `base_for` gives the bases."""
+    """Return the library's counts by base, under the names of `base_for`."""
     merged: Counter[str] = Counter()
     for base, count in counts.items():
         merged[base_for(base, principal)] += count
@@ -474,7 +470,7 @@ def _adapter_json(v: Version, principal: Principal) -> dict[str, Any]:
 
 
 def _bounded(value: Any) -> Any:
-    """A report for JSON: no NaN or infinity, and lists shortened."""
+    """Return a report for JSON, without NaN and infinity, and with shortened lists."""
     if isinstance(value, dict):
         return {key: _bounded(each) for key, each in value.items()}
     if isinstance(value, list):
@@ -484,10 +480,7 @@ def _bounded(value: Any) -> Any:
 
 
 def _one_file(source: Path, folder: Path, stem: str, to: Layout | None, base: str) -> Path:
-    """The file to download.
-
-    `source` itself, a conversion in `folder`, or a zip of either.
-    """
+    """Return the file to download: `source` itself, a conversion in `folder`, or a zip of either."""
     if to is not None:
         from veneer.adapters.convert import convert_adapter
 

@@ -1,4 +1,4 @@
-"""/v1/feedback: users' feedback on stored answers, training rows from it, and deletion."""
+"""/v1/feedback: users' feedback on stored completions, training rows from the feedback, and deletion."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class FeedbackBody(Body):
 
 
 def feedback_routes(answers: StoredAnswers) -> APIRouter:
-    """The routes over one server's stored answers."""
+    """Return the routes over one server's stored completions."""
     router = APIRouter(tags=["feedback"], route_class=BodyRoute, dependencies=[needs("feedback")])
     store = answers.store
 
@@ -98,9 +98,11 @@ def feedback_routes(answers: StoredAnswers) -> APIRouter:
         adapter: Annotated[str | None, Query(max_length=512)] = None,
     ) -> Response:
         tenant = _tenant(request, store)
-        admission_of(request).reserve("answers", 1)  # held until all rows are sent; each tenant has a share
+        admission_of(request).reserve("answers", 1)  # reserved until all rows are sent; each tenant has a share
         found_rows = feedback_rows(store.engine, tenant, kind, adapter=adapter, now=answers.wall())
-        first = await in_thread(_DATABASE, lambda: next(found_rows, None))  # so that an outage has its own status
+        first = await in_thread(
+            _DATABASE, lambda: next(found_rows, None)
+        )  # read the first row now, so that an outage can set the status
 
         def lines() -> Iterator[str]:
             for row in chain([] if first is None else [first], found_rows):
@@ -125,10 +127,7 @@ def feedback_routes(answers: StoredAnswers) -> APIRouter:
 
 
 def _tenant(request: HttpRequest, store: Store) -> str:
-    """The tenant of the feedback.
-
-    ALL for requests without a tenant on an open server that stores answers.
-    """
+    """Return the tenant of the feedback; ALL on an open server for requests without a tenant."""
     tenant = caller_of(request).tenant
     if not tenant and ALL not in store.settings.feedback:
         fix = "a tenant's key; on an open server: veneer tenant set all feedback_days=30"

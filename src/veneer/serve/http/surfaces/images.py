@@ -1,15 +1,15 @@
-"""OpenAI's images surface, with vLLM-Omni's fields and veneer's mixes and controls.
+"""OpenAI's image routes, with vLLM-Omni's fields and veneer's mixes and controls.
 
-    POST /v1/images/generations   an image from a prompt               JSON, or a form if controls are files
-    POST /v1/images/edits         an image from another, with a mask   a form, or JSON
-                                  on an editing base: as the prompt says, from one or several
+    POST /v1/images/generations   an image from a prompt                JSON, or a form if controls are files
+    POST /v1/images/edits         an image from another, with a mask;   a form, or JSON
+                                  an editing base follows the prompt and uses one or several images
 
-    a body's fields -> ImageBody, EditBody -> drawing.ask_pictures -> the engine's events -> response
+    a body's fields -> ImageBody, EditBody -> ask_pictures -> the engine's events -> response
 
 No field is silently ignored: unknown or unsupported values are rejected with the reason. An image's size is
-read from its header before it is decoded, and no URL is ever fetched. With `stream`, the events are
-`image_generation.progress` at each step, and `.completed` for each image (`image_edit.…`
-for edits). A client that disconnects cancels its request. See docs/reference/serving-images.md.
+read from its header before the image is decoded, and no URL is ever fetched. With `stream`, the events are
+`image_generation.progress` at each step and `.completed` for each image (`image_edit.…` for edits). A client
+that disconnects cancels its request. See docs/reference/serving-images.md.
 """
 
 from __future__ import annotations
@@ -145,9 +145,9 @@ def _notes(plan: DrawingPlan, picture: FinishedPicture) -> dict[str, Any]:
 async def _lines(
     events: OpenStream[IndexedPicture], body: ImageBody, plan: DrawingPlan, event: str
 ) -> AsyncGenerator[bytes, None]:
-    """Server-sent events.
+    """Yield server-sent events.
 
-    An error after the first event is an event too (`_error_event`), because the status is already sent.
+    An error after the first event is sent as an event (`_error_event`), because the status is already sent.
     """
     created = int(time.time())
     async for i, item in events:

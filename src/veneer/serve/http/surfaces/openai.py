@@ -1,7 +1,4 @@
-"""OpenAI's text API: chat completions, completions, models.
-
-`model` can be an adapter, and `mix` several.
-"""
+"""OpenAI's text routes: chat completions, completions, models. `model` can name an adapter, `mix` several."""
 
 from __future__ import annotations
 
@@ -60,17 +57,16 @@ async def model(request: HttpRequest, model: str) -> Response:
 
 
 def _tuned(base: str, cards: Sequence[ModelCard], principal: Principal) -> list[ModelCard]:
-    """Fine-tuned models of the caller again, under OpenAI's names."""
+    """Return the caller's fine-tuned models a second time, under OpenAI's names."""
     names = {card.id: tuned_of(base, card.id) for card in cards if card.parent is not None}
     tuned = {id: str(name) for id, name in names.items() if name is not None and name.organisation == principal.tenant}
     return [replace(card, id=tuned[card.id]) for card in cards if card.id in tuned]
 
 
 def _card(service: Service, card: ModelCard) -> dict[str, Any]:
-    """A model in vLLM's format, with the adapter's digest.
+    """Return a model in vLLM's format, with the adapter's digest.
 
-    A fine-tuned model belongs to its organization.
-    """
+    A fine-tuned model belongs to its organization."""
     tuned = parse_tuned(card.id)
     return {
         "id": card.id,
@@ -193,7 +189,7 @@ def _usage(usage: Usage) -> dict[str, Any]:
 async def _chunks(
     job: TextJob, form: _ChatFormat | _TextFormat, events: OpenStream[IndexedEvent], wants_usage: bool
 ) -> AsyncIterator[bytes]:
-    """The events of a stream. `wants_usage`: the usage comes in a chunk of its own at the end."""
+    """Yield the events of a stream. `wants_usage`: end with a separate chunk that has the usage."""
     head = _head(job, form.kind) | ({"usage": None} if wants_usage else {})
     usages: dict[int, Usage] = {}
     for i in range(len(job.prompts) * job.choices):
@@ -211,14 +207,14 @@ async def _chunks(
 
 
 def _best(token: Token, count: int) -> list[tuple[int, float]]:
-    """The `count` most likely tokens, best first; the chosen token competes with them."""
+    """Return the `count` most likely tokens, best first, including the sampled token."""
     logprobs = {id: logprob for id, _, logprob in token.top}
     logprobs.setdefault(token.id, token.logprob if token.logprob is not None else -9999.0)
     return sorted(logprobs.items(), key=lambda pair: -pair[1])[:count]
 
 
 def _is_visible(token: Token) -> bool:
-    """Whether a token is part of the answer; the special token that ends it is not."""
+    """Return whether a token is part of the completion; the special token at its end is not."""
     return not (token.special and not token.text)
 
 
@@ -230,7 +226,7 @@ class _ChatFormat:
         self.readers = [ToolReader(use) for _ in range(len(job.prompts) * job.choices)]
 
     def choice(self, i: int, answer: TextAnswer) -> dict[str, Any]:
-        """The i-th whole answer."""
+        """Return the i-th complete choice."""
         message = message_of_answer(self.readers[i], answer.text) | {"refusal": None}
         if "tool_calls" in message and not message["content"].strip():
             message["content"] = None
@@ -281,7 +277,7 @@ class _TextFormat:
         self.prompts, self.choices = prompts, job.choices
         self.echoes = echoes if body.echo else []
         self.count, self.prompt_count = body.logprobs, body.prompt_logprobs
-        # then the first token carries the prompt with its logprobs
+        # the first token then carries the prompt with its log-probabilities
         self.scored = bool(body.echo) and body.logprobs is not None
         self.offsets = [0 if self.scored else len(self.echo(i)) for i in range(len(job.prompts) * job.choices)]
 
@@ -289,7 +285,7 @@ class _TextFormat:
         return self.echoes[i // self.choices] if self.echoes else ""
 
     def choice(self, i: int, answer: TextAnswer) -> dict[str, Any]:
-        """The i-th whole answer."""
+        """Return the i-th complete choice."""
         logprobs = self.logprobs(i, [each for token in answer.tokens for each in self.reported(token)])
         text, end = self.echo(i) + answer.text, answer.finished
         choice = self.piece(i, text, logprobs) | {"finish_reason": end.reason, "stop_reason": end.stop}
@@ -299,7 +295,8 @@ class _TextFormat:
         return choice
 
     def prompt_logprob(self, token: Token, most: int) -> dict[str, Any] | None:
-        """An entry of vLLM's prompt_logprobs: the most likely tokens by id, and the prompt's own.
+        """Return an entry of vLLM's prompt_logprobs: the most likely tokens by id, and the prompt's own
+        token.
 
         Other ranks are unknown.
         """
@@ -334,20 +331,18 @@ class _TextFormat:
         return {"index": i, "text": text, "logprobs": logprobs, "finish_reason": None}
 
     def reported(self, token: Token) -> list[Token]:
-        """The tokens whose logprobs come with this one.
+        """Return the tokens whose log-probabilities are sent with this token.
 
-        For the first, the prompt's tokens too. If the prompt's logprobs are requested, the ending token is
-        included, because such clients count tokens.
+        The first token also carries the prompt's tokens. If a client requests the prompt's log-probabilities,
+        the end token is included, because such clients count tokens.
         """
         if self.scored:
             return [*token.prompt, token]
         return [token] if _is_visible(token) else []
 
     def logprobs(self, i: int, tokens: Sequence[Token]) -> dict[str, Any] | None:
-        """OpenAI's older logprobs format: parallel lists.
-
-        Alternatives by text, always with the chosen token.
-        """
+        """Return OpenAI's older logprobs format: parallel lists, alternatives by text, always with the
+        sampled token."""
         if self.count is None:
             return None
         lists: dict[str, Any] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}

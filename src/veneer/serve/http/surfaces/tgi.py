@@ -1,6 +1,6 @@
 """TGI's and LoRAX's routes: /generate, /generate_stream, /info.
 
-`adapter_id` names one adapter, `mix` several. TGI serves the base for an unknown adapter_id; here that is
+`adapter_id` names one adapter, `mix` several. TGI serves the base for an unknown adapter_id; veneer returns
 404.
 """
 
@@ -162,7 +162,7 @@ def _reason(end: Finished) -> str:
 
 
 def _text(body: Generate, answer: TextAnswer) -> str:
-    """The answer's text with its stop text, as in TGI."""
+    """Return the completion's text with its stop text, as in TGI."""
     stop = answer.finished.stop
     text = answer.text + (stop if isinstance(stop, str) else "")
     return body.inputs + text if body.parameters.return_full_text else text
@@ -211,10 +211,10 @@ async def _whole(request: HttpRequest, body: Generate) -> dict[str, Any]:
 async def _lines(
     service: Service, job: TextJob, body: Generate, events: OpenStream[IndexedEvent]
 ) -> AsyncIterator[bytes]:
-    """One event per token; the last carries the whole text and the details.
+    """Yield one event per token; the last event has the full text and the details.
 
-    Which token is the last is known only when the answer ends, so a token that can be the last (without text,
-    or at max_tokens) waits for its successor; all others are sent at once.
+    The last token is known only once the completion ends. So a token that can be the last one (without text,
+    or at max_tokens) waits for its successor; all other tokens are sent at once.
     """
     answer, last_token = TextAnswer(), None
     async for _, event in events:

@@ -1,4 +1,4 @@
-"""vLLM's and SGLang's routes besides OpenAI's: loading and unloading adapters, tokens, version.
+"""vLLM's and SGLang's additional routes: loading and unloading adapters, tokens, version.
 
 The catalog checks the source that a client names: a library reference, or a path in an allowed folder.
 """
@@ -90,7 +90,7 @@ async def _load(request: HttpRequest, body: Load, missing: str) -> None:
 
 
 def _unusable(error: VeneerError) -> Refused | None:
-    """The error for an adapter that failed to load, without its path on the server."""
+    """Return the error of an adapter that failed to load, without its path on the server."""
     if is_transient(error):
         return None
     log.warning("an adapter was not loaded: %s", error)
@@ -115,7 +115,7 @@ def _loaded(request: HttpRequest) -> Response:
 
 
 class Tokenize(Body):
-    """Tokenizes a text (`prompt`) or a conversation (`messages`)."""
+    """A text (`prompt`) or a conversation (`messages`) to tokenize."""
 
     prompt: str | None = None
     messages: Annotated[list[Message], FAIL_FAST, at_most(ITEMS)] | None = Field(default=None, min_length=1)
@@ -138,7 +138,7 @@ async def tokenize(request: HttpRequest, body: Tokenize) -> Response:
     service, prompts = service_of(request), service_of(request).prompts
     if (body.prompt is None) == (body.messages is None):
         raise invalid("send either prompt or messages", "prompt")
-    service.choose(caller_of(request), model=body.model)  # an unknown model is an error here too
+    service.choose(caller_of(request), model=body.model)  # raises for an unknown model
     admitted = admission_of(request)
     admitted.reserve("answers", 1)
     if body.messages is not None:

@@ -1,4 +1,4 @@
-"""The first revision of the tenants' database: `library.migrate` creates its tables, so this never runs.
+"""First revision of the tenants' database. `library.migrate` creates its tables, so this script never runs.
 
 Later revisions have their own scripts, and every database from this revision on stays readable.
 """
